@@ -1,0 +1,1 @@
+"""Coupling groups: which slices of which tensors must be kept or removed together."""
