@@ -1,0 +1,63 @@
+"""Everything that OSSCAR refuses, as one tree of exceptions.
+
+A message names what was wrong, the offending value, and what to do about it. Catching
+:class:`OsscarError` is enough to catch every error that a user can cause.
+"""
+
+from __future__ import annotations
+
+
+class OsscarError(Exception):
+    """Base of every error that OSSCAR raises on purpose."""
+
+
+class ModelNotFound(OsscarError):
+    """No model answers to this name: a typo, a missing directory, or an unreachable hub."""
+
+
+class ModelError(OsscarError):
+    """A model was found but cannot be used: unreadable, unsafe, or of an unsupported family."""
+
+
+class DownloadError(OsscarError):
+    """A packaged model could not be fetched, or what arrived is not what was pinned."""
+
+
+class DeviceError(OsscarError):
+    """A device or number format that does not exist here was asked for."""
+
+
+class MissingDependency(OsscarError):
+    """An optional package is needed; the message names it and the command that installs it."""
+
+
+class TextError(OsscarError):
+    """Text for calibration or evaluation is missing, unreadable, or too short."""
+
+
+class CalibrationError(TextError):
+    """Calibration data cannot be built from what was given."""
+
+
+class TargetError(OsscarError):
+    """What to keep makes no sense: a sparsity, fraction or count outside of what exists."""
+
+
+class FrozenGroupError(TargetError):
+    """A coupling group that cannot be pruned was asked for; the message says what froze it."""
+
+
+class NonFiniteError(OsscarError):
+    """NaN or infinity in weights, activations or logits; the message names the place."""
+
+
+class EquivalenceError(OsscarError):
+    """The shrunk model does not compute what the masked model computes; nothing was written."""
+
+
+class CheckpointError(OsscarError):
+    """A directory does not hold a checkpoint that OSSCAR can read or resume from."""
+
+
+class OutputError(OsscarError):
+    """The output cannot be written: the directory is in use, or the disk refused."""
