@@ -1,1 +1,52 @@
-"""Backends."""
+"""Subset-selection problems and the interchangeable backends that solve them.
+
+The mathematics of one pruned layer, independent of any network: which k of n units stay so that the
+refitted least-squares problem loses least.
+
+>>> import torch, solvers
+>>> X, W0 = torch.randn(64, 6).double(), torch.randn(6, 3).double()
+>>> problem = solvers.SubsetProblem.from_gram(X.T @ X / 64, W0, keep=4)
+>>> solution = solvers.solve(problem, backend="local_search")
+>>> solution.verify().loss == solution.loss
+True
+"""
+
+from solvers.backend import (
+    Backend,
+    BackendInfo,
+    Capabilities,
+    Kind,
+    backend_class,
+    backend_names,
+    backends,
+    make_backend,
+    solve,
+)
+from solvers.errors import BackendError, ProblemError, SolverError, VerificationError
+from solvers.problem import Consumer, SubsetProblem
+from solvers.refit import quadratic_loss, refit
+from solvers.solution import Selection, Solution, Status, Verification
+
+__all__ = [
+    "Backend",
+    "BackendError",
+    "BackendInfo",
+    "Capabilities",
+    "Consumer",
+    "Kind",
+    "ProblemError",
+    "Selection",
+    "Solution",
+    "SolverError",
+    "Status",
+    "SubsetProblem",
+    "Verification",
+    "VerificationError",
+    "backend_class",
+    "backend_names",
+    "backends",
+    "make_backend",
+    "quadratic_loss",
+    "refit",
+    "solve",
+]

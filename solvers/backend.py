@@ -1,0 +1,255 @@
+"""The backend protocol, the registry, and `solve`, which dispatches to a backend.
+
+A backend is a frozen dataclass: its fields are its options.  It is registered through the
+entry-point group ``osscar.backends``, so that any installed package can add one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import time
+from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any, ClassVar, Protocol, cast
+
+import torch
+
+from solvers.errors import BackendError
+from solvers.problem import SubsetProblem
+from solvers.refit import refit
+from solvers.solution import Selection, Solution
+
+ENTRY_POINTS = "osscar.backends"
+
+
+class Kind(enum.StrEnum):
+    """What a backend's answer is worth."""
+
+    HEURISTIC = "heuristic"
+    EXACT = "exact"
+    BOUND = "bound"
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    """What a backend can take.
+
+    Parameters
+    ----------
+    wide_units
+        Units of more than one row (attention heads, convolution channels).
+    several_consumers
+        Units that several linear maps read.
+    max_units
+        The most units that it can be expected to handle, or None.
+    devices
+        Where it computes.
+    """
+
+    wide_units: bool = True
+    several_consumers: bool = True
+    max_units: int | None = None
+    devices: tuple[str, ...] = ("cpu", "cuda")
+
+    def refusal(self, problem: SubsetProblem) -> str | None:
+        """Return why `problem` cannot be taken, or None."""
+        if problem.width > 1 and not self.wide_units:
+            return f"takes units of one row only, and these have {problem.width}"
+        if len(problem.consumers) > 1 and not self.several_consumers:
+            return f"takes one consumer only, and this problem has {len(problem.consumers)}"
+        if self.max_units is not None and problem.units > self.max_units:
+            return f"takes at most {self.max_units} units, and this problem has {problem.units}"
+        if problem.device.type not in self.devices:
+            return (
+                f"computes on {' or '.join(self.devices)}, and this problem is on {problem.device}"
+            )
+        return None
+
+
+class Backend(Protocol):
+    """A way to choose a support; implemented by a frozen dataclass whose fields are its options."""
+
+    kind: ClassVar[Kind]
+    summary: ClassVar[str]
+    capabilities: ClassVar[Capabilities]
+
+    @classmethod
+    def available(cls) -> str | None:
+        """Return None, or why the backend cannot run here and how to mend that."""
+
+    def select(self, problem: SubsetProblem) -> Selection:
+        """Choose ``problem.keep`` units."""
+
+
+@dataclass(frozen=True)
+class BackendInfo:
+    """A registered backend as a table row.
+
+    Parameters
+    ----------
+    name, kind, summary
+        What it is called, what its answer is worth, and what it does in one line.
+    options
+        Names and default values.
+    capabilities
+        What it can take.
+    unavailable
+        None, or why it cannot run here and the fix.
+    """
+
+    name: str
+    kind: str
+    summary: str
+    options: dict[str, Any]
+    capabilities: Capabilities
+    unavailable: str | None
+
+
+@cache
+def _registered() -> dict[str, EntryPoint]:
+    return {point.name: point for point in entry_points(group=ENTRY_POINTS)}
+
+
+def backend_names() -> tuple[str, ...]:
+    """Return the names of all registered backends, in alphabetical order."""
+    return tuple(sorted(_registered()))
+
+
+def backend_class(name: str) -> type[Backend]:
+    """Return the class that is registered under `name`.
+
+    Raises
+    ------
+    BackendError
+        If there is none, or it cannot be imported.
+    """
+    registered = _registered()
+    if not registered:
+        raise BackendError("no backend is registered; install the package: pip install -e .")
+    if name not in registered:
+        raise BackendError(
+            f"there is no backend {name!r}; choose from {', '.join(backend_names())}"
+        )
+    try:
+        return cast(type[Backend], registered[name].load())
+    except (ImportError, AttributeError) as error:
+        raise BackendError(f"backend {name!r} is registered but does not load: {error}") from error
+
+
+def backends() -> tuple[BackendInfo, ...]:
+    """Describe every registered backend, also those that cannot run here."""
+    return tuple(_describe(name) for name in backend_names())
+
+
+def _describe(name: str) -> BackendInfo:
+    try:
+        cls = backend_class(name)
+    except BackendError as error:
+        return BackendInfo(name, "", "", {}, Capabilities(), str(error))
+    options = {f.name: f.default for f in dataclasses.fields(cast(Any, cls))}
+    return BackendInfo(name, cls.kind, cls.summary, options, cls.capabilities, cls.available())
+
+
+def make_backend(name: str, **options: Any) -> Backend:
+    """Return the backend `name` with its options set.
+
+    Raises
+    ------
+    BackendError
+        If it is unknown, not available here, or has no such option.
+    """
+    cls = backend_class(name)
+    reason = cls.available()
+    if reason is not None:
+        raise BackendError(f"backend {name!r} is not available: {reason}")
+    known = [f.name for f in dataclasses.fields(cast(Any, cls))]
+    unknown = sorted(set(options) - set(known))
+    if unknown:
+        raise BackendError(
+            f"backend {name!r} has no option {', '.join(unknown)}; "
+            f"it has {', '.join(known) or 'none'}"
+        )
+    return cls(**options)
+
+
+def solve(
+    problem: SubsetProblem,
+    backend: str | Backend = "local_search",
+    *,
+    device: str | torch.device | None = None,
+    **options: Any,
+) -> Solution:
+    """Solve a subset problem with the named backend, and refit on what it chose.
+
+    Parameters
+    ----------
+    problem
+        What to solve.
+    backend
+        A registered name, or a backend object with its options set.
+    device
+        Where to compute; by default where the problem is.
+    **options
+        Options of the named backend.
+
+    Returns
+    -------
+    Solution
+        Support, refitted weights, loss and certificate.
+
+    Raises
+    ------
+    BackendError
+        If the backend is unknown, unavailable, or cannot take this problem.
+
+    Examples
+    --------
+    >>> import torch
+    >>> X, W0 = torch.randn(64, 6).double(), torch.randn(6, 3).double()
+    >>> problem = SubsetProblem.from_gram(X.T @ X / 64, W0, keep=4)
+    >>> solve(problem, "enumerate").loss <= solve(problem, "magnitude").loss
+    True
+    """
+    if isinstance(backend, str):
+        name, chosen = backend, make_backend(backend, **options)
+    elif options:
+        raise BackendError("options go with a backend's name; this backend object has its own")
+    else:
+        name, chosen = type(backend).__name__, backend
+    if device is not None:
+        problem = problem.to(device)
+    refusal = chosen.capabilities.refusal(problem)
+    if refusal is not None:
+        raise BackendError(f"backend {name!r} {refusal}; choose another: {_takers(problem, name)}")
+    start = time.perf_counter()
+    selection = chosen.select(problem)
+    support = selection.support.sort().values
+    weights, loss = refit(problem, support)
+    return Solution(
+        problem=problem,
+        backend=name,
+        support=support,
+        weights=weights,
+        loss=loss,
+        status=selection.status,
+        lower_bound=selection.lower_bound,
+        bound_from=selection.bound_from,
+        iterations=selection.iterations,
+        history=selection.history,
+        path=selection.path,
+        seconds=time.perf_counter() - start,
+    )
+
+
+def _takers(problem: SubsetProblem, refused: str) -> str:
+    """Name the backends that take `problem`, for an error message."""
+    takers = [
+        info.name
+        for info in backends()
+        if info.name != refused
+        and info.unavailable is None
+        and info.capabilities.refusal(problem) is None
+    ]
+    return ", ".join(takers) or "none does"

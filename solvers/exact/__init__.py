@@ -1,0 +1,1 @@
+"""Backends that prove their answer optimal."""

@@ -1,0 +1,83 @@
+"""Try every support."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import combinations, islice
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from solvers.backend import Capabilities, Kind
+from solvers.problem import NO_ROW, Consumer, SubsetProblem
+from solvers.solution import Selection, Status
+
+_BATCH_ELEMENTS = 1 << 22
+"""Elements of the Hessian blocks of one batch; bounds the memory."""
+
+
+@dataclass(frozen=True)
+class Enumerate:
+    """Compute the loss of all ``C(n, k)`` supports, in batches, and return the best."""
+
+    kind: ClassVar[Kind] = Kind.EXACT
+    summary: ClassVar[str] = "every support, in batches; the ground truth for small problems"
+    capabilities: ClassVar[Capabilities] = Capabilities(max_units=16)
+
+    @classmethod
+    def available(cls) -> str | None:
+        """Return None: it needs nothing but torch."""
+        return None
+
+    def select(self, problem: SubsetProblem) -> Selection:
+        """Return the best support; the first in lexicographic order among equals."""
+        best, best_loss = None, math.inf
+        compact = [_compress(consumer) for consumer in problem.consumers]
+        rows = max((problem.keep * c.width) ** 2 for c in problem.consumers)
+        supports = combinations(range(problem.units), problem.keep)
+        for batch in _batches(supports, max(1, _BATCH_ELEMENTS // rows)):
+            chosen = torch.tensor(batch, dtype=torch.int64, device=problem.device)
+            explained = torch.stack([_explained(c, G, chosen) for c, G in compact]).sum(0)
+            index = int(explained.argmax())
+            loss = problem.scale - float(explained[index])
+            if loss < best_loss:
+                best, best_loss = chosen[index], loss
+        assert best is not None
+        # The loss of the winner is recomputed by the refit; its rounding is not part of the bound.
+        return Selection(
+            best,
+            Status.OPTIMAL,
+            lower_bound=max(best_loss - 1e-12 * problem.scale, 0.0),
+            bound_from="enumeration of all supports",
+            iterations=math.comb(problem.units, problem.keep),
+            history=(best_loss,),
+        )
+
+
+def _batches(supports: Iterator[tuple[int, ...]], size: int) -> Iterator[list[tuple[int, ...]]]:
+    while batch := list(islice(supports, size)):
+        yield batch
+
+
+def _compress(consumer: Consumer) -> tuple[Consumer, Tensor]:
+    """Return the consumer and a G of at most p columns with the same G G'."""
+    G = consumer.G
+    if G.shape[1] <= G.shape[0]:
+        return consumer, G
+    return consumer, torch.linalg.qr(G.T, mode="r").R.T
+
+
+def _explained(consumer: Consumer, G: Tensor, supports: Tensor) -> Tensor:
+    """Return ``tr(G_S' inv(H_SS) G_S)`` for a batch of supports, (b, k) -> (b,)."""
+    rows = consumer.rows[supports].flatten(1)
+    filler = rows == NO_ROW
+    H = consumer.H[rows[:, :, None], rows[:, None, :]]
+    H = torch.where(filler[:, :, None] | filler[:, None, :], 0.0, H)
+    H.diagonal(dim1=1, dim2=2).add_(filler.to(H))
+    G_S = torch.where(filler[:, :, None], 0.0, G[rows])
+    factor = torch.linalg.cholesky(H)
+    half: Tensor = torch.linalg.solve_triangular(factor, G_S, upper=False)
+    return half.square().sum((1, 2))

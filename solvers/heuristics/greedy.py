@@ -1,0 +1,54 @@
+"""Exact one-at-a-time backward elimination."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from solvers.backend import Capabilities, Kind
+from solvers.elimination import eliminate
+from solvers.pivot import PivotState
+from solvers.problem import SubsetProblem
+from solvers.refit import refit
+from solvers.solution import Selection, Status
+
+
+@dataclass(frozen=True)
+class Greedy:
+    """Remove the unit that raises the loss least, refit exactly, repeat.
+
+    The order of ZipLM (Kurtic et al., NeurIPS 2023), with the losses of all support sizes as a
+    by-product: ``path[k]`` is the loss with k units kept.
+    """
+
+    kind: ClassVar[Kind] = Kind.HEURISTIC
+    summary: ClassVar[str] = "exact one-at-a-time backward elimination (ZipLM order), whole path"
+    capabilities: ClassVar[Capabilities] = Capabilities()
+
+    @classmethod
+    def available(cls) -> str | None:
+        """Return None: it needs nothing but torch."""
+        return None
+
+    def select(self, problem: SubsetProblem) -> Selection:
+        """Eliminate down to `keep` units, then on to one, for the path."""
+        n, k = problem.units, problem.keep
+        everything = torch.arange(n, device=problem.device)
+        state = PivotState.full(problem)
+        removals = eliminate(state, n - k)
+        support = state.support
+        removals += eliminate(state, k - 1)
+        _, loss = refit(problem, everything)
+        path = [loss]
+        for removal in removals:
+            path.append(path[-1] + removal.loss)
+        path.append(problem.scale)
+        return Selection(
+            support,
+            Status.FEASIBLE,
+            iterations=n - k,
+            history=tuple(path[: n - k + 1]),
+            path=tuple(reversed(path)),
+        )

@@ -1,0 +1,101 @@
+"""The default backend: exact greedy elimination, then steepest swaps to a certified optimum."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from solvers.backend import Capabilities, Kind
+from solvers.elimination import eliminate
+from solvers.errors import BackendError
+from solvers.pivot import PivotState
+from solvers.problem import SubsetProblem
+from solvers.refit import refit
+from solvers.solution import Selection, Status
+from solvers.swaps import best_swap
+
+
+@dataclass(frozen=True)
+class LocalSearch:
+    """Start from greedy elimination, then make the best single exchange until none helps.
+
+    The gain of every one of the k (n - k) exchanges is computed exactly, so the search ends with a
+    proof that no exchange lowers the loss, on a state that was freshly factorized.
+
+    Parameters
+    ----------
+    start
+        Units to start from, or None for greedy elimination.
+    max_swaps
+        The most exchanges.
+    tolerance
+        An exchange counts if it gains more than this share of the current loss.
+    """
+
+    kind: ClassVar[Kind] = Kind.HEURISTIC
+    summary: ClassVar[str] = "greedy start, then exact steepest swaps to a certified optimum"
+    capabilities: ClassVar[Capabilities] = Capabilities()
+    start: tuple[int, ...] | None = None
+    max_swaps: int = 10_000
+    tolerance: float = 1e-9
+
+    def __post_init__(self) -> None:
+        if self.max_swaps < 0 or not self.tolerance >= 0:
+            raise BackendError(
+                f"local_search: max_swaps is {self.max_swaps} and tolerance {self.tolerance}; "
+                "neither may be negative"
+            )
+
+    @classmethod
+    def available(cls) -> str | None:
+        """Return None: it needs nothing but torch."""
+        return None
+
+    def select(self, problem: SubsetProblem) -> Selection:
+        """Search until a fresh factorization confirms that no exchange helps."""
+        state = self._initial_state(problem)
+        support = state.support
+        history, swaps, fresh = [refit(problem, support)[1]], 0, self.start is not None
+        while True:
+            made, converged = self._descend(state, history[-1], self.max_swaps - swaps)
+            swaps += made
+            loss = refit(problem, state.support)[1] if made else history[-1]
+            if loss < history[-1]:
+                support = state.support
+                history.append(loss)
+            elif fresh and (converged or made):
+                # Exchanges that gained only by the state's account are within its rounding.
+                status = Status.SWAP_OPTIMAL
+                break
+            if not converged:
+                status = Status.ITERATION_LIMIT
+                break
+            state, fresh = PivotState.on_support(problem, support), True
+        return Selection(support, status, iterations=swaps, history=tuple(history))
+
+    def _initial_state(self, problem: SubsetProblem) -> PivotState:
+        if self.start is None:
+            state = PivotState.full(problem)
+            eliminate(state, problem.units - problem.keep)
+            return state
+        support = torch.tensor(sorted(set(self.start)), dtype=torch.int64, device=problem.device)
+        inside = (support >= 0) & (support < problem.units)
+        if len(support) != problem.keep or not bool(inside.all()):
+            raise BackendError(
+                f"local_search: start must name {problem.keep} distinct units below "
+                f"{problem.units}, not {self.start}"
+            )
+        return PivotState.on_support(problem, support)
+
+    def _descend(self, state: PivotState, loss: float, limit: int) -> tuple[int, bool]:
+        """Make at most `limit` improving exchanges; return how many, and whether none is left."""
+        made = 0
+        while (swap := best_swap(state)).gain > self.tolerance * loss:
+            if made == limit:
+                return made, False
+            state.sweep([swap.leave, swap.enter])
+            loss -= swap.gain
+            made += 1
+        return made, True

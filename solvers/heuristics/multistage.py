@@ -1,0 +1,98 @@
+"""The multi-stage procedure of the OSSCAR paper, with its batched local search."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from solvers.backend import Capabilities, Kind
+from solvers.errors import BackendError
+from solvers.pivot import PivotState
+from solvers.problem import SubsetProblem
+from solvers.refit import refit
+from solvers.solution import Selection, Status
+
+
+@dataclass(frozen=True)
+class Multistage:
+    """Remove t units a stage, then exchange batches of units while that lowers the loss.
+
+    Meng et al., OSSCAR, ICML 2024: in each stage all units are scored exactly as if they left
+    alone, the t cheapest leave together, and the refit is updated by a low-rank term.  The local
+    search removes a batch of the cheapest kept units, scores the removed ones exactly as if they
+    entered alone, and lets the best enter together; it ends with the first batch that fails.
+
+    Parameters
+    ----------
+    stage_size
+        t; by default 10 for units of one row and 2 for wider ones, as in the paper's experiments.
+    batch_size
+        Units exchanged at once; by default 10 for units of one row and 5 for wider ones.
+    max_batches
+        The most batches of the local search; 0 turns it off.
+    """
+
+    kind: ClassVar[Kind] = Kind.HEURISTIC
+    summary: ClassVar[str] = "the paper's: t units removed a stage, then batches of swaps"
+    capabilities: ClassVar[Capabilities] = Capabilities()
+    stage_size: int | None = None
+    batch_size: int | None = None
+    max_batches: int = 20
+
+    def __post_init__(self) -> None:
+        for name in ("stage_size", "batch_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise BackendError(f"multistage: {name} is {value}; it must be at least 1")
+        if self.max_batches < 0:
+            raise BackendError(f"multistage: max_batches is {self.max_batches}; use 0 or more")
+
+    @classmethod
+    def available(cls) -> str | None:
+        """Return None: it needs nothing but torch."""
+        return None
+
+    def select(self, problem: SubsetProblem) -> Selection:
+        """Remove in stages, then exchange in batches."""
+        scalar = problem.width == 1
+        state = PivotState.full(problem)
+        stages = self._remove(state, self.stage_size or (10 if scalar else 2))
+        support, loss = state.support, refit(problem, state.support)[1]
+        history = [loss]
+        batch = min(self.batch_size or (10 if scalar else 5), problem.keep, len(state.removed))
+        for _ in range(self.max_batches if batch else 0):
+            _exchange(state, batch)
+            loss = refit(problem, state.support)[1]
+            if not loss < history[-1]:
+                break
+            support = state.support
+            history.append(loss)
+        return Selection(
+            support,
+            Status.FEASIBLE,
+            iterations=stages + len(history) - 1,
+            history=tuple(history),
+        )
+
+    @staticmethod
+    def _remove(state: PivotState, stage_size: int) -> int:
+        """Remove down to `keep` units, `stage_size` at a time; return the number of stages."""
+        surplus = state.problem.units - state.problem.keep
+        sizes = [min(stage_size, surplus - done) for done in range(0, surplus, stage_size)]
+        for size in sizes:
+            state.sweep(_smallest(state.removal_losses(), size))
+        return len(sizes)
+
+
+def _exchange(state: PivotState, batch: int) -> None:
+    """Let the `batch` cheapest units leave, then the `batch` most useful ones enter."""
+    state.sweep(_smallest(state.removal_losses(), batch))
+    state.sweep(_smallest(-state.addition_gains(), batch))
+
+
+def _smallest(values: Tensor, count: int) -> Tensor:
+    """Return the indices of the smallest values; the first of equals first."""
+    return torch.argsort(values, stable=True)[:count]

@@ -1,0 +1,51 @@
+"""Least squares on a support: the one way in which any backend's choice becomes weights."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from solvers.problem import SubsetProblem
+
+
+def refit(problem: SubsetProblem, support: Tensor) -> tuple[tuple[Tensor, ...], float]:
+    """Return the optimal weights on a support, and their loss.
+
+    Parameters
+    ----------
+    problem
+        The problem.
+    support
+        The units that stay, (k,) int64.
+
+    Returns
+    -------
+    weights
+        For each consumer, (p, m) float64, zero on the rows of removed units.
+    loss
+        ``E(S)``, summed over the consumers.
+    """
+    weights = []
+    for consumer in problem.consumers:
+        rows = consumer.support_rows(support)
+        factor = torch.linalg.cholesky(consumer.H[rows[:, None], rows])
+        W = torch.zeros_like(consumer.W0)
+        W[rows] = torch.cholesky_solve(consumer.G[rows], factor)
+        weights.append(W)
+    return tuple(weights), quadratic_loss(problem, weights)
+
+
+def quadratic_loss(problem: SubsetProblem, weights: list[Tensor] | tuple[Tensor, ...]) -> float:
+    """Return ``tr(W'HW) - 2 tr(W'G) + e``, summed over the consumers, for any weights.
+
+    Parameters
+    ----------
+    problem
+        The problem.
+    weights
+        For each consumer, (p, m) float64.
+    """
+    return sum(
+        max(float((W * (c.H @ W)).sum() - 2 * (W * c.G).sum()) + c.e, 0.0)
+        for c, W in zip(problem.consumers, weights, strict=True)
+    )

@@ -1,0 +1,226 @@
+"""What a backend found, and what of it can be checked without trusting the backend."""
+
+from __future__ import annotations
+
+import enum
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from solvers.errors import VerificationError
+from solvers.problem import SubsetProblem
+from solvers.refit import quadratic_loss
+
+_LOSS_TOLERANCE = 1e-7
+_STATIONARITY_TOLERANCE = 1e-6
+
+
+class Status(enum.Enum):
+    """How a solve ended; the value is a sentence that a person can act on."""
+
+    FEASIBLE = "A support of the asked size was found; nothing is claimed about how good it is."
+    SWAP_OPTIMAL = "No exchange of one kept unit for one removed unit lowers the loss."
+    OPTIMAL = "No support of the asked size has a lower loss, within the tolerance asked for."
+    TIME_LIMIT = "The time limit was met; the bound is valid. Allow more time to close the gap."
+    ITERATION_LIMIT = "The iteration limit was met. Raise it to let the search finish."
+    NODE_LIMIT = "The node limit was met; the bound is valid. Raise it to close the gap."
+    BOUNDED = "A lower bound was computed; the support is the best one known to the bound."
+
+
+@dataclass(frozen=True, eq=False)
+class Selection:
+    """What a backend answers with: a choice, and what it claims about it.
+
+    Parameters
+    ----------
+    support
+        The units that stay, (k,) int64.
+    status
+        How the solve ended.
+    lower_bound
+        A number that no support's loss can be below, or -inf.
+    bound_from
+        What proved `lower_bound`, in a few words.
+    iterations
+        Removals, swaps, nodes: whatever the backend counts.
+    history
+        Loss after each improvement, as the backend saw it.
+    path
+        Loss for each number of units kept, ``path[k]`` for k = 0 .. n, where the backend computes
+        it; else empty.
+    """
+
+    support: Tensor
+    status: Status
+    lower_bound: float = -math.inf
+    bound_from: str = ""
+    iterations: int = 0
+    history: tuple[float, ...] = ()
+    path: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class Verification:
+    """Numbers recomputed from the problem alone, each beside what was claimed.
+
+    Parameters
+    ----------
+    loss
+        Loss of the solution's weights, recomputed in float64.
+    loss_error
+        Its distance from the claimed loss, relative to the scale of the problem.
+    stationarity
+        Largest entry of the gradient on the support, relative to the largest entry of G: zero when
+        the weights are the least-squares refit.
+    swap_gain
+        The most that one exchange lowers the loss, relative to the scale of the problem; NaN where
+        no claim of swap optimality was made.
+    """
+
+    loss: float
+    loss_error: float
+    stationarity: float
+    swap_gain: float = math.nan
+
+
+@dataclass(frozen=True, eq=False)
+class Solution:
+    """A support with its refitted weights, and the certificate that comes with it.
+
+    Parameters
+    ----------
+    problem
+        What was solved.
+    backend
+        The name of the backend.
+    support
+        The units that stay, (k,) int64, sorted.
+    weights
+        For each consumer the refitted weights, (p, m) float64, zero on removed rows.
+    loss
+        ``E(support)``; divide by ``problem.scale`` for the relative loss.
+    status
+        How the solve ended.
+    lower_bound, bound_from
+        No support has a lower loss than this, and what proved it.
+    iterations, history, path
+        As in `Selection`.
+    seconds
+        Wall time of the selection and of the refit.
+    """
+
+    problem: SubsetProblem = field(repr=False)
+    backend: str
+    support: Tensor
+    weights: tuple[Tensor, ...] = field(repr=False)
+    loss: float
+    status: Status
+    lower_bound: float = -math.inf
+    bound_from: str = ""
+    iterations: int = 0
+    history: tuple[float, ...] = field(default=(), repr=False)
+    path: tuple[float, ...] = field(default=(), repr=False)
+    seconds: float = 0.0
+
+    @property
+    def relative_loss(self) -> float:
+        """Loss as a share of the loss of the empty support, from 0 to 1."""
+        return self.loss / self.problem.scale if self.problem.scale else 0.0
+
+    @property
+    def removed(self) -> Tensor:
+        """The units that go, (n - k,) int64, sorted."""
+        mask = torch.ones(self.problem.units, dtype=torch.bool, device=self.support.device)
+        mask[self.support] = False
+        return torch.nonzero(mask).flatten()
+
+    @property
+    def gap(self) -> float:
+        """``(loss - lower_bound) / loss``, from 0 (optimal) to 1; NaN without a bound."""
+        if math.isinf(self.lower_bound):
+            return math.nan
+        if self.loss <= 0:
+            return 0.0
+        return max(0.0, (self.loss - max(self.lower_bound, 0.0)) / self.loss)
+
+    def verify(self) -> Verification:
+        """Recompute in float64, from the problem alone, everything that this solution claims.
+
+        Returns
+        -------
+        Verification
+            The recomputed numbers.
+
+        Raises
+        ------
+        VerificationError
+            If the support is not feasible, the weights are not the refit on it, the loss is not
+            what they give, the bound lies above the loss, or a claimed swap optimum is not one.
+        """
+        problem = self.problem
+        self._check_feasible()
+        loss = quadratic_loss(problem, self.weights)
+        scale = problem.scale or 1.0
+        report = Verification(
+            loss=loss,
+            loss_error=abs(loss - self.loss) / scale,
+            stationarity=self._stationarity(),
+            swap_gain=self._best_swap_gain() / scale,
+        )
+        if not report.loss_error <= _LOSS_TOLERANCE:
+            raise VerificationError(f"loss is {loss:.9g} when recomputed, claimed {self.loss:.9g}")
+        if not report.stationarity <= _STATIONARITY_TOLERANCE:
+            raise VerificationError(
+                f"weights are not the refit on the support: gradient {report.stationarity:.3g}"
+            )
+        if self.lower_bound > loss + _LOSS_TOLERANCE * scale:
+            raise VerificationError(f"bound {self.lower_bound:.9g} lies above the loss {loss:.9g}")
+        if report.swap_gain > _LOSS_TOLERANCE:
+            raise VerificationError(
+                f"not a swap optimum: an exchange gains {report.swap_gain:.3g} of the scale"
+            )
+        if self.status is Status.OPTIMAL and math.isinf(self.lower_bound):
+            raise VerificationError("optimality is claimed without a bound")
+        return report
+
+    def _check_feasible(self) -> None:
+        problem, support = self.problem, self.support
+        if len(self.weights) != len(problem.consumers):
+            raise VerificationError(
+                f"weights for {len(self.weights)} of {len(problem.consumers)} consumers"
+            )
+        distinct = len(set(support.tolist()))
+        if support.numel() != problem.keep or distinct != problem.keep:
+            raise VerificationError(
+                f"support has {distinct} distinct units, keep is {problem.keep}"
+            )
+        if not bool(((support >= 0) & (support < problem.units)).all()):
+            raise VerificationError(f"support names units outside 0 .. {problem.units - 1}")
+        for consumer, W in zip(problem.consumers, self.weights, strict=True):
+            if W.shape != consumer.W0.shape or not bool(torch.isfinite(W).all()):
+                raise VerificationError("weights have a wrong shape or are not finite")
+            outside = torch.ones(len(W), dtype=torch.bool, device=W.device)
+            outside[consumer.support_rows(support)] = False
+            if bool(W[outside].any()):
+                raise VerificationError("weights are not zero on the rows of removed units")
+
+    def _stationarity(self) -> float:
+        worst = 0.0
+        for consumer, W in zip(self.problem.consumers, self.weights, strict=True):
+            rows = consumer.support_rows(self.support)
+            if rows.numel():
+                gradient = consumer.H[rows] @ W - consumer.G[rows]
+                size = float(consumer.G.abs().max()) or 1.0
+                worst = max(worst, float(gradient.abs().max()) / size)
+        return worst
+
+    def _best_swap_gain(self) -> float:
+        if self.status is not Status.SWAP_OPTIMAL:
+            return math.nan
+        # Imported here: only this claim needs the machinery of the search.
+        from solvers.pivot import PivotState
+        from solvers.swaps import best_swap
+
+        return best_swap(PivotState.on_support(self.problem, self.support)).gain
