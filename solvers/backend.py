@@ -203,6 +203,8 @@ def solve(
     ------
     BackendError
         If the backend is unknown, unavailable, or cannot take this problem.
+    ProblemError
+        If H turns out not to be positive definite.
 
     Examples
     --------
@@ -224,9 +226,13 @@ def solve(
     if refusal is not None:
         raise BackendError(f"backend {name!r} {refusal}; choose another: {_takers(problem, name)}")
     start = time.perf_counter()
-    selection = chosen.select(problem)
-    support = selection.support.sort().values
-    weights, loss = refit(problem, support)
+    try:
+        selection = chosen.select(problem)
+        support = selection.support.sort().values
+        weights, loss = refit(problem, support)
+    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
+        problem.check_definite()
+        raise BackendError(f"backend {name!r}: {error}; raise damp, H is near singular") from error
     return Solution(
         problem=problem,
         backend=name,
@@ -239,6 +245,7 @@ def solve(
         iterations=selection.iterations,
         history=selection.history,
         path=selection.path,
+        gap_tolerance=selection.gap_tolerance,
         seconds=time.perf_counter() - start,
     )
 

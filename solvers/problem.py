@@ -255,11 +255,27 @@ class SubsetProblem:
     @property
     def dead(self) -> Tensor:
         """The units, (d,) int64, whose inputs were always zero: removing them is free."""
-        alive = sum(
-            (consumer.G.abs().sum(1)[consumer.rows] * (consumer.rows != NO_ROW)).sum(1)
-            for consumer in self.consumers
-        )
-        return torch.nonzero(torch.as_tensor(alive) == 0).flatten()
+        alive = torch.zeros(self.units, dtype=torch.bool, device=self.device)
+        for consumer in self.consumers:
+            # A dead row has no correlation with any other row, nor with the target.
+            active = consumer.G.any(1) | (consumer.H.count_nonzero(1) > 1)
+            alive |= (active[consumer.rows] & (consumer.rows != NO_ROW)).any(1)
+        return torch.nonzero(~alive).flatten()
+
+    def check_definite(self) -> None:
+        """Factorize every H, which costs p^3/3 and is therefore not part of construction.
+
+        Raises
+        ------
+        ProblemError
+            If one is not positive definite; `from_gram` never lets such a one through.
+        """
+        for index, consumer in enumerate(self.consumers):
+            if int(torch.linalg.cholesky_ex(consumer.H).info):
+                raise ProblemError(
+                    f"H of consumer {index} is not positive definite: check that it is X'X/N, and "
+                    "build the problem with from_gram and damp > 0"
+                )
 
     def to(self, device: torch.device | str) -> SubsetProblem:
         """Return this problem with its tensors on `device`."""
@@ -307,7 +323,7 @@ class SubsetProblem:
         Raises
         ------
         ProblemError
-            If the file is missing or is not such a problem.
+            If the file is missing, is not such a problem, or its H is not positive definite.
         """
         header, tensors = storage.read(path)
         if not isinstance(header, dict) or header.get("format") != FORMAT:
@@ -321,9 +337,13 @@ class SubsetProblem:
                 )
                 for i, terms in enumerate(header["consumers"])
             )
-            return cls(consumers, header["keep"], header["name"])
-        except (KeyError, TypeError) as error:
+            problem = cls(consumers, header["keep"], header["name"])
+        except ProblemError:
+            raise
+        except (KeyError, TypeError, ValueError) as error:
             raise ProblemError(f"{path} is not a complete problem file: {error!r}") from error
+        problem.check_definite()
+        return problem
 
 
 def _unit_rows(units: Units | None, p: int) -> Tensor:

@@ -16,6 +16,9 @@ from solvers.refit import quadratic_loss
 _LOSS_TOLERANCE = 1e-7
 _STATIONARITY_TOLERANCE = 1e-6
 
+DEFAULT_GAP_TOLERANCE = 1e-4
+"""Relative gap up to which an answer may be called optimal, unless a backend says otherwise."""
+
 
 class Status(enum.Enum):
     """How a solve ended; the value is a sentence that a person can act on."""
@@ -50,6 +53,8 @@ class Selection:
     path
         Loss for each number of units kept, ``path[k]`` for k = 0 .. n, where the backend computes
         it; else empty.
+    gap_tolerance
+        Up to which relative gap the backend calls its answer optimal.
     """
 
     support: Tensor
@@ -59,6 +64,7 @@ class Selection:
     iterations: int = 0
     history: tuple[float, ...] = ()
     path: tuple[float, ...] = ()
+    gap_tolerance: float = DEFAULT_GAP_TOLERANCE
 
 
 @dataclass(frozen=True)
@@ -76,7 +82,7 @@ class Verification:
         the weights are the least-squares refit.
     swap_gain
         The most that one exchange lowers the loss, relative to the scale of the problem; NaN where
-        no claim of swap optimality was made.
+        neither swap optimality nor a bound was claimed.
     """
 
     loss: float
@@ -105,7 +111,7 @@ class Solution:
         How the solve ended.
     lower_bound, bound_from
         No support has a lower loss than this, and what proved it.
-    iterations, history, path
+    iterations, history, path, gap_tolerance
         As in `Selection`.
     seconds
         Wall time of the selection and of the refit.
@@ -123,6 +129,7 @@ class Solution:
     history: tuple[float, ...] = field(default=(), repr=False)
     path: tuple[float, ...] = field(default=(), repr=False)
     seconds: float = 0.0
+    gap_tolerance: float = DEFAULT_GAP_TOLERANCE
 
     @property
     def relative_loss(self) -> float:
@@ -175,15 +182,31 @@ class Solution:
             raise VerificationError(
                 f"weights are not the refit on the support: gradient {report.stationarity:.3g}"
             )
-        if self.lower_bound > loss + _LOSS_TOLERANCE * scale:
-            raise VerificationError(f"bound {self.lower_bound:.9g} lies above the loss {loss:.9g}")
-        if report.swap_gain > _LOSS_TOLERANCE:
+        self._check_certificate(report, scale)
+        return report
+
+    def _check_certificate(self, report: Verification, scale: float) -> None:
+        loss, bound, slack = report.loss, self.lower_bound, _LOSS_TOLERANCE * scale
+        if bound > loss + slack:
+            raise VerificationError(f"bound {bound:.9g} lies above the loss {loss:.9g}")
+        if report.swap_gain > _LOSS_TOLERANCE and self.status is Status.SWAP_OPTIMAL:
             raise VerificationError(
                 f"not a swap optimum: an exchange gains {report.swap_gain:.3g} of the scale"
             )
-        if self.status is Status.OPTIMAL and math.isinf(self.lower_bound):
+        if bound > loss - report.swap_gain * scale + slack:
+            raise VerificationError(
+                f"bound {bound:.9g} is refuted by an exchange that lowers the loss to "
+                f"{loss - report.swap_gain * scale:.9g}"
+            )
+        if self.status is not Status.OPTIMAL:
+            return
+        if math.isinf(bound):
             raise VerificationError("optimality is claimed without a bound")
-        return report
+        if loss - bound > self.gap_tolerance * loss + slack:
+            raise VerificationError(
+                f"optimality is claimed with a gap of {(loss - bound) / loss:.3g}; "
+                f"the tolerance is {self.gap_tolerance:.3g}"
+            )
 
     def _check_feasible(self) -> None:
         problem, support = self.problem, self.support
@@ -217,9 +240,9 @@ class Solution:
         return worst
 
     def _best_swap_gain(self) -> float:
-        if self.status is not Status.SWAP_OPTIMAL:
+        if self.status is not Status.SWAP_OPTIMAL and math.isinf(self.lower_bound):
             return math.nan
-        # Imported here: only this claim needs the machinery of the search.
+        # Imported here: only these claims need the machinery of the search.
         from solvers.pivot import PivotState
         from solvers.swaps import best_swap
 

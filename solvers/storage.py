@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,10 @@ from torch import Tensor
 from solvers.errors import ProblemError
 
 _HEADER = "header"
+_UNREADABLE = (
+    *(KeyError, TypeError, ValueError, OSError, EOFError),
+    *(zipfile.BadZipFile, safetensors.SafetensorError),
+)
 
 
 def write(path: str | os.PathLike[str], header: dict[str, Any], tensors: dict[str, Tensor]) -> None:
@@ -64,7 +69,7 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor
             return header, {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except FileNotFoundError as error:
         raise ProblemError(f"there is no problem file {path}") from error
-    except (KeyError, TypeError, ValueError, OSError, safetensors.SafetensorError) as error:
+    except _UNREADABLE as error:
         raise ProblemError(f"{path} is not a problem file: {error}") from error
 
 

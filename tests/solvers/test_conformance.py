@@ -1,0 +1,130 @@
+"""What every backend promises, own or a user's: one suite over all that are registered."""
+
+from __future__ import annotations
+
+import math
+from functools import cache
+
+import numpy as np
+import pytest
+import torch
+
+from solvers import BackendError, Kind, Status, backend_class, backend_names, make_backend, solve
+from tests.solvers.instances import INSTANCES
+
+TOLERANCE = 1e-8
+
+backend = pytest.mark.parametrize("backend", backend_names())
+instance = pytest.mark.parametrize("instance", INSTANCES.values(), ids=INSTANCES.keys())
+
+
+def runnable(name, instance):
+    """Skip, with its reason, a backend that is missing or that declares it cannot take this."""
+    cls = backend_class(name)
+    reason = cls.available()
+    if reason is not None:
+        pytest.skip(f"{name}: {reason}")
+    refusal = cls.capabilities.refusal(instance.problem)
+    if refusal is not None:
+        pytest.skip(f"{name} {refusal}")
+    return cls
+
+
+@cache
+def solution_of(name, instance_name):
+    """Solve each pair once for all tests."""
+    return solve(INSTANCES[instance_name].problem, name)
+
+
+@backend
+@instance
+def test_refuses_what_it_cannot_take(backend, instance):
+    cls = backend_class(backend)
+    refusal = cls.capabilities.refusal(instance.problem)
+    if cls.available() is not None:
+        pytest.skip(f"{backend}: {cls.available()}")
+    if refusal is None:
+        assert solution_of(backend, instance.name).backend == backend
+    else:
+        with pytest.raises(BackendError) as error:
+            solve(instance.problem, backend)
+        assert refusal in str(error.value)
+        assert "choose another" in str(error.value)
+
+
+@backend
+@instance
+def test_support_is_feasible_and_the_loss_is_that_of_a_refit(backend, instance):
+    runnable(backend, instance)
+    solution = solution_of(backend, instance.name)
+    problem = instance.problem
+    support = solution.support.tolist()
+    assert support == sorted(set(support))
+    assert len(support) == problem.keep
+    assert set(support) <= set(range(problem.units))
+    assert set(support) | set(solution.removed.tolist()) == set(range(problem.units))
+    assert solution.loss == pytest.approx(instance.loss(support), abs=TOLERANCE * problem.scale)
+    assert 0 <= solution.relative_loss <= 1 + TOLERANCE
+
+
+@backend
+@instance
+def test_never_beats_the_optimum_and_the_bound_never_lies_above_it(backend, instance):
+    cls = runnable(backend, instance)
+    solution = solution_of(backend, instance.name)
+    slack = TOLERANCE * instance.problem.scale
+    assert solution.loss >= instance.optimum() - slack
+    assert solution.lower_bound <= instance.optimum() + slack
+    if math.isfinite(solution.lower_bound):
+        assert solution.bound_from
+        assert 0 <= solution.gap <= 1
+    if cls.kind is Kind.EXACT:
+        assert solution.status is Status.OPTIMAL
+        assert solution.loss == pytest.approx(instance.optimum(), abs=slack)
+    if cls.kind is Kind.BOUND:
+        assert math.isfinite(solution.lower_bound)
+
+
+@backend
+@instance
+def test_verifies_itself(backend, instance):
+    runnable(backend, instance)
+    solution = solution_of(backend, instance.name)
+    report = solution.verify()
+    assert report.loss == pytest.approx(solution.loss, abs=TOLERANCE * instance.problem.scale)
+    assert solution.seconds > 0
+
+
+@backend
+@pytest.mark.parametrize("name", ["scalar", "ties", "ragged", "ragged_consumers"])
+def test_is_deterministic_and_leaves_the_problem_alone(backend, name):
+    instance = INSTANCES[name]
+    runnable(backend, instance)
+    tensors = [(c.H, c.G, c.W0, c.rows) for c in instance.problem.consumers]
+    before = [[tensor.clone() for tensor in group] for group in tensors]
+    threads = torch.get_num_threads()
+    first = solution_of(backend, name)
+    again = solve(instance.problem, make_backend(backend))
+    assert torch.equal(first.support, again.support)
+    assert first.loss == again.loss
+    assert first.status is again.status
+    assert first.lower_bound == pytest.approx(again.lower_bound, rel=1e-9)
+    for group, copies in zip(tensors, before, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(group, copies, strict=True))
+    assert torch.get_num_threads() == threads
+
+
+@instance
+def test_local_search_is_no_worse_than_its_start(instance):
+    greedy, local = (solution_of(name, instance.name) for name in ("greedy", "local_search"))
+    assert local.loss <= greedy.loss + TOLERANCE * instance.problem.scale
+    assert local.status is Status.SWAP_OPTIMAL
+    assert all(np.diff(local.history) < 0)
+
+
+@pytest.mark.parametrize("name", ["scalar", "correlated", "blocks", "ragged_consumers"])
+def test_searches_beat_a_random_support(name):
+    instance = INSTANCES[name]
+    random = np.mean([solve(instance.problem, "random", seed=seed).loss for seed in range(8)])
+    for backend in ("greedy", "local_search", "multistage"):
+        assert solution_of(backend, name).loss < random

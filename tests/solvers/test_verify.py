@@ -1,0 +1,146 @@
+"""`Solution.verify` believes nothing: each planted fault is found and named."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from solvers import Solution, Status, VerificationError, quadratic_loss, refit, solve
+from tests.solvers.instances import INSTANCES
+
+NAMES = ["scalar", "target", "ragged", "ragged_consumers"]
+instances = pytest.mark.parametrize("instance", [INSTANCES[n] for n in NAMES], ids=NAMES)
+
+
+def exact(instance) -> Solution:
+    return solve(instance.problem, "enumerate")
+
+
+def on(instance, support, **claims) -> Solution:
+    """An honest refit on `support`, with claims that may not be."""
+    support = torch.tensor(support)
+    weights, loss = refit(instance.problem, support)
+    claims = {"status": Status.FEASIBLE, **claims}
+    return Solution(instance.problem, "planted", support, weights, loss, **claims)
+
+
+def worst(instance) -> list[int]:
+    """A support that one exchange improves: the optimum with its best unit exchanged."""
+    best = exact(instance)
+    supports = [
+        sorted({*best.support.tolist()} - {out} | {into})
+        for out in best.support.tolist()
+        for into in best.removed.tolist()
+    ]
+    return max(supports, key=instance.loss)
+
+
+@instances
+def test_accepts_an_honest_solution(instance):
+    report = exact(instance).verify()
+    assert report.loss == pytest.approx(instance.optimum(), rel=1e-8)
+    assert report.loss_error < 1e-12
+    assert report.stationarity < 1e-9
+    assert report.swap_gain <= 1e-12
+    assert math.isnan(on(instance, worst(instance)).verify().swap_gain)
+
+
+@instances
+@pytest.mark.parametrize("factor", [0.99, 1.01, math.nan])
+def test_wrong_loss(instance, factor):
+    solution = exact(instance)
+    with pytest.raises(VerificationError, match="when recomputed, claimed"):
+        replace(solution, loss=solution.loss * factor, lower_bound=-math.inf).verify()
+
+
+@instances
+def test_weights_that_are_not_the_refit(instance):
+    """Dense weights on the kept rows have a loss of their own, and it is not the refit's."""
+    solution = on(instance, worst(instance))
+    weights = tuple(W * 1.001 for W in solution.weights)
+    loss = quadratic_loss(instance.problem, weights)
+    with pytest.raises(VerificationError, match="not the refit on the support"):
+        replace(solution, weights=weights, loss=loss).verify()
+
+
+@instances
+def test_weights_outside_of_the_support(instance):
+    solution = exact(instance)
+    other = on(instance, worst(instance))
+    with pytest.raises(VerificationError, match="not zero on the rows of removed units"):
+        replace(solution, weights=other.weights, loss=other.loss).verify()
+
+
+def test_weights_of_a_wrong_shape_or_value_or_number():
+    solution = exact(INSTANCES["scalar"])
+    (W,) = solution.weights
+    for weights, message in [
+        ((W[:-1],), "wrong shape or are not finite"),
+        ((torch.full_like(W, torch.nan),), "wrong shape or are not finite"),
+        ((W, W), "weights for 2 of 1 consumers"),
+    ]:
+        with pytest.raises(VerificationError, match=message):
+            replace(solution, weights=weights).verify()
+
+
+@pytest.mark.parametrize(
+    ("support", "message"),
+    [
+        ([0, 1, 2], "support has 3 distinct units, keep is 4"),
+        ([0, 1, 2, 2], "support has 3 distinct units, keep is 4"),
+        ([0, 1, 2, 3, 4], "support has 5 distinct units, keep is 4"),
+        ([0, 1, 2, 9], "outside 0 .. 8"),
+        ([-1, 0, 1, 2], "outside 0 .. 8"),
+    ],
+)
+def test_infeasible_support(support, message):
+    solution = exact(INSTANCES["scalar"])
+    with pytest.raises(VerificationError, match=message):
+        replace(solution, support=torch.tensor(support)).verify()
+
+
+@instances
+def test_bound_above_the_loss(instance):
+    solution = exact(instance)
+    bound = solution.loss + 1e-5 * instance.problem.scale
+    with pytest.raises(VerificationError, match="lies above the loss"):
+        replace(solution, lower_bound=bound).verify()
+
+
+@instances
+def test_false_swap_optimum(instance):
+    with pytest.raises(VerificationError, match="not a swap optimum"):
+        on(instance, worst(instance), status=Status.SWAP_OPTIMAL).verify()
+
+
+@instances
+def test_optimality_without_a_bound(instance):
+    with pytest.raises(VerificationError, match="claimed without a bound"):
+        replace(exact(instance), lower_bound=-math.inf).verify()
+
+
+@instances
+def test_optimality_that_the_bound_does_not_prove(instance):
+    solution = exact(instance)
+    with pytest.raises(VerificationError, match="optimality is claimed with a gap"):
+        replace(solution, lower_bound=0.9 * solution.loss).verify()
+
+
+@instances
+def test_optimality_that_an_exchange_refutes(instance):
+    """The false bound agrees with the false optimum; only the exchange gives both away."""
+    false = on(instance, worst(instance))
+    with pytest.raises(VerificationError, match=r"bound .* is refuted by an exchange"):
+        replace(false, status=Status.OPTIMAL, lower_bound=false.loss).verify()
+
+
+def test_gap():
+    solution = on(INSTANCES["scalar"], [0, 1, 2, 3])
+    assert math.isnan(solution.gap)
+    assert replace(solution, lower_bound=solution.loss).gap == 0
+    assert replace(solution, lower_bound=solution.loss / 4).gap == pytest.approx(0.75)
+    assert replace(solution, lower_bound=-1.0).gap == 1
+    assert replace(solution, lower_bound=0.0, loss=0.0).gap == 0
