@@ -1,0 +1,220 @@
+"""What a propagation rule sees: one operator call, with layouts in place of tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TypeAlias, cast
+
+from graph.axes import ONE, Axes, Layout
+from graph.groups import Freeze, Role
+
+Shape: TypeAlias = tuple[int, ...]
+Origin: TypeAlias = tuple[tuple[str, int], ...]
+"""Tensor dimensions, each a tensor's name and a dimension of it."""
+
+
+@dataclass(frozen=True)
+class Value:
+    """The layouts of a traced tensor.
+
+    Parameters
+    ----------
+    dims
+        One layout for each dimension.
+    origins
+        If this tensor is a mere rearrangement of parameters and buffers (a transpose, a view, a
+        scaled copy), the tensor dimensions from which each of its dimensions comes; empty
+        otherwise.  Zeros in an origin are zeros here, which is what lets a unit be removed by
+        masking its consumers.
+    """
+
+    dims: tuple[Layout, ...]
+    origins: tuple[Origin, ...] = ()
+
+    @property
+    def is_weight(self) -> bool:
+        """Whether this is a rearrangement of parameters and buffers."""
+        return bool(self.origins)
+
+
+@dataclass(frozen=True)
+class Use:
+    """One role that a tensor dimension was seen in, along the axes of a layout."""
+
+    tensor: str
+    dim: int
+    layout: Layout
+    role: Role
+    module: str
+    order: int
+
+
+@dataclass(frozen=True)
+class HeadUse:
+    """Axes over which an attention runs side by side."""
+
+    layout: Layout
+    module: str
+    order: int
+
+
+@dataclass
+class Findings:
+    """What the rules report besides layouts."""
+
+    uses: list[Use] = field(default_factory=list)
+    heads: list[HeadUse] = field(default_factory=list)
+
+
+def _tensors_in(arguments: Iterable[object]) -> Iterator[Value]:
+    for argument in arguments:
+        if isinstance(argument, Value):
+            yield argument
+        elif isinstance(argument, list | tuple):
+            yield from _tensors_in(argument)
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of an operator, as a rule sees it.
+
+    Parameters
+    ----------
+    operator
+        Full name, such as ``aten.add.Tensor``.
+    module
+        Qualified name of the module in which it was called.
+    order
+        Position in execution order.
+    arguments
+        Arguments by schema name, defaults filled in, a `Value` (or a list of them) in place of
+        each tensor.
+    shapes
+        Shape of each output tensor.
+    axes
+        The store of all axes.
+    findings
+        Where roles and head axes are recorded.
+    """
+
+    operator: str
+    module: str
+    order: int
+    arguments: Mapping[str, object]
+    shapes: tuple[Shape, ...]
+    axes: Axes
+    findings: Findings
+
+    # ---- arguments -----------------------------------------------------------------------
+
+    def value(self, name: str) -> Value:
+        """Return a tensor argument."""
+        argument = self.arguments[name]
+        if not isinstance(argument, Value):
+            raise TypeError(f"argument {name!r} of {self.operator} is not a tensor: {argument!r}")
+        return argument
+
+    def optional(self, name: str) -> Value | None:
+        """Return a tensor argument, or None if it is absent or not a tensor."""
+        argument = self.arguments.get(name)
+        return argument if isinstance(argument, Value) else None
+
+    def values(self) -> list[Value]:
+        """Return every tensor argument, those inside lists too, in order."""
+        return list(_tensors_in(self.arguments.values()))
+
+    def integer(self, name: str) -> int:
+        """Return an integer argument."""
+        return cast(int, self.arguments[name])
+
+    def flag(self, name: str) -> bool:
+        """Return a boolean argument; absent means False."""
+        return bool(self.arguments.get(name, False))
+
+    def integers(self, *names: str) -> tuple[int, ...]:
+        """Return the first present argument of several names as a tuple of integers."""
+        for name in names:
+            argument = self.arguments.get(name)
+            if isinstance(argument, int):
+                return (argument,)
+            if argument is not None:
+                return tuple(cast(Sequence[int], argument))
+        return ()
+
+    # ---- relating ------------------------------------------------------------------------
+
+    def freeze(self, layouts: Iterable[Layout], reason: str) -> None:
+        """Forbid pruning along the axes of the given layouts, because of this call."""
+        freeze = Freeze(reason=reason, operator=self.operator, module=self.module)
+        for layout in layouts:
+            self.axes.freeze(layout, freeze)
+
+    def unify(self, a: Layout, b: Layout) -> Layout:
+        """Make two layouts equal, or freeze both if their boundaries do not align."""
+        if not self.axes.unify(a, b):
+            self.freeze((a, b), "the layouts of its operands do not align")
+        return self.axes.resolve(a)
+
+    def broadcast(self, operands: Sequence[Sequence[Layout]], shape: Shape) -> tuple[Layout, ...]:
+        """Unify the dimensions of operands that broadcast to `shape`, aligned at the end."""
+        dims: list[Layout] = []
+        for back in range(len(shape), 0, -1):
+            size = shape[-back]
+            present = [dims[-back] for dims in operands if len(dims) >= back]
+            full = [layout for layout in present if self.axes.size(layout) == size != 1]
+            merged = full[0] if full else self.axes.fresh(size)
+            for layout in full[1:]:
+                merged = self.unify(merged, layout)
+            dims.append(merged)
+        return tuple(dims)
+
+    def record(
+        self, value: Value, role: Role, dim: int | None = None, layout: Layout | None = None
+    ) -> None:
+        """Note the role in which the tensors behind a value take part.
+
+        Parameters
+        ----------
+        value
+            Nothing is noted unless it is a weight.
+        role
+            The role.
+        dim
+            The dimension of `value` concerned; all if None.
+        layout
+            The part of that dimension concerned; all of it if None.
+        """
+        for index, origin in enumerate(value.origins):
+            if dim is None or index == dim % len(value.dims):
+                along = value.dims[index] if layout is None else layout
+                self.findings.uses.extend(
+                    Use(tensor, tensor_dim, along, role, self.module, self.order)
+                    for tensor, tensor_dim in origin
+                )
+
+    def record_heads(self, layouts: Iterable[Layout]) -> None:
+        """Note that an attention runs side by side over the axes of some layouts."""
+        self.findings.heads.extend(
+            HeadUse(layout, self.module, self.order) for layout in layouts if layout != ONE
+        )
+
+    # ---- results -------------------------------------------------------------------------
+
+    def unknown(self, size: int, reason: str) -> Layout:
+        """Return a new frozen layout, for a dimension about which nothing is known."""
+        layout = self.axes.fresh(size)
+        self.freeze((layout,), reason)
+        return layout
+
+    def opaque(self, reason: str) -> tuple[Value, ...]:
+        """Freeze every input and return frozen outputs: the safe answer to anything."""
+        for value in self.values():
+            self.freeze(value.dims, reason)
+        return tuple(
+            Value(tuple(self.unknown(size, reason) for size in shape)) for shape in self.shapes
+        )
+
+
+Result: TypeAlias = Value | Sequence[Value]
+Rule: TypeAlias = Callable[[Call], Result]

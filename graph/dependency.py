@@ -1,0 +1,127 @@
+"""The dependency graph of a model: its coupling groups, and how they hang together."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass
+from pathlib import Path
+
+import networkx as nx
+import torch
+
+from graph.draw import render
+from graph.errors import UnknownGroupError
+from graph.export import ExampleInputs, export_model
+from graph.grouping import build_groups
+from graph.groups import CouplingGroup
+from graph.propagate import Operator, propagate
+from graph.rules import DEFAULT, RuleTable
+
+
+@dataclass(frozen=True)
+class DependencyGraph:
+    """Which tensor slices of a model go together.
+
+    Parameters
+    ----------
+    groups
+        Coupling groups in execution order, frozen ones included.
+    operators
+        The operators of the traced graph in execution order.
+    """
+
+    groups: tuple[CouplingGroup, ...]
+    operators: tuple[Operator, ...]
+
+    @property
+    def prunable(self) -> tuple[CouplingGroup, ...]:
+        """The groups from which units may be removed."""
+        return tuple(group for group in self.groups if group.prunable)
+
+    def group(self, name: str) -> CouplingGroup:
+        """Return a group by name.
+
+        Raises
+        ------
+        UnknownGroupError
+            If there is none; the message lists names close to it.
+        """
+        names = {group.name: group for group in self.groups}
+        if name in names:
+            return names[name]
+        near = difflib.get_close_matches(name, names, n=5, cutoff=0.4) or list(names)[:5]
+        raise UnknownGroupError(
+            f"no coupling group is called {name!r}; near it: {', '.join(near) or 'none at all'}"
+        )
+
+    def networkx(self) -> nx.DiGraph[str]:
+        """Return a directed graph of operators, slots and groups.
+
+        Nodes carry ``kind`` (``"operator"``, ``"slot"`` or ``"group"``) and the object they stand
+        for as ``data``.  Edges run from operators to the operators that read their results, from
+        slots to the operators that use them, and between slots and groups: from producers and
+        pass-through slots to the group, from the group to its consumers.
+        """
+        network: nx.DiGraph[str] = nx.DiGraph()
+        by_order = {operator.order: operator.name for operator in self.operators}
+        for operator in self.operators:
+            network.add_node(operator.name, kind="operator", data=operator)
+            network.add_edges_from((name, operator.name) for name in operator.inputs)
+        for group in self.groups:
+            network.add_node(group.name, kind="group", data=group)
+            for slot in group.slots:
+                name = f"{slot.tensor}[{slot.dim}]+{slot.offset} {slot.role.value} of {group.name}"
+                network.add_node(name, kind="slot", data=slot)
+                consumer = slot in group.consumers
+                network.add_edge(*((group.name, name) if consumer else (name, group.name)))
+                network.add_edge(name, by_order[slot.order])
+        return network
+
+    def draw(self, path: str | Path) -> Path:
+        """Write a drawing of the groups as SVG and return where it lies.
+
+        Parameters
+        ----------
+        path
+            File to write.
+        """
+        target = Path(path)
+        target.write_text(render(self.groups), encoding="utf-8")
+        return target
+
+
+def trace(
+    model: torch.nn.Module,
+    example_inputs: ExampleInputs,
+    *,
+    rules: RuleTable | None = None,
+) -> DependencyGraph:
+    """Find the coupling groups of a model.
+
+    Parameters
+    ----------
+    model
+        Any PyTorch module, on any device, `meta` included; it is left as it was.
+    example_inputs
+        A tuple of positional arguments of ``model.forward`` or a dict of keyword arguments.  Only
+        shapes and types matter, as far as the model's control flow goes.
+    rules
+        Propagation rules to use instead of the default ones.
+
+    Returns
+    -------
+    DependencyGraph
+        Its groups name the slices of every tensor that each unit owns.
+
+    Raises
+    ------
+    ExampleInputError
+        If the inputs do not fit the model's signature.
+    TraceError
+        If `torch.export` refuses the model; the error carries its reason and what usually helps.
+    RuleError
+        If a propagation rule is wrong.
+    """
+    program = export_model(model, example_inputs)
+    propagation = propagate(program, DEFAULT if rules is None else rules)
+    return DependencyGraph(build_groups(propagation, program.tensors), propagation.operators)

@@ -1,0 +1,185 @@
+"""From a PyTorch model to a graph of ATen operators, without touching the model."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, TypeAlias
+
+import torch
+from torch.export.graph_signature import InputKind
+from torch.utils import _pytree as pytree
+
+from graph.errors import ExampleInputError, TraceError
+
+ExampleInputs: TypeAlias = tuple[Any, ...] | Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """A parameter or buffer of the model, tied ones known by the first of their names."""
+
+    name: str
+    shape: tuple[int, ...]
+    is_parameter: bool
+
+
+@dataclass(frozen=True)
+class Program:
+    """An exported model.
+
+    Parameters
+    ----------
+    nodes
+        The nodes of the graph in execution order.
+    tensors
+        Parameters and buffers by name.
+    holders
+        For each placeholder that stands for one of them, its name.
+    """
+
+    nodes: tuple[torch.fx.Node, ...]
+    tensors: Mapping[str, TensorInfo]
+    holders: Mapping[str, str]
+
+
+def export_model(model: torch.nn.Module, example_inputs: ExampleInputs) -> Program:
+    """Export a model in eval mode, on whatever device its parameters are (`meta` included).
+
+    Parameters
+    ----------
+    model
+        Left exactly as it was, training flags included.
+    example_inputs
+        Positional arguments as a tuple, or keyword arguments as a mapping.
+
+    Raises
+    ------
+    ExampleInputError
+        If the inputs do not fit the signature of ``model.forward``.
+    TraceError
+        If the model cannot be exported.
+    """
+    args, kwargs = _bind(model, example_inputs)
+    with _evaluating(model), torch.no_grad():
+        try:
+            exported = torch.export.export(model, args, kwargs, strict=False)
+        except Exception as error:  # anything the user's forward may raise
+            raise _explained(error, model) from error
+    names = _canonical_names(model)
+    tensors = {
+        names[name]: TensorInfo(names[name], tuple(tensor.shape), is_parameter)
+        for name, tensor, is_parameter in _named_tensors(model)
+    }
+    kinds = (InputKind.PARAMETER, InputKind.BUFFER)
+    holders = {
+        spec.arg.name: names[spec.target]
+        for spec in exported.graph_signature.input_specs
+        if spec.kind in kinds and spec.target in names
+    }
+    return Program(tuple(exported.graph.nodes), tensors, holders)
+
+
+def module_of(node: torch.fx.Node) -> str:
+    """Return the qualified name of the innermost module in which a node was traced."""
+    stack = list((node.meta.get("nn_module_stack") or {}).values())
+    # A module called again is recorded as ``name@1``.
+    return re.sub(r"@\d+", "", stack[-1][0]) if stack else ""
+
+
+# ---- inputs ------------------------------------------------------------------------------
+
+
+def _bind(
+    model: torch.nn.Module, example_inputs: ExampleInputs
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if isinstance(example_inputs, Mapping):
+        args, kwargs = (), dict(example_inputs)
+    elif isinstance(example_inputs, tuple):
+        args, kwargs = example_inputs, {}
+    else:
+        raise ExampleInputError(
+            f"example_inputs is a {type(example_inputs).__name__}; pass a tuple of positional "
+            "arguments or a dict of keyword arguments"
+        )
+    signature = inspect.signature(model.forward)
+    try:
+        bound = signature.bind(*args, **kwargs)
+    except TypeError as error:
+        raise ExampleInputError(
+            f"the example inputs do not fit {type(model).__name__}.forward{signature}: {error}"
+        ) from error
+    if "use_cache" in signature.parameters and "use_cache" not in bound.arguments:
+        # A cache would make keys and values outputs of the model.
+        kwargs["use_cache"] = False
+    device = next((tensor.device for _, tensor, _ in _named_tensors(model)), None)
+    return pytree.tree_map_only(torch.Tensor, lambda t: t.to(device), (args, kwargs))  # type: ignore[no-any-return]
+
+
+@contextmanager
+def _evaluating(model: torch.nn.Module) -> Iterator[None]:
+    flags = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in flags:
+            module.training = training
+
+
+# ---- names -------------------------------------------------------------------------------
+
+
+def _named_tensors(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor, bool]]:
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        yield name, parameter, True
+    for name, buffer in model.named_buffers(remove_duplicate=False):
+        yield name, buffer, False
+
+
+def _canonical_names(model: torch.nn.Module) -> dict[str, str]:
+    """Map every name of a tensor to the first one."""
+    first: dict[int, str] = {}
+    return {name: first.setdefault(id(tensor), name) for name, tensor, _ in _named_tensors(model)}
+
+
+# ---- errors ------------------------------------------------------------------------------
+
+_HINTS = (
+    (
+        r"data-dependent|DataDependent|GuardOnDataDependent",
+        "Its control flow depends on the values in a tensor. Move the decision out of `forward`, "
+        "or give example inputs and options with which it is not taken.",
+    ),
+    (
+        r"mat1 and mat2|must match|size mismatch|Expected|expected|invalid for input|out of range",
+        "Its forward pass rejects the example inputs: check their shapes and types, and that the "
+        "model runs on them.",
+    ),
+)
+_DEFAULT_HINT = (
+    "Check that the model runs on the example inputs; what most often helps is to avoid Python "
+    "side effects and calls into other libraries inside `forward`."
+)
+
+
+def _explained(error: Exception, model: torch.nn.Module) -> TraceError:
+    reason = str(error).strip().partition("\n")[0] or type(error).__name__
+    text = f"{type(error).__name__} {error}"
+    hint = next((hint for pattern, hint in _HINTS if re.search(pattern, text)), _DEFAULT_HINT)
+    return TraceError(reason, _failing_module(error.__traceback__, model), hint)
+
+
+def _failing_module(trace: TracebackType | None, model: torch.nn.Module) -> str:
+    """Find the innermost module whose method was running when the error was raised."""
+    names = {id(module): name for name, module in model.named_modules()}
+    found = ""
+    while trace is not None:
+        owner = trace.tb_frame.f_locals.get("self")
+        found = names.get(id(owner), found)
+        trace = trace.tb_next
+    return found

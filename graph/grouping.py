@@ -1,0 +1,201 @@
+"""From related axes to coupling groups."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from graph.axes import Axes, Segment
+from graph.call import Use
+from graph.export import TensorInfo
+from graph.groups import CouplingGroup, Freeze, Role, Slot
+from graph.naming import Naming
+from graph.propagate import Propagation
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a factor of a product lies in a dimension of a tensor, in the terms of `Slot`."""
+
+    tensor: str
+    dim: int
+    segment: Segment
+    outer: int
+    inner: int
+    offset: int
+
+
+def build_groups(
+    propagation: Propagation, tensors: Mapping[str, TensorInfo]
+) -> tuple[CouplingGroup, ...]:
+    """Return the coupling groups of a propagated program, in execution order.
+
+    Every free axis that some parameter produces or consumes becomes a group.  Two prunable groups
+    never share a parameter dimension as factors of one product: where they would, the inner one
+    is frozen.
+    """
+    axes = propagation.axes
+    places, uneven = _locate(propagation)
+    slots = _all_slots(propagation, places)
+    freezes = {
+        axis: [*axes.freezes(axis), *uneven.get(axis, ())] or list(_unusable(slots[axis]))
+        for axis in slots
+    }
+    containers = _nested(places, freezes)
+    for axis in containers:
+        freezes[axis] = freezes[axis] or [_NESTED]
+    naming = Naming(propagation, slots, containers)
+    return tuple(
+        CouplingGroup(
+            name=naming.names[axis],
+            kind=naming.kinds[axis],
+            units=axes.axis_size(axis),
+            slots=slots[axis],
+            removable=_removable(slots[axis], tensors),
+            frozen=tuple(freezes[axis]),
+        )
+        for axis in slots
+    )
+
+
+# ---- places ------------------------------------------------------------------------------
+
+
+def _locate(
+    propagation: Propagation,
+) -> tuple[dict[int, list[Place]], dict[int, list[Freeze]]]:
+    """Find every free axis in every tensor dimension, and those that no slot can describe."""
+    places: dict[int, list[Place]] = defaultdict(list)
+    uneven: dict[int, list[Freeze]] = defaultdict(list)
+    for factor, place in _factors(propagation):
+        bound = propagation.axes.parts(factor)
+        if bound is None and place.segment.count(factor) == 1:
+            places[factor].append(place)
+            continue
+        where = f"dimension {place.dim} of {place.tensor}"
+        for axis in {factor} if bound is None else propagation.axes.leaves(bound):
+            uneven[axis].append(Freeze(f"its units are not evenly spaced in {where}", "", ""))
+    return places, uneven
+
+
+def _factors(propagation: Propagation) -> Iterator[tuple[int, Place]]:
+    axes = propagation.axes
+    for tensor, dims in propagation.tensors.items():
+        for dim, layout in enumerate(dims):
+            offset = 0
+            for segment in axes.resolve(layout):
+                for position, factor in enumerate(segment):
+                    outer, inner = segment[:position], segment[position + 1 :]
+                    strides = axes.size((outer,)), axes.size((inner,))
+                    yield factor, Place(tensor, dim, segment, *strides, offset)
+                offset += axes.size((segment,))
+
+
+_NESTED = Freeze("its positions lie inside the units of another group", "", "")
+
+
+def _nested(
+    places: Mapping[int, list[Place]], freezes: Mapping[int, list[Freeze]]
+) -> dict[int, int]:
+    """Map each axis to the first prunable one outside it in some product."""
+    containers: dict[int, int] = {}
+    for axis in freezes:
+        for place in places[axis]:
+            outside = place.segment[: place.segment.index(axis)]
+            lead = next((a for a in outside if not freezes.get(a, [_NESTED])), None)
+            if lead is not None:
+                containers.setdefault(axis, lead)
+    return containers
+
+
+# ---- slots -------------------------------------------------------------------------------
+
+
+def _all_slots(
+    propagation: Propagation, places: Mapping[int, list[Place]]
+) -> dict[int, tuple[Slot, ...]]:
+    """Draw up the slots of every axis that a parameter computes, axes in execution order."""
+    roles = _roles(propagation)
+    readers = {
+        tensor: operator.order
+        for operator in reversed(propagation.operators)
+        for tensor in operator.tensors
+    }
+    slots: dict[int, tuple[Slot, ...]] = {}
+    for axis, found in places.items():
+        drawn = [
+            slot
+            for place in found
+            for slot in _slots(propagation.axes, axis, place, roles, readers)
+        ]
+        if any(slot.role is not Role.PASS_THROUGH for slot in drawn):
+            slots[axis] = tuple(sorted(drawn, key=_position))
+    return dict(sorted(slots.items(), key=lambda item: _position(item[1][0])))
+
+
+def _position(slot: Slot) -> tuple[int, str, int, int, int]:
+    return slot.order, slot.tensor, slot.dim, slot.offset, slot.outer
+
+
+def _roles(propagation: Propagation) -> dict[tuple[str, int, int], dict[Role, Use]]:
+    """Find the first use in each role of every axis of every tensor dimension."""
+    roles: dict[tuple[str, int, int], dict[Role, Use]] = defaultdict(dict)
+    for use in propagation.uses:
+        for axis in propagation.axes.leaves(use.layout):
+            roles[use.tensor, use.dim, axis].setdefault(use.role, use)
+    return roles
+
+
+def _slots(
+    axes: Axes,
+    axis: int,
+    place: Place,
+    roles: Mapping[tuple[str, int, int], dict[Role, Use]],
+    readers: Mapping[str, int],
+) -> Iterator[Slot]:
+    """One slot for each role; passing through is no role beside another one."""
+    if place.tensor not in readers:
+        return
+    seen = dict(roles.get((place.tensor, place.dim, axis), {}))
+    if len(seen) > 1:
+        seen.pop(Role.PASS_THROUGH, None)
+    home = place.tensor.rpartition(".")[0]
+    default = Use(place.tensor, place.dim, (), Role.PASS_THROUGH, home, readers[place.tensor])
+    for role, use in (seen or {Role.PASS_THROUGH: default}).items():
+        yield Slot(
+            tensor=place.tensor,
+            dim=place.dim,
+            role=role,
+            module=use.module,
+            units=axes.axis_size(axis),
+            outer=place.outer,
+            inner=place.inner,
+            offset=place.offset,
+            order=use.order,
+        )
+
+
+def _unusable(slots: tuple[Slot, ...]) -> Iterator[Freeze]:
+    roles = {slot.role for slot in slots}
+    if Role.PRODUCER not in roles:
+        yield Freeze("no parameter produces it", "", "")
+    if Role.CONSUMER not in roles:
+        yield Freeze("no parameter reads it, so that nothing could make up for its units", "", "")
+
+
+def _removable(slots: tuple[Slot, ...], tensors: Mapping[str, TensorInfo]) -> int:
+    """How many parameters leave with one unit; where dimensions cross they count once."""
+    widths: dict[str, dict[int, dict[int, int]]] = defaultdict(lambda: defaultdict(dict))
+    for slot in slots:
+        widths[slot.tensor][slot.dim][slot.offset] = slot.width
+    removed = 0
+    for tensor, dims in widths.items():
+        shape = tensors[tensor].shape
+        kept = [
+            size - sum(dims[dim].values()) if dim in dims else size
+            for dim, size in enumerate(shape)
+        ]
+        removed += tensors[tensor].is_parameter * (math.prod(shape) - math.prod(kept))
+    return removed

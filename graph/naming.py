@@ -1,0 +1,108 @@
+"""What kind a group is, and the name by which people know it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+
+from graph.groups import Kind, Role, Slot
+from graph.propagate import Propagation
+
+
+class Naming:
+    """Names for all groups at once, so that each is unique.
+
+    A group is called after the innermost module that holds all of it (``mlp.neurons``).  Where
+    several groups would get the same name, each is called after the module of its first producer.
+
+    Parameters
+    ----------
+    propagation
+        Tells which axes attention runs over, and which operators were called.
+    slots
+        The slots of each group, by axis.
+    containers
+        For an axis that lies inside the units of another one, that other axis.
+    """
+
+    def __init__(
+        self,
+        propagation: Propagation,
+        slots: Mapping[int, Sequence[Slot]],
+        containers: Mapping[int, int],
+    ) -> None:
+        self._slots = slots
+        self._containers = containers
+        self._targets = {operator.order: operator.target for operator in propagation.operators}
+        self._heads: dict[int, str] = {}
+        for use in propagation.heads:
+            for axis in propagation.axes.leaves(use.layout):
+                self._heads.setdefault(axis, use.module)
+        self.kinds = {axis: self._kind(axis) for axis in slots}
+        self.names = self._unique()
+
+    def _kind(self, axis: int) -> Kind:
+        slots = self._slots[axis]
+        produced = [slot.order for slot in slots if slot.role is Role.PRODUCER]
+        consumed = [slot.order for slot in slots if slot.role is Role.CONSUMER]
+        if axis in self._containers or not produced or not consumed:
+            return Kind.OTHER
+        if axis in self._heads:
+            return Kind.HEADS
+        targets = {self._targets[slot.order] for slot in slots}
+        if any("conv" in target for target in targets):
+            return Kind.CHANNELS
+        # What is read and then written again is a residual stream.
+        if min(consumed) < max(produced) or any("embedding" in target for target in targets):
+            return Kind.HIDDEN
+        return Kind.NEURONS
+
+    def _unique(self) -> dict[int, str]:
+        preferred = {axis: self._name(axis, self._home(axis)) for axis in self._slots}
+        shared = Counter(preferred.values())
+        taken: Counter[str] = Counter()
+        names: dict[int, str] = {}
+        for axis, name in preferred.items():
+            if shared[name] > 1 and axis not in self._containers:
+                name = self._name(axis, self._first(axis))
+            taken[name] += 1
+            names[axis] = name if taken[name] == 1 else f"{name}.{taken[name]}"
+        return names
+
+    def _name(self, axis: int, module: str) -> str:
+        return ".".join(part for part in (module, self._word(axis)) if part)
+
+    def _word(self, axis: int) -> str:
+        """Return the last part of a name."""
+        if self.kinds[axis] is not Kind.OTHER:
+            return self.kinds[axis].value
+        container = self._containers.get(axis)
+        if container is not None:
+            return f"{self._word(container)}.inner"
+        produced = any(slot.role is Role.PRODUCER for slot in self._slots[axis])
+        return "outputs" if produced else "inputs"
+
+    def _home(self, axis: int) -> str:
+        """Find the module that a group is preferably called after."""
+        axis = self._containers.get(axis, axis)
+        if self.kinds[axis] is Kind.HEADS:
+            return self._heads[axis]
+        if self.kinds[axis] in (Kind.NEURONS, Kind.HIDDEN):
+            return _common(slot.module for slot in self._slots[axis])
+        return self._first(axis)
+
+    def _first(self, axis: int) -> str:
+        """Find the module of the first producer, or of the first slot if there is none."""
+        slots = self._slots[self._containers.get(axis, axis)]
+        return next((slot for slot in slots if slot.role is Role.PRODUCER), slots[0]).module
+
+
+def _common(modules: Iterable[str]) -> str:
+    """Find the innermost module that contains all the given ones."""
+    paths = [module.split(".") for module in modules]
+    common: list[str] = []
+    for parts in zip(*paths, strict=False):
+        if len(set(parts)) > 1:
+            break
+        common.append(parts[0])
+    return ".".join(common)

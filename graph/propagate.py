@@ -1,0 +1,214 @@
+"""Run the rules over an exported graph, in execution order."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+
+from graph.axes import Axes, Layout
+from graph.call import Call, Findings, HeadUse, Result, Shape, Use, Value
+from graph.errors import RuleError
+from graph.export import Program, module_of
+from graph.groups import Freeze
+from graph.rules.table import RuleTable
+
+
+@dataclass(frozen=True)
+class Operator:
+    """A node of the traced graph.
+
+    Parameters
+    ----------
+    name
+        Unique name of the node.
+    target
+        Operator, such as ``aten.linear.default``.
+    module
+        Qualified name of the module in which it was called.
+    order
+        Position in execution order.
+    inputs
+        Names of the nodes that it reads.
+    tensors
+        Names of the parameters and buffers that it reads.
+    """
+
+    name: str
+    target: str
+    module: str
+    order: int
+    inputs: tuple[str, ...]
+    tensors: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Propagation:
+    """What is known when every rule has run."""
+
+    axes: Axes
+    tensors: Mapping[str, tuple[Layout, ...]]
+    uses: Sequence[Use]
+    heads: Sequence[HeadUse]
+    operators: tuple[Operator, ...]
+
+
+def propagate(program: Program, table: RuleTable) -> Propagation:
+    """Relate the axes of all tensors of a program.
+
+    Raises
+    ------
+    RuleError
+        If a rule fails, or returns layouts that do not have the shapes of its outputs.
+    """
+    return _Walk(program, table).run()
+
+
+class _Walk:
+    def __init__(self, program: Program, table: RuleTable) -> None:
+        self.program = program
+        self.table = table
+        self.axes = Axes()
+        self.findings = Findings()
+        self.tensors = {
+            name: tuple(self.axes.fresh(size) for size in info.shape)
+            for name, info in program.tensors.items()
+        }
+        self.results: dict[torch.fx.Node, Any] = {}
+        self.operators: list[Operator] = []
+
+    def run(self) -> Propagation:
+        for order, node in enumerate(self.program.nodes):
+            if node.op in ("placeholder", "get_attr"):
+                self.results[node] = self._placeholder(node)
+            elif node.op == "output":
+                self._output(node)
+            else:
+                self.results[node] = self._call(node, order)
+        findings, operators = self.findings, tuple(self.operators)
+        return Propagation(self.axes, self.tensors, findings.uses, findings.heads, operators)
+
+    def _placeholder(self, node: torch.fx.Node) -> Value | None:
+        name = self.program.holders.get(node.name)
+        if name is not None:
+            dims = self.tensors[name]
+            return Value(dims, tuple(((name, dim),) for dim in range(len(dims))))
+        shapes = _shapes(node.meta.get("val"))
+        if not shapes:
+            return None
+        what = "an input of the model" if node.op == "placeholder" else "a constant of the code"
+        value = Value(tuple(self.axes.fresh(size) for size in shapes[0]))
+        self._freeze(value, Freeze(f"it is a dimension of {what}", node.op, module_of(node)))
+        return value
+
+    def _output(self, node: torch.fx.Node) -> None:
+        freeze = Freeze("it is a dimension of an output of the model", "output", "")
+        for source in node.all_input_nodes:
+            for value in _flat(self.results.get(source)):
+                self._freeze(value, freeze)
+
+    def _freeze(self, value: Value, freeze: Freeze) -> None:
+        for layout in value.dims:
+            self.axes.freeze(layout, freeze)
+
+    def _call(self, node: torch.fx.Node, order: int) -> Any:
+        if node.target is operator.getitem:
+            source, index = cast(tuple[torch.fx.Node, int], node.args)
+            result = self.results[source]
+            return result[index] if isinstance(result, tuple) else result
+        call = self._described(node, order)
+        if not call.shapes:
+            return None
+        self._note(node, call)
+        rule = self.table.find(call.operator)
+        if rule is None:
+            result = call.opaque(f"no propagation rule is known for {call.operator}")
+        else:
+            result = _applied(rule, call)
+        checked = _checked(call, result)
+        single = isinstance(node.meta.get("val"), torch.Tensor)
+        return checked[0] if single else checked
+
+    def _described(self, node: torch.fx.Node, order: int) -> Call:
+        return Call(
+            operator=_target_name(node),
+            module=module_of(node),
+            order=order,
+            arguments=self._arguments(node),
+            shapes=_shapes(node.meta.get("val")),
+            axes=self.axes,
+            findings=self.findings,
+        )
+
+    def _arguments(self, node: torch.fx.Node) -> dict[str, object]:
+        """Return the arguments by name, layouts in place of tensors."""
+        values: Any = torch.fx.map_arg(node.args, lambda n: self.results.get(n))
+        named: Any = torch.fx.map_arg(node.kwargs, lambda n: self.results.get(n))
+        schema = getattr(node.target, "_schema", None)
+        if schema is None:
+            return {str(position): value for position, value in enumerate(values)} | dict(named)
+        arguments: dict[str, object] = {
+            a.name: a.default_value for a in schema.arguments if a.has_default_value()
+        }
+        arguments |= dict(zip((a.name for a in schema.arguments), values, strict=False))
+        arguments.update(named)
+        return arguments
+
+    def _note(self, node: torch.fx.Node, call: Call) -> None:
+        sources = [source.name for source in node.all_input_nodes]
+        holders = self.program.holders
+        self.operators.append(
+            Operator(
+                name=node.name,
+                target=call.operator,
+                module=call.module,
+                order=call.order,
+                inputs=tuple(name for name in sources if name not in holders),
+                tensors=tuple(holders[name] for name in sources if name in holders),
+            )
+        )
+
+
+def _applied(rule: Any, call: Call) -> Result:
+    try:
+        return rule(call)  # type: ignore[no-any-return]
+    except (ArithmeticError, LookupError, TypeError, ValueError, AttributeError) as error:
+        raise RuleError(
+            f"the rule {rule.__module__}.{rule.__name__} failed on {call.operator} in module "
+            f"{call.module!r}: {type(error).__name__}: {error}"
+        ) from error
+
+
+def _checked(call: Call, result: Result) -> tuple[Value, ...]:
+    values = (result,) if isinstance(result, Value) else tuple(result)
+    shapes = tuple(tuple(call.axes.size(dim) for dim in value.dims) for value in values)
+    if shapes != call.shapes:
+        raise RuleError(
+            f"the rule of {call.operator} in module {call.module!r} returned layouts of shapes "
+            f"{shapes} for outputs of shapes {call.shapes}"
+        )
+    return values
+
+
+def _flat(result: object) -> list[Value]:
+    if isinstance(result, Value):
+        return [result]
+    return [value for value in result if value] if isinstance(result, tuple) else []
+
+
+def _target_name(node: torch.fx.Node) -> str:
+    if isinstance(node.target, torch._ops.OpOverload):
+        return str(node.target)
+    return getattr(node.target, "__name__", str(node.target))
+
+
+def _shapes(value: object) -> tuple[Shape, ...]:
+    """Return the shapes of a traced value: one for a tensor, several for a list of tensors."""
+    if isinstance(value, torch.Tensor):
+        return (tuple(int(size) for size in value.shape),)
+    if isinstance(value, list | tuple):
+        return tuple(shape for item in value for shape in _shapes(item))
+    return ()

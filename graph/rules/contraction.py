@@ -1,0 +1,152 @@
+"""Sums of products: linear layers, matrix products, einsum.
+
+All of them are one computation over labelled dimensions.  A label that is summed over is read by
+the parameter that carries it (a consumer); a label that only a parameter carries is produced.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from graph.axes import ONE, Layout
+from graph.call import Call, Value
+from graph.groups import Role
+from graph.rules.table import rule
+
+_TWO_ACTIVATIONS = "it is summed over in a product of two activations"
+
+
+@dataclass(frozen=True)
+class Operand:
+    """A tensor with one label for each dimension."""
+
+    value: Value
+    labels: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.labels) != len(self.value.dims):
+            raise ValueError(f"{len(self.value.dims)} dimensions, labels {self.labels}")
+
+    def layout(self, label: str) -> Layout:
+        """Return the layout of the dimension with a label."""
+        return self.value.dims[self.labels.index(label)]
+
+
+def contract(call: Call, operands: Sequence[Operand], output: Sequence[str]) -> Value:
+    """Propagate through a sum of products, the labels not in `output` summed over."""
+    merged: dict[str, Layout] = {}
+    carriers: dict[str, list[Operand]] = {}
+    for operand in operands:
+        for label, layout in zip(operand.labels, operand.value.dims, strict=True):
+            if call.axes.size(layout) == 1:
+                merged.setdefault(label, ONE)  # broadcast: imposes nothing
+                continue
+            known = merged.get(label, ONE)
+            merged[label] = layout if known == ONE else call.unify(known, layout)
+            carriers.setdefault(label, []).append(operand)
+    for label, holders in carriers.items():
+        _record(call, label, holders, summed=label not in output)
+    if len(operands) > 1 and not any(operand.value.is_weight for operand in operands):
+        shared = (label for label in output if len(carriers.get(label, ())) > 1)
+        call.record_heads(merged[label] for label in shared)
+    return Value(tuple(call.axes.resolve(merged[label]) for label in output))
+
+
+def _record(call: Call, label: str, holders: Sequence[Operand], *, summed: bool) -> None:
+    parameters = [operand for operand in holders if operand.value.is_weight]
+    if summed and not parameters:
+        call.freeze((operand.layout(label) for operand in holders), _TWO_ACTIVATIONS)
+    role = Role.CONSUMER if summed else Role.PASS_THROUGH if len(holders) > 1 else Role.PRODUCER
+    for operand in parameters:
+        call.record(operand.value, role, operand.labels.index(label))
+
+
+def add_bias(call: Call, value: Value, bias: Value | None) -> Value:
+    """Add a tensor that broadcasts to `value`."""
+    if bias is None:
+        return value
+    shape = tuple(call.axes.size(layout) for layout in value.dims)
+    call.record(bias, Role.PASS_THROUGH)
+    return Value(call.broadcast((value.dims, bias.dims), shape))
+
+
+def _batch(rank: int) -> tuple[str, ...]:
+    """Labels of leading dimensions, numbered from the end as broadcasting aligns them."""
+    return tuple(f"batch{back}" for back in range(rank, 0, -1))
+
+
+@rule("aten.linear")
+def linear(call: Call) -> Value:
+    """Apply ``y = x w' + b`` over the last dimension."""
+    value, weight = call.value("input"), call.value("weight")
+    batch = _batch(len(value.dims) - 1)
+    rows = ("out",) if len(weight.dims) == 2 else ()
+    operands = (Operand(value, (*batch, "in")), Operand(weight, (*rows, "in")))
+    return add_bias(call, contract(call, operands, (*batch, *rows)), call.optional("bias"))
+
+
+def _matrix_product(call: Call, left: Value, right: Value) -> Value:
+    """Multiply as `torch.matmul` does: vectors, matrices, and broadcast batches of them."""
+    rows = ("row",) if len(left.dims) > 1 else ()
+    columns = ("column",) if len(right.dims) > 1 else ()
+    left_batch, right_batch = _batch(len(left.dims) - 2), _batch(len(right.dims) - 2)
+    batch = max(left_batch, right_batch, key=len)
+    operands = (
+        Operand(left, (*left_batch, *rows, "sum")),
+        Operand(right, (*right_batch, "sum", *columns)),
+    )
+    return contract(call, operands, (*batch, *rows, *columns))
+
+
+@rule("aten.matmul", "aten.__matmul__", "aten.dot")
+def matmul(call: Call) -> Value:
+    """Multiply two tensors."""
+    return _matrix_product(call, *call.values())
+
+
+@rule("aten.mm", "aten.bmm", "aten.mv")
+def plain_product(call: Call) -> Value:
+    """Multiply matrices, batches of matrices, or a matrix and a vector."""
+    return _matrix_product(call, *call.values()[:2])
+
+
+@rule("aten.addmm", "aten.baddbmm", "aten.addmv")
+def product_with_bias(call: Call) -> Value:
+    """Multiply and add the first argument."""
+    bias, left, right = call.values()
+    return add_bias(call, _matrix_product(call, left, right), bias)
+
+
+@rule("aten.einsum")
+def einsum(call: Call) -> Value:
+    """Propagate through an equation such as ``b i k, b j k -> b i j``."""
+    equation = str(call.arguments["equation"]).replace(" ", "")
+    values = call.values()
+    left, arrow, right = equation.partition("->")
+    terms = [
+        _labels(term, len(value.dims)) for term, value in zip(left.split(","), values, strict=True)
+    ]
+    counts = Counter(label for term in terms for label in term)
+    if any(len(set(term)) < len(term) for term in terms):
+        return call.opaque("a diagonal of it is taken")[0]
+    batch = max((tuple(x for x in term if x.startswith("batch")) for term in terms), key=len)
+    if arrow:
+        output = tuple(
+            label
+            for part in right.partition("...")
+            for label in (batch if part == "..." else tuple(part))
+        )
+    else:
+        singles = sorted(label for label, n in counts.items() if n == 1 and len(label) == 1)
+        output = (*batch, *singles)
+    operands = [Operand(value, term) for value, term in zip(values, terms, strict=True)]
+    return contract(call, operands, output)
+
+
+def _labels(term: str, rank: int) -> tuple[str, ...]:
+    """Return the labels of one operand of an einsum equation, its ellipsis written out."""
+    before, dots, after = term.partition("...")
+    middle = _batch(rank - len(before) - len(after)) if dots else ()
+    return (*before, *middle, *after)

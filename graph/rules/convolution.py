@@ -1,0 +1,113 @@
+"""Convolutions and what acts on the space around them."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from graph.axes import Layout
+from graph.call import Call, Value
+from graph.groups import Role
+from graph.rules.contraction import add_bias
+from graph.rules.table import aten, rule
+
+_WINDOW = "windows slide over it"
+
+
+@rule(*aten("conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d convolution"))
+def convolved(call: Call) -> Value:
+    """Contract channels within each group; a depthwise filter is passed through."""
+    value, weight = call.value("input"), call.value("weight")
+    space = len(weight.dims) - 2
+    transposed = "transpose" in call.operator or call.flag("transposed")
+    groups = call.integer("groups")
+    lead, channels = value.dims[: -space - 1], value.dims[-space - 1]
+    read = _grouped(call, channels, groups)
+    rows = _grouped(call, weight.dims[0], groups)
+    if read is None or rows is None:
+        return call.opaque("groups of channels cross its boundaries")[0]
+    group = call.unify(read[0], rows[0])
+    taken, made = (rows[1], weight.dims[1]) if transposed else (weight.dims[1], rows[1])
+    call.unify(read[1], taken)
+    Filter(weight, transposed, group, taken, made).record(call)
+    call.freeze((*value.dims[-space:], *weight.dims[2:]), _WINDOW)
+    produced = call.axes.product((group, made))
+    shape = call.shapes[0][-space:]
+    around = tuple(call.unknown(size, _WINDOW) for size in shape)
+    dims = (*lead, produced, *around)
+    bias = call.optional("bias")
+    if bias is not None:
+        dims = add_bias(call, Value((*lead, *around, produced)), bias).dims
+        dims = (*lead, dims[-1], *around)
+    return Value(dims)
+
+
+def _grouped(call: Call, layout: Layout, groups: int) -> list[Layout] | None:
+    """Factor channels into (groups, channels in a group)."""
+    return call.axes.regroup((layout,), (groups, call.axes.size(layout) // groups))
+
+
+@dataclass(frozen=True)
+class Filter:
+    """The channels of a filter: those it reads in a group, the groups, those it makes in one."""
+
+    weight: Value
+    transposed: bool
+    group: Layout
+    taken: Layout
+    made: Layout
+
+    def record(self, call: Call) -> None:
+        """Note the roles of the filter's tensor."""
+        if not self.weight.is_weight:
+            call.freeze((self.taken,), "it is summed over in a product of two activations")
+        read, made = (0, 1) if self.transposed else (1, 0)
+        call.record(self.weight, Role.PASS_THROUGH, 0, self.group)
+        call.record(self.weight, Role.CONSUMER, read, self.taken)
+        call.record(self.weight, Role.PRODUCER, made, self.made)
+
+
+_KINDS = "avg_pool max_pool adaptive_avg_pool adaptive_max_pool _adaptive_avg_pool"
+_POOLS = " ".join(f"{kind}{d}d" for d in (1, 2, 3) for kind in _KINDS.split())
+_WITH_INDICES = "max_pool1d_with_indices max_pool2d_with_indices max_pool3d_with_indices"
+_RESAMPLERS = (
+    "upsample_nearest1d upsample_nearest2d upsample_nearest3d upsample_linear1d "
+    "upsample_bilinear2d upsample_bicubic2d upsample_trilinear3d _upsample_nearest_exact1d "
+    "_upsample_nearest_exact2d _upsample_nearest_exact3d _upsample_bilinear2d_aa "
+    "_upsample_bicubic2d_aa"
+)
+_SPACE = {
+    f"aten.{name}": int(re.findall(r"([123])d", name)[0])
+    for name in f"{_POOLS} {_WITH_INDICES} {_RESAMPLERS}".split()
+}
+"""How many trailing dimensions of each operator are space."""
+
+
+@rule(*_SPACE)
+def resampled(call: Call) -> list[Value]:
+    """Pass batch and channels on; positions in space are combined."""
+    value = call.values()[0]
+    space = _SPACE[".".join(call.operator.split(".")[:2])]
+    call.freeze(value.dims[-space:], _WINDOW)
+    return [
+        Value(
+            (
+                *value.dims[:-space],
+                *(call.unknown(size, _WINDOW) for size in shape[-space:]),
+            )
+        )
+        for shape in call.shapes
+    ]
+
+
+@rule("aten.pixel_shuffle")
+def pixels_from_channels(call: Call) -> Value:
+    """Turn channels ``c x r x r`` into space; the factor stays whole."""
+    value, factor = call.value("self"), call.integer("upscale_factor")
+    size = call.axes.size(value.dims[-3])
+    parts = call.axes.regroup((value.dims[-3],), (size // factor**2, factor, factor))
+    if parts is None:
+        return call.opaque("blocks of channels become space across its boundaries")[0]
+    call.freeze((*parts[1:], *value.dims[-2:]), _WINDOW)
+    around = (call.unknown(size, _WINDOW) for size in call.shapes[0][-2:])
+    return Value((*value.dims[:-3], parts[0], *around))

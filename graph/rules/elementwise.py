@@ -1,0 +1,73 @@
+"""Operators that act on each position alone, with broadcasting."""
+
+from __future__ import annotations
+
+from graph.call import Call, Value
+from graph.groups import Role
+from graph.rules.table import aten, rule
+
+_UNARY = (
+    "abs acos acosh asin asinh atan atanh bitwise_not ceil celu cos cosh deg2rad digamma elu "
+    "erf erfc erfinv exp exp2 expm1 floor frac gelu hardsigmoid hardswish hardtanh isfinite isinf "
+    "isnan leaky_relu lgamma log log10 log1p log2 log_sigmoid logical_not logit mish "
+    "nan_to_num positive reciprocal relu relu6 round rrelu rsqrt selu sgn sigmoid sign signbit "
+    "silu sin sinc sinh softplus softshrink hardshrink sqrt square tan tanh tanhshrink threshold "
+    "trunc zeros_like ones_like full_like empty_like rand_like randn_like bernoulli"
+)
+
+_BINARY = (
+    "add addcdiv addcmul atan2 bitwise_and bitwise_or bitwise_xor bitwise_left_shift "
+    "bitwise_right_shift clamp clamp_max clamp_min clip copy copysign div divide eq "
+    "floor_divide fmax fmin fmod ge greater gt hypot le less lerp logaddexp logical_and "
+    "logical_or logical_xor lt masked_fill maximum minimum mul multiply ne not_equal "
+    "pow remainder rsub sub subtract true_divide where xlogy "
+    "__and__ __or__ __xor__ __rshift__ __lshift__"
+)
+
+_COPIES = (
+    "alias alpha_dropout clone contiguous detach detach_copy dropout feature_alpha_dropout "
+    "feature_dropout lift lift_fresh lift_fresh_copy requires_grad to _to_copy type_as "
+    "_autocast_to_full_precision _autocast_to_reduced_precision"
+)
+
+_SCALINGS = "neg mul multiply div divide true_divide"
+
+
+_LINEAR = frozenset(aten(_SCALINGS))
+
+
+@rule(*aten(_UNARY), *aten(_BINARY), "aten.neg")
+def pointwise(call: Call) -> Value:
+    """Unify what is combined; a broadcast dimension imposes nothing."""
+    values = call.values()
+    packet = ".".join(call.operator.split(".")[:2]).removesuffix("_")
+    if len(values) == 1 and packet in _LINEAR:
+        # A number times a parameter: its zeros stay zeros.
+        return values[0]
+    for value in values:
+        call.record(value, Role.PASS_THROUGH)
+    return Value(call.broadcast([value.dims for value in values], call.shapes[0]))
+
+
+@rule(*aten(_COPIES))
+def copied(call: Call) -> Value:
+    """Pass the first tensor on: the same numbers in another memory or precision."""
+    return call.values()[0]
+
+
+@rule("aten.prelu")
+def prelu(call: Call) -> Value:
+    """Apply a slope for each channel (dimension 1), or a single one."""
+    value, weight = call.value("self"), call.value("weight")
+    dims = list(value.dims)
+    if weight.dims and call.axes.size(weight.dims[0]) > 1:
+        dims[1] = call.unify(dims[1], weight.dims[0])
+        call.record(weight, Role.PASS_THROUGH)
+    return Value(tuple(dims))
+
+
+@rule("aten.native_dropout")
+def native_dropout(call: Call) -> list[Value]:
+    """Return the tensor and its mask."""
+    value = call.value("input")
+    return [value, Value(value.dims)]

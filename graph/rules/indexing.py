@@ -1,0 +1,202 @@
+"""Operators that take parts of tensors, and that put parts together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import cast
+
+from graph.axes import ONE, Layout, concat
+from graph.call import Call, Origin, Value
+from graph.groups import Role
+from graph.rules.table import rule
+
+_PICKED = "positions along it are picked by number"
+
+
+def _with_dim(value: Value, dim: int, layout: Layout) -> Value:
+    dims = list(value.dims)
+    dims[dim] = layout
+    return replace(value, dims=tuple(dims))
+
+
+def _cut(call: Call, layout: Layout, sizes: Iterable[int]) -> list[Layout]:
+    """Cut a layout into consecutive parts, or freeze it if it cannot be cut there."""
+    parts: list[Layout] = []
+    rest, sizes = layout, list(sizes)
+    for size in sizes:
+        pieces = call.axes.cut(rest, size)
+        if pieces is None:
+            reason = "it is cut where it cannot be separated"
+            call.freeze((layout,), reason)
+            return [call.unknown(size, reason) for size in sizes]
+        part, rest = pieces
+        parts.append(part)
+    return parts
+
+
+@rule("aten.slice", "aten.narrow")
+def sliced(call: Call) -> Value:
+    """Keep a consecutive part of a dimension, or every n-th position of it."""
+    value = call.value("self")
+    dim = call.integer("dim") % len(value.dims)
+    layout, kept = value.dims[dim], call.shapes[0][dim]
+    size = call.axes.size(layout)
+    start = call.integers("start")[0] if call.arguments.get("start") is not None else 0
+    start = min(start + size if start < 0 else start, size)
+    step = call.integers("step")[0] if call.arguments.get("step") else 1
+    if step == 1:
+        return _with_dim(value, dim, _cut(call, layout, (start, kept, size - start - kept))[1])
+    groups = call.axes.regroup((layout,), (size // step, step)) if size % step == 0 else None
+    if groups is None or kept != size // step:
+        call.freeze((layout,), _PICKED)
+        return _with_dim(value, dim, call.unknown(kept, _PICKED))
+    call.freeze((groups[1],), _PICKED)
+    return _with_dim(value, dim, groups[0])
+
+
+def _select(call: Call) -> Value:
+    value = call.value("self")
+    dim = call.integer("dim") % len(value.dims)
+    call.freeze((value.dims[dim],), _PICKED)
+    return Value(
+        value.dims[:dim] + value.dims[dim + 1 :], value.origins[:dim] + value.origins[dim + 1 :]
+    )
+
+
+@rule("aten.select")
+def selected(call: Call) -> Value:
+    """Take one position along a dimension, which is frozen: its number is in the code."""
+    return _select(call)
+
+
+@rule("aten.unbind")
+def unbound(call: Call) -> list[Value]:
+    """Take every position along a dimension apart."""
+    return [_select(call)] * len(call.shapes)
+
+
+@rule("aten.split", "aten.chunk", "aten.split_with_sizes", "aten.tensor_split")
+def split(call: Call) -> list[Value]:
+    """Cut a dimension into parts; parts that the code makes equal stay equal."""
+    value = call.value("self")
+    dim = call.integer("dim") % len(value.dims)
+    sizes = [shape[dim] for shape in call.shapes]
+    parts = _cut(call, value.dims[dim], sizes)
+    if "sizes" not in call.operator and len(set(sizes)) == 1:
+        for part in parts[1:]:
+            call.unify(parts[0], part)
+    return [_with_dim(value, dim, part) for part in parts]
+
+
+def _shared_origins(values: Sequence[Value]) -> tuple[Origin, ...]:
+    """Return the origins of a combination, provided that each of its parts is a weight."""
+    if not all(value.is_weight for value in values):
+        return ()
+    by_dim = zip(*(value.origins for value in values), strict=True)
+    return tuple(tuple(dict.fromkeys(pair for o in origins for pair in o)) for origins in by_dim)
+
+
+@rule("aten.cat", "aten.concat", "aten.concatenate")
+def concatenated(call: Call) -> Value:
+    """Append the segments of one dimension, unify the others."""
+    rank = len(call.shapes[0])
+    # An empty one-dimensional tensor is allowed anywhere, and adds nothing.
+    values = [value for value in call.values() if len(value.dims) == rank]
+    dim = call.integer("dim") % rank
+    shape = list(call.shapes[0])
+    shape[dim] = 1
+    operands = [(*value.dims[:dim], ONE, *value.dims[dim + 1 :]) for value in values]
+    dims = list(call.broadcast(operands, tuple(shape)))
+    dims[dim] = concat(value.dims[dim] for value in values)
+    return Value(tuple(dims), _shared_origins(values))
+
+
+@rule("aten.stack")
+def stacked(call: Call) -> Value:
+    """Put tensors side by side along a new dimension, whose positions are told apart by code."""
+    values = call.values()
+    shape = call.shapes[0]
+    dim = call.integer("dim") % len(shape)
+    inner = shape[:dim] + shape[dim + 1 :]
+    dims = list(call.broadcast([value.dims for value in values], inner))
+    dims.insert(dim, concat([ONE] * len(values)))
+    origins = _shared_origins(values)
+    return Value(tuple(dims), origins and (*origins[:dim], (), *origins[dim:]))
+
+
+@rule("aten.constant_pad_nd", "aten.pad")
+def padded(call: Call) -> Value:
+    """Surround a dimension with constants, which are segments of their own."""
+    value, pad = call.value("self"), call.integers("pad")
+    constant = call.arguments.get("mode", "constant") == "constant"
+    dims = list(value.dims)
+    for pair in range(len(pad) // 2):
+        before, after = pad[2 * pair], pad[2 * pair + 1]
+        if before == after == 0:
+            continue
+        dim = len(dims) - 1 - pair
+        dims[dim] = _pad(call, dims[dim], before, after, constant)
+    return Value(tuple(dims))
+
+
+def _pad(call: Call, layout: Layout, before: int, after: int, constant: bool) -> Layout:
+    size = call.axes.size(layout)
+    if not constant:
+        reason = "it is padded with copies of its own positions"
+        call.freeze((layout,), reason)
+        return call.unknown(size + before + after, reason)
+    crop = (max(-before, 0), size - max(-before, 0) - max(-after, 0), max(-after, 0))
+    kept = _cut(call, layout, crop)[1] if crop[0] or crop[2] else layout
+    return concat((call.axes.fresh(max(before, 0)), kept, call.axes.fresh(max(after, 0))))
+
+
+@rule("aten.roll", "aten.flip")
+def shuffled(call: Call) -> Value:
+    """Freeze the dimensions whose positions change places."""
+    value = call.value("self")
+    dims = [dim % len(value.dims) for dim in call.integers("dims")] or range(len(value.dims))
+    reason = "its positions change places"
+    call.freeze((value.dims[dim] for dim in dims), reason)
+    moved = {dim: call.unknown(call.shapes[0][dim], reason) for dim in dims}
+    return Value(tuple(moved.get(dim, layout) for dim, layout in enumerate(value.dims)))
+
+
+@rule("aten.index_select")
+def index_selected(call: Call) -> Value:
+    """Look positions of one dimension up by index."""
+    value = call.value("self")
+    dim = call.integer("dim") % len(value.dims)
+    call.freeze((value.dims[dim], *call.value("index").dims), _PICKED)
+    dims = list(value.dims)
+    dims[dim] = call.unknown(call.shapes[0][dim], _PICKED)
+    return Value(tuple(dims))
+
+
+@rule("aten.index")
+def indexed(call: Call) -> Value:
+    """Look positions up by index tensors; the dimensions without one pass through."""
+    value = call.value("self")
+    indices = cast(Sequence[Value | None], call.arguments["indices"])
+    places = [dim for dim, index in enumerate(indices) if index is not None]
+    looked_up = {dim: value.dims[dim] for dim in places}
+    for index in indices:
+        call.freeze(() if index is None else index.dims, _PICKED)
+    call.freeze(looked_up.values(), _PICKED)
+    kept = [layout for dim, layout in enumerate(value.dims) if dim not in looked_up]
+    rank = max(len(index.dims) for index in indices if index is not None)
+    if rank + len(kept) != len(call.shapes[0]):
+        return call.opaque("it is indexed by a mask")[0]
+    consecutive = places == list(range(places[0], places[-1] + 1))
+    first = places[0] if consecutive else 0
+    new = [call.unknown(size, _PICKED) for size in call.shapes[0][first : first + rank]]
+    return Value((*kept[:first], *new, *kept[first:]))
+
+
+@rule("aten.embedding")
+def embedded(call: Call) -> Value:
+    """Look rows of a table up: its rows are frozen, its columns are produced."""
+    weight, indices = call.value("weight"), call.value("indices")
+    call.freeze(weight.dims[:1], "its positions are the entries of a look-up table")
+    call.record(weight, Role.PRODUCER, 1)
+    return Value((*indices.dims, *weight.dims[1:]))

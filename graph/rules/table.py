@@ -1,0 +1,70 @@
+"""The table of propagation rules: one small function for each operator."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+
+from graph.call import Rule
+
+
+class RuleTable(Mapping[str, Rule]):
+    """Rules by operator name, such as ``aten.add``.
+
+    A name without overload covers every overload and the in-place variant (``aten.add_``); a
+    name with overload (``aten.add.Tensor``) is more specific and wins.
+
+    Parameters
+    ----------
+    parent
+        Where to look for what this table does not have, so that a table can be extended without
+        changing the one it extends.
+    """
+
+    def __init__(self, parent: RuleTable | None = None) -> None:
+        self._rules: dict[str, Rule] = {}
+        self._parent = parent
+
+    def rule(self, *operators: str) -> Callable[[Rule], Rule]:
+        """Register the decorated function as the rule of some operators."""
+
+        def register(function: Rule) -> Rule:
+            self._rules.update(dict.fromkeys(operators, function))
+            return function
+
+        return register
+
+    def find(self, operator: str) -> Rule | None:
+        """Return the rule of an operator given by full name, most specific first, or None."""
+        packet = ".".join(operator.split(".")[:2])
+        for name in (operator, packet, packet.removesuffix("_")):
+            if name in self:
+                return self[name]
+        return None
+
+    def extended(self) -> RuleTable:
+        """Return an empty table on top of this one."""
+        return RuleTable(parent=self)
+
+    def __getitem__(self, operator: str) -> Rule:
+        if operator in self._rules:
+            return self._rules[operator]
+        if self._parent is None:
+            raise KeyError(operator)
+        return self._parent[operator]
+
+    def __iter__(self) -> Iterator[str]:
+        yield from dict.fromkeys((*self._rules, *(self._parent or ())))
+
+    def __len__(self) -> int:
+        return len(set(self))
+
+
+def aten(words: str) -> tuple[str, ...]:
+    """Return the full names of ATen operators listed in a text."""
+    return tuple(f"aten.{word}" for word in words.split())
+
+
+DEFAULT = RuleTable()
+"""The rules that `graph.trace` uses unless it is given a table of its own."""
+
+rule = DEFAULT.rule

@@ -1,0 +1,57 @@
+"""Coupling groups of language models, family by family."""
+
+from __future__ import annotations
+
+import pytest
+
+import graph
+from graph import Kind, Role
+
+from .families import CASES, GQA, MHA, MQA, Attention, build, token_inputs
+from .masking import assert_sound
+
+_MODULES = {"opt": "model.decoder.layers", "gpt2": "transformer.h"}
+_ATTENTION = {"gpt2": "attn"}
+_NEURONS = {"opt": "neurons"}
+
+
+def _expected_names(family: str) -> list[str]:
+    layers = _MODULES.get(family, "model.layers")
+    parts = (f"{_ATTENTION.get(family, 'self_attn')}.heads", _NEURONS.get(family, "mlp.neurons"))
+    return [f"{layers}.{layer}.{part}" for layer in range(2) for part in parts]
+
+
+@pytest.mark.parametrize(("family", "attention", "implementation"), CASES, ids=str)
+def test_each_block_has_heads_and_neurons(
+    family: str, attention: Attention, implementation: str
+) -> None:
+    model = build(family, attention, implementation)
+    dependencies = graph.trace(model, token_inputs())
+    assert [group.name for group in dependencies.prunable] == _expected_names(family)
+    kinds = [group.kind for group in dependencies.prunable]
+    assert kinds == [Kind.HEADS, Kind.NEURONS] * 2
+    for group in dependencies.prunable:
+        assert_sound(model, group, token_inputs())
+
+
+def _slots(group: graph.CouplingGroup, role: Role) -> dict[str, tuple[int, int, int]]:
+    return {
+        s.tensor.split("self_attn.")[-1]: (s.dim, s.outer, s.inner)
+        for s in group.slots
+        if s.role is role
+    }
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize(("attention", "units", "rows"), [(MHA, 4, 8), (GQA, 2, 16), (MQA, 4, 8)])
+def test_units_of_heads(attention: Attention, units: int, rows: int, implementation: str) -> None:
+    model = build("llama-bias", attention, implementation)
+    group = graph.trace(model, token_inputs()).group("model.layers.0.self_attn.heads")
+    assert group.units == units
+    producers = {"q_proj.weight": (0, 1, rows)}
+    if attention is not MQA:  # a single key head is shared by all, and belongs to none
+        producers |= {"k_proj.weight": (0, 1, 8), "v_proj.weight": (0, 1, 8)}
+    assert _slots(group, Role.PRODUCER) == producers
+    assert _slots(group, Role.CONSUMER) == {"o_proj.weight": (1, 1, rows)}
+    biases = {name.replace("weight", "bias"): place for name, place in producers.items()}
+    assert _slots(group, Role.PASS_THROUGH) == biases
