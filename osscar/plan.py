@@ -1,0 +1,76 @@
+"""What was removed from a model, as a value that can be written and replayed."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from graph.groups import CouplingGroup, Kind, Role, Slot
+from osscar.errors import CheckpointError
+
+PLAN_FILE = "osscar_plan.json"
+"""Marks a checkpoint whose shapes no stock config can express."""
+
+
+@dataclass(frozen=True)
+class GroupPlan:
+    """The units of one coupling group that stay.
+
+    Parameters
+    ----------
+    name, kind, units, slots
+        Of the group, as in `graph.CouplingGroup`.
+    kept
+        The units that stay, in ascending order.
+    """
+
+    name: str
+    kind: Kind
+    units: int
+    kept: tuple[int, ...]
+    slots: tuple[Slot, ...]
+
+    @classmethod
+    def of(cls, group: CouplingGroup, kept: tuple[int, ...]) -> GroupPlan:
+        """Plan to keep some units of a group."""
+        return cls(group.name, group.kind, group.units, kept, group.slots)
+
+
+@dataclass(frozen=True)
+class PruningPlan:
+    """Everything that one pruning run removed.
+
+    Parameters
+    ----------
+    groups
+        One entry for each group that lost units.
+    """
+
+    groups: tuple[GroupPlan, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the plan as JSON-able data."""
+        return {"groups": [dataclasses.asdict(group) for group in self.groups]}
+
+    @classmethod
+    def from_json(cls, data: Any) -> PruningPlan:
+        """Read what `to_json` wrote.
+
+        Raises
+        ------
+        CheckpointError
+            If a field is missing, unknown or out of range.
+        """
+        try:
+            return cls(tuple(_group_from_json(entry) for entry in data["groups"]))
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(f"the pruning plan cannot be read: {error!r}") from error
+
+
+def _group_from_json(data: dict[str, Any]) -> GroupPlan:
+    slots = tuple(Slot(**{**slot, "role": Role(slot["role"])}) for slot in data["slots"])
+    units, kept = int(data["units"]), tuple(int(unit) for unit in data["kept"])
+    if not kept or sorted(set(kept)) != list(kept) or not 0 <= kept[0] <= kept[-1] < units:
+        raise ValueError(f"group {data['name']!r} keeps units that it does not have")
+    return GroupPlan(data["name"], Kind(data["kind"]), units, kept, slots)

@@ -1,0 +1,200 @@
+"""A model run block by block, so that each part sees what was pruned before it.
+
+A *stage* is a module whose calibration inputs are at hand.  The repeated blocks of a transformer
+form a chain: what one returns is what the next reads, and whatever else they are called with
+(masks, position embeddings) does not depend on it.  A model without such a chain is one stage.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from graph.groups import CouplingGroup
+from osscar.errors import ModelError
+from osscar.progress import track
+
+
+@dataclass(frozen=True, eq=False)
+class Stage:
+    """A module and the groups inside it, in execution order.
+
+    Parameters
+    ----------
+    name, module
+        The module, and its qualified name ("" is the model itself).
+    groups
+        The groups that are pruned in it.
+    """
+
+    name: str
+    module: nn.Module
+    groups: tuple[CouplingGroup, ...]
+
+
+@dataclass(eq=False)
+class Call:
+    """What a stage is called with for one batch, apart from the hidden states.
+
+    Parameters
+    ----------
+    args, kwargs
+        The arguments; ``args[0]`` or ``kwargs["hidden_states"]`` is None and filled in.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def with_hidden(self, hidden: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Return the arguments with the hidden states in their place."""
+        if self.args:
+            return (hidden, *self.args[1:]), self.kwargs
+        return (), {**self.kwargs, "hidden_states": hidden}
+
+
+@dataclass(eq=False)
+class Stream:
+    """The calibration data on their way through the stages.
+
+    Parameters
+    ----------
+    hidden
+        What the next stage reads, one tensor a batch.
+    calls
+        For each stage, one call a batch.
+    """
+
+    hidden: list[Any]
+    calls: list[list[Call]] = field(repr=False)
+
+    def arguments(self, stage: int) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
+        """Return the arguments of a stage, one pair a batch."""
+        return [
+            call.with_hidden(hidden)
+            for call, hidden in zip(self.calls[stage], self.hidden, strict=True)
+        ]
+
+    def advance(self, stage: int, module: nn.Module) -> None:
+        """Let the data pass through a stage."""
+        self.hidden = [_first(module(*args, **kwargs)) for args, kwargs in self.arguments(stage)]
+
+
+def find_stages(model: nn.Module, groups: Sequence[CouplingGroup]) -> tuple[Stage, ...]:
+    """Split a model into stages.
+
+    Parameters
+    ----------
+    model
+        The model.
+    groups
+        The groups that are to be pruned, in execution order.
+
+    Returns
+    -------
+    tuple of Stage
+        All blocks of the chain, or the whole model as one stage.
+    """
+    owners = [_block_of(model, group) for group in groups]
+    chains = {owner[0] if owner else None for owner in owners}
+    (chain,) = chains if len(chains) == 1 else (None,)
+    if chain is None:
+        return (Stage("", model, tuple(groups)),)
+    blocks = model.get_submodule(chain)
+    assert isinstance(blocks, nn.ModuleList)
+    return tuple(
+        Stage(
+            f"{chain}.{index}",
+            block,
+            tuple(g for g, owner in zip(groups, owners, strict=True) if owner == (chain, index)),
+        )
+        for index, block in enumerate(blocks)
+    )
+
+
+def _block_of(model: nn.Module, group: CouplingGroup) -> tuple[str, int] | None:
+    """Return the outermost module list, and the block in it, that holds all slots of a group."""
+    paths = [slot.module.split(".") for slot in group.slots]
+    for depth in range(1, min(len(path) for path in paths)):
+        heads = {tuple(path[: depth + 1]) for path in paths}
+        if len(heads) == 1:
+            *parent, index = heads.pop()
+            owner = ".".join(parent)
+            if index.isdigit() and isinstance(model.get_submodule(owner), nn.ModuleList):
+                return owner, int(index)
+    return None
+
+
+def start_stream(
+    model: nn.Module, stages: Sequence[Stage], batches: Sequence[dict[str, Any]]
+) -> Stream:
+    """Run the dense model once and note what each stage is called with.
+
+    Parameters
+    ----------
+    model
+        The model, not changed.
+    stages
+        From `find_stages`.
+    batches
+        Keyword arguments of the model, one dictionary a batch.
+
+    Raises
+    ------
+    ModelError
+        If the blocks are not a chain.
+    """
+    if stages[0].module is model:
+        return Stream([None] * len(batches), [[_WholeCall((), batch) for batch in batches]])
+    stream = Stream([], [[] for _ in stages])
+    for batch in track(batches, "reading the calibration data"):
+        _record(model, stages, batch, stream)
+    return stream
+
+
+class _WholeCall(Call):
+    def with_hidden(self, hidden: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        return self.args, self.kwargs
+
+
+def _record(
+    model: nn.Module, stages: Sequence[Stage], batch: dict[str, Any], stream: Stream
+) -> None:
+    previous: list[Any] = []
+
+    def before(index: int) -> Callable[..., None]:
+        def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            hidden = args[0] if args else kwargs.get("hidden_states")
+            if not isinstance(hidden, Tensor) or len(previous) != index:
+                raise ModelError(f"{stages[index].name!r} is not called once with hidden states")
+            if index == 0:
+                stream.hidden.append(hidden)
+            elif hidden is not previous[-1]:
+                raise ModelError(
+                    f"{stages[index].name!r} does not read what {stages[index - 1].name!r} returns"
+                )
+            rest = {k: v for k, v in kwargs.items() if args or k != "hidden_states"}
+            stream.calls[index].append(Call((None, *args[1:]) if args else (), rest))
+
+        return note
+
+    def after(_: nn.Module, __: Any, output: Any) -> None:
+        previous.append(_first(output))
+
+    handles = []
+    for index, stage in enumerate(stages):
+        handles.append(stage.module.register_forward_pre_hook(before(index), with_kwargs=True))
+        handles.append(stage.module.register_forward_hook(after))
+    try:
+        with torch.no_grad():
+            model(**batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _first(output: Any) -> Any:
+    return output[0] if isinstance(output, tuple) else output

@@ -1,0 +1,204 @@
+"""How many units each coupling group keeps."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from fractions import Fraction
+
+from graph.groups import CouplingGroup, Kind
+from osscar.errors import FrozenGroupError, TargetError
+
+PRUNED_KINDS = (Kind.HEADS, Kind.NEURONS)
+"""What `sparsity` applies to."""
+
+Keep = str | int | float | Fraction
+"""A count of units (an int, or a string such as ``"512"``) or the fraction of them to keep."""
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What a user asked to keep.
+
+    Parameters
+    ----------
+    sparsity
+        Share of the heads and of the neurons to remove, in (0, 1).
+    heads, neurons
+        What to keep of each kind, instead of ``1 - sparsity``; a kind that neither names is left
+        alone.
+    groups
+        What to keep of single groups, by name; takes precedence over the others.
+    round_to
+        Kept width (units times rows a unit) is rounded to a multiple of this.
+
+    Raises
+    ------
+    TargetError
+        If nothing is asked for, or a number makes no sense.
+
+    Examples
+    --------
+    >>> Targets(neurons="2/3").fraction_or_count(Kind.NEURONS)
+    Fraction(2, 3)
+    """
+
+    sparsity: float | None = None
+    heads: Keep | None = None
+    neurons: Keep | None = None
+    groups: Mapping[str, Keep] = field(default_factory=dict)
+    round_to: int = 1
+
+    def __post_init__(self) -> None:
+        if self.sparsity is not None and not 0 < self.sparsity < 1:
+            raise TargetError(
+                f"sparsity is {self.sparsity}; give the share to remove, above 0 and below 1"
+            )
+        if self.round_to < 1:
+            raise TargetError(f"round-to is {self.round_to}; give a whole number from 1")
+        if (
+            self.sparsity is None
+            and self.heads is None
+            and self.neurons is None
+            and not self.groups
+        ):
+            raise TargetError("nothing to prune: give --sparsity, or --heads or --neurons to keep")
+        for keep in (self.heads, self.neurons, *self.groups.values()):
+            if keep is not None:
+                parse_keep(keep)
+
+    def fraction_or_count(self, kind: Kind) -> Fraction | int | None:
+        """Return what is asked of a kind: a fraction, a count, or None to leave it alone."""
+        own = {Kind.HEADS: self.heads, Kind.NEURONS: self.neurons}.get(kind)
+        if own is not None:
+            return parse_keep(own)
+        if self.sparsity is not None and kind in PRUNED_KINDS:
+            return 1 - Fraction(str(self.sparsity))
+        return None
+
+
+def parse_keep(value: Keep) -> Fraction | int:
+    """Read what to keep: ``"0.7"``, ``"2/3"`` and ``0.7`` are fractions, ``"512"`` and 512 counts.
+
+    Raises
+    ------
+    TargetError
+        If it is neither, or outside of what a fraction or a count can be.
+    """
+    text = str(value).strip()
+    if isinstance(value, int) or re.fullmatch(r"[+-]?\d+", text):
+        if int(text) < 1:
+            raise TargetError(f"cannot keep {text} units; keep at least 1")
+        return int(text)
+    try:
+        fraction = Fraction(text)
+    except (ValueError, ZeroDivisionError):
+        raise TargetError(
+            f"cannot read {text!r} as what to keep; give a fraction such as 0.7 or 2/3, or a count"
+        ) from None
+    if not 0 < fraction <= 1:
+        raise TargetError(f"cannot keep the fraction {text}; give one above 0 and at most 1")
+    return fraction
+
+
+def allocate(groups: Sequence[CouplingGroup], targets: Targets) -> dict[str, int]:
+    """Decide how many units each group keeps.
+
+    Parameters
+    ----------
+    groups
+        All groups of the model.
+    targets
+        What the user asked for.
+
+    Returns
+    -------
+    dict
+        Kept units by group name, only for groups that lose some.
+
+    Raises
+    ------
+    TargetError
+        If a count exceeds what exists, a fraction keeps nothing, a named group does not exist, or
+        in the end nothing would be removed.
+    FrozenGroupError
+        If what was asked for is frozen everywhere, or a frozen group was named.
+    """
+    by_name = {group.name: group for group in groups}
+    for name in targets.groups:
+        if name not in by_name:
+            raise TargetError(f"there is no group {name!r}; `osscar inspect` lists the groups")
+        if by_name[name].frozen:
+            raise FrozenGroupError(_frozen_message(by_name[name]))
+    _check_kinds(groups, targets)
+    kept: dict[str, int] = {}
+    for group in groups:
+        asked = (
+            parse_keep(targets.groups[group.name])
+            if group.name in targets.groups
+            else targets.fraction_or_count(group.kind)
+        )
+        if asked is not None and group.prunable:
+            count = _count(group, asked, targets.round_to)
+            if count < group.units:
+                kept[group.name] = count
+    if not kept:
+        raise TargetError(
+            "nothing would be removed: every group keeps all its units; ask for a higher sparsity"
+        )
+    return kept
+
+
+def _check_kinds(groups: Sequence[CouplingGroup], targets: Targets) -> None:
+    for kind in PRUNED_KINDS:
+        if {Kind.HEADS: targets.heads, Kind.NEURONS: targets.neurons}[kind] is None:
+            continue
+        of_kind = [group for group in groups if group.kind is kind]
+        if not of_kind:
+            raise TargetError(
+                f"this model has no group of {kind}; `osscar inspect` lists the groups"
+            )
+        if not any(group.prunable for group in of_kind):
+            raise FrozenGroupError(_frozen_message(of_kind[0]))
+
+
+def _frozen_message(group: CouplingGroup) -> str:
+    freeze = group.frozen[0]
+    return (
+        f"group {group.name!r} cannot be pruned: {freeze.reason} "
+        f"({freeze.operator} in {freeze.module or 'the model'})"
+    )
+
+
+def _count(group: CouplingGroup, asked: Fraction | int, round_to: int) -> int:
+    if isinstance(asked, int):
+        if asked > group.units:
+            raise TargetError(
+                f"cannot keep {asked} units of {group.name!r}, which has {group.units} {group.kind}"
+            )
+        exact = Fraction(asked)
+    else:
+        exact = asked * group.units
+    # Half a unit rounds up: rather keep one more than one less.
+    count = math.floor(exact + Fraction(1, 2))
+    if count < 1:
+        raise TargetError(
+            f"keeping {float(asked):g} of the {group.units} {group.kind} of {group.name!r} "
+            "keeps none; ask for a lower sparsity"
+        )
+    return _rounded(group, exact, round_to) if round_to > 1 else count
+
+
+def _rounded(group: CouplingGroup, exact: Fraction, round_to: int) -> int:
+    """Return the count nearest to `exact` whose width is a multiple of `round_to`."""
+    width = min((slot.width for slot in group.slots), default=1)
+    step = round_to // math.gcd(round_to, width)
+    largest = group.units // step * step
+    if largest == 0:
+        raise TargetError(
+            f"round-to {round_to} cannot be met by {group.name!r}: "
+            f"its {group.units} {group.kind} are {group.units * width} wide; give a smaller one"
+        )
+    return min(max(step, math.floor(exact / step + Fraction(1, 2)) * step), largest)
