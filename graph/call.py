@@ -27,10 +27,13 @@ class Value:
         scaled copy), the tensor dimensions from which each of its dimensions comes; empty
         otherwise.  Zeros in an origin are zeros here, which is what lets a unit be removed by
         masking its consumers.
+    constant
+        The numbers in it, if it is a short list of integers written in the model's code.
     """
 
     dims: tuple[Layout, ...]
     origins: tuple[Origin, ...] = ()
+    constant: tuple[int, ...] = ()
 
     @property
     def is_weight(self) -> bool:

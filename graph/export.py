@@ -19,6 +19,9 @@ from graph.errors import ExampleInputError, TraceError
 ExampleInputs: TypeAlias = tuple[Any, ...] | Mapping[str, Any]
 
 
+_LONGEST_LIST = 64
+
+
 @dataclass(frozen=True)
 class TensorInfo:
     """A parameter or buffer of the model, tied ones known by the first of their names."""
@@ -40,11 +43,14 @@ class Program:
         Parameters and buffers by name.
     holders
         For each placeholder that stands for one of them, its name.
+    constants
+        For each placeholder that stands for a short list of integers in the code, that list.
     """
 
     nodes: tuple[torch.fx.Node, ...]
     tensors: Mapping[str, TensorInfo]
     holders: Mapping[str, str]
+    constants: Mapping[str, tuple[int, ...]]
 
 
 def export_model(model: torch.nn.Module, example_inputs: ExampleInputs) -> Program:
@@ -81,7 +87,17 @@ def export_model(model: torch.nn.Module, example_inputs: ExampleInputs) -> Progr
         for spec in exported.graph_signature.input_specs
         if spec.kind in kinds and spec.target in names
     }
-    return Program(tuple(exported.graph.nodes), tensors, holders)
+    return Program(tuple(exported.graph.nodes), tensors, holders, dict(_integer_lists(exported)))
+
+
+def _integer_lists(exported: torch.export.ExportedProgram) -> Iterator[tuple[str, tuple[int, ...]]]:
+    for spec in exported.graph_signature.input_specs:
+        constant = exported.constants.get(spec.target or "")
+        if spec.kind is not InputKind.CONSTANT_TENSOR or not isinstance(constant, torch.Tensor):
+            continue
+        short = constant.dim() == 1 and constant.numel() <= _LONGEST_LIST
+        if short and constant.dtype is torch.int64 and constant.device.type != "meta":
+            yield spec.arg.name, tuple(constant.tolist())
 
 
 def module_of(node: torch.fx.Node) -> str:

@@ -43,7 +43,8 @@ def build_groups(
         axis: [*axes.freezes(axis), *uneven.get(axis, ())] or list(_unusable(slots[axis]))
         for axis in slots
     }
-    containers = _nested(places, freezes)
+    heads = frozenset().union(*(axes.leaves(use.layout) for use in propagation.heads))
+    containers = _nested(places, freezes, heads)
     for axis in containers:
         freezes[axis] = freezes[axis] or [_NESTED]
     naming = Naming(propagation, slots, containers)
@@ -97,14 +98,20 @@ _NESTED = Freeze("its positions lie inside the units of another group", "", "")
 
 
 def _nested(
-    places: Mapping[int, list[Place]], freezes: Mapping[int, list[Freeze]]
+    places: Mapping[int, list[Place]],
+    freezes: Mapping[int, list[Freeze]],
+    heads: frozenset[int],
 ) -> dict[int, int]:
-    """Map each axis to the first prunable one outside it in some product."""
+    """Map each axis to the first one outside it in some product that is prunable, or heads.
+
+    What lies inside a head is its width, even where the heads themselves must stay.
+    """
     containers: dict[int, int] = {}
     for axis in freezes:
         for place in places[axis]:
             outside = place.segment[: place.segment.index(axis)]
-            lead = next((a for a in outside if not freezes.get(a, [_NESTED])), None)
+            leads = (a for a in outside if a in freezes and (a in heads or not freezes[a]))
+            lead = next(leads, None)
             if lead is not None:
                 containers.setdefault(axis, lead)
     return containers

@@ -100,7 +100,8 @@ class _Walk:
         if not shapes:
             return None
         what = "an input of the model" if node.op == "placeholder" else "a constant of the code"
-        value = Value(tuple(self.axes.fresh(size) for size in shapes[0]))
+        dims = tuple(self.axes.fresh(size) for size in shapes[0])
+        value = Value(dims, constant=self.program.constants.get(node.name, ()))
         self._freeze(value, Freeze(f"it is a dimension of {what}", node.op, module_of(node)))
         return value
 

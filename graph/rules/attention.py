@@ -22,6 +22,8 @@ def attended(call: Call) -> Value:
     call.unify(query.dims[-1], key.dims[-1])
     call.freeze((key.dims[-2], value.dims[-2]), "attention is normalized over it")
     call.unify(key.dims[-2], value.dims[-2])
+    if call.flag("is_causal"):
+        call.freeze((query.dims[-2],), "attention looks back along it")
     shape = call.shapes[0]
     heads = [query.dims[:-2], _spread(call, key, shape), _spread(call, value, shape)]
     batch = call.broadcast(heads, shape[:-2])

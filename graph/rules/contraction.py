@@ -49,8 +49,9 @@ def contract(call: Call, operands: Sequence[Operand], output: Sequence[str]) -> 
     for label, holders in carriers.items():
         _record(call, label, holders, summed=label not in output)
     if len(operands) > 1 and not any(operand.value.is_weight for operand in operands):
-        shared = (label for label in output if len(carriers.get(label, ())) > 1)
-        call.record_heads(merged[label] for label in shared)
+        # A head dimension of size one broadcasts against all heads (multi-query attention).
+        shared = set.intersection(*(set(operand.labels) for operand in operands))
+        call.record_heads(merged[label] for label in output if label in shared)
     return Value(tuple(call.axes.resolve(merged[label]) for label in output))
 
 
@@ -117,6 +118,19 @@ def product_with_bias(call: Call) -> Value:
     """Multiply and add the first argument."""
     bias, left, right = call.values()
     return add_bias(call, _matrix_product(call, left, right), bias)
+
+
+@rule("aten._grouped_mm", "transformers.grouped_mm_fallback")
+def product_by_expert(call: Call) -> Value:
+    """Multiply each run of rows by the matrix of its expert: (rows, in) x (experts, in, out)."""
+    rows, weight, *others = call.values()
+    if (len(rows.dims), len(weight.dims)) != (2, 3):
+        return call.opaque("experts are multiplied in an unusual layout")[0]
+    routing = (weight.dims[0], *(layout for other in others for layout in other.dims))
+    call.freeze(routing, "rows are routed to its positions")
+    one_expert = Value(weight.dims[1:], weight.origins[1:])
+    operands = (Operand(rows, ("row", "sum")), Operand(one_expert, ("sum", "column")))
+    return contract(call, operands, ("row", "column"))
 
 
 @rule("aten.einsum")

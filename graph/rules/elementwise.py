@@ -12,7 +12,8 @@ _UNARY = (
     "isnan leaky_relu lgamma log log10 log1p log2 log_sigmoid logical_not logit mish "
     "nan_to_num positive reciprocal relu relu6 round rrelu rsqrt selu sgn sigmoid sign signbit "
     "silu sin sinc sinh softplus softshrink hardshrink sqrt square tan tanh tanhshrink threshold "
-    "trunc zeros_like ones_like full_like empty_like rand_like randn_like bernoulli"
+    "trunc zeros_like ones_like full_like empty_like rand_like randn_like bernoulli "
+    "fill zero"
 )
 
 _BINARY = (

@@ -178,6 +178,9 @@ def indexed(call: Call) -> Value:
     """Look positions up by index tensors; the dimensions without one pass through."""
     value = call.value("self")
     indices = cast(Sequence[Value | None], call.arguments["indices"])
+    run = _constant_run(call, value, indices)
+    if run is not None:
+        return run
     places = [dim for dim, index in enumerate(indices) if index is not None]
     looked_up = {dim: value.dims[dim] for dim in places}
     for index in indices:
@@ -190,7 +193,24 @@ def indexed(call: Call) -> Value:
     consecutive = places == list(range(places[0], places[-1] + 1))
     first = places[0] if consecutive else 0
     new = [call.unknown(size, _PICKED) for size in call.shapes[0][first : first + rank]]
+    for dim in range(len(value.dims)):
+        if dim not in looked_up:
+            call.record(value, Role.PRODUCER, dim)
     return Value((*kept[:first], *new, *kept[first:]))
+
+
+def _constant_run(call: Call, value: Value, indices: Sequence[Value | None]) -> Value | None:
+    """Treat the one index ``[2, 3, 4]``, written in the code, as the slice that it is."""
+    present = [(dim, index) for dim, index in enumerate(indices) if index is not None]
+    if len(present) != 1 or not present[0][1].constant:
+        return None
+    dim, index = present[0]
+    size, kept = call.axes.size(value.dims[dim]), len(index.constant)
+    start = index.constant[0] % size
+    if [i % size for i in index.constant] != list(range(start, start + kept)):
+        return None
+    parts = _cut(call, value.dims[dim], (start, kept, size - start - kept))
+    return _with_dim(value, dim, parts[1])
 
 
 @rule("aten.embedding")

@@ -12,8 +12,8 @@ _REDUCTIONS = (
 )
 
 _ALONG = (
-    "cummax cummin cumprod cumsum log_softmax logcumsumexp softmax _log_softmax _softmax sort "
-    "argsort softmin"
+    "argsort cummax cummin cumprod cumsum log_softmax logcumsumexp softmax _log_softmax "
+    "_safe_softmax _softmax softmin sort"
 )
 
 
