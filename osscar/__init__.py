@@ -1,1 +1,76 @@
-"""OSSCAR."""
+"""One-shot structured pruning of neural networks by combinatorial optimization.
+
+>>> import osscar
+>>> loaded = osscar.load_model("demo")
+>>> calibration = osscar.load_calibration(None, loaded.tokenizer, samples=4, seqlen=64)
+>>> result = osscar.prune(loaded.model, calibration, heads="3/4", neurons="1/2")
+>>> result.parameters_after < result.parameters_before
+True
+
+Names are imported on first use, so that ``import osscar`` alone costs nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from osscar.calibration import CalibrationSet, load_calibration, text_windows
+    from osscar.checkpoint import SavedCheckpoint, load, save
+    from osscar.errors import OsscarError
+    from osscar.evaluate import Comparison, Evaluation, compare, evaluate
+    from osscar.models import LoadedModel, load_model
+    from osscar.plan import PruningPlan
+    from osscar.prune import LayerReport, PruningResult, prune
+    from osscar.shrink import shrink
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CalibrationSet",
+    "Comparison",
+    "Evaluation",
+    "LayerReport",
+    "LoadedModel",
+    "OsscarError",
+    "PruningPlan",
+    "PruningResult",
+    "SavedCheckpoint",
+    "compare",
+    "evaluate",
+    "load",
+    "load_calibration",
+    "load_model",
+    "prune",
+    "save",
+    "shrink",
+    "text_windows",
+]
+
+_HOMES = {
+    "CalibrationSet": "calibration",
+    "Comparison": "evaluate",
+    "Evaluation": "evaluate",
+    "LayerReport": "prune",
+    "LoadedModel": "models",
+    "OsscarError": "errors",
+    "PruningPlan": "plan",
+    "PruningResult": "prune",
+    "SavedCheckpoint": "checkpoint",
+    "compare": "evaluate",
+    "evaluate": "evaluate",
+    "load": "checkpoint",
+    "load_calibration": "calibration",
+    "load_model": "models",
+    "prune": "prune",
+    "save": "checkpoint",
+    "shrink": "shrink",
+    "text_windows": "calibration",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'osscar' has no attribute {name!r}")
+    return getattr(import_module(f"osscar.{_HOMES[name]}"), name)

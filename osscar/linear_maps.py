@@ -55,17 +55,20 @@ class LinearMap:
 
     def read_weight(self) -> Tensor:
         """Return W, (p, m), a float64 copy."""
-        weight = self.module.weight.detach()
-        assert isinstance(weight, Tensor)
+        weight = self._weight
         return weight.movedim(self.slots[0].dim, 0)[self.inputs.to(weight.device)].double()
 
     def write_weight(self, W: Tensor) -> None:
         """Replace the group's part of the weight by W, (p, m)."""
-        with torch.no_grad():
-            weight = self.module.weight
-            assert isinstance(weight, Tensor)
-            view = weight.movedim(self.slots[0].dim, 0)
-            view[self.inputs.to(weight.device)] = W.to(weight)
+        weight = self._weight
+        weight.movedim(self.slots[0].dim, 0)[self.inputs.to(weight.device)] = W.to(weight)
+
+    @property
+    def _weight(self) -> Tensor:
+        """The weight itself, outside of autograd."""
+        weight = self.module.weight
+        assert isinstance(weight, Tensor)
+        return weight.detach()
 
 
 def linear_maps(model: nn.Module, group: CouplingGroup) -> tuple[LinearMap, ...]:

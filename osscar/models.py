@@ -25,11 +25,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from osscar.errors import DeviceError, ModelError, ModelNotFound, NonFiniteError
 from osscar.packaged import PACKAGED_MODELS, fetch
+from osscar.plan import PLAN_FILE
 
 DEMO = "demo"
 DEMO_DIRECTORY = Path(__file__).parent / "data" / "demo"
-PLAN_FILE = "osscar_plan.json"
-"""Marks a directory that ``osscar.checkpoint`` reads: shapes that no stock config can express."""
 
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -49,12 +48,15 @@ class LoadedModel:
         Where it comes from, in words.
     path
         Its directory, or None for a model from the hub.
+    stored_dtype
+        Number format of its weights on disk.
     """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     source: str
     path: Path | None
+    stored_dtype: torch.dtype
 
 
 def load_model(
@@ -101,12 +103,13 @@ def load_model(
 
             model = load(found.path)
         else:
-            model = _load_stock(found, number_format, trust_remote_code)
+            model = _load_stock(found, trust_remote_code)
         tokenizer = _load_tokenizer(found, trust_remote_code)
     check_finite_weights(model)
+    stored = model.dtype
     if number_format is not None:
         model = model.to(number_format)
-    return LoadedModel(model.to(target).eval(), tokenizer, found.source, found.path)
+    return LoadedModel(model.to(target).eval(), tokenizer, found.source, found.path, stored)
 
 
 def resolve_device(device: str | torch.device = "auto") -> torch.device:
@@ -210,11 +213,11 @@ def _find(name: str) -> _Found:
     return _Found(name, f"Hugging Face {name}")
 
 
-def _load_stock(found: _Found, dtype: torch.dtype | None, trust_remote_code: bool) -> Any:
+def _load_stock(found: _Found, trust_remote_code: bool) -> Any:
     try:
         return transformers.AutoModelForCausalLM.from_pretrained(
             found.location,
-            dtype="auto" if dtype is None else dtype,
+            dtype="auto",
             use_safetensors=True,
             trust_remote_code=trust_remote_code,
             local_files_only=found.path is None and not _hub_is_reachable(),

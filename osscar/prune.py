@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
+import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,7 +21,9 @@ from torch import Tensor, nn
 import graph
 import solvers
 from graph.groups import CouplingGroup
+from osscar import checkpoint
 from osscar.calibration import CalibrationSet
+from osscar.checkpoint import SavedCheckpoint
 from osscar.errors import CalibrationError
 from osscar.linear_maps import LinearMap, linear_maps
 from osscar.models import check_finite_weights, resolve_device
@@ -112,6 +115,25 @@ class PruningResult:
     def solve_seconds(self) -> float:
         """Wall time spent in solvers."""
         return sum(layer.solve_seconds for layer in self.layers)
+
+    def save(
+        self,
+        directory: str | os.PathLike[str],
+        *,
+        tokenizer: Any = None,
+        report: Mapping[str, Any] | None = None,
+        dtype: torch.dtype | None = None,
+        overwrite: bool = False,
+    ) -> SavedCheckpoint:
+        """Write the smaller model; see `osscar.checkpoint.save`."""
+        return checkpoint.save(
+            self.model,
+            directory,
+            tokenizer=tokenizer,
+            report=report,
+            dtype=dtype,
+            overwrite=overwrite,
+        )
 
 
 def prune(

@@ -1,0 +1,109 @@
+"""Prune one language model with every heuristic backend and score each result on held-out text.
+
+For example, with a calibration text and a test text at hand:
+
+    python benchmarks/language_model.py smollm2-135m --neurons 0.7 --heads 2/3 \
+        --calibration wikitext2-valid.txt --text wikitext2-raw-test.txt --json out.json
+
+Prints, for the dense model and each backend: summed relative loss and summed absolute loss over the
+layers, perplexity, seconds in the solver and in all, and size on disk.  The JSON file also has the
+loss of every layer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import osscar
+from osscar.evaluate import measure_quality
+from osscar.text import read_text
+
+BACKENDS = ("random", "magnitude", "wanda", "greedy", "multistage", "local_search")
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    loaded = osscar.load_model(arguments.model, device=arguments.device)
+    text = read_text(arguments.text)
+    calibration = osscar.load_calibration(
+        arguments.calibration,
+        loaded.tokenizer,
+        samples=arguments.samples,
+        seqlen=arguments.seqlen,
+        seed=arguments.seed,
+    )
+
+    def score(model: Any) -> float:
+        quality = measure_quality(model, loaded.tokenizer, text, windows=arguments.windows)
+        return quality.perplexity
+
+    rows: list[dict[str, Any]] = [{"backend": "dense", "perplexity": score(loaded.model)}]
+    print_row(rows[0])
+    for backend in arguments.backends:
+        result = osscar.prune(
+            loaded.model,
+            calibration,
+            heads=arguments.heads,
+            neurons=arguments.neurons,
+            backend=backend,
+            device=arguments.device,
+            seed=arguments.seed,
+        )
+        rows.append(
+            {
+                "backend": backend,
+                "perplexity": score(result.model),
+                "summed_relative_loss": result.loss,
+                "summed_loss": sum(layer.loss for layer in result.layers),
+                "solve_seconds": result.solve_seconds,
+                "seconds": result.seconds,
+                "parameters": result.parameters_after,
+                "disk_bytes": disk_bytes(result, loaded),
+                "layers": [dataclasses.asdict(layer) for layer in result.layers],
+            }
+        )
+        print_row(rows[-1])
+        if arguments.json:
+            content = {"arguments": vars(arguments), "rows": rows}
+            arguments.json.write_text(json.dumps(content, indent=1, default=str) + "\n")
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model")
+    parser.add_argument("--heads")
+    parser.add_argument("--neurons")
+    parser.add_argument("--calibration")
+    parser.add_argument("--text", required=True)
+    parser.add_argument("--samples", type=int, default=32)
+    parser.add_argument("--seqlen", type=int, default=512)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--windows", type=int, help="score only the first N windows")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--backends", nargs="+", default=BACKENDS)
+    parser.add_argument("--json", type=Path)
+    return parser.parse_args()
+
+
+def disk_bytes(result: osscar.PruningResult, loaded: osscar.LoadedModel) -> int:
+    with tempfile.TemporaryDirectory() as directory:
+        saved = result.save(Path(directory) / "model", dtype=loaded.stored_dtype)
+        return saved.bytes
+
+
+def print_row(row: dict[str, Any]) -> None:
+    numbers = {
+        key: f"{value:.4f}" if isinstance(value, float) else value
+        for key, value in row.items()
+        if key != "layers"
+    }
+    print(*(f"{key} {value}" for key, value in numbers.items()), sep="   ", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,37 @@
+"""The command line: one module a command, and the frame around them all."""
+
+from __future__ import annotations
+
+import importlib
+
+import typer
+
+from osscar.cli.common import guard
+
+_COMMANDS = ("demo", "prune", "eval", "inspect", "backends")
+
+_HELP = """Prune a network in one shot, and know how good the result is.
+
+Start with `osscar demo`; then `osscar prune MODEL --sparsity 0.3 --out DIR`.
+"""
+
+
+def build() -> typer.Typer:
+    """Assemble the application from the modules of the commands."""
+    app = typer.Typer(
+        help=_HELP,
+        no_args_is_help=True,
+        rich_markup_mode="markdown",
+        pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+    for name in _COMMANDS:
+        module = importlib.import_module(f"osscar.cli.{name}")
+        app.command(name)(module.command)
+    return app
+
+
+def main() -> None:
+    """Run the command line; errors that a user can cause end in one line and status 2."""
+    with guard():
+        build()()

@@ -1,0 +1,126 @@
+"""What the commands share: options, errors, warnings, and what ``--json`` writes."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+import osscar
+
+_PIPE_WIDTH = 140
+"""Columns where the output is not a terminal, which has no width of its own."""
+
+out = Console(width=None if sys.stdout.isatty() else _PIPE_WIDTH)
+err = Console(stderr=True)
+
+_SHOWN_WARNINGS = 3
+
+JsonOption = Annotated[
+    Path | None, typer.Option("--json", help="Also write what is printed, as JSON, to this file.")
+]
+DeviceOption = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+DtypeOption = Annotated[
+    str, typer.Option(help="auto (float32 on a CPU), float32, bfloat16 or float16.")
+]
+TrustOption = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run the code that a checkpoint brings along.")
+]
+
+
+@contextmanager
+def guard() -> Iterator[None]:
+    """Turn the errors that a user can cause into one line on standard error and status 2."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        yield
+    except KeyboardInterrupt:
+        err.print("interrupted; nothing half-written was left behind", style="yellow")
+        sys.exit(130)
+    except Exception as error:
+        if not isinstance(error, _expected_errors()):
+            raise
+        err.print("error:", style="bold red", end=" ")
+        err.print(str(error), markup=False, highlight=False)
+        sys.exit(2)
+
+
+def _expected_errors() -> tuple[type[Exception], ...]:
+    # Imported late: an error of a package can only come once it is loaded.
+    trees = {"osscar.errors": "OsscarError", "solvers.errors": "SolverError"}
+    trees["graph.errors"] = "GraphError"
+    return tuple(
+        getattr(sys.modules[module], name)
+        for module, name in trees.items()
+        if module in sys.modules
+    )
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Silence the chatter of libraries, and sum up warnings once the block has ended."""
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")
+        yield
+    messages = list(
+        dict.fromkeys(str(w.message) for w in caught if issubclass(w.category, UserWarning))
+    )
+    for message in messages[:_SHOWN_WARNINGS]:
+        err.print("warning:", style="yellow", end=" ")
+        err.print(message, markup=False, highlight=False)
+    if len(messages) > _SHOWN_WARNINGS:
+        err.print(f"... and {len(messages) - _SHOWN_WARNINGS} warnings more", style="yellow")
+
+
+def document(kind: str, version: int, content: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a JSON document with its schema, as ``docs/json.md`` describes it."""
+    return {
+        "schema": f"osscar.{kind}/{version}",
+        "osscar_version": osscar.__version__,
+        **content,
+    }
+
+
+def write_json(path: Path | None, content: Mapping[str, Any]) -> None:
+    """Write a document beside its final place and rename it; nothing if `path` is None.
+
+    Raises
+    ------
+    OutputError
+        If the file cannot be written.
+    """
+    from osscar.errors import OutputError
+
+    if path is None:
+        return
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        partial.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        partial.replace(path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise OutputError(f"cannot write {path}: {error.strerror}") from error
+
+
+def check_json_path(path: Path | None) -> None:
+    """Refuse a ``--json`` file that could not be written, before any work is done.
+
+    Raises
+    ------
+    OutputError
+        If its directory does not exist, or it is a directory itself.
+    """
+    from osscar.errors import OutputError
+
+    if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
+        raise OutputError(f"cannot write {path}: give a file in a directory that exists")

@@ -1,0 +1,68 @@
+"""``osscar demo``: the main job from end to end on the embedded model, without a network."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from osscar.cli.common import JsonOption, check_json_path, out, quiet, write_json
+from osscar.cli.eval import REPORT_FILE
+from osscar.cli.prune import print_result, report_document
+
+_HEADS, _NEURONS = "3/4", "1/2"
+_SAMPLES, _SEQLEN = 64, 256
+
+
+def command(
+    directory: Annotated[Path, typer.Option("--out", help="Where the smaller model goes.")] = Path(
+        "osscar-demo"
+    ),
+    backend: Annotated[str, typer.Option(help="`osscar backends` lists them.")] = "local_search",
+    json: JsonOption = None,
+) -> None:
+    """Prune a small trained OPT model that ships with the package, and show what it did."""
+    import torch
+
+    from osscar.calibration import load_calibration
+    from osscar.checkpoint import check_output, load
+    from osscar.data.topics import Part, builtin_text
+    from osscar.evaluate import compare
+    from osscar.models import load_model
+    from osscar.prune import prune
+    from osscar.report.tables import comparison_table
+
+    check_json_path(json)
+    # A directory that an earlier demo made may go; anything else may not.
+    ours = (directory / REPORT_FILE).is_file()
+    path = check_output(directory, overwrite=ours)
+    with quiet():
+        dense = load_model("demo", device="cpu")
+        windows = load_calibration(None, dense.tokenizer, samples=_SAMPLES, seqlen=_SEQLEN)
+        result = prune(
+            dense.model, windows, heads=_HEADS, neurons=_NEURONS, backend=backend, device="cpu"
+        )
+        report = report_document(result, dense.source, windows, None)
+        saved = result.save(
+            path, tokenizer=dense.tokenizer, report=report, dtype=dense.stored_dtype, overwrite=ours
+        )
+        comparison = compare(
+            load(saved.path, dtype=torch.float32), dense.model,
+            dense.tokenizer, builtin_text(Part.HELD_OUT),
+            seqlen=_SEQLEN, path=saved.path, dense_path=dense.path,
+        )  # fmt: skip
+    out.print(
+        f"pruned the embedded OPT model: {_HEADS} of the heads and {_NEURONS} of "
+        f"the neurons stay, chosen by {backend} on {_SAMPLES} x {_SEQLEN} calibration tokens"
+    )
+    print_result(result, saved)
+    out.print(comparison_table(comparison))
+    tokens = comparison.model.quality.tokens
+    out.print(f"perplexity is on {tokens:,} tokens that neither trained nor calibrated the model")
+    out.print("next:", style="bold")
+    out.print(f"  osscar inspect {directory}", highlight=False)
+    out.print("  osscar prune smollm2-135m --neurons 0.7 --out smaller", highlight=False)
+    evaluation = dataclasses.asdict(comparison)
+    write_json(json, {**report, "evaluation": evaluation, "saved": str(saved.path)})

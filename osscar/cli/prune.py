@@ -1,0 +1,190 @@
+"""``osscar prune``: from a model to a smaller one on disk."""
+
+from __future__ import annotations
+
+import dataclasses
+import json as jsonlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from osscar.cli.common import (
+    DeviceOption,
+    DtypeOption,
+    JsonOption,
+    TrustOption,
+    check_json_path,
+    document,
+    out,
+    quiet,
+    write_json,
+)
+from osscar.cli.eval import text_digest
+
+if TYPE_CHECKING:
+    from osscar.calibration import CalibrationSet
+    from osscar.checkpoint import SavedCheckpoint
+    from osscar.prune import PruningResult
+
+
+def command(
+    model: Annotated[str, typer.Argument(help="Model id, directory, `demo` or `smollm2-135m`.")],
+    directory: Annotated[Path, typer.Option("--out", help="Where the smaller model goes.")],
+    sparsity: Annotated[
+        float | None, typer.Option(help="Share of the heads and neurons to remove.")
+    ] = None,
+    heads: Annotated[
+        str | None, typer.Option(help="Heads to *keep*: a fraction (0.7, 2/3) or a count.")
+    ] = None,
+    neurons: Annotated[
+        str | None, typer.Option(help="Neurons to *keep*: a fraction (0.7, 2/3) or a count.")
+    ] = None,
+    round_to: Annotated[
+        int, typer.Option(help="Round kept widths to a multiple of this, for the hardware.")
+    ] = 1,
+    calibration: Annotated[
+        str | None,
+        typer.Option(help="Plain text file or Hugging Face dataset; by default built-in text."),
+    ] = None,
+    samples: Annotated[int, typer.Option(help="Calibration windows.")] = 32,
+    seqlen: Annotated[int, typer.Option(help="Tokens in a calibration window.")] = 512,
+    seed: Annotated[int, typer.Option(help="Seed of everything that is drawn.")] = 0,
+    batch_size: Annotated[int, typer.Option(help="Windows that run at once.")] = 8,
+    backend: Annotated[str, typer.Option(help="`osscar backends` lists them.")] = "local_search",
+    option: Annotated[
+        list[str] | None, typer.Option(help="Option of the backend, as NAME=VALUE; repeatable.")
+    ] = None,
+    damp: Annotated[
+        float, typer.Option(help="Pull towards the dense weights, relative to mean(diag H).")
+    ] = 0.01,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
+    overwrite: Annotated[bool, typer.Option(help="Replace a directory that is not empty.")] = False,
+    json: JsonOption = None,
+    trust_remote_code: TrustOption = False,
+) -> None:
+    """Prune a model in one shot, prove the result, and save it.
+
+    Give --sparsity for heads and neurons alike, or say with --heads and --neurons what to keep of
+    each.  Under grouped-query attention a head is a key-value head with its query heads.
+    """
+    from osscar.calibration import load_calibration
+    from osscar.checkpoint import check_output
+    from osscar.models import load_model
+    from osscar.prune import prune
+    from osscar.targets import Targets
+
+    check_json_path(json)
+    path = check_output(directory, overwrite=overwrite)
+    Targets(sparsity, heads, neurons, round_to=round_to)
+    with quiet():
+        loaded = load_model(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+        windows = load_calibration(
+            calibration, loaded.tokenizer, samples=samples, seqlen=seqlen, seed=seed
+        )
+        result = prune(
+            loaded.model,
+            windows,
+            sparsity=sparsity,
+            heads=heads,
+            neurons=neurons,
+            round_to=round_to,
+            backend=backend,
+            backend_options=parse_options(option or []),
+            damp=damp,
+            device=device,
+            batch_size=batch_size,
+            seed=seed,
+        )
+        report = report_document(result, loaded.source, windows, calibration)
+        saved = result.save(
+            path,
+            tokenizer=loaded.tokenizer,
+            report=report,
+            dtype=loaded.stored_dtype,
+            overwrite=overwrite,
+        )
+    print_result(result, saved)
+    out.print("next:", style="bold")
+    out.print(f"  osscar eval {directory} --text FILE --against {model}", highlight=False)
+    write_json(json, {**report, "saved": _saved(saved)})
+
+
+def report_document(
+    result: PruningResult, source: str, windows: CalibrationSet, calibration: str | None
+) -> dict[str, Any]:
+    """Return what is known of a run, as ``docs/json.md`` describes it."""
+    from osscar.text import read_text
+
+    text = read_text(calibration) if calibration and Path(calibration).is_file() else None
+    return document(
+        "prune",
+        1,
+        {
+            "model": source,
+            "calibration": {
+                "source": windows.source,
+                "sha256": None if text is None else text_digest(text),
+                "samples": len(windows.tokens),
+                "seqlen": windows.tokens.shape[1],
+                "seed": windows.seed,
+            },
+            "settings": dict(result.settings),
+            "parameters_before": result.parameters_before,
+            "parameters_after": result.parameters_after,
+            "equivalence_error": result.equivalence_error,
+            "summed_relative_loss": result.loss,
+            "seconds": result.seconds,
+            "solve_seconds": result.solve_seconds,
+            "layers": [dataclasses.asdict(layer) for layer in result.layers],
+        },
+    )
+
+
+def print_result(result: PruningResult, saved: SavedCheckpoint) -> None:
+    """Print the table of layers and what became of the model."""
+    from osscar.report.tables import layers_table
+
+    out.print(layers_table(result.layers))
+    dead = sum(layer.dead for layer in result.layers)
+    if dead:
+        out.print(f"{dead} units were dead (zero on all calibration data) and went first")
+    share = 1 - result.parameters_after / result.parameters_before
+    out.print(
+        f"{result.parameters_before:,} parameters became {result.parameters_after:,} "
+        f"({share:.1%} fewer) in {result.seconds:.1f} s, {result.solve_seconds:.1f} s of them in "
+        f"the solver; summed relative loss {result.loss:.4f}"
+    )
+    out.print(
+        f"proof: the smaller model's outputs equal the masked model's to "
+        f"{result.equivalence_error:.1e} of the largest"
+    )
+    reader = "from_pretrained of transformers" if saved.stock else "osscar.load"
+    out.print(f"saved: {saved.path} ({saved.bytes / 1e6:.1f} MB of weights; {reader} reads it)")
+
+
+def parse_options(pairs: list[str]) -> dict[str, Any]:
+    """Read ``NAME=VALUE`` pairs; a value is JSON where it can be, else text.
+
+    Raises
+    ------
+    OptionError
+        If a pair has no ``=``.
+    """
+    from osscar.errors import OptionError
+
+    options: dict[str, Any] = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not equals or not name:
+            raise OptionError(f"--option {pair!r} is not NAME=VALUE")
+        try:
+            options[name.strip()] = jsonlib.loads(value)
+        except ValueError:
+            options[name.strip()] = value
+    return options
+
+
+def _saved(saved: SavedCheckpoint) -> dict[str, Any]:
+    return {"path": str(saved.path), "stock": saved.stock, "bytes": saved.bytes}
