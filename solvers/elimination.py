@@ -1,10 +1,14 @@
 """Backward elimination: remove one unit at a time, always the one that raises the loss least.
 
-Only the diagonal blocks of ``A = inv(H_SS)`` and ``K = W W'`` are kept current.  What a removal
-does to the rest is a low-rank term that stays pending; a column is brought up to date when its unit
-leaves, and every so often all pending removals are swept at once.  One removal then costs O(p w b)
-with b pending rows, and the matrix work is a few dense products (the lazy batched updates of
-Frantar et al., GPTQ, ICLR 2023, applied to structured removal).
+Only ``A = inv(H_SS)`` and ``K = W W'`` of the kept rows are held, and of these only the diagonal
+blocks are kept current.  What a removal does to the rest is a low-rank term that stays pending; a
+row is brought up to date when its unit leaves, and every so often all pending removals are applied
+at once, and the removed rows dropped.  One removal then costs O(p w b) with b pending rows, and the
+matrix work is a few dense products (the lazy batched updates of Frantar et al., GPTQ, ICLR 2023,
+applied to structured removal).
+
+Near a singular H, updates of the inverse cancel: every batch is checked against H itself, and one
+that has lost its digits is done again from a fresh factorization, in smaller steps.
 """
 
 from __future__ import annotations
@@ -16,11 +20,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from solvers.pivot import ConsumerState, PivotState, block_scores
+from solvers.pivot import block_scores, diagonal_blocks, equal_width, invert, solve_spd, unit_rows
+from solvers.problem import Consumer, SubsetProblem
 
 _PENDING_ROWS = 64
 _SERIAL_ELEMENTS = 1 << 20
 """Below this size of the pending terms, waking threads costs more than they save."""
+
+_PROBES = 16
+_DRIFT_TOLERANCE = 1e-8
 
 
 @dataclass(frozen=True)
@@ -39,48 +47,87 @@ class Removal:
     loss: float
 
 
-def eliminate(state: PivotState, count: int) -> list[Removal]:
-    """Remove `count` units from the support of `state`, one at a time, each the cheapest.
+def eliminate(problem: SubsetProblem, count: int) -> list[Removal]:
+    """Remove `count` units from the full support, one at a time, each the cheapest.
 
-    The order and the losses are exact: those of a full update after each removal.
+    The order and the losses are exact: those of a fresh factorization after each removal.
 
     Parameters
     ----------
-    state
-        Swept in place; at the end its support has `count` units fewer.
+    problem
+        The problem; what it wants to keep plays no role.
     count
-        How many units to remove; less than the number kept.
+        How many units to remove; less than all.
     """
     removals: list[Removal] = []
-    batch = max(1, _PENDING_ROWS // max(consumer.width for consumer in state.consumers))
+    front = _Front(problem, torch.arange(problem.units, device=problem.device))
+    most = batch = max(1, _PENDING_ROWS // problem.width)
     while len(removals) < count:
-        steps = min(batch, count - len(removals))
-        with _serial_if_small(state):
-            removed = _remove_pending(state, steps)
-        state.sweep([removal.unit for removal in removed])
+        steps, before = min(batch, count - len(removals)), front.units
+        try:
+            removed, lost = front.remove(steps), front.drifted()
+        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+            if steps == 1:
+                raise
+            lost = True
+        if not lost:
+            batch = min(2 * batch, most)
+        elif steps > 1:
+            front, batch = _Front(problem, before), max(1, steps // 8)
+            continue
+        else:
+            # One step from a sound state is as good as arithmetic gets; the next starts afresh.
+            front = _Front(problem, front.units)
         removals += removed
     return removals
 
 
-def _remove_pending(state: PivotState, steps: int) -> list[Removal]:
-    """Choose the next `steps` units to leave, without changing `state`."""
-    pending = [_Pending(consumer, steps) for consumer in state.consumers]
-    alive = state.kept.clone()
-    removed: list[Removal] = []
-    for _ in range(steps):
-        losses = torch.stack([p.losses(alive) for p in pending]).sum(0)
-        unit = int(torch.where(alive, losses, torch.inf).argmin())
-        removed.append(Removal(unit, float(losses[unit])))
-        alive[unit] = False
-        for p in pending:
-            p.remove(unit)
-    return removed
+def support_after(removals: list[Removal], problem: SubsetProblem) -> Tensor:
+    """Return the units that are left after some removals from the full support, sorted."""
+    kept = torch.ones(problem.units, dtype=torch.bool, device=problem.device)
+    kept[[removal.unit for removal in removals]] = False
+    return torch.nonzero(kept).flatten()
+
+
+class _Front:
+    """The units that are left, and what a removal costs."""
+
+    def __init__(self, problem: SubsetProblem, units: Tensor) -> None:
+        self.units = units
+        self._parts = [_Part(consumer, units) for consumer in problem.consumers]
+        self._tolerance = max(_DRIFT_TOLERANCE, 100 * self._drift())
+
+    def remove(self, steps: int) -> list[Removal]:
+        """Let the cheapest units leave, one after the other."""
+        removed: list[Removal] = []
+        penalty = torch.zeros(len(self.units), dtype=torch.float64, device=self.units.device)
+        with _serial(max(part.elements for part in self._parts) < _SERIAL_ELEMENTS):
+            for part in self._parts:
+                part.begin(steps)
+            for _ in range(steps):
+                losses = sum((part.losses() for part in self._parts), start=penalty)
+                index = int(losses.argmin())
+                removed.append(Removal(int(self.units[index]), float(losses[index])))
+                penalty[index] = torch.inf
+                for part in self._parts:
+                    part.remove(index)
+        left = torch.nonzero(penalty == 0).flatten()
+        for part in self._parts:
+            part.apply(left)
+        self.units = self.units[left]
+        return removed
+
+    def drifted(self) -> bool:
+        """Return whether the updates have lost too many digits to go on from here."""
+        return not self._drift() <= self._tolerance
+
+    def _drift(self) -> float:
+        return max(part.drift() for part in self._parts)
 
 
 @contextmanager
-def _serial_if_small(state: PivotState) -> Iterator[None]:
+def _serial(small: bool) -> Iterator[None]:
     threads = torch.get_num_threads()
-    small = max(len(c.N) * max(_PENDING_ROWS, c.width) for c in state.consumers) < _SERIAL_ELEMENTS
     torch.set_num_threads(1 if small else threads)
     try:
         yield
@@ -88,44 +135,91 @@ def _serial_if_small(state: PivotState) -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-class _Pending:
-    """Removals of one consumer that its N and K do not show yet.
+class _Part:
+    """A and K of one consumer on the units that are left, and removals that they lack.
 
-    On the rows still alive, ``A = -N - L L'`` and ``K_now = K - Z Q' - Q Z'``.
+    With one w-row block of `Z`, `Q` and `a` for each pending removal, the current matrices are
+    ``A - Z'a`` and ``K - Z'Q - Q'Z``.
     """
 
-    def __init__(self, state: ConsumerState, capacity: int) -> None:
-        self.state = state
+    def __init__(self, consumer: Consumer, units: Tensor) -> None:
+        self.width = consumer.width
+        self.H, self.G = equal_width(consumer)
+        self.rows = unit_rows(units, self.width)
+        whole = len(self.rows) == len(self.H)
+        H, G = (
+            (self.H, self.G)
+            if whole
+            else (self.H[self.rows[:, None], self.rows], self.G[self.rows])
+        )
+        self.A, W = invert(H, G)
+        self.K = W @ W.T
+
+    @property
+    def elements(self) -> int:
+        """Size of the terms that one removal reads."""
+        return len(self.A) * max(_PENDING_ROWS, self.width)
+
+    def begin(self, steps: int) -> None:
+        """Make room for `steps` removals."""
+        shape = (steps * self.width, len(self.A))
+        self.Z, self.Q, self.a = (self.A.new_empty(shape) for _ in range(3))
         self.filled = 0
-        shape = (len(state.N), capacity * state.width)
-        self.L, self.Z, self.Q = (state.N.new_empty(shape) for _ in range(3))
-        self.A_blocks = state.blocks(state.N).neg_()
-        self.K_blocks = state.blocks(state.K)
+        self.identity = torch.eye(self.width, dtype=torch.float64, device=self.A.device)
+        self.A_blocks, self.K_blocks = (
+            M.diagonal().clone() if self.width == 1 else diagonal_blocks(M, self.width)
+            for M in (self.A, self.K)
+        )
 
-    def losses(self, alive: Tensor) -> Tensor:
-        """Return the loss of removing each unit, (n,); meaningless for units not alive."""
-        if self.state.width == 1:
-            return (self.K_blocks / self.A_blocks).flatten()
-        losses = self.K_blocks.new_zeros(len(alive))
-        losses[alive] = block_scores(self.A_blocks[alive], self.K_blocks[alive])
-        return losses
+    def losses(self) -> Tensor:
+        """Return the loss of removing each unit, (units,); meaningless for those removed."""
+        if self.width == 1:
+            return self.K_blocks / self.A_blocks
+        return block_scores(self.A_blocks, self.K_blocks)
 
-    def remove(self, unit: int) -> None:
-        """Bring the columns of `unit` up to date, and add what its removal changes."""
-        w, t = self.state.width, self.filled
-        own = slice(unit * w, (unit + 1) * w)
-        L, Z, Q = self.L[:, :t], self.Z[:, :t], self.Q[:, :t]
-        # N and K are symmetric, and their rows are contiguous.
-        A_columns = self.state.N[own].T.addmm(L, L[own].T, beta=-1, alpha=-1)
-        K_columns = self.state.K[own].T.addmm(Z, Q[own].T, alpha=-1).addmm_(Q, Z[own].T, alpha=-1)
-        factor = torch.linalg.cholesky(A_columns[own])
-        L_new = torch.linalg.solve_triangular(factor.T, A_columns, upper=True, left=False)
-        Z_new = torch.linalg.solve_triangular(factor, L_new, upper=False, left=False)
-        Q_new = K_columns - Z_new @ (K_columns[own] / 2)
-        new = slice(t, t + w)
-        self.L[:, new], self.Z[:, new], self.Q[:, new] = L_new, Z_new, Q_new
+    def remove(self, index: int) -> None:
+        """Bring the rows of a unit up to date, and add what its removal changes."""
+        w, t = self.width, self.filled
+        own, new = slice(index * w, (index + 1) * w), slice(t, t + w)
+        Z, Q, a = self.Z[:t], self.Q[:t], self.a[:t]
+        A_rows = torch.addmm(self.A[own], a[:, own].T, Z, alpha=-1)
+        K_rows = torch.addmm(self.K[own], Z[:, own].T, Q, alpha=-1)
+        K_rows.addmm_(Q[:, own].T, Z, alpha=-1)
+        Z_new = solve_spd(A_rows[:, own], A_rows)
+        Q_new = K_rows.addmm_(K_rows[:, own].clone(), Z_new, alpha=-0.5)
+        self.Z[new], self.Q[new], self.a[new] = Z_new, Q_new, A_rows
         self.filled = t + w
-        L_units, Z_units, Q_units = (x.view(-1, w, w) for x in (L_new, Z_new, Q_new))
-        self.A_blocks -= L_units @ L_units.mT
-        cross = Z_units @ Q_units.mT
+        self._update_blocks(Z_new, Q_new, A_rows)
+        # A removed unit counts no more; this keeps its score finite.
+        self.A_blocks[index] = 1.0 if w == 1 else self.identity
+
+    def _update_blocks(self, Z: Tensor, Q: Tensor, a: Tensor) -> None:
+        w = self.width
+        if w == 1:
+            self.A_blocks.addcmul_(Z[0], a[0], value=-1)
+            self.K_blocks.addcmul_(Z[0], Q[0], value=-2)
+            return
+        Z, Q, a = (x.view(w, -1, w).transpose(0, 1) for x in (Z, Q, a))
+        self.A_blocks -= Z.mT @ a
+        cross = Z.mT @ Q
         self.K_blocks -= cross + cross.mT
+
+    def apply(self, left: Tensor) -> None:
+        """Apply the pending removals, and drop all rows but those of the units in `left`."""
+        rows = unit_rows(left, self.width)
+        Z, Q, a = (x[: self.filled, rows] for x in (self.Z, self.Q, self.a))
+        self.A = self.A[rows[:, None], rows].addmm_(Z.T, a, alpha=-1)
+        both, swapped = torch.cat([Z, Q]), torch.cat([Q, Z])
+        self.K = self.K[rows[:, None], rows].addmm_(both.T, swapped, alpha=-1)
+        self.rows = self.rows[rows]
+
+    def drift(self) -> float:
+        """Return the error of ``H A = I`` and of ``K = A G G' A``, on a few rows and columns."""
+        some = torch.linspace(0, len(self.rows) - 1, _PROBES, device=self.rows.device).long()
+        at = self.rows[some]
+        error = self.H[at[:, None], self.rows] @ self.A[:, some]
+        error -= (some[:, None] == some).to(error)
+        W = self.A[some] @ self.G[self.rows]
+        exact = W.square().sum(1)
+        K_error = (self.K.diagonal()[some] - exact).abs() / exact.clamp(min=1e-300)
+        return max(float(error.abs().max()), float(K_error.max()))

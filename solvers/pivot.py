@@ -44,16 +44,6 @@ class ConsumerState:
     width: int
     inside: Tensor
 
-    def unit_rows(self, units: Tensor) -> Tensor:
-        """Return the rows, (len(units) * w,) int64, of the given units."""
-        offsets = torch.arange(self.width, device=units.device)
-        return (units[:, None] * self.width + offsets).flatten()
-
-    def blocks(self, matrix: Tensor) -> Tensor:
-        """Return a copy of the diagonal blocks, (n, w, w), of a (n w, n w) matrix."""
-        n, w = len(matrix) // self.width, self.width
-        return matrix.view(n, w, n, w).diagonal(dim1=0, dim2=2).permute(2, 0, 1).contiguous()
-
     def sweep(self, units: Tensor) -> None:
         """Move the given units to the other side of the support.
 
@@ -62,7 +52,7 @@ class ConsumerState:
         units
             (u,) int64; those inside leave and those outside enter.
         """
-        rows = self.unit_rows(units)
+        rows = unit_rows(units, self.width)
         sign = torch.where(self.inside[rows], -1.0, 1.0).to(self.N)
         pivot = torch.linalg.inv(self.N[rows[:, None], rows])
         pivot = (pivot + pivot.T) / 2
@@ -159,7 +149,8 @@ class PivotState:
                 total += state.K.diagonal() / (sign * state.N.diagonal())
             else:
                 total[side] += block_scores(
-                    sign * state.blocks(state.N)[side], state.blocks(state.K)[side]
+                    sign * diagonal_blocks(state.N, state.width)[side],
+                    diagonal_blocks(state.K, state.width)[side],
                 )
         return total
 
@@ -173,14 +164,11 @@ def block_scores(A: Tensor, K: Tensor) -> Tensor:
 
 
 def _factorize(consumer: Consumer, kept: Tensor) -> ConsumerState:
-    H, G = _uniform_width(consumer)
+    H, G = equal_width(consumer)
     inside = kept.repeat_interleave(consumer.width)
     S, R = torch.nonzero(inside).flatten(), torch.nonzero(~inside).flatten()
     everything = len(R) == 0
-    factor = torch.linalg.cholesky(H if everything else H[S[:, None], S])
-    W = torch.cholesky_solve(G if everything else G[S], factor)
-    A = torch.cholesky_inverse(factor)
-    del factor
+    A, W = invert(H, G) if everything else invert(H[S[:, None], S], G[S])
     if everything:
         return ConsumerState(A.neg_(), W @ W.T, consumer.width, inside)
     N = torch.empty_like(H)
@@ -199,7 +187,35 @@ def _factorize(consumer: Consumer, kept: Tensor) -> ConsumerState:
     return ConsumerState(N, U @ U.T, consumer.width, inside)
 
 
-def _uniform_width(consumer: Consumer) -> tuple[Tensor, Tensor]:
+def invert(H: Tensor, G: Tensor) -> tuple[Tensor, Tensor]:
+    """Return ``inv(H)`` and ``inv(H) G`` for a positive definite H."""
+    factor = torch.linalg.cholesky(H)
+    W = torch.cholesky_solve(G, factor)
+    return torch.cholesky_inverse(factor), W
+
+
+def solve_spd(A: Tensor, B: Tensor) -> Tensor:
+    """Return ``inv(A) B`` for a small positive definite A."""
+    if len(A) == 1:
+        return B / A
+    return torch.cholesky_solve(B, torch.linalg.cholesky(A))
+
+
+def unit_rows(units: Tensor, width: int) -> Tensor:
+    """Return the rows, (len(units) * width,) int64, of units that are `width` rows each."""
+    if width == 1:
+        return units
+    return (units[:, None] * width + torch.arange(width, device=units.device)).flatten()
+
+
+def diagonal_blocks(matrix: Tensor, width: int) -> Tensor:
+    """Return a copy of the diagonal blocks, (n, w, w), of a (n w, n w) matrix."""
+    n = len(matrix) // width
+    blocks = matrix.view(n, width, n, width).diagonal(dim1=0, dim2=2)
+    return blocks.permute(2, 0, 1).clone(memory_format=torch.contiguous_format)
+
+
+def equal_width(consumer: Consumer) -> tuple[Tensor, Tensor]:
     """Return H and G with the rows ordered by unit, short units filled up with decoupled rows."""
     order = consumer.rows.flatten()
     if torch.equal(order, torch.arange(len(consumer.H), device=order.device)):

@@ -8,8 +8,7 @@ from typing import ClassVar
 import torch
 
 from solvers.backend import Capabilities, Kind
-from solvers.elimination import eliminate
-from solvers.pivot import PivotState
+from solvers.elimination import eliminate, support_after
 from solvers.problem import SubsetProblem
 from solvers.refit import refit
 from solvers.solution import Selection, Status
@@ -36,17 +35,13 @@ class Greedy:
         """Eliminate down to `keep` units, then on to one, for the path."""
         n, k = problem.units, problem.keep
         everything = torch.arange(n, device=problem.device)
-        state = PivotState.full(problem)
-        removals = eliminate(state, n - k)
-        support = state.support
-        removals += eliminate(state, k - 1)
-        _, loss = refit(problem, everything)
-        path = [loss]
+        removals = eliminate(problem, n - 1)
+        path = [refit(problem, everything)[1]]
         for removal in removals:
             path.append(path[-1] + removal.loss)
         path.append(problem.scale)
         return Selection(
-            support,
+            support_after(removals[: n - k], problem),
             Status.FEASIBLE,
             iterations=n - k,
             history=tuple(path[: n - k + 1]),

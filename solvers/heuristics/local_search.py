@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 
 from solvers.backend import Capabilities, Kind
-from solvers.elimination import eliminate
+from solvers.elimination import eliminate, support_after
 from solvers.errors import BackendError
 from solvers.pivot import PivotState
 from solvers.problem import SubsetProblem
@@ -57,7 +57,7 @@ class LocalSearch:
         """Search until a fresh factorization confirms that no exchange helps."""
         state = self._initial_state(problem)
         support = state.support
-        history, swaps, fresh = [refit(problem, support)[1]], 0, self.start is not None
+        history, swaps, fresh = [refit(problem, support)[1]], 0, True
         while True:
             made, converged = self._descend(state, history[-1], self.max_swaps - swaps)
             swaps += made
@@ -77,9 +77,8 @@ class LocalSearch:
 
     def _initial_state(self, problem: SubsetProblem) -> PivotState:
         if self.start is None:
-            state = PivotState.full(problem)
-            eliminate(state, problem.units - problem.keep)
-            return state
+            removals = eliminate(problem, problem.units - problem.keep)
+            return PivotState.on_support(problem, support_after(removals, problem))
         support = torch.tensor(sorted(set(self.start)), dtype=torch.int64, device=problem.device)
         inside = (support >= 0) & (support < problem.units)
         if len(support) != problem.keep or not bool(inside.all()):

@@ -1,0 +1,200 @@
+"""Every closed form that a search relies on, against refits by brute force."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from solvers import refit, solve
+from solvers.elimination import eliminate, support_after
+from solvers.pivot import PivotState
+from solvers.swaps import best_swap, swap_gains
+from tests.solvers.instances import INSTANCES, Instance, build, random_data, shuffled_units
+
+properties = settings(max_examples=30, deadline=None, derandomize=True)
+
+
+@st.composite
+def cases(draw, max_units=7):
+    """An instance of any shape, and a support that is neither empty nor full."""
+    seed = draw(st.integers(0, 2**32 - 1))
+    n = draw(st.integers(2, max_units))
+    damp = draw(st.sampled_from([1e-4, 1e-2, 1.0]))
+    noise = draw(st.sampled_from([0.0, 1.0]))
+    data, units = [], []
+    for c in range(draw(st.integers(1, 2))):
+        widths = draw(
+            st.one_of(st.just([1] * n), st.lists(st.integers(1, 3), min_size=n, max_size=n))
+        )
+        data.append(random_data([seed, c], sum(widths), draw(st.integers(1, 4)), noise=noise))
+        units.append(shuffled_units(seed, widths))
+    keep = draw(st.integers(1, n - 1))
+    support = np.sort(np.random.default_rng(seed).permutation(n)[:keep]).tolist()
+    return build("drawn", data, keep, units, damp), support
+
+
+def state_of(instance: Instance, support) -> PivotState:
+    return PivotState.on_support(instance.problem, torch.tensor(support))
+
+
+def assert_same(state: PivotState, other: PivotState, tolerance=1e-8):
+    """Equal supports, and N and K equal relative to their largest entries."""
+    assert torch.equal(state.kept, other.kept)
+    for a, b in zip(state.consumers, other.consumers, strict=True):
+        assert torch.equal(a.inside, b.inside)
+        for x, y in ((a.N, b.N), (a.K, b.K)):
+            assert float((x - y).abs().max()) <= tolerance * float(y.abs().max())
+
+
+@properties
+@given(cases())
+def test_refit(case):
+    instance, support = case
+    _, loss = refit(instance.problem, torch.tensor(support))
+    assert loss == pytest.approx(instance.loss(support), abs=1e-9 * instance.problem.scale)
+
+
+@properties
+@given(cases())
+def test_removal_losses(case):
+    instance, support = case
+    losses = state_of(instance, support).removal_losses()
+    scale = instance.problem.scale
+    for unit in range(instance.problem.units):
+        if unit in support:
+            rest = [other for other in support if other != unit]
+            expected = instance.loss(rest) - instance.loss(support)
+            assert float(losses[unit]) == pytest.approx(expected, abs=1e-8 * scale)
+        else:
+            assert losses[unit] == torch.inf
+
+
+@properties
+@given(cases())
+def test_addition_gains(case):
+    instance, support = case
+    gains = state_of(instance, support).addition_gains()
+    scale = instance.problem.scale
+    for unit in range(instance.problem.units):
+        if unit in support:
+            assert gains[unit] == -torch.inf
+        else:
+            expected = instance.loss(support) - instance.loss([*support, unit])
+            assert float(gains[unit]) == pytest.approx(expected, abs=1e-8 * scale)
+
+
+@properties
+@given(cases())
+def test_swap_gains(case):
+    instance, support = case
+    state = state_of(instance, support)
+    leave, enter = state.support, state.removed
+    gains = swap_gains(state, leave, enter)
+    scale = instance.problem.scale
+    brute = {
+        (i, j): instance.loss(support) - instance.loss({*support} - {i} | {j})
+        for i in leave.tolist()
+        for j in enter.tolist()
+    }
+    for row, i in enumerate(leave.tolist()):
+        for column, j in enumerate(enter.tolist()):
+            assert float(gains[row, column]) == pytest.approx(brute[i, j], abs=1e-8 * scale)
+    best = best_swap(state)
+    assert best.gain == pytest.approx(max(brute.values()), abs=1e-8 * scale)
+    assert brute[best.leave, best.enter] == pytest.approx(best.gain, abs=1e-8 * scale)
+
+
+@properties
+@given(cases(), st.data())
+def test_sweeping_equals_factorizing_afresh(case, data):
+    """Single units, groups that enter, groups that leave, and both at once."""
+    instance, support = case
+    n = instance.problem.units
+    state, kept = state_of(instance, support), set(support)
+    for _ in range(4):
+        moved = data.draw(st.lists(st.integers(0, n - 1), min_size=1, max_size=3, unique=True))
+        if kept ^ set(moved):
+            state.sweep(moved)
+            kept ^= set(moved)
+            assert_same(state, state_of(instance, sorted(kept)))
+
+
+@properties
+@given(cases())
+def test_elimination_removes_the_cheapest_and_its_losses_add_up(case):
+    instance, _ = case
+    n = instance.problem.units
+    removals = eliminate(instance.problem, n - 1)
+    scale, kept = instance.problem.scale, set(range(n))
+    for removal in removals:
+        rises = {u: instance.loss(kept - {u}) - instance.loss(kept) for u in kept}
+        assert removal.loss == pytest.approx(rises[removal.unit], abs=1e-8 * scale)
+        assert removal.loss == pytest.approx(min(rises.values()), abs=1e-8 * scale)
+        kept.remove(removal.unit)
+    assert support_after(removals, instance.problem).tolist() == sorted(kept)
+
+
+def large(width=1, consumers=1, n=150, **options) -> Instance:
+    """More units than one batch of pending removals holds."""
+    data = [random_data([9, c], n * width, 6, samples=2 * n * width) for c in range(consumers)]
+    return build("large", data, n // 3, [n] * consumers, **options)
+
+
+@pytest.mark.parametrize(("width", "consumers"), [(1, 1), (3, 1), (1, 2)])
+def test_lazy_elimination_equals_eager(width, consumers):
+    instance = large(width, consumers)
+    eager = PivotState.full(instance.problem)
+    removals = eliminate(instance.problem, 145)
+    assert len(removals) == 145
+    for removal in removals:
+        losses = eager.removal_losses()
+        unit = int(losses.argmin())
+        assert removal.unit == unit
+        assert removal.loss == pytest.approx(float(losses[unit]), rel=1e-7)
+        eager.sweep([unit])
+    assert_same(eager, PivotState.on_support(instance.problem, eager.support))
+
+
+def test_state_does_not_drift_over_hundreds_of_sweeps():
+    instance = large(n=60, damp=1e-4)
+    state = state_of(instance, range(20))
+    generator = np.random.default_rng(0)
+    for _ in range(400):
+        leave = int(generator.choice(state.support.numpy()))
+        enter = int(generator.choice(state.removed.numpy()))
+        state.sweep([leave, enter])
+    assert_same(state, PivotState.on_support(instance.problem, state.support), 1e-9)
+
+
+@pytest.mark.parametrize("instance", INSTANCES.values(), ids=INSTANCES.keys())
+def test_greedy_path_is_the_loss_at_every_size(instance):
+    """The path is checked against refits on the supports that its order implies."""
+    problem = instance.problem
+    path = solve(problem, "greedy").path
+    assert len(path) == problem.units + 1
+    for k in range(1, problem.units + 1):
+        loss = instance.loss(solve(problem.with_keep(k), "greedy").support)
+        assert path[k] == pytest.approx(loss, abs=1e-7 * problem.scale)
+    assert path[0] == pytest.approx(problem.scale)
+
+
+@pytest.mark.parametrize("width", [1, 4])
+def test_elimination_is_honest_on_a_nearly_singular_hessian(width):
+    """Rank 30 of 120 with almost no damping: updates alone would lose every digit."""
+    generator = np.random.default_rng(1)
+    mix = generator.normal(size=(120, 30)) @ generator.normal(size=(30, 120))
+    data, n = random_data(2, 120, 5, samples=400, mix=mix), 120 // width
+    instance = build("singular", [data], 2, [n], damp=1e-9)
+    problem = instance.problem
+    removals = eliminate(problem, n - 5)
+    kept = set(range(n))
+    for step, removal in enumerate(removals):
+        if step % (n // 6) == 5 // width:
+            loss, slack = instance.loss(kept), 1e-7 * problem.scale
+            rises = {unit: instance.loss(kept - {unit}) - loss for unit in sorted(kept)}
+            assert removal.loss == pytest.approx(rises[removal.unit], abs=slack, rel=1e-4)
+            assert rises[removal.unit] <= 1.001 * min(rises.values()) + slack
+        kept.remove(removal.unit)
