@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import math
 import time
 from dataclasses import dataclass
 from functools import cache
@@ -179,6 +180,7 @@ def solve(
     backend: str | Backend = "local_search",
     *,
     device: str | torch.device | None = None,
+    bound: bool = False,
     **options: Any,
 ) -> Solution:
     """Solve a subset problem with the named backend, and refit on what it chose.
@@ -191,6 +193,9 @@ def solve(
         A registered name, or a backend object with its options set.
     device
         Where to compute; by default where the problem is.
+    bound
+        Whether to add the `perspective` lower bound where the backend gives none, so that
+        `Solution.gap` is a number.
     **options
         Options of the named backend.
 
@@ -230,6 +235,8 @@ def solve(
         selection = chosen.select(problem)
         support = selection.support.sort().values
         weights, loss = refit(problem, support)
+        if bound and math.isinf(selection.lower_bound):
+            selection = _with_bound(problem, selection)
     except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
         problem.check_definite()
         raise BackendError(f"backend {name!r}: {error}; raise damp, H is near singular") from error
@@ -246,7 +253,18 @@ def solve(
         history=selection.history,
         path=selection.path,
         gap_tolerance=selection.gap_tolerance,
+        certificate=selection.certificate,
         seconds=time.perf_counter() - start,
+    )
+
+
+def _with_bound(problem: SubsetProblem, selection: Selection) -> Selection:
+    # Imported here: the bound is itself a backend, and uses this module.
+    from solvers.bounds.perspective import BOUND_FROM, Perspective
+
+    value, certificate, _ = Perspective().bound(problem)
+    return dataclasses.replace(
+        selection, lower_bound=value, bound_from=BOUND_FROM, certificate=certificate
     )
 
 

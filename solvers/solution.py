@@ -9,12 +9,14 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from solvers.certificate import Certificate
 from solvers.errors import VerificationError
 from solvers.problem import SubsetProblem
 from solvers.refit import quadratic_loss
 
 _LOSS_TOLERANCE = 1e-7
 _STATIONARITY_TOLERANCE = 1e-6
+_BOUND_TOLERANCE = 1e-9
 
 DEFAULT_GAP_TOLERANCE = 1e-4
 """Relative gap up to which an answer may be called optimal, unless a backend says otherwise."""
@@ -55,6 +57,8 @@ class Selection:
         it; else empty.
     gap_tolerance
         Up to which relative gap the backend calls its answer optimal.
+    certificate
+        Evidence from which `lower_bound` can be recomputed, or None.
     """
 
     support: Tensor
@@ -65,6 +69,7 @@ class Selection:
     history: tuple[float, ...] = ()
     path: tuple[float, ...] = ()
     gap_tolerance: float = DEFAULT_GAP_TOLERANCE
+    certificate: Certificate | None = None
 
 
 @dataclass(frozen=True)
@@ -83,12 +88,15 @@ class Verification:
     swap_gain
         The most that one exchange lowers the loss, relative to the scale of the problem; NaN where
         neither swap optimality nor a bound was claimed.
+    lower_bound
+        The bound that the certificate proves, recomputed; NaN where there is no certificate.
     """
 
     loss: float
     loss_error: float
     stationarity: float
     swap_gain: float = math.nan
+    lower_bound: float = math.nan
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,7 +119,7 @@ class Solution:
         How the solve ended.
     lower_bound, bound_from
         No support has a lower loss than this, and what proved it.
-    iterations, history, path, gap_tolerance
+    iterations, history, path, gap_tolerance, certificate
         As in `Selection`.
     seconds
         Wall time of the selection and of the refit.
@@ -130,6 +138,7 @@ class Solution:
     path: tuple[float, ...] = field(default=(), repr=False)
     seconds: float = 0.0
     gap_tolerance: float = DEFAULT_GAP_TOLERANCE
+    certificate: Certificate | None = field(default=None, repr=False)
 
     @property
     def relative_loss(self) -> float:
@@ -164,7 +173,8 @@ class Solution:
         ------
         VerificationError
             If the support is not feasible, the weights are not the refit on it, the loss is not
-            what they give, the bound lies above the loss, or a claimed swap optimum is not one.
+            what they give, the bound lies above the loss or above what its certificate proves, or
+            a claimed swap optimum is not one.
         """
         problem = self.problem
         self._check_feasible()
@@ -175,6 +185,7 @@ class Solution:
             loss_error=abs(loss - self.loss) / scale,
             stationarity=self._stationarity(),
             swap_gain=self._best_swap_gain() / scale,
+            lower_bound=self.certificate.bound(problem) if self.certificate else math.nan,
         )
         if not report.loss_error <= _LOSS_TOLERANCE:
             raise VerificationError(f"loss is {loss:.9g} when recomputed, claimed {self.loss:.9g}")
@@ -197,6 +208,10 @@ class Solution:
             raise VerificationError(
                 f"bound {bound:.9g} is refuted by an exchange that lowers the loss to "
                 f"{loss - report.swap_gain * scale:.9g}"
+            )
+        if bound > report.lower_bound + _BOUND_TOLERANCE * scale:
+            raise VerificationError(
+                f"bound {bound:.9g} is claimed, its certificate proves {report.lower_bound:.9g}"
             )
         if self.status is not Status.OPTIMAL:
             return

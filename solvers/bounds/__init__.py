@@ -1,0 +1,1 @@
+"""Lower bounds that no support's loss can be below, with certificates that anyone can re-check."""

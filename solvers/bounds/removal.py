@@ -1,0 +1,263 @@
+"""The loss seen from the units that are removed, and its lower bound by common multipliers.
+
+With ``A = inv(H)`` and the unpruned refit ``W = A G``, keeping S and removing R costs
+
+    E(S) = e - tr(G' W) + c(R),      c(R) = tr(W_R' inv(A_RR) W_R)
+                                          = max over Y_R of 2 tr(Y_R' W_R) - tr(Y_R' A_RR Y_R).
+
+Multipliers Y that are common to all R therefore bound every support at once: with ``x`` the
+indicator of R,
+
+    c(R) >= 2 a'x - x'Q x,     a_i = tr(Y_i' W_i),     Q_ij = sum of the block ij of A o (Y Y')
+
+(o is the element-wise product).  This is a function of n binary variables, whatever the width of
+the units and the number of responses, and it adds up over consumers.  The classical perspective
+bound replaces A by a diagonal D^-1 >= A before Y is known; here Q is bounded after Y is known.
+The rows of Y of different units are far from parallel when there are many responses, so Q is much
+closer to its diagonal than A is, and the bound is never worse (Schur's product theorem).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from solvers.pivot import equal_width, unit_rows
+from solvers.problem import Consumer, SubsetProblem
+
+LEAST_SHARE = 1e-3
+"""Multipliers are computed as if every unit were removed with at least this probability."""
+
+
+_EPS = torch.finfo(torch.float64).eps
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """How far exact losses can be from those that the computed A and W give.
+
+    Parameters
+    ----------
+    inverse
+        Any norm of ``I - H A`` bounds the eigenvalues of ``inv(H)^-1 A - I``, hence the relative
+        change of every c(R).
+    refit
+        Square root of ``tr(F' inv(H) F)`` with ``F = G - H W``: by how much ``sqrt(c(R))`` can
+        change.
+    unit
+        Rounding of the sums that evaluate a bound, relative to the sum of their magnitudes.
+    offset
+        Rounding of the constant.
+    """
+
+    inverse: float
+    refit: float
+    unit: float
+    offset: float
+
+    @classmethod
+    def of(cls, H: Tensor, A: Tensor, residual: Tensor, e: float) -> Rounding:
+        """Measure them, in units that give H a unit diagonal."""
+        p, m = residual.shape
+        scale = H.diagonal().rsqrt()
+        H_scaled = H * scale[:, None] * scale
+        A_scaled = A / scale[:, None] / scale
+        floor = 4 * _EPS * math.sqrt(p) * float(H_scaled.norm()) * float(A_scaled.norm())
+        product = H_scaled @ A_scaled
+        product.diagonal().sub_(1.0)
+        inverse = float(product.norm()) + floor
+        refit = math.sqrt(max(float((residual * (A @ residual)).sum()), 0.0))
+        return cls(inverse, refit, _EPS * p * m, 4 * _EPS * p * e)
+
+    def __add__(self, other: Rounding) -> Rounding:
+        """Return what holds for the sum of two consumers."""
+        return Rounding(
+            max(self.inverse, other.inverse),
+            math.hypot(self.refit, other.refit),
+            max(self.unit, other.unit),
+            self.offset + other.offset,
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class ConsumerRemoval:
+    """One consumer's A and W.
+
+    Parameters
+    ----------
+    A
+        Inverse Hessian, (n w, n w), units in order.
+    W
+        Refit with all units kept, (n w, m).
+    width
+        Rows w of each unit.
+    """
+
+    A: Tensor
+    W: Tensor
+    width: int
+
+    @classmethod
+    def of(cls, consumer: Consumer) -> tuple[ConsumerRemoval, float, Rounding]:
+        """Invert the Hessian; return the terms, ``e - tr(G'W)``, and what rounding can have done.
+
+        More than p responses are compressed to p, which changes no loss.
+        """
+        H, G = equal_width(consumer)
+        factor = torch.linalg.cholesky(H)
+        A = torch.cholesky_inverse(factor)
+        if G.shape[1] > G.shape[0]:
+            G = torch.linalg.qr(G.T, mode="r").R.T
+        W = torch.cholesky_solve(G, factor)
+        HW = H @ W
+        # As e + tr(W'HW) - 2 tr(W'G): the rounding of W enters in second order only.
+        constant = consumer.e + float((W * (HW - 2 * G)).sum())
+        rounding = Rounding.of(H, A, HW.sub_(G), consumer.e)
+        return cls(A, W, consumer.width), constant, rounding
+
+    def restrict(self, removed: Tensor, free: Tensor) -> tuple[ConsumerRemoval, float]:
+        """Return the terms of the `free` units given that `removed` ones go, and what those cost.
+
+        The units in neither stay.
+        """
+        f, r = unit_rows(free, self.width), unit_rows(removed, self.width)
+        A, W = self.A[f[:, None], f], self.W[f]
+        if not len(r):
+            return ConsumerRemoval(A, W, self.width), 0.0
+        factor = torch.linalg.cholesky(self.A[r[:, None], r])
+        columns = torch.linalg.solve_triangular(factor, self.A[r[:, None], f], upper=False)
+        half = torch.linalg.solve_triangular(factor, self.W[r], upper=False)
+        A = A.addmm_(columns.T, columns, alpha=-1)
+        return (
+            ConsumerRemoval(A, W.addmm_(columns.T, half, alpha=-1), self.width),
+            float(half.square().sum()),
+        )
+
+    def multipliers(self, share: Tensor, coupling: float) -> Tensor:
+        """Return the Y, (n w, m), that suits a random R, unit j being in it with ``share[j]``.
+
+        ``Y = inv(A + coupling * (1/x - 1) blockdiag(A)) W / x``: the maximizer of the expectation
+        where `coupling` is 1; larger values anticipate what the bound on Q will cost.
+        """
+        w = self.width
+        x = share.clamp(min=LEAST_SHARE, max=1.0)
+        M = self.A.clone()
+        diagonal = M.view(len(x), w, len(x), w).diagonal(dim1=0, dim2=2)
+        diagonal.mul_(1 + coupling * (1 / x - 1))
+        Y = torch.cholesky_solve(self.W, torch.linalg.cholesky(M))
+        return Y.div_(x.repeat_interleave(w)[:, None])
+
+    def aggregate(self, Y: Tensor) -> tuple[Tensor, Tensor]:
+        """Return this consumer's share of a, (n,), and of Q, (n, n)."""
+        n, w = len(Y) // self.width, self.width
+        a = (Y * self.W).sum(1).view(n, w).sum(1)
+        Q = (Y @ Y.T).mul_(self.A)
+        return a, Q if w == 1 else Q.view(n, w, n, w).sum((1, 3))
+
+    def costs(self, removed: Tensor) -> Tensor:
+        """Return c(R) for a batch of R, (b, r) -> (b,)."""
+        rows = unit_rows(removed.flatten(), self.width).view(len(removed), -1)
+        factor = torch.linalg.cholesky(self.A[rows[:, :, None], rows[:, None, :]])
+        half: Tensor = torch.linalg.solve_triangular(factor, self.W[rows], upper=False)
+        return half.square().sum((1, 2))
+
+
+@dataclass(frozen=True, eq=False)
+class RemovalTerms:
+    """The terms of all consumers, for the units that are still free.
+
+    Parameters
+    ----------
+    consumers
+        A and W of each.
+    constant
+        Loss with all units kept.
+    spent
+        What the units that were removed already cost.
+    removals
+        How many of the free units have to be removed.
+    units
+        The free units as the problem numbers them, (n,) int64.
+    rounding
+        What rounding can have done.
+    """
+
+    consumers: tuple[ConsumerRemoval, ...]
+    constant: float
+    spent: float
+    removals: int
+    units: Tensor
+    rounding: Rounding
+
+    @classmethod
+    def of(cls, problem: SubsetProblem) -> RemovalTerms:
+        """Factorize every consumer of a problem."""
+        consumers, constants, roundings = zip(
+            *(ConsumerRemoval.of(c) for c in problem.consumers), strict=True
+        )
+        return cls(
+            consumers,
+            sum(constants),
+            0.0,
+            problem.units - problem.keep,
+            torch.arange(problem.units, device=problem.device),
+            sum(roundings[1:], roundings[0]),
+        )
+
+    def restrict(self, removed: Tensor, kept: Tensor) -> RemovalTerms:
+        """Return the terms of the units in neither list; both name positions in `units`."""
+        free = torch.ones(len(self.units), dtype=torch.bool, device=self.units.device)
+        free[removed] = False
+        free[kept] = False
+        positions = torch.nonzero(free).flatten()
+        parts = [c.restrict(removed, positions) for c in self.consumers]
+        return replace(
+            self,
+            consumers=tuple(part for part, _ in parts),
+            spent=self.spent + sum(cost for _, cost in parts),
+            removals=self.removals - len(removed),
+            units=self.units[positions],
+        )
+
+    def certified(self, cost: float, magnitude: float) -> float:
+        """Turn a lower bound of the cost of the free units into one of the exact loss.
+
+        Parameters
+        ----------
+        cost
+            Bound of the cost of removing the free units that have to go, as computed.
+        magnitude
+            Sum of the sizes of what was summed up.
+        """
+        safe = self.rounding
+        computed = max(self.spent + cost - safe.unit * (self.spent + magnitude), 0.0)
+        root = max(math.sqrt(computed * max(1 - safe.inverse, 0.0)) - safe.refit, 0.0)
+        return max(self.constant - safe.offset - safe.refit**2 + root**2, 0.0)
+
+    def cost_reaching(self, loss: float, magnitude: float) -> float:
+        """Return the least cost for which `certified` gives at least this loss."""
+        safe = self.rounding
+        root = math.sqrt(max(loss - self.constant + safe.offset + safe.refit**2, 0.0)) + safe.refit
+        computed = root**2 / max(1 - safe.inverse, _EPS) * (1 + 8 * _EPS)
+        return computed + safe.unit * (self.spent + magnitude) - self.spent
+
+    def aggregate(self, share: Tensor, coupling: float) -> tuple[Tensor, Tensor]:
+        """Return ``(a, Q)`` for the multipliers of `share`, summed over the consumers."""
+        a = torch.zeros_like(share)
+        Q = a.new_zeros(len(a), len(a))
+        for c in self.consumers:
+            a_c, Q_c = c.aggregate(c.multipliers(share, coupling))
+            a += a_c
+            Q += Q_c
+        return a, Q
+
+    def single_costs(self) -> Tensor:
+        """Return what each unit costs if it alone is removed, (n,)."""
+        return self.costs(torch.arange(len(self.units), device=self.units.device)[:, None])
+
+    def costs(self, removed: Tensor) -> Tensor:
+        """Return what removing the free units in each row costs, (b, r) -> (b,)."""
+        return torch.stack([c.costs(removed) for c in self.consumers]).sum(0)
