@@ -11,9 +11,11 @@ from graph.errors import (
 )
 from graph.groups import CouplingGroup, Freeze, Kind, Role, Slot
 from graph.propagate import Operator
+from graph.rules import DEFAULT as DEFAULT_RULES
 from graph.rules import RuleTable, rule
 
 __all__ = [
+    "DEFAULT_RULES",
     "Call",
     "CouplingGroup",
     "DependencyGraph",

@@ -264,7 +264,8 @@ class Axes:
             return head, tail
         if len(bound) == 1:
             return self._split_segment(bound[0], outer)
-        return self._split_concat(bound, self._size[axis] // outer)
+        inner = self._size[axis] // outer
+        return self._split_concat(bound, inner) or self._split_repeats(bound, outer, inner)
 
     def _split_concat(self, layout: Layout, inner: int) -> tuple[Segment, Segment] | None:
         """Factor a concatenation as (concatenation of heads) x (one common tail)."""
@@ -280,6 +281,22 @@ class Axes:
                 return None
             tail = split[1]
         return None if tail is None else (self._factors(tuple(heads)), tail)
+
+    def _split_repeats(
+        self, layout: Layout, outer: int, inner: int
+    ) -> tuple[Segment, Segment] | None:
+        """Factor a concatenation of `outer` runs as so many copies of one run."""
+        if len(layout) < outer:
+            return None
+        runs: list[Layout] = []
+        rest = layout
+        for _ in range(outer):
+            pieces = self.cut(rest, inner)
+            if pieces is None or (runs and not self.unify(runs[0], pieces[0])):
+                return None
+            runs.append(pieces[0])
+            rest = pieces[1]
+        return self._factors(ONE * outer), self._factors(runs[0])
 
     def _cut_segment(self, segment: Segment, position: int) -> tuple[Segment, Segment] | None:
         """Cut a resolved product in two; only its leading axis can be cut."""

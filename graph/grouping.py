@@ -11,7 +11,7 @@ from graph.axes import Axes, Segment
 from graph.call import Use
 from graph.export import TensorInfo
 from graph.groups import CouplingGroup, Freeze, Role, Slot
-from graph.naming import Naming
+from graph.naming import Factor, Naming
 from graph.propagate import Propagation
 
 
@@ -27,14 +27,16 @@ class Place:
     offset: int
 
 
+_NESTED = Freeze("its positions lie inside the units of another group, or around them", "", "")
+
+
 def build_groups(
     propagation: Propagation, tensors: Mapping[str, TensorInfo]
 ) -> tuple[CouplingGroup, ...]:
     """Return the coupling groups of a propagated program, in execution order.
 
     Every free axis that some parameter produces or consumes becomes a group.  Two prunable groups
-    never share a parameter dimension as factors of one product: where they would, the inner one
-    is frozen.
+    never share a parameter dimension as factors of one product: where they would, one is frozen.
     """
     axes = propagation.axes
     places, uneven = _locate(propagation)
@@ -44,10 +46,10 @@ def build_groups(
         for axis in slots
     }
     heads = frozenset().union(*(axes.leaves(use.layout) for use in propagation.heads))
-    containers = _nested(places, freezes, heads)
-    for axis in containers:
+    factors = _beside(axes, places, freezes, heads)
+    for axis in factors:
         freezes[axis] = freezes[axis] or [_NESTED]
-    naming = Naming(propagation, slots, containers)
+    naming = Naming(propagation, slots, factors)
     return tuple(
         CouplingGroup(
             name=naming.names[axis],
@@ -94,27 +96,42 @@ def _factors(propagation: Propagation) -> Iterator[tuple[int, Place]]:
                 offset += axes.size((segment,))
 
 
-_NESTED = Freeze("its positions lie inside the units of another group", "", "")
-
-
-def _nested(
+def _beside(
+    axes: Axes,
     places: Mapping[int, list[Place]],
     freezes: Mapping[int, list[Freeze]],
     heads: frozenset[int],
-) -> dict[int, int]:
-    """Map each axis to the first one outside it in some product that is prunable, or heads.
+) -> dict[int, Factor]:
+    """Choose, among axes that are factors of one product, the one whose units may be removed.
 
-    What lies inside a head is its width, even where the heads themselves must stay.
+    Heads come first, the outer ones before the inner ones, and what lies beside them is their
+    width, even where the heads themselves must stay.  Otherwise the axis with most units wins.
+
+    Returns
+    -------
+    dict of int to Factor
+        For every other axis, how it stands to the chosen one.
     """
-    containers: dict[int, int] = {}
-    for axis in freezes:
-        for place in places[axis]:
-            outside = place.segment[: place.segment.index(axis)]
-            leads = (a for a in outside if a in freezes and (a in heads or not freezes[a]))
-            lead = next(leads, None)
-            if lead is not None:
-                containers.setdefault(axis, lead)
-    return containers
+
+    def rank(axis: int) -> tuple[bool, int, int]:
+        depth = max(place.segment.index(axis) for place in places[axis])
+        return axis not in heads, 0 if axis in heads else -axes.axis_size(axis), depth
+
+    chosen: set[int] = set()
+    beside: dict[int, Factor] = {}
+    for axis in sorted(freezes, key=rank):
+        leads = (
+            Factor(lead, outer=place.segment.index(axis) < place.segment.index(lead))
+            for place in places[axis]
+            for lead in place.segment
+            if lead in chosen
+        )
+        lead = next(leads, None)
+        if lead is not None:
+            beside[axis] = lead
+        elif axis in heads or not freezes[axis]:
+            chosen.add(axis)
+    return beside
 
 
 # ---- slots -------------------------------------------------------------------------------

@@ -4,16 +4,33 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 from graph.groups import Kind, Role, Slot
 from graph.propagate import Propagation
+
+
+@dataclass(frozen=True)
+class Factor:
+    """How an axis stands to the prunable one with which it makes up a dimension.
+
+    Parameters
+    ----------
+    lead
+        The prunable axis.
+    outer
+        Whether the units of `lead` lie inside this axis, not the other way round.
+    """
+
+    lead: int
+    outer: bool
 
 
 class Naming:
     """Names for all groups at once, so that each is unique.
 
     A group is called after the innermost module that holds all of it (``mlp.neurons``).  Where
-    several groups would get the same name, each is called after the module of its first producer.
+    several groups would get the same name, each is called after the owner of its first producer.
 
     Parameters
     ----------
@@ -21,18 +38,18 @@ class Naming:
         Tells which axes attention runs over, and which operators were called.
     slots
         The slots of each group, by axis.
-    containers
-        For an axis that lies inside the units of another one, that other axis.
+    factors
+        How an axis stands to another one that was preferred to it.
     """
 
     def __init__(
         self,
         propagation: Propagation,
         slots: Mapping[int, Sequence[Slot]],
-        containers: Mapping[int, int],
+        factors: Mapping[int, Factor],
     ) -> None:
         self._slots = slots
-        self._containers = containers
+        self._factors = factors
         self._targets = {operator.order: operator.target for operator in propagation.operators}
         self._heads: dict[int, str] = {}
         for use in propagation.heads:
@@ -45,7 +62,7 @@ class Naming:
         slots = self._slots[axis]
         produced = [slot.order for slot in slots if slot.role is Role.PRODUCER]
         consumed = [slot.order for slot in slots if slot.role is Role.CONSUMER]
-        if axis in self._containers or not produced or not consumed:
+        if axis in self._factors or not produced or not consumed:
             return Kind.OTHER
         if axis in self._heads:
             return Kind.HEADS
@@ -53,7 +70,7 @@ class Naming:
         if any("conv" in target for target in targets):
             return Kind.CHANNELS
         # What is read and then written again is a residual stream.
-        if min(consumed) < max(produced) or any("embedding" in target for target in targets):
+        if min(consumed) <= max(produced) or any("embedding" in target for target in targets):
             return Kind.HIDDEN
         return Kind.NEURONS
 
@@ -63,7 +80,7 @@ class Naming:
         taken: Counter[str] = Counter()
         names: dict[int, str] = {}
         for axis, name in preferred.items():
-            if shared[name] > 1 and axis not in self._containers:
+            if shared[name] > 1 and axis not in self._factors:
                 name = self._name(axis, self._first(axis))
             taken[name] += 1
             names[axis] = name if taken[name] == 1 else f"{name}.{taken[name]}"
@@ -76,15 +93,15 @@ class Naming:
         """Return the last part of a name."""
         if self.kinds[axis] is not Kind.OTHER:
             return self.kinds[axis].value
-        container = self._containers.get(axis)
-        if container is not None:
-            return f"{self._word(container)}.inner"
+        factor = self._factors.get(axis)
+        if factor is not None:
+            return f"{self._word(factor.lead)}.{'outer' if factor.outer else 'inner'}"
         produced = any(slot.role is Role.PRODUCER for slot in self._slots[axis])
         return "outputs" if produced else "inputs"
 
     def _home(self, axis: int) -> str:
         """Find the module that a group is preferably called after."""
-        axis = self._containers.get(axis, axis)
+        axis = self._factors[axis].lead if axis in self._factors else axis
         if self.kinds[axis] is Kind.HEADS:
             return self._heads[axis]
         if self.kinds[axis] in (Kind.NEURONS, Kind.HIDDEN):
@@ -92,9 +109,10 @@ class Naming:
         return self._first(axis)
 
     def _first(self, axis: int) -> str:
-        """Find the module of the first producer, or of the first slot if there is none."""
-        slots = self._slots[self._containers.get(axis, axis)]
-        return next((slot for slot in slots if slot.role is Role.PRODUCER), slots[0]).module
+        """Find the owner of the first producer, or of the first slot if there is none."""
+        slots = self._slots[axis]
+        slot = next((slot for slot in slots if slot.role is Role.PRODUCER), slots[0])
+        return slot.tensor.rpartition(".")[0]
 
 
 def _common(modules: Iterable[str]) -> str:
