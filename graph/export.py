@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -71,7 +72,7 @@ def export_model(model: torch.nn.Module, example_inputs: ExampleInputs) -> Progr
         If the model cannot be exported.
     """
     args, kwargs = _bind(model, example_inputs)
-    with _evaluating(model), torch.no_grad():
+    with _evaluating(model), _without_log(), torch.no_grad():
         try:
             exported = torch.export.export(model, args, kwargs, strict=False)
         except Exception as error:  # anything the user's forward may raise
@@ -147,6 +148,18 @@ def _evaluating(model: torch.nn.Module) -> Iterator[None]:
             module.training = training
 
 
+@contextmanager
+def _without_log() -> Iterator[None]:
+    """Keep the exporter from printing the error that `TraceError` is about to explain."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
 # ---- names -------------------------------------------------------------------------------
 
 
@@ -172,7 +185,8 @@ _HINTS = (
         "or give example inputs and options with which it is not taken.",
     ),
     (
-        r"mat1 and mat2|must match|size mismatch|Expected|expected|invalid for input|out of range",
+        r"mat1 and mat2|reduction dim|must match|size mismatch|[Ee]xpected|invalid for input|"
+        r"out of range",
         "Its forward pass rejects the example inputs: check their shapes and types, and that the "
         "model runs on them.",
     ),

@@ -1,0 +1,163 @@
+"""The dependency graph as a whole: names, drawing, networkx, and a model left alone."""
+
+from __future__ import annotations
+
+import xml.etree.ElementTree as ET
+from dataclasses import replace
+from pathlib import Path
+
+import networkx as nx
+import pytest
+import torch
+import transformers
+from torch import nn
+
+import graph
+from graph import CouplingGroup, DependencyGraph
+
+from .families import GQA, MHA, build, token_inputs
+from .topologies import PRUNABLE
+
+
+@pytest.fixture(scope="module")
+def llama() -> DependencyGraph:
+    return graph.trace(build("llama", GQA, "sdpa"), token_inputs())
+
+
+def test_names_are_unique_and_near_ones_are_suggested(llama: DependencyGraph) -> None:
+    names = [group.name for group in llama.groups]
+    assert len(set(names)) == len(names)
+    assert llama.group("model.layers.1.mlp.neurons").units == 44
+    with pytest.raises(graph.UnknownGroupError, match=r"layers\.1\.mlp\.neurons") as caught:
+        llama.group("model.layers.1.mlp.neuron")
+    assert isinstance(caught.value, KeyError)
+    assert isinstance(caught.value, graph.GraphError)
+
+
+def test_groups_and_slots_follow_execution(llama: DependencyGraph) -> None:
+    starts = [group.slots[0].order for group in llama.groups]
+    assert starts == sorted(starts)
+    for group in llama.groups:
+        orders = [slot.order for slot in group.slots]
+        assert orders == sorted(orders)
+
+
+def test_prunable_groups_never_overlap(llama: DependencyGraph) -> None:
+    owned: set[tuple[str, int, int]] = set()
+    for group in llama.prunable:
+        mine = {
+            (s.tensor, s.dim, index) for s in group.slots for index in s.indices(range(s.units))
+        }
+        assert owned.isdisjoint(mine)
+        owned |= mine
+
+
+def test_hidden_axis_is_frozen_by_its_norm(llama: DependencyGraph) -> None:
+    hidden = llama.group("hidden")
+    assert hidden.kind is graph.Kind.HIDDEN
+    assert not hidden.prunable
+    assert hidden.frozen[0].module == "model.layers.0.input_layernorm"
+
+
+def test_networkx_joins_slots_groups_and_operators(llama: DependencyGraph) -> None:
+    network = llama.networkx()
+    kinds = nx.get_node_attributes(network, "kind")
+    assert set(kinds.values()) == {"operator", "slot", "group"}
+    group = llama.group("model.layers.0.mlp.neurons")
+    makers = {network.nodes[name]["data"].tensor for name in network.predecessors(group.name)}
+    readers = {network.nodes[name]["data"].tensor for name in network.successors(group.name)}
+    assert makers == {f"model.layers.0.mlp.{name}_proj.weight" for name in ("gate", "up")}
+    assert readers == {"model.layers.0.mlp.down_proj.weight"}
+    operators = network.subgraph(name for name, kind in kinds.items() if kind == "operator")
+    assert nx.is_directed_acyclic_graph(operators)
+
+
+def test_drawing_is_svg_with_every_group(llama: DependencyGraph, tmp_path: Path) -> None:
+    path = llama.draw(tmp_path / "groups.svg")
+    root = ET.parse(path).getroot()
+    assert root.tag.endswith("svg")
+    text = " ".join(element.text or "" for element in root.iter())
+    assert all(group.name in text for group in llama.groups if len(group.name) < 45)
+    assert "frozen: " in text
+    height = float(root.attrib["height"])
+    boxes = [element for element in root.iter() if element.tag.endswith("rect")]
+    assert all(float(b.attrib.get("y", 0)) + float(b.attrib["height"]) <= height for b in boxes)
+
+
+def _without_order(groups: tuple[CouplingGroup, ...]) -> list[CouplingGroup]:
+    """The same groups, whatever else is computed between their operators."""
+    return [
+        replace(group, slots=tuple(replace(slot, order=0) for slot in group.slots))
+        for group in groups
+    ]
+
+
+@pytest.mark.parametrize("family", ["llama-tied", "opt", "gpt2"])
+def test_meta_tensors_give_the_same_groups(family: str) -> None:
+    real = graph.trace(build(family, MHA, "sdpa"), token_inputs())
+    with torch.device("meta"):
+        model = build(family, MHA, "sdpa")
+    meta = graph.trace(model, token_inputs())
+    assert _without_order(meta.groups) == _without_order(real.groups)
+
+
+def test_groups_do_not_depend_on_the_size_of_the_inputs() -> None:
+    model = build("llama", GQA, "eager")
+    # Sizes equal to the number of heads, of key heads, of their width, and one.
+    groups, *others = (
+        _without_order(graph.trace(model, token_inputs(*size)).groups)
+        for size in ((3, 7), (4, 4), (2, 2), (1, 8))
+    )
+    assert all(other == groups for other in others)
+
+
+def test_the_model_is_left_as_it_was() -> None:
+    model = nn.Sequential(nn.Linear(4, 6), nn.Dropout(0.5), nn.BatchNorm1d(6), nn.Linear(6, 2))
+    model.train()
+    model[2].eval()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    graph.trace(model, (torch.randn(3, 4),))
+    assert [module.training for module in model] == [True, True, False, True]
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_tied_embeddings_are_one_tensor_with_two_roles() -> None:
+    model = build("gpt2", MHA, "sdpa")
+    hidden = graph.trace(model, token_inputs()).group("hidden")
+    embedding = [slot for slot in hidden.slots if slot.tensor == "transformer.wte.weight"]
+    assert {slot.role for slot in embedding} == {graph.Role.PRODUCER, graph.Role.CONSUMER}
+    assert {slot.module for slot in embedding} == {"transformer.wte", "lm_head"}
+    assert not [slot for slot in hidden.slots if slot.tensor == "lm_head.weight"]
+
+
+def test_removable_parameters_are_what_slicing_removes() -> None:
+    for network, inputs, _ in PRUNABLE.values():
+        model = network()
+        sizes = {name: parameter.shape for name, parameter in model.named_parameters()}
+        for group in graph.trace(model, inputs).prunable:
+            kept = {name: [set(range(n)) for n in shape] for name, shape in sizes.items()}
+            for slot in group.slots:
+                if slot.tensor in kept:
+                    kept[slot.tensor][slot.dim] -= set(slot.indices([0]))
+            left = sum(torch.Size(map(len, dims)).numel() for dims in kept.values())
+            assert group.removable == sum(shape.numel() for shape in sizes.values()) - left
+
+
+def test_a_deep_model_on_meta_is_traced_in_linear_time() -> None:
+    def operators(layers: int) -> int:
+        config = transformers.OPTConfig(
+            hidden_size=7168,
+            ffn_dim=28672,
+            num_hidden_layers=layers,
+            num_attention_heads=56,
+            word_embed_proj_dim=7168,
+        )
+        with torch.device("meta"):
+            model = transformers.AutoModelForCausalLM.from_config(config)
+        dependencies = graph.trace(model, token_inputs())
+        assert len(dependencies.prunable) == 2 * layers
+        return len(dependencies.operators)
+
+    two, four, eight = (operators(layers) for layers in (2, 4, 8))
+    assert eight - four == 2 * (four - two)
