@@ -91,7 +91,9 @@ def _title(group: CouplingGroup) -> list[str]:
     for freeze in group.frozen[:2]:
         lines.append(_fit(f"frozen: {freeze.reason}", 45))
         if freeze.operator:
-            lines.append(_fit(f"  {freeze.operator} in {freeze.module or 'the model'}", 45))
+            lines.append(_fit(f"  by {freeze.operator}", 45))
+        if freeze.module:
+            lines.append(_fit(f"  in {freeze.module}", 45))
     return lines
 
 

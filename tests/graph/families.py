@@ -78,10 +78,12 @@ CONFIGS: dict[str, Callable[[Attention], object]] = {
     "gpt2": _gpt2,
 }
 
+_ATTENTIONS = {"opt": (MHA,), "gpt2": (MHA,), "llama-tied": (GQA,), "llama-bias": (GQA,)}
+
 CASES = [
     (family, attention, implementation)
     for family in CONFIGS
-    for attention in ((MHA,) if family in ("opt", "gpt2") else (MHA, GQA, MQA))
+    for attention in _ATTENTIONS.get(family, (MHA, GQA, MQA))
     for implementation in ("sdpa", "eager")
 ]
 
