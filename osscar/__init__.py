@@ -19,11 +19,11 @@ if TYPE_CHECKING:
     from osscar.calibration import CalibrationSet, load_calibration, text_windows
     from osscar.checkpoint import SavedCheckpoint, load, save
     from osscar.errors import OsscarError
-    from osscar.evaluate import Comparison, Evaluation, compare, evaluate
+    from osscar.evaluation import Comparison, Evaluation, compare, evaluate
     from osscar.models import LoadedModel, load_model
+    from osscar.pipeline import LayerReport, PruningResult, prune
     from osscar.plan import PruningPlan
-    from osscar.prune import LayerReport, PruningResult, prune
-    from osscar.shrink import shrink
+    from osscar.slicing import shrink
 
 __version__ = "0.1.0"
 
@@ -50,22 +50,22 @@ __all__ = [
 
 _HOMES = {
     "CalibrationSet": "calibration",
-    "Comparison": "evaluate",
-    "Evaluation": "evaluate",
-    "LayerReport": "prune",
+    "Comparison": "evaluation",
+    "Evaluation": "evaluation",
+    "LayerReport": "pipeline",
     "LoadedModel": "models",
     "OsscarError": "errors",
     "PruningPlan": "plan",
-    "PruningResult": "prune",
+    "PruningResult": "pipeline",
     "SavedCheckpoint": "checkpoint",
-    "compare": "evaluate",
-    "evaluate": "evaluate",
+    "compare": "evaluation",
+    "evaluate": "evaluation",
     "load": "checkpoint",
     "load_calibration": "calibration",
     "load_model": "models",
-    "prune": "prune",
+    "prune": "pipeline",
     "save": "checkpoint",
-    "shrink": "shrink",
+    "shrink": "slicing",
     "text_windows": "calibration",
 }
 

@@ -22,6 +22,8 @@ BUILTIN = "builtin"
 CHARACTERS_PER_TOKEN = 16
 """Characters read from a dataset for every token wanted: about four times what windows need."""
 
+TEXT_SUFFIXES = {".txt", ".text", ".md", ".rst", ".raw"}
+
 
 @dataclass(frozen=True, eq=False)
 class CalibrationSet:
@@ -95,6 +97,8 @@ def load_calibration(
     ------
     CalibrationError
         If the text is missing, unreadable, or shorter than one window.
+    TextError
+        If this Python lacks the built-in text.
     MissingDependency
         If a dataset is asked for and ``datasets`` is not installed.
     """
@@ -179,14 +183,15 @@ def _window_starts(tokens: int, samples: int, seqlen: int, seed: int) -> Tensor:
 
 
 def _is_file_name(spec: str | Path) -> bool:
-    """Tell paths from dataset names, also where the file does not exist."""
-    path = Path(spec)
-    return isinstance(spec, Path) or path.exists() or path.is_absolute() or bool(path.suffix)
+    """Tell paths from dataset names, which may hold slashes and dots, where no file exists."""
+    if isinstance(spec, Path) or Path(spec).exists():
+        return True
+    return spec.startswith((".", "/", "~")) or Path(spec).suffix in TEXT_SUFFIXES
 
 
 def _file_text(path: str | Path) -> str:
     try:
-        return read_text(path)
+        return read_text(Path(path).expanduser())
     except TextError as error:
         raise CalibrationError(f"calibration text: {error}") from error
 

@@ -28,7 +28,7 @@ from transformers.initialization import no_init_weights
 from graph.groups import Kind
 from osscar.errors import CheckpointError, OutputError
 from osscar.plan import PLAN_FILE, PruningPlan
-from osscar.shrink import HISTORY, outputs, prove_equal, shrink
+from osscar.slicing import HISTORY, outputs, prove_equal, shrink
 
 PLAN_FORMAT = "osscar-plan/1"
 

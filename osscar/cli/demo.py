@@ -29,9 +29,9 @@ def command(
     from osscar.calibration import load_calibration
     from osscar.checkpoint import check_output, load
     from osscar.data.topics import Part, builtin_text
-    from osscar.evaluate import compare
+    from osscar.evaluation import compare
     from osscar.models import load_model
-    from osscar.prune import prune
+    from osscar.pipeline import prune
     from osscar.report.tables import comparison_table
 
     check_json_path(json)

@@ -49,7 +49,7 @@ def command(
     prompt (prefill) and writing token by token (decode); with --against the models take turns.
     """
     from osscar.data.topics import Part, builtin_text
-    from osscar.evaluate import compare, evaluate
+    from osscar.evaluation import compare, evaluate
     from osscar.models import load_model
     from osscar.report.tables import comparison_table, evaluation_table
     from osscar.text import read_text

@@ -25,7 +25,7 @@ from osscar.cli.eval import text_digest
 if TYPE_CHECKING:
     from osscar.calibration import CalibrationSet
     from osscar.checkpoint import SavedCheckpoint
-    from osscar.prune import PruningResult
+    from osscar.pipeline import PruningResult
 
 
 def command(
@@ -72,7 +72,7 @@ def command(
     from osscar.calibration import load_calibration
     from osscar.checkpoint import check_output
     from osscar.models import load_model
-    from osscar.prune import prune
+    from osscar.pipeline import prune
     from osscar.targets import Targets
 
     check_json_path(json)

@@ -13,8 +13,8 @@ from rich.text import Text
 from graph.groups import CouplingGroup, Slot
 
 if TYPE_CHECKING:
-    from osscar.evaluate import Comparison, Evaluation
-    from osscar.prune import LayerReport
+    from osscar.evaluation import Comparison, Evaluation
+    from osscar.pipeline import LayerReport
     from solvers import BackendInfo, Capabilities
 
 

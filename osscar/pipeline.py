@@ -29,7 +29,7 @@ from osscar.linear_maps import LinearMap, linear_maps
 from osscar.models import check_finite_weights, resolve_device
 from osscar.plan import GroupPlan, PruningPlan
 from osscar.progress import stage as progress_stage
-from osscar.shrink import outputs, prove_equal, shrink
+from osscar.slicing import outputs, prove_equal, shrink
 from osscar.stages import Stage, find_stages, start_stream
 from osscar.statistics import GramAccumulator, observe
 from osscar.targets import Keep, Targets, allocate

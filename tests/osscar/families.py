@@ -1,0 +1,76 @@
+"""Tiny random models of every language family, and data for them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    LlamaConfig,
+    MistralConfig,
+    OPTConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+VOCABULARY = 97
+
+_LLAMA_LIKE = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 48,
+    "intermediate_size": 40,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 6,
+    "max_position_embeddings": 64,
+}
+
+FAMILIES: dict[str, Callable[[], PretrainedConfig]] = {
+    "opt": lambda: OPTConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=48,
+        ffn_dim=40,
+        num_hidden_layers=2,
+        num_attention_heads=6,
+        max_position_embeddings=64,
+        word_embed_proj_dim=48,
+    ),
+    "gpt2": lambda: GPT2Config(
+        vocab_size=VOCABULARY, n_embd=48, n_layer=2, n_head=6, n_inner=40, n_positions=64
+    ),
+    "llama-mha": lambda: LlamaConfig(**_LLAMA_LIKE, num_key_value_heads=6),
+    "llama-gqa": lambda: LlamaConfig(**_LLAMA_LIKE, num_key_value_heads=3, attention_bias=True),
+    "mistral": lambda: MistralConfig(**_LLAMA_LIKE, num_key_value_heads=3),
+    "qwen2": lambda: Qwen2Config(**_LLAMA_LIKE, num_key_value_heads=3, tie_word_embeddings=True),
+    "qwen3": lambda: Qwen3Config(**_LLAMA_LIKE, num_key_value_heads=3, head_dim=8),
+}
+"""Configurations by name; 40 neurons, and 6 heads or 3 groups of 2."""
+
+
+def tiny(family: str, *, attention: str = "sdpa", seed: int = 0) -> PreTrainedModel:
+    """Build a tiny random model whose weights are large enough to matter."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(FAMILIES[family](), attn_implementation=attention)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter.mul_(4)
+            elif parameter.abs().max() == 0:
+                parameter.normal_(std=0.1)
+    return model.eval()
+
+
+def tokens(samples: int = 8, seqlen: int = 24, seed: int = 1) -> Tensor:
+    """Random token windows, (samples, seqlen)."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(VOCABULARY, (samples, seqlen), generator=generator)
+
+
+@torch.no_grad()
+def logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
+    """Logits of a model, in float64."""
+    return model(input_ids=ids).logits.double()

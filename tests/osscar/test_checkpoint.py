@@ -1,0 +1,224 @@
+"""Saving and loading: stock where it can be, a plan elsewhere, never a half-written directory."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import osscar
+from osscar import checkpoint
+from osscar.errors import CheckpointError, EquivalenceError, OutputError
+from tests.osscar.families import FAMILIES, logits, tiny, tokens
+
+IDS = tokens(2, 16, seed=9)
+
+STOCK = [
+    ("opt", {"neurons": "0.5"}),
+    ("gpt2", {"neurons": "0.5"}),
+    ("llama-mha", {"heads": 3, "neurons": 20}),
+    *((family, {"heads": "2/3", "neurons": "0.5"}) for family in ("llama-gqa", "mistral")),
+    *((family, {"heads": "1/3", "neurons": "0.5"}) for family in ("qwen2", "qwen3")),
+]
+PLANNED = [
+    ("opt", {"heads": "2/3", "neurons": "0.5"}),
+    ("gpt2", {"heads": "2/3"}),
+    ("llama-mha", {"heads": 5}),  # 48 hidden dimensions are no multiple of 5 heads
+    ("llama-gqa", {"groups": {"model.layers.1.mlp.neurons": 10}}),
+]
+
+
+def pruned(family, **keep):
+    return osscar.prune(tiny(family), tokens(), backend="magnitude", device="cpu", **keep).model
+
+
+READER = """
+import sys
+import torch, transformers
+
+ids = torch.tensor(eval(sys.argv[1]))
+for directory in sys.argv[2:]:
+    model = transformers.AutoModelForCausalLM.from_pretrained(directory).eval()
+    with torch.no_grad():
+        torch.save(model(input_ids=ids).logits, f"{directory}.pt")
+    model.generate(ids, max_new_tokens=4, eos_token_id=None, pad_token_id=0)
+assert not {"osscar", "graph", "solvers"} & set(sys.modules)
+"""
+
+
+def test_stock_checkpoints_load_in_a_process_that_never_imports_this_project(tmp_path):
+    models = {}
+    for index, (family, keep) in enumerate(STOCK):
+        directory = tmp_path / f"{index}-{family}"
+        models[directory] = pruned(family, **keep)
+        assert checkpoint.save(models[directory], directory).stock, (family, keep)
+        assert not (directory / checkpoint.PLAN_FILE).exists()
+    command = [sys.executable, "-c", READER, str(IDS.tolist()), *map(str, models)]
+    subprocess.run(command, check=True, cwd=tmp_path, timeout=300)
+    for directory, model in models.items():
+        read = torch.load(f"{directory}.pt", weights_only=True).double()
+        torch.testing.assert_close(read, logits(model, IDS), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("family", "keep"), PLANNED)
+def test_what_no_config_can_express_is_saved_with_its_plan(family, keep, tmp_path):
+    model = pruned(family, **keep)
+    saved = checkpoint.save(model, tmp_path / "small")
+    assert not saved.stock
+    again = osscar.load(tmp_path / "small")
+    torch.testing.assert_close(logits(again, IDS), logits(model, IDS), rtol=1e-5, atol=1e-5)
+    tied = again.get_output_embeddings().weight is again.get_input_embeddings().weight
+    assert tied == model.config.tie_word_embeddings
+    twice = osscar.prune(again, tokens(), neurons=8, backend="magnitude", device="cpu").model
+    checkpoint.save(twice, tmp_path / "smaller")
+    torch.testing.assert_close(
+        logits(osscar.load(tmp_path / "smaller"), IDS), logits(twice, IDS), rtol=1e-5, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_pruning_twice_can_be_saved(family, tmp_path):
+    once = pruned(family, neurons="0.5")
+    twice = osscar.prune(once, tokens(), neurons=8, backend="magnitude", device="cpu").model
+    assert checkpoint.save(twice, tmp_path / "small").stock
+    torch.testing.assert_close(
+        logits(osscar.load(tmp_path / "small"), IDS), logits(twice, IDS), rtol=1e-5, atol=1e-5
+    )
+
+
+def test_weights_can_be_saved_in_half_precision(tmp_path):
+    model = pruned("llama-gqa", neurons="0.5")
+    full = checkpoint.save(model, tmp_path / "full")
+    half = checkpoint.save(model, tmp_path / "half", dtype=torch.bfloat16)
+    assert half.bytes < 0.6 * full.bytes
+    assert osscar.load(tmp_path / "half").dtype == torch.bfloat16
+    assert model.dtype == torch.float32
+
+
+def test_a_full_directory_is_not_touched_without_overwrite(tmp_path):
+    (tmp_path / "precious").write_text("keep me")
+    with pytest.raises(OutputError, match="not empty"):
+        checkpoint.save(pruned("opt", neurons="0.5"), tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["precious"]
+
+
+def test_a_file_in_the_way_is_refused(tmp_path):
+    target = tmp_path / "file"
+    target.write_text("x")
+    with pytest.raises(OutputError, match="is a file"):
+        checkpoint.check_output(target, overwrite=True)
+
+
+@pytest.mark.parametrize(
+    ("failure", "error"),
+    [
+        (OSError(28, "No space left on device"), OutputError),
+        (KeyboardInterrupt(), KeyboardInterrupt),
+        (EquivalenceError("differs"), EquivalenceError),
+    ],
+)
+@pytest.mark.parametrize("place", ["save_pretrained", "rename"])
+def test_a_failure_while_saving_leaves_the_old_directory_whole(
+    failure, error, place, tmp_path, monkeypatch
+):
+    directory = tmp_path / "model"
+    model = pruned("opt", neurons="0.5")
+    checkpoint.save(model, directory)
+    before = {path.name: path.read_bytes() for path in directory.iterdir()}
+
+    def fail(*_args, **_kwargs):
+        raise failure
+
+    if place == "rename":
+        monkeypatch.setattr(checkpoint, "_swap_in", fail)
+    else:
+        monkeypatch.setattr(type(model), "save_pretrained", fail)
+    with pytest.raises(error):
+        checkpoint.save(model, directory, overwrite=True)
+    assert {path.name: path.read_bytes() for path in directory.iterdir()} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_overwrite_replaces_everything(tmp_path):
+    directory = tmp_path / "model"
+    checkpoint.save(pruned("opt", heads="0.5"), directory)
+    assert (directory / checkpoint.PLAN_FILE).exists()
+    checkpoint.save(pruned("opt", neurons="0.5"), directory, overwrite=True)
+    assert not (directory / checkpoint.PLAN_FILE).exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_directory_that_cannot_be_written_is_an_output_error(tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(OutputError, match="cannot write"):
+        checkpoint.save(pruned("opt", neurons="0.5"), tmp_path / "file" / "model")
+
+
+def test_a_checkpoint_that_does_not_compute_the_same_is_not_put_in_place(tmp_path, monkeypatch):
+    model = pruned("opt", heads="0.5")
+    write = checkpoint.safetensors.torch.save_model
+
+    def spoil(saved, path, metadata):
+        with torch.no_grad():
+            saved.model.decoder.layers[0].fc1.weight.add_(0.1)
+        write(saved, path, metadata)
+        with torch.no_grad():
+            saved.model.decoder.layers[0].fc1.weight.sub_(0.1)
+
+    monkeypatch.setattr(checkpoint.safetensors.torch, "save_model", spoil)
+    with pytest.raises(EquivalenceError):
+        checkpoint.save(model, tmp_path / "model")
+    assert list(tmp_path.iterdir()) == []
+
+
+class TestDamagedDirectories:
+    @pytest.fixture
+    def directory(self, tmp_path):
+        checkpoint.save(pruned("opt", heads="0.5"), tmp_path / "model")
+        return tmp_path / "model"
+
+    def edit(self, directory, change):
+        file = directory / checkpoint.PLAN_FILE
+        data = json.loads(file.read_text())
+        change(data)
+        file.write_text(json.dumps(data))
+
+    def test_no_config(self, directory):
+        (directory / "config.json").unlink()
+        with pytest.raises(CheckpointError, match=r"config\.json"):
+            osscar.load(directory)
+
+    def test_no_json(self, directory):
+        (directory / checkpoint.PLAN_FILE).write_text("{")
+        with pytest.raises(CheckpointError, match="not a pruning plan"):
+            osscar.load(directory)
+
+    def test_another_format(self, directory):
+        self.edit(directory, lambda data: data.update(format="osscar-plan/99"))
+        with pytest.raises(CheckpointError, match="osscar-plan/99"):
+            osscar.load(directory)
+
+    def test_units_that_do_not_exist(self, directory):
+        self.edit(directory, lambda data: data["plans"][0]["groups"][0].update(kept=[0, 99]))
+        with pytest.raises(CheckpointError, match="does not have"):
+            osscar.load(directory)
+
+    def test_other_units_than_the_weights(self, directory):
+        self.edit(directory, lambda data: data["plans"][0]["groups"][0].update(kept=[0]))
+        with pytest.raises(CheckpointError, match="do not fit"):
+            osscar.load(directory)
+
+    def test_truncated_weights(self, directory):
+        file = directory / "model.safetensors"
+        file.write_bytes(file.read_bytes()[:1000])
+        with pytest.raises(CheckpointError, match="do not fit"):
+            osscar.load(directory)
+
+    def test_a_plan_for_another_model(self, directory):
+        def rename(data):
+            data["plans"][0]["groups"][0]["slots"][0]["tensor"] = "nowhere.weight"
+
+        self.edit(directory, rename)
+        with pytest.raises(osscar.OsscarError, match=r"nowhere\.weight"):
+            osscar.load(directory)

@@ -1,0 +1,241 @@
+"""The pipeline on every family: what it computes, what it removes, and what it refuses."""
+
+import copy
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import osscar
+import solvers
+from graph.groups import CouplingGroup, Kind, Role, Slot
+from osscar.errors import CalibrationError, EquivalenceError, NonFiniteError, TargetError
+from osscar.slicing import HISTORY
+from tests.osscar.families import FAMILIES, logits, tiny, tokens
+
+CHEAP = {"backend": "magnitude", "device": "cpu"}
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def pruned(request):
+    model = tiny(request.param)
+    before = copy.deepcopy(model.state_dict())
+    result = osscar.prune(model, tokens(), heads="2/3", neurons="0.5", device="cpu")
+    return model, before, result
+
+
+def test_units_are_gone_and_the_model_is_smaller(pruned):
+    model, _, result = pruned
+    assert [layer.kind for layer in result.layers] == ["heads", "neurons"] * 2
+    assert all(layer.kept < layer.units for layer in result.layers)
+    assert result.parameters_after == sum(p.numel() for p in result.model.parameters())
+    assert result.parameters_after < result.parameters_before
+    shapes = {name: p.shape for name, p in model.named_parameters()}
+    assert any(p.shape != shapes[name] for name, p in result.model.named_parameters())
+
+
+def test_the_model_that_came_in_is_unchanged(pruned):
+    model, before, _ = pruned
+    after = model.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    assert not hasattr(model, HISTORY)
+
+
+def test_outputs_equal_those_of_the_model_with_zeroed_consumers(pruned):
+    """Independent of the pipeline's own proof: rebuild the masked dense model from the result."""
+    model, _, result = pruned
+    masked = copy.deepcopy(model)
+    small = dict(result.model.named_parameters())
+    with torch.no_grad():
+        for group in result.plan.groups:
+            for slot in group.slots:
+                if slot.role is Role.CONSUMER:
+                    weight = masked.get_parameter(slot.tensor)
+                    keep = torch.tensor(slot.indices(group.kept))
+                    weight.zero_()
+                    weight.index_copy_(slot.dim, keep, small[slot.tensor])
+    for ids in (tokens(2, 24, seed=5), tokens(3, 11, seed=6)):
+        expected = logits(masked, ids)
+        error = (logits(result.model, ids) - expected).abs().max() / expected.abs().max()
+        assert error < 1e-4
+
+
+def test_it_generates_text_with_a_cache(pruned):
+    _, _, result = pruned
+    ids = tokens(1, 5)
+    options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    with_cache = result.model.generate(ids, use_cache=True, **options)
+    without = result.model.generate(ids, use_cache=False, **options)
+    assert torch.equal(with_cache, without)
+
+
+def test_gradients_flow_through_a_shrunk_model(pruned):
+    model = copy.deepcopy(pruned[2].model)
+    model(input_ids=tokens(2, 8), labels=tokens(2, 8)).loss.backward()
+    assert all(p.grad is not None and p.grad.shape == p.shape for p in model.parameters())
+
+
+def test_tied_weights_stay_tied(pruned):
+    model, _, result = pruned
+    tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    small = result.model
+    assert (small.get_output_embeddings().weight is small.get_input_embeddings().weight) == tied
+
+
+def test_a_shrunk_model_can_be_pruned_again(pruned):
+    again = osscar.prune(pruned[2].model, tokens(), neurons=10, **CHEAP)
+    assert {layer.units for layer in again.layers} == {20}
+    assert len(getattr(again.model, HISTORY)) == 2
+    assert again.parameters_after < pruned[2].parameters_after
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("family", ["opt", "gpt2", "llama-gqa"])
+def test_both_attention_implementations(family, attention):
+    result = osscar.prune(tiny(family, attention=attention), tokens(), sparsity=0.4, **CHEAP)
+    assert result.equivalence_error < 1e-4
+    assert {layer.kind for layer in result.layers} == {"heads", "neurons"}
+
+
+@pytest.mark.parametrize("backend", ["local_search", "multistage", "greedy", "wanda"])
+def test_refit_beats_plain_removal(backend):
+    model = tiny("llama-gqa")
+    ids = tokens(16, 48)
+    result = osscar.prune(model, ids, neurons="0.6", backend=backend, device="cpu")
+    plain = copy.deepcopy(model)
+    with torch.no_grad():
+        for group in result.plan.groups:
+            for slot in group.slots:
+                if slot.role is Role.CONSUMER:
+                    gone = set(range(group.units)) - set(group.kept)
+                    plain.get_parameter(slot.tensor)[:, sorted(gone)] = 0
+    dense = logits(model, ids)
+    refitted = (logits(result.model, ids) - dense).square().mean()
+    assert refitted < (logits(plain, ids) - dense).square().mean()
+
+
+def test_ffn_is_measured_after_the_heads_of_its_block_are_pruned():
+    """The FFN loss must be that of the stream which the pruned attention leaves behind."""
+    model, ids = tiny("opt"), tokens(16, 32)
+    both = osscar.prune(model, ids, heads="0.5", neurons="0.5", device="cpu")
+    heads_first = osscar.prune(model, ids, heads="0.5", device="cpu").model
+    then_neurons = osscar.prune(heads_first, ids, neurons="0.5", device="cpu")
+    alone = osscar.prune(model, ids, neurons="0.5", device="cpu")
+    first = {layer.name: layer.loss for layer in both.layers}
+    name = "model.decoder.layers.0.neurons"
+    again = {layer.name: layer.loss for layer in then_neurons.layers}
+    without = {layer.name: layer.loss for layer in alone.layers}
+    assert first[name] == pytest.approx(again[name], rel=1e-4)
+    assert first[name] != pytest.approx(without[name], rel=1e-3)
+
+
+def test_the_batch_size_changes_nothing_but_rounding():
+    model = tiny("llama-gqa")
+    losses = [
+        [x.loss for x in osscar.prune(model, tokens(), sparsity=0.4, batch_size=b).layers]
+        for b in (1, 8)
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_it_is_deterministic():
+    model = tiny("qwen3")
+    first, second = (osscar.prune(model, tokens(), sparsity=0.4, device="cpu") for _ in range(2))
+    assert first.plan == second.plan
+    assert [x.loss for x in first.layers] == [x.loss for x in second.layers]
+
+
+def test_dead_neurons_go_first_and_are_counted():
+    model = tiny("opt")
+    dead = [1, 5, 17, 30]
+    with torch.no_grad():
+        for block in model.model.decoder.layers:
+            block.fc1.weight[dead] = 0
+            block.fc1.bias[dead] = -1  # ReLU never fires
+    result = osscar.prune(model, tokens(), neurons=30, device="cpu")
+    assert result.layers[0].dead == 4
+    assert result.layers[1].dead >= 4
+    for group in result.plan.groups:
+        assert set(group.kept).isdisjoint(dead)
+
+
+def test_all_dead_neurons_leave_a_model_that_works():
+    model = tiny("opt")
+    with torch.no_grad():
+        block = model.model.decoder.layers[0]
+        block.fc1.weight.zero_()
+        block.fc1.bias.fill_(-1)
+    result = osscar.prune(model, tokens(), neurons="0.5", device="cpu")
+    assert result.layers[0].dead == 40
+    assert result.layers[0].loss == 0
+
+
+def test_fewer_tokens_than_inputs_warns_and_goes_on():
+    with pytest.warns(UserWarning, match=r"16 calibration tokens for 40 inputs"):
+        result = osscar.prune(tiny("opt"), tokens(1, 16), neurons="0.5", device="cpu")
+    assert all(0 <= layer.relative_loss < 1 for layer in result.layers)
+
+
+def test_a_backend_object_is_taken_as_it_is():
+    backend = solvers.make_backend("random", seed=3)
+    result = osscar.prune(tiny("opt"), tokens(), neurons="0.5", backend=backend, device="cpu")
+    named = osscar.prune(
+        tiny("opt"), tokens(), neurons="0.5", backend="random", backend_options={"seed": 3}
+    )
+    assert result.plan == named.plan
+
+
+def test_nonfinite_weights_are_named():
+    model = tiny("opt")
+    with torch.no_grad():
+        model.model.decoder.layers[1].fc1.weight[0, 0] = torch.nan
+    with pytest.raises(NonFiniteError, match=r"layers\.1\.fc1\.weight"):
+        osscar.prune(model, tokens(), neurons="0.5", **CHEAP)
+
+
+def test_nonfinite_activations_are_named():
+    model = tiny("llama-gqa")
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight.fill_(3e38)
+    with pytest.raises(NonFiniteError, match=r"layers\.1\.mlp\.down_proj"):
+        osscar.prune(model, tokens(), neurons="0.5", **CHEAP)
+
+
+@pytest.mark.parametrize(
+    "windows", [torch.zeros(0, 8, dtype=torch.int64), torch.zeros(3, 8), torch.zeros(8).long()]
+)
+def test_windows_of_a_wrong_form_are_refused(windows):
+    with pytest.raises(CalibrationError, match="int64"):
+        osscar.prune(tiny("opt"), windows, neurons="0.5", **CHEAP)
+
+
+@pytest.mark.parametrize("targets", [{"sparsity": 1.5}, {"neurons": 41}, {"heads": 0}, {}])
+def test_bad_targets_leave_the_model_alone(targets):
+    model = tiny("opt")
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(TargetError):
+        osscar.prune(model, tokens(), **targets, **CHEAP)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_a_wrong_group_is_caught_by_the_proof(monkeypatch):
+    """A slot that names other rows than the unit's makes a model that computes something else."""
+    block = "model.decoder.layers.0"
+    slots = (
+        Slot(f"{block}.fc1.weight", 0, Role.PRODUCER, f"{block}.fc1", 40),
+        Slot(f"{block}.fc1.bias", 0, Role.PASS_THROUGH, f"{block}.fc1", 40),
+        Slot(f"{block}.fc2.weight", 1, Role.CONSUMER, f"{block}.fc2", 40),
+    )
+    group = CouplingGroup("broken", Kind.NEURONS, 40, slots, 1)
+    traced = SimpleNamespace(groups=(group,))
+    monkeypatch.setattr("graph.trace", lambda *_: traced)
+    assert osscar.prune(tiny("opt"), tokens(), neurons="0.5", device="cpu").layers
+
+    def mirrored(slot, units):
+        return sorted(39 - u if slot.tensor.endswith("fc1.weight") else u for u in units)
+
+    monkeypatch.setattr(Slot, "indices", mirrored)
+    with pytest.raises(EquivalenceError, match="nothing was written"):
+        osscar.prune(tiny("opt"), tokens(), neurons="0.5", device="cpu")

@@ -1,0 +1,98 @@
+from fractions import Fraction
+
+import pytest
+
+from graph.groups import CouplingGroup, Freeze, Kind, Role, Slot
+from osscar.errors import FrozenGroupError, TargetError
+from osscar.targets import Targets, allocate, parse_keep
+
+
+def group(name, kind, units, *, width=1, frozen=()):
+    slot = Slot("m.weight", 1, Role.CONSUMER, "m", units, inner=width)
+    return CouplingGroup(name, kind, units, (slot,), 10, frozen)
+
+
+FREEZE = Freeze("attention mixes it", "aten.softmax.int", "block.attn")
+GROUPS = (
+    group("hidden", Kind.HIDDEN, 48, frozen=(FREEZE,)),
+    group("0.heads", Kind.HEADS, 9, width=64),
+    group("0.neurons", Kind.NEURONS, 1536),
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("0.7", Fraction(7, 10)),
+        (0.7, Fraction(7, 10)),
+        ("2/3", Fraction(2, 3)),
+        ("512", 512),
+        (512, 512),
+        ("1.0", Fraction(1)),
+    ],
+)
+def test_what_to_keep_is_a_fraction_or_a_count(text, value):
+    assert parse_keep(text) == value
+
+
+@pytest.mark.parametrize(
+    "text", ["0", "-3", 0, "0.0", "1.5", "3/2", "half", "1/0", "", "nan", "-0.2"]
+)
+def test_what_cannot_be_kept_is_refused_with_its_value(text):
+    with pytest.raises(TargetError, match=str(text).lstrip("-") or "read"):
+        parse_keep(text)
+
+
+@pytest.mark.parametrize(
+    ("targets", "kept"),
+    [
+        (Targets(0.3), {"0.heads": 6, "0.neurons": 1075}),
+        (Targets(heads="2/3"), {"0.heads": 6}),
+        (Targets(neurons="0.7"), {"0.neurons": 1075}),
+        (Targets(neurons=512, heads=9), {"0.neurons": 512}),
+        (Targets(0.5, heads="1/3"), {"0.heads": 3, "0.neurons": 768}),
+        (Targets(0.3, round_to=128), {"0.heads": 6, "0.neurons": 1024}),
+        (Targets(0.4, round_to=256), {"0.heads": 4, "0.neurons": 1024}),
+        (Targets(groups={"0.neurons": 7}), {"0.neurons": 7}),
+        (Targets(0.5, groups={"0.neurons": 7}), {"0.heads": 5, "0.neurons": 7}),
+    ],
+)
+def test_allocation(targets, kept):
+    assert allocate(GROUPS, targets) == kept
+
+
+@pytest.mark.parametrize("sparsity", [0.0, 1.0, -0.1, 1.2, float("nan")])
+def test_sparsity_outside_of_the_open_interval_is_refused(sparsity):
+    with pytest.raises(TargetError, match="sparsity is"):
+        Targets(sparsity)
+
+
+@pytest.mark.parametrize(
+    ("targets", "message"),
+    [
+        (lambda: Targets(), "nothing to prune"),
+        (lambda: Targets(0.5, round_to=0), "round-to is 0"),
+        (lambda: Targets(0.99), "keeps none"),
+        (lambda: Targets(heads=10), "cannot keep 10 units of '0.heads', which has 9"),
+        (lambda: Targets(groups={"nowhere": 1}), "no group 'nowhere'"),
+        (lambda: Targets(heads="0.99"), "nothing would be removed"),
+        (lambda: Targets(0.5, round_to=1000), "round-to 1000 cannot be met by '0.heads'"),
+    ],
+)
+def test_targets_that_make_no_sense_are_refused(targets, message):
+    with pytest.raises(TargetError, match=message):
+        allocate(GROUPS, targets())
+
+
+def test_a_frozen_group_that_is_asked_for_says_what_froze_it():
+    with pytest.raises(FrozenGroupError, match=r"attention mixes it \(aten.softmax.int in block.a"):
+        allocate(GROUPS, Targets(groups={"hidden": 3}))
+    frozen = (group("0.heads", Kind.HEADS, 9, frozen=(FREEZE,)), GROUPS[2])
+    with pytest.raises(FrozenGroupError, match=r"0\.heads"):
+        allocate(frozen, Targets(heads="0.5"))
+    assert allocate(frozen, Targets(0.5)) == {"0.neurons": 768}
+
+
+def test_a_kind_that_does_not_exist_is_refused_when_it_is_named():
+    with pytest.raises(TargetError, match="no group of heads"):
+        allocate(GROUPS[2:], Targets(heads="0.5", neurons="0.5"))
