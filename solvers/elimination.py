@@ -3,7 +3,7 @@
 Only ``A = inv(H_SS)`` and ``K = W W'`` of the kept rows are held, and of these only the diagonal
 blocks are kept current.  What a removal does to the rest is a low-rank term that stays pending; a
 row is brought up to date when its unit leaves, and every so often all pending removals are applied
-at once, and the removed rows dropped.  One removal then costs O(p w b) with b pending rows, and the
+at once, and removed rows dropped.  One removal then costs O(p w b) with b pending rows, and the
 matrix work is a few dense products (the lazy batched updates of Frantar et al., GPTQ, ICLR 2023,
 applied to structured removal).
 
@@ -26,6 +26,9 @@ from solvers.problem import Consumer, SubsetProblem
 _PENDING_ROWS = 64
 _SERIAL_ELEMENTS = 1 << 20
 """Below this size of the pending terms, waking threads costs more than they save."""
+
+_COMPACT_AT = 0.8
+"""Share of rows still in use below which the others are dropped; doing so costs a copy."""
 
 _PROBES = 16
 _DRIFT_TOLERANCE = 1e-8
@@ -93,36 +96,50 @@ class _Front:
     """The units that are left, and what a removal costs."""
 
     def __init__(self, problem: SubsetProblem, units: Tensor) -> None:
-        self.units = units
+        self._units = units
+        # Added to the losses: infinite for units that left since the rows were last compacted.
+        self._penalty = torch.zeros(len(units), dtype=torch.float64, device=units.device)
         self._parts = [_Part(consumer, units) for consumer in problem.consumers]
         self._tolerance = max(_DRIFT_TOLERANCE, 100 * self._drift())
+
+    @property
+    def units(self) -> Tensor:
+        """The units that are left, sorted."""
+        return self._units[self._penalty == 0]
 
     def remove(self, steps: int) -> list[Removal]:
         """Let the cheapest units leave, one after the other."""
         removed: list[Removal] = []
-        penalty = torch.zeros(len(self.units), dtype=torch.float64, device=self.units.device)
         with _serial(max(part.elements for part in self._parts) < _SERIAL_ELEMENTS):
             for part in self._parts:
-                part.begin(steps)
+                part.begin(steps, self._penalty > 0)
             for _ in range(steps):
-                losses = sum((part.losses() for part in self._parts), start=penalty)
+                losses = sum((part.losses() for part in self._parts), start=self._penalty)
                 index = int(losses.argmin())
-                removed.append(Removal(int(self.units[index]), float(losses[index])))
-                penalty[index] = torch.inf
+                removed.append(Removal(int(self._units[index]), float(losses[index])))
+                self._penalty[index] = torch.inf
                 for part in self._parts:
                     part.remove(index)
-        left = torch.nonzero(penalty == 0).flatten()
         for part in self._parts:
-            part.apply(left)
-        self.units = self.units[left]
+            part.apply()
+        self._compact()
         return removed
+
+    def _compact(self) -> None:
+        left = torch.nonzero(self._penalty == 0).flatten()
+        if len(left) <= _COMPACT_AT * len(self._units):
+            for part in self._parts:
+                part.keep_only(left)
+            self._units, self._penalty = self._units[left], self._penalty[left]
 
     def drifted(self) -> bool:
         """Return whether the updates have lost too many digits to go on from here."""
         return not self._drift() <= self._tolerance
 
     def _drift(self) -> float:
-        return max(part.drift() for part in self._parts)
+        left = torch.nonzero(self._penalty == 0).flatten()
+        probes = torch.linspace(0, len(left) - 1, _PROBES, device=left.device).long()
+        return max(part.drift(left[probes]) for part in self._parts)
 
 
 @contextmanager
@@ -160,16 +177,19 @@ class _Part:
         """Size of the terms that one removal reads."""
         return len(self.A) * max(_PENDING_ROWS, self.width)
 
-    def begin(self, steps: int) -> None:
-        """Make room for `steps` removals."""
+    def begin(self, steps: int, gone: Tensor) -> None:
+        """Make room for `steps` removals; `gone` marks the units that left before."""
         shape = (steps * self.width, len(self.A))
         self.Z, self.Q, self.a = (self.A.new_empty(shape) for _ in range(3))
         self.filled = 0
-        self.identity = torch.eye(self.width, dtype=torch.float64, device=self.A.device)
+        unscored = torch.eye(self.width, dtype=torch.float64, device=self.A.device)
+        self.unscored = unscored[0, 0] if self.width == 1 else unscored
         self.A_blocks, self.K_blocks = (
             M.diagonal().clone() if self.width == 1 else diagonal_blocks(M, self.width)
             for M in (self.A, self.K)
         )
+        # Units that are gone count no more; this keeps their scores finite.
+        self.A_blocks[gone] = self.unscored
 
     def losses(self) -> Tensor:
         """Return the loss of removing each unit, (units,); meaningless for those removed."""
@@ -190,8 +210,7 @@ class _Part:
         self.Z[new], self.Q[new], self.a[new] = Z_new, Q_new, A_rows
         self.filled = t + w
         self._update_blocks(Z_new, Q_new, A_rows)
-        # A removed unit counts no more; this keeps its score finite.
-        self.A_blocks[index] = 1.0 if w == 1 else self.identity
+        self.A_blocks[index] = self.unscored
 
     def _update_blocks(self, Z: Tensor, Q: Tensor, a: Tensor) -> None:
         w = self.width
@@ -204,22 +223,25 @@ class _Part:
         cross = Z.mT @ Q
         self.K_blocks -= cross + cross.mT
 
-    def apply(self, left: Tensor) -> None:
-        """Apply the pending removals, and drop all rows but those of the units in `left`."""
+    def apply(self) -> None:
+        """Apply the pending removals; what is left in the removed rows is rounding."""
+        Z, Q, a = (x[: self.filled] for x in (self.Z, self.Q, self.a))
+        self.A.addmm_(Z.T, a, alpha=-1)
+        self.K.addmm_(torch.cat([Z, Q]).T, torch.cat([Q, Z]), alpha=-1)
+
+    def keep_only(self, left: Tensor) -> None:
+        """Drop all rows but those of the units at the places `left`."""
         rows = unit_rows(left, self.width)
-        Z, Q, a = (x[: self.filled, rows] for x in (self.Z, self.Q, self.a))
-        self.A = self.A[rows[:, None], rows].addmm_(Z.T, a, alpha=-1)
-        both, swapped = torch.cat([Z, Q]), torch.cat([Q, Z])
-        self.K = self.K[rows[:, None], rows].addmm_(both.T, swapped, alpha=-1)
+        self.A = self.A.index_select(0, rows).index_select(1, rows)
+        self.K = self.K.index_select(0, rows).index_select(1, rows)
         self.rows = self.rows[rows]
 
-    def drift(self) -> float:
-        """Return the error of ``H A = I`` and of ``K = A G G' A``, on a few rows and columns."""
-        some = torch.linspace(0, len(self.rows) - 1, _PROBES, device=self.rows.device).long()
+    def drift(self, units: Tensor) -> float:
+        """Return the error of ``H A = I`` and of ``K = A G G' A``, on a row of some units."""
+        some = units * self.width
         at = self.rows[some]
-        error = self.H[at[:, None], self.rows] @ self.A[:, some]
+        error = self.H[at[:, None], self.rows] @ self.A[some].T
         error -= (some[:, None] == some).to(error)
-        W = self.A[some] @ self.G[self.rows]
-        exact = W.square().sum(1)
+        exact = (self.A[some] @ self.G[self.rows]).square().sum(1)
         K_error = (self.K.diagonal()[some] - exact).abs() / exact.clamp(min=1e-300)
         return max(float(error.abs().max()), float(K_error.max()))

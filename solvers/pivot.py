@@ -21,6 +21,8 @@ from torch import Tensor
 
 from solvers.problem import NO_ROW, Consumer, SubsetProblem
 
+_PROBES = 16
+
 
 @dataclass(eq=False)
 class ConsumerState:
@@ -127,6 +129,13 @@ class PivotState:
             consumer.sweep(moved)
         self.kept[moved] = ~self.kept[moved]
 
+    def drift(self) -> float:
+        """Return the error of ``H_SS A = I`` on a few rows: rounding, as long as sweeps are few."""
+        return max(
+            _drift(state, consumer, self.kept)
+            for state, consumer in zip(self.consumers, self.problem.consumers, strict=True)
+        )
+
     def removal_losses(self) -> Tensor:
         """Return by how much the loss rises when one unit leaves, (n,); inf for removed units.
 
@@ -161,6 +170,16 @@ def block_scores(A: Tensor, K: Tensor) -> Tensor:
         return (K / A)[..., 0, 0]
     solved = torch.cholesky_solve(K, torch.linalg.cholesky(A))
     return solved.diagonal(dim1=-2, dim2=-1).sum(-1)
+
+
+def _drift(state: ConsumerState, consumer: Consumer, kept: Tensor) -> float:
+    H, _ = equal_width(consumer)
+    S = torch.nonzero(kept.repeat_interleave(state.width)).flatten()
+    places = torch.linspace(0, len(S) - 1, _PROBES, device=S.device).long()
+    some = S[places]
+    error = H[some[:, None], S] @ state.N[some[:, None], S].T
+    error += (some[:, None] == some).to(error)
+    return float(error.abs().max())
 
 
 def _factorize(consumer: Consumer, kept: Tensor) -> ConsumerState:

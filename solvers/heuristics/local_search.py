@@ -16,13 +16,15 @@ from solvers.refit import refit
 from solvers.solution import Selection, Status
 from solvers.swaps import best_swap
 
+_DRIFT_TOLERANCE = 1e-10
+
 
 @dataclass(frozen=True)
 class LocalSearch:
     """Start from greedy elimination, then make the best single exchange until none helps.
 
     The gain of every one of the k (n - k) exchanges is computed exactly, so the search ends with a
-    proof that no exchange lowers the loss, on a state that was freshly factorized.
+    proof that no exchange lowers the loss, on a factorization whose drift is checked.
 
     Parameters
     ----------
@@ -54,25 +56,26 @@ class LocalSearch:
         return None
 
     def select(self, problem: SubsetProblem) -> Selection:
-        """Search until a fresh factorization confirms that no exchange helps."""
+        """Search until a factorization that has not drifted confirms that no exchange helps."""
         state = self._initial_state(problem)
-        support = state.support
-        history, swaps, fresh = [refit(problem, support)[1]], 0, True
+        support, swaps = state.support, 0
+        history = [refit(problem, support)[1]]
         while True:
             made, converged = self._descend(state, history[-1], self.max_swaps - swaps)
             swaps += made
             loss = refit(problem, state.support)[1] if made else history[-1]
-            if loss < history[-1]:
+            gained = loss < history[-1]
+            if gained:
                 support = state.support
                 history.append(loss)
-            elif fresh and (converged or made):
-                # Exchanges that gained only by the state's account are within its rounding.
-                status = Status.SWAP_OPTIMAL
-                break
             if not converged:
                 status = Status.ITERATION_LIMIT
                 break
-            state, fresh = PivotState.on_support(problem, support), True
+            # Exchanges that gained only by the state's account are within its rounding.
+            if not gained or state.drift() < _DRIFT_TOLERANCE:
+                status = Status.SWAP_OPTIMAL
+                break
+            state = PivotState.on_support(problem, support)
         return Selection(support, status, iterations=swaps, history=tuple(history))
 
     def _initial_state(self, problem: SubsetProblem) -> PivotState:

@@ -198,3 +198,11 @@ def test_elimination_is_honest_on_a_nearly_singular_hessian(width):
             assert removal.loss == pytest.approx(rises[removal.unit], abs=slack, rel=1e-4)
             assert rises[removal.unit] <= 1.001 * min(rises.values()) + slack
         kept.remove(removal.unit)
+
+
+def test_drift_is_noticed():
+    instance = INSTANCES["ragged_consumers"]
+    state = state_of(instance, [0, 2, 3])
+    assert state.drift() < 1e-12
+    state.consumers[1].N[2] += 1e-4
+    assert state.drift() > 1e-5
