@@ -20,6 +20,7 @@ from urllib.parse import urlsplit
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -215,28 +216,41 @@ def _find(name: str) -> _Found:
 
 def _load_stock(found: _Found, trust_remote_code: bool) -> Any:
     try:
-        return transformers.AutoModelForCausalLM.from_pretrained(
+        model, loading = transformers.AutoModelForCausalLM.from_pretrained(
             found.location,
             dtype="auto",
             use_safetensors=True,
+            output_loading_info=True,
             trust_remote_code=trust_remote_code,
             local_files_only=found.path is None and not _hub_is_reachable(),
         )
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         raise _explain(found, error) from error
+    missing = sorted(loading["missing_keys"])
+    if missing:  # transformers fills these with random numbers, and warns
+        raise ModelError(
+            f"{found.source} lacks {len(missing)} of the model's weights, such as {missing[0]!r}; "
+            "get the checkpoint anew, or one of a causal language model"
+        )
+    return model
 
 
 def _load_tokenizer(found: _Found, trust_remote_code: bool) -> Any:
+    reason = "it gives no tokens"
     try:
-        return transformers.AutoTokenizer.from_pretrained(
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
             found.location,
             trust_remote_code=trust_remote_code,
             local_files_only=found.path is None and not _hub_is_reachable(),
         )
+        if tokenizer("text")["input_ids"]:  # without files, transformers builds an empty one
+            return tokenizer
     except (OSError, ValueError, KeyError, ImportError) as error:
-        raise ModelError(
-            f"{found.source} has no tokenizer that transformers can read: {_first_line(error)}"
-        ) from error
+        reason = _first_line(error)
+    raise ModelError(
+        f"{found.source} has no tokenizer that transformers can read: {reason}. Copy the "
+        "tokenizer's files of the original model into its directory"
+    )
 
 
 def _explain(found: _Found, error: Exception) -> ModelNotFound | ModelError:
@@ -247,7 +261,7 @@ def _explain(found: _Found, error: Exception) -> ModelNotFound | ModelError:
             f"{found.source} brings its own code; if you trust its author, allow it with "
             "trust_remote_code=True (--trust-remote-code)"
         )
-    if "safetensors" in message:
+    if "safetensors" in message and isinstance(error, OSError):
         return ModelError(
             f"{found.source} has no safetensors weights, and pickled ones can run code: convert "
             f"it first, or choose another revision ({_first_line(error)})"

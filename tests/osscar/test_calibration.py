@@ -1,0 +1,295 @@
+"""Calibration: windows are reproducible, parts are disjoint, and bad text is refused by name."""
+
+from __future__ import annotations
+
+import sys
+import types
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from osscar.calibration import load_calibration, text_windows
+from osscar.data import topics
+from osscar.data.topics import Part, builtin_text, split_paragraphs, topic_part
+from osscar.errors import CalibrationError, MissingDependency, TextError
+from osscar.models import DEMO_DIRECTORY
+from osscar.text import encode, read_text, split_text
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(DEMO_DIRECTORY)
+
+
+def words(count: int) -> str:
+    """Give text of which every window is unique."""
+    return " ".join(str(number) for number in range(count))
+
+
+class TestWindows:
+    def test_seed_decides_the_windows(self, tokenizer):
+        text = words(3000)
+        first = text_windows(tokenizer, text, samples=4, seqlen=32, seed=1)
+        again = text_windows(tokenizer, text, samples=4, seqlen=32, seed=1)
+        other = text_windows(tokenizer, text, samples=4, seqlen=32, seed=2)
+        assert torch.equal(first.tokens, again.tokens)
+        assert first.digest == again.digest
+        assert not torch.equal(first.tokens, other.tokens)
+        assert first.digest != other.digest
+
+    def test_global_random_state_is_neither_used_nor_touched(self, tokenizer):
+        torch.manual_seed(0)
+        first = text_windows(tokenizer, words(900), samples=4, seqlen=32, seed=1)
+        drawn = torch.rand(3)
+        torch.manual_seed(0)
+        assert torch.equal(torch.rand(3), drawn)
+        again = text_windows(tokenizer, words(900), samples=4, seqlen=32, seed=1)
+        assert torch.equal(first.tokens, again.tokens)
+
+    @pytest.mark.parametrize("seed", range(20))
+    def test_windows_are_cut_from_the_text_in_order_and_apart(self, tokenizer, seed):
+        text = words(400)
+        tokens = encode(tokenizer, text)
+        samples = len(tokens) // 40
+        found = text_windows(tokenizer, text, samples=samples, seqlen=40, seed=seed)
+        assert (found.samples, found.seqlen) == (samples, 40)
+        windows = tokens.unfold(0, 40, 1)
+        starts = [int((windows == w).all(1).nonzero()[0, 0]) for w in found.tokens]
+        assert all(later - earlier >= 40 for earlier, later in pairwise(starts))
+        assert "overlapping" not in found.source
+
+    def test_a_text_of_exactly_the_wanted_length_is_used_whole(self, tokenizer):
+        text = words(400)
+        tokens = encode(tokenizer, text)[:120]
+        text = tokenizer.decode(tokens)
+        assert torch.equal(encode(tokenizer, text), tokens)
+        found = text_windows(tokenizer, text, samples=3, seqlen=40, seed=7)
+        assert torch.equal(found.tokens.flatten(), tokens)
+
+    def test_a_short_text_gives_overlapping_windows_and_says_so(self, tokenizer):
+        tokens = encode(tokenizer, words(60))
+        found = text_windows(tokenizer, words(60), samples=50, seqlen=40, seed=0)
+        assert found.tokens.shape == (50, 40)
+        assert f"50 overlapping windows from {len(tokens)} tokens" in found.source
+        # the first and the last stretch of the text are both covered
+        assert len(set(found.tokens[:, 0].tolist())) > 1
+        assert set(found.tokens.flatten().tolist()) <= set(tokens.tolist())
+
+    def test_one_window_fits_exactly(self, tokenizer):
+        tokens = encode(tokenizer, words(60))
+        found = text_windows(tokenizer, words(60), samples=1, seqlen=len(tokens), seed=0)
+        assert torch.equal(found.tokens[0], tokens)
+
+    def test_too_short_a_text_names_both_numbers(self, tokenizer):
+        held = len(encode(tokenizer, words(60)))
+        message = rf"{held} tokens, fewer than one window of {held + 1}.*--seqlen"
+        with pytest.raises(CalibrationError, match=message):
+            text_windows(tokenizer, words(60), samples=1, seqlen=held + 1, seed=0)
+
+    @pytest.mark.parametrize(("samples", "seqlen"), [(0, 8), (-1, 8), (8, 0)])
+    def test_no_windows_are_refused(self, tokenizer, samples, seqlen):
+        with pytest.raises(CalibrationError, match=f"not {samples} of {seqlen}"):
+            text_windows(tokenizer, words(60), samples=samples, seqlen=seqlen, seed=0)
+
+    def test_batches_cover_the_windows_in_order(self, tokenizer):
+        found = text_windows(tokenizer, words(900), samples=5, seqlen=16, seed=0)
+        batches = list(found.batches(2))
+        assert [len(batch) for batch in batches] == [2, 2, 1]
+        assert torch.equal(torch.cat(batches), found.tokens)
+        with pytest.raises(CalibrationError, match="not 0"):
+            next(found.batches(0))
+
+    def test_long_text_is_tokenized_without_a_warning(self, tokenizer, caplog):
+        import logging
+
+        logger = logging.getLogger("transformers")
+        logger.addHandler(caplog.handler)
+        try:
+            assert len(encode(tokenizer, words(3000))) > tokenizer.model_max_length
+        finally:
+            logger.removeHandler(caplog.handler)
+        assert "longer than" not in caplog.text
+
+
+class TestSources:
+    def test_builtin_text_is_the_default(self, tokenizer):
+        default = load_calibration(None, tokenizer, samples=2, seqlen=64, seed=3)
+        named = load_calibration("builtin", tokenizer, samples=2, seqlen=64, seed=3)
+        assert torch.equal(default.tokens, named.tokens)
+        part = builtin_text(Part.CALIBRATION)
+        assert all(tokenizer.decode(window).strip("�") in part for window in default.tokens)
+
+    def test_text_file(self, tokenizer, tmp_path):
+        file = tmp_path / "own.txt"
+        file.write_text(words(900), encoding="utf-8-sig")
+        found = load_calibration(file, tokenizer, samples=3, seqlen=16, seed=5)
+        direct = text_windows(tokenizer, words(900), samples=3, seqlen=16, seed=5)
+        assert torch.equal(found.tokens, direct.tokens)
+        assert found.source == str(file)
+
+    @pytest.mark.parametrize(
+        ("content", "complaint"),
+        [
+            (b"", "is empty"),
+            (b" \n\t\n", "is empty"),
+            (b"PK\x03\x04\x00\x00", "is binary"),
+            ("na\xefve".encode("latin-1"), "not UTF-8 .byte 2: 0xef"),
+        ],
+    )
+    def test_bad_files_are_refused(self, tokenizer, tmp_path, content, complaint):
+        file = tmp_path / "bad.txt"
+        file.write_bytes(content)
+        with pytest.raises(CalibrationError, match=rf"bad\.txt.*{complaint}"):
+            load_calibration(str(file), tokenizer)
+
+    @pytest.mark.parametrize("spec", ["missing.txt", "/nowhere/text", "./text"])
+    def test_missing_file(self, tokenizer, spec):
+        with pytest.raises(CalibrationError, match=rf"no text file at .*{Path(spec).name}"):
+            load_calibration(spec, tokenizer)
+
+    def test_directory_is_not_a_text_file(self, tokenizer, tmp_path):
+        with pytest.raises(CalibrationError, match="cannot read"):
+            load_calibration(tmp_path, tokenizer)
+
+    def test_reading_for_other_purposes_raises_the_general_error(self, tmp_path):
+        with pytest.raises(TextError) as caught:
+            read_text(tmp_path / "missing.txt")
+        assert not isinstance(caught.value, CalibrationError)
+
+
+class TestDatasets:
+    @staticmethod
+    def install(monkeypatch, load_dataset):
+        module = types.ModuleType("datasets")
+        module.load_dataset = load_dataset
+        monkeypatch.setitem(sys.modules, "datasets", module)
+
+    @pytest.mark.parametrize("name", ["org/name-v1.1", "org/name:20231101.en", "c4"])
+    def test_names_with_dots_are_not_taken_for_files(self, tokenizer, monkeypatch, name):
+        self.install(monkeypatch, lambda *_, **__: [{"text": words(300)}])
+        found = load_calibration(name, tokenizer, samples=1, seqlen=16)
+        assert found.source == f"dataset {name}"
+
+    def test_rows_are_streamed_until_there_are_enough(self, tokenizer, monkeypatch):
+        seen = []
+
+        def load_dataset(name, config, *, split, streaming):
+            assert (name, config, split, streaming) == ("org/name", "en", "train", True)
+            for row in range(100_000):
+                seen.append(row)
+                yield {"text": f"row {row} " + words(50)}
+
+        self.install(monkeypatch, load_dataset)
+        found = load_calibration("org/name:en", tokenizer, samples=4, seqlen=32)
+        assert found.tokens.shape == (4, 32)
+        assert len(seen) < 100
+        assert "org/name:en" in found.source
+
+    def test_without_the_package(self, tokenizer, monkeypatch):
+        monkeypatch.setitem(sys.modules, "datasets", None)
+        with pytest.raises(MissingDependency, match=r"'org/name'.*osscar\[data\]"):
+            load_calibration("org/name", tokenizer)
+
+    def test_unreachable_hub(self, tokenizer, monkeypatch):
+        def load_dataset(*_, **__):
+            raise ConnectionError("Couldn't reach 'org/name' on the Hub\nmore")
+
+        self.install(monkeypatch, load_dataset)
+        with pytest.raises(
+            CalibrationError, match=r"'org/name'.*Couldn't reach.*text file"
+        ) as caught:
+            load_calibration("org/name", tokenizer)
+        assert "more" not in str(caught.value)
+
+    def test_no_text_column(self, tokenizer, monkeypatch):
+        self.install(monkeypatch, lambda *_, **__: [{"label": 1, "image": 2}])
+        with pytest.raises(CalibrationError, match="no column 'text', only image, label"):
+            load_calibration("org/name", tokenizer)
+
+    def test_no_rows(self, tokenizer, monkeypatch):
+        self.install(monkeypatch, lambda *_, **__: [])
+        with pytest.raises(CalibrationError, match="has no text"):
+            load_calibration("org/name", tokenizer)
+
+
+class TestBuiltinText:
+    def test_parts_share_no_prose(self):
+        shared = {part: set() for part in Part}
+        for part in Part:
+            for paragraph in split_paragraphs(builtin_text(part)):
+                shared[part] |= topics.shingles(paragraph)
+        assert all(len(found) > 4000 for found in shared.values())
+        assert not shared[Part.HELD_OUT] & shared[Part.CALIBRATION]
+        assert not shared[Part.HELD_OUT] & shared[Part.TRAINING]
+        assert not shared[Part.CALIBRATION] & shared[Part.TRAINING]
+
+    def test_held_out_text_was_never_trained_on(self):
+        trained = set(np.load(topics.TRAINED_PARAGRAPHS).tolist())
+        held_out = {topics.fingerprint(p) for p in split_paragraphs(builtin_text(Part.HELD_OUT))}
+        training = {topics.fingerprint(p) for p in split_paragraphs(builtin_text(Part.TRAINING))}
+        assert not held_out & trained
+        assert len(training & trained) > 500  # so the file does know what was trained on
+
+    def test_trained_text_is_not_scored_even_if_another_python_moves_it(self, monkeypatch):
+        """The first held-out topic is given a paragraph of the training part."""
+        stolen = max(split_paragraphs(builtin_text(Part.TRAINING)), key=len)
+        mine = "Prose of this very test, in which nobody trained anything: " + words(30)
+        held_out = next(n for n in topics._read_topics() if topic_part(n) is Part.HELD_OUT)
+        monkeypatch.setattr(topics, "_read_topics", lambda: {held_out: f"{stolen}\n\n{mine}"})
+        topics._split_topics.cache_clear()
+        try:
+            assert builtin_text(Part.HELD_OUT) == mine
+        finally:
+            topics._split_topics.cache_clear()
+
+    def test_parts_depend_on_names_alone(self):
+        assert topic_part("debugger") is Part.HELD_OUT
+        assert topic_part("customization") is Part.CALIBRATION
+        assert topic_part("specialnames") is Part.TRAINING
+
+    def test_short_paragraphs_have_no_shingles(self):
+        assert topics.shingles("one two three four five six seven") == set()
+        assert topics.shingles("One *two* three,\nfour five six seven EIGHT") == {
+            "one two three four five six seven eight"
+        }
+
+    def test_python_without_pydoc_data(self, tokenizer, monkeypatch):
+        monkeypatch.setitem(sys.modules, "pydoc_data", None)
+        monkeypatch.setitem(sys.modules, "pydoc_data.topics", None)
+        topics._split_topics.cache_clear()
+        try:
+            with pytest.raises(TextError, match=r"without pydoc_data\.topics"):
+                load_calibration(None, tokenizer)
+        finally:
+            topics._split_topics.cache_clear()
+
+
+class TestSplit:
+    def test_parts_are_whole_lines_and_all_of_the_text(self):
+        text = "".join(f"line {number}\n" for number in range(100))
+        first, second = split_text(text, 0.3)
+        assert first + second == text
+        assert first.endswith("\n")
+        assert 0.3 * len(text) < len(first) < 0.33 * len(text)
+
+    @pytest.mark.parametrize("fraction", [0.0, 1.0, -0.5, float("nan")])
+    def test_fraction_out_of_range(self, fraction):
+        with pytest.raises(TextError, match="between 0 and 1"):
+            split_text("a\nb\n", fraction)
+
+    @pytest.mark.parametrize("text", ["one line", "one line\n", ""])
+    def test_nowhere_to_cut(self, text):
+        with pytest.raises(TextError, match="no line ends there"):
+            split_text(text, 0.5)
+
+
+def test_paths_and_names_are_told_apart(tokenizer, tmp_path, monkeypatch):
+    """A file without a suffix is still a file when it exists."""
+    monkeypatch.chdir(tmp_path)
+    Path("corpus").write_text(words(300), encoding="utf-8")
+    assert load_calibration("corpus", tokenizer, samples=1, seqlen=16).source == "corpus"

