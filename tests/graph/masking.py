@@ -47,22 +47,38 @@ def _fill(
         weight.index_copy_(slot.dim, index, slices + random if noise else torch.zeros_like(slices))
 
 
-def assert_sound(model: torch.nn.Module, group: CouplingGroup, inputs: Inputs) -> None:
-    """Prove a group on a model by masking some of its units."""
-    units = sorted({0, group.units // 2})
-    computing = [slot for slot in group.slots if slot.role is not Role.CONSUMER]
+def _units(group: CouplingGroup) -> list[int]:
+    return sorted({0, group.units // 2})
+
+
+def _computing(group: CouplingGroup) -> list[Slot]:
+    return [slot for slot in group.slots if slot.role is not Role.CONSUMER]
+
+
+def assert_used(model: torch.nn.Module, group: CouplingGroup, inputs: Inputs) -> None:
+    """Show that disturbing what computes some units changes the outputs."""
     dense = outputs(model, inputs)
-    scale = dense.abs().max()
-
     disturbed = copy.deepcopy(model)
-    _fill(disturbed, computing, units, noise=1.0)
-    assert (outputs(disturbed, inputs) - dense).abs().max() > 1e-4 * scale, "the unit is unused"
+    _fill(disturbed, _computing(group), _units(group), noise=1.0)
+    change = (outputs(disturbed, inputs) - dense).abs().max()
+    assert change > 1e-4 * dense.abs().max(), f"{group.name}: the units are unused"
 
+
+def assert_masked(model: torch.nn.Module, group: CouplingGroup, inputs: Inputs) -> None:
+    """Show that it changes nothing once the consumers of these units are zero."""
+    units = _units(group)
     masked = copy.deepcopy(model)
     _fill(masked, group.consumers, units, noise=0.0)
     reference = outputs(masked, inputs)
-    _fill(masked, computing, units, noise=1.0)
+    _fill(masked, _computing(group), units, noise=1.0)
     # What is written by one dimension of a tensor and read by another was disturbed as well.
     _fill(masked, group.consumers, units, noise=0.0)
     difference = (outputs(masked, inputs) - reference).abs().max()
+    scale = outputs(model, inputs).abs().max()
     assert difference <= 1e-6 * scale, f"{group.name}: masked units still matter ({difference})"
+
+
+def assert_sound(model: torch.nn.Module, group: CouplingGroup, inputs: Inputs) -> None:
+    """Prove a group on a model by masking some of its units."""
+    assert_used(model, group, inputs)
+    assert_masked(model, group, inputs)
