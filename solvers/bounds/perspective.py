@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from solvers.backend import Capabilities, Kind
-from solvers.bounds.relaxation import Effort, Relaxation, relax
+from solvers.bounds.relaxation import Effort, Relaxation, Start, relax
 from solvers.bounds.removal import LEAST_SHARE, RemovalTerms
 from solvers.certificate import MultiplierCertificate
 from solvers.errors import BackendError
@@ -91,7 +91,7 @@ class Perspective:
         terms = RemovalTerms.of(problem)
         if terms.removals == 0:
             return terms.certified(0.0, 0.0), None, None
-        relaxation = relax(terms, Effort(self.rounds, self.steps, self.tighten))
+        relaxation = relax(terms, Effort(self.rounds, self.steps, self.tighten), Start.cold(terms))
         return relaxation.value, _certificate(relaxation), relaxation
 
 

@@ -14,15 +14,22 @@ the Hessian of ``log det(Diag(q) - Q)`` is the element-wise square of the invers
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
+
+Array = NDArray[np.float64]
 
 _PSD_SLACK = 1e-8
 _LEAST_WEIGHT = 3e-3
 _BARRIERS = (0.3, 0.1, 0.03)
 _NEWTON_STEPS = 3
+_CHECKED = 10
+"""Steps between looks at whether the bound is enough."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,6 +55,11 @@ class QuadraticBound:
     point: Tensor
 
     @property
+    def shape(self) -> Tensor:
+        """The diagonal q relative to that of Q, (n,)."""
+        return self.q / _floored(self.Q.diagonal())
+
+    @property
     def slopes(self) -> Tensor:
         """Gradient of the convex function at `point`, (n,)."""
         return 2 * (self.a + (self.q * self.point - self.Q @ self.point)) - self.q
@@ -60,19 +72,22 @@ class QuadraticBound:
         return float(self.slopes.sort().values[: self.removals].sum()) - curvature
 
 
-def scaled_diagonal(Q: Tensor) -> Tensor:
-    """Return the least multiple q of the diagonal of Q with ``Diag(q) - Q`` definite, (n,)."""
-    d = _floored(Q.diagonal())
+def scaled_diagonal(Q: Tensor, shape: Tensor) -> Tensor:
+    """Return the least multiple q of ``shape o diag(Q)`` with ``Diag(q) - Q`` definite, (n,)."""
+    d = _floored(Q.diagonal()) * shape
     scale = d.rsqrt()
     largest = torch.linalg.eigvalsh(Q * scale[:, None] * scale)[-1]
-    return d * (float(largest.clamp(min=1.0)) * (1 + _PSD_SLACK))
+    return d * (float(largest.clamp(min=1e-3)) * (1 + _PSD_SLACK))
 
 
-def minimize(bound: QuadraticBound, steps: int, tolerance: float = 1e-4) -> QuadraticBound:
+def minimize(
+    bound: QuadraticBound, steps: int, *, tolerance: float = 1e-4, enough: float = math.inf
+) -> QuadraticBound:
     """Move `point` towards the minimizer of the convex function.
 
     Accelerated projected gradients with restarts (O'Donoghue and Candes, 2015) in the metric
-    Diag(q), which majorizes the curvature.
+    Diag(q), which majorizes the curvature.  In numpy: thousands of small problems are solved in a
+    branch and bound, where the overhead of a call is what counts.
 
     Parameters
     ----------
@@ -82,47 +97,51 @@ def minimize(bound: QuadraticBound, steps: int, tolerance: float = 1e-4) -> Quad
         The most steps; one costs a product with Q.
     tolerance
         Stop when a step moves no entry of the point by more than this.
+    enough
+        Stop as soon as the bound reaches this value.
     """
-    a, Q, q, r = bound.a, bound.Q, bound.q, bound.removals
-    x = y = bound.point
-    momentum = 1.0
-    for _ in range(steps):
+    a, Q, q = (tensor.cpu().numpy() for tensor in (bound.a, bound.Q, bound.q))
+    x = y = bound.point.cpu().numpy()
+    momentum, weight = 1.0, 1 / q
+    for step in range(1, steps + 1):
         # y - gradient(y) / (2 q), written without the difference of large terms
-        target = (Q @ y - a) / q + 0.5
-        new = project(target, q, r)
-        if float(((y - new) * q) @ (new - x)) > 0:
+        new = project((Q @ y - a) * weight + 0.5, weight, bound.removals)
+        change = new - x
+        if ((y - new) * q) @ change > 0:
             momentum, y = 1.0, new
         else:
-            following = (1 + (1 + 4 * momentum**2) ** 0.5) / 2
-            y = new + (new - x) * ((momentum - 1) / following)
+            following = (1 + math.sqrt(1 + 4 * momentum**2)) / 2
+            y = new + change * ((momentum - 1) / following)
             momentum = following
-        moved = float((new - x).abs().max())
         x = new
-        if moved < tolerance:
+        if np.abs(change).max() < tolerance:
             break
-    return QuadraticBound(a, Q, r, q, x)
+        if step % _CHECKED == 0 and enough < math.inf:
+            moved = replace(bound, point=torch.from_numpy(x).to(bound.q.device))
+            if moved.value >= enough:
+                return moved
+    return replace(bound, point=torch.from_numpy(x).to(bound.q.device))
 
 
-def project(target: Tensor, q: Tensor, total: int) -> Tensor:
-    """Return the x in the polytope with the least ``sum q_j (x_j - target_j)^2``.
+def project(target: Array, weight: Array, total: int) -> Array:
+    """Return the x in the polytope with the least ``sum (x_j - target_j)^2 / weight_j``.
 
-    ``x = clip(target - tau / q, 0, 1)`` with tau where the entries sum up to `total`: found exactly
-    among the breakpoints, at which the sum, piecewise linear in tau, changes its slope.
+    ``x = clip(target - tau * weight, 0, 1)`` with tau where the entries sum up to `total`: found
+    exactly among the breakpoints, at which the sum, piecewise linear in tau, changes its slope.
     """
-    weight = 1 / q
-    starts, ends = (target - 1) * q, target * q
-    points = torch.cat([starts, ends])
+    points = np.concatenate([(target - 1) / weight, target / weight])
     order = points.argsort()
     points = points[order]
-    slopes = torch.cat([weight, -weight])[order].cumsum(0)
-    falls = torch.zeros_like(points)
-    falls[1:] = (slopes[:-1] * points.diff()).cumsum(0)
-    sums = len(target) - falls
-    index = int(torch.searchsorted(-sums, -float(total))) - 1
+    slopes = np.concatenate([weight, -weight])[order].cumsum()
+    sums = np.empty_like(points)
+    sums[0] = len(target)
+    np.subtract(len(target), (slopes[:-1] * np.diff(points)).cumsum(), out=sums[1:])
+    index = int(np.searchsorted(-sums, -total)) - 1
     index = min(max(index, 0), len(points) - 2)
-    slope = float(slopes[index])
-    step = (float(sums[index]) - total) / slope if slope > 0 else 0.0
-    return (target - (float(points[index]) + step) * weight).clamp_(0.0, 1.0)
+    slope = slopes[index]
+    tau = points[index] + ((sums[index] - total) / slope if slope > 0 else 0.0)
+    x: Array = np.clip(target - tau * weight, 0.0, 1.0)
+    return x
 
 
 def tighten(bound: QuadraticBound, steps: int) -> QuadraticBound:
@@ -139,9 +158,7 @@ def tighten(bound: QuadraticBound, steps: int) -> QuadraticBound:
     for barrier in _BARRIERS:
         for _ in range(_NEWTON_STEPS):
             q = _newton_step(current, barrier)
-            current = minimize(
-                QuadraticBound(bound.a, bound.Q, bound.removals, q, current.point), steps
-            )
+            current = minimize(replace(current, q=q), steps)
             if current.value > best.value:
                 best = current
     return best

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from solvers.bounds.quadratic import (
 )
 from solvers.bounds.removal import RemovalTerms
 
-_FIRST_COUPLING = 1.25
+_FIRST_SHAPE = 1.25
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Effort:
     tighten
         Whether to optimize the diagonal as well, by barrier steps that cost n^3 each.
     progress
-        Stop updating when a round raises the bound by less than this share of it.
+        Stop updating when a round raises the bound of the cost by less than this share of it.
     """
 
     rounds: int = 6
@@ -69,17 +69,42 @@ class Relaxation:
         return self.terms.certified(self.bound.value, self.magnitude)
 
     @property
+    def restart(self) -> Start:
+        """Where a similar relaxation may start from."""
+        return Start(self.bound.point, self.bound.shape)
+
+    @property
     def magnitude(self) -> float:
         """Sum of the sizes of what the bound sums up."""
         return float(2 * self.bound.a.abs().sum() + 2 * self.bound.q.sum())
 
 
+@dataclass(frozen=True, eq=False)
+class Start:
+    """Where a relaxation starts from: what a similar one ended with.
+
+    Parameters
+    ----------
+    share
+        For each free unit, how likely it is removed, (n,).
+    shape
+        The diagonal q relative to that of Q, (n,).
+    """
+
+    share: Tensor
+    shape: Tensor
+
+    @classmethod
+    def cold(cls, terms: RemovalTerms) -> Start:
+        """Favour the removal of units that cost least if they alone are removed."""
+        n, r = len(terms.units), terms.removals
+        share = torch.full((n,), r / n, dtype=torch.float64, device=terms.units.device)
+        share[terms.single_costs().argsort()[:r]] += 1.0
+        return cls(share.div_(2), torch.full_like(share, _FIRST_SHAPE))
+
+
 def relax(
-    terms: RemovalTerms,
-    effort: Effort,
-    *,
-    share: Tensor | None = None,
-    cutoff: float = math.inf,
+    terms: RemovalTerms, effort: Effort, start: Start, *, cutoff: float = math.inf
 ) -> Relaxation:
     """Bound the loss of every support that `terms` leave open.
 
@@ -89,52 +114,56 @@ def relax(
         At least one unit is free to go and one to stay.
     effort
         How hard to try.
-    share
-        For each free unit, how likely it is removed, (n,); by default the cheapest ones are.
+    start
+        Where to start.
     cutoff
         Stop as soon as the bound reaches this loss.
     """
-    x = cheapest(terms) if share is None else share
-    coupling, best = _FIRST_COUPLING, None
-    for _ in range(effort.rounds):
-        current = _update(terms, x, coupling, effort.steps)
-        coupling = current.bound_ratio
-        previous, best = best, _better(best, current.relaxation)
-        if best.value >= cutoff:
-            return best
-        if previous is not None and best.value - previous.value < effort.progress * best.value:
-            break
-        x = (x + current.relaxation.bound.point) / 2
-    assert best is not None
-    if effort.tighten:
-        tight = tighten(best.bound, effort.steps)
-        best = _better(best, Relaxation(terms, best.share, best.coupling, tight))
+    best = _alternate(terms, effort, start, cutoff)
+    if effort.tighten and best.value < cutoff:
+        best = _tightened(best, effort)
+        if best.value < cutoff:
+            again = _alternate(terms, effort, best.restart, cutoff)
+            best = _better(_better(best, again), _tightened(again, effort))
     return best
 
 
-def cheapest(terms: RemovalTerms) -> Tensor:
-    """Return shares, (n,), that favour the units that cost least if they alone are removed."""
-    n, r = len(terms.units), terms.removals
-    x = torch.full((n,), r / n, dtype=torch.float64, device=terms.units.device)
-    x[terms.single_costs().argsort()[:r]] += 1.0
-    return x / 2 if r < n else x.fill_(1.0)
+def _alternate(terms: RemovalTerms, effort: Effort, start: Start, cutoff: float) -> Relaxation:
+    """Update the multipliers for the minimizer, and the minimizer for the multipliers."""
+    best: Relaxation | None = None
+    for _ in range(effort.rounds):
+        current = _update(terms, start, effort.steps, cutoff)
+        previous, best = best, current if best is None else _better(best, current)
+        if best.value >= cutoff:
+            break
+        cost = best.value - terms.constant - terms.spent
+        if previous is not None and best.value - previous.value < effort.progress * cost:
+            break
+        start = Start((start.share + current.bound.point) / 2, current.bound.shape)
+    assert best is not None
+    return best
 
 
-@dataclass(frozen=True, eq=False)
-class _Update:
-    relaxation: Relaxation
-    bound_ratio: float
+def _update(terms: RemovalTerms, start: Start, steps: int, cutoff: float) -> Relaxation:
+    # What the bound on Q costs is a penalty on Y: anticipate it with the typical shape.
+    coupling = float(start.shape.median())
+    a, Q = terms.aggregate(start.share, coupling)
+    Q = (Q + Q.T).div_(2)
+    q = scaled_diagonal(Q, start.shape)
+    point = start.share * (terms.removals / float(start.share.sum()))
+    first = Relaxation(
+        terms,
+        start.share,
+        coupling,
+        QuadraticBound(a, Q, terms.removals, q, point.clamp_(0.0, 1.0)),
+    )
+    enough = terms.cost_reaching(cutoff, first.magnitude) if cutoff < math.inf else math.inf
+    return replace(first, bound=minimize(first.bound, steps, enough=enough))
 
 
-def _update(terms: RemovalTerms, x: Tensor, coupling: float, steps: int) -> _Update:
-    a, Q = terms.aggregate(x, coupling)
-    q = scaled_diagonal(Q)
-    start = x * (terms.removals / float(x.sum()))
-    point = QuadraticBound(a, Q, terms.removals, q, start.clamp_(0.0, 1.0))
-    bound = minimize(point, steps)
-    ratio = float((q / Q.diagonal().clamp(min=1e-300)).min())
-    return _Update(Relaxation(terms, x, coupling, bound), ratio)
+def _tightened(relaxation: Relaxation, effort: Effort) -> Relaxation:
+    return _better(relaxation, replace(relaxation, bound=tighten(relaxation.bound, effort.steps)))
 
 
-def _better(one: Relaxation | None, other: Relaxation) -> Relaxation:
-    return other if one is None or other.value > one.value else one
+def _better(one: Relaxation, other: Relaxation) -> Relaxation:
+    return other if other.value > one.value else one

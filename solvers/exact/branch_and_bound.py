@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from solvers.backend import Capabilities, Kind
-from solvers.bounds.relaxation import Effort, Relaxation, cheapest, relax
+from solvers.bounds.relaxation import Effort, Relaxation, Start, relax
 from solvers.bounds.removal import RemovalTerms
 from solvers.errors import BackendError
 from solvers.heuristics.local_search import LocalSearch
@@ -27,10 +27,10 @@ from solvers.problem import SubsetProblem
 from solvers.refit import refit
 from solvers.solution import DEFAULT_GAP_TOLERANCE, Selection, Status
 
-_LEAF_SUPPORTS = 128
+_LEAF_SUPPORTS = 500
 _LEAF_ELEMENTS = 1 << 20
 _ROOT_EFFORT = Effort(rounds=6, steps=200, progress=1e-3)
-_NODE_EFFORT = Effort(rounds=3, steps=60, tighten=False, progress=1e-2)
+_NODE_EFFORT = Effort(rounds=2, steps=60, tighten=False, progress=1e-2)
 _THREADED_ROWS = 256
 """Below this many rows, waking threads costs more than they save."""
 
@@ -116,7 +116,13 @@ class _Node:
     order: int
     removed: tuple[int, ...] = field(compare=False)
     kept: tuple[int, ...] = field(compare=False)
-    share: Tensor = field(compare=False)
+    start: Start | None = field(compare=False)
+
+    def start_for(self, terms: RemovalTerms) -> Start:
+        """Return where to start the relaxation of the units that are still free."""
+        if self.start is None:
+            return Start.cold(terms)
+        return Start(self.start.share[terms.units], self.start.shape[terms.units])
 
 
 class _Search:
@@ -132,7 +138,7 @@ class _Search:
         self.closed = math.inf
         self._order = count()
         self.open_nodes: list[_Node] = []
-        self._push(-math.inf, (), (), cheapest(self.root) if self.root.removals else support)
+        self._push(-math.inf, (), (), None)
 
     @property
     def cutoff(self) -> float:
@@ -161,7 +167,7 @@ class _Search:
             self._enumerate(terms, node)
             return
         effort = _NODE_EFFORT if node.removed or node.kept else _ROOT_EFFORT
-        relaxation = relax(terms, effort, share=node.share[terms.units], cutoff=self.cutoff)
+        relaxation = relax(terms, effort, node.start_for(terms), cutoff=self.cutoff)
         self._round(relaxation, node)
         self._branch(node, relaxation)
 
@@ -213,24 +219,30 @@ class _Search:
         bound, units = relaxation.bound, relaxation.terms.units
         removed = node.removed + tuple(units[go].tolist())
         kept = node.kept + tuple(units[stay].tolist())
-        share = node.share.clone()
-        share[units] = bound.point
+        start = self._inherited(relaxation)
         if len(removed) >= self.root.removals or len(kept) >= self.problem.keep:
-            self._push(value, removed, kept, share)
+            self._push(value, removed, kept, start)
             return
         doubt = torch.where(go | stay, -1.0, bound.q * bound.point * (1 - bound.point))
         unit = int(units[int(doubt.argmax())])
-        self._push(value, (*removed, unit), kept, share)
-        self._push(value, removed, (*kept, unit), share)
+        self._push(value, (*removed, unit), kept, start)
+        self._push(value, removed, (*kept, unit), start)
+
+    def _inherited(self, relaxation: Relaxation) -> Start:
+        """Return where the children start, with an entry for each unit of the problem."""
+        restart, units = relaxation.restart, relaxation.terms.units
+        share, shape = torch.zeros(2, self.problem.units, dtype=torch.float64, device=units.device)
+        share[units], shape[units] = restart.share, restart.shape
+        return Start(share, shape)
 
     def _push(
-        self, bound: float, removed: tuple[int, ...], kept: tuple[int, ...], share: Tensor
+        self, bound: float, removed: tuple[int, ...], kept: tuple[int, ...], start: Start | None
     ) -> None:
         """Open a node, unless it removes or keeps too many; where one count is met, complete it."""
         goes, stays = self.root.removals, self.problem.keep
         if len(removed) > goes or len(kept) > stays:
             return
-        heapq.heappush(self.open_nodes, _Node(bound, next(self._order), removed, kept, share))
+        heapq.heappush(self.open_nodes, _Node(bound, next(self._order), removed, kept, start))
 
     def _fixed(self, relaxation: Relaxation) -> tuple[Tensor, Tensor]:
         """Return which free units have to go and which have to stay to beat the incumbent."""

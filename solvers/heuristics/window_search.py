@@ -1,0 +1,116 @@
+"""Improve a support window by window, each solved exactly."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from solvers.backend import Capabilities, Kind
+from solvers.errors import BackendError
+from solvers.exact.branch_and_bound import BranchAndBound
+from solvers.heuristics.local_search import LocalSearch
+from solvers.pivot import PivotState
+from solvers.problem import SubsetProblem
+from solvers.refit import refit
+from solvers.solution import Selection, Status
+from solvers.windows import apply_window, window_problem
+
+
+@dataclass(frozen=True)
+class WindowSearch:
+    """Start from the swap optimum, then choose anew within windows of units, exactly.
+
+    The first window holds the units closest to changing sides: kept ones that cost least to remove,
+    and removed ones that gain most if added.  The others are drawn at random.  What the search
+    certifies is that no better choice exists within any window tried since the last improvement,
+    that one included, up to the gap tolerance; it is no bound on all supports.
+
+    Parameters
+    ----------
+    units
+        Units of a window.
+    windows
+        How many windows to try.
+    time_limit
+        Seconds for one window.
+    gap_tolerance
+        Relative gap at which a window counts as solved.
+    seed
+        Of the random windows.
+    """
+
+    kind: ClassVar[Kind] = Kind.HEURISTIC
+    summary: ClassVar[str] = "swap optimum, then improved exactly within windows of units"
+    capabilities: ClassVar[Capabilities] = Capabilities()
+    units: int = 24
+    windows: int = 8
+    time_limit: float = 10.0
+    gap_tolerance: float = 1e-5
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.units < 2 or self.windows < 0:
+            raise BackendError(
+                f"window_search: units is {self.units} and windows {self.windows}; a window has "
+                "two units or more, and their number is not negative"
+            )
+
+    @classmethod
+    def available(cls) -> str | None:
+        """Return None: it needs nothing but torch."""
+        return None
+
+    def select(self, problem: SubsetProblem) -> Selection:
+        """Improve the swap optimum, one window after the other."""
+        support = LocalSearch().select(problem).support
+        history = [refit(problem, support)[1]]
+        generator = torch.Generator().manual_seed(self.seed)
+        size = min(self.units, problem.units)
+        count = 0 if problem.keep == problem.units else self.windows
+        if size == problem.units:
+            count = min(count, 1)
+        solved = True
+        for index in range(count):
+            units = self._draw(problem, support, size, generator if index else None)
+            found = self._solve(problem, support, units)
+            solved &= found.status is Status.OPTIMAL
+            better = apply_window(support, units, found.support)
+            loss = refit(problem, better)[1]
+            if loss < history[-1]:
+                support = better
+                history.append(loss)
+                solved = found.status is Status.OPTIMAL
+        return Selection(
+            support,
+            Status.WINDOW_OPTIMAL if count and solved else Status.FEASIBLE,
+            iterations=count,
+            history=tuple(history),
+        )
+
+    def _solve(self, problem: SubsetProblem, support: Tensor, units: Tensor) -> Selection:
+        inside = torch.nonzero(torch.isin(units, support)).flatten()
+        exact = BranchAndBound(
+            time_limit=self.time_limit,
+            gap_tolerance=self.gap_tolerance,
+            start=tuple(inside.tolist()),
+        )
+        return exact.select(window_problem(problem, support, units))
+
+    @staticmethod
+    def _draw(
+        problem: SubsetProblem, support: Tensor, size: int, generator: torch.Generator | None
+    ) -> Tensor:
+        """Draw half kept and half removed units: at random, or the borderline without generator."""
+        if generator is None:
+            state = PivotState.on_support(problem, support)
+            kept = state.support[state.removal_losses()[state.support].argsort()]
+            removed = state.removed[state.addition_gains()[state.removed].argsort(descending=True)]
+        else:
+            order = torch.randperm(problem.units, generator=generator).to(support.device)
+            inside = torch.isin(order, support)
+            kept, removed = order[inside], order[~inside]
+        goes = min(max(size // 2, size - len(kept)), len(removed))
+        return torch.cat([kept[: size - goes], removed[:goes]])
