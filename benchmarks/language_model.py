@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import osscar
-from osscar.evaluate import measure_quality
+from osscar.evaluation import measure_quality
 from osscar.text import read_text
 
 BACKENDS = ("random", "magnitude", "wanda", "greedy", "multistage", "local_search")

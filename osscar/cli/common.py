@@ -49,9 +49,14 @@ def guard() -> Iterator[None]:
     except Exception as error:
         if not isinstance(error, _expected_errors()):
             raise
-        err.print("error:", style="bold red", end=" ")
-        err.print(str(error), markup=False, highlight=False)
+        _say("error", str(error), "bold red")
         sys.exit(2)
+
+
+def _say(label: str, message: str, style: str) -> None:
+    """Print one message to standard error, whole: terminals wrap, pipes get one line."""
+    err.print(f"{label}:", style=style, end=" ")
+    err.print(message, markup=False, highlight=False, soft_wrap=True)
 
 
 def _expected_errors() -> tuple[type[Exception], ...]:
@@ -76,8 +81,7 @@ def quiet() -> Iterator[None]:
         dict.fromkeys(str(w.message) for w in caught if issubclass(w.category, UserWarning))
     )
     for message in messages[:_SHOWN_WARNINGS]:
-        err.print("warning:", style="yellow", end=" ")
-        err.print(message, markup=False, highlight=False)
+        _say("warning", message, "yellow")
     if len(messages) > _SHOWN_WARNINGS:
         err.print(f"... and {len(messages) - _SHOWN_WARNINGS} warnings more", style="yellow")
 

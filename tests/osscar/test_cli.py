@@ -1,0 +1,206 @@
+"""The commands as a person runs them: what they print, write and refuse."""
+
+import json
+import sys
+import xml.etree.ElementTree as ElementTree
+
+import pytest
+
+import osscar
+from osscar.cli import main
+from tests.osscar.families import tiny
+
+PROSE = "the quick brown fox jumps over the lazy dog and runs back again before night falls. " * 200
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Run a command in this process; return status, standard output and standard error."""
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["osscar", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stop:
+            main()
+        captured = capsys.readouterr()
+        return stop.value.code or 0, captured.out, captured.err
+
+    return call
+
+
+@pytest.fixture
+def text(tmp_path):
+    file = tmp_path / "text.txt"
+    file.write_text(PROSE)
+    return file
+
+
+def small_prune(text, out, *more):
+    return (
+        *("prune", "demo", "--out", out, "--calibration", text, "--samples", 6, "--seqlen", 64),
+        *("--backend", "magnitude", "--device", "cpu", *more),
+    )
+
+
+def test_demo_does_the_whole_job(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):  # a second demo replaces its own directory
+        status, out, err = run("demo", "--backend", "greedy", "--json", "demo.json")
+        assert status == 0, err
+    for expected in ("perplexity", "tokens/s", "loss by layer", "saved:", "next:", "dead"):
+        assert expected in out
+    document = json.loads((tmp_path / "demo.json").read_text())
+    assert document["schema"] == "osscar.prune/1"
+    dense, pruned = document["evaluation"]["dense"], document["evaluation"]["model"]
+    assert pruned["footprint"]["parameters"] < dense["footprint"]["parameters"]
+    assert dense["quality"]["perplexity"] < pruned["quality"]["perplexity"] < 200
+    model = osscar.load(tmp_path / "osscar-demo")
+    assert sum(p.numel() for p in model.parameters()) == document["parameters_after"]
+
+
+def test_prune_then_eval_then_inspect(run, text, tmp_path):
+    out_dir = tmp_path / "small"
+    status, out, err = run(
+        *small_prune(text, out_dir, "--neurons", "0.5", "--json", tmp_path / "p")
+    )
+    assert status == 0, err
+    assert "320 of 640" in out
+    assert "from_pretrained of transformers" in out
+    report = json.loads((out_dir / "osscar_report.json").read_text())
+    printed = json.loads((tmp_path / "p").read_text())
+    assert report == {key: value for key, value in printed.items() if key != "saved"}
+    assert report["settings"]["neurons"] == "0.5"
+    assert len(report["layers"]) == 4
+
+    other = tmp_path / "other.txt"
+    other.write_text(PROSE.replace("fox", "cat"))
+    evaluate = ("eval", out_dir, "--windows", 2, "--seqlen", 64, "--against", "demo")
+    status, out, err = run(*evaluate, "--text", other, "--json", tmp_path / "e")
+    assert status == 0, err
+    document = json.loads((tmp_path / "e").read_text())
+    assert document["schema"] == "osscar.eval/1"
+    assert document["ratios"]["parameters"] < 1
+    assert document["model"]["quality"]["windows"] == 2
+
+    status, out, err = run(*evaluate, "--text", text)
+    assert status == 2
+    assert "calibrated on this very text" in err
+
+    status, out, err = run(
+        "inspect", out_dir, "--svg", tmp_path / "g.svg", "--json", tmp_path / "i"
+    )
+    assert status == 0, err
+    assert "320" in out
+    assert "frozen: hidden" in out
+    assert ElementTree.parse(tmp_path / "g.svg").getroot().tag.endswith("svg")
+    groups = json.loads((tmp_path / "i").read_text())["groups"]
+    assert sum(not g["frozen"] for g in groups) == 8
+
+
+def test_backends_lists_all_with_their_kind(run, tmp_path):
+    status, out, _ = run("backends", "--json", tmp_path / "b.json")
+    assert status == 0
+    rows = {row["name"]: row for row in json.loads((tmp_path / "b.json").read_text())["backends"]}
+    assert {"random", "magnitude", "wanda", "greedy", "multistage", "local_search"} < rows.keys()
+    assert rows["enumerate"]["kind"] == "exact"
+    assert rows["enumerate"]["capabilities"]["max_units"] == 16
+    assert all(name in out for name in rows)
+
+
+def test_options_reach_the_backend(run, text, tmp_path):
+    arguments = small_prune(text, tmp_path / "a", "--neurons", "0.5", "--json", tmp_path / "a.json")
+    status, _, err = run(*arguments, "--backend", "random", "--option", "seed=7")
+    assert status == 0, err
+    settings = json.loads((tmp_path / "a.json").read_text())["settings"]
+    assert settings["backend_options"] == {"seed": 7}
+
+
+BAD = [
+    (["--sparsity", "1.5"], "sparsity is 1.5"),
+    (["--sparsity", "0"], "sparsity is 0"),
+    (["--sparsity", "0.999"], "keeps none"),
+    (["--neurons", "641"], "cannot keep 641 units"),
+    (["--heads", "nine"], "cannot read 'nine'"),
+    ([], "nothing to prune"),
+    (["--neurons", "0.5", "--backend", "magic"], "there is no backend 'magic'"),
+    (["--neurons", "0.5", "--option", "stages=3"], "has no option stages"),
+    (["--neurons", "0.5", "--option", "stages"], "is not NAME=VALUE"),
+    (["--neurons", "0.5", "--damp", "-1"], "damp is -1"),
+    (["--neurons", "0.5", "--batch-size", "0"], "batch size is 0"),
+    (["--neurons", "0.5", "--samples", "0"], "not 0 of 64"),
+    (["--neurons", "0.5", "--seqlen", "100000"], "100000"),
+    (["--neurons", "0.5", "--calibration", "missing.txt"], "missing.txt"),
+    (["--neurons", "0.5", "--device", "tpu"], "tpu"),
+    (["--neurons", "0.5", "--dtype", "int8"], "int8"),
+    (["--neurons", "0.5", "--json", "/nowhere/x.json"], "/nowhere/x.json"),
+    (["--neurons", "0.5", "--round-to", "0"], "round-to is 0"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), BAD)
+def test_bad_input_is_one_line_and_writes_nothing(run, text, tmp_path, arguments, message):
+    before = sorted(tmp_path.rglob("*"))
+    status, out, err = run(*small_prune(text, tmp_path / "small", *arguments))
+    assert status == 2
+    assert err.startswith("error: ")
+    assert message in " ".join(err.split())
+    assert "Traceback" not in err
+    assert out == ""
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(b"", "empty"), (b"too short", "tokens"), (b"\0\1\2", "binary")],
+)
+def test_calibration_text_that_cannot_serve_is_refused(run, tmp_path, content, message):
+    file = tmp_path / "bad.txt"
+    file.write_bytes(content)
+    status, _, err = run(*small_prune(file, tmp_path / "small", "--neurons", "0.5"))
+    assert status == 2
+    assert message in err
+    assert not (tmp_path / "small").exists()
+
+
+def test_a_full_directory_is_refused_before_any_work(run, text, tmp_path):
+    (tmp_path / "small").mkdir()
+    (tmp_path / "small" / "precious").write_text("keep me")
+    arguments = small_prune(text, tmp_path / "small", "--neurons", "0.5")
+    status, out, err = run(*arguments)
+    assert (status, out) == (2, "")
+    assert "not empty" in err
+    status, _, err = run(*arguments, "--overwrite")
+    assert status == 0, err
+    assert not (tmp_path / "small" / "precious").exists()
+
+
+def test_demo_does_not_replace_what_it_did_not_make(run, tmp_path):
+    (tmp_path / "precious").write_text("keep me")
+    status, _, err = run("demo", "--out", tmp_path)
+    assert status == 2
+    assert "not empty" in err
+
+
+@pytest.mark.parametrize("command", ["eval", "inspect"])
+def test_unknown_models_are_refused(run, command):
+    status, _, err = run(command, "no-such-directory/at-all/here")
+    assert status == 2
+    assert "no-such-directory" in err
+
+
+def test_a_model_that_is_not_finite_is_refused_by_name(run, text, tmp_path):
+    model = tiny("opt")
+    model.model.decoder.layers[0].fc2.weight.data[0, 0] = float("inf")
+    model.save_pretrained(tmp_path / "broken")
+    osscar.load_model("demo").tokenizer.save_pretrained(tmp_path / "broken")
+    arguments = list(small_prune(text, tmp_path / "small", "--neurons", "0.5"))
+    arguments[1] = tmp_path / "broken"
+    status, _, err = run(*arguments)
+    assert status == 2
+    assert "fc2.weight" in err
+    assert not (tmp_path / "small").exists()
+
+
+def test_help_names_every_command(run):
+    status, out, _ = run("--help")
+    assert status == 0
+    assert all(name in out for name in ("demo", "prune", "eval", "inspect", "backends"))
