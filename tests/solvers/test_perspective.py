@@ -1,0 +1,191 @@
+"""The root bound: never above the optimum, recomputable, and better than a diagonal of H."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from solvers import BackendError, Status, SubsetProblem, VerificationError, solve
+from solvers.bounds.quadratic import is_definite, project, scaled_diagonal
+from solvers.bounds.removal import RemovalTerms
+from solvers.certificate import MultiplierCertificate
+from solvers.problem import Consumer
+from tests.solvers.instances import INSTANCES
+
+SLACK = 1e-12
+
+instance = pytest.mark.parametrize("instance", INSTANCES.values(), ids=INSTANCES.keys())
+
+
+def random_problem(seed, n, width, responses, keep, *, spread=1.0, damp=0.01, consumers=1):
+    """A problem with correlated inputs; the rows of all consumers belong to the same units."""
+    generator = torch.Generator().manual_seed(seed)
+    parts = []
+    for _ in range(consumers):
+        p = n * width
+        mix = torch.eye(p).double() + spread * torch.randn(p, p, generator=generator).double()
+        X = torch.randn(2 * p, p, generator=generator).double() @ mix
+        W0 = torch.randn(p, responses, generator=generator).double()
+        Y = X @ W0 + torch.randn(2 * p, responses, generator=generator).double()
+        G, e = X.T @ Y / len(X), float(Y.square().sum()) / len(X)
+        parts.append(Consumer.from_gram(X.T @ X / len(X), W0, G=G, e=e, units=n, damp=damp))
+    return SubsetProblem(tuple(parts), keep)
+
+
+@given(
+    seed=st.integers(0, 2**31),
+    n=st.integers(2, 9),
+    width=st.integers(1, 3),
+    responses=st.sampled_from([1, 3, 40]),
+    share=st.floats(0, 1),
+    spread=st.sampled_from([0.0, 0.3, 3.0]),
+    damp=st.sampled_from([1e-9, 1e-2, 1.0]),
+    consumers=st.integers(1, 2),
+)
+@settings(max_examples=60, deadline=None)
+def test_never_above_enumeration(seed, n, width, responses, share, spread, damp, consumers):
+    keep = 1 + round(share * (n - 2))
+    problem = random_problem(
+        seed, n, width, responses, keep, spread=spread, damp=damp, consumers=consumers
+    )
+    optimum = solve(problem, "enumerate").loss
+    solution = solve(problem, "perspective", rounds=3, steps=40)
+    assert solution.lower_bound <= optimum + SLACK * problem.scale
+    solution.verify()
+
+
+@instance
+def test_certificate_recomputes_the_bound(instance):
+    solution = solve(instance.problem, "perspective")
+    report = solution.verify()
+    if instance.problem.keep == instance.problem.units:
+        assert solution.certificate is None
+        assert solution.lower_bound == pytest.approx(solution.loss, abs=1e-9)
+    else:
+        tolerance = 1e-6 * instance.problem.scale
+        assert report.lower_bound == pytest.approx(solution.lower_bound, abs=tolerance)
+
+
+@pytest.fixture(scope="module")
+def solved():
+    return solve(random_problem(1, 10, 2, 6, 5, spread=0.1), "perspective")
+
+
+def planted(solved, **changes):
+    return replace(solved, certificate=replace(solved.certificate, **changes))
+
+
+def test_verify_refuses_a_bound_that_the_certificate_does_not_prove(solved):
+    between = (solved.lower_bound + solved.loss) / 2
+    with pytest.raises(VerificationError, match="certificate proves"):
+        replace(solved, lower_bound=between).verify()
+
+
+def test_verify_refuses_a_diagonal_that_does_not_dominate(solved):
+    with pytest.raises(VerificationError, match="does not dominate"):
+        planted(solved, q=solved.certificate.q * 0.5).verify()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"share": torch.zeros(10).double()}, "share must be in"),
+        ({"q": -torch.ones(10).double()}, "q must be positive"),
+        ({"point": torch.full((10,), math.nan).double()}, "point must be 10 finite"),
+        ({"q": torch.ones(9).double()}, "q must be 10 finite"),
+        ({"coupling": -1.0}, "coupling"),
+    ],
+)
+def test_verify_refuses_malformed_evidence(solved, changes, message):
+    with pytest.raises(VerificationError, match=message):
+        planted(solved, **changes).verify()
+
+
+def test_any_evidence_gives_a_valid_bound():
+    problem = random_problem(2, 8, 1, 3, 4)
+    optimum = solve(problem, "enumerate").loss
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(20):
+        share, point = torch.rand(2, 8, generator=generator).double().clamp(min=0.05)
+        large = torch.full((8,), 1e6).double()
+        certificate = MultiplierCertificate(share, 1.0, large, point)
+        assert certificate.bound(problem) <= optimum
+
+
+def test_many_responses_beat_the_classical_diagonal():
+    problem = random_problem(3, 24, 1, 60, 12, spread=0.15)
+    consumer = problem.consumers[0]
+    A = torch.linalg.inv(consumer.H)
+    scale = A.diagonal().rsqrt()
+    classical = 1 / float(torch.linalg.eigvalsh(A * scale[:, None] * scale)[-1])
+    bound = solve(problem, "perspective")
+    terms = RemovalTerms.of(problem)
+    _, Q = terms.aggregate(bound.certificate.share, bound.certificate.coupling)
+    ours = float((Q.diagonal() / bound.certificate.q).median())
+    assert ours > 1.3 * classical
+
+
+def test_bound_is_attached_to_heuristics_on_request():
+    problem = INSTANCES["blocks"].problem
+    assert math.isnan(solve(problem, "greedy").gap)
+    solution = solve(problem, "greedy", bound=True)
+    assert 0 <= solution.gap <= 1
+    assert solution.bound_from
+    assert solution.certificate is not None
+    solution.verify()
+    exact = solve(problem, "enumerate", bound=True)
+    assert exact.certificate is None
+    assert exact.status is Status.OPTIMAL
+
+
+def test_removal_terms_condition_exactly():
+    problem = random_problem(4, 7, 2, 3, 4, consumers=2)
+    terms = RemovalTerms.of(problem)
+    node = terms.restrict(torch.tensor([2]), torch.tensor([5, 0]))
+    assert node.units.tolist() == [1, 3, 4, 6]
+    assert node.removals == 2
+    cost = float(node.costs(torch.tensor([[0, 3]]))[0])
+    loss = node.constant + node.spent + cost
+    support = torch.tensor([0, 3, 4, 5])
+    start = tuple(support.tolist())
+    direct = solve(problem, "local_search", start=start, max_swaps=0)
+    assert direct.support.tolist() == support.tolist()
+    assert loss == pytest.approx(direct.loss, rel=1e-10)
+
+
+@given(seed=st.integers(0, 2**31), n=st.integers(2, 30), share=st.floats(0.01, 0.99))
+@settings(max_examples=60, deadline=None)
+def test_projection_is_optimal(seed, n, share):
+    generator = torch.Generator().manual_seed(seed)
+    target = torch.randn(n, generator=generator).double().numpy()
+    weight = (0.1 + torch.rand(n, generator=generator)).double().numpy()
+    total = min(max(1, round(share * n)), n - 1)
+    x = project(target, weight, total)
+    assert x.sum() == pytest.approx(total, abs=1e-9)
+    assert ((x >= 0) & (x <= 1)).all()
+    force = (target - x) / weight
+    inner = (x > 1e-9) & (x < 1 - 1e-9)
+    if inner.any():
+        tau = force[inner].mean()
+        assert force[inner] == pytest.approx(tau, abs=1e-8)
+        assert (force[x <= 1e-9] <= tau + 1e-8).all()
+        assert (force[x >= 1 - 1e-9] >= tau - 1e-8).all()
+
+
+def test_definiteness_is_not_claimed_within_rounding():
+    Q = torch.ones(40, 40).double()
+    q = torch.full((40,), 40.0).double()
+    assert not is_definite(q, Q)
+    assert is_definite(q * 1.001, Q)
+    assert is_definite(scaled_diagonal(Q, torch.ones(40).double()), Q)
+
+
+@pytest.mark.parametrize("options", [{"rounds": 0}, {"steps": 0}])
+def test_bad_options_are_refused(options):
+    with pytest.raises(BackendError, match="use 1 or more"):
+        solve(INSTANCES["scalar"].problem, "perspective", **options)
