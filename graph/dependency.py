@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import networkx as nx
 import torch
 
 from graph.draw import render
-from graph.errors import UnknownGroupError
+from graph.errors import ExampleInputError, UnknownGroupError
 from graph.export import ExampleInputs, export_model
 from graph.grouping import build_groups
 from graph.groups import CouplingGroup
@@ -95,6 +96,7 @@ def trace(
     example_inputs: ExampleInputs,
     *,
     rules: RuleTable | None = None,
+    opaque: Collection[str | type[torch.nn.Module]] = (),
 ) -> DependencyGraph:
     """Find the coupling groups of a model.
 
@@ -106,7 +108,11 @@ def trace(
         A tuple of positional arguments of ``model.forward`` or a dict of keyword arguments.  Only
         shapes and types matter, as far as the model's control flow goes.
     rules
-        Propagation rules to use instead of the default ones.
+        Propagation rules to use instead of the default ones, usually an extension of them:
+        ``rules = graph.DEFAULT_RULES.extended()``.
+    opaque
+        Modules, by qualified name or by class, whose inside must be left whole: every axis that
+        enters or leaves them is frozen.
 
     Returns
     -------
@@ -116,12 +122,23 @@ def trace(
     Raises
     ------
     ExampleInputError
-        If the inputs do not fit the model's signature.
+        If the inputs do not fit the model's signature, or an opaque module does not exist.
     TraceError
         If `torch.export` refuses the model; the error carries its reason and what usually helps.
     RuleError
         If a propagation rule is wrong.
     """
+    _check_opaque(model, opaque)
     program = export_model(model, example_inputs)
-    propagation = propagate(program, DEFAULT if rules is None else rules)
+    propagation = propagate(program, DEFAULT if rules is None else rules, opaque)
     return DependencyGraph(build_groups(propagation, program.tensors), propagation.operators)
+
+
+def _check_opaque(model: torch.nn.Module, opaque: Collection[str | type[torch.nn.Module]]) -> None:
+    modules = dict(model.named_modules())
+    kinds = {type(module) for module in modules.values()}
+    for wanted in opaque:
+        if wanted not in (modules if isinstance(wanted, str) else kinds):
+            near = difflib.get_close_matches(str(wanted), modules, n=3)
+            hint = f"; near it: {', '.join(near)}" if near else ""
+            raise ExampleInputError(f"the model has no module {wanted!r} to leave whole{hint}")

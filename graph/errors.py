@@ -8,7 +8,7 @@ class GraphError(Exception):
 
 
 class ExampleInputError(GraphError):
-    """The example inputs do not fit the model's `forward`."""
+    """What was asked for does not fit the model: example inputs, or a module's name."""
 
 
 class TraceError(GraphError):

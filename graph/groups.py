@@ -98,7 +98,7 @@ class Freeze:
     reason
         One sentence that a person can act on.
     operator
-        The ATen operator that froze it, such as ``aten.softmax.int``.
+        The ATen operator that froze it, such as ``aten.softmax.int``; empty if none did.
     module
         Qualified name of the module in which that operator was called.
     """

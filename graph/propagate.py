@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -11,10 +12,10 @@ import torch
 
 from graph.axes import Axes, Layout
 from graph.call import Call, Findings, HeadUse, Result, Shape, Use, Value
-from graph.errors import RuleError
+from graph.errors import RuleError, TraceError
 from graph.export import Program, module_of
 from graph.groups import Freeze
-from graph.rules.table import RuleTable
+from graph.rules.table import RuleTable, aten
 
 
 @dataclass(frozen=True)
@@ -56,21 +57,42 @@ class Propagation:
     operators: tuple[Operator, ...]
 
 
-def propagate(program: Program, table: RuleTable) -> Propagation:
+def propagate(
+    program: Program, table: RuleTable, opaque: Collection[str | type[torch.nn.Module]] = ()
+) -> Propagation:
     """Relate the axes of all tensors of a program.
+
+    Parameters
+    ----------
+    program
+        An exported model.
+    table
+        The rule of each operator.
+    opaque
+        Modules, by qualified name or by class, inside which nothing is related: all that
+        touches them is frozen.
 
     Raises
     ------
     RuleError
         If a rule fails, or returns layouts that do not have the shapes of its outputs.
     """
-    return _Walk(program, table).run()
+    return _Walk(program, table, opaque).run()
 
 
 class _Walk:
-    def __init__(self, program: Program, table: RuleTable) -> None:
+    def __init__(
+        self,
+        program: Program,
+        table: RuleTable,
+        opaque: Collection[str | type[torch.nn.Module]],
+    ) -> None:
         self.program = program
         self.table = table
+        self.opaque = {
+            name if isinstance(name, str) else f"{name.__module__}.{name.__qualname__}"
+            for name in opaque
+        }
         self.axes = Axes()
         self.findings = Findings()
         self.tensors = {
@@ -124,14 +146,18 @@ class _Walk:
         if not call.shapes:
             return None
         self._note(node, call)
-        rule = self.table.find(call.operator)
-        if rule is None:
-            result = call.opaque(f"no propagation rule is known for {call.operator}")
-        else:
-            result = _applied(rule, call)
-        checked = _checked(call, result)
+        checked = _checked(call, self._result(node, call))
         single = isinstance(node.meta.get("val"), torch.Tensor)
         return checked[0] if single else checked
+
+    def _result(self, node: torch.fx.Node, call: Call) -> Result:
+        if not self.opaque.isdisjoint(_owners(node)):
+            return call.opaque("it enters a module that was declared opaque")
+        rule = self.table.find(call.operator)
+        if rule is None:
+            return call.opaque(f"no propagation rule is known for {call.operator}")
+        _freeze_overwritten(call)
+        return _applied(rule, call)
 
     def _described(self, node: torch.fx.Node, order: int) -> Call:
         return Call(
@@ -173,6 +199,26 @@ class _Walk:
         )
 
 
+_KEEPING_ZEROS = frozenset(aten("zero_ mul_ div_ neg_ requires_grad_ detach_"))
+
+
+def _freeze_overwritten(call: Call) -> None:
+    """Freeze a weight that is changed in place, unless its zeros stay zeros."""
+    packet = ".".join(call.operator.split(".")[:2])
+    changed = next(iter(call.values()), None)
+    if changed is None or not packet.endswith("_") or packet.endswith("__"):
+        return
+    if changed.is_weight and packet not in _KEEPING_ZEROS:
+        call.freeze(changed.dims, "a weight is changed in place along it")
+
+
+def _owners(node: torch.fx.Node) -> Iterator[str]:
+    """Yield the names and the classes of the modules in which a node was traced."""
+    for path, kind in (node.meta.get("nn_module_stack") or {}).values():
+        yield re.sub(r"@\d+", "", path)
+        yield kind if isinstance(kind, str) else f"{kind.__module__}.{kind.__qualname__}"
+
+
 def _applied(rule: Any, call: Call) -> Result:
     try:
         return rule(call)  # type: ignore[no-any-return]
@@ -209,7 +255,14 @@ def _target_name(node: torch.fx.Node) -> str:
 def _shapes(value: object) -> tuple[Shape, ...]:
     """Return the shapes of a traced value: one for a tensor, several for a list of tensors."""
     if isinstance(value, torch.Tensor):
-        return (tuple(int(size) for size in value.shape),)
+        if any(isinstance(size, torch.SymInt) for size in value.shape):
+            raise TraceError(
+                f"the shape {tuple(value.shape)} of a tensor depends on the values in another",
+                "",
+                "Selections by a mask, such as x[x > 0], have no size that could be known in "
+                "advance; write them as products with the mask.",
+            )
+        return (tuple(value.shape),)
     if isinstance(value, list | tuple):
         return tuple(shape for item in value for shape in _shapes(item))
     return ()

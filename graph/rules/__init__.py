@@ -1,4 +1,18 @@
-"""Propagation rules, grouped by theme; importing this package fills the default table."""
+"""Propagation rules, grouped by theme; importing this package fills the default table.
+
+A rule says what one operator does to layouts.  One for an operator that scales each channel (the
+last dimension) by a parameter, for instance::
+
+    @graph.rule("mylib.scale_channels")
+    def scale_channels(call: graph.Call) -> graph.Value:
+        value, scale = call.value("x"), call.value("scale")
+        channels = call.unify(value.dims[-1], scale.dims[0])
+        call.record(scale, graph.Role.PASS_THROUGH)
+        return graph.Value((*value.dims[:-1], channels))
+
+Dimensions whose positions influence one another are frozen with `Call.freeze`, dimensions about
+which nothing is known are made with `Call.unknown`, and `Call.opaque` answers anything safely.
+"""
 
 from graph.rules import (
     attention,

@@ -33,6 +33,16 @@ def test_data_dependent_control_flow_names_the_module_and_the_remedy() -> None:
     assert caught.value.__cause__ is not None
 
 
+class Masked(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x[x > 0]
+
+
+def test_sizes_that_depend_on_data_are_explained() -> None:
+    with pytest.raises(graph.TraceError, match="products with the mask"):
+        graph.trace(Masked(), (torch.randn(3, 4),))
+
+
 def test_inputs_of_the_wrong_shape_name_the_layer() -> None:
     model = nn.Sequential(nn.Linear(4, 5), nn.Linear(6, 2))
     with pytest.raises(graph.TraceError, match="check their shapes") as caught:

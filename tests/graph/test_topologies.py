@@ -102,6 +102,20 @@ def test_a_user_rule_unfreezes_an_operator() -> None:
     assert not graph.trace(network(), (torch.randn(3, 4),)).prunable
 
 
+@pytest.mark.parametrize("opaque", ["norm", nn.BatchNorm2d])
+def test_an_opaque_module_is_left_whole(opaque: str | type[nn.Module]) -> None:
+    network, inputs, _ = PRUNABLE["residual"]
+    dependencies = graph.trace(network(), inputs, opaque=[opaque])
+    assert [group.name for group in dependencies.prunable] == ["one.channels"]
+    assert "declared opaque" in dependencies.group("stem.channels").frozen[0].reason
+
+
+def test_an_opaque_module_must_exist() -> None:
+    network, inputs, _ = PRUNABLE["called-twice"]
+    with pytest.raises(graph.ExampleInputError, match="near it: block"):
+        graph.trace(network(), inputs, opaque=["blocks"])
+
+
 def test_a_rule_that_returns_other_shapes_is_refused() -> None:
     rules = graph.DEFAULT_RULES.extended()
     rules.rule("aten.linear")(lambda call: call.value("input"))

@@ -349,6 +349,15 @@ class CurvedWeight(_TwoLayers):
         return F.linear(self.enter(x), self.leave.weight.exp())
 
 
+class OverwrittenWeight(_TwoLayers):
+    """A copy of a weight some of which is replaced before use."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.leave.weight.clone()
+        weight[:2].fill_(1.0)
+        return F.linear(self.enter(x), weight)
+
+
 class Observed(_TwoLayers):
     """A hidden layer that is an output too."""
 
@@ -367,6 +376,7 @@ FROZEN: dict[str, tuple[type[nn.Module], str]] = {
     "picked": (Picked, "aten.select.int"),
     "copies-of-one-weight": (CopiesOfOneWeight, "aten.linear.default"),
     "curved-weight": (CurvedWeight, "aten.linear.default"),
+    "overwritten-weight": (OverwrittenWeight, "aten.fill_.Scalar"),
     "observed": (Observed, "output"),
 }
 """Networks without a prunable group, and the operator that freezes their hidden layer."""
