@@ -147,6 +147,7 @@ def prune(
     round_to: int = 1,
     backend: str | solvers.Backend = "local_search",
     backend_options: Mapping[str, Any] | None = None,
+    certify: bool = False,
     damp: float = 0.01,
     device: str = "auto",
     batch_size: int = 8,
@@ -170,6 +171,9 @@ def prune(
         Kept widths are rounded to a multiple of this.
     backend, backend_options
         A registered name with its options, or a backend object.
+    certify
+        Add a lower bound to every layer's solution, so that its gap is known, and verify each
+        solution from its problem alone; takes several times as long as the search.
     damp
         Weight of the proximal term, relative to the mean of the Gram matrix's diagonal.
     device
@@ -219,13 +223,15 @@ def prune(
         keep = allocate(all_groups, targets)
         to_prune = [group for group in all_groups if group.name in keep]
         batches = [{"input_ids": ids.to(_device(work))} for ids in torch.split(windows, batch_size)]
-        plan, layers = _prune_groups(work, to_prune, keep, batches, chosen_backend, damp)
+        solve = _Solve(chosen_backend, certify, damp)
+        plan, layers = _prune_groups(work, to_prune, keep, batches, solve)
         before = count_parameters(work)
         error = _shrink_and_prove(work, plan, windows.shape[1], seed)
     settings = {
         **{"sparsity": sparsity, "heads": _text(heads), "neurons": _text(neurons)},
         **{"groups": {k: str(v) for k, v in (groups or {}).items()}, "round_to": round_to},
-        **{"backend": name, "backend_options": dict(backend_options or {}), "damp": damp},
+        **{"backend": name, "backend_options": dict(backend_options or {})},
+        **{"certify": certify, "damp": damp},
         **{"samples": windows.shape[0], "seqlen": windows.shape[1], "seed": seed},
     }
     return PruningResult(
@@ -240,13 +246,21 @@ def prune(
     )
 
 
+@dataclass(frozen=True)
+class _Solve:
+    """How each layer's problem is posed and solved."""
+
+    backend: solvers.Backend
+    certify: bool
+    damp: float
+
+
 def _prune_groups(
     model: nn.Module,
     groups: Sequence[CouplingGroup],
     keep: Mapping[str, int],
     batches: Sequence[dict[str, Any]],
-    backend: solvers.Backend,
-    damp: float,
+    solve: _Solve,
 ) -> tuple[PruningPlan, tuple[LayerReport, ...]]:
     """Mask and refit group after group; `model` keeps its shape."""
     stages = find_stages(model, groups)
@@ -257,10 +271,9 @@ def _prune_groups(
         for index, stage in enumerate(stages):
             for group in stage.groups:
                 bar.describe(f"pruning {group.name}")
-                plan, report = _prune_group(
-                    stage, group, linear_maps(model, group), stream.arguments(index),
-                    keep[group.name], backend, damp,
-                )  # fmt: skip
+                consumers = linear_maps(model, group)
+                calls = stream.arguments(index)
+                plan, report = _prune_group(stage, group, consumers, calls, keep[group.name], solve)
                 plans.append(plan)
                 reports.append(report)
                 bar.advance()
@@ -275,8 +288,7 @@ def _prune_group(
     consumers: tuple[LinearMap, ...],
     calls: Sequence[tuple[tuple[Any, ...], dict[str, Any]]],
     keep: int,
-    backend: solvers.Backend,
-    damp: float,
+    solve: _Solve,
 ) -> tuple[GroupPlan, LayerReport]:
     """Measure, solve, and write the refitted weights of one group."""
     start = time.perf_counter()
@@ -285,10 +297,12 @@ def _prune_group(
         for args, kwargs in calls:
             run(stage.module, *args, **kwargs)
     problem = solvers.SubsetProblem(
-        tuple(accumulator.consumer(damp) for accumulator in accumulators), keep, group.name
+        tuple(accumulator.consumer(solve.damp) for accumulator in accumulators), keep, group.name
     )
     measured = time.perf_counter()
-    solution = solvers.solve(problem, backend)
+    solution = solvers.solve(problem, solve.backend, bound=solve.certify)
+    if solve.certify:
+        solution.verify()
     for consumer, W in zip(consumers, solution.weights, strict=True):
         consumer.write_weight(W)
     plan = GroupPlan.of(group, tuple(solution.support.tolist()))

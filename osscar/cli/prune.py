@@ -55,6 +55,9 @@ def command(
     option: Annotated[
         list[str] | None, typer.Option(help="Option of the backend, as NAME=VALUE; repeatable.")
     ] = None,
+    certify: Annotated[
+        bool, typer.Option("--certify", help="Bound and verify every layer, so its gap is known.")
+    ] = False,
     damp: Annotated[
         float, typer.Option(help="Pull towards the dense weights, relative to mean(diag H).")
     ] = 0.01,
@@ -92,6 +95,7 @@ def command(
             round_to=round_to,
             backend=backend,
             backend_options=parse_options(option or []),
+            certify=certify,
             damp=damp,
             device=device,
             batch_size=batch_size,

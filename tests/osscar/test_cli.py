@@ -106,6 +106,15 @@ def test_backends_lists_all_with_their_kind(run, tmp_path):
     assert all(name in out for name in rows)
 
 
+def test_certify_shows_gaps(run, text, tmp_path):
+    arguments = small_prune(text, tmp_path / "a", "--heads", "0.5", "--certify")
+    status, out, err = run(*arguments, "--json", tmp_path / "a.json")
+    assert status == 0, err
+    assert "gap" in out
+    layers = json.loads((tmp_path / "a.json").read_text())["layers"]
+    assert all(layer["gap"] is not None for layer in layers)
+
+
 def test_options_reach_the_backend(run, text, tmp_path):
     arguments = small_prune(text, tmp_path / "a", "--neurons", "0.5", "--json", tmp_path / "a.json")
     status, _, err = run(*arguments, "--backend", "random", "--option", "seed=7")

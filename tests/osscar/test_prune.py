@@ -177,6 +177,17 @@ def test_fewer_tokens_than_inputs_warns_and_goes_on():
     assert all(0 <= layer.relative_loss < 1 for layer in result.layers)
 
 
+def test_certified_layers_have_a_bound_and_a_gap():
+    result = osscar.prune(tiny("llama-gqa"), tokens(), sparsity=0.4, certify=True, device="cpu")
+    for layer in result.layers:
+        assert layer.bound_from
+        assert 0 <= layer.lower_bound <= layer.loss * (1 + 1e-9)
+        assert 0 <= layer.gap <= 1
+    plain = osscar.prune(tiny("llama-gqa"), tokens(), sparsity=0.4, device="cpu")
+    assert plain.plan == result.plan
+    assert {layer.gap for layer in plain.layers} == {None}
+
+
 def test_a_backend_object_is_taken_as_it_is():
     backend = solvers.make_backend("random", seed=3)
     result = osscar.prune(tiny("opt"), tokens(), neurons="0.5", backend=backend, device="cpu")
