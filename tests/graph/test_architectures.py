@@ -10,7 +10,7 @@ import graph
 from graph import CouplingGroup, Kind
 
 from .architectures import ARCHITECTURE_CASES, ARCHITECTURES, build_architecture
-from .masking import assert_sound
+from .masking import assert_sliced, assert_sound
 
 
 @pytest.mark.parametrize(("name", "implementation"), ARCHITECTURE_CASES)
@@ -39,6 +39,12 @@ def _spread(groups: tuple[CouplingGroup, ...], count: int) -> list[CouplingGroup
     """Pick some groups, evenly spaced, the last one included."""
     step = max(len(groups) // count, 1)
     return list(groups[::-step][:count])
+
+
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2", "squeezenet1_1"])
+def test_slots_are_all_there_is_to_cut(name: str) -> None:
+    model, inputs = _convolutional(name, 48)
+    assert_sliced(model, graph.trace(model, inputs).prunable, inputs)
 
 
 @pytest.mark.parametrize(

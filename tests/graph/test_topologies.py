@@ -9,7 +9,7 @@ from torch import nn
 import graph
 from graph import Kind, Role
 
-from .masking import assert_sound
+from .masking import assert_sliced, assert_sound
 from .topologies import FROZEN, PRUNABLE, Concat, Depthwise, GatedHalves, Residual, Tied, randomized
 
 
@@ -21,6 +21,16 @@ def test_groups_are_found_and_sound(name: str) -> None:
     assert {group.name: group.units for group in groups} == expected
     for group in groups:
         assert_sound(model, group, inputs)
+
+
+_SIZE_FREE = ("residual", "concat", "depthwise", "tied", "called-twice", "bare-parameters", "gate")
+
+
+@pytest.mark.parametrize("name", [*_SIZE_FREE, "up-and-down", "gated-halves", "stacked"])
+def test_slots_are_all_there_is_to_cut(name: str) -> None:
+    network, inputs, _ = PRUNABLE[name]
+    model = randomized(network())
+    assert_sliced(model, graph.trace(model, inputs).prunable, inputs)
 
 
 @pytest.mark.parametrize("name", FROZEN)
