@@ -8,6 +8,10 @@ For example, with a calibration text and a test text at hand:
 Prints, for the dense model and each backend: summed relative loss and summed absolute loss over the
 layers, perplexity, seconds in the solver and in all, and size on disk.  The JSON file also has the
 loss of every layer.
+
+In such runs every backend shapes the stream that its later layers see, so that the losses of two runs
+are not those of the same problems.  ``--same-problems`` prunes once, by `local_search`, and solves
+each layer's problem with every backend on the way.
 """
 
 from __future__ import annotations
@@ -16,14 +20,16 @@ import argparse
 import dataclasses
 import json
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import osscar
+import solvers
 from osscar.evaluation import measure_quality
 from osscar.text import read_text
 
-BACKENDS = ("random", "magnitude", "wanda", "greedy", "multistage", "local_search")
+HEURISTICS = ("random", "magnitude", "wanda", "greedy", "multistage", "local_search")
 
 
 def main() -> None:
@@ -37,6 +43,10 @@ def main() -> None:
         seqlen=arguments.seqlen,
         seed=arguments.seed,
     )
+
+    if arguments.same_problems:
+        compare_on_the_same_problems(loaded, calibration, arguments)
+        return
 
     def score(model: Any) -> float:
         quality = measure_quality(model, loaded.tokenizer, text, windows=arguments.windows)
@@ -85,9 +95,56 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--windows", type=int, help="score only the first N windows")
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--backends", nargs="+", default=BACKENDS)
+    parser.add_argument("--backends", nargs="+", default=HEURISTICS)
+    parser.add_argument("--same-problems", action="store_true")
     parser.add_argument("--json", type=Path)
     return parser.parse_args()
+
+
+@dataclass(frozen=True)
+class SolveAll:
+    """Solve with every backend, note what each achieves, and go on with `local_search`."""
+
+    kind: ClassVar[solvers.Kind] = solvers.Kind.HEURISTIC
+    summary: ClassVar[str] = "every heuristic on the same problem"
+    capabilities: ClassVar[solvers.Capabilities] = solvers.Capabilities()
+    names: tuple[str, ...]
+    losses: list[dict[str, float]]
+
+    @classmethod
+    def available(cls) -> str | None:
+        return None
+
+    def select(self, problem: solvers.SubsetProblem) -> solvers.Selection:
+        solutions = {name: solvers.solve(problem, name) for name in self.names}
+        self.losses.append({name: s.relative_loss for name, s in solutions.items()})
+        chosen = solutions["local_search"]
+        return solvers.Selection(chosen.support, chosen.status, iterations=chosen.iterations)
+
+
+def compare_on_the_same_problems(
+    loaded: osscar.LoadedModel, calibration: osscar.CalibrationSet, arguments: argparse.Namespace
+) -> None:
+    recorder = SolveAll(tuple(arguments.backends), [])
+    result = osscar.prune(
+        loaded.model,
+        calibration,
+        heads=arguments.heads,
+        neurons=arguments.neurons,
+        backend=recorder,
+        device=arguments.device,
+    )
+    for name in recorder.names:
+        losses = [layer[name] for layer in recorder.losses]
+        best = sum(loss <= min(layer.values()) for loss, layer in zip(losses, recorder.losses))
+        row = {"backend": name, "summed_relative_loss": sum(losses), "best_on": best}
+        print_row({**row, "layers_in_all": len(losses)})
+    if arguments.json:
+        layers = [
+            {"name": layer.name, **losses}
+            for layer, losses in zip(result.layers, recorder.losses, strict=True)
+        ]
+        arguments.json.write_text(json.dumps({"layers": layers}, indent=1) + "\n")
 
 
 def disk_bytes(result: osscar.PruningResult, loaded: osscar.LoadedModel) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from xml.sax.saxutils import escape
@@ -89,7 +90,7 @@ def _row(canvas: _Canvas, group: CouplingGroup, y: int) -> int:
 def _title(group: CouplingGroup) -> list[str]:
     lines = [_fit(group.name, 45), f"{group.units} {group.kind.value}, {group.removable} each"]
     for freeze in group.frozen[:2]:
-        lines.append(_fit(f"frozen: {freeze.reason}", 45))
+        lines += textwrap.wrap(f"frozen: {freeze.reason}", 45, subsequent_indent="  ")
         if freeze.operator:
             lines.append(_fit(f"  by {freeze.operator}", 45))
         if freeze.module:
