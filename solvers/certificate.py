@@ -7,9 +7,10 @@ the element-wise product of A and Y Y' (all summed over the consumers),
     E(S)  >=  e - tr(G' A G)  -  x'(Diag(q) - Q) x  +  the n - k least entries of g,
               g = 2 a - q + 2 (Diag(q) - Q) x
 
-for every support S of k units, provided that ``Diag(q) - Q`` is positive semidefinite.  Proof: the
-loss is ``e - tr(G'AG)`` plus ``max over Y_R of 2 tr(Y_R'(AG)_R) - tr(Y_R' A_RR Y_R)``, R being the
-removed units; one Y for all R makes that ``2 a'x - x'Q x`` on indicators x of R, where
+for every support S of k units, provided that ``Diag(q) - Q`` is positive semidefinite; what is
+added to ``e - tr(G'AG)`` may be raised to zero, since removing units never lowers the loss.  Proof:
+the loss is ``e - tr(G'AG)`` plus ``max over Y_R of 2 tr(Y_R'(AG)_R) - tr(Y_R' A_RR Y_R)``, R being
+the removed units; one Y for all R makes that ``2 a'x - x'Q x`` on indicators x of R, where
 ``x_j = x_j^2``; the rest is the tangent of a convex function.  So it does not matter how Y, q and x
 were found, and the code below shares nothing with the code that finds them.
 """
@@ -45,8 +46,8 @@ class MultiplierCertificate:
 
     Parameters
     ----------
-    share, coupling
-        (n,) in (0, 1] and a number: they stand for ``Y = inv(A + coupling (1/share - 1) o
+    share, shape
+        (n,) in (0, 1] and (n,) positive; they stand for ``Y = inv(A + shape (1/share - 1) o
         blockdiag(A)) A G / share``.
     q
         Diagonal, (n,).
@@ -55,7 +56,7 @@ class MultiplierCertificate:
     """
 
     share: Tensor
-    coupling: float
+    shape: Tensor
     q: Tensor
     point: Tensor
 
@@ -79,17 +80,18 @@ class MultiplierCertificate:
             raise VerificationError("the certificate's q does not dominate Q: no bound follows")
         Px = P @ self.point
         g = 2 * a - self.q + 2 * Px
-        return total - float(self.point @ Px) + float(g.sort().values[:removals].sum())
+        cost = float(g.sort().values[:removals].sum()) - float(self.point @ Px)
+        return total + max(cost, 0.0)
 
     def _check_ranges(self, n: int, removals: int) -> None:
-        for name in ("share", "q", "point"):
+        for name in ("share", "shape", "q", "point"):
             value = getattr(self, name)
             if value.shape != (n,) or not bool(torch.isfinite(value).all()):
                 raise VerificationError(f"the certificate's {name} must be {n} finite numbers")
-        if float(self.share.min()) <= 0 or float(self.share.max()) > 1 or self.coupling < 0:
-            raise VerificationError("the certificate's share must be in (0, 1], coupling >= 0")
-        if float(self.q.min()) <= 0:
-            raise VerificationError("the certificate's q must be positive")
+        if float(self.share.min()) <= 0 or float(self.share.max()) > 1:
+            raise VerificationError("the certificate's share must be in (0, 1]")
+        if float(self.q.min()) <= 0 or float(self.shape.min()) <= 0:
+            raise VerificationError("the certificate's q and shape must be positive")
         if removals <= 0:
             raise VerificationError("nothing is removed, so there is nothing to certify")
 
@@ -104,7 +106,7 @@ class MultiplierCertificate:
         W = A @ consumer.G
         x = self.share[owner]
         same = owner[:, None] == owner
-        penalty = torch.where(same, self.coupling * (1 / x - 1)[:, None] * A, 0.0)
+        penalty = torch.where(same, (self.shape[owner] * (1 / x - 1))[:, None] * A, 0.0)
         Y = torch.linalg.solve(A + penalty, W) / x[:, None]
         a = torch.zeros_like(self.q).index_add_(0, owner, (Y * W).sum(1))
         Q_rows = torch.zeros(len(units), len(A), dtype=A.dtype, device=A.device)

@@ -98,4 +98,4 @@ class Perspective:
 def _certificate(relaxation: Relaxation) -> MultiplierCertificate:
     bound = relaxation.bound
     share: Tensor = relaxation.share.clamp(min=LEAST_SHARE, max=1.0)
-    return MultiplierCertificate(share, relaxation.coupling, bound.q, bound.point)
+    return MultiplierCertificate(share, relaxation.shape, bound.q, bound.point)

@@ -32,6 +32,9 @@ class Effort:
         The most gradient steps in each minimization over the polytope.
     tighten
         Whether to optimize the diagonal as well, by barrier steps that cost n^3 each.
+    repeat
+        Whether to update the multipliers for the optimized diagonal, and optimize it again: pays
+        for few units, and doubles the time.
     progress
         Stop updating when a round raises the bound of the cost by less than this share of it.
     """
@@ -39,6 +42,7 @@ class Effort:
     rounds: int = 6
     steps: int = 200
     tighten: bool = True
+    repeat: bool = False
     progress: float = 2e-3
 
 
@@ -50,15 +54,15 @@ class Relaxation:
     ----------
     terms
         What was relaxed.
-    share, coupling
-        What the multipliers were computed from.
+    share, shape
+        What the multipliers were computed from, (n,) each.
     bound
         The bound of the cost of removing ``terms.removals`` free units; None if that is forced.
     """
 
     terms: RemovalTerms
     share: Tensor
-    coupling: float
+    shape: Tensor
     bound: QuadraticBound
 
     @property
@@ -122,7 +126,7 @@ def relax(
     best = _alternate(terms, effort, start, cutoff)
     if effort.tighten and best.value < cutoff:
         best = _tightened(best, effort)
-        if best.value < cutoff:
+        if effort.repeat and best.value < cutoff:
             again = _alternate(terms, effort, best.restart, cutoff)
             best = _better(_better(best, again), _tightened(again, effort))
     return best
@@ -145,16 +149,14 @@ def _alternate(terms: RemovalTerms, effort: Effort, start: Start, cutoff: float)
 
 
 def _update(terms: RemovalTerms, start: Start, steps: int, cutoff: float) -> Relaxation:
-    # What the bound on Q costs is a penalty on Y: anticipate it with the typical shape.
-    coupling = float(start.shape.median())
-    a, Q = terms.aggregate(start.share, coupling)
+    a, Q = terms.aggregate(start.share, start.shape)
     Q = (Q + Q.T).div_(2)
     q = scaled_diagonal(Q, start.shape)
     point = start.share * (terms.removals / float(start.share.sum()))
     first = Relaxation(
         terms,
         start.share,
-        coupling,
+        start.shape,
         QuadraticBound(a, Q, terms.removals, q, point.clamp_(0.0, 1.0)),
     )
     enough = terms.cost_reaching(cutoff, first.magnitude) if cutoff < math.inf else math.inf

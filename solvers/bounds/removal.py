@@ -136,17 +136,18 @@ class ConsumerRemoval:
             float(half.square().sum()),
         )
 
-    def multipliers(self, share: Tensor, coupling: float) -> Tensor:
+    def multipliers(self, share: Tensor, shape: Tensor | float) -> Tensor:
         """Return the Y, (n w, m), that suits a random R, unit j being in it with ``share[j]``.
 
-        ``Y = inv(A + coupling * (1/x - 1) blockdiag(A)) W / x``: the maximizer of the expectation
-        where `coupling` is 1; larger values anticipate what the bound on Q will cost.
+        ``Y = inv(A + shape (1/x - 1) o blockdiag(A)) W / x``: the maximizer of the expectation
+        where `shape` is 1.  In general it maximizes what is left of it by a bound whose diagonal is
+        ``shape o diag(Q)`` (`solvers.bounds.quadratic`).
         """
         w = self.width
         x = share.clamp(min=LEAST_SHARE, max=1.0)
         M = self.A.clone()
         diagonal = M.view(len(x), w, len(x), w).diagonal(dim1=0, dim2=2)
-        diagonal.mul_(1 + coupling * (1 / x - 1))
+        diagonal.mul_(1 + shape * (1 / x - 1))
         Y = torch.cholesky_solve(self.W, torch.linalg.cholesky(M))
         return Y.div_(x.repeat_interleave(w)[:, None])
 
@@ -244,12 +245,12 @@ class RemovalTerms:
         computed = root**2 / max(1 - safe.inverse, _EPS) * (1 + 8 * _EPS)
         return computed + safe.unit * (self.spent + magnitude) - self.spent
 
-    def aggregate(self, share: Tensor, coupling: float) -> tuple[Tensor, Tensor]:
-        """Return ``(a, Q)`` for the multipliers of `share`, summed over the consumers."""
+    def aggregate(self, share: Tensor, shape: Tensor | float) -> tuple[Tensor, Tensor]:
+        """Return ``(a, Q)`` for the multipliers of `share` and `shape`, over all consumers."""
         a = torch.zeros_like(share)
         Q = a.new_zeros(len(a), len(a))
         for c in self.consumers:
-            a_c, Q_c = c.aggregate(c.multipliers(share, coupling))
+            a_c, Q_c = c.aggregate(c.multipliers(share, shape))
             a += a_c
             Q += Q_c
         return a, Q

@@ -29,7 +29,7 @@ from solvers.solution import DEFAULT_GAP_TOLERANCE, Selection, Status
 
 _LEAF_SUPPORTS = 500
 _LEAF_ELEMENTS = 1 << 20
-_ROOT_EFFORT = Effort(rounds=6, steps=200, progress=1e-3)
+_ROOT_EFFORT = Effort(rounds=6, steps=200, repeat=True, progress=1e-3)
 _NODE_EFFORT = Effort(rounds=2, steps=60, tighten=False, progress=1e-2)
 _THREADED_ROWS = 256
 """Below this many rows, waking threads costs more than they save."""

@@ -95,10 +95,10 @@ def test_verify_refuses_a_diagonal_that_does_not_dominate(solved):
     ("changes", "message"),
     [
         ({"share": torch.zeros(10).double()}, "share must be in"),
-        ({"q": -torch.ones(10).double()}, "q must be positive"),
+        ({"q": -torch.ones(10).double()}, "q and shape must be positive"),
         ({"point": torch.full((10,), math.nan).double()}, "point must be 10 finite"),
         ({"q": torch.ones(9).double()}, "q must be 10 finite"),
-        ({"coupling": -1.0}, "coupling"),
+        ({"shape": torch.zeros(10).double()}, "q and shape must be positive"),
     ],
 )
 def test_verify_refuses_malformed_evidence(solved, changes, message):
@@ -113,7 +113,7 @@ def test_any_evidence_gives_a_valid_bound():
     for _ in range(20):
         share, point = torch.rand(2, 8, generator=generator).double().clamp(min=0.05)
         large = torch.full((8,), 1e6).double()
-        certificate = MultiplierCertificate(share, 1.0, large, point)
+        certificate = MultiplierCertificate(share, torch.ones(8).double(), large, point)
         assert certificate.bound(problem) <= optimum
 
 
@@ -125,7 +125,7 @@ def test_many_responses_beat_the_classical_diagonal():
     classical = 1 / float(torch.linalg.eigvalsh(A * scale[:, None] * scale)[-1])
     bound = solve(problem, "perspective")
     terms = RemovalTerms.of(problem)
-    _, Q = terms.aggregate(bound.certificate.share, bound.certificate.coupling)
+    _, Q = terms.aggregate(bound.certificate.share, bound.certificate.shape)
     ours = float((Q.diagonal() / bound.certificate.q).median())
     assert ours > 1.3 * classical
 
