@@ -9,9 +9,9 @@ Prints, for the dense model and each backend: summed relative loss and summed ab
 layers, perplexity, seconds in the solver and in all, and size on disk.  The JSON file also has the
 loss of every layer.
 
-In such runs every backend shapes the stream that its later layers see, so that the losses of two runs
-are not those of the same problems.  ``--same-problems`` prunes once, by `local_search`, and solves
-each layer's problem with every backend on the way.
+In such runs every backend shapes the stream that its later layers see, so that two runs solve
+different problems.  ``--same-problems`` prunes once, by `local_search`, and solves each layer's
+problem with every backend on the way.
 """
 
 from __future__ import annotations
@@ -136,7 +136,7 @@ def compare_on_the_same_problems(
     )
     for name in recorder.names:
         losses = [layer[name] for layer in recorder.losses]
-        best = sum(loss <= min(layer.values()) for loss, layer in zip(losses, recorder.losses))
+        best = sum(layer[name] <= min(layer.values()) for layer in recorder.losses)
         row = {"backend": name, "summed_relative_loss": sum(losses), "best_on": best}
         print_row({**row, "layers_in_all": len(losses)})
     if arguments.json:

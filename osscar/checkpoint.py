@@ -188,7 +188,8 @@ def _config_changes(config: Any, plans: Sequence[PruningPlan]) -> dict[str, Any]
             fields = _HEAD_FIELDS if kind is Kind.HEADS else _WIDTH_FIELDS
             for name in fields:
                 old = changes.get(name, getattr(config, name, None))
-                if isinstance(old, int):
+                # One key-value head that all query heads share is never cut.
+                if isinstance(old, int) and not (name == "num_key_value_heads" and old == 1):
                     changes[name] = old * kept // units
             if kind is Kind.HEADS:
                 head_dim = getattr(config, "head_dim", None)

@@ -44,12 +44,24 @@ def _scaled(old: int, group: GroupPlan) -> int:
     return old * len(group.kept) // group.units
 
 
+def _shared_keys(old: int, group: GroupPlan) -> int:
+    """Scale the query heads of a key head, where the units are query heads that share one."""
+    keys_are_cut = any(slot.tensor.endswith("k_proj.weight") for slot in group.slots)
+    return old if keys_are_cut else _scaled(old, group)
+
+
+_QUERIES_OF_A_KEY = (_Adapter("num_key_value_groups", _shared_keys),)
+
 _ADAPTERS: dict[tuple[str, Kind], tuple[_Adapter, ...]] = {
     ("OPTAttention", Kind.HEADS): (_Adapter("num_heads", _scaled),),
     ("GPT2Attention", Kind.HEADS): (
         _Adapter("num_heads", _scaled),
         _Adapter("split_size", _scaled),
     ),
+    ("LlamaAttention", Kind.HEADS): _QUERIES_OF_A_KEY,
+    ("MistralAttention", Kind.HEADS): _QUERIES_OF_A_KEY,
+    ("Qwen2Attention", Kind.HEADS): _QUERIES_OF_A_KEY,
+    ("Qwen3Attention", Kind.HEADS): _QUERIES_OF_A_KEY,
     ("LlamaMLP", Kind.NEURONS): (_Adapter("intermediate_size", _scaled),),
     ("MistralMLP", Kind.NEURONS): (_Adapter("intermediate_size", _scaled),),
     ("Qwen2MLP", Kind.NEURONS): (_Adapter("intermediate_size", _scaled),),

@@ -44,11 +44,12 @@ FAMILIES: dict[str, Callable[[], PretrainedConfig]] = {
     ),
     "llama-mha": lambda: LlamaConfig(**_LLAMA_LIKE, num_key_value_heads=6),
     "llama-gqa": lambda: LlamaConfig(**_LLAMA_LIKE, num_key_value_heads=3, attention_bias=True),
+    "llama-mqa": lambda: LlamaConfig(**_LLAMA_LIKE, num_key_value_heads=1),
     "mistral": lambda: MistralConfig(**_LLAMA_LIKE, num_key_value_heads=3),
     "qwen2": lambda: Qwen2Config(**_LLAMA_LIKE, num_key_value_heads=3, tie_word_embeddings=True),
     "qwen3": lambda: Qwen3Config(**_LLAMA_LIKE, num_key_value_heads=3, head_dim=8),
 }
-"""Configurations by name; 40 neurons, and 6 heads or 3 groups of 2."""
+"""Configurations by name; 40 neurons, and 6 heads, or 3 groups of 2."""
 
 
 def tiny(family: str, *, attention: str = "sdpa", seed: int = 0) -> PreTrainedModel:

@@ -18,6 +18,7 @@ STOCK = [
     ("opt", {"neurons": "0.5"}),
     ("gpt2", {"neurons": "0.5"}),
     ("llama-mha", {"heads": 3, "neurons": 20}),
+    ("llama-mqa", {"heads": 3, "neurons": 20}),
     *((family, {"heads": "2/3", "neurons": "0.5"}) for family in ("llama-gqa", "mistral")),
     *((family, {"heads": "1/3", "neurons": "0.5"}) for family in ("qwen2", "qwen3")),
 ]

@@ -91,7 +91,7 @@ def test_a_shrunk_model_can_be_pruned_again(pruned):
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("family", ["opt", "gpt2", "llama-gqa"])
+@pytest.mark.parametrize("family", ["opt", "gpt2", "llama-gqa", "llama-mqa"])
 def test_both_attention_implementations(family, attention):
     result = osscar.prune(tiny(family, attention=attention), tokens(), sparsity=0.4, **CHEAP)
     assert result.equivalence_error < 1e-4
