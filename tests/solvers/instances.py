@@ -108,8 +108,8 @@ def _correlated() -> Instance:
 
 def _nearly_singular() -> Instance:
     rng = np.random.default_rng(5)
-    mix = rng.normal(size=(9, 5)) @ rng.normal(size=(5, 9)) + 1e-3 * np.eye(9)
-    return build("nearly_singular", [random_data(6, 9, 4, mix=mix)], keep=4, damp=1e-7)
+    mix = rng.normal(size=(8, 4)) @ rng.normal(size=(4, 8)) + 1e-3 * np.eye(8)
+    return build("nearly_singular", [random_data(6, 8, 4, mix=mix)], keep=3, damp=1e-7)
 
 
 def _ties() -> Instance:

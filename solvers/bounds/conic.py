@@ -1,0 +1,176 @@
+"""Convex relaxations of small layers by interior-point solvers, through cvxpy.
+
+For fixed multipliers the cost of a removal is at least ``2 a'x - x'Q x`` on binary x
+(`solvers.bounds.removal`).  Two relaxations of that minimum are offered:
+
+- second-order cone: a fixed diagonal q >= Q flattens it to ``(2 a - q)'x + |F x|^2`` with
+  ``F'F = Diag(q) - Q`` (the perspective of Dong, Chen and Linderoth, 2015);
+- semidefinite: Shor's relaxation, whose dual optimizes q.
+
+The solver's objective is never reported: its x and q give a linearization whose value is evaluated
+and certified in float64, so that an inexact solve costs tightness and not validity.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from solvers.backend import Capabilities, Kind
+from solvers.bounds.quadratic import QuadraticBound, is_definite
+from solvers.bounds.relaxation import Effort, Relaxation, Start, relax
+from solvers.bounds.removal import RemovalTerms
+from solvers.errors import BackendError
+from solvers.problem import SubsetProblem
+from solvers.refit import refit
+from solvers.solution import Selection, Status
+
+_RELAXATIONS = ("semidefinite", "second_order")
+_EFFORT = Effort(rounds=6, steps=200, tighten=False)
+_SOLVED = ("optimal", "optimal_inaccurate")
+
+
+@dataclass(frozen=True)
+class Conic:
+    """Bound small layers by convex relaxations, and round them to a support.
+
+    Parameters
+    ----------
+    relaxation
+        ``"semidefinite"``, which optimizes the diagonal, or ``"second_order"``.
+    solver
+        What cvxpy calls the solver: CLARABEL, SCS, or MOSEK where installed.
+    rounds
+        Updates of the multipliers, each followed by one conic solve.
+    """
+
+    kind: ClassVar[Kind] = Kind.BOUND
+    summary: ClassVar[str] = "convex relaxations by an interior-point solver; for small layers"
+    capabilities: ClassVar[Capabilities] = Capabilities(max_units=80, devices=("cpu",))
+    relaxation: str = "semidefinite"
+    solver: str = "CLARABEL"
+    rounds: int = 2
+
+    def __post_init__(self) -> None:
+        if self.relaxation not in _RELAXATIONS:
+            raise BackendError(
+                f"cvxpy: relaxation is {self.relaxation!r}; choose {' or '.join(_RELAXATIONS)}"
+            )
+        if self.rounds < 1:
+            raise BackendError(f"cvxpy: rounds is {self.rounds}; use 1 or more")
+
+    @classmethod
+    def available(cls) -> str | None:
+        """Return None, or that cvxpy is missing."""
+        if find_spec("cvxpy") is None:
+            return "cvxpy is not installed; pip install 'osscar[exact]'"
+        return None
+
+    def select(self, problem: SubsetProblem) -> Selection:
+        """Relax, certify, and round; keep the best support of all rounds."""
+        import cvxpy
+
+        if self.solver not in cvxpy.installed_solvers():
+            raise BackendError(
+                f"cvxpy: solver {self.solver!r} is not installed; "
+                f"choose from {', '.join(cvxpy.installed_solvers())}"
+            )
+        terms = RemovalTerms.of(problem)
+        if terms.removals == 0:
+            support = torch.arange(problem.units, device=problem.device)
+            return self._selection(terms.certified(0.0, 0.0), [_refitted(problem, support)])
+        current = relax(terms, _EFFORT, Start.cold(terms))
+        bound, found = current.value, [_rounded(problem, current)]
+        for _ in range(self.rounds):
+            solved = self._solve(current)
+            found.append(_rounded(problem, solved))
+            bound = max(bound, solved.value)
+            start = Start((solved.share + solved.bound.point) / 2, solved.bound.shape)
+            current = relax(terms, Effort(rounds=1, steps=200, tighten=False), start)
+        return self._selection(bound, found)
+
+    def _selection(self, bound: float, found: list[tuple[float, Tensor]]) -> Selection:
+        loss, support = min(found, key=lambda pair: pair[0])
+        return Selection(
+            support,
+            Status.BOUNDED,
+            lower_bound=bound,
+            bound_from=f"{self.relaxation} relaxation by {self.solver}, re-evaluated in float64",
+            iterations=self.rounds,
+            history=(loss,),
+        )
+
+    def _solve(self, relaxation: Relaxation) -> Relaxation:
+        """Return the relaxation with the solver's point, and its diagonal where it has one."""
+        solve = _second_order if self.relaxation == "second_order" else _semidefinite
+        bound = relaxation.bound
+        x, q = solve(bound, self.solver)
+        point = torch.from_numpy(np.clip(x, 0.0, 1.0)).to(bound.point)
+        moved = replace(bound, point=point, q=_made_definite(torch.from_numpy(q), bound.Q))
+        return replace(relaxation, bound=moved)
+
+
+def _second_order(bound: QuadraticBound, solver: str) -> tuple[Any, Any]:
+    import cvxpy as cp
+
+    unit = float(bound.q.mean())
+    a, Q, q = (tensor.numpy() / unit for tensor in (bound.a, bound.Q, bound.q))
+    values, vectors = np.linalg.eigh(np.diag(q) - Q)
+    root = np.sqrt(np.clip(values, 0.0, None))[:, None] * vectors.T
+    x = cp.Variable(len(a))
+    objective = cp.Minimize((2 * a - q) @ x + cp.sum_squares(root @ x))
+    _run(cp.Problem(objective, [x >= 0, x <= 1, cp.sum(x) == bound.removals]), solver)
+    return x.value, bound.q.numpy()
+
+
+def _semidefinite(bound: QuadraticBound, solver: str) -> tuple[Any, Any]:
+    """Solve ``min 2 a'x - tr(Q X)``, ``[1 x'; x X] >= 0``, ``diag X = x``, whose dual is q."""
+    import cvxpy as cp
+
+    unit = float(bound.q.mean())
+    a, Q = bound.a.numpy() / unit, bound.Q.numpy() / unit
+    n = len(a)
+    Z = cp.Variable((n + 1, n + 1), PSD=True)
+    x, X = Z[0, 1:], Z[1:, 1:]
+    diagonal = cp.diag(X) == x
+    constraints = [Z[0, 0] == 1, diagonal, x <= 1, x >= 0, cp.sum(x) == bound.removals]
+    objective = cp.Minimize(2 * a @ x - cp.trace(Q @ X))
+    _run(cp.Problem(objective, constraints), solver)
+    return x.value, diagonal.dual_value * unit
+
+
+def _run(problem: Any, solver: str) -> None:
+    with warnings.catch_warnings():
+        # An inexact answer is as valid as any: the bound is evaluated afresh.
+        warnings.filterwarnings("ignore", message="Solution may be inaccurate")
+        problem.solve(solver=solver)
+    if problem.status not in _SOLVED:
+        raise BackendError(
+            f"cvxpy: {solver} ended with status {problem.status!r}; try another solver"
+        )
+
+
+def _made_definite(q: Tensor, Q: Tensor) -> Tensor:
+    """Raise q, in growing steps, until ``Diag(q) - Q`` is certainly positive definite."""
+    q = torch.maximum(q, Q.diagonal())
+    scale = q.rsqrt()
+    largest = float(torch.linalg.eigvalsh(Q * scale[:, None] * scale)[-1])
+    q, step = q * max(largest, 1e-3), 1e-9
+    while not is_definite(q, Q):
+        q, step = q * (1 + step), 10 * step
+    return q
+
+
+def _rounded(problem: SubsetProblem, relaxation: Relaxation) -> tuple[float, Tensor]:
+    kept = relaxation.bound.point.argsort(stable=True)[: problem.keep]
+    return _refitted(problem, kept.sort().values)
+
+
+def _refitted(problem: SubsetProblem, support: Tensor) -> tuple[float, Tensor]:
+    return refit(problem, support)[1], support

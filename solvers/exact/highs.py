@@ -1,0 +1,165 @@
+"""Outer approximation as a mixed-integer linear program, solved by HiGHS."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any, ClassVar
+
+import numpy as np
+
+from solvers.backend import Capabilities, Kind
+from solvers.exact.outer_approximation import Array, Cut, Limits, Master, keep_everything
+from solvers.problem import SubsetProblem
+from solvers.solution import DEFAULT_GAP_TOLERANCE, Selection
+
+_FRACTIONAL_ROUNDS = 40
+_ROUND_PROGRESS = 1e-4
+
+
+@dataclass(frozen=True)
+class Highs:
+    """Prove which support is best with an open-source solver.
+
+    The linear relaxation is tightened by cuts at its own optima first.  Then the integer master is
+    solved again and again, each time with a cut at what it found: its bound rises to the optimum.
+
+    Parameters
+    ----------
+    time_limit
+        Seconds for the whole solve.
+    gap_tolerance
+        Relative gap at which the answer counts as optimal.
+    threads
+        Threads of the solver; 0 leaves the choice to it.
+    """
+
+    kind: ClassVar[Kind] = Kind.EXACT
+    summary: ClassVar[str] = "outer approximation as a linear integer program, without a licence"
+    capabilities: ClassVar[Capabilities] = Capabilities(max_units=200, devices=("cpu",))
+    time_limit: float = 60.0
+    gap_tolerance: float = DEFAULT_GAP_TOLERANCE
+    threads: int = 1
+
+    def __post_init__(self) -> None:
+        Limits(self.time_limit, self.gap_tolerance)
+
+    @classmethod
+    def available(cls) -> str | None:
+        """Return None, or that highspy is missing."""
+        if find_spec("highspy") is None:
+            return "highspy is not installed; pip install 'osscar[exact]'"
+        return None
+
+    def select(self, problem: SubsetProblem) -> Selection:
+        """Alternate between the master problem and cuts at its solutions."""
+        deadline = time.perf_counter() + self.time_limit
+        if problem.keep == problem.units:
+            return keep_everything(problem)
+        master = Master(problem, Limits(self.time_limit, self.gap_tolerance))
+        model = _Model(problem.units, master.removals, self.threads)
+        for cut in (master.root_cut(), master.cut(master.incumbent())):
+            model.add(cut)
+        bound = _tighten_relaxation(model, master, deadline)
+        model.make_integer()
+        seen = set[bytes]()
+        while bound < master.cutoff and (left := deadline - time.perf_counter()) > 0:
+            proved, point = model.solve(left)
+            bound = max(bound, proved)
+            if point is None:
+                break
+            point = np.round(point)
+            master.offer(point)
+            if point.tobytes() in seen:
+                break
+            seen.add(point.tobytes())
+            for cut in master.cuts_at(point):
+                model.add(cut)
+        return master.selection(bound, "HiGHS")
+
+
+def _tighten_relaxation(model: _Model, master: Master, deadline: float) -> float:
+    """Add cuts at fractional optima while they raise the bound; return the bound."""
+    bound = 0.0
+    for _ in range(_FRACTIONAL_ROUNDS):
+        left = deadline - time.perf_counter()
+        if left <= 0:
+            break
+        value, point = model.solve(left)
+        if point is None:
+            break
+        progress, bound = value - bound, max(bound, value)
+        if bound >= master.cutoff or progress < _ROUND_PROGRESS:
+            break
+        model.add(master.cut(point))
+    return bound
+
+
+@contextmanager
+def _without_banner() -> Iterator[None]:
+    """Keep off the terminal what the library prints when it is first used: no option does."""
+    sys.stdout.flush()
+    terminal, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 1)
+        yield
+    finally:
+        os.dup2(terminal, 1)
+        os.close(terminal)
+        os.close(nowhere)
+
+
+class _Model:
+    """The master problem: indicators of removed units, and the cost above all cuts."""
+
+    def __init__(self, units: int, removals: int, threads: int) -> None:
+        import highspy
+
+        self._highspy: Any = highspy
+        self._units = units
+        with _without_banner():
+            self._solver: Any = highspy.Highs()
+        self._solver.setOptionValue("output_flag", False)
+        self._solver.setOptionValue("threads", threads)
+        self._solver.setOptionValue("mip_rel_gap", 1e-7)
+        infinity = highspy.kHighsInf
+        for _ in range(units):
+            self._solver.addVar(0.0, 1.0)
+        self._solver.addVar(0.0, infinity)
+        self._solver.changeColCost(units, 1.0)
+        self._add_row(float(removals), float(removals), np.r_[np.ones(units), 0.0])
+
+    def add(self, cut: Cut) -> None:
+        """Add ``cost - slopes @ x >= -constant``."""
+        infinity = self._highspy.kHighsInf
+        self._add_row(-cut.constant, infinity, np.r_[-cut.slopes, 1.0])
+
+    def _add_row(self, lower: float, upper: float, values: Array) -> None:
+        index = np.flatnonzero(values).astype(np.int32)
+        self._solver.addRow(lower, upper, len(index), index, values[index])
+
+    def make_integer(self) -> None:
+        """Require binary indicators from now on."""
+        for column in range(self._units):
+            self._solver.changeColIntegrality(column, self._highspy.HighsVarType.kInteger)
+
+    def solve(self, seconds: float) -> tuple[float, Array | None]:
+        """Return the proved bound of the cost, and the point found, if any."""
+        # HiGHS counts the time of all its runs together.
+        used = self._solver.getRunTime()
+        self._solver.setOptionValue("time_limit", used + seconds)
+        self._solver.run()
+        info = self._solver.getInfo()
+        integer = info.mip_node_count >= 0
+        bound = float(info.mip_dual_bound if integer else info.objective_function_value)
+        found = info.primal_solution_status == self._highspy.kSolutionStatusFeasible
+        finished = self._solver.getModelStatus() == self._highspy.HighsModelStatus.kOptimal
+        if not found or not (integer or finished):
+            return max(bound, 0.0) if integer else 0.0, None
+        values = np.asarray(self._solver.getSolution().col_value, dtype=np.float64)
+        return bound, np.clip(values[: self._units], 0.0, 1.0)

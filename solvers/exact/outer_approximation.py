@@ -1,0 +1,211 @@
+"""Linear cuts under the loss, and the loop that lets a mixed-integer solver close the gap.
+
+For multipliers Y the cost of removing the units in x is at least ``2 a'x - x'Q x`` at every binary
+x (`solvers.bounds.removal`), with equality at x_bar if Y is optimal there.  With a diagonal q >= Q
+that is a convex function, and its tangent at x_bar a cut
+
+    cost(x) >= slopes' x - constant      at every binary x with r ones,
+
+valid everywhere and tight at a binary x_bar.  A master problem with one binary a unit and one
+variable for the cost therefore converges to the optimum, after finitely many cuts (Duran and
+Grossmann, "An outer-approximation algorithm for a class of mixed-integer nonlinear programs",
+Mathematical Programming 36, 1986).  Consumers are summed up inside a and Q: one cut serves all.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from solvers.bounds.quadratic import QuadraticBound, is_definite, scaled_diagonal
+from solvers.bounds.relaxation import Effort, Relaxation, Start, relax
+from solvers.bounds.removal import ConsumerRemoval, RemovalTerms
+from solvers.errors import BackendError
+from solvers.heuristics.local_search import LocalSearch
+from solvers.pivot import solve_spd, unit_rows
+from solvers.problem import SubsetProblem
+from solvers.refit import refit
+from solvers.solution import Selection, Status
+
+Array = NDArray[np.float64]
+
+_COUPLING = 1.25
+"""How much of the price of q the multipliers anticipate away from the point of a cut."""
+
+_TOWARDS_CORE = 0.3
+_STEEPEST = 1e6
+_COST_CAP = 2.0
+"""In units of the incumbent's cost: what costs more need not be told apart."""
+
+SOLVER_SLACK = 1e-6
+"""What a bound gives up for a solver's feasibility tolerances, relative to the cost's unit."""
+
+
+@dataclass(frozen=True, eq=False)
+class Cut:
+    """``cost >= slopes @ x - constant`` for the indicator x of removed units.
+
+    Parameters
+    ----------
+    slopes, constant
+        In units of `Master.unit`.
+    """
+
+    slopes: Array
+    constant: float
+
+
+@dataclass(frozen=True)
+class Limits:
+    """When a search may stop.
+
+    Parameters
+    ----------
+    time_limit
+        Seconds.
+    gap_tolerance
+        Relative gap at which the answer counts as optimal.
+    """
+
+    time_limit: float
+    gap_tolerance: float
+
+    def __post_init__(self) -> None:
+        if not self.time_limit >= 0 or not 0 <= self.gap_tolerance < 1:
+            raise BackendError(
+                f"time_limit is {self.time_limit} and gap_tolerance {self.gap_tolerance}; the "
+                "limit must not be negative, and the tolerance lies in [0, 1)"
+            )
+
+
+class Master:
+    """The incumbent, the root relaxation, and the oracle of cuts.
+
+    Parameters
+    ----------
+    problem
+        A problem that removes at least one unit.
+    limits
+        When to stop.
+    """
+
+    def __init__(self, problem: SubsetProblem, limits: Limits) -> None:
+        self.problem = problem
+        self.limits = limits
+        self.support = LocalSearch().select(problem).support
+        self.history = [refit(problem, self.support)[1]]
+        self.terms = RemovalTerms.of(problem)
+        self.root: Relaxation = relax(self.terms, Effort(), Start.cold(self.terms))
+        self.unit = max(self.loss - self.terms.constant, 1e-9 * problem.scale) or 1.0
+        self.cuts = 0
+
+    @property
+    def loss(self) -> float:
+        """Loss of the incumbent."""
+        return self.history[-1]
+
+    @property
+    def removals(self) -> int:
+        """How many units go."""
+        return self.terms.removals
+
+    @property
+    def cutoff(self) -> float:
+        """The cost, in units, at which a bound proves the incumbent optimal within tolerance."""
+        target = self.loss * (1 - self.limits.gap_tolerance)
+        return self.terms.cost_reaching(target, self.root.magnitude) / self.unit + SOLVER_SLACK
+
+    def incumbent(self) -> Array:
+        """Return the indicator of the units that the incumbent removes."""
+        x = np.ones(self.problem.units)
+        x[self.support.cpu().numpy()] = 0.0
+        return x
+
+    def root_cut(self) -> Cut:
+        """Return the cut of the root relaxation."""
+        return self._as_cut(self.root.bound)
+
+    def cuts_at(self, point: Array) -> tuple[Cut, ...]:
+        """Return cuts for a binary point: tight at it, stronger around it, and mild.
+
+        The second lies on the way to the minimizer of the root relaxation (Magnanti and Wong,
+        "Accelerating Benders decomposition", Operations Research 29, 1981).  The last says that the
+        cost is not negative unless all these units go, and then at least what it is, up to a cap
+        (Laporte and Louveaux, "The integer L-shaped method", Operations Research Letters 13, 1993):
+        near a singular H the slopes of the others exceed what solvers can tell from rounding.
+        """
+        core = self.root.bound.point.cpu().numpy()
+        tight = self.cut(point)
+        cost = min(float(tight.slopes @ point) - tight.constant, _COST_CAP)
+        mild = Cut(cost * point, cost * (self.removals - 1))
+        steep = (tight, self.cut(point + _TOWARDS_CORE * (core - point)))
+        return (mild, *(cut for cut in steep if np.abs(cut.slopes).max() < _STEEPEST))
+
+    def cut(self, point: Array) -> Cut:
+        """Return a cut at a point of the polytope, tight if it is binary."""
+        x = torch.from_numpy(point).to(self.problem.device).clamp(0.0, 1.0)
+        parts = [c.aggregate(_multipliers(c, x)) for c in self.terms.consumers]
+        a, Q = (torch.stack(sums).sum(0) for sums in zip(*parts, strict=True))
+        Q = (Q + Q.T) / 2
+        q, step = scaled_diagonal(Q, torch.ones_like(a)), 1e-9
+        while not is_definite(q, Q):
+            q, step = q * (1 + step), 10 * step
+        self.cuts += 1
+        return self._as_cut(QuadraticBound(a, Q, self.removals, q, x))
+
+    def _as_cut(self, bound: QuadraticBound) -> Cut:
+        x = bound.point
+        curvature = float((bound.q * x * x).sum() - x @ (bound.Q @ x))
+        return Cut(bound.slopes.cpu().numpy() / self.unit, curvature / self.unit)
+
+    def offer(self, point: Array) -> None:
+        """Take a binary point as the incumbent if its refit is better."""
+        kept = np.sort(np.argsort(point, kind="stable")[: self.problem.keep])
+        support: Tensor = torch.from_numpy(kept).to(self.problem.device)
+        loss = refit(self.problem, support)[1]
+        if loss < self.loss:
+            self.support = support
+            self.history.append(loss)
+
+    def selection(self, cost_bound: float, solver: str) -> Selection:
+        """Turn the master's bound, in units, into an answer with a bound of the loss."""
+        cost = (cost_bound - SOLVER_SLACK) * self.unit
+        lower = max(self.terms.certified(cost, self.root.magnitude), self.root.value)
+        lower = min(lower, self.loss)
+        closed = lower >= self.loss * (1 - self.limits.gap_tolerance) - 1e-9 * self.problem.scale
+        return Selection(
+            self.support,
+            Status.OPTIMAL if closed else Status.TIME_LIMIT,
+            lower_bound=lower,
+            bound_from=f"outer approximation by {solver}, {self.cuts} cuts",
+            iterations=self.cuts,
+            history=tuple(self.history),
+            gap_tolerance=self.limits.gap_tolerance,
+        )
+
+
+def _multipliers(consumer: ConsumerRemoval, x: Tensor) -> Tensor:
+    """Return multipliers that suit x, and are optimal for the removed units if x is binary."""
+    Y = consumer.multipliers(x, torch.full_like(x, _COUPLING))
+    removed = torch.nonzero(x == 1).flatten()
+    if len(removed) == int(x.count_nonzero()):
+        rows = unit_rows(removed, consumer.width)
+        Y[rows] = solve_spd(consumer.A[rows[:, None], rows], consumer.W[rows])
+    return Y
+
+
+def keep_everything(problem: SubsetProblem) -> Selection:
+    """Answer a problem that leaves no choice."""
+    support = torch.arange(problem.units, device=problem.device)
+    loss = refit(problem, support)[1]
+    return Selection(
+        support,
+        Status.OPTIMAL,
+        lower_bound=max(loss - 1e-12 * problem.scale, 0.0),
+        bound_from="the only support",
+        history=(loss,),
+    )

@@ -1,0 +1,137 @@
+"""The convex heuristic: a penalty on the norm of each unit's weights, raised until k are left."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from solvers.backend import Capabilities, Kind
+from solvers.errors import BackendError
+from solvers.pivot import equal_width
+from solvers.problem import Consumer, SubsetProblem
+from solvers.refit import refit
+from solvers.solution import Selection, Status
+
+
+@dataclass(frozen=True)
+class GroupLasso:
+    """Minimize the loss plus a penalty on ``sum_j |W_j|``, and keep the last units to vanish.
+
+    Yuan and Lin, "Model selection and estimation in regression with grouped variables" (JRSS B
+    68, 2006): the norm of a unit is taken over its rows in all consumers.  The penalty is bisected
+    until as many units are left as stay; each solve starts from the last (accelerated proximal
+    gradients with restarts).  The weights that shrinkage has biased are refitted.
+
+    Parameters
+    ----------
+    bisections
+        Penalties to try.
+    iterations
+        The most gradient steps for each.
+    """
+
+    kind: ClassVar[Kind] = Kind.HEURISTIC
+    summary: ClassVar[str] = "penalty on the norm of each unit, raised until k are left; refit"
+    capabilities: ClassVar[Capabilities] = Capabilities()
+    bisections: int = 24
+    iterations: int = 60
+
+    def __post_init__(self) -> None:
+        if self.bisections < 1 or self.iterations < 1:
+            raise BackendError(
+                f"group_lasso: bisections is {self.bisections} and iterations {self.iterations}; "
+                "use 1 or more"
+            )
+
+    @classmethod
+    def available(cls) -> str | None:
+        """Return None: it needs nothing but torch."""
+        return None
+
+    def select(self, problem: SubsetProblem) -> Selection:
+        """Bisect the penalty; rank by norm, then by what shrinkage hid, where it jumps past k."""
+        path = _Path(problem)
+        low, high = 0.0, path.largest_penalty()
+        best = path.ranking().topk(problem.keep).indices
+        best_loss = refit(problem, best)[1]
+        history = [best_loss]
+        for _ in range(self.bisections):
+            penalty = math.sqrt(max(low, 1e-6 * high) * high)
+            path.descend(penalty, self.iterations)
+            support = path.ranking().topk(problem.keep).indices
+            loss = refit(problem, support)[1]
+            if loss < best_loss:
+                best, best_loss = support, loss
+                history.append(loss)
+            alive = int((path.norms() > 0).sum())
+            if alive == problem.keep:
+                break
+            low, high = (penalty, high) if alive > problem.keep else (low, penalty)
+        return Selection(best, Status.FEASIBLE, iterations=self.bisections, history=tuple(history))
+
+
+class _Path:
+    """Weights of all consumers, shrunk together."""
+
+    def __init__(self, problem: SubsetProblem) -> None:
+        self._terms = [_scaled(consumer) for consumer in problem.consumers]
+        self._widths = [consumer.width for consumer in problem.consumers]
+        self._units = problem.units
+        self._weights = [torch.zeros_like(G) for _, G in self._terms]
+        # A norm bounds the largest eigenvalue.
+        self._step = 1 / max(float(torch.linalg.matrix_norm(H, 1)) for H, _ in self._terms)
+
+    def largest_penalty(self) -> float:
+        """Return the penalty from which on no unit is left."""
+        return float(self._unit_norms([G for _, G in self._terms]).max()) or 1.0
+
+    def norms(self) -> Tensor:
+        """Return the norm of each unit's weights, (n,)."""
+        return self._unit_norms(self._weights)
+
+    def ranking(self) -> Tensor:
+        """Return scores, (n,): the norm after one more unpenalized step."""
+        gradients = [H @ W - G for W, (H, G) in zip(self._weights, self._terms, strict=True)]
+        moved = [W - self._step * g for W, g in zip(self._weights, gradients, strict=True)]
+        return self._unit_norms(moved) + self.norms()
+
+    def descend(self, penalty: float, iterations: int) -> None:
+        """Minimize with this penalty, from where the last one ended."""
+        ahead, momentum = self._weights, 1.0
+        for _ in range(iterations):
+            moved = [
+                Y - self._step * (H @ Y - G) for Y, (H, G) in zip(ahead, self._terms, strict=True)
+            ]
+            norms = self._unit_norms(moved).clamp(min=1e-300)
+            shrink = (1 - self._step * penalty / norms).clamp(min=0.0)
+            new = [
+                W * shrink.repeat_interleave(w)[:, None]
+                for W, w in zip(moved, self._widths, strict=True)
+            ]
+            change = [W - old for W, old in zip(new, self._weights, strict=True)]
+            uphill = sum(
+                float(((Y - W) * d).sum()) for Y, W, d in zip(ahead, new, change, strict=True)
+            )
+            following = 1.0 if uphill > 0 else (1 + math.sqrt(1 + 4 * momentum**2)) / 2
+            weight = 0.0 if uphill > 0 else (momentum - 1) / following
+            ahead = [W + weight * d for W, d in zip(new, change, strict=True)]
+            self._weights, momentum = new, following
+
+    def _unit_norms(self, matrices: list[Tensor]) -> Tensor:
+        squares = [
+            M.square().sum(1).view(self._units, w).sum(1)
+            for M, w in zip(matrices, self._widths, strict=True)
+        ]
+        return torch.stack(squares).sum(0).sqrt()
+
+
+def _scaled(consumer: Consumer) -> tuple[Tensor, Tensor]:
+    """Return H and G with each unit's inputs scaled to unit power: the penalty treats all alike."""
+    H, G = equal_width(consumer)
+    n, w = len(consumer.rows), consumer.width
+    power = H.diagonal().view(n, w).mean(1).rsqrt().repeat_interleave(w)
+    return H * power[:, None] * power, G * power[:, None]
