@@ -29,7 +29,7 @@ from osscar.linear_maps import LinearMap, linear_maps
 from osscar.models import check_finite_weights, resolve_device
 from osscar.plan import GroupPlan, PruningPlan
 from osscar.progress import stage as progress_stage
-from osscar.slicing import outputs, prove_equal, shrink
+from osscar.slicing import finer_precision, outputs, prove_equal, shrink
 from osscar.stages import Stage, find_stages, start_stream
 from osscar.statistics import GramAccumulator, observe
 from osscar.targets import Keep, Targets, allocate
@@ -333,9 +333,10 @@ def _shrink_and_prove(model: nn.Module, plan: PruningPlan, seqlen: int, seed: in
         {"input_ids": torch.randint(vocabulary, shape, generator=generator).to(_device(model))}
         for shape in ((2, seqlen), (1, max(2, seqlen // 2)))
     ]
-    masked = [outputs(model, proof) for proof in proofs]
-    shrink(model, plan)
-    return prove_equal(masked, [outputs(model, proof) for proof in proofs])
+    with finer_precision(model):
+        masked = [outputs(model, proof) for proof in proofs]
+        shrink(model, plan)
+        return prove_equal(masked, [outputs(model, proof) for proof in proofs])
 
 
 def _resolve_backend(

@@ -231,6 +231,18 @@ def test_bad_targets_leave_the_model_alone(targets):
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_proof_leaves_every_number_format_as_it_was(dtype):
+    model = tiny("llama-gqa").to(dtype)
+    formats = {name: tensor.dtype for name, tensor in model.named_buffers()}
+    result = osscar.prune(model, tokens(), sparsity=0.4, device="cpu")
+    assert {p.dtype for p in result.model.parameters()} == {dtype}
+    assert {name: tensor.dtype for name, tensor in result.model.named_buffers()} == formats
+    assert result.equivalence_error < 1e-5
+    kept = result.model.model.embed_tokens.weight
+    assert torch.equal(kept, model.model.embed_tokens.weight)
+
+
 def test_a_wrong_group_is_caught_by_the_proof(monkeypatch):
     """A slot that names other rows than the unit's makes a model that computes something else."""
     block = "model.decoder.layers.0"
