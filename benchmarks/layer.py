@@ -1,6 +1,6 @@
 """Loss, time and memory of the solvers on one layer, real or synthetic.
 
-    python -m benchmarks.solvers layer.safetensors --keep 0.5 --repeat 5 --json result.json
+    python benchmarks/layer.py layer.safetensors --keep 0.5 --repeat 5 --json result.json
 
 A layer file holds ``H`` (p x p, the undamped Gram matrix of the inputs) and ``W`` (p x m, dense
 weights).  Without one, a layer with a heavy-tailed spectrum is drawn.  Runs of the backends take
