@@ -65,8 +65,7 @@ def time_in_turns(problem: SubsetProblem, repeat: int) -> dict[str, list]:
 def peak_memory(backend: str) -> float:
     """Return the peak of one solve in this argument list, measured in a process of its own."""
     command = [sys.executable, __file__, *sys.argv[1:], "--probe", backend]
-    root = Path(__file__).parent.parent
-    answer = subprocess.run(command, capture_output=True, text=True, check=True, cwd=root)
+    answer = subprocess.run(command, capture_output=True, text=True, check=True)
     return float(answer.stdout)
 
 
