@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import sys
 import warnings
@@ -73,7 +72,11 @@ def _expected_errors() -> tuple[type[Exception], ...]:
 @contextmanager
 def quiet() -> Iterator[None]:
     """Silence the chatter of libraries, and sum up warnings once the block has ended."""
-    logging.getLogger("transformers").setLevel(logging.ERROR)
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    if not err.is_terminal:
+        transformers_logging.disable_progress_bar()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("default")
         yield
