@@ -26,9 +26,10 @@ _FINER = {
     torch.float16: torch.float32,
     torch.bfloat16: torch.float32,
 }
-_TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4}
+_TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-3}
 """Relative to the largest output: rounding alone, since products are summed in another order.
-Models round to float32 inside (normalization, rotary position) even when they run in float64."""
+Models round to float32 inside (normalization, rotary position) even when they run in float64, and
+thirty pruned layers amplify that a thousandfold."""
 
 
 @dataclass(frozen=True)
