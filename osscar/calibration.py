@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from osscar.data.topics import Part, builtin_text
 from osscar.errors import CalibrationError, MissingDependency, TextError
-from osscar.text import encode, read_text
+from osscar.text import encode, read_text, text_digest
 
 BUILTIN = "builtin"
 
@@ -37,11 +37,14 @@ class CalibrationSet:
         Where they come from, in words.
     seed
         The seed that chose the windows.
+    text_digest
+        SHA-256 of the text, which is never to be scored; empty where it is not known.
     """
 
     tokens: Tensor
     source: str
     seed: int
+    text_digest: str = ""
 
     @property
     def samples(self) -> int:
@@ -161,7 +164,7 @@ def text_windows(
         source += f", {samples} overlapping windows from {len(tokens)} tokens"
     starts = _window_starts(len(tokens), samples, seqlen, seed)
     windows = tokens[starts[:, None] + torch.arange(seqlen)]
-    return CalibrationSet(windows, source, seed)
+    return CalibrationSet(windows, source, seed, text_digest(text))
 
 
 def named_generator(name: str, seed: int) -> torch.Generator:
@@ -184,14 +187,19 @@ def _window_starts(tokens: int, samples: int, seqlen: int, seed: int) -> Tensor:
 
 def _is_file_name(spec: str | Path) -> bool:
     """Tell paths from dataset names, which may hold slashes and dots, where no file exists."""
-    if isinstance(spec, Path) or Path(spec).exists():
-        return True
+    try:
+        if isinstance(spec, Path) or Path(spec).exists():
+            return True
+    except OSError as error:
+        raise CalibrationError(f"cannot look for {spec!r}: {error.strerror}") from error
+    if not spec:
+        raise CalibrationError("the calibration text has no name; give a file or a dataset")
     return spec.startswith((".", "/", "~")) or Path(spec).suffix in TEXT_SUFFIXES
 
 
 def _file_text(path: str | Path) -> str:
     try:
-        return read_text(Path(path).expanduser())
+        return read_text(path)
     except TextError as error:
         raise CalibrationError(f"calibration text: {error}") from error
 

@@ -28,7 +28,7 @@ from transformers.initialization import no_init_weights
 from graph.groups import Kind
 from osscar.errors import CheckpointError, OutputError
 from osscar.plan import PLAN_FILE, PruningPlan
-from osscar.slicing import HISTORY, outputs, prove_equal, shrink
+from osscar.slicing import HISTORY, context_length, outputs, prove_equal, shrink
 
 PLAN_FORMAT = "osscar-plan/1"
 
@@ -58,19 +58,45 @@ class SavedCheckpoint:
     bytes: int
 
 
-def check_output(directory: str | os.PathLike[str], *, overwrite: bool) -> Path:
+def check_output(
+    directory: str | os.PathLike[str],
+    *,
+    overwrite: bool,
+    inputs: Sequence[str | os.PathLike[str] | None] = (),
+) -> Path:
     """Return the output directory as a path, if it may be written.
+
+    Parameters
+    ----------
+    directory
+        Where a checkpoint is to go.
+    overwrite
+        Whether a checkpoint that is there may be replaced.
+    inputs
+        Files and directories that the run needs; names that are no paths do no harm.
 
     Raises
     ------
     OutputError
-        If it is a file, or not empty and `overwrite` is not set.
+        If it is a file or cannot be looked at; if it is not empty and `overwrite` is not set, or
+        holds no checkpoint; if it is or contains the current directory or one of the inputs.
     """
-    path = Path(directory).expanduser().resolve()
-    if path.exists() and not path.is_dir():
-        raise OutputError(f"{path} is a file; give a directory")
-    if path.is_dir() and any(path.iterdir()) and not overwrite:
+    try:
+        path = Path(directory).expanduser().resolve()
+        if path.exists() and not path.is_dir():
+            raise OutputError(f"{path} is a file; give a directory")
+        occupied = path.is_dir() and any(path.iterdir())
+        needed = [Path.cwd(), *(Path(i).expanduser().resolve() for i in inputs if i is not None)]
+    except (OSError, RuntimeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise OutputError(f"cannot write to {str(directory)!r}: {reason}") from error
+    for need in needed:
+        if path == need or path in need.parents:
+            raise OutputError(f"{path} would replace {need}, which is in use; give another")
+    if occupied and not overwrite:
         raise OutputError(f"{path} is not empty; give another directory, or --overwrite")
+    if occupied and not (path / "config.json").is_file():
+        raise OutputError(f"{path} holds something other than a checkpoint; give another directory")
     return path
 
 
@@ -144,13 +170,16 @@ def load(directory: str | os.PathLike[str], *, dtype: torch.dtype | None = None)
     path = Path(directory).expanduser()
     if not (path / "config.json").is_file():
         raise CheckpointError(f"{path} holds no config.json; it is not a checkpoint")
-    if not (path / PLAN_FILE).is_file():
-        model = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype or "auto", use_safetensors=True, local_files_only=True
-        )
-        return model.eval()
-    config = AutoConfig.from_pretrained(path, local_files_only=True)
-    model = _build_planned(config, _read_plans(path / PLAN_FILE))
+    try:
+        if not (path / PLAN_FILE).is_file():
+            model = AutoModelForCausalLM.from_pretrained(
+                path, dtype=dtype or "auto", use_safetensors=True, local_files_only=True
+            )
+            return model.eval()
+        config = AutoConfig.from_pretrained(path, local_files_only=True)
+        model = _build_planned(config, _read_plans(path / PLAN_FILE))
+    except (OSError, ValueError, TypeError, AttributeError, StrictDataclassError) as error:
+        raise CheckpointError(f"{path} is not a checkpoint that can be read: {error}") from error
     try:
         safetensors.torch.load_model(model, path / "model.safetensors")
     except (OSError, RuntimeError, safetensors.SafetensorError) as error:
@@ -174,6 +203,22 @@ def stock_config(model: PreTrainedModel, plans: Sequence[PruningPlan]) -> Any:
     except (StrictDataclassError, ValueError, TypeError, RuntimeError):
         return None  # the family says itself that it cannot express these sizes
     return config if _shapes(candidate) == _shapes(model) else None
+
+
+def adopt_config(model: PreTrainedModel) -> None:
+    """Give a shrunk model the config of its new shapes, where the family has one.
+
+    Its own ``save_pretrained`` then writes a stock checkpoint, and the plans so far are history
+    that nobody needs.
+    """
+    plans = getattr(model, HISTORY, ())
+    changes = _config_changes(model.config, plans)
+    if changes is None or stock_config(model, plans) is None:
+        return
+    # In place: every module holds a reference to the one config.
+    for name, value in changes.items():
+        setattr(model.config, name, value)
+    setattr(model, HISTORY, ())
 
 
 def _config_changes(config: Any, plans: Sequence[PruningPlan]) -> dict[str, Any] | None:
@@ -251,12 +296,14 @@ def _prove_readable(model: PreTrainedModel, path: Path) -> None:
     """Read a written checkpoint back, and compare what it computes."""
     try:
         again = load(path, dtype=torch.float32).to(model.device)
-    except (OSError, RuntimeError, ValueError) as error:
+    except (RuntimeError, CheckpointError) as error:
         raise CheckpointError(f"the checkpoint that was written cannot be read: {error}") from error
     # In float32: whether the weights are the same is the question, not how they are rounded.
     if model.dtype != torch.float32:
         model = copy.deepcopy(model).float()
-    inputs = {"input_ids": torch.arange(16, device=model.device)[None] % model.config.vocab_size}
+    length = min(16, context_length(model) or 16)
+    ids = torch.arange(length, device=model.device)[None] % model.config.vocab_size
+    inputs = {"input_ids": ids}
     training = model.training
     try:
         prove_equal([outputs(model.eval(), inputs)], [outputs(again, inputs)])
@@ -293,7 +340,7 @@ def _swap_in(partial: Path, path: Path) -> None:
     path.rename(old)
     try:
         partial.rename(path)
-    except OSError:
+    except BaseException:
         old.rename(path)
         raise
     shutil.rmtree(old, ignore_errors=True)

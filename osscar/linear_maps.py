@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from graph.groups import CouplingGroup, Slot
-from osscar.errors import ModelError
+from osscar.errors import ModelError, NonFiniteError
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,7 +61,13 @@ class LinearMap:
     def write_weight(self, W: Tensor) -> None:
         """Replace the group's part of the weight by W, (p, m)."""
         weight = self._weight
-        weight.movedim(self.slots[0].dim, 0)[self.inputs.to(weight.device)] = W.to(weight)
+        W = W.to(weight)
+        if not bool(torch.isfinite(W).all()):
+            raise NonFiniteError(
+                f"the refitted weights of {self.name!r} overflow {weight.dtype}; "
+                "use --dtype float32 or bfloat16, or raise --damp"
+            )
+        weight.movedim(self.slots[0].dim, 0)[self.inputs.to(weight.device)] = W
 
     @property
     def _weight(self) -> Tensor:

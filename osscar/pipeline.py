@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 import graph
 import solvers
@@ -24,12 +25,12 @@ from graph.groups import CouplingGroup
 from osscar import checkpoint
 from osscar.calibration import CalibrationSet
 from osscar.checkpoint import SavedCheckpoint
-from osscar.errors import CalibrationError
+from osscar.errors import CalibrationError, OptionError
 from osscar.linear_maps import LinearMap, linear_maps
 from osscar.models import check_finite_weights, resolve_device
 from osscar.plan import GroupPlan, PruningPlan
 from osscar.progress import stage as progress_stage
-from osscar.slicing import finer_precision, outputs, prove_equal, shrink
+from osscar.slicing import context_length, finer_precision, outputs, prove_equal, shrink
 from osscar.stages import Stage, find_stages, start_stream
 from osscar.statistics import GramAccumulator, observe
 from osscar.targets import Keep, Targets, allocate
@@ -215,18 +216,23 @@ def prune(
     targets = Targets(sparsity, heads, neurons, groups or {}, round_to)
     name, chosen_backend = _resolve_backend(backend, backend_options or {})
     check_finite_weights(model)
-    _check_windows(windows, batch_size)
+    _check_windows(model, windows)
+    _check_numbers(batch_size, damp, seed)
     work = copy.deepcopy(model).to(resolve_device(device)).eval()
     with _without_cache(work), torch.no_grad():
-        example = torch.zeros(2, 16, dtype=torch.int64, device=_device(work))
+        length = min(16, context_length(work) or 16)
+        example = torch.zeros(2, length, dtype=torch.int64, device=_device(work))
         all_groups = graph.trace(work, {"input_ids": example}).groups
         keep = allocate(all_groups, targets)
         to_prune = [group for group in all_groups if group.name in keep]
-        batches = [{"input_ids": ids.to(_device(work))} for ids in torch.split(windows, batch_size)]
+        rows = min(batch_size, len(windows))
+        batches = [{"input_ids": ids.to(_device(work))} for ids in torch.split(windows, rows)]
         solve = _Solve(chosen_backend, certify, damp)
         plan, layers = _prune_groups(work, to_prune, keep, batches, solve)
         before = count_parameters(work)
         error = _shrink_and_prove(work, plan, windows.shape[1], seed)
+        if isinstance(work, PreTrainedModel):
+            checkpoint.adopt_config(work)
     settings = {
         **{"sparsity": sparsity, "heads": _text(heads), "neurons": _text(neurons)},
         **{"groups": {k: str(v) for k, v in (groups or {}).items()}, "round_to": round_to},
@@ -344,6 +350,8 @@ def _resolve_backend(
 ) -> tuple[str, solvers.Backend]:
     if isinstance(backend, str):
         return backend, solvers.make_backend(backend, **options)
+    if options:
+        raise OptionError("backend_options go with a name; this backend object has its own")
     return type(backend).__name__, backend
 
 
@@ -361,14 +369,33 @@ def _without_cache(model: nn.Module) -> Iterator[None]:
             config.use_cache = before  # type: ignore[union-attr]
 
 
-def _check_windows(windows: Tensor, batch_size: int) -> None:
+def _check_windows(model: nn.Module, windows: Tensor) -> None:
     if windows.ndim != 2 or windows.dtype != torch.int64 or windows.numel() == 0:
         raise CalibrationError(
             f"calibration windows must be int64 (samples, seqlen) and not empty, not "
             f"{windows.dtype} of {tuple(windows.shape)}"
         )
+    context = context_length(model)
+    if context is not None and windows.shape[1] > context:
+        raise CalibrationError(
+            f"calibration windows have {windows.shape[1]} tokens and the model takes {context}; "
+            "give a smaller window length (--seqlen)"
+        )
+    known = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+    if int(windows.min()) < 0 or int(windows.max()) >= known:
+        raise CalibrationError(
+            f"calibration tokens run from {int(windows.min())} to {int(windows.max())} and the "
+            f"model knows 0 to {known - 1}; use the tokenizer that belongs to it"
+        )
+
+
+def _check_numbers(batch_size: int, damp: float, seed: int) -> None:
     if batch_size < 1:
-        raise CalibrationError(f"batch size is {batch_size}; give at least 1")
+        raise OptionError(f"batch size is {batch_size}; give at least 1")
+    if not math.isfinite(damp) or damp < 0:
+        raise OptionError(f"damp is {damp}; it must be finite and not negative")
+    if not 0 <= seed < 2**63:
+        raise OptionError(f"seed is {seed}; give a whole number from 0 to 2^63 - 1")
 
 
 def _text(keep: Keep | None) -> str | None:

@@ -69,8 +69,19 @@ class PruningPlan:
 
 
 def _group_from_json(data: dict[str, Any]) -> GroupPlan:
-    slots = tuple(Slot(**{**slot, "role": Role(slot["role"])}) for slot in data["slots"])
+    slots = tuple(_slot_from_json(slot) for slot in data["slots"])
     units, kept = int(data["units"]), tuple(int(unit) for unit in data["kept"])
     if not kept or sorted(set(kept)) != list(kept) or not 0 <= kept[0] <= kept[-1] < units:
         raise ValueError(f"group {data['name']!r} keeps units that it does not have")
     return GroupPlan(data["name"], Kind(data["kind"]), units, kept, slots)
+
+
+def _slot_from_json(data: dict[str, Any]) -> Slot:
+    least = {"dim": 0, "units": 1, "outer": 1, "inner": 1, "offset": 0, "order": 0}
+    for name, smallest in least.items():
+        if type(data[name]) is not int or not smallest <= data[name] < 2**31:
+            raise ValueError(f"slot has {name} {data[name]!r}")
+    for name in ("tensor", "module"):
+        if not isinstance(data[name], str):
+            raise ValueError(f"slot has {name} {data[name]!r}")
+    return Slot(**{**data, "role": Role(data["role"])})

@@ -111,6 +111,12 @@ def shrink(model: nn.Module, plan: PruningPlan) -> None:
     setattr(model, HISTORY, (*getattr(model, HISTORY, ()), plan))
 
 
+def context_length(model: nn.Module) -> int | None:
+    """Return the most tokens that a model takes at once, or None where its config tells nothing."""
+    length = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    return length if isinstance(length, int) else None
+
+
 def _check_cuts(model: nn.Module, cuts: Iterable[tuple[Slot, GroupPlan]]) -> None:
     for slot, group in cuts:
         try:
@@ -145,7 +151,8 @@ def _kept_indices(
 def _tensor(model: nn.Module, name: str) -> Tensor:
     path, _, attribute = name.rpartition(".")
     tensor = getattr(model.get_submodule(path), attribute)
-    assert isinstance(tensor, Tensor)
+    if not isinstance(tensor, Tensor):
+        raise AttributeError(f"{name} is not a tensor")
     return tensor
 
 

@@ -188,7 +188,9 @@ def _count(group: CouplingGroup, asked: Fraction | int, round_to: int) -> int:
             f"keeping {float(asked):g} of the {group.units} {group.kind} of {group.name!r} "
             "keeps none; ask for a lower sparsity"
         )
-    return _rounded(group, exact, round_to) if round_to > 1 else count
+    if round_to == 1 or count == group.units:
+        return count
+    return _rounded(group, exact, round_to)
 
 
 def _rounded(group: CouplingGroup, exact: Fraction, round_to: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 import torch
@@ -30,11 +31,12 @@ def read_text(path: str | Path) -> str:
         If the file is missing, unreadable, binary or empty.
     """
     try:
-        data = Path(path).read_bytes()
+        data = Path(path).expanduser().read_bytes()
     except FileNotFoundError:
         raise TextError(f"no text file at {str(path)!r}; check the path") from None
-    except OSError as error:
-        raise TextError(f"cannot read {str(path)!r}: {error.strerror}; give a text file") from error
+    except (OSError, RuntimeError) as error:  # RuntimeError: no home directory of that user
+        reason = getattr(error, "strerror", None) or error
+        raise TextError(f"cannot read {str(path)!r}: {reason}; give a text file") from error
     if b"\0" in data:
         raise TextError(f"{str(path)!r} is binary (it holds NUL bytes); give plain UTF-8 text")
     try:
@@ -47,6 +49,11 @@ def read_text(path: str | Path) -> str:
     if not text.strip():
         raise TextError(f"{str(path)!r} is empty; give a file with text in it")
     return text
+
+
+def text_digest(text: str) -> str:
+    """Return the SHA-256 of a text, by which the one that calibrated a model is recognized."""
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> Tensor:

@@ -42,9 +42,6 @@ def guard() -> Iterator[None]:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         yield
-    except KeyboardInterrupt:
-        err.print("interrupted; nothing half-written was left behind", style="yellow")
-        sys.exit(130)
     except Exception as error:
         if not isinstance(error, _expected_errors()):
             raise
@@ -110,9 +107,14 @@ def write_json(path: Path | None, content: Mapping[str, Any]) -> None:
 
     if path is None:
         return
+    text = json.dumps(content, indent=2, allow_nan=False) + "\n"
+    path = path.resolve()
     partial = path.with_name(f".{path.name}.partial")
     try:
-        partial.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        if path.exists() and not path.is_file():  # a pipe or a device is written to, not replaced
+            path.write_text(text, encoding="utf-8")
+            return
+        partial.write_text(text, encoding="utf-8")
         partial.replace(path)
     except OSError as error:
         partial.unlink(missing_ok=True)
@@ -129,5 +131,8 @@ def check_json_path(path: Path | None) -> None:
     """
     from osscar.errors import OutputError
 
-    if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
-        raise OutputError(f"cannot write {path}: give a file in a directory that exists")
+    try:
+        if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
+            raise OutputError(f"cannot write {path}: give a file in a directory that exists")
+    except OSError as error:
+        raise OutputError(f"cannot write {path}: {error.strerror}") from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json as jsonlib
 from pathlib import Path
 from typing import Annotated
 
@@ -14,6 +15,8 @@ from osscar.cli.prune import print_result, report_document
 
 _HEADS, _NEURONS = "3/4", "1/2"
 _SAMPLES, _SEQLEN = 64, 256
+_MARK = "osscar demo"
+"""Stands in the report of a directory that the demo wrote, and may replace."""
 
 
 def command(
@@ -36,15 +39,15 @@ def command(
 
     check_json_path(json)
     # A directory that an earlier demo made may go; anything else may not.
-    ours = (directory / REPORT_FILE).is_file()
-    path = check_output(directory, overwrite=ours)
+    ours = _made_by_demo(directory)
+    path = check_output(directory, overwrite=ours, inputs=(json,))
     with quiet():
         dense = load_model("demo", device="cpu")
         windows = load_calibration(None, dense.tokenizer, samples=_SAMPLES, seqlen=_SEQLEN)
         result = prune(
             dense.model, windows, heads=_HEADS, neurons=_NEURONS, backend=backend, device="cpu"
         )
-        report = report_document(result, dense.source, windows, None)
+        report = {**report_document(result, dense.source, windows), "made_by": _MARK}
         saved = result.save(
             path, tokenizer=dense.tokenizer, report=report, dtype=dense.stored_dtype, overwrite=ours
         )
@@ -66,3 +69,11 @@ def command(
     out.print("  osscar prune smollm2-135m --neurons 0.7 --out smaller", highlight=False)
     evaluation = dataclasses.asdict(comparison)
     write_json(json, {**report, "evaluation": evaluation, "saved": str(saved.path)})
+
+
+def _made_by_demo(directory: Path) -> bool:
+    try:
+        report = jsonlib.loads((directory / REPORT_FILE).read_text(encoding="utf-8"))
+        return bool(report["made_by"] == _MARK)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False

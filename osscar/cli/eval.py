@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json as jsonlib
 from pathlib import Path
 from typing import Annotated, Any
@@ -86,11 +85,6 @@ def command(
     write_json(json, document("eval", 1, {**names, **result}))
 
 
-def text_digest(text: str) -> str:
-    """Return the SHA-256 of a text, by which a calibration text is recognized."""
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
 def refuse_calibration_text(path: Path | None, text: str) -> None:
     """Refuse to score the text that a model was calibrated on.
 
@@ -100,16 +94,17 @@ def refuse_calibration_text(path: Path | None, text: str) -> None:
         If the report beside the model's weights names this text.
     """
     from osscar.errors import TextError
+    from osscar.text import text_digest
 
     report = path / REPORT_FILE if path is not None else None
     if report is None or not report.is_file():
         return
     try:
         calibration = jsonlib.loads(report.read_text(encoding="utf-8"))["calibration"]
-    except (ValueError, KeyError):
-        return  # not a report of ours, or none that tells
-    if calibration.get("sha256") == text_digest(text):
+        digest, source = calibration["sha256"], calibration["source"]
+    except (ValueError, KeyError, TypeError):
+        return  # not a report of ours
+    if digest == text_digest(text):
         raise TextError(
-            f"this model was calibrated on this very text ({calibration.get('source')}); "
-            "score another one"
+            f"this model was calibrated on this very text ({source}); score another one"
         )

@@ -36,12 +36,14 @@ def command(
     from osscar.errors import OutputError
     from osscar.models import load_model
     from osscar.report.tables import groups_table
+    from osscar.slicing import context_length
 
     for path in (json, svg):
         check_json_path(path)
     with quiet():
         loaded = load_model(model, device="cpu", trust_remote_code=trust_remote_code)
-        example = {"input_ids": torch.zeros(2, 16, dtype=torch.int64)}
+        length = min(16, context_length(loaded.model) or 16)
+        example = {"input_ids": torch.zeros(2, length, dtype=torch.int64)}
         traced = graph.trace(loaded.model, example)
     shown = [g for g in traced.groups if all_groups or g.prunable or g.kind is not Kind.OTHER]
     out.print(groups_table(shown))

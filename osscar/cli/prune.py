@@ -20,7 +20,6 @@ from osscar.cli.common import (
     quiet,
     write_json,
 )
-from osscar.cli.eval import text_digest
 
 if TYPE_CHECKING:
     from osscar.calibration import CalibrationSet
@@ -47,9 +46,11 @@ def command(
         str | None,
         typer.Option(help="Plain text file or Hugging Face dataset; by default built-in text."),
     ] = None,
-    samples: Annotated[int, typer.Option(help="Calibration windows.")] = 32,
+    samples: Annotated[int, typer.Option(max=10**6, help="Calibration windows.")] = 32,
     seqlen: Annotated[int, typer.Option(help="Tokens in a calibration window.")] = 512,
-    seed: Annotated[int, typer.Option(help="Seed of everything that is drawn.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=2**63 - 1, help="Seed of everything that is drawn.")
+    ] = 0,
     batch_size: Annotated[int, typer.Option(help="Windows that run at once.")] = 8,
     backend: Annotated[str, typer.Option(help="`osscar backends` lists them.")] = "local_search",
     option: Annotated[
@@ -79,7 +80,7 @@ def command(
     from osscar.targets import Targets
 
     check_json_path(json)
-    path = check_output(directory, overwrite=overwrite)
+    path = check_output(directory, overwrite=overwrite, inputs=(model, calibration, json))
     Targets(sparsity, heads, neurons, round_to=round_to)
     with quiet():
         loaded = load_model(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
@@ -101,7 +102,7 @@ def command(
             batch_size=batch_size,
             seed=seed,
         )
-        report = report_document(result, loaded.source, windows, calibration)
+        report = report_document(result, loaded.source, windows)
         saved = result.save(
             path,
             tokenizer=loaded.tokenizer,
@@ -115,13 +116,8 @@ def command(
     write_json(json, {**report, "saved": _saved(saved)})
 
 
-def report_document(
-    result: PruningResult, source: str, windows: CalibrationSet, calibration: str | None
-) -> dict[str, Any]:
+def report_document(result: PruningResult, source: str, windows: CalibrationSet) -> dict[str, Any]:
     """Return what is known of a run, as ``docs/json.md`` describes it."""
-    from osscar.text import read_text
-
-    text = read_text(calibration) if calibration and Path(calibration).is_file() else None
     return document(
         "prune",
         1,
@@ -129,7 +125,7 @@ def report_document(
             "model": source,
             "calibration": {
                 "source": windows.source,
-                "sha256": None if text is None else text_digest(text),
+                "sha256": windows.text_digest,
                 "samples": len(windows.tokens),
                 "seqlen": windows.tokens.shape[1],
                 "seed": windows.seed,
@@ -184,10 +180,16 @@ def parse_options(pairs: list[str]) -> dict[str, Any]:
         if not equals or not name:
             raise OptionError(f"--option {pair!r} is not NAME=VALUE")
         try:
-            options[name.strip()] = jsonlib.loads(value)
+            options[name.strip()] = jsonlib.loads(value, parse_constant=_refuse_constant)
         except ValueError:
             options[name.strip()] = value
     return options
+
+
+def _refuse_constant(text: str) -> Any:
+    from osscar.errors import OptionError
+
+    raise OptionError(f"--option cannot be {text}; give a finite number")
 
 
 def _saved(saved: SavedCheckpoint) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, GPT2Config
 
 import osscar
 from osscar import checkpoint
@@ -210,6 +211,17 @@ class TestDamagedDirectories:
         with pytest.raises(CheckpointError, match="do not fit"):
             osscar.load(directory)
 
+    @pytest.mark.parametrize("change", [{"inner": 0}, {"offset": -1}, {"dim": "0"}, {"tensor": 3}])
+    def test_slots_that_are_no_slots(self, directory, change):
+        self.edit(directory, lambda data: data["plans"][0]["groups"][0]["slots"][0].update(change))
+        with pytest.raises(CheckpointError, match="plan cannot be read"):
+            osscar.load(directory)
+
+    def test_a_config_that_is_no_config(self, directory):
+        (directory / "config.json").write_text("{")
+        with pytest.raises(CheckpointError, match="not a checkpoint that can be read"):
+            osscar.load(directory)
+
     def test_truncated_weights(self, directory):
         file = directory / "model.safetensors"
         file.write_bytes(file.read_bytes()[:1000])
@@ -223,3 +235,17 @@ class TestDamagedDirectories:
         self.edit(directory, rename)
         with pytest.raises(osscar.OsscarError, match=r"nowhere\.weight"):
             osscar.load(directory)
+
+
+def test_the_model_itself_can_be_saved_where_its_config_fits(tmp_path):
+    result = osscar.prune(tiny("llama-gqa"), tokens(), heads="2/3", neurons="0.5", device="cpu")
+    result.model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    torch.testing.assert_close(logits(again.eval(), IDS), logits(result.model, IDS))
+
+
+def test_a_model_with_a_short_context_is_pruned_and_saved(tmp_path):
+    config = GPT2Config(vocab_size=97, n_embd=48, n_layer=1, n_head=6, n_inner=40, n_positions=8)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    result = osscar.prune(model, tokens(4, 8), sparsity=0.5, backend="magnitude", device="cpu")
+    assert checkpoint.save(result.model, tmp_path / "small").path.is_dir()

@@ -137,6 +137,13 @@ BAD = [
     (["--neurons", "0.5", "--batch-size", "0"], "batch size is 0"),
     (["--neurons", "0.5", "--samples", "0"], "not 0 of 64"),
     (["--neurons", "0.5", "--seqlen", "100000"], "100000"),
+    (["--neurons", "0.5", "--seqlen", "513"], "the model takes 512"),
+    (["--neurons", "0.5", "--option", "seed=NaN"], "cannot be NaN"),
+    (["--neurons", "0.5", "--device", "meta"], "cannot run on 'meta'"),
+    (["--neurons", "0.5", "--calibration", "~nobody/x.txt"], "~nobody"),
+    (["--neurons", "0.5", "--calibration", ""], "has no name"),
+    (["--neurons", "0.5", "--out", "~nobody/x"], "~nobody"),
+    (["--neurons", "0.5", "--out", "x" * 300], "File name too long"),
     (["--neurons", "0.5", "--calibration", "missing.txt"], "missing.txt"),
     (["--neurons", "0.5", "--device", "tpu"], "tpu"),
     (["--neurons", "0.5", "--dtype", "int8"], "int8"),
@@ -178,8 +185,45 @@ def test_a_full_directory_is_refused_before_any_work(run, text, tmp_path):
     assert (status, out) == (2, "")
     assert "not empty" in err
     status, _, err = run(*arguments, "--overwrite")
+    assert status == 2
+    assert "something other than a checkpoint" in err
+    assert (tmp_path / "small" / "precious").read_text() == "keep me"
+    (tmp_path / "small" / "config.json").write_text("{}")
+    status, _, err = run(*arguments, "--overwrite")
     assert status == 0, err
     assert not (tmp_path / "small" / "precious").exists()
+
+
+def test_what_the_run_needs_is_never_replaced(run, text, tmp_path, monkeypatch):
+    checkpoint = tmp_path / "project" / "model"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "config.json").write_text("{}")
+    (checkpoint.parent / "config.json").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    for place in (checkpoint, checkpoint.parent, tmp_path):
+        arguments = list(small_prune(text, place, "--neurons", "0.5", "--overwrite"))
+        arguments[1] = checkpoint
+        status, _, err = run(*arguments)
+        assert status == 2
+        assert "is in use" in err
+    same = small_prune(text, tmp_path / "new", "--neurons", "0.5", "--json", tmp_path / "new")
+    assert run(*same)[0] == 2
+
+
+def test_a_pruned_model_is_not_taken_for_a_demo(run, text, tmp_path):
+    assert run(*small_prune(text, tmp_path / "mine", "--neurons", "0.5"))[0] == 0
+    status, _, err = run("demo", "--out", tmp_path / "mine")
+    assert status == 2
+    assert "not empty" in err
+
+
+def test_json_goes_through_links_and_into_pipes(run, tmp_path):
+    (tmp_path / "real.json").write_text("old")
+    (tmp_path / "link.json").symlink_to("real.json")
+    assert run("backends", "--json", tmp_path / "link.json")[0] == 0
+    assert (tmp_path / "link.json").is_symlink()
+    assert json.loads((tmp_path / "real.json").read_text())["schema"] == "osscar.backends/1"
+    assert run("backends", "--json", "/dev/null")[0] == 0
 
 
 def test_demo_does_not_replace_what_it_did_not_make(run, tmp_path):

@@ -53,6 +53,7 @@ def test_what_cannot_be_kept_is_refused_with_its_value(text):
         (Targets(0.5, heads="1/3"), {"0.heads": 3, "0.neurons": 768}),
         (Targets(0.3, round_to=128), {"0.heads": 6, "0.neurons": 1024}),
         (Targets(0.4, round_to=256), {"0.heads": 4, "0.neurons": 1024}),
+        (Targets(0.3, neurons="1.0", round_to=128), {"0.heads": 6}),
         (Targets(groups={"0.neurons": 7}), {"0.neurons": 7}),
         (Targets(0.5, groups={"0.neurons": 7}), {"0.heads": 5, "0.neurons": 7}),
     ],
