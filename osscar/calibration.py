@@ -187,13 +187,13 @@ def _window_starts(tokens: int, samples: int, seqlen: int, seed: int) -> Tensor:
 
 def _is_file_name(spec: str | Path) -> bool:
     """Tell paths from dataset names, which may hold slashes and dots, where no file exists."""
+    if not str(spec):
+        raise CalibrationError("the calibration text has no name; give a file or a dataset")
     try:
         if isinstance(spec, Path) or Path(spec).exists():
             return True
     except OSError as error:
         raise CalibrationError(f"cannot look for {spec!r}: {error.strerror}") from error
-    if not spec:
-        raise CalibrationError("the calibration text has no name; give a file or a dataset")
     return spec.startswith((".", "/", "~")) or Path(spec).suffix in TEXT_SUFFIXES
 
 
