@@ -13,7 +13,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -86,11 +86,10 @@ def check_output(
         if path.exists() and not path.is_dir():
             raise OutputError(f"{path} is a file; give a directory")
         occupied = path.is_dir() and any(path.iterdir())
-        needed = [Path.cwd(), *(Path(i).expanduser().resolve() for i in inputs if i is not None)]
     except (OSError, RuntimeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise OutputError(f"cannot write to {str(directory)!r}: {reason}") from error
-    for need in needed:
+    for need in (Path.cwd(), *_existing(inputs)):
         if path == need or path in need.parents:
             raise OutputError(f"{path} would replace {need}, which is in use; give another")
     if occupied and not overwrite:
@@ -98,6 +97,14 @@ def check_output(
     if occupied and not (path / "config.json").is_file():
         raise OutputError(f"{path} holds something other than a checkpoint; give another directory")
     return path
+
+
+def _existing(inputs: Sequence[str | os.PathLike[str] | None]) -> Iterator[Path]:
+    """Yield those names that can be paths; whoever reads the others will say what is wrong."""
+    for name in inputs:
+        with suppress(OSError, RuntimeError):
+            if name is not None:
+                yield Path(name).expanduser().resolve()
 
 
 def save(
