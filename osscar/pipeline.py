@@ -26,6 +26,7 @@ from osscar import checkpoint
 from osscar.calibration import CalibrationSet
 from osscar.checkpoint import SavedCheckpoint
 from osscar.errors import CalibrationError, OptionError
+from osscar.footprint import count_parameters
 from osscar.linear_maps import LinearMap, linear_maps
 from osscar.models import check_finite_weights, resolve_device
 from osscar.plan import GroupPlan, PruningPlan
@@ -404,8 +405,3 @@ def _text(keep: Keep | None) -> str | None:
 
 def _device(model: nn.Module) -> torch.device:
     return next(model.parameters()).device
-
-
-def count_parameters(model: nn.Module) -> int:
-    """Count the parameters of a model, tied ones once."""
-    return sum(parameter.numel() for parameter in model.parameters())
