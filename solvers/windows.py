@@ -18,7 +18,45 @@ import torch
 from torch import Tensor
 
 from solvers.errors import ProblemError
+from solvers.pivot import PivotState
 from solvers.problem import NO_ROW, Consumer, SubsetProblem
+
+
+def borderline_window(problem: SubsetProblem, support: Tensor, size: int) -> Tensor:
+    """Return the units closest to changing sides, about half of them kept.
+
+    Parameters
+    ----------
+    problem
+        The whole problem.
+    support
+        A feasible choice, (k,) int64.
+    size
+        Units wanted, at most those of the problem.
+
+    Returns
+    -------
+    Tensor
+        Kept units that cost least to remove and removed ones that gain most if added, (size,).
+    """
+    state = PivotState.on_support(problem, support)
+    kept = state.support[state.removal_losses()[state.support].argsort()]
+    removed = state.removed[state.addition_gains()[state.removed].argsort(descending=True)]
+    return _first_of_each(kept, removed, size)
+
+
+def random_window(
+    problem: SubsetProblem, support: Tensor, size: int, generator: torch.Generator
+) -> Tensor:
+    """Return units drawn at random, about half of them kept; parameters as above."""
+    order = torch.randperm(problem.units, generator=generator).to(support.device)
+    inside = torch.isin(order, support)
+    return _first_of_each(order[inside], order[~inside], size)
+
+
+def _first_of_each(kept: Tensor, removed: Tensor, size: int) -> Tensor:
+    goes = min(max(size // 2, size - len(kept)), len(removed))
+    return torch.cat([kept[: size - goes], removed[:goes]])
 
 
 def window_problem(problem: SubsetProblem, support: Tensor, units: Tensor) -> SubsetProblem:

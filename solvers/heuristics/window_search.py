@@ -12,11 +12,10 @@ from solvers.backend import Capabilities, Kind
 from solvers.errors import BackendError
 from solvers.exact.branch_and_bound import BranchAndBound
 from solvers.heuristics.local_search import LocalSearch
-from solvers.pivot import PivotState
 from solvers.problem import SubsetProblem
 from solvers.refit import refit
 from solvers.solution import Selection, Status
-from solvers.windows import apply_window, window_problem
+from solvers.windows import apply_window, borderline_window, random_window, window_problem
 
 
 @dataclass(frozen=True)
@@ -74,7 +73,11 @@ class WindowSearch:
             count = min(count, 1)
         solved = True
         for index in range(count):
-            units = self._draw(problem, support, size, generator if index else None)
+            units = (
+                random_window(problem, support, size, generator)
+                if index
+                else borderline_window(problem, support, size)
+            )
             found = self._solve(problem, support, units)
             solved &= found.status is Status.OPTIMAL
             better = apply_window(support, units, found.support)
@@ -98,19 +101,3 @@ class WindowSearch:
             start=tuple(inside.tolist()),
         )
         return exact.select(window_problem(problem, support, units))
-
-    @staticmethod
-    def _draw(
-        problem: SubsetProblem, support: Tensor, size: int, generator: torch.Generator | None
-    ) -> Tensor:
-        """Draw half kept and half removed units: at random, or the borderline without generator."""
-        if generator is None:
-            state = PivotState.on_support(problem, support)
-            kept = state.support[state.removal_losses()[state.support].argsort()]
-            removed = state.removed[state.addition_gains()[state.removed].argsort(descending=True)]
-        else:
-            order = torch.randperm(problem.units, generator=generator).to(support.device)
-            inside = torch.isin(order, support)
-            kept, removed = order[inside], order[~inside]
-        goes = min(max(size // 2, size - len(kept)), len(removed))
-        return torch.cat([kept[: size - goes], removed[:goes]])
