@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
-from osscar.errors import NonFiniteError
+from osscar.errors import ModelError, NonFiniteError
 from osscar.linear_maps import LinearMap
 from solvers import Consumer
 
@@ -26,7 +27,7 @@ class GramAccumulator:
     def __init__(self, linear_map: LinearMap) -> None:
         self.linear_map = linear_map
         self.positions = 0
-        p = len(linear_map.inputs)
+        p = linear_map.rows
         device = next(linear_map.module.parameters()).device
         self._gram = torch.zeros(p, p, dtype=torch.float64, device=device)
 
@@ -55,18 +56,28 @@ class GramAccumulator:
         damp
             Weight of the proximal term, relative to the mean of the diagonal.
 
+        Raises
+        ------
+        ModelError
+            If the consumer was never called.
+
         Warns
         -----
         UserWarning
             If there were fewer positions than inputs, so that only the damping makes the problem
             well posed.
         """
-        p = len(self.linear_map.inputs)
+        p = self.linear_map.rows
+        if not self.positions:
+            raise ModelError(
+                f"{self.linear_map.name!r} was never called on the calibration data, so that it "
+                "cannot be refitted; give inputs that reach it"
+            )
         if self.positions < p:
             warnings.warn(
-                f"{self.linear_map.name}: {self.positions} calibration tokens for {p} inputs; "
+                f"{self.linear_map.name}: {self.positions} calibration positions for {p} inputs; "
                 "the Gram matrix is rank-deficient and only damping makes up for it. "
-                "Use more samples or longer ones.",
+                "Use more samples or larger ones.",
                 stacklevel=2,
             )
         return Consumer.from_gram(
@@ -89,26 +100,30 @@ def observe(accumulators: Sequence[GramAccumulator]) -> Iterator[Callable[..., b
     ------
     callable
         Calls a module with arguments, stopping once the last of the consumers was reached;
-        returns whether it was stopped.
+        returns whether it was stopped.  How often a module calls its consumers is learned from the
+        first call, which runs to its end.
     """
-    waiting: set[int] = set()
+    expected: Counter[int] = Counter()
+    seen: Counter[int] = Counter()
 
     def hook(index: int) -> Callable[[nn.Module, tuple[object, ...]], None]:
         def measure(_: nn.Module, args: tuple[object, ...]) -> None:
             accumulator = accumulators[index]
-            accumulator.add(accumulator.linear_map.read_inputs(args))
-            waiting.discard(index)
-            if not waiting:
+            for X in accumulator.linear_map.read_inputs(args):
+                accumulator.add(X)
+            seen[index] += 1
+            if seen == expected:
                 raise _AllMeasured
 
         return measure
 
     def run(module: nn.Module, *args: object, **kwargs: object) -> bool:
-        waiting.update(range(len(accumulators)))
+        seen.clear()
         try:
             module(*args, **kwargs)
         except _AllMeasured:
             return True
+        expected.update(seen if not expected else ())
         return False
 
     handles = [

@@ -171,7 +171,7 @@ def test_all_dead_neurons_leave_a_model_that_works():
 
 
 def test_fewer_tokens_than_inputs_warns_and_goes_on():
-    with pytest.warns(UserWarning, match=r"16 calibration tokens for 40 inputs"):
+    with pytest.warns(UserWarning, match=r"16 calibration positions for 40 inputs"):
         result = osscar.prune(tiny("opt"), tokens(1, 16), neurons="0.5", device="cpu")
     assert all(0 <= layer.relative_loss < 1 for layer in result.layers)
 

@@ -1,0 +1,231 @@
+"""Convolutions as linear maps: unfolding, Gram matrices and refits against brute force."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import graph
+import osscar.convolutions
+import solvers
+from osscar.linear_maps import ConvolutionMap, freeze_unreadable, linear_maps
+from osscar.statistics import GramAccumulator, observe
+
+C = 6
+"""Channels between producer and consumer."""
+
+CONSUMERS = {
+    "1x1": lambda: nn.Conv2d(C, 5, 1),
+    "strided 1x1": lambda: nn.Conv2d(C, 5, 1, stride=2, bias=False),
+    "3x3": lambda: nn.Conv2d(C, 5, 3, padding=1),
+    "uneven": lambda: nn.Conv2d(C, 5, (3, 2), stride=(2, 1), padding=(0, 1), dilation=(1, 2)),
+    "same": lambda: nn.Conv2d(C, 5, 4, padding="same"),
+    "reflect": lambda: nn.Conv2d(C, 5, 3, padding=1, padding_mode="reflect"),
+    "circular": lambda: nn.Conv2d(C, 5, 3, padding=(1, 2), padding_mode="circular"),
+    "1d": lambda: nn.Conv1d(C, 5, 3, padding=2, stride=2),
+    "3d": lambda: nn.Conv3d(C, 5, (2, 1, 3), padding=(1, 0, 1)),
+    "transposed": lambda: nn.ConvTranspose2d(C, 5, 3, stride=2, padding=1, output_padding=1),
+    "transposed 1d": lambda: nn.ConvTranspose1d(C, 5, 4, stride=3, dilation=2),
+    "cropping": lambda: nn.ConvTranspose2d(C, 5, 2, padding=2),
+}
+
+
+class Pair(nn.Module):
+    """A producer and the consumer under test."""
+
+    def __init__(self, consumer):
+        super().__init__()
+        space = consumer.weight.ndim - 2
+        kind = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}[space]
+        self.shape = (3, 2, *(9, 8, 7)[:space])
+        self.first = kind(2, C, 1)
+        self.second = consumer
+
+    def forward(self, x):
+        return self.second(torch.relu(self.first(x)))
+
+
+def measured(model, shape):
+    """Trace a model, and measure the consumers of its one prunable group."""
+    torch.manual_seed(0)
+    x = torch.randn(shape, dtype=torch.float64)
+    (group,) = graph.trace(model, (x,)).prunable
+    accumulators = [GramAccumulator(consumer) for consumer in linear_maps(model, group)]
+    with torch.no_grad(), observe(accumulators) as run:
+        stopped = [run(model, part) for part in x.split(2)]
+    assert stopped == [False, True]
+    return group, accumulators, x
+
+
+@pytest.fixture(params=CONSUMERS)
+def pair(request):
+    torch.manual_seed(1)
+    model = Pair(CONSUMERS[request.param]()).double().eval()
+    return model, *measured(model, model.shape)
+
+
+def test_rows_times_weights_are_what_the_convolution_computes(pair):
+    model, _, (accumulator,), x = pair
+    hidden = torch.relu(model.first(x)).detach()
+    X = torch.cat(list(accumulator.linear_map.read_inputs((hidden,))))
+    expected = model.second(hidden).detach()
+    if model.second.bias is not None:
+        expected -= model.second.bias.detach().view(-1, *[1] * (hidden.ndim - 2))
+    Y = (X @ accumulator.linear_map.read_weight()).view(len(x), -1, expected.shape[1])
+    torch.testing.assert_close(Y.mT.reshape(expected.shape), expected)
+
+
+def test_the_gram_matrix_is_that_of_all_windows(pair):
+    model, _, (accumulator,), x = pair
+    hidden = torch.relu(model.first(x)).detach()
+    X = torch.cat(list(accumulator.linear_map.read_inputs((hidden,))))
+    assert accumulator.positions == len(X)
+    torch.testing.assert_close(accumulator._gram, X.T @ X)
+
+
+def test_the_windows_are_those_of_torch_unfold():
+    torch.manual_seed(0)
+    consumer = nn.Conv2d(C, 5, (3, 2), stride=(2, 1), padding=(1, 2), dilation=(2, 1)).double()
+    model = Pair(consumer).double()
+    _, (accumulator,), x = measured(model, model.shape)
+    hidden = torch.relu(model.first(x)).detach()
+    X = F.unfold(hidden, (3, 2), dilation=(2, 1), padding=(1, 2), stride=(2, 1))
+    X = X.mT.reshape(-1, X.shape[1])
+    torch.testing.assert_close(accumulator._gram, X.T @ X)
+
+
+@pytest.mark.parametrize("limit", [1, 2000, 10**6])
+def test_memory_is_bounded_and_the_gram_matrix_stays_the_same(pair, limit, monkeypatch):
+    model, _, (accumulator,), x = pair
+    hidden = torch.relu(model.first(x)).detach()
+    monkeypatch.setattr(osscar.convolutions, "UNFOLDED_BYTES", limit)
+    pieces = list(accumulator.linear_map.read_inputs((hidden,)))
+    whole = accumulator.linear_map.windows.view(hidden)
+    row = whole[0, 0].numel() * 8
+    assert max(piece.numel() * 8 for piece in pieces) <= max(limit, row)
+    assert len(pieces) == 1 if limit == 10**6 else len(pieces) > 1
+    torch.testing.assert_close(sum(p.T @ p for p in pieces), accumulator._gram)
+
+
+def test_the_refit_is_the_least_squares_solution(pair):
+    model, group, (accumulator,), x = pair
+    problem = solvers.SubsetProblem((accumulator.consumer(damp=1e-12),), 4, group.name)
+    solution = solvers.solve(problem)
+    hidden = torch.relu(model.first(x)).detach()
+    dense = model.second(hidden).detach()
+    accumulator.linear_map.write_weight(solution.weights[0])
+    removed = solution.removed
+    masked = hidden.index_fill(1, removed, 0.0)
+    assert torch.equal(model.second(masked), model.second(hidden))
+    X = torch.cat(list(accumulator.linear_map.read_inputs((masked,))))
+    error = (model.second(hidden) - dense).square().sum().item() / len(X)
+    assert error == pytest.approx(solution.loss, rel=1e-6)
+    bias = 0.0 if model.second.bias is None else model.second.bias.detach()
+    Y = dense.movedim(1, -1).flatten(0, -2) - bias
+    best = Y - X @ torch.linalg.lstsq(X, Y, driver="gelsd").solution
+    assert error == pytest.approx(best.square().sum().item() / len(X), rel=1e-6)
+
+
+def test_writing_what_was_read_changes_nothing(pair):
+    model, _, (accumulator,), _ = pair
+    before = model.second.weight.clone()
+    accumulator.linear_map.write_weight(accumulator.linear_map.read_weight())
+    assert torch.equal(model.second.weight, before)
+
+
+class Grouped(nn.Module):
+    """Both groups of a convolution read the same channels: a unit owns rows in each."""
+
+    def __init__(self, consumer):
+        super().__init__()
+        self.first = nn.Conv2d(2, 4, 1)
+        self.second = consumer
+
+    def forward(self, x):
+        hidden = torch.relu(self.first(x))
+        return self.second(torch.cat([hidden, hidden], 1))
+
+
+@pytest.mark.parametrize("kind", [nn.Conv2d, nn.ConvTranspose2d])
+def test_each_group_of_a_convolution_is_a_consumer_of_its_own(kind):
+    torch.manual_seed(0)
+    model = Grouped(kind(8, 6, 3, padding=1, groups=2)).double().eval()
+    group, accumulators, x = measured(model, (3, 2, 6, 6))
+    assert group.units == 4
+    assert [type(a.linear_map) for a in accumulators] == [ConvolutionMap] * 2
+    assert [a.linear_map.part for a in accumulators] == [0, 1]
+    hidden = torch.relu(model.first(x)).detach()
+    hidden = torch.cat([hidden, hidden], 1)
+    outputs = [
+        torch.cat(list(a.linear_map.read_inputs((hidden,)))) @ a.linear_map.read_weight()
+        for a in accumulators
+    ]
+    expected = (model.second(hidden) - model.second.bias.view(-1, 1, 1)).detach()
+    Y = torch.cat(outputs, 1).view(3, 36, 6).mT.reshape(expected.shape)
+    torch.testing.assert_close(Y, expected)
+    problem = solvers.SubsetProblem(tuple(a.consumer(0.0) for a in accumulators), 3)
+    solution = solvers.solve(problem, "enumerate")
+    for accumulator, W in zip(accumulators, solution.weights, strict=True):
+        accumulator.linear_map.write_weight(W)
+    gone = solution.removed.tolist()
+    dim = 1 if kind is nn.Conv2d else 0
+    indices = gone if dim else [i + o for o in (0, 4) for i in gone]
+    assert not model.second.weight.index_select(dim, torch.tensor(indices)).any()
+    error = (model.second(hidden) - expected - model.second.bias.view(-1, 1, 1)).square().sum()
+    assert error.item() / (3 * 36) == pytest.approx(solution.loss, rel=1e-6)
+
+
+class Flattened(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Conv2d(2, 4, 3)
+        self.second = nn.Linear(4 * 9, 3)
+
+    def forward(self, x):
+        return self.second(torch.relu(self.first(x)).flatten(1))
+
+
+def test_a_linear_layer_after_flatten_reads_all_positions_of_a_channel():
+    model = Flattened().double()
+    group, (accumulator,), _ = measured(model, (3, 2, 5, 5))
+    assert group.units == 4
+    assert accumulator.linear_map.unit_rows == [list(range(9 * u, 9 * u + 9)) for u in range(4)]
+
+
+class Twice(nn.Module):
+    """The consumer is called two times."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Conv2d(2, 4, 1)
+        self.second = nn.Conv2d(4, 3, 1)
+
+    def forward(self, x):
+        return self.second(self.first(x)) + self.second(self.first(-x))
+
+
+def test_every_call_of_a_consumer_counts():
+    model = Twice().double()
+    _, (accumulator,), x = measured(model, (3, 2, 5, 5))
+    assert accumulator.positions == 2 * 3 * 25
+    X = torch.cat([model.first(x), model.first(-x)]).detach().movedim(1, -1).flatten(0, -2)
+    torch.testing.assert_close(accumulator._gram, X.T @ X)
+
+
+class Functional(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Conv2d(2, 4, 1)
+        self.weight = nn.Parameter(torch.randn(3, 4, 1, 1))
+
+    def forward(self, x):
+        return F.conv2d(self.first(x), self.weight)
+
+
+def test_what_no_module_reads_is_frozen_by_name():
+    model = Functional()
+    groups = graph.trace(model, (torch.randn(2, 2, 4, 4),)).groups
+    (group,) = [g for g in freeze_unreadable(model, groups) if g.name == "first.channels"]
+    assert not group.prunable
+    assert "'weight' in '', a Functional" in group.frozen[0].reason
+    assert all(g.prunable for g in groups if g.name == "first.channels")
