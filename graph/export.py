@@ -201,11 +201,11 @@ def _explained(error: Exception, model: torch.nn.Module) -> TraceError:
     reason = str(error).strip().partition("\n")[0] or type(error).__name__
     text = f"{type(error).__name__} {error}"
     hint = next((hint for pattern, hint in _HINTS if re.search(pattern, text)), _DEFAULT_HINT)
-    return TraceError(reason, _failing_module(error.__traceback__, model), hint)
+    return TraceError(reason, failing_module(error.__traceback__, model), hint)
 
 
-def _failing_module(trace: TracebackType | None, model: torch.nn.Module) -> str:
-    """Find the innermost module whose method was running when the error was raised."""
+def failing_module(trace: TracebackType | None, model: torch.nn.Module) -> str:
+    """Return the name of the innermost module whose method ran when an error was raised."""
     names = {id(module): name for name, module in model.named_modules()}
     found = ""
     while trace is not None:

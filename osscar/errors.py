@@ -39,6 +39,10 @@ class CalibrationError(TextError):
     """Calibration data cannot be built from what was given."""
 
 
+class ImageError(CalibrationError):
+    """Images for calibration or evaluation are missing, damaged, or of other classes."""
+
+
 class TargetError(OsscarError):
     """What to keep makes no sense: a sparsity, fraction or count outside of what exists."""
 
@@ -57,6 +61,14 @@ class NonFiniteError(OsscarError):
 
 class EquivalenceError(OsscarError):
     """The shrunk model does not compute what the masked model computes; nothing was written."""
+
+
+class AdapterError(EquivalenceError):
+    """A module cannot work without the units; the message names it and the line that failed."""
+
+
+class StudyError(OsscarError):
+    """A directory holds no study, or another one than what was asked for."""
 
 
 class CheckpointError(OsscarError):

@@ -36,6 +36,34 @@ class GroupPlan:
         """Plan to keep some units of a group."""
         return cls(group.name, group.kind, group.units, kept, group.slots)
 
+    @property
+    def consumers(self) -> tuple[Slot, ...]:
+        """The slots that read the units."""
+        return tuple(slot for slot in self.slots if slot.role is Role.CONSUMER)
+
+    def scaled(self, count: int) -> int:
+        """Return what is left of a number that is a multiple of the group's units."""
+        return count * len(self.kept) // self.units
+
+
+@dataclass(frozen=True)
+class Integer:
+    """A number that a module keeps and that follows a group, found by trying.
+
+    Parameters
+    ----------
+    module
+        Qualified name of the module.
+    attribute
+        Name of the number.
+    value
+        What it is in the shrunk model.
+    """
+
+    module: str
+    attribute: str
+    value: int
+
 
 @dataclass(frozen=True)
 class PruningPlan:
@@ -45,13 +73,20 @@ class PruningPlan:
     ----------
     groups
         One entry for each group that lost units.
+    integers
+        Numbers that modules keep and that follow the groups, as far as `osscar.shrink` does not
+        know them by itself.
     """
 
     groups: tuple[GroupPlan, ...]
+    integers: tuple[Integer, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Return the plan as JSON-able data."""
-        return {"groups": [dataclasses.asdict(group) for group in self.groups]}
+        return {
+            "groups": [dataclasses.asdict(group) for group in self.groups],
+            "integers": [dataclasses.asdict(integer) for integer in self.integers],
+        }
 
     @classmethod
     def from_json(cls, data: Any) -> PruningPlan:
@@ -63,7 +98,10 @@ class PruningPlan:
             If a field is missing, unknown or out of range.
         """
         try:
-            return cls(tuple(_group_from_json(entry) for entry in data["groups"]))
+            return cls(
+                tuple(_group_from_json(entry) for entry in data["groups"]),
+                tuple(_integer_from_json(entry) for entry in data.get("integers", ())),
+            )
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"the pruning plan cannot be read: {error!r}") from error
 
@@ -74,6 +112,13 @@ def _group_from_json(data: dict[str, Any]) -> GroupPlan:
     if not kept or sorted(set(kept)) != list(kept) or not 0 <= kept[0] <= kept[-1] < units:
         raise ValueError(f"group {data['name']!r} keeps units that it does not have")
     return GroupPlan(data["name"], Kind(data["kind"]), units, kept, slots)
+
+
+def _integer_from_json(data: dict[str, Any]) -> Integer:
+    integer = Integer(**data)
+    if type(integer.value) is not int or not str(integer.attribute).isidentifier():
+        raise ValueError(f"{data!r} is no number of a module")
+    return integer
 
 
 def _slot_from_json(data: dict[str, Any]) -> Slot:

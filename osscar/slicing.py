@@ -1,82 +1,36 @@
-"""Physical removal: slice what the units own, and mend the integers that modules keep.
+"""Physical removal: slice what the units own, and let the modules around it follow.
 
-That the result is right is proved, not assumed: `outputs` of the shrunk model are compared with
-those of the model whose removed units are zero at their consumers.
+That the result is right is proved, not assumed: see `osscar.proof`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
-from graph.groups import Kind, Slot
-from osscar.errors import EquivalenceError, ModelError
+from graph.groups import Role, Slot
+from osscar.adapters import mend, prepare, refresh
+from osscar.errors import ModelError
 from osscar.plan import GroupPlan, PruningPlan
+from osscar.proof import finer_precision, outputs, prove_equal
+
+__all__ = [
+    "HISTORY",
+    "context_length",
+    "finer_precision",
+    "outputs",
+    "prove_equal",
+    "restored_on_error",
+    "shrink",
+]
 
 HISTORY = "osscar_plans"
 """The attribute of a shrunk model that lists the plans applied to it, oldest first."""
-
-_FINER = {
-    torch.float32: torch.float64,
-    torch.float16: torch.float32,
-    torch.bfloat16: torch.float32,
-}
-_TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-3}
-"""Relative to the largest output: rounding alone, since products are summed in another order.
-Models round to float32 inside (normalization, rotary position) even when they run in float64, and
-thirty pruned layers amplify that a thousandfold."""
-
-
-@dataclass(frozen=True)
-class _Adapter:
-    """An integer that a module keeps and that follows the units of a group.
-
-    Parameters
-    ----------
-    attribute
-        Its name.
-    value
-        The new value, from the old one and the group's plan.
-    """
-
-    attribute: str
-    value: Callable[[int, GroupPlan], int]
-
-
-def _scaled(old: int, group: GroupPlan) -> int:
-    return old * len(group.kept) // group.units
-
-
-def _shared_keys(old: int, group: GroupPlan) -> int:
-    """Scale the query heads of a key head, where the units are query heads that share one."""
-    keys_are_cut = any(slot.tensor.endswith("k_proj.weight") for slot in group.slots)
-    return old if keys_are_cut else _scaled(old, group)
-
-
-_QUERIES_OF_A_KEY = (_Adapter("num_key_value_groups", _shared_keys),)
-
-_ADAPTERS: dict[tuple[str, Kind], tuple[_Adapter, ...]] = {
-    ("OPTAttention", Kind.HEADS): (_Adapter("num_heads", _scaled),),
-    ("GPT2Attention", Kind.HEADS): (
-        _Adapter("num_heads", _scaled),
-        _Adapter("split_size", _scaled),
-    ),
-    ("LlamaAttention", Kind.HEADS): _QUERIES_OF_A_KEY,
-    ("MistralAttention", Kind.HEADS): _QUERIES_OF_A_KEY,
-    ("Qwen2Attention", Kind.HEADS): _QUERIES_OF_A_KEY,
-    ("Qwen3Attention", Kind.HEADS): _QUERIES_OF_A_KEY,
-    ("LlamaMLP", Kind.NEURONS): (_Adapter("intermediate_size", _scaled),),
-    ("MistralMLP", Kind.NEURONS): (_Adapter("intermediate_size", _scaled),),
-    ("Qwen2MLP", Kind.NEURONS): (_Adapter("intermediate_size", _scaled),),
-    ("Qwen3MLP", Kind.NEURONS): (_Adapter("intermediate_size", _scaled),),
-}
-"""By class name of the module around a group.  An attention that takes its head count from the
-tensors (``view(..., -1, head_dim)``) needs no entry."""
 
 
 def shrink(model: nn.Module, plan: PruningPlan) -> None:
@@ -94,21 +48,20 @@ def shrink(model: nn.Module, plan: PruningPlan) -> None:
     Raises
     ------
     ModelError
-        If a tensor of the plan does not exist or has another size; nothing is changed then.
+        If a tensor of the plan does not exist or has another size, or if tied tensors would be
+        cut in different ways.  Whatever the error, the model is as it was before.
     """
-    cuts = [(slot, group) for group in plan.groups for slot in group.slots]
-    _check_cuts(model, cuts)
-    for (tensor, dim), keep in _kept_indices(model, cuts).items():
-        _slice(model, tensor, dim, keep)
-    for group in plan.groups:
-        for name in _enclosing(group):
-            module = model.get_submodule(name)
-            for adapter in _ADAPTERS.get((type(module).__name__, group.kind), ()):
-                old = getattr(module, adapter.attribute)
-                setattr(module, adapter.attribute, adapter.value(old, group))
-    for module in model.modules():
-        _refresh_sizes(module)
-    setattr(model, HISTORY, (*getattr(model, HISTORY, ()), plan))
+    with restored_on_error(model):
+        prepare(model)
+        cuts = _merged_cuts(model, plan)
+        for cut in cuts:
+            cut.apply()
+        refresh(dict.fromkeys(module for cut in cuts for module in cut.holders))
+        for group in plan.groups:
+            mend(model, group)
+        for integer in plan.integers:
+            setattr(model.get_submodule(integer.module), integer.attribute, integer.value)
+        setattr(model, HISTORY, (*getattr(model, HISTORY, ()), plan))
 
 
 def context_length(model: nn.Module) -> int | None:
@@ -117,138 +70,156 @@ def context_length(model: nn.Module) -> int | None:
     return length if isinstance(length, int) else None
 
 
-def _check_cuts(model: nn.Module, cuts: Iterable[tuple[Slot, GroupPlan]]) -> None:
-    for slot, group in cuts:
-        try:
-            size = _tensor(model, slot.tensor).shape[slot.dim]
-        except (AttributeError, IndexError) as error:
-            raise ModelError(
-                f"group {group.name!r}: no {slot.tensor!r} of {slot.dim + 1} "
-                "dimensions in this model; the plan is for another"
-            ) from error
-        last = slot.offset + slot.outer * slot.units * slot.inner
-        if slot.units != group.units or last > size:
-            raise ModelError(
-                f"group {group.name!r}: {slot.tensor!r} has {size} entries along dimension "
-                f"{slot.dim} and the plan needs {last}; the plan is for another model"
-            )
-
-
-def _kept_indices(
-    model: nn.Module, cuts: Iterable[tuple[Slot, GroupPlan]]
-) -> dict[tuple[str, int], list[int]]:
-    """Return, for each tensor dimension that is cut, the indices that stay."""
-    removed: dict[tuple[str, int], set[int]] = {}
-    for slot, group in cuts:
-        gone = set(range(group.units)) - set(group.kept)
-        removed.setdefault((slot.tensor, slot.dim), set()).update(slot.indices(gone))
-    return {
-        (tensor, dim): [i for i in range(_tensor(model, tensor).shape[dim]) if i not in gone]
-        for (tensor, dim), gone in removed.items()
-    }
-
-
-def _tensor(model: nn.Module, name: str) -> Tensor:
-    path, _, attribute = name.rpartition(".")
-    tensor = getattr(model.get_submodule(path), attribute)
-    if not isinstance(tensor, Tensor):
-        raise AttributeError(f"{name} is not a tensor")
-    return tensor
-
-
-def _slice(model: nn.Module, name: str, dim: int, keep: list[int]) -> None:
-    old = _tensor(model, name)
-    cut = old.detach().index_select(dim, torch.tensor(keep, device=old.device)).contiguous()
-    new = nn.Parameter(cut, requires_grad=old.requires_grad) if _is_parameter(old) else cut
-    for module in model.modules():
-        for store in (module._parameters, module._buffers):
-            for attribute, tensor in store.items():
-                if tensor is old:
-                    store[attribute] = new  # type: ignore[assignment]
-
-
-def _is_parameter(tensor: Tensor) -> bool:
-    return isinstance(tensor, nn.Parameter)
-
-
-def _enclosing(group: GroupPlan) -> list[str]:
-    """Return the modules that hold the group's layers directly, such as the attention or MLP."""
-    parents = dict.fromkeys(slot.module.rpartition(".")[0] for slot in group.slots)
-    return list(parents)
-
-
-def _refresh_sizes(module: nn.Module) -> None:
-    """Set the sizes that a stock layer shows to those of its weight."""
-    if isinstance(module, nn.Linear):
-        module.out_features, module.in_features = module.weight.shape
-    elif isinstance(module, Conv1D):
-        module.nx, module.nf = module.weight.shape
-
-
-@torch.no_grad()
-def outputs(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
-    """Return the logits (or the first output) of a model on proof inputs."""
-    result = model(**inputs)
-    logits = result.logits if hasattr(result, "logits") else result
-    output = logits if isinstance(logits, Tensor) else logits[0]
-    assert isinstance(output, Tensor)
-    return output
-
-
 @contextmanager
-def finer_precision(model: nn.Module) -> Iterator[None]:
-    """Compute in the next finer number format, in which rounding cannot hide a wrong slice.
-
-    A deep network that was pruned badly amplifies rounding a thousandfold.  Every tensor returns
-    to its own format, with the same value.
-    """
-    formats = {name: tensor.dtype for name, tensor in _tensors(model)}
-    for _, tensor in _tensors(model):
-        tensor.data = tensor.data.to(_FINER.get(tensor.dtype, tensor.dtype))
+def restored_on_error(model: nn.Module) -> Iterator[None]:
+    """Give every module of a model its class, attributes and tensors back if the block fails."""
+    before = [
+        (module, type(module), {name: _copied(value) for name, value in vars(module).items()})
+        for module in model.modules()
+    ]
     try:
         yield
-    finally:
-        for name, tensor in _tensors(model):
-            tensor.data = tensor.data.to(formats[name])
+    except BaseException:
+        for module, kind, attributes in before:
+            module.__class__ = kind
+            vars(module).clear()
+            vars(module).update(attributes)
+        raise
 
 
-def _tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
-    return [*model.named_parameters(), *model.named_buffers()]
+def _copied(value: Any) -> Any:
+    """Copy the tables in which a module keeps tensors and modules, but not what they hold."""
+    return value.copy() if isinstance(value, dict) else value
 
 
-def prove_equal(masked: Iterable[Tensor], shrunk: Iterable[Tensor]) -> float:
-    """Compare the outputs of the masked and of the shrunk model.
+# ---- tensors -----------------------------------------------------------------------------
+
+_Storage: TypeAlias = tuple[Any, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class _Cut:
+    """One tensor and what stays of it.
 
     Parameters
     ----------
-    masked, shrunk
-        Outputs on the same inputs.
-
-    Returns
-    -------
-    float
-        Largest difference, relative to the largest output.
-
-    Raises
-    ------
-    EquivalenceError
-        If they differ by more than rounding.
+    tensor
+        The tensor before.
+    keep
+        For each dimension that is cut, the indices that stay, (n,) int64 in ascending order.
+    passing
+        How many rows of a convolution's filter stay if only whole groups of it leave; None if
+        none do.
+    places
+        Where modules hold this tensor, or one that shares its memory.
     """
-    worst = 0.0
-    for a, b in zip(masked, shrunk, strict=True):
-        if a.shape != b.shape:
-            raise EquivalenceError(
-                f"the shrunk model puts out {tuple(b.shape)}, the masked one {tuple(a.shape)}; "
-                "a module keeps a size that did not follow: please report the architecture"
+
+    tensor: Tensor
+    keep: Mapping[int, Tensor]
+    passing: int | None
+    places: tuple[tuple[nn.Module, dict[str, Any], str], ...]
+
+    @property
+    def holders(self) -> list[nn.Module]:
+        """The modules that hold the tensor."""
+        return [module for module, _, _ in self.places]
+
+    def apply(self) -> None:
+        """Put the smaller tensor wherever the old one was; tied ones become one."""
+        new = self.tensor.detach()
+        for dim, indices in self.keep.items():
+            new = new.index_select(dim, indices.to(new.device))
+        new = new.contiguous()
+        if isinstance(self.tensor, nn.Parameter):
+            new = nn.Parameter(new, requires_grad=self.tensor.requires_grad)
+        for module, store, attribute in self.places:
+            store[attribute] = new
+            if attribute == "weight" and isinstance(module, nn.modules.conv._ConvNd):
+                self._leave_groups(module)
+
+    def _leave_groups(self, convolution: nn.modules.conv._ConvNd) -> None:
+        if self.passing is not None:
+            convolution.groups = convolution.groups * self.passing // self.tensor.shape[0]
+
+
+def _merged_cuts(model: nn.Module, plan: PruningPlan) -> list[_Cut]:
+    """Check a plan against a model, and collect what happens to each tensor."""
+    places = _places(model)
+    stays: dict[_Storage, dict[int, Tensor]] = {}
+    passing: dict[_Storage, Tensor] = {}
+    tensors: dict[_Storage, Tensor] = {}
+    for group in plan.groups:
+        for slot in group.slots:
+            tensor = _checked_tensor(model, group, slot)
+            key = _identity(tensor)
+            tensors[key] = tensor
+            fates = stays.setdefault(key, {})
+            if slot.dim not in fates:
+                fates[slot.dim] = torch.full((tensor.shape[slot.dim],), _UNDECIDED)
+            _decide(fates[slot.dim], group, slot)
+            if slot.role is Role.PASS_THROUGH and slot.dim == 0:
+                passing.setdefault(key, torch.full((tensor.shape[0],), _UNDECIDED))
+                _decide(passing[key], group, slot)
+    return [
+        _Cut(
+            tensor,
+            {dim: (fate != _GOES).nonzero().flatten() for dim, fate in stays[key].items()},
+            int((passing[key] != _GOES).sum()) if key in passing else None,
+            tuple(places[key]),
+        )
+        for key, tensor in tensors.items()
+    ]
+
+
+_UNDECIDED, _STAYS, _GOES = -1, 1, 0
+
+
+def _decide(fate: Tensor, group: GroupPlan, slot: Slot) -> None:
+    """Note which indices of a dimension stay and which go, or refuse two opinions."""
+    gone = set(range(group.units)) - set(group.kept)
+    for units, decision in ((group.kept, _STAYS), (gone, _GOES)):
+        index = torch.tensor(slot.indices(units), dtype=torch.int64)
+        if bool((fate[index] == (_STAYS + _GOES - decision)).any()):
+            raise ModelError(
+                f"group {group.name!r} and another one cut dimension {slot.dim} of "
+                f"{slot.tensor!r}, or of a tensor tied to it, in different ways; prune them "
+                "alike, or untie them first"
             )
-        scale = float(a.double().abs().max()) or 1.0
-        error = float((a.double() - b.double()).abs().max()) / scale
-        tolerance = _TOLERANCE.get(a.dtype, 1e-4)
-        if not error <= tolerance:
-            raise EquivalenceError(
-                f"the shrunk model's output differs from the masked one's by {error:.2e} of its "
-                f"largest value (tolerance {tolerance:.0e}); nothing was written: please report "
-                "the architecture"
-            )
-        worst = max(worst, error)
-    return worst
+        fate[index] = decision
+
+
+def _places(model: nn.Module) -> dict[_Storage, list[tuple[nn.Module, dict[str, Any], str]]]:
+    found: dict[_Storage, list[tuple[nn.Module, dict[str, Any], str]]] = {}
+    for module in model.modules():
+        stores: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+        for store in stores:
+            for attribute, tensor in store.items():
+                if tensor is not None:
+                    found.setdefault(_identity(tensor), []).append((module, store, attribute))
+    return found
+
+
+def _identity(tensor: Tensor) -> _Storage:
+    """Return a key that tied tensors share: those that are views of the same memory, too."""
+    memory = tensor.untyped_storage()._cdata
+    return memory, tensor.storage_offset(), tuple(tensor.shape), tensor.stride()
+
+
+def _checked_tensor(model: nn.Module, group: GroupPlan, slot: Slot) -> Tensor:
+    path, _, attribute = slot.tensor.rpartition(".")
+    try:
+        tensor = getattr(model.get_submodule(path), attribute)
+        size = tensor.shape[slot.dim]
+    except (AttributeError, IndexError) as error:
+        raise ModelError(
+            f"group {group.name!r}: no {slot.tensor!r} of {slot.dim + 1} "
+            "dimensions in this model; the plan is for another"
+        ) from error
+    last = slot.offset + slot.outer * slot.units * slot.inner
+    if slot.units != group.units or last > size:
+        raise ModelError(
+            f"group {group.name!r}: {slot.tensor!r} has {size} entries along dimension "
+            f"{slot.dim} and the plan needs {last}; the plan is for another model"
+        )
+    assert isinstance(tensor, Tensor)
+    return tensor

@@ -1,0 +1,181 @@
+"""Shrink and prove in one step; where a module keeps a number under an unknown name, find it.
+
+A number that equals a size of a group which touches its module is a candidate.  Which candidates
+follow is not guessed: a set of them is accepted only if the shrunk model then computes what the
+masked one does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import combinations
+
+from torch import nn
+
+from graph.export import failing_module
+from osscar.adapters import nearby, prepare
+from osscar.errors import EquivalenceError
+from osscar.plan import Integer, PruningPlan
+from osscar.proof import Inputs, evaluating, explained, masked, proof_outputs, prove_equal
+from osscar.slicing import HISTORY, restored_on_error, shrink
+
+_MOST_AT_ONCE = 3
+
+
+@dataclass(frozen=True)
+class Proof:
+    """A model was shrunk, and this is how far it is from the masked one.
+
+    Parameters
+    ----------
+    plan
+        What was removed, with the numbers of modules that had to be found.
+    error
+        Largest difference between outputs, relative to the largest output.
+    """
+
+    plan: PruningPlan
+    error: float
+
+
+def shrink_proved(
+    model: nn.Module,
+    plan: PruningPlan,
+    inputs: Sequence[Inputs],
+    *,
+    tolerance: float | None = None,
+) -> Proof:
+    """Remove units from a model, in place, and prove that nothing else has changed.
+
+    Parameters
+    ----------
+    model
+        Changed in place; as it was before if anything fails.
+    plan
+        What stays.
+    inputs
+        On which the shrunk model is compared with the masked one, best of more than one size: each
+        a tuple of positional arguments or a dict of keyword arguments.
+    tolerance
+        Largest difference allowed, relative to the largest output; by default that of the number
+        format.
+
+    Raises
+    ------
+    ModelError
+        If the plan does not fit the model.
+    EquivalenceError
+        If the outputs differ; `AdapterError` if a module cannot follow.
+    """
+    with evaluating(model), restored_on_error(model):
+        prepare(model)
+        with masked(model, plan):
+            expected = proof_outputs(model, inputs)
+        shrink(model, plan)
+        search = _Search(
+            model,
+            plan,
+            lambda: prove_equal(expected, proof_outputs(model, inputs), tolerance=tolerance),
+        )
+        return search.run()
+
+
+@dataclass
+class _Search:
+    model: nn.Module
+    plan: PruningPlan
+    check: Callable[[], float]
+    integers: dict[tuple[str, str], int] = field(default_factory=dict)
+
+    def run(self) -> Proof:
+        """Prove, and as long as a module fails, let its numbers follow."""
+        outcome = self._attempt()
+        while not isinstance(outcome, float):
+            outcome = self._mended(outcome)
+        found = tuple(Integer(*place, value) for place, value in self.integers.items())
+        plan = replace(self.plan, integers=self.plan.integers + found)
+        setattr(self.model, HISTORY, (*getattr(self.model, HISTORY)[:-1], plan))
+        return Proof(plan, outcome)
+
+    def _attempt(self) -> float | Exception:
+        try:
+            return self.check()
+        except Exception as error:  # whatever the user's forward raises when sizes do not fit
+            return error
+
+    def _mended(self, failure: Exception) -> float | Exception:
+        """Return the outcome of the first set of candidates that gets past a failure."""
+        culprit = self._culprit(failure)
+        for kind, names in self._candidates(culprit):
+            before = self._follow(kind, names)
+            outcome = self._attempt()
+            if isinstance(outcome, float) or self._is_past(outcome, culprit):
+                return outcome
+            for module, name, value in before:
+                setattr(module, name, value)
+                del self.integers[self._name(module), name]
+        if isinstance(failure, EquivalenceError):
+            raise failure
+        raise explained(failure, self.model) from failure
+
+    def _culprit(self, failure: Exception) -> type[nn.Module] | None:
+        """Return the class of the module that failed; None if only the outputs were wrong."""
+        if isinstance(failure, EquivalenceError):
+            return None
+        return type(self.model.get_submodule(failing_module(failure.__traceback__, self.model)))
+
+    def _is_past(self, outcome: Exception, culprit: type[nn.Module] | None) -> bool:
+        later = self._culprit(outcome)
+        changed = {type(self.model.get_submodule(name)) for name, _ in self.integers}
+        return later is not None and later is not culprit and later not in changed
+
+    def _candidates(
+        self, culprit: type[nn.Module] | None
+    ) -> Iterator[tuple[type[nn.Module], tuple[str, ...]]]:
+        """Yield classes with the names of numbers in them, the likeliest and fewest first."""
+        names: dict[type[nn.Module], dict[str, None]] = {}
+        for group in self.plan.groups:
+            for name in nearby(group):
+                module = self.model.get_submodule(name)
+                own = names.setdefault(type(module), {})
+                own.update(dict.fromkeys(self._following(name, module)))
+        for kind in sorted(names, key=lambda kind: kind is not culprit):
+            for count in range(1, _MOST_AT_ONCE + 1):
+                for chosen in combinations(names[kind], count):
+                    yield kind, chosen
+
+    def _following(self, name: str, module: nn.Module) -> dict[str, int]:
+        """Return the numbers of a module that may follow, with what they would become."""
+        sizes: dict[int, int] = {}
+        for group in self.plan.groups:
+            if name in nearby(group):
+                sizes[group.units] = len(group.kept)
+                for slot in group.slots:
+                    old = slot.units * slot.width
+                    sizes[old] = group.scaled(old)
+        return {
+            key: sizes[value]
+            for key, value in vars(module).items()
+            if type(value) is int and value in sizes and (name, key) not in self.integers
+        }
+
+    def _follow(
+        self, kind: type[nn.Module], names: tuple[str, ...]
+    ) -> list[tuple[nn.Module, str, int]]:
+        """Let some numbers follow in every module of a class; return what they were."""
+        before: list[tuple[nn.Module, str, int]] = []
+        for name, module in list(self.model.named_modules()):
+            if type(module) is not kind:
+                continue
+            following = self._following(name, module)
+            for key in names:
+                if key in following:
+                    before.append((module, key, getattr(module, key)))
+                    setattr(module, key, following[key])
+                    self.integers[name, key] = following[key]
+        return before
+
+    def _name(self, module: nn.Module) -> str:
+        names = {id(other): name for name, other in self.model.named_modules()}
+        return names[id(module)]
