@@ -23,7 +23,9 @@ if TYPE_CHECKING:
     from osscar.models import LoadedModel, load_model
     from osscar.pipeline import LayerReport, PruningResult, prune
     from osscar.plan import PruningPlan
+    from osscar.rows import Row
     from osscar.slicing import shrink
+    from osscar.study import Study, StudyDesign
 
 __version__ = "0.1.0"
 
@@ -36,7 +38,10 @@ __all__ = [
     "OsscarError",
     "PruningPlan",
     "PruningResult",
+    "Row",
     "SavedCheckpoint",
+    "Study",
+    "StudyDesign",
     "compare",
     "evaluate",
     "load",
@@ -57,7 +62,10 @@ _HOMES = {
     "OsscarError": "errors",
     "PruningPlan": "plan",
     "PruningResult": "pipeline",
+    "Row": "rows",
     "SavedCheckpoint": "checkpoint",
+    "Study": "study",
+    "StudyDesign": "study",
     "compare": "evaluation",
     "evaluate": "evaluation",
     "load": "checkpoint",

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 def layers_table(layers: Sequence[LayerReport]) -> Table:
     """Return one row for each pruned group."""
-    table = _table("loss by layer", "group", "kept >", "loss >", "status", "seconds >")
+    table = new_table("loss by layer", "group", "kept >", "loss >", "status", "seconds >")
     dead = any(layer.dead for layer in layers)
     bounds = any(layer.lower_bound is not None for layer in layers)
     if dead:
@@ -45,7 +45,7 @@ def layers_table(layers: Sequence[LayerReport]) -> Table:
 
 def comparison_table(comparison: Comparison, name: str = "pruned") -> Table:
     """Return a model beside its dense original, with ratios."""
-    table = _table("", "", "dense >", f"{name} >", "ratio >")
+    table = new_table("", "", "dense >", f"{name} >", "ratio >")
     dense, model, ratios = comparison.dense, comparison.model, comparison.ratios
     for (label, before), (_, after), ratio in zip(
         _numbers(dense),
@@ -68,7 +68,7 @@ def comparison_table(comparison: Comparison, name: str = "pruned") -> Table:
 
 def evaluation_table(evaluation: Evaluation, name: str) -> Table:
     """Return the numbers of one model."""
-    table = _table("", "", f"{name} >")
+    table = new_table("", "", f"{name} >")
     for label, value in _numbers(evaluation):
         table.add_row(label, value)
     return table
@@ -90,7 +90,7 @@ def _numbers(evaluation: Evaluation) -> list[tuple[str, str]]:
 
 def groups_table(groups: Sequence[CouplingGroup]) -> Table:
     """Return one row for each coupling group, with the parameters that all its units hold."""
-    table = _table(
+    table = new_table(
         "", "group", "kind", "units >", "rows/unit >", "producers", "consumers", "parameters >"
     )
     for group in groups:
@@ -113,7 +113,7 @@ def _modules(slots: Sequence[Slot]) -> str:
 
 def backends_table(infos: Sequence[BackendInfo]) -> Table:
     """Return one row for each registered backend."""
-    table = _table("", "backend", "kind", "takes", "options", "what it does", "available")
+    table = new_table("", "backend", "kind", "takes", "options", "what it does", "available")
     for info in infos:
         options = ", ".join(f"{key}={value}" for key, value in info.options.items())
         available = Text("yes", style="green") if info.unavailable is None else info.unavailable
@@ -133,7 +133,7 @@ def _takes(capabilities: Capabilities) -> str:
     return ", ".join(limit for limit in limits if limit) or "everything"
 
 
-def _table(title: str, *columns: str) -> Table:
+def new_table(title: str, *columns: str) -> Table:
     """Return an empty table; a column whose name ends in ``>`` is aligned to the right."""
     table = Table(title=title or None, title_justify="left", title_style="bold", box=SIMPLE_HEAD)
     for index, column in enumerate(columns):

@@ -1,0 +1,218 @@
+"""``osscar gap``: how far from optimal selections are, problem by problem."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from osscar.cli.common import (
+    DeviceOption,
+    JsonOption,
+    TrustOption,
+    check_json_path,
+    document,
+    out,
+    quiet,
+    write_json,
+)
+
+if TYPE_CHECKING:
+    from osscar.report.summary import Summary
+    from solvers import SubsetProblem
+
+_PROBLEM_SUFFIXES = (".npz", ".safetensors")
+
+
+def command(
+    sources: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="MODEL_OR_PROBLEM...",
+            help="One model as for `osscar prune`, or problem files (.npz, .safetensors).",
+        ),
+    ],
+    directory: Annotated[Path, typer.Option("--out", help="Where the study lies, or goes on.")],
+    sparsity: Annotated[
+        str, typer.Option(help="Shares of the units to remove, separated by commas.")
+    ] = "0.25,0.5,0.75",
+    backends: Annotated[
+        str | None,
+        typer.Option(
+            help="Backends, separated by commas; by default the heuristics, the root bound and "
+            "`branch_and_bound`."
+        ),
+    ] = None,
+    groups: Annotated[
+        str | None,
+        typer.Option(help="Only groups of the model that match one of these patterns (`*.heads`)."),
+    ] = None,
+    exact_units: Annotated[
+        int, typer.Option(help="Give problems of at most this many units to exact backends.")
+    ] = 64,
+    units: Annotated[
+        int | None,
+        typer.Option(help="Draw windows of this many units from larger problems, the rest held."),
+    ] = None,
+    windows: Annotated[int, typer.Option(help="Windows for each problem and sparsity.")] = 3,
+    time_limit: Annotated[float, typer.Option(help="Seconds for one exact solve.")] = 60.0,
+    query_heads: Annotated[
+        bool,
+        typer.Option(
+            "--query-heads",
+            help="Let single query heads be units, where only groups of them can be removed.",
+        ),
+    ] = False,
+    calibration: Annotated[
+        str | None,
+        typer.Option(help="Plain text file or Hugging Face dataset; by default built-in text."),
+    ] = None,
+    samples: Annotated[int, typer.Option(max=10**6, help="Calibration windows.")] = 32,
+    seqlen: Annotated[int, typer.Option(help="Tokens in a calibration window.")] = 512,
+    seed: Annotated[
+        int, typer.Option(min=0, max=2**63 - 1, help="Seed of everything that is drawn.")
+    ] = 0,
+    damp: Annotated[
+        float, typer.Option(help="Pull towards the dense weights, relative to mean(diag H).")
+    ] = 0.01,
+    jobs: Annotated[int, typer.Option(help="Processes that solve at once.")] = 1,
+    device: DeviceOption = "auto",
+    json: JsonOption = None,
+    trust_remote_code: TrustOption = False,
+) -> None:
+    """Solve, bound and verify every problem with every backend, and report the gaps.
+
+    The problems of a model are posed on its dense activations, group by group. Run the same command
+    again to go on with a study that was interrupted, or with more sparsities or backends to extend
+    it.
+    """
+    from osscar.report.html import write_report
+    from osscar.report.summary import summarize
+    from osscar.study import DEFAULT_BACKENDS, Study, StudyDesign
+
+    check_json_path(json)
+    design = StudyDesign(
+        sparsities=_numbers(sparsity),
+        backends=DEFAULT_BACKENDS if backends is None else _names(backends),
+        exact_units=exact_units,
+        window_units=units,
+        windows=windows,
+        time_limit=time_limit,
+        seed=seed,
+    )
+    are_files = _are_problems(sources)
+    source: dict[str, Any]
+    if are_files:
+        source = {"problems": [_fingerprint(Path(file)) for file in sources]}
+    else:
+        source = {
+            **{"model": sources[0], "calibration": calibration or "built-in text"},
+            **{"samples": samples, "seqlen": seqlen, "seed": seed, "damp": damp},
+            **{"groups": groups, "query_heads": query_heads},
+        }
+    study = Study(directory, source)
+    with quiet():
+        if not study.instances:
+            study.capture(
+                _file_problems(sources)
+                if are_files
+                else _model_problems(
+                    source, groups, device=device, trust_remote_code=trust_remote_code
+                )
+            )
+        rows = study.run(design, jobs)
+        summary = summarize(rows)
+        report = write_report(study, design, rows, summary, jobs=jobs)
+    _print(summary)
+    out.print(f"report: {report}", highlight=False)
+    content = {
+        **{"directory": str(directory), "source": source, "design": dataclasses.asdict(design)},
+        "headline": list(summary.headline),
+        "rows": [dataclasses.asdict(row) for row in rows],
+    }
+    write_json(json, document("gap", 1, content))
+
+
+def _print(summary: Summary) -> None:
+    from osscar.report.gap_tables import cases_table, scores_table
+
+    out.print(cases_table(summary))
+    out.print(scores_table(summary))
+    for sentence in summary.headline:
+        out.print(f"- {sentence}", highlight=False)
+
+
+def _model_problems(
+    source: dict[str, Any], groups: str | None, *, device: str, trust_remote_code: bool
+) -> Iterator[tuple[str, SubsetProblem]]:
+    from osscar.calibration import BUILTIN, load_calibration
+    from osscar.instances import capture_problems
+    from osscar.models import load_model
+
+    loaded = load_model(source["model"], device=device, trust_remote_code=trust_remote_code)
+    text = source["calibration"]
+    windows = load_calibration(
+        BUILTIN if text == "built-in text" else text,
+        loaded.tokenizer,
+        samples=source["samples"],
+        seqlen=source["seqlen"],
+        seed=source["seed"],
+    )
+    patterns = _names(groups) if groups is not None else ("*",)
+    for group, problem in capture_problems(
+        loaded.model,
+        windows.tokens,
+        damp=source["damp"],
+        wanted=lambda name: any(fnmatchcase(name, pattern) for pattern in patterns),
+        query_heads=source["query_heads"],
+    ):
+        yield str(group.kind), problem.to("cpu")
+
+
+def _are_problems(sources: list[str]) -> bool:
+    from osscar.errors import OptionError
+
+    files = [source.endswith(_PROBLEM_SUFFIXES) for source in sources]
+    if any(files) and not all(files):
+        raise OptionError("give either one model or problem files, not both")
+    if not any(files) and len(sources) > 1:
+        raise OptionError(f"give one model, not {len(sources)}: {', '.join(sources)}")
+    return all(files)
+
+
+def _file_problems(sources: list[str]) -> Iterator[tuple[str, SubsetProblem]]:
+    import solvers
+
+    for source in sources:
+        problem = solvers.SubsetProblem.load(source)
+        named = dataclasses.replace(problem, name=problem.name or Path(source).stem)
+        yield "units", named
+
+
+def _fingerprint(file: Path) -> dict[str, str]:
+    """Return a problem file's name and what tells whether it is still the same."""
+    import hashlib
+
+    from solvers import ProblemError
+
+    try:
+        return {"file": file.name, "sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
+    except OSError as error:
+        raise ProblemError(f"cannot read {file}: {error.strerror}") from error
+
+
+def _numbers(text: str) -> tuple[float, ...]:
+    from osscar.errors import OptionError
+
+    try:
+        return tuple(float(part) for part in _names(text))
+    except ValueError:
+        raise OptionError(f"--sparsity {text!r} is not a list such as 0.25,0.5,0.75") from None
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))

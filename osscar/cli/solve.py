@@ -1,0 +1,151 @@
+"""``osscar solve``: one problem file, one backend."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from osscar.cli.common import (
+    DeviceOption,
+    JsonOption,
+    check_json_path,
+    document,
+    out,
+    quiet,
+    write_json,
+)
+from osscar.cli.prune import parse_options
+
+if TYPE_CHECKING:
+    from solvers import Solution, SubsetProblem, Verification
+
+
+def command(
+    file: Annotated[Path, typer.Argument(help="A problem file (.npz or .safetensors).")],
+    backend: Annotated[str, typer.Option(help="`osscar backends` lists them.")] = "local_search",
+    keep: Annotated[
+        int | None, typer.Option(help="How many units stay, instead of what the file says.")
+    ] = None,
+    option: Annotated[
+        list[str] | None, typer.Option(help="Option of the backend, as NAME=VALUE; repeatable.")
+    ] = None,
+    bound: Annotated[
+        bool, typer.Option("--bound", help="Add a lower bound where the backend gives none.")
+    ] = False,
+    list_problem: Annotated[
+        bool,
+        typer.Option("--list-problem", help="Show what the file holds and who can take it."),
+    ] = False,
+    device: DeviceOption = "auto",
+    json: JsonOption = None,
+) -> None:
+    """Solve one problem, verify the answer from the problem alone, and show both."""
+    import solvers
+    from osscar.models import resolve_device
+
+    check_json_path(json)
+    target = resolve_device(device)
+    problem = solvers.SubsetProblem.load(file)
+    if keep is not None:
+        problem = problem.with_keep(keep)
+    if list_problem:
+        content = describe(problem)
+        _print_problem(problem, file)
+        write_json(json, document("problem", 1, {"file": str(file), **content}))
+        return
+    with quiet():
+        solution = solvers.solve(
+            problem, backend, device=target, bound=bound, **parse_options(option or [])
+        )
+        verification = solution.verify()
+    _print_solution(solution, verification)
+    content = {"file": str(file), "problem": describe(problem), **_content(solution, verification)}
+    write_json(json, document("solve", 1, content))
+
+
+def describe(problem: SubsetProblem) -> dict[str, Any]:
+    """Return what a problem is, without its tensors."""
+    return {
+        "name": problem.name,
+        "units": problem.units,
+        "keep": problem.keep,
+        "width": problem.width,
+        "scale": problem.scale,
+        "dead": problem.dead.tolist(),
+        "consumers": [
+            {
+                "inputs": len(consumer.H),
+                "outputs": consumer.W0.shape[1],
+                "width": consumer.width,
+                "damping": consumer.damping,
+            }
+            for consumer in problem.consumers
+        ],
+    }
+
+
+def _print_problem(problem: SubsetProblem, file: Path) -> None:
+    import solvers
+    from osscar.report.gap_tables import takers_table
+
+    supports = math.comb(problem.units, problem.keep)
+    size = f"{supports:,}" if supports < 10**9 else f"about 10^{len(str(supports)) - 1}"
+    out.print(f"{problem.name or file.stem}: keep {problem.keep} of {problem.units} units")
+    for consumer in problem.consumers:
+        p, m = consumer.W0.shape
+        out.print(
+            f"  read by a map of {p:,} inputs and {m:,} outputs, {consumer.width} inputs a unit, "
+            f"damping {consumer.damping:.3g}"
+        )
+    out.print(f"  {size} supports; removing everything loses {problem.scale:.6g}")
+    if len(problem.dead):
+        out.print(f"  {len(problem.dead)} units are dead: their inputs were always zero")
+    out.print(takers_table(solvers.backends(), problem))
+
+
+def _print_solution(solution: Solution, verification: Verification) -> None:
+    problem = solution.problem
+    out.print(
+        f"{problem.name}: {solution.backend} keeps {problem.keep} of {problem.units} units, "
+        f"loss {verification.loss:.9g}, {solution.relative_loss:.6f} of removing everything"
+    )
+    if math.isfinite(solution.lower_bound):
+        out.print(
+            f"no support has a loss below {solution.lower_bound:.9g}, so that the gap is "
+            f"{solution.gap:.4%} ({solution.bound_from})"
+        )
+    out.print(f"{solution.status.name}: {solution.status.value}", highlight=False)
+    out.print(f"{solution.seconds:.2f} s, {solution.iterations} iterations")
+    out.print(
+        "verified from the problem alone: support, refit, loss"
+        + (", and the bound" if math.isfinite(verification.lower_bound) else "")
+        + (", and every exchange" if math.isfinite(verification.swap_gain) else "")
+    )
+    fewer = "kept" if 2 * problem.keep <= problem.units else "removed"
+    units = solution.support if fewer == "kept" else solution.removed
+    out.print(f"{fewer}: {' '.join(map(str, units.tolist()))}", highlight=False)
+
+
+def _content(solution: Solution, verification: Verification) -> dict[str, Any]:
+    numbers = {k: _finite(v) for k, v in dataclasses.asdict(verification).items()}
+    return {
+        "backend": solution.backend,
+        "status": solution.status.name,
+        "support": solution.support.tolist(),
+        "loss": verification.loss,
+        "relative_loss": solution.relative_loss,
+        "lower_bound": _finite(solution.lower_bound),
+        "bound_from": solution.bound_from,
+        "gap": _finite(solution.gap),
+        "iterations": solution.iterations,
+        "seconds": solution.seconds,
+        "verification": numbers,
+    }
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None

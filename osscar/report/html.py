@@ -1,0 +1,135 @@
+"""One self-contained page that a person reads from top to bottom."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jinja2
+
+import osscar
+from osscar.errors import OutputError
+from osscar.report.plots import draw_plots
+from osscar.report.summary import Case, Summary
+from osscar.rows import WINDOW, Row
+
+if TYPE_CHECKING:
+    from osscar.study import StudyDesign, Study
+
+REPORT_FILE = "report.html"
+
+_CAPTIONS = {
+    "gaps": "How far each answer can be from the optimum: the gap between its loss and the best "
+    "lower bound, as a share of the loss. An answer without a filled bar is proved optimal.",
+    "curves": "Loss of the best answer, and the lower bound that no choice of units can beat, "
+    "against the share of units removed. Both are relative to the loss of removing everything. The "
+    "true optimum lies in the shaded band.",
+    "ratios": "What heuristics lose against proven optima, one dot a problem.",
+    "times": "Wall time of exact solves.",
+}
+
+
+@dataclass(frozen=True)
+class _Figure:
+    """A plot as the page embeds it."""
+
+    name: str
+    caption: str
+    data: str
+
+
+def write_report(
+    study: Study, design: StudyDesign, rows: Sequence[Row], summary: Summary, *, jobs: int = 1
+) -> Path:
+    """Draw the plots and write the page into the study's directory.
+
+    Parameters
+    ----------
+    study, design, rows, summary
+        What was asked, and what came of it.
+    jobs
+        Processes that solved at once, which the times depend on.
+
+    Returns
+    -------
+    Path
+        The page.
+
+    Raises
+    ------
+    OutputError
+        If something cannot be written.
+    """
+    page = study.directory / REPORT_FILE
+    try:
+        plots = draw_plots(summary, study.directory)
+        figures = [
+            _Figure(name, caption, base64.b64encode(plots[name].read_bytes()).decode())
+            for name, caption in _CAPTIONS.items()
+            if name in plots
+        ]
+        text = _template().render(
+            version=osscar.__version__,
+            asked=_asked(study, design, jobs),
+            summary=summary,
+            figures=figures,
+            layers=[case for case in summary.cases if case.best.kind != WINDOW],
+            windows=[case for case in summary.cases if case.best.kind == WINDOW],
+            still_open=[case for case in summary.cases if not case.closed],
+            rows=rows,
+        )
+        partial = page.with_name(f".{page.name}.partial")
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(page)
+    except OSError as error:
+        raise OutputError(f"cannot write {error.filename or page}: {error.strerror}") from error
+    return page
+
+
+def _template() -> jinja2.Template:
+    environment = jinja2.Environment(
+        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+    )
+    environment.filters.update(percent=_percent, number=_number, bound=_relative_bound)
+    text = files("osscar.report").joinpath("gap.html.j2").read_text(encoding="utf-8")
+    return environment.from_string(text)
+
+
+def _asked(study: Study, design: StudyDesign, jobs: int) -> dict[str, str]:
+    asked: dict[str, Any] = dict(study.source)
+    problems = asked.pop("problems", None)
+    if problems is not None:
+        asked["problem files"] = ", ".join(problem["file"] for problem in problems)
+    asked["share of units removed"] = ", ".join(f"{s:.0%}" for s in design.sparsities)
+    asked["backends"] = ", ".join(design.backends)
+    asked["exact backends on"] = f"problems of at most {design.exact_units} units"
+    asked["time limit"] = f"{design.time_limit:g} s for an exact solve"
+    if design.window_units is not None:
+        asked["windows"] = (
+            f"{design.windows} of {design.window_units} units for each larger problem and sparsity, "
+            "the other units held as local_search left them"
+        )
+    asked["processes at once"] = str(jobs)
+    return {
+        key.replace("_", " "): str(value)
+        for key, value in asked.items()
+        if value is not None and value is not False
+    }
+
+
+def _percent(value: float | None, digits: int = 2) -> str:
+    return "" if value is None else f"{value:.{digits}%}"
+
+
+def _number(value: float | None, digits: int = 4) -> str:
+    return "" if value is None else f"{value:.{digits}f}"
+
+
+def _relative_bound(case: Case) -> str:
+    if case.bound is None or case.loss <= 0:
+        return ""
+    return _number(max(0.0, case.bound) / case.loss * (case.best.relative_loss or 0.0))

@@ -1,0 +1,239 @@
+"""Plots of an optimality-gap study, as SVG and PNG."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter, PercentFormatter
+
+import solvers
+from osscar.report.summary import HIT, Case, Summary, excess
+from osscar.rows import WINDOW, Row
+from solvers import Status
+
+_COLORS = ("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b", "#17becf", "#7f7f7f")
+_STYLE: Any = {
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.25,
+    "axes.titlesize": 9,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "osscar",
+}
+_COLUMNS = 6
+_FLOOR = 1e-7
+"""Where excesses that count as zero are drawn on a logarithmic axis."""
+
+
+def draw_plots(summary: Summary, directory: Path) -> dict[str, Path]:
+    """Draw what the study has data for.
+
+    Parameters
+    ----------
+    summary
+        The study.
+    directory
+        Where to; an SVG and a PNG of each plot.
+
+    Returns
+    -------
+    dict
+        The SVG files by name: ``curves``, ``gaps``, ``ratios``, ``times``; those without data are
+        left out.
+    """
+    layers = [case for case in summary.cases if case.best.kind != WINDOW]
+    closed = [case for case in summary.cases if case.closed]
+    written: dict[str, Path] = {}
+    with matplotlib.rc_context(_STYLE):
+        figures = {
+            "curves": _curves(layers) if layers else None,
+            "gaps": _gaps([case for case in layers if case.gap is not None]),
+            "ratios": _ratios(closed),
+            "times": _times(summary.cases),
+        }
+        for name, figure in figures.items():
+            if figure is not None:
+                FigureCanvasAgg(figure)
+                figure.savefig(directory / f"{name}.png", dpi=150)
+                written[name] = directory / f"{name}.svg"
+                figure.savefig(written[name], metadata={"Date": None})
+    return written
+
+
+def short_name(name: str) -> str:
+    """Return a group's name without what all models share: ``layers.3.mlp.neurons``."""
+    return re.sub(r"^(model|transformer|decoder|gpt_neox)\.(decoder\.|model\.)?", "", name)
+
+
+def _curves(layers: Sequence[Case]) -> Figure:
+    """Draw loss and bound against sparsity, a panel a layer."""
+    names = list(dict.fromkeys(case.best.instance for case in layers))
+    columns = min(_COLUMNS, len(names))
+    lines = math.ceil(len(names) / columns)
+    figure, grid = _subplots(lines, columns, width=max(6.0, 2.1 * columns), height=1.75 * lines + 1)
+    for axes, name in zip(grid, names, strict=False):
+        cases = sorted(
+            (c for c in layers if c.best.instance == name), key=lambda c: c.best.sparsity
+        )
+        with _panel(axes, short_name(name)):
+            _curve(axes, cases)
+    for axes in grid[len(names) :]:
+        axes.set_visible(False)
+    handles, labels = grid[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper left", ncols=len(labels), frameon=False)
+    figure.supxlabel("share of units removed", fontsize=9)
+    figure.supylabel("relative loss", fontsize=9)
+    return figure
+
+
+def _curve(axes: Axes, cases: Sequence[Case]) -> None:
+    scales = [(c.best.relative_loss or 0.0) / c.loss if c.loss > 0 else 0.0 for c in cases]
+    x = [case.best.sparsity for case in cases]
+    loss = [case.loss * scale for case, scale in zip(cases, scales, strict=True)]
+    axes.set_xticks(x)
+    axes.plot(x, loss, "o-", color=_COLORS[0], markersize=3, linewidth=1, label="best loss")
+    bounded = [
+        (case.best.sparsity, max(0.0, case.bound) * scale, case.loss * scale)
+        for case, scale in zip(cases, scales, strict=True)
+        if case.bound is not None
+    ]
+    if bounded:
+        at, low, high = zip(*bounded, strict=True)
+        axes.plot(at, low, "s--", color=_COLORS[1], markersize=3, linewidth=1, label="lower bound")
+        axes.fill_between(at, low, high, color=_COLORS[1], alpha=0.2, linewidth=0)
+
+
+def _gaps(cases: Sequence[Case]) -> Figure | None:
+    """Draw the gap of each layer as bars, solid what is open and hollow what the root bound left.
+
+    The hollow bar shows how far the root bound alone is from the answer.
+    """
+    if not cases:
+        return None
+    names = list(dict.fromkeys(case.best.instance for case in cases))
+    sparsities = sorted({case.best.sparsity for case in cases})
+    step = 0.8 / len(sparsities)
+    figure, (axes,) = _subplots(1, 1, width=max(6.0, 0.26 * len(names) + 2), height=3.8)
+    for index, sparsity in enumerate(sparsities):
+        mine = {c.best.instance: c for c in cases if c.best.sparsity == sparsity}
+        x = [i + (index - (len(sparsities) - 1) / 2) * step for i in range(len(names))]
+        color = _COLORS[index % len(_COLORS)]
+        root = [_or_zero(mine[n].root_gap) if n in mine else 0.0 for n in names]
+        left = [_or_zero(mine[n].gap) if n in mine else 0.0 for n in names]
+        axes.bar(x, root, step * 0.9, facecolor="none", edgecolor=color, linewidth=0.7)
+        axes.bar(x, left, step * 0.9, color=color, label=f"{sparsity:.0%} removed")
+    axes.set_xticks(range(len(names)), [short_name(n) for n in names], rotation=90, fontsize=7)
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    axes.set_ylabel("gap to the lower bound")
+    axes.grid(axis="x", visible=False)
+    figure.legend(
+        title="filled: what remains; outline: with the root bound alone",
+        loc="outside upper left", ncols=len(sparsities), frameon=False, alignment="left",
+    )  # fmt: skip
+    return figure
+
+
+def _ratios(closed: Sequence[Case]) -> Figure | None:
+    """Draw how far each heuristic lies above the proven optimum, a dot a problem."""
+    names = list(
+        dict.fromkeys(
+            row.backend
+            for case in closed
+            for row in case.rows
+            if solvers.backend_class(row.backend).kind is solvers.Kind.HEURISTIC
+        )
+    )
+    if not names:
+        return None
+    figure, (axes,) = _subplots(1, 1, width=7.0, height=0.45 * len(names) + 1.6)
+    for line, name in enumerate(names):
+        over = sorted(
+            excess(row, case) for case in closed for row in case.rows if row.backend == name
+        )
+        hits = sum(value <= HIT for value in over)
+        spread = [line + 0.3 * (2 * ((i * 0.618034) % 1) - 1) for i in range(len(over))]
+        axes.scatter(
+            [max(value, _FLOOR) for value in over], spread, s=9, alpha=0.5, linewidth=0,
+            color=_COLORS[line % len(_COLORS)],
+        )  # fmt: skip
+        axes.annotate(
+            f"optimal: {hits} of {len(over)}", (1.01, line), xycoords=("axes fraction", "data"),
+            fontsize=8, va="center", annotation_clip=False,
+        )  # fmt: skip
+    axes.set_xscale("log")
+    axes.set_xlim(_FLOOR / 2, None)
+    axes.set_yticks(range(len(names)), names)
+    axes.invert_yaxis()
+    axes.set_xlabel(
+        f"loss above the proven optimum, relative to it (at the left edge: below {HIT:g})"
+    )
+    return figure
+
+
+def _times(cases: Sequence[Case]) -> Figure | None:
+    """Draw the time of exact solves against the number of units, hollow where not closed."""
+    rows = [row for case in cases for row in case.rows if _is_exact(row) and row.seconds]
+    if not rows:
+        return None
+    figure, (axes,) = _subplots(1, 1, width=6.5, height=3.8)
+    for index, name in enumerate(dict.fromkeys(row.backend for row in rows)):
+        color = _COLORS[index % len(_COLORS)]
+        mine = [row for row in rows if row.backend == name]
+        closed = [row for row in mine if row.status == Status.OPTIMAL.name]
+        others = [row for row in mine if row.status != Status.OPTIMAL.name]
+        shift = 2 ** (0.06 * index)  # side by side, so that none hides another
+        axes.scatter(*_points(closed, shift), s=16, color=color, alpha=0.7, linewidth=0, label=name)
+        axes.scatter(
+            *_points(others, shift), s=20, facecolor="none", edgecolor=color, linewidth=0.8
+        )
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    sizes = sorted({row.units for row in rows})
+    axes.set_xticks(sizes, [str(size) for size in sizes])
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.yaxis.set_major_locator(LogLocator())
+    axes.set_xlabel("units (filled: proved optimal, hollow: stopped before)")
+    axes.set_ylabel("seconds")
+    axes.legend(frameon=False)
+    return figure
+
+
+def _points(rows: Sequence[Row], shift: float) -> tuple[list[float], list[float]]:
+    return [row.units * shift for row in rows], [row.seconds or 0.0 for row in rows]
+
+
+def _is_exact(row: Row) -> bool:
+    return solvers.backend_class(row.backend).kind is solvers.Kind.EXACT
+
+
+def _or_zero(value: float | None) -> float:
+    return 0.0 if value is None else value
+
+
+def _subplots(
+    lines: int, columns: int, *, width: float, height: float
+) -> tuple[Figure, list[Axes]]:
+    figure = Figure(figsize=(width, height), layout="constrained")
+    grid = figure.subplots(lines, columns, squeeze=False)
+    return figure, list(grid.flat)
+
+
+@contextmanager
+def _panel(axes: Axes, title: str) -> Iterator[None]:
+    """Set up a small panel; what is drawn in it decides the range of its axis."""
+    yield
+    axes.set_title(title, fontsize=7, loc="left")
+    axes.set_ylim(bottom=0)
+    axes.tick_params(labelsize=6)
+    axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
