@@ -8,9 +8,11 @@ the solves in flight and goes on where it stopped.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 import re
+import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -101,7 +103,7 @@ class Study:
     Parameters
     ----------
     directory
-        Where it lies; made if it does not exist.
+        Where it lies; `capture` makes it.
     source
         Where the problems come from, in full: whoever goes on with a study must ask for the same.
 
@@ -119,35 +121,47 @@ class Study:
             self._check_same()
         elif directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
             raise StudyError(f"{directory} is not empty and holds no study; give another --out")
-        try:
-            for name in (_PROBLEMS, ROWS):
-                (directory / name).mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise StudyError(f"cannot write {directory}: {error.strerror}") from error
-        if not self._settings.exists():
-            self._write_settings(())
 
     @property
     def instances(self) -> tuple[Instance, ...]:
         """The captured problems, none before `capture` has finished; windows are not listed."""
+        if not self._settings.exists():
+            return ()
         return tuple(Instance(**entry) for entry in self._read_settings()["instances"])
 
     def capture(self, problems: Iterable[tuple[str, solvers.SubsetProblem]]) -> None:
-        """Write the problems, given with their kinds.
+        """Write the problems, given with their kinds; a new directory goes again if that fails.
 
         Raises
         ------
         StudyError
             If there is none, or two have one name.
         """
-        instances: list[Instance] = []
-        for kind, problem in problems:
-            if problem.name in {instance.name for instance in instances}:
-                raise StudyError(f"two problems are called {problem.name!r}; a study needs names")
-            instances.append(self._write_problem(kind, problem))
-        if not instances:
-            raise StudyError("there is no problem with two units or more to study")
-        self._write_settings(instances)
+        remaining = iter(problems)
+        first = next(remaining, None)
+        if first is None:
+            raise StudyError("there is no problem to study")
+        made = not self.directory.exists()
+        try:
+            self._make_directories()
+            instances: dict[str, Instance] = {}
+            for kind, problem in itertools.chain([first], remaining):
+                if problem.name in instances:
+                    raise StudyError(f"two problems are called {problem.name!r}; rename one")
+                instances[problem.name] = self._write_problem(kind, problem)
+            self._write_settings(tuple(instances.values()))
+        except BaseException:
+            if made:
+                shutil.rmtree(self.directory, ignore_errors=True)
+            raise
+
+    def _make_directories(self) -> None:
+        try:
+            for name in (_PROBLEMS, ROWS):
+                (self.directory / name).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise StudyError(f"cannot write {self.directory}: {error.strerror}") from error
+        self._write_settings(())
 
     def run(self, design: StudyDesign, jobs: int = 1) -> tuple[Row, ...]:
         """Solve what has not been solved yet, and return all rows of the design.

@@ -79,7 +79,7 @@ def command(
     damp: Annotated[
         float, typer.Option(help="Pull towards the dense weights, relative to mean(diag H).")
     ] = 0.01,
-    jobs: Annotated[int, typer.Option(help="Processes that solve at once.")] = 1,
+    jobs: Annotated[int, typer.Option(min=1, help="Processes that solve at once.")] = 1,
     device: DeviceOption = "auto",
     json: JsonOption = None,
     trust_remote_code: TrustOption = False,

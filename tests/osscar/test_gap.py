@@ -323,7 +323,12 @@ def test_two_problems_of_one_name_are_refused(tmp_path):
     study = Study(tmp_path / "study", {})
     with pytest.raises(StudyError, match="two problems are called 'same'"):
         study.capture([("heads", problem(4, name="same")), ("heads", problem(5, name="same"))])
-    assert not study.instances
+    assert not study.directory.exists()
+
+
+def test_jobs_must_be_positive(study):
+    with pytest.raises(OptionError, match="jobs is 0"):
+        study.run(DESIGN, jobs=0)
 
 
 def test_everything_lies_in_the_public_package():
