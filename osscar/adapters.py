@@ -8,6 +8,7 @@ What none of this covers, a user covers with `adapter`.
 
 from __future__ import annotations
 
+import copy
 import enum
 import re
 from collections.abc import Callable, Iterable
@@ -136,8 +137,8 @@ _OF_KIND = {
 }
 
 
-def follow(module: nn.Module, group: GroupPlan) -> None:
-    """Update the integers of a module that count the units of a group."""
+def follow(module: object, group: GroupPlan) -> None:
+    """Update the integers of a module, or of a config, that count the units of a group."""
     for name, value in list(vars(module).items()):
         if type(value) is int:
             for meaning in _OF_KIND.get(group.kind, ()):
@@ -159,6 +160,15 @@ def _fits(meaning: _Meaning, value: int, group: GroupPlan) -> bool:
         # Where units are key heads, each keeps its query heads.
         return value == group.units and queries != value
     return value % group.units == 0
+
+
+@adapter("transformers.models.phi3.modeling_phi3.Phi3Attention")
+def _follow_in_config(module: Any, group: GroupPlan) -> None:
+    """Give a module that reads head counts from the model's config a config of its own."""
+    if group.kind is Kind.HEADS:
+        module.config = copy.copy(module.config)
+        follow(module.config, group)
+    follow(module, group)
 
 
 # ---- layers ------------------------------------------------------------------------------

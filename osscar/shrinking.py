@@ -112,9 +112,9 @@ class _Search:
             outcome = self._attempt()
             if isinstance(outcome, float) or self._is_past(outcome, culprit):
                 return outcome
-            for module, name, value in before:
-                setattr(module, name, value)
-                del self.integers[self._name(module), name]
+            for (name, attribute), value in before.items():
+                setattr(self.model.get_submodule(name), attribute, value)
+                del self.integers[name, attribute]
         if isinstance(failure, EquivalenceError):
             raise failure
         raise explained(failure, self.model) from failure
@@ -160,22 +160,16 @@ class _Search:
             if type(value) is int and value in sizes and (name, key) not in self.integers
         }
 
-    def _follow(
-        self, kind: type[nn.Module], names: tuple[str, ...]
-    ) -> list[tuple[nn.Module, str, int]]:
+    def _follow(self, kind: type[nn.Module], names: tuple[str, ...]) -> dict[tuple[str, str], int]:
         """Let some numbers follow in every module of a class; return what they were."""
-        before: list[tuple[nn.Module, str, int]] = []
+        before: dict[tuple[str, str], int] = {}
         for name, module in list(self.model.named_modules()):
             if type(module) is not kind:
                 continue
             following = self._following(name, module)
             for key in names:
                 if key in following:
-                    before.append((module, key, getattr(module, key)))
+                    before[name, key] = getattr(module, key)
                     setattr(module, key, following[key])
                     self.integers[name, key] = following[key]
         return before
-
-    def _name(self, module: nn.Module) -> str:
-        names = {id(other): name for name, other in self.model.named_modules()}
-        return names[id(module)]

@@ -167,10 +167,11 @@ def index_selected(call: Call) -> Value:
     """Look positions of one dimension up by index."""
     value = call.value("self")
     dim = call.integer("dim") % len(value.dims)
-    call.freeze((value.dims[dim], *call.value("index").dims), _PICKED)
-    dims = list(value.dims)
-    dims[dim] = call.unknown(call.shapes[0][dim], _PICKED)
-    return Value(tuple(dims))
+    index = call.value("index")
+    call.freeze((value.dims[dim],), _PICKED)
+    call.record(index, Role.PASS_THROUGH)
+    # An entry of the index that leaves takes along the position that it looked up.
+    return _with_dim(Value(value.dims), dim, index.dims[0] if index.dims else ONE)
 
 
 @rule("aten.index")
@@ -183,16 +184,19 @@ def indexed(call: Call) -> Value:
         return run
     places = [dim for dim, index in enumerate(indices) if index is not None]
     looked_up = {dim: value.dims[dim] for dim in places}
-    for index in indices:
-        call.freeze(() if index is None else index.dims, _PICKED)
     call.freeze(looked_up.values(), _PICKED)
     kept = [layout for dim, layout in enumerate(value.dims) if dim not in looked_up]
-    rank = max(len(index.dims) for index in indices if index is not None)
+    present = [index for index in indices if index is not None]
+    rank = max(len(index.dims) for index in present)
     if rank + len(kept) != len(call.shapes[0]):
         return call.opaque("it is indexed by a mask")[0]
     consecutive = places == list(range(places[0], places[-1] + 1))
     first = places[0] if consecutive else 0
-    new = [call.unknown(size, _PICKED) for size in call.shapes[0][first : first + rank]]
+    # An entry of the indices that leaves takes along the position that it looked up.
+    shape = call.shapes[0][first : first + rank]
+    new = call.broadcast([index.dims for index in present], shape)
+    for index in present:
+        call.record(index, Role.PASS_THROUGH)
     for dim in range(len(value.dims)):
         if dim not in looked_up:
             call.record(value, Role.PRODUCER, dim)
