@@ -114,6 +114,8 @@ def command(
             **{"samples": samples, "seqlen": seqlen, "seed": seed, "damp": damp},
             **{"groups": groups, "query_heads": query_heads},
         }
+        if calibration is not None and Path(calibration).is_file():
+            source["calibration_sha256"] = _fingerprint(Path(calibration))["sha256"]
     study = Study(directory, source)
     with quiet():
         if not study.instances:

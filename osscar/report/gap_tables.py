@@ -42,11 +42,20 @@ def scores_table(summary: Summary) -> Table:
     """Return one row for each backend that answered problems whose optimum is known."""
     table = new_table(
         "on problems with a proven optimum",
-        *("backend", "solved >", "optimal >", "mean excess >", "worst >", "median seconds >"),
+        *(
+            "backend",
+            "problems",
+            "solved >",
+            "optimal >",
+            "mean excess >",
+            "worst >",
+            "median seconds >",
+        ),
     )
     for score in summary.scores:
         table.add_row(
             score.backend,
+            score.kind,
             str(score.cases),
             f"{score.hits} ({score.hits / score.cases:.0%})",
             f"{score.mean_excess:.3%}",

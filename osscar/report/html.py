@@ -18,7 +18,7 @@ from osscar.report.summary import Case, Summary
 from osscar.rows import WINDOW, Row
 
 if TYPE_CHECKING:
-    from osscar.study import StudyDesign, Study
+    from osscar.study import Study, StudyDesign
 
 REPORT_FILE = "report.html"
 
@@ -110,8 +110,8 @@ def _asked(study: Study, design: StudyDesign, jobs: int) -> dict[str, str]:
     asked["time limit"] = f"{design.time_limit:g} s for an exact solve"
     if design.window_units is not None:
         asked["windows"] = (
-            f"{design.windows} of {design.window_units} units for each larger problem and sparsity, "
-            "the other units held as local_search left them"
+            f"{design.windows} of {design.window_units} units for each larger problem and "
+            "sparsity, the other units held as local_search left them"
         )
     asked["processes at once"] = str(jobs)
     return {

@@ -77,12 +77,12 @@ class Case:
 
 @dataclass(frozen=True)
 class Score:
-    """How a backend did on the problems whose optimum is known.
+    """How a backend did on the problems of one kind whose optimum is known.
 
     Parameters
     ----------
-    backend
-        Its name.
+    backend, kind
+        Its name, and what the units of the problems are.
     cases, hits
         Closed problems that it answered, and how many of those optimally.
     mean_excess, worst_excess
@@ -92,6 +92,7 @@ class Score:
     """
 
     backend: str
+    kind: str
     cases: int
     hits: int
     mean_excess: float
@@ -151,18 +152,20 @@ def excess(row: Row, case: Case) -> float:
 
 
 def _scores(cases: Sequence[Case]) -> Iterable[Score]:
-    closed = [case for case in cases if case.closed]
-    names = dict.fromkeys(row.backend for case in closed for row in case.rows)
-    for name in names:
-        pairs = [(row, case) for case in closed for row in case.rows if row.backend == name]
-        over = [max(0.0, excess(row, case)) for row, case in pairs]
+    pairs: dict[tuple[str, str], list[tuple[Row, Case]]] = {}
+    for case in cases:
+        for row in case.rows if case.closed else ():
+            pairs.setdefault((row.kind, row.backend), []).append((row, case))
+    for (kind, backend), mine in pairs.items():
+        over = [max(0.0, excess(row, case)) for row, case in mine]
         yield Score(
-            backend=name,
-            cases=len(pairs),
+            backend=backend,
+            kind=kind,
+            cases=len(mine),
             hits=sum(value <= HIT for value in over),
             mean_excess=statistics.fmean(over),
             worst_excess=max(over),
-            seconds=statistics.median(row.seconds or 0.0 for row, _ in pairs),
+            seconds=statistics.median(row.seconds or 0.0 for row, _ in mine),
         )
 
 
@@ -182,17 +185,23 @@ def _headline(
         yield _window_headline(windows, layers)
     for score in scores:
         if _kind_of(score.backend) is solvers.Kind.HEURISTIC:
-            yield (
-                f"{score.backend} found the optimum in {score.hits} of {score.cases} closed "
-                f"problems; on average it lies {score.mean_excess:.2%} above it, at worst "
-                f"{score.worst_excess:.1%}"
-            )
+            yield _score_headline(score)
     largest, several = disagreement
     if several:
         yield (
             f"where two or more exact backends finished ({several} problems), their optima differ "
             f"by at most {largest:.1e}"
         )
+
+
+def _score_headline(score: Score) -> str:
+    what = f"{score.cases} {score.kind} problems that are closed"
+    if score.hits == score.cases:
+        return f"{score.backend} found the optimum in all {what}"
+    return (
+        f"{score.backend} found the optimum in {score.hits} of {what}; on average it lies "
+        f"{score.mean_excess:.2%} above it, at worst {score.worst_excess:.1%}"
+    )
 
 
 def _kind_headline(kind: str, cases: Sequence[Case]) -> Iterable[str]:
