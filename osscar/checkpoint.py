@@ -1,8 +1,8 @@
 """Writing a shrunk model and reading it back; nothing is pickled, and no half-written directory.
 
 Where the family's config can express the new shapes, the directory is a stock transformers
-checkpoint.  Elsewhere it holds the dense config, the small weights, and the plans that turn the one
-into the shape of the other.
+checkpoint.  Elsewhere it holds what builds the dense model (see `osscar.origin`), the small
+weights, and the plans that turn the one into the shape of the other.
 """
 
 from __future__ import annotations
@@ -20,23 +20,19 @@ from typing import Any
 
 import safetensors.torch
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
-from transformers.initialization import no_init_weights
+from transformers import PreTrainedModel
 
-from graph.groups import Kind
-from osscar.errors import CheckpointError, OutputError
+from osscar.errors import CheckpointError, EquivalenceError, OutputError
+from osscar.origin import DESCRIPTION_ERRORS, Origin, TransformersOrigin, origin_of, read_origin
 from osscar.plan import PLAN_FILE, PruningPlan
-from osscar.slicing import HISTORY, context_length, outputs, prove_equal, shrink
+from osscar.proof import Inputs, evaluating, proof_outputs, prove_equal
+from osscar.slicing import HISTORY, context_length, shrink
+from osscar.stock import adopt_config, stock_config
+
+__all__ = ["SavedCheckpoint", "adopt_config", "check_output", "load", "save", "stock_config"]
 
 PLAN_FORMAT = "osscar-plan/1"
-
-_HEAD_FIELDS = ("num_attention_heads", "num_key_value_heads")
-"""What configs call the number of query heads and of key-value heads."""
-
-_WIDTH_FIELDS = ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size")
-"""What configs call the number of FFN neurons."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +90,7 @@ def check_output(
             raise OutputError(f"{path} would replace {need}, which is in use; give another")
     if occupied and not overwrite:
         raise OutputError(f"{path} is not empty; give another directory, or --overwrite")
-    if occupied and not (path / "config.json").is_file():
+    if occupied and not any((path / name).is_file() for name in ("config.json", PLAN_FILE)):
         raise OutputError(f"{path} holds something other than a checkpoint; give another directory")
     return path
 
@@ -108,20 +104,21 @@ def _existing(inputs: Sequence[str | os.PathLike[str] | None]) -> Iterator[Path]
 
 
 def save(
-    model: PreTrainedModel,
+    model: nn.Module,
     directory: str | os.PathLike[str],
     *,
     tokenizer: Any = None,
     report: Mapping[str, Any] | None = None,
     dtype: torch.dtype | None = None,
     overwrite: bool = False,
+    example_inputs: Inputs | None = None,
 ) -> SavedCheckpoint:
     """Write a shrunk model, read it back, compare, and only then put it in its place.
 
     Parameters
     ----------
     model
-        A model that `osscar.prune` returned, or `load` read.
+        A model that `osscar.prune` or `osscar.shrink` made smaller, or that `load` read.
     directory
         Where to.
     tokenizer
@@ -132,6 +129,9 @@ def save(
         Number format of the weights on disk; by default that of the model.
     overwrite
         Replace a directory that is not empty; it stays whole if anything fails.
+    example_inputs
+        On which what was read back is compared with the model.  Language models need none; others
+        are compared tensor by tensor without them.
 
     Raises
     ------
@@ -142,11 +142,12 @@ def save(
     """
     path = check_output(directory, overwrite=overwrite)
     plans: tuple[PruningPlan, ...] = getattr(model, HISTORY, ())
-    if dtype is not None and dtype != model.dtype:
+    if dtype is not None and dtype != _dtype(model):
         model = copy.deepcopy(model).to(dtype)
-    config = stock_config(model, plans)
+    config = stock_config(model, plans) if isinstance(model, PreTrainedModel) else None
     with _beside(path) as partial:
         if config is not None:
+            assert isinstance(model, PreTrainedModel)
             _save_stock(model, config, partial)
         else:
             _save_planned(model, plans, partial)
@@ -154,12 +155,17 @@ def save(
             tokenizer.save_pretrained(partial)
         if report is not None:
             _write_json(partial / "osscar_report.json", report)
-        _prove_readable(model, partial)
+        _prove_readable(model, partial, example_inputs)
         written = sum(file.stat().st_size for file in partial.glob("*.safetensors"))
     return SavedCheckpoint(path, config is not None, written)
 
 
-def load(directory: str | os.PathLike[str], *, dtype: torch.dtype | None = None) -> PreTrainedModel:
+def load(
+    directory: str | os.PathLike[str],
+    *,
+    dtype: torch.dtype | None = None,
+    dense: nn.Module | None = None,
+) -> nn.Module:
     """Read a model that `save` wrote, stock or not, on the CPU and in evaluation mode.
 
     Parameters
@@ -168,6 +174,9 @@ def load(directory: str | os.PathLike[str], *, dtype: torch.dtype | None = None)
         Where from.
     dtype
         By default that of the file.
+    dense
+        For a model of your own: the dense model with any weights.  A copy of it is shrunk and
+        filled, since a checkpoint holds no code.
 
     Raises
     ------
@@ -175,84 +184,34 @@ def load(directory: str | os.PathLike[str], *, dtype: torch.dtype | None = None)
         If the directory does not hold such a model.
     """
     path = Path(directory).expanduser()
-    if not (path / "config.json").is_file():
-        raise CheckpointError(f"{path} holds no config.json; it is not a checkpoint")
     try:
         if not (path / PLAN_FILE).is_file():
-            model = AutoModelForCausalLM.from_pretrained(
-                path, dtype=dtype or "auto", use_safetensors=True, local_files_only=True
-            )
-            return model.eval()
-        config = AutoConfig.from_pretrained(path, local_files_only=True)
-        model = _build_planned(config, _read_plans(path / PLAN_FILE))
-    except (OSError, ValueError, TypeError, AttributeError, StrictDataclassError) as error:
+            return TransformersOrigin.of_directory(path).read_stock(path, dtype)
+        described, plans = _read_plan_file(path / PLAN_FILE)
+        model = _dense(read_origin(described, path), dense, path)
+        for plan in plans:
+            shrink(model, plan)
+    except DESCRIPTION_ERRORS as error:
         raise CheckpointError(f"{path} is not a checkpoint that can be read: {error}") from error
     try:
         safetensors.torch.load_model(model, path / "model.safetensors")
     except (OSError, RuntimeError, safetensors.SafetensorError) as error:
         raise CheckpointError(f"the weights in {path} do not fit its plan: {error}") from error
-    return model.to(dtype).eval() if dtype is not None else model.eval()
+    if dtype is not None:
+        model = model.to(dtype)
+    return model.eval()
 
 
-def stock_config(model: PreTrainedModel, plans: Sequence[PruningPlan]) -> Any:
-    """Return a config from which transformers builds a model of these shapes, or None.
-
-    A candidate is written from the plans and then tested: it has to pass the family's own
-    validation, and the model built from it must have every tensor of the shrunk one in its shape.
-    """
-    changes = _config_changes(model.config, plans)
-    if changes is None:
-        return None
-    try:
-        config = type(model.config).from_dict({**model.config.to_dict(), **changes})
-        with torch.device("meta"):
-            candidate = type(model)(copy.deepcopy(config))
-    except (StrictDataclassError, ValueError, TypeError, RuntimeError):
-        return None  # the family says itself that it cannot express these sizes
-    return config if _shapes(candidate) == _shapes(model) else None
-
-
-def adopt_config(model: PreTrainedModel) -> None:
-    """Give a shrunk model the config of its new shapes, where the family has one.
-
-    Its own ``save_pretrained`` then writes a stock checkpoint, and the plans so far are history
-    that nobody needs.
-    """
-    plans = getattr(model, HISTORY, ())
-    changes = _config_changes(model.config, plans)
-    if changes is None or stock_config(model, plans) is None:
-        return
-    # In place: every module holds a reference to the one config.
-    for name, value in changes.items():
-        setattr(model.config, name, value)
-    setattr(model, HISTORY, ())
-
-
-def _config_changes(config: Any, plans: Sequence[PruningPlan]) -> dict[str, Any] | None:
-    """Return the new values of config fields, or None if layers differ."""
-    changes: dict[str, Any] = {}
-    for plan in plans:
-        for kind in {group.kind for group in plan.groups}:
-            sizes = {(g.units, len(g.kept)) for g in plan.groups if g.kind is kind}
-            if len(sizes) > 1:
-                return None
-            (units, kept) = sizes.pop()
-            fields = _HEAD_FIELDS if kind is Kind.HEADS else _WIDTH_FIELDS
-            for name in fields:
-                old = changes.get(name, getattr(config, name, None))
-                # One key-value head that all query heads share is never cut.
-                if isinstance(old, int) and not (name == "num_key_value_heads" and old == 1):
-                    changes[name] = old * kept // units
-            if kind is Kind.HEADS:
-                head_dim = getattr(config, "head_dim", None)
-                changes["head_dim"] = head_dim or config.hidden_size // config.num_attention_heads
-            elif getattr(config, "n_inner", 0) is None:
-                changes["n_inner"] = kept  # GPT-2 derives its width where none is given
-    return changes
-
-
-def _shapes(model: nn.Module) -> dict[str, torch.Size]:
-    return {name: tensor.shape for name, tensor in model.state_dict().items()}
+def _dense(origin: Origin | None, dense: nn.Module | None, path: Path) -> nn.Module:
+    """Return a dense model to shrink: the caller's, or one built as the origin says."""
+    if dense is not None:
+        return copy.deepcopy(dense)
+    if origin is None:
+        raise CheckpointError(
+            f"{path} holds a model of code that is not known here; build the dense model and give "
+            "it: osscar.load(directory, dense=model)"
+        )
+    return origin.build()
 
 
 def _save_stock(model: PreTrainedModel, config: Any, path: Path) -> None:
@@ -266,56 +225,78 @@ def _save_stock(model: PreTrainedModel, config: Any, path: Path) -> None:
         model.config = original
 
 
-def _save_planned(model: PreTrainedModel, plans: Sequence[PruningPlan], path: Path) -> None:
-    config = copy.deepcopy(model.config)
-    config.dtype = model.dtype
-    config.architectures = [type(model).__name__]
-    config.save_pretrained(path)
-    if model.generation_config is not None:
-        model.generation_config.save_pretrained(path)
+def _save_planned(model: nn.Module, plans: Sequence[PruningPlan], path: Path) -> None:
+    origin = origin_of(model)
+    if origin is not None:
+        origin.write(model, path)
     safetensors.torch.save_model(model, str(path / "model.safetensors"), {"format": "pt"})
-    _write_json(
-        path / PLAN_FILE, {"format": PLAN_FORMAT, "plans": [plan.to_json() for plan in plans]}
-    )
+    description = {
+        "format": PLAN_FORMAT,
+        "origin": None if origin is None else origin.to_json(),
+        "plans": [plan.to_json() for plan in plans],
+    }
+    _write_json(path / PLAN_FILE, description)
 
 
-def _read_plans(file: Path) -> tuple[PruningPlan, ...]:
+def _read_plan_file(file: Path) -> tuple[Mapping[str, Any] | None, tuple[PruningPlan, ...]]:
+    """Return the description of the origin, and the plans."""
     try:
         data = json.loads(file.read_text(encoding="utf-8"))
         if data["format"] != PLAN_FORMAT:
             raise CheckpointError(f"{file} has format {data['format']!r}, expected {PLAN_FORMAT!r}")
-        return tuple(PruningPlan.from_json(plan) for plan in data["plans"])
+        plans = tuple(PruningPlan.from_json(plan) for plan in data["plans"])
+        # Files of version 0.1.0 name no origin: they are all of transformers.
+        return data.get("origin", {"library": TransformersOrigin.library}), plans
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{file} is not a pruning plan: {error!r}") from error
 
 
-def _build_planned(config: Any, plans: Sequence[PruningPlan]) -> PreTrainedModel:
-    """Build the dense model without filling its weights, and shrink it."""
-    with no_init_weights():
-        model = AutoModelForCausalLM.from_config(config, dtype=config.dtype)
-    model.tie_weights()
-    for plan in plans:
-        shrink(model, plan)
-    return model
+def _dtype(model: nn.Module) -> torch.dtype:
+    """Return the number format of a model's weights."""
+    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
 
 
-def _prove_readable(model: PreTrainedModel, path: Path) -> None:
+def _prove_readable(model: nn.Module, path: Path, example_inputs: Inputs | None) -> None:
     """Read a written checkpoint back, and compare what it computes."""
     try:
-        again = load(path, dtype=torch.float32).to(model.device)
+        again = load(path, dtype=torch.float32) if origin_of(model) else _refilled(model, path)
     except (RuntimeError, CheckpointError) as error:
         raise CheckpointError(f"the checkpoint that was written cannot be read: {error}") from error
     # In float32: whether the weights are the same is the question, not how they are rounded.
-    if model.dtype != torch.float32:
+    if _dtype(model) != torch.float32:
         model = copy.deepcopy(model).float()
+    device = next(model.parameters()).device
+    inputs = _token_inputs(model, device) if example_inputs is None else example_inputs
+    if inputs is None:
+        _prove_same_tensors(model, again)
+        return
+    with evaluating(model):
+        prove_equal(proof_outputs(model, [inputs]), proof_outputs(again.to(device), [inputs]))
+
+
+def _refilled(model: nn.Module, path: Path) -> nn.Module:
+    """Return a copy of a model of unknown code whose weights are those in the file."""
+    again = copy.deepcopy(model)
+    for tensor in again.state_dict().values():
+        tensor.zero_()
+    safetensors.torch.load_model(again, path / "model.safetensors")
+    return again.float().eval()
+
+
+def _token_inputs(model: nn.Module, device: torch.device) -> Inputs | None:
+    """Return tokens for a causal language model; None for others."""
+    vocabulary = getattr(getattr(model, "config", None), "vocab_size", None)
+    if not type(model).__name__.endswith(("ForCausalLM", "LMHeadModel")) or vocabulary is None:
+        return None
     length = min(16, context_length(model) or 16)
-    ids = torch.arange(length, device=model.device)[None] % model.config.vocab_size
-    inputs = {"input_ids": ids}
-    training = model.training
-    try:
-        prove_equal([outputs(model.eval(), inputs)], [outputs(again, inputs)])
-    finally:
-        model.train(training)
+    return {"input_ids": torch.arange(length, device=device)[None] % vocabulary}
+
+
+def _prove_same_tensors(model: nn.Module, again: nn.Module) -> None:
+    read = again.state_dict()
+    for name, tensor in model.state_dict().items():
+        if name not in read or not torch.equal(tensor.cpu(), read[name].to(tensor.dtype).cpu()):
+            raise EquivalenceError(f"{name!r} was not read back as it was written")
 
 
 @contextmanager
