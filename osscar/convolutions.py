@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 UNFOLDED_BYTES = 64 * 2**20
@@ -73,8 +74,8 @@ class Windows:
         images = max(1, UNFOLDED_BYTES // (row * rows))
         step = max(1, min(rows, UNFOLDED_BYTES // row))
         columns = x.shape[1] * self.taps
-        for some in windows.split(images):
-            for piece in some.split(step, dim=1):
+        for some in torch.split(windows, images):
+            for piece in torch.split(some, step, dim=1):
                 yield piece.reshape(-1, columns)
 
     def view(self, x: Tensor) -> Tensor:

@@ -16,22 +16,26 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
 import graph
 import solvers
 from graph.groups import CouplingGroup
 from osscar import checkpoint
-from osscar.calibration import CalibrationSet
+from osscar.adapters import prepare
+from osscar.batch_norm import reestimate
 from osscar.checkpoint import SavedCheckpoint
-from osscar.errors import CalibrationError, OptionError
+from osscar.errors import OptionError
 from osscar.footprint import count_parameters
-from osscar.linear_maps import LinearMap, linear_maps
+from osscar.inputs import ModelInputs, as_inputs
+from osscar.linear_maps import LinearMap, freeze_unreadable, linear_maps
 from osscar.models import check_finite_weights, resolve_device
 from osscar.plan import GroupPlan, PruningPlan
 from osscar.progress import stage as progress_stage
-from osscar.slicing import context_length, finer_precision, outputs, prove_equal, shrink
+from osscar.proof import finer_precision
+from osscar.residual import residual_groups
+from osscar.shrinking import shrink_proved
 from osscar.stages import Stage, find_stages, start_stream
 from osscar.statistics import GramAccumulator, observe
 from osscar.targets import Keep, Targets, allocate
@@ -93,6 +97,8 @@ class PruningResult:
         Tied parameters counted once.
     equivalence_error
         Largest relative difference between the outputs of the shrunk and of the masked model.
+    batch_norms
+        How many batch-norm layers have statistics that were estimated again after the proof.
     seconds
         Wall time of the whole run.
     settings
@@ -105,6 +111,7 @@ class PruningResult:
     parameters_before: int
     parameters_after: int
     equivalence_error: float
+    batch_norms: int
     seconds: float
     settings: Mapping[str, Any] = field(default_factory=dict)
 
@@ -140,19 +147,22 @@ class PruningResult:
 
 def prune(
     model: nn.Module,
-    calibration: CalibrationSet | Tensor,
+    calibration: Any,
     *,
     sparsity: float | None = None,
     heads: Keep | None = None,
     neurons: Keep | None = None,
+    channels: Keep | None = None,
+    residual: Keep | None = None,
     groups: Mapping[str, Keep] | None = None,
     round_to: int = 1,
     backend: str | solvers.Backend = "local_search",
     backend_options: Mapping[str, Any] | None = None,
     certify: bool = False,
     damp: float = 0.01,
+    batch_norm: bool = True,
     device: str = "auto",
-    batch_size: int = 8,
+    batch_size: int | None = None,
     seed: int = 0,
 ) -> PruningResult:
     """Prune a model in one shot; the model that comes in is not changed.
@@ -160,13 +170,17 @@ def prune(
     Parameters
     ----------
     model
-        A language model that takes ``input_ids``.
+        A language model that takes ``input_ids``, or any model whose inputs are tensors.
     calibration
-        Token windows, (samples, seqlen) int64, or a `CalibrationSet`.
+        Token windows, (samples, seqlen) int64, or a `CalibrationSet`; an `ImageSet`; or tensors
+        whose first dimension is the sample: one, a tuple, or a mapping by argument name.
     sparsity
-        Share of the heads and neurons to remove.
-    heads, neurons
+        Share of the heads, neurons and channels to remove.
+    heads, neurons, channels
         What to keep of each kind instead: a fraction such as ``"2/3"``, or a count.
+    residual
+        What to keep of residual streams, such as the channels that shortcuts add up. They run
+        through many layers, and nothing else touches them.
     groups
         What to keep of single groups, by name.
     round_to
@@ -178,10 +192,12 @@ def prune(
         solution from its problem alone; takes several times as long as the search.
     damp
         Weight of the proximal term, relative to the mean of the Gram matrix's diagonal.
+    batch_norm
+        Estimate running statistics again from the calibration data, once the proof is made.
     device
         ``auto``, ``cpu`` or ``cuda``: where the model runs and the solver computes.
     batch_size
-        Windows that run through the model at once.
+        Samples that run through the model at once; by default 8 windows, or 64 of anything else.
     seed
         Of the random inputs of the equivalence proof.
 
@@ -196,6 +212,8 @@ def prune(
         If what to keep makes no sense for this model.
     NonFiniteError
         If weights or activations are not finite.
+    CalibrationError
+        If the model cannot read the calibration data.
     ModelError
         If a consumer cannot be refitted.
     graph.GraphError
@@ -213,44 +231,58 @@ def prune(
     True
     """
     start = time.perf_counter()
-    windows = calibration if isinstance(calibration, Tensor) else calibration.tokens
-    targets = Targets(sparsity, heads, neurons, groups or {}, round_to)
+    targets = Targets(sparsity, heads, neurons, channels, residual, groups or {}, round_to)
     name, chosen_backend = _resolve_backend(backend, backend_options or {})
     check_finite_weights(model)
-    _check_windows(model, windows)
+    inputs = as_inputs(model, calibration)
+    batch_size = inputs.batch_size if batch_size is None else batch_size
     _check_numbers(batch_size, damp, seed)
     work = copy.deepcopy(model).to(resolve_device(device)).eval()
     with _without_cache(work), torch.no_grad():
-        length = min(16, context_length(work) or 16)
-        example = torch.zeros(2, length, dtype=torch.int64, device=_device(work))
-        all_groups = graph.trace(work, {"input_ids": example}).groups
-        keep = allocate(all_groups, targets)
-        to_prune = [group for group in all_groups if group.name in keep]
-        rows = min(batch_size, len(windows))
-        batches = [{"input_ids": ids.to(_device(work))} for ids in torch.split(windows, rows)]
-        solve = _Solve(chosen_backend, certify, damp)
-        plan, layers = _prune_groups(work, to_prune, keep, batches, solve)
+        prepare(work)
+        to_prune, keep = _allocate(work, inputs, targets)
+        batches = inputs.batches(work, batch_size)
+        stages = find_stages(work, to_prune, inputs.example(work))
+        plan, layers = _prune_groups(
+            work, stages, keep, batches, _Solve(chosen_backend, certify, damp)
+        )
         before = count_parameters(work)
-        error = _shrink_and_prove(work, plan, windows.shape[1], seed)
+        with finer_precision(work):
+            proof = shrink_proved(work, plan, inputs.proofs(work, seed))
+        estimated = reestimate(work, batches) if batch_norm else 0
         if isinstance(work, PreTrainedModel):
             checkpoint.adopt_config(work)
     settings = {
         **{"sparsity": sparsity, "heads": _text(heads), "neurons": _text(neurons)},
+        **{"channels": _text(channels), "residual": _text(residual)},
         **{"groups": {k: str(v) for k, v in (groups or {}).items()}, "round_to": round_to},
         **{"backend": name, "backend_options": dict(backend_options or {})},
-        **{"certify": certify, "damp": damp},
-        **{"samples": windows.shape[0], "seqlen": windows.shape[1], "seed": seed},
+        **{"certify": certify, "damp": damp, "batch_norm": batch_norm},
+        **inputs.settings,
+        "seed": seed,
     }
     return PruningResult(
         model=work,
-        plan=plan,
+        plan=proof.plan,
         layers=layers,
         parameters_before=before,
         parameters_after=count_parameters(work),
-        equivalence_error=error,
+        equivalence_error=proof.error,
+        batch_norms=estimated,
         seconds=time.perf_counter() - start,
         settings=settings,
     )
+
+
+def _allocate(
+    model: nn.Module, inputs: ModelInputs, targets: Targets
+) -> tuple[list[CouplingGroup], dict[str, int]]:
+    """Return the groups to prune, in the order in which they are first read, and what stays."""
+    traced = graph.trace(model, inputs.example(model))
+    groups = freeze_unreadable(model, traced.groups)
+    keep = allocate(groups, targets, residual_groups(traced))
+    chosen = [group for group in groups if group.name in keep]
+    return sorted(chosen, key=lambda group: group.consumers[0].order), keep
 
 
 @dataclass(frozen=True)
@@ -264,17 +296,16 @@ class _Solve:
 
 def _prune_groups(
     model: nn.Module,
-    groups: Sequence[CouplingGroup],
+    stages: Sequence[Stage],
     keep: Mapping[str, int],
     batches: Sequence[dict[str, Any]],
     solve: _Solve,
 ) -> tuple[PruningPlan, tuple[LayerReport, ...]]:
     """Mask and refit group after group; `model` keeps its shape."""
-    stages = find_stages(model, groups)
     stream = start_stream(model, stages, batches)
     plans: list[GroupPlan] = []
     reports: list[LayerReport] = []
-    with progress_stage("pruning", total=len(groups)) as bar:
+    with progress_stage("pruning", total=len(keep)) as bar:
         for index, stage in enumerate(stages):
             for group in stage.groups:
                 bar.describe(f"pruning {group.name}")
@@ -332,20 +363,6 @@ def _prune_group(
     )
 
 
-def _shrink_and_prove(model: nn.Module, plan: PruningPlan, seqlen: int, seed: int) -> float:
-    """Shrink `model` in place; return how far its outputs are from the masked model's."""
-    generator = torch.Generator().manual_seed(seed)
-    vocabulary = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
-    proofs = [
-        {"input_ids": torch.randint(vocabulary, shape, generator=generator).to(_device(model))}
-        for shape in ((2, seqlen), (1, max(2, seqlen // 2)))
-    ]
-    with finer_precision(model):
-        masked = [outputs(model, proof) for proof in proofs]
-        shrink(model, plan)
-        return prove_equal(masked, [outputs(model, proof) for proof in proofs])
-
-
 def _resolve_backend(
     backend: str | solvers.Backend, options: Mapping[str, Any]
 ) -> tuple[str, solvers.Backend]:
@@ -370,26 +387,6 @@ def _without_cache(model: nn.Module) -> Iterator[None]:
             config.use_cache = before  # type: ignore[union-attr]
 
 
-def _check_windows(model: nn.Module, windows: Tensor) -> None:
-    if windows.ndim != 2 or windows.dtype != torch.int64 or windows.numel() == 0:
-        raise CalibrationError(
-            f"calibration windows must be int64 (samples, seqlen) and not empty, not "
-            f"{windows.dtype} of {tuple(windows.shape)}"
-        )
-    context = context_length(model)
-    if context is not None and windows.shape[1] > context:
-        raise CalibrationError(
-            f"calibration windows have {windows.shape[1]} tokens and the model takes {context}; "
-            "give a smaller window length (--seqlen)"
-        )
-    known = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
-    if int(windows.min()) < 0 or int(windows.max()) >= known:
-        raise CalibrationError(
-            f"calibration tokens run from {int(windows.min())} to {int(windows.max())} and the "
-            f"model knows 0 to {known - 1}; use the tokenizer that belongs to it"
-        )
-
-
 def _check_numbers(batch_size: int, damp: float, seed: int) -> None:
     if batch_size < 1:
         raise OptionError(f"batch size is {batch_size}; give at least 1")
@@ -401,7 +398,3 @@ def _check_numbers(batch_size: int, damp: float, seed: int) -> None:
 
 def _text(keep: Keep | None) -> str | None:
     return None if keep is None else str(keep)
-
-
-def _device(model: nn.Module) -> torch.device:
-    return next(model.parameters()).device

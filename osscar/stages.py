@@ -2,14 +2,16 @@
 
 A *stage* is a module whose calibration inputs are at hand.  The repeated blocks of a transformer
 form a chain: what one returns is what the next reads, and whatever else they are called with
-(masks, position embeddings) does not depend on it.  A model without such a chain is one stage.
+(masks, position embeddings) does not depend on it.  Any other model is run as a whole, from the
+last module on after which a pass can begin (see `osscar.resume`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +19,7 @@ from torch import Tensor, nn
 from graph.groups import CouplingGroup
 from osscar.errors import ModelError
 from osscar.progress import track
+from osscar.resume import Batch, Passed, Timeline, advance, find_cuts, resume
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,8 +35,18 @@ class Stage:
     """
 
     name: str
-    module: nn.Module
+    module: Callable[..., Any]
     groups: tuple[CouplingGroup, ...]
+
+
+class Stream(Protocol):
+    """The calibration data on their way through the stages."""
+
+    def arguments(self, stage: int) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
+        """Return the arguments of a stage, one pair a batch."""
+
+    def advance(self, stage: int, module: Callable[..., Any]) -> None:
+        """Let the data pass through a stage."""
 
 
 @dataclass(eq=False)
@@ -57,8 +70,8 @@ class Call:
 
 
 @dataclass(eq=False)
-class Stream:
-    """The calibration data on their way through the stages.
+class BlockStream:
+    """Data that pass from block to block.
 
     Parameters
     ----------
@@ -78,12 +91,68 @@ class Stream:
             for call, hidden in zip(self.calls[stage], self.hidden, strict=True)
         ]
 
-    def advance(self, stage: int, module: nn.Module) -> None:
+    def advance(self, stage: int, module: Callable[..., Any]) -> None:
         """Let the data pass through a stage."""
         self.hidden = [_first(module(*args, **kwargs)) for args, kwargs in self.arguments(stage)]
 
 
-def find_stages(model: nn.Module, groups: Sequence[CouplingGroup]) -> tuple[Stage, ...]:
+@dataclass(frozen=True, eq=False)
+class Rest:
+    """A model from a cut on, as the module of a stage.
+
+    Parameters
+    ----------
+    model
+        The model.
+    cut
+        After which module a pass begins; None stands for the start.
+    timeline
+        Of the model.
+    """
+
+    model: nn.Module
+    cut: str | None
+    timeline: Timeline
+
+    def __call__(self, batch: Batch, passed: Passed) -> Any:
+        """Run it."""
+        return resume(self.model, batch, self.cut, passed)
+
+
+@dataclass(eq=False)
+class CutStream:
+    """Data that pass from cut to cut.
+
+    Parameters
+    ----------
+    stages
+        What is left of the model at each cut.
+    batches
+        Keyword arguments of the model.
+    passed
+        What is known at the cut of the next stage, for each batch.
+    """
+
+    stages: Sequence[Rest]
+    batches: Sequence[Batch]
+    passed: list[Passed]
+
+    def arguments(self, stage: int) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
+        """Return the arguments of a stage, one pair a batch."""
+        return [((b, p), {}) for b, p in zip(self.batches, self.passed, strict=True)]
+
+    def advance(self, stage: int, module: Callable[..., Any]) -> None:
+        """Let the data pass on to the cut of the next stage."""
+        here, to = self.stages[stage], self.stages[stage + 1].cut
+        assert to is not None
+        for index, batch in enumerate(self.batches):  # in place: two cuts never are in memory
+            passed = self.passed[index]
+            self.passed[index] = advance(here.model, batch, here.cut, passed, here.timeline, to)
+
+
+def find_stages(
+    model: nn.Module, groups: Sequence[CouplingGroup], example: Batch | None = None
+) -> tuple[Stage, ...]:
     """Split a model into stages.
 
     Parameters
@@ -91,16 +160,21 @@ def find_stages(model: nn.Module, groups: Sequence[CouplingGroup]) -> tuple[Stag
     model
         The model.
     groups
-        The groups that are to be pruned, in execution order.
+        The groups that are to be pruned, in the order in which they are first read.
+    example
+        A small batch, as keyword arguments, to find out where the model can be cut.
 
     Returns
     -------
     tuple of Stage
-        All blocks of the chain, or the whole model as one stage.
+        All blocks of the chain; without one, what is left of the model at each cut that comes
+        before a group; without an example, the whole model as one stage.
     """
     owners = [_block_of(model, group) for group in groups]
     chains = {owner[0] if owner else None for owner in owners}
     (chain,) = chains if len(chains) == 1 else (None,)
+    if chain is None and example is not None:
+        return tuple(_stages_at_cuts(model, groups, find_cuts(model, example)))
     if chain is None:
         return (Stage("", model, tuple(groups)),)
     blocks = model.get_submodule(chain)
@@ -113,6 +187,14 @@ def find_stages(model: nn.Module, groups: Sequence[CouplingGroup]) -> tuple[Stag
         )
         for index, block in enumerate(blocks)
     )
+
+
+def _stages_at_cuts(
+    model: nn.Module, groups: Sequence[CouplingGroup], timeline: Timeline
+) -> Iterator[Stage]:
+    cuts = [timeline.last_cut_before(tuple(s.module for s in g.consumers)) for g in groups]
+    for cut, run in itertools.groupby(zip(cuts, groups, strict=True), key=lambda pair: pair[0]):
+        yield Stage(cut or "", Rest(model, cut, timeline), tuple(group for _, group in run))
 
 
 def _block_of(model: nn.Module, group: CouplingGroup) -> tuple[str, int] | None:
@@ -147,12 +229,22 @@ def start_stream(
     ModelError
         If the blocks are not a chain.
     """
+    if isinstance(stages[0].module, Rest):
+        rests = [stage.module for stage in stages if isinstance(stage.module, Rest)]
+        return CutStream(rests, batches, [_passed_to(rests[0], batch) for batch in batches])
     if stages[0].module is model:
-        return Stream([None] * len(batches), [[_WholeCall((), batch) for batch in batches]])
-    stream = Stream([], [[] for _ in stages])
+        return BlockStream([None] * len(batches), [[_WholeCall((), batch) for batch in batches]])
+    stream = BlockStream([], [[] for _ in stages])
     for batch in track(batches, "reading the calibration data"):
         _record(model, stages, batch, stream)
     return stream
+
+
+def _passed_to(rest: Rest, batch: Batch) -> Passed:
+    """Run from the start of the model to the first cut."""
+    if rest.cut is None:
+        return Passed()
+    return advance(rest.model, batch, None, Passed(), rest.timeline, rest.cut)
 
 
 class _WholeCall(Call):
@@ -161,7 +253,7 @@ class _WholeCall(Call):
 
 
 def _record(
-    model: nn.Module, stages: Sequence[Stage], batch: dict[str, Any], stream: Stream
+    model: nn.Module, stages: Sequence[Stage], batch: dict[str, Any], stream: BlockStream
 ) -> None:
     previous: list[Any] = []
 
@@ -186,6 +278,7 @@ def _record(
 
     handles = []
     for index, stage in enumerate(stages):
+        assert isinstance(stage.module, nn.Module)
         handles.append(stage.module.register_forward_pre_hook(before(index), with_kwargs=True))
         handles.append(stage.module.register_forward_hook(after))
     try:

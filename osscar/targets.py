@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 
 from graph.groups import CouplingGroup, Kind
 from osscar.errors import FrozenGroupError, TargetError
 
-PRUNED_KINDS = (Kind.HEADS, Kind.NEURONS)
-"""What `sparsity` applies to."""
+PRUNED_KINDS = (Kind.HEADS, Kind.NEURONS, Kind.CHANNELS)
+"""What `sparsity` applies to, residual channels left out."""
 
 Keep = str | int | float | Fraction
 """A count of units (an int, or a string such as ``"512"``) or the fraction of them to keep."""
@@ -25,10 +25,12 @@ class Targets:
     Parameters
     ----------
     sparsity
-        Share of the heads and of the neurons to remove, in (0, 1).
-    heads, neurons
+        Share of the heads, of the neurons and of the channels to remove, in (0, 1).
+    heads, neurons, channels
         What to keep of each kind, instead of ``1 - sparsity``; a kind that neither names is left
         alone.
+    residual
+        What to keep of residual streams, which all other options leave alone.
     groups
         What to keep of single groups, by name; takes precedence over the others.
     round_to
@@ -48,6 +50,8 @@ class Targets:
     sparsity: float | None = None
     heads: Keep | None = None
     neurons: Keep | None = None
+    channels: Keep | None = None
+    residual: Keep | None = None
     groups: Mapping[str, Keep] = field(default_factory=dict)
     round_to: int = 1
 
@@ -58,23 +62,30 @@ class Targets:
             )
         if self.round_to < 1:
             raise TargetError(f"round-to is {self.round_to}; give a whole number from 1")
-        if (
-            self.sparsity is None
-            and self.heads is None
-            and self.neurons is None
-            and not self.groups
-        ):
-            raise TargetError("nothing to prune: give --sparsity, or --heads or --neurons to keep")
-        for keep in (self.heads, self.neurons, *self.groups.values()):
+        if self.sparsity is None and not any(self._asked) and not self.groups:
+            raise TargetError(
+                "nothing to prune: give --sparsity, or what to keep with --heads, --neurons, "
+                "--channels or --residual"
+            )
+        for keep in (*self._asked, *self.groups.values()):
             if keep is not None:
                 parse_keep(keep)
 
-    def fraction_or_count(self, kind: Kind) -> Fraction | int | None:
+    @property
+    def _asked(self) -> tuple[Keep | None, ...]:
+        return self.heads, self.neurons, self.channels, self.residual
+
+    def of_kind(self, kind: Kind) -> Keep | None:
+        """Return what was asked for one kind by name."""
+        named = {Kind.HEADS: self.heads, Kind.NEURONS: self.neurons, Kind.CHANNELS: self.channels}
+        return named.get(kind)
+
+    def fraction_or_count(self, kind: Kind, residual: bool = False) -> Fraction | int | None:
         """Return what is asked of a kind: a fraction, a count, or None to leave it alone."""
-        own = {Kind.HEADS: self.heads, Kind.NEURONS: self.neurons}.get(kind)
+        own = self.residual if residual else self.of_kind(kind)
         if own is not None:
             return parse_keep(own)
-        if self.sparsity is not None and kind in PRUNED_KINDS:
+        if self.sparsity is not None and kind in PRUNED_KINDS and not residual:
             return 1 - Fraction(str(self.sparsity))
         return None
 
@@ -103,7 +114,9 @@ def parse_keep(value: Keep) -> Fraction | int:
     return fraction
 
 
-def allocate(groups: Sequence[CouplingGroup], targets: Targets) -> dict[str, int]:
+def allocate(
+    groups: Sequence[CouplingGroup], targets: Targets, residual: Collection[str] = ()
+) -> dict[str, int]:
     """Decide how many units each group keeps.
 
     Parameters
@@ -112,6 +125,8 @@ def allocate(groups: Sequence[CouplingGroup], targets: Targets) -> dict[str, int
         All groups of the model.
     targets
         What the user asked for.
+    residual
+        The names of those groups that are residual streams.
 
     Returns
     -------
@@ -132,15 +147,15 @@ def allocate(groups: Sequence[CouplingGroup], targets: Targets) -> dict[str, int
             raise TargetError(f"there is no group {name!r}; `osscar inspect` lists the groups")
         if by_name[name].frozen:
             raise FrozenGroupError(_frozen_message(by_name[name]))
-    _check_kinds(groups, targets)
+    _check_kinds(groups, targets, residual)
     kept: dict[str, int] = {}
     for group in groups:
         asked = (
             parse_keep(targets.groups[group.name])
             if group.name in targets.groups
-            else targets.fraction_or_count(group.kind)
+            else targets.fraction_or_count(group.kind, group.name in residual)
         )
-        if asked is not None and group.prunable:
+        if asked is not None and group.prunable and group.units > 1:
             count = _count(group, asked, targets.round_to)
             if count < group.units:
                 kept[group.name] = count
@@ -151,24 +166,29 @@ def allocate(groups: Sequence[CouplingGroup], targets: Targets) -> dict[str, int
     return kept
 
 
-def _check_kinds(groups: Sequence[CouplingGroup], targets: Targets) -> None:
+def _check_kinds(
+    groups: Sequence[CouplingGroup], targets: Targets, residual: Collection[str]
+) -> None:
+    streams = [group for group in groups if group.name in residual]
+    if targets.residual is not None:
+        _check_some("residual channels", streams)
     for kind in PRUNED_KINDS:
-        if {Kind.HEADS: targets.heads, Kind.NEURONS: targets.neurons}[kind] is None:
-            continue
-        of_kind = [group for group in groups if group.kind is kind]
-        if not of_kind:
-            raise TargetError(
-                f"this model has no group of {kind}; `osscar inspect` lists the groups"
-            )
-        if not any(group.prunable for group in of_kind):
-            raise FrozenGroupError(_frozen_message(of_kind[0]))
+        if targets.of_kind(kind) is not None:
+            _check_some(kind, [g for g in groups if g.kind is kind and g not in streams])
+
+
+def _check_some(what: str, groups: Sequence[CouplingGroup]) -> None:
+    if not groups:
+        raise TargetError(f"this model has no group of {what}; `osscar inspect` lists the groups")
+    if not any(group.prunable for group in groups):
+        raise FrozenGroupError(_frozen_message(groups[0]))
 
 
 def _frozen_message(group: CouplingGroup) -> str:
     freeze = group.frozen[0]
     return (
         f"group {group.name!r} cannot be pruned: {freeze.reason} "
-        f"({freeze.operator} in {freeze.module or 'the model'})"
+        f"({freeze.operator or 'graph'} in {freeze.module or 'the model'})"
     )
 
 

@@ -1,0 +1,295 @@
+"""The pipeline on a network that reads images: what it removes, proves and re-estimates."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import graph
+import osscar
+from graph.groups import Kind, Role
+from osscar.batch_norm import batch_norms, reestimate
+from osscar.errors import CalibrationError, NonFiniteError, TargetError
+from osscar.inputs import as_inputs
+from osscar.residual import residual_groups
+from osscar.resume import Passed, advance, find_cuts, resume
+from tests.osscar.families import tiny, tokens
+from tests.osscar.networks import images, small_net
+
+OPTIONS = {"device": "cpu", "batch_size": 32}
+
+
+@pytest.fixture(scope="module")
+def pruned():
+    model = small_net()
+    before = copy.deepcopy(model.state_dict())
+    result = osscar.prune(model, images(), sparsity=0.5, batch_norm=False, **OPTIONS)
+    return model, before, result
+
+
+def masked_copy(model, result):
+    """Rebuild the masked dense model from the result, independently of the pipeline's proof.
+
+    Consumers that two groups cut are filled in along both dimensions."""
+    masked = copy.deepcopy(model)
+    small = dict(result.model.named_parameters())
+    keeps = {}
+    for group in result.plan.groups:
+        for slot in group.slots:
+            gone = set(range(group.units)) - set(group.kept)
+            keeps.setdefault((slot.tensor, slot.dim), set()).update(slot.indices(gone))
+    with torch.no_grad():
+        for group in result.plan.groups:
+            for slot in group.slots:
+                if slot.role is Role.CONSUMER:
+                    weight = masked.get_parameter(slot.tensor)
+                    index = [
+                        [i for i in range(n) if i not in keeps.get((slot.tensor, dim), ())]
+                        for dim, n in enumerate(weight.shape)
+                    ]
+                    kept = torch.zeros_like(weight)
+                    grid = torch.meshgrid(*map(torch.tensor, index), indexing="ij")
+                    kept[grid] = small[slot.tensor]
+                    rows = torch.tensor(index[0])
+                    weight[rows] = kept[rows]
+                    weight.index_fill_(
+                        slot.dim, torch.tensor(sorted(keeps[slot.tensor, slot.dim])), 0
+                    )
+    return masked
+
+
+@pytest.mark.parametrize("options", [{"sparsity": 0.5}, {"sparsity": 0.5, "residual": "0.75"}])
+def test_outputs_equal_those_of_the_masked_model(options):
+    model = small_net()
+    result = osscar.prune(model, images(), batch_norm=False, **options, **OPTIONS)
+    masked = masked_copy(model, result)
+    assert any(g.name == "stem.0.channels" for g in result.plan.groups) == ("residual" in options)
+    for x in (images(5, 12, seed=7), images(2, 18, seed=8)):
+        expected = masked(x)
+        assert not torch.allclose(expected, model(x), rtol=1e-2)
+        torch.testing.assert_close(result.model(x), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_units_are_gone_and_the_model_that_came_in_is_unchanged(pruned):
+    model, before, result = pruned
+    assert {layer.kind for layer in result.layers} == {"channels"}
+    assert result.parameters_after == sum(p.numel() for p in result.model.parameters())
+    assert result.parameters_after < 0.6 * result.parameters_before
+    assert result.model.blocks[0].depthwise.groups == 8
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert result.settings["samples"] == 64
+    assert result.settings["shapes"] == {"x": [3, 12, 12]}
+
+
+def test_groups_come_in_the_order_in_which_they_are_read(pruned):
+    names = [layer.name for layer in pruned[2].layers]
+    assert names[:2] == ["blocks.0.expand.channels", "blocks.0.squeeze.channels"]
+    assert names[-1] == "down.channels"
+
+
+def test_each_group_is_measured_on_the_stream_that_was_pruned_before_it():
+    model, x = small_net(), images()
+    both = osscar.prune(model, x, sparsity=0.5, batch_norm=False, **OPTIONS)
+    first = {"blocks.0.expand.channels": 8, "blocks.0.squeeze.channels": 2}
+    early = osscar.prune(model, x, groups=first, batch_norm=False, **OPTIONS).model
+    late = osscar.prune(early, x, groups={"blocks.1.expand.channels": 8}, **OPTIONS)
+    alone = osscar.prune(model, x, groups={"blocks.1.expand.channels": 8}, **OPTIONS)
+    losses = {layer.name: layer.loss for layer in both.layers}
+    name = "blocks.1.expand.channels"
+    assert losses[name] == pytest.approx(late.layers[0].loss, rel=1e-4)
+    assert losses[name] != pytest.approx(alone.layers[0].loss, rel=1e-3)
+
+
+def test_refitting_beats_plain_removal(pruned):
+    model, _, result = pruned
+    plain = copy.deepcopy(model)
+    with torch.no_grad():
+        for group in result.plan.groups:
+            gone = set(range(group.units)) - set(group.kept)
+            for slot in group.consumers:
+                weight = plain.get_parameter(slot.tensor)
+                weight.index_fill_(slot.dim, torch.tensor(slot.indices(gone)), 0)
+    x = images(16, seed=9)
+    dense = model(x)
+    refitted, removed = ((m(x) - dense).square().mean() for m in (result.model, plain))
+    assert refitted < 0.8 * removed
+
+
+def test_the_batch_size_changes_nothing_but_rounding():
+    losses = [
+        [
+            layer.loss
+            for layer in osscar.prune(
+                small_net(), images(), sparsity=0.5, device="cpu", batch_size=size, batch_norm=False
+            ).layers
+        ]
+        for size in (7, 64)
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_a_shrunk_model_can_be_pruned_again_and_trained(pruned):
+    again = osscar.prune(pruned[2].model, images(), channels="0.5", **OPTIONS)
+    assert again.parameters_after < pruned[2].parameters_after
+    again.model(images(4)).square().mean().backward()
+    assert all(p.grad is not None and p.grad.shape == p.shape for p in again.model.parameters())
+
+
+# ---- residual channels -------------------------------------------------------------------
+
+
+def test_sums_are_residual_and_gates_are_not():
+    traced = graph.trace(small_net(), (images(2),))
+    assert residual_groups(traced) == {"stem.0.channels"}
+    gated = traced.group("blocks.0.expand.channels")
+    assert len(gated.producers) == 2
+    assert gated.kind is Kind.CHANNELS
+
+
+def test_residual_channels_are_left_alone_unless_asked_for():
+    everything = osscar.prune(small_net(), images(), sparsity=0.5, residual=6, **OPTIONS)
+    kept = {layer.name: layer.kept for layer in everything.layers}
+    assert kept["stem.0.channels"] == 6
+    alone = osscar.prune(small_net(), images(), residual=6, **OPTIONS)
+    assert [layer.name for layer in alone.layers] == ["stem.0.channels"]
+    named = osscar.prune(small_net(), images(), groups={"stem.0.channels": 6}, **OPTIONS)
+    assert named.plan == alone.plan
+
+
+def test_asking_for_what_does_not_exist_is_refused():
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Conv2d(4, 2, 1))
+    with pytest.raises(TargetError, match="no group of residual channels"):
+        osscar.prune(model, images(), residual=2, **OPTIONS)
+    with pytest.raises(TargetError, match="no group of heads"):
+        osscar.prune(model, images(), heads=2, **OPTIONS)
+
+
+# ---- batch norm --------------------------------------------------------------------------
+
+
+def test_statistics_are_those_of_the_calibration_data():
+    model, x = small_net(), images(16)
+    result = osscar.prune(model, x, sparsity=0.5, device="cpu", batch_size=16)
+    assert result.batch_norms == len(batch_norms(model)) == 8
+    assert not any(module.training for module in result.model.modules())
+    first = result.model.stem[0](x)
+    torch.testing.assert_close(result.model.stem[1].running_mean, first.mean((0, 2, 3)).detach())
+    torch.testing.assert_close(result.model.stem[1].running_var, first.var((0, 2, 3)).detach())
+
+
+def test_every_later_statistic_is_that_of_the_re_estimated_stream():
+    """With one batch, normalizing by its own statistics is what evaluation does afterwards, up to
+    the correction of the variance."""
+    model, x = small_net(), images(64)
+    reestimate(model, [{"x": x}])
+    seen = {}
+    norm = model.norm
+    norm.register_forward_pre_hook(lambda _, args: seen.update(x=args[0]))
+    with torch.no_grad():
+        model(x)
+    torch.testing.assert_close(norm.running_mean, seen["x"].mean((0, 2, 3)), rtol=1e-2, atol=1e-3)
+    torch.testing.assert_close(norm.running_var, seen["x"].var((0, 2, 3)), rtol=2e-2, atol=1e-3)
+
+
+def test_batches_count_alike_and_a_small_last_one_does_not_count():
+    model, x = small_net(), images(18)
+    pieces = [{"x": piece} for piece in x.split(8)]
+    assert reestimate(model, pieces) == 8
+    means = [model.stem[0](piece["x"]).mean((0, 2, 3)).detach() for piece in pieces[:2]]
+    torch.testing.assert_close(model.stem[1].running_mean, (means[0] + means[1]) / 2)
+    assert model.stem[1].momentum == 0.1
+
+
+def test_statistics_can_be_left_as_they_were(pruned):
+    model, _, result = pruned
+    assert result.batch_norms == 0
+    assert torch.equal(result.model.stem[1].running_mean, model.stem[1].running_mean)
+
+
+def test_failure_leaves_the_old_statistics():
+    model = small_net()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(NonFiniteError, match=r"stem\.1.*--no-batch-norm"):
+        reestimate(model, [{"x": torch.full((2, 3, 8, 8), torch.inf)}])
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    single = nn.Sequential(nn.Flatten(), nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)).eval()
+    with pytest.raises(CalibrationError, match="more than one value"):
+        reestimate(single, [{"input": torch.randn(1, 3)}])
+    assert not single[2].training
+
+
+# ---- passes that start in the middle -----------------------------------------------------
+
+
+class Skipping(nn.Module):
+    """A late layer reads an early one's output, so no pass can begin between the two."""
+
+    def __init__(self):
+        super().__init__()
+        self.early = nn.Conv2d(3, 4, 1)
+        self.middle = nn.Conv2d(4, 4, 1)
+        self.joined = nn.Conv2d(8, 4, 1)
+        self.late = nn.Conv2d(4, 2, 1)
+
+    def forward(self, x):
+        early = self.early(x)
+        middle = torch.relu_(self.middle(early.relu()))
+        return self.late(self.joined(torch.cat([early, middle], 1)).relu_())
+
+
+def test_cuts_are_where_a_single_tensor_is_alive():
+    model = Skipping().eval()
+    timeline = find_cuts(model, {"x": images(2)})
+    assert timeline.cuts == ("early", "joined", "late")
+    assert timeline.last_cut_before(("joined",)) == "early"
+    assert timeline.last_cut_before(("early",)) is None
+    assert "blocks.0" in find_cuts(small_net(), {"x": images(2)}).cuts
+
+
+@pytest.mark.parametrize("model", [small_net(), Skipping().eval()])
+def test_a_pass_from_a_cut_on_is_the_whole_pass(model):
+    small, batch = {"x": images(2)}, {"x": images(3, seed=4)}
+    timeline = find_cuts(model, small)
+    passed, here = Passed(), None
+    with torch.no_grad():
+        expected = model(**batch)
+        for cut in timeline.cuts[::2]:
+            passed = advance(model, batch, here, passed, timeline, cut)
+            for _ in range(2):  # in-place layers must not change what is kept
+                assert torch.equal(resume(model, batch, cut, passed), expected)
+            here = cut
+    assert torch.equal(model(**batch), expected)
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
+# ---- calibration data --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("calibration", "message"),
+    [
+        (torch.full((2, 3, 8, 8), torch.nan), "'x' have NaN"),
+        (torch.zeros(0, 3, 8, 8), "'x' are empty"),
+        ({"images": torch.zeros(2, 3, 8, 8)}, "takes no 'images'; it takes x"),
+        ((torch.zeros(2), torch.zeros(2)), "too many positional"),
+        ([1, 2], "cannot calibrate on a list"),
+    ],
+)
+def test_calibration_data_of_a_wrong_form_are_refused(calibration, message):
+    with pytest.raises(CalibrationError, match=message):
+        osscar.prune(small_net(), calibration, sparsity=0.5, **OPTIONS)
+
+
+def test_proof_inputs_look_like_the_data_and_have_two_sizes():
+    data = images(16) * 3 + 5
+    first, second = as_inputs(small_net(), data).proofs(small_net(), seed=3)
+    assert (len(first["x"]), len(second["x"])) == (3, 1)
+    assert first["x"].mean() == pytest.approx(5.0, abs=0.5)
+    assert not torch.equal(first["x"][:1], second["x"])
+
+
+def test_language_models_still_get_token_windows():
+    inputs = as_inputs(tiny("opt"), tokens())
+    assert inputs.example(tiny("opt"))["input_ids"].dtype is torch.int64
+    assert inputs.batch_size == 8
