@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import signal
+import sys
+from typing import NoReturn
 
 import typer
 
@@ -33,5 +36,11 @@ def build() -> typer.Typer:
 
 def main() -> None:
     """Run the command line; errors that a user can cause end in one line and status 2."""
+    signal.signal(signal.SIGTERM, _terminated)
     with guard():
         build()()
+
+
+def _terminated(number: int, _: object) -> NoReturn:
+    """End as on any other error, so that nothing half-written stays behind."""
+    sys.exit(128 + number)

@@ -1,12 +1,15 @@
 """The commands as a person runs them: what they print, write and refuse."""
 
 import json
+import os
+import signal
 import sys
 import xml.etree.ElementTree as ElementTree
 
 import pytest
 
 import osscar
+import osscar.checkpoint
 from osscar.cli import main
 from tests.osscar.families import tiny
 
@@ -257,3 +260,16 @@ def test_help_names_every_command(run):
     status, out, _ = run("--help")
     assert status == 0
     assert all(name in out for name in ("demo", "prune", "eval", "inspect", "backends"))
+
+
+def test_being_terminated_leaves_nothing_half_written(run, text, tmp_path, monkeypatch):
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(
+        osscar.checkpoint, "_prove_readable", lambda *_: os.kill(os.getpid(), signal.SIGTERM)
+    )
+    try:
+        status, _, _ = run(*small_prune(text, tmp_path / "out", "--sparsity", 0.5))
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert status == 128 + signal.SIGTERM
+    assert [path.name for path in tmp_path.iterdir()] == [text.name]
