@@ -108,7 +108,7 @@ def load_model(
             model = _load_stock(found, trust_remote_code)
         tokenizer = _load_tokenizer(found, trust_remote_code)
     check_finite_weights(model)
-    stored = model.dtype
+    stored = next(model.parameters()).dtype
     if number_format is not None:
         model = model.to(number_format)
     return LoadedModel(model.to(target).eval(), tokenizer, found.source, found.path, stored)

@@ -17,7 +17,7 @@ import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from osscar.errors import CheckpointError, MissingDependency
@@ -76,9 +76,9 @@ class TransformersOrigin:
         known = isinstance(found, type) and issubclass(found, PreTrainedModel)
         return cls(found if known else AutoModelForCausalLM, config)
 
-    def read_stock(self, path: Path, dtype: torch.dtype | None) -> PreTrainedModel:
+    def read_stock(self, path: Path, dtype: torch.dtype | None) -> nn.Module:
         """Read a checkpoint that needs no plan, in evaluation mode."""
-        model: PreTrainedModel = self.kind.from_pretrained(
+        model: nn.Module = self.kind.from_pretrained(
             path, dtype=dtype or "auto", use_safetensors=True, local_files_only=True
         )
         return model.eval()
@@ -99,8 +99,9 @@ class TransformersOrigin:
         config.dtype = model.dtype
         config.architectures = [type(model).__name__]
         config.save_pretrained(path)
-        if model.generation_config is not None:
-            model.generation_config.save_pretrained(path)
+        generation = getattr(model, "generation_config", None)
+        if isinstance(generation, GenerationConfig):
+            generation.save_pretrained(path)
 
     def to_json(self) -> dict[str, Any]:
         """Name the library; the rest lies in ``config.json``."""

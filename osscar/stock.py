@@ -89,18 +89,25 @@ def _config_changes(config: Any, plans: Sequence[PruningPlan]) -> dict[str, Any]
         if len(shares) > 1 or not _change_widths(config, neurons, changes):
             return None
         for share in shares:
-            _change_heads(config, share, changes)
+            if not _change_heads(config, share, changes):
+                return None
     return changes
 
 
-def _change_heads(config: Any, share: Fraction, changes: dict[str, Any]) -> None:
+def _change_heads(config: Any, share: Fraction, changes: dict[str, Any]) -> bool:
+    """Note the new head counts; False if the config has no single count and width."""
+    heads, hidden = (getattr(config, name, None) for name in ("num_attention_heads", "hidden_size"))
+    if not isinstance(heads, int) or not isinstance(hidden, int):
+        return False
     for name in _HEAD_FIELDS:
         old = changes.get(name, getattr(config, name, None))
         # One key-value head that all query heads share is never cut.
         if isinstance(old, int) and not (name == "num_key_value_heads" and old == 1):
             changes[name] = int(old * share)
-    head_dim = getattr(config, "head_dim", None)
-    changes["head_dim"] = head_dim or config.hidden_size // config.num_attention_heads
+    # Where it is a property, the family derives it, and no config can express fewer heads.
+    if not isinstance(getattr(type(config), "head_dim", None), property):
+        changes["head_dim"] = getattr(config, "head_dim", None) or hidden // heads
+    return True
 
 
 def _change_widths(config: Any, neurons: Sequence[GroupPlan], changes: dict[str, Any]) -> bool:
