@@ -54,8 +54,8 @@ class StudyDesign:
     window_units, windows
         Draw this many windows of that many units from every larger problem, at every sparsity;
         no windows if `window_units` is None.
-    time_limit
-        Seconds for one exact solve.
+    time_limit, gap_tolerance
+        Seconds for one exact solve, and the relative gap at which it may stop.
     seed
         Of the windows.
 
@@ -73,6 +73,7 @@ class StudyDesign:
     window_units: int | None = None
     windows: int = 3
     time_limit: float = 60.0
+    gap_tolerance: float = 1e-6
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -91,6 +92,8 @@ class StudyDesign:
             )
         if not 0 < self.time_limit < math.inf:
             raise OptionError(f"time limit is {self.time_limit}; give seconds above 0")
+        if not 0 <= self.gap_tolerance < 1:
+            raise OptionError(f"gap tolerance is {self.gap_tolerance}; give a share below 1")
 
     def keep(self, units: int, sparsity: float) -> int:
         """Return how many of `units` stay: at least one, and at least one goes."""
@@ -204,9 +207,10 @@ class Study:
             backend = solvers.backend_class(name)
             if backend.kind is solvers.Kind.EXACT and instance.units > design.exact_units:
                 continue
-            options = {}
-            if "time_limit" in {f.name for f in dataclasses.fields(cast(Any, backend))}:
-                options["time_limit"] = design.time_limit
+            known = {f.name for f in dataclasses.fields(cast(Any, backend))}
+            limits = {"time_limit": design.time_limit, "gap_tolerance": design.gap_tolerance}
+            exact = backend.kind is solvers.Kind.EXACT
+            options = {k: v for k, v in limits.items() if exact and k in known}
             yield Task(self.directory, instance, keep, sparsity, name, options)
 
     def _window_tasks(self, design: StudyDesign, layer: Instance) -> Iterator[Task]:

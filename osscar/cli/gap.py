@@ -60,6 +60,9 @@ def command(
     ] = None,
     windows: Annotated[int, typer.Option(help="Windows for each problem and sparsity.")] = 3,
     time_limit: Annotated[float, typer.Option(help="Seconds for one exact solve.")] = 60.0,
+    gap_tolerance: Annotated[
+        float, typer.Option(help="Relative gap at which an exact solve may stop.")
+    ] = 1e-6,
     query_heads: Annotated[
         bool,
         typer.Option(
@@ -102,6 +105,7 @@ def command(
         window_units=units,
         windows=windows,
         time_limit=time_limit,
+        gap_tolerance=gap_tolerance,
         seed=seed,
     )
     are_files = _are_problems(sources)

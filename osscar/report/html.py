@@ -107,7 +107,9 @@ def _asked(study: Study, design: StudyDesign, jobs: int) -> dict[str, str]:
     asked["share of units removed"] = ", ".join(f"{s:.0%}" for s in design.sparsities)
     asked["backends"] = ", ".join(design.backends)
     asked["exact backends on"] = f"problems of at most {design.exact_units} units"
-    asked["time limit"] = f"{design.time_limit:g} s for an exact solve"
+    asked["limits"] = (
+        f"{design.time_limit:g} s for an exact solve, or a gap of {design.gap_tolerance:g}"
+    )
     if design.window_units is not None:
         asked["windows"] = (
             f"{design.windows} of {design.window_units} units for each larger problem and "

@@ -11,7 +11,8 @@ from osscar.rows import WINDOW, Row, window_layer
 from solvers import Status
 
 HIT = 1e-6
-"""Relative excess over the optimum up to which a loss counts as the optimum."""
+"""Relative excess over the optimum up to which a loss counts as the optimum; optima themselves are
+known up to the gap tolerance of the study."""
 
 _OPTIMAL = Status.OPTIMAL.name
 _ROOT = "perspective"
@@ -200,7 +201,7 @@ def _score_headline(score: Score) -> str:
         return f"{score.backend} found the optimum in all {what}"
     return (
         f"{score.backend} found the optimum in {score.hits} of {what}; on average it lies "
-        f"{score.mean_excess:.2%} above it, at worst {score.worst_excess:.1%}"
+        f"{_share(score.mean_excess)} above it, at worst {_share(score.worst_excess)}"
     )
 
 
@@ -240,11 +241,16 @@ def _window_headline(windows: Sequence[Case], layers: Sequence[Case]) -> str:
             gains.append(max(0.0, 1 - case.loss / incumbent))
     closed = sum(case.closed for case in windows)
     improved = [gain for gain in gains if gain > HIT]
-    tail = f", by at most {max(improved):.2%} of the layer's loss" if improved else ""
+    tail = f", by at most {_share(max(improved))} of the layer's loss" if improved else ""
     return (
         f"{closed} of {len(windows)} windows are solved to proven optimality; the layer's swap "
         f"optimum could be improved within {len(improved)} of them{tail}"
     )
+
+
+def _share(value: float) -> str:
+    """Return a share in per cent with two digits that count."""
+    return f"{float(f'{100 * value:.2g}'):g}%"
 
 
 def _gap(loss: float, bound: float | None) -> float | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
 from rich.box import SIMPLE_HEAD
@@ -14,6 +14,7 @@ from graph.groups import CouplingGroup, Slot
 
 if TYPE_CHECKING:
     from osscar.evaluation import Comparison, Evaluation
+    from osscar.image_evaluation import ImageComparison, ImageEvaluation
     from osscar.pipeline import LayerReport
     from solvers import BackendInfo, Capabilities
 
@@ -88,15 +89,74 @@ def _numbers(evaluation: Evaluation) -> list[tuple[str, str]]:
     ]
 
 
-def groups_table(groups: Sequence[CouplingGroup]) -> Table:
-    """Return one row for each coupling group, with the parameters that all its units hold."""
+def image_comparison_table(comparison: ImageComparison, name: str = "pruned") -> Table:
+    """Return a model that reads images beside its dense original, with ratios."""
+    rows = new_table("", "", "dense >", f"{name} >", "ratio >")
+    ratios = comparison.ratios
+    shown = (
+        ratios.parameters,
+        ratios.top1,
+        ratios.top5,
+        *(None, None),
+        ratios.images_per_second,
+        ratios.flops_per_image,
+        ratios.parameter_bytes,
+        ratios.disk_bytes,
+        None,
+    )
+    before, after = _image_numbers(comparison.dense), _image_numbers(comparison.model)
+    for (label, dense), (_, mine), ratio in zip(before, after, shown, strict=True):
+        if mine:
+            rows.add_row(label, dense, mine, "" if ratio is None else f"{ratio:.2f}x")
+    return rows
+
+
+def image_evaluation_table(evaluation: ImageEvaluation, name: str) -> Table:
+    """Return the numbers of one model that reads images."""
+    rows = new_table("", "", f"{name} >")
+    for label, value in _image_numbers(evaluation):
+        if value:
+            rows.add_row(label, value)
+    return rows
+
+
+def _image_numbers(evaluation: ImageEvaluation) -> list[tuple[str, str]]:
+    quality, size = evaluation.quality, evaluation.footprint
+    return [
+        ("parameters", f"{size.parameters:,}"),
+        ("top-1", _percent(quality.top1)),
+        ("top-5", _percent(quality.top5)),
+        ("agreement with dense", _percent(quality.agreement)),
+        ("KL from dense, nats", "" if quality.kl is None else f"{quality.kl:.4f}"),
+        (f"images/s ({evaluation.batch_size} at once)", f"{evaluation.images_per_second:,.1f}"),
+        ("FLOPs an image", _engineering(size.flops_per_image)),
+        ("weights in memory", _bytes(size.parameter_bytes)),
+        ("weights on disk", _bytes(size.disk_bytes)),
+        ("peak memory", _bytes(size.peak_memory_bytes)),
+    ]
+
+
+def _percent(share: float | None) -> str:
+    return "" if share is None else f"{share:.2%}"
+
+
+def groups_table(groups: Sequence[CouplingGroup], residual: Collection[str] = ()) -> Table:
+    """Return one row for each coupling group, with the parameters that all its units hold.
+
+    Parameters
+    ----------
+    groups
+        The groups.
+    residual
+        The names of those that are residual streams.
+    """
     table = new_table(
         "", "group", "kind", "units >", "rows/unit >", "producers", "consumers", "parameters >"
     )
     for group in groups:
         table.add_row(
             Text(group.name, style="" if group.prunable else "dim"),
-            str(group.kind),
+            f"{group.kind}, residual" if group.name in residual else str(group.kind),
             str(group.units),
             str(max((slot.width for slot in group.consumers), default=0)),
             _modules(group.producers),

@@ -72,7 +72,7 @@ def test_rows_hold_true_optima_and_valid_bounds(study):
         assert row.lower_bound is None or row.lower_bound <= best * (1 + 1e-9)
         if row.backend in EXACT:
             assert row.status == "OPTIMAL"
-            assert row.loss == pytest.approx(best, rel=1e-4)
+            assert row.loss == pytest.approx(best, rel=1e-6)
 
 
 def test_a_window_has_the_loss_of_its_layer(study):
@@ -286,6 +286,7 @@ def test_groups_that_do_not_exist_are_refused():
         ({"exact_units": 0}, "exact units 0"),
         ({"time_limit": 0.0}, "time limit is 0"),
         ({"time_limit": float("inf")}, "time limit is inf"),
+        ({"gap_tolerance": 1.0}, "gap tolerance is 1.0"),
     ],
 )
 def test_a_plan_refuses_what_makes_no_sense(fields, words):
