@@ -8,25 +8,22 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import graph
 from graph.groups import CouplingGroup, Kind
 from osscar.errors import FrozenGroupError, ModelError
-from osscar.linear_maps import linear_maps
+from osscar.inputs import as_inputs
+from osscar.linear_maps import freeze_unreadable, linear_maps
 from osscar.progress import track
-from osscar.slicing import context_length
-from osscar.stages import find_stages, start_stream
+from osscar.stages import Stage, find_stages, start_stream
 from osscar.statistics import GramAccumulator, observe
 from solvers import Consumer, SubsetProblem
-
-_EXAMPLE_TOKENS = 16
-_BATCH = 8
 
 
 def capture_problems(
     model: nn.Module,
-    tokens: Tensor,
+    calibration: Any,
     *,
     damp: float = 0.01,
     wanted: Callable[[str], bool] = lambda name: True,
@@ -40,9 +37,9 @@ def capture_problems(
     Parameters
     ----------
     model
-        A language model that takes ``input_ids``; not changed.
-    tokens
-        Calibration windows, (samples, seqlen) int64.
+        Any model that `osscar.prune` takes; not changed.
+    calibration
+        As for `osscar.prune`.
     damp
         Weight of the proximal term, relative to the mean of the Gram matrix's diagonal.
     wanted
@@ -67,19 +64,17 @@ def capture_problems(
     work = copy.deepcopy(model).eval()
     if getattr(getattr(work, "config", None), "use_cache", None) is not None:
         work.config.use_cache = False  # type: ignore[union-attr]
-    device = next(work.parameters()).device
-    length = min(_EXAMPLE_TOKENS, context_length(work) or _EXAMPLE_TOKENS)
-    example = torch.zeros(2, length, dtype=torch.int64, device=device)
+    inputs = as_inputs(work, calibration)
     with torch.no_grad():
-        traced = graph.trace(work, {"input_ids": example}).groups
+        traced = freeze_unreadable(work, graph.trace(work, inputs.example(work)).groups)
         groups = [group for group in traced if group.prunable and wanted(group.name)]
         if not groups:
             raise FrozenGroupError(
                 "no group that can be pruned has a name as asked; `osscar inspect` lists them"
             )
-        batches = [{"input_ids": ids.to(device)} for ids in torch.split(tokens, _BATCH)]
-        stages = find_stages(work, groups)
-        stream = start_stream(work, stages, batches)
+        groups.sort(key=lambda group: group.consumers[0].order)
+        stages = find_stages(work, groups, inputs.example(work))
+        stream = start_stream(work, stages, inputs.batches(work, inputs.batch_size))
         for index, stage in enumerate(track(stages, "measuring")):
             for group, consumers in _measure(work, stage, stream.arguments(index), damp):
                 if query_heads and group.kind is Kind.HEADS:
@@ -90,7 +85,7 @@ def capture_problems(
 
 
 def _measure(
-    model: nn.Module, stage: Any, calls: Sequence[Any], damp: float
+    model: nn.Module, stage: Stage, calls: Sequence[Any], damp: float
 ) -> Iterator[tuple[CouplingGroup, tuple[Consumer, ...]]]:
     """Give the consumers of each group of a stage, all measured in the same pass."""
     by_group = [

@@ -171,7 +171,7 @@ def _model_problems(
     patterns = _names(groups) if groups is not None else ("*",)
     for group, problem in capture_problems(
         loaded.model,
-        windows.tokens,
+        windows,
         damp=source["damp"],
         wanted=lambda name: any(fnmatchcase(name, pattern) for pattern in patterns),
         query_heads=source["query_heads"],

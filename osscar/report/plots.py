@@ -137,6 +137,7 @@ def _gaps(cases: Sequence[Case]) -> Figure | None:
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     axes.set_ylabel("gap to the lower bound")
     axes.grid(axis="x", visible=False)
+    axes.margins(x=0.01)
     figure.legend(
         title="filled: what remains; outline: with the root bound alone",
         loc="outside upper left", ncols=len(sparsities), frameon=False, alignment="left",
