@@ -1,0 +1,23 @@
+"""Every classification model of torchvision: half of every prunable group removed, and proved."""
+
+from __future__ import annotations
+
+import pytest
+
+from .measure import LEAST_EFFECT, measure
+from .zoo import REPRESENTATIVES, torchvision_case, torchvision_names
+
+pytest.importorskip("torchvision")
+
+_OTHERS = [name for name in torchvision_names() if name not in REPRESENTATIVES]
+
+
+@pytest.mark.parametrize(
+    "name", [*REPRESENTATIVES, *(pytest.param(name, marks=pytest.mark.slow) for name in _OTHERS)]
+)
+def test_half_of_every_group_can_go(name: str) -> None:
+    case = torchvision_case(name)
+    found = measure(name, case.build(), case.make_inputs())
+    assert found.effect > LEAST_EFFECT
+    assert found.prunable > 0
+    assert found.parameters_after < (1 - found.share / 4) * found.parameters
