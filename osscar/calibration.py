@@ -61,6 +61,16 @@ class CalibrationSet:
         """SHA-256 of the tokens, by which a resumed run knows that it sees the same data."""
         return hashlib.sha256(self.tokens.numpy().tobytes()).hexdigest()
 
+    def describe(self) -> dict[str, Any]:
+        """Return what reports say: the source, by what it is recognized, and what was drawn."""
+        return {
+            "source": self.source,
+            "sha256": self.text_digest,
+            "samples": self.samples,
+            "seqlen": self.seqlen,
+            "seed": self.seed,
+        }
+
     def batches(self, batch_size: int) -> Iterator[Tensor]:
         """Give (at most batch_size, seqlen) windows at a time, in order.
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import sys
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
+
+from graph.groups import CouplingGroup
 
 
 @dataclass(frozen=True)
@@ -50,7 +54,29 @@ def count_parameter_bytes(model: nn.Module) -> int:
     return sum(parameter.nbytes for parameter in model.parameters())
 
 
-def count_flops(model: nn.Module, window: Tensor) -> int:
+def count_owned(model: nn.Module, groups: Iterable[CouplingGroup]) -> int:
+    """Count the parameters that lie in units of some prunable group, each once.
+
+    Parameters
+    ----------
+    model
+        The model.
+    groups
+        Its coupling groups; those that are frozen do not count.
+    """
+    owned: dict[tuple[str, int], set[int]] = {}
+    for group in groups:
+        for slot in group.slots if group.prunable else ():
+            indices = slot.indices(range(slot.units))
+            owned.setdefault((slot.tensor, slot.dim), set()).update(indices)
+    count = 0
+    for name, parameter in model.named_parameters():
+        outside = [n - len(owned.get((name, dim), ())) for dim, n in enumerate(parameter.shape)]
+        count += parameter.numel() - math.prod(outside)
+    return count
+
+
+def count_flops(model: nn.Module, inputs: Tensor | Mapping[str, Tensor]) -> int:
     """Count the floating-point operations of one forward pass, by running it.
 
     Counted are the matrix products and convolutions with the shapes that they really have: linear
@@ -61,17 +87,23 @@ def count_flops(model: nn.Module, window: Tensor) -> int:
     Parameters
     ----------
     model
-        A language model.
-    window
-        Token ids, (batch, tokens) int64, on the model's device.
+        A model.
+    inputs
+        Token ids, (batch, tokens) int64, of a language model, or keyword arguments of any other;
+        on the model's device.
     """
+    if isinstance(inputs, Tensor):
+        inputs = {"input_ids": inputs}
+        options = {"use_cache": False}
+    else:
+        options = {}
     # fused attention kernels hide their products from the counter; the plain one does not
     with (
         torch.no_grad(),
         sdpa_kernel(SDPBackend.MATH),
         FlopCounterMode(display=False) as counter,
     ):
-        model(input_ids=window, use_cache=False)
+        model(**inputs, **options)
     return int(counter.get_total_flops())
 
 

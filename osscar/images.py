@@ -7,7 +7,7 @@ import importlib
 import json
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -185,6 +185,15 @@ class ImageSet:
             If a file is no image that can be decoded.
         """
         return torch.cat(list(self.batches(64)))
+
+    def describe(self) -> dict[str, Any]:
+        """Return what reports say: the source, each image's fingerprint, and the preprocessing."""
+        return {
+            "source": self.source,
+            "images": self.fingerprints(),
+            "samples": len(self),
+            "preprocessing": asdict(self.preprocessing),
+        }
 
     def fingerprints(self) -> list[str]:
         """Return a short hash of each image as it is stored, to recognize it by."""

@@ -22,12 +22,14 @@ import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from osscar.calibration import CalibrationSet, load_calibration
 from osscar.errors import DeviceError, ModelError, ModelNotFound, NonFiniteError
 from osscar.packaged import PACKAGED_MODELS, fetch
 from osscar.plan import PLAN_FILE
+from osscar.slicing import context_length
 
 DEMO = "demo"
 DEMO_DIRECTORY = Path(__file__).parent / "data" / "demo"
@@ -52,6 +54,8 @@ class LoadedModel:
         Its directory, or None for a model from the hub.
     stored_dtype
         Number format of its weights on disk.
+    classes
+        Empty: a language model has a vocabulary instead.
     """
 
     model: PreTrainedModel
@@ -59,6 +63,36 @@ class LoadedModel:
     source: str
     path: Path | None
     stored_dtype: torch.dtype
+    classes: tuple[str, ...] = ()
+
+    @property
+    def example(self) -> dict[str, Tensor]:
+        """Inputs to trace the model with."""
+        length = min(16, context_length(self.model) or 16)
+        return {"input_ids": torch.zeros(2, length, dtype=torch.int64, device=self.model.device)}
+
+    def calibration(
+        self, spec: str | Path | None, *, samples: int | None, seqlen: int | None, seed: int
+    ) -> CalibrationSet:
+        """Draw calibration windows; by default 32 of 512 tokens.
+
+        Parameters
+        ----------
+        spec, samples, seqlen, seed
+            As in `osscar.load_calibration`.
+
+        Raises
+        ------
+        CalibrationError, TextError, MissingDependency
+            As there.
+        """
+        return load_calibration(
+            spec,
+            self.tokenizer,
+            samples=32 if samples is None else samples,
+            seqlen=512 if seqlen is None else seqlen,
+            seed=seed,
+        )
 
 
 def load_model(

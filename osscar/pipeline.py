@@ -28,7 +28,7 @@ from osscar.batch_norm import reestimate
 from osscar.checkpoint import SavedCheckpoint
 from osscar.errors import OptionError
 from osscar.footprint import count_parameters
-from osscar.inputs import ModelInputs, as_inputs
+from osscar.inputs import as_inputs
 from osscar.linear_maps import LinearMap, freeze_unreadable, linear_maps
 from osscar.models import check_finite_weights, resolve_device
 from osscar.plan import GroupPlan, PruningPlan
@@ -37,7 +37,7 @@ from osscar.proof import finer_precision
 from osscar.residual import residual_groups
 from osscar.shrinking import shrink_proved
 from osscar.stages import Stage, find_stages, start_stream
-from osscar.statistics import GramAccumulator, observe
+from osscar.statistics import GramAccumulator, observe, pose
 from osscar.targets import Keep, Targets, allocate
 
 
@@ -50,7 +50,8 @@ class LayerReport:
     name, kind, units, kept
         The group, and how many of its units stayed.
     loss
-        Mean squared change of what its consumers compute, with the proximal term, after the refit.
+        Mean squared change of what its consumer computes, with the proximal term, after the refit;
+        if several layers read the group, the sum over them, each relative to its own scale.
     relative_loss
         The same as a share of the loss of removing everything.
     lower_bound, gap, bound_from
@@ -240,9 +241,11 @@ def prune(
     work = copy.deepcopy(model).to(resolve_device(device)).eval()
     with _without_cache(work), torch.no_grad():
         prepare(work)
-        to_prune, keep = _allocate(work, inputs, targets)
+        example = inputs.example(work)
+        traced = graph.trace(work, example)
+        to_prune, keep = _allocate(work, traced, targets)
         batches = inputs.batches(work, batch_size)
-        stages = find_stages(work, to_prune, inputs.example(work))
+        stages = find_stages(work, to_prune, example, traced.operators)
         plan, layers = _prune_groups(
             work, stages, keep, batches, _Solve(chosen_backend, certify, damp)
         )
@@ -275,10 +278,9 @@ def prune(
 
 
 def _allocate(
-    model: nn.Module, inputs: ModelInputs, targets: Targets
+    model: nn.Module, traced: graph.DependencyGraph, targets: Targets
 ) -> tuple[list[CouplingGroup], dict[str, int]]:
     """Return the groups to prune, in the order in which they are first read, and what stays."""
-    traced = graph.trace(model, inputs.example(model))
     groups = freeze_unreadable(model, traced.groups)
     keep = allocate(groups, targets, residual_groups(traced))
     chosen = [group for group in groups if group.name in keep]
@@ -334,9 +336,7 @@ def _prune_group(
     with observe(accumulators) as run:
         for args, kwargs in calls:
             run(stage.module, *args, **kwargs)
-    problem = solvers.SubsetProblem(
-        tuple(accumulator.consumer(solve.damp) for accumulator in accumulators), keep, group.name
-    )
+    problem = pose(accumulators, keep, group.name, solve.damp)
     measured = time.perf_counter()
     solution = solvers.solve(problem, solve.backend, bound=solve.certify)
     if solve.certify:

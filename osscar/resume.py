@@ -3,13 +3,13 @@
 In a chain of blocks only one tensor is alive between one block and the next.  Where that is so, a
 pass can begin after a module whose output is at hand: what comes before it is skipped.  Whether it
 is so is tried out, not assumed: a module is a *cut* if the model gives the same outputs when all
-modules that ended before it return NaN.
+modules that ended before it return NaN.  The traced operators say where it is worth a trial.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
+
+from graph import Operator
 
 Batch = Mapping[str, Any]
 
@@ -62,7 +64,7 @@ class Passed:
     shapes: dict[str, torch.Size] = field(default_factory=dict)
 
 
-def find_cuts(model: nn.Module, batch: Batch) -> Timeline:
+def find_cuts(model: nn.Module, batch: Batch, operators: Sequence[Operator]) -> Timeline:
     """Try out after which modules a pass can begin.
 
     Parameters
@@ -71,6 +73,8 @@ def find_cuts(model: nn.Module, batch: Batch) -> Timeline:
         A model in evaluation mode; not changed.
     batch
         A small batch, as keyword arguments of the model.
+    operators
+        Of the traced model.
     """
     clock: list[str] = []
     calls: Counter[str] = Counter()
@@ -92,12 +96,31 @@ def find_cuts(model: nn.Module, batch: Batch) -> Timeline:
     with torch.no_grad(), _watched(model, before, after):
         expected = model(**batch)
     once = [name for name in sorted(ends, key=ends.__getitem__) if calls[name] == 1]
+    likely = _narrows(operators)
     cuts = []
     for position, name in enumerate(once):
+        if name not in likely:
+            continue
         passed = Passed(returned[name], {n: returned[n].shape for n in once[:position]})
         if _gives_the_same(model, batch, name, passed, expected):
             cuts.append(name)
     return Timeline(starts, {name: ends[name] for name in once}, tuple(cuts))
+
+
+def _narrows(operators: Sequence[Operator]) -> set[str]:
+    """Return the modules after whose last operator one value is read that was computed before."""
+    last_read = {name: at for at, operator in enumerate(operators) for name in operator.inputs}
+    ends: dict[str, int] = {}
+    for at, operator in enumerate(operators):
+        parts = operator.module.split(".")
+        ends.update({".".join(parts[:depth]): at for depth in range(1, len(parts) + 1)})
+    alive: set[str] = set()
+    narrow: set[int] = set()
+    for at, operator in enumerate(operators):
+        alive = {name for name in (*alive, operator.name) if last_read.get(name, -1) > at}
+        if len(alive) == 1:
+            narrow.add(at)
+    return {module for module, at in ends.items() if at in narrow}
 
 
 def _gives_the_same(

@@ -94,8 +94,8 @@ def measure_speed(
         )
     new_tokens = min(new_tokens, len(prompt) // 2)
     runs = [_Run(model, prompt[None].to(model.device), new_tokens) for model in models]
-    prefill = _take_turns([run.time_prefill for run in runs], repetitions, "Timing prefill")
-    decode = _take_turns([run.time_decode for run in runs], repetitions, "Timing decode")
+    prefill = take_turns([run.time_prefill for run in runs], repetitions, "Timing prefill")
+    decode = take_turns([run.time_decode for run in runs], repetitions, "Timing decode")
     return [
         Speed(
             prefill_tokens_per_second=len(prompt) / statistics.median(read),
@@ -108,10 +108,25 @@ def measure_speed(
     ]
 
 
-def _take_turns(
+def take_turns(
     timings: Sequence[Callable[[], list[float]]], repetitions: int, description: str
 ) -> list[list[float]]:
-    """Collect the seconds that each timing reports, over as many repetitions as are worth it."""
+    """Collect the seconds that each timing reports, over as many repetitions as are worth it.
+
+    Parameters
+    ----------
+    timings
+        Each runs one model once and returns the seconds of the steps that it took.
+    repetitions
+        The least number of turns.
+    description
+        What a progress bar says.
+
+    Returns
+    -------
+    list of list of float
+        Seconds, in the order of the timings.
+    """
     seconds: list[list[float]] = [[] for _ in timings]
     for timing in timings:
         timing()  # warm-up: allocations, thread pools, kernels chosen at first use

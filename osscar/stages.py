@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from graph.groups import CouplingGroup
+from graph import CouplingGroup, Operator
 from osscar.errors import ModelError
 from osscar.progress import track
 from osscar.resume import Batch, Passed, Timeline, advance, find_cuts, resume
@@ -151,7 +151,10 @@ class CutStream:
 
 
 def find_stages(
-    model: nn.Module, groups: Sequence[CouplingGroup], example: Batch | None = None
+    model: nn.Module,
+    groups: Sequence[CouplingGroup],
+    example: Batch | None = None,
+    operators: Sequence[Operator] = (),
 ) -> tuple[Stage, ...]:
     """Split a model into stages.
 
@@ -163,6 +166,8 @@ def find_stages(
         The groups that are to be pruned, in the order in which they are first read.
     example
         A small batch, as keyword arguments, to find out where the model can be cut.
+    operators
+        Of the traced model, which tell where that is worth a trial.
 
     Returns
     -------
@@ -174,7 +179,7 @@ def find_stages(
     chains = {owner[0] if owner else None for owner in owners}
     (chain,) = chains if len(chains) == 1 else (None,)
     if chain is None and example is not None:
-        return tuple(_stages_at_cuts(model, groups, find_cuts(model, example)))
+        return tuple(_stages_at_cuts(model, groups, find_cuts(model, example, operators)))
     if chain is None:
         return (Stage("", model, tuple(groups)),)
     blocks = model.get_submodule(chain)

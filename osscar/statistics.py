@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from osscar.errors import ModelError, NonFiniteError
 from osscar.linear_maps import LinearMap
-from solvers import Consumer
+from solvers import Consumer, SubsetProblem
 
 
 class GramAccumulator:
@@ -86,6 +87,50 @@ class GramAccumulator:
             units=self.linear_map.unit_rows,
             damp=damp,
         )
+
+
+def pose(
+    accumulators: Sequence[GramAccumulator], keep: int, name: str, damp: float
+) -> SubsetProblem:
+    """Return the problem of one group, whose loss is the sum over the layers that read it.
+
+    Where there are several, each layer's loss counts relative to that of removing everything, as
+    otherwise the layer with the largest outputs would choose alone.  The refit is the same either
+    way.  All groups of a grouped convolution are one layer.
+
+    Parameters
+    ----------
+    accumulators
+        The measured consumers.
+    keep
+        How many units stay.
+    name
+        What the problem is called.
+    damp
+        As in `GramAccumulator.consumer`.
+    """
+    consumers = [accumulator.consumer(damp) for accumulator in accumulators]
+    layers = [accumulator.linear_map.name for accumulator in accumulators]
+    totals = dict.fromkeys(layers, 0.0)
+    for layer, consumer in zip(layers, consumers, strict=True):
+        totals[layer] += consumer.e
+    if len(totals) > 1:
+        consumers = [
+            _divided(consumer, totals[layer] or 1.0)
+            for layer, consumer in zip(layers, consumers, strict=True)
+        ]
+    return SubsetProblem(tuple(consumers), keep, name)
+
+
+def _divided(consumer: Consumer, scale: float) -> Consumer:
+    """Return the same least-squares problem with its loss divided by a number."""
+    return dataclasses.replace(
+        consumer,
+        H=consumer.H / scale,
+        G=consumer.G / scale,
+        e=consumer.e / scale,
+        damping=consumer.damping / scale,
+    )
 
 
 class _AllMeasured(Exception):

@@ -31,6 +31,19 @@ DeviceOption = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 DtypeOption = Annotated[
     str, typer.Option(help="auto (float32 on a CPU), float32, bfloat16 or float16.")
 ]
+ModelArgument = Annotated[
+    str,
+    typer.Argument(
+        help="Model id, directory, `demo`, `smollm2-135m`, `torchvision:NAME`, or code of your own "
+        "that is imported and called: `module:function` or `file.py:function`."
+    ),
+]
+WeightsOption = Annotated[
+    Path | None,
+    typer.Option(
+        help="Weights for a torchvision model or code of your own: .safetensors, or a state dict."
+    ),
+]
 TrustOption = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run the code that a checkpoint brings along.")
 ]

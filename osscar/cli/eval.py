@@ -13,7 +13,9 @@ from osscar.cli.common import (
     DeviceOption,
     DtypeOption,
     JsonOption,
+    ModelArgument,
     TrustOption,
+    WeightsOption,
     check_json_path,
     document,
     out,
@@ -25,51 +27,95 @@ REPORT_FILE = "osscar_report.json"
 
 
 def command(
-    model: Annotated[str, typer.Argument(help="Model id, directory, `demo` or `smollm2-135m`.")],
+    model: ModelArgument,
     text: Annotated[
         str | None, typer.Option(help="Plain text to score; by default the built-in held-out text.")
     ] = None,
-    against: Annotated[
-        str | None, typer.Option(help="The dense model, to be measured side by side.")
+    images: Annotated[
+        str | None,
+        typer.Option(
+            help="Images to score: a directory, with a folder for each class if they have labels, "
+            "or FILE.npz with `images` and `labels` (FILE.npz:test for `test_images`)."
+        ),
     ] = None,
+    samples: Annotated[
+        int | None, typer.Option(min=1, help="Score only so many images, drawn at random.")
+    ] = None,
+    against: Annotated[
+        str | None,
+        typer.Option(
+            help="The dense model, to be measured side by side; code of your own also rebuilds "
+            "the pruned one."
+        ),
+    ] = None,
+    weights: WeightsOption = None,
     windows: Annotated[
         int | None, typer.Option(help="Score only the first N windows; by default the full text.")
     ] = None,
     seqlen: Annotated[int | None, typer.Option(help="Tokens in a window.")] = None,
-    batch_size: Annotated[int, typer.Option(help="Windows scored at once.")] = 4,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Windows (default 4) or images (default 32) at once.")
+    ] = None,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     json: JsonOption = None,
     trust_remote_code: TrustOption = False,
 ) -> None:
-    """Measure perplexity, speed, size and memory.
+    """Measure quality, speed, size and memory.
 
-    Perplexity is over non-overlapping windows of the text.  Speed is told apart for reading a
-    prompt (prefill) and writing token by token (decode); with --against the models take turns.
+    Language models: perplexity over non-overlapping windows of the text; speed is told apart for
+    reading a prompt (prefill) and writing token by token (decode).  Models that read images: top-1
+    and top-5 where there are labels, and images per second.  With --against the models take turns,
+    and for images agreement and divergence are measured, which need no labels.
     """
+    from osscar.errors import OptionError
+    from osscar.vision import is_vision
+
+    check_json_path(json)
+    load: dict[str, Any] = {"device": device, "dtype": dtype}
+    if is_vision(model):
+        if text is not None or windows is not None or seqlen is not None:
+            raise OptionError(
+                f"{model} reads images, not text: leave --text, --windows and --seqlen away"
+            )
+        batch = 32 if batch_size is None else batch_size
+        content = _images(model, images, samples, against, weights, batch, load)
+    else:
+        if images is not None or samples is not None or weights is not None:
+            raise OptionError(
+                f"{model} reads text, not images: leave --images, --samples and --weights away"
+            )
+        options = {"windows": windows, "seqlen": seqlen, "batch_size": batch_size or 4}
+        load["trust_remote_code"] = trust_remote_code
+        content = _language(model, text, against, options, load)
+    write_json(json, document("eval", 1, {"name": model, "against": against, **content}))
+
+
+def _language(
+    model: str,
+    text: str | None,
+    against: str | None,
+    options: dict[str, Any],
+    load: dict[str, Any],
+) -> dict[str, Any]:
+    """Measure a language model, print what came out, and return it."""
     from osscar.data.topics import Part, builtin_text
     from osscar.evaluation import compare, evaluate
     from osscar.models import load_model
     from osscar.report.tables import comparison_table, evaluation_table
     from osscar.text import read_text
 
-    check_json_path(json)
     with quiet():
         content = builtin_text(Part.HELD_OUT) if text is None else read_text(text)
-        loaded = load_model(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+        loaded = load_model(model, **load)
         refuse_calibration_text(loaded.path, content)
-        options: dict[str, Any] = {
-            **{"windows": windows, "seqlen": seqlen, "batch_size": batch_size},
-            "path": loaded.path,
-        }
+        options = {**options, "path": loaded.path}
         if against is None:
             evaluation = evaluate(loaded.model, loaded.tokenizer, content, **options)
             out.print(evaluation_table(evaluation, model))
             result: dict[str, Any] = {"model": dataclasses.asdict(evaluation)}
         else:
-            dense = load_model(
-                against, device=device, dtype=dtype, trust_remote_code=trust_remote_code
-            )
+            dense = load_model(against, **load)
             comparison = compare(
                 loaded.model, dense.model, loaded.tokenizer, content,
                 **options, dense_path=dense.path,
@@ -81,8 +127,50 @@ def command(
         f"{quality.tokens:,} tokens scored in {quality.windows:,} windows of {quality.seqlen}, "
         f"{evaluation.dtype} on {evaluation.device}"
     )
-    names = {"text": text or "builtin", "name": model, "against": against}
-    write_json(json, document("eval", 1, {**names, **result}))
+    return {"text": text or "builtin", **result}
+
+
+def _images(
+    model: str,
+    spec: str | None,
+    samples: int | None,
+    against: str | None,
+    weights: Path | None,
+    batch_size: int,
+    load: dict[str, Any],
+) -> dict[str, Any]:
+    """Measure a model that reads images, print what came out, and return it."""
+    from osscar.errors import ImageError
+    from osscar.image_evaluation import Candidate, compare_images, evaluate_images
+    from osscar.images import load_images, refuse_overlap
+    from osscar.report.tables import image_comparison_table, image_evaluation_table
+    from osscar.vision import load_vision_model
+
+    if spec is None:
+        raise ImageError(f"{model} reads images: give --images a directory or an .npz file")
+    with quiet():
+        loaded = load_vision_model(model, weights=weights, dense=against, **load)
+        images = load_images(spec, loaded.preprocessing)
+        images = images if samples is None else images.sample(samples, seed=0)
+        if loaded.path is not None:
+            refuse_overlap(images, loaded.path / REPORT_FILE)
+        mine = Candidate(loaded.model, loaded.path)
+        options: dict[str, Any] = {"classes": loaded.classes, "batch_size": batch_size}
+        if against is None:
+            evaluation = evaluate_images(mine, images, **options)
+            out.print(image_evaluation_table(evaluation, model))
+            result: dict[str, Any] = {"model": dataclasses.asdict(evaluation)}
+        else:
+            other = load_vision_model(against, weights=weights, **load)
+            dense = Candidate(other.model, other.path)
+            comparison = compare_images(mine, dense, images, **options)
+            out.print(image_comparison_table(comparison, name=Path(model).name))
+            evaluation, result = comparison.model, dataclasses.asdict(comparison)
+    kind = "labelled images" if images.labels is not None else "images without labels"
+    out.print(
+        f"{evaluation.quality.images:,} {kind} scored, {evaluation.dtype} on {evaluation.device}"
+    )
+    return {"images": spec, **result}
 
 
 def refuse_calibration_text(path: Path | None, text: str) -> None:

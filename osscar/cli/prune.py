@@ -13,7 +13,9 @@ from osscar.cli.common import (
     DeviceOption,
     DtypeOption,
     JsonOption,
+    ModelArgument,
     TrustOption,
+    WeightsOption,
     check_json_path,
     document,
     out,
@@ -24,14 +26,15 @@ from osscar.cli.common import (
 if TYPE_CHECKING:
     from osscar.calibration import CalibrationSet
     from osscar.checkpoint import SavedCheckpoint
+    from osscar.images import ImageSet
     from osscar.pipeline import PruningResult
 
 
 def command(
-    model: Annotated[str, typer.Argument(help="Model id, directory, `demo` or `smollm2-135m`.")],
+    model: ModelArgument,
     directory: Annotated[Path, typer.Option("--out", help="Where the smaller model goes.")],
     sparsity: Annotated[
-        float | None, typer.Option(help="Share of the heads and neurons to remove.")
+        float | None, typer.Option(help="Share of the heads, neurons and channels to remove.")
     ] = None,
     heads: Annotated[
         str | None, typer.Option(help="Heads to *keep*: a fraction (0.7, 2/3) or a count.")
@@ -39,19 +42,41 @@ def command(
     neurons: Annotated[
         str | None, typer.Option(help="Neurons to *keep*: a fraction (0.7, 2/3) or a count.")
     ] = None,
+    channels: Annotated[
+        str | None, typer.Option(help="Channels to *keep*: a fraction (0.7, 2/3) or a count.")
+    ] = None,
+    residual: Annotated[
+        str | None,
+        typer.Option(
+            help="Channels of residual streams to *keep*: they run through many blocks, and "
+            "nothing else touches them."
+        ),
+    ] = None,
     round_to: Annotated[
         int, typer.Option(help="Round kept widths to a multiple of this, for the hardware.")
     ] = 1,
+    weights: WeightsOption = None,
     calibration: Annotated[
         str | None,
-        typer.Option(help="Plain text file or Hugging Face dataset; by default built-in text."),
+        typer.Option(
+            help="Plain text file or Hugging Face dataset (by default built-in text); for images "
+            "a directory or an .npz file."
+        ),
     ] = None,
-    samples: Annotated[int, typer.Option(max=10**6, help="Calibration windows.")] = 32,
-    seqlen: Annotated[int, typer.Option(help="Tokens in a calibration window.")] = 512,
+    samples: Annotated[
+        int | None,
+        typer.Option(max=10**6, help="Calibration windows (default 32) or images (default 256)."),
+    ] = None,
+    seqlen: Annotated[
+        int | None, typer.Option(help="Tokens in a calibration window (default 512).")
+    ] = None,
     seed: Annotated[
         int, typer.Option(min=0, max=2**63 - 1, help="Seed of everything that is drawn.")
     ] = 0,
-    batch_size: Annotated[int, typer.Option(help="Windows that run at once.")] = 8,
+    batch_size: Annotated[
+        int | None,
+        typer.Option(help="Windows (default 8) or images (default 64) that run at once."),
+    ] = None,
     backend: Annotated[str, typer.Option(help="`osscar backends` lists them.")] = "local_search",
     option: Annotated[
         list[str] | None, typer.Option(help="Option of the backend, as NAME=VALUE; repeatable.")
@@ -62,6 +87,10 @@ def command(
     damp: Annotated[
         float, typer.Option(help="Pull towards the dense weights, relative to mean(diag H).")
     ] = 0.01,
+    batch_norm: Annotated[
+        bool,
+        typer.Option(help="Estimate batch-norm statistics again, from the calibration images."),
+    ] = True,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     overwrite: Annotated[bool, typer.Option(help="Replace a directory that is not empty.")] = False,
@@ -70,39 +99,42 @@ def command(
 ) -> None:
     """Prune a model in one shot, prove the result, and save it.
 
-    Give --sparsity for heads and neurons alike, or say with --heads and --neurons what to keep of
-    each.  Under grouped-query attention a head is a key-value head with its query heads.
+    Give --sparsity for heads, neurons and channels alike, or say with --heads, --neurons and
+    --channels what to keep of each.  Under grouped-query attention a head is a key-value head with
+    its query heads.
     """
-    from osscar.calibration import load_calibration
     from osscar.checkpoint import check_output
-    from osscar.models import load_model
     from osscar.pipeline import prune
     from osscar.targets import Targets
+    from osscar.vision import VisionModel, open_model
 
     check_json_path(json)
-    path = check_output(directory, overwrite=overwrite, inputs=(model, calibration, json))
-    Targets(sparsity, heads, neurons, round_to=round_to)
+    path = check_output(directory, overwrite=overwrite, inputs=(model, calibration, weights, json))
+    Targets(sparsity, heads, neurons, channels, residual, round_to=round_to)
     with quiet():
-        loaded = load_model(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
-        windows = load_calibration(
-            calibration, loaded.tokenizer, samples=samples, seqlen=seqlen, seed=seed
+        loaded = open_model(
+            model, weights=weights, device=device, dtype=dtype, trust_remote_code=trust_remote_code
         )
+        data = loaded.calibration(calibration, samples=samples, seqlen=seqlen, seed=seed)
         result = prune(
             loaded.model,
-            windows,
+            data,
             sparsity=sparsity,
             heads=heads,
             neurons=neurons,
+            channels=channels,
+            residual=residual,
             round_to=round_to,
             backend=backend,
             backend_options=parse_options(option or []),
             certify=certify,
             damp=damp,
+            batch_norm=batch_norm,
             device=device,
             batch_size=batch_size,
             seed=seed,
         )
-        report = report_document(result, loaded.source, windows)
+        report = report_document(result, loaded.source, data, loaded.classes)
         saved = result.save(
             path,
             tokenizer=loaded.tokenizer,
@@ -112,28 +144,30 @@ def command(
         )
     print_result(result, saved)
     out.print("next:", style="bold")
-    out.print(f"  osscar eval {directory} --text FILE --against {model}", highlight=False)
+    given = "--images PATH" if isinstance(loaded, VisionModel) else "--text FILE"
+    out.print(f"  osscar eval {directory} {given} --against {model}", highlight=False)
     write_json(json, {**report, "saved": _saved(saved)})
 
 
-def report_document(result: PruningResult, source: str, windows: CalibrationSet) -> dict[str, Any]:
+def report_document(
+    result: PruningResult,
+    source: str,
+    data: CalibrationSet | ImageSet,
+    classes: tuple[str, ...] = (),
+) -> dict[str, Any]:
     """Return what is known of a run, as ``docs/json.md`` describes it."""
     return document(
         "prune",
         1,
         {
             "model": source,
-            "calibration": {
-                "source": windows.source,
-                "sha256": windows.text_digest,
-                "samples": len(windows.tokens),
-                "seqlen": windows.tokens.shape[1],
-                "seed": windows.seed,
-            },
+            "classes": list(classes),
+            "calibration": data.describe(),
             "settings": dict(result.settings),
             "parameters_before": result.parameters_before,
             "parameters_after": result.parameters_after,
             "equivalence_error": result.equivalence_error,
+            "batch_norms": result.batch_norms,
             "summed_relative_loss": result.loss,
             "seconds": result.seconds,
             "solve_seconds": result.solve_seconds,
@@ -160,6 +194,10 @@ def print_result(result: PruningResult, saved: SavedCheckpoint) -> None:
         f"proof: the smaller model's outputs equal the masked model's to "
         f"{result.equivalence_error:.1e} of the largest"
     )
+    if result.batch_norms:
+        out.print(
+            f"the statistics of {result.batch_norms} batch-norm layers were then estimated again"
+        )
     reader = "from_pretrained of transformers" if saved.stock else "osscar.load"
     out.print(f"saved: {saved.path} ({saved.bytes / 1e6:.1f} MB of weights; {reader} reads it)")
 

@@ -167,8 +167,15 @@ def groups_table(groups: Sequence[CouplingGroup], residual: Collection[str] = ()
 
 
 def _modules(slots: Sequence[Slot]) -> str:
-    names = list(dict.fromkeys(slot.module.rpartition(".")[2] or slot.tensor for slot in slots))
+    names = list(dict.fromkeys(_short(slot) for slot in slots))
     return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+
+
+def _short(slot: Slot) -> str:
+    """Return the last part of a module's name, and what a number is counted in."""
+    parts = slot.module.split(".")
+    last = next((i for i, part in enumerate(reversed(parts)) if not part.isdecimal()), 0)
+    return ".".join(parts[-last - 1 :]) or slot.tensor
 
 
 def backends_table(infos: Sequence[BackendInfo]) -> Table:

@@ -251,7 +251,7 @@ def test_a_wrong_group_is_caught_by_the_proof(monkeypatch):
         Slot(f"{block}.fc2.weight", 1, Role.CONSUMER, f"{block}.fc2", 40),
     )
     group = CouplingGroup("broken", Kind.NEURONS, 40, slots, 1)
-    traced = SimpleNamespace(groups=(group,))
+    traced = SimpleNamespace(groups=(group,), operators=())
     monkeypatch.setattr("graph.trace", lambda *_: traced)
     assert osscar.prune(tiny("opt"), tokens(), neurons="0.5", device="cpu").layers
 

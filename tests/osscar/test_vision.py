@@ -1,0 +1,444 @@
+"""Models that read images, from the name to the command line."""
+
+import json
+import subprocess
+import sys
+import textwrap
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import osscar
+from osscar.cli import main
+from osscar.errors import (
+    CheckpointError,
+    ImageError,
+    ModelError,
+    ModelNotFound,
+    OptionError,
+)
+from osscar.image_evaluation import (
+    Candidate,
+    compare_images,
+    evaluate_images,
+    label_indices,
+    score_images,
+)
+from osscar.images import ImageSet, Preprocessing, load_images, refuse_overlap
+from osscar.vision import is_vision, load_vision_model, open_model, read_state
+from tests.osscar.networks import small_net
+
+pytest.importorskip("torchvision", reason="images need the extra osscar[vision]")
+
+SIDE = 12
+CODE = """
+import torch
+from tests.osscar.networks import small_net
+
+def build():
+    return small_net(), torch.zeros(2, 3, 12, 12)
+
+def alone():
+    return small_net()
+
+def broken():
+    raise RuntimeError("no luck")
+
+def wrong():
+    return "a model"
+"""
+
+
+@pytest.fixture
+def code(tmp_path):
+    (tmp_path / "mine.py").write_text(CODE)
+    return f"{tmp_path / 'mine.py'}:build"
+
+
+def pixels(count, seed=0):
+    generator = np.random.default_rng(seed)
+    coarse = generator.integers(0, 256, (count, 4, 4, 3), dtype=np.uint8)
+    return coarse.repeat(3, 1).repeat(3, 2)
+
+
+@pytest.fixture
+def archive(tmp_path):
+    file = tmp_path / "images.npz"
+    labels = np.arange(40) % 5
+    parts = {"train_images": pixels(60), "test_images": pixels(40, 1), "test_labels": labels}
+    np.savez(file, **parts)
+    return file
+
+
+@pytest.fixture
+def folders(tmp_path):
+    from PIL import Image
+
+    root = tmp_path / "folders"
+    for index, image in enumerate(pixels(10, 2)):
+        place = root / "abcde"[index % 5]
+        place.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(place / f"{index}.png")
+    return root
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["osscar", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stop:
+            main()
+        captured = capsys.readouterr()
+        return stop.value.code or 0, captured.out, captured.err
+
+    return call
+
+
+# ---- from end to end ---------------------------------------------------------------------
+
+
+def test_prune_eval_inspect_and_load_a_model_of_the_users_own(run, code, archive, tmp_path):
+    out_dir, report = tmp_path / "small", tmp_path / "report.json"
+    prune = ("prune", code, "--out", out_dir, "--calibration", f"{archive}:train")
+    status, out, err = run(*prune, "--sparsity", 0.5, "--residual", "0.75", "--samples", 60,
+                           "--device", "cpu", "--json", report)  # fmt: skip
+    assert status == 0, err
+    assert "batch-norm layers were then estimated again" in out
+    written = json.loads(report.read_text())
+    assert written["batch_norms"] == 8
+    assert written["settings"]["residual"] == "0.75"
+    assert len(written["calibration"]["images"]) == written["calibration"]["samples"] == 60
+    assert written["calibration"]["preprocessing"]["crop"] == SIDE
+    assert {layer["name"]: layer["kept"] for layer in written["layers"]}["stem.0.channels"] == 6
+
+    status, out, err = run("eval", out_dir, "--images", f"{archive}:test", "--against", code,
+                           "--json", report, "--device", "cpu")  # fmt: skip
+    assert status == 0, err
+    for expected in ("top-1", "images/s", "FLOPs an image", "agreement with dense", "KL"):
+        assert expected in out
+    compared = json.loads(report.read_text())
+    assert compared["schema"] == "osscar.eval/1"
+    assert compared["dense"]["quality"]["agreement"] is None
+    assert 0 <= compared["model"]["quality"]["agreement"] <= 1
+    assert compared["ratios"]["flops_per_image"] < 0.6
+
+    status, out, err = run("eval", out_dir, "--images", f"{archive}:train", "--against", code)
+    assert status == 2
+    assert "60 of the 60 images calibrated this model" in err
+    status, out, err = run("eval", out_dir, "--images", f"{archive}:test")
+    assert status == 2
+    assert "--against module:function" in err
+    status, out, err = run("inspect", code)
+    assert status == 0, err
+    assert "channels, residual" in out
+    assert "99.9% of" in out
+
+
+def test_a_pruned_torchvision_model_is_read_in_another_process(run, archive, tmp_path):
+    weights = tmp_path / "weights.pth"
+    torch.manual_seed(0)
+    dense = osscar.vision.import_torchvision("models").squeezenet1_1(num_classes=7).eval()
+    torch.save(dense.state_dict(), weights)
+    out_dir = tmp_path / "small"
+    name = "torchvision:squeezenet1_1"
+    status, _, err = run("prune", name, "--weights", weights, "--calibration", f"{archive}:train",
+                         "--samples", 4, "--sparsity", 0.5, "--backend", "magnitude",
+                         "--out", out_dir, "--device", "cpu")  # fmt: skip
+    assert status == 0, err
+    model = osscar.load(out_dir)
+    x = torch.randn(2, 3, 64, 64)
+    torch.save({"x": x, "y": model(x)}, tmp_path / "expected.pt")
+    before = sum(p.numel() for p in dense.parameters())
+    script = f"""
+        import torch, osscar
+        expected = torch.load({str(tmp_path / "expected.pt")!r}, weights_only=True)
+        model = osscar.load({str(out_dir)!r})
+        assert expected["y"].shape == (2, 7)
+        assert torch.equal(model(expected["x"]), expected["y"])
+        assert sum(p.numel() for p in model.parameters()) < 0.9 * {before}
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(script)], check=True, timeout=120)
+    loaded = load_vision_model(out_dir)
+    assert loaded.preprocessing.crop == 224
+    assert loaded.classes == ()
+
+
+def test_bad_input_ends_in_one_line_before_anything_is_written(run, code, archive, tmp_path):
+    prune = ("prune", code, "--out", tmp_path / "out", "--sparsity", "0.5")
+    for arguments, message in (
+        ((), "give --calibration a directory or an .npz file"),
+        (("--calibration", tmp_path / "nowhere"), "no images at"),
+        (("--calibration", f"{archive}:valid"), "has no 'valid_images', only train_images"),
+        (("--calibration", f"{archive}:train", "--seqlen", 8), "no --seqlen"),
+        (("--calibration", f"{archive}:train", "--weights", archive), "cannot be read"),
+        (("--calibration", f"{archive}:train", "--samples", 0), "cannot draw 0 images"),
+        (("--calibration", f"{archive}:train", "--heads", "0.5"), "no group of heads"),
+    ):
+        status, _, err = run(*prune, *arguments)
+        assert status == 2
+        assert message in err.replace("\n", " ")
+        assert not (tmp_path / "out").exists()
+    status, _, err = run("eval", code, "--text", "x")
+    assert (status, "reads images, not text" in err) == (2, True)
+    status, _, err = run("eval", "demo", "--images", archive)
+    assert (status, "reads text, not images" in err) == (2, True)
+    status, _, err = run("eval", code)
+    assert (status, "give --images" in err) == (2, True)
+
+
+# ---- models ------------------------------------------------------------------------------
+
+
+def test_names_tell_which_sort_of_model_they_stand_for(tmp_path, code):
+    for name in ("torchvision:resnet18", code, "package.module:function"):
+        assert is_vision(name)
+    for name in ("demo", "owner/name", str(tmp_path), "C:/models"):
+        assert not is_vision(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("torchvision:resnet19", "did you mean resnet"),
+        ("{}/none.py:build", "no file"),
+        ("no.such.module:build", "cannot import"),
+        ("{}/mine.py:absent", "has no function 'absent'"),
+    ],
+)
+def test_names_that_stand_for_nothing(name, message, code, tmp_path):
+    with pytest.raises(ModelNotFound, match=message):
+        load_vision_model(name.format(tmp_path))
+
+
+def test_code_that_fails_or_returns_something_else(code):
+    with pytest.raises(ModelError, match="RuntimeError: no luck"):
+        load_vision_model(code.replace("build", "broken"))
+    with pytest.raises(ModelError, match="returned a str"):
+        load_vision_model(code.replace("build", "wrong"))
+
+
+def test_a_model_without_example_inputs_gets_images_of_the_usual_size(code):
+    loaded = load_vision_model(code.replace("build", "alone"))
+    assert loaded.example["x"].shape == (2, 3, 224, 224)
+    assert load_vision_model(code).preprocessing == Preprocessing(resize=SIDE, crop=SIDE)
+
+
+def test_without_a_connection_both_ways_to_get_weights_are_named(monkeypatch):
+    def unreachable(*_, **__):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr("torch.hub.download_url_to_file", unreachable)
+    monkeypatch.setattr("torch.hub.get_dir", lambda: "/nonexistent-osscar-test")
+    monkeypatch.setattr("os.makedirs", lambda *_, **__: None)
+    with pytest.raises(ModelError, match=r"connect, or get https://.*mobilenet.*--weights FILE"):
+        load_vision_model("torchvision:mobilenet_v2")
+
+
+def test_weights_come_from_safetensors_and_from_state_dicts(code, tmp_path):
+    other = small_net(seed=5)
+    torch.save({"state_dict": other.state_dict()}, tmp_path / "w.pt")
+    save_file({f"module.{k}": v for k, v in other.state_dict().items()}, tmp_path / "w.safetensors")
+    for file in ("w.pt", "w.safetensors"):
+        loaded = load_vision_model(code, weights=tmp_path / file)
+        state = loaded.model.state_dict()
+        assert all(torch.equal(value, state[key]) for key, value in other.state_dict().items())
+
+
+def test_weights_that_do_not_fit_are_refused(code, tmp_path):
+    file = tmp_path / "w.safetensors"
+    state = {key: value.clone() for key, value in small_net().state_dict().items()}
+    for change, message in (
+        ({"extra": torch.zeros(1)}, "the file has 1 tensors, such as 'extra'"),
+        ({"head.weight": torch.zeros(3, 48)}, "another shape of 1 tensors, such as 'head.weight'"),
+    ):
+        save_file({**state, **change}, file)
+        with pytest.raises(ModelError, match=message):
+            load_vision_model(code, weights=file)
+    save_file({k: v for k, v in state.items() if k != "head.bias"}, file)
+    with pytest.raises(ModelError, match=r"lacks 1 tensors, such as 'head\.bias'"):
+        load_vision_model(code, weights=file)
+    with pytest.raises(ModelError, match="no file of weights"):
+        load_vision_model(code, weights=tmp_path / "none.pt")
+
+
+def test_nothing_is_unpickled(tmp_path):
+    file = tmp_path / "w.pt"
+    torch.save(small_net(), file)  # a whole model, which only pickle can read
+    with pytest.raises(ModelError, match="weights_only=True"):
+        read_state(file)
+
+
+def test_weights_and_directories_exclude_each_other(tmp_path):
+    with pytest.raises(OptionError, match="weights of its own"):
+        open_model("demo", weights=tmp_path / "w.pt")
+
+
+def test_a_directory_of_unknown_code_is_loaded_with_the_dense_model(tmp_path):
+    model, data = small_net(), torch.rand(60, 3, SIDE, SIDE)
+    result = osscar.prune(model, data, sparsity=0.5, backend="magnitude", device="cpu")
+    result.save(tmp_path / "small")
+    again = osscar.load(tmp_path / "small", dense=small_net(seed=9))
+    assert torch.equal(again(data), result.model(data))
+    with pytest.raises(CheckpointError, match="dense=model"):
+        osscar.load(tmp_path / "small")
+
+
+# ---- images ------------------------------------------------------------------------------
+
+
+def test_images_are_transformed_as_torchvision_does(folders):
+    from PIL import Image
+    from torchvision.transforms._presets import ImageClassification
+
+    preset = ImageClassification(crop_size=8, resize_size=10)
+    preprocessing = Preprocessing.of(preset)
+    images = load_images(folders, preprocessing)
+    expected = torch.stack([preset(Image.open(file)) for file in images.items])
+    assert torch.equal(images.tensor(), expected)
+    assert images.classes == ("a", "b", "c", "d", "e")
+    assert Preprocessing.from_json(json.loads(json.dumps(preprocessing.__dict__))) == preprocessing
+
+
+def test_a_directory_without_folders_has_no_labels(folders):
+    assert load_images(folders / "a", Preprocessing()).labels is None
+
+
+def test_an_archive_and_a_draw_from_it(archive):
+    images = load_images(f"{archive}:test", Preprocessing.to_size(SIDE))
+    assert len(images) == 40
+    drawn, again = images.sample(8, seed=3), images.sample(8, seed=3)
+    assert torch.equal(drawn.tensor(), again.tensor())
+    assert not torch.equal(drawn.tensor(), images.sample(8, seed=4).tensor())
+    whole = {
+        print_: int(label)
+        for print_, label in zip(images.fingerprints(), images.labels, strict=True)
+    }
+    assert [whole[p] for p in drawn.fingerprints()] == drawn.labels.tolist()
+
+
+def test_a_damaged_image_is_named(folders):
+    (folders / "a" / "bad.png").write_bytes(b"\x89PNG nothing more")
+    with pytest.raises(ImageError, match=r"bad\.png.* cannot be decoded"):
+        load_images(folders, Preprocessing()).tensor()
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({"images": np.zeros((2, 8, 8), np.uint8)}, "must be uint8"),
+        ({"images": np.zeros((2, 8, 8, 3), np.float32)}, "not float32"),
+        ({"images": np.zeros((0, 8, 8, 3), np.uint8)}, "not empty"),
+        ({"images": pixels(2), "labels": np.zeros(3, int)}, "must be 2 whole numbers"),
+        ({"images": pixels(2), "labels": np.zeros(2)}, "whole numbers, not float64"),
+        ({"pictures": pixels(2)}, "has no 'images', only pictures"),
+        ({"images": np.array([{}])}, "not an .npz file that can be read"),
+    ],
+)
+def test_archives_of_a_wrong_form_are_refused(arrays, message, tmp_path):
+    np.savez(tmp_path / "x.npz", **arrays)
+    with pytest.raises(ImageError, match=message):
+        load_images(tmp_path / "x.npz", Preprocessing())
+
+
+def test_empty_directories_and_other_files_are_refused(tmp_path):
+    (tmp_path / "notes.txt").write_text("no image")
+    for path, message in ((tmp_path, "holds no images"), (tmp_path / "notes.txt", "no images at")):
+        with pytest.raises(ImageError, match=message):
+            load_images(path, Preprocessing())
+    (tmp_path / "x.npz").write_bytes(b"PK no archive")
+    with pytest.raises(ImageError, match=r"not an \.npz file"):
+        load_images(tmp_path / "x.npz", Preprocessing())
+
+
+def test_images_are_recognized_by_what_is_stored(folders, tmp_path):
+    images = load_images(folders, Preprocessing())
+    report = tmp_path / "report.json"
+    report.write_text(json.dumps({"calibration": images.first(3).describe()}))
+    with pytest.raises(ImageError, match="3 of the 10 images calibrated"):
+        refuse_overlap(images, report)
+    others = ImageSet("others", pixels(4, 9), Preprocessing())
+    refuse_overlap(others, report)
+    refuse_overlap(images, tmp_path / "none.json")
+
+
+# ---- evaluation --------------------------------------------------------------------------
+
+
+@pytest.fixture
+def labelled(archive):
+    return load_images(f"{archive}:test", Preprocessing.to_size(SIDE))
+
+
+def test_quality_is_what_the_logits_say(labelled):
+    model, dense = small_net(classes=6), small_net(classes=6, seed=3)
+    mine, theirs = score_images([model, dense], labelled, dense=dense, batch_size=7)
+    with torch.no_grad():
+        p, q = (m(labelled.tensor()).double() for m in (model, dense))
+    labels = labelled.labels
+    assert mine.images == 40
+    assert mine.top1 == pytest.approx((p.argmax(1) == labels).double().mean().item())
+    ranks = (p > p.gather(1, labels[:, None])).sum(1)
+    assert mine.top5 == pytest.approx((ranks < 5).double().mean().item())
+    assert mine.agreement == pytest.approx((p.argmax(1) == q.argmax(1)).double().mean().item())
+    kl = (q.softmax(1) * (q.log_softmax(1) - p.log_softmax(1))).sum(1).mean()
+    assert mine.kl == pytest.approx(kl.item(), rel=1e-5)
+    assert theirs.agreement is None
+
+
+def test_flops_and_parameters_are_those_of_the_model(labelled):
+    evaluation = evaluate_images(Candidate(small_net()), labelled, repetitions=1)
+    model, hidden, area = small_net(), 16, SIDE * SIDE
+    block = area * (8 * hidden + 9 * hidden + 9 * hidden * 8) + 2 * 4 * hidden
+    products = area * 27 * 8 + 2 * block + area // 4 * 9 * 8 * 12 + 48 * 5
+    assert evaluation.footprint.flops_per_image == 2 * products
+    assert evaluation.footprint.parameters == sum(p.numel() for p in model.parameters())
+    assert evaluation.quality.top5 is None
+    assert evaluation.images_per_second > 0
+
+
+def test_a_model_beside_itself_is_equal(labelled):
+    model = Candidate(small_net())
+    comparison = compare_images(model, Candidate(small_net()), labelled, repetitions=1)
+    assert comparison.model.quality.agreement == 1
+    assert comparison.model.quality.kl == pytest.approx(0, abs=1e-12)
+    assert comparison.ratios.top1 == comparison.ratios.flops_per_image == 1
+
+
+def test_images_without_labels_have_agreement_only(folders):
+    images = load_images(folders / "b", Preprocessing.to_size(SIDE))
+    mine, _ = score_images([small_net(), small_net(seed=1)], images, dense=small_net(seed=1))
+    assert mine.top1 is None
+    assert mine.agreement is not None
+
+
+def test_folders_are_matched_with_classes(folders):
+    images = load_images(folders, Preprocessing())
+    order = images.labels.tolist()
+    assert label_indices(images, (), 5).tolist() == order
+    named = label_indices(images, ("x", "e", "d", "c", "b", "a"), 6)
+    assert named.tolist() == [5 - label for label in order]
+    with pytest.raises(ImageError, match="5 class folders and the model 7 classes"):
+        label_indices(images, (), 7)
+    numbered = ImageSet(
+        "x", images.items, Preprocessing(), images.labels, ("0", "2", "4", "6", "8")
+    )
+    assert label_indices(numbered, (), 10).tolist() == [2 * label for label in order]
+    with pytest.raises(ImageError, match="labels from 0 to 8 and the model 8 classes"):
+        label_indices(numbered, (), 8)
+
+
+def test_what_is_no_classifier_is_refused(labelled):
+    class Segmenter(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = torch.nn.Conv2d(3, 2, 1)
+
+        def forward(self, x):
+            return self.layer(x)
+
+    with pytest.raises(ModelError, match="Segmenter returned"):
+        score_images([Segmenter()], labelled)
+    with pytest.raises(ModelError, match="6 and 5 classes"):
+        score_images([small_net(classes=6)], labelled, dense=small_net())
