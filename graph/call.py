@@ -99,6 +99,8 @@ class Call:
         The store of all axes.
     findings
         Where roles and head axes are recorded.
+    used
+        Whether any output of the model depends on the result.
     """
 
     operator: str
@@ -108,6 +110,7 @@ class Call:
     shapes: tuple[Shape, ...]
     axes: Axes
     findings: Findings
+    used: bool = True
 
     # ---- arguments -----------------------------------------------------------------------
 

@@ -99,6 +99,7 @@ class _Walk:
             name: tuple(self.axes.fresh(size) for size in info.shape)
             for name, info in program.tensors.items()
         }
+        self.used = _used(program.nodes)
         self.results: dict[torch.fx.Node, Any] = {}
         self.operators: list[Operator] = []
 
@@ -168,6 +169,7 @@ class _Walk:
             shapes=_shapes(node.meta.get("val")),
             axes=self.axes,
             findings=self.findings,
+            used=node in self.used,
         )
 
     def _arguments(self, node: torch.fx.Node) -> dict[str, object]:
@@ -197,6 +199,17 @@ class _Walk:
                 tensors=tuple(holders[name] for name in sources if name in holders),
             )
         )
+
+
+def _used(nodes: Sequence[torch.fx.Node]) -> set[torch.fx.Node]:
+    """Return the nodes on which an output depends, or which change something in place."""
+    used: set[torch.fx.Node] = set()
+    for node in reversed(nodes):
+        in_place = _target_name(node).split(".")[1:2]
+        changes = in_place and in_place[0].endswith("_") and not in_place[0].endswith("__")
+        if node.op == "output" or changes or any(user in used for user in node.users):
+            used.add(node)
+    return used
 
 
 _KEEPING_ZEROS = frozenset(aten("zero_ mul_ div_ neg_ requires_grad_ detach_"))

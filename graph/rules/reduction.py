@@ -27,7 +27,8 @@ def reduced(call: Call) -> Value | list[Value]:
     rank = len(value.dims)
     dims = {dim % rank for dim in call.integers("dim")} if rank else set()
     dims = dims or set(range(rank))
-    call.freeze((value.dims[dim] for dim in dims), "it is reduced to a single number")
+    if call.used:  # what no output depends on may be reduced over fewer units
+        call.freeze((value.dims[dim] for dim in dims), "it is reduced to a single number")
     if call.shapes and len(call.shapes[0]) == rank:
         kept = tuple(ONE if d in dims else value.dims[d] for d in range(rank))
     else:

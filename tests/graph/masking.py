@@ -43,7 +43,7 @@ def _fill(
         weight = tensor(model, slot.tensor).detach()
         index = torch.tensor(slot.indices(units))
         slices = weight.index_select(slot.dim, index)
-        random = torch.rand(slices.shape, generator=generator).to(slices.dtype) * noise
+        random = (torch.rand(slices.shape, generator=generator) * noise).to(slices.dtype)
         # Noise is added, not put in place, so that variances stay positive.
         weight.index_copy_(slot.dim, index, slices + random if noise else torch.zeros_like(slices))
 

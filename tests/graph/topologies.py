@@ -250,6 +250,38 @@ class Stacked(nn.Module):
         return self.leave(torch.relu(F.linear(x, weight)))
 
 
+class UnusedMean(nn.Module):
+    """A mean over what is pruned, that nothing depends on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter = nn.Linear(4, 6)
+        self.leave = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.enter(x))
+        x.mean(-1).unsqueeze(-1)
+        return self.leave(x)
+
+
+class LookedUp(nn.Module):
+    """A number for each unit, looked up in a table by an index that the unit owns."""
+
+    table: Tensor
+    index: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter = nn.Linear(4, 6)
+        self.leave = nn.Linear(6, 3)
+        self.register_buffer("table", torch.randn(9))
+        self.register_buffer("index", torch.tensor([8, 2, 2, 5, 0, 7]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.enter(x) * self.table[self.index] + self.table.index_select(0, self.index)
+        return self.leave(torch.relu(x))
+
+
 _IMAGE = (torch.randn(2, 3, 4, 4),)
 _LARGE = (torch.randn(2, 3, 16, 16),)
 _ROWS = (torch.randn(3, 4),)
@@ -262,6 +294,8 @@ PRUNABLE: dict[str, tuple[type[nn.Module], tuple[Tensor, ...], dict[str, int]]] 
     "tied": (Tied, _ROWS, {"hidden": 6}),
     "called-twice": (CalledTwice, _ROWS, {"block.neurons": 9}),
     "unused-branch": (UnusedBranch, _ROWS, {"neurons": 7}),
+    "unused-mean": (UnusedMean, _ROWS, {"neurons": 6}),
+    "looked-up": (LookedUp, _ROWS, {"neurons": 6}),
     "bare-parameters": (BareParameters, _ROWS, {"neurons": 9}),
     "shuffle": (Shuffle, _IMAGE, {"enter.channels": 4}),
     "gate": (Gate, _IMAGE, {"enter.channels": 8, "squeeze.channels": 4}),

@@ -1,0 +1,441 @@
+"""Shrinking in place: what follows, what cannot, and a model that is never left half changed."""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import graph
+import osscar
+from osscar.adapters import adapter, prepare
+from osscar.errors import AdapterError, EquivalenceError, ModelError
+from osscar.plan import GroupPlan, PruningPlan
+from osscar.proof import proof_outputs
+from osscar.shrinking import shrink_proved
+from osscar.slicing import HISTORY
+from tests.coverage.measure import half_of, shrink_by_half
+from tests.coverage.zoo import Inputs, torchvision_case, transformers_case
+from tests.graph.topologies import PRUNABLE, randomized
+
+
+def state(model: nn.Module) -> dict[str, object]:
+    """Everything that shrinking may touch: tensors by identity, classes, and numbers."""
+    found: dict[str, object] = {name: id(p) for name, p in model.named_parameters()}
+    found |= {name: id(b) for name, b in model.named_buffers()}
+    for name, module in model.named_modules():
+        found[f"{name} class"] = type(module)
+        found |= {f"{name}.{k}": v for k, v in vars(module).items() if isinstance(v, int | tuple)}
+    return found
+
+
+def assert_refused(
+    model: nn.Module, plan: PruningPlan, inputs: list[Inputs], error: type[Exception], match: str
+) -> None:
+    """Show that shrinking fails, and changes nothing."""
+    before, outputs = state(model), proof_outputs(model, inputs)
+    with pytest.raises(error, match=match):
+        shrink_proved(model, plan, inputs)
+    assert state(model) == before
+    assert all(map(torch.equal, proof_outputs(model, inputs), outputs))
+
+
+# ---- hand-written networks ---------------------------------------------------------------
+
+_LITERALS = {"padded": r"F\.pad", "einsum": "view", "independent-halves": "split"}
+"""Networks whose code holds numbers that no module keeps, and the call that fails."""
+
+
+@pytest.mark.parametrize("name", [name for name in PRUNABLE if name not in _LITERALS])
+def test_hand_written_networks_shrink(name: str) -> None:
+    network, inputs, _ = PRUNABLE[name]
+    other = tuple(torch.randn(5, *x.shape[1:]) for x in inputs)
+    _, proof, effect = shrink_by_half(randomized(network()), [inputs, other])
+    assert effect > 1e-3
+    assert not proof.plan.integers
+
+
+@pytest.mark.parametrize("name", _LITERALS)
+def test_numbers_in_the_code_are_named(name: str) -> None:
+    network, inputs, _ = PRUNABLE[name]
+    model = randomized(network())
+    plan = half_of(graph.trace(model, inputs).prunable)
+    assert_refused(
+        model, plan, [inputs], AdapterError, rf"{network.__name__}.*cannot.*`.*{_LITERALS[name]}"
+    )
+
+
+class Layers(nn.Module):
+    """One layer of each sort that shows its sizes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(10, 8)
+        self.enter = nn.Conv1d(8, 12, 3, padding=1, groups=4)
+        self.norm = nn.BatchNorm1d(12)
+        self.up = nn.ConvTranspose1d(12, 6, 2, groups=2)
+        self.act = nn.PReLU(6)
+        self.plain = nn.BatchNorm1d(6, affine=False)
+        self.flat = nn.Conv1d(6, 8, 1)
+        self.grouped = nn.GroupNorm(4, 8)
+        self.leave = nn.Linear(8, 3)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids).transpose(1, 2)
+        x = self.act(self.up(self.norm(self.enter(x))))
+        x = self.grouped(self.flat(self.plain(x)))
+        return self.leave(x.transpose(1, 2))
+
+
+def test_layers_show_their_new_sizes() -> None:
+    model = randomized(Layers())
+    ids = torch.randint(10, (2, 7))
+    shrink_by_half(model, [(ids,), (torch.randint(10, (3, 4)),)])
+    for layer in model.children():
+        for weight in layer.parameters(recurse=False):
+            assert weight.shape[0] in vars(layer).values()
+    assert (model.enter.groups, model.enter.in_channels) == (4, model.embed.embedding_dim)
+    assert model.enter.weight.shape[1] * 4 == model.embed.embedding_dim
+    assert model.plain.num_features == model.act.num_parameters == model.up.out_channels
+    assert (model.grouped.num_groups, model.grouped.num_channels) == (2, 4)
+
+
+# ---- attention under other names ---------------------------------------------------------
+
+
+class Attention(nn.Module):
+    """As many heads as each is wide, under names that no one else uses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.nheads, self.each, self.span = 4, 4, 16
+        self.qkv = nn.Linear(10, 3 * self.span)
+        self.out = nn.Linear(self.span, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.attend(x, self.nheads, self.span)
+
+    def attend(self, x: Tensor, heads: int, span: int) -> Tensor:
+        n, length, _ = x.shape
+        q, k, v = (
+            part.view(n, length, heads, self.each).transpose(1, 2)
+            for part in self.qkv(x).split(span, -1)
+        )
+        mixed = F.scaled_dot_product_attention(q, k, v)
+        return self.out(mixed.transpose(1, 2).reshape(n, length, span))
+
+
+class TwoAttentions(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.Sequential(Attention(), Attention())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.blocks(x)
+
+
+def _attentions() -> tuple[nn.Module, list[Inputs]]:
+    return randomized(TwoAttentions()), [(torch.randn(2, 5, 10),), (torch.randn(3, 6, 10),)]
+
+
+def test_numbers_under_unknown_names_are_found_by_trial() -> None:
+    model, inputs = _attentions()
+    dense = copy.deepcopy(model)
+    _, proof, _ = shrink_by_half(model, inputs)
+    assert {(n.module, n.attribute, n.value) for n in proof.plan.integers} == {
+        (f"blocks.{block}", name, value)
+        for block in "01"
+        for name, value in (("nheads", 2), ("span", 8))
+    }
+    # What was found is part of the plan, which works without inputs from then on.
+    osscar.shrink(dense, PruningPlan.from_json(json.loads(json.dumps(proof.plan.to_json()))))
+    dense.load_state_dict(model.state_dict())
+    assert all(map(torch.equal, proof_outputs(dense, inputs), proof_outputs(model, inputs)))
+
+
+class Stubborn(Attention):
+    """Keeps its number of heads where nobody looks for it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes = {"heads": self.nheads, "span": self.span}
+        del self.nheads, self.span
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.attend(x, self.sizes["heads"], self.sizes["span"])
+
+
+def test_a_module_that_cannot_follow_is_named_until_it_has_an_adapter() -> None:
+    model, inputs = randomized(Stubborn()), [(torch.randn(2, 5, 10),)]
+    plan = half_of(graph.trace(model, inputs[0]).prunable)
+    assert_refused(model, plan, inputs, AdapterError, r"Stubborn\) cannot follow.*osscar\.adapter")
+
+    @adapter(Stubborn)
+    def follow(module: Stubborn, group: GroupPlan) -> None:
+        module.sizes = {name: group.scaled(size) for name, size in module.sizes.items()}
+
+    assert shrink_proved(model, plan, inputs).error < 1e-6
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize("options", [{}, {"bias": False}, {"kdim": 6, "vdim": 7}], ids=str)
+def test_multihead_attention_of_torch(batch_first: bool, options: dict[str, int]) -> None:
+    class Cross(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = nn.MultiheadAttention(12, 4, batch_first=batch_first, **options)
+
+        def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, padding: Tensor) -> object:
+            shown = self.attention(q, k, v, key_padding_mask=padding, attn_mask=mask)
+            return shown[0], self.attention(q, k, v, need_weights=False)[0]
+
+    def inputs(batch: int, length: int) -> Inputs:
+        sizes = (12, options.get("kdim", 12), options.get("vdim", 12))
+        tensors = [torch.randn(batch, length, size) for size in sizes]
+        mask = -1.5 * torch.ones(length, length).triu(1)
+        padding = torch.zeros(batch, length)
+        padding[0, -1] = -100.0
+        if not batch_first:
+            mask, padding = mask < 0, padding < 0
+        swap = [t if batch_first else t.transpose(0, 1) for t in tensors]
+        return (*swap, mask, padding)
+
+    torch.manual_seed(0)
+    model = Cross().eval()
+    dependencies, _, effect = shrink_by_half(model, [inputs(2, 5), inputs(3, 4)])
+    assert [group.kind for group in dependencies.prunable] == ["heads"]
+    assert effect > 1e-3
+
+
+def test_an_encoder_layer_of_torch_takes_no_fused_path_of_full_width() -> None:
+    dependencies, _, _ = shrink_by_half(
+        _encoder(), [(torch.randn(2, 5, 12),), (torch.randn(3, 4, 12),)]
+    )
+    kinds = [group.kind for group in dependencies.prunable]
+    assert sorted(kinds) == ["heads", "heads", "neurons", "neurons"]
+
+
+def test_bias_keys_are_refused() -> None:
+    class Odd(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = nn.MultiheadAttention(12, 4, add_bias_kv=True, batch_first=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.attention(x, x, x, need_weights=False)[0]
+
+    plain = nn.MultiheadAttention(12, 4, batch_first=True)
+    model, x = Odd().eval(), torch.randn(2, 5, 12)
+    groups = graph.trace(plain, (x, x, x)).groups
+    heads = next(group for group in groups if group.kind == "heads")
+    moved = tuple(
+        graph.Slot(**{**vars(s), "tensor": f"attention.{s.tensor}", "module": "attention"})
+        for s in heads.slots
+    )
+    plan = PruningPlan((GroupPlan(heads.name, heads.kind, 4, (0, 1), moved),))
+    assert_refused(model, plan, [(x,)], ModelError, "add_bias_kv")
+
+
+# ---- twice, and on -----------------------------------------------------------------------
+
+_TWICE = [
+    *map(torchvision_case, ("resnet18", "regnet_x_400mf")),
+    *map(transformers_case, ("llama-multi-query", "gpt2", "phi3", "bloom", "t5", "whisper")),
+]
+
+
+def removable(dependencies: graph.DependencyGraph) -> int:
+    """Return how many parameters would leave if every prunable unit could."""
+    return sum(group.units * group.removable for group in dependencies.prunable)
+
+
+@pytest.mark.parametrize("case", _TWICE, ids=lambda case: case.name)
+def test_a_shrunk_model_can_be_pruned_again(case) -> None:
+    model = case.build()
+    inputs = case.make_inputs()
+    first, _, _ = shrink_by_half(model, inputs)
+    again, _, effect = shrink_by_half(model, inputs)
+    assert effect > 1e-4
+    assert removable(again) < removable(first)
+    assert len(getattr(model, HISTORY)) == 2
+
+
+@pytest.mark.parametrize(
+    "case",
+    [torchvision_case("mobilenet_v3_small"), transformers_case("llama")],
+    ids=lambda c: c.name,
+)
+def test_gradients_flow_through_a_shrunk_model(case) -> None:
+    model = case.build()
+    shrink_by_half(model, case.make_inputs())
+    model.train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-4)
+    inputs = case.make_inputs()[0]
+    result = model(**inputs).logits if isinstance(inputs, dict) else model(*inputs)
+    loss = result.square().mean()
+    loss.backward()
+    assert all(
+        p.grad is not None and p.grad.shape == p.shape and torch.isfinite(p.grad).all()
+        for p in model.parameters()
+    )
+    before = [p.detach().clone() for p in model.parameters()]
+    optimizer.step()
+    assert any(not torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True))
+
+
+def test_a_rewritten_attention_can_be_pruned_again() -> None:
+    model, inputs = _encoder(), [(torch.randn(2, 5, 12),), (torch.randn(3, 4, 12),)]
+    first, _, _ = shrink_by_half(model, inputs)
+    again, _, _ = shrink_by_half(model, inputs)
+    assert removable(again) < removable(first)
+    assert model.layers[0].self_attn.num_heads == 1
+
+
+class Logits(nn.Module):
+    """A language model as a function of tokens alone."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return self.model(input_ids=input_ids, use_cache=False).logits
+
+
+def _encoder() -> nn.Module:
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(12, 4, 20, batch_first=True)
+    return nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval()
+
+
+def _shrunk(name: str) -> tuple[nn.Module, list[tuple[Tensor, ...]]]:
+    if name == "encoder":
+        model, inputs = _encoder(), [(torch.randn(2, 5, 12),), (torch.randn(3, 4, 12),)]
+        shrink_by_half(model, inputs)
+        return model, inputs
+    if name == "llama":
+        case = transformers_case(name)
+        model, inputs = case.build(), case.make_inputs()
+        shrink_by_half(model, inputs)
+        return Logits(model).eval(), [(i["input_ids"],) for i in inputs]
+    case = torchvision_case(name)
+    model, inputs = case.build(), case.make_inputs()
+    shrink_by_half(model, inputs)
+    return model, inputs
+
+
+@pytest.mark.parametrize("name", ["resnet18", "encoder", "llama"])
+def test_a_shrunk_model_compiles(name: str) -> None:
+    model, inputs = _shrunk(name)
+    # Without code generation, which takes half a minute; it changes nothing about shapes.
+    compiled = torch.compile(model, backend="aot_eager")
+    for one, expected in zip(inputs, proof_outputs(model, inputs), strict=True):
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(*one), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "encoder", "llama"])
+@pytest.mark.filterwarnings("ignore")
+def test_a_shrunk_model_is_exported_to_onnx(name: str) -> None:
+    pytest.importorskip("onnxscript")
+    reference = pytest.importorskip("onnx.reference")
+    model, inputs = _shrunk(name)
+    exported = torch.onnx.export(model, inputs[0], dynamo=True, verbose=False).model_proto
+    feed = {exported.graph.input[0].name: inputs[0][0].numpy()}
+    (found,) = reference.ReferenceEvaluator(exported).run(None, feed)
+    (expected,) = proof_outputs(model, inputs[:1])
+    torch.testing.assert_close(torch.from_numpy(found), expected, rtol=1e-4, atol=1e-4)
+
+
+# ---- refusals ----------------------------------------------------------------------------
+
+
+def test_a_wrong_plan_is_caught_by_the_proof() -> None:
+    """A plan that forgets a producer's bias still runs here, but computes something else."""
+
+    class Halves(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.enter = nn.Linear(4, 8)
+            self.leave = nn.Linear(8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.leave(torch.relu(F.linear(x, self.enter.weight)) + self.enter.bias.mean())
+
+    model = randomized(Halves())
+    slots = (
+        graph.Slot("enter.weight", 0, graph.Role.PRODUCER, "enter", 8),
+        graph.Slot("leave.weight", 1, graph.Role.CONSUMER, "leave", 8),
+        graph.Slot("enter.bias", 0, graph.Role.PASS_THROUGH, "enter", 8),
+    )
+    plan = PruningPlan((GroupPlan("neurons", graph.Kind.NEURONS, 8, (0, 1, 2, 3), slots),))
+    assert_refused(model, plan, [(torch.randn(2, 4),)], EquivalenceError, "differs from the masked")
+
+
+class TiedPair(nn.Module):
+    """Two names for one tensor, or two tensors in one memory."""
+
+    def __init__(self, *, shared_memory: bool) -> None:
+        super().__init__()
+        self.enter = nn.Linear(4, 6)
+        self.one = nn.Linear(6, 5)
+        self.two = nn.Linear(6, 5)
+        weight = self.one.weight
+        self.two.weight = nn.Parameter(weight.data) if shared_memory else weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.enter(x))
+        return self.one(x) + torch.tanh(self.two(x))
+
+
+@pytest.mark.parametrize("shared_memory", [False, True])
+def test_tied_tensors_stay_tied(shared_memory: bool) -> None:
+    model = TiedPair(shared_memory=shared_memory).eval()
+    assert model.one.weight.data_ptr() == model.two.weight.data_ptr()
+    shrink_by_half(model, [(torch.randn(3, 4),)])
+    assert model.one.weight is model.two.weight
+    assert model.one.weight.shape == (5, 3)
+
+
+@pytest.mark.parametrize("shared_memory", [False, True])
+def test_tied_tensors_are_not_cut_in_two_ways(shared_memory: bool) -> None:
+    model = TiedPair(shared_memory=shared_memory).eval()
+    inputs = [(torch.randn(3, 4),)]
+    slots = (graph.Slot("enter.weight", 0, graph.Role.PRODUCER, "enter", 6),)
+    one = graph.Slot("one.weight", 1, graph.Role.CONSUMER, "one", 6)
+    two = graph.Slot("two.weight", 1, graph.Role.CONSUMER, "two", 6)
+    plan = PruningPlan(
+        (
+            GroupPlan("first", graph.Kind.NEURONS, 6, (0, 1, 2), (*slots, one)),
+            GroupPlan("second", graph.Kind.NEURONS, 6, (3, 4, 5), (two,)),
+        )
+    )
+    assert_refused(model, plan, inputs, ModelError, "tied to it, in different ways")
+
+
+def test_a_scale_derived_from_the_head_width_keeps_its_value() -> None:
+    model = transformers_case("llama").build()
+    scaling = model.model.layers[0].self_attn.scaling
+    shrink_by_half(model, transformers_case("llama").make_inputs())
+    assert model.model.layers[0].self_attn.scaling == scaling == 8**-0.5
+
+
+def test_preparing_changes_nothing_that_is_computed() -> None:
+    case = transformers_case("bloom")
+    model, inputs = case.build(), case.make_inputs()
+    before = proof_outputs(model, inputs)
+    keys = set(model.state_dict())
+    prepare(model)
+    assert all(map(torch.equal, proof_outputs(model, inputs), before))
+    assert set(model.state_dict()) == keys
+
+
+def test_a_model_on_meta_shrinks() -> None:
+    model = transformers_case("llama").build().to("meta")
+    groups = graph.trace(model, {"input_ids": torch.zeros(2, 7, dtype=torch.int64)}).prunable
+    osscar.shrink(model, half_of(groups))
+    assert model.model.layers[1].mlp.down_proj.weight.shape == (48, 20)
