@@ -109,7 +109,7 @@ def measure(name: str, model: nn.Module, inputs: list[Inputs]) -> Coverage:
         error=proof.error,
         effect=effect,
         frozen="; ".join((*_frozen(dependencies), *_unread(dependencies, before))),
-        kinds=Counter(str(group.kind) for group in dependencies.prunable),
+        kinds=dict(Counter(str(group.kind) for group in dependencies.prunable)),
     )
 
 
