@@ -39,7 +39,7 @@ class CalibrationError(TextError):
     """Calibration data cannot be built from what was given."""
 
 
-class ImageError(CalibrationError):
+class ImageError(OsscarError):
     """Images for calibration or evaluation are missing, damaged, or of other classes."""
 
 

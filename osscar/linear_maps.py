@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from graph.groups import CouplingGroup, Freeze, Slot
+from osscar.attention import REWRITTEN, rewritten
 from osscar.convolutions import Windows, windows_of
 from osscar.errors import ModelError, NonFiniteError
 
@@ -202,6 +203,22 @@ def linear_maps(model: nn.Module, group: CouplingGroup) -> tuple[LinearMap, ...]
             raise ModelError(f"group {group.name!r} {reason}")
         found += _maps(model.get_submodule(slots[0].module), slots)
     return tuple(found)
+
+
+def expose_attention(model: nn.Module) -> None:
+    """Let fused attention call its output layer as a module, so that what it reads can be observed.
+
+    Parameters
+    ----------
+    model
+        Changed in place; what it computes stays the same.
+    """
+    for module in model.modules():
+        extended = isinstance(module, nn.MultiheadAttention) and (
+            module.bias_k is not None or module.add_zero_attn
+        )
+        if not extended:  # those cannot lose heads
+            rewritten(module, REWRITTEN)
 
 
 def freeze_unreadable(

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 import graph
 import solvers
-from graph.groups import CouplingGroup
+from graph.groups import CouplingGroup, Kind
 from osscar import checkpoint
 from osscar.adapters import prepare
 from osscar.batch_norm import reestimate
@@ -29,7 +29,7 @@ from osscar.checkpoint import SavedCheckpoint
 from osscar.errors import OptionError
 from osscar.footprint import count_parameters
 from osscar.inputs import as_inputs
-from osscar.linear_maps import LinearMap, freeze_unreadable, linear_maps
+from osscar.linear_maps import LinearMap, expose_attention, freeze_unreadable, linear_maps
 from osscar.models import check_finite_weights, resolve_device
 from osscar.plan import GroupPlan, PruningPlan
 from osscar.progress import stage as progress_stage
@@ -241,6 +241,8 @@ def prune(
     work = copy.deepcopy(model).to(resolve_device(device)).eval()
     with _without_cache(work), torch.no_grad():
         prepare(work)
+        if targets.reach(Kind.HEADS):
+            expose_attention(work)
         example = inputs.example(work)
         traced = graph.trace(work, example)
         to_prune, keep = _allocate(work, traced, targets)

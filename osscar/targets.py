@@ -80,6 +80,10 @@ class Targets:
         named = {Kind.HEADS: self.heads, Kind.NEURONS: self.neurons, Kind.CHANNELS: self.channels}
         return named.get(kind)
 
+    def reach(self, kind: Kind) -> bool:
+        """Tell whether groups of a kind may lose units."""
+        return bool(self.groups) or self.fraction_or_count(kind) is not None
+
     def fraction_or_count(self, kind: Kind, residual: bool = False) -> Fraction | int | None:
         """Return what is asked of a kind: a fraction, a count, or None to leave it alone."""
         own = self.residual if residual else self.of_kind(kind)

@@ -35,7 +35,7 @@ def command(
     from osscar.adapters import prepare
     from osscar.errors import OutputError
     from osscar.footprint import count_owned, count_parameters
-    from osscar.linear_maps import freeze_unreadable
+    from osscar.linear_maps import expose_attention, freeze_unreadable
     from osscar.report.tables import groups_table
     from osscar.residual import residual_groups
     from osscar.vision import open_model
@@ -47,6 +47,7 @@ def command(
             model, pretrained=False, device="cpu", trust_remote_code=trust_remote_code
         )
         prepare(loaded.model)
+        expose_attention(loaded.model)
         traced = graph.trace(loaded.model, loaded.example)
     groups = freeze_unreadable(loaded.model, traced.groups)
     shown = [g for g in groups if all_groups or g.prunable or g.kind is not Kind.OTHER]

@@ -10,7 +10,7 @@ import graph
 import osscar
 from graph.groups import Kind, Role
 from osscar.batch_norm import batch_norms, reestimate
-from osscar.errors import CalibrationError, NonFiniteError, TargetError
+from osscar.errors import CalibrationError, FrozenGroupError, NonFiniteError, TargetError
 from osscar.inputs import as_inputs
 from osscar.residual import residual_groups
 from osscar.resume import Passed, advance, find_cuts, resume
@@ -298,3 +298,38 @@ def test_language_models_still_get_token_windows():
     inputs = as_inputs(tiny("opt"), tokens())
     assert inputs.example(tiny("opt"))["input_ids"].dtype is torch.int64
     assert inputs.batch_size == 8
+
+
+# ---- vision transformers -----------------------------------------------------------------
+
+
+def vit():
+    models = pytest.importorskip("torchvision.models")
+    torch.manual_seed(0)
+    model = models.VisionTransformer(
+        image_size=12, patch_size=4, num_layers=2, num_heads=4, hidden_dim=16, mlp_dim=24,
+        num_classes=5,
+    )  # fmt: skip
+    torch.nn.init.normal_(model.heads.head.weight)
+    return model.eval()
+
+
+def test_vision_transformers_lose_heads_and_neurons():
+    model, x = vit(), images()
+    result = osscar.prune(model, x, sparsity=0.5, **OPTIONS)
+    assert [layer.kind for layer in result.layers] == ["heads", "neurons"] * 2
+    assert all(layer.kept == layer.units // 2 for layer in result.layers)
+    assert result.batch_norms == 0
+    assert type(model.encoder.layers[0].self_attention) is nn.MultiheadAttention
+    attention = osscar.prune(model, x, neurons="0.5", **OPTIONS).model.encoder.layers[0]
+    assert type(attention.self_attention) is nn.MultiheadAttention
+
+
+def test_attention_that_cannot_lose_heads_does_not_stop_the_rest():
+    model = vit()
+    for block in model.encoder.layers:
+        block.self_attention = nn.MultiheadAttention(16, 4, batch_first=True, add_zero_attn=True)
+    result = osscar.prune(model.eval(), images(), sparsity=0.5, **OPTIONS)
+    assert {layer.kind for layer in result.layers} == {"neurons"}
+    with pytest.raises(FrozenGroupError, match="heads"):
+        osscar.prune(model, images(), heads=2, **OPTIONS)
