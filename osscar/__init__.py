@@ -20,12 +20,15 @@ if TYPE_CHECKING:
     from osscar.checkpoint import SavedCheckpoint, load, save
     from osscar.errors import OsscarError
     from osscar.evaluation import Comparison, Evaluation, compare, evaluate
+    from osscar.image_evaluation import compare_images, evaluate_images
+    from osscar.images import ImageSet, load_images
     from osscar.models import LoadedModel, load_model
     from osscar.pipeline import LayerReport, PruningResult, prune
     from osscar.plan import PruningPlan
     from osscar.rows import Row
     from osscar.slicing import shrink
     from osscar.study import Study, StudyDesign
+    from osscar.vision import VisionModel, load_vision_model
 
 __version__ = "0.1.0"
 
@@ -33,6 +36,7 @@ __all__ = [
     "CalibrationSet",
     "Comparison",
     "Evaluation",
+    "ImageSet",
     "LayerReport",
     "LoadedModel",
     "OsscarError",
@@ -42,11 +46,16 @@ __all__ = [
     "SavedCheckpoint",
     "Study",
     "StudyDesign",
+    "VisionModel",
     "compare",
+    "compare_images",
     "evaluate",
+    "evaluate_images",
     "load",
     "load_calibration",
+    "load_images",
     "load_model",
+    "load_vision_model",
     "prune",
     "save",
     "shrink",
@@ -57,6 +66,7 @@ _HOMES = {
     "CalibrationSet": "calibration",
     "Comparison": "evaluation",
     "Evaluation": "evaluation",
+    "ImageSet": "images",
     "LayerReport": "pipeline",
     "LoadedModel": "models",
     "OsscarError": "errors",
@@ -66,11 +76,16 @@ _HOMES = {
     "SavedCheckpoint": "checkpoint",
     "Study": "study",
     "StudyDesign": "study",
+    "VisionModel": "vision",
     "compare": "evaluation",
+    "compare_images": "image_evaluation",
     "evaluate": "evaluation",
+    "evaluate_images": "image_evaluation",
     "load": "checkpoint",
     "load_calibration": "calibration",
+    "load_images": "images",
     "load_model": "models",
+    "load_vision_model": "vision",
     "prune": "pipeline",
     "save": "checkpoint",
     "shrink": "slicing",

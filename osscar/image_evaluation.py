@@ -119,36 +119,21 @@ class ImageComparison:
     ratios: ImageRatios
 
 
-@dataclass(frozen=True, eq=False)
-class Candidate:
-    """A model to be measured.
-
-    Parameters
-    ----------
-    model
-        It takes one batch of images and returns logits, (batch, classes).
-    path
-        Its directory, whose size is reported.
-    """
-
-    model: nn.Module
-    path: Path | None = None
-
-
 def evaluate_images(
-    model: Candidate,
+    model: nn.Module,
     images: ImageSet,
     *,
     classes: Sequence[str] = (),
     batch_size: int = 32,
     repetitions: int = 5,
+    path: Path | None = None,
 ) -> ImageEvaluation:
     """Measure quality, speed and size of a model.
 
     Parameters
     ----------
     model
-        The model.
+        It takes one batch of images and returns logits, (batch, classes).
     images
         Images that neither trained nor calibrated it, with or without labels.
     classes
@@ -157,6 +142,8 @@ def evaluate_images(
         Images at once.
     repetitions
         Times that a batch is timed, at the least.
+    path
+        The model's directory, whose size is reported.
 
     Raises
     ------
@@ -169,17 +156,19 @@ def evaluate_images(
     OptionError
         If a number is not positive.
     """
-    return _measure([model], images, classes, batch_size, repetitions)[0]
+    return _measure([(model, path)], images, classes, batch_size, repetitions)[0]
 
 
 def compare_images(
-    model: Candidate,
-    dense: Candidate,
+    model: nn.Module,
+    dense: nn.Module,
     images: ImageSet,
     *,
     classes: Sequence[str] = (),
     batch_size: int = 32,
     repetitions: int = 5,
+    path: Path | None = None,
+    dense_path: Path | None = None,
 ) -> ImageComparison:
     """Measure a model and its dense original on the same images, and time them in turns.
 
@@ -189,13 +178,16 @@ def compare_images(
         Two models with the same classes.
     images, classes, batch_size, repetitions
         As in `evaluate_images`.
+    path, dense_path
+        Their directories, whose sizes are reported.
 
     Raises
     ------
     ImageError, ModelError, NonFiniteError, OptionError
         As in `evaluate_images`.
     """
-    mine, theirs = _measure([model, dense], images, classes, batch_size, repetitions)
+    pair = [(model, path), (dense, dense_path)]
+    mine, theirs = _measure(pair, images, classes, batch_size, repetitions)
     return ImageComparison(mine, theirs, _ratios(mine, theirs))
 
 
@@ -296,7 +288,7 @@ def label_indices(images: ImageSet, classes: Sequence[str], outputs: int) -> Ten
 
 
 def _measure(
-    models: Sequence[Candidate],
+    candidates: Sequence[tuple[nn.Module, Path | None]],
     images: ImageSet,
     classes: Sequence[str],
     batch_size: int,
@@ -307,28 +299,24 @@ def _measure(
             f"evaluation needs a batch of at least 1 image and 1 repetition, not {batch_size} and "
             f"{repetitions}"
         )
-    with evaluating(models[0].model), evaluating(models[-1].model), torch.no_grad():
-        reset_peak_memory(device_of(models[0].model))
-        quality = score_images(
-            [candidate.model for candidate in models],
-            images,
-            dense=models[-1].model if len(models) > 1 else None,
-            classes=classes,
-            batch_size=batch_size,
-        )
-        peak = read_peak_memory(device_of(models[0].model))
+    models = [model for model, _ in candidates]
+    dense = models[-1] if len(models) > 1 else None
+    with evaluating(models[0]), evaluating(models[-1]), torch.no_grad():
+        reset_peak_memory(device_of(models[0]))
+        quality = score_images(models, images, dense=dense, classes=classes, batch_size=batch_size)
+        peak = read_peak_memory(device_of(models[0]))
         batch = next(images.batches(batch_size))
-        speeds = _speeds([candidate.model for candidate in models], batch, repetitions)
+        speeds = _speeds(models, batch, repetitions)
         return [
             ImageEvaluation(
                 quality=quality[index],
-                footprint=_footprint(candidate, batch[:1], peak),
+                footprint=_footprint(model, batch[:1], peak, path),
                 images_per_second=speeds[index],
                 batch_size=len(batch),
-                device=device_of(candidate.model).type,
-                dtype=str(next(candidate.model.parameters()).dtype).removeprefix("torch."),
+                device=device_of(model).type,
+                dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
             )
-            for index, candidate in enumerate(models)
+            for index, (model, path) in enumerate(candidates)
         ]
 
 
@@ -386,14 +374,15 @@ def _arguments(model: nn.Module, batch: Tensor) -> Mapping[str, Tensor]:
     return named_inputs(model, (batch.to(next(model.parameters())),))
 
 
-def _footprint(candidate: Candidate, image: Tensor, peak: int | None) -> ImageFootprint:
-    model = candidate.model
+def _footprint(
+    model: nn.Module, image: Tensor, peak: int | None, path: Path | None
+) -> ImageFootprint:
     return ImageFootprint(
         parameters=count_parameters(model),
         parameter_bytes=count_parameter_bytes(model),
         flops_per_image=float(count_flops(model, _arguments(model, image))),
         peak_memory_bytes=peak,
-        disk_bytes=count_disk_bytes(candidate.path),
+        disk_bytes=count_disk_bytes(path),
     )
 
 

@@ -141,7 +141,7 @@ def _images(
 ) -> dict[str, Any]:
     """Measure a model that reads images, print what came out, and return it."""
     from osscar.errors import ImageError
-    from osscar.image_evaluation import Candidate, compare_images, evaluate_images
+    from osscar.image_evaluation import compare_images, evaluate_images
     from osscar.images import load_images, refuse_overlap
     from osscar.report.tables import image_comparison_table, image_evaluation_table
     from osscar.vision import load_vision_model
@@ -154,16 +154,19 @@ def _images(
         images = images if samples is None else images.sample(samples, seed=0)
         if loaded.path is not None:
             refuse_overlap(images, loaded.path / REPORT_FILE)
-        mine = Candidate(loaded.model, loaded.path)
-        options: dict[str, Any] = {"classes": loaded.classes, "batch_size": batch_size}
+        options: dict[str, Any] = {
+            **{"classes": loaded.classes, "batch_size": batch_size},
+            "path": loaded.path,
+        }
         if against is None:
-            evaluation = evaluate_images(mine, images, **options)
+            evaluation = evaluate_images(loaded.model, images, **options)
             out.print(image_evaluation_table(evaluation, model))
             result: dict[str, Any] = {"model": dataclasses.asdict(evaluation)}
         else:
-            other = load_vision_model(against, weights=weights, **load)
-            dense = Candidate(other.model, other.path)
-            comparison = compare_images(mine, dense, images, **options)
+            dense = load_vision_model(against, weights=weights, **load)
+            comparison = compare_images(
+                loaded.model, dense.model, images, **options, dense_path=dense.path
+            )
             out.print(image_comparison_table(comparison, name=Path(model).name))
             evaluation, result = comparison.model, dataclasses.asdict(comparison)
     kind = "labelled images" if images.labels is not None else "images without labels"

@@ -20,7 +20,6 @@ from osscar.errors import (
     OptionError,
 )
 from osscar.image_evaluation import (
-    Candidate,
     compare_images,
     evaluate_images,
     label_indices,
@@ -388,7 +387,7 @@ def test_quality_is_what_the_logits_say(labelled):
 
 
 def test_flops_and_parameters_are_those_of_the_model(labelled):
-    evaluation = evaluate_images(Candidate(small_net()), labelled, repetitions=1)
+    evaluation = evaluate_images(small_net(), labelled, repetitions=1)
     model, hidden, area = small_net(), 16, SIDE * SIDE
     block = area * (8 * hidden + 9 * hidden + 9 * hidden * 8) + 2 * 4 * hidden
     products = area * 27 * 8 + 2 * block + area // 4 * 9 * 8 * 12 + 48 * 5
@@ -399,8 +398,8 @@ def test_flops_and_parameters_are_those_of_the_model(labelled):
 
 
 def test_a_model_beside_itself_is_equal(labelled):
-    model = Candidate(small_net())
-    comparison = compare_images(model, Candidate(small_net()), labelled, repetitions=1)
+    model = small_net()
+    comparison = compare_images(model, small_net(), labelled, repetitions=1)
     assert comparison.model.quality.agreement == 1
     assert comparison.model.quality.kl == pytest.approx(0, abs=1e-12)
     assert comparison.ratios.top1 == comparison.ratios.flops_per_image == 1
