@@ -16,6 +16,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from osscar.adapters import adapter, prepare
     from osscar.calibration import CalibrationSet, load_calibration, text_windows
     from osscar.checkpoint import SavedCheckpoint, load, save
     from osscar.errors import OsscarError
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from osscar.pipeline import LayerReport, PruningResult, prune
     from osscar.plan import PruningPlan
     from osscar.rows import Row
+    from osscar.shrinking import Proof, shrink_proved
     from osscar.slicing import shrink
     from osscar.study import Study, StudyDesign
     from osscar.vision import VisionModel, load_vision_model
@@ -40,6 +42,7 @@ __all__ = [
     "LayerReport",
     "LoadedModel",
     "OsscarError",
+    "Proof",
     "PruningPlan",
     "PruningResult",
     "Row",
@@ -47,6 +50,7 @@ __all__ = [
     "Study",
     "StudyDesign",
     "VisionModel",
+    "adapter",
     "compare",
     "compare_images",
     "evaluate",
@@ -56,9 +60,11 @@ __all__ = [
     "load_images",
     "load_model",
     "load_vision_model",
+    "prepare",
     "prune",
     "save",
     "shrink",
+    "shrink_proved",
     "text_windows",
 ]
 
@@ -70,6 +76,7 @@ _HOMES = {
     "LayerReport": "pipeline",
     "LoadedModel": "models",
     "OsscarError": "errors",
+    "Proof": "shrinking",
     "PruningPlan": "plan",
     "PruningResult": "pipeline",
     "Row": "rows",
@@ -77,6 +84,7 @@ _HOMES = {
     "Study": "study",
     "StudyDesign": "study",
     "VisionModel": "vision",
+    "adapter": "adapters",
     "compare": "evaluation",
     "compare_images": "image_evaluation",
     "evaluate": "evaluation",
@@ -86,9 +94,11 @@ _HOMES = {
     "load_images": "images",
     "load_model": "models",
     "load_vision_model": "vision",
+    "prepare": "adapters",
     "prune": "pipeline",
     "save": "checkpoint",
     "shrink": "slicing",
+    "shrink_proved": "shrinking",
     "text_windows": "calibration",
 }
 
