@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -242,8 +243,13 @@ def test_bias_keys_are_refused() -> None:
 
 # ---- twice, and on -----------------------------------------------------------------------
 
+_TORCHVISION = pytest.mark.skipif(
+    find_spec("torchvision") is None, reason="needs the extra osscar[vision]"
+)
+
 _TWICE = [
-    *map(torchvision_case, ("resnet18", "regnet_x_400mf")),
+    pytest.param(torchvision_case("resnet18"), marks=_TORCHVISION),
+    pytest.param(torchvision_case("regnet_x_400mf"), marks=_TORCHVISION),
     *map(transformers_case, ("llama-multi-query", "gpt2", "phi3", "bloom", "t5", "whisper")),
 ]
 
@@ -266,7 +272,10 @@ def test_a_shrunk_model_can_be_pruned_again(case) -> None:
 
 @pytest.mark.parametrize(
     "case",
-    [torchvision_case("mobilenet_v3_small"), transformers_case("llama")],
+    [
+        pytest.param(torchvision_case("mobilenet_v3_small"), marks=_TORCHVISION),
+        transformers_case("llama"),
+    ],
     ids=lambda c: c.name,
 )
 def test_gradients_flow_through_a_shrunk_model(case) -> None:
@@ -328,7 +337,10 @@ def _shrunk(name: str) -> tuple[nn.Module, list[tuple[Tensor, ...]]]:
     return model, inputs
 
 
-@pytest.mark.parametrize("name", ["resnet18", "encoder", "llama"])
+_EXPORTED = [pytest.param("resnet18", marks=_TORCHVISION), "encoder", "llama"]
+
+
+@pytest.mark.parametrize("name", _EXPORTED)
 def test_a_shrunk_model_compiles(name: str) -> None:
     model, inputs = _shrunk(name)
     # Without code generation, which takes half a minute; it changes nothing about shapes.
@@ -338,7 +350,7 @@ def test_a_shrunk_model_compiles(name: str) -> None:
             torch.testing.assert_close(compiled(*one), expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["resnet18", "encoder", "llama"])
+@pytest.mark.parametrize("name", _EXPORTED)
 @pytest.mark.filterwarnings("ignore")
 def test_a_shrunk_model_is_exported_to_onnx(name: str) -> None:
     pytest.importorskip("onnxscript")
