@@ -48,7 +48,7 @@ class GroupPlan:
 
 @dataclass(frozen=True)
 class Integer:
-    """A number that a module keeps and that follows a group, found by trying.
+    """A number, or a tuple of them, that a module keeps and that follows a group.
 
     Parameters
     ----------
@@ -62,7 +62,7 @@ class Integer:
 
     module: str
     attribute: str
-    value: int
+    value: int | tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -115,10 +115,11 @@ def _group_from_json(data: dict[str, Any]) -> GroupPlan:
 
 
 def _integer_from_json(data: dict[str, Any]) -> Integer:
-    integer = Integer(**data)
-    if type(integer.value) is not int or not str(integer.attribute).isidentifier():
+    value = tuple(data["value"]) if isinstance(data["value"], list) else data["value"]
+    sizes = value if isinstance(value, tuple) else (value,)
+    if any(type(size) is not int for size in sizes) or not str(data["attribute"]).isidentifier():
         raise ValueError(f"{data!r} is no number of a module")
-    return integer
+    return Integer(data["module"], data["attribute"], value)
 
 
 def _slot_from_json(data: dict[str, Any]) -> Slot:

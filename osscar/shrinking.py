@@ -7,16 +7,18 @@ masked one does.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import combinations
+from typing import TypeAlias
 
+import torch
 from torch import nn
 
 from graph.export import failing_module
 from osscar.adapters import nearby, prepare
 from osscar.errors import EquivalenceError
-from osscar.plan import Integer, PruningPlan
+from osscar.plan import GroupPlan, Integer, PruningPlan
 from osscar.proof import Inputs, evaluating, explained, masked, proof_outputs, prove_equal
 from osscar.slicing import HISTORY, restored_on_error, shrink
 
@@ -81,19 +83,28 @@ def shrink_proved(
         return search.run()
 
 
+_Sizes: TypeAlias = int | tuple[int, ...]
+
+
 @dataclass
 class _Search:
     model: nn.Module
     plan: PruningPlan
     check: Callable[[], float]
-    integers: dict[tuple[str, str], int] = field(default_factory=dict)
+    found: dict[tuple[str, str], _Sizes] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.near: dict[str, list[GroupPlan]] = {}
+        for group in self.plan.groups:
+            for name in nearby(group):
+                self.near.setdefault(name, []).append(group)
 
     def run(self) -> Proof:
         """Prove, and as long as a module fails, let its numbers follow."""
         outcome = self._attempt()
         while not isinstance(outcome, float):
             outcome = self._mended(outcome)
-        found = tuple(Integer(*place, value) for place, value in self.integers.items())
+        found = tuple(Integer(*place, value) for place, value in self.found.items())
         plan = replace(self.plan, integers=self.plan.integers + found)
         setattr(self.model, HISTORY, (*getattr(self.model, HISTORY)[:-1], plan))
         return Proof(plan, outcome)
@@ -101,6 +112,8 @@ class _Search:
     def _attempt(self) -> float | Exception:
         try:
             return self.check()
+        except torch.OutOfMemoryError:
+            raise
         except Exception as error:  # whatever the user's forward raises when sizes do not fit
             return error
 
@@ -114,62 +127,80 @@ class _Search:
                 return outcome
             for (name, attribute), value in before.items():
                 setattr(self.model.get_submodule(name), attribute, value)
-                del self.integers[name, attribute]
+                del self.found[name, attribute]
         if isinstance(failure, EquivalenceError):
             raise failure
         raise explained(failure, self.model) from failure
 
-    def _culprit(self, failure: Exception) -> type[nn.Module] | None:
-        """Return the class of the module that failed; None if only the outputs were wrong."""
+    def _culprit(self, failure: Exception) -> str | None:
+        """Return the name of the module that failed; None if only the outputs were wrong."""
         if isinstance(failure, EquivalenceError):
             return None
-        return type(self.model.get_submodule(failing_module(failure.__traceback__, self.model)))
+        return failing_module(failure.__traceback__, self.model)
 
-    def _is_past(self, outcome: Exception, culprit: type[nn.Module] | None) -> bool:
+    def _is_past(self, outcome: Exception, culprit: str | None) -> bool:
+        """Whether another class fails now, and none whose numbers were changed."""
         later = self._culprit(outcome)
-        changed = {type(self.model.get_submodule(name)) for name, _ in self.integers}
-        return later is not None and later is not culprit and later not in changed
+        if later is None or culprit is None:
+            return False
+        changed = {self._kind(name) for name, _ in self.found}
+        return self._kind(later) not in changed | {self._kind(culprit)}
 
-    def _candidates(
-        self, culprit: type[nn.Module] | None
-    ) -> Iterator[tuple[type[nn.Module], tuple[str, ...]]]:
+    def _kind(self, name: str) -> type[nn.Module]:
+        return type(self.model.get_submodule(name))
+
+    def _candidates(self, culprit: str | None) -> Iterator[tuple[type[nn.Module], tuple[str, ...]]]:
         """Yield classes with the names of numbers in them, the likeliest and fewest first."""
+        places = dict.fromkeys((*(() if culprit is None else (culprit,)), *self.near))
         names: dict[type[nn.Module], dict[str, None]] = {}
-        for group in self.plan.groups:
-            for name in nearby(group):
-                module = self.model.get_submodule(name)
-                own = names.setdefault(type(module), {})
-                own.update(dict.fromkeys(self._following(name, module)))
-        for kind in sorted(names, key=lambda kind: kind is not culprit):
+        for name in places:
+            own = names.setdefault(self._kind(name), {})
+            own.update(dict.fromkeys(self._following(name)))
+        for kind, attributes in names.items():
             for count in range(1, _MOST_AT_ONCE + 1):
-                for chosen in combinations(names[kind], count):
+                for chosen in combinations(attributes, count):
                     yield kind, chosen
 
-    def _following(self, name: str, module: nn.Module) -> dict[str, int]:
-        """Return the numbers of a module that may follow, with what they would become."""
+    def _following(self, name: str) -> dict[str, _Sizes]:
+        """Return the numbers of a module that may follow, with what they would become.
+
+        Modules without tensors, such as `torch.nn.Unflatten`, are near no group, so that any may
+        be meant.
+        """
         sizes: dict[int, int] = {}
-        for group in self.plan.groups:
-            if name in nearby(group):
-                sizes[group.units] = len(group.kept)
-                for slot in group.slots:
-                    old = slot.units * slot.width
-                    sizes[old] = group.scaled(old)
+        for group in self.near.get(name, self.plan.groups):
+            sizes[group.units] = len(group.kept)
+            for slot in group.slots:
+                old = slot.units * slot.width
+                sizes[old] = group.scaled(old)
         return {
-            key: sizes[value]
-            for key, value in vars(module).items()
-            if type(value) is int and value in sizes and (name, key) not in self.integers
+            key: new
+            for key, value in vars(self.model.get_submodule(name)).items()
+            if (new := _resized(value, sizes)) is not None and (name, key) not in self.found
         }
 
-    def _follow(self, kind: type[nn.Module], names: tuple[str, ...]) -> dict[tuple[str, str], int]:
+    def _follow(
+        self, kind: type[nn.Module], names: tuple[str, ...]
+    ) -> dict[tuple[str, str], _Sizes]:
         """Let some numbers follow in every module of a class; return what they were."""
-        before: dict[tuple[str, str], int] = {}
+        before: dict[tuple[str, str], _Sizes] = {}
         for name, module in list(self.model.named_modules()):
             if type(module) is not kind:
                 continue
-            following = self._following(name, module)
+            following = self._following(name)
             for key in names:
                 if key in following:
                     before[name, key] = getattr(module, key)
                     setattr(module, key, following[key])
-                    self.integers[name, key] = following[key]
+                    self.found[name, key] = following[key]
         return before
+
+
+def _resized(value: object, sizes: Mapping[int, int]) -> _Sizes | None:
+    """Return a number, or a tuple of them, with what follows changed; None if nothing does."""
+    if type(value) is int:
+        return sizes.get(value)
+    if not isinstance(value, tuple) or any(type(size) is not int for size in value):
+        return None
+    new = tuple(sizes.get(size, size) for size in value)
+    return None if new == value else new

@@ -74,7 +74,7 @@ def context_length(model: nn.Module) -> int | None:
 def restored_on_error(model: nn.Module) -> Iterator[None]:
     """Give every module of a model its class, attributes and tensors back if the block fails."""
     before = [
-        (module, type(module), {name: _copied(value) for name, value in vars(module).items()})
+        (module, type(module), {name: _kept(name, value) for name, value in vars(module).items()})
         for module in model.modules()
     ]
     try:
@@ -87,9 +87,12 @@ def restored_on_error(model: nn.Module) -> Iterator[None]:
         raise
 
 
-def _copied(value: Any) -> Any:
-    """Copy the tables in which a module keeps tensors and modules, but not what they hold."""
-    return value.copy() if isinstance(value, dict) else value
+_TABLES = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
+"""What a module keeps tensors and modules in, and changes in place."""
+
+
+def _kept(name: str, value: Any) -> Any:
+    return value.copy() if name in _TABLES else value
 
 
 # ---- tensors -----------------------------------------------------------------------------

@@ -158,6 +158,33 @@ def test_numbers_under_unknown_names_are_found_by_trial() -> None:
     assert all(map(torch.equal, proof_outputs(dense, inputs), proof_outputs(model, inputs)))
 
 
+class Decoder(nn.Module):
+    """Features that become an image by a module without a tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Linear(5, 6 * 4),
+            nn.ReLU(),
+            nn.Unflatten(1, (6, 2, 2)),
+            nn.ConvTranspose2d(6, 4, 2, stride=2),
+            nn.ReLU(),
+            nn.Conv2d(4, 3, 1),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x)
+
+
+def test_sizes_in_a_tuple_follow() -> None:
+    model = randomized(Decoder())
+    dense = copy.deepcopy(model)
+    _, proof, _ = shrink_by_half(model, [(torch.randn(2, 5),), (torch.randn(3, 5),)])
+    assert model.layers[2].unflattened_size == (3, 2, 2)
+    osscar.shrink(dense, PruningPlan.from_json(json.loads(json.dumps(proof.plan.to_json()))))
+    assert dense.layers[2].unflattened_size == (3, 2, 2)
+
+
 class Stubborn(Attention):
     """Keeps its number of heads where nobody looks for it."""
 
