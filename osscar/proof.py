@@ -188,7 +188,8 @@ def explained(error: Exception, model: nn.Module) -> AdapterError:
     return AdapterError(
         f"module {name or 'the model'!r} ({type(module).__name__}) cannot follow its units: "
         f"{str(error).strip().partition(chr(10))[0]}, in `{line}`; it keeps {kept}. "
-        f'Register what has to change with @osscar.adapter("{type(module).__module__}.'
+        "In code of your own, write -1 for that size or take it from a weight; elsewhere register "
+        f'what has to change with @osscar.adapter("{type(module).__module__}.'
         f'{type(module).__qualname__}"), or leave its groups out of what is pruned'
     )
 

@@ -111,6 +111,15 @@ def test_a_family_is_shrunk_proved_saved_and_reloaded(
         torch.testing.assert_close(after, before, rtol=1e-5, atol=1e-5 * float(before.abs().max()))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FAMILIES)
+def test_written_out_attention_is_shrunk_too(name: str) -> None:
+    case = transformers_case(name, "eager")
+    coverage = measure(name, case.build(), case.make_inputs())
+    assert coverage.kinds == _EXPECTED.get(name, _TWO_LAYERS)
+    assert coverage.effect > LEAST_EFFECT
+
+
 @pytest.mark.parametrize("name", ["llama", "llama-multi-query", "gpt2", "bloom", "falcon-grouped"])
 def test_numbers_off_the_traced_path_follow_too(name: str) -> None:
     """A mask, or another implementation of attention, reads what the traced path does not."""

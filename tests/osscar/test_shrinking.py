@@ -185,6 +185,28 @@ def test_sizes_in_a_tuple_follow() -> None:
     assert dense.layers[2].unflattened_size == (3, 2, 2)
 
 
+class Padded(nn.Module):
+    """A shortcut without weights that pads channels, as in residual networks for CIFAR."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter = nn.Conv2d(3, 8, 1)
+        self.wide = nn.Conv2d(8, 16, 1)
+        self.leave = nn.Conv2d(16, 5, 1)
+        self.padding = 4
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.enter(x))
+        sides = (0, 0, 0, 0, self.padding, self.padding)
+        return self.leave(torch.relu(self.wide(x) + F.pad(x, sides)))
+
+
+def test_zero_padded_shortcuts_follow() -> None:
+    model = randomized(Padded())
+    shrink_by_half(model, [(torch.randn(2, 3, 4, 4),), (torch.randn(1, 3, 6, 6),)])
+    assert (model.enter.out_channels, model.wide.out_channels, model.padding) == (4, 8, 2)
+
+
 class Stubborn(Attention):
     """Keeps its number of heads where nobody looks for it."""
 
