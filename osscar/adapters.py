@@ -81,7 +81,7 @@ def mend(model: nn.Module, group: GroupPlan) -> None:
     group
         One of the groups that were sliced.
     """
-    for name in nearby(group):
+    for name in nearby(model, group):
         module = model.get_submodule(name)
         found = _find(module)
         if found is not None:
@@ -91,11 +91,14 @@ def mend(model: nn.Module, group: GroupPlan) -> None:
             rewritten(module, REWRITTEN, group)
 
 
-def nearby(group: GroupPlan) -> list[str]:
-    """Return the modules that hold or use a group's tensors, and those just around them."""
+def nearby(model: nn.Module, group: GroupPlan) -> list[str]:
+    """Return the modules that hold or use a group's tensors, and those around its layers.
+
+    What lies around an attention or a block is not near: it may hold several of them.
+    """
     inner = [name for slot in group.slots for name in (slot.module, slot.tensor.rpartition(".")[0])]
-    outer = [name.rpartition(".")[0] for name in inner]
-    return list(dict.fromkeys((*inner, *outer)))
+    layers = [name for name in inner if not any(model.get_submodule(name).children())]
+    return list(dict.fromkeys((*inner, *(name.rpartition(".")[0] for name in layers))))
 
 
 def _find(module: nn.Module) -> Adapter | None:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from graph.export import failing_module
+from osscar.attention import AnyHeads
 from osscar.errors import AdapterError, EquivalenceError
 from osscar.plan import PruningPlan
 
@@ -184,13 +185,14 @@ def explained(error: Exception, model: nn.Module) -> AdapterError:
     line = _failing_line(error.__traceback__, module)
     integers = {key: value for key, value in vars(module).items() if type(value) is int}
     named = {key: value for key, value in integers.items() if key in line} or integers
+    kind = next(kind for kind in type(module).__mro__ if not issubclass(kind, AnyHeads))
     kept = ", ".join(f"{key} = {value}" for key, value in named.items()) or "no number"
     return AdapterError(
-        f"module {name or 'the model'!r} ({type(module).__name__}) cannot follow its units: "
+        f"module {name or 'the model'!r} ({kind.__name__}) cannot follow its units: "
         f"{str(error).strip().partition(chr(10))[0]}, in `{line}`; it keeps {kept}. "
         "In code of your own, write -1 for that size or take it from a weight; elsewhere register "
-        f'what has to change with @osscar.adapter("{type(module).__module__}.'
-        f'{type(module).__qualname__}"), or leave its groups out of what is pruned'
+        f'what has to change with @osscar.adapter("{kind.__module__}.{kind.__qualname__}"), '
+        "or leave its groups out of what is pruned"
     )
 
 

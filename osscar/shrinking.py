@@ -96,7 +96,7 @@ class _Search:
     def __post_init__(self) -> None:
         self.near: dict[str, list[GroupPlan]] = {}
         for group in self.plan.groups:
-            for name in nearby(group):
+            for name in nearby(self.model, group):
                 self.near.setdefault(name, []).append(group)
 
     def run(self) -> Proof:
@@ -151,7 +151,7 @@ class _Search:
 
     def _candidates(self, culprit: str | None) -> Iterator[tuple[type[nn.Module], tuple[str, ...]]]:
         """Yield classes with the names of numbers in them, the likeliest and fewest first."""
-        places = dict.fromkeys((*(() if culprit is None else (culprit,)), *self.near))
+        places = dict.fromkeys((*_upwards(culprit), *self.near))
         names: dict[type[nn.Module], dict[str, None]] = {}
         for name in places:
             own = names.setdefault(self._kind(name), {})
@@ -194,6 +194,15 @@ class _Search:
                     setattr(module, key, following[key])
                     self.found[name, key] = following[key]
         return before
+
+
+def _upwards(name: str | None) -> Iterator[str]:
+    """Yield the name of a module and of those around it, which may hand numbers down to it."""
+    while name:
+        yield name
+        name = name.rpartition(".")[0]
+    if name == "":
+        yield name
 
 
 def _resized(value: object, sizes: Mapping[int, int]) -> _Sizes | None:

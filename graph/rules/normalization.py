@@ -79,3 +79,17 @@ def normalized_by_group(call: Call) -> list[Value]:
     call.freeze((factors[1], *value.dims[2:]), _STATISTICS)
     channels = _affine(call, call.axes.product(factors), "weight", "bias")
     return _with_statistics(call, Value((value.dims[0], channels, *value.dims[2:])))
+
+
+@rule("aten._weight_norm")
+def weight_normalized(call: Call) -> Value:
+    """Give each row of a weight a length of its own; what the length is taken over is frozen."""
+    direction, length = call.value("v"), call.value("g")
+    dim = call.integer("dim") % len(direction.dims)
+    others = [layout for index, layout in enumerate(direction.dims) if index != dim]
+    call.freeze(others, "its weights are normalized together")
+    dims, origins = list(direction.dims), list(direction.origins)
+    dims[dim] = call.unify(direction.dims[dim], length.dims[dim])
+    if direction.is_weight and length.is_weight:
+        origins[dim] += length.origins[dim]
+    return Value(tuple(dims), tuple(origins))

@@ -264,6 +264,18 @@ class UnusedMean(nn.Module):
         return self.leave(x)
 
 
+class WeightNormed(nn.Module):
+    """Rows of a weight with lengths of their own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter = torch.nn.utils.parametrizations.weight_norm(nn.Linear(4, 6))
+        self.leave = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.leave(torch.relu(self.enter(x)))
+
+
 class LookedUp(nn.Module):
     """A number for each unit, looked up in a table by an index that the unit owns."""
 
@@ -295,6 +307,7 @@ PRUNABLE: dict[str, tuple[type[nn.Module], tuple[Tensor, ...], dict[str, int]]] 
     "called-twice": (CalledTwice, _ROWS, {"block.neurons": 9}),
     "unused-branch": (UnusedBranch, _ROWS, {"neurons": 7}),
     "unused-mean": (UnusedMean, _ROWS, {"neurons": 6}),
+    "weight-normed": (WeightNormed, _ROWS, {"neurons": 6}),
     "looked-up": (LookedUp, _ROWS, {"neurons": 6}),
     "bare-parameters": (BareParameters, _ROWS, {"neurons": 9}),
     "shuffle": (Shuffle, _IMAGE, {"enter.channels": 4}),

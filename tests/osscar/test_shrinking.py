@@ -269,6 +269,29 @@ def test_an_encoder_layer_of_torch_takes_no_fused_path_of_full_width() -> None:
     assert sorted(kinds) == ["heads", "heads", "neurons", "neurons"]
 
 
+class TwoInOne(nn.Module):
+    """A block that keeps one number for both of its attentions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.MultiheadAttention(16, 4, batch_first=True)
+        self.second = nn.MultiheadAttention(16, 4, batch_first=True)
+        self.num_heads = 4
+
+    def forward(self, x: Tensor) -> Tensor:
+        mask = x.new_zeros(x.shape[0] * self.num_heads, x.shape[1], x.shape[1])
+        x = self.first(x, x, x, attn_mask=mask, need_weights=False)[0]
+        return self.second(x, x, x, attn_mask=mask, need_weights=False)[0]
+
+
+def test_a_number_of_a_block_is_not_divided_twice() -> None:
+    torch.manual_seed(0)
+    model = TwoInOne().eval()
+    _, proof, _ = shrink_by_half(model, [(torch.randn(2, 5, 16),), (torch.randn(3, 4, 16),)])
+    assert model.num_heads == model.first.num_heads == model.second.num_heads == 2
+    assert [(i.attribute, i.value) for i in proof.plan.integers] == [("num_heads", 2)]
+
+
 def test_bias_keys_are_refused() -> None:
     class Odd(nn.Module):
         def __init__(self) -> None:
