@@ -37,16 +37,11 @@ thirty pruned layers amplify that a thousandfold."""
 
 
 def outputs(model: nn.Module, inputs: Inputs) -> Tensor:
-    """Return the logits (or the first output) of a model on proof inputs."""
+    """Return the logits, or the first output, of a model."""
     result = _call(model, inputs)
     output = result.logits if hasattr(result, "logits") else _floating(result)[0]
     assert isinstance(output, Tensor)
     return output
-
-
-def all_outputs(model: nn.Module, inputs: Inputs) -> list[Tensor]:
-    """Return every floating-point output of a model on proof inputs, in a fixed order."""
-    return _floating(_call(model, inputs))
 
 
 @torch.no_grad()
@@ -92,13 +87,6 @@ def finer_precision(model: nn.Module) -> Iterator[None]:
     finally:
         for name, tensor in _tensors(model):
             tensor.data = tensor.data.to(formats.get(name, tensor.dtype))
-
-
-def in_finer_precision(inputs: Inputs) -> Inputs:
-    """Return inputs whose floating-point tensors are in the next finer number format."""
-    return pytree.tree_map_only(  # type: ignore[no-any-return]
-        Tensor, lambda tensor: tensor.to(_FINER.get(tensor.dtype, tensor.dtype)), inputs
-    )
 
 
 def _tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
@@ -210,5 +198,5 @@ def _failing_line(trace: TracebackType | None, module: nn.Module) -> str:
 
 
 def proof_outputs(model: nn.Module, inputs: Sequence[Inputs]) -> list[Tensor]:
-    """Return all outputs on all proof inputs, one after another."""
-    return [output for one in inputs for output in all_outputs(model, one)]
+    """Return every floating-point output on every input, one after another."""
+    return [output for one in inputs for output in _floating(_call(model, one))]

@@ -17,17 +17,6 @@ from graph.groups import Role, Slot
 from osscar.adapters import mend, prepare, refresh
 from osscar.errors import ModelError
 from osscar.plan import GroupPlan, PruningPlan
-from osscar.proof import finer_precision, outputs, prove_equal
-
-__all__ = [
-    "HISTORY",
-    "context_length",
-    "finer_precision",
-    "outputs",
-    "prove_equal",
-    "restored_on_error",
-    "shrink",
-]
 
 HISTORY = "osscar_plans"
 """The attribute of a shrunk model that lists the plans applied to it, oldest first."""
