@@ -7,9 +7,9 @@ For example, with a file of weights and one of images at hand:
         --images cifar10-subset.npz:test --json out.json
 
 For each sparsity and backend, with and without the residual channels, prints the parameters and
-FLOPs that are left and the summed relative loss; and, for batch-norm statistics left as they were
-and estimated again, top-1 where there are labels, agreement with the dense model, and the
-divergence from it.  The first rows are the dense model, also with statistics estimated again.
+FLOPs that are left and the summed relative loss; and, for batch-norm statistics kept, estimated and
+corrected, top-1 where there are labels, agreement with the dense model, and the divergence from it.
+The first rows are the dense model itself.  Ends with all of it as a Markdown table.
 """
 
 from __future__ import annotations
@@ -24,14 +24,16 @@ from typing import Any
 from torch import nn
 
 import osscar
-from osscar.batch_norm import reestimate
+from osscar.batch_norm import BatchNormMode, renew_statistics
 from osscar.footprint import count_flops, count_parameters
 from osscar.image_evaluation import score_images
 from osscar.images import ImageSet, load_images
 from osscar.inputs import as_inputs
+from osscar.plan import PruningPlan
 from osscar.vision import VisionModel, load_vision_model
 
 BACKENDS = ("magnitude", "multistage", "local_search")
+MODES = (BatchNormMode.KEEP, BatchNormMode.ESTIMATE, BatchNormMode.CORRECT)
 
 
 def main() -> None:
@@ -52,6 +54,7 @@ def main() -> None:
                 if arguments.json:
                     content = {"arguments": vars(arguments), "rows": rows}
                     arguments.json.write_text(json.dumps(content, indent=1, default=str) + "\n")
+    print(*table(rows), sep="\n")
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -61,7 +64,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--calibration", required=True)
     parser.add_argument("--images", required=True)
     parser.add_argument("--samples", type=int, default=256)
+    parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--score", type=int, help="score only so many images, drawn at random")
+    parser.add_argument("--without-labels", action="store_true", help="of other classes")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--sparsities", type=float, nargs="+", default=(0.3, 0.5, 0.7))
@@ -80,7 +85,7 @@ class Bench:
     arguments: argparse.Namespace
 
     def dense_rows(self) -> list[dict[str, Any]]:
-        return self._scored({"backend": "dense"}, self.loaded.model)
+        return self._scored({"backend": "dense"}, self.loaded.model, PruningPlan(()))
 
     def pruned_rows(self, sparsity: float, residual: bool, backend: str) -> list[dict[str, Any]]:
         result = osscar.prune(
@@ -89,7 +94,8 @@ class Bench:
             sparsity=sparsity,
             residual=1 - sparsity if residual else None,
             backend=backend,
-            batch_norm=False,
+            batch_norm="keep",
+            batch_size=self.arguments.batch_size,
             device=self.arguments.device,
             seed=self.arguments.seed,
         )
@@ -101,29 +107,63 @@ class Bench:
             "seconds": result.seconds,
             "solve_seconds": result.solve_seconds,
         }
-        layers = [dataclasses.asdict(layer) for layer in result.layers]
-        return self._scored(run, result.model, layers)
+        rows = self._scored(run, result.model, result.plan)
+        rows[0]["layers"] = [dataclasses.asdict(layer) for layer in result.layers]
+        return rows
 
     def _scored(
-        self, run: dict[str, Any], model: nn.Module, layers: Any = None
+        self, run: dict[str, Any], model: nn.Module, plan: PruningPlan
     ) -> list[dict[str, Any]]:
-        """Score a model with the statistics that it has, and with new ones."""
-        inputs = as_inputs(model, self.calibration)
-        again = copy.deepcopy(model)
-        estimated = reestimate(again, inputs.batches(again, inputs.batch_size))
-        models = [model, again] if estimated else [model]
+        """Score a model with batch-norm statistics of all sorts."""
         dense = self.loaded.model
-        qualities = score_images(models, self.images, dense=dense, classes=self.loaded.classes)
+        batches = as_inputs(model, self.calibration).batches(model, self.arguments.batch_size)
+        models = {mode: copy.deepcopy(model) for mode in MODES}
+        for mode, one in models.items():
+            renew_statistics(one, dense, plan, batches, mode)
+        images = self.images
+        if self.arguments.without_labels:
+            images = dataclasses.replace(images, labels=None)
+        qualities = score_images(
+            list(models.values()), images, dense=dense, classes=self.loaded.classes
+        )
         example = {name: tensor[:1] for name, tensor in self.loaded.example.items()}
         size = {"parameters": count_parameters(model), "flops": count_flops(model, example)}
         rows = [
-            {**run, "batch_norm": bool(new), **size, **dataclasses.asdict(quality)}
-            for new, quality in enumerate(qualities)
+            {**run, "batch_norm": mode.value, **size, **dataclasses.asdict(quality)}
+            for mode, quality in zip(models, qualities, strict=True)
         ]
         for row in rows:
             print_row(row)
-        rows[0]["layers"] = layers
         return rows
+
+
+def table(rows: list[dict[str, Any]]) -> list[str]:
+    """Return the results as a Markdown table: statistics kept / estimated / corrected."""
+    labelled = rows[0]["top1"] is not None
+    measures = {**({"top1": "top-1"} if labelled else {}), "agreement": "agreement", "kl": "KL"}
+    heads = ["removed", "residual", "backend", "FLOPs", "parameters", "loss", *measures.values()]
+    lines = [heads, ["---", "---", "---", *["---:"] * (len(heads) - 3)]]
+    for start in range(0, len(rows), len(MODES)):
+        old, *renewed = rows[start : start + len(MODES)]
+        share = [f"{old[size] / rows[0][size]:.2f}x" for size in ("flops", "parameters")]
+        triples = [[shown(key, row[key]) for row in (old, *renewed)] for key in measures]
+        lines.append(
+            [
+                f"{old['sparsity']:.0%}" if "sparsity" in old else "",
+                "yes" if old.get("residual") else "",
+                f"`{old['backend']}`" if "sparsity" in old else "dense",
+                *share,
+                f"{old['loss']:.2f}" if "loss" in old else "",
+                *(" / ".join(triple) for triple in triples),
+            ]
+        )
+    return [f"| {' | '.join(line)} |" for line in lines]
+
+
+def shown(key: str, value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.3f}" if key == "kl" else f"{value:.1%}"
 
 
 def print_row(row: dict[str, Any]) -> None:

@@ -24,7 +24,7 @@ import solvers
 from graph.groups import CouplingGroup, Kind
 from osscar import checkpoint
 from osscar.adapters import prepare
-from osscar.batch_norm import reestimate
+from osscar.batch_norm import BatchNormMode, batch_norms, renew_statistics
 from osscar.checkpoint import SavedCheckpoint
 from osscar.errors import OptionError
 from osscar.footprint import count_parameters
@@ -99,7 +99,7 @@ class PruningResult:
     equivalence_error
         Largest relative difference between the outputs of the shrunk and of the masked model.
     batch_norms
-        How many batch-norm layers have statistics that were estimated again after the proof.
+        How many batch-norm layers got new statistics after the proof.
     seconds
         Wall time of the whole run.
     settings
@@ -161,7 +161,7 @@ def prune(
     backend_options: Mapping[str, Any] | None = None,
     certify: bool = False,
     damp: float = 0.01,
-    batch_norm: bool = True,
+    batch_norm: str = BatchNormMode.CORRECT,
     device: str = "auto",
     batch_size: int | None = None,
     seed: int = 0,
@@ -194,7 +194,7 @@ def prune(
     damp
         Weight of the proximal term, relative to the mean of the Gram matrix's diagonal.
     batch_norm
-        Estimate running statistics again from the calibration data, once the proof is made.
+        Where running statistics come from afterwards, as in `osscar.batch_norm.BatchNormMode`.
     device
         ``auto``, ``cpu`` or ``cuda``: where the model runs and the solver computes.
     batch_size
@@ -234,6 +234,7 @@ def prune(
     start = time.perf_counter()
     targets = Targets(sparsity, heads, neurons, channels, residual, groups or {}, round_to)
     name, chosen_backend = _resolve_backend(backend, backend_options or {})
+    statistics = _batch_norm_mode(batch_norm)
     check_finite_weights(model)
     inputs = as_inputs(model, calibration)
     batch_size = inputs.batch_size if batch_size is None else batch_size
@@ -254,7 +255,7 @@ def prune(
         before = count_parameters(work)
         with finer_precision(work):
             proof = shrink_proved(work, plan, inputs.proofs(work, seed))
-        estimated = reestimate(work, batches) if batch_norm else 0
+        renewed = _renew_statistics(work, model, proof.plan, batches, statistics)
         if isinstance(work, PreTrainedModel):
             checkpoint.adopt_config(work)
     settings = {
@@ -262,7 +263,7 @@ def prune(
         **{"channels": _text(channels), "residual": _text(residual)},
         **{"groups": {k: str(v) for k, v in (groups or {}).items()}, "round_to": round_to},
         **{"backend": name, "backend_options": dict(backend_options or {})},
-        **{"certify": certify, "damp": damp, "batch_norm": batch_norm},
+        **{"certify": certify, "damp": damp, "batch_norm": statistics.value},
         **inputs.settings,
         "seed": seed,
     }
@@ -273,7 +274,7 @@ def prune(
         parameters_before=before,
         parameters_after=count_parameters(work),
         equivalence_error=proof.error,
-        batch_norms=estimated,
+        batch_norms=renewed,
         seconds=time.perf_counter() - start,
         settings=settings,
     )
@@ -363,6 +364,29 @@ def _prune_group(
         measure_seconds=measured - start,
         solve_seconds=time.perf_counter() - measured,
     )
+
+
+def _renew_statistics(
+    model: nn.Module,
+    dense: nn.Module,
+    plan: PruningPlan,
+    batches: Sequence[dict[str, Any]],
+    mode: BatchNormMode,
+) -> int:
+    """Renew batch-norm statistics where there are any; `dense` stays where and as it is."""
+    if not batch_norms(model):
+        return 0
+    beside = copy.deepcopy(dense).to(next(model.parameters()).device).eval()
+    return renew_statistics(model, beside, plan, batches, mode)
+
+
+def _batch_norm_mode(name: str) -> BatchNormMode:
+    try:
+        return BatchNormMode(name)
+    except ValueError:
+        raise OptionError(
+            f"batch_norm is {name!r}; give one of {', '.join(BatchNormMode)}"
+        ) from None
 
 
 def _resolve_backend(

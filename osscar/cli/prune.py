@@ -88,9 +88,12 @@ def command(
         float, typer.Option(help="Pull towards the dense weights, relative to mean(diag H).")
     ] = 0.01,
     batch_norm: Annotated[
-        bool,
-        typer.Option(help="Estimate batch-norm statistics again, from the calibration images."),
-    ] = True,
+        str,
+        typer.Option(
+            help="Batch-norm statistics: `correct` those of the dense model by what pruning "
+            "changed, `estimate` them from the calibration images, or `keep` them."
+        ),
+    ] = "correct",
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     overwrite: Annotated[bool, typer.Option(help="Replace a directory that is not empty.")] = False,
@@ -196,7 +199,8 @@ def print_result(result: PruningResult, saved: SavedCheckpoint) -> None:
     )
     if result.batch_norms:
         out.print(
-            f"the statistics of {result.batch_norms} batch-norm layers were then estimated again"
+            f"batch norm: the statistics of {result.batch_norms} layers are new "
+            f"({result.settings['batch_norm']})"
         )
     reader = "from_pretrained of transformers" if saved.stock else "osscar.load"
     out.print(f"saved: {saved.path} ({saved.bytes / 1e6:.1f} MB of weights; {reader} reads it)")

@@ -9,9 +9,16 @@ from torch import nn
 import graph
 import osscar
 from graph.groups import Kind, Role
-from osscar.batch_norm import batch_norms, reestimate
-from osscar.errors import CalibrationError, FrozenGroupError, NonFiniteError, TargetError
+from osscar.batch_norm import BatchNormMode, batch_norms, renew_statistics
+from osscar.errors import (
+    CalibrationError,
+    FrozenGroupError,
+    NonFiniteError,
+    OptionError,
+    TargetError,
+)
 from osscar.inputs import as_inputs
+from osscar.plan import PruningPlan
 from osscar.residual import residual_groups
 from osscar.resume import Passed, advance, find_cuts, resume
 from tests.osscar.families import tiny, tokens
@@ -24,7 +31,7 @@ OPTIONS = {"device": "cpu", "batch_size": 32}
 def pruned():
     model = small_net()
     before = copy.deepcopy(model.state_dict())
-    result = osscar.prune(model, images(), sparsity=0.5, batch_norm=False, **OPTIONS)
+    result = osscar.prune(model, images(), sparsity=0.5, batch_norm="keep", **OPTIONS)
     return model, before, result
 
 
@@ -62,7 +69,7 @@ def masked_copy(model, result):
 @pytest.mark.parametrize("options", [{"sparsity": 0.5}, {"sparsity": 0.5, "residual": "0.75"}])
 def test_outputs_equal_those_of_the_masked_model(options):
     model = small_net()
-    result = osscar.prune(model, images(), batch_norm=False, **options, **OPTIONS)
+    result = osscar.prune(model, images(), batch_norm="keep", **options, **OPTIONS)
     masked = masked_copy(model, result)
     assert any(g.name == "stem.0.channels" for g in result.plan.groups) == ("residual" in options)
     for x in (images(5, 12, seed=7), images(2, 18, seed=8)):
@@ -90,9 +97,9 @@ def test_groups_come_in_the_order_in_which_they_are_read(pruned):
 
 def test_each_group_is_measured_on_the_stream_that_was_pruned_before_it():
     model, x = small_net(), images()
-    both = osscar.prune(model, x, sparsity=0.5, batch_norm=False, **OPTIONS)
+    both = osscar.prune(model, x, sparsity=0.5, batch_norm="keep", **OPTIONS)
     first = {"blocks.0.expand.channels": 8, "blocks.0.squeeze.channels": 2}
-    early = osscar.prune(model, x, groups=first, batch_norm=False, **OPTIONS).model
+    early = osscar.prune(model, x, groups=first, batch_norm="keep", **OPTIONS).model
     late = osscar.prune(early, x, groups={"blocks.1.expand.channels": 8}, **OPTIONS)
     alone = osscar.prune(model, x, groups={"blocks.1.expand.channels": 8}, **OPTIONS)
     losses = {layer.name: layer.loss for layer in both.layers}
@@ -121,7 +128,12 @@ def test_the_batch_size_changes_nothing_but_rounding():
         [
             layer.loss
             for layer in osscar.prune(
-                small_net(), images(), sparsity=0.5, device="cpu", batch_size=size, batch_norm=False
+                small_net(),
+                images(),
+                sparsity=0.5,
+                device="cpu",
+                batch_size=size,
+                batch_norm="keep",
             ).layers
         ]
         for size in (7, 64)
@@ -168,55 +180,125 @@ def test_asking_for_what_does_not_exist_is_refused():
 # ---- batch norm --------------------------------------------------------------------------
 
 
-def test_statistics_are_those_of_the_calibration_data():
-    model, x = small_net(), images(16)
-    result = osscar.prune(model, x, sparsity=0.5, device="cpu", batch_size=16)
-    assert result.batch_norms == len(batch_norms(model)) == 8
-    assert not any(module.training for module in result.model.modules())
-    first = result.model.stem[0](x)
-    torch.testing.assert_close(result.model.stem[1].running_mean, first.mean((0, 2, 3)).detach())
-    torch.testing.assert_close(result.model.stem[1].running_var, first.var((0, 2, 3)).detach())
+def batches(count=64, size=32):
+    return [{"x": piece} for piece in images(count).split(size)]
 
 
-def test_every_later_statistic_is_that_of_the_re_estimated_stream():
-    """With one batch, normalizing by its own statistics is what evaluation does afterwards, up to
-    the correction of the variance."""
-    model, x = small_net(), images(64)
-    reestimate(model, [{"x": x}])
-    seen = {}
-    norm = model.norm
-    norm.register_forward_pre_hook(lambda _, args: seen.update(x=args[0]))
+NOTHING = PruningPlan(())
+
+
+def test_statistics_are_renewed_after_the_proof_unless_they_are_to_be_kept(pruned):
+    model, _, kept = pruned
+    corrected = osscar.prune(model, images(), sparsity=0.5, **OPTIONS)
+    assert (kept.batch_norms, corrected.batch_norms) == (0, 8)
+    assert corrected.equivalence_error == kept.equivalence_error
+    channels = corrected.plan.groups[0].kept
+    old = model.blocks[0].norm1.running_mean[list(channels)]
+    assert torch.equal(kept.model.blocks[0].norm1.running_mean, old)
+    assert not torch.equal(
+        kept.model.blocks[0].norm3.running_mean, corrected.model.blocks[0].norm3.running_mean
+    )
+    for (name, a), (_, b) in zip(
+        kept.model.named_parameters(), corrected.model.named_parameters(), strict=True
+    ):
+        assert torch.equal(a, b), name
+
+
+def test_correction_undoes_a_change_of_scale_before_batch_norm():
+    dense, model = small_net(), small_net()
     with torch.no_grad():
-        model(x)
-    torch.testing.assert_close(norm.running_mean, seen["x"].mean((0, 2, 3)), rtol=1e-2, atol=1e-3)
-    torch.testing.assert_close(norm.running_var, seen["x"].var((0, 2, 3)), rtol=2e-2, atol=1e-3)
+        model.down.weight.mul_(1.7)
+    x = images(32, seed=11)
+    before = (model(x) - dense(x)).square().mean()
+    renew_statistics(model, dense, NOTHING, batches(), BatchNormMode.CORRECT)
+    assert (model(x) - dense(x)).square().mean() < before / 50
 
 
-def test_batches_count_alike_and_a_small_last_one_does_not_count():
-    model, x = small_net(), images(18)
-    pieces = [{"x": piece} for piece in x.split(8)]
-    assert reestimate(model, pieces) == 8
-    means = [model.stem[0](piece["x"]).mean((0, 2, 3)).detach() for piece in pieces[:2]]
-    torch.testing.assert_close(model.stem[1].running_mean, (means[0] + means[1]) / 2)
-    assert model.stem[1].momentum == 0.1
+def test_where_nothing_was_pruned_nothing_is_corrected_whatever_the_data():
+    model = small_net()
+    before = copy.deepcopy(model.state_dict())
+    strange = [{"x": 5 * torch.rand(4, 3, 12, 12) + 2}]
+    assert renew_statistics(model, small_net(), NOTHING, strange, BatchNormMode.CORRECT) == 8
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(value, before[name], rtol=1e-5, atol=1e-6)
 
 
-def test_statistics_can_be_left_as_they_were(pruned):
-    model, _, result = pruned
-    assert result.batch_norms == 0
-    assert torch.equal(result.model.stem[1].running_mean, model.stem[1].running_mean)
+def test_the_correction_is_the_change_of_the_statistics_on_the_same_data():
+    """With one batch every layer's drift can be computed from a pass of either model."""
+    dense, model = small_net(), small_net()
+    with torch.no_grad():
+        model.down.weight.mul_(1.7)
+    x, seen = images(32), []
+    renew_statistics(model, dense, NOTHING, [{"x": x}], BatchNormMode.CORRECT)
+    for network in (dense, model):
+        hook = network.norm.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+        with torch.no_grad():
+            network(x)
+        hook.remove()
+    (m0, v0), (m1, v1) = ((y.mean((0, 2, 3)), y.var((0, 2, 3), correction=0)) for y in seen)
+    torch.testing.assert_close(model.norm.running_mean, dense.norm.running_mean + m1 - m0)
+    ratio = (v1 + model.norm.eps) / (v0 + model.norm.eps)
+    torch.testing.assert_close(model.norm.running_var, dense.norm.running_var * ratio)
+
+
+def test_the_estimate_is_what_training_would_store():
+    model, trained = small_net(), small_net()
+    data = batches(96, 32)
+    assert renew_statistics(model, small_net(), NOTHING, data, BatchNormMode.ESTIMATE) == 8
+    for norm in batch_norms(trained).values():
+        norm.reset_running_stats()
+        norm.momentum = None  # the average over batches
+    trained.train()
+    with torch.no_grad():
+        for batch in data:
+            trained(**batch)
+    for name, norm in batch_norms(model).items():
+        expected = trained.get_submodule(name)
+        torch.testing.assert_close(norm.running_mean, expected.running_mean, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(norm.running_var, expected.running_var, rtol=1e-4, atol=1e-5)
+        assert norm.momentum == 0.1
+        assert not norm.training
+
+
+def test_batches_count_by_their_size():
+    model, data = small_net(), batches(40, 32)
+    renew_statistics(model, small_net(), NOTHING, data, BatchNormMode.ESTIMATE)
+    first = model.stem[0](images(40)).mean((0, 2, 3)).detach()
+    torch.testing.assert_close(model.stem[1].running_mean, first)
 
 
 def test_failure_leaves_the_old_statistics():
     model = small_net()
     before = copy.deepcopy(model.state_dict())
-    with pytest.raises(NonFiniteError, match=r"stem\.1.*--no-batch-norm"):
-        reestimate(model, [{"x": torch.full((2, 3, 8, 8), torch.inf)}])
-    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
-    single = nn.Sequential(nn.Flatten(), nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)).eval()
-    with pytest.raises(CalibrationError, match="more than one value"):
-        reestimate(single, [{"input": torch.randn(1, 3)}])
-    assert not single[2].training
+    for mode in (BatchNormMode.ESTIMATE, BatchNormMode.CORRECT):
+        infinite = [{"x": torch.full((2, 3, 8, 8), torch.inf)}]
+        with pytest.raises(NonFiniteError, match=r"stem\.1.*--batch-norm keep"):
+            renew_statistics(model, small_net(), NOTHING, infinite, mode)
+        assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+        assert not any(module._forward_pre_hooks for module in model.modules())
+    single = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)).eval()
+    one = [{"input": torch.randn(1, 3)}]
+    with pytest.raises(CalibrationError, match="one value a channel"):
+        renew_statistics(single, single, NOTHING, one, BatchNormMode.ESTIMATE)
+
+
+def test_a_layer_that_is_never_called_keeps_its_statistics():
+    class Unused(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.used, self.unused = nn.BatchNorm2d(3), nn.BatchNorm2d(3)
+
+        def forward(self, x):
+            return self.used(x)
+
+    model = Unused().eval()
+    assert renew_statistics(model, model, NOTHING, batches(), BatchNormMode.ESTIMATE) == 1
+    assert torch.equal(model.unused.running_mean, torch.zeros(3))
+
+
+def test_an_unknown_mode_is_refused():
+    with pytest.raises(OptionError, match="batch_norm is 'maybe'; give one of correct"):
+        osscar.prune(small_net(), images(), sparsity=0.5, batch_norm="maybe", **OPTIONS)
 
 
 # ---- passes that start in the middle -----------------------------------------------------
