@@ -322,7 +322,7 @@ _TORCHVISION = pytest.mark.skipif(
 _TWICE = [
     pytest.param(torchvision_case("resnet18"), marks=_TORCHVISION),
     pytest.param(torchvision_case("regnet_x_400mf"), marks=_TORCHVISION),
-    *map(transformers_case, ("llama-multi-query", "gpt2", "phi3", "bloom", "t5", "whisper")),
+    *map(transformers_case, ("llama-multi-query", "phi3", "bloom", "t5")),
 ]
 
 
