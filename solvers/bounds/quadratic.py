@@ -60,6 +60,11 @@ class QuadraticBound:
         return self.q / _floored(self.Q.diagonal())
 
     @property
+    def magnitude(self) -> float:
+        """Sum of the sizes of what the bound sums up."""
+        return float(2 * self.a.abs().sum() + 2 * self.q.sum())
+
+    @property
     def slopes(self) -> Tensor:
         """Gradient of the convex function at `point`, (n,)."""
         return 2 * (self.a + (self.q * self.point - self.Q @ self.point)) - self.q

@@ -80,7 +80,7 @@ class Relaxation:
     @property
     def magnitude(self) -> float:
         """Sum of the sizes of what the bound sums up."""
-        return float(2 * self.bound.a.abs().sum() + 2 * self.bound.q.sum())
+        return self.bound.magnitude
 
 
 @dataclass(frozen=True, eq=False)

@@ -72,6 +72,30 @@ class Rounding:
         refit = math.sqrt(max(float((residual * (A @ residual)).sum()), 0.0))
         return cls(inverse, refit, _EPS * p * m, 4 * _EPS * p * e)
 
+    def certified(self, constant: float, spent: Tensor, cost: Tensor, magnitude: Tensor) -> Tensor:
+        """Turn lower bounds of costs into ones of exact losses, element by element.
+
+        Parameters
+        ----------
+        constant
+            Loss with all units kept, as computed.
+        spent, cost
+            Cost of what was removed, and bound of what removing the rest adds, as computed.
+        magnitude
+            Sum of the sizes of what was summed up in `cost`.
+        """
+        computed = (spent + cost - self.unit * (spent + magnitude)).clamp(min=0.0)
+        root = ((computed * max(1 - self.inverse, 0.0)).sqrt() - self.refit).clamp(min=0.0)
+        return (constant - self.offset - self.refit**2 + root.square()).clamp(min=0.0)
+
+    def cost_reaching(
+        self, loss: float, constant: float, spent: Tensor, magnitude: Tensor
+    ) -> Tensor:
+        """Return the least costs for which `certified` gives at least this loss."""
+        excess = max(loss - constant + self.offset + self.refit**2, 0.0)
+        computed = (math.sqrt(excess) + self.refit) ** 2 / max(1 - self.inverse, _EPS)
+        return computed * (1 + 8 * _EPS) + self.unit * (spent + magnitude) - spent
+
     def __add__(self, other: Rounding) -> Rounding:
         """Return what holds for the sum of two consumers."""
         return Rounding(
@@ -84,14 +108,14 @@ class Rounding:
 
 @dataclass(frozen=True, eq=False)
 class ConsumerRemoval:
-    """One consumer's A and W.
+    """One consumer's A and W; `multipliers` and `aggregate` take batches of them as well.
 
     Parameters
     ----------
     A
-        Inverse Hessian, (n w, n w), units in order.
+        Inverse Hessian, (..., n w, n w), units in order.
     W
-        Refit with all units kept, (n w, m).
+        Refit with all units kept, (..., n w, m).
     width
         Rows w of each unit.
     """
@@ -137,26 +161,29 @@ class ConsumerRemoval:
         )
 
     def multipliers(self, share: Tensor, shape: Tensor | float) -> Tensor:
-        """Return the Y, (n w, m), that suits a random R, unit j being in it with ``share[j]``.
+        """Return the Y, (..., n w, m), that suits a random R, unit j being in it with ``share[j]``.
 
         ``Y = inv(A + shape (1/x - 1) o blockdiag(A)) W / x``: the maximizer of the expectation
         where `shape` is 1.  In general it maximizes what is left of it by a bound whose diagonal is
         ``shape o diag(Q)`` (`solvers.bounds.quadratic`).
         """
-        w = self.width
         x = share.clamp(min=LEAST_SHARE, max=1.0)
         M = self.A.clone()
-        diagonal = M.view(len(x), w, len(x), w).diagonal(dim1=0, dim2=2)
-        diagonal.mul_(1 + shape * (1 / x - 1))
+        diagonal = self._blocks(M).diagonal(dim1=-4, dim2=-2)
+        diagonal.mul_((1 + shape * (1 / x - 1))[..., None, None, :])
         Y = torch.cholesky_solve(self.W, torch.linalg.cholesky(M))
-        return Y.div_(x.repeat_interleave(w)[:, None])
+        return Y.div_(x.repeat_interleave(self.width, -1)[..., None])
 
     def aggregate(self, Y: Tensor) -> tuple[Tensor, Tensor]:
-        """Return this consumer's share of a, (n,), and of Q, (n, n)."""
-        n, w = len(Y) // self.width, self.width
-        a = (Y * self.W).sum(1).view(n, w).sum(1)
-        Q = (Y @ Y.T).mul_(self.A)
-        return a, Q if w == 1 else Q.view(n, w, n, w).sum((1, 3))
+        """Return this consumer's share of a, (..., n), and of Q, (..., n, n)."""
+        a = (Y * self.W).sum(-1).view(*Y.shape[:-2], -1, self.width).sum(-1)
+        Q = (Y @ Y.mT).mul_(self.A)
+        return a, Q if self.width == 1 else self._blocks(Q).sum((-3, -1))
+
+    def _blocks(self, matrix: Tensor) -> Tensor:
+        """View a (..., n w, n w) matrix as (..., n, w, n, w)."""
+        n = matrix.shape[-1] // self.width
+        return matrix.view(*matrix.shape[:-2], n, self.width, n, self.width)
 
     def costs(self, removed: Tensor) -> Tensor:
         """Return c(R) for a batch of R, (b, r) -> (b,)."""
@@ -233,17 +260,13 @@ class RemovalTerms:
         magnitude
             Sum of the sizes of what was summed up.
         """
-        safe = self.rounding
-        computed = max(self.spent + cost - safe.unit * (self.spent + magnitude), 0.0)
-        root = max(math.sqrt(computed * max(1 - safe.inverse, 0.0)) - safe.refit, 0.0)
-        return max(self.constant - safe.offset - safe.refit**2 + root**2, 0.0)
+        arguments = torch.tensor([self.spent, cost, magnitude], dtype=torch.float64)
+        return float(self.rounding.certified(self.constant, *arguments))
 
     def cost_reaching(self, loss: float, magnitude: float) -> float:
         """Return the least cost for which `certified` gives at least this loss."""
-        safe = self.rounding
-        root = math.sqrt(max(loss - self.constant + safe.offset + safe.refit**2, 0.0)) + safe.refit
-        computed = root**2 / max(1 - safe.inverse, _EPS) * (1 + 8 * _EPS)
-        return computed + safe.unit * (self.spent + magnitude) - self.spent
+        arguments = torch.tensor([self.spent, magnitude], dtype=torch.float64)
+        return float(self.rounding.cost_reaching(loss, self.constant, *arguments))
 
     def aggregate(self, share: Tensor, shape: Tensor | float) -> tuple[Tensor, Tensor]:
         """Return ``(a, Q)`` for the multipliers of `share` and `shape`, over all consumers."""

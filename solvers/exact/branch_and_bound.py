@@ -3,34 +3,42 @@
 A node is a set of units that are removed and a set that are kept.  Its relaxation is solved on the
 inverse Hessian conditioned on both (`solvers.bounds.removal`): removed rows are swept out, kept
 rows are dropped, so problems shrink and bounds sharpen on the way down.  Slopes of the bound are
-reduced costs; they fix units whose other choice cannot beat the incumbent.
+reduced costs; they fix units whose other choice cannot beat the incumbent, and raise the bounds of
+the children.  Nodes are taken best-first, hundreds at a time (`solvers.bounds.batch`): as every
+node whose bound is below the optimum has to be opened anyway, that costs hardly any node.
 """
 
 from __future__ import annotations
 
-import heapq
 import math
 import time
-from dataclasses import dataclass, field
-from itertools import combinations, count
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from solvers.backend import Capabilities, Kind
-from solvers.bounds.relaxation import Effort, Relaxation, Start, relax
+from solvers.bounds.batch import KEPT, REMOVED, BoundBatch, TermsBatch, bound_nodes
+from solvers.bounds.relaxation import Effort, Start, relax
 from solvers.bounds.removal import RemovalTerms
 from solvers.errors import BackendError
+from solvers.exact.frontier import Frontier, Nodes
 from solvers.heuristics.local_search import LocalSearch
 from solvers.problem import SubsetProblem
 from solvers.refit import refit
 from solvers.solution import DEFAULT_GAP_TOLERANCE, Selection, Status
 
-_LEAF_SUPPORTS = 500
-_LEAF_ELEMENTS = 1 << 20
+_LEAF_SUPPORTS = 10
 _ROOT_EFFORT = Effort(rounds=6, steps=200, repeat=True, progress=1e-3)
-_NODE_EFFORT = Effort(rounds=2, steps=60, tighten=False, progress=1e-2)
+_NODE_STEPS = 8
+_LONE_NODE_STEPS = 60
+"""Gradient steps in a node that is a batch of its own: its linear algebra costs far more."""
+
+_BATCH_NODES = 1024
+_BATCH_ELEMENTS = 1 << 20
+"""Elements of the Hessians of one batch; bounds the memory, and keeps the caches warm."""
+
 _THREADED_ROWS = 256
 """Below this many rows, waking threads costs more than they save."""
 
@@ -42,7 +50,7 @@ class BranchAndBound:
     Parameters
     ----------
     time_limit
-        Seconds after which no further node is opened.
+        Seconds after which no further nodes are opened.
     gap_tolerance
         Relative gap at which the search ends and calls its answer optimal.
     node_limit
@@ -56,7 +64,7 @@ class BranchAndBound:
     capabilities: ClassVar[Capabilities] = Capabilities()
     time_limit: float = 60.0
     gap_tolerance: float = DEFAULT_GAP_TOLERANCE
-    node_limit: int = 1_000_000
+    node_limit: int = 10_000_000
     start: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
@@ -87,16 +95,15 @@ class BranchAndBound:
         warm = LocalSearch(start=self.start).select(problem)
         search = _Search(problem, warm.support, self.gap_tolerance)
         status = Status.OPTIMAL
-        while search.open_nodes:
-            if search.nodes >= self.node_limit:
+        while search.is_open:
+            left = self.node_limit - search.nodes
+            if left <= 0:
                 status = Status.NODE_LIMIT
                 break
             if search.nodes and time.perf_counter() > deadline:
                 status = Status.TIME_LIMIT
                 break
-            search.expand()
-        if search.lower_bound >= search.cutoff:
-            status = Status.OPTIMAL
+            search.step(left)
         return Selection(
             search.support,
             status,
@@ -108,23 +115,6 @@ class BranchAndBound:
         )
 
 
-@dataclass(frozen=True, order=True)
-class _Node:
-    """Positions of the units that are removed and kept, and a bound that holds for all below."""
-
-    bound: float
-    order: int
-    removed: tuple[int, ...] = field(compare=False)
-    kept: tuple[int, ...] = field(compare=False)
-    start: Start | None = field(compare=False)
-
-    def start_for(self, terms: RemovalTerms) -> Start:
-        """Return where to start the relaxation of the units that are still free."""
-        if self.start is None:
-            return Start.cold(terms)
-        return Start(self.start.share[terms.units], self.start.shape[terms.units])
-
-
 class _Search:
     """The open nodes, the incumbent, and what has been proved."""
 
@@ -133,12 +123,14 @@ class _Search:
         self.gap_tolerance = gap_tolerance
         self.support = support
         self.history = [refit(problem, support)[1]]
-        self.root = RemovalTerms.of(problem)
+        self.terms = RemovalTerms.of(problem)
         self.nodes = 0
         self.closed = math.inf
-        self._order = count()
-        self.open_nodes: list[_Node] = []
-        self._push(-math.inf, (), (), None)
+        self._frontier = Frontier(problem.units, problem.device)
+        self._shape: Tensor | None = None
+        rows = sum((problem.units * c.width) ** 2 for c in problem.consumers)
+        self._batch = min(max(_BATCH_ELEMENTS // rows, 1), _BATCH_NODES)
+        self._steps = _NODE_STEPS if self._batch > 1 else _LONE_NODE_STEPS
 
     @property
     def cutoff(self) -> float:
@@ -146,111 +138,148 @@ class _Search:
         return self.history[-1] * (1 - self.gap_tolerance)
 
     @property
+    def is_open(self) -> bool:
+        """Whether some node may hold a support that is better enough."""
+        return self._shape is None or self._frontier.least < self.cutoff
+
+    @property
     def lower_bound(self) -> float:
         """What no support's loss can be below."""
-        open_bound = self.open_nodes[0].bound if self.open_nodes else math.inf
+        open_bound = -math.inf if self._shape is None else self._frontier.least
         # The incumbent's own loss is an upper limit to what can be claimed.
         return min(open_bound, self.closed, self.history[-1])
 
-    def expand(self) -> None:
-        """Take the node of the least bound, and prune it, solve it, or branch."""
-        node = heapq.heappop(self.open_nodes)
-        if node.bound >= self.cutoff:
-            self.closed = min(self.closed, node.bound)
+    def step(self, limit: int) -> None:
+        """Open the root, or at most `limit` of the nodes of the least bounds."""
+        if self._shape is None:
+            self._open_root()
             return
-        self.nodes += 1
-        device = self.root.units.device
-        removed = torch.tensor(node.removed, dtype=torch.int64, device=device)
-        kept = torch.tensor(node.kept, dtype=torch.int64, device=device)
-        terms = self.root.restrict(removed, kept)
-        if self._is_leaf(terms):
-            self._enumerate(terms, node)
+        nodes = self._frontier.pop(min(self._batch, limit), self.cutoff)
+        self.nodes += len(nodes)
+        terms = TermsBatch.of(self.terms, nodes.sides)
+        leaf = terms.log_supports <= math.log(_LEAF_SUPPORTS) + 1e-9
+        for some, treat in ((leaf, self._enumerate), (~leaf, self._branch)):
+            if bool(some.all()):
+                treat(nodes, terms)
+            elif bool(some.any()):
+                treat(nodes[some], terms[some])
+
+    def _open_root(self) -> None:
+        self.nodes = 1
+        whole = self._frontier.whole()
+        terms = TermsBatch.of(self.terms, whole.sides)
+        if self.terms.removals == 0:
+            self._shape = whole.share[0]
+            self._enumerate(whole, terms)
             return
-        effort = _NODE_EFFORT if node.removed or node.kept else _ROOT_EFFORT
-        relaxation = relax(terms, effort, node.start_for(terms), cutoff=self.cutoff)
-        self._round(relaxation, node)
-        self._branch(node, relaxation)
+        relaxation = relax(self.terms, _ROOT_EFFORT, Start.cold(self.terms), cutoff=self.cutoff)
+        self._shape = relaxation.restart.shape
+        self._divide(whole, terms, BoundBatch.single(relaxation.bound), relaxation.share[None])
 
-    def _is_leaf(self, terms: RemovalTerms) -> bool:
-        n, r = len(terms.units), terms.removals
-        if r in (0, n):
-            return True
-        supports = math.comb(n, r)
-        widest = max(c.width for c in terms.consumers)
-        return supports <= _LEAF_SUPPORTS and supports * (r * widest) ** 2 <= _LEAF_ELEMENTS
+    def _enumerate(self, nodes: Nodes, terms: TermsBatch) -> None:
+        """Close nodes that leave few supports open."""
+        counts = torch.stack([terms.free.sum(1), terms.removals], 1)
+        for free, removals in sorted({(free, removals) for free, removals in counts.tolist()}):
+            some = (counts == counts.new_tensor([free, removals])).all(1)
+            group, within = nodes[some], terms[some]
+            costs, places = within.cheapest(free, removals)
+            values = torch.maximum(within.certified(costs, within.spent + costs), group.bound)
+            self.closed = min(self.closed, float(values.min()))
+            best = int((within.spent + costs).argmin())
+            self._offer(group, within, best, places[best], float(costs[best]))
 
-    def _enumerate(self, terms: RemovalTerms, node: _Node) -> None:
-        choices = list(combinations(range(len(terms.units)), terms.removals))
-        positions = torch.tensor(choices, dtype=torch.int64, device=terms.units.device)
-        costs = terms.costs(positions) if terms.removals else positions.new_zeros(1).double()
-        index = int(costs.argmin())
-        cost = float(costs[index])
-        self._offer(terms, positions[index], cost, node)
-        value = max(terms.certified(cost, terms.spent + cost), node.bound)
-        self.closed = min(self.closed, value)
+    def _branch(self, nodes: Nodes, terms: TermsBatch) -> None:
+        """Bound nodes, and divide those that remain."""
+        assert self._shape is not None
+        share, shape = nodes.share.gather(1, terms.units), self._shape[terms.units]
+        self._divide(nodes, terms, bound_nodes(terms, share, shape, self._steps), share)
 
-    def _round(self, relaxation: Relaxation, node: _Node) -> None:
-        terms = relaxation.terms
-        chosen = relaxation.bound.point.argsort(descending=True)[: terms.removals]
-        self._offer(terms, chosen, float(terms.costs(chosen[None])[0]), node)
+    def _divide(self, nodes: Nodes, terms: TermsBatch, bound: BoundBatch, share: Tensor) -> None:
+        """Close the nodes whose bound reaches the cutoff, and divide the others."""
+        value = torch.maximum(terms.certified(bound.cost, bound.magnitude), nodes.bound)
+        self._round(nodes, terms, bound, int(value.argmin()))
+        remains = value < self.cutoff
+        if not bool(remains.all()):
+            self.closed = min(self.closed, float(value[~remains].min()))
+            nodes, terms, bound = nodes[remains], terms[remains], bound[remains]
+            value, share = value[remains], share[remains]
+        if len(value):
+            nodes = Nodes(
+                value,
+                nodes.sides,
+                nodes.share.scatter(1, terms.units, (share + bound.point) / 2),
+            )
+            self._push_children(*self._fix(nodes, terms, bound), terms, bound)
 
-    def _offer(self, terms: RemovalTerms, chosen: Tensor, cost: float, node: _Node) -> None:
-        """Take the support that removes the `chosen` free units if it is the best so far."""
-        if terms.constant + terms.spent + cost >= self.history[-1]:
+    def _round(self, nodes: Nodes, terms: TermsBatch, bound: BoundBatch, index: int) -> None:
+        """Offer the support that the relaxation of one node suggests."""
+        removals = int(terms.removals[index])
+        places = bound.point[index].argsort(descending=True)[:removals]
+        some = torch.tensor([index], device=places.device)
+        cost = terms[some].costs(places[None])
+        self._offer(nodes, terms, index, places, float(cost))
+
+    def _offer(
+        self, nodes: Nodes, terms: TermsBatch, index: int, places: Tensor, cost: float
+    ) -> None:
+        """Take the support that removes the free units at some `places` if it is the best."""
+        if terms.constant + float(terms.spent[index]) + cost >= self.history[-1]:
             return
-        stays = torch.ones(self.problem.units, dtype=torch.bool, device=terms.units.device)
-        stays[list(node.removed)] = False
-        stays[terms.units[chosen]] = False
+        stays = nodes.sides[index] != REMOVED
+        stays[terms.units[index, places]] = False
         support = torch.nonzero(stays).flatten()
         loss = refit(self.problem, support)[1]
         if loss < self.history[-1]:
             self.support = support
             self.history.append(loss)
 
-    def _branch(self, node: _Node, relaxation: Relaxation) -> None:
-        value = max(relaxation.value, node.bound)
-        if value >= self.cutoff:
-            self.closed = min(self.closed, value)
-            return
-        go, stay = self._fixed(relaxation)
-        if bool(go.any()) or bool(stay.any()):
+    def _fix(self, nodes: Nodes, terms: TermsBatch, bound: BoundBatch) -> tuple[Nodes, Tensor]:
+        """Decide on free units whose other side cannot beat the incumbent; return which are left.
+
+        Returns
+        -------
+        nodes
+            With these units on their sides.
+        open
+            The places that are still free, (b, n) bool.
+        """
+        slack = (terms.cost_reaching(self.cutoff, bound.magnitude) - bound.cost)[:, None]
+        go = (bound.if_kept(terms) > slack) & terms.free
+        stay = (bound.if_removed(terms) > slack) & terms.free
+        if bool((go | stay).any()):
             # What fixing cuts off has a bound that reaches the cutoff.
             self.closed = min(self.closed, self.cutoff)
-        bound, units = relaxation.bound, relaxation.terms.units
-        removed = node.removed + tuple(units[go].tolist())
-        kept = node.kept + tuple(units[stay].tolist())
-        start = self._inherited(relaxation)
-        if len(removed) >= self.root.removals or len(kept) >= self.problem.keep:
-            self._push(value, removed, kept, start)
-            return
-        doubt = torch.where(go | stay, -1.0, bound.q * bound.point * (1 - bound.point))
-        unit = int(units[int(doubt.argmax())])
-        self._push(value, (*removed, unit), kept, start)
-        self._push(value, removed, (*kept, unit), start)
+        sides = nodes.sides.gather(1, terms.units)
+        sides[go], sides[stay] = REMOVED, KEPT
+        sides = nodes.sides.scatter(1, terms.units, sides)
+        return Nodes(nodes.bound, sides, nodes.share), terms.free & ~go & ~stay
 
-    def _inherited(self, relaxation: Relaxation) -> Start:
-        """Return where the children start, with an entry for each unit of the problem."""
-        restart, units = relaxation.restart, relaxation.terms.units
-        share, shape = torch.zeros(2, self.problem.units, dtype=torch.float64, device=units.device)
-        share[units], shape[units] = restart.share, restart.shape
-        return Start(share, shape)
-
-    def _push(
-        self, bound: float, removed: tuple[int, ...], kept: tuple[int, ...], start: Start | None
+    def _push_children(
+        self, nodes: Nodes, undecided: Tensor, terms: TermsBatch, bound: BoundBatch
     ) -> None:
-        """Open a node, unless it removes or keeps too many; where one count is met, complete it."""
-        goes, stays = self.root.removals, self.problem.keep
-        if len(removed) > goes or len(kept) > stays:
-            return
-        heapq.heappush(self.open_nodes, _Node(bound, next(self._order), removed, kept, start))
+        """Branch on the unit with the largest diagonal q: to remove it is costly, or settles much.
 
-    def _fixed(self, relaxation: Relaxation) -> tuple[Tensor, Tensor]:
-        """Return which free units have to go and which have to stay to beat the incumbent."""
-        terms, bound = relaxation.terms, relaxation.bound
-        slack = terms.cost_reaching(self.cutoff, relaxation.magnitude) - bound.value
-        slopes = bound.slopes
-        ordered = slopes.sort().values
-        r = terms.removals
-        if slack <= 0 or not math.isfinite(relaxation.value):
-            return torch.zeros_like(slopes, dtype=torch.bool), torch.zeros_like(slopes).bool()
-        return ordered[r] - slopes > slack, slopes - ordered[r - 1] > slack
+        Where fixing has decided everything, the node itself is opened again, as its only child.
+        """
+        decided = self._is_decided(nodes.sides)
+        self._push(nodes[decided])
+        place = torch.where(undecided, bound.q, -1.0).argmax(1, keepdim=True)
+        unit = terms.units.gather(1, place)
+        for side, rises in ((REMOVED, bound.if_removed(terms)), (KEPT, bound.if_kept(terms))):
+            cost = bound.cost + rises.gather(1, place)[:, 0].clamp(min=0.0)
+            value = torch.maximum(terms.certified(cost, bound.magnitude), nodes.bound)
+            sides = nodes.sides.scatter(1, unit, side)
+            self._push(Nodes(value, sides, nodes.share)[~decided])
+
+    def _is_decided(self, sides: Tensor) -> Tensor:
+        goes, stays = (sides == REMOVED).sum(1), (sides == KEPT).sum(1)
+        return (goes >= self.terms.removals) | (stays >= self.problem.keep)
+
+    def _push(self, nodes: Nodes) -> None:
+        """Open nodes, but those that remove or keep too many, or whose bound closes them."""
+        goes, stays = (nodes.sides == REMOVED).sum(1), (nodes.sides == KEPT).sum(1)
+        nodes = nodes[(goes <= self.terms.removals) & (stays <= self.problem.keep)]
+        closed = nodes.bound >= self.cutoff
+        if bool(closed.any()):
+            self.closed = min(self.closed, float(nodes.bound[closed].min()))
+        self._frontier.push(nodes[~closed])

@@ -1,0 +1,325 @@
+"""Bounds of many small problems at once: the nodes of a branch and bound.
+
+The mathematics is that of `solvers.bounds.removal` and `solvers.bounds.quadratic`; the difference
+is that one call of the linear algebra serves hundreds of nodes, so that what a node costs is
+arithmetic and not overhead.  Nodes with fewer free units than others are filled up with units that
+are decoupled from all others, cost nothing, and never go.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields, replace
+from itertools import combinations
+
+import torch
+from torch import Tensor
+
+from solvers.bounds.quadratic import QuadraticBound, is_definite
+from solvers.bounds.removal import ConsumerRemoval, RemovalTerms, Rounding
+from solvers.pivot import unit_rows
+
+FREE, REMOVED, KEPT = 0, 1, 2
+"""On which side of the support a node has a unit."""
+
+_SQUARINGS = 6
+_MARGIN = 1e-7
+"""Exceeds ``n^2 eps``, to which the rounding of the squarings and of the entries of Q amounts."""
+
+_NEVER = -1e6
+_TOLERANCE = 1e-3
+
+
+@dataclass(frozen=True, eq=False)
+class TermsBatch:
+    """The terms of the free units of b nodes; fillers come last.
+
+    Parameters
+    ----------
+    consumers
+        A, (b, n w, n w), and W, (b, n w, m), of each.
+    constant, rounding
+        As in `RemovalTerms`.
+    units
+        The free units as the problem numbers them, (b, n) int64; arbitrary for fillers.
+    free
+        Which are no fillers, (b, n) bool.
+    spent
+        What the units that were removed already cost, (b,).
+    removals
+        How many of the free units have to go, (b,) int64.
+    """
+
+    consumers: tuple[ConsumerRemoval, ...]
+    constant: float
+    rounding: Rounding
+    units: Tensor
+    free: Tensor
+    spent: Tensor
+    removals: Tensor
+
+    @classmethod
+    def of(cls, root: RemovalTerms, sides: Tensor) -> TermsBatch:
+        """Condition the terms of a whole problem on what each node has decided.
+
+        Parameters
+        ----------
+        root
+            All n units of the problem.
+        sides
+            (b, n), `FREE`, `REMOVED` or `KEPT`.
+        """
+        free, removed = _Places.of(sides == FREE), _Places.of(sides == REMOVED)
+        parts = [_condition(consumer, removed, free) for consumer in root.consumers]
+        return cls(
+            tuple(part for part, _ in parts),
+            root.constant,
+            root.rounding,
+            free.index,
+            free.filled,
+            torch.stack([spent for _, spent in parts]).sum(0),
+            root.removals - removed.filled.sum(1),
+        )
+
+    def __getitem__(self, some: Tensor) -> TermsBatch:
+        """Return the terms of some nodes, given by a mask or by their places."""
+        return replace(
+            self,
+            consumers=tuple(replace(c, A=c.A[some], W=c.W[some]) for c in self.consumers),
+            units=self.units[some],
+            free=self.free[some],
+            spent=self.spent[some],
+            removals=self.removals[some],
+        )
+
+    @property
+    def log_supports(self) -> Tensor:
+        """Logarithm of the number of supports that each node leaves open, (b,)."""
+        n, r = self.free.sum(1).double(), self.removals.double()
+        return torch.lgamma(n + 1) - torch.lgamma(r + 1) - torch.lgamma(n - r + 1)
+
+    def certified(self, cost: Tensor, magnitude: Tensor) -> Tensor:
+        """Turn lower bounds of the cost of the free units into ones of the exact loss, (b,)."""
+        return self.rounding.certified(self.constant, self.spent, cost, magnitude)
+
+    def cost_reaching(self, loss: float, magnitude: Tensor) -> Tensor:
+        """Return the least costs for which `certified` gives at least this loss, (b,)."""
+        return self.rounding.cost_reaching(loss, self.constant, self.spent, magnitude)
+
+    def costs(self, chosen: Tensor) -> Tensor:
+        """Return what removing the units at c choices of r places costs, (c, r) -> (b, c)."""
+        total = self.spent.new_zeros(len(self.spent), len(chosen))
+        for c in self.consumers:
+            rows = unit_rows(chosen.flatten(), c.width).view(len(chosen), -1)
+            factor = torch.linalg.cholesky(c.A[:, rows[:, :, None], rows[:, None, :]])
+            half = torch.linalg.solve_triangular(factor, c.W[:, rows], upper=False)
+            total += half.square().sum((2, 3))
+        return total
+
+    def cheapest(self, free: int, removals: int) -> tuple[Tensor, Tensor]:
+        """Return the least cost, (b,), and the places that give it, (b, r), by enumeration.
+
+        Parameters
+        ----------
+        free, removals
+            The same number of free units, and of those that have to go, in every node.
+        """
+        choices = torch.tensor(list(combinations(range(free), removals)), dtype=torch.int64)
+        choices = choices.view(math.comb(free, removals), removals).to(self.units.device)
+        if not removals:
+            return torch.zeros_like(self.spent), choices.expand(len(self.spent), 0)
+        costs, index = self.costs(choices).min(1)
+        return costs, choices[index]
+
+
+@dataclass(frozen=True, eq=False)
+class _Places:
+    """The places of the true entries of each row of a mask, filled up to the same number.
+
+    Parameters
+    ----------
+    index
+        (b, c) int64.
+    filled
+        (b, c) bool; false for fillers.
+    """
+
+    index: Tensor
+    filled: Tensor
+
+    @classmethod
+    def of(cls, mask: Tensor) -> _Places:
+        count = int(mask.sum(1).max())
+        index = (~mask).to(torch.int8).argsort(dim=1, stable=True)[:, :count]
+        return cls(index, mask.gather(1, index))
+
+    def rows(self, width: int) -> _Places:
+        """Return the places of the rows of units that are `width` rows each."""
+        if width == 1:
+            return self
+        rows = self.index[..., None] * width + torch.arange(width, device=self.index.device)
+        return _Places(rows.flatten(1), self.filled.repeat_interleave(width, 1))
+
+
+def _condition(
+    consumer: ConsumerRemoval, removed: _Places, free: _Places
+) -> tuple[ConsumerRemoval, Tensor]:
+    """Return the terms of the free units of each node, and what its removed units cost, (b,)."""
+    f, r = free.rows(consumer.width), removed.rows(consumer.width)
+    A, W = _square(consumer.A, f), _entries(consumer.W[f.index], f.filled[:, :, None])
+    if r.index.shape[1] == 0:
+        return ConsumerRemoval(A, W, consumer.width), A.new_zeros(len(A))
+    factor = torch.linalg.cholesky(_square(consumer.A, r))
+    cross = consumer.A[r.index[:, :, None], f.index[:, None, :]]
+    right = torch.cat([cross, consumer.W[r.index]], 2)
+    right = _entries(right, r.filled[:, :, None])
+    solved = torch.linalg.solve_triangular(factor, right, upper=False)
+    columns, half = solved.split([A.shape[2], W.shape[2]], 2)
+    columns = _entries(columns, f.filled[:, None, :])
+    A = A.baddbmm_(columns.mT, columns, alpha=-1)
+    W = W.baddbmm_(columns.mT, half, alpha=-1)
+    return ConsumerRemoval(A, W, consumer.width), half.square().sum((1, 2))
+
+
+def _square(matrix: Tensor, places: _Places) -> Tensor:
+    """Return the principal blocks, with those of the unit matrix for fillers."""
+    index, filled = places.index, places.filled
+    blocks = matrix[index[:, :, None], index[:, None, :]]
+    if not bool(filled.all()):
+        blocks *= filled[:, :, None] & filled[:, None, :]
+        blocks.diagonal(dim1=1, dim2=2).add_((~filled).to(blocks))
+    return blocks
+
+
+def _entries(values: Tensor, filled: Tensor) -> Tensor:
+    return values if bool(filled.all()) else values * filled
+
+
+@dataclass(frozen=True, eq=False)
+class BoundBatch:
+    """Certified bounds of ``2 a'x - x'Q x`` in b nodes, as `QuadraticBound` has one.
+
+    Parameters
+    ----------
+    cost
+        The bounds, (b,).
+    slopes, ordered
+        Reduced costs of the units and the same in order, (b, n); infinite for fillers.
+    q, point
+        Diagonal and point of the linearization, (b, n).
+    magnitude
+        Sum of the sizes of what was summed up, (b,).
+    """
+
+    cost: Tensor
+    slopes: Tensor
+    ordered: Tensor
+    q: Tensor
+    point: Tensor
+    magnitude: Tensor
+
+    @classmethod
+    def single(cls, bound: QuadraticBound) -> BoundBatch:
+        """Return the bound of one node as a batch; it claims nothing if q does not dominate."""
+        valid = is_definite(bound.q, bound.Q)
+        cost = bound.q.new_tensor([bound.value if valid else -math.inf])
+        slopes = bound.slopes[None]
+        magnitude = bound.q.new_tensor([bound.magnitude])
+        ordered = slopes.sort(1).values
+        return cls(cost, slopes, ordered, bound.q[None], bound.point[None], magnitude)
+
+    def __getitem__(self, some: Tensor) -> BoundBatch:
+        """Return the bounds of some nodes, given by a mask or by their places."""
+        return BoundBatch(*(getattr(self, field.name)[some] for field in fields(self)))
+
+    def if_removed(self, terms: TermsBatch) -> Tensor:
+        """Return by how much the bound rises if each unit has to go, (b, n); or less."""
+        return self.slopes - self.ordered.gather(1, terms.removals[:, None] - 1)
+
+    def if_kept(self, terms: TermsBatch) -> Tensor:
+        """Return by how much the bound rises if each unit has to stay, (b, n); or less."""
+        return self.ordered.gather(1, terms.removals[:, None]) - self.slopes
+
+
+def bound_nodes(terms: TermsBatch, share: Tensor, shape: Tensor, steps: int) -> BoundBatch:
+    """Bound the cost of the free units of every node by common multipliers.
+
+    Parameters
+    ----------
+    terms
+        Nodes in which at least one unit is free to go and one to stay.
+    share, shape
+        What the multipliers are computed from, (b, n); arbitrary for fillers.
+    steps
+        The most gradient steps in the minimization over the polytope.
+    """
+    free, r = terms.free, terms.removals
+    share, shape = torch.where(free, share, 1.0), torch.where(free, shape, 1.0)
+    parts = [c.aggregate(c.multipliers(share, shape)) for c in terms.consumers]
+    a, Q = (sum(sums[1:], sums[0]) for sums in zip(*parts, strict=True))
+    q = _dominating(Q, shape)
+    q = torch.where(free, q, q.amax(1, keepdim=True))
+    start = torch.where(free, share, 0.0)
+    start = (start * (r / start.sum(1))[:, None]).clamp_(max=1.0)
+    x = _minimize(a, Q, q, start, r, free, steps)
+    Px = q * x - _times(Q, x)
+    slopes = torch.where(free, 2 * (a + Px) - q, torch.inf)
+    ordered = slopes.sort(1).values
+    cost = ordered.cumsum(1).gather(1, r[:, None] - 1)[:, 0] - (x * Px).sum(1)
+    magnitude = 2 * a.abs().sum(1) + 2 * torch.where(free, q, 0.0).sum(1)
+    return BoundBatch(cost, slopes, ordered, q, x, magnitude)
+
+
+def _dominating(Q: Tensor, shape: Tensor) -> Tensor:
+    """Return a multiple q of ``shape o diag(Q)`` with ``Diag(q) - Q`` positive definite, (b, n).
+
+    No eigenvalue of P exceeds the 64th root of the Frobenius norm of P^64, and the largest comes
+    within 3 % of it for n = 32: products are an order of magnitude cheaper than eigenvalues.
+    """
+    d = Q.diagonal(dim1=1, dim2=2)
+    largest = d.amax(1, keepdim=True)
+    d = d.clamp(min=torch.where(largest > 0, 1e-10 * largest, 1.0)) * shape
+    scale = d.rsqrt()
+    power = Q * scale[:, :, None] * scale[:, None, :]
+    for _ in range(_SQUARINGS):
+        power = power @ power
+    eigenvalue = power.square().sum((1, 2)).pow(0.5 / 2**_SQUARINGS).clamp(min=1e-3)
+    return d * (eigenvalue * (1 + _MARGIN))[:, None]
+
+
+def _times(Q: Tensor, x: Tensor) -> Tensor:
+    return (Q @ x[:, :, None])[:, :, 0]
+
+
+def _minimize(
+    a: Tensor, Q: Tensor, q: Tensor, start: Tensor, removals: Tensor, free: Tensor, steps: int
+) -> Tensor:
+    """Return points near the minimizers, as `solvers.bounds.quadratic.minimize` does."""
+    x = y = start
+    weight, momentum = 1 / q, torch.ones_like(a[:, :1])
+    for _ in range(steps):
+        target = torch.where(free, (_times(Q, y) - a) * weight + 0.5, _NEVER)
+        new = _project(target, weight, removals)
+        change = new - x
+        restart = (((y - new) * q) * change).sum(1, keepdim=True) > 0
+        following = (1 + (1 + 4 * momentum.square()).sqrt()) / 2
+        y = torch.where(restart, new, new + change * ((momentum - 1) / following))
+        momentum = torch.where(restart, 1.0, following)
+        x = new
+        if float(change.abs().max()) < _TOLERANCE:
+            break
+    return x
+
+
+def _project(target: Tensor, weight: Tensor, total: Tensor) -> Tensor:
+    """Project as `solvers.bounds.quadratic.project` does, row by row."""
+    n = target.shape[1]
+    points, order = torch.cat([(target - 1) / weight, target / weight], 1).sort(1)
+    slopes = torch.cat([weight, -weight], 1).gather(1, order).cumsum(1)
+    falls = (slopes[:, :-1] * points.diff(dim=1)).cumsum(1)
+    sums = n - torch.nn.functional.pad(falls, (1, 0))
+    index = ((sums > total[:, None]).sum(1, keepdim=True) - 1).clamp(0, 2 * n - 2)
+    slope = slopes.gather(1, index)
+    step = (sums.gather(1, index) - total[:, None]) / slope
+    tau = points.gather(1, index) + torch.where(slope > 0, step, 0.0)
+    return (target - tau * weight).clamp(0.0, 1.0)

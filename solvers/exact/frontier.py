@@ -1,0 +1,112 @@
+"""The open nodes of a branch and bound, in arrays: there can be a million of them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from solvers.bounds.batch import FREE
+
+_FIRST_CAPACITY = 1024
+
+
+@dataclass(frozen=True, eq=False)
+class Nodes:
+    """Some nodes of a search over n units.
+
+    Parameters
+    ----------
+    bound
+        A loss that no support below the node beats, (b,) float64.
+    sides
+        On which side each unit is, (b, n) int8, as in `solvers.bounds.batch`.
+    share
+        For each unit, how likely it is removed; where the relaxation starts, (b, n).
+    """
+
+    bound: Tensor
+    sides: Tensor
+    share: Tensor
+
+    def __len__(self) -> int:
+        return len(self.bound)
+
+    def __getitem__(self, some: Tensor) -> Nodes:
+        """Return some of the nodes, given by a mask or by their places."""
+        return Nodes(self.bound[some], self.sides[some], self.share[some])
+
+
+class Frontier:
+    """Open nodes, of which those of the least bounds are taken first.
+
+    Parameters
+    ----------
+    units
+        The number n of units.
+    device
+        Where the nodes are held.
+    """
+
+    def __init__(self, units: int, device: torch.device) -> None:
+        self._size = 0
+        self._held = Nodes(
+            torch.empty(_FIRST_CAPACITY, dtype=torch.float64, device=device),
+            torch.empty(_FIRST_CAPACITY, units, dtype=torch.int8, device=device),
+            torch.empty(_FIRST_CAPACITY, units, dtype=torch.float16, device=device),
+        )
+
+    def whole(self) -> Nodes:
+        """Return the node that leaves everything open; it is not in the frontier."""
+        sides = torch.full_like(self._held.sides[:1], FREE)
+        share = torch.full_like(self._held.share[:1], 0.5, dtype=torch.float64)
+        return Nodes(torch.zeros_like(share[:, 0]), sides, share)
+
+    @property
+    def least(self) -> float:
+        """The least bound of an open node, or infinity if none is open."""
+        return float(self._held.bound[: self._size].min()) if self._size else math.inf
+
+    def push(self, nodes: Nodes) -> None:
+        """Open nodes."""
+        end = self._size + len(nodes)
+        if end > len(self._held):
+            self._grow(max(end, 2 * len(self._held)))
+        for held, new in self._pairs(nodes):
+            held[self._size : end] = new
+        self._size = end
+
+    def pop(self, count: int, cutoff: float) -> Nodes:
+        """Take the nodes of the least bounds, at most `count`, that lie below `cutoff`."""
+        bounds = self._held.bound[: self._size]
+        values, places = bounds.topk(min(count, self._size), largest=False)
+        places = places[values < cutoff]
+        taken = self._held[places]
+        self._fill(places)
+        return Nodes(taken.bound, taken.sides, taken.share.double())
+
+    def _fill(self, places: Tensor) -> None:
+        """Move the last nodes to where nodes were taken."""
+        left = self._size - len(places)
+        stays = torch.ones(len(places), dtype=torch.bool, device=places.device)
+        stays[places[places >= left] - left] = False
+        movers = left + torch.nonzero(stays).flatten()
+        holes = places[places < left]
+        for held in (self._held.bound, self._held.sides, self._held.share):
+            held[holes] = held[movers]
+        self._size = left
+
+    def _grow(self, capacity: int) -> None:
+        old = self._held
+        self._held = Nodes(*(t.new_empty(capacity, *t.shape[1:]) for t in _tensors(old)))
+        for held, new in self._pairs(old):
+            held[: len(old)] = new
+
+    def _pairs(self, nodes: Nodes) -> list[tuple[Tensor, Tensor]]:
+        return list(zip(_tensors(self._held), _tensors(nodes), strict=True))
+
+
+def _tensors(nodes: Nodes) -> tuple[Tensor, Tensor, Tensor]:
+    return nodes.bound, nodes.sides, nodes.share

@@ -1,0 +1,116 @@
+"""Many nodes at once: the same conditioning as one by one, valid bounds, nodes in order."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import combinations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from solvers import SubsetProblem
+from solvers.bounds.batch import FREE, KEPT, REMOVED, TermsBatch, bound_nodes
+from solvers.bounds.removal import RemovalTerms
+from solvers.exact.frontier import Frontier, Nodes
+from tests.solvers.test_perspective import random_problem
+
+
+def random_sides(seed, n, removals, nodes):
+    """Nodes of unequal sizes, each with a unit free to go and one to stay."""
+    generator = torch.Generator().manual_seed(seed)
+    sides = torch.full((nodes, n), FREE, dtype=torch.int8)
+    for row in sides:
+        order = torch.randperm(n, generator=generator)
+        goes = int(torch.randint(0, removals, (1,), generator=generator))
+        stays = int(torch.randint(0, n - removals, (1,), generator=generator))
+        row[order[:goes]], row[order[goes : goes + stays]] = REMOVED, KEPT
+    return sides
+
+
+def node(root, sides):
+    """Condition on one node by the code for one node."""
+    return root.restrict(*(torch.nonzero(sides == side).flatten() for side in (REMOVED, KEPT)))
+
+
+@given(
+    seed=st.integers(0, 2**31),
+    n=st.integers(3, 8),
+    width=st.integers(1, 2),
+    responses=st.sampled_from([1, 5]),
+    spread=st.sampled_from([0.0, 0.5, 3.0]),
+    consumers=st.integers(1, 2),
+)
+@settings(max_examples=30, deadline=None)
+def test_bounds_of_unequal_nodes_hold(seed, n, width, responses, spread, consumers):
+    problem = random_problem(
+        seed, n, width, responses, 1 + seed % (n - 1), spread=spread, consumers=consumers
+    )
+    root = RemovalTerms.of(problem)
+    sides = random_sides(seed, n, root.removals, nodes=5)
+    terms = TermsBatch.of(root, sides)
+    share = torch.rand(terms.units.shape, generator=torch.Generator().manual_seed(seed)).double()
+    bound = bound_nodes(terms, share, torch.full_like(share, 1.25), steps=8)
+    values = terms.certified(bound.cost, bound.magnitude)
+    rises = {REMOVED: bound.if_removed(terms), KEPT: bound.if_kept(terms)}
+    for index, row in enumerate(sides):
+        alone = node(root, row)
+        assert terms.units[index][terms.free[index]].tolist() == alone.units.tolist()
+        assert int(terms.removals[index]) == alone.removals
+        assert float(terms.spent[index]) == pytest.approx(alone.spent, rel=1e-9, abs=1e-12)
+        choices = list(combinations(range(len(alone.units)), alone.removals))
+        costs = alone.costs(torch.tensor(choices))
+        losses = alone.constant + alone.spent + costs
+        slack = 1e-9 * problem.scale
+        assert float(values[index]) <= float(losses.min()) + slack
+        for place in range(len(alone.units)):
+            inside = torch.tensor([place in choice for choice in choices])
+            for side, some in ((REMOVED, inside), (KEPT, ~inside)):
+                rise = max(float(rises[side][index, place]), 0.0)
+                assert float(bound.cost[index]) + rise <= float(costs[some].min()) + slack
+
+
+def test_leaves_are_enumerated():
+    problem = random_problem(3, 7, 2, 4, 4, consumers=2)
+    root = RemovalTerms.of(problem)
+    sides = torch.full((3, 7), FREE, dtype=torch.int8)
+    sides[0, [1, 4]] = torch.tensor([REMOVED, KEPT], dtype=torch.int8)
+    sides[1, [0, 6]] = torch.tensor([KEPT, REMOVED], dtype=torch.int8)
+    sides[2, [2, 3]] = torch.tensor([KEPT, REMOVED], dtype=torch.int8)
+    terms = TermsBatch.of(root, sides)
+    costs, places = terms.cheapest(5, 2)
+    for index, row in enumerate(sides):
+        alone = node(root, row)
+        all_costs = alone.costs(torch.tensor(list(combinations(range(5), 2))))
+        assert float(costs[index]) == pytest.approx(float(all_costs.min()), rel=1e-9)
+        own = alone.costs(places[index][None])
+        assert float(own) == pytest.approx(float(costs[index]), rel=1e-9)
+
+
+def test_units_that_cost_nothing_give_a_finite_bound():
+    (consumer,) = random_problem(1, 6, 1, 3, 3).consumers
+    silent = replace(consumer, G=torch.zeros_like(consumer.G), e=0.0)
+    root = RemovalTerms.of(SubsetProblem((silent,), 3))
+    terms = TermsBatch.of(root, torch.full((2, 6), FREE, dtype=torch.int8))
+    bound = bound_nodes(terms, torch.full((2, 6), 0.5).double(), torch.ones(2, 6).double(), 8)
+    assert bool(torch.isfinite(bound.cost).all())
+    assert bool((bound.cost <= 0).all())
+
+
+def test_the_frontier_gives_nodes_in_order_and_loses_none():
+    generator = torch.Generator().manual_seed(0)
+    frontier = Frontier(3, torch.device("cpu"))
+    bounds = torch.rand(3000, generator=generator).double()
+    sides = torch.randint(0, 3, (3000, 3), generator=generator).to(torch.int8)
+    for part in torch.arange(3000).split(700):
+        frontier.push(Nodes(bounds[part], sides[part], torch.zeros(len(part), 3)))
+    taken = []
+    while frontier.least < 0.9:
+        nodes = frontier.pop(64, 0.9)
+        assert float(nodes.bound.max()) < 0.9
+        taken += list(zip(nodes.bound.tolist(), nodes.sides.tolist(), strict=True))
+    expected = sorted(zip(bounds.tolist(), sides.tolist(), strict=True))
+    assert sorted(taken) == [pair for pair in expected if pair[0] < 0.9]
+    assert [bound for bound, _ in taken] == sorted(bound for bound, _ in taken)
+    assert frontier.least == float(bounds[bounds >= 0.9].min())
