@@ -1,8 +1,8 @@
 """A lower bound as numbers that anyone can check against the problem alone.
 
-For any matrix Y with the rows of the weights, any q, and any x between 0 and 1 with n - k as its
-sum, write ``A = inv(H)``, ``a_i = tr(Y_i' (A G)_i)``, and ``Q_ij`` for the sum over the block ij of
-the element-wise product of A and Y Y' (all summed over the consumers),
+For any matrix Y with the rows of the weights, any q, and any x, write ``A = inv(H)``,
+``a_i = tr(Y_i' (A G)_i)``, and ``Q_ij`` for the sum over the block ij of the element-wise product
+of A and Y Y' (all summed over the consumers),
 
     E(S)  >=  e - tr(G' A G)  -  x'(Diag(q) - Q) x  +  the n - k least entries of g,
               g = 2 a - q + 2 (Diag(q) - Q) x
@@ -13,6 +13,10 @@ the loss is ``e - tr(G'AG)`` plus ``max over Y_R of 2 tr(Y_R'(AG)_R) - tr(Y_R' A
 the removed units; one Y for all R makes that ``2 a'x - x'Q x`` on indicators x of R, where
 ``x_j = x_j^2``; the rest is the tangent of a convex function.  So it does not matter how Y, q and x
 were found, and the code below shares nothing with the code that finds them.
+
+The same holds among the supports that remove some units and keep others, with A and ``A G``
+conditioned on both (`Inverses.given`), and g tells more than the bound: by how much it rises for
+the supports in which one unit goes, or stays.
 """
 
 from __future__ import annotations
@@ -25,6 +29,12 @@ from torch import Tensor
 
 from solvers.errors import VerificationError
 from solvers.problem import NO_ROW, Consumer, SubsetProblem
+
+LEAST_SHARE = 1e-3
+"""Multipliers are computed as if every unit were removed with at least this probability."""
+
+LEAST_DIAGONAL = 1e-10
+"""Diagonal entries of Q below this share of the largest count as that."""
 
 
 class Certificate(Protocol):
@@ -68,20 +78,16 @@ class MultiplierCertificate:
         VerificationError
             If a number is out of its range, or ``Diag(q) - Q`` is not positive semidefinite.
         """
-        removals = problem.units - problem.keep
-        self._check_ranges(problem.units, removals)
-        total, a, Q = 0.0, torch.zeros_like(self.q), torch.diag(torch.zeros_like(self.q))
-        for consumer in problem.consumers:
-            loss, a_c, Q_c = self._consumer_terms(consumer)
-            total, a, Q = total + loss, a + a_c, Q + Q_c
-        P = torch.diag(self.q) - Q
-        scale = self.q.rsqrt()
-        if int(torch.linalg.cholesky_ex(P * scale[:, None] * scale).info):
-            raise VerificationError("the certificate's q does not dominate Q: no bound follows")
-        Px = P @ self.point
-        g = 2 * a - self.q + 2 * Px
-        cost = float(g.sort().values[:removals].sum()) - float(self.point @ Px)
-        return total + max(cost, 0.0)
+        return float(self.linearization(Inverses.of(problem), problem.keep).value)
+
+    def linearization(self, inverses: Inverses, keep: int) -> Linearization:
+        """Return the bound with its slopes, of one node that leaves all units free."""
+        removals = inverses.units - keep
+        self._check_ranges(inverses.units, removals)
+        everything = torch.arange(inverses.units, device=self.q.device)[None]
+        nodes = inverses.given(everything[:, :0], everything)
+        a, Q = nodes.aggregate(self.share[None], self.shape[None])
+        return nodes.linearize(a, Q, self.q[None], self.point[None], removals)
 
     def _check_ranges(self, n: int, removals: int) -> None:
         for name in ("share", "shape", "q", "point"):
@@ -95,22 +101,158 @@ class MultiplierCertificate:
         if removals <= 0:
             raise VerificationError("nothing is removed, so there is nothing to certify")
 
-    def _consumer_terms(self, consumer: Consumer) -> tuple[float, Tensor, Tensor]:
-        """Return ``e - tr(G'AG)``, a and Q of one consumer."""
-        owner = torch.empty(len(consumer.H), dtype=torch.int64, device=consumer.H.device)
-        units = torch.arange(len(consumer.rows), device=owner.device)
-        present = consumer.rows != NO_ROW
-        owner[consumer.rows[present]] = units[:, None].expand_as(consumer.rows)[present]
-        A = torch.linalg.inv(consumer.H)
-        A = (A + A.T) / 2
-        W = A @ consumer.G
-        x = self.share[owner]
-        same = owner[:, None] == owner
-        penalty = torch.where(same, (self.shape[owner] * (1 / x - 1))[:, None] * A, 0.0)
-        Y = torch.linalg.solve(A + penalty, W) / x[:, None]
-        a = torch.zeros_like(self.q).index_add_(0, owner, (Y * W).sum(1))
-        Q_rows = torch.zeros(len(units), len(A), dtype=A.dtype, device=A.device)
-        Q_rows.index_add_(0, owner, A * (Y @ Y.T))
-        Q = torch.zeros_like(Q_rows[:, : len(units)]).contiguous().index_add_(1, owner, Q_rows)
-        loss = consumer.e + float((W * (consumer.H @ W - 2 * consumer.G)).sum())
-        return loss, a, Q
+
+@dataclass(frozen=True, eq=False)
+class Inverses:
+    """``A`` and ``A G`` of every consumer, the rows ordered by unit.
+
+    Parameters
+    ----------
+    consumers
+        A, (n w, n w), and A G, (n w, m), of each, with the rows w of its units; short units are
+        filled up with rows of the unit matrix and of zeros, which add nothing anywhere, and more
+        than n w responses are rotated into n w.
+    constant
+        ``e - tr(G' A G)``, summed over the consumers: the loss with all units kept.
+    units
+        Their number n.
+    """
+
+    consumers: tuple[tuple[Tensor, Tensor, int], ...]
+    constant: float
+    units: int
+
+    @classmethod
+    def of(cls, problem: SubsetProblem) -> Inverses:
+        """Invert every Hessian of a problem."""
+        parts = [_inverse(consumer) for consumer in problem.consumers]
+        return cls(
+            tuple((A, W, c.width) for (A, W, _), c in zip(parts, problem.consumers, strict=True)),
+            sum(constant for _, _, constant in parts),
+            problem.units,
+        )
+
+    def given(self, removed: Tensor, free: Tensor) -> ConditionedNodes:
+        """Condition on units that go, (b, r), and on those that stay: all but the `free`, (b, f).
+
+        Removing R costs ``tr(W_R' inv(A_RR) W_R)`` with W = A G, and leaves for the free units F
+        ``A_FF - A_FR inv(A_RR) A_RF`` and ``W_F - A_FR inv(A_RR) W_R``.
+        """
+        parts, spent = [], torch.zeros(len(free), dtype=torch.float64, device=free.device)
+        for A, W, width in self.consumers:
+            f, r = _rows(free, width), _rows(removed, width)
+            A_f, W_f = A[f[:, :, None], f[:, None, :]], W[f]
+            if r.shape[1]:
+                A_fr = A[f[:, :, None], r[:, None, :]]
+                A_rr = A[r[:, :, None], r[:, None, :]]
+                solved = torch.linalg.solve(A_rr, torch.cat([A_fr.mT, W[r]], 2))
+                spent = spent + (W[r] * solved[:, :, A_f.shape[2] :]).sum((1, 2))
+                A_f = A_f - A_fr @ solved[:, :, : A_f.shape[2]]
+                W_f = W_f - A_fr @ solved[:, :, A_f.shape[2] :]
+            parts.append((A_f, W_f, width))
+        return ConditionedNodes(tuple(parts), self.constant + spent)
+
+
+@dataclass(frozen=True, eq=False)
+class ConditionedNodes:
+    """What is left of a problem in b nodes that each leave f units free.
+
+    Parameters
+    ----------
+    consumers
+        Conditioned A, (b, f w, f w), and A G, (b, f w, m), of each, and w.
+    spent
+        Loss of the units that go, with all free ones kept, (b,).
+    """
+
+    consumers: tuple[tuple[Tensor, Tensor, int], ...]
+    spent: Tensor
+
+    def aggregate(self, share: Tensor, shape: Tensor) -> tuple[Tensor, Tensor]:
+        """Return a, (b, f), and Q, (b, f, f), of the multipliers of `share` and `shape`, (b, f)."""
+        x = share.clamp(LEAST_SHARE, 1.0)
+        a = torch.zeros_like(x)
+        Q = x.new_zeros(*x.shape, x.shape[1])
+        for A, W, w in self.consumers:
+            b, f = x.shape
+            weight = torch.diag_embed(shape * (1 / x - 1))
+            penalty = weight.repeat_interleave(w, 1).repeat_interleave(w, 2) * A
+            Y = torch.linalg.solve(A + penalty, W) / x.repeat_interleave(w, 1)[:, :, None]
+            a += (Y * W).reshape(b, f, -1).sum(2)
+            Q += (A * (Y @ Y.mT)).reshape(b, f, w, f, w).sum((2, 4))
+        return a, (Q + Q.mT) / 2
+
+    def linearize(
+        self, a: Tensor, Q: Tensor, q: Tensor, point: Tensor, removals: int
+    ) -> Linearization:
+        """Evaluate the bound of the module's text in every node.
+
+        Raises
+        ------
+        VerificationError
+            If ``Diag(q) - Q`` is not positive semidefinite in some node.
+        """
+        P = torch.diag_embed(q) - Q
+        scale = q.rsqrt()
+        if bool(torch.linalg.cholesky_ex(P * scale[:, :, None] * scale[:, None, :]).info.any()):
+            raise VerificationError("the certificate's q does not dominate Q: no bound follows")
+        Px = (P @ point[:, :, None])[:, :, 0]
+        g = 2 * a - q + 2 * Px
+        ordered = g.sort(1).values
+        cost = ordered[:, :removals].sum(1) - (point * Px).sum(1)
+        last, following = ordered[:, removals - 1, None], ordered[:, removals : removals + 1]
+        base = cost[:, None]
+        return Linearization(
+            self.spent + cost.clamp(min=0.0),
+            self.spent[:, None] + (base + (g - last).clamp(min=0.0)).clamp(min=0.0),
+            self.spent[:, None] + (base + (following - g).clamp(min=0.0)).clamp(min=0.0),
+        )
+
+    def cheapest(self, choices: Tensor) -> Tensor:
+        """Return the least loss of removing the units at one of c choices of r places, (b,)."""
+        loss = self.spent[:, None].expand(-1, len(choices))
+        for A, W, width in self.consumers:
+            rows = _rows(choices, width)
+            A_r, W_r = A[:, rows[:, :, None], rows[:, None, :]], W[:, rows]
+            loss = loss + (W_r * torch.linalg.solve(A_r, W_r)).sum((2, 3))
+        return loss.min(1).values
+
+
+@dataclass(frozen=True, eq=False)
+class Linearization:
+    """Lower bounds of the loss in b nodes.
+
+    Parameters
+    ----------
+    value
+        Of every support below the node, (b,).
+    goes, stays
+        Of those in which one free unit goes, or stays, (b, f) each.
+    """
+
+    value: Tensor
+    goes: Tensor
+    stays: Tensor
+
+
+def _inverse(consumer: Consumer) -> tuple[Tensor, Tensor, float]:
+    """Return A and A G with the rows ordered by unit, and ``e - tr(G' A G)``."""
+    A = torch.linalg.inv(consumer.H)
+    A = (A + A.T) / 2
+    W = A @ consumer.G
+    constant = consumer.e + float((W * (consumer.H @ W - 2 * consumer.G)).sum())
+    order = consumer.rows.flatten()
+    place = torch.nonzero(order != NO_ROW).flatten()
+    ordered = torch.eye(len(order), dtype=A.dtype, device=A.device)
+    ordered[place[:, None], place] = A[order[place][:, None], order[place]]
+    weights = W.new_zeros(len(order), W.shape[1])
+    weights[place] = W[order[place]]
+    if W.shape[1] > len(order):  # only W W' matters
+        weights = torch.linalg.qr(weights.T, mode="r").R.T
+    return ordered, weights, constant
+
+
+def _rows(units: Tensor, width: int) -> Tensor:
+    """Return the rows, (b, u w), of some units, (b, u)."""
+    offsets = torch.arange(width, device=units.device)
+    return (units[:, :, None] * width + offsets).flatten(1)

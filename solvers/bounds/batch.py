@@ -17,10 +17,9 @@ from torch import Tensor
 
 from solvers.bounds.quadratic import QuadraticBound, is_definite
 from solvers.bounds.removal import ConsumerRemoval, RemovalTerms, Rounding
+from solvers.certificate import LEAST_DIAGONAL
 from solvers.pivot import unit_rows
-
-FREE, REMOVED, KEPT = 0, 1, 2
-"""On which side of the support a node has a unit."""
+from solvers.tree_certificate import FREE, REMOVED
 
 _SQUARINGS = 6
 _MARGIN = 1e-7
@@ -206,7 +205,10 @@ class BoundBatch:
     slopes, ordered
         Reduced costs of the units and the same in order, (b, n); infinite for fillers.
     q, point
-        Diagonal and point of the linearization, (b, n).
+        Diagonal and point of the linearization, (b, n); points are float32 numbers, which is how a
+        certificate keeps them.
+    growth
+        q relative to ``shape * diag(Q)``, (b,); 1 where it is no multiple of that.
     magnitude
         Sum of the sizes of what was summed up, (b,).
     """
@@ -216,6 +218,7 @@ class BoundBatch:
     ordered: Tensor
     q: Tensor
     point: Tensor
+    growth: Tensor
     magnitude: Tensor
 
     @classmethod
@@ -226,7 +229,8 @@ class BoundBatch:
         slopes = bound.slopes[None]
         magnitude = bound.q.new_tensor([bound.magnitude])
         ordered = slopes.sort(1).values
-        return cls(cost, slopes, ordered, bound.q[None], bound.point[None], magnitude)
+        growth = torch.ones_like(cost)
+        return cls(cost, slopes, ordered, bound.q[None], bound.point[None], growth, magnitude)
 
     def __getitem__(self, some: Tensor) -> BoundBatch:
         """Return the bounds of some nodes, given by a mask or by their places."""
@@ -257,34 +261,35 @@ def bound_nodes(terms: TermsBatch, share: Tensor, shape: Tensor, steps: int) -> 
     share, shape = torch.where(free, share, 1.0), torch.where(free, shape, 1.0)
     parts = [c.aggregate(c.multipliers(share, shape)) for c in terms.consumers]
     a, Q = (sum(sums[1:], sums[0]) for sums in zip(*parts, strict=True))
-    q = _dominating(Q, shape)
+    growth, q = _dominating(Q, shape)
     q = torch.where(free, q, q.amax(1, keepdim=True))
     start = torch.where(free, share, 0.0)
     start = (start * (r / start.sum(1))[:, None]).clamp_(max=1.0)
-    x = _minimize(a, Q, q, start, r, free, steps)
+    x = _minimize(a, Q, q, start, r, free, steps).float().double()
     Px = q * x - _times(Q, x)
     slopes = torch.where(free, 2 * (a + Px) - q, torch.inf)
     ordered = slopes.sort(1).values
     cost = ordered.cumsum(1).gather(1, r[:, None] - 1)[:, 0] - (x * Px).sum(1)
     magnitude = 2 * a.abs().sum(1) + 2 * torch.where(free, q, 0.0).sum(1)
-    return BoundBatch(cost, slopes, ordered, q, x, magnitude)
+    return BoundBatch(cost, slopes, ordered, q, x, growth, magnitude)
 
 
-def _dominating(Q: Tensor, shape: Tensor) -> Tensor:
-    """Return a multiple q of ``shape o diag(Q)`` with ``Diag(q) - Q`` positive definite, (b, n).
+def _dominating(Q: Tensor, shape: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the least multiples of ``shape o diag(Q)`` that dominate Q: factors, (b,), and q.
 
     No eigenvalue of P exceeds the 64th root of the Frobenius norm of P^64, and the largest comes
     within 3 % of it for n = 32: products are an order of magnitude cheaper than eigenvalues.
     """
     d = Q.diagonal(dim1=1, dim2=2)
     largest = d.amax(1, keepdim=True)
-    d = d.clamp(min=torch.where(largest > 0, 1e-10 * largest, 1.0)) * shape
+    d = d.clamp(min=torch.where(largest > 0, LEAST_DIAGONAL * largest, 1.0)) * shape
     scale = d.rsqrt()
     power = Q * scale[:, :, None] * scale[:, None, :]
     for _ in range(_SQUARINGS):
         power = power @ power
     eigenvalue = power.square().sum((1, 2)).pow(0.5 / 2**_SQUARINGS).clamp(min=1e-3)
-    return d * (eigenvalue * (1 + _MARGIN))[:, None]
+    growth = eigenvalue * (1 + _MARGIN)
+    return growth, d * growth[:, None]
 
 
 def _times(Q: Tensor, x: Tensor) -> Tensor:

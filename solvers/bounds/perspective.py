@@ -6,11 +6,10 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor
 
 from solvers.backend import Capabilities, Kind
 from solvers.bounds.relaxation import Effort, Relaxation, Start, relax
-from solvers.bounds.removal import LEAST_SHARE, RemovalTerms
+from solvers.bounds.removal import RemovalTerms
 from solvers.certificate import MultiplierCertificate
 from solvers.errors import BackendError
 from solvers.heuristics.local_search import LocalSearch
@@ -92,10 +91,4 @@ class Perspective:
         if terms.removals == 0:
             return terms.certified(0.0, 0.0), None, None
         relaxation = relax(terms, Effort(self.rounds, self.steps, self.tighten), Start.cold(terms))
-        return relaxation.value, _certificate(relaxation), relaxation
-
-
-def _certificate(relaxation: Relaxation) -> MultiplierCertificate:
-    bound = relaxation.bound
-    share: Tensor = relaxation.share.clamp(min=LEAST_SHARE, max=1.0)
-    return MultiplierCertificate(share, relaxation.shape, bound.q, bound.point)
+        return relaxation.value, relaxation.certificate, relaxation

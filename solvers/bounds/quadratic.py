@@ -22,6 +22,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from solvers.certificate import LEAST_DIAGONAL
+
 Array = NDArray[np.float64]
 
 _PSD_SLACK = 1e-8
@@ -205,4 +207,4 @@ def is_definite(q: Tensor, Q: Tensor) -> bool:
 
 def _floored(diagonal: Tensor) -> Tensor:
     """Return the diagonal with a floor: units that cost nothing need a positive entry too."""
-    return diagonal.clamp(min=1e-10 * float(diagonal.max()) or 1.0)
+    return diagonal.clamp(min=LEAST_DIAGONAL * float(diagonal.max()) or 1.0)

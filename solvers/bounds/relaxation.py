@@ -16,6 +16,7 @@ from solvers.bounds.quadratic import (
     tighten,
 )
 from solvers.bounds.removal import RemovalTerms
+from solvers.certificate import LEAST_SHARE, MultiplierCertificate
 
 _FIRST_SHAPE = 1.25
 
@@ -76,6 +77,12 @@ class Relaxation:
     def restart(self) -> Start:
         """Where a similar relaxation may start from."""
         return Start(self.bound.point, self.bound.shape)
+
+    @property
+    def certificate(self) -> MultiplierCertificate:
+        """What the bound can be recomputed from, where the terms are those of a whole problem."""
+        share = self.share.clamp(min=LEAST_SHARE, max=1.0)
+        return MultiplierCertificate(share, self.shape, self.bound.q, self.bound.point)
 
     @property
     def magnitude(self) -> float:

@@ -25,12 +25,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from solvers.certificate import LEAST_SHARE
 from solvers.pivot import equal_width, unit_rows
 from solvers.problem import Consumer, SubsetProblem
-
-LEAST_SHARE = 1e-3
-"""Multipliers are computed as if every unit were removed with at least this probability."""
-
 
 _EPS = torch.finfo(torch.float64).eps
 

@@ -6,28 +6,32 @@ rows are dropped, so problems shrink and bounds sharpen on the way down.  Slopes
 reduced costs; they fix units whose other choice cannot beat the incumbent, and raise the bounds of
 the children.  Nodes are taken best-first, hundreds at a time (`solvers.bounds.batch`): as every
 node whose bound is below the optimum has to be opened anyway, that costs hardly any node.
+
+Every node that was bounded is recorded (`solvers.exact.tree`), so that anyone can check the tree.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from solvers.backend import Capabilities, Kind
-from solvers.bounds.batch import KEPT, REMOVED, BoundBatch, TermsBatch, bound_nodes
+from solvers.bounds.batch import BoundBatch, TermsBatch, bound_nodes
 from solvers.bounds.relaxation import Effort, Start, relax
 from solvers.bounds.removal import RemovalTerms
 from solvers.errors import BackendError
 from solvers.exact.frontier import Frontier, Nodes
+from solvers.exact.tree import TreeRecord
 from solvers.heuristics.local_search import LocalSearch
 from solvers.problem import SubsetProblem
 from solvers.refit import refit
 from solvers.solution import DEFAULT_GAP_TOLERANCE, Selection, Status
+from solvers.tree_certificate import KEPT, REMOVED, TreeCertificate
 
 _LEAF_SUPPORTS = 10
 _ROOT_EFFORT = Effort(rounds=6, steps=200, repeat=True, progress=1e-3)
@@ -112,6 +116,7 @@ class BranchAndBound:
             iterations=search.nodes,
             history=tuple(search.history),
             gap_tolerance=self.gap_tolerance,
+            certificate=search.certificate,
         )
 
 
@@ -128,6 +133,7 @@ class _Search:
         self.closed = math.inf
         self._frontier = Frontier(problem.units, problem.device)
         self._shape: Tensor | None = None
+        self._record: TreeRecord | None = None
         rows = sum((problem.units * c.width) ** 2 for c in problem.consumers)
         self._batch = min(max(_BATCH_ELEMENTS // rows, 1), _BATCH_NODES)
         self._steps = _NODE_STEPS if self._batch > 1 else _LONE_NODE_STEPS
@@ -148,6 +154,11 @@ class _Search:
         open_bound = -math.inf if self._shape is None else self._frontier.least
         # The incumbent's own loss is an upper limit to what can be claimed.
         return min(open_bound, self.closed, self.history[-1])
+
+    @property
+    def certificate(self) -> TreeCertificate | None:
+        """Evidence for the bound; None before the root is opened, and of too large a tree."""
+        return self._record.certificate() if self._record else None
 
     def step(self, limit: int) -> None:
         """Open the root, or at most `limit` of the nodes of the least bounds."""
@@ -170,14 +181,17 @@ class _Search:
         terms = TermsBatch.of(self.terms, whole.sides)
         if self.terms.removals == 0:
             self._shape = whole.share[0]
+            self._record = TreeRecord(None, self._shape)
             self._enumerate(whole, terms)
             return
         relaxation = relax(self.terms, _ROOT_EFFORT, Start.cold(self.terms), cutoff=self.cutoff)
         self._shape = relaxation.restart.shape
+        self._record = TreeRecord(relaxation.certificate, self._shape)
         self._divide(whole, terms, BoundBatch.single(relaxation.bound), relaxation.share[None])
 
     def _enumerate(self, nodes: Nodes, terms: TermsBatch) -> None:
         """Close nodes that leave few supports open."""
+        self._keep(nodes, torch.zeros_like(nodes.share), torch.zeros_like(nodes.bound))
         counts = torch.stack([terms.free.sum(1), terms.removals], 1)
         for free, removals in sorted({(free, removals) for free, removals in counts.tolist()}):
             some = (counts == counts.new_tensor([free, removals])).all(1)
@@ -197,19 +211,23 @@ class _Search:
     def _divide(self, nodes: Nodes, terms: TermsBatch, bound: BoundBatch, share: Tensor) -> None:
         """Close the nodes whose bound reaches the cutoff, and divide the others."""
         value = torch.maximum(terms.certified(bound.cost, bound.magnitude), nodes.bound)
+        point = torch.zeros_like(nodes.share).scatter(1, terms.units, bound.point)
+        places = self._keep(nodes, point, bound.growth)
         self._round(nodes, terms, bound, int(value.argmin()))
         remains = value < self.cutoff
         if not bool(remains.all()):
             self.closed = min(self.closed, float(value[~remains].min()))
             nodes, terms, bound = nodes[remains], terms[remains], bound[remains]
-            value, share = value[remains], share[remains]
+            value, share, places = value[remains], share[remains], places[remains]
         if len(value):
-            nodes = Nodes(
-                value,
-                nodes.sides,
-                nodes.share.scatter(1, terms.units, (share + bound.point) / 2),
-            )
+            share = nodes.share.scatter(1, terms.units, (share + bound.point) / 2)
+            nodes = Nodes(value, nodes.sides, share, places)
             self._push_children(*self._fix(nodes, terms, bound), terms, bound)
+
+    def _keep(self, nodes: Nodes, point: Tensor, growth: Tensor) -> Tensor:
+        """Record nodes as they are bounded; return their places, (b,)."""
+        assert self._record is not None
+        return self._record.add(nodes, point, growth)
 
     def _round(self, nodes: Nodes, terms: TermsBatch, bound: BoundBatch, index: int) -> None:
         """Offer the support that the relaxation of one node suggests."""
@@ -252,7 +270,7 @@ class _Search:
         sides = nodes.sides.gather(1, terms.units)
         sides[go], sides[stay] = REMOVED, KEPT
         sides = nodes.sides.scatter(1, terms.units, sides)
-        return Nodes(nodes.bound, sides, nodes.share), terms.free & ~go & ~stay
+        return replace(nodes, sides=sides), terms.free & ~go & ~stay
 
     def _push_children(
         self, nodes: Nodes, undecided: Tensor, terms: TermsBatch, bound: BoundBatch
@@ -269,7 +287,7 @@ class _Search:
             cost = bound.cost + rises.gather(1, place)[:, 0].clamp(min=0.0)
             value = torch.maximum(terms.certified(cost, bound.magnitude), nodes.bound)
             sides = nodes.sides.scatter(1, unit, side)
-            self._push(Nodes(value, sides, nodes.share)[~decided])
+            self._push(replace(nodes, bound=value, sides=sides)[~decided])
 
     def _is_decided(self, sides: Tensor) -> Tensor:
         goes, stays = (sides == REMOVED).sum(1), (sides == KEPT).sum(1)

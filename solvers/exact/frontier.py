@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from solvers.bounds.batch import FREE
+from solvers.tree_certificate import FREE
 
 _FIRST_CAPACITY = 1024
 
@@ -25,18 +25,21 @@ class Nodes:
         On which side each unit is, (b, n) int8, as in `solvers.bounds.batch`.
     share
         For each unit, how likely it is removed; where the relaxation starts, (b, n).
+    parent
+        The places of the nodes that they come from in the record of the search, (b,) int64.
     """
 
     bound: Tensor
     sides: Tensor
     share: Tensor
+    parent: Tensor
 
     def __len__(self) -> int:
         return len(self.bound)
 
     def __getitem__(self, some: Tensor) -> Nodes:
         """Return some of the nodes, given by a mask or by their places."""
-        return Nodes(self.bound[some], self.sides[some], self.share[some])
+        return Nodes(*(tensor[some] for tensor in _tensors(self)))
 
 
 class Frontier:
@@ -56,13 +59,15 @@ class Frontier:
             torch.empty(_FIRST_CAPACITY, dtype=torch.float64, device=device),
             torch.empty(_FIRST_CAPACITY, units, dtype=torch.int8, device=device),
             torch.empty(_FIRST_CAPACITY, units, dtype=torch.float16, device=device),
+            torch.empty(_FIRST_CAPACITY, dtype=torch.int64, device=device),
         )
 
     def whole(self) -> Nodes:
         """Return the node that leaves everything open; it is not in the frontier."""
         sides = torch.full_like(self._held.sides[:1], FREE)
         share = torch.full_like(self._held.share[:1], 0.5, dtype=torch.float64)
-        return Nodes(torch.zeros_like(share[:, 0]), sides, share)
+        parent = torch.full_like(self._held.parent[:1], -1)
+        return Nodes(torch.zeros_like(share[:, 0]), sides, share, parent)
 
     @property
     def least(self) -> float:
@@ -85,7 +90,7 @@ class Frontier:
         places = places[values < cutoff]
         taken = self._held[places]
         self._fill(places)
-        return Nodes(taken.bound, taken.sides, taken.share.double())
+        return replace(taken, share=taken.share.double())
 
     def _fill(self, places: Tensor) -> None:
         """Move the last nodes to where nodes were taken."""
@@ -94,7 +99,7 @@ class Frontier:
         stays[places[places >= left] - left] = False
         movers = left + torch.nonzero(stays).flatten()
         holes = places[places < left]
-        for held in (self._held.bound, self._held.sides, self._held.share):
+        for held in _tensors(self._held):
             held[holes] = held[movers]
         self._size = left
 
@@ -108,5 +113,5 @@ class Frontier:
         return list(zip(_tensors(self._held), _tensors(nodes), strict=True))
 
 
-def _tensors(nodes: Nodes) -> tuple[Tensor, Tensor, Tensor]:
-    return nodes.bound, nodes.sides, nodes.share
+def _tensors(nodes: Nodes) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return nodes.bound, nodes.sides, nodes.share, nodes.parent

@@ -11,9 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from solvers import SubsetProblem
-from solvers.bounds.batch import FREE, KEPT, REMOVED, TermsBatch, bound_nodes
+from solvers.bounds.batch import TermsBatch, bound_nodes
 from solvers.bounds.removal import RemovalTerms
 from solvers.exact.frontier import Frontier, Nodes
+from solvers.tree_certificate import FREE, KEPT, REMOVED
 from tests.solvers.test_perspective import random_problem
 
 
@@ -104,7 +105,7 @@ def test_the_frontier_gives_nodes_in_order_and_loses_none():
     bounds = torch.rand(3000, generator=generator).double()
     sides = torch.randint(0, 3, (3000, 3), generator=generator).to(torch.int8)
     for part in torch.arange(3000).split(700):
-        frontier.push(Nodes(bounds[part], sides[part], torch.zeros(len(part), 3)))
+        frontier.push(Nodes(bounds[part], sides[part], torch.zeros(len(part), 3), part))
     taken = []
     while frontier.least < 0.9:
         nodes = frontier.pop(64, 0.9)
