@@ -68,6 +68,7 @@ class Findings:
 
     uses: list[Use] = field(default_factory=list)
     heads: list[HeadUse] = field(default_factory=list)
+    written: list[Layout] = field(default_factory=list)
 
 
 def _tensors_in(arguments: Iterable[object]) -> Iterator[Value]:
@@ -204,6 +205,10 @@ class Call:
         self.findings.heads.extend(
             HeadUse(layout, self.module, self.order) for layout in layouts if layout != ONE
         )
+
+    def record_written(self, layouts: Iterable[Layout]) -> None:
+        """Note that the code writes down the sizes of some layouts and infers that of another."""
+        self.findings.written.extend(layouts)
 
     # ---- results -------------------------------------------------------------------------
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import inspect
+import io
 import logging
 import re
+import sys
+import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, TypeAlias
@@ -16,6 +19,8 @@ from torch.export.graph_signature import InputKind
 from torch.utils import _pytree as pytree
 
 from graph.errors import ExampleInputError, TraceError
+from graph.inline import inlined
+from graph.preserve import preserved
 
 ExampleInputs: TypeAlias = tuple[Any, ...] | Mapping[str, Any]
 
@@ -60,7 +65,7 @@ def export_model(model: torch.nn.Module, example_inputs: ExampleInputs) -> Progr
     Parameters
     ----------
     model
-        Left exactly as it was, training flags included.
+        Left exactly as it was, training flags and attributes included.
     example_inputs
         Positional arguments as a tuple, or keyword arguments as a mapping.
 
@@ -72,7 +77,7 @@ def export_model(model: torch.nn.Module, example_inputs: ExampleInputs) -> Progr
         If the model cannot be exported.
     """
     args, kwargs = _bind(model, example_inputs)
-    with _evaluating(model), _without_log(), torch.no_grad():
+    with preserved(model), _evaluating(model), _silenced(), torch.no_grad():
         try:
             exported = torch.export.export(model, args, kwargs, strict=False)
         except Exception as error:  # anything the user's forward may raise
@@ -88,7 +93,12 @@ def export_model(model: torch.nn.Module, example_inputs: ExampleInputs) -> Progr
         for spec in exported.graph_signature.input_specs
         if spec.kind in kinds and spec.target in names
     }
-    return Program(tuple(exported.graph.nodes), tensors, holders, dict(_integer_lists(exported)))
+    return Program(
+        tuple(inlined(exported.graph_module).nodes),
+        tensors,
+        holders,
+        dict(_integer_lists(exported)),
+    )
 
 
 def _integer_lists(exported: torch.export.ExportedProgram) -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -148,16 +158,45 @@ def _evaluating(model: torch.nn.Module) -> Iterator[None]:
             module.training = training
 
 
+_LOGGERS = (
+    "torch._subclasses.fake_tensor",
+    "torch._export",
+    "torch.export",
+    "torch.fx.experimental.proxy_tensor",
+    "torch.fx.experimental.symbolic_shapes",
+)
+
+
 @contextmanager
-def _without_log() -> Iterator[None]:
+def _silenced() -> Iterator[None]:
     """Keep the exporter from printing the error that `TraceError` is about to explain."""
-    logger = logging.getLogger("torch._subclasses.fake_tensor")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
+    loggers = [logging.getLogger(name) for name in _LOGGERS]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
     try:
-        yield
+        with _without_dump(), warnings.catch_warnings():
+            # It is put back: see `preserved`.
+            warnings.filterwarnings("ignore", "The tensor attribute")
+            yield
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+@contextmanager
+def _without_dump() -> Iterator[None]:
+    """Hold back, of what is written to the standard error, the graph of a failed export."""
+    written, dump = io.StringIO(), None
+    try:
+        with redirect_stderr(written):
+            yield
+    except TraceError as error:
+        dump = getattr(error.__cause__, "partial_fx_graph", None)
+        raise
+    finally:
+        text = written.getvalue()
+        sys.stderr.write(text if dump is None else text.replace(f"{dump}\n", ""))
 
 
 # ---- names -------------------------------------------------------------------------------
@@ -179,6 +218,21 @@ def _canonical_names(model: torch.nn.Module) -> dict[str, str]:
 # ---- errors ------------------------------------------------------------------------------
 
 _HINTS = (
+    (
+        r"register_dataclass|register a pytree|not a known type|Unsupported input type",
+        "Only tensors, numbers, tuples, lists and dicts can be followed through inputs and "
+        "outputs. Register a dataclass of yours with torch.export.register_dataclass, any other "
+        "class with torch.utils._pytree.register_pytree_node.",
+    ),
+    (
+        r"ScriptModule",
+        "TorchScript cannot be read: pass the Python module from which it was made.",
+    ),
+    (
+        r"quantized|PackedParams|__obj_flatten__",
+        "The packed weights of quantized layers cannot be cut: prune the floating-point model, "
+        "then quantize what is left of it.",
+    ),
     (
         r"data-dependent|DataDependent|GuardOnDataDependent",
         "Its control flow depends on the values in a tensor. Move the decision out of `forward`, "

@@ -46,7 +46,8 @@ def build_groups(
         for axis in slots
     }
     heads = frozenset().union(*(axes.leaves(use.layout) for use in propagation.heads))
-    factors = _beside(axes, places, freezes, heads)
+    written = frozenset().union(*(axes.leaves(layout) for layout in propagation.written))
+    factors = _beside(axes, places, freezes, heads, written)
     for axis in factors:
         freezes[axis] = freezes[axis] or [_NESTED]
     naming = Naming(propagation, slots, factors)
@@ -101,11 +102,13 @@ def _beside(
     places: Mapping[int, list[Place]],
     freezes: Mapping[int, list[Freeze]],
     heads: frozenset[int],
+    written: frozenset[int],
 ) -> dict[int, Factor]:
     """Choose, among axes that are factors of one product, the one whose units may be removed.
 
     Heads come first, the outer ones before the inner ones, and what lies beside them is their
-    width, even where the heads themselves must stay.  Otherwise the axis with most units wins.
+    width, even where the heads themselves must stay.  Otherwise an axis whose size the code infers
+    goes before one whose size is written in it, and then the axis with most units wins.
 
     Returns
     -------
@@ -113,9 +116,11 @@ def _beside(
         For every other axis, how it stands to the chosen one.
     """
 
-    def rank(axis: int) -> tuple[bool, int, int]:
+    def rank(axis: int) -> tuple[bool, bool, int, int]:
         depth = max(place.segment.index(axis) for place in places[axis])
-        return axis not in heads, 0 if axis in heads else -axes.axis_size(axis), depth
+        if axis in heads:
+            return False, False, 0, depth
+        return True, axis in written, -axes.axis_size(axis), depth
 
     chosen: set[int] = set()
     beside: dict[int, Factor] = {}

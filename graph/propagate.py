@@ -54,6 +54,7 @@ class Propagation:
     tensors: Mapping[str, tuple[Layout, ...]]
     uses: Sequence[Use]
     heads: Sequence[HeadUse]
+    written: Sequence[Layout]
     operators: tuple[Operator, ...]
 
 
@@ -111,15 +112,22 @@ class _Walk:
                 self._output(node)
             else:
                 self.results[node] = self._call(node, order)
-        findings, operators = self.findings, tuple(self.operators)
-        return Propagation(self.axes, self.tensors, findings.uses, findings.heads, operators)
+        found = self.findings
+        return Propagation(
+            axes=self.axes,
+            tensors=self.tensors,
+            uses=found.uses,
+            heads=found.heads,
+            written=found.written,
+            operators=tuple(self.operators),
+        )
 
     def _placeholder(self, node: torch.fx.Node) -> Value | None:
         name = self.program.holders.get(node.name)
         if name is not None:
             dims = self.tensors[name]
             return Value(dims, tuple(((name, dim),) for dim in range(len(dims))))
-        shapes = _shapes(node.meta.get("val"))
+        shapes = _shapes(node.meta.get("val"), module_of(node))
         if not shapes:
             return None
         what = "an input of the model" if node.op == "placeholder" else "a constant of the code"
@@ -166,7 +174,7 @@ class _Walk:
             module=module_of(node),
             order=order,
             arguments=self._arguments(node),
-            shapes=_shapes(node.meta.get("val")),
+            shapes=_shapes(node.meta.get("val"), module_of(node)),
             axes=self.axes,
             findings=self.findings,
             used=node in self.used,
@@ -265,17 +273,17 @@ def _target_name(node: torch.fx.Node) -> str:
     return getattr(node.target, "__name__", str(node.target))
 
 
-def _shapes(value: object) -> tuple[Shape, ...]:
+def _shapes(value: object, module: str) -> tuple[Shape, ...]:
     """Return the shapes of a traced value: one for a tensor, several for a list of tensors."""
     if isinstance(value, torch.Tensor):
         if any(isinstance(size, torch.SymInt) for size in value.shape):
             raise TraceError(
                 f"the shape {tuple(value.shape)} of a tensor depends on the values in another",
-                "",
+                module,
                 "Selections by a mask, such as x[x > 0], have no size that could be known in "
                 "advance; write them as products with the mask.",
             )
         return (tuple(value.shape),)
     if isinstance(value, list | tuple):
-        return tuple(shape for item in value for shape in _shapes(item))
+        return tuple(shape for item in value for shape in _shapes(item, module))
     return ()

@@ -16,6 +16,7 @@ which nothing is known are made with `Call.unknown`, and `Call.opaque` answers a
 
 from graph.rules import (
     attention,
+    complex,
     contraction,
     convolution,
     elementwise,
@@ -31,6 +32,7 @@ __all__ = [
     "DEFAULT",
     "RuleTable",
     "attention",
+    "complex",
     "contraction",
     "convolution",
     "elementwise",

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from graph.axes import Layout
 from graph.call import Call, Value
 from graph.groups import Role
+from graph.rules.contraction import SINGLE_HEAD
 from graph.rules.table import rule
 
 
@@ -15,16 +16,19 @@ def attended(call: Call) -> Value:
     """Unify the heads of query, key and value; freeze positions and the width of a key.
 
     The dimensions are (batch, heads, positions, width); with `enable_gqa` consecutive query
-    heads share a key head.
+    heads share a key head.  The width of a value stays whole beside several heads, because a group
+    has one sort of unit; that of a single head stays too, so that pruning to one changes nothing.
     """
     query, key, value = (call.value(name) for name in ("query", "key", "value"))
+    shape = call.shapes[0]
     call.freeze((query.dims[-1], key.dims[-1]), "queries and keys are multiplied along it")
     call.unify(query.dims[-1], key.dims[-1])
     call.freeze((key.dims[-2], value.dims[-2]), "attention is normalized over it")
     call.unify(key.dims[-2], value.dims[-2])
+    if len(shape) > 3 and shape[-3] == 1:
+        call.freeze((value.dims[-1],), SINGLE_HEAD)
     if call.flag("is_causal"):
         call.freeze((query.dims[-2],), "attention looks back along it")
-    shape = call.shapes[0]
     heads = [query.dims[:-2], _spread(call, key, shape), _spread(call, value, shape)]
     batch = call.broadcast(heads, shape[:-2])
     mask = call.optional("attn_mask")

@@ -111,3 +111,24 @@ def pixels_from_channels(call: Call) -> Value:
     call.freeze((*parts[1:], *value.dims[-2:]), _WINDOW)
     around = (call.unknown(size, _WINDOW) for size in call.shapes[0][-2:])
     return Value((*value.dims[:-3], parts[0], *around))
+
+
+@rule("aten.pixel_unshuffle")
+def channels_from_pixels(call: Call) -> Value:
+    """Turn space into channels ``c x r x r``; the factor stays whole."""
+    value, factor = call.value("self"), call.integer("downscale_factor")
+    call.freeze(value.dims[-2:], _WINDOW)
+    blocks = [call.unknown(factor, _WINDOW) for _ in range(2)]
+    around = (call.unknown(size, _WINDOW) for size in call.shapes[0][-2:])
+    return Value((*value.dims[:-3], call.axes.product((value.dims[-3], *blocks)), *around))
+
+
+@rule("aten.channel_shuffle")
+def dealt_out(call: Call) -> Value:
+    """Deal the members of each group out to all groups, whose number is fixed by the code."""
+    value, groups = call.value("self"), call.integer("groups")
+    parts = _grouped(call, value.dims[1], groups)
+    if parts is None:
+        return call.opaque("groups of channels are dealt out across its boundaries")[0]
+    call.freeze(parts[:1], "channels are dealt out to a fixed number of groups")
+    return Value((value.dims[0], call.axes.product(parts[::-1]), *value.dims[2:]))

@@ -9,7 +9,7 @@ from typing import cast
 from graph.axes import ONE, Layout, concat
 from graph.call import Call, Origin, Value
 from graph.groups import Role
-from graph.rules.table import rule
+from graph.rules.table import aten, rule
 
 _PICKED = "positions along it are picked by number"
 
@@ -76,14 +76,27 @@ def unbound(call: Call) -> list[Value]:
     return [_select(call)] * len(call.shapes)
 
 
-@rule("aten.split", "aten.chunk", "aten.split_with_sizes", "aten.tensor_split")
+@rule(
+    *aten(
+        "split chunk split_with_sizes tensor_split unsafe_split unsafe_chunk "
+        "unsafe_split_with_sizes"
+    )
+)
 def split(call: Call) -> list[Value]:
-    """Cut a dimension into parts; parts that the code makes equal stay equal."""
+    """Cut a dimension into parts; parts that the code makes equal stay equal.
+
+    Where only their size or their number is given and the last ones are smaller, the places of the
+    cuts follow from the whole, so that no part can change alone.
+    """
     value = call.value("self")
     dim = call.integer("dim") % len(value.dims)
     sizes = [shape[dim] for shape in call.shapes]
     parts = _cut(call, value.dims[dim], sizes)
-    if "sizes" not in call.operator and len(set(sizes)) == 1:
+    if call.operator.endswith(("sizes.default", ".sizes", ".indices")):
+        return [_with_dim(value, dim, part) for part in parts]
+    if len(set(sizes)) > 1:
+        call.freeze(parts, "it is cut into parts of one size and a smaller rest")
+    else:
         for part in parts[1:]:
             call.unify(parts[0], part)
     return [_with_dim(value, dim, part) for part in parts]

@@ -40,16 +40,30 @@ def reshaped(call: Call) -> Value:
         return call.opaque("it is reshaped while empty")[0]
     dims: list[Layout] = []
     origins: list[Origin] = []
+    inferred = _inferred(call)
     for before, after in aligned_blocks(old, new):
         regrouped = call.axes.regroup(value.dims[before], new[after])
         if regrouped is None:
             reason = "a reshape cuts it where it cannot be factored"
             call.freeze(value.dims[before], reason)
             regrouped = [call.unknown(size, reason) for size in new[after]]
+        places = range(*after.indices(len(new)))
+        if inferred in places:
+            others = zip(places, regrouped, strict=True)
+            call.record_written(layout for place, layout in others if place != inferred)
         dims.extend(regrouped)
         merged = tuple(pair for origin in value.origins[before] for pair in origin)
         origins.extend(merged for _ in regrouped if value.is_weight)
     return Value(tuple(dims), tuple(origins))
+
+
+def _inferred(call: Call) -> int | None:
+    """Return the dimension whose size the code leaves open, as in ``x.view(n, 2, -1)``."""
+    sizes = call.integers("size", "shape", "sizes")
+    if -1 not in sizes:
+        return None
+    first = call.integer("dim") % len(call.values()[0].dims) if "sizes" in call.arguments else 0
+    return first + sizes.index(-1)
 
 
 @rule("aten.view.dtype")

@@ -122,6 +122,34 @@ def test_the_model_is_left_as_it_was() -> None:
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
+class _Keeping(nn.Module):
+    """Holds containers of its own and one that others hold too."""
+
+    def __init__(self, shared: dict[str, list[int]]) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self.shared = shared
+        self.seen: list[torch.Tensor] = []
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.shared["calls"].append(1)
+        return self.linear(x)
+
+
+def test_containers_that_modules_hold_are_neither_copied_nor_changed() -> None:
+    calls: list[int] = []
+    shared = {"calls": calls}
+    model = nn.Sequential(_Keeping(shared), _Keeping(shared))
+    seen = model[0].seen
+    model[0].register_forward_hook(lambda module, args, output: module.seen.append(output))
+    graph.trace(model, (torch.randn(3, 4),))
+    assert model[0].seen is seen
+    assert seen == []
+    assert model[0].shared is model[1].shared is shared
+    assert shared["calls"] is calls
+    assert calls == []
+
+
 def test_tied_embeddings_are_one_tensor_with_two_roles() -> None:
     model = build("gpt2", MHA, "sdpa")
     hidden = graph.trace(model, token_inputs()).group("hidden")

@@ -55,3 +55,20 @@ def test_units_of_heads(attention: Attention, units: int, rows: int, implementat
     assert _slots(group, Role.CONSUMER) == {"o_proj.weight": (1, 1, rows)}
     biases = {name.replace("weight", "bias"): place for name, place in producers.items()}
     assert _slots(group, Role.PASS_THROUGH) == biases
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("family", ["opt", "llama"])
+def test_a_single_head_is_kept_whole(family: str, implementation: str) -> None:
+    model = build(family, Attention(1, 1), implementation)
+    for size in ((2, 7), (1, 7)):
+        groups = graph.trace(model, token_inputs(*size)).groups
+        assert [group.name for group in groups if group.prunable] == [
+            name for name in _expected_names(family) if name.endswith("neurons")
+        ]
+        (width,) = (
+            group
+            for group in groups
+            if any(slot.tensor.endswith("1.self_attn.v_proj.weight") for slot in group.producers)
+        )
+        assert any("the width of a single head" in freeze.reason for freeze in width.frozen)

@@ -377,6 +377,16 @@ class Picked(_TwoLayers):
         return x * x[:, :1].relu() + x[:, 3].unsqueeze(1)
 
 
+class UnevenSplit(_TwoLayers):
+    def middle(self, x: Tensor) -> Tensor:
+        return torch.cat([part.tanh() for part in x.split(5, -1)], -1)
+
+
+class UnevenSections(_TwoLayers):
+    def middle(self, x: Tensor) -> Tensor:
+        return torch.cat([part.tanh() for part in x.tensor_split(5, -1)], -1)
+
+
 class CopiesOfOneWeight(nn.Module):
     """A weight repeated along what it is contracted over: no zero of it masks one copy."""
 
@@ -421,6 +431,8 @@ FROZEN: dict[str, tuple[type[nn.Module], str]] = {
     "numbered": (Numbered, "aten.arange.default"),
     "reversed": (Reversed, "aten.flip.default"),
     "picked": (Picked, "aten.select.int"),
+    "uneven-split": (UnevenSplit, "aten.split.Tensor"),
+    "uneven-sections": (UnevenSections, "aten.tensor_split.sections"),
     "copies-of-one-weight": (CopiesOfOneWeight, "aten.linear.default"),
     "curved-weight": (CurvedWeight, "aten.linear.default"),
     "overwritten-weight": (OverwrittenWeight, "aten.fill_.Scalar"),

@@ -1,0 +1,82 @@
+"""Leave a model as it was found, whatever tracing it does to its attributes."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+
+_Container: TypeAlias = dict[Any, Any] | list[Any] | set[Any] | deque[Any]
+
+
+@contextmanager
+def preserved(model: torch.nn.Module) -> Iterator[None]:
+    """Put back, on leaving, what every module of a model holds.
+
+    A `forward` may assign attributes and append to lists; while it is traced, what it leaves
+    there are fake tensors.  `torch.export` itself puts copies in place of lists and dicts.  So
+    attributes are restored by identity, and the contents of containers in them, however nested.
+    Tensors are not copied.
+
+    Parameters
+    ----------
+    model
+        The model, and all modules that its modules hold, registered or not.
+    """
+    contents = list(_contents(model))
+    try:
+        yield
+    finally:
+        for content in contents:
+            content.restore()
+
+
+@dataclass(frozen=True)
+class _Content:
+    """What a container held at one time: its items, for a dict the keys and then the values."""
+
+    holder: _Container
+    items: tuple[Any, ...]
+
+    def restore(self) -> None:
+        now = _items(self.holder)
+        if len(now) == len(self.items) and all(map(_is, now, self.items)):
+            return
+        self.holder.clear()
+        if isinstance(self.holder, dict):
+            half = len(self.items) // 2
+            for key, value in zip(self.items[:half], self.items[half:], strict=True):
+                self.holder[key] = value
+        elif isinstance(self.holder, set):
+            self.holder.update(self.items)
+        else:
+            self.holder.extend(self.items)
+
+
+def _is(one: object, other: object) -> bool:
+    return one is other
+
+
+def _items(holder: _Container) -> tuple[Any, ...]:
+    return (*holder, *holder.values()) if isinstance(holder, dict) else tuple(holder)
+
+
+def _contents(model: torch.nn.Module) -> Iterator[_Content]:
+    """Yield the attributes of all modules, and the containers in them, each once."""
+    seen: set[int] = set()
+    queue: list[Any] = [model]
+    while queue:
+        held = queue.pop()
+        if isinstance(held, torch.nn.Module):
+            held = vars(held)
+        if isinstance(held, tuple):
+            queue.extend(held)
+        elif isinstance(held, dict | list | set | deque) and id(held) not in seen:
+            seen.add(id(held))
+            items = _items(held)
+            yield _Content(held, items)
+            queue.extend(items)

@@ -1,0 +1,392 @@
+"""Small networks made of the blocks that public models are made of, one for each operator."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class _Attention(nn.Module):
+    """Four query heads of width four on six features."""
+
+    heads, key_heads, width = 4, 4, 4
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query = nn.Linear(6, self.heads * self.width)
+        self.key = nn.Linear(6, self.key_heads * self.width)
+        self.value = nn.Linear(6, self.key_heads * self.width)
+        self.out = nn.Linear(self.heads * self.width, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        query, key, value = (
+            project(x).unflatten(-1, (-1, self.width)).transpose(1, 2)
+            for project in (self.query, self.key, self.value)
+        )
+        return self.out(self.mixed(query, key, value).transpose(1, 2).flatten(2))
+
+    def mixed(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+class WrittenOut(_Attention):
+    """Attention as in a textbook, with a causal mask."""
+
+    def mixed(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        scores = query @ key.transpose(-1, -2) / self.width**0.5
+        hidden = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
+        return scores.masked_fill(hidden, -torch.inf).softmax(-1) @ value
+
+
+class BatchedProducts(_Attention):
+    """Batch and heads in one dimension, scores added to a bias of the positions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.randn(1, 5, 5))
+
+    def mixed(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        shape = query.shape
+        query, key, value = (t.reshape(-1, *t.shape[2:]) for t in (query, key, value))
+        scores = torch.baddbmm(self.bias, query, key.transpose(1, 2), alpha=0.5)
+        return torch.bmm(scores.softmax(-1), value).view(shape)
+
+
+class GroupedQueries(_Attention):
+    key_heads = 2
+
+    def mixed(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(query, key, value, enable_gqa=True)
+
+
+class RepeatedKeys(_Attention):
+    key_heads = 2
+
+    def mixed(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        key, value = key.repeat_interleave(2, 1), value.repeat_interleave(2, 1)
+        return F.scaled_dot_product_attention(query, key, value)
+
+
+class RotaryByComplexNumbers(_Attention):
+    """Pairs of features turned as complex numbers, as the published LLaMA does."""
+
+    turns: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        angles = torch.rand(9, self.width // 2)
+        self.register_buffer("turns", torch.polar(torch.ones_like(angles), angles))
+
+    def turned(self, x: Tensor) -> Tensor:
+        pairs = torch.view_as_complex(x.float().reshape(*x.shape[:-1], -1, 2))
+        turns = self.turns[: x.shape[2]].view(1, 1, x.shape[2], -1)
+        return torch.view_as_real(pairs * turns).flatten(3).type_as(x)
+
+    def mixed(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        query, key = self.turned(query), self.turned(key)
+        return F.scaled_dot_product_attention(query, key, value, is_causal=True)
+
+
+class Normed(nn.Module):
+    """A hidden layer on a stream that is normalized by its own length."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter = nn.Linear(4, 6)
+        self.norm = nn.RMSNorm(6)
+        self.up = nn.Linear(6, 9)
+        self.down = nn.Linear(9, 6)
+        self.leave = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.enter(x)
+        x = x + self.down(F.silu(self.up(self.norm(x))))
+        length = torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)
+        return self.leave(x * length)
+
+
+class AddedProducts(nn.Module):
+    """Layers written as sums of a bias and a product."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Parameter(torch.randn(4, 9))
+        self.bias = nn.Parameter(torch.randn(9))
+        self.down = nn.Linear(9, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.addmm(self.down.bias, torch.addmm(self.bias, x, self.up).tanh(), self._down())
+
+    def _down(self) -> Tensor:
+        return self.down.weight.t()
+
+
+class _Hidden(nn.Module):
+    """A hidden layer of six, read `copies` times."""
+
+    copies = 1
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter = nn.Linear(4, 6)
+        self.scale = nn.Parameter(torch.randn(1, 6))
+        self.leave = nn.Linear(6 * self.copies, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.leave(self.middle(self.enter(x)))
+
+    def middle(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+class Expanded(_Hidden):
+    def middle(self, x: Tensor) -> Tensor:
+        return torch.tanh(x) * self.scale.expand(len(x), -1)
+
+
+class Repeated(_Hidden):
+    copies = 2
+
+    def middle(self, x: Tensor) -> Tensor:
+        return torch.tanh(x).repeat(1, 2)
+
+
+class RepeatedInside(_Hidden):
+    copies = 2
+
+    def middle(self, x: Tensor) -> Tensor:
+        return torch.tanh(x).repeat_interleave(2, -1)
+
+
+class StackedCopies(_Hidden):
+    copies = 2
+
+    def middle(self, x: Tensor) -> Tensor:
+        return torch.stack((x.tanh(), x.sigmoid()), -1).flatten(1)
+
+
+class Unflattened(_Hidden):
+    """Units in rows of three, as many as there are."""
+
+    def middle(self, x: Tensor) -> Tensor:
+        return torch.sigmoid(x).unflatten(-1, (-1, 3)).tanh().flatten(1)
+
+
+class UnderModes(_Hidden):
+    """Gradients off and on, and another precision, for parts of the forward pass."""
+
+    def middle(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=False):
+            x = x.float().tanh() * self.scale
+            with torch.enable_grad():
+                gate = x.detach().sigmoid()
+        with torch.enable_grad():
+            x, halved = x * gate, x / 2
+        return x + halved
+
+
+class _Image(nn.Module):
+    """Channels of an image, with something in the middle."""
+
+    channels, read = 8, 8
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter = nn.Conv2d(3, self.channels, 1)
+        self.middle = self.made()
+        self.leave = nn.Conv2d(self.read, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.leave(torch.relu(self.middle(self.enter(x))))
+
+    def made(self) -> nn.Module:
+        raise NotImplementedError
+
+
+class InstanceNormed(_Image):
+    def made(self) -> nn.Module:
+        return nn.InstanceNorm2d(8, affine=True)
+
+
+class Shuffled(_Image):
+    def made(self) -> nn.Module:
+        return nn.Sequential(nn.ChannelShuffle(2), nn.Conv2d(8, 8, 1, groups=2))
+
+
+class ShuffledByHand(_Image):
+    """Channels dealt out to four groups, whose number is the larger factor."""
+
+    def made(self) -> nn.Module:
+        return nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.enter(x)
+        n, c, h, w = x.shape
+        x = x.view(n, 4, -1, h, w).transpose(1, 2).reshape(n, c, h, w)
+        return self.leave(torch.relu(x))
+
+
+class FinePixels(_Image):
+    channels, read = 12, 3
+
+    def made(self) -> nn.Module:
+        return nn.PixelShuffle(2)
+
+
+class CoarsePixels(_Image):
+    read = 32
+
+    def made(self) -> nn.Module:
+        return nn.PixelUnshuffle(2)
+
+
+class Shifted(_Image):
+    """Windows shifted over the image, and back."""
+
+    def made(self) -> nn.Module:
+        return nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.enter(x).roll((1, 1), (2, 3))
+        return self.leave(torch.relu(x).roll((-1, -1), (2, 3)))
+
+
+class Volume(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter = nn.Conv3d(1, 6, 3, padding=1)
+        self.norm = nn.BatchNorm3d(6)
+        self.up = nn.ConvTranspose3d(6, 4, 2, stride=2)
+        self.leave = nn.Conv3d(4, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.max_pool3d(torch.relu(self.norm(self.enter(x))), 2)
+        return self.leave(torch.relu(self.up(x)))
+
+
+class _Bottleneck(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.one = nn.Conv2d(4, 5, 3, padding=1)
+        self.two = nn.Conv2d(5, 4, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + F.silu(self.two(F.silu(self.one(x))))
+
+
+class TwoPaths(nn.Module):
+    """C2f of YOLO: halves of which one goes through blocks, every step of it read."""
+
+    def __init__(self, entering: int, *, by_number: bool) -> None:
+        super().__init__()
+        self.by_number = by_number
+        self.enter = nn.Conv2d(entering, 8, 1)
+        self.blocks = nn.ModuleList(_Bottleneck() for _ in range(2))
+        self.leave = nn.Conv2d(16, 6, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.silu(self.enter(x))
+        parts = list(x.chunk(2, 1) if self.by_number else x.split((4, 4), 1))
+        for block in self.blocks:
+            parts.append(block(parts[-1]))
+        return F.silu(self.leave(torch.cat(parts, 1)))
+
+
+class PooledPaths(nn.Module):
+    """SPPF of YOLO: one tensor pooled again and again, every step of it read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter = nn.Conv2d(6, 5, 1)
+        self.pool = nn.MaxPool2d(3, 1, 1)
+        self.leave = nn.Conv2d(15, 7, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        once = self.pool(x := F.silu(self.enter(x)))
+        return F.silu(self.leave(torch.cat((x, once, self.pool(once)), 1)))
+
+
+class Neck(nn.Module):
+    """A YOLO-style neck: down, pooled, up again, and joined with what was there before."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone = TwoPaths(3, by_number=True)
+        self.down = nn.Conv2d(6, 6, 3, stride=2, padding=1)
+        self.pooled = PooledPaths()
+        self.up = nn.Upsample(scale_factor=2)
+        self.joined = TwoPaths(7 + 6, by_number=False)
+        self.head = nn.Conv2d(6, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        fine = self.backbone(x)
+        coarse = self.pooled(self.down(fine))
+        return self.head(self.joined(torch.cat((self.up(coarse), fine), 1)))
+
+
+class Experts(nn.Module):
+    """All experts on every row, weighted by gates that do not compete."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.router = nn.Linear(4, 3)
+        self.up = nn.Parameter(torch.randn(3, 4, 7))
+        self.down = nn.Parameter(torch.randn(3, 7, 5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        gates = torch.sigmoid(self.router(x))
+        hidden = torch.einsum("rd,edf->ref", x, self.up).relu()
+        return torch.einsum("ref,efo,re->ro", hidden, self.down, gates)
+
+
+_IMAGE = torch.randn(2, 3, 4, 4)
+_ROWS = torch.randn(3, 4)
+_TOKENS = torch.randn(2, 5, 6)
+
+BLOCKS: dict[str, tuple[type[nn.Module], Tensor, dict[str, int]]] = {
+    "attention": (WrittenOut, _TOKENS, {"heads": 4}),
+    "bmm-baddbmm": (BatchedProducts, _TOKENS, {"heads": 4}),
+    "enable-gqa": (GroupedQueries, _TOKENS, {"heads": 2}),
+    "repeated-keys": (RepeatedKeys, _TOKENS, {"heads": 2}),
+    "complex-rotary": (RotaryByComplexNumbers, _TOKENS, {"heads": 4}),
+    "rms-norm": (Normed, _ROWS, {"neurons": 9}),
+    "addmm": (AddedProducts, _ROWS, {"neurons": 9}),
+    "expand": (Expanded, _ROWS, {"neurons": 6}),
+    "repeat": (Repeated, _ROWS, {"neurons": 6}),
+    "repeat-interleave": (RepeatedInside, _ROWS, {"neurons": 6}),
+    "stack": (StackedCopies, _ROWS, {"neurons": 6}),
+    "unflatten": (Unflattened, _ROWS, {"neurons": 2}),
+    "modes": (UnderModes, _ROWS, {"neurons": 6}),
+    "instance-norm": (InstanceNormed, _IMAGE, {"enter.channels": 8}),
+    "channel-shuffle": (
+        Shuffled,
+        _IMAGE,
+        {"enter.channels.2": 2, "middle.1.channels": 4},
+    ),
+    "shuffle-by-hand": (ShuffledByHand, _IMAGE, {"enter.channels": 2}),
+    "pixel-shuffle": (FinePixels, _IMAGE, {"enter.channels": 3}),
+    "pixel-unshuffle": (CoarsePixels, _IMAGE, {"enter.channels": 8}),
+    "roll": (Shifted, _IMAGE, {"enter.channels": 8}),
+    "conv3d": (Volume, torch.randn(2, 1, 4, 4, 4), {"enter.channels": 6, "up.channels": 4}),
+    "yolo-neck": (
+        Neck,
+        _IMAGE,
+        {
+            "backbone.enter.channels": 4,
+            "backbone.blocks.0.one.channels": 5,
+            "backbone.blocks.1.one.channels": 5,
+            "backbone.leave.channels": 6,
+            "down.channels": 6,
+            "pooled.enter.channels": 5,
+            "pooled.leave.channels": 7,
+            "joined.enter.channels": 4,
+            "joined.enter.channels.2": 4,
+            "joined.blocks.0.one.channels": 5,
+            "joined.blocks.1.one.channels": 5,
+            "joined.leave.channels": 6,
+        },
+    ),
+    "experts": (Experts, _ROWS, {"neurons": 7, "router.neurons": 3}),
+}
+"""Networks, an example input, and the prunable groups with their units."""
