@@ -9,7 +9,11 @@ from __future__ import annotations
 import dataclasses
 import enum
 import math
+import reprlib
 import time
+import types
+import typing
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
@@ -17,10 +21,11 @@ from typing import Any, ClassVar, Protocol, cast
 
 import torch
 
-from solvers.errors import BackendError
+from solvers.errors import BackendError, ProblemError
 from solvers.problem import SubsetProblem
 from solvers.refit import refit
 from solvers.solution import Selection, Solution
+from solvers.values import as_number, as_whole
 
 ENTRY_POINTS = "osscar.backends"
 
@@ -153,26 +158,111 @@ def _describe(name: str) -> BackendInfo:
     return BackendInfo(name, cls.kind, cls.summary, options, cls.capabilities, cls.available())
 
 
-def make_backend(name: str, **options: Any) -> Backend:
+def make_backend(name: str, /, **options: Any) -> Backend:
     """Return the backend `name` with its options set.
+
+    Values are checked against the annotations of the backend's fields: whole numbers of any type
+    become int, real ones float, and sequences tuples.  Infinity is for the backend to refuse.
 
     Raises
     ------
     BackendError
-        If it is unknown, not available here, or has no such option.
+        If it is unknown, not available here, has no such option, or the option takes no such value.
     """
+    return _make(name, options)
+
+
+def _make(name: str, options: Mapping[str, Any]) -> Backend:
     cls = backend_class(name)
     reason = cls.available()
     if reason is not None:
         raise BackendError(f"backend {name!r} is not available: {reason}")
-    known = [f.name for f in dataclasses.fields(cast(Any, cls))]
-    unknown = sorted(set(options) - set(known))
+    known = [f.name for f in dataclasses.fields(cast(Any, cls)) if f.init]
+    unknown = sorted(str(key) for key in options if key not in known)
     if unknown:
         raise BackendError(
             f"backend {name!r} has no option {', '.join(unknown)}; "
             f"it has {', '.join(known) or 'none'}"
         )
-    return cls(**options)
+    expected = _annotations(cls)
+    values = {}
+    for key, value in options.items():
+        values[key] = _converted(value, expected.get(key, Any))
+        if values[key] is _REFUSED:
+            raise BackendError(
+                f"backend {name!r}: {key} is {reprlib.repr(value)}; it must be "
+                f"{_spelled(expected[key])}"
+            )
+    chosen = cls(**values)
+    # The backend's own check had the first word: it knows more to say.
+    nan = [key for key, value in values.items() if isinstance(value, float) and math.isnan(value)]
+    if nan:
+        raise BackendError(f"backend {name!r}: {nan[0]} is nan; it must be a number")
+    return chosen
+
+
+_REFUSED = object()
+"""What `_converted` returns in place of a value that an annotation does not admit."""
+
+
+def _annotations(cls: type[Backend]) -> dict[str, Any]:
+    """Return the types of a backend's fields; none where they cannot be evaluated."""
+    try:
+        return typing.get_type_hints(cls)
+    except (NameError, TypeError, AttributeError):
+        # Names that only a type checker imports: the backend then has to check for itself.
+        return {}
+
+
+def _converted(value: Any, annotation: Any) -> Any:
+    """Return an option's value as its annotation wants it, or `_REFUSED`."""
+    if annotation is int:
+        whole = as_whole(value)
+        return _REFUSED if whole is None else whole
+    if annotation is float:
+        try:
+            return as_number("option", value)
+        except ProblemError:
+            return _REFUSED
+    if annotation in (bool, str, types.NoneType):
+        return value if isinstance(value, annotation) else _REFUSED
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin in (typing.Union, types.UnionType):
+        return _first_converted(value, arguments)
+    if origin is tuple and arguments[1:] == (...,):
+        return _converted_tuple(value, arguments[0])
+    return value
+
+
+def _first_converted(value: Any, annotations: tuple[Any, ...]) -> Any:
+    for annotation in annotations:
+        converted = _converted(value, annotation)
+        if converted is not _REFUSED:
+            return converted
+    return _REFUSED
+
+
+def _converted_tuple(value: Any, annotation: Any) -> Any:
+    if isinstance(value, str | bytes | Mapping):
+        return _REFUSED
+    try:
+        members = tuple(_converted(member, annotation) for member in value)
+    except TypeError:
+        return _REFUSED
+    refused = any(member is _REFUSED for member in members)
+    return _REFUSED if refused else members
+
+
+def _spelled(annotation: Any) -> str:
+    """Return a type as its annotation is written."""
+    if annotation is types.NoneType:
+        return "None"
+    arguments = typing.get_args(annotation)
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        return " | ".join(_spelled(argument) for argument in arguments)
+    return (
+        annotation.__name__ if isinstance(annotation, type) and not arguments else str(annotation)
+    )
 
 
 def solve(
@@ -181,7 +271,8 @@ def solve(
     *,
     device: str | torch.device | None = None,
     bound: bool = False,
-    **options: Any,
+    options: Mapping[str, Any] | None = None,
+    **more_options: Any,
 ) -> Solution:
     """Solve a subset problem with the named backend, and refit on what it chose.
 
@@ -196,8 +287,8 @@ def solve(
     bound
         Whether to add the `perspective` lower bound where the backend gives none, so that
         `Solution.gap` is a number.
-    **options
-        Options of the named backend.
+    options, **more_options
+        Options of the named backend, as a mapping of their names or by name.
 
     Returns
     -------
@@ -209,7 +300,7 @@ def solve(
     BackendError
         If the backend is unknown, unavailable, or cannot take this problem.
     ProblemError
-        If H turns out not to be positive definite.
+        If the problem turns out to be ill posed (`Consumer.flaw`), before the backend starts.
 
     Examples
     --------
@@ -219,9 +310,15 @@ def solve(
     >>> solve(problem, "enumerate").loss <= solve(problem, "magnitude").loss
     True
     """
+    if not isinstance(options, Mapping | None):
+        raise BackendError(f"options is {reprlib.repr(options)}; it must map names to values")
+    twice = sorted(set(options or {}) & set(more_options))
+    if twice:
+        raise BackendError(f"options {', '.join(twice)} are given twice, by name and in a mapping")
+    given = {**(options or {}), **more_options}
     if isinstance(backend, str):
-        name, chosen = backend, make_backend(backend, **options)
-    elif options:
+        name, chosen = backend, _make(backend, given)
+    elif given:
         raise BackendError("options go with a backend's name; this backend object has its own")
     else:
         name, chosen = type(backend).__name__, backend
@@ -230,6 +327,7 @@ def solve(
     refusal = chosen.capabilities.refusal(problem)
     if refusal is not None:
         raise BackendError(f"backend {name!r} {refusal}; choose another: {_takers(problem, name)}")
+    problem.check_definite()
     start = time.perf_counter()
     try:
         selection = chosen.select(problem)
@@ -238,8 +336,10 @@ def solve(
         if bound and math.isinf(selection.lower_bound):
             selection = _with_bound(problem, selection)
     except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
-        problem.check_definite()
-        raise BackendError(f"backend {name!r}: {error}; raise damp, H is near singular") from error
+        raise BackendError(
+            f"backend {name!r}: H is too close to singular with {_damping(problem)}; build the "
+            f"problem with a larger damp ({error})"
+        ) from error
     return Solution(
         problem=problem,
         backend=name,
@@ -256,6 +356,15 @@ def solve(
         certificate=selection.certificate,
         seconds=time.perf_counter() - start,
     )
+
+
+def _damping(problem: SubsetProblem) -> str:
+    """Name the damping of each consumer, for an error message."""
+    shares = [
+        c.damping / max(float(c.H.diagonal().mean()) - c.damping, c.damping, 1e-300)
+        for c in problem.consumers
+    ]
+    return f"damp={', '.join(f'{share:.2g}' for share in shares)}"
 
 
 def _with_bound(problem: SubsetProblem, selection: Selection) -> Selection:

@@ -84,8 +84,7 @@ class MultiplierCertificate:
         """Return the bound with its slopes, of one node that leaves all units free."""
         removals = inverses.units - keep
         self._check_ranges(inverses.units, removals)
-        everything = torch.arange(inverses.units, device=self.q.device)[None]
-        nodes = inverses.given(everything[:, :0], everything)
+        nodes = inverses.unconditioned()
         a, Q = nodes.aggregate(self.share[None], self.shape[None])
         return nodes.linearize(a, Q, self.q[None], self.point[None], removals)
 
@@ -132,6 +131,12 @@ class Inverses:
             problem.units,
         )
 
+    def unconditioned(self) -> ConditionedNodes:
+        """Return the node that leaves all units free."""
+        parts = tuple((A[None], W[None], width) for A, W, width in self.consumers)
+        spent = torch.full((1,), self.constant, dtype=torch.float64, device=parts[0][0].device)
+        return ConditionedNodes(parts, spent)
+
     def given(self, removed: Tensor, free: Tensor) -> ConditionedNodes:
         """Condition on units that go, (b, r), and on those that stay: all but the `free`, (b, f).
 
@@ -171,15 +176,18 @@ class ConditionedNodes:
     def aggregate(self, share: Tensor, shape: Tensor) -> tuple[Tensor, Tensor]:
         """Return a, (b, f), and Q, (b, f, f), of the multipliers of `share` and `shape`, (b, f)."""
         x = share.clamp(LEAST_SHARE, 1.0)
+        b, f = x.shape
         a = torch.zeros_like(x)
-        Q = x.new_zeros(*x.shape, x.shape[1])
+        Q = x.new_zeros(b, f, f)
         for A, W, w in self.consumers:
-            b, f = x.shape
-            weight = torch.diag_embed(shape * (1 / x - 1))
-            penalty = weight.repeat_interleave(w, 1).repeat_interleave(w, 2) * A
-            Y = torch.linalg.solve(A + penalty, W) / x.repeat_interleave(w, 1)[:, :, None]
+            M = A.clone()
+            blocks = M.view(b, f, w, f, w).diagonal(dim1=1, dim2=3)
+            blocks.mul_((1 + shape * (1 / x - 1))[:, None, None, :])
+            Y = torch.cholesky_solve(W, torch.linalg.cholesky(M, out=M))
+            Y /= x.repeat_interleave(w, 1)[:, :, None]
+            del M, blocks
             a += (Y * W).reshape(b, f, -1).sum(2)
-            Q += (A * (Y @ Y.mT)).reshape(b, f, w, f, w).sum((2, 4))
+            Q += (Y @ Y.mT).mul_(A).view(b, f, w, f, w).sum((2, 4))
         return a, (Q + Q.mT) / 2
 
     def linearize(
@@ -192,9 +200,11 @@ class ConditionedNodes:
         VerificationError
             If ``Diag(q) - Q`` is not positive semidefinite in some node.
         """
-        P = torch.diag_embed(q) - Q
+        P = -Q
+        P.diagonal(dim1=1, dim2=2).add_(q)
         scale = q.rsqrt()
-        if bool(torch.linalg.cholesky_ex(P * scale[:, :, None] * scale[:, None, :]).info.any()):
+        scaled = (P * scale[:, :, None]).mul_(scale[:, None, :])
+        if bool(torch.linalg.cholesky_ex(scaled).info.any()):
             raise VerificationError("the certificate's q does not dominate Q: no bound follows")
         Px = (P @ point[:, :, None])[:, :, 0]
         g = 2 * a - q + 2 * Px

@@ -5,13 +5,36 @@ from __future__ import annotations
 import math
 import warnings
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from solvers.errors import ProblemError
+from solvers.values import (
+    as_number,
+    as_tensor,
+    asymmetry,
+    check_energy,
+    check_entries,
+)
+
+DEFINITE_MARGIN = 1e-8
+"""The least eigenvalue that H, scaled to a unit diagonal, has in a problem that is well posed.
+
+Searches, bounds and certificates factorize blocks of the inverse of H again, which squares its
+condition: below the square root of the machine's precision, even the signs of what they find are
+rounding.  At 1e-9, one certificate in twenty did not survive being recomputed.
+"""
+
+_ROOM = 2.0
+"""Damping exceeds the margin by this factor, so that no other computer refuses what it gave."""
 
 _DAMP_LADDER = (1e-10, 1e-8, 1e-6, 1e-4)
+_ASYMMETRY = 1e-2
+"""Relative to the largest diagonal entry: what a product in bfloat16 can leave is averaged away."""
+
+_EPS = torch.finfo(torch.float64).eps
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,6 +46,89 @@ class DampedTerms:
     e: float
     W0: Tensor
     damping: float
+
+
+# ---- the quadratic loss ------------------------------------------------------------------------
+
+
+def quadratic(H: Tensor, G: Tensor, e: float, W: Tensor) -> float:
+    """Return ``tr(W'HW) - 2 tr(W'G) + e``.
+
+    Parameters
+    ----------
+    H, G, e
+        Quadratic terms.
+    W
+        Any weights, (p, m).
+    """
+    # Row by row: rounding grows with p + m, not with p m.
+    return float((W * (H @ W - 2 * G)).sum(1).sum()) + e
+
+
+def quadratic_rounding(
+    H: Tensor, G: Tensor, e: float, W: Tensor, responses: int | None = None
+) -> float:
+    """Return by how much rounding can have changed what `quadratic` returns.
+
+    The sums of products of p, of m, and of p numbers again: at most ``2 p + m`` roundings, each
+    relative to the sum of magnitudes (Higham, "Accuracy and Stability of Numerical Algorithms",
+    2002, section 3.1).
+
+    Parameters
+    ----------
+    H, G, e, W
+        As for `quadratic`.
+    responses
+        How many columns G had before it was rotated into fewer; by default as many as now.
+    """
+    p, m = W.shape
+    size = e + float((W.abs() * (H.abs() @ W.abs() + 2 * G.abs())).sum())
+    return _EPS * (2 * p + (responses or m) + 8) * size
+
+
+def is_definite(H: Tensor, margin: float = DEFINITE_MARGIN) -> bool:
+    """Return whether H, scaled to a unit diagonal, has no eigenvalue below a margin.
+
+    The scale of single inputs is no matter of conditioning: refits and bounds do not depend on it.
+    """
+    scale = H.diagonal().rsqrt()
+    scaled = (H * scale).mul_(scale[:, None])
+    scaled.diagonal().fill_(1.0 - margin)
+    return int(torch.linalg.cholesky_ex(scaled).info) == 0
+
+
+def unexplained(H: Tensor, G: Tensor, e: float) -> tuple[float, float]:
+    """Return the least loss of any weights, and the sum of magnitudes that it is the rest of.
+
+    Parameters
+    ----------
+    H
+        Positive definite, (p, p).
+    G, e
+        Quadratic terms.
+    """
+    W = torch.cholesky_solve(G, torch.linalg.cholesky(H))
+    size = e + float((W.abs() * (H.abs() @ W.abs() + 2 * G.abs())).sum())
+    return quadratic(H, G, e, W), size
+
+
+def consistency(dtype: torch.dtype = torch.float64) -> float:
+    """Return how far e may lie below what G explains, relative to the sum of magnitudes.
+
+    Two thirds of the digits of statistics are believed; the others went in summing up many samples.
+    """
+    return float((torch.finfo(dtype).eps if dtype.is_floating_point else _EPS) ** (2 / 3))
+
+
+def inconsistency(e: float, least: float) -> str:
+    """Return the sentence that refuses an e with a negative least loss."""
+    return (
+        f"e is {e:.6g}, with which the best weights have a loss of {least:.3g}, and no loss is "
+        f"negative: e = |Y|^2/N must be at least {e - least:.6g} for these G and H"
+    )
+
+
+# ---- damping -----------------------------------------------------------------------------------
 
 
 def damp_terms(
@@ -40,52 +146,83 @@ def damp_terms(
     W0
         Dense weights, (p, m).
     G, e
-        ``X'Y/N``, (p, m), and ``|Y|^2/N``; by default those of the target ``Y = X W0``.
+        ``X'Y/N``, (p, m), and ``|Y|^2/N``; by default those of the target ``Y = X W0``.  Where e is
+        less than G explains, by no more than the rounding of their format, it is raised to that.
     damp
         lambda relative to the mean of the diagonal of `H`.  Raised, with a warning, where `H` is so
-        close to singular that it cannot be factorized.
+        close to singular that hardly a digit of its inverse is left (`DEFINITE_MARGIN`).
 
     Raises
     ------
     ProblemError
-        If the input is not finite, has a wrong shape, or is far from positive semidefinite.
+        If the input is not finite, has a wrong shape or type, is far from positive semidefinite, or
+        if e is less than G explains.
     """
+    H, W0, given = _matrices(H, W0, G)
+    digits = max(consistency(t.dtype) for t in (H, W0 if given is None else given))
     H, W0 = H.to(torch.float64), W0.to(torch.float64)
-    if H.ndim != 2 or W0.ndim != 2 or H.shape != (len(W0), len(W0)) or W0.numel() == 0:
-        raise ProblemError(
-            f"H must be (p, p) and W0 (p, m), not {tuple(H.shape)} and {tuple(W0.shape)}"
-        )
+    damp = as_number("damp", damp)
     if not math.isfinite(damp) or damp < 0:
         raise ProblemError(f"damp is {damp}; it must be finite and not negative")
-    if (G is None) != (e is None):
+    if (given is None) != (e is None):
         raise ProblemError("G and e describe one target: give both, or neither")
-    for name, value in (("H", H), ("W0", W0), ("G", G)):
-        if value is not None and not bool(torch.isfinite(value).all()):
-            raise ProblemError(f"{name} has NaN or infinite entries; check weights and activations")
-    H = (H + H.T).div_(2)
-    diagonal = H.diagonal().clone()
-    if float(diagonal.min()) < 0:
-        raise ProblemError(
-            f"H has {float(diagonal.min()):.3g} on its diagonal; a Gram matrix has nothing negative"
-        )
-    dead = diagonal == 0
+    H = _averaged(H)
+    dead = H.diagonal() == 0
     W0 = torch.where(dead[:, None], 0.0, W0)
-    if G is None or e is None:
-        G = H @ W0
-        e = float((W0 * G).sum())
+    if given is None or e is None:
+        target = H @ W0
+        # A mean squared norm up to rounding.
+        energy = max(float((W0 * target).sum(1).sum()), 0.0)
     else:
-        G = torch.where(dead[:, None], 0.0, G.to(torch.float64))
+        target = torch.where(dead[:, None], 0.0, given.to(torch.float64))
+        energy = as_number("e", e)
+    check_energy(energy)
     # A dead row is decoupled from all others; any positive diagonal keeps it so.
-    mean = float(diagonal.mean())
+    mean = float(H.diagonal().mean())
     H.diagonal().add_(torch.where(dead, mean or 1.0, 0.0))
     damping = _damp_until_definite(H, damp, mean)
-    return DampedTerms(
-        H=H,
-        G=G.add(W0, alpha=damping),
-        e=max(e, 0.0) + damping * float(W0.square().sum()),
-        W0=W0,
-        damping=damping,
-    )
+    target = target.add(W0, alpha=damping)
+    energy += damping * float(W0.square().sum())
+    check_energy(energy)
+    if given is not None:
+        energy = _raised(H, target, energy, digits)
+    return DampedTerms(H, target, energy, W0, damping)
+
+
+def _matrices(H: Any, W0: Any, G: Any) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return the matrices in the formats they have, their shapes and entries checked."""
+    H, W0 = as_tensor("H", H), as_tensor("W0", W0)
+    if H.ndim != 2 or W0.ndim != 2 or H.shape != (len(W0), len(W0)) or W0.numel() == 0:
+        raise ProblemError(
+            f"H must be (p, p) and W0 (p, m), neither empty, not {tuple(H.shape)} and "
+            f"{tuple(W0.shape)}"
+        )
+    matrices = {"H": H, "W0": W0}
+    if G is not None:
+        matrices["G"] = as_tensor("G", G)
+        if matrices["G"].shape != W0.shape:
+            raise ProblemError(
+                f"G must have the shape of W0, {tuple(W0.shape)}, not {tuple(matrices['G'].shape)}"
+            )
+    for name, value in matrices.items():
+        if value.device != H.device:
+            raise ProblemError(f"H is on {H.device}, and {name} on {value.device}; move them")
+        check_entries(name, value)
+    return H, W0, matrices.get("G")
+
+
+def _averaged(H: Tensor) -> Tensor:
+    """Return the symmetric part of a matrix that is a Gram matrix up to rounding."""
+    least = float(H.diagonal().min())
+    if least < 0:
+        raise ProblemError(f"H has {least:.3g} on its diagonal; a Gram matrix has nothing negative")
+    skew = asymmetry(H)
+    if skew > _ASYMMETRY:
+        raise ProblemError(
+            f"H is not symmetric: entries differ by up to {skew:.3g} of the largest on the "
+            "diagonal; check that it is X'X/N"
+        )
+    return (H + H.T).div_(2)
 
 
 def _damp_until_definite(H: Tensor, damp: float, mean: float) -> float:
@@ -94,7 +231,8 @@ def _damp_until_definite(H: Tensor, damp: float, mean: float) -> float:
     for level in (damp, *(step for step in _DAMP_LADDER if step > damp)):
         H.diagonal().add_(level * mean - added)
         added = level * mean
-        if int(torch.linalg.cholesky_ex(H).info) == 0:
+        check_entries("H with its damping", H.diagonal())
+        if is_definite(H, _ROOM * DEFINITE_MARGIN):
             if level > damp:
                 warnings.warn(
                     f"H is singular with damp={damp:g}; going on with damp={level:g}. "
@@ -106,3 +244,11 @@ def _damp_until_definite(H: Tensor, damp: float, mean: float) -> float:
         f"H is not positive semidefinite: damp={max(damp, _DAMP_LADDER[-1]):g} does not make it "
         "definite; check that it is X'X/N"
     )
+
+
+def _raised(H: Tensor, G: Tensor, e: float, digits: float) -> float:
+    """Return e, raised to what G explains where only rounding makes it less."""
+    least, size = unexplained(H, G, e)
+    if least < -digits * size:
+        raise ProblemError(inconsistency(e, least))
+    return e - min(least, 0.0)

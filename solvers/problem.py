@@ -15,15 +15,28 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+import reprlib
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from solvers import storage
 from solvers.errors import ProblemError
-from solvers.gram import damp_terms
+from solvers.gram import consistency, damp_terms, inconsistency, is_definite, unexplained
+from solvers.values import (
+    as_number,
+    as_tensor,
+    as_whole,
+    asymmetry,
+    check_diagonal,
+    check_energy,
+    check_entries,
+)
 
 FORMAT = "osscar-subset-problem/1"
 NO_ROW = -1
@@ -43,7 +56,7 @@ class Consumer:
     Parameters
     ----------
     H
-        Hessian, damping included, (p, p) float64, positive definite.
+        Hessian, damping included, (p, p) float64, positive definite (`flaw`).
     G
         Correlation of inputs and targets, damping included, (p, m) float64.
     e
@@ -55,6 +68,8 @@ class Consumer:
         rows once; a unit with fewer than w rows is filled up with ``NO_ROW``.
     damping
         The lambda that `H`, `G` and `e` include.
+
+    Arrays are copied into tensors, and gradients are left behind.
 
     Raises
     ------
@@ -71,13 +86,23 @@ class Consumer:
     damping: float = 0.0
 
     def __post_init__(self) -> None:
+        for name in _TENSORS:
+            object.__setattr__(self, name, as_tensor(name, getattr(self, name)))
+        for name in ("e", "damping"):
+            object.__setattr__(self, name, as_number(name, getattr(self, name)))
         p = self._check_shapes()
         for name in ("H", "G", "W0"):
-            if not bool(torch.isfinite(getattr(self, name)).all()):
-                raise ProblemError(f"{name} has NaN or infinite entries; check the activations")
-        if not math.isfinite(self.e) or self.e < 0:
-            raise ProblemError(f"e is {self.e}; a mean squared norm is finite and not negative")
-        self._check_symmetry()
+            check_entries(name, getattr(self, name))
+        check_energy(self.e)
+        if not math.isfinite(self.damping) or self.damping < 0:
+            raise ProblemError(f"damping is {self.damping}; it must be finite and not negative")
+        check_diagonal(self.H)
+        skew = asymmetry(self.H)
+        if skew > _SYMMETRY_TOLERANCE:
+            raise ProblemError(
+                f"H is not symmetric: entries differ by up to {skew:.3g} of the largest on the "
+                "diagonal"
+            )
         owned = self.rows[self.rows != NO_ROW].sort().values
         if not torch.equal(owned, torch.arange(p, device=owned.device)):
             raise ProblemError(
@@ -108,11 +133,14 @@ class Consumer:
         Raises
         ------
         ProblemError
-            If the input is not finite, has a wrong shape, or is far from positive semidefinite.
+            If the input is not finite, has a wrong shape or type, is far from positive
+            semidefinite, or if `e` is less than `G` explains.
         """
         terms = damp_terms(H, W0, G=G, e=e, damp=damp)
         rows = _unit_rows(units, len(terms.H)).to(terms.H.device)
-        return cls(terms.H, terms.G, terms.e, terms.W0, rows, terms.damping)
+        consumer = cls(terms.H, terms.G, terms.e, terms.W0, rows, terms.damping)
+        consumer._remember_flaw(None)  # Damping has just made sure of it.
+        return consumer
 
     def _check_shapes(self) -> int:
         for name in ("H", "G", "W0"):
@@ -123,7 +151,10 @@ class Consumer:
                 )
         p = self.H.shape[0]
         if self.H.shape != (p, p) or p == 0:
-            raise ProblemError(f"H must be square and not empty, not {tuple(self.H.shape)}")
+            raise ProblemError(
+                f"H must be square and not empty, not {tuple(self.H.shape)}; leave out a consumer "
+                "of which no unit owns a row"
+            )
         if self.G.shape[0] != p or self.G.shape != self.W0.shape:
             raise ProblemError(
                 f"G and W0 must both be ({p}, m), not {tuple(self.G.shape)} "
@@ -134,22 +165,30 @@ class Consumer:
                 f"rows must be an int64 matrix (units, width), not {self.rows.dtype} "
                 f"of {tuple(self.rows.shape)}"
             )
+        for name in _TENSORS:
+            device = getattr(self, name).device
+            if device != self.H.device:
+                raise ProblemError(f"H is on {self.H.device}, and {name} on {device}; move them")
         return p
 
-    def _check_symmetry(self) -> None:
-        diagonal = self.H.diagonal()
-        if float(diagonal.min()) <= 0:
-            raise ProblemError(
-                f"H has {float(diagonal.min()):.3g} on its diagonal (row {int(diagonal.argmin())}) "
-                "and must be positive definite: build it with from_gram and damp > 0"
+    @cached_property
+    def flaw(self) -> str | None:
+        """Why these terms describe no least-squares problem, or None.
+
+        H has to be positive definite with a margin, and e at least what G explains, so that no
+        loss is negative.  Finding that out takes two factorizations, and is done once.
+        """
+        if not is_definite(self.H):
+            return (
+                "H is not positive definite, or too close to singular: check that it is X'X/N, and "
+                "build the problem with from_gram and damp > 0"
             )
-        # Row blocks: a whole H - H' would cost another p^2 doubles.
-        asymmetry = max(
-            float((self.H[i : i + 256] - self.H[:, i : i + 256].T).abs().max())
-            for i in range(0, len(self.H), 256)
-        )
-        if asymmetry > _SYMMETRY_TOLERANCE * float(diagonal.max()):
-            raise ProblemError(f"H is not symmetric: entries differ by up to {asymmetry:.3g}")
+        least, size = unexplained(self.H, self.G, self.e)
+        return inconsistency(self.e, least) if least < -consistency() * size else None
+
+    def _remember_flaw(self, flaw: str | None) -> None:
+        """Set what `flaw` is known to be: this is where the property keeps it."""
+        vars(self)["flaw"] = flaw
 
     @property
     def width(self) -> int:
@@ -163,7 +202,13 @@ class Consumer:
 
     def to(self, device: torch.device | str) -> Consumer:
         """Return this consumer with its tensors on `device`."""
-        return replace(self, **{name: getattr(self, name).to(device) for name in _TENSORS})
+        tensors = {name: getattr(self, name).to(device) for name in _TENSORS}
+        if all(tensor is getattr(self, name) for name, tensor in tensors.items()):
+            return self
+        moved = replace(self, **tensors)
+        if "flaw" in vars(self):
+            moved._remember_flaw(self.flaw)
+        return moved
 
 
 @dataclass(frozen=True, eq=False)
@@ -182,7 +227,8 @@ class SubsetProblem:
     Raises
     ------
     ProblemError
-        If there is no consumer, the consumers disagree on n, or `keep` is out of range.
+        If there is no consumer, the consumers disagree on n or on the device, `keep` is out of
+        range, or `name` is no string.
 
     Examples
     --------
@@ -198,15 +244,33 @@ class SubsetProblem:
     name: str = ""
 
     def __post_init__(self) -> None:
-        if not self.consumers:
+        self._check_consumers()
+        keep = as_whole(self.keep)
+        if keep is None or not 0 < keep <= self.units:
+            raise ProblemError(
+                f"keep is {reprlib.repr(self.keep)}; it must be a whole number from 1 to the "
+                f"{self.units} units"
+            )
+        object.__setattr__(self, "keep", keep)
+        if not isinstance(self.name, str):
+            raise ProblemError(f"name is {reprlib.repr(self.name)}; it must be a string")
+
+    def _check_consumers(self) -> None:
+        consumers = tuple(self.consumers) if isinstance(self.consumers, Iterable) else (None,)
+        for consumer in consumers:
+            if not isinstance(consumer, Consumer):
+                raise ProblemError(
+                    f"consumers must be a tuple of Consumer, not {reprlib.repr(self.consumers)}"
+                )
+        object.__setattr__(self, "consumers", consumers)
+        if not consumers:
             raise ProblemError("a problem needs at least one consumer")
         counts = [len(consumer.rows) for consumer in self.consumers]
         if len(set(counts)) != 1:
             raise ProblemError(f"consumers disagree on the number of units: {counts}")
-        if not isinstance(self.keep, int) or not 0 < self.keep <= counts[0]:
-            raise ProblemError(
-                f"keep is {self.keep!r}; it must be a whole number from 1 to the {counts[0]} units"
-            )
+        devices = sorted({str(consumer.H.device) for consumer in self.consumers})
+        if len(devices) != 1:
+            raise ProblemError(f"consumers are on {' and '.join(devices)}; move them to one")
 
     @classmethod
     def from_gram(
@@ -263,19 +327,19 @@ class SubsetProblem:
         return torch.nonzero(~alive).flatten()
 
     def check_definite(self) -> None:
-        """Factorize every H, which costs p^3/3 and is therefore not part of construction.
+        """Check what construction does not, as it takes factorizations: `Consumer.flaw`.
+
+        Done once for each consumer; problems that differ in `keep` share them.
 
         Raises
         ------
         ProblemError
-            If one is not positive definite; `from_gram` never lets such a one through.
+            If an H is not positive definite, or an e less than G explains; what `from_gram` built
+            never is refused.
         """
         for index, consumer in enumerate(self.consumers):
-            if int(torch.linalg.cholesky_ex(consumer.H).info):
-                raise ProblemError(
-                    f"H of consumer {index} is not positive definite: check that it is X'X/N, and "
-                    "build the problem with from_gram and damp > 0"
-                )
+            if consumer.flaw is not None:
+                raise ProblemError(f"consumer {index}: {consumer.flaw}")
 
     def to(self, device: torch.device | str) -> SubsetProblem:
         """Return this problem with its tensors on `device`."""
@@ -296,7 +360,7 @@ class SubsetProblem:
         Raises
         ------
         ProblemError
-            If the suffix is neither.
+            If the suffix is neither, or the file cannot be written.
         """
         header = {
             "format": FORMAT,
@@ -323,7 +387,8 @@ class SubsetProblem:
         Raises
         ------
         ProblemError
-            If the file is missing, is not such a problem, or its H is not positive definite.
+            If the file is missing, is not such a problem, or describes no least-squares problem
+            (`Consumer.flaw`).
         """
         header, tensors = storage.read(path)
         if not isinstance(header, dict) or header.get("format") != FORMAT:
@@ -332,31 +397,53 @@ class SubsetProblem:
             consumers = tuple(
                 Consumer(
                     **{key: tensors[f"{i}.{key}"] for key in _TENSORS},
-                    e=float(terms["e"]),
-                    damping=float(terms["damping"]),
+                    e=terms["e"],
+                    damping=terms["damping"],
                 )
                 for i, terms in enumerate(header["consumers"])
             )
             problem = cls(consumers, header["keep"], header["name"])
-        except ProblemError:
-            raise
-        except (KeyError, TypeError, ValueError) as error:
+            problem.check_definite()
+        except ProblemError as error:
+            raise ProblemError(f"{path}: {error}") from error
+        except (KeyError, TypeError) as error:
             raise ProblemError(f"{path} is not a complete problem file: {error!r}") from error
-        problem.check_definite()
         return problem
 
 
-def _unit_rows(units: Units | None, p: int) -> Tensor:
+def _unit_rows(units: Any, p: int) -> Tensor:
     """Return the (n, w) rows of each unit."""
-    if isinstance(units, Tensor):
-        return units.to(torch.int64)
-    if units is None or isinstance(units, int):
-        n = p if units is None else units
-        if n <= 0 or p % n:
-            raise ProblemError(f"{p} rows cannot be shared equally by {n} units")
-        return torch.arange(p).view(n, p // n)
-    if not units:
+    count = p if units is None else as_whole(units)
+    if count is not None:
+        if count <= 0 or p % count:
+            raise ProblemError(f"{p} rows cannot be shared equally by {count} units")
+        return torch.arange(p).view(count, p // count)
+    if isinstance(units, Tensor | np.ndarray):
+        rows = as_tensor("units", units)
+        if rows.ndim != 2 or rows.is_floating_point() or rows.dtype is torch.bool:
+            raise ProblemError(
+                "units must be a matrix (units, width) of whole numbers, not "
+                f"{rows.dtype} of {tuple(rows.shape)}"
+            )
+        return rows.to(torch.int64)
+    listed = _listed(units)
+    if not listed:
         raise ProblemError("units is empty; name the rows of at least one unit")
-    width = max(1, *(len(rows) for rows in units))
-    filled = [list(rows) + [NO_ROW] * (width - len(rows)) for rows in units]
+    width = max(1, *(len(rows) for rows in listed))
+    filled = [rows + [NO_ROW] * (width - len(rows)) for rows in listed]
     return torch.tensor(filled, dtype=torch.int64)
+
+
+def _listed(units: Any) -> list[list[int]]:
+    """Return the rows of each unit as plain lists."""
+    try:
+        listed = [[as_whole(row) for row in rows] for rows in units]
+    except TypeError:
+        listed = [[None]]
+    checked = [[row for row in rows if row is not None and row >= 0] for rows in listed]
+    if checked != listed:
+        raise ProblemError(
+            f"units is {reprlib.repr(units)}; it must be a number of units, or for each unit the "
+            "rows that it owns, counted from 0"
+        )
+    return checked

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
+from solvers.gram import quadratic, quadratic_rounding
 from solvers.problem import SubsetProblem
 
 
@@ -35,7 +38,7 @@ def refit(problem: SubsetProblem, support: Tensor) -> tuple[tuple[Tensor, ...], 
     return tuple(weights), quadratic_loss(problem, weights)
 
 
-def quadratic_loss(problem: SubsetProblem, weights: list[Tensor] | tuple[Tensor, ...]) -> float:
+def quadratic_loss(problem: SubsetProblem, weights: Sequence[Tensor]) -> float:
     """Return ``tr(W'HW) - 2 tr(W'G) + e``, summed over the consumers, for any weights.
 
     Parameters
@@ -45,7 +48,18 @@ def quadratic_loss(problem: SubsetProblem, weights: list[Tensor] | tuple[Tensor,
     weights
         For each consumer, (p, m) float64.
     """
-    return sum(
-        max(float((W * (c.H @ W)).sum() - 2 * (W * c.G).sum()) + c.e, 0.0)
-        for c, W in zip(problem.consumers, weights, strict=True)
-    )
+    pairs = zip(problem.consumers, weights, strict=True)
+    # The sum is what is minimized, so rounding below zero is taken from the sum as well.
+    return max(sum(quadratic(c.H, c.G, c.e, W) for c, W in pairs), 0.0)
+
+
+def loss_rounding(problem: SubsetProblem, weights: Sequence[Tensor]) -> float:
+    """Return by how much rounding can have changed what `quadratic_loss` returns.
+
+    Parameters
+    ----------
+    problem, weights
+        As for `quadratic_loss`.
+    """
+    pairs = zip(problem.consumers, weights, strict=True)
+    return sum(quadratic_rounding(c.H, c.G, c.e, W) for c, W in pairs)

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+import struct
+import tokenize
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +16,25 @@ import numpy as np
 import safetensors
 import safetensors.torch
 import torch
+from numpy.lib import format as npy
 from torch import Tensor
 
 from solvers.errors import ProblemError
 
 _HEADER = "header"
+_LONGEST_HEADER = 1 << 20
+"""Characters; a thousand consumers take a tenth of that."""
+
 _UNREADABLE = (
-    *(KeyError, TypeError, ValueError, OSError, EOFError),
-    *(zipfile.BadZipFile, safetensors.SafetensorError),
+    # What the fields of a foreign file do to the code below, to json and to the readers of arrays:
+    # wrong names, types, values, and files that end too soon.
+    *(KeyError, IndexError, TypeError, ValueError, OverflowError, OSError, EOFError, struct.error),
+    # The header of an array is a Python literal, which numpy hands to Python's parser.
+    *(SyntaxError, tokenize.TokenError),
+    # Deep nesting is a RecursionError, an unknown compression a NotImplementedError, and
+    # encryption a RuntimeError, of which the first two are kinds.
+    *(RuntimeError, MemoryError),
+    *(zipfile.BadZipFile, zlib.error, safetensors.SafetensorError),
 )
 
 
@@ -31,11 +46,15 @@ def write(path: str | os.PathLike[str], header: dict[str, Any], tensors: dict[st
     Raises
     ------
     ProblemError
-        If the suffix is neither ``.npz`` nor ``.safetensors``.
+        If the suffix is neither ``.npz`` nor ``.safetensors``, the header is too long, or the file
+        cannot be written.
     """
     suffix = _known_suffix(path)
     text = json.dumps(header)
-    partial = Path(f"{os.fspath(path)}.partial")
+    if len(text) > _LONGEST_HEADER:
+        raise ProblemError(f"{path}: the header takes {len(text)} characters; shorten the name")
+    # Another process may be writing the same file.
+    partial = Path(f"{os.fspath(path)}.{os.getpid()}.partial")
     on_cpu = {key: value.cpu().contiguous() for key, value in tensors.items()}
     try:
         if suffix == ".npz":
@@ -46,8 +65,19 @@ def write(path: str | os.PathLike[str], header: dict[str, Any], tensors: dict[st
         else:
             safetensors.torch.save_file(on_cpu, partial, metadata={_HEADER: text})
         partial.replace(path)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise ProblemError(f"{path} cannot be written: {error}") from error
     finally:
+        _remove(partial)
+
+
+def _remove(partial: Path) -> None:
+    """Remove what is left of a file, if anything is."""
+    try:
         partial.unlink(missing_ok=True)
+    except OSError:
+        # Where nothing can be removed, nothing could be written, which has been said.
+        return
 
 
 def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -60,17 +90,65 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor
     """
     suffix = _known_suffix(path)
     try:
-        if suffix == ".npz":
-            with np.load(path, allow_pickle=False) as archive:
-                tensors = {key: torch.from_numpy(archive[key]) for key in archive if key != _HEADER}
-                return json.loads(str(archive[_HEADER])), tensors
-        with safetensors.safe_open(path, framework="pt") as file:
-            header = json.loads((file.metadata() or {})[_HEADER])
-            return header, {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        return _read_npz(path) if suffix == ".npz" else _read_safetensors(path)
     except FileNotFoundError as error:
         raise ProblemError(f"there is no problem file {path}") from error
     except _UNREADABLE as error:
-        raise ProblemError(f"{path} is not a problem file: {error}") from error
+        reason = str(error) or type(error).__name__
+        raise ProblemError(f"{path} is not a problem file: {reason}") from error
+
+
+def _read_safetensors(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    with safetensors.safe_open(path, framework="pt") as file:
+        header = _parsed((file.metadata() or {})[_HEADER])
+        return header, {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+
+
+def _read_npz(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    size = os.stat(path).st_size
+    with zipfile.ZipFile(path) as archive:
+        arrays = {
+            info.filename.removesuffix(".npy"): _read_array(archive, info, size)
+            for info in archive.infolist()
+        }
+    header = _parsed(str(arrays.pop(_HEADER)))
+    return header, {key: torch.from_numpy(array) for key, array in arrays.items()}
+
+
+def _read_array(archive: zipfile.ZipFile, info: zipfile.ZipInfo, size: int) -> np.ndarray[Any, Any]:
+    """Read one member, having checked that it holds as much as it is about to make us allocate.
+
+    Parameters
+    ----------
+    archive, info
+        The member.
+    size
+        Of the whole file, in bytes.
+    """
+    stored = info.file_size if info.compress_type == zipfile.ZIP_STORED else info.compress_size
+    if max(stored, info.compress_size) > size:
+        raise ValueError(f"{info.filename} claims {stored} bytes of a file of {size}")
+    with archive.open(info) as file:
+        version = npy.read_magic(file)
+        if version not in ((1, 0), (2, 0)):
+            raise ValueError(f"{info.filename} is an array of an unknown version {version}")
+        read_header = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
+        shape, _, dtype = read_header(file)
+        claimed, held = math.prod(shape) * dtype.itemsize, info.file_size - file.tell()
+    if claimed != held:
+        raise ValueError(f"{info.filename} claims {claimed} bytes and holds {held}")
+    if info.filename == f"{_HEADER}.npy" and claimed > 4 * _LONGEST_HEADER:
+        raise ValueError(f"the header takes {claimed} bytes")
+    with archive.open(info) as file:
+        array: np.ndarray[Any, Any] = npy.read_array(file, allow_pickle=False)
+        return array
+
+
+def _parsed(text: str) -> dict[str, Any]:
+    if len(text) > _LONGEST_HEADER:
+        raise ValueError(f"the header takes {len(text)} characters")
+    header: dict[str, Any] = json.loads(text)
+    return header
 
 
 def _known_suffix(path: str | os.PathLike[str]) -> str:

@@ -7,7 +7,8 @@ window's rows V,
     e' = e - tr(G_F' inv(H_FF) G_F)
 
 so that the window's loss of a choice is the whole layer's loss of that choice together with F.
-Units outside that are removed are dropped.
+Units outside that are removed are dropped.  A consumer of which the window owns no row is left as
+a constant: e', with one row that nothing correlates with.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from solvers.errors import ProblemError
+from solvers.gram import is_definite, unexplained
 from solvers.pivot import PivotState
 from solvers.problem import NO_ROW, Consumer, SubsetProblem
 
@@ -130,6 +132,21 @@ def _condition(consumer: Consumer, outside: Tensor, units: Tensor) -> Consumer:
         H = H.addmm_(columns.T, columns, alpha=-1)
         G = G.addmm_(columns.T, half, alpha=-1)
         e = max(e - float(half.square().sum()), 0.0)
+    if not len(v):
+        return _constant(consumer, e, len(units))
     rows = torch.full_like(owned, NO_ROW)
     rows[present] = torch.arange(len(v), device=v.device)
-    return replace(consumer, H=(H + H.T) / 2, G=G, e=e, W0=W0, rows=rows)
+    H = (H + H.T) / 2
+    if is_definite(H):
+        # What is left of e may be all rounding, and must not be less than what G' explains.
+        e -= min(unexplained(H, G, e)[0], 0.0)
+    return replace(consumer, H=H, G=G, e=e, W0=W0, rows=rows)
+
+
+def _constant(consumer: Consumer, e: float, units: int) -> Consumer:
+    """Return a consumer whose loss is e whatever stays: the first unit owns its only row."""
+    rows = consumer.rows.new_full((units, 1), NO_ROW)
+    rows[0] = 0
+    nothing = torch.zeros_like(consumer.W0[:1])
+    one = torch.ones_like(consumer.H[:1, :1])
+    return replace(consumer, H=one, G=nothing, e=e, W0=nothing, rows=rows, damping=0.0)

@@ -83,7 +83,7 @@ def scaled_diagonal(Q: Tensor, shape: Tensor) -> Tensor:
     """Return the least multiple q of ``shape o diag(Q)`` with ``Diag(q) - Q`` definite, (n,)."""
     d = _floored(Q.diagonal()) * shape
     scale = d.rsqrt()
-    largest = torch.linalg.eigvalsh(Q * scale[:, None] * scale)[-1]
+    largest = torch.linalg.eigvalsh((Q * scale[:, None]).mul_(scale))[-1]
     return d * (float(largest.clamp(min=1e-3)) * (1 + _PSD_SLACK))
 
 
@@ -173,20 +173,28 @@ def tighten(bound: QuadraticBound, steps: int) -> QuadraticBound:
 
 def _newton_step(bound: QuadraticBound, barrier: float) -> Tensor:
     """Return q after a Newton step on ``sum w q - mu log det(Diag(q) - Q)``, w = x (1 - x)."""
-    q = bound.q
     weight = (bound.point * (1 - bound.point)).clamp_(min=_LEAST_WEIGHT)
-    mu = barrier * float((weight * q).mean())
+    mu = barrier * float((weight * bound.q).mean())
     # A step inwards first: on the boundary the inverse is useless.
-    q = q * (1 + 0.1 * barrier)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(torch.diag(q) - bound.Q))
-    step: Tensor = torch.linalg.solve(inverse.square(), inverse.diagonal() - weight / mu)
+    q = bound.q * (1 + 0.1 * barrier)
+    step = _newton_direction(q, bound.Q, weight / mu)
     length = 1.0
     while length > 1e-3:
         moved = q + length * step
         if is_definite(moved, bound.Q):
             return moved if length == 1.0 else q + 0.9 * length * step
         length /= 2
-    return q
+    return bound.q
+
+
+def _newton_direction(q: Tensor, Q: Tensor, price: Tensor) -> Tensor:
+    """Return ``inv(M o M) (diag(M) - price)`` with ``M = inv(Diag(q) - Q)``, in two matrices."""
+    matrix = -Q
+    matrix.diagonal().add_(q)
+    M = torch.cholesky_inverse(torch.linalg.cholesky(matrix, out=matrix))
+    slope = M.diagonal() - price
+    factor = torch.linalg.cholesky(M.square_(), out=matrix)
+    return torch.cholesky_solve(slope[:, None], factor)[:, 0]
 
 
 def is_definite(q: Tensor, Q: Tensor) -> bool:
@@ -200,7 +208,7 @@ def is_definite(q: Tensor, Q: Tensor) -> bool:
         return False
     n = len(q)
     scale = q.rsqrt()
-    matrix = -(Q * scale[:, None] * scale)
+    matrix = (Q * -scale[:, None]).mul_(scale)
     matrix.diagonal().add_(1 - 2 * n * (n + 2) * torch.finfo(q.dtype).eps)
     return int(torch.linalg.cholesky_ex(matrix).info) == 0
 

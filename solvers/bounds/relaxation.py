@@ -142,15 +142,17 @@ def relax(
 def _alternate(terms: RemovalTerms, effort: Effort, start: Start, cutoff: float) -> Relaxation:
     """Update the multipliers for the minimizer, and the minimizer for the multipliers."""
     best: Relaxation | None = None
+    value = -math.inf
     for _ in range(effort.rounds):
         current = _update(terms, start, effort.steps, cutoff)
-        previous, best = best, current if best is None else _better(best, current)
-        if best.value >= cutoff:
-            break
-        cost = best.value - terms.constant - terms.spent
-        if previous is not None and best.value - previous.value < effort.progress * cost:
-            break
+        best = current if best is None else _better(best, current)
         start = Start((start.share + current.bound.point) / 2, current.bound.shape)
+        del current  # it holds a matrix
+        before, value = value, best.value
+        if value >= cutoff or value - before < effort.progress * (
+            value - terms.constant - terms.spent
+        ):
+            break
     assert best is not None
     return best
 

@@ -47,7 +47,7 @@ class Rounding:
     unit
         Rounding of the sums that evaluate a bound, relative to the sum of their magnitudes.
     offset
-        Rounding of the constant.
+        Rounding of the constant, as `solvers.gram.quadratic_rounding` has it.
     """
 
     inverse: float
@@ -56,18 +56,39 @@ class Rounding:
     offset: float
 
     @classmethod
-    def of(cls, H: Tensor, A: Tensor, residual: Tensor, e: float) -> Rounding:
-        """Measure them, in units that give H a unit diagonal."""
-        p, m = residual.shape
+    def of(
+        cls, H: Tensor, A: Tensor, G: Tensor, W: Tensor, e: float, responses: int
+    ) -> tuple[Rounding, float]:
+        """Measure them, in units that give H a unit diagonal; return the constant as well.
+
+        Parameters
+        ----------
+        H, G, e
+            Quadratic terms.
+        A, W
+            Inverse and refit, as computed.
+        responses
+            How many columns G had before it was rotated into at most p.
+        """
+        p, m = W.shape
         scale = H.diagonal().rsqrt()
-        H_scaled = H * scale[:, None] * scale
-        A_scaled = A / scale[:, None] / scale
-        floor = 4 * _EPS * math.sqrt(p) * float(H_scaled.norm()) * float(A_scaled.norm())
-        product = H_scaled @ A_scaled
+        spread = float((A / scale[:, None]).div_(scale).norm())
+        floor = 4 * _EPS * math.sqrt(p) * float((H * scale[:, None]).mul_(scale).norm()) * spread
+        product = (H @ A).mul_(scale[:, None]).div_(scale)
         product.diagonal().sub_(1.0)
         inverse = float(product.norm()) + floor
+        del product
+        # As e + tr(W'HW) - 2 tr(W'G): the rounding of W enters in second order only.
+        residual = H @ W - G
+        constant = e + float((W * (residual - G)).sum(1).sum())
         refit = math.sqrt(max(float((residual * (A @ residual)).sum()), 0.0))
-        return cls(inverse, refit, _EPS * p * m, 4 * _EPS * p * e)
+        # The residual is itself a difference, and G may be a rotation: both round.
+        sizes = H.abs() @ W.abs() + G.abs()
+        steps = _EPS * (p + responses + 2)
+        refit += steps * math.sqrt(spread) * float((sizes * scale[:, None]).norm())
+        offset = _EPS * (2 * p + responses + 8) * (e + float((W.abs() * (sizes + G.abs())).sum()))
+        refit /= math.sqrt(max(1 - inverse, _EPS))
+        return cls(inverse, refit, _EPS * p * m, offset), constant
 
     def certified(self, constant: float, spent: Tensor, cost: Tensor, magnitude: Tensor) -> Tensor:
         """Turn lower bounds of costs into ones of exact losses, element by element.
@@ -130,13 +151,12 @@ class ConsumerRemoval:
         H, G = equal_width(consumer)
         factor = torch.linalg.cholesky(H)
         A = torch.cholesky_inverse(factor)
-        if G.shape[1] > G.shape[0]:
+        responses = G.shape[1]
+        if responses > G.shape[0]:
             G = torch.linalg.qr(G.T, mode="r").R.T
         W = torch.cholesky_solve(G, factor)
-        HW = H @ W
-        # As e + tr(W'HW) - 2 tr(W'G): the rounding of W enters in second order only.
-        constant = consumer.e + float((W * (HW - 2 * G)).sum())
-        rounding = Rounding.of(H, A, HW.sub_(G), consumer.e)
+        del factor  # a matrix, which `Rounding.of` has need of
+        rounding, constant = Rounding.of(H, A, G, W, consumer.e, responses)
         return cls(A, W, consumer.width), constant, rounding
 
     def restrict(self, removed: Tensor, free: Tensor) -> tuple[ConsumerRemoval, float]:
@@ -168,7 +188,7 @@ class ConsumerRemoval:
         M = self.A.clone()
         diagonal = self._blocks(M).diagonal(dim1=-4, dim2=-2)
         diagonal.mul_((1 + shape * (1 / x - 1))[..., None, None, :])
-        Y = torch.cholesky_solve(self.W, torch.linalg.cholesky(M))
+        Y = torch.cholesky_solve(self.W, torch.linalg.cholesky(M, out=M))
         return Y.div_(x.repeat_interleave(self.width, -1)[..., None])
 
     def aggregate(self, Y: Tensor) -> tuple[Tensor, Tensor]:
@@ -267,12 +287,11 @@ class RemovalTerms:
 
     def aggregate(self, share: Tensor, shape: Tensor | float) -> tuple[Tensor, Tensor]:
         """Return ``(a, Q)`` for the multipliers of `share` and `shape`, over all consumers."""
-        a = torch.zeros_like(share)
-        Q = a.new_zeros(len(a), len(a))
-        for c in self.consumers:
+        first, *others = self.consumers
+        a, Q = first.aggregate(first.multipliers(share, shape))
+        for c in others:
             a_c, Q_c = c.aggregate(c.multipliers(share, shape))
-            a += a_c
-            Q += Q_c
+            a, Q = a.add_(a_c), Q.add_(Q_c)
         return a, Q
 
     def single_costs(self) -> Tensor:

@@ -29,7 +29,7 @@ from solvers.exact.frontier import Frontier, Nodes
 from solvers.exact.tree import TreeRecord
 from solvers.heuristics.local_search import LocalSearch
 from solvers.problem import SubsetProblem
-from solvers.refit import refit
+from solvers.refit import loss_rounding, refit
 from solvers.solution import DEFAULT_GAP_TOLERANCE, Selection, Status
 from solvers.tree_certificate import KEPT, REMOVED, TreeCertificate
 
@@ -98,19 +98,21 @@ class BranchAndBound:
         deadline = time.perf_counter() + self.time_limit
         warm = LocalSearch(start=self.start).select(problem)
         search = _Search(problem, warm.support, self.gap_tolerance)
-        status = Status.OPTIMAL
-        while search.is_open:
+        status = None
+        while status is None and search.is_open:
             left = self.node_limit - search.nodes
             if left <= 0:
                 status = Status.NODE_LIMIT
-                break
-            if search.nodes and time.perf_counter() > deadline:
+            elif search.nodes and time.perf_counter() > deadline:
                 status = Status.TIME_LIMIT
-                break
-            search.step(left)
+            else:
+                search.step(left)
+        # Near a singular H what rounding can have done to a leaf may exceed the tolerance.
+        rounding = loss_rounding(problem, refit(problem, search.support)[0])
+        proved = search.lower_bound >= search.cutoff - rounding
         return Selection(
             search.support,
-            status,
+            status or (Status.OPTIMAL if proved else Status.PRECISION_LIMIT),
             lower_bound=search.lower_bound,
             bound_from=f"branch and bound, {search.nodes} nodes",
             iterations=search.nodes,

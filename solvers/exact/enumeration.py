@@ -13,7 +13,10 @@ from torch import Tensor
 
 from solvers.backend import Capabilities, Kind
 from solvers.problem import NO_ROW, Consumer, SubsetProblem
-from solvers.solution import Selection, Status
+from solvers.refit import loss_rounding, refit
+from solvers.solution import DEFAULT_GAP_TOLERANCE, Selection, Status
+
+_EPS = torch.finfo(torch.float64).eps
 
 _BATCH_ELEMENTS = 1 << 22
 """Elements of the Hessian blocks of one batch; bounds the memory."""
@@ -34,23 +37,29 @@ class Enumerate:
 
     def select(self, problem: SubsetProblem) -> Selection:
         """Return the best support; the first in lexicographic order among equals."""
-        best, best_loss = None, math.inf
+        best, best_loss, bound = None, math.inf, math.inf
         compact = [_compress(consumer) for consumer in problem.consumers]
         rows = max((problem.keep * c.width) ** 2 for c in problem.consumers)
         supports = combinations(range(problem.units), problem.keep)
         for batch in _batches(supports, max(1, _BATCH_ELEMENTS // rows)):
             chosen = torch.tensor(batch, dtype=torch.int64, device=problem.device)
-            explained = torch.stack([_explained(c, G, chosen) for c, G in compact]).sum(0)
+            parts = [_explained(c, G, chosen) for c, G in compact]
+            explained = torch.stack([part for part, _ in parts]).sum(0)
+            rounding = torch.stack([part for _, part in parts]).sum(0)
             index = int(explained.argmax())
             loss = problem.scale - float(explained[index])
+            bound = min(bound, problem.scale - float((explained + rounding).max()))
             if loss < best_loss:
                 best, best_loss = chosen[index], loss
         assert best is not None
-        # The loss of the winner is recomputed by the refit; its rounding is not part of the bound.
+        bound = max(bound, 0.0)
+        weights, refitted = refit(problem, best)
+        # Near a singular H what rounding can have done to some loss may exceed the tolerance.
+        slack = DEFAULT_GAP_TOLERANCE * refitted + loss_rounding(problem, weights)
         return Selection(
             best,
-            Status.OPTIMAL,
-            lower_bound=max(best_loss - 1e-12 * problem.scale, 0.0),
+            Status.OPTIMAL if refitted - bound <= slack else Status.PRECISION_LIMIT,
+            lower_bound=min(bound, refitted),
             bound_from="enumeration of all supports",
             iterations=math.comb(problem.units, problem.keep),
             history=(best_loss,),
@@ -70,8 +79,14 @@ def _compress(consumer: Consumer) -> tuple[Consumer, Tensor]:
     return consumer, torch.linalg.qr(G.T, mode="r").R.T
 
 
-def _explained(consumer: Consumer, G: Tensor, supports: Tensor) -> Tensor:
-    """Return ``tr(G_S' inv(H_SS) G_S)`` for a batch of supports, (b, k) -> (b,)."""
+def _explained(consumer: Consumer, G: Tensor, supports: Tensor) -> tuple[Tensor, Tensor]:
+    """Return ``tr(G_S' inv(H_SS) G_S)`` for a batch of supports, and its rounding; (b, k) -> (b,).
+
+    Computed factors are those of a matrix whose entries differ from those of H by a few times
+    ``p eps sqrt(H_ii H_jj)`` (Higham, "Accuracy and Stability of Numerical Algorithms", 2002,
+    theorem 10.3), which changes the trace by ``W'(difference)W``; a rotated G differs likewise, by
+    a share of its rows.
+    """
     rows = consumer.rows[supports].flatten(1)
     filler = rows == NO_ROW
     H = consumer.H[rows[:, :, None], rows[:, None, :]]
@@ -80,4 +95,8 @@ def _explained(consumer: Consumer, G: Tensor, supports: Tensor) -> Tensor:
     G_S = torch.where(filler[:, :, None], 0.0, G[rows])
     factor = torch.linalg.cholesky(H)
     half: Tensor = torch.linalg.solve_triangular(factor, G_S, upper=False)
-    return half.square().sum((1, 2))
+    W = torch.linalg.solve_triangular(factor.mT, half, upper=True).norm(dim=2)
+    root = torch.where(filler, 0.0, consumer.H.diagonal()[rows].sqrt())
+    size = (root * W).sum(1).square() + 2 * (W * G_S.norm(dim=2)).sum(1) + consumer.e
+    roundings = 4 * _EPS * (rows.shape[1] + consumer.G.shape[1])
+    return half.square().sum(2).sum(1), roundings * size

@@ -14,7 +14,14 @@ from typing import Any, ClassVar
 import numpy as np
 
 from solvers.backend import Capabilities, Kind
-from solvers.exact.outer_approximation import Array, Cut, Limits, Master, keep_everything
+from solvers.exact.outer_approximation import (
+    TOLERANCE,
+    Array,
+    Cut,
+    Limits,
+    Master,
+    keep_everything,
+)
 from solvers.problem import SubsetProblem
 from solvers.solution import DEFAULT_GAP_TOLERANCE, Selection
 
@@ -37,6 +44,8 @@ class Highs:
         Relative gap at which the answer counts as optimal.
     threads
         Threads of the solver; 0 leaves the choice to it.
+    start
+        Units to start the warm-starting local search from; by default it starts from greedy.
     """
 
     kind: ClassVar[Kind] = Kind.EXACT
@@ -45,9 +54,10 @@ class Highs:
     time_limit: float = 60.0
     gap_tolerance: float = DEFAULT_GAP_TOLERANCE
     threads: int = 1
+    start: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
-        Limits(self.time_limit, self.gap_tolerance)
+        Limits(self.time_limit, self.gap_tolerance, self.threads)
 
     @classmethod
     def available(cls) -> str | None:
@@ -61,7 +71,9 @@ class Highs:
         deadline = time.perf_counter() + self.time_limit
         if problem.keep == problem.units:
             return keep_everything(problem)
-        master = Master(problem, Limits(self.time_limit, self.gap_tolerance))
+        master = Master(
+            problem, Limits(self.time_limit, self.gap_tolerance, self.threads), self.start
+        )
         model = _Model(problem.units, master.removals, self.threads)
         for cut in (master.root_cut(), master.cut(master.incumbent())):
             model.add(cut)
@@ -80,7 +92,7 @@ class Highs:
             seen.add(point.tobytes())
             for cut in master.cuts_at(point):
                 model.add(cut)
-        return master.selection(bound, "HiGHS")
+        return master.answer(bound, "HiGHS", timed_out=time.perf_counter() >= deadline)
 
 
 def _tighten_relaxation(model: _Model, master: Master, deadline: float) -> float:
@@ -127,6 +139,8 @@ class _Model:
         self._solver.setOptionValue("output_flag", False)
         self._solver.setOptionValue("threads", threads)
         self._solver.setOptionValue("mip_rel_gap", 1e-7)
+        for name in ("primal", "dual", "mip"):
+            self._solver.setOptionValue(f"{name}_feasibility_tolerance", TOLERANCE)
         infinity = highspy.kHighsInf
         for _ in range(units):
             self._solver.addVar(0.0, 1.0)

@@ -28,7 +28,7 @@ from solvers.errors import BackendError
 from solvers.heuristics.local_search import LocalSearch
 from solvers.pivot import solve_spd, unit_rows
 from solvers.problem import SubsetProblem
-from solvers.refit import refit
+from solvers.refit import loss_rounding, refit
 from solvers.solution import Selection, Status
 
 Array = NDArray[np.float64]
@@ -38,11 +38,15 @@ _COUPLING = 1.25
 
 _TOWARDS_CORE = 0.3
 _STEEPEST = 1e6
+_MOST_THREADS = 1024
 _COST_CAP = 2.0
 """In units of the incumbent's cost: what costs more need not be told apart."""
 
-SOLVER_SLACK = 1e-6
-"""What a bound gives up for a solver's feasibility tolerances, relative to the cost's unit."""
+TOLERANCE = 1e-9
+"""The feasibility and optimality tolerances that solvers are asked for."""
+
+SOLVER_SLACK = 2e-7
+"""What a bound gives up for them, in the cost's unit: one for each of 200 units."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,12 +73,19 @@ class Limits:
         Seconds.
     gap_tolerance
         Relative gap at which the answer counts as optimal.
+    threads
+        Threads of the solver; 0 leaves the choice to it.
     """
 
     time_limit: float
     gap_tolerance: float
+    threads: int = 1
 
     def __post_init__(self) -> None:
+        if not 0 <= self.threads <= _MOST_THREADS:
+            raise BackendError(
+                f"threads is {self.threads}; give 1 to {_MOST_THREADS}, or 0 for its own choice"
+            )
         if not self.time_limit >= 0 or not 0 <= self.gap_tolerance < 1:
             raise BackendError(
                 f"time_limit is {self.time_limit} and gap_tolerance {self.gap_tolerance}; the "
@@ -82,8 +93,8 @@ class Limits:
             )
 
 
-class Master:
-    """The incumbent, the root relaxation, and the oracle of cuts.
+class Search:
+    """The incumbent, the root relaxation, and what a solver's bound of the cost proves.
 
     Parameters
     ----------
@@ -91,17 +102,20 @@ class Master:
         A problem that removes at least one unit.
     limits
         When to stop.
+    start
+        Units to start the warm-starting local search from; by default it starts from greedy.
     """
 
-    def __init__(self, problem: SubsetProblem, limits: Limits) -> None:
+    def __init__(
+        self, problem: SubsetProblem, limits: Limits, start: tuple[int, ...] | None = None
+    ) -> None:
         self.problem = problem
         self.limits = limits
-        self.support = LocalSearch().select(problem).support
+        self.support = LocalSearch(start=start).select(problem).support
         self.history = [refit(problem, self.support)[1]]
         self.terms = RemovalTerms.of(problem)
         self.root: Relaxation = relax(self.terms, Effort(), Start.cold(self.terms))
         self.unit = max(self.loss - self.terms.constant, 1e-9 * problem.scale) or 1.0
-        self.cuts = 0
 
     @property
     def loss(self) -> float:
@@ -124,6 +138,60 @@ class Master:
         x = np.ones(self.problem.units)
         x[self.support.cpu().numpy()] = 0.0
         return x
+
+    def offer(self, point: Array) -> None:
+        """Take a binary point as the incumbent if its refit is better."""
+        kept = np.sort(np.argsort(point, kind="stable")[: self.problem.keep])
+        support: Tensor = torch.from_numpy(kept).to(self.problem.device)
+        loss = refit(self.problem, support)[1]
+        if loss < self.loss:
+            self.support = support
+            self.history.append(loss)
+
+    def selection(
+        self, cost_bound: float, proof: str, iterations: int, *, timed_out: bool
+    ) -> Selection:
+        """Turn a solver's bound of the cost into an answer with a bound of the loss.
+
+        Parameters
+        ----------
+        cost_bound
+            In units of `Search.unit`.
+        proof, iterations
+            What proved it, and what it took.
+        timed_out
+            Whether the time limit ended the search; if not, and a gap is left, rounding hides it.
+        """
+        cost = (cost_bound - SOLVER_SLACK) * self.unit
+        lower = max(self.terms.certified(cost, self.root.magnitude), self.root.value)
+        lower = min(lower, self.loss)
+        rounding = loss_rounding(self.problem, refit(self.problem, self.support)[0])
+        closed = self.loss - lower <= self.limits.gap_tolerance * self.loss + rounding
+        left_open = Status.TIME_LIMIT if timed_out else Status.PRECISION_LIMIT
+        return Selection(
+            self.support,
+            Status.OPTIMAL if closed else left_open,
+            lower_bound=lower,
+            bound_from=proof,
+            iterations=iterations,
+            history=tuple(self.history),
+            gap_tolerance=self.limits.gap_tolerance,
+        )
+
+
+class Master(Search):
+    """A search with an oracle of cuts; the parameters are those of `Search`."""
+
+    def __init__(
+        self, problem: SubsetProblem, limits: Limits, start: tuple[int, ...] | None = None
+    ) -> None:
+        super().__init__(problem, limits, start)
+        self.cuts = 0
+
+    def answer(self, cost_bound: float, solver: str, *, timed_out: bool) -> Selection:
+        """Turn the bound of a master problem that a solver solved into an answer."""
+        proof = f"outer approximation by {solver}, {self.cuts} cuts"
+        return self.selection(cost_bound, proof, self.cuts, timed_out=timed_out)
 
     def root_cut(self) -> Cut:
         """Return the cut of the root relaxation."""
@@ -162,31 +230,6 @@ class Master:
         curvature = float((bound.q * x * x).sum() - x @ (bound.Q @ x))
         return Cut(bound.slopes.cpu().numpy() / self.unit, curvature / self.unit)
 
-    def offer(self, point: Array) -> None:
-        """Take a binary point as the incumbent if its refit is better."""
-        kept = np.sort(np.argsort(point, kind="stable")[: self.problem.keep])
-        support: Tensor = torch.from_numpy(kept).to(self.problem.device)
-        loss = refit(self.problem, support)[1]
-        if loss < self.loss:
-            self.support = support
-            self.history.append(loss)
-
-    def selection(self, cost_bound: float, solver: str) -> Selection:
-        """Turn the master's bound, in units, into an answer with a bound of the loss."""
-        cost = (cost_bound - SOLVER_SLACK) * self.unit
-        lower = max(self.terms.certified(cost, self.root.magnitude), self.root.value)
-        lower = min(lower, self.loss)
-        closed = lower >= self.loss * (1 - self.limits.gap_tolerance) - 1e-9 * self.problem.scale
-        return Selection(
-            self.support,
-            Status.OPTIMAL if closed else Status.TIME_LIMIT,
-            lower_bound=lower,
-            bound_from=f"outer approximation by {solver}, {self.cuts} cuts",
-            iterations=self.cuts,
-            history=tuple(self.history),
-            gap_tolerance=self.limits.gap_tolerance,
-        )
-
 
 def _multipliers(consumer: ConsumerRemoval, x: Tensor) -> Tensor:
     """Return multipliers that suit x, and are optimal for the removed units if x is binary."""
@@ -201,11 +244,11 @@ def _multipliers(consumer: ConsumerRemoval, x: Tensor) -> Tensor:
 def keep_everything(problem: SubsetProblem) -> Selection:
     """Answer a problem that leaves no choice."""
     support = torch.arange(problem.units, device=problem.device)
-    loss = refit(problem, support)[1]
+    weights, loss = refit(problem, support)
     return Selection(
         support,
         Status.OPTIMAL,
-        lower_bound=max(loss - 1e-12 * problem.scale, 0.0),
+        lower_bound=max(loss - loss_rounding(problem, weights), 0.0),
         bound_from="the only support",
         history=(loss,),
     )

@@ -44,10 +44,10 @@ class LocalSearch:
     tolerance: float = 1e-9
 
     def __post_init__(self) -> None:
-        if self.max_swaps < 0 or not self.tolerance >= 0:
+        if self.max_swaps < 0 or not 0 <= self.tolerance < 1:
             raise BackendError(
                 f"local_search: max_swaps is {self.max_swaps} and tolerance {self.tolerance}; "
-                "neither may be negative"
+                "exchanges cannot be negative in number, and the tolerance lies in [0, 1)"
             )
 
     @classmethod
@@ -82,13 +82,13 @@ class LocalSearch:
         if self.start is None:
             removals = eliminate(problem, problem.units - problem.keep)
             return PivotState.on_support(problem, support_after(removals, problem))
-        support = torch.tensor(sorted(set(self.start)), dtype=torch.int64, device=problem.device)
-        inside = (support >= 0) & (support < problem.units)
-        if len(support) != problem.keep or not bool(inside.all()):
+        units = sorted(set(self.start))
+        if len(units) != problem.keep or units[0] < 0 or units[-1] >= problem.units:
             raise BackendError(
                 f"local_search: start must name {problem.keep} distinct units below "
                 f"{problem.units}, not {self.start}"
             )
+        support = torch.tensor(units, dtype=torch.int64, device=problem.device)
         return PivotState.on_support(problem, support)
 
     def _descend(self, state: PivotState, loss: float, limit: int) -> tuple[int, bool]:

@@ -9,8 +9,21 @@ import torch
 from torch import Tensor
 
 from solvers.backend import Capabilities, Kind
+from solvers.errors import BackendError
 from solvers.problem import NO_ROW, Consumer, SubsetProblem
 from solvers.solution import Selection, Status
+
+
+def check_seed(backend: str, seed: int) -> None:
+    """Refuse what a generator does not take.
+
+    Raises
+    ------
+    BackendError
+        Naming the backend and the seed.
+    """
+    if not 0 <= seed < 1 << 63:
+        raise BackendError(f"{backend}: seed is {seed}; it must lie in [0, 2^63)")
 
 
 class _Scored:
@@ -39,6 +52,9 @@ class Random(_Scored):
 
     summary: ClassVar[str] = "a random support; the floor for comparisons"
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_seed("random", self.seed)
 
     def scores(self, problem: SubsetProblem) -> Tensor:
         """Draw from a generator seeded with `seed`, on the CPU, so that devices agree."""

@@ -12,6 +12,7 @@ from solvers.backend import Capabilities, Kind
 from solvers.errors import BackendError
 from solvers.exact.branch_and_bound import BranchAndBound
 from solvers.heuristics.local_search import LocalSearch
+from solvers.heuristics.scores import check_seed
 from solvers.problem import SubsetProblem
 from solvers.refit import refit
 from solvers.solution import Selection, Status
@@ -56,6 +57,7 @@ class WindowSearch:
                 f"window_search: units is {self.units} and windows {self.windows}; a window has "
                 "two units or more, and their number is not negative"
             )
+        check_seed("window_search", self.seed)
 
     @classmethod
     def available(cls) -> str | None:

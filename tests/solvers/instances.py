@@ -7,6 +7,7 @@ package: least squares on the augmented system ``[X/sqrt(N); sqrt(lambda) I]``, 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import cache
 from itertools import combinations
 
@@ -51,6 +52,31 @@ def _optimum(name: str) -> float:
     instance = INSTANCES[name]
     supports = combinations(range(instance.problem.units), instance.problem.keep)
     return min(instance.loss(support) for support in supports)
+
+
+def exact_loss(problem: SubsetProblem, support) -> Fraction:
+    """Loss on a support in exact arithmetic, by elimination in fractions; for small problems."""
+    return sum((_exact_loss(c, sorted(support)) for c in problem.consumers), Fraction(0))
+
+
+def exact_optimum(problem: SubsetProblem) -> Fraction:
+    """Lowest loss of any support, in exact arithmetic; zero where e lost its last digit."""
+    supports = combinations(range(problem.units), problem.keep)
+    return max(min(exact_loss(problem, support) for support in supports), Fraction(0))
+
+
+def _exact_loss(consumer: Consumer, support) -> Fraction:
+    rows = [row for unit in support for row in unit_rows(consumer, unit)]
+    table = torch.cat([consumer.H[rows][:, rows], consumer.G[rows]], 1).tolist()
+    table = [[Fraction(entry) for entry in row] for row in table]
+    explained = Fraction(0)
+    for i, pivot in enumerate(table):
+        for row in table[i + 1 :]:
+            factor = row[i] / pivot[i]
+            for j in range(i, len(row)):
+                row[j] -= factor * pivot[j]
+        explained += sum(entry**2 for entry in pivot[len(rows) :]) / pivot[i]
+    return Fraction(consumer.e) - explained
 
 
 def unit_rows(consumer: Consumer, unit: int) -> list[int]:
@@ -126,6 +152,13 @@ def _dead() -> Instance:
     return build("dead", [Data(X, X @ W0, W0)], keep=5)
 
 
+def _sparse() -> Instance:
+    """Two consumers of five units: the first has no row of one, the second none of three."""
+    units = [[[3], [0, 4], [], [1], [2]], [[], [1], [], [0, 2], []]]
+    data = [random_data(21, 5, 3, noise=0.4), random_data(22, 3, 4)]
+    return build("sparse", data, keep=3, units=units)
+
+
 def _all() -> list[Instance]:
     blocks = [list(range(3 * j, 3 * j + 3)) for j in range(6)]
     widths = [1, 3, 2, 4, 1, 2]
@@ -150,6 +183,7 @@ def _all() -> list[Instance]:
         build(
             "ragged_consumers", uneven, keep=4, units=[shuffled_units(3, widths), None], damp=0.1
         ),
+        _sparse(),
     ]
 
 

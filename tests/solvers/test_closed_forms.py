@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from solvers import refit, solve
+from solvers import Consumer, SubsetProblem, refit, solve
 from solvers.elimination import eliminate, support_after
+from solvers.exact.enumeration import Enumerate
 from solvers.pivot import PivotState
 from solvers.swaps import best_swap, swap_gains
-from tests.solvers.instances import INSTANCES, Instance, build, random_data, shuffled_units
+from tests.solvers.instances import (
+    INSTANCES,
+    Instance,
+    build,
+    exact_optimum,
+    random_data,
+    shuffled_units,
+)
 
 properties = settings(max_examples=30, deadline=None, derandomize=True)
 
@@ -181,13 +191,29 @@ def test_greedy_path_is_the_loss_at_every_size(instance):
     assert path[0] == pytest.approx(problem.scale)
 
 
+def undamped(data, n) -> Instance:
+    """An instance with less damping than `from_gram` would let it have."""
+    X, Y, W0 = (torch.from_numpy(array) for array in (data.X, data.Y, data.W0))
+    H, N, p = X.T @ X / len(X), len(X), X.shape[1]
+    damping = 1e-9 * float(H.diagonal().mean())
+    consumer = Consumer(
+        H=(H + H.T) / 2 + damping * torch.eye(p),
+        G=X.T @ Y / N + damping * W0,
+        e=float(Y.square().sum() / N + damping * W0.square().sum()),
+        W0=W0,
+        rows=torch.arange(p).view(n, p // n),
+        damping=damping,
+    )
+    return Instance("undamped", SubsetProblem((consumer,), 2), (data,))
+
+
 @pytest.mark.parametrize("width", [1, 4])
 def test_elimination_is_honest_on_a_nearly_singular_hessian(width):
     """Rank 30 of 120 with almost no damping: updates alone would lose every digit."""
     generator = np.random.default_rng(1)
     mix = generator.normal(size=(120, 30)) @ generator.normal(size=(30, 120))
     data, n = random_data(2, 120, 5, samples=400, mix=mix), 120 // width
-    instance = build("singular", [data], 2, [n], damp=1e-9)
+    instance = undamped(data, n)
     problem = instance.problem
     removals = eliminate(problem, n - 5)
     kept = set(range(n))
@@ -198,6 +224,25 @@ def test_elimination_is_honest_on_a_nearly_singular_hessian(width):
             assert removal.loss == pytest.approx(rises[removal.unit], abs=slack, rel=1e-4)
             assert rises[removal.unit] <= 1.001 * min(rises.values()) + slack
         kept.remove(removal.unit)
+
+
+@pytest.mark.parametrize("seed", [17, 22, 26, 40, 56])
+def test_enumeration_is_no_more_certain_than_its_arithmetic(seed):
+    """Near a singular H its bound lay above the exact optimum, by less than its own rounding."""
+    generator = torch.Generator().manual_seed(seed)
+    left, right, X, W, noise = (
+        torch.randn(size, generator=generator, dtype=torch.float64)
+        for size in ((6, 3), (3, 6), (17, 6), (6, 3), (17, 3))
+    )
+    X = X @ (left @ right + 1e-3 * torch.eye(6).double())
+    Y = X @ W + noise
+    rows = torch.arange(6)[:, None]
+    H, G, e = X.T @ X / 17, X.T @ Y / 17, float(Y.square().sum() / 17)
+    problem = SubsetProblem((Consumer((H + H.T) / 2, G, e, torch.zeros_like(G), rows),), keep=4)
+    selection = Enumerate().select(problem)
+    exact = exact_optimum(problem)
+    assert Fraction(selection.lower_bound) <= exact
+    assert selection.lower_bound == pytest.approx(float(exact), rel=1e-4)
 
 
 def test_drift_is_noticed():

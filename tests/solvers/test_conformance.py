@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 from functools import cache
 
 import numpy as np
@@ -10,9 +11,14 @@ import pytest
 import torch
 
 from solvers import BackendError, Kind, Status, backend_class, backend_names, make_backend, solve
-from tests.solvers.instances import INSTANCES
+from tests.solvers.instances import INSTANCES, exact_optimum
 
 TOLERANCE = 1e-8
+BOUND_TOLERANCE = 1e-11
+"""Relative to the scale: as far as the reference, which is a least-squares fit, can be believed."""
+
+CERTIFIED = ("branch_and_bound", "enumerate", "perspective")
+"""Backends of this package that account for rounding: their bounds are compared exactly."""
 
 backend = pytest.mark.parametrize("backend", backend_names())
 instance = pytest.mark.parametrize("instance", INSTANCES.values(), ids=INSTANCES.keys())
@@ -73,8 +79,9 @@ def test_never_beats_the_optimum_and_the_bound_never_lies_above_it(backend, inst
     cls = runnable(backend, instance)
     solution = solution_of(backend, instance.name)
     slack = TOLERANCE * instance.problem.scale
-    assert solution.loss >= instance.optimum() - slack
-    assert solution.lower_bound <= instance.optimum() + slack
+    certain = BOUND_TOLERANCE * instance.problem.scale
+    assert solution.loss >= instance.optimum() - certain
+    assert solution.lower_bound <= instance.optimum() + certain
     if math.isfinite(solution.lower_bound):
         assert solution.bound_from
         assert 0 <= solution.gap <= 1
@@ -83,6 +90,18 @@ def test_never_beats_the_optimum_and_the_bound_never_lies_above_it(backend, inst
         assert solution.loss == pytest.approx(instance.optimum(), abs=slack)
     if cls.kind is Kind.BOUND:
         assert math.isfinite(solution.lower_bound)
+
+
+@pytest.mark.parametrize("backend", CERTIFIED)
+@instance
+def test_certified_bounds_hold_in_exact_arithmetic(backend, instance):
+    bound = Fraction(solution_of(backend, instance.name).lower_bound)
+    assert bound <= _exact_optimum(instance.name)
+
+
+@cache
+def _exact_optimum(name):
+    return exact_optimum(INSTANCES[name].problem)
 
 
 @backend

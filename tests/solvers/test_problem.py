@@ -4,14 +4,27 @@ from __future__ import annotations
 
 import math
 import warnings
-from dataclasses import FrozenInstanceError, replace
+from dataclasses import FrozenInstanceError, dataclass, replace
+from fractions import Fraction
+from typing import ClassVar
 
 import numpy as np
 import pytest
 import torch
 
-from solvers import Consumer, ProblemError, SubsetProblem, quadratic_loss, solve
-from tests.solvers.instances import INSTANCES, random_data
+from solvers import (
+    BackendError,
+    Capabilities,
+    Consumer,
+    Kind,
+    ProblemError,
+    SubsetProblem,
+    quadratic_loss,
+    solve,
+)
+from solvers import problem as problem_module
+from solvers.gram import DEFINITE_MARGIN, is_definite
+from tests.solvers.instances import INSTANCES, exact_loss, random_data
 
 
 def gram(p=4, m=2, samples=30, seed=0):
@@ -44,6 +57,21 @@ BAD_FIELDS = {
     "W0 has inf": ({"W0": torch.full((4, 2), torch.inf).double()}, r"W0 has NaN or infinite"),
     "e is NaN": ({"e": math.nan}, r"e is nan"),
     "e is negative": ({"e": -1.0}, r"e is -1.0; a mean squared norm"),
+    "e is text": ({"e": "5"}, r"e is '5'; it must be a number"),
+    "e is missing": ({"e": None}, r"e is None; it must be a number"),
+    "e is a truth value": ({"e": True}, r"e is True; it must be a number"),
+    "e has too many digits": ({"e": 10**400}, r"e has more digits than a number may have"),
+    "e overflows": ({"e": 1e150}, r"e is 1e\+150, whose products overflow or vanish"),
+    "G overflows": (
+        {"G": 1e200 * torch.ones(4, 2).double()},
+        r"G has entries up to 1e\+200, whos",
+    ),
+    "damping is NaN": ({"damping": math.nan}, r"damping is nan; it must be finite"),
+    "damping is negative": ({"damping": -3}, r"damping is -3.0; it must be finite"),
+    "H is complex": ({"H": torch.eye(4, dtype=torch.complex128)}, r"H must hold real numbers"),
+    "H is nowhere": ({"H": torch.eye(4, device="meta")}, r"H must hold real numbers, not .* meta"),
+    "H is missing": ({"H": None}, r"H must be a tensor of numbers, not of NoneType"),
+    "rows are text": ({"rows": [["a"]] * 4}, r"rows must be a tensor of numbers, not of list"),
     "overlap": ({"rows": torch.tensor([[0], [1], [1], [3]])}, r"own 4 rows, 3 of them distinct"),
     "uncovered": ({"rows": torch.tensor([[0, 1], [2, -1]])}, r"own 3 rows, 3 of them distinct"),
     "outside": ({"rows": torch.tensor([[0], [1], [2], [4]])}, r"must own each of the 4 rows"),
@@ -62,6 +90,7 @@ def test_consumer_refuses(changed, message):
         (math.nan, (0, 1), "H has NaN or infinite"),
         (0.5, (0, 1), "H is not symmetric: entries differ by up to"),
         (0.0, (2, 2), r"H has 0 on its diagonal \(row 2\)"),
+        (1e-200, (2, 2), r"H has 1e-200 on its diagonal \(row 2\) .* scale the data"),
         (-3.0, (1, 1), r"H has -3 on its diagonal \(row 1\)"),
     ],
 )
@@ -83,11 +112,117 @@ def test_an_indefinite_hessian_is_refused(tmp_path):
     rows = torch.arange(2)[:, None]
     consumer = Consumer(indefinite(), indefinite() @ W0, 6.0, W0, rows)
     problem = SubsetProblem((consumer,), keep=2)
-    with pytest.raises(ProblemError, match="H of consumer 0 is not positive definite"):
+    with pytest.raises(ProblemError, match="consumer 0: H is not positive definite"):
         solve(problem, "greedy")
     problem.save(tmp_path / "bad.npz")
-    with pytest.raises(ProblemError, match="H of consumer 0 is not positive definite"):
+    with pytest.raises(ProblemError, match=r"bad.npz: consumer 0: H is not positive definite"):
         SubsetProblem.load(tmp_path / "bad.npz")
+
+
+@dataclass(frozen=True)
+class Unreachable:
+    """Fails the test that lets it start."""
+
+    kind: ClassVar = Kind.HEURISTIC
+    summary: ClassVar = "never runs"
+    capabilities: ClassVar = Capabilities()
+
+    def select(self, problem):
+        pytest.fail("a backend was started on an ill-posed problem")
+
+
+def test_ill_posed_problems_reach_no_backend():
+    """Neither an indefinite H that a small support hides, nor an e below what G explains."""
+    good = fields()
+    rows = torch.arange(2)[:, None]
+    hidden = Consumer(indefinite(), torch.ones(2, 1).double(), 9.0, torch.ones(2, 1).double(), rows)
+    low = Consumer(**{**good, "e": 0.5 * good["e"]})
+    for consumer, message in [(hidden, "H is not positive"), (low, "no loss is negative: e = ")]:
+        with pytest.raises(ProblemError, match=f"consumer 0: .*{message}"):
+            solve(SubsetProblem((consumer,), keep=1), Unreachable())
+    with pytest.raises(ProblemError, match="consumer 1: e is"):
+        solve(SubsetProblem((Consumer(**good), low), keep=1), Unreachable())
+
+
+def singular(p=6, m=2, kind=torch.float64):
+    """A Gram matrix without full rank; rounding lets Cholesky finish all the same."""
+    data = random_data(4, p, m, samples=p // 2)
+    H, W0 = torch.from_numpy(data.X.T @ data.X / len(data.X)), torch.from_numpy(data.W0)
+    return H.to(kind), W0.to(kind)
+
+
+@pytest.mark.parametrize("level", [0.0, 1e-14, 1e-12, 1e-10])
+def test_a_numerically_singular_hessian_is_damped_or_refused(level):
+    H, W0 = singular()
+    H.diagonal().add_(level * float(H.diagonal().mean()))
+    with pytest.warns(UserWarning, match=r"H is singular with damp=0; going on with damp=1e-06"):
+        problem = SubsetProblem.from_gram(H, W0, keep=3, damp=0)
+    assert is_definite(problem.consumers[0].H, 2 * DEFINITE_MARGIN)
+    for backend in ("enumerate", "perspective", "branch_and_bound"):
+        solve(problem, backend).verify()
+    rows = torch.arange(6)[:, None]
+    raw = Consumer(H, H @ W0, float((W0 * (H @ W0)).sum()), W0, rows)
+    with pytest.raises(ProblemError, match="H is not positive definite, or too close to singular"):
+        solve(SubsetProblem((raw,), 3), Unreachable())
+
+
+def test_the_scale_of_single_inputs_is_no_matter_of_conditioning():
+    H, W0 = gram()
+    scale = torch.tensor([1e-9, 1.0, 1e6, 1e12]).double()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        problem = SubsetProblem.from_gram(
+            H * scale * scale[:, None], W0 / scale[:, None], keep=2, damp=0
+        )
+    assert problem.consumers[0].damping == 0
+    assert torch.equal(
+        solve(problem, "enumerate").support,
+        solve(SubsetProblem.from_gram(H, W0, keep=2, damp=0), "enumerate").support,
+    )
+
+
+def test_an_ill_posed_problem_is_found_out_once(monkeypatch):
+    """Factorizing costs; problems that differ in `keep`, or were moved, share what was found."""
+    checks = []
+
+    def counted(H):
+        checks.append(H)
+        return is_definite(H)
+
+    monkeypatch.setattr(problem_module, "is_definite", counted)
+    problem = SubsetProblem((Consumer(**fields()),), 3)
+    for keep in (1, 2, 3):
+        solve(problem.with_keep(keep), "greedy", device="cpu").verify()
+    assert len(checks) == 1
+    solve(SubsetProblem.from_gram(*gram(), keep=2), "greedy")
+    assert len(checks) == 1
+
+
+def test_from_gram_never_refuses_the_target_that_it_computes():
+    """Of singular Gram matrices in any format, whose rounding is all that is left of the loss."""
+    for kind in (torch.float64, torch.float32):
+        for damp in (0.0, 1e-10, 1e-2):
+            for m in (1, 30):
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")
+                    problem = SubsetProblem.from_gram(*singular(m=m, kind=kind), keep=4, damp=damp)
+                fresh = replace(problem.consumers[0])
+                assert fresh.flaw is None
+                solve(problem, "local_search").verify()
+
+
+def test_an_energy_that_rounding_lowered_is_raised():
+    H, W0 = gram(p=5)
+    G, e = H @ W0, float((W0 * (H @ W0)).sum())
+    for kind, lowered in [(torch.float64, 1e-13), (torch.float32, 1e-6)]:
+        consumer = Consumer.from_gram(
+            H.to(kind), W0, G=G.to(kind), e=e * (1 - lowered), damp=0.0, units=5
+        )
+        problem = SubsetProblem((consumer,), 5)
+        assert abs(float(exact_loss(problem, range(5)))) < 1e-15 * e
+        assert consumer.e == pytest.approx(e, rel=10 * lowered)
+    with pytest.raises(ProblemError, match=r"e is .* have a loss of -.*must be at least"):
+        Consumer.from_gram(H, W0, G=G, e=e * (1 - 1e-6), damp=0.0)
 
 
 BAD_GRAMS = {
@@ -104,6 +239,40 @@ BAD_GRAMS = {
     "no units": ({"units": 0}, r"4 rows cannot be shared equally by 0 units"),
     "units empty": ({"units": []}, r"units is empty"),
     "units overlap": ({"units": [[0, 1], [1, 2, 3]]}, r"must own each of the 4 rows"),
+    "units flat": ({"units": [0, 1, 2, 3]}, r"units is \[0, 1, 2, 3\]; it must be a number of"),
+    "units of parts": ({"units": [[0.9, 1], [2, 3]]}, r"units is \[\[0.9, 1\], \[2, 3\]\]; it"),
+    "units true": ({"units": True}, r"units is True; it must be a number of units"),
+    "units of a float": ({"units": 2.0}, r"units is 2.0; it must be a number of units"),
+    "units of truth values": ({"units": [[True, 0], [2, 3]]}, r"units is \[\[True, 0\]"),
+    "units of text": ({"units": ["ab", "cd"]}, r"units is \['ab', 'cd'\]; it must"),
+    "units from the end": (
+        {"units": [[-1, 0, 1], [2, 3]]},
+        r"the rows that it owns, counted from 0",
+    ),
+    "units float tensor": ({"units": torch.rand(2, 2)}, r"whole numbers, not torch.float32 of"),
+    "units flat array": ({"units": np.arange(4)}, r"whole numbers, not torch.int64 of \(4,\)"),
+    "H missing": ({"H": None}, r"H must be a tensor of numbers, not of NoneType"),
+    "H complex": ({"H": torch.eye(4) * 1j}, r"H must hold real numbers, not torch.complex64"),
+    "H asymmetric": ({"H": torch.eye(4).triu() + torch.ones(4, 4).triu(1)}, r"H is not symmetric"),
+    "H overflows": ({"H": 1e200 * torch.eye(4).double()}, r"H has entries up to 1e\+200, whose"),
+    "W0 overflows": ({"W0": 1e160 * torch.ones(4, 2).double()}, r"W0 has entries up to 1e\+160"),
+    "damp is text": ({"damp": "x"}, r"damp is 'x'; it must be a number"),
+    "damp overflows": ({"damp": 1e300}, r"H with its damping has entries up to"),
+    "e is text": ({"G": torch.ones(4, 2), "e": "5"}, r"e is '5'; it must be a number"),
+    "e is negative": ({"G": torch.ones(4, 2), "e": -5}, r"e is -5.0; a mean squared norm"),
+    "e too small": (
+        {"G": torch.ones(4, 2), "e": 0.01},
+        r"e is 0.0\d+, with which the best weights",
+    ),
+    "G a column": (
+        {"G": torch.ones(4, 1), "e": 9.0},
+        r"G must have the shape of W0, \(4, 2\), not",
+    ),
+    "G a row": ({"G": torch.ones(1, 2), "e": 9.0}, r"G must have the shape of W0"),
+    "G a number": ({"G": torch.tensor(1.0), "e": 9.0}, r"G must have the shape of W0"),
+    "G flat": ({"G": torch.ones(4), "e": 9.0}, r"G must have the shape of W0"),
+    "G too long": ({"G": torch.ones(5, 2), "e": 9.0}, r"G must have the shape of W0"),
+    "nothing at all": ({"H": torch.ones(0, 0), "W0": torch.ones(0, 2)}, r"neither empty"),
 }
 
 
@@ -123,13 +292,83 @@ def test_from_gram_refuses_hessian(value, message):
         Consumer.from_gram(poked(H, value, (1, 1)), W0)
 
 
-@pytest.mark.parametrize("keep", [0, -1, 5, 2.0, None])
+@pytest.mark.parametrize("keep", [0, -1, 5, 2.0, None, True, np.True_, "3", 10**400])
 def test_keep_out_of_range(keep):
     H, W0 = gram()
     with pytest.raises(
         ProblemError, match=r"keep is .*; it must be a whole number from 1 to the 4"
     ):
         SubsetProblem.from_gram(H, W0, keep=keep)
+
+
+def test_arrays_and_other_formats_are_read():
+    """Whatever holds the numbers, the problem is the same; gradients are left behind."""
+    H, W0 = gram()
+    G, e = H @ W0, float((W0 * (H @ W0)).sum())
+    expected = solve(SubsetProblem.from_gram(H, W0, keep=2), "greedy").loss
+    for H2, W2, keep, units in [
+        (H.numpy(), W0.numpy(), np.int64(2), np.arange(4)[:, None]),
+        (H.clone().requires_grad_(), torch.nn.Parameter(W0), torch.tensor(2), np.int32(4)),
+        (H.to_sparse(), W0.tolist(), 2, [np.arange(1), [1], (2,), torch.tensor([3])]),
+        (H.numpy()[::-1, ::-1], W0.numpy()[::-1], 2, None),
+    ]:
+        problem = SubsetProblem.from_gram(H2, W2, keep=keep, units=units)
+        assert type(problem.keep) is int
+        solution = solve(problem, "greedy")
+        solution.verify()
+        assert solution.loss == pytest.approx(expected, rel=1e-12)
+    for H2 in (H.numpy(), H.clone().requires_grad_(), H.to_sparse()):
+        consumer = Consumer(H2, G.numpy(), np.float32(2 * e), W0, np.arange(4)[:, None])
+        assert type(consumer.e) is float
+        solve(SubsetProblem([consumer], 2), "perspective").verify()
+
+
+def test_names_and_consumers_are_of_their_types():
+    consumer = Consumer.from_gram(*gram())
+    with pytest.raises(ProblemError, match="name is 5; it must be a string"):
+        SubsetProblem((consumer,), 2, name=5)
+    for other in ((1,), 3, consumer):
+        with pytest.raises(ProblemError, match="consumers must be a tuple of Consumer, not"):
+            SubsetProblem(other, 1)
+
+
+def test_an_empty_consumer_is_to_be_left_out():
+    empty = {key: torch.ones(0, w).double() for key, w in (("H", 0), ("G", 2), ("W0", 2))}
+    with pytest.raises(ProblemError, match=r"not \(0, 0\); leave out a consumer of which no unit"):
+        Consumer(**empty, e=1.0, rows=torch.full((4, 1), -1))
+
+
+@pytest.mark.parametrize("seed", [136, 135, 26, 192])
+def test_the_loss_with_everything_kept_is_bounded_from_below(seed):
+    """Forty responses: the roundings of the constant are those of a sum of hundreds of terms."""
+    generator = torch.Generator().manual_seed(seed)
+    X, mix, W0, noise = (
+        torch.randn(size, generator=generator, dtype=torch.float64)
+        for size in ((13, 4), (4, 4), (4, 40), (13, 40))
+    )
+    X = X @ (torch.eye(4).double() + 3 * mix)
+    Y = X @ W0 + 100 * noise
+    G, e = X.T @ Y / 13, float(Y.square().sum() / 13)
+    problem = SubsetProblem.from_gram(X.T @ X / 13, W0, keep=4, G=G, e=e, damp=1e-9)
+    for backend in ("perspective", "branch_and_bound", "enumerate"):
+        bound = solve(problem, backend).lower_bound
+        exact = exact_loss(problem, range(4))
+        assert Fraction(bound) <= exact
+        assert bound == pytest.approx(float(exact), rel=1e-7)
+
+
+def test_too_close_to_singular_names_the_damping():
+    """A backend whose own arithmetic fails is told apart from a problem that is ill posed."""
+
+    @dataclass(frozen=True)
+    class Fails(Unreachable):
+        def select(self, problem):
+            torch.linalg.cholesky(-torch.eye(2))
+
+    problem = SubsetProblem.from_gram(*gram(), keep=2, damp=0.03)
+    message = r"^backend 'Fails': H is too close to singular with damp=0.03; build the problem with"
+    with pytest.raises(BackendError, match=message):
+        solve(problem, Fails())
 
 
 def test_consumers_must_agree():

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import re
 import sys
 from dataclasses import dataclass
 from typing import ClassVar
 
+import numpy as np
 import pytest
 import torch
 
@@ -134,6 +137,85 @@ def test_unknown_option():
         solve(PROBLEM, "greedy", b=1, a=2)
 
 
+@pytest.mark.parametrize(
+    ("name", "option", "value", "expected"),
+    [
+        ("branch_and_bound", "time_limit", "abc", "float"),
+        ("branch_and_bound", "time_limit", None, "float"),
+        ("branch_and_bound", "node_limit", 2.5, "int"),
+        ("branch_and_bound", "start", 5, "tuple[int, ...] | None"),
+        ("branch_and_bound", "start", [0, 1, "a"], "tuple[int, ...] | None"),
+        ("branch_and_bound", "start", "0123", "tuple[int, ...] | None"),
+        ("random", "seed", 1.5, "int"),
+        ("random", "seed", "x", "int"),
+        ("random", "seed", 1e20, "int"),
+        ("random", "seed", True, "int"),
+        ("perspective", "rounds", 2.5, "int"),
+        ("perspective", "tighten", 1, "bool"),
+        ("local_search", "max_swaps", "x", "int"),
+        ("local_search", "tolerance", "x", "float"),
+        ("multistage", "stage_size", 2.5, "int | None"),
+        ("multistage", "stage_size", "x", "int | None"),
+        ("window_search", "units", 2.5, "int"),
+        ("group_lasso", "iterations", 1.5, "int"),
+    ],
+)
+def test_options_of_a_wrong_type(name, option, value, expected):
+    message = f"^backend '{name}': {option} is .*; it must be {re.escape(expected)}$"
+    with pytest.raises(BackendError, match=message):
+        solve(PROBLEM, name, **{option: value})
+
+
+@pytest.mark.parametrize("name", backend_names())
+def test_no_option_ends_in_anything_but_a_backend_error(name):
+    """Of any type, for any option: it is taken, or refused before anything runs."""
+    info = {info.name: info for info in backends()}[name]
+    if info.unavailable:
+        pytest.skip(info.unavailable)
+    for option in info.options:
+        for value in ("x", None, 2.5, float("nan"), True, [1, "a"], {}, 1e20, -(10**400), object()):
+            # Whatever else is raised fails the test.
+            with contextlib.suppress(BackendError):
+                make_backend(name, **{option: value})
+
+
+def test_options_are_converted_to_their_types():
+    made = make_backend("branch_and_bound", time_limit=3, node_limit=np.int64(5), start=[2, 1])
+    assert (made.time_limit, made.node_limit, made.start) == (3.0, 5, (2, 1))
+    assert type(made.time_limit) is float
+    assert type(made.node_limit) is int
+    assert make_backend("branch_and_bound", time_limit=float("inf")).time_limit == float("inf")
+    assert make_backend("multistage", stage_size=None, batch_size=3).batch_size == 3
+
+
+def test_a_number_that_is_none_is_refused_where_the_backend_does_not(monkeypatch):
+    monkeypatch.setattr(LocalSearch, "__post_init__", lambda self: None)
+    with pytest.raises(BackendError, match="'local_search': tolerance is nan; it must be a number"):
+        make_backend("local_search", tolerance=float("nan"))
+
+
+def test_options_in_a_mapping():
+    """Names of options cannot collide with the parameters of `solve` there."""
+    expected = solve(PROBLEM, "random", seed=3).support
+    assert torch.equal(solve(PROBLEM, "random", options={"seed": 3}).support, expected)
+    for name in ("bound", "device", "backend", "problem", "name", "options", 5):
+        with pytest.raises(BackendError, match=f"'random' has no option {name}; it has seed"):
+            solve(PROBLEM, "random", options={name: 1})
+    with pytest.raises(BackendError, match="seed are given twice"):
+        solve(PROBLEM, "random", options={"seed": 3}, seed=3)
+    with pytest.raises(BackendError, match=r"options is \[1\]; it must map names to values"):
+        solve(PROBLEM, "random", options=[1])
+    with pytest.raises(BackendError, match="'random' has no option name; it has seed"):
+        make_backend("random", name=1)
+    with pytest.raises(BackendError, match="this backend object has its own"):
+        solve(PROBLEM, LocalSearch(), options={"max_swaps": 3})
+
+
+def test_annotations_that_only_a_type_checker_can_read_are_not_checked(monkeypatch):
+    monkeypatch.setitem(LocalSearch.__annotations__, "tolerance", "Unknown")
+    assert make_backend("local_search", max_swaps=3).max_swaps == 3
+
+
 def test_unavailable_package(monkeypatch):
     reason = "highspy is missing; install it: pip install 'osscar[exact]'"
     monkeypatch.setattr(Multistage, "available", classmethod(lambda cls: reason))
@@ -181,6 +263,11 @@ def _many_units(n):
         ("local_search", {"tolerance": float("nan")}, "tolerance nan"),
         ("local_search", {"start": (0, 1)}, "start must name 4 distinct units below 9"),
         ("local_search", {"start": (0, 1, 2, 9)}, "start must name 4 distinct units below 9"),
+        ("local_search", {"start": (0, 1, 2, 10**30)}, "start must name 4 distinct units below 9"),
+        ("local_search", {"tolerance": float("inf")}, "tolerance inf"),
+        ("random", {"seed": -1}, "seed is -1; it must lie in"),
+        ("random", {"seed": 1 << 70}, "seed is 1180591620717411303424; it must lie in"),
+        ("window_search", {"seed": -1}, "seed is -1; it must lie in"),
         ("multistage", {"stage_size": 0}, "stage_size is 0"),
         ("multistage", {"batch_size": 0}, "batch_size is 0"),
         ("multistage", {"max_batches": -1}, "max_batches is -1"),

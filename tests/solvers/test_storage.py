@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
+import os
 import pickle
+import struct
+import zipfile
 
 import numpy as np
 import pytest
@@ -44,7 +49,7 @@ def test_saving_replaces_a_file_whole(tmp_path, suffix, monkeypatch):
 
     monkeypatch.setattr(storage.np, "savez", full_disk)
     monkeypatch.setattr(storage.safetensors.torch, "save_file", full_disk)
-    with pytest.raises(OSError, match="no space"):
+    with pytest.raises(ProblemError, match=f"{path.name} cannot be written: no space"):
         problem.with_keep(2).save(path)
     assert path.read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
@@ -132,7 +137,17 @@ def rewritten(path, change):
         (lambda h, t: h.update(format="osscar-subset-problem/99"), "not a problem file of format"),
         (lambda h, t: h.pop("consumers"), "not a complete problem file"),
         (lambda h, t: h.update(consumers=3), "not a complete problem file"),
-        (lambda h, t: h["consumers"][0].update(e="much"), "not a complete problem file"),
+        (lambda h, t: h.pop("name"), "not a complete problem file"),
+        (lambda h, t: h.update(consumers={"a": 1}), "not a complete problem file"),
+        (lambda h, t: h.update(consumers=[]), "at least one consumer"),
+        (lambda h, t: h["consumers"][0].update(e="much"), "e is 'much'; it must be a number"),
+        (lambda h, t: h["consumers"][0].update(e=10**400), "e has more digits than a number may"),
+        (lambda h, t: h["consumers"][0].update(e=1e-9), "consumer 0: e is 1e-09, with which"),
+        (lambda h, t: h["consumers"][0].update(damping=float("nan")), "damping is nan"),
+        (lambda h, t: h["consumers"][0].update(damping=-3), "damping is -3.0"),
+        (lambda h, t: h.update(keep=True), "keep is True"),
+        (lambda h, t: h.update(keep=4.0), "keep is 4.0"),
+        (lambda h, t: h.update(name=5), "name is 5"),
         (lambda h, t: t.pop("0.H"), "not a complete problem file"),
         (lambda h, t: h.update(keep=100), "keep is 100"),
         (lambda h, t: t.update({"0.G": t["0.G"] * torch.nan}), "G has NaN"),
@@ -143,8 +158,143 @@ def test_damaged_contents(tmp_path, suffix, change, message):
     path = tmp_path / f"layer{suffix}"
     INSTANCES["scalar"].problem.save(path)
     rewritten(path, change)
-    with pytest.raises(ProblemError, match=message):
+    with pytest.raises(ProblemError, match=f"{path.name}.*{message}"):
         SubsetProblem.load(path)
+
+
+def npy(array):
+    file = io.BytesIO()
+    np.save(file, array)
+    return file.getvalue()
+
+
+def hostile_array(shape):
+    """An array of eight bytes whose header claims any shape, or is no header."""
+    text = f"{{'descr': '<f8', 'fortran_order': False, 'shape': {shape}, }}".ljust(1500) + "\n"
+    return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(text)) + text.encode() + bytes(8)
+
+
+HOSTILE = {
+    "nested header": ({"header": npy(np.array("[" * 100000 + "]" * 100000))}, "recursion"),
+    "long header": ({"header": npy(np.array(" " * (1 << 21)))}, "the header takes 8388608 bytes"),
+    "8 TB": ({"0.H": hostile_array((10**6, 10**6))}, "claims 8000000000000 bytes and holds 8"),
+    "negative": ({"0.H": hostile_array((-1, 4))}, "claims -32 bytes and holds 8"),
+    "too much": ({"0.H": npy(np.eye(9)) + bytes(8)}, "claims 648 bytes and holds 656"),
+    "nested shape": ({"0.H": hostile_array("(" * 500 + ")" * 500)}, ""),
+    "open shape": ({"0.H": hostile_array("(" * 50)}, ""),
+    "unknown version": ({"0.H": b"\x93NUMPY\x09\x00" + bytes(200)}, r"version"),
+    "no array": ({"0.H": b"hello"}, ""),
+    "text": ({"0.H": npy(np.array(["a"]))}, ""),
+    "other bytes": ({"0.H": npy(np.eye(9).astype(">f8"))}, "byte order"),
+    "header of numbers": ({"header": npy(np.arange(3))}, ""),
+}
+
+
+@pytest.mark.parametrize(("changed", "message"), HOSTILE.values(), ids=HOSTILE.keys())
+def test_hostile_members(tmp_path, changed, message):
+    """None of them is read into memory, nor ends in anything but a problem error."""
+    path = tmp_path / "layer.npz"
+    INSTANCES["scalar"].problem.save(path)
+    with zipfile.ZipFile(path) as archive:
+        members = {info.filename: archive.read(info) for info in archive.infolist()}
+    members.update({f"{name}.npy": content for name, content in changed.items()})
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+    with pytest.raises(ProblemError, match=f"layer.npz is not a problem file: .*{message}"):
+        SubsetProblem.load(path)
+
+
+CENTRAL, LOCAL = b"PK\x01\x02", b"PK\x03\x04"
+
+
+@pytest.mark.parametrize(
+    ("patches", "message"),
+    [
+        ([(CENTRAL, 10, b"\x63\x00")], "compression method"),
+        ([(CENTRAL, 8, b"\x01\x00"), (LOCAL, 6, b"\x01\x00")], "encrypted"),
+        (
+            [(CENTRAL, 20, b"\xff\xff\xff\x7f\xff\xff\xff\x7f")],
+            "claims 2147483647 bytes of a file of",
+        ),
+    ],
+    ids=["compression", "encryption", "size"],
+)
+def test_hostile_archives(tmp_path, patches, message):
+    path = tmp_path / "layer.npz"
+    INSTANCES["scalar"].problem.save(path)
+    content = bytearray(path.read_bytes())
+    for mark, offset, patch in patches:
+        place = content.find(mark)
+        while place >= 0:
+            content[place + offset : place + offset + len(patch)] = patch
+            place = content.find(mark, place + 4)
+    path.write_bytes(content)
+    with pytest.raises(ProblemError, match=f"is not a problem file: .*{message}"):
+        SubsetProblem.load(path)
+
+
+def test_damaged_compression(tmp_path):
+    path = tmp_path / "layer.npz"
+    storage.write(tmp_path / "plain.npz", {}, {"H": torch.rand(40, 40)})
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("H.npy", npy(np.random.default_rng(0).integers(0, 9, (40, 40))))
+    content = bytearray(path.read_bytes())
+    content[100:160] = bytes(255 - byte for byte in content[100:160])
+    path.write_bytes(content)
+    with pytest.raises(ProblemError, match="is not a problem file"):
+        SubsetProblem.load(path)
+
+
+@suffixes
+def test_random_damage_ends_in_problem_errors(tmp_path, suffix):
+    """Or is not noticed, where it changed a digit."""
+    path = tmp_path / f"layer{suffix}"
+    INSTANCES["keep_1"].problem.save(path)
+    whole = path.read_bytes()
+    generator = np.random.default_rng(0)
+    for _ in range(150):
+        content = bytearray(whole)
+        for place in generator.integers(0, len(whole), generator.integers(1, 20)):
+            content[place] = generator.integers(0, 256)
+        path.write_bytes(content)
+        with contextlib.suppress(ProblemError):
+            SubsetProblem.load(path)
+
+
+def test_compressed_archives_are_read(tmp_path):
+    problem = INSTANCES["ragged"].problem
+    problem.save(tmp_path / "plain.npz")
+    with np.load(tmp_path / "plain.npz") as archive:
+        np.savez_compressed(tmp_path / "small.npz", **archive)
+    loaded = SubsetProblem.load(tmp_path / "small.npz")
+    assert torch.equal(loaded.consumers[0].H, problem.consumers[0].H)
+
+
+@suffixes
+def test_what_cannot_be_written(tmp_path, suffix):
+    problem = INSTANCES["scalar"].problem
+    (tmp_path / f"folder{suffix}").mkdir()
+    for name in (f"missing/layer{suffix}", f"folder{suffix}"):
+        with pytest.raises(ProblemError, match=f"{name} cannot be written: "):
+            problem.save(tmp_path / name)
+    with pytest.raises(ProblemError, match=r"the header takes .* characters; shorten"):
+        SubsetProblem(problem.consumers, 3, "x" * (1 << 20)).save(tmp_path / f"layer{suffix}")
+    assert [path.name for path in tmp_path.iterdir()] == [f"folder{suffix}"]
+
+
+@suffixes
+def test_processes_that_write_one_file_do_not_share_what_is_unfinished(
+    tmp_path, suffix, monkeypatch
+):
+    names = []
+    for process in (1, 2):
+        monkeypatch.setattr(os, "getpid", lambda process=process: process)
+        monkeypatch.setattr(
+            storage.Path, "replace", lambda partial, path: names.append(partial.name)
+        )
+        INSTANCES["scalar"].problem.save(tmp_path / f"layer{suffix}")
+    assert names == [f"layer{suffix}.{process}.partial" for process in (1, 2)]
 
 
 def test_header_is_plain_json(tmp_path):

@@ -8,7 +8,16 @@ from dataclasses import replace
 import pytest
 import torch
 
-from solvers import Solution, Status, VerificationError, quadratic_loss, refit, solve
+from solvers import (
+    Consumer,
+    Solution,
+    Status,
+    SubsetProblem,
+    VerificationError,
+    quadratic_loss,
+    refit,
+    solve,
+)
 from tests.solvers.instances import INSTANCES
 
 NAMES = ["scalar", "target", "ragged", "ragged_consumers"]
@@ -100,6 +109,57 @@ def test_infeasible_support(support, message):
     solution = exact(INSTANCES["scalar"])
     with pytest.raises(VerificationError, match=message):
         replace(solution, support=torch.tensor(support)).verify()
+
+
+def faint():
+    """Losses of 1e-10 of the scale on units 0 and 2, and of 1e-9 on units 0 and 1."""
+    G = torch.tensor([1.0, 1e-10, 1e-9], dtype=torch.float64).sqrt()[:, None]
+    rows = torch.arange(3)[:, None]
+    consumer = Consumer(torch.eye(3).double(), G, 1 + 1.1e-9, torch.zeros_like(G), rows)
+    return SubsetProblem((consumer,), keep=2)
+
+
+def test_losses_far_below_the_scale_are_told_apart():
+    """The optimum is a tenth of what is claimed, and both are less than 1e-8 of the scale."""
+    problem = faint()
+    best = solve(problem, "enumerate")
+    best.verify()
+    assert best.support.tolist() == [0, 2]
+    support = torch.tensor([0, 1])
+    weights, loss = refit(problem, support)
+    assert best.loss == pytest.approx(1e-10, rel=1e-4)
+    assert loss == pytest.approx(1e-9, rel=1e-4)
+    planted = Solution(problem, "planted", support, weights, loss, Status.OPTIMAL, loss)
+    with pytest.raises(VerificationError, match=r"bound .* is refuted by an exchange"):
+        planted.verify()
+    with pytest.raises(VerificationError, match="not a swap optimum"):
+        replace(planted, status=Status.SWAP_OPTIMAL, lower_bound=-math.inf).verify()
+    for claim in (0.9 * best.loss, 1.1 * best.loss):
+        with pytest.raises(VerificationError, match="when recomputed, claimed"):
+            replace(best, loss=claim, lower_bound=0.0, status=Status.FEASIBLE).verify()
+    with pytest.raises(VerificationError, match="lies above the loss"):
+        replace(best, lower_bound=1.1 * best.loss).verify()
+    with pytest.raises(VerificationError, match="optimality is claimed with a gap"):
+        replace(best, lower_bound=0.9 * best.loss).verify()
+
+
+def test_what_cannot_be_recomputed_is_not_verified(monkeypatch):
+    solution = exact(INSTANCES["scalar"])
+
+    def fails(*_):
+        torch.linalg.cholesky(-torch.eye(2))
+
+    monkeypatch.setattr(Solution, "_best_swap_gain", fails)
+    with pytest.raises(VerificationError, match="cannot be recomputed, H is too close to singular"):
+        solution.verify()
+
+
+def test_an_ill_posed_problem_is_not_verified():
+    solution = exact(INSTANCES["scalar"])
+    consumer = solution.problem.consumers[0]
+    low = SubsetProblem((replace(consumer, e=consumer.e / 2),), solution.problem.keep)
+    with pytest.raises(VerificationError, match="the problem is ill posed: consumer 0: e is"):
+        replace(solution, problem=low).verify()
 
 
 @instances

@@ -10,7 +10,10 @@ from solvers.windows import apply_window, window_problem
 from tests.solvers.instances import INSTANCES
 from tests.solvers.test_perspective import random_problem
 
-CASES = ["scalar", "target", "wide_output", "blocks", "permuted", "ragged", "two_consumers"]
+CASES = [
+    *("scalar", "target", "wide_output", "blocks", "permuted", "ragged", "two_consumers"),
+    *("ragged_consumers", "sparse"),
+]
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -25,6 +28,18 @@ def test_window_loss_is_the_loss_of_the_whole(name):
         assert len(whole) == problem.keep
         _, loss = refit(problem, whole)
         assert refit(window, chosen)[1] == pytest.approx(loss, rel=1e-9, abs=1e-10)
+
+
+def test_a_consumer_without_a_row_in_the_window_is_a_constant():
+    problem = INSTANCES["sparse"].problem
+    support, units = torch.tensor([0, 1, 3]), torch.tensor([0, 4])
+    window = window_problem(problem, support, units)
+    assert window.consumers[1].H.shape == (1, 1)
+    solution = solve(window, "enumerate")
+    solution.verify()
+    whole = refit(problem, apply_window(support, units, solution.support))[1]
+    assert solution.loss == pytest.approx(whole, rel=1e-12)
+    solve(problem, "window_search", units=2).verify()
 
 
 def test_window_of_everything_is_the_problem():
