@@ -14,11 +14,11 @@ import re
 from collections.abc import Callable, Iterable
 from typing import Any, TypeAlias, TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from graph.groups import Kind, Role
-from osscar.attention import PREPARED, REWRITTEN, rewritten
+from osscar.attention import PREPARED, REWRITTEN, leave_nested_tensors, rewritten
 from osscar.plan import GroupPlan
 
 Adapter: TypeAlias = Callable[[Any, GroupPlan], None]
@@ -81,6 +81,7 @@ def mend(model: nn.Module, group: GroupPlan) -> None:
     group
         One of the groups that were sliced.
     """
+    leave_nested_tensors(model, group)
     for name in nearby(model, group):
         module = model.get_submodule(name)
         found = _find(module)
@@ -186,9 +187,19 @@ def refresh(modules: Iterable[nn.Module]) -> None:
                     setattr(module, name, value)
 
 
+def _weight(layer: Any) -> Tensor:
+    """Return a layer's weight, or what a hook of `torch.nn.utils` computes it from.
+
+    Until the next forward pass, `weight` itself is what was computed before.
+    """
+    stored = (layer._parameters.get(f"weight{suffix}") for suffix in ("_v", "_orig"))
+    found: Tensor = next((tensor for tensor in stored if tensor is not None), layer.weight)
+    return found
+
+
 def _convolution(layer: Any) -> dict[str, Any]:
     """Return channels; groups follow in `osscar.slicing`, which knows which of them were cut."""
-    first, second = layer.weight.shape[:2]
+    first, second = _weight(layer).shape[:2]
     if layer.transposed:
         return {"in_channels": first, "out_channels": second * layer.groups}
     return {"in_channels": second * layer.groups, "out_channels": first}
@@ -212,7 +223,7 @@ def _shape_of_weight(layer: Any) -> dict[str, Any]:
 
 
 _LAYERS: dict[type[nn.Module], Callable[[Any], dict[str, Any]]] = {
-    nn.Linear: lambda m: {"out_features": m.weight.shape[0], "in_features": m.weight.shape[1]},
+    nn.Linear: lambda m: {"out_features": _weight(m).shape[0], "in_features": _weight(m).shape[1]},
     Conv1D: lambda m: {"nx": m.weight.shape[0], "nf": m.weight.shape[1]},
     nn.modules.conv._ConvNd: _convolution,
     nn.modules.batchnorm._NormBase: lambda m: {"num_features": _channels(m)},

@@ -305,12 +305,44 @@ def rewritten(
         The group that was cut; only heads matter.  None if it does not matter why.
     """
     kind = type(module)
-    mixin = classes.get(f"{kind.__module__}.{kind.__qualname__}")
+    mixin = _mixin(kind, classes)
     if mixin is None or (group is not None and group.kind is not Kind.HEADS):
         return
     module.__class__ = _mixed(mixin, kind)
     assert isinstance(module, AnyHeads)
     module.adopt()
+
+
+def _mixin(kind: type[nn.Module], classes: Mapping[str, type[AnyHeads]]) -> type[AnyHeads] | None:
+    """Look up a class, or the one whose forward pass it inherits."""
+    for base in kind.__mro__:
+        found = classes.get(f"{base.__module__}.{base.__qualname__}")
+        if found is not None:
+            return found if kind.forward is base.forward else None  # type: ignore[attr-defined]
+    return None
+
+
+def leave_nested_tensors(model: nn.Module, group: GroupPlan) -> None:
+    """Keep torch's encoders around attention that loses heads from packing padded sequences.
+
+    Only the fused path of full width reads what they pack.  Positions that are padding are then
+    computed like any other, as they are in training, where nothing is packed either.
+
+    Parameters
+    ----------
+    model
+        Changed in place.
+    group
+        One of the groups that are cut.
+    """
+    if group.kind is not Kind.HEADS:
+        return
+    for name in {slot.module for slot in group.slots}:
+        while name:
+            name = name.rpartition(".")[0]
+            around = model.get_submodule(name)
+            if isinstance(around, nn.TransformerEncoder):
+                around.use_nested_tensor = False
 
 
 _MIXED: dict[type[nn.Module], type[nn.Module]] = {}

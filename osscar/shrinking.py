@@ -7,22 +7,42 @@ masked one does.
 
 from __future__ import annotations
 
+import re
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import combinations
 from typing import TypeAlias
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from graph.export import failing_module
 from osscar.adapters import nearby, prepare
-from osscar.errors import EquivalenceError
+from osscar.attention import leave_nested_tensors
+from osscar.errors import EquivalenceError, OsscarError
 from osscar.plan import GroupPlan, Integer, PruningPlan
-from osscar.proof import Inputs, evaluating, explained, masked, proof_outputs, prove_equal
-from osscar.slicing import HISTORY, restored_on_error, shrink
+from osscar.proof import (
+    ROWS_OF_16_BYTES,
+    Inputs,
+    cached_outputs,
+    evaluating,
+    explained,
+    masked,
+    proof_outputs,
+    prove_equal,
+)
+from osscar.slicing import HISTORY, restored, restored_on_error, shrink
 
 _MOST_AT_ONCE = 3
+
+_NEVER_COUNTS = (
+    r"strides?|dilations?|kernel_sizes?|output_padding|(up|down)?scale_factor|.*_factor|"
+    r"(start|end)_dim|(.*_)?(idx|index|token_id)|layer_(id|no)|(.*_)?eps|seed"
+)
+_OF_LAYERS = rf"{_NEVER_COUNTS}|paddings?|output_size|dim"
+"""Names of numbers that never count units, in any module and in layers of torch (and what derives
+from them).  Any other module may call `padding` what it adds to the channels."""
 
 
 @dataclass(frozen=True)
@@ -71,16 +91,111 @@ def shrink_proved(
         If the outputs differ; `AdapterError` if a module cannot follow.
     """
     with evaluating(model), restored_on_error(model):
+        proof = _Attempt(model, plan, inputs, tolerance)
+        try:
+            return proof.run()
+        except EquivalenceError as error:
+            guilty = _Guilty(model, inputs[:1], tolerance).among(plan)
+            raise type(error)(f"{error}. {guilty}") from error
+
+
+class _Attempt:
+    """One shrinking of a model in evaluation mode, which is prepared for it and then as before."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        plan: PruningPlan,
+        inputs: Sequence[Inputs],
+        tolerance: float | None,
+    ) -> None:
+        self.model, self.plan, self.inputs, self.tolerance = model, plan, inputs, tolerance
         prepare(model)
+        for group in plan.groups:
+            leave_nested_tensors(model, group)
         with masked(model, plan):
-            expected = proof_outputs(model, inputs)
-        shrink(model, plan)
-        search = _Search(
-            model,
-            plan,
-            lambda: prove_equal(expected, proof_outputs(model, inputs), tolerance=tolerance),
+            self.expected = proof_outputs(model, inputs)
+            self.cached = _cached(model, inputs)
+        prove_equal(self.expected, self.expected)  # that there is something to compare
+
+    def run(self) -> Proof:
+        """Shrink and prove; if that fails, the model is as it was when this was made."""
+        with restored_on_error(self.model):
+            shrink(self.model, self.plan)
+            return _Search(self.model, self.plan, self._check).run()
+
+    def _check(self) -> float:
+        found = proof_outputs(self.model, self.inputs)
+        error = prove_equal(self.expected, found, tolerance=self.tolerance)
+        if not self.cached:
+            return error
+        found = cached_outputs(self.model, self.inputs[0])
+        return max(error, prove_equal(self.cached, found, tolerance=self.tolerance))
+
+
+def _cached(model: nn.Module, inputs: Sequence[Inputs]) -> list[Tensor]:
+    """Return what a model computes when it keeps keys and values, if it can."""
+    try:
+        return cached_outputs(model, inputs[0])
+    except torch.OutOfMemoryError:
+        raise
+    except Exception:  # whatever the user's forward raises: it is not the shrunk model's fault
+        return []
+
+
+_MOST_TRIALS = 64
+_MOST_SECONDS = 120.0
+_MOST_NAMED = 8
+
+
+class _Guilty:
+    """Finds the groups of a refused plan that cannot go, by halving it.
+
+    Each trial shrinks the model, which is in evaluation mode, and restores it.
+    """
+
+    def __init__(self, model: nn.Module, inputs: Sequence[Inputs], tolerance: float | None) -> None:
+        self.model, self.inputs, self.tolerance = model, inputs, tolerance
+        self.trials, self.deadline = _MOST_TRIALS, time.monotonic() + _MOST_SECONDS
+
+    def among(self, plan: PruningPlan) -> str:
+        """Say which groups they are, and what to do."""
+        groups = plan.groups
+        names = [group.name for group in (groups if len(groups) == 1 else self._halves(groups))]
+        if not names:
+            return (
+                "No single group is to blame, only several together: leave some of the "
+                f"{len(groups)} out of what is pruned (groups= in Python, --skip on the command "
+                "line)"
+            )
+        shown = ", ".join(map(repr, names[:_MOST_NAMED]))
+        more = f" and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else ""
+        them = "them" if len(names) > 1 else "it"
+        return (
+            f"What fails is {'among ' if self._spent else ''}the pruning of {shown}{more}: leave "
+            f"{them} out (a plan or groups= without {them} in Python, --skip {names[0]!r} on the "
+            "command line)"
         )
-        return search.run()
+
+    @property
+    def _spent(self) -> bool:
+        return self.trials <= 0 or time.monotonic() > self.deadline
+
+    def _halves(self, groups: Sequence[GroupPlan]) -> list[GroupPlan]:
+        middle = len(groups) // 2
+        return [*self._failing(groups[:middle]), *self._failing(groups[middle:])]
+
+    def _failing(self, groups: Sequence[GroupPlan]) -> list[GroupPlan]:
+        if self._spent:
+            return list(groups)  # not cleared
+        self.trials -= 1
+        try:
+            with restored(self.model):
+                plan = PruningPlan(tuple(groups))
+                _Attempt(self.model, plan, self.inputs, self.tolerance).run()
+        except OsscarError:
+            return list(groups) if len(groups) == 1 else self._halves(groups)
+        return []
 
 
 _Sizes: TypeAlias = int | tuple[int, ...]
@@ -119,6 +234,8 @@ class _Search:
 
     def _mended(self, failure: Exception) -> float | Exception:
         """Return the outcome of the first set of candidates that gets past a failure."""
+        if ROWS_OF_16_BYTES in str(failure):  # of numbers that did follow
+            raise explained(failure, self.model) from failure
         culprit = self._culprit(failure)
         for kind, names in self._candidates(culprit):
             before = self._follow(kind, names)
@@ -176,8 +293,17 @@ class _Search:
         return {
             key: new
             for key, value in vars(self.model.get_submodule(name)).items()
-            if (new := _resized(value, sizes)) is not None and (name, key) not in self.found
+            if self._may_count(name, key) and (new := _resized(value, sizes)) is not None
         }
+
+    def _may_count(self, name: str, key: str) -> bool:
+        """Whether a number may be one of units, and does not follow yet."""
+        layer = any(
+            kind is not nn.Module and kind.__module__.startswith("torch.nn.")
+            for kind in self._kind(name).__mro__
+        )
+        never = _OF_LAYERS if layer else _NEVER_COUNTS
+        return (name, key) not in self.found and not re.fullmatch(never, key)
 
     def _follow(
         self, kind: type[nn.Module], names: tuple[str, ...]

@@ -62,18 +62,39 @@ def context_length(model: nn.Module) -> int | None:
 @contextmanager
 def restored_on_error(model: nn.Module) -> Iterator[None]:
     """Give every module of a model its class, attributes and tensors back if the block fails."""
-    before = [
-        (module, type(module), {name: _kept(name, value) for name, value in vars(module).items()})
-        for module in model.modules()
-    ]
+    before = _snapshot(model)
     try:
         yield
     except BaseException:
-        for module, kind, attributes in before:
-            module.__class__ = kind
-            vars(module).clear()
-            vars(module).update(attributes)
+        _restore(before)
         raise
+
+
+@contextmanager
+def restored(model: nn.Module) -> Iterator[None]:
+    """Give every module of a model its class, attributes and tensors back after the block."""
+    before = _snapshot(model)
+    try:
+        yield
+    finally:
+        _restore(before)
+
+
+_Snapshot: TypeAlias = list[tuple[nn.Module, type[nn.Module], dict[str, Any]]]
+
+
+def _snapshot(model: nn.Module) -> _Snapshot:
+    return [
+        (module, type(module), {name: _kept(name, value) for name, value in vars(module).items()})
+        for module in model.modules()
+    ]
+
+
+def _restore(before: _Snapshot) -> None:
+    for module, kind, attributes in before:
+        module.__class__ = kind
+        vars(module).clear()
+        vars(module).update(attributes)
 
 
 _TABLES = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
@@ -100,15 +121,15 @@ class _Cut:
     keep
         For each dimension that is cut, the indices that stay, (n,) int64 in ascending order.
     passing
-        How many rows of a convolution's filter stay if only whole groups of it leave; None if
-        none do.
+        Which rows of the tensor stay as far as units pass through them, (rows,) bool; None if none
+        do.
     places
         Where modules hold this tensor, or one that shares its memory.
     """
 
     tensor: Tensor
     keep: Mapping[int, Tensor]
-    passing: int | None
+    passing: Tensor | None
     places: tuple[tuple[nn.Module, dict[str, Any], str], ...]
 
     @property
@@ -130,8 +151,14 @@ class _Cut:
                 self._leave_groups(module)
 
     def _leave_groups(self, convolution: nn.modules.conv._ConvNd) -> None:
-        if self.passing is not None:
-            convolution.groups = convolution.groups * self.passing // self.tensor.shape[0]
+        """Count the groups of a convolution that still have a filter.
+
+        Units also pass through the rows of a weight that is scaled or standardized before it is
+        used; these are no groups, unless all rows of one go.
+        """
+        if self.passing is not None and convolution.groups > 1:
+            by_group = self.passing.view(convolution.groups, -1)
+            convolution.groups = int(by_group.any(1).sum())
 
 
 def _merged_cuts(model: nn.Module, plan: PruningPlan) -> list[_Cut]:
@@ -156,7 +183,7 @@ def _merged_cuts(model: nn.Module, plan: PruningPlan) -> list[_Cut]:
         _Cut(
             tensor,
             {dim: (fate != _GOES).nonzero().flatten() for dim, fate in stays[key].items()},
-            int((passing[key] != _GOES).sum()) if key in passing else None,
+            passing[key] != _GOES if key in passing else None,
             tuple(places[key]),
         )
         for key, tensor in tensors.items()

@@ -16,7 +16,7 @@ _OTHERS = [name for name in torchvision_names() if name not in REPRESENTATIVES]
     "name", [*REPRESENTATIVES, *(pytest.param(name, marks=pytest.mark.slow) for name in _OTHERS)]
 )
 def test_half_of_every_group_can_go(name: str) -> None:
-    case = torchvision_case(name)
+    case = torchvision_case(name, small=True)
     found = measure(name, case.build(), case.make_inputs())
     assert found.effect > LEAST_EFFECT
     assert found.prunable > 0

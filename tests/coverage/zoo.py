@@ -83,16 +83,35 @@ def torchvision_names() -> list[str]:
     return names
 
 
-def torchvision_case(name: str) -> Case:
-    """Return a model of torchvision by name."""
-    sizes = _SIZES.get(name, (64, 96))
+_SMALL_IMAGES: Mapping[str, int] = {
+    **dict.fromkeys(("vit_b_16", "vit_b_32", "vit_l_16", "vit_l_32"), 64),
+    "vit_h_14": 56,
+}
+"""Images that a model can be built for, in place of those of its weights."""
+
+
+def torchvision_case(name: str, *, small: bool = False) -> Case:
+    """Return a model of torchvision by name.
+
+    Parameters
+    ----------
+    name
+        As torchvision spells it.
+    small
+        Build transformers that take images of one size for smaller ones; only their table of
+        positions differs.
+    """
+    sizes, options = _SIZES.get(name, (64, 96)), {}
+    if small and name in _SMALL_IMAGES:
+        size = _SMALL_IMAGES[name]
+        sizes, options = (size, size), {"image_size": size}
 
     def build() -> nn.Module:
         torch.manual_seed(0)
         models = importlib.import_module("torchvision.models")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return _alive_images(models.get_model(name, weights=None), name)
+            return _alive_images(models.get_model(name, weights=None, **options), name)
 
     def images(batch: int, size: int) -> Callable[[], Inputs]:
         return lambda: (torch.randn(batch, 3, size, size),)

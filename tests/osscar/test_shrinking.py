@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import json
+import os
+import shutil
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import torch
@@ -393,9 +397,24 @@ def _encoder() -> nn.Module:
     return nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval()
 
 
+def _small_network() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.Conv2d(8, 8, 3, groups=8),
+        nn.Conv2d(8, 5, 1),
+    )
+
+
 def _shrunk(name: str) -> tuple[nn.Module, list[tuple[Tensor, ...]]]:
     if name == "encoder":
         model, inputs = _encoder(), [(torch.randn(2, 5, 12),), (torch.randn(3, 4, 12),)]
+        shrink_by_half(model, inputs)
+        return model, inputs
+    if name == "convolutions":
+        model = randomized(_small_network())
+        inputs = [(torch.randn(2, 3, 8, 8),), (torch.randn(1, 3, 6, 6),)]
         shrink_by_half(model, inputs)
         return model, inputs
     if name == "llama":
@@ -422,11 +441,31 @@ def test_a_shrunk_model_compiles(name: str) -> None:
             torch.testing.assert_close(compiled(*one), expected, rtol=1e-4, atol=1e-4)
 
 
+_COMPILER = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+
+
+@pytest.mark.skipif(_COMPILER is None, reason="torch.compile with inductor needs a C++ compiler")
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["convolutions", "encoder"])
+def test_a_shrunk_model_compiles_to_machine_code(
+    name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    model, inputs = _shrunk(name)
+    compiled = torch.compile(model, backend="inductor")
+    (expected,) = proof_outputs(model, inputs[:1])
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(*inputs[0]), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.skipif(
+    find_spec("onnxscript") is None or find_spec("onnx") is None,
+    reason="the export to ONNX needs onnx and onnxscript: pip install 'osscar[dev]'",
+)
 @pytest.mark.parametrize("name", _EXPORTED)
 @pytest.mark.filterwarnings("ignore")
 def test_a_shrunk_model_is_exported_to_onnx(name: str) -> None:
-    pytest.importorskip("onnxscript")
-    reference = pytest.importorskip("onnx.reference")
+    reference = importlib.import_module("onnx.reference")
     model, inputs = _shrunk(name)
     exported = torch.onnx.export(model, inputs[0], dynamo=True, verbose=False).model_proto
     feed = {exported.graph.input[0].name: inputs[0][0].numpy()}
