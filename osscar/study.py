@@ -8,12 +8,14 @@ the solves in flight and goes on where it stopped.
 from __future__ import annotations
 
 import dataclasses
-import itertools
+import hashlib
 import json
 import math
 import re
 import shutil
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -23,8 +25,26 @@ import torch
 import solvers
 from osscar.errors import OptionError, StudyError
 from osscar.progress import stage
-from osscar.rows import WINDOW, Instance, Row, read_row, window_name, write_csv, write_json
-from osscar.workers import ROWS, Task, load_problem, solve_all, solve_task
+from osscar.rows import (
+    PARTIAL,
+    WINDOW,
+    Instance,
+    Row,
+    from_json,
+    read_json,
+    window_name,
+    write_csv,
+    write_json,
+)
+from osscar.workers import (
+    ROWS,
+    Task,
+    affordable_jobs,
+    digest,
+    load_problem,
+    solve_all,
+    solve_task,
+)
 from solvers.windows import borderline_window, random_window, window_problem
 
 HEURISTICS = ("magnitude", "wanda", "greedy", "multistage", "local_search")
@@ -32,8 +52,12 @@ DEFAULT_BACKENDS = (*HEURISTICS, "perspective", "branch_and_bound")
 
 SETTINGS_FILE = "study.json"
 RESULTS_FILE = "results.csv"
+_LOCK_FILE = ".osscar.lock"
 _PROBLEMS = "problems"
 _SUFFIX = ".safetensors"
+_READABLE_NAME = 80
+"""Characters of a problem's name that go into the name of its file."""
+
 _INCUMBENT = "local_search"
 """Whose answer the units outside a window are held at."""
 
@@ -77,27 +101,61 @@ class StudyDesign:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for sparsity in self.sparsities:
-            if not 0 < sparsity < 1:
-                raise OptionError(f"sparsity is {sparsity}; give shares above 0 and below 1")
+        self._check_lists()
+        for name, least in (("windows", 1), ("exact_units", 1), ("window_units", 2), ("seed", 0)):
+            value = getattr(self, name)
+            if not (name == "window_units" and value is None) and not _is_count(value, least):
+                said = name.removeprefix("window_").replace("_", " ")
+                raise OptionError(f"{said} is {value!r}; give a whole number of at least {least}")
+        if self.seed >= 2**63:
+            raise OptionError(f"seed is {self.seed}; give a whole number below 2^63")
+        if not _is_number(self.time_limit) or not 0 < self.time_limit < math.inf:
+            raise OptionError(f"time limit is {self.time_limit!r}; give seconds above 0")
+        if not _is_number(self.gap_tolerance) or not 0 <= self.gap_tolerance < 1:
+            raise OptionError(f"gap tolerance is {self.gap_tolerance!r}; give a share below 1")
+
+    def _check_lists(self) -> None:
+        for name in ("sparsities", "backends"):
+            values = getattr(self, name)
+            if not isinstance(values, tuple | list):
+                raise OptionError(f"{name} is {values!r}; give a tuple")
+            object.__setattr__(self, name, tuple(values))
         if not self.sparsities or not self.backends:
             raise OptionError("a study needs at least one sparsity and one backend")
-        for name in self.backends:
-            solvers.backend_class(name)
-        if self.window_units is not None and self.window_units < 2:
-            raise OptionError(f"units is {self.window_units}; a window has at least 2")
-        if self.windows < 1 or self.exact_units < 1:
-            raise OptionError(
-                f"windows is {self.windows} and exact units {self.exact_units}; give at least 1"
-            )
-        if not 0 < self.time_limit < math.inf:
-            raise OptionError(f"time limit is {self.time_limit}; give seconds above 0")
-        if not 0 <= self.gap_tolerance < 1:
-            raise OptionError(f"gap tolerance is {self.gap_tolerance}; give a share below 1")
+        for sparsity in self.sparsities:
+            if not _is_number(sparsity) or not 0 < sparsity < 1:
+                raise OptionError(f"sparsity is {sparsity!r}; give shares above 0 and below 1")
+        for backend in self.backends:
+            if not isinstance(backend, str):
+                raise OptionError(f"backend is {backend!r}; give a name")
+            # Here, so that nothing is solved only to find that the last backend cannot run.
+            solvers.make_backend(backend)
+        for name in ("sparsities", "backends"):
+            values = getattr(self, name)
+            twice = sorted({str(value) for value in values if values.count(value) > 1})
+            if twice:
+                raise OptionError(f"{name} has {', '.join(twice)} twice; give each once")
 
     def keep(self, units: int, sparsity: float) -> int:
         """Return how many of `units` stay: at least one, and at least one goes."""
         return max(1, min(units - 1, units - round(sparsity * units)))
+
+    def keeps(self, units: int) -> dict[int, tuple[float, ...]]:
+        """Return the numbers of units that stay, each with the sparsities that come to it."""
+        found: dict[int, tuple[float, ...]] = {}
+        for sparsity in self.sparsities:
+            keep = self.keep(units, sparsity)
+            found[keep] = (*found.get(keep, ()), sparsity)
+        return found
+
+
+def _is_count(value: object, least: int) -> bool:
+    """Return whether `value` is a whole number and not below `least`."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 class Study:
@@ -120,17 +178,62 @@ class Study:
         self.directory = directory
         self.source = dict(source)
         self._settings = directory / SETTINGS_FILE
-        if self._settings.exists():
+        self._made = self._held = False
+        try:
+            if directory.is_file():
+                raise StudyError(f"{directory} is a file and holds no study; give another --out")
+            there = {path.name for path in directory.iterdir()} if directory.exists() else set()
+        except OSError as error:
+            raise StudyError(f"cannot look into {directory}: {error.strerror}") from error
+        if SETTINGS_FILE in there:
             self._check_same()
-        elif directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        elif there - {_LOCK_FILE} and _LOCK_FILE not in there:
             raise StudyError(f"{directory} is not empty and holds no study; give another --out")
 
     @property
     def instances(self) -> tuple[Instance, ...]:
         """The captured problems, none before `capture` has finished; windows are not listed."""
-        if not self._settings.exists():
-            return ()
-        return tuple(Instance(**entry) for entry in self._read_settings()["instances"])
+        return self._instances_of("instances")
+
+    @property
+    def trivial(self) -> tuple[Instance, ...]:
+        """Those captured problems in which there is nothing to choose: they have one unit."""
+        return tuple(instance for instance in self.instances if instance.units == 1)
+
+    def affordable_jobs(self) -> int:
+        """Return how many processes may solve at once: as many as cores, if memory allows."""
+        files = [self.directory / instance.file for instance in self.instances]
+        try:
+            return affordable_jobs(max((file.stat().st_size for file in files), default=0))
+        except OSError as error:
+            raise StudyError(f"cannot read {error.filename}: {error.strerror}") from error
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep all other processes from writing to the directory while the block runs.
+
+        `capture` and `run` lock for themselves; lock around them to do several things as one.  A
+        directory that was made for this, and into which nothing was captured, goes again.
+
+        Raises
+        ------
+        StudyError
+            If another process is at work there, or the directory cannot be written.
+        """
+        if self._held:
+            yield
+            return
+        self._make_directory()
+        with _lock(self.directory):
+            self._held = True
+            try:
+                if self._settings.exists():
+                    self._check_same()
+                yield
+            finally:
+                self._held = False
+                if self._made and not self._settings.exists():
+                    shutil.rmtree(self.directory, ignore_errors=True)
 
     def capture(self, problems: Iterable[tuple[str, solvers.SubsetProblem]]) -> None:
         """Write the problems, given with their kinds; a new directory goes again if that fails.
@@ -138,33 +241,51 @@ class Study:
         Raises
         ------
         StudyError
-            If there is none, or two have one name.
+            If there is none, or two have one name, or none leaves a choice.
         """
-        remaining = iter(problems)
-        first = next(remaining, None)
-        if first is None:
-            raise StudyError("there is no problem to study")
-        made = not self.directory.exists()
-        try:
-            self._make_directories()
-            instances: dict[str, Instance] = {}
-            for kind, problem in itertools.chain([first], remaining):
-                if problem.name in instances:
-                    raise StudyError(f"two problems are called {problem.name!r}; rename one")
-                instances[problem.name] = self._write_problem(kind, problem)
-            self._write_settings(tuple(instances.values()))
-        except BaseException:
-            if made:
-                shutil.rmtree(self.directory, ignore_errors=True)
-            raise
+        with self.locked():
+            self._write_settings((), ())
+            try:
+                self._capture(problems)
+            except BaseException:
+                if self._made:
+                    self._settings.unlink()  # so that the directory goes
+                raise
 
-    def _make_directories(self) -> None:
+    def _capture(self, problems: Iterable[tuple[str, solvers.SubsetProblem]]) -> None:
+        self._make_parts()
+        instances: dict[str, Instance] = {}
+        for kind, problem in problems:
+            if problem.name in instances:
+                raise StudyError(f"two problems are called {problem.name!r}; rename one")
+            instances[problem.name] = self._write_problem(kind, problem)
+        if not instances:
+            raise StudyError("there is no problem to study")
+        if all(instance.units == 1 for instance in instances.values()):
+            raise StudyError(
+                f"there is nothing to choose in {', '.join(instances)}: a problem of one unit has "
+                "one support; give problems of at least 2 units"
+            )
+        self._write_settings(tuple(instances.values()), ())
+
+    def _make_directory(self) -> None:
         try:
-            for name in (_PROBLEMS, ROWS):
-                (self.directory / name).mkdir(parents=True, exist_ok=True)
+            self.directory.mkdir(parents=True)
+            self._made = True
+        except FileExistsError:
+            return  # what it holds has been looked at
         except OSError as error:
             raise StudyError(f"cannot write {self.directory}: {error.strerror}") from error
-        self._write_settings(())
+
+    def _make_parts(self) -> None:
+        """Make the directories in the directory, and remove what a killed study was writing."""
+        try:
+            for name in (_PROBLEMS, ROWS):
+                (self.directory / name).mkdir(exist_ok=True)
+                for partial in (self.directory / name).glob(f"*{PARTIAL}"):
+                    partial.unlink()
+        except OSError as error:
+            raise StudyError(f"cannot write {error.filename}: {error.strerror}") from error
 
     def run(self, design: StudyDesign, jobs: int = 1) -> tuple[Row, ...]:
         """Solve what has not been solved yet, and return all rows of the design.
@@ -181,72 +302,96 @@ class Study:
         OptionError
             If `jobs` is not positive.
         StudyError
-            If a worker was killed; what was solved until then is kept.
+            If nothing has been captured, a file of the study is damaged or has been replaced,
+            another process is at work in the directory, or a worker was killed; what was solved
+            until then is kept.
         """
-        if jobs < 1:
-            raise OptionError(f"jobs is {jobs}; give at least 1")
-        layers = [i for i in self.instances if i.units > 1]
-        tasks = [task for layer in layers for task in self._tasks(design, layer)]
-        rows = self._solve_all(tasks, jobs)
-        if design.window_units is not None:
-            large = [layer for layer in layers if layer.units > design.window_units]
-            tasks = [task for layer in large for task in self._window_tasks(design, layer)]
-            rows += self._solve_all(tasks, jobs)
-        write_csv(self.directory / RESULTS_FILE, rows)
+        if not _is_count(jobs, 1):
+            raise OptionError(f"jobs is {jobs!r}; give at least 1")
+        with self.locked():
+            layers = [instance for instance in self.instances if instance.units > 1]
+            if not layers:
+                raise StudyError(f"{self.directory} holds no problem yet; capture some first")
+            self._make_parts()
+            tasks = [task for layer in layers for task in self._tasks(design, layer)]
+            rows = self._solve_all(tasks, jobs)
+            if design.window_units is not None:
+                large = [layer for layer in layers if layer.units > design.window_units]
+                tasks = [task for layer in large for task in self._window_tasks(design, layer)]
+                rows += self._solve_all(tasks, jobs)
+            write_csv(self.directory / RESULTS_FILE, rows)
         return tuple(rows)
 
     def _tasks(self, design: StudyDesign, layer: Instance) -> Iterator[Task]:
-        for sparsity in design.sparsities:
-            keep = design.keep(layer.units, sparsity)
-            yield from self._tasks_at(design, layer, keep, sparsity)
+        for keep, sparsities in design.keeps(layer.units).items():
+            yield from self._tasks_at(design, layer, keep, sparsities)
 
     def _tasks_at(
-        self, design: StudyDesign, instance: Instance, keep: int, sparsity: float
+        self, design: StudyDesign, instance: Instance, keep: int, sparsities: tuple[float, ...]
     ) -> Iterator[Task]:
         for name in design.backends:
             backend = solvers.backend_class(name)
             if backend.kind is solvers.Kind.EXACT and instance.units > design.exact_units:
                 continue
             known = {f.name for f in dataclasses.fields(cast(Any, backend))}
-            limits = {"time_limit": design.time_limit, "gap_tolerance": design.gap_tolerance}
+            limits = {
+                "time_limit": float(design.time_limit),
+                "gap_tolerance": float(design.gap_tolerance),
+            }
             exact = backend.kind is solvers.Kind.EXACT
             options = {k: v for k, v in limits.items() if exact and k in known}
-            yield Task(self.directory, instance, keep, sparsity, name, options)
+            yield Task(self.directory, instance, keep, sparsities, name, options)
 
     def _window_tasks(self, design: StudyDesign, layer: Instance) -> Iterator[Task]:
         """Draw windows around the incumbent of each sparsity; the first holds its borderline."""
         assert design.window_units is not None
-        for sparsity in design.sparsities:
-            keep = design.keep(layer.units, sparsity)
+        for keep, sparsities in design.keeps(layer.units).items():
             generator = torch.Generator().manual_seed(design.seed)
-            incumbent = solve_task(Task(self.directory, layer, keep, sparsity, _INCUMBENT))
+            incumbent = solve_task(Task(self.directory, layer, keep, sparsities, _INCUMBENT))
             if incumbent.error:
                 continue
             support = torch.tensor(incumbent.support)
             for index in range(design.windows):
                 name = window_name(layer.name, keep, design.window_units, design.seed, index)
-                whole = load_problem(self.directory / layer.file).with_keep(keep)
+                whole = load_problem(self.directory, layer).with_keep(keep)
                 units = (
                     random_window(whole, support, design.window_units, generator)
                     if index
                     else borderline_window(whole, support, design.window_units)
                 )
                 part = dataclasses.replace(window_problem(whole, support, units), name=name)
-                window = self._write_problem(WINDOW, part)
-                yield from self._tasks_at(design, window, part.keep, sparsity)
+                yield from self._tasks_at(design, self._window(part), part.keep, sparsities)
+
+    def _window(self, problem: solvers.SubsetProblem) -> Instance:
+        """Return a window of the study, which is written when it is drawn for the first time."""
+        windows = self._instances_of("windows")
+        for window in windows:
+            if window.name == problem.name:
+                return window
+        window = self._write_problem(WINDOW, problem)
+        self._write_settings(self.instances, (*windows, window))
+        return window
 
     def _write_problem(self, kind: str, problem: solvers.SubsetProblem) -> Instance:
+        if not problem.name.isprintable():
+            raise StudyError(f"a problem is called {problem.name!r}; give it a name in plain text")
         file = f"{_PROBLEMS}/{_file_name(problem.name)}{_SUFFIX}"
-        if not (self.directory / file).exists():
-            problem.save(self.directory / file)
-        return Instance(problem.name, kind, file, problem.units, problem.width)
+        path = self.directory / file
+        problem.save(path)
+        try:
+            sha256 = digest(path)
+        except OSError as error:
+            raise StudyError(f"cannot read {path}: {error.strerror}") from error
+        return Instance(problem.name, kind, file, problem.units, problem.width, sha256)
 
     def _solve_all(self, tasks: Sequence[Task], jobs: int) -> list[Row]:
-        pending = [task for task in tasks if not task.file.exists()]
+        rows = {task.file: row for task in tasks if (row := task.read()) is not None}
+        pending = [task for task in tasks if task.file not in rows]
         with stage("solving", total=len(pending)) as bar:
-            for _ in solve_all(pending, min(jobs, max(1, len(pending)))):
+            for task, row in solve_all(pending, jobs):
+                rows[task.file] = row
                 bar.advance()
-        return [read_row(task.file) for task in tasks]
+        return [rows[task.file] for task in tasks]
 
     def _check_same(self) -> None:
         before = self._read_settings()["source"]
@@ -258,18 +403,75 @@ class Study:
             "ask for the same, or give another --out"
         )
 
-    def _read_settings(self) -> dict[str, Any]:
-        try:
-            settings = json.loads(self._settings.read_text(encoding="utf-8"))
-            settings["source"], settings["instances"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise StudyError(f"{self._settings} is not a study's settings: {error}") from error
-        return cast("dict[str, Any]", settings)
+    def _instances_of(self, part: str) -> tuple[Instance, ...]:
+        return tuple(self._read_settings()[part]) if self._settings.exists() else ()
 
-    def _write_settings(self, instances: Sequence[Instance]) -> None:
-        entries = [dataclasses.asdict(instance) for instance in instances]
-        write_json(self._settings, {"source": self.source, "instances": entries})
+    def _read_settings(self) -> dict[str, Any]:
+        """Return the source, and the instances and windows as `Instance`."""
+        try:
+            settings = read_json(self._settings)
+            if not isinstance(settings, dict) or not isinstance(settings.get("source"), dict):
+                raise ValueError("it names no source")
+            for part in ("instances", "windows"):
+                if not isinstance(settings.get(part), list):
+                    raise ValueError(f"it has no list of {part}")
+                settings[part] = [_instance(entry) for entry in settings[part]]
+        except (OSError, ValueError) as error:
+            raise StudyError(
+                f"{self._settings} is not a study's settings: {error}; give another --out"
+            ) from error
+        return settings
+
+    def _write_settings(self, instances: Sequence[Instance], windows: Sequence[Instance]) -> None:
+        content = {
+            "source": self.source,
+            "instances": [dataclasses.asdict(instance) for instance in instances],
+            "windows": [dataclasses.asdict(window) for window in windows],
+        }
+        write_json(self._settings, content)
+
+
+def _instance(entry: object) -> Instance:
+    instance = from_json(Instance, entry)
+    if instance.units < 1 or instance.file != f"{_PROBLEMS}/{_file_name(instance.name)}{_SUFFIX}":
+        raise ValueError(f"{instance.name!r} is not a problem of it")
+    return instance
 
 
 def _file_name(name: str) -> str:
-    return re.sub(r"[^A-Za-z0-9_.-]+", "-", name).strip("-") or "problem"
+    """Return a name for a file: what can be read of `name`, and what tells it from all others."""
+    readable = re.sub(r"[^A-Za-z0-9_.-]+", "-", name)[:_READABLE_NAME].strip("-.") or "problem"
+    return f"{readable}-{hashlib.sha256(name.encode()).hexdigest()[:10]}"
+
+
+@contextmanager
+def _lock(directory: Path) -> Iterator[None]:
+    """Hold the lock of a directory; the system releases it when the process ends, however."""
+    path = directory / _LOCK_FILE
+    try:
+        file = path.open("a+", encoding="utf-8")
+    except OSError as error:
+        raise StudyError(f"cannot write {path}: {error.strerror}") from error
+    with file:
+        try:
+            _take(file.fileno())
+        except (BlockingIOError, PermissionError) as error:
+            raise StudyError(
+                f"another process is at work in {directory}; wait for it, or give another --out"
+            ) from error
+        except OSError:
+            # This file system knows no locks: better an unguarded study than none.
+            pass
+        yield
+
+
+def _take(descriptor: int) -> None:
+    """Lock an open file for this process alone, or fail at once."""
+    if sys.platform == "win32":
+        import msvcrt
+
+        msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
+    else:
+        import fcntl
+
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

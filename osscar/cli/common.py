@@ -6,8 +6,8 @@ import json
 import os
 import sys
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -58,14 +58,19 @@ def guard() -> Iterator[None]:
     except Exception as error:
         if not isinstance(error, _expected_errors()):
             raise
-        _say("error", str(error), "bold red")
+        say_aside("error", str(error), "bold red")
         sys.exit(2)
 
 
-def _say(label: str, message: str, style: str) -> None:
+def say(text: str) -> None:
+    """Print a line to standard output; names in it are taken as they are, not as markup."""
+    out.print(text, markup=False, highlight=False, emoji=False)
+
+
+def say_aside(label: str, message: str, style: str) -> None:
     """Print one message to standard error, whole: terminals wrap, pipes get one line."""
     err.print(f"{label}:", style=style, end=" ")
-    err.print(message, markup=False, highlight=False, soft_wrap=True)
+    err.print(message, markup=False, highlight=False, emoji=False, soft_wrap=True)
 
 
 def _expected_errors() -> tuple[type[Exception], ...]:
@@ -94,7 +99,7 @@ def quiet() -> Iterator[None]:
         dict.fromkeys(str(w.message) for w in caught if issubclass(w.category, UserWarning))
     )
     for message in messages[:_SHOWN_WARNINGS]:
-        _say("warning", message, "yellow")
+        say_aside("warning", message, "yellow")
     if len(messages) > _SHOWN_WARNINGS:
         err.print(f"... and {len(messages) - _SHOWN_WARNINGS} warnings more", style="yellow")
 
@@ -122,7 +127,7 @@ def write_json(path: Path | None, content: Mapping[str, Any]) -> None:
         return
     text = json.dumps(content, indent=2, allow_nan=False) + "\n"
     path = path.resolve()
-    partial = path.with_name(f".{path.name}.partial")
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         if path.exists() and not path.is_file():  # a pipe or a device is written to, not replaced
             path.write_text(text, encoding="utf-8")
@@ -130,22 +135,56 @@ def write_json(path: Path | None, content: Mapping[str, Any]) -> None:
         partial.write_text(text, encoding="utf-8")
         partial.replace(path)
     except OSError as error:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):
+            partial.unlink()
         raise OutputError(f"cannot write {path}: {error.strerror}") from error
 
 
-def check_json_path(path: Path | None) -> None:
-    """Refuse a ``--json`` file that could not be written, before any work is done.
+def check_json_path(
+    path: Path | None,
+    inputs: Sequence[str | os.PathLike[str] | None] = (),
+    written: Path | None = None,
+) -> None:
+    """Refuse a ``--json`` file that could not or must not be written, before any work is done.
+
+    Parameters
+    ----------
+    path
+        What was asked for; None is fine.
+    inputs
+        Files and directories that the command reads; names that are no paths do no harm.
+    written
+        The directory that the command writes.
 
     Raises
     ------
     OutputError
-        If its directory does not exist, or it is a directory itself.
+        If its directory does not exist, if it is a directory itself, or is or lies in what the
+        command reads or writes.
     """
     from osscar.errors import OutputError
 
+    if path is None:
+        return
     try:
-        if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
+        place = path.resolve()
+        for used, verb in [*((name, "reads") for name in inputs), (written, "writes")]:
+            if used is not None and _covers(Path(used), place):
+                raise OutputError(
+                    f"--json {path} would write to {used}, which the command {verb}; give another"
+                )
+        if path.is_dir() or not path.absolute().parent.is_dir():
             raise OutputError(f"cannot write {path}: give a file in a directory that exists")
-    except OSError as error:
-        raise OutputError(f"cannot write {path}: {error.strerror}") from error
+    except (OSError, RuntimeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise OutputError(f"cannot write {path}: {reason}") from error
+
+
+def _covers(used: Path, place: Path) -> bool:
+    """Return whether `place` is `used`, under whatever name, or lies in it."""
+    with suppress(OSError, RuntimeError):
+        resolved = used.resolve()
+        if resolved == place or resolved in place.parents:
+            return True
+        return used.exists() and place.exists() and used.samefile(place)
+    return False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,24 +12,32 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from osscar.cli.common import (
-    DeviceOption,
     JsonOption,
     TrustOption,
     check_json_path,
     document,
     out,
     quiet,
+    say,
+    say_aside,
     write_json,
 )
 
 if TYPE_CHECKING:
     from osscar.report.summary import Summary
+    from osscar.study import Study
     from solvers import SubsetProblem
 
 _PROBLEM_SUFFIXES = (".npz", ".safetensors")
+_OF_MODELS = (
+    *("groups", "query_heads", "calibration", "samples", "seqlen", "damp"),
+    *("device", "trust_remote_code"),
+)
+"""Parameters that say how a model's problems are posed, and mean nothing to problem files."""
 
 
 def command(
+    context: typer.Context,
     sources: Annotated[
         list[str],
         typer.Argument(
@@ -82,8 +91,18 @@ def command(
     damp: Annotated[
         float, typer.Option(help="Pull towards the dense weights, relative to mean(diag H).")
     ] = 0.01,
-    jobs: Annotated[int, typer.Option(min=1, help="Processes that solve at once.")] = 1,
-    device: DeviceOption = "auto",
+    jobs: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Processes that solve at once; by default one for each core, fewer where problems "
+            "are so large that half of the memory would not hold them.",
+        ),
+    ] = None,
+    device: Annotated[
+        str,
+        typer.Option(help="Where the model runs: auto, cpu or cuda. Solves run on the CPU."),
+    ] = "auto",
     json: JsonOption = None,
     trust_remote_code: TrustOption = False,
 ) -> None:
@@ -97,7 +116,7 @@ def command(
     from osscar.report.summary import summarize
     from osscar.study import DEFAULT_BACKENDS, Study, StudyDesign
 
-    check_json_path(json)
+    check_json_path(json, inputs=(*sources, calibration), written=directory)
     design = StudyDesign(
         sparsities=_numbers(sparsity),
         backends=DEFAULT_BACKENDS if backends is None else _names(backends),
@@ -111,6 +130,7 @@ def command(
     are_files = _are_problems(sources)
     source: dict[str, Any]
     if are_files:
+        _refuse_options_of_models(context)
         source = {"problems": [_fingerprint(Path(file)) for file in sources]}
     else:
         source = {
@@ -121,7 +141,7 @@ def command(
         if calibration is not None and Path(calibration).is_file():
             source["calibration_sha256"] = _fingerprint(Path(calibration))["sha256"]
     study = Study(directory, source)
-    with quiet():
+    with quiet(), study.locked():
         if not study.instances:
             study.capture(
                 _file_problems(sources)
@@ -130,17 +150,34 @@ def command(
                     source, groups, device=device, trust_remote_code=trust_remote_code
                 )
             )
-        rows = study.run(design, jobs)
-        summary = summarize(rows)
+        jobs = jobs or study.affordable_jobs()
+        with _way_back(study):
+            rows = study.run(design, jobs)
+        summary = summarize(rows, study.trivial)
         report = write_report(study, design, rows, summary, jobs=jobs)
     _print(summary)
-    out.print(f"report: {report}", highlight=False)
+    say(f"report: {report}")
     content = {
         **{"directory": str(directory), "source": source, "design": dataclasses.asdict(design)},
         "headline": list(summary.headline),
         "rows": [dataclasses.asdict(row) for row in rows],
+        "trivial": [instance.name for instance in study.trivial],
     }
     write_json(json, document("gap", 1, content))
+
+
+@contextmanager
+def _way_back(study: Study) -> Iterator[None]:
+    """Say how to go on where someone interrupts the solves."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        say_aside(
+            "interrupted",
+            f"what was solved is kept in {study.directory}; give the same command again to go on",
+            "yellow",
+        )
+        raise
 
 
 def _print(summary: Summary) -> None:
@@ -149,7 +186,7 @@ def _print(summary: Summary) -> None:
     out.print(cases_table(summary))
     out.print(scores_table(summary))
     for sentence in summary.headline:
-        out.print(f"- {sentence}", highlight=False)
+        say(f"- {sentence}")
 
 
 def _model_problems(
@@ -177,6 +214,19 @@ def _model_problems(
         query_heads=source["query_heads"],
     ):
         yield str(group.kind), problem.to("cpu")
+
+
+def _refuse_options_of_models(context: typer.Context) -> None:
+    from osscar.errors import OptionError
+
+    for name in _OF_MODELS:
+        given = context.get_parameter_source(name)
+        asks = given is not None and given.name != "DEFAULT"
+        if asks and (name, context.params[name]) not in (("device", "cpu"), ("device", "auto")):
+            raise OptionError(
+                f"--{name.replace('_', '-')} is for models; leave it away: problem files are "
+                "solved as they are, on the CPU"
+            )
 
 
 def _are_problems(sources: list[str]) -> bool:
@@ -215,7 +265,7 @@ def _numbers(text: str) -> tuple[float, ...]:
     from osscar.errors import OptionError
 
     try:
-        return tuple(float(part) for part in _names(text))
+        return tuple(dict.fromkeys(float(part) for part in _names(text)))
     except ValueError:
         raise OptionError(f"--sparsity {text!r} is not a list such as 0.25,0.5,0.75") from None
 

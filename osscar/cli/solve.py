@@ -16,6 +16,7 @@ from osscar.cli.common import (
     document,
     out,
     quiet,
+    say,
     write_json,
 )
 from osscar.cli.prune import parse_options
@@ -47,7 +48,7 @@ def command(
     import solvers
     from osscar.models import resolve_device
 
-    check_json_path(json)
+    check_json_path(json, inputs=(file,))
     target = resolve_device(device)
     problem = solvers.SubsetProblem.load(file)
     if keep is not None:
@@ -59,7 +60,7 @@ def command(
         return
     with quiet():
         solution = solvers.solve(
-            problem, backend, device=target, bound=bound, **parse_options(option or [])
+            problem, backend, device=target, bound=bound, options=parse_options(option or [])
         )
         verification = solution.verify()
     _print_solution(solution, verification)
@@ -93,41 +94,41 @@ def _print_problem(problem: SubsetProblem, file: Path) -> None:
     from osscar.report.gap_tables import takers_table
 
     supports = math.comb(problem.units, problem.keep)
-    size = f"{supports:,}" if supports < 10**9 else f"about 10^{len(str(supports)) - 1}"
-    out.print(f"{problem.name or file.stem}: keep {problem.keep} of {problem.units} units")
+    size = f"{supports:,}" if supports < 10**9 else f"about 10^{int(math.log10(supports))}"
+    say(f"{problem.name or file.stem}: keep {problem.keep} of {problem.units} units")
     for consumer in problem.consumers:
         p, m = consumer.W0.shape
-        out.print(
+        say(
             f"  read by a map of {p:,} inputs and {m:,} outputs, {consumer.width} inputs a unit, "
             f"damping {consumer.damping:.3g}"
         )
-    out.print(f"  {size} supports; removing everything loses {problem.scale:.6g}")
+    say(f"  {size} supports; removing everything loses {problem.scale:.6g}")
     if len(problem.dead):
-        out.print(f"  {len(problem.dead)} units are dead: their inputs were always zero")
+        say(f"  {len(problem.dead)} units are dead: their inputs were always zero")
     out.print(takers_table(solvers.backends(), problem))
 
 
 def _print_solution(solution: Solution, verification: Verification) -> None:
     problem = solution.problem
-    out.print(
+    say(
         f"{problem.name}: {solution.backend} keeps {problem.keep} of {problem.units} units, "
         f"loss {verification.loss:.9g}, {solution.relative_loss:.6f} of removing everything"
     )
     if math.isfinite(solution.lower_bound):
-        out.print(
+        say(
             f"no support has a loss below {solution.lower_bound:.9g}, so that the gap is "
             f"{solution.gap:.4%} ({solution.bound_from})"
         )
-    out.print(f"{solution.status.name}: {solution.status.value}", highlight=False)
-    out.print(f"{solution.seconds:.2f} s, {solution.iterations} iterations")
-    out.print(
+    say(f"{solution.status.name}: {solution.status.value}")
+    say(f"{solution.seconds:.2f} s, {solution.iterations} iterations")
+    say(
         "verified from the problem alone: support, refit, loss"
         + (", and the bound" if math.isfinite(verification.lower_bound) else "")
         + (", and every exchange" if math.isfinite(verification.swap_gain) else "")
     )
     fewer = "kept" if 2 * problem.keep <= problem.units else "removed"
     units = solution.support if fewer == "kept" else solution.removed
-    out.print(f"{fewer}: {' '.join(map(str, units.tolist()))}", highlight=False)
+    say(f"{fewer}: {' '.join(map(str, units.tolist()))}")
 
 
 def _content(solution: Solution, verification: Verification) -> dict[str, Any]:

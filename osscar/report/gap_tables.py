@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 def cases_table(summary: Summary) -> Table:
     """Return one row for each problem and number of kept units, windows left out."""
     table = new_table(
-        "best answers", "problem", "kept >", "loss >", "bound >", "gap >", "found by", "proved"
+        "best answers", "problem", "kept >", "loss >", "bound >", "gap >", "found by", "proof"
     )
     for case in summary.cases:
         best = case.best
@@ -33,7 +33,7 @@ def cases_table(summary: Summary) -> Table:
             "" if bound is None else f"{max(0.0, bound) * relative:.4f}",
             "" if case.gap is None else f"{case.gap:.2%}",
             best.backend,
-            "optimal" if case.closed else "",
+            case.proof,
         )
     return table
 

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jinja2
+from markupsafe import Markup, escape
 
 import osscar
 from osscar.errors import OutputError
 from osscar.report.plots import draw_plots
 from osscar.report.summary import Case, Summary
-from osscar.rows import WINDOW, Row
+from osscar.rows import WINDOW, Row, whole
 
 if TYPE_CHECKING:
     from osscar.study import Study, StudyDesign
@@ -79,14 +80,14 @@ def write_report(
             figures=figures,
             layers=[case for case in summary.cases if case.best.kind != WINDOW],
             windows=[case for case in summary.cases if case.best.kind == WINDOW],
-            still_open=[case for case in summary.cases if not case.closed],
             rows=rows,
         )
-        partial = page.with_name(f".{page.name}.partial")
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(page)
+        with whole(page) as partial:
+            partial.write_text(text, encoding="utf-8")
     except OSError as error:
-        raise OutputError(f"cannot write {error.filename or page}: {error.strerror}") from error
+        # Of two names the second is the place that could not be taken.
+        place = error.filename2 or error.filename or page
+        raise OutputError(f"cannot write {place}: {error.strerror}") from error
     return page
 
 
@@ -94,16 +95,23 @@ def _template() -> jinja2.Template:
     environment = jinja2.Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
-    environment.filters.update(percent=_percent, number=_number, bound=_relative_bound)
+    environment.filters.update(
+        percent=_percent,
+        number=_number,
+        bound=_relative_bound,
+        removed=_removed,
+        breakable=_breakable,
+    )
     text = files("osscar.report").joinpath("gap.html.j2").read_text(encoding="utf-8")
     return environment.from_string(text)
 
 
 def _asked(study: Study, design: StudyDesign, jobs: int) -> dict[str, str]:
     asked: dict[str, Any] = dict(study.source)
-    problems = asked.pop("problems", None)
-    if problems is not None:
-        asked["problem files"] = ", ".join(problem["file"] for problem in problems)
+    files = _file_names(asked.get("problems"))
+    if files:
+        del asked["problems"]
+        asked["problem files"] = ", ".join(files)
     asked["share of units removed"] = ", ".join(f"{s:.0%}" for s in design.sparsities)
     asked["backends"] = ", ".join(design.backends)
     asked["exact backends on"] = f"problems of at most {design.exact_units} units"
@@ -123,12 +131,27 @@ def _asked(study: Study, design: StudyDesign, jobs: int) -> dict[str, str]:
     }
 
 
+def _file_names(problems: object) -> list[str]:
+    """Return the names of problem files, if that is what a source holds."""
+    entries = problems if isinstance(problems, list) else []
+    return [str(e["file"]) for e in entries if isinstance(e, Mapping) and "file" in e]
+
+
 def _percent(value: float | None, digits: int = 2) -> str:
     return "" if value is None else f"{value:.{digits}%}"
 
 
 def _number(value: float | None, digits: int = 4) -> str:
     return "" if value is None else f"{value:.{digits}f}"
+
+
+def _breakable(name: str) -> Markup:
+    """Let a long name go on in the next line after its dots."""
+    return escape(name).replace(".", Markup(".<wbr>"))
+
+
+def _removed(sparsities: Sequence[float]) -> str:
+    return ", ".join(f"{sparsity:.0%}" for sparsity in sparsities)
 
 
 def _relative_bound(case: Case) -> str:

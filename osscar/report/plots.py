@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections.abc import Iterator, Sequence
@@ -17,7 +18,7 @@ from matplotlib.ticker import LogLocator, NullFormatter, PercentFormatter
 
 import solvers
 from osscar.report.summary import HIT, Case, Summary, excess
-from osscar.rows import WINDOW, Row
+from osscar.rows import WINDOW, Row, whole
 from solvers import Status
 
 _COLORS = ("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b", "#17becf", "#7f7f7f")
@@ -32,6 +33,7 @@ _STYLE: Any = {
     "svg.hashsalt": "osscar",
 }
 _COLUMNS = 6
+_LONGEST_NAME = 40
 _FLOOR = 1e-7
 """Where excesses that count as zero are drawn on a logarithmic axis."""
 
@@ -65,15 +67,18 @@ def draw_plots(summary: Summary, directory: Path) -> dict[str, Path]:
         for name, figure in figures.items():
             if figure is not None:
                 FigureCanvasAgg(figure)
-                figure.savefig(directory / f"{name}.png", dpi=150)
                 written[name] = directory / f"{name}.svg"
-                figure.savefig(written[name], metadata={"Date": None})
+                with whole(written[name].with_suffix(".png")) as png:
+                    figure.savefig(png, format="png", dpi=150)
+                with whole(written[name]) as svg:
+                    figure.savefig(svg, format="svg", metadata={"Date": None})
     return written
 
 
 def short_name(name: str) -> str:
     """Return a group's name without what all models share: ``layers.3.mlp.neurons``."""
-    return re.sub(r"^(model|transformer|decoder|gpt_neox)\.(decoder\.|model\.)?", "", name)
+    short = re.sub(r"^(model|transformer|decoder|gpt_neox)\.(decoder\.|model\.)?", "", name)
+    return short if len(short) <= _LONGEST_NAME else f"{short[: _LONGEST_NAME - 1]}…"
 
 
 def _curves(layers: Sequence[Case]) -> Figure:
@@ -83,11 +88,12 @@ def _curves(layers: Sequence[Case]) -> Figure:
     lines = math.ceil(len(names) / columns)
     figure, grid = _subplots(lines, columns, width=max(6.0, 2.1 * columns), height=1.75 * lines + 1)
     for axes, name in zip(grid, names, strict=False):
-        cases = sorted(
-            (c for c in layers if c.best.instance == name), key=lambda c: c.best.sparsity
+        points = sorted(
+            ((s, c) for c in layers if c.best.instance == name for s in c.sparsities),
+            key=lambda point: point[0],
         )
         with _panel(axes, short_name(name)):
-            _curve(axes, cases)
+            _curve(axes, points)
     for axes in grid[len(names) :]:
         axes.set_visible(False)
     handles, labels = grid[0].get_legend_handles_labels()
@@ -97,15 +103,16 @@ def _curves(layers: Sequence[Case]) -> Figure:
     return figure
 
 
-def _curve(axes: Axes, cases: Sequence[Case]) -> None:
-    scales = [(c.best.relative_loss or 0.0) / c.loss if c.loss > 0 else 0.0 for c in cases]
-    x = [case.best.sparsity for case in cases]
-    loss = [case.loss * scale for case, scale in zip(cases, scales, strict=True)]
+def _curve(axes: Axes, points: Sequence[tuple[float, Case]]) -> None:
+    """Draw one layer's loss and bound, given with the sparsities that they belong to."""
+    scales = [(c.best.relative_loss or 0.0) / c.loss if c.loss > 0 else 0.0 for _, c in points]
+    x = [sparsity for sparsity, _ in points]
+    loss = [case.loss * scale for (_, case), scale in zip(points, scales, strict=True)]
     axes.set_xticks(x)
     axes.plot(x, loss, "o-", color=_COLORS[0], markersize=3, linewidth=1, label="best loss")
     bounded = [
-        (case.best.sparsity, max(0.0, case.bound) * scale, case.loss * scale)
-        for case, scale in zip(cases, scales, strict=True)
+        (sparsity, max(0.0, case.bound) * scale, case.loss * scale)
+        for (sparsity, case), scale in zip(points, scales, strict=True)
         if case.bound is not None
     ]
     if bounded:
@@ -122,18 +129,20 @@ def _gaps(cases: Sequence[Case]) -> Figure | None:
     if not cases:
         return None
     names = list(dict.fromkeys(case.best.instance for case in cases))
-    sparsities = sorted({case.best.sparsity for case in cases})
+    sparsities = sorted({sparsity for case in cases for sparsity in case.sparsities})
     step = 0.8 / len(sparsities)
     figure, (axes,) = _subplots(1, 1, width=max(6.0, 0.26 * len(names) + 2), height=3.8)
     for index, sparsity in enumerate(sparsities):
-        mine = {c.best.instance: c for c in cases if c.best.sparsity == sparsity}
+        mine = {c.best.instance: c for c in cases if sparsity in c.sparsities}
         x = [i + (index - (len(sparsities) - 1) / 2) * step for i in range(len(names))]
         color = _COLORS[index % len(_COLORS)]
         root = [_or_zero(mine[n].root_gap) if n in mine else 0.0 for n in names]
         left = [_or_zero(mine[n].gap) if n in mine else 0.0 for n in names]
         axes.bar(x, root, step * 0.9, facecolor="none", edgecolor=color, linewidth=0.7)
         axes.bar(x, left, step * 0.9, color=color, label=f"{sparsity:.0%} removed")
-    axes.set_xticks(range(len(names)), [short_name(n) for n in names], rotation=90, fontsize=7)
+    axes.set_xticks(
+        range(len(names)), [short_name(n) for n in names], rotation=90, fontsize=7, parse_math=False
+    )
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     axes.set_ylabel("gap to the lower bound")
     axes.grid(axis="x", visible=False)
@@ -188,26 +197,36 @@ def _times(cases: Sequence[Case]) -> Figure | None:
     if not rows:
         return None
     figure, (axes,) = _subplots(1, 1, width=6.5, height=3.8)
-    for index, name in enumerate(dict.fromkeys(row.backend for row in rows)):
+    sizes = sorted({row.units for row in rows})
+    names = list(dict.fromkeys(row.backend for row in rows))
+    spread = _spread(sizes)
+    for index, name in enumerate(names):
         color = _COLORS[index % len(_COLORS)]
         mine = [row for row in rows if row.backend == name]
         closed = [row for row in mine if row.status == Status.OPTIMAL.name]
         others = [row for row in mine if row.status != Status.OPTIMAL.name]
-        shift = 2 ** (0.06 * index)  # side by side, so that none hides another
+        # Side by side, so that none hides another, and close to where they belong.
+        shift = spread ** ((index - (len(names) - 1) / 2) / max(len(names) - 1, 1))
         axes.scatter(*_points(closed, shift), s=16, color=color, alpha=0.7, linewidth=0, label=name)
         axes.scatter(
             *_points(others, shift), s=20, facecolor="none", edgecolor=color, linewidth=0.8
         )
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
-    sizes = sorted({row.units for row in rows})
+    axes.set_xlim(sizes[0] / 1.3, sizes[-1] * 1.3)
     axes.set_xticks(sizes, [str(size) for size in sizes])
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.yaxis.set_major_locator(LogLocator())
     axes.set_xlabel("units (filled: proved optimal, hollow: stopped before)")
     axes.set_ylabel("seconds")
-    axes.legend(frameon=False)
+    figure.legend(loc="outside upper left", ncols=min(len(names), 4), frameon=False)
     return figure
+
+
+def _spread(sizes: Sequence[int]) -> float:
+    """Return the ratio between the last and the first of points that all stand for one size."""
+    apart = min((b / a for a, b in itertools.pairwise(sizes)), default=math.inf)
+    return min(1.06, float(apart**0.4))
 
 
 def _points(rows: Sequence[Row], shift: float) -> tuple[list[float], list[float]]:
@@ -234,7 +253,7 @@ def _subplots(
 def _panel(axes: Axes, title: str) -> Iterator[None]:
     """Set up a small panel; what is drawn in it decides the range of its axis."""
     yield
-    axes.set_title(title, fontsize=7, loc="left")
+    axes.set_title(title, fontsize=7, loc="left", parse_math=False)
     axes.set_ylim(bottom=0)
     axes.tick_params(labelsize=6)
     axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))

@@ -7,12 +7,18 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import solvers
-from osscar.rows import WINDOW, Row, window_layer
+from osscar.rows import WINDOW, Instance, Row, window_layer
 from solvers import Status
 
 HIT = 1e-6
 """Relative excess over the optimum up to which a loss counts as the optimum; optima themselves are
 known up to the gap tolerance of the study."""
+
+SAME = 1e-12
+"""Relative difference up to which two losses differ by rounding alone."""
+
+RECOMPUTED = "recomputed"
+WORD = "the solver's word"
 
 _OPTIMAL = Status.OPTIMAL.name
 _ROOT = "perspective"
@@ -25,15 +31,23 @@ class Case:
     Parameters
     ----------
     rows
-        Those that have an answer, in the order of the study.
+        Those that have an answer, in the order of the study; there is at least one.
+    refused
+        Those that have none.
     """
 
     rows: tuple[Row, ...]
+    refused: tuple[Row, ...] = ()
 
     @property
     def best(self) -> Row:
         """The row of the lowest loss; of several the first."""
         return min(self.rows, key=_loss)
+
+    @property
+    def sparsities(self) -> tuple[float, ...]:
+        """The shares of units to remove that come to this number of kept units."""
+        return self.best.sparsities or (self.best.sparsity,)
 
     @property
     def loss(self) -> float:
@@ -67,13 +81,38 @@ class Case:
         return tuple(r for r in self.rows if r.status == _OPTIMAL)
 
     @property
+    def proof(self) -> str:
+        """What its proof of optimality rests on; empty where it is not closed."""
+        if not self.closed:
+            return ""
+        checked = any(row.recomputed_bound is not None for row in self.proved)
+        return RECOMPUTED if checked else WORD
+
+    @property
     def why_open(self) -> str:
         """Why it is not closed, in words."""
-        tried = [r for r in self.rows if _kind(r) is solvers.Kind.EXACT]
-        if not tried:
-            return f"no exact backend was asked: {self.best.units} units"
-        ends = {f"{r.backend}: {r.status.lower().replace('_', ' ')}" for r in tried}
-        return "; ".join(sorted(ends))
+        return _why_open((*self.rows, *self.refused))
+
+
+@dataclass(frozen=True)
+class Open:
+    """What could not be closed.
+
+    Parameters
+    ----------
+    instance, keep, units
+        The problem.
+    gap
+        Of the best answer; None where there is no answer or no bound.
+    why
+        In words.
+    """
+
+    instance: str
+    keep: int
+    units: int
+    gap: float | None
+    why: str
 
 
 @dataclass(frozen=True)
@@ -116,6 +155,10 @@ class Summary:
         problems had two or more.
     refused
         Rows without an answer.
+    still_open
+        Problems without a proven optimum, also those without any answer.
+    trivial
+        Problems in which there is nothing to choose.
     headline
         Sentences that say the most important.
     """
@@ -124,27 +167,46 @@ class Summary:
     scores: tuple[Score, ...]
     largest_disagreement: tuple[float, int]
     refused: tuple[Row, ...]
+    still_open: tuple[Open, ...]
+    trivial: tuple[Instance, ...]
     headline: tuple[str, ...]
 
 
-def summarize(rows: Sequence[Row]) -> Summary:
+def summarize(rows: Sequence[Row], trivial: Sequence[Instance] = ()) -> Summary:
     """Group the rows of a study by problem, and say what they show.
 
     Parameters
     ----------
     rows
         From `osscar.study.Study.run`.
+    trivial
+        From `osscar.study.Study.trivial`.
     """
-    answered = [row for row in rows if row.loss is not None]
-    by_case: dict[tuple[str, int], list[Row]] = {}
-    for row in answered:
-        by_case.setdefault((row.instance, row.keep), []).append(row)
-    cases = tuple(Case(tuple(group)) for group in by_case.values())
+    groups: dict[tuple[str, int], list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row.instance, row.keep), []).append(row)
+    cases: list[Case] = []
+    still_open: list[Open] = []
+    for group in groups.values():
+        answered = tuple(row for row in group if row.loss is not None)
+        refused = tuple(row for row in group if row.loss is None)
+        case = Case(answered, refused) if answered else None
+        if case is not None:
+            cases.append(case)
+        if case is None or not case.closed:
+            first, gap = group[0], None if case is None else case.gap
+            still_open.append(Open(first.instance, first.keep, first.units, gap, _why_open(group)))
     scores = tuple(_scores(cases))
     disagreement = _disagreement(cases)
-    refused = tuple(row for row in rows if row.loss is None)
-    headline = tuple(_headline(cases, scores, disagreement))
-    return Summary(cases, scores, disagreement, refused, headline)
+    return Summary(
+        cases=tuple(cases),
+        scores=scores,
+        largest_disagreement=disagreement,
+        refused=tuple(row for row in rows if row.loss is None),
+        still_open=tuple(still_open),
+        trivial=tuple(trivial),
+        headline=tuple(_headline(cases, scores, disagreement, trivial)),
+    )
 
 
 def excess(row: Row, case: Case) -> float:
@@ -175,8 +237,26 @@ def _disagreement(cases: Sequence[Case]) -> tuple[float, int]:
     return max((excess(r, c) for c in several for r in c.proved), default=0.0), len(several)
 
 
+def _why_open(rows: Sequence[Row]) -> str:
+    """Say of each exact backend how it ended, and of the others why they gave nothing."""
+    exact = [row for row in rows if _kind(row) is solvers.Kind.EXACT]
+    ends = {f"{r.backend}: {r.status.lower().replace('_', ' ')}" for r in exact if not r.error}
+    ends |= {_said(row) for row in rows if row.error}
+    if not exact:
+        ends.add(f"no exact backend was asked: {rows[0].units} units")
+    return "; ".join(sorted(ends))
+
+
+def _said(row: Row) -> str:
+    """Return a row's error with the backend in front, once."""
+    return row.error if row.error.startswith(row.backend) else f"{row.backend}: {row.error}"
+
+
 def _headline(
-    cases: Sequence[Case], scores: Sequence[Score], disagreement: tuple[float, int]
+    cases: Sequence[Case],
+    scores: Sequence[Score],
+    disagreement: tuple[float, int],
+    trivial: Sequence[Instance],
 ) -> Iterable[str]:
     windows = [case for case in cases if case.best.kind == WINDOW]
     layers = [case for case in cases if case.best.kind != WINDOW]
@@ -189,10 +269,26 @@ def _headline(
             yield _score_headline(score)
     largest, several = disagreement
     if several:
+        agree = "are the same" if largest <= SAME else f"differ by at most {largest:.1e}"
+        counted = _counted(several, "problem")
+        yield f"where two or more exact backends finished ({counted}), their optima {agree}"
+    if trivial:
         yield (
-            f"where two or more exact backends finished ({several} problems), their optima differ "
-            f"by at most {largest:.1e}"
+            f"there is nothing to choose in {', '.join(i.name for i in trivial)}: a problem of one "
+            "unit has one support"
         )
+
+
+def _counted(count: int, noun: str) -> str:
+    return f"{count} {noun}{'' if count == 1 else 's'}"
+
+
+def _proofs(closed: Sequence[Case]) -> str:
+    """Say how many proofs do not rest on the solver's word."""
+    checked = sum(case.proof == RECOMPUTED for case in closed)
+    if checked == len(closed):
+        return "every proof was recomputed from its problem alone"
+    return f"{checked} of the proofs were recomputed, {len(closed) - checked} are {WORD}"
 
 
 def _score_headline(score: Score) -> str:
@@ -211,16 +307,23 @@ def _kind_headline(kind: str, cases: Sequence[Case]) -> Iterable[str]:
         slowest = max(min(row.seconds or 0.0 for row in case.proved) for case in closed)
         yield (
             f"{len(closed)} of {len(cases)} {kind} problems are solved to proven optimality, the "
-            f"slowest in {slowest:.2g} s"
+            f"slowest in {slowest:.2g} s; {_proofs(closed)}"
         )
     still = [case for case in cases if not case.closed and case.gap is not None]
-    for sparsity in sorted({case.best.sparsity for case in still}):
-        gaps = [c.gap for c in still if c.best.sparsity == sparsity if c.gap is not None]
-        yield (
-            f"{kind} at {sparsity:.0%} removed: the answer is within {min(gaps):.1%} to "
-            f"{max(gaps):.1%} (median {statistics.median(gaps):.1%}) of the optimum in "
-            f"{len(gaps)} problems that are not closed"
+    for sparsity in sorted({sparsity for case in still for sparsity in case.sparsities}):
+        gaps = [c.gap for c in still if sparsity in c.sparsities if c.gap is not None]
+        yield f"{kind} at {sparsity:.0%} removed: {_open_gaps(gaps)}"
+
+
+def _open_gaps(gaps: Sequence[float]) -> str:
+    if len(gaps) == 1:
+        return (
+            f"the answer is within {gaps[0]:.1%} of the optimum in the problem that is not closed"
         )
+    return (
+        f"the answer is within {min(gaps):.1%} to {max(gaps):.1%} (median "
+        f"{statistics.median(gaps):.1%}) of the optimum in {len(gaps)} problems that are not closed"
+    )
 
 
 def _window_headline(windows: Sequence[Case], layers: Sequence[Case]) -> str:
@@ -239,12 +342,13 @@ def _window_headline(windows: Sequence[Case], layers: Sequence[Case]) -> str:
         incumbent = incumbents.get(window_layer(case.best.instance))
         if case.closed and incumbent:
             gains.append(max(0.0, 1 - case.loss / incumbent))
-    closed = sum(case.closed for case in windows)
+    closed = [case for case in windows if case.closed]
     improved = [gain for gain in gains if gain > HIT]
     tail = f", by at most {_share(max(improved))} of the layer's loss" if improved else ""
     return (
-        f"{closed} of {len(windows)} windows are solved to proven optimality; the layer's swap "
-        f"optimum could be improved within {len(improved)} of them{tail}"
+        f"{len(closed)} of {len(windows)} windows are solved to proven optimality"
+        f"{'; ' + _proofs(closed) if closed else ''}; the layer's swap optimum could be improved "
+        f"within {len(improved)} of them{tail}"
     )
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.box import SIMPLE_HEAD
+from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
@@ -200,13 +201,22 @@ def _takes(capabilities: Capabilities) -> str:
     return ", ".join(limit for limit in limits if limit) or "everything"
 
 
+class _PlainTable(Table):
+    """A table whose cells are taken as they are: names of things are no markup."""
+
+    def add_row(self, *cells: RenderableType | None, **more: Any) -> None:
+        super().add_row(*(Text(c) if isinstance(c, str) else c for c in cells), **more)
+
+
 def new_table(title: str, *columns: str) -> Table:
     """Return an empty table; a column whose name ends in ``>`` is aligned to the right."""
-    table = Table(title=title or None, title_justify="left", title_style="bold", box=SIMPLE_HEAD)
+    table = _PlainTable(
+        title=title or None, title_justify="left", title_style="bold", box=SIMPLE_HEAD
+    )
     for index, column in enumerate(columns):
         right = column.endswith(">")
         table.add_column(
-            column.removesuffix(">").rstrip(),
+            Text(column.removesuffix(">").rstrip()),
             justify="right" if right else "left",
             no_wrap=right or index == 0,  # names are to be copied whole
         )

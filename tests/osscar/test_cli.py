@@ -229,6 +229,14 @@ def test_json_goes_through_links_and_into_pipes(run, tmp_path):
     assert run("backends", "--json", "/dev/null")[0] == 0
 
 
+def test_what_a_json_file_is_written_to_bears_the_process(run, tmp_path):
+    (tmp_path / ".b.json.partial").mkdir()  # what another process may be writing
+    assert run("backends", "--json", tmp_path / "b.json")[0] == 0
+    status, _, err = run("backends", "--json", tmp_path / ("x" * 250))
+    assert status == 2
+    assert "File name too long" in err
+
+
 def test_demo_does_not_replace_what_it_did_not_make(run, tmp_path):
     (tmp_path / "precious").write_text("keep me")
     status, _, err = run("demo", "--out", tmp_path)

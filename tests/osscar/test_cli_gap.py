@@ -1,7 +1,11 @@
 """``osscar gap`` and ``osscar solve`` as a person runs them."""
 
 import json
+import os
+import signal
+import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -103,14 +107,16 @@ def test_list_problem_says_who_takes_it(run, file, tmp_path):
         (("gap", "demo", "--damp", "-1"), "damp"),
         (("gap", "demo", "other"), "give one model, not 2"),
         (("gap", "demo", "nine.npz"), "either one model or problem files"),
-        (("gap", "missing.npz"), "missing.npz"),
+        (("gap", "missing.npz", "--samples", "3"), "--samples is for models"),
         (("gap", "there-is-no-such-model"), "there-is-no-such-model"),
         (("gap", "demo", "--time-limit", "nan"), "time limit is nan"),
     ],
 )
 def test_gap_refuses_bad_input_and_leaves_nothing(run, tmp_path, monkeypatch, arguments, words):
     monkeypatch.chdir(tmp_path)
-    status, _, err = run(*arguments, "--out", "study", "--samples", 2, "--seqlen", 32)
+    status, _, err = run(
+        *arguments[:2], "--out", "study", "--samples", 2, "--seqlen", 32, *arguments[2:]
+    )
     assert status == 2
     assert words in err
     assert len(err.strip().splitlines()) == 1
@@ -140,3 +146,126 @@ def test_solve_refuses_files_that_are_no_problem(run, tmp_path):
         status, _, err = run("solve", tmp_path / name)
         assert status == 2
         assert name in err
+
+
+PROBLEM_FILES = ("--out", "study", "--backends", "greedy,enumerate", "--sparsity", "0.5")
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--device", "abacus"), "--device is for models"),
+        (("--device", "cuda"), "--device is for models"),
+        (("--groups", "*"), "--groups is for models"),
+        (("--query-heads",), "--query-heads is for models"),
+    ],
+)
+def test_options_of_models_are_refused_for_files(run, file, monkeypatch, options, words):
+    monkeypatch.chdir(file.parent)
+    status, _, err = run("gap", file, *PROBLEM_FILES, *options)
+    assert status == 2
+    assert words in err
+    assert not (file.parent / "study").exists()
+
+
+def test_gap_on_missing_files_names_them(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    status, _, err = run("gap", "missing.npz", *PROBLEM_FILES)
+    assert status == 2
+    assert "missing.npz" in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_json_never_replaces_what_is_read_or_written(run, file, monkeypatch):
+    monkeypatch.chdir(file.parent)
+    before = file.read_bytes()
+    os.link(file, "hard.npz")
+    os.symlink(file, "soft.npz")
+    for place in ("nine.npz", file, "../" + file.parent.name + "/nine.npz", "hard.npz", "soft.npz"):
+        for arguments in (("solve", file), ("solve", file, "--list-problem"),
+                          ("gap", file, *PROBLEM_FILES)):  # fmt: skip
+            status, _, err = run(*arguments, "--json", place)
+            assert status == 2
+            assert "which the command reads; give another" in err
+    for place in ("study", "study/gap.json", "study/rows/x.json"):
+        status, _, err = run("gap", file, *PROBLEM_FILES, "--json", place)
+        assert status == 2
+        assert "which the command writes; give another" in err
+    assert file.read_bytes() == before
+    assert not (file.parent / "study").exists()
+    assert run("gap", file, *PROBLEM_FILES, "--json", "gap.json")[0] == 0
+
+
+def named(file, name, units=9):
+    problem = solvers.SubsetProblem.load(file)
+    if units == 1:
+        H, W0 = torch.eye(1, dtype=torch.float64), torch.ones(1, 2, dtype=torch.float64)
+        problem = solvers.SubsetProblem.from_gram(H, W0, keep=1)
+    other = file.with_name(f"other-{units}.npz")
+    solvers.SubsetProblem(problem.consumers, problem.keep, name).save(other)
+    return other
+
+
+@pytest.mark.parametrize("name", ["[bold]x[/bold] [/oops]", ":smile:", "$x$"])
+@pytest.mark.parametrize("command", ["solve", "list", "gap"])
+def test_names_are_shown_as_they_are(run, file, monkeypatch, name, command):
+    monkeypatch.chdir(file.parent)
+    other = named(file, name)
+    arguments = {
+        "solve": ("solve", other),
+        "list": ("solve", other, "--list-problem"),
+        "gap": ("gap", other, *PROBLEM_FILES),
+    }
+    status, out, err = run(*arguments[command])
+    assert status == 0, err
+    assert name in out
+
+
+def test_gap_names_problems_without_a_choice(run, file, monkeypatch):
+    monkeypatch.chdir(file.parent)
+    lonely = named(file, "lonely", units=1)
+    status, out, err = run("gap", file, lonely, *PROBLEM_FILES, "--json", "gap.json")
+    assert status == 0, err
+    assert "nothing to choose in lonely" in out
+    assert json.loads((file.parent / "gap.json").read_text())["trivial"] == ["lonely"]
+    status, _, err = run("gap", lonely, "--out", "alone")
+    assert status == 2
+    assert "nothing to choose in lonely" in err
+    assert not (file.parent / "alone").exists()
+
+
+def test_options_of_backends_may_have_any_name(run, file):
+    for name in ("device", "bound", "problem", "backend"):
+        status, _, err = run("solve", file, "--option", f"{name}=1")
+        assert status == 2
+        assert f"has no option {name}" in err
+
+
+def test_the_size_of_any_problem_can_be_said(run, file, monkeypatch):
+    monkeypatch.setattr("math.comb", lambda n, k: 10**5000)
+    assert "about 10^5000 supports" in run("solve", file, "--list-problem")[1]
+
+
+def test_an_interrupted_study_says_how_to_go_on(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    X = torch.randn(400, 40, generator=generator, dtype=torch.float64)
+    W0 = torch.randn(40, 4, generator=generator, dtype=torch.float64)
+    problem = solvers.SubsetProblem.from_gram(X.T @ X / 400, W0, keep=20, name="hard")
+    problem.save(tmp_path / "hard.npz")
+    command = [
+        *(sys.executable, "-m", "osscar", "gap", "hard.npz", "--out", "study", "--jobs", "2"),
+        *("--backends", "greedy,highs,branch_and_bound", "--sparsity", "0.4,0.5,0.6"),
+    ]
+    process = subprocess.Popen(
+        command, cwd=tmp_path, start_new_session=True, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.glob("study/rows/*.json")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    (line,) = err.strip().splitlines()
+    assert line.startswith("interrupted: what was solved is kept in study; give the same command")
+    assert list(tmp_path.glob("study/rows/*.json"))

@@ -4,8 +4,10 @@ import csv
 import dataclasses
 import itertools
 import json
+import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,12 +18,15 @@ import torch
 
 import osscar
 import solvers
-from osscar.errors import FrozenGroupError, OptionError, StudyError
+from osscar import workers
+from osscar.errors import FrozenGroupError, OptionError, OutputError, StudyError
 from osscar.instances import capture_problems
 from osscar.report.html import write_report
+from osscar.report.plots import _spread
 from osscar.report.summary import summarize
-from osscar.rows import WINDOW, Row, window_layer
+from osscar.rows import WINDOW, Row, whole, window_layer
 from osscar.study import Study, StudyDesign
+from solvers.exact.highs import Highs
 from tests.osscar.families import tiny
 
 EXACT = ("branch_and_bound", "enumerate", "highs")
@@ -151,7 +156,7 @@ def test_the_command_of_a_row_solves_it_again(study):
     command = shlex.split(chosen.command)
     assert command.pop(0) == "osscar"
     ran = subprocess.run(
-        [sys.executable, "-m", "osscar", *command, "--json", "solve.json", "--device", "cpu"],
+        [sys.executable, "-m", "osscar", *command, "--json", "solve.json"],
         cwd=study.directory, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert ran.returncode == 0, ran.stderr
@@ -194,7 +199,7 @@ def test_a_killed_study_goes_on(tmp_path):
     files = [str(tmp_path / f"p{index}.npz") for index in range(6)]
     command = [
         *(sys.executable, "-m", "osscar", "gap", *files, "--out", str(tmp_path / "study")),
-        *("--backends", "greedy,enumerate", "--sparsity", "0.3,0.5,0.7"),
+        *("--backends", "greedy,enumerate", "--sparsity", "0.3,0.5,0.7", "--jobs", "1"),
     ]
     rows = tmp_path / "study" / "rows"
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -281,9 +286,25 @@ def test_groups_that_do_not_exist_are_refused():
         ({"sparsities": (float("nan"),)}, "sparsity is nan"),
         ({"sparsities": ()}, "at least one"),
         ({"backends": ()}, "at least one"),
+        ({"sparsities": "0.5"}, "sparsities is '0.5'"),
+        ({"sparsities": 0.5}, "sparsities is 0.5"),
+        ({"sparsities": (True,)}, "sparsity is True"),
+        ({"sparsities": ("0.5",)}, "sparsity is '0.5'"),
+        ({"sparsities": (0.5, 0.5)}, "0.5 twice"),
+        ({"backends": "greedy"}, "backends is 'greedy'"),
+        ({"backends": (5,)}, "backend is 5"),
+        ({"backends": ("greedy", "greedy")}, "greedy twice"),
         ({"window_units": 1}, "units is 1"),
+        ({"window_units": 2.5}, "units is 2.5"),
         ({"windows": 0}, "windows is 0"),
-        ({"exact_units": 0}, "exact units 0"),
+        ({"windows": 1.5}, "windows is 1.5"),
+        ({"exact_units": 0}, "exact units is 0"),
+        ({"exact_units": 2.5}, "exact units is 2.5"),
+        ({"seed": "x"}, "seed is 'x'"),
+        ({"seed": -1}, "seed is -1"),
+        ({"seed": 2**63}, "below 2^63"),
+        ({"time_limit": "x"}, "time limit is 'x'"),
+        ({"gap_tolerance": None}, "gap tolerance is None"),
         ({"time_limit": 0.0}, "time limit is 0"),
         ({"time_limit": float("inf")}, "time limit is inf"),
         ({"gap_tolerance": 1.0}, "gap tolerance is 1.0"),
@@ -328,9 +349,277 @@ def test_two_problems_of_one_name_are_refused(tmp_path):
     assert not study.directory.exists()
 
 
-def test_jobs_must_be_positive(study):
-    with pytest.raises(OptionError, match="jobs is 0"):
-        study.run(DESIGN, jobs=0)
+@pytest.mark.parametrize("jobs", [0, 1.5, True, "2"])
+def test_jobs_must_be_a_positive_number(study, jobs):
+    with pytest.raises(OptionError, match="jobs is"):
+        study.run(DESIGN, jobs=jobs)
+
+
+QUICK = StudyDesign(sparsities=(0.5,), backends=("greedy", "enumerate"))
+
+
+def captured(directory, *problems, kind="units"):
+    study = Study(directory, {"problems": [p.name for p in problems]})
+    study.capture([(kind, p) for p in problems])
+    return study
+
+
+@pytest.mark.parametrize("names", [("x y", "x/y"), ("a" * 300, "a" * 299), ("", "problem")])
+def test_problems_never_share_a_file(tmp_path, names):
+    problems = [problem(8, seed, name=name) for seed, name in enumerate(names)]
+    rows = captured(tmp_path / "study", *problems).run(QUICK)
+    assert len({row.file for row in rows}) == 2
+    for one in problems:
+        (proved,) = (r for r in rows if r.instance == one.name and r.backend == "enumerate")
+        assert proved.loss == pytest.approx(optimum(one.with_keep(4)), rel=1e-9)
+
+
+def test_a_problem_that_was_replaced_is_read_again(tmp_path):
+    losses = []
+    for seed in range(2):  # in one process, under one name
+        shutil.rmtree(tmp_path / "study", ignore_errors=True)
+        rows = captured(tmp_path / "study", problem(8, seed, name="q")).run(QUICK)
+        losses.append((rows[-1].loss, optimum(problem(8, seed).with_keep(4))))
+    for found, best in losses:
+        assert found == pytest.approx(best, rel=1e-9)
+
+
+def test_rows_of_two_problems_are_never_mixed(study):
+    study.run(DESIGN)
+    extended = dataclasses.replace(DESIGN, backends=(*DESIGN.backends, "wanda"))
+    layer = study.instances[0]
+    window = next(r for r in study.run(DESIGN) if r.kind == WINDOW)
+    for file, units, name in ((layer.file, 7, layer.name), (window.file, 8, window.instance)):
+        path = study.directory / file
+        before = path.read_bytes()
+        problem(units, 5, width=2 if units == 7 else 1, name=name).save(path)
+        with pytest.raises(StudyError, match=re.escape(f"{path} is not the problem that")):
+            study.run(extended)
+        path.unlink()
+        with pytest.raises(StudyError, match=re.escape(f"cannot read the problem file {path}")):
+            study.run(extended)
+        path.write_bytes(before)
+    assert study.run(extended)
+
+
+def test_one_process_at_a_time_writes_to_a_study(study):
+    with (
+        study.locked(),
+        pytest.raises(StudyError, match="another process is at work"),
+        Study(study.directory, study.source).locked(),
+    ):
+        pass
+    assert Study(study.directory, study.source).run(QUICK)
+
+
+def test_a_lock_ends_with_its_process(study):
+    code = (
+        "import sys, time; from pathlib import Path; from osscar.study import Study\n"
+        "with Study(Path(sys.argv[1]), {'model': 'made up'}).locked():\n"
+        "    print('locked', flush=True); time.sleep(600)"
+    )
+    holder = subprocess.Popen(
+        [sys.executable, "-c", code, str(study.directory)], stdout=subprocess.PIPE, text=True
+    )
+    assert holder.stdout.readline() == "locked\n"
+    try:
+        with pytest.raises(StudyError, match="wait for it, or give another --out"):
+            study.run(QUICK)
+    finally:
+        holder.send_signal(signal.SIGKILL)
+        holder.communicate()
+    assert study.run(QUICK)
+
+
+def test_what_is_being_written_bears_the_process_and_goes_if_it_fails(tmp_path):
+    (tmp_path / "x.csv").write_text("old")
+
+    def fail(partial):
+        assert str(os.getpid()) in partial.name
+        partial.write_text("new")
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError), whole(tmp_path / "x.csv") as partial:
+        fail(partial)
+    assert [f.name for f in tmp_path.iterdir()] == ["x.csv"]
+    assert (tmp_path / "x.csv").read_text() == "old"
+
+
+def test_a_backend_that_cannot_run_is_refused_at_once(monkeypatch):
+    monkeypatch.setattr(Highs, "available", classmethod(lambda cls: "not installed; install it"))
+    with pytest.raises(solvers.BackendError, match="'highs' is not available: not installed; inst"):
+        StudyDesign(backends=("greedy", "highs"))
+
+
+@pytest.mark.parametrize("error", [solvers.BackendError, solvers.VerificationError])
+def test_what_went_wrong_is_a_row_and_is_tried_again(study, monkeypatch, error):
+    def fail(*arguments, **options):
+        raise error("no licence today")
+
+    monkeypatch.setattr(solvers, "solve", fail)
+    rows = study.run(QUICK)
+    assert {(row.status, row.loss) for row in rows} == {("", None)}
+    assert any(row.error == "no licence today" for row in rows)
+    monkeypatch.undo()
+    again = study.run(QUICK)
+    assert [row.error for row in again if row.instance == "a"] == ["", ""]
+
+
+def test_a_refusal_is_kept(study, monkeypatch):
+    design = dataclasses.replace(QUICK, exact_units=40)
+    study.run(design)
+    monkeypatch.setattr(solvers, "solve", None)  # any solve would fail
+    (refused,) = (row for row in study.run(design) if row.error)
+    assert refused.error == "enumerate takes at most 16 units, and this problem has 30"
+
+
+def test_sparsities_that_keep_as_many_are_one_solve(tmp_path):
+    study = captured(tmp_path / "study", problem(3, name="kv"))
+    study.run(dataclasses.replace(QUICK, sparsities=(0.75,)))
+    design = dataclasses.replace(QUICK, sparsities=(0.25, 0.5, 0.75))
+    rows = study.run(design)
+    assert [(r.keep, r.backend, r.sparsities) for r in rows] == [
+        *((2, name, (0.25,)) for name in QUICK.backends),
+        *((1, name, (0.5, 0.75)) for name in QUICK.backends),
+    ]
+    assert [row.sparsity for row in rows] == [0.25, 0.25, 0.5, 0.5]
+    assert len(list((study.directory / "rows").iterdir())) == 4
+    summary = summarize(rows)
+    assert {score.cases for score in summary.scores} == {2}
+    page = write_report(study, design, rows, summary).read_text()
+    assert "50%, 75%" in page
+    with (study.directory / "results.csv").open() as file:
+        assert [line["sparsities"] for line in csv.DictReader(file)][-1] == "0.5 0.75"
+
+
+def test_problems_of_one_unit_are_named(tmp_path):
+    study = captured(tmp_path / "study", problem(5, name="five"), problem(1, name="lonely"))
+    rows = study.run(QUICK)
+    assert {row.instance for row in rows} == {"five"}
+    summary = summarize(rows, study.trivial)
+    assert any("nothing to choose in lonely" in sentence for sentence in summary.headline)
+    page = write_report(study, QUICK, rows, summary).read_text()
+    assert "lonely" in page[page.index("What could not be closed") :]
+
+
+def test_a_study_without_a_choice_is_refused(tmp_path):
+    with pytest.raises(StudyError, match="nothing to choose in one, other: a problem of one unit"):
+        captured(tmp_path / "study", problem(1, name="one"), problem(1, name="other"))
+    assert not (tmp_path / "study").exists()
+    with pytest.raises(StudyError, match="holds no problem yet"):
+        Study(tmp_path / "study", {}).run(QUICK)
+    assert not (tmp_path / "study").exists()
+
+
+SETTINGS = (
+    *("", "5", "[]", '{"source": [], "instances": [], "windows": []}', "[" * 100000),
+    *('{"source": {}, "instances": 5, "windows": []}', '{"source": {}, "instances": []}'),
+    '{"source": {}, "instances": [{"x": 1}], "windows": []}',
+    '{"source": {}, "windows": [], "instances": [{"name": "p", "kind": "u", "file": '
+    '"../../etc/passwd", "units": 4, "width": 1, "sha256": "0"}]}',
+    '{"source": {}, "windows": [], "instances": [{"name": 5, "kind": "u", "file": "problems/x", '
+    '"units": 4, "width": 1, "sha256": "0"}]}',
+)
+
+
+@pytest.mark.parametrize("text", SETTINGS)
+def test_settings_that_are_none_are_refused(tmp_path, text):
+    (tmp_path / "study.json").write_text(text)
+    with pytest.raises(StudyError, match=re.escape(f"{tmp_path / 'study.json'} is not a study's")):
+        Study(tmp_path, {}).run(QUICK)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"loss": "abc"}, {"loss": None}, {"support": ["x"]}, {"support": 5}, {"units": True},
+        {"backend": "nope"}, {"keep": 1}, {"seconds": float("nan")}, {"unknown": 1},
+    ],
+)  # fmt: skip
+def test_rows_that_are_none_are_refused(study, change):
+    study.run(QUICK)
+    file = next((study.directory / "rows").iterdir())
+    file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
+    with pytest.raises(StudyError, match=re.escape(str(file))):
+        study.run(QUICK)
+
+
+def test_places_that_are_taken_are_named(study):
+    (study.directory / "results.csv").mkdir()
+    with pytest.raises(StudyError, match=r"cannot write .*results.csv"):
+        study.run(QUICK)
+    (study.directory / "results.csv").rmdir()
+    rows = study.run(QUICK)
+    (study.directory / "report.html").mkdir()
+    with pytest.raises(OutputError, match=r"cannot write .*report.html"):
+        write_report(study, QUICK, rows, summarize(rows))
+    shutil.rmtree(study.directory / "rows")
+    (study.directory / "rows").write_text("")
+    with pytest.raises(StudyError, match=r"cannot write .*rows"):
+        study.run(QUICK)
+    with pytest.raises(StudyError, match="File name too long"):
+        Study(study.directory / ("x" * 300), {})
+
+
+@pytest.mark.parametrize(
+    "name", ["a" * 300, "$\\oops{$", "[bold]x[/bold] [/oops]", ":smile:", "日本"]
+)
+def test_any_name_can_be_reported(tmp_path, name):
+    study = captured(tmp_path / "study", problem(6, name=name))
+    rows = study.run(QUICK)
+    assert write_report(study, QUICK, rows, summarize(rows)).stat().st_size
+
+
+def test_names_that_cannot_be_printed_are_refused(tmp_path):
+    with pytest.raises(StudyError, match="give it a name in plain text"):
+        captured(tmp_path / "study", problem(6, name="a\nb"))
+
+
+def test_proofs_are_told_from_the_solvers_word(tmp_path):
+    study = captured(tmp_path / "study", problem(8, name="p"))
+    word = dataclasses.replace(QUICK, backends=("enumerate",))
+    rows = study.run(word)
+    assert [row.recomputed_bound for row in rows] == [None]
+    summary = summarize(rows)
+    assert summary.cases[0].proof == "the solver's word"
+    assert "0 of the proofs were recomputed, 1 are the solver's word" in summary.headline[0]
+    checked = dataclasses.replace(QUICK, backends=("enumerate", "branch_and_bound"))
+    rows = study.run(checked)
+    assert rows[1].recomputed_bound == pytest.approx(rows[1].loss, rel=1e-5)
+    summary = summarize(rows)
+    assert summary.cases[0].proof == "recomputed"
+    assert "every proof was recomputed" in summary.headline[0]
+    assert "<td>recomputed</td>" in write_report(study, checked, rows, summary).read_text()
+    with (study.directory / "results.csv").open() as file:
+        lines = list(csv.DictReader(file))
+    assert lines[0]["recomputed_bound"] == ""
+    assert float(lines[1]["recomputed_bound"]) == rows[1].recomputed_bound
+
+
+def test_optima_that_agree_are_said_to_agree():
+    summary = summarize([row("enumerate", 1.0, "OPTIMAL", 1.0), row("highs", 1.0, "OPTIMAL", 1.0)])
+    (sentence,) = (s for s in summary.headline if "two or more" in s)
+    assert sentence.endswith("finished (1 problem), their optima are the same")
+
+
+def test_refusals_are_among_what_could_not_be_closed(study):
+    rows = study.run(dataclasses.replace(QUICK, backends=("enumerate",), exact_units=40))
+    summary = summarize(rows)
+    (still_open,) = summary.still_open
+    assert (still_open.instance, still_open.gap) == ("b", None)
+    assert still_open.why == "enumerate takes at most 16 units, and this problem has 30"
+
+
+@pytest.mark.parametrize("sizes", [(8,), (8, 9), (8, 64), (64, 65)])
+def test_points_stay_at_their_size(sizes):
+    spread = _spread(sizes)
+    assert 1 < spread < 1.07
+    assert all(a * spread < b for a, b in itertools.pairwise(sizes))
+
+
+def test_jobs_are_as_many_as_cores_and_memory_allow():
+    assert 1 <= workers.affordable_jobs(10**6) <= workers.cores()
+    assert workers.affordable_jobs(10**15) == 1
 
 
 def test_everything_lies_in_the_public_package():
