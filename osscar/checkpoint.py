@@ -7,7 +7,6 @@ weights, and the plans that turn the one into the shape of the other.
 
 from __future__ import annotations
 
-import copy
 import json
 import os
 import shutil
@@ -24,6 +23,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from osscar.errors import CheckpointError, EquivalenceError, OutputError
+from osscar.models import copied
 from osscar.origin import DESCRIPTION_ERRORS, Origin, TransformersOrigin, origin_of, read_origin
 from osscar.plan import PLAN_FILE, PruningPlan
 from osscar.proof import Inputs, evaluating, proof_outputs, prove_equal
@@ -143,7 +143,7 @@ def save(
     path = check_output(directory, overwrite=overwrite)
     plans: tuple[PruningPlan, ...] = getattr(model, HISTORY, ())
     if dtype is not None and dtype != _dtype(model):
-        model = copy.deepcopy(model).to(dtype)
+        model = copied(model).to(dtype)
     config = stock_config(model, plans) if isinstance(model, PreTrainedModel) else None
     with _beside(path) as partial:
         if config is not None:
@@ -187,7 +187,7 @@ def load(
     try:
         if not (path / PLAN_FILE).is_file():
             return TransformersOrigin.of_directory(path).read_stock(path, dtype)
-        described, plans = _read_plan_file(path / PLAN_FILE)
+        described, plans = read_plan_file(path / PLAN_FILE)
         model = _dense(read_origin(described, path), dense, path)
         for plan in plans:
             shrink(model, plan)
@@ -205,7 +205,7 @@ def load(
 def _dense(origin: Origin | None, dense: nn.Module | None, path: Path) -> nn.Module:
     """Return a dense model to shrink: the caller's, or one built as the origin says."""
     if dense is not None:
-        return copy.deepcopy(dense)
+        return copied(dense)
     if origin is None:
         raise CheckpointError(
             f"{path} holds a model of code that is not known here; build the dense model and give "
@@ -238,8 +238,14 @@ def _save_planned(model: nn.Module, plans: Sequence[PruningPlan], path: Path) ->
     _write_json(path / PLAN_FILE, description)
 
 
-def _read_plan_file(file: Path) -> tuple[Mapping[str, Any] | None, tuple[PruningPlan, ...]]:
-    """Return the description of the origin, and the plans."""
+def read_plan_file(file: Path) -> tuple[Mapping[str, Any] | None, tuple[PruningPlan, ...]]:
+    """Return the description of the origin, and the plans.
+
+    Raises
+    ------
+    CheckpointError
+        If the file is no plan.
+    """
     try:
         data = json.loads(file.read_text(encoding="utf-8"))
         if data["format"] != PLAN_FORMAT:
@@ -264,7 +270,7 @@ def _prove_readable(model: nn.Module, path: Path, example_inputs: Inputs | None)
         raise CheckpointError(f"the checkpoint that was written cannot be read: {error}") from error
     # In float32: whether the weights are the same is the question, not how they are rounded.
     if _dtype(model) != torch.float32:
-        model = copy.deepcopy(model).float()
+        model = copied(model).float()
     device = next(model.parameters()).device
     inputs = _token_inputs(model, device) if example_inputs is None else example_inputs
     if inputs is None:
@@ -276,7 +282,7 @@ def _prove_readable(model: nn.Module, path: Path, example_inputs: Inputs | None)
 
 def _refilled(model: nn.Module, path: Path) -> nn.Module:
     """Return a copy of a model of unknown code whose weights are those in the file."""
-    again = copy.deepcopy(model)
+    again = copied(model)
     for tensor in again.state_dict().values():
         tensor.zero_()
     safetensors.torch.load_model(again, path / "model.safetensors")

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from osscar.errors import ImageError, ModelError, NonFiniteError, OptionError
+from osscar.errors import ImageError, ModelError, NonFiniteError, OptionError, OsscarError
 from osscar.footprint import (
     count_disk_bytes,
     count_flops,
@@ -353,7 +353,15 @@ class _Tally:
 
 def _logits(model: nn.Module, batch: Tensor) -> Tensor:
     """Return logits in float64, on the CPU."""
-    logits = outputs(model, _arguments(model, batch))
+    try:
+        logits = outputs(model, _arguments(model, batch))
+    except OsscarError:
+        raise
+    except Exception as error:  # the model may be anyone's code
+        raise ModelError(
+            f"{type(model).__name__} fails on images {tuple(batch.shape)}: "
+            f"{type(error).__name__}: {error}; give a model that reads such images"
+        ) from error
     if logits.ndim != 2 or len(logits) != len(batch):
         raise ModelError(
             f"a classifier returns logits (images, classes); {type(model).__name__} returned "

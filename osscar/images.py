@@ -9,7 +9,7 @@ import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -22,6 +22,12 @@ IMAGE_SUFFIXES = frozenset(
     {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff", ".gif"}
 )
 
+_INTERPOLATIONS = ("nearest", "nearest-exact", "bilinear", "bicubic", "box", "hamming", "lanczos")
+"""The values of torchvision's InterpolationMode."""
+
+Size: TypeAlias = int | tuple[int, int]
+"""A side in pixels, or a height and a width."""
+
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -33,20 +39,38 @@ class Preprocessing:
     Parameters
     ----------
     resize
-        The shorter side after resizing, in pixels.
+        The shorter side after resizing, in pixels; or height and width, whatever they were.
     crop
-        The side of the square that is cut from the centre.
+        The side of the square that is cut from the centre, or height and width.
     mean, std
         Of each channel, for values in [0, 1].
     interpolation
         As torchvision calls it.
+
+    Raises
+    ------
+    ImageError
+        If a number makes no sense.
     """
 
-    resize: int = 256
-    crop: int = 224
+    resize: Size = 256
+    crop: Size = 224
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD
     interpolation: str = "bilinear"
+
+    def __post_init__(self) -> None:
+        for name, value in (("resize", self.resize), ("crop", self.crop)):
+            if min(_pair(value)) < 1:
+                raise ImageError(f"{name} is {value}; give pixels, at least 1")
+        if len(self.mean) not in (1, 3) or len(self.std) != len(self.mean) or 0 in self.std:
+            raise ImageError(
+                f"mean is {self.mean} and std {self.std}; give one number a channel, std above 0"
+            )
+        if self.interpolation not in _INTERPOLATIONS:
+            raise ImageError(
+                f"interpolation is {self.interpolation!r}; give one of {', '.join(_INTERPOLATIONS)}"
+            )
 
     @classmethod
     def of(cls, transforms: Any) -> Preprocessing:
@@ -60,16 +84,21 @@ class Preprocessing:
         )
 
     @classmethod
-    def to_size(cls, side: int) -> Preprocessing:
-        """Resize to a square of this side and cut nothing off."""
-        return cls(resize=side, crop=side)
+    def to_size(cls, height: int, width: int | None = None) -> Preprocessing:
+        """Lead to images of one size.
+
+        A square of side `height` is the centre of an image whose shorter side has that length; a
+        rectangle is the whole image, stretched.
+        """
+        size: Size = height if width in (None, height) else (height, int(width or 0))
+        return cls(resize=size, crop=size)
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Preprocessing:
         """Read what ``dataclasses.asdict`` wrote."""
         return cls(
-            int(data["resize"]),
-            int(data["crop"]),
+            _size(data["resize"]),
+            _size(data["crop"]),
             tuple(map(float, data["mean"])),
             tuple(map(float, data["std"])),
             str(data["interpolation"]),
@@ -85,13 +114,25 @@ class Preprocessing:
         """
         mode = import_torchvision("transforms").InterpolationMode(self.interpolation)
         preset = import_torchvision("transforms._presets").ImageClassification
-        return preset(  # type: ignore[no-any-return]
-            crop_size=self.crop,
-            resize_size=self.resize,
-            mean=self.mean,
-            std=self.std,
-            interpolation=mode,
-        )
+        made = preset(crop_size=1, mean=self.mean, std=self.std, interpolation=mode)
+        # Set afterwards: as arguments, sizes can only be squares.
+        made.crop_size, made.resize_size = _listed(self.crop), _listed(self.resize)
+        return made  # type: ignore[no-any-return]
+
+
+def _size(value: Any) -> Size:
+    if isinstance(value, list | tuple):
+        height, width = value
+        return int(height), int(width)
+    return int(value)
+
+
+def _pair(size: Size) -> tuple[int, int]:
+    return size if isinstance(size, tuple) else (size, size)
+
+
+def _listed(size: Size) -> list[int]:
+    return list(size) if isinstance(size, tuple) else [size]
 
 
 def import_torchvision(module: str) -> Any:
@@ -207,7 +248,14 @@ class ImageSet:
             return Image.fromarray(item)
         try:
             with Image.open(item) as image:
+                if image.mode.startswith(("I", "F")):  # convert() would clip these at 255
+                    raise ImageError(
+                        f"{str(item)!r} has pixels of mode {image.mode!r}, 16 or 32 bits wide; "
+                        "rescale it to 8 bits"
+                    )
                 return image.convert("RGB")
+        except Image.DecompressionBombError as error:
+            raise ImageError(f"{str(item)!r} is too large: {error}; shrink the file") from error
         except (OSError, UnidentifiedImageError, SyntaxError, ValueError) as error:
             raise ImageError(
                 f"{str(item)!r} cannot be decoded as an image: {error}; mend or remove the file"

@@ -185,7 +185,7 @@ class TensorInputs:
 
     def _on(self, model: nn.Module, rows: Tensor) -> Batch:
         reference = next(model.parameters())
-        return {name: _cast(tensor[rows], reference) for name, tensor in self.tensors.items()}
+        return {name: cast_like(tensor[rows], reference) for name, tensor in self.tensors.items()}
 
 
 def as_inputs(model: nn.Module, calibration: Any) -> ModelInputs:
@@ -254,12 +254,13 @@ def device_of(model: nn.Module) -> torch.device:
     return next(model.parameters()).device
 
 
+def cast_like(tensor: Tensor, reference: Tensor) -> Tensor:
+    """Return a tensor on the device of another, and in its number format if it has fractions."""
+    return tensor.to(reference) if tensor.is_floating_point() else tensor.to(reference.device)
+
+
 def _vocabulary(model: nn.Module) -> int:
     return int(model.get_input_embeddings().weight.shape[0])  # type: ignore[operator]
-
-
-def _cast(tensor: Tensor, reference: Tensor) -> Tensor:
-    return tensor.to(reference) if tensor.is_floating_point() else tensor.to(reference.device)
 
 
 def _noise_like(tensor: Tensor, generator: torch.Generator) -> Tensor:

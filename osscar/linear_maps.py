@@ -256,7 +256,9 @@ def _by_tensor(group: CouplingGroup) -> tuple[tuple[Slot, ...], ...]:
 def _unreadable(model: nn.Module, slots: tuple[Slot, ...]) -> str | None:
     """Return why a consumer cannot be refitted, or None."""
     tensor, module = slots[0].tensor, model.get_submodule(slots[0].module)
-    weight = model.get_parameter(tensor)
+    weight = _tensor(model, tensor)
+    if not isinstance(weight, nn.Parameter):
+        return f"is read by a buffer, which is not refitted: {tensor!r}"
     known = isinstance(module, nn.Linear | Conv1D) or windows_of(module) is not None
     if not known or module.weight is not weight:
         return (
@@ -272,6 +274,12 @@ def _unreadable(model: nn.Module, slots: tuple[Slot, ...]) -> str | None:
     if len(users) > 1:
         return f"is read by {tensor!r}, which {' and '.join(users)} share; a refit changes them all"
     return None
+
+
+def _tensor(model: nn.Module, name: str) -> object:
+    """Return a parameter, buffer or plain attribute by its qualified name."""
+    module, _, attribute = name.rpartition(".")
+    return getattr(model.get_submodule(module), attribute)
 
 
 def _maps(module: nn.Module, slots: tuple[Slot, ...]) -> Iterator[LinearMap]:

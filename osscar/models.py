@@ -6,16 +6,17 @@ Weights are read from safetensors only, never from pickles, and remote code runs
 from __future__ import annotations
 
 import contextlib
+import copy
 import difflib
 import os
 import re
 import socket
 import sys
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 import torch
@@ -33,6 +34,8 @@ from osscar.slicing import context_length
 
 DEMO = "demo"
 DEMO_DIRECTORY = Path(__file__).parent / "data" / "demo"
+
+M = TypeVar("M", bound=nn.Module)
 
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -221,6 +224,67 @@ def check_finite_weights(model: nn.Module) -> None:
                 f"{bad} of {tensor.numel()} values of {name!r} are NaN or infinite; "
                 "the checkpoint is damaged, get it anew"
             )
+
+
+def check_usable(model: nn.Module) -> None:
+    """Refuse what has no weights that could be read.
+
+    Raises
+    ------
+    ModelError
+        If it is no module, has no parameters, or has one without values.
+    """
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"the model is a {type(model).__name__}; give a torch.nn.Module")
+    parameters = dict(model.named_parameters())
+    if not parameters:
+        raise ModelError(f"{type(model).__name__} has no parameters, so nothing can be pruned")
+    for name, parameter in parameters.items():
+        if nn.parameter.is_lazy(parameter):
+            raise ModelError(
+                f"{name!r} of {type(model).__name__} has no shape yet; run the model once first"
+            )
+        if parameter.is_meta:
+            raise ModelError(
+                f"{name!r} of {type(model).__name__} is on the device 'meta', where tensors have "
+                "no values; build the model on the CPU"
+            )
+
+
+def copied(model: M) -> M:
+    """Return a deep copy, in which activations that a module keeps are plain values.
+
+    A forward pass with gradients may leave tensors behind that hang on a graph, such as an
+    attribute with the last features or the weight under `torch.nn.utils.weight_norm`; torch
+    refuses to copy these.
+
+    Raises
+    ------
+    ModelError
+        If something else in it cannot be copied.
+    """
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        for tensor in _on_graphs(vars(module), set()):
+            memo[id(tensor)] = tensor.detach().clone()
+    try:
+        return copy.deepcopy(model, memo)
+    except (RuntimeError, TypeError) as error:
+        raise ModelError(
+            f"{type(model).__name__} cannot be copied: {_first_line(error)}; take what is no "
+            "parameter, buffer or plain value out of its attributes"
+        ) from error
+
+
+def _on_graphs(value: Any, seen: set[int]) -> Iterator[Tensor]:
+    """Yield the tensors in containers that are the results of differentiable operations."""
+    if isinstance(value, Tensor):
+        if not value.is_leaf:
+            yield value
+    elif isinstance(value, Mapping | list | tuple | set) and id(value) not in seen:
+        seen.add(id(value))
+        for member in value.values() if isinstance(value, Mapping) else value:
+            yield from _on_graphs(member, seen)
 
 
 @dataclass(frozen=True)

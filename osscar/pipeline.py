@@ -6,7 +6,7 @@ is measured on the stream that everything pruned before it has shaped.
 
 from __future__ import annotations
 
-import copy
+import dataclasses
 import math
 import os
 import time
@@ -26,11 +26,11 @@ from osscar import checkpoint
 from osscar.adapters import prepare
 from osscar.batch_norm import BatchNormMode, batch_norms, renew_statistics
 from osscar.checkpoint import SavedCheckpoint
-from osscar.errors import OptionError
+from osscar.errors import CalibrationError, OptionError
 from osscar.footprint import count_parameters
 from osscar.inputs import as_inputs
 from osscar.linear_maps import LinearMap, expose_attention, freeze_unreadable, linear_maps
-from osscar.models import check_finite_weights, resolve_device
+from osscar.models import check_finite_weights, check_usable, copied, resolve_device
 from osscar.plan import GroupPlan, PruningPlan
 from osscar.progress import stage as progress_stage
 from osscar.proof import finer_precision
@@ -39,6 +39,16 @@ from osscar.shrinking import shrink_proved
 from osscar.stages import Stage, find_stages, start_stream
 from osscar.statistics import GramAccumulator, observe, pose
 from osscar.targets import Keep, Targets, allocate
+from solvers.exact.branch_and_bound import BranchAndBound
+
+EXACT_UNITS = 32
+"""Up to so many units a bound comes from branch and bound, which mostly closes the gap."""
+
+_ROUNDING = 1e-9
+"""Branch and bound often stops right at the tolerance, which the gap only meets up to rounding."""
+
+EXACT_SECONDS = 10.0
+"""How long branch and bound may take for one bound; what it has by then is valid."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +66,8 @@ class LayerReport:
         The same as a share of the loss of removing everything.
     lower_bound, gap, bound_from
         As in `solvers.Solution`; None without a bound.
+    proved_optimal
+        Whether the bound proves that no other choice is better, within the tolerance.
     status
         The name of the solver's status.
     dead
@@ -75,6 +87,7 @@ class LayerReport:
     lower_bound: float | None
     gap: float | None
     bound_from: str
+    proved_optimal: bool
     status: str
     dead: int
     iterations: int
@@ -157,6 +170,7 @@ def prune(
     residual: Keep | None = None,
     groups: Mapping[str, Keep] | None = None,
     round_to: int = 1,
+    skip: Sequence[str] = (),
     backend: str | solvers.Backend = "local_search",
     backend_options: Mapping[str, Any] | None = None,
     certify: bool = False,
@@ -186,11 +200,15 @@ def prune(
         What to keep of single groups, by name.
     round_to
         Kept widths are rounded to a multiple of this.
+    skip
+        Patterns, as of `fnmatch`, for the names of groups that are left alone whatever else is
+        asked; each has to match one.
     backend, backend_options
         A registered name with its options, or a backend object.
     certify
         Add a lower bound to every layer's solution, so that its gap is known, and verify each
-        solution from its problem alone; takes several times as long as the search.
+        solution from its problem alone; takes several times as long as the search. Up to 32 units
+        the bound comes from branch and bound, which may take 10 seconds a group.
     damp
         Weight of the proximal term, relative to the mean of the Gram matrix's diagonal.
     batch_norm
@@ -216,7 +234,7 @@ def prune(
     CalibrationError
         If the model cannot read the calibration data.
     ModelError
-        If a consumer cannot be refitted.
+        If it has no weights, cannot be copied, or a consumer cannot be refitted.
     graph.GraphError
         If the model cannot be traced.
     EquivalenceError
@@ -232,20 +250,22 @@ def prune(
     True
     """
     start = time.perf_counter()
-    targets = Targets(sparsity, heads, neurons, channels, residual, groups or {}, round_to)
+    targets = Targets(sparsity, heads, neurons, channels, residual, groups or {}, round_to, skip)
     name, chosen_backend = _resolve_backend(backend, backend_options or {})
     statistics = _batch_norm_mode(batch_norm)
+    check_usable(model)
     check_finite_weights(model)
     inputs = as_inputs(model, calibration)
     batch_size = inputs.batch_size if batch_size is None else batch_size
     _check_numbers(batch_size, damp, seed)
-    work = copy.deepcopy(model).to(resolve_device(device)).eval()
+    work = copied(model).to(resolve_device(device)).eval()
     with _without_cache(work), torch.no_grad():
         prepare(work)
         if targets.reach(Kind.HEADS):
             expose_attention(work)
         example = inputs.example(work)
         traced = graph.trace(work, example)
+        _check_runs(work, example)
         to_prune, keep = _allocate(work, traced, targets)
         batches = inputs.batches(work, batch_size)
         stages = find_stages(work, to_prune, example, traced.operators)
@@ -262,6 +282,7 @@ def prune(
         **{"sparsity": sparsity, "heads": _text(heads), "neurons": _text(neurons)},
         **{"channels": _text(channels), "residual": _text(residual)},
         **{"groups": {k: str(v) for k, v in (groups or {}).items()}, "round_to": round_to},
+        **{"skip": list(skip)},
         **{"backend": name, "backend_options": dict(backend_options or {})},
         **{"certify": certify, "damp": damp, "batch_norm": statistics.value},
         **inputs.settings,
@@ -278,6 +299,18 @@ def prune(
         seconds=time.perf_counter() - start,
         settings=settings,
     )
+
+
+def _check_runs(model: nn.Module, example: Mapping[str, Any]) -> None:
+    """Run the model once: tracing looks at shapes, and lets through what kernels refuse."""
+    try:
+        model(**example)
+    except Exception as error:  # the model may be anyone's code
+        forms = ", ".join(f"{n} {t.dtype} {tuple(t.shape)}" for n, t in example.items())
+        raise CalibrationError(
+            f"{type(model).__name__} fails on the calibration data ({forms}): "
+            f"{type(error).__name__}: {error}; give data of the form and type that it reads"
+        ) from error
 
 
 def _allocate(
@@ -341,9 +374,7 @@ def _prune_group(
             run(stage.module, *args, **kwargs)
     problem = pose(accumulators, keep, group.name, solve.damp)
     measured = time.perf_counter()
-    solution = solvers.solve(problem, solve.backend, bound=solve.certify)
-    if solve.certify:
-        solution.verify()
+    solution = _solved(problem, solve)
     for consumer, W in zip(consumers, solution.weights, strict=True):
         consumer.write_weight(W)
     plan = GroupPlan.of(group, tuple(solution.support.tolist()))
@@ -358,11 +389,39 @@ def _prune_group(
         lower_bound=solution.lower_bound if has_bound else None,
         gap=solution.gap if has_bound else None,
         bound_from=solution.bound_from,
+        proved_optimal=has_bound and solution.gap <= solution.gap_tolerance * (1 + _ROUNDING),
         status=solution.status.name,
         dead=len(problem.dead),
         iterations=solution.iterations,
         measure_seconds=measured - start,
         solve_seconds=time.perf_counter() - measured,
+    )
+
+
+def _solved(problem: solvers.SubsetProblem, solve: _Solve) -> solvers.Solution:
+    """Return the backend's answer, with a bound if asked for."""
+    if not solve.certify:
+        return solvers.solve(problem, solve.backend)
+    exact = solve.backend.kind is solvers.Kind.EXACT or problem.units > EXACT_UNITS
+    solution = solvers.solve(problem, solve.backend, bound=exact)
+    if not exact:
+        solution = _closely_bounded(solution)
+    solution.verify()
+    return solution
+
+
+def _closely_bounded(solution: solvers.Solution) -> solvers.Solution:
+    """Take the bound of branch and bound, and leave the choice as the backend made it."""
+    start = tuple(solution.support.tolist())
+    search = BranchAndBound(start=start, time_limit=EXACT_SECONDS)
+    proof = solvers.solve(solution.problem, search)
+    if proof.lower_bound <= solution.lower_bound:
+        return solution
+    return dataclasses.replace(
+        solution,
+        lower_bound=proof.lower_bound,
+        bound_from=proof.bound_from,
+        certificate=proof.certificate,
     )
 
 
@@ -376,7 +435,7 @@ def _renew_statistics(
     """Renew batch-norm statistics where there are any; `dense` stays where and as it is."""
     if not batch_norms(model):
         return 0
-    beside = copy.deepcopy(dense).to(next(model.parameters()).device).eval()
+    beside = copied(dense).to(next(model.parameters()).device).eval()
     return renew_statistics(model, beside, plan, batches, mode)
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fnmatch
 import math
+import numbers
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -35,6 +37,9 @@ class Targets:
         What to keep of single groups, by name; takes precedence over the others.
     round_to
         Kept width (units times rows a unit) is rounded to a multiple of this.
+    skip
+        Patterns, as of `fnmatch`, for the names of groups that are left alone whatever else is
+        asked.
 
     Raises
     ------
@@ -54,22 +59,36 @@ class Targets:
     residual: Keep | None = None
     groups: Mapping[str, Keep] = field(default_factory=dict)
     round_to: int = 1
+    skip: Sequence[str] = ()
 
     def __post_init__(self) -> None:
-        if self.sparsity is not None and not 0 < self.sparsity < 1:
+        sparsity, round_to = self.sparsity, self.round_to
+        if sparsity is not None and not (_is(sparsity, numbers.Real) and 0 < sparsity < 1):
             raise TargetError(
-                f"sparsity is {self.sparsity}; give the share to remove, above 0 and below 1"
+                f"sparsity is {sparsity!r}; give the share to remove, a number above 0 and below 1"
             )
-        if self.round_to < 1:
-            raise TargetError(f"round-to is {self.round_to}; give a whole number from 1")
+        if not (_is(round_to, numbers.Integral) and round_to >= 1):
+            raise TargetError(f"round-to is {round_to!r}; give a whole number from 1")
+        self._check_names()
         if self.sparsity is None and not any(self._asked) and not self.groups:
             raise TargetError(
                 "nothing to prune: give --sparsity, or what to keep with --heads, --neurons, "
                 "--channels or --residual"
             )
-        for keep in (*self._asked, *self.groups.values()):
-            if keep is not None:
-                parse_keep(keep)
+        for keep in (*(asked for asked in self._asked if asked is not None), *self.groups.values()):
+            parse_keep(keep)
+
+    def _check_names(self) -> None:
+        if not isinstance(self.groups, Mapping):
+            raise TargetError(
+                f"groups is {self.groups!r}; give a mapping of names to what to keep, such as "
+                "{'h.0.neurons': 0.5}"
+            )
+        if isinstance(self.skip, str) or not all(isinstance(p, str) and p for p in self.skip):
+            raise TargetError(
+                f"skip is {self.skip!r}; give a list of patterns for names of groups, such as "
+                "['h.0.*']"
+            )
 
     @property
     def _asked(self) -> tuple[Keep | None, ...]:
@@ -94,6 +113,10 @@ class Targets:
         return None
 
 
+def _is(value: object, kind: type) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool)
+
+
 def parse_keep(value: Keep) -> Fraction | int:
     """Read what to keep: ``"0.7"``, ``"2/3"`` and ``0.7`` are fractions, ``"512"`` and 512 counts.
 
@@ -103,6 +126,10 @@ def parse_keep(value: Keep) -> Fraction | int:
         If it is neither, or outside of what a fraction or a count can be.
     """
     text = str(value).strip()
+    if isinstance(value, bool) or not isinstance(value, str | numbers.Real):
+        raise TargetError(
+            f"cannot read {value!r} as what to keep; give a fraction such as 0.7 or 2/3, or a count"
+        )
     if isinstance(value, int) or re.fullmatch(r"[+-]?\d+", text):
         if int(text) < 1:
             raise TargetError(f"cannot keep {text} units; keep at least 1")
@@ -140,8 +167,8 @@ def allocate(
     Raises
     ------
     TargetError
-        If a count exceeds what exists, a fraction keeps nothing, a named group does not exist, or
-        in the end nothing would be removed.
+        If a count exceeds what exists, a fraction keeps nothing, a named group does not exist, a
+        pattern to skip matches none, or in the end nothing would be removed.
     FrozenGroupError
         If what was asked for is frozen everywhere, or a frozen group was named.
     """
@@ -152,8 +179,11 @@ def allocate(
         if by_name[name].frozen:
             raise FrozenGroupError(_frozen_message(by_name[name]))
     _check_kinds(groups, targets, residual)
+    skipped = _skipped(by_name, targets.skip)
     kept: dict[str, int] = {}
     for group in groups:
+        if group.name in skipped:
+            continue
         asked = (
             parse_keep(targets.groups[group.name])
             if group.name in targets.groups
@@ -164,10 +194,26 @@ def allocate(
             if count < group.units:
                 kept[group.name] = count
     if not kept:
+        rest = f" but the {len(skipped)} that are skipped" if skipped else ""
         raise TargetError(
-            "nothing would be removed: every group keeps all its units; ask for a higher sparsity"
+            f"nothing would be removed: every group{rest} keeps all its units; ask for a higher "
+            f"sparsity{', or skip less' if skipped else ''}"
         )
     return kept
+
+
+def _skipped(names: Collection[str], patterns: Sequence[str]) -> set[str]:
+    """Return the names that a pattern matches; each has to match one."""
+    skipped: set[str] = set()
+    for pattern in patterns:
+        matched = [name for name in names if fnmatch.fnmatchcase(name, pattern)]
+        if not matched:
+            raise TargetError(
+                f"no group is called {pattern!r}, which --skip names; `osscar inspect` lists the "
+                "groups"
+            )
+        skipped.update(matched)
+    return skipped
 
 
 def _check_kinds(

@@ -18,12 +18,13 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from osscar import checkpoint, user_code
-from osscar.errors import ImageError, ModelError, ModelNotFound, OptionError
-from osscar.images import ImageSet, Preprocessing, import_torchvision, load_images
-from osscar.inputs import Batch, named_inputs
+from osscar.errors import CheckpointError, ImageError, ModelError, ModelNotFound, OptionError
+from osscar.images import ImageSet, Preprocessing, Size, import_torchvision, load_images
+from osscar.inputs import Batch, cast_like, named_inputs
 from osscar.models import (
     LoadedModel,
     check_finite_weights,
+    check_usable,
     load_model,
     resolve_device,
     resolve_dtype,
@@ -155,9 +156,13 @@ def load_vision_model(
         loaded = _from_code(name, weights)
     else:
         loaded = _from_directory(Path(name).expanduser(), dense)
+    check_usable(loaded.model)
     check_finite_weights(loaded.model)
     model = loaded.model if number_format is None else loaded.model.to(number_format)
-    return dataclasses.replace(loaded, model=model.to(target).eval())
+    model = model.to(target).eval()
+    reference = next(model.parameters())
+    example = {name: cast_like(tensor, reference) for name, tensor in loaded.example.items()}
+    return dataclasses.replace(loaded, model=model, example=example)
 
 
 # ---- torchvision -------------------------------------------------------------------------
@@ -256,9 +261,9 @@ def _from_code(name: str, weights: str | Path | None) -> VisionModel:
 
 
 def _from_directory(path: Path, dense: str | None) -> VisionModel:
-    built = None
+    built, example = None, None
     if dense is not None and user_code.is_code(dense):
-        built, _ = user_code.build(dense)
+        built, example = user_code.build(dense)
     if built is None and _library(path) is None:
         raise ModelError(
             f"{path} holds a model of your own code, which a checkpoint does not contain: say what "
@@ -273,7 +278,7 @@ def _from_directory(path: Path, dense: str | None) -> VisionModel:
     preprocessing = preprocessing or Preprocessing()
     return VisionModel(
         model=model,
-        example=image_example(model, preprocessing.crop),
+        example=image_example(model, preprocessing.crop) if example is None else example,
         preprocessing=preprocessing,
         source=f"directory {path}",
         path=path,
@@ -288,6 +293,10 @@ def _recorded(path: Path) -> tuple[Preprocessing | None, tuple[str, ...]]:
         report = json.loads((path / REPORT_FILE).read_text(encoding="utf-8"))
         images = report["calibration"]["preprocessing"]
         return Preprocessing.from_json(images), tuple(map(str, report["classes"]))
+    except ImageError as error:
+        raise CheckpointError(
+            f"the preprocessing in {path / REPORT_FILE} makes no sense: {error}"
+        ) from error
     except (OSError, ValueError, KeyError, TypeError):
         return None, ()  # no report of ours
 
@@ -308,16 +317,16 @@ def _library(path: Path) -> str | None:
 def _matching(example: Batch) -> Preprocessing:
     """Return the preprocessing that leads to images of the example's size."""
     first = next(iter(example.values()))
-    if len(example) == 1 and first.ndim == 4 and first.shape[-1] == first.shape[-2]:
-        return Preprocessing.to_size(first.shape[-1])
+    if len(example) == 1 and first.ndim == 4:
+        return Preprocessing.to_size(*first.shape[-2:])
     return Preprocessing()
 
 
-def image_example(model: nn.Module, side: int) -> Batch:
+def image_example(model: nn.Module, size: Size) -> Batch:
     """Return two images of noise as named arguments."""
-    return named_inputs(
-        model, (torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(0)),)
-    )
+    height, width = size if isinstance(size, tuple) else (size, size)
+    generator = torch.Generator().manual_seed(0)
+    return named_inputs(model, (torch.randn(2, 3, height, width, generator=generator),))
 
 
 # ---- weights -----------------------------------------------------------------------------
@@ -345,17 +354,32 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
             state = torch.load(file, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise ModelError(f"there is no file of weights at {str(path)!r}; check the path") from None
-    except (OSError, RuntimeError, SafetensorError, pickle.UnpicklingError, EOFError) as error:
-        reason = str(error).strip().partition("\n")[0]
+    except Exception as error:  # torch.load on a file of any other sort raises whatever it meets
         raise ModelError(
-            f"the weights in {str(path)!r} cannot be read: {reason}; give a .safetensors file, or "
-            "a state dict that torch.load reads with weights_only=True"
+            f"the weights in {str(path)!r} cannot be read: {_unreadable(error)}; give a "
+            ".safetensors file, or a state dict that torch.load reads with weights_only=True"
         ) from error
     for key in ("state_dict", "model"):
         state = state.get(key, state) if isinstance(state, dict) else state
-    if not isinstance(state, dict) or not all(isinstance(t, Tensor) for t in state.values()):
-        raise ModelError(f"{str(path)!r} is not a state dict; save model.state_dict() to it")
+    if not isinstance(state, dict) or not all(
+        isinstance(key, str) and isinstance(tensor, Tensor) for key, tensor in state.items()
+    ):
+        raise ModelError(
+            f"{str(path)!r} is not a state dict, which has tensors by name; save "
+            "model.state_dict() to it"
+        )
     return _renamed({key.removeprefix("module."): tensor for key, tensor in state.items()})
+
+
+def _unreadable(error: Exception) -> str:
+    """Say why a file of weights cannot be read, in our own words where torch has too many."""
+    if isinstance(error, pickle.UnpicklingError):
+        return "it holds something other than tensors, such as a whole model, or is damaged"
+    if isinstance(error, EOFError):
+        return "it is empty or cut off"
+    if not isinstance(error, OSError | RuntimeError | SafetensorError):
+        return "it is no file that torch.save wrote"
+    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 def fill(model: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
@@ -364,20 +388,42 @@ def fill(model: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
     Raises
     ------
     ModelError
-        If a tensor is missing, is left over, or has another shape.
+        If a tensor is missing, is left over, or has another shape or another kind of number.
     """
     own = model.state_dict()
     counters = {key for key in own if key.endswith("num_batches_tracked")}
     missing = [key for key in own if key not in state and key not in counters]
     unknown = [key for key in state if key not in own]
     wrong = [key for key in own if key in state and own[key].shape != state[key].shape]
-    for what, keys in (("lacks", missing), ("has", unknown), ("has another shape of", wrong)):
+    kinds = [key for key in own if key in state and _kind(own[key]) != _kind(state[key])]
+    for what, keys in (
+        ("lacks", missing),
+        ("has", unknown),
+        ("has another shape of", wrong),
+        ("has another kind of number in", kinds),
+    ):
         if keys:
             raise ModelError(
                 f"the weights in {source} do not fit {type(model).__name__}: the file {what} "
-                f"{len(keys)} tensors, such as {keys[0]!r}"
+                f"{len(keys)} tensors, such as {keys[0]!r}{_unlike(own, state, keys[0])}; give "
+                "weights of this very model"
             )
     model.load_state_dict(dict(state), strict=False)
+
+
+def _kind(tensor: Tensor) -> str:
+    """Return what sort of number a tensor holds: formats of one sort differ in precision only."""
+    if tensor.is_complex():
+        return "complex"
+    return "real" if tensor.is_floating_point() else "whole"
+
+
+def _unlike(own: Mapping[str, Tensor], state: Mapping[str, Tensor], key: str) -> str:
+    """Say how a tensor differs from the model's, if both have it."""
+    if key not in own or key not in state:
+        return ""
+    mine, given = (f"{t.dtype} {tuple(t.shape)}" for t in (own[key], state[key]))
+    return f" ({given} instead of {mine})"
 
 
 def _dtype(model: nn.Module) -> torch.dtype:
@@ -385,6 +431,30 @@ def _dtype(model: nn.Module) -> torch.dtype:
 
 
 # ---- either sort of model ----------------------------------------------------------------
+
+
+def check_directory(name: str) -> None:
+    """Refuse a directory that holds no model, or one whose plan nobody can read.
+
+    Raises
+    ------
+    CheckpointError
+        Saying what is missing or damaged; names that are no directories pass.
+    """
+    try:
+        path = Path(name).expanduser()
+        if not name or not path.is_dir():
+            return
+        has_plan, has_config = ((path / file).is_file() for file in (PLAN_FILE, "config.json"))
+    except (OSError, RuntimeError, ValueError):
+        return  # no name of a directory: whoever looks for the model will say so
+    if has_plan:
+        checkpoint.read_plan_file(path / PLAN_FILE)
+    elif not has_config:
+        raise CheckpointError(
+            f"{name!r} has neither {PLAN_FILE} nor config.json: it is not a checkpoint; give the "
+            "directory that `osscar prune` wrote"
+        )
 
 
 def open_model(
@@ -409,9 +479,16 @@ def open_model(
     Raises
     ------
     OptionError
-        If weights are given for a model that brings its own.
+        If weights are given for a model that brings its own, or a dense model for one that needs
+        none.
     """
+    check_directory(name)
     vision = is_vision(name)
+    if dense is not None and _library(Path(name)) is not None:
+        raise OptionError(
+            f"{name!r} is no pruned model of your own code, so nothing else builds it; leave "
+            "--against away"
+        )
     if weights is not None and (not vision or Path(name).expanduser().is_dir()):
         raise OptionError(f"{name!r} has weights of its own; leave --weights away")
     if not vision:

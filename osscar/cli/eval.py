@@ -69,9 +69,10 @@ def command(
     and for images agreement and divergence are measured, which need no labels.
     """
     from osscar.errors import OptionError
-    from osscar.vision import is_vision
+    from osscar.vision import check_directory, is_vision
 
-    check_json_path(json)
+    check_json_path(json, inputs=(model, against, text, images, weights))
+    check_directory(model)
     load: dict[str, Any] = {"device": device, "dtype": dtype}
     if is_vision(model):
         if text is not None or windows is not None or seqlen is not None:

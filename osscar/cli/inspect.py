@@ -26,6 +26,13 @@ def command(
     all_groups: Annotated[
         bool, typer.Option("--all", help="Also list frozen groups inside the units of others.")
     ] = False,
+    against: Annotated[
+        str | None,
+        typer.Option(
+            help="Code that builds the dense model, where MODEL is a directory that holds a pruned "
+            "model of your own code."
+        ),
+    ] = None,
     json: JsonOption = None,
     trust_remote_code: TrustOption = False,
 ) -> None:
@@ -41,10 +48,14 @@ def command(
     from osscar.vision import open_model
 
     for path in (json, svg):
-        check_json_path(path)
+        check_json_path(path, inputs=(model,))
     with quiet():
         loaded = open_model(
-            model, pretrained=False, device="cpu", trust_remote_code=trust_remote_code
+            model,
+            pretrained=False,
+            dense=against,
+            device="cpu",
+            trust_remote_code=trust_remote_code,
         )
         prepare(loaded.model)
         expose_attention(loaded.model)

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import nn
 
 import osscar
 import solvers
@@ -185,6 +186,29 @@ def test_certified_layers_have_a_bound_and_a_gap():
     plain = osscar.prune(tiny("llama-gqa"), tokens(), sparsity=0.4, device="cpu")
     assert plain.plan == result.plan
     assert {layer.gap for layer in plain.layers} == {None}
+
+
+def test_few_units_get_their_bound_from_branch_and_bound_and_the_choice_stays(monkeypatch):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 12), nn.ReLU(), nn.Linear(12, 10), nn.ReLU(), nn.Linear(10, 3))
+    options = {"sparsity": 0.5, "device": "cpu", "certify": True}
+    for backend in ("local_search", "magnitude"):
+        result = osscar.prune(net, torch.randn(200, 6), backend=backend, **options)
+        plain = osscar.prune(net, torch.randn(200, 6), backend=backend, sparsity=0.5, device="cpu")
+        assert len(result.layers) == len(plain.layers) == 2
+        for layer in result.layers:
+            assert "branch and bound" in layer.bound_from
+            assert layer.proved_optimal == (layer.gap <= 1e-4 * (1 + 1e-9))
+            assert layer.status != "OPTIMAL"
+        if backend == "local_search":
+            assert any(layer.proved_optimal for layer in result.layers)
+        assert not any(layer.proved_optimal for layer in plain.layers)
+    exact = osscar.prune(net, torch.randn(200, 6), backend="enumerate", **options)
+    assert all(layer.proved_optimal for layer in exact.layers)
+    assert all("branch and bound" not in layer.bound_from for layer in exact.layers)
+    monkeypatch.setattr("osscar.pipeline.EXACT_UNITS", 11)
+    larger = osscar.prune(net, torch.randn(200, 6), **options).layers
+    assert ["branch and bound" in layer.bound_from for layer in larger] == [False, True]
 
 
 def test_a_backend_object_is_taken_as_it_is():

@@ -77,6 +77,14 @@ def test_sparsity_outside_of_the_open_interval_is_refused(sparsity):
         (lambda: Targets(heads=10), "cannot keep 10 units of '0.heads', which has 9"),
         (lambda: Targets(groups={"nowhere": 1}), "no group 'nowhere'"),
         (lambda: Targets(heads="0.99"), "nothing would be removed"),
+        (lambda: Targets("0.5"), "sparsity is '0.5'; give the share to remove, a number"),
+        (lambda: Targets(0.5, round_to=1.5), "round-to is 1.5; give a whole number"),
+        (lambda: Targets(0.5, groups=["0.heads"]), r"groups is \['0.heads'\]; give a mapping"),
+        (lambda: Targets(groups={"0.heads": True}), "cannot read True as what to keep"),
+        (lambda: Targets(groups={"0.heads": None}), "cannot read None as what to keep"),
+        (lambda: Targets(0.5, skip="0.*"), r"skip is '0\.\*'; give a list of patterns"),
+        (lambda: Targets(0.5, skip=["7.*"]), r"no group is called '7\.\*', which --skip names"),
+        (lambda: Targets(0.5, skip=["*"]), "nothing would be removed.*skip less"),
         (lambda: Targets(0.5, round_to=1000), "round-to 1000 cannot be met by '0.heads'"),
     ],
 )
@@ -97,3 +105,9 @@ def test_a_frozen_group_that_is_asked_for_says_what_froze_it():
 def test_a_kind_that_does_not_exist_is_refused_when_it_is_named():
     with pytest.raises(TargetError, match="no group of heads"):
         allocate(GROUPS[2:], Targets(heads="0.5", neurons="0.5"))
+
+
+def test_what_is_skipped_is_left_alone_whatever_else_is_asked():
+    assert allocate(GROUPS, Targets(0.5)).keys() == {"0.heads", "0.neurons"}
+    skipped = Targets(0.5, groups={"0.heads": 3}, skip=["0.h*"])
+    assert allocate(GROUPS, skipped) == {"0.neurons": 768}

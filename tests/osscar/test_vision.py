@@ -129,6 +129,22 @@ def test_prune_eval_inspect_and_load_a_model_of_the_users_own(run, code, archive
     status, out, err = run("eval", out_dir, "--images", f"{archive}:test")
     assert status == 2
     assert "--against module:function" in err
+    again = ("--calibration", f"{archive}:train", "--sparsity", "0.5", "--device", "cpu")
+    status, _, err = run("prune", out_dir, "--out", tmp_path / "smaller", *again)
+    assert (status, "--against module:function" in err) == (2, True)
+    again = (*again, "--against", code, "--json", report)
+    status, out, err = run(
+        "prune", out_dir, "--out", tmp_path / "smaller", *again, "--skip", "stem*,down*"
+    )
+    assert status == 0, err
+    assert f"--against {code}" in out.replace("\n", "")
+    names = [layer["name"] for layer in json.loads(report.read_text())["layers"]]
+    assert names
+    assert not any(name.startswith(("stem", "down")) for name in names)
+    status, out, err = run("inspect", tmp_path / "smaller", "--against", code)
+    assert status == 0, err
+    status, _, err = run("inspect", code, "--against", code)
+    assert (status, "leave --against away" in err) == (2, True)
     status, out, err = run("inspect", code)
     assert status == 0, err
     assert "channels, residual" in out
@@ -183,6 +199,12 @@ def test_bad_input_ends_in_one_line_before_anything_is_written(run, code, archiv
     assert (status, "reads images, not text" in err) == (2, True)
     status, _, err = run("eval", "demo", "--images", archive)
     assert (status, "reads text, not images" in err) == (2, True)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "osscar_plan.json").write_text("{ 3")
+    for name, message in (("empty", "not a checkpoint"), ("bad", "is not a pruning plan")):
+        status, _, err = run("eval", tmp_path / name, "--images", archive)
+        assert (status, message in err, "reads text" in err) == (2, True, False)
     status, _, err = run("eval", code)
     assert (status, "give --images" in err) == (2, True)
 
@@ -262,6 +284,34 @@ def test_weights_that_do_not_fit_are_refused(code, tmp_path):
         load_vision_model(code, weights=tmp_path / "none.pt")
 
 
+def test_weights_of_another_kind_of_number_are_refused(code, tmp_path):
+    file, state = tmp_path / "w.pt", small_net().state_dict()
+    for dtype in (torch.int64, torch.complex64):
+        torch.save({key: tensor.to(dtype) for key, tensor in state.items()}, file)
+        with pytest.raises(ModelError, match=f"another kind of number .*{dtype} .* instead of"):
+            load_vision_model(code, weights=file)
+    floating = {k: t.double() if t.is_floating_point() else t for k, t in state.items()}
+    torch.save(floating, file)
+    assert load_vision_model(code, weights=file).stored_dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(b"", "empty or cut off"), (b"hello", "cannot be read: it"), (b"x", "cannot be read: it")],
+)
+def test_files_that_hold_no_weights_are_refused_in_our_own_words(content, message, tmp_path):
+    (tmp_path / "w.txt").write_bytes(content)
+    with pytest.raises(ModelError, match=message) as caught:
+        read_state(tmp_path / "w.txt")
+    assert "\x1b" not in str(caught.value)
+
+
+def test_a_state_dict_has_tensors_by_name(tmp_path):
+    torch.save({1: torch.zeros(2)}, tmp_path / "w.pt")
+    with pytest.raises(ModelError, match="is not a state dict, which has tensors by name"):
+        read_state(tmp_path / "w.pt")
+
+
 def test_nothing_is_unpickled(tmp_path):
     file = tmp_path / "w.pt"
     torch.save(small_net(), file)  # a whole model, which only pickle can read
@@ -285,6 +335,44 @@ def test_a_directory_of_unknown_code_is_loaded_with_the_dense_model(tmp_path):
 
 
 # ---- images ------------------------------------------------------------------------------
+
+
+def test_images_that_would_be_clipped_or_are_too_large_are_refused(tmp_path, monkeypatch):
+    from PIL import Image
+
+    wide = np.full((12, 12), 40_000)
+    for mode, dtype, name in (
+        ("I;16", np.uint16, "a.png"),
+        ("I", np.int32, "a.tif"),
+        ("F", np.float32, "b.tif"),
+    ):
+        (tmp_path / mode).mkdir()
+        Image.fromarray(wide.astype(dtype)).save(tmp_path / mode / name)
+        with pytest.raises(ImageError, match=f"pixels of mode '{mode}'.*rescale it to 8 bits"):
+            load_images(tmp_path / mode, Preprocessing()).tensor()
+    (tmp_path / "large").mkdir()
+    Image.fromarray(pixels(1)[0]).save(tmp_path / "large" / "large.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
+    with pytest.raises(ImageError, match=r"large\.png' is too large"):
+        load_images(tmp_path / "large", Preprocessing()).tensor()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"interpolation": "x"}, "interpolation is 'x'"),
+        ({"resize": -1}, "resize is -1"),
+        ({"mean": []}, r"mean is \(\)"),
+    ],
+)
+def test_a_report_whose_preprocessing_makes_no_sense_is_refused(change, message, tmp_path):
+    from osscar.vision import _recorded
+
+    images = {**ImageSet("none", [], Preprocessing()).describe()["preprocessing"], **change}
+    report = {"calibration": {"preprocessing": images}, "classes": []}
+    (tmp_path / "osscar_report.json").write_text(json.dumps(report))
+    with pytest.raises(CheckpointError, match=message):
+        _recorded(tmp_path)
 
 
 def test_images_are_transformed_as_torchvision_does(folders):
@@ -426,6 +514,12 @@ def test_folders_are_matched_with_classes(folders):
     assert label_indices(numbered, (), 10).tolist() == [2 * label for label in order]
     with pytest.raises(ImageError, match="labels from 0 to 8 and the model 8 classes"):
         label_indices(numbered, (), 8)
+
+
+def test_a_model_that_cannot_read_the_images_is_named(labelled):
+    gray = torch.nn.Sequential(torch.nn.Conv2d(1, 5, 3))
+    with pytest.raises(ModelError, match=r"Sequential fails on images \(32, 3, 12, 12\)"):
+        evaluate_images(gray, labelled)
 
 
 def test_what_is_no_classifier_is_refused(labelled):

@@ -1,0 +1,206 @@
+"""Models of a user's own code: importing it, and telling what is wrong with it."""
+
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+import osscar
+from osscar.errors import ModelError, ModelNotFound
+from osscar.vision import load_vision_model
+
+NET = """
+import torch
+from torch import nn
+
+def net(channels=3):
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(channels, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 6, 1),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 5),
+    )
+"""
+MINE = """
+import sys
+import torch
+from torch import nn
+from blocks import net
+
+def build():
+    return net(), torch.zeros(2, 3, 12, 12)
+
+def rectangle():
+    return net(), torch.zeros(2, 3, 8, 12)
+
+def half():
+    return net().half(), torch.zeros(2, 3, 12, 12).half()
+
+def side():
+    return net(), 224
+
+def empty():
+    return net(), ()
+
+def nested():
+    return net(), {"x": {"y": torch.zeros(2)}}
+
+def leaves():
+    sys.exit(3)
+
+def raises():
+    return torch.zeros(2).no_such_thing
+
+def meta():
+    with torch.device("meta"):
+        return net(), torch.zeros(2, 3, 12, 12)
+
+def bare():
+    return nn.Sequential(nn.ReLU()), torch.zeros(2, 3, 12, 12)
+"""
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """A directory with the user's code, which is the current one."""
+    (tmp_path / "sub").mkdir()
+    for directory in (tmp_path, tmp_path / "sub"):
+        (directory / "blocks.py").write_text(NET)
+        (directory / "osscar_test_mine.py").write_text(MINE)
+    (tmp_path / "broken_syntax.py").write_text("def build(:")
+    (tmp_path / "broken_name.py").write_text("\nx = undefined_name\ndef build(): pass")
+    (tmp_path / "broken_import.py").write_text("import no_such_package\ndef build(): pass")
+    monkeypatch.chdir(tmp_path)
+    yield tmp_path
+    for name in ("blocks", "osscar_test_mine", "broken_name", "broken_import"):
+        sys.modules.pop(name, None)
+
+
+@pytest.mark.parametrize("file", ["osscar_test_mine", "osscar_test_mine.py"])
+def test_code_finds_what_lies_in_the_current_directory(file, place):
+    before = list(sys.path)
+    assert load_vision_model(f"{file}:build").example["input"].shape == (2, 3, 12, 12)
+    assert sys.path == before
+
+
+def test_code_finds_what_lies_beside_its_file(place):
+    (place / "blocks.py").unlink()
+    assert load_vision_model("sub/osscar_test_mine.py:build").source.startswith("sub/")
+
+
+@pytest.mark.parametrize(
+    ("name", "file"),
+    [
+        ("./mine:build", "./mine.py:build"),
+        (".mine:build", "mine.py:build"),
+        ("a/mine:build", "a/mine.py:build"),
+    ],
+)
+def test_a_file_without_its_suffix_is_told_what_to_write(name, file):
+    with pytest.raises(ModelNotFound, match=f"for a file give {file}$"):
+        load_vision_model(name)
+
+
+@pytest.mark.parametrize("suffix", ["", ".py"])
+def test_a_failing_import_shows_the_users_error_and_line(suffix, place):
+    for module, message in (
+        ("broken_syntax", r"SyntaxError: .*broken_syntax\.py, line 1"),
+        ("broken_name", r"NameError: .*\(line 2 of .*broken_name\.py: x = undefined_name\)"),
+        ("broken_import", r"ModuleNotFoundError: No module named 'no_such_package' \(line 1"),
+    ):
+        with pytest.raises(ModelError, match=message):
+            load_vision_model(f"{module}{suffix}:build")
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        ("side", r"returned 224 \(int\) as example inputs; return a tensor"),
+        ("empty", r"returned \(\) \(tuple\) as example inputs"),
+        ("nested", "not all tensors, but dict"),
+        ("leaves", r"SystemExit: 3 \(line \d+ of .*sys\.exit\(3\)"),
+        ("raises", r"AttributeError: .*no_such_thing"),
+        ("meta", r"'0\.weight' of Sequential is on the device 'meta'"),
+        ("bare", "Sequential has no parameters"),
+    ],
+)
+def test_what_cannot_be_used_is_refused(function, message, place):
+    with pytest.raises(ModelError, match=message):
+        load_vision_model(f"osscar_test_mine.py:{function}")
+
+
+def test_the_example_is_cast_as_the_model_is(place):
+    for dtype in ("float32", "float16"):
+        loaded = load_vision_model("osscar_test_mine.py:half", dtype=dtype, device="cpu")
+        assert loaded.example["input"].dtype is next(loaded.model.parameters()).dtype
+
+
+def test_images_get_the_size_of_a_rectangular_example(place):
+    pytest.importorskip("torchvision", reason="images need the extra osscar[vision]")
+    from osscar.images import ImageSet, Preprocessing
+
+    preprocessing = load_vision_model("osscar_test_mine.py:rectangle").preprocessing
+    assert Preprocessing.from_json({**vars(preprocessing), "crop": [8, 12]}) == preprocessing
+    pixels = torch.randint(256, (2, 20, 20, 3), dtype=torch.uint8).numpy()
+    assert ImageSet("noise", pixels, preprocessing).tensor().shape == (2, 3, 8, 12)
+
+
+class Buffered(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.enter, self.leave = nn.Linear(4, 8), nn.Linear(5, 3)
+        self.register_buffer("fixed", torch.randn(5, 8))
+
+    def forward(self, x):
+        return self.leave(nn.functional.linear(self.enter(x).relu(), self.fixed).relu())
+
+
+class Keeping(nn.Module):
+    """Keeps activations, alone and in a list."""
+
+    def __init__(self):
+        super().__init__()
+        self.enter, self.leave = nn.Linear(4, 8), nn.Linear(8, 3)
+        self.last, self.all = None, []
+
+    def forward(self, x):
+        self.last = self.enter(x).relu()
+        self.all = [self.last]
+        return self.leave(self.last)
+
+
+def test_what_a_buffer_reads_is_frozen():
+    result = osscar.prune(Buffered(), torch.randn(32, 4), sparsity=0.5, device="cpu")
+    assert [layer.name for layer in result.layers] == ["neurons"]
+    with pytest.raises(osscar.OsscarError, match="read by a buffer, which is not refitted: 'fixed"):
+        osscar.prune(Buffered(), torch.randn(32, 4), groups={"enter.neurons": 4}, device="cpu")
+
+
+def test_activations_that_a_model_keeps_do_not_stop_the_copy():
+    model = Keeping()
+    model(torch.randn(2, 4))
+    kept = model.last
+    result = osscar.prune(model, torch.randn(32, 4), sparsity=0.5, device="cpu")
+    assert result.layers[0].kept == 4
+    assert model.last is kept
+
+
+def test_what_cannot_be_copied_is_a_model_error():
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+    model.stream = sys.stdout
+    with pytest.raises(ModelError, match="Sequential cannot be copied"):
+        osscar.prune(model, torch.randn(32, 4), sparsity=0.5, device="cpu")
+
+
+def test_models_and_data_that_do_not_go_together_are_refused():
+    net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+    with pytest.raises(osscar.OsscarError, match=r"fails on the calibration data .*int64"):
+        osscar.prune(net, torch.randint(5, (32, 4)), sparsity=0.5, device="cpu")
+    with pytest.raises(ModelError, match="ReLU has no parameters"):
+        osscar.prune(nn.ReLU(), torch.randn(32, 4), sparsity=0.5, device="cpu")
+    with pytest.raises(ModelError, match="device 'meta'"):
+        osscar.prune(net.to("meta"), torch.randn(32, 4), sparsity=0.5, device="cpu")
+    with pytest.raises(ModelError, match="the model is a function"):
+        osscar.prune(lambda x: x, torch.randn(32, 4), sparsity=0.5, device="cpu")
+    with pytest.raises(ModelError, match=r"'0\.weight' of Sequential has no shape yet"):
+        osscar.prune(nn.Sequential(nn.LazyLinear(3)), torch.randn(32, 4), sparsity=0.5)
