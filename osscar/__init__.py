@@ -29,7 +29,8 @@ if TYPE_CHECKING:
     from osscar.rows import Row
     from osscar.shrinking import Proof, shrink_proved
     from osscar.slicing import shrink
-    from osscar.study import Study, StudyDesign
+    from osscar.study import Study
+    from osscar.study_design import StudyDesign
     from osscar.vision import VisionModel, load_vision_model
 
 __version__ = "0.1.0"
@@ -82,7 +83,7 @@ _HOMES = {
     "Row": "rows",
     "SavedCheckpoint": "checkpoint",
     "Study": "study",
-    "StudyDesign": "study",
+    "StudyDesign": "study_design",
     "VisionModel": "vision",
     "adapter": "adapters",
     "compare": "evaluation",

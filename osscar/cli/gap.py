@@ -114,7 +114,8 @@ def command(
     """
     from osscar.report.html import write_report
     from osscar.report.summary import summarize
-    from osscar.study import DEFAULT_BACKENDS, Study, StudyDesign
+    from osscar.study import Study
+    from osscar.study_design import DEFAULT_BACKENDS, StudyDesign
 
     check_json_path(json, inputs=(*sources, calibration), written=directory)
     design = StudyDesign(

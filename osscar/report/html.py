@@ -19,7 +19,8 @@ from osscar.report.summary import Case, Summary
 from osscar.rows import WINDOW, Row, whole
 
 if TYPE_CHECKING:
-    from osscar.study import Study, StudyDesign
+    from osscar.study import Study
+    from osscar.study_design import StudyDesign
 
 REPORT_FILE = "report.html"
 

@@ -25,7 +25,8 @@ from osscar.report.html import write_report
 from osscar.report.plots import _spread
 from osscar.report.summary import summarize
 from osscar.rows import WINDOW, Row, whole, window_layer
-from osscar.study import Study, StudyDesign
+from osscar.study import Study
+from osscar.study_design import StudyDesign
 from solvers.exact.highs import Highs
 from tests.osscar.families import tiny
 
