@@ -31,8 +31,6 @@ from osscar.footprint import (
     count_flops,
     count_parameter_bytes,
     count_parameters,
-    read_peak_memory,
-    reset_peak_memory,
 )
 from osscar.models import DEMO_DIRECTORY, load_model
 from osscar.speed import measure_speed
