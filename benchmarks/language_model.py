@@ -26,8 +26,8 @@ from typing import Any, ClassVar
 
 import osscar
 import solvers
-from osscar.evaluation import measure_quality
-from osscar.text import read_text
+from osscar.data.text import read_text
+from osscar.evaluation.language import measure_quality
 
 HEURISTICS = ("random", "magnitude", "wanda", "greedy", "multistage", "local_search")
 

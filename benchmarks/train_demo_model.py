@@ -2,7 +2,7 @@
 
     python benchmarks/train_demo_model.py [--steps 1500] [--out osscar/data/demo]
 
-The text is the training part of ``osscar.data.topics`` and the docstrings of the standard library,
+The text is the training part of ``osscar.data.prose`` and the docstrings of the standard library,
 less every paragraph that shares eight words in a row with the calibration or held-out parts. The
 result is a stock OPT checkpoint. The script prints the held-out perplexity of the model and of a
 unigram model over the same tokens, and saves nothing unless they are at least five times
@@ -27,8 +27,8 @@ from torch import Tensor, nn
 from transformers import OPTConfig, OPTForCausalLM, PreTrainedTokenizerFast
 
 from osscar.data import topics
-from osscar.data.topics import Part, builtin_text, split_paragraphs
-from osscar.text import encode
+from osscar.data.prose import Part, builtin_text, split_paragraphs
+from osscar.data.text import encode
 
 VOCABULARY = 2048
 SEQLEN = 512

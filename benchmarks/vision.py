@@ -24,13 +24,13 @@ from typing import Any
 from torch import nn
 
 import osscar
-from osscar.batch_norm import BatchNormMode, renew_statistics
-from osscar.footprint import count_flops, count_parameters
-from osscar.image_evaluation import score_images
-from osscar.images import ImageSet, load_images
-from osscar.inputs import as_inputs
-from osscar.plan import PruningPlan
-from osscar.vision import VisionModel, load_vision_model
+from osscar.data.batches import as_inputs
+from osscar.data.images import ImageSet, load_images
+from osscar.evaluation.images import score_images
+from osscar.evaluation.size import count_flops, count_parameters
+from osscar.models.vision import VisionModel, load_vision_model
+from osscar.pruning.batch_norm import BatchNormMode, renew_statistics
+from osscar.shrinking.plan import PruningPlan
 
 BACKENDS = ("magnitude", "multistage", "local_search")
 MODES = (BatchNormMode.KEEP, BatchNormMode.ESTIMATE, BatchNormMode.CORRECT)

@@ -16,22 +16,22 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from osscar.adapters import adapter, prepare
-    from osscar.calibration import CalibrationSet, load_calibration, text_windows
-    from osscar.checkpoint import SavedCheckpoint, load, save
-    from osscar.errors import OsscarError
-    from osscar.evaluation import Comparison, Evaluation, compare, evaluate
-    from osscar.image_evaluation import compare_images, evaluate_images
-    from osscar.images import ImageSet, load_images
-    from osscar.models import LoadedModel, load_model
-    from osscar.pipeline import LayerReport, PruningResult, prune
-    from osscar.plan import PruningPlan
-    from osscar.rows import Row
-    from osscar.shrinking import Proof, shrink_proved
-    from osscar.slicing import shrink
-    from osscar.study import Study
-    from osscar.study_design import StudyDesign
-    from osscar.vision import VisionModel, load_vision_model
+    from osscar.checkpoint.directory import SavedCheckpoint, load, save
+    from osscar.core.errors import OsscarError
+    from osscar.data.images import ImageSet, load_images
+    from osscar.data.tokens import CalibrationSet, load_calibration, text_windows
+    from osscar.evaluation.images import compare_images, evaluate_images
+    from osscar.evaluation.language import Comparison, Evaluation, compare, evaluate
+    from osscar.models.language import LoadedModel, load_model
+    from osscar.models.vision import VisionModel, load_vision_model
+    from osscar.pruning.prune import LayerReport, PruningResult, prune
+    from osscar.shrinking.follow import adapter, prepare
+    from osscar.shrinking.plan import PruningPlan
+    from osscar.shrinking.shrink import Proof, shrink_proved
+    from osscar.shrinking.slice import shrink
+    from osscar.study.design import StudyDesign
+    from osscar.study.directory import Study
+    from osscar.study.records import Row
 
 __version__ = "0.1.0"
 
@@ -70,37 +70,37 @@ __all__ = [
 ]
 
 _HOMES = {
-    "CalibrationSet": "calibration",
-    "Comparison": "evaluation",
-    "Evaluation": "evaluation",
-    "ImageSet": "images",
-    "LayerReport": "pipeline",
-    "LoadedModel": "models",
-    "OsscarError": "errors",
-    "Proof": "shrinking",
-    "PruningPlan": "plan",
-    "PruningResult": "pipeline",
-    "Row": "rows",
-    "SavedCheckpoint": "checkpoint",
-    "Study": "study",
-    "StudyDesign": "study_design",
-    "VisionModel": "vision",
-    "adapter": "adapters",
-    "compare": "evaluation",
-    "compare_images": "image_evaluation",
-    "evaluate": "evaluation",
-    "evaluate_images": "image_evaluation",
-    "load": "checkpoint",
-    "load_calibration": "calibration",
-    "load_images": "images",
-    "load_model": "models",
-    "load_vision_model": "vision",
-    "prepare": "adapters",
-    "prune": "pipeline",
-    "save": "checkpoint",
-    "shrink": "slicing",
-    "shrink_proved": "shrinking",
-    "text_windows": "calibration",
+    "CalibrationSet": "data.tokens",
+    "Comparison": "evaluation.language",
+    "Evaluation": "evaluation.language",
+    "ImageSet": "data.images",
+    "LayerReport": "pruning.prune",
+    "LoadedModel": "models.language",
+    "OsscarError": "core.errors",
+    "Proof": "shrinking.shrink",
+    "PruningPlan": "shrinking.plan",
+    "PruningResult": "pruning.prune",
+    "Row": "study.records",
+    "SavedCheckpoint": "checkpoint.directory",
+    "Study": "study.directory",
+    "StudyDesign": "study.design",
+    "VisionModel": "models.vision",
+    "adapter": "shrinking.follow",
+    "compare": "evaluation.language",
+    "compare_images": "evaluation.images",
+    "evaluate": "evaluation.language",
+    "evaluate_images": "evaluation.images",
+    "load": "checkpoint.directory",
+    "load_calibration": "data.tokens",
+    "load_images": "data.images",
+    "load_model": "models.language",
+    "load_vision_model": "models.vision",
+    "prepare": "shrinking.follow",
+    "prune": "pruning.prune",
+    "save": "checkpoint.directory",
+    "shrink": "shrinking.slice",
+    "shrink_proved": "shrinking.shrink",
+    "text_windows": "data.tokens",
 }
 
 

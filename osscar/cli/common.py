@@ -75,7 +75,7 @@ def say_aside(label: str, message: str, style: str) -> None:
 
 def _expected_errors() -> tuple[type[Exception], ...]:
     # Imported late: an error of a package can only come once it is loaded.
-    trees = {"osscar.errors": "OsscarError", "solvers.errors": "SolverError"}
+    trees = {"osscar.core.errors": "OsscarError", "solvers.errors": "SolverError"}
     trees["graph.errors"] = "GraphError"
     return tuple(
         getattr(sys.modules[module], name)
@@ -121,7 +121,7 @@ def write_json(path: Path | None, content: Mapping[str, Any]) -> None:
     OutputError
         If the file cannot be written.
     """
-    from osscar.errors import OutputError
+    from osscar.core.errors import OutputError
 
     if path is None:
         return
@@ -162,7 +162,7 @@ def check_json_path(
         If its directory does not exist, if it is a directory itself, or is or lies in what the
         command reads or writes.
     """
-    from osscar.errors import OutputError
+    from osscar.core.errors import OutputError
 
     if path is None:
         return

@@ -29,12 +29,12 @@ def command(
     """Prune a small trained OPT model that ships with the package, and show what it did."""
     import torch
 
-    from osscar.calibration import load_calibration
-    from osscar.checkpoint import check_output, load
-    from osscar.data.topics import Part, builtin_text
-    from osscar.evaluation import compare
-    from osscar.models import load_model
-    from osscar.pipeline import prune
+    from osscar.checkpoint.directory import check_output, load
+    from osscar.data.prose import Part, builtin_text
+    from osscar.data.tokens import load_calibration
+    from osscar.evaluation.language import compare
+    from osscar.models.language import load_model
+    from osscar.pruning.prune import prune
     from osscar.report.tables import comparison_table
 
     check_json_path(json)

@@ -68,8 +68,8 @@ def command(
     and top-5 where there are labels, and images per second.  With --against the models take turns,
     and for images agreement and divergence are measured, which need no labels.
     """
-    from osscar.errors import OptionError
-    from osscar.vision import check_directory, is_vision
+    from osscar.core.errors import OptionError
+    from osscar.models.vision import check_directory, is_vision
 
     check_json_path(json, inputs=(model, against, text, images, weights))
     check_directory(model)
@@ -100,11 +100,11 @@ def _language(
     load: dict[str, Any],
 ) -> dict[str, Any]:
     """Measure a language model, print what came out, and return it."""
-    from osscar.data.topics import Part, builtin_text
-    from osscar.evaluation import compare, evaluate
-    from osscar.models import load_model
+    from osscar.data.prose import Part, builtin_text
+    from osscar.data.text import read_text
+    from osscar.evaluation.language import compare, evaluate
+    from osscar.models.language import load_model
     from osscar.report.tables import comparison_table, evaluation_table
-    from osscar.text import read_text
 
     with quiet():
         content = builtin_text(Part.HELD_OUT) if text is None else read_text(text)
@@ -141,11 +141,11 @@ def _images(
     load: dict[str, Any],
 ) -> dict[str, Any]:
     """Measure a model that reads images, print what came out, and return it."""
-    from osscar.errors import ImageError
-    from osscar.image_evaluation import compare_images, evaluate_images
-    from osscar.images import load_images, refuse_overlap
+    from osscar.core.errors import ImageError
+    from osscar.data.images import load_images, refuse_overlap
+    from osscar.evaluation.images import compare_images, evaluate_images
+    from osscar.models.vision import load_vision_model
     from osscar.report.tables import image_comparison_table, image_evaluation_table
-    from osscar.vision import load_vision_model
 
     if spec is None:
         raise ImageError(f"{model} reads images: give --images a directory or an .npz file")
@@ -185,8 +185,8 @@ def refuse_calibration_text(path: Path | None, text: str) -> None:
     TextError
         If the report beside the model's weights names this text.
     """
-    from osscar.errors import TextError
-    from osscar.text import text_digest
+    from osscar.core.errors import TextError
+    from osscar.data.text import text_digest
 
     report = path / REPORT_FILE if path is not None else None
     if report is None or not report.is_file():

@@ -25,7 +25,7 @@ from osscar.cli.common import (
 
 if TYPE_CHECKING:
     from osscar.report.summary import Summary
-    from osscar.study import Study
+    from osscar.study.directory import Study
     from solvers import SubsetProblem
 
 _PROBLEM_SUFFIXES = (".npz", ".safetensors")
@@ -114,8 +114,8 @@ def command(
     """
     from osscar.report.html import write_report
     from osscar.report.summary import summarize
-    from osscar.study import Study
-    from osscar.study_design import DEFAULT_BACKENDS, StudyDesign
+    from osscar.study.design import DEFAULT_BACKENDS, StudyDesign
+    from osscar.study.directory import Study
 
     check_json_path(json, inputs=(*sources, calibration), written=directory)
     design = StudyDesign(
@@ -193,9 +193,9 @@ def _print(summary: Summary) -> None:
 def _model_problems(
     source: dict[str, Any], groups: str | None, *, device: str, trust_remote_code: bool
 ) -> Iterator[tuple[str, SubsetProblem]]:
-    from osscar.calibration import BUILTIN, load_calibration
-    from osscar.instances import capture_problems
-    from osscar.models import load_model
+    from osscar.capture.instances import capture_problems
+    from osscar.data.tokens import BUILTIN, load_calibration
+    from osscar.models.language import load_model
 
     loaded = load_model(source["model"], device=device, trust_remote_code=trust_remote_code)
     text = source["calibration"]
@@ -218,7 +218,7 @@ def _model_problems(
 
 
 def _refuse_options_of_models(context: typer.Context) -> None:
-    from osscar.errors import OptionError
+    from osscar.core.errors import OptionError
 
     for name in _OF_MODELS:
         given = context.get_parameter_source(name)
@@ -231,7 +231,7 @@ def _refuse_options_of_models(context: typer.Context) -> None:
 
 
 def _are_problems(sources: list[str]) -> bool:
-    from osscar.errors import OptionError
+    from osscar.core.errors import OptionError
 
     files = [source.endswith(_PROBLEM_SUFFIXES) for source in sources]
     if any(files) and not all(files):
@@ -263,7 +263,7 @@ def _fingerprint(file: Path) -> dict[str, str]:
 
 
 def _numbers(text: str) -> tuple[float, ...]:
-    from osscar.errors import OptionError
+    from osscar.core.errors import OptionError
 
     try:
         return tuple(dict.fromkeys(float(part) for part in _names(text)))

@@ -39,13 +39,13 @@ def command(
     """Show the coupling groups of a model as a table."""
     import graph
     from graph.groups import Kind
-    from osscar.adapters import prepare
-    from osscar.errors import OutputError
-    from osscar.footprint import count_owned, count_parameters
-    from osscar.linear_maps import expose_attention, freeze_unreadable
+    from osscar.capture.linear_maps import expose_attention, freeze_unreadable
+    from osscar.core.errors import OutputError
+    from osscar.evaluation.size import count_owned, count_parameters
+    from osscar.models.vision import open_model
+    from osscar.pruning.residual import residual_groups
     from osscar.report.tables import groups_table
-    from osscar.residual import residual_groups
-    from osscar.vision import open_model
+    from osscar.shrinking.follow import prepare
 
     for path in (json, svg):
         check_json_path(path, inputs=(model,))

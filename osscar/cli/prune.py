@@ -24,10 +24,10 @@ from osscar.cli.common import (
 )
 
 if TYPE_CHECKING:
-    from osscar.calibration import CalibrationSet
-    from osscar.checkpoint import SavedCheckpoint
-    from osscar.images import ImageSet
-    from osscar.pipeline import PruningResult
+    from osscar.checkpoint.directory import SavedCheckpoint
+    from osscar.data.images import ImageSet
+    from osscar.data.tokens import CalibrationSet
+    from osscar.pruning.prune import PruningResult
 
 
 def command(
@@ -127,10 +127,10 @@ def command(
     --channels what to keep of each.  Under grouped-query attention a head is a key-value head with
     its query heads.
     """
-    from osscar.checkpoint import check_output
-    from osscar.pipeline import prune
-    from osscar.targets import Targets
-    from osscar.vision import VisionModel, open_model
+    from osscar.checkpoint.directory import check_output
+    from osscar.models.vision import VisionModel, open_model
+    from osscar.pruning.prune import prune
+    from osscar.pruning.request import Targets
 
     check_json_path(json, inputs=(model, calibration, weights), written=directory)
     path = check_output(directory, overwrite=overwrite, inputs=(model, calibration, weights, json))
@@ -246,7 +246,7 @@ def parse_options(pairs: list[str]) -> dict[str, Any]:
     OptionError
         If a pair has no ``=``.
     """
-    from osscar.errors import OptionError
+    from osscar.core.errors import OptionError
 
     options: dict[str, Any] = {}
     for pair in pairs:
@@ -261,7 +261,7 @@ def parse_options(pairs: list[str]) -> dict[str, Any]:
 
 
 def _refuse_constant(text: str) -> Any:
-    from osscar.errors import OptionError
+    from osscar.core.errors import OptionError
 
     raise OptionError(f"--option cannot be {text}; give a finite number")
 

@@ -1,1 +1,1 @@
-"""What ships with the package: built-in text and a small trained model."""
+"""What models are calibrated and scored with: text, tokens, images, batches."""

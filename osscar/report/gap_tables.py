@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from rich.table import Table
 
 from osscar.report.tables import new_table
-from osscar.rows import WINDOW
+from osscar.study.records import WINDOW
 
 if TYPE_CHECKING:
     from osscar.report.summary import Summary

@@ -13,14 +13,14 @@ import jinja2
 from markupsafe import Markup, escape
 
 import osscar
-from osscar.errors import OutputError
+from osscar.core.errors import OutputError
 from osscar.report.plots import draw_plots
 from osscar.report.summary import Case, Summary
-from osscar.rows import WINDOW, Row, whole
+from osscar.study.records import WINDOW, Row, whole
 
 if TYPE_CHECKING:
-    from osscar.study import Study
-    from osscar.study_design import StudyDesign
+    from osscar.study.design import StudyDesign
+    from osscar.study.directory import Study
 
 REPORT_FILE = "report.html"
 

@@ -18,7 +18,7 @@ from matplotlib.ticker import LogLocator, NullFormatter, PercentFormatter
 
 import solvers
 from osscar.report.summary import HIT, Case, Summary, excess
-from osscar.rows import WINDOW, Row, whole
+from osscar.study.records import WINDOW, Row, whole
 from solvers import Status
 
 _COLORS = ("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b", "#17becf", "#7f7f7f")

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import solvers
-from osscar.rows import WINDOW, Instance, Row, window_layer
+from osscar.study.records import WINDOW, Instance, Row, window_layer
 from solvers import Status
 
 HIT = 1e-6
@@ -178,9 +178,9 @@ def summarize(rows: Sequence[Row], trivial: Sequence[Instance] = ()) -> Summary:
     Parameters
     ----------
     rows
-        From `osscar.study.Study.run`.
+        From `osscar.study.directory.Study.run`.
     trivial
-        From `osscar.study.Study.trivial`.
+        From `osscar.study.directory.Study.trivial`.
     """
     groups: dict[tuple[str, int], list[Row]] = {}
     for row in rows:

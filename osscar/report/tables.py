@@ -14,9 +14,9 @@ from rich.text import Text
 from graph.groups import CouplingGroup, Slot
 
 if TYPE_CHECKING:
-    from osscar.evaluation import Comparison, Evaluation
-    from osscar.image_evaluation import ImageComparison, ImageEvaluation
-    from osscar.pipeline import LayerReport
+    from osscar.evaluation.images import ImageComparison, ImageEvaluation
+    from osscar.evaluation.language import Comparison, Evaluation
+    from osscar.pruning.prune import LayerReport
     from solvers import BackendInfo, Capabilities
 
 

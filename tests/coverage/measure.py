@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 import graph
 from graph import CouplingGroup, DependencyGraph
-from osscar.adapters import prepare
-from osscar.plan import GroupPlan, PruningPlan
-from osscar.proof import masked, proof_outputs
-from osscar.shrinking import Proof, shrink_proved
+from osscar.shrinking.equivalence import masked, proof_outputs
+from osscar.shrinking.follow import prepare
+from osscar.shrinking.plan import GroupPlan, PruningPlan
+from osscar.shrinking.shrink import Proof, shrink_proved
 
 from .zoo import Inputs
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from osscar import checkpoint
-from osscar.proof import proof_outputs
+from osscar.checkpoint import directory as checkpoint
+from osscar.shrinking.equivalence import proof_outputs
 
 from .measure import LEAST_EFFECT, Coverage, measure, shrink_by_half
 from .zoo import FAMILIES, transformers_case
@@ -61,7 +61,7 @@ _READER = """
 import sys
 import torch
 import osscar
-from osscar.proof import proof_outputs
+from osscar.shrinking.equivalence import proof_outputs
 
 for directory in sys.argv[1:]:
     inputs = torch.load(f"{directory}.inputs", weights_only=True)

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 import torch
 
-from osscar.calibration import load_calibration, text_windows
+from osscar.core.errors import CalibrationError, MissingDependency, TextError
 from osscar.data import topics
-from osscar.data.topics import Part, builtin_text, split_paragraphs, topic_part
-from osscar.errors import CalibrationError, MissingDependency, TextError
-from osscar.models import DEMO_DIRECTORY
-from osscar.text import encode, read_text, split_text
+from osscar.data.prose import Part, builtin_text, split_paragraphs, topic_part
+from osscar.data.text import encode, read_text, split_text
+from osscar.data.tokens import load_calibration, text_windows
+from osscar.models.language import DEMO_DIRECTORY
 
 
 @pytest.fixture(scope="module")

@@ -9,8 +9,8 @@ import torch
 from transformers import AutoModelForCausalLM, GPT2Config
 
 import osscar
-from osscar import checkpoint
-from osscar.errors import CheckpointError, EquivalenceError, OutputError
+from osscar.checkpoint import directory as checkpoint
+from osscar.core.errors import CheckpointError, EquivalenceError, OutputError
 from tests.osscar.families import FAMILIES, logits, tiny, tokens
 
 IDS = tokens(2, 16, seed=9)

@@ -9,7 +9,7 @@ import xml.etree.ElementTree as ElementTree
 import pytest
 
 import osscar
-import osscar.checkpoint
+import osscar.checkpoint.directory
 from osscar.cli import main
 from tests.osscar.families import tiny
 
@@ -273,7 +273,9 @@ def test_help_names_every_command(run):
 def test_being_terminated_leaves_nothing_half_written(run, text, tmp_path, monkeypatch):
     before = signal.getsignal(signal.SIGTERM)
     monkeypatch.setattr(
-        osscar.checkpoint, "_prove_readable", lambda *_: os.kill(os.getpid(), signal.SIGTERM)
+        osscar.checkpoint.directory,
+        "_prove_readable",
+        lambda *_: os.kill(os.getpid(), signal.SIGTERM),
     )
     try:
         status, _, _ = run(*small_prune(text, tmp_path / "out", "--sparsity", 0.5))

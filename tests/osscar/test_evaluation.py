@@ -21,20 +21,21 @@ from transformers import (
     OPTForCausalLM,
 )
 
-from osscar import evaluation, speed
-from osscar.calibration import load_calibration
-from osscar.data.topics import Part, builtin_text
-from osscar.errors import ModelError, NonFiniteError, OptionError, TextError
-from osscar.evaluation import compare, evaluate, measure_quality
-from osscar.footprint import (
+from osscar.core.errors import ModelError, NonFiniteError, OptionError, TextError
+from osscar.data.prose import Part, builtin_text
+from osscar.data.text import encode
+from osscar.data.tokens import load_calibration
+from osscar.evaluation import language as evaluation
+from osscar.evaluation import speed
+from osscar.evaluation.language import compare, evaluate, measure_quality
+from osscar.evaluation.size import (
     count_disk_bytes,
     count_flops,
     count_parameter_bytes,
     count_parameters,
 )
-from osscar.models import DEMO_DIRECTORY, load_model
-from osscar.speed import measure_speed
-from osscar.text import encode
+from osscar.evaluation.speed import measure_speed
+from osscar.models.language import DEMO_DIRECTORY, load_model
 
 TEXT = "The import statement binds names. " * 12
 VOCABULARY = 2048
@@ -262,7 +263,7 @@ class TestFootprint:
     def test_peak_memory_sees_an_allocation(self):
         """In a process of its own, whose memory no other test has grown or given back."""
         code = (
-            "import torch; from osscar.footprint import read_peak_memory, reset_peak_memory;"
+            "import torch; from osscar.evaluation.size import read_peak_memory, reset_peak_memory;"
             "cpu = torch.device('cpu'); reset_peak_memory(cpu); before = read_peak_memory(cpu);"
             "block = torch.ones(400_000_000, dtype=torch.uint8);"
             "print(before, read_peak_memory(cpu), block.nbytes)"

@@ -18,15 +18,15 @@ import torch
 
 import osscar
 import solvers
-from osscar import workers
-from osscar.errors import FrozenGroupError, OptionError, OutputError, StudyError
-from osscar.instances import capture_problems
+from osscar.capture.instances import capture_problems
+from osscar.core.errors import FrozenGroupError, OptionError, OutputError, StudyError
 from osscar.report.html import write_report
 from osscar.report.plots import _spread
 from osscar.report.summary import summarize
-from osscar.rows import WINDOW, Row, whole, window_layer
-from osscar.study import Study
-from osscar.study_design import StudyDesign
+from osscar.study import jobs as workers
+from osscar.study.design import StudyDesign
+from osscar.study.directory import Study
+from osscar.study.records import WINDOW, Row, whole, window_layer
 from solvers.exact.highs import Highs
 from tests.osscar.families import tiny
 
@@ -415,7 +415,7 @@ def test_one_process_at_a_time_writes_to_a_study(study):
 
 def test_a_lock_ends_with_its_process(study):
     code = (
-        "import sys, time; from pathlib import Path; from osscar.study import Study\n"
+        "import sys, time; from pathlib import Path; from osscar.study.directory import Study\n"
         "with Study(Path(sys.argv[1]), {'model': 'made up'}).locked():\n"
         "    print('locked', flush=True); time.sleep(600)"
     )

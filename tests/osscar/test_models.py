@@ -16,8 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, OPTForCausalLM
 
-from osscar import packaged
-from osscar.errors import (
+from osscar.core.errors import (
     DeviceError,
     DownloadError,
     MissingDependency,
@@ -25,7 +24,8 @@ from osscar.errors import (
     ModelNotFound,
     NonFiniteError,
 )
-from osscar.models import (
+from osscar.models import wheels
+from osscar.models.language import (
     DEMO_DIRECTORY,
     PLAN_FILE,
     check_finite_weights,
@@ -33,7 +33,13 @@ from osscar.models import (
     resolve_device,
     resolve_dtype,
 )
-from osscar.packaged import PACKAGED_MODELS, PackagedModel, cache_directory, fetch, pip_download
+from osscar.models.wheels import (
+    PACKAGED_MODELS,
+    PackagedModel,
+    cache_directory,
+    fetch,
+    pip_download,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -92,7 +98,9 @@ class TestDirectories:
         (checkpoint / PLAN_FILE).write_text("{}")
         model = AutoModelForCausalLM.from_pretrained(DEMO_DIRECTORY)
         asked = []
-        monkeypatch.setattr("osscar.checkpoint.load", lambda path: asked.append(path) or model)
+        monkeypatch.setattr(
+            "osscar.checkpoint.directory.load", lambda path: asked.append(path) or model
+        )
         assert load_model(checkpoint, dtype="float32").model is model
         assert asked == [checkpoint]
         assert model.dtype is torch.float32
@@ -192,7 +200,9 @@ class TestUnknownNames:
 
     @pytest.mark.parametrize("name", ["./missing", "/no/such/place", "a b", "a/b/c", ""])
     def test_what_cannot_be_a_hub_id_is_not_asked_for(self, name, monkeypatch):
-        monkeypatch.setattr("osscar.models._hub_is_reachable", lambda: pytest.fail("asked"))
+        monkeypatch.setattr(
+            "osscar.models.language._hub_is_reachable", lambda: pytest.fail("asked")
+        )
         if name == "":
             name = "~nobody/model"
         with pytest.raises(ModelNotFound, match="there is no directory"):
@@ -277,8 +287,8 @@ class TestPackaged:
             assert gguf.read_bytes() == b"GGUF of a made-up model"
             shutil.copytree(DEMO_DIRECTORY, destination)
 
-        monkeypatch.setattr(packaged, "_convert", convert)
-        monkeypatch.setattr(packaged, "_require_gguf", lambda _: None)
+        monkeypatch.setattr(wheels, "_convert", convert)
+        monkeypatch.setattr(wheels, "_require_gguf", lambda _: None)
 
     def test_it_is_fetched_once(self, made_up, cache, download):
         first = fetch(made_up, cache=cache, download=download)
@@ -329,29 +339,29 @@ class TestPackaged:
     def test_a_failed_conversion_keeps_the_verified_wheel(
         self, made_up, cache, download, monkeypatch
     ):
-        good = packaged._convert
+        good = wheels._convert
 
         def fail(gguf, destination):
             destination.mkdir()
             raise ModelError("cannot read")
 
-        monkeypatch.setattr(packaged, "_convert", fail)
+        monkeypatch.setattr(wheels, "_convert", fail)
         with pytest.raises(ModelError, match="cannot read"):
             fetch(made_up, cache=cache, download=download)
         assert leftovers(cache) == {"wheels"}
-        monkeypatch.setattr(packaged, "_convert", good)
+        monkeypatch.setattr(wheels, "_convert", good)
         fetch(made_up, cache=cache, download=download)
         assert len(download.directories) == 1
 
     def test_another_process_may_be_faster(self, made_up, cache, download, monkeypatch):
-        good = packaged._convert
+        good = wheels._convert
 
         def overtaken(gguf, destination):
             good(gguf, destination)
             (cache / "made-up-1.0").mkdir()
             (cache / "made-up-1.0" / "theirs").touch()
 
-        monkeypatch.setattr(packaged, "_convert", overtaken)
+        monkeypatch.setattr(wheels, "_convert", overtaken)
         found = fetch(made_up, cache=cache, download=download)
         assert leftovers(found) == {"theirs"}
         assert leftovers(cache) == {"made-up-1.0", "wheels"}
@@ -397,7 +407,7 @@ class TestPackaged:
 
 
 def test_missing_gguf_is_said_before_anything_is_downloaded(tmp_path, monkeypatch):
-    monkeypatch.setattr(packaged.importlib.util, "find_spec", lambda _: None)
+    monkeypatch.setattr(wheels.importlib.util, "find_spec", lambda _: None)
     model = PACKAGED_MODELS["smollm2-135m"]
     with pytest.raises(MissingDependency, match=r"gguf and accelerate.*osscar\[data\]"):
         fetch(model, cache=tmp_path, download=lambda *_: pytest.fail("downloaded"))
@@ -415,7 +425,7 @@ def test_a_gguf_file_becomes_an_ordinary_checkpoint(tmp_path):
     pytest.importorskip("accelerate")
     file = tmp_path / "tiny.gguf"
     weights = write_tiny_llama(gguf, file)
-    packaged._convert(file, tmp_path / "checkpoint")
+    wheels._convert(file, tmp_path / "checkpoint")
     loaded = load_model(tmp_path / "checkpoint")
     found = loaded.model.state_dict()
     assert torch.allclose(found["model.embed_tokens.weight"], weights["token_embd.weight"])

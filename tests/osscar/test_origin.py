@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 import graph
 import osscar
-from osscar.checkpoint import PLAN_FILE, save
-from osscar.errors import CheckpointError, EquivalenceError
-from osscar.origin import TorchvisionOrigin
-from osscar.proof import proof_outputs
+from osscar.checkpoint.builders import TorchvisionOrigin
+from osscar.checkpoint.directory import PLAN_FILE, save
+from osscar.core.errors import CheckpointError, EquivalenceError
+from osscar.shrinking.equivalence import proof_outputs
 from tests.coverage.measure import half_of, shrink_by_half
 from tests.coverage.zoo import transformers_case
 
@@ -96,7 +96,7 @@ def test_what_was_written_wrongly_is_noticed_without_inputs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = Own().eval()
-    write = osscar.checkpoint.safetensors.torch.save_model
+    write = osscar.checkpoint.directory.safetensors.torch.save_model
 
     def spoil(saved: Own, path: str, metadata: dict[str, str]) -> None:
         other = Own()
@@ -105,7 +105,7 @@ def test_what_was_written_wrongly_is_noticed_without_inputs(
             other.leave.bias.add_(1.0)
         write(other, path, metadata)
 
-    monkeypatch.setattr(osscar.checkpoint.safetensors.torch, "save_model", spoil)
+    monkeypatch.setattr(osscar.checkpoint.directory.safetensors.torch, "save_model", spoil)
     with pytest.raises(EquivalenceError, match=r"leave\.bias"):
         save(model, tmp_path / "small")
     assert list(tmp_path.iterdir()) == []

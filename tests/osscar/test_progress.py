@@ -7,7 +7,7 @@ import io
 import pytest
 from rich.console import Console
 
-from osscar import progress
+from osscar.core import progress
 
 
 @pytest.fixture

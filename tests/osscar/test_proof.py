@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 import graph
 import osscar
-from osscar import shrinking
-from osscar.errors import AdapterError, EquivalenceError
-from osscar.plan import GroupPlan, PruningPlan
-from osscar.proof import masked, proof_outputs, prove_equal
-from osscar.shrinking import _Search, shrink_proved
+from osscar.core.errors import AdapterError, EquivalenceError
+from osscar.shrinking import shrink as shrinking
+from osscar.shrinking.equivalence import masked, proof_outputs, prove_equal
+from osscar.shrinking.plan import GroupPlan, PruningPlan
+from osscar.shrinking.shrink import _Search, shrink_proved
 from tests.coverage.measure import half_of, shrink_by_half
 from tests.coverage.zoo import transformers_case
 from tests.graph.topologies import randomized

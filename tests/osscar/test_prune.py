@@ -10,8 +10,8 @@ from torch import nn
 import osscar
 import solvers
 from graph.groups import CouplingGroup, Kind, Role, Slot
-from osscar.errors import CalibrationError, EquivalenceError, NonFiniteError, TargetError
-from osscar.slicing import HISTORY
+from osscar.core.errors import CalibrationError, EquivalenceError, NonFiniteError, TargetError
+from osscar.shrinking.slice import HISTORY
 from tests.osscar.families import FAMILIES, logits, tiny, tokens
 
 CHEAP = {"backend": "magnitude", "device": "cpu"}
@@ -206,7 +206,7 @@ def test_few_units_get_their_bound_from_branch_and_bound_and_the_choice_stays(mo
     exact = osscar.prune(net, torch.randn(200, 6), backend="enumerate", **options)
     assert all(layer.proved_optimal for layer in exact.layers)
     assert all("branch and bound" not in layer.bound_from for layer in exact.layers)
-    monkeypatch.setattr("osscar.pipeline.EXACT_UNITS", 11)
+    monkeypatch.setattr("osscar.pruning.prune.EXACT_UNITS", 11)
     larger = osscar.prune(net, torch.randn(200, 6), **options).layers
     assert ["branch and bound" in layer.bound_from for layer in larger] == [False, True]
 

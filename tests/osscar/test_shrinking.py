@@ -17,12 +17,12 @@ from torch import Tensor, nn
 
 import graph
 import osscar
-from osscar.adapters import adapter, prepare
-from osscar.errors import AdapterError, EquivalenceError, ModelError
-from osscar.plan import GroupPlan, PruningPlan
-from osscar.proof import proof_outputs
-from osscar.shrinking import shrink_proved
-from osscar.slicing import HISTORY
+from osscar.core.errors import AdapterError, EquivalenceError, ModelError
+from osscar.shrinking.equivalence import proof_outputs
+from osscar.shrinking.follow import adapter, prepare
+from osscar.shrinking.plan import GroupPlan, PruningPlan
+from osscar.shrinking.shrink import shrink_proved
+from osscar.shrinking.slice import HISTORY
 from tests.coverage.measure import half_of, shrink_by_half
 from tests.coverage.zoo import Inputs, torchvision_case, transformers_case
 from tests.graph.topologies import PRUNABLE, randomized

@@ -3,8 +3,8 @@ from fractions import Fraction
 import pytest
 
 from graph.groups import CouplingGroup, Freeze, Kind, Role, Slot
-from osscar.errors import FrozenGroupError, TargetError
-from osscar.targets import Targets, allocate, parse_keep
+from osscar.core.errors import FrozenGroupError, TargetError
+from osscar.pruning.request import Targets, allocate, parse_keep
 
 
 def group(name, kind, units, *, width=1, frozen=()):

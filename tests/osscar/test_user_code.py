@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 import osscar
-from osscar.errors import ModelError, ModelNotFound
-from osscar.vision import load_vision_model
+from osscar.core.errors import ModelError, ModelNotFound
+from osscar.models.vision import load_vision_model
 
 NET = """
 import torch
@@ -137,7 +137,7 @@ def test_the_example_is_cast_as_the_model_is(place):
 
 def test_images_get_the_size_of_a_rectangular_example(place):
     pytest.importorskip("torchvision", reason="images need the extra osscar[vision]")
-    from osscar.images import ImageSet, Preprocessing
+    from osscar.data.images import ImageSet, Preprocessing
 
     preprocessing = load_vision_model("osscar_test_mine.py:rectangle").preprocessing
     assert Preprocessing.from_json({**vars(preprocessing), "crop": [8, 12]}) == preprocessing

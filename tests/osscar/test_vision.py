@@ -12,21 +12,21 @@ from safetensors.torch import save_file
 
 import osscar
 from osscar.cli import main
-from osscar.errors import (
+from osscar.core.errors import (
     CheckpointError,
     ImageError,
     ModelError,
     ModelNotFound,
     OptionError,
 )
-from osscar.image_evaluation import (
+from osscar.data.images import ImageSet, Preprocessing, load_images, refuse_overlap
+from osscar.evaluation.images import (
     compare_images,
     evaluate_images,
     label_indices,
     score_images,
 )
-from osscar.images import ImageSet, Preprocessing, load_images, refuse_overlap
-from osscar.vision import is_vision, load_vision_model, open_model, read_state
+from osscar.models.vision import is_vision, load_vision_model, open_model, read_state
 from tests.osscar.networks import small_net
 
 pytest.importorskip("torchvision", reason="images need the extra osscar[vision]")
@@ -154,7 +154,7 @@ def test_prune_eval_inspect_and_load_a_model_of_the_users_own(run, code, archive
 def test_a_pruned_torchvision_model_is_read_in_another_process(run, archive, tmp_path):
     weights = tmp_path / "weights.pth"
     torch.manual_seed(0)
-    dense = osscar.vision.import_torchvision("models").squeezenet1_1(num_classes=7).eval()
+    dense = osscar.models.vision.import_torchvision("models").squeezenet1_1(num_classes=7).eval()
     torch.save(dense.state_dict(), weights)
     out_dir = tmp_path / "small"
     name = "torchvision:squeezenet1_1"
@@ -366,7 +366,7 @@ def test_images_that_would_be_clipped_or_are_too_large_are_refused(tmp_path, mon
     ],
 )
 def test_a_report_whose_preprocessing_makes_no_sense_is_refused(change, message, tmp_path):
-    from osscar.vision import _recorded
+    from osscar.models.vision import _recorded
 
     images = {**ImageSet("none", [], Preprocessing()).describe()["preprocessing"], **change}
     report = {"calibration": {"preprocessing": images}, "classes": []}

@@ -9,18 +9,18 @@ from torch import nn
 import graph
 import osscar
 from graph.groups import Kind, Role
-from osscar.batch_norm import BatchNormMode, batch_norms, renew_statistics
-from osscar.errors import (
+from osscar.capture.resume import Passed, advance, find_cuts, resume
+from osscar.core.errors import (
     CalibrationError,
     FrozenGroupError,
     NonFiniteError,
     OptionError,
     TargetError,
 )
-from osscar.inputs import as_inputs
-from osscar.plan import PruningPlan
-from osscar.residual import residual_groups
-from osscar.resume import Passed, advance, find_cuts, resume
+from osscar.data.batches import as_inputs
+from osscar.pruning.batch_norm import BatchNormMode, batch_norms, renew_statistics
+from osscar.pruning.residual import residual_groups
+from osscar.shrinking.plan import PruningPlan
 from tests.osscar.families import tiny, tokens
 from tests.osscar.networks import images, small_net
 

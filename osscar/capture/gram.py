@@ -1,0 +1,182 @@
+"""Gram matrices of what consumers read, accumulated while the calibration data flow through."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from osscar.capture.linear_maps import LinearMap
+from osscar.core.errors import ModelError, NonFiniteError
+from solvers import Consumer, SubsetProblem
+
+
+class GramAccumulator:
+    """``X'X`` of one consumer over all positions seen so far, in float64.
+
+    Parameters
+    ----------
+    linear_map
+        The consumer.
+    """
+
+    def __init__(self, linear_map: LinearMap) -> None:
+        self.linear_map = linear_map
+        self.positions = 0
+        p = linear_map.rows
+        device = next(linear_map.module.parameters()).device
+        self._gram = torch.zeros(p, p, dtype=torch.float64, device=device)
+
+    def add(self, X: Tensor) -> None:
+        """Add the products of X, (positions, p).
+
+        Raises
+        ------
+        NonFiniteError
+            If X has NaN or infinite entries.
+        """
+        if not bool(torch.isfinite(X).all()):
+            raise NonFiniteError(
+                f"the inputs of {self.linear_map.name!r} have NaN or infinite entries; check the "
+                "weights before it, or use --dtype float32"
+            )
+        X = X.double()
+        self._gram.addmm_(X.T, X)
+        self.positions += len(X)
+
+    def consumer(self, damp: float) -> Consumer:
+        """Return the quadratic terms, with the dense weights on these inputs as the target.
+
+        Parameters
+        ----------
+        damp
+            Weight of the proximal term, relative to the mean of the diagonal.
+
+        Raises
+        ------
+        ModelError
+            If the consumer was never called.
+
+        Warns
+        -----
+        UserWarning
+            If there were fewer positions than inputs, so that only the damping makes the problem
+            well posed.
+        """
+        p = self.linear_map.rows
+        if not self.positions:
+            raise ModelError(
+                f"{self.linear_map.name!r} was never called on the calibration data, so that it "
+                "cannot be refitted; give inputs that reach it"
+            )
+        if self.positions < p:
+            warnings.warn(
+                f"{self.linear_map.name}: {self.positions} calibration positions for {p} inputs; "
+                "the Gram matrix is rank-deficient and only damping makes up for it. "
+                "Use more samples or larger ones.",
+                stacklevel=2,
+            )
+        return Consumer.from_gram(
+            self._gram / self.positions,
+            self.linear_map.read_weight(),
+            units=self.linear_map.unit_rows,
+            damp=damp,
+        )
+
+
+def pose(
+    accumulators: Sequence[GramAccumulator], keep: int, name: str, damp: float
+) -> SubsetProblem:
+    """Return the problem of one group, whose loss is the sum over the layers that read it.
+
+    Where there are several, each layer's loss counts relative to that of removing everything, as
+    otherwise the layer with the largest outputs would choose alone.  The refit is the same either
+    way.  All groups of a grouped convolution are one layer.
+
+    Parameters
+    ----------
+    accumulators
+        The measured consumers.
+    keep
+        How many units stay.
+    name
+        What the problem is called.
+    damp
+        As in `GramAccumulator.consumer`.
+    """
+    consumers = [accumulator.consumer(damp) for accumulator in accumulators]
+    layers = [accumulator.linear_map.name for accumulator in accumulators]
+    totals = dict.fromkeys(layers, 0.0)
+    for layer, consumer in zip(layers, consumers, strict=True):
+        totals[layer] += consumer.e
+    if len(totals) > 1:
+        consumers = [
+            _divided(consumer, totals[layer] or 1.0)
+            for layer, consumer in zip(layers, consumers, strict=True)
+        ]
+    return SubsetProblem(tuple(consumers), keep, name)
+
+
+def _divided(consumer: Consumer, scale: float) -> Consumer:
+    """Return the same least-squares problem with its loss divided by a number."""
+    return dataclasses.replace(
+        consumer,
+        H=consumer.H / scale,
+        G=consumer.G / scale,
+        e=consumer.e / scale,
+        damping=consumer.damping / scale,
+    )
+
+
+class _AllMeasured(Exception):
+    """Ends a forward pass as soon as everything that is measured has been seen."""
+
+
+@contextmanager
+def observe(accumulators: Sequence[GramAccumulator]) -> Iterator[Callable[..., bool]]:
+    """Accumulate while modules run.
+
+    Yields
+    ------
+    callable
+        Calls a module with arguments, stopping once the last of the consumers was reached;
+        returns whether it was stopped.  How often a module calls its consumers is learned from the
+        first call, which runs to its end.
+    """
+    expected: Counter[int] = Counter()
+    seen: Counter[int] = Counter()
+
+    def hook(index: int) -> Callable[[nn.Module, tuple[object, ...]], None]:
+        def measure(_: nn.Module, args: tuple[object, ...]) -> None:
+            accumulator = accumulators[index]
+            for X in accumulator.linear_map.read_inputs(args):
+                accumulator.add(X)
+            seen[index] += 1
+            if seen == expected:
+                raise _AllMeasured
+
+        return measure
+
+    def run(module: nn.Module, *args: object, **kwargs: object) -> bool:
+        seen.clear()
+        try:
+            module(*args, **kwargs)
+        except _AllMeasured:
+            return True
+        expected.update(seen if not expected else ())
+        return False
+
+    handles = [
+        accumulator.linear_map.module.register_forward_pre_hook(hook(index))
+        for index, accumulator in enumerate(accumulators)
+    ]
+    try:
+        yield run
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,307 @@
+"""Consumers as matrices: what a module reads, and the weights it reads it with.
+
+Every consumer is seen as ``Y = X W``: rows of X are positions, columns of X and rows of W are the
+inputs that belong to one coupling group, ordered as they lie in the weight tensor.  A convolution
+has one row of W for each channel and tap of its kernel (see `osscar.capture.convolutions`).
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from graph.groups import CouplingGroup, Freeze, Slot
+from osscar.capture.convolutions import Windows, windows_of
+from osscar.core.errors import ModelError, NonFiniteError
+from osscar.shrinking.attention import REWRITTEN, rewritten
+
+
+@dataclass(frozen=True, eq=False)
+class LinearMap(abc.ABC):
+    """One consumer of a coupling group.
+
+    Parameters
+    ----------
+    name
+        Qualified name of the module.
+    module
+        The module whose inputs are observed.
+    slots
+        The slots of the group in the module's weight.
+    inputs
+        The input features or channels, int64 in ascending order, that the group owns.
+    """
+
+    name: str
+    module: nn.Module
+    slots: tuple[Slot, ...]
+    inputs: Tensor
+
+    @property
+    def taps(self) -> int:
+        """How many rows of W one input owns."""
+        return 1
+
+    @property
+    def rows(self) -> int:
+        """The number p of rows of W."""
+        return len(self.inputs) * self.taps
+
+    @property
+    def unit_rows(self) -> list[list[int]]:
+        """The rows of `read_weight` that each unit owns."""
+        position = {feature: row for row, feature in enumerate(self.inputs.tolist())}
+        return [
+            [
+                position[i] * self.taps + tap
+                for slot in self.slots
+                for i in self._own(slot.indices([unit]))
+                for tap in range(self.taps)
+            ]
+            for unit in range(self.slots[0].units)
+        ]
+
+    def _own(self, indices: Sequence[int]) -> list[int]:
+        """Return which inputs stand behind indices along the slots' dimension."""
+        return list(indices)
+
+    @abc.abstractmethod
+    def read_inputs(self, args: tuple[object, ...]) -> Iterator[Tensor]:
+        """Yield X, (positions, p), piece by piece, from what the module is called with."""
+
+    @abc.abstractmethod
+    def _view(self) -> Tensor:
+        """Return a view of the weight, (all inputs, m) or (all inputs, m, *kernel)."""
+
+    def read_weight(self) -> Tensor:
+        """Return W, (p, m), a float64 copy."""
+        view = self._view()
+        part = view[self.inputs.to(view.device)].double()
+        return part.flatten(2).mT.flatten(0, 1) if part.ndim > 2 else part
+
+    def write_weight(self, W: Tensor) -> None:
+        """Replace the group's part of the weight by W, (p, m)."""
+        view = self._view()
+        W = W.to(view)
+        if not bool(torch.isfinite(W).all()):
+            raise NonFiniteError(
+                f"the refitted weights of {self.name!r} overflow {view.dtype}; "
+                "use --dtype float32 or bfloat16, or raise --damp"
+            )
+        if view.ndim > 2:
+            W = W.view(-1, self.taps, W.shape[1]).mT.reshape(-1, *view.shape[1:])
+        view[self.inputs.to(view.device)] = W
+
+    @property
+    def _weight(self) -> Tensor:
+        """The weight itself, outside of autograd."""
+        weight = self.module.weight
+        assert isinstance(weight, Tensor)
+        return weight.detach()
+
+
+@dataclass(frozen=True, eq=False)
+class FeatureMap(LinearMap):
+    """A `torch.nn.Linear` or transformers' `Conv1D`, which reads the last dimension."""
+
+    def read_inputs(self, args: tuple[object, ...]) -> Iterator[Tensor]:
+        """Yield all positions at once."""
+        x = args[0]
+        assert isinstance(x, Tensor)
+        x = x.detach().reshape(-1, x.shape[-1])
+        yield x if len(self.inputs) == x.shape[1] else x[:, self.inputs.to(x.device)]
+
+    def _view(self) -> Tensor:
+        return self._weight.movedim(self.slots[0].dim, 0)
+
+
+@dataclass(frozen=True, eq=False)
+class ConvolutionMap(LinearMap):
+    """The channels that one group of a convolution reads, with all taps of the kernel.
+
+    A dense convolution has one group.  Of a grouped one, each group is a linear map of its own: its
+    outputs depend on no other group's inputs, so that the whole Gram matrix would be block-diagonal
+    with these blocks, and a unit of the coupling group owns rows in each of them.
+
+    Parameters
+    ----------
+    windows
+        How the convolution walks over space.
+    part
+        Which group of the convolution.
+    """
+
+    windows: Windows
+    part: int
+
+    @property
+    def taps(self) -> int:
+        """Positions in the kernel."""
+        return self.windows.taps
+
+    def _own(self, indices: Sequence[int]) -> list[int]:
+        return _channels_of_part(self.slots[0], self._channels, self.part, indices)
+
+    @property
+    def _channels(self) -> int:
+        """Input channels of one group of the convolution."""
+        return int(self.module.in_channels) // int(self.module.groups)  # type: ignore[arg-type]
+
+    def read_inputs(self, args: tuple[object, ...]) -> Iterator[Tensor]:
+        """Yield the unfolded windows, as many at once as `osscar.capture.convolutions` allows."""
+        x = args[0]
+        assert isinstance(x, Tensor)
+        space = len(self.windows.kernel)
+        x = x.detach().reshape(-1, *x.shape[-space - 1 :])
+        channels = self.inputs + self.part * self._channels
+        if len(channels) < x.shape[1]:
+            x = x[:, channels.to(x.device)]
+        yield from self.windows.unfolded(x)
+
+    def _view(self) -> Tensor:
+        weight = self._weight
+        if self.windows.transposed:
+            view = weight[self.part * self._channels :][: self._channels]
+        else:
+            made = len(weight) // int(self.module.groups)  # type: ignore[arg-type]
+            view = weight[self.part * made :][:made].transpose(0, 1)
+        return view
+
+    def read_weight(self) -> Tensor:
+        """Return W, (p, m), a float64 copy."""
+        W = super().read_weight()
+        return self._reversed(W) if self.windows.transposed else W
+
+    def write_weight(self, W: Tensor) -> None:
+        """Replace the group's part of the weight by W, (p, m)."""
+        super().write_weight(self._reversed(W) if self.windows.transposed else W)
+
+    def _reversed(self, W: Tensor) -> Tensor:
+        """Turn taps round: a transposed convolution writes where a plain one reads."""
+        return W.view(-1, self.taps, W.shape[1]).flip(1).flatten(0, 1)
+
+
+def linear_maps(model: nn.Module, group: CouplingGroup) -> tuple[LinearMap, ...]:
+    """Return the consumers of a group, in execution order.
+
+    Raises
+    ------
+    ModelError
+        If a consumer is not a module whose inputs can be observed, or shares its weight with
+        another module, so that a refit would change both.
+    """
+    found: list[LinearMap] = []
+    for slots in _by_tensor(group):
+        reason = _unreadable(model, slots)
+        if reason is not None:
+            raise ModelError(f"group {group.name!r} {reason}")
+        found += _maps(model.get_submodule(slots[0].module), slots)
+    return tuple(found)
+
+
+def expose_attention(model: nn.Module) -> None:
+    """Let fused attention call its output layer as a module, so that what it reads can be observed.
+
+    Parameters
+    ----------
+    model
+        Changed in place; what it computes stays the same.
+    """
+    for module in model.modules():
+        extended = isinstance(module, nn.MultiheadAttention) and (
+            module.bias_k is not None or module.add_zero_attn
+        )
+        if not extended:  # those cannot lose heads
+            rewritten(module, REWRITTEN)
+
+
+def freeze_unreadable(
+    model: nn.Module, groups: Sequence[CouplingGroup]
+) -> tuple[CouplingGroup, ...]:
+    """Freeze the groups whose consumers cannot be refitted, and say why.
+
+    Parameters
+    ----------
+    model
+        The traced model.
+    groups
+        Its groups; the frozen ones stay as they are.
+    """
+    return tuple(_frozen_if_unreadable(model, group) for group in groups)
+
+
+def _frozen_if_unreadable(model: nn.Module, group: CouplingGroup) -> CouplingGroup:
+    if group.frozen:
+        return group
+    reasons = ((slots, _unreadable(model, slots)) for slots in _by_tensor(group))
+    freezes = tuple(
+        Freeze(reason, "refit", slots[0].module) for slots, reason in reasons if reason is not None
+    )
+    return dataclasses.replace(group, frozen=freezes)
+
+
+def _by_tensor(group: CouplingGroup) -> tuple[tuple[Slot, ...], ...]:
+    by_tensor: dict[str, list[Slot]] = {}
+    for slot in group.consumers:
+        by_tensor.setdefault(slot.tensor, []).append(slot)
+    return tuple(tuple(slots) for slots in by_tensor.values())
+
+
+def _unreadable(model: nn.Module, slots: tuple[Slot, ...]) -> str | None:
+    """Return why a consumer cannot be refitted, or None."""
+    tensor, module = slots[0].tensor, model.get_submodule(slots[0].module)
+    weight = _tensor(model, tensor)
+    if not isinstance(weight, nn.Parameter):
+        return f"is read by a buffer, which is not refitted: {tensor!r}"
+    known = isinstance(module, nn.Linear | Conv1D) or windows_of(module) is not None
+    if not known or module.weight is not weight:
+        return (
+            f"is read by {tensor!r} in {slots[0].module!r}, a {type(module).__name__}; only "
+            "Linear, Conv1D and convolution layers can be refitted"
+        )
+    users = [
+        user
+        for user, other in model.named_modules()
+        for parameter in other.parameters(recurse=False)
+        if parameter is weight
+    ]
+    if len(users) > 1:
+        return f"is read by {tensor!r}, which {' and '.join(users)} share; a refit changes them all"
+    return None
+
+
+def _tensor(model: nn.Module, name: str) -> object:
+    """Return a parameter, buffer or plain attribute by its qualified name."""
+    module, _, attribute = name.rpartition(".")
+    return getattr(model.get_submodule(module), attribute)
+
+
+def _maps(module: nn.Module, slots: tuple[Slot, ...]) -> Iterator[LinearMap]:
+    name = slots[0].module
+    indices = sorted(i for slot in slots for i in slot.indices(range(slot.units)))
+    windows = windows_of(module)
+    if windows is None:
+        yield FeatureMap(name, module, slots, torch.tensor(indices))
+        return
+    channels = int(module.in_channels) // int(module.groups)  # type: ignore[arg-type]
+    for part in range(int(module.groups)):  # type: ignore[arg-type]
+        own = _channels_of_part(slots[0], channels, part, indices)
+        if own:
+            yield ConvolutionMap(name, module, slots, torch.tensor(own), windows, part)
+
+
+def _channels_of_part(slot: Slot, channels: int, part: int, indices: Sequence[int]) -> list[int]:
+    """Return which channels of one group of a convolution stand behind weight indices.
+
+    Dimension 1 of a plain filter counts channels inside a group; dimension 0 of a transposed one
+    counts all of them.
+    """
+    if slot.dim == 1:
+        return list(indices)
+    return [i - part * channels for i in indices if i // channels == part]

@@ -1,0 +1,1 @@
+"""Smaller models on disk: written, read back, compared."""

@@ -1,0 +1,196 @@
+"""Where a dense model comes from, written so that no code from a checkpoint builds it again.
+
+A checkpoint with a plan names a class of transformers and its config, or a model of torchvision and
+its options.  A model of a user's own has no origin; its user builds it.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+
+import torch
+import transformers
+from huggingface_hub.errors import StrictDataclassError
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
+
+from osscar.core.errors import CheckpointError, MissingDependency
+
+ORIGIN = "osscar_origin"
+"""The attribute of a model that `Origin.build` made, if its class does not tell its origin."""
+
+DESCRIPTION_ERRORS = (OSError, ValueError, TypeError, AttributeError, StrictDataclassError)
+"""What libraries raise when a description of a model makes no sense to them."""
+
+
+class Origin(Protocol):
+    """Builds a dense model."""
+
+    def build(self) -> nn.Module:
+        """Return the dense model; what its weights are does not matter."""
+
+    def write(self, model: nn.Module, path: Path) -> None:
+        """Write what `to_json` does not hold into the directory of a checkpoint."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return a description that `read_origin` understands."""
+
+
+@dataclass(frozen=True)
+class TransformersOrigin:
+    """A class of transformers and its config, which lies beside the weights.
+
+    Parameters
+    ----------
+    kind
+        The class, or an automatic one that finds it by the config.
+    config
+        The config of the dense model.
+    """
+
+    library: ClassVar = "transformers"
+
+    kind: Any
+    config: Any
+
+    @classmethod
+    def of_directory(cls, path: Path) -> TransformersOrigin:
+        """Read the config in a directory.
+
+        Raises
+        ------
+        CheckpointError
+            If there is none.
+        """
+        if not (path / "config.json").is_file():
+            raise CheckpointError(f"{path} holds no config.json; it is not a checkpoint")
+        config = AutoConfig.from_pretrained(path, local_files_only=True)
+        name = next(iter(config.architectures or ()), "")
+        found = getattr(transformers, name, None)
+        known = isinstance(found, type) and issubclass(found, PreTrainedModel)
+        return cls(found if known else AutoModelForCausalLM, config)
+
+    def read_stock(self, path: Path, dtype: torch.dtype | None) -> nn.Module:
+        """Read a checkpoint that needs no plan, in evaluation mode."""
+        model: nn.Module = self.kind.from_pretrained(
+            path, dtype=dtype or "auto", use_safetensors=True, local_files_only=True
+        )
+        return model.eval()
+
+    def build(self) -> PreTrainedModel:
+        """Build the model without filling its weights."""
+        auto = self.kind is AutoModelForCausalLM
+        make = self.kind.from_config if auto else self.kind._from_config
+        with no_init_weights():
+            model: PreTrainedModel = make(self.config, dtype=self.config.dtype)
+        model.tie_weights()
+        return model
+
+    def write(self, model: nn.Module, path: Path) -> None:
+        """Write the config, and how the model generates."""
+        assert isinstance(model, PreTrainedModel)
+        config = copy.deepcopy(self.config)
+        config.dtype = model.dtype
+        config.architectures = [type(model).__name__]
+        config.save_pretrained(path)
+        generation = getattr(model, "generation_config", None)
+        if isinstance(generation, GenerationConfig):
+            generation.save_pretrained(path)
+
+    def to_json(self) -> dict[str, Any]:
+        """Name the library; the rest lies in ``config.json``."""
+        return {"library": self.library}
+
+
+@dataclass(frozen=True)
+class TorchvisionOrigin:
+    """A model of torchvision by name.
+
+    Parameters
+    ----------
+    name
+        As in `torchvision.models.list_models`.
+    options
+        Keyword arguments of its builder, such as ``num_classes``; no weights.
+
+    Examples
+    --------
+    >>> TorchvisionOrigin("resnet18", {"num_classes": 10}).build().fc.out_features
+    10
+    """
+
+    library: ClassVar = "torchvision"
+
+    name: str
+    options: Mapping[str, int | float | str | bool | None] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        simple = int | float | str | bool | None
+        for key, value in self.options.items():
+            if key.startswith("weights") or not isinstance(value, simple):
+                raise ValueError(f"torchvision model {self.name!r} has option {key} = {value!r}")
+
+    def build(self) -> nn.Module:
+        """Build the model with random weights.
+
+        Raises
+        ------
+        MissingDependency
+            If torchvision is not installed.
+        """
+        try:
+            models = importlib.import_module("torchvision.models")
+        except ImportError as error:
+            raise MissingDependency(
+                f"the model {self.name!r} needs the package 'torchvision'; install it with "
+                "`python3 -m pip install 'osscar[vision]'`"
+            ) from error
+        model: nn.Module = models.get_model(self.name, weights=None, **self.options)
+        setattr(model, ORIGIN, self)
+        return model
+
+    def write(self, model: nn.Module, path: Path) -> None:
+        """Write nothing: name and options say it all."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return name and options."""
+        return {"library": self.library, "name": self.name, "options": dict(self.options)}
+
+
+def origin_of(model: nn.Module) -> Origin | None:
+    """Return where a model comes from, or None if that is not known."""
+    if isinstance(model, PreTrainedModel):
+        return TransformersOrigin(type(model), model.config)
+    origin: Origin | None = getattr(model, ORIGIN, None)
+    return origin
+
+
+def read_origin(data: Mapping[str, Any] | None, path: Path) -> Origin | None:
+    """Return the origin that a checkpoint names.
+
+    Parameters
+    ----------
+    data
+        What `Origin.to_json` returned; None where a model has no origin.
+    path
+        Directory of the checkpoint.
+
+    Raises
+    ------
+    CheckpointError
+        If the library is unknown, or the directory lacks what it needs.
+    """
+    if data is None:
+        return None
+    library = data.get("library")
+    if library == TransformersOrigin.library:
+        return TransformersOrigin.of_directory(path)
+    if library == TorchvisionOrigin.library:
+        return TorchvisionOrigin(str(data.get("name")), dict(data.get("options", {})))
+    raise CheckpointError(f"{path} holds a model of {library!r}, which is not known here")

@@ -1,0 +1,270 @@
+"""What a model is calibrated with, and what it is traced and proved with."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from osscar.core.errors import CalibrationError
+from osscar.data.images import ImageSet
+from osscar.data.tokens import CalibrationSet
+from osscar.shrinking.slice import context_length
+
+Batch: TypeAlias = dict[str, Tensor]
+"""Keyword arguments of a model's forward pass."""
+
+_EXAMPLE_TOKENS = 16
+
+
+class ModelInputs(Protocol):
+    """Calibration data in the form that one sort of model reads."""
+
+    batch_size: ClassVar[int]
+    """How many samples run at once unless the caller says otherwise."""
+
+    def check(self, model: nn.Module) -> None:
+        """Refuse data that the model cannot read.
+
+        Raises
+        ------
+        CalibrationError
+            If they have a wrong form.
+        """
+
+    def example(self, model: nn.Module) -> Batch:
+        """Return inputs to trace the model with."""
+
+    def batches(self, model: nn.Module, batch_size: int) -> list[Batch]:
+        """Return the calibration data, on the model's device."""
+
+    def proofs(self, model: nn.Module, seed: int) -> list[Batch]:
+        """Return random inputs of two different sizes, on the model's device."""
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What reports say about the data."""
+
+
+@dataclass(frozen=True, eq=False)
+class TokenInputs:
+    """Windows of tokens for a language model.
+
+    Parameters
+    ----------
+    windows
+        (samples, seqlen) int64.
+    """
+
+    batch_size: ClassVar[int] = 8
+
+    windows: Tensor
+
+    def check(self, model: nn.Module) -> None:
+        """Refuse windows of a wrong form, too long, or with tokens that the model lacks."""
+        windows = self.windows
+        if windows.ndim != 2 or windows.dtype != torch.int64 or windows.numel() == 0:
+            raise CalibrationError(
+                f"calibration windows must be int64 (samples, seqlen) and not empty, not "
+                f"{windows.dtype} of {tuple(windows.shape)}"
+            )
+        context = context_length(model)
+        if context is not None and windows.shape[1] > context:
+            raise CalibrationError(
+                f"calibration windows have {windows.shape[1]} tokens and the model takes "
+                f"{context}; give a smaller window length (--seqlen)"
+            )
+        known = _vocabulary(model)
+        if int(windows.min()) < 0 or int(windows.max()) >= known:
+            raise CalibrationError(
+                f"calibration tokens run from {int(windows.min())} to {int(windows.max())} and the "
+                f"model knows 0 to {known - 1}; use the tokenizer that belongs to it"
+            )
+
+    def example(self, model: nn.Module) -> Batch:
+        """Return two short windows."""
+        length = min(_EXAMPLE_TOKENS, context_length(model) or _EXAMPLE_TOKENS)
+        return {"input_ids": torch.zeros(2, length, dtype=torch.int64, device=device_of(model))}
+
+    def batches(self, model: nn.Module, batch_size: int) -> list[Batch]:
+        """Return at most `batch_size` windows at a time."""
+        rows = min(batch_size, len(self.windows))
+        pieces = torch.split(self.windows, rows)
+        return [{"input_ids": ids.to(device_of(model))} for ids in pieces]
+
+    def proofs(self, model: nn.Module, seed: int) -> list[Batch]:
+        """Return random tokens: two windows, and one of half the length."""
+        generator = torch.Generator().manual_seed(seed)
+        vocabulary, seqlen = _vocabulary(model), self.windows.shape[1]
+        return [
+            {
+                "input_ids": torch.randint(vocabulary, shape, generator=generator).to(
+                    device_of(model)
+                )
+            }
+            for shape in ((2, seqlen), (1, max(2, seqlen // 2)))
+        ]
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Samples and their length."""
+        return {"samples": self.windows.shape[0], "seqlen": self.windows.shape[1]}
+
+
+@dataclass(frozen=True, eq=False)
+class TensorInputs:
+    """Tensors for any other model, such as images.
+
+    Parameters
+    ----------
+    tensors
+        By the name of the argument; the first dimension of each is the sample.
+    """
+
+    batch_size: ClassVar[int] = 64
+
+    tensors: Mapping[str, Tensor]
+
+    def check(self, model: nn.Module) -> None:
+        """Refuse arguments that the model does not have, and data that are not finite."""
+        known = inspect.signature(model.forward).parameters
+        for name, tensor in self.tensors.items():
+            if name not in known:
+                raise CalibrationError(
+                    f"{type(model).__name__}.forward takes no {name!r}; it takes {', '.join(known)}"
+                )
+            if tensor.ndim == 0 or tensor.numel() == 0:
+                raise CalibrationError(f"the calibration data {name!r} are empty")
+            if not bool(torch.isfinite(tensor).all()):
+                raise CalibrationError(
+                    f"the calibration data {name!r} have NaN or infinite entries"
+                )
+        if len({len(tensor) for tensor in self.tensors.values()}) != 1:
+            counts = {name: len(tensor) for name, tensor in self.tensors.items()}
+            raise CalibrationError(
+                f"the calibration data disagree on the number of samples: {counts}"
+            )
+
+    def example(self, model: nn.Module) -> Batch:
+        """Return two samples (a single one is repeated)."""
+        return self._on(model, torch.arange(2) % self._samples)
+
+    def batches(self, model: nn.Module, batch_size: int) -> list[Batch]:
+        """Return at most `batch_size` samples at a time."""
+        return [
+            self._on(model, rows) for rows in torch.split(torch.arange(self._samples), batch_size)
+        ]
+
+    def proofs(self, model: nn.Module, seed: int) -> list[Batch]:
+        """Return noise with the mean and spread of the data: three samples, and one.
+
+        What is not a floating-point tensor is drawn from the data.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        proofs = []
+        for count in (3, 1):
+            rows = torch.randint(self._samples, (count,), generator=generator)
+            proofs.append(
+                {name: _noise_like(t, generator) for name, t in self._on(model, rows).items()}
+            )
+        return proofs
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Samples and their shapes."""
+        shapes = {name: list(tensor.shape[1:]) for name, tensor in self.tensors.items()}
+        return {"samples": self._samples, "shapes": shapes}
+
+    @property
+    def _samples(self) -> int:
+        return len(next(iter(self.tensors.values())))
+
+    def _on(self, model: nn.Module, rows: Tensor) -> Batch:
+        reference = next(model.parameters())
+        return {name: cast_like(tensor[rows], reference) for name, tensor in self.tensors.items()}
+
+
+def as_inputs(model: nn.Module, calibration: Any) -> ModelInputs:
+    """Return calibration data in the form that the model reads.
+
+    Parameters
+    ----------
+    model
+        The model.
+    calibration
+        A `CalibrationSet` or token windows (int64) for a language model; an `ImageSet`, a
+        floating-point tensor, several tensors as a tuple, or a mapping by argument name.
+
+    Raises
+    ------
+    CalibrationError
+        If it is none of these, or the model cannot read it.
+    """
+    inputs = _wrapped(model, calibration)
+    inputs.check(model)
+    return inputs
+
+
+def _wrapped(model: nn.Module, calibration: Any) -> ModelInputs:
+    if isinstance(calibration, CalibrationSet):
+        return TokenInputs(calibration.tokens)
+    if isinstance(calibration, ImageSet):
+        return TensorInputs(named_inputs(model, (calibration.tensor(),)))
+    if isinstance(calibration, Tensor):
+        images = calibration.is_floating_point() and calibration.ndim > 2
+        if hasattr(model, "get_input_embeddings") and not images:
+            return TokenInputs(calibration)
+        return TensorInputs(named_inputs(model, (calibration,)))
+    if isinstance(calibration, Mapping) and all(
+        isinstance(t, Tensor) for t in calibration.values()
+    ):
+        return TensorInputs(calibration)
+    if isinstance(calibration, tuple) and all(isinstance(t, Tensor) for t in calibration):
+        return TensorInputs(named_inputs(model, calibration))
+    raise CalibrationError(
+        f"cannot calibrate on a {type(calibration).__name__}; give token windows, images or tensors"
+    )
+
+
+def named_inputs(model: nn.Module, args: Sequence[Tensor]) -> Batch:
+    """Return positional arguments under the names that the model's forward pass gives them.
+
+    Raises
+    ------
+    CalibrationError
+        If it takes fewer.
+    """
+    try:
+        bound = inspect.signature(model.forward).bind(*args).arguments
+    except TypeError as error:
+        raise CalibrationError(f"{type(model).__name__}.forward: {error}") from error
+    if not all(isinstance(value, Tensor) for value in bound.values()):
+        raise CalibrationError(
+            f"{type(model).__name__}.forward gives its arguments no names; give it named ones"
+        )
+    return dict(bound)
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Return where a model's parameters are."""
+    return next(model.parameters()).device
+
+
+def cast_like(tensor: Tensor, reference: Tensor) -> Tensor:
+    """Return a tensor on the device of another, and in its number format if it has fractions."""
+    return tensor.to(reference) if tensor.is_floating_point() else tensor.to(reference.device)
+
+
+def _vocabulary(model: nn.Module) -> int:
+    return int(model.get_input_embeddings().weight.shape[0])  # type: ignore[operator]
+
+
+def _noise_like(tensor: Tensor, generator: torch.Generator) -> Tensor:
+    if not tensor.is_floating_point():
+        return tensor
+    noise = torch.randn(tensor.shape, generator=generator).to(tensor)
+    return noise * tensor.std(correction=0) + tensor.mean()

@@ -1,0 +1,133 @@
+"""Built-in English prose: the language reference that every Python carries in ``pydoc_data``.
+
+Text that a model was trained or calibrated on must never score it, so the topics fall into three
+parts by a hash of their *name*, the same in every Python version. Topics quote one another
+(``specialnames`` repeats ``numeric-types``), hence a second rule: prose that occurs in an earlier
+part of ``HELD_OUT, CALIBRATION, TRAINING`` is cut from the later ones. And since Python's text
+moves between topics from version to version, a third: a paragraph that the shipped model was
+trained on is cut from the held-out part, whichever version is running.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import re
+from collections.abc import Iterable
+from enum import Enum
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from osscar.core.errors import TextError
+
+SHINGLE_WORDS = 8
+"""Two paragraphs are taken to share prose when they share this many words in a row."""
+
+TRAINED_PARAGRAPHS = Path(__file__).parent / "demo" / "trained_paragraphs.npy"
+"""Sorted fingerprints (uint64) of every paragraph that the shipped model was trained on."""
+
+
+class Part(Enum):
+    """A share of the topics. The value is the upper end of its interval of name hashes."""
+
+    HELD_OUT = 0.18
+    CALIBRATION = 0.40
+    TRAINING = 1.0
+
+
+def builtin_text(part: Part) -> str:
+    """Give one part of the built-in text.
+
+    Parameters
+    ----------
+    part
+        Which of the three disjoint parts.
+
+    Returns
+    -------
+    str
+        Paragraphs separated by blank lines, topics in the order of their names.
+
+    Raises
+    ------
+    TextError
+        If this Python was stripped of ``pydoc_data``.
+    """
+    return "\n\n".join(_split_topics()[part])
+
+
+def topic_part(name: str) -> Part:
+    """Tell which part a topic belongs to, from its name alone."""
+    digest = hashlib.sha256(f"osscar/topics/1/{name}".encode()).digest()
+    position = int.from_bytes(digest[:8]) / 2**64
+    return next(part for part in Part if position < part.value)
+
+
+def split_paragraphs(text: str) -> list[str]:
+    """Split text at blank lines; indentation is kept, blank paragraphs are not."""
+    return [p.strip("\n") for p in re.split(r"\n[ \t]*\n", text) if p.strip()]
+
+
+def shingles(paragraph: str) -> set[str]:
+    """List the runs of ``SHINGLE_WORDS`` words, ignoring case and markup.
+
+    A shorter paragraph ("For example:") has none: it is boilerplate, shared by all parts.
+    """
+    words = re.findall(r"[^\W_]+", paragraph.lower())
+    starts = range(len(words) - SHINGLE_WORDS + 1)
+    return {" ".join(words[start : start + SHINGLE_WORDS]) for start in starts}
+
+
+def without_shared_prose(paragraphs: Iterable[str], claimed: set[str]) -> list[str]:
+    """Keep the paragraphs that have no shingle among the claimed ones."""
+    return [p for p in paragraphs if claimed.isdisjoint(shingles(p))]
+
+
+def fingerprint(paragraph: str) -> int | None:
+    """Hash a paragraph's words to 64 bits; None for one too short to have a shingle."""
+    if not shingles(paragraph):
+        return None
+    words = " ".join(re.findall(r"[^\W_]+", paragraph.lower()))
+    return int.from_bytes(hashlib.sha256(words.encode()).digest()[:8])
+
+
+@cache
+def _split_topics() -> dict[Part, list[str]]:
+    """Apply the three rules; ``Part`` lists the parts in the order in which they claim prose."""
+    topics = _read_topics()
+    trained = _trained_fingerprints()
+    claimed: set[str] = set()
+    split: dict[Part, list[str]] = {}
+    for part in Part:
+        mine = [
+            paragraph
+            for name in sorted(topics)
+            if topic_part(name) is part
+            for paragraph in split_paragraphs(topics[name])
+        ]
+        if part is Part.HELD_OUT:
+            mine = [p for p in mine if fingerprint(p) not in trained]
+        split[part] = without_shared_prose(mine, claimed)
+        claimed.update(*map(shingles, split[part]))
+    return split
+
+
+def _read_topics() -> dict[str, str]:
+    try:
+        topics: dict[str, str] = importlib.import_module("pydoc_data.topics").topics
+    except ImportError as error:
+        raise TextError(
+            "the built-in text is missing: this Python was installed without pydoc_data.topics. "
+            "Give a plain text file of your own, or install the full standard library."
+        ) from error
+    return topics
+
+
+def _trained_fingerprints() -> frozenset[int]:
+    if not TRAINED_PARAGRAPHS.exists():
+        return frozenset()
+    hashes: npt.NDArray[np.uint64] = np.load(TRAINED_PARAGRAPHS, allow_pickle=False)
+    return frozenset(hashes.tolist())

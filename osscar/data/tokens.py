@@ -1,0 +1,258 @@
+"""Where calibration data come from: built-in prose, a text file, or a Hugging Face dataset."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from osscar.core.errors import CalibrationError, MissingDependency, TextError
+from osscar.data.prose import Part, builtin_text
+from osscar.data.text import encode, read_text, text_digest
+
+BUILTIN = "builtin"
+
+CHARACTERS_PER_TOKEN = 16
+"""Characters read from a dataset for every token wanted: about four times what windows need."""
+
+TEXT_SUFFIXES = {".txt", ".text", ".md", ".rst", ".raw"}
+
+
+@dataclass(frozen=True, eq=False)
+class CalibrationSet:
+    """Windows of tokens that a model is calibrated on.
+
+    Attributes
+    ----------
+    tokens
+        Token ids, (samples, seqlen) int64.
+    source
+        Where they come from, in words.
+    seed
+        The seed that chose the windows.
+    text_digest
+        SHA-256 of the text, which is never to be scored; empty where it is not known.
+    """
+
+    tokens: Tensor
+    source: str
+    seed: int
+    text_digest: str = ""
+
+    @property
+    def samples(self) -> int:
+        """Number of windows."""
+        return self.tokens.shape[0]
+
+    @property
+    def seqlen(self) -> int:
+        """Tokens per window."""
+        return self.tokens.shape[1]
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the tokens, by which a resumed run knows that it sees the same data."""
+        return hashlib.sha256(self.tokens.numpy().tobytes()).hexdigest()
+
+    def describe(self) -> dict[str, Any]:
+        """Return what reports say: the source, by what it is recognized, and what was drawn."""
+        return {
+            "source": self.source,
+            "sha256": self.text_digest,
+            "samples": self.samples,
+            "seqlen": self.seqlen,
+            "seed": self.seed,
+        }
+
+    def batches(self, batch_size: int) -> Iterator[Tensor]:
+        """Give (at most batch_size, seqlen) windows at a time, in order.
+
+        Raises
+        ------
+        CalibrationError
+            If the batch size is not positive.
+        """
+        if batch_size < 1:
+            raise CalibrationError(f"the batch size must be at least 1, not {batch_size}")
+        yield from torch.split(self.tokens, batch_size)
+
+
+def load_calibration(
+    spec: str | Path | None,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    samples: int = 32,
+    seqlen: int = 512,
+    seed: int = 0,
+) -> CalibrationSet:
+    """Find calibration text by name and cut windows from it.
+
+    Parameters
+    ----------
+    spec
+        None or ``"builtin"``: the calibration part of the text that ships with Python, which
+        neither trains the demo model nor scores anything. A path: a plain text file. Otherwise the
+        name of a Hugging Face dataset with a ``text`` column, as ``NAME`` or ``NAME:CONFIG``; the
+        first rows of its training split are streamed.
+    tokenizer
+        The tokenizer of the model to calibrate.
+    samples, seqlen, seed
+        As in :func:`text_windows`.
+
+    Raises
+    ------
+    CalibrationError
+        If the text is missing, unreadable, or shorter than one window.
+    TextError
+        If this Python lacks the built-in text.
+    MissingDependency
+        If a dataset is asked for and ``datasets`` is not installed.
+    """
+    if spec is None or spec == BUILTIN:
+        text, source = builtin_text(Part.CALIBRATION), "built-in text (pydoc topics)"
+    elif _is_file_name(spec):
+        text, source = _file_text(spec), str(spec)
+    else:
+        characters = samples * seqlen * CHARACTERS_PER_TOKEN
+        text, source = _dataset_text(str(spec), characters), f"dataset {spec}"
+    return text_windows(tokenizer, text, samples=samples, seqlen=seqlen, seed=seed, source=source)
+
+
+def text_windows(
+    tokenizer: PreTrainedTokenizerBase,
+    text: str,
+    *,
+    samples: int,
+    seqlen: int,
+    seed: int,
+    source: str = "text",
+) -> CalibrationSet:
+    """Cut random windows from a text.
+
+    Windows are in the order of the text and share no token, at uniformly random places. Where the
+    text is shorter than ``samples * seqlen`` tokens they must overlap: its possible starts are
+    divided into as many stretches as windows, one start is drawn from each, and the source says so.
+
+    Parameters
+    ----------
+    tokenizer
+        The tokenizer of the model to calibrate.
+    text
+        Plain text.
+    samples
+        Windows wanted.
+    seqlen
+        Tokens per window.
+    seed
+        The same seed gives the same windows.
+    source
+        Where the text comes from, in words.
+
+    Raises
+    ------
+    CalibrationError
+        If the text is shorter than one window, or a number is out of range.
+    """
+    if samples < 1 or seqlen < 1:
+        raise CalibrationError(
+            f"calibration needs at least 1 window of at least 1 token, not {samples} of {seqlen}"
+        )
+    tokens = encode(tokenizer, text)
+    if len(tokens) < seqlen:
+        raise CalibrationError(
+            f"calibration text ({source}) has {len(tokens)} tokens, fewer than one window of "
+            f"{seqlen}; give a longer text or a smaller window length (--seqlen)"
+        )
+    if len(tokens) < samples * seqlen:
+        source += f", {samples} overlapping windows from {len(tokens)} tokens"
+    starts = _window_starts(len(tokens), samples, seqlen, seed)
+    windows = tokens[starts[:, None] + torch.arange(seqlen)]
+    return CalibrationSet(windows, source, seed, text_digest(text))
+
+
+def named_generator(name: str, seed: int) -> torch.Generator:
+    """Derive a random stream from a purpose and a seed, so that streams do not disturb another."""
+    digest = hashlib.sha256(f"{name}/{seed}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8]) >> 1)
+
+
+def _window_starts(tokens: int, samples: int, seqlen: int, seed: int) -> Tensor:
+    random = torch.rand(
+        samples, generator=named_generator("calibration windows", seed), dtype=torch.float64
+    )
+    slack = tokens - samples * seqlen
+    if slack >= 0:  # spread what no window covers over the gaps before, between and after them
+        return torch.arange(samples) * seqlen + (random.sort().values * (slack + 1)).long()
+    positions = tokens - seqlen + 1
+    starts = (torch.arange(samples) + random) * (positions / samples)
+    return starts.long().clamp_(max=positions - 1)
+
+
+def _is_file_name(spec: str | Path) -> bool:
+    """Tell paths from dataset names, which may hold slashes and dots, where no file exists."""
+    if not str(spec):
+        raise CalibrationError("the calibration text has no name; give a file or a dataset")
+    try:
+        if isinstance(spec, Path) or Path(spec).exists():
+            return True
+    except OSError as error:
+        raise CalibrationError(f"cannot look for {spec!r}: {error.strerror}") from error
+    return spec.startswith((".", "/", "~")) or Path(spec).suffix in TEXT_SUFFIXES
+
+
+def _file_text(path: str | Path) -> str:
+    try:
+        return read_text(path)
+    except TextError as error:
+        raise CalibrationError(f"calibration text: {error}") from error
+
+
+def _dataset_text(spec: str, characters: int) -> str:
+    try:
+        datasets = importlib.import_module("datasets")
+    except ImportError as error:
+        raise MissingDependency(
+            f"calibrating on the dataset {spec!r} needs the package 'datasets'; install it with "
+            "pip install 'osscar[data]', or give a text file"
+        ) from error
+    name, _, config = spec.partition(":")
+    try:
+        rows = datasets.load_dataset(name, config or None, split="train", streaming=True)
+        text = _join_rows(rows, spec, characters)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise CalibrationError(
+            f"cannot load the dataset {spec!r}, nor is there a file of that name: "
+            f"{_first_line(error)}. Check the name (NAME or NAME:CONFIG) and the connection, or "
+            "give a text file"
+        ) from error
+    if not text.strip():
+        raise CalibrationError(f"the dataset {spec!r} has no text in its training split")
+    return text
+
+
+def _join_rows(rows: Iterable[Mapping[str, Any]], spec: str, characters: int) -> str:
+    """Join rows until there are enough characters."""
+    parts: list[str] = []
+    length = 0
+    for row in rows:
+        if "text" not in row:
+            raise CalibrationError(
+                f"the dataset {spec!r} has no column 'text', only {', '.join(sorted(row))}; "
+                "choose another, or save its text to a file"
+            )
+        parts.append(row["text"])
+        length += len(row["text"])
+        if length >= characters:
+            break
+    return "\n\n".join(parts)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

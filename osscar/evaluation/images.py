@@ -1,0 +1,428 @@
+"""What a model that reads images is worth: quality, speed and size, alone or beside another."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from osscar.core.errors import ImageError, ModelError, NonFiniteError, OptionError, OsscarError
+from osscar.data.batches import device_of, named_inputs
+from osscar.data.images import ImageSet
+from osscar.evaluation.size import (
+    count_disk_bytes,
+    count_flops,
+    count_parameter_bytes,
+    count_parameters,
+    read_peak_memory,
+    reset_peak_memory,
+)
+from osscar.evaluation.speed import take_turns
+from osscar.shrinking.equivalence import evaluating, outputs
+
+_TOP = 5
+
+
+@dataclass(frozen=True)
+class ImageQuality:
+    """How well a model classifies images.
+
+    Attributes
+    ----------
+    images
+        Number of images scored.
+    top1, top5
+        Share of the images whose label is the first, or among the first five, of the model's
+        classes; None without labels, and top5 also where there are no more than five classes.
+    agreement
+        Share of the images of which the dense model's first class is the same; None without one.
+    kl
+        Mean Kullback-Leibler divergence of the model's classes from the dense model's, in nats;
+        None without one.
+    """
+
+    images: int
+    top1: float | None
+    top5: float | None
+    agreement: float | None
+    kl: float | None
+
+
+@dataclass(frozen=True)
+class ImageFootprint:
+    """The size of a model that reads images.
+
+    Attributes
+    ----------
+    parameters, parameter_bytes, peak_memory_bytes, disk_bytes
+        As in `osscar.evaluation.size.Footprint`.
+    flops_per_image
+        As in `osscar.evaluation.size.count_flops`.
+    """
+
+    parameters: int
+    parameter_bytes: int
+    flops_per_image: float
+    peak_memory_bytes: int | None
+    disk_bytes: int | None
+
+
+@dataclass(frozen=True)
+class ImageEvaluation:
+    """Quality, speed and size of one model; ``dataclasses.asdict`` makes it JSON.
+
+    Attributes
+    ----------
+    quality, footprint
+        What was measured.
+    images_per_second
+        Forward passes over one batch.
+    batch_size
+        Images in that batch.
+    device, dtype
+        Where and in which number format.
+    """
+
+    quality: ImageQuality
+    footprint: ImageFootprint
+    images_per_second: float
+    batch_size: int
+    device: str
+    dtype: str
+
+
+@dataclass(frozen=True)
+class ImageRatios:
+    """A model's numbers divided by those of the dense one; more speed is above 1."""
+
+    top1: float | None
+    top5: float | None
+    images_per_second: float
+    parameters: float
+    parameter_bytes: float
+    flops_per_image: float
+    disk_bytes: float | None
+
+
+@dataclass(frozen=True)
+class ImageComparison:
+    """A model beside its dense original."""
+
+    model: ImageEvaluation
+    dense: ImageEvaluation
+    ratios: ImageRatios
+
+
+def evaluate_images(
+    model: nn.Module,
+    images: ImageSet,
+    *,
+    classes: Sequence[str] = (),
+    batch_size: int = 32,
+    repetitions: int = 5,
+    path: Path | None = None,
+) -> ImageEvaluation:
+    """Measure quality, speed and size of a model.
+
+    Parameters
+    ----------
+    model
+        It takes one batch of images and returns logits, (batch, classes).
+    images
+        Images that neither trained nor calibrated it, with or without labels.
+    classes
+        The names of the model's classes, by which folders are recognized.
+    batch_size
+        Images at once.
+    repetitions
+        Times that a batch is timed, at the least.
+    path
+        The model's directory, whose size is reported.
+
+    Raises
+    ------
+    ImageError
+        If an image cannot be decoded, or the labels are not the model's classes.
+    ModelError
+        If the model is no classifier.
+    NonFiniteError
+        If logits are NaN or infinite.
+    OptionError
+        If a number is not positive.
+    """
+    return _measure([(model, path)], images, classes, batch_size, repetitions)[0]
+
+
+def compare_images(
+    model: nn.Module,
+    dense: nn.Module,
+    images: ImageSet,
+    *,
+    classes: Sequence[str] = (),
+    batch_size: int = 32,
+    repetitions: int = 5,
+    path: Path | None = None,
+    dense_path: Path | None = None,
+) -> ImageComparison:
+    """Measure a model and its dense original on the same images, and time them in turns.
+
+    Parameters
+    ----------
+    model, dense
+        Two models with the same classes.
+    images, classes, batch_size, repetitions
+        As in `evaluate_images`.
+    path, dense_path
+        Their directories, whose sizes are reported.
+
+    Raises
+    ------
+    ImageError, ModelError, NonFiniteError, OptionError
+        As in `evaluate_images`.
+    """
+    pair = [(model, path), (dense, dense_path)]
+    mine, theirs = _measure(pair, images, classes, batch_size, repetitions)
+    return ImageComparison(mine, theirs, _ratios(mine, theirs))
+
+
+def score_images(
+    models: Sequence[nn.Module],
+    images: ImageSet,
+    *,
+    dense: nn.Module | None = None,
+    classes: Sequence[str] = (),
+    batch_size: int = 32,
+) -> list[ImageQuality]:
+    """Measure how well several models classify the same images.
+
+    Parameters
+    ----------
+    models
+        Classifiers in evaluation mode.
+    images, classes, batch_size
+        As in `evaluate_images`.
+    dense
+        What agreement and divergence are measured against; one of the models, or another.
+
+    Returns
+    -------
+    list of ImageQuality
+        In the order of the models.
+
+    Raises
+    ------
+    ImageError, ModelError, NonFiniteError
+        As in `evaluate_images`.
+    """
+    tallies = [_Tally() for _ in models]
+    labels: Tensor | None = None
+    with torch.inference_mode():
+        for number, batch in enumerate(images.batches(batch_size)):
+            logits = [_logits(model, batch) for model in models]
+            theirs = None if dense is None else _dense_logits(dense, models, logits, batch)
+            if number == 0:
+                labels = label_indices(images, classes, logits[0].shape[1])
+                _check_same_classes([*logits, *(() if theirs is None else (theirs,))])
+            part = None if labels is None else labels[number * batch_size :][: len(batch)]
+            for tally, mine in zip(tallies, logits, strict=True):
+                tally.add(mine, part, None if mine is theirs else theirs)
+    return [tally.quality(labels is not None) for tally in tallies]
+
+
+def _dense_logits(
+    dense: nn.Module, models: Sequence[nn.Module], logits: Sequence[Tensor], batch: Tensor
+) -> Tensor:
+    """Return the dense model's logits, which may be at hand."""
+    known = (mine for model, mine in zip(models, logits, strict=True) if model is dense)
+    found = next(known, None)
+    return _logits(dense, batch) if found is None else found
+
+
+def label_indices(images: ImageSet, classes: Sequence[str], outputs: int) -> Tensor | None:
+    """Return the output that stands for each image's class, (n,) int64, or None without labels.
+
+    Folders are matched with the model's classes by name; or, if their names are numbers, by these;
+    or in alphabetical order, if there are as many as outputs.
+
+    Parameters
+    ----------
+    images
+        The images.
+    classes
+        The names of the model's classes; empty where they are not known.
+    outputs
+        How many outputs the model has.
+
+    Raises
+    ------
+    ImageError
+        If none of this fits.
+    """
+    if images.labels is None:
+        return None
+    labels, names = images.labels, images.classes
+    if names and set(names) <= set(classes):
+        labels = torch.tensor([classes.index(name) for name in names])[labels]
+    elif names and all(name.isdecimal() for name in names):
+        labels = torch.tensor([int(name) for name in names])[labels]
+    elif names and len(names) != outputs:
+        raise ImageError(
+            f"{images.source} has {len(names)} class folders and the model {outputs} classes; name "
+            "the folders by class or by number, or give as many as there are classes"
+        )
+    if int(labels.min()) < 0 or int(labels.max()) >= outputs:
+        raise ImageError(
+            f"{images.source} has labels from {int(labels.min())} to {int(labels.max())} and the "
+            f"model {outputs} classes; give images of its classes"
+        )
+    return labels
+
+
+# ---- measuring ---------------------------------------------------------------------------
+
+
+def _measure(
+    candidates: Sequence[tuple[nn.Module, Path | None]],
+    images: ImageSet,
+    classes: Sequence[str],
+    batch_size: int,
+    repetitions: int,
+) -> list[ImageEvaluation]:
+    if batch_size < 1 or repetitions < 1:
+        raise OptionError(
+            f"evaluation needs a batch of at least 1 image and 1 repetition, not {batch_size} and "
+            f"{repetitions}"
+        )
+    models = [model for model, _ in candidates]
+    dense = models[-1] if len(models) > 1 else None
+    with evaluating(models[0]), evaluating(models[-1]), torch.no_grad():
+        reset_peak_memory(device_of(models[0]))
+        quality = score_images(models, images, dense=dense, classes=classes, batch_size=batch_size)
+        peak = read_peak_memory(device_of(models[0]))
+        batch = next(images.batches(batch_size))
+        speeds = _speeds(models, batch, repetitions)
+        return [
+            ImageEvaluation(
+                quality=quality[index],
+                footprint=_footprint(model, batch[:1], peak, path),
+                images_per_second=speeds[index],
+                batch_size=len(batch),
+                device=device_of(model).type,
+                dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
+            )
+            for index, (model, path) in enumerate(candidates)
+        ]
+
+
+class _Tally:
+    """Sums over images."""
+
+    def __init__(self) -> None:
+        self.images = self.first = self.among = self.outputs = self.compared = self.agreeing = 0
+        self.kl = 0.0
+
+    def add(self, logits: Tensor, labels: Tensor | None, dense: Tensor | None) -> None:
+        self.images += len(logits)
+        self.outputs = logits.shape[1]
+        if labels is not None:
+            best = logits.topk(min(_TOP, self.outputs)).indices
+            self.first += int((best[:, 0] == labels).sum())
+            self.among += int((best == labels[:, None]).any(1).sum())
+        if dense is not None:
+            self.compared += len(logits)
+            self.agreeing += int((logits.argmax(1) == dense.argmax(1)).sum())
+            mine, theirs = F.log_softmax(logits, 1), F.log_softmax(dense, 1)
+            self.kl += float(F.kl_div(mine, theirs, reduction="sum", log_target=True))
+
+    def quality(self, labelled: bool) -> ImageQuality:
+        n, compared = self.images, self.compared > 0
+        return ImageQuality(
+            images=n,
+            top1=self.first / n if labelled else None,
+            top5=self.among / n if labelled and self.outputs > _TOP else None,
+            agreement=self.agreeing / n if compared else None,
+            kl=self.kl / n if compared else None,
+        )
+
+
+def _logits(model: nn.Module, batch: Tensor) -> Tensor:
+    """Return logits in float64, on the CPU."""
+    try:
+        logits = outputs(model, _arguments(model, batch))
+    except OsscarError:
+        raise
+    except Exception as error:  # the model may be anyone's code
+        raise ModelError(
+            f"{type(model).__name__} fails on images {tuple(batch.shape)}: "
+            f"{type(error).__name__}: {error}; give a model that reads such images"
+        ) from error
+    if logits.ndim != 2 or len(logits) != len(batch):
+        raise ModelError(
+            f"a classifier returns logits (images, classes); {type(model).__name__} returned "
+            f"{tuple(logits.shape)} for {len(batch)} images"
+        )
+    if not bool(torch.isfinite(logits).all()):
+        raise NonFiniteError("the model's logits are NaN or infinite; its weights are damaged")
+    return logits.double().cpu()
+
+
+def _check_same_classes(logits: Sequence[Tensor]) -> None:
+    if len({one.shape[1] for one in logits}) > 1:
+        counts = " and ".join(str(one.shape[1]) for one in logits)
+        raise ModelError(f"the two models have {counts} classes and cannot be compared")
+
+
+def _arguments(model: nn.Module, batch: Tensor) -> Mapping[str, Tensor]:
+    return named_inputs(model, (batch.to(next(model.parameters())),))
+
+
+def _footprint(
+    model: nn.Module, image: Tensor, peak: int | None, path: Path | None
+) -> ImageFootprint:
+    return ImageFootprint(
+        parameters=count_parameters(model),
+        parameter_bytes=count_parameter_bytes(model),
+        flops_per_image=float(count_flops(model, _arguments(model, image))),
+        peak_memory_bytes=peak,
+        disk_bytes=count_disk_bytes(path),
+    )
+
+
+def _speeds(models: Sequence[nn.Module], batch: Tensor, repetitions: int) -> list[float]:
+    def timing(model: nn.Module) -> Callable[[], list[float]]:
+        arguments = _arguments(model, batch)
+
+        def run() -> list[float]:
+            began = time.perf_counter()
+            model(**arguments)
+            if device_of(model).type == "cuda":
+                torch.cuda.synchronize(device_of(model))
+            return [time.perf_counter() - began]
+
+        return run
+
+    seconds = take_turns([timing(model) for model in models], repetitions, "Timing")
+    return [len(batch) / statistics.median(one) for one in seconds]
+
+
+def _ratios(mine: ImageEvaluation, dense: ImageEvaluation) -> ImageRatios:
+    size, original = mine.footprint, dense.footprint
+    return ImageRatios(
+        top1=_ratio(mine.quality.top1, dense.quality.top1),
+        top5=_ratio(mine.quality.top5, dense.quality.top5),
+        images_per_second=mine.images_per_second / dense.images_per_second,
+        parameters=size.parameters / original.parameters,
+        parameter_bytes=size.parameter_bytes / original.parameter_bytes,
+        flops_per_image=size.flops_per_image / original.flops_per_image,
+        disk_bytes=_ratio(size.disk_bytes, original.disk_bytes),
+    )
+
+
+def _ratio(mine: float | None, dense: float | None) -> float | None:
+    return mine / dense if mine is not None and dense else None

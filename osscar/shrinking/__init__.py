@@ -1,0 +1,1 @@
+"""Physical removal of units, and the proof that nothing else has changed."""

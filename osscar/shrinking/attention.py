@@ -1,0 +1,356 @@
+"""Attention modules of torch, torchvision and transformers that work with any number of heads.
+
+The originals derive the width of a head from the width of the stream (``C // num_heads``), or give
+each head a number that depends on how many there are (ALiBi).  Each class here replaces the forward
+pass of one of them; the module keeps its parameters, and its class stays a subclass of its own.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from graph.groups import Kind
+from osscar.core.errors import ModelError
+from osscar.shrinking.plan import GroupPlan
+
+
+class AnyHeads:
+    """Mixed into a module's class: its forward pass takes the number of heads from the module."""
+
+    def adopt(self) -> None:
+        """Add what the new forward pass needs, while nothing is sliced yet."""
+
+    @property
+    def stock(self) -> bool:
+        """Whether the original class would still compute the same."""
+        return False
+
+
+class MultiheadAttention(AnyHeads):
+    """`torch.nn.MultiheadAttention`, whose heads need not span the embedding."""
+
+    bias_k: Tensor | None
+    add_zero_attn: bool
+    in_proj_weight: Tensor | None
+    in_proj_bias: Tensor | None
+    q_proj_weight: Tensor
+    k_proj_weight: Tensor
+    v_proj_weight: Tensor
+    out_proj: nn.Linear
+    batch_first: bool
+    num_heads: int
+    head_dim: int
+    dropout: float
+    training: bool
+    _qkv_same_embed_dim: bool
+
+    def adopt(self) -> None:
+        """Keep torch from taking a fused path that assumes full width."""
+        if self.bias_k is not None or self.add_zero_attn:
+            raise ModelError(
+                "a MultiheadAttention with add_bias_kv or add_zero_attn cannot lose heads; "
+                "leave its heads out of what is pruned"
+            )
+        self._qkv_same_embed_dim = False
+
+    def _projections(self) -> tuple[tuple[Tensor, ...], tuple[Tensor | None, ...]]:
+        packed, bias = self.in_proj_weight, self.in_proj_bias
+        biases = (None, None, None) if bias is None else bias.chunk(3)
+        if packed is not None:
+            return packed.chunk(3), biases
+        return (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight), biases
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attend as the original does, with the same arguments and results."""
+        single = query.dim() == 2
+        inputs = [t.unsqueeze(0) if single else t for t in (query, key, value)]
+        if not single and not self.batch_first:
+            inputs = [t.transpose(0, 1) for t in inputs]
+        weights, biases = self._projections()
+        q, k, v = (
+            torch.unflatten(F.linear(t, w, b), -1, (-1, self.head_dim)).transpose(1, 2)
+            for t, w, b in zip(inputs, weights, biases, strict=True)
+        )
+        mask = _joint_mask(attn_mask, key_padding_mask, q)
+        if need_weights:
+            scores = q @ k.transpose(-2, -1) / math.sqrt(self.head_dim)
+            attention = (scores if mask is None else scores + mask).softmax(-1)
+            mixed = F.dropout(attention, self.dropout, self.training) @ v
+        else:
+            dropped = self.dropout if self.training else 0.0
+            mixed = F.scaled_dot_product_attention(q, k, v, mask, dropped)
+        output = self.out_proj(mixed.transpose(1, 2).flatten(2))
+        if single:
+            output = output.squeeze(0)
+        elif not self.batch_first:
+            output = output.transpose(0, 1)
+        if not need_weights:
+            return output, None
+        shown = attention.mean(1) if average_attn_weights else attention
+        return output, shown.squeeze(0) if single else shown
+
+
+def _joint_mask(attn_mask: Tensor | None, padding: Tensor | None, q: Tensor) -> Tensor | None:
+    """Add up both masks as numbers that broadcast to (batch, heads, queries, keys)."""
+    mask: Tensor | None = None
+    if attn_mask is not None:
+        mask = _as_numbers(attn_mask, q)
+        mask = mask.view(q.shape[0], -1, *mask.shape[-2:]) if mask.dim() == 3 else mask
+    if padding is not None:
+        hidden = _as_numbers(padding, q).view(q.shape[0], 1, 1, -1)
+        mask = hidden if mask is None else mask + hidden
+    return mask
+
+
+def _as_numbers(mask: Tensor, like: Tensor) -> Tensor:
+    if mask.dtype is not torch.bool:
+        return mask.to(like.dtype)
+    return torch.zeros_like(mask, dtype=like.dtype).masked_fill(mask, -math.inf)
+
+
+class WindowAttention(AnyHeads):
+    """Torchvision's shifted-window attention of Swin, first and second version."""
+
+    qkv: nn.Linear
+    proj: nn.Linear
+    num_heads: int
+    window_size: list[int]
+    shift_size: list[int]
+    attention_dropout: float
+    dropout: float
+    training: bool
+
+    def get_relative_position_bias(self) -> Tensor:
+        """Return the bias of every head, (1, heads, positions, positions)."""
+        # Resolved to the original class, which comes later in the method resolution order.
+        return super().get_relative_position_bias()  # type: ignore[misc, no-any-return]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Attend within windows of a feature map, (batch, height, width, features)."""
+        _, height, width, _ = x.shape
+        (rows, columns), shift = self.window_size, list(self.shift_size)
+        x = F.pad(x, (0, 0, 0, -width % columns, 0, -height % rows))
+        padded = x.shape[1:3]
+        # A window that covers the map is not shifted.
+        shift = [
+            0 if w >= s else by for w, s, by in zip(self.window_size, padded, shift, strict=True)
+        ]
+        if any(shift):
+            x = torch.roll(x, (-shift[0], -shift[1]), (1, 2))
+        x = _to_windows(x, rows, columns)
+        x = self._attend(x, _seams(x, padded, self.window_size, shift) if any(shift) else None)
+        x = _from_windows(x, rows, columns, padded)
+        if any(shift):
+            x = torch.roll(x, (shift[0], shift[1]), (1, 2))
+        return x[:, :height, :width, :].contiguous()
+
+    def _attend(self, x: Tensor, seams: Tensor | None) -> Tensor:
+        """Attend within each window, (batch, windows, positions, features)."""
+        qkv = F.linear(x, self.qkv.weight, self._bias())
+        head_dim = self.qkv.weight.shape[0] // (3 * self.num_heads)
+        parts = torch.unflatten(qkv, -1, (3, self.num_heads, head_dim))
+        q, k, v = parts.permute(3, 0, 1, 4, 2, 5)
+        logit_scale = getattr(self, "logit_scale", None)
+        if logit_scale is None:
+            scores = q * head_dim**-0.5 @ k.transpose(-2, -1)
+        else:
+            scores = F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).transpose(-2, -1)
+            scores = scores * logit_scale.clamp(max=math.log(100.0)).exp()
+        scores = scores + self.get_relative_position_bias()
+        if seams is not None:
+            scores = scores + seams
+        attention = F.dropout(scores.softmax(-1), self.attention_dropout, self.training)
+        mixed = (attention @ v).transpose(2, 3).flatten(3)
+        return F.dropout(self.proj(mixed), self.dropout, self.training)
+
+    def _bias(self) -> Tensor | None:
+        """Return the bias of queries, keys and values; the second version has none for keys."""
+        bias = self.qkv.bias
+        if bias is None or not hasattr(self, "logit_scale"):
+            return bias
+        query, key, value = bias.chunk(3)
+        return torch.cat((query, torch.zeros_like(key), value))
+
+
+def _to_windows(x: Tensor, rows: int, columns: int) -> Tensor:
+    """Cut (batch, height, width, features) into (batch, windows, positions, features)."""
+    x = torch.unflatten(torch.unflatten(x, 2, (-1, columns)), 1, (-1, rows))
+    return x.transpose(2, 3).flatten(3, 4).flatten(1, 2)
+
+
+def _from_windows(x: Tensor, rows: int, columns: int, size: torch.Size) -> Tensor:
+    x = torch.unflatten(x, 2, (rows, columns))
+    x = torch.unflatten(x, 1, (size[0] // rows, size[1] // columns))
+    return x.transpose(2, 3).flatten(3, 4).flatten(1, 2)
+
+
+def _seams(x: Tensor, size: torch.Size, window: list[int], shift: list[int]) -> Tensor:
+    """Return -100 between positions that only the shift has brought into one window."""
+    side = []
+    for length, w, by in zip(size, window, shift, strict=True):
+        position = torch.arange(length, device=x.device)
+        side.append((position >= length - w).int() + (position >= length - by).int() * (by > 0))
+    regions = 3 * side[0][:, None] + side[1][None, :]
+    labels = _to_windows(regions[None, :, :, None], *window).squeeze(-1)
+    apart = labels.unsqueeze(2) != labels.unsqueeze(3)
+    return torch.zeros_like(apart, dtype=x.dtype).masked_fill(apart, -100.0).unsqueeze(2)
+
+
+class RelativePositionAttention(AnyHeads):
+    """Torchvision's relative attention of MaxViT."""
+
+    to_qkv: nn.Linear
+    merge: nn.Linear
+    n_heads: int
+    head_dim: int
+    scale_factor: float
+
+    def get_relative_positional_bias(self) -> Tensor:
+        """Return the bias of every head, (1, heads, positions, positions)."""
+        return super().get_relative_positional_bias()  # type: ignore[misc, no-any-return]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Attend within each partition, (batch, partitions, positions, features)."""
+        q, k, v = (
+            torch.unflatten(part, -1, (-1, self.head_dim)).transpose(2, 3)
+            for part in self.to_qkv(x).chunk(3, -1)
+        )
+        scores = q @ (k * self.scale_factor).transpose(-2, -1)
+        attention = (scores + self.get_relative_positional_bias()).softmax(-1)
+        return self.merge((attention @ v).transpose(2, 3).flatten(3))  # type: ignore[no-any-return]
+
+
+class BloomAttention(AnyHeads):
+    """The attention of BLOOM: it is handed the ALiBi of all heads, and takes that of its own."""
+
+    num_heads: int
+    dense_heads: int
+    alibi_heads: Tensor
+    """Which of the dense model's heads these are, (heads,) int64."""
+
+    def adopt(self) -> None:
+        """Add the table of heads."""
+        assert isinstance(self, nn.Module)
+        device = next(self.parameters()).device
+        # Not saved: whoever reads a checkpoint builds it anew and slices it as the plan says.
+        self.register_buffer(
+            "alibi_heads", torch.arange(self.num_heads, device=device), persistent=False
+        )
+        self.dense_heads = self.num_heads
+
+    @property
+    def stock(self) -> bool:
+        """Whether no head has left."""
+        return len(self.alibi_heads) == self.dense_heads
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        residual: Tensor,
+        alibi: Tensor,
+        attention_mask: Tensor | None,
+        **options: Any,
+    ) -> Any:
+        """Attend as the original does; `alibi` is (batch x heads of the dense model, 1, keys)."""
+        by_head = torch.unflatten(alibi, 0, (-1, self.dense_heads))
+        own = by_head.index_select(1, self.alibi_heads).flatten(0, 1)
+        return super().forward(  # type: ignore[misc]
+            hidden_states, residual, alibi=own, attention_mask=attention_mask, **options
+        )
+
+
+PREPARED: Mapping[str, type[AnyHeads]] = {
+    "transformers.models.bloom.modeling_bloom.BloomAttention": BloomAttention,
+}
+"""Replaced before a model is traced, by the full name of the class."""
+
+_SWIN = "torchvision.models.swin_transformer.ShiftedWindowAttention"
+REWRITTEN: Mapping[str, type[AnyHeads]] = {
+    "torch.nn.modules.activation.MultiheadAttention": MultiheadAttention,
+    _SWIN: WindowAttention,
+    f"{_SWIN}V2": WindowAttention,
+    "torchvision.models.maxvit.RelativePositionalMultiHeadAttention": RelativePositionAttention,
+}
+"""Replaced when heads leave, by the full name of the class."""
+
+
+def rewritten(
+    module: nn.Module, classes: Mapping[str, type[AnyHeads]], group: GroupPlan | None = None
+) -> None:
+    """Change the class of a module, in place, if it is among those that need another one.
+
+    Parameters
+    ----------
+    module
+        Any module.
+    classes
+        Which classes to replace, and what to mix into them.
+    group
+        The group that was cut; only heads matter.  None if it does not matter why.
+    """
+    kind = type(module)
+    mixin = _mixin(kind, classes)
+    if mixin is None or (group is not None and group.kind is not Kind.HEADS):
+        return
+    module.__class__ = _mixed(mixin, kind)
+    assert isinstance(module, AnyHeads)
+    module.adopt()
+
+
+def _mixin(kind: type[nn.Module], classes: Mapping[str, type[AnyHeads]]) -> type[AnyHeads] | None:
+    """Look up a class, or the one whose forward pass it inherits."""
+    for base in kind.__mro__:
+        found = classes.get(f"{base.__module__}.{base.__qualname__}")
+        if found is not None:
+            return found if kind.forward is base.forward else None  # type: ignore[attr-defined]
+    return None
+
+
+def leave_nested_tensors(model: nn.Module, group: GroupPlan) -> None:
+    """Keep torch's encoders around attention that loses heads from packing padded sequences.
+
+    Only the fused path of full width reads what they pack.  Positions that are padding are then
+    computed like any other, as they are in training, where nothing is packed either.
+
+    Parameters
+    ----------
+    model
+        Changed in place.
+    group
+        One of the groups that are cut.
+    """
+    if group.kind is not Kind.HEADS:
+        return
+    for name in {slot.module for slot in group.slots}:
+        while name:
+            name = name.rpartition(".")[0]
+            around = model.get_submodule(name)
+            if isinstance(around, nn.TransformerEncoder):
+                around.use_nested_tensor = False
+
+
+_MIXED: dict[type[nn.Module], type[nn.Module]] = {}
+
+
+def _mixed(mixin: type[AnyHeads], original: type[nn.Module]) -> type[nn.Module]:
+    """Return one class for each original, so that modules of one class stay of one class."""
+    if original not in _MIXED:
+        name = f"AnyHeads{original.__name__}"
+        _MIXED[original] = type(name, (mixin, original), {"__doc__": mixin.__doc__})
+    return _MIXED[original]

@@ -1,0 +1,351 @@
+"""The proof that a shrunk model computes what it should: the masked model's outputs, and no others.
+
+A model is *masked* when whatever reads the removed units is zero.  Units that nothing reads can
+leave, so the shrunk model has to give the same outputs, up to rounding.
+"""
+
+from __future__ import annotations
+
+import inspect
+import linecache
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers.pytorch_utils import Conv1D
+
+from graph.export import failing_module
+from osscar.core.errors import AdapterError, EquivalenceError
+from osscar.shrinking.attention import AnyHeads
+from osscar.shrinking.plan import PruningPlan
+
+Inputs: TypeAlias = tuple[Any, ...] | Mapping[str, Any]
+"""Positional or keyword arguments of a model's forward pass."""
+
+_FINER = {
+    torch.float32: torch.float64,
+    torch.float16: torch.float32,
+    torch.bfloat16: torch.float32,
+}
+_TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-3}
+"""Relative to the largest output: rounding alone, since products are summed in another order.
+Models round to float32 inside (normalization, rotary position) even when they run in float64, and
+thirty pruned layers amplify that a thousandfold."""
+
+
+ROWS_OF_16_BYTES = "strides should be multiple of 16 bytes"
+"""How torch's multiplication of all experts at once refuses a width."""
+
+
+def outputs(model: nn.Module, inputs: Inputs) -> Tensor:
+    """Return the logits, or the first output, of a model."""
+    return _logits(_call(model, inputs))
+
+
+@torch.no_grad()
+def _call(model: nn.Module, inputs: Inputs) -> Any:
+    if not isinstance(inputs, Mapping):
+        return model(*inputs)
+    inputs = dict(inputs)
+    if _has_cache(model):
+        # Keys and values lose their heads, so they differ in shape, as they should.
+        inputs.setdefault("use_cache", False)
+    return model(**inputs)
+
+
+def _has_cache(model: nn.Module) -> bool:
+    return "use_cache" in inspect.signature(model.forward).parameters
+
+
+def _logits(result: Any) -> Tensor:
+    output = result.logits if hasattr(result, "logits") else _comparable(result)[0]
+    assert isinstance(output, Tensor)
+    return output
+
+
+def _comparable(result: Any) -> list[Tensor]:
+    """Return the outputs that are real or complex numbers; where there are none, all of them."""
+    tensors = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
+    if not tensors:
+        raise EquivalenceError(
+            "nothing can be compared: the model puts out no tensor; let its forward return one, "
+            "or a tuple or dict of them"
+        )
+    return [tensor for tensor in tensors if _is_number(tensor)] or tensors
+
+
+def _is_number(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() or tensor.is_complex()
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Set a model to evaluation mode, and each module back to its own mode afterwards."""
+    flags = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in flags:
+            module.training = training
+
+
+@contextmanager
+def finer_precision(model: nn.Module) -> Iterator[None]:
+    """Compute in the next finer number format, in which rounding cannot hide a wrong slice.
+
+    A deep network that was pruned badly amplifies rounding a thousandfold.  Every tensor returns
+    to its own format, with the same value.
+    """
+    formats = {name: tensor.dtype for name, tensor in _tensors(model)}
+    for _, tensor in _tensors(model):
+        tensor.data = tensor.data.to(_FINER.get(tensor.dtype, tensor.dtype))
+    try:
+        yield
+    finally:
+        for name, tensor in _tensors(model):
+            tensor.data = tensor.data.to(formats.get(name, tensor.dtype))
+
+
+def _tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
+    return [*model.named_parameters(), *model.named_buffers()]
+
+
+@contextmanager
+def masked(model: nn.Module, plan: PruningPlan) -> Iterator[None]:
+    """Zero what reads the units that a plan removes, and put it back afterwards."""
+    before: list[tuple[Tensor, Tensor, int, Tensor]] = []
+    try:
+        for group in plan.groups:
+            gone = set(range(group.units)) - set(group.kept)
+            for slot in group.consumers:
+                path, _, attribute = slot.tensor.rpartition(".")
+                weight = getattr(model.get_submodule(path), attribute).detach()
+                index = torch.tensor(slot.indices(gone), device=weight.device)
+                before.append((weight, index, slot.dim, weight.index_select(slot.dim, index)))
+                weight.index_fill_(slot.dim, index, 0.0)
+        yield
+    finally:
+        for weight, index, dim, values in reversed(before):
+            weight.index_copy_(dim, index, values)
+
+
+def prove_equal(
+    masked: Iterable[Tensor], shrunk: Iterable[Tensor], *, tolerance: float | None = None
+) -> float:
+    """Compare the outputs of the masked and of the shrunk model.
+
+    Parameters
+    ----------
+    masked, shrunk
+        Outputs on the same inputs.
+    tolerance
+        Largest difference allowed, relative to the largest output; by default that of the number
+        format.
+
+    Returns
+    -------
+    float
+        Largest difference, relative to the largest output.
+
+    Raises
+    ------
+    EquivalenceError
+        If they differ by more than rounding.
+    """
+    worst, compared = 0.0, False
+    for a, b in zip(masked, shrunk, strict=True):
+        if a.shape != b.shape:
+            raise EquivalenceError(
+                f"the shrunk model puts out {tuple(b.shape)}, the masked one {tuple(a.shape)}; "
+                "a module keeps a size that did not follow: please report the architecture"
+            )
+        allowed = _TOLERANCE.get(a.dtype, 1e-4) if tolerance is None else tolerance
+        error = _difference(a, b)
+        if error is None:
+            continue
+        if not error <= allowed:
+            raise EquivalenceError(
+                f"the shrunk model's output differs from the masked one's by {error:.2e} of its "
+                f"largest value (tolerance {allowed:.0e}); nothing was written: please report "
+                "the architecture"
+            )
+        worst, compared = max(worst, error), True
+    if not compared:
+        raise EquivalenceError(
+            "nothing can be compared: every output of the model is empty, or nowhere finite; "
+            "prove it on other inputs"
+        )
+    return worst
+
+
+def _difference(a: Tensor, b: Tensor) -> float | None:
+    """Return the largest difference, relative to the largest value; None if there is no value."""
+    if not a.numel():
+        return None
+    if not _is_number(a):
+        if not torch.equal(a, b):
+            share = float((a != b).double().mean())
+            raise EquivalenceError(
+                f"the shrunk model's output is another one than the masked one's at {share:.1%} of "
+                f"its {a.dtype} entries, which have to be equal; nothing was written"
+            )
+        return 0.0
+    a, b = (t.to(torch.complex128 if t.is_complex() else torch.float64) for t in (a, b))
+    finite = torch.isfinite(a)
+    # Masks put out infinity on purpose: it has to stay where it is, and its sign, too.
+    same = torch.equal(finite, torch.isfinite(b))
+    if not same or not torch.equal(a[~finite].nan_to_num(), b[~finite].nan_to_num()):
+        raise EquivalenceError(
+            "the shrunk model's output is infinite, or not a number, at other places than the "
+            "masked one's; nothing was written: please report the architecture"
+        )
+    if not bool(finite.any()):
+        return None
+    a, b = a[finite], b[finite]
+    return float((a - b).abs().max()) / (float(a.abs().max()) or 1.0)
+
+
+# ---- modules that cannot follow ----------------------------------------------------------
+
+
+def explained(error: Exception, model: nn.Module) -> AdapterError:
+    """Say which module of a shrunk model failed, in which line, and what it keeps.
+
+    Parameters
+    ----------
+    error
+        What the forward pass of the shrunk model raised.
+    model
+        That model.
+    """
+    name = failing_module(error.__traceback__, model)
+    while name and _is_stock_layer(model.get_submodule(name)):
+        name = name.rpartition(".")[0]
+    module = model.get_submodule(name)
+    kind = _kind(module)
+    line = _failing_line(error.__traceback__, module)
+    integers = {key: value for key, value in vars(module).items() if type(value) is int}
+    named = {key: value for key, value in integers.items() if key in line} or integers
+    kept = ", ".join(f"{key} = {value}" for key, value in named.items()) or "no number"
+    reason = str(error).strip().partition("\n")[0]
+    start = f"module {name or 'the model'!r} ({kind.__name__}) cannot follow its units: {reason}"
+    if ROWS_OF_16_BYTES in reason:
+        return AdapterError(
+            f"{start}; it multiplies all experts at once, which takes only rows of whole 16 bytes: "
+            "keep a multiple of 4 units, of 8 in half precision (round_to=4 or 8)"
+        )
+    if _is_stock_layer(module):
+        return AdapterError(f"{start}, in `{line}`")
+    return AdapterError(
+        f"{start}, in `{line}`; it keeps {kept}. "
+        "In code of your own, write -1 for that size or take it from a weight; elsewhere register "
+        f'what has to change with @osscar.adapter("{kind.__module__}.{kind.__qualname__}")'
+    )
+
+
+def _kind(module: nn.Module) -> type:
+    """Return the class that a module had before its forward pass was replaced."""
+    return next(kind for kind in type(module).__mro__ if not issubclass(kind, AnyHeads))
+
+
+def _is_stock_layer(module: nn.Module) -> bool:
+    """Whether a module is a layer that many share: what calls it has the wrong number."""
+    kind = _kind(module)
+    return kind is Conv1D or kind.__module__.startswith("torch.nn.")
+
+
+def _failing_line(trace: TracebackType | None, module: nn.Module) -> str:
+    """Return the innermost line of source that ran on behalf of a module."""
+    found, inside = "", False
+    while trace is not None:
+        frame = trace.tb_frame
+        inside = inside or frame.f_locals.get("self") is module
+        if inside and "/torch/" not in frame.f_code.co_filename:
+            line = linecache.getline(frame.f_code.co_filename, trace.tb_lineno).strip()
+            found = line or found
+        trace = trace.tb_next
+    return found or "forward"
+
+
+# ---- what is compared --------------------------------------------------------------------
+
+
+def proof_outputs(model: nn.Module, inputs: Sequence[Inputs]) -> list[Tensor]:
+    """Return every output that can be compared, on every input, one after another.
+
+    These are those of floating-point or complex numbers, and where a model has none, all.  A model
+    that draws random numbers draws the same ones each time.
+
+    Raises
+    ------
+    EquivalenceError
+        If the model puts out no tensor.
+    """
+
+    def run() -> list[Tensor]:
+        return [output for one in inputs for output in _comparable(_call(model, one))]
+
+    return _without_chance(model, run)
+
+
+def cached_outputs(model: nn.Module, inputs: Inputs) -> list[Tensor]:
+    """Return the logits of a model that keeps keys and values, or a state, and has just begun.
+
+    Nothing if it keeps none, or if the inputs say whether it does.  What it keeps is no output: it
+    changes with the heads, as it should.
+    """
+    if not isinstance(inputs, Mapping) or "use_cache" in inputs or not _has_cache(model):
+        return []
+    keeping = {**inputs, "use_cache": True}
+    return _without_chance(model, lambda: [_logits(_call(model, keeping))])
+
+
+def _without_chance(model: nn.Module, run: Callable[[], list[Tensor]]) -> list[Tensor]:
+    """Run with a random generator of its own, and with noise that fits any width."""
+    devices = {p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"}
+    with torch.random.fork_rng(devices=sorted(devices)):
+        torch.manual_seed(0)
+        before = _generators(devices)
+        found = run()
+        if all(map(torch.equal, before, _generators(devices))):
+            return found
+        torch.manual_seed(0)
+        with _SteadyNoise():
+            return run()
+
+
+def _generators(devices: Iterable[int]) -> list[Tensor]:
+    return [torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in devices)]
+
+
+class _SteadyNoise(TorchDispatchMode):
+    """Draw each random tensor anew, and give all of its elements the same value.
+
+    A shrunk model draws fewer numbers than the masked one, and so others for the units that stay.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.drawn = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        options = kwargs or {}
+        if torch.Tag.nondeterministic_seeded not in func.tags:
+            return func(*args, **options)
+        self.drawn += 1
+        torch.manual_seed(self.drawn)
+        name, found = func.overloadpacket.__name__, func(*args, **options)
+        if name in {"rand", "randn", "rand_like", "randn_like", "normal_", "uniform_"}:
+            like, *others = args
+            one = like.new_empty(1) if isinstance(like, Tensor) else [1]
+            torch.manual_seed(self.drawn)
+            return found.fill_(func(one, *others, **options).item())
+        return found

@@ -1,0 +1,244 @@
+"""How modules follow when units leave: the integers that they keep, and code that bakes sizes in.
+
+Layers show the sizes of their weights (`refresh`).  Attention and feed-forward modules keep counts
+of heads and neurons under names that are common to all families (`follow`).  Modules whose code
+derives a size from something that does not change get a class of their own
+(`osscar.shrinking.attention`).  What none of this covers, a user covers with `adapter`.
+"""
+
+from __future__ import annotations
+
+import copy
+import enum
+import re
+from collections.abc import Callable, Iterable
+from typing import Any, TypeAlias, TypeVar
+
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from graph.groups import Kind, Role
+from osscar.shrinking.attention import PREPARED, REWRITTEN, leave_nested_tensors, rewritten
+from osscar.shrinking.plan import GroupPlan
+
+Adapter: TypeAlias = Callable[[Any, GroupPlan], None]
+"""Changes one module so that it works without the units that a plan removes.
+
+It is called with a module near the group's tensors after these were sliced, once for each group
+that touches it.
+"""
+
+_Function = TypeVar("_Function", bound=Adapter)
+
+_ADAPTERS: dict[str, Adapter] = {}
+
+
+def adapter(*classes: type[nn.Module] | str) -> Callable[[_Function], _Function]:
+    """Register the decorated function as the adapter of some module classes.
+
+    It takes the place of what is done for modules in general.
+
+    Parameters
+    ----------
+    classes
+        Classes, or their full names such as ``"package.module.Attention"``, which spare an import.
+        Subclasses are covered too.
+
+    Examples
+    --------
+    >>> import osscar
+    >>> @osscar.adapter("mylib.blocks.Attention")
+    ... def follow(module, group):
+    ...     if group.kind == "heads":
+    ...         module.h = group.scaled(module.h)
+    """
+
+    def register(function: _Function) -> _Function:
+        for kind in classes:
+            _ADAPTERS[kind if isinstance(kind, str) else _full_name(kind)] = function
+        return function
+
+    return register
+
+
+def prepare(model: nn.Module) -> None:
+    """Replace, in place, code that makes numbers for a fixed count of heads by a table of them.
+
+    Call it before a model is traced: a table is sliced with the heads, code is not.  What the model
+    computes stays the same.
+    """
+    for module in model.modules():
+        rewritten(module, PREPARED)
+
+
+def mend(model: nn.Module, group: GroupPlan) -> None:
+    """Let every module near a group follow; the tensors are sliced already.
+
+    Parameters
+    ----------
+    model
+        Changed in place.
+    group
+        One of the groups that were sliced.
+    """
+    leave_nested_tensors(model, group)
+    for name in nearby(model, group):
+        module = model.get_submodule(name)
+        found = _find(module)
+        if found is not None:
+            found(module, group)
+        else:
+            follow(module, group)
+            rewritten(module, REWRITTEN, group)
+
+
+def nearby(model: nn.Module, group: GroupPlan) -> list[str]:
+    """Return the modules that hold or use a group's tensors, and those around its layers.
+
+    What lies around an attention or a block is not near: it may hold several of them.
+    """
+    inner = [name for slot in group.slots for name in (slot.module, slot.tensor.rpartition(".")[0])]
+    layers = [name for name in inner if not any(model.get_submodule(name).children())]
+    return list(dict.fromkeys((*inner, *(name.rpartition(".")[0] for name in layers))))
+
+
+def _find(module: nn.Module) -> Adapter | None:
+    names = (_full_name(kind) for kind in type(module).__mro__)
+    return next((_ADAPTERS[name] for name in names if name in _ADAPTERS), None)
+
+
+def _full_name(kind: type) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
+# ---- counts of heads and neurons ---------------------------------------------------------
+
+
+class _Meaning(enum.Enum):
+    """What an integer of a module counts."""
+
+    HEADS = "query heads, or heads of any sort"
+    KEY_HEADS = "heads of keys and values"
+    SHARING = "query heads that share a key head"
+    WIDTH = "features of all heads together"
+    NEURONS = "neurons"
+
+
+_NAMES = {
+    _Meaning.HEADS: r"(num_|n_)?(attention_|attn_|query_|q_)?heads?|nhead|num_(local_)?heads",
+    _Meaning.KEY_HEADS: r"(num_|n_)?(key_value|kv)(_heads?)?|num_(local_)?key_value_heads",
+    _Meaning.SHARING: r"num_key_value_groups|num_queries_per_kv|n_rep|kv_groups",
+    _Meaning.WIDTH: r"all_head_size|inner_dim|split_size|attn_dim|qkv_dim",
+    _Meaning.NEURONS: r"(moe_)?intermediate_(size|dim)|ffn_(dim|hidden_size)|d_ff|inner_dim|"
+    r"mlp_dim|expert_dim|dim_feedforward|hidden_features",
+}
+"""The names by which model families know them.  A name alone decides nothing: the value has to be
+what the group says that it was."""
+
+_OF_KIND = {
+    Kind.HEADS: (_Meaning.HEADS, _Meaning.KEY_HEADS, _Meaning.SHARING, _Meaning.WIDTH),
+    Kind.NEURONS: (_Meaning.NEURONS,),
+}
+
+
+def follow(module: object, group: GroupPlan) -> None:
+    """Update the integers of a module, or of a config, that count the units of a group."""
+    for name, value in list(vars(module).items()):
+        if type(value) is int:
+            for meaning in _OF_KIND.get(group.kind, ()):
+                if re.fullmatch(_NAMES[meaning], name) and _fits(meaning, value, group):
+                    setattr(module, name, group.scaled(value))
+                    break
+
+
+def _fits(meaning: _Meaning, value: int, group: GroupPlan) -> bool:
+    """Whether a value is what the group would call it, and changes with the group."""
+    sizes = {slot.units * slot.width for slot in group.slots}
+    if meaning is _Meaning.WIDTH:
+        return value in sizes
+    if meaning is _Meaning.NEURONS:
+        return value == group.units
+    widths = {slot.inner for slot in group.slots if slot.role is Role.PRODUCER}
+    queries = max(widths, default=1) // min(widths, default=1)
+    if meaning is _Meaning.SHARING:
+        # Where units are key heads, each keeps its query heads.
+        return value == group.units and queries != value
+    return value % group.units == 0
+
+
+@adapter("transformers.models.phi3.modeling_phi3.Phi3Attention")
+def _follow_in_config(module: Any, group: GroupPlan) -> None:
+    """Give a module that reads head counts from the model's config a config of its own."""
+    if group.kind is Kind.HEADS:
+        module.config = copy.copy(module.config)
+        follow(module.config, group)
+    follow(module, group)
+
+
+# ---- layers ------------------------------------------------------------------------------
+
+
+def refresh(modules: Iterable[nn.Module]) -> None:
+    """Set the sizes that layers show to those of their tensors."""
+    for module in modules:
+        for kind, sizes in _LAYERS.items():
+            if isinstance(module, kind):
+                for name, value in sizes(module).items():
+                    setattr(module, name, value)
+
+
+def _weight(layer: Any) -> Tensor:
+    """Return a layer's weight, or what a hook of `torch.nn.utils` computes it from.
+
+    Until the next forward pass, `weight` itself is what was computed before.
+    """
+    stored = (layer._parameters.get(f"weight{suffix}") for suffix in ("_v", "_orig"))
+    found: Tensor = next((tensor for tensor in stored if tensor is not None), layer.weight)
+    return found
+
+
+def _convolution(layer: Any) -> dict[str, Any]:
+    """Return channels; groups follow in `slice`, which knows which of them were cut."""
+    first, second = _weight(layer).shape[:2]
+    if layer.transposed:
+        return {"in_channels": first, "out_channels": second * layer.groups}
+    return {"in_channels": second * layer.groups, "out_channels": first}
+
+
+def _channels(layer: Any) -> int:
+    tensor = layer.weight if layer.weight is not None else layer.running_mean
+    return layer.num_features if tensor is None else int(tensor.shape[0])
+
+
+def _group_norm(layer: Any) -> dict[str, Any]:
+    if layer.weight is None:
+        return {}
+    members = layer.num_channels // layer.num_groups  # only whole groups can leave
+    channels = layer.weight.shape[0]
+    return {"num_channels": channels, "num_groups": channels // members}
+
+
+def _shape_of_weight(layer: Any) -> dict[str, Any]:
+    return {} if layer.weight is None else {"normalized_shape": tuple(layer.weight.shape)}
+
+
+_LAYERS: dict[type[nn.Module], Callable[[Any], dict[str, Any]]] = {
+    nn.Linear: lambda m: {"out_features": _weight(m).shape[0], "in_features": _weight(m).shape[1]},
+    Conv1D: lambda m: {"nx": m.weight.shape[0], "nf": m.weight.shape[1]},
+    nn.modules.conv._ConvNd: _convolution,
+    nn.modules.batchnorm._NormBase: lambda m: {"num_features": _channels(m)},
+    nn.GroupNorm: _group_norm,
+    nn.LayerNorm: _shape_of_weight,
+    nn.RMSNorm: _shape_of_weight,
+    nn.Embedding: lambda m: {
+        "num_embeddings": m.weight.shape[0],
+        "embedding_dim": m.weight.shape[1],
+    },
+    nn.PReLU: lambda m: {"num_parameters": m.weight.shape[0]},
+    nn.Bilinear: lambda m: {
+        "out_features": m.weight.shape[0],
+        "in1_features": m.weight.shape[1],
+        "in2_features": m.weight.shape[2],
+    },
+}
+"""For each class of layers, its sizes from its tensors."""

@@ -1,0 +1,244 @@
+"""Physical removal: slice what the units own, and let the modules around it follow.
+
+That the result is right is proved, not assumed: see `osscar.shrinking.equivalence`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from graph.groups import Role, Slot
+from osscar.core.errors import ModelError
+from osscar.shrinking.follow import mend, prepare, refresh
+from osscar.shrinking.plan import GroupPlan, PruningPlan
+
+HISTORY = "osscar_plans"
+"""The attribute of a shrunk model that lists the plans applied to it, oldest first."""
+
+
+def shrink(model: nn.Module, plan: PruningPlan) -> None:
+    """Remove from `model`, in place, every unit that the plan does not keep.
+
+    Tied parameters stay tied.
+
+    Parameters
+    ----------
+    model
+        The model, on any device, also on ``meta``.
+    plan
+        What stays.
+
+    Raises
+    ------
+    ModelError
+        If a tensor of the plan does not exist or has another size, or if tied tensors would be
+        cut in different ways.  Whatever the error, the model is as it was before.
+    """
+    with restored_on_error(model):
+        prepare(model)
+        cuts = _merged_cuts(model, plan)
+        for cut in cuts:
+            cut.apply()
+        refresh(dict.fromkeys(module for cut in cuts for module in cut.holders))
+        for group in plan.groups:
+            mend(model, group)
+        for integer in plan.integers:
+            setattr(model.get_submodule(integer.module), integer.attribute, integer.value)
+        setattr(model, HISTORY, (*getattr(model, HISTORY, ()), plan))
+
+
+def context_length(model: nn.Module) -> int | None:
+    """Return the most tokens that a model takes at once, or None where its config tells nothing."""
+    length = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    return length if isinstance(length, int) else None
+
+
+@contextmanager
+def restored_on_error(model: nn.Module) -> Iterator[None]:
+    """Give every module of a model its class, attributes and tensors back if the block fails."""
+    before = _snapshot(model)
+    try:
+        yield
+    except BaseException:
+        _restore(before)
+        raise
+
+
+@contextmanager
+def restored(model: nn.Module) -> Iterator[None]:
+    """Give every module of a model its class, attributes and tensors back after the block."""
+    before = _snapshot(model)
+    try:
+        yield
+    finally:
+        _restore(before)
+
+
+_Snapshot: TypeAlias = list[tuple[nn.Module, type[nn.Module], dict[str, Any]]]
+
+
+def _snapshot(model: nn.Module) -> _Snapshot:
+    return [
+        (module, type(module), {name: _kept(name, value) for name, value in vars(module).items()})
+        for module in model.modules()
+    ]
+
+
+def _restore(before: _Snapshot) -> None:
+    for module, kind, attributes in before:
+        module.__class__ = kind
+        vars(module).clear()
+        vars(module).update(attributes)
+
+
+_TABLES = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
+"""What a module keeps tensors and modules in, and changes in place."""
+
+
+def _kept(name: str, value: Any) -> Any:
+    return value.copy() if name in _TABLES else value
+
+
+# ---- tensors -----------------------------------------------------------------------------
+
+_Storage: TypeAlias = tuple[Any, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class _Cut:
+    """One tensor and what stays of it.
+
+    Parameters
+    ----------
+    tensor
+        The tensor before.
+    keep
+        For each dimension that is cut, the indices that stay, (n,) int64 in ascending order.
+    passing
+        Which rows of the tensor stay as far as units pass through them, (rows,) bool; None if none
+        do.
+    places
+        Where modules hold this tensor, or one that shares its memory.
+    """
+
+    tensor: Tensor
+    keep: Mapping[int, Tensor]
+    passing: Tensor | None
+    places: tuple[tuple[nn.Module, dict[str, Any], str], ...]
+
+    @property
+    def holders(self) -> list[nn.Module]:
+        """The modules that hold the tensor."""
+        return [module for module, _, _ in self.places]
+
+    def apply(self) -> None:
+        """Put the smaller tensor wherever the old one was; tied ones become one."""
+        new = self.tensor.detach()
+        for dim, indices in self.keep.items():
+            new = new.index_select(dim, indices.to(new.device))
+        new = new.contiguous()
+        if isinstance(self.tensor, nn.Parameter):
+            new = nn.Parameter(new, requires_grad=self.tensor.requires_grad)
+        for module, store, attribute in self.places:
+            store[attribute] = new
+            if attribute == "weight" and isinstance(module, nn.modules.conv._ConvNd):
+                self._leave_groups(module)
+
+    def _leave_groups(self, convolution: nn.modules.conv._ConvNd) -> None:
+        """Count the groups of a convolution that still have a filter.
+
+        Units also pass through the rows of a weight that is scaled or standardized before it is
+        used; these are no groups, unless all rows of one go.
+        """
+        if self.passing is not None and convolution.groups > 1:
+            by_group = self.passing.view(convolution.groups, -1)
+            convolution.groups = int(by_group.any(1).sum())
+
+
+def _merged_cuts(model: nn.Module, plan: PruningPlan) -> list[_Cut]:
+    """Check a plan against a model, and collect what happens to each tensor."""
+    places = _places(model)
+    stays: dict[_Storage, dict[int, Tensor]] = {}
+    passing: dict[_Storage, Tensor] = {}
+    tensors: dict[_Storage, Tensor] = {}
+    for group in plan.groups:
+        for slot in group.slots:
+            tensor = _checked_tensor(model, group, slot)
+            key = _identity(tensor)
+            tensors[key] = tensor
+            fates = stays.setdefault(key, {})
+            if slot.dim not in fates:
+                fates[slot.dim] = torch.full((tensor.shape[slot.dim],), _UNDECIDED)
+            _decide(fates[slot.dim], group, slot)
+            if slot.role is Role.PASS_THROUGH and slot.dim == 0:
+                passing.setdefault(key, torch.full((tensor.shape[0],), _UNDECIDED))
+                _decide(passing[key], group, slot)
+    return [
+        _Cut(
+            tensor,
+            {dim: (fate != _GOES).nonzero().flatten() for dim, fate in stays[key].items()},
+            passing[key] != _GOES if key in passing else None,
+            tuple(places[key]),
+        )
+        for key, tensor in tensors.items()
+    ]
+
+
+_UNDECIDED, _STAYS, _GOES = -1, 1, 0
+
+
+def _decide(fate: Tensor, group: GroupPlan, slot: Slot) -> None:
+    """Note which indices of a dimension stay and which go, or refuse two opinions."""
+    gone = set(range(group.units)) - set(group.kept)
+    for units, decision in ((group.kept, _STAYS), (gone, _GOES)):
+        index = torch.tensor(slot.indices(units), dtype=torch.int64)
+        if bool((fate[index] == (_STAYS + _GOES - decision)).any()):
+            raise ModelError(
+                f"group {group.name!r} and another one cut dimension {slot.dim} of "
+                f"{slot.tensor!r}, or of a tensor tied to it, in different ways; prune them "
+                "alike, or untie them first"
+            )
+        fate[index] = decision
+
+
+def _places(model: nn.Module) -> dict[_Storage, list[tuple[nn.Module, dict[str, Any], str]]]:
+    found: dict[_Storage, list[tuple[nn.Module, dict[str, Any], str]]] = {}
+    for module in model.modules():
+        stores: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+        for store in stores:
+            for attribute, tensor in store.items():
+                if tensor is not None:
+                    found.setdefault(_identity(tensor), []).append((module, store, attribute))
+    return found
+
+
+def _identity(tensor: Tensor) -> _Storage:
+    """Return a key that tied tensors share: those that are views of the same memory, too."""
+    memory = tensor.untyped_storage()._cdata
+    return memory, tensor.storage_offset(), tuple(tensor.shape), tensor.stride()
+
+
+def _checked_tensor(model: nn.Module, group: GroupPlan, slot: Slot) -> Tensor:
+    path, _, attribute = slot.tensor.rpartition(".")
+    try:
+        tensor = getattr(model.get_submodule(path), attribute)
+        size = tensor.shape[slot.dim]
+    except (AttributeError, IndexError) as error:
+        raise ModelError(
+            f"group {group.name!r}: no {slot.tensor!r} of {slot.dim + 1} "
+            "dimensions in this model; the plan is for another"
+        ) from error
+    last = slot.offset + slot.outer * slot.units * slot.inner
+    if slot.units != group.units or last > size:
+        raise ModelError(
+            f"group {group.name!r}: {slot.tensor!r} has {size} entries along dimension "
+            f"{slot.dim} and the plan needs {last}; the plan is for another model"
+        )
+    assert isinstance(tensor, Tensor)
+    return tensor

@@ -1,0 +1,1 @@
+"""Optimality-gap studies: a directory of problems and records."""

@@ -1,0 +1,343 @@
+"""The optimality-gap study: every problem, at every sparsity, by every backend, one row each.
+
+A study is a directory.  Problems lie in it as files that anyone can solve again, and each answer is
+written as a small file of its own as soon as it is known, so that a killed study loses no more than
+the solves in flight and goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import re
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+
+import solvers
+from osscar.core.errors import OptionError, StudyError
+from osscar.core.lock import LOCK_FILE, hold
+from osscar.core.progress import stage
+from osscar.study.design import StudyDesign, is_count
+from osscar.study.jobs import (
+    ROWS,
+    Task,
+    affordable_jobs,
+    digest,
+    load_problem,
+    solve_all,
+    solve_task,
+)
+from osscar.study.records import (
+    PARTIAL,
+    WINDOW,
+    Instance,
+    Row,
+    from_json,
+    read_json,
+    window_name,
+    write_csv,
+    write_json,
+)
+from solvers.windows import borderline_window, random_window, window_problem
+
+SETTINGS_FILE = "study.json"
+RESULTS_FILE = "results.csv"
+_PROBLEMS = "problems"
+_SUFFIX = ".safetensors"
+_READABLE_NAME = 80
+"""Characters of a problem's name that go into the name of its file."""
+
+_INCUMBENT = "local_search"
+"""Whose answer the units outside a window are held at."""
+
+
+class Study:
+    """A directory of problems and rows.
+
+    Parameters
+    ----------
+    directory
+        Where it lies; `capture` makes it.
+    source
+        Where the problems come from, in full: whoever goes on with a study must ask for the same.
+
+    Raises
+    ------
+    StudyError
+        If the directory holds something else, or a study of other problems.
+    """
+
+    def __init__(self, directory: Path, source: Mapping[str, Any]) -> None:
+        self.directory = directory
+        self.source = dict(source)
+        self._settings = directory / SETTINGS_FILE
+        self._made = self._held = False
+        try:
+            if directory.is_file():
+                raise StudyError(f"{directory} is a file and holds no study; give another --out")
+            there = {path.name for path in directory.iterdir()} if directory.exists() else set()
+        except OSError as error:
+            raise StudyError(f"cannot look into {directory}: {error.strerror}") from error
+        if SETTINGS_FILE in there:
+            self._check_same()
+        elif there - {LOCK_FILE} and LOCK_FILE not in there:
+            raise StudyError(f"{directory} is not empty and holds no study; give another --out")
+
+    @property
+    def instances(self) -> tuple[Instance, ...]:
+        """The captured problems, none before `capture` has finished; windows are not listed."""
+        return self._instances_of("instances")
+
+    @property
+    def trivial(self) -> tuple[Instance, ...]:
+        """Those captured problems in which there is nothing to choose: they have one unit."""
+        return tuple(instance for instance in self.instances if instance.units == 1)
+
+    def affordable_jobs(self) -> int:
+        """Return how many processes may solve at once: as many as cores, if memory allows."""
+        files = [self.directory / instance.file for instance in self.instances]
+        try:
+            return affordable_jobs(max((file.stat().st_size for file in files), default=0))
+        except OSError as error:
+            raise StudyError(f"cannot read {error.filename}: {error.strerror}") from error
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep all other processes from writing to the directory while the block runs.
+
+        `capture` and `run` lock for themselves; lock around them to do several things as one.  A
+        directory that was made for this, and into which nothing was captured, goes again.
+
+        Raises
+        ------
+        StudyError
+            If another process is at work there, or the directory cannot be written.
+        """
+        if self._held:
+            yield
+            return
+        self._make_directory()
+        with hold(self.directory):
+            self._held = True
+            try:
+                if self._settings.exists():
+                    self._check_same()
+                yield
+            finally:
+                self._held = False
+                if self._made and not self._settings.exists():
+                    shutil.rmtree(self.directory, ignore_errors=True)
+
+    def capture(self, problems: Iterable[tuple[str, solvers.SubsetProblem]]) -> None:
+        """Write the problems, given with their kinds; a new directory goes again if that fails.
+
+        Raises
+        ------
+        StudyError
+            If there is none, or two have one name, or none leaves a choice.
+        """
+        with self.locked():
+            self._write_settings((), ())
+            try:
+                self._capture(problems)
+            except BaseException:
+                if self._made:
+                    self._settings.unlink()  # so that the directory goes
+                raise
+
+    def _capture(self, problems: Iterable[tuple[str, solvers.SubsetProblem]]) -> None:
+        self._make_parts()
+        instances: dict[str, Instance] = {}
+        for kind, problem in problems:
+            if problem.name in instances:
+                raise StudyError(f"two problems are called {problem.name!r}; rename one")
+            instances[problem.name] = self._write_problem(kind, problem)
+        if not instances:
+            raise StudyError("there is no problem to study")
+        if all(instance.units == 1 for instance in instances.values()):
+            raise StudyError(
+                f"there is nothing to choose in {', '.join(instances)}: a problem of one unit has "
+                "one support; give problems of at least 2 units"
+            )
+        self._write_settings(tuple(instances.values()), ())
+
+    def _make_directory(self) -> None:
+        try:
+            self.directory.mkdir(parents=True)
+            self._made = True
+        except FileExistsError:
+            return  # what it holds has been looked at
+        except OSError as error:
+            raise StudyError(f"cannot write {self.directory}: {error.strerror}") from error
+
+    def _make_parts(self) -> None:
+        """Make the directories in the directory, and remove what a killed study was writing."""
+        try:
+            for name in (_PROBLEMS, ROWS):
+                (self.directory / name).mkdir(exist_ok=True)
+                for partial in (self.directory / name).glob(f"*{PARTIAL}"):
+                    partial.unlink()
+        except OSError as error:
+            raise StudyError(f"cannot write {error.filename}: {error.strerror}") from error
+
+    def run(self, design: StudyDesign, jobs: int = 1) -> tuple[Row, ...]:
+        """Solve what has not been solved yet, and return all rows of the design.
+
+        Parameters
+        ----------
+        design
+            What to solve.
+        jobs
+            Processes at once; the cores are shared out evenly among them.
+
+        Raises
+        ------
+        OptionError
+            If `jobs` is not positive.
+        StudyError
+            If nothing has been captured, a file of the study is damaged or has been replaced,
+            another process is at work in the directory, or a worker was killed; what was solved
+            until then is kept.
+        """
+        if not is_count(jobs, 1):
+            raise OptionError(f"jobs is {jobs!r}; give at least 1")
+        with self.locked():
+            layers = [instance for instance in self.instances if instance.units > 1]
+            if not layers:
+                raise StudyError(f"{self.directory} holds no problem yet; capture some first")
+            self._make_parts()
+            tasks = [task for layer in layers for task in self._tasks(design, layer)]
+            rows = self._solve_all(tasks, jobs)
+            if design.window_units is not None:
+                large = [layer for layer in layers if layer.units > design.window_units]
+                tasks = [task for layer in large for task in self._window_tasks(design, layer)]
+                rows += self._solve_all(tasks, jobs)
+            write_csv(self.directory / RESULTS_FILE, rows)
+        return tuple(rows)
+
+    def _tasks(self, design: StudyDesign, layer: Instance) -> Iterator[Task]:
+        for keep, sparsities in design.keeps(layer.units).items():
+            yield from self._tasks_at(design, layer, keep, sparsities)
+
+    def _tasks_at(
+        self, design: StudyDesign, instance: Instance, keep: int, sparsities: tuple[float, ...]
+    ) -> Iterator[Task]:
+        for name in design.backends:
+            backend = solvers.backend_class(name)
+            if backend.kind is solvers.Kind.EXACT and instance.units > design.exact_units:
+                continue
+            known = {f.name for f in dataclasses.fields(cast(Any, backend))}
+            limits = {
+                "time_limit": float(design.time_limit),
+                "gap_tolerance": float(design.gap_tolerance),
+            }
+            exact = backend.kind is solvers.Kind.EXACT
+            options = {k: v for k, v in limits.items() if exact and k in known}
+            yield Task(self.directory, instance, keep, sparsities, name, options)
+
+    def _window_tasks(self, design: StudyDesign, layer: Instance) -> Iterator[Task]:
+        """Draw windows around the incumbent of each sparsity; the first holds its borderline."""
+        assert design.window_units is not None
+        for keep, sparsities in design.keeps(layer.units).items():
+            generator = torch.Generator().manual_seed(design.seed)
+            incumbent = solve_task(Task(self.directory, layer, keep, sparsities, _INCUMBENT))
+            if incumbent.error:
+                continue
+            support = torch.tensor(incumbent.support)
+            for index in range(design.windows):
+                name = window_name(layer.name, keep, design.window_units, design.seed, index)
+                whole = load_problem(self.directory, layer).with_keep(keep)
+                units = (
+                    random_window(whole, support, design.window_units, generator)
+                    if index
+                    else borderline_window(whole, support, design.window_units)
+                )
+                part = dataclasses.replace(window_problem(whole, support, units), name=name)
+                yield from self._tasks_at(design, self._window(part), part.keep, sparsities)
+
+    def _window(self, problem: solvers.SubsetProblem) -> Instance:
+        """Return a window of the study, which is written when it is drawn for the first time."""
+        windows = self._instances_of("windows")
+        for window in windows:
+            if window.name == problem.name:
+                return window
+        window = self._write_problem(WINDOW, problem)
+        self._write_settings(self.instances, (*windows, window))
+        return window
+
+    def _write_problem(self, kind: str, problem: solvers.SubsetProblem) -> Instance:
+        if not problem.name.isprintable():
+            raise StudyError(f"a problem is called {problem.name!r}; give it a name in plain text")
+        file = f"{_PROBLEMS}/{_file_name(problem.name)}{_SUFFIX}"
+        path = self.directory / file
+        problem.save(path)
+        try:
+            sha256 = digest(path)
+        except OSError as error:
+            raise StudyError(f"cannot read {path}: {error.strerror}") from error
+        return Instance(problem.name, kind, file, problem.units, problem.width, sha256)
+
+    def _solve_all(self, tasks: Sequence[Task], jobs: int) -> list[Row]:
+        rows = {task.file: row for task in tasks if (row := task.read()) is not None}
+        pending = [task for task in tasks if task.file not in rows]
+        with stage("solving", total=len(pending)) as bar:
+            for task, row in solve_all(pending, jobs):
+                rows[task.file] = row
+                bar.advance()
+        return [rows[task.file] for task in tasks]
+
+    def _check_same(self) -> None:
+        before = self._read_settings()["source"]
+        if before == json.loads(json.dumps(self.source)):
+            return
+        changed = sorted(k for k in before | self.source if before.get(k) != self.source.get(k))
+        raise StudyError(
+            f"{self.directory} holds a study of other problems ({', '.join(changed)} differ); "
+            "ask for the same, or give another --out"
+        )
+
+    def _instances_of(self, part: str) -> tuple[Instance, ...]:
+        return tuple(self._read_settings()[part]) if self._settings.exists() else ()
+
+    def _read_settings(self) -> dict[str, Any]:
+        """Return the source, and the instances and windows as `Instance`."""
+        try:
+            settings = read_json(self._settings)
+            if not isinstance(settings, dict) or not isinstance(settings.get("source"), dict):
+                raise ValueError("it names no source")
+            for part in ("instances", "windows"):
+                if not isinstance(settings.get(part), list):
+                    raise ValueError(f"it has no list of {part}")
+                settings[part] = [_instance(entry) for entry in settings[part]]
+        except (OSError, ValueError) as error:
+            raise StudyError(
+                f"{self._settings} is not a study's settings: {error}; give another --out"
+            ) from error
+        return settings
+
+    def _write_settings(self, instances: Sequence[Instance], windows: Sequence[Instance]) -> None:
+        content = {
+            "source": self.source,
+            "instances": [dataclasses.asdict(instance) for instance in instances],
+            "windows": [dataclasses.asdict(window) for window in windows],
+        }
+        write_json(self._settings, content)
+
+
+def _instance(entry: object) -> Instance:
+    instance = from_json(Instance, entry)
+    if instance.units < 1 or instance.file != f"{_PROBLEMS}/{_file_name(instance.name)}{_SUFFIX}":
+        raise ValueError(f"{instance.name!r} is not a problem of it")
+    return instance
+
+
+def _file_name(name: str) -> str:
+    """Return a name for a file: what can be read of `name`, and what tells it from all others."""
+    readable = re.sub(r"[^A-Za-z0-9_.-]+", "-", name)[:_READABLE_NAME].strip("-.") or "problem"
+    return f"{readable}-{hashlib.sha256(name.encode()).hexdigest()[:10]}"

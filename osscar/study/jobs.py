@@ -1,0 +1,323 @@
+"""The solves of a study, in this process or in several, each written as soon as it is known."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import lru_cache
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import solvers
+from osscar.core.errors import StudyError
+from osscar.study.records import Instance, Row, read_row, write_json
+
+ROWS = "rows"
+"""The part of a study's directory that holds one file a row."""
+
+_ASKED = ("instance", "kind", "file", "units", "width", "keep", "backend", "options")
+"""The fields of a row that its task decides, and that do not change as a study is extended."""
+
+_COPIES = 12
+"""How many times the size of its file a problem takes, with what solvers make of it."""
+
+_PROCESS_BYTES = 400 * 2**20
+"""What a process takes before it has read a problem."""
+
+_SMALL_UNITS = 16
+_START_SECONDS = 3.0
+"""Problems of so few units are solved in this process for about as long as it takes to start
+others: many a study ends before they would be there."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """One solve that is to be made.
+
+    Parameters
+    ----------
+    directory
+        The study's directory.
+    instance
+        The problem.
+    keep, sparsities
+        How many units stay, and the shares to remove that this came from.
+    backend, options
+        Who is to solve it, and how.
+    """
+
+    directory: Path
+    instance: Instance
+    keep: int
+    sparsities: tuple[float, ...]
+    backend: str
+    options: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def file(self) -> Path:
+        """Where its row goes: the name depends on what the problem is, not only on its name."""
+        instance = self.instance
+        options = sorted(self.options.items())
+        key = (instance.name, instance.sha256, self.keep, self.backend, options)
+        digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:20]
+        return self.directory / ROWS / f"{digest}.json"
+
+    @property
+    def asked(self) -> Row:
+        """Its row, with nothing answered."""
+        instance = self.instance
+        return Row(
+            instance=instance.name,
+            kind=instance.kind,
+            file=instance.file,
+            units=instance.units,
+            width=instance.width,
+            keep=self.keep,
+            sparsity=self.sparsities[0],
+            sparsities=self.sparsities,
+            backend=self.backend,
+            options=self.options,
+        )
+
+    def read(self) -> Row | None:
+        """Return its row, or None where it has not been solved.
+
+        Raises
+        ------
+        StudyError
+            If the file is not its row.
+        """
+        if not self.file.exists():
+            return None
+        row, asked = read_row(self.file), self.asked
+        for name in _ASKED:
+            if getattr(row, name) != getattr(asked, name):
+                raise StudyError(
+                    f"{self.file} is the row of another solve: {name} is {getattr(row, name)!r}, "
+                    f"not {getattr(asked, name)!r}; delete it"
+                )
+        # The shares are those asked for today: the same `keep` may have come from another then.
+        return dataclasses.replace(row, sparsity=asked.sparsity, sparsities=asked.sparsities)
+
+
+def affordable_jobs(largest: int) -> int:
+    """Return how many processes may solve at once: one a core, in half of the memory at most.
+
+    One thread each beats one process with all threads: most steps of a solve are too small to
+    share, and on two cores a study took 0.55 of the time.
+
+    Parameters
+    ----------
+    largest
+        Bytes of the largest problem file.
+    """
+    try:
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):  # not on every platform
+        return 1
+    fitting = memory // 2 // (_PROCESS_BYTES + _COPIES * largest)
+    return max(1, min(cores(), fitting))
+
+
+def cores() -> int:
+    """Return how many cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def solve_all(tasks: Sequence[Task], jobs: int) -> Iterator[tuple[Task, Row]]:
+    """Solve all tasks and give the rows as they come.
+
+    Parameters
+    ----------
+    tasks
+        What to solve.
+    jobs
+        Processes at once; 1 is this one. The cores are shared out evenly.
+
+    Raises
+    ------
+    StudyError
+        If a worker was killed, or a problem file is not what it was.
+    BackendError
+        If a backend cannot run here.
+    """
+    if jobs == 1:
+        for task in tasks:
+            yield task, solve_task(task)
+        return
+    threads = max(1, cores() // jobs)
+    left = list(tasks)
+    end = time.monotonic() + _START_SECONDS
+    for task in [task for task in tasks if task.instance.units <= _SMALL_UNITS]:
+        if time.monotonic() < end:
+            with _threads(threads):
+                row = solve_task(task)
+            left.remove(task)
+            yield task, row
+    if left:
+        yield from _solve_in_pool(left, min(jobs, len(left)), threads)
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    """Solve with as many threads as the workers have, so that times compare."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _solve_in_pool(tasks: Sequence[Task], jobs: int, threads: int) -> Iterator[tuple[Task, Row]]:
+    context = multiprocessing.get_context("spawn")
+    last_word, alive = context.Pipe(duplex=False)
+    pool = ProcessPoolExecutor(
+        jobs, context, initializer=_start_worker, initargs=(threads, last_word)
+    )
+    try:
+        with _interrupts_are_ours():
+            futures: dict[Future[Row], Task] = {pool.submit(solve_task, t): t for t in tasks}
+        for future in as_completed(futures):
+            yield futures[future], future.result()
+    except BrokenProcessPool as error:
+        raise StudyError(
+            "a worker was killed, perhaps for want of memory; what it had solved is kept: "
+            "give the same command again, with fewer --jobs"
+        ) from error
+    finally:
+        alive.close()  # workers end at once, whatever they are at
+        pool.shutdown(cancel_futures=True)
+        last_word.close()
+
+
+@contextmanager
+def _interrupts_are_ours() -> Iterator[None]:
+    """Let the processes that start here ignore Ctrl-C, which a terminal sends to them as well."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _start_worker(threads: int, last_word: Connection) -> None:
+    """Share out the cores, and end with the pool, even where the parent could not say goodbye."""
+    torch.set_num_threads(threads)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def follow() -> None:
+        wait([parent.sentinel, last_word])
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
+
+
+def solve_task(task: Task) -> Row:
+    """Solve and verify one row, unless it is there already, and write it.
+
+    What a backend cannot take is a row with an error.  So is what went wrong in a solve, but that
+    row is not written: the next run tries again, perhaps with a licence, or with a defect mended.
+
+    Raises
+    ------
+    StudyError
+        If the problem file is not what it was.
+    BackendError
+        If the backend cannot run here.
+    """
+    done = task.read()
+    if done is not None:
+        return done
+    problem = load_problem(task.directory, task.instance).with_keep(task.keep)
+    backend = solvers.make_backend(task.backend, **task.options)
+    refusal = backend.capabilities.refusal(problem)
+    if refusal is not None:
+        row = dataclasses.replace(task.asked, error=f"{task.backend} {refusal}")
+    else:
+        try:
+            row = _answered(task.asked, solvers.solve(problem, task.backend, options=task.options))
+        except solvers.ProblemError as error:
+            row = dataclasses.replace(task.asked, error=str(error))
+        except solvers.SolverError as error:
+            return dataclasses.replace(task.asked, error=str(error))
+    write_json(task.file, dataclasses.asdict(row))
+    return row
+
+
+def _answered(asked: Row, solution: solvers.Solution) -> Row:
+    verified = solution.verify()
+    scale = solution.problem.scale or 1.0
+    bound = _or_none(solution.lower_bound)
+    return dataclasses.replace(
+        asked,
+        status=solution.status.name,
+        loss=verified.loss,
+        relative_loss=verified.loss / scale,
+        lower_bound=bound,
+        relative_bound=None if bound is None else bound / scale,
+        bound_from=solution.bound_from,
+        recomputed_bound=_or_none(verified.lower_bound),
+        gap=None if bound is None else solution.gap,
+        iterations=solution.iterations,
+        seconds=solution.seconds,
+        support=tuple(solution.support.tolist()),
+    )
+
+
+def _or_none(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def load_problem(directory: Path, instance: Instance) -> solvers.SubsetProblem:
+    """Read a problem of a study; the last one stays in memory, since rows come problem by problem.
+
+    Raises
+    ------
+    StudyError
+        If the file is not the one that the study was made with.
+    """
+    path = directory / instance.file
+    try:
+        state = path.stat()
+        return _load(path, state.st_mtime_ns, state.st_size, instance.sha256)
+    except OSError as error:
+        raise StudyError(f"cannot read the problem file {path}: {error.strerror}") from error
+
+
+@lru_cache(maxsize=1)
+def _load(path: Path, mtime_ns: int, size: int, sha256: str) -> solvers.SubsetProblem:
+    """Read a problem file; time and size are there to tell when it has been replaced."""
+    if digest(path) != sha256:
+        raise StudyError(
+            f"{path} is not the problem that the study was made with; put that file back, or "
+            "start a new study in another --out"
+        )
+    return solvers.SubsetProblem.load(path)
+
+
+def digest(path: Path) -> str:
+    """Return the sha256 of a file, read piece by piece."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
