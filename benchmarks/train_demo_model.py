@@ -26,7 +26,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from transformers import OPTConfig, OPTForCausalLM, PreTrainedTokenizerFast
 
-from osscar.data import topics
+from osscar.data import prose as topics
 from osscar.data.prose import Part, builtin_text, split_paragraphs
 from osscar.data.text import encode
 

@@ -9,8 +9,9 @@ from graph.errors import (
     TraceError,
     UnknownGroupError,
 )
-from graph.groups import CouplingGroup, Freeze, Kind, Role, Slot
+from graph.groups import CouplingGroup, Freeze, Role, Slot, UnitKind
 from graph.propagate import Operator
+from graph.residual import residual_groups
 from graph.rules import DEFAULT as DEFAULT_RULES
 from graph.rules import RuleTable, rule
 
@@ -22,15 +23,16 @@ __all__ = [
     "ExampleInputError",
     "Freeze",
     "GraphError",
-    "Kind",
     "Operator",
     "Role",
     "RuleError",
     "RuleTable",
     "Slot",
     "TraceError",
+    "UnitKind",
     "UnknownGroupError",
     "Value",
+    "residual_groups",
     "rule",
     "trace",
 ]

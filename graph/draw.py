@@ -7,14 +7,14 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from xml.sax.saxutils import escape
 
-from graph.groups import CouplingGroup, Kind, Role, Slot
+from graph.groups import CouplingGroup, Role, Slot, UnitKind
 
 _COLOURS = {
-    Kind.HEADS: "#3b6fb6",
-    Kind.NEURONS: "#c2702d",
-    Kind.CHANNELS: "#3f8f5f",
-    Kind.HIDDEN: "#7d5aa6",
-    Kind.OTHER: "#6b7280",
+    UnitKind.HEADS: "#3b6fb6",
+    UnitKind.NEURONS: "#c2702d",
+    UnitKind.CHANNELS: "#3f8f5f",
+    UnitKind.HIDDEN: "#7d5aa6",
+    UnitKind.OTHER: "#6b7280",
 }
 _COLUMNS = (Role.PRODUCER, Role.PASS_THROUGH, Role.CONSUMER)
 _LINE, _PAD, _GAP = 16, 8, 10

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 
-class Kind(enum.StrEnum):
+class UnitKind(enum.StrEnum):
     """What the units of a group are, in the words of the field."""
 
     HEADS = "heads"
@@ -129,7 +129,7 @@ class CouplingGroup:
     """
 
     name: str
-    kind: Kind
+    kind: UnitKind
     units: int
     slots: tuple[Slot, ...]
     removable: int

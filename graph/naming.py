@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from graph.groups import Kind, Role, Slot
+from graph.groups import Role, Slot, UnitKind
 from graph.propagate import Propagation
 
 
@@ -58,21 +58,21 @@ class Naming:
         self.kinds = {axis: self._kind(axis) for axis in slots}
         self.names = self._unique()
 
-    def _kind(self, axis: int) -> Kind:
+    def _kind(self, axis: int) -> UnitKind:
         slots = self._slots[axis]
         produced = [slot.order for slot in slots if slot.role is Role.PRODUCER]
         consumed = [slot.order for slot in slots if slot.role is Role.CONSUMER]
         if axis in self._factors or not produced or not consumed:
-            return Kind.OTHER
+            return UnitKind.OTHER
         if axis in self._heads:
-            return Kind.HEADS
+            return UnitKind.HEADS
         targets = {self._targets[slot.order] for slot in slots}
         if any("conv" in target for target in targets):
-            return Kind.CHANNELS
+            return UnitKind.CHANNELS
         # What is read and then written again is a residual stream.
         if min(consumed) <= max(produced) or any("embedding" in target for target in targets):
-            return Kind.HIDDEN
-        return Kind.NEURONS
+            return UnitKind.HIDDEN
+        return UnitKind.NEURONS
 
     def _unique(self) -> dict[int, str]:
         preferred = {axis: self._name(axis, self._home(axis)) for axis in self._slots}
@@ -91,7 +91,7 @@ class Naming:
 
     def _word(self, axis: int) -> str:
         """Return the last part of a name."""
-        if self.kinds[axis] is not Kind.OTHER:
+        if self.kinds[axis] is not UnitKind.OTHER:
             return self.kinds[axis].value
         factor = self._factors.get(axis)
         if factor is not None:
@@ -102,9 +102,9 @@ class Naming:
     def _home(self, axis: int) -> str:
         """Find the module that a group is preferably called after."""
         axis = self._factors[axis].lead if axis in self._factors else axis
-        if self.kinds[axis] is Kind.HEADS:
+        if self.kinds[axis] is UnitKind.HEADS:
             return self._heads[axis]
-        if self.kinds[axis] in (Kind.NEURONS, Kind.HIDDEN):
+        if self.kinds[axis] in (UnitKind.NEURONS, UnitKind.HIDDEN):
             return _common(slot.module for slot in self._slots[axis])
         return self._first(axis)
 

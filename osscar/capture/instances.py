@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import graph
-from graph.groups import CouplingGroup, Kind
+from graph.groups import CouplingGroup, UnitKind
 from osscar.capture.gram import GramAccumulator, observe
 from osscar.capture.linear_maps import freeze_unreadable, linear_maps
 from osscar.capture.stages import Stage, find_stages, start_stream
@@ -77,7 +77,7 @@ def capture_problems(
         stream = start_stream(work, stages, inputs.batches(work, inputs.batch_size))
         for index, stage in enumerate(track(stages, "measuring")):
             for group, consumers in _measure(work, stage, stream.arguments(index), damp):
-                if query_heads and group.kind is Kind.HEADS:
+                if query_heads and group.kind is UnitKind.HEADS:
                     consumers = tuple(_split_heads(work, c) for c in consumers)
                 yield group, SubsetProblem(consumers, len(consumers[0].rows), group.name)
             if index + 1 < len(stages):

@@ -31,10 +31,10 @@ from osscar.checkpoint.builders import (
 )
 from osscar.checkpoint.hf_config import adopt_config, stock_config
 from osscar.core.errors import CheckpointError, EquivalenceError, OutputError
-from osscar.models.language import copied
-from osscar.shrinking.equivalence import Inputs, evaluating, proof_outputs, prove_equal
+from osscar.core.modules import context_length, copied, evaluating
+from osscar.shrinking.equivalence import Inputs, proof_outputs, prove_equal
 from osscar.shrinking.plan import PLAN_FILE, PruningPlan
-from osscar.shrinking.slice import HISTORY, context_length, shrink
+from osscar.shrinking.slice import HISTORY, shrink
 
 __all__ = ["SavedCheckpoint", "adopt_config", "check_output", "load", "save", "stock_config"]
 

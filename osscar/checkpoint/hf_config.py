@@ -12,7 +12,7 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import PreTrainedModel
 
-from graph.groups import Kind
+from graph.groups import UnitKind
 from osscar.shrinking.attention import AnyHeads
 from osscar.shrinking.plan import GroupPlan, PruningPlan
 from osscar.shrinking.slice import HISTORY
@@ -81,8 +81,8 @@ def _config_changes(config: Any, plans: Sequence[PruningPlan]) -> dict[str, Any]
     """Return the new values of config fields, or None if layers differ."""
     changes: dict[str, Any] = {}
     for plan in plans:
-        heads = [group for group in plan.groups if group.kind is Kind.HEADS]
-        neurons = [group for group in plan.groups if group.kind is Kind.NEURONS]
+        heads = [group for group in plan.groups if group.kind is UnitKind.HEADS]
+        neurons = [group for group in plan.groups if group.kind is UnitKind.NEURONS]
         if len(heads) + len(neurons) < len(plan.groups):
             return None
         shares = {Fraction(len(group.kept), group.units) for group in heads}

@@ -38,12 +38,13 @@ def command(
 ) -> None:
     """Show the coupling groups of a model as a table."""
     import graph
-    from graph.groups import Kind
+    from graph import residual_groups
+    from graph.groups import UnitKind
     from osscar.capture.linear_maps import expose_attention, freeze_unreadable
     from osscar.core.errors import OutputError
-    from osscar.evaluation.size import count_owned, count_parameters
+    from osscar.core.modules import count_parameters
+    from osscar.evaluation.size import count_owned
     from osscar.models.vision import open_model
-    from osscar.pruning.residual import residual_groups
     from osscar.report.tables import groups_table
     from osscar.shrinking.follow import prepare
 
@@ -61,7 +62,7 @@ def command(
         expose_attention(loaded.model)
         traced = graph.trace(loaded.model, loaded.example)
     groups = freeze_unreadable(loaded.model, traced.groups)
-    shown = [g for g in groups if all_groups or g.prunable or g.kind is not Kind.OTHER]
+    shown = [g for g in groups if all_groups or g.prunable or g.kind is not UnitKind.OTHER]
     out.print(groups_table(shown, residual_groups(traced)))
     for group in shown:
         for freeze in group.frozen[:1]:

@@ -46,7 +46,7 @@ def command(
 ) -> None:
     """Solve one problem, verify the answer from the problem alone, and show both."""
     import solvers
-    from osscar.models.language import resolve_device
+    from osscar.core.devices import resolve_device
 
     check_json_path(json, inputs=(file,))
     target = resolve_device(device)

@@ -77,3 +77,8 @@ class CheckpointError(OsscarError):
 
 class OutputError(OsscarError):
     """The output cannot be written: the directory is in use, or the disk refused."""
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of what an error says, or its class where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from osscar.core.errors import CalibrationError
+from osscar.core.modules import context_length, device_of
 from osscar.data.images import ImageSet
 from osscar.data.tokens import CalibrationSet
-from osscar.shrinking.slice import context_length
 
 Batch: TypeAlias = dict[str, Tensor]
 """Keyword arguments of a model's forward pass."""
@@ -247,11 +247,6 @@ def named_inputs(model: nn.Module, args: Sequence[Tensor]) -> Batch:
             f"{type(model).__name__}.forward gives its arguments no names; give it named ones"
         )
     return dict(bound)
-
-
-def device_of(model: nn.Module) -> torch.device:
-    """Return where a model's parameters are."""
-    return next(model.parameters()).device
 
 
 def cast_like(tensor: Tensor, reference: Tensor) -> Tensor:

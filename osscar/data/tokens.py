@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from osscar.core.errors import CalibrationError, MissingDependency, TextError
+from osscar.core.errors import CalibrationError, MissingDependency, TextError, first_line
 from osscar.data.prose import Part, builtin_text
 from osscar.data.text import encode, read_text, text_digest
 
@@ -229,7 +229,7 @@ def _dataset_text(spec: str, characters: int) -> str:
     except (OSError, ValueError, RuntimeError) as error:
         raise CalibrationError(
             f"cannot load the dataset {spec!r}, nor is there a file of that name: "
-            f"{_first_line(error)}. Check the name (NAME or NAME:CONFIG) and the connection, or "
+            f"{first_line(error)}. Check the name (NAME or NAME:CONFIG) and the connection, or "
             "give a text file"
         ) from error
     if not text.strip():
@@ -252,7 +252,3 @@ def _join_rows(rows: Iterable[Mapping[str, Any]], spec: str, characters: int) ->
         if length >= characters:
             break
     return "\n\n".join(parts)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -13,18 +13,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from osscar.core.errors import ImageError, ModelError, NonFiniteError, OptionError, OsscarError
-from osscar.data.batches import device_of, named_inputs
+from osscar.core.modules import count_parameters, device_of, evaluating
+from osscar.data.batches import named_inputs
 from osscar.data.images import ImageSet
 from osscar.evaluation.size import (
     count_disk_bytes,
     count_flops,
     count_parameter_bytes,
-    count_parameters,
     read_peak_memory,
     reset_peak_memory,
 )
 from osscar.evaluation.speed import take_turns
-from osscar.shrinking.equivalence import evaluating, outputs
+from osscar.shrinking.equivalence import outputs
 
 _TOP = 5
 

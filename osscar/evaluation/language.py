@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from osscar.core.errors import ModelError, NonFiniteError, OptionError, TextError
+from osscar.core.modules import count_parameters
 from osscar.core.progress import track
 from osscar.data.text import encode
 from osscar.evaluation.size import (
@@ -20,7 +21,6 @@ from osscar.evaluation.size import (
     count_disk_bytes,
     count_flops,
     count_parameter_bytes,
-    count_parameters,
     read_peak_memory,
     reset_peak_memory,
 )

@@ -44,11 +44,6 @@ class Footprint:
     disk_bytes: int | None
 
 
-def count_parameters(model: nn.Module) -> int:
-    """Count parameters, tied ones once."""
-    return sum(parameter.numel() for parameter in model.parameters())
-
-
 def count_parameter_bytes(model: nn.Module) -> int:
     """Count the bytes of parameters, tied ones once."""
     return sum(parameter.nbytes for parameter in model.parameters())

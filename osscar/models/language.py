@@ -6,39 +6,36 @@ Weights are read from safetensors only, never from pickles, and remote code runs
 from __future__ import annotations
 
 import contextlib
-import copy
 import difflib
 import os
 import re
 import socket
 import sys
 import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 from urllib.parse import urlsplit
 
 import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from osscar.core.errors import DeviceError, ModelError, ModelNotFound, NonFiniteError
+from osscar.core.devices import resolve_device, resolve_dtype
+from osscar.core.errors import ModelError, ModelNotFound, first_line
+from osscar.core.modules import check_finite_weights, context_length
 from osscar.data.tokens import CalibrationSet, load_calibration
 from osscar.models.wheels import PACKAGED_MODELS, fetch
 from osscar.shrinking.plan import PLAN_FILE
-from osscar.shrinking.slice import context_length
 
 DEMO = "demo"
 DEMO_DIRECTORY = Path(__file__).parents[1] / "data" / "demo"
 
-M = TypeVar("M", bound=nn.Module)
-
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -151,142 +148,6 @@ def load_model(
     return LoadedModel(model.to(target).eval(), tokenizer, found.source, found.path, stored)
 
 
-def resolve_device(device: str | torch.device = "auto") -> torch.device:
-    """Turn ``"auto"``, ``"cpu"`` or ``"cuda"`` (or ``"cuda:1"``) into a device that exists.
-
-    Raises
-    ------
-    DeviceError
-        If the name is unknown or there is no such device.
-    """
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        resolved = torch.device(device)
-    except RuntimeError as error:
-        raise DeviceError(f"unknown device {device!r}; give 'auto', 'cpu' or 'cuda'") from error
-    if resolved.type not in ("cpu", "cuda") or (resolved.type == "cpu" and resolved.index):
-        raise DeviceError(f"cannot run on {str(device)!r}; give 'auto', 'cpu' or 'cuda'")
-    if resolved.type == "cuda" and (resolved.index or 0) >= torch.cuda.device_count():
-        raise DeviceError(
-            f"no device {str(device)!r}: PyTorch sees {torch.cuda.device_count()} CUDA devices; "
-            "give 'cpu' or 'auto'"
-        )
-    return resolved
-
-
-def resolve_dtype(
-    dtype: str | torch.dtype | None, device: torch.device | None = None
-) -> torch.dtype | None:
-    """Turn the name of a number format into a dtype.
-
-    Parameters
-    ----------
-    dtype
-        ``"float32"``, ``"bfloat16"``, ``"float16"``, one of these dtypes, or ``"auto"`` (also
-        None): as stored on a GPU, float32 on a CPU, where half precision is slow and inexact.
-    device
-        Where the model will run; the CPU by default.
-
-    Returns
-    -------
-    torch.dtype or None
-        None stands for "as stored".
-
-    Raises
-    ------
-    DeviceError
-        If the format is none of these.
-    """
-    if dtype is None or dtype == "auto":
-        return torch.float32 if device is None or device.type == "cpu" else None
-    resolved = DTYPES.get(str(dtype).removeprefix("torch."))
-    if resolved is None:
-        raise DeviceError(f"unknown number format {str(dtype)!r}; give auto, {', '.join(DTYPES)}")
-    return resolved
-
-
-def check_finite_weights(model: nn.Module) -> None:
-    """Refuse a model whose weights are not all numbers.
-
-    Raises
-    ------
-    NonFiniteError
-        Naming the first parameter or buffer with NaN or infinity in it.
-    """
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if tensor.is_meta or not tensor.is_floating_point() or not tensor.numel():
-            continue
-        low, high = tensor.aminmax()  # NaN comes through; ten times faster than isfinite
-        if not (low.isfinite() and high.isfinite()):
-            bad = tensor.numel() - int(tensor.isfinite().sum())
-            raise NonFiniteError(
-                f"{bad} of {tensor.numel()} values of {name!r} are NaN or infinite; "
-                "the checkpoint is damaged, get it anew"
-            )
-
-
-def check_usable(model: nn.Module) -> None:
-    """Refuse what has no weights that could be read.
-
-    Raises
-    ------
-    ModelError
-        If it is no module, has no parameters, or has one without values.
-    """
-    if not isinstance(model, nn.Module):
-        raise ModelError(f"the model is a {type(model).__name__}; give a torch.nn.Module")
-    parameters = dict(model.named_parameters())
-    if not parameters:
-        raise ModelError(f"{type(model).__name__} has no parameters, so nothing can be pruned")
-    for name, parameter in parameters.items():
-        if nn.parameter.is_lazy(parameter):
-            raise ModelError(
-                f"{name!r} of {type(model).__name__} has no shape yet; run the model once first"
-            )
-        if parameter.is_meta:
-            raise ModelError(
-                f"{name!r} of {type(model).__name__} is on the device 'meta', where tensors have "
-                "no values; build the model on the CPU"
-            )
-
-
-def copied(model: M) -> M:
-    """Return a deep copy, in which activations that a module keeps are plain values.
-
-    A forward pass with gradients may leave tensors behind that hang on a graph, such as an
-    attribute with the last features or the weight under `torch.nn.utils.weight_norm`; torch
-    refuses to copy these.
-
-    Raises
-    ------
-    ModelError
-        If something else in it cannot be copied.
-    """
-    memo: dict[int, Any] = {}
-    for module in model.modules():
-        for tensor in _on_graphs(vars(module), set()):
-            memo[id(tensor)] = tensor.detach().clone()
-    try:
-        return copy.deepcopy(model, memo)
-    except (RuntimeError, TypeError) as error:
-        raise ModelError(
-            f"{type(model).__name__} cannot be copied: {_first_line(error)}; take what is no "
-            "parameter, buffer or plain value out of its attributes"
-        ) from error
-
-
-def _on_graphs(value: Any, seen: set[int]) -> Iterator[Tensor]:
-    """Yield the tensors in containers that are the results of differentiable operations."""
-    if isinstance(value, Tensor):
-        if not value.is_leaf:
-            yield value
-    elif isinstance(value, Mapping | list | tuple | set) and id(value) not in seen:
-        seen.add(id(value))
-        for member in value.values() if isinstance(value, Mapping) else value:
-            yield from _on_graphs(member, seen)
-
-
 @dataclass(frozen=True)
 class _Found:
     """What a name stands for: an argument for ``from_pretrained``, and its description."""
@@ -357,7 +218,7 @@ def _load_tokenizer(found: _Found, trust_remote_code: bool) -> Any:
         if tokenizer("text")["input_ids"]:  # without files, transformers builds an empty one
             return tokenizer
     except (OSError, ValueError, KeyError, ImportError) as error:
-        reason = _first_line(error)
+        reason = first_line(error)
     raise ModelError(
         f"{found.source} has no tokenizer that transformers can read: {reason}. Copy the "
         "tokenizer's files of the original model into its directory"
@@ -375,7 +236,7 @@ def _explain(found: _Found, error: Exception) -> ModelNotFound | ModelError:
     if "safetensors" in message and isinstance(error, OSError):
         return ModelError(
             f"{found.source} has no safetensors weights, and pickled ones can run code: convert "
-            f"it first, or choose another revision ({_first_line(error)})"
+            f"it first, or choose another revision ({first_line(error)})"
         )
     if found.path is None and isinstance(error, OSError):
         cause = "" if _hub_is_reachable() else "the Hugging Face hub cannot be reached, and "
@@ -422,7 +283,3 @@ def _quiet_unless_terminal() -> Iterator[None]:
     finally:
         if silence:
             logging.enable_progress_bar()
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

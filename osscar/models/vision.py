@@ -19,18 +19,13 @@ from torch import Tensor, nn
 
 from osscar.checkpoint import directory as checkpoint
 from osscar.checkpoint.builders import ORIGIN, TorchvisionOrigin
+from osscar.core.devices import resolve_device, resolve_dtype
 from osscar.core.errors import CheckpointError, ImageError, ModelError, ModelNotFound, OptionError
+from osscar.core.modules import check_finite_weights, check_usable
 from osscar.data.batches import Batch, cast_like, named_inputs
 from osscar.data.images import ImageSet, Preprocessing, Size, import_torchvision, load_images
 from osscar.models import user_code
-from osscar.models.language import (
-    LoadedModel,
-    check_finite_weights,
-    check_usable,
-    load_model,
-    resolve_device,
-    resolve_dtype,
-)
+from osscar.models.language import LoadedModel, load_model
 from osscar.shrinking.plan import PLAN_FILE
 
 PREFIX = "torchvision:"

@@ -10,8 +10,7 @@ import dataclasses
 import math
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,20 +20,26 @@ from transformers import PreTrainedModel
 
 import graph
 import solvers
-from graph.groups import CouplingGroup, Kind
+from graph import residual_groups
+from graph.groups import CouplingGroup, UnitKind
 from osscar.capture.gram import GramAccumulator, observe, pose
 from osscar.capture.linear_maps import LinearMap, expose_attention, freeze_unreadable, linear_maps
 from osscar.capture.stages import Stage, find_stages, start_stream
 from osscar.checkpoint import directory as checkpoint
 from osscar.checkpoint.directory import SavedCheckpoint
+from osscar.core.devices import resolve_device
 from osscar.core.errors import CalibrationError, OptionError
+from osscar.core.modules import (
+    check_finite_weights,
+    check_usable,
+    copied,
+    count_parameters,
+    without_cache,
+)
 from osscar.core.progress import stage as progress_stage
 from osscar.data.batches import as_inputs
-from osscar.evaluation.size import count_parameters
-from osscar.models.language import check_finite_weights, check_usable, copied, resolve_device
 from osscar.pruning.batch_norm import BatchNormMode, batch_norms, renew_statistics
 from osscar.pruning.request import Keep, Targets, allocate
-from osscar.pruning.residual import residual_groups
 from osscar.shrinking.equivalence import finer_precision
 from osscar.shrinking.follow import prepare
 from osscar.shrinking.plan import GroupPlan, PruningPlan
@@ -260,9 +265,9 @@ def prune(
     batch_size = inputs.batch_size if batch_size is None else batch_size
     _check_numbers(batch_size, damp, seed)
     work = copied(model).to(resolve_device(device)).eval()
-    with _without_cache(work), torch.no_grad():
+    with without_cache(work), torch.no_grad():
         prepare(work)
-        if targets.reach(Kind.HEADS):
+        if targets.reach(UnitKind.HEADS):
             expose_attention(work)
         example = inputs.example(work)
         traced = graph.trace(work, example)
@@ -457,20 +462,6 @@ def _resolve_backend(
     if options:
         raise OptionError("backend_options go with a name; this backend object has its own")
     return type(backend).__name__, backend
-
-
-@contextmanager
-def _without_cache(model: nn.Module) -> Iterator[None]:
-    """Turn the key-value cache off, which calibration does not need."""
-    config = getattr(model, "config", None)
-    before = getattr(config, "use_cache", None)
-    if before is not None:
-        config.use_cache = False  # type: ignore[union-attr]
-    try:
-        yield
-    finally:
-        if before is not None:
-            config.use_cache = before  # type: ignore[union-attr]
 
 
 def _check_numbers(batch_size: int, damp: float, seed: int) -> None:

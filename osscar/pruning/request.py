@@ -10,10 +10,10 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 
-from graph.groups import CouplingGroup, Kind
+from graph.groups import CouplingGroup, UnitKind
 from osscar.core.errors import FrozenGroupError, TargetError
 
-PRUNED_KINDS = (Kind.HEADS, Kind.NEURONS, Kind.CHANNELS)
+PRUNED_KINDS = (UnitKind.HEADS, UnitKind.NEURONS, UnitKind.CHANNELS)
 """What `sparsity` applies to, residual channels left out."""
 
 Keep = str | int | float | Fraction
@@ -48,7 +48,7 @@ class Targets:
 
     Examples
     --------
-    >>> Targets(neurons="2/3").fraction_or_count(Kind.NEURONS)
+    >>> Targets(neurons="2/3").fraction_or_count(UnitKind.NEURONS)
     Fraction(2, 3)
     """
 
@@ -94,16 +94,20 @@ class Targets:
     def _asked(self) -> tuple[Keep | None, ...]:
         return self.heads, self.neurons, self.channels, self.residual
 
-    def of_kind(self, kind: Kind) -> Keep | None:
+    def of_kind(self, kind: UnitKind) -> Keep | None:
         """Return what was asked for one kind by name."""
-        named = {Kind.HEADS: self.heads, Kind.NEURONS: self.neurons, Kind.CHANNELS: self.channels}
+        named = {
+            UnitKind.HEADS: self.heads,
+            UnitKind.NEURONS: self.neurons,
+            UnitKind.CHANNELS: self.channels,
+        }
         return named.get(kind)
 
-    def reach(self, kind: Kind) -> bool:
+    def reach(self, kind: UnitKind) -> bool:
         """Tell whether groups of a kind may lose units."""
         return bool(self.groups) or self.fraction_or_count(kind) is not None
 
-    def fraction_or_count(self, kind: Kind, residual: bool = False) -> Fraction | int | None:
+    def fraction_or_count(self, kind: UnitKind, residual: bool = False) -> Fraction | int | None:
         """Return what is asked of a kind: a fraction, a count, or None to leave it alone."""
         own = self.residual if residual else self.of_kind(kind)
         if own is not None:

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from graph.groups import Kind
+from graph.groups import UnitKind
 from osscar.core.errors import ModelError
 from osscar.shrinking.plan import GroupPlan
 
@@ -306,7 +306,7 @@ def rewritten(
     """
     kind = type(module)
     mixin = _mixin(kind, classes)
-    if mixin is None or (group is not None and group.kind is not Kind.HEADS):
+    if mixin is None or (group is not None and group.kind is not UnitKind.HEADS):
         return
     module.__class__ = _mixed(mixin, kind)
     assert isinstance(module, AnyHeads)
@@ -335,7 +335,7 @@ def leave_nested_tensors(model: nn.Module, group: GroupPlan) -> None:
     group
         One of the groups that are cut.
     """
-    if group.kind is not Kind.HEADS:
+    if group.kind is not UnitKind.HEADS:
         return
     for name in {slot.module for slot in group.slots}:
         while name:

@@ -22,7 +22,6 @@ from transformers.pytorch_utils import Conv1D
 from graph.export import failing_module
 from osscar.core.errors import AdapterError, EquivalenceError
 from osscar.shrinking.attention import AnyHeads
-from osscar.shrinking.plan import PruningPlan
 
 Inputs: TypeAlias = tuple[Any, ...] | Mapping[str, Any]
 """Positional or keyword arguments of a model's forward pass."""
@@ -84,18 +83,6 @@ def _is_number(tensor: Tensor) -> bool:
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Set a model to evaluation mode, and each module back to its own mode afterwards."""
-    flags = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in flags:
-            module.training = training
-
-
-@contextmanager
 def finer_precision(model: nn.Module) -> Iterator[None]:
     """Compute in the next finer number format, in which rounding cannot hide a wrong slice.
 
@@ -114,25 +101,6 @@ def finer_precision(model: nn.Module) -> Iterator[None]:
 
 def _tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
     return [*model.named_parameters(), *model.named_buffers()]
-
-
-@contextmanager
-def masked(model: nn.Module, plan: PruningPlan) -> Iterator[None]:
-    """Zero what reads the units that a plan removes, and put it back afterwards."""
-    before: list[tuple[Tensor, Tensor, int, Tensor]] = []
-    try:
-        for group in plan.groups:
-            gone = set(range(group.units)) - set(group.kept)
-            for slot in group.consumers:
-                path, _, attribute = slot.tensor.rpartition(".")
-                weight = getattr(model.get_submodule(path), attribute).detach()
-                index = torch.tensor(slot.indices(gone), device=weight.device)
-                before.append((weight, index, slot.dim, weight.index_select(slot.dim, index)))
-                weight.index_fill_(slot.dim, index, 0.0)
-        yield
-    finally:
-        for weight, index, dim, values in reversed(before):
-            weight.index_copy_(dim, index, values)
 
 
 def prove_equal(

@@ -17,7 +17,7 @@ from typing import Any, TypeAlias, TypeVar
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from graph.groups import Kind, Role
+from graph.groups import Role, UnitKind
 from osscar.shrinking.attention import PREPARED, REWRITTEN, leave_nested_tensors, rewritten
 from osscar.shrinking.plan import GroupPlan
 
@@ -136,8 +136,8 @@ _NAMES = {
 what the group says that it was."""
 
 _OF_KIND = {
-    Kind.HEADS: (_Meaning.HEADS, _Meaning.KEY_HEADS, _Meaning.SHARING, _Meaning.WIDTH),
-    Kind.NEURONS: (_Meaning.NEURONS,),
+    UnitKind.HEADS: (_Meaning.HEADS, _Meaning.KEY_HEADS, _Meaning.SHARING, _Meaning.WIDTH),
+    UnitKind.NEURONS: (_Meaning.NEURONS,),
 }
 
 
@@ -169,7 +169,7 @@ def _fits(meaning: _Meaning, value: int, group: GroupPlan) -> bool:
 @adapter("transformers.models.phi3.modeling_phi3.Phi3Attention")
 def _follow_in_config(module: Any, group: GroupPlan) -> None:
     """Give a module that reads head counts from the model's config a config of its own."""
-    if group.kind is Kind.HEADS:
+    if group.kind is UnitKind.HEADS:
         module.config = copy.copy(module.config)
         follow(module.config, group)
     follow(module, group)

@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-from graph.groups import CouplingGroup, Kind, Role, Slot
+from graph.groups import CouplingGroup, Role, Slot, UnitKind
 from osscar.core.errors import CheckpointError
 
 PLAN_FILE = "osscar_plan.json"
@@ -26,7 +26,7 @@ class GroupPlan:
     """
 
     name: str
-    kind: Kind
+    kind: UnitKind
     units: int
     kept: tuple[int, ...]
     slots: tuple[Slot, ...]
@@ -111,7 +111,7 @@ def _group_from_json(data: dict[str, Any]) -> GroupPlan:
     units, kept = int(data["units"]), tuple(int(unit) for unit in data["kept"])
     if not kept or sorted(set(kept)) != list(kept) or not 0 <= kept[0] <= kept[-1] < units:
         raise ValueError(f"group {data['name']!r} keeps units that it does not have")
-    return GroupPlan(data["name"], Kind(data["kind"]), units, kept, slots)
+    return GroupPlan(data["name"], UnitKind(data["kind"]), units, kept, slots)
 
 
 def _integer_from_json(data: dict[str, Any]) -> Integer:

@@ -19,20 +19,20 @@ from torch import Tensor, nn
 
 from graph.export import failing_module
 from osscar.core.errors import EquivalenceError, OsscarError
+from osscar.core.modules import evaluating, restored, restored_on_error
 from osscar.shrinking.attention import leave_nested_tensors
 from osscar.shrinking.equivalence import (
     ROWS_OF_16_BYTES,
     Inputs,
     cached_outputs,
-    evaluating,
     explained,
-    masked,
     proof_outputs,
     prove_equal,
 )
 from osscar.shrinking.follow import nearby, prepare
+from osscar.shrinking.mask import masked
 from osscar.shrinking.plan import GroupPlan, Integer, PruningPlan
-from osscar.shrinking.slice import HISTORY, restored, restored_on_error, shrink
+from osscar.shrinking.slice import HISTORY, shrink
 
 _MOST_AT_ONCE = 3
 

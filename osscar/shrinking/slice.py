@@ -5,8 +5,7 @@ That the result is right is proved, not assumed: see `osscar.shrinking.equivalen
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 
 from graph.groups import Role, Slot
 from osscar.core.errors import ModelError
+from osscar.core.modules import restored_on_error
 from osscar.shrinking.follow import mend, prepare, refresh
 from osscar.shrinking.plan import GroupPlan, PruningPlan
 
@@ -51,58 +51,6 @@ def shrink(model: nn.Module, plan: PruningPlan) -> None:
         for integer in plan.integers:
             setattr(model.get_submodule(integer.module), integer.attribute, integer.value)
         setattr(model, HISTORY, (*getattr(model, HISTORY, ()), plan))
-
-
-def context_length(model: nn.Module) -> int | None:
-    """Return the most tokens that a model takes at once, or None where its config tells nothing."""
-    length = getattr(getattr(model, "config", None), "max_position_embeddings", None)
-    return length if isinstance(length, int) else None
-
-
-@contextmanager
-def restored_on_error(model: nn.Module) -> Iterator[None]:
-    """Give every module of a model its class, attributes and tensors back if the block fails."""
-    before = _snapshot(model)
-    try:
-        yield
-    except BaseException:
-        _restore(before)
-        raise
-
-
-@contextmanager
-def restored(model: nn.Module) -> Iterator[None]:
-    """Give every module of a model its class, attributes and tensors back after the block."""
-    before = _snapshot(model)
-    try:
-        yield
-    finally:
-        _restore(before)
-
-
-_Snapshot: TypeAlias = list[tuple[nn.Module, type[nn.Module], dict[str, Any]]]
-
-
-def _snapshot(model: nn.Module) -> _Snapshot:
-    return [
-        (module, type(module), {name: _kept(name, value) for name, value in vars(module).items()})
-        for module in model.modules()
-    ]
-
-
-def _restore(before: _Snapshot) -> None:
-    for module, kind, attributes in before:
-        module.__class__ = kind
-        vars(module).clear()
-        vars(module).update(attributes)
-
-
-_TABLES = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
-"""What a module keeps tensors and modules in, and changes in place."""
-
-
-def _kept(name: str, value: Any) -> Any:
-    return value.copy() if name in _TABLES else value
 
 
 # ---- tensors -----------------------------------------------------------------------------

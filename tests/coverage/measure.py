@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 import graph
 from graph import CouplingGroup, DependencyGraph
-from osscar.shrinking.equivalence import masked, proof_outputs
+from osscar.shrinking.equivalence import proof_outputs
 from osscar.shrinking.follow import prepare
+from osscar.shrinking.mask import masked
 from osscar.shrinking.plan import GroupPlan, PruningPlan
 from osscar.shrinking.shrink import Proof, shrink_proved
 

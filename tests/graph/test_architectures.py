@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import graph
-from graph import CouplingGroup, Kind
+from graph import CouplingGroup, UnitKind
 
 from .architectures import ARCHITECTURE_CASES, ARCHITECTURES, build_architecture
 from .masking import assert_sliced, assert_sound
@@ -61,7 +61,7 @@ def test_convolutional_networks(name: str, count: int) -> None:
     model, inputs = _convolutional(name, 48)
     groups = graph.trace(model, inputs).prunable
     assert len(groups) == count
-    assert {group.kind for group in groups} == {Kind.CHANNELS}
+    assert {group.kind for group in groups} == {UnitKind.CHANNELS}
     for group in _spread(groups, 3):
         assert_sound(model, group, inputs)
 

@@ -54,7 +54,7 @@ def test_prunable_groups_never_overlap(llama: DependencyGraph) -> None:
 
 def test_hidden_axis_is_frozen_by_its_norm(llama: DependencyGraph) -> None:
     hidden = llama.group("hidden")
-    assert hidden.kind is graph.Kind.HIDDEN
+    assert hidden.kind is graph.UnitKind.HIDDEN
     assert not hidden.prunable
     assert hidden.frozen[0].module == "model.layers.0.input_layernorm"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 import graph
-from graph import Kind, Role
+from graph import Role, UnitKind
 
 from .families import CASES, GQA, MHA, MQA, Attention, build, token_inputs
 from .masking import assert_sound
@@ -29,7 +29,7 @@ def test_each_block_has_heads_and_neurons(
     dependencies = graph.trace(model, token_inputs())
     assert [group.name for group in dependencies.prunable] == _expected_names(family)
     kinds = [group.kind for group in dependencies.prunable]
-    assert kinds == [Kind.HEADS, Kind.NEURONS] * 2
+    assert kinds == [UnitKind.HEADS, UnitKind.NEURONS] * 2
     for group in dependencies.prunable:
         assert_sound(model, group, token_inputs())
 

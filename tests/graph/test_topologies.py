@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import graph
-from graph import Kind, Role
+from graph import Role, UnitKind
 
 from .masking import assert_sliced, assert_sound
 from .topologies import FROZEN, PRUNABLE, Concat, Depthwise, GatedHalves, Residual, Tied, randomized
@@ -50,7 +50,7 @@ def _places(group: graph.CouplingGroup, role: Role) -> list[tuple[str, int, int,
 
 def test_a_residual_stream_has_many_producers_and_consumers() -> None:
     group = graph.trace(Residual(), (torch.randn(2, 3, 4, 4),)).group("stem.channels")
-    assert group.kind is Kind.CHANNELS
+    assert group.kind is UnitKind.CHANNELS
     assert [slot.tensor for slot in group.producers] == ["stem.weight", "two.weight"]
     assert [slot.tensor for slot in group.consumers] == ["one.weight", "head.weight"]
     normalization = {f"norm.{n}" for n in ("weight", "bias", "running_mean", "running_var")}

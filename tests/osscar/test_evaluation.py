@@ -22,18 +22,14 @@ from transformers import (
 )
 
 from osscar.core.errors import ModelError, NonFiniteError, OptionError, TextError
+from osscar.core.modules import count_parameters
 from osscar.data.prose import Part, builtin_text
 from osscar.data.text import encode
 from osscar.data.tokens import load_calibration
 from osscar.evaluation import language as evaluation
 from osscar.evaluation import speed
 from osscar.evaluation.language import compare, evaluate, measure_quality
-from osscar.evaluation.size import (
-    count_disk_bytes,
-    count_flops,
-    count_parameter_bytes,
-    count_parameters,
-)
+from osscar.evaluation.size import count_disk_bytes, count_flops, count_parameter_bytes
 from osscar.evaluation.speed import measure_speed
 from osscar.models.language import DEMO_DIRECTORY, load_model
 

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, OPTForCausalLM
 
+from osscar.core.devices import resolve_device, resolve_dtype
 from osscar.core.errors import (
     DeviceError,
     DownloadError,
@@ -24,15 +25,9 @@ from osscar.core.errors import (
     ModelNotFound,
     NonFiniteError,
 )
+from osscar.core.modules import check_finite_weights
 from osscar.models import wheels
-from osscar.models.language import (
-    DEMO_DIRECTORY,
-    PLAN_FILE,
-    check_finite_weights,
-    load_model,
-    resolve_device,
-    resolve_dtype,
-)
+from osscar.models.language import DEMO_DIRECTORY, PLAN_FILE, load_model
 from osscar.models.wheels import (
     PACKAGED_MODELS,
     PackagedModel,

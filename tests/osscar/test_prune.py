@@ -9,7 +9,7 @@ from torch import nn
 
 import osscar
 import solvers
-from graph.groups import CouplingGroup, Kind, Role, Slot
+from graph.groups import CouplingGroup, Role, Slot, UnitKind
 from osscar.core.errors import CalibrationError, EquivalenceError, NonFiniteError, TargetError
 from osscar.shrinking.slice import HISTORY
 from tests.osscar.families import FAMILIES, logits, tiny, tokens
@@ -274,7 +274,7 @@ def test_a_wrong_group_is_caught_by_the_proof(monkeypatch):
         Slot(f"{block}.fc1.bias", 0, Role.PASS_THROUGH, f"{block}.fc1", 40),
         Slot(f"{block}.fc2.weight", 1, Role.CONSUMER, f"{block}.fc2", 40),
     )
-    group = CouplingGroup("broken", Kind.NEURONS, 40, slots, 1)
+    group = CouplingGroup("broken", UnitKind.NEURONS, 40, slots, 1)
     traced = SimpleNamespace(groups=(group,), operators=())
     monkeypatch.setattr("graph.trace", lambda *_: traced)
     assert osscar.prune(tiny("opt"), tokens(), neurons="0.5", device="cpu").layers

@@ -495,7 +495,7 @@ def test_a_wrong_plan_is_caught_by_the_proof() -> None:
         graph.Slot("leave.weight", 1, graph.Role.CONSUMER, "leave", 8),
         graph.Slot("enter.bias", 0, graph.Role.PASS_THROUGH, "enter", 8),
     )
-    plan = PruningPlan((GroupPlan("neurons", graph.Kind.NEURONS, 8, (0, 1, 2, 3), slots),))
+    plan = PruningPlan((GroupPlan("neurons", graph.UnitKind.NEURONS, 8, (0, 1, 2, 3), slots),))
     assert_refused(model, plan, [(torch.randn(2, 4),)], EquivalenceError, "differs from the masked")
 
 
@@ -533,8 +533,8 @@ def test_tied_tensors_are_not_cut_in_two_ways(shared_memory: bool) -> None:
     two = graph.Slot("two.weight", 1, graph.Role.CONSUMER, "two", 6)
     plan = PruningPlan(
         (
-            GroupPlan("first", graph.Kind.NEURONS, 6, (0, 1, 2), (*slots, one)),
-            GroupPlan("second", graph.Kind.NEURONS, 6, (3, 4, 5), (two,)),
+            GroupPlan("first", graph.UnitKind.NEURONS, 6, (0, 1, 2), (*slots, one)),
+            GroupPlan("second", graph.UnitKind.NEURONS, 6, (3, 4, 5), (two,)),
         )
     )
     assert_refused(model, plan, inputs, ModelError, "tied to it, in different ways")

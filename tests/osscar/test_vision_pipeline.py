@@ -4,11 +4,12 @@ import copy
 
 import pytest
 import torch
+from osscar.pruning.residual import residual_groups
 from torch import nn
 
 import graph
 import osscar
-from graph.groups import Kind, Role
+from graph.groups import Role, UnitKind
 from osscar.capture.resume import Passed, advance, find_cuts, resume
 from osscar.core.errors import (
     CalibrationError,
@@ -19,7 +20,6 @@ from osscar.core.errors import (
 )
 from osscar.data.batches import as_inputs
 from osscar.pruning.batch_norm import BatchNormMode, batch_norms, renew_statistics
-from osscar.pruning.residual import residual_groups
 from osscar.shrinking.plan import PruningPlan
 from tests.osscar.families import tiny, tokens
 from tests.osscar.networks import images, small_net
@@ -156,7 +156,7 @@ def test_sums_are_residual_and_gates_are_not():
     assert residual_groups(traced) == {"stem.0.channels"}
     gated = traced.group("blocks.0.expand.channels")
     assert len(gated.producers) == 2
-    assert gated.kind is Kind.CHANNELS
+    assert gated.kind is UnitKind.CHANNELS
 
 
 def test_residual_channels_are_left_alone_unless_asked_for():

@@ -2,7 +2,7 @@ from fractions import Fraction
 
 import pytest
 
-from graph.groups import CouplingGroup, Freeze, Kind, Role, Slot
+from graph.groups import CouplingGroup, Freeze, Role, Slot, UnitKind
 from osscar.core.errors import FrozenGroupError, TargetError
 from osscar.pruning.request import Targets, allocate, parse_keep
 
@@ -14,9 +14,9 @@ def group(name, kind, units, *, width=1, frozen=()):
 
 FREEZE = Freeze("attention mixes it", "aten.softmax.int", "block.attn")
 GROUPS = (
-    group("hidden", Kind.HIDDEN, 48, frozen=(FREEZE,)),
-    group("0.heads", Kind.HEADS, 9, width=64),
-    group("0.neurons", Kind.NEURONS, 1536),
+    group("hidden", UnitKind.HIDDEN, 48, frozen=(FREEZE,)),
+    group("0.heads", UnitKind.HEADS, 9, width=64),
+    group("0.neurons", UnitKind.NEURONS, 1536),
 )
 
 
@@ -96,7 +96,7 @@ def test_targets_that_make_no_sense_are_refused(targets, message):
 def test_a_frozen_group_that_is_asked_for_says_what_froze_it():
     with pytest.raises(FrozenGroupError, match=r"attention mixes it \(aten.softmax.int in block.a"):
         allocate(GROUPS, Targets(groups={"hidden": 3}))
-    frozen = (group("0.heads", Kind.HEADS, 9, frozen=(FREEZE,)), GROUPS[2])
+    frozen = (group("0.heads", UnitKind.HEADS, 9, frozen=(FREEZE,)), GROUPS[2])
     with pytest.raises(FrozenGroupError, match=r"0\.heads"):
         allocate(frozen, Targets(heads="0.5"))
     assert allocate(frozen, Targets(0.5)) == {"0.neurons": 768}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from graph import CouplingGroup, DependencyGraph, Kind, Operator
+from graph.dependency import DependencyGraph
+from graph.groups import CouplingGroup, UnitKind
+from graph.propagate import Operator
 
 
 def residual_groups(traced: DependencyGraph) -> frozenset[str]:
@@ -19,8 +21,8 @@ def residual_groups(traced: DependencyGraph) -> frozenset[str]:
     return frozenset(
         group.name
         for group in traced.groups
-        if group.kind is Kind.HIDDEN
-        or (group.kind is Kind.CHANNELS and _is_summed(group, traced.operators))
+        if group.kind is UnitKind.HIDDEN
+        or (group.kind is UnitKind.CHANNELS and _is_summed(group, traced.operators))
     )
 
 

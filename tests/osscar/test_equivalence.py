@@ -14,7 +14,8 @@ import graph
 import osscar
 from osscar.core.errors import AdapterError, EquivalenceError
 from osscar.shrinking import shrink as shrinking
-from osscar.shrinking.equivalence import masked, proof_outputs, prove_equal
+from osscar.shrinking.equivalence import proof_outputs, prove_equal
+from osscar.shrinking.mask import masked
 from osscar.shrinking.plan import GroupPlan, PruningPlan
 from osscar.shrinking.shrink import _Search, shrink_proved
 from tests.coverage.measure import half_of, shrink_by_half
@@ -77,7 +78,7 @@ def _plan_for(model: Two) -> PruningPlan:
         graph.Slot("leave.weight", 1, graph.Role.CONSUMER, "leave", 8),
         graph.Slot("enter.bias", 0, graph.Role.PASS_THROUGH, "enter", 8),
     )
-    return PruningPlan((GroupPlan("n", graph.Kind.NEURONS, 8, (0, 1, 2, 3), slots),))
+    return PruningPlan((GroupPlan("n", graph.UnitKind.NEURONS, 8, (0, 1, 2, 3), slots),))
 
 
 def test_labels_are_compared_exactly() -> None:
@@ -392,7 +393,7 @@ def test_layers_of_torch_get_no_adapter() -> None:
     model = randomized(nn.Sequential(nn.Linear(4, 8), nn.Flatten(), nn.Linear(8, 3)))
     slot = graph.Slot("0.weight", 0, graph.Role.PRODUCER, "0", 8)
     bias = graph.Slot("0.bias", 0, graph.Role.PASS_THROUGH, "0", 8)
-    plan = PruningPlan((GroupPlan("n", graph.Kind.NEURONS, 8, (0, 1), (slot, bias)),))
+    plan = PruningPlan((GroupPlan("n", graph.UnitKind.NEURONS, 8, (0, 1), (slot, bias)),))
     error = _refusal(model, plan, [(torch.randn(2, 4),)])
     assert isinstance(error, AdapterError)
     assert "osscar.adapter" not in str(error)

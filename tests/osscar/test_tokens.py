@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from osscar.core.errors import CalibrationError, MissingDependency, TextError
-from osscar.data import topics
+from osscar.data import prose as topics
 from osscar.data.prose import Part, builtin_text, split_paragraphs, topic_part
 from osscar.data.text import encode, read_text, split_text
 from osscar.data.tokens import load_calibration, text_windows

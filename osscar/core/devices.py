@@ -1,0 +1,64 @@
+"""Where models run and in which number format."""
+
+from __future__ import annotations
+
+import torch
+
+from osscar.core.errors import DeviceError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def resolve_device(device: str | torch.device = "auto") -> torch.device:
+    """Turn ``"auto"``, ``"cpu"`` or ``"cuda"`` (or ``"cuda:1"``) into a device that exists.
+
+    Raises
+    ------
+    DeviceError
+        If the name is unknown or there is no such device.
+    """
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        resolved = torch.device(device)
+    except RuntimeError as error:
+        raise DeviceError(f"unknown device {device!r}; give 'auto', 'cpu' or 'cuda'") from error
+    if resolved.type not in ("cpu", "cuda") or (resolved.type == "cpu" and resolved.index):
+        raise DeviceError(f"cannot run on {str(device)!r}; give 'auto', 'cpu' or 'cuda'")
+    if resolved.type == "cuda" and (resolved.index or 0) >= torch.cuda.device_count():
+        raise DeviceError(
+            f"no device {str(device)!r}: PyTorch sees {torch.cuda.device_count()} CUDA devices; "
+            "give 'cpu' or 'auto'"
+        )
+    return resolved
+
+
+def resolve_dtype(
+    dtype: str | torch.dtype | None, device: torch.device | None = None
+) -> torch.dtype | None:
+    """Turn the name of a number format into a dtype.
+
+    Parameters
+    ----------
+    dtype
+        ``"float32"``, ``"bfloat16"``, ``"float16"``, one of these dtypes, or ``"auto"`` (also
+        None): as stored on a GPU, float32 on a CPU, where half precision is slow and inexact.
+    device
+        Where the model will run; the CPU by default.
+
+    Returns
+    -------
+    torch.dtype or None
+        None stands for "as stored".
+
+    Raises
+    ------
+    DeviceError
+        If the format is none of these.
+    """
+    if dtype is None or dtype == "auto":
+        return torch.float32 if device is None or device.type == "cpu" else None
+    resolved = DTYPES.get(str(dtype).removeprefix("torch."))
+    if resolved is None:
+        raise DeviceError(f"unknown number format {str(dtype)!r}; give auto, {', '.join(DTYPES)}")
+    return resolved

@@ -1,0 +1,184 @@
+"""Models of any sort: checked, copied, put into evaluation mode, and put back as they were."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, TypeAlias, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from osscar.core.errors import ModelError, NonFiniteError, first_line
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def check_finite_weights(model: nn.Module) -> None:
+    """Refuse a model whose weights are not all numbers.
+
+    Raises
+    ------
+    NonFiniteError
+        Naming the first parameter or buffer with NaN or infinity in it.
+    """
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if tensor.is_meta or not tensor.is_floating_point() or not tensor.numel():
+            continue
+        low, high = tensor.aminmax()  # NaN comes through; ten times faster than isfinite
+        if not (low.isfinite() and high.isfinite()):
+            bad = tensor.numel() - int(tensor.isfinite().sum())
+            raise NonFiniteError(
+                f"{bad} of {tensor.numel()} values of {name!r} are NaN or infinite; "
+                "the checkpoint is damaged, get it anew"
+            )
+
+
+def check_usable(model: nn.Module) -> None:
+    """Refuse what has no weights that could be read.
+
+    Raises
+    ------
+    ModelError
+        If it is no module, has no parameters, or has one without values.
+    """
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"the model is a {type(model).__name__}; give a torch.nn.Module")
+    parameters = dict(model.named_parameters())
+    if not parameters:
+        raise ModelError(f"{type(model).__name__} has no parameters, so nothing can be pruned")
+    for name, parameter in parameters.items():
+        if nn.parameter.is_lazy(parameter):
+            raise ModelError(
+                f"{name!r} of {type(model).__name__} has no shape yet; run the model once first"
+            )
+        if parameter.is_meta:
+            raise ModelError(
+                f"{name!r} of {type(model).__name__} is on the device 'meta', where tensors have "
+                "no values; build the model on the CPU"
+            )
+
+
+def copied(model: M) -> M:
+    """Return a deep copy, in which activations that a module keeps are plain values.
+
+    A forward pass with gradients may leave tensors behind that hang on a graph, such as an
+    attribute with the last features or the weight under `torch.nn.utils.weight_norm`; torch
+    refuses to copy these.
+
+    Raises
+    ------
+    ModelError
+        If something else in it cannot be copied.
+    """
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        for tensor in _on_graphs(vars(module), set()):
+            memo[id(tensor)] = tensor.detach().clone()
+    try:
+        return copy.deepcopy(model, memo)
+    except (RuntimeError, TypeError) as error:
+        raise ModelError(
+            f"{type(model).__name__} cannot be copied: {first_line(error)}; take what is no "
+            "parameter, buffer or plain value out of its attributes"
+        ) from error
+
+
+def _on_graphs(value: Any, seen: set[int]) -> Iterator[Tensor]:
+    """Yield the tensors in containers that are the results of differentiable operations."""
+    if isinstance(value, Tensor):
+        if not value.is_leaf:
+            yield value
+    elif isinstance(value, Mapping | list | tuple | set) and id(value) not in seen:
+        seen.add(id(value))
+        for member in value.values() if isinstance(value, Mapping) else value:
+            yield from _on_graphs(member, seen)
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Return where a model's parameters are."""
+    return next(model.parameters()).device
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Count parameters, tied ones once."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def context_length(model: nn.Module) -> int | None:
+    """Return the most tokens that a model takes at once, or None where its config tells nothing."""
+    length = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    return length if isinstance(length, int) else None
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Set a model to evaluation mode, and each module back to its own mode afterwards."""
+    flags = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in flags:
+            module.training = training
+
+
+@contextmanager
+def without_cache(model: nn.Module) -> Iterator[None]:
+    """Turn the key-value cache off, which calibration does not need."""
+    config = getattr(model, "config", None)
+    before = getattr(config, "use_cache", None)
+    if before is not None:
+        config.use_cache = False  # type: ignore[union-attr]
+    try:
+        yield
+    finally:
+        if before is not None:
+            config.use_cache = before  # type: ignore[union-attr]
+
+
+@contextmanager
+def restored_on_error(model: nn.Module) -> Iterator[None]:
+    """Give every module of a model its class, attributes and tensors back if the block fails."""
+    before = _snapshot(model)
+    try:
+        yield
+    except BaseException:
+        _restore(before)
+        raise
+
+
+@contextmanager
+def restored(model: nn.Module) -> Iterator[None]:
+    """Give every module of a model its class, attributes and tensors back after the block."""
+    before = _snapshot(model)
+    try:
+        yield
+    finally:
+        _restore(before)
+
+
+_Snapshot: TypeAlias = list[tuple[nn.Module, type[nn.Module], dict[str, Any]]]
+
+
+def _snapshot(model: nn.Module) -> _Snapshot:
+    return [
+        (module, type(module), {name: _kept(name, value) for name, value in vars(module).items()})
+        for module in model.modules()
+    ]
+
+
+def _restore(before: _Snapshot) -> None:
+    for module, kind, attributes in before:
+        module.__class__ = kind
+        vars(module).clear()
+        vars(module).update(attributes)
+
+
+_TABLES = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
+"""What a module keeps tensors and modules in, and changes in place."""
+
+
+def _kept(name: str, value: Any) -> Any:
+    return value.copy() if name in _TABLES else value
