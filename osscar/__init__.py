@@ -24,7 +24,9 @@ if TYPE_CHECKING:
     from osscar.evaluation.language import Comparison, Evaluation, compare, evaluate
     from osscar.models.language import LoadedModel, load_model
     from osscar.models.vision import VisionModel, load_vision_model
-    from osscar.pruning.prune import LayerReport, PruningResult, prune
+    from osscar.pruning.prune import prune
+    from osscar.pruning.request import PruningRequest
+    from osscar.pruning.result import LayerReport, PruningResult
     from osscar.shrinking.follow import adapter, prepare
     from osscar.shrinking.plan import PruningPlan
     from osscar.shrinking.shrink import Proof, shrink_proved
@@ -45,6 +47,7 @@ __all__ = [
     "OsscarError",
     "Proof",
     "PruningPlan",
+    "PruningRequest",
     "PruningResult",
     "Row",
     "SavedCheckpoint",
@@ -74,12 +77,13 @@ _HOMES = {
     "Comparison": "evaluation.language",
     "Evaluation": "evaluation.language",
     "ImageSet": "data.images",
-    "LayerReport": "pruning.prune",
+    "LayerReport": "pruning.result",
     "LoadedModel": "models.language",
     "OsscarError": "core.errors",
     "Proof": "shrinking.shrink",
     "PruningPlan": "shrinking.plan",
-    "PruningResult": "pruning.prune",
+    "PruningResult": "pruning.result",
+    "PruningRequest": "pruning.request",
     "Row": "study.records",
     "SavedCheckpoint": "checkpoint.directory",
     "Study": "study.directory",
