@@ -4,7 +4,6 @@ import copy
 
 import pytest
 import torch
-from osscar.pruning.residual import residual_groups
 from torch import nn
 
 import graph
@@ -153,7 +152,7 @@ def test_a_shrunk_model_can_be_pruned_again_and_trained(pruned):
 
 def test_sums_are_residual_and_gates_are_not():
     traced = graph.trace(small_net(), (images(2),))
-    assert residual_groups(traced) == {"stem.0.channels"}
+    assert graph.residual_groups(traced) == {"stem.0.channels"}
     gated = traced.group("blocks.0.expand.channels")
     assert len(gated.producers) == 2
     assert gated.kind is UnitKind.CHANNELS
