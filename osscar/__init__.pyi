@@ -17,11 +17,9 @@ from .evaluation.language import (
 )
 from .models.language import LoadedModel as LoadedModel, load_model as load_model
 from .models.vision import VisionModel as VisionModel, load_vision_model as load_vision_model
-from .pruning.prune import (
-    LayerReport as LayerReport,
-    PruningResult as PruningResult,
-    prune as prune,
-)
+from .pruning.prune import prune as prune
+from .pruning.request import PruningRequest as PruningRequest
+from .pruning.result import LayerReport as LayerReport, PruningResult as PruningResult
 from .shrinking.follow import adapter as adapter, prepare as prepare
 from .shrinking.plan import PruningPlan as PruningPlan
 from .shrinking.shrink import Proof as Proof, shrink_proved as shrink_proved

@@ -18,7 +18,6 @@ import torch
 
 import osscar
 import solvers
-from osscar.capture.instances import capture_problems
 from osscar.core.errors import FrozenGroupError, OptionError, OutputError, StudyError
 from osscar.report.html import write_report
 from osscar.report.plots import _spread
@@ -26,6 +25,7 @@ from osscar.report.summary import summarize
 from osscar.study import jobs as workers
 from osscar.study.design import StudyDesign
 from osscar.study.directory import Study
+from osscar.study.problems import model_problems
 from osscar.study.records import WINDOW, Row, whole, window_layer
 from solvers.exact.highs import Highs
 from tests.osscar.families import tiny
@@ -245,13 +245,13 @@ def test_a_model_is_captured_densely(tmp_path):
     model = tiny("llama-gqa")
     tokens = torch.randint(60, (4, 16), generator=torch.Generator().manual_seed(0))
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    captured = {group.name: p for group, p in capture_problems(model, tokens)}
+    captured = {group.name: p for group, p in model_problems(model, tokens)}
     assert all(torch.equal(before[name], v) for name, v in model.state_dict().items())
     heads = [name for name in captured if name.endswith("heads")]
     assert heads
     queries = {
         group.name: p
-        for group, p in capture_problems(
+        for group, p in model_problems(
             model, tokens, query_heads=True, wanted=lambda name: name in heads
         )
     }
@@ -275,7 +275,7 @@ def test_a_model_is_captured_densely(tmp_path):
 def test_groups_that_do_not_exist_are_refused():
     tokens = torch.zeros(2, 8, dtype=torch.int64)
     with pytest.raises(FrozenGroupError, match="osscar inspect"):
-        next(capture_problems(tiny("llama-gqa"), tokens, wanted=lambda name: False))
+        next(model_problems(tiny("llama-gqa"), tokens, wanted=lambda name: False))
 
 
 @pytest.mark.parametrize(
