@@ -8,7 +8,6 @@ from torch import nn
 
 import graph
 import osscar
-from graph import residual_groups
 from graph.groups import Role, UnitKind
 from osscar.core.errors import (
     CalibrationError,
