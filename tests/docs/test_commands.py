@@ -6,6 +6,7 @@ A command that is added to a page has to be added here: each is run, or parsed w
 from __future__ import annotations
 
 import argparse
+import json
 import runpy
 import sys
 from collections.abc import Callable, Iterator
@@ -18,6 +19,7 @@ import torch
 import typer
 
 import osscar.cli
+from tests.docs.json_schema import missing, undescribed
 from tests.docs.pages import PAGES, ROOT, Command, commands, mentions
 
 INSTALLS = "needs an index of packages; `.ci/run` does it in a fresh environment"
@@ -127,7 +129,7 @@ def test_the_commands_of_a_page_run(
         words = list(smaller(command.words, of_images))
         if "--out" in words:  # pages give one name to several results
             _clear(place / words[words.index("--out") + 1])
-        monkeypatch.setattr(sys, "argv", words)
+        monkeypatch.setattr(sys, "argv", [*words, "--json", "out.json"])
         with pytest.raises(SystemExit) as stop:
             osscar.cli.main()
         captured = capsys.readouterr()
@@ -135,6 +137,8 @@ def test_the_commands_of_a_page_run(
         if known is None:
             assert not stop.value.code, f"{' '.join(words)}: {captured.err}"
             assert captured.out
+            document = json.loads((place / "out.json").read_text())
+            assert (undescribed(document), missing(document)) == (set(), set())
         else:
             assert known in captured.err, f"{command} is mended: take it out of BROKEN"
 
