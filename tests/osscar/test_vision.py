@@ -174,7 +174,7 @@ def test_a_pruned_torchvision_model_is_read_in_another_process(run, archive, tmp
         assert torch.equal(model(expected["x"]), expected["y"])
         assert sum(p.numel() for p in model.parameters()) < 0.9 * {before}
     """
-    subprocess.run([sys.executable, "-c", textwrap.dedent(script)], check=True, timeout=120)
+    subprocess.run([sys.executable, "-c", textwrap.dedent(script)], check=True)
     loaded = load_vision_model(out_dir)
     assert loaded.preprocessing.crop == 224
     assert loaded.classes == ()
