@@ -11,29 +11,27 @@ refitted least-squares problem loses least.
 True
 """
 
-from solvers.backend import (
-    Backend,
+from solvers.errors import BackendError, ProblemError, SolverError, VerificationError
+from solvers.problem import Consumer, SubsetProblem
+from solvers.protocol import Backend, BackendKind, Capabilities, Selection, Status
+from solvers.refit import quadratic_loss, refit
+from solvers.registry import (
     BackendInfo,
-    Capabilities,
-    Kind,
     backend_class,
     backend_names,
     backends,
     make_backend,
-    solve,
 )
-from solvers.errors import BackendError, ProblemError, SolverError, VerificationError
-from solvers.problem import Consumer, SubsetProblem
-from solvers.refit import quadratic_loss, refit
-from solvers.solution import Selection, Solution, Status, Verification
+from solvers.solution import Solution, Verification
+from solvers.solve import solve
 
 __all__ = [
     "Backend",
     "BackendError",
     "BackendInfo",
+    "BackendKind",
     "Capabilities",
     "Consumer",
-    "Kind",
     "ProblemError",
     "Selection",
     "Solution",

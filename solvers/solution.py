@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import enum
 import math
 from dataclasses import dataclass, field
 
@@ -11,8 +10,11 @@ from torch import Tensor
 
 from solvers.certificate import Certificate
 from solvers.errors import ProblemError, VerificationError
+from solvers.pivot import PivotState
 from solvers.problem import SubsetProblem
+from solvers.protocol import DEFAULT_GAP_TOLERANCE, Status
 from solvers.refit import loss_rounding, quadratic_loss, refit
+from solvers.swaps import best_swap
 
 _ROUNDINGS = 4.0
 """Losses are told apart if they differ by more than this many times their rounding."""
@@ -23,63 +25,6 @@ _SWAP_TOLERANCE = 1e-6
 
 _BOUND_TOLERANCE = 1e-9
 """A bound may exceed what its certificate proves by this share of the loss: both round."""
-
-DEFAULT_GAP_TOLERANCE = 1e-4
-"""Relative gap up to which an answer may be called optimal, unless a backend says otherwise."""
-
-
-class Status(enum.Enum):
-    """How a solve ended; the value is a sentence that a person can act on."""
-
-    FEASIBLE = "A support of the asked size was found; nothing is claimed about how good it is."
-    SWAP_OPTIMAL = "No exchange of one kept unit for one removed unit lowers the loss."
-    WINDOW_OPTIMAL = "No better choice exists within any window tried since the last improvement."
-    OPTIMAL = "No support of the asked size has a lower loss, within the tolerance asked for."
-    TIME_LIMIT = "The time limit was met; the bound is valid. Allow more time to close the gap."
-    ITERATION_LIMIT = "The iteration limit was met. Raise it to let the search finish."
-    NODE_LIMIT = "The node limit was met; the bound is valid. Raise it to close the gap."
-    PRECISION_LIMIT = (
-        "Rounding hides the rest of the gap; the bound is valid. Raise damp to close it."
-    )
-    BOUNDED = "A lower bound was computed; the support is the best one known to the bound."
-
-
-@dataclass(frozen=True, eq=False)
-class Selection:
-    """What a backend answers with: a choice, and what it claims about it.
-
-    Parameters
-    ----------
-    support
-        The units that stay, (k,) int64.
-    status
-        How the solve ended.
-    lower_bound
-        A number that no support's loss can be below, or -inf.
-    bound_from
-        What proved `lower_bound`, in a few words.
-    iterations
-        Removals, swaps, nodes: whatever the backend counts.
-    history
-        Loss after each improvement, as the backend saw it.
-    path
-        Loss for each number of units kept, ``path[k]`` for k = 0 .. n, where the backend computes
-        it; else empty.
-    gap_tolerance
-        Up to which relative gap the backend calls its answer optimal.
-    certificate
-        Evidence from which `lower_bound` can be recomputed, or None.
-    """
-
-    support: Tensor
-    status: Status
-    lower_bound: float = -math.inf
-    bound_from: str = ""
-    iterations: int = 0
-    history: tuple[float, ...] = ()
-    path: tuple[float, ...] = ()
-    gap_tolerance: float = DEFAULT_GAP_TOLERANCE
-    certificate: Certificate | None = None
 
 
 @dataclass(frozen=True)
@@ -286,10 +231,6 @@ class Solution:
         """
         if self.status is not Status.SWAP_OPTIMAL and math.isinf(self.lower_bound):
             return math.nan
-        # Imported here: only these claims need the machinery of the search.
-        from solvers.pivot import PivotState
-        from solvers.swaps import best_swap
-
         swap = best_swap(PivotState.on_support(self.problem, self.support))
         if swap.leave < 0:
             return swap.gain

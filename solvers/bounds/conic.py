@@ -22,14 +22,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from solvers.backend import Capabilities, Kind
 from solvers.bounds.quadratic import QuadraticBound, is_definite
 from solvers.bounds.relaxation import Effort, Relaxation, Start, relax
 from solvers.bounds.removal import RemovalTerms
 from solvers.errors import BackendError
 from solvers.problem import SubsetProblem
+from solvers.protocol import BackendKind, Capabilities, Selection, Status
 from solvers.refit import refit
-from solvers.solution import Selection, Status
 
 _RELAXATIONS = ("semidefinite", "second_order")
 _EFFORT = Effort(rounds=6, steps=200, tighten=False)
@@ -50,7 +49,7 @@ class Conic:
         Updates of the multipliers, each followed by one conic solve.
     """
 
-    kind: ClassVar[Kind] = Kind.BOUND
+    kind: ClassVar[BackendKind] = BackendKind.BOUND
     summary: ClassVar[str] = "convex relaxations by an interior-point solver; for small layers"
     capabilities: ClassVar[Capabilities] = Capabilities(max_units=80, devices=("cpu",))
     relaxation: str = "semidefinite"

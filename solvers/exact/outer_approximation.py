@@ -28,8 +28,8 @@ from solvers.errors import BackendError
 from solvers.heuristics.local_search import LocalSearch
 from solvers.pivot import solve_spd, unit_rows
 from solvers.problem import SubsetProblem
+from solvers.protocol import Selection, Status
 from solvers.refit import loss_rounding, refit
-from solvers.solution import Selection, Status
 
 Array = NDArray[np.float64]
 

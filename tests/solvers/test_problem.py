@@ -14,9 +14,9 @@ import torch
 
 from solvers import (
     BackendError,
+    BackendKind,
     Capabilities,
     Consumer,
-    Kind,
     ProblemError,
     SubsetProblem,
     quadratic_loss,
@@ -123,7 +123,7 @@ def test_an_indefinite_hessian_is_refused(tmp_path):
 class Unreachable:
     """Fails the test that lets it start."""
 
-    kind: ClassVar = Kind.HEURISTIC
+    kind: ClassVar = BackendKind.HEURISTIC
     summary: ClassVar = "never runs"
     capabilities: ClassVar = Capabilities()
 

@@ -14,14 +14,14 @@ import torch
 
 from solvers import (
     BackendError,
+    BackendKind,
     Capabilities,
-    Kind,
     Selection,
     Status,
-    backend,
     backend_names,
     backends,
     make_backend,
+    registry,
     solve,
 )
 from solvers.heuristics.local_search import LocalSearch
@@ -34,11 +34,11 @@ PLUGIN = """
 from dataclasses import dataclass
 from typing import ClassVar
 import torch
-from solvers import Capabilities, Kind, Selection, Status
+from solvers import Capabilities, BackendKind, Selection, Status
 
 @dataclass(frozen=True)
 class First:
-    kind: ClassVar = Kind.HEURISTIC
+    kind: ClassVar = BackendKind.HEURISTIC
     summary: ClassVar = "the first units"
     capabilities: ClassVar = Capabilities(wide_units=False, several_consumers=False, max_units=9)
     offset: int = 0
@@ -66,9 +66,9 @@ def installed(tmp_path, monkeypatch):
         "no_class = their_package:Second\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
-    backend._registered.cache_clear()
+    registry._registered.cache_clear()
     yield
-    backend._registered.cache_clear()
+    registry._registered.cache_clear()
     sys.modules.pop("their_package", None)
 
 
@@ -125,7 +125,7 @@ def test_unknown_backend():
 
 
 def test_nothing_registered(monkeypatch):
-    monkeypatch.setattr(backend, "_registered", dict)
+    monkeypatch.setattr(registry, "_registered", dict)
     with pytest.raises(BackendError, match="no backend is registered; install the package"):
         solve(PROBLEM)
 
@@ -233,7 +233,7 @@ def test_a_backend_object_brings_its_options():
 
 @dataclass(frozen=True)
 class Elsewhere:
-    kind: ClassVar = Kind.HEURISTIC
+    kind: ClassVar = BackendKind.HEURISTIC
     summary: ClassVar = "computes on another device only"
     capabilities: ClassVar = Capabilities(several_consumers=False, devices=("cuda",))
 

@@ -8,14 +8,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from solvers.backend import Capabilities, Kind
 from solvers.errors import BackendError
 from solvers.exact.branch_and_bound import BranchAndBound
 from solvers.heuristics.local_search import LocalSearch
 from solvers.heuristics.scores import check_seed
 from solvers.problem import SubsetProblem
+from solvers.protocol import BackendKind, Capabilities, Selection, Status
 from solvers.refit import refit
-from solvers.solution import Selection, Status
 from solvers.windows import apply_window, borderline_window, random_window, window_problem
 
 
@@ -42,7 +41,7 @@ class WindowSearch:
         Of the random windows.
     """
 
-    kind: ClassVar[Kind] = Kind.HEURISTIC
+    kind: ClassVar[BackendKind] = BackendKind.HEURISTIC
     summary: ClassVar[str] = "swap optimum, then improved exactly within windows of units"
     capabilities: ClassVar[Capabilities] = Capabilities()
     units: int = 24
