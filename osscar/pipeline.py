@@ -402,7 +402,7 @@ def _solved(problem: solvers.SubsetProblem, solve: _Solve) -> solvers.Solution:
     """Return the backend's answer, with a bound if asked for."""
     if not solve.certify:
         return solvers.solve(problem, solve.backend)
-    exact = solve.backend.kind is solvers.Kind.EXACT or problem.units > EXACT_UNITS
+    exact = solve.backend.kind is solvers.BackendKind.EXACT or problem.units > EXACT_UNITS
     solution = solvers.solve(problem, solve.backend, bound=exact)
     if not exact:
         solution = _closely_bounded(solution)
