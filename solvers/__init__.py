@@ -13,7 +13,14 @@ True
 
 from solvers.errors import BackendError, ProblemError, SolverError, VerificationError
 from solvers.problem import Consumer, SubsetProblem
-from solvers.protocol import Backend, BackendKind, Capabilities, Selection, Status
+from solvers.protocol import (
+    Backend,
+    BackendKind,
+    Capabilities,
+    Selection,
+    Status,
+    WindowCertificate,
+)
 from solvers.refit import quadratic_loss, refit
 from solvers.registry import (
     BackendInfo,
@@ -22,8 +29,9 @@ from solvers.registry import (
     backends,
     make_backend,
 )
-from solvers.solution import Solution, Verification
+from solvers.solution import Solution, SolutionRecord
 from solvers.solve import solve
+from solvers.verification import Verification
 
 __all__ = [
     "Backend",
@@ -35,11 +43,13 @@ __all__ = [
     "ProblemError",
     "Selection",
     "Solution",
+    "SolutionRecord",
     "SolverError",
     "Status",
     "SubsetProblem",
     "Verification",
     "VerificationError",
+    "WindowCertificate",
     "backend_class",
     "backend_names",
     "backends",

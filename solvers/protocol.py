@@ -14,6 +14,7 @@ from torch import Tensor
 
 from solvers.certificate import Certificate
 from solvers.problem import SubsetProblem
+from solvers.tree_certificate import TreeCertificate
 
 DEFAULT_GAP_TOLERANCE = 1e-4
 """Relative gap up to which an answer may be called optimal, unless a backend says otherwise."""
@@ -33,6 +34,22 @@ class Status(enum.Enum):
         "Rounding hides the rest of the gap; the bound is valid. Raise damp to close it."
     )
     BOUNDED = "A lower bound was computed; the support is the best one known to the bound."
+
+
+@dataclass(frozen=True, eq=False)
+class WindowCertificate:
+    """Evidence that no other choice within some units is better, the others held where they are.
+
+    Parameters
+    ----------
+    units
+        The window, (N,) int64.
+    certificate
+        Bounds the losses of all choices within it (`solvers.windows.window_problem`).
+    """
+
+    units: Tensor
+    certificate: TreeCertificate
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,6 +77,9 @@ class Selection:
         Up to which relative gap the backend calls its answer optimal.
     certificate
         Evidence from which `lower_bound` can be recomputed, or None.
+    windows
+        Evidence for ``WINDOW_OPTIMAL``: one for each window that was tried since the last
+        improvement.
     """
 
     support: Tensor
@@ -71,6 +91,7 @@ class Selection:
     path: tuple[float, ...] = ()
     gap_tolerance: float = DEFAULT_GAP_TOLERANCE
     certificate: Certificate | None = None
+    windows: tuple[WindowCertificate, ...] = ()
 
 
 class BackendKind(enum.StrEnum):

@@ -65,6 +65,10 @@ def backend_class(name: str) -> type[Backend]:
     BackendError
         If there is none, or it cannot be imported.
     """
+    if not isinstance(name, str):
+        raise BackendError(
+            f"backend is {reprlib.repr(name)}; give the name of one: {', '.join(backend_names())}"
+        )
     registered = _registered()
     if not registered:
         raise BackendError("no backend is registered; install the package: pip install -e .")

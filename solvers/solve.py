@@ -10,14 +10,16 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from solvers.bounds.perspective import BOUND_FROM, Perspective
-from solvers.errors import BackendError
+from solvers.errors import BackendError, ProblemError
 from solvers.problem import SubsetProblem
-from solvers.protocol import Backend, Selection
+from solvers.protocol import Backend, Capabilities, Selection, Status
 from solvers.refit import refit
 from solvers.registry import backends, configured
 from solvers.solution import Solution
+from solvers.values import as_number, as_tensor, as_whole
 
 
 def solve(
@@ -53,9 +55,11 @@ def solve(
     Raises
     ------
     BackendError
-        If the backend is unknown, unavailable, or cannot take this problem.
+        If the backend is unknown, unavailable, cannot take this problem, or answers with what is no
+        answer.
     ProblemError
-        If the problem turns out to be ill posed (`Consumer.flaw`), before the backend starts.
+        If `problem` is none, or turns out to be ill posed (`Consumer.flaw`), before the backend
+        starts.
 
     Examples
     --------
@@ -65,27 +69,20 @@ def solve(
     >>> solve(problem, "enumerate").loss <= solve(problem, "magnitude").loss
     True
     """
-    if not isinstance(options, Mapping | None):
-        raise BackendError(f"options is {reprlib.repr(options)}; it must map names to values")
-    twice = sorted(set(options or {}) & set(more_options))
-    if twice:
-        raise BackendError(f"options {', '.join(twice)} are given twice, by name and in a mapping")
-    given = {**(options or {}), **more_options}
-    if isinstance(backend, str):
-        name, chosen = backend, configured(backend, given)
-    elif given:
-        raise BackendError("options go with a backend's name; this backend object has its own")
-    else:
-        name, chosen = type(backend).__name__, backend
+    if not isinstance(problem, SubsetProblem):
+        raise ProblemError(f"problem is {reprlib.repr(problem)}; it must be a SubsetProblem")
+    if not isinstance(bound, bool):
+        raise BackendError(f"bound is {reprlib.repr(bound)}; it must be True or False")
+    name, chosen = _chosen(backend, options, more_options)
     if device is not None:
-        problem = problem.to(device)
+        problem = _moved(problem, device)
     refusal = chosen.capabilities.refusal(problem)
     if refusal is not None:
         raise BackendError(f"backend {name!r} {refusal}; choose another: {_takers(problem, name)}")
     problem.check_definite()
     start = time.perf_counter()
     try:
-        selection = chosen.select(problem)
+        selection = _checked(name, chosen.select(problem), problem)
         support = selection.support.sort().values
         weights, loss = refit(problem, support)
         if bound and math.isinf(selection.lower_bound):
@@ -109,8 +106,105 @@ def solve(
         path=selection.path,
         gap_tolerance=selection.gap_tolerance,
         certificate=selection.certificate,
+        windows=selection.windows,
         seconds=time.perf_counter() - start,
     )
+
+
+def _chosen(backend: Any, options: Any, more_options: Mapping[str, Any]) -> tuple[str, Backend]:
+    """Return the name of a backend and the backend, its options set."""
+    if not isinstance(options, Mapping | None):
+        raise BackendError(f"options is {reprlib.repr(options)}; it must map names to values")
+    twice = sorted(set(options or {}) & set(more_options))
+    if twice:
+        raise BackendError(f"options {', '.join(twice)} are given twice, by name and in a mapping")
+    given = {**(options or {}), **more_options}
+    if isinstance(backend, str):
+        return backend, configured(backend, given)
+    able = callable(getattr(backend, "select", None))
+    if isinstance(backend, type) or not (
+        able and isinstance(getattr(backend, "capabilities", None), Capabilities)
+    ):
+        raise BackendError(
+            f"backend is {reprlib.repr(backend)}; give a registered name, or a backend object: "
+            "one with `capabilities` and `select`"
+        )
+    if given:
+        raise BackendError("options go with a backend's name; this backend object has its own")
+    return type(backend).__name__, backend
+
+
+def _moved(problem: SubsetProblem, device: Any) -> SubsetProblem:
+    """Return the problem on a device that the caller named."""
+    try:
+        return problem.to(torch.device(device))
+    except (RuntimeError, TypeError, AssertionError, NotImplementedError) as error:
+        raise BackendError(
+            f"device is {reprlib.repr(device)}; nothing can be computed there: {error}"
+        ) from error
+
+
+def _checked(name: str, selection: Any, problem: SubsetProblem) -> Selection:
+    """Return what a backend answered with, in plain types; `Solution.verify` believes none of it.
+
+    Raises
+    ------
+    BackendError
+        If the answer is none, or not well formed.
+    """
+    if not isinstance(selection, Selection):
+        raise BackendError(
+            f"backend {name!r} answered with {reprlib.repr(selection)}; it must be a Selection"
+        )
+    try:
+        support = as_tensor("support", selection.support)
+        bound = as_number("lower_bound", selection.lower_bound)
+        tolerance = as_number("gap_tolerance", selection.gap_tolerance)
+        history, path = (
+            tuple(as_number(part, value) for value in getattr(selection, part))
+            for part in ("history", "path")
+        )
+    except (ProblemError, TypeError) as error:
+        raise BackendError(f"backend {name!r} answered with what is no number: {error}") from error
+    iterations = as_whole(selection.iterations)
+    if not isinstance(selection.status, Status) or iterations is None:
+        raise BackendError(
+            f"backend {name!r} answered with status {reprlib.repr(selection.status)} and "
+            f"iterations {reprlib.repr(selection.iterations)}; they must be a Status and an int"
+        )
+    if not bound < math.inf or not 0 <= tolerance < 1:
+        raise BackendError(
+            f"backend {name!r} answered with lower_bound {bound} and gap_tolerance {tolerance}; "
+            "the bound must be a number, -inf for none, and the tolerance lie in [0, 1)"
+        )
+    _check_support(name, support, problem)
+    return dataclasses.replace(
+        selection,
+        support=support,
+        lower_bound=bound,
+        gap_tolerance=tolerance,
+        iterations=iterations,
+        history=history,
+        path=path,
+        windows=tuple(selection.windows),
+    )
+
+
+def _check_support(name: str, support: Tensor, problem: SubsetProblem) -> None:
+    whole = support.dtype == torch.int64 and support.ndim == 1
+    units = set(support.tolist()) if whole else set()
+    if not (whole and len(support) == len(units) == problem.keep) or not units <= set(
+        range(problem.units)
+    ):
+        raise BackendError(
+            f"backend {name!r} answered with support {reprlib.repr(support.tolist())}; it must be "
+            f"{problem.keep} distinct units below {problem.units}, in int64"
+        )
+    if support.device != problem.device:
+        raise BackendError(
+            f"backend {name!r} answered with a support on {support.device}; the problem is on "
+            f"{problem.device}"
+        )
 
 
 def _damping(problem: SubsetProblem) -> str:

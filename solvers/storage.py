@@ -101,7 +101,8 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor
 def _read_safetensors(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
     with safetensors.safe_open(path, framework="pt") as file:
         header = _parsed((file.metadata() or {})[_HEADER])
-        return header, {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        # Copied: what the library returns may be a view of the file, which others can write to.
+        return header, {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
 
 
 def _read_npz(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -15,10 +15,11 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
-from solvers.bounds.quadratic import QuadraticBound, is_definite
-from solvers.bounds.removal import ConsumerRemoval, RemovalTerms, Rounding
+from solvers.bounds.quadratic import QuadraticBound
+from solvers.bounds.removal import ConsumerRemoval, RemovalTerms
 from solvers.certificate import LEAST_DIAGONAL
 from solvers.pivot import unit_rows
+from solvers.rounding import Rounding
 from solvers.tree_certificate import FREE, REMOVED
 
 _SQUARINGS = 6
@@ -224,8 +225,7 @@ class BoundBatch:
     @classmethod
     def single(cls, bound: QuadraticBound) -> BoundBatch:
         """Return the bound of one node as a batch; it claims nothing if q does not dominate."""
-        valid = is_definite(bound.q, bound.Q)
-        cost = bound.q.new_tensor([bound.value if valid else -math.inf])
+        cost = bound.q.new_tensor([bound.value if bound.dominates else -math.inf])
         slopes = bound.slopes[None]
         magnitude = bound.q.new_tensor([bound.magnitude])
         ordered = slopes.sort(1).values
@@ -261,7 +261,7 @@ def bound_nodes(terms: TermsBatch, share: Tensor, shape: Tensor, steps: int) -> 
     share, shape = torch.where(free, share, 1.0), torch.where(free, shape, 1.0)
     parts = [c.aggregate(c.multipliers(share, shape)) for c in terms.consumers]
     a, Q = (sum(sums[1:], sums[0]) for sums in zip(*parts, strict=True))
-    growth, q = _dominating(Q, shape)
+    growth, q = _dominating(Q, shape, max(_MARGIN, terms.rounding.margin(Q.shape[-1])))
     q = torch.where(free, q, q.amax(1, keepdim=True))
     start = torch.where(free, share, 0.0)
     start = (start * (r / start.sum(1))[:, None]).clamp_(max=1.0)
@@ -274,8 +274,8 @@ def bound_nodes(terms: TermsBatch, share: Tensor, shape: Tensor, steps: int) -> 
     return BoundBatch(cost, slopes, ordered, q, x, growth, magnitude)
 
 
-def _dominating(Q: Tensor, shape: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the least multiples of ``shape o diag(Q)`` that dominate Q: factors, (b,), and q.
+def _dominating(Q: Tensor, shape: Tensor, margin: float) -> tuple[Tensor, Tensor]:
+    """Return multiples of ``shape o diag(Q)`` that dominate Q by a margin: factors, (b,), and q.
 
     No eigenvalue of P exceeds the 64th root of the Frobenius norm of P^64, and the largest comes
     within 3 % of it for n = 32: products are an order of magnitude cheaper than eigenvalues.
@@ -288,7 +288,7 @@ def _dominating(Q: Tensor, shape: Tensor) -> tuple[Tensor, Tensor]:
     for _ in range(_SQUARINGS):
         power = power @ power
     eigenvalue = power.square().sum((1, 2)).pow(0.5 / 2**_SQUARINGS).clamp(min=1e-3)
-    growth = eigenvalue * (1 + _MARGIN)
+    growth = eigenvalue * (1 + margin)
     return growth, d * growth[:, None]
 
 

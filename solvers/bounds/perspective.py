@@ -90,4 +90,4 @@ class Perspective:
         if terms.removals == 0:
             return terms.certified(0.0, 0.0), None, None
         relaxation = relax(terms, Effort(self.rounds, self.steps, self.tighten), Start.cold(terms))
-        return relaxation.value, relaxation.certificate, relaxation
+        return *relaxation.claim, relaxation

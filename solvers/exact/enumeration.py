@@ -11,6 +11,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from solvers.certificate import EnumerationCertificate
 from solvers.problem import NO_ROW, Consumer, SubsetProblem
 from solvers.protocol import DEFAULT_GAP_TOLERANCE, BackendKind, Capabilities, Selection, Status
 from solvers.refit import loss_rounding, refit
@@ -62,6 +63,7 @@ class Enumerate:
             bound_from="enumeration of all supports",
             iterations=math.comb(problem.units, problem.keep),
             history=(best_loss,),
+            certificate=EnumerationCertificate(),
         )
 
 

@@ -163,7 +163,9 @@ class Search:
             Whether the time limit ended the search; if not, and a gap is left, rounding hides it.
         """
         cost = (cost_bound - SOLVER_SLACK) * self.unit
-        lower = max(self.terms.certified(cost, self.root.magnitude), self.root.value)
+        lower, certificate = self.terms.certified(cost, self.root.magnitude), None
+        if not lower > self.root.value:
+            lower, certificate = self.root.claim
         lower = min(lower, self.loss)
         rounding = loss_rounding(self.problem, refit(self.problem, self.support)[0])
         closed = self.loss - lower <= self.limits.gap_tolerance * self.loss + rounding
@@ -176,6 +178,7 @@ class Search:
             iterations=iterations,
             history=tuple(self.history),
             gap_tolerance=self.limits.gap_tolerance,
+            certificate=certificate,
         )
 
 
