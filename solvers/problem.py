@@ -430,7 +430,7 @@ class SubsetProblem:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> SubsetProblem:
-        """Read a problem that `save` wrote; nothing is unpickled.
+        """Read a problem that `save` wrote; nothing is unpickled, nor believed.
 
         Parameters
         ----------

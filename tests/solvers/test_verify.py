@@ -62,7 +62,7 @@ def test_accepts_an_honest_solution(instance):
 @pytest.mark.parametrize("factor", [0.99, 1.01, math.nan])
 def test_wrong_loss(instance, factor):
     solution = exact(instance)
-    with pytest.raises(VerificationError, match="when recomputed, claimed|loss is nan; it must be"):
+    with pytest.raises(VerificationError, match=r"when recomputed, claimed|loss is nan; it must"):
         replace(solution, loss=solution.loss * factor, lower_bound=-math.inf).verify()
 
 
