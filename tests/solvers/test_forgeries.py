@@ -193,24 +193,23 @@ def test_too_much_to_enumerate():
 # ---- multipliers --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("q", [1e12, 1e16, 1e17, 1e18, 1e20, 1e100, 1e200, 1.7e308])
-@pytest.mark.parametrize("point", [0.0, 1.0, 1e-300, 1 - 2**-53])
+@pytest.mark.parametrize("q", [1e12, 3e15, 1e16, 7e16, 1e17, 3e17, 1e18, 1e20, 1e200, 1.7e308])
+@pytest.mark.parametrize("point", [0.0, 1.0, 1 - 2**-53])
 def test_huge_diagonals_prove_no_rounding(q, point):
     """Next to 1e17 a loss is rounding: neither the bound nor a slope may be made of it."""
-    n = problem().units
-    for unit in range(n):
-        root = huge_root(1e3)
-        diagonal, x = root.q.clone(), root.point.clone()
+    best = honest("perspective").certificate
+    for unit in range(problem().units):
+        diagonal, x = best.q.clone(), best.point.clone()
         diagonal[unit], x[unit] = q, point
-        root = replace(root, q=diagonal, point=x)
+        root = replace(best, q=diagonal, point=x)
         for side in (node(removed=[unit]), node(kept=[unit])):
-            for certificate in (root, tree([-1, 0], [node(), side], root=root)):
-                try:
-                    proved = certificate.bound(problem())
-                except VerificationError:
-                    continue
-                assert Fraction(proved.value) <= optimum()
-                refused(false(certificate=certificate))
+            forged = tree([-1, 0], [node(), side], root=root)
+            try:
+                proved = forged.bound(problem())
+            except VerificationError:
+                continue
+            assert Fraction(proved.value) <= optimum()
+            refused(false(certificate=forged))
 
 
 @pytest.mark.parametrize("value", [-1e-9, 1 + 1e-9, 1e8, -1e8, 1e200, math.inf, math.nan])
