@@ -50,9 +50,6 @@ _MOST_SUPPORTS = 20_000
 _BATCH_ELEMENTS = 1 << 20
 """Elements of the blocks of one batch of supports."""
 
-_FACTORIZATIONS = 16.0
-"""Errors of the inverse that blocks of it, sums over it and their factorizations add up to."""
-
 _EPS = torch.finfo(torch.float64).eps
 
 
@@ -257,7 +254,7 @@ class Inverses:
             raise VerificationError(f"the certificate proves {loss}, which is no bound")
         cost, nothing = (torch.tensor([x], dtype=torch.float64) for x in (loss - self.constant, 0))
         value = float(self.rounding.certified(self.constant, nothing, cost, nothing))
-        again = _FACTORIZATIONS * self.rounding.inverse * max(loss - self.constant, 0.0)
+        again = self.rounding.inverse * max(loss - self.constant, 0.0)
         return Proved(value, max(loss - value, 0.0) + again)
 
     def unconditioned(self) -> ConditionedNodes:

@@ -16,8 +16,10 @@ from solvers import (
     BackendError,
     BackendKind,
     Capabilities,
+    ProblemError,
     Selection,
     Status,
+    backend_class,
     backend_names,
     backends,
     make_backend,
@@ -307,3 +309,36 @@ def test_multistage_keeps_the_best_batch():
     without = solve(problem, "multistage", stage_size=5, max_batches=0)
     assert with_swaps.loss <= without.loss
     assert with_swaps.history[0] == pytest.approx(without.loss)
+
+
+@pytest.mark.parametrize("problem", [None, "problem", 5, PROBLEM.consumers, PROBLEM.consumers[0]])
+def test_what_is_no_problem(problem):
+    with pytest.raises(ProblemError, match=r"^problem is .*; it must be a SubsetProblem$"):
+        solve(problem)
+
+
+@pytest.mark.parametrize("backend", [5, None, 2.5, [], {}, LocalSearch, object(), b"greedy"])
+def test_what_is_no_backend(backend):
+    with pytest.raises(BackendError, match=r"^backend is .*; give a registered name, or a backend"):
+        solve(PROBLEM, backend)
+
+
+@pytest.mark.parametrize("name", [5, None, [], b"greedy"])
+def test_what_is_no_name_of_a_backend(name):
+    for function in (make_backend, backend_class):
+        with pytest.raises(BackendError, match=r"^backend is .*; give the name of one: .*greedy"):
+            function(name)
+
+
+def test_other_arguments_of_a_wrong_type():
+    for bound in (None, 1, "yes"):
+        with pytest.raises(BackendError, match=r"^bound is .*; it must be True or False$"):
+            solve(PROBLEM, bound=bound)
+    for device in ("nonsense", 2.5, [], "meta", "cuda:99"):
+        with pytest.raises(
+            BackendError, match=r"^device is .*; nothing can be computed there|on meta"
+        ):
+            solve(PROBLEM, device=device)
+    for options in (5, "seed=3", [("seed", 3)]):
+        with pytest.raises(BackendError, match=r"^options is .*; it must map names to values$"):
+            solve(PROBLEM, "random", options=options)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import math
 from dataclasses import replace
 
@@ -205,3 +207,31 @@ def test_gap():
     assert replace(solution, lower_bound=solution.loss / 4).gap == pytest.approx(0.75)
     assert replace(solution, lower_bound=-1.0).gap == 1
     assert replace(solution, lower_bound=0.0, loss=0.0).gap == 0
+
+
+def test_the_record_is_what_json_can_hold():
+    problem = INSTANCES["target"].problem
+    for backend in ("greedy", "enumerate", "perspective"):
+        solution = solve(problem, backend)
+        for checked in (None, solution.verify()):
+            record = solution.record(checked)
+            fields = dataclasses.asdict(record)
+            assert json.loads(json.dumps(fields, allow_nan=False))["backend"] == backend
+            assert record.support == tuple(solution.support.tolist())
+            assert record.status == solution.status.name
+            assert record.relative_loss == pytest.approx(record.loss / problem.scale)
+            assert (record.gap is None) == (record.lower_bound is None) == (backend == "greedy")
+            assert (record.recomputed_bound is None) == (checked is None or backend == "greedy")
+    assert record.proved_optimal is False
+    exact_record = exact(INSTANCES["target"]).record()
+    assert exact_record.proved_optimal
+    assert exact_record.relative_bound == pytest.approx(exact_record.relative_loss)
+
+
+def test_the_record_of_a_word_has_no_recomputed_bound():
+    solution = replace(exact(INSTANCES["target"]), certificate=None)
+    record = solution.record(solution.verify())
+    assert record.recomputed_bound is None
+    assert record.lower_bound is not None
+    silent = SubsetProblem.from_gram(torch.zeros(3, 3), torch.ones(3, 2), keep=1)
+    assert solve(silent, "greedy").record().relative_loss == 0.0
