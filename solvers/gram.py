@@ -76,8 +76,10 @@ def quadratic_rounding(
 
     Parameters
     ----------
-    H, G, e, W
-        As for `quadratic`.
+    H, G, e
+        Quadratic terms.
+    W
+        Any weights, (p, m).
     responses
         How many columns G had before it was rotated into fewer; by default as many as now.
     """

@@ -322,10 +322,18 @@ class SubsetProblem:
 
         Parameters
         ----------
-        H, W0, G, e, units, damp
-            As in `Consumer.from_gram`.
-        keep, name
-            As in `SubsetProblem`.
+        H, W0
+            Undamped Gram matrix ``X'X/N``, (p, p), and dense weights, (p, m).
+        keep
+            How many units stay.
+        G, e
+            ``X'Y/N`` and ``|Y|^2/N`` of another target than ``X W0``.
+        units
+            What each unit owns; by default every row is a unit.
+        damp
+            lambda relative to the mean of the diagonal of `H`.
+        name
+            What the problem is called in reports.
         """
         return cls((Consumer.from_gram(H, W0, G=G, e=e, units=units, damp=damp),), keep, name)
 

@@ -57,13 +57,15 @@ class TreeCertificate:
     root
         The linearization of the first node, or None if that is enumerated.
     shape
-        As in `MultiplierCertificate`, of all nodes but the root, (n,).
+        (n,), positive: what the multipliers and q of all nodes but the root are scaled by.
     parent
         The place of each node's parent, (t,) int64; -1 for the first.
     sides
         `FREE`, `REMOVED` or `KEPT`, (t, n) int8.
     share, point
-        As in `MultiplierCertificate`, (t, n) of any format; arbitrary where units are not free.
+        What each node's multipliers are computed from, and where it is linearized
+        (`MultiplierCertificate`): (t, n) in [0, 1], of any floating format; of no effect where
+        units are not free.
     growth
         (t,): a node's q is ``growth * shape * diag(Q)``; 0 if it is to be enumerated.
     """

@@ -70,6 +70,8 @@ class ConsumerRemoval:
 
         The units in neither stay.
         """
+        # Block elimination: with A_RR = L L', C = inv(L) A_RF and h = inv(L) W_R, what is left is
+        # A_FF - C'C and W_F - C'h, and the removed rows cost |h|^2.
         f, r = unit_rows(free, self.width), unit_rows(removed, self.width)
         A, W = self.A[f[:, None], f], self.W[f]
         if not len(r):
@@ -90,6 +92,8 @@ class ConsumerRemoval:
         where `shape` is 1.  In general it maximizes what is left of it by a bound whose diagonal is
         ``shape o diag(Q)`` (`solvers.bounds.quadratic`).
         """
+        # E over R of 2 tr(Y_R'W_R) - tr(Y_R'A_RR Y_R), with units independent: Y'W is weighted by
+        # x_i, off-diagonal blocks of A by x_i x_j, and its diagonal blocks by x_i.
         x = share.clamp(min=LEAST_SHARE, max=1.0)
         M = self.A.clone()
         diagonal = self._blocks(M).diagonal(dim1=-4, dim2=-2)
