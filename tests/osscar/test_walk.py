@@ -265,7 +265,7 @@ def test_a_study_poses_the_problem_that_pruning_solves(case):
 class Spy:
     """Keeps the first units, and the problems that it was given."""
 
-    kind: ClassVar = solvers.Kind.HEURISTIC
+    kind: ClassVar = solvers.BackendKind.HEURISTIC
     summary: ClassVar = "keeps the first units"
     capabilities: ClassVar = solvers.Capabilities()
     seen: list = field(default_factory=list)
