@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
@@ -25,7 +27,10 @@ from osscar.core.errors import CheckpointError, MissingDependency
 ORIGIN = "osscar_origin"
 """The attribute of a model that `Origin.build` made, if its class does not tell its origin."""
 
-DESCRIPTION_ERRORS = (OSError, ValueError, TypeError, AttributeError, StrictDataclassError)
+DESCRIPTION_ERRORS = (
+    *(OSError, ValueError, TypeError, AttributeError, StrictDataclassError, SafetensorError),
+    *(ArithmeticError, LookupError, AssertionError, ImportError, RuntimeError, MemoryError),
+)
 """What libraries raise when a description of a model makes no sense to them."""
 
 
@@ -66,11 +71,23 @@ class TransformersOrigin:
         Raises
         ------
         CheckpointError
-            If there is none.
+            If there is none, or it needs code that the checkpoint brings along.
         """
         if not (path / "config.json").is_file():
             raise CheckpointError(f"{path} holds no config.json; it is not a checkpoint")
-        config = AutoConfig.from_pretrained(path, local_files_only=True)
+        try:
+            # False, not None: without an answer transformers asks standard input for one.
+            config = AutoConfig.from_pretrained(
+                path, local_files_only=True, trust_remote_code=False
+            )
+        except ValueError as error:
+            if "trust_remote_code" not in str(error):
+                raise
+            raise CheckpointError(
+                f"the config.json in {path} names code that the checkpoint brings along, and none "
+                "of it is run here; where there is no plan beside it, osscar.load_model can, with "
+                "trust_remote_code=True"
+            ) from error
         name = next(iter(config.architectures or ()), "")
         found = getattr(transformers, name, None)
         known = isinstance(found, type) and issubclass(found, PreTrainedModel)
@@ -79,7 +96,11 @@ class TransformersOrigin:
     def read_stock(self, path: Path, dtype: torch.dtype | None) -> nn.Module:
         """Read a checkpoint that needs no plan, in evaluation mode."""
         model: nn.Module = self.kind.from_pretrained(
-            path, dtype=dtype or "auto", use_safetensors=True, local_files_only=True
+            path,
+            dtype=dtype or "auto",
+            use_safetensors=True,
+            local_files_only=True,
+            trust_remote_code=False,
         )
         return model.eval()
 
@@ -87,8 +108,9 @@ class TransformersOrigin:
         """Build the model without filling its weights."""
         auto = self.kind is AutoModelForCausalLM
         make = self.kind.from_config if auto else self.kind._from_config
+        options = {"trust_remote_code": False} if auto else {}
         with no_init_weights():
-            model: PreTrainedModel = make(self.config, dtype=self.config.dtype)
+            model: PreTrainedModel = make(self.config, dtype=self.config.dtype, **options)
         model.tie_weights()
         return model
 
@@ -137,7 +159,7 @@ class TorchvisionOrigin:
                 raise ValueError(f"torchvision model {self.name!r} has option {key} = {value!r}")
 
     def build(self) -> nn.Module:
-        """Build the model with random weights.
+        """Build the model with random weights; none are fetched.
 
         Raises
         ------
@@ -151,7 +173,10 @@ class TorchvisionOrigin:
                 f"the model {self.name!r} needs the package 'torchvision'; install it with "
                 "`python3 -m pip install 'osscar[vision]'`"
             ) from error
-        model: nn.Module = models.get_model(self.name, weights=None, **self.options)
+        accepted = inspect.signature(models.get_model_builder(self.name)).parameters
+        # Of segmentation and detection models the backbone would be fetched.
+        none = {"weights": None, **{key: None for key in accepted if key.startswith("weights")}}
+        model: nn.Module = models.get_model(self.name, **none, **self.options)
         setattr(model, ORIGIN, self)
         return model
 

@@ -69,7 +69,7 @@ def command(
     and for images agreement and divergence are measured, which need no labels.
     """
     from osscar.core.errors import OptionError
-    from osscar.models.vision import check_directory, is_vision
+    from osscar.models.open import check_directory, is_vision
 
     check_json_path(json, inputs=(model, against, text, images, weights))
     check_directory(model)

@@ -44,7 +44,7 @@ def command(
     from osscar.core.errors import OutputError
     from osscar.core.modules import count_parameters
     from osscar.evaluation.size import count_owned
-    from osscar.models.vision import open_model
+    from osscar.models.open import open_model
     from osscar.report.tables import groups_table
     from osscar.shrinking.follow import prepare
 

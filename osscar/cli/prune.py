@@ -128,7 +128,8 @@ def command(
     its query heads.
     """
     from osscar.checkpoint.directory import check_output
-    from osscar.models.vision import VisionModel, open_model
+    from osscar.models.open import open_model
+    from osscar.models.vision import VisionModel
     from osscar.pruning.prune import prune
     from osscar.pruning.request import Targets
 

@@ -11,6 +11,8 @@ import torch
 from safetensors.torch import save_file
 
 import osscar
+from osscar.checkpoint.builders import TorchvisionOrigin
+from osscar.checkpoint.directory import save
 from osscar.cli import main
 from osscar.core.errors import (
     CheckpointError,
@@ -19,14 +21,22 @@ from osscar.core.errors import (
     ModelNotFound,
     OptionError,
 )
-from osscar.data.images import ImageSet, Preprocessing, load_images, refuse_overlap
+from osscar.data.images import (
+    ImageSet,
+    Preprocessing,
+    import_torchvision,
+    load_images,
+    refuse_overlap,
+)
 from osscar.evaluation.images import (
     compare_images,
     evaluate_images,
     label_indices,
     score_images,
 )
-from osscar.models.vision import is_vision, load_vision_model, open_model, read_state
+from osscar.models.open import is_vision, open_model
+from osscar.models.vision import load_vision_model
+from osscar.models.weights import read_state
 from tests.osscar.networks import small_net
 
 pytest.importorskip("torchvision", reason="images need the extra osscar[vision]")
@@ -154,7 +164,7 @@ def test_prune_eval_inspect_and_load_a_model_of_the_users_own(run, code, archive
 def test_a_pruned_torchvision_model_is_read_in_another_process(run, archive, tmp_path):
     weights = tmp_path / "weights.pth"
     torch.manual_seed(0)
-    dense = osscar.models.vision.import_torchvision("models").squeezenet1_1(num_classes=7).eval()
+    dense = import_torchvision("models").squeezenet1_1(num_classes=7).eval()
     torch.save(dense.state_dict(), weights)
     out_dir = tmp_path / "small"
     name = "torchvision:squeezenet1_1"
@@ -178,6 +188,41 @@ def test_a_pruned_torchvision_model_is_read_in_another_process(run, archive, tmp
     loaded = load_vision_model(out_dir)
     assert loaded.preprocessing.crop == 224
     assert loaded.classes == ()
+    evaluate = ("eval", out_dir, "--images", f"{archive}:test", "--samples", 2, "--device", "cpu")
+    status, out, err = run(*evaluate, "--against", name, "--weights", weights)
+    assert status == 0, err
+    assert "agreement with dense" in out
+
+
+def test_what_is_no_dense_model_of_images_is_refused_by_its_sort(run, code, archive, tmp_path):
+    evaluate = ("eval", code, "--images", f"{archive}:test", "--device", "cpu")
+    for against, message in (
+        ("demo", "'demo' is no model that reads images"),
+        ("torchvision:resnet", "torchvision has no classification model 'resnet'"),
+    ):
+        status, _, err = run(*evaluate, "--against", against)
+        assert (status, message in err.replace("\n", " ")) == (2, True), err
+    status, _, err = run("eval", "demo", "--windows", 1, "--against", "torchvision:resnet18")
+    assert (status, "'torchvision:resnet18' is a model of torchvision, and a" in err) == (2, True)
+    result = osscar.prune(small_net(), torch.rand(60, 3, SIDE, SIDE), sparsity=0.5, device="cpu")
+    result.save(tmp_path / "small")
+    evaluate = ("eval", tmp_path / "small", "--images", f"{archive}:test", "--device", "cpu")
+    status, _, err = run(*evaluate, "--against", "torchvision:resnet18")
+    assert (status, "dense=), not 'torchvision:resnet18'" in err.replace("\n", " ")) == (2, True)
+    status, _, err = run(*evaluate, "--against", code, "--weights", tmp_path / "w.pt")
+    assert (status, "no file of weights" in err) == (2, True)
+
+
+@pytest.mark.parametrize("name", ["fcn_resnet50", "ssdlite320_mobilenet_v3_large", "resnet18"])
+def test_a_model_that_a_plan_names_is_built_without_fetching_anything(name, monkeypatch, tmp_path):
+    for place in ("torch.hub.load_state_dict_from_url", "torch.hub.download_url_to_file"):
+        monkeypatch.setattr(place, lambda *_, **__: pytest.fail("fetched"))
+    monkeypatch.setattr(
+        "torchvision.models._api.load_state_dict_from_url", torch.hub.load_state_dict_from_url
+    )
+    save(TorchvisionOrigin(name).build(), tmp_path / "small")
+    assert osscar.load(tmp_path / "small").training is False
+    assert load_vision_model(tmp_path / "small", device="cpu").preprocessing.crop == 224
 
 
 def test_bad_input_ends_in_one_line_before_anything_is_written(run, code, archive, tmp_path):
