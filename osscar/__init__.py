@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from osscar.data.images import ImageSet, load_images
     from osscar.data.tokens import CalibrationSet, load_calibration, text_windows
     from osscar.evaluation.images import compare_images, evaluate_images
-    from osscar.evaluation.language import Comparison, Evaluation, compare, evaluate
+    from osscar.evaluation.language import compare, evaluate
+    from osscar.evaluation.result import Comparison, Evaluation
     from osscar.models.language import LoadedModel, load_model
     from osscar.models.vision import VisionModel, load_vision_model
     from osscar.pruning.prune import LayerReport, PruningResult, prune
@@ -71,8 +72,8 @@ __all__ = [
 
 _HOMES = {
     "CalibrationSet": "data.tokens",
-    "Comparison": "evaluation.language",
-    "Evaluation": "evaluation.language",
+    "Comparison": "evaluation.result",
+    "Evaluation": "evaluation.result",
     "ImageSet": "data.images",
     "LayerReport": "pruning.prune",
     "LoadedModel": "models.language",

@@ -210,7 +210,7 @@ def report_document(
 
 def print_result(result: PruningResult, saved: SavedCheckpoint) -> None:
     """Print the table of layers and what became of the model."""
-    from osscar.report.tables import layers_table
+    from osscar.report.run_tables import layers_table
 
     out.print(layers_table(result.layers))
     dead = sum(layer.dead for layer in result.layers)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib
-import json
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -344,28 +343,26 @@ def _from_archive(path: Path, part: str, preprocessing: Preprocessing) -> ImageS
     return ImageSet(f"{path}:{part}" if part else str(path), images, preprocessing, found)
 
 
-def refuse_overlap(images: ImageSet, report: Path) -> None:
+def refuse_overlap(images: ImageSet, calibration: Mapping[str, Any]) -> None:
     """Refuse to score images that a model was calibrated on.
 
     Parameters
     ----------
     images
         What is to be scored.
-    report
-        What ``osscar prune`` wrote beside the model; nothing is refused where it is missing.
+    calibration
+        What the report beside the model says about its calibration data; empty where there is none.
 
     Raises
     ------
     ImageError
-        If an image is one of those that the report names.
+        If an image is one of those that it names.
     """
-    try:
-        calibration = json.loads(report.read_text(encoding="utf-8"))["calibration"]
-        used, source = set(calibration["images"]), calibration["source"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return  # not a report of ours, or none on images
-    shared = sum(fingerprint in used for fingerprint in images.fingerprints())
+    named = calibration.get("images")
+    used = {name for name in named if isinstance(name, str)} if isinstance(named, list) else set()
+    shared = sum(fingerprint in used for fingerprint in images.fingerprints()) if used else 0
     if shared:
         raise ImageError(
-            f"{shared} of the {len(images)} images calibrated this model ({source}); score others"
+            f"{shared} of the {len(images)} images calibrated this model "
+            f"({calibration.get('source')}); score others"
         )

@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter, PercentFormatter
 
 import solvers
+from osscar.report.numbers import share
 from osscar.report.summary import HIT, Case, Summary, excess
 from osscar.study.records import WINDOW, Row, whole
 from solvers import Status
@@ -139,7 +140,7 @@ def _gaps(cases: Sequence[Case]) -> Figure | None:
         root = [_or_zero(mine[n].root_gap) if n in mine else 0.0 for n in names]
         left = [_or_zero(mine[n].gap) if n in mine else 0.0 for n in names]
         axes.bar(x, root, step * 0.9, facecolor="none", edgecolor=color, linewidth=0.7)
-        axes.bar(x, left, step * 0.9, color=color, label=f"{sparsity:.0%} removed")
+        axes.bar(x, left, step * 0.9, color=color, label=f"{share(sparsity)} removed")
     axes.set_xticks(
         range(len(names)), [short_name(n) for n in names], rotation=90, fontsize=7, parse_math=False
     )

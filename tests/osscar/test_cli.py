@@ -80,7 +80,7 @@ def test_prune_then_eval_then_inspect(run, text, tmp_path):
     status, out, err = run(*evaluate, "--text", other, "--json", tmp_path / "e")
     assert status == 0, err
     document = json.loads((tmp_path / "e").read_text())
-    assert document["schema"] == "osscar.eval/1"
+    assert document["schema"] == "osscar.eval/2"
     assert document["ratios"]["parameters"] < 1
     assert document["model"]["quality"]["windows"] == 2
 

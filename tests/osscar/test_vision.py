@@ -128,10 +128,10 @@ def test_prune_eval_inspect_and_load_a_model_of_the_users_own(run, code, archive
     for expected in ("top-1", "images/s", "FLOPs an image", "agreement with dense", "KL"):
         assert expected in out
     compared = json.loads(report.read_text())
-    assert compared["schema"] == "osscar.eval/1"
+    assert compared["schema"] == "osscar.eval/2"
     assert compared["dense"]["quality"]["agreement"] is None
     assert 0 <= compared["model"]["quality"]["agreement"] <= 1
-    assert compared["ratios"]["flops_per_image"] < 0.6
+    assert compared["ratios"]["flops"] < 0.6
 
     status, out, err = run("eval", out_dir, "--images", f"{archive}:train", "--against", code)
     assert status == 2
@@ -484,15 +484,13 @@ def test_empty_directories_and_other_files_are_refused(tmp_path):
         load_images(tmp_path / "x.npz", Preprocessing())
 
 
-def test_images_are_recognized_by_what_is_stored(folders, tmp_path):
+def test_images_are_recognized_by_what_is_stored(folders):
     images = load_images(folders, Preprocessing())
-    report = tmp_path / "report.json"
-    report.write_text(json.dumps({"calibration": images.first(3).describe()}))
     with pytest.raises(ImageError, match="3 of the 10 images calibrated"):
-        refuse_overlap(images, report)
-    others = ImageSet("others", pixels(4, 9), Preprocessing())
-    refuse_overlap(others, report)
-    refuse_overlap(images, tmp_path / "none.json")
+        refuse_overlap(images, images.first(3).describe())
+    refuse_overlap(ImageSet("others", pixels(4, 9), Preprocessing()), images.describe())
+    for nothing in ({}, {"images": None}, {"images": [1, {}]}):
+        refuse_overlap(images, nothing)
 
 
 # ---- evaluation --------------------------------------------------------------------------
@@ -524,10 +522,10 @@ def test_flops_and_parameters_are_those_of_the_model(labelled):
     model, hidden, area = small_net(), 16, SIDE * SIDE
     block = area * (8 * hidden + 9 * hidden + 9 * hidden * 8) + 2 * 4 * hidden
     products = area * 27 * 8 + 2 * block + area // 4 * 9 * 8 * 12 + 48 * 5
-    assert evaluation.footprint.flops_per_image == 2 * products
+    assert evaluation.footprint.flops == 2 * products
     assert evaluation.footprint.parameters == sum(p.numel() for p in model.parameters())
     assert evaluation.quality.top5 is None
-    assert evaluation.images_per_second > 0
+    assert evaluation.speed.images_per_second > 0
 
 
 def test_a_model_beside_itself_is_equal(labelled):
@@ -535,7 +533,7 @@ def test_a_model_beside_itself_is_equal(labelled):
     comparison = compare_images(model, small_net(), labelled, repetitions=1)
     assert comparison.model.quality.agreement == 1
     assert comparison.model.quality.kl == pytest.approx(0, abs=1e-12)
-    assert comparison.ratios.top1 == comparison.ratios.flops_per_image == 1
+    assert comparison.ratios["top1"] == comparison.ratios["flops"] == 1
 
 
 def test_images_without_labels_have_agreement_only(folders):
