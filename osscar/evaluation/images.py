@@ -248,7 +248,7 @@ def label_indices(images: ImageSet, classes: Sequence[str], outputs: int) -> Ten
     labels, names = images.labels, images.classes
     if names and set(names) <= set(classes):
         labels = torch.tensor([classes.index(name) for name in names])[labels]
-    elif names and all(name.isdecimal() for name in names):
+    elif names and all(name.isdecimal() and len(name) < 10 for name in names):
         labels = torch.tensor([int(name) for name in names])[labels]
     elif names and len(names) != outputs:
         raise ImageError(

@@ -287,8 +287,8 @@ def _window_length(model: PreTrainedModel, seqlen: int | None) -> int:
         return min(limit, DEFAULT_SEQLEN)
     if not isinstance(seqlen, int) or not 2 <= seqlen <= limit:
         raise OptionError(
-            f"a window of {seqlen!r:.60} tokens does not fit this model; give from 2 to {limit}, which "
-            "is its context (--seqlen)"
+            f"a window of {seqlen!r:.60} tokens does not fit this model; give from 2 to {limit}, "
+            "which is its context (--seqlen)"
         )
     return seqlen
 

@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from osscar.core.errors import ModelError
+from osscar.core.inputs import check_regular, file_name
 
 _OLD_DENSENET_NAME = re.compile(
     r"^(.*denselayer\d+\.(?:norm|relu|conv))\.((?:[12])\.(?:weight|bias|running_.*))$"
@@ -34,8 +35,10 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
     ModelError
         If it is missing or holds something else.
     """
-    file = Path(path).expanduser()
+    name = file_name(path, "the file of weights", "its path")
     try:
+        file = Path(name).expanduser()
+        check_regular(file)
         if file.suffix == ".safetensors":
             state: Any = safetensors.torch.load_file(file)
         else:

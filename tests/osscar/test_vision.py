@@ -1,9 +1,11 @@
 """Models that read images, from the name to the command line."""
 
 import json
+import os
 import subprocess
 import sys
 import textwrap
+import zipfile
 
 import numpy as np
 import pytest
@@ -407,6 +409,11 @@ def test_images_that_would_be_clipped_or_are_too_large_are_refused(tmp_path, mon
     [
         ({"interpolation": "x"}, "interpolation is 'x'"),
         ({"resize": -1}, "resize is -1"),
+        ({"crop": 10**9}, "crop is 1000000000"),
+        ({"resize": "x"}, "makes no sense"),
+        ({"std": [float("nan")] * 3}, "std above 0"),
+        ({"mean": [float("nan")] * 3}, "std above 0"),
+        ({"std": [-1, 1, 1]}, "std above 0"),
         ({"mean": []}, r"mean is \(\)"),
     ],
 )
@@ -422,9 +429,9 @@ def test_a_report_whose_preprocessing_makes_no_sense_is_refused(change, message,
 
 def test_images_are_transformed_as_torchvision_does(folders):
     from PIL import Image
-    from torchvision.transforms._presets import ImageClassification
 
-    preset = ImageClassification(crop_size=8, resize_size=10)
+    weights = import_torchvision("models").ResNet18_Weights.DEFAULT
+    preset = weights.transforms(crop_size=8, resize_size=10)
     preprocessing = Preprocessing.of(preset)
     images = load_images(folders, preprocessing)
     expected = torch.stack([preset(Image.open(file)) for file in images.items])
@@ -465,13 +472,84 @@ def test_a_damaged_image_is_named(folders):
         ({"images": pixels(2), "labels": np.zeros(3, int)}, "must be 2 whole numbers"),
         ({"images": pixels(2), "labels": np.zeros(2)}, "whole numbers, not float64"),
         ({"pictures": pixels(2)}, "has no 'images', only pictures"),
-        ({"images": np.array([{}])}, "not an .npz file that can be read"),
+        ({"images": np.array([{}])}, "must be uint8 .* not object"),
     ],
 )
 def test_archives_of_a_wrong_form_are_refused(arrays, message, tmp_path):
     np.savez(tmp_path / "x.npz", **arrays)
     with pytest.raises(ImageError, match=message):
         load_images(tmp_path / "x.npz", Preprocessing())
+
+
+def test_an_archive_is_refused_by_what_it_says_of_itself_before_it_is_read(tmp_path, monkeypatch):
+    file = tmp_path / "bomb.npz"
+    with (
+        zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive,
+        archive.open("images.npy", "w") as member,
+    ):
+        header = {"descr": "|u1", "fortran_order": False, "shape": (10**7, 256, 256, 3)}
+        np.lib.format.write_array_header_1_0(member, header)
+    monkeypatch.setattr(np, "load", lambda *_, **__: pytest.fail("read"))
+    with pytest.raises(ImageError, match="would take 1,966,080,000,000 bytes of memory"):
+        load_images(file, Preprocessing())
+
+
+@pytest.mark.parametrize("cut", [30, 100, 400, 700])
+def test_a_damaged_archive_is_refused(cut, tmp_path, archive):
+    data = bytearray(archive.read_bytes())
+    for place in range(cut, len(data), 200):
+        data[place] ^= 0xFF
+    (tmp_path / "x.npz").write_bytes(data)
+    with pytest.raises(ImageError):
+        load_images(tmp_path / "x.npz:test", Preprocessing()).tensor()
+
+
+def test_an_image_file_holds_pixels_and_no_program(tmp_path, monkeypatch):
+    """PostScript under the name of a JPEG would be given to an interpreter."""
+    from PIL import EpsImagePlugin
+
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *_, **__: pytest.fail("started"))
+    (tmp_path / "a.jpg").write_bytes(
+        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n%%EOF\n"
+    )
+    with pytest.raises(ImageError, match=r"a\.jpg' cannot be decoded .*JPEG"):
+        load_images(tmp_path, Preprocessing()).tensor()
+
+
+def test_an_image_that_resizing_would_blow_up_is_refused(tmp_path):
+    from PIL import Image
+
+    Image.new("RGB", (30_000, 1)).save(tmp_path / "a.png")
+    with pytest.raises(ImageError, match="30000 x 1 pixels, more than 200 times longer"):
+        load_images(tmp_path, Preprocessing()).tensor()
+
+
+@pytest.mark.parametrize("spec", ["", "x" * 5000, "~no-such-user/x", "a\0b.npz", "\udc80"])
+def test_names_that_no_place_can_have_are_image_errors(spec, folders, monkeypatch):
+    monkeypatch.chdir(folders)
+    with pytest.raises(ImageError):
+        load_images(spec, Preprocessing())
+
+
+@pytest.mark.parametrize("spec", [None, 3, b"x", ["x"]])
+def test_wrong_types_are_option_errors(spec, folders):
+    with pytest.raises(OptionError, match="give a directory or an"):
+        load_images(spec, Preprocessing())
+    with pytest.raises(OptionError, match="give a Preprocessing"):
+        load_images(folders, spec)
+    for load in (load_vision_model, open_model, osscar.load_model):
+        with pytest.raises(OptionError, match=f"the model is .*{type(spec).__name__}"):
+            load(spec)
+    with pytest.raises(ImageError, match="give what osscar"):
+        evaluate_images(small_net(), spec)
+    with pytest.raises(ModelError, match=r"give a torch\.nn\.Module"):
+        evaluate_images(spec, load_images(folders, Preprocessing()))
+
+
+def test_pipes_among_the_images_are_not_opened(folders):
+    os.mkfifo(folders / "a" / "pipe.png")
+    (folders / "a" / "loop").symlink_to(folders)
+    assert len(load_images(folders, Preprocessing())) == 10
 
 
 def test_empty_directories_and_other_files_are_refused(tmp_path):
