@@ -23,6 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 from transformers.initialization import no_init_weights
 
 from osscar.core.errors import CheckpointError, MissingDependency
+from osscar.core.inputs import read_json
 
 ORIGIN = "osscar_origin"
 """The attribute of a model that `Origin.build` made, if its class does not tell its origin."""
@@ -32,6 +33,41 @@ DESCRIPTION_ERRORS = (
     *(ArithmeticError, LookupError, AssertionError, ImportError, RuntimeError, MemoryError),
 )
 """What libraries raise when a description of a model makes no sense to them."""
+
+
+_LAYER_COUNTS = (
+    *("num_hidden_layers", "num_layers", "n_layer", "n_layers"),
+    *("encoder_layers", "decoder_layers", "num_decoder_layers"),
+)
+_MOST_LAYERS = 10_000
+"""More than any model has: a number from a damaged file would be built for days."""
+
+
+def check_config(path: Path) -> None:
+    """Refuse a directory whose ``config.json`` libraries would choke on.
+
+    Parameters
+    ----------
+    path
+        The directory.
+
+    Raises
+    ------
+    CheckpointError
+        If there is none, it is no JSON object, or has more layers than any model.
+    """
+    file = path / "config.json"
+    if not file.is_file():
+        raise CheckpointError(f"{path} holds no config.json; it is not a checkpoint")
+    try:
+        config = read_json(file)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise CheckpointError(f"{file} cannot be read: {reason}; get it anew") from error
+    for name in _LAYER_COUNTS:
+        count = config.get(name, 0)
+        if isinstance(count, int) and count > _MOST_LAYERS:
+            raise CheckpointError(f"{file} has {name} {count:.3g}; get it anew")
 
 
 class Origin(Protocol):
@@ -73,8 +109,7 @@ class TransformersOrigin:
         CheckpointError
             If there is none, or it needs code that the checkpoint brings along.
         """
-        if not (path / "config.json").is_file():
-            raise CheckpointError(f"{path} holds no config.json; it is not a checkpoint")
+        check_config(path)
         try:
             # False, not None: without an answer transformers asks standard input for one.
             config = AutoConfig.from_pretrained(

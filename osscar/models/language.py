@@ -23,6 +23,7 @@ import transformers
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from osscar.checkpoint.builders import check_config
 from osscar.checkpoint.directory import load
 from osscar.core.devices import resolve_device, resolve_dtype
 from osscar.core.errors import ModelError, ModelNotFound, first_line
@@ -134,7 +135,9 @@ def load_model(
     ModelNotFound
         If nothing answers to the name.
     ModelError
-        If the checkpoint is unreadable, unsafe, or not a causal language model.
+        If the checkpoint is unsafe, or not a causal language model.
+    CheckpointError
+        If the directory's config or plan cannot be read.
     NonFiniteError
         If a parameter holds NaN or infinity.
     DeviceError
@@ -205,6 +208,8 @@ def _find(name: str) -> _Found:
         if not (path / "config.json").exists() and not (path / PLAN_FILE).exists():
             raise ModelNotFound(f"the directory {name!r} has no config.json: not a checkpoint")
         _check_files(path)
+        if not (path / PLAN_FILE).exists():
+            check_config(path)
         return _Found(str(path), f"directory {path}", path)
     if exists:
         raise ModelNotFound(f"{name!r} is a file; give the directory that holds the checkpoint")
@@ -280,8 +285,9 @@ def _explain(found: _Found, error: Exception) -> ModelNotFound | ModelError:
             f"cannot find {found.location!r}: {cause}there is no directory of that name. "
             f"{_names_that_exist(found.location)}"
         )
-    reason = message.strip() or type(error).__name__
-    return ModelError(f"cannot load {found.source} as a causal language model: {reason}")
+    return ModelError(
+        f"cannot load {found.source} as a causal language model: {first_line(error):.500}"
+    )
 
 
 def _names_that_exist(name: str) -> str:
