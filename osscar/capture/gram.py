@@ -54,6 +54,11 @@ class GramAccumulator:
         NonFiniteError
             If one has NaN or infinite entries.
         """
+        if not X.is_floating_point():
+            raise ModelError(
+                f"the inputs of {self.linear_map.name!r} are of {X.dtype}; only layers that read "
+                "real numbers are refitted"
+            )
         if not bool(torch.isfinite(X).all()):
             raise NonFiniteError(
                 f"the inputs of {self.linear_map.name!r} have NaN or infinite entries; check the "

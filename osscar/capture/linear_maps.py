@@ -122,15 +122,22 @@ class FeatureMap(LinearMap):
 
     def read_inputs(self, x: Tensor) -> Iterator[Tensor]:
         """Yield all positions at once."""
-        x = x.detach().reshape(-1, x.shape[-1])
+        x = _positions(x)
         yield x if len(self.inputs) == x.shape[1] else x[:, self.inputs.to(x.device)]
 
     def read_outputs(self, y: Tensor) -> Tensor:
         """Return all positions."""
-        return y.detach().reshape(-1, y.shape[-1])
+        return _positions(y)
 
     def _view(self) -> Tensor:
         return self._weight.movedim(self.slots[0].dim, 0)
+
+
+def _positions(x: Tensor) -> Tensor:
+    """Return all positions, (positions, features); of packed sequences without the padding."""
+    if not x.is_nested:
+        return x.detach().reshape(-1, x.shape[-1])
+    return torch.cat([part.reshape(-1, part.shape[-1]) for part in x.detach().unbind()])
 
 
 @dataclass(frozen=True, eq=False)
@@ -275,6 +282,11 @@ def _unreadable(model: nn.Module, slots: tuple[Slot, ...]) -> str | None:
     weight = _tensor(model, tensor)
     if not isinstance(weight, nn.Parameter):
         return f"is read by a buffer, which is not refitted: {tensor!r}"
+    if not weight.is_floating_point():
+        return (
+            f"is read by {tensor!r} of {weight.dtype}, and only real weights are refitted: a least-"
+            "squares problem over complex numbers is another one"
+        )
     known = isinstance(module, nn.Linear | Conv1D) or windows_of(module) is not None
     if not known or module.weight is not weight:
         return (

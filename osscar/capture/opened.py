@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import graph
 from graph import CouplingGroup
@@ -16,6 +16,7 @@ from osscar.capture.linear_maps import expose_attention, freeze_unreadable
 from osscar.core.errors import CalibrationError
 from osscar.core.modules import check_finite_weights, check_usable, copied, without_cache
 from osscar.data.batches import Batch, ModelInputs, as_inputs
+from osscar.shrinking.equivalence import proof_outputs, prove_equal
 from osscar.shrinking.follow import prepare
 
 
@@ -100,10 +101,8 @@ def opened(
         work = work.to(device)
     work.eval()
     with without_cache(work), torch.no_grad():
-        prepare(work)
-        if heads:
-            expose_attention(work)
         example = inputs.example(work)
+        _prepare(work, example, heads)
         traced = graph.trace(work, example)
         _check_runs(work, example)
         yield Opened(
@@ -114,6 +113,33 @@ def opened(
             example=example,
             batch_size=inputs.batch_size if batch_size is None else batch_size,
         )
+
+
+def _prepare(model: nn.Module, example: Batch, heads: bool) -> None:
+    """Replace code that cannot be followed, and prove that the model computes what it did.
+
+    Raises
+    ------
+    EquivalenceError
+        If it computes something else.
+    """
+    before = [type(module) for module in model.modules()]
+    expected = _outputs(model, example)
+    prepare(model)
+    if heads:
+        expose_attention(model)
+    if expected and before != [type(module) for module in model.modules()]:
+        prove_equal(expected, _outputs(model, example))
+
+
+def _outputs(model: nn.Module, example: Batch) -> list[Tensor]:
+    """Return what a model puts out; nothing if it fails, which is reported once it is traced."""
+    try:
+        return proof_outputs(model, [example])
+    except torch.OutOfMemoryError:
+        raise
+    except Exception:  # the model may be anyone's code
+        return []
 
 
 def _check_runs(model: nn.Module, example: Mapping[str, Any]) -> None:

@@ -255,7 +255,8 @@ def named_inputs(model: nn.Module, args: Sequence[Tensor]) -> Batch:
 
 def cast_like(tensor: Tensor, reference: Tensor) -> Tensor:
     """Return a tensor on the device of another, and in its number format if it has fractions."""
-    return tensor.to(reference) if tensor.is_floating_point() else tensor.to(reference.device)
+    same_kind = tensor.is_floating_point() and reference.is_floating_point()
+    return tensor.to(reference) if same_kind else tensor.to(reference.device)
 
 
 def _vocabulary(model: nn.Module) -> int:

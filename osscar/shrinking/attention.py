@@ -124,6 +124,57 @@ def _as_numbers(mask: Tensor, like: Tensor) -> Tensor:
     return torch.zeros_like(mask, dtype=like.dtype).masked_fill(mask, -math.inf)
 
 
+class PaddingEncoder(AnyHeads):
+    """`torch.nn.TransformerEncoder`, which packs padded sequences no longer.
+
+    The original leaves zeros at padded positions wherever it takes its packed path, and so does
+    this: what reads them, such as a mean over positions, finds what it found before.
+    """
+
+    layers: nn.ModuleList
+    norm: nn.Module | None
+    use_nested_tensor: bool
+    packs: bool
+    """Whether the original would pack."""
+
+    def adopt(self) -> None:
+        """Remember whether it packs, and pack no longer."""
+        self.packs = bool(getattr(self, "use_nested_tensor", False))
+        self.use_nested_tensor = False
+
+    def forward(
+        self,
+        src: Tensor,
+        mask: Tensor | None = None,
+        src_key_padding_mask: Tensor | None = None,
+        is_causal: bool | None = None,
+    ) -> Tensor:
+        """Encode as the original does, with the same arguments and results."""
+        padding = src_key_padding_mask
+        if padding is None or mask is not None or not self._packs(src, padding):
+            # Resolved to the original class, which comes later in the method resolution order.
+            found: Tensor = super().forward(src, mask, src_key_padding_mask, is_causal)  # type: ignore[misc]
+            return found
+        output = src
+        for layer in self.layers:
+            output = layer(output, src_key_padding_mask=padding, is_causal=bool(is_causal))
+        output = output.masked_fill(padding.bool().unsqueeze(-1), 0.0)
+        return output if self.norm is None else self.norm(output)
+
+    def _packs(self, src: Tensor, padding: Tensor) -> bool:
+        """Whether the original, with all its heads, takes its packed path for these inputs."""
+        layer = self.layers[0]
+        learning = torch.is_grad_enabled() and any(p.requires_grad for p in layer.parameters())
+        return (
+            self.packs
+            and torch.backends.mha.get_fastpath_enabled()
+            and not (layer.training or learning or torch.compiler.is_compiling())
+            and src.dim() == 3
+            and not torch.is_autocast_enabled()
+            and torch._nested_tensor_from_mask_left_aligned(src, padding.logical_not())
+        )
+
+
 class WindowAttention(AnyHeads):
     """Torchvision's shifted-window attention of Swin, first and second version."""
 
@@ -283,6 +334,7 @@ PREPARED: Mapping[str, type[AnyHeads]] = {
 _SWIN = "torchvision.models.swin_transformer.ShiftedWindowAttention"
 REWRITTEN: Mapping[str, type[AnyHeads]] = {
     "torch.nn.modules.activation.MultiheadAttention": MultiheadAttention,
+    "torch.nn.modules.transformer.TransformerEncoder": PaddingEncoder,
     _SWIN: WindowAttention,
     f"{_SWIN}V2": WindowAttention,
     "torchvision.models.maxvit.RelativePositionalMultiHeadAttention": RelativePositionAttention,
@@ -325,8 +377,7 @@ def _mixin(kind: type[nn.Module], classes: Mapping[str, type[AnyHeads]]) -> type
 def leave_nested_tensors(model: nn.Module, group: GroupPlan) -> None:
     """Keep torch's encoders around attention that loses heads from packing padded sequences.
 
-    Only the fused path of full width reads what they pack.  Positions that are padding are then
-    computed like any other, as they are in training, where nothing is packed either.
+    Only the fused path of full width reads what they pack.
 
     Parameters
     ----------
@@ -335,14 +386,12 @@ def leave_nested_tensors(model: nn.Module, group: GroupPlan) -> None:
     group
         One of the groups that are cut.
     """
-    if group.kind is not UnitKind.HEADS:
-        return
     for name in {slot.module for slot in group.slots}:
         while name:
             name = name.rpartition(".")[0]
             around = model.get_submodule(name)
             if isinstance(around, nn.TransformerEncoder):
-                around.use_nested_tensor = False
+                rewritten(around, REWRITTEN, group)
 
 
 _MIXED: dict[type[nn.Module], type[nn.Module]] = {}

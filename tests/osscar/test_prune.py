@@ -10,7 +10,13 @@ import graph
 import osscar
 import solvers
 from graph.groups import CouplingGroup, Role, Slot, UnitKind
-from osscar.core.errors import CalibrationError, EquivalenceError, NonFiniteError, RequestError
+from osscar.core.errors import (
+    CalibrationError,
+    EquivalenceError,
+    FrozenGroupError,
+    NonFiniteError,
+    RequestError,
+)
 from osscar.shrinking.slice import HISTORY
 from tests.osscar.families import FAMILIES, logits, tiny, tokens
 
@@ -286,3 +292,58 @@ def test_a_wrong_group_is_caught_by_the_proof(monkeypatch):
     monkeypatch.setattr(Slot, "indices", mirrored)
     with pytest.raises(EquivalenceError, match="nothing was written"):
         osscar.prune(tiny("opt"), tokens(), neurons="0.5", device="cpu")
+
+
+# ---- what the model computes is what the user's model computes ---------------------------
+
+
+class Padded(nn.Module):
+    """Torch's encoder over padded sequences, averaged over all positions, padding included."""
+
+    def __init__(self, norm):
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(16, 4, 32, batch_first=True)
+        self.encoder = nn.TransformerEncoder(layer, 2, norm=nn.LayerNorm(16) if norm else None)
+        self.head = nn.Linear(16, 3)
+
+    def forward(self, x, padding):
+        return self.head(self.encoder(x, src_key_padding_mask=padding).mean(1))
+
+
+@pytest.mark.parametrize("norm", [True, False])
+@pytest.mark.parametrize("asked", [{"heads": "3/4"}, {"neurons": 0.5}])
+def test_padding_is_what_the_users_model_makes_of_it(norm, asked):
+    """The dense encoder leaves zeros at padded positions, and so must the shrunk one."""
+    torch.manual_seed(0)
+    model = Padded(norm).eval()
+    x, padding = torch.randn(40, 6, 16), torch.zeros(40, 6, dtype=torch.bool)
+    for row in range(40):
+        padding[row, 3 + row % 4 :] = True
+    result = osscar.prune(model, {"x": x, "padding": padding}, **asked)
+    dense = copy.deepcopy(model)
+    with torch.no_grad():
+        for group in result.plan.groups:
+            slot = group.consumers[0]
+            name = slot.tensor.rpartition(".")[0]
+            mine, small = dense.get_submodule(name), result.model.get_submodule(name)
+            weight = torch.zeros_like(mine.weight)
+            weight[:, slot.indices(group.kept)] = small.weight
+            mine.weight.copy_(weight)
+        expected, found = dense(x, padding), result.model(x, padding)
+    assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
+    assert (expected - model(x, padding)).abs().max() > 1e-3
+
+
+def test_complex_layers_are_refused_by_name():
+    class Complex(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up = nn.Linear(6, 10, dtype=torch.complex64)
+            self.down = nn.Linear(10, 4, dtype=torch.complex64)
+
+        def forward(self, x):
+            hidden = self.up(torch.complex(x, x))
+            return self.down(torch.complex(hidden.real.relu(), hidden.imag.relu())).abs()
+
+    with pytest.raises(FrozenGroupError, match=r"down\.weight.*complex64"):
+        osscar.prune(Complex().eval(), torch.randn(40, 6), neurons=0.5)
