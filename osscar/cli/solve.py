@@ -132,7 +132,8 @@ def _print_solution(solution: Solution, verification: Verification) -> None:
 
 
 def _content(solution: Solution, verification: Verification) -> dict[str, Any]:
-    numbers = {k: _finite(v) for k, v in dataclasses.asdict(verification).items()}
+    fields = dataclasses.asdict(verification)
+    numbers = {k: _finite(v) if isinstance(v, float) else v for k, v in fields.items()}
     return {
         "backend": solution.backend,
         "status": solution.status.name,

@@ -29,7 +29,7 @@ def certified(problem: solvers.SubsetProblem, backend: solvers.Backend) -> solve
     VerificationError
         If the solution is not what it claims to be.
     """
-    exact = backend.kind is solvers.Kind.EXACT or problem.units > EXACT_UNITS
+    exact = backend.kind is solvers.BackendKind.EXACT or problem.units > EXACT_UNITS
     solution = solvers.solve(problem, backend, bound=exact)
     if not exact:
         solution = _closely_bounded(solution)

@@ -161,7 +161,7 @@ def _ratios(closed: Sequence[Case]) -> Figure | None:
             row.backend
             for case in closed
             for row in case.rows
-            if solvers.backend_class(row.backend).kind is solvers.Kind.HEURISTIC
+            if solvers.backend_class(row.backend).kind is solvers.BackendKind.HEURISTIC
         )
     )
     if not names:
@@ -234,7 +234,7 @@ def _points(rows: Sequence[Row], shift: float) -> tuple[list[float], list[float]
 
 
 def _is_exact(row: Row) -> bool:
-    return solvers.backend_class(row.backend).kind is solvers.Kind.EXACT
+    return solvers.backend_class(row.backend).kind is solvers.BackendKind.EXACT
 
 
 def _or_zero(value: float | None) -> float:

@@ -239,7 +239,7 @@ def _disagreement(cases: Sequence[Case]) -> tuple[float, int]:
 
 def _why_open(rows: Sequence[Row]) -> str:
     """Say of each exact backend how it ended, and of the others why they gave nothing."""
-    exact = [row for row in rows if _kind(row) is solvers.Kind.EXACT]
+    exact = [row for row in rows if _kind(row) is solvers.BackendKind.EXACT]
     ends = {f"{r.backend}: {r.status.lower().replace('_', ' ')}" for r in exact if not r.error}
     ends |= {_said(row) for row in rows if row.error}
     if not exact:
@@ -265,7 +265,7 @@ def _headline(
     if windows:
         yield _window_headline(windows, layers)
     for score in scores:
-        if _kind_of(score.backend) is solvers.Kind.HEURISTIC:
+        if _kind_of(score.backend) is solvers.BackendKind.HEURISTIC:
             yield _score_headline(score)
     largest, several = disagreement
     if several:
@@ -368,9 +368,9 @@ def _loss(row: Row) -> float:
     return row.loss
 
 
-def _kind(row: Row) -> solvers.Kind:
+def _kind(row: Row) -> solvers.BackendKind:
     return _kind_of(row.backend)
 
 
-def _kind_of(backend: str) -> solvers.Kind:
+def _kind_of(backend: str) -> solvers.BackendKind:
     return solvers.backend_class(backend).kind
