@@ -9,12 +9,8 @@ from .data.tokens import (
     text_windows as text_windows,
 )
 from .evaluation.images import compare_images as compare_images, evaluate_images as evaluate_images
-from .evaluation.language import (
-    Comparison as Comparison,
-    Evaluation as Evaluation,
-    compare as compare,
-    evaluate as evaluate,
-)
+from .evaluation.language import compare as compare, evaluate as evaluate
+from .evaluation.result import Comparison as Comparison, Evaluation as Evaluation
 from .models.language import LoadedModel as LoadedModel, load_model as load_model
 from .models.vision import VisionModel as VisionModel, load_vision_model as load_vision_model
 from .pruning.prune import prune as prune

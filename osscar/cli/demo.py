@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import json as jsonlib
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from osscar.cli.common import JsonOption, check_json_path, out, quiet, write_json
-from osscar.cli.eval import REPORT_FILE
+from osscar.cli.common import JsonOption, check_json_path, document, out, quiet, say, write_json
 from osscar.cli.prune import print_result, report_document
 
 _HEADS, _NEURONS = "3/4", "1/2"
@@ -35,7 +33,7 @@ def command(
     from osscar.evaluation.language import compare
     from osscar.models.language import load_model
     from osscar.pruning.prune import prune
-    from osscar.report.tables import comparison_table
+    from osscar.report.evaluation_tables import comparison_table
 
     check_json_path(json)
     # A directory that an earlier demo made may go; anything else may not.
@@ -65,15 +63,13 @@ def command(
     tokens = comparison.model.quality.tokens
     out.print(f"perplexity is on {tokens:,} tokens that neither trained nor calibrated the model")
     out.print("next:", style="bold")
-    out.print(f"  osscar inspect {directory}", highlight=False)
-    out.print("  osscar prune smollm2-135m --neurons 0.7 --out smaller", highlight=False)
-    evaluation = dataclasses.asdict(comparison)
+    say(f"  osscar inspect {directory}")
+    say("  osscar prune smollm2-135m --neurons 0.7 --out smaller")
+    evaluation = document("eval", 2, dataclasses.asdict(comparison))
     write_json(json, {**report, "evaluation": evaluation, "saved": str(saved.path)})
 
 
 def _made_by_demo(directory: Path) -> bool:
-    try:
-        report = jsonlib.loads((directory / REPORT_FILE).read_text(encoding="utf-8"))
-        return bool(report["made_by"] == _MARK)
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
+    from osscar.checkpoint.run_report import read_report
+
+    return read_report(directory).get("made_by") == _MARK

@@ -91,7 +91,7 @@ def describe(problem: SubsetProblem) -> dict[str, Any]:
 
 def _print_problem(problem: SubsetProblem, file: Path) -> None:
     import solvers
-    from osscar.report.gap_tables import takers_table
+    from osscar.report.backend_tables import takers_table
 
     supports = math.comb(problem.units, problem.keep)
     size = f"{supports:,}" if supports < 10**9 else f"about 10^{int(math.log10(supports))}"

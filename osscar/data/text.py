@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from osscar.core.errors import TextError
+from osscar.core.inputs import TEXT_LIMIT, file_name, read_bytes
 
 
 def read_text(path: str | Path) -> str:
@@ -30,11 +33,12 @@ def read_text(path: str | Path) -> str:
     TextError
         If the file is missing, unreadable, binary or empty.
     """
+    name = file_name(path, "the text", "a file of plain text")
     try:
-        data = Path(path).expanduser().read_bytes()
+        data = read_bytes(Path(name).expanduser(), TEXT_LIMIT)
     except FileNotFoundError:
         raise TextError(f"no text file at {str(path)!r}; check the path") from None
-    except (OSError, RuntimeError) as error:  # RuntimeError: no home directory of that user
+    except (OSError, RuntimeError, ValueError) as error:  # no home directory of that user; a NUL
         reason = getattr(error, "strerror", None) or error
         raise TextError(f"cannot read {str(path)!r}: {reason}; give a text file") from error
     if b"\0" in data:
@@ -63,7 +67,23 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> Tensor:
     -------
     Tensor
         Token ids, (tokens,) int64, however many the model could take at once.
+
+    Raises
+    ------
+    TextError
+        If it is no text that could be written as UTF-8.
     """
+    if not isinstance(text, str):
+        raise TextError(
+            f"the text is a {type(text).__name__}; give a str, such as a file's content"
+        )
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise TextError(
+            f"the text holds half a surrogate pair at {error.start} ({text[error.start]!r}); "
+            "decode the file it comes from as UTF-8"
+        ) from error
     # verbose=False: a text longer than the model's context is the normal case here
     ids = tokenizer(text, add_special_tokens=False, return_attention_mask=False, verbose=False)[
         "input_ids"
@@ -71,33 +91,23 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> Tensor:
     return torch.tensor(ids, dtype=torch.int64)
 
 
-def split_text(text: str, fraction: float) -> tuple[str, str]:
-    """Cut a text in two at the end of a line, say to calibrate on one part and score the other.
+def refuse_overlap(text: str, calibration: Mapping[str, Any]) -> None:
+    """Refuse to score the text that a model was calibrated on.
 
     Parameters
     ----------
     text
-        Any text of at least two lines.
-    fraction
-        Share of the characters, in (0, 1), that goes to the first part, up to whole lines.
-
-    Returns
-    -------
-    tuple of str
-        First and second part; joined they are the text.
+        What is to be scored.
+    calibration
+        What the report beside the model says about its calibration data; empty where there is none.
 
     Raises
     ------
     TextError
-        If the fraction is out of range, or a part would be blank.
+        If it names this text.
     """
-    if not 0 < fraction < 1:
-        raise TextError(f"cannot split text at fraction {fraction}; it must lie between 0 and 1")
-    cut = text.find("\n", int(len(text) * fraction)) + 1
-    first, second = text[:cut], text[cut:]
-    if not first.strip() or not second.strip():
+    if calibration.get("sha256") == text_digest(text):
         raise TextError(
-            f"a text of {len(text)} characters cannot be split at {fraction}: no line ends there; "
-            "give a longer text or another fraction"
+            f"this model was calibrated on this very text ({calibration.get('source')}); score "
+            "another one"
         )
-    return first, second

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import solvers
+from osscar.report.numbers import share
 from osscar.study.records import WINDOW, Instance, Row, window_layer
 from solvers import Status
 
@@ -297,7 +298,7 @@ def _score_headline(score: Score) -> str:
         return f"{score.backend} found the optimum in all {what}"
     return (
         f"{score.backend} found the optimum in {score.hits} of {what}; on average it lies "
-        f"{_share(score.mean_excess)} above it, at worst {_share(score.worst_excess)}"
+        f"{share(score.mean_excess, 2)} above it, at worst {share(score.worst_excess, 2)}"
     )
 
 
@@ -312,7 +313,7 @@ def _kind_headline(kind: str, cases: Sequence[Case]) -> Iterable[str]:
     still = [case for case in cases if not case.closed and case.gap is not None]
     for sparsity in sorted({sparsity for case in still for sparsity in case.sparsities}):
         gaps = [c.gap for c in still if sparsity in c.sparsities if c.gap is not None]
-        yield f"{kind} at {sparsity:.0%} removed: {_open_gaps(gaps)}"
+        yield f"{kind} at {share(sparsity)} removed: {_open_gaps(gaps)}"
 
 
 def _open_gaps(gaps: Sequence[float]) -> str:
@@ -344,17 +345,12 @@ def _window_headline(windows: Sequence[Case], layers: Sequence[Case]) -> str:
             gains.append(max(0.0, 1 - case.loss / incumbent))
     closed = [case for case in windows if case.closed]
     improved = [gain for gain in gains if gain > HIT]
-    tail = f", by at most {_share(max(improved))} of the layer's loss" if improved else ""
+    tail = f", by at most {share(max(improved), 2)} of the layer's loss" if improved else ""
     return (
         f"{len(closed)} of {len(windows)} windows are solved to proven optimality"
         f"{'; ' + _proofs(closed) if closed else ''}; the layer's swap optimum could be improved "
         f"within {len(improved)} of them{tail}"
     )
-
-
-def _share(value: float) -> str:
-    """Return a share in per cent with two digits that count."""
-    return f"{float(f'{100 * value:.2g}'):g}%"
 
 
 def _gap(loss: float, bound: float | None) -> float | None:
