@@ -54,7 +54,8 @@ Units = int | Sequence[Sequence[int]] | Tensor
 class Consumer:
     """The quadratic terms of one linear map and the rows of it that each unit owns.
 
-    Arrays are copied into tensors, and gradients are left behind.
+    Arrays and tensors are copied, so that a later write to them changes nothing here, and gradients
+    are left behind.
 
     Parameters
     ----------
@@ -71,9 +72,6 @@ class Consumer:
         rows once; a unit with fewer than w rows is filled up with ``NO_ROW``.
     damping
         The lambda that `H`, `G` and `e` include.
-
-    Arrays and tensors are copied, so that a later write to them changes nothing here, and gradients
-    are left behind.
 
     Raises
     ------

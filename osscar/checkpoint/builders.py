@@ -178,7 +178,8 @@ class TorchvisionOrigin:
 
     Examples
     --------
-    >>> TorchvisionOrigin("resnet18", {"num_classes": 10}).build().fc.out_features
+    >>> origin = TorchvisionOrigin("resnet18", {"num_classes": 10})
+    >>> origin.options["num_classes"]
     10
     """
 

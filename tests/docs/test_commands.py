@@ -53,11 +53,6 @@ FEWER = {
 }
 SMALL_GROUPS = "*.0.self_attn.heads,model.decoder.layers.0.neurons"
 
-BROKEN = {
-    "osscar eval smaller --images labelled/ --against torchvision:resnet50": "has no function",
-}
-"""Commands that fail, and with which error."""
-
 
 def reason(command: Command) -> str | None:
     return next((why for start, why in PARSED.items() if str(command).startswith(start)), None)
@@ -133,14 +128,10 @@ def test_the_commands_of_a_page_run(
         with pytest.raises(SystemExit) as stop:
             osscar.cli.main()
         captured = capsys.readouterr()
-        known = BROKEN.get(str(command))
-        if known is None:
-            assert not stop.value.code, f"{' '.join(words)}: {captured.err}"
-            assert captured.out
-            document = json.loads((place / "out.json").read_text())
-            assert (undescribed(document), missing(document)) == (set(), set())
-        else:
-            assert known in captured.err, f"{command} is mended: take it out of BROKEN"
+        assert not stop.value.code, f"{' '.join(words)}: {captured.err}"
+        assert captured.out
+        document = json.loads((place / "out.json").read_text())
+        assert (undescribed(document), missing(document)) == (set(), set())
 
 
 def _clear(directory: Path) -> None:
