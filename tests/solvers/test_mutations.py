@@ -21,7 +21,7 @@ from solvers.certificate import MultiplierCertificate
 from solvers.tree_certificate import TreeCertificate
 from tests.solvers.test_perspective import random_problem
 
-CHANGES = 200
+CHANGES = 150
 """Of each solution; there are twenty."""
 
 

@@ -64,7 +64,7 @@ def test_every_shared_instance_has_one(instance):
 
 
 @given(seed=st.integers(0, 2**31), field=st.sampled_from(["sides", "share", "point", "growth"]))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 def test_whatever_a_tree_says_it_proves_nothing_false(solved, optimum, seed, field):
     generator = torch.Generator().manual_seed(seed)
     values = getattr(solved.certificate, field).clone()
@@ -82,7 +82,7 @@ def test_whatever_a_tree_says_it_proves_nothing_false(solved, optimum, seed, fie
 
 
 @given(seed=st.integers(0, 2**31), some=st.integers(1, 30))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 def test_a_tree_without_some_of_its_nodes_proves_nothing_false(solved, optimum, seed, some):
     """A subtree is cut off: what it closed is open again."""
     certificate = solved.certificate
