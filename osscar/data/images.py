@@ -206,10 +206,6 @@ class ImageSet:
         order = torch.randperm(len(self), generator=named_generator("images", seed))[:count]
         return self._select(order)
 
-    def first(self, count: int) -> ImageSet:
-        """Return the first `count` images."""
-        return self._select(torch.arange(min(count, len(self))))
-
     def _select(self, rows: Tensor) -> ImageSet:
         if isinstance(self.items, np.ndarray):
             items: Any = self.items[rows.numpy()]
