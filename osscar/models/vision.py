@@ -73,7 +73,7 @@ class VisionModel:
         Parameters
         ----------
         spec
-            As in `osscar.data.images.load_images`.
+            A directory of images, or an ``.npz`` file, or ``FILE.npz:PART`` for a part of one.
         samples
             How many; by default 256.
         seqlen
@@ -121,17 +121,26 @@ def load_vision_model(
         Whether a torchvision model without a file gets its weights at all.
     dense
         What builds the dense model of a directory whose model is of your own code.
-    dtype, device
-        As in `osscar.load_model`.
+    dtype
+        ``"float32"``, ``"bfloat16"``, ``"float16"``, one of these dtypes, or ``"auto"`` (also
+        None): as stored on a GPU, float32 on a CPU.
+    device
+        ``"auto"``, ``"cpu"`` or ``"cuda"`` (or ``"cuda:1"``).
 
     Raises
     ------
     ModelNotFound
         If nothing answers to the name.
     ModelError
-        If weights are missing or do not fit.
+        If weights are missing or do not fit, or code fails.
+    CheckpointError
+        If a directory cannot be read.
     NonFiniteError
         If a parameter holds NaN or infinity.
+    DeviceError
+        If the device or number format is not available.
+    MissingDependency
+        If torchvision is needed and not installed.
     """
     name = file_name(name, "the model", "torchvision:NAME, code of your own, or a directory")
     target = resolve_device(device)
