@@ -20,7 +20,8 @@ from osscar.core.errors import CheckpointError, ImageError, ModelError, ModelNot
 from osscar.core.inputs import file_name
 from osscar.core.modules import check_finite_weights, check_usable
 from osscar.data.batches import Batch, cast_like, named_inputs
-from osscar.data.images import ImageSet, Preprocessing, Size, import_torchvision, load_images
+from osscar.data.images import ImageSet, load_images
+from osscar.data.preprocessing import Preprocessing, Size, import_torchvision
 from osscar.models import user_code
 from osscar.models.names import PREFIX, Sort, sort_of
 from osscar.models.weights import fill, read_state, renamed

@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 import osscar
 from osscar.core.errors import CheckpointError, ModelError, OsscarError
 from osscar.core.inputs import read_json
-from osscar.data.images import ImageSet, Preprocessing, load_images
+from osscar.data.images import ImageSet, load_images
+from osscar.data.preprocessing import Preprocessing
 from osscar.data.text import encode, read_text
 from osscar.evaluation.language import compare, evaluate
 from osscar.models.language import DEMO_DIRECTORY, load_model

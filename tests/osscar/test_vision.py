@@ -25,11 +25,10 @@ from osscar.core.errors import (
 )
 from osscar.data.images import (
     ImageSet,
-    Preprocessing,
-    import_torchvision,
     load_images,
     refuse_overlap,
 )
+from osscar.data.preprocessing import Preprocessing, import_torchvision
 from osscar.evaluation.images import (
     compare_images,
     evaluate_images,
