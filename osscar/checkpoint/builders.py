@@ -63,7 +63,9 @@ def check_config(path: Path) -> None:
         config = read_json(file)
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise CheckpointError(f"{file} cannot be read: {reason}; get it anew") from error
+        raise CheckpointError(
+            f"{path} is not a checkpoint that can be read: its config.json is damaged ({reason})"
+        ) from error
     for name in _LAYER_COUNTS:
         count = config.get(name, 0)
         if isinstance(count, int) and count > _MOST_LAYERS:

@@ -193,6 +193,23 @@ def check_json_path(
         raise OutputError(f"cannot write {path}: {reason}") from error
 
 
+def check_input(file: Path) -> None:
+    """Refuse a file that a command is to read if reading it may never end.
+
+    Raises
+    ------
+    OptionError
+        If it is a pipe or a device; whoever reads it will say what else is wrong.
+    """
+    from osscar.core.errors import OptionError
+    from osscar.core.inputs import check_regular
+
+    try:
+        check_regular(file)
+    except OSError as error:
+        raise OptionError(f"cannot read {str(file)!r}: {error.strerror}; copy it first") from error
+
+
 def _covers(used: Path, place: Path) -> bool:
     """Return whether `place` is `used`, under whatever name, or lies in it."""
     with suppress(OSError, RuntimeError):

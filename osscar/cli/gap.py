@@ -14,6 +14,7 @@ import typer
 from osscar.cli.common import (
     JsonOption,
     TrustOption,
+    check_input,
     check_json_path,
     document,
     out,
@@ -256,6 +257,7 @@ def _fingerprint(file: Path) -> dict[str, str]:
 
     from solvers import ProblemError
 
+    check_input(file)
     try:
         return {"file": file.name, "sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
     except OSError as error:

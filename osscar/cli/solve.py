@@ -12,6 +12,7 @@ import typer
 from osscar.cli.common import (
     DeviceOption,
     JsonOption,
+    check_input,
     check_json_path,
     document,
     out,
@@ -50,6 +51,7 @@ def command(
 
     check_json_path(json, inputs=(file,))
     target = resolve_device(device)
+    check_input(file)
     problem = solvers.SubsetProblem.load(file)
     if keep is not None:
         problem = problem.with_keep(keep)

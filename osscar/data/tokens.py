@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,11 +65,6 @@ class CalibrationSet:
         """Tokens per window."""
         return self.tokens.shape[1]
 
-    @property
-    def digest(self) -> str:
-        """SHA-256 of the tokens, by which a resumed run knows that it sees the same data."""
-        return hashlib.sha256(self.tokens.numpy().tobytes()).hexdigest()
-
     def describe(self) -> dict[str, Any]:
         """Return what reports say: the source, by what it is recognized, and what was drawn."""
         return {
@@ -79,18 +74,6 @@ class CalibrationSet:
             "seqlen": self.seqlen,
             "seed": self.seed,
         }
-
-    def batches(self, batch_size: int) -> Iterator[Tensor]:
-        """Give (at most batch_size, seqlen) windows at a time, in order.
-
-        Raises
-        ------
-        CalibrationError
-            If the batch size is not positive.
-        """
-        if batch_size < 1:
-            raise CalibrationError(f"the batch size must be at least 1, not {batch_size}")
-        yield from torch.split(self.tokens, batch_size)
 
 
 def load_calibration(

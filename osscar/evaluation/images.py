@@ -76,7 +76,7 @@ def evaluate_images(
     classes: Sequence[str] = (),
     batch_size: int = 32,
     repetitions: int = 5,
-    path: Path | None = None,
+    path: str | Path | None = None,
 ) -> Evaluation[ImageQuality, ImageSpeed]:
     """Measure quality, speed and size of a model.
 
@@ -117,8 +117,8 @@ def compare_images(
     classes: Sequence[str] = (),
     batch_size: int = 32,
     repetitions: int = 5,
-    path: Path | None = None,
-    dense_path: Path | None = None,
+    path: str | Path | None = None,
+    dense_path: str | Path | None = None,
 ) -> Comparison[ImageQuality, ImageSpeed]:
     """Measure a model and its dense original on the same images, and time them in turns.
 
@@ -267,7 +267,7 @@ def label_indices(images: ImageSet, classes: Sequence[str], outputs: int) -> Ten
 
 
 def _measure(
-    candidates: Sequence[tuple[nn.Module, Path | None]],
+    candidates: Sequence[tuple[nn.Module, str | Path | None]],
     images: ImageSet,
     classes: Sequence[str],
     batch_size: int,

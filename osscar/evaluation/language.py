@@ -64,7 +64,7 @@ def evaluate(
     batch_size: int = 4,
     new_tokens: int = 32,
     repetitions: int = 5,
-    path: Path | None = None,
+    path: str | Path | None = None,
 ) -> Evaluation[Quality, Speed]:
     """Measure quality, speed and size of a language model.
 
@@ -117,8 +117,8 @@ def compare(
     batch_size: int = 4,
     new_tokens: int = 32,
     repetitions: int = 5,
-    path: Path | None = None,
-    dense_path: Path | None = None,
+    path: str | Path | None = None,
+    dense_path: str | Path | None = None,
 ) -> Comparison[Quality, Speed]:
     """Measure a model and its dense original on the same text, and time them in turns.
 
@@ -243,7 +243,7 @@ def _check(model: Any, tokenizer: Any) -> None:
 
 
 def _evaluate_all(
-    models: list[tuple[PreTrainedModel, Path | None]],
+    models: list[tuple[PreTrainedModel, str | Path | None]],
     tokenizer: PreTrainedTokenizerBase,
     text: str,
     protocol: _Protocol,
@@ -271,7 +271,11 @@ def _evaluate_all(
 
 
 def _measure(
-    model: PreTrainedModel, path: Path | None, tokens: Tensor, length: int, protocol: _Protocol
+    model: PreTrainedModel,
+    path: str | Path | None,
+    tokens: Tensor,
+    length: int,
+    protocol: _Protocol,
 ) -> tuple[Quality, Footprint]:
     pieces = _windows(model, tokens, protocol.windows, length)
     reset_peak_memory(model.device)

@@ -15,6 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from graph.groups import CouplingGroup
+from osscar.core.inputs import file_name
 from osscar.core.modules import count_parameters, without_cache
 
 
@@ -50,7 +51,7 @@ def measure_footprint(
     inputs: Mapping[str, Tensor],
     samples: int,
     peak: int | None,
-    path: Path | None,
+    path: str | Path | None,
 ) -> Footprint:
     """Count what a model is made of, and run it once to count what it does.
 
@@ -160,7 +161,9 @@ def read_peak_memory(device: torch.device) -> int | None:
     return size if sys.platform == "darwin" else size * 1024
 
 
-def count_disk_bytes(path: Path | None) -> int | None:
+def count_disk_bytes(path: str | Path | None) -> int | None:
     """Sum the sizes of the safetensors files in a directory, or give None if there are none."""
-    files = list(path.glob("*.safetensors")) if path is not None else []
+    if path is None:
+        return None
+    files = list(Path(file_name(path, "the model's directory", "a path")).glob("*.safetensors"))
     return sum(file.stat().st_size for file in files) if files else None

@@ -27,11 +27,6 @@ class Sort(Enum):
     LANGUAGE = "a language model"
 
     @property
-    def is_directory(self) -> bool:
-        """Whether the name is that of a directory with a plan of ours, not of transformers."""
-        return self in (Sort.TORCHVISION_DIRECTORY, Sort.CODE_DIRECTORY)
-
-    @property
     def takes_weights(self) -> bool:
         """Whether a file of weights can fill it; all others bring their own."""
         return self in (Sort.TORCHVISION, Sort.CODE)

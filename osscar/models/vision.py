@@ -20,7 +20,8 @@ from osscar.core.errors import CheckpointError, ImageError, ModelError, ModelNot
 from osscar.core.inputs import file_name
 from osscar.core.modules import check_finite_weights, check_usable
 from osscar.data.batches import Batch, cast_like, named_inputs
-from osscar.data.images import ImageSet, Preprocessing, Size, import_torchvision, load_images
+from osscar.data.images import ImageSet, load_images
+from osscar.data.preprocessing import Preprocessing, Size, import_torchvision
 from osscar.models import user_code
 from osscar.models.names import PREFIX, Sort, sort_of
 from osscar.models.weights import fill, read_state, renamed
@@ -73,7 +74,7 @@ class VisionModel:
         Parameters
         ----------
         spec
-            As in `osscar.data.images.load_images`.
+            A directory of images, or an ``.npz`` file, or ``FILE.npz:PART`` for a part of one.
         samples
             How many; by default 256.
         seqlen
@@ -121,17 +122,26 @@ def load_vision_model(
         Whether a torchvision model without a file gets its weights at all.
     dense
         What builds the dense model of a directory whose model is of your own code.
-    dtype, device
-        As in `osscar.load_model`.
+    dtype
+        ``"float32"``, ``"bfloat16"``, ``"float16"``, one of these dtypes, or ``"auto"`` (also
+        None): as stored on a GPU, float32 on a CPU.
+    device
+        ``"auto"``, ``"cpu"`` or ``"cuda"`` (or ``"cuda:1"``).
 
     Raises
     ------
     ModelNotFound
         If nothing answers to the name.
     ModelError
-        If weights are missing or do not fit.
+        If weights are missing or do not fit, or code fails.
+    CheckpointError
+        If a directory cannot be read.
     NonFiniteError
         If a parameter holds NaN or infinity.
+    DeviceError
+        If the device or number format is not available.
+    MissingDependency
+        If torchvision is needed and not installed.
     """
     name = file_name(name, "the model", "torchvision:NAME, code of your own, or a directory")
     target = resolve_device(device)

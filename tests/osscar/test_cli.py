@@ -317,8 +317,16 @@ def test_what_never_ends_is_not_read(run, text, tmp_path, monkeypatch, place):
     assert (status, "is a pipe or a device" in err) == (2, True)
     status, _, err = run("eval", "demo", "--text", place)
     assert (status, "is a pipe or a device" in err) == (2, True)
-    status, _, err = run("eval", "model")
-    assert status == 2
+    assert run("eval", "model")[0] == 2
+    os.mkfifo("p.npz")
+    os.mkfifo("w.pt")
+    for arguments in (
+        ("solve", "p.npz"),
+        ("gap", "p.npz", "--out", "study"),
+        ("eval", "torchvision:resnet18", "--images", ".", "--weights", "w.pt"),
+    ):
+        status, _, err = run(*arguments)
+        assert (status, "is a pipe or a device" in err) == (2, True)
 
 
 def test_a_batch_of_none_is_refused(run):

@@ -254,7 +254,9 @@ class TestFootprint:
         (tmp_path / "a.safetensors").write_bytes(b"12345")
         (tmp_path / "b.safetensors").write_bytes(b"123")
         (tmp_path / "config.json").write_bytes(b"1")
-        assert count_disk_bytes(tmp_path) == 8
+        assert count_disk_bytes(tmp_path) == count_disk_bytes(str(tmp_path)) == 8
+        with pytest.raises(OptionError, match=r"the model's directory is 3 \(int\)"):
+            count_disk_bytes(3)
 
     def test_peak_memory_sees_an_allocation(self):
         """In a process of its own, whose memory no other test has grown or given back."""

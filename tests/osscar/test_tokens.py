@@ -38,9 +38,7 @@ class TestWindows:
         again = text_windows(tokenizer, text, samples=4, seqlen=32, seed=1)
         other = text_windows(tokenizer, text, samples=4, seqlen=32, seed=2)
         assert torch.equal(first.tokens, again.tokens)
-        assert first.digest == again.digest
         assert not torch.equal(first.tokens, other.tokens)
-        assert first.digest != other.digest
 
     def test_global_random_state_is_neither_used_nor_touched(self, tokenizer):
         torch.manual_seed(0)
@@ -95,14 +93,6 @@ class TestWindows:
     def test_no_windows_are_refused(self, tokenizer, samples, seqlen):
         with pytest.raises(CalibrationError, match=f"not {samples} of {seqlen}"):
             text_windows(tokenizer, words(60), samples=samples, seqlen=seqlen, seed=0)
-
-    def test_batches_cover_the_windows_in_order(self, tokenizer):
-        found = text_windows(tokenizer, words(900), samples=5, seqlen=16, seed=0)
-        batches = list(found.batches(2))
-        assert [len(batch) for batch in batches] == [2, 2, 1]
-        assert torch.equal(torch.cat(batches), found.tokens)
-        with pytest.raises(CalibrationError, match="not 0"):
-            next(found.batches(0))
 
     def test_long_text_is_tokenized_without_a_warning(self, tokenizer, caplog):
         import logging

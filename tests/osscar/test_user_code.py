@@ -137,7 +137,8 @@ def test_the_example_is_cast_as_the_model_is(place):
 
 def test_images_get_the_size_of_a_rectangular_example(place):
     pytest.importorskip("torchvision", reason="images need the extra osscar[vision]")
-    from osscar.data.images import ImageSet, Preprocessing
+    from osscar.data.images import ImageSet
+    from osscar.data.preprocessing import Preprocessing
 
     preprocessing = load_vision_model("osscar_test_mine.py:rectangle").preprocessing
     assert Preprocessing.from_json({**vars(preprocessing), "crop": [8, 12]}) == preprocessing
