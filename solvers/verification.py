@@ -71,7 +71,8 @@ class Verification:
         the weights are the least-squares refit.
     swap_gain
         By how much the most promising exchange lowers the loss, refitted, relative to the scale of
-        the problem; NaN where neither swap optimality nor a bound was claimed.
+        the problem; NaN where neither swap optimality nor a bound was claimed, or where rounding
+        hides it and a certificate proves the bound.
     lower_bound
         What no support's loss can be below, recomputed, with what rounding can have done taken off;
         NaN where a bound is the backend's word, or none is claimed.
@@ -319,7 +320,12 @@ def _check_exchanges(known: _Known) -> float:
         not claim.has_bound or claim.lower_bound <= loss + known.slack,
         f"bound {claim.lower_bound:.9g} lies above the loss {loss:.9g}",
     )
-    swap = best_swap(PivotState.on_support(problem, claim.support))
+    try:
+        swap = best_swap(PivotState.on_support(problem, claim.support))
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+        if claim.status is Status.SWAP_OPTIMAL or claim.certificate is None:
+            raise
+        return math.nan  # What rounding hides here, the certificate has to prove all the same.
     gain = swap.gain
     if swap.leave >= 0:
         stays = claim.support[claim.support != swap.leave]

@@ -157,6 +157,22 @@ def test_what_cannot_be_recomputed_is_not_verified(monkeypatch):
         solution.verify()
 
 
+def test_a_certificate_needs_no_exchanges(monkeypatch):
+    """Where the formula of exchanges breaks down near a singular H, honest proofs still hold."""
+
+    def fails(*_):
+        torch.linalg.cholesky(-torch.eye(2))
+
+    monkeypatch.setattr(verification, "best_swap", fails)
+    solution = exact(INSTANCES["scalar"])
+    report = solution.verify()
+    assert math.isnan(report.swap_gain)
+    assert report.not_recomputed == ()
+    for changes in ({"certificate": None}, {"status": Status.SWAP_OPTIMAL}):
+        with pytest.raises(VerificationError, match="cannot be recomputed"):
+            replace(solution, **changes).verify()
+
+
 def test_an_ill_posed_problem_is_not_verified():
     solution = exact(INSTANCES["scalar"])
     consumer = solution.problem.consumers[0]
