@@ -65,15 +65,16 @@ def opened(
     device: torch.device | None = None,
     batch_size: int | None = None,
     heads: bool = True,
+    copy: bool = True,
 ) -> Iterator[Opened]:
     """Open a model for pruning, for a study, or to be looked at; without gradients meanwhile.
 
     Parameters
     ----------
     model
-        Any model; not changed.
+        Any model; not changed, unless it is not copied.
     calibration
-        As `osscar.prune` takes it.
+        Windows of tokens, images or tensors, in any of the forms that `osscar.prune` takes.
     device
         Where it is to run; by default where it is.
     batch_size
@@ -81,6 +82,8 @@ def opened(
     heads
         Whether fused attention is to call its output layer as a module, so that heads can be
         refitted.
+    copy
+        Whether to work on a copy; a model that nobody else needs spares the memory.
 
     Raises
     ------
@@ -96,7 +99,7 @@ def opened(
     check_usable(model)
     check_finite_weights(model)
     inputs = as_inputs(model, calibration)
-    work = copied(model)
+    work = copied(model) if copy else model
     if device is not None:
         work = work.to(device)
     work.eval()

@@ -56,7 +56,7 @@ def command(
             device="cpu",
             trust_remote_code=trust_remote_code,
         )
-        with opened(loaded.model, loaded.example) as ready:
+        with opened(loaded.model, loaded.example, copy=False) as ready:
             groups, residual = ready.groups, ready.residual
     shown = [g for g in groups if all_groups or g.prunable or g.kind is not UnitKind.OTHER]
     out.print(groups_table(shown, residual))
