@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from osscar.shrinking.slice import shrink
     from osscar.study.design import StudyDesign
     from osscar.study.directory import Study
-    from osscar.study.records import Row
+    from osscar.study.records import Record
 
 __version__ = "0.1.0"
 
@@ -46,7 +46,7 @@ __all__ = [
     "Proof",
     "PruningPlan",
     "PruningResult",
-    "Row",
+    "Record",
     "SavedCheckpoint",
     "Study",
     "StudyDesign",
@@ -80,7 +80,7 @@ _HOMES = {
     "Proof": "shrinking.shrink",
     "PruningPlan": "shrinking.plan",
     "PruningResult": "pruning.prune",
-    "Row": "study.records",
+    "Record": "study.records",
     "SavedCheckpoint": "checkpoint.directory",
     "Study": "study.directory",
     "StudyDesign": "study.design",

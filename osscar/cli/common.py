@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import warnings
@@ -64,13 +63,20 @@ def guard() -> Iterator[None]:
 
 def say(text: str) -> None:
     """Print a line to standard output; names in it are taken as they are, not as markup."""
-    out.print(text, markup=False, highlight=False, emoji=False)
+    out.print(printable(text), markup=False, highlight=False, emoji=False)
+
+
+def printable(text: str) -> str:
+    """Return a text in which nothing steers a terminal: other characters stand there as escapes."""
+    return "".join(
+        c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text
+    )
 
 
 def say_aside(label: str, message: str, style: str) -> None:
     """Print one message to standard error, whole: terminals wrap, pipes get one line."""
     err.print(f"{label}:", style=style, end=" ")
-    err.print(message, markup=False, highlight=False, emoji=False, soft_wrap=True)
+    err.print(printable(message), markup=False, highlight=False, emoji=False, soft_wrap=True)
 
 
 def _expected_errors() -> tuple[type[Exception], ...]:
@@ -114,30 +120,17 @@ def document(kind: str, version: int, content: Mapping[str, Any]) -> dict[str, A
 
 
 def write_json(path: Path | None, content: Mapping[str, Any]) -> None:
-    """Write a document beside its final place and rename it; nothing if `path` is None.
+    """Write a document whole or not at all; nothing if `path` is None.
 
     Raises
     ------
     OutputError
         If the file cannot be written.
     """
-    from osscar.core.errors import OutputError
+    from osscar.core import files
 
-    if path is None:
-        return
-    text = json.dumps(content, indent=2, allow_nan=False) + "\n"
-    path = path.resolve()
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        if path.exists() and not path.is_file():  # a pipe or a device is written to, not replaced
-            path.write_text(text, encoding="utf-8")
-            return
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
-    except OSError as error:
-        with suppress(OSError):
-            partial.unlink()
-        raise OutputError(f"cannot write {path}: {error.strerror}") from error
+    if path is not None:
+        files.write_json(path, content)
 
 
 def check_json_path(

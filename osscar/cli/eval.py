@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import json as jsonlib
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -23,7 +23,8 @@ from osscar.cli.common import (
     write_json,
 )
 
-REPORT_FILE = "osscar_report.json"
+if TYPE_CHECKING:
+    from osscar.shrinking.lineage import Calibration
 
 
 def command(
@@ -105,11 +106,12 @@ def _language(
     from osscar.evaluation.language import compare, evaluate
     from osscar.models.language import load_model
     from osscar.report.tables import comparison_table, evaluation_table
+    from osscar.shrinking.lineage import lineage_of
 
     with quiet():
         content = builtin_text(Part.HELD_OUT) if text is None else read_text(text)
         loaded = load_model(model, **load)
-        refuse_calibration_text(loaded.path, content)
+        refuse_calibration_text(lineage_of(loaded.model).calibration, content)
         options = {**options, "path": loaded.path}
         if against is None:
             evaluation = evaluate(loaded.model, loaded.tokenizer, content, **options)
@@ -146,6 +148,7 @@ def _images(
     from osscar.evaluation.images import compare_images, evaluate_images
     from osscar.models.vision import load_vision_model
     from osscar.report.tables import image_comparison_table, image_evaluation_table
+    from osscar.shrinking.lineage import lineage_of
 
     if spec is None:
         raise ImageError(f"{model} reads images: give --images a directory or an .npz file")
@@ -153,8 +156,7 @@ def _images(
         loaded = load_vision_model(model, weights=weights, dense=against, **load)
         images = load_images(spec, loaded.preprocessing)
         images = images if samples is None else images.sample(samples, seed=0)
-        if loaded.path is not None:
-            refuse_overlap(images, loaded.path / REPORT_FILE)
+        refuse_overlap(images, lineage_of(loaded.model).calibration)
         options: dict[str, Any] = {
             **{"classes": loaded.classes, "batch_size": batch_size},
             "path": loaded.path,
@@ -177,26 +179,20 @@ def _images(
     return {"images": spec, **result}
 
 
-def refuse_calibration_text(path: Path | None, text: str) -> None:
+def refuse_calibration_text(calibration: Iterable[Calibration], text: str) -> None:
     """Refuse to score the text that a model was calibrated on.
 
     Raises
     ------
     TextError
-        If the report beside the model's weights names this text.
+        If the lineage of the model names this text.
     """
     from osscar.core.errors import TextError
     from osscar.data.text import text_digest
 
-    report = path / REPORT_FILE if path is not None else None
-    if report is None or not report.is_file():
-        return
-    try:
-        calibration = jsonlib.loads(report.read_text(encoding="utf-8"))["calibration"]
-        digest, source = calibration["sha256"], calibration["source"]
-    except (ValueError, KeyError, TypeError):
-        return  # not a report of ours
-    if digest == text_digest(text):
-        raise TextError(
-            f"this model was calibrated on this very text ({source}); score another one"
-        )
+    digest = text_digest(text)
+    for known in calibration:
+        if known.sha256 == digest:
+            raise TextError(
+                f"this model was calibrated on this very text ({known.source}); score another one"
+            )

@@ -127,7 +127,7 @@ def command(
     --channels what to keep of each.  Under grouped-query attention a head is a key-value head with
     its query heads.
     """
-    from osscar.checkpoint.directory import check_output
+    from osscar.checkpoint.directory import check_output, weight_bytes
     from osscar.models.vision import VisionModel, open_model
     from osscar.pruning.prune import prune
     from osscar.pruning.request import Targets
@@ -145,6 +145,8 @@ def command(
             dtype=dtype,
             trust_remote_code=trust_remote_code,
         )
+        needed = weight_bytes(loaded.model, loaded.stored_dtype)
+        check_output(path, overwrite=overwrite, needed_bytes=needed)
         data = loaded.calibration(calibration, samples=samples, seqlen=seqlen, seed=seed)
         result = prune(
             loaded.model,
@@ -170,7 +172,6 @@ def command(
             path,
             tokenizer=loaded.tokenizer,
             report=report,
-            dtype=loaded.stored_dtype,
             overwrite=overwrite,
         )
     print_result(result, saved)

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib
-import json
 import zipfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
 import numpy as np
 import torch
+from pydantic import ConfigDict
 from torch import Tensor
 
-from osscar.core.errors import ImageError, MissingDependency
+from osscar.core.errors import FileError, ImageError, MissingDependency
+from osscar.core.files import STRICT, digest, validated
 from osscar.data.tokens import named_generator
+from osscar.shrinking.lineage import Calibration
 
 IMAGE_SUFFIXES = frozenset(
     {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff", ".gif"}
@@ -52,6 +53,8 @@ class Preprocessing:
     ImageError
         If a number makes no sense.
     """
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
     resize: Size = 256
     crop: Size = 224
@@ -95,14 +98,17 @@ class Preprocessing:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Preprocessing:
-        """Read what ``dataclasses.asdict`` wrote."""
-        return cls(
-            _size(data["resize"]),
-            _size(data["crop"]),
-            tuple(map(float, data["mean"])),
-            tuple(map(float, data["std"])),
-            str(data["interpolation"]),
-        )
+        """Read what ``dataclasses.asdict`` wrote.
+
+        Raises
+        ------
+        ImageError
+            If a field is missing or makes no sense.
+        """
+        try:
+            return validated(dict(data), cls, "the preprocessing")
+        except FileError as error:
+            raise ImageError(error.reason) from error
 
     def transform(self) -> Callable[[Any], Tensor]:
         """Return torchvision's own transform with these numbers.
@@ -118,13 +124,6 @@ class Preprocessing:
         # Set afterwards: as arguments, sizes can only be squares.
         made.crop_size, made.resize_size = _listed(self.crop), _listed(self.resize)
         return made  # type: ignore[no-any-return]
-
-
-def _size(value: Any) -> Size:
-    if isinstance(value, list | tuple):
-        height, width = value
-        return int(height), int(width)
-    return int(value)
 
 
 def _pair(size: Size) -> tuple[int, int]:
@@ -238,7 +237,7 @@ class ImageSet:
 
     def fingerprints(self) -> list[str]:
         """Return a short hash of each image as it is stored, to recognize it by."""
-        return [hashlib.sha256(_stored(item)).hexdigest()[:16] for item in self.items]
+        return [digest(_stored(item))[:16] for item in self.items]
 
     def _decoded(self, index: int) -> Any:
         from PIL import Image, UnidentifiedImageError
@@ -344,28 +343,26 @@ def _from_archive(path: Path, part: str, preprocessing: Preprocessing) -> ImageS
     return ImageSet(f"{path}:{part}" if part else str(path), images, preprocessing, found)
 
 
-def refuse_overlap(images: ImageSet, report: Path) -> None:
+def refuse_overlap(images: ImageSet, calibration: Iterable[Calibration]) -> None:
     """Refuse to score images that a model was calibrated on.
 
     Parameters
     ----------
     images
         What is to be scored.
-    report
-        What ``osscar prune`` wrote beside the model; nothing is refused where it is missing.
+    calibration
+        From the lineage of the model.
 
     Raises
     ------
     ImageError
-        If an image is one of those that the report names.
+        If an image is one of those that calibrated the model.
     """
-    try:
-        calibration = json.loads(report.read_text(encoding="utf-8"))["calibration"]
-        used, source = set(calibration["images"]), calibration["source"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return  # not a report of ours, or none on images
-    shared = sum(fingerprint in used for fingerprint in images.fingerprints())
-    if shared:
-        raise ImageError(
-            f"{shared} of the {len(images)} images calibrated this model ({source}); score others"
-        )
+    for known in calibration:
+        used = frozenset(known.images)
+        shared = sum(mine in used for mine in images.fingerprints()) if used else 0
+        if shared:
+            raise ImageError(
+                f"{shared} of the {len(images)} images calibrated this model ({known.source}); "
+                "score others"
+            )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 
 import torch
@@ -10,6 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from osscar.core.errors import TextError
+from osscar.core.files import digest
 
 
 def read_text(path: str | Path) -> str:
@@ -53,7 +53,7 @@ def read_text(path: str | Path) -> str:
 
 def text_digest(text: str) -> str:
     """Return the SHA-256 of a text, by which the one that calibrated a model is recognized."""
-    return hashlib.sha256(text.encode()).hexdigest()
+    return digest(text)
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> Tensor:

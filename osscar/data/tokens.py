@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from osscar.core.errors import CalibrationError, MissingDependency, TextError, first_line
+from osscar.core.files import digest
 from osscar.data.prose import Part, builtin_text
 from osscar.data.text import encode, read_text, text_digest
 
@@ -59,7 +59,7 @@ class CalibrationSet:
     @property
     def digest(self) -> str:
         """SHA-256 of the tokens, by which a resumed run knows that it sees the same data."""
-        return hashlib.sha256(self.tokens.numpy().tobytes()).hexdigest()
+        return digest(self.tokens.numpy().tobytes())
 
     def describe(self) -> dict[str, Any]:
         """Return what reports say: the source, by what it is recognized, and what was drawn."""
@@ -179,8 +179,8 @@ def text_windows(
 
 def named_generator(name: str, seed: int) -> torch.Generator:
     """Derive a random stream from a purpose and a seed, so that streams do not disturb another."""
-    digest = hashlib.sha256(f"{name}/{seed}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8]) >> 1)
+    drawn = int(digest(f"{name}/{seed}")[:16], 16)
+    return torch.Generator().manual_seed(drawn >> 1)
 
 
 def _window_starts(tokens: int, samples: int, seqlen: int, seed: int) -> Tensor:

@@ -25,12 +25,14 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from osscar.checkpoint import directory as checkpoint
+from osscar.checkpoint.manifest import is_checkpoint, read_manifest
 from osscar.core.devices import resolve_device, resolve_dtype
 from osscar.core.errors import ModelError, ModelNotFound, first_line
 from osscar.core.modules import check_finite_weights, context_length
 from osscar.data.tokens import CalibrationSet, load_calibration
 from osscar.models.wheels import PACKAGED_MODELS, fetch
-from osscar.shrinking.plan import PLAN_FILE
+from osscar.shrinking.lineage import LINEAGE, lineage_of, note
 
 DEMO = "demo"
 DEMO_DIRECTORY = Path(__file__).parents[1] / "data" / "demo"
@@ -134,15 +136,21 @@ def load_model(
     number_format = resolve_dtype(dtype, target)
     with _quiet_unless_terminal():
         found = _find(str(name))
-        if found.path is not None and (found.path / PLAN_FILE).exists():
-            from osscar.checkpoint.directory import load  # late: most models need none of it
-
-            model = load(found.path)
+        manifest = None if found.path is None else read_manifest(found.path)
+        if found.path is not None and manifest is not None and not manifest.stock:
+            model: Any = checkpoint.load(found.path)
         else:
             model = _load_stock(found, trust_remote_code)
+            if manifest is not None:
+                setattr(model, LINEAGE, manifest.lineage)
         tokenizer = _load_tokenizer(found, trust_remote_code)
     check_finite_weights(model)
     stored = next(model.parameters()).dtype
+    note(
+        model,
+        source=lineage_of(model).source or found.source,
+        stored_dtype=str(stored).removeprefix("torch."),
+    )
     if number_format is not None:
         model = model.to(number_format)
     return LoadedModel(model.to(target).eval(), tokenizer, found.source, found.path, stored)
@@ -173,7 +181,7 @@ def _find(name: str) -> _Found:
         reason = getattr(error, "strerror", None) or error
         raise ModelNotFound(f"cannot look for {name!r}: {reason}") from error
     if path.is_dir():
-        if not (path / "config.json").exists() and not (path / PLAN_FILE).exists():
+        if not is_checkpoint(path):
             raise ModelNotFound(f"the directory {name!r} has no config.json: not a checkpoint")
         return _Found(str(path), f"directory {path}", path)
     if exists:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import json
 import pickle
 import re
 from collections.abc import Mapping
@@ -18,7 +17,8 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from osscar.checkpoint import directory as checkpoint
-from osscar.checkpoint.builders import ORIGIN, TorchvisionOrigin
+from osscar.checkpoint.builders import TorchvisionOrigin, builder_of
+from osscar.checkpoint.manifest import Manifest, is_checkpoint, read_manifest
 from osscar.core.devices import resolve_device, resolve_dtype
 from osscar.core.errors import CheckpointError, ImageError, ModelError, ModelNotFound, OptionError
 from osscar.core.modules import check_finite_weights, check_usable
@@ -26,11 +26,10 @@ from osscar.data.batches import Batch, cast_like, named_inputs
 from osscar.data.images import ImageSet, Preprocessing, Size, import_torchvision, load_images
 from osscar.models import user_code
 from osscar.models.language import LoadedModel, load_model
-from osscar.shrinking.plan import PLAN_FILE
+from osscar.shrinking.lineage import lineage_of, note
 
 PREFIX = "torchvision:"
 DEFAULT_SAMPLES = 256
-REPORT_FILE = "osscar_report.json"
 
 _OPTIONS: dict[str, dict[str, bool]] = {
     "googlenet": {"transform_input": True, "aux_logits": False, "init_weights": False},
@@ -105,7 +104,7 @@ class VisionModel:
 
 def is_vision(name: str) -> bool:
     """Tell whether a name stands for a model that is not of transformers."""
-    return name.startswith(PREFIX) or user_code.is_code(name) or _has_foreign_plan(Path(name))
+    return name.startswith(PREFIX) or user_code.is_code(name) or _is_foreign(_manifest_of(name))
 
 
 def load_vision_model(
@@ -158,6 +157,13 @@ def load_vision_model(
     model = model.to(target).eval()
     reference = next(model.parameters())
     example = {name: cast_like(tensor, reference) for name, tensor in loaded.example.items()}
+    note(
+        model,
+        source=lineage_of(model).source or loaded.source,
+        classes=loaded.classes,
+        preprocessing=dataclasses.asdict(loaded.preprocessing),
+        stored_dtype=str(loaded.stored_dtype).removeprefix("torch."),
+    )
     return dataclasses.replace(loaded, model=model, example=example)
 
 
@@ -187,8 +193,14 @@ def _from_torchvision(name: str, weights: str | Path | None, pretrained: bool) -
         source=f"torchvision {name}",
         path=None,
         stored_dtype=_dtype(model),
-        classes=() if "num_classes" in getattr(model, ORIGIN).options else classes,
+        classes=() if _has_own_classes(model) else classes,
     )
+
+
+def _has_own_classes(model: nn.Module) -> bool:
+    """Whether a model of torchvision tells other classes apart than its weights of the name."""
+    origin = lineage_of(model).origin
+    return origin is not None and "num_classes" in origin.options
 
 
 def _fetched(name: str, preset: Any) -> dict[str, Tensor]:
@@ -260,16 +272,17 @@ def _from_directory(path: Path, dense: str | None) -> VisionModel:
     built, example = None, None
     if dense is not None and user_code.is_code(dense):
         built, example = user_code.build(dense)
-    if built is None and _library(path) is None:
+    manifest = read_manifest(path)
+    if built is None and _is_own_code(manifest):
         raise ModelError(
             f"{path} holds a model of your own code, which a checkpoint does not contain: say what "
             "builds the dense one (--against module:function, or osscar.load with dense=)"
         )
     model = checkpoint.load(path, dense=built)
-    origin = getattr(model, ORIGIN, None)
-    preprocessing, classes = _recorded(path)
-    if preprocessing is None and isinstance(origin, TorchvisionOrigin):
-        preset = import_torchvision("models").get_model_weights(origin.name).DEFAULT
+    preprocessing = _recorded_preprocessing(path, manifest)
+    builder = builder_of(model)
+    if preprocessing is None and isinstance(builder, TorchvisionOrigin):
+        preset = import_torchvision("models").get_model_weights(builder.name).DEFAULT
         preprocessing = Preprocessing.of(preset.transforms())
     preprocessing = preprocessing or Preprocessing()
     return VisionModel(
@@ -279,35 +292,40 @@ def _from_directory(path: Path, dense: str | None) -> VisionModel:
         source=f"directory {path}",
         path=path,
         stored_dtype=_dtype(model),
-        classes=classes,
+        classes=lineage_of(model).classes,
     )
 
 
-def _recorded(path: Path) -> tuple[Preprocessing | None, tuple[str, ...]]:
-    """Return the preprocessing and the classes that the report beside the weights names."""
+def _recorded_preprocessing(path: Path, manifest: Manifest | None) -> Preprocessing | None:
+    recorded = None if manifest is None else manifest.lineage.preprocessing
     try:
-        report = json.loads((path / REPORT_FILE).read_text(encoding="utf-8"))
-        images = report["calibration"]["preprocessing"]
-        return Preprocessing.from_json(images), tuple(map(str, report["classes"]))
+        return None if recorded is None else Preprocessing.from_json(recorded)
     except ImageError as error:
-        raise CheckpointError(
-            f"the preprocessing in {path / REPORT_FILE} makes no sense: {error}"
-        ) from error
-    except (OSError, ValueError, KeyError, TypeError):
-        return None, ()  # no report of ours
+        raise CheckpointError(f"the preprocessing in {path} makes no sense: {error}") from error
 
 
-def _has_foreign_plan(path: Path) -> bool:
-    return _library(path) not in ("", "transformers")
+def _is_own_code(manifest: Manifest | None) -> bool:
+    """Whether nobody but its user can build the dense model."""
+    return manifest is not None and not manifest.stock and manifest.lineage.origin is None
 
 
-def _library(path: Path) -> str | None:
-    """Return which library a plan names: "" without a plan, None for code that nobody knows."""
+def _manifest_of(name: str) -> Manifest | None:
+    """Return what a name's directory says of its checkpoint; None where there is nothing to read.
+
+    What cannot be read will be said when the model is loaded.
+    """
     try:
-        data = json.loads((path.expanduser() / PLAN_FILE).read_text(encoding="utf-8"))
-        return None if data["origin"] is None else str(data["origin"]["library"])
-    except (OSError, RuntimeError, ValueError, KeyError, TypeError):
-        return ""
+        path = Path(name).expanduser()
+        return read_manifest(path) if path.is_dir() else None
+    except (OSError, RuntimeError, ValueError, CheckpointError):
+        return None
+
+
+def _is_foreign(manifest: Manifest | None) -> bool:
+    """Whether a checkpoint is not of transformers."""
+    if manifest is None or manifest.stock:
+        return False
+    return manifest.lineage.origin is None or manifest.lineage.origin.library != "transformers"
 
 
 def _matching(example: Batch) -> Preprocessing:
@@ -441,14 +459,11 @@ def check_directory(name: str) -> None:
         path = Path(name).expanduser()
         if not name or not path.is_dir():
             return
-        has_plan, has_config = ((path / file).is_file() for file in (PLAN_FILE, "config.json"))
     except (OSError, RuntimeError, ValueError):
         return  # no name of a directory: whoever looks for the model will say so
-    if has_plan:
-        checkpoint.read_plan_file(path / PLAN_FILE)
-    elif not has_config:
+    if read_manifest(path) is None and not is_checkpoint(path):
         raise CheckpointError(
-            f"{name!r} has neither {PLAN_FILE} nor config.json: it is not a checkpoint; give the "
+            f"{name!r} has neither osscar.json nor config.json: it is not a checkpoint; give the "
             "directory that `osscar prune` wrote"
         )
 
@@ -480,7 +495,7 @@ def open_model(
     """
     check_directory(name)
     vision = is_vision(name)
-    if dense is not None and _library(Path(name)) is not None:
+    if dense is not None and not _is_own_code(_manifest_of(name)):
         raise OptionError(
             f"{name!r} is no pruned model of your own code, so nothing else builds it; leave "
             "--against away"

@@ -42,6 +42,7 @@ from osscar.pruning.batch_norm import BatchNormMode, batch_norms, renew_statisti
 from osscar.pruning.request import Keep, Targets, allocate
 from osscar.shrinking.equivalence import finer_precision
 from osscar.shrinking.follow import prepare
+from osscar.shrinking.lineage import note_calibration
 from osscar.shrinking.plan import GroupPlan, PruningPlan
 from osscar.shrinking.shrink import shrink_proved
 from solvers.exact.branch_and_bound import BranchAndBound
@@ -284,6 +285,7 @@ def prune(
         renewed = _renew_statistics(work, model, proof.plan, batches, statistics)
         if isinstance(work, PreTrainedModel):
             checkpoint.adopt_config(work)
+    note_calibration(work, calibration)
     settings = {
         **{"sparsity": sparsity, "heads": _text(heads), "neurons": _text(neurons)},
         **{"channels": _text(channels), "residual": _text(residual)},

@@ -27,7 +27,7 @@ from osscar.core.errors import (
 )
 from osscar.core.modules import check_finite_weights
 from osscar.models import wheels
-from osscar.models.language import DEMO_DIRECTORY, PLAN_FILE, load_model
+from osscar.models.language import DEMO_DIRECTORY, load_model
 from osscar.models.wheels import (
     PACKAGED_MODELS,
     PackagedModel,
@@ -90,7 +90,7 @@ class TestDirectories:
         assert load_model("./demo").path == Path("demo")
 
     def test_a_pruned_directory_goes_to_the_checkpoint_module(self, checkpoint, monkeypatch):
-        (checkpoint / PLAN_FILE).write_text("{}")
+        (checkpoint / "osscar_plan.json").write_text('{"format": "osscar-plan/1", "plans": []}')
         model = AutoModelForCausalLM.from_pretrained(DEMO_DIRECTORY)
         asked = []
         monkeypatch.setattr(

@@ -27,6 +27,7 @@ from osscar.evaluation.images import (
     score_images,
 )
 from osscar.models.vision import is_vision, load_vision_model, open_model, read_state
+from osscar.shrinking.lineage import Calibration
 from tests.osscar.networks import small_net
 
 pytest.importorskip("torchvision", reason="images need the extra osscar[vision]")
@@ -202,7 +203,10 @@ def test_bad_input_ends_in_one_line_before_anything_is_written(run, code, archiv
     (tmp_path / "empty").mkdir()
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "osscar_plan.json").write_text("{ 3")
-    for name, message in (("empty", "not a checkpoint"), ("bad", "is not a pruning plan")):
+    for name, message in (
+        ("empty", "not a checkpoint"),
+        ("bad", "is not the description of a checkpoint"),
+    ):
         status, _, err = run("eval", tmp_path / name, "--images", archive)
         assert (status, message in err, "reads text" in err) == (2, True, False)
     status, _, err = run("eval", code)
@@ -366,13 +370,9 @@ def test_images_that_would_be_clipped_or_are_too_large_are_refused(tmp_path, mon
     ],
 )
 def test_a_report_whose_preprocessing_makes_no_sense_is_refused(change, message, tmp_path):
-    from osscar.models.vision import _recorded
-
     images = {**ImageSet("none", [], Preprocessing()).describe()["preprocessing"], **change}
-    report = {"calibration": {"preprocessing": images}, "classes": []}
-    (tmp_path / "osscar_report.json").write_text(json.dumps(report))
-    with pytest.raises(CheckpointError, match=message):
-        _recorded(tmp_path)
+    with pytest.raises(ImageError, match=message):
+        Preprocessing.from_json(json.loads(json.dumps(images)))
 
 
 def test_images_are_transformed_as_torchvision_does(folders):
@@ -439,15 +439,14 @@ def test_empty_directories_and_other_files_are_refused(tmp_path):
         load_images(tmp_path / "x.npz", Preprocessing())
 
 
-def test_images_are_recognized_by_what_is_stored(folders, tmp_path):
+def test_images_are_recognized_by_what_is_stored(folders):
     images = load_images(folders, Preprocessing())
-    report = tmp_path / "report.json"
-    report.write_text(json.dumps({"calibration": images.first(3).describe()}))
+    known = [Calibration("text"), Calibration.of(images.first(3).describe())]
     with pytest.raises(ImageError, match="3 of the 10 images calibrated"):
-        refuse_overlap(images, report)
+        refuse_overlap(images, known)
     others = ImageSet("others", pixels(4, 9), Preprocessing())
-    refuse_overlap(others, report)
-    refuse_overlap(images, tmp_path / "none.json")
+    refuse_overlap(others, known)
+    refuse_overlap(images, [])
 
 
 # ---- evaluation --------------------------------------------------------------------------
