@@ -15,6 +15,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from osscar.core.version import VERSION
+
 if TYPE_CHECKING:
     from osscar.checkpoint.directory import SavedCheckpoint, load, save
     from osscar.core.errors import OsscarError
@@ -24,7 +26,9 @@ if TYPE_CHECKING:
     from osscar.evaluation.language import Comparison, Evaluation, compare, evaluate
     from osscar.models.language import LoadedModel, load_model
     from osscar.models.vision import VisionModel, load_vision_model
-    from osscar.pruning.prune import LayerReport, PruningResult, prune
+    from osscar.pruning.prune import prune
+    from osscar.pruning.request import PruningRequest
+    from osscar.pruning.result import LayerReport, PruningResult
     from osscar.shrinking.follow import adapter, prepare
     from osscar.shrinking.plan import PruningPlan
     from osscar.shrinking.shrink import Proof, shrink_proved
@@ -33,7 +37,7 @@ if TYPE_CHECKING:
     from osscar.study.directory import Study
     from osscar.study.records import Record
 
-__version__ = "0.1.0"
+__version__ = VERSION
 
 __all__ = [
     "CalibrationSet",
@@ -45,6 +49,7 @@ __all__ = [
     "OsscarError",
     "Proof",
     "PruningPlan",
+    "PruningRequest",
     "PruningResult",
     "Record",
     "SavedCheckpoint",
@@ -74,12 +79,13 @@ _HOMES = {
     "Comparison": "evaluation.language",
     "Evaluation": "evaluation.language",
     "ImageSet": "data.images",
-    "LayerReport": "pruning.prune",
+    "LayerReport": "pruning.result",
     "LoadedModel": "models.language",
     "OsscarError": "core.errors",
     "Proof": "shrinking.shrink",
     "PruningPlan": "shrinking.plan",
-    "PruningResult": "pruning.prune",
+    "PruningResult": "pruning.result",
+    "PruningRequest": "pruning.request",
     "Record": "study.records",
     "SavedCheckpoint": "checkpoint.directory",
     "Study": "study.directory",

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from osscar.capture.linear_maps import LinearMap
 from osscar.core.errors import ModelError, NonFiniteError
@@ -131,52 +129,3 @@ def _divided(consumer: Consumer, scale: float) -> Consumer:
         e=consumer.e / scale,
         damping=consumer.damping / scale,
     )
-
-
-class _AllMeasured(Exception):
-    """Ends a forward pass as soon as everything that is measured has been seen."""
-
-
-@contextmanager
-def observe(accumulators: Sequence[GramAccumulator]) -> Iterator[Callable[..., bool]]:
-    """Accumulate while modules run.
-
-    Yields
-    ------
-    callable
-        Calls a module with arguments, stopping once the last of the consumers was reached;
-        returns whether it was stopped.  How often a module calls its consumers is learned from the
-        first call, which runs to its end.
-    """
-    expected: Counter[int] = Counter()
-    seen: Counter[int] = Counter()
-
-    def hook(index: int) -> Callable[[nn.Module, tuple[object, ...]], None]:
-        def measure(_: nn.Module, args: tuple[object, ...]) -> None:
-            accumulator = accumulators[index]
-            for X in accumulator.linear_map.read_inputs(args):
-                accumulator.add(X)
-            seen[index] += 1
-            if seen == expected:
-                raise _AllMeasured
-
-        return measure
-
-    def run(module: nn.Module, *args: object, **kwargs: object) -> bool:
-        seen.clear()
-        try:
-            module(*args, **kwargs)
-        except _AllMeasured:
-            return True
-        expected.update(seen if not expected else ())
-        return False
-
-    handles = [
-        accumulator.linear_map.module.register_forward_pre_hook(hook(index))
-        for index, accumulator in enumerate(accumulators)
-    ]
-    try:
-        yield run
-    finally:
-        for handle in handles:
-            handle.remove()

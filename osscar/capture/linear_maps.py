@@ -72,7 +72,7 @@ class LinearMap(abc.ABC):
         return list(indices)
 
     @abc.abstractmethod
-    def read_inputs(self, args: tuple[object, ...]) -> Iterator[Tensor]:
+    def read_inputs(self, x: Tensor) -> Iterator[Tensor]:
         """Yield X, (positions, p), piece by piece, from what the module is called with."""
 
     @abc.abstractmethod
@@ -110,10 +110,8 @@ class LinearMap(abc.ABC):
 class FeatureMap(LinearMap):
     """A `torch.nn.Linear` or transformers' `Conv1D`, which reads the last dimension."""
 
-    def read_inputs(self, args: tuple[object, ...]) -> Iterator[Tensor]:
+    def read_inputs(self, x: Tensor) -> Iterator[Tensor]:
         """Yield all positions at once."""
-        x = args[0]
-        assert isinstance(x, Tensor)
         x = x.detach().reshape(-1, x.shape[-1])
         yield x if len(self.inputs) == x.shape[1] else x[:, self.inputs.to(x.device)]
 
@@ -153,10 +151,8 @@ class ConvolutionMap(LinearMap):
         """Input channels of one group of the convolution."""
         return int(self.module.in_channels) // int(self.module.groups)  # type: ignore[arg-type]
 
-    def read_inputs(self, args: tuple[object, ...]) -> Iterator[Tensor]:
+    def read_inputs(self, x: Tensor) -> Iterator[Tensor]:
         """Yield the unfolded windows, as many at once as `osscar.capture.convolutions` allows."""
-        x = args[0]
-        assert isinstance(x, Tensor)
         space = len(self.windows.kernel)
         x = x.detach().reshape(-1, *x.shape[-space - 1 :])
         channels = self.inputs + self.part * self._channels

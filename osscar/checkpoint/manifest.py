@@ -14,9 +14,9 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import ConfigDict
 
-import osscar
 from osscar.core.errors import CheckpointError, FileError
 from osscar.core.files import MEGABYTE, STRICT, read_json, write_json
+from osscar.core.version import VERSION
 from osscar.shrinking.lineage import Calibration, Lineage, Origin
 from osscar.shrinking.plan import PruningPlan
 
@@ -60,7 +60,7 @@ class Manifest:
     @classmethod
     def of(cls, stock: bool, lineage: Lineage, files: tuple[str, ...] = ()) -> Manifest:
         """Describe a checkpoint that this version writes."""
-        return cls("osscar.checkpoint/2", osscar.__version__, stock, files, lineage)
+        return cls("osscar.checkpoint/2", VERSION, stock, files, lineage)
 
     def write(self, directory: Path) -> None:
         """Write it into a checkpoint's directory.

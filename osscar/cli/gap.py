@@ -193,9 +193,9 @@ def _print(summary: Summary) -> None:
 def _model_problems(
     source: dict[str, Any], groups: str | None, *, device: str, trust_remote_code: bool
 ) -> Iterator[tuple[str, SubsetProblem]]:
-    from osscar.capture.instances import capture_problems
     from osscar.data.tokens import BUILTIN, load_calibration
     from osscar.models.language import load_model
+    from osscar.study.problems import model_problems
 
     loaded = load_model(source["model"], device=device, trust_remote_code=trust_remote_code)
     text = source["calibration"]
@@ -207,7 +207,7 @@ def _model_problems(
         seed=source["seed"],
     )
     patterns = _names(groups) if groups is not None else ("*",)
-    for group, problem in capture_problems(
+    for group, problem in model_problems(
         loaded.model,
         windows,
         damp=source["damp"],

@@ -37,16 +37,13 @@ def command(
     trust_remote_code: TrustOption = False,
 ) -> None:
     """Show the coupling groups of a model as a table."""
-    import graph
-    from graph import residual_groups
     from graph.groups import UnitKind
-    from osscar.capture.linear_maps import expose_attention, freeze_unreadable
+    from osscar.capture.opened import opened
     from osscar.core.errors import OutputError
     from osscar.core.modules import count_parameters
     from osscar.evaluation.size import count_owned
     from osscar.models.vision import open_model
     from osscar.report.tables import groups_table
-    from osscar.shrinking.follow import prepare
 
     for path in (json, svg):
         check_json_path(path, inputs=(model,))
@@ -58,12 +55,10 @@ def command(
             device="cpu",
             trust_remote_code=trust_remote_code,
         )
-        prepare(loaded.model)
-        expose_attention(loaded.model)
-        traced = graph.trace(loaded.model, loaded.example)
-    groups = freeze_unreadable(loaded.model, traced.groups)
+        with opened(loaded.model, loaded.example) as ready:
+            groups, residual = ready.groups, ready.residual
     shown = [g for g in groups if all_groups or g.prunable or g.kind is not UnitKind.OTHER]
-    out.print(groups_table(shown, residual_groups(traced)))
+    out.print(groups_table(shown, residual))
     for group in shown:
         for freeze in group.frozen[:1]:
             where = (
@@ -77,7 +72,7 @@ def command(
     out.print(f"{prunable / total:.1%} of {total:,} parameters lie in prunable groups")
     if svg is not None:
         try:
-            out.print(f"drawing: {traced.draw(svg)}")
+            out.print(f"drawing: {ready.traced.draw(svg)}")
         except OSError as error:
             raise OutputError(f"cannot write {svg}: {error.strerror}") from error
     content = {

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from osscar.checkpoint.directory import SavedCheckpoint
     from osscar.data.images import ImageSet
     from osscar.data.tokens import CalibrationSet
-    from osscar.pruning.prune import PruningResult
+    from osscar.pruning.result import PruningResult
 
 
 def command(
@@ -129,13 +129,29 @@ def command(
     """
     from osscar.checkpoint.directory import check_output, weight_bytes
     from osscar.models.vision import VisionModel, open_model
-    from osscar.pruning.prune import prune
-    from osscar.pruning.request import Targets
+    from osscar.pruning.prune import prune_as_asked
+    from osscar.pruning.request import PruningRequest
 
     check_json_path(json, inputs=(model, calibration, weights), written=directory)
     path = check_output(directory, overwrite=overwrite, inputs=(model, calibration, weights, json))
     patterns = [part.strip() for text in skip or () for part in text.split(",")]
-    Targets(sparsity, heads, neurons, channels, residual, round_to=round_to, skip=patterns)
+    request = PruningRequest(
+        sparsity=sparsity,
+        heads=heads,
+        neurons=neurons,
+        channels=channels,
+        residual=residual,
+        round_to=round_to,
+        skip=patterns,
+        backend=backend,
+        backend_options=parse_options(option or []),
+        certify=certify,
+        damp=damp,
+        batch_norm=batch_norm,
+        device=device,
+        batch_size=batch_size,
+        seed=seed,
+    )
     with quiet():
         loaded = open_model(
             model,
@@ -148,25 +164,7 @@ def command(
         needed = weight_bytes(loaded.model, loaded.stored_dtype)
         check_output(path, overwrite=overwrite, needed_bytes=needed)
         data = loaded.calibration(calibration, samples=samples, seqlen=seqlen, seed=seed)
-        result = prune(
-            loaded.model,
-            data,
-            sparsity=sparsity,
-            heads=heads,
-            neurons=neurons,
-            channels=channels,
-            residual=residual,
-            round_to=round_to,
-            skip=patterns,
-            backend=backend,
-            backend_options=parse_options(option or []),
-            certify=certify,
-            damp=damp,
-            batch_norm=batch_norm,
-            device=device,
-            batch_size=batch_size,
-            seed=seed,
-        )
+        result = prune_as_asked(loaded.model, data, request)
         report = report_document(result, loaded.source, data, loaded.classes)
         saved = result.save(
             path,
@@ -190,12 +188,12 @@ def report_document(
     """Return what is known of a run, as ``docs/json.md`` describes it."""
     return document(
         "prune",
-        1,
+        2,
         {
             "model": source,
             "classes": list(classes),
-            "calibration": data.describe(),
-            "settings": dict(result.settings),
+            "calibration": {**result.calibration, **data.describe()},
+            "settings": result.settings,
             "parameters_before": result.parameters_before,
             "parameters_after": result.parameters_after,
             "equivalence_error": result.equivalence_error,

@@ -45,11 +45,11 @@ class ImageError(OsscarError):
     """Images for calibration or evaluation are missing, damaged, or of other classes."""
 
 
-class TargetError(OsscarError):
+class RequestError(OsscarError):
     """What to keep makes no sense: a sparsity, fraction or count outside of what exists."""
 
 
-class FrozenGroupError(TargetError):
+class FrozenGroupError(RequestError):
     """A coupling group that cannot be pruned was asked for; the message says what froze it."""
 
 

@@ -38,13 +38,45 @@ def batch_norms(model: nn.Module) -> dict[str, _BatchNorm]:
     }
 
 
+DenseStatistics: TypeAlias = Sequence[Mapping[str, Sequence[Statistics]]]
+"""For each batch and each layer by name, the statistics of what the layer was called with."""
+
+
+@torch.no_grad()
+def dense_statistics(
+    model: nn.Module, batches: Sequence[Mapping[str, Any]], mode: BatchNormMode | str
+) -> DenseStatistics:
+    """Measure what the batch-norm layers of a model that is still dense are called with.
+
+    Parameters
+    ----------
+    model
+        The model before pruning, in evaluation mode; not changed.
+    batches
+        Keyword arguments of it.
+    mode
+        Only `BatchNormMode.CORRECT` needs them; for any other mode nothing is run.
+    """
+    if mode != BatchNormMode.CORRECT or not batch_norms(model):
+        return ()
+    return [_seen(model, batch) for batch in batches]
+
+
+def _seen(model: nn.Module, batch: Mapping[str, Any]) -> Mapping[str, Sequence[Statistics]]:
+    """Run one batch, and return the statistics of each batch-norm layer's inputs."""
+    seen: dict[str, list[Statistics]] = {name: [] for name in batch_norms(model)}
+    with _watched(model, lambda name, x: seen[name].append(_measured(x))):
+        model(**batch)
+    return seen
+
+
 @torch.no_grad()
 def renew_statistics(
     model: nn.Module,
-    dense: nn.Module,
     plan: PruningPlan,
     batches: Sequence[Mapping[str, Any]],
-    mode: BatchNormMode,
+    mode: BatchNormMode | str,
+    dense: DenseStatistics = (),
 ) -> int:
     """Renew the running statistics of a pruned model.
 
@@ -58,14 +90,14 @@ def renew_statistics(
     ----------
     model
         The pruned model, in evaluation mode; its weights do not change.
-    dense
-        The model before pruning, in evaluation mode, on the same device.
     plan
         What was removed from it.
     batches
-        Keyword arguments of either.
+        Keyword arguments of it.
     mode
         Where statistics come from.
+    dense
+        What `dense_statistics` measured on the same batches.
 
     Returns
     -------
@@ -81,26 +113,20 @@ def renew_statistics(
         In either case the model keeps its old statistics.
     """
     layers = batch_norms(model)
-    if mode is BatchNormMode.KEEP or not layers:
+    if mode == BatchNormMode.KEEP or not layers:
         return 0
     before = {name: _stored(layer) for name, layer in layers.items()}
     sums: dict[str, list[tuple[int, Statistics]]] = {name: [] for name in layers}
-    original: dict[str, list[Statistics]] = {name: [] for name in layers}
-
-    stay = {name: _kept_channels(name, layer, plan) for name, layer in batch_norms(dense).items()}
-
-    def note(name: str, x: Tensor) -> None:
-        mean, var = _measured(x)
-        original[name].append((mean[stay[name]], var[stay[name]]))
+    original = {name: _kept_statistics(name, dense, plan) for name in layers}
 
     def renew(name: str, x: Tensor) -> None:
         layer, count = layers[name], x.numel() // x.shape[1]
         mean, var = _measured(x)
-        if mode is BatchNormMode.ESTIMATE:
+        if mode == BatchNormMode.ESTIMATE:
             _set(layer, (mean, var))
             var = var * (count / _several(name, count))
         else:
-            (old_mean, old_var), (dense_mean, dense_var) = before[name], original[name].pop(0)
+            (old_mean, old_var), (dense_mean, dense_var) = before[name], next(original[name])
             mean = old_mean + mean - dense_mean
             var = old_var * (var + layer.eps) / (dense_var + layer.eps)
             _set(layer, (mean, var))
@@ -108,11 +134,8 @@ def renew_statistics(
 
     averages: dict[str, Statistics] = {}
     try:
-        for batch in batches:
-            if mode is BatchNormMode.CORRECT:
-                with _watched(dense, note):
-                    dense(**batch)
-            with _watched(model, renew):
+        with _watched(model, renew):
+            for batch in batches:
                 model(**batch)
         found = {name: _average(parts) for name, parts in sums.items() if parts}
         for name, average in found.items():
@@ -122,6 +145,21 @@ def renew_statistics(
         for name, layer in layers.items():
             _set(layer, averages.get(name, before[name]))
     return len(averages)
+
+
+def _kept_statistics(name: str, dense: DenseStatistics, plan: PruningPlan) -> Iterator[Statistics]:
+    """Yield the dense statistics of a layer, call by call, of those channels that are left."""
+    gone = {
+        index
+        for group in plan.groups
+        for slot in group.slots
+        if slot.tensor == f"{name}.running_mean"
+        for index in slot.indices(set(range(group.units)) - set(group.kept))
+    }
+    for batch in dense:
+        for mean, var in batch.get(name, ()):
+            stay = torch.tensor([i for i in range(len(mean)) if i not in gone], device=mean.device)
+            yield mean[stay], var[stay]
 
 
 @contextmanager
@@ -136,18 +174,6 @@ def _watched(model: nn.Module, see: Callable[[str, Tensor], None]) -> Iterator[N
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _kept_channels(name: str, layer: _BatchNorm, plan: PruningPlan) -> Tensor:
-    """Return which channels of a dense layer are left."""
-    gone = {
-        index
-        for group in plan.groups
-        for slot in group.slots
-        if slot.tensor == f"{name}.running_mean"
-        for index in slot.indices(set(range(group.units)) - set(group.kept))
-    }
-    return torch.tensor([i for i in range(layer.num_features) if i not in gone])
 
 
 def _measured(x: Tensor) -> Statistics:

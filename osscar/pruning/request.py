@@ -1,54 +1,79 @@
-"""How many units each coupling group keeps."""
+"""What a pruning run is asked: one value, made by keywords, by the command line, by a report."""
 
 from __future__ import annotations
 
-import fnmatch
+import dataclasses
 import math
 import numbers
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
+from typing import Any, TypeAlias, cast
 
-from graph.groups import CouplingGroup, UnitKind
-from osscar.core.errors import FrozenGroupError, TargetError
+import solvers
+from graph import UnitKind
+from osscar.core.errors import OptionError, RequestError
+from osscar.pruning.batch_norm import BatchNormMode
 
 PRUNED_KINDS = (UnitKind.HEADS, UnitKind.NEURONS, UnitKind.CHANNELS)
 """What `sparsity` applies to, residual channels left out."""
 
-Keep = str | int | float | Fraction
+Keep: TypeAlias = str | int | float | Fraction
 """A count of units (an int, or a string such as ``"512"``) or the fraction of them to keep."""
 
 
 @dataclass(frozen=True)
-class Targets:
-    """What a user asked to keep.
+class PruningRequest:
+    """What a user asks of a pruning run.
 
     Parameters
     ----------
     sparsity
         Share of the heads, of the neurons and of the channels to remove, in (0, 1).
     heads, neurons, channels
-        What to keep of each kind, instead of ``1 - sparsity``; a kind that neither names is left
-        alone.
+        What to keep of each kind, instead of ``1 - sparsity``: a fraction such as ``"2/3"``, or a
+        count; a kind that neither names is left alone.
     residual
-        What to keep of residual streams, which all other options leave alone.
+        What to keep of residual streams, such as the channels that shortcuts add up.  They run
+        through many layers, and nothing else touches them.
     groups
         What to keep of single groups, by name; takes precedence over the others.
     round_to
         Kept width (units times rows a unit) is rounded to a multiple of this.
     skip
         Patterns, as of `fnmatch`, for the names of groups that are left alone whatever else is
-        asked.
+        asked; each has to match one.
+    backend, backend_options
+        A registered name with its options, or a backend object.
+    certify
+        Add a lower bound to every layer's solution, so that its gap is known, and verify each
+        solution from its problem alone; takes several times as long as the search.  Up to 32 units
+        the bound comes from branch and bound, which may take 10 seconds a group.
+    damp
+        Weight of the proximal term, relative to the mean of the Gram matrix's diagonal.
+    batch_norm
+        Where running statistics come from afterwards: ``correct`` those of the dense model by what
+        pruning changed, ``estimate`` them from the calibration data, or ``keep`` them.
+    device
+        ``auto``, ``cpu`` or ``cuda``: where the model runs and the solver computes.
+    batch_size
+        Samples that run through the model at once; by default 8 windows, or 64 of anything else.
+    seed
+        Of the random inputs of the equivalence proof.
 
     Raises
     ------
-    TargetError
-        If nothing is asked for, or a number makes no sense.
+    RequestError
+        If nothing is to be removed, or what to keep makes no sense.
+    OptionError
+        If a number that steers the run is out of range, or of a wrong type.
+    BackendError
+        If the backend does not exist, cannot run here, or has no such option.
 
     Examples
     --------
-    >>> Targets(neurons="2/3").fraction_or_count(UnitKind.NEURONS)
+    >>> PruningRequest(neurons="2/3").fraction_or_count(UnitKind.NEURONS)
     Fraction(2, 3)
     """
 
@@ -60,39 +85,98 @@ class Targets:
     groups: Mapping[str, Keep] = field(default_factory=dict)
     round_to: int = 1
     skip: Sequence[str] = ()
+    backend: str | solvers.Backend = "local_search"
+    backend_options: Mapping[str, Any] = field(default_factory=dict)
+    certify: bool = False
+    damp: float = 0.01
+    batch_norm: str = BatchNormMode.CORRECT
+    device: str = "auto"
+    batch_size: int | None = None
+    seed: int = 0
 
     def __post_init__(self) -> None:
+        self._check_what_to_keep()
+        self._check_names()
+        self._check_numbers()
+        self.chosen_backend()
+        try:
+            object.__setattr__(self, "batch_norm", BatchNormMode(self.batch_norm))
+        except ValueError:
+            raise OptionError(
+                f"batch_norm is {self.batch_norm!r}; give one of {', '.join(BatchNormMode)}"
+            ) from None
+
+    def _check_what_to_keep(self) -> None:
         sparsity, round_to = self.sparsity, self.round_to
         if sparsity is not None and not (_is(sparsity, numbers.Real) and 0 < sparsity < 1):
-            raise TargetError(
+            raise RequestError(
                 f"sparsity is {sparsity!r}; give the share to remove, a number above 0 and below 1"
             )
         if not (_is(round_to, numbers.Integral) and round_to >= 1):
-            raise TargetError(f"round-to is {round_to!r}; give a whole number from 1")
-        self._check_names()
-        if self.sparsity is None and not any(self._asked) and not self.groups:
-            raise TargetError(
-                "nothing to prune: give --sparsity, or what to keep with --heads, --neurons, "
-                "--channels or --residual"
-            )
-        for keep in (*(asked for asked in self._asked if asked is not None), *self.groups.values()):
-            parse_keep(keep)
-
-    def _check_names(self) -> None:
+            raise RequestError(f"round-to is {round_to!r}; give a whole number from 1")
         if not isinstance(self.groups, Mapping):
-            raise TargetError(
+            raise RequestError(
                 f"groups is {self.groups!r}; give a mapping of names to what to keep, such as "
                 "{'h.0.neurons': 0.5}"
             )
-        if isinstance(self.skip, str) or not all(isinstance(p, str) and p for p in self.skip):
-            raise TargetError(
+        asked = [keep for keep in self._asked if keep is not None]
+        if sparsity is None and not asked and not self.groups:
+            raise RequestError(
+                "nothing to prune: give --sparsity, or what to keep with --heads, --neurons, "
+                "--channels or --residual"
+            )
+        for keep in (*asked, *self.groups.values()):
+            parse_keep(keep)
+
+    def _check_names(self) -> None:
+        skip = self.skip
+        if not isinstance(skip, list | tuple) or not all(isinstance(p, str) and p for p in skip):
+            raise RequestError(
                 f"skip is {self.skip!r}; give a list of patterns for names of groups, such as "
                 "['h.0.*']"
             )
+        if not all(isinstance(name, str) for name in self.groups):
+            raise RequestError(f"groups is {self.groups!r}; its keys are names of groups")
+        object.__setattr__(self, "skip", tuple(skip))
+
+    def _check_numbers(self) -> None:
+        size, damp, seed = self.batch_size, self.damp, self.seed
+        if size is not None and not (_is(size, numbers.Integral) and size >= 1):
+            raise OptionError(f"batch size is {size!r}; give a whole number, at least 1")
+        if not (_is(damp, numbers.Real) and 0 <= damp < math.inf):
+            raise OptionError(f"damp is {damp!r}; it must be finite and not negative")
+        if not (_is(seed, numbers.Integral) and 0 <= seed < 2**63):
+            raise OptionError(f"seed is {seed!r}; give a whole number from 0 to 2^63 - 1")
+        if not isinstance(self.certify, bool):
+            raise OptionError(f"certify is {self.certify!r}; give True or False")
+        if not isinstance(self.device, str):
+            object.__setattr__(self, "device", str(self.device))  # such as a torch.device
 
     @property
     def _asked(self) -> tuple[Keep | None, ...]:
         return self.heads, self.neurons, self.channels, self.residual
+
+    def chosen_backend(self) -> solvers.Backend:
+        """Return the backend with its options.
+
+        Raises
+        ------
+        OptionError
+            If it is neither a name nor a backend, or options come with an object.
+        BackendError
+            If there is none of that name, or it has no such option.
+        """
+        if not isinstance(self.backend_options, Mapping):
+            raise OptionError(f"backend_options is {self.backend_options!r}; give a mapping")
+        if isinstance(self.backend, str):
+            return solvers.make_backend(self.backend, **dict(self.backend_options))
+        if not callable(getattr(self.backend, "select", None)):
+            raise OptionError(
+                f"backend is {self.backend!r}; give a name, or an object that selects"
+            )
+        if self.backend_options:
+            raise OptionError("backend_options go with a name; this backend object has its own")
+        return self.backend
 
     def of_kind(self, kind: UnitKind) -> Keep | None:
         """Return what was asked for one kind by name."""
@@ -116,6 +200,35 @@ class Targets:
             return 1 - Fraction(str(self.sparsity))
         return None
 
+    def to_json(self) -> dict[str, Any]:
+        """Return the fields as JSON-able data; a backend object is named after its class."""
+        data = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        for name in ("heads", "neurons", "channels", "residual"):
+            data[name] = None if data[name] is None else str(data[name])
+        data["groups"] = {name: str(keep) for name, keep in self.groups.items()}
+        data["skip"], data["batch_norm"] = list(self.skip), str(self.batch_norm)
+        if isinstance(self.backend, str):
+            data["backend_options"] = dict(self.backend_options)
+        else:
+            data["backend"] = type(self.backend).__name__
+            data["backend_options"] = dataclasses.asdict(cast(Any, self.backend))
+        return data
+
+    @classmethod
+    def from_json(cls, data: object) -> PruningRequest:
+        """Read what `to_json` returned, such as the settings of a saved report.
+
+        Raises
+        ------
+        OptionError
+            If it has other fields; or as the constructor does.
+        """
+        known = {f.name for f in dataclasses.fields(cls)}
+        if not isinstance(data, Mapping) or not set(data) <= known:
+            odd = sorted(map(str, set(data) - known)) if isinstance(data, Mapping) else data
+            raise OptionError(f"these are no settings of a pruning run: {odd!r}")
+        return cls(**data)
+
 
 def _is(value: object, kind: type) -> bool:
     return isinstance(value, kind) and not isinstance(value, bool)
@@ -126,155 +239,24 @@ def parse_keep(value: Keep) -> Fraction | int:
 
     Raises
     ------
-    TargetError
+    RequestError
         If it is neither, or outside of what a fraction or a count can be.
     """
     text = str(value).strip()
     if isinstance(value, bool) or not isinstance(value, str | numbers.Real):
-        raise TargetError(
+        raise RequestError(
             f"cannot read {value!r} as what to keep; give a fraction such as 0.7 or 2/3, or a count"
         )
     if isinstance(value, int) or re.fullmatch(r"[+-]?\d+", text):
         if int(text) < 1:
-            raise TargetError(f"cannot keep {text} units; keep at least 1")
+            raise RequestError(f"cannot keep {text} units; keep at least 1")
         return int(text)
     try:
         fraction = Fraction(text)
     except (ValueError, ZeroDivisionError):
-        raise TargetError(
+        raise RequestError(
             f"cannot read {text!r} as what to keep; give a fraction such as 0.7 or 2/3, or a count"
         ) from None
     if not 0 < fraction <= 1:
-        raise TargetError(f"cannot keep the fraction {text}; give one above 0 and at most 1")
+        raise RequestError(f"cannot keep the fraction {text}; give one above 0 and at most 1")
     return fraction
-
-
-def allocate(
-    groups: Sequence[CouplingGroup], targets: Targets, residual: Collection[str] = ()
-) -> dict[str, int]:
-    """Decide how many units each group keeps.
-
-    Parameters
-    ----------
-    groups
-        All groups of the model.
-    targets
-        What the user asked for.
-    residual
-        The names of those groups that are residual streams.
-
-    Returns
-    -------
-    dict
-        Kept units by group name, only for groups that lose some.
-
-    Raises
-    ------
-    TargetError
-        If a count exceeds what exists, a fraction keeps nothing, a named group does not exist, a
-        pattern to skip matches none, or in the end nothing would be removed.
-    FrozenGroupError
-        If what was asked for is frozen everywhere, or a frozen group was named.
-    """
-    by_name = {group.name: group for group in groups}
-    for name in targets.groups:
-        if name not in by_name:
-            raise TargetError(f"there is no group {name!r}; `osscar inspect` lists the groups")
-        if by_name[name].frozen:
-            raise FrozenGroupError(_frozen_message(by_name[name]))
-    _check_kinds(groups, targets, residual)
-    skipped = _skipped(by_name, targets.skip)
-    kept: dict[str, int] = {}
-    for group in groups:
-        if group.name in skipped:
-            continue
-        asked = (
-            parse_keep(targets.groups[group.name])
-            if group.name in targets.groups
-            else targets.fraction_or_count(group.kind, group.name in residual)
-        )
-        if asked is not None and group.prunable and group.units > 1:
-            count = _count(group, asked, targets.round_to)
-            if count < group.units:
-                kept[group.name] = count
-    if not kept:
-        rest = f" but the {len(skipped)} that are skipped" if skipped else ""
-        raise TargetError(
-            f"nothing would be removed: every group{rest} keeps all its units; ask for a higher "
-            f"sparsity{', or skip less' if skipped else ''}"
-        )
-    return kept
-
-
-def _skipped(names: Collection[str], patterns: Sequence[str]) -> set[str]:
-    """Return the names that a pattern matches; each has to match one."""
-    skipped: set[str] = set()
-    for pattern in patterns:
-        matched = [name for name in names if fnmatch.fnmatchcase(name, pattern)]
-        if not matched:
-            raise TargetError(
-                f"no group is called {pattern!r}, which --skip names; `osscar inspect` lists the "
-                "groups"
-            )
-        skipped.update(matched)
-    return skipped
-
-
-def _check_kinds(
-    groups: Sequence[CouplingGroup], targets: Targets, residual: Collection[str]
-) -> None:
-    streams = [group for group in groups if group.name in residual]
-    if targets.residual is not None:
-        _check_some("residual channels", streams)
-    for kind in PRUNED_KINDS:
-        if targets.of_kind(kind) is not None:
-            _check_some(kind, [g for g in groups if g.kind is kind and g not in streams])
-
-
-def _check_some(what: str, groups: Sequence[CouplingGroup]) -> None:
-    if not groups:
-        raise TargetError(f"this model has no group of {what}; `osscar inspect` lists the groups")
-    if not any(group.prunable for group in groups):
-        raise FrozenGroupError(_frozen_message(groups[0]))
-
-
-def _frozen_message(group: CouplingGroup) -> str:
-    freeze = group.frozen[0]
-    return (
-        f"group {group.name!r} cannot be pruned: {freeze.reason} "
-        f"({freeze.operator or 'graph'} in {freeze.module or 'the model'})"
-    )
-
-
-def _count(group: CouplingGroup, asked: Fraction | int, round_to: int) -> int:
-    if isinstance(asked, int):
-        if asked > group.units:
-            raise TargetError(
-                f"cannot keep {asked} units of {group.name!r}, which has {group.units} {group.kind}"
-            )
-        exact = Fraction(asked)
-    else:
-        exact = asked * group.units
-    # Half a unit rounds up: rather keep one more than one less.
-    count = math.floor(exact + Fraction(1, 2))
-    if count < 1:
-        raise TargetError(
-            f"keeping {float(asked):g} of the {group.units} {group.kind} of {group.name!r} "
-            "keeps none; ask for a lower sparsity"
-        )
-    if round_to == 1 or count == group.units:
-        return count
-    return _rounded(group, exact, round_to)
-
-
-def _rounded(group: CouplingGroup, exact: Fraction, round_to: int) -> int:
-    """Return the count nearest to `exact` whose width is a multiple of `round_to`."""
-    width = min((slot.width for slot in group.slots), default=1)
-    step = round_to // math.gcd(round_to, width)
-    largest = group.units // step * step
-    if largest == 0:
-        raise TargetError(
-            f"round-to {round_to} cannot be met by {group.name!r}: "
-            f"its {group.units} {group.kind} are {group.units * width} wide; give a smaller one"
-        )
-    return min(max(step, math.floor(exact / step + Fraction(1, 2)) * step), largest)

@@ -16,7 +16,7 @@ from graph.groups import CouplingGroup, Slot
 if TYPE_CHECKING:
     from osscar.evaluation.images import ImageComparison, ImageEvaluation
     from osscar.evaluation.language import Comparison, Evaluation
-    from osscar.pruning.prune import LayerReport
+    from osscar.pruning.result import LayerReport
     from solvers import BackendInfo, Capabilities
 
 

@@ -10,7 +10,7 @@ from torch import nn
 import osscar
 import solvers
 from graph.groups import CouplingGroup, Role, Slot, UnitKind
-from osscar.core.errors import CalibrationError, EquivalenceError, NonFiniteError, TargetError
+from osscar.core.errors import CalibrationError, EquivalenceError, NonFiniteError, RequestError
 from osscar.shrinking.lineage import lineage_of
 from tests.osscar.families import FAMILIES, logits, tiny, tokens
 
@@ -206,7 +206,7 @@ def test_few_units_get_their_bound_from_branch_and_bound_and_the_choice_stays(mo
     exact = osscar.prune(net, torch.randn(200, 6), backend="enumerate", **options)
     assert all(layer.proved_optimal for layer in exact.layers)
     assert all("branch and bound" not in layer.bound_from for layer in exact.layers)
-    monkeypatch.setattr("osscar.pruning.prune.EXACT_UNITS", 11)
+    monkeypatch.setattr("osscar.pruning.certify.EXACT_UNITS", 11)
     larger = osscar.prune(net, torch.randn(200, 6), **options).layers
     assert ["branch and bound" in layer.bound_from for layer in larger] == [False, True]
 
@@ -248,7 +248,7 @@ def test_windows_of_a_wrong_form_are_refused(windows):
 def test_bad_targets_leave_the_model_alone(targets):
     model = tiny("opt")
     before = copy.deepcopy(model.state_dict())
-    with pytest.raises(TargetError):
+    with pytest.raises(RequestError):
         osscar.prune(model, tokens(), **targets, **CHEAP)
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert not any(module._forward_pre_hooks for module in model.modules())

@@ -3,8 +3,10 @@ from fractions import Fraction
 import pytest
 
 from graph.groups import CouplingGroup, Freeze, Role, Slot, UnitKind
-from osscar.core.errors import FrozenGroupError, TargetError
-from osscar.pruning.request import Targets, allocate, parse_keep
+from osscar.core.errors import FrozenGroupError, RequestError
+from osscar.pruning.budget import allocate
+from osscar.pruning.request import PruningRequest as Asked
+from osscar.pruning.request import parse_keep
 
 
 def group(name, kind, units, *, width=1, frozen=()):
@@ -39,75 +41,81 @@ def test_what_to_keep_is_a_fraction_or_a_count(text, value):
     "text", ["0", "-3", 0, "0.0", "1.5", "3/2", "half", "1/0", "", "nan", "-0.2"]
 )
 def test_what_cannot_be_kept_is_refused_with_its_value(text):
-    with pytest.raises(TargetError, match=str(text).lstrip("-") or "read"):
+    with pytest.raises(RequestError, match=str(text).lstrip("-") or "read"):
         parse_keep(text)
 
 
 @pytest.mark.parametrize(
-    ("targets", "kept"),
+    ("asked", "kept"),
     [
-        (Targets(0.3), {"0.heads": 6, "0.neurons": 1075}),
-        (Targets(heads="2/3"), {"0.heads": 6}),
-        (Targets(neurons="0.7"), {"0.neurons": 1075}),
-        (Targets(neurons=512, heads=9), {"0.neurons": 512}),
-        (Targets(0.5, heads="1/3"), {"0.heads": 3, "0.neurons": 768}),
-        (Targets(0.3, round_to=128), {"0.heads": 6, "0.neurons": 1024}),
-        (Targets(0.4, round_to=256), {"0.heads": 4, "0.neurons": 1024}),
-        (Targets(0.3, neurons="1.0", round_to=128), {"0.heads": 6}),
-        (Targets(groups={"0.neurons": 7}), {"0.neurons": 7}),
-        (Targets(0.5, groups={"0.neurons": 7}), {"0.heads": 5, "0.neurons": 7}),
+        (Asked(0.3), {"0.heads": 6, "0.neurons": 1075}),
+        (Asked(heads="2/3"), {"0.heads": 6}),
+        (Asked(neurons="0.7"), {"0.neurons": 1075}),
+        (Asked(neurons=512, heads=9), {"0.neurons": 512}),
+        (Asked(0.5, heads="1/3"), {"0.heads": 3, "0.neurons": 768}),
+        (Asked(0.3, round_to=128), {"0.heads": 6, "0.neurons": 1024}),
+        (Asked(0.4, round_to=256), {"0.heads": 4, "0.neurons": 1024}),
+        (Asked(0.3, neurons="1.0", round_to=128), {"0.heads": 6}),
+        (Asked(groups={"0.neurons": 7}), {"0.neurons": 7}),
+        (Asked(0.5, groups={"0.neurons": 7}), {"0.heads": 5, "0.neurons": 7}),
     ],
 )
-def test_allocation(targets, kept):
-    assert allocate(GROUPS, targets) == kept
+def test_allocation(asked, kept):
+    assert allocate(GROUPS, asked) == kept
 
 
 @pytest.mark.parametrize("sparsity", [0.0, 1.0, -0.1, 1.2, float("nan")])
 def test_sparsity_outside_of_the_open_interval_is_refused(sparsity):
-    with pytest.raises(TargetError, match="sparsity is"):
-        Targets(sparsity)
+    with pytest.raises(RequestError, match="sparsity is"):
+        Asked(sparsity)
 
 
 @pytest.mark.parametrize(
-    ("targets", "message"),
+    ("asked", "message"),
     [
-        (lambda: Targets(), "nothing to prune"),
-        (lambda: Targets(0.5, round_to=0), "round-to is 0"),
-        (lambda: Targets(0.99), "keeps none"),
-        (lambda: Targets(heads=10), "cannot keep 10 units of '0.heads', which has 9"),
-        (lambda: Targets(groups={"nowhere": 1}), "no group 'nowhere'"),
-        (lambda: Targets(heads="0.99"), "nothing would be removed"),
-        (lambda: Targets("0.5"), "sparsity is '0.5'; give the share to remove, a number"),
-        (lambda: Targets(0.5, round_to=1.5), "round-to is 1.5; give a whole number"),
-        (lambda: Targets(0.5, groups=["0.heads"]), r"groups is \['0.heads'\]; give a mapping"),
-        (lambda: Targets(groups={"0.heads": True}), "cannot read True as what to keep"),
-        (lambda: Targets(groups={"0.heads": None}), "cannot read None as what to keep"),
-        (lambda: Targets(0.5, skip="0.*"), r"skip is '0\.\*'; give a list of patterns"),
-        (lambda: Targets(0.5, skip=["7.*"]), r"no group is called '7\.\*', which --skip names"),
-        (lambda: Targets(0.5, skip=["*"]), "nothing would be removed.*skip less"),
-        (lambda: Targets(0.5, round_to=1000), "round-to 1000 cannot be met by '0.heads'"),
+        (lambda: Asked(), "nothing to prune"),
+        (lambda: Asked(0.5, round_to=0), "round-to is 0"),
+        (lambda: Asked(0.99), "keeps none"),
+        (lambda: Asked(heads=10), "cannot keep 10 units of '0.heads', which has 9"),
+        (lambda: Asked(groups={"nowhere": 1}), "no group 'nowhere'"),
+        (lambda: Asked(heads="0.99"), "nothing would be removed"),
+        (lambda: Asked("0.5"), "sparsity is '0.5'; give the share to remove, a number"),
+        (lambda: Asked(0.5, round_to=1.5), "round-to is 1.5; give a whole number"),
+        (
+            lambda: Asked(0.5, groups=["0.heads"]),
+            r"groups is \['0.heads'\]; give a mapping",
+        ),
+        (lambda: Asked(groups={"0.heads": True}), "cannot read True as what to keep"),
+        (lambda: Asked(groups={"0.heads": None}), "cannot read None as what to keep"),
+        (lambda: Asked(0.5, skip="0.*"), r"skip is '0\.\*'; give a list of patterns"),
+        (
+            lambda: Asked(0.5, skip=["7.*"]),
+            r"no group is called '7\.\*', which --skip names",
+        ),
+        (lambda: Asked(0.5, skip=["*"]), "nothing would be removed.*skip less"),
+        (lambda: Asked(0.5, round_to=1000), "round-to 1000 cannot be met by '0.heads'"),
     ],
 )
-def test_targets_that_make_no_sense_are_refused(targets, message):
-    with pytest.raises(TargetError, match=message):
-        allocate(GROUPS, targets())
+def test_requests_that_make_no_sense_are_refused(asked, message):
+    with pytest.raises(RequestError, match=message):
+        allocate(GROUPS, asked())
 
 
 def test_a_frozen_group_that_is_asked_for_says_what_froze_it():
     with pytest.raises(FrozenGroupError, match=r"attention mixes it \(aten.softmax.int in block.a"):
-        allocate(GROUPS, Targets(groups={"hidden": 3}))
+        allocate(GROUPS, Asked(groups={"hidden": 3}))
     frozen = (group("0.heads", UnitKind.HEADS, 9, frozen=(FREEZE,)), GROUPS[2])
     with pytest.raises(FrozenGroupError, match=r"0\.heads"):
-        allocate(frozen, Targets(heads="0.5"))
-    assert allocate(frozen, Targets(0.5)) == {"0.neurons": 768}
+        allocate(frozen, Asked(heads="0.5"))
+    assert allocate(frozen, Asked(0.5)) == {"0.neurons": 768}
 
 
 def test_a_kind_that_does_not_exist_is_refused_when_it_is_named():
-    with pytest.raises(TargetError, match="no group of heads"):
-        allocate(GROUPS[2:], Targets(heads="0.5", neurons="0.5"))
+    with pytest.raises(RequestError, match="no group of heads"):
+        allocate(GROUPS[2:], Asked(heads="0.5", neurons="0.5"))
 
 
 def test_what_is_skipped_is_left_alone_whatever_else_is_asked():
-    assert allocate(GROUPS, Targets(0.5)).keys() == {"0.heads", "0.neurons"}
-    skipped = Targets(0.5, groups={"0.heads": 3}, skip=["0.h*"])
+    assert allocate(GROUPS, Asked(0.5)).keys() == {"0.heads", "0.neurons"}
+    skipped = Asked(0.5, groups={"0.heads": 3}, skip=["0.h*"])
     assert allocate(GROUPS, skipped) == {"0.neurons": 768}

@@ -5,7 +5,6 @@ import dataclasses
 import hashlib
 import itertools
 import json
-import os
 import re
 import shlex
 import shutil
@@ -19,15 +18,14 @@ import torch
 
 import osscar
 import solvers
-from osscar.capture.instances import capture_problems
 from osscar.core.errors import BusyError, FrozenGroupError, OptionError, OutputError, StudyError
-from osscar.core.files import whole
 from osscar.report.html import write_report
 from osscar.report.plots import _spread
 from osscar.report.summary import summarize
 from osscar.study import jobs as workers
 from osscar.study.design import StudyDesign
 from osscar.study.directory import Study
+from osscar.study.problems import model_problems
 from osscar.study.records import WINDOW, Proof, Record, window_layer
 from solvers.exact.highs import Highs
 from tests.osscar.families import tiny
@@ -260,13 +258,13 @@ def test_a_model_is_captured_densely(tmp_path):
     model = tiny("llama-gqa")
     tokens = torch.randint(60, (4, 16), generator=torch.Generator().manual_seed(0))
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    captured = {group.name: p for group, p in capture_problems(model, tokens)}
+    captured = {group.name: p for group, p in model_problems(model, tokens)}
     assert all(torch.equal(before[name], v) for name, v in model.state_dict().items())
     heads = [name for name in captured if name.endswith("heads")]
     assert heads
     queries = {
         group.name: p
-        for group, p in capture_problems(
+        for group, p in model_problems(
             model, tokens, query_heads=True, wanted=lambda name: name in heads
         )
     }
@@ -290,7 +288,7 @@ def test_a_model_is_captured_densely(tmp_path):
 def test_groups_that_do_not_exist_are_refused():
     tokens = torch.zeros(2, 8, dtype=torch.int64)
     with pytest.raises(FrozenGroupError, match="osscar inspect"):
-        next(capture_problems(tiny("llama-gqa"), tokens, wanted=lambda name: False))
+        next(model_problems(tiny("llama-gqa"), tokens, wanted=lambda name: False))
 
 
 @pytest.mark.parametrize(
@@ -444,20 +442,6 @@ def test_a_lock_ends_with_its_process(study):
         holder.send_signal(signal.SIGKILL)
         holder.communicate()
     assert study.run(QUICK)
-
-
-def test_what_is_being_written_bears_the_process_and_goes_if_it_fails(tmp_path):
-    (tmp_path / "x.csv").write_text("old")
-
-    def fail(partial):
-        assert str(os.getpid()) in partial.name
-        partial.write_text("new")
-        raise ZeroDivisionError
-
-    with pytest.raises(ZeroDivisionError), whole(tmp_path / "x.csv") as partial:
-        fail(partial)
-    assert [f.name for f in tmp_path.iterdir()] == ["x.csv"]
-    assert (tmp_path / "x.csv").read_text() == "old"
 
 
 def test_a_backend_that_cannot_run_is_refused_at_once(monkeypatch):

@@ -4,22 +4,26 @@ import copy
 
 import pytest
 import torch
-from osscar.pruning.residual import residual_groups
 from torch import nn
 
 import graph
 import osscar
+from graph import residual_groups
 from graph.groups import Role, UnitKind
-from osscar.capture.resume import Passed, advance, find_cuts, resume
 from osscar.core.errors import (
     CalibrationError,
     FrozenGroupError,
     NonFiniteError,
     OptionError,
-    TargetError,
+    RequestError,
 )
 from osscar.data.batches import as_inputs
-from osscar.pruning.batch_norm import BatchNormMode, batch_norms, renew_statistics
+from osscar.pruning.batch_norm import (
+    BatchNormMode,
+    batch_norms,
+    dense_statistics,
+    renew_statistics,
+)
 from osscar.shrinking.plan import PruningPlan
 from tests.osscar.families import tiny, tokens
 from tests.osscar.networks import images, small_net
@@ -85,8 +89,8 @@ def test_units_are_gone_and_the_model_that_came_in_is_unchanged(pruned):
     assert result.parameters_after < 0.6 * result.parameters_before
     assert result.model.blocks[0].depthwise.groups == 8
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
-    assert result.settings["samples"] == 64
-    assert result.settings["shapes"] == {"x": [3, 12, 12]}
+    assert result.calibration["samples"] == 64
+    assert result.calibration["shapes"] == {"x": [3, 12, 12]}
 
 
 def test_groups_come_in_the_order_in_which_they_are_read(pruned):
@@ -171,9 +175,9 @@ def test_residual_channels_are_left_alone_unless_asked_for():
 
 def test_asking_for_what_does_not_exist_is_refused():
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Conv2d(4, 2, 1))
-    with pytest.raises(TargetError, match="no group of residual channels"):
+    with pytest.raises(RequestError, match="no group of residual channels"):
         osscar.prune(model, images(), residual=2, **OPTIONS)
-    with pytest.raises(TargetError, match="no group of heads"):
+    with pytest.raises(RequestError, match="no group of heads"):
         osscar.prune(model, images(), heads=2, **OPTIONS)
 
 
@@ -204,13 +208,18 @@ def test_statistics_are_renewed_after_the_proof_unless_they_are_to_be_kept(prune
         assert torch.equal(a, b), name
 
 
+def renewed(model, dense, data, mode):
+    """Renew the statistics of a model beside a dense one of the same shape."""
+    return renew_statistics(model, NOTHING, data, mode, dense_statistics(dense, data, mode))
+
+
 def test_correction_undoes_a_change_of_scale_before_batch_norm():
     dense, model = small_net(), small_net()
     with torch.no_grad():
         model.down.weight.mul_(1.7)
     x = images(32, seed=11)
     before = (model(x) - dense(x)).square().mean()
-    renew_statistics(model, dense, NOTHING, batches(), BatchNormMode.CORRECT)
+    renewed(model, dense, batches(), BatchNormMode.CORRECT)
     assert (model(x) - dense(x)).square().mean() < before / 50
 
 
@@ -218,7 +227,7 @@ def test_where_nothing_was_pruned_nothing_is_corrected_whatever_the_data():
     model = small_net()
     before = copy.deepcopy(model.state_dict())
     strange = [{"x": 5 * torch.rand(4, 3, 12, 12) + 2}]
-    assert renew_statistics(model, small_net(), NOTHING, strange, BatchNormMode.CORRECT) == 8
+    assert renewed(model, small_net(), strange, BatchNormMode.CORRECT) == 8
     for name, value in model.state_dict().items():
         torch.testing.assert_close(value, before[name], rtol=1e-5, atol=1e-6)
 
@@ -229,7 +238,7 @@ def test_the_correction_is_the_change_of_the_statistics_on_the_same_data():
     with torch.no_grad():
         model.down.weight.mul_(1.7)
     x, seen = images(32), []
-    renew_statistics(model, dense, NOTHING, [{"x": x}], BatchNormMode.CORRECT)
+    renewed(model, dense, [{"x": x}], BatchNormMode.CORRECT)
     for network in (dense, model):
         hook = network.norm.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
         with torch.no_grad():
@@ -244,7 +253,7 @@ def test_the_correction_is_the_change_of_the_statistics_on_the_same_data():
 def test_the_estimate_is_what_training_would_store():
     model, trained = small_net(), small_net()
     data = batches(96, 32)
-    assert renew_statistics(model, small_net(), NOTHING, data, BatchNormMode.ESTIMATE) == 8
+    assert renewed(model, small_net(), data, BatchNormMode.ESTIMATE) == 8
     for norm in batch_norms(trained).values():
         norm.reset_running_stats()
         norm.momentum = None  # the average over batches
@@ -262,7 +271,7 @@ def test_the_estimate_is_what_training_would_store():
 
 def test_batches_count_by_their_size():
     model, data = small_net(), batches(40, 32)
-    renew_statistics(model, small_net(), NOTHING, data, BatchNormMode.ESTIMATE)
+    renewed(model, small_net(), data, BatchNormMode.ESTIMATE)
     first = model.stem[0](images(40)).mean((0, 2, 3)).detach()
     torch.testing.assert_close(model.stem[1].running_mean, first)
 
@@ -273,13 +282,13 @@ def test_failure_leaves_the_old_statistics():
     for mode in (BatchNormMode.ESTIMATE, BatchNormMode.CORRECT):
         infinite = [{"x": torch.full((2, 3, 8, 8), torch.inf)}]
         with pytest.raises(NonFiniteError, match=r"stem\.1.*--batch-norm keep"):
-            renew_statistics(model, small_net(), NOTHING, infinite, mode)
+            renewed(model, small_net(), infinite, mode)
         assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
         assert not any(module._forward_pre_hooks for module in model.modules())
     single = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)).eval()
     one = [{"input": torch.randn(1, 3)}]
     with pytest.raises(CalibrationError, match="one value a channel"):
-        renew_statistics(single, single, NOTHING, one, BatchNormMode.ESTIMATE)
+        renewed(single, single, one, BatchNormMode.ESTIMATE)
 
 
 def test_a_layer_that_is_never_called_keeps_its_statistics():
@@ -292,62 +301,13 @@ def test_a_layer_that_is_never_called_keeps_its_statistics():
             return self.used(x)
 
     model = Unused().eval()
-    assert renew_statistics(model, model, NOTHING, batches(), BatchNormMode.ESTIMATE) == 1
+    assert renewed(model, model, batches(), BatchNormMode.ESTIMATE) == 1
     assert torch.equal(model.unused.running_mean, torch.zeros(3))
 
 
 def test_an_unknown_mode_is_refused():
     with pytest.raises(OptionError, match="batch_norm is 'maybe'; give one of correct"):
         osscar.prune(small_net(), images(), sparsity=0.5, batch_norm="maybe", **OPTIONS)
-
-
-# ---- passes that start in the middle -----------------------------------------------------
-
-
-class Skipping(nn.Module):
-    """A late layer reads an early one's output, so no pass can begin between the two."""
-
-    def __init__(self):
-        super().__init__()
-        self.early = nn.Conv2d(3, 4, 1)
-        self.middle = nn.Conv2d(4, 4, 1)
-        self.joined = nn.Conv2d(8, 4, 1)
-        self.late = nn.Conv2d(4, 2, 1)
-
-    def forward(self, x):
-        early = self.early(x)
-        middle = torch.relu_(self.middle(early.relu()))
-        return self.late(self.joined(torch.cat([early, middle], 1)).relu_())
-
-
-def cuts_of(model):
-    small = {"x": images(2)}
-    return find_cuts(model, small, graph.trace(model, small).operators)
-
-
-def test_cuts_are_where_a_single_tensor_is_alive():
-    model = Skipping().eval()
-    timeline = cuts_of(model)
-    assert timeline.cuts == ("early", "joined")  # nothing comes after the last layer
-    assert timeline.last_cut_before(("joined",)) == "early"
-    assert timeline.last_cut_before(("early",)) is None
-    assert {"stem", "blocks.0", "blocks.1", "norm"} <= set(cuts_of(small_net()).cuts)
-
-
-@pytest.mark.parametrize("model", [small_net(), Skipping().eval()])
-def test_a_pass_from_a_cut_on_is_the_whole_pass(model):
-    batch = {"x": images(3, seed=4)}
-    timeline = cuts_of(model)
-    passed, here = Passed(), None
-    with torch.no_grad():
-        expected = model(**batch)
-        for cut in timeline.cuts[::2]:
-            passed = advance(model, batch, here, passed, timeline, cut)
-            for _ in range(2):  # in-place layers must not change what is kept
-                assert torch.equal(resume(model, batch, cut, passed), expected)
-            here = cut
-    assert torch.equal(model(**batch), expected)
-    assert not any("forward" in vars(module) for module in model.modules())
 
 
 # ---- calibration data --------------------------------------------------------------------

@@ -1,0 +1,252 @@
+"""Forward passes that stop inside a module and go on later, one coroutine a batch.
+
+A pass is suspended in the middle of the model's own code, whatever that code is.  Two things of it
+must not be seen by the passes that run meanwhile: what torch keeps for the whole thread (gradient
+mode, autocast, modes that intercept operators), and what modules write on themselves while they
+run.  Both are taken off when a pass is suspended and put back when it goes on.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import enum
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from greenlet import GreenletExit, getcurrent, greenlet
+from torch import Tensor, nn
+
+_AUTOCAST_DEVICES = ("cpu", "cuda")
+_MISSING = object()
+
+
+class Stream(enum.StrEnum):
+    """Through which weights a pass runs."""
+
+    PRUNED = "pruned"
+    """Those that are committed so far."""
+    DENSE = "dense"
+    """Those of the model as it came."""
+
+
+@dataclass(frozen=True, eq=False)
+class Arrival:
+    """A pass has reached a module that is watched, and has not run it yet.
+
+    Parameters
+    ----------
+    module
+        Its qualified name.
+    x
+        What it is called with.
+    """
+
+    module: str
+    x: Tensor
+
+
+class Coroutine:
+    """One batch on its way through the model.
+
+    Parameters
+    ----------
+    index
+        Which batch, from 0.
+    stream
+        Through which weights it runs.
+    run
+        The forward pass.
+    scratch
+        What modules write on themselves meanwhile.
+    """
+
+    def __init__(
+        self, index: int, stream: Stream, run: Callable[[], object], scratch: Scratch
+    ) -> None:
+        self.index, self.stream = index, stream
+        self.arrived: Arrival | None = None
+        self.reached = -1
+        """The watched call before which it stands, counted from 0."""
+        self._scratch = scratch
+        self._left: _Left | None = None
+        self._ending = False
+        self._greenlet = _Pass(run)
+        self._greenlet.coroutine = self
+        self._greenlet.gr_context = contextvars.copy_context()
+
+    def advance(self) -> Arrival | None:
+        """Run on to the next watched module; None if the pass has come to its end."""
+        self.arrived = self._switch(self._greenlet.switch)
+        self.reached += 1
+        return self.arrived
+
+    def end(self) -> None:
+        """Give up the pass: its context managers are left, and nothing of it stays alive."""
+        self._ending = True
+        self.arrived = None
+        if self._greenlet and not self._greenlet.dead:
+            with suppress(GreenletExit):
+                self._switch(lambda: self._greenlet.throw(GreenletExit))
+
+    def _switch(self, switch: Callable[[], Any]) -> Arrival | None:
+        self._greenlet.parent = getcurrent()
+        around = Surroundings()
+        if self._left is not None:
+            self._left.put_back(around)
+            self._left = None
+        try:
+            found = switch()
+        finally:
+            if not self._greenlet.dead:
+                self._left = _Left(around, self._scratch)
+            around.restore()
+        return found if isinstance(found, Arrival) and not self._greenlet.dead else None
+
+
+class _Pass(greenlet):
+    coroutine: Coroutine
+
+
+def running() -> Coroutine | None:
+    """Return whose pass is calling, or None if none of a walk is."""
+    current = getcurrent()
+    return current.coroutine if isinstance(current, _Pass) else None
+
+
+def suspend(module: str, x: Tensor) -> None:
+    """Stop the pass that is calling, before it runs a module; to be called by a hook."""
+    current = getcurrent()
+    assert isinstance(current, _Pass)
+    if current.coroutine._ending:  # its code caught what ended it
+        raise GreenletExit
+    parent = current.parent
+    assert parent is not None
+    parent.switch(Arrival(module, x))
+
+
+# ---- what torch keeps for the thread -----------------------------------------------------
+
+
+class Surroundings:
+    """What torch keeps for the whole thread, as it is when this is made."""
+
+    def __init__(self) -> None:
+        self.gradients = torch.is_grad_enabled()
+        self.inference = torch.is_inference_mode_enabled()
+        self.number_format = torch.get_default_dtype()
+        self.cache = torch.is_autocast_cache_enabled()
+        self.autocast = {
+            device: (torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
+            for device in _AUTOCAST_DEVICES
+        }
+        self.function_modes = torch._C._len_torch_function_stack()
+        self.dispatch_modes = torch._C._len_torch_dispatch_stack()
+
+    def restore(self) -> None:
+        """Make them so again."""
+        torch.set_grad_enabled(self.gradients)
+        torch.set_default_dtype(self.number_format)
+        torch.set_autocast_cache_enabled(self.cache)
+        for device, (enabled, number_format) in self.autocast.items():
+            torch.set_autocast_enabled(device, enabled)
+            torch.set_autocast_dtype(device, number_format)
+
+
+class _Left:
+    """What a suspended pass has taken along.
+
+    Making this takes it off: the stacks of modes are emptied down to where `around` has them.
+    """
+
+    def __init__(self, around: Surroundings, scratch: Scratch) -> None:
+        self._own = Surroundings()
+        self._scratch, self._written = scratch, scratch.take()
+        self._function_modes = [
+            torch._C._pop_torch_function_stack()
+            for _ in range(self._own.function_modes - around.function_modes)
+        ]
+        self._dispatch_modes = [
+            torch._C._pop_torch_dispatch_stack()
+            for _ in range(self._own.dispatch_modes - around.dispatch_modes)
+        ]
+        # The state of inference mode has no setter, only guards.
+        self._guard = self._inference(around.inference)
+
+    def _inference(self, wanted: bool) -> object:
+        return None if self._own.inference == wanted else torch._C._InferenceMode(wanted)
+
+    def put_back(self, around: Surroundings) -> None:
+        """Put everything back for the pass to go on."""
+        self._guard = None
+        for mode in reversed(self._dispatch_modes):
+            torch._C._push_on_torch_dispatch_stack(mode)
+        for mode in reversed(self._function_modes):
+            torch._C._push_on_torch_function_stack(mode)
+        self._scratch.put(self._written)
+        self._own.restore()
+
+
+# ---- what modules write on themselves ----------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Scratch:
+    """Attributes that a forward pass writes on modules; each pass has its own values of them.
+
+    Parameters
+    ----------
+    places
+        The module and the name of each.
+    """
+
+    places: Sequence[tuple[nn.Module, str]] = ()
+    _initial: list[Any] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._initial.extend(self._read())
+
+    def take(self) -> list[Any]:
+        """Return what the running pass has written, and write what was there before it."""
+        written = self._read()
+        self.put(self._initial)
+        return written
+
+    def put(self, values: Sequence[Any]) -> None:
+        """Write values, as `take` returned them."""
+        for (module, name), value in zip(self.places, values, strict=True):
+            store = _store(module, name)
+            if value is _MISSING:
+                store.pop(name, None)
+            else:
+                store[name] = value
+
+    def _read(self) -> list[Any]:
+        return [_store(module, name).get(name, _MISSING) for module, name in self.places]
+
+
+def _store(module: nn.Module, name: str) -> dict[str, Any]:
+    """Return which of a module's tables holds an attribute."""
+    tables: tuple[dict[str, Any], ...] = (module._parameters, module._buffers, module._modules)
+    return next((table for table in tables if name in table), vars(module))
+
+
+@contextmanager
+def recorded_writes(model: nn.Module) -> Iterator[set[tuple[nn.Module, str]]]:
+    """Yield a set to which each attribute is added that a module writes while the block runs."""
+    written: set[tuple[nn.Module, str]] = set()
+    own = set(model.modules())
+    original = nn.Module.__setattr__
+
+    def note(module: nn.Module, name: str, value: Any) -> None:
+        if module in own and name != "training":
+            written.add((module, name))
+        original(module, name, value)
+
+    nn.Module.__setattr__ = note  # type: ignore[method-assign, assignment]
+    try:
+        yield written
+    finally:
+        nn.Module.__setattr__ = original  # type: ignore[method-assign]

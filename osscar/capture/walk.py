@@ -1,0 +1,308 @@
+"""One walk of the calibration data through the model, which stops where a group can be solved.
+
+Each batch runs the model's own forward pass in a coroutine, which is suspended at every consumer.
+Once all batches have arrived, the inputs of the consumers are measured, the caller solves the group
+and commits the refitted weights, and the batches go on *through the new weights*.  Nothing is
+computed twice, and no structure of the model has to be known.
+
+A coroutine cannot go back.  Where a group is read in several calls (several consumers, or a module
+that is called more than once) the batches have passed the first of them, through weights that are
+no longer, when the last is reached.  They then start again: one more pass for each such group.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from graph import CouplingGroup
+from graph.export import failing_module
+from osscar.capture.coroutines import Coroutine, Scratch, Stream, recorded_writes, running, suspend
+from osscar.capture.gram import GramAccumulator, pose
+from osscar.capture.linear_maps import LinearMap, linear_maps
+from osscar.capture.opened import Opened
+from osscar.core.errors import CalibrationError, ModelError, OsscarError
+from osscar.data.batches import Batch
+from solvers import SubsetProblem
+
+
+@dataclass(eq=False)
+class Site:
+    """A group whose consumers all batches have reached: it can be solved, and committed.
+
+    Parameters
+    ----------
+    group
+        The coupling group.
+    grams
+        What its consumers read, summed over the batches; a sum over several machines would be
+        taken here, before the problem is posed.
+    final
+        Whether weights cannot be committed, since the other groups of the walk are measured on the
+        model as it is.
+    """
+
+    group: CouplingGroup
+    grams: tuple[GramAccumulator, ...] = field(repr=False)
+    final: bool = False
+    committed: bool = False
+
+    @property
+    def consumers(self) -> tuple[LinearMap, ...]:
+        """What reads the group, as matrices."""
+        return tuple(gram.linear_map for gram in self.grams)
+
+    def problem(self, keep: int, damp: float) -> SubsetProblem:
+        """Pose the group's problem.
+
+        Parameters
+        ----------
+        keep
+            How many units stay.
+        damp
+            Weight of the proximal term, relative to the mean of the Gram matrix's diagonal.
+        """
+        return pose(self.grams, keep, self.group.name, damp)
+
+    def commit(self, weights: Sequence[Tensor]) -> None:
+        """Write the refitted weights, one matrix (p, m) a consumer; the batches go on through them.
+
+        Raises
+        ------
+        NonFiniteError
+            If they overflow the model's number format.
+        """
+        assert not self.final, "the groups of this walk are measured on the model as it is"
+        for consumer, W in zip(self.consumers, weights, strict=True):
+            consumer.write_weight(W)
+        torch.clear_autocast_cache()  # which may hold the old weight in half precision
+        self.committed = True
+
+
+class Walk:
+    """An iterator over the sites of a model; see `walk`.
+
+    Attributes
+    ----------
+    passes
+        How many times the batches have set out from the start of the model.
+    """
+
+    def __init__(
+        self, opened: Opened, groups: Sequence[CouplingGroup], in_turn: bool, dense: bool
+    ) -> None:
+        self.passes = 0
+        self._opened, self._in_turn, self._dense = opened, in_turn, dense
+        self._batches = opened.batches()
+        self._consumers = {group.name: linear_maps(opened.model, group) for group in groups}
+        self._calls, self._scratch = self._schedule()
+        self._tours = self._in_order(groups)
+        self._runs: list[Coroutine] = []
+        self._at = -1
+        """The call before which all batches stand."""
+
+    def __iter__(self) -> Iterator[Site]:
+        with torch.no_grad(), self._watched():
+            try:
+                for tour in self._tours:
+                    yield from self._sites_of(tour)
+            finally:
+                self._end()
+
+    # ---- when consumers are called -------------------------------------------------------
+
+    def _schedule(self) -> tuple[tuple[str, ...], Scratch]:
+        """Return the modules to watch in the order of their calls, and what passes write.
+
+        How often a module is called may depend on the data's shape; where one is called more than
+        once, the order of the calls is that of the first batch rather than of the example.
+        """
+        example = self._opened.example
+        with recorded_writes(self._opened.model) as written:
+            calls = self._called(example)
+        if max(Counter(calls).values(), default=1) > 1:
+            calls = self._called(self._batches[0])
+        for maps in self._consumers.values():
+            for consumer in maps:
+                if consumer.name not in calls:
+                    raise ModelError(
+                        f"{consumer.name!r} was never called on the calibration data, so that it "
+                        "cannot be refitted; give inputs that reach it"
+                    )
+        return tuple(calls), Scratch(tuple(written))
+
+    def _called(self, batch: Batch) -> list[str]:
+        calls: list[str] = []
+        hooks = {name: lambda _, name=name: calls.append(name) for name in self._names}
+        with torch.no_grad(), _hooked(self._opened.model, hooks):
+            self._opened.model(**batch)
+        return calls
+
+    @property
+    def _names(self) -> set[str]:
+        return {consumer.name for maps in self._consumers.values() for consumer in maps}
+
+    def _calls_of(self, group: CouplingGroup) -> list[int]:
+        names = {consumer.name for consumer in self._consumers[group.name]}
+        return [call for call, name in enumerate(self._calls) if name in names]
+
+    def _in_order(self, groups: Sequence[CouplingGroup]) -> list[tuple[CouplingGroup, ...]]:
+        """Return the groups in the order in which they are first read; together, or one by one."""
+        order = sorted(groups, key=lambda group: self._calls_of(group)[0])
+        return [(group,) for group in order] if self._in_turn else [tuple(order)]
+
+    # ---- the walk ------------------------------------------------------------------------
+
+    def _sites_of(self, tour: tuple[CouplingGroup, ...]) -> Iterator[Site]:
+        """Walk from the first call that reads one of these groups to the last one."""
+        calls = {group.name: self._calls_of(group) for group in tour}
+        grams: dict[str, tuple[GramAccumulator, ...]] = {}
+        if self._at < 0 or min(map(min, calls.values())) < self._at:
+            self._start()
+        for call in sorted(set(itertools.chain(*calls.values()))):
+            here = [group for group in tour if call in calls[group.name]]
+            for group in here:
+                if group.name not in grams:
+                    maps = self._consumers[group.name]
+                    grams[group.name] = tuple(GramAccumulator(consumer) for consumer in maps)
+            self._measure(call, [gram for group in here for gram in grams[group.name]])
+            for group in here:
+                if call != calls[group.name][-1]:
+                    continue
+                site = Site(group, grams.pop(group.name), final=not self._in_turn)
+                yield site
+                if site.committed and len(calls[group.name]) > 1:
+                    self._end()  # the batches have passed calls through weights that are no longer
+
+    def _start(self) -> None:
+        self._end()
+        self.passes += 1
+        self._at = 0
+        self._runs = [self._coroutine(i, Stream.PRUNED) for i in range(len(self._batches))]
+
+    def _coroutine(self, index: int, stream: Stream) -> Coroutine:
+        batch, model = self._batches[index], self._opened.model
+        run: Callable[[], object] = lambda: model(**batch)  # noqa: E731
+        return Coroutine(index, stream, run, self._scratch)
+
+    def _measure(self, call: int, grams: Sequence[GramAccumulator]) -> None:
+        """Let each batch arrive at a call, and add up what it brings."""
+        here = [gram for gram in grams if gram.linear_map.name == self._calls[call]]
+        for run in self._runs:
+            self._bring(run, call)
+            assert run.arrived is not None
+            for gram in here:
+                for X in gram.linear_map.read_inputs(run.arrived.x):
+                    gram.add(X)
+        self._at = call
+
+    def _bring(self, run: Coroutine, call: int) -> None:
+        """Let one batch run on until it stands before a call."""
+        while run.reached < call:
+            expected = self._calls[run.reached + 1]
+            try:
+                arrival = run.advance()
+            except (OsscarError, torch.OutOfMemoryError):
+                raise
+            except Exception as error:  # the model may be anyone's code
+                name = failing_module(error.__traceback__, self._opened.model)
+                raise CalibrationError(
+                    f"calibration batch {run.index} fails in {name or 'the model'!r}: "
+                    f"{type(error).__name__}: {error}; leave it out, or mend the model"
+                ) from error
+            if arrival is None or arrival.module != expected:
+                raise CalibrationError(self._astray(run, expected))
+
+    def _astray(self, run: Coroutine, expected: str) -> str:
+        """Say how a batch takes another way than the first one."""
+        way = (
+            f"never reaches {expected!r}"
+            if run.arrived is None
+            else f"calls {run.arrived.module!r} where others call {expected!r}"
+        )
+        return (
+            f"calibration batch {run.index} {way}: what it runs depends on the data or on an "
+            "earlier pass, and cannot be measured; give batches that run alike"
+        )
+
+    def _end(self) -> None:
+        """End all passes; the next group starts new ones."""
+        runs, self._runs, self._at = self._runs, [], -1
+        for run in runs:
+            run.end()
+
+    @contextmanager
+    def _watched(self) -> Iterator[None]:
+        def stop(name: str) -> Callable[[Tensor], None]:
+            return lambda x: suspend(name, x) if running() is not None else None
+
+        with _hooked(self._opened.model, {name: stop(name) for name in self._names}):
+            yield
+
+
+@contextmanager
+def _hooked(model: nn.Module, hooks: Mapping[str, Callable[[Tensor], None]]) -> Iterator[None]:
+    """Show what modules are called with, before they run."""
+
+    def before(see: Callable[[Tensor], None]) -> Callable[..., None]:
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            see(args[0] if args else next(iter(kwargs.values())))
+
+        return hook
+
+    handles = []
+    try:
+        for name, see in hooks.items():
+            module = model.get_submodule(name)
+            handles.append(module.register_forward_pre_hook(before(see), with_kwargs=True))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def walk(
+    opened: Opened,
+    groups: Sequence[CouplingGroup],
+    *,
+    in_turn: bool = True,
+    dense: bool = False,
+) -> Walk:
+    """Walk the calibration data through a model, and stop wherever a group can be solved.
+
+    Parameters
+    ----------
+    opened
+        The model with its data.
+    groups
+        What to stop for; prunable, in any order.
+    in_turn
+        Whether each group is measured on what was committed before it, as pruning does.  If not,
+        all groups are measured on the model as it is, in a single pass, and none can be committed.
+    dense
+        Whether the batches also run through the dense weights, one site ahead.
+
+    Returns
+    -------
+    Walk
+        To be iterated over once; it yields a `Site` for each group, in the order in which the
+        model reads them.
+
+    Raises
+    ------
+    ModelError
+        If a consumer cannot be refitted, or is never called.
+    CalibrationError
+        If a batch fails, or takes another way through the model than the others; it names the
+        batch and the module.
+    NonFiniteError
+        If what a consumer reads is not finite.
+    """
+    return Walk(opened, groups, in_turn, dense)

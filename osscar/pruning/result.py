@@ -1,0 +1,169 @@
+"""What a pruning run leaves behind: the smaller model, and a report for each layer."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+import solvers
+from graph import CouplingGroup
+from osscar.checkpoint import directory as checkpoint
+from osscar.checkpoint.directory import SavedCheckpoint
+from osscar.pruning.request import PruningRequest
+from osscar.shrinking.plan import PruningPlan
+
+_ROUNDING = 1e-9
+"""Branch and bound often stops right at the tolerance, which the gap only meets up to rounding."""
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """What happened to one coupling group.
+
+    Parameters
+    ----------
+    name, kind, units, kept
+        The group, and how many of its units stayed.
+    loss
+        Mean squared change of what its consumer computes, with the proximal term, after the refit;
+        if several layers read the group, the sum over them, each relative to its own scale.
+    relative_loss
+        The same as a share of the loss of removing everything.
+    lower_bound, gap, bound_from
+        What no choice of units can beat, how far `loss` may be above it as a share of `loss`, and
+        what proved it; None without a bound.
+    proved_optimal
+        Whether the bound proves that no other choice is better, within the tolerance.
+    status
+        The name of the solver's status.
+    dead
+        Units whose inputs were zero on all calibration data; they are removed first.
+    iterations
+        What the backend counts.
+    measure_seconds, solve_seconds
+        Wall time of the walk to this group with its Gram matrices, and of the solver with the
+        refit.
+    """
+
+    name: str
+    kind: str
+    units: int
+    kept: int
+    loss: float
+    relative_loss: float
+    lower_bound: float | None
+    gap: float | None
+    bound_from: str
+    proved_optimal: bool
+    status: str
+    dead: int
+    iterations: int
+    measure_seconds: float
+    solve_seconds: float
+
+    @classmethod
+    def of(
+        cls,
+        group: CouplingGroup,
+        solution: solvers.Solution,
+        *,
+        measure_seconds: float,
+        solve_seconds: float,
+    ) -> LayerReport:
+        """Report on a group and its solution."""
+        has_bound = math.isfinite(solution.lower_bound)
+        return cls(
+            name=group.name,
+            kind=str(group.kind),
+            units=group.units,
+            kept=solution.problem.keep,
+            loss=solution.loss,
+            relative_loss=solution.relative_loss,
+            lower_bound=solution.lower_bound if has_bound else None,
+            gap=solution.gap if has_bound else None,
+            bound_from=solution.bound_from,
+            proved_optimal=has_bound and solution.gap <= solution.gap_tolerance * (1 + _ROUNDING),
+            status=solution.status.name,
+            dead=len(solution.problem.dead),
+            iterations=solution.iterations,
+            measure_seconds=measure_seconds,
+            solve_seconds=solve_seconds,
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class PruningResult:
+    """A physically smaller model and how it came about.
+
+    Parameters
+    ----------
+    model
+        The shrunk model, in evaluation mode, on the device it was pruned on.
+    plan
+        What stays of each group.
+    layers
+        One report for each group that lost units, in execution order.
+    parameters_before, parameters_after
+        Tied parameters counted once.
+    equivalence_error
+        Largest relative difference between the outputs of the shrunk and of the masked model.
+    batch_norms
+        How many batch-norm layers got new statistics after the proof.
+    seconds
+        Wall time of the whole run.
+    request
+        What was asked for.
+    calibration
+        How many samples of what shape there were.
+    """
+
+    model: nn.Module = field(repr=False)
+    plan: PruningPlan = field(repr=False)
+    layers: tuple[LayerReport, ...]
+    parameters_before: int
+    parameters_after: int
+    equivalence_error: float
+    batch_norms: int
+    seconds: float
+    request: PruningRequest
+    calibration: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def loss(self) -> float:
+        """Sum of the relative losses of all layers."""
+        return sum(layer.relative_loss for layer in self.layers)
+
+    @property
+    def solve_seconds(self) -> float:
+        """Wall time spent in solvers."""
+        return sum(layer.solve_seconds for layer in self.layers)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What was asked for, as JSON-able data."""
+        return self.request.to_json()
+
+    def save(
+        self,
+        directory: str | os.PathLike[str],
+        *,
+        tokenizer: Any = None,
+        report: Mapping[str, Any] | None = None,
+        dtype: torch.dtype | None = None,
+        overwrite: bool = False,
+    ) -> SavedCheckpoint:
+        """Write the smaller model; see `osscar.checkpoint.directory.save`."""
+        return checkpoint.save(
+            self.model,
+            directory,
+            tokenizer=tokenizer,
+            report=report,
+            dtype=dtype,
+            overwrite=overwrite,
+        )

@@ -1,0 +1,89 @@
+"""The problems of a model's groups, posed on the dense model as `osscar.prune` poses them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from graph import CouplingGroup, UnitKind
+from osscar.capture.opened import opened
+from osscar.capture.walk import walk
+from osscar.core.errors import FrozenGroupError, ModelError
+from osscar.core.progress import stage
+from solvers import Consumer, SubsetProblem
+
+
+def model_problems(
+    model: nn.Module,
+    calibration: Any,
+    *,
+    damp: float = 0.01,
+    wanted: Callable[[str], bool] = lambda name: True,
+    query_heads: bool = False,
+    device: torch.device | None = None,
+) -> Iterator[tuple[CouplingGroup, SubsetProblem]]:
+    """Pose the problem of every prunable group on the dense model's own activations.
+
+    This is the walk of `osscar.prune` with nothing committed, so that problems do not depend on
+    each other's answers; a Gram matrix is in memory from the first call that reads its group to the
+    last.
+
+    Parameters
+    ----------
+    model
+        Any model that `osscar.prune` takes; not changed.
+    calibration
+        What `osscar.prune` takes: windows of tokens, images, or tensors.
+    damp
+        Weight of the proximal term, relative to the mean of the Gram matrix's diagonal.
+    wanted
+        Which groups, by name.
+    query_heads
+        Under grouped-query attention, let each query head be a unit, although only whole groups of
+        them can be removed physically: a harder problem over more units.
+    device
+        Where the model runs; by default where it is.
+
+    Yields
+    ------
+    tuple of CouplingGroup and SubsetProblem
+        In the order in which the groups are read to the end; each problem keeps all units until
+        `SubsetProblem.with_keep` says otherwise, and bears the name of its group.
+
+    Raises
+    ------
+    FrozenGroupError
+        If no wanted group can be pruned.
+    NonFiniteError
+        If activations are not finite.
+    """
+    with opened(model, calibration, device=device) as ready:
+        groups = [group for group in ready.groups if group.prunable and wanted(group.name)]
+        if not groups:
+            raise FrozenGroupError(
+                "no group that can be pruned has a name as asked; `osscar inspect` lists them"
+            )
+        with stage("measuring", total=len(groups)) as bar:
+            for site in walk(ready, groups, in_turn=False):
+                problem = site.problem(site.group.units, damp)
+                if query_heads and site.group.kind is UnitKind.HEADS:
+                    consumers = tuple(_split_heads(ready.model, c) for c in problem.consumers)
+                    problem = SubsetProblem(consumers, len(consumers[0].rows), problem.name)
+                yield site.group, problem
+                bar.advance()
+
+
+def _split_heads(model: nn.Module, consumer: Consumer) -> Consumer:
+    """Divide units that are groups of query heads into single heads."""
+    heads = getattr(getattr(model, "config", None), "num_attention_heads", None)
+    units, width = consumer.rows.shape
+    if not isinstance(heads, int) or heads % units or width % (heads // units):
+        raise ModelError(
+            f"cannot divide {units} groups of {width} rows into {heads} query heads; "
+            "leave --query-heads away"
+        )
+    return replace(consumer, rows=consumer.rows.reshape(heads, -1))
