@@ -333,14 +333,18 @@ def _run(path: Path, place: Path) -> Iterator[_Run]:
     run = _Run(path, Path(tempfile.mkdtemp(prefix=_prefix(path), dir=place)))
     try:
         with hold(run.work / LOCK_FILE, path):
-            now, host = time.time_ns(), socket.gethostname()
-            mark = _Mark("osscar.run/1", path.name, os.getpid(), host, now)
-            write_json(run.work / _MARK_FILE, dataclasses.asdict(mark))
-            run.new.mkdir()
-            yield run
+            try:
+                now, host = time.time_ns(), socket.gethostname()
+                mark = _Mark("osscar.run/1", path.name, os.getpid(), host, now)
+                write_json(run.work / _MARK_FILE, dataclasses.asdict(mark))
+                run.new.mkdir()
+                yield run
+            finally:
+                with uninterrupted():
+                    _remove(run)
     finally:
-        with uninterrupted():
-            _remove(run)
+        if run.mark() is None:  # where a file that is locked cannot be removed, it can be now
+            shutil.rmtree(run.work, ignore_errors=True)
 
 
 def _remove(run: _Run) -> None:

@@ -114,9 +114,10 @@ def note(model: nn.Module, **known: Any) -> None:
 def note_calibration(model: nn.Module, calibration: Any) -> None:
     """Note what a model was calibrated on, where that can be recognized."""
     describe = getattr(calibration, "describe", None)
-    if not callable(describe):
+    described = describe() if callable(describe) else None
+    if not isinstance(described, Mapping) or "source" not in described:
         return
-    described, before = describe(), lineage_of(model)
+    before = lineage_of(model)
     note(
         model,
         calibration=(*before.calibration, Calibration.of(described)),
