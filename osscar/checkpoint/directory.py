@@ -29,7 +29,13 @@ from osscar.checkpoint.builders import (
 from osscar.checkpoint.hf_config import adopt_config, stock_config
 from osscar.checkpoint.manifest import MANIFEST_FILE, REPORT_FILE, Manifest, read_manifest
 from osscar.checkpoint.place import check_output, replacing
-from osscar.core.errors import CheckpointError, EquivalenceError, OutputError
+from osscar.core.errors import (
+    CheckpointError,
+    EquivalenceError,
+    OsscarError,
+    OutputError,
+    first_line,
+)
 from osscar.core.files import write_json
 from osscar.core.modules import context_length, copied, evaluating
 from osscar.shrinking.equivalence import Inputs, proof_outputs, prove_equal
@@ -227,7 +233,14 @@ def _dense(origin: Builder | None, dense: nn.Module | None, path: Path) -> nn.Mo
             f"{path} holds a model of code that is not known here; build the dense model and give "
             "it: osscar.load(directory, dense=model)"
         )
-    return origin.build()
+    try:
+        return origin.build()
+    except OsscarError:
+        raise
+    except Exception as error:  # whatever a library's builder makes of options that are none
+        raise CheckpointError(
+            f"{path} names a model that {origin.origin.library} cannot build: {first_line(error)}"
+        ) from error
 
 
 def _save_stock(model: PreTrainedModel, config: Any, path: Path) -> None:

@@ -80,8 +80,10 @@ class Case:
 
     @property
     def proof(self) -> Proof:
-        """What its proof of optimality rests on at best; nothing where it is not closed."""
+        """What its proof of optimality rests on at best; if it is open, its highest bound."""
         proofs = {record.proof for record in self.proved}
+        if not self.closed:
+            proofs = {record.proof for record in self.records if record.lower_bound == self.bound}
         best = (Proof.RECOMPUTED, Proof.WORD, Proof.RECORDED)
         return next((proof for proof in best if proof in proofs), Proof.NONE)
 

@@ -52,6 +52,9 @@ def test_a_model_of_torchvision_is_built_again_by_name(
         ({"name": "resnet9000"}, "resnet9000"),
         ({"options": {"weights": "IMAGENET1K_V1"}}, "weights"),
         ({"options": {"norm_layer": ["os", "system"]}}, "norm_layer"),
+        ({"options": {"num_classes": -1}}, "cannot build"),
+        ({"options": {"groups": 0}}, "cannot build"),
+        ({"options": {"no_such_option": 1}}, "no_such_option"),
     ],
     ids=str,
 )

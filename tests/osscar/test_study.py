@@ -693,6 +693,19 @@ def test_without_its_certificate_a_proof_is_only_as_recorded(study):
     assert "<td>as recorded</td>" in page
 
 
+def test_what_the_bound_of_an_open_case_rests_on_is_said(study):
+    design = dataclasses.replace(QUICK, backends=("greedy", "perspective"))
+    summary = summarize(study.run(design))
+    assert [case.proof for case in summary.cases if not case.closed]
+    assert {case.proof for case in summary.cases} == {Proof.RECOMPUTED}
+    edit(study, "perspective", certificate="")
+    summary = summarize(study.run(design))
+    assert {case.best.instance: case.proof for case in summary.cases} == {
+        "a": Proof.RECORDED,
+        "b": Proof.RECOMPUTED,
+    }
+
+
 def test_cells_are_no_formulas(tmp_path):
     names = ["=1+1", "@SUM(1)", "+1", "-1", "plain"]
     study = captured(tmp_path / "study", *(problem(5, name=name) for name in names))

@@ -27,7 +27,7 @@ from osscar.evaluation.images import (
     score_images,
 )
 from osscar.models.vision import is_vision, load_vision_model, open_model, read_state
-from osscar.shrinking.lineage import Calibration
+from osscar.shrinking.lineage import Calibration, lineage_of
 from tests.osscar.networks import small_net
 
 pytest.importorskip("torchvision", reason="images need the extra osscar[vision]")
@@ -447,6 +447,26 @@ def test_images_are_recognized_by_what_is_stored(folders):
     others = ImageSet("others", pixels(4, 9), Preprocessing())
     refuse_overlap(others, known)
     refuse_overlap(images, [])
+
+
+def test_python_saves_all_that_the_command_line_does(code, archive, tmp_path):
+    loaded = load_vision_model(code)
+    images = loaded.calibration(f"{archive}:train", samples=8, seqlen=None, seed=0)
+    result = osscar.prune(loaded.model, images, sparsity=0.5, backend="magnitude", device="cpu")
+    result.save(tmp_path / "small")
+    again = load_vision_model(tmp_path / "small", dense=code)
+    assert again.preprocessing == loaded.preprocessing != Preprocessing()
+    lineage = lineage_of(again.model)
+    assert lineage == lineage_of(result.model)
+    assert lineage.source == code
+    with pytest.raises(ImageError, match="8 of the 8 images calibrated this model"):
+        refuse_overlap(images, lineage.calibration)
+    file = tmp_path / "small" / "osscar.json"
+    manifest = json.loads(file.read_text())
+    manifest["lineage"]["preprocessing"]["resize"] = -1
+    file.write_text(json.dumps(manifest))
+    with pytest.raises(CheckpointError, match="makes no sense: resize is -1"):
+        load_vision_model(tmp_path / "small", dense=code)
 
 
 # ---- evaluation --------------------------------------------------------------------------
