@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, GPT2Config
 import osscar
 from osscar.checkpoint import directory as checkpoint
 from osscar.checkpoint.manifest import MANIFEST_FILE, read_manifest
-from osscar.checkpoint.place import _Run
+from osscar.checkpoint.runs import Run
 from osscar.cli.eval import refuse_calibration_text
 from osscar.core.errors import CheckpointError, EquivalenceError, OutputError, TextError
 from osscar.core.modules import copied
@@ -140,7 +140,7 @@ def test_a_failure_while_saving_leaves_the_old_directory_whole(
         raise failure
 
     if place == "rename":
-        monkeypatch.setattr(_Run, "swap", fail)
+        monkeypatch.setattr(Run, "swap", fail)
     else:
         monkeypatch.setattr(type(model), "save_pretrained", fail)
     with pytest.raises(error):

@@ -15,9 +15,10 @@ import torch
 from torch import nn
 
 from osscar.checkpoint import directory as checkpoint
-from osscar.checkpoint import place
+from osscar.checkpoint import runs
 from osscar.checkpoint.manifest import MANIFEST_FILE, Manifest
-from osscar.checkpoint.place import _Run, check_output, replacing
+from osscar.checkpoint.place import check_output, replacing
+from osscar.checkpoint.runs import Run
 from osscar.core.errors import BusyError, OutputError
 from osscar.shrinking.lineage import Lineage
 
@@ -25,7 +26,7 @@ PRELUDE = """
 import os, signal, sys
 from pathlib import Path
 
-from osscar.checkpoint import place
+from osscar.checkpoint import place, runs
 from osscar.checkpoint.manifest import Manifest
 from osscar.shrinking.lineage import Lineage
 
@@ -159,17 +160,17 @@ def test_the_last_moment_belongs_to_the_system(
 # ---- killed runs -------------------------------------------------------------------------
 
 WHILE_WRITING = "proved = die\n"
-BEFORE_THE_SWAP = "place._Run.swap = die\n"
+BEFORE_THE_SWAP = "runs.Run.swap = die\n"
 BETWEEN_THE_RENAMES = """
-place._exchanged = lambda one, other: False
+runs._exchanged = lambda one, other: False
 rename = Path.rename
 Path.rename = lambda self, to: die() if to == target else rename(self, to)
 """
-AFTER_THE_SWAP = "place._remove = die\n"
-MOUNTED = "place._is_mounted = lambda path: path == target\n"
-EMPTIED = MOUNTED + "place._Run.settle = die\n"
+AFTER_THE_SWAP = "runs._remove = die\n"
+MOUNTED = "runs._is_mounted = lambda path: path == target\n"
+EMPTIED = MOUNTED + "runs.Run.settle = die\n"
 HALF_EMPTIED = """
-place._is_mounted = lambda path: path == target
+runs._is_mounted = lambda path: path == target
 rename = Path.rename
 count = [0]
 def some(self, to):
@@ -241,7 +242,7 @@ def test_two_directories_are_exchanged_in_one_step(tmp_path: Path) -> None:
     for name in ("one", "other"):
         (tmp_path / name).mkdir()
         (tmp_path / name / name).write_text(name)
-    if place._exchanged(tmp_path / "one", tmp_path / "other"):
+    if runs._exchanged(tmp_path / "one", tmp_path / "other"):
         assert (tmp_path / "one" / "other").is_file()
         assert (tmp_path / "other" / "one").is_file()
     else:
@@ -253,7 +254,7 @@ def test_a_directory_is_replaced_with_or_without_the_exchange(
     exchange: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not exchange:
-        monkeypatch.setattr(place, "_renameat2", lambda: None)
+        monkeypatch.setattr(runs, "_renameat2", lambda: None)
     target = tmp_path / "model"
     for text in ("first", "second"):
         with replacing(target, overwrite=True) as new:
@@ -278,7 +279,7 @@ def volume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         return rename(self, to)
 
     monkeypatch.setattr(Path, "rename", refuse)
-    monkeypatch.setattr(place, "_is_mounted", lambda path: path == target)
+    monkeypatch.setattr(runs, "_is_mounted", lambda path: path == target)
     return target
 
 
@@ -299,10 +300,10 @@ def test_a_failure_leaves_a_mount_point_as_it_was(
     checkpoint.save(model(), volume)
     first = content(volume)
 
-    def fail(self: _Run) -> None:
+    def fail(self: Run) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(_Run, "_fill", fail)
+    monkeypatch.setattr(Run, "_fill", fail)
     with pytest.raises(OutputError, match="No space left"):
         checkpoint.save(model(1), volume, overwrite=True)
     assert content(volume) == first
@@ -310,8 +311,8 @@ def test_a_failure_leaves_a_mount_point_as_it_was(
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_mount_points_are_found() -> None:
-    assert place._is_mounted(Path("/proc"))
-    assert not place._is_mounted(Path("/proc/self"))
+    assert runs._is_mounted(Path("/proc"))
+    assert not runs._is_mounted(Path("/proc/self"))
 
 
 # ---- found at the start ------------------------------------------------------------------
@@ -360,7 +361,7 @@ def test_all_files_get_the_mode_that_the_umask_says(umask: int, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("place", ["proved", "place._recover", "place._refuse_earlier"])
+@pytest.mark.parametrize("place", ["proved", "place.recover", "place.refuse_earlier"])
 def test_a_signal_in_the_middle_of_a_save_leaves_nothing(
     number: signal.Signals, place: str, tmp_path: Path
 ) -> None:
@@ -377,13 +378,13 @@ def interrupted(*arguments, **options):
 
 
 def test_cleaning_up_is_not_interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    rmtree = place.shutil.rmtree
+    rmtree = runs.shutil.rmtree
 
     def impatient(path: Path, **options: bool) -> None:
         signal.raise_signal(signal.SIGINT)
         rmtree(path, **options)
 
-    monkeypatch.setattr(place.shutil, "rmtree", impatient)
+    monkeypatch.setattr(runs.shutil, "rmtree", impatient)
     run = replacing(tmp_path / "model", overwrite=False)
     write(run.__enter__())
     with pytest.raises(KeyboardInterrupt):
