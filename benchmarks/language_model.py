@@ -105,7 +105,7 @@ def parse_arguments() -> argparse.Namespace:
 class SolveAll:
     """Solve with every backend, note what each achieves, and go on with `local_search`."""
 
-    kind: ClassVar[solvers.Kind] = solvers.Kind.HEURISTIC
+    kind: ClassVar[solvers.BackendKind] = solvers.BackendKind.HEURISTIC
     summary: ClassVar[str] = "every heuristic on the same problem"
     capabilities: ClassVar[solvers.Capabilities] = solvers.Capabilities()
     names: tuple[str, ...]

@@ -16,6 +16,8 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import TypeAlias
 
+from networkx.utils import UnionFind
+
 from graph.groups import Freeze
 
 Segment: TypeAlias = tuple[int, ...]
@@ -31,14 +33,14 @@ def concat(layouts: Iterable[Layout]) -> Layout:
 
 
 class Axes:
-    """A union-find over axes whose members can be factored and cut.
+    """Axes that can be merged, factored and cut.
 
     An axis is *free*, merged into another one, or *bound* to the layout that it was found to be
     (a product, a concatenation, or a mixture).
     """
 
     def __init__(self) -> None:
-        self._parent: list[int] = []
+        self._merged: UnionFind[int] = UnionFind()
         self._size: list[int] = []
         self._bound: dict[int, Layout] = {}
         self._frozen: dict[int, dict[tuple[str, str], Freeze]] = {}
@@ -64,7 +66,7 @@ class Axes:
 
     def parts(self, axis: int) -> Layout | None:
         """Return the layout that an axis is bound to, or None if it is free."""
-        root = self._find(axis)
+        root = self._merged[axis]
         bound = self._bound.get(root)
         if bound is None:
             return None
@@ -82,7 +84,7 @@ class Axes:
 
     def freezes(self, axis: int) -> tuple[Freeze, ...]:
         """Return why an axis must not be pruned, in the order of discovery."""
-        return tuple(self._frozen.get(self._find(axis), {}).values())
+        return tuple(self._frozen.get(self._merged[axis], {}).values())
 
     # ---- making --------------------------------------------------------------------------
 
@@ -172,19 +174,11 @@ class Axes:
             position -= length
         return tuple(before), tuple(after)
 
-    # ---- union-find ----------------------------------------------------------------------
+    # ---- merging and binding -------------------------------------------------------------
 
     def _new(self, size: int) -> int:
-        self._parent.append(len(self._parent))
         self._size.append(size)
-        return len(self._parent) - 1
-
-    def _find(self, axis: int) -> int:
-        parent = self._parent
-        while parent[axis] != axis:
-            parent[axis] = parent[parent[axis]]
-            axis = parent[axis]
-        return axis
+        return len(self._size) - 1
 
     def _length(self, segment: Segment) -> int:
         return math.prod(self._size[axis] for axis in segment)
@@ -198,11 +192,13 @@ class Axes:
     def _bind(self, axis: int, layout: Layout) -> None:
         """Say what a free root axis is; what froze it freezes all that it consists of."""
         other = self._free_axis(layout)
-        if other is not None:
-            self._parent[axis] = other
-        else:
+        freezes = self._frozen.pop(axis, {})
+        if other is None:
             self._bound[axis] = layout
-        for freeze in self._frozen.pop(axis, {}).values():
+        else:
+            freezes = self._frozen.pop(other, {}) | freezes
+            self._merged.union(axis, other)
+        for freeze in freezes.values():
             self.freeze(layout, freeze)
 
     def _expand(self, segment: Segment) -> list[Segment]:
@@ -210,11 +206,11 @@ class Axes:
         for position, axis in enumerate(segment):
             bound = self.parts(axis)
             if bound is None:
-                factors.append(self._find(axis))
+                factors.append(self._merged[axis])
             elif len(bound) == 1:
                 factors.extend(bound[0])
             elif factors:
-                factors.append(self._find(axis))
+                factors.append(self._merged[axis])
             else:
                 rest = segment[position + 1 :]
                 return [part for lead in bound for part in self._expand(lead + rest)]
@@ -258,7 +254,7 @@ class Axes:
         """Factor one axis into a leading part of size `outer` and the rest."""
         bound = self.parts(axis)
         if bound is None:
-            root = self._find(axis)
+            root = self._merged[axis]
             head, tail = self.fresh(outer)[0], self.fresh(self._size[root] // outer)[0]
             self._bind(root, (head + tail,))
             return head, tail
@@ -329,7 +325,7 @@ class Axes:
 
     def _unify_axes(self, i: int, j: int) -> bool:
         bound_i, bound_j = self.parts(i), self.parts(j)
-        i, j = self._find(i), self._find(j)
+        i, j = self._merged[i], self._merged[j]
         if i == j:
             return True
         if bound_i is None:

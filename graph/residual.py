@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from itertools import combinations
+
+import networkx as nx
+
 from graph.dependency import DependencyGraph
-from graph.groups import CouplingGroup, UnitKind
-from graph.propagate import Operator
+from graph.groups import UnitKind
 
 
 def residual_groups(traced: DependencyGraph) -> frozenset[str]:
@@ -18,29 +21,37 @@ def residual_groups(traced: DependencyGraph) -> frozenset[str]:
     traced
         A traced model.
     """
+    network = traced.networkx()
+    names = {operator.order: operator.name for operator in traced.operators}
     return frozenset(
         group.name
         for group in traced.groups
         if group.kind is UnitKind.HIDDEN
-        or (group.kind is UnitKind.CHANNELS and _is_summed(group, traced.operators))
+        or (
+            group.kind is UnitKind.CHANNELS
+            and _is_summed(
+                network,
+                {names[slot.order] for slot in group.producers},
+                {names[slot.order] for slot in group.consumers},
+            )
+        )
     )
 
 
-def _is_summed(group: CouplingGroup, operators: tuple[Operator, ...]) -> bool:
+def _is_summed(network: nx.DiGraph[str], producers: set[str], consumers: set[str]) -> bool:
     """Tell whether an addition joins values of which each has a producer that the other lacks."""
-    producers = {slot.order for slot in group.producers}
-    consumers = {slot.order for slot in group.consumers}
     if len(producers) < 2:
         return False
-    sources: dict[str, frozenset[int]] = {}
-    for operator in operators:
-        read = [sources.get(name, frozenset()) for name in operator.inputs]
-        if operator.target.startswith("aten.add") and any(
-            a - b and b - a for a in read for b in read
-        ):
+    # What a producer reads, and what a consumer makes of the units, are other units.
+    read = network.in_edges(producers)
+    flow = nx.restricted_view(network, consumers - producers, read)
+    reached = {name: {name} | nx.descendants(flow, name) for name in producers}
+    for name in set().union(*reached.values()):
+        if not network.nodes[name]["data"].target.startswith("aten.add"):
+            continue
+        sources = [
+            {p for p in producers if value in reached[p]} for value in network.predecessors(name)
+        ]
+        if any(a - b and b - a for a, b in combinations(sources, 2)):
             return True
-        if operator.order in producers:
-            sources[operator.name] = frozenset({operator.order})
-        elif operator.order not in consumers:
-            sources[operator.name] = frozenset().union(*read)
     return False

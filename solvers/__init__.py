@@ -11,37 +11,45 @@ refitted least-squares problem loses least.
 True
 """
 
-from solvers.backend import (
+from solvers.errors import BackendError, ProblemError, SolverError, VerificationError
+from solvers.problem import Consumer, SubsetProblem
+from solvers.protocol import (
     Backend,
-    BackendInfo,
+    BackendKind,
     Capabilities,
-    Kind,
+    Selection,
+    Status,
+    WindowCertificate,
+)
+from solvers.refit import quadratic_loss, refit
+from solvers.registry import (
+    BackendInfo,
     backend_class,
     backend_names,
     backends,
     make_backend,
-    solve,
 )
-from solvers.errors import BackendError, ProblemError, SolverError, VerificationError
-from solvers.problem import Consumer, SubsetProblem
-from solvers.refit import quadratic_loss, refit
-from solvers.solution import Selection, Solution, Status, Verification
+from solvers.solution import Solution, SolutionRecord
+from solvers.solve import solve
+from solvers.verification import Verification
 
 __all__ = [
     "Backend",
     "BackendError",
     "BackendInfo",
+    "BackendKind",
     "Capabilities",
     "Consumer",
-    "Kind",
     "ProblemError",
     "Selection",
     "Solution",
+    "SolutionRecord",
     "SolverError",
     "Status",
     "SubsetProblem",
     "Verification",
     "VerificationError",
+    "WindowCertificate",
     "backend_class",
     "backend_names",
     "backends",

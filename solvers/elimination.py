@@ -192,7 +192,11 @@ class _Part:
         self.A_blocks[gone] = self.unscored
 
     def losses(self) -> Tensor:
-        """Return the loss of removing each unit, (units,); meaningless for those removed."""
+        """Return the loss of removing each unit, (units,); meaningless for those removed.
+
+        ``tr(W_i' inv(A_ii) W_i) = tr(inv(A_ii) K_ii)``, as of optimal brain surgeons (Hassibi and
+        Stork, NeurIPS 1992), a block at a time.
+        """
         if self.width == 1:
             return self.K_blocks / self.A_blocks
         return block_scores(self.A_blocks, self.K_blocks)
@@ -205,6 +209,8 @@ class _Part:
         A_rows = torch.addmm(self.A[own], a[:, own].T, Z, alpha=-1)
         K_rows = torch.addmm(self.K[own], Z[:, own].T, Q, alpha=-1)
         K_rows.addmm_(Q[:, own].T, Z, alpha=-1)
+        # With J the unit that leaves: A falls by A_J' inv(A_JJ) A_J = Z'A_J; and as the refit falls
+        # by Z' W_J, K = W W' falls by Z'Q + Q'Z, where Q = K_J - K_JJ Z / 2 has half of the square.
         Z_new = solve_spd(A_rows[:, own], A_rows)
         Q_new = K_rows.addmm_(K_rows[:, own].clone(), Z_new, alpha=-0.5)
         self.Z[new], self.Q[new], self.a[new] = Z_new, Q_new, A_rows

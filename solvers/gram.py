@@ -76,8 +76,10 @@ def quadratic_rounding(
 
     Parameters
     ----------
-    H, G, e, W
-        As for `quadratic`.
+    H, G, e
+        Quadratic terms.
+    W
+        Any weights, (p, m).
     responses
         How many columns G had before it was rotated into fewer; by default as many as now.
     """
@@ -158,9 +160,7 @@ def damp_terms(
         If the input is not finite, has a wrong shape or type, is far from positive semidefinite, or
         if e is less than G explains.
     """
-    H, W0, given = _matrices(H, W0, G)
-    digits = max(consistency(t.dtype) for t in (H, W0 if given is None else given))
-    H, W0 = H.to(torch.float64), W0.to(torch.float64)
+    H, W0, given, digits = _matrices(H, W0, G)
     damp = as_number("damp", damp)
     if not math.isfinite(damp) or damp < 0:
         raise ProblemError(f"damp is {damp}; it must be finite and not negative")
@@ -174,12 +174,12 @@ def damp_terms(
         # A mean squared norm up to rounding.
         energy = max(float((W0 * target).sum(1).sum()), 0.0)
     else:
-        target = torch.where(dead[:, None], 0.0, given.to(torch.float64))
+        target = torch.where(dead[:, None], 0.0, given)
         energy = as_number("e", e)
     check_energy(energy)
     # A dead row is decoupled from all others; any positive diagonal keeps it so.
     mean = float(H.diagonal().mean())
-    H.diagonal().add_(torch.where(dead, mean or 1.0, 0.0))
+    H.diagonal().masked_fill_(dead, mean or 1.0)
     damping = _damp_until_definite(H, damp, mean)
     target = target.add(W0, alpha=damping)
     energy += damping * float(W0.square().sum())
@@ -189,26 +189,28 @@ def damp_terms(
     return DampedTerms(H, target, energy, W0, damping)
 
 
-def _matrices(H: Any, W0: Any, G: Any) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Return the matrices in the formats they have, their shapes and entries checked."""
-    H, W0 = as_tensor("H", H), as_tensor("W0", W0)
+def _matrices(H: Any, W0: Any, G: Any) -> tuple[Tensor, Tensor, Tensor | None, float]:
+    """Return the matrices in float64, their shapes and entries checked, and `consistency`."""
+    matrices = {"H": as_tensor("H", H), "W0": as_tensor("W0", W0)}
+    H, W0 = matrices.values()
     if H.ndim != 2 or W0.ndim != 2 or H.shape != (len(W0), len(W0)) or W0.numel() == 0:
         raise ProblemError(
             f"H must be (p, p) and W0 (p, m), neither empty, not {tuple(H.shape)} and "
             f"{tuple(W0.shape)}"
         )
-    matrices = {"H": H, "W0": W0}
     if G is not None:
         matrices["G"] = as_tensor("G", G)
         if matrices["G"].shape != W0.shape:
             raise ProblemError(
                 f"G must have the shape of W0, {tuple(W0.shape)}, not {tuple(matrices['G'].shape)}"
             )
+    digits = max(consistency(matrices[name].dtype) for name in ("H", "W0" if G is None else "G"))
     for name, value in matrices.items():
         if value.device != H.device:
             raise ProblemError(f"H is on {H.device}, and {name} on {value.device}; move them")
-        check_entries(name, value)
-    return H, W0, matrices.get("G")
+        matrices[name] = value.to(torch.float64)
+        check_entries(name, matrices[name])
+    return matrices["H"], matrices["W0"], matrices.get("G"), digits
 
 
 def _averaged(H: Tensor) -> Tensor:

@@ -34,7 +34,8 @@ class ConsumerState:
     Parameters
     ----------
     N, K
-        As in the module's text, (n w, n w) float64; changed in place by `sweep`.
+        Sweep of H and Gram matrix of the sweep of G, (n w, n w) float64, laid out as in the text
+        above; changed in place by `sweep`.
     width
         Rows w of each unit.
     inside

@@ -17,7 +17,7 @@ import math
 import os
 import reprlib
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any
 
@@ -30,12 +30,13 @@ from solvers.errors import ProblemError
 from solvers.gram import consistency, damp_terms, inconsistency, is_definite, unexplained
 from solvers.values import (
     as_number,
-    as_tensor,
+    as_owned_tensor,
     as_whole,
     asymmetry,
     check_diagonal,
     check_energy,
     check_entries,
+    is_plain,
 )
 
 FORMAT = "osscar-subset-problem/1"
@@ -53,6 +54,8 @@ Units = int | Sequence[Sequence[int]] | Tensor
 class Consumer:
     """The quadratic terms of one linear map and the rows of it that each unit owns.
 
+    Arrays are copied into tensors, and gradients are left behind.
+
     Parameters
     ----------
     H
@@ -69,7 +72,8 @@ class Consumer:
     damping
         The lambda that `H`, `G` and `e` include.
 
-    Arrays are copied into tensors, and gradients are left behind.
+    Arrays and tensors are copied, so that a later write to them changes nothing here, and gradients
+    are left behind.
 
     Raises
     ------
@@ -87,9 +91,37 @@ class Consumer:
 
     def __post_init__(self) -> None:
         for name in _TENSORS:
-            object.__setattr__(self, name, as_tensor(name, getattr(self, name)))
+            object.__setattr__(self, name, as_owned_tensor(name, getattr(self, name)))
         for name in ("e", "damping"):
             object.__setattr__(self, name, as_number(name, getattr(self, name)))
+        self._check()
+
+    @classmethod
+    def _owning(
+        cls, H: Tensor, G: Tensor, e: Any, W0: Tensor, rows: Tensor, damping: Any
+    ) -> Consumer:
+        """Return a consumer of tensors that nobody else holds, and that need no copy."""
+        made = object.__new__(cls)
+        vars(made).update(H=H, G=G, W0=W0, rows=rows)
+        vars(made).update(e=as_number("e", e), damping=as_number("damping", damping))
+        made._check()
+        return made
+
+    def rechecked(self) -> Consumer:
+        """Return the same consumer, its tensors shared, with all of its checks made again.
+
+        Raises
+        ------
+        ProblemError
+            If a field is not what construction would have made of it.
+        """
+        kept = {field.name: vars(self)[field.name] for field in fields(Consumer)}
+        for name in _TENSORS:
+            if not is_plain(kept[name]):
+                raise ProblemError(f"{name} is no plain tensor, but a {type(kept[name]).__name__}")
+        return Consumer._owning(**kept)
+
+    def _check(self) -> None:
         p = self._check_shapes()
         for name in ("H", "G", "W0"):
             check_entries(name, getattr(self, name))
@@ -138,7 +170,7 @@ class Consumer:
         """
         terms = damp_terms(H, W0, G=G, e=e, damp=damp)
         rows = _unit_rows(units, len(terms.H)).to(terms.H.device)
-        consumer = cls(terms.H, terms.G, terms.e, terms.W0, rows, terms.damping)
+        consumer = cls._owning(terms.H, terms.G, terms.e, terms.W0, rows, terms.damping)
         consumer._remember_flaw(None)  # Damping has just made sure of it.
         return consumer
 
@@ -205,7 +237,7 @@ class Consumer:
         tensors = {name: getattr(self, name).to(device) for name in _TENSORS}
         if all(tensor is getattr(self, name) for name, tensor in tensors.items()):
             return self
-        moved = replace(self, **tensors)
+        moved = Consumer._owning(**tensors, e=self.e, damping=self.damping)
         if "flaw" in vars(self):
             moved._remember_flaw(self.flaw)
         return moved
@@ -228,7 +260,7 @@ class SubsetProblem:
     ------
     ProblemError
         If there is no consumer, the consumers disagree on n or on the device, `keep` is out of
-        range, or `name` is no string.
+        range, or `name` is no string or has control characters.
 
     Examples
     --------
@@ -252,8 +284,11 @@ class SubsetProblem:
                 f"{self.units} units"
             )
         object.__setattr__(self, "keep", keep)
-        if not isinstance(self.name, str):
-            raise ProblemError(f"name is {reprlib.repr(self.name)}; it must be a string")
+        if not isinstance(self.name, str) or not self.name.isprintable():
+            raise ProblemError(
+                f"name is {reprlib.repr(self.name)}; it must be a string that can be printed on "
+                "one line"
+            )
 
     def _check_consumers(self) -> None:
         consumers = tuple(self.consumers) if isinstance(self.consumers, Iterable) else (None,)
@@ -289,10 +324,18 @@ class SubsetProblem:
 
         Parameters
         ----------
-        H, W0, G, e, units, damp
-            As in `Consumer.from_gram`.
-        keep, name
-            As in `SubsetProblem`.
+        H, W0
+            Undamped Gram matrix ``X'X/N``, (p, p), and dense weights, (p, m).
+        keep
+            How many units stay.
+        G, e
+            ``X'Y/N`` and ``|Y|^2/N`` of another target than ``X W0``.
+        units
+            What each unit owns; by default every row is a unit.
+        damp
+            lambda relative to the mean of the diagonal of `H`.
+        name
+            What the problem is called in reports.
         """
         return cls((Consumer.from_gram(H, W0, G=G, e=e, units=units, damp=damp),), keep, name)
 
@@ -341,6 +384,26 @@ class SubsetProblem:
             if consumer.flaw is not None:
                 raise ProblemError(f"consumer {index}: {consumer.flaw}")
 
+    def rechecked(self) -> SubsetProblem:
+        """Return the same problem, its tensors shared, with all checks made again, `flaw` included.
+
+        For those who cannot know what has been written to a problem since it was made.
+
+        Raises
+        ------
+        ProblemError
+            If it is not well posed, or of another class.
+        """
+        if type(self) is not SubsetProblem or type(self.consumers) is not tuple:
+            raise ProblemError(f"a {type(self).__name__} is no SubsetProblem of a tuple")
+        for consumer in self.consumers:
+            if type(consumer) is not Consumer:
+                raise ProblemError(f"a {type(consumer).__name__} is no Consumer")
+        consumers = tuple(Consumer.rechecked(consumer) for consumer in self.consumers)
+        fresh = SubsetProblem(consumers, self.keep, self.name)
+        fresh.check_definite()
+        return fresh
+
     def to(self, device: torch.device | str) -> SubsetProblem:
         """Return this problem with its tensors on `device`."""
         return replace(self, consumers=tuple(c.to(device) for c in self.consumers))
@@ -377,7 +440,7 @@ class SubsetProblem:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> SubsetProblem:
-        """Read a problem that `save` wrote; nothing is unpickled.
+        """Read a problem that `save` wrote; nothing is unpickled, nor believed.
 
         Parameters
         ----------
@@ -395,7 +458,7 @@ class SubsetProblem:
             raise ProblemError(f"{path} is not a problem file of format {FORMAT!r}")
         try:
             consumers = tuple(
-                Consumer(
+                Consumer._owning(
                     **{key: tensors[f"{i}.{key}"] for key in _TENSORS},
                     e=terms["e"],
                     damping=terms["damping"],
@@ -419,7 +482,7 @@ def _unit_rows(units: Any, p: int) -> Tensor:
             raise ProblemError(f"{p} rows cannot be shared equally by {count} units")
         return torch.arange(p).view(count, p // count)
     if isinstance(units, Tensor | np.ndarray):
-        rows = as_tensor("units", units)
+        rows = as_owned_tensor("units", units)
         if rows.ndim != 2 or rows.is_floating_point() or rows.dtype is torch.bool:
             raise ProblemError(
                 "units must be a matrix (units, width) of whole numbers, not "

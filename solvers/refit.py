@@ -58,8 +58,10 @@ def loss_rounding(problem: SubsetProblem, weights: Sequence[Tensor]) -> float:
 
     Parameters
     ----------
-    problem, weights
-        As for `quadratic_loss`.
+    problem
+        The problem.
+    weights
+        For each consumer, (p, m) float64.
     """
     pairs = zip(problem.consumers, weights, strict=True)
     return sum(quadratic_rounding(c.H, c.G, c.e, W) for c, W in pairs)

@@ -1,8 +1,7 @@
-"""What a backend found, and what of it can be checked without trusting the backend."""
+"""What a backend found, with the claims that `verify` checks, and its summary."""
 
 from __future__ import annotations
 
-import enum
 import math
 from dataclasses import dataclass, field
 
@@ -10,103 +9,63 @@ import torch
 from torch import Tensor
 
 from solvers.certificate import Certificate
-from solvers.errors import ProblemError, VerificationError
 from solvers.problem import SubsetProblem
-from solvers.refit import loss_rounding, quadratic_loss, refit
+from solvers.protocol import DEFAULT_GAP_TOLERANCE, Status, WindowCertificate
+from solvers.verification import Verification, verify
 
-_ROUNDINGS = 4.0
-"""Losses are told apart if they differ by more than this many times their rounding."""
-
-_STATIONARITY_TOLERANCE = 1e-6
-_SWAP_TOLERANCE = 1e-6
-"""An exchange refutes a swap optimum if it gains more than this share of the loss."""
-
-_BOUND_TOLERANCE = 1e-9
-"""A bound may exceed what its certificate proves by this share of the loss: both round."""
-
-DEFAULT_GAP_TOLERANCE = 1e-4
-"""Relative gap up to which an answer may be called optimal, unless a backend says otherwise."""
-
-
-class Status(enum.Enum):
-    """How a solve ended; the value is a sentence that a person can act on."""
-
-    FEASIBLE = "A support of the asked size was found; nothing is claimed about how good it is."
-    SWAP_OPTIMAL = "No exchange of one kept unit for one removed unit lowers the loss."
-    WINDOW_OPTIMAL = "No better choice exists within any window tried since the last improvement."
-    OPTIMAL = "No support of the asked size has a lower loss, within the tolerance asked for."
-    TIME_LIMIT = "The time limit was met; the bound is valid. Allow more time to close the gap."
-    ITERATION_LIMIT = "The iteration limit was met. Raise it to let the search finish."
-    NODE_LIMIT = "The node limit was met; the bound is valid. Raise it to close the gap."
-    PRECISION_LIMIT = (
-        "Rounding hides the rest of the gap; the bound is valid. Raise damp to close it."
-    )
-    BOUNDED = "A lower bound was computed; the support is the best one known to the bound."
-
-
-@dataclass(frozen=True, eq=False)
-class Selection:
-    """What a backend answers with: a choice, and what it claims about it.
-
-    Parameters
-    ----------
-    support
-        The units that stay, (k,) int64.
-    status
-        How the solve ended.
-    lower_bound
-        A number that no support's loss can be below, or -inf.
-    bound_from
-        What proved `lower_bound`, in a few words.
-    iterations
-        Removals, swaps, nodes: whatever the backend counts.
-    history
-        Loss after each improvement, as the backend saw it.
-    path
-        Loss for each number of units kept, ``path[k]`` for k = 0 .. n, where the backend computes
-        it; else empty.
-    gap_tolerance
-        Up to which relative gap the backend calls its answer optimal.
-    certificate
-        Evidence from which `lower_bound` can be recomputed, or None.
-    """
-
-    support: Tensor
-    status: Status
-    lower_bound: float = -math.inf
-    bound_from: str = ""
-    iterations: int = 0
-    history: tuple[float, ...] = ()
-    path: tuple[float, ...] = ()
-    gap_tolerance: float = DEFAULT_GAP_TOLERANCE
-    certificate: Certificate | None = None
+_ROUNDING = 1e-9
+"""A search often stops right at its tolerance, which the gap only meets up to rounding."""
 
 
 @dataclass(frozen=True)
-class Verification:
-    """Numbers recomputed from the problem alone, each beside what was claimed.
+class SolutionRecord:
+    """A solution in numbers and names, as JSON can hold it: nothing infinite, nothing NaN.
 
     Parameters
     ----------
+    backend
+        The name of the backend.
+    status
+        The name of the status.
+    support
+        The units that stay, sorted.
     loss
-        Loss of the solution's weights, recomputed in float64.
-    loss_error
-        Its distance from the claimed loss, relative to the scale of the problem.
-    stationarity
-        Largest entry of the gradient on the support, relative to the largest entry of G: zero when
-        the weights are the least-squares refit.
-    swap_gain
-        By how much the most promising exchange lowers the loss, refitted, relative to the scale of
-        the problem; NaN where neither swap optimality nor a bound was claimed.
+        Loss of the weights; recomputed, where a verification was at hand.
+    relative_loss
+        The same as a share of the loss of removing everything.
     lower_bound
-        The bound that the certificate proves, recomputed; NaN where there is no certificate.
+        No support has a lower loss, the backend says; None where it says nothing.
+    relative_bound
+        The same as a share of the loss of removing everything.
+    gap
+        ``(loss - lower_bound) / loss``, from 0 (optimal) to 1; None without a bound.
+    bound_from
+        What proved the bound, in a few words.
+    recomputed_bound
+        What was recomputed of `lower_bound`; None where it is the backend's word, or nothing was
+        verified.
+    proved_optimal
+        Whether the bound leaves no more than the backend's tolerance; `recomputed_bound` tells
+        whose word that is.
+    iterations
+        Removals, swaps, nodes: whatever the backend counts.
+    seconds
+        Wall time of the selection and of the refit.
     """
 
+    backend: str
+    status: str
+    support: tuple[int, ...]
     loss: float
-    loss_error: float
-    stationarity: float
-    swap_gain: float = math.nan
-    lower_bound: float = math.nan
+    relative_loss: float
+    lower_bound: float | None
+    relative_bound: float | None
+    gap: float | None
+    bound_from: str
+    recomputed_bound: float | None
+    proved_optimal: bool
+    iterations: int
+    seconds: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,10 +88,21 @@ class Solution:
         How the solve ended.
     lower_bound, bound_from
         No support has a lower loss than this, and what proved it.
-    iterations, history, path, gap_tolerance, certificate
-        As in `Selection`.
+    iterations
+        Removals, swaps, nodes: whatever the backend counts.
+    history
+        Loss after each improvement, as the backend saw it.
+    path
+        Loss for each number of units kept, ``path[k]`` for k = 0 .. n, where the backend computes
+        it; else empty.
     seconds
         Wall time of the selection and of the refit.
+    gap_tolerance
+        Up to which relative gap the backend calls its answer optimal.
+    certificate
+        Evidence from which `lower_bound` can be recomputed, or None.
+    windows
+        Evidence for ``WINDOW_OPTIMAL``, one for each window.
     """
 
     problem: SubsetProblem = field(repr=False)
@@ -149,6 +119,7 @@ class Solution:
     seconds: float = 0.0
     gap_tolerance: float = DEFAULT_GAP_TOLERANCE
     certificate: Certificate | None = field(default=None, repr=False)
+    windows: tuple[WindowCertificate, ...] = field(default=(), repr=False)
 
     @property
     def relative_loss(self) -> float:
@@ -165,134 +136,56 @@ class Solution:
     @property
     def gap(self) -> float:
         """``(loss - lower_bound) / loss``, from 0 (optimal) to 1; NaN without a bound."""
-        if math.isinf(self.lower_bound):
+        if not math.isfinite(self.lower_bound):
             return math.nan
         if self.loss <= 0:
             return 0.0
         return max(0.0, (self.loss - max(self.lower_bound, 0.0)) / self.loss)
 
     def verify(self) -> Verification:
-        """Recompute in float64, from the problem alone, everything that this solution claims.
+        """Recompute in float64, from the problem alone, what this solution claims.
 
         Returns
         -------
         Verification
-            The recomputed numbers.
+            The recomputed numbers, and which claims were not recomputed.
 
         Raises
         ------
         VerificationError
-            If the problem is ill posed, the support is not feasible, the weights are not the refit
-            on it, the loss is not what they give, the bound lies above the loss or above what its
-            certificate proves, or a claimed swap optimum is not one.
+            If a claim is false, or not even well formed (`solvers.verification.verify`).
         """
-        try:
-            self.problem.check_definite()
-            return self._recompute()
-        except ProblemError as error:
-            raise VerificationError(f"the problem is ill posed: {error}") from error
-        except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
-            raise VerificationError(
-                f"the claims cannot be recomputed, H is too close to singular: {error}"
-            ) from error
+        return verify(self)
 
-    def _recompute(self) -> Verification:
-        problem = self.problem
-        self._check_feasible()
-        loss = quadratic_loss(problem, self.weights)
-        slack = _ROUNDINGS * loss_rounding(problem, self.weights)
-        scale = problem.scale or 1.0
-        report = Verification(
+    def record(self, verification: Verification | None = None) -> SolutionRecord:
+        """Return the summary of this solution.
+
+        Parameters
+        ----------
+        verification
+            What `verify` returned, if it was called: its loss and bound are then in the record.
+        """
+        verified_loss = math.nan if verification is None else verification.loss
+        recomputed = math.nan if verification is None else verification.lower_bound
+        loss = verified_loss if math.isfinite(verified_loss) else self.loss
+        scale = self.problem.scale or 1.0
+        bound, gap = _finite(self.lower_bound), _finite(self.gap)
+        return SolutionRecord(
+            backend=self.backend,
+            status=self.status.name,
+            support=tuple(self.support.tolist()),
             loss=loss,
-            loss_error=abs(loss - self.loss) / scale,
-            stationarity=self._stationarity(),
-            swap_gain=self._best_swap_gain(loss) / scale,
-            lower_bound=self.certificate.bound(problem) if self.certificate else math.nan,
+            relative_loss=loss / scale,
+            lower_bound=bound,
+            relative_bound=None if bound is None else bound / scale,
+            gap=gap,
+            bound_from=self.bound_from,
+            recomputed_bound=_finite(recomputed),
+            proved_optimal=gap is not None and gap <= self.gap_tolerance * (1 + _ROUNDING),
+            iterations=self.iterations,
+            seconds=self.seconds,
         )
-        if not abs(loss - self.loss) <= slack:
-            raise VerificationError(f"loss is {loss:.9g} when recomputed, claimed {self.loss:.9g}")
-        if not report.stationarity <= _STATIONARITY_TOLERANCE:
-            raise VerificationError(
-                f"weights are not the refit on the support: gradient {report.stationarity:.3g}"
-            )
-        self._check_claims(report, slack)
-        return report
 
-    def _check_claims(self, report: Verification, slack: float) -> None:
-        """Check bound and status; `slack` is what rounding can have done to a loss."""
-        loss, bound = report.loss, self.lower_bound
-        gain = report.swap_gain * (self.problem.scale or 1.0)
-        if bound > loss + slack:
-            raise VerificationError(f"bound {bound:.9g} lies above the loss {loss:.9g}")
-        if gain > _SWAP_TOLERANCE * loss + slack and self.status is Status.SWAP_OPTIMAL:
-            raise VerificationError(
-                f"not a swap optimum: an exchange gains {report.swap_gain:.3g} of the scale"
-            )
-        if bound > loss - gain + slack:
-            raise VerificationError(
-                f"bound {bound:.9g} is refuted by an exchange that lowers the loss to "
-                f"{loss - gain:.9g}"
-            )
-        if bound > report.lower_bound + _BOUND_TOLERANCE * loss + slack:
-            raise VerificationError(
-                f"bound {bound:.9g} is claimed, its certificate proves {report.lower_bound:.9g}"
-            )
-        if self.status is not Status.OPTIMAL:
-            return
-        if math.isinf(bound):
-            raise VerificationError("optimality is claimed without a bound")
-        if loss - bound > self.gap_tolerance * loss + slack:
-            raise VerificationError(
-                f"optimality is claimed with a gap of {(loss - bound) / loss:.3g}; "
-                f"the tolerance is {self.gap_tolerance:.3g}"
-            )
 
-    def _check_feasible(self) -> None:
-        problem, support = self.problem, self.support
-        if len(self.weights) != len(problem.consumers):
-            raise VerificationError(
-                f"weights for {len(self.weights)} of {len(problem.consumers)} consumers"
-            )
-        distinct = len(set(support.tolist()))
-        if support.numel() != problem.keep or distinct != problem.keep:
-            raise VerificationError(
-                f"support has {distinct} distinct units, keep is {problem.keep}"
-            )
-        if not bool(((support >= 0) & (support < problem.units)).all()):
-            raise VerificationError(f"support names units outside 0 .. {problem.units - 1}")
-        for consumer, W in zip(problem.consumers, self.weights, strict=True):
-            if W.shape != consumer.W0.shape or not bool(torch.isfinite(W).all()):
-                raise VerificationError("weights have a wrong shape or are not finite")
-            outside = torch.ones(len(W), dtype=torch.bool, device=W.device)
-            outside[consumer.support_rows(support)] = False
-            if bool(W[outside].any()):
-                raise VerificationError("weights are not zero on the rows of removed units")
-
-    def _stationarity(self) -> float:
-        worst = 0.0
-        for consumer, W in zip(self.problem.consumers, self.weights, strict=True):
-            rows = consumer.support_rows(self.support)
-            if rows.numel():
-                gradient = consumer.H[rows] @ W - consumer.G[rows]
-                size = float(consumer.G.abs().max()) or 1.0
-                worst = max(worst, float(gradient.abs().max()) / size)
-        return worst
-
-    def _best_swap_gain(self, loss: float) -> float:
-        """Return what the most promising exchange gains.
-
-        The search's own formula proposes it, and a refit confirms it: near a singular H that
-        formula alone would refute honest optima.
-        """
-        if self.status is not Status.SWAP_OPTIMAL and math.isinf(self.lower_bound):
-            return math.nan
-        # Imported here: only these claims need the machinery of the search.
-        from solvers.pivot import PivotState
-        from solvers.swaps import best_swap
-
-        swap = best_swap(PivotState.on_support(self.problem, self.support))
-        if swap.leave < 0:
-            return swap.gain
-        stays = self.support[self.support != swap.leave]
-        exchanged = torch.cat([stays, stays.new_tensor([swap.enter])])
-        return min(swap.gain, loss - refit(self.problem, exchanged)[1])
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None

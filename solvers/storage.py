@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import reprlib
 import struct
 import tokenize
 import zipfile
@@ -24,6 +25,14 @@ from solvers.errors import ProblemError
 _HEADER = "header"
 _LONGEST_HEADER = 1 << 20
 """Characters; a thousand consumers take a tenth of that."""
+
+_INFLATES_TO = 1 << 28
+_INFLATES_BY = 20
+"""A compressed archive may hold 256 MiB, or so many times its own size: matrices of 64-bit numbers
+are hardly compressible."""
+
+_LONGEST_REASON = 300
+"""Characters of a reader's message that are passed on: a file can put anything into it."""
 
 _UNREADABLE = (
     # What the fields of a foreign file do to the code below, to json and to the readers of arrays:
@@ -94,22 +103,34 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor
     except FileNotFoundError as error:
         raise ProblemError(f"there is no problem file {path}") from error
     except _UNREADABLE as error:
-        reason = str(error) or type(error).__name__
+        reason = printable(str(error) or type(error).__name__)
         raise ProblemError(f"{path} is not a problem file: {reason}") from error
+
+
+def printable(text: str) -> str:
+    """Return text from a file as a terminal can bear it: on one line, escaped, and not long."""
+    escaped = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text[:_LONGEST_REASON])
+    return escaped + "..." * (len(text) > _LONGEST_REASON)
 
 
 def _read_safetensors(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
     with safetensors.safe_open(path, framework="pt") as file:
         header = _parsed((file.metadata() or {})[_HEADER])
-        return header, {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        # Copied: what the library returns may be a view of the file, which others can write to.
+        return header, {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
 
 
 def _read_npz(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
     size = os.stat(path).st_size
     with zipfile.ZipFile(path) as archive:
+        members = archive.infolist()
+        inflated = sum(info.file_size for info in members)
+        if inflated > max(_INFLATES_TO, _INFLATES_BY * size):
+            raise ValueError(f"a file of {size} bytes claims to hold {inflated}")
+        if len({info.filename for info in members}) != len(members):
+            raise ValueError("two members have one name")
         arrays = {
-            info.filename.removesuffix(".npy"): _read_array(archive, info, size)
-            for info in archive.infolist()
+            info.filename.removesuffix(".npy"): _read_array(archive, info, size) for info in members
         }
     header = _parsed(str(arrays.pop(_HEADER)))
     return header, {key: torch.from_numpy(array) for key, array in arrays.items()}
@@ -152,7 +173,10 @@ def _parsed(text: str) -> dict[str, Any]:
 
 
 def _known_suffix(path: str | os.PathLike[str]) -> str:
-    suffix = Path(path).suffix
+    try:
+        suffix = Path(path).suffix
+    except TypeError as error:
+        raise ProblemError(f"path is {reprlib.repr(path)}; it must name a file") from error
     if suffix not in (".npz", ".safetensors"):
         raise ProblemError(f"{path}: a problem file ends in .npz or .safetensors")
     return suffix

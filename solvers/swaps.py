@@ -82,6 +82,7 @@ def swap_gains(state: PivotState, leave: Tensor, enter: Tensor) -> Tensor:
 
 
 def _scalar_gains(state: ConsumerState, leave: Tensor, enter: Tensor) -> Tensor:
+    # The formula of the text for numbers: (K_jj + 2 F K_ij + F^2 W2) / (N_jj + F^2 A) - W2 / A.
     A = -state.N.diagonal()[leave, None]
     W2 = state.K.diagonal()[leave, None]
     pairs = leave[:, None], enter

@@ -25,9 +25,18 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
-from solvers.certificate import LEAST_DIAGONAL, Inverses, Linearization, MultiplierCertificate
+from solvers.certificate import (
+    LEAST_DIAGONAL,
+    Inverses,
+    Linearization,
+    MultiplierCertificate,
+    Proved,
+    check_numbers,
+    check_point,
+)
 from solvers.errors import VerificationError
 from solvers.problem import SubsetProblem
+from solvers.values import is_plain
 
 FREE, REMOVED, KEPT = 0, 1, 2
 """On which side of the support a node has a unit."""
@@ -48,13 +57,15 @@ class TreeCertificate:
     root
         The linearization of the first node, or None if that is enumerated.
     shape
-        As in `MultiplierCertificate`, of all nodes but the root, (n,).
+        (n,), positive: what the multipliers and q of all nodes but the root are scaled by.
     parent
         The place of each node's parent, (t,) int64; -1 for the first.
     sides
         `FREE`, `REMOVED` or `KEPT`, (t, n) int8.
     share, point
-        As in `MultiplierCertificate`, (t, n) of any format; arbitrary where units are not free.
+        What each node's multipliers are computed from, and where it is linearized
+        (`MultiplierCertificate`): (t, n) in [0, 1], of any floating format; of no effect where
+        units are not free.
     growth
         (t,): a node's q is ``growth * shape * diag(Q)``; 0 if it is to be enumerated.
     """
@@ -67,7 +78,7 @@ class TreeCertificate:
     point: Tensor
     growth: Tensor
 
-    def bound(self, problem: SubsetProblem) -> float:
+    def bound(self, problem: SubsetProblem) -> Proved:
         """Recompute the lower bound from the problem, in float64; takes as long as the search did.
 
         Raises
@@ -78,34 +89,52 @@ class TreeCertificate:
         self._check_nodes(problem)
         self._check_children()
         levels = self._levels()
-        bounds = self._linearizations(problem)
+        inverses = Inverses.of(problem)
+        bounds = self._linearizations(problem, inverses)
         self._inherit(bounds, levels)
         proved = torch.maximum(bounds.value, self._contradiction(bounds, problem))
         siblings = self._siblings()
         for nodes in reversed(levels[1:]):
             self._divide(proved, bounds, nodes, siblings)
-        return float(proved[0])
+        return inverses.proved(float(proved[0]))
 
     # ---- what makes it a tree ----------------------------------------------------------------
 
     def _check_nodes(self, problem: SubsetProblem) -> None:
+        """Refuse what is no array of nodes: types, sizes, and the range of every number."""
+        if not is_plain(self.sides) or self.sides.ndim != 2 or not len(self.sides) > 0:
+            raise VerificationError("the tree's sides must be a matrix of at least one node")
         t, n = self.sides.shape
         sizes = {"shape": (n,), "parent": (t,), "growth": (t,), "share": (t, n), "point": (t, n)}
-        for name, size in sizes.items():
+        kinds = {"parent": torch.int64, "sides": torch.int8}
+        for name, size in {**sizes, "sides": (t, n)}.items():
             value = getattr(self, name)
-            if tuple(value.shape) != size or not bool(torch.isfinite(value).all()):
-                raise VerificationError(f"the tree's {name} must be {size} finite numbers")
-        if n != problem.units or float(self.shape.min()) <= 0 or float(self.growth.min()) < 0:
+            check_numbers(f"tree's {name}", value, size, problem.device)
+            right = value.dtype == kinds[name] if name in kinds else value.is_floating_point()
+            if not right:
+                raise VerificationError(f"the tree's {name} must not be of {value.dtype}")
+        if n != problem.units or not (
+            float(self.shape.min()) > 0 and float(self.growth.min()) >= 0
+        ):
             raise VerificationError(
                 f"a tree of {problem.units} units has a positive shape and no negative growth"
             )
+        # The argument that children cover their parent knows these three sides only.
+        if not bool(((self.sides >= FREE) & (self.sides <= KEPT)).all()):
+            raise VerificationError("a node of the tree has a unit on a side that does not exist")
+        if not (float(self.share.min()) >= 0 and float(self.share.max()) <= 1):
+            raise VerificationError("the tree's share must be in [0, 1]")
+        check_point("tree", self.point)
+        if self.root is not None and type(self.root) is not MultiplierCertificate:
+            raise VerificationError(f"the root of the tree is a {type(self.root).__name__}")
         place = torch.arange(t, device=self.parent.device)
         follows = (self.parent >= 0) & (self.parent < place)
         rooted = int(self.parent[0]) == -1 and bool((self.sides[0] == FREE).all())
         if not rooted or not bool(follows[1:].all()):
             raise VerificationError("nodes of the tree must follow their parents, the root first")
         goes, stays = (self.sides == REMOVED).sum(1), (self.sides == KEPT).sum(1)
-        if int(goes.max()) > problem.units - problem.keep or int(stays.max()) > problem.keep:
+        removals = problem.units - problem.keep
+        if not (int(goes.max()) <= removals and int(stays.max()) <= problem.keep):
             raise VerificationError("a node of the tree removes or keeps too many units")
 
     def _check_children(self) -> None:
@@ -113,6 +142,9 @@ class TreeCertificate:
         own, above = self.sides[1:], self.sides[self.parent[1:]]
         if bool(((above != FREE) & (own != above)).any()):
             raise VerificationError("a node of the tree forgets what its parent decided")
+        # So no path is longer than there are units.
+        if not bool((own != above).any(1).all()):
+            raise VerificationError("a node of the tree decides nothing that its parent does not")
         first, second = self._siblings()
         if not bool((self.parent[1:].bincount() <= 2).all()):
             raise VerificationError("a node of the tree has more than two children")
@@ -139,17 +171,16 @@ class TreeCertificate:
 
     # ---- what each node proves ---------------------------------------------------------------
 
-    def _linearizations(self, problem: SubsetProblem) -> Linearization:
+    def _linearizations(self, problem: SubsetProblem, inverses: Inverses) -> Linearization:
         """Bound every node by itself; -inf for the sides of units that are not free, (t, n)."""
         t, n = self.sides.shape
-        inverses = Inverses.of(problem)
         bounds = Linearization(
             torch.zeros(t, dtype=torch.float64, device=problem.device),
             *torch.full((2, t, n), -torch.inf, dtype=torch.float64, device=problem.device),
         )
         if self.root is not None:
-            whole = self.root.linearization(inverses, problem.keep)
-            for into, values in _fields(bounds, whole):
+            whole = MultiplierCertificate.linearization(self.root, inverses, problem.keep)
+            for into, values in zip(bounds.parts, whole.parts, strict=True):
                 into[:1] = values
         for nodes in self._batches(problem):
             self._linearize(nodes, inverses, problem, bounds)
@@ -184,11 +215,11 @@ class TreeCertificate:
             values[nodes].double().gather(1, free) for values in (self.share, self.point)
         )
         shape = self.shape[free]
-        a, Q = given.aggregate(share, shape)
-        d = Q.diagonal(dim1=1, dim2=2)
+        terms = given.aggregate(share, shape)
+        d = terms.Q.diagonal(dim1=1, dim2=2)
         largest = d.amax(1, keepdim=True)
         d = d.clamp(min=torch.where(largest > 0, LEAST_DIAGONAL * largest, 1.0))
-        own = given.linearize(a, Q, growth * shape * d, point, removals)
+        own = given.linearize(terms, growth * shape * d, point, removals)
         bounds.value[nodes] = own.value
         bounds.goes[nodes[:, None], free] = own.goes
         bounds.stays[nodes[:, None], free] = own.stays
@@ -247,10 +278,6 @@ class TreeCertificate:
         children = torch.full_like(proved, -torch.inf)
         children.scatter_reduce_(0, parent, least, "amin", include_self=False)
         torch.maximum(proved, children, out=proved)
-
-
-def _fields(one: Linearization, other: Linearization) -> list[tuple[Tensor, Tensor]]:
-    return [(one.value, other.value), (one.goes, other.goes), (one.stays, other.stays)]
 
 
 def _places(mask: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
+import reprlib
 from numbers import Real
 from typing import Any
 
@@ -18,7 +19,7 @@ _LARGEST, _SMALLEST = 1e100, 1e-100
 
 
 def as_tensor(name: str, value: Any) -> Tensor:
-    """Return numbers as a dense tensor without gradient; arrays are copied.
+    """Return numbers as a dense tensor without gradient; arrays are copied, tensors are not.
 
     Raises
     ------
@@ -31,10 +32,30 @@ def as_tensor(name: str, value: Any) -> Tensor:
         except (TypeError, ValueError) as error:
             kind = getattr(value, "dtype", type(value).__name__)
             raise ProblemError(f"{name} must be a tensor of numbers, not of {kind}") from error
-    if value.is_complex() or value.is_meta:
+    if value.is_complex() or value.is_meta or value.is_quantized or value.is_nested:
         raise ProblemError(f"{name} must hold real numbers, not {value.dtype} on {value.device}")
     tensor: Tensor = value.detach()
-    return tensor if tensor.layout is torch.strided else tensor.to_dense()
+    return (tensor if tensor.layout is torch.strided else tensor.to_dense()).as_subclass(Tensor)
+
+
+def as_owned_tensor(name: str, value: Any) -> Tensor:
+    """Return numbers as `as_tensor` does, in memory that nobody else can write to."""
+    tensor = as_tensor(name, value)
+    shared = isinstance(value, Tensor) and value.layout is torch.strided
+    return tensor.clone(memory_format=torch.contiguous_format) if shared else tensor
+
+
+def is_plain(value: Any) -> bool:
+    """Return whether a value is a dense tensor whose methods are those of every tensor.
+
+    A subclass, or an attribute of its own, could answer `shape` or a comparison as it likes.
+    """
+    return (
+        type(value) is Tensor
+        and value.layout is torch.strided
+        and not (value.is_meta or value.is_quantized or value.is_nested)
+        and not vars(value)
+    )
 
 
 def as_number(name: str, value: Any) -> float:
@@ -48,7 +69,7 @@ def as_number(name: str, value: Any) -> float:
     if isinstance(value, Tensor | np.ndarray) and value.ndim == 0:
         value = value.item()
     if isinstance(value, bool) or not isinstance(value, Real):
-        raise ProblemError(f"{name} is {value!r}; it must be a number")
+        raise ProblemError(f"{name} is {reprlib.repr(value)}; it must be a number")
     try:
         return float(value)
     except OverflowError as error:

@@ -50,7 +50,19 @@ def borderline_window(problem: SubsetProblem, support: Tensor, size: int) -> Ten
 def random_window(
     problem: SubsetProblem, support: Tensor, size: int, generator: torch.Generator
 ) -> Tensor:
-    """Return units drawn at random, about half of them kept; parameters as above."""
+    """Return units drawn at random, about half of them kept.
+
+    Parameters
+    ----------
+    problem
+        The whole problem.
+    support
+        A feasible choice, (k,) int64.
+    size
+        Units wanted, at most those of the problem.
+    generator
+        Draws on the CPU, so that devices agree.
+    """
     order = torch.randperm(problem.units, generator=generator).to(support.device)
     inside = torch.isin(order, support)
     return _first_of_each(order[inside], order[~inside], size)
@@ -98,8 +110,10 @@ def apply_window(support: Tensor, units: Tensor, chosen: Tensor) -> Tensor:
 
     Parameters
     ----------
-    support, units
-        As for `window_problem`.
+    support
+        A feasible choice of the whole problem, (k,) int64.
+    units
+        The window, (N,) int64.
     chosen
         A support of the window's problem: positions in `units`.
     """

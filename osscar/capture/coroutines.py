@@ -34,7 +34,7 @@ class Stream(enum.StrEnum):
 
 @dataclass(frozen=True, eq=False)
 class Arrival:
-    """A pass has reached a module that is watched, and has not run it yet.
+    """A pass has reached a module that is watched.
 
     Parameters
     ----------
@@ -42,10 +42,13 @@ class Arrival:
         Its qualified name.
     x
         What it is called with.
+    output
+        What it puts out; None where nobody asks.
     """
 
     module: str
     x: Tensor
+    output: Tensor | None = None
 
 
 class Coroutine:
@@ -69,7 +72,7 @@ class Coroutine:
         self.index, self.stream = index, stream
         self.arrived: Arrival | None = None
         self.reached = -1
-        """The watched call before which it stands, counted from 0."""
+        """The watched call at which it stands, counted from 0."""
         self._scratch = scratch
         self._left: _Left | None = None
         self._ending = False
@@ -116,15 +119,15 @@ def running() -> Coroutine | None:
     return current.coroutine if isinstance(current, _Pass) else None
 
 
-def suspend(module: str, x: Tensor) -> None:
-    """Stop the pass that is calling, before it runs a module; to be called by a hook."""
+def suspend(arrival: Arrival) -> None:
+    """Stop the pass that is calling; to be called by a hook of a module."""
     current = getcurrent()
     assert isinstance(current, _Pass)
     if current.coroutine._ending:  # its code caught what ended it
         raise GreenletExit
     parent = current.parent
     assert parent is not None
-    parent.switch(Arrival(module, x))
+    parent.switch(arrival)
 
 
 # ---- what torch keeps for the thread -----------------------------------------------------

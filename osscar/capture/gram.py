@@ -1,10 +1,17 @@
-"""Gram matrices of what consumers read, accumulated while the calibration data flow through."""
+"""Gram matrices of what consumers read, accumulated while the calibration data flow through.
+
+With targets ``Y = X W0 + D`` (see `osscar.capture.targets`) everything that a problem needs follows
+from three sums over positions: ``X'X``, ``X'D`` and ``|D|^2``.  All are summed in float64 from the
+same tensors, so that the energy of the targets is never less than what the inputs explain.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import math
 import warnings
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +22,7 @@ from solvers import Consumer, SubsetProblem
 
 
 class GramAccumulator:
-    """``X'X`` of one consumer over all positions seen so far, in float64.
+    """Sums of one consumer over all positions seen so far, in float64.
 
     Parameters
     ----------
@@ -29,14 +36,23 @@ class GramAccumulator:
         p = linear_map.rows
         device = next(linear_map.module.parameters()).device
         self._gram = torch.zeros(p, p, dtype=torch.float64, device=device)
+        self._cross: Tensor | None = None
+        self._energy = 0.0
 
-    def add(self, X: Tensor) -> None:
-        """Add the products of X, (positions, p).
+    def add(self, X: Tensor, D: Tensor | None = None) -> None:
+        """Add the products of some positions.
+
+        Parameters
+        ----------
+        X
+            Inputs, (positions, p).
+        D
+            Corrections of the targets, (positions, m); None where there are none.
 
         Raises
         ------
         NonFiniteError
-            If X has NaN or infinite entries.
+            If one has NaN or infinite entries.
         """
         if not bool(torch.isfinite(X).all()):
             raise NonFiniteError(
@@ -46,9 +62,22 @@ class GramAccumulator:
         X = X.double()
         self._gram.addmm_(X.T, X)
         self.positions += len(X)
+        if D is not None:
+            self._add_correction(X, D.double())
+
+    def _add_correction(self, X: Tensor, D: Tensor) -> None:
+        energy = float(D.square().sum())
+        if not math.isfinite(energy):
+            raise NonFiniteError(
+                f"the outputs of {self.linear_map.name!r} have NaN or infinite entries; check the "
+                "weights before it, or use --dtype float32"
+            )
+        self._energy += energy
+        product = X.T @ D
+        self._cross = product if self._cross is None else self._cross.add_(product)
 
     def consumer(self, damp: float) -> Consumer:
-        """Return the quadratic terms, with the dense weights on these inputs as the target.
+        """Return the quadratic terms of the problem to reproduce the targets on these inputs.
 
         Parameters
         ----------
@@ -79,12 +108,18 @@ class GramAccumulator:
                 "Use more samples or larger ones.",
                 stacklevel=2,
             )
+        H, W0 = self._gram / self.positions, self.linear_map.read_weight()
         return Consumer.from_gram(
-            self._gram / self.positions,
-            self.linear_map.read_weight(),
-            units=self.linear_map.unit_rows,
-            damp=damp,
+            H, W0, **self._targets(H, W0), units=self.linear_map.unit_rows, damp=damp
         )
+
+    def _targets(self, H: Tensor, W0: Tensor) -> dict[str, Any]:
+        """Return ``X'Y/N`` and ``|Y|^2/N``; nothing where dense weights alone are the target."""
+        if self._cross is None:
+            return {}
+        cross, G = self._cross / self.positions, H @ W0
+        energy = float((W0 * G).sum() + 2 * (W0 * cross).sum()) + self._energy / self.positions
+        return {"G": G + cross, "e": energy}
 
 
 def pose(

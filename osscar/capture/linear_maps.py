@@ -76,6 +76,16 @@ class LinearMap(abc.ABC):
         """Yield X, (positions, p), piece by piece, from what the module is called with."""
 
     @abc.abstractmethod
+    def read_outputs(self, y: Tensor) -> Tensor:
+        """Return Y, (positions, m), of all positions in the order of `read_inputs`.
+
+        Parameters
+        ----------
+        y
+            In the shape in which the module puts it out.
+        """
+
+    @abc.abstractmethod
     def _view(self) -> Tensor:
         """Return a view of the weight, (all inputs, m) or (all inputs, m, *kernel)."""
 
@@ -114,6 +124,10 @@ class FeatureMap(LinearMap):
         """Yield all positions at once."""
         x = x.detach().reshape(-1, x.shape[-1])
         yield x if len(self.inputs) == x.shape[1] else x[:, self.inputs.to(x.device)]
+
+    def read_outputs(self, y: Tensor) -> Tensor:
+        """Return all positions."""
+        return y.detach().reshape(-1, y.shape[-1])
 
     def _view(self) -> Tensor:
         return self._weight.movedim(self.slots[0].dim, 0)
@@ -159,6 +173,12 @@ class ConvolutionMap(LinearMap):
         if len(channels) < x.shape[1]:
             x = x[:, channels.to(x.device)]
         yield from self.windows.unfolded(x)
+
+    def read_outputs(self, y: Tensor) -> Tensor:
+        """Return the channels that this group of the convolution puts out, at each position."""
+        y = y.detach().reshape(-1, *y.shape[-len(self.windows.kernel) - 1 :])
+        made = y.shape[1] // int(self.module.groups)  # type: ignore[arg-type]
+        return y[:, self.part * made :][:, :made].movedim(1, -1).flatten(0, -2)
 
     def _view(self) -> Tensor:
         weight = self._weight

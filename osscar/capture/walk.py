@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,10 +24,19 @@ from torch import Tensor, nn
 
 from graph import CouplingGroup
 from graph.export import failing_module
-from osscar.capture.coroutines import Coroutine, Scratch, Stream, recorded_writes, running, suspend
+from osscar.capture.coroutines import (
+    Arrival,
+    Coroutine,
+    Scratch,
+    Stream,
+    recorded_writes,
+    running,
+    suspend,
+)
 from osscar.capture.gram import GramAccumulator, pose
 from osscar.capture.linear_maps import LinearMap, linear_maps
 from osscar.capture.opened import Opened
+from osscar.capture.targets import WEIGHTS, Target
 from osscar.core.errors import CalibrationError, ModelError, OsscarError
 from osscar.data.batches import Batch
 from solvers import SubsetProblem
@@ -53,6 +62,7 @@ class Site:
     grams: tuple[GramAccumulator, ...] = field(repr=False)
     final: bool = False
     committed: bool = False
+    _committing: Callable[[Site], None] = field(default=lambda site: None, repr=False)
 
     @property
     def consumers(self) -> tuple[LinearMap, ...]:
@@ -78,8 +88,15 @@ class Site:
         ------
         NonFiniteError
             If they overflow the model's number format.
+        ModelError
+            If the groups are not measured in turn.
         """
-        assert not self.final, "the groups of this walk are measured on the model as it is"
+        if self.final:
+            raise ModelError(
+                f"{self.group.name!r} cannot be committed: the groups of this walk are measured on "
+                "the model as it is; walk in turn"
+            )
+        self._committing(self)
         for consumer, W in zip(self.consumers, weights, strict=True):
             consumer.write_weight(W)
         torch.clear_autocast_cache()  # which may hold the old weight in half precision
@@ -96,15 +113,18 @@ class Walk:
     """
 
     def __init__(
-        self, opened: Opened, groups: Sequence[CouplingGroup], in_turn: bool, dense: bool
+        self, opened: Opened, groups: Sequence[CouplingGroup], in_turn: bool, target: Target
     ) -> None:
         self.passes = 0
-        self._opened, self._in_turn, self._dense = opened, in_turn, dense
+        self._opened, self._in_turn, self._target = opened, in_turn, target
         self._batches = opened.batches()
         self._consumers = {group.name: linear_maps(opened.model, group) for group in groups}
         self._calls, self._scratch = self._schedule()
         self._tours = self._in_order(groups)
+        self._starts_again_after = self._later_starts()
         self._runs: list[Coroutine] = []
+        self._dense: list[Coroutine] = []
+        self._originals: dict[str, Tensor] = {}
         self._at = -1
         """The call before which all batches stand."""
 
@@ -140,8 +160,10 @@ class Walk:
 
     def _called(self, batch: Batch) -> list[str]:
         calls: list[str] = []
-        hooks = {name: lambda _, name=name: calls.append(name) for name in self._names}
-        with torch.no_grad(), _hooked(self._opened.model, hooks):
+        with (
+            torch.no_grad(),
+            _hooked(self._opened.model, self._names, lambda name, _: calls.append(name)),
+        ):
             self._opened.model(**batch)
         return calls
 
@@ -157,6 +179,23 @@ class Walk:
         """Return the groups in the order in which they are first read; together, or one by one."""
         order = sorted(groups, key=lambda group: self._calls_of(group)[0])
         return [(group,) for group in order] if self._in_turn else [tuple(order)]
+
+    def _later_starts(self) -> dict[str, bool]:
+        """Tell for each group whether the batches set out again after it, should all be committed.
+
+        A walk that starts anew after a group needs its dense weights for the dense stream.
+        """
+        starts: list[bool] = []
+        at = -1
+        for tour in self._tours:
+            calls = sorted(call for group in tour for call in self._calls_of(group))
+            starts.append(0 <= calls[0] < at)
+            at = len(self._calls) if self._in_turn and len(calls) > 1 else calls[-1]
+        return {
+            group.name: any(starts[index + 1 :])
+            for index, tour in enumerate(self._tours)
+            for group in tour
+        }
 
     # ---- the walk ------------------------------------------------------------------------
 
@@ -176,7 +215,12 @@ class Walk:
             for group in here:
                 if call != calls[group.name][-1]:
                     continue
-                site = Site(group, grams.pop(group.name), final=not self._in_turn)
+                site = Site(
+                    group,
+                    grams.pop(group.name),
+                    final=not self._in_turn,
+                    _committing=self._committing,
+                )
                 yield site
                 if site.committed and len(calls[group.name]) > 1:
                     self._end()  # the batches have passed calls through weights that are no longer
@@ -185,26 +229,36 @@ class Walk:
         self._end()
         self.passes += 1
         self._at = 0
-        self._runs = [self._coroutine(i, Stream.PRUNED) for i in range(len(self._batches))]
+        batches = range(len(self._batches))
+        self._runs = [self._coroutine(index, Stream.PRUNED) for index in batches]
+        if self._target.needs_dense:
+            self._dense = [self._coroutine(index, Stream.DENSE) for index in batches]
 
     def _coroutine(self, index: int, stream: Stream) -> Coroutine:
         batch, model = self._batches[index], self._opened.model
-        run: Callable[[], object] = lambda: model(**batch)  # noqa: E731
+
+        def run() -> object:
+            return model(**batch)
+
         return Coroutine(index, stream, run, self._scratch)
 
     def _measure(self, call: int, grams: Sequence[GramAccumulator]) -> None:
         """Let each batch arrive at a call, and add up what it brings."""
         here = [gram for gram in grams if gram.linear_map.name == self._calls[call]]
-        for run in self._runs:
-            self._bring(run, call)
-            assert run.arrived is not None
+        for index, run in enumerate(self._runs):
+            arrival = self._bring(run, call)
+            D = None
+            if self._target.needs_dense:
+                dense = self._bring(self._dense[index], call)
+                assert dense.output is not None
+                assert arrival.output is not None
+                D = self._target.correction(dense.output, arrival.output)
             for gram in here:
-                for X in gram.linear_map.read_inputs(run.arrived.x):
-                    gram.add(X)
+                _add(gram, arrival.x, D)
         self._at = call
 
-    def _bring(self, run: Coroutine, call: int) -> None:
-        """Let one batch run on until it stands before a call."""
+    def _bring(self, run: Coroutine, call: int) -> Arrival:
+        """Let a batch run on to a call: it stands before it then, in the dense stream after."""
         while run.reached < call:
             expected = self._calls[run.reached + 1]
             try:
@@ -219,6 +273,8 @@ class Walk:
                 ) from error
             if arrival is None or arrival.module != expected:
                 raise CalibrationError(self._astray(run, expected))
+        assert run.arrived is not None
+        return run.arrived
 
     def _astray(self, run: Coroutine, expected: str) -> str:
         """Say how a batch takes another way than the first one."""
@@ -234,38 +290,104 @@ class Walk:
 
     def _end(self) -> None:
         """End all passes; the next group starts new ones."""
-        runs, self._runs, self._at = self._runs, [], -1
+        runs, self._runs, self._dense, self._at = [*self._runs, *self._dense], [], [], -1
         for run in runs:
             run.end()
 
+    def _committing(self, site: Site) -> None:
+        """Keep dense weights that batches of the dense stream will run through once more."""
+        if self._target.needs_dense and self._starts_again_after[site.group.name]:
+            for consumer in site.consumers:
+                weight = consumer.module.weight
+                assert isinstance(weight, Tensor)
+                self._originals.setdefault(consumer.name, weight.detach().clone())
+
     @contextmanager
     def _watched(self) -> Iterator[None]:
-        def stop(name: str) -> Callable[[Tensor], None]:
-            return lambda x: suspend(name, x) if running() is not None else None
+        """Suspend passes of the pruned stream before each consumer, dense ones after it."""
 
-        with _hooked(self._opened.model, {name: stop(name) for name in self._names}):
+        def before(name: str, x: Tensor) -> None:
+            run = running()
+            if run is not None and run.stream is Stream.PRUNED:
+                suspend(Arrival(name, x, self._output(name, x)))
+            elif run is not None:
+                self._exchange(name)
+
+        def after(name: str, x: Tensor, y: Tensor) -> None:
+            run = running()
+            if run is not None and run.stream is Stream.DENSE:
+                self._exchange(name)
+                suspend(Arrival(name, x, y))
+
+        with _hooked(self._opened.model, self._names, before, after):
             yield
+
+    def _output(self, name: str, x: Tensor) -> Tensor | None:
+        """Return what a consumer makes of its inputs as long as nothing new is committed.
+
+        Called by the pass itself, so that autocast holds as it does for the module.
+        """
+        if not self._target.needs_dense:
+            return None
+        found = self._opened.model.get_submodule(name).forward(x)
+        assert isinstance(found, Tensor)
+        return found
+
+    def _exchange(self, name: str) -> None:
+        """Put the dense weight of a committed consumer in the place of the new one, or back."""
+        if name in self._originals:
+            weight = self._opened.model.get_submodule(name).weight
+            assert isinstance(weight, Tensor)
+            weight.data, self._originals[name] = self._originals[name], weight.data
+
+
+def _add(gram: GramAccumulator, x: Tensor, D: Tensor | None) -> None:
+    """Add what a consumer reads, piece by piece."""
+    corrections = None if D is None else gram.linear_map.read_outputs(D)
+    done = 0
+    for X in gram.linear_map.read_inputs(x):
+        gram.add(X, None if corrections is None else corrections[done : done + len(X)])
+        done += len(X)
 
 
 @contextmanager
-def _hooked(model: nn.Module, hooks: Mapping[str, Callable[[Tensor], None]]) -> Iterator[None]:
-    """Show what modules are called with, before they run."""
+def _hooked(
+    model: nn.Module,
+    names: Iterable[str],
+    before: Callable[[str, Tensor], None],
+    after: Callable[[str, Tensor, Tensor], None] | None = None,
+) -> Iterator[None]:
+    """Show what modules are called with, before they run, and what they put out."""
 
-    def before(see: Callable[[Tensor], None]) -> Callable[..., None]:
+    def reading(name: str) -> Callable[..., None]:
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            see(args[0] if args else next(iter(kwargs.values())))
+            before(name, _first(args, kwargs))
+
+        return hook
+
+    def writing(name: str) -> Callable[..., None]:
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            assert after is not None
+            after(name, _first(args, kwargs), output)
 
         return hook
 
     handles = []
     try:
-        for name, see in hooks.items():
+        for name in names:
             module = model.get_submodule(name)
-            handles.append(module.register_forward_pre_hook(before(see), with_kwargs=True))
+            handles.append(module.register_forward_pre_hook(reading(name), with_kwargs=True))
+            if after is not None:
+                handles.append(module.register_forward_hook(writing(name), with_kwargs=True))
         yield
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Return what a layer reads, which is its only argument."""
+    return args[0] if args else next(iter(kwargs.values()))
 
 
 def walk(
@@ -273,7 +395,7 @@ def walk(
     groups: Sequence[CouplingGroup],
     *,
     in_turn: bool = True,
-    dense: bool = False,
+    target: Target = WEIGHTS,
 ) -> Walk:
     """Walk the calibration data through a model, and stop wherever a group can be solved.
 
@@ -286,8 +408,10 @@ def walk(
     in_turn
         Whether each group is measured on what was committed before it, as pruning does.  If not,
         all groups are measured on the model as it is, in a single pass, and none can be committed.
-    dense
-        Whether the batches also run through the dense weights, one site ahead.
+    target
+        What consumers are to reproduce.  Where that depends on what the dense model computes, each
+        batch also runs through the dense weights: it passes a consumer before new weights are
+        committed, so that no second model is held.
 
     Returns
     -------
@@ -305,4 +429,4 @@ def walk(
     NonFiniteError
         If what a consumer reads is not finite.
     """
-    return Walk(opened, groups, in_turn, dense)
+    return Walk(opened, groups, in_turn, target)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,15 +17,55 @@ from typing import Any, ClassVar, Protocol
 import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from osscar.core.errors import CheckpointError, MissingDependency
+from osscar.core.inputs import read_json
 from osscar.shrinking.lineage import Origin, Scalar, lineage_of, note
 
-DESCRIPTION_ERRORS = (OSError, ValueError, TypeError, AttributeError, StrictDataclassError)
+DESCRIPTION_ERRORS = (
+    *(OSError, ValueError, TypeError, AttributeError, StrictDataclassError, SafetensorError),
+    *(ArithmeticError, LookupError, AssertionError, ImportError, RuntimeError, MemoryError),
+)
 """What libraries raise when a description of a model makes no sense to them."""
+
+
+_LAYER_COUNTS = (
+    *("num_hidden_layers", "num_layers", "n_layer", "n_layers"),
+    *("encoder_layers", "decoder_layers", "num_decoder_layers"),
+)
+_MOST_LAYERS = 10_000
+"""More than any model has: a number from a damaged file would be built for days."""
+
+
+def check_config(path: Path) -> None:
+    """Refuse a directory whose ``config.json`` libraries would choke on.
+
+    Parameters
+    ----------
+    path
+        The directory.
+
+    Raises
+    ------
+    CheckpointError
+        If there is none, it is no JSON object, or has more layers than any model.
+    """
+    file = path / "config.json"
+    if not file.is_file():
+        raise CheckpointError(f"{path} holds no config.json; it is not a checkpoint")
+    try:
+        config = read_json(file)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise CheckpointError(f"{file} cannot be read: {reason}; get it anew") from error
+    for name in _LAYER_COUNTS:
+        count = config.get(name, 0)
+        if isinstance(count, int) and count > _MOST_LAYERS:
+            raise CheckpointError(f"{file} has {name} {count:.3g}; get it anew")
 
 
 class Builder(Protocol):
@@ -65,11 +106,22 @@ class TransformersOrigin:
         Raises
         ------
         CheckpointError
-            If there is none.
+            If there is none, or it needs code that the checkpoint brings along.
         """
-        if not (path / "config.json").is_file():
-            raise CheckpointError(f"{path} holds no config.json; it is not a checkpoint")
-        config = AutoConfig.from_pretrained(path, local_files_only=True)
+        check_config(path)
+        try:
+            # False, not None: without an answer transformers asks standard input for one.
+            config = AutoConfig.from_pretrained(
+                path, local_files_only=True, trust_remote_code=False
+            )
+        except ValueError as error:
+            if "trust_remote_code" not in str(error):
+                raise
+            raise CheckpointError(
+                f"the config.json in {path} names code that the checkpoint brings along, and none "
+                "of it is run here; where there is no plan beside it, osscar.load_model can, with "
+                "trust_remote_code=True"
+            ) from error
         name = next(iter(config.architectures or ()), "")
         found = getattr(transformers, name, None)
         known = isinstance(found, type) and issubclass(found, PreTrainedModel)
@@ -78,7 +130,11 @@ class TransformersOrigin:
     def read_stock(self, path: Path, dtype: torch.dtype | None) -> nn.Module:
         """Read a checkpoint that needs no plan, in evaluation mode."""
         model: nn.Module = self.kind.from_pretrained(
-            path, dtype=dtype or "auto", use_safetensors=True, local_files_only=True
+            path,
+            dtype=dtype or "auto",
+            use_safetensors=True,
+            local_files_only=True,
+            trust_remote_code=False,
         )
         return model.eval()
 
@@ -86,8 +142,9 @@ class TransformersOrigin:
         """Build the model without filling its weights."""
         auto = self.kind is AutoModelForCausalLM
         make = self.kind.from_config if auto else self.kind._from_config
+        options = {"trust_remote_code": False} if auto else {}
         with no_init_weights():
-            model: PreTrainedModel = make(self.config, dtype=self.config.dtype)
+            model: PreTrainedModel = make(self.config, dtype=self.config.dtype, **options)
         model.tie_weights()
         return model
 
@@ -137,7 +194,7 @@ class TorchvisionOrigin:
                 raise ValueError(f"torchvision model {self.name!r} has option {key} = {value!r}")
 
     def build(self) -> nn.Module:
-        """Build the model with random weights.
+        """Build the model with random weights; none are fetched.
 
         Raises
         ------
@@ -151,7 +208,10 @@ class TorchvisionOrigin:
                 f"the model {self.name!r} needs the package 'torchvision'; install it with "
                 "`python3 -m pip install 'osscar[vision]'`"
             ) from error
-        model: nn.Module = models.get_model(self.name, weights=None, **self.options)
+        accepted = inspect.signature(models.get_model_builder(self.name)).parameters
+        # Of segmentation and detection models the backbone would be fetched.
+        none = {"weights": None, **{key: None for key in accepted if key.startswith("weights")}}
+        model: nn.Module = models.get_model(self.name, **none, **self.options)
         note(model, origin=self.origin)
         return model
 

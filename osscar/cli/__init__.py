@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import io
 import signal
 import sys
 from typing import NoReturn
@@ -37,6 +38,9 @@ def build() -> typer.Typer:
 def main() -> None:
     """Run the command line; errors that a user can cause end in one line and status 2."""
     signal.signal(signal.SIGTERM, _terminated)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # better an escape than no output at all
+            stream.reconfigure(errors="backslashreplace")
     with guard():
         build()()
 

@@ -10,7 +10,7 @@ from osscar.cli.common import JsonOption, check_json_path, document, out, write_
 def command(json: JsonOption = None) -> None:
     """List every backend: its kind, what it can take, and whether it is available here."""
     import solvers
-    from osscar.report.tables import backends_table
+    from osscar.report.backend_tables import backends_table
 
     check_json_path(json)
     infos = solvers.backends()

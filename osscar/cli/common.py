@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,14 +13,25 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.text import Text
 
 import osscar
+from osscar.core.printable import printable
 
 _PIPE_WIDTH = 140
 """Columns where the output is not a terminal, which has no width of its own."""
 
-out = Console(width=None if sys.stdout.isatty() else _PIPE_WIDTH)
-err = Console(stderr=True)
+
+class _PlainConsole(Console):
+    """A console that takes text as it is: what is in a name neither marks up nor moves anything."""
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        plain = {"markup": False, "emoji": False}
+        return super().render_str(printable(text, keep="\n"), **{**options, **plain})
+
+
+out = _PlainConsole(width=None if sys.stdout.isatty() else _PIPE_WIDTH)
+err = _PlainConsole(stderr=True)
 
 _SHOWN_WARNINGS = 3
 
@@ -62,21 +74,15 @@ def guard() -> Iterator[None]:
 
 
 def say(text: str) -> None:
-    """Print a line to standard output; names in it are taken as they are, not as markup."""
-    out.print(printable(text), markup=False, highlight=False, emoji=False)
-
-
-def printable(text: str) -> str:
-    """Return a text in which nothing steers a terminal: other characters stand there as escapes."""
-    return "".join(
-        c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text
-    )
+    """Print one line to standard output."""
+    out.print(printable(text), highlight=False)
 
 
 def say_aside(label: str, message: str, style: str) -> None:
-    """Print one message to standard error, whole: terminals wrap, pipes get one line."""
+    """Print one message to standard error, in one line that terminals wrap."""
+    message = re.sub(r"\s*[\r\n]\s*", " ", message.strip())
     err.print(f"{label}:", style=style, end=" ")
-    err.print(printable(message), markup=False, highlight=False, emoji=False, soft_wrap=True)
+    err.print(message, highlight=False, soft_wrap=True)
 
 
 def _expected_errors() -> tuple[type[Exception], ...]:

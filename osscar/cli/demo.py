@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from osscar.cli.common import JsonOption, check_json_path, out, quiet, write_json
+from osscar.cli.common import JsonOption, check_json_path, document, out, quiet, say, write_json
 from osscar.cli.prune import print_result, report_document
 
 _HEADS, _NEURONS = "3/4", "1/2"
@@ -33,7 +33,7 @@ def command(
     from osscar.evaluation.language import compare
     from osscar.models.language import load_model
     from osscar.pruning.prune import prune
-    from osscar.report.tables import comparison_table
+    from osscar.report.evaluation_tables import comparison_table
     from osscar.shrinking.lineage import note
 
     check_json_path(json)
@@ -63,9 +63,9 @@ def command(
     tokens = comparison.model.quality.tokens
     out.print(f"perplexity is on {tokens:,} tokens that neither trained nor calibrated the model")
     out.print("next:", style="bold")
-    out.print(f"  osscar inspect {directory}", highlight=False)
-    out.print("  osscar prune smollm2-135m --neurons 0.7 --out smaller", highlight=False)
-    evaluation = dataclasses.asdict(comparison)
+    say(f"  osscar inspect {directory}")
+    say("  osscar prune smollm2-135m --neurons 0.7 --out smaller")
+    evaluation = document("eval", 2, dataclasses.asdict(comparison))
     write_json(json, {**report, "evaluation": evaluation, "saved": str(saved.path)})
 
 

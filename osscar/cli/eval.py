@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -20,11 +19,12 @@ from osscar.cli.common import (
     document,
     out,
     quiet,
+    say,
     write_json,
 )
 
 if TYPE_CHECKING:
-    from osscar.shrinking.lineage import Calibration
+    from osscar.evaluation.result import Comparison, Evaluation
 
 
 def command(
@@ -70,7 +70,7 @@ def command(
     and for images agreement and divergence are measured, which need no labels.
     """
     from osscar.core.errors import OptionError
-    from osscar.models.vision import check_directory, is_vision
+    from osscar.models.open import check_directory, is_vision
 
     check_json_path(json, inputs=(model, against, text, images, weights))
     check_directory(model)
@@ -81,56 +81,65 @@ def command(
                 f"{model} reads images, not text: leave --text, --windows and --seqlen away"
             )
         batch = 32 if batch_size is None else batch_size
-        content = _images(model, images, samples, against, weights, batch, load)
+        found = _images(model, images, samples, against, weights, batch, load)
     else:
         if images is not None or samples is not None or weights is not None:
             raise OptionError(
                 f"{model} reads text, not images: leave --images, --samples and --weights away"
             )
-        options = {"windows": windows, "seqlen": seqlen, "batch_size": batch_size or 4}
+        batch = 4 if batch_size is None else batch_size
+        options = {"windows": windows, "seqlen": seqlen, "batch_size": batch}
         load["trust_remote_code"] = trust_remote_code
-        content = _language(model, text, against, options, load)
-    write_json(json, document("eval", 1, {"name": model, "against": against, **content}))
+        found = _language(model, text, against, options, load)
+    _print(found, model)
+    content = {"name": model, "against": against, **found.source, **found.numbers()}
+    write_json(json, document("eval", 2, content))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Found:
+    """What was measured, on what, and how much that was in words."""
+
+    evaluation: Evaluation[Any, Any]
+    comparison: Comparison[Any, Any] | None
+    source: dict[str, str]
+    scored: str
+
+    def numbers(self) -> dict[str, Any]:
+        """Return `model`, and `dense` and `ratios` if there is a dense model."""
+        if self.comparison is not None:
+            return dataclasses.asdict(self.comparison)
+        return {"model": dataclasses.asdict(self.evaluation)}
 
 
 def _language(
-    model: str,
-    text: str | None,
-    against: str | None,
-    options: dict[str, Any],
-    load: dict[str, Any],
-) -> dict[str, Any]:
-    """Measure a language model, print what came out, and return it."""
+    model: str, text: str | None, against: str | None, options: dict[str, Any], load: dict[str, Any]
+) -> _Found:
+    """Measure a language model."""
     from osscar.data.prose import Part, builtin_text
-    from osscar.data.text import read_text
+    from osscar.data.text import read_text, refuse_overlap
     from osscar.evaluation.language import compare, evaluate
     from osscar.models.language import load_model
-    from osscar.report.tables import comparison_table, evaluation_table
     from osscar.shrinking.lineage import lineage_of
 
     with quiet():
         content = builtin_text(Part.HELD_OUT) if text is None else read_text(text)
         loaded = load_model(model, **load)
-        refuse_calibration_text(lineage_of(loaded.model).calibration, content)
+        refuse_overlap(content, lineage_of(loaded.model).calibration)
+        scored = (loaded.tokenizer, content)
         options = {**options, "path": loaded.path}
+        comparison = None
         if against is None:
-            evaluation = evaluate(loaded.model, loaded.tokenizer, content, **options)
-            out.print(evaluation_table(evaluation, model))
-            result: dict[str, Any] = {"model": dataclasses.asdict(evaluation)}
+            evaluation = evaluate(loaded.model, *scored, **options)
         else:
             dense = load_model(against, **load)
-            comparison = compare(
-                loaded.model, dense.model, loaded.tokenizer, content,
-                **options, dense_path=dense.path,
-            )  # fmt: skip
-            out.print(comparison_table(comparison, name=Path(model).name))
-            evaluation, result = comparison.model, dataclasses.asdict(comparison)
+            options["dense_path"] = dense.path
+            comparison = compare(loaded.model, dense.model, *scored, **options)
+            evaluation = comparison.model
     quality = evaluation.quality
-    out.print(
-        f"{quality.tokens:,} tokens scored in {quality.windows:,} windows of {quality.seqlen}, "
-        f"{evaluation.dtype} on {evaluation.device}"
-    )
-    return {"text": text or "builtin", **result}
+    windows = f"{quality.windows:,} windows of {quality.seqlen}"
+    how_much = f"{quality.tokens:,} tokens scored in {windows}"
+    return _Found(evaluation, comparison, {"text": text or "builtin"}, how_much)
 
 
 def _images(
@@ -141,58 +150,49 @@ def _images(
     weights: Path | None,
     batch_size: int,
     load: dict[str, Any],
-) -> dict[str, Any]:
-    """Measure a model that reads images, print what came out, and return it."""
-    from osscar.core.errors import ImageError
+) -> _Found:
+    """Measure a model that reads images; weights are for whichever model brings none."""
+    from osscar.core.errors import ImageError, OptionError
     from osscar.data.images import load_images, refuse_overlap
     from osscar.evaluation.images import compare_images, evaluate_images
+    from osscar.models.names import sort_of
     from osscar.models.vision import load_vision_model
-    from osscar.report.tables import image_comparison_table, image_evaluation_table
     from osscar.shrinking.lineage import lineage_of
 
     if spec is None:
         raise ImageError(f"{model} reads images: give --images a directory or an .npz file")
+    filled = {name for name in (model, against) if name and sort_of(name).takes_weights}
+    if weights is not None and not filled:
+        raise OptionError(f"{model} has weights of its own; leave --weights away")
     with quiet():
-        loaded = load_vision_model(model, weights=weights, dense=against, **load)
+        own = weights if model in filled else None
+        loaded = load_vision_model(model, weights=own, dense=against, **load)
         images = load_images(spec, loaded.preprocessing)
         images = images if samples is None else images.sample(samples, seed=0)
         refuse_overlap(images, lineage_of(loaded.model).calibration)
-        options: dict[str, Any] = {
-            **{"classes": loaded.classes, "batch_size": batch_size},
-            "path": loaded.path,
-        }
+        options: dict[str, Any] = {"classes": loaded.classes, "batch_size": batch_size}
+        options["path"] = loaded.path
+        comparison = None
         if against is None:
             evaluation = evaluate_images(loaded.model, images, **options)
-            out.print(image_evaluation_table(evaluation, model))
-            result: dict[str, Any] = {"model": dataclasses.asdict(evaluation)}
         else:
-            dense = load_vision_model(against, weights=weights, **load)
-            comparison = compare_images(
-                loaded.model, dense.model, images, **options, dense_path=dense.path
-            )
-            out.print(image_comparison_table(comparison, name=Path(model).name))
-            evaluation, result = comparison.model, dataclasses.asdict(comparison)
+            own = weights if against in filled else None
+            dense = load_vision_model(against, weights=own, **load)
+            options["dense_path"] = dense.path
+            comparison = compare_images(loaded.model, dense.model, images, **options)
+            evaluation = comparison.model
     kind = "labelled images" if images.labels is not None else "images without labels"
-    out.print(
-        f"{evaluation.quality.images:,} {kind} scored, {evaluation.dtype} on {evaluation.device}"
-    )
-    return {"images": spec, **result}
+    how_much = f"{evaluation.quality.images:,} {kind} scored"
+    return _Found(evaluation, comparison, {"images": spec}, how_much)
 
 
-def refuse_calibration_text(calibration: Iterable[Calibration], text: str) -> None:
-    """Refuse to score the text that a model was calibrated on.
+def _print(found: _Found, name: str) -> None:
+    """Print the numbers of a model, beside those of the dense one if there is one."""
+    from osscar.report.evaluation_tables import comparison_table, evaluation_table
 
-    Raises
-    ------
-    TextError
-        If the lineage of the model names this text.
-    """
-    from osscar.core.errors import TextError
-    from osscar.data.text import text_digest
-
-    digest = text_digest(text)
-    for known in calibration:
-        if known.sha256 == digest:
-            raise TextError(
-                f"this model was calibrated on this very text ({known.source}); score another one"
-            )
+    evaluation = found.evaluation
+    if found.comparison is None:
+        out.print(evaluation_table(evaluation, name))
+    else:
+        out.print(comparison_table(found.comparison, Path(name).name))
+    say(f"{found.scored}, {evaluation.dtype} on {evaluation.device}")

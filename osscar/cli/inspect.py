@@ -16,6 +16,7 @@ from osscar.cli.common import (
     document,
     out,
     quiet,
+    say,
     write_json,
 )
 
@@ -42,8 +43,8 @@ def command(
     from osscar.core.errors import OutputError
     from osscar.core.modules import count_parameters
     from osscar.evaluation.size import count_owned
-    from osscar.models.vision import open_model
-    from osscar.report.tables import groups_table
+    from osscar.models.open import open_model
+    from osscar.report.run_tables import groups_table
 
     for path in (json, svg):
         check_json_path(path, inputs=(model,))
@@ -64,15 +65,15 @@ def command(
             where = (
                 f"{freeze.operator} in {freeze.module or 'the model'}" if freeze.operator else ""
             )
-            out.print(f"frozen: {group.name}: {freeze.reason} {where and f'({where})'}")
+            say(f"frozen: {group.name}: {freeze.reason} {where and f'({where})'}")
     hidden = len(groups) - len(shown)
     if hidden:
-        out.print(f"{hidden} frozen groups inside the units of others are not shown; --all does")
+        say(f"{hidden} frozen groups inside the units of others are not shown; --all does")
     prunable, total = count_owned(loaded.model, groups), count_parameters(loaded.model)
-    out.print(f"{prunable / total:.1%} of {total:,} parameters lie in prunable groups")
+    say(f"{prunable / total:.1%} of {total:,} parameters lie in prunable groups")
     if svg is not None:
         try:
-            out.print(f"drawing: {ready.traced.draw(svg)}")
+            say(f"drawing: {ready.traced.draw(svg)}")
         except OSError as error:
             raise OutputError(f"cannot write {svg}: {error.strerror}") from error
     content = {

@@ -128,7 +128,8 @@ def command(
     its query heads.
     """
     from osscar.checkpoint.directory import check_output, weight_bytes
-    from osscar.models.vision import VisionModel, open_model
+    from osscar.models.open import open_model
+    from osscar.models.vision import VisionModel
     from osscar.pruning.prune import prune_as_asked
     from osscar.pruning.request import PruningRequest
 
@@ -208,7 +209,7 @@ def report_document(
 
 def print_result(result: PruningResult, saved: SavedCheckpoint) -> None:
     """Print the table of layers and what became of the model."""
-    from osscar.report.tables import layers_table
+    from osscar.report.run_tables import layers_table
 
     out.print(layers_table(result.layers))
     dead = sum(layer.dead for layer in result.layers)

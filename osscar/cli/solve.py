@@ -91,7 +91,7 @@ def describe(problem: SubsetProblem) -> dict[str, Any]:
 
 def _print_problem(problem: SubsetProblem, file: Path) -> None:
     import solvers
-    from osscar.report.gap_tables import takers_table
+    from osscar.report.backend_tables import takers_table
 
     supports = math.comb(problem.units, problem.keep)
     size = f"{supports:,}" if supports < 10**9 else f"about 10^{int(math.log10(supports))}"
@@ -132,7 +132,8 @@ def _print_solution(solution: Solution, verification: Verification) -> None:
 
 
 def _content(solution: Solution, verification: Verification) -> dict[str, Any]:
-    numbers = {k: _finite(v) for k, v in dataclasses.asdict(verification).items()}
+    fields = dataclasses.asdict(verification)
+    numbers = {k: _finite(v) if isinstance(v, float) else v for k, v in fields.items()}
     return {
         "backend": solution.backend,
         "status": solution.status.name,

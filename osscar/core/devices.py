@@ -21,8 +21,8 @@ def resolve_device(device: str | torch.device = "auto") -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         resolved = torch.device(device)
-    except RuntimeError as error:
-        raise DeviceError(f"unknown device {device!r}; give 'auto', 'cpu' or 'cuda'") from error
+    except (RuntimeError, TypeError) as error:
+        raise DeviceError(f"unknown device {device!r:.60}; give 'auto', 'cpu' or 'cuda'") from error
     if resolved.type not in ("cpu", "cuda") or (resolved.type == "cpu" and resolved.index):
         raise DeviceError(f"cannot run on {str(device)!r}; give 'auto', 'cpu' or 'cuda'")
     if resolved.type == "cuda" and (resolved.index or 0) >= torch.cuda.device_count():

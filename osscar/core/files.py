@@ -8,7 +8,6 @@ import json
 import math
 import os
 import signal
-import stat
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -21,6 +20,7 @@ import filelock
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from osscar.core.errors import BusyError, FileError, OutputError
+from osscar.core.inputs import read_bytes
 
 T = TypeVar("T")
 
@@ -310,16 +310,9 @@ def parse_json(text: str, schema: type[T], path: str | os.PathLike[str]) -> T:
 
 def _read_text(path: Path, limit: int) -> str:
     try:
-        if not stat.S_ISREG(path.stat().st_mode):  # a pipe would never come to an end
-            raise FileError(path, "it is not a file")
-        with path.open("rb") as file:
-            data = file.read(limit + 1)
+        return read_bytes(path, limit).decode("utf-8")
     except OSError as error:
         raise FileError(path, f"it cannot be read: {reason_of(error)}") from error
-    if len(data) > limit:
-        raise FileError(path, f"it is larger than {limit} bytes")
-    try:
-        return data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise FileError(path, f"it is not UTF-8 (byte {error.start})") from error
 

@@ -22,6 +22,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from osscar.core.printable import printable
+
 T = TypeVar("T")
 
 _display: Progress | None = None
@@ -41,7 +43,7 @@ class Stage:
 
     def describe(self, description: str) -> None:
         """Replace the text in front of the bar."""
-        self._progress.update(self._task, description=description)
+        self._progress.update(self._task, description=printable(description))
 
 
 @contextmanager
@@ -56,7 +58,7 @@ def stage(description: str, total: float | None = None) -> Iterator[Stage]:
         Number of steps, or None when unknown (the bar then pulses).
     """
     with _shared_display() as display:
-        task = display.add_task(description, total=total)
+        task = display.add_task(printable(description), total=total)
         try:
             yield Stage(display, task)
         finally:
@@ -101,7 +103,7 @@ def _shared_display() -> Iterator[Progress]:
 def _new_display() -> Progress:
     console = Console(stderr=True)
     return Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -14,10 +15,14 @@ import torch
 from pydantic import ConfigDict
 from torch import Tensor
 
-from osscar.core.errors import FileError, ImageError, MissingDependency
+from osscar.core.errors import FileError, ImageError, MissingDependency, OptionError, first_line
 from osscar.core.files import STRICT, digest, validated
+from osscar.core.inputs import file_name, whole_number
 from osscar.data.tokens import named_generator
 from osscar.shrinking.lineage import Calibration
+
+IMAGE_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+"""What a file may hold, whatever its name: pixels alone, no program such as PostScript."""
 
 IMAGE_SUFFIXES = frozenset(
     {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff", ".gif"}
@@ -25,6 +30,13 @@ IMAGE_SUFFIXES = frozenset(
 
 _INTERPOLATIONS = ("nearest", "nearest-exact", "bilinear", "bicubic", "box", "hamming", "lanczos")
 """The values of torchvision's InterpolationMode."""
+
+_LARGEST_SIDE = 2**14
+_LONGEST = 200
+"""How many times longer than wide an image may be; it is resized by its shorter side."""
+
+_ARCHIVE_LIMIT = 2**33
+"""Bytes of images that are held in memory at once."""
 
 Size: TypeAlias = int | tuple[int, int]
 """A side in pixels, or a height and a width."""
@@ -64,9 +76,11 @@ class Preprocessing:
 
     def __post_init__(self) -> None:
         for name, value in (("resize", self.resize), ("crop", self.crop)):
-            if min(_pair(value)) < 1:
-                raise ImageError(f"{name} is {value}; give pixels, at least 1")
-        if len(self.mean) not in (1, 3) or len(self.std) != len(self.mean) or 0 in self.std:
+            if not all(isinstance(n, int) and 1 <= n <= _LARGEST_SIDE for n in _pair(value)):
+                raise ImageError(f"{name} is {value}; give pixels, from 1 to {_LARGEST_SIDE}")
+        finite = all(math.isfinite(value) for value in (*self.mean, *self.std))
+        positive = finite and min(self.std, default=0) > 0
+        if len(self.mean) not in (1, 3) or len(self.std) != len(self.mean) or not positive:
             raise ImageError(
                 f"mean is {self.mean} and std {self.std}; give one number a channel, std above 0"
             )
@@ -77,7 +91,7 @@ class Preprocessing:
 
     @classmethod
     def of(cls, transforms: Any) -> Preprocessing:
-        """Read the numbers of a torchvision ``ImageClassification`` preset."""
+        """Read the numbers of what ``weights.transforms()`` of torchvision returns."""
         return cls(
             resize=int(transforms.resize_size[0]),
             crop=int(transforms.crop_size[0]),
@@ -111,27 +125,28 @@ class Preprocessing:
             raise ImageError(error.reason) from error
 
     def transform(self) -> Callable[[Any], Tensor]:
-        """Return torchvision's own transform with these numbers.
+        """Return the transform with these numbers, which is that of torchvision's presets.
 
         Raises
         ------
         MissingDependency
             If torchvision is not installed.
         """
-        mode = import_torchvision("transforms").InterpolationMode(self.interpolation)
-        preset = import_torchvision("transforms._presets").ImageClassification
-        made = preset(crop_size=1, mean=self.mean, std=self.std, interpolation=mode)
-        # Set afterwards: as arguments, sizes can only be squares.
-        made.crop_size, made.resize_size = _listed(self.crop), _listed(self.resize)
-        return made  # type: ignore[no-any-return]
+        # Not `transforms.v2`, whose last digits differ from those of the presets.
+        steps = import_torchvision("transforms")
+        return steps.Compose(  # type: ignore[no-any-return]
+            [
+                steps.Resize(self.resize, steps.InterpolationMode(self.interpolation)),
+                steps.CenterCrop(self.crop),
+                steps.PILToTensor(),
+                steps.ConvertImageDtype(torch.float32),
+                steps.Normalize(self.mean, self.std),
+            ]
+        )
 
 
 def _pair(size: Size) -> tuple[int, int]:
     return size if isinstance(size, tuple) else (size, size)
-
-
-def _listed(size: Size) -> list[int]:
-    return list(size) if isinstance(size, tuple) else [size]
 
 
 def import_torchvision(module: str) -> Any:
@@ -186,8 +201,8 @@ class ImageSet:
         ImageError
             If `count` is not positive.
         """
-        if count < 1:
-            raise ImageError(f"cannot draw {count} images; give at least 1 (--samples)")
+        if not isinstance(count, int) or count < 1:
+            raise ImageError(f"cannot draw {count!r:.60} images; give at least 1 (--samples)")
         order = torch.randperm(len(self), generator=named_generator("images", seed))[:count]
         return self._select(order)
 
@@ -210,7 +225,10 @@ class ImageSet:
         ------
         ImageError
             If a file is no image that can be decoded.
+        OptionError
+            If `size` is not positive.
         """
+        whole_number(size, "the batch size (--batch-size)", 1)
         transform = self.preprocessing.transform()
         for start in range(0, len(self), size):
             some = range(start, min(start + size, len(self)))
@@ -240,25 +258,39 @@ class ImageSet:
         return [digest(_stored(item))[:16] for item in self.items]
 
     def _decoded(self, index: int) -> Any:
-        from PIL import Image, UnidentifiedImageError
+        from PIL import Image
 
         item = self.items[index]
         if isinstance(item, np.ndarray):
             return Image.fromarray(item)
         try:
-            with Image.open(item) as image:
-                if image.mode.startswith(("I", "F")):  # convert() would clip these at 255
-                    raise ImageError(
-                        f"{str(item)!r} has pixels of mode {image.mode!r}, 16 or 32 bits wide; "
-                        "rescale it to 8 bits"
-                    )
+            with Image.open(item, formats=IMAGE_FORMATS) as image:
+                _check_form(image)
                 return image.convert("RGB")
         except Image.DecompressionBombError as error:
             raise ImageError(f"{str(item)!r} is too large: {error}; shrink the file") from error
-        except (OSError, UnidentifiedImageError, SyntaxError, ValueError) as error:
+        except _Unfit as error:
+            raise ImageError(f"{str(item)!r} {error}") from error
+        except Exception as error:  # of a damaged file a decoder raises whatever it meets
             raise ImageError(
-                f"{str(item)!r} cannot be decoded as an image: {error}; mend or remove the file"
+                f"{str(item)!r} cannot be decoded as an image: {first_line(error)}; mend or remove "
+                f"the file ({', '.join(IMAGE_FORMATS)} can be read)"
             ) from error
+
+
+class _Unfit(Exception):
+    """An image that could be decoded, but not as the model would see it."""
+
+
+def _check_form(image: Any) -> None:
+    """Refuse images that a conversion to 8 bits would clip, or that resizing would blow up."""
+    if image.mode.startswith(("I", "F")):
+        raise _Unfit(f"has pixels of mode {image.mode!r}, 16 or 32 bits wide; rescale it to 8 bits")
+    if max(image.size) > _LONGEST * min(image.size):
+        raise _Unfit(
+            f"has {image.size[0]} x {image.size[1]} pixels, more than {_LONGEST} times longer than "
+            "wide; cut it"
+        )
 
 
 def _stored(item: Path | np.ndarray[Any, np.dtype[np.uint8]]) -> bytes:
@@ -287,19 +319,29 @@ def load_images(spec: str | Path, preprocessing: Preprocessing) -> ImageSet:
     ImageError
         If there is nothing of the kind, or no image in it.
     """
-    text = str(spec)
-    path, part = Path(text).expanduser(), ""
-    if not path.exists() and ".npz:" in text:
-        file, _, part = text.rpartition(":")
-        path = Path(file).expanduser()
-    if path.is_dir():
-        return _from_directory(path, preprocessing)
-    if path.suffix == ".npz" and path.is_file():
-        return _from_archive(path, part, preprocessing)
+    text = file_name(spec, "the place of the images", "a directory or an .npz file")
+    if not isinstance(preprocessing, Preprocessing):
+        raise OptionError(
+            f"the preprocessing is a {type(preprocessing).__name__}; give a Preprocessing, such as "
+            "that of a loaded model"
+        )
+    try:
+        path, part = Path(text).expanduser(), ""
+        if not path.exists() and ".npz:" in text:
+            file, _, part = text.rpartition(":")
+            path = Path(file).expanduser()
+        if text and path.is_dir():
+            return _from_directory(path, preprocessing)
+        if path.suffix == ".npz" and path.is_file():
+            return _from_archive(path, part, preprocessing)
+    except (OSError, RuntimeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ImageError(f"cannot look for images at {text!r}: {reason}; give another") from error
     raise ImageError(f"no images at {text!r}; give a directory of images or an .npz file")
 
 
 def _from_directory(path: Path, preprocessing: Preprocessing) -> ImageSet:
+    # Not `make_dataset` of torchvision, which walks in circles through links, and opens pipes.
     files = sorted(
         file for file in path.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file()
     )
@@ -316,31 +358,70 @@ def _from_directory(path: Path, preprocessing: Preprocessing) -> ImageSet:
 
 
 def _from_archive(path: Path, part: str, preprocessing: Preprocessing) -> ImageSet:
-    prefix = f"{part}_" if part else ""
+    images, labels = (f"{part}_{name}" if part else name for name in ("images", "labels"))
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            names = list(archive.files)
-            if f"{prefix}images" not in names:
-                raise ImageError(
-                    f"{str(path)!r} has no {prefix + 'images'!r}, only {', '.join(names)}; give "
-                    "FILE.npz, or FILE.npz:PART for PART_images"
-                )
-            images = archive[f"{prefix}images"]
-            labels = archive[f"{prefix}labels"] if f"{prefix}labels" in names else None
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
-        raise ImageError(f"{str(path)!r} is not an .npz file that can be read: {error}") from error
-    if images.ndim != 4 or images.shape[-1] != 3 or images.dtype != np.uint8 or not images.size:
+        with zipfile.ZipFile(path) as archive:
+            headers = {name: _header(archive, name) for name in _members(archive)}
+        _check_headers(path, headers, images, labels)
+        with np.load(path, allow_pickle=False) as arrays:
+            pixels = arrays[images]
+            classes = arrays[labels] if labels in headers else None
+    except ImageError:
+        raise
+    except Exception as error:  # of a damaged file zipfile and numpy raise whatever they meet
         raise ImageError(
-            f"{prefix}images in {str(path)!r} must be uint8 (n, height, width, 3) and not empty, "
-            f"not {images.dtype} of {images.shape}"
-        )
-    if labels is not None and (labels.shape != images.shape[:1] or labels.dtype.kind not in "iu"):
+            f"{str(path)!r} is not an .npz file that can be read: {first_line(error)}"
+        ) from error
+    found = None if classes is None else torch.from_numpy(classes.astype(np.int64))
+    return ImageSet(f"{path}:{part}" if part else str(path), pixels, preprocessing, found)
+
+
+@dataclass(frozen=True)
+class _Header:
+    """What an array in an archive says of itself, before any of it is read."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+
+
+def _members(archive: zipfile.ZipFile) -> list[str]:
+    return [name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")]
+
+
+def _header(archive: zipfile.ZipFile, name: str) -> _Header:
+    with archive.open(f"{name}.npy") as file:
+        version = np.lib.format.read_magic(file)
+        read = np.lib.format.read_array_header_1_0
+        if version != (1, 0):
+            read = np.lib.format.read_array_header_2_0
+        shape, _, dtype = read(file)
+    return _Header(shape, dtype)
+
+
+def _check_headers(path: Path, headers: Mapping[str, _Header], images: str, labels: str) -> None:
+    """Refuse arrays of a wrong form, and those that memory would not hold."""
+    if images not in headers:
         raise ImageError(
-            f"{prefix}labels in {str(path)!r} must be {len(images)} whole numbers, not "
-            f"{labels.dtype} of {labels.shape}"
+            f"{str(path)!r} has no {images!r}, only {', '.join(headers)}; give FILE.npz, or "
+            "FILE.npz:PART for PART_images"
         )
-    found = None if labels is None else torch.from_numpy(labels.astype(np.int64))
-    return ImageSet(f"{path}:{part}" if part else str(path), images, preprocessing, found)
+    shape, dtype = headers[images].shape, headers[images].dtype
+    if len(shape) != 4 or shape[-1] != 3 or dtype != np.uint8 or min(shape) < 1:
+        raise ImageError(
+            f"{images} in {str(path)!r} must be uint8 (n, height, width, 3) and not empty, "
+            f"not {dtype} of {shape}"
+        )
+    if math.prod(shape) > _ARCHIVE_LIMIT:
+        raise ImageError(
+            f"{images} in {str(path)!r} would take {math.prod(shape):,} bytes of memory; give at "
+            f"most {_ARCHIVE_LIMIT:,}, or a directory of images"
+        )
+    found = headers.get(labels)
+    if found is not None and (found.shape != shape[:1] or found.dtype.kind not in "iu"):
+        raise ImageError(
+            f"{labels} in {str(path)!r} must be {shape[0]} whole numbers, not {found.dtype} of "
+            f"{found.shape}"
+        )
 
 
 def refuse_overlap(images: ImageSet, calibration: Iterable[Calibration]) -> None:

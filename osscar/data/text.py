@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -10,6 +11,8 @@ from transformers import PreTrainedTokenizerBase
 
 from osscar.core.errors import TextError
 from osscar.core.files import digest
+from osscar.core.inputs import TEXT_LIMIT, file_name, read_bytes
+from osscar.shrinking.lineage import Calibration
 
 
 def read_text(path: str | Path) -> str:
@@ -30,11 +33,12 @@ def read_text(path: str | Path) -> str:
     TextError
         If the file is missing, unreadable, binary or empty.
     """
+    name = file_name(path, "the text", "a file of plain text")
     try:
-        data = Path(path).expanduser().read_bytes()
+        data = read_bytes(Path(name).expanduser(), TEXT_LIMIT)
     except FileNotFoundError:
         raise TextError(f"no text file at {str(path)!r}; check the path") from None
-    except (OSError, RuntimeError) as error:  # RuntimeError: no home directory of that user
+    except (OSError, RuntimeError, ValueError) as error:  # no home directory of that user; a NUL
         reason = getattr(error, "strerror", None) or error
         raise TextError(f"cannot read {str(path)!r}: {reason}; give a text file") from error
     if b"\0" in data:
@@ -63,7 +67,23 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> Tensor:
     -------
     Tensor
         Token ids, (tokens,) int64, however many the model could take at once.
+
+    Raises
+    ------
+    TextError
+        If it is no text that could be written as UTF-8.
     """
+    if not isinstance(text, str):
+        raise TextError(
+            f"the text is a {type(text).__name__}; give a str, such as a file's content"
+        )
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise TextError(
+            f"the text holds half a surrogate pair at {error.start} ({text[error.start]!r}); "
+            "decode the file it comes from as UTF-8"
+        ) from error
     # verbose=False: a text longer than the model's context is the normal case here
     ids = tokenizer(text, add_special_tokens=False, return_attention_mask=False, verbose=False)[
         "input_ids"
@@ -71,33 +91,24 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> Tensor:
     return torch.tensor(ids, dtype=torch.int64)
 
 
-def split_text(text: str, fraction: float) -> tuple[str, str]:
-    """Cut a text in two at the end of a line, say to calibrate on one part and score the other.
+def refuse_overlap(text: str, calibration: Iterable[Calibration]) -> None:
+    """Refuse to score the text that a model was calibrated on.
 
     Parameters
     ----------
     text
-        Any text of at least two lines.
-    fraction
-        Share of the characters, in (0, 1), that goes to the first part, up to whole lines.
-
-    Returns
-    -------
-    tuple of str
-        First and second part; joined they are the text.
+        What is to be scored.
+    calibration
+        From the lineage of the model.
 
     Raises
     ------
     TextError
-        If the fraction is out of range, or a part would be blank.
+        If it is one that calibrated the model.
     """
-    if not 0 < fraction < 1:
-        raise TextError(f"cannot split text at fraction {fraction}; it must lie between 0 and 1")
-    cut = text.find("\n", int(len(text) * fraction)) + 1
-    first, second = text[:cut], text[cut:]
-    if not first.strip() or not second.strip():
-        raise TextError(
-            f"a text of {len(text)} characters cannot be split at {fraction}: no line ends there; "
-            "give a longer text or another fraction"
-        )
-    return first, second
+    scored = text_digest(text)
+    for known in calibration:
+        if known.sha256 == scored:
+            raise TextError(
+                f"this model was calibrated on this very text ({known.source}); score another one"
+            )

@@ -12,8 +12,15 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from osscar.core.errors import CalibrationError, MissingDependency, TextError, first_line
+from osscar.core.errors import (
+    CalibrationError,
+    MissingDependency,
+    OptionError,
+    TextError,
+    first_line,
+)
 from osscar.core.files import digest
+from osscar.core.inputs import file_name
 from osscar.data.prose import Part, builtin_text
 from osscar.data.text import encode, read_text, text_digest
 
@@ -21,6 +28,8 @@ BUILTIN = "builtin"
 
 CHARACTERS_PER_TOKEN = 16
 """Characters read from a dataset for every token wanted: about four times what windows need."""
+
+TOKENS_LIMIT = 2**31
 
 TEXT_SUFFIXES = {".txt", ".text", ".md", ".rst", ".raw"}
 
@@ -103,25 +112,35 @@ def load_calibration(
         first rows of its training split are streamed.
     tokenizer
         The tokenizer of the model to calibrate.
-    samples, seqlen, seed
-        As in :func:`text_windows`.
+    samples
+        Windows wanted.
+    seqlen
+        Tokens per window.
+    seed
+        The same seed gives the same windows.
 
     Raises
     ------
     CalibrationError
-        If the text is missing, unreadable, or shorter than one window.
+        If the text is missing, unreadable, or shorter than one window, or a number is out of range.
+    OptionError
+        If something is of a wrong type.
     TextError
         If this Python lacks the built-in text.
     MissingDependency
         If a dataset is asked for and ``datasets`` is not installed.
     """
+    _check(tokenizer, samples, seqlen, seed)
+    is_path = isinstance(spec, Path)
+    if spec is not None:
+        spec = file_name(spec, "the calibration text", "a file, a dataset, or None")
     if spec is None or spec == BUILTIN:
         text, source = builtin_text(Part.CALIBRATION), "built-in text (pydoc topics)"
-    elif _is_file_name(spec):
-        text, source = _file_text(spec), str(spec)
+    elif is_path or _is_file_name(spec):
+        text, source = _file_text(spec), spec
     else:
         characters = samples * seqlen * CHARACTERS_PER_TOKEN
-        text, source = _dataset_text(str(spec), characters), f"dataset {spec}"
+        text, source = _dataset_text(spec, characters), f"dataset {spec}"
     return text_windows(tokenizer, text, samples=samples, seqlen=seqlen, seed=seed, source=source)
 
 
@@ -160,10 +179,7 @@ def text_windows(
     CalibrationError
         If the text is shorter than one window, or a number is out of range.
     """
-    if samples < 1 or seqlen < 1:
-        raise CalibrationError(
-            f"calibration needs at least 1 window of at least 1 token, not {samples} of {seqlen}"
-        )
+    _check(tokenizer, samples, seqlen, seed)
     tokens = encode(tokenizer, text)
     if len(tokens) < seqlen:
         raise CalibrationError(
@@ -175,6 +191,27 @@ def text_windows(
     starts = _window_starts(len(tokens), samples, seqlen, seed)
     windows = tokens[starts[:, None] + torch.arange(seqlen)]
     return CalibrationSet(windows, source, seed, text_digest(text))
+
+
+def _check(tokenizer: Any, samples: Any, seqlen: Any, seed: Any) -> None:
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise OptionError(
+            f"the tokenizer is a {type(tokenizer).__name__}; give that of the model to calibrate"
+        )
+    if not all(isinstance(number, int) for number in (samples, seqlen, seed)):
+        raise OptionError(
+            f"samples is {samples!r:.40}, seqlen {seqlen!r:.40} and seed {seed!r:.40}; give whole "
+            "numbers"
+        )
+    if samples < 1 or seqlen < 1:
+        raise CalibrationError(
+            f"calibration needs at least 1 window of at least 1 token, not {samples} of {seqlen}"
+        )
+    if samples * seqlen > TOKENS_LIMIT:
+        raise CalibrationError(
+            f"{samples} windows of {seqlen} tokens are more than the {TOKENS_LIMIT:,} tokens that "
+            "can be held; give fewer (--samples), or shorter ones (--seqlen)"
+        )
 
 
 def named_generator(name: str, seed: int) -> torch.Generator:
@@ -195,19 +232,21 @@ def _window_starts(tokens: int, samples: int, seqlen: int, seed: int) -> Tensor:
     return starts.long().clamp_(max=positions - 1)
 
 
-def _is_file_name(spec: str | Path) -> bool:
+def _is_file_name(spec: str) -> bool:
     """Tell paths from dataset names, which may hold slashes and dots, where no file exists."""
-    if not str(spec):
+    if not spec:
         raise CalibrationError("the calibration text has no name; give a file or a dataset")
     try:
-        if isinstance(spec, Path) or Path(spec).exists():
+        if Path(spec).exists():
             return True
     except OSError as error:
         raise CalibrationError(f"cannot look for {spec!r}: {error.strerror}") from error
+    if "\0" in spec:
+        raise CalibrationError(f"{spec!r} is no name of a file or dataset; take the NUL out")
     return spec.startswith((".", "/", "~")) or Path(spec).suffix in TEXT_SUFFIXES
 
 
-def _file_text(path: str | Path) -> str:
+def _file_text(path: str) -> str:
     try:
         return read_text(path)
     except TextError as error:
@@ -245,6 +284,11 @@ def _join_rows(rows: Iterable[Mapping[str, Any]], spec: str, characters: int) ->
         if "text" not in row:
             raise CalibrationError(
                 f"the dataset {spec!r} has no column 'text', only {', '.join(sorted(row))}; "
+                "choose another, or save its text to a file"
+            )
+        if not isinstance(row["text"], str):
+            raise CalibrationError(
+                f"the column 'text' of the dataset {spec!r} holds a {type(row['text']).__name__}; "
                 "choose another, or save its text to a file"
             )
         parts.append(row["text"])

@@ -12,17 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from osscar.core.errors import ImageError, ModelError, NonFiniteError, OptionError, OsscarError
-from osscar.core.modules import count_parameters, device_of, evaluating
+from osscar.core.errors import ImageError, ModelError, NonFiniteError, OsscarError
+from osscar.core.inputs import whole_number
+from osscar.core.modules import check_usable, device_of, evaluating
 from osscar.data.batches import named_inputs
 from osscar.data.images import ImageSet
-from osscar.evaluation.size import (
-    count_disk_bytes,
-    count_flops,
-    count_parameter_bytes,
-    read_peak_memory,
-    reset_peak_memory,
-)
+from osscar.evaluation.result import Comparison, Evaluation
+from osscar.evaluation.size import measure_footprint, read_peak_memory, reset_peak_memory
 from osscar.evaluation.speed import take_turns
 from osscar.shrinking.equivalence import outputs
 
@@ -55,68 +51,22 @@ class ImageQuality:
 
 
 @dataclass(frozen=True)
-class ImageFootprint:
-    """The size of a model that reads images.
+class ImageSpeed:
+    """Images per second of one model.
 
     Attributes
     ----------
-    parameters, parameter_bytes, peak_memory_bytes, disk_bytes
-        As in `osscar.evaluation.size.Footprint`.
-    flops_per_image
-        As in `osscar.evaluation.size.count_flops`.
-    """
-
-    parameters: int
-    parameter_bytes: int
-    flops_per_image: float
-    peak_memory_bytes: int | None
-    disk_bytes: int | None
-
-
-@dataclass(frozen=True)
-class ImageEvaluation:
-    """Quality, speed and size of one model; ``dataclasses.asdict`` makes it JSON.
-
-    Attributes
-    ----------
-    quality, footprint
-        What was measured.
     images_per_second
         Forward passes over one batch.
     batch_size
         Images in that batch.
-    device, dtype
-        Where and in which number format.
+    repetitions
+        Times that it was asked to pass, at the least.
     """
 
-    quality: ImageQuality
-    footprint: ImageFootprint
     images_per_second: float
     batch_size: int
-    device: str
-    dtype: str
-
-
-@dataclass(frozen=True)
-class ImageRatios:
-    """A model's numbers divided by those of the dense one; more speed is above 1."""
-
-    top1: float | None
-    top5: float | None
-    images_per_second: float
-    parameters: float
-    parameter_bytes: float
-    flops_per_image: float
-    disk_bytes: float | None
-
-
-@dataclass(frozen=True)
-class ImageComparison:
-    """A model beside its dense original."""
-
-    model: ImageEvaluation
-    dense: ImageEvaluation
-    ratios: ImageRatios
+    repetitions: int
 
 
 def evaluate_images(
@@ -127,7 +77,7 @@ def evaluate_images(
     batch_size: int = 32,
     repetitions: int = 5,
     path: Path | None = None,
-) -> ImageEvaluation:
+) -> Evaluation[ImageQuality, ImageSpeed]:
     """Measure quality, speed and size of a model.
 
     Parameters
@@ -169,26 +119,38 @@ def compare_images(
     repetitions: int = 5,
     path: Path | None = None,
     dense_path: Path | None = None,
-) -> ImageComparison:
+) -> Comparison[ImageQuality, ImageSpeed]:
     """Measure a model and its dense original on the same images, and time them in turns.
 
     Parameters
     ----------
     model, dense
         Two models with the same classes.
-    images, classes, batch_size, repetitions
-        As in `evaluate_images`.
+    images
+        Images that neither trained nor calibrated either of them, with or without labels.
+    classes
+        The names of their classes, by which folders are recognized.
+    batch_size
+        Images at once.
+    repetitions
+        Times that a batch is timed, at the least.
     path, dense_path
         Their directories, whose sizes are reported.
 
     Raises
     ------
-    ImageError, ModelError, NonFiniteError, OptionError
-        As in `evaluate_images`.
+    ImageError
+        If an image cannot be decoded, or the labels are not the models' classes.
+    ModelError
+        If a model is no classifier, or the two have different numbers of classes.
+    NonFiniteError
+        If logits are NaN or infinite.
+    OptionError
+        If a number is not positive.
     """
     pair = [(model, path), (dense, dense_path)]
     mine, theirs = _measure(pair, images, classes, batch_size, repetitions)
-    return ImageComparison(mine, theirs, _ratios(mine, theirs))
+    return Comparison.of(mine, theirs)
 
 
 def score_images(
@@ -205,8 +167,12 @@ def score_images(
     ----------
     models
         Classifiers in evaluation mode.
-    images, classes, batch_size
-        As in `evaluate_images`.
+    images
+        Images with or without labels.
+    classes
+        The names of the models' classes, by which folders are recognized.
+    batch_size
+        Images at once.
     dense
         What agreement and divergence are measured against; one of the models, or another.
 
@@ -217,9 +183,22 @@ def score_images(
 
     Raises
     ------
-    ImageError, ModelError, NonFiniteError
-        As in `evaluate_images`.
+    ImageError
+        If an image cannot be decoded, or the labels are not the models' classes.
+    ModelError
+        If a model is no classifier, or they have different numbers of classes.
+    NonFiniteError
+        If logits are NaN or infinite.
+    OptionError
+        If the batch size is not positive.
     """
+    whole_number(batch_size, "the batch size (--batch-size)", 1)
+    if not isinstance(images, ImageSet):
+        raise ImageError(
+            f"the images are a {type(images).__name__}; give what osscar.load_images returns"
+        )
+    for model in models if dense is None else (*models, dense):
+        check_usable(model)
     tallies = [_Tally() for _ in models]
     labels: Tensor | None = None
     with torch.inference_mode():
@@ -269,7 +248,7 @@ def label_indices(images: ImageSet, classes: Sequence[str], outputs: int) -> Ten
     labels, names = images.labels, images.classes
     if names and set(names) <= set(classes):
         labels = torch.tensor([classes.index(name) for name in names])[labels]
-    elif names and all(name.isdecimal() for name in names):
+    elif names and all(name.isdecimal() and len(name) < 10 for name in names):
         labels = torch.tensor([int(name) for name in names])[labels]
     elif names and len(names) != outputs:
         raise ImageError(
@@ -293,13 +272,11 @@ def _measure(
     classes: Sequence[str],
     batch_size: int,
     repetitions: int,
-) -> list[ImageEvaluation]:
-    if batch_size < 1 or repetitions < 1:
-        raise OptionError(
-            f"evaluation needs a batch of at least 1 image and 1 repetition, not {batch_size} and "
-            f"{repetitions}"
-        )
+) -> list[Evaluation[ImageQuality, ImageSpeed]]:
+    whole_number(repetitions, "the number of repetitions", 1)
     models = [model for model, _ in candidates]
+    for model in models:
+        check_usable(model)
     dense = models[-1] if len(models) > 1 else None
     with evaluating(models[0]), evaluating(models[-1]), torch.no_grad():
         reset_peak_memory(device_of(models[0]))
@@ -308,11 +285,11 @@ def _measure(
         batch = next(images.batches(batch_size))
         speeds = _speeds(models, batch, repetitions)
         return [
-            ImageEvaluation(
+            Evaluation(
+                sample="image",
                 quality=quality[index],
-                footprint=_footprint(model, batch[:1], peak, path),
-                images_per_second=speeds[index],
-                batch_size=len(batch),
+                speed=ImageSpeed(speeds[index], len(batch), repetitions),
+                footprint=measure_footprint(model, _arguments(model, batch[:1]), 1, peak, path),
                 device=device_of(model).type,
                 dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
             )
@@ -382,18 +359,6 @@ def _arguments(model: nn.Module, batch: Tensor) -> Mapping[str, Tensor]:
     return named_inputs(model, (batch.to(next(model.parameters())),))
 
 
-def _footprint(
-    model: nn.Module, image: Tensor, peak: int | None, path: Path | None
-) -> ImageFootprint:
-    return ImageFootprint(
-        parameters=count_parameters(model),
-        parameter_bytes=count_parameter_bytes(model),
-        flops_per_image=float(count_flops(model, _arguments(model, image))),
-        peak_memory_bytes=peak,
-        disk_bytes=count_disk_bytes(path),
-    )
-
-
 def _speeds(models: Sequence[nn.Module], batch: Tensor, repetitions: int) -> list[float]:
     def timing(model: nn.Module) -> Callable[[], list[float]]:
         arguments = _arguments(model, batch)
@@ -409,20 +374,3 @@ def _speeds(models: Sequence[nn.Module], batch: Tensor, repetitions: int) -> lis
 
     seconds = take_turns([timing(model) for model in models], repetitions, "Timing")
     return [len(batch) / statistics.median(one) for one in seconds]
-
-
-def _ratios(mine: ImageEvaluation, dense: ImageEvaluation) -> ImageRatios:
-    size, original = mine.footprint, dense.footprint
-    return ImageRatios(
-        top1=_ratio(mine.quality.top1, dense.quality.top1),
-        top5=_ratio(mine.quality.top5, dense.quality.top5),
-        images_per_second=mine.images_per_second / dense.images_per_second,
-        parameters=size.parameters / original.parameters,
-        parameter_bytes=size.parameter_bytes / original.parameter_bytes,
-        flops_per_image=size.flops_per_image / original.flops_per_image,
-        disk_bytes=_ratio(size.disk_bytes, original.disk_bytes),
-    )
-
-
-def _ratio(mine: float | None, dense: float | None) -> float | None:
-    return mine / dense if mine is not None and dense else None

@@ -1,26 +1,26 @@
-"""What a model is worth: quality, speed and size, alone or beside its dense original."""
+"""What a language model is worth: perplexity, speed and size, alone or beside the dense one."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from osscar.core.errors import ModelError, NonFiniteError, OptionError, TextError
-from osscar.core.modules import count_parameters
+from osscar.core.inputs import whole_number
+from osscar.core.modules import check_usable, evaluating
 from osscar.core.progress import track
 from osscar.data.text import encode
+from osscar.evaluation.result import Comparison, Evaluation
 from osscar.evaluation.size import (
     Footprint,
-    count_disk_bytes,
-    count_flops,
-    count_parameter_bytes,
+    measure_footprint,
     read_peak_memory,
     reset_peak_memory,
 )
@@ -54,47 +54,6 @@ class Quality:
     seqlen: int
 
 
-@dataclass(frozen=True)
-class Evaluation:
-    """Quality, speed and size of one model; ``dataclasses.asdict`` makes it JSON.
-
-    Attributes
-    ----------
-    quality, speed, footprint
-        What was measured.
-    device, dtype
-        Where and in which number format.
-    """
-
-    quality: Quality
-    speed: Speed
-    footprint: Footprint
-    device: str
-    dtype: str
-
-
-@dataclass(frozen=True)
-class Ratios:
-    """A model's numbers divided by those of the dense one; more speed is above 1."""
-
-    perplexity: float
-    prefill_speed: float
-    decode_speed: float
-    parameters: float
-    parameter_bytes: float
-    flops_per_token: float
-    disk_bytes: float | None
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """A model beside its dense original."""
-
-    model: Evaluation
-    dense: Evaluation
-    ratios: Ratios
-
-
 def evaluate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -106,22 +65,42 @@ def evaluate(
     new_tokens: int = 32,
     repetitions: int = 5,
     path: Path | None = None,
-) -> Evaluation:
+) -> Evaluation[Quality, Speed]:
     """Measure quality, speed and size of a language model.
 
     Parameters
     ----------
-    model, tokenizer, text, windows, seqlen, batch_size
-        As in :func:`measure_quality`.
-    new_tokens, repetitions
-        As in :func:`osscar.evaluation.speed.measure_speed`; the prompt is the first window.
+    model
+        A causal language model, in any floating-point format.
+    tokenizer
+        Its tokenizer.
+    text
+        Text that was neither trained nor calibrated on.
+    windows
+        Score only so many windows from the start; None scores the text in full.
+    seqlen
+        Tokens per window; by default 512, or as many as the model can take if those are fewer.
+    batch_size
+        Windows at a time.
+    new_tokens
+        Tokens to write when speed is measured; the prompt is the first window, and at most half of
+        its length is written.
+    repetitions
+        Times that the model reads and writes, at the least.
     path
         The model's directory, whose size is reported.
 
     Raises
     ------
-    TextError, OptionError, ModelError, NonFiniteError
-        As in :func:`measure_quality`.
+    TextError
+        If the text has fewer than two tokens.
+    OptionError
+        If a number is out of range.
+    ModelError
+        If the model is none of language, has no key-value cache, or its tokenizer has tokens that
+        it does not know.
+    NonFiniteError
+        If logits are NaN or infinite; the message says in which window.
     """
     protocol = _Protocol(windows, seqlen, batch_size, new_tokens, repetitions)
     return _evaluate_all([(model, path)], tokenizer, text, protocol)[0]
@@ -140,7 +119,7 @@ def compare(
     repetitions: int = 5,
     path: Path | None = None,
     dense_path: Path | None = None,
-) -> Comparison:
+) -> Comparison[Quality, Speed]:
     """Measure a model and its dense original on the same text, and time them in turns.
 
     Both are in memory at the time, so on a CPU the peak memory of each includes the other.
@@ -148,21 +127,40 @@ def compare(
     Parameters
     ----------
     model, dense
-        Two models with the same tokenizer.
-    tokenizer, text, windows, seqlen, batch_size, new_tokens, repetitions
-        As in :func:`evaluate`.
+        Two causal language models with the same tokenizer.
+    tokenizer
+        That tokenizer.
+    text
+        Text that neither trained nor calibrated either of them.
+    windows
+        Score only so many windows from the start; None scores the text in full.
+    seqlen
+        Tokens per window; by default 512, or as many as both can take if those are fewer.
+    batch_size
+        Windows at a time.
+    new_tokens
+        Tokens to write when speed is measured, after a prompt that is part of the first window.
+    repetitions
+        Times that each reads and writes, at the least.
     path, dense_path
         Their directories, whose sizes are reported.
 
     Raises
     ------
-    TextError, OptionError, ModelError, NonFiniteError
-        As in :func:`measure_quality`.
+    TextError
+        If the text has fewer than two tokens.
+    OptionError
+        If a number is out of range.
+    ModelError
+        If a model is none of language, has no key-value cache, or the tokenizer has tokens that it
+        does not know.
+    NonFiniteError
+        If logits are NaN or infinite; the message says in which window.
     """
     protocol = _Protocol(windows, seqlen, batch_size, new_tokens, repetitions)
     pair = [(model, path), (dense, dense_path)]
     mine, theirs = _evaluate_all(pair, tokenizer, text, protocol)
-    return Comparison(mine, theirs, _ratios(mine, theirs))
+    return Comparison.of(mine, theirs)
 
 
 def measure_quality(
@@ -206,8 +204,10 @@ def measure_quality(
     NonFiniteError
         If logits are NaN or infinite; the message says in which window.
     """
-    pieces = _windows(model, encode(tokenizer, text), windows, _window_length(model, seqlen))
-    return _score(model, pieces, batch_size)
+    _check(model, tokenizer)
+    protocol = _Protocol(windows, seqlen, batch_size)
+    tokens = encode(tokenizer, text)
+    return _score(model, _windows(model, tokens, windows, _window_length(model, seqlen)), protocol)
 
 
 @dataclass(frozen=True)
@@ -217,8 +217,29 @@ class _Protocol:
     windows: int | None
     seqlen: int | None
     batch_size: int
-    new_tokens: int
-    repetitions: int
+    new_tokens: int = 32
+    repetitions: int = 5
+
+    def __post_init__(self) -> None:
+        whole_number(self.batch_size, "the batch size (--batch-size)", 1)
+        if self.windows is not None:
+            whole_number(self.windows, "the number of windows to score (--windows)", 1)
+        whole_number(self.new_tokens, "the number of new tokens", 1)
+        whole_number(self.repetitions, "the number of repetitions", 1)
+
+
+def _check(model: Any, tokenizer: Any) -> None:
+    check_usable(model)
+    if not isinstance(model, PreTrainedModel) or model.get_input_embeddings() is None:
+        raise ModelError(
+            f"{type(model).__name__} is no language model of transformers; images are what "
+            "osscar.evaluate_images scores a model on"
+        )
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise ModelError(
+            f"the tokenizer is a {type(tokenizer).__name__}; give that of transformers which "
+            "belongs to the model"
+        )
 
 
 def _evaluate_all(
@@ -226,38 +247,48 @@ def _evaluate_all(
     tokenizer: PreTrainedTokenizerBase,
     text: str,
     protocol: _Protocol,
-) -> list[Evaluation]:
+) -> list[Evaluation[Quality, Speed]]:
+    for model, _ in models:
+        _check(model, tokenizer)
     tokens = encode(tokenizer, text)
     length = min(_window_length(model, protocol.seqlen) for model, _ in models)
-    measured: list[tuple[Quality, Footprint]] = []
-    for model, path in models:
-        pieces = _windows(model, tokens, protocol.windows, length)
-        reset_peak_memory(model.device)
-        quality = _score(model, pieces, protocol.batch_size)
-        peak = read_peak_memory(model.device)
-        measured.append((quality, _footprint(model, pieces[0], peak, path)))
-    speeds = _speeds([model for model, _ in models], tokens[:length], protocol)
+    with ExitStack() as stack:
+        for model, _ in models:
+            stack.enter_context(evaluating(model))
+        measured = [_measure(model, path, tokens, length, protocol) for model, path in models]
+        speeds = measure_speed(
+            [model for model, _ in models],
+            tokens[:length],
+            new_tokens=protocol.new_tokens,
+            repetitions=protocol.repetitions,
+        )
     return [
-        Evaluation(quality, speed, size, str(model.device), str(model.dtype).split(".")[-1])
+        Evaluation(
+            "token", quality, speed, size, str(model.device), str(model.dtype).split(".")[-1]
+        )
         for (model, _), (quality, size), speed in zip(models, measured, speeds, strict=True)
     ]
 
 
-def _speeds(models: list[PreTrainedModel], prompt: Tensor, protocol: _Protocol) -> list[Speed]:
-    with _evaluation_mode(*models):
-        return measure_speed(
-            models, prompt, new_tokens=protocol.new_tokens, repetitions=protocol.repetitions
-        )
+def _measure(
+    model: PreTrainedModel, path: Path | None, tokens: Tensor, length: int, protocol: _Protocol
+) -> tuple[Quality, Footprint]:
+    pieces = _windows(model, tokens, protocol.windows, length)
+    reset_peak_memory(model.device)
+    quality = _score(model, pieces, protocol)
+    peak = read_peak_memory(model.device)
+    inputs = {"input_ids": pieces[0][None].to(model.device)}
+    return quality, measure_footprint(model, inputs, len(pieces[0]), peak, path)
 
 
 def _window_length(model: PreTrainedModel, seqlen: int | None) -> int:
     limit: int = getattr(model.config, "max_position_embeddings", None) or DEFAULT_SEQLEN
     if seqlen is None:
         return min(limit, DEFAULT_SEQLEN)
-    if not 2 <= seqlen <= limit:
+    if not isinstance(seqlen, int) or not 2 <= seqlen <= limit:
         raise OptionError(
-            f"a window of {seqlen} tokens does not fit this model; give from 2 to {limit}, which "
-            "is its context (--seqlen)"
+            f"a window of {seqlen!r:.60} tokens does not fit this model; give from 2 to {limit}, "
+            "which is its context (--seqlen)"
         )
     return seqlen
 
@@ -265,8 +296,6 @@ def _window_length(model: PreTrainedModel, seqlen: int | None) -> int:
 def _windows(
     model: PreTrainedModel, tokens: Tensor, windows: int | None, seqlen: int
 ) -> tuple[Tensor, ...]:
-    if windows is not None and windows < 1:
-        raise OptionError(f"cannot score {windows} windows; give at least 1 (--windows)")
     if len(tokens) < 2:
         raise TextError(f"the text has {len(tokens)} tokens; scoring needs at least 2")
     known, largest = model.get_input_embeddings().num_embeddings, int(tokens.max())
@@ -279,14 +308,15 @@ def _windows(
     return tuple(piece for piece in pieces[:windows] if len(piece) > 1)
 
 
-def _score(model: PreTrainedModel, pieces: tuple[Tensor, ...], batch_size: int) -> Quality:
-    if batch_size < 1:
-        raise OptionError(f"the batch size must be at least 1, not {batch_size} (--batch-size)")
+def _score(model: PreTrainedModel, pieces: tuple[Tensor, ...], protocol: _Protocol) -> Quality:
     whole = [piece for piece in pieces if len(piece) == len(pieces[0])]
     rest = pieces[len(whole) :]
-    batches = [*torch.split(torch.stack(whole), batch_size), *(piece[None] for piece in rest)]
+    batches = [
+        *torch.split(torch.stack(whole), protocol.batch_size),
+        *(piece[None] for piece in rest),
+    ]
     total, done = 0.0, 0
-    with _evaluation_mode(model), torch.inference_mode():
+    with evaluating(model), torch.inference_mode():
         for batch in track(batches, "Scoring"):
             batch = batch.to(model.device)
             logits = model(input_ids=batch, use_cache=False).logits
@@ -321,45 +351,3 @@ def _exponential(mean: float) -> float:
             f"the mean negative log-likelihood is {mean:.3g}, so the perplexity overflows; "
             "the model's weights are damaged"
         ) from None
-
-
-def _footprint(
-    model: PreTrainedModel, window: Tensor, peak: int | None, path: Path | None
-) -> Footprint:
-    with _evaluation_mode(model):
-        flops = count_flops(model, window[None].to(model.device))
-    return Footprint(
-        parameters=count_parameters(model),
-        parameter_bytes=count_parameter_bytes(model),
-        flops_per_token=flops / len(window),
-        peak_memory_bytes=peak,
-        disk_bytes=count_disk_bytes(path),
-    )
-
-
-def _ratios(mine: Evaluation, dense: Evaluation) -> Ratios:
-    speed, other = mine.speed, dense.speed
-    size, original = mine.footprint, dense.footprint
-    stored = size.disk_bytes and original.disk_bytes and size.disk_bytes / original.disk_bytes
-    return Ratios(
-        perplexity=mine.quality.perplexity / dense.quality.perplexity,
-        prefill_speed=speed.prefill_tokens_per_second / other.prefill_tokens_per_second,
-        decode_speed=speed.decode_tokens_per_second / other.decode_tokens_per_second,
-        parameters=size.parameters / original.parameters,
-        parameter_bytes=size.parameter_bytes / original.parameter_bytes,
-        flops_per_token=size.flops_per_token / original.flops_per_token,
-        disk_bytes=stored,
-    )
-
-
-@contextmanager
-def _evaluation_mode(*models: PreTrainedModel) -> Iterator[None]:
-    """Turn dropout off, and leave the models as they were."""
-    before = [model.training for model in models]
-    try:
-        for model in models:
-            model.eval()
-        yield
-    finally:
-        for model, training in zip(models, before, strict=True):
-            model.train(training)

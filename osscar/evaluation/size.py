@@ -15,6 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from graph.groups import CouplingGroup
+from osscar.core.modules import count_parameters, without_cache
 
 
 @dataclass(frozen=True)
@@ -27,8 +28,8 @@ class Footprint:
         Number of parameters, tied ones counted once.
     parameter_bytes
         Memory that they take, in bytes.
-    flops_per_token
-        As in :func:`count_flops`, over the number of tokens in the window.
+    flops
+        Floating-point operations of one token or image, as `count_flops` counts them.
     peak_memory_bytes
         Most memory in use while the model was scored, its weights included: allocated by PyTorch
         on a GPU; resident in this process, with all else that it holds, on a CPU. None where the
@@ -39,9 +40,40 @@ class Footprint:
 
     parameters: int
     parameter_bytes: int
-    flops_per_token: float
+    flops: float
     peak_memory_bytes: int | None
     disk_bytes: int | None
+
+
+def measure_footprint(
+    model: nn.Module,
+    inputs: Mapping[str, Tensor],
+    samples: int,
+    peak: int | None,
+    path: Path | None,
+) -> Footprint:
+    """Count what a model is made of, and run it once to count what it does.
+
+    Parameters
+    ----------
+    model
+        In evaluation mode.
+    inputs
+        Keyword arguments of its forward pass, on its device.
+    samples
+        How many tokens or images these hold.
+    peak
+        The most memory that was in use while it was scored, in bytes; None if nobody knows.
+    path
+        Its directory, or None.
+    """
+    return Footprint(
+        parameters=count_parameters(model),
+        parameter_bytes=count_parameter_bytes(model),
+        flops=count_flops(model, inputs) / samples,
+        peak_memory_bytes=peak,
+        disk_bytes=count_disk_bytes(path),
+    )
 
 
 def count_parameter_bytes(model: nn.Module) -> int:
@@ -89,16 +121,14 @@ def count_flops(model: nn.Module, inputs: Tensor | Mapping[str, Tensor]) -> int:
     """
     if isinstance(inputs, Tensor):
         inputs = {"input_ids": inputs}
-        options = {"use_cache": False}
-    else:
-        options = {}
     # fused attention kernels hide their products from the counter; the plain one does not
     with (
         torch.no_grad(),
+        without_cache(model),
         sdpa_kernel(SDPBackend.MATH),
         FlopCounterMode(display=False) as counter,
     ):
-        model(**inputs, **options)
+        model(**inputs)
     return int(counter.get_total_flops())
 
 

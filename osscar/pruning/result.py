@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import dataclasses
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -18,52 +18,30 @@ from osscar.checkpoint.directory import SavedCheckpoint
 from osscar.pruning.request import PruningRequest
 from osscar.shrinking.plan import PruningPlan
 
-_ROUNDING = 1e-9
-"""Branch and bound often stops right at the tolerance, which the gap only meets up to rounding."""
-
 
 @dataclass(frozen=True)
-class LayerReport:
-    """What happened to one coupling group.
+class LayerReport(solvers.SolutionRecord):
+    """What happened to one coupling group: its solution's record, and what else is known.
+
+    `loss` is the mean squared change of what the consumer computes, with the proximal term, after
+    the refit; if several layers read the group, the sum over them, each relative to its own scale.
 
     Parameters
     ----------
     name, kind, units, kept
         The group, and how many of its units stayed.
-    loss
-        Mean squared change of what its consumer computes, with the proximal term, after the refit;
-        if several layers read the group, the sum over them, each relative to its own scale.
-    relative_loss
-        The same as a share of the loss of removing everything.
-    lower_bound, gap, bound_from
-        What no choice of units can beat, how far `loss` may be above it as a share of `loss`, and
-        what proved it; None without a bound.
-    proved_optimal
-        Whether the bound proves that no other choice is better, within the tolerance.
-    status
-        The name of the solver's status.
     dead
         Units whose inputs were zero on all calibration data; they are removed first.
-    iterations
-        What the backend counts.
     measure_seconds, solve_seconds
         Wall time of the walk to this group with its Gram matrices, and of the solver with the
-        refit.
+        refit and, if asked for, the verification.
     """
 
     name: str
     kind: str
     units: int
     kept: int
-    loss: float
-    relative_loss: float
-    lower_bound: float | None
-    gap: float | None
-    bound_from: str
-    proved_optimal: bool
-    status: str
     dead: int
-    iterations: int
     measure_seconds: float
     solve_seconds: float
 
@@ -71,27 +49,20 @@ class LayerReport:
     def of(
         cls,
         group: CouplingGroup,
-        solution: solvers.Solution,
+        problem: solvers.SubsetProblem,
+        record: solvers.SolutionRecord,
         *,
         measure_seconds: float,
         solve_seconds: float,
     ) -> LayerReport:
-        """Report on a group and its solution."""
-        has_bound = math.isfinite(solution.lower_bound)
+        """Report on a group, its problem, and what became of it."""
         return cls(
+            **{f.name: getattr(record, f.name) for f in dataclasses.fields(record)},
             name=group.name,
             kind=str(group.kind),
             units=group.units,
-            kept=solution.problem.keep,
-            loss=solution.loss,
-            relative_loss=solution.relative_loss,
-            lower_bound=solution.lower_bound if has_bound else None,
-            gap=solution.gap if has_bound else None,
-            bound_from=solution.bound_from,
-            proved_optimal=has_bound and solution.gap <= solution.gap_tolerance * (1 + _ROUNDING),
-            status=solution.status.name,
-            dead=len(solution.problem.dead),
-            iterations=solution.iterations,
+            kept=problem.keep,
+            dead=len(problem.dead),
             measure_seconds=measure_seconds,
             solve_seconds=solve_seconds,
         )

@@ -1,8 +1,7 @@
-"""Rich tables of optimality gaps and of single problems."""
+"""Tables of optimality gaps."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from rich.table import Table
@@ -12,7 +11,6 @@ from osscar.study.records import WINDOW
 
 if TYPE_CHECKING:
     from osscar.report.summary import Summary
-    from solvers import BackendInfo, SubsetProblem
 
 
 def cases_table(summary: Summary) -> Table:
@@ -62,13 +60,4 @@ def scores_table(summary: Summary) -> Table:
             f"{score.worst_excess:.2%}",
             f"{score.seconds:.3f}",
         )
-    return table
-
-
-def takers_table(infos: Sequence[BackendInfo], problem: SubsetProblem) -> Table:
-    """Return one row for each backend: whether it takes this problem, and if not why."""
-    table = new_table("", "backend", "kind", "takes this problem")
-    for info in infos:
-        refusal = info.unavailable or info.capabilities.refusal(problem)
-        table.add_row(info.name, info.kind, "yes" if refusal is None else refusal)
     return table

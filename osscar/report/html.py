@@ -14,6 +14,7 @@ from markupsafe import Markup, escape
 
 import osscar
 from osscar.core.files import write_text
+from osscar.report.numbers import share
 from osscar.report.plots import draw_plots
 from osscar.report.summary import Case, Summary
 from osscar.study.records import WINDOW, Record
@@ -107,7 +108,7 @@ def _asked(study: Study, design: StudyDesign, jobs: int) -> dict[str, str]:
     if files:
         del asked["problems"]
         asked["problem files"] = ", ".join(files)
-    asked["share of units removed"] = ", ".join(f"{s:.0%}" for s in design.sparsities)
+    asked["share of units removed"] = ", ".join(map(share, design.sparsities))
     asked["backends"] = ", ".join(design.backends)
     asked["exact backends on"] = f"problems of at most {design.exact_units} units"
     asked["limits"] = (
@@ -146,7 +147,7 @@ def _breakable(name: str) -> Markup:
 
 
 def _removed(sparsities: Sequence[float]) -> str:
-    return ", ".join(f"{sparsity:.0%}" for sparsity in sparsities)
+    return ", ".join(map(share, sparsities))
 
 
 def _relative_bound(case: Case) -> str:

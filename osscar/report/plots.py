@@ -14,10 +14,11 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullFormatter, PercentFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 import solvers
 from osscar.core.files import whole
+from osscar.report.numbers import share
 from osscar.report.summary import HIT, Case, Summary, excess
 from osscar.study.records import WINDOW, Record
 from solvers import Status
@@ -34,6 +35,12 @@ _STYLE: Any = {
     "svg.hashsalt": "osscar",
 }
 _COLUMNS = 6
+_TICKS = 5
+_ROOM_ABOVE = 1.08
+_LEGEND_ENTRY = 1.7
+"""Inches that an entry of a legend takes."""
+
+_SHARES = FuncFormatter(lambda value, _: share(value))
 _LONGEST_NAME = 40
 _FLOOR = 1e-7
 """Where excesses that count as zero are drawn on a logarithmic axis."""
@@ -97,8 +104,11 @@ def _curves(layers: Sequence[Case]) -> Figure:
             _curve(axes, points)
     for axes in grid[len(names) :]:
         axes.set_visible(False)
-    handles, labels = grid[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper left", ncols=len(labels), frameon=False)
+    shown: dict[str, Any] = {}  # the first layer need not have a bound
+    for axes in grid:
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+            shown.setdefault(label, handle)
+    figure.legend(shown.values(), shown, loc="outside upper left", ncols=len(shown), frameon=False)
     figure.supxlabel("share of units removed", fontsize=9)
     figure.supylabel("relative loss", fontsize=9)
     return figure
@@ -109,7 +119,7 @@ def _curve(axes: Axes, points: Sequence[tuple[float, Case]]) -> None:
     scales = [(c.best.relative_loss or 0.0) / c.loss if c.loss > 0 else 0.0 for _, c in points]
     x = [sparsity for sparsity, _ in points]
     loss = [case.loss * scale for (_, case), scale in zip(points, scales, strict=True)]
-    axes.set_xticks(x)
+    axes.set_xticks(x[:: math.ceil(len(x) / _TICKS)])
     axes.plot(x, loss, "o-", color=_COLORS[0], markersize=3, linewidth=1, label="best loss")
     bounded = [
         (sparsity, max(0.0, case.bound) * scale, case.loss * scale)
@@ -118,7 +128,11 @@ def _curve(axes: Axes, points: Sequence[tuple[float, Case]]) -> None:
     ]
     if bounded:
         at, low, high = zip(*bounded, strict=True)
-        axes.plot(at, low, "s--", color=_COLORS[1], markersize=3, linewidth=1, label="lower bound")
+        # Hollow and larger, so that a loss that meets its bound is still seen.
+        axes.plot(
+            at, low, "s--", color=_COLORS[1], markersize=5, markerfacecolor="none", linewidth=1,
+            label="lower bound",
+        )  # fmt: skip
         axes.fill_between(at, low, high, color=_COLORS[1], alpha=0.2, linewidth=0)
 
 
@@ -132,7 +146,8 @@ def _gaps(cases: Sequence[Case]) -> Figure | None:
     names = list(dict.fromkeys(case.best.instance for case in cases))
     sparsities = sorted({sparsity for case in cases for sparsity in case.sparsities})
     step = 0.8 / len(sparsities)
-    figure, (axes,) = _subplots(1, 1, width=max(6.0, 0.26 * len(names) + 2), height=3.8)
+    width = max(6.0, 0.26 * len(names) + 2)
+    figure, (axes,) = _subplots(1, 1, width=width, height=3.8)
     for index, sparsity in enumerate(sparsities):
         mine = {c.best.instance: c for c in cases if sparsity in c.sparsities}
         x = [i + (index - (len(sparsities) - 1) / 2) * step for i in range(len(names))]
@@ -140,17 +155,18 @@ def _gaps(cases: Sequence[Case]) -> Figure | None:
         root = [_or_zero(mine[n].root_gap) if n in mine else 0.0 for n in names]
         left = [_or_zero(mine[n].gap) if n in mine else 0.0 for n in names]
         axes.bar(x, root, step * 0.9, facecolor="none", edgecolor=color, linewidth=0.7)
-        axes.bar(x, left, step * 0.9, color=color, label=f"{sparsity:.0%} removed")
+        axes.bar(x, left, step * 0.9, color=color, label=f"{share(sparsity)} removed")
     axes.set_xticks(
         range(len(names)), [short_name(n) for n in names], rotation=90, fontsize=7, parse_math=False
     )
-    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    axes.yaxis.set_major_formatter(_SHARES)
     axes.set_ylabel("gap to the lower bound")
     axes.grid(axis="x", visible=False)
     axes.margins(x=0.01)
     figure.legend(
         title="filled: what remains; outline: with the root bound alone",
-        loc="outside upper left", ncols=len(sparsities), frameon=False, alignment="left",
+        loc="outside upper left", ncols=min(len(sparsities), int(width / _LEGEND_ENTRY)),
+        frameon=False, alignment="left",
     )  # fmt: skip
     return figure
 
@@ -162,7 +178,7 @@ def _ratios(closed: Sequence[Case]) -> Figure | None:
             record.backend
             for case in closed
             for record in case.records
-            if solvers.backend_class(record.backend).kind is solvers.Kind.HEURISTIC
+            if solvers.backend_class(record.backend).kind is solvers.BackendKind.HEURISTIC
         )
     )
     if not names:
@@ -176,10 +192,10 @@ def _ratios(closed: Sequence[Case]) -> Figure | None:
             if record.backend == name
         )
         hits = sum(value <= HIT for value in over)
-        spread = [line + 0.3 * (2 * ((i * 0.618034) % 1) - 1) for i in range(len(over))]
+        spread = [line + 0.6 * ((0.5 + i * 0.618034) % 1 - 0.5) for i in range(len(over))]
         axes.scatter(
-            [max(value, _FLOOR) for value in over], spread, s=9, alpha=0.5, linewidth=0,
-            color=_COLORS[line % len(_COLORS)],
+            [value if value > HIT else _FLOOR for value in over], spread,
+            s=9, alpha=0.5, linewidth=0, color=_COLORS[line % len(_COLORS)],
         )  # fmt: skip
         axes.annotate(
             f"optimal: {hits} of {len(over)}", (1.01, line), xycoords=("axes fraction", "data"),
@@ -188,7 +204,7 @@ def _ratios(closed: Sequence[Case]) -> Figure | None:
     axes.set_xscale("log")
     axes.set_xlim(_FLOOR / 2, None)
     axes.set_yticks(range(len(names)), names)
-    axes.invert_yaxis()
+    axes.set_ylim(len(names) - 0.5, -0.5)
     axes.set_xlabel(
         f"loss above the proven optimum, relative to it (at the left edge: below {HIT:g})"
     )
@@ -242,7 +258,7 @@ def _points(records: Sequence[Record], shift: float) -> tuple[list[float], list[
 
 
 def _is_exact(record: Record) -> bool:
-    return solvers.backend_class(record.backend).kind is solvers.Kind.EXACT
+    return solvers.backend_class(record.backend).kind is solvers.BackendKind.EXACT
 
 
 def _or_zero(value: float | None) -> float:
@@ -262,6 +278,8 @@ def _panel(axes: Axes, title: str) -> Iterator[None]:
     """Set up a small panel; what is drawn in it decides the range of its axis."""
     yield
     axes.set_title(title, fontsize=7, loc="left", parse_math=False)
-    axes.set_ylim(bottom=0)
+    # From zero, with room above: markers of a flat curve would be cut in half.
+    top = axes.dataLim.ymax
+    axes.set_ylim(0, _ROOM_ABOVE * top if top > 0 else 1)
     axes.tick_params(labelsize=6)
-    axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    axes.xaxis.set_major_formatter(_SHARES)

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import solvers
+from osscar.report.numbers import share
 from osscar.study.records import WINDOW, Instance, Proof, Record, window_layer
 from solvers import Status
 
@@ -238,7 +239,7 @@ def _disagreement(cases: Sequence[Case]) -> tuple[float, int]:
 
 def _why_open(records: Sequence[Record]) -> str:
     """Say of each exact backend how it ended, and of the others why they gave nothing."""
-    exact = [record for record in records if _kind(record) is solvers.Kind.EXACT]
+    exact = [record for record in records if _kind(record) is solvers.BackendKind.EXACT]
     ends = {f"{r.backend}: {r.status.lower().replace('_', ' ')}" for r in exact if not r.error}
     ends |= {_said(record) for record in records if record.error}
     if not exact:
@@ -268,7 +269,7 @@ def _headline(
     if windows:
         yield _window_headline(windows, layers)
     for score in scores:
-        if _kind_of(score.backend) is solvers.Kind.HEURISTIC:
+        if _kind_of(score.backend) is solvers.BackendKind.HEURISTIC:
             yield _score_headline(score)
     largest, several = disagreement
     if several:
@@ -304,7 +305,7 @@ def _score_headline(score: Score) -> str:
         return f"{score.backend} found the optimum in all {what}"
     return (
         f"{score.backend} found the optimum in {score.hits} of {what}; on average it lies "
-        f"{_share(score.mean_excess)} above it, at worst {_share(score.worst_excess)}"
+        f"{share(score.mean_excess, 2)} above it, at worst {share(score.worst_excess, 2)}"
     )
 
 
@@ -319,7 +320,7 @@ def _kind_headline(kind: str, cases: Sequence[Case]) -> Iterable[str]:
     still = [case for case in cases if not case.closed and case.gap is not None]
     for sparsity in sorted({sparsity for case in still for sparsity in case.sparsities}):
         gaps = [c.gap for c in still if sparsity in c.sparsities if c.gap is not None]
-        yield f"{kind} at {sparsity:.0%} removed: {_open_gaps(gaps)}"
+        yield f"{kind} at {share(sparsity)} removed: {_open_gaps(gaps)}"
 
 
 def _open_gaps(gaps: Sequence[float]) -> str:
@@ -351,17 +352,12 @@ def _window_headline(windows: Sequence[Case], layers: Sequence[Case]) -> str:
             gains.append(max(0.0, 1 - case.loss / incumbent))
     closed = [case for case in windows if case.closed]
     improved = [gain for gain in gains if gain > HIT]
-    tail = f", by at most {_share(max(improved))} of the layer's loss" if improved else ""
+    tail = f", by at most {share(max(improved), 2)} of the layer's loss" if improved else ""
     return (
         f"{len(closed)} of {len(windows)} windows are solved to proven optimality"
         f"{'; ' + _proofs(closed) if closed else ''}; the layer's swap optimum could be improved "
         f"within {len(improved)} of them{tail}"
     )
-
-
-def _share(value: float) -> str:
-    """Return a share in per cent with two digits that count."""
-    return f"{float(f'{100 * value:.2g}'):g}%"
 
 
 def _gap(loss: float, bound: float | None) -> float | None:
@@ -375,9 +371,9 @@ def _loss(record: Record) -> float:
     return record.loss
 
 
-def _kind(record: Record) -> solvers.Kind:
+def _kind(record: Record) -> solvers.BackendKind:
     return _kind_of(record.backend)
 
 
-def _kind_of(backend: str) -> solvers.Kind:
+def _kind_of(backend: str) -> solvers.BackendKind:
     return solvers.backend_class(backend).kind

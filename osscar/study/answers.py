@@ -10,9 +10,16 @@ import torch
 
 import solvers
 from osscar.core.errors import StudyError
-from osscar.study.certificates import load_certificate
+from osscar.study.certificates import Evidence, load_evidence
 from osscar.study.records import Proof, Record
-from solvers.solution import DEFAULT_GAP_TOLERANCE
+from solvers.protocol import DEFAULT_GAP_TOLERANCE
+
+_SAID = tuple(
+    sorted(
+        {f.name for f in dataclasses.fields(solvers.SolutionRecord)} - {"backend", "proved_optimal"}
+    )
+)
+"""The fields of a solution's own record that a study's record has under the same names."""
 
 
 def claimed(record: Record, problem: solvers.SubsetProblem, certificate: Path) -> solvers.Solution:
@@ -44,6 +51,7 @@ def claimed(record: Record, problem: solvers.SubsetProblem, certificate: Path) -
     if not 0 <= record.gap_tolerance <= allowed:
         raise StudyError(f"its gap tolerance is {record.gap_tolerance}, above {allowed}")
     support = torch.tensor(sorted(units), dtype=torch.int64)
+    evidence = load_evidence(certificate, record.certificate) if record.certificate else Evidence()
     assert record.loss is not None
     return solvers.Solution(
         problem=problem,
@@ -57,9 +65,8 @@ def claimed(record: Record, problem: solvers.SubsetProblem, certificate: Path) -
         iterations=record.iterations,
         seconds=record.seconds or 0.0,
         gap_tolerance=record.gap_tolerance,
-        certificate=(
-            load_certificate(certificate, record.certificate) if record.certificate else None
-        ),
+        certificate=evidence.certificate,
+        windows=evidence.windows,
     )
 
 
@@ -79,28 +86,12 @@ def answered(
     unproved
         What its bound rests on if there is no certificate.
     """
-    verified = solution.verify()
-    scale = solution.problem.scale or 1.0
-    bound, recomputed = _or_none(solution.lower_bound), _or_none(verified.lower_bound)
-    rests_on = unproved if recomputed is None else Proof.RECOMPUTED
+    said = solution.record(solution.verify())
+    rests_on = unproved if said.recomputed_bound is None else Proof.RECOMPUTED
     return dataclasses.replace(
         asked,
-        status=solution.status.name,
-        loss=verified.loss,
-        relative_loss=verified.loss / scale,
-        lower_bound=bound,
-        relative_bound=None if bound is None else bound / scale,
-        bound_from=solution.bound_from,
-        recomputed_bound=recomputed,
-        proof=Proof.NONE if bound is None else rests_on,
-        gap=None if bound is None else solution.gap,
+        **{name: getattr(said, name) for name in _SAID},
+        proof=Proof.NONE if said.lower_bound is None else rests_on,
         gap_tolerance=solution.gap_tolerance,
         certificate=certificate,
-        iterations=solution.iterations,
-        seconds=solution.seconds,
-        support=tuple(solution.support.tolist()),
     )
-
-
-def _or_none(value: float) -> float | None:
-    return value if math.isfinite(value) else None

@@ -252,14 +252,14 @@ class Study:
     ) -> Iterator[Task]:
         for name in design.backends:
             backend = solvers.backend_class(name)
-            if backend.kind is solvers.Kind.EXACT and instance.units > design.exact_units:
+            if backend.kind is solvers.BackendKind.EXACT and instance.units > design.exact_units:
                 continue
             known = {f.name for f in dataclasses.fields(cast(Any, backend))}
             limits = {
                 "time_limit": float(design.time_limit),
                 "gap_tolerance": float(design.gap_tolerance),
             }
-            exact = backend.kind is solvers.Kind.EXACT
+            exact = backend.kind is solvers.BackendKind.EXACT
             options = {k: v for k, v in limits.items() if exact and k in known}
             yield Task(self.directory, instance, keep, sparsities, name, options)
 

@@ -24,7 +24,7 @@ import solvers
 from osscar.core.errors import FileError, StudyError
 from osscar.core.files import digest, file_digest, write_json
 from osscar.study.answers import answered, claimed
-from osscar.study.certificates import save_certificate
+from osscar.study.certificates import save_evidence
 from osscar.study.records import Instance, Options, Proof, Record, read_record
 
 RECORDS = "records"
@@ -264,7 +264,7 @@ def solve_task(task: Task) -> Record:
     else:
         try:
             solution = solvers.solve(problem, task.backend, options=dict(task.options))
-            certificate = save_certificate(task.certificate_file, solution.certificate)
+            certificate = save_evidence(task.certificate_file, solution)
             record = answered(task.asked, solution, certificate, Proof.WORD)
         except solvers.ProblemError as error:
             record = dataclasses.replace(task.asked, error=str(error))

@@ -15,10 +15,11 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
-from solvers.bounds.quadratic import QuadraticBound, is_definite
-from solvers.bounds.removal import ConsumerRemoval, RemovalTerms, Rounding
+from solvers.bounds.quadratic import QuadraticBound
+from solvers.bounds.removal import ConsumerRemoval, RemovalTerms
 from solvers.certificate import LEAST_DIAGONAL
 from solvers.pivot import unit_rows
+from solvers.rounding import Rounding
 from solvers.tree_certificate import FREE, REMOVED
 
 _SQUARINGS = 6
@@ -37,8 +38,10 @@ class TermsBatch:
     ----------
     consumers
         A, (b, n w, n w), and W, (b, n w, m), of each.
-    constant, rounding
-        As in `RemovalTerms`.
+    constant
+        Loss with all units kept.
+    rounding
+        What rounding can have done.
     units
         The free units as the problem numbers them, (b, n) int64; arbitrary for fillers.
     free
@@ -168,6 +171,8 @@ def _condition(
     A, W = _square(consumer.A, f), _entries(consumer.W[f.index], f.filled[:, :, None])
     if r.index.shape[1] == 0:
         return ConsumerRemoval(A, W, consumer.width), A.new_zeros(len(A))
+    # With A_RR = L L': what is left is A_FF - C'C and W_F - C'h for C = inv(L) A_RF and
+    # h = inv(L) W_R, and |h|^2 is what the removed rows cost (`solvers.bounds.removal`).
     factor = torch.linalg.cholesky(_square(consumer.A, r))
     cross = consumer.A[r.index[:, :, None], f.index[:, None, :]]
     right = torch.cat([cross, consumer.W[r.index]], 2)
@@ -224,8 +229,7 @@ class BoundBatch:
     @classmethod
     def single(cls, bound: QuadraticBound) -> BoundBatch:
         """Return the bound of one node as a batch; it claims nothing if q does not dominate."""
-        valid = is_definite(bound.q, bound.Q)
-        cost = bound.q.new_tensor([bound.value if valid else -math.inf])
+        cost = bound.q.new_tensor([bound.value if bound.dominates else -math.inf])
         slopes = bound.slopes[None]
         magnitude = bound.q.new_tensor([bound.magnitude])
         ordered = slopes.sort(1).values
@@ -261,7 +265,8 @@ def bound_nodes(terms: TermsBatch, share: Tensor, shape: Tensor, steps: int) -> 
     share, shape = torch.where(free, share, 1.0), torch.where(free, shape, 1.0)
     parts = [c.aggregate(c.multipliers(share, shape)) for c in terms.consumers]
     a, Q = (sum(sums[1:], sums[0]) for sums in zip(*parts, strict=True))
-    growth, q = _dominating(Q, shape)
+    # Fillers get the largest q, so that they bend no step; their x stays 0, their slope infinite.
+    growth, q = _dominating(Q, shape, max(_MARGIN, terms.rounding.margin(Q.shape[-1])))
     q = torch.where(free, q, q.amax(1, keepdim=True))
     start = torch.where(free, share, 0.0)
     start = (start * (r / start.sum(1))[:, None]).clamp_(max=1.0)
@@ -274,8 +279,8 @@ def bound_nodes(terms: TermsBatch, share: Tensor, shape: Tensor, steps: int) -> 
     return BoundBatch(cost, slopes, ordered, q, x, growth, magnitude)
 
 
-def _dominating(Q: Tensor, shape: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the least multiples of ``shape o diag(Q)`` that dominate Q: factors, (b,), and q.
+def _dominating(Q: Tensor, shape: Tensor, margin: float) -> tuple[Tensor, Tensor]:
+    """Return multiples of ``shape o diag(Q)`` that dominate Q by a margin: factors, (b,), and q.
 
     No eigenvalue of P exceeds the 64th root of the Frobenius norm of P^64, and the largest comes
     within 3 % of it for n = 32: products are an order of magnitude cheaper than eigenvalues.
@@ -283,12 +288,13 @@ def _dominating(Q: Tensor, shape: Tensor) -> tuple[Tensor, Tensor]:
     d = Q.diagonal(dim1=1, dim2=2)
     largest = d.amax(1, keepdim=True)
     d = d.clamp(min=torch.where(largest > 0, LEAST_DIAGONAL * largest, 1.0)) * shape
+    # P = inv(D) Q inv(D) with D^2 = shape o diag(Q): its largest eigenvalue is the least factor.
     scale = d.rsqrt()
     power = Q * scale[:, :, None] * scale[:, None, :]
     for _ in range(_SQUARINGS):
         power = power @ power
     eigenvalue = power.square().sum((1, 2)).pow(0.5 / 2**_SQUARINGS).clamp(min=1e-3)
-    growth = eigenvalue * (1 + _MARGIN)
+    growth = eigenvalue * (1 + margin)
     return growth, d * growth[:, None]
 
 
@@ -303,9 +309,11 @@ def _minimize(
     x = y = start
     weight, momentum = 1 / q, torch.ones_like(a[:, :1])
     for _ in range(steps):
+        # y - gradient(y) / (2 q), where the gradient is 2 (a + q y - Q y) - q: q y cancels.
         target = torch.where(free, (_times(Q, y) - a) * weight + 0.5, _NEVER)
         new = _project(target, weight, removals)
         change = new - x
+        # Momentum that points uphill is dropped (O'Donoghue and Candes, 2015).
         restart = (((y - new) * q) * change).sum(1, keepdim=True) > 0
         following = (1 + (1 + 4 * momentum.square()).sqrt()) / 2
         y = torch.where(restart, new, new + change * ((momentum - 1) / following))
@@ -318,6 +326,8 @@ def _minimize(
 
 def _project(target: Tensor, weight: Tensor, total: Tensor) -> Tensor:
     """Project as `solvers.bounds.quadratic.project` does, row by row."""
+    # The sum of clip(target - tau weight, 0, 1) falls from n to 0 in tau, and bends where an entry
+    # leaves 1, at (target - 1) / weight, or reaches 0, at target / weight.
     n = target.shape[1]
     points, order = torch.cat([(target - 1) / weight, target / weight], 1).sort(1)
     slopes = torch.cat([weight, -weight], 1).gather(1, order).cumsum(1)

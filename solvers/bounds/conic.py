@@ -22,14 +22,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from solvers.backend import Capabilities, Kind
-from solvers.bounds.quadratic import QuadraticBound, is_definite
+from solvers.bounds.quadratic import QuadraticBound
 from solvers.bounds.relaxation import Effort, Relaxation, Start, relax
 from solvers.bounds.removal import RemovalTerms
+from solvers.certificate import MultiplierCertificate
 from solvers.errors import BackendError
 from solvers.problem import SubsetProblem
+from solvers.protocol import BackendKind, Capabilities, Selection, Status
 from solvers.refit import refit
-from solvers.solution import Selection, Status
 
 _RELAXATIONS = ("semidefinite", "second_order")
 _EFFORT = Effort(rounds=6, steps=200, tighten=False)
@@ -50,7 +50,7 @@ class Conic:
         Updates of the multipliers, each followed by one conic solve.
     """
 
-    kind: ClassVar[Kind] = Kind.BOUND
+    kind: ClassVar[BackendKind] = BackendKind.BOUND
     summary: ClassVar[str] = "convex relaxations by an interior-point solver; for small layers"
     capabilities: ClassVar[Capabilities] = Capabilities(max_units=80, devices=("cpu",))
     relaxation: str = "semidefinite"
@@ -84,18 +84,24 @@ class Conic:
         terms = RemovalTerms.of(problem)
         if terms.removals == 0:
             support = torch.arange(problem.units, device=problem.device)
-            return self._selection(terms.certified(0.0, 0.0), [_refitted(problem, support)])
-        current = relax(terms, _EFFORT, Start.cold(terms))
-        bound, found = current.value, [_rounded(problem, current)]
+            whole = _refitted(problem, support)
+            return self._selection(terms.certified(0.0, 0.0), None, [whole])
+        best = current = relax(terms, _EFFORT, Start.cold(terms))
+        found = [_rounded(problem, current)]
         for _ in range(self.rounds):
             solved = self._solve(current)
             found.append(_rounded(problem, solved))
-            bound = max(bound, solved.value)
+            best = solved if solved.value > best.value else best
             start = Start((solved.share + solved.bound.point) / 2, solved.bound.shape)
             current = relax(terms, Effort(rounds=1, steps=200, tighten=False), start)
-        return self._selection(bound, found)
+        return self._selection(*best.claim, found)
 
-    def _selection(self, bound: float, found: list[tuple[float, Tensor]]) -> Selection:
+    def _selection(
+        self,
+        bound: float,
+        certificate: MultiplierCertificate | None,
+        found: list[tuple[float, Tensor]],
+    ) -> Selection:
         loss, support = min(found, key=lambda pair: pair[0])
         return Selection(
             support,
@@ -104,6 +110,7 @@ class Conic:
             bound_from=f"{self.relaxation} relaxation by {self.solver}, re-evaluated in float64",
             iterations=self.rounds,
             history=(loss,),
+            certificate=certificate,
         )
 
     def _solve(self, relaxation: Relaxation) -> Relaxation:
@@ -112,8 +119,8 @@ class Conic:
         bound = relaxation.bound
         x, q = solve(bound, self.solver)
         point = torch.from_numpy(np.clip(x, 0.0, 1.0)).to(bound.point)
-        moved = replace(bound, point=point, q=_made_definite(torch.from_numpy(q), bound.Q))
-        return replace(relaxation, bound=moved)
+        moved = replace(bound, point=point, q=torch.from_numpy(q).to(bound.q))
+        return replace(relaxation, bound=_made_definite(moved))
 
 
 def _second_order(bound: QuadraticBound, solver: str) -> tuple[Any, Any]:
@@ -156,15 +163,16 @@ def _run(problem: Any, solver: str) -> None:
         )
 
 
-def _made_definite(q: Tensor, Q: Tensor) -> Tensor:
-    """Raise q, in growing steps, until ``Diag(q) - Q`` is certainly positive definite."""
-    q = torch.maximum(q, Q.diagonal())
+def _made_definite(bound: QuadraticBound) -> QuadraticBound:
+    """Raise q, in growing steps, until it dominates Q."""
+    Q = bound.Q
+    q = torch.maximum(bound.q, Q.diagonal())
     scale = q.rsqrt()
     largest = float(torch.linalg.eigvalsh(Q * scale[:, None] * scale)[-1])
-    q, step = q * max(largest, 1e-3), 1e-9
-    while not is_definite(q, Q):
-        q, step = q * (1 + step), 10 * step
-    return q
+    bound, step = replace(bound, q=q * max(largest, 1e-3)), bound.margin
+    while not bound.dominates:
+        bound, step = replace(bound, q=bound.q * (1 + step)), 2 * step
+    return bound
 
 
 def _rounded(problem: SubsetProblem, relaxation: Relaxation) -> tuple[float, Tensor]:

@@ -7,15 +7,14 @@ from typing import ClassVar
 
 import torch
 
-from solvers.backend import Capabilities, Kind
 from solvers.bounds.relaxation import Effort, Relaxation, Start, relax
 from solvers.bounds.removal import RemovalTerms
 from solvers.certificate import MultiplierCertificate
 from solvers.errors import BackendError
 from solvers.heuristics.local_search import LocalSearch
 from solvers.problem import SubsetProblem
+from solvers.protocol import BackendKind, Capabilities, Selection, Status
 from solvers.refit import refit
-from solvers.solution import Selection, Status
 
 BOUND_FROM = "perspective relaxation with common multipliers"
 
@@ -44,7 +43,7 @@ class Perspective:
         relaxation rounded.
     """
 
-    kind: ClassVar[Kind] = Kind.BOUND
+    kind: ClassVar[BackendKind] = BackendKind.BOUND
     summary: ClassVar[str] = "certified lower bound for layers of any size, with a rounded support"
     capabilities: ClassVar[Capabilities] = Capabilities()
     rounds: int = 6
@@ -91,4 +90,4 @@ class Perspective:
         if terms.removals == 0:
             return terms.certified(0.0, 0.0), None, None
         relaxation = relax(terms, Effort(self.rounds, self.steps, self.tighten), Start.cold(terms))
-        return relaxation.value, relaxation.certificate, relaxation
+        return *relaxation.claim, relaxation

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from solvers.bounds.quadratic import (
     QuadraticBound,
-    is_definite,
     minimize,
     scaled_diagonal,
     tighten,
@@ -69,7 +68,7 @@ class Relaxation:
     @property
     def value(self) -> float:
         """The certified lower bound of the loss, -inf if rounding forbids any."""
-        if not is_definite(self.bound.q, self.bound.Q):
+        if not self.bound.dominates:
             return -math.inf
         return self.terms.certified(self.bound.value, self.magnitude)
 
@@ -83,6 +82,12 @@ class Relaxation:
         """What the bound can be recomputed from, where the terms are those of a whole problem."""
         share = self.share.clamp(min=LEAST_SHARE, max=1.0)
         return MultiplierCertificate(share, self.shape, self.bound.q, self.bound.point)
+
+    @property
+    def claim(self) -> tuple[float, MultiplierCertificate | None]:
+        """The bound and its evidence; zero where rounding forbids any, which needs none."""
+        value = self.value
+        return (value, self.certificate) if math.isfinite(value) else (0.0, None)
 
     @property
     def magnitude(self) -> float:
@@ -160,13 +165,14 @@ def _alternate(terms: RemovalTerms, effort: Effort, start: Start, cutoff: float)
 def _update(terms: RemovalTerms, start: Start, steps: int, cutoff: float) -> Relaxation:
     a, Q = terms.aggregate(start.share, start.shape)
     Q = (Q + Q.T).div_(2)
-    q = scaled_diagonal(Q, start.shape)
+    margin = terms.rounding.margin(len(terms.units))
+    q = scaled_diagonal(Q, start.shape, margin)
     point = start.share * (terms.removals / float(start.share.sum()))
     first = Relaxation(
         terms,
         start.share,
         start.shape,
-        QuadraticBound(a, Q, terms.removals, q, point.clamp_(0.0, 1.0)),
+        QuadraticBound(a, Q, terms.removals, q, point.clamp_(0.0, 1.0), margin),
     )
     enough = terms.cost_reaching(cutoff, first.magnitude) if cutoff < math.inf else math.inf
     return replace(first, bound=minimize(first.bound, steps, enough=enough))

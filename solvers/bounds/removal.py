@@ -19,7 +19,6 @@ closer to its diagonal than A is, and the bound is never worse (Schur's product 
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -28,100 +27,7 @@ from torch import Tensor
 from solvers.certificate import LEAST_SHARE
 from solvers.pivot import equal_width, unit_rows
 from solvers.problem import Consumer, SubsetProblem
-
-_EPS = torch.finfo(torch.float64).eps
-
-
-@dataclass(frozen=True)
-class Rounding:
-    """How far exact losses can be from those that the computed A and W give.
-
-    Parameters
-    ----------
-    inverse
-        Any norm of ``I - H A`` bounds the eigenvalues of ``inv(H)^-1 A - I``, hence the relative
-        change of every c(R).
-    refit
-        Square root of ``tr(F' inv(H) F)`` with ``F = G - H W``: by how much ``sqrt(c(R))`` can
-        change.
-    unit
-        Rounding of the sums that evaluate a bound, relative to the sum of their magnitudes.
-    offset
-        Rounding of the constant, as `solvers.gram.quadratic_rounding` has it.
-    """
-
-    inverse: float
-    refit: float
-    unit: float
-    offset: float
-
-    @classmethod
-    def of(
-        cls, H: Tensor, A: Tensor, G: Tensor, W: Tensor, e: float, responses: int
-    ) -> tuple[Rounding, float]:
-        """Measure them, in units that give H a unit diagonal; return the constant as well.
-
-        Parameters
-        ----------
-        H, G, e
-            Quadratic terms.
-        A, W
-            Inverse and refit, as computed.
-        responses
-            How many columns G had before it was rotated into at most p.
-        """
-        p, m = W.shape
-        scale = H.diagonal().rsqrt()
-        spread = float((A / scale[:, None]).div_(scale).norm())
-        floor = 4 * _EPS * math.sqrt(p) * float((H * scale[:, None]).mul_(scale).norm()) * spread
-        product = (H @ A).mul_(scale[:, None]).div_(scale)
-        product.diagonal().sub_(1.0)
-        inverse = float(product.norm()) + floor
-        del product
-        # As e + tr(W'HW) - 2 tr(W'G): the rounding of W enters in second order only.
-        residual = H @ W - G
-        constant = e + float((W * (residual - G)).sum(1).sum())
-        refit = math.sqrt(max(float((residual * (A @ residual)).sum()), 0.0))
-        # The residual is itself a difference, and G may be a rotation: both round.
-        sizes = H.abs() @ W.abs() + G.abs()
-        steps = _EPS * (p + responses + 2)
-        refit += steps * math.sqrt(spread) * float((sizes * scale[:, None]).norm())
-        offset = _EPS * (2 * p + responses + 8) * (e + float((W.abs() * (sizes + G.abs())).sum()))
-        refit /= math.sqrt(max(1 - inverse, _EPS))
-        return cls(inverse, refit, _EPS * p * m, offset), constant
-
-    def certified(self, constant: float, spent: Tensor, cost: Tensor, magnitude: Tensor) -> Tensor:
-        """Turn lower bounds of costs into ones of exact losses, element by element.
-
-        Parameters
-        ----------
-        constant
-            Loss with all units kept, as computed.
-        spent, cost
-            Cost of what was removed, and bound of what removing the rest adds, as computed.
-        magnitude
-            Sum of the sizes of what was summed up in `cost`.
-        """
-        computed = (spent + cost - self.unit * (spent + magnitude)).clamp(min=0.0)
-        root = ((computed * max(1 - self.inverse, 0.0)).sqrt() - self.refit).clamp(min=0.0)
-        return (constant - self.offset - self.refit**2 + root.square()).clamp(min=0.0)
-
-    def cost_reaching(
-        self, loss: float, constant: float, spent: Tensor, magnitude: Tensor
-    ) -> Tensor:
-        """Return the least costs for which `certified` gives at least this loss."""
-        excess = max(loss - constant + self.offset + self.refit**2, 0.0)
-        computed = (math.sqrt(excess) + self.refit) ** 2 / max(1 - self.inverse, _EPS)
-        return computed * (1 + 8 * _EPS) + self.unit * (spent + magnitude) - spent
-
-    def __add__(self, other: Rounding) -> Rounding:
-        """Return what holds for the sum of two consumers."""
-        return Rounding(
-            max(self.inverse, other.inverse),
-            math.hypot(self.refit, other.refit),
-            max(self.unit, other.unit),
-            self.offset + other.offset,
-        )
+from solvers.rounding import Rounding
 
 
 @dataclass(frozen=True, eq=False)
@@ -164,6 +70,8 @@ class ConsumerRemoval:
 
         The units in neither stay.
         """
+        # Block elimination: with A_RR = L L', C = inv(L) A_RF and h = inv(L) W_R, what is left is
+        # A_FF - C'C and W_F - C'h, and the removed rows cost |h|^2.
         f, r = unit_rows(free, self.width), unit_rows(removed, self.width)
         A, W = self.A[f[:, None], f], self.W[f]
         if not len(r):
@@ -184,6 +92,8 @@ class ConsumerRemoval:
         where `shape` is 1.  In general it maximizes what is left of it by a bound whose diagonal is
         ``shape o diag(Q)`` (`solvers.bounds.quadratic`).
         """
+        # E over R of 2 tr(Y_R'W_R) - tr(Y_R'A_RR Y_R), with units independent: Y'W is weighted by
+        # x_i, off-diagonal blocks of A by x_i x_j, and its diagonal blocks by x_i.
         x = share.clamp(min=LEAST_SHARE, max=1.0)
         M = self.A.clone()
         diagonal = self._blocks(M).diagonal(dim1=-4, dim2=-2)

@@ -20,7 +20,6 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from solvers.backend import Capabilities, Kind
 from solvers.bounds.batch import BoundBatch, TermsBatch, bound_nodes
 from solvers.bounds.relaxation import Effort, Start, relax
 from solvers.bounds.removal import RemovalTerms
@@ -29,8 +28,8 @@ from solvers.exact.frontier import Frontier, Nodes
 from solvers.exact.tree import TreeRecord
 from solvers.heuristics.local_search import LocalSearch
 from solvers.problem import SubsetProblem
+from solvers.protocol import DEFAULT_GAP_TOLERANCE, BackendKind, Capabilities, Selection, Status
 from solvers.refit import loss_rounding, refit
-from solvers.solution import DEFAULT_GAP_TOLERANCE, Selection, Status
 from solvers.tree_certificate import KEPT, REMOVED, TreeCertificate
 
 _LEAF_SUPPORTS = 10
@@ -63,7 +62,7 @@ class BranchAndBound:
         Units to start the warm-starting local search from; by default it starts from greedy.
     """
 
-    kind: ClassVar[Kind] = Kind.EXACT
+    kind: ClassVar[BackendKind] = BackendKind.EXACT
     summary: ClassVar[str] = "own branch and bound on the perspective relaxation; needs no licence"
     capabilities: ClassVar[Capabilities] = Capabilities()
     time_limit: float = 60.0

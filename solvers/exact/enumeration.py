@@ -11,10 +11,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from solvers.backend import Capabilities, Kind
+from solvers.certificate import EnumerationCertificate
 from solvers.problem import NO_ROW, Consumer, SubsetProblem
+from solvers.protocol import DEFAULT_GAP_TOLERANCE, BackendKind, Capabilities, Selection, Status
 from solvers.refit import loss_rounding, refit
-from solvers.solution import DEFAULT_GAP_TOLERANCE, Selection, Status
 
 _EPS = torch.finfo(torch.float64).eps
 
@@ -26,7 +26,7 @@ _BATCH_ELEMENTS = 1 << 22
 class Enumerate:
     """Compute the loss of all ``C(n, k)`` supports, in batches, and return the best."""
 
-    kind: ClassVar[Kind] = Kind.EXACT
+    kind: ClassVar[BackendKind] = BackendKind.EXACT
     summary: ClassVar[str] = "every support, in batches; the ground truth for small problems"
     capabilities: ClassVar[Capabilities] = Capabilities(max_units=16)
 
@@ -63,6 +63,7 @@ class Enumerate:
             bound_from="enumeration of all supports",
             iterations=math.comb(problem.units, problem.keep),
             history=(best_loss,),
+            certificate=EnumerationCertificate(),
         )
 
 

@@ -22,7 +22,7 @@ class Nodes:
     bound
         A loss that no support below the node beats, (b,) float64.
     sides
-        On which side each unit is, (b, n) int8, as in `solvers.bounds.batch`.
+        On which side each unit is, (b, n) int8: `FREE`, `REMOVED` or `KEPT`.
     share
         For each unit, how likely it is removed; where the relaxation starts, (b, n).
     parent

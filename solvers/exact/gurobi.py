@@ -10,7 +10,6 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from solvers.backend import Capabilities, Kind
 from solvers.errors import BackendError
 from solvers.exact.outer_approximation import (
     TOLERANCE,
@@ -23,7 +22,7 @@ from solvers.exact.outer_approximation import (
 )
 from solvers.exact.perspective_miqp import REACH, PerspectiveConsumer, PerspectiveProgram
 from solvers.problem import SubsetProblem
-from solvers.solution import DEFAULT_GAP_TOLERANCE, Selection
+from solvers.protocol import DEFAULT_GAP_TOLERANCE, BackendKind, Capabilities, Selection
 
 _FORMULATIONS = ("auto", "perspective", "outer_approximation")
 _FREE_QUADRATIC_VARIABLES = 200
@@ -69,7 +68,7 @@ class Gurobi:
         Units to start the warm-starting local search from; by default it starts from greedy.
     """
 
-    kind: ClassVar[Kind] = Kind.EXACT
+    kind: ClassVar[BackendKind] = BackendKind.EXACT
     summary: ClassVar[str] = "perspective program, or lazy cuts; the free licence suffices"
     capabilities: ClassVar[Capabilities] = Capabilities(max_units=1999, devices=("cpu",))
     time_limit: float = 60.0

@@ -13,7 +13,6 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from solvers.backend import Capabilities, Kind
 from solvers.exact.outer_approximation import (
     TOLERANCE,
     Array,
@@ -23,7 +22,7 @@ from solvers.exact.outer_approximation import (
     keep_everything,
 )
 from solvers.problem import SubsetProblem
-from solvers.solution import DEFAULT_GAP_TOLERANCE, Selection
+from solvers.protocol import DEFAULT_GAP_TOLERANCE, BackendKind, Capabilities, Selection
 
 _FRACTIONAL_ROUNDS = 40
 _ROUND_PROGRESS = 1e-4
@@ -48,7 +47,7 @@ class Highs:
         Units to start the warm-starting local search from; by default it starts from greedy.
     """
 
-    kind: ClassVar[Kind] = Kind.EXACT
+    kind: ClassVar[BackendKind] = BackendKind.EXACT
     summary: ClassVar[str] = "outer approximation as a linear integer program, without a licence"
     capabilities: ClassVar[Capabilities] = Capabilities(max_units=200, devices=("cpu",))
     time_limit: float = 60.0

@@ -28,8 +28,8 @@ from solvers.errors import BackendError
 from solvers.heuristics.local_search import LocalSearch
 from solvers.pivot import solve_spd, unit_rows
 from solvers.problem import SubsetProblem
+from solvers.protocol import Selection, Status
 from solvers.refit import loss_rounding, refit
-from solvers.solution import Selection, Status
 
 Array = NDArray[np.float64]
 
@@ -163,7 +163,9 @@ class Search:
             Whether the time limit ended the search; if not, and a gap is left, rounding hides it.
         """
         cost = (cost_bound - SOLVER_SLACK) * self.unit
-        lower = max(self.terms.certified(cost, self.root.magnitude), self.root.value)
+        lower, certificate = self.terms.certified(cost, self.root.magnitude), None
+        if not lower > self.root.value:
+            lower, certificate = self.root.claim
         lower = min(lower, self.loss)
         rounding = loss_rounding(self.problem, refit(self.problem, self.support)[0])
         closed = self.loss - lower <= self.limits.gap_tolerance * self.loss + rounding
@@ -176,6 +178,7 @@ class Search:
             iterations=iterations,
             history=tuple(self.history),
             gap_tolerance=self.limits.gap_tolerance,
+            certificate=certificate,
         )
 
 

@@ -23,7 +23,7 @@ class TreeRecord:
     root
         The linearization of the first node, or None if that is enumerated.
     shape
-        As in `TreeCertificate`.
+        What the multipliers and q of all nodes but the root are scaled by, (n,).
     """
 
     def __init__(self, root: MultiplierCertificate | None, shape: Tensor) -> None:
@@ -39,8 +39,10 @@ class TreeRecord:
         ----------
         nodes
             As they were bounded.
-        point, growth
-            As in `TreeCertificate`, (b, n) and (b,).
+        point
+            Where each node is linearized, (b, n).
+        growth
+            Its q relative to ``shape * diag(Q)``, (b,); 0 if it was enumerated.
         """
         places = self._size + torch.arange(len(nodes), device=nodes.parent.device)
         self._size += len(nodes)

@@ -7,11 +7,10 @@ from typing import ClassVar
 
 import torch
 
-from solvers.backend import Capabilities, Kind
 from solvers.elimination import eliminate, support_after
 from solvers.problem import SubsetProblem
+from solvers.protocol import BackendKind, Capabilities, Selection, Status
 from solvers.refit import refit
-from solvers.solution import Selection, Status
 
 
 @dataclass(frozen=True)
@@ -22,7 +21,7 @@ class Greedy:
     by-product: ``path[k]`` is the loss with k units kept.
     """
 
-    kind: ClassVar[Kind] = Kind.HEURISTIC
+    kind: ClassVar[BackendKind] = BackendKind.HEURISTIC
     summary: ClassVar[str] = "exact one-at-a-time backward elimination (ZipLM order), whole path"
     capabilities: ClassVar[Capabilities] = Capabilities()
 

@@ -9,12 +9,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from solvers.backend import Capabilities, Kind
 from solvers.errors import BackendError
 from solvers.pivot import equal_width
 from solvers.problem import Consumer, SubsetProblem
+from solvers.protocol import BackendKind, Capabilities, Selection, Status
 from solvers.refit import refit
-from solvers.solution import Selection, Status
 
 
 @dataclass(frozen=True)
@@ -34,7 +33,7 @@ class GroupLasso:
         The most gradient steps for each.
     """
 
-    kind: ClassVar[Kind] = Kind.HEURISTIC
+    kind: ClassVar[BackendKind] = BackendKind.HEURISTIC
     summary: ClassVar[str] = "penalty on the norm of each unit, raised until k are left; refit"
     capabilities: ClassVar[Capabilities] = Capabilities()
     bisections: int = 24

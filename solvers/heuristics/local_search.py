@@ -7,13 +7,12 @@ from typing import ClassVar
 
 import torch
 
-from solvers.backend import Capabilities, Kind
 from solvers.elimination import eliminate, support_after
 from solvers.errors import BackendError
 from solvers.pivot import PivotState
 from solvers.problem import SubsetProblem
+from solvers.protocol import BackendKind, Capabilities, Selection, Status
 from solvers.refit import refit
-from solvers.solution import Selection, Status
 from solvers.swaps import best_swap
 
 _DRIFT_TOLERANCE = 1e-10
@@ -36,7 +35,7 @@ class LocalSearch:
         An exchange counts if it gains more than this share of the current loss.
     """
 
-    kind: ClassVar[Kind] = Kind.HEURISTIC
+    kind: ClassVar[BackendKind] = BackendKind.HEURISTIC
     summary: ClassVar[str] = "greedy start, then exact steepest swaps to a certified optimum"
     capabilities: ClassVar[Capabilities] = Capabilities()
     start: tuple[int, ...] | None = None

@@ -8,12 +8,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from solvers.backend import Capabilities, Kind
 from solvers.errors import BackendError
 from solvers.pivot import PivotState
 from solvers.problem import SubsetProblem
+from solvers.protocol import BackendKind, Capabilities, Selection, Status
 from solvers.refit import refit
-from solvers.solution import Selection, Status
 
 
 @dataclass(frozen=True)
@@ -35,7 +34,7 @@ class Multistage:
         The most batches of the local search; 0 turns it off.
     """
 
-    kind: ClassVar[Kind] = Kind.HEURISTIC
+    kind: ClassVar[BackendKind] = BackendKind.HEURISTIC
     summary: ClassVar[str] = "the paper's: t units removed a stage, then batches of swaps"
     capabilities: ClassVar[Capabilities] = Capabilities()
     stage_size: int | None = None

@@ -8,10 +8,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from solvers.backend import Capabilities, Kind
 from solvers.errors import BackendError
 from solvers.problem import NO_ROW, Consumer, SubsetProblem
-from solvers.solution import Selection, Status
+from solvers.protocol import BackendKind, Capabilities, Selection, Status
 
 
 def check_seed(backend: str, seed: int) -> None:
@@ -29,7 +28,7 @@ def check_seed(backend: str, seed: int) -> None:
 class _Scored:
     """Keep the `keep` units with the highest score; the first of equals stays."""
 
-    kind: ClassVar[Kind] = Kind.HEURISTIC
+    kind: ClassVar[BackendKind] = BackendKind.HEURISTIC
     capabilities: ClassVar[Capabilities] = Capabilities()
 
     @classmethod

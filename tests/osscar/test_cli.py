@@ -2,15 +2,19 @@
 
 import json
 import os
+import shutil
 import signal
+import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
+from pathlib import Path
 
 import pytest
 
 import osscar
 import osscar.checkpoint.directory
 from osscar.cli import main
+from osscar.models.language import DEMO_DIRECTORY
 from tests.osscar.families import tiny
 
 PROSE = "the quick brown fox jumps over the lazy dog and runs back again before night falls. " * 200
@@ -80,7 +84,7 @@ def test_prune_then_eval_then_inspect(run, text, tmp_path):
     status, out, err = run(*evaluate, "--text", other, "--json", tmp_path / "e")
     assert status == 0, err
     document = json.loads((tmp_path / "e").read_text())
-    assert document["schema"] == "osscar.eval/1"
+    assert document["schema"] == "osscar.eval/2"
     assert document["ratios"]["parameters"] < 1
     assert document["model"]["quality"]["windows"] == 2
 
@@ -131,6 +135,9 @@ BAD = [
     (["--sparsity", "0"], "sparsity is 0"),
     (["--sparsity", "0.999"], "keeps none"),
     (["--neurons", "641"], "cannot keep 641 units"),
+    (["--neurons", "1e-99999999"], "cannot read '1e-99999999'"),
+    (["--neurons", "1" * 5000], "cannot read '1111"),
+    (["--samples", "1000000", "--seqlen", "1" * 400, "--neurons", "0.5"], "can be held"),
     (["--heads", "nine"], "cannot read 'nine'"),
     ([], "nothing to prune"),
     (["--neurons", "0.5", "--backend", "magic"], "there is no backend 'magic'"),
@@ -266,6 +273,61 @@ def test_a_model_that_is_not_finite_is_refused_by_name(run, text, tmp_path):
     assert status == 2
     assert "fc2.weight" in err
     assert not (tmp_path / "small").exists()
+
+
+HOSTILE = "a\x1b]0;owned\x07\x1b[31m\n[/red][bold]\u202e:smile:"
+"""Sets a terminal's title and colour, starts a line of its own, and is markup."""
+
+
+@pytest.mark.parametrize("command", ["inspect", "eval", "prune"])
+def test_names_are_shown_as_they_are_and_do_nothing(run, text, tmp_path, monkeypatch, command):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(DEMO_DIRECTORY, HOSTILE)
+    arguments = {
+        "inspect": (HOSTILE,),
+        "eval": (HOSTILE, "--windows", 1, "--seqlen", 32, "--against", HOSTILE),
+        "prune": small_prune(text, HOSTILE + "out", "--neurons", "0.5")[1:],
+    }[command]
+    status, out, err = run(command, *arguments)
+    assert status == 0, err
+    missing = run(command, HOSTILE + "\udc80/no", *arguments[1:])
+    assert missing[0] == 2
+    assert missing[2].count("\n") == 1
+    for shown in (out, err, *missing[1:]):
+        assert all(c.isprintable() or c == "\n" for c in shown)
+    assert r"a\x1b]0;owned\x07\x1b[31m" in missing[2]
+    if command != "inspect":
+        assert r"red][bold]\u202e:smile:" in out
+
+
+def test_a_console_that_knows_no_unicode_is_written_to(tmp_path):
+    code = "from osscar.cli import main; main()"
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii", "OMP_NUM_THREADS": "1"}
+    for arguments in (["backends"], ["inspect", "na\u00efve/\u672c/model"]):
+        command = [sys.executable, "-c", code, *arguments]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert "Traceback" not in done.stderr
+        assert done.stdout or r"na\xefve" in done.stderr
+
+
+@pytest.mark.parametrize("place", ["pipe.txt", "pipe", "/dev/zero"])
+def test_what_never_ends_is_not_read(run, text, tmp_path, monkeypatch, place):
+    monkeypatch.chdir(tmp_path)
+    for name in ("pipe.txt", "pipe"):
+        os.mkfifo(name)
+    Path("model").mkdir()
+    os.mkfifo("model/config.json")
+    status, _, err = run(*small_prune(place, tmp_path / "small", "--neurons", "0.5"))
+    assert (status, "is a pipe or a device" in err) == (2, True)
+    status, _, err = run("eval", "demo", "--text", place)
+    assert (status, "is a pipe or a device" in err) == (2, True)
+    status, _, err = run("eval", "model")
+    assert status == 2
+
+
+def test_a_batch_of_none_is_refused(run):
+    status, _, err = run("eval", "demo", "--batch-size", "0", "--windows", "1")
+    assert (status, "must be at least 1, not 0" in err) == (2, True)
 
 
 def test_help_names_every_command(run):

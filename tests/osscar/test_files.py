@@ -100,9 +100,9 @@ def test_what_cannot_be_read_at_all_is_the_same_error(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")  # which would never come to an end
     for name, reason in (
         ("bytes", "it is not UTF-8"),
-        ("large", "it is larger than 100 bytes"),
-        ("directory", "it is not a file"),
-        ("pipe", "it is not a file"),
+        ("large", "it has more than 100 bytes"),
+        ("directory", "Is a directory"),
+        ("pipe", "it is a pipe or a device, not a file"),
         ("missing", "No such file"),
         ("x" * 300, "File name too long"),
     ):

@@ -16,8 +16,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, OPTForCausalLM
 
+import osscar
 from osscar.core.devices import resolve_device, resolve_dtype
 from osscar.core.errors import (
+    CheckpointError,
     DeviceError,
     DownloadError,
     MissingDependency,
@@ -28,6 +30,7 @@ from osscar.core.errors import (
 from osscar.core.modules import check_finite_weights
 from osscar.models import wheels
 from osscar.models.language import DEMO_DIRECTORY, load_model
+from osscar.models.open import open_model
 from osscar.models.wheels import (
     PACKAGED_MODELS,
     PackagedModel,
@@ -93,9 +96,7 @@ class TestDirectories:
         (checkpoint / "osscar_plan.json").write_text('{"format": "osscar-plan/1", "plans": []}')
         model = AutoModelForCausalLM.from_pretrained(DEMO_DIRECTORY)
         asked = []
-        monkeypatch.setattr(
-            "osscar.checkpoint.directory.load", lambda path: asked.append(path) or model
-        )
+        monkeypatch.setattr("osscar.models.language.load", lambda path: asked.append(path) or model)
         assert load_model(checkpoint, dtype="float32").model is model
         assert asked == [checkpoint]
         assert model.dtype is torch.float32
@@ -133,6 +134,34 @@ class TestDirectories:
         (checkpoint / "foreign.py").write_text(f"open({str(witness)!r}, 'w').close()\n")
         with pytest.raises(ModelError, match=r"brings its own code.*--trust-remote-code"):
             load_model(checkpoint)
+        assert not witness.exists()
+
+    def test_nobody_is_asked_whether_to_run_code(self, checkpoint, tmp_path, monkeypatch):
+        """Whatever standard input would answer; with a plan beside the weights, and without."""
+        monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked"))
+        witness = tmp_path / "code-ran"
+        config = json.loads((checkpoint / "config.json").read_text())
+        own = {"AutoConfig": "foreign.Config", "AutoModelForCausalLM": "foreign.Model"}
+        changed = {**config, "model_type": "foreign", "architectures": ["F"], "auto_map": own}
+        (checkpoint / "config.json").write_text(json.dumps(changed))
+        tokenizer = json.loads((checkpoint / "tokenizer_config.json").read_text())
+        own = {"tokenizer_class": "F", "auto_map": {"AutoTokenizer": ["foreign.T", "foreign.T"]}}
+        (checkpoint / "tokenizer_config.json").write_text(json.dumps({**tokenizer, **own}))
+        (checkpoint / "foreign.py").write_text(
+            f"open({str(witness)!r}, 'w').close()\n"
+            "from transformers import OPTConfig as Config, OPTForCausalLM as Model\n"
+        )
+        with pytest.raises(CheckpointError, match="names code that the checkpoint brings along"):
+            osscar.load(checkpoint)
+        for answer in (False, None, "no"):
+            with pytest.raises(ModelError, match="brings its own code"):
+                load_model(checkpoint, trust_remote_code=answer)
+        (checkpoint / "osscar_plan.json").write_text(
+            json.dumps({"format": "osscar-plan/1", "plans": []})
+        )
+        for open_ in (load_model, osscar.load, lambda path: open_model(str(path))):
+            with pytest.raises(CheckpointError, match="names code that the checkpoint brings"):
+                open_(checkpoint)
         assert not witness.exists()
 
     def test_broken_weights(self, checkpoint):
@@ -345,6 +374,14 @@ class TestPackaged:
             fetch(made_up, cache=cache, download=download)
         assert leftovers(cache) == {"wheels"}
         monkeypatch.setattr(wheels, "_convert", good)
+        fetch(made_up, cache=cache, download=download)
+        assert len(download.directories) == 1
+
+    def test_a_kept_wheel_is_hashed_again(self, made_up, cache, download):
+        kept = cache / "wheels" / f"made-up-1.0-{made_up.sha256[:12]}.whl"
+        kept.parent.mkdir(parents=True)
+        with zipfile.ZipFile(kept, "w") as archive:
+            archive.writestr("made_up/model.gguf", b"somebody else's")
         fetch(made_up, cache=cache, download=download)
         assert len(download.directories) == 1
 

@@ -1,12 +1,12 @@
 """The pipeline on every family: what it computes, what it removes, and what it refuses."""
 
 import copy
-from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
+import graph
 import osscar
 import solvers
 from graph.groups import CouplingGroup, Role, Slot, UnitKind
@@ -275,7 +275,8 @@ def test_a_wrong_group_is_caught_by_the_proof(monkeypatch):
         Slot(f"{block}.fc2.weight", 1, Role.CONSUMER, f"{block}.fc2", 40),
     )
     group = CouplingGroup("broken", UnitKind.NEURONS, 40, slots, 1)
-    traced = SimpleNamespace(groups=(group,), operators=())
+    operator = graph.Operator("linear", "aten.linear.default", block, 0, (), ())
+    traced = graph.DependencyGraph((group,), (operator,))
     monkeypatch.setattr("graph.trace", lambda *_: traced)
     assert osscar.prune(tiny("opt"), tokens(), neurons="0.5", device="cpu").layers
 

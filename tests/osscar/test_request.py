@@ -46,6 +46,15 @@ def test_what_cannot_be_kept_is_refused_with_its_value(text):
 
 
 @pytest.mark.parametrize(
+    "value",
+    ["1e-99999999", "1e99999999", "9" * 5000, "1/" + "9" * 5000, 10**4000, float("inf"), "0x1"],
+)
+def test_numbers_that_nobody_could_compute_with_are_refused_at_once(value):
+    with pytest.raises(RequestError, match=r"cannot (read|keep)"):
+        parse_keep(value)
+
+
+@pytest.mark.parametrize(
     ("asked", "kept"),
     [
         (Asked(0.3), {"0.heads": 6, "0.neurons": 1075}),

@@ -14,7 +14,7 @@ import torch
 from osscar.core.errors import CalibrationError, MissingDependency, TextError
 from osscar.data import prose as topics
 from osscar.data.prose import Part, builtin_text, split_paragraphs, topic_part
-from osscar.data.text import encode, read_text, split_text
+from osscar.data.text import encode, read_text
 from osscar.data.tokens import load_calibration, text_windows
 from osscar.models.language import DEMO_DIRECTORY
 
@@ -267,25 +267,6 @@ class TestBuiltinText:
                 load_calibration(None, tokenizer)
         finally:
             topics._split_topics.cache_clear()
-
-
-class TestSplit:
-    def test_parts_are_whole_lines_and_all_of_the_text(self):
-        text = "".join(f"line {number}\n" for number in range(100))
-        first, second = split_text(text, 0.3)
-        assert first + second == text
-        assert first.endswith("\n")
-        assert 0.3 * len(text) < len(first) < 0.33 * len(text)
-
-    @pytest.mark.parametrize("fraction", [0.0, 1.0, -0.5, float("nan")])
-    def test_fraction_out_of_range(self, fraction):
-        with pytest.raises(TextError, match="between 0 and 1"):
-            split_text("a\nb\n", fraction)
-
-    @pytest.mark.parametrize("text", ["one line", "one line\n", ""])
-    def test_nowhere_to_cut(self, text):
-        with pytest.raises(TextError, match="no line ends there"):
-            split_text(text, 0.5)
 
 
 def test_paths_and_names_are_told_apart(tokenizer, tmp_path, monkeypatch):

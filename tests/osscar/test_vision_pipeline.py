@@ -8,7 +8,6 @@ from torch import nn
 
 import graph
 import osscar
-from graph import residual_groups
 from graph.groups import Role, UnitKind
 from osscar.core.errors import (
     CalibrationError,
@@ -157,7 +156,7 @@ def test_a_shrunk_model_can_be_pruned_again_and_trained(pruned):
 
 def test_sums_are_residual_and_gates_are_not():
     traced = graph.trace(small_net(), (images(2),))
-    assert residual_groups(traced) == {"stem.0.channels"}
+    assert graph.residual_groups(traced) == {"stem.0.channels"}
     gated = traced.group("blocks.0.expand.channels")
     assert len(gated.producers) == 2
     assert gated.kind is UnitKind.CHANNELS

@@ -10,7 +10,15 @@ import numpy as np
 import pytest
 import torch
 
-from solvers import BackendError, Kind, Status, backend_class, backend_names, make_backend, solve
+from solvers import (
+    BackendError,
+    BackendKind,
+    Status,
+    backend_class,
+    backend_names,
+    make_backend,
+    solve,
+)
 from tests.solvers.instances import INSTANCES, exact_optimum
 
 TOLERANCE = 1e-8
@@ -85,10 +93,10 @@ def test_never_beats_the_optimum_and_the_bound_never_lies_above_it(backend, inst
     if math.isfinite(solution.lower_bound):
         assert solution.bound_from
         assert 0 <= solution.gap <= 1
-    if cls.kind is Kind.EXACT:
+    if cls.kind is BackendKind.EXACT:
         assert solution.status is Status.OPTIMAL
         assert solution.loss == pytest.approx(instance.optimum(), abs=slack)
-    if cls.kind is Kind.BOUND:
+    if cls.kind is BackendKind.BOUND:
         assert math.isfinite(solution.lower_bound)
 
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from solvers import BackendError, Status, SubsetProblem, VerificationError, solve
 from solvers.bounds.quadratic import is_definite, project, scaled_diagonal
 from solvers.bounds.removal import RemovalTerms
-from solvers.certificate import MultiplierCertificate
+from solvers.certificate import EnumerationCertificate, MultiplierCertificate
 from solvers.problem import Consumer
 from tests.solvers.instances import INSTANCES
 
@@ -114,7 +114,7 @@ def test_any_evidence_gives_a_valid_bound():
         share, point = torch.rand(2, 8, generator=generator).double().clamp(min=0.05)
         large = torch.full((8,), 1e6).double()
         certificate = MultiplierCertificate(share, torch.ones(8).double(), large, point)
-        assert certificate.bound(problem) <= optimum
+        assert certificate.bound(problem).value <= optimum
 
 
 def test_many_responses_beat_the_classical_diagonal():
@@ -139,7 +139,7 @@ def test_bound_is_attached_to_heuristics_on_request():
     assert solution.certificate is not None
     solution.verify()
     exact = solve(problem, "enumerate", bound=True)
-    assert exact.certificate is None
+    assert isinstance(exact.certificate, EnumerationCertificate)
     assert exact.status is Status.OPTIMAL
 
 

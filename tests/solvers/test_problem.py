@@ -14,9 +14,9 @@ import torch
 
 from solvers import (
     BackendError,
+    BackendKind,
     Capabilities,
     Consumer,
-    Kind,
     ProblemError,
     SubsetProblem,
     quadratic_loss,
@@ -69,6 +69,16 @@ BAD_FIELDS = {
     "damping is NaN": ({"damping": math.nan}, r"damping is nan; it must be finite"),
     "damping is negative": ({"damping": -3}, r"damping is -3.0; it must be finite"),
     "H is complex": ({"H": torch.eye(4, dtype=torch.complex128)}, r"H must hold real numbers"),
+    "G is complex": (
+        {"G": torch.ones(4, 2) * 1j},
+        r"G must hold real numbers, not torch.complex64",
+    ),
+    "W0 is complex": ({"W0": np.ones((4, 2)) * 1j}, r"W0 must hold real numbers, not torch.compl"),
+    "e is complex": ({"e": 1j}, r"e is 1j; it must be a number"),
+    "H is quantized": (
+        {"H": torch.quantize_per_tensor(torch.eye(4), 0.1, 0, torch.qint8)},
+        r"H must hold real numbers, not torch.qint8",
+    ),
     "H is nowhere": ({"H": torch.eye(4, device="meta")}, r"H must hold real numbers, not .* meta"),
     "H is missing": ({"H": None}, r"H must be a tensor of numbers, not of NoneType"),
     "rows are text": ({"rows": [["a"]] * 4}, r"rows must be a tensor of numbers, not of list"),
@@ -123,7 +133,7 @@ def test_an_indefinite_hessian_is_refused(tmp_path):
 class Unreachable:
     """Fails the test that lets it start."""
 
-    kind: ClassVar = Kind.HEURISTIC
+    kind: ClassVar = BackendKind.HEURISTIC
     summary: ClassVar = "never runs"
     capabilities: ClassVar = Capabilities()
 
@@ -191,11 +201,12 @@ def test_an_ill_posed_problem_is_found_out_once(monkeypatch):
 
     monkeypatch.setattr(problem_module, "is_definite", counted)
     problem = SubsetProblem((Consumer(**fields()),), 3)
-    for keep in (1, 2, 3):
-        solve(problem.with_keep(keep), "greedy", device="cpu").verify()
+    solutions = [solve(problem.with_keep(keep), "greedy", device="cpu") for keep in (1, 2, 3)]
     assert len(checks) == 1
+    solutions[0].verify()
+    assert len(checks) == 2, "a check that believes nothing looks for itself"
     solve(SubsetProblem.from_gram(*gram(), keep=2), "greedy")
-    assert len(checks) == 1
+    assert len(checks) == 2
 
 
 def test_from_gram_never_refuses_the_target_that_it_computes():
@@ -253,6 +264,8 @@ BAD_GRAMS = {
     "units flat array": ({"units": np.arange(4)}, r"whole numbers, not torch.int64 of \(4,\)"),
     "H missing": ({"H": None}, r"H must be a tensor of numbers, not of NoneType"),
     "H complex": ({"H": torch.eye(4) * 1j}, r"H must hold real numbers, not torch.complex64"),
+    "G complex": ({"G": torch.ones(4, 2) * 1j, "e": 1.0}, r"G must hold real numbers, not torch"),
+    "W0 complex": ({"W0": torch.ones(4, 2) * 1j}, r"W0 must hold real numbers, not torch.compl"),
     "H asymmetric": ({"H": torch.eye(4).triu() + torch.ones(4, 4).triu(1)}, r"H is not symmetric"),
     "H overflows": ({"H": 1e200 * torch.eye(4).double()}, r"H has entries up to 1e\+200, whose"),
     "W0 overflows": ({"W0": 1e160 * torch.ones(4, 2).double()}, r"W0 has entries up to 1e\+160"),
@@ -480,3 +493,54 @@ def test_properties():
     support = torch.tensor([1, 4])
     rows = sorted(r for unit in consumer.rows[support].tolist() for r in unit if r >= 0)
     assert consumer.support_rows(support).tolist() == rows
+
+
+@pytest.mark.parametrize(
+    "kind", ["int8", "uint8", "uint16", "int32", "bool", "float16", "bfloat16"]
+)
+def test_matrices_of_any_real_format(kind):
+    H, W0 = 3 * torch.eye(4) + 1, torch.arange(8).reshape(4, 2) % 2
+    kind = getattr(torch, kind)
+    if kind is torch.bool:
+        H = torch.eye(4)
+    made = SubsetProblem.from_gram(H.to(kind), W0.to(kind), keep=2, damp=0.0)
+    expected = SubsetProblem.from_gram(H.double(), W0.double(), keep=2, damp=0.0)
+    assert torch.equal(made.consumers[0].H, expected.consumers[0].H)
+    assert solve(made, "greedy").loss == pytest.approx(solve(expected, "greedy").loss)
+
+
+@pytest.mark.parametrize("scale", [1e-60, 1e-46, 1e39, 1e60])
+def test_dead_inputs_of_any_scale(scale):
+    """What fills their diagonal is not rounded to float32, in which this mean has no place."""
+    H, W0 = gram()
+    H[1], H[:, 1] = 0, 0
+    expected = SubsetProblem.from_gram(H, W0, keep=2)
+    problem = SubsetProblem.from_gram(H * scale, W0, keep=2)
+    torch.testing.assert_close(problem.consumers[0].H / scale, expected.consumers[0].H)
+    assert problem.dead.tolist() == [1]
+    for backend in ("enumerate", "local_search", "perspective", "branch_and_bound"):
+        solution = solve(problem, backend)
+        solution.verify()
+        assert solution.loss / scale == pytest.approx(solve(expected, backend).loss, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    "name", ["a\nb", "\x1b[31mred", "a\x00", "\u202eabc", "\ud800", None, b"a"]
+)
+def test_names_that_a_terminal_cannot_bear(name):
+    H, W0 = gram()
+    with pytest.raises(ProblemError, match=r"^name is .*; it must be a string") as error:
+        SubsetProblem.from_gram(H, W0, keep=2, name=name)
+    assert str(error.value).isprintable()
+
+
+def test_what_is_no_consumer():
+    H, W0 = gram()
+    for consumers in (None, 5, "consumers", [H], (None,), [[]]):
+        with pytest.raises(ProblemError, match="consumers must be a tuple of Consumer"):
+            SubsetProblem(consumers, 1)
+    for value in (object(), "H", [[1, "a"]], [[1], [1, 2]], {}, [None]):
+        with pytest.raises(ProblemError, match="H must be"):
+            Consumer.from_gram(value, W0)
+        with pytest.raises(ProblemError, match=r"W0 must be|neither empty"):
+            Consumer.from_gram(H, value)

@@ -14,14 +14,16 @@ import torch
 
 from solvers import (
     BackendError,
+    BackendKind,
     Capabilities,
-    Kind,
+    ProblemError,
     Selection,
     Status,
-    backend,
+    backend_class,
     backend_names,
     backends,
     make_backend,
+    registry,
     solve,
 )
 from solvers.heuristics.local_search import LocalSearch
@@ -34,11 +36,11 @@ PLUGIN = """
 from dataclasses import dataclass
 from typing import ClassVar
 import torch
-from solvers import Capabilities, Kind, Selection, Status
+from solvers import Capabilities, BackendKind, Selection, Status
 
 @dataclass(frozen=True)
 class First:
-    kind: ClassVar = Kind.HEURISTIC
+    kind: ClassVar = BackendKind.HEURISTIC
     summary: ClassVar = "the first units"
     capabilities: ClassVar = Capabilities(wide_units=False, several_consumers=False, max_units=9)
     offset: int = 0
@@ -66,9 +68,9 @@ def installed(tmp_path, monkeypatch):
         "no_class = their_package:Second\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
-    backend._registered.cache_clear()
+    registry._registered.cache_clear()
     yield
-    backend._registered.cache_clear()
+    registry._registered.cache_clear()
     sys.modules.pop("their_package", None)
 
 
@@ -125,7 +127,7 @@ def test_unknown_backend():
 
 
 def test_nothing_registered(monkeypatch):
-    monkeypatch.setattr(backend, "_registered", dict)
+    monkeypatch.setattr(registry, "_registered", dict)
     with pytest.raises(BackendError, match="no backend is registered; install the package"):
         solve(PROBLEM)
 
@@ -233,7 +235,7 @@ def test_a_backend_object_brings_its_options():
 
 @dataclass(frozen=True)
 class Elsewhere:
-    kind: ClassVar = Kind.HEURISTIC
+    kind: ClassVar = BackendKind.HEURISTIC
     summary: ClassVar = "computes on another device only"
     capabilities: ClassVar = Capabilities(several_consumers=False, devices=("cuda",))
 
@@ -307,3 +309,36 @@ def test_multistage_keeps_the_best_batch():
     without = solve(problem, "multistage", stage_size=5, max_batches=0)
     assert with_swaps.loss <= without.loss
     assert with_swaps.history[0] == pytest.approx(without.loss)
+
+
+@pytest.mark.parametrize("problem", [None, "problem", 5, PROBLEM.consumers, PROBLEM.consumers[0]])
+def test_what_is_no_problem(problem):
+    with pytest.raises(ProblemError, match=r"^problem is .*; it must be a SubsetProblem$"):
+        solve(problem)
+
+
+@pytest.mark.parametrize("backend", [5, None, 2.5, [], {}, LocalSearch, object(), b"greedy"])
+def test_what_is_no_backend(backend):
+    with pytest.raises(BackendError, match=r"^backend is .*; give a registered name, or a backend"):
+        solve(PROBLEM, backend)
+
+
+@pytest.mark.parametrize("name", [5, None, [], b"greedy"])
+def test_what_is_no_name_of_a_backend(name):
+    for function in (make_backend, backend_class):
+        with pytest.raises(BackendError, match=r"^backend is .*; give the name of one: .*greedy"):
+            function(name)
+
+
+def test_other_arguments_of_a_wrong_type():
+    for bound in (None, 1, "yes"):
+        with pytest.raises(BackendError, match=r"^bound is .*; it must be True or False$"):
+            solve(PROBLEM, bound=bound)
+    for device in ("nonsense", 2.5, [], "meta", "cuda:99"):
+        with pytest.raises(
+            BackendError, match=r"^device is .*; nothing can be computed there|on meta"
+        ):
+            solve(PROBLEM, device=device)
+    for options in (5, "seed=3", [("seed", 3)]):
+        with pytest.raises(BackendError, match=r"^options is .*; it must map names to values$"):
+            solve(PROBLEM, "random", options=options)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import math
 from dataclasses import replace
 
@@ -17,6 +19,7 @@ from solvers import (
     quadratic_loss,
     refit,
     solve,
+    verification,
 )
 from tests.solvers.instances import INSTANCES
 
@@ -61,7 +64,7 @@ def test_accepts_an_honest_solution(instance):
 @pytest.mark.parametrize("factor", [0.99, 1.01, math.nan])
 def test_wrong_loss(instance, factor):
     solution = exact(instance)
-    with pytest.raises(VerificationError, match="when recomputed, claimed"):
+    with pytest.raises(VerificationError, match=r"when recomputed, claimed|loss is nan; it must"):
         replace(solution, loss=solution.loss * factor, lower_bound=-math.inf).verify()
 
 
@@ -87,8 +90,8 @@ def test_weights_of_a_wrong_shape_or_value_or_number():
     solution = exact(INSTANCES["scalar"])
     (W,) = solution.weights
     for weights, message in [
-        ((W[:-1],), "wrong shape or are not finite"),
-        ((torch.full_like(W, torch.nan),), "wrong shape or are not finite"),
+        ((W[:-1],), "wrong shape or device, or are not finite"),
+        ((torch.full_like(W, torch.nan),), "wrong shape or device, or are not finite"),
         ((W, W), "weights for 2 of 1 consumers"),
     ]:
         with pytest.raises(VerificationError, match=message):
@@ -149,7 +152,7 @@ def test_what_cannot_be_recomputed_is_not_verified(monkeypatch):
     def fails(*_):
         torch.linalg.cholesky(-torch.eye(2))
 
-    monkeypatch.setattr(Solution, "_best_swap_gain", fails)
+    monkeypatch.setattr(verification, "_check_exchanges", fails)
     with pytest.raises(VerificationError, match="cannot be recomputed, H is too close to singular"):
         solution.verify()
 
@@ -204,3 +207,31 @@ def test_gap():
     assert replace(solution, lower_bound=solution.loss / 4).gap == pytest.approx(0.75)
     assert replace(solution, lower_bound=-1.0).gap == 1
     assert replace(solution, lower_bound=0.0, loss=0.0).gap == 0
+
+
+def test_the_record_is_what_json_can_hold():
+    problem = INSTANCES["target"].problem
+    for backend in ("greedy", "enumerate", "perspective"):
+        solution = solve(problem, backend)
+        for checked in (None, solution.verify()):
+            record = solution.record(checked)
+            fields = dataclasses.asdict(record)
+            assert json.loads(json.dumps(fields, allow_nan=False))["backend"] == backend
+            assert record.support == tuple(solution.support.tolist())
+            assert record.status == solution.status.name
+            assert record.relative_loss == pytest.approx(record.loss / problem.scale)
+            assert (record.gap is None) == (record.lower_bound is None) == (backend == "greedy")
+            assert (record.recomputed_bound is None) == (checked is None or backend == "greedy")
+    assert record.proved_optimal is False
+    exact_record = exact(INSTANCES["target"]).record()
+    assert exact_record.proved_optimal
+    assert exact_record.relative_bound == pytest.approx(exact_record.relative_loss)
+
+
+def test_the_record_of_a_word_has_no_recomputed_bound():
+    solution = replace(exact(INSTANCES["target"]), certificate=None)
+    record = solution.record(solution.verify())
+    assert record.recomputed_bound is None
+    assert record.lower_bound is not None
+    silent = SubsetProblem.from_gram(torch.zeros(3, 3), torch.ones(3, 2), keep=1)
+    assert solve(silent, "greedy").record().relative_loss == 0.0

@@ -8,14 +8,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from solvers.backend import Capabilities, Kind
 from solvers.errors import BackendError
 from solvers.exact.branch_and_bound import BranchAndBound
 from solvers.heuristics.local_search import LocalSearch
 from solvers.heuristics.scores import check_seed
 from solvers.problem import SubsetProblem
+from solvers.protocol import BackendKind, Capabilities, Selection, Status, WindowCertificate
 from solvers.refit import refit
-from solvers.solution import Selection, Status
+from solvers.tree_certificate import TreeCertificate
 from solvers.windows import apply_window, borderline_window, random_window, window_problem
 
 
@@ -42,7 +42,7 @@ class WindowSearch:
         Of the random windows.
     """
 
-    kind: ClassVar[Kind] = Kind.HEURISTIC
+    kind: ClassVar[BackendKind] = BackendKind.HEURISTIC
     summary: ClassVar[str] = "swap optimum, then improved exactly within windows of units"
     capabilities: ClassVar[Capabilities] = Capabilities()
     units: int = 24
@@ -73,7 +73,7 @@ class WindowSearch:
         count = 0 if problem.keep == problem.units else self.windows
         if size == problem.units:
             count = min(count, 1)
-        solved = True
+        proofs: list[WindowCertificate | None] = []
         for index in range(count):
             units = (
                 random_window(problem, support, size, generator)
@@ -81,18 +81,22 @@ class WindowSearch:
                 else borderline_window(problem, support, size)
             )
             found = self._solve(problem, support, units)
-            solved &= found.status is Status.OPTIMAL
             better = apply_window(support, units, found.support)
             loss = refit(problem, better)[1]
             if loss < history[-1]:
                 support = better
                 history.append(loss)
-                solved = found.status is Status.OPTIMAL
+                proofs.clear()
+            proofs.append(_proof(units, found))
+        windows = tuple(proof for proof in proofs if proof is not None)
+        solved = 0 < len(windows) == len(proofs)
         return Selection(
             support,
-            Status.WINDOW_OPTIMAL if count and solved else Status.FEASIBLE,
+            Status.WINDOW_OPTIMAL if solved else Status.FEASIBLE,
             iterations=count,
             history=tuple(history),
+            gap_tolerance=self.gap_tolerance,
+            windows=windows if solved else (),
         )
 
     def _solve(self, problem: SubsetProblem, support: Tensor, units: Tensor) -> Selection:
@@ -103,3 +107,10 @@ class WindowSearch:
             start=tuple(inside.tolist()),
         )
         return exact.select(window_problem(problem, support, units))
+
+
+def _proof(units: Tensor, found: Selection) -> WindowCertificate | None:
+    """Return the evidence that a window holds nothing better; None where it may."""
+    if found.status is not Status.OPTIMAL or not isinstance(found.certificate, TreeCertificate):
+        return None
+    return WindowCertificate(units, found.certificate)

@@ -1,0 +1,27 @@
+"""The public names, each with the module from which it is imported on first use."""
+
+from .checkpoint.directory import SavedCheckpoint as SavedCheckpoint, load as load, save as save
+from .core.errors import OsscarError as OsscarError
+from .data.images import ImageSet as ImageSet, load_images as load_images
+from .data.tokens import (
+    CalibrationSet as CalibrationSet,
+    load_calibration as load_calibration,
+    text_windows as text_windows,
+)
+from .evaluation.images import compare_images as compare_images, evaluate_images as evaluate_images
+from .evaluation.language import compare as compare, evaluate as evaluate
+from .evaluation.result import Comparison as Comparison, Evaluation as Evaluation
+from .models.language import LoadedModel as LoadedModel, load_model as load_model
+from .models.vision import VisionModel as VisionModel, load_vision_model as load_vision_model
+from .pruning.prune import prune as prune
+from .pruning.request import PruningRequest as PruningRequest
+from .pruning.result import LayerReport as LayerReport, PruningResult as PruningResult
+from .shrinking.follow import adapter as adapter, prepare as prepare
+from .shrinking.plan import PruningPlan as PruningPlan
+from .shrinking.shrink import Proof as Proof, shrink_proved as shrink_proved
+from .shrinking.slice import shrink as shrink
+from .study.design import StudyDesign as StudyDesign
+from .study.directory import Study as Study
+from .study.records import Record as Record
+
+__version__: str

@@ -1,0 +1,113 @@
+"""What comes from outside: names of files, and files that may be anything."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from osscar.core.errors import OptionError
+
+TEXT_LIMIT = 2**30
+JSON_LIMIT = 2**26
+
+
+def file_name(value: object, what: str, example: str) -> str:
+    """Return a name of a file or model as text.
+
+    Parameters
+    ----------
+    value
+        What the caller gave.
+    what
+        What it names, such as ``"the model"``.
+    example
+        What would have served.
+
+    Raises
+    ------
+    OptionError
+        If it is neither text nor a path.
+    """
+    if isinstance(value, str | os.PathLike):
+        name = os.fspath(value)
+        if isinstance(name, str):
+            return name
+    raise OptionError(f"{what} is {value!r:.60} ({type(value).__name__}); give {example}")
+
+
+def whole_number(value: object, what: str, least: int) -> int:
+    """Return a number that counts something.
+
+    Parameters
+    ----------
+    value
+        What the caller gave.
+    what
+        What it counts, and by which option it is given.
+    least
+        The smallest that makes sense.
+
+    Raises
+    ------
+    OptionError
+        If it is no whole number, or too small.
+    """
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise OptionError(
+            f"{what} is {value!r:.60} ({type(value).__name__}); give a whole number from {least}"
+        )
+    if value < least:
+        raise OptionError(f"{what} must be at least {least}, not {value}")
+    return value
+
+
+def check_regular(path: Path) -> None:
+    """Refuse pipes, sockets and devices, reading which may never end.
+
+    Raises
+    ------
+    OSError
+        With a reason as ``strerror``.
+    """
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise OSError(errno.EINVAL, "it is a pipe or a device, not a file", str(path))
+
+
+def read_bytes(path: Path, limit: int) -> bytes:
+    """Read a regular file of at most so many bytes.
+
+    Raises
+    ------
+    OSError
+        If it cannot be read, is no regular file, or is larger; with a reason as ``strerror``.
+    """
+    check_regular(path)
+    with path.open("rb") as file:
+        if os.fstat(file.fileno()).st_size > limit:
+            raise OSError(errno.EFBIG, f"it has more than {limit:,} bytes", str(path))
+        data = file.read(limit + 1)  # files of the kernel do not tell their size
+    if len(data) > limit:
+        raise OSError(errno.EFBIG, f"it has more than {limit:,} bytes", str(path))
+    return data
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a file that holds one JSON object.
+
+    Raises
+    ------
+    OSError
+        If it cannot be read.
+    ValueError
+        If it holds something else.
+    """
+    try:
+        data = json.loads(read_bytes(path, JSON_LIMIT))
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    if not isinstance(data, dict):
+        raise ValueError(f"it holds a {type(data).__name__}, not an object")
+    return data

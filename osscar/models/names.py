@@ -1,0 +1,72 @@
+"""What a model's name stands for, told in one place for all who open, build or refuse it."""
+
+from __future__ import annotations
+
+from enum import Enum
+from pathlib import Path
+
+from osscar.checkpoint.manifest import read_manifest
+from osscar.core.errors import CheckpointError
+
+PREFIX = "torchvision:"
+
+
+class Sort(Enum):
+    """What a name stands for; the value says it in words.
+
+    `LANGUAGE` is whatever is left: the names of language models, their directories, ids of a hub,
+    and names that stand for nothing, which `osscar.load_model` refuses.
+    """
+
+    TORCHVISION = "a model of torchvision"
+    CODE = "code of your own"
+    TORCHVISION_DIRECTORY = "a directory with a pruned model of torchvision"
+    CODE_DIRECTORY = "a directory with a pruned model of your own code"
+    LANGUAGE = "a language model"
+
+    @property
+    def is_directory(self) -> bool:
+        """Whether the name is that of a directory with a plan of ours, not of transformers."""
+        return self in (Sort.TORCHVISION_DIRECTORY, Sort.CODE_DIRECTORY)
+
+    @property
+    def takes_weights(self) -> bool:
+        """Whether a file of weights can fill it; all others bring their own."""
+        return self in (Sort.TORCHVISION, Sort.CODE)
+
+
+_DIRECTORIES = {"torchvision": Sort.TORCHVISION_DIRECTORY}
+"""By the library that a plan names."""
+
+
+def sort_of(name: str | Path) -> Sort:
+    """Tell what a name stands for; nothing is imported, fetched or built.
+
+    Parameters
+    ----------
+    name
+        ``torchvision:NAME``, ``module:function``, ``file.py:function``, a directory, or the name of
+        a language model. What exists as a file or directory is no code.
+
+    Examples
+    --------
+    >>> sort_of("torchvision:resnet18"), sort_of("net.py:build").takes_weights
+    (<Sort.TORCHVISION: 'a model of torchvision'>, True)
+    """
+    text = str(name)
+    if text.startswith(PREFIX):
+        return Sort.TORCHVISION
+    place, colon, function = text.rpartition(":")
+    try:
+        path = Path(text).expanduser()
+        if colon and place and function.isidentifier() and not path.exists():
+            return Sort.CODE
+        manifest = read_manifest(path)
+    except (OSError, RuntimeError, ValueError, CheckpointError):
+        return Sort.LANGUAGE  # whoever opens it will say what is wrong
+    if manifest is None or manifest.stock:
+        return Sort.LANGUAGE
+    origin = manifest.lineage.origin
+    if origin is None:
+        return Sort.CODE_DIRECTORY
+    return _DIRECTORIES.get(origin.library, Sort.LANGUAGE)

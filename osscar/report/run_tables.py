@@ -1,0 +1,78 @@
+"""Tables of what can be pruned in a model, and of what a run pruned."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import TYPE_CHECKING
+
+from rich.table import Table
+from rich.text import Text
+
+from graph.groups import CouplingGroup, Slot
+from osscar.report.tables import new_table
+
+if TYPE_CHECKING:
+    from osscar.pruning.result import LayerReport
+
+
+def layers_table(layers: Sequence[LayerReport]) -> Table:
+    """Return one row for each pruned group."""
+    table = new_table("loss by layer", "group", "kept >", "loss >", "status", "seconds >")
+    dead = any(layer.dead for layer in layers)
+    bounds = any(layer.lower_bound is not None for layer in layers)
+    if dead:
+        table.add_column("dead", justify="right")
+    if bounds:
+        table.add_column("gap", justify="right")
+    for layer in layers:
+        cells = [
+            layer.name,
+            f"{layer.kept} of {layer.units}",
+            f"{layer.relative_loss:.4f}",
+            layer.status.lower().replace("_", " "),
+            f"{layer.solve_seconds:.2f}",
+        ]
+        if dead:
+            cells.append(str(layer.dead) if layer.dead else "")
+        if bounds:
+            cells.append("" if layer.gap is None else f"{layer.gap:.1%}")
+        table.add_row(*cells)
+    return table
+
+
+def groups_table(groups: Sequence[CouplingGroup], residual: Collection[str] = ()) -> Table:
+    """Return one row for each coupling group, with the parameters that all its units hold.
+
+    Parameters
+    ----------
+    groups
+        The groups.
+    residual
+        The names of those that are residual streams.
+    """
+    table = new_table(
+        "", "group", "kind", "units >", "rows/unit >", "producers", "consumers", "parameters >"
+    )
+    for group in groups:
+        table.add_row(
+            Text(group.name, style="" if group.prunable else "dim"),
+            f"{group.kind}, residual" if group.name in residual else str(group.kind),
+            str(group.units),
+            str(max((slot.width for slot in group.consumers), default=0)),
+            _modules(group.producers),
+            _modules(group.consumers),
+            f"{group.removable * group.units:,}" if group.prunable else "frozen",
+        )
+    return table
+
+
+def _modules(slots: Sequence[Slot]) -> str:
+    names = list(dict.fromkeys(_short(slot) for slot in slots))
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+
+
+def _short(slot: Slot) -> str:
+    """Return the last part of a module's name, and what a number is counted in."""
+    parts = slot.module.split(".")
+    last = next((i for i, part in enumerate(reversed(parts)) if not part.isdecimal()), 0)
+    return ".".join(parts[-last - 1 :]) or slot.tensor

@@ -1,0 +1,153 @@
+"""What a backend is, what it can take, and what it answers with.
+
+A backend is a frozen dataclass: its fields are its options.
+"""
+
+from __future__ import annotations
+
+import enum
+import math
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
+
+from torch import Tensor
+
+from solvers.certificate import Certificate
+from solvers.problem import SubsetProblem
+from solvers.tree_certificate import TreeCertificate
+
+DEFAULT_GAP_TOLERANCE = 1e-4
+"""Relative gap up to which an answer may be called optimal, unless a backend says otherwise."""
+
+
+class Status(enum.Enum):
+    """How a solve ended; the value is a sentence that a person can act on."""
+
+    FEASIBLE = "A support of the asked size was found; nothing is claimed about how good it is."
+    SWAP_OPTIMAL = "No exchange of one kept unit for one removed unit lowers the loss."
+    WINDOW_OPTIMAL = "No better choice exists within any window tried since the last improvement."
+    OPTIMAL = "No support of the asked size has a lower loss, within the tolerance asked for."
+    TIME_LIMIT = "The time limit was met; the bound is valid. Allow more time to close the gap."
+    ITERATION_LIMIT = "The iteration limit was met. Raise it to let the search finish."
+    NODE_LIMIT = "The node limit was met; the bound is valid. Raise it to close the gap."
+    PRECISION_LIMIT = (
+        "Rounding hides the rest of the gap; the bound is valid. Raise damp to close it."
+    )
+    BOUNDED = "A lower bound was computed; the support is the best one known to the bound."
+
+
+@dataclass(frozen=True, eq=False)
+class WindowCertificate:
+    """Evidence that no other choice within some units is better, the others held where they are.
+
+    Parameters
+    ----------
+    units
+        The window, (N,) int64.
+    certificate
+        Bounds the losses of all choices within it (`solvers.windows.window_problem`).
+    """
+
+    units: Tensor
+    certificate: TreeCertificate
+
+
+@dataclass(frozen=True, eq=False)
+class Selection:
+    """What a backend answers with: a choice, and what it claims about it.
+
+    Parameters
+    ----------
+    support
+        The units that stay, (k,) int64.
+    status
+        How the solve ended.
+    lower_bound
+        A number that no support's loss can be below, or -inf.
+    bound_from
+        What proved `lower_bound`, in a few words.
+    iterations
+        Removals, swaps, nodes: whatever the backend counts.
+    history
+        Loss after each improvement, as the backend saw it.
+    path
+        Loss for each number of units kept, ``path[k]`` for k = 0 .. n, where the backend computes
+        it; else empty.
+    gap_tolerance
+        Up to which relative gap the backend calls its answer optimal.
+    certificate
+        Evidence from which `lower_bound` can be recomputed, or None.
+    windows
+        Evidence for ``WINDOW_OPTIMAL``: one for each window that was tried since the last
+        improvement.
+    """
+
+    support: Tensor
+    status: Status
+    lower_bound: float = -math.inf
+    bound_from: str = ""
+    iterations: int = 0
+    history: tuple[float, ...] = ()
+    path: tuple[float, ...] = ()
+    gap_tolerance: float = DEFAULT_GAP_TOLERANCE
+    certificate: Certificate | None = None
+    windows: tuple[WindowCertificate, ...] = ()
+
+
+class BackendKind(enum.StrEnum):
+    """What a backend's answer is worth."""
+
+    HEURISTIC = "heuristic"
+    EXACT = "exact"
+    BOUND = "bound"
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    """What a backend can take.
+
+    Parameters
+    ----------
+    wide_units
+        Units of more than one row (attention heads, convolution channels).
+    several_consumers
+        Units that several linear maps read.
+    max_units
+        The most units that it can be expected to handle, or None.
+    devices
+        Where it computes.
+    """
+
+    wide_units: bool = True
+    several_consumers: bool = True
+    max_units: int | None = None
+    devices: tuple[str, ...] = ("cpu", "cuda")
+
+    def refusal(self, problem: SubsetProblem) -> str | None:
+        """Return why `problem` cannot be taken, or None."""
+        if problem.width > 1 and not self.wide_units:
+            return f"takes units of one row only, and these have {problem.width}"
+        if len(problem.consumers) > 1 and not self.several_consumers:
+            return f"takes one consumer only, and this problem has {len(problem.consumers)}"
+        if self.max_units is not None and problem.units > self.max_units:
+            return f"takes at most {self.max_units} units, and this problem has {problem.units}"
+        if problem.device.type not in self.devices:
+            return (
+                f"computes on {' or '.join(self.devices)}, and this problem is on {problem.device}"
+            )
+        return None
+
+
+class Backend(Protocol):
+    """A way to choose a support; implemented by a frozen dataclass whose fields are its options."""
+
+    kind: ClassVar[BackendKind]
+    summary: ClassVar[str]
+    capabilities: ClassVar[Capabilities]
+
+    @classmethod
+    def available(cls) -> str | None:
+        """Return None, or why the backend cannot run here and how to mend that."""
+
+    def select(self, problem: SubsetProblem) -> Selection:
+        """Choose ``problem.keep`` units."""

@@ -1,0 +1,204 @@
+"""Which backends there are: registered through the entry-point group ``osscar.backends``.
+
+Any installed package can add one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import reprlib
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any, cast
+
+from solvers.errors import BackendError, ProblemError
+from solvers.protocol import Backend, Capabilities
+from solvers.values import as_number, as_whole
+
+ENTRY_POINTS = "osscar.backends"
+
+
+@dataclass(frozen=True)
+class BackendInfo:
+    """A registered backend as a table row.
+
+    Parameters
+    ----------
+    name, kind, summary
+        What it is called, what its answer is worth, and what it does in one line.
+    options
+        Names and default values.
+    capabilities
+        What it can take.
+    unavailable
+        None, or why it cannot run here and the fix.
+    """
+
+    name: str
+    kind: str
+    summary: str
+    options: dict[str, Any]
+    capabilities: Capabilities
+    unavailable: str | None
+
+
+@cache
+def _registered() -> dict[str, EntryPoint]:
+    return {point.name: point for point in entry_points(group=ENTRY_POINTS)}
+
+
+def backend_names() -> tuple[str, ...]:
+    """Return the names of all registered backends, in alphabetical order."""
+    return tuple(sorted(_registered()))
+
+
+def backend_class(name: str) -> type[Backend]:
+    """Return the class that is registered under `name`.
+
+    Raises
+    ------
+    BackendError
+        If there is none, or it cannot be imported.
+    """
+    if not isinstance(name, str):
+        raise BackendError(
+            f"backend is {reprlib.repr(name)}; give the name of one: {', '.join(backend_names())}"
+        )
+    registered = _registered()
+    if not registered:
+        raise BackendError("no backend is registered; install the package: pip install -e .")
+    if name not in registered:
+        raise BackendError(
+            f"there is no backend {name!r}; choose from {', '.join(backend_names())}"
+        )
+    try:
+        return cast(type[Backend], registered[name].load())
+    except (ImportError, AttributeError) as error:
+        raise BackendError(f"backend {name!r} is registered but does not load: {error}") from error
+
+
+def backends() -> tuple[BackendInfo, ...]:
+    """Describe every registered backend, also those that cannot run here."""
+    return tuple(_describe(name) for name in backend_names())
+
+
+def _describe(name: str) -> BackendInfo:
+    try:
+        cls = backend_class(name)
+    except BackendError as error:
+        return BackendInfo(name, "", "", {}, Capabilities(), str(error))
+    options = {f.name: f.default for f in dataclasses.fields(cast(Any, cls))}
+    return BackendInfo(name, cls.kind, cls.summary, options, cls.capabilities, cls.available())
+
+
+def make_backend(name: str, /, **options: Any) -> Backend:
+    """Return the backend `name` with its options set.
+
+    Values are checked against the annotations of the backend's fields: whole numbers of any type
+    become int, real ones float, and sequences tuples.  Infinity is for the backend to refuse.
+
+    Raises
+    ------
+    BackendError
+        If it is unknown, not available here, has no such option, or the option takes no such value.
+    """
+    return configured(name, options)
+
+
+def configured(name: str, options: Mapping[str, Any]) -> Backend:
+    """Do what `make_backend` does, with options whose names may be anything."""
+    cls = backend_class(name)
+    reason = cls.available()
+    if reason is not None:
+        raise BackendError(f"backend {name!r} is not available: {reason}")
+    known = [f.name for f in dataclasses.fields(cast(Any, cls)) if f.init]
+    unknown = sorted(str(key) for key in options if key not in known)
+    if unknown:
+        raise BackendError(
+            f"backend {name!r} has no option {', '.join(unknown)}; "
+            f"it has {', '.join(known) or 'none'}"
+        )
+    expected = _annotations(cls)
+    values = {}
+    for key, value in options.items():
+        values[key] = _converted(value, expected.get(key, Any))
+        if values[key] is _REFUSED:
+            raise BackendError(
+                f"backend {name!r}: {key} is {reprlib.repr(value)}; it must be "
+                f"{_spelled(expected[key])}"
+            )
+    chosen = cls(**values)
+    # The backend's own check had the first word: it knows more to say.
+    nan = [key for key, value in values.items() if isinstance(value, float) and math.isnan(value)]
+    if nan:
+        raise BackendError(f"backend {name!r}: {nan[0]} is nan; it must be a number")
+    return chosen
+
+
+_REFUSED = object()
+"""What `_converted` returns in place of a value that an annotation does not admit."""
+
+
+def _annotations(cls: type[Backend]) -> dict[str, Any]:
+    """Return the types of a backend's fields; none where they cannot be evaluated."""
+    try:
+        return typing.get_type_hints(cls)
+    except (NameError, TypeError, AttributeError):
+        # Names that only a type checker imports: the backend then has to check for itself.
+        return {}
+
+
+def _converted(value: Any, annotation: Any) -> Any:
+    """Return an option's value as its annotation wants it, or `_REFUSED`."""
+    if annotation is int:
+        whole = as_whole(value)
+        return _REFUSED if whole is None else whole
+    if annotation is float:
+        try:
+            return as_number("option", value)
+        except ProblemError:
+            return _REFUSED
+    if annotation in (bool, str, types.NoneType):
+        return value if isinstance(value, annotation) else _REFUSED
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin in (typing.Union, types.UnionType):
+        return _first_converted(value, arguments)
+    if origin is tuple and arguments[1:] == (...,):
+        return _converted_tuple(value, arguments[0])
+    return value
+
+
+def _first_converted(value: Any, annotations: tuple[Any, ...]) -> Any:
+    for annotation in annotations:
+        converted = _converted(value, annotation)
+        if converted is not _REFUSED:
+            return converted
+    return _REFUSED
+
+
+def _converted_tuple(value: Any, annotation: Any) -> Any:
+    if isinstance(value, str | bytes | Mapping):
+        return _REFUSED
+    try:
+        members = tuple(_converted(member, annotation) for member in value)
+    except TypeError:
+        return _REFUSED
+    refused = any(member is _REFUSED for member in members)
+    return _REFUSED if refused else members
+
+
+def _spelled(annotation: Any) -> str:
+    """Return a type as its annotation is written."""
+    if annotation is types.NoneType:
+        return "None"
+    arguments = typing.get_args(annotation)
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        return " | ".join(_spelled(argument) for argument in arguments)
+    return (
+        annotation.__name__ if isinstance(annotation, type) and not arguments else str(annotation)
+    )

@@ -1,0 +1,235 @@
+"""Solve a problem: dispatch to a backend, and refit on what it chose."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import reprlib
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from solvers.bounds.perspective import BOUND_FROM, Perspective
+from solvers.errors import BackendError, ProblemError
+from solvers.problem import SubsetProblem
+from solvers.protocol import Backend, Capabilities, Selection, Status
+from solvers.refit import refit
+from solvers.registry import backends, configured
+from solvers.solution import Solution
+from solvers.values import as_number, as_tensor, as_whole
+
+
+def solve(
+    problem: SubsetProblem,
+    backend: str | Backend = "local_search",
+    *,
+    device: str | torch.device | None = None,
+    bound: bool = False,
+    options: Mapping[str, Any] | None = None,
+    **more_options: Any,
+) -> Solution:
+    """Solve a subset problem with the named backend, and refit on what it chose.
+
+    Parameters
+    ----------
+    problem
+        What to solve.
+    backend
+        A registered name, or a backend object with its options set.
+    device
+        Where to compute; by default where the problem is.
+    bound
+        Whether to add the `perspective` lower bound where the backend gives none, so that
+        `Solution.gap` is a number.
+    options, **more_options
+        Options of the named backend, as a mapping of their names or by name.
+
+    Returns
+    -------
+    Solution
+        Support, refitted weights, loss and certificate.
+
+    Raises
+    ------
+    BackendError
+        If the backend is unknown, unavailable, cannot take this problem, or answers with what is no
+        answer.
+    ProblemError
+        If `problem` is none, or turns out to be ill posed (`Consumer.flaw`), before the backend
+        starts.
+
+    Examples
+    --------
+    >>> import torch
+    >>> X, W0 = torch.randn(64, 6).double(), torch.randn(6, 3).double()
+    >>> problem = SubsetProblem.from_gram(X.T @ X / 64, W0, keep=4)
+    >>> solve(problem, "enumerate").loss <= solve(problem, "magnitude").loss
+    True
+    """
+    if not isinstance(problem, SubsetProblem):
+        raise ProblemError(f"problem is {reprlib.repr(problem)}; it must be a SubsetProblem")
+    if not isinstance(bound, bool):
+        raise BackendError(f"bound is {reprlib.repr(bound)}; it must be True or False")
+    name, chosen = _chosen(backend, options, more_options)
+    if device is not None:
+        problem = _moved(problem, device)
+    refusal = chosen.capabilities.refusal(problem)
+    if refusal is not None:
+        raise BackendError(f"backend {name!r} {refusal}; choose another: {_takers(problem, name)}")
+    problem.check_definite()
+    start = time.perf_counter()
+    try:
+        selection = _checked(name, chosen.select(problem), problem)
+        support = selection.support.sort().values
+        weights, loss = refit(problem, support)
+        if bound and math.isinf(selection.lower_bound):
+            selection = _with_bound(problem, selection)
+    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
+        raise BackendError(
+            f"backend {name!r}: H is too close to singular with {_damping(problem)}; build the "
+            f"problem with a larger damp ({error})"
+        ) from error
+    return Solution(
+        problem=problem,
+        backend=name,
+        support=support,
+        weights=weights,
+        loss=loss,
+        status=selection.status,
+        lower_bound=selection.lower_bound,
+        bound_from=selection.bound_from,
+        iterations=selection.iterations,
+        history=selection.history,
+        path=selection.path,
+        gap_tolerance=selection.gap_tolerance,
+        certificate=selection.certificate,
+        windows=selection.windows,
+        seconds=time.perf_counter() - start,
+    )
+
+
+def _chosen(backend: Any, options: Any, more_options: Mapping[str, Any]) -> tuple[str, Backend]:
+    """Return the name of a backend and the backend, its options set."""
+    if not isinstance(options, Mapping | None):
+        raise BackendError(f"options is {reprlib.repr(options)}; it must map names to values")
+    twice = sorted(set(options or {}) & set(more_options))
+    if twice:
+        raise BackendError(f"options {', '.join(twice)} are given twice, by name and in a mapping")
+    given = {**(options or {}), **more_options}
+    if isinstance(backend, str):
+        return backend, configured(backend, given)
+    able = callable(getattr(backend, "select", None))
+    if isinstance(backend, type) or not (
+        able and isinstance(getattr(backend, "capabilities", None), Capabilities)
+    ):
+        raise BackendError(
+            f"backend is {reprlib.repr(backend)}; give a registered name, or a backend object: "
+            "one with `capabilities` and `select`"
+        )
+    if given:
+        raise BackendError("options go with a backend's name; this backend object has its own")
+    return type(backend).__name__, backend
+
+
+def _moved(problem: SubsetProblem, device: Any) -> SubsetProblem:
+    """Return the problem on a device that the caller named."""
+    try:
+        return problem.to(torch.device(device))
+    except (RuntimeError, TypeError, AssertionError, NotImplementedError) as error:
+        raise BackendError(
+            f"device is {reprlib.repr(device)}; nothing can be computed there: {error}"
+        ) from error
+
+
+def _checked(name: str, selection: Any, problem: SubsetProblem) -> Selection:
+    """Return what a backend answered with, in plain types; `Solution.verify` believes none of it.
+
+    Raises
+    ------
+    BackendError
+        If the answer is none, or not well formed.
+    """
+    if not isinstance(selection, Selection):
+        raise BackendError(
+            f"backend {name!r} answered with {reprlib.repr(selection)}; it must be a Selection"
+        )
+    try:
+        support = as_tensor("support", selection.support)
+        bound = as_number("lower_bound", selection.lower_bound)
+        tolerance = as_number("gap_tolerance", selection.gap_tolerance)
+        history, path = (
+            tuple(as_number(part, value) for value in getattr(selection, part))
+            for part in ("history", "path")
+        )
+    except (ProblemError, TypeError) as error:
+        raise BackendError(f"backend {name!r} answered with what is no number: {error}") from error
+    iterations = as_whole(selection.iterations)
+    if not isinstance(selection.status, Status) or iterations is None:
+        raise BackendError(
+            f"backend {name!r} answered with status {reprlib.repr(selection.status)} and "
+            f"iterations {reprlib.repr(selection.iterations)}; they must be a Status and an int"
+        )
+    if not bound < math.inf or not 0 <= tolerance < 1:
+        raise BackendError(
+            f"backend {name!r} answered with lower_bound {bound} and gap_tolerance {tolerance}; "
+            "the bound must be a number, -inf for none, and the tolerance lie in [0, 1)"
+        )
+    _check_support(name, support, problem)
+    return dataclasses.replace(
+        selection,
+        support=support,
+        lower_bound=bound,
+        gap_tolerance=tolerance,
+        iterations=iterations,
+        history=history,
+        path=path,
+        windows=tuple(selection.windows),
+    )
+
+
+def _check_support(name: str, support: Tensor, problem: SubsetProblem) -> None:
+    whole = support.dtype == torch.int64 and support.ndim == 1
+    units = set(support.tolist()) if whole else set()
+    if not (whole and len(support) == len(units) == problem.keep) or not units <= set(
+        range(problem.units)
+    ):
+        raise BackendError(
+            f"backend {name!r} answered with support {reprlib.repr(support.tolist())}; it must be "
+            f"{problem.keep} distinct units below {problem.units}, in int64"
+        )
+    if support.device != problem.device:
+        raise BackendError(
+            f"backend {name!r} answered with a support on {support.device}; the problem is on "
+            f"{problem.device}"
+        )
+
+
+def _damping(problem: SubsetProblem) -> str:
+    """Name the damping of each consumer, for an error message."""
+    shares = [
+        c.damping / max(float(c.H.diagonal().mean()) - c.damping, c.damping, 1e-300)
+        for c in problem.consumers
+    ]
+    return f"damp={', '.join(f'{share:.2g}' for share in shares)}"
+
+
+def _with_bound(problem: SubsetProblem, selection: Selection) -> Selection:
+    value, certificate, _ = Perspective().bound(problem)
+    return dataclasses.replace(
+        selection, lower_bound=value, bound_from=BOUND_FROM, certificate=certificate
+    )
+
+
+def _takers(problem: SubsetProblem, refused: str) -> str:
+    """Name the backends that take `problem`, for an error message."""
+    takers = [
+        info.name
+        for info in backends()
+        if info.name != refused
+        and info.unavailable is None
+        and info.capabilities.refusal(problem) is None
+    ]
+    return ", ".join(takers) or "none does"

@@ -1,0 +1,412 @@
+"""The check of a solution, which believes nothing: it starts from the problem alone.
+
+What `verify` recomputes, and what it can only fail to refute:
+
+- the problem is well posed, the support feasible, the weights the refit on it, and the loss theirs:
+  always recomputed;
+- ``SWAP_OPTIMAL``: every exchange is tried;
+- ``WINDOW_OPTIMAL``: every window is posed anew, and its certificate bounds the window's choices;
+- a lower bound with a certificate is recomputed from it, and so is what rests on it, ``OPTIMAL``
+  or ``BOUNDED``; a bound that the loss with all units kept reaches needs no certificate, since
+  removing units never lowers the loss;
+- a lower bound without a certificate is the backend's word.  It is refused where the loss, or an
+  exchange, refutes it; else `Verification.not_recomputed` names it, and the status that rests on
+  it.
+
+That a limit was met, and how a backend got to its answer (its iterations, history, path and
+seconds), is not recomputed: nothing about the problem follows from it.
+
+Every number is checked for its type, for being finite and for its range before it is compared, and
+compared such that NaN fails; nothing is read through methods or caches that a caller could replace.
+"""
+
+from __future__ import annotations
+
+import math
+import reprlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from solvers.certificate import Certificate, EnumerationCertificate, MultiplierCertificate, Proved
+from solvers.errors import ProblemError, VerificationError
+from solvers.pivot import PivotState
+from solvers.problem import SubsetProblem
+from solvers.protocol import Status, WindowCertificate
+from solvers.refit import loss_rounding, quadratic_loss, refit
+from solvers.swaps import best_swap
+from solvers.tree_certificate import TreeCertificate
+from solvers.values import is_plain
+from solvers.windows import window_problem
+
+_ROUNDINGS = 4.0
+"""Losses are told apart if they differ by more than this many times their rounding."""
+
+_STATIONARITY_TOLERANCE = 1e-6
+_SWAP_TOLERANCE = 1e-6
+"""An exchange refutes a swap optimum if it gains more than this share of the loss."""
+
+_BOUND_TOLERANCE = 1e-9
+"""A bound may exceed what its certificate proves by this share of the loss: both round."""
+
+_CERTIFICATES = (MultiplierCertificate, TreeCertificate, EnumerationCertificate)
+"""Only these are evidence: another class could answer what it wants to."""
+
+
+@dataclass(frozen=True)
+class Verification:
+    """Numbers recomputed from the problem alone, each beside what was claimed.
+
+    Parameters
+    ----------
+    loss
+        Loss of the solution's weights, recomputed in float64.
+    loss_error
+        Its distance from the claimed loss, relative to the scale of the problem.
+    stationarity
+        Largest entry of the gradient on the support, relative to the largest entry of G: zero when
+        the weights are the least-squares refit.
+    swap_gain
+        By how much the most promising exchange lowers the loss, refitted, relative to the scale of
+        the problem; NaN where neither swap optimality nor a bound was claimed.
+    lower_bound
+        What no support's loss can be below, recomputed, with what rounding can have done taken off;
+        NaN where a bound is the backend's word, or none is claimed.
+    tolerance
+        What the claimed loss and bound may be wrong by, after all of this, in units of the loss.
+    not_recomputed
+        Which of the claims ``lower_bound`` and ``status`` are the backend's word: not refuted by
+        any exchange, and not recomputed.  Empty where all that is claimed was recomputed.
+    """
+
+    loss: float
+    loss_error: float
+    stationarity: float
+    swap_gain: float = math.nan
+    lower_bound: float = math.nan
+    tolerance: float = 0.0
+    not_recomputed: tuple[str, ...] = ()
+
+
+def verify(solution: Any) -> Verification:
+    """Recompute in float64, from the problem alone, what a solution claims.
+
+    Parameters
+    ----------
+    solution
+        Anything with the fields of `solvers.Solution`.
+
+    Returns
+    -------
+    Verification
+        The recomputed numbers, and which claims were not recomputed.
+
+    Raises
+    ------
+    VerificationError
+        If a field has a wrong type or range, the problem is ill posed, the support is not feasible,
+        the weights are not the refit on it, the loss is not what they give, the bound lies above
+        the loss or above what its certificate proves, or the status claims more than that.
+    """
+    claim = _read(solution)
+    try:
+        return _recomputed(claim)
+    except ProblemError as error:
+        raise VerificationError(f"the problem is ill posed: {error}") from error
+    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
+        raise VerificationError(
+            f"the claims cannot be recomputed, H is too close to singular: {error}"
+        ) from error
+
+
+@dataclass(frozen=True, eq=False)
+class _Claim:
+    """The fields of a solution, each read once, and of the type and in the range that it must be.
+
+    The problem and the certificates are checked where they are used.
+    """
+
+    problem: Any
+    support: Tensor
+    weights: tuple[Tensor, ...]
+    loss: float
+    status: Status
+    lower_bound: float
+    gap_tolerance: float
+    certificate: Certificate | None
+    windows: tuple[WindowCertificate, ...]
+    history: tuple[float, ...]
+    path: tuple[float, ...]
+    iterations: int
+    seconds: float
+    backend: str
+    bound_from: str
+
+    @property
+    def has_bound(self) -> bool:
+        """Whether a lower bound is claimed."""
+        return self.lower_bound > -math.inf
+
+
+def _is_number(value: Any) -> bool:
+    # Not isinstance: a subclass can compare as it likes.
+    return type(value) is float and math.isfinite(value)
+
+
+def _are_numbers(values: Any) -> bool:
+    return type(values) is tuple and all(map(_is_number, values))
+
+
+def _is_matrix(value: Any) -> bool:
+    return is_plain(value) and value.dtype == torch.float64 and value.ndim == 2
+
+
+_FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "problem": (lambda v: type(v) is SubsetProblem, "a SubsetProblem"),
+    "support": (
+        lambda v: is_plain(v) and v.dtype == torch.int64 and v.ndim == 1,
+        "a plain int64 tensor of one dimension",
+    ),
+    "weights": (
+        lambda v: type(v) is tuple and all(map(_is_matrix, v)),
+        "a tuple of plain float64 matrices",
+    ),
+    "loss": (lambda v: _is_number(v) and v >= 0, "a finite float, and not negative"),
+    "status": (lambda v: type(v) is Status, "a Status"),
+    "lower_bound": (
+        lambda v: _is_number(v) or (type(v) is float and v == -math.inf),
+        "a finite float, or -inf where there is none",
+    ),
+    "gap_tolerance": (lambda v: _is_number(v) and 0 <= v < 1, "a float in [0, 1)"),
+    "certificate": (lambda v: v is None or type(v) in _CERTIFICATES, "None or a known certificate"),
+    "windows": (
+        lambda v: type(v) is tuple and all(type(w) is WindowCertificate for w in v),
+        "a tuple of WindowCertificate",
+    ),
+    "history": (_are_numbers, "a tuple of finite floats"),
+    "path": (_are_numbers, "a tuple of finite floats"),
+    "iterations": (lambda v: type(v) is int and v >= 0, "an int, and not negative"),
+    "seconds": (lambda v: _is_number(v) and v >= 0, "a finite float, and not negative"),
+    "backend": (lambda v: type(v) is str, "a string"),
+    "bound_from": (lambda v: type(v) is str, "a string"),
+}
+
+
+def _read(solution: Any) -> _Claim:
+    """Read every field once, and refuse what is of another type or out of its range."""
+    values: dict[str, Any] = {}
+    for name, (is_right, expected) in _FIELDS.items():
+        value = values[name] = getattr(solution, name, None)
+        if not is_right(value):
+            raise VerificationError(f"{name} is {reprlib.repr(value)}; it must be {expected}")
+    return _Claim(**values)
+
+
+def _require(condition: bool, otherwise: str) -> None:
+    """Refuse the solution unless a condition holds; with NaN none does."""
+    if not condition:
+        raise VerificationError(otherwise)
+
+
+def _recomputed(claim: _Claim) -> Verification:
+    """Check one claim after the other; each rests on those above it."""
+    problem = SubsetProblem.rechecked(claim.problem)
+    _check_support(problem, claim.support)
+    _check_weights(problem, claim)
+    loss = quadratic_loss(problem, claim.weights)
+    slack = _ROUNDINGS * loss_rounding(problem, claim.weights)
+    _require(
+        abs(loss - claim.loss) <= slack,
+        f"loss is {loss:.9g} when recomputed, claimed {claim.loss:.9g}",
+    )
+    stationarity = _stationarity(problem, claim)
+    _require(
+        stationarity <= _STATIONARITY_TOLERANCE,
+        f"weights are not the refit on the support: gradient {stationarity:.3g}",
+    )
+    known = _Known(problem, claim, loss, slack)
+    gain = _check_exchanges(known)
+    bound = _check_bound(known)
+    _check_status(known)
+    scale = problem.scale or 1.0
+    return Verification(
+        loss=loss,
+        loss_error=abs(loss - claim.loss) / scale,
+        stationarity=stationarity,
+        swap_gain=gain / scale,
+        lower_bound=bound.value,
+        tolerance=bound.slack,
+        not_recomputed=_not_recomputed(claim, bound),
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class _Known:
+    """What the checks of bound and status rest on.
+
+    Parameters
+    ----------
+    problem, claim
+        The problem, checked anew, and what is claimed.
+    loss, slack
+        The loss of the claimed support, and what rounding can have done to it.
+    """
+
+    problem: SubsetProblem
+    claim: _Claim
+    loss: float
+    slack: float
+
+
+def _check_support(problem: SubsetProblem, support: Tensor) -> None:
+    _require(
+        support.device == problem.device,
+        f"support is on {support.device}, the problem on {problem.device}",
+    )
+    distinct = len(set(support.tolist()))
+    _require(
+        support.numel() == problem.keep and distinct == problem.keep,
+        f"support has {distinct} distinct units, keep is {problem.keep}",
+    )
+    _require(
+        bool(((support >= 0) & (support < problem.units)).all()),
+        f"support names units outside 0 .. {problem.units - 1}",
+    )
+    _require(bool((support.diff() > 0).all()), "support is not sorted")
+
+
+def _check_weights(problem: SubsetProblem, claim: _Claim) -> None:
+    _require(
+        len(claim.weights) == len(problem.consumers),
+        f"weights for {len(claim.weights)} of {len(problem.consumers)} consumers",
+    )
+    for consumer, W in zip(problem.consumers, claim.weights, strict=True):
+        _require(
+            W.shape == consumer.W0.shape
+            and W.device == problem.device
+            and bool(torch.isfinite(W).all()),
+            "weights have a wrong shape or device, or are not finite",
+        )
+        outside = torch.ones(len(W), dtype=torch.bool, device=W.device)
+        outside[consumer.support_rows(claim.support)] = False
+        _require(not bool(W[outside].any()), "weights are not zero on the rows of removed units")
+
+
+def _stationarity(problem: SubsetProblem, claim: _Claim) -> float:
+    worst = 0.0
+    for consumer, W in zip(problem.consumers, claim.weights, strict=True):
+        rows = consumer.support_rows(claim.support)
+        if rows.numel():
+            gradient = float((consumer.H[rows] @ W - consumer.G[rows]).abs().max())
+            _require(math.isfinite(gradient), "weights overflow: their gradient is not finite")
+            worst = max(worst, gradient / (float(consumer.G.abs().max()) or 1.0))
+    return worst
+
+
+def _check_exchanges(known: _Known) -> float:
+    """Return what the most promising exchange gains; refuse what it refutes.
+
+    The search's own formula proposes it, and a refit confirms it: near a singular H that formula
+    alone would refute honest optima.  NaN where no claim could be refuted.
+    """
+    problem, claim, loss = known.problem, known.claim, known.loss
+    if claim.status is not Status.SWAP_OPTIMAL and not claim.has_bound:
+        return math.nan
+    _require(
+        not claim.has_bound or claim.lower_bound <= loss + known.slack,
+        f"bound {claim.lower_bound:.9g} lies above the loss {loss:.9g}",
+    )
+    swap = best_swap(PivotState.on_support(problem, claim.support))
+    gain = swap.gain
+    if swap.leave >= 0:
+        stays = claim.support[claim.support != swap.leave]
+        exchanged = torch.cat([stays, stays.new_tensor([swap.enter])])
+        gain = min(gain, loss - refit(problem, exchanged)[1])
+    _require(
+        claim.status is not Status.SWAP_OPTIMAL or gain <= _SWAP_TOLERANCE * loss + known.slack,
+        f"not a swap optimum: an exchange lowers the loss {loss:.9g} by {gain:.3g}",
+    )
+    _require(
+        not claim.has_bound or claim.lower_bound <= loss - gain + known.slack,
+        f"bound {claim.lower_bound:.9g} is refuted by an exchange that lowers the loss to "
+        f"{loss - gain:.9g}",
+    )
+    return gain
+
+
+def _check_bound(known: _Known) -> Proved:
+    """Return what is proved of the claimed bound, NaN if nothing; refuse what proves less.
+
+    The slack returned is what the claims may be wrong by.
+    """
+    problem, claim = known.problem, known.claim
+    tolerance = known.slack + _BOUND_TOLERANCE * known.loss
+    if not claim.has_bound:
+        return Proved(math.nan, known.slack)
+    if claim.certificate is None:
+        # Removing units never lowers the loss: that is a bound which needs no evidence.
+        weights, least = refit(problem, torch.arange(problem.units, device=problem.device))
+        least = max(least - loss_rounding(problem, weights), 0.0)
+        reached = claim.lower_bound <= least + tolerance
+        return Proved(least if reached else math.nan, tolerance)
+    proved = type(claim.certificate).bound(claim.certificate, problem)
+    tolerance += proved.slack
+    _require(
+        claim.lower_bound <= proved.value + tolerance,
+        f"bound {claim.lower_bound:.9g} is claimed, its certificate proves {proved.value:.9g}",
+    )
+    return Proved(proved.value, tolerance)
+
+
+def _check_status(known: _Known) -> None:
+    """Refuse a status that claims more than the bound, or the windows, say."""
+    claim, loss = known.claim, known.loss
+    if claim.status is Status.BOUNDED:
+        _require(claim.has_bound, "a bound is claimed, and there is none")
+    if claim.status is Status.OPTIMAL:
+        _require(claim.has_bound, "optimality is claimed without a bound")
+        left = loss - claim.lower_bound
+        _require(
+            left <= claim.gap_tolerance * loss + known.slack,
+            f"optimality is claimed with a gap of {left:.3g} at a loss of {loss:.3g}; the "
+            f"tolerance is {claim.gap_tolerance:.3g} of it",
+        )
+    if claim.status is Status.WINDOW_OPTIMAL:
+        _require(len(claim.windows) > 0, "window optimality is claimed without a window")
+        for window in claim.windows:
+            _check_window(known, window)
+
+
+def _check_window(known: _Known, window: WindowCertificate) -> None:
+    """Refuse a window in which a better choice may exist, all other units held where they are."""
+    problem, claim, loss = known.problem, known.claim, known.loss
+    units = window.units
+    _require(
+        is_plain(units) and units.dtype == torch.int64 and units.device == problem.device,
+        "the units of a window must be a plain int64 tensor beside the problem",
+    )
+    _require(
+        type(window.certificate) is TreeCertificate, "a window is certified by a TreeCertificate"
+    )
+    try:
+        inside = window_problem(problem, claim.support, units)
+    except ProblemError as error:
+        raise VerificationError(f"a window is none of this problem: {error}") from error
+    proved = TreeCertificate.bound(window.certificate, inside)
+    tolerance = known.slack + _BOUND_TOLERANCE * loss + proved.slack
+    _require(
+        loss - proved.value <= claim.gap_tolerance * loss + tolerance,
+        f"a window of {len(units)} units is proved to {proved.value:.9g} only, and the loss is "
+        f"{loss:.9g}",
+    )
+
+
+def _not_recomputed(claim: _Claim, bound: Proved) -> tuple[str, ...]:
+    """Return which claims rest on a bound that nobody here has recomputed."""
+    if not claim.has_bound or math.isfinite(bound.value):
+        return ()
+    rests = claim.status in (Status.OPTIMAL, Status.BOUNDED)
+    return ("lower_bound", "status") if rests else ("lower_bound",)

@@ -1,0 +1,52 @@
+"""What README, its like, and the site show: their blocks, and the commands in them."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+PAGES = sorted(
+    path.relative_to(ROOT).as_posix()
+    for path in (*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"))
+)
+
+_BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+_PROGRAMS = ("osscar", "python", "python3", "bash", "ruff", "mypy", "lint-imports", "mkdocs")
+_INLINE = re.compile(r"`((?:osscar|python3?) [^`]+)`")
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command that a page shows, as words."""
+
+    page: str
+    words: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return " ".join(self.words)
+
+
+def blocks(page: str, language: str) -> list[str]:
+    """The fenced blocks of a page that are written in a language."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    return [block for name, block in _BLOCK.findall(text) if name == language]
+
+
+def commands(page: str) -> Iterator[Command]:
+    """The commands in the fenced blocks of a page, in order; what they print is left out."""
+    for block in blocks(page, ""):
+        for line in block.replace("\\\n", " ").splitlines():
+            for part in line.split("&&"):
+                if part.split()[:1] and part.split()[0] in _PROGRAMS:
+                    yield Command(page, tuple(shlex.split(part, comments=True)))
+
+
+def mentions(page: str) -> Iterator[Command]:
+    """The commands that the text of a page names, whole or in part."""
+    text = _BLOCK.sub("", (ROOT / page).read_text(encoding="utf-8"))
+    for found in _INLINE.findall(text):
+        yield Command(page, tuple(shlex.split(found)))

@@ -1,0 +1,197 @@
+"""Every command that README and the site show: run on small data, or parsed where that cannot be.
+
+A command that is added to a page has to be added here: each is run, or parsed with a reason.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import runpy
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import typer
+
+import osscar.cli
+from tests.docs.json_schema import missing, undescribed
+from tests.docs.pages import PAGES, ROOT, Command, commands, mentions
+
+INSTALLS = "needs an index of packages; `.ci/run` does it in a fresh environment"
+THIS_SUITE = "is this suite"
+PARSED = {
+    "python3 -m pip install -e .[all]": INSTALLS,
+    "python3 -m pip install -e .[test]": INSTALLS,
+    "python3 -m pip install -e .[dev]": INSTALLS,
+    "python3 -m pip install -e .[vision]": INSTALLS,
+    "python3 -m pytest": THIS_SUITE,
+    "bash .ci/run": "runs this suite",
+    "python3 -m osscar demo": "tests/osscar/test_cli.py runs it, twice",
+    "python benchmarks/vision.py": "takes hours, on images that are not shipped",
+}
+"""Commands, by what they begin with, that are not run here, and why."""
+
+SMALL = {
+    "smollm2-135m": ("demo",),
+    "torchvision:resnet50": ("torchvision:mobilenet_v2", "--weights", "mobilenet.pth"),
+}
+"""What stands here for the words of a page that need a network, or much time."""
+
+FEWER = {
+    "prune": ("--samples", "4", "--seqlen", "64"),
+    "gap": (
+        *("--samples", "4", "--seqlen", "64", "--windows", "1", "--sparsity", "0.5"),
+        *("--backends", "greedy,local_search", "--jobs", "1"),
+    ),
+    "eval": ("--windows", "2", "--seqlen", "64"),
+    "inspect": (),
+}
+SMALL_GROUPS = "*.0.self_attn.heads,model.decoder.layers.0.neurons"
+
+BROKEN = {
+    "osscar eval smaller --images labelled/ --against torchvision:resnet50": "has no function",
+}
+"""Commands that fail, and with which error."""
+
+
+def reason(command: Command) -> str | None:
+    return next((why for start, why in PARSED.items() if str(command).startswith(start)), None)
+
+
+SHOWN = [command for page in PAGES for command in commands(page)]
+
+
+def to_run() -> dict[str, list[Command]]:
+    """The commands to run, by page; what an earlier page shows alike is run there."""
+    pages: dict[str, list[Command]] = {}
+    seen: set[tuple[str, ...]] = set()
+    for command in SHOWN:
+        if reason(command) is None and command.words not in seen:
+            pages.setdefault(command.page, []).append(command)
+        seen.add(command.words)
+    return pages
+
+
+TO_RUN = to_run()
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A directory with all files that the pages name."""
+    prose = "the quick brown fox jumps over the lazy dog and runs back before night falls. "
+    (tmp_path / "calibration.txt").write_text(prose * 100)
+    (tmp_path / "test.txt").write_text(prose.replace("fox", "cat") * 100)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def vision(place: Path) -> None:
+    """Images, labelled ones, and weights for a small model of torchvision."""
+    image = pytest.importorskip("PIL.Image")
+    models = pytest.importorskip("torchvision.models")
+    generator = np.random.default_rng(0)
+    for name in (*(f"images/{i}.png" for i in range(6)), "labelled/0/a.png", "labelled/1/b.png"):
+        (place / name).parent.mkdir(parents=True, exist_ok=True)
+        pixels = generator.integers(0, 256, (64, 64, 3), dtype=np.uint8)
+        image.fromarray(pixels).save(place / name)
+    torch.manual_seed(0)
+    torch.save(models.mobilenet_v2().state_dict(), place / "mobilenet.pth")
+
+
+def smaller(words: tuple[str, ...], of_images: bool) -> Iterator[str]:
+    """The words of an osscar command, on small data."""
+    for before, word in zip(("", *words), words, strict=False):
+        if before == "--groups":
+            yield SMALL_GROUPS
+        elif before == "--against" and word in SMALL:
+            yield from SMALL[word]
+        else:
+            yield from SMALL.get(word, (word,))
+    if not of_images:
+        yield from FEWER[words[1]]
+
+
+@pytest.mark.parametrize("page", TO_RUN)
+def test_the_commands_of_a_page_run(
+    page: str, place: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    for command in TO_RUN[page]:
+        of_images = any(word in command.words for word in ("torchvision:resnet50", "--images"))
+        if of_images:
+            request.getfixturevalue("vision")
+        words = list(smaller(command.words, of_images))
+        if "--out" in words:  # pages give one name to several results
+            _clear(place / words[words.index("--out") + 1])
+        monkeypatch.setattr(sys, "argv", [*words, "--json", "out.json"])
+        with pytest.raises(SystemExit) as stop:
+            osscar.cli.main()
+        captured = capsys.readouterr()
+        known = BROKEN.get(str(command))
+        if known is None:
+            assert not stop.value.code, f"{' '.join(words)}: {captured.err}"
+            assert captured.out
+            document = json.loads((place / "out.json").read_text())
+            assert (undescribed(document), missing(document)) == (set(), set())
+        else:
+            assert known in captured.err, f"{command} is mended: take it out of BROKEN"
+
+
+def _clear(directory: Path) -> None:
+    if directory.exists():
+        directory.rename(directory.with_name(f"{directory.name}.{len(list(Path().iterdir()))}"))
+
+
+class Parsed(Exception):
+    """The arguments were understood; nothing was run."""
+
+
+@pytest.mark.parametrize("command", SHOWN, ids=str)
+def test_a_command_is_understood(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    program, *words = command.words
+    if program == "osscar":
+        name, *arguments = words
+        osscar_command(name).make_context(name, list(arguments))
+    elif program.startswith("python") and words[0].endswith(".py"):
+        assert parse_script(words[0], words[1:], monkeypatch)
+    else:
+        assert reason(command) is not None, f"add {command} to PARSED, with a reason, or run it"
+
+
+@pytest.mark.parametrize("command", [c for page in PAGES for c in mentions(page)], ids=str)
+def test_what_the_text_mentions_exists(command: Command) -> None:
+    program, *words = command.words
+    options = {word for word in words if word.startswith("--")}
+    if program == "osscar":
+        known = {name for parameter in osscar_command(words[0]).params for name in parameter.opts}
+        assert options <= known
+    elif words[0].endswith(".py"):
+        source = (ROOT / words[0]).read_text(encoding="utf-8")
+        assert all(f'"{option}"' in source for option in options)
+    else:
+        assert reason(command) is not None
+
+
+def osscar_command(name: str) -> Any:
+    return typer.main.get_command(osscar.cli.build()).commands[name]  # type: ignore[attr-defined]
+
+
+def parse_script(script: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Run a script up to where it has parsed its arguments."""
+    parse: Callable[..., Any] = argparse.ArgumentParser.parse_args
+
+    def stop(self: argparse.ArgumentParser, *given: Any) -> None:
+        parse(self, *given)
+        raise Parsed
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", stop)
+    monkeypatch.setattr(sys, "argv", [script, *arguments])
+    with pytest.raises(Parsed):
+        runpy.run_path(str(ROOT / script), run_name="__main__")
+    return True

@@ -1,0 +1,105 @@
+"""The Python that README and the site show runs, page by page, on small data."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import graph
+import osscar
+import osscar.shrinking.follow
+import solvers
+from tests.docs.pages import PAGES, blocks
+
+SMALL = {'"smollm2-135m"': '"demo"', "samples=32, seqlen=512": "samples=4, seqlen=64"}
+
+PAGES_WITH_PYTHON = [page for page in PAGES if blocks(page, "python")]
+
+
+def run(page: str) -> dict[str, Any]:
+    """Run all blocks of a page in order, in one namespace, and return it."""
+    namespace: dict[str, Any] = {"__name__": "__main__"}
+    for block in blocks(page, "python"):
+        for word, small in SMALL.items():
+            block = block.replace(word, small)
+        exec(compile(block, page, "exec"), namespace)
+    return namespace
+
+
+@pytest.fixture(autouse=True)
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A directory with the files that pages name, and tables that are put back afterwards."""
+    (tmp_path / "calibration.txt").write_text("the quick brown fox jumps over the lazy dog. " * 200)
+    monkeypatch.chdir(tmp_path)
+    rules, adapters = graph.DEFAULT_RULES, osscar.shrinking.follow
+    monkeypatch.setattr(rules, "_rules", dict(rules._rules))
+    monkeypatch.setattr(adapters, "_ADAPTERS", dict(adapters._ADAPTERS))
+
+
+def test_every_page_with_python_is_run() -> None:
+    assert set(PAGES_WITH_PYTHON) == set(CHECKS)
+
+
+@pytest.mark.filterwarnings("ignore:.*rank-deficient")
+@pytest.mark.parametrize("page", PAGES_WITH_PYTHON)
+def test_the_python_of_a_page_runs(page: str) -> None:
+    CHECKS[page](run(page))
+
+
+def check_readme(names: dict[str, Any]) -> None:
+    assert names["result"].parameters_after < names["result"].parameters_before
+    assert Path("smaller").is_dir()
+    problem = solvers.SubsetProblem.from_gram(
+        torch.diag(torch.arange(1.0, 7.0)).double(), torch.ones(6, 2).double(), keep=2
+    )
+    solution = solvers.solve(problem, names["LargestInput"]())
+    assert solution.support.tolist() == [4, 5]
+    assert graph.DEFAULT_RULES.find("aten.special_entr.default") is names["entropy"]
+    assert osscar.shrinking.follow._ADAPTERS["mylib.blocks.Attention"] is names["follow"]
+
+
+def check_start(names: dict[str, Any]) -> None:
+    counts = [
+        sum(p.numel() for p in m.parameters()) for m in (names["smaller"], names["loaded"].model)
+    ]
+    assert counts[0] < counts[1]
+
+
+def check_walk(names: dict[str, Any]) -> None:
+    weights = names["ready"].model.get_submodule("model.decoder.layers.0.fc2").weight
+    assert int((weights == 0).all(0).sum()) == 320
+    assert names["steps"].passes == 1
+
+
+def check_mathematics(names: dict[str, Any]) -> None:
+    assert names["solution"].backend == "branch_and_bound"
+
+
+def check_backend(names: dict[str, Any]) -> None:
+    assert 0 < names["solution"].gap < 1
+
+
+def check_architecture(names: dict[str, Any]) -> None:
+    assert names["group"].prunable
+    assert names["model"].up.out_features == names["model"].down.in_features == 20
+    assert names["traced"].group("neurons").units == 40
+
+
+def check_module(names: dict[str, Any]) -> None:
+    assert "Attention" in str(names["told"])
+    assert names["model"].layout == [3, 8]
+    assert names["proof"].error < 1e-5
+
+
+CHECKS = {
+    "README.md": check_readme,
+    "docs/index.md": check_start,
+    "docs/walk.md": check_walk,
+    "docs/mathematics.md": check_mathematics,
+    "docs/howto/backend.md": check_backend,
+    "docs/howto/architecture.md": check_architecture,
+    "docs/howto/module.md": check_module,
+}

@@ -1,0 +1,34 @@
+"""The site lists every page, and its reference every public name."""
+
+from __future__ import annotations
+
+import re
+from types import ModuleType
+
+import pytest
+
+import graph
+import osscar
+import solvers
+from tests.docs.pages import PAGES, ROOT
+
+
+def test_every_page_is_in_the_navigation() -> None:
+    listed = re.findall(r": (\S+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
+    assert len(listed) == len(set(listed))
+    assert {f"docs/{page}" for page in listed} == {p for p in PAGES if p.startswith("docs/")}
+
+
+@pytest.mark.parametrize("package", [osscar, solvers, graph])
+def test_the_reference_has_every_public_name_once(package: ModuleType) -> None:
+    name = package.__name__
+    text = (ROOT / "docs" / "api" / f"{name}.md").read_text()
+    described = re.findall(rf"^(?:::: |### ){name}\.(\w+)$", text, re.MULTILINE)
+    assert sorted(described) == sorted(package.__all__)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_files_that_a_page_links_exist(page: str) -> None:
+    text = re.sub(r"```.*?```", "", (ROOT / page).read_text(), flags=re.DOTALL)
+    for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", text):
+        assert "://" in target or (ROOT / page).parent.joinpath(target).exists(), target

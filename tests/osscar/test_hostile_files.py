@@ -1,0 +1,352 @@
+"""Files that strangers give: whatever they hold, a reader returns, or raises an error of ours."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import io
+import json
+import shutil
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import osscar
+from osscar.checkpoint.manifest import MANIFEST_FILE, OLD_PLAN_FILE, REPORT_FILE
+from osscar.core.errors import CheckpointError, ModelError, OsscarError
+from osscar.core.inputs import read_json
+from osscar.data.images import ImageSet, Preprocessing, load_images
+from osscar.data.text import encode, read_text
+from osscar.evaluation.language import compare, evaluate
+from osscar.models.language import DEMO_DIRECTORY, load_model
+from osscar.models.names import sort_of
+from osscar.models.open import open_model
+from osscar.models.vision import load_vision_model
+from osscar.models.weights import read_state
+from tests.osscar.families import tiny
+from tests.osscar.networks import small_net
+
+MANY = settings(
+    max_examples=60,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+FEW = settings(MANY, max_examples=25)
+
+VALUES = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.sampled_from([0, -1, -7, 1, 2, 10**9, 10**30, 1.5, float("nan"), float("inf")]),
+    st.text(max_size=3),
+    st.sampled_from([[], {}, [{}], [1, -1], {"type": "x"}, {"type": 3}]),
+)
+
+
+@st.composite
+def damaged(draw, whole: bytes) -> bytes:
+    """Give bytes that were a good file: cut off, with some changed, or with something inserted."""
+    data = bytearray(whole)
+    for _ in range(draw(st.integers(0, 4))):
+        place = draw(st.integers(0, min(len(data) - 1, 400)))
+        data[place] = draw(st.integers(0, 255))
+    if draw(st.booleans()):
+        place = draw(st.integers(0, len(data)))
+        data[place:place] = draw(st.binary(max_size=8))
+    if draw(st.booleans()):
+        data = data[: draw(st.integers(0, len(data)))]
+    return bytes(data)
+
+
+@st.composite
+def changed(draw, whole: dict) -> dict:
+    """Give an object that was a good file, with values that make no sense, at any depth."""
+    data = json.loads(json.dumps(whole))
+    for _ in range(draw(st.integers(1, 3))):
+        place = data
+        while True:
+            keys = sorted(place) if isinstance(place, dict) else range(len(place))
+            key = draw(st.sampled_from(list(keys)))
+            inside = place[key]
+            if not isinstance(inside, dict | list) or not inside or draw(st.booleans()):
+                break
+            place = inside
+        if isinstance(place, dict) and draw(st.booleans()):
+            del place[key]
+        else:
+            place[key] = copy.deepcopy(draw(VALUES))
+        if not data:
+            break
+    return data
+
+
+NO_OBJECTS = [b"", b"[]", b"3", b"null", b"{", b"\xff\xfe", b"[" * 100_000, b'{"a":' * 100_000]
+
+
+def survives(reader, *arguments):
+    """Call a reader; errors of any other tree come through and fail the test."""
+    with contextlib.suppress(OsscarError):
+        reader(*arguments)
+
+
+# ---- images ------------------------------------------------------------------------------
+
+
+def picture(kind: str) -> bytes:
+    image = pytest.importorskip("PIL.Image")
+    pixels = np.random.default_rng(0).integers(0, 256, (9, 11, 3), dtype=np.uint8)
+    file = io.BytesIO()
+    image.fromarray(pixels).save(file, kind)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("kind", ["png", "jpeg", "gif", "bmp", "tiff", "webp", "ppm"])
+def test_images(kind, tmp_path):
+    pytest.importorskip("torchvision", reason="images need the extra osscar[vision]")
+    file = tmp_path / f"a.{'jpg' if kind == 'jpeg' else kind}"
+
+    @MANY
+    @given(damaged(picture(kind)))
+    def check(data):
+        file.write_bytes(data)
+        images = load_images(tmp_path, Preprocessing.to_size(8))
+        survives(images.tensor)
+        images.fingerprints()
+
+    check()
+
+
+def test_archives(tmp_path):
+    pytest.importorskip("torchvision", reason="images need the extra osscar[vision]")
+    whole = io.BytesIO()
+    np.savez(whole, images=np.zeros((2, 4, 4, 3), np.uint8), labels=np.arange(2))
+    file = tmp_path / "a.npz"
+
+    @MANY
+    @given(damaged(whole.getvalue()))
+    def check(data):
+        file.write_bytes(data)
+        survives(lambda: load_images(file, Preprocessing.to_size(4)).tensor())
+
+    check()
+
+
+@pytest.mark.parametrize("name", ["a.safetensors", "a.pt"])
+def test_weights(name, tmp_path):
+    state = {"a.weight": torch.arange(6.0).view(2, 3), "b": torch.ones(2, dtype=torch.int64)}
+    file = tmp_path / name
+    if name.endswith("pt"):
+        torch.save(state, file)
+    else:
+        safetensors.torch.save_file(state, file)
+    whole = file.read_bytes()
+
+    @MANY
+    @given(damaged(whole))
+    def check(data):
+        file.write_bytes(data)
+        survives(read_state, file)
+
+    check()
+
+
+@MANY
+@given(st.one_of(st.binary(max_size=40), st.text(max_size=40).map(str.encode)))
+def test_texts(tmp_path, data):
+    file = tmp_path / "a.txt"
+    file.write_bytes(data)
+    survives(read_text, file)
+
+
+# ---- checkpoints -------------------------------------------------------------------------
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked"))
+
+
+@pytest.fixture
+def checkpoint(request, tmp_path):
+    """Write a tiny model of a family with the tokenizer of the demo."""
+    path = tmp_path / "model"
+    tiny(request.param).save_pretrained(path)
+    for file in DEMO_DIRECTORY.glob("tokenizer*"):
+        shutil.copy(file, path)
+    return path
+
+
+@pytest.mark.parametrize("checkpoint", ["opt", "gpt2", "llama-gqa"], indirect=True)
+def test_configs(checkpoint):
+    file = checkpoint / "config.json"
+    whole = json.loads(file.read_text())
+
+    @FEW
+    @given(changed(whole))
+    def check(data):
+        file.write_text(json.dumps(data))
+        survives(lambda: open_model(checkpoint, device="cpu").example)
+        survives(osscar.load, checkpoint)
+
+    check()
+    for content in NO_OBJECTS:
+        file.write_bytes(content)
+        for reader in (load_model, osscar.load):
+            with pytest.raises(CheckpointError, match=r"config\.json cannot be read"):
+                reader(checkpoint)
+
+
+@pytest.mark.parametrize("checkpoint", ["opt"], indirect=True)
+@pytest.mark.parametrize("size", [0, -1, 10**9, 10**30])
+@pytest.mark.parametrize(
+    "field", ["hidden_size", "num_attention_heads", "vocab_size", "max_position_embeddings",
+              "num_hidden_layers"],
+)  # fmt: skip
+def test_sizes_that_no_model_has(checkpoint, field, size):
+    file = checkpoint / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), field: size}))
+    for reader in (load_model, osscar.load):
+        survives(reader, checkpoint)
+
+
+@pytest.mark.parametrize("checkpoint", ["opt"], indirect=True)
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+def test_tokenizers(checkpoint, name):
+    file = checkpoint / name
+    whole = json.loads(file.read_text())
+    # What no merge begins with makes the library abort the whole process.
+    whole.get("model", {}).pop("continuing_subword_prefix", None)
+
+    @FEW
+    @given(changed(whole))
+    def check(data):
+        file.write_text(json.dumps(data))
+        survives(load_model, checkpoint)
+
+    check()
+    for content in NO_OBJECTS if name == "tokenizer.json" else ():
+        file.write_bytes(content)
+        with pytest.raises(ModelError, match="has no tokenizer"):
+            load_model(checkpoint)
+
+
+def test_plans_and_reports(tmp_path):
+    result = osscar.prune(small_net(), torch.rand(60, 3, 12, 12), sparsity=0.5, device="cpu")
+    path = tmp_path / "small"
+    result.save(
+        path, report={"calibration": {"preprocessing": vars(Preprocessing())}, "classes": []}
+    )
+    manifest, plan, report = (path / name for name in (MANIFEST_FILE, OLD_PLAN_FILE, REPORT_FILE))
+    good, told = json.loads(manifest.read_text()), json.loads(report.read_text())
+    assert sort_of(path).is_directory
+
+    @MANY
+    @given(changed(good))
+    def check_manifest(data):
+        manifest.write_text(json.dumps(data))
+        sort_of(path)
+        survives(osscar.load, path)
+
+    check_manifest()
+    for content in NO_OBJECTS:
+        manifest.write_bytes(content)
+        sort_of(path)
+        survives(osscar.load, path)
+    # As version 0.1.0 wrote it.
+    manifest.unlink()
+    good = {"format": "osscar-plan/1", "origin": None, "plans": good["lineage"]["plans"]}
+
+    @MANY
+    @given(changed(good))
+    def check_plan(data):
+        plan.write_text(json.dumps(data))
+        sort_of(path)
+        survives(osscar.load, path)
+
+    @MANY
+    @given(changed(told))
+    def check_report(data):
+        report.write_text(json.dumps(data))
+        survives(load_vision_model, path)
+
+    check_report()
+    check_plan()
+    for content in NO_OBJECTS:
+        plan.write_bytes(content)
+        sort_of(path)
+        survives(osscar.load, path)
+
+
+# ---- names and types ---------------------------------------------------------------------
+
+
+@MANY
+@given(
+    st.one_of(st.text(max_size=20), st.sampled_from(["\udc80", "a\0b", "x" * 5000, "~nobody/x"]))
+)
+def test_names(text):
+    survives(load_model, text)
+    survives(load_vision_model, text)
+    survives(open_model, text)
+    survives(load_images, text, Preprocessing())
+    survives(read_text, text)
+
+
+def calls(wrong, number):
+    """Yield what is called with something of a wrong type, or with something that is no number."""
+    loaded, data = load_model("demo", device="cpu"), ImageSet("none", [], Preprocessing())
+    model, tokenizer, text = loaded.model, loaded.tokenizer, "some text"
+    yield lambda: load_model(wrong)
+    yield lambda: load_model("demo", device=wrong)
+    yield lambda: load_model("demo", dtype=wrong)
+    yield lambda: load_vision_model(wrong)
+    yield lambda: load_images(wrong, Preprocessing())
+    yield lambda: load_images("images", wrong)
+    yield lambda: read_state(wrong)
+    yield lambda: read_text(wrong)
+    yield lambda: osscar.load_calibration(wrong, tokenizer)
+    yield lambda: osscar.load_calibration(None, wrong)
+    yield lambda: osscar.load_calibration(None, tokenizer, samples=number)
+    yield lambda: osscar.load_calibration(None, tokenizer, seqlen=number)
+    yield lambda: osscar.load_calibration(None, tokenizer, seed=number)
+    yield lambda: evaluate(wrong, tokenizer, text)
+    yield lambda: evaluate(model, wrong, text)
+    yield lambda: evaluate(model, tokenizer, wrong)
+    yield lambda: evaluate(model, tokenizer, text, seqlen=number)
+    yield lambda: evaluate(model, tokenizer, text, windows=number)
+    yield lambda: evaluate(model, tokenizer, text, batch_size=number)
+    yield lambda: evaluate(model, tokenizer, text, new_tokens=number)
+    yield lambda: evaluate(model, tokenizer, text, repetitions=number)
+    yield lambda: compare(model, wrong, tokenizer, text)
+    yield lambda: osscar.evaluate_images(wrong, data)
+    yield lambda: osscar.evaluate_images(small_net(), wrong)
+    yield lambda: osscar.evaluate_images(small_net(), data, batch_size=number)
+    yield lambda: osscar.compare_images(small_net(), wrong, data)
+    yield lambda: data.sample(number, 0)
+
+
+@pytest.mark.parametrize("wrong", [3, 1.5, b"x", [], object()], ids=lambda w: type(w).__name__)
+def test_wrong_types(wrong):
+    number = "3" if isinstance(wrong, int) else wrong
+    for number_of_call, call in enumerate(calls(wrong, number)):
+        with pytest.raises(OsscarError):
+            pytest.fail(f"call {number_of_call} returned {call()}")
+
+
+def test_a_text_that_cannot_be_encoded_is_refused():
+    tokenizer = load_model("demo").tokenizer
+    with pytest.raises(OsscarError, match="half a surrogate pair at 2"):
+        encode(tokenizer, "ab\udc80")
+
+
+def test_one_object_is_read(tmp_path):
+    (tmp_path / "a").write_text('{"a": 1}')
+    assert read_json(tmp_path / "a") == {"a": 1}
+    (tmp_path / "a").write_text("[]")
+    with pytest.raises(ValueError, match="holds a list"):
+        read_json(tmp_path / "a")

@@ -1,0 +1,117 @@
+"""What reports show: axes that say what they are, points inside of them, one table for all."""
+
+import re
+
+import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+from osscar.cli.common import out
+from osscar.evaluation.images import ImageQuality, ImageSpeed
+from osscar.evaluation.language import Quality
+from osscar.evaluation.result import Comparison, Evaluation
+from osscar.evaluation.size import Footprint
+from osscar.evaluation.speed import Speed
+from osscar.report import plots
+from osscar.report.evaluation_tables import comparison_table, evaluation_table
+from osscar.report.numbers import engineering, in_bytes, share
+from osscar.report.summary import Case
+from osscar.study.records import Row
+
+FINE = (0.025, 0.05, 0.075, 0.1, 0.125)
+
+
+def case(name, sparsity, loss, bound):
+    row = Row(
+        instance=name, kind="heads", file="x", units=40, width=1, keep=round(40 * (1 - sparsity)),
+        sparsity=sparsity, backend="perspective", options={}, status="FEASIBLE", loss=loss,
+        relative_loss=loss, lower_bound=bound, seconds=1.0, sparsities=(sparsity,),
+    )  # fmt: skip
+    return Case((row,))
+
+
+def drawn(figure):
+    FigureCanvasAgg(figure).draw()
+    return figure
+
+
+def labels(axis):
+    return [label.get_text() for label in axis.get_ticklabels()]
+
+
+def test_axes_tell_shares_apart():
+    cases = [case("a", s, 0.9, 0.9 * (1 - s / 100)) for s in FINE]
+    (axes,) = drawn(plots._curves(cases)).axes
+    assert labels(axes.xaxis) == ["2.5%", "5%", "7.5%", "10%", "12.5%"]
+    (axes,) = drawn(plots._gaps(cases)).axes
+    assert len(set(labels(axes.yaxis))) == len(labels(axes.yaxis)) > 2
+
+
+@pytest.mark.parametrize("losses", [(0.9, 0.9, 0.9), (0.1, 0.5, 0.9), (0.0, 0.0, 0.0)])
+def test_no_point_lies_on_the_upper_edge(losses):
+    cases = [case("a", s, loss, loss) for s, loss in zip(FINE, losses, strict=False)]
+    (axes,) = drawn(plots._curves(cases)).axes
+    low, high = axes.get_ylim()
+    assert low == 0
+    assert high >= 1.05 * max(losses)
+    assert high > 0
+
+
+def test_legends_lie_within_their_figures():
+    cases = [case(f"layer{i}", s / 2, 0.9, 0.8) for i in range(3) for s in FINE]
+    figure = drawn(plots._gaps(cases))
+    (legend,) = figure.legends
+    assert len(legend.get_texts()) == len(FINE)
+    assert legend.get_window_extent().x1 <= figure.bbox.x1
+
+
+def test_the_legend_knows_a_bound_that_the_first_layer_lacks():
+    figure = drawn(plots._curves([case("a", 0.5, 0.5, None), case("b", 0.5, 0.5, 0.4)]))
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["best loss", "lower bound"]
+
+
+def test_numbers_have_the_digits_that_count():
+    assert [share(s) for s in (0, 0.025, 0.5, 1 / 3, 1)] == ["0%", "2.5%", "50%", "33.3%", "100%"]
+    assert [in_bytes(b) for b in (None, 5e5, 2.5e9)] == ["", "0.5 MB", "2.50 GB"]
+    assert [engineering(v) for v in (0, 0.5, 3770000, 2e15)] == [
+        "0",
+        "0.50 ",
+        "3.77 M",
+        "2000.00 T",
+    ]
+
+
+TEXT = Evaluation(
+    "token", Quality(20.0, 511, 1, 512), Speed(1e4, 100.0, 512, 32, 5),
+    Footprint(2_000_000, 8_000_000, 4e6, None, None), "cpu", "float32",
+)  # fmt: skip
+IMAGES = Evaluation(
+    "image", ImageQuality(40, None, None, 0.5, 0.1), ImageSpeed(200.0, 32, 5),
+    Footprint(1_000_000, 4_000_000, 2e9, 10**9, 4_000_000), "cpu", "float32",
+)  # fmt: skip
+
+
+def printed(table):
+    with out.capture() as captured:
+        out.print(table)
+    lines = (re.split(r"\s{2,}", line.strip()) for line in captured.get().splitlines())
+    return {label: cells for label, *cells in lines}
+
+
+def test_models_of_every_sort_have_one_table():
+    rows = printed(comparison_table(Comparison.of(IMAGES, IMAGES), "small"))
+    assert rows["parameters"] == ["1,000,000", "1,000,000", "1.00x"]
+    assert rows["agreement with dense"] == ["50.00%", "50.00%"]
+    assert "top-1" not in rows
+    assert {"agreement with dense", "images/s (32 at once)", "FLOPs an image"} <= rows.keys()
+    alone = printed(evaluation_table(TEXT, "demo")).keys()
+    assert {"perplexity", "decode, tokens/s", "FLOPs a token"} <= alone
+    assert "peak memory" not in alone
+
+
+def test_ratios_bear_the_names_of_the_numbers_and_are_none_where_nobody_knows():
+    ratios = Comparison.of(TEXT, TEXT).ratios
+    assert ratios["perplexity"] == ratios["flops"] == 1
+    assert ratios["disk_bytes"] is None
+    assert not {"tokens", "windows", "peak_memory_bytes", "top1"} & ratios.keys()
+    assert Comparison.of(IMAGES, IMAGES).ratios["top1"] is None

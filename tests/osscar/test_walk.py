@@ -1,0 +1,548 @@
+"""The walk: what it measures, on any model, and that nothing of it stays behind."""
+
+import copy
+import gc
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import pytest
+import torch
+from torch import nn
+from transformers import (
+    ResNetConfig,
+    ResNetForImageClassification,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+import osscar
+import solvers
+from osscar.capture.coroutines import Coroutine
+from osscar.capture.linear_maps import linear_maps
+from osscar.capture.opened import opened
+from osscar.capture.targets import Target
+from osscar.capture.walk import walk
+from osscar.core.errors import CalibrationError, ModelError, NonFiniteError
+from osscar.data.batches import TensorInputs
+from osscar.study.problems import model_problems
+from tests.osscar.families import tiny, tokens
+from tests.osscar.networks import images, small_net
+
+BATCH = 3
+
+
+# ---- models ------------------------------------------------------------------------------
+
+
+class Twice(nn.Module):
+    """One feed-forward layer that is called twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.down, self.head = nn.Linear(6, 10), nn.Linear(10, 6), nn.Linear(6, 4)
+
+    def forward(self, x):
+        for _ in range(2):
+            x = x + self.down(torch.relu(self.up(x)))
+        return self.head(x)
+
+
+class Steps(nn.Module):
+    """A cell that is called once for each position, as often as the data are long."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.down, self.head = nn.Linear(5, 8), nn.Linear(8, 5), nn.Linear(5, 3)
+
+    def forward(self, x):
+        state = torch.zeros_like(x[:, 0])
+        for step in x.unbind(1):
+            state = torch.tanh(self.down(torch.relu(self.up(step + state))))
+        return self.head(state)
+
+
+class Skipping(nn.Module):
+    """A late layer reads an early one's output, and layers work in place."""
+
+    def __init__(self):
+        super().__init__()
+        self.early, self.middle = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1)
+        self.joined, self.late = nn.Conv2d(8, 4, 1), nn.Conv2d(4, 2, 1)
+
+    def forward(self, x):
+        early = self.early(x)
+        middle = torch.relu_(self.middle(early.relu()))
+        return self.late(self.joined(torch.cat([early, middle], 1)).relu_())
+
+
+class Remembering(nn.Module):
+    """Modules that write on themselves what they read later, across a consumer's call."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.down, self.next = nn.Linear(6, 9), nn.Linear(9, 6), nn.Linear(6, 7)
+        self.head = nn.Linear(7, 6)
+
+    def forward(self, x):
+        self.kept = x
+        x = self.down(torch.relu(self.up(x)))
+        x = x + self.kept
+        self.kept = None
+        return self.head(torch.tanh(self.next(x)))
+
+
+class Surrounded(nn.Module):
+    """Consumers that are called under context managers of every sort."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(6))
+
+    def forward(self, x):
+        first, second, third, fourth, fifth, last = self.layers
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            x = second(torch.relu(first(x)))
+        with torch.inference_mode():
+            x = third(torch.tanh(x.to(third.weight)))
+        with torch.enable_grad(), torch.device("cpu"):
+            x = fourth(torch.relu(x.clone()))
+        return last(torch.relu(fifth(torch.relu(x)))).detach()
+
+
+def t5():
+    torch.manual_seed(0)
+    config = T5Config(
+        vocab_size=97, d_model=24, d_kv=6, d_ff=32, num_layers=2, num_heads=4,
+        decoder_start_token_id=0, pad_token_id=0,
+    )  # fmt: skip
+    model = T5ForConditionalGeneration(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter.mul_(2)
+    return model
+
+
+def pairs_of_tokens():
+    return {"input_ids": tokens(7, 10) + 0, "decoder_input_ids": tokens(7, 6, seed=5)}
+
+
+def resnet():
+    torch.manual_seed(0)
+    config = ResNetConfig(
+        embedding_size=8, hidden_sizes=[8, 12], depths=[2, 2], layer_type="basic", num_labels=5
+    )
+    return ResNetForImageClassification(config).eval()
+
+
+def dense_net():
+    densenet = pytest.importorskip("torchvision.models.densenet")
+    torch.manual_seed(0)
+    return densenet.DenseNet(4, (2, 2), 8, num_classes=5).eval()
+
+
+def seeded(kind):
+    def build():
+        torch.manual_seed(0)
+        return kind().eval()
+
+    return build
+
+
+CASES = {
+    "opt": (lambda: tiny("opt"), lambda: tokens(7)),
+    "gpt2": (lambda: tiny("gpt2"), lambda: tokens(7)),
+    "gqa": (lambda: tiny("llama-gqa"), lambda: tokens(7)),
+    "t5": (t5, pairs_of_tokens),
+    "cnn": (small_net, lambda: images(7)),
+    "resnet": (resnet, lambda: images(7, side=24)),
+    "densenet": (dense_net, lambda: images(7, side=32)),
+    "skipping": (seeded(Skipping), lambda: images(7)),
+    "twice": (seeded(Twice), lambda: torch.randn(7, 6)),
+    "steps": (seeded(Steps), lambda: torch.randn(7, 4, 5)),
+    "remembering": (seeded(Remembering), lambda: torch.randn(7, 6)),
+    "surrounded": (seeded(Surrounded), lambda: torch.randn(7, 8)),
+}
+TOLERANCE = {"surrounded": 1e-2}  # a layer of it computes in bfloat16
+
+
+@pytest.fixture(params=CASES)
+def case(request):
+    build, data = CASES[request.param]
+    torch.manual_seed(1)
+    return request.param, build(), data()
+
+
+# ---- measured as if each group were alone ------------------------------------------------
+
+
+@torch.no_grad()
+def gram_matrices(ready, group):
+    """Run the model as it now is, one batch after another, and sum up what consumers read."""
+    maps = linear_maps(ready.model, group)
+    sums = [torch.zeros(m.rows, m.rows, dtype=torch.float64) for m in maps]
+
+    def see(index):
+        def hook(_, args):
+            for X in maps[index].read_inputs(args[0]):
+                sums[index] += X.double().T @ X.double()
+
+        return hook
+
+    hooks = [m.module.register_forward_pre_hook(see(i)) for i, m in enumerate(maps)]
+    for batch in ready.batches():
+        ready.model(**batch)
+    for hook in hooks:
+        hook.remove()
+    return sums
+
+
+def half_gone(site):
+    """Return weights as a refit leaves them: half the units zero, the others changed."""
+    weights = []
+    for consumer in site.consumers:
+        W = consumer.read_weight() * 1.1
+        for rows in consumer.unit_rows[::2]:
+            W[rows] = 0
+        weights.append(W)
+    return weights
+
+
+def commit_all(way):
+    for site in way:
+        site.commit(half_gone(site))
+
+
+def test_every_group_is_measured_through_what_was_committed_before_it(case):
+    name, model, data = case
+    with opened(model, data, batch_size=BATCH) as ready:
+        groups = [group for group in ready.groups if group.prunable]
+        seen = []
+        for site in walk(ready, groups):
+            for gram, expected in zip(site.grams, gram_matrices(ready, site.group), strict=True):
+                scale = expected.diagonal().mean()
+                close = TOLERANCE.get(name, 1e-5) * scale
+                torch.testing.assert_close(gram._gram, expected, rtol=0, atol=float(close))
+            site.commit(half_gone(site))
+            seen.append(site.group.name)
+    assert sorted(seen) == sorted(group.name for group in groups)
+    assert len(groups) > 0
+
+
+def test_without_commits_one_pass_measures_every_group(case):
+    _, model, data = case
+    with opened(model, data, batch_size=BATCH) as ready:
+        groups = [group for group in ready.groups if group.prunable]
+        way = walk(ready, groups, in_turn=False)
+        for site in way:
+            for gram, expected in zip(site.grams, gram_matrices(ready, site.group), strict=True):
+                torch.testing.assert_close(gram._gram, expected, rtol=1e-6, atol=1e-6)
+            with pytest.raises(ModelError, match="walk in turn"):
+                site.commit(half_gone(site))
+        assert way.passes == 1
+
+
+def test_a_study_poses_the_problem_that_pruning_solves(case):
+    """Where nothing else is pruned, the stream of `prune` is the dense one."""
+    _, model, data = case
+    posed = {group.name: problem for group, problem in model_problems(model, data)}
+    for name, problem in posed.items():
+        if problem.units == 1:
+            continue
+        spy = Spy()
+        keep = max(1, problem.units // 2)
+        osscar.prune(model, data, groups={name: keep}, backend=spy, batch_norm="keep")
+        (solved,) = spy.seen
+        assert (solved.name, solved.keep) == (name, keep)
+        for mine, theirs in zip(problem.consumers, solved.consumers, strict=True):
+            for part in ("H", "G", "W0", "rows"):
+                assert torch.equal(getattr(mine, part), getattr(theirs, part)), (name, part)
+            assert (mine.e, mine.damping) == (theirs.e, theirs.damping)
+
+
+@dataclass(frozen=True)
+class Spy:
+    """Keeps the first units, and the problems that it was given."""
+
+    kind: ClassVar = solvers.BackendKind.HEURISTIC
+    summary: ClassVar = "keeps the first units"
+    capabilities: ClassVar = solvers.Capabilities()
+    seen: list = field(default_factory=list)
+
+    @classmethod
+    def available(cls):
+        return None
+
+    def select(self, problem):
+        self.seen.append(problem)
+        return solvers.Selection(torch.arange(problem.keep), solvers.Status.FEASIBLE)
+
+
+# ---- how often the batches set out -------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "kinds", "passes"),
+    [
+        ("opt", ("heads", "neurons"), 1),
+        ("gqa", ("heads", "neurons"), 1),
+        ("t5", ("neurons",), 1),
+        ("resnet", ("inner",), 1),
+        ("cnn", ("inner",), 3),  # two gated blocks: the gate is read before the projection
+        ("twice", ("neurons",), 1),  # nothing comes after it
+    ],
+)
+def test_only_groups_that_are_read_in_several_calls_cost_a_pass(name, kinds, passes):
+    build, data = CASES[name]
+    with opened(build(), data(), batch_size=BATCH) as ready:
+        groups = [
+            group
+            for group in ready.groups
+            if group.prunable
+            and (group.kind in kinds or (kinds == ("inner",) and group.name not in ready.residual))
+        ]
+        way = walk(ready, groups)
+        for site in way:
+            site.commit(half_gone(site))
+        assert way.passes == passes
+
+
+# ---- targets of the dense stream ---------------------------------------------------------
+
+
+@pytest.mark.parametrize("share", [1.0, 0.5])
+def test_targets_are_what_the_dense_model_puts_out(case, share):
+    name, model, data = case
+    with opened(model, data, batch_size=BATCH) as ready, torch.no_grad():
+        dense = copy.deepcopy(ready.model)
+        groups = [group for group in ready.groups if group.prunable]
+        for site in walk(ready, groups, target=Target(share)):
+            expected = _expected_targets(ready, dense, site, share)
+            for gram, (cross, energy) in zip(site.grams, expected, strict=True):
+                H, W0 = gram._gram / gram.positions, gram.linear_map.read_weight()
+                found = gram._targets(H, W0)
+                scale = float(cross.abs().max()) + 1e-12
+                close = TOLERANCE.get(name, 1e-4)
+                torch.testing.assert_close(found["G"], cross, rtol=0, atol=close * scale)
+                assert found["e"] == pytest.approx(energy, rel=10 * close, abs=1e-12)
+            site.problem(max(1, site.group.units // 2), damp=0.01)  # well posed
+            site.commit(half_gone(site))
+
+
+def _expected_targets(ready, dense, site, share):
+    """Compute ``X'Y/N`` and ``|Y|^2/N`` from passes of two whole models."""
+    found = []
+    for consumer in site.consumers:
+        seen = []
+
+        def see(module, args, output, seen=seen):
+            seen.append((args[0].detach().clone(), output.detach().clone()))
+
+        cross, energy, count = 0.0, 0.0, 0
+        for batch in ready.batches():
+            pairs = []
+            for network in (ready.model, dense):
+                seen.clear()
+                hook = network.get_submodule(consumer.name).register_forward_hook(see)
+                network(**batch)
+                hook.remove()
+                pairs.append(list(seen))
+            for (x, pruned), (_, wanted) in zip(*pairs, strict=True):
+                X = torch.cat([piece.double() for piece in consumer.read_inputs(x)])
+                D = consumer.read_outputs((wanted - pruned) * share).double()
+                Y = X @ consumer.read_weight() + D
+                cross, energy, count = cross + X.T @ Y, energy + Y.square().sum(), count + len(X)
+        found.append((cross / count, float(energy / count)))
+    return found
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.5, float("nan")])
+def test_a_target_is_a_blend(share):
+    with pytest.raises(osscar.OsscarError, match="from 0 to 1"):
+        Target(share)
+
+
+# ---- what goes wrong ---------------------------------------------------------------------
+
+
+class Moody(nn.Module):
+    """Does as it is told, by batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.down, self.head = nn.Linear(6, 9), nn.Linear(9, 6), nn.Linear(6, 7)
+        self.last = nn.Linear(7, 2)
+        self.mood, self.inside, self.largest = {}, [], 0
+
+    def forward(self, x):
+        here = self.mood.get(float(x[0, 0].detach())) if self.mood else None
+        with self.visited():
+            hidden = torch.relu(self.up(x))
+            if here == "fails":
+                raise ValueError("no such luck")
+            if here == "interrupted":
+                raise KeyboardInterrupt
+            if here != "skips":
+                x = self.down(hidden)
+            if here == "repeats":
+                x = self.down(hidden)
+            return self.last(torch.relu(self.head(x)))
+
+    @contextmanager
+    def visited(self):
+        self.inside.append(1)
+        try:
+            yield
+        finally:
+            self.inside.pop()
+
+
+DATA = torch.arange(54.0).view(9, 6) / 27
+
+
+def moody(mood, batch):
+    torch.manual_seed(0)
+    model = Moody().eval()
+    ready = opened(model, DATA, batch_size=BATCH)
+    return model, ready, {float(DATA[batch * BATCH, 0]): mood}
+
+
+@pytest.mark.parametrize(
+    ("mood", "message"),
+    [
+        ("fails", r"batch 1 fails in 'the model': ValueError: no such luck"),
+        ("skips", r"batch 1 calls 'head' where others call 'down'"),
+        ("repeats", r"batch 1 calls 'down' where others call 'head'"),
+    ],
+)
+def test_a_batch_that_goes_astray_is_named_and_nothing_stays_behind(mood, message):
+    model, manager, moods = moody(mood, 1)
+    before = copy.deepcopy(model.state_dict())
+    with manager as ready:
+        groups = [group for group in ready.groups if group.prunable]
+        ready.model.mood = moods
+        with pytest.raises(CalibrationError, match=message):
+            commit_all(walk(ready, groups))
+        assert ready.model.inside == []  # every pass has left its context managers
+        assert not any(m._forward_pre_hooks or m._forward_hooks for m in ready.model.modules())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    gc.collect()
+    assert not [o for o in gc.get_objects() if isinstance(o, Coroutine) and o.arrived is not None]
+
+
+def test_a_batch_that_never_reaches_a_consumer_is_named():
+    class Ending(Moody):
+        def forward(self, x):
+            if self.mood.get(float(x[0, 0].detach())) if self.mood else None:
+                return x
+            return super().forward(x)
+
+    torch.manual_seed(0)
+    with opened(Ending().eval(), DATA, batch_size=BATCH) as ready:
+        ready.model.mood = {float(DATA[2 * BATCH, 0]): True}
+        with pytest.raises(CalibrationError, match="batch 2 never reaches 'down'"):
+            list(walk(ready, [group for group in ready.groups if group.prunable]))
+
+
+def test_an_interrupt_ends_every_pass():
+    _, manager, moods = moody("interrupted", 2)
+    grad = torch.is_grad_enabled()
+    with manager as ready:
+        ready.model.mood = moods
+        with pytest.raises(KeyboardInterrupt):
+            list(walk(ready, [group for group in ready.groups if group.prunable]))
+        assert ready.model.inside == []
+        assert not any(m._forward_pre_hooks for m in ready.model.modules())
+    assert torch.is_grad_enabled() == grad
+
+
+def test_a_walk_that_is_left_early_ends_its_passes():
+    _, manager, _ = moody("", 0)
+    with manager as ready:
+        for site in walk(ready, [group for group in ready.groups if group.prunable]):
+            site.commit(half_gone(site))
+            break
+        gc.collect()
+        assert ready.model.inside == []
+        assert not any(m._forward_pre_hooks for m in ready.model.modules())
+
+
+def test_code_that_catches_the_end_of_its_pass_does_not_go_on():
+    class Stubborn(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up, self.down, self.last = nn.Linear(6, 9), nn.Linear(9, 6), nn.Linear(6, 2)
+            self.ends = 0
+
+        def forward(self, x):
+            hidden = torch.relu(self.up(x))
+            try:
+                y = self.down(hidden)
+            except BaseException:
+                self.ends += 1
+                y = self.down(hidden)
+            return self.last(y)
+
+    torch.manual_seed(0)
+    with opened(Stubborn().eval(), DATA, batch_size=BATCH) as ready:
+        for site in walk(ready, [group for group in ready.groups if group.prunable][:1]):
+            site.commit(half_gone(site))
+        assert ready.model.ends == 3
+        assert not any(m._forward_pre_hooks for m in ready.model.modules())
+
+
+def test_activations_that_are_not_finite_are_refused_with_their_consumer():
+    model = seeded(Twice)()
+    data = torch.randn(7, 6)
+    data[5] = 3e38
+    with opened(model, data, batch_size=BATCH) as ready:
+        ready.model.up.weight.data.mul_(1e3)
+        with pytest.raises(NonFiniteError, match="'down'"):
+            list(walk(ready, [group for group in ready.groups if group.prunable]))
+
+
+def test_a_consumer_that_is_never_called_is_refused():
+    class Unread(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up, self.down = nn.Linear(6, 9), nn.Linear(9, 6)
+
+        def forward(self, x):
+            return self.down(torch.relu(self.up(x)))
+
+    model = seeded(Unread)()
+    with opened(model, torch.randn(7, 6)) as ready:
+        (group,) = [group for group in ready.groups if group.prunable]
+        ready.model.forward = lambda x: x
+        with pytest.raises(ModelError, match="'down' was never called"):
+            walk(ready, [group])
+
+
+def test_modes_of_a_suspended_pass_are_not_seen_outside():
+    """A walk that stops under autocast, inference mode and gradients leaves none of them."""
+    with opened(seeded(Surrounded)(), torch.randn(7, 8), batch_size=BATCH) as ready:
+        groups = [group for group in ready.groups if group.prunable]
+        stack = torch._C._len_torch_function_stack()
+        for site in walk(ready, groups):
+            assert not torch.is_grad_enabled()
+            assert not torch.is_inference_mode_enabled()
+            assert not torch.is_autocast_enabled("cpu")
+            assert torch._C._len_torch_function_stack() == stack
+            site.commit(half_gone(site))
+    assert torch.is_grad_enabled()
+
+
+def test_inputs_by_keyword_are_seen():
+    class Keyword(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up, self.down = nn.Linear(6, 9), nn.Linear(9, 6)
+
+        def forward(self, x):
+            return self.down(input=torch.relu(self.up(x)))
+
+    with opened(seeded(Keyword)(), torch.randn(7, 6), batch_size=BATCH) as ready:
+        assert isinstance(ready.inputs, TensorInputs)
+        (site,) = walk(ready, [group for group in ready.groups if group.prunable])
+        assert site.grams[0].positions == 7

@@ -1,0 +1,559 @@
+"""What an adversary who has read the check would try: each forgery is refused, or is true.
+
+A forgery that is accepted has to be harmless: what it claims holds in exact arithmetic.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from functools import cache
+
+import pytest
+import torch
+
+from solvers import (
+    Consumer,
+    Selection,
+    Solution,
+    Status,
+    SubsetProblem,
+    VerificationError,
+    WindowCertificate,
+    refit,
+    solve,
+)
+from solvers.certificate import EnumerationCertificate, MultiplierCertificate, Proved
+from solvers.tree_certificate import FREE, KEPT, REMOVED, TreeCertificate
+from tests.solvers.instances import INSTANCES, exact_loss, exact_optimum
+from tests.solvers.test_perspective import random_problem
+
+
+@cache
+def problem() -> SubsetProblem:
+    return random_problem(129, 7, 1, 3, 3, spread=1.0)
+
+
+@cache
+def honest(backend="branch_and_bound") -> Solution:
+    return solve(problem(), backend)
+
+
+@cache
+def optimum() -> Fraction:
+    return exact_optimum(problem())
+
+
+@cache
+def worse() -> Solution:
+    """A swap optimum, which no exchange refutes, with seven times the loss of the optimum."""
+    support = torch.tensor([1, 2, 6])
+    weights, loss = refit(problem(), support)
+    return Solution(problem(), "forged", support, weights, loss, Status.FEASIBLE)
+
+
+def false(**claims) -> Solution:
+    """A support that is not the best, called optimal at its own loss."""
+    claims = {"status": Status.OPTIMAL, "lower_bound": worse().loss, **claims}
+    return replace(worse(), **claims)
+
+
+def test_the_forged_support_is_one_that_no_exchange_refutes():
+    assert replace(worse(), status=Status.SWAP_OPTIMAL).verify().not_recomputed == ()
+    assert worse().loss > 6 * float(optimum())
+    word = false().verify()
+    assert word.not_recomputed == ("lower_bound", "status")
+
+
+def refused(solution: Solution, message: str = ".") -> None:
+    with pytest.raises(VerificationError, match=message):
+        solution.verify()
+
+
+def node(*, removed=(), kept=(), units=7):
+    side = torch.full((units,), FREE, dtype=torch.int8)
+    side[list(removed)], side[list(kept)] = REMOVED, KEPT
+    return side
+
+
+def tree(parent, sides, *, root=None, **fields) -> TreeCertificate:
+    """A tree whose nodes are enumerated, but for fields that say otherwise."""
+    t, n = len(parent), sides[0].shape[0]
+    made = {
+        "root": root,
+        "shape": torch.ones(n).double(),
+        "parent": torch.tensor(parent),
+        "sides": torch.stack(list(sides)),
+        "share": torch.full((t, n), 0.5).double(),
+        "point": torch.full((t, n), 0.5).double(),
+        "growth": torch.zeros(t).double(),
+    }
+    return TreeCertificate(**{**made, **fields})
+
+
+def huge_root(q=1e9) -> MultiplierCertificate:
+    n = problem().units
+    half = torch.full((n,), 0.5).double()
+    return MultiplierCertificate(half, torch.ones(n).double(), torch.full((n,), q).double(), half)
+
+
+# ---- trees --------------------------------------------------------------------------------------
+
+
+def test_an_honest_tree_of_enumerated_nodes_is_accepted():
+    """So that the forgeries below fail for what is forged in them."""
+    divided = tree([-1, 0, 0], [node(), node(removed=[2]), node(kept=[2])], root=huge_root())
+    report = replace(honest("enumerate"), certificate=divided).verify()
+    assert report.lower_bound == pytest.approx(honest("enumerate").loss, rel=1e-9)
+
+
+def test_sides_that_do_not_exist_cover_nothing():
+    """Units at 2 and 3 count as opposed, and both keep the unit: its removal is never covered."""
+    unit = int(honest("enumerate").removed[0])
+    if unit in worse().support.tolist():
+        unit = int(honest("enumerate").removed[1])
+    one, other = node(kept=[unit]), node()
+    other[unit] = 3
+    forged = tree([-1, 0, 0], [node(), one, other], root=huge_root())
+    refused(false(certificate=forged), "side that does not exist")
+    for side in (-1, 3, 127, -128):
+        other[unit] = side
+        forged = tree([-1, 0, 0], [node(), one, other], root=huge_root())
+        refused(false(certificate=forged), "side that does not exist")
+
+
+@pytest.mark.parametrize(
+    ("parent", "sides", "message"),
+    [
+        ([-1, 0], [node(), node()], "decides nothing that its parent does not"),
+        ([-1, 0, 0], [node(), node(removed=[0]), node(removed=[0])], "do not divide it"),
+        ([-1, 0, 0], [node(), node(removed=[0]), node(kept=[1])], "do not divide it"),
+        ([-1, 0, 0], [node(), node(removed=[0, 1]), node(kept=[0])], "do not divide it"),
+        ([-1, 0, 0], [node(), node(removed=[0, 1]), node(kept=[0, 1])], "do not divide it"),
+        ([-1, 0, 0, 0], [node(), *[node(removed=[0])] * 2, node(kept=[0])], "more than two"),
+        ([-1, 0, 1], [node(), node(removed=[0]), node(kept=[0])], "forgets what its parent"),
+        ([-1, 1, 0], [node(), node(removed=[0]), node(kept=[0])], "must follow their parents"),
+        ([-1, -1], [node(), node(removed=[0])], "must follow their parents"),
+        ([-1, 5], [node(), node(removed=[0])], "must follow their parents"),
+        ([0], [node()], "must follow their parents"),
+        ([-1], [node(kept=[0])], "must follow their parents"),
+        ([-1, 0], [node(), node(kept=[0, 1, 2, 3])], "removes or keeps too many"),
+    ],
+)
+def test_nodes_that_are_no_tree(parent, sides, message):
+    refused(false(certificate=tree(parent, sides, root=huge_root())), message)
+
+
+def test_one_child_leaves_the_other_half_open():
+    """Its sibling is left away: only what the parent proves of that side closes it."""
+    for side in ({"removed": [0]}, {"kept": [0]}):
+        forged = tree([-1, 0], [node(), node(**side)], root=huge_root())
+        refused(false(certificate=forged), "its certificate proves")
+
+
+def test_empty_and_misshapen_trees():
+    whole = tree([-1], [node()])
+    for sides in (whole.sides[:0], whole.sides[0], whole.sides[:, :0], None, [[0] * 7]):
+        refused(false(certificate=replace(whole, sides=sides)), "must be a matrix|tree's")
+    for name in ("shape", "parent", "share", "point", "growth"):
+        for value in (
+            None,
+            3.0,
+            [1.0],
+            torch.ones(0),
+            torch.ones(1, 7, 7),
+            torch.eye(7).to_sparse(),
+        ):
+            refused(false(certificate=replace(whole, **{name: value})), f"tree's {name}")
+    refused(false(certificate=replace(whole, parent=torch.tensor([-1.0]))), "must not be of")
+    refused(false(certificate=replace(whole, sides=whole.sides.double())), "must not be of")
+    refused(false(certificate=replace(whole, growth=torch.zeros(1).long())), "must not be of")
+    refused(false(certificate=replace(whole, root="all")), "root of the tree is a str")
+
+
+def test_a_deep_chain_is_refused_before_it_costs_anything():
+    """A path cannot be longer than there are units, as each node decides one."""
+    depth = 100_000
+    forged = tree([-1, *range(depth - 1)], [node()] * depth)
+    refused(false(certificate=forged), "decides nothing that its parent does not")
+
+
+def test_too_much_to_enumerate():
+    wide = random_problem(0, 20, 1, 2, 10)
+    solution = replace(
+        solve(wide, "local_search", bound=True), certificate=tree([-1], [node(units=20)])
+    )
+    refused(solution, "is to be enumerated, 10 of 20")
+    wide = random_problem(0, 24, 1, 2, 12)
+    solution = solve(wide, "local_search", bound=True)
+    refused(replace(solution, certificate=EnumerationCertificate()), "2704156 supports")
+
+
+# ---- multipliers --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("q", [1e12, 3e15, 1e16, 7e16, 1e17, 3e17, 1e18, 1e20, 1e200, 1.7e308])
+@pytest.mark.parametrize("point", [0.0, 1.0, 1 - 2**-53])
+def test_huge_diagonals_prove_no_rounding(q, point):
+    """Next to 1e17 a loss is rounding: neither the bound nor a slope may be made of it."""
+    best = honest("perspective").certificate
+    for unit in range(problem().units):
+        diagonal, x = best.q.clone(), best.point.clone()
+        diagonal[unit], x[unit] = q, point
+        root = replace(best, q=diagonal, point=x)
+        for side in (node(removed=[unit]), node(kept=[unit])):
+            forged = tree([-1, 0], [node(), side], root=root)
+            try:
+                proved = forged.bound(problem())
+            except VerificationError:
+                continue
+            assert Fraction(proved.value) <= optimum()
+            refused(false(certificate=forged))
+
+
+@pytest.mark.parametrize("value", [-1e-9, 1 + 1e-9, 1e8, -1e8, 1e200, math.inf, math.nan])
+def test_points_outside_of_the_cube(value):
+    """Along a null direction of ``Diag(q) - Q`` a far point costs nothing but digits."""
+    root = huge_root()
+    for unit in range(problem().units):
+        point = root.point.clone()
+        point[unit] = value
+        refused(false(certificate=replace(root, point=point)), "point must be")
+        certificate = honest().certificate
+        points = certificate.point.double()
+        points[-1, unit] = value
+        refused(false(certificate=replace(certificate, point=points)), "point must be")
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, 5e-324, 1e-300, 1e-9, 1e9, 1e300, math.inf, math.nan])
+@pytest.mark.parametrize("field", ["share", "shape", "q"])
+def test_multipliers_of_any_size(field, value):
+    root = honest("perspective").certificate
+    for unit in range(problem().units):
+        numbers = getattr(root, field).clone()
+        numbers[unit] = value
+        refused(false(certificate=replace(root, **{field: numbers})))
+        everywhere = replace(root, **{field: torch.full_like(numbers, value)})
+        refused(false(certificate=everywhere))
+
+
+@pytest.mark.parametrize("value", [5e-324, 1e-310, 1e300, math.inf, math.nan, -0.5])
+@pytest.mark.parametrize("field", ["shape", "share", "point", "growth"])
+def test_numbers_of_any_size_in_a_tree(field, value):
+    certificate = honest().certificate
+    numbers = torch.full_like(getattr(certificate, field).double(), value)
+    refused(false(certificate=replace(certificate, **{field: numbers})))
+
+
+def test_evidence_for_another_problem():
+    easier = SubsetProblem(random_problem(12, 7, 1, 3, 3).consumers, 3)
+    for backend in ("branch_and_bound", "perspective"):
+        other = solve(easier, backend)
+        refused(false(certificate=other.certificate))
+        fewer = solve(problem().with_keep(2), backend)
+        refused(false(certificate=fewer.certificate, lower_bound=fewer.lower_bound))
+    larger = solve(random_problem(12, 8, 1, 3, 3), "branch_and_bound").certificate
+    refused(false(certificate=larger), "a tree of 7 units")
+
+
+# ---- classes that answer what they want to ------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Obliging:
+    """A certificate that proves what it is asked to."""
+
+    def bound(self, problem):
+        return Proved(worse().loss, 0.0)
+
+
+class ObligingTree(TreeCertificate):
+    def bound(self, problem):
+        return Proved(worse().loss, 0.0)
+
+
+class ObligingFloat(float):
+    """Compares as its owner likes."""
+
+    __le__ = __lt__ = __ge__ = __gt__ = __eq__ = lambda self, other: True
+    __hash__ = float.__hash__
+
+
+class ObligingProblem(SubsetProblem):
+    def check_definite(self):
+        pass
+
+
+class ObligingConsumer(Consumer):
+    flaw = None
+
+
+class ObligingTensor(torch.Tensor):
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        return super().__torch_function__(function, types, args, kwargs or {})
+
+
+def test_foreign_certificates_are_no_evidence():
+    made = ObligingTree(**vars(honest().certificate))
+    for certificate in (Obliging(), made, "trust me", 5, TreeCertificate):
+        refused(false(certificate=certificate), "it must be None or a known certificate")
+
+
+def test_a_planted_method_is_not_called():
+    certificate = replace(honest("perspective").certificate)
+    object.__setattr__(certificate, "bound", Obliging().bound)
+    refused(false(certificate=certificate), "its certificate proves")
+    planted = SubsetProblem(problem().consumers, problem().keep)
+    for name in ("check_definite", "rechecked"):
+        object.__setattr__(planted, name, lambda: None)
+    refused(false(problem=planted, certificate=honest().certificate), "its certificate proves")
+
+
+@pytest.mark.parametrize("field", ["loss", "lower_bound", "gap_tolerance", "seconds"])
+def test_floats_that_compare_as_they_like(field):
+    for value in (ObligingFloat(0.5), ObligingFloat(math.nan)):
+        refused(replace(honest(), **{field: value}), f"{field} is .*; it must be")
+
+
+def test_subclasses_of_tensors_and_problems():
+    best = honest()
+    refused(replace(best, support=best.support.as_subclass(ObligingTensor)), "support is")
+    weights = tuple(W.as_subclass(ObligingTensor) for W in best.weights)
+    refused(replace(best, weights=weights), "weights is")
+    named = best.support.clone()
+    named.tolist = lambda: [0, 1, 2]
+    refused(replace(best, support=named), "support is")
+    same = ObligingProblem(problem().consumers, problem().keep)
+    refused(replace(best, problem=same), "problem is")
+    (consumer,) = problem().consumers
+    kept = {name: getattr(consumer, name) for name in ("H", "G", "e", "W0", "rows")}
+    obliging = SubsetProblem((ObligingConsumer(**kept),), 3)
+    refused(replace(best, problem=obliging), "a ObligingConsumer is no Consumer")
+
+
+def test_a_status_is_a_member():
+    for status in ("OPTIMAL", Status.OPTIMAL.value, None, 3, Status):
+        refused(replace(honest(), status=status), "status is .*; it must be a Status")
+
+
+# ---- a problem that is changed behind its checks ------------------------------------------------
+
+
+def test_a_problem_does_not_share_memory_with_what_it_was_made_of():
+    (consumer,) = problem().consumers
+    given = {name: getattr(consumer, name).clone() for name in ("H", "G", "W0", "rows")}
+    made = SubsetProblem((Consumer(**given, e=consumer.e),), 3)
+    before = solve(made, "enumerate")
+    for tensor in given.values():
+        tensor.zero_()
+    assert torch.equal(made.consumers[0].H, consumer.H)
+    assert torch.equal(made.consumers[0].rows, consumer.rows)
+    before.verify()
+    units = torch.arange(7)[:, None]
+    made = Consumer.from_gram(consumer.H, consumer.W0, units=units, damp=0.0)
+    units.zero_()
+    assert made.rows.flatten().tolist() == list(range(7))
+    kept = made.to("cpu")
+    assert kept is made
+
+
+def test_the_check_looks_at_the_problem_as_it_is():
+    """Not at what was found out before somebody wrote to it, nor at a remembered flaw."""
+    (consumer,) = problem().consumers
+    copy = replace(consumer)
+    solution = solve(SubsetProblem((copy,), 3), "enumerate")
+    solution.verify()
+    copy.H[0, 0] = -1.0
+    refused(solution, "ill posed: H has -1 on its diagonal")
+    copy = replace(consumer, e=consumer.e / 2)
+    vars(copy)["flaw"] = None
+    low = SubsetProblem((copy,), 3)
+    weights, loss = refit(low, honest("enumerate").support)
+    refused(replace(honest("enumerate"), problem=low, weights=weights, loss=loss), "ill posed")
+    object.__setattr__(copy, "e", math.nan)
+    refused(replace(honest("enumerate"), problem=low), "ill posed: e is nan")
+    object.__setattr__(copy, "e", ObligingFloat(1.0))
+    refused(replace(honest("enumerate"), problem=low), "when recomputed|ill posed")
+
+
+# ---- numbers that are none ----------------------------------------------------------------------
+
+
+NUMBERS = (math.nan, math.inf, -1.0, None, "0.5", 1, True, torch.tensor(0.5), [0.5], 1 + 0j)
+
+
+@pytest.mark.parametrize("value", NUMBERS, ids=repr)
+@pytest.mark.parametrize("field", ["loss", "gap_tolerance", "lower_bound", "seconds"])
+def test_what_is_no_number_in_range(field, value):
+    if field == "lower_bound" and value == -1.0:
+        pytest.skip("no loss is below it")
+    refused(replace(honest(), **{field: value}), f"{field} is ")
+    refused(false(**{field: value}))
+
+
+@pytest.mark.parametrize(
+    ("field", "values"),
+    [
+        ("support", (None, [0, 1, 2], (0, 1, 2), torch.tensor([0.0, 1, 2]), torch.ones(7).bool())),
+        ("support", (torch.tensor([[0, 1, 2]]), torch.tensor(3), torch.tensor([0, 1, 2]).int())),
+        ("weights", (None, [], "W", ({},), torch.zeros(1, 7, 3))),
+        ("iterations", (None, 2.0, -1, True)),
+        ("history", (None, [1.0], (math.nan,), ("1",))),
+        ("path", (None, [1.0], (math.inf,))),
+        ("windows", (None, [], ("w",))),
+        ("backend", (None, 5)),
+        ("bound_from", (None, 5)),
+        ("problem", (None, "problem")),
+    ],
+)
+def test_fields_of_other_types(field, values):
+    for value in values:
+        refused(replace(honest(), **{field: value}), f"{field} is .*; it must be")
+
+
+def test_a_support_out_of_order():
+    best = honest()
+    refused(replace(best, support=best.support.flip(0)), "not sorted")
+
+
+def test_tolerances_beyond_one():
+    for tolerance in (1.0, 2.0, 1e300, math.nextafter(1.0, 2.0)):
+        refused(replace(honest(), gap_tolerance=tolerance), "gap_tolerance is")
+
+
+def test_a_loss_of_zero_with_a_bound_below_it():
+    """No division by the loss, and no optimum within a tolerance of nothing."""
+    silent = SubsetProblem.from_gram(torch.zeros(3, 3), torch.ones(3, 2), keep=1)
+    best = solve(silent, "local_search")
+    refused(
+        replace(best, lower_bound=-1.0, status=Status.OPTIMAL), "with a gap of 1 at a loss of 0"
+    )
+    best = replace(best, lower_bound=0.0, status=Status.OPTIMAL)
+    report = best.verify()
+    assert (report.lower_bound, report.not_recomputed, best.gap) == (0.0, (), 0.0)
+
+
+@pytest.mark.parametrize("scale", [1e-45, 1e-30, 1e30, 1e45])
+def test_losses_of_any_scale(scale):
+    """A loss near zero, or far from one, makes no bound true, and none false."""
+    (consumer,) = problem().consumers
+    scaled = replace(consumer, H=consumer.H * scale, G=consumer.G * scale, e=consumer.e * scale)
+    other = SubsetProblem((scaled,), 3)
+    for backend in ("enumerate", "branch_and_bound", "perspective", "window_search"):
+        solve(other, backend).verify()
+    weights, loss = refit(other, worse().support)
+    for backend in ("branch_and_bound", "perspective", "enumerate"):
+        certificate = solve(other, backend).certificate
+        forged = false(problem=other, weights=weights, loss=loss, lower_bound=loss)
+        refused(replace(forged, certificate=certificate))
+
+
+# ---- claims without evidence --------------------------------------------------------------------
+
+
+def test_a_backends_word_is_named_as_such():
+    report = replace(honest("enumerate"), certificate=None).verify()
+    assert math.isnan(report.lower_bound)
+    assert report.not_recomputed == ("lower_bound", "status")
+    feasible = replace(honest("enumerate"), certificate=None, status=Status.TIME_LIMIT).verify()
+    assert feasible.not_recomputed == ("lower_bound",)
+    for backend in ("enumerate", "branch_and_bound", "perspective", "local_search", "greedy"):
+        assert honest(backend).verify().not_recomputed == ()
+    assert honest("greedy").record().recomputed_bound is None
+
+
+def test_a_bound_that_needs_no_evidence():
+    """Removing units never lowers the loss, so the loss with all of them bounds any other."""
+    noisy = INSTANCES["target"].problem
+    least = refit(noisy, torch.arange(noisy.units))[1]
+    best = solve(noisy, "local_search")
+    report = replace(best, lower_bound=least, status=Status.BOUNDED).verify()
+    assert report.lower_bound == pytest.approx(least)
+    assert report.not_recomputed == ()
+    report = replace(best, lower_bound=least * 1.001, status=Status.BOUNDED).verify()
+    assert report.not_recomputed == ("lower_bound", "status")
+
+
+def test_statuses_that_claim_a_bound():
+    for status in (Status.BOUNDED, Status.OPTIMAL):
+        refused(replace(honest("greedy"), status=status), "claimed")
+
+
+def test_window_optima_need_their_windows():
+    best = honest("window_search")
+    assert best.status is Status.WINDOW_OPTIMAL
+    (window,) = best.windows
+    huge = torch.full((1,), 1e9).double()
+    assert best.verify().not_recomputed == ()
+    refused(replace(best, windows=()), "without a window")
+    refused(replace(worse(), status=Status.WINDOW_OPTIMAL), "without a window")
+    for forged, message in [
+        (replace(window, units=window.units[:-1]), "a tree of 6 units"),
+        (replace(window, units=window.units.double()), "plain int64"),
+        (replace(window, units=window.units * 0), "names a unit twice"),
+        (replace(window, units=window.units + 1), "must name units from 0"),
+        (replace(window, units=None), "plain int64"),
+        (replace(window, certificate=honest("perspective").certificate), "by a TreeCertificate"),
+        (replace(window, certificate=None), "by a TreeCertificate"),
+        (
+            WindowCertificate(window.units, tree([-1], [node()], growth=huge)),
+            "to 0 only|to .* only",
+        ),
+    ]:
+        refused(replace(best, windows=(forged,)), message)
+    taken = {"windows": best.windows, "gap_tolerance": best.gap_tolerance}
+    refused(replace(worse(), status=Status.WINDOW_OPTIMAL, **taken), "proved to .* only")
+
+
+def test_what_a_backend_answers_is_checked_before_it_is_a_solution():
+    """`solve` refuses it in the backend's name; nothing ends in a raw error."""
+    from solvers import BackendError, BackendKind, Capabilities
+
+    @dataclass(frozen=True)
+    class Answers:
+        answer: object
+        kind = BackendKind.HEURISTIC
+        summary = "whatever"
+        capabilities = Capabilities()
+
+        def select(self, problem):
+            return self.answer
+
+    good = torch.tensor([0, 1, 2])
+    for answer in [
+        None,
+        good,
+        Selection([0, 1, 7], Status.FEASIBLE),
+        Selection([0, 1], Status.FEASIBLE),
+        Selection(None, Status.FEASIBLE),
+        Selection(good.double(), Status.FEASIBLE),
+        Selection(torch.tensor([0, 1, 1]), Status.FEASIBLE),
+        Selection(good, "OPTIMAL"),
+        Selection(good, Status.OPTIMAL, lower_bound=math.nan),
+        Selection(good, Status.OPTIMAL, lower_bound=math.inf),
+        Selection(good, Status.OPTIMAL, lower_bound="low"),
+        Selection(good, Status.OPTIMAL, lower_bound=None),
+        Selection(good, Status.OPTIMAL, gap_tolerance=math.nan),
+        Selection(good, Status.OPTIMAL, gap_tolerance=1.0),
+        Selection(good, Status.FEASIBLE, iterations="many"),
+        Selection(good, Status.FEASIBLE, history=("a",)),
+        Selection(good, Status.FEASIBLE, history=None),
+    ]:
+        with pytest.raises(BackendError, match="backend 'Answers' answered with"):
+            solve(problem(), Answers(answer))
+    taken = solve(problem(), Answers(Selection([2, 0, 1], Status.FEASIBLE, history=[1])))
+    assert taken.support.tolist() == [0, 1, 2]
+    taken.verify()
+
+
+def test_what_is_accepted_holds_in_exact_arithmetic():
+    for backend in ("branch_and_bound", "perspective", "enumerate"):
+        solution = honest(backend)
+        report = solution.verify()
+        assert Fraction(report.lower_bound) <= optimum()
+        assert Fraction(solution.lower_bound) <= optimum() + Fraction(report.tolerance)
+        assert report.tolerance < 1e-8 * solution.loss
+        exact = exact_loss(problem(), solution.support.tolist())
+        assert abs(Fraction(solution.loss) - exact) <= Fraction(report.tolerance)
