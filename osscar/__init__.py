@@ -13,6 +13,8 @@ lists them.
 
 from lazy_loader import attach_stub
 
-__version__ = "0.1.0"
+from osscar.core.version import VERSION
+
+__version__ = VERSION
 
 __getattr__, __dir__, __all__ = attach_stub(__name__, __file__)

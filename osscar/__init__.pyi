@@ -22,6 +22,6 @@ from .shrinking.shrink import Proof as Proof, shrink_proved as shrink_proved
 from .shrinking.slice import shrink as shrink
 from .study.design import StudyDesign as StudyDesign
 from .study.directory import Study as Study
-from .study.records import Row as Row
+from .study.records import Record as Record
 
 __version__: str

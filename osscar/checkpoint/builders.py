@@ -24,9 +24,7 @@ from transformers.initialization import no_init_weights
 
 from osscar.core.errors import CheckpointError, MissingDependency
 from osscar.core.inputs import read_json
-
-ORIGIN = "osscar_origin"
-"""The attribute of a model that `Origin.build` made, if its class does not tell its origin."""
+from osscar.shrinking.lineage import Origin, Scalar, lineage_of, note
 
 DESCRIPTION_ERRORS = (
     *(OSError, ValueError, TypeError, AttributeError, StrictDataclassError, SafetensorError),
@@ -72,17 +70,18 @@ def check_config(path: Path) -> None:
             raise CheckpointError(f"{file} has {name} {count:.3g}; get it anew")
 
 
-class Origin(Protocol):
+class Builder(Protocol):
     """Builds a dense model."""
 
     def build(self) -> nn.Module:
         """Return the dense model; what its weights are does not matter."""
 
     def write(self, model: nn.Module, path: Path) -> None:
-        """Write what `to_json` does not hold into the directory of a checkpoint."""
+        """Write what `origin` does not hold into the directory of a checkpoint."""
 
-    def to_json(self) -> dict[str, Any]:
-        """Return a description that `read_origin` understands."""
+    @property
+    def origin(self) -> Origin:
+        """A description that `read_builder` understands."""
 
 
 @dataclass(frozen=True)
@@ -162,9 +161,10 @@ class TransformersOrigin:
         if isinstance(generation, GenerationConfig):
             generation.save_pretrained(path)
 
-    def to_json(self) -> dict[str, Any]:
-        """Name the library; the rest lies in ``config.json``."""
-        return {"library": self.library}
+    @property
+    def origin(self) -> Origin:
+        """The library; the rest lies in ``config.json``."""
+        return Origin(self.library)
 
 
 @dataclass(frozen=True)
@@ -188,7 +188,7 @@ class TorchvisionOrigin:
     library: ClassVar = "torchvision"
 
     name: str
-    options: Mapping[str, int | float | str | bool | None] = field(default_factory=dict)
+    options: Mapping[str, Scalar] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         simple = int | float | str | bool | None
@@ -215,32 +215,33 @@ class TorchvisionOrigin:
         # Of segmentation and detection models the backbone would be fetched.
         none = {"weights": None, **{key: None for key in accepted if key.startswith("weights")}}
         model: nn.Module = models.get_model(self.name, **none, **self.options)
-        setattr(model, ORIGIN, self)
+        note(model, origin=self.origin)
         return model
 
     def write(self, model: nn.Module, path: Path) -> None:
         """Write nothing: name and options say it all."""
 
-    def to_json(self) -> dict[str, Any]:
-        """Return name and options."""
-        return {"library": self.library, "name": self.name, "options": dict(self.options)}
+    @property
+    def origin(self) -> Origin:
+        """Library, name and options."""
+        return Origin(self.library, self.name, self.options)
 
 
-def origin_of(model: nn.Module) -> Origin | None:
-    """Return where a model comes from, or None if that is not known."""
+def builder_of(model: nn.Module) -> Builder | None:
+    """Return what builds a model's dense original, or None if that is not known."""
     if isinstance(model, PreTrainedModel):
         return TransformersOrigin(type(model), model.config)
-    origin: Origin | None = getattr(model, ORIGIN, None)
-    return origin
+    origin = lineage_of(model).origin
+    return None if origin is None else _torchvision(origin)
 
 
-def read_origin(data: Mapping[str, Any] | None, path: Path) -> Origin | None:
-    """Return the origin that a checkpoint names.
+def read_builder(origin: Origin | None, path: Path) -> Builder | None:
+    """Return what builds the dense model of a checkpoint.
 
     Parameters
     ----------
-    data
-        What `Origin.to_json` returned; None where a model has no origin.
+    origin
+        What the checkpoint names; None where a model has no origin.
     path
         Directory of the checkpoint.
 
@@ -249,11 +250,14 @@ def read_origin(data: Mapping[str, Any] | None, path: Path) -> Origin | None:
     CheckpointError
         If the library is unknown, or the directory lacks what it needs.
     """
-    if data is None:
+    if origin is None:
         return None
-    library = data.get("library")
-    if library == TransformersOrigin.library:
+    if origin.library == TransformersOrigin.library:
         return TransformersOrigin.of_directory(path)
-    if library == TorchvisionOrigin.library:
-        return TorchvisionOrigin(str(data.get("name")), dict(data.get("options", {})))
-    raise CheckpointError(f"{path} holds a model of {library!r}, which is not known here")
+    return _torchvision(origin)
+
+
+def _torchvision(origin: Origin) -> TorchvisionOrigin:
+    if origin.library != TorchvisionOrigin.library:
+        raise CheckpointError(f"the model is one of {origin.library!r}, which is not known here")
+    return TorchvisionOrigin(origin.name, origin.options)

@@ -7,12 +7,9 @@ small weights, and the plans that turn the one into the shape of the other.
 
 from __future__ import annotations
 
-import json
+import dataclasses
 import os
-import shutil
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,21 +21,34 @@ from transformers import PreTrainedModel
 
 from osscar.checkpoint.builders import (
     DESCRIPTION_ERRORS,
-    Origin,
+    Builder,
     TransformersOrigin,
-    origin_of,
-    read_origin,
+    builder_of,
+    read_builder,
 )
 from osscar.checkpoint.hf_config import adopt_config, stock_config
-from osscar.core.errors import CheckpointError, EquivalenceError, OutputError
+from osscar.checkpoint.manifest import MANIFEST_FILE, REPORT_FILE, Manifest, read_manifest
+from osscar.checkpoint.place import check_output, replacing
+from osscar.core.errors import (
+    CheckpointError,
+    EquivalenceError,
+    OsscarError,
+    OutputError,
+    first_line,
+)
+from osscar.core.files import write_json
 from osscar.core.modules import context_length, copied, evaluating
 from osscar.shrinking.equivalence import Inputs, proof_outputs, prove_equal
-from osscar.shrinking.plan import PLAN_FILE, PruningPlan
-from osscar.shrinking.slice import HISTORY, shrink
+from osscar.shrinking.lineage import LINEAGE, Lineage, lineage_of
+from osscar.shrinking.slice import shrink
 
 __all__ = ["SavedCheckpoint", "adopt_config", "check_output", "load", "save", "stock_config"]
 
-PLAN_FORMAT = "osscar-plan/1"
+_FORMATS = {
+    str(kind).removeprefix("torch."): kind
+    for kind in (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+}
+"""Number formats by the names that lineages have for them."""
 
 
 @dataclass(frozen=True)
@@ -58,55 +68,6 @@ class SavedCheckpoint:
     path: Path
     stock: bool
     bytes: int
-
-
-def check_output(
-    directory: str | os.PathLike[str],
-    *,
-    overwrite: bool,
-    inputs: Sequence[str | os.PathLike[str] | None] = (),
-) -> Path:
-    """Return the output directory as a path, if it may be written.
-
-    Parameters
-    ----------
-    directory
-        Where a checkpoint is to go.
-    overwrite
-        Whether a checkpoint that is there may be replaced.
-    inputs
-        Files and directories that the run needs; names that are no paths do no harm.
-
-    Raises
-    ------
-    OutputError
-        If it is a file or cannot be looked at; if it is not empty and `overwrite` is not set, or
-        holds no checkpoint; if it is or contains the current directory or one of the inputs.
-    """
-    try:
-        path = Path(directory).expanduser().resolve()
-        if path.exists() and not path.is_dir():
-            raise OutputError(f"{path} is a file; give a directory")
-        occupied = path.is_dir() and any(path.iterdir())
-    except (OSError, RuntimeError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise OutputError(f"cannot write to {str(directory)!r}: {reason}") from error
-    for need in (Path.cwd(), *_existing(inputs)):
-        if path == need or path in need.parents:
-            raise OutputError(f"{path} would replace {need}, which is in use; give another")
-    if occupied and not overwrite:
-        raise OutputError(f"{path} is not empty; give another directory, or --overwrite")
-    if occupied and not any((path / name).is_file() for name in ("config.json", PLAN_FILE)):
-        raise OutputError(f"{path} holds something other than a checkpoint; give another directory")
-    return path
-
-
-def _existing(inputs: Sequence[str | os.PathLike[str] | None]) -> Iterator[Path]:
-    """Yield those names that can be paths; whoever reads the others will say what is wrong."""
-    for name in inputs:
-        with suppress(OSError, RuntimeError):
-            if name is not None:
-                yield Path(name).expanduser().resolve()
 
 
 def save(
@@ -130,9 +91,10 @@ def save(
     tokenizer
         Saved beside the weights if given.
     report
-        Written as ``osscar_report.json``.
+        Written as ``osscar_report.json``, for people and tools.
     dtype
-        Number format of the weights on disk; by default that of the model.
+        Number format of the weights on disk; by default that in which the dense model lay there,
+        and where that is not known, the model's.
     overwrite
         Replace a directory that is not empty; it stays whole if anything fails.
     example_inputs
@@ -146,24 +108,72 @@ def save(
     EquivalenceError
         If what was read back does not compute what the model computes.
     """
-    path = check_output(directory, overwrite=overwrite)
-    plans: tuple[PruningPlan, ...] = getattr(model, HISTORY, ())
-    if dtype is not None and dtype != _dtype(model):
+    lineage = lineage_of(model)
+    dtype = _stored_dtype(model) if dtype is None else dtype
+    path = check_output(directory, overwrite=overwrite, needed_bytes=weight_bytes(model, dtype))
+    if dtype != _dtype(model):
         model = copied(model).to(dtype)
-    config = stock_config(model, plans) if isinstance(model, PreTrainedModel) else None
-    with _beside(path) as partial:
+    lineage = dataclasses.replace(lineage, stored_dtype=str(dtype).removeprefix("torch."))
+    with replacing(path, overwrite=overwrite) as new:
+        stock = _write(model, lineage, new, tokenizer=tokenizer, report=report)
+        _prove_readable(model, new, example_inputs)
+        written = sum(file.stat().st_size for file in new.glob("*.safetensors"))
+    return SavedCheckpoint(path, stock, written)
+
+
+def weight_bytes(model: nn.Module, dtype: torch.dtype | None = None) -> int:
+    """Return how much a model's weights take on disk in a number format, as `save` takes it."""
+    dtype = _stored_dtype(model) if dtype is None else dtype
+    tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}.values()
+    return sum(t.numel() * (dtype if t.is_floating_point() else t.dtype).itemsize for t in tensors)
+
+
+def _stored_dtype(model: nn.Module) -> torch.dtype:
+    return _FORMATS.get(lineage_of(model).stored_dtype or "") or _dtype(model)
+
+
+def _write(
+    model: nn.Module,
+    lineage: Lineage,
+    path: Path,
+    *,
+    tokenizer: Any,
+    report: Mapping[str, Any] | None,
+) -> bool:
+    """Write all files of a checkpoint; return whether it is stock."""
+    config = None
+    if isinstance(model, PreTrainedModel):
+        config = stock_config(model, lineage.plans)
+    try:
         if config is not None:
             assert isinstance(model, PreTrainedModel)
-            _save_stock(model, config, partial)
+            _save_stock(model, config, path)
+            lineage = dataclasses.replace(lineage, plans=())
         else:
-            _save_planned(model, plans, partial)
+            _save_planned(model, path)
         if tokenizer is not None:
-            tokenizer.save_pretrained(partial)
-        if report is not None:
-            _write_json(partial / "osscar_report.json", report)
-        _prove_readable(model, partial, example_inputs)
-        written = sum(file.stat().st_size for file in partial.glob("*.safetensors"))
-    return SavedCheckpoint(path, config is not None, written)
+            tokenizer.save_pretrained(path)
+    except safetensors.SafetensorError as error:
+        raise OutputError(f"cannot write the weights: {error}") from error
+    if report is not None:
+        write_json(path / REPORT_FILE, report)
+    builder = builder_of(model)
+    lineage = dataclasses.replace(lineage, origin=None if builder is None else builder.origin)
+    files = tuple(sorted(file.name for file in path.iterdir()))
+    Manifest.of(config is not None, lineage, files).write(path)
+    _as_readable_as(path / MANIFEST_FILE, path)
+    return config is not None
+
+
+def _as_readable_as(file: Path, directory: Path) -> None:
+    """Let everybody read all files who can read one that was written as the umask says.
+
+    The writer of safetensors keeps what it writes to its user.
+    """
+    mode = file.stat().st_mode
+    for other in directory.rglob("*"):
+        if other.is_file():
+            other.chmod(mode)
 
 
 def load(
@@ -191,11 +201,12 @@ def load(
     """
     path = Path(directory).expanduser()
     try:
-        if not (path / PLAN_FILE).is_file():
-            return TransformersOrigin.of_directory(path).read_stock(path, dtype)
-        described, plans = read_plan_file(path / PLAN_FILE)
-        model = _dense(read_origin(described, path), dense, path)
-        for plan in plans:
+        manifest = read_manifest(path)
+        if manifest is None or manifest.stock:
+            model = TransformersOrigin.of_directory(path).read_stock(path, dtype)
+            return _with_lineage(model, manifest)
+        model = _dense(read_builder(manifest.lineage.origin, path), dense, path)
+        for plan in manifest.lineage.plans:
             shrink(model, plan)
     except DESCRIPTION_ERRORS as error:
         raise CheckpointError(f"{path} is not a checkpoint that can be read: {error}") from error
@@ -203,12 +214,17 @@ def load(
         safetensors.torch.load_model(model, path / "model.safetensors")
     except (OSError, RuntimeError, safetensors.SafetensorError) as error:
         raise CheckpointError(f"the weights in {path} do not fit its plan: {error}") from error
-    if dtype is not None:
-        model = model.to(dtype)
-    return model.eval()
+    model = _with_lineage(model, manifest)
+    return (model if dtype is None else model.to(dtype)).eval()
 
 
-def _dense(origin: Origin | None, dense: nn.Module | None, path: Path) -> nn.Module:
+def _with_lineage(model: nn.Module, manifest: Manifest | None) -> nn.Module:
+    if manifest is not None:
+        setattr(model, LINEAGE, manifest.lineage)
+    return model
+
+
+def _dense(origin: Builder | None, dense: nn.Module | None, path: Path) -> nn.Module:
     """Return a dense model to shrink: the caller's, or one built as the origin says."""
     if dense is not None:
         return copied(dense)
@@ -217,7 +233,14 @@ def _dense(origin: Origin | None, dense: nn.Module | None, path: Path) -> nn.Mod
             f"{path} holds a model of code that is not known here; build the dense model and give "
             "it: osscar.load(directory, dense=model)"
         )
-    return origin.build()
+    try:
+        return origin.build()
+    except OsscarError:
+        raise
+    except Exception as error:  # whatever a library's builder makes of options that are none
+        raise CheckpointError(
+            f"{path} names a model that {origin.origin.library} cannot build: {first_line(error)}"
+        ) from error
 
 
 def _save_stock(model: PreTrainedModel, config: Any, path: Path) -> None:
@@ -231,36 +254,11 @@ def _save_stock(model: PreTrainedModel, config: Any, path: Path) -> None:
         model.config = original
 
 
-def _save_planned(model: nn.Module, plans: Sequence[PruningPlan], path: Path) -> None:
-    origin = origin_of(model)
-    if origin is not None:
-        origin.write(model, path)
+def _save_planned(model: nn.Module, path: Path) -> None:
+    builder = builder_of(model)
+    if builder is not None:
+        builder.write(model, path)
     safetensors.torch.save_model(model, str(path / "model.safetensors"), {"format": "pt"})
-    description = {
-        "format": PLAN_FORMAT,
-        "origin": None if origin is None else origin.to_json(),
-        "plans": [plan.to_json() for plan in plans],
-    }
-    _write_json(path / PLAN_FILE, description)
-
-
-def read_plan_file(file: Path) -> tuple[Mapping[str, Any] | None, tuple[PruningPlan, ...]]:
-    """Return the description of the origin, and the plans.
-
-    Raises
-    ------
-    CheckpointError
-        If the file is no plan.
-    """
-    try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-        if data["format"] != PLAN_FORMAT:
-            raise CheckpointError(f"{file} has format {data['format']!r}, expected {PLAN_FORMAT!r}")
-        plans = tuple(PruningPlan.from_json(plan) for plan in data["plans"])
-        # Files of version 0.1.0 name no origin: they are all of transformers.
-        return data.get("origin", {"library": TransformersOrigin.library}), plans
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{file} is not a pruning plan: {error!r}") from error
 
 
 def _dtype(model: nn.Module) -> torch.dtype:
@@ -271,7 +269,7 @@ def _dtype(model: nn.Module) -> torch.dtype:
 def _prove_readable(model: nn.Module, path: Path, example_inputs: Inputs | None) -> None:
     """Read a written checkpoint back, and compare what it computes."""
     try:
-        again = load(path, dtype=torch.float32) if origin_of(model) else _refilled(model, path)
+        again = load(path, dtype=torch.float32) if builder_of(model) else _refilled(model, path)
     except (RuntimeError, CheckpointError) as error:
         raise CheckpointError(f"the checkpoint that was written cannot be read: {error}") from error
     # In float32: whether the weights are the same is the question, not how they are rounded.
@@ -309,42 +307,3 @@ def _prove_same_tensors(model: nn.Module, again: nn.Module) -> None:
     for name, tensor in model.state_dict().items():
         if name not in read or not torch.equal(tensor.cpu(), read[name].to(tensor.dtype).cpu()):
             raise EquivalenceError(f"{name!r} was not read back as it was written")
-
-
-@contextmanager
-def _beside(path: Path) -> Iterator[Path]:
-    """Yield a directory beside `path` that takes its place when the block succeeds.
-
-    What was at `path` stays whole until then; if the block fails, nothing is left behind.
-    """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.partial-", dir=path.parent))
-    except OSError as error:
-        raise OutputError(f"cannot write to {path.parent}: {error}") from error
-    try:
-        yield partial
-        partial.chmod(0o755)
-        _swap_in(partial, path)
-    except (OSError, safetensors.SafetensorError) as error:
-        raise OutputError(f"cannot write {path}: {error}; it was left as it was") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def _swap_in(partial: Path, path: Path) -> None:
-    if not path.exists():
-        partial.rename(path)
-        return
-    old = partial.with_name(partial.name.replace(".partial-", ".replaced-"))
-    path.rename(old)
-    try:
-        partial.rename(path)
-    except BaseException:
-        old.rename(path)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _write_json(file: Path, data: Mapping[str, Any]) -> None:
-    file.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")

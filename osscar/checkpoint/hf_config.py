@@ -14,8 +14,8 @@ from transformers import PreTrainedModel
 
 from graph.groups import UnitKind
 from osscar.shrinking.attention import AnyHeads
+from osscar.shrinking.lineage import lineage_of, note
 from osscar.shrinking.plan import GroupPlan, PruningPlan
-from osscar.shrinking.slice import HISTORY
 
 _HEAD_FIELDS = ("num_attention_heads", "num_key_value_heads")
 """What configs call the number of query heads and of key-value heads."""
@@ -57,7 +57,7 @@ def adopt_config(model: PreTrainedModel) -> None:
     Its own ``save_pretrained`` then writes a stock checkpoint, and the plans so far are history
     that nobody needs.
     """
-    plans = getattr(model, HISTORY, ())
+    plans = lineage_of(model).plans
     changes = _config_changes(model.config, plans)
     if changes is None or stock_config(model, plans) is None:
         return
@@ -69,7 +69,7 @@ def adopt_config(model: PreTrainedModel) -> None:
         own: Any = getattr(module, "config", None)
         if type(own) is type(model.config) and own.to_dict() == adopted:
             module.config = model.config  # of which some got a copy while it was not true yet
-    setattr(model, HISTORY, ())
+    note(model, plans=())
 
 
 def _is_stock(model: nn.Module) -> bool:

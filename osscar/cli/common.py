@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import sys
@@ -127,30 +126,17 @@ def document(kind: str, version: int, content: Mapping[str, Any]) -> dict[str, A
 
 
 def write_json(path: Path | None, content: Mapping[str, Any]) -> None:
-    """Write a document beside its final place and rename it; nothing if `path` is None.
+    """Write a document whole or not at all; nothing if `path` is None.
 
     Raises
     ------
     OutputError
         If the file cannot be written.
     """
-    from osscar.core.errors import OutputError
+    from osscar.core import files
 
-    if path is None:
-        return
-    text = json.dumps(content, indent=2, allow_nan=False) + "\n"
-    path = path.resolve()
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        if path.exists() and not path.is_file():  # a pipe or a device is written to, not replaced
-            path.write_text(text, encoding="utf-8")
-            return
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
-    except OSError as error:
-        with suppress(OSError):
-            partial.unlink()
-        raise OutputError(f"cannot write {path}: {error.strerror}") from error
+    if path is not None:
+        files.write_json(path, content)
 
 
 def check_json_path(

@@ -13,8 +13,8 @@ from osscar.cli.prune import print_result, report_document
 
 _HEADS, _NEURONS = "3/4", "1/2"
 _SAMPLES, _SEQLEN = 64, 256
-_MARK = "osscar demo"
-"""Stands in the report of a directory that the demo wrote, and may replace."""
+_SOURCE = "osscar demo"
+"""Stands as source in a directory that the demo wrote, and may replace."""
 
 
 def command(
@@ -34,6 +34,7 @@ def command(
     from osscar.models.language import load_model
     from osscar.pruning.prune import prune
     from osscar.report.evaluation_tables import comparison_table
+    from osscar.shrinking.lineage import note
 
     check_json_path(json)
     # A directory that an earlier demo made may go; anything else may not.
@@ -41,14 +42,13 @@ def command(
     path = check_output(directory, overwrite=ours, inputs=(json,))
     with quiet():
         dense = load_model("demo", device="cpu")
+        note(dense.model, source=_SOURCE)
         windows = load_calibration(None, dense.tokenizer, samples=_SAMPLES, seqlen=_SEQLEN)
         result = prune(
             dense.model, windows, heads=_HEADS, neurons=_NEURONS, backend=backend, device="cpu"
         )
-        report = {**report_document(result, dense.source, windows), "made_by": _MARK}
-        saved = result.save(
-            path, tokenizer=dense.tokenizer, report=report, dtype=dense.stored_dtype, overwrite=ours
-        )
+        report = report_document(result, dense.source, windows)
+        saved = result.save(path, tokenizer=dense.tokenizer, report=report, overwrite=ours)
         comparison = compare(
             load(saved.path, dtype=torch.float32), dense.model,
             dense.tokenizer, builtin_text(Part.HELD_OUT),
@@ -70,6 +70,11 @@ def command(
 
 
 def _made_by_demo(directory: Path) -> bool:
-    from osscar.checkpoint.run_report import read_report
+    from osscar.checkpoint.manifest import read_manifest
+    from osscar.core.errors import CheckpointError
 
-    return read_report(directory).get("made_by") == _MARK
+    try:
+        manifest = read_manifest(directory)
+    except CheckpointError:
+        return False
+    return manifest is not None and manifest.lineage.source == _SOURCE

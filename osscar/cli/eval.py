@@ -116,16 +116,16 @@ def _language(
     model: str, text: str | None, against: str | None, options: dict[str, Any], load: dict[str, Any]
 ) -> _Found:
     """Measure a language model."""
-    from osscar.checkpoint.run_report import calibration_of
     from osscar.data.prose import Part, builtin_text
     from osscar.data.text import read_text, refuse_overlap
     from osscar.evaluation.language import compare, evaluate
     from osscar.models.language import load_model
+    from osscar.shrinking.lineage import lineage_of
 
     with quiet():
         content = builtin_text(Part.HELD_OUT) if text is None else read_text(text)
         loaded = load_model(model, **load)
-        refuse_overlap(content, calibration_of(loaded.path))
+        refuse_overlap(content, lineage_of(loaded.model).calibration)
         scored = (loaded.tokenizer, content)
         options = {**options, "path": loaded.path}
         comparison = None
@@ -152,12 +152,12 @@ def _images(
     load: dict[str, Any],
 ) -> _Found:
     """Measure a model that reads images; weights are for whichever model brings none."""
-    from osscar.checkpoint.run_report import calibration_of
     from osscar.core.errors import ImageError, OptionError
     from osscar.data.images import load_images, refuse_overlap
     from osscar.evaluation.images import compare_images, evaluate_images
     from osscar.models.names import sort_of
     from osscar.models.vision import load_vision_model
+    from osscar.shrinking.lineage import lineage_of
 
     if spec is None:
         raise ImageError(f"{model} reads images: give --images a directory or an .npz file")
@@ -169,7 +169,7 @@ def _images(
         loaded = load_vision_model(model, weights=own, dense=against, **load)
         images = load_images(spec, loaded.preprocessing)
         images = images if samples is None else images.sample(samples, seed=0)
-        refuse_overlap(images, calibration_of(loaded.path))
+        refuse_overlap(images, lineage_of(loaded.model).calibration)
         options: dict[str, Any] = {"classes": loaded.classes, "batch_size": batch_size}
         options["path"] = loaded.path
         comparison = None

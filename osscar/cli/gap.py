@@ -154,18 +154,18 @@ def command(
             )
         jobs = jobs or study.affordable_jobs()
         with _way_back(study):
-            rows = study.run(design, jobs)
-        summary = summarize(rows, study.trivial)
-        report = write_report(study, design, rows, summary, jobs=jobs)
+            records = study.run(design, jobs)
+        summary = summarize(records, study.trivial)
+        report = write_report(study, design, records, summary, jobs=jobs)
     _print(summary)
     say(f"report: {report}")
     content = {
         **{"directory": str(directory), "source": source, "design": dataclasses.asdict(design)},
         "headline": list(summary.headline),
-        "rows": [dataclasses.asdict(row) for row in rows],
+        "records": [dataclasses.asdict(record) for record in records],
         "trivial": [instance.name for instance in study.trivial],
     }
-    write_json(json, document("gap", 1, content))
+    write_json(json, document("gap", 2, content))
 
 
 @contextmanager
@@ -253,15 +253,10 @@ def _file_problems(sources: list[str]) -> Iterator[tuple[str, SubsetProblem]]:
 
 def _fingerprint(file: Path) -> dict[str, str]:
     """Return a problem file's name and what tells whether it is still the same."""
-    import hashlib
-
-    from solvers import ProblemError
+    from osscar.core.files import file_digest
 
     check_input(file)
-    try:
-        return {"file": file.name, "sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
-    except OSError as error:
-        raise ProblemError(f"cannot read {file}: {error.strerror}") from error
+    return {"file": file.name, "sha256": file_digest(file)}
 
 
 def _numbers(text: str) -> tuple[float, ...]:

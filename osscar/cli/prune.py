@@ -127,7 +127,7 @@ def command(
     --channels what to keep of each.  Under grouped-query attention a head is a key-value head with
     its query heads.
     """
-    from osscar.checkpoint.directory import check_output
+    from osscar.checkpoint.directory import check_output, weight_bytes
     from osscar.models.open import open_model
     from osscar.models.vision import VisionModel
     from osscar.pruning.prune import prune_as_asked
@@ -162,6 +162,8 @@ def command(
             dtype=dtype,
             trust_remote_code=trust_remote_code,
         )
+        needed = weight_bytes(loaded.model, loaded.stored_dtype)
+        check_output(path, overwrite=overwrite, needed_bytes=needed)
         data = loaded.calibration(calibration, samples=samples, seqlen=seqlen, seed=seed)
         result = prune_as_asked(loaded.model, data, request)
         report = report_document(result, loaded.source, data, loaded.classes)
@@ -169,7 +171,6 @@ def command(
             path,
             tokenizer=loaded.tokenizer,
             report=report,
-            dtype=loaded.stored_dtype,
             overwrite=overwrite,
         )
     print_result(result, saved)

@@ -6,6 +6,8 @@ A message names what was wrong, the offending value, and what to do about it. Ca
 
 from __future__ import annotations
 
+import os
+
 
 class OsscarError(Exception):
     """Base of every error that OSSCAR raises on purpose."""
@@ -75,8 +77,31 @@ class CheckpointError(OsscarError):
     """A directory does not hold a checkpoint that OSSCAR can read or resume from."""
 
 
+class FileError(OsscarError):
+    """A file from outside is unreadable, or does not hold what it should.
+
+    Parameters
+    ----------
+    path
+        The file.
+    reason
+        What is wrong with it, in words.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], reason: str) -> None:
+        super().__init__(path, reason)
+        self.path, self.reason = path, reason
+
+    def __str__(self) -> str:
+        return f"{os.fspath(self.path)}: {self.reason}"
+
+
 class OutputError(OsscarError):
-    """The output cannot be written: the directory is in use, or the disk refused."""
+    """The output cannot be written, or must not be: something else is there, or in use."""
+
+
+class BusyError(OutputError):
+    """Another process is writing there."""
 
 
 def first_line(error: BaseException) -> str:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -15,9 +14,11 @@ import torch
 from torch import Tensor
 
 from osscar.core.errors import ImageError, OptionError, first_line
+from osscar.core.files import digest
 from osscar.core.inputs import file_name, whole_number
 from osscar.data.preprocessing import Preprocessing
 from osscar.data.tokens import named_generator
+from osscar.shrinking.lineage import Calibration
 
 IMAGE_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 """What a file may hold, whatever its name: pixels alone, no program such as PostScript."""
@@ -118,7 +119,7 @@ class ImageSet:
 
     def fingerprints(self) -> list[str]:
         """Return a short hash of each image as it is stored, to recognize it by."""
-        return [hashlib.sha256(_stored(item)).hexdigest()[:16] for item in self.items]
+        return [digest(_stored(item))[:16] for item in self.items]
 
     def _decoded(self, index: int) -> Any:
         from PIL import Image
@@ -287,7 +288,7 @@ def _check_headers(path: Path, headers: Mapping[str, _Header], images: str, labe
         )
 
 
-def refuse_overlap(images: ImageSet, calibration: Mapping[str, Any]) -> None:
+def refuse_overlap(images: ImageSet, calibration: Iterable[Calibration]) -> None:
     """Refuse to score images that a model was calibrated on.
 
     Parameters
@@ -295,18 +296,18 @@ def refuse_overlap(images: ImageSet, calibration: Mapping[str, Any]) -> None:
     images
         What is to be scored.
     calibration
-        What the report beside the model says about its calibration data; empty where there is none.
+        From the lineage of the model.
 
     Raises
     ------
     ImageError
-        If an image is one of those that it names.
+        If an image is one of those that calibrated the model.
     """
-    named = calibration.get("images")
-    used = {name for name in named if isinstance(name, str)} if isinstance(named, list) else set()
-    shared = sum(fingerprint in used for fingerprint in images.fingerprints()) if used else 0
-    if shared:
-        raise ImageError(
-            f"{shared} of the {len(images)} images calibrated this model "
-            f"({calibration.get('source')}); score others"
-        )
+    for known in calibration:
+        used = frozenset(known.images)
+        shared = sum(mine in used for mine in images.fingerprints()) if used else 0
+        if shared:
+            raise ImageError(
+                f"{shared} of the {len(images)} images calibrated this model ({known.source}); "
+                "score others"
+            )

@@ -6,12 +6,14 @@ import importlib
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
 import torch
+from pydantic import ConfigDict
 from torch import Tensor
 
-from osscar.core.errors import ImageError, MissingDependency
+from osscar.core.errors import FileError, ImageError, MissingDependency
+from osscar.core.files import STRICT, validated
 
 _INTERPOLATIONS = ("nearest", "nearest-exact", "bilinear", "bicubic", "box", "hamming", "lanczos")
 """The values of torchvision's InterpolationMode."""
@@ -44,6 +46,8 @@ class Preprocessing:
     ImageError
         If a number makes no sense.
     """
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
     resize: Size = 256
     crop: Size = 224
@@ -89,14 +93,17 @@ class Preprocessing:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Preprocessing:
-        """Read what ``dataclasses.asdict`` wrote."""
-        return cls(
-            _size(data["resize"]),
-            _size(data["crop"]),
-            tuple(map(float, data["mean"])),
-            tuple(map(float, data["std"])),
-            str(data["interpolation"]),
-        )
+        """Read what ``dataclasses.asdict`` wrote.
+
+        Raises
+        ------
+        ImageError
+            If a field is missing or makes no sense.
+        """
+        try:
+            return validated(dict(data), cls, "the preprocessing")
+        except FileError as error:
+            raise ImageError(error.reason) from error
 
     def transform(self) -> Callable[[Any], Tensor]:
         """Return the transform with these numbers, which is that of torchvision's presets.
@@ -117,13 +124,6 @@ class Preprocessing:
                 steps.Normalize(self.mean, self.std),
             ]
         )
-
-
-def _size(value: Any) -> Size:
-    if isinstance(value, list | tuple):
-        height, width = value
-        return int(height), int(width)
-    return int(value)
 
 
 def _pair(size: Size) -> tuple[int, int]:

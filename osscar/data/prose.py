@@ -10,7 +10,6 @@ trained on is cut from the held-out part, whichever version is running.
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 import re
 from collections.abc import Iterable
@@ -22,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from osscar.core.errors import TextError
+from osscar.core.files import digest
 
 SHINGLE_WORDS = 8
 """Two paragraphs are taken to share prose when they share this many words in a row."""
@@ -61,8 +61,7 @@ def builtin_text(part: Part) -> str:
 
 def topic_part(name: str) -> Part:
     """Tell which part a topic belongs to, from its name alone."""
-    digest = hashlib.sha256(f"osscar/topics/1/{name}".encode()).digest()
-    position = int.from_bytes(digest[:8]) / 2**64
+    position = int(digest(f"osscar/topics/1/{name}")[:16], 16) / 2**64
     return next(part for part in Part if position < part.value)
 
 
@@ -91,7 +90,7 @@ def fingerprint(paragraph: str) -> int | None:
     if not shingles(paragraph):
         return None
     words = " ".join(re.findall(r"[^\W_]+", paragraph.lower()))
-    return int.from_bytes(hashlib.sha256(words.encode()).digest()[:8])
+    return int(digest(words)[:16], 16)
 
 
 @cache

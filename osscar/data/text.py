@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from osscar.core.errors import TextError
+from osscar.core.files import digest
 from osscar.core.inputs import TEXT_LIMIT, file_name, read_bytes
+from osscar.shrinking.lineage import Calibration
 
 
 def read_text(path: str | Path) -> str:
@@ -57,7 +57,7 @@ def read_text(path: str | Path) -> str:
 
 def text_digest(text: str) -> str:
     """Return the SHA-256 of a text, by which the one that calibrated a model is recognized."""
-    return hashlib.sha256(text.encode()).hexdigest()
+    return digest(text)
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> Tensor:
@@ -91,7 +91,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> Tensor:
     return torch.tensor(ids, dtype=torch.int64)
 
 
-def refuse_overlap(text: str, calibration: Mapping[str, Any]) -> None:
+def refuse_overlap(text: str, calibration: Iterable[Calibration]) -> None:
     """Refuse to score the text that a model was calibrated on.
 
     Parameters
@@ -99,15 +99,16 @@ def refuse_overlap(text: str, calibration: Mapping[str, Any]) -> None:
     text
         What is to be scored.
     calibration
-        What the report beside the model says about its calibration data; empty where there is none.
+        From the lineage of the model.
 
     Raises
     ------
     TextError
-        If it names this text.
+        If it is one that calibrated the model.
     """
-    if calibration.get("sha256") == text_digest(text):
-        raise TextError(
-            f"this model was calibrated on this very text ({calibration.get('source')}); score "
-            "another one"
-        )
+    scored = text_digest(text)
+    for known in calibration:
+        if known.sha256 == scored:
+            raise TextError(
+                f"this model was calibrated on this very text ({known.source}); score another one"
+            )

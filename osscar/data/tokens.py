@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from osscar.core.errors import (
     TextError,
     first_line,
 )
+from osscar.core.files import digest
 from osscar.core.inputs import file_name
 from osscar.data.prose import Part, builtin_text
 from osscar.data.text import encode, read_text, text_digest
@@ -199,8 +199,8 @@ def _check(tokenizer: Any, samples: Any, seqlen: Any, seed: Any) -> None:
 
 def named_generator(name: str, seed: int) -> torch.Generator:
     """Derive a random stream from a purpose and a seed, so that streams do not disturb another."""
-    digest = hashlib.sha256(f"{name}/{seed}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8]) >> 1)
+    drawn = int(digest(f"{name}/{seed}")[:16], 16)
+    return torch.Generator().manual_seed(drawn >> 1)
 
 
 def _window_starts(tokens: int, samples: int, seqlen: int, seed: int) -> Tensor:

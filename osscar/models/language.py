@@ -25,6 +25,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from osscar.checkpoint.builders import check_config
 from osscar.checkpoint.directory import load
+from osscar.checkpoint.manifest import CONFIG_FILE, is_checkpoint, read_manifest
 from osscar.core.devices import resolve_device, resolve_dtype
 from osscar.core.errors import ModelError, ModelNotFound, first_line
 from osscar.core.inputs import check_regular, file_name
@@ -32,7 +33,7 @@ from osscar.core.modules import check_finite_weights, check_usable, context_leng
 from osscar.data.tokens import CalibrationSet, load_calibration
 from osscar.models.names import Sort, sort_of
 from osscar.models.wheels import PACKAGED_MODELS, fetch
-from osscar.shrinking.plan import PLAN_FILE
+from osscar.shrinking.lineage import LINEAGE, lineage_of, note
 
 DEMO = "demo"
 DEMO_DIRECTORY = Path(__file__).parents[1] / "data" / "demo"
@@ -150,16 +151,24 @@ def load_model(
     number_format = resolve_dtype(dtype, target)
     with _quiet_unless_terminal():
         found = _find(text)
-        if found.path is not None and (found.path / PLAN_FILE).exists():
+        manifest = None if found.path is None else read_manifest(found.path)
+        if found.path is not None and manifest is not None and not manifest.stock:
             model: Any = load(found.path)
         else:
             model = _load_stock(found, trust_remote_code is True)
+            if manifest is not None:
+                setattr(model, LINEAGE, manifest.lineage)
         # True alone: of anything but an answer transformers makes a question to standard input.
         tokenizer = _load_tokenizer(found, trust_remote_code is True)
     check_usable(model)
     check_finite_weights(model)
     _check_context(model, found.source)
     stored = next(model.parameters()).dtype
+    note(
+        model,
+        source=lineage_of(model).source or found.source,
+        stored_dtype=str(stored).removeprefix("torch."),
+    )
     if number_format is not None:
         model = model.to(number_format)
     return LoadedModel(model.to(target).eval(), tokenizer, found.source, found.path, stored)
@@ -205,10 +214,10 @@ def _find(name: str) -> _Found:
         reason = getattr(error, "strerror", None) or error
         raise ModelNotFound(f"cannot look for {name!r}: {reason}") from error
     if path.is_dir():
-        if not (path / "config.json").exists() and not (path / PLAN_FILE).exists():
+        if not is_checkpoint(path):
             raise ModelNotFound(f"the directory {name!r} has no config.json: not a checkpoint")
         _check_files(path)
-        if not (path / PLAN_FILE).exists():
+        if (path / CONFIG_FILE).exists():
             check_config(path)
         return _Found(str(path), f"directory {path}", path)
     if exists:

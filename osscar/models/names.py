@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from enum import Enum
 from pathlib import Path
 
-from osscar.checkpoint.directory import read_plan_file
+from osscar.checkpoint.manifest import read_manifest
 from osscar.core.errors import CheckpointError
-from osscar.shrinking.plan import PLAN_FILE
 
 PREFIX = "torchvision:"
 
@@ -58,12 +56,12 @@ def sort_of(name: str | Path) -> Sort:
         path = Path(text).expanduser()
         if colon and place and function.isidentifier() and not path.exists():
             return Sort.CODE
-        if not (path / PLAN_FILE).is_file():
-            return Sort.LANGUAGE
-        origin, _ = read_plan_file(path / PLAN_FILE)
+        manifest = read_manifest(path)
     except (OSError, RuntimeError, ValueError, CheckpointError):
         return Sort.LANGUAGE  # whoever opens it will say what is wrong
+    if manifest is None or manifest.stock:
+        return Sort.LANGUAGE
+    origin = manifest.lineage.origin
     if origin is None:
         return Sort.CODE_DIRECTORY
-    library = origin.get("library") if isinstance(origin, Mapping) else None
-    return _DIRECTORIES.get(str(library), Sort.LANGUAGE)
+    return _DIRECTORIES.get(origin.library, Sort.LANGUAGE)

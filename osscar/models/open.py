@@ -6,13 +6,12 @@ from pathlib import Path
 
 import torch
 
-from osscar.checkpoint.directory import read_plan_file
+from osscar.checkpoint.manifest import is_checkpoint, read_manifest
 from osscar.core.errors import CheckpointError, OptionError
 from osscar.core.inputs import file_name
 from osscar.models.language import LoadedModel, load_model
 from osscar.models.names import Sort, sort_of
 from osscar.models.vision import VisionModel, load_vision_model
-from osscar.shrinking.plan import PLAN_FILE
 
 
 def is_vision(name: str | Path) -> bool:
@@ -32,14 +31,11 @@ def check_directory(name: str) -> None:
         path = Path(name).expanduser()
         if not name or not path.is_dir():
             return
-        has_plan, has_config = ((path / file).is_file() for file in (PLAN_FILE, "config.json"))
     except (OSError, RuntimeError, ValueError):
         return  # no name of a directory: whoever looks for the model will say so
-    if has_plan:
-        read_plan_file(path / PLAN_FILE)
-    elif not has_config:
+    if read_manifest(path) is None and not is_checkpoint(path):
         raise CheckpointError(
-            f"{name!r} has neither {PLAN_FILE} nor config.json: it is not a checkpoint; give the "
+            f"{name!r} has neither osscar.json nor config.json: it is not a checkpoint; give the "
             "directory that `osscar prune` wrote"
         )
 

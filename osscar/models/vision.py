@@ -13,8 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from osscar.checkpoint import directory as checkpoint
-from osscar.checkpoint.builders import ORIGIN, TorchvisionOrigin
-from osscar.checkpoint.run_report import REPORT_FILE, calibration_of, read_report
+from osscar.checkpoint.builders import TorchvisionOrigin, builder_of
 from osscar.core.devices import resolve_device, resolve_dtype
 from osscar.core.errors import CheckpointError, ImageError, ModelError, ModelNotFound, OptionError
 from osscar.core.inputs import file_name
@@ -25,6 +24,7 @@ from osscar.data.preprocessing import Preprocessing, Size, import_torchvision
 from osscar.models import user_code
 from osscar.models.names import PREFIX, Sort, sort_of
 from osscar.models.weights import fill, read_state, renamed
+from osscar.shrinking.lineage import Lineage, lineage_of, note
 
 DEFAULT_SAMPLES = 256
 
@@ -164,6 +164,13 @@ def load_vision_model(
     model = model.to(target).eval()
     reference = next(model.parameters())
     example = {name: cast_like(tensor, reference) for name, tensor in loaded.example.items()}
+    note(
+        model,
+        source=lineage_of(model).source or loaded.source,
+        classes=loaded.classes,
+        preprocessing=dataclasses.asdict(loaded.preprocessing),
+        stored_dtype=str(loaded.stored_dtype).removeprefix("torch."),
+    )
     return dataclasses.replace(loaded, model=model, example=example)
 
 
@@ -193,8 +200,14 @@ def _from_torchvision(name: str, weights: str | Path | None, pretrained: bool) -
         source=f"torchvision {name}",
         path=None,
         stored_dtype=_dtype(model),
-        classes=() if "num_classes" in getattr(model, ORIGIN).options else classes,
+        classes=() if _has_own_classes(model) else classes,
     )
+
+
+def _has_own_classes(model: nn.Module) -> bool:
+    """Whether a model of torchvision tells other classes apart than its weights of the name."""
+    origin = lineage_of(model).origin
+    return origin is not None and "num_classes" in origin.options
 
 
 def _fetched(name: str, preset: Any) -> dict[str, Tensor]:
@@ -266,10 +279,10 @@ def _from_directory(path: Path, sort: Sort, dense: str | None) -> VisionModel:
             )
         built, example = user_code.build(dense)
     model = checkpoint.load(path, dense=built)
-    origin = getattr(model, ORIGIN, None)
-    preprocessing, classes = _recorded(path)
-    if preprocessing is None and isinstance(origin, TorchvisionOrigin):
-        preset = import_torchvision("models").get_model_weights(origin.name).DEFAULT.transforms()
+    preprocessing = _recorded_preprocessing(path, lineage_of(model))
+    builder = builder_of(model)
+    if preprocessing is None and isinstance(builder, TorchvisionOrigin):
+        preset = import_torchvision("models").get_model_weights(builder.name).DEFAULT.transforms()
         # Presets of segmentation and detection models lead to no image of one size.
         preprocessing = Preprocessing.of(preset) if hasattr(preset, "crop_size") else None
     preprocessing = preprocessing or Preprocessing()
@@ -280,21 +293,16 @@ def _from_directory(path: Path, sort: Sort, dense: str | None) -> VisionModel:
         source=f"directory {path}",
         path=path,
         stored_dtype=_dtype(model),
-        classes=classes,
+        classes=lineage_of(model).classes,
     )
 
 
-def _recorded(path: Path) -> tuple[Preprocessing | None, tuple[str, ...]]:
-    """Return the preprocessing and the classes that the report beside the weights names."""
-    images, classes = calibration_of(path).get("preprocessing"), read_report(path).get("classes")
-    if not isinstance(images, Mapping) or not isinstance(classes, list):
-        return None, ()  # no report of ours
+def _recorded_preprocessing(path: Path, lineage: Lineage) -> Preprocessing | None:
+    recorded = lineage.preprocessing
     try:
-        return Preprocessing.from_json(images), tuple(map(str, classes))
-    except (ImageError, ValueError, KeyError, TypeError, OverflowError) as error:
-        raise CheckpointError(
-            f"the preprocessing in {path / REPORT_FILE} makes no sense: {error}"
-        ) from error
+        return None if recorded is None else Preprocessing.from_json(recorded)
+    except ImageError as error:
+        raise CheckpointError(f"the preprocessing in {path} makes no sense: {error}") from error
 
 
 def _matching(example: Batch) -> Preprocessing:

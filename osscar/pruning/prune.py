@@ -29,6 +29,7 @@ from osscar.pruning.certify import certified
 from osscar.pruning.request import PruningRequest
 from osscar.pruning.result import LayerReport, PruningResult
 from osscar.shrinking.equivalence import finer_precision
+from osscar.shrinking.lineage import note_calibration
 from osscar.shrinking.plan import GroupPlan, PruningPlan
 from osscar.shrinking.shrink import shrink_proved
 
@@ -128,6 +129,7 @@ def prune_as_asked(model: nn.Module, calibration: Any, request: PruningRequest) 
         )
         if isinstance(work, PreTrainedModel):
             adopt_config(work)
+    note_calibration(work, calibration)
     return PruningResult(
         model=work,
         plan=proof.plan,

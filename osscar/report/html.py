@@ -13,11 +13,11 @@ import jinja2
 from markupsafe import Markup, escape
 
 import osscar
-from osscar.core.errors import OutputError
+from osscar.core.files import write_text
 from osscar.report.numbers import share
 from osscar.report.plots import draw_plots
 from osscar.report.summary import Case, Summary
-from osscar.study.records import WINDOW, Row, whole
+from osscar.study.records import WINDOW, Record
 
 if TYPE_CHECKING:
     from osscar.study.design import StudyDesign
@@ -46,13 +46,13 @@ class _Figure:
 
 
 def write_report(
-    study: Study, design: StudyDesign, rows: Sequence[Row], summary: Summary, *, jobs: int = 1
+    study: Study, design: StudyDesign, records: Sequence[Record], summary: Summary, *, jobs: int = 1
 ) -> Path:
     """Draw the plots and write the page into the study's directory.
 
     Parameters
     ----------
-    study, design, rows, summary
+    study, design, records, summary
         What was asked, and what came of it.
     jobs
         Processes that solved at once, which the times depend on.
@@ -68,28 +68,22 @@ def write_report(
         If something cannot be written.
     """
     page = study.directory / REPORT_FILE
-    try:
-        plots = draw_plots(summary, study.directory)
-        figures = [
-            _Figure(name, caption, base64.b64encode(plots[name].read_bytes()).decode())
-            for name, caption in _CAPTIONS.items()
-            if name in plots
-        ]
-        text = _template().render(
-            version=osscar.__version__,
-            asked=_asked(study, design, jobs),
-            summary=summary,
-            figures=figures,
-            layers=[case for case in summary.cases if case.best.kind != WINDOW],
-            windows=[case for case in summary.cases if case.best.kind == WINDOW],
-            rows=rows,
-        )
-        with whole(page) as partial:
-            partial.write_text(text, encoding="utf-8")
-    except OSError as error:
-        # Of two names the second is the place that could not be taken.
-        place = error.filename2 or error.filename or page
-        raise OutputError(f"cannot write {place}: {error.strerror}") from error
+    plots = draw_plots(summary, study.directory)
+    figures = [
+        _Figure(name, caption, base64.b64encode(plots[name].read_bytes()).decode())
+        for name, caption in _CAPTIONS.items()
+        if name in plots
+    ]
+    text = _template().render(
+        version=osscar.__version__,
+        asked=_asked(study, design, jobs),
+        summary=summary,
+        figures=figures,
+        layers=[case for case in summary.cases if case.best.kind != WINDOW],
+        windows=[case for case in summary.cases if case.best.kind == WINDOW],
+        records=records,
+    )
+    write_text(page, text)
     return page
 
 

@@ -17,9 +17,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 import solvers
+from osscar.core.files import whole
 from osscar.report.numbers import share
 from osscar.report.summary import HIT, Case, Summary, excess
-from osscar.study.records import WINDOW, Row, whole
+from osscar.study.records import WINDOW, Record
 from solvers import Status
 
 _COLORS = ("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b", "#17becf", "#7f7f7f")
@@ -174,10 +175,10 @@ def _ratios(closed: Sequence[Case]) -> Figure | None:
     """Draw how far each heuristic lies above the proven optimum, a dot a problem."""
     names = list(
         dict.fromkeys(
-            row.backend
+            record.backend
             for case in closed
-            for row in case.rows
-            if solvers.backend_class(row.backend).kind is solvers.BackendKind.HEURISTIC
+            for record in case.records
+            if solvers.backend_class(record.backend).kind is solvers.BackendKind.HEURISTIC
         )
     )
     if not names:
@@ -185,7 +186,10 @@ def _ratios(closed: Sequence[Case]) -> Figure | None:
     figure, (axes,) = _subplots(1, 1, width=7.0, height=0.45 * len(names) + 1.6)
     for line, name in enumerate(names):
         over = sorted(
-            excess(row, case) for case in closed for row in case.rows if row.backend == name
+            excess(record, case)
+            for case in closed
+            for record in case.records
+            if record.backend == name
         )
         hits = sum(value <= HIT for value in over)
         spread = [line + 0.6 * ((0.5 + i * 0.618034) % 1 - 0.5) for i in range(len(over))]
@@ -209,18 +213,20 @@ def _ratios(closed: Sequence[Case]) -> Figure | None:
 
 def _times(cases: Sequence[Case]) -> Figure | None:
     """Draw the time of exact solves against the number of units, hollow where not closed."""
-    rows = [row for case in cases for row in case.rows if _is_exact(row) and row.seconds]
-    if not rows:
+    records = [
+        record for case in cases for record in case.records if _is_exact(record) and record.seconds
+    ]
+    if not records:
         return None
     figure, (axes,) = _subplots(1, 1, width=6.5, height=3.8)
-    sizes = sorted({row.units for row in rows})
-    names = list(dict.fromkeys(row.backend for row in rows))
+    sizes = sorted({record.units for record in records})
+    names = list(dict.fromkeys(record.backend for record in records))
     spread = _spread(sizes)
     for index, name in enumerate(names):
         color = _COLORS[index % len(_COLORS)]
-        mine = [row for row in rows if row.backend == name]
-        closed = [row for row in mine if row.status == Status.OPTIMAL.name]
-        others = [row for row in mine if row.status != Status.OPTIMAL.name]
+        mine = [record for record in records if record.backend == name]
+        closed = [record for record in mine if record.status == Status.OPTIMAL.name]
+        others = [record for record in mine if record.status != Status.OPTIMAL.name]
         # Side by side, so that none hides another, and close to where they belong.
         shift = spread ** ((index - (len(names) - 1) / 2) / max(len(names) - 1, 1))
         axes.scatter(*_points(closed, shift), s=16, color=color, alpha=0.7, linewidth=0, label=name)
@@ -245,12 +251,14 @@ def _spread(sizes: Sequence[int]) -> float:
     return min(1.06, float(apart**0.4))
 
 
-def _points(rows: Sequence[Row], shift: float) -> tuple[list[float], list[float]]:
-    return [row.units * shift for row in rows], [row.seconds or 0.0 for row in rows]
+def _points(records: Sequence[Record], shift: float) -> tuple[list[float], list[float]]:
+    return [record.units * shift for record in records], [
+        record.seconds or 0.0 for record in records
+    ]
 
 
-def _is_exact(row: Row) -> bool:
-    return solvers.backend_class(row.backend).kind is solvers.BackendKind.EXACT
+def _is_exact(record: Record) -> bool:
+    return solvers.backend_class(record.backend).kind is solvers.BackendKind.EXACT
 
 
 def _or_zero(value: float | None) -> float:

@@ -1,14 +1,15 @@
-"""What the rows of a study say: optima, gaps, how good heuristics are, whether solvers agree."""
+"""What the records of a study say: optima, gaps, how good heuristics are, whether solvers agree."""
 
 from __future__ import annotations
 
 import statistics
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import solvers
 from osscar.report.numbers import share
-from osscar.study.records import WINDOW, Instance, Row, window_layer
+from osscar.study.records import WINDOW, Instance, Proof, Record, window_layer
 from solvers import Status
 
 HIT = 1e-6
@@ -17,9 +18,6 @@ known up to the gap tolerance of the study."""
 
 SAME = 1e-12
 """Relative difference up to which two losses differ by rounding alone."""
-
-RECOMPUTED = "recomputed"
-WORD = "the solver's word"
 
 _OPTIMAL = Status.OPTIMAL.name
 _ROOT = "perspective"
@@ -31,19 +29,19 @@ class Case:
 
     Parameters
     ----------
-    rows
+    records
         Those that have an answer, in the order of the study; there is at least one.
     refused
         Those that have none.
     """
 
-    rows: tuple[Row, ...]
-    refused: tuple[Row, ...] = ()
+    records: tuple[Record, ...]
+    refused: tuple[Record, ...] = ()
 
     @property
-    def best(self) -> Row:
-        """The row of the lowest loss; of several the first."""
-        return min(self.rows, key=_loss)
+    def best(self) -> Record:
+        """The record of the lowest loss; of several the first."""
+        return min(self.records, key=_loss)
 
     @property
     def sparsities(self) -> tuple[float, ...]:
@@ -57,8 +55,8 @@ class Case:
 
     @property
     def bound(self) -> float | None:
-        """The highest lower bound that any row proved."""
-        return max((r.lower_bound for r in self.rows if r.lower_bound is not None), default=None)
+        """The highest lower bound that any record proved."""
+        return max((r.lower_bound for r in self.records if r.lower_bound is not None), default=None)
 
     @property
     def gap(self) -> float | None:
@@ -68,31 +66,32 @@ class Case:
     @property
     def root_gap(self) -> float | None:
         """The same with the root bound alone."""
-        root = next((r for r in self.rows if r.backend == _ROOT), None)
+        root = next((r for r in self.records if r.backend == _ROOT), None)
         return _gap(self.loss, None if root is None else root.lower_bound)
 
     @property
     def closed(self) -> bool:
         """Whether some backend proved its answer optimal."""
-        return any(r.status == _OPTIMAL for r in self.rows)
+        return any(r.status == _OPTIMAL for r in self.records)
 
     @property
-    def proved(self) -> tuple[Row, ...]:
-        """The rows that are proved optimal."""
-        return tuple(r for r in self.rows if r.status == _OPTIMAL)
+    def proved(self) -> tuple[Record, ...]:
+        """The records that are proved optimal."""
+        return tuple(r for r in self.records if r.status == _OPTIMAL)
 
     @property
-    def proof(self) -> str:
-        """What its proof of optimality rests on; empty where it is not closed."""
+    def proof(self) -> Proof:
+        """What its proof of optimality rests on at best; if it is open, its highest bound."""
+        proofs = {record.proof for record in self.proved}
         if not self.closed:
-            return ""
-        checked = any(row.recomputed_bound is not None for row in self.proved)
-        return RECOMPUTED if checked else WORD
+            proofs = {record.proof for record in self.records if record.lower_bound == self.bound}
+        best = (Proof.RECOMPUTED, Proof.WORD, Proof.RECORDED)
+        return next((proof for proof in best if proof in proofs), Proof.NONE)
 
     @property
     def why_open(self) -> str:
         """Why it is not closed, in words."""
-        return _why_open((*self.rows, *self.refused))
+        return _why_open((*self.records, *self.refused))
 
 
 @dataclass(frozen=True)
@@ -167,30 +166,30 @@ class Summary:
     cases: tuple[Case, ...]
     scores: tuple[Score, ...]
     largest_disagreement: tuple[float, int]
-    refused: tuple[Row, ...]
+    refused: tuple[Record, ...]
     still_open: tuple[Open, ...]
     trivial: tuple[Instance, ...]
     headline: tuple[str, ...]
 
 
-def summarize(rows: Sequence[Row], trivial: Sequence[Instance] = ()) -> Summary:
-    """Group the rows of a study by problem, and say what they show.
+def summarize(records: Sequence[Record], trivial: Sequence[Instance] = ()) -> Summary:
+    """Group the records of a study by problem, and say what they show.
 
     Parameters
     ----------
-    rows
+    records
         From `osscar.study.directory.Study.run`.
     trivial
         From `osscar.study.directory.Study.trivial`.
     """
-    groups: dict[tuple[str, int], list[Row]] = {}
-    for row in rows:
-        groups.setdefault((row.instance, row.keep), []).append(row)
+    groups: dict[tuple[str, int], list[Record]] = {}
+    for record in records:
+        groups.setdefault((record.instance, record.keep), []).append(record)
     cases: list[Case] = []
     still_open: list[Open] = []
     for group in groups.values():
-        answered = tuple(row for row in group if row.loss is not None)
-        refused = tuple(row for row in group if row.loss is None)
+        answered = tuple(record for record in group if record.loss is not None)
+        refused = tuple(record for record in group if record.loss is None)
         case = Case(answered, refused) if answered else None
         if case is not None:
             cases.append(case)
@@ -203,25 +202,25 @@ def summarize(rows: Sequence[Row], trivial: Sequence[Instance] = ()) -> Summary:
         cases=tuple(cases),
         scores=scores,
         largest_disagreement=disagreement,
-        refused=tuple(row for row in rows if row.loss is None),
+        refused=tuple(record for record in records if record.loss is None),
         still_open=tuple(still_open),
         trivial=tuple(trivial),
         headline=tuple(_headline(cases, scores, disagreement, trivial)),
     )
 
 
-def excess(row: Row, case: Case) -> float:
-    """Return how far a row's loss lies above the case's lowest, relative to it."""
-    return (_loss(row) - case.loss) / case.loss if case.loss > 0 else 0.0
+def excess(record: Record, case: Case) -> float:
+    """Return how far a record's loss lies above the case's lowest, relative to it."""
+    return (_loss(record) - case.loss) / case.loss if case.loss > 0 else 0.0
 
 
 def _scores(cases: Sequence[Case]) -> Iterable[Score]:
-    pairs: dict[tuple[str, str], list[tuple[Row, Case]]] = {}
+    pairs: dict[tuple[str, str], list[tuple[Record, Case]]] = {}
     for case in cases:
-        for row in case.rows if case.closed else ():
-            pairs.setdefault((row.kind, row.backend), []).append((row, case))
+        for record in case.records if case.closed else ():
+            pairs.setdefault((record.kind, record.backend), []).append((record, case))
     for (kind, backend), mine in pairs.items():
-        over = [max(0.0, excess(row, case)) for row, case in mine]
+        over = [max(0.0, excess(record, case)) for record, case in mine]
         yield Score(
             backend=backend,
             kind=kind,
@@ -229,7 +228,7 @@ def _scores(cases: Sequence[Case]) -> Iterable[Score]:
             hits=sum(value <= HIT for value in over),
             mean_excess=statistics.fmean(over),
             worst_excess=max(over),
-            seconds=statistics.median(row.seconds or 0.0 for row, _ in mine),
+            seconds=statistics.median(record.seconds or 0.0 for record, _ in mine),
         )
 
 
@@ -238,19 +237,23 @@ def _disagreement(cases: Sequence[Case]) -> tuple[float, int]:
     return max((excess(r, c) for c in several for r in c.proved), default=0.0), len(several)
 
 
-def _why_open(rows: Sequence[Row]) -> str:
+def _why_open(records: Sequence[Record]) -> str:
     """Say of each exact backend how it ended, and of the others why they gave nothing."""
-    exact = [row for row in rows if _kind(row) is solvers.BackendKind.EXACT]
+    exact = [record for record in records if _kind(record) is solvers.BackendKind.EXACT]
     ends = {f"{r.backend}: {r.status.lower().replace('_', ' ')}" for r in exact if not r.error}
-    ends |= {_said(row) for row in rows if row.error}
+    ends |= {_said(record) for record in records if record.error}
     if not exact:
-        ends.add(f"no exact backend was asked: {rows[0].units} units")
+        ends.add(f"no exact backend was asked: {records[0].units} units")
     return "; ".join(sorted(ends))
 
 
-def _said(row: Row) -> str:
-    """Return a row's error with the backend in front, once."""
-    return row.error if row.error.startswith(row.backend) else f"{row.backend}: {row.error}"
+def _said(record: Record) -> str:
+    """Return a record's error with the backend in front, once."""
+    return (
+        record.error
+        if record.error.startswith(record.backend)
+        else f"{record.backend}: {record.error}"
+    )
 
 
 def _headline(
@@ -286,10 +289,14 @@ def _counted(count: int, noun: str) -> str:
 
 def _proofs(closed: Sequence[Case]) -> str:
     """Say how many proofs do not rest on the solver's word."""
-    checked = sum(case.proof == RECOMPUTED for case in closed)
-    if checked == len(closed):
+    counts = Counter(case.proof for case in closed)
+    if counts[Proof.RECOMPUTED] == len(closed):
         return "every proof was recomputed from its problem alone"
-    return f"{checked} of the proofs were recomputed, {len(closed) - checked} are {WORD}"
+    said = [f"{counts[Proof.RECOMPUTED]} of the proofs were recomputed"]
+    said += [
+        f"{counts[proof]} are {proof}" for proof in (Proof.WORD, Proof.RECORDED) if counts[proof]
+    ]
+    return ", ".join(said)
 
 
 def _score_headline(score: Score) -> str:
@@ -305,7 +312,7 @@ def _score_headline(score: Score) -> str:
 def _kind_headline(kind: str, cases: Sequence[Case]) -> Iterable[str]:
     closed = [case for case in cases if case.closed]
     if closed:
-        slowest = max(min(row.seconds or 0.0 for row in case.proved) for case in closed)
+        slowest = max(min(record.seconds or 0.0 for record in case.proved) for case in closed)
         yield (
             f"{len(closed)} of {len(cases)} {kind} problems are solved to proven optimality, the "
             f"slowest in {slowest:.2g} s; {_proofs(closed)}"
@@ -333,10 +340,10 @@ def _window_headline(windows: Sequence[Case], layers: Sequence[Case]) -> str:
     A window's loss of a choice is the whole layer's loss of that choice, so both compare directly.
     """
     incumbents = {
-        (row.instance, row.keep): _loss(row)
+        (record.instance, record.keep): _loss(record)
         for case in layers
-        for row in case.rows
-        if row.backend == "local_search"
+        for record in case.records
+        if record.backend == "local_search"
     }
     gains = []
     for case in windows:
@@ -359,13 +366,13 @@ def _gap(loss: float, bound: float | None) -> float | None:
     return 0.0 if loss <= 0 else max(0.0, (loss - max(bound, 0.0)) / loss)
 
 
-def _loss(row: Row) -> float:
-    assert row.loss is not None
-    return row.loss
+def _loss(record: Record) -> float:
+    assert record.loss is not None
+    return record.loss
 
 
-def _kind(row: Row) -> solvers.BackendKind:
-    return _kind_of(row.backend)
+def _kind(record: Record) -> solvers.BackendKind:
+    return _kind_of(record.backend)
 
 
 def _kind_of(backend: str) -> solvers.BackendKind:

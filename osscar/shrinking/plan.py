@@ -3,14 +3,59 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any, ClassVar
+
+from pydantic import AfterValidator, ConfigDict
+from torch import nn
 
 from graph.groups import CouplingGroup, Role, Slot, UnitKind
-from osscar.core.errors import CheckpointError
+from osscar.core.errors import CheckpointError, FileError
+from osscar.core.files import STRICT, validated
 
-PLAN_FILE = "osscar_plan.json"
-"""Marks a checkpoint whose shapes no stock config can express."""
+_MOST = 2**31
+"""No dimension of a tensor has as many entries."""
+
+_OF_EVERY_MODULE = frozenset(vars(nn.Module())) | frozenset(dir(nn.Module))
+"""Attributes that hold a module together; no plan is about them."""
+
+
+def _is_name(name: str) -> bool:
+    """Whether this can be the qualified name of a module or a tensor; the whole model is ""."""
+    parts = name.split(".") if name else []
+    return all(part and part not in _OF_EVERY_MODULE for part in parts)
+
+
+def _checked_slot(slot: Slot) -> Slot:
+    least = {"dim": 0, "units": 1, "outer": 1, "inner": 1, "offset": 0, "order": 0}
+    for name, smallest in least.items():
+        if not smallest <= getattr(slot, name) < _MOST:
+            raise ValueError(f"slot has {name} {getattr(slot, name)}")
+    for name in ("tensor", "module"):
+        if not _is_name(getattr(slot, name)):
+            raise ValueError(f"slot has {name} {getattr(slot, name)!r}")
+    return slot
+
+
+def _checked_group(group: GroupPlan) -> GroupPlan:
+    kept = group.kept
+    ascending = all(a < b for a, b in itertools.pairwise(kept))
+    if not kept or not ascending or not 0 <= kept[0] <= kept[-1] < group.units < _MOST:
+        raise ValueError(f"group {group.name!r} keeps units that it does not have")
+    return group
+
+
+def _checked_integer(integer: Integer) -> Integer:
+    sizes = integer.value if isinstance(integer.value, tuple) else (integer.value,)
+    named = _is_name(integer.module) and _is_name(integer.attribute)
+    if (
+        not named
+        or not integer.attribute.isidentifier()
+        or not all(-_MOST < size < _MOST for size in sizes)
+    ):
+        raise ValueError(f"{integer.attribute!r} of {integer.module!r} is no number of a module")
+    return integer
 
 
 @dataclass(frozen=True)
@@ -29,7 +74,7 @@ class GroupPlan:
     kind: UnitKind
     units: int
     kept: tuple[int, ...]
-    slots: tuple[Slot, ...]
+    slots: tuple[Annotated[Slot, AfterValidator(_checked_slot)], ...]
 
     @classmethod
     def of(cls, group: CouplingGroup, kept: tuple[int, ...]) -> GroupPlan:
@@ -78,15 +123,14 @@ class PruningPlan:
         know them by itself.
     """
 
-    groups: tuple[GroupPlan, ...]
-    integers: tuple[Integer, ...] = ()
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    groups: tuple[Annotated[GroupPlan, AfterValidator(_checked_group)], ...]
+    integers: tuple[Annotated[Integer, AfterValidator(_checked_integer)], ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Return the plan as JSON-able data."""
-        return {
-            "groups": [dataclasses.asdict(group) for group in self.groups],
-            "integers": [dataclasses.asdict(integer) for integer in self.integers],
-        }
+        return dataclasses.asdict(self)
 
     @classmethod
     def from_json(cls, data: Any) -> PruningPlan:
@@ -98,36 +142,6 @@ class PruningPlan:
             If a field is missing, unknown or out of range.
         """
         try:
-            return cls(
-                tuple(_group_from_json(entry) for entry in data["groups"]),
-                tuple(_integer_from_json(entry) for entry in data.get("integers", ())),
-            )
-        except (KeyError, TypeError, ValueError) as error:
-            raise CheckpointError(f"the pruning plan cannot be read: {error!r}") from error
-
-
-def _group_from_json(data: dict[str, Any]) -> GroupPlan:
-    slots = tuple(_slot_from_json(slot) for slot in data["slots"])
-    units, kept = int(data["units"]), tuple(int(unit) for unit in data["kept"])
-    if not kept or sorted(set(kept)) != list(kept) or not 0 <= kept[0] <= kept[-1] < units:
-        raise ValueError(f"group {data['name']!r} keeps units that it does not have")
-    return GroupPlan(data["name"], UnitKind(data["kind"]), units, kept, slots)
-
-
-def _integer_from_json(data: dict[str, Any]) -> Integer:
-    value = tuple(data["value"]) if isinstance(data["value"], list) else data["value"]
-    sizes = value if isinstance(value, tuple) else (value,)
-    if any(type(size) is not int for size in sizes) or not str(data["attribute"]).isidentifier():
-        raise ValueError(f"{data!r} is no number of a module")
-    return Integer(data["module"], data["attribute"], value)
-
-
-def _slot_from_json(data: dict[str, Any]) -> Slot:
-    least = {"dim": 0, "units": 1, "outer": 1, "inner": 1, "offset": 0, "order": 0}
-    for name, smallest in least.items():
-        if type(data[name]) is not int or not smallest <= data[name] < 2**31:
-            raise ValueError(f"slot has {name} {data[name]!r}")
-    for name in ("tensor", "module"):
-        if not isinstance(data[name], str):
-            raise ValueError(f"slot has {name} {data[name]!r}")
-    return Slot(**{**data, "role": Role(data["role"])})
+            return validated(data, cls, "the pruning plan")
+        except FileError as error:
+            raise CheckpointError(f"the pruning plan cannot be read: {error.reason}") from error

@@ -29,9 +29,10 @@ from osscar.shrinking.equivalence import (
     prove_equal,
 )
 from osscar.shrinking.follow import nearby, prepare
+from osscar.shrinking.lineage import lineage_of, note
 from osscar.shrinking.mask import masked
 from osscar.shrinking.plan import GroupPlan, Integer, PruningPlan
-from osscar.shrinking.slice import HISTORY, shrink
+from osscar.shrinking.slice import shrink
 
 _MOST_AT_ONCE = 3
 
@@ -218,7 +219,7 @@ class _Search:
             outcome = self._mended(outcome)
         found = tuple(Integer(*place, value) for place, value in self.found.items())
         plan = replace(self.plan, integers=self.plan.integers + found)
-        setattr(self.model, HISTORY, (*getattr(self.model, HISTORY)[:-1], plan))
+        note(self.model, plans=(*lineage_of(self.model).plans[:-1], plan))
         return Proof(plan, outcome)
 
     def _attempt(self) -> float | Exception:

@@ -16,10 +16,8 @@ from graph.groups import Role, Slot
 from osscar.core.errors import ModelError
 from osscar.core.modules import restored_on_error
 from osscar.shrinking.follow import mend, prepare, refresh
-from osscar.shrinking.plan import GroupPlan, PruningPlan
-
-HISTORY = "osscar_plans"
-"""The attribute of a shrunk model that lists the plans applied to it, oldest first."""
+from osscar.shrinking.lineage import lineage_of, note
+from osscar.shrinking.plan import GroupPlan, Integer, PruningPlan
 
 
 def shrink(model: nn.Module, plan: PruningPlan) -> None:
@@ -49,8 +47,25 @@ def shrink(model: nn.Module, plan: PruningPlan) -> None:
         for group in plan.groups:
             mend(model, group)
         for integer in plan.integers:
-            setattr(model.get_submodule(integer.module), integer.attribute, integer.value)
-        setattr(model, HISTORY, (*getattr(model, HISTORY, ()), plan))
+            _set_number(model, integer)
+        note(model, plans=(*lineage_of(model).plans, plan))
+
+
+def _set_number(model: nn.Module, integer: Integer) -> None:
+    """Let a number of a module follow; only what is a number there already may become one."""
+    try:
+        module = model.get_submodule(integer.module)
+        old = vars(module)[integer.attribute]
+    except (AttributeError, KeyError):
+        old = None
+    sizes = old if isinstance(old, tuple) else (old,)
+    alike = isinstance(old, tuple) == isinstance(integer.value, tuple)
+    if not alike or any(type(size) is not int for size in sizes):
+        raise ModelError(
+            f"module {integer.module!r} has no number {integer.attribute!r} like "
+            f"{integer.value!r}; the plan is for another model"
+        )
+    setattr(module, integer.attribute, integer.value)
 
 
 # ---- tensors -----------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""The optimality-gap study: every problem, at every sparsity, by every backend, one row each.
+"""The optimality-gap study: every problem, at every sparsity, by every backend, one record each.
 
 A study is a directory.  Problems lie in it as files that anyone can solve again, and each answer is
 written as a small file of its own as soon as it is known, so that a killed study loses no more than
@@ -8,42 +8,42 @@ the solves in flight and goes on where it stopped.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, ClassVar, Literal, cast
 
 import torch
+from pydantic import ConfigDict, JsonValue
 
 import solvers
-from osscar.core.errors import OptionError, StudyError
-from osscar.core.lock import LOCK_FILE, hold
+from osscar.core.errors import FileError, OptionError, StudyError
+from osscar.core.files import (
+    LOCK_FILE,
+    MEGABYTE,
+    PARTIAL,
+    STRICT,
+    digest,
+    file_digest,
+    hold,
+    read_json,
+    write_json,
+)
 from osscar.core.progress import stage
 from osscar.study.design import StudyDesign, is_count
 from osscar.study.jobs import (
-    ROWS,
+    RECORDS,
     Task,
     affordable_jobs,
-    digest,
     load_problem,
     solve_all,
     solve_task,
 )
-from osscar.study.records import (
-    PARTIAL,
-    WINDOW,
-    Instance,
-    Row,
-    from_json,
-    read_json,
-    window_name,
-    write_csv,
-    write_json,
-)
+from osscar.study.records import WINDOW, Instance, Record, window_name, write_csv
 from solvers.windows import borderline_window, random_window, window_problem
 
 SETTINGS_FILE = "study.json"
@@ -57,8 +57,25 @@ _INCUMBENT = "local_search"
 """Whose answer the units outside a window are held at."""
 
 
+@dataclass(frozen=True)
+class _Settings:
+    """``study.json``: where the problems come from, and which there are."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    schema: Literal["osscar.study/2"]
+    source: dict[str, JsonValue]
+    instances: tuple[Instance, ...]
+    windows: tuple[Instance, ...]
+
+
+_SCHEMA: Literal["osscar.study/2"] = "osscar.study/2"
+
+_LONGEST_SETTINGS = 64 * MEGABYTE
+
+
 class Study:
-    """A directory of problems and rows.
+    """A directory of problems and records.
 
     Parameters
     ----------
@@ -92,7 +109,7 @@ class Study:
     @property
     def instances(self) -> tuple[Instance, ...]:
         """The captured problems, none before `capture` has finished; windows are not listed."""
-        return self._instances_of("instances")
+        return self._read_settings().instances if self._settings.exists() else ()
 
     @property
     def trivial(self) -> tuple[Instance, ...]:
@@ -116,14 +133,14 @@ class Study:
 
         Raises
         ------
-        StudyError
+        OutputError
             If another process is at work there, or the directory cannot be written.
         """
         if self._held:
             yield
             return
         self._make_directory()
-        with hold(self.directory):
+        with hold(self.directory / LOCK_FILE, self.directory):
             self._held = True
             try:
                 if self._settings.exists():
@@ -179,15 +196,18 @@ class Study:
     def _make_parts(self) -> None:
         """Make the directories in the directory, and remove what a killed study was writing."""
         try:
-            for name in (_PROBLEMS, ROWS):
+            for name in (_PROBLEMS, RECORDS):
                 (self.directory / name).mkdir(exist_ok=True)
                 for partial in (self.directory / name).glob(f"*{PARTIAL}"):
                     partial.unlink()
         except OSError as error:
             raise StudyError(f"cannot write {error.filename}: {error.strerror}") from error
 
-    def run(self, design: StudyDesign, jobs: int = 1) -> tuple[Row, ...]:
-        """Solve what has not been solved yet, and return all rows of the design.
+    def run(self, design: StudyDesign, jobs: int = 1) -> tuple[Record, ...]:
+        """Solve what has not been solved yet, and return all records of the design.
+
+        What earlier runs have recorded is recomputed: losses from their supports, bounds from their
+        certificates.
 
         Parameters
         ----------
@@ -201,9 +221,11 @@ class Study:
         OptionError
             If `jobs` is not positive.
         StudyError
-            If nothing has been captured, a file of the study is damaged or has been replaced,
-            another process is at work in the directory, or a worker was killed; what was solved
-            until then is kept.
+            If nothing has been captured, a file of the study is damaged or has been replaced, a
+            record claims what is not true, or a worker was killed; what was solved until then is
+            kept.
+        OutputError
+            If another process is at work in the directory, or it cannot be written.
         """
         if not is_count(jobs, 1):
             raise OptionError(f"jobs is {jobs!r}; give at least 1")
@@ -213,13 +235,13 @@ class Study:
                 raise StudyError(f"{self.directory} holds no problem yet; capture some first")
             self._make_parts()
             tasks = [task for layer in layers for task in self._tasks(design, layer)]
-            rows = self._solve_all(tasks, jobs)
+            records = self._solve_all(tasks, jobs)
             if design.window_units is not None:
                 large = [layer for layer in layers if layer.units > design.window_units]
                 tasks = [task for layer in large for task in self._window_tasks(design, layer)]
-                rows += self._solve_all(tasks, jobs)
-            write_csv(self.directory / RESULTS_FILE, rows)
-        return tuple(rows)
+                records += self._solve_all(tasks, jobs)
+            write_csv(self.directory / RESULTS_FILE, records)
+        return tuple(records)
 
     def _tasks(self, design: StudyDesign, layer: Instance) -> Iterator[Task]:
         for keep, sparsities in design.keeps(layer.units).items():
@@ -263,7 +285,7 @@ class Study:
 
     def _window(self, problem: solvers.SubsetProblem) -> Instance:
         """Return a window of the study, which is written when it is drawn for the first time."""
-        windows = self._instances_of("windows")
+        windows = self._read_settings().windows
         for window in windows:
             if window.name == problem.name:
                 return window
@@ -277,23 +299,18 @@ class Study:
         file = f"{_PROBLEMS}/{_file_name(problem.name)}{_SUFFIX}"
         path = self.directory / file
         problem.save(path)
-        try:
-            sha256 = digest(path)
-        except OSError as error:
-            raise StudyError(f"cannot read {path}: {error.strerror}") from error
-        return Instance(problem.name, kind, file, problem.units, problem.width, sha256)
+        return Instance(problem.name, kind, file, problem.units, problem.width, file_digest(path))
 
-    def _solve_all(self, tasks: Sequence[Task], jobs: int) -> list[Row]:
-        rows = {task.file: row for task in tasks if (row := task.read()) is not None}
-        pending = [task for task in tasks if task.file not in rows]
-        with stage("solving", total=len(pending)) as bar:
-            for task, row in solve_all(pending, jobs):
-                rows[task.file] = row
+    def _solve_all(self, tasks: Sequence[Task], jobs: int) -> list[Record]:
+        records: dict[Path, Record] = {}
+        with stage("solving", total=len(tasks)) as bar:
+            for task, record in solve_all(tasks, jobs):
+                records[task.file] = record
                 bar.advance()
-        return [rows[task.file] for task in tasks]
+        return [records[task.file] for task in tasks]
 
     def _check_same(self) -> None:
-        before = self._read_settings()["source"]
+        before = self._read_settings().source
         if before == json.loads(json.dumps(self.source)):
             return
         changed = sorted(k for k in before | self.source if before.get(k) != self.source.get(k))
@@ -302,42 +319,32 @@ class Study:
             "ask for the same, or give another --out"
         )
 
-    def _instances_of(self, part: str) -> tuple[Instance, ...]:
-        return tuple(self._read_settings()[part]) if self._settings.exists() else ()
-
-    def _read_settings(self) -> dict[str, Any]:
-        """Return the source, and the instances and windows as `Instance`."""
+    def _read_settings(self) -> _Settings:
         try:
-            settings = read_json(self._settings)
-            if not isinstance(settings, dict) or not isinstance(settings.get("source"), dict):
-                raise ValueError("it names no source")
-            for part in ("instances", "windows"):
-                if not isinstance(settings.get(part), list):
-                    raise ValueError(f"it has no list of {part}")
-                settings[part] = [_instance(entry) for entry in settings[part]]
-        except (OSError, ValueError) as error:
+            settings = read_json(self._settings, _Settings, limit=_LONGEST_SETTINGS)
+            for instance in (*settings.instances, *settings.windows):
+                _check_instance(instance, self._settings)
+        except FileError as error:
             raise StudyError(
-                f"{self._settings} is not a study's settings: {error}; give another --out"
+                f"{self._settings} is not a study's settings, or those of a study that another "
+                f"version made: {error.reason}; give another --out"
             ) from error
         return settings
 
     def _write_settings(self, instances: Sequence[Instance], windows: Sequence[Instance]) -> None:
-        content = {
-            "source": self.source,
-            "instances": [dataclasses.asdict(instance) for instance in instances],
-            "windows": [dataclasses.asdict(window) for window in windows],
-        }
-        write_json(self._settings, content)
+        settings = _Settings(_SCHEMA, self.source, tuple(instances), tuple(windows))
+        write_json(self._settings, dataclasses.asdict(settings), indent=1)
 
 
-def _instance(entry: object) -> Instance:
-    instance = from_json(Instance, entry)
-    if instance.units < 1 or instance.file != f"{_PROBLEMS}/{_file_name(instance.name)}{_SUFFIX}":
-        raise ValueError(f"{instance.name!r} is not a problem of it")
-    return instance
+def _check_instance(instance: Instance, file: Path) -> None:
+    """Refuse a problem that this study cannot have written."""
+    named = instance.name.isprintable() and instance.kind.isprintable()
+    place = f"{_PROBLEMS}/{_file_name(instance.name)}{_SUFFIX}"
+    if not named or instance.file != place or not 1 <= instance.units < 2**31:
+        raise FileError(file, f"{instance.name!r} is not a problem of it")
 
 
 def _file_name(name: str) -> str:
     """Return a name for a file: what can be read of `name`, and what tells it from all others."""
     readable = re.sub(r"[^A-Za-z0-9_.-]+", "-", name)[:_READABLE_NAME].strip("-.") or "problem"
-    return f"{readable}-{hashlib.sha256(name.encode()).hexdigest()[:10]}"
+    return f"{readable}-{digest(name)[:10]}"

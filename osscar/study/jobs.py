@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
-import math
 import multiprocessing
 import os
 import signal
@@ -19,19 +17,21 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any
 
 import torch
 
 import solvers
-from osscar.core.errors import StudyError
-from osscar.study.records import Instance, Row, read_row, write_json
+from osscar.core.errors import FileError, StudyError
+from osscar.core.files import digest, file_digest, write_json
+from osscar.study.answers import answered, claimed
+from osscar.study.certificates import save_evidence
+from osscar.study.records import Instance, Options, Proof, Record, read_record
 
-ROWS = "rows"
-"""The part of a study's directory that holds one file a row."""
+RECORDS = "records"
+"""The part of a study's directory that holds one file a record, and the certificates."""
 
 _ASKED = ("instance", "kind", "file", "units", "width", "keep", "backend", "options")
-"""The fields of a row that its task decides, and that do not change as a study is extended."""
+"""The fields of a record that its task decides, and that do not change as a study is extended."""
 
 _COPIES = 12
 """How many times the size of its file a problem takes, with what solvers make of it."""
@@ -66,22 +66,26 @@ class Task:
     keep: int
     sparsities: tuple[float, ...]
     backend: str
-    options: dict[str, Any] = field(default_factory=dict)
+    options: Options = field(default_factory=dict)
 
     @property
     def file(self) -> Path:
-        """Where its row goes: the name depends on what the problem is, not only on its name."""
+        """Where its record goes: the name depends on what the problem is, not only on its name."""
         instance = self.instance
         options = sorted(self.options.items())
         key = (instance.name, instance.sha256, self.keep, self.backend, options)
-        digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:20]
-        return self.directory / ROWS / f"{digest}.json"
+        return self.directory / RECORDS / f"{digest(json.dumps(key))[:20]}.json"
 
     @property
-    def asked(self) -> Row:
-        """Its row, with nothing answered."""
+    def certificate_file(self) -> Path:
+        """Where the certificate of its bound goes."""
+        return self.file.with_suffix(".safetensors")
+
+    @property
+    def asked(self) -> Record:
+        """Its record, with nothing answered."""
         instance = self.instance
-        return Row(
+        return Record(
             instance=instance.name,
             kind=instance.kind,
             file=instance.file,
@@ -94,25 +98,26 @@ class Task:
             options=self.options,
         )
 
-    def read(self) -> Row | None:
-        """Return its row, or None where it has not been solved.
+    def read(self) -> Record | None:
+        """Return its record, or None where it has not been solved.
 
         Raises
         ------
         StudyError
-            If the file is not its row.
+            If the file is not its record.
         """
         if not self.file.exists():
             return None
-        row, asked = read_row(self.file), self.asked
+        record, asked = read_record(self.file), self.asked
         for name in _ASKED:
-            if getattr(row, name) != getattr(asked, name):
+            found, expected = getattr(record, name), getattr(asked, name)
+            if found != expected:
                 raise StudyError(
-                    f"{self.file} is the row of another solve: {name} is {getattr(row, name)!r}, "
-                    f"not {getattr(asked, name)!r}; delete it"
+                    f"{self.file} is the record of another solve: {name} is {found!r}, not "
+                    f"{expected!r}; delete it"
                 )
         # The shares are those asked for today: the same `keep` may have come from another then.
-        return dataclasses.replace(row, sparsity=asked.sparsity, sparsities=asked.sparsities)
+        return dataclasses.replace(record, sparsity=asked.sparsity, sparsities=asked.sparsities)
 
 
 def affordable_jobs(largest: int) -> int:
@@ -141,8 +146,8 @@ def cores() -> int:
     return os.cpu_count() or 1
 
 
-def solve_all(tasks: Sequence[Task], jobs: int) -> Iterator[tuple[Task, Row]]:
-    """Solve all tasks and give the rows as they come.
+def solve_all(tasks: Sequence[Task], jobs: int) -> Iterator[tuple[Task, Record]]:
+    """Solve all tasks and give the records as they come.
 
     Parameters
     ----------
@@ -168,9 +173,9 @@ def solve_all(tasks: Sequence[Task], jobs: int) -> Iterator[tuple[Task, Row]]:
     for task in [task for task in tasks if task.instance.units <= _SMALL_UNITS]:
         if time.monotonic() < end:
             with _threads(threads):
-                row = solve_task(task)
+                record = solve_task(task)
             left.remove(task)
-            yield task, row
+            yield task, record
     if left:
         yield from _solve_in_pool(left, min(jobs, len(left)), threads)
 
@@ -186,7 +191,7 @@ def _threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _solve_in_pool(tasks: Sequence[Task], jobs: int, threads: int) -> Iterator[tuple[Task, Row]]:
+def _solve_in_pool(tasks: Sequence[Task], jobs: int, threads: int) -> Iterator[tuple[Task, Record]]:
     context = multiprocessing.get_context("spawn")
     last_word, alive = context.Pipe(duplex=False)
     pool = ProcessPoolExecutor(
@@ -194,7 +199,7 @@ def _solve_in_pool(tasks: Sequence[Task], jobs: int, threads: int) -> Iterator[t
     )
     try:
         with _interrupts_are_ours():
-            futures: dict[Future[Row], Task] = {pool.submit(solve_task, t): t for t in tasks}
+            futures: dict[Future[Record], Task] = {pool.submit(solve_task, t): t for t in tasks}
         for future in as_completed(futures):
             yield futures[future], future.result()
     except BrokenProcessPool as error:
@@ -234,64 +239,63 @@ def _start_worker(threads: int, last_word: Connection) -> None:
     threading.Thread(target=follow, daemon=True).start()
 
 
-def solve_task(task: Task) -> Row:
-    """Solve and verify one row, unless it is there already, and write it.
+def solve_task(task: Task) -> Record:
+    """Solve and verify one task and write its record; if it is there already, recompute it.
 
-    What a backend cannot take is a row with an error.  So is what went wrong in a solve, but that
-    row is not written: the next run tries again, perhaps with a licence, or with a defect mended.
+    What a backend cannot take is a record with an error.  So is what went wrong in a solve, but
+    that record is not written: the next run tries again, perhaps with a licence, or with a defect
+    mended.
 
     Raises
     ------
     StudyError
-        If the problem file is not what it was.
+        If the problem file is not what it was, or a record claims what is not true.
     BackendError
         If the backend cannot run here.
     """
-    done = task.read()
-    if done is not None:
-        return done
     problem = load_problem(task.directory, task.instance).with_keep(task.keep)
+    done = task.read()
+    if done is not None and not done.error:
+        return _recomputed(task, done, problem)
     backend = solvers.make_backend(task.backend, **task.options)
     refusal = backend.capabilities.refusal(problem)
     if refusal is not None:
-        row = dataclasses.replace(task.asked, error=f"{task.backend} {refusal}")
+        record = dataclasses.replace(task.asked, error=f"{task.backend} {refusal}")
     else:
         try:
-            row = _answered(task.asked, solvers.solve(problem, task.backend, options=task.options))
+            solution = solvers.solve(problem, task.backend, options=dict(task.options))
+            certificate = save_evidence(task.certificate_file, solution)
+            record = answered(task.asked, solution, certificate, Proof.WORD)
         except solvers.ProblemError as error:
-            row = dataclasses.replace(task.asked, error=str(error))
+            record = dataclasses.replace(task.asked, error=str(error))
         except solvers.SolverError as error:
             return dataclasses.replace(task.asked, error=str(error))
-    write_json(task.file, dataclasses.asdict(row))
-    return row
+    write_json(task.file, dataclasses.asdict(record), indent=1)
+    return record
 
 
-def _answered(asked: Row, solution: solvers.Solution) -> Row:
-    verified = solution.verify()
-    scale = solution.problem.scale or 1.0
-    bound = _or_none(solution.lower_bound)
-    return dataclasses.replace(
-        asked,
-        status=solution.status.name,
-        loss=verified.loss,
-        relative_loss=verified.loss / scale,
-        lower_bound=bound,
-        relative_bound=None if bound is None else bound / scale,
-        bound_from=solution.bound_from,
-        recomputed_bound=_or_none(verified.lower_bound),
-        gap=None if bound is None else solution.gap,
-        iterations=solution.iterations,
-        seconds=solution.seconds,
-        support=tuple(solution.support.tolist()),
-    )
+def _recomputed(task: Task, record: Record, problem: solvers.SubsetProblem) -> Record:
+    """Return a record of which everything is true that can be told from the problem.
 
+    The loss is that of its support, and its bound that of its certificate.  A bound without one
+    stays as it was recorded, which the record then says; so do times and counts.
 
-def _or_none(value: float) -> float | None:
-    return value if math.isfinite(value) else None
+    Raises
+    ------
+    StudyError
+        If it claims something that is not true.
+    """
+    try:
+        solution = claimed(record, problem, task.certificate_file)
+        return answered(task.asked, solution, record.certificate, Proof.RECORDED)
+    except (solvers.SolverError, StudyError, FileError) as error:
+        raise StudyError(
+            f"{task.file} is the record of an answer that is not true: {error}; delete it"
+        ) from error
 
 
 def load_problem(directory: Path, instance: Instance) -> solvers.SubsetProblem:
-    """Read a problem of a study; the last one stays in memory, since rows come problem by problem.
+    """Read a problem of a study; the last stays in memory, since records come problem by problem.
 
     Raises
     ------
@@ -309,15 +313,9 @@ def load_problem(directory: Path, instance: Instance) -> solvers.SubsetProblem:
 @lru_cache(maxsize=1)
 def _load(path: Path, mtime_ns: int, size: int, sha256: str) -> solvers.SubsetProblem:
     """Read a problem file; time and size are there to tell when it has been replaced."""
-    if digest(path) != sha256:
+    if file_digest(path) != sha256:
         raise StudyError(
             f"{path} is not the problem that the study was made with; put that file back, or "
             "start a new study in another --out"
         )
     return solvers.SubsetProblem.load(path)
-
-
-def digest(path: Path) -> str:
-    """Return the sha256 of a file, read piece by piece."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

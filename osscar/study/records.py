@@ -1,40 +1,38 @@
-"""The rows of an optimality-gap study: one solve each, as a file, a CSV line, and a command."""
+"""The records of an optimality-gap study: one solve each, as a file, a CSV line, and a command."""
 
 from __future__ import annotations
 
 import csv
 import dataclasses
+import enum
 import json
-import math
-import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import NoneType
-from typing import Any, TypeVar, cast
+from typing import ClassVar, TypeAlias
 
-from osscar.core.errors import StudyError
+from pydantic import ConfigDict
 
-T = TypeVar("T")
+from osscar.core.errors import FileError, StudyError
+from osscar.core.files import STRICT, read_json, whole
 
 WINDOW = "window"
 """The kind of a problem that is a part of a larger one."""
 
-PARTIAL = ".partial"
-"""How the names of files end that are being written."""
+Options: TypeAlias = Mapping[str, int | float | str | bool | None]
 
-_IN_JSON: dict[str, tuple[type, ...]] = {
-    "str": (str,),
-    "int": (int,),
-    "float": (int, float),
-    "float | None": (int, float, NoneType),
-    "dict[str, Any]": (dict,),
-    "tuple[int, ...]": (list,),
-    "tuple[float, ...]": (list,),
-}
-"""What the types of fields, as they are written below, are in a JSON file."""
+
+class Proof(enum.StrEnum):
+    """What a lower bound rests on."""
+
+    NONE = ""
+    RECOMPUTED = "recomputed"
+    """It was computed in this run, from the problem and the certificate alone."""
+    WORD = "the solver's word"
+    """The solver ran in this run, and leaves no certificate."""
+    RECORDED = "as recorded"
+    """An earlier run wrote it down, and left no certificate."""
 
 
 @dataclass(frozen=True)
@@ -50,10 +48,12 @@ class Instance:
     file
         Where it lies, relative to the study's directory.
     units, width
-        How many units there are, and the rows of the widest.
+        How many units there are, and the records of the widest.
     sha256
         Of the file, so that no other problem is ever taken for this one.
     """
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
     name: str
     kind: str
@@ -64,7 +64,7 @@ class Instance:
 
 
 @dataclass(frozen=True)
-class Row:
+class Record:
     """One solve: what was asked, and what came back.
 
     Parameters
@@ -90,9 +90,17 @@ class Row:
     sparsities
         All shares that come to this `keep`; of three units, a half and two thirds both leave one.
     recomputed_bound
-        What `solvers.Solution.verify` recomputed from the certificate of `lower_bound`; None where
-        there is none, so that the bound is the solver's word.
+        What `solvers.Solution.verify` recomputed in this run from the certificate of `lower_bound`;
+        None where there is none.
+    proof
+        What `lower_bound` rests on.
+    gap_tolerance
+        The relative gap up to which the backend calls its answer optimal.
+    certificate
+        Digest of the file beside the record that holds the certificate; empty where there is none.
     """
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
     instance: str
     kind: str
@@ -102,7 +110,7 @@ class Row:
     keep: int
     sparsity: float
     backend: str
-    options: dict[str, Any]
+    options: Options
     status: str = ""
     loss: float | None = None
     relative_loss: float | None = None
@@ -116,6 +124,9 @@ class Row:
     error: str = ""
     sparsities: tuple[float, ...] = ()
     recomputed_bound: float | None = None
+    proof: Proof = Proof.NONE
+    gap_tolerance: float = 0.0
+    certificate: str = ""
 
     @property
     def command(self) -> str:
@@ -146,120 +157,48 @@ def window_layer(name: str) -> tuple[str, int]:
     return match[1], int(match[2])
 
 
-def write_csv(path: Path, rows: Sequence[Row]) -> None:
-    """Write one line a row, with the command that solves it again; whole or not at all.
+def write_csv(path: Path, records: Sequence[Record]) -> None:
+    """Write one line a record, with the command that solves it again; whole or not at all.
 
     Raises
     ------
-    StudyError
+    OutputError
         If it cannot be written.
     """
-    names = [f.name for f in dataclasses.fields(Row)]
-    try:
-        with whole(path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file)
-            writer.writerow([*names, "command"])
-            for row in rows:
-                values = dataclasses.asdict(row)
-                values["support"] = " ".join(map(str, row.support))
-                values["sparsities"] = " ".join(map(str, row.sparsities))
-                values["options"] = json.dumps(row.options)
-                writer.writerow([*(values[name] for name in names), row.command])
-    except OSError as error:
-        raise StudyError(f"cannot write {path}: {error.strerror}") from error
+    names = [f.name for f in dataclasses.fields(Record)]
+    with whole(path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow([*names, "command"])
+        for record in records:
+            values = dataclasses.asdict(record)
+            values["support"] = " ".join(map(str, record.support))
+            values["sparsities"] = " ".join(map(str, record.sparsities))
+            values["options"] = json.dumps(record.options)
+            cells = [*(values[name] for name in names), record.command]
+            writer.writerow([_inert(cell) for cell in cells])
 
 
-def read_row(file: Path) -> Row:
-    """Read one row.
+def _inert(cell: object) -> object:
+    """Return a cell that no spreadsheet takes for a formula; an apostrophe says that it is text."""
+    is_formula = isinstance(cell, str) and cell.startswith(("=", "+", "-", "@", "\t", "\r"))
+    return f"'{cell}" if is_formula else cell
+
+
+def read_record(file: Path) -> Record:
+    """Read one record, as it was written; nothing in it is checked against its problem.
 
     Raises
     ------
     StudyError
-        If the file is not a row.
+        If the file is not a record.
     """
     try:
-        row = from_json(Row, read_json(file))
-        if (row.loss is None) != bool(row.error):
-            raise ValueError("it has neither a loss nor an error, or both")
-        return row
-    except (OSError, ValueError) as error:
-        raise StudyError(f"{file} is not a row of a study: {error}; delete it") from error
-
-
-def read_json(file: Path) -> Any:
-    """Read what `write_json` wrote.
-
-    Raises
-    ------
-    OSError, ValueError
-        If the file cannot be read, is not JSON, or holds numbers that are not finite.
-    """
-    try:
-        return json.loads(
-            file.read_text(encoding="utf-8"), parse_constant=_finite, parse_float=_finite
+        record = read_json(file, Record)
+    except FileError as error:
+        raise StudyError(f"{file} is not a record of a study: {error.reason}; delete it") from error
+    if (record.loss is None) != bool(record.error):
+        raise StudyError(
+            f"{file} is not a record of a study: it has neither a loss nor an error, or both; "
+            "delete it"
         )
-    except RecursionError as error:
-        raise ValueError("it is nested too deeply") from error
-
-
-def _finite(text: str) -> float:
-    value = float(text)
-    if not math.isfinite(value):
-        raise ValueError(f"{text} is not a finite number")
-    return value
-
-
-def from_json(cls: type[T], entry: object) -> T:
-    """Return an `Instance` or a `Row` from what was read of a file.
-
-    Raises
-    ------
-    ValueError
-        If it is not one: the message names the field.
-    """
-    fields = {field.name: str(field.type) for field in dataclasses.fields(cast(Any, cls))}
-    if not isinstance(entry, Mapping) or set(entry) != set(fields):
-        raise ValueError(f"its fields are not {', '.join(fields)}")
-    values: dict[str, Any] = {}
-    for name, kind in fields.items():
-        value = values[name] = entry[name]
-        if not isinstance(value, _IN_JSON[kind]) or isinstance(value, bool):
-            raise ValueError(f"{name} is {value!r}")
-        if isinstance(value, list):
-            item = _IN_JSON[kind.removeprefix("tuple[").removesuffix(", ...]")]
-            if not all(isinstance(part, item) for part in value):
-                raise ValueError(f"{name} is {value!r}")
-            values[name] = tuple(value)
-    return cls(**values)
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write `content`; the file appears whole or not at all.
-
-    Raises
-    ------
-    StudyError
-        If it cannot be written.
-    """
-    text = json.dumps(content, indent=1, allow_nan=False) + "\n"
-    try:
-        with whole(path) as partial:
-            partial.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise StudyError(f"cannot write {path}: {error.strerror}") from error
-
-
-@contextmanager
-def whole(path: Path) -> Iterator[Path]:
-    """Give a place beside `path` to write to; once the block has ended, it becomes `path`.
-
-    It bears the number of the process, so that two never write to the same.
-    """
-    partial = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL}")
-    try:
-        yield partial
-        partial.replace(path)
-    except BaseException:
-        with suppress(OSError):
-            partial.unlink()
-        raise
+    return record

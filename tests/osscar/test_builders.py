@@ -12,9 +12,11 @@ from torch import Tensor, nn
 import graph
 import osscar
 from osscar.checkpoint.builders import TorchvisionOrigin
-from osscar.checkpoint.directory import PLAN_FILE, save
+from osscar.checkpoint.directory import save
+from osscar.checkpoint.manifest import MANIFEST_FILE
 from osscar.core.errors import CheckpointError, EquivalenceError
 from osscar.shrinking.equivalence import proof_outputs
+from osscar.shrinking.lineage import lineage_of
 from tests.coverage.measure import half_of, shrink_by_half
 from tests.coverage.zoo import transformers_case
 
@@ -50,6 +52,9 @@ def test_a_model_of_torchvision_is_built_again_by_name(
         ({"name": "resnet9000"}, "resnet9000"),
         ({"options": {"weights": "IMAGENET1K_V1"}}, "weights"),
         ({"options": {"norm_layer": ["os", "system"]}}, "norm_layer"),
+        ({"options": {"num_classes": -1}}, "cannot build"),
+        ({"options": {"groups": 0}}, "cannot build"),
+        ({"options": {"no_such_option": 1}}, "no_such_option"),
     ],
     ids=str,
 )
@@ -57,9 +62,9 @@ def test_an_origin_that_makes_no_sense_is_refused(
     resnet: nn.Module, change: dict[str, object], match: str, tmp_path: Path
 ) -> None:
     save(resnet, tmp_path / "small")
-    file = tmp_path / "small" / PLAN_FILE
+    file = tmp_path / "small" / MANIFEST_FILE
     data = json.loads(file.read_text())
-    data["origin"].update(change)
+    data["lineage"]["origin"].update(change)
     file.write_text(json.dumps(data))
     with pytest.raises(CheckpointError, match=match):
         osscar.load(tmp_path / "small")
@@ -89,7 +94,7 @@ def test_a_model_of_ones_own_is_read_into_a_dense_one(tmp_path: Path) -> None:
     again = osscar.load(tmp_path / "small", dense=dense)
     assert torch.equal(*proof_outputs(again, inputs), *proof_outputs(model, inputs))
     assert dense.enter.out_features == 12
-    assert not hasattr(dense, "osscar_plans")
+    assert not lineage_of(dense).plans
 
 
 def test_what_was_written_wrongly_is_noticed_without_inputs(

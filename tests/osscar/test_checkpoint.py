@@ -1,6 +1,7 @@
 """Saving and loading: stock where it can be, a plan elsewhere, never a half-written directory."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -10,7 +11,13 @@ from transformers import AutoModelForCausalLM, GPT2Config
 
 import osscar
 from osscar.checkpoint import directory as checkpoint
-from osscar.core.errors import CheckpointError, EquivalenceError, OutputError
+from osscar.checkpoint.manifest import MANIFEST_FILE, read_manifest
+from osscar.checkpoint.runs import Run
+from osscar.cli.eval import refuse_calibration_text
+from osscar.core.errors import CheckpointError, EquivalenceError, OutputError, TextError
+from osscar.core.modules import copied
+from osscar.data.prose import Part, builtin_text
+from osscar.shrinking.lineage import Calibration, lineage_of
 from tests.osscar.families import FAMILIES, logits, tiny, tokens
 
 IDS = tokens(2, 16, seed=9)
@@ -55,7 +62,7 @@ def test_stock_checkpoints_load_in_a_process_that_never_imports_this_project(tmp
         directory = tmp_path / f"{index}-{family}"
         models[directory] = pruned(family, **keep)
         assert checkpoint.save(models[directory], directory).stock, (family, keep)
-        assert not (directory / checkpoint.PLAN_FILE).exists()
+        assert not read_manifest(directory).lineage.plans
     command = [sys.executable, "-c", READER, str(IDS.tolist()), *map(str, models)]
     subprocess.run(command, check=True, cwd=tmp_path)
     for directory, model in models.items():
@@ -133,7 +140,7 @@ def test_a_failure_while_saving_leaves_the_old_directory_whole(
         raise failure
 
     if place == "rename":
-        monkeypatch.setattr(checkpoint, "_swap_in", fail)
+        monkeypatch.setattr(Run, "swap", fail)
     else:
         monkeypatch.setattr(type(model), "save_pretrained", fail)
     with pytest.raises(error):
@@ -145,9 +152,9 @@ def test_a_failure_while_saving_leaves_the_old_directory_whole(
 def test_overwrite_replaces_everything(tmp_path):
     directory = tmp_path / "model"
     checkpoint.save(pruned("opt", heads="0.5"), directory)
-    assert (directory / checkpoint.PLAN_FILE).exists()
+    assert not read_manifest(directory).stock
     checkpoint.save(pruned("opt", neurons="0.5"), directory, overwrite=True)
-    assert not (directory / checkpoint.PLAN_FILE).exists()
+    assert read_manifest(directory).stock
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
@@ -181,9 +188,9 @@ class TestDamagedDirectories:
         return tmp_path / "model"
 
     def edit(self, directory, change):
-        file = directory / checkpoint.PLAN_FILE
+        file = directory / MANIFEST_FILE
         data = json.loads(file.read_text())
-        change(data)
+        change(data["lineage"])
         file.write_text(json.dumps(data))
 
     def test_no_config(self, directory):
@@ -192,13 +199,14 @@ class TestDamagedDirectories:
             osscar.load(directory)
 
     def test_no_json(self, directory):
-        (directory / checkpoint.PLAN_FILE).write_text("{")
-        with pytest.raises(CheckpointError, match="not a pruning plan"):
+        (directory / MANIFEST_FILE).write_text("{")
+        with pytest.raises(CheckpointError, match="not the description of a checkpoint"):
             osscar.load(directory)
 
-    def test_another_format(self, directory):
-        self.edit(directory, lambda data: data.update(format="osscar-plan/99"))
-        with pytest.raises(CheckpointError, match="osscar-plan/99"):
+    def test_another_version(self, directory):
+        file = directory / MANIFEST_FILE
+        file.write_text(file.read_text().replace("osscar.checkpoint/2", "osscar.checkpoint/99"))
+        with pytest.raises(CheckpointError, match=r"schema.*osscar\.checkpoint/99"):
             osscar.load(directory)
 
     def test_units_that_do_not_exist(self, directory):
@@ -214,7 +222,7 @@ class TestDamagedDirectories:
     @pytest.mark.parametrize("change", [{"inner": 0}, {"offset": -1}, {"dim": "0"}, {"tensor": 3}])
     def test_slots_that_are_no_slots(self, directory, change):
         self.edit(directory, lambda data: data["plans"][0]["groups"][0]["slots"][0].update(change))
-        with pytest.raises(CheckpointError, match="plan cannot be read"):
+        with pytest.raises(CheckpointError, match=rf"slots\.0.*{next(iter(change))}"):
             osscar.load(directory)
 
     def test_a_config_that_is_no_config(self, directory):
@@ -235,6 +243,125 @@ class TestDamagedDirectories:
         self.edit(directory, rename)
         with pytest.raises(osscar.OsscarError, match=r"nowhere\.weight"):
             osscar.load(directory)
+
+
+HOSTILE = [
+    lambda lineage: lineage.update(plans=json.loads("[" * 500 + "]" * 500)),
+    lambda lineage: lineage["plans"][0]["groups"][0].update(kept=[float("inf")]),
+    lambda lineage: lineage["plans"][0]["groups"][0].update(kept=[10**30]),
+    lambda lineage: lineage["plans"][0]["groups"][0].update(kept=["0"]),
+    lambda lineage: lineage["plans"][0]["groups"][0].update(kept=[True]),
+    lambda lineage: lineage["plans"][0]["groups"][0].update(units=10**6),
+    lambda lineage: lineage["plans"][0]["groups"][0].update(name="\ud800"),
+    lambda lineage: lineage["plans"][0]["groups"][0].update(more=1),
+    lambda lineage: lineage["plans"][0]["groups"][0]["slots"][0].update(tensor="a._modules"),
+    lambda lineage: lineage["plans"][0]["groups"][0]["slots"][0].update(tensor="__class__.x"),
+    lambda lineage: lineage["plans"][0]["groups"][0]["slots"][0].update(dim=2**31 - 1),
+    lambda lineage: lineage["plans"][0].update(integers=[integer("", "_modules")]),
+    lambda lineage: lineage["plans"][0].update(integers=[integer("", "__class__")]),
+    lambda lineage: lineage["plans"][0].update(integers=[integer("_modules", "x")]),
+    lambda lineage: lineage["plans"][0].update(integers=[integer("model.decoder", "training")]),
+    lambda lineage: lineage["plans"][0].update(integers=[integer("", "config")]),
+    lambda lineage: lineage["plans"][0].update(integers=[integer("no.where", "x")]),
+    lambda lineage: lineage["origin"].update(library="pickle"),
+    lambda lineage: lineage["origin"].update(options={"a": [1]}),
+    lambda lineage: lineage.update(calibration=[{"source": 5}]),
+    lambda lineage: lineage.update(preprocessing={"mean": [[1]]}),
+    lambda lineage: lineage.pop("plans") and lineage.update(plans=None),
+]
+
+
+def integer(module, attribute):
+    return {"module": module, "attribute": attribute, "value": 3}
+
+
+@pytest.fixture(scope="module")
+def planned(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("planned") / "model"
+    checkpoint.save(pruned("opt", heads="0.5"), directory)
+    return directory
+
+
+@pytest.mark.parametrize("change", range(len(HOSTILE)))
+def test_a_hostile_manifest_is_an_error_of_ours(planned, change, tmp_path):
+    directory = tmp_path / "model"
+    shutil.copytree(planned, directory)
+    file = directory / MANIFEST_FILE
+    content = json.loads(file.read_text())
+    HOSTILE[change](content["lineage"])
+    file.write_text(json.dumps(content))
+    with pytest.raises(osscar.OsscarError):
+        osscar.load(directory)
+
+
+@pytest.mark.parametrize("text", ["", "5", "[" * 10**5, '{"a": 1, "a": 2}', "\x00", "NaN"])
+def test_a_manifest_that_is_none_is_an_error_of_ours(planned, text, tmp_path):
+    directory = tmp_path / "model"
+    shutil.copytree(planned, directory)
+    (directory / MANIFEST_FILE).write_text(text)
+    with pytest.raises(CheckpointError, match=r"osscar\.json is not the description"):
+        osscar.load(directory)
+
+
+# ---- lineage -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("keep", [{"neurons": "0.5"}, {"heads": "0.5"}], ids=["stock", "planned"])
+def test_everything_that_has_to_be_known_is_written_and_read_again(keep, tmp_path):
+    loaded = osscar.load_model("demo", device="cpu")
+    windows = osscar.load_calibration(None, loaded.tokenizer, samples=4, seqlen=32)
+    result = osscar.prune(loaded.model, windows, backend="magnitude", device="cpu", **keep)
+    saved = result.save(tmp_path / "small", tokenizer=loaded.tokenizer)
+    lineage = lineage_of(osscar.load(saved.path))
+    assert lineage.source == "embedded demo model (OPT)"
+    assert lineage.stored_dtype == str(loaded.stored_dtype).removeprefix("torch.")
+    assert lineage.calibration == (Calibration.of(windows.describe()),)
+    assert lineage.calibration[0].sha256 == windows.text_digest != ""
+    assert saved.stock == (lineage.plans == ())
+    again = osscar.load_model(saved.path, device="cpu")
+    assert lineage_of(again.model) == lineage
+    assert lineage_of(copied(again.model)) == lineage
+    assert again.stored_dtype == loaded.stored_dtype
+    twice = osscar.prune(again.model, windows, neurons="0.7", backend="magnitude", device="cpu")
+    assert len(lineage_of(twice.model).calibration) == 2  # neither is ever scored
+    with pytest.raises(TextError, match="calibrated on this very text"):
+        refuse_calibration_text(lineage.calibration, builtin_text(Part.CALIBRATION))
+    refuse_calibration_text(lineage.calibration, builtin_text(Part.HELD_OUT))
+
+
+@pytest.mark.parametrize("keep", [{"neurons": "0.5"}, {"heads": "0.5"}], ids=["stock", "planned"])
+def test_directories_of_version_0_1_0_are_read(keep, tmp_path):
+    model = pruned("opt", **keep)
+    directory = tmp_path / "old"
+    saved = checkpoint.save(model, directory)
+    written = read_manifest(directory).lineage
+    (directory / MANIFEST_FILE).unlink()
+    if not saved.stock:
+        plans = [json.loads(json.dumps(plan.to_json())) for plan in written.plans]
+        content = {"format": "osscar-plan/1", "origin": {"library": "transformers"}}
+        (directory / "osscar_plan.json").write_text(json.dumps({**content, "plans": plans}))
+    calibration = {"source": "a text", "sha256": "ab" * 32, "samples": 4, "seqlen": 8, "seed": 0}
+    report = {"schema": "osscar.prune/1", "osscar_version": "0.1.0", "model": "somewhere"}
+    report |= {"classes": ["x"], "calibration": calibration, "settings": {}, "layers": []}
+    (directory / "osscar_report.json").write_text(json.dumps(report))
+    again = osscar.load(directory)
+    torch.testing.assert_close(logits(again, IDS), logits(model, IDS), rtol=1e-5, atol=1e-5)
+    lineage = lineage_of(again)
+    assert (lineage.source, lineage.classes) == ("somewhere", ("x",))
+    assert lineage.calibration == (Calibration(**calibration),)
+    assert lineage.plans == written.plans
+    checkpoint.save(again, directory, overwrite=True)  # it is ours, so that it may be replaced
+    assert {path.name for path in directory.iterdir()} & {MANIFEST_FILE, "osscar_plan.json"} == {
+        MANIFEST_FILE
+    }
+    assert lineage_of(osscar.load(directory)).calibration == lineage.calibration
+
+
+def test_nothing_of_a_report_is_believed_where_there_is_a_manifest(planned, tmp_path):
+    directory = tmp_path / "model"
+    shutil.copytree(planned, directory)
+    (directory / "osscar_report.json").write_text('{"schema": "osscar.prune/1", "classes": ["z"]}')
+    assert lineage_of(osscar.load(directory)) == read_manifest(planned).lineage
 
 
 def test_the_model_itself_can_be_saved_where_its_config_fits(tmp_path):

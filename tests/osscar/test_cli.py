@@ -56,7 +56,7 @@ def test_demo_does_the_whole_job(run, tmp_path, monkeypatch):
     for expected in ("perplexity", "tokens/s", "loss by layer", "saved:", "next:", "dead"):
         assert expected in out
     document = json.loads((tmp_path / "demo.json").read_text())
-    assert document["schema"] == "osscar.prune/1"
+    assert document["schema"] == "osscar.prune/2"
     dense, pruned = document["evaluation"]["dense"], document["evaluation"]["model"]
     assert pruned["footprint"]["parameters"] < dense["footprint"]["parameters"]
     assert dense["quality"]["perplexity"] < pruned["quality"]["perplexity"] < 200
@@ -198,10 +198,14 @@ def test_a_full_directory_is_refused_before_any_work(run, text, tmp_path):
     assert status == 2
     assert "something other than a checkpoint" in err
     assert (tmp_path / "small" / "precious").read_text() == "keep me"
-    (tmp_path / "small" / "config.json").write_text("{}")
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / "small" / name).write_text("{}")
+    status, _, err = run(*arguments, "--overwrite")
+    assert (status, "would be lost: precious" in err) == (2, True)
+    assert (tmp_path / "small" / "precious").read_text() == "keep me"
+    (tmp_path / "small" / "precious").unlink()
     status, _, err = run(*arguments, "--overwrite")
     assert status == 0, err
-    assert not (tmp_path / "small" / "precious").exists()
 
 
 def test_what_the_run_needs_is_never_replaced(run, text, tmp_path, monkeypatch):

@@ -51,8 +51,8 @@ def test_gap_on_a_model_writes_a_study(run, tmp_path):
     assert status == 0, err
     assert "2 of 2 heads problems are solved to proven optimality" in out
     document = json.loads((tmp_path / "gap.json").read_text())
-    assert document["schema"] == "osscar.gap/1"
-    assert {row["kind"] for row in document["rows"]} == {"heads", "neurons", "window"}
+    assert document["schema"] == "osscar.gap/2"
+    assert {record["kind"] for record in document["records"]} == {"heads", "neurons", "window"}
     assert document["headline"]
     for name in ("report.html", "results.csv", "gaps.svg", "gaps.png", "study.json"):
         assert (tmp_path / "study" / name).stat().st_size
@@ -187,7 +187,7 @@ def test_json_never_replaces_what_is_read_or_written(run, file, monkeypatch):
             status, _, err = run(*arguments, "--json", place)
             assert status == 2
             assert "which the command reads; give another" in err
-    for place in ("study", "study/gap.json", "study/rows/x.json"):
+    for place in ("study", "study/gap.json", "study/records/x.json"):
         status, _, err = run("gap", file, *PROBLEM_FILES, "--json", place)
         assert status == 2
         assert "which the command writes; give another" in err
@@ -246,25 +246,63 @@ def test_the_size_of_any_problem_can_be_said(run, file, monkeypatch):
     assert "about 10^5000 supports" in run("solve", file, "--list-problem")[1]
 
 
+BLOCKED = """
+import sys, threading
+from pathlib import Path
+
+import solvers
+
+solve = solvers.solve
+
+
+def blocked(problem, backend, **options):
+    if backend == "branch_and_bound":
+        Path(f"begun-{problem.keep}").touch()
+        threading.Event().wait()
+    return solve(problem, backend, **options)
+
+
+solvers.solve = blocked  # in this process, and in those that it starts
+
+if __name__ == "__main__":
+    from osscar.cli import main
+
+    sys.exit(main())
+"""
+
+
 def test_an_interrupted_study_says_how_to_go_on(tmp_path):
     generator = torch.Generator().manual_seed(0)
-    X = torch.randn(400, 40, generator=generator, dtype=torch.float64)
-    W0 = torch.randn(40, 4, generator=generator, dtype=torch.float64)
-    problem = solvers.SubsetProblem.from_gram(X.T @ X / 400, W0, keep=20, name="hard")
+    X = torch.randn(400, 20, generator=generator, dtype=torch.float64)
+    W0 = torch.randn(20, 4, generator=generator, dtype=torch.float64)
+    problem = solvers.SubsetProblem.from_gram(X.T @ X / 400, W0, keep=10, name="hard")
     problem.save(tmp_path / "hard.npz")
+    (tmp_path / "blocked.py").write_text(BLOCKED)
     command = [
-        *(sys.executable, "-m", "osscar", "gap", "hard.npz", "--out", "study", "--jobs", "2"),
-        *("--backends", "greedy,highs,branch_and_bound", "--sparsity", "0.4,0.5,0.6"),
+        *(sys.executable, "blocked.py", "gap", "hard.npz", "--out", "study", "--jobs", "2"),
+        *("--backends", "greedy,branch_and_bound", "--sparsity", "0.4,0.5,0.6"),
     ]
     process = subprocess.Popen(
         command, cwd=tmp_path, start_new_session=True, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
-    while process.poll() is None and not list(tmp_path.glob("study/rows/*.json")):
+    while process.poll() is None and not (
+        list(tmp_path.glob("study/records/*.json")) and list(tmp_path.glob("begun-*"))
+    ):
         time.sleep(0.02)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does
     _, err = process.communicate()
-    assert process.returncode == 130
+    assert process.returncode == 130, err
     (line,) = err.strip().splitlines()
     assert line.startswith("interrupted: what was solved is kept in study; give the same command")
-    assert list(tmp_path.glob("study/rows/*.json"))
+    assert list(tmp_path.glob("study/records/*.json"))
+
+
+def test_the_names_of_problems_do_not_steer_the_terminal(run, file, monkeypatch):
+    monkeypatch.chdir(file.parent)
+    other = named(file, "\x1b]0;owned\x07\x1b[2Jname\r")
+    for arguments in (("solve", other), ("solve", other, "--list-problem"),
+                      ("gap", other, *PROBLEM_FILES)):  # fmt: skip
+        _, out, err = run(*arguments)
+        assert not {"\x1b", "\x07", "\r"} & set(out + err)
+        assert "owned" in out + err

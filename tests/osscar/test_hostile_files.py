@@ -16,6 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import osscar
+from osscar.checkpoint.manifest import MANIFEST_FILE, OLD_PLAN_FILE, REPORT_FILE
 from osscar.core.errors import CheckpointError, ModelError, OsscarError
 from osscar.core.inputs import read_json
 from osscar.data.images import ImageSet, load_images
@@ -23,11 +24,10 @@ from osscar.data.preprocessing import Preprocessing
 from osscar.data.text import encode, read_text
 from osscar.evaluation.language import compare, evaluate
 from osscar.models.language import DEMO_DIRECTORY, load_model
-from osscar.models.names import Sort, sort_of
+from osscar.models.names import sort_of
 from osscar.models.open import open_model
 from osscar.models.vision import load_vision_model
 from osscar.models.weights import read_state
-from osscar.shrinking.plan import PLAN_FILE
 from tests.osscar.families import tiny
 from tests.osscar.networks import small_net
 
@@ -242,9 +242,25 @@ def test_plans_and_reports(tmp_path):
     result.save(
         path, report={"calibration": {"preprocessing": vars(Preprocessing())}, "classes": []}
     )
-    plan, report = (path / name for name in (PLAN_FILE, "osscar_report.json"))
-    good, told = json.loads(plan.read_text()), json.loads(report.read_text())
-    assert sort_of(path) is Sort.CODE_DIRECTORY
+    manifest, plan, report = (path / name for name in (MANIFEST_FILE, OLD_PLAN_FILE, REPORT_FILE))
+    good, told = json.loads(manifest.read_text()), json.loads(report.read_text())
+    assert sort_of(path).is_directory
+
+    @MANY
+    @given(changed(good))
+    def check_manifest(data):
+        manifest.write_text(json.dumps(data))
+        sort_of(path)
+        survives(osscar.load, path)
+
+    check_manifest()
+    for content in NO_OBJECTS:
+        manifest.write_bytes(content)
+        sort_of(path)
+        survives(osscar.load, path)
+    # As version 0.1.0 wrote it.
+    manifest.unlink()
+    good = {"format": "osscar-plan/1", "origin": None, "plans": good["lineage"]["plans"]}
 
     @MANY
     @given(changed(good))

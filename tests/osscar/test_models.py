@@ -29,7 +29,7 @@ from osscar.core.errors import (
 )
 from osscar.core.modules import check_finite_weights
 from osscar.models import wheels
-from osscar.models.language import DEMO_DIRECTORY, PLAN_FILE, load_model
+from osscar.models.language import DEMO_DIRECTORY, load_model
 from osscar.models.open import open_model
 from osscar.models.wheels import (
     PACKAGED_MODELS,
@@ -93,7 +93,7 @@ class TestDirectories:
         assert load_model("./demo").path == Path("demo")
 
     def test_a_pruned_directory_goes_to_the_checkpoint_module(self, checkpoint, monkeypatch):
-        (checkpoint / PLAN_FILE).write_text("{}")
+        (checkpoint / "osscar_plan.json").write_text('{"format": "osscar-plan/1", "plans": []}')
         model = AutoModelForCausalLM.from_pretrained(DEMO_DIRECTORY)
         asked = []
         monkeypatch.setattr("osscar.models.language.load", lambda path: asked.append(path) or model)
@@ -156,7 +156,9 @@ class TestDirectories:
         for answer in (False, None, "no"):
             with pytest.raises(ModelError, match="brings its own code"):
                 load_model(checkpoint, trust_remote_code=answer)
-        (checkpoint / PLAN_FILE).write_text(json.dumps({"format": "osscar-plan/1", "plans": []}))
+        (checkpoint / "osscar_plan.json").write_text(
+            json.dumps({"format": "osscar-plan/1", "plans": []})
+        )
         for open_ in (load_model, osscar.load, lambda path: open_model(str(path))):
             with pytest.raises(CheckpointError, match="names code that the checkpoint brings"):
                 open_(checkpoint)

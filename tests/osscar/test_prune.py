@@ -17,7 +17,7 @@ from osscar.core.errors import (
     NonFiniteError,
     RequestError,
 )
-from osscar.shrinking.slice import HISTORY
+from osscar.shrinking.lineage import lineage_of
 from tests.osscar.families import FAMILIES, logits, tiny, tokens
 
 CHEAP = {"backend": "magnitude", "device": "cpu"}
@@ -46,7 +46,7 @@ def test_the_model_that_came_in_is_unchanged(pruned):
     after = model.state_dict()
     assert after.keys() == before.keys()
     assert all(torch.equal(after[name], before[name]) for name in before)
-    assert not hasattr(model, HISTORY)
+    assert not lineage_of(model).plans
 
 
 def test_outputs_equal_those_of_the_model_with_zeroed_consumers(pruned):

@@ -20,9 +20,9 @@ import osscar
 from osscar.core.errors import AdapterError, EquivalenceError, ModelError
 from osscar.shrinking.equivalence import proof_outputs
 from osscar.shrinking.follow import adapter, prepare
+from osscar.shrinking.lineage import lineage_of
 from osscar.shrinking.plan import GroupPlan, PruningPlan
 from osscar.shrinking.shrink import shrink_proved
-from osscar.shrinking.slice import HISTORY
 from tests.coverage.measure import half_of, shrink_by_half
 from tests.coverage.zoo import Inputs, torchvision_case, transformers_case
 from tests.graph.topologies import PRUNABLE, randomized
@@ -343,7 +343,7 @@ def test_a_shrunk_model_can_be_pruned_again(case) -> None:
     again, _, effect = shrink_by_half(model, inputs)
     assert effect > 1e-4
     assert removable(again) < removable(first)
-    assert len(getattr(model, HISTORY)) == 2
+    assert len(lineage_of(model).plans) == 2
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,10 @@
-"""The optimality-gap study: its rows, its arithmetic, its resumption, and what it refuses."""
+"""The optimality-gap study: its records, its arithmetic, its resumption, and what it refuses."""
 
 import csv
 import dataclasses
+import hashlib
 import itertools
 import json
-import os
 import re
 import shlex
 import shutil
@@ -18,7 +18,7 @@ import torch
 
 import osscar
 import solvers
-from osscar.core.errors import FrozenGroupError, OptionError, OutputError, StudyError
+from osscar.core.errors import BusyError, FrozenGroupError, OptionError, OutputError, StudyError
 from osscar.report.html import write_report
 from osscar.report.plots import _spread
 from osscar.report.summary import summarize
@@ -26,10 +26,11 @@ from osscar.study import jobs as workers
 from osscar.study.design import StudyDesign
 from osscar.study.directory import Study
 from osscar.study.problems import model_problems
-from osscar.study.records import WINDOW, Row, whole, window_layer
+from osscar.study.records import WINDOW, Proof, Record, window_layer
 from solvers.exact.highs import Highs
 from tests.osscar.families import tiny
 
+CERTIFIED = {"perspective", "branch_and_bound", "enumerate"}
 EXACT = ("branch_and_bound", "enumerate", "highs")
 
 
@@ -65,35 +66,39 @@ def optimum(instance):
 
 
 def test_rows_hold_true_optima_and_valid_bounds(study):
-    rows = study.run(DESIGN)
-    assert {row.kind for row in rows} == {"heads", "neurons", WINDOW}
-    assert not [row.error for row in rows if row.error]
-    for row in rows:
-        if row.units > 10:
-            assert row.backend not in EXACT
+    records = study.run(DESIGN)
+    assert {record.kind for record in records} == {"heads", "neurons", WINDOW}
+    assert not [record.error for record in records if record.error]
+    for record in records:
+        if record.units > 10:
+            assert record.backend not in EXACT
             continue
-        loaded = solvers.SubsetProblem.load(study.directory / row.file).with_keep(row.keep)
+        loaded = solvers.SubsetProblem.load(study.directory / record.file).with_keep(record.keep)
         best = optimum(loaded)
-        assert row.loss >= best * (1 - 1e-9)
-        assert row.lower_bound is None or row.lower_bound <= best * (1 + 1e-9)
-        if row.backend in EXACT:
-            assert row.status == "OPTIMAL"
-            assert row.loss == pytest.approx(best, rel=1e-6)
+        assert record.loss >= best * (1 - 1e-9)
+        assert record.lower_bound is None or record.lower_bound <= best * (1 + 1e-9)
+        if record.backend in EXACT:
+            assert record.status == "OPTIMAL"
+            assert record.loss == pytest.approx(best, rel=1e-6)
 
 
 def test_a_window_has_the_loss_of_its_layer(study):
-    rows = study.run(DESIGN)
+    records = study.run(DESIGN)
     incumbents = {
-        (r.instance, r.keep): r for r in rows if r.kind != WINDOW and r.backend == "local_search"
+        (r.instance, r.keep): r for r in records if r.kind != WINDOW and r.backend == "local_search"
     }
-    windows = [row for row in rows if row.kind == WINDOW and row.backend == "enumerate"]
+    windows = [
+        record for record in records if record.kind == WINDOW and record.backend == "enumerate"
+    ]
     assert len(windows) == len(DESIGN.sparsities) * DESIGN.windows
-    for row in windows:
-        incumbent = incumbents[window_layer(row.instance)]
-        assert row.loss <= incumbent.loss * (1 + 1e-9)
+    for record in windows:
+        incumbent = incumbents[window_layer(record.instance)]
+        assert record.loss <= incumbent.loss * (1 + 1e-9)
         whole = solvers.SubsetProblem.load(study.directory / incumbent.file)
         empty = whole.scale
-        assert row.relative_loss != pytest.approx(row.loss / empty)  # relative to the window's own
+        assert record.relative_loss != pytest.approx(
+            record.loss / empty
+        )  # relative to the window's own
 
 
 def test_the_summary_counts_hits_and_compares_solvers(study):
@@ -114,20 +119,20 @@ def test_the_summary_counts_hits_and_compares_solvers(study):
     assert "30 units" in still_open[0].why_open
 
 
-def row(backend, loss, status="FEASIBLE", bound=None, **more):
+def record(backend, loss, status="FEASIBLE", bound=None, **more):
     fields = {"instance": "x", "kind": "heads", "file": "f", "units": 9, "width": 1}
     fields |= {"keep": 4, "sparsity": 0.5} | more
-    return Row(**fields, backend=backend, options={}, status=status, loss=loss,
+    return Record(**fields, backend=backend, options={}, status=status, loss=loss,
                relative_loss=loss, lower_bound=bound, seconds=1.0)  # fmt: skip
 
 
 def test_a_planted_disagreement_is_seen():
-    rows = [
-        row("greedy", 1.0),
-        row("enumerate", 1.0, "OPTIMAL", 1.0),
-        row("highs", 1.01, "OPTIMAL", 1.01),
+    records = [
+        record("greedy", 1.0),
+        record("enumerate", 1.0, "OPTIMAL", 1.0),
+        record("highs", 1.01, "OPTIMAL", 1.01),
     ]
-    summary = summarize(rows)
+    summary = summarize(records)
     assert summary.largest_disagreement == (pytest.approx(0.01), 1)
     assert any("differ by at most 1.0e-02" in sentence for sentence in summary.headline)
     greedy = next(score for score in summary.scores if score.backend == "greedy")
@@ -135,7 +140,7 @@ def test_a_planted_disagreement_is_seen():
 
 
 def test_an_open_case_is_never_counted_as_optimal():
-    summary = summarize([row("greedy", 1.0), row("branch_and_bound", 0.9, "TIME_LIMIT", 0.5)])
+    summary = summarize([record("greedy", 1.0), record("branch_and_bound", 0.9, "TIME_LIMIT", 0.5)])
     assert not summary.scores
     (case,) = summary.cases
     assert case.gap == pytest.approx(4 / 9)
@@ -144,16 +149,16 @@ def test_an_open_case_is_never_counted_as_optimal():
 
 def test_what_a_backend_cannot_take_is_a_row_with_its_reason(study):
     design = dataclasses.replace(DESIGN, backends=("enumerate", "local_search"), exact_units=40)
-    rows = study.run(design)
-    refused = [row for row in rows if row.error]
-    assert {(row.instance, row.backend) for row in refused} == {("b", "enumerate")}
-    assert all("units" in row.error and row.loss is None for row in refused)
-    assert summarize(rows).refused == tuple(refused)
+    records = study.run(design)
+    refused = [record for record in records if record.error]
+    assert {(record.instance, record.backend) for record in refused} == {("b", "enumerate")}
+    assert all("units" in record.error and record.loss is None for record in refused)
+    assert summarize(records).refused == tuple(refused)
 
 
 def test_the_command_of_a_row_solves_it_again(study):
-    rows = study.run(dataclasses.replace(DESIGN, window_units=None))
-    chosen = next(r for r in rows if r.backend == "branch_and_bound")
+    records = study.run(dataclasses.replace(DESIGN, window_units=None))
+    chosen = next(r for r in records if r.backend == "branch_and_bound")
     command = shlex.split(chosen.command)
     assert command.pop(0) == "osscar"
     ran = subprocess.run(
@@ -170,10 +175,17 @@ def test_it_resumes_without_solving_again(study, monkeypatch):
     before = study.run(DESIGN)
     again = Study(study.directory, {"model": "made up"})
     monkeypatch.setattr(solvers, "solve", None)  # any solve would fail
-    assert again.run(DESIGN) == before
+    after = again.run(DESIGN)
+    assert [dataclasses.replace(record, proof=Proof.NONE) for record in after] == [
+        dataclasses.replace(record, proof=Proof.NONE) for record in before
+    ]
+    for record in after:
+        certified = record.certificate != ""
+        assert (record.proof is Proof.RECOMPUTED) == certified == (record.backend in CERTIFIED)
+        assert (record.proof is Proof.RECORDED) == (record.backend == "highs")
     with (study.directory / "results.csv").open() as file:
         lines = list(csv.DictReader(file))
-    assert [line["backend"] for line in lines] == [row.backend for row in before]
+    assert [line["backend"] for line in lines] == [record.backend for record in before]
     assert float(lines[0]["loss"]) == before[0].loss
 
 
@@ -182,7 +194,7 @@ def test_more_can_be_asked_of_a_study_later(study):
     more = study.run(StudyDesign(sparsities=(0.5, 0.3), backends=("greedy", "wanda")))
     assert len(first) == 2
     assert len(more) == 8
-    assert all(row in more for row in first)
+    assert all(record in more for record in first)
 
 
 def test_several_processes_give_the_same_rows(study, tmp_path):
@@ -202,26 +214,26 @@ def test_a_killed_study_goes_on(tmp_path):
         *(sys.executable, "-m", "osscar", "gap", *files, "--out", str(tmp_path / "study")),
         *("--backends", "greedy,enumerate", "--sparsity", "0.3,0.5,0.7", "--jobs", "1"),
     ]
-    rows = tmp_path / "study" / "rows"
+    records = tmp_path / "study" / "records"
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while process.poll() is None:
-        if rows.is_dir() and len(list(rows.glob("*.json"))) >= 5:
+        if records.is_dir() and len(list(records.glob("*.json"))) >= 5:
             break
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    kept = {file.name: file.read_bytes() for file in rows.glob("*.json")}
+    kept = {file.name: file.read_bytes() for file in records.glob("*.json")}
     assert len(kept) >= 5
     ran = subprocess.run(command, capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stderr
-    after = {file.name: file.read_bytes() for file in rows.glob("*.json")}
+    after = {file.name: file.read_bytes() for file in records.glob("*.json")}
     assert len(after) == 6 * 3 * 2
     assert all(after[name] == content for name, content in kept.items())
 
 
 def test_the_report_is_one_page_with_everything_in_it(study):
-    rows = study.run(DESIGN)
-    page = write_report(study, DESIGN, rows, summarize(rows)).read_text()
+    records = study.run(DESIGN)
+    page = write_report(study, DESIGN, records, summarize(records)).read_text()
     assert not re.findall(r"""(?:src|href)=["'](?!data:)""", page)  # nothing is fetched
     for expected in ("What was asked", "Headline", "could not be closed", "osscar solve problems/"):
         assert expected in page
@@ -235,8 +247,8 @@ def test_the_report_escapes_names(tmp_path):
     study = Study(tmp_path / "study", {"model": "<script>alert(1)</script>"})
     study.capture([("heads", problem(5, name="<b>&</b>"))])
     design = StudyDesign(backends=("greedy",))
-    rows = study.run(design)
-    page = write_report(study, design, rows, summarize(rows)).read_text()
+    records = study.run(design)
+    page = write_report(study, design, records, summarize(records)).read_text()
     assert "<script>" not in page
     assert "<b>&" not in page
 
@@ -336,7 +348,7 @@ def test_a_directory_of_something_else_is_left_alone(tmp_path):
 
 def test_a_damaged_study_says_so(study):
     study.run(StudyDesign(sparsities=(0.5,), backends=("greedy",)))
-    broken = next((study.directory / "rows").glob("*.json"))
+    broken = next((study.directory / "records").glob("*.json"))
     broken.write_text("{")
     with pytest.raises(StudyError, match="delete it"):
         study.run(StudyDesign(sparsities=(0.5,), backends=("greedy",)))
@@ -367,10 +379,10 @@ def captured(directory, *problems, kind="units"):
 @pytest.mark.parametrize("names", [("x y", "x/y"), ("a" * 300, "a" * 299), ("", "problem")])
 def test_problems_never_share_a_file(tmp_path, names):
     problems = [problem(8, seed, name=name) for seed, name in enumerate(names)]
-    rows = captured(tmp_path / "study", *problems).run(QUICK)
-    assert len({row.file for row in rows}) == 2
+    records = captured(tmp_path / "study", *problems).run(QUICK)
+    assert len({record.file for record in records}) == 2
     for one in problems:
-        (proved,) = (r for r in rows if r.instance == one.name and r.backend == "enumerate")
+        (proved,) = (r for r in records if r.instance == one.name and r.backend == "enumerate")
         assert proved.loss == pytest.approx(optimum(one.with_keep(4)), rel=1e-9)
 
 
@@ -378,8 +390,8 @@ def test_a_problem_that_was_replaced_is_read_again(tmp_path):
     losses = []
     for seed in range(2):  # in one process, under one name
         shutil.rmtree(tmp_path / "study", ignore_errors=True)
-        rows = captured(tmp_path / "study", problem(8, seed, name="q")).run(QUICK)
-        losses.append((rows[-1].loss, optimum(problem(8, seed).with_keep(4))))
+        records = captured(tmp_path / "study", problem(8, seed, name="q")).run(QUICK)
+        losses.append((records[-1].loss, optimum(problem(8, seed).with_keep(4))))
     for found, best in losses:
         assert found == pytest.approx(best, rel=1e-9)
 
@@ -405,7 +417,7 @@ def test_rows_of_two_problems_are_never_mixed(study):
 def test_one_process_at_a_time_writes_to_a_study(study):
     with (
         study.locked(),
-        pytest.raises(StudyError, match="another process is at work"),
+        pytest.raises(BusyError, match="another process is at work"),
         Study(study.directory, study.source).locked(),
     ):
         pass
@@ -424,26 +436,12 @@ def test_a_lock_ends_with_its_process(study):
     )  # fmt: skip
     assert holder.stdout.readline() == "locked\n"
     try:
-        with pytest.raises(StudyError, match="wait for it, or give another --out"):
+        with pytest.raises(BusyError, match="wait for it, or give another --out"):
             study.run(QUICK)
     finally:
         holder.send_signal(signal.SIGKILL)
         holder.communicate()
     assert study.run(QUICK)
-
-
-def test_what_is_being_written_bears_the_process_and_goes_if_it_fails(tmp_path):
-    (tmp_path / "x.csv").write_text("old")
-
-    def fail(partial):
-        assert str(os.getpid()) in partial.name
-        partial.write_text("new")
-        raise ZeroDivisionError
-
-    with pytest.raises(ZeroDivisionError), whole(tmp_path / "x.csv") as partial:
-        fail(partial)
-    assert [f.name for f in tmp_path.iterdir()] == ["x.csv"]
-    assert (tmp_path / "x.csv").read_text() == "old"
 
 
 def test_a_backend_that_cannot_run_is_refused_at_once(monkeypatch):
@@ -458,19 +456,19 @@ def test_what_went_wrong_is_a_row_and_is_tried_again(study, monkeypatch, error):
         raise error("no licence today")
 
     monkeypatch.setattr(solvers, "solve", fail)
-    rows = study.run(QUICK)
-    assert {(row.status, row.loss) for row in rows} == {("", None)}
-    assert any(row.error == "no licence today" for row in rows)
+    records = study.run(QUICK)
+    assert {(record.status, record.loss) for record in records} == {("", None)}
+    assert any(record.error == "no licence today" for record in records)
     monkeypatch.undo()
     again = study.run(QUICK)
-    assert [row.error for row in again if row.instance == "a"] == ["", ""]
+    assert [record.error for record in again if record.instance == "a"] == ["", ""]
 
 
 def test_a_refusal_is_kept(study, monkeypatch):
     design = dataclasses.replace(QUICK, exact_units=40)
     study.run(design)
     monkeypatch.setattr(solvers, "solve", None)  # any solve would fail
-    (refused,) = (row for row in study.run(design) if row.error)
+    (refused,) = (record for record in study.run(design) if record.error)
     assert refused.error == "enumerate takes at most 16 units, and this problem has 30"
 
 
@@ -478,16 +476,16 @@ def test_sparsities_that_keep_as_many_are_one_solve(tmp_path):
     study = captured(tmp_path / "study", problem(3, name="kv"))
     study.run(dataclasses.replace(QUICK, sparsities=(0.75,)))
     design = dataclasses.replace(QUICK, sparsities=(0.25, 0.5, 0.75))
-    rows = study.run(design)
-    assert [(r.keep, r.backend, r.sparsities) for r in rows] == [
+    records = study.run(design)
+    assert [(r.keep, r.backend, r.sparsities) for r in records] == [
         *((2, name, (0.25,)) for name in QUICK.backends),
         *((1, name, (0.5, 0.75)) for name in QUICK.backends),
     ]
-    assert [row.sparsity for row in rows] == [0.25, 0.25, 0.5, 0.5]
-    assert len(list((study.directory / "rows").iterdir())) == 4
-    summary = summarize(rows)
+    assert [record.sparsity for record in records] == [0.25, 0.25, 0.5, 0.5]
+    assert len(list((study.directory / "records").glob("*.json"))) == 4
+    summary = summarize(records)
     assert {score.cases for score in summary.scores} == {2}
-    page = write_report(study, design, rows, summary).read_text()
+    page = write_report(study, design, records, summary).read_text()
     assert "50%, 75%" in page
     with (study.directory / "results.csv").open() as file:
         assert [line["sparsities"] for line in csv.DictReader(file)][-1] == "0.5 0.75"
@@ -495,11 +493,11 @@ def test_sparsities_that_keep_as_many_are_one_solve(tmp_path):
 
 def test_problems_of_one_unit_are_named(tmp_path):
     study = captured(tmp_path / "study", problem(5, name="five"), problem(1, name="lonely"))
-    rows = study.run(QUICK)
-    assert {row.instance for row in rows} == {"five"}
-    summary = summarize(rows, study.trivial)
+    records = study.run(QUICK)
+    assert {record.instance for record in records} == {"five"}
+    summary = summarize(records, study.trivial)
     assert any("nothing to choose in lonely" in sentence for sentence in summary.headline)
-    page = write_report(study, QUICK, rows, summary).read_text()
+    page = write_report(study, QUICK, records, summary).read_text()
     assert "lonely" in page[page.index("What could not be closed") :]
 
 
@@ -512,14 +510,25 @@ def test_a_study_without_a_choice_is_refused(tmp_path):
     assert not (tmp_path / "study").exists()
 
 
+def settings(**change):
+    content = {"schema": "osscar.study/2", "source": {}, "instances": [], "windows": []}
+    return json.dumps({**content, **change})
+
+
+INSTANCE = {"name": "p", "kind": "u", "file": "x", "units": 4, "width": 1, "sha256": "0"}
 SETTINGS = (
-    *("", "5", "[]", '{"source": [], "instances": [], "windows": []}', "[" * 100000),
-    *('{"source": {}, "instances": 5, "windows": []}', '{"source": {}, "instances": []}'),
-    '{"source": {}, "instances": [{"x": 1}], "windows": []}',
-    '{"source": {}, "windows": [], "instances": [{"name": "p", "kind": "u", "file": '
-    '"../../etc/passwd", "units": 4, "width": 1, "sha256": "0"}]}',
-    '{"source": {}, "windows": [], "instances": [{"name": 5, "kind": "u", "file": "problems/x", '
-    '"units": 4, "width": 1, "sha256": "0"}]}',
+    *("", "5", "[]", "[" * 100000, '{"source": {}, "instances": [], "windows": []}'),
+    *(settings(source=[]), settings(instances=5), settings(instances=[{"x": 1}])),
+    settings(schema="osscar.study/99"),
+    settings(source={"deep": json.loads("[" * 500 + "]" * 500)}),
+    settings(source={"large": float("inf")}),
+    settings(source={"large": 10**400}),
+    settings(source={"torn": "\ud800"}),
+    settings()[:-1] + ', "windows": []}',
+    settings(instances=[{**INSTANCE, "file": "../../etc/passwd"}]),
+    settings(instances=[{**INSTANCE, "name": 5}]),
+    settings(instances=[{**INSTANCE, "name": "\x1b[31m"}]),
+    settings(instances=[{**INSTANCE, "units": True}]),
 )
 
 
@@ -535,11 +544,12 @@ def test_settings_that_are_none_are_refused(tmp_path, text):
     [
         {"loss": "abc"}, {"loss": None}, {"support": ["x"]}, {"support": 5}, {"units": True},
         {"backend": "nope"}, {"keep": 1}, {"seconds": float("nan")}, {"unknown": 1},
+        {"support": [10**30]}, {"iterations": 1e300}, {"support": [1e999]}, {"error": "\ud800"},
     ],
 )  # fmt: skip
 def test_rows_that_are_none_are_refused(study, change):
     study.run(QUICK)
-    file = next((study.directory / "rows").iterdir())
+    file = next((study.directory / "records").glob("*.json"))
     file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
     with pytest.raises(StudyError, match=re.escape(str(file))):
         study.run(QUICK)
@@ -547,16 +557,16 @@ def test_rows_that_are_none_are_refused(study, change):
 
 def test_places_that_are_taken_are_named(study):
     (study.directory / "results.csv").mkdir()
-    with pytest.raises(StudyError, match=r"cannot write .*results.csv"):
+    with pytest.raises(OutputError, match=r"cannot write .*results.csv"):
         study.run(QUICK)
     (study.directory / "results.csv").rmdir()
-    rows = study.run(QUICK)
+    records = study.run(QUICK)
     (study.directory / "report.html").mkdir()
     with pytest.raises(OutputError, match=r"cannot write .*report.html"):
-        write_report(study, QUICK, rows, summarize(rows))
-    shutil.rmtree(study.directory / "rows")
-    (study.directory / "rows").write_text("")
-    with pytest.raises(StudyError, match=r"cannot write .*rows"):
+        write_report(study, QUICK, records, summarize(records))
+    shutil.rmtree(study.directory / "records")
+    (study.directory / "records").write_text("")
+    with pytest.raises(StudyError, match=r"cannot write .*records"):
         study.run(QUICK)
     with pytest.raises(StudyError, match="File name too long"):
         Study(study.directory / ("x" * 300), {})
@@ -567,8 +577,8 @@ def test_places_that_are_taken_are_named(study):
 )
 def test_any_name_can_be_reported(tmp_path, name):
     study = captured(tmp_path / "study", problem(6, name=name))
-    rows = study.run(QUICK)
-    assert write_report(study, QUICK, rows, summarize(rows)).stat().st_size
+    records = study.run(QUICK)
+    assert write_report(study, QUICK, records, summarize(records)).stat().st_size
 
 
 def test_names_that_cannot_be_printed_are_refused(tmp_path):
@@ -579,33 +589,146 @@ def test_names_that_cannot_be_printed_are_refused(tmp_path):
 def test_proofs_are_told_from_the_solvers_word(tmp_path):
     study = captured(tmp_path / "study", problem(8, name="p"))
     word = dataclasses.replace(QUICK, backends=("highs",))
-    rows = study.run(word)
-    assert [row.recomputed_bound for row in rows] == [None]
-    summary = summarize(rows)
+    records = study.run(word)
+    assert [record.recomputed_bound for record in records] == [None]
+    summary = summarize(records)
     assert summary.cases[0].proof == "the solver's word"
     assert "0 of the proofs were recomputed, 1 are the solver's word" in summary.headline[0]
     checked = dataclasses.replace(QUICK, backends=("highs", "branch_and_bound"))
-    rows = study.run(checked)
-    assert rows[1].recomputed_bound == pytest.approx(rows[1].loss, rel=1e-5)
-    summary = summarize(rows)
+    records = study.run(checked)
+    assert records[1].recomputed_bound == pytest.approx(records[1].loss, rel=1e-5)
+    summary = summarize(records)
     assert summary.cases[0].proof == "recomputed"
     assert "every proof was recomputed" in summary.headline[0]
-    assert "<td>recomputed</td>" in write_report(study, checked, rows, summary).read_text()
+    assert "<td>recomputed</td>" in write_report(study, checked, records, summary).read_text()
     with (study.directory / "results.csv").open() as file:
         lines = list(csv.DictReader(file))
     assert lines[0]["recomputed_bound"] == ""
-    assert float(lines[1]["recomputed_bound"]) == rows[1].recomputed_bound
+    assert float(lines[1]["recomputed_bound"]) == records[1].recomputed_bound
 
 
 def test_optima_that_agree_are_said_to_agree():
-    summary = summarize([row("enumerate", 1.0, "OPTIMAL", 1.0), row("highs", 1.0, "OPTIMAL", 1.0)])
+    summary = summarize(
+        [record("enumerate", 1.0, "OPTIMAL", 1.0), record("highs", 1.0, "OPTIMAL", 1.0)]
+    )
     (sentence,) = (s for s in summary.headline if "two or more" in s)
     assert sentence.endswith("finished (1 problem), their optima are the same")
 
 
+def edit(study, backend, **change):
+    """Change the record of a backend's answer to the first problem, and return its file."""
+    for file in (study.directory / "records").glob("*.json"):
+        content = json.loads(file.read_text())
+        if (content["instance"], content["backend"]) == ("a", backend):
+            file.write_text(json.dumps({**content, **change}))
+            return file
+    raise AssertionError(f"no record of {backend}")
+
+
+LIE = {"loss": 1e-9, "status": "OPTIMAL", "lower_bound": 1e-9, "relative_loss": 1e-9}
+
+
+@pytest.mark.parametrize(
+    ("backend", "change", "words"),
+    [
+        ("greedy", {**LIE, "support": [0, 0, 99, -5]}, "it keeps (0, 0, 99, -5)"),
+        ("greedy", LIE, "loss is"),
+        ("greedy", {"support": [4, 5, 6]}, "it keeps (4, 5, 6), not 4 of 7 units"),
+        ("greedy", {"support": [3, 4, 5, 6]}, "loss is"),
+        ("greedy", {"status": "PERFECT"}, "its status is 'PERFECT'"),
+        ("greedy", {"status": "OPTIMAL"}, "optimality is claimed without a bound"),
+        ("branch_and_bound", {"lower_bound": 1e3}, "lies above the loss"),
+        ("branch_and_bound", {"gap_tolerance": 1e9}, "its gap tolerance is"),
+        (
+            "branch_and_bound",
+            {"certificate": "0" * 64},
+            "not the certificate that its record names",
+        ),
+    ],
+)
+def test_what_a_record_claims_is_recomputed_when_a_study_goes_on(study, backend, change, words):
+    design = dataclasses.replace(QUICK, backends=("greedy", "branch_and_bound"), sparsities=(0.4,))
+    study.run(design)
+    file = edit(study, backend, **change)
+    for jobs in (1, 2):
+        with pytest.raises(StudyError, match=re.escape(words)) as caught:
+            study.run(design, jobs)
+        assert str(file) in str(caught.value)
+        assert "delete it" in str(caught.value)
+    file.unlink()
+    assert all(not record.error for record in study.run(design))
+
+
+def test_a_bound_is_that_of_its_certificate(study):
+    design = dataclasses.replace(QUICK, backends=("perspective",))
+    (first, *_) = study.run(design)
+    assert first.recomputed_bound == pytest.approx(first.lower_bound, rel=1e-9)
+    edit(study, "perspective", lower_bound=first.lower_bound * 1.001)
+    with pytest.raises(StudyError, match="its certificate proves"):
+        study.run(design)
+
+
+@pytest.mark.parametrize("damage", [b"", b"\0" * 100, b"\xff" * 8])
+def test_a_damaged_certificate_is_an_error_of_ours(study, damage):
+    design = dataclasses.replace(QUICK, backends=("perspective",))
+    study.run(design)
+    file = next((study.directory / "records").glob("*.safetensors"))
+    file.write_bytes(damage)
+    sha256 = hashlib.sha256(damage).hexdigest()
+    for record in (study.directory / "records").glob("*.json"):
+        content = json.loads(record.read_text())
+        record.write_text(json.dumps({**content, "certificate": sha256}))
+    with pytest.raises(StudyError, match="certificate"):
+        study.run(design)
+
+
+def test_without_its_certificate_a_proof_is_only_as_recorded(study):
+    design = dataclasses.replace(QUICK, backends=("branch_and_bound",))
+    assert "every proof was recomputed" in summarize(study.run(design)).headline[0]
+    edit(study, "branch_and_bound", certificate="")
+    summary = summarize(study.run(design))
+    assert summary.cases[0].proof is Proof.RECORDED
+    assert "0 of the proofs were recomputed, 1 are as recorded" in summary.headline[0]
+    page = write_report(study, design, study.run(design), summary).read_text()
+    assert "<td>as recorded</td>" in page
+
+
+def test_what_is_optimal_within_windows_is_recomputed_from_their_trees(study):
+    design = dataclasses.replace(QUICK, backends=("window_search",))
+    records = study.run(design)
+    assert any(record.status == "WINDOW_OPTIMAL" for record in records)
+    assert study.run(design) == records
+    edit(study, "window_search", certificate="", status="WINDOW_OPTIMAL")
+    with pytest.raises(StudyError, match="window optimality is claimed without a window"):
+        study.run(design)
+
+
+def test_what_the_bound_of_an_open_case_rests_on_is_said(study):
+    design = dataclasses.replace(QUICK, backends=("greedy", "perspective"))
+    summary = summarize(study.run(design))
+    assert [case.proof for case in summary.cases if not case.closed]
+    assert {case.proof for case in summary.cases} == {Proof.RECOMPUTED}
+    edit(study, "perspective", certificate="")
+    summary = summarize(study.run(design))
+    assert {case.best.instance: case.proof for case in summary.cases} == {
+        "a": Proof.RECORDED,
+        "b": Proof.RECOMPUTED,
+    }
+
+
+def test_cells_are_no_formulas(tmp_path):
+    names = ["=1+1", "@SUM(1)", "+1", "-1", "plain"]
+    study = captured(tmp_path / "study", *(problem(5, name=name) for name in names))
+    study.run(dataclasses.replace(QUICK, backends=("greedy",)))
+    with (study.directory / "results.csv").open() as file:
+        lines = list(csv.DictReader(file))
+    assert [line["instance"] for line in lines] == ["'=1+1", "'@SUM(1)", "'+1", "'-1", "plain"]
+    assert all(float(line["loss"]) >= 0 for line in lines)
+
+
 def test_refusals_are_among_what_could_not_be_closed(study):
-    rows = study.run(dataclasses.replace(QUICK, backends=("enumerate",), exact_units=40))
-    summary = summarize(rows)
+    records = study.run(dataclasses.replace(QUICK, backends=("enumerate",), exact_units=40))
+    summary = summarize(records)
     (still_open,) = summary.still_open
     assert (still_open.instance, still_open.gap) == ("b", None)
     assert still_open.why == "enumerate takes at most 16 units, and this problem has 30"

@@ -38,6 +38,7 @@ from osscar.evaluation.images import (
 from osscar.models.open import is_vision, open_model
 from osscar.models.vision import load_vision_model
 from osscar.models.weights import read_state
+from osscar.shrinking.lineage import Calibration, lineage_of
 from tests.osscar.networks import small_net
 
 pytest.importorskip("torchvision", reason="images need the extra osscar[vision]")
@@ -248,7 +249,10 @@ def test_bad_input_ends_in_one_line_before_anything_is_written(run, code, archiv
     (tmp_path / "empty").mkdir()
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "osscar_plan.json").write_text("{ 3")
-    for name, message in (("empty", "not a checkpoint"), ("bad", "is not a pruning plan")):
+    for name, message in (
+        ("empty", "not a checkpoint"),
+        ("bad", "is not the description of a checkpoint"),
+    ):
         status, _, err = run("eval", tmp_path / name, "--images", archive)
         assert (status, message in err, "reads text" in err) == (2, True, False)
     status, _, err = run("eval", code)
@@ -417,13 +421,9 @@ def test_images_that_would_be_clipped_or_are_too_large_are_refused(tmp_path, mon
     ],
 )
 def test_a_report_whose_preprocessing_makes_no_sense_is_refused(change, message, tmp_path):
-    from osscar.models.vision import _recorded
-
     images = {**ImageSet("none", [], Preprocessing()).describe()["preprocessing"], **change}
-    report = {"calibration": {"preprocessing": images}, "classes": []}
-    (tmp_path / "osscar_report.json").write_text(json.dumps(report))
-    with pytest.raises(CheckpointError, match=message):
-        _recorded(tmp_path)
+    with pytest.raises(ImageError, match=message):
+        Preprocessing.from_json(json.loads(json.dumps(images)))
 
 
 def test_images_are_transformed_as_torchvision_does(folders):
@@ -563,11 +563,32 @@ def test_empty_directories_and_other_files_are_refused(tmp_path):
 
 def test_images_are_recognized_by_what_is_stored(folders):
     images = load_images(folders, Preprocessing())
+    known = [Calibration("text"), Calibration.of(images.first(3).describe())]
     with pytest.raises(ImageError, match="3 of the 10 images calibrated"):
-        refuse_overlap(images, images.sample(3, seed=0).describe())
-    refuse_overlap(ImageSet("others", pixels(4, 9), Preprocessing()), images.describe())
-    for nothing in ({}, {"images": None}, {"images": [1, {}]}):
-        refuse_overlap(images, nothing)
+        refuse_overlap(images, known)
+    others = ImageSet("others", pixels(4, 9), Preprocessing())
+    refuse_overlap(others, known)
+    refuse_overlap(images, [])
+
+
+def test_python_saves_all_that_the_command_line_does(code, archive, tmp_path):
+    loaded = load_vision_model(code)
+    images = loaded.calibration(f"{archive}:train", samples=8, seqlen=None, seed=0)
+    result = osscar.prune(loaded.model, images, sparsity=0.5, backend="magnitude", device="cpu")
+    result.save(tmp_path / "small")
+    again = load_vision_model(tmp_path / "small", dense=code)
+    assert again.preprocessing == loaded.preprocessing != Preprocessing()
+    lineage = lineage_of(again.model)
+    assert lineage == lineage_of(result.model)
+    assert lineage.source == code
+    with pytest.raises(ImageError, match="8 of the 8 images calibrated this model"):
+        refuse_overlap(images, lineage.calibration)
+    file = tmp_path / "small" / "osscar.json"
+    manifest = json.loads(file.read_text())
+    manifest["lineage"]["preprocessing"]["resize"] = -1
+    file.write_text(json.dumps(manifest))
+    with pytest.raises(CheckpointError, match="makes no sense: resize is -1"):
+        load_vision_model(tmp_path / "small", dense=code)
 
 
 # ---- evaluation --------------------------------------------------------------------------

@@ -1,0 +1,372 @@
+"""Files: written whole, locked, recognized by what they hold, and read without being believed."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from functools import cache
+from pathlib import Path
+from types import FrameType
+from typing import Any, TypeVar, cast
+
+import filelock
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from osscar.core.errors import BusyError, FileError, OutputError
+from osscar.core.inputs import read_bytes
+
+T = TypeVar("T")
+
+LOCK_FILE = ".osscar.lock"
+"""In a directory in which one process at a time is at work."""
+
+PARTIAL = ".partial"
+"""How the names of files end that are being written."""
+
+STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+"""For the ``__pydantic_config__`` of a dataclass that `read_json` reads; what it contains follows.
+
+Of the types that JSON has, none is taken for another; no field is missing or left over.
+"""
+
+MEGABYTE = 2**20
+
+_LARGEST = 2**63
+"""Whole numbers lie below it and above its negative: tensors hold no others."""
+
+_SHOWN = 60
+"""Characters of an offending value that a message shows."""
+
+
+# ---- writing -----------------------------------------------------------------------------
+
+
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """Give a place beside `path` to write to; once the block has ended, it becomes `path`.
+
+    The place bears the number of the process, so that two never write to the same.  A pipe or a
+    device is written to itself, since it cannot be replaced.
+
+    Raises
+    ------
+    OutputError
+        If it cannot be written; what was there is left as it was.
+    """
+    target = resolved(path)
+    partial = target.with_name(f".{target.name}.{os.getpid()}{PARTIAL}")
+    try:
+        if target.exists() and not target.is_file():
+            yield target
+            return
+        yield partial
+        partial.replace(target)
+    except OSError as error:
+        raise OutputError(f"cannot write {path}: {reason_of(error)}") from error
+    finally:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+
+
+def resolved(path: str | os.PathLike[str]) -> Path:
+    """Return a path that is to be written without links in it.
+
+    Raises
+    ------
+    OutputError
+        If it cannot be a path: links that lead in a circle, a user without a home, NUL.
+    """
+    try:
+        return Path(path).expanduser().resolve()
+    except (OSError, RuntimeError, ValueError) as error:
+        raise OutputError(f"cannot write {str(path)!r}: {reason_of(error)}") from error
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text; the file appears whole or not at all.
+
+    Raises
+    ------
+    OutputError
+        If it cannot be written.
+    """
+    with whole(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, content: Any, *, indent: int | None = 2) -> None:
+    """Write JSON; the file appears whole or not at all.
+
+    Raises
+    ------
+    OutputError
+        If it cannot be written.
+    ValueError
+        If a number in it is not finite, which JSON cannot say.
+    """
+    write_text(path, json.dumps(content, indent=indent, allow_nan=False) + "\n")
+
+
+def reason_of(error: BaseException) -> str:
+    """Return what the system says of an error, without number and path."""
+    return getattr(error, "strerror", None) or str(error) or type(error).__name__
+
+
+# ---- signals -----------------------------------------------------------------------------
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Let interrupts and requests to end wait until the block is done; keep it short."""
+    waiting: list[int] = []
+    try:
+        with _handled(lambda number, _: waiting.append(number)):
+            yield
+    finally:
+        for number in dict.fromkeys(waiting):
+            signal.raise_signal(number)
+
+
+@contextmanager
+def ends_tidily() -> Iterator[None]:
+    """Let a request to end unwind the block, where it would end the process on the spot.
+
+    The process ends by that signal all the same, once everything in the block is cleaned up.
+    """
+    if signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield  # someone else, such as the command line, knows what to do
+        return
+    ended = False
+
+    def unwind(number: int, _: FrameType | None) -> None:
+        nonlocal ended
+        ended = True
+        raise SystemExit(128 + number)
+
+    try:
+        with _handled(unwind, (signal.SIGTERM,)):
+            yield
+    finally:
+        if ended:
+            signal.raise_signal(signal.SIGTERM)
+
+
+@contextmanager
+def _handled(
+    handler: Callable[[int, FrameType | None], object],
+    numbers: tuple[signal.Signals, ...] = (signal.SIGINT, signal.SIGTERM),
+) -> Iterator[None]:
+    """Handle signals in this way, which only the main thread can say."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in numbers}
+    for number in numbers:
+        signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        for number, old in before.items():
+            signal.signal(number, signal.SIG_DFL if old is None else old)
+
+
+# ---- locks -------------------------------------------------------------------------------
+
+
+@contextmanager
+def hold(place: Path, work: Path) -> Iterator[bool]:
+    """Hold a lock file; the system releases it when the process ends, however.
+
+    Parameters
+    ----------
+    place
+        The file, which stays where it is.
+    work
+        What it guards.
+
+    Yields
+    ------
+    bool
+        Whether it is held: on a file system without locks, unguarded is better than not at all.
+
+    Raises
+    ------
+    BusyError
+        If another process holds it.
+    OutputError
+        If it cannot be written.
+    """
+    lock = filelock.FileLock(place, timeout=0)
+    with contextlib.ExitStack() as held:
+        try:
+            held.enter_context(lock)
+        except filelock.Timeout:
+            raise BusyError(
+                f"another process is at work in {work}; wait for it, or give another --out"
+            ) from None
+        except (NotImplementedError, OSError) as error:
+            if not _can_write(place):
+                raise OutputError(f"cannot write {place}: {reason_of(error)}") from error
+        yield lock.is_locked
+
+
+def _can_write(place: Path) -> bool:
+    try:
+        with place.open("a"):
+            return True
+    except OSError:
+        return False
+
+
+# ---- digests -----------------------------------------------------------------------------
+
+
+def digest(data: bytes | str) -> str:
+    """Return the SHA-256 of some bytes, or of a text in UTF-8, as 64 hexadecimal digits."""
+    return hashlib.sha256(data.encode() if isinstance(data, str) else data).hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    """Return the SHA-256 of a file, read piece by piece.
+
+    Raises
+    ------
+    FileError
+        If it cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise FileError(path, f"cannot be read: {reason_of(error)}") from error
+
+
+# ---- reading -----------------------------------------------------------------------------
+
+
+def read_json(path: Path, schema: type[T], *, limit: int = 16 * MEGABYTE) -> T:
+    """Read a JSON file that anyone may have written.
+
+    Parameters
+    ----------
+    path
+        The file.
+    schema
+        What it has to hold: a dataclass whose ``__pydantic_config__`` is `STRICT`.
+    limit
+        Bytes that it may have at most.
+
+    Raises
+    ------
+    FileError
+        If it is missing, too large, no JSON (as RFC 8259 has it: no NaN; no key twice), nested too
+        deeply, or does not hold what the schema says; the message names the field.
+    """
+    return parse_json(_read_text(path, limit), schema, path)
+
+
+def validated(content: Any, schema: type[T], name: str) -> T:
+    """Check JSON-able data that came some other way, as `read_json` does.
+
+    Raises
+    ------
+    FileError
+        If it is not JSON-able, or does not hold what the schema says.
+    """
+    try:
+        text = json.dumps(content)
+    except RecursionError as error:
+        raise FileError(name, "it is nested too deeply") from error
+    except (TypeError, ValueError) as error:
+        raise FileError(name, str(error)) from error
+    return parse_json(text, schema, name)
+
+
+def parse_json(text: str, schema: type[T], path: str | os.PathLike[str]) -> T:
+    """Check and parse the text of a JSON file, as `read_json` does.
+
+    Raises
+    ------
+    FileError
+        As there.
+    """
+    try:
+        _refuse_oddities(text)
+        return cast(T, _adapter(cast(Any, schema)).validate_json(text))
+    except ValidationError as error:
+        raise FileError(path, _first(error)) from error
+    except RecursionError as error:
+        raise FileError(path, "it is nested too deeply") from error
+    except ValueError as error:
+        raise FileError(path, str(error)) from error
+
+
+def _read_text(path: Path, limit: int) -> str:
+    try:
+        return read_bytes(path, limit).decode("utf-8")
+    except OSError as error:
+        raise FileError(path, f"it cannot be read: {reason_of(error)}") from error
+    except UnicodeDecodeError as error:
+        raise FileError(path, f"it is not UTF-8 (byte {error.start})") from error
+
+
+@cache
+def _adapter(schema: type[Any]) -> TypeAdapter[Any]:
+    return TypeAdapter(schema)
+
+
+def _refuse_oddities(text: str) -> None:
+    """Refuse what parsers of JSON differ about: they would not all read the same."""
+    json.loads(
+        text,
+        parse_constant=_refused,
+        parse_float=_finite,
+        parse_int=_moderate,
+        object_pairs_hook=_distinct,
+    )
+
+
+def _refused(text: str) -> float:
+    raise ValueError(f"{text} is not JSON; give a finite number")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text:.{_SHOWN}} is not a finite number")
+    return value
+
+
+def _moderate(text: str) -> int:
+    if len(text) > 20 or not -_LARGEST < int(text) < _LARGEST:
+        raise ValueError(f"{text:.{_SHOWN}} is not a number below 2^63")
+    return int(text)
+
+
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the key {twice!r:.{_SHOWN}} stands there twice")
+    return found
+
+
+def _first(error: ValidationError) -> str:
+    """Say the first thing that is wrong: where, what, and the value."""
+    found = error.errors(include_url=False)[0]
+    place = ".".join(str(part) for part in found["loc"])
+    complete = found["type"] in ("json_invalid", "missing", "value_error")
+    shown = "" if complete else f", not {found['input']!r}"
+    if len(shown) > _SHOWN:
+        shown = shown[:_SHOWN] + "..."
+    message = found["msg"].removeprefix("Value error, ")
+    message = message[:1].lower() + message[1:]
+    return f"{place or 'it'}: {message}{shown}"

@@ -1,0 +1,125 @@
+"""Where a model comes from and what was done to it, as one value that the model carries along."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, TypeAlias
+
+from pydantic import ConfigDict
+from torch import nn
+
+from osscar.core.files import STRICT
+from osscar.shrinking.plan import PruningPlan
+
+LINEAGE = "osscar_lineage"
+"""The attribute of a model that holds its `Lineage`."""
+
+Scalar: TypeAlias = int | float | str | bool | None
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What builds the dense model, without any code from a checkpoint.
+
+    Parameters
+    ----------
+    library
+        ``transformers``, where ``config.json`` says the rest, or ``torchvision``.
+    name, options
+        Of the model in its library, and the keyword arguments of its builder.
+    """
+
+    library: str
+    name: str = ""
+    options: Mapping[str, Scalar] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What a model was calibrated on, so that it is recognized and never scored.
+
+    Parameters
+    ----------
+    source
+        Where it comes from, in words.
+    sha256
+        Of the text; empty for images, and where it is not known.
+    images
+        A fingerprint of each image.
+    samples, seqlen, seed
+        How much was drawn, and how; None where there is no such thing.
+    """
+
+    source: str
+    sha256: str = ""
+    images: tuple[str, ...] = ()
+    samples: int | None = None
+    seqlen: int | None = None
+    seed: int | None = None
+
+    @classmethod
+    def of(cls, described: Mapping[str, Any]) -> Calibration:
+        """Take what is needed of what ``describe()`` of a calibration set returns."""
+        names = {field.name for field in dataclasses.fields(cls)}
+        known = {name: value for name, value in described.items() if name in names}
+        return cls(**{**known, "images": tuple(known.get("images", ()))})
+
+
+@dataclass(frozen=True)
+class Lineage:
+    """Everything that has to be known of a model to write it, read it again, and judge it.
+
+    Parameters
+    ----------
+    plans
+        What was removed, the oldest first, as far as its config does not say it.
+    origin
+        What builds the dense model; None for code of a user's own.
+    source
+        Where the dense model comes from, in words.
+    classes
+        The names of its classes; empty where they are not known.
+    preprocessing
+        What is done to an image before the model sees it; see `osscar.data.images.Preprocessing`.
+    stored_dtype
+        Number format of the dense model's weights on disk, such as ``bfloat16``.
+    calibration
+        All that it was calibrated on, the oldest first.
+    """
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    plans: tuple[PruningPlan, ...] = ()
+    origin: Origin | None = None
+    source: str = ""
+    classes: tuple[str, ...] = ()
+    preprocessing: Mapping[str, int | float | str | tuple[int | float, ...]] | None = None
+    stored_dtype: str | None = None
+    calibration: tuple[Calibration, ...] = ()
+
+
+def lineage_of(model: nn.Module) -> Lineage:
+    """Return what is known of a model: nothing, if nobody has noted anything."""
+    found = getattr(model, LINEAGE, None)
+    return found if isinstance(found, Lineage) else Lineage()
+
+
+def note(model: nn.Module, **known: Any) -> None:
+    """Note something of a model; `known` are fields of `Lineage`."""
+    setattr(model, LINEAGE, dataclasses.replace(lineage_of(model), **known))
+
+
+def note_calibration(model: nn.Module, calibration: Any) -> None:
+    """Note what a model was calibrated on, where that can be recognized."""
+    describe = getattr(calibration, "describe", None)
+    described = describe() if callable(describe) else None
+    if not isinstance(described, Mapping) or "source" not in described:
+        return
+    before = lineage_of(model)
+    note(
+        model,
+        calibration=(*before.calibration, Calibration.of(described)),
+        preprocessing=before.preprocessing or described.get("preprocessing"),
+    )

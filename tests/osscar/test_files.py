@@ -1,0 +1,210 @@
+"""Files: whole or absent, locked by one, and read without being believed."""
+
+from __future__ import annotations
+
+import dataclasses
+import multiprocessing
+import os
+import pickle
+import signal
+import stat
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import filelock
+import pytest
+from pydantic import ConfigDict
+
+from osscar.core.errors import BusyError, FileError, OutputError
+from osscar.core.files import (
+    STRICT,
+    digest,
+    ends_tidily,
+    file_digest,
+    hold,
+    read_json,
+    uninterrupted,
+    validated,
+    whole,
+    write_json,
+    write_text,
+)
+
+
+@dataclass(frozen=True)
+class Inner:
+    size: int
+
+
+@dataclass(frozen=True)
+class Outer:
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    name: str
+    share: float
+    inner: tuple[Inner, ...] = ()
+
+
+def test_what_is_written_is_read_again(tmp_path: Path) -> None:
+    value = Outer("n", 0.5, (Inner(1), Inner(2)))
+    write_json(tmp_path / "x.json", dataclasses.asdict(value))
+    assert read_json(tmp_path / "x.json", Outer) == value
+    assert validated(dataclasses.asdict(value), Outer, "x") == value
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("", "Expecting value"),
+        ("{", "property name"),
+        ("[" * 10**5, "nested too deeply"),
+        ("5", "it: input should be an object"),
+        ('{"name": "n"}', "share: field required"),
+        ('{"name": "n", "share": 1.0, "more": 1}', "more: unexpected keyword argument, not 1"),
+        ('{"name": 5, "share": 1.0}', "name: input should be a valid string, not 5"),
+        ('{"name": "n", "share": "1.0"}', "share: input should be a valid number"),
+        ('{"name": "n", "share": true}', "share: input should be a valid number, not True"),
+        ('{"name": "n", "share": NaN}', "NaN is not JSON"),
+        ('{"name": "n", "share": -Infinity}', "-Infinity is not JSON"),
+        ('{"name": "n", "share": 1e999}', "1e999 is not a finite number"),
+        ('{"name": "n", "share": 1' + "0" * 5000 + "}", "not a number below 2^63"),
+        ('{"name": "n", "share": 1.0, "inner": [{"size": 9223372036854775808}]}', "below 2^63"),
+        ('{"name": "n", "share": 1.0, "inner": [{"size": 1.0}]}', "inner.0.size: input should be"),
+        ('{"name": "n", "share": 1.0, "inner": [{"size": 1, "x": 2}]}', "inner.0.x: unexpected"),
+        ('{"name": "n", "name": "m", "share": 1.0}', "the key 'name' stands there twice"),
+        ('{"name": "\\ud800", "share": 1.0}', "invalid JSON"),
+        ("\x00", "Expecting value"),
+    ],
+)
+def test_a_file_that_does_not_hold_what_it_should_is_one_error(
+    text: str, reason: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "x.json"
+    file.write_text(text)
+    with pytest.raises(FileError) as caught:
+        read_json(file, Outer)
+    assert caught.value.path == file
+    assert reason in caught.value.reason
+    assert len(caught.value.reason) < 200
+    assert str(caught.value) == f"{file}: {caught.value.reason}"
+    again = pickle.loads(pickle.dumps(caught.value))  # as a worker hands it to its parent
+    assert str(again) == str(caught.value)
+
+
+def test_what_cannot_be_read_at_all_is_the_same_error(tmp_path: Path) -> None:
+    (tmp_path / "bytes").write_bytes(b'{"name": "\xff"}')
+    (tmp_path / "large").write_text(" " * 101)
+    (tmp_path / "directory").mkdir()
+    os.mkfifo(tmp_path / "pipe")  # which would never come to an end
+    for name, reason in (
+        ("bytes", "it is not UTF-8"),
+        ("large", "it has more than 100 bytes"),
+        ("directory", "Is a directory"),
+        ("pipe", "it is a pipe or a device, not a file"),
+        ("missing", "No such file"),
+        ("x" * 300, "File name too long"),
+    ):
+        with pytest.raises(FileError, match=reason):
+            read_json(tmp_path / name, Outer, limit=100)
+    with pytest.raises(FileError, match="Is a directory"):
+        file_digest(tmp_path / "directory")
+
+
+def test_what_is_being_written_bears_the_process_and_goes_if_it_fails(tmp_path: Path) -> None:
+    (tmp_path / "x.csv").write_text("old")
+
+    def fail(partial: Path) -> None:
+        assert str(os.getpid()) in partial.name
+        partial.write_text("new")
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError), whole(tmp_path / "x.csv") as partial:
+        fail(partial)
+    assert [file.name for file in tmp_path.iterdir()] == ["x.csv"]
+    assert (tmp_path / "x.csv").read_text() == "old"
+
+
+def test_links_pipes_and_modes_are_respected(tmp_path: Path) -> None:
+    (tmp_path / "real").write_text("old")
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    write_text(tmp_path / "link", "new")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "real").read_text() == "new"
+    write_text(Path(os.devnull), "gone")
+    assert stat.S_ISCHR(os.stat(os.devnull).st_mode)
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    for name in ("loop", "missing/x", "real/x"):
+        with pytest.raises(OutputError, match="cannot write"):
+            write_text(tmp_path / name, "x")
+    with pytest.raises(ValueError, match="JSON compliant"):
+        write_json(tmp_path / "nan", float("nan"))
+    assert {file.name for file in tmp_path.iterdir()} == {"real", "link", "loop"}
+
+
+def test_digests_are_sha256(tmp_path: Path) -> None:
+    (tmp_path / "x").write_text("abc")
+    expected = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    assert digest("abc") == digest(b"abc") == file_digest(tmp_path / "x") == expected
+
+
+def test_a_lock_is_held_by_one(tmp_path: Path) -> None:
+    place = tmp_path / ".lock"
+    with hold(place, tmp_path) as held:
+        assert held
+        with pytest.raises(BusyError, match=f"another process is at work in {tmp_path}"):
+            hold(place, tmp_path).__enter__()
+    with hold(place, tmp_path):
+        pass
+    with pytest.raises(OutputError, match="cannot write"):
+        hold(place / ".lock", tmp_path).__enter__()
+
+
+@pytest.mark.parametrize("error", [NotImplementedError(), OSError(38, "Function not implemented")])
+def test_a_file_system_without_locks_is_better_unguarded_than_unusable(
+    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(filelock.FileLock, "acquire", refuse)
+    with hold(tmp_path / ".lock", tmp_path) as held:
+        assert not held
+
+
+def test_signals_wait_for_short_blocks() -> None:
+    done = []
+
+    def interrupted() -> None:
+        with uninterrupted():
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+            done.append(True)
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert done == [True]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    thread = threading.Thread(target=lambda: uninterrupted().__enter__() or done.append(True))
+    thread.start()
+    thread.join()
+    assert done == [True, True]
+
+
+def test_a_request_to_end_unwinds_the_block_and_then_ends_the_process(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("spawn")
+    process = context.Process(target=_tidied, args=(str(tmp_path / "x"),))
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGTERM
+    assert (tmp_path / "x").read_text() == "tidied"
+
+
+def _tidied(file: str) -> None:
+    with ends_tidily():
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        finally:
+            Path(file).write_text("tidied")
+    Path(file).write_text("went on")

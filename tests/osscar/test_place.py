@@ -1,0 +1,400 @@
+"""Where checkpoints go: nothing of anyone's is lost, whatever happens in the middle of a save."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from osscar.checkpoint import directory as checkpoint
+from osscar.checkpoint import runs
+from osscar.checkpoint.manifest import MANIFEST_FILE, Manifest
+from osscar.checkpoint.place import check_output, replacing
+from osscar.checkpoint.runs import Run
+from osscar.core.errors import BusyError, OutputError
+from osscar.shrinking.lineage import Lineage
+
+PRELUDE = """
+import os, signal, sys
+from pathlib import Path
+
+from osscar.checkpoint import place, runs
+from osscar.checkpoint.manifest import Manifest
+from osscar.shrinking.lineage import Lineage
+
+target = Path(sys.argv[1])
+proved = lambda: None
+
+
+def die(*_, **__):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+"""
+
+
+def model(seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+
+
+def content(directory: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in directory.iterdir()}
+
+
+def write(path: Path, text: str = "new") -> None:
+    """Write what counts as a checkpoint."""
+    (path / "model.safetensors").write_text(text)
+    Manifest.of(False, Lineage()).write(path)
+
+
+def run(script: str, target: Path) -> int:
+    """Save in another process, to which something happens; return its status."""
+    command = [sys.executable, "-c", PRELUDE + script + SAVE, str(target)]
+    return subprocess.run(command, capture_output=True, check=False).returncode
+
+
+# ---- what may be replaced ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("foreign", [".git", "src", "thesis.tex", "README.md", "config.yaml"])
+@pytest.mark.parametrize("marked", [False, True])
+def test_a_directory_that_holds_anything_else_is_never_replaced(
+    foreign: str, marked: bool, tmp_path: Path
+) -> None:
+    target = tmp_path / "project"
+    target.mkdir()
+    (target / "config.json").write_text("{}")
+    (target / "model.safetensors").write_text("")
+    if marked:
+        write(target)
+    if "." in foreign[1:]:
+        (target / foreign).write_text("years of work")
+    else:
+        (target / foreign).mkdir()
+        (target / foreign / "inside").write_text("years of work")
+    before = sorted(target.rglob("*"))
+    with pytest.raises(OutputError, match=f"would be lost: {foreign}; give another directory"):
+        check_output(target, overwrite=True)
+    with pytest.raises(OutputError, match="would be lost"):
+        checkpoint.save(model(), target, overwrite=True)
+    assert sorted(target.rglob("*")) == before
+
+
+@pytest.mark.parametrize("names", [["config.json"], ["tokenizer.json"], ["model.safetensors"]])
+def test_names_alone_do_not_make_a_checkpoint(names: list[str], tmp_path: Path) -> None:
+    for name in names:
+        (tmp_path / name).write_text("{}")
+    with pytest.raises(OutputError, match="something other than a checkpoint"):
+        check_output(tmp_path, overwrite=True)
+
+
+def test_checkpoints_of_others_and_all_that_a_tokenizer_wrote_can_be_replaced(
+    tmp_path: Path,
+) -> None:
+    for name in ("config.json", "model-00001-of-00002.safetensors", "tokenizer.json"):
+        (tmp_path / name).write_text("{}")
+    assert check_output(tmp_path, overwrite=True) == tmp_path.resolve()
+    (tmp_path / "codes.of.a.tokenizer").write_text("")
+    with pytest.raises(OutputError, match=r"codes\.of\.a\.tokenizer"):
+        check_output(tmp_path, overwrite=True)
+    Manifest.of(True, Lineage(), ("codes.of.a.tokenizer",)).write(tmp_path)
+    check_output(tmp_path, overwrite=True)
+
+
+# ---- two runs ----------------------------------------------------------------------------
+
+
+def test_of_two_runs_to_one_place_the_second_fails_at_once(tmp_path: Path) -> None:
+    target = tmp_path / "model"
+    with replacing(target, overwrite=False) as first:
+        write(first, "first")
+        second = replacing(target, overwrite=False)
+        with pytest.raises(BusyError, match=rf"process {os.getpid()} on .* is writing .*model"):
+            second.__enter__()
+    assert (target / "model.safetensors").read_text() == "first"
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_what_another_run_has_written_meanwhile_is_not_replaced(tmp_path: Path) -> None:
+    target = tmp_path / "model"
+    second = replacing(target, overwrite=False)
+    write(second.__enter__(), "second")
+    target.mkdir()
+    write(target, "first")
+    with pytest.raises(OutputError, match="not empty"):
+        second.__exit__(None, None, None)
+    assert (target / "model.safetensors").read_text() == "first"
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_the_last_moment_belongs_to_the_system(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the check and the rename another run may still come first."""
+    target = tmp_path / "model"
+    rename = Path.rename
+
+    def late(self: Path, to: Path) -> Path:
+        if to == target and not target.exists():
+            target.mkdir()
+            write(target, "first")
+        return rename(self, to)
+
+    monkeypatch.setattr(Path, "rename", late)
+    with (
+        pytest.raises(OutputError, match="not empty"),
+        replacing(target, overwrite=False) as second,
+    ):
+        write(second, "second")
+    assert (target / "model.safetensors").read_text() == "first"
+
+
+# ---- killed runs -------------------------------------------------------------------------
+
+WHILE_WRITING = "proved = die\n"
+BEFORE_THE_SWAP = "runs.Run.swap = die\n"
+BETWEEN_THE_RENAMES = """
+runs._exchanged = lambda one, other: False
+rename = Path.rename
+Path.rename = lambda self, to: die() if to == target else rename(self, to)
+"""
+AFTER_THE_SWAP = "runs._remove = die\n"
+MOUNTED = "runs._is_mounted = lambda path: path == target\n"
+EMPTIED = MOUNTED + "runs.Run.settle = die\n"
+HALF_EMPTIED = """
+runs._is_mounted = lambda path: path == target
+rename = Path.rename
+count = [0]
+def some(self, to):
+    count[0] += 1
+    return die() if count[0] == 2 else rename(self, to)
+Path.rename = some
+"""
+HALF_FILLED = HALF_EMPTIED.replace("== 2", "== 5")
+SAVE = """
+with place.replacing(target, overwrite=True) as new:
+    (new / "model.safetensors").write_text("new")
+    proved()
+    Manifest.of(False, Lineage()).write(new)
+"""
+
+
+@pytest.mark.parametrize(
+    ("moment", "is_new"),
+    [
+        (WHILE_WRITING, False),
+        (BEFORE_THE_SWAP, False),
+        (BETWEEN_THE_RENAMES, True),
+        (AFTER_THE_SWAP, True),
+        (HALF_EMPTIED, False),
+        (EMPTIED, True),
+        (HALF_FILLED, True),
+    ],
+    ids=["writing", "before", "between", "after", "half emptied", "emptied", "half filled"],
+)
+def test_a_killed_run_leaves_one_whole_checkpoint_and_the_next_start_finds_it(
+    moment: str, is_new: bool, tmp_path: Path
+) -> None:
+    target = tmp_path / "model"
+    target.mkdir()
+    write(target, "old")
+    before = content(target)
+    alike = tmp_path / ".model.osscar-of-mine"  # of nobody knows whom
+    alike.mkdir()
+    (alike / "new").write_text("mine")
+    assert run(moment, target) == -signal.SIGKILL
+    assert len(list(tmp_path.iterdir())) + len(list(target.glob(".*"))) > 2 or not target.exists()
+    check_output(target, overwrite=True)
+    assert (content(target) != before) == is_new
+    assert set(content(target)) == set(before)
+    assert {path.name for path in tmp_path.iterdir()} == {"model", alike.name}
+    assert (alike / "new").read_text() == "mine"
+    with replacing(target, overwrite=True) as new:
+        write(new, "old")
+    assert content(target) == before
+
+
+def test_what_a_killed_run_was_writing_for_the_first_time_goes(tmp_path: Path) -> None:
+    target = tmp_path / "model"
+    assert run(WHILE_WRITING, target) == -signal.SIGKILL
+    assert [path.name for path in tmp_path.iterdir()] != []
+    check_output(target, overwrite=False)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_live_run_is_left_alone(tmp_path: Path) -> None:
+    target = tmp_path / "model"
+    with replacing(target, overwrite=False) as new:
+        check_output(target, overwrite=False)
+        write(new)
+    assert set(content(target)) == {"model.safetensors", MANIFEST_FILE}
+
+
+def test_two_directories_are_exchanged_in_one_step(tmp_path: Path) -> None:
+    for name in ("one", "other"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / name).write_text(name)
+    if runs._exchanged(tmp_path / "one", tmp_path / "other"):
+        assert (tmp_path / "one" / "other").is_file()
+        assert (tmp_path / "other" / "one").is_file()
+    else:
+        assert not sys.platform.startswith("linux") or os.uname().release.startswith("2.")
+
+
+@pytest.mark.parametrize("exchange", [True, False])
+def test_a_directory_is_replaced_with_or_without_the_exchange(
+    exchange: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not exchange:
+        monkeypatch.setattr(runs, "_renameat2", lambda: None)
+    target = tmp_path / "model"
+    for text in ("first", "second"):
+        with replacing(target, overwrite=True) as new:
+            write(new, text)
+    assert (target / "model.safetensors").read_text() == "second"
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+# ---- mount points ------------------------------------------------------------------------
+
+
+@pytest.fixture
+def volume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A directory that behaves like a mount point of another file system."""
+    target = tmp_path / "volume"
+    target.mkdir()
+    rename = Path.rename
+
+    def refuse(self: Path, to: Path) -> Path:
+        if target in (self, to) or (target in self.parents) != (target in Path(to).parents):
+            raise OSError(16, "Device or resource busy")
+        return rename(self, to)
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    monkeypatch.setattr(runs, "_is_mounted", lambda path: path == target)
+    return target
+
+
+def test_a_mount_point_can_be_written_and_replaced(volume: Path) -> None:
+    checkpoint.save(model(), check_output(volume, overwrite=False))
+    first = content(volume)
+    with pytest.raises(OutputError, match="not empty"):
+        checkpoint.save(model(1), volume)
+    checkpoint.save(model(1), volume, overwrite=True)
+    assert set(content(volume)) == set(first)
+    assert content(volume) != first
+    assert [path.name for path in volume.parent.iterdir()] == ["volume"]
+
+
+def test_a_failure_leaves_a_mount_point_as_it_was(
+    volume: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint.save(model(), volume)
+    first = content(volume)
+
+    def fail(self: Run) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Run, "_fill", fail)
+    with pytest.raises(OutputError, match="No space left"):
+        checkpoint.save(model(1), volume, overwrite=True)
+    assert content(volume) == first
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_mount_points_are_found() -> None:
+    assert runs._is_mounted(Path("/proc"))
+    assert not runs._is_mounted(Path("/proc/self"))
+
+
+# ---- found at the start ------------------------------------------------------------------
+
+
+def test_a_path_through_a_file_is_found_at_the_start(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match=r"cannot write .*file"):
+        check_output(tmp_path / "file" / "deep" / "model", overwrite=False)
+
+
+def test_a_place_that_cannot_be_written_is_found_at_the_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> str:
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr("tempfile.mkdtemp", refuse)
+    with pytest.raises(OutputError, match=f"cannot write to {tmp_path}: Read-only file system"):
+        check_output(tmp_path / "not" / "there", overwrite=False)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_is_found_at_the_start_with_what_is_needed(tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match=r"may take 1,000,000,000,000,000 MB, and .* MB left"):
+        check_output(tmp_path / "model", overwrite=False, needed_bytes=10**21)
+    check_output(tmp_path / "model", overwrite=False, needed_bytes=1)
+    assert list(tmp_path.iterdir()) == []
+    assert checkpoint.weight_bytes(model()) == 4 * (3 * 4 + 4 + 4 * 2 + 2)
+    assert checkpoint.weight_bytes(model(), torch.bfloat16) == 2 * (3 * 4 + 4 + 4 * 2 + 2)
+
+
+# ---- modes and signals -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077, 0o007])
+def test_all_files_get_the_mode_that_the_umask_says(umask: int, tmp_path: Path) -> None:
+    before = os.umask(umask)
+    try:
+        checkpoint.save(model(), tmp_path / "model", report={})
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "model").stat().st_mode) == 0o777 & ~umask
+    modes = {stat.S_IMODE(file.stat().st_mode) for file in (tmp_path / "model").iterdir()}
+    assert modes == {0o666 & ~umask}
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("place", ["proved", "place.recover", "place.refuse_earlier"])
+def test_a_signal_in_the_middle_of_a_save_leaves_nothing(
+    number: signal.Signals, place: str, tmp_path: Path
+) -> None:
+    script = f"""
+before = {place}
+def interrupted(*arguments, **options):
+    os.kill(os.getpid(), {int(number)})
+    return before(*arguments, **options)
+{place} = interrupted
+"""
+    returned = run(script, tmp_path / "model")
+    assert returned == -number
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_cleaning_up_is_not_interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rmtree = runs.shutil.rmtree
+
+    def impatient(path: Path, **options: bool) -> None:
+        signal.raise_signal(signal.SIGINT)
+        rmtree(path, **options)
+
+    monkeypatch.setattr(runs.shutil, "rmtree", impatient)
+    run = replacing(tmp_path / "model", overwrite=False)
+    write(run.__enter__())
+    with pytest.raises(KeyboardInterrupt):
+        run.__exit__(ZeroDivisionError, ZeroDivisionError(), None)
+    assert list(tmp_path.iterdir()) == []
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_the_mark_says_which_run_it_is(tmp_path: Path) -> None:
+    with replacing(tmp_path / "model", overwrite=False) as new:
+        mark = json.loads((new.parent / "run.json").read_text())
+        assert (mark["target"], mark["pid"]) == ("model", os.getpid())
+        write(new)
