@@ -109,6 +109,11 @@ class LinearMap(abc.ABC):
         view[self.inputs.to(view.device)] = W
 
     @property
+    def number_format(self) -> torch.dtype:
+        """In which the module keeps its weight."""
+        return self._weight.dtype
+
+    @property
     def _weight(self) -> Tensor:
         """The weight itself, outside of autograd."""
         weight = self.module.weight

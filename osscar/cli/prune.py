@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json as jsonlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -20,6 +22,7 @@ from osscar.cli.common import (
     document,
     out,
     quiet,
+    say_aside,
     write_json,
 )
 
@@ -28,6 +31,7 @@ if TYPE_CHECKING:
     from osscar.data.images import ImageSet
     from osscar.data.tokens import CalibrationSet
     from osscar.pruning.result import PruningResult
+    from osscar.pruning.run_log import RunLog
 
 
 def command(
@@ -118,6 +122,9 @@ def command(
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     overwrite: Annotated[bool, typer.Option(help="Replace a directory that is not empty.")] = False,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Begin anew where a run that was killed would go on.")
+    ] = False,
     json: JsonOption = None,
     trust_remote_code: TrustOption = False,
 ) -> None:
@@ -125,13 +132,15 @@ def command(
 
     Give --sparsity for heads, neurons and channels alike, or say with --heads, --neurons and
     --channels what to keep of each.  Under grouped-query attention a head is a key-value head with
-    its query heads.
+    its query heads.  What is done is kept in OUT.run until the smaller model is saved: a run that
+    was killed goes on when the same command is given again.
     """
     from osscar.checkpoint.directory import check_output, weight_bytes
     from osscar.models.open import open_model
     from osscar.models.vision import VisionModel
     from osscar.pruning.prune import prune_as_asked
     from osscar.pruning.request import PruningRequest
+    from osscar.pruning.run_log import RunLog
 
     check_json_path(json, inputs=(model, calibration, weights), written=directory)
     path = check_output(directory, overwrite=overwrite, inputs=(model, calibration, weights, json))
@@ -165,7 +174,11 @@ def command(
         needed = weight_bytes(loaded.model, loaded.stored_dtype)
         check_output(path, overwrite=overwrite, needed_bytes=needed)
         data = loaded.calibration(calibration, samples=samples, seqlen=seqlen, seed=seed)
-        result = prune_as_asked(loaded.model, data, request)
+        log = RunLog(path.with_name(f"{path.name}.run"))
+        if restart:
+            log.remove()
+        with _way_back(log):
+            result = prune_as_asked(loaded.model, data, request, log)
         report = report_document(result, loaded.source, data, loaded.classes)
         saved = result.save(
             path,
@@ -173,11 +186,27 @@ def command(
             report=report,
             overwrite=overwrite,
         )
+        log.remove()
     print_result(result, saved)
     out.print("next:", style="bold")
     given = "--images PATH" if isinstance(loaded, VisionModel) else "--text FILE"
     out.print(f"  osscar eval {directory} {given} --against {against or model}", highlight=False)
     write_json(json, {**report, "saved": _saved(saved)})
+
+
+@contextmanager
+def _way_back(log: RunLog) -> Iterator[None]:
+    """Say how to go on where someone interrupts the run."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        say_aside(
+            "interrupted",
+            f"{log.committed} groups are done and kept in {log.directory}; give the same command "
+            "again to go on",
+            "yellow",
+        )
+        raise
 
 
 def report_document(

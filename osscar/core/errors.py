@@ -77,6 +77,10 @@ class CheckpointError(OsscarError):
     """A directory does not hold a checkpoint that OSSCAR can read or resume from."""
 
 
+class RunError(OsscarError):
+    """The log of a pruning run is of another run, or cannot be read."""
+
+
 class FileError(OsscarError):
     """A file from outside is unreadable, or does not hold what it should.
 

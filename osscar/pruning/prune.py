@@ -9,7 +9,8 @@ from __future__ import annotations
 import functools
 import inspect
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Concatenate, ParamSpec
 
 from torch import nn
@@ -17,10 +18,12 @@ from transformers import PreTrainedModel
 
 import solvers
 from graph import CouplingGroup, UnitKind
+from osscar.capture.linear_maps import linear_maps
 from osscar.capture.opened import Opened, opened
 from osscar.capture.walk import Site, walk
 from osscar.checkpoint.hf_config import adopt_config
 from osscar.core.devices import resolve_device
+from osscar.core.errors import RunError
 from osscar.core.modules import count_parameters
 from osscar.core.progress import stage
 from osscar.pruning.batch_norm import dense_statistics, renew_statistics
@@ -28,6 +31,7 @@ from osscar.pruning.budget import allocate
 from osscar.pruning.certify import certified
 from osscar.pruning.request import PruningRequest
 from osscar.pruning.result import LayerReport, PruningResult
+from osscar.pruning.run_log import Manifest, RunLog, SiteRecord
 from osscar.shrinking.equivalence import finer_precision
 from osscar.shrinking.lineage import note_calibration
 from osscar.shrinking.plan import GroupPlan, PruningPlan
@@ -65,7 +69,9 @@ def _asked_by_keywords(
     return decorate
 
 
-def prune_as_asked(model: nn.Module, calibration: Any, request: PruningRequest) -> PruningResult:
+def prune_as_asked(
+    model: nn.Module, calibration: Any, request: PruningRequest, log: RunLog | None = None
+) -> PruningResult:
     """Prune a model in one shot; the model that comes in is not changed.
 
     Parameters
@@ -78,6 +84,8 @@ def prune_as_asked(model: nn.Module, calibration: Any, request: PruningRequest) 
     request
         What is asked for.  `osscar.prune` takes its fields as keywords: `PruningRequest` describes
         them.
+    log
+        Keeps what is committed, so that a run which was killed goes on where it stopped.
 
     Returns
     -------
@@ -119,8 +127,7 @@ def prune_as_asked(model: nn.Module, calibration: Any, request: PruningRequest) 
         work = ready.model
         keep = allocate(ready.groups, request, ready.residual)
         statistics = dense_statistics(work, ready.batches(), request.batch_norm)
-        chosen = [group for group in ready.groups if group.name in keep]
-        plan, layers = _prune_groups(ready, chosen, keep, request)
+        plan, layers = _prune_groups(ready, keep, request, log)
         before = count_parameters(work)
         with finer_precision(work):
             proof = shrink_proved(work, plan, ready.inputs.proofs(work, request.seed))
@@ -148,29 +155,52 @@ prune = _asked_by_keywords(PruningRequest)(prune_as_asked)
 
 
 def _prune_groups(
-    ready: Opened,
-    groups: Sequence[CouplingGroup],
-    keep: Mapping[str, int],
-    request: PruningRequest,
+    ready: Opened, keep: Mapping[str, int], request: PruningRequest, log: RunLog | None
 ) -> tuple[PruningPlan, tuple[LayerReport, ...]]:
     """Solve and refit each group where the walk stops; the model keeps its shape."""
-    plans: list[GroupPlan] = []
-    reports: list[LayerReport] = []
-    with stage("pruning", total=len(groups)) as bar:
+    groups = {group.name: group for group in ready.groups if group.name in keep}
+    manifest = None if log is None else Manifest.of(request, ready.model, ready.batches())
+    with stage("pruning", total=len(groups)) as bar, _begun(log, manifest) as records:
+        done = list(records)
+        for record in done:
+            _replay(ready.model, groups.pop(record.plan.name, None), record, keep)
+            bar.advance()
         began = time.perf_counter()
-        for site in walk(ready, groups):
+        for site in walk(ready, list(groups.values())):
             bar.describe(f"pruning {site.group.name}")
-            plan, report = _prune_group(site, keep[site.group.name], request, began)
-            plans.append(plan)
-            reports.append(report)
+            done.append(_prune_group(site, keep[site.group.name], request, began))
+            if log is not None:
+                log.append(len(done) - 1, done[-1])
             bar.advance()
             began = time.perf_counter()
-    return PruningPlan(tuple(plans)), tuple(reports)
+    plan = PruningPlan(tuple(record.plan for record in done))
+    return plan, tuple(record.report for record in done)
 
 
-def _prune_group(
-    site: Site, keep: int, request: PruningRequest, began: float
-) -> tuple[GroupPlan, LayerReport]:
+@contextmanager
+def _begun(log: RunLog | None, manifest: Manifest | None) -> Iterator[tuple[SiteRecord, ...]]:
+    if log is None or manifest is None:
+        yield ()
+        return
+    with log.begun(manifest) as records:
+        yield records
+
+
+def _replay(
+    model: nn.Module, group: CouplingGroup | None, record: SiteRecord, keep: Mapping[str, int]
+) -> None:
+    """Write what was committed before into the dense model."""
+    name, kept = record.plan.name, record.plan.kept
+    if group is None or GroupPlan.of(group, kept) != record.plan or len(kept) != keep[name]:
+        raise RunError(
+            f"the log of the run holds {name!r} with {len(kept)} units, which is not what this "
+            "model and request come to; begin anew with --restart"
+        )
+    for consumer, W in zip(linear_maps(model, group), record.weights, strict=True):
+        consumer.write_weight(W.double())
+
+
+def _prune_group(site: Site, keep: int, request: PruningRequest, began: float) -> SiteRecord:
     """Solve one group, and commit the refitted weights."""
     group, backend = site.group, request.chosen_backend()
     problem = site.problem(keep, request.damp)
@@ -180,7 +210,6 @@ def _prune_group(
     else:
         solution, verification = solvers.solve(problem, backend), None
     site.commit(solution.weights)
-    plan = GroupPlan.of(group, tuple(solution.support.tolist()))
     report = LayerReport.of(
         group,
         problem,
@@ -188,4 +217,9 @@ def _prune_group(
         measure_seconds=measured - began,
         solve_seconds=time.perf_counter() - measured,
     )
-    return plan, report
+    plan = GroupPlan.of(group, tuple(solution.support.tolist()))
+    written = tuple(consumer.read_weight() for consumer in site.consumers)
+    weights = tuple(
+        W.to(consumer.number_format) for W, consumer in zip(written, site.consumers, strict=True)
+    )
+    return SiteRecord(plan, report, weights)

@@ -13,10 +13,10 @@ import osscar
 from osscar.checkpoint import directory as checkpoint
 from osscar.checkpoint.manifest import MANIFEST_FILE, read_manifest
 from osscar.checkpoint.runs import Run
-from osscar.cli.eval import refuse_calibration_text
 from osscar.core.errors import CheckpointError, EquivalenceError, OutputError, TextError
 from osscar.core.modules import copied
 from osscar.data.prose import Part, builtin_text
+from osscar.data.text import refuse_overlap
 from osscar.shrinking.lineage import Calibration, lineage_of
 from tests.osscar.families import FAMILIES, logits, tiny, tokens
 
@@ -325,8 +325,8 @@ def test_everything_that_has_to_be_known_is_written_and_read_again(keep, tmp_pat
     twice = osscar.prune(again.model, windows, neurons="0.7", backend="magnitude", device="cpu")
     assert len(lineage_of(twice.model).calibration) == 2  # neither is ever scored
     with pytest.raises(TextError, match="calibrated on this very text"):
-        refuse_calibration_text(lineage.calibration, builtin_text(Part.CALIBRATION))
-    refuse_calibration_text(lineage.calibration, builtin_text(Part.HELD_OUT))
+        refuse_overlap(builtin_text(Part.CALIBRATION), lineage.calibration)
+    refuse_overlap(builtin_text(Part.HELD_OUT), lineage.calibration)
 
 
 @pytest.mark.parametrize("keep", [{"neurons": "0.5"}, {"heads": "0.5"}], ids=["stock", "planned"])

@@ -15,13 +15,13 @@ from osscar.report import plots
 from osscar.report.evaluation_tables import comparison_table, evaluation_table
 from osscar.report.numbers import engineering, in_bytes, share
 from osscar.report.summary import Case
-from osscar.study.records import Row
+from osscar.study.records import Record
 
 FINE = (0.025, 0.05, 0.075, 0.1, 0.125)
 
 
 def case(name, sparsity, loss, bound):
-    row = Row(
+    row = Record(
         instance=name, kind="heads", file="x", units=40, width=1, keep=round(40 * (1 - sparsity)),
         sparsity=sparsity, backend="perspective", options={}, status="FEASIBLE", loss=loss,
         relative_loss=loss, lower_bound=bound, seconds=1.0, sparsities=(sparsity,),

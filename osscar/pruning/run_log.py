@@ -1,0 +1,252 @@
+"""The log of a pruning run: each committed group as a file, from which a killed run goes on.
+
+The log is a directory beside the output.  Its manifest says what is being made of what: the
+request, the versions, and fingerprints of the model and of the calibration data.  Every group that
+is committed becomes a record of its own: what stays of it, its report, and the weights as they were
+written.  A run that goes on writes those weights into the dense model and walks through the rest:
+nothing is solved twice, and the result is the same to the bit.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, ClassVar
+
+import safetensors
+import safetensors.torch
+import torch
+from pydantic import ConfigDict
+from torch import Tensor, nn
+
+from osscar.core.errors import FileError, OutputError, RunError
+from osscar.core.files import (
+    LOCK_FILE,
+    PARTIAL,
+    STRICT,
+    hold,
+    parse_json,
+    read_json,
+    reason_of,
+    whole,
+    write_json,
+)
+from osscar.core.version import VERSION
+from osscar.pruning.request import PruningRequest
+from osscar.pruning.result import LayerReport
+from osscar.shrinking.plan import GroupPlan
+
+MANIFEST = "run.json"
+_RECORD = "record"
+"""The key under which a record file keeps everything but its tensors."""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a run makes of what; a run goes on only where all of it is the same.
+
+    Parameters
+    ----------
+    request
+        As `PruningRequest.to_json` returns it.
+    versions
+        Of what computes the result, by package.
+    model, calibration
+        SHA-256 of the weights by name, and of the calibration data.
+    """
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    request: dict[str, Any]
+    versions: dict[str, str]
+    model: str
+    calibration: str
+
+    @classmethod
+    def of(
+        cls, request: PruningRequest, model: nn.Module, batches: Sequence[Mapping[str, Any]]
+    ) -> Manifest:
+        """Describe a run; the model is still dense."""
+        versions = {name: version(name) for name in ("torch", "transformers")}
+        named = (
+            (f"{index}.{name}", value)
+            for index, batch in enumerate(batches)
+            for name, value in batch.items()
+        )
+        return cls(
+            # Through JSON, as it will be read back.
+            request=json.loads(json.dumps(request.to_json())),
+            versions={**versions, "osscar": VERSION},
+            model=_fingerprint(model.state_dict().items()),
+            calibration=_fingerprint(named),
+        )
+
+    def difference(self, other: Manifest) -> str | None:
+        """Say in what the two differ, or None."""
+        for name in ("request", "versions"):
+            mine, theirs = getattr(self, name), getattr(other, name)
+            for key in sorted(mine | theirs):
+                if mine.get(key) != theirs.get(key):
+                    option = key.replace("_", "-")
+                    return f"{option} was {theirs.get(key)!r} and is {mine.get(key)!r}"
+        if self.model != other.model:
+            return "the model's weights are others"
+        return None if self.calibration == other.calibration else "the calibration data are others"
+
+
+def _fingerprint(tensors: Any) -> str:
+    """Return the SHA-256 of named tensors: their names, formats, shapes and bytes."""
+    digest = hashlib.sha256()
+    for name, tensor in tensors:
+        if not isinstance(tensor, Tensor):
+            digest.update(repr((name, tensor)).encode())
+            continue
+        digest.update(repr((name, str(tensor.dtype), tuple(tensor.shape))).encode())
+        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        bytes_: Any = flat.view(torch.uint8).numpy() if flat.numel() else b""
+        digest.update(bytes_)
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True, eq=False)
+class SiteRecord:
+    """What became of one group.
+
+    Parameters
+    ----------
+    plan
+        What stays.
+    report
+        What is known of its solution.
+    weights
+        The refitted weights as the model holds them, one matrix (p, m) a consumer.
+    """
+
+    plan: GroupPlan
+    report: LayerReport
+    weights: tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class _Words:
+    """The part of a record that is no tensor."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    index: int
+    plan: GroupPlan
+    report: LayerReport
+    weights: int
+
+
+class RunLog:
+    """The records of a run, in the order in which groups were committed.
+
+    Parameters
+    ----------
+    directory
+        Where they lie.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+
+    @contextmanager
+    def begun(self, manifest: Manifest) -> Iterator[tuple[SiteRecord, ...]]:
+        """Begin a run, or go on with one, and hold its lock while the block runs.
+
+        Yields
+        ------
+        tuple of SiteRecord
+            What has been committed before.
+
+        Raises
+        ------
+        RunError
+            If the log is of a run that was asked something else, or cannot be read.
+        BusyError
+            If another process is at work on it.
+        OutputError
+            If it cannot be written.
+        """
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OutputError(f"cannot write {self.directory}: {reason_of(error)}") from error
+        with hold(self.directory / LOCK_FILE, self.directory):
+            file = self.directory / MANIFEST
+            if file.exists():
+                before = self._manifest(file)
+                difference = manifest.difference(before)
+                if difference is not None:
+                    raise RunError(
+                        f"{self.directory} is the log of another run: {difference}; ask for the "
+                        "same to go on, or begin anew with --restart"
+                    )
+            else:
+                write_json(file, dataclasses.asdict(manifest))
+            yield tuple(self._records())
+
+    @property
+    def committed(self) -> int:
+        """How many groups have been committed."""
+        return len(list(self.directory.glob("[0-9]*.safetensors")))
+
+    def remove(self) -> None:
+        """Forget the run; a directory with anything else in it stays."""
+        for file in (self.directory / MANIFEST, *self.directory.glob("[0-9]*.safetensors")):
+            file.unlink(missing_ok=True)
+        for partial in self.directory.glob(f".*{PARTIAL}"):
+            partial.unlink(missing_ok=True)
+        (self.directory / LOCK_FILE).unlink(missing_ok=True)
+        with suppress(OSError):
+            self.directory.rmdir()
+
+    def _manifest(self, file: Path) -> Manifest:
+        try:
+            return read_json(file, Manifest)
+        except FileError as error:
+            raise RunError(f"{error}; begin anew with --restart") from error
+
+    def _records(self) -> Iterator[SiteRecord]:
+        return (self._read(index) for index in range(self.committed))
+
+    def _place(self, index: int) -> Path:
+        return self.directory / f"{index:05}.safetensors"
+
+    def append(self, index: int, record: SiteRecord) -> None:
+        """Write the record of the group that was committed as number `index`.
+
+        Raises
+        ------
+        OutputError
+            If it cannot be written.
+        """
+        words = {
+            "index": index,
+            "plan": dataclasses.asdict(record.plan),
+            "report": dataclasses.asdict(record.report),
+            "weights": len(record.weights),
+        }
+        tensors = {str(i): W.contiguous().cpu() for i, W in enumerate(record.weights)}
+        with whole(self._place(index)) as partial:
+            safetensors.torch.save_file(tensors, partial, {_RECORD: json.dumps(words)})
+
+    def _read(self, index: int) -> SiteRecord:
+        place = self._place(index)
+        try:
+            with safetensors.safe_open(place, "pt") as file:
+                text = (file.metadata() or {}).get(_RECORD, "")
+                words = parse_json(text, _Words, place)
+                if words.index != index:
+                    raise FileError(place, f"it is record {words.index}")
+                weights = tuple(file.get_tensor(str(i)) for i in range(words.weights))
+            return SiteRecord(words.plan, words.report, weights)
+        except (OSError, safetensors.SafetensorError, FileError) as error:
+            raise RunError(f"{place} cannot be read: {error}; begin anew with --restart") from error

@@ -1,0 +1,255 @@
+"""Runs that are killed go on, and end with the same bits."""
+
+import json
+import os
+import random
+import signal
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+
+import osscar
+from osscar.cli import build
+from osscar.core.errors import RunError
+from osscar.pruning.prune import prune_as_asked
+from osscar.pruning.request import PruningRequest
+from osscar.pruning.run_log import MANIFEST, RunLog
+from tests.osscar.families import tiny, tokens
+from tests.osscar.networks import images, small_net
+
+REQUEST = PruningRequest(sparsity=0.5, device="cpu")
+
+
+class Killed(BaseException):
+    """Stands for a kill: nothing may catch it."""
+
+
+@pytest.fixture
+def killing(monkeypatch):
+    """Let the run end when the n-th record has been written."""
+
+    def after(count):
+        original = RunLog.append
+
+        def append(self, index, record):
+            original(self, index, record)
+            if index + 1 == count:
+                raise Killed
+
+        monkeypatch.setattr(RunLog, "append", append)
+
+    return after
+
+
+CASES = {
+    "language": (lambda: tiny("llama-gqa"), tokens),
+    "vision": (small_net, images),  # with a walk that sets out again, and batch norm
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_a_run_that_was_killed_ends_with_the_same_bits(name, count, killing, tmp_path, monkeypatch):
+    build_model, data = CASES[name]
+    whole = prune_as_asked(build_model(), data(), REQUEST)
+    killing(count)
+    log = RunLog(tmp_path / "log")
+    with pytest.raises(Killed):
+        prune_as_asked(build_model(), data(), REQUEST, log)
+    monkeypatch.undo()
+    assert log.committed == count
+    again = prune_as_asked(build_model(), data(), REQUEST, log)
+    assert again.plan == whole.plan
+    assert [layer.name for layer in again.layers] == [layer.name for layer in whole.layers]
+    assert [layer.loss for layer in again.layers] == [layer.loss for layer in whole.layers]
+    found = again.model.state_dict()
+    for key, value in whole.model.state_dict().items():
+        assert torch.equal(value, found[key]), key
+
+
+def test_what_is_recorded_is_not_solved_again(killing, tmp_path, monkeypatch):
+    killing(3)
+    log = RunLog(tmp_path / "log")
+    with pytest.raises(Killed):
+        prune_as_asked(tiny("opt"), tokens(), REQUEST, log)
+    monkeypatch.undo()
+    solved = []
+    original = osscar.pruning.prune._prune_group
+
+    def spy(site, *rest):
+        solved.append(site.group.name)
+        return original(site, *rest)
+
+    monkeypatch.setattr(osscar.pruning.prune, "_prune_group", spy)
+    result = prune_as_asked(tiny("opt"), tokens(), REQUEST, log)
+    assert solved == [layer.name for layer in result.layers][3:]
+
+
+def other_model():
+    return tiny("opt", seed=1), tokens(), REQUEST
+
+
+def other_data():
+    return tiny("opt"), tokens(seed=2), REQUEST
+
+
+def other_request():
+    return tiny("opt"), tokens(), PruningRequest(sparsity=0.5, damp=0.02, device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (other_model, "the model's weights are others"),
+        (other_data, "the calibration data are others"),
+        (other_request, "damp was 0.01 and is 0.02"),
+    ],
+)
+def test_another_run_is_refused_with_the_difference(changed, message, tmp_path):
+    log = RunLog(tmp_path / "log")
+    prune_as_asked(tiny("opt"), tokens(), REQUEST, log)
+    with pytest.raises(RunError, match=f"{message}.*--restart"):
+        prune_as_asked(*changed(), log)
+    log.remove()
+    assert not log.directory.exists()
+    prune_as_asked(*changed(), log)
+
+
+def cut(log):
+    file = log.directory / "00001.safetensors"
+    file.write_bytes(file.read_bytes()[:-40])
+
+
+def forged(log):
+    file = log.directory / "00000.safetensors"
+    tensors = safetensors.torch.load_file(file)
+    words = {"index": 0, "plan": {"name": "x"}, "report": {}, "weights": 10**9}
+    safetensors.torch.save_file(tensors, file, {"record": json.dumps(words)})
+
+
+def swapped(log):
+    first, second = (log.directory / f"0000{i}.safetensors" for i in range(2))
+    first.write_bytes(second.read_bytes())
+
+
+def unreadable_manifest(log):
+    (log.directory / MANIFEST).write_text("[" * 10**5)
+
+
+@pytest.mark.parametrize("damage", [cut, forged, swapped, unreadable_manifest])
+def test_a_damaged_log_is_refused(damage, tmp_path):
+    log = RunLog(tmp_path / "log")
+    prune_as_asked(tiny("opt"), tokens(), REQUEST, log)
+    damage(log)
+    with pytest.raises(RunError, match="--restart"):
+        prune_as_asked(tiny("opt"), tokens(), REQUEST, log)
+
+
+def test_foreign_files_in_a_log_survive_its_removal(tmp_path):
+    log = RunLog(tmp_path / "log")
+    prune_as_asked(tiny("opt"), tokens(), REQUEST, log)
+    (log.directory / "thesis.tex").write_text("years of work")
+    log.remove()
+    assert [path.name for path in log.directory.iterdir()] == ["thesis.tex"]
+
+
+# ---- kills -------------------------------------------------------------------------------
+
+ARGUMENTS = [
+    *("prune", "demo", "--sparsity", "0.3", "--samples", "8", "--seqlen", "64"),
+    *("--backend", "wanda", "--device", "cpu"),
+]
+EVENTS = ("write", "rename", "commit", "walk")
+
+
+def _run(out, kill_at=None, number=signal.SIGKILL):
+    """Run the command in a child of this process, and let a signal hit it at some event."""
+    child = os.fork()
+    if child:
+        return os.waitpid(child, 0)[1]
+    status = 70
+    try:
+        torch.set_num_threads(1)
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, 1)
+        os.dup2(null, 2)
+        if kill_at is not None:
+            _arm(kill_at, number)
+        status = build()([*ARGUMENTS, "--out", str(out)], standalone_mode=False) or 0
+    except BaseException:
+        status = 71
+    finally:
+        os._exit(status)
+
+
+def _arm(kill_at, number):
+    """Send the signal at the n-th of all writes, renames, commits and arrivals."""
+    from osscar.capture.coroutines import Coroutine
+    from osscar.capture.walk import Site
+
+    left = [kill_at]
+
+    def counted(function):
+        def call(*args, **kwargs):
+            left[0] -= 1
+            if left[0] == 0:
+                os.kill(os.getpid(), number)
+            found = function(*args, **kwargs)
+            return found
+
+        return call
+
+    Site.commit = counted(Site.commit)
+    Coroutine.advance = counted(Coroutine.advance)
+    Path.replace, Path.rename = counted(Path.replace), counted(Path.rename)
+    Path.write_text, Path.mkdir = counted(Path.write_text), counted(Path.mkdir)
+    safetensors.torch.save_file = counted(safetensors.torch.save_file)
+    safetensors.torch.save_model = counted(safetensors.torch.save_model)
+
+
+def _content(directory):
+    """Return what matters of a checkpoint: everything but the report, which tells seconds."""
+    files = {path.name: path.read_bytes() for path in Path(directory).iterdir()}
+    files.pop("osscar_report.json", None)
+    return files
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    out = tmp_path_factory.mktemp("whole") / "small"
+    assert _run(out) == 0
+    return _content(out)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.parametrize("seed", range(6))
+def test_kills_at_any_moment_lose_nothing(seed, tmp_path, uninterrupted):
+    _killed_and_gone_on(seed, tmp_path, uninterrupted)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.parametrize("seed", range(100, 130))
+def test_thirty_kills_lose_nothing(seed, tmp_path, uninterrupted):
+    _killed_and_gone_on(seed, tmp_path, uninterrupted)
+
+
+def _killed_and_gone_on(seed, tmp_path, uninterrupted):
+    """Kill a run once or twice, somewhere, and let the same command finish it."""
+    draw = random.Random(seed)
+    out = tmp_path / "small"
+    kills = 0
+    for _ in range(draw.choice((1, 2))):
+        number = draw.choice((signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT))
+        status = _run(out, draw.randrange(1, 40), number)
+        kills += status != 0
+        if status == 0:
+            break
+        assert not out.exists() or _content(out) == uninterrupted  # whole, or not there
+    if not out.exists():
+        assert _run(out) == 0
+    assert _content(out) == uninterrupted
+    left = [path.name for path in tmp_path.iterdir() if path != out and path.suffix != ".run"]
+    assert left == []
