@@ -413,9 +413,9 @@ def test_images_that_would_be_clipped_or_are_too_large_are_refused(tmp_path, mon
         ({"interpolation": "x"}, "interpolation is 'x'"),
         ({"resize": -1}, "resize is -1"),
         ({"crop": 10**9}, "crop is 1000000000"),
-        ({"resize": "x"}, "makes no sense"),
-        ({"std": [float("nan")] * 3}, "std above 0"),
-        ({"mean": [float("nan")] * 3}, "std above 0"),
+        ({"resize": "x"}, "resize.int: input should be a valid integer"),
+        ({"std": [float("nan")] * 3}, "NaN is not JSON"),
+        ({"mean": [float("nan")] * 3}, "NaN is not JSON"),
         ({"std": [-1, 1, 1]}, "std above 0"),
         ({"mean": []}, r"mean is \(\)"),
     ],
@@ -563,7 +563,7 @@ def test_empty_directories_and_other_files_are_refused(tmp_path):
 
 def test_images_are_recognized_by_what_is_stored(folders):
     images = load_images(folders, Preprocessing())
-    known = [Calibration("text"), Calibration.of(images.first(3).describe())]
+    known = [Calibration("text"), Calibration.of(images.sample(3, seed=0).describe())]
     with pytest.raises(ImageError, match="3 of the 10 images calibrated"):
         refuse_overlap(images, known)
     others = ImageSet("others", pixels(4, 9), Preprocessing())
