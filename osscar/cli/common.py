@@ -6,7 +6,7 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Any
@@ -204,3 +204,19 @@ def _covers(used: Path, place: Path) -> bool:
             return True
         return used.exists() and place.exists() and used.samefile(place)
     return False
+
+
+@contextmanager
+def way_back(kept: Callable[[], str]) -> Iterator[None]:
+    """Say how to go on where someone interrupts the block.
+
+    Parameters
+    ----------
+    kept
+        Says what is kept by then, and where.
+    """
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        say_aside("interrupted", f"{kept()}; give the same command again to go on", "yellow")
+        raise

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -20,13 +19,12 @@ from osscar.cli.common import (
     out,
     quiet,
     say,
-    say_aside,
+    way_back,
     write_json,
 )
 
 if TYPE_CHECKING:
     from osscar.report.summary import Summary
-    from osscar.study.directory import Study
     from solvers import SubsetProblem
 
 _PROBLEM_SUFFIXES = (".npz", ".safetensors")
@@ -153,7 +151,7 @@ def command(
                 )
             )
         jobs = jobs or study.affordable_jobs()
-        with _way_back(study):
+        with way_back(lambda: f"what was solved is kept in {study.directory}"):
             records = study.run(design, jobs)
         summary = summarize(records, study.trivial)
         report = write_report(study, design, records, summary, jobs=jobs)
@@ -166,20 +164,6 @@ def command(
         "trivial": [instance.name for instance in study.trivial],
     }
     write_json(json, document("gap", 2, content))
-
-
-@contextmanager
-def _way_back(study: Study) -> Iterator[None]:
-    """Say how to go on where someone interrupts the solves."""
-    try:
-        yield
-    except (KeyboardInterrupt, SystemExit):
-        say_aside(
-            "interrupted",
-            f"what was solved is kept in {study.directory}; give the same command again to go on",
-            "yellow",
-        )
-        raise
 
 
 def _print(summary: Summary) -> None:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json as jsonlib
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -22,7 +20,7 @@ from osscar.cli.common import (
     document,
     out,
     quiet,
-    say_aside,
+    way_back,
     write_json,
 )
 
@@ -31,7 +29,6 @@ if TYPE_CHECKING:
     from osscar.data.images import ImageSet
     from osscar.data.tokens import CalibrationSet
     from osscar.pruning.result import PruningResult
-    from osscar.pruning.run_log import RunLog
 
 
 def command(
@@ -177,7 +174,7 @@ def command(
         log = RunLog(path.with_name(f"{path.name}.run"))
         if restart:
             log.remove()
-        with _way_back(log):
+        with way_back(lambda: f"{log.committed} groups are done and kept in {log.directory}"):
             result = prune_as_asked(loaded.model, data, request, log)
         report = report_document(result, loaded.source, data, loaded.classes)
         saved = result.save(
@@ -192,21 +189,6 @@ def command(
     given = "--images PATH" if isinstance(loaded, VisionModel) else "--text FILE"
     out.print(f"  osscar eval {directory} {given} --against {against or model}", highlight=False)
     write_json(json, {**report, "saved": _saved(saved)})
-
-
-@contextmanager
-def _way_back(log: RunLog) -> Iterator[None]:
-    """Say how to go on where someone interrupts the run."""
-    try:
-        yield
-    except (KeyboardInterrupt, SystemExit):
-        say_aside(
-            "interrupted",
-            f"{log.committed} groups are done and kept in {log.directory}; give the same command "
-            "again to go on",
-            "yellow",
-        )
-        raise
 
 
 def report_document(

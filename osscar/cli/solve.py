@@ -67,7 +67,7 @@ def command(
         verification = solution.verify()
     _print_solution(solution, verification)
     content = {"file": str(file), "problem": describe(problem), **_content(solution, verification)}
-    write_json(json, document("solve", 1, content))
+    write_json(json, document("solve", 2, content))
 
 
 def describe(problem: SubsetProblem) -> dict[str, Any]:
@@ -136,19 +136,7 @@ def _print_solution(solution: Solution, verification: Verification) -> None:
 def _content(solution: Solution, verification: Verification) -> dict[str, Any]:
     fields = dataclasses.asdict(verification)
     numbers = {k: _finite(v) if isinstance(v, float) else v for k, v in fields.items()}
-    return {
-        "backend": solution.backend,
-        "status": solution.status.name,
-        "support": solution.support.tolist(),
-        "loss": verification.loss,
-        "relative_loss": solution.relative_loss,
-        "lower_bound": _finite(solution.lower_bound),
-        "bound_from": solution.bound_from,
-        "gap": _finite(solution.gap),
-        "iterations": solution.iterations,
-        "seconds": solution.seconds,
-        "verification": numbers,
-    }
+    return {**dataclasses.asdict(solution.record(verification)), "verification": numbers}
 
 
 def _finite(value: float) -> float | None:

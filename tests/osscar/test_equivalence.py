@@ -15,9 +15,10 @@ import osscar
 from osscar.core.errors import AdapterError, EquivalenceError
 from osscar.shrinking import shrink as shrinking
 from osscar.shrinking.equivalence import proof_outputs, prove_equal
+from osscar.shrinking.integers import IntegerSearch
 from osscar.shrinking.mask import masked
 from osscar.shrinking.plan import GroupPlan, PruningPlan
-from osscar.shrinking.shrink import _Search, shrink_proved
+from osscar.shrinking.shrink import shrink_proved
 from tests.coverage.measure import half_of, shrink_by_half
 from tests.coverage.zoo import transformers_case
 from tests.graph.topologies import randomized
@@ -413,7 +414,7 @@ def test_a_stride_never_follows() -> None:
             return y
 
     model, x = Strided().eval(), torch.randn(1, 3, 9, 9)
-    search = _Search(model, _half(model, (x,)), lambda: 0.0)
+    search = IntegerSearch(model, _half(model, (x,)), lambda: 0.0)
     assert not {"stride", "padding", "dilation", "kernel_size"} & set(search._following("enter"))
     assert search._following("") == {"mine": 1}
 
