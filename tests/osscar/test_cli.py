@@ -356,4 +356,9 @@ def test_being_terminated_leaves_nothing_half_written(run, text, tmp_path, monke
     finally:
         signal.signal(signal.SIGTERM, before)
     assert status == 128 + signal.SIGTERM
-    assert [path.name for path in tmp_path.iterdir()] == [text.name]
+    # What was solved is kept, in plain sight, and nothing else.
+    assert {path.name for path in tmp_path.iterdir()} == {text.name, "out.run"}
+    monkeypatch.undo()
+    status, _, _ = run(*small_prune(text, tmp_path / "out", "--sparsity", 0.5))
+    assert status == 0
+    assert {path.name for path in tmp_path.iterdir()} == {text.name, "out"}
