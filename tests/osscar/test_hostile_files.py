@@ -24,7 +24,7 @@ from osscar.data.preprocessing import Preprocessing
 from osscar.data.text import encode, read_text
 from osscar.evaluation.language import compare, evaluate
 from osscar.models.language import DEMO_DIRECTORY, load_model
-from osscar.models.names import sort_of
+from osscar.models.names import Sort, sort_of
 from osscar.models.open import open_model
 from osscar.models.vision import load_vision_model
 from osscar.models.weights import read_state
@@ -244,7 +244,7 @@ def test_plans_and_reports(tmp_path):
     )
     manifest, plan, report = (path / name for name in (MANIFEST_FILE, OLD_PLAN_FILE, REPORT_FILE))
     good, told = json.loads(manifest.read_text()), json.loads(report.read_text())
-    assert sort_of(path).is_directory
+    assert sort_of(path) is Sort.CODE_DIRECTORY
 
     @MANY
     @given(changed(good))
