@@ -74,7 +74,7 @@ def test_solve_shows_loss_bound_and_proof(run, file, tmp_path):
     assert "keeps 4 of 9 units" in out
     assert "OPTIMAL" in out
     document = json.loads((tmp_path / "s.json").read_text())
-    assert document["schema"] == "osscar.solve/1"
+    assert document["schema"] == "osscar.solve/2"
     assert document["gap"] < 1e-9
     assert len(document["support"]) == 4
     assert document["verification"]["loss"] == document["loss"]
