@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextvars
 import enum
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -73,6 +74,8 @@ class Coroutine:
         self.arrived: Arrival | None = None
         self.reached = -1
         """The watched call at which it stands, counted from 0."""
+        self.read: dict[int, weakref.ref[Tensor]] = {}
+        """What some of the calls were given, by call."""
         self._scratch = scratch
         self._left: _Left | None = None
         self._ending = False

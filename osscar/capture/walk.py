@@ -7,12 +7,15 @@ computed twice, and no structure of the model has to be known.
 
 A coroutine cannot go back.  Where a group is read in several calls (several consumers, or a module
 that is called more than once) the batches have passed the first of them, through weights that are
-no longer, when the last is reached.  They then start again: one more pass for each such group.
+no longer, when the last is reached.  They then start again: one more pass for each such group.  If
+all its consumers read one and the same tensor, as a block and its shortcut do, the group is solved
+at the first of them, and none is needed.
 """
 
 from __future__ import annotations
 
 import itertools
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -121,6 +124,7 @@ class Walk:
         self._consumers = {group.name: linear_maps(opened.model, group) for group in groups}
         self._calls, self._scratch = self._schedule()
         self._tours = self._in_order(groups)
+        self._first_reader = self._readers(groups)
         self._starts_again_after = self._later_starts()
         self._runs: list[Coroutine] = []
         self._dense: list[Coroutine] = []
@@ -146,9 +150,11 @@ class Walk:
         """
         example = self._opened.example
         with recorded_writes(self._opened.model) as written:
-            calls = self._called(example)
-        if max(Counter(calls).values(), default=1) > 1:
-            calls = self._called(self._batches[0])
+            seen = self._called(example)
+        if max(Counter(name for name, _, _ in seen).values(), default=1) > 1:
+            seen = self._called(self._batches[0])
+        calls = [name for name, _, _ in seen]
+        self._inputs = [(id(x), version) for _, x, version in seen]
         for maps in self._consumers.values():
             for consumer in maps:
                 if consumer.name not in calls:
@@ -158,12 +164,14 @@ class Walk:
                     )
         return tuple(calls), Scratch(tuple(written))
 
-    def _called(self, batch: Batch) -> list[str]:
-        calls: list[str] = []
-        with (
-            torch.no_grad(),
-            _hooked(self._opened.model, self._names, lambda name, _: calls.append(name)),
-        ):
+    def _called(self, batch: Batch) -> list[tuple[str, Tensor, int]]:
+        """Return each call with the tensor that it reads, and how often that was written to."""
+        calls: list[tuple[str, Tensor, int]] = []
+
+        def see(name: str, x: Tensor) -> None:
+            calls.append((name, x, 0 if x.is_inference() else x._version))
+
+        with torch.no_grad(), _hooked(self._opened.model, self._names, see):
             self._opened.model(**batch)
         return calls
 
@@ -172,8 +180,27 @@ class Walk:
         return {consumer.name for maps in self._consumers.values() for consumer in maps}
 
     def _calls_of(self, group: CouplingGroup) -> list[int]:
+        """Return at which calls a group is measured; one will do where all read the same tensor."""
         names = {consumer.name for consumer in self._consumers[group.name]}
-        return [call for call, name in enumerate(self._calls) if name in names]
+        calls = [call for call, name in enumerate(self._calls) if name in names]
+        return calls[:1] if self._in_one_breath(calls) else calls
+
+    def _readers(self, groups: Sequence[CouplingGroup]) -> dict[int, int]:
+        """Return, for each call of a group that is measured at its first call alone, that call."""
+        found: dict[int, int] = {}
+        for group in groups:
+            names = {consumer.name for consumer in self._consumers[group.name]}
+            calls = [call for call, name in enumerate(self._calls) if name in names]
+            if self._in_one_breath(calls):
+                found.update(dict.fromkeys(calls, calls[0]))
+        return found
+
+    def _in_one_breath(self, calls: Sequence[int]) -> bool:
+        """Whether several modules, each called once, read one tensor that nothing writes to."""
+        if self._target.needs_dense:
+            return False  # what each of them puts out is needed, too
+        names = {self._calls[call] for call in calls}
+        return len(names) == len(calls) > 1 and len({self._inputs[call] for call in calls}) == 1
 
     def _in_order(self, groups: Sequence[CouplingGroup]) -> list[tuple[CouplingGroup, ...]]:
         """Return the groups in the order in which they are first read; together, or one by one."""
@@ -211,7 +238,15 @@ class Walk:
                 if group.name not in grams:
                     maps = self._consumers[group.name]
                     grams[group.name] = tuple(GramAccumulator(consumer) for consumer in maps)
-            self._measure(call, [gram for group in here for gram in grams[group.name]])
+            self._measure(
+                call,
+                [
+                    gram
+                    for group in here
+                    for gram in grams[group.name]
+                    if len(calls[group.name]) == 1 or gram.linear_map.name == self._calls[call]
+                ],
+            )
             for group in here:
                 if call != calls[group.name][-1]:
                     continue
@@ -244,7 +279,6 @@ class Walk:
 
     def _measure(self, call: int, grams: Sequence[GramAccumulator]) -> None:
         """Let each batch arrive at a call, and add up what it brings."""
-        here = [gram for gram in grams if gram.linear_map.name == self._calls[call]]
         for index, run in enumerate(self._runs):
             arrival = self._bring(run, call)
             D = None
@@ -253,7 +287,7 @@ class Walk:
                 assert dense.output is not None
                 assert arrival.output is not None
                 D = self._target.correction(dense.output, arrival.output)
-            for gram in here:
+            for gram in grams:
                 _add(gram, arrival.x, D)
         self._at = call
 
@@ -273,8 +307,23 @@ class Walk:
                 ) from error
             if arrival is None or arrival.module != expected:
                 raise CalibrationError(self._astray(run, expected))
+            self._check_same_tensor(run, arrival)
         assert run.arrived is not None
         return run.arrived
+
+    def _check_same_tensor(self, run: Coroutine, arrival: Arrival) -> None:
+        """Hold each batch to what the order of the calls was learned from."""
+        first = self._first_reader.get(run.reached)
+        if first is None:
+            return
+        if first == run.reached:
+            run.read[first] = weakref.ref(arrival.x)
+        elif run.read[first]() is not arrival.x:
+            raise CalibrationError(
+                f"calibration batch {run.index} calls {arrival.module!r} with another tensor than "
+                f"{self._calls[first]!r}, which read the same one on other data; give batches that "
+                "run alike"
+            )
 
     def _astray(self, run: Coroutine, expected: str) -> str:
         """Say how a batch takes another way than the first one."""
