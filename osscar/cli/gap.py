@@ -13,6 +13,7 @@ import typer
 from osscar.cli.common import (
     JsonOption,
     TrustOption,
+    WeightsOption,
     check_input,
     check_json_path,
     document,
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 _PROBLEM_SUFFIXES = (".npz", ".safetensors")
 _OF_MODELS = (
     *("groups", "query_heads", "calibration", "samples", "seqlen", "damp"),
-    *("device", "trust_remote_code"),
+    *("weights", "device", "trust_remote_code"),
 )
 """Parameters that say how a model's problems are posed, and mean nothing to problem files."""
 
@@ -80,10 +81,19 @@ def command(
     ] = False,
     calibration: Annotated[
         str | None,
-        typer.Option(help="Plain text file or Hugging Face dataset; by default built-in text."),
+        typer.Option(
+            help="Plain text file or Hugging Face dataset (by default built-in text); for images "
+            "a directory or an .npz file."
+        ),
     ] = None,
-    samples: Annotated[int, typer.Option(max=10**6, help="Calibration windows.")] = 32,
-    seqlen: Annotated[int, typer.Option(help="Tokens in a calibration window.")] = 512,
+    samples: Annotated[
+        int | None,
+        typer.Option(max=10**6, help="Calibration windows (default 32) or images (default 256)."),
+    ] = None,
+    seqlen: Annotated[
+        int | None, typer.Option(help="Tokens in a calibration window (default 512).")
+    ] = None,
+    weights: WeightsOption = None,
     seed: Annotated[
         int, typer.Option(min=0, max=2**63 - 1, help="Seed of everything that is drawn.")
     ] = 0,
@@ -116,7 +126,7 @@ def command(
     from osscar.study.design import DEFAULT_BACKENDS, StudyDesign
     from osscar.study.directory import Study
 
-    check_json_path(json, inputs=(*sources, calibration), written=directory)
+    check_json_path(json, inputs=(*sources, calibration, weights), written=directory)
     design = StudyDesign(
         sparsities=_numbers(sparsity),
         backends=DEFAULT_BACKENDS if backends is None else _names(backends),
@@ -137,6 +147,7 @@ def command(
             **{"model": sources[0], "calibration": calibration or "built-in text"},
             **{"samples": samples, "seqlen": seqlen, "seed": seed, "damp": damp},
             **{"groups": groups, "query_heads": query_heads},
+            "weights": None if weights is None else str(weights),
         }
         if calibration is not None and Path(calibration).is_file():
             source["calibration_sha256"] = _fingerprint(Path(calibration))["sha256"]
@@ -178,15 +189,18 @@ def _print(summary: Summary) -> None:
 def _model_problems(
     source: dict[str, Any], groups: str | None, *, device: str, trust_remote_code: bool
 ) -> Iterator[tuple[str, SubsetProblem]]:
-    from osscar.data.tokens import BUILTIN, load_calibration
-    from osscar.models.language import load_model
+    from osscar.models.open import open_model
     from osscar.study.problems import model_problems
 
-    loaded = load_model(source["model"], device=device, trust_remote_code=trust_remote_code)
-    text = source["calibration"]
-    windows = load_calibration(
-        BUILTIN if text == "built-in text" else text,
-        loaded.tokenizer,
+    loaded = open_model(
+        source["model"],
+        weights=source["weights"],
+        device=device,
+        trust_remote_code=trust_remote_code,
+    )
+    given = source["calibration"]
+    data = loaded.calibration(
+        None if given == "built-in text" else given,
         samples=source["samples"],
         seqlen=source["seqlen"],
         seed=source["seed"],
@@ -194,7 +208,7 @@ def _model_problems(
     patterns = _names(groups) if groups is not None else ("*",)
     for group, problem in model_problems(
         loaded.model,
-        windows,
+        data,
         damp=source["damp"],
         wanted=lambda name: any(fnmatchcase(name, pattern) for pattern in patterns),
         query_heads=source["query_heads"],

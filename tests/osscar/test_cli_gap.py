@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 import torch
 
@@ -310,3 +311,28 @@ def test_the_names_of_problems_do_not_steer_the_terminal(run, file, monkeypatch)
         assert status == 2
         assert not {"\x1b", "\x07", "\r"} & set(out + err)
         assert "owned" in err
+
+
+CONVOLUTIONS = """
+from torch import nn
+
+def build():
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 6, 3, padding=1), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 4),
+    ).eval()
+"""
+
+
+def test_a_model_that_reads_images_is_studied_as_well(run, tmp_path):
+    (tmp_path / "mine.py").write_text(CONVOLUTIONS)
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 12, 12, 3), dtype=np.uint8)
+    np.savez(tmp_path / "images.npz", images=pixels)
+    status, shown, _ = run(
+        "gap", f"{tmp_path / 'mine.py'}:build", "--calibration", tmp_path / "images.npz",
+        "--samples", 30, "--sparsity", "0.5", "--backends", "greedy,branch_and_bound",
+        "--out", tmp_path / "study", "--jobs", 1,
+    )  # fmt: skip
+    assert status == 0, shown
+    kinds = {json.loads(f.read_text())["kind"] for f in (tmp_path / "study/records").glob("*.json")}
+    assert kinds == {"channels"}
