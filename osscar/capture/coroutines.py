@@ -9,6 +9,7 @@ run.  Both are taken off when a pass is suspended and put back when it goes on.
 from __future__ import annotations
 
 import contextvars
+import copy
 import enum
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -21,6 +22,15 @@ from greenlet import GreenletExit, getcurrent, greenlet
 from torch import Tensor, nn
 
 _AUTOCAST_DEVICES = ("cpu", "cuda")
+_KERNELS = tuple(
+    (
+        getattr(torch.backends.cuda, f"{name}_sdp_enabled"),
+        getattr(torch.backends.cuda, f"enable_{name}_sdp"),
+    )
+    for name in ("flash", "mem_efficient", "math", "cudnn")
+)
+"""Which kernels attention may take: on a GPU, and `math` everywhere."""
+
 _MISSING = object()
 
 
@@ -148,6 +158,8 @@ class Surroundings:
             device: (torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
             for device in _AUTOCAST_DEVICES
         }
+        self.kernels = {enable: enabled() for enabled, enable in _KERNELS}
+        self.precision = torch.get_float32_matmul_precision()
         self.function_modes = torch._C._len_torch_function_stack()
         self.dispatch_modes = torch._C._len_torch_dispatch_stack()
 
@@ -156,6 +168,9 @@ class Surroundings:
         torch.set_grad_enabled(self.gradients)
         torch.set_default_dtype(self.number_format)
         torch.set_autocast_cache_enabled(self.cache)
+        torch.set_float32_matmul_precision(self.precision)
+        for enable, enabled in self.kernels.items():
+            enable(enabled)
         for device, (enabled, number_format) in self.autocast.items():
             torch.set_autocast_enabled(device, enabled)
             torch.set_autocast_dtype(device, number_format)
@@ -198,21 +213,48 @@ class _Left:
 # ---- what modules write on themselves ----------------------------------------------------
 
 
+_CONTAINERS = (dict, list, set)
+_OWN = frozenset(vars(nn.Module()))
+"""What every module has, such as its tables of parameters and hooks."""
+
+
 @dataclass(frozen=True, eq=False)
 class Scratch:
-    """Attributes that a forward pass writes on modules; each pass has its own values of them.
+    """What a forward pass writes on modules; each pass has its own values of it.
 
     Parameters
     ----------
-    places
-        The module and the name of each.
+    attributes
+        The module and the name of each that is assigned.
+    containers
+        Dictionaries, lists and sets that are attributes of modules, whose members may change.
+    buffers
+        Tensors that are written to in place.
     """
 
-    places: Sequence[tuple[nn.Module, str]] = ()
+    attributes: Sequence[tuple[nn.Module, str]] = ()
+    containers: Sequence[Any] = ()
+    buffers: Sequence[Tensor] = ()
     _initial: list[Any] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self._initial.extend(self._read())
+
+    @classmethod
+    def of(cls, model: nn.Module, written: Writes) -> Scratch:
+        """Take what was written, and all containers that might have been for a moment."""
+        containers = [
+            value
+            for module in model.modules()
+            for name, value in vars(module).items()
+            if name not in _OWN and isinstance(value, _CONTAINERS)
+        ]
+        buffers = [
+            tensor
+            for tensor, version in written.versions
+            if not tensor.is_inference() and tensor._version != version
+        ]
+        return cls(tuple(written.attributes), tuple(containers), tuple(buffers))
 
     def take(self) -> list[Any]:
         """Return what the running pass has written, and write what was there before it."""
@@ -220,17 +262,39 @@ class Scratch:
         self.put(self._initial)
         return written
 
+    def reset(self) -> None:
+        """Write what was there before any pass."""
+        self.put(self._initial)
+
     def put(self, values: Sequence[Any]) -> None:
         """Write values, as `take` returned them."""
-        for (module, name), value in zip(self.places, values, strict=True):
-            store = _store(module, name)
+        rest = iter(values)
+        for module, name in self.attributes:
+            store, value = _store(module, name), next(rest)
             if value is _MISSING:
                 store.pop(name, None)
             else:
                 store[name] = value
+        for container in self.containers:
+            _refill(container, next(rest))
+        for buffer in self.buffers:
+            buffer.copy_(next(rest))
 
     def _read(self) -> list[Any]:
-        return [_store(module, name).get(name, _MISSING) for module, name in self.places]
+        return [
+            *(_store(module, name).get(name, _MISSING) for module, name in self.attributes),
+            *(copy.copy(container) for container in self.containers),
+            *(buffer.clone() for buffer in self.buffers),
+        ]
+
+
+def _refill(container: Any, members: Any) -> None:
+    """Give a dictionary, list or set other members."""
+    container.clear()
+    if isinstance(container, list):
+        container.extend(members)
+    else:
+        container.update(members)
 
 
 def _store(module: nn.Module, name: str) -> dict[str, Any]:
@@ -239,16 +303,33 @@ def _store(module: nn.Module, name: str) -> dict[str, Any]:
     return next((table for table in tables if name in table), vars(module))
 
 
+@dataclass(eq=False)
+class Writes:
+    """What was written while a model ran.
+
+    Parameters
+    ----------
+    attributes
+        Each module and attribute that was assigned.
+    versions
+        Each buffer with how often it had been written to before.
+    """
+
+    attributes: set[tuple[nn.Module, str]] = field(default_factory=set)
+    versions: Sequence[tuple[Tensor, int]] = ()
+
+
 @contextmanager
-def recorded_writes(model: nn.Module) -> Iterator[set[tuple[nn.Module, str]]]:
-    """Yield a set to which each attribute is added that a module writes while the block runs."""
-    written: set[tuple[nn.Module, str]] = set()
+def recorded_writes(model: nn.Module) -> Iterator[Writes]:
+    """Yield what modules write on themselves while the block runs."""
+    versions = [(t, 0 if t.is_inference() else t._version) for t in model.buffers()]
+    written = Writes(versions=versions)
     own = set(model.modules())
     original = nn.Module.__setattr__
 
     def note(module: nn.Module, name: str, value: Any) -> None:
         if module in own and name != "training":
-            written.add((module, name))
+            written.attributes.add((module, name))
         original(module, name, value)
 
     nn.Module.__setattr__ = note  # type: ignore[method-assign, assignment]

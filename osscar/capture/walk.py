@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -24,6 +23,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from graph import CouplingGroup
 from graph.export import failing_module
@@ -32,6 +32,7 @@ from osscar.capture.coroutines import (
     Coroutine,
     Scratch,
     Stream,
+    Surroundings,
     recorded_writes,
     running,
     suspend,
@@ -134,25 +135,27 @@ class Walk:
 
     def __iter__(self) -> Iterator[Site]:
         with torch.no_grad(), self._watched():
+            around = Surroundings()
             try:
                 for tour in self._tours:
                     yield from self._sites_of(tour)
             finally:
                 self._end()
+                around.restore()
 
     # ---- when consumers are called -------------------------------------------------------
 
     def _schedule(self) -> tuple[tuple[str, ...], Scratch]:
         """Return the modules to watch in the order of their calls, and what passes write.
 
-        How often a module is called may depend on the data's shape; where one is called more than
-        once, the order of the calls is that of the first batch rather than of the example.
+        How often a module is called may depend on the data's shape, so that the order of the calls
+        is that of the first batch; the small example tells what passes write on modules.
         """
-        example = self._opened.example
         with recorded_writes(self._opened.model) as written:
-            seen = self._called(example)
-        if max(Counter(name for name, _, _ in seen).values(), default=1) > 1:
-            seen = self._called(self._batches[0])
+            self._called(self._opened.example)
+        scratch = Scratch.of(self._opened.model, written)
+        seen = self._called_on_shapes(self._batches[0])
+        scratch.reset()  # tensors without values may have been written on modules
         calls = [name for name, _, _ in seen]
         self._inputs = [(id(x), version) for _, x, version in seen]
         for maps in self._consumers.values():
@@ -162,17 +165,32 @@ class Walk:
                         f"{consumer.name!r} was never called on the calibration data, so that it "
                         "cannot be refitted; give inputs that reach it"
                     )
-        return tuple(calls), Scratch(tuple(written))
+        return tuple(calls), scratch
+
+    def _called_on_shapes(self, batch: Batch) -> list[tuple[str, Tensor, int]]:
+        """Return the calls on a batch of this shape, computing nothing where that is possible."""
+        fake = FakeTensorMode(allow_non_fake_inputs=True)
+        try:
+            with fake:
+                return self._called({name: fake.from_tensor(x) for name, x in batch.items()})
+        except Exception:  # code that looks at values, or that has no shape function
+            return self._called(batch)
 
     def _called(self, batch: Batch) -> list[tuple[str, Tensor, int]]:
         """Return each call with the tensor that it reads, and how often that was written to."""
         calls: list[tuple[str, Tensor, int]] = []
 
         def see(name: str, x: Tensor) -> None:
-            calls.append((name, x, 0 if x.is_inference() else x._version))
+            # Nobody counts the writes to tensors of inference mode: no two of them are the same.
+            calls.append((name, x, -len(calls) - 1 if x.is_inference() else x._version))
 
         with torch.no_grad(), _hooked(self._opened.model, self._names, see):
-            self._opened.model(**batch)
+            try:
+                self._opened.model(**batch)
+            except (OsscarError, torch.OutOfMemoryError):
+                raise
+            except Exception as error:  # the model may be anyone's code
+                raise _failed(error, self._opened.model, 0) from error
         return calls
 
     @property
@@ -300,11 +318,7 @@ class Walk:
             except (OsscarError, torch.OutOfMemoryError):
                 raise
             except Exception as error:  # the model may be anyone's code
-                name = failing_module(error.__traceback__, self._opened.model)
-                raise CalibrationError(
-                    f"calibration batch {run.index} fails in {name or 'the model'!r}: "
-                    f"{type(error).__name__}: {error}; leave it out, or mend the model"
-                ) from error
+                raise _failed(error, self._opened.model, run.index) from error
             if arrival is None or arrival.module != expected:
                 raise CalibrationError(self._astray(run, expected))
             self._check_same_tensor(run, arrival)
@@ -340,7 +354,8 @@ class Walk:
     def _end(self) -> None:
         """End all passes; the next group starts new ones."""
         runs, self._runs, self._dense, self._at = [*self._runs, *self._dense], [], [], -1
-        for run in runs:
+        # The last to enter a context manager leaves it first, should it change the whole process.
+        for run in reversed(runs):
             run.end()
 
     def _committing(self, site: Site) -> None:
@@ -388,6 +403,15 @@ class Walk:
             weight = self._opened.model.get_submodule(name).weight
             assert isinstance(weight, Tensor)
             weight.data, self._originals[name] = self._originals[name], weight.data
+
+
+def _failed(error: Exception, model: nn.Module, batch: int) -> CalibrationError:
+    """Say in which batch and in which module a pass has failed."""
+    name = failing_module(error.__traceback__, model)
+    return CalibrationError(
+        f"calibration batch {batch} fails in {name or 'the model'!r}: "
+        f"{type(error).__name__}: {error}; leave it out, or mend the model"
+    )
 
 
 def _add(gram: GramAccumulator, x: Tensor, D: Tensor | None) -> None:

@@ -92,6 +92,51 @@ class Remembering(nn.Module):
         return self.head(torch.tanh(self.next(x)))
 
 
+class Hoarding(nn.Module):
+    """Modules that keep what they read later in containers and buffers."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.down, self.next = nn.Linear(6, 9), nn.Linear(9, 6), nn.Linear(6, 7)
+        self.head = nn.Linear(7, 6)
+        self.by_name, self.stack = {}, []
+        self.register_buffer("last", torch.zeros(1))
+
+    def forward(self, x):
+        self.by_name["x"] = x
+        self.stack.append(x.mean())
+        self.last.copy_(x.abs().max())
+        x = self.down(torch.relu(self.up(x)))
+        x = x + self.by_name["x"] + self.stack.pop() + self.last
+        return self.head(torch.tanh(self.next(x)))
+
+
+class Chunked(nn.Module):
+    """A layer that is called for so many samples at a time, and so more often on real batches."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(6, 9), nn.Linear(9, 4)
+
+    def forward(self, x):
+        return torch.cat([self.down(torch.relu(self.up(part))) for part in x.split(2)])
+
+
+class Unwritten(nn.Module):
+    """Under inference mode nobody counts writes, such as the one between the two readers."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.first, self.second = nn.Linear(6, 9), nn.Linear(9, 4), nn.Linear(9, 4)
+
+    def forward(self, x):
+        with torch.inference_mode():
+            hidden = self.up(x)
+            y = self.first(hidden)
+            hidden.relu_()
+            return (y + self.second(hidden)).clone()
+
+
 class Shortcut(nn.Module):
     """A stem that a block and its shortcut read, as in ResNet-50."""
 
@@ -188,6 +233,9 @@ CASES = {
     "twice": (seeded(Twice), lambda: torch.randn(7, 6)),
     "steps": (seeded(Steps), lambda: torch.randn(7, 4, 5)),
     "remembering": (seeded(Remembering), lambda: torch.randn(7, 6)),
+    "hoarding": (seeded(Hoarding), lambda: torch.randn(7, 6)),
+    "chunked": (seeded(Chunked), lambda: torch.randn(9, 6)),
+    "unwritten": (seeded(Unwritten), lambda: torch.randn(7, 6)),
     "surrounded": (seeded(Surrounded), lambda: torch.randn(7, 8)),
 }
 TOLERANCE = {"surrounded": 1e-2}  # a layer of it computes in bfloat16
@@ -559,6 +607,23 @@ def test_modes_of_a_suspended_pass_are_not_seen_outside():
             assert torch._C._len_torch_function_stack() == stack
             site.commit(half_gone(site))
     assert torch.is_grad_enabled()
+
+
+def test_which_kernels_attention_takes_is_as_before():
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    class Choosing(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up, self.down = nn.Linear(6, 9), nn.Linear(9, 4)
+
+        def forward(self, x):
+            with sdpa_kernel(SDPBackend.MATH):
+                return self.down(torch.relu(self.up(x)))
+
+    before = torch.backends.cuda.flash_sdp_enabled()
+    osscar.prune(seeded(Choosing)(), torch.randn(70, 6), sparsity=0.5, batch_size=BATCH)
+    assert torch.backends.cuda.flash_sdp_enabled() == before
 
 
 def test_inputs_by_keyword_are_seen():
