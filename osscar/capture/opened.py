@@ -149,6 +149,8 @@ def _check_runs(model: nn.Module, example: Mapping[str, Any]) -> None:
     """Run the model once: tracing looks at shapes, and lets through what kernels refuse."""
     try:
         model(**example)
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # the model may be anyone's code
         forms = ", ".join(f"{n} {t.dtype} {tuple(t.shape)}" for n, t in example.items())
         raise CalibrationError(

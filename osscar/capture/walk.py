@@ -130,6 +130,7 @@ class Walk:
         self._runs: list[Coroutine] = []
         self._dense: list[Coroutine] = []
         self._originals: dict[str, Tensor] = {}
+        self._exchanged: set[str] = set()
         self._at = -1
         """The call before which all batches stand."""
 
@@ -174,7 +175,8 @@ class Walk:
             with fake:
                 return self._called({name: fake.from_tensor(x) for name, x in batch.items()})
         except Exception:  # code that looks at values, or that has no shape function
-            return self._called(batch)
+            with batch_named(self._opened.model, 0):
+                return self._called(batch)
 
     def _called(self, batch: Batch) -> list[tuple[str, Tensor, int]]:
         """Return each call with the tensor that it reads, and how often that was written to."""
@@ -185,12 +187,7 @@ class Walk:
             calls.append((name, x, -len(calls) - 1 if x.is_inference() else x._version))
 
         with torch.no_grad(), _hooked(self._opened.model, self._names, see):
-            try:
-                self._opened.model(**batch)
-            except (OsscarError, torch.OutOfMemoryError):
-                raise
-            except Exception as error:  # the model may be anyone's code
-                raise _failed(error, self._opened.model, 0) from error
+            self._opened.model(**batch)
         return calls
 
     @property
@@ -313,12 +310,8 @@ class Walk:
         """Let a batch run on to a call: it stands before it then, in the dense stream after."""
         while run.reached < call:
             expected = self._calls[run.reached + 1]
-            try:
+            with batch_named(self._opened.model, run.index):
                 arrival = run.advance()
-            except (OsscarError, torch.OutOfMemoryError):
-                raise
-            except Exception as error:  # the model may be anyone's code
-                raise _failed(error, self._opened.model, run.index) from error
             if arrival is None or arrival.module != expected:
                 raise CalibrationError(self._astray(run, expected))
             self._check_same_tensor(run, arrival)
@@ -357,6 +350,8 @@ class Walk:
         # The last to enter a context manager leaves it first, should it change the whole process.
         for run in reversed(runs):
             run.end()
+        for name in list(self._exchanged):  # of a pass that failed inside a consumer
+            self._exchange(name)
 
     def _committing(self, site: Site) -> None:
         """Keep dense weights that batches of the dense stream will run through once more."""
@@ -400,18 +395,31 @@ class Walk:
     def _exchange(self, name: str) -> None:
         """Put the dense weight of a committed consumer in the place of the new one, or back."""
         if name in self._originals:
+            self._exchanged ^= {name}
             weight = self._opened.model.get_submodule(name).weight
             assert isinstance(weight, Tensor)
             weight.data, self._originals[name] = self._originals[name], weight.data
 
 
-def _failed(error: Exception, model: nn.Module, batch: int) -> CalibrationError:
-    """Say in which batch and in which module a pass has failed."""
-    name = failing_module(error.__traceback__, model)
-    return CalibrationError(
-        f"calibration batch {batch} fails in {name or 'the model'!r}: "
-        f"{type(error).__name__}: {error}; leave it out, or mend the model"
-    )
+@contextmanager
+def batch_named(model: nn.Module, batch: int) -> Iterator[None]:
+    """Say in which batch and in which module the block has failed.
+
+    Raises
+    ------
+    CalibrationError
+        If it has.
+    """
+    try:
+        yield
+    except (OsscarError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # the model may be anyone's code
+        name = failing_module(error.__traceback__, model)
+        raise CalibrationError(
+            f"calibration batch {batch} fails in {name or 'the model'!r}: "
+            f"{type(error).__name__}: {error}; leave it out, or mend the model"
+        ) from error
 
 
 def _add(gram: GramAccumulator, x: Tensor, D: Tensor | None) -> None:

@@ -171,7 +171,7 @@ def command(
         needed = weight_bytes(loaded.model, loaded.stored_dtype)
         check_output(path, overwrite=overwrite, needed_bytes=needed)
         data = loaded.calibration(calibration, samples=samples, seqlen=seqlen, seed=seed)
-        log = RunLog(path.with_name(f"{path.name}.run"))
+        log = RunLog(_beside(path))
         if restart:
             log.remove()
         with way_back(lambda: f"{log.committed} groups are done and kept in {log.directory}"):
@@ -189,6 +189,13 @@ def command(
     given = "--images PATH" if isinstance(loaded, VisionModel) else "--text FILE"
     out.print(f"  osscar eval {directory} {given} --against {against or model}", highlight=False)
     write_json(json, {**report, "saved": _saved(saved)})
+
+
+def _beside(path: Path) -> Path:
+    """Return where the log of a run lies: beside its output, or in it if nothing can be there."""
+    from osscar.checkpoint.runs import prefix, stays
+
+    return path / f"{prefix(path)}log" if stays(path) else path.with_name(f"{path.name}.run")
 
 
 def report_document(

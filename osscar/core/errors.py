@@ -74,7 +74,7 @@ class StudyError(OsscarError):
 
 
 class CheckpointError(OsscarError):
-    """A directory does not hold a checkpoint that OSSCAR can read or resume from."""
+    """A directory does not hold a checkpoint that OSSCAR can read."""
 
 
 class RunError(OsscarError):

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from osscar.capture.walk import batch_named
 from osscar.core.errors import CalibrationError, NonFiniteError
 from osscar.shrinking.plan import PruningPlan
 
@@ -59,7 +60,11 @@ def dense_statistics(
     """
     if mode != BatchNormMode.CORRECT or not batch_norms(model):
         return ()
-    return [_seen(model, batch) for batch in batches]
+    found = []
+    for index, batch in enumerate(batches):
+        with batch_named(model, index):
+            found.append(_seen(model, batch))
+    return found
 
 
 def _seen(model: nn.Module, batch: Mapping[str, Any]) -> Mapping[str, Sequence[Statistics]]:

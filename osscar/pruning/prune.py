@@ -6,12 +6,11 @@ is measured on the stream that everything pruned before it has shaped.
 
 from __future__ import annotations
 
-import functools
 import inspect
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Concatenate, ParamSpec
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -31,42 +30,11 @@ from osscar.pruning.budget import allocate
 from osscar.pruning.certify import certified
 from osscar.pruning.request import PruningRequest
 from osscar.pruning.result import LayerReport, PruningResult
-from osscar.pruning.run_log import Manifest, RunLog, SiteRecord
+from osscar.pruning.run_log import RunLog, RunManifest, SiteRecord
 from osscar.shrinking.equivalence import finer_precision
 from osscar.shrinking.lineage import note_calibration
 from osscar.shrinking.plan import GroupPlan, PruningPlan
 from osscar.shrinking.shrink import shrink_proved
-
-P = ParamSpec("P")
-
-
-def _asked_by_keywords(
-    request: Callable[P, PruningRequest],
-) -> Callable[
-    [Callable[[nn.Module, Any, PruningRequest], PruningResult]],
-    Callable[Concatenate[nn.Module, Any, P], PruningResult],
-]:
-    """Let a function that takes a request take the fields of one instead, as keywords."""
-
-    def decorate(
-        run: Callable[[nn.Module, Any, PruningRequest], PruningResult],
-    ) -> Callable[Concatenate[nn.Module, Any, P], PruningResult]:
-        @functools.wraps(run)
-        def by_keywords(
-            model: nn.Module, calibration: Any, /, *args: P.args, **fields: P.kwargs
-        ) -> PruningResult:
-            return run(model, calibration, request(*args, **fields))
-
-        model, calibration, *_ = inspect.signature(run).parameters.values()
-        fields = [
-            field.replace(kind=inspect.Parameter.KEYWORD_ONLY)
-            for field in inspect.signature(request).parameters.values()
-        ]
-        shown = inspect.Signature([model, calibration, *fields])
-        by_keywords.__signature__ = shown  # type: ignore[attr-defined]
-        return by_keywords
-
-    return decorate
 
 
 def prune_as_asked(
@@ -151,7 +119,21 @@ def prune_as_asked(
     )
 
 
-prune = _asked_by_keywords(PruningRequest)(prune_as_asked)
+def prune(model: nn.Module, calibration: Any, **asked: Any) -> PruningResult:
+    """Prune a model in one shot: `prune_as_asked`, with the fields of the request as keywords."""
+    return prune_as_asked(model, calibration, PruningRequest(**asked))
+
+
+prune.__doc__ = prune_as_asked.__doc__
+prune.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+    [
+        *list(inspect.signature(prune).parameters.values())[:2],
+        *(
+            field.replace(kind=inspect.Parameter.KEYWORD_ONLY)
+            for field in inspect.signature(PruningRequest).parameters.values()
+        ),
+    ]
+)
 
 
 def _prune_groups(
@@ -159,7 +141,7 @@ def _prune_groups(
 ) -> tuple[PruningPlan, tuple[LayerReport, ...]]:
     """Solve and refit each group where the walk stops; the model keeps its shape."""
     groups = {group.name: group for group in ready.groups if group.name in keep}
-    manifest = None if log is None else Manifest.of(request, ready.model, ready.batches())
+    manifest = None if log is None else RunManifest.of(request, ready.model, ready.batches())
     with stage("pruning", total=len(groups)) as bar, _begun(log, manifest) as records:
         done = list(records)
         for record in done:
@@ -178,7 +160,7 @@ def _prune_groups(
 
 
 @contextmanager
-def _begun(log: RunLog | None, manifest: Manifest | None) -> Iterator[tuple[SiteRecord, ...]]:
+def _begun(log: RunLog | None, manifest: RunManifest | None) -> Iterator[tuple[SiteRecord, ...]]:
     if log is None or manifest is None:
         yield ()
         return
@@ -196,7 +178,14 @@ def _replay(
             f"the log of the run holds {name!r} with {len(kept)} units, which is not what this "
             "model and request come to; begin anew with --restart"
         )
-    for consumer, W in zip(linear_maps(model, group), record.weights, strict=True):
+    consumers = linear_maps(model, group)
+    shapes = [(consumer.number_format, consumer.read_weight().shape) for consumer in consumers]
+    if [(W.dtype, W.shape) for W in record.weights] != shapes:
+        raise RunError(
+            f"the log of the run holds weights of another form for {name!r}; begin anew with "
+            "--restart"
+        )
+    for consumer, W in zip(consumers, record.weights, strict=True):
         consumer.write_weight(W.double())
 
 

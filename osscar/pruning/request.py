@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
-from typing import Any, TypeAlias, cast
+from typing import Any, TypeAlias
 
 import solvers
 from graph import UnitKind
@@ -152,6 +152,15 @@ class PruningRequest:
             raise OptionError(f"damp is {damp!r}; it must be finite and not negative")
         if not (_is(seed, numbers.Integral) and 0 <= seed < 2**63):
             raise OptionError(f"seed is {seed!r}; give a whole number from 0 to 2^63 - 1")
+        for name, kind in (
+            ("sparsity", float),
+            ("damp", float),
+            ("round_to", int),
+            ("batch_size", int),
+            ("seed", int),
+        ):  # of numpy, or fractions
+            value = getattr(self, name)
+            object.__setattr__(self, name, None if value is None else kind(value))
         if not isinstance(self.certify, bool):
             raise OptionError(f"certify is {self.certify!r}; give True or False")
         if not isinstance(self.device, str):
@@ -206,7 +215,10 @@ class PruningRequest:
         return None
 
     def to_json(self) -> dict[str, Any]:
-        """Return the fields as JSON-able data; a backend object is named after its class."""
+        """Return the fields as JSON-able data.
+
+        A backend object is named after its class, and cannot be made of that name again.
+        """
         data = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         for name in ("heads", "neurons", "channels", "residual"):
             data[name] = None if data[name] is None else str(data[name])
@@ -216,7 +228,10 @@ class PruningRequest:
             data["backend_options"] = dict(self.backend_options)
         else:
             data["backend"] = type(self.backend).__name__
-            data["backend_options"] = dataclasses.asdict(cast(Any, self.backend))
+            known = dataclasses.is_dataclass(self.backend)
+            data["backend_options"] = (
+                {k: repr(v) for k, v in vars(self.backend).items()} if known else {}
+            )
         return data
 
     @classmethod

@@ -12,12 +12,13 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import safetensors
 import safetensors.torch
@@ -42,17 +43,20 @@ from osscar.pruning.request import PruningRequest
 from osscar.pruning.result import LayerReport
 from osscar.shrinking.plan import GroupPlan
 
-MANIFEST = "run.json"
+MANIFEST = "log.json"
+_RECORD_FILE = re.compile(r"\d{5}\.safetensors")
 _RECORD = "record"
 """The key under which a record file keeps everything but its tensors."""
 
 
 @dataclass(frozen=True)
-class Manifest:
+class RunManifest:
     """What a run makes of what; a run goes on only where all of it is the same.
 
     Parameters
     ----------
+    schema
+        What this is, and in which version.
     request
         As `PruningRequest.to_json` returns it.
     versions
@@ -63,6 +67,7 @@ class Manifest:
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
+    schema: Literal["osscar.run-log/1"]
     request: dict[str, Any]
     versions: dict[str, str]
     model: str
@@ -71,7 +76,7 @@ class Manifest:
     @classmethod
     def of(
         cls, request: PruningRequest, model: nn.Module, batches: Sequence[Mapping[str, Any]]
-    ) -> Manifest:
+    ) -> RunManifest:
         """Describe a run; the model is still dense."""
         versions = {name: version(name) for name in ("torch", "transformers")}
         named = (
@@ -80,6 +85,7 @@ class Manifest:
             for name, value in batch.items()
         )
         return cls(
+            schema="osscar.run-log/1",
             # Through JSON, as it will be read back.
             request=json.loads(json.dumps(request.to_json())),
             versions={**versions, "osscar": VERSION},
@@ -87,7 +93,7 @@ class Manifest:
             calibration=_fingerprint(named),
         )
 
-    def difference(self, other: Manifest) -> str | None:
+    def difference(self, other: RunManifest) -> str | None:
         """Say in what the two differ, or None."""
         for name in ("request", "versions"):
             mine, theirs = getattr(self, name), getattr(other, name)
@@ -158,7 +164,7 @@ class RunLog:
         self.directory = directory
 
     @contextmanager
-    def begun(self, manifest: Manifest) -> Iterator[tuple[SiteRecord, ...]]:
+    def begun(self, manifest: RunManifest) -> Iterator[tuple[SiteRecord, ...]]:
         """Begin a run, or go on with one, and hold its lock while the block runs.
 
         Yields
@@ -196,23 +202,40 @@ class RunLog:
     @property
     def committed(self) -> int:
         """How many groups have been committed."""
-        return len(list(self.directory.glob("[0-9]*.safetensors")))
+        names = [path.name for path in self.directory.iterdir()] if self.directory.is_dir() else []
+        return sum(_RECORD_FILE.fullmatch(name) is not None for name in names)
 
     def remove(self) -> None:
-        """Forget the run; a directory with anything else in it stays."""
-        for file in (self.directory / MANIFEST, *self.directory.glob("[0-9]*.safetensors")):
-            file.unlink(missing_ok=True)
-        for partial in self.directory.glob(f".*{PARTIAL}"):
-            partial.unlink(missing_ok=True)
+        """Forget the run; what is none of ours stays.
+
+        Raises
+        ------
+        RunError
+            If the directory holds something, and no manifest of a run.
+        BusyError
+            If another process is at work on it.
+        """
+        if not self.directory.is_dir():
+            return
+        names = [path.name for path in self.directory.iterdir()]
+        if MANIFEST not in names and set(names) - {LOCK_FILE}:
+            raise RunError(f"{self.directory} is no log of a run; move it, or change --out")
+        with hold(self.directory / LOCK_FILE, self.directory):
+            for name in names:
+                partial = name.startswith(".") and name.endswith(PARTIAL)
+                if name == MANIFEST or partial or _RECORD_FILE.fullmatch(name):
+                    (self.directory / name).unlink(missing_ok=True)
         (self.directory / LOCK_FILE).unlink(missing_ok=True)
         with suppress(OSError):
             self.directory.rmdir()
 
-    def _manifest(self, file: Path) -> Manifest:
+    def _manifest(self, file: Path) -> RunManifest:
         try:
-            return read_json(file, Manifest)
+            return read_json(file, RunManifest)
         except FileError as error:
-            raise RunError(f"{error}; begin anew with --restart") from error
+            raise RunError(
+                f"{error}; if it is the log of a run, begin anew with --restart"
+            ) from error
 
     def _records(self) -> Iterator[SiteRecord]:
         return (self._read(index) for index in range(self.committed))

@@ -48,7 +48,7 @@ class Instance:
     file
         Where it lies, relative to the study's directory.
     units, width
-        How many units there are, and the records of the widest.
+        How many units there are, and the rows of the widest.
     sha256
         Of the file, so that no other problem is ever taken for this one.
     """

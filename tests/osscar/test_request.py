@@ -1,12 +1,17 @@
+import inspect
+import json
 from fractions import Fraction
 
+import numpy as np
 import pytest
 
+import osscar
 from graph.groups import CouplingGroup, Freeze, Role, Slot, UnitKind
 from osscar.core.errors import FrozenGroupError, RequestError
 from osscar.pruning.budget import allocate
 from osscar.pruning.request import PruningRequest as Asked
 from osscar.pruning.request import parse_keep
+from tests.osscar.families import tiny, tokens
 
 
 def group(name, kind, units, *, width=1, frozen=()):
@@ -128,3 +133,20 @@ def test_what_is_skipped_is_left_alone_whatever_else_is_asked():
     assert allocate(GROUPS, Asked(0.5)).keys() == {"0.heads", "0.neurons"}
     skipped = Asked(0.5, groups={"0.heads": 3}, skip=["0.h*"])
     assert allocate(GROUPS, skipped) == {"0.neurons": 768}
+
+
+def test_numbers_of_other_libraries_are_plain_in_what_is_saved():
+    asked = Asked(sparsity=Fraction(1, 2), damp=np.float32(0.5), seed=np.int64(3), batch_size=None)
+    data = json.loads(json.dumps(asked.to_json()))
+    assert (data["sparsity"], data["damp"], data["seed"]) == (0.5, 0.5, 3)
+    assert Asked.from_json(data) == Asked(sparsity=0.5, damp=0.5, seed=3)
+
+
+def test_fields_are_keywords_and_models_may_be():
+    model = tiny("opt")
+    with pytest.raises(TypeError):
+        osscar.prune(model, tokens(), 0.5)
+    result = osscar.prune(model=model, calibration=tokens(), sparsity=0.5, backend="magnitude")
+    assert result.request.sparsity == 0.5
+    names = list(inspect.signature(osscar.prune).parameters)
+    assert names[:3] == ["model", "calibration", "sparsity"]

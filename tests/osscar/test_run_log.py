@@ -12,7 +12,8 @@ import torch
 
 import osscar
 from osscar.cli import build
-from osscar.core.errors import RunError
+from osscar.core.errors import BusyError, RunError
+from osscar.core.files import LOCK_FILE, hold
 from osscar.pruning.prune import prune_as_asked
 from osscar.pruning.request import PruningRequest
 from osscar.pruning.run_log import MANIFEST, RunLog
@@ -253,3 +254,29 @@ def _killed_and_gone_on(seed, tmp_path, uninterrupted):
     assert _content(out) == uninterrupted
     left = [path.name for path in tmp_path.iterdir() if path != out and path.suffix != ".run"]
     assert left == []
+
+
+def test_a_log_in_use_and_a_directory_of_someone_else_are_not_removed(tmp_path):
+    log = RunLog(tmp_path / "log")
+    prune_as_asked(tiny("opt"), tokens(), REQUEST, log)
+    with hold(log.directory / LOCK_FILE, log.directory), pytest.raises(BusyError):
+        log.remove()
+    assert log.committed > 0
+    foreign = RunLog(tmp_path / "mine")
+    foreign.directory.mkdir()
+    (foreign.directory / "00001.safetensors").write_bytes(b"weights of someone else")
+    with pytest.raises(RunError, match="no log of a run"):
+        foreign.remove()
+    assert (foreign.directory / "00001.safetensors").exists()
+
+
+def test_weights_of_another_form_are_refused(tmp_path):
+    log = RunLog(tmp_path / "log")
+    prune_as_asked(tiny("opt"), tokens(), REQUEST, log)
+    file = log.directory / "00000.safetensors"
+    with safetensors.safe_open(file, "pt") as opened:
+        words = opened.metadata()
+        row = opened.get_tensor("0")[:1]
+    safetensors.torch.save_file({"0": row.contiguous()}, file, words)
+    with pytest.raises(RunError, match=r"of another form.*--restart"):
+        prune_as_asked(tiny("opt"), tokens(), REQUEST, log)
