@@ -22,14 +22,16 @@ from greenlet import GreenletExit, getcurrent, greenlet
 from torch import Tensor, nn
 
 _AUTOCAST_DEVICES = ("cpu", "cuda")
-_KERNELS = tuple(
-    (
-        getattr(torch.backends.cuda, f"{name}_sdp_enabled"),
-        getattr(torch.backends.cuda, f"enable_{name}_sdp"),
-    )
-    for name in ("flash", "mem_efficient", "math", "cudnn")
+_CUDA = torch.backends.cuda
+_KERNELS = (
+    *(
+        (getattr(_CUDA, f"{name}_sdp_enabled"), getattr(_CUDA, f"enable_{name}_sdp"))
+        for name in ("flash", "mem_efficient", "math", "cudnn")
+    ),
+    (torch._C._get_mkldnn_enabled, torch._C._set_mkldnn_enabled),
+    (torch.backends.mha.get_fastpath_enabled, torch.backends.mha.set_fastpath_enabled),
 )
-"""Which kernels attention may take: on a GPU, and `math` everywhere."""
+"""Which kernels operators may take: how to read and to set each switch."""
 
 _MISSING = object()
 

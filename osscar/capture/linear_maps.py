@@ -298,6 +298,11 @@ def _unreadable(model: nn.Module, slots: tuple[Slot, ...]) -> str | None:
             f"is read by {tensor!r} in {slots[0].module!r}, a {type(module).__name__}; only "
             "Linear, Conv1D and convolution layers can be refitted"
         )
+    if not _is_what_it_seems(module):
+        return (
+            f"is read by {tensor!r} in {slots[0].module!r}, whose forward pass is not that of a "
+            "plain layer; what it computes cannot be refitted"
+        )
     users = [
         user
         for user, other in model.named_modules()
@@ -307,6 +312,20 @@ def _unreadable(model: nn.Module, slots: tuple[Slot, ...]) -> str | None:
     if len(users) > 1:
         return f"is read by {tensor!r}, which {' and '.join(users)} share; a refit changes them all"
     return None
+
+
+_PLAIN_FORWARDS = frozenset(
+    kind.forward
+    for kind in (
+        *(nn.Linear, Conv1D, nn.Conv1d, nn.Conv2d, nn.Conv3d),
+        *(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
+    )
+)
+
+
+def _is_what_it_seems(module: nn.Module) -> bool:
+    """Whether a layer runs the code of the class whose weight it has, and no code of its own."""
+    return type(module).forward in _PLAIN_FORWARDS and "forward" not in vars(module)
 
 
 def _tensor(model: nn.Module, name: str) -> object:

@@ -14,7 +14,13 @@ import graph
 from graph import CouplingGroup
 from osscar.capture.linear_maps import expose_attention, freeze_unreadable
 from osscar.core.errors import CalibrationError
-from osscar.core.modules import check_finite_weights, check_usable, copied, without_cache
+from osscar.core.modules import (
+    check_finite_weights,
+    check_usable,
+    copied,
+    fresh,
+    without_cache,
+)
 from osscar.data.batches import Batch, ModelInputs, as_inputs
 from osscar.shrinking.equivalence import proof_outputs, prove_equal
 from osscar.shrinking.follow import prepare
@@ -148,7 +154,7 @@ def _outputs(model: nn.Module, example: Batch) -> list[Tensor]:
 def _check_runs(model: nn.Module, example: Mapping[str, Any]) -> None:
     """Run the model once: tracing looks at shapes, and lets through what kernels refuse."""
     try:
-        model(**example)
+        model(**fresh(example))
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # the model may be anyone's code

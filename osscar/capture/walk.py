@@ -15,6 +15,7 @@ at the first of them, and none is needed.
 from __future__ import annotations
 
 import itertools
+import logging
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -42,6 +43,7 @@ from osscar.capture.linear_maps import LinearMap, linear_maps
 from osscar.capture.opened import Opened
 from osscar.capture.targets import WEIGHTS, Target
 from osscar.core.errors import CalibrationError, ModelError, OsscarError
+from osscar.core.modules import fresh
 from osscar.data.batches import Batch
 from solvers import SubsetProblem
 
@@ -172,7 +174,7 @@ class Walk:
         """Return the calls on a batch of this shape, computing nothing where that is possible."""
         fake = FakeTensorMode(allow_non_fake_inputs=True)
         try:
-            with fake:
+            with fake, _silent(logging.getLogger("torch._subclasses.fake_tensor")):
                 return self._called({name: fake.from_tensor(x) for name, x in batch.items()})
         except Exception:  # code that looks at values, or that has no shape function
             with batch_named(self._opened.model, 0):
@@ -187,7 +189,7 @@ class Walk:
             calls.append((name, x, -len(calls) - 1 if x.is_inference() else x._version))
 
         with torch.no_grad(), _hooked(self._opened.model, self._names, see):
-            self._opened.model(**batch)
+            self._opened.model(**fresh(batch))
         return calls
 
     @property
@@ -288,7 +290,7 @@ class Walk:
         batch, model = self._batches[index], self._opened.model
 
         def run() -> object:
-            return model(**batch)
+            return model(**fresh(batch))
 
         return Coroutine(index, stream, run, self._scratch)
 
@@ -399,6 +401,16 @@ class Walk:
             weight = self._opened.model.get_submodule(name).weight
             assert isinstance(weight, Tensor)
             weight.data, self._originals[name] = self._originals[name], weight.data
+
+
+@contextmanager
+def _silent(logger: logging.Logger) -> Iterator[None]:
+    """Let a logger of torch tell nothing of what is tried."""
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before
 
 
 @contextmanager

@@ -131,14 +131,22 @@ class TransformersOrigin:
 
     def read_stock(self, path: Path, dtype: torch.dtype | None) -> nn.Module:
         """Read a checkpoint that needs no plan, in evaluation mode."""
-        model: nn.Module = self.kind.from_pretrained(
+        model, loading = self.kind.from_pretrained(
             path,
             dtype=dtype or "auto",
             use_safetensors=True,
             local_files_only=True,
             trust_remote_code=False,
+            output_loading_info=True,
         )
-        return model.eval()
+        missing = sorted(loading["missing_keys"])
+        if missing:  # transformers fills these with random numbers, and warns
+            raise CheckpointError(
+                f"{path} lacks {len(missing)} of the model's weights, such as {missing[0]!r}; get "
+                "the checkpoint anew"
+            )
+        read: nn.Module = model.eval()
+        return read
 
     def build(self) -> PreTrainedModel:
         """Build the model without filling its weights."""

@@ -9,10 +9,12 @@ from typing import Any, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from osscar.core.errors import ModelError, NonFiniteError, first_line
 
 M = TypeVar("M", bound=nn.Module)
+T = TypeVar("T")
 
 
 def check_finite_weights(model: nn.Module) -> None:
@@ -24,7 +26,8 @@ def check_finite_weights(model: nn.Module) -> None:
         Naming the first parameter or buffer with NaN or infinity in it.
     """
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if tensor.is_meta or not tensor.is_floating_point() or not tensor.numel():
+        real = tensor.is_floating_point() and tensor.layout is torch.strided
+        if tensor.is_meta or not real or not tensor.numel():
             continue
         low, high = tensor.aminmax()  # NaN comes through; ten times faster than isfinite
         if not (low.isfinite() and high.isfinite()):
@@ -99,6 +102,12 @@ def _on_graphs(value: Any, seen: set[int]) -> Iterator[Tensor]:
 def device_of(model: nn.Module) -> torch.device:
     """Return where a model's parameters are."""
     return next(model.parameters()).device
+
+
+def fresh(inputs: T) -> T:
+    """Return inputs of a forward pass that it may write to: their tensors are copies."""
+    copies: T = pytree.tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, inputs)
+    return copies
 
 
 def count_parameters(model: nn.Module) -> int:

@@ -143,6 +143,12 @@ class TensorInputs:
                 )
             if tensor.ndim == 0 or tensor.numel() == 0:
                 raise CalibrationError(f"the calibration data {name!r} are empty")
+            odd = tensor.layout is not torch.strided or tensor.is_nested or tensor.is_quantized
+            if odd or tensor.is_meta:
+                raise CalibrationError(
+                    f"the calibration data {name!r} are sparse, nested, quantized or on the device "
+                    "'meta'; give plain tensors with values"
+                )
             if not bool(torch.isfinite(tensor).all()):
                 raise CalibrationError(
                     f"the calibration data {name!r} have NaN or infinite entries"

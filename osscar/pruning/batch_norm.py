@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from osscar.capture.walk import batch_named
 from osscar.core.errors import CalibrationError, NonFiniteError
+from osscar.core.modules import fresh
 from osscar.shrinking.plan import PruningPlan
 
 Statistics: TypeAlias = tuple[Tensor, Tensor]
@@ -71,7 +72,7 @@ def _seen(model: nn.Module, batch: Mapping[str, Any]) -> Mapping[str, Sequence[S
     """Run one batch, and return the statistics of each batch-norm layer's inputs."""
     seen: dict[str, list[Statistics]] = {name: [] for name in batch_norms(model)}
     with _watched(model, lambda name, x: seen[name].append(_measured(x))):
-        model(**batch)
+        model(**fresh(batch))
     return seen
 
 
@@ -141,7 +142,7 @@ def renew_statistics(
     try:
         with _watched(model, renew):
             for batch in batches:
-                model(**batch)
+                model(**fresh(batch))
         found = {name: _average(parts) for name, parts in sums.items() if parts}
         for name, average in found.items():
             _check_finite(name, average)
@@ -171,7 +172,10 @@ def _kept_statistics(name: str, dense: DenseStatistics, plan: PruningPlan) -> It
 def _watched(model: nn.Module, see: Callable[[str, Tensor], None]) -> Iterator[None]:
     """Show what each batch-norm layer is called with."""
     handles = [
-        layer.register_forward_pre_hook(lambda _, args, name=name: see(name, args[0]))
+        layer.register_forward_pre_hook(
+            lambda _, args, kwargs, name=name: see(name, args[0] if args else kwargs["input"]),
+            with_kwargs=True,
+        )
         for name, layer in batch_norms(model).items()
     ]
     try:

@@ -97,7 +97,7 @@ def prune_as_asked(
         statistics = dense_statistics(work, ready.batches(), request.batch_norm)
         plan, layers = _prune_groups(ready, keep, request, log)
         before = count_parameters(work)
-        with finer_precision(work):
+        with finer_precision(work, ready.example):
             proof = shrink_proved(work, plan, ready.inputs.proofs(work, request.seed))
         renewed = renew_statistics(
             work, proof.plan, ready.batches(), request.batch_norm, statistics
@@ -173,7 +173,9 @@ def _replay(
 ) -> None:
     """Write what was committed before into the dense model."""
     name, kept = record.plan.name, record.plan.kept
-    if group is None or GroupPlan.of(group, kept) != record.plan or len(kept) != keep[name]:
+    sound = sorted({unit for unit in kept if 0 <= unit < record.plan.units}) == list(kept)
+    same = group is not None and GroupPlan.of(group, kept) == record.plan
+    if group is None or not (sound and same) or len(kept) != keep[name]:
         raise RunError(
             f"the log of the run holds {name!r} with {len(kept)} units, which is not what this "
             "model and request come to; begin anew with --restart"

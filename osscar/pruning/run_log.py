@@ -18,6 +18,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from types import CodeType
 from typing import Any, ClassVar, Literal
 
 import safetensors
@@ -31,6 +32,7 @@ from osscar.core.files import (
     LOCK_FILE,
     PARTIAL,
     STRICT,
+    digest,
     hold,
     parse_json,
     read_json,
@@ -62,7 +64,8 @@ class RunManifest:
     versions
         Of what computes the result, by package.
     model, calibration
-        SHA-256 of the weights by name, and of the calibration data.
+        SHA-256 of the model's classes, the code of their forward passes, its config and all its
+        tensors, and of the calibration data.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
@@ -89,7 +92,9 @@ class RunManifest:
             # Through JSON, as it will be read back.
             request=json.loads(json.dumps(request.to_json())),
             versions={**versions, "osscar": VERSION},
-            model=_fingerprint(model.state_dict().items()),
+            model=_fingerprint(
+                [*_described(model), *model.named_buffers(), *model.named_parameters()]
+            ),
             calibration=_fingerprint(named),
         )
 
@@ -106,18 +111,37 @@ class RunManifest:
         return None if self.calibration == other.calibration else "the calibration data are others"
 
 
+def _described(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Yield what makes two models of the same weights compute other things."""
+    for name, module in model.named_modules():
+        kind = type(module)
+        code = getattr(kind.forward, "__code__", None)
+        yield f"module {name}", (kind.__qualname__, module.extra_repr(), _instructions(code))
+    config: Any = getattr(model, "config", None)
+    if hasattr(config, "to_json_string"):
+        yield "config", config.to_json_string()
+
+
+def _instructions(code: CodeType | None) -> tuple[Any, ...]:
+    """Return what a function does, in a form that is the same in every process."""
+    if code is None:
+        return ()
+    consts = [_instructions(c) if isinstance(c, CodeType) else repr(c) for c in code.co_consts]
+    return code.co_code.hex(), code.co_names, consts
+
+
 def _fingerprint(tensors: Any) -> str:
     """Return the SHA-256 of named tensors: their names, formats, shapes and bytes."""
-    digest = hashlib.sha256()
+    found = hashlib.sha256()
     for name, tensor in tensors:
         if not isinstance(tensor, Tensor):
-            digest.update(repr((name, tensor)).encode())
+            found.update(repr((name, tensor)).encode())
             continue
-        digest.update(repr((name, str(tensor.dtype), tuple(tensor.shape))).encode())
+        found.update(repr((name, str(tensor.dtype), tuple(tensor.shape))).encode())
         flat = tensor.detach().cpu().contiguous().reshape(-1)
         bytes_: Any = flat.view(torch.uint8).numpy() if flat.numel() else b""
-        digest.update(bytes_)
-    return digest.hexdigest()
+        found.update(bytes_)
+    return found.hexdigest()
 
 
 @dataclass(frozen=True, eq=False)
@@ -145,6 +169,7 @@ class _Words:
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
+    run: str
     index: int
     plan: GroupPlan
     report: LayerReport
@@ -162,6 +187,8 @@ class RunLog:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
+        self._run = ""
+        """Digest of the manifest, which each record bears."""
 
     @contextmanager
     def begun(self, manifest: RunManifest) -> Iterator[tuple[SiteRecord, ...]]:
@@ -195,8 +222,11 @@ class RunLog:
                         f"{self.directory} is the log of another run: {difference}; ask for the "
                         "same to go on, or begin anew with --restart"
                     )
+            elif self.committed:
+                raise RunError(f"{self.directory} has lost {MANIFEST}; remove it, or change --out")
             else:
                 write_json(file, dataclasses.asdict(manifest))
+            self._run = digest(json.dumps(dataclasses.asdict(manifest), sort_keys=True))
             yield tuple(self._records())
 
     @property
@@ -252,6 +282,7 @@ class RunLog:
             If it cannot be written.
         """
         words = {
+            "run": self._run,
             "index": index,
             "plan": dataclasses.asdict(record.plan),
             "report": dataclasses.asdict(record.report),
@@ -267,8 +298,8 @@ class RunLog:
             with safetensors.safe_open(place, "pt") as file:
                 text = (file.metadata() or {}).get(_RECORD, "")
                 words = parse_json(text, _Words, place)
-                if words.index != index:
-                    raise FileError(place, f"it is record {words.index}")
+                if (words.run, words.index) != (self._run, index):
+                    raise FileError(place, "it is a record of another run, or of another group")
                 weights = tuple(file.get_tensor(str(i)) for i in range(words.weights))
             return SiteRecord(words.plan, words.report, weights)
         except (OSError, safetensors.SafetensorError, FileError) as error:

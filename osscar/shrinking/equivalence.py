@@ -21,6 +21,7 @@ from transformers.pytorch_utils import Conv1D
 
 from graph.export import failing_module
 from osscar.core.errors import AdapterError, EquivalenceError
+from osscar.core.modules import fresh
 from osscar.shrinking.attention import AnyHeads
 
 Inputs: TypeAlias = tuple[Any, ...] | Mapping[str, Any]
@@ -49,8 +50,8 @@ def outputs(model: nn.Module, inputs: Inputs) -> Tensor:
 @torch.no_grad()
 def _call(model: nn.Module, inputs: Inputs) -> Any:
     if not isinstance(inputs, Mapping):
-        return model(*inputs)
-    inputs = dict(inputs)
+        return model(*fresh(inputs))
+    inputs = dict(fresh(inputs))
     if _has_cache(model):
         # Keys and values lose their heads, so they differ in shape, as they should.
         inputs.setdefault("use_cache", False)
@@ -83,20 +84,44 @@ def _is_number(tensor: Tensor) -> bool:
 
 
 @contextmanager
-def finer_precision(model: nn.Module) -> Iterator[None]:
+def finer_precision(model: nn.Module, example: Inputs | None = None) -> Iterator[None]:
     """Compute in the next finer number format, in which rounding cannot hide a wrong slice.
 
     A deep network that was pruned badly amplifies rounding a thousandfold.  Every tensor returns
     to its own format, with the same value.
+
+    Parameters
+    ----------
+    model
+        Changed while the block runs.
+    example
+        Inputs to try it on: a model whose code or kernels know only its own format keeps that.
     """
     formats = {name: tensor.dtype for name, tensor in _tensors(model)}
     for _, tensor in _tensors(model):
         tensor.data = tensor.data.to(_FINER.get(tensor.dtype, tensor.dtype))
+    if example is not None and not _runs(model, example):
+        _return_to(model, formats)
     try:
         yield
     finally:
-        for name, tensor in _tensors(model):
-            tensor.data = tensor.data.to(formats.get(name, tensor.dtype))
+        _return_to(model, formats)
+
+
+def _return_to(model: nn.Module, formats: Mapping[str, torch.dtype]) -> None:
+    for name, tensor in _tensors(model):
+        tensor.data = tensor.data.to(formats.get(name, tensor.dtype))
+
+
+def _runs(model: nn.Module, example: Inputs) -> bool:
+    """Whether a model can be called."""
+    try:
+        _call(model, example)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception:  # the model may be anyone's code
+        return False
+    return True
 
 
 def _tensors(model: nn.Module) -> list[tuple[str, Tensor]]:

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from transformers import MixtralConfig, MixtralForCausalLM
 
 import graph
 import osscar
@@ -347,3 +348,106 @@ def test_complex_layers_are_refused_by_name():
 
     with pytest.raises(FrozenGroupError, match=r"down\.weight.*complex64"):
         osscar.prune(Complex().eval(), torch.randn(40, 6), neurons=0.5)
+
+
+# ---- models that nobody here had tried ---------------------------------------------------
+
+
+class Plain(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(6, 16), nn.Linear(16, 12), nn.Linear(12, 4)
+
+    def forward(self, x):
+        return self.c(torch.relu(self.b(torch.relu(self.a(x)))))
+
+
+class OwnFormat(Plain):
+    """A head that computes in float32, whatever the proof computes in."""
+
+    def forward(self, x):
+        return self.c(torch.relu(self.b(torch.relu(self.a(x)))).float())
+
+
+class InPlace(Plain):
+    """A model that writes to what it is given."""
+
+    def forward(self, x):
+        return super().forward(x.mul_(0.5).sub_(0.1))
+
+
+class ByKeyword(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.c, self.norm, self.d = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 4, 3)
+
+    def forward(self, x):
+        return self.d(torch.relu(self.norm(input=self.c(x))))
+
+
+@pytest.mark.parametrize(
+    ("kind", "data"),
+    [
+        (OwnFormat, torch.randn(96, 6)),
+        (InPlace, torch.randn(96, 6)),
+        (ByKeyword, torch.randn(16, 3, 8, 8)),
+    ],
+)
+def test_odd_habits_do_no_harm(kind, data):
+    torch.manual_seed(0)
+    model, before = kind().eval(), data.clone()
+    result = osscar.prune(model, data, sparsity=0.5, batch_size=7)
+    assert torch.equal(data, before)
+    plan = {group.name: group for group in result.plan.groups}
+    dense = copy.deepcopy(model)
+    with torch.no_grad():
+        for group in plan.values():
+            (slot,) = group.consumers
+            module = slot.tensor.rpartition(".")[0]
+            small = result.model.get_submodule(module).weight
+            weight = torch.zeros_like(dense.get_submodule(module).weight)
+            rows = range(len(weight))
+            for other in plan.values():
+                for made in other.slots:
+                    if made.tensor == slot.tensor and made.dim == 0:
+                        rows = made.indices(other.kept)
+            weight[torch.tensor(list(rows))[:, None], slot.indices(group.kept)] = small
+            dense.get_submodule(module).weight.copy_(weight)
+        if kind is ByKeyword:  # its batch norm was corrected
+            (group,) = plan.values()
+            for name in ("running_mean", "running_var"):
+                getattr(dense.norm, name)[list(group.kept)] = getattr(result.model.norm, name)
+        expected, found = dense(data.clone()), result.model(data.clone())
+    assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
+
+
+def test_experts_whose_kernels_know_one_format_are_proved_in_it():
+    torch.manual_seed(0)
+    config = MixtralConfig(
+        vocab_size=97, hidden_size=48, intermediate_size=40, num_hidden_layers=2,
+        num_attention_heads=6, num_key_value_heads=3, num_local_experts=4,
+        max_position_embeddings=64,
+    )  # fmt: skip
+    model = MixtralForCausalLM(config).eval()
+    result = osscar.prune(model, tokens(), heads="2/3", device="cpu")
+    assert result.equivalence_error < 1e-3
+    assert result.parameters_after < result.parameters_before
+
+
+def test_a_layer_with_code_of_its_own_is_not_refitted():
+    class Scaled(nn.Linear):
+        def forward(self, x):
+            return nn.functional.linear(torch.relu(x), self.weight * 0.5, self.bias)
+
+    model = Plain()
+    model.c = Scaled(12, 4)
+    with pytest.raises(FrozenGroupError, match=r"c\.weight.*not that of a plain layer"):
+        osscar.prune(model.eval(), torch.randn(96, 6), groups={"b.neurons": 6})
+
+
+@pytest.mark.parametrize(
+    "data", [torch.randn(20, 6).to_sparse(), torch.empty(20, 6, device="meta")]
+)
+def test_data_without_plain_values_are_refused(data):
+    with pytest.raises(CalibrationError, match="give plain tensors"):
+        osscar.prune(Plain().eval(), data, sparsity=0.5)
