@@ -18,8 +18,8 @@ from .pruning.request import PruningRequest as PruningRequest
 from .pruning.result import LayerReport as LayerReport, PruningResult as PruningResult
 from .shrinking.follow import adapter as adapter, prepare as prepare
 from .shrinking.plan import PruningPlan as PruningPlan
-from .shrinking.shrink import Proof as Proof, shrink_proved as shrink_proved
-from .shrinking.slice import shrink as shrink
+from .shrinking.shrink import Proof as Proof, shrink as shrink
+from .shrinking.slice import slice_units as slice_units
 from .study.design import StudyDesign as StudyDesign
 from .study.directory import Study as Study
 from .study.records import Record as Record

@@ -40,7 +40,7 @@ from osscar.core.files import write_json
 from osscar.core.modules import context_length, copied, evaluating
 from osscar.shrinking.equivalence import Inputs, proof_outputs, prove_equal
 from osscar.shrinking.lineage import LINEAGE, Lineage, lineage_of
-from osscar.shrinking.slice import shrink
+from osscar.shrinking.slice import slice_units
 
 __all__ = ["SavedCheckpoint", "adopt_config", "check_output", "load", "save", "stock_config"]
 
@@ -207,7 +207,7 @@ def load(
             return _with_lineage(model, manifest)
         model = _dense(read_builder(manifest.lineage.origin, path), dense, path)
         for plan in manifest.lineage.plans:
-            shrink(model, plan)
+            slice_units(model, plan)
     except DESCRIPTION_ERRORS as error:
         raise CheckpointError(f"{path} is not a checkpoint that can be read: {error}") from error
     try:

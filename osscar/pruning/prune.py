@@ -34,7 +34,7 @@ from osscar.pruning.run_log import RunLog, RunManifest, SiteRecord
 from osscar.shrinking.equivalence import finer_precision
 from osscar.shrinking.lineage import note_calibration
 from osscar.shrinking.plan import GroupPlan, PruningPlan
-from osscar.shrinking.shrink import shrink_proved
+from osscar.shrinking.shrink import shrink
 
 
 def prune_as_asked(
@@ -98,7 +98,7 @@ def prune_as_asked(
         plan, layers = _prune_groups(ready, keep, request, log)
         before = count_parameters(work)
         with finer_precision(work, ready.example):
-            proof = shrink_proved(work, plan, ready.inputs.proofs(work, request.seed))
+            proof = shrink(work, plan, ready.inputs.proofs(work, request.seed))
         renewed = renew_statistics(
             work, proof.plan, ready.batches(), request.batch_norm, statistics
         )

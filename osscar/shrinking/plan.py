@@ -119,8 +119,8 @@ class PruningPlan:
     groups
         One entry for each group that lost units.
     integers
-        Numbers that modules keep and that follow the groups, as far as `osscar.shrink` does not
-        know them by itself.
+        Numbers that modules keep and that follow the groups, as far as slicing does not know them
+        by itself.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT

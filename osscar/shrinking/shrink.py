@@ -22,7 +22,7 @@ from osscar.shrinking.integers import IntegerSearch
 from osscar.shrinking.lineage import lineage_of, note
 from osscar.shrinking.mask import masked
 from osscar.shrinking.plan import GroupPlan, PruningPlan
-from osscar.shrinking.slice import shrink
+from osscar.shrinking.slice import slice_units
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Proof:
     error: float
 
 
-def shrink_proved(
+def shrink(
     model: nn.Module,
     plan: PruningPlan,
     inputs: Sequence[Inputs],
@@ -99,7 +99,7 @@ class _Attempt:
     def run(self) -> Proof:
         """Shrink and prove; if that fails, the model is as it was when this was made."""
         with restored_on_error(self.model):
-            shrink(self.model, self.plan)
+            slice_units(self.model, self.plan)
             error, found = IntegerSearch(self.model, self.plan, self._check).run()
             plan = replace(self.plan, integers=self.plan.integers + found)
             note(self.model, plans=(*lineage_of(self.model).plans[:-1], plan))

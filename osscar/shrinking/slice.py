@@ -20,7 +20,7 @@ from osscar.shrinking.lineage import lineage_of, note
 from osscar.shrinking.plan import GroupPlan, Integer, PruningPlan
 
 
-def shrink(model: nn.Module, plan: PruningPlan) -> None:
+def slice_units(model: nn.Module, plan: PruningPlan) -> None:
     """Remove from `model`, in place, every unit that the plan does not keep.
 
     Tied parameters stay tied.

@@ -122,7 +122,7 @@ def test_neurons_alone_leave_a_stock_checkpoint(family: str, tmp_path: Path) -> 
     model, inputs = case.build(), case.make_inputs()
     osscar.prepare(model)
     neurons = [g for g in graph.trace(model, inputs[0]).prunable if g.kind == "neurons"]
-    osscar.shrink_proved(model, half_of(neurons), inputs)
+    osscar.shrink(model, half_of(neurons), inputs)
     written = save(model, tmp_path / "small", example_inputs=inputs[0])
     assert written.stock == (family != "bloom")  # whose FFN is always four times the stream
     again = osscar.load(tmp_path / "small")

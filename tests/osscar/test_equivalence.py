@@ -18,7 +18,7 @@ from osscar.shrinking.equivalence import proof_outputs, prove_equal
 from osscar.shrinking.integers import IntegerSearch
 from osscar.shrinking.mask import masked
 from osscar.shrinking.plan import GroupPlan, PruningPlan
-from osscar.shrinking.shrink import shrink_proved
+from osscar.shrinking.shrink import shrink
 from tests.coverage.measure import half_of, shrink_by_half
 from tests.coverage.zoo import transformers_case
 from tests.graph.topologies import randomized
@@ -46,7 +46,7 @@ def _refusal(model: nn.Module, plan: PruningPlan, inputs: list) -> EquivalenceEr
     """Return why shrinking is refused; nothing has changed."""
     before = {name: id(tensor) for name, tensor in model.state_dict(keep_vars=True).items()}
     with pytest.raises(EquivalenceError) as caught:
-        shrink_proved(model, plan, inputs)
+        shrink(model, plan, inputs)
     assert before == {n: id(tensor) for n, tensor in model.state_dict(keep_vars=True).items()}
     return caught.value
 
@@ -88,7 +88,7 @@ def test_labels_are_compared_exactly() -> None:
     plan = _plan_for(model)
     with masked(model, plan):
         expected = model(x)
-    assert shrink_proved(model, plan, [(x,)]).error == 0
+    assert shrink(model, plan, [(x,)]).error == 0
     assert torch.equal(model(x), expected)
 
     wrong = WrongLabels().eval()
@@ -113,7 +113,7 @@ def test_complex_outputs_are_compared() -> None:
     plan = _plan_for(model)
     with masked(model, plan):
         (expected,) = proof_outputs(model, [(x,)])
-    assert shrink_proved(model, plan, [(x,)]).error < 1e-5
+    assert shrink(model, plan, [(x,)]).error < 1e-5
     torch.testing.assert_close(model(x), expected)
     with pytest.raises(EquivalenceError, match="differs"):
         prove_equal([expected], [expected * 1j])
@@ -154,7 +154,7 @@ def test_masked_logits_and_empty_tensors_are_proved() -> None:
     plan = _half(model, (x,))
     with masked(model, plan):
         expected = model(x)[0]
-    assert shrink_proved(model, plan, [(x,)]).error < 1e-5
+    assert shrink(model, plan, [(x,)]).error < 1e-5
     torch.testing.assert_close(model(x)[0], expected)
 
 
@@ -188,7 +188,7 @@ def test_models_that_draw_random_numbers_are_proved(kind: type[Two]) -> None:
     assert effect > 1e-3
     torch.set_rng_state(state)
     shrunk = copy.deepcopy(model)
-    shrink_proved(shrunk, _half(model, (x,)), [(x,)])
+    shrink(shrunk, _half(model, (x,)), [(x,)])
     assert torch.equal(torch.get_rng_state(), state)
 
 
@@ -212,7 +212,7 @@ def test_a_model_that_fails_with_its_cache_is_refused() -> None:
     assert "RwkvSelfAttention" in str(error)
     assert "blocks.0.attention.neurons', 'rwkv.blocks.1.attention.neurons': leave" in str(error)
     left = [group for group in groups if "attention" not in group.name]
-    shrink_proved(model, half_of(left), [inputs])
+    shrink(model, half_of(left), [inputs])
     with torch.no_grad():
         model(**inputs)
 
@@ -242,7 +242,7 @@ def test_padding_is_not_packed_for_attention_that_lost_heads(proved_with_padding
     assert {group.kind for group in plan.groups} == {"heads", "neurons"}
     with masked(model, plan), torch.no_grad():
         expected = model(x, padding)
-    shrink_proved(model, plan, [inputs])
+    shrink(model, plan, [inputs])
     with torch.no_grad():
         found = model(x, padding)
     torch.testing.assert_close(found[~padding], expected[~padding], rtol=1e-4, atol=1e-5)
@@ -252,7 +252,7 @@ def test_encoders_that_keep_their_heads_still_pack() -> None:
     model, x = randomized(Encoder()), torch.randn(2, 5, 16)
     plan = _half(model, (x,))
     kept = tuple(group for group in plan.groups if group.kind != "heads")
-    shrink_proved(model, PruningPlan(kept), [(x,)])
+    shrink(model, PruningPlan(kept), [(x,)])
     assert model.encoder.use_nested_tensor
 
 
@@ -331,7 +331,7 @@ def test_layers_with_normalized_weights_show_their_sizes(norm) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(norm(nn.Conv1d(3, 8, 3)), nn.ReLU(), nn.Conv1d(8, 4, 1)).eval()
     x = torch.randn(2, 3, 9)
-    osscar.shrink(model, _half(model, (x,)))
+    osscar.slice_units(model, _half(model, (x,)))
     assert model[0].out_channels == model[2].in_channels == 4
     model(x)
 
@@ -426,7 +426,7 @@ def test_widths_that_experts_cannot_have_are_explained(kept: int) -> None:
     groups = [g for g in graph.trace(model, inputs[0]).prunable if g.kind == "neurons"]
     plan = PruningPlan(tuple(GroupPlan.of(group, tuple(range(kept))) for group in groups))
     if kept % 4 == 0:
-        assert shrink_proved(model, plan, inputs).error < 1e-4
+        assert shrink(model, plan, inputs).error < 1e-4
     else:
         error = str(_refusal(model, plan, inputs))
         assert "multiple of 4 units" in error

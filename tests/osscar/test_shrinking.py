@@ -22,7 +22,7 @@ from osscar.shrinking.equivalence import proof_outputs
 from osscar.shrinking.follow import adapter, prepare
 from osscar.shrinking.lineage import lineage_of
 from osscar.shrinking.plan import GroupPlan, PruningPlan
-from osscar.shrinking.shrink import shrink_proved
+from osscar.shrinking.shrink import shrink
 from tests.coverage.measure import half_of, shrink_by_half
 from tests.coverage.zoo import Inputs, torchvision_case, transformers_case
 from tests.graph.topologies import PRUNABLE, randomized
@@ -44,7 +44,7 @@ def assert_refused(
     """Show that shrinking fails, and changes nothing."""
     before, outputs = state(model), proof_outputs(model, inputs)
     with pytest.raises(error, match=match):
-        shrink_proved(model, plan, inputs)
+        shrink(model, plan, inputs)
     assert state(model) == before
     assert all(map(torch.equal, proof_outputs(model, inputs), outputs))
 
@@ -157,7 +157,7 @@ def test_numbers_under_unknown_names_are_found_by_trial() -> None:
         for name, value in (("nheads", 2), ("span", 8))
     }
     # What was found is part of the plan, which works without inputs from then on.
-    osscar.shrink(dense, PruningPlan.from_json(json.loads(json.dumps(proof.plan.to_json()))))
+    osscar.slice_units(dense, PruningPlan.from_json(json.loads(json.dumps(proof.plan.to_json()))))
     dense.load_state_dict(model.state_dict())
     assert all(map(torch.equal, proof_outputs(dense, inputs), proof_outputs(model, inputs)))
 
@@ -185,7 +185,7 @@ def test_sizes_in_a_tuple_follow() -> None:
     dense = copy.deepcopy(model)
     _, proof, _ = shrink_by_half(model, [(torch.randn(2, 5),), (torch.randn(3, 5),)])
     assert model.layers[2].unflattened_size == (3, 2, 2)
-    osscar.shrink(dense, PruningPlan.from_json(json.loads(json.dumps(proof.plan.to_json()))))
+    osscar.slice_units(dense, PruningPlan.from_json(json.loads(json.dumps(proof.plan.to_json()))))
     assert dense.layers[2].unflattened_size == (3, 2, 2)
 
 
@@ -232,7 +232,7 @@ def test_a_module_that_cannot_follow_is_named_until_it_has_an_adapter() -> None:
     def follow(module: Stubborn, group: GroupPlan) -> None:
         module.sizes = {name: group.scaled(size) for name, size in module.sizes.items()}
 
-    assert shrink_proved(model, plan, inputs).error < 1e-6
+    assert shrink(model, plan, inputs).error < 1e-6
 
 
 @pytest.mark.parametrize("batch_first", [True, False])
@@ -560,5 +560,5 @@ def test_preparing_changes_nothing_that_is_computed() -> None:
 def test_a_model_on_meta_shrinks() -> None:
     model = transformers_case("llama").build().to("meta")
     groups = graph.trace(model, {"input_ids": torch.zeros(2, 7, dtype=torch.int64)}).prunable
-    osscar.shrink(model, half_of(groups))
+    osscar.slice_units(model, half_of(groups))
     assert model.model.layers[1].mlp.down_proj.weight.shape == (48, 20)
