@@ -145,7 +145,7 @@ def pose(
     name
         What the problem is called.
     damp
-        As in `GramAccumulator.consumer`.
+        Weight of the proximal term, relative to the mean of each Gram matrix's diagonal.
     """
     consumers = [accumulator.consumer(damp) for accumulator in accumulators]
     layers = [accumulator.linear_map.name for accumulator in accumulators]

@@ -182,7 +182,7 @@ class TorchvisionOrigin:
     Parameters
     ----------
     name
-        As in `torchvision.models.list_models`.
+        One of those that `torchvision.models.list_models` returns.
     options
         Keyword arguments of its builder, such as ``num_classes``; no weights.
 

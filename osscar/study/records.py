@@ -70,7 +70,8 @@ class Record:
     Parameters
     ----------
     instance, kind, file, units, width
-        As in `Instance`.
+        Of the problem: its name, the kind of its units, its file, how many units there are, and the
+        rows of the widest.
     keep, sparsity
         How many units stay, and the share to remove that this came from.
     backend, options

@@ -748,3 +748,18 @@ def test_jobs_are_as_many_as_cores_and_memory_allow():
 
 def test_everything_lies_in_the_public_package():
     assert osscar.Study is Study
+
+
+@pytest.mark.parametrize("backend", ["perspective", "branch_and_bound"])
+def test_honest_bounds_of_a_trained_model_are_never_refused(backend):
+    """What rounding may have done weighs most on real activations, whose spectra fall fast."""
+    loaded = osscar.load_model("demo", device="cpu")
+    windows = osscar.load_calibration(None, loaded.tokenizer, samples=8, seqlen=128)
+    for _, posed in model_problems(
+        loaded.model, windows, wanted=lambda name: name.endswith("heads")
+    ):
+        for keep in (2, 4, 6):
+            solution = solvers.solve(posed.with_keep(keep), backend)
+            report = solution.verify()
+            assert report.lower_bound <= solution.loss
+            assert solution.lower_bound <= report.lower_bound + report.tolerance
