@@ -11,11 +11,13 @@ import ctypes
 import dataclasses
 import errno
 import os
+import re
 import shutil
 import socket
 import sys
 import tempfile
 import time
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -27,6 +29,7 @@ from pydantic import ConfigDict
 from osscar.core.errors import BusyError, FileError, OutputError
 from osscar.core.files import (
     LOCK_FILE,
+    PARTIAL,
     STRICT,
     hold,
     read_json,
@@ -161,7 +164,7 @@ class Run:
 @contextmanager
 def run_for(path: Path, place: Path) -> Iterator[Run]:
     """Make the directory of a run, and remove it in the end."""
-    run = Run(path, Path(tempfile.mkdtemp(prefix=prefix(path), dir=place)))
+    run = Run(path, Path(tempfile.mkdtemp(prefix=_maker(path), dir=place)))
     try:
         with hold(run.work / LOCK_FILE, path):
             try:
@@ -215,14 +218,48 @@ def recover(path: Path) -> None:
                 _remove(run)
 
 
+def _host() -> str:
+    """Return 8 hexadecimal digits that tell this host from others."""
+    return f"{zlib.crc32(socket.gethostname().encode()):08x}"
+
+
+def _maker(path: Path) -> str:
+    """Return how the name of this process's directory begins, which tells of whom it is."""
+    return f"{prefix(path)}{_host()}-{os.getpid()}-"
+
+
+def _maker_is_gone(work: Path) -> bool:
+    """Whether the name is that of a process of this host that has ended."""
+    found = re.search(r"\.osscar-([0-9a-f]{8})-(\d+)-\w+$", work.name)
+    return found is not None and found[1] == _host() and not _is_alive(int(found[2]))
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):
+        return True
+    return True
+
+
 def _remove_unmarked(work: Path) -> None:
-    """Remove what a run was killed in before it had written anything."""
+    """Remove what a run was killed in before it had written anything.
+
+    A run takes the lock before it writes its mark: where the lock is free, the run is gone.
+    """
     with suppress(OSError, OutputError):
-        idle = time.time() - work.stat().st_mtime > _MAKING_SECONDS
-        if idle and all(entry.name == LOCK_FILE for entry in work.iterdir()):
-            with hold(work / LOCK_FILE, work):
-                (work / LOCK_FILE).unlink()
-            work.rmdir()
+        idle = time.time() - work.stat().st_mtime > _MAKING_SECONDS or _maker_is_gone(work)
+        names = {entry.name for entry in work.iterdir()}
+        partial = {n for n in names if n.startswith(f".{_MARK_FILE}.") and n.endswith(PARTIAL)}
+        if names - partial - {LOCK_FILE} or not (idle or LOCK_FILE in names):
+            return
+        with hold(work / LOCK_FILE, work) as held:
+            if held or idle:
+                for name in (*partial, LOCK_FILE):
+                    (work / name).unlink(missing_ok=True)
+                work.rmdir()
 
 
 def _may_live(mark: Mark) -> bool:
