@@ -19,6 +19,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from osscar.checkpoint.admission import check_size, check_tensors, stored_in
 from osscar.checkpoint.builders import (
     DESCRIPTION_ERRORS,
     Builder,
@@ -29,15 +30,18 @@ from osscar.checkpoint.builders import (
 from osscar.checkpoint.hf_config import adopt_config, stock_config
 from osscar.checkpoint.manifest import MANIFEST_FILE, REPORT_FILE, Manifest, read_manifest
 from osscar.checkpoint.place import check_output, replacing
+from osscar.checkpoint.stored import Stored
 from osscar.core.errors import (
     CheckpointError,
     EquivalenceError,
+    OptionError,
     OsscarError,
     OutputError,
     first_line,
 )
 from osscar.core.files import write_json
-from osscar.core.modules import context_length, copied, evaluating
+from osscar.core.inputs import file_name
+from osscar.core.modules import check_usable, context_length, copied, evaluating
 from osscar.shrinking.equivalence import Inputs, proof_outputs, prove_equal
 from osscar.shrinking.lineage import LINEAGE, Lineage, lineage_of
 from osscar.shrinking.slice import slice_units
@@ -197,19 +201,30 @@ def load(
     Raises
     ------
     CheckpointError
-        If the directory does not hold such a model.
+        If the directory does not hold such a model, or its weights are not what it says.
+    OptionError
+        If an argument is of a wrong type.
+    ModelError
+        If `dense` is no model.
     """
-    path = Path(directory).expanduser()
+    name = file_name(directory, "the checkpoint", "the directory that holds it")
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise OptionError(f"dtype is {dtype!r:.60}; give torch.float32 or its like, or None")
+    if dense is not None:
+        check_usable(dense)
     try:
+        path = Path(name).expanduser()
         manifest = read_manifest(path)
         if manifest is None or manifest.stock:
             model = TransformersOrigin.of_directory(path).read_stock(path, dtype)
             return _with_lineage(model, manifest)
-        model = _dense(read_builder(manifest.lineage.origin, path), dense, path)
+        stored = stored_in(path)
+        model = _dense(read_builder(manifest.lineage.origin, path), dense, stored or {}, path)
         for plan in manifest.lineage.plans:
             slice_units(model, plan)
+        check_tensors(model, stored or {}, path)
     except DESCRIPTION_ERRORS as error:
-        raise CheckpointError(f"{path} is not a checkpoint that can be read: {error}") from error
+        raise CheckpointError(f"{name} is not a checkpoint that can be read: {error}") from error
     try:
         safetensors.torch.load_model(model, path / "model.safetensors")
     except (OSError, RuntimeError, safetensors.SafetensorError) as error:
@@ -224,7 +239,9 @@ def _with_lineage(model: nn.Module, manifest: Manifest | None) -> nn.Module:
     return model
 
 
-def _dense(origin: Builder | None, dense: nn.Module | None, path: Path) -> nn.Module:
+def _dense(
+    origin: Builder | None, dense: nn.Module | None, stored: Mapping[str, Stored], path: Path
+) -> nn.Module:
     """Return a dense model to shrink: the caller's, or one built as the origin says."""
     if dense is not None:
         return copied(dense)
@@ -234,6 +251,7 @@ def _dense(origin: Builder | None, dense: nn.Module | None, path: Path) -> nn.Mo
             "it: osscar.load(directory, dense=model)"
         )
     try:
+        check_size(origin.build, stored, path, pruned=True)
         return origin.build()
     except OsscarError:
         raise

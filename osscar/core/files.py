@@ -41,6 +41,9 @@ MEGABYTE = 2**20
 _LARGEST = 2**63
 """Whole numbers lie below it and above its negative: tensors hold no others."""
 
+_MOST_DIGITS = 40
+"""Of a whole number in a file that is not ours."""
+
 _SHOWN = 60
 """Characters of an offending value that a message shows."""
 
@@ -289,6 +292,40 @@ def validated(content: Any, schema: type[T], name: str) -> T:
     return parse_json(text, schema, name)
 
 
+def read_object(path: Path, *, limit: int = 64 * MEGABYTE) -> dict[str, Any]:
+    """Read a JSON object of another project's, whose fields nobody here can list.
+
+    It comes in on the same way as with `read_json`, less the schema.  Infinity is let through,
+    since some families write it (``time_step_limit`` of Mamba), and so are large numbers
+    (``model_max_length`` of tokenizers is 1e30).
+
+    Parameters
+    ----------
+    path
+        The file.
+    limit
+        Bytes that it may have at most.
+
+    Raises
+    ------
+    FileError
+        If it is missing, too large, no JSON object, holds NaN or one key twice, or is nested too
+        deeply.
+    """
+    text = _read_text(path, limit)
+    try:
+        found = json.loads(
+            text, parse_constant=_infinite, parse_int=_short, object_pairs_hook=_distinct
+        )
+    except RecursionError as error:
+        raise FileError(path, "it is nested too deeply") from error
+    except ValueError as error:
+        raise FileError(path, str(error)) from error
+    if not isinstance(found, dict):
+        raise FileError(path, f"it holds a {type(found).__name__}, not an object")
+    return found
+
+
 def parse_json(text: str, schema: type[T], path: str | os.PathLike[str]) -> T:
     """Check and parse the text of a JSON file, as `read_json` does.
 
@@ -342,6 +379,16 @@ def _finite(text: str) -> float:
     if not math.isfinite(value):
         raise ValueError(f"{text:.{_SHOWN}} is not a finite number")
     return value
+
+
+def _infinite(text: str) -> float:
+    return float(text) if text != "NaN" else _refused(text)
+
+
+def _short(text: str) -> int:
+    if len(text) > _MOST_DIGITS:
+        raise ValueError(f"{text:.{_SHOWN}} has {len(text)} digits")
+    return int(text)
 
 
 def _moderate(text: str) -> int:

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
-from osscar.core.errors import OptionError
+from osscar.core.errors import ModelError, OptionError
 
 TEXT_LIMIT = 2**30
-JSON_LIMIT = 2**26
 
 
 def file_name(value: object, what: str, example: str) -> str:
@@ -94,20 +93,23 @@ def read_bytes(path: Path, limit: int) -> bytes:
     return data
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a file that holds one JSON object.
+@contextmanager
+def panics_are_errors(what: str) -> Iterator[None]:
+    """Turn a panic of the library of tokenizers, which is no `Exception`, into an error of ours.
+
+    Parameters
+    ----------
+    what
+        What the block does.
 
     Raises
     ------
-    OSError
-        If it cannot be read.
-    ValueError
-        If it holds something else.
+    ModelError
+        If the library panics.
     """
     try:
-        data = json.loads(read_bytes(path, JSON_LIMIT))
-    except RecursionError:
-        raise ValueError("it is nested too deeply") from None
-    if not isinstance(data, dict):
-        raise ValueError(f"it holds a {type(data).__name__}, not an object")
-    return data
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise ModelError(f"the tokenizer fails on {what}: {error}; get its files anew") from error

@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 
 import osscar
 from osscar.checkpoint.manifest import MANIFEST_FILE, OLD_PLAN_FILE, REPORT_FILE
-from osscar.core.errors import CheckpointError, ModelError, OsscarError
-from osscar.core.inputs import read_json
+from osscar.core.errors import CheckpointError, FileError, ModelError, OsscarError
+from osscar.core.files import read_object
 from osscar.data.images import ImageSet, load_images
 from osscar.data.preprocessing import Preprocessing
 from osscar.data.text import encode, read_text
@@ -345,9 +345,21 @@ def test_a_text_that_cannot_be_encoded_is_refused():
         encode(tokenizer, "ab\udc80")
 
 
-def test_one_object_is_read(tmp_path):
-    (tmp_path / "a").write_text('{"a": 1}')
-    assert read_json(tmp_path / "a") == {"a": 1}
-    (tmp_path / "a").write_text("[]")
-    with pytest.raises(ValueError, match="holds a list"):
-        read_json(tmp_path / "a")
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("[]", "holds a list"),
+        ('{"a": 1, "a": 2}', "stands there twice"),
+        ('{"a": NaN}', "not JSON"),
+        ('{"a": ' + "1" * 50 + "}", "50 digits"),
+        ("[" * 100_000, "nested too deeply"),
+        ('{"a": "' + "x" * 200 + '"}', "more than 100 bytes"),
+    ],
+)
+def test_an_object_of_another_project_comes_in_on_the_same_way(tmp_path, text, reason):
+    limit = 100 if "xxx" in text else 2**20
+    (tmp_path / "a").write_text('{"a": 1, "time_step_limit": [0.0, Infinity]}')
+    assert read_object(tmp_path / "a", limit=limit)["a"] == 1
+    (tmp_path / "a").write_text(text)
+    with pytest.raises(FileError, match=reason):
+        read_object(tmp_path / "a", limit=limit)
