@@ -8,6 +8,7 @@ small weights, and the plans that turn the one into the shape of the other.
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -40,7 +41,7 @@ from osscar.core.errors import (
     first_line,
 )
 from osscar.core.files import write_json
-from osscar.core.inputs import file_name
+from osscar.core.inputs import file_name, shown
 from osscar.core.modules import check_usable, context_length, copied, evaluating
 from osscar.shrinking.equivalence import Inputs, proof_outputs, prove_equal
 from osscar.shrinking.lineage import LINEAGE, Lineage, lineage_of
@@ -109,9 +110,14 @@ def save(
     ------
     OutputError
         If the directory is in use, or the disk refuses.
+    ModelError, OptionError
+        If an argument is of a wrong type.
     EquivalenceError
         If what was read back does not compute what the model computes.
     """
+    check_usable(model)
+    _check_dtype(dtype)
+    _check_companions(tokenizer, report)
     lineage = lineage_of(model)
     dtype = _stored_dtype(model) if dtype is None else dtype
     path = check_output(directory, overwrite=overwrite, needed_bytes=weight_bytes(model, dtype))
@@ -208,8 +214,7 @@ def load(
         If `dense` is no model.
     """
     name = file_name(directory, "the checkpoint", "the directory that holds it")
-    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise OptionError(f"dtype is {dtype!r:.60}; give torch.float32 or its like, or None")
+    _check_dtype(dtype)
     if dense is not None:
         check_usable(dense)
     try:
@@ -224,13 +229,33 @@ def load(
             slice_units(model, plan)
         check_tensors(model, stored or {}, path)
     except DESCRIPTION_ERRORS as error:
-        raise CheckpointError(f"{name} is not a checkpoint that can be read: {error}") from error
+        raise CheckpointError(
+            f"{name} is not a checkpoint that can be read: {first_line(error):.500}"
+        ) from error
     try:
         safetensors.torch.load_model(model, path / "model.safetensors")
     except (OSError, RuntimeError, safetensors.SafetensorError) as error:
         raise CheckpointError(f"the weights in {path} do not fit its plan: {error}") from error
     model = _with_lineage(model, manifest)
     return (model if dtype is None else model.to(dtype)).eval()
+
+
+def _check_dtype(dtype: object) -> None:
+    known = isinstance(dtype, torch.dtype) and dtype in _FORMATS.values()
+    if dtype is not None and not known:
+        raise OptionError(f"dtype is {shown(dtype)}; give one of {', '.join(_FORMATS)} of torch")
+
+
+def _check_companions(tokenizer: Any, report: Any) -> None:
+    """Refuse what cannot be written beside the weights, before they are."""
+    if tokenizer is not None and not hasattr(type(tokenizer), "save_pretrained"):
+        raise OptionError(f"the tokenizer is {shown(tokenizer)}; give one of transformers, or None")
+    try:
+        if report is not None and not isinstance(report, Mapping):
+            raise TypeError(f"it is {shown(report)}, not a dict")
+        json.dumps(report, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise OptionError(f"the report cannot be written as JSON: {error}") from error
 
 
 def _with_lineage(model: nn.Module, manifest: Manifest | None) -> nn.Module:

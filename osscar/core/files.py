@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import math
@@ -20,7 +21,7 @@ import filelock
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from osscar.core.errors import BusyError, FileError, OutputError
-from osscar.core.inputs import read_bytes
+from osscar.core.inputs import check_regular, file_name, read_bytes
 
 T = TypeVar("T")
 
@@ -37,6 +38,12 @@ Of the types that JSON has, none is taken for another; no field is missing or le
 """
 
 MEGABYTE = 2**20
+
+_LONGEST_PATH = 4096
+"""Bytes, as Linux has it; other systems refuse earlier."""
+
+_DEEPEST = 256
+"""Directories in one another; Python makes each in the call that makes the next."""
 
 _LARGEST = 2**63
 """Whole numbers lie below it and above its negative: tensors hold no others."""
@@ -84,12 +91,19 @@ def resolved(path: str | os.PathLike[str]) -> Path:
     Raises
     ------
     OutputError
-        If it cannot be a path: links that lead in a circle, a user without a home, NUL.
+        If it cannot be a path: links that lead in a circle, a user without a home, NUL, more than
+        a system takes.
+    OptionError
+        If it is neither text nor a path.
     """
+    name = file_name(path, "the output", "the name of a file or directory")
     try:
-        return Path(path).expanduser().resolve()
+        found = Path(name).expanduser().resolve()
+        if len(os.fsencode(found)) >= _LONGEST_PATH or len(found.parts) > _DEEPEST:
+            raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
     except (OSError, RuntimeError, ValueError) as error:
-        raise OutputError(f"cannot write {str(path)!r}: {reason_of(error)}") from error
+        raise OutputError(f"cannot write {name[:300]!r}: {reason_of(error)}") from error
+    return found
 
 
 def write_text(path: Path, text: str) -> None:
@@ -245,6 +259,7 @@ def file_digest(path: Path) -> str:
         If it cannot be read.
     """
     try:
+        check_regular(path)
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import reprlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +12,18 @@ from pathlib import Path
 from osscar.core.errors import ModelError, OptionError
 
 TEXT_LIMIT = 2**30
+
+
+_SHOWN = reprlib.Repr()
+_SHOWN.maxstring = _SHOWN.maxother = _SHOWN.maxlong = 60
+
+
+def shown(value: object) -> str:
+    """Return an argument as a message shows it: short, whatever it is, and if it has no text."""
+    try:
+        return _SHOWN.repr(value)
+    except Exception:  # anyone's code may run here
+        return f"an object of {type(value).__qualname__}"
 
 
 def file_name(value: object, what: str, example: str) -> str:
@@ -34,7 +47,7 @@ def file_name(value: object, what: str, example: str) -> str:
         name = os.fspath(value)
         if isinstance(name, str):
             return name
-    raise OptionError(f"{what} is {value!r:.60} ({type(value).__name__}); give {example}")
+    raise OptionError(f"{what} is {shown(value)} ({type(value).__name__}); give {example}")
 
 
 def whole_number(value: object, what: str, least: int) -> int:
@@ -56,10 +69,10 @@ def whole_number(value: object, what: str, least: int) -> int:
     """
     if isinstance(value, bool) or not isinstance(value, int):
         raise OptionError(
-            f"{what} is {value!r:.60} ({type(value).__name__}); give a whole number from {least}"
+            f"{what} is {shown(value)} ({type(value).__name__}); give a whole number from {least}"
         )
     if value < least:
-        raise OptionError(f"{what} must be at least {least}, not {value}")
+        raise OptionError(f"{what} must be at least {least}, not {shown(value)}")
     return value
 
 

@@ -221,6 +221,7 @@ def _find(name: str) -> _Found:
         _check_files(path)
         if (path / CONFIG_FILE).exists():
             check_config(path)
+        check_other_files(path)
         return _Found(str(path), f"directory {path}", path)
     if exists:
         raise ModelNotFound(f"{name!r} is a file; give the directory that holds the checkpoint")
@@ -269,7 +270,6 @@ def _load_stock(found: _Found, trust_remote_code: bool) -> Any:
 def _load_tokenizer(found: _Found, trust_remote_code: bool) -> Any:
     reason = "it gives no tokens"
     if found.path is not None and found.path != DEMO_DIRECTORY:
-        check_other_files(found.path)
         check_tokenizer(found.path)
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(
