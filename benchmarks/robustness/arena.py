@@ -27,6 +27,9 @@ WALL_SECONDS = 300
 MEMORY = 8 * 2**30
 """Bytes that an attack may take beyond what its parent has."""
 
+FOREIGN = ("a file", "model.safetensors", "config.json")
+"""Files of somebody else's, beside the directory of each attack."""
+
 Act = Callable[[Path, random.Random], str | None]
 """Attack with files in an empty directory; return what is silently wrong of what was accepted."""
 
@@ -106,7 +109,7 @@ class _Child:
         directory.mkdir()
         self.foreign = directory / "foreign"
         self.foreign.mkdir()
-        for name in ("a file", "model.safetensors", "config.json"):
+        for name in FOREIGN:
             (self.foreign / name).write_text(f"of somebody else's: {name}")
         self.before = _digest(self.foreign)
         sys.stdout.flush()
@@ -141,8 +144,9 @@ class _Child:
 
 def _digest(directory: Path) -> str:
     found = hashlib.sha256()
-    for file in sorted(directory.rglob("*")):
-        found.update(str(file).encode() + (file.read_bytes() if file.is_file() else b"/"))
+    for name in FOREIGN:
+        file = directory / name
+        found.update(name.encode() + (file.read_bytes() if file.is_file() else b"/"))
     return found.hexdigest()
 
 

@@ -88,6 +88,8 @@ def check_config(path: Path) -> None:
     for name, why in _REFUSED.items():
         if config.get(name) is not None:
             raise CheckpointError(f"{file} has a {name}: {why}")
+    if config.get("return_dict") is False:
+        raise CheckpointError(f"{file} has return_dict false: its models would give no logits")
     for place, name, value in _scalars(config, ""):
         reason = _wrong(name, value, whole=place == name)
         if reason is not None:

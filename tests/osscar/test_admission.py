@@ -91,6 +91,7 @@ def test_more_layers_than_weights_are_for(checkpoint, reader):
     [
         ({"quantization_config": {"quant_method": "bitsandbytes"}}, "quantized"),
         ({"transformers_weights": "../other.bin"}, "another file of weights"),
+        ({"return_dict": False}, "no logits"),
         ({"attn_implementation": "somebody/kernel"}, "code of somebody else's"),
         ({"text_config": {"_attn_implementation": "somebody/kernel"}}, "code of somebody else's"),
     ],
