@@ -158,7 +158,8 @@ class PruningRequest:
         sparsity, round_to = self.sparsity, self.round_to
         if sparsity is not None and not (_is(sparsity, numbers.Real) and 0 < sparsity < 1):
             raise RequestError(
-                f"sparsity is {shown(sparsity)}; give the share to remove, above 0 and below 1"
+                f"sparsity is {shown(sparsity)}; give the share to remove, a number above 0 and "
+                "below 1"
             )
         if not (_is(round_to, numbers.Integral) and round_to >= 1):
             raise RequestError(f"round-to is {shown(round_to)}; give a whole number from 1")
