@@ -159,7 +159,7 @@ def check_json_path(
     ------
     OutputError
         If its directory does not exist, if it is a directory itself, or is or lies in what the
-        command reads or writes.
+        command reads or writes, or if a file of another sort is there.
     """
     from osscar.core.errors import OutputError
 
@@ -174,6 +174,8 @@ def check_json_path(
                 )
         if path.is_dir() or not path.absolute().parent.is_dir():
             raise OutputError(f"cannot write {path}: give a file in a directory that exists")
+        if path.is_file() and path.open("rb").read(1) not in (b"", b"{", b"<"):
+            raise OutputError(f"{path} is no JSON or SVG, and would be lost; give another name")
     except (OSError, RuntimeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise OutputError(f"cannot write {path}: {reason}") from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import math
@@ -20,7 +21,7 @@ import filelock
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from osscar.core.errors import BusyError, FileError, OutputError
-from osscar.core.inputs import read_bytes
+from osscar.core.inputs import check_regular, file_name, read_bytes
 
 T = TypeVar("T")
 
@@ -38,8 +39,17 @@ Of the types that JSON has, none is taken for another; no field is missing or le
 
 MEGABYTE = 2**20
 
+_LONGEST_PATH = 4096
+"""Bytes, as Linux has it; other systems refuse earlier."""
+
+_DEEPEST = 256
+"""Directories in one another; Python makes each in the call that makes the next."""
+
 _LARGEST = 2**63
 """Whole numbers lie below it and above its negative: tensors hold no others."""
+
+_MOST_DIGITS = 40
+"""Of a whole number in a file that is not ours."""
 
 _SHOWN = 60
 """Characters of an offending value that a message shows."""
@@ -81,12 +91,19 @@ def resolved(path: str | os.PathLike[str]) -> Path:
     Raises
     ------
     OutputError
-        If it cannot be a path: links that lead in a circle, a user without a home, NUL.
+        If it cannot be a path: links that lead in a circle, a user without a home, NUL, more than
+        a system takes.
+    OptionError
+        If it is neither text nor a path.
     """
+    name = file_name(path, "the output", "the name of a file or directory")
     try:
-        return Path(path).expanduser().resolve()
+        found = Path(name).expanduser().resolve()
+        if len(os.fsencode(found)) >= _LONGEST_PATH or len(found.parts) > _DEEPEST:
+            raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
     except (OSError, RuntimeError, ValueError) as error:
-        raise OutputError(f"cannot write {str(path)!r}: {reason_of(error)}") from error
+        raise OutputError(f"cannot write {name[:300]!r}: {reason_of(error)}") from error
+    return found
 
 
 def write_text(path: Path, text: str) -> None:
@@ -242,6 +259,7 @@ def file_digest(path: Path) -> str:
         If it cannot be read.
     """
     try:
+        check_regular(path)
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
@@ -287,6 +305,40 @@ def validated(content: Any, schema: type[T], name: str) -> T:
     except (TypeError, ValueError) as error:
         raise FileError(name, str(error)) from error
     return parse_json(text, schema, name)
+
+
+def read_object(path: Path, *, limit: int = 64 * MEGABYTE) -> dict[str, Any]:
+    """Read a JSON object of another project's, whose fields nobody here can list.
+
+    It comes in on the same way as with `read_json`, less the schema.  Infinity is let through,
+    since some families write it (``time_step_limit`` of Mamba), and so are large numbers
+    (``model_max_length`` of tokenizers is 1e30).
+
+    Parameters
+    ----------
+    path
+        The file.
+    limit
+        Bytes that it may have at most.
+
+    Raises
+    ------
+    FileError
+        If it is missing, too large, no JSON object, holds NaN or one key twice, or is nested too
+        deeply.
+    """
+    text = _read_text(path, limit)
+    try:
+        found = json.loads(
+            text, parse_constant=_infinite, parse_int=_short, object_pairs_hook=_distinct
+        )
+    except RecursionError as error:
+        raise FileError(path, "it is nested too deeply") from error
+    except ValueError as error:
+        raise FileError(path, str(error)) from error
+    if not isinstance(found, dict):
+        raise FileError(path, f"it holds a {type(found).__name__}, not an object")
+    return found
 
 
 def parse_json(text: str, schema: type[T], path: str | os.PathLike[str]) -> T:
@@ -342,6 +394,16 @@ def _finite(text: str) -> float:
     if not math.isfinite(value):
         raise ValueError(f"{text:.{_SHOWN}} is not a finite number")
     return value
+
+
+def _infinite(text: str) -> float:
+    return float(text) if text != "NaN" else _refused(text)
+
+
+def _short(text: str) -> int:
+    if len(text) > _MOST_DIGITS:
+        raise ValueError(f"{text:.{_SHOWN}} has {len(text)} digits")
+    return int(text)
 
 
 def _moderate(text: str) -> int:

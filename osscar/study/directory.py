@@ -33,6 +33,7 @@ from osscar.core.files import (
     read_json,
     write_json,
 )
+from osscar.core.inputs import file_name
 from osscar.core.progress import stage
 from osscar.study.design import StudyDesign, is_count
 from osscar.study.jobs import (
@@ -91,7 +92,9 @@ class Study:
     """
 
     def __init__(self, directory: Path, source: Mapping[str, Any]) -> None:
-        self.directory = directory
+        self.directory = directory = Path(file_name(directory, "the study", "its directory"))
+        if not isinstance(source, Mapping):
+            raise OptionError(f"the source is a {type(source).__name__}; give a mapping")
         self.source = dict(source)
         self._settings = directory / SETTINGS_FILE
         self._made = self._held = False
@@ -227,6 +230,8 @@ class Study:
         OutputError
             If another process is at work in the directory, or it cannot be written.
         """
+        if not isinstance(design, StudyDesign):
+            raise OptionError(f"the design is a {type(design).__name__}; give a StudyDesign")
         if not is_count(jobs, 1):
             raise OptionError(f"jobs is {jobs!r}; give at least 1")
         with self.locked():
