@@ -566,7 +566,7 @@ def test_places_that_are_taken_are_named(study):
         write_report(study, QUICK, records, summarize(records))
     shutil.rmtree(study.directory / "records")
     (study.directory / "records").write_text("")
-    with pytest.raises(StudyError, match=r"cannot write .*records"):
+    with pytest.raises(OutputError, match=r"cannot write .*records"):
         study.run(QUICK)
     with pytest.raises(StudyError, match="File name too long"):
         Study(study.directory / ("x" * 300), {})
