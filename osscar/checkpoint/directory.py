@@ -8,6 +8,7 @@ small weights, and the plans that turn the one into the shape of the other.
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -275,7 +276,24 @@ def _save_planned(model: nn.Module, path: Path) -> None:
     builder = builder_of(model)
     if builder is not None:
         builder.write(model, path)
-    safetensors.torch.save_model(model, str(path / "model.safetensors"), {"format": "pt"})
+    file = path / "model.safetensors"
+    safetensors.torch.save_model(model, str(file), {"format": "pt"})
+    _order_metadata(file)
+
+
+def _order_metadata(path: Path) -> None:
+    """Put what a file of safetensors says in order, so that equal models are equal files.
+
+    Its writer says which tensors are shared, in an order that it draws.
+    """
+    with path.open("r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(text) <= length:  # spaces may follow; what is longer was written in another way
+            file.seek(8)
+            file.write(text.ljust(length))
 
 
 def _dtype(model: nn.Module) -> torch.dtype:
