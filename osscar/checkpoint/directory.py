@@ -34,7 +34,6 @@ from osscar.core.errors import (
     CheckpointError,
     EquivalenceError,
     OsscarError,
-    OutputError,
     first_line,
 )
 from osscar.core.files import system_errors, write_json

@@ -225,7 +225,9 @@ def way_back(kept: Callable[[], str]) -> Iterator[None]:
     except BusyError:
         raise
     except OutputError as error:
-        raise OutputError(f"{error}. {_begun(kept())}; give the same command again to go on") from error
+        raise OutputError(
+            f"{error}. {_begun(kept())}; give the same command again to go on"
+        ) from error
 
 
 def _begun(sentence: str) -> str:

@@ -237,8 +237,8 @@ class RunLog:
                     with uninterrupted():
                         self._tidy()
         finally:
-            with suppress(OSError):
-                for path in made:
+            for path in made:
+                with suppress(OSError):
                     path.rmdir()
 
     def _tidy(self) -> None:
