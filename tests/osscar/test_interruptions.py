@@ -63,7 +63,7 @@ def case(request):
 
 
 @pytest.mark.parametrize("case", ["plan", "stock"], indirect=True)
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("seed", range(3))
 def test_a_run_that_is_killed_goes_on_to_the_same_bytes(case, seed, tmp_path):
     _kill_and_go_on(case, seed, tmp_path / "root", (Victim.COMMAND,))
 
