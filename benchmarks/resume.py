@@ -7,7 +7,7 @@ For example, with a calibration text at hand:
 Runs ``osscar prune`` once as a whole; then, for each share, kills it with SIGKILL when so many of
 its groups are committed, and gives the same command again.  Prints the seconds of each phase, how
 the resumed run compares with the whole one, and whether every file but the report has the same
-bytes.
+bytes.  Seconds are those of the processor, so that others on the machine do not count.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import argparse
 import json
 import math
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -67,17 +68,23 @@ def run(
     asked = ["prune", arguments.model, "--sparsity", arguments.sparsity, *rest, "--out", str(out)]
     phases = out.with_name(f"{out.name}-phases.json")
     part = json.dumps({"arguments": asked, "kill_at": kill_at, "phases": str(phases)})
-    began = time.perf_counter()
+    before = used()
     ended = subprocess.run(
         [sys.executable, __file__], env={**os.environ, _PART: part}, check=False,
         stdout=subprocess.DEVNULL,
     )  # fmt: skip
-    seconds = time.perf_counter() - began
+    seconds = used() - before
     if ended.returncode != (-signal.SIGKILL if kill_at else 0):
         raise SystemExit(f"the command ended with {ended.returncode}")
     return (
         {"seconds": seconds} if kill_at else {"seconds": seconds, **json.loads(phases.read_text())}
     )
+
+
+def used() -> float:
+    """Return the processor's seconds that all runs have taken so far."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
 
 
 def content(directory: Path) -> dict[str, bytes]:
@@ -97,7 +104,6 @@ def print_row(name: str, row: dict[str, Any], whole: dict[str, Any]) -> None:
 
 
 def command(arguments: list[str], kill_at: int, phases: str) -> None:
-    began = time.perf_counter()
     from osscar.cli import main as osscar_main
     from osscar.pruning import prune
     from osscar.pruning.result import PruningResult
@@ -110,11 +116,11 @@ def command(arguments: list[str], kill_at: int, phases: str) -> None:
         function = getattr(owner, name)
 
         def call(*given: Any, **options: Any) -> Any:
-            start = time.perf_counter()
+            start = time.process_time()
             try:
                 return function(*given, **options)
             finally:
-                spent[phase] += time.perf_counter() - start
+                spent[phase] += time.process_time() - start
 
         setattr(owner, name, staticmethod(call) if name == "of" else call)
 
@@ -123,23 +129,23 @@ def command(arguments: list[str], kill_at: int, phases: str) -> None:
         function = getattr(owner, name)
 
         def call(*given: Any, **options: Any) -> Any:
-            spent[phase] = time.perf_counter() - began - spent["opening"]
+            spent[phase] = time.process_time() - spent["opening"]
             return function(*given, **options)
 
         setattr(owner, name, call)
 
     def records(log: RunLog) -> Any:
-        start = time.perf_counter()
+        start = time.process_time()
         found = tuple(read(log))
-        spent["replay"] += time.perf_counter() - start
+        spent["replay"] += time.process_time() - start
         return found
 
     append, committed = RunLog.append, [-1]
 
     def recorded(log: RunLog, index: int, record: Any) -> None:
-        start = time.perf_counter()
+        start = time.process_time()
         append(log, index, record)
-        spent["commit"] += time.perf_counter() - start
+        spent["commit"] += time.process_time() - start
         committed.append(index)
         if index + 1 == kill_at:
             os.kill(os.getpid(), signal.SIGKILL)
