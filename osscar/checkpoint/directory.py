@@ -37,10 +37,9 @@ from osscar.core.errors import (
     EquivalenceError,
     OptionError,
     OsscarError,
-    OutputError,
     first_line,
 )
-from osscar.core.files import write_json
+from osscar.core.files import system_errors, write_json
 from osscar.core.inputs import file_name, shown
 from osscar.core.modules import check_usable, context_length, copied, evaluating
 from osscar.shrinking.equivalence import Inputs, proof_outputs, prove_equal
@@ -125,10 +124,30 @@ def save(
         model = copied(model).to(dtype)
     lineage = dataclasses.replace(lineage, stored_dtype=str(dtype).removeprefix("torch."))
     with replacing(path, overwrite=overwrite) as new:
-        stock = _write(model, lineage, new, tokenizer=tokenizer, report=report)
+        with system_errors():
+            stock = _write(model, lineage, new, tokenizer=tokenizer, report=report)
         _prove_readable(model, new, example_inputs)
-        written = sum(file.stat().st_size for file in new.glob("*.safetensors"))
+        written = _written(new)
     return SavedCheckpoint(path, stock, written)
+
+
+def describe(path: Path) -> SavedCheckpoint:
+    """Return what `save` has returned of a directory that it wrote.
+
+    Raises
+    ------
+    CheckpointError
+        If it has written no such thing.
+    """
+    manifest = read_manifest(path)
+    if manifest is None:
+        raise CheckpointError(f"{path} holds no {MANIFEST_FILE}")
+    return SavedCheckpoint(path, manifest.stock, _written(path))
+
+
+def _written(path: Path) -> int:
+    """Return the bytes of the weights in a directory."""
+    return sum(file.stat().st_size for file in path.glob("*.safetensors"))
 
 
 def weight_bytes(model: nn.Module, dtype: torch.dtype | None = None) -> int:
@@ -154,17 +173,14 @@ def _write(
     config = None
     if isinstance(model, PreTrainedModel):
         config = stock_config(model, lineage.plans)
-    try:
-        if config is not None:
-            assert isinstance(model, PreTrainedModel)
-            _save_stock(model, config, path)
-            lineage = dataclasses.replace(lineage, plans=())
-        else:
-            _save_planned(model, path)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(path)
-    except safetensors.SafetensorError as error:
-        raise OutputError(f"cannot write the weights: {error}") from error
+    if config is not None:
+        assert isinstance(model, PreTrainedModel)
+        _save_stock(model, config, path)
+        lineage = dataclasses.replace(lineage, plans=())
+    else:
+        _save_planned(model, path)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(path)
     if report is not None:
         write_json(path / REPORT_FILE, report)
     builder = builder_of(model)
@@ -301,7 +317,24 @@ def _save_planned(model: nn.Module, path: Path) -> None:
     builder = builder_of(model)
     if builder is not None:
         builder.write(model, path)
-    safetensors.torch.save_model(model, str(path / "model.safetensors"), {"format": "pt"})
+    file = path / "model.safetensors"
+    safetensors.torch.save_model(model, str(file), {"format": "pt"})
+    _order_metadata(file)
+
+
+def _order_metadata(path: Path) -> None:
+    """Put what a file of safetensors says in order, so that equal models are equal files.
+
+    Its writer says which tensors are shared, in an order that it draws.
+    """
+    with path.open("r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(text) <= length:  # spaces may follow; what is longer was written in another way
+            file.seek(8)
+            file.write(text.ljust(length))
 
 
 def _dtype(model: nn.Module) -> torch.dtype:

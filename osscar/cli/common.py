@@ -210,15 +210,27 @@ def _covers(used: Path, place: Path) -> bool:
 
 @contextmanager
 def way_back(kept: Callable[[], str]) -> Iterator[None]:
-    """Say how to go on where someone interrupts the block.
+    """Say how to go on where someone interrupts the block, or where it cannot write.
 
     Parameters
     ----------
     kept
         Says what is kept by then, and where.
     """
+    from osscar.core.errors import BusyError, OutputError
+
     try:
         yield
     except (KeyboardInterrupt, SystemExit):
         say_aside("interrupted", f"{kept()}; give the same command again to go on", "yellow")
         raise
+    except BusyError:
+        raise
+    except OutputError as error:
+        raise OutputError(
+            f"{error}. {_begun(kept())}; give the same command again to go on"
+        ) from error
+
+
+def _begun(sentence: str) -> str:
+    return sentence[:1].upper() + sentence[1:]

@@ -8,7 +8,9 @@ import hashlib
 import json
 import math
 import os
+import re
 import signal
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -62,8 +64,9 @@ _SHOWN = 60
 def whole(path: Path) -> Iterator[Path]:
     """Give a place beside `path` to write to; once the block has ended, it becomes `path`.
 
-    The place bears the number of the process, so that two never write to the same.  A pipe or a
-    device is written to itself, since it cannot be replaced.
+    The place bears the number of the process, so that two never write to the same.  It is on the
+    disk before it becomes `path`: what survives a loss of power is either whole or not there.  A
+    pipe or a device is written to itself, since it cannot be replaced.
 
     Raises
     ------
@@ -76,10 +79,14 @@ def whole(path: Path) -> Iterator[Path]:
         if target.exists() and not target.is_file():
             yield target
             return
-        yield partial
+        with system_errors():
+            yield partial
+        settle(partial)
         partial.replace(target)
+        with suppress(OSError):  # it is there, whatever a loss of power may undo
+            settle(target.parent)
     except OSError as error:
-        raise OutputError(f"cannot write {path}: {reason_of(error)}") from error
+        raise OutputError(f"cannot write {path}: {reason_of(error)}{remedy(error)}") from error
     finally:
         with suppress(OSError):
             partial.unlink(missing_ok=True)
@@ -131,9 +138,79 @@ def write_json(path: Path, content: Any, *, indent: int | None = 2) -> None:
     write_text(path, json.dumps(content, indent=indent, allow_nan=False) + "\n")
 
 
+@contextmanager
+def stored(path: Path) -> Iterator[None]:
+    """Let the block write a file by means that make it whole, and wait until it is on the disk.
+
+    Raises
+    ------
+    OutputError
+        If the system refuses.
+    """
+    try:
+        with system_errors():
+            yield
+        settle(path)
+    except OSError as error:
+        raise OutputError(f"cannot write {path}: {reason_of(error)}{remedy(error)}") from error
+
+
+def settle(path: Path) -> None:
+    """Wait until a file, or the names in a directory, are on the disk.
+
+    Raises
+    ------
+    OSError
+        If they cannot get there.
+    """
+    if os.name != "posix" and path.is_dir():
+        return  # directories cannot be opened there
+    descriptor = os.open(path, os.O_RDONLY if os.name == "posix" else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _CANNOT_SYNC:
+            raise
+    finally:
+        os.close(descriptor)
+
+
+_CANNOT_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)
+"""What file systems answer that know no such thing, as some networks do not of directories."""
+
+
 def reason_of(error: BaseException) -> str:
     """Return what the system says of an error, without number and path."""
     return getattr(error, "strerror", None) or str(error) or type(error).__name__
+
+
+def remedy(error: OSError) -> str:
+    """Return what to do about an error, as the end of a message; empty where that is not known."""
+    return _REMEDIES.get(error.errno or 0, "")
+
+
+_REMEDIES = {
+    errno.ENOSPC: "; make room there",
+    errno.EDQUOT: "; make room there",
+    errno.EFBIG: "; allow larger files (ulimit -f)",
+}
+
+
+@contextmanager
+def system_errors() -> Iterator[None]:
+    """Raise what the system refuses as an OSError, also where a library says so in its own way.
+
+    safetensors, tokenizers and `solvers` raise other exceptions, with the number in the text.
+    """
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:
+        number = re.search(r"\b(?:os error|Errno) (\d+)\b", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
 
 
 # ---- signals -----------------------------------------------------------------------------
@@ -201,6 +278,8 @@ def _handled(
 def hold(place: Path, work: Path) -> Iterator[bool]:
     """Hold a lock file; the system releases it when the process ends, however.
 
+    It says who holds it, for those who find it held.
+
     Parameters
     ----------
     place
@@ -216,22 +295,36 @@ def hold(place: Path, work: Path) -> Iterator[bool]:
     Raises
     ------
     BusyError
-        If another process holds it.
+        If another process holds it, by its number.
     OutputError
         If it cannot be written.
     """
+    holder = _holder(place)  # now: some versions of filelock empty the file when they try it
     lock = filelock.FileLock(place, timeout=0)
     with contextlib.ExitStack() as held:
         try:
             held.enter_context(lock)
         except filelock.Timeout:
             raise BusyError(
-                f"another process is at work in {work}; wait for it, or give another --out"
+                f"another process is at work in {work}{_holder(place) or holder}; wait for it, or "
+                "give another --out"
             ) from None
         except (NotImplementedError, OSError) as error:
             if not _can_write(place):
-                raise OutputError(f"cannot write {place}: {reason_of(error)}") from error
+                more = remedy(error) if isinstance(error, OSError) else ""
+                raise OutputError(f"cannot write {place}: {reason_of(error)}{more}") from error
+        if lock.is_locked:
+            with suppress(OSError):  # who holds it is good to know, and no more
+                place.write_text(f"{os.getpid()} {socket.gethostname()}\n", encoding="utf-8")
         yield lock.is_locked
+
+
+def _holder(place: Path) -> str:
+    """Return who wrote that it holds a lock, as part of a message; empty where nobody did."""
+    with suppress(OSError, ValueError):
+        found = re.fullmatch(r"(\d{1,10}) ([\w.-]{1,255})\n", read_bytes(place, 300).decode())
+        return f" (process {found[1]} on {found[2]})" if found else ""
+    return ""
 
 
 def _can_write(place: Path) -> bool:
