@@ -14,7 +14,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from benchmarks.robustness.row import Row
-
 from tests.osscar.interrupted_cases import Case, plan_case, stock_case, study_case, tiny_model
 from tests.osscar.interruptions import Ended, Full, Kill, Refusal, Victim, hidden, orphans
 

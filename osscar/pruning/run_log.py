@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from osscar.core.errors import FileError, OutputError, RunError
 from osscar.core.files import (
     LOCK_FILE,
+    MEGABYTE,
     PARTIAL,
     STRICT,
     digest,
@@ -43,11 +44,15 @@ from osscar.core.files import (
     write_json,
 )
 from osscar.core.version import VERSION
+from osscar.pruning.budget import Allocated, Budget
 from osscar.pruning.request import PruningRequest
 from osscar.pruning.result import LayerReport
 from osscar.shrinking.plan import GroupPlan
 
 MANIFEST = "log.json"
+ALLOCATION = "allocation.json"
+_MOST_OF_ALLOCATION = 512 * MEGABYTE
+"""Bytes: a curve has a number for each unit of the model."""
 REPORT = "report.json"
 """What a run is about to save, and how it was asked for."""
 _RECORD_FILE = re.compile(r"\d{5}\.safetensors")
@@ -181,6 +186,17 @@ class _Words:
 
 
 @dataclass(frozen=True)
+class _Allocation:
+    """What groups keep, as a run has decided it."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    run: str
+    keep: dict[str, int]
+    budget: Budget | None
+
+
+@dataclass(frozen=True)
 class _Noted:
     """What a run has noted before its save."""
 
@@ -245,7 +261,7 @@ class RunLog:
         """Remove a log in which nothing is recorded; what is none of ours stays."""
         if self.committed:
             return
-        ours = (REPORT, MANIFEST) if self._run else ()  # else they were not found to be
+        ours = (REPORT, ALLOCATION, MANIFEST) if self._run else ()  # else they were not found to be
         for name in (*ours, LOCK_FILE):
             with suppress(OSError):
                 (self.directory / name).unlink(missing_ok=True)
@@ -287,6 +303,36 @@ class RunLog:
             self._run = digest(json.dumps(dataclasses.asdict(manifest), sort_keys=True))
             yield tuple(self._records())
 
+    def allocation(self) -> Allocated | None:
+        """Return what the run has decided that groups keep; None if it has not come so far.
+
+        Raises
+        ------
+        RunError
+            If that cannot be read, or is of another run.
+        """
+        file = self.directory / ALLOCATION
+        if not file.exists():
+            return None
+        try:
+            found = read_json(file, _Allocation, limit=_MOST_OF_ALLOCATION)
+        except FileError as error:
+            raise RunError(f"{error}; begin anew with --restart") from error
+        if found.run != self._run:
+            raise RunError(f"{file} is of another run; begin anew with --restart")
+        return Allocated(found.keep, found.budget)
+
+    def note_allocation(self, allocated: Allocated) -> None:
+        """Keep what was decided, so that a run that goes on decides nothing anew.
+
+        Raises
+        ------
+        OutputError
+            If it cannot be written.
+        """
+        found = _Allocation(self._run, dict(allocated.keep), allocated.budget)
+        write_json(self.directory / ALLOCATION, dataclasses.asdict(found))
+
     @property
     def committed(self) -> int:
         """How many groups have been committed."""
@@ -326,7 +372,7 @@ class RunLog:
         with self.held():
             partial = [n for n in names if n.startswith(".") and n.endswith(PARTIAL)]
             records = [path.name for path in reversed(self._record_files())]
-            for name in (*partial, *records, REPORT, MANIFEST):
+            for name in (*partial, *records, REPORT, ALLOCATION, MANIFEST):
                 (self.directory / name).unlink(missing_ok=True)
 
     def note(self, asked: Mapping[str, str], report: Mapping[str, Any]) -> None:
