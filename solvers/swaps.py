@@ -97,12 +97,21 @@ def _block_gains(state: ConsumerState, leave: Tensor, enter: Tensor) -> Tensor:
     N, K = (
         matrix.view(-1, w, len(matrix) // w, w).transpose(1, 2) for matrix in (state.N, state.K)
     )
-    A = -N[leave, leave]
-    A_inverse = torch.cholesky_inverse(torch.linalg.cholesky(A))
+    A_inverse, root = _inverse_root(-N[leave, leave])
     N_ij, K_ij = N[leave[:, None], enter], K[leave[:, None], enter]
-    F = N_ij.mT @ A_inverse[:, None]
-    Schur = N[enter, enter] + F @ N_ij
+    # As a square it adds to N_jj whatever it rounds to, so that the sum stays definite.
+    half = root[:, None] @ N_ij
+    Schur = N[enter, enter] + half.mT @ half
+    F = half.mT @ root[:, None]
     cross = F @ (K_ij + K[leave, leave][:, None] @ (F.mT / 2))
     residual = K[enter, enter] + cross + cross.mT
     loss = (A_inverse * K[leave, leave]).sum((-2, -1))
     return block_scores(Schur, residual) - loss[:, None]
+
+
+def _inverse_root(A: Tensor) -> tuple[Tensor, Tensor]:
+    """Return ``inv(A) = B'B`` and B for batches of positive definite (w, w) blocks."""
+    factor = torch.linalg.cholesky(A)
+    unit = torch.eye(A.shape[-1], dtype=A.dtype, device=A.device).expand_as(A)
+    root: Tensor = torch.linalg.solve_triangular(factor, unit, upper=False)
+    return root.mT @ root, root

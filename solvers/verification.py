@@ -49,9 +49,9 @@ _STATIONARITY_TOLERANCE = 1e-6
 _SWAP_TOLERANCE = 1e-6
 """An exchange refutes a swap optimum if it gains more than this share of the loss."""
 
-_BOUND_TOLERANCE = 1e-7
-"""A bound may exceed what its certificate proves by this share of the loss: both round, and what
-the checker takes off for it is up to 1e-8 of the loss on layers of real models."""
+_BOUND_TOLERANCE = 1e-9
+"""A bound may exceed what its certificate proves by this share of the loss: the searches take off
+the same rounding, but no two computers round alike."""
 
 _CERTIFICATES = (MultiplierCertificate, TreeCertificate, EnumerationCertificate)
 """Only these are evidence: another class could answer what it wants to."""

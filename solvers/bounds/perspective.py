@@ -88,6 +88,6 @@ class Perspective:
         """Return the bound, its certificate, and the relaxation; the latter None if keep is n."""
         terms = RemovalTerms.of(problem)
         if terms.removals == 0:
-            return terms.certified(0.0, 0.0), None, None
+            return terms.certified(0.0), None, None
         relaxation = relax(terms, Effort(self.rounds, self.steps, self.tighten), Start.cold(terms))
         return *relaxation.claim, relaxation

@@ -554,6 +554,6 @@ def test_what_is_accepted_holds_in_exact_arithmetic():
         report = solution.verify()
         assert Fraction(report.lower_bound) <= optimum()
         assert Fraction(solution.lower_bound) <= optimum() + Fraction(report.tolerance)
-        assert report.tolerance < 1.1e-7 * solution.loss
+        assert report.tolerance < 1e-8 * solution.loss
         exact = exact_loss(problem(), solution.support.tolist())
         assert abs(Fraction(solution.loss) - exact) <= Fraction(report.tolerance)
