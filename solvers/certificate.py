@@ -53,27 +53,10 @@ _BATCH_ELEMENTS = 1 << 20
 _EPS = torch.finfo(torch.float64).eps
 
 
-@dataclass(frozen=True)
-class Proved:
-    """What a certificate proves.
-
-    Parameters
-    ----------
-    value
-        A number that no support's loss can be below; what rounding can have done is taken off.
-    slack
-        By how much more a bound may be claimed that was computed from the same evidence with other
-        rounding.  It depends on the problem alone.
-    """
-
-    value: float
-    slack: float
-
-
 class Certificate(Protocol):
     """Evidence for a lower bound."""
 
-    def bound(self, problem: SubsetProblem) -> Proved:
+    def bound(self, problem: SubsetProblem) -> float:
         """Recompute the lower bound from the problem.
 
         Raises
@@ -87,7 +70,7 @@ class Certificate(Protocol):
 class EnumerationCertificate:
     """The evidence that there are few enough supports to compute the loss of each."""
 
-    def bound(self, problem: SubsetProblem) -> Proved:
+    def bound(self, problem: SubsetProblem) -> float:
         """Return the least loss of all supports, in float64; takes as long as the search did.
 
         Raises
@@ -132,7 +115,7 @@ class MultiplierCertificate:
     q: Tensor
     point: Tensor
 
-    def bound(self, problem: SubsetProblem) -> Proved:
+    def bound(self, problem: SubsetProblem) -> float:
         """Recompute the lower bound from the problem, in float64.
 
         Raises
@@ -241,7 +224,7 @@ class Inverses:
         """Rounding of the sums that evaluate a bound, relative to the sum of their magnitudes."""
         return max(Sizes.unit_of(W.shape[1], w, self.units) for _, W, w in self.consumers)
 
-    def proved(self, loss: float) -> Proved:
+    def proved(self, loss: float) -> float:
         """Turn a lower bound of the losses that A and A G give into one of the exact losses.
 
         Raises
@@ -252,9 +235,7 @@ class Inverses:
         if not (math.isfinite(loss) and math.isfinite(self.constant)):
             raise VerificationError(f"the certificate proves {loss}, which is no bound")
         cost = torch.tensor(loss - self.constant, dtype=torch.float64)
-        value = float(self.rounding.certified(self.constant, cost))
-        again = self.rounding.inverse * max(loss - self.constant, 0.0)
-        return Proved(value, max(loss - value, 0.0) + again)
+        return float(self.rounding.certified(self.constant, cost))
 
     def unconditioned(self) -> ConditionedNodes:
         """Return the node that leaves all units free."""

@@ -10,8 +10,10 @@ residuals tell how far they can be from the exact ones, and with them every c(R)
   the difference, ``sqrt(tr(F' inv(H) F))``.
 
 And what it can have done to a linearization of ``2 a'x - x'Q x`` (`solvers.certificate`) follows
-from the sizes of what a and Q were summed up of.  Searches take off what the check takes off, so
-that they claim what it will prove.
+from the sizes of what a and Q were summed up of.
+
+A search claims what anyone who checks it will prove: it takes off its own rounding, and as much
+again for theirs (`Rounding.twice`).
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from torch import Tensor
 _EPS = torch.finfo(torch.float64).eps
 
 _LEAST_MARGIN = 1e-8
-_MARGIN = 32.0
+_MARGIN = 16.0
 """How many times the error of the inverse a margin is."""
 
 
@@ -100,6 +102,11 @@ class Rounding:
         computed = (cost * (1 - self.unit)).clamp(min=0.0)
         root = ((computed * max(1 - self.inverse, 0.0)).sqrt() - self.refit).clamp(min=0.0)
         return (constant - self.offset - self.refit**2 + root.square()).clamp(min=0.0)
+
+    @property
+    def twice(self) -> Rounding:
+        """That of a search and of its check together."""
+        return Rounding(2 * self.inverse, 2 * self.refit, 2 * self.unit, 2 * self.offset)
 
     def cost_reaching(self, loss: float, constant: float) -> float:
         """Return the least cost for which `certified` gives at least this loss."""

@@ -31,7 +31,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from solvers.certificate import Certificate, EnumerationCertificate, MultiplierCertificate, Proved
+from solvers.certificate import Certificate, EnumerationCertificate, MultiplierCertificate
 from solvers.errors import ProblemError, VerificationError
 from solvers.pivot import PivotState
 from solvers.problem import SubsetProblem
@@ -50,8 +50,8 @@ _SWAP_TOLERANCE = 1e-6
 """An exchange refutes a swap optimum if it gains more than this share of the loss."""
 
 _BOUND_TOLERANCE = 1e-9
-"""A bound may exceed what its certificate proves by this share of the loss: the searches take off
-the same rounding, but no two computers round alike."""
+"""A bound may exceed what its certificate proves by this share of the loss: searches take off what
+rounding can do to both, but no two computers round alike."""
 
 _CERTIFICATES = (MultiplierCertificate, TreeCertificate, EnumerationCertificate)
 """Only these are evidence: another class could answer what it wants to."""
@@ -239,8 +239,8 @@ def _recomputed(claim: _Claim) -> Verification:
         loss_error=abs(loss - claim.loss) / scale,
         stationarity=stationarity,
         swap_gain=gain / scale,
-        lower_bound=bound.value,
-        tolerance=bound.slack,
+        lower_bound=bound,
+        tolerance=known.tolerance if claim.has_bound else slack,
         not_recomputed=_not_recomputed(claim, bound),
     )
 
@@ -261,6 +261,11 @@ class _Known:
     claim: _Claim
     loss: float
     slack: float
+
+    @property
+    def tolerance(self) -> float:
+        """By how much a bound may exceed what is proved of it."""
+        return self.slack + _BOUND_TOLERANCE * self.loss
 
 
 def _check_support(problem: SubsetProblem, support: Tensor) -> None:
@@ -344,28 +349,22 @@ def _check_exchanges(known: _Known) -> float:
     return gain
 
 
-def _check_bound(known: _Known) -> Proved:
-    """Return what is proved of the claimed bound, NaN if nothing; refuse what proves less.
-
-    The slack returned is what the claims may be wrong by.
-    """
+def _check_bound(known: _Known) -> float:
+    """Return what is proved of the claimed bound, NaN if nothing; refuse what proves less."""
     problem, claim = known.problem, known.claim
-    tolerance = known.slack + _BOUND_TOLERANCE * known.loss
     if not claim.has_bound:
-        return Proved(math.nan, known.slack)
+        return math.nan
     if claim.certificate is None:
         # Removing units never lowers the loss: that is a bound which needs no evidence.
         weights, least = refit(problem, torch.arange(problem.units, device=problem.device))
         least = max(least - loss_rounding(problem, weights), 0.0)
-        reached = claim.lower_bound <= least + tolerance
-        return Proved(least if reached else math.nan, tolerance)
+        return least if claim.lower_bound <= least + known.tolerance else math.nan
     proved = type(claim.certificate).bound(claim.certificate, problem)
-    tolerance += proved.slack
     _require(
-        claim.lower_bound <= proved.value + tolerance,
-        f"bound {claim.lower_bound:.9g} is claimed, its certificate proves {proved.value:.9g}",
+        claim.lower_bound <= proved + known.tolerance,
+        f"bound {claim.lower_bound:.9g} is claimed, its certificate proves {proved:.9g}",
     )
-    return Proved(proved.value, tolerance)
+    return proved
 
 
 def _check_status(known: _Known) -> None:
@@ -403,17 +402,16 @@ def _check_window(known: _Known, window: WindowCertificate) -> None:
     except ProblemError as error:
         raise VerificationError(f"a window is none of this problem: {error}") from error
     proved = TreeCertificate.bound(window.certificate, inside)
-    tolerance = known.slack + _BOUND_TOLERANCE * loss + proved.slack
     _require(
-        loss - proved.value <= claim.gap_tolerance * loss + tolerance,
-        f"a window of {len(units)} units is proved to {proved.value:.9g} only, and the loss is "
+        loss - proved <= claim.gap_tolerance * loss + known.tolerance,
+        f"a window of {len(units)} units is proved to {proved:.9g} only, and the loss is "
         f"{loss:.9g}",
     )
 
 
-def _not_recomputed(claim: _Claim, bound: Proved) -> tuple[str, ...]:
+def _not_recomputed(claim: _Claim, bound: float) -> tuple[str, ...]:
     """Return which claims rest on a bound that nobody here has recomputed."""
-    if not claim.has_bound or math.isfinite(bound.value):
+    if not claim.has_bound or math.isfinite(bound):
         return ()
     rests = claim.status in (Status.OPTIMAL, Status.BOUNDED)
     return ("lower_bound", "status") if rests else ("lower_bound",)

@@ -41,7 +41,7 @@ class TermsBatch:
     constant
         Loss with all units kept.
     rounding
-        What rounding can have done.
+        What rounding can have done, here and where a claim is checked.
     units
         The free units as the problem numbers them, (b, n) int64; arbitrary for fillers.
     free

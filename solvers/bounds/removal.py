@@ -148,7 +148,7 @@ class RemovalTerms:
     units
         The free units as the problem numbers them, (n,) int64.
     rounding
-        What rounding can have done.
+        What rounding can have done, here and where a claim is checked.
     """
 
     consumers: tuple[ConsumerRemoval, ...]
@@ -170,7 +170,7 @@ class RemovalTerms:
             0.0,
             problem.units - problem.keep,
             torch.arange(problem.units, device=problem.device),
-            sum(roundings[1:], roundings[0]),
+            sum(roundings[1:], roundings[0]).twice,
         )
 
     def restrict(self, removed: Tensor, kept: Tensor) -> RemovalTerms:

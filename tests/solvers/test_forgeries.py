@@ -24,7 +24,7 @@ from solvers import (
     refit,
     solve,
 )
-from solvers.certificate import EnumerationCertificate, MultiplierCertificate, Proved
+from solvers.certificate import EnumerationCertificate, MultiplierCertificate
 from solvers.tree_certificate import FREE, KEPT, REMOVED, TreeCertificate
 from tests.solvers.instances import INSTANCES, exact_loss, exact_optimum
 from tests.solvers.test_perspective import random_problem
@@ -208,7 +208,7 @@ def test_huge_diagonals_prove_no_rounding(q, point):
                 proved = forged.bound(problem())
             except VerificationError:
                 continue
-            assert Fraction(proved.value) <= optimum()
+            assert Fraction(proved) <= optimum()
             refused(false(certificate=forged))
 
 
@@ -265,12 +265,12 @@ class Obliging:
     """A certificate that proves what it is asked to."""
 
     def bound(self, problem):
-        return Proved(worse().loss, 0.0)
+        return worse().loss
 
 
 class ObligingTree(TreeCertificate):
     def bound(self, problem):
-        return Proved(worse().loss, 0.0)
+        return worse().loss
 
 
 class ObligingFloat(float):
