@@ -14,6 +14,8 @@ import pytest
 import torch
 
 from solvers import (
+    BackendKind,
+    Capabilities,
     Consumer,
     Selection,
     Solution,
@@ -509,7 +511,7 @@ def test_window_optima_need_their_windows():
 
 def test_what_a_backend_answers_is_checked_before_it_is_a_solution():
     """`solve` refuses it in the backend's name; nothing ends in a raw error."""
-    from solvers import BackendError, BackendKind, Capabilities
+    from solvers import BackendError
 
     @dataclass(frozen=True)
     class Answers:
@@ -546,6 +548,39 @@ def test_what_a_backend_answers_is_checked_before_it_is_a_solution():
     taken = solve(problem(), Answers(Selection([2, 0, 1], Status.FEASIBLE, history=[1])))
     assert taken.support.tolist() == [0, 1, 2]
     taken.verify()
+
+
+@pytest.mark.parametrize(
+    "error", [ValueError("no luck"), KeyError("H"), RuntimeError(), OSError(5)]
+)
+def test_a_backend_that_fails_is_named(error):
+    """It was a bare error, which told nobody which backend it came from."""
+    from solvers import BackendError
+
+    with pytest.raises(BackendError, match="backend 'Fails' failed with") as caught:
+        solve(problem(), Fails(error))
+    assert f"{type(error).__name__}: {error}" in str(caught.value)
+    assert caught.value.__cause__ is error
+
+
+def test_what_a_backend_says_on_purpose_and_interrupts_pass():
+    from solvers import BackendError
+
+    for error in (BackendError("asked for too much"), KeyboardInterrupt(), SystemExit(3)):
+        with pytest.raises(type(error)) as caught:
+            solve(problem(), Fails(error))
+        assert caught.value is error
+
+
+@dataclass(frozen=True)
+class Fails:
+    error: BaseException
+    kind = BackendKind.HEURISTIC
+    summary = "raises what it is given"
+    capabilities = Capabilities()
+
+    def select(self, problem):
+        raise self.error
 
 
 def test_what_is_accepted_holds_in_exact_arithmetic():
