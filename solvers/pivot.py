@@ -191,8 +191,8 @@ def _factorize(consumer: Consumer, kept: Tensor) -> ConsumerState:
         A, W = invert(H, G)
         return ConsumerState(A.neg_(), W @ W.T, consumer.width, inside)
     # With H_SS = L L', C = inv(L) H_SR and h = inv(L) G_S: what is left of the removed rows is
-    # H_RR - C'C and G_R - C'h, which round as H does.  H_RS A H_SR rounds as A does: near a singular
-    # H by more than what is left, which would then not even be positive definite.
+    # H_RR - C'C and G_R - C'h, which round as H does.  H_RS A H_SR rounds as A does, near a
+    # singular H by more than what is left: that would then not even be positive definite.
     factor = torch.linalg.cholesky(H[S[:, None], S])
     C = torch.linalg.solve_triangular(factor, H[S[:, None], R], upper=False)
     h = torch.linalg.solve_triangular(factor, G[S], upper=False)

@@ -4,7 +4,8 @@ What `verify` recomputes, and what it can only fail to refute:
 
 - the problem is well posed, the support feasible, the weights the refit on it, and the loss theirs:
   always recomputed;
-- ``SWAP_OPTIMAL``: every exchange is tried;
+- ``SWAP_OPTIMAL``: every exchange is tried; where H is so close to singular that rounding can hide
+  one that gains, `Verification.not_recomputed` names the status;
 - ``WINDOW_OPTIMAL``: every window is posed anew, and its certificate bounds the window's choices;
 - a lower bound with a certificate is recomputed from it, and so is what rests on it, ``OPTIMAL``
   or ``BOUNDED``; a bound that the loss with all units kept reaches needs no certificate, since
@@ -37,10 +38,12 @@ from solvers.pivot import PivotState
 from solvers.problem import SubsetProblem
 from solvers.protocol import Status, WindowCertificate
 from solvers.refit import loss_rounding, quadratic_loss, refit
-from solvers.swaps import best_swap
+from solvers.swaps import best_swap, possible_gain
 from solvers.tree_certificate import TreeCertificate
 from solvers.values import is_plain
 from solvers.windows import window_problem
+
+_EPS = torch.finfo(torch.float64).eps
 
 _ROUNDINGS = 4.0
 """Losses are told apart if they differ by more than this many times their rounding."""
@@ -81,7 +84,8 @@ class Verification:
         What the claimed loss and bound may be wrong by, after all of this, in units of the loss.
     not_recomputed
         Which of the claims ``lower_bound`` and ``status`` are the backend's word: not refuted by
-        any exchange, and not recomputed.  Empty where all that is claimed was recomputed.
+        any exchange, and not recomputed, for want of a certificate or, of a swap optimum, of
+        digits.  Empty where all that is claimed was recomputed.
     """
 
     loss: float
@@ -230,7 +234,7 @@ def _recomputed(claim: _Claim) -> Verification:
         f"weights are not the refit on the support: gradient {stationarity:.3g}",
     )
     known = _Known(problem, claim, loss, slack)
-    gain = _check_exchanges(known)
+    gain, swap_proved = _check_exchanges(known)
     bound = _check_bound(known)
     _check_status(known)
     scale = problem.scale or 1.0
@@ -241,7 +245,7 @@ def _recomputed(claim: _Claim) -> Verification:
         swap_gain=gain / scale,
         lower_bound=bound,
         tolerance=known.tolerance if claim.has_bound else slack,
-        not_recomputed=_not_recomputed(claim, bound),
+        not_recomputed=_not_recomputed(claim, bound, swap_proved=swap_proved),
     )
 
 
@@ -313,32 +317,47 @@ def _stationarity(problem: SubsetProblem, claim: _Claim) -> float:
     return worst
 
 
-def _check_exchanges(known: _Known) -> float:
+def _check_exchanges(known: _Known) -> tuple[float, bool]:
     """Return what the most promising exchange gains; refuse what it refutes.
 
     The search's own formula proposes it, and a refit confirms it: near a singular H that formula
-    alone would refute honest optima.  NaN where no claim could be refuted.
+    alone would refute honest optima.
+
+    Returns
+    -------
+    gain
+        NaN where no claim could be refuted.
+    proved
+        Whether no exchange gains, whatever rounding can hide; False if that is not claimed.
     """
     problem, claim, loss = known.problem, known.claim, known.loss
     if claim.status is not Status.SWAP_OPTIMAL and not claim.has_bound:
-        return math.nan
+        return math.nan, False
     _require(
         not claim.has_bound or claim.lower_bound <= loss + known.slack,
         f"bound {claim.lower_bound:.9g} lies above the loss {loss:.9g}",
     )
+    allowed = _SWAP_TOLERANCE * loss + known.slack
     try:
-        swap = best_swap(PivotState.on_support(problem, claim.support))
+        state = PivotState.on_support(problem, claim.support)
+        swap, proved = best_swap(state), False
+        if claim.status is Status.SWAP_OPTIMAL:
+            # No loss is negative.
+            proved = min(possible_gain(state), loss + known.slack / _ROUNDINGS) <= allowed
     except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
         if claim.status is Status.SWAP_OPTIMAL or claim.certificate is None:
             raise
-        return math.nan  # What rounding hides here, the certificate has to prove all the same.
+        return (
+            math.nan,
+            False,
+        )  # What rounding hides here, the certificate has to prove all the same.
     gain = swap.gain
     if swap.leave >= 0:
         stays = claim.support[claim.support != swap.leave]
         exchanged = torch.cat([stays, stays.new_tensor([swap.enter])])
         gain = min(gain, loss - refit(problem, exchanged)[1])
     _require(
-        claim.status is not Status.SWAP_OPTIMAL or gain <= _SWAP_TOLERANCE * loss + known.slack,
+        claim.status is not Status.SWAP_OPTIMAL or gain <= allowed,
         f"not a swap optimum: an exchange lowers the loss {loss:.9g} by {gain:.3g}",
     )
     _require(
@@ -346,7 +365,7 @@ def _check_exchanges(known: _Known) -> float:
         f"bound {claim.lower_bound:.9g} is refuted by an exchange that lowers the loss to "
         f"{loss - gain:.9g}",
     )
-    return gain
+    return gain, proved
 
 
 def _check_bound(known: _Known) -> float:
@@ -360,8 +379,10 @@ def _check_bound(known: _Known) -> float:
         least = max(least - loss_rounding(problem, weights), 0.0)
         return least if claim.lower_bound <= least + known.tolerance else math.nan
     proved = type(claim.certificate).bound(claim.certificate, problem)
+    # No rounding of the loss here: it is large near a singular H, and no matter of the bound.
+    allowed = _BOUND_TOLERANCE * known.loss + _EPS * problem.scale
     _require(
-        claim.lower_bound <= proved + known.tolerance,
+        claim.lower_bound <= proved + allowed,
         f"bound {claim.lower_bound:.9g} is claimed, its certificate proves {proved:.9g}",
     )
     return proved
@@ -409,9 +430,10 @@ def _check_window(known: _Known, window: WindowCertificate) -> None:
     )
 
 
-def _not_recomputed(claim: _Claim, bound: float) -> tuple[str, ...]:
-    """Return which claims rest on a bound that nobody here has recomputed."""
-    if not claim.has_bound or math.isfinite(bound):
-        return ()
-    rests = claim.status in (Status.OPTIMAL, Status.BOUNDED)
-    return ("lower_bound", "status") if rests else ("lower_bound",)
+def _not_recomputed(claim: _Claim, bound: float, *, swap_proved: bool) -> tuple[str, ...]:
+    """Return which claims nobody here has recomputed, nor what they rest on."""
+    open_bound = claim.has_bound and not math.isfinite(bound)
+    rests = open_bound and claim.status in (Status.OPTIMAL, Status.BOUNDED)
+    hidden = claim.status is Status.SWAP_OPTIMAL and not swap_proved
+    names = {"lower_bound": open_bound, "status": rests or hidden}
+    return tuple(name for name, said in names.items() if said)

@@ -70,8 +70,7 @@ class Perspective:
         else:
             support = relaxation.bound.point.argsort()[: problem.keep].sort().values
         if self.polish and relaxation is not None:
-            search = LocalSearch(start=tuple(support.tolist()))
-            support = search.select(problem).support
+            support = LocalSearch(start=tuple(support.tolist())).support(problem)
         return Selection(
             support,
             Status.BOUNDED,

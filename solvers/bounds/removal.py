@@ -204,9 +204,7 @@ class RemovalTerms:
         """Return the least cost for which `certified` gives at least this loss."""
         return self.rounding.cost_reaching(loss, self.constant) - self.spent
 
-    def aggregate(
-        self, share: Tensor, shape: Tensor | float
-    ) -> tuple[Tensor, Tensor, Sizes]:
+    def aggregate(self, share: Tensor, shape: Tensor | float) -> tuple[Tensor, Tensor, Sizes]:
         """Return a, Q and their sizes for the multipliers of `share` and `shape`, summed up."""
         first, *others = self.consumers
         a, Q, sizes = first.aggregate(first.multipliers(share, shape))

@@ -95,8 +95,8 @@ class BranchAndBound:
 
     def _search(self, problem: SubsetProblem) -> Selection:
         deadline = time.perf_counter() + self.time_limit
-        warm = LocalSearch(start=self.start).select(problem)
-        search = _Search(problem, warm.support, self.gap_tolerance)
+        warm = LocalSearch(start=self.start).support(problem)
+        search = _Search(problem, warm, self.gap_tolerance)
         status = None
         while status is None and search.is_open:
             left = self.node_limit - search.nodes

@@ -68,7 +68,7 @@ class Enumerate:
 
 
 def _checkable(problem: SubsetProblem, loss: float) -> float:
-    """Return what is left of a bound when it is computed from the inverse of H, as its check does."""
+    """Return what is left of a bound that is computed from the inverse of H, as in its check."""
     inverses = Inverses.of(problem)
     cost = torch.tensor(loss - inverses.constant, dtype=torch.float64)
     return float(inverses.rounding.twice.certified(inverses.constant, cost))

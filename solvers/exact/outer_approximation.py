@@ -111,7 +111,7 @@ class Search:
     ) -> None:
         self.problem = problem
         self.limits = limits
-        self.support = LocalSearch(start=start).select(problem).support
+        self.support = LocalSearch(start=start).support(problem)
         self.history = [refit(problem, self.support)[1]]
         self.terms = RemovalTerms.of(problem)
         self.root: Relaxation = relax(self.terms, Effort(), Start.cold(self.terms))
