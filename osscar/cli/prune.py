@@ -316,7 +316,9 @@ def report_document(
 
 def print_result(result: PruningResult, saved: SavedCheckpoint) -> None:
     """Print the table of layers and what became of the model."""
+    from osscar.report.proofs import proofs_in_words
     from osscar.report.run_tables import layers_table
+    from osscar.study.records import Proof
 
     out.print(layers_table(result.layers))
     dead = sum(layer.dead for layer in result.layers)
@@ -324,8 +326,13 @@ def print_result(result: PruningResult, saved: SavedCheckpoint) -> None:
         out.print(f"{dead} units were dead (zero on all calibration data) and went first")
     bounded = [layer for layer in result.layers if layer.lower_bound is not None]
     if bounded:
-        proved = sum(layer.proved_optimal for layer in bounded)
-        out.print(f"{proved} of {len(result.layers)} choices are proved optimal")
+        proofs = [
+            Proof.WORD if layer.recomputed_bound is None else Proof.RECOMPUTED
+            for layer in bounded
+            if layer.proved_optimal
+        ]
+        rests = f"; {proofs_in_words(proofs)}" if proofs else ""
+        out.print(f"{len(proofs)} of {len(result.layers)} choices are proved optimal{rests}")
     share = 1 - result.parameters_after / result.parameters_before
     out.print(
         f"{result.parameters_before:,} parameters became {result.parameters_after:,} "
