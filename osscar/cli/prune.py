@@ -357,7 +357,12 @@ def print_result(result: PruningResult, saved: SavedCheckpoint) -> None:
 def quality_lines(result: PruningResult) -> list[str]:
     """Say what the budget came to, and what was predicted and measured of the outputs."""
     lines, budget = [], result.budget
-    if budget is not None:
+    if budget is not None and budget.cost == "time":
+        lines.append(
+            f"timed: {1 / budget.reached:.2f} times as fast as the dense model on a calibration "
+            f"batch; {1 / budget.limit:g} was asked for"
+        )
+    elif budget is not None:
         lines.append(
             f"budget: {budget.reached:,.0f} of {budget.dense:,.0f} {budget.cost} "
             f"({budget.reached / budget.dense:.1%}), at most {budget.limit:,.0f} were asked for"
