@@ -22,6 +22,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
+from osscar.checkpoint.hf_config import dense_config, is_any_shape
 from osscar.core.errors import CheckpointError, MissingDependency
 from osscar.core.inputs import read_json
 from osscar.shrinking.lineage import Origin, Scalar, lineage_of, note
@@ -129,8 +130,18 @@ class TransformersOrigin:
         known = isinstance(found, type) and issubclass(found, PreTrainedModel)
         return cls(found if known else AutoModelForCausalLM, config)
 
+    @property
+    def dense(self) -> TransformersOrigin:
+        """The same of the dense model, where the config lists the shapes of a shrunk one."""
+        return TransformersOrigin(self.kind, dense_config(self.config))
+
     def read_stock(self, path: Path, dtype: torch.dtype | None) -> nn.Module:
         """Read a checkpoint that needs no plan, in evaluation mode."""
+        if is_any_shape(self.config):
+            raise CheckpointError(
+                f"{path} lacks osscar.json, by which it is read here; transformers reads it with "
+                "from_pretrained(..., trust_remote_code=True)"
+            )
         model, loading = self.kind.from_pretrained(
             path,
             dtype=dtype or "auto",
@@ -261,7 +272,7 @@ def read_builder(origin: Origin | None, path: Path) -> Builder | None:
     if origin is None:
         return None
     if origin.library == TransformersOrigin.library:
-        return TransformersOrigin.of_directory(path)
+        return TransformersOrigin.of_directory(path).dense
     return _torchvision(origin)
 
 
