@@ -15,7 +15,7 @@ from osscar.checkpoint import directory as checkpoint
 from osscar.checkpoint import modeling_pruned
 from osscar.checkpoint.any_shape import MODELLING_FILE
 from osscar.checkpoint.manifest import read_manifest
-from osscar.core.errors import CheckpointError
+from osscar.core.errors import CheckpointError, ModelError
 from tests.osscar.families import FAMILIES, logits, tiny, tokens
 
 IDS = tokens(2, 16, seed=9)
@@ -195,3 +195,5 @@ def test_what_transformers_read_with_that_code_cannot_be_saved_here(written, tmp
     model.save_pretrained(tmp_path / "bare")
     with pytest.raises(CheckpointError, match=r"lacks osscar\.json"):
         osscar.load(tmp_path / "bare")
+    with pytest.raises(ModelError, match=r"--trust-remote-code"):
+        osscar.load_model(tmp_path / "bare")

@@ -35,6 +35,7 @@ from osscar.core.errors import (
     OutputError,
 )
 from osscar.models.language import DEMO_DIRECTORY
+from tests.docs.json_schema import missing, undescribed
 from tests.osscar.llama_cpp import Engine
 
 gguf = pytest.importorskip("gguf")
@@ -359,6 +360,7 @@ def test_the_command_writes_the_file(
     assert command(monkeypatch, *words, "--json", json_file) == 0
     assert "'deci'" in capsys.readouterr().out
     document = json.loads(json_file.read_text())
+    assert undescribed(document) == missing(document) == set()
     assert document.pop("osscar_version")
     assert document == {
         "schema": "osscar.export/1",
