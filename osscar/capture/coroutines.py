@@ -21,6 +21,8 @@ import torch
 from greenlet import GreenletExit, getcurrent, greenlet
 from torch import Tensor, nn
 
+from osscar.capture.residual import Keeper
+
 _AUTOCAST_DEVICES = ("cpu", "cuda")
 _CUDA = torch.backends.cuda
 _KERNELS = (
@@ -57,11 +59,14 @@ class Arrival:
         What it is called with.
     output
         What it puts out; None where nobody asks.
+    stream
+        What will be added to that; None where nobody asks, or knows.
     """
 
     module: str
     x: Tensor
     output: Tensor | None = None
+    stream: Tensor | None = None
 
 
 class Coroutine:
@@ -77,12 +82,19 @@ class Coroutine:
         The forward pass.
     scratch
         What modules write on themselves meanwhile.
+    keeper
+        Keeps what will be added to the outputs of consumers.
     """
 
     def __init__(
-        self, index: int, stream: Stream, run: Callable[[], object], scratch: Scratch
+        self,
+        index: int,
+        stream: Stream,
+        run: Callable[[], object],
+        scratch: Scratch,
+        keeper: Keeper,
     ) -> None:
-        self.index, self.stream = index, stream
+        self.index, self.stream, self.keeper = index, stream, keeper
         self.arrived: Arrival | None = None
         self.reached = -1
         """The watched call at which it stands, counted from 0."""

@@ -1,8 +1,12 @@
 """Gram matrices of what consumers read, accumulated while the calibration data flow through.
 
-With targets ``Y = X W0 + D`` (see `osscar.capture.targets`) everything that a problem needs follows
-from three sums over positions: ``X'X``, ``X'D`` and ``|D|^2``.  All are summed in float64 from the
-same tensors, so that the energy of the targets is never less than what the inputs explain.
+With targets ``Y = X W0 + share D`` (see `osscar.capture.targets`) everything that a problem needs
+follows from sums over positions: ``X'X``, ``X'D``, ``|D|^2`` and, where the consumer has a bias
+that can take up a constant, the sums of X and of D.  All are summed in float64 from the same
+tensors, so that the energy of the targets is never less than what the inputs explain.
+
+Some samples may be held out: their sums are kept apart, no weight is fitted to them, and they
+choose the share.
 """
 
 from __future__ import annotations
@@ -11,14 +15,55 @@ import dataclasses
 import math
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+import solvers
 from osscar.capture.linear_maps import LinearMap
 from osscar.core.errors import ModelError, NonFiniteError
-from solvers import Consumer, SubsetProblem
+from osscar.core.modules import device_of
+from solvers import Consumer, SubsetProblem, refit
+
+
+@dataclass(frozen=True, eq=False)
+class Moments:
+    """Means over positions: what least squares with these inputs and targets comes to.
+
+    Parameters
+    ----------
+    H
+        ``X'X/N``, (p, p).
+    C
+        ``X'D/N``, (p, m); None where there are no corrections.
+    energy
+        ``|D|^2/N``.
+    x, d
+        Means of X and of D, (p,) and (m,); zero where nothing takes up a constant, and subtracted
+        from the others where something does.
+    """
+
+    H: Tensor
+    C: Tensor | None
+    energy: float
+    x: Tensor
+    d: Tensor
+
+    def targets(self, W0: Tensor, share: float) -> tuple[Tensor, float] | None:
+        """Return ``X'Y/N`` and ``|Y|^2/N``; None where ``Y = X W0``.
+
+        Parameters
+        ----------
+        W0
+            Dense weights, (p, m).
+        share
+            Of the corrections.
+        """
+        if self.C is None or share == 0:
+            return None
+        G, C = self.H @ W0, share * self.C
+        return G + C, float((W0 * G).sum() + 2 * (W0 * C).sum()) + share**2 * self.energy
 
 
 class GramAccumulator:
@@ -32,14 +77,15 @@ class GramAccumulator:
 
     def __init__(self, linear_map: LinearMap) -> None:
         self.linear_map = linear_map
-        self.positions = 0
-        p = linear_map.rows
-        device = next(linear_map.module.parameters()).device
-        self._gram = torch.zeros(p, p, dtype=torch.float64, device=device)
-        self._cross: Tensor | None = None
-        self._energy = 0.0
+        self._fitted = _Sums(linear_map)
+        self._held: _Sums | None = None
 
-    def add(self, X: Tensor, D: Tensor | None = None) -> None:
+    @property
+    def positions(self) -> int:
+        """How many positions weights are fitted to."""
+        return self._fitted.positions
+
+    def add(self, X: Tensor, D: Tensor | None = None, *, held: bool = False) -> None:
         """Add the products of some positions.
 
         Parameters
@@ -48,6 +94,8 @@ class GramAccumulator:
             Inputs, (positions, p).
         D
             Corrections of the targets, (positions, m); None where there are none.
+        held
+            Whether they are held out.
 
         Raises
         ------
@@ -59,35 +107,29 @@ class GramAccumulator:
                 f"the inputs of {self.linear_map.name!r} are of {X.dtype}; only layers that read "
                 "real numbers are refitted"
             )
-        if not bool(torch.isfinite(X).all()):
-            raise NonFiniteError(
-                f"the inputs of {self.linear_map.name!r} have NaN or infinite entries; check the "
-                "weights before it, or use --dtype float32"
-            )
-        X = X.double()
-        self._gram.addmm_(X.T, X)
-        self.positions += len(X)
-        if D is not None:
-            self._add_correction(X, D.double())
+        if held and self._held is None:
+            self._held = _Sums(self.linear_map)
+        (self._held if held and self._held is not None else self._fitted).add(X, D)
 
-    def _add_correction(self, X: Tensor, D: Tensor) -> None:
-        energy = float(D.square().sum())
-        if not math.isfinite(energy):
-            raise NonFiniteError(
-                f"the outputs of {self.linear_map.name!r} have NaN or infinite entries; check the "
-                "weights before it, or use --dtype float32"
-            )
-        self._energy += energy
-        product = X.T @ D
-        self._cross = product if self._cross is None else self._cross.add_(product)
+    @property
+    def fitted(self) -> Moments:
+        """What weights are fitted to."""
+        return self._fitted.moments()
 
-    def consumer(self, damp: float) -> Consumer:
+    @property
+    def held(self) -> Moments | None:
+        """What was held out, about the means of what weights are fitted to; None if nothing."""
+        return None if self._held is None else self._held.moments(about=self._fitted)
+
+    def consumer(self, damp: float, share: float = 1.0) -> Consumer:
         """Return the quadratic terms of the problem to reproduce the targets on these inputs.
 
         Parameters
         ----------
         damp
-            Weight of the proximal term, relative to the mean of the diagonal.
+            Weight of the proximal term, as of `damped_by_input`.
+        share
+            Of the corrections in the targets.
 
         Raises
         ------
@@ -113,22 +155,129 @@ class GramAccumulator:
                 "Use more samples or larger ones.",
                 stacklevel=2,
             )
-        H, W0 = self._gram / self.positions, self.linear_map.read_weight()
-        return Consumer.from_gram(
-            H, W0, **self._targets(H, W0), units=self.linear_map.unit_rows, damp=damp
+        moments, W0 = self.fitted, self.linear_map.read_weight()
+        return damped_by_input(
+            moments.H,
+            W0,
+            targets=moments.targets(W0, share),
+            units=self.linear_map.unit_rows,
+            damp=damp,
         )
 
-    def _targets(self, H: Tensor, W0: Tensor) -> dict[str, Any]:
-        """Return ``X'Y/N`` and ``|Y|^2/N``; nothing where dense weights alone are the target."""
-        if self._cross is None:
-            return {}
-        cross, G = self._cross / self.positions, H @ W0
-        energy = float((W0 * G).sum() + 2 * (W0 * cross).sum()) + self._energy / self.positions
-        return {"G": G + cross, "e": energy}
+    def bias(self, W: Tensor, share: float = 1.0) -> Tensor | None:
+        """Return by how much the bias changes with new weights; None where there is none.
+
+        Parameters
+        ----------
+        W
+            The new weights, (p, m); the module still has the dense ones.
+        share
+            Of the corrections in the targets.
+        """
+        if not self.linear_map.has_bias:
+            return None
+        moments = self.fitted
+        return (self.linear_map.read_weight() - W).T @ moments.x + share * moments.d
+
+
+class _Sums:
+    """Plain sums over positions."""
+
+    def __init__(self, linear_map: LinearMap) -> None:
+        self.name, self.centered = linear_map.name, linear_map.has_bias
+        self.positions = 0
+        p, device = linear_map.rows, device_of(linear_map.module)
+        self.gram = torch.zeros(p, p, dtype=torch.float64, device=device)
+        self.inputs = torch.zeros(p, dtype=torch.float64, device=device)
+        self.cross: Tensor | None = None
+        self.corrections: Tensor | None = None
+        self.energy = 0.0
+
+    def add(self, X: Tensor, D: Tensor | None) -> None:
+        if not bool(torch.isfinite(X).all()):
+            raise NonFiniteError(
+                f"the inputs of {self.name!r} have NaN or infinite entries; check the "
+                "weights before it, or use --dtype float32"
+            )
+        X = X.double()
+        self.gram.addmm_(X.T, X)
+        self.positions += len(X)
+        if self.centered:
+            self.inputs += X.sum(0)
+        if D is not None:
+            self._add_corrections(X, D.double())
+
+    def _add_corrections(self, X: Tensor, D: Tensor) -> None:
+        energy = float(D.square().sum())
+        if not math.isfinite(energy):
+            raise NonFiniteError(
+                f"the outputs of {self.name!r} have NaN or infinite entries; check the "
+                "weights before it, or use --dtype float32"
+            )
+        self.energy += energy
+        if self.cross is None or self.corrections is None:
+            self.cross, self.corrections = X.T @ D, D.sum(0)
+        else:
+            self.cross.addmm_(X.T, D)
+            self.corrections += D.sum(0)
+
+    def moments(self, about: _Sums | None = None) -> Moments:
+        """Return means, about the means of these or of other sums where the layer has a bias."""
+        n, other = self.positions, about or self
+        H, energy = self.gram / n, self.energy / n
+        C = None if self.cross is None else self.cross / n
+        x, own = other.inputs / other.positions, self.inputs / n
+        d = own_d = torch.zeros((), dtype=torch.float64, device=x.device)
+        if self.corrections is not None and other.corrections is not None:
+            d, own_d = other.corrections / other.positions, self.corrections / n
+        if self.centered:
+            # mean (x - c)(x - c)' = H - m c' - c m' + c c', with m the own mean
+            H = H - torch.outer(own, x) - torch.outer(x, own) + torch.outer(x, x)
+            if C is not None:
+                C = C - torch.outer(own, d) - torch.outer(x, own_d) + torch.outer(x, d)
+                energy = max(energy - 2 * float(own_d @ d) + float(d @ d), 0.0)
+        return Moments(H, C, energy, x, d)
+
+
+def damped_by_input(
+    H: Tensor,
+    W0: Tensor,
+    *,
+    targets: tuple[Tensor, float] | None = None,
+    units: Sequence[Sequence[int]],
+    damp: float,
+) -> Consumer:
+    """Return a consumer that is pulled towards its dense weights, input by input.
+
+    The proximal term is ``sum_j damp H_jj |W_j - W0_j|^2``.  Relative to the mean of the diagonal
+    it would swamp ordinary inputs wherever a few tokens with massive activations carry most of the
+    trace.
+
+    Parameters
+    ----------
+    H, W0
+        Undamped Gram matrix, and dense weights.
+    targets
+        G and e of targets that are not what these weights put out.
+    units
+        The rows that each unit owns.
+    damp
+        Weight of the term.
+    """
+    added = damp * H.diagonal()
+    G = e = None
+    if targets is not None:
+        pulled = added[:, None] * W0
+        G, e = targets[0] + pulled, targets[1] + float((pulled * W0).sum())
+    return Consumer.from_gram(H + added.diag(), W0, G=G, e=e, units=units, damp=0.0)
 
 
 def pose(
-    accumulators: Sequence[GramAccumulator], keep: int, name: str, damp: float
+    accumulators: Sequence[GramAccumulator],
+    keep: int,
+    name: str,
+    damp: float,
+    share: float = 1.0,
 ) -> SubsetProblem:
     """Return the problem of one group, whose loss is the sum over the layers that read it.
 
@@ -145,9 +294,11 @@ def pose(
     name
         What the problem is called.
     damp
-        Weight of the proximal term, relative to the mean of each Gram matrix's diagonal.
+        Weight of the proximal term, as of `damped_by_input`.
+    share
+        Of the corrections in the targets.
     """
-    consumers = [accumulator.consumer(damp) for accumulator in accumulators]
+    consumers = [accumulator.consumer(damp, share) for accumulator in accumulators]
     layers = [accumulator.linear_map.name for accumulator in accumulators]
     totals = dict.fromkeys(layers, 0.0)
     for layer, consumer in zip(layers, consumers, strict=True):
@@ -169,3 +320,32 @@ def _divided(consumer: Consumer, scale: float) -> Consumer:
         e=consumer.e / scale,
         damping=consumer.damping / scale,
     )
+
+
+def best_share(accumulators: Sequence[GramAccumulator], keep: int, name: str, damp: float) -> float:
+    """Return the share of the corrections whose refit serves the samples that were held out best.
+
+    A correction of earlier errors is fitted to the calibration data, and the more so the fewer
+    there are: bias against variance.  Refits are linear in the targets, ``W = W_0 + share W_1``, so
+    that the error on held-out samples, whose targets have the corrections in full, is a parabola.
+    The units are those that weights and inputs of the largest norm belong to; the share hardly
+    depends on them.
+
+    Parameters
+    ----------
+    accumulators, keep, name, damp
+        As of `pose`.
+    """
+    plain, full = (pose(accumulators, keep, name, damp, share) for share in (0.0, 1.0))
+    support = solvers.make_backend("wanda").select(plain).support
+    W_0, W_full = refit(plain, support)[0], refit(full, support)[0]
+    slope = curve = 0.0
+    for accumulator, A, B in zip(accumulators, W_0, W_full, strict=True):
+        held = accumulator.held
+        if held is None or held.C is None:
+            return 1.0
+        G = held.H @ accumulator.linear_map.read_weight() + held.C
+        size = float((accumulator.linear_map.read_weight() * G).sum()) or 1.0
+        slope += float(((B - A) * (G - held.H @ A)).sum()) / size
+        curve += float(((B - A) * (held.H @ (B - A))).sum()) / size
+    return min(max(slope / curve, 0.0), 1.0) if curve > 0 else 0.0

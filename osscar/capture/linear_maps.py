@@ -36,12 +36,15 @@ class LinearMap(abc.ABC):
         The slots of the group in the module's weight.
     inputs
         The input features or channels, int64 in ascending order, that the group owns.
+    has_bias
+        Whether it has a bias that it shares with no other module.
     """
 
     name: str
     module: nn.Module
     slots: tuple[Slot, ...]
     inputs: Tensor
+    has_bias: bool
 
     @property
     def taps(self) -> int:
@@ -107,6 +110,32 @@ class LinearMap(abc.ABC):
         if view.ndim > 2:
             W = W.view(-1, self.taps, W.shape[1]).mT.reshape(-1, *view.shape[1:])
         view[self.inputs.to(view.device)] = W
+
+    def read_bias(self) -> Tensor:
+        """Return the bias of the outputs, (m,), a float64 copy; only where it `has_bias`."""
+        return self._bias_view().to(torch.float64, copy=True)
+
+    def write_bias(self, bias: Tensor) -> None:
+        """Replace the bias of the outputs, (m,).
+
+        Raises
+        ------
+        NonFiniteError
+            If it overflows the module's number format.
+        """
+        view = self._bias_view()
+        bias = bias.to(view)
+        if not bool(torch.isfinite(bias).all()):
+            raise NonFiniteError(
+                f"the refitted bias of {self.name!r} overflows {view.dtype}; "
+                "use --dtype float32 or bfloat16, or raise --damp"
+            )
+        view.copy_(bias)
+
+    def _bias_view(self) -> Tensor:
+        """Return a view of the part of the bias that belongs to the outputs."""
+        assert isinstance(self.module.bias, Tensor)
+        return self.module.bias.detach()
 
     @property
     def number_format(self) -> torch.dtype:
@@ -192,6 +221,11 @@ class ConvolutionMap(LinearMap):
         made = y.shape[1] // int(self.module.groups)  # type: ignore[arg-type]
         return y[:, self.part * made :][:, :made].movedim(1, -1).flatten(0, -2)
 
+    def _bias_view(self) -> Tensor:
+        view = super()._bias_view()
+        made = len(view) // int(self.module.groups)  # type: ignore[arg-type]
+        return view[self.part * made :][:made]
+
     def _view(self) -> Tensor:
         weight = self._weight
         if self.windows.transposed:
@@ -229,7 +263,8 @@ def linear_maps(model: nn.Module, group: CouplingGroup) -> tuple[LinearMap, ...]
         reason = _unreadable(model, slots)
         if reason is not None:
             raise ModelError(f"group {group.name!r} {reason}")
-        found += _maps(model.get_submodule(slots[0].module), slots)
+        module = model.get_submodule(slots[0].module)
+        found += _maps(module, slots, _has_bias(model, module))
     return tuple(found)
 
 
@@ -334,18 +369,25 @@ def _tensor(model: nn.Module, name: str) -> object:
     return getattr(model.get_submodule(module), attribute)
 
 
-def _maps(module: nn.Module, slots: tuple[Slot, ...]) -> Iterator[LinearMap]:
+def _has_bias(model: nn.Module, module: nn.Module) -> bool:
+    """Whether a bias can be written to: nothing computes it, and no other module has it."""
+    bias = getattr(module, "bias", None)
+    owners = (p for other in model.modules() for p in other.parameters(recurse=False))
+    return isinstance(bias, nn.Parameter) and sum(p is bias for p in owners) == 1
+
+
+def _maps(module: nn.Module, slots: tuple[Slot, ...], has_bias: bool) -> Iterator[LinearMap]:
     name = slots[0].module
     indices = sorted(i for slot in slots for i in slot.indices(range(slot.units)))
     windows = windows_of(module)
     if windows is None:
-        yield FeatureMap(name, module, slots, torch.tensor(indices))
+        yield FeatureMap(name, module, slots, torch.tensor(indices), has_bias)
         return
     channels = int(module.in_channels) // int(module.groups)  # type: ignore[arg-type]
     for part in range(int(module.groups)):  # type: ignore[arg-type]
         own = _channels_of_part(slots[0], channels, part, indices)
         if own:
-            yield ConvolutionMap(name, module, slots, torch.tensor(own), windows, part)
+            yield ConvolutionMap(name, module, slots, torch.tensor(own), has_bias, windows, part)
 
 
 def _channels_of_part(slot: Slot, channels: int, part: int, indices: Sequence[int]) -> list[int]:

@@ -58,6 +58,11 @@ class Opened:
         """Names of the groups that are residual streams."""
         return graph.residual_groups(self.traced)
 
+    @property
+    def sample(self) -> Batch:
+        """The first sample of the calibration data."""
+        return self.inputs.batches(self.model, 1)[0]
+
     def batches(self) -> list[Batch]:
         """Return the calibration data, keyword arguments of the model, on its device."""
         return self.inputs.batches(self.model, self.batch_size)

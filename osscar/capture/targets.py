@@ -7,51 +7,43 @@ D of what earlier layers have already changed.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import enum
 
 from torch import Tensor
 
-from osscar.core.errors import OptionError
 
+class Target(enum.StrEnum):
+    """What the targets are corrected for."""
 
-@dataclass(frozen=True)
-class Target:
-    """A blend of what the dense weights compute and of what the dense model computes.
-
-    Parameters
-    ----------
-    outputs
-        Share of the dense model's own outputs, in [0, 1].  0 asks for what the dense weights make
-        of the pruned stream, which is the paper's target; 1 asks for what the dense model puts out
-        at the same place, so that errors of earlier layers are corrected.
-
-    Raises
-    ------
-    OptionError
-        If it is no such share.
-    """
-
-    outputs: float = 0.0
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.outputs <= 1:
-            raise OptionError(f"outputs is {self.outputs!r}; give a share from 0 to 1")
+    WEIGHTS = "weights"
+    """Nothing: what the dense weights make of the pruned inputs, which is the paper's target."""
+    OUTPUTS = "outputs"
+    """What the dense model puts out at the same place."""
+    RESIDUAL = "residual"
+    """Also what the residual stream lacks, to which the consumer's output is added."""
 
     @property
     def needs_dense(self) -> bool:
         """Whether batches have to run through the dense weights, too."""
-        return self.outputs > 0
+        return self is not Target.WEIGHTS
 
-    def correction(self, dense: Tensor, pruned: Tensor) -> Tensor:
+    def correction(
+        self,
+        dense: Tensor,
+        pruned: Tensor,
+        dense_stream: Tensor | None = None,
+        pruned_stream: Tensor | None = None,
+    ) -> Tensor:
         """Return D in the shape of a consumer's output.
 
         Parameters
         ----------
         dense, pruned
             What the consumer puts out with its dense weights, in either stream.
+        dense_stream, pruned_stream
+            What is added to it, where that is known.
         """
-        return (dense - pruned) * self.outputs
-
-
-WEIGHTS = Target()
-"""The paper's target."""
+        D = dense - pruned
+        if self is Target.RESIDUAL and dense_stream is not None and pruned_stream is not None:
+            D = D + (dense_stream - pruned_stream)
+        return D

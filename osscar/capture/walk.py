@@ -38,10 +38,11 @@ from osscar.capture.coroutines import (
     running,
     suspend,
 )
-from osscar.capture.gram import GramAccumulator, pose
+from osscar.capture.gram import GramAccumulator, best_share, pose
 from osscar.capture.linear_maps import LinearMap, linear_maps
 from osscar.capture.opened import Opened
-from osscar.capture.targets import WEIGHTS, Target
+from osscar.capture.residual import Keeper, kept_streams, streams
+from osscar.capture.targets import Target
 from osscar.core.errors import CalibrationError, ModelError, OsscarError
 from osscar.core.modules import fresh
 from osscar.data.batches import Batch
@@ -62,11 +63,14 @@ class Site:
     final
         Whether weights cannot be committed, since the other groups of the walk are measured on the
         model as it is.
+    share
+        Of the corrections in the targets.
     """
 
     group: CouplingGroup
     grams: tuple[GramAccumulator, ...] = field(repr=False)
     final: bool = False
+    share: float = 1.0
     committed: bool = False
     _committing: Callable[[Site], None] = field(default=lambda site: None, repr=False)
 
@@ -83,12 +87,19 @@ class Site:
         keep
             How many units stay.
         damp
-            Weight of the proximal term, relative to the mean of the Gram matrix's diagonal.
+            Weight of the proximal term, relative to each entry on the Gram matrix's diagonal.
         """
-        return pose(self.grams, keep, self.group.name, damp)
+        return pose(self.grams, keep, self.group.name, damp, self.share)
+
+    def choose_share(self, keep: int, damp: float) -> None:
+        """Set the share of the corrections to what serves the samples that were held out best."""
+        if any(gram.held is not None for gram in self.grams):
+            self.share = best_share(self.grams, keep, self.group.name, damp)
 
     def commit(self, weights: Sequence[Tensor]) -> None:
         """Write the refitted weights, one matrix (p, m) a consumer; the batches go on through them.
+
+        Where a consumer has a bias, that takes up what changes in the means.
 
         Raises
         ------
@@ -103,8 +114,11 @@ class Site:
                 "the model as it is; walk in turn"
             )
         self._committing(self)
-        for consumer, W in zip(self.consumers, weights, strict=True):
-            consumer.write_weight(W)
+        for gram, W in zip(self.grams, weights, strict=True):
+            change = gram.bias(W, self.share)
+            gram.linear_map.write_weight(W)
+            if change is not None:
+                gram.linear_map.write_bias(gram.linear_map.read_bias() + change)
         torch.clear_autocast_cache()  # which may hold the old weight in half precision
         self.committed = True
 
@@ -119,19 +133,29 @@ class Walk:
     """
 
     def __init__(
-        self, opened: Opened, groups: Sequence[CouplingGroup], in_turn: bool, target: Target
+        self,
+        opened: Opened,
+        groups: Sequence[CouplingGroup],
+        in_turn: bool,
+        target: Target,
+        held: int,
     ) -> None:
         self.passes = 0
         self._opened, self._in_turn, self._target = opened, in_turn, target
-        self._batches = opened.batches()
+        self._batches, self._held_from = _parted(opened.batches(), held)
         self._consumers = {group.name: linear_maps(opened.model, group) for group in groups}
+        self._places = (
+            streams(opened.model, opened.example, sorted(self._names))
+            if target is Target.RESIDUAL
+            else {}
+        )
         self._calls, self._scratch = self._schedule()
         self._tours = self._in_order(groups)
         self._first_reader = self._readers(groups)
         self._starts_again_after = self._later_starts()
         self._runs: list[Coroutine] = []
         self._dense: list[Coroutine] = []
-        self._originals: dict[str, Tensor] = {}
+        self._originals: dict[str, dict[str, Tensor]] = {}
         self._exchanged: set[str] = set()
         self._at = -1
         """The call before which all batches stand."""
@@ -292,7 +316,7 @@ class Walk:
         def run() -> object:
             return model(**fresh(batch))
 
-        return Coroutine(index, stream, run, self._scratch)
+        return Coroutine(index, stream, run, self._scratch, Keeper(self._places))
 
     def _measure(self, call: int, grams: Sequence[GramAccumulator]) -> None:
         """Let each batch arrive at a call, and add up what it brings."""
@@ -303,9 +327,11 @@ class Walk:
                 dense = self._bring(self._dense[index], call)
                 assert dense.output is not None
                 assert arrival.output is not None
-                D = self._target.correction(dense.output, arrival.output)
+                D = self._target.correction(
+                    dense.output, arrival.output, dense.stream, arrival.stream
+                )
             for gram in grams:
-                _add(gram, arrival.x, D)
+                _add(gram, arrival.x, D, held=index >= self._held_from)
         self._at = call
 
     def _bring(self, run: Coroutine, call: int) -> Arrival:
@@ -359,9 +385,13 @@ class Walk:
         """Keep dense weights that batches of the dense stream will run through once more."""
         if self._target.needs_dense and self._starts_again_after[site.group.name]:
             for consumer in site.consumers:
-                weight = consumer.module.weight
-                assert isinstance(weight, Tensor)
-                self._originals.setdefault(consumer.name, weight.detach().clone())
+                self._originals.setdefault(
+                    consumer.name,
+                    {
+                        name: tensor.detach().clone()
+                        for name, tensor in consumer.module.named_parameters(recurse=False)
+                    },
+                )
 
     @contextmanager
     def _watched(self) -> Iterator[None]:
@@ -370,7 +400,7 @@ class Walk:
         def before(name: str, x: Tensor) -> None:
             run = running()
             if run is not None and run.stream is Stream.PRUNED:
-                suspend(Arrival(name, x, self._output(name, x)))
+                suspend(Arrival(name, x, self._output(name, x), run.keeper.take(name)))
             elif run is not None:
                 self._exchange(name)
 
@@ -378,9 +408,15 @@ class Walk:
             run = running()
             if run is not None and run.stream is Stream.DENSE:
                 self._exchange(name)
-                suspend(Arrival(name, x, y))
+                suspend(Arrival(name, x, y, run.keeper.take(name)))
 
-        with _hooked(self._opened.model, self._names, before, after):
+        def keeper() -> Keeper | None:
+            run = running()
+            return None if run is None else run.keeper
+
+        model = self._opened.model
+        watched = {place.module for places in self._places.values() for place in places}
+        with kept_streams(model, watched, keeper), _hooked(model, self._names, before, after):
             yield
 
     def _output(self, name: str, x: Tensor) -> Tensor | None:
@@ -395,12 +431,13 @@ class Walk:
         return found
 
     def _exchange(self, name: str) -> None:
-        """Put the dense weight of a committed consumer in the place of the new one, or back."""
-        if name in self._originals:
+        """Put the dense tensors of a committed consumer in the place of the new ones, or back."""
+        originals = self._originals.get(name, {})
+        if originals:
             self._exchanged ^= {name}
-            weight = self._opened.model.get_submodule(name).weight
-            assert isinstance(weight, Tensor)
-            weight.data, self._originals[name] = self._originals[name], weight.data
+        for key, tensor in self._opened.model.get_submodule(name).named_parameters(recurse=False):
+            if key in originals:
+                tensor.data, originals[key] = originals[key], tensor.data
 
 
 @contextmanager
@@ -434,12 +471,28 @@ def batch_named(model: nn.Module, batch: int) -> Iterator[None]:
         ) from error
 
 
-def _add(gram: GramAccumulator, x: Tensor, D: Tensor | None) -> None:
+def _parted(batches: Sequence[Batch], held: int) -> tuple[list[Batch], int]:
+    """Return batches none of which is held out in part, and how many of them are not at all."""
+    fitted: list[Batch] = []
+    rest: list[Batch] = []
+    left = sum(len(next(iter(batch.values()))) for batch in batches) - held
+    for batch in batches:
+        count = len(next(iter(batch.values())))
+        if left > 0:
+            fitted.append({name: x[:left] for name, x in batch.items()})
+        if left < count:
+            rest.append({name: x[max(left, 0) :] for name, x in batch.items()})
+        left -= count
+    return [*fitted, *rest], len(fitted)
+
+
+def _add(gram: GramAccumulator, x: Tensor, D: Tensor | None, *, held: bool) -> None:
     """Add what a consumer reads, piece by piece."""
     corrections = None if D is None else gram.linear_map.read_outputs(D)
     done = 0
     for X in gram.linear_map.read_inputs(x):
-        gram.add(X, None if corrections is None else corrections[done : done + len(X)])
+        D_part = None if corrections is None else corrections[done : done + len(X)]
+        gram.add(X, D_part, held=held)
         done += len(X)
 
 
@@ -488,7 +541,8 @@ def walk(
     groups: Sequence[CouplingGroup],
     *,
     in_turn: bool = True,
-    target: Target = WEIGHTS,
+    target: Target = Target.WEIGHTS,
+    held: int = 0,
 ) -> Walk:
     """Walk the calibration data through a model, and stop wherever a group can be solved.
 
@@ -505,6 +559,9 @@ def walk(
         What consumers are to reproduce.  Where that depends on what the dense model computes, each
         batch also runs through the dense weights: it passes a consumer before new weights are
         committed, so that no second model is held.
+    held
+        How many samples, the last ones, no weight is fitted to: they choose how much of the
+        corrections targets have (`Site.choose_share`).
 
     Returns
     -------
@@ -522,4 +579,4 @@ def walk(
     NonFiniteError
         If what a consumer reads is not finite.
     """
-    return Walk(opened, groups, in_turn, target)
+    return Walk(opened, groups, in_turn, target, held)

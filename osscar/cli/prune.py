@@ -35,8 +35,34 @@ def command(
     model: ModelArgument,
     directory: Annotated[Path, typer.Option("--out", help="Where the smaller model goes.")],
     sparsity: Annotated[
-        float | None, typer.Option(help="Share of the heads, neurons and channels to remove.")
+        float | None,
+        typer.Option(
+            help="Budget: the share to *remove* of the parameters that heads, neurons and channels "
+            "own."
+        ),
     ] = None,
+    params: Annotated[
+        str | None,
+        typer.Option(help="Budget: parameters of the model to *keep*, a fraction or a count."),
+    ] = None,
+    flops: Annotated[
+        float | None,
+        typer.Option(help="Budget: the share of its floating-point operations to *keep*."),
+    ] = None,
+    speedup: Annotated[
+        float | None,
+        typer.Option(
+            help="Budget: how many times as fast as the dense model a forward pass of a "
+            "calibration batch shall be, timed on this device."
+        ),
+    ] = None,
+    allocation: Annotated[
+        str,
+        typer.Option(
+            help="How a budget is shared out: by `curvature`, so that the outputs of the model "
+            "change least, or `uniform`, the same share of every group."
+        ),
+    ] = "curvature",
     heads: Annotated[
         str | None, typer.Option(help="Heads to *keep*: a fraction (0.7, 2/3) or a count.")
     ] = None,
@@ -107,8 +133,22 @@ def command(
         ),
     ] = False,
     damp: Annotated[
-        float, typer.Option(help="Pull towards the dense weights, relative to mean(diag H).")
+        float, typer.Option(help="Pull towards the dense weights, relative to diag(H).")
     ] = 0.01,
+    target: Annotated[
+        str,
+        typer.Option(
+            help="What a layer is to reproduce: what its dense `weights` make of its inputs, its "
+            "`outputs` in the dense model, or also the `residual` stream."
+        ),
+    ] = "residual",
+    blend: Annotated[
+        float | None,
+        typer.Option(
+            help="How much of what --target adds to `weights` counts, 0 to 1; by default samples "
+            "that are held out choose it for each layer."
+        ),
+    ] = None,
     batch_norm: Annotated[
         str,
         typer.Option(
@@ -127,8 +167,9 @@ def command(
 ) -> None:
     """Prune a model in one shot, prove the result, and save it.
 
-    Give --sparsity for heads, neurons and channels alike, or say with --heads, --neurons and
-    --channels what to keep of each.  Under grouped-query attention a head is a key-value head with
+    Give a budget (--sparsity, --params or --flops), which heads, neurons and channels of all layers
+    share so that the model's outputs change least, or say with --heads, --neurons and --channels
+    what every layer keeps of each.  Under grouped-query attention a head is a key-value head with
     its query heads.  What is done is kept in OUT.run until the smaller model is saved: a run that
     was killed goes on when the same command is given again.
     """
@@ -144,6 +185,10 @@ def command(
     patterns = [part.strip() for text in skip or () for part in text.split(",")]
     request = PruningRequest(
         sparsity=sparsity,
+        params=params,
+        flops=flops,
+        speedup=speedup,
+        allocation=allocation,
         heads=heads,
         neurons=neurons,
         channels=channels,
@@ -154,6 +199,8 @@ def command(
         backend_options=parse_options(option or []),
         certify=certify,
         damp=damp,
+        target=target,
+        blend=blend,
         batch_norm=batch_norm,
         device=device,
         batch_size=batch_size,
@@ -205,9 +252,11 @@ def report_document(
     classes: tuple[str, ...] = (),
 ) -> dict[str, Any]:
     """Return what is known of a run, as ``docs/json.md`` describes it."""
+    from osscar.pruning.budget import described
+
     return document(
         "prune",
-        2,
+        3,
         {
             "model": source,
             "classes": list(classes),
@@ -215,6 +264,9 @@ def report_document(
             "settings": result.settings,
             "parameters_before": result.parameters_before,
             "parameters_after": result.parameters_after,
+            "budget": None if result.budget is None else described(result.budget),
+            "divergence": result.divergence,
+            "held_out": result.held_out,
             "equivalence_error": result.equivalence_error,
             "batch_norms": result.batch_norms,
             "summed_relative_loss": result.loss,
@@ -243,6 +295,8 @@ def print_result(result: PruningResult, saved: SavedCheckpoint) -> None:
         f"({share:.1%} fewer) in {result.seconds:.1f} s, {result.solve_seconds:.1f} s of them in "
         f"the solver; summed relative loss {result.loss:.4f}"
     )
+    for line in quality_lines(result):
+        out.print(line)
     out.print(
         f"proof: the smaller model's outputs equal the masked model's to "
         f"{result.equivalence_error:.1e} of the largest"
@@ -258,6 +312,36 @@ def print_result(result: PruningResult, saved: SavedCheckpoint) -> None:
     elif saved.with_code:
         reader += ", and so does from_pretrained(..., trust_remote_code=True)"
     out.print(f"saved: {saved.path} ({saved.bytes / 1e6:.1f} MB of weights; {reader})")
+
+
+def quality_lines(result: PruningResult) -> list[str]:
+    """Say what the budget came to, and what was predicted and measured of the outputs."""
+    lines, budget = [], result.budget
+    if budget is not None:
+        lines.append(
+            f"budget: {budget.reached:,.0f} of {budget.dense:,.0f} {budget.cost} "
+            f"({budget.reached / budget.dense:.1%}), at most {budget.limit:,.0f} were asked for"
+        )
+    if budget is not None and not budget.comparable:
+        lines.append(
+            "no gradient reaches some groups, whose widths were chosen by their own relative loss"
+        )
+    if result.divergence is not None:
+        data = "held-out" if result.held_out else "the last"
+        predicted = (
+            ""
+            if budget is None or budget.predicted is None
+            else (
+                f"predicted {budget.predicted:.4f} nats"
+                + ("" if budget.gap is None else f" (within {budget.gap:.1e} of the least)")
+                + ", "
+            )
+        )
+        lines.append(
+            f"divergence from the dense predictions: {predicted}measured "
+            f"{result.divergence:.4f} nats on {data} calibration samples"
+        )
+    return lines
 
 
 def parse_options(pairs: list[str]) -> dict[str, Any]:

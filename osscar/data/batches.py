@@ -52,6 +52,10 @@ class ModelInputs(Protocol):
     def settings(self) -> dict[str, Any]:
         """What reports say about the data."""
 
+    @property
+    def samples(self) -> int:
+        """How many there are."""
+
 
 @dataclass(frozen=True, eq=False)
 class TokenInputs:
@@ -114,9 +118,14 @@ class TokenInputs:
         ]
 
     @property
+    def samples(self) -> int:
+        """How many windows there are."""
+        return self.windows.shape[0]
+
+    @property
     def settings(self) -> dict[str, Any]:
         """Samples and their length."""
-        return {"samples": self.windows.shape[0], "seqlen": self.windows.shape[1]}
+        return {"samples": self.samples, "seqlen": self.windows.shape[1]}
 
 
 @dataclass(frozen=True, eq=False)
@@ -161,12 +170,12 @@ class TensorInputs:
 
     def example(self, model: nn.Module) -> Batch:
         """Return two samples (a single one is repeated)."""
-        return self._on(model, torch.arange(2) % self._samples)
+        return self._on(model, torch.arange(2) % self.samples)
 
     def batches(self, model: nn.Module, batch_size: int) -> list[Batch]:
         """Return at most `batch_size` samples at a time."""
         return [
-            self._on(model, rows) for rows in torch.split(torch.arange(self._samples), batch_size)
+            self._on(model, rows) for rows in torch.split(torch.arange(self.samples), batch_size)
         ]
 
     def proofs(self, model: nn.Module, seed: int) -> list[Batch]:
@@ -177,7 +186,7 @@ class TensorInputs:
         generator = torch.Generator().manual_seed(seed)
         proofs = []
         for count in (3, 1):
-            rows = torch.randint(self._samples, (count,), generator=generator)
+            rows = torch.randint(self.samples, (count,), generator=generator)
             proofs.append(
                 {name: _noise_like(t, generator) for name, t in self._on(model, rows).items()}
             )
@@ -187,10 +196,11 @@ class TensorInputs:
     def settings(self) -> dict[str, Any]:
         """Samples and their shapes."""
         shapes = {name: list(tensor.shape[1:]) for name, tensor in self.tensors.items()}
-        return {"samples": self._samples, "shapes": shapes}
+        return {"samples": self.samples, "shapes": shapes}
 
     @property
-    def _samples(self) -> int:
+    def samples(self) -> int:
+        """How many there are."""
         return len(next(iter(self.tensors.values())))
 
     def _on(self, model: nn.Module, rows: Tensor) -> Batch:

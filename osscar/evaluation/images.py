@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from osscar.core.errors import ImageError, ModelError, NonFiniteError, OsscarError
 from osscar.core.inputs import whole_number
 from osscar.core.modules import check_usable, device_of, evaluating
+from osscar.core.timing import take_turns
 from osscar.data.batches import named_inputs
 from osscar.data.images import ImageSet
 from osscar.evaluation.result import Comparison, Evaluation
 from osscar.evaluation.size import measure_footprint, read_peak_memory, reset_peak_memory
-from osscar.evaluation.speed import take_turns
 from osscar.shrinking.equivalence import outputs
 
 _TOP = 5

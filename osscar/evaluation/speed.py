@@ -1,9 +1,6 @@
-"""How fast models are, timed side by side.
+"""How fast language models are, timed side by side (`osscar.core.timing`).
 
-Other work on a machine slows it down for seconds at a time. Models to be compared therefore take
-turns within every repetition, in an order that is reversed from one to the next, and medians are
-taken: over the repetitions for prefill, over every single token for decoding. A ratio of two
-medians then says more about the models than about the moment.
+Medians are over the repetitions for prefill, over every single token for decoding.
 """
 
 from __future__ import annotations
@@ -20,10 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from osscar.core.errors import ModelError, OptionError
-from osscar.core.progress import stage
-
-WORTHWHILE_SECONDS = 2.0
-"""Fast models are timed more often than asked, for so long."""
+from osscar.core.timing import take_turns
 
 CACHE_NAMES = ("cache", "past_key_values")
 """What transformers calls the key-value cache, newest name first."""
@@ -106,40 +100,6 @@ def measure_speed(
         )
         for read, written in zip(prefill, decode, strict=True)
     ]
-
-
-def take_turns(
-    timings: Sequence[Callable[[], list[float]]], repetitions: int, description: str
-) -> list[list[float]]:
-    """Collect the seconds that each timing reports, over as many repetitions as are worth it.
-
-    Parameters
-    ----------
-    timings
-        Each runs one model once and returns the seconds of the steps that it took.
-    repetitions
-        The least number of turns.
-    description
-        What a progress bar says.
-
-    Returns
-    -------
-    list of list of float
-        Seconds, in the order of the timings.
-    """
-    seconds: list[list[float]] = [[] for _ in timings]
-    for timing in timings:
-        timing()  # warm-up: allocations, thread pools, kernels chosen at first use
-    order = list(range(len(timings)))
-    began, done = time.perf_counter(), 0
-    with stage(description) as bar:
-        while done < repetitions or time.perf_counter() - began < WORTHWHILE_SECONDS:
-            for turn in order:
-                seconds[turn] += timings[turn]()
-            order.reverse()
-            done += 1
-            bar.advance()
-    return seconds
 
 
 @dataclass(frozen=True)

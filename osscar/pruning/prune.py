@@ -8,18 +8,19 @@ from __future__ import annotations
 
 import inspect
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 import solvers
 from graph import CouplingGroup, UnitKind
-from osscar.capture.linear_maps import linear_maps
+from osscar.capture.linear_maps import LinearMap, linear_maps
 from osscar.capture.opened import Opened, opened
-from osscar.capture.walk import Site, walk
+from osscar.capture.targets import Target
+from osscar.capture.walk import Site, Walk, walk
 from osscar.checkpoint.hf_config import adopt_config
 from osscar.core.devices import resolve_device
 from osscar.core.errors import RunError
@@ -28,6 +29,7 @@ from osscar.core.progress import stage
 from osscar.pruning.batch_norm import dense_statistics, renew_statistics
 from osscar.pruning.budget import allocate
 from osscar.pruning.certify import certified
+from osscar.pruning.divergence import Reference
 from osscar.pruning.request import PruningRequest
 from osscar.pruning.result import LayerReport, PruningResult
 from osscar.pruning.run_log import RunLog, RunManifest, SiteRecord
@@ -35,6 +37,9 @@ from osscar.shrinking.equivalence import finer_precision
 from osscar.shrinking.lineage import note_calibration
 from osscar.shrinking.plan import GroupPlan, PruningPlan
 from osscar.shrinking.shrink import shrink
+
+_HELD_OUT = 8
+"""One in so many samples chooses the blend of a layer's target, and is not fitted to."""
 
 
 def prune_as_asked(
@@ -93,9 +98,11 @@ def prune_as_asked(
         heads=request.reach(UnitKind.HEADS),
     ) as ready:
         work = ready.model
-        keep = allocate(ready.groups, request, ready.residual)
+        held = held_out(ready, request)
+        reference = Reference.of(ready, max(1, held))
+        allocated = allocate(ready, request)
         statistics = dense_statistics(work, ready.batches(), request.batch_norm)
-        plan, layers = _prune_groups(ready, keep, request, log)
+        plan, layers = _prune_groups(ready, allocated.keep, request, log)
         before = count_parameters(work)
         with finer_precision(work, ready.example):
             proof = shrink(work, plan, ready.inputs.proofs(work, request.seed))
@@ -113,6 +120,9 @@ def prune_as_asked(
         parameters_after=count_parameters(work),
         equivalence_error=proof.error,
         batch_norms=renewed,
+        budget=allocated.budget,
+        divergence=None if reference is None else reference.divergence(work),
+        held_out=held,
         seconds=time.perf_counter() - start,
         request=request,
         calibration=ready.inputs.settings,
@@ -148,7 +158,7 @@ def _prune_groups(
             _replay(ready.model, groups.pop(record.plan.name, None), record, keep)
             bar.advance()
         began = time.perf_counter()
-        for site in walk(ready, list(groups.values())):
+        for site in _walk(ready, list(groups.values()), request):
             bar.describe(f"pruning {site.group.name}")
             done.append(_prune_group(site, keep[site.group.name], request, began))
             if log is not None:
@@ -157,6 +167,16 @@ def _prune_groups(
             began = time.perf_counter()
     plan = PruningPlan(tuple(record.plan for record in done))
     return plan, tuple(record.report for record in done)
+
+
+def held_out(ready: Opened, request: PruningRequest) -> int:
+    """Return how many samples no weight is fitted to."""
+    return ready.inputs.samples // _HELD_OUT if request.chooses_blend else 0
+
+
+def _walk(ready: Opened, groups: Sequence[CouplingGroup], request: PruningRequest) -> Walk:
+    target = Target(request.target)
+    return walk(ready, groups, target=target, held=held_out(ready, request))
 
 
 @contextmanager
@@ -180,20 +200,35 @@ def _replay(
             f"the log of the run holds {name!r} with {len(kept)} units, which is not what this "
             "model and request come to; begin anew with --restart"
         )
-    consumers = linear_maps(model, group)
-    shapes = [(consumer.number_format, consumer.read_weight().shape) for consumer in consumers]
-    if [(W.dtype, W.shape) for W in record.weights] != shapes:
+    places = [place for consumer in linear_maps(model, group) for place in _places(consumer)]
+    forms = [(consumer.number_format, read().shape) for consumer, read, _ in places]
+    if [(tensor.dtype, tensor.shape) for tensor in record.weights] != forms:
         raise RunError(
             f"the log of the run holds weights of another form for {name!r}; begin anew with "
             "--restart"
         )
-    for consumer, W in zip(consumers, record.weights, strict=True):
-        consumer.write_weight(W.double())
+    for (_, _, write), tensor in zip(places, record.weights, strict=True):
+        write(tensor.double())
+
+
+def _places(
+    consumer: LinearMap,
+) -> list[tuple[LinearMap, Callable[[], Tensor], Callable[[Tensor], None]]]:
+    """Return how to read and to write what a commit changes of a consumer."""
+    places: list[tuple[LinearMap, Callable[[], Tensor], Callable[[Tensor], None]]]
+    places = [(consumer, consumer.read_weight, consumer.write_weight)]
+    if consumer.has_bias:
+        places.append((consumer, consumer.read_bias, consumer.write_bias))
+    return places
 
 
 def _prune_group(site: Site, keep: int, request: PruningRequest, began: float) -> SiteRecord:
     """Solve one group, and commit the refitted weights."""
     group, backend = site.group, request.chosen_backend()
+    if request.chooses_blend:
+        site.choose_share(keep, request.damp)
+    elif request.blend is not None:
+        site.share = request.blend
     problem = site.problem(keep, request.damp)
     measured = time.perf_counter()
     if request.certify:
@@ -205,12 +240,11 @@ def _prune_group(site: Site, keep: int, request: PruningRequest, began: float) -
         group,
         problem,
         solution.record(verification),
+        blend=site.share if request.target is not Target.WEIGHTS else 0.0,
         measure_seconds=measured - began,
         solve_seconds=time.perf_counter() - measured,
     )
     plan = GroupPlan.of(group, tuple(solution.support.tolist()))
-    written = tuple(consumer.read_weight() for consumer in site.consumers)
-    weights = tuple(
-        W.to(consumer.number_format) for W, consumer in zip(written, site.consumers, strict=True)
-    )
-    return SiteRecord(plan, report, weights)
+    places = [place for consumer in site.consumers for place in _places(consumer)]
+    written = tuple(read().to(consumer.number_format) for consumer, read, _ in places)
+    return SiteRecord(plan, report, written)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import enum
 import math
 import numbers
 import re
@@ -13,16 +14,33 @@ from typing import Any, TypeAlias
 
 import solvers
 from graph import UnitKind
+from osscar.capture.targets import Target
 from osscar.core.errors import OptionError, RequestError
 from osscar.pruning.batch_norm import BatchNormMode
 
 PRUNED_KINDS = (UnitKind.HEADS, UnitKind.NEURONS, UnitKind.CHANNELS)
-"""What `sparsity` applies to, residual channels left out."""
+"""What a budget applies to, residual channels left out."""
+
+_BUDGETS = ("sparsity", "params", "flops", "speedup")
 
 _NUMBER = re.compile(
     r"[+-]?(\d{1,18}/\d{1,18}|(\d{1,18}\.?\d{0,18}|\.\d{1,18})([eE][+-]?\d{1,3})?)"
 )
 _LARGEST_COUNT = 10**18
+
+
+class Allocation(enum.StrEnum):
+    """How a budget is shared out."""
+
+    CURVATURE = "curvature"
+    UNIFORM = "uniform"
+
+
+_CHOICES: Mapping[str, type[enum.StrEnum]] = {
+    "allocation": Allocation,
+    "batch_norm": BatchNormMode,
+    "target": Target,
+}
 
 Keep: TypeAlias = str | int | float | Fraction
 """A count of units (an int, or a string such as ``"512"``) or the fraction of them to keep."""
@@ -35,10 +53,22 @@ class PruningRequest:
     Parameters
     ----------
     sparsity
-        Share of the heads, of the neurons and of the channels to remove, in (0, 1).
+        A budget: the share to remove, in (0, 1), of the parameters that heads, neurons and channels
+        own.
+    params
+        Another budget: what to keep of the model's parameters, a fraction or a count.
+    flops
+        Another one: the share to keep, in (0, 1), of its floating-point operations on one sample.
+    speedup
+        Another one: how many times as fast as the dense model, above 1, a forward pass of a
+        calibration batch shall be; timed on this device, where nothing else should run meanwhile.
+    allocation
+        How a budget is shared out.  ``curvature`` chooses the widths with the least predicted
+        divergence of the model's outputs; ``uniform`` keeps the same share of every group, as the
+        paper does.
     heads, neurons, channels
-        What to keep of each kind, instead of ``1 - sparsity``: a fraction such as ``"2/3"``, or a
-        count; a kind that neither names is left alone.
+        What to keep of each group of a kind, whatever the budget: a fraction such as ``"2/3"``, or
+        a count.  A kind that neither this nor a budget reaches is left alone.
     residual
         What to keep of residual streams, such as the channels that shortcuts add up.  They run
         through many layers, and nothing else touches them.
@@ -56,7 +86,14 @@ class PruningRequest:
         solution from its problem alone; takes several times as long as the search.  Up to 32 units
         the bound comes from branch and bound, which may take 10 seconds a group.
     damp
-        Weight of the proximal term, relative to the mean of the Gram matrix's diagonal.
+        Weight of the proximal term, relative to each entry on the Gram matrix's diagonal.
+    target
+        What a layer is to reproduce: ``weights``, what its dense weights make of the pruned inputs
+        (the paper's); ``outputs``, what it puts out in the dense model; ``residual``, also what
+        the residual stream, to which that is added, has lost.
+    blend
+        Share of what a target adds to that of ``weights``, in [0, 1]; by default it is chosen for
+        each layer by calibration samples that no weight is fitted to.
     batch_norm
         Where running statistics come from afterwards: ``correct`` those of the dense model by what
         pruning changed, ``estimate`` them from the calibration data, or ``keep`` them.
@@ -83,6 +120,10 @@ class PruningRequest:
     """
 
     sparsity: float | None = None
+    params: Keep | None = None
+    flops: float | None = None
+    speedup: float | None = None
+    allocation: str = "curvature"
     heads: Keep | None = None
     neurons: Keep | None = None
     channels: Keep | None = None
@@ -94,6 +135,8 @@ class PruningRequest:
     backend_options: Mapping[str, Any] = field(default_factory=dict)
     certify: bool = False
     damp: float = 0.01
+    target: str = Target.RESIDUAL
+    blend: float | None = None
     batch_norm: str = BatchNormMode.CORRECT
     device: str = "auto"
     batch_size: int | None = None
@@ -104,12 +147,11 @@ class PruningRequest:
         self._check_names()
         self._check_numbers()
         self.chosen_backend()
-        try:
-            object.__setattr__(self, "batch_norm", BatchNormMode(self.batch_norm))
-        except ValueError:
-            raise OptionError(
-                f"batch_norm is {self.batch_norm!r}; give one of {', '.join(BatchNormMode)}"
-            ) from None
+        for name, choices in _CHOICES.items():
+            value = getattr(self, name)
+            if value not in list(choices):
+                raise OptionError(f"{name} is {value!r}; give one of {', '.join(choices)}")
+            object.__setattr__(self, name, choices(value))
 
     def _check_what_to_keep(self) -> None:
         sparsity, round_to = self.sparsity, self.round_to
@@ -124,11 +166,24 @@ class PruningRequest:
                 f"groups is {self.groups!r}; give a mapping of names to what to keep, such as "
                 "{'h.0.neurons': 0.5}"
             )
-        asked = [keep for keep in self._asked if keep is not None]
-        if sparsity is None and not asked and not self.groups:
+        flops = self.flops
+        if flops is not None and not (_is(flops, numbers.Real) and 0 < flops < 1):
             raise RequestError(
-                "nothing to prune: give --sparsity, or what to keep with --heads, --neurons, "
-                "--channels or --residual"
+                f"flops is {flops!r}; give the share to keep, a number above 0 and below 1"
+            )
+        speedup = self.speedup
+        if speedup is not None and not (_is(speedup, numbers.Real) and 1 < speedup < math.inf):
+            raise RequestError(f"speedup is {speedup!r}; give a finite number above 1")
+        budgets = [n for n in _BUDGETS if getattr(self, n) is not None]
+        if len(budgets) > 1:
+            raise RequestError(
+                f"{' and '.join(budgets)} are budgets, of which a run has one; give one of them"
+            )
+        asked = [keep for keep in (*self._asked, self.params) if keep is not None]
+        if not budgets and not asked and not self.groups:
+            raise RequestError(
+                "nothing to prune: give a budget (--sparsity, --params, --flops or --speedup), or "
+                "what to keep with --heads, --neurons, --channels or --residual"
             )
         for keep in (*asked, *self.groups.values()):
             parse_keep(keep)
@@ -145,7 +200,9 @@ class PruningRequest:
         object.__setattr__(self, "skip", tuple(skip))
 
     def _check_numbers(self) -> None:
-        size, damp, seed = self.batch_size, self.damp, self.seed
+        size, damp, seed, blend = self.batch_size, self.damp, self.seed, self.blend
+        if blend is not None and not (_is(blend, numbers.Real) and 0 <= blend <= 1):
+            raise OptionError(f"blend is {blend!r}; give a share from 0 to 1")
         if size is not None and not (_is(size, numbers.Integral) and size >= 1):
             raise OptionError(f"batch size is {size!r}; give a whole number, at least 1")
         if not (_is(damp, numbers.Real) and 0 <= damp < math.inf):
@@ -154,7 +211,10 @@ class PruningRequest:
             raise OptionError(f"seed is {seed!r}; give a whole number from 0 to 2^63 - 1")
         for name, kind in (
             ("sparsity", float),
+            ("flops", float),
+            ("speedup", float),
             ("damp", float),
+            ("blend", float),
             ("round_to", int),
             ("batch_size", int),
             ("seed", int),
@@ -192,6 +252,11 @@ class PruningRequest:
             raise OptionError("backend_options go with a name; this backend object has its own")
         return self.backend
 
+    @property
+    def chooses_blend(self) -> bool:
+        """Whether samples that are held out choose how much of the target's corrections counts."""
+        return self.blend is None and Target(self.target).needs_dense
+
     def of_kind(self, kind: UnitKind) -> Keep | None:
         """Return what was asked for one kind by name."""
         named = {
@@ -201,18 +266,20 @@ class PruningRequest:
         }
         return named.get(kind)
 
+    @property
+    def has_budget(self) -> bool:
+        """Whether groups share a budget."""
+        return any(getattr(self, name) is not None for name in _BUDGETS)
+
     def reach(self, kind: UnitKind) -> bool:
         """Tell whether groups of a kind may lose units."""
-        return bool(self.groups) or self.fraction_or_count(kind) is not None
+        budgeted = self.has_budget and kind in PRUNED_KINDS
+        return bool(self.groups) or budgeted or self.fraction_or_count(kind) is not None
 
     def fraction_or_count(self, kind: UnitKind, residual: bool = False) -> Fraction | int | None:
-        """Return what is asked of a kind: a fraction, a count, or None to leave it alone."""
+        """Return what is asked of a kind by name: a fraction, a count, or None."""
         own = self.residual if residual else self.of_kind(kind)
-        if own is not None:
-            return parse_keep(own)
-        if self.sparsity is not None and kind in PRUNED_KINDS and not residual:
-            return 1 - Fraction(str(self.sparsity))
-        return None
+        return None if own is None else parse_keep(own)
 
     def to_json(self) -> dict[str, Any]:
         """Return the fields as JSON-able data.
@@ -220,10 +287,12 @@ class PruningRequest:
         A backend object is named after its class, and cannot be made of that name again.
         """
         data = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        for name in ("heads", "neurons", "channels", "residual"):
+        for name in ("params", "heads", "neurons", "channels", "residual"):
             data[name] = None if data[name] is None else str(data[name])
         data["groups"] = {name: str(keep) for name, keep in self.groups.items()}
-        data["skip"], data["batch_norm"] = list(self.skip), str(self.batch_norm)
+        data["skip"] = list(self.skip)
+        for name in _CHOICES:
+            data[name] = str(data[name])
         if isinstance(self.backend, str):
             data["backend_options"] = dict(self.backend_options)
         else:

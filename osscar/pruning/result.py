@@ -15,6 +15,7 @@ import solvers
 from graph import CouplingGroup
 from osscar.checkpoint import directory as checkpoint
 from osscar.checkpoint.directory import SavedCheckpoint
+from osscar.pruning.budget import Budget
 from osscar.pruning.request import PruningRequest
 from osscar.shrinking.plan import PruningPlan
 
@@ -32,6 +33,8 @@ class LayerReport(solvers.SolutionRecord):
         The group, and how many of its units stayed.
     dead
         Units whose inputs were zero on all calibration data; they are removed first.
+    blend
+        How much of what the target adds to that of ``weights`` counts.
     measure_seconds, solve_seconds
         Wall time of the walk to this group with its Gram matrices, and of the solver with the
         refit and, if asked for, the verification.
@@ -42,6 +45,7 @@ class LayerReport(solvers.SolutionRecord):
     units: int
     kept: int
     dead: int
+    blend: float
     measure_seconds: float
     solve_seconds: float
 
@@ -52,6 +56,7 @@ class LayerReport(solvers.SolutionRecord):
         problem: solvers.SubsetProblem,
         record: solvers.SolutionRecord,
         *,
+        blend: float,
         measure_seconds: float,
         solve_seconds: float,
     ) -> LayerReport:
@@ -63,6 +68,7 @@ class LayerReport(solvers.SolutionRecord):
             units=group.units,
             kept=problem.keep,
             dead=len(problem.dead),
+            blend=blend,
             measure_seconds=measure_seconds,
             solve_seconds=solve_seconds,
         )
@@ -86,6 +92,14 @@ class PruningResult:
         Largest relative difference between the outputs of the shrunk and of the masked model.
     batch_norms
         How many batch-norm layers got new statistics after the proof.
+    budget
+        What the groups that share a budget came to; None where there is none.
+    divergence
+        The measured Kullback-Leibler divergence of its predictions from the dense ones, in nats a
+        prediction, on `held_out` samples or, if none were, on the last; None if the model puts out
+        no logits.
+    held_out
+        How many calibration samples no weight was fitted to.
     seconds
         Wall time of the whole run.
     request
@@ -101,6 +115,9 @@ class PruningResult:
     parameters_after: int
     equivalence_error: float
     batch_norms: int
+    budget: Budget | None
+    divergence: float | None
+    held_out: int
     seconds: float
     request: PruningRequest
     calibration: Mapping[str, Any] = field(default_factory=dict)

@@ -56,7 +56,7 @@ def test_demo_does_the_whole_job(run, tmp_path, monkeypatch):
     for expected in ("perplexity", "tokens/s", "loss by layer", "saved:", "next:", "dead"):
         assert expected in out
     document = json.loads((tmp_path / "demo.json").read_text())
-    assert document["schema"] == "osscar.prune/2"
+    assert document["schema"] == "osscar.prune/3"
     dense, pruned = document["evaluation"]["dense"], document["evaluation"]["model"]
     assert pruned["footprint"]["parameters"] < dense["footprint"]["parameters"]
     assert dense["quality"]["perplexity"] < pruned["quality"]["perplexity"] < 200

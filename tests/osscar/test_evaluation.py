@@ -21,6 +21,7 @@ from transformers import (
     OPTForCausalLM,
 )
 
+from osscar.core import timing as timing_room
 from osscar.core.errors import ModelError, NonFiniteError, OptionError, TextError
 from osscar.core.modules import count_parameters
 from osscar.data.prose import Part, builtin_text
@@ -50,7 +51,7 @@ def model():
 
 @pytest.fixture(autouse=True)
 def hurry(monkeypatch):
-    monkeypatch.setattr(speed, "WORTHWHILE_SECONDS", 0.0)
+    monkeypatch.setattr(timing_room, "WORTHWHILE_SECONDS", 0.0)
 
 
 def tiny_opt(ffn: int = 64, **options):
@@ -285,13 +286,13 @@ class TestSpeed:
 
             return run
 
-        found = speed.take_turns([timing("a", 1.0), timing("b", 2.0)], 3, "x")
+        found = timing_room.take_turns([timing("a", 1.0), timing("b", 2.0)], 3, "x")
         assert calls == ["a", "b", *"abbaab"]
         assert found == [[1.0] * 3, [2.0] * 3]
 
     def test_fast_models_are_timed_more_often(self, monkeypatch):
-        monkeypatch.setattr(speed, "WORTHWHILE_SECONDS", 0.05)
-        found = speed.take_turns([lambda: [0.0]], 2, "x")
+        monkeypatch.setattr(timing_room, "WORTHWHILE_SECONDS", 0.05)
+        found = timing_room.take_turns([lambda: [0.0]], 2, "x")
         assert len(found[0]) > 10
 
     def test_medians_are_taken_without_the_warm_up(self, model, monkeypatch):

@@ -63,6 +63,9 @@ def test_outputs_equal_those_of_the_model_with_zeroed_consumers(pruned):
                     keep = torch.tensor(slot.indices(group.kept))
                     weight.zero_()
                     weight.index_copy_(slot.dim, keep, small[slot.tensor])
+                    bias = f"{slot.module}.bias"  # takes up what changes in the means
+                    if bias in small:
+                        masked.get_parameter(bias).copy_(small[bias])
     for ids in (tokens(2, 24, seed=5), tokens(3, 11, seed=6)):
         expected = logits(masked, ids)
         error = (logits(result.model, ids) - expected).abs().max() / expected.abs().max()
@@ -125,10 +128,11 @@ def test_refit_beats_plain_removal(backend):
 def test_ffn_is_measured_after_the_heads_of_its_block_are_pruned():
     """The FFN loss must be that of the stream which the pruned attention leaves behind."""
     model, ids = tiny("opt"), tokens(16, 32)
-    both = osscar.prune(model, ids, heads="0.5", neurons="0.5", device="cpu")
-    heads_first = osscar.prune(model, ids, heads="0.5", device="cpu").model
-    then_neurons = osscar.prune(heads_first, ids, neurons="0.5", device="cpu")
-    alone = osscar.prune(model, ids, neurons="0.5", device="cpu")
+    asked = {"device": "cpu", "target": "weights"}  # so that the dense stream plays no part
+    both = osscar.prune(model, ids, heads="0.5", neurons="0.5", **asked)
+    heads_first = osscar.prune(model, ids, heads="0.5", **asked).model
+    then_neurons = osscar.prune(heads_first, ids, neurons="0.5", **asked)
+    alone = osscar.prune(model, ids, neurons="0.5", **asked)
     first = {layer.name: layer.loss for layer in both.layers}
     name = "model.decoder.layers.0.neurons"
     again = {layer.name: layer.loss for layer in then_neurons.layers}
@@ -330,6 +334,7 @@ def test_padding_is_what_the_users_model_makes_of_it(norm, asked):
             weight = torch.zeros_like(mine.weight)
             weight[:, slot.indices(group.kept)] = small.weight
             mine.weight.copy_(weight)
+            mine.bias.copy_(small.bias)
         expected, found = dense(x, padding), result.model(x, padding)
     assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
     assert (expected - model(x, padding)).abs().max() > 1e-3
@@ -413,6 +418,9 @@ def test_odd_habits_do_no_harm(kind, data):
                         rows = made.indices(other.kept)
             weight[torch.tensor(list(rows))[:, None], slot.indices(group.kept)] = small
             dense.get_submodule(module).weight.copy_(weight)
+            bias = result.model.get_submodule(module).bias
+            if bias is not None:
+                dense.get_submodule(module).bias[list(rows)] = bias
         if kind is ByKeyword:  # its batch norm was corrected
             (group,) = plan.values()
             for name in ("running_mean", "running_var"):

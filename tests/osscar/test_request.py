@@ -1,21 +1,24 @@
+import dataclasses
 import inspect
 import json
 from fractions import Fraction
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from torch import nn
 
 import osscar
 from graph.groups import CouplingGroup, Freeze, Role, Slot, UnitKind
 from osscar.core.errors import FrozenGroupError, RequestError
-from osscar.pruning.budget import allocate
+from osscar.pruning import budget
 from osscar.pruning.request import PruningRequest as Asked
 from osscar.pruning.request import parse_keep
 from tests.osscar.families import tiny, tokens
 
 
 def group(name, kind, units, *, width=1, frozen=()):
-    slot = Slot("m.weight", 1, Role.CONSUMER, "m", units, inner=width)
+    slot = Slot(f"{kind}.weight", 1, Role.CONSUMER, str(kind), units, inner=width)
     return CouplingGroup(name, kind, units, (slot,), 10, frozen)
 
 
@@ -25,6 +28,16 @@ GROUPS = (
     group("0.heads", UnitKind.HEADS, 9, width=64),
     group("0.neurons", UnitKind.NEURONS, 1536),
 )
+
+
+def allocate(groups, asked):
+    """Return what the groups of a model keep, where a budget is shared out uniformly."""
+    model = nn.ModuleDict(
+        {"hidden": nn.Linear(48, 2), "heads": nn.Linear(576, 2), "neurons": nn.Linear(1536, 2)}
+    )
+    ready = SimpleNamespace(model=model, groups=groups, residual=frozenset(), sample={})
+    asked = dataclasses.replace(asked, allocation="uniform")
+    return budget.allocate(ready, asked).keep
 
 
 @pytest.mark.parametrize(
@@ -89,7 +102,7 @@ def test_sparsity_outside_of_the_open_interval_is_refused(sparsity):
     [
         (lambda: Asked(), "nothing to prune"),
         (lambda: Asked(0.5, round_to=0), "round-to is 0"),
-        (lambda: Asked(0.99), "keeps none"),
+        (lambda: Asked(heads=0.01), "keeps none"),
         (lambda: Asked(heads=10), "cannot keep 10 units of '0.heads', which has 9"),
         (lambda: Asked(groups={"nowhere": 1}), "no group 'nowhere'"),
         (lambda: Asked(heads="0.99"), "nothing would be removed"),

@@ -1,0 +1,411 @@
+"""How much the model's outputs change with what a layer puts out: one currency for all layers.
+
+To second order, the Kullback-Leibler divergence between the dense model's predictions and those of
+a model whose consumer puts out ``y_t + d_t`` is half the sum of ``d_t' F_t d_t`` over positions t,
+with F_t the Fisher matrix of the predictions at that output.  With errors ``d_t = D'x_t`` of
+changed weights, its nearest Kronecker product is one power step away (van Loan and Pitsianis,
+"Approximation with Kronecker products", 1993), and needs one backward pass of the dense model:
+
+    A = sum |g_t|^2 x_t x_t'        B = sum |x_t|^2 g_t g_t'        T = tr(A) = tr(B)
+
+    divergence of D, in nats a prediction:   tr(D' A D B) / (2 N T)
+
+where g_t is the gradient of the log-likelihood of labels *sampled* from the model's own
+predictions, and N counts the predictions.  Gradients at different positions are taken as
+uncorrelated.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from graph import CouplingGroup
+from osscar.capture.gram import damped_by_input
+from osscar.capture.linear_maps import LinearMap, linear_maps
+from osscar.capture.opened import Opened
+from osscar.capture.walk import batch_named
+from osscar.core.errors import NonFiniteError, OsscarError, first_line
+from osscar.core.modules import device_of, fresh
+from osscar.core.progress import stage
+from osscar.data.batches import Batch, TokenInputs
+from solvers import Consumer, SubsetProblem
+
+_POSITIONS_AT_ONCE = 1024
+"""Tokens in a batch: a backward pass keeps the logits of all of them, in several copies."""
+
+_SAMPLES_AT_ONCE = 16
+"""Images in a batch, or samples of anything else."""
+
+_MOST_BYTES = 2 << 30
+"""Memory of the factors that are held at a time; a model that needs more is passed several times.
+"""
+
+_LEAST_SHARE = 1e-7
+"""Eigenvalues of B below this share of the largest are rounding of float32, and left out."""
+
+
+@dataclass(eq=False)
+class Factors:
+    """The two factors of the Fisher matrix of one consumer's weights, as sums in float32.
+
+    Parameters
+    ----------
+    linear_map
+        The consumer, with p inputs and m outputs.
+    inputs
+        A, (p, p).
+    outputs
+        B, (m, m).
+    energy
+        T, the trace of either.
+    """
+
+    linear_map: LinearMap
+    inputs: Tensor = field(repr=False)
+    outputs: Tensor = field(repr=False)
+    energy: float = 0.0
+
+    @classmethod
+    def of(cls, linear_map: LinearMap) -> Factors:
+        """Start with nothing."""
+        p, m = linear_map.read_weight().shape
+        device = device_of(linear_map.module)
+        return cls(linear_map, torch.zeros(p, p, device=device), torch.zeros(m, m, device=device))
+
+    def add(self, x: Tensor, g: Tensor) -> None:
+        """Add the positions of one call.
+
+        Parameters
+        ----------
+        x
+            What the module read.
+        g
+            The gradient at what it put out.
+
+        Raises
+        ------
+        NonFiniteError
+            If the gradient has NaN or infinite entries.
+        """
+        if not bool(torch.isfinite(g).all()):
+            raise NonFiniteError(
+                f"the gradients at the outputs of {self.linear_map.name!r} have NaN or infinite "
+                "entries; use --dtype float32, or --allocation uniform, which needs none"
+            )
+        gradients = self.linear_map.read_outputs(g).float()
+        done = 0
+        for X in self.linear_map.read_inputs(x):
+            self._add(X.float(), gradients[done : done + len(X)])
+            done += len(X)
+
+    def _add(self, X: Tensor, G: Tensor) -> None:
+        gains, sizes = G.square().sum(1, keepdim=True), X.square().sum(1, keepdim=True)
+        scaled = X * gains.sqrt()
+        self.inputs.addmm_(scaled.T, scaled)
+        scaled = G * sizes.sqrt()
+        self.outputs.addmm_(scaled.T, scaled)
+        self.energy += float((gains.double() * sizes.double()).sum())
+
+    def consumer(self, predictions: int, damp: float) -> Consumer:
+        """Return quadratic terms whose loss is the predicted divergence in nats a prediction.
+
+        ``tr(D' A D B)`` with ``B = L L'`` is the plain squared error of the weights ``W0 L`` under
+        the Gram matrix A, and the least-squares refit is the same.
+
+        Parameters
+        ----------
+        predictions
+            N, over which the divergence is averaged.
+        damp
+            Weight of the proximal term, relative to each entry on the diagonal.
+        """
+        values, vectors = torch.linalg.eigh(self.outputs.double())
+        used = values > _LEAST_SHARE * values[-1]
+        root = vectors[:, used] * (values[used] / (2 * predictions * self.energy)).sqrt()
+        W0 = self.linear_map.read_weight() @ root
+        return damped_by_input(self.inputs.double(), W0, units=self.linear_map.unit_rows, damp=damp)
+
+
+@dataclass(frozen=True, eq=False)
+class GroupCurvature:
+    """What removing units of one group costs in the outputs of the model.
+
+    Parameters
+    ----------
+    group
+        The coupling group.
+    factors
+        Of each of its consumers.
+    predictions
+        How many predictions were made.
+    reached
+        Whether gradients reached every consumer.  If not, all outputs of a layer count alike, and
+        relative to its own size: the layer's own currency, in which layers hardly compare.
+    """
+
+    group: CouplingGroup
+    factors: tuple[Factors, ...] = field(repr=False)
+    predictions: int
+    reached: bool = True
+
+    def problem(self, damp: float) -> SubsetProblem:
+        """Pose the choice of units with the least predicted divergence, in nats a prediction."""
+        with warnings.catch_warnings():
+            # Fewer positions than inputs make A singular, which damping is there for.
+            warnings.simplefilter("ignore", UserWarning)
+            consumers = tuple(f.consumer(self.predictions, damp) for f in self.factors)
+        return SubsetProblem(consumers, self.group.units, self.group.name)
+
+
+def curvature(
+    opened: Opened, groups: Sequence[CouplingGroup], *, samples: int, seed: int
+) -> Iterator[GroupCurvature]:
+    """Run the dense model forward and backward, and yield what each group's consumers matter.
+
+    Parameters
+    ----------
+    opened
+        The model with its data, still dense.
+    groups
+        The groups; where their factors take more than two gigabytes, the data pass several times.
+    samples
+        How many of the calibration samples are used at most.
+    seed
+        Of the labels that are sampled.
+
+    Raises
+    ------
+    NonFiniteError
+        If gradients are not finite; names the module.
+    CalibrationError
+        If a batch fails.
+    """
+    batches = _small_batches(opened, samples)
+    parts = list(_parts(opened.model, groups))
+    with stage("curvature", total=len(parts) * len(batches)) as bar:
+        for part in parts:
+            factors = {g.name: [Factors.of(map) for map in maps] for g, maps in part}
+            every = [f for found in factors.values() for f in found]
+            generator = torch.Generator(device_of(opened.model)).manual_seed(seed)
+            predictions = 0
+            for index, batch in enumerate(batches):
+                predictions += _pass(opened, batch, every, generator, index)
+                bar.advance()
+            for group, _ in part:
+                found = tuple(factors.pop(group.name))
+                reached = all(f.energy > 0 for f in found)
+                if not reached:
+                    found = tuple(_own_currency(opened, batches, found))
+                yield GroupCurvature(group, found, predictions if reached else 1, reached)
+
+
+def _small_batches(opened: Opened, samples: int) -> list[Batch]:
+    """Return the first samples, few at a time."""
+    [*whole] = opened.inputs.batches(opened.model, samples)[:1]
+    first = whole[0]
+    length = opened.inputs.settings.get("seqlen")
+    rows = _SAMPLES_AT_ONCE if length is None else max(1, _POSITIONS_AT_ONCE // length)
+    count = len(next(iter(first.values())))
+    return [
+        {name: x[start : start + rows] for name, x in first.items()}
+        for start in range(0, count, rows)
+    ]
+
+
+def _parts(
+    model: nn.Module, groups: Sequence[CouplingGroup]
+) -> Iterator[list[tuple[CouplingGroup, tuple[LinearMap, ...]]]]:
+    """Yield groups, with their consumers, whose factors fit into memory together."""
+    part: list[tuple[CouplingGroup, tuple[LinearMap, ...]]] = []
+    filled = 0
+    for group in groups:
+        maps = linear_maps(model, group)
+        size = sum(4 * (p * p + m * m) for p, m in (map.read_weight().shape for map in maps))
+        if part and filled + size > _MOST_BYTES:
+            yield part
+            part, filled = [], 0
+        part.append((group, maps))
+        filled += size
+    yield part
+
+
+# ---- one forward and backward pass -------------------------------------------------------
+
+
+def _pass(
+    opened: Opened, batch: Batch, factors: Sequence[Factors], generator: torch.Generator, index: int
+) -> int:
+    """Add what one batch shows, and return how many predictions it made."""
+    model = opened.model
+    with _no_weight_gradients(model), torch.enable_grad(), _observed(model, factors) as seen:
+        with batch_named(model, index):
+            result = model(**fresh(batch))
+        if not seen.outputs:
+            return 0
+        loss, predictions = _sampled_loss(result, isinstance(opened.inputs, TokenInputs), generator)
+        if loss is None or not loss.requires_grad:
+            return predictions
+        try:
+            loss.backward()  # type: ignore[no-untyped-call]
+        except (OsscarError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # code without a derivative, anywhere in anyone's model
+            warnings.warn(
+                f"no gradients flow through {type(model).__name__}: {first_line(error)}",
+                stacklevel=3,
+            )
+    return predictions
+
+
+@contextmanager
+def _no_weight_gradients(model: nn.Module) -> Iterator[None]:
+    """Spare the third of a backward pass that nobody needs."""
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    for parameter, _ in flags:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+
+
+@dataclass(eq=False)
+class _Seen:
+    outputs: int = 0
+
+
+@contextmanager
+def _observed(model: nn.Module, factors: Sequence[Factors]) -> Iterator[_Seen]:
+    """Add to the factors of a module whenever a gradient comes back to what it put out."""
+    by_module: dict[str, list[Factors]] = {}
+    for one in factors:
+        by_module.setdefault(one.linear_map.name, []).append(one)
+    seen = _Seen()
+
+    def watch(own: list[Factors]) -> Callable[..., Tensor]:
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], y: Any) -> Any:
+            x = (args[0] if args else next(iter(kwargs.values()))).detach()
+            seen.outputs += 1
+            leaf = not y.requires_grad
+            if leaf:
+                y = y.detach().requires_grad_()
+
+            def receive(g: Tensor) -> None:
+                with torch.no_grad():
+                    for one in own:
+                        one.add(x, g)
+
+            y.register_hook(receive)
+            # What comes next may write to it, which no leaf of a graph allows.
+            return y.clone() if leaf else y
+
+        return hook
+
+    handles = [
+        model.get_submodule(name).register_forward_hook(watch(own), with_kwargs=True)
+        for name, own in by_module.items()
+    ]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _sampled_loss(
+    result: Any, tokens: bool, generator: torch.Generator
+) -> tuple[Tensor | None, int]:
+    """Return what to differentiate, and how many predictions it is the sum of.
+
+    Logits give the log-likelihood of labels drawn from them.  Any other output is taken as the mean
+    of a Gaussian, as wide as the outputs spread: a random projection of it has the same Fisher
+    matrix (Gauss-Newton).
+    """
+    logits = logits_of(result, tokens)
+    if logits is not None:
+        rows = logits.flatten(0, -2)
+        with torch.no_grad():
+            chances = rows.float().softmax(-1)
+            labels = torch.multinomial(chances, 1, generator=generator).flatten()
+        return nn.functional.cross_entropy(rows.float(), labels, reduction="sum"), len(rows)
+    outputs = [
+        leaf
+        for leaf in pytree.tree_leaves(result)
+        if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.requires_grad
+    ]
+    if not outputs:
+        return None, 0
+    # One sample is one prediction of everything that the model puts out about it.
+    total = sum((_projected(output.float(), generator) for output in outputs), torch.zeros(()))
+    return total, len(outputs[0]) if outputs[0].ndim else 1
+
+
+def logits_of(result: Any, tokens: bool) -> Tensor | None:
+    """Return an output whose last dimension is a table of logits; None if there is none.
+
+    Parameters
+    ----------
+    result
+        What a model puts out.
+    tokens
+        Whether it is a language model; of others, a plain matrix is taken for a classifier's.
+    """
+    named = getattr(result, "logits", None)
+    found = named if named is not None else result
+    if not isinstance(found, Tensor) or not found.is_floating_point() or found.shape[-1] < 2:
+        return None
+    if named is not None or tokens:
+        return found if found.ndim >= 2 else None
+    return found if found.ndim == 2 else None  # a classifier
+
+
+def _projected(output: Tensor, generator: torch.Generator) -> Tensor:
+    """Return a random projection of outputs, relative to their spread."""
+    spread = output.detach().std(correction=0)
+    noise = torch.randn(output.shape, generator=generator, device=output.device)
+    return (output * noise).sum() / (spread if spread > 0 else 1.0)
+
+
+# ---- without gradients -------------------------------------------------------------------
+
+
+def _own_currency(
+    opened: Opened, batches: Sequence[Batch], factors: Sequence[Factors]
+) -> Iterator[Factors]:
+    """Return factors that count the relative loss of each layer, as no gradient reaches it."""
+    found = [Factors.of(one.linear_map) for one in factors]
+
+    def watch(one: Factors) -> Callable[..., None]:
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+            x = args[0] if args else next(iter(kwargs.values()))
+            for X in one.linear_map.read_inputs(x):
+                one.inputs.addmm_(X.float().T, X.float())
+
+        return hook
+
+    handles = [
+        one.linear_map.module.register_forward_pre_hook(watch(one), with_kwargs=True)
+        for one in found
+    ]
+    try:
+        with torch.no_grad():
+            for batch in batches:
+                opened.model(**fresh(batch))
+    finally:
+        for handle in handles:
+            handle.remove()
+    for one in found:
+        W0 = one.linear_map.read_weight()
+        size = float((W0 * (one.inputs.double() @ W0)).sum())
+        # With B = I and this T, the loss of removing everything is 1.
+        one.outputs, one.energy = torch.eye(len(one.outputs)).to(one.outputs), max(size / 2, 1e-30)
+        yield one

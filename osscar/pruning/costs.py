@@ -1,0 +1,190 @@
+"""What a model costs, in parameters, bytes or operations, as a function of the units it keeps.
+
+A weight has as many entries as the product of its dimensions, each of which loses what units of
+groups take along.  In a transformer no weight loses along two dimensions that a budget may touch,
+so that costs add up over groups; channels of a convolution are read by the next one's filters,
+whose size is a product of two groups' widths.
+"""
+
+from __future__ import annotations
+
+import enum
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from graph import CouplingGroup, UnitKind
+from osscar.core.modules import fresh, without_cache
+from osscar.data.batches import Batch
+
+
+class Cost(enum.StrEnum):
+    """What a budget is counted in."""
+
+    PARAMETERS = "parameters"
+    FLOPS = "flops"
+    TIME = "time"
+    """Of a forward pass, relative to the dense model's."""
+
+
+@dataclass(frozen=True)
+class _Weight:
+    """One tensor: its cost is `price` times the product of its dimensions that are left."""
+
+    price: float
+    shape: tuple[int, ...]
+    taken: tuple[tuple[int, str, int], ...]
+    """Dimension, group, and how many indices along it one unit takes along."""
+
+    def of(self, kept: Mapping[str, int], units: Mapping[str, int]) -> float:
+        left = list(self.shape)
+        for dim, name, width in self.taken:
+            left[dim] -= width * (units[name] - kept.get(name, units[name]))
+        return self.price * math.prod(left)
+
+
+@dataclass(frozen=True)
+class CostModel:
+    """The cost of a model whose groups keep some of their units.
+
+    Parameters
+    ----------
+    weights
+        Every tensor that groups own a part of.
+    fixed
+        What does not depend on them.
+    each
+        What one unit of a group costs besides, such as its attention scores.
+    units
+        How many each group has.
+    """
+
+    weights: tuple[_Weight, ...] = field(repr=False)
+    fixed: float
+    each: Mapping[str, float] = field(repr=False)
+    units: Mapping[str, int] = field(repr=False)
+
+    def of(self, kept: Mapping[str, int]) -> float:
+        """Return the cost where groups keep so many units; those not named keep all."""
+        each = (price * kept.get(name, self.units[name]) for name, price in self.each.items())
+        return self.fixed + sum(each) + sum(w.of(kept, self.units) for w in self.weights)
+
+    @property
+    def dense(self) -> float:
+        """The cost of the model as it is."""
+        return self.of({})
+
+    def slope(self, name: str, kept: Mapping[str, int]) -> float:
+        """Return what one unit of a group costs while the others keep so many."""
+        more, less = ({**kept, name: count} for count in (1, 0))
+        touched = (weight for weight in self._by_group.get(name, ()))
+        return self.each.get(name, 0.0) + sum(
+            w.of(more, self.units) - w.of(less, self.units) for w in touched
+        )
+
+    @cached_property
+    def _by_group(self) -> dict[str, list[_Weight]]:
+        found: dict[str, list[_Weight]] = {}
+        for weight in self.weights:
+            for name in {name for _, name, _ in weight.taken}:
+                found.setdefault(name, []).append(weight)
+        return found
+
+    def separable(self, names: Iterable[str]) -> bool:
+        """Whether the costs of these groups add up: none loses where another does."""
+        chosen = set(names)
+        dims = ({dim for dim, name, _ in w.taken if name in chosen} for w in self.weights)
+        return all(len(some) <= 1 for some in dims)
+
+
+def count(
+    cost: Cost, model: nn.Module, groups: Sequence[CouplingGroup], example: Batch
+) -> CostModel:
+    """Count what a model costs.
+
+    Parameters
+    ----------
+    cost
+        In what.
+    model
+        The dense model.
+    groups
+        All its groups.
+    example
+        Inputs to count the operations of.
+    """
+    names = {id(tensor): name for name, tensor in model.named_parameters()}
+    entries = {name: tensor.numel() for name, tensor in model.named_parameters()}
+    taken = _taken(model, groups, names)
+    prices, rest = dict.fromkeys(entries, 1.0), 0.0
+    if cost is Cost.FLOPS:
+        prices, rest = _operations(model, names, example)
+    each = _attention(groups, rest)
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.named_parameters()}
+    return CostModel(
+        tuple(_Weight(prices.get(n, 0.0), shapes[n], tuple(of)) for n, of in taken.items()),
+        fixed=sum(price * entries[n] for n, price in prices.items() if n not in taken)
+        + (0.0 if each else rest),
+        each=each,
+        units={group.name: group.units for group in groups},
+    )
+
+
+def _taken(
+    model: nn.Module, groups: Sequence[CouplingGroup], names: Mapping[int, str]
+) -> dict[str, list[tuple[int, str, int]]]:
+    """Return what units take along, by parameter."""
+    taken: dict[str, list[tuple[int, str, int]]] = {}
+    for group in groups:
+        for slot in group.slots:
+            name = names.get(id(_attribute(model, slot.tensor)))
+            if name is not None:
+                # Two slots along one dimension are two parts of it, as in a fused projection.
+                taken.setdefault(name, []).append((slot.dim, group.name, slot.width))
+    return taken
+
+
+def _attribute(model: nn.Module, name: str) -> object:
+    module, _, attribute = name.rpartition(".")
+    return getattr(model.get_submodule(module), attribute, None)
+
+
+def _attention(groups: Sequence[CouplingGroup], rest: float) -> dict[str, float]:
+    """Share out what is not done with weights: scores and weighted sums, head by head."""
+    heads = [group for group in groups if group.kind is UnitKind.HEADS]
+    widths = {g.name: max((s.width for s in g.consumers), default=0) for g in heads}
+    total = sum(widths[g.name] * g.units for g in heads)
+    return {name: rest * width / total for name, width in widths.items()} if total else {}
+
+
+def _operations(
+    model: nn.Module, names: Mapping[int, str], example: Batch
+) -> tuple[dict[str, float], float]:
+    """Count the operations of each entry of a weight, and those that no layer's weight has part in.
+
+    They are counted by running the model; fused attention kernels would hide theirs.
+    """
+    with (
+        torch.no_grad(),
+        without_cache(model),
+        sdpa_kernel(SDPBackend.MATH),
+        FlopCounterMode(display=False) as counter,
+    ):
+        model(**fresh(example))
+    counts, root = counter.get_flop_counts(), type(model).__name__
+    prices: dict[str, float] = {}
+    for name, module in model.named_modules():
+        weight = getattr(module, "weight", None)
+        found = sum(counts.get(f"{root}.{name}", {}).values())
+        if isinstance(weight, Tensor) and id(weight) in names and found:
+            owner = names[id(weight)]
+            prices[owner] = prices.get(owner, 0.0) + found / weight.numel()
+    sizes = dict(model.named_parameters())
+    inside = sum(price * sizes[name].numel() for name, price in prices.items())
+    return prices, max(counter.get_total_flops() - inside, 0.0)

@@ -1,0 +1,87 @@
+"""How far the pruned model's predictions are from the dense ones, measured."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from osscar.capture.curvature import logits_of
+from osscar.capture.opened import Opened
+from osscar.capture.walk import batch_named
+from osscar.core.modules import fresh, without_cache
+from osscar.data.batches import Batch, TokenInputs
+
+_MOST_BYTES = 256 << 20
+"""Memory of the dense predictions that are kept; of more, evenly spread ones are taken."""
+
+
+@dataclass(frozen=True, eq=False)
+class Reference:
+    """What the dense model predicts on some samples.
+
+    Parameters
+    ----------
+    batches
+        Samples, one a batch.
+    logarithms
+        Log-probabilities of the dense model, (predictions, classes), for each of them.
+    rows
+        Which of its predictions these are.
+    tokens
+        Whether they are of a language model.
+    """
+
+    batches: Sequence[Batch] = field(repr=False)
+    logarithms: Sequence[Tensor] = field(repr=False)
+    rows: Sequence[Tensor] = field(repr=False)
+    tokens: bool
+
+    @classmethod
+    def of(cls, ready: Opened, samples: int) -> Reference | None:
+        """Run the dense model on the last samples; None if it puts out no logits.
+
+        Raises
+        ------
+        CalibrationError
+            If it fails on them.
+        """
+        tokens = isinstance(ready.inputs, TokenInputs)
+        batches = ready.inputs.batches(ready.model, 1)[-samples:]
+        logarithms: list[Tensor] = []
+        rows: list[Tensor] = []
+        for index, batch in enumerate(batches):
+            found = _logarithms(ready.model, batch, tokens, index)
+            if found is None:
+                return None
+            most = max(1, _MOST_BYTES // (len(batches) * found.shape[-1] * 4))
+            step = -(-len(found) // most)
+            rows.append(torch.arange(step // 2, len(found), step, device=found.device))
+            logarithms.append(found[rows[-1]].clone())
+        return cls(batches, logarithms, rows, tokens)
+
+    def divergence(self, model: nn.Module) -> float:
+        """Return the mean Kullback-Leibler divergence from the dense predictions, in nats.
+
+        Parameters
+        ----------
+        model
+            The pruned model, on the same device.
+        """
+        total, count = 0.0, 0
+        kept = zip(self.batches, self.logarithms, self.rows, strict=True)
+        for index, (batch, dense, rows) in enumerate(kept):
+            found = _logarithms(model, batch, self.tokens, index)
+            assert found is not None
+            differences = (dense.exp() * (dense - found[rows])).nan_to_num()  # 0 of minus infinity
+            total += float(differences.sum(-1).double().sum())
+            count += len(rows)
+        return max(total / count, 0.0)
+
+
+def _logarithms(model: nn.Module, batch: Batch, tokens: bool, index: int) -> Tensor | None:
+    with torch.no_grad(), without_cache(model), batch_named(model, index):
+        logits = logits_of(model(**fresh(batch)), tokens)
+    return None if logits is None else logits.flatten(0, -2).float().log_softmax(-1)

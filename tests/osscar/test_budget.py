@@ -1,0 +1,309 @@
+"""One budget for all layers: curves, costs, the knapsack, and what a request comes to."""
+
+import copy
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import osscar
+from osscar.capture.curvature import curvature
+from osscar.capture.opened import opened
+from osscar.core.errors import NonFiniteError, RequestError
+from osscar.core.modules import count_parameters
+from osscar.evaluation.size import count_flops
+from osscar.pruning.budget import allocate
+from osscar.pruning.costs import Cost, count
+from osscar.pruning.curves import elimination_curve, measure_curves
+from osscar.pruning.knapsack import BudgetError, choose
+from osscar.pruning.request import PruningRequest as Asked
+from solvers import SubsetProblem, refit
+from tests.osscar.families import tiny, tokens
+
+# ---- the knapsack ------------------------------------------------------------------------
+
+
+def classes(seed):
+    """Losses and costs of a few classes, convex or not, and a budget between the extremes."""
+    random = np.random.default_rng(seed)
+    losses, costs = [], []
+    for _ in range(random.integers(1, 6)):
+        options = random.integers(1, 6)
+        losses.append(random.exponential(size=options) * 10.0 ** random.integers(-6, 3))
+        costs.append(random.integers(0, 20, options).astype(float))
+    least, most = (sum(f(c) for c in costs) for f in (np.min, np.max))
+    return losses, costs, least + random.random() * (most - least)
+
+
+@pytest.mark.parametrize("seed", range(200))
+def test_the_knapsack_is_solved_as_by_trying_everything(seed):
+    losses, costs, budget = classes(seed)
+    best = min(
+        sum(f[i] for f, i in zip(losses, options, strict=True))
+        for options in itertools.product(*(range(len(f)) for f in losses))
+        if sum(c[i] for c, i in zip(costs, options, strict=True)) <= budget
+    )
+    found = choose(losses, costs, budget)
+    assert found.cost <= budget + 1e-9
+    assert found.loss == pytest.approx(best, rel=1e-6, abs=1e-300)
+    assert found.lower_bound <= best * (1 + 1e-9)
+    assert found.gap <= 1e-6
+
+
+def test_what_cannot_be_met_says_what_can():
+    with pytest.raises(BudgetError, match="least cost of any choice is 7") as caught:
+        choose([np.array([1.0, 2.0])], [np.array([9.0, 7.0])], 6.0)
+    assert caught.value.least == 7
+
+
+def test_a_large_knapsack_has_a_small_gap():
+    random = np.random.default_rng(0)
+    losses = [np.sort(random.exponential(size=1536) ** 3).cumsum()[::-1] for _ in range(60)]
+    costs = [np.arange(1536.0) * random.integers(1000, 9000) for _ in range(60)]
+    found = choose(losses, costs, 0.6 * sum(c[-1] for c in costs))
+    assert found.gap < 1e-4
+
+
+# ---- costs -------------------------------------------------------------------------------
+
+
+class Net(nn.Module):
+    """A plain CNN: filters shrink along both dimensions."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Sequential(nn.Conv2d(3, 12, 3), nn.BatchNorm2d(12), nn.ReLU())
+        self.second = nn.Sequential(nn.Conv2d(12, 16, 3, stride=2), nn.ReLU())
+        self.third = nn.Conv2d(16, 10, 3, groups=2)
+        self.head = nn.Linear(10, 5)
+
+    def forward(self, x):
+        return self.head(torch.relu(self.third(self.second(self.first(x)))).mean((2, 3)))
+
+
+MODELS = {
+    "opt": (lambda: tiny("opt"), lambda: tokens(8, 24)),
+    "gpt2": (lambda: tiny("gpt2"), lambda: tokens(8, 24)),
+    "llama-gqa": (lambda: tiny("llama-gqa"), lambda: tokens(8, 24)),
+    "cnn": (Net, lambda: torch.randn(12, 3, 14, 14)),
+}
+
+
+@pytest.fixture(params=MODELS)
+def subject(request):
+    torch.manual_seed(0)
+    build, data = MODELS[request.param]
+    return build().eval(), data()
+
+
+@pytest.mark.parametrize("cost", list(Cost))
+def test_costs_are_those_of_the_model_that_is_really_smaller(subject, cost):
+    model, data = subject
+    counts = {}
+    with opened(model, data) as ready:
+        found = count(cost, ready.model, ready.groups, ready.sample)
+        for index, group in enumerate(g for g in ready.groups if g.prunable and g.units > 1):
+            counts[group.name] = max(1, group.units // (2 + index % 2))
+        sample = ready.sample
+
+    def measured(network):
+        return (
+            count_parameters(network) if cost is Cost.PARAMETERS else count_flops(network, sample)
+        )
+
+    assert found.dense == pytest.approx(measured(model))
+    smaller = osscar.prune(model, data, groups=counts, backend="magnitude", blend=0.0).model
+    assert found.of(counts) == pytest.approx(measured(smaller))
+    name = next(iter(counts))
+    fewer = {**counts, name: counts[name] - 1}
+    assert found.slope(name, counts) == pytest.approx(found.of(counts) - found.of(fewer))
+
+
+# ---- curvature ---------------------------------------------------------------------------
+
+
+def classifier():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 7), nn.Tanh(), nn.Linear(7, 4))
+
+
+def divergence(dense, other, x):
+    p, q = (model(x).log_softmax(-1) for model in (dense, other))
+    return float((p.exp() * (p - q)).sum(-1).mean())
+
+
+def test_small_changes_of_weights_cost_what_the_factors_predict():
+    model, data = classifier().double(), torch.randn(4000, 6, dtype=torch.float64)
+    with opened(model, data) as ready:
+        groups = [group for group in ready.groups if group.prunable]
+        found = list(curvature(ready, groups, samples=4000, seed=0))
+    assert len(found) == 2
+    for one in found:
+        (factors,) = one.factors
+        assert factors.energy == pytest.approx(float(factors.inputs.trace()), rel=1e-4)
+        assert factors.energy == pytest.approx(float(factors.outputs.trace()), rel=1e-4)
+        predicted, measured = [], []
+        for seed in range(8):
+            D = torch.randn(factors.linear_map.read_weight().shape, dtype=torch.float64)
+            D *= 0.02 / (1 + seed)
+            A, B = factors.inputs.double(), factors.outputs.double()
+            product = (D * (A @ D @ B)).sum()
+            predicted.append(float(product) / (2 * one.predictions * factors.energy))
+            other = copy.deepcopy(model)
+            other.get_submodule(factors.linear_map.name).weight.data += D.T
+            measured.append(divergence(model, other, data))
+        # One Kronecker product cannot be exact, but it is no guess.
+        ratio = np.array(predicted) / np.array(measured)
+        assert 0.7 < ratio.mean() < 1.4
+        problem = one.problem(damp=0.0)
+        assert problem.scale == pytest.approx(
+            float((W0 * (A @ W0 @ B)).sum() / (2 * one.predictions * factors.energy))
+            if (W0 := factors.linear_map.read_weight()) is not None
+            else 0,
+            rel=1e-4,
+        )
+
+
+def test_a_curve_is_that_of_fresh_refits():
+    torch.manual_seed(0)
+    X, W0 = torch.randn(40, 9).double(), torch.randn(9, 3).double()
+    problem = SubsetProblem.from_gram(X.T @ X / 40, W0, keep=9)
+    curve = elimination_curve(problem)
+    assert len(curve) == 10
+    assert curve[9] == 0
+    assert curve[0] == pytest.approx(problem.scale)
+    assert (np.diff(curve) <= 0).all()
+    best_of_eight = min(
+        refit(problem, torch.tensor([u for u in range(9) if u != gone]))[1] for gone in range(9)
+    )
+    assert curve[8] == pytest.approx(best_of_eight)
+
+
+class Detached(nn.Module):
+    """No gradient reaches its first pair of layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 12), nn.Linear(12, 6)
+        self.c, self.d = nn.Linear(6, 12), nn.Linear(12, 3)
+
+    def forward(self, x):
+        x = self.b(torch.relu(self.a(x))).detach()
+        return self.d(torch.relu(self.c(x)))
+
+
+def test_where_no_gradient_arrives_a_layer_counts_by_itself_and_that_is_said():
+    torch.manual_seed(0)
+    result = osscar.prune(Detached(), torch.randn(64, 6), sparsity=0.5)
+    assert result.budget.comparable is False
+    with opened(Detached(), torch.randn(64, 6)) as ready:
+        groups = [group for group in ready.groups if group.prunable]
+        curves = {c.name: c for c in measure_curves(ready, groups, damp=0.0, seed=0)}
+    assert sorted(curve.comparable for curve in curves.values()) == [False, True, True]
+    own = next(curve for curve in curves.values() if not curve.comparable)
+    assert own.losses[0] == pytest.approx(1.0, rel=1e-4)
+
+
+class Steep(nn.Module):
+    """Finite everywhere, with a gradient that is not."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.down, self.head = nn.Linear(6, 12), nn.Linear(12, 6), nn.Linear(6, 3)
+
+    def forward(self, x):
+        y = self.down(torch.relu(self.up(x)))
+        return self.head(torch.where(y > 1e9, y, (y - y).sqrt() + y))
+
+
+def test_gradients_that_are_not_numbers_name_the_module():
+    with pytest.raises(NonFiniteError, match=r"gradients at the outputs of 'down'.*uniform"):
+        osscar.prune(Steep(), torch.randn(64, 6), sparsity=0.5)
+    result = osscar.prune(Steep(), torch.randn(64, 6), sparsity=0.5, allocation="uniform")
+    assert result.budget.predicted is None
+
+
+def test_models_without_logits_are_measured_by_projections():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3))
+    result = osscar.prune(model, torch.randn(16, 3, 9, 9), sparsity=0.5)
+    assert result.budget.comparable
+    assert result.budget.predicted > 0
+    assert result.divergence is None
+
+
+# ---- requests ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("allocation", ["curvature", "uniform"])
+@pytest.mark.parametrize(
+    "asked", [{"sparsity": 0.4}, {"params": 0.8}, {"flops": 0.7}, {"sparsity": 0.5, "round_to": 2}]
+)
+def test_budgets_are_kept_and_reports_are_right(subject, asked, allocation):
+    model, data = subject
+    result = osscar.prune(model, data, **asked, allocation=allocation, backend="wanda")
+    budget = result.budget
+    paper = allocation == "uniform" and "sparsity" in asked  # counts are rounded, not the budget
+    assert budget.reached <= budget.limit * (1 + 1e-9) or paper
+    assert budget.reached >= 0.7 * budget.limit or paper
+    if budget.cost is Cost.PARAMETERS:
+        assert budget.reached == result.parameters_after
+        assert budget.dense == result.parameters_before
+    if allocation == "curvature":
+        assert budget.predicted > 0
+        separable = not isinstance(model, Net)
+        assert (budget.gap is not None) == separable
+        assert not separable or budget.gap < 1e-4
+    assert result.divergence > 0
+
+
+def test_kinds_that_are_named_take_no_part_in_the_budget():
+    model = tiny("opt")
+    result = osscar.prune(model, tokens(8, 24), sparsity=0.5, heads=1.0, backend="wanda")
+    assert {layer.kind for layer in result.layers} == {"neurons"}
+    half = osscar.prune(model, tokens(8, 24), params=0.6, heads="1/2", backend="wanda")
+    kept = {layer.name: layer.kept for layer in half.layers if layer.kind == "heads"}
+    assert set(kept.values()) == {model.config.num_attention_heads // 2}
+    assert half.parameters_after <= 0.6 * half.parameters_before
+
+
+@pytest.mark.parametrize("allocation", ["curvature", "uniform"])
+def test_a_budget_out_of_reach_says_what_is_in_reach(allocation):
+    asked = Asked(params=0.01, allocation=allocation)
+    message = r"cannot be met: .* comes to [\d,]+ of [\d,]+ at l"
+    with (
+        opened(tiny("opt"), tokens(8, 24)) as ready,
+        pytest.raises(RequestError, match=message),
+    ):
+        allocate(ready, asked)
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"sparsity": 0.5, "params": 0.5}, "sparsity and params are budgets"),
+        ({"flops": 1.0}, "flops is 1.0; give the share to keep"),
+        ({"flops": float("nan")}, "flops is nan"),
+        ({"params": 0}, "cannot keep 0 units"),
+        ({"params": "much"}, "cannot read 'much'"),
+    ],
+)
+def test_contradictions_are_refused(asked, message):
+    with pytest.raises(RequestError, match=message):
+        Asked(**asked)
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"allocation": "fair"}, "allocation is 'fair'; give one of curvature, uniform"),
+        ({"target": None}, "target is None; give one of weights, outputs, residual"),
+        ({"blend": 1.5}, "blend is 1.5; give a share from 0 to 1"),
+        ({"blend": float("nan")}, "blend is nan"),
+    ],
+)
+def test_options_out_of_range_are_refused(asked, message):
+    with pytest.raises(osscar.OsscarError, match=message):
+        Asked(sparsity=0.5, **asked)

@@ -1,0 +1,251 @@
+"""Targets of the dense stream: the residual, what is held out, and biases that take up means."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import osscar
+import solvers
+from osscar.capture.gram import GramAccumulator, best_share, pose
+from osscar.capture.linear_maps import linear_maps
+from osscar.capture.opened import opened
+from osscar.capture.residual import streams
+from osscar.capture.targets import Target
+from osscar.capture.walk import _parted, walk
+from tests.osscar.families import tiny, tokens
+
+# ---- where the stream passes -------------------------------------------------------------
+
+
+class Block(nn.Module):
+    """A residual block; `form` says how it adds."""
+
+    def __init__(self, form):
+        super().__init__()
+        self.form, self.norm = form, nn.LayerNorm(8)
+        self.up, self.down, self.gate = nn.Linear(8, 24), nn.Linear(24, 8), nn.Linear(8, 8)
+        self.drop = nn.Dropout(0.1)
+
+    def forward(self, x):
+        y = self.drop(self.down(torch.relu(self.up(self.norm(x)))))
+        match self.form:
+            case "plain":
+                return x + y
+            case "in place":
+                x += y
+                return x
+            case "parallel":
+                return y + self.gate(self.norm(x)) + x
+            case "scaled":
+                return x + 0.5 * y
+            case "post-norm":
+                return self.norm(torch.add(y, x))
+            case "none":
+                return y
+
+
+class Stack(nn.Module):
+    def __init__(self, form):
+        super().__init__()
+        self.blocks = nn.ModuleList(Block(form) for _ in range(3))
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x):
+        x = x * 1.0
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x)
+
+
+FORMS = {"plain": 1, "in place": 1, "parallel": 1, "post-norm": 1, "scaled": 0, "none": 0}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_what_is_added_to_a_consumer_is_found_in_the_models_own_code(form):
+    torch.manual_seed(0)
+    model = Stack(form).eval()
+    names = [f"blocks.{i}.down" for i in range(3)]
+    found = streams(model, {"x": torch.randn(4, 8)}, names)
+    assert {name: len(places) for name, places in found.items()} == (
+        dict.fromkeys(names, FORMS[form]) if FORMS[form] else {}
+    )
+
+
+@pytest.mark.parametrize("family", ["opt", "gpt2", "llama-gqa"])
+def test_transformers_have_a_stream_beside_every_consumer(family):
+    with opened(tiny(family), tokens(4, 12)) as ready:
+        names = [c.name for g in ready.groups if g.prunable for c in linear_maps(ready.model, g)]
+        assert set(streams(ready.model, ready.example, names)) == set(names)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("form", ["plain", "in place", "post-norm"])
+def test_the_residual_target_is_what_the_dense_stream_holds_behind_the_block(form):
+    torch.manual_seed(0)
+    model, x = Stack(form).eval(), torch.randn(64, 8)
+    with opened(model, (x,), batch_size=16) as ready:
+        dense = copy.deepcopy(ready.model)
+        groups = [g for g in ready.groups if g.prunable and "up" in g.slots[0].module]
+        assert len(groups) == 3
+        for index, site in enumerate(walk(ready, groups, target=Target.RESIDUAL)):
+            (gram,), W0 = site.grams, site.consumers[0].read_weight()
+            sums, X = [], torch.empty(0)
+            for network in (ready.model, dense):
+                seen = {}
+                hooks = [
+                    network.blocks[index].norm.register_forward_pre_hook(
+                        lambda _, args, seen=seen: seen.setdefault("stream", args[0].clone())
+                    ),
+                    network.blocks[index].down.register_forward_hook(
+                        lambda _, args, y, seen=seen: seen.update(x=args[0], y=y)
+                    ),
+                ]
+                network(x)
+                sums.append(seen["stream"] + seen["y"])
+                X = seen["x"] if network is ready.model else X
+                for hook in hooks:
+                    hook.remove()
+            D, X = (sums[1] - sums[0]).double(), X.double()
+            G, e = gram.fitted.targets(W0, 0.7)
+            X, Y = X - X.mean(0), X @ W0 + 0.7 * D
+            Y = Y - Y.mean(0)
+            torch.testing.assert_close(G, X.T @ Y / 64, atol=1e-5, rtol=1e-4)
+            assert e == pytest.approx(float(Y.square().sum()) / 64, rel=1e-3)
+            W = W0.clone()
+            W[::2] = 0
+            site.commit([W])
+
+
+def test_a_stream_that_nobody_knows_is_left_out_of_the_target():
+    torch.manual_seed(0)
+    model, x = Stack("scaled").eval(), torch.randn(64, 8)
+    plain, stream = (
+        osscar.prune(model, (x,), sparsity=0.5, allocation="uniform", target=target, blend=1.0)
+        for target in ("outputs", "residual")
+    )
+    for a, b in zip(plain.model.parameters(), stream.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+# ---- what is held out --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("sizes", "held", "parts", "fitted"),
+    [
+        ([8, 8], 0, [8, 8], 2),
+        ([8, 8], 2, [8, 6, 2], 2),
+        ([8, 8], 8, [8, 8], 1),
+        ([8, 5], 9, [4, 4, 5], 1),
+        ([3], 1, [2, 1], 1),
+    ],
+)
+def test_the_last_samples_are_held_out(sizes, held, parts, fitted):
+    whole = torch.arange(sum(sizes))
+    batches = [{"x": part} for part in torch.split(whole, sizes)]
+    found, first = _parted(batches, held)
+    assert [len(batch["x"]) for batch in found] == parts
+    assert first == fitted
+    assert torch.equal(torch.cat([batch["x"] for batch in found]), whole)
+    assert sum(parts[first:]) == held
+
+
+def accumulated(positions, noise, *, seed=0):
+    """Sums of one layer whose corrections are explained in part by its inputs."""
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(5, 12), nn.ReLU(), nn.Linear(12, 4))
+    with opened(model, torch.randn(8, 5)) as ready:
+        (group,) = [g for g in ready.groups if g.prunable and g.units == 12]
+        (consumer,) = linear_maps(ready.model, group)
+    gram, M = GramAccumulator(consumer), torch.randn(12, 4)
+    for held, count in ((False, positions), (True, 4000)):
+        X = torch.randn(count, 12)
+        gram.add(X, X @ M + noise * torch.randn(count, 4), held=held)
+    return gram
+
+
+def test_the_share_is_the_one_that_a_search_over_shares_finds():
+    gram = accumulated(40, 3.0)
+    chosen = best_share([gram], 8, "one", 0.01)
+    assert 0 < chosen < 1
+    W0, held = gram.linear_map.read_weight(), gram.held
+    support = solvers.make_backend("wanda").select(pose([gram], 8, "one", 0.01, 0.0)).support
+    G, e = held.targets(W0, 1.0)
+
+    def error(share):
+        W = solvers.refit(pose([gram], 8, "one", 0.01, share), support)[0][0]
+        return float((W * (held.H @ W - 2 * G)).sum()) + e
+
+    grid = np.linspace(0, 1, 101)
+    assert chosen == pytest.approx(grid[np.argmin([error(share) for share in grid])], abs=0.011)
+
+
+def test_more_data_and_less_noise_make_the_share_larger():
+    shares = [
+        best_share([accumulated(n, noise)], 8, "one", 0.01)
+        for n, noise in ((16, 10.0), (60, 10.0), (4000, 0.1))
+    ]
+    assert shares == sorted(shares)
+    assert shares[0] < 0.6 < 0.95 < shares[-1]
+
+
+def test_the_report_says_how_much_of_the_target_counted():
+    result = osscar.prune(tiny("opt"), tokens(16, 24), neurons=0.5, backend="wanda")
+    assert result.held_out == 2
+    assert all(0 <= layer.blend <= 1 for layer in result.layers)
+    assert len({layer.blend for layer in result.layers}) > 1
+    plain = osscar.prune(tiny("opt"), tokens(16, 24), neurons=0.5, target="weights")
+    assert plain.held_out == 0
+    assert {layer.blend for layer in plain.layers} == {0.0}
+
+
+# ---- biases ------------------------------------------------------------------------------
+
+
+def half_of_ten(model, x):
+    """Ask for five units of the group that has ten."""
+    with opened(model, x) as ready:
+        return {group.name: 5 for group in ready.groups if group.units == 10}
+
+
+@torch.no_grad()
+def test_a_bias_takes_up_what_changes_in_the_means():
+    """The refit with its bias is the least-squares fit with a column of ones."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 10), nn.Sigmoid(), nn.Linear(10, 4)).double().eval()
+    x = torch.randn(300, 6, dtype=torch.float64)
+    asked = {"damp": 0.0, "target": "weights", "batch_size": 300}
+    result = osscar.prune(model, x, groups=half_of_ten(model, x), **asked)
+    kept = torch.tensor(result.plan.groups[0].kept)
+    ones = torch.ones(300, 1, dtype=torch.float64)
+    X = torch.cat([torch.sigmoid(model[0](x))[:, kept], ones], 1)
+    expected = torch.linalg.lstsq(X, model(x)).solution
+    torch.testing.assert_close(result.model[2].weight, expected[:-1].T, rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close(result.model[2].bias, expected[-1], rtol=1e-6, atol=1e-8)
+    (layer,) = result.layers
+    residual = (X @ expected - model(x)).square().sum() / 300
+    assert layer.loss == pytest.approx(float(residual), rel=1e-6)
+
+
+class SharedBias(nn.Module):
+    """Two layers add one and the same bias."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.down, self.head = nn.Linear(6, 10), nn.Linear(10, 6), nn.Linear(6, 6)
+        self.head.bias = self.down.bias
+
+    def forward(self, x):
+        return self.head(torch.tanh(self.down(torch.relu(self.up(x)))))
+
+
+def test_a_bias_that_others_share_is_left_alone():
+    torch.manual_seed(0)
+    model = SharedBias()
+    x = torch.randn(64, 6)
+    result = osscar.prune(model, x, groups=half_of_ten(model, x), target="weights")
+    assert torch.equal(result.model.down.bias, model.down.bias)
+    assert result.model.head.bias is result.model.down.bias
