@@ -6,10 +6,10 @@ For example:
         --text wikitext2-raw-test.txt --json out.json
 
 Neurons thin out from the first layer to the last, and the last third of the layers loses heads, so
-that no two layers need have one shape.  Both models are written as GGUF; transformers and llama.cpp
-score the same windows of the text, each token from all before it, and continue the text greedily.
-Speed is measured in llama.cpp alone, on files of the number format of `--speed-dtype`, the models
-taking turns.  Needs the packages `gguf` and `xllamacpp`.
+that no two layers need have one shape; with `--sparsity` a budget chooses the widths.  Both models
+are written as GGUF; transformers and llama.cpp score the same windows of the text, each token from
+all before it, and continue the text greedily.  Speed is measured in llama.cpp alone, on files of the
+number format of `--speed-dtype`, the models taking turns.  Needs the packages `gguf` and `xllamacpp`.
 """
 
 from __future__ import annotations
@@ -37,12 +37,11 @@ def main() -> None:
     calibration = osscar.load_calibration(
         arguments.calibration, loaded.tokenizer, samples=32, seqlen=arguments.seqlen
     )
+    asked = {"groups": widths(loaded.model, arguments)}
+    if arguments.sparsity is not None:
+        asked = {"sparsity": arguments.sparsity}
     result = osscar.prune(
-        loaded.model,
-        calibration,
-        groups=widths(loaded.model, arguments),
-        backend=arguments.backend,
-        device="cpu",
+        loaded.model, calibration, **asked, backend=arguments.backend, device="cpu"
     )
     tokens = loaded.tokenizer(read_text(arguments.text), add_special_tokens=False).input_ids
     windows = [
@@ -85,6 +84,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("model")
     parser.add_argument("--calibration")
     parser.add_argument("--text", required=True)
+    parser.add_argument("--sparsity", type=float, help="let a budget choose the widths instead")
     parser.add_argument("--first", type=float, default=0.9, help="neurons kept in the first layer")
     parser.add_argument("--last", type=float, default=0.5, help="and in the last one")
     parser.add_argument("--backend", default="local_search")
