@@ -7,8 +7,8 @@ For example:
 
 Neurons thin out from the first layer to the last, and the last third of the layers loses heads,
 so that no two layers need have one shape; with `--sparsity` a budget chooses the widths.  Both
-models are written as GGUF; transformers and llama.cpp score the same windows of the text, each token
-from all before it, and continue the text greedily.  Speed is measured in llama.cpp alone, on files
+models are written as GGUF; transformers and llama.cpp score the same windows of the text, each
+token from all before it, and continue the text greedily.  Speed is measured in llama.cpp, on files
 of the number format of `--speed-dtype`, the models taking turns.  Needs `gguf` and `xllamacpp`.
 """
 
