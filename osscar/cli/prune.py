@@ -20,6 +20,7 @@ from osscar.cli.common import (
     document,
     out,
     quiet,
+    say,
     way_back,
     write_json,
 )
@@ -29,9 +30,11 @@ if TYPE_CHECKING:
     from osscar.data.images import ImageSet
     from osscar.data.tokens import CalibrationSet
     from osscar.pruning.result import PruningResult
+    from osscar.pruning.run_log import RunLog
 
 
 def command(
+    context: typer.Context,
     model: ModelArgument,
     directory: Annotated[Path, typer.Option("--out", help="Where the smaller model goes.")],
     sparsity: Annotated[
@@ -174,6 +177,7 @@ def command(
     was killed goes on when the same command is given again.
     """
     from osscar.checkpoint.directory import check_output, weight_bytes
+    from osscar.core.files import resolved
     from osscar.models.open import open_model
     from osscar.models.vision import VisionModel
     from osscar.pruning.prune import prune_as_asked
@@ -181,7 +185,6 @@ def command(
     from osscar.pruning.run_log import RunLog
 
     check_json_path(json, inputs=(model, calibration, weights), written=directory)
-    path = check_output(directory, overwrite=overwrite, inputs=(model, calibration, weights, json))
     patterns = [part.strip() for text in skip or () for part in text.split(",")]
     request = PruningRequest(
         sparsity=sparsity,
@@ -206,7 +209,15 @@ def command(
         batch_size=batch_size,
         seed=seed,
     )
-    with quiet():
+    path = resolved(directory)
+    log, asked = RunLog(_beside(path)), _asked(context)
+    inputs = (model, calibration, weights, json)
+    if not (overwrite or restart) and _is_saved(path, log, asked, json):
+        return
+    check_output(path, overwrite=overwrite, inputs=inputs)
+    with log.held(), way_back(lambda: log.kept), quiet():
+        if restart:
+            log.remove()
         loaded = open_model(
             model,
             weights=weights,
@@ -218,24 +229,50 @@ def command(
         needed = weight_bytes(loaded.model, loaded.stored_dtype)
         check_output(path, overwrite=overwrite, needed_bytes=needed)
         data = loaded.calibration(calibration, samples=samples, seqlen=seqlen, seed=seed)
-        log = RunLog(_beside(path))
-        if restart:
-            log.remove()
-        with way_back(lambda: f"{log.committed} groups are done and kept in {log.directory}"):
-            result = prune_as_asked(loaded.model, data, request, log)
+        result = prune_as_asked(loaded.model, data, request, log)
         report = report_document(result, loaded.source, data, loaded.classes)
+        log.note(asked, report)
         saved = result.save(
             path,
             tokenizer=loaded.tokenizer,
             report=report,
             overwrite=overwrite,
         )
+        write_json(json, {**report, "saved": _saved(saved)})
         log.remove()
     print_result(result, saved)
     out.print("next:", style="bold")
     given = "--images PATH" if isinstance(loaded, VisionModel) else "--text FILE"
     out.print(f"  osscar eval {directory} {given} --against {against or model}", highlight=False)
-    write_json(json, {**report, "saved": _saved(saved)})
+
+
+_OF_THIS_TIME = ("directory", "overwrite", "restart", "json")
+"""Parameters that change nothing of what is saved."""
+
+
+def _asked(context: typer.Context) -> dict[str, str]:
+    """Return how a run was asked for, as its log keeps it."""
+    return {name: str(v) for name, v in context.params.items() if name not in _OF_THIS_TIME}
+
+
+def _is_saved(path: Path, log: RunLog, asked: dict[str, str], json: Path | None) -> bool:
+    """Finish a run that was ended after its save, while it removed its log; whether it was."""
+    from osscar.checkpoint.directory import describe
+    from osscar.checkpoint.manifest import REPORT_FILE
+    from osscar.checkpoint.runs import recover
+
+    if log.saved(asked, path / REPORT_FILE) is None:
+        return False
+    with log.held():
+        report = log.saved(asked, path / REPORT_FILE)
+        if report is None:
+            return False
+        recover(path)
+        saved = describe(path)
+        write_json(json, {**report, "saved": _saved(saved)})
+        log.remove()
+    say(f"saved: {saved.path}, before this run began, by one that was ended just then")
+    return True
 
 
 def _beside(path: Path) -> Path:
@@ -279,7 +316,9 @@ def report_document(
 
 def print_result(result: PruningResult, saved: SavedCheckpoint) -> None:
     """Print the table of layers and what became of the model."""
+    from osscar.report.proofs import proofs_in_words
     from osscar.report.run_tables import layers_table
+    from osscar.study.records import Proof
 
     out.print(layers_table(result.layers))
     dead = sum(layer.dead for layer in result.layers)
@@ -287,8 +326,13 @@ def print_result(result: PruningResult, saved: SavedCheckpoint) -> None:
         out.print(f"{dead} units were dead (zero on all calibration data) and went first")
     bounded = [layer for layer in result.layers if layer.lower_bound is not None]
     if bounded:
-        proved = sum(layer.proved_optimal for layer in bounded)
-        out.print(f"{proved} of {len(result.layers)} choices are proved optimal")
+        proofs = [
+            Proof.WORD if layer.recomputed_bound is None else Proof.RECOMPUTED
+            for layer in bounded
+            if layer.proved_optimal
+        ]
+        rests = f"; {proofs_in_words(proofs)}" if proofs else ""
+        out.print(f"{len(proofs)} of {len(result.layers)} choices are proved optimal{rests}")
     share = 1 - result.parameters_after / result.parameters_before
     out.print(
         f"{result.parameters_before:,} parameters became {result.parameters_after:,} "

@@ -12,10 +12,12 @@ from typing import ClassVar, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import ConfigDict
 
 from graph import CouplingGroup
 from osscar.capture.opened import Opened
 from osscar.core.errors import FrozenGroupError, RequestError
+from osscar.core.files import STRICT
 from osscar.pruning.costs import Cost, CostModel, count
 from osscar.pruning.curves import Curve, measure_curves
 from osscar.pruning.knapsack import BudgetError, choose
@@ -53,6 +55,8 @@ class Budget:
         The predicted divergence of each group over the units kept.
     """
 
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
     cost: Cost
     limit: float
     dense: float
@@ -60,7 +64,7 @@ class Budget:
     predicted: float | None = None
     lower_bound: float | None = None
     comparable: bool = True
-    curves: Mapping[str, tuple[float, ...]] = field(default_factory=dict, repr=False)
+    curves: dict[str, tuple[float, ...]] = field(default_factory=dict, repr=False)
 
     @property
     def gap(self) -> float | None:
