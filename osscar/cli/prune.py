@@ -350,8 +350,12 @@ def print_result(result: PruningResult, saved: SavedCheckpoint) -> None:
             f"batch norm: the statistics of {result.batch_norms} layers are new "
             f"({result.settings['batch_norm']})"
         )
-    reader = "from_pretrained of transformers" if saved.stock else "osscar.load"
-    out.print(f"saved: {saved.path} ({saved.bytes / 1e6:.1f} MB of weights; {reader} reads it)")
+    reader = "osscar.load reads it"
+    if saved.stock:
+        reader = "from_pretrained of transformers reads it"
+    elif saved.with_code:
+        reader += ", and so does from_pretrained(..., trust_remote_code=True)"
+    out.print(f"saved: {saved.path} ({saved.bytes / 1e6:.1f} MB of weights; {reader})")
 
 
 def quality_lines(result: PruningResult) -> list[str]:
@@ -418,4 +422,4 @@ def _refuse_constant(text: str) -> Any:
 
 
 def _saved(saved: SavedCheckpoint) -> dict[str, Any]:
-    return {"path": str(saved.path), "stock": saved.stock, "bytes": saved.bytes}
+    return {**dataclasses.asdict(saved), "path": str(saved.path)}
