@@ -89,8 +89,9 @@ def _most(state: PivotState, gains_of: Callable[[Tensor, Tensor], Tensor]) -> Sw
         gains = gains_of(some, removed)
         index = int(gains.argmax())
         gain = float(gains.view(-1)[index])
-        # Written so that NaN is not passed over.
-        if not gain <= best.gain:
+        if gain != gain:  # NaN of one block must not be passed over by another's number
+            return Swap(-1, -1, gain)
+        if gain > best.gain:
             row, column = divmod(index, len(removed))
             best = Swap(int(some[row]), int(removed[column]), gain)
     return best

@@ -67,12 +67,15 @@ class Factors:
         B, (m, m).
     energy
         T, the trace of either.
+    axis
+        The dimension of what the module reads that counts samples; None where nobody knows.
     """
 
     linear_map: LinearMap
     inputs: Tensor = field(repr=False)
     outputs: Tensor = field(repr=False)
     energy: float = 0.0
+    axis: int | None = None
 
     @classmethod
     def of(cls, linear_map: LinearMap) -> Factors:
@@ -104,9 +107,10 @@ class Factors:
                 f"the gradients at the outputs of {self.linear_map.name!r} have NaN or infinite "
                 "entries; use --dtype float32, or --allocation uniform, which needs none"
             )
-        if samples is None or len(x) % samples or len(g) != len(x):
+        if samples is None or self.axis is None:
             self._add_positions(x, g)
             return
+        x, g = x.movedim(self.axis, 0), g.movedim(self.axis, 0)
         for one, gradient in zip(x.chunk(samples), g.chunk(samples), strict=True):
             self._add_sample(one, gradient)
 
@@ -211,6 +215,7 @@ def curvature(
             factors = {g.name: [Factors.of(map) for map in maps] for g, maps in part}
             every = [f for found in factors.values() for f in found]
             generator = torch.Generator(device_of(opened.model)).manual_seed(seed)
+            _find_axes(opened, every)
             predictions: int | None = 0
             for batch in batches:
                 made = _pass(opened, batch, every, generator)
@@ -237,6 +242,49 @@ def _small_batches(opened: Opened, samples: int) -> list[Batch]:
         {name: x[start : start + rows] for name, x in first.items()}
         for start in range(0, count, rows)
     ]
+
+
+def _find_axes(opened: Opened, factors: Sequence[Factors]) -> None:
+    """Find the dimension in which samples lie, in front or not, by running two numbers of them."""
+    if isinstance(opened.inputs, TokenInputs):
+        return
+    shapes: list[dict[str, list[torch.Size]]] = []
+    for count in (2, 3):
+        seen: dict[str, list[torch.Size]] = {}
+
+        def watch(name: str, seen: dict[str, list[torch.Size]] = seen) -> Callable[..., None]:
+            def hook(_: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+                x = args[0] if args else next(iter(kwargs.values()))
+                seen.setdefault(name, []).append(x.shape)
+
+            return hook
+
+        names = {one.linear_map.name for one in factors}
+        handles = [
+            opened.model.get_submodule(name).register_forward_pre_hook(
+                watch(name), with_kwargs=True
+            )
+            for name in names
+        ]
+        try:
+            with torch.no_grad():
+                opened.model(**fresh(opened.inputs.some(opened.model, count)))
+        finally:
+            for handle in handles:
+                handle.remove()
+        shapes.append(seen)
+    for one in factors:
+        one.axis = _sample_axis(*(seen.get(one.linear_map.name, []) for seen in shapes))
+
+
+def _sample_axis(two: Sequence[torch.Size], three: Sequence[torch.Size]) -> int | None:
+    """Return the one dimension that grows from two to three by half, in every call; else None."""
+    found = set()
+    for few, more in zip(two, three, strict=False):
+        grown = [d for d, (a, b) in enumerate(zip(few, more, strict=False)) if a != b]
+        fits = len(few) == len(more) and len(grown) == 1 and 3 * few[grown[0]] == 2 * more[grown[0]]
+        found.add(grown[0] if fits else None)
+    return found.pop() if len(found) == 1 and len(two) == len(three) else None
 
 
 def _parts(
@@ -272,7 +320,7 @@ def _pass(
         try:
             result = model(**fresh(batch))
             tokens = isinstance(opened.inputs, TokenInputs)
-            loss, predictions = _sampled_loss(result, tokens, generator)
+            loss, predictions = _sampled_loss(result, batch, tokens, generator)
             if loss is not None and loss.requires_grad:
                 seen.samples = samples if predictions == samples else None
                 loss.backward()  # type: ignore[no-untyped-call]
@@ -319,11 +367,14 @@ def _observed(model: nn.Module, factors: Sequence[Factors]) -> Iterator[_Seen]:
     def watch(own: list[Factors]) -> Callable[..., Tensor]:
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], y: Any) -> Any:
             x = (args[0] if args else next(iter(kwargs.values()))).detach()
+            version = None if x.is_inference() else x._version
             leaf = not y.requires_grad
             if leaf:
                 y = y.detach().requires_grad_()
 
             def receive(g: Tensor) -> None:
+                if version is not None and x._version != version:
+                    return  # overwritten since: the layer is left without gradients
                 with torch.no_grad():
                     for one in own:
                         one.add(x, g, seen.samples)
@@ -346,7 +397,7 @@ def _observed(model: nn.Module, factors: Sequence[Factors]) -> Iterator[_Seen]:
 
 
 def _sampled_loss(
-    result: Any, tokens: bool, generator: torch.Generator
+    result: Any, batch: Batch, tokens: bool, generator: torch.Generator
 ) -> tuple[Tensor | None, int]:
     """Return what to differentiate, and how many predictions it is the sum of.
 
@@ -354,7 +405,7 @@ def _sampled_loss(
     of a Gaussian, as wide as the outputs spread: a random projection of it has the same Fisher
     matrix (Gauss-Newton).
     """
-    logits = logits_of(result, tokens)
+    logits = logits_of(result, batch, tokens)
     if logits is not None:
         rows = logits.flatten(0, -2)
         with torch.no_grad():
@@ -373,23 +424,30 @@ def _sampled_loss(
     return total, len(outputs[0]) if outputs[0].ndim else 1
 
 
-def logits_of(result: Any, tokens: bool) -> Tensor | None:
-    """Return an output whose last dimension is a table of logits; None if there is none.
+def logits_of(result: Any, batch: Batch, tokens: bool) -> Tensor | None:
+    """Return a table of logits, a row a prediction, (..., classes); None if there is none.
 
     Parameters
     ----------
     result
         What a model puts out.
+    batch
+        What it was given: a matrix that it makes of images is a classifier's.
     tokens
-        Whether it is a language model; of others, a plain matrix is taken for a classifier's.
+        Whether it is a language model.
     """
     named = getattr(result, "logits", None)
     found = named if named is not None else result
-    if not isinstance(found, Tensor) or not found.is_floating_point() or found.shape[-1] < 2:
+    if not isinstance(found, Tensor) or not found.is_floating_point() or found.ndim < 2:
         return None
-    if named is not None or tokens:
-        return found if found.ndim >= 2 else None
-    return found if found.ndim == 2 else None  # a classifier
+    images = any(x.is_floating_point() and x.ndim == 4 for x in batch.values())
+    if found.shape[-1] < 2 or not (tokens or found.ndim == 2):
+        return None  # such as those of a segmentation, a map for each class
+    if not tokens and named is None and not images:
+        return None  # it may be anything, such as a regression
+    sums = found.detach().float().sum(-1)
+    chances = bool((found >= 0).all()) and bool(((sums - 1).abs() < 1e-3).all())
+    return found.clamp(min=1e-30).log() if chances else found
 
 
 def _projected(output: Tensor, generator: torch.Generator) -> Tensor:

@@ -40,8 +40,8 @@ class Moments:
     energy
         ``|D|^2/N``.
     x, d
-        Means of X and of D, (p,) and (m,); zero where nothing takes up a constant, and subtracted
-        from the others where something does.
+        Means of X and of D, (p,) and (m,), which are subtracted from the others where a bias takes
+        them up; x is zero where none does.
     """
 
     H: Tensor
@@ -64,6 +64,10 @@ class Moments:
             return None
         G, C = self.H @ W0, share * self.C
         return G + C, float((W0 * G).sum() + 2 * (W0 * C).sum()) + share**2 * self.energy
+
+
+_CONSTANT = 1e-12
+"""Share of an input's energy below which its variance is rounding."""
 
 
 class GramAccumulator:
@@ -164,20 +168,21 @@ class GramAccumulator:
             damp=damp,
         )
 
-    def bias(self, W: Tensor, share: float = 1.0) -> Tensor | None:
+    def bias(self, W: Tensor) -> Tensor | None:
         """Return by how much the bias changes with new weights; None where there is none.
+
+        It takes up the mean of the corrections in full: of all that is fitted, a mean is known
+        best.
 
         Parameters
         ----------
         W
             The new weights, (p, m); the module still has the dense ones.
-        share
-            Of the corrections in the targets.
         """
         if not self.linear_map.has_bias:
             return None
         moments = self.fitted
-        return (self.linear_map.read_weight() - W).T @ moments.x + share * moments.d
+        return (self.linear_map.read_weight() - W).T @ moments.x + moments.d
 
 
 class _Sums:
@@ -233,8 +238,13 @@ class _Sums:
         if self.centered:
             # mean (x - c)(x - c)' = H - m c' - c m' + c c', with m the own mean
             H = H - torch.outer(own, x) - torch.outer(x, own) + torch.outer(x, x)
+            # An input that is constant has nothing left but rounding, and is dead.
+            constant = H.diagonal() <= _CONSTANT * self.gram.diagonal() / n
+            H[constant] = 0
+            H[:, constant] = 0
             if C is not None:
                 C = C - torch.outer(own, d) - torch.outer(x, own_d) + torch.outer(x, d)
+                C[constant] = 0
                 energy = max(energy - 2 * float(own_d @ d) + float(d @ d), 0.0)
         return Moments(H, C, energy, x, d)
 
@@ -339,13 +349,18 @@ def best_share(accumulators: Sequence[GramAccumulator], keep: int, name: str, da
     plain, full = (pose(accumulators, keep, name, damp, share) for share in (0.0, 1.0))
     support = solvers.make_backend("wanda").select(plain).support
     W_0, W_full = refit(plain, support)[0], refit(full, support)[0]
-    slope = curve = 0.0
+    slopes: dict[str, float] = {}
+    curves: dict[str, float] = {}
+    sizes: dict[str, float] = {}
     for accumulator, A, B in zip(accumulators, W_0, W_full, strict=True):
-        held = accumulator.held
-        if held is None or held.C is None:
-            return 1.0
-        G = held.H @ accumulator.linear_map.read_weight() + held.C
-        size = float((accumulator.linear_map.read_weight() * G).sum()) or 1.0
-        slope += float(((B - A) * (G - held.H @ A)).sum()) / size
-        curve += float(((B - A) * (held.H @ (B - A))).sum()) / size
+        held, layer = accumulator.held, accumulator.linear_map.name
+        targets = None if held is None else held.targets(accumulator.linear_map.read_weight(), 1.0)
+        if held is None or targets is None:
+            return 0.0
+        G, energy = targets
+        slopes[layer] = slopes.get(layer, 0.0) + float(((B - A) * (G - held.H @ A)).sum())
+        curves[layer] = curves.get(layer, 0.0) + float(((B - A) * (held.H @ (B - A))).sum())
+        sizes[layer] = sizes.get(layer, 0.0) + energy
+    slope = sum(value / (sizes[layer] or 1.0) for layer, value in slopes.items())
+    curve = sum(value / (sizes[layer] or 1.0) for layer, value in curves.items())
     return min(max(slope / curve, 0.0), 1.0) if curve > 0 else 0.0

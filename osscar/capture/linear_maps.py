@@ -22,7 +22,8 @@ from osscar.core.errors import ModelError, NonFiniteError
 from osscar.shrinking.attention import REWRITTEN, rewritten
 
 _READ_ELSEWHERE = (
-    "is read by {!r}, which other code than that of {!r} reads, too, on inputs that nobody measures"
+    "is read by {!r}, which other code than that of {!r} reads, too, or its bias, on inputs that "
+    "nobody measures"
 )
 
 

@@ -1,4 +1,4 @@
-"""Weights that are read by other code than their own module's.
+"""Weights and biases that are read by other code than their own module's.
 
 A consumer is measured where its module is called.  A model whose code also reads the weight itself,
 as ``F.linear(x, self.down.weight)`` or ``self.down.forward(x)``, uses it on inputs that nobody has
@@ -56,9 +56,10 @@ def weights_read_elsewhere(model: nn.Module) -> Iterator[set[str]]:
         The model, to be run while the block does.
     """
     owners = {
-        id(weight): name
+        id(tensor): name
         for name, module in model.named_modules()
-        if isinstance(weight := module._parameters.get("weight"), nn.Parameter)
+        for kind in ("weight", "bias")  # a refit changes both
+        if isinstance(tensor := module._parameters.get(kind), nn.Parameter)
     }
     found: set[str] = set()
     watch = _Watch(owners, found)

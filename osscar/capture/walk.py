@@ -102,9 +102,12 @@ class Site:
         return pose(self.grams, keep, self.group.name, damp, self.share)
 
     def choose_share(self, keep: int, damp: float) -> None:
-        """Set the share of the corrections to what serves the samples that were held out best."""
-        if any(gram.held is not None for gram in self.grams):
-            self.share = best_share(self.grams, keep, self.group.name, damp)
+        """Set the share of the corrections to what serves the samples that were held out best.
+
+        Where none were, nothing tells how much of them is noise: there are no corrections then.
+        """
+        held = all(gram.held is not None for gram in self.grams)
+        self.share = best_share(self.grams, keep, self.group.name, damp) if held else 0.0
 
     def commit(self, weights: Sequence[Tensor]) -> None:
         """Write the refitted weights, one matrix (p, m) a consumer; the batches go on through them.
@@ -125,7 +128,7 @@ class Site:
             )
         self._committing(self)
         for gram, W in zip(self.grams, weights, strict=True):
-            change = gram.bias(W, self.share)
+            change = gram.bias(W)
             gram.linear_map.write_weight(W)
             if change is not None:
                 gram.linear_map.write_bias(gram.linear_map.read_bias() + change)
@@ -335,15 +338,16 @@ class Walk:
     def _measure(self, call: int, grams: Sequence[GramAccumulator]) -> None:
         """Let each batch arrive at a call, and add up what it brings."""
         for index, run in enumerate(self._runs):
+            stood_there = run.reached == call
             arrival = self._bring(run, call)
             D = None
             if self._target.needs_dense:
                 dense = self._bring(self._dense[index], call)
+                # Another group that the same consumer reads may have been committed meanwhile.
+                output = self._output(arrival.module, arrival.x) if stood_there else arrival.output
                 assert dense.output is not None
-                assert arrival.output is not None
-                D = self._target.correction(
-                    dense.output, arrival.output, dense.stream, arrival.stream
-                )
+                assert output is not None
+                D = self._target.correction(dense.output, output, dense.stream, arrival.stream)
             for gram in grams:
                 _add(gram, arrival.x, D, held=index >= self._held_from)
         self._at = call

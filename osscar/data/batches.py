@@ -45,6 +45,9 @@ class ModelInputs(Protocol):
     def batches(self, model: nn.Module, batch_size: int) -> list[Batch]:
         """Return the calibration data, on the model's device."""
 
+    def some(self, model: nn.Module, count: int) -> Batch:
+        """Return so many samples, the first ones, again and again if there are fewer."""
+
     def proofs(self, model: nn.Module, seed: int) -> list[Batch]:
         """Return random inputs of two different sizes, on the model's device."""
 
@@ -102,6 +105,11 @@ class TokenInputs:
         rows = min(batch_size, len(self.windows))
         pieces = torch.split(self.windows, rows)
         return [{"input_ids": ids.to(device_of(model))} for ids in pieces]
+
+    def some(self, model: nn.Module, count: int) -> Batch:
+        """Return windows."""
+        rows = torch.arange(count) % self.samples
+        return {"input_ids": self.windows[rows].to(device_of(model))}
 
     def proofs(self, model: nn.Module, seed: int) -> list[Batch]:
         """Return random tokens: two short windows, and one of half the length."""
@@ -177,6 +185,10 @@ class TensorInputs:
         return [
             self._on(model, rows) for rows in torch.split(torch.arange(self.samples), batch_size)
         ]
+
+    def some(self, model: nn.Module, count: int) -> Batch:
+        """Return samples."""
+        return self._on(model, torch.arange(count) % self.samples)
 
     def proofs(self, model: nn.Module, seed: int) -> list[Batch]:
         """Return noise with the mean and spread of the data: three samples, and one.

@@ -303,7 +303,9 @@ def _met(
             latency, request.speedup, lambda limit: _checked(rule, Cost.TIME, cost, limit, keep)
         )
         budget = rule.budget(Cost.TIME, cost, cost.of({**keep, **found}), found)
-        return found, dataclasses.replace(budget, limit=1 / request.speedup, reached=1 / speedup)
+        # The bound is of modelled times, and says nothing of those that are measured.
+        limit, reached = 1 / request.speedup, 1 / speedup
+        return found, dataclasses.replace(budget, limit=limit, reached=reached, lower_bound=None)
     kind = Cost.FLOPS if request.flops is not None else Cost.PARAMETERS
     cost = count(kind, ready.model, ready.groups, ready.sample)
     if request.sparsity is not None:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -121,16 +121,20 @@ def count(
     """
     names = {id(tensor): name for name, tensor in model.named_parameters()}
     entries = {name: tensor.numel() for name, tensor in model.named_parameters()}
-    taken = _taken(model, groups, names)
-    prices, rest = dict.fromkeys(entries, 1.0), 0.0
-    if cost is Cost.FLOPS:
-        prices, rest = _operations(model, names, example)
-    each = _attention(groups, rest)
     shapes = {name: tuple(tensor.shape) for name, tensor in model.named_parameters()}
+    taken = _taken(model, groups, names)
+    prices, each, rest = dict.fromkeys(entries, 1.0), dict[str, float](), 0.0
+    if cost is not Cost.PARAMETERS:
+        own, total = _operations(model, example)
+        prices = _of_weights(model, names, own)
+        each = _of_attention(groups, own)
+        units = {group.name: group.units for group in groups}
+        counted = sum(price * entries[name] for name, price in prices.items())
+        counted += sum(price * units[name] for name, price in each.items())
+        rest = max(total - counted, 0.0)
     return CostModel(
         tuple(_Weight(prices.get(n, 0.0), shapes[n], tuple(of)) for n, of in taken.items()),
-        fixed=sum(price * entries[n] for n, price in prices.items() if n not in taken)
-        + (0.0 if each else rest),
+        fixed=rest + sum(price * entries[n] for n, price in prices.items() if n not in taken),
         each=each,
         units={group.name: group.units for group in groups},
     )
@@ -155,18 +159,11 @@ def _attribute(model: nn.Module, name: str) -> object:
     return getattr(model.get_submodule(module), attribute, None)
 
 
-def _attention(groups: Sequence[CouplingGroup], rest: float) -> dict[str, float]:
-    """Share out what is not done with weights: scores and weighted sums, head by head."""
-    heads = [group for group in groups if group.kind is UnitKind.HEADS]
-    widths = {g.name: max((s.width for s in g.consumers), default=0) for g in heads}
-    total = sum(widths[g.name] * g.units for g in heads)
-    return {name: rest * width / total for name, width in widths.items()} if total else {}
+# ---- operations --------------------------------------------------------------------------
 
 
-def _operations(
-    model: nn.Module, names: Mapping[int, str], example: Batch
-) -> tuple[dict[str, float], float]:
-    """Count the operations of each entry of a weight, and those that no layer's weight has part in.
+def _operations(model: nn.Module, example: Batch) -> tuple[dict[str, float], int]:
+    """Count what each module does itself, its children aside, and what all do together.
 
     They are counted by running the model; fused attention kernels would hide theirs.
     """
@@ -178,13 +175,42 @@ def _operations(
     ):
         model(**fresh(example))
     counts, root = counter.get_flop_counts(), type(model).__name__
+
+    def of(name: str) -> int:
+        return sum(counts.get(f"{root}.{name}" if name else root, {}).values())
+
+    own = {
+        name: float(
+            of(name)
+            - sum(of(f"{name}.{child}" if name else child) for child, _ in module.named_children())
+        )
+        for name, module in model.named_modules()
+    }
+    return own, counter.get_total_flops()
+
+
+def _of_weights(
+    model: nn.Module, names: Mapping[int, str], own: Mapping[str, float]
+) -> dict[str, float]:
+    """Return the operations of each entry of the weights that layers multiply with."""
     prices: dict[str, float] = {}
     for name, module in model.named_modules():
-        weight = getattr(module, "weight", None)
-        found = sum(counts.get(f"{root}.{name}", {}).values())
-        if isinstance(weight, Tensor) and id(weight) in names and found:
+        weight = module._parameters.get("weight")
+        if weight is not None and weight.ndim > 1 and id(weight) in names and own[name] > 0:
             owner = names[id(weight)]
-            prices[owner] = prices.get(owner, 0.0) + found / weight.numel()
-    sizes = dict(model.named_parameters())
-    inside = sum(price * sizes[name].numel() for name, price in prices.items())
-    return prices, max(counter.get_total_flops() - inside, 0.0)
+            prices[owner] = prices.get(owner, 0.0) + own[name] / weight.numel()
+    return prices
+
+
+def _of_attention(groups: Sequence[CouplingGroup], own: Mapping[str, float]) -> dict[str, float]:
+    """Return what each head costs besides weights: scores and weighted sums, in its own module."""
+    each: dict[str, float] = {}
+    shared: dict[str, list[CouplingGroup]] = {}
+    for group in groups:
+        if group.kind is UnitKind.HEADS and group.consumers:
+            module = group.consumers[0].module.rpartition(".")[0]
+            shared.setdefault(module, []).append(group)
+    for module, found in shared.items():
+        for group in found:
+            each[group.name] = max(own.get(module, 0.0), 0.0) / sum(g.units for g in found)
+    return each

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from osscar.capture.curvature import logits_of
 from osscar.capture.opened import Opened
 from osscar.capture.walk import batch_named
+from osscar.core.errors import NonFiniteError
 from osscar.core.modules import fresh, without_cache
 from osscar.data.batches import Batch, TokenInputs
 
@@ -75,13 +77,19 @@ class Reference:
         for index, (batch, dense, rows) in enumerate(kept):
             found = _logarithms(model, batch, self.tokens, index)
             assert found is not None
-            differences = (dense.exp() * (dense - found[rows])).nan_to_num()  # 0 of minus infinity
-            total += float(differences.sum(-1).double().sum())
+            impossible = dense == -torch.inf  # which counts nothing, whatever the other says
+            terms = torch.where(impossible, 0.0, dense.exp() * (dense - found[rows]))
+            total += float(terms.sum(-1).double().sum())
             count += len(rows)
+        if not math.isfinite(total):
+            raise NonFiniteError(
+                "the pruned model's logits are NaN or infinite where the dense model's are not; "
+                "use --dtype float32, or a higher --damp"
+            )
         return max(total / count, 0.0)
 
 
 def _logarithms(model: nn.Module, batch: Batch, tokens: bool, index: int) -> Tensor | None:
     with torch.no_grad(), without_cache(model), batch_named(model, index):
-        logits = logits_of(model(**fresh(batch)), tokens)
+        logits = logits_of(model(**fresh(batch)), batch, tokens)
     return None if logits is None else logits.flatten(0, -2).float().log_softmax(-1)

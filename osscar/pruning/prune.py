@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -24,7 +25,7 @@ from osscar.capture.targets import Target
 from osscar.capture.walk import DenseTensors, Site, Walk, dense_tensors, walk
 from osscar.checkpoint.hf_config import adopt_config
 from osscar.core.devices import resolve_device
-from osscar.core.errors import RunError
+from osscar.core.errors import RequestError, RunError
 from osscar.core.modules import copied, count_parameters, device_of
 from osscar.core.progress import stage
 from osscar.pruning import latency
@@ -158,10 +159,14 @@ def _allocated(ready: Opened, request: PruningRequest, log: RunLog | None) -> Al
         if log is not None:
             log.note_allocation(known)
     units = {group.name: group.units for group in ready.groups if group.prunable}
-    if not all(0 < kept <= units.get(name, 0) for name, kept in known.keep.items()):
+    curves = {} if known.budget is None else known.budget.curves
+    sound = all(0 < kept < units.get(name, 0) for name, kept in known.keep.items()) and all(
+        len(losses) == units.get(name, -1) + 1 for name, losses in curves.items()
+    )
+    if not sound:
         raise RunError(
-            "the log of the run says what groups keep that this model does not have, or more units "
-            "than they have; begin anew with --restart"
+            "the log of the run says what groups keep that this model does not have, or not fewer "
+            "units than they have; begin anew with --restart"
         )
     return known
 
@@ -173,7 +178,11 @@ def _timed(
     if budget is None or budget.cost is not Cost.TIME:
         return budget
     dense = copied(model).to(device_of(pruned)).eval()
-    timed = latency.time_against(dense, pruned, ready.batches()[0])
+    try:
+        timed = latency.time_against(dense, pruned, ready.batches()[0])
+    except RequestError as error:  # what was solved is worth more than a number
+        warnings.warn(f"the result was not timed: {error}", stacklevel=4)
+        return budget
     return dataclasses.replace(budget, reached=1 / timed.speedup)
 
 
@@ -191,7 +200,8 @@ def _prune_groups(
     with stage("pruning", total=len(groups)) as bar:
         for record in done:
             group = groups.pop(record.plan.name, None)
-            dense.update(_replay(ready.model, group, record, keep))
+            for module, tensors in _replay(ready.model, group, record, keep).items():
+                dense.setdefault(module, tensors)  # of a consumer of two groups, the first
             bar.advance()
         began = time.perf_counter()
         for site in _walk(ready, list(groups.values()), request, dense):
@@ -207,7 +217,10 @@ def _prune_groups(
 
 def held_out(ready: Opened, request: PruningRequest) -> int:
     """Return how many samples no weight is fitted to."""
-    return ready.inputs.samples // _HELD_OUT if request.chooses_blend else 0
+    samples = ready.inputs.samples
+    if samples < 2 or not request.chooses_blend:
+        return 0
+    return max(1, samples // _HELD_OUT)
 
 
 def _walk(
@@ -278,8 +291,8 @@ def _prune_group(site: Site, keep: int, request: PruningRequest, began: float) -
     group, backend = site.group, request.chosen_backend()
     if request.chooses_blend:
         site.choose_share(keep, request.damp)
-    elif request.blend is not None:
-        site.share = request.blend
+    else:
+        site.share = request.blend or 0.0
     problem = site.problem(keep, request.damp)
     measured = time.perf_counter()
     if request.certify:
