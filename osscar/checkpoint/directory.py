@@ -27,7 +27,13 @@ from osscar.checkpoint.builders import (
     read_builder,
 )
 from osscar.checkpoint.hf_config import adopt_config, stock_config
-from osscar.checkpoint.manifest import MANIFEST_FILE, REPORT_FILE, Manifest, read_manifest
+from osscar.checkpoint.manifest import (
+    MANIFEST_FILE,
+    PAGE_FILE,
+    REPORT_FILE,
+    Manifest,
+    read_manifest,
+)
 from osscar.checkpoint.place import check_output, replacing
 from osscar.core.errors import (
     CheckpointError,
@@ -36,7 +42,7 @@ from osscar.core.errors import (
     OutputError,
     first_line,
 )
-from osscar.core.files import write_json
+from osscar.core.files import write_json, write_text
 from osscar.core.modules import context_length, copied, evaluating
 from osscar.shrinking.equivalence import Inputs, proof_outputs, prove_equal
 from osscar.shrinking.lineage import LINEAGE, Lineage, lineage_of
@@ -76,6 +82,7 @@ def save(
     *,
     tokenizer: Any = None,
     report: Mapping[str, Any] | None = None,
+    page: str | None = None,
     dtype: torch.dtype | None = None,
     overwrite: bool = False,
     example_inputs: Inputs | None = None,
@@ -92,6 +99,8 @@ def save(
         Saved beside the weights if given.
     report
         Written as ``osscar_report.json``, for people and tools.
+    page
+        The same as HTML, written as ``report.html``.
     dtype
         Number format of the weights on disk; by default that in which the dense model lay there,
         and where that is not known, the model's.
@@ -115,7 +124,7 @@ def save(
         model = copied(model).to(dtype)
     lineage = dataclasses.replace(lineage, stored_dtype=str(dtype).removeprefix("torch."))
     with replacing(path, overwrite=overwrite) as new:
-        stock = _write(model, lineage, new, tokenizer=tokenizer, report=report)
+        stock = _write(model, lineage, new, tokenizer=tokenizer, report=report, page=page)
         _prove_readable(model, new, example_inputs)
         written = sum(file.stat().st_size for file in new.glob("*.safetensors"))
     return SavedCheckpoint(path, stock, written)
@@ -139,6 +148,7 @@ def _write(
     *,
     tokenizer: Any,
     report: Mapping[str, Any] | None,
+    page: str | None,
 ) -> bool:
     """Write all files of a checkpoint; return whether it is stock."""
     config = None
@@ -157,6 +167,8 @@ def _write(
         raise OutputError(f"cannot write the weights: {error}") from error
     if report is not None:
         write_json(path / REPORT_FILE, report)
+    if page is not None:
+        write_text(path / PAGE_FILE, page)
     builder = builder_of(model)
     lineage = dataclasses.replace(lineage, origin=None if builder is None else builder.origin)
     files = tuple(sorted(file.name for file in path.iterdir()))

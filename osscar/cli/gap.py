@@ -170,6 +170,7 @@ def command(
     say(f"report: {report}")
     content = {
         **{"directory": str(directory), "source": source, "design": dataclasses.asdict(design)},
+        "answer": summary.answer,
         "headline": list(summary.headline),
         "records": [dataclasses.asdict(record) for record in records],
         "trivial": [instance.name for instance in study.trivial],
@@ -182,6 +183,7 @@ def _print(summary: Summary) -> None:
 
     out.print(cases_table(summary))
     out.print(scores_table(summary))
+    say(summary.answer)
     for sentence in summary.headline:
         say(f"- {sentence}")
 

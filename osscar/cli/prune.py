@@ -20,11 +20,14 @@ from osscar.cli.common import (
     document,
     out,
     quiet,
+    say,
     way_back,
     write_json,
 )
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from osscar.checkpoint.directory import SavedCheckpoint
     from osscar.data.images import ImageSet
     from osscar.data.tokens import CalibrationSet
@@ -162,6 +165,13 @@ def command(
     restart: Annotated[
         bool, typer.Option("--restart", help="Begin anew where a run that was killed would go on.")
     ] = False,
+    report: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE.html",
+            help="Also write the page that lies in the output directory as `report.html` here.",
+        ),
+    ] = None,
     json: JsonOption = None,
     trust_remote_code: TrustOption = False,
 ) -> None:
@@ -174,14 +184,19 @@ def command(
     was killed goes on when the same command is given again.
     """
     from osscar.checkpoint.directory import check_output, weight_bytes
+    from osscar.checkpoint.manifest import PAGE_FILE
+    from osscar.core.files import write_text
     from osscar.models.open import open_model
     from osscar.models.vision import VisionModel
     from osscar.pruning.prune import prune_as_asked
     from osscar.pruning.request import PruningRequest
     from osscar.pruning.run_log import RunLog
+    from osscar.report.prune_page import prune_page
 
-    check_json_path(json, inputs=(model, calibration, weights), written=directory)
-    path = check_output(directory, overwrite=overwrite, inputs=(model, calibration, weights, json))
+    read = (model, calibration, weights)
+    check_json_path(json, inputs=read, written=directory)
+    check_json_path(report, inputs=(*read, json), written=directory, option="--report")
+    path = check_output(directory, overwrite=overwrite, inputs=(*read, json, report))
     patterns = [part.strip() for text in skip or () for part in text.split(",")]
     request = PruningRequest(
         sparsity=sparsity,
@@ -223,19 +238,24 @@ def command(
             log.remove()
         with way_back(lambda: f"{log.committed} groups are done and kept in {log.directory}"):
             result = prune_as_asked(loaded.model, data, request, log)
-        report = report_document(result, loaded.source, data, loaded.classes)
+        content = report_document(result, loaded.model, loaded.source, data, loaded.classes)
+        page = prune_page(content)
         saved = result.save(
             path,
             tokenizer=loaded.tokenizer,
-            report=report,
+            report=content,
+            page=page,
             overwrite=overwrite,
         )
         log.remove()
     print_result(result, saved)
+    if report is not None:
+        write_text(report, page)
+    say(f"report: {saved.path / PAGE_FILE}")
     out.print("next:", style="bold")
     given = "--images PATH" if isinstance(loaded, VisionModel) else "--text FILE"
     out.print(f"  osscar eval {directory} {given} --against {against or model}", highlight=False)
-    write_json(json, {**report, "saved": _saved(saved)})
+    write_json(json, {**content, "saved": _saved(saved)})
 
 
 def _beside(path: Path) -> Path:
@@ -247,12 +267,19 @@ def _beside(path: Path) -> Path:
 
 def report_document(
     result: PruningResult,
+    dense: nn.Module,
     source: str,
     data: CalibrationSet | ImageSet,
     classes: tuple[str, ...] = (),
 ) -> dict[str, Any]:
-    """Return what is known of a run, as ``docs/json.md`` describes it."""
+    """Return what is known of a run, as ``docs/json.md`` describes it; runs both models for it."""
+    from osscar.core.modules import device_of
+    from osscar.data.batches import as_inputs
+    from osscar.evaluation.forward import measure_forward
     from osscar.pruning.budget import described
+
+    sample = as_inputs(result.model, data).batches(result.model, 1)[0]
+    before, after = measure_forward([dense, result.model], sample)
 
     return document(
         "prune",
@@ -267,6 +294,12 @@ def report_document(
             "budget": None if result.budget is None else described(result.budget),
             "divergence": result.divergence,
             "held_out": result.held_out,
+            "forward": {
+                "shapes": {name: list(tensor.shape) for name, tensor in sample.items()},
+                "device": device_of(result.model).type,
+                "dense": dataclasses.asdict(before),
+                "pruned": dataclasses.asdict(after),
+            },
             "equivalence_error": result.equivalence_error,
             "batch_norms": result.batch_norms,
             "summed_relative_loss": result.loss,

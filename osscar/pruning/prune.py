@@ -6,10 +6,12 @@ is measured on the stream that everything pruned before it has shaped.
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
@@ -26,9 +28,10 @@ from osscar.core.devices import resolve_device
 from osscar.core.errors import RunError
 from osscar.core.modules import count_parameters
 from osscar.core.progress import stage
-from osscar.pruning.batch_norm import dense_statistics, renew_statistics
+from osscar.pruning.batch_norm import DenseStatistics, dense_statistics, renew_statistics
 from osscar.pruning.budget import allocate
 from osscar.pruning.certify import certified
+from osscar.pruning.curves import Curve
 from osscar.pruning.divergence import Reference
 from osscar.pruning.request import PruningRequest
 from osscar.pruning.result import LayerReport, PruningResult
@@ -90,28 +93,81 @@ def prune_as_asked(
     True
     """
     start = time.perf_counter()
-    with opened(
+    with opened_for(model, calibration, request) as ready:
+        result = prune_opened(ready, request, DenseFacts.of(ready, request), log)
+    note_calibration(result.model, calibration)
+    return dataclasses.replace(result, seconds=time.perf_counter() - start)
+
+
+def opened_for(
+    model: nn.Module, calibration: Any, request: PruningRequest
+) -> AbstractContextManager[Opened]:
+    """Open a model as a request needs it; see `osscar.capture.opened.opened`."""
+    return opened(
         model,
         calibration,
         device=resolve_device(request.device),
         batch_size=request.batch_size,
         heads=request.reach(UnitKind.HEADS),
-    ) as ready:
-        work = ready.model
-        held = held_out(ready, request)
-        reference = Reference.of(ready, max(1, held))
-        allocated = allocate(ready, request)
-        statistics = dense_statistics(work, ready.batches(), request.batch_norm)
-        plan, layers = _prune_groups(ready, allocated.keep, request, log)
-        before = count_parameters(work)
-        with finer_precision(work, ready.example):
-            proof = shrink(work, plan, ready.inputs.proofs(work, request.seed))
-        renewed = renew_statistics(
-            work, proof.plan, ready.batches(), request.batch_norm, statistics
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class DenseFacts:
+    """What is known of the dense model, whatever becomes of it.
+
+    Parameters
+    ----------
+    reference
+        What it predicts; None if it puts out no logits.
+    statistics
+        Of its batch-norm layers; see `osscar.pruning.batch_norm`.
+    curves
+        Of the groups that share a budget, by name; None: measured when they are needed.
+    """
+
+    reference: Reference | None
+    statistics: DenseStatistics
+    curves: Mapping[str, Curve] | None = None
+
+    @classmethod
+    def of(cls, ready: Opened, request: PruningRequest) -> DenseFacts:
+        """Run the dense model."""
+        return cls(
+            Reference.of(ready, max(1, held_out(ready, request))),
+            dense_statistics(ready.model, ready.batches(), request.batch_norm),
         )
-        if isinstance(work, PreTrainedModel):
-            adopt_config(work)
-    note_calibration(work, calibration)
+
+
+def prune_opened(
+    ready: Opened, request: PruningRequest, facts: DenseFacts, log: RunLog | None = None
+) -> PruningResult:
+    """Prune a model that is open, which becomes the smaller one; as `prune_as_asked` does.
+
+    Parameters
+    ----------
+    ready
+        The dense model with its data, which nothing else needs any more.
+    request
+        What is asked for.
+    facts
+        What is known of the dense model.
+    log
+        Keeps what is committed.
+    """
+    start = time.perf_counter()
+    work, held = ready.model, held_out(ready, request)
+    allocated = allocate(ready, request, facts.curves)
+    plan, layers = _prune_groups(ready, allocated.keep, request, log)
+    before = count_parameters(work)
+    with finer_precision(work, ready.example):
+        proof = shrink(work, plan, ready.inputs.proofs(work, request.seed))
+    renewed = renew_statistics(
+        work, proof.plan, ready.batches(), request.batch_norm, facts.statistics
+    )
+    if isinstance(work, PreTrainedModel):
+        adopt_config(work)
+    reference = facts.reference
     return PruningResult(
         model=work,
         plan=proof.plan,

@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,21 +20,11 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 import solvers
 from osscar.core.files import whole
 from osscar.report.numbers import share
+from osscar.report.page import COLORS, STYLE
 from osscar.report.summary import HIT, Case, Summary, excess
 from osscar.study.records import WINDOW, Record
 from solvers import Status
 
-_COLORS = ("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b", "#17becf", "#7f7f7f")
-_STYLE: Any = {
-    "font.size": 9,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.alpha": 0.25,
-    "axes.titlesize": 9,
-    "svg.fonttype": "none",
-    "svg.hashsalt": "osscar",
-}
 _COLUMNS = 6
 _TICKS = 5
 _ROOM_ABOVE = 1.08
@@ -46,7 +37,15 @@ _FLOOR = 1e-7
 """Where excesses that count as zero are drawn on a logarithmic axis."""
 
 
-def draw_plots(summary: Summary, directory: Path) -> dict[str, Path]:
+@dataclass(frozen=True)
+class Drawn:
+    """An SVG file, and how wide it is in inches; a PNG lies beside it."""
+
+    file: Path
+    width: float
+
+
+def draw_plots(summary: Summary, directory: Path) -> dict[str, Drawn]:
     """Draw what the study has data for.
 
     Parameters
@@ -59,13 +58,13 @@ def draw_plots(summary: Summary, directory: Path) -> dict[str, Path]:
     Returns
     -------
     dict
-        The SVG files by name: ``curves``, ``gaps``, ``ratios``, ``times``; those without data are
+        What was drawn, by name: ``curves``, ``gaps``, ``ratios``, ``times``; those without data are
         left out.
     """
     layers = [case for case in summary.cases if case.best.kind != WINDOW]
     closed = [case for case in summary.cases if case.closed]
-    written: dict[str, Path] = {}
-    with matplotlib.rc_context(_STYLE):
+    written: dict[str, Drawn] = {}
+    with matplotlib.rc_context(STYLE):
         figures = {
             "curves": _curves(layers) if layers else None,
             "gaps": _gaps([case for case in layers if case.gap is not None]),
@@ -75,10 +74,11 @@ def draw_plots(summary: Summary, directory: Path) -> dict[str, Path]:
         for name, figure in figures.items():
             if figure is not None:
                 FigureCanvasAgg(figure)
-                written[name] = directory / f"{name}.svg"
-                with whole(written[name].with_suffix(".png")) as png:
+                file = directory / f"{name}.svg"
+                written[name] = Drawn(file, figure.get_figwidth())
+                with whole(file.with_suffix(".png")) as png:
                     figure.savefig(png, format="png", dpi=150)
-                with whole(written[name]) as svg:
+                with whole(file) as svg:
                     figure.savefig(svg, format="svg", metadata={"Date": None})
     return written
 
@@ -120,7 +120,7 @@ def _curve(axes: Axes, points: Sequence[tuple[float, Case]]) -> None:
     x = [sparsity for sparsity, _ in points]
     loss = [case.loss * scale for (_, case), scale in zip(points, scales, strict=True)]
     axes.set_xticks(x[:: math.ceil(len(x) / _TICKS)])
-    axes.plot(x, loss, "o-", color=_COLORS[0], markersize=3, linewidth=1, label="best loss")
+    axes.plot(x, loss, "o-", color=COLORS[0], markersize=3, linewidth=1, label="best loss")
     bounded = [
         (sparsity, max(0.0, case.bound) * scale, case.loss * scale)
         for (sparsity, case), scale in zip(points, scales, strict=True)
@@ -130,10 +130,10 @@ def _curve(axes: Axes, points: Sequence[tuple[float, Case]]) -> None:
         at, low, high = zip(*bounded, strict=True)
         # Hollow and larger, so that a loss that meets its bound is still seen.
         axes.plot(
-            at, low, "s--", color=_COLORS[1], markersize=5, markerfacecolor="none", linewidth=1,
+            at, low, "s--", color=COLORS[1], markersize=5, markerfacecolor="none", linewidth=1,
             label="lower bound",
         )  # fmt: skip
-        axes.fill_between(at, low, high, color=_COLORS[1], alpha=0.2, linewidth=0)
+        axes.fill_between(at, low, high, color=COLORS[1], alpha=0.2, linewidth=0)
 
 
 def _gaps(cases: Sequence[Case]) -> Figure | None:
@@ -151,7 +151,7 @@ def _gaps(cases: Sequence[Case]) -> Figure | None:
     for index, sparsity in enumerate(sparsities):
         mine = {c.best.instance: c for c in cases if sparsity in c.sparsities}
         x = [i + (index - (len(sparsities) - 1) / 2) * step for i in range(len(names))]
-        color = _COLORS[index % len(_COLORS)]
+        color = COLORS[index % len(COLORS)]
         root = [_or_zero(mine[n].root_gap) if n in mine else 0.0 for n in names]
         left = [_or_zero(mine[n].gap) if n in mine else 0.0 for n in names]
         axes.bar(x, root, step * 0.9, facecolor="none", edgecolor=color, linewidth=0.7)
@@ -195,7 +195,7 @@ def _ratios(closed: Sequence[Case]) -> Figure | None:
         spread = [line + 0.6 * ((0.5 + i * 0.618034) % 1 - 0.5) for i in range(len(over))]
         axes.scatter(
             [value if value > HIT else _FLOOR for value in over], spread,
-            s=9, alpha=0.5, linewidth=0, color=_COLORS[line % len(_COLORS)],
+            s=9, alpha=0.5, linewidth=0, color=COLORS[line % len(COLORS)],
         )  # fmt: skip
         axes.annotate(
             f"optimal: {hits} of {len(over)}", (1.01, line), xycoords=("axes fraction", "data"),
@@ -223,7 +223,7 @@ def _times(cases: Sequence[Case]) -> Figure | None:
     names = list(dict.fromkeys(record.backend for record in records))
     spread = _spread(sizes)
     for index, name in enumerate(names):
-        color = _COLORS[index % len(_COLORS)]
+        color = COLORS[index % len(COLORS)]
         mine = [record for record in records if record.backend == name]
         closed = [record for record in mine if record.status == Status.OPTIMAL.name]
         others = [record for record in mine if record.status != Status.OPTIMAL.name]
