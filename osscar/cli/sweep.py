@@ -218,7 +218,7 @@ def _dense_point(dense: nn.Module, scorer: _Scorer, sample: Batch) -> Point:
         predicted=None,
         loss=0.0,
         prune_seconds=0.0,
-        kept={},
+        widths={},
     )
 
 
@@ -240,7 +240,7 @@ def _point(
         predicted=None if result.budget is None else result.budget.predicted,
         loss=result.loss,
         prune_seconds=result.seconds,
-        kept={layer.name: layer.kept for layer in result.layers},
+        widths={layer.name: layer.kept for layer in result.layers},
     )
 
 

@@ -548,14 +548,12 @@ class _Shared:
         of groups add up.
         """
         low, high = self._prices()
-        found: dict[float, float] = {}
-        for price in np.geomspace(low, high, _PRICES) if high > 0 else ():
-            kept = self._at(float(price), self._all())
-            loss = sum(float(f[self._index(name, kept)]) for name, f in self.losses.items())
-            found[self.cost.of(kept)] = loss
+        prices = np.geomspace(low, high, _PRICES).tolist() if high > 0 else []
+        choices = [self._all(), *(self._at(price, self._all()) for price in prices)]
+        found = {self.cost.of(kept): self._loss(kept) for kept in choices}
         costs = sorted(found)
         chosen = np.unique(np.linspace(0, len(costs) - 1, _FRONTIER).round().astype(int))
-        return tuple((costs[i], found[costs[i]]) for i in chosen) if costs else ()
+        return tuple((costs[i], found[costs[i]]) for i in chosen)
 
     def _prices(self) -> tuple[float, float]:
         """Return a price below which nothing leaves, and one above which all leaves that may."""
@@ -570,8 +568,9 @@ class _Shared:
                 high = max(high, float(last.max()) / self.cost.slope(name, least))
         return 0.9 * low, 1.1 * high
 
-    def _index(self, name: str, kept: Mapping[str, int]) -> int:
-        return int(np.searchsorted(self.options[name], kept[name]))
+    def _loss(self, kept: Mapping[str, int]) -> float:
+        indices = {name: np.searchsorted(some, kept[name]) for name, some in self.options.items()}
+        return sum(float(self.losses[name][index]) for name, index in indices.items())
 
     def _spent(self, kept: dict[str, int]) -> dict[str, int]:
         """Widen groups, the one that gains most by its cost first, as far as the limit allows."""

@@ -82,7 +82,7 @@ class Point:
         Sum of the relative losses of all layers.
     prune_seconds
         Wall time of the pruning, without what the points share.
-    kept
+    widths
         How many units each group keeps that lost some.
     """
 
@@ -101,7 +101,7 @@ class Point:
     predicted: float | None
     loss: float
     prune_seconds: float
-    kept: dict[str, int]
+    widths: dict[str, int]
 
 
 class SweepDirectory:

@@ -26,6 +26,9 @@ from osscar.study.records import WINDOW, Record
 from solvers import Status
 
 _COLUMNS = 6
+_NARROW = 4.8
+"""Inches: as wide as a phone shows it without being moved."""
+
 _TICKS = 5
 _ROOM_ABOVE = 1.08
 _LEGEND_ENTRY = 1.7
@@ -134,6 +137,8 @@ def _curve(axes: Axes, points: Sequence[tuple[float, Case]]) -> None:
             label="lower bound",
         )  # fmt: skip
         axes.fill_between(at, low, high, color=COLORS[1], alpha=0.2, linewidth=0)
+        if len(at) == 1:  # a band of no width
+            axes.vlines(at, low, high, color=COLORS[1], alpha=0.2, linewidth=4)
 
 
 def _gaps(cases: Sequence[Case]) -> Figure | None:
@@ -146,7 +151,7 @@ def _gaps(cases: Sequence[Case]) -> Figure | None:
     names = list(dict.fromkeys(case.best.instance for case in cases))
     sparsities = sorted({sparsity for case in cases for sparsity in case.sparsities})
     step = 0.8 / len(sparsities)
-    width = max(6.0, 0.26 * len(names) + 2)
+    width = max(_NARROW, 0.26 * len(names) + 2)
     figure, (axes,) = _subplots(1, 1, width=width, height=3.8)
     for index, sparsity in enumerate(sparsities):
         mine = {c.best.instance: c for c in cases if sparsity in c.sparsities}
@@ -183,7 +188,7 @@ def _ratios(closed: Sequence[Case]) -> Figure | None:
     )
     if not names:
         return None
-    figure, (axes,) = _subplots(1, 1, width=7.0, height=0.45 * len(names) + 1.6)
+    figure, (axes,) = _subplots(1, 1, width=_NARROW, height=0.45 * len(names) + 1.6)
     for line, name in enumerate(names):
         over = sorted(
             excess(record, case)
@@ -206,7 +211,7 @@ def _ratios(closed: Sequence[Case]) -> Figure | None:
     axes.set_yticks(range(len(names)), names)
     axes.set_ylim(len(names) - 0.5, -0.5)
     axes.set_xlabel(
-        f"loss above the proven optimum, relative to it (at the left edge: below {HIT:g})"
+        f"loss above the proven optimum, relative to it\n(at the left edge: below {HIT:g})"
     )
     return figure
 
@@ -218,7 +223,7 @@ def _times(cases: Sequence[Case]) -> Figure | None:
     ]
     if not records:
         return None
-    figure, (axes,) = _subplots(1, 1, width=6.5, height=3.8)
+    figure, (axes,) = _subplots(1, 1, width=_NARROW, height=3.4)
     sizes = sorted({record.units for record in records})
     names = list(dict.fromkeys(record.backend for record in records))
     spread = _spread(sizes)
@@ -241,7 +246,7 @@ def _times(cases: Sequence[Case]) -> Figure | None:
     axes.yaxis.set_major_locator(LogLocator())
     axes.set_xlabel("units (filled: proved optimal, hollow: stopped before)")
     axes.set_ylabel("seconds")
-    figure.legend(loc="outside upper left", ncols=min(len(names), 4), frameon=False)
+    figure.legend(loc="outside upper left", ncols=min(len(names), 3), frameon=False)
     return figure
 
 

@@ -11,7 +11,10 @@ from tests.docs.pages import ROOT
 EVERYWHERE = {"schema", "osscar_version"}
 """Fields of every document, which the page describes at its top."""
 
-FREE = {"evaluation", "shapes", "groups", "options", "backend_options", "capabilities"}
+FREE = {
+    *("evaluation", "shapes", "groups", "options", "backend_options", "capabilities"),
+    *("curves", "widths"),
+}
 """Fields whose own fields are described elsewhere, or are the user's."""
 
 
