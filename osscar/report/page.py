@@ -121,8 +121,11 @@ def _number(value: float | None, digits: int = 4) -> str:
 
 
 def _breakable(name: str) -> Markup:
-    """Let a long name go on in the next line after its dots."""
-    return escape(printable(name)).replace(".", Markup(".<wbr>"))
+    """Let a long name go on in the next line after its dots, slashes and dashes."""
+    text = escape(printable(name))
+    for mark in "./-":  # none of them is part of what replaces another
+        text = text.replace(mark, Markup(f"{mark}<wbr>"))
+    return text
 
 
 def _removed(sparsities: Sequence[float]) -> str:
