@@ -3,6 +3,8 @@
 from graph.call import Call, Value
 from graph.dependency import DependencyGraph, trace
 from graph.errors import (
+    ArgumentError,
+    DrawingError,
     ExampleInputError,
     GraphError,
     RuleError,
@@ -17,9 +19,11 @@ from graph.rules import RuleTable, rule
 
 __all__ = [
     "DEFAULT_RULES",
+    "ArgumentError",
     "Call",
     "CouplingGroup",
     "DependencyGraph",
+    "DrawingError",
     "ExampleInputError",
     "Freeze",
     "GraphError",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import errno
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ import networkx as nx
 import torch
 
 from graph.draw import render
-from graph.errors import ExampleInputError, UnknownGroupError
+from graph.errors import ArgumentError, DrawingError, ExampleInputError, UnknownGroupError
 from graph.export import ExampleInputs, export_model
 from graph.grouping import build_groups
 from graph.groups import CouplingGroup
@@ -46,7 +47,11 @@ class DependencyGraph:
         ------
         UnknownGroupError
             If there is none; the message lists names close to it.
+        ArgumentError
+            If it is no text.
         """
+        if not isinstance(name, str):
+            raise ArgumentError(f"the name of a group is a {type(name).__name__}; give a str")
         names = {group.name: group for group in self.groups}
         if name in names:
             return names[name]
@@ -85,9 +90,24 @@ class DependencyGraph:
         ----------
         path
             File to write.
+
+        Raises
+        ------
+        ArgumentError
+            If it is no path.
+        DrawingError
+            If it cannot be written.
         """
+        if not isinstance(path, str | Path):
+            raise ArgumentError(f"the path is a {type(path).__name__}; give the name of a file")
         target = Path(path)
-        target.write_text(render(self.groups), encoding="utf-8")
+        try:
+            if target.is_fifo():
+                raise OSError(errno.EINVAL, "it is a pipe, which may never be read")
+            target.write_text(render(self.groups), encoding="utf-8")
+        except (OSError, ValueError) as error:  # a NUL in its name
+            reason = getattr(error, "strerror", None) or error
+            raise DrawingError(f"cannot write {str(path)[:300]!r}: {reason}") from error
         return target
 
 
@@ -121,6 +141,8 @@ def trace(
 
     Raises
     ------
+    ArgumentError
+        If something is of a wrong type.
     ExampleInputError
         If the inputs do not fit the model's signature, or an opaque module does not exist.
     TraceError
@@ -128,6 +150,10 @@ def trace(
     RuleError
         If a propagation rule is wrong.
     """
+    if not isinstance(model, torch.nn.Module):
+        raise ArgumentError(f"the model is a {type(model).__name__}; give a torch.nn.Module")
+    if rules is not None and not isinstance(rules, RuleTable):
+        raise ArgumentError(f"rules is a {type(rules).__name__}; give a RuleTable, or None")
     _check_opaque(model, opaque)
     program = export_model(model, example_inputs)
     propagation = propagate(program, DEFAULT if rules is None else rules, opaque)
@@ -135,6 +161,11 @@ def trace(
 
 
 def _check_opaque(model: torch.nn.Module, opaque: Collection[str | type[torch.nn.Module]]) -> None:
+    if not isinstance(opaque, list | tuple | set | frozenset):
+        raise ArgumentError(f"opaque is a {type(opaque).__name__}; give a list of names or classes")
+    for wanted in opaque:
+        if not isinstance(wanted, str | type):
+            raise ArgumentError(f"opaque names a {type(wanted).__name__}; give names or classes")
     modules = dict(model.named_modules())
     kinds = {type(module) for module in modules.values()}
     for wanted in opaque:

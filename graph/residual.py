@@ -7,6 +7,7 @@ from itertools import combinations
 import networkx as nx
 
 from graph.dependency import DependencyGraph
+from graph.errors import ArgumentError
 from graph.groups import UnitKind
 
 
@@ -20,7 +21,14 @@ def residual_groups(traced: DependencyGraph) -> frozenset[str]:
     ----------
     traced
         A traced model.
+
+    Raises
+    ------
+    ArgumentError
+        If it is none.
     """
+    if not isinstance(traced, DependencyGraph):
+        raise ArgumentError(f"traced is a {type(traced).__name__}; give what graph.trace returns")
     network = traced.networkx()
     names = {operator.order: operator.name for operator in traced.operators}
     return frozenset(

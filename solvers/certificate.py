@@ -35,7 +35,7 @@ from torch import Tensor
 
 from solvers.errors import VerificationError
 from solvers.problem import NO_ROW, Consumer, SubsetProblem
-from solvers.rounding import Rounding
+from solvers.rounding import Rounding, Sizes
 from solvers.values import is_plain
 
 LEAST_SHARE = 1e-3
@@ -53,27 +53,10 @@ _BATCH_ELEMENTS = 1 << 20
 _EPS = torch.finfo(torch.float64).eps
 
 
-@dataclass(frozen=True)
-class Proved:
-    """What a certificate proves.
-
-    Parameters
-    ----------
-    value
-        A number that no support's loss can be below; what rounding can have done is taken off.
-    slack
-        By how much more a bound may be claimed that was computed from the same evidence with other
-        rounding.  It depends on the problem alone.
-    """
-
-    value: float
-    slack: float
-
-
 class Certificate(Protocol):
     """Evidence for a lower bound."""
 
-    def bound(self, problem: SubsetProblem) -> Proved:
+    def bound(self, problem: SubsetProblem) -> float:
         """Recompute the lower bound from the problem.
 
         Raises
@@ -87,7 +70,7 @@ class Certificate(Protocol):
 class EnumerationCertificate:
     """The evidence that there are few enough supports to compute the loss of each."""
 
-    def bound(self, problem: SubsetProblem) -> Proved:
+    def bound(self, problem: SubsetProblem) -> float:
         """Return the least loss of all supports, in float64; takes as long as the search did.
 
         Raises
@@ -132,7 +115,7 @@ class MultiplierCertificate:
     q: Tensor
     point: Tensor
 
-    def bound(self, problem: SubsetProblem) -> Proved:
+    def bound(self, problem: SubsetProblem) -> float:
         """Recompute the lower bound from the problem, in float64.
 
         Raises
@@ -239,10 +222,9 @@ class Inverses:
     @property
     def unit(self) -> float:
         """Rounding of the sums that evaluate a bound, relative to the sum of their magnitudes."""
-        terms = max(W.shape[1] + width**2 for _, W, width in self.consumers)
-        return _EPS * (terms + 2 * self.units + 8)
+        return max(Sizes.unit_of(W.shape[1], w, self.units) for _, W, w in self.consumers)
 
-    def proved(self, loss: float) -> Proved:
+    def proved(self, loss: float) -> float:
         """Turn a lower bound of the losses that A and A G give into one of the exact losses.
 
         Raises
@@ -252,10 +234,8 @@ class Inverses:
         """
         if not (math.isfinite(loss) and math.isfinite(self.constant)):
             raise VerificationError(f"the certificate proves {loss}, which is no bound")
-        cost, nothing = (torch.tensor([x], dtype=torch.float64) for x in (loss - self.constant, 0))
-        value = float(self.rounding.certified(self.constant, nothing, cost, nothing))
-        again = self.rounding.inverse * max(loss - self.constant, 0.0)
-        return Proved(value, max(loss - value, 0.0) + again)
+        cost = torch.tensor(loss - self.constant, dtype=torch.float64)
+        return float(self.rounding.certified(self.constant, cost))
 
     def unconditioned(self) -> ConditionedNodes:
         """Return the node that leaves all units free."""
@@ -322,7 +302,7 @@ class ConditionedNodes:
             # |A_rs| <= sqrt(A_rr A_ss) bounds every term of Q_ij by a product of two numbers.
             rows = Y.norm(dim=2) * A.diagonal(dim1=1, dim2=2).sqrt()
             Q_size = torch.hypot(Q_size, rows.view(b, f, w).sum(2))
-        return Aggregate(a, (Q + Q.mT) / 2, a_size, Q_size)
+        return Aggregate(a, (Q + Q.mT) / 2, Sizes(a_size, Q_size, self.unit))
 
     def linearize(self, terms: Aggregate, q: Tensor, point: Tensor, removals: int) -> Linearization:
         """Evaluate the bound of the module's text in every node.
@@ -338,9 +318,7 @@ class ConditionedNodes:
         _check_dominates(P, q)
         Px = (P @ point[:, :, None])[:, :, 0]
         g = 2 * a - q + 2 * Px
-        # The terms of g and of x'Px with their magnitudes: what they round to is taken off.
-        row_sums = q * point + terms.Q_size * (terms.Q_size * point).sum(1, keepdim=True)
-        lost = self.unit * (2 * terms.a_size + q + (2 + point) * row_sums).sum(1)
+        lost = terms.sizes.lost(q, point)
         ordered = g.sort(1).values
         cost = ordered[:, :removals].sum(1) - (point * Px).sum(1) - lost
         last, following = ordered[:, removals - 1, None], ordered[:, removals : removals + 1]
@@ -372,15 +350,13 @@ class Aggregate:
     ----------
     a, Q
         (b, f) and (b, f, f).
-    a_size, Q_size
-        Magnitudes summed up in ``a_i``, and numbers s with no more than ``s_i s_j`` summed up in
-        ``Q_ij``, (b, f) each.
+    sizes
+        Of what was summed up, (b, f) each.
     """
 
     a: Tensor
     Q: Tensor
-    a_size: Tensor
-    Q_size: Tensor
+    sizes: Sizes
 
 
 @dataclass(frozen=True, eq=False)

@@ -187,23 +187,26 @@ def _factorize(consumer: Consumer, kept: Tensor) -> ConsumerState:
     H, G = equal_width(consumer)
     inside = kept.repeat_interleave(consumer.width)
     S, R = torch.nonzero(inside).flatten(), torch.nonzero(~inside).flatten()
-    everything = len(R) == 0
-    A, W = invert(H, G) if everything else invert(H[S[:, None], S], G[S])
-    if everything:
+    if len(R) == 0:
+        A, W = invert(H, G)
         return ConsumerState(A.neg_(), W @ W.T, consumer.width, inside)
-    N = torch.empty_like(H)
-    N[S[:, None], S] = -A
-    H_RS = H[R[:, None], S]
-    B = H_RS @ A
-    del A
-    N[R[:, None], S] = B
-    N[S[:, None], R] = B.T
-    N[R[:, None], R] = H[R[:, None], R].addmm_(B, H_RS.T, alpha=-1)
-    del B
+    # With H_SS = L L', C = inv(L) H_SR and h = inv(L) G_S: what is left of the removed rows is
+    # H_RR - C'C and G_R - C'h, which round as H does.  H_RS A H_SR rounds as A does, near a
+    # singular H by more than what is left: that would then not even be positive definite.
+    factor = torch.linalg.cholesky(H[S[:, None], S])
+    C = torch.linalg.solve_triangular(factor, H[S[:, None], R], upper=False)
+    h = torch.linalg.solve_triangular(factor, G[S], upper=False)
     U = torch.empty_like(G)
-    U[S] = W
-    U[R] = G[R].addmm_(H_RS, W, alpha=-1)
-    del H_RS
+    U[R] = G[R].addmm_(C.T, h, alpha=-1)
+    U[S] = torch.linalg.solve_triangular(factor.T, h, upper=True)
+    del h
+    N = torch.empty_like(H)
+    N[R[:, None], R] = H[R[:, None], R].addmm_(C.T, C, alpha=-1)
+    C = torch.linalg.solve_triangular(factor.T, C, upper=True)
+    N[S[:, None], R] = C
+    N[R[:, None], S] = C.T
+    del C
+    N[S[:, None], S] = torch.cholesky_inverse(factor, out=factor).neg_()
     return ConsumerState(N, U @ U.T, consumer.width, inside)
 
 

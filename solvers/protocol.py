@@ -31,7 +31,7 @@ class Status(enum.Enum):
     ITERATION_LIMIT = "The iteration limit was met. Raise it to let the search finish."
     NODE_LIMIT = "The node limit was met; the bound is valid. Raise it to close the gap."
     PRECISION_LIMIT = (
-        "Rounding hides the rest of the gap; the bound is valid. Raise damp to close it."
+        "Rounding hides whether another support is better; a bound, if given, is valid. Raise damp."
     )
     BOUNDED = "A lower bound was computed; the support is the best one known to the bound."
 

@@ -8,6 +8,12 @@ residuals tell how far they can be from the exact ones, and with them every c(R)
   inequalities pass on to principal blocks and their inverses;
 - a W that is off by ``inv(H) F`` changes ``sqrt(c(R))``, a norm of W, by no more than the norm of
   the difference, ``sqrt(tr(F' inv(H) F))``.
+
+And what it can have done to a linearization of ``2 a'x - x'Q x`` (`solvers.certificate`) follows
+from the sizes of what a and Q were summed up of.
+
+A search claims what anyone who checks it will prove: it takes off its own rounding, and as much
+again for theirs (`Rounding.twice`).
 """
 
 from __future__ import annotations
@@ -21,7 +27,7 @@ from torch import Tensor
 _EPS = torch.finfo(torch.float64).eps
 
 _LEAST_MARGIN = 1e-8
-_MARGIN = 32.0
+_MARGIN = 16.0
 """How many times the error of the inverse a margin is."""
 
 
@@ -38,7 +44,7 @@ class Rounding:
         Square root of ``tr(F' inv(H) F)`` with ``F = G - H W``: by how much ``sqrt(c(R))`` can
         change.
     unit
-        Rounding of the sums that evaluate a bound, relative to the sum of their magnitudes.
+        Rounding of the sum that is c(R), relative to it.
     offset
         Rounding of the constant, as `solvers.gram.quadratic_rounding` has it.
     """
@@ -83,29 +89,30 @@ class Rounding:
         refit /= math.sqrt(max(1 - inverse, _EPS))
         return cls(inverse, refit, _EPS * p * m, offset), constant
 
-    def certified(self, constant: float, spent: Tensor, cost: Tensor, magnitude: Tensor) -> Tensor:
+    def certified(self, constant: float, cost: Tensor) -> Tensor:
         """Turn lower bounds of costs into ones of exact losses, element by element.
 
         Parameters
         ----------
         constant
             Loss with all units kept, as computed.
-        spent, cost
-            Cost of what was removed, and bound of what removing the rest adds, as computed.
-        magnitude
-            Sum of the sizes of what was summed up in `cost`.
+        cost
+            Bounds of c(R), as computed; of a linearization, less what `Sizes.lost` says.
         """
-        computed = (spent + cost - self.unit * (spent + magnitude)).clamp(min=0.0)
+        computed = (cost * (1 - self.unit)).clamp(min=0.0)
         root = ((computed * max(1 - self.inverse, 0.0)).sqrt() - self.refit).clamp(min=0.0)
         return (constant - self.offset - self.refit**2 + root.square()).clamp(min=0.0)
 
-    def cost_reaching(
-        self, loss: float, constant: float, spent: Tensor, magnitude: Tensor
-    ) -> Tensor:
-        """Return the least costs for which `certified` gives at least this loss."""
+    @property
+    def twice(self) -> Rounding:
+        """That of a search and of its check together."""
+        return Rounding(2 * self.inverse, 2 * self.refit, 2 * self.unit, 2 * self.offset)
+
+    def cost_reaching(self, loss: float, constant: float) -> float:
+        """Return the least cost for which `certified` gives at least this loss."""
         excess = max(loss - constant + self.offset + self.refit**2, 0.0)
         computed = (math.sqrt(excess) + self.refit) ** 2 / max(1 - self.inverse, _EPS)
-        return computed * (1 + 8 * _EPS) + self.unit * (spent + magnitude) - spent
+        return computed * (1 + 8 * _EPS) / max(1 - self.unit, _EPS)
 
     def margin(self, units: int) -> float:
         """Return by which share a diagonal has to dominate, so that it does in anyone's arithmetic.
@@ -129,3 +136,43 @@ class Rounding:
             max(self.unit, other.unit),
             self.offset + other.offset,
         )
+
+
+@dataclass(frozen=True, eq=False)
+class Sizes:
+    """How large the numbers are that the function ``2 a'x - x'Q x`` was summed up of.
+
+    Parameters
+    ----------
+    a
+        Magnitudes summed up in ``a_i``, (..., n).
+    Q
+        Numbers s with no more than ``s_i s_j`` summed up in ``Q_ij``, (..., n).
+    unit
+        Rounding of these sums, relative to the sums of magnitudes.
+    """
+
+    a: Tensor
+    Q: Tensor
+    unit: float
+
+    @staticmethod
+    def unit_of(responses: int, width: int, units: int) -> float:
+        """Return the rounding of one consumer's sums, relative to the sums of magnitudes."""
+        return _EPS * (responses + width**2 + 2 * units + 8)
+
+    def lost(self, q: Tensor, point: Tensor) -> Tensor:
+        """Return by how much rounding can have raised the linearization at a point with Diag(q).
+
+        Parameters
+        ----------
+        q, point
+            (..., n) each.
+        """
+        # The terms of g and of x'Px with their magnitudes, P being Diag(q) - Q.
+        row_sums = q * point + self.Q * (self.Q * point).sum(-1, keepdim=True)
+        return self.unit * (2 * self.a + q + (2 + point) * row_sums).sum(-1)
+
+    def __add__(self, other: Sizes) -> Sizes:
+        """Return what holds for the sum of two consumers."""
+        return Sizes(self.a + other.a, torch.hypot(self.Q, other.Q), max(self.unit, other.unit))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from solvers.bounds.perspective import BOUND_FROM, Perspective
-from solvers.errors import BackendError, ProblemError
+from solvers.errors import BackendError, ProblemError, SolverError
 from solvers.problem import SubsetProblem
 from solvers.protocol import Backend, Capabilities, Selection, Status
 from solvers.refit import refit
@@ -55,8 +55,8 @@ def solve(
     Raises
     ------
     BackendError
-        If the backend is unknown, unavailable, cannot take this problem, or answers with what is no
-        answer.
+        If the backend is unknown, unavailable, cannot take this problem, fails, or answers with
+        what is no answer.
     ProblemError
         If `problem` is none, or turns out to be ill posed (`Consumer.flaw`), before the backend
         starts.
@@ -82,7 +82,7 @@ def solve(
     problem.check_definite()
     start = time.perf_counter()
     try:
-        selection = _checked(name, chosen.select(problem), problem)
+        selection = _checked(name, _selected(name, chosen, problem), problem)
         support = selection.support.sort().values
         weights, loss = refit(problem, support)
         if bound and math.isinf(selection.lower_bound):
@@ -109,6 +109,18 @@ def solve(
         windows=selection.windows,
         seconds=time.perf_counter() - start,
     )
+
+
+def _selected(name: str, chosen: Backend, problem: SubsetProblem) -> Any:
+    """Return what a backend answers with; an error that it raises by accident is named as such."""
+    try:
+        return chosen.select(problem)
+    except (SolverError, torch.linalg.LinAlgError):  # type: ignore[attr-defined]
+        raise
+    except Exception as error:
+        raise BackendError(
+            f"backend {name!r} failed with {type(error).__name__}: {error}"
+        ) from error
 
 
 def _chosen(backend: Any, options: Any, more_options: Mapping[str, Any]) -> tuple[str, Backend]:

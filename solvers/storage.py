@@ -74,7 +74,7 @@ def write(path: str | os.PathLike[str], header: dict[str, Any], tensors: dict[st
         else:
             safetensors.torch.save_file(on_cpu, partial, metadata={_HEADER: text})
         partial.replace(path)
-    except (OSError, safetensors.SafetensorError) as error:
+    except (OSError, ValueError, safetensors.SafetensorError) as error:  # NUL in a name
         raise ProblemError(f"{path} cannot be written: {error}") from error
     finally:
         _remove(partial)
@@ -84,7 +84,7 @@ def _remove(partial: Path) -> None:
     """Remove what is left of a file, if anything is."""
     try:
         partial.unlink(missing_ok=True)
-    except OSError:
+    except (OSError, ValueError):
         # Where nothing can be removed, nothing could be written, which has been said.
         return
 

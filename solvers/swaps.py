@@ -6,18 +6,29 @@ exchange lowers the loss by
 
     tr(inv(s + F A_ii F') (R_j + F W_i)(R_j + F W_i)')  -  tr(inv(A_ii) W_i W_i')
 
-summed over the consumers.  Only N and K enter, so all k (n - k) pairs cost a few dense passes, and
-"no pair gains" is a certificate.
+summed over the consumers.  Only N and K enter, so all k (n - k) pairs cost a few dense passes.
+
+These gains are rounded, and near a singular H a pair that gains could look like one that does not.
+To factorize the rows of a support T is to change H by a share of about ``p eps`` of ``D D``, where
+``D = sqrt(diag(H))``, and with it the loss by that share of ``|D W|^2``, W being the refit on T
+(Higham, "Accuracy and Stability of Numerical Algorithms", 2002, theorem 10.3, in norms instead of
+its worst case element by element; in exact arithmetic, gains near a singular H are found to be off
+by a twentieth of it).  N and K bound ``|D W|`` for each pair as well: `possible_gain`.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from solvers.pivot import ConsumerState, PivotState, block_scores
+from solvers.pivot import ConsumerState, PivotState, block_scores, equal_width, unit_rows
+from solvers.problem import Consumer
+
+_EPS = torch.finfo(torch.float64).eps
 
 _PASS_ELEMENTS = 1 << 20
 """Elements of one intermediate in a pass over pairs; bounds the memory of the search."""
@@ -48,6 +59,26 @@ def best_swap(state: PivotState) -> Swap:
     state
         A state; not changed.
     """
+    return _most(state, lambda leave, enter: swap_gains(state, leave, enter))
+
+
+def possible_gain(state: PivotState) -> float:
+    """Return by how much some exchange may lower the loss, with what rounding can hide of it.
+
+    Parameters
+    ----------
+    state
+        A state as sound as one just factorized on its support; not changed.
+    """
+    reaches = [
+        _Reach.of(part, consumer)
+        for part, consumer in zip(state.consumers, state.problem.consumers, strict=True)
+    ]
+    return _most(state, lambda leave, enter: _total(r.gains(leave, enter) for r in reaches)).gain
+
+
+def _most(state: PivotState, gains_of: Callable[[Tensor, Tensor], Tensor]) -> Swap:
+    """Return the exchange of the largest gain, computed for some units that leave at a time."""
     kept, removed = state.support, state.removed
     best = Swap(-1, -1, -torch.inf)
     if len(removed) == 0:
@@ -55,10 +86,11 @@ def best_swap(state: PivotState) -> Swap:
     block = max(consumer.width for consumer in state.consumers) ** 2
     step = max(1, _PASS_ELEMENTS // (len(removed) * block))
     for some in torch.split(kept, step):
-        gains = swap_gains(state, some, removed)
+        gains = gains_of(some, removed)
         index = int(gains.argmax())
         gain = float(gains.view(-1)[index])
-        if gain > best.gain:
+        # Written so that NaN is not passed over.
+        if not gain <= best.gain:
             row, column = divmod(index, len(removed))
             best = Swap(int(some[row]), int(removed[column]), gain)
     return best
@@ -74,11 +106,15 @@ def swap_gains(state: PivotState, leave: Tensor, enter: Tensor) -> Tensor:
     leave, enter
         Units inside and outside of its support, int64.
     """
-    gains = [
+    return _total(
         (_scalar_gains if consumer.width == 1 else _block_gains)(consumer, leave, enter)
         for consumer in state.consumers
-    ]
-    return torch.stack(gains).sum(0) if len(gains) > 1 else gains[0]
+    )
+
+
+def _total(parts: Iterable[Tensor]) -> Tensor:
+    first, *others = parts
+    return sum(others, start=first)
 
 
 def _scalar_gains(state: ConsumerState, leave: Tensor, enter: Tensor) -> Tensor:
@@ -93,16 +129,119 @@ def _scalar_gains(state: ConsumerState, leave: Tensor, enter: Tensor) -> Tensor:
 
 
 def _block_gains(state: ConsumerState, leave: Tensor, enter: Tensor) -> Tensor:
-    w = state.width
-    N, K = (
-        matrix.view(-1, w, len(matrix) // w, w).transpose(1, 2) for matrix in (state.N, state.K)
-    )
-    A = -N[leave, leave]
-    A_inverse = torch.cholesky_inverse(torch.linalg.cholesky(A))
-    N_ij, K_ij = N[leave[:, None], enter], K[leave[:, None], enter]
-    F = N_ij.mT @ A_inverse[:, None]
-    Schur = N[enter, enter] + F @ N_ij
-    cross = F @ (K_ij + K[leave, leave][:, None] @ (F.mT / 2))
-    residual = K[enter, enter] + cross + cross.mT
-    loss = (A_inverse * K[leave, leave]).sum((-2, -1))
-    return block_scores(Schur, residual) - loss[:, None]
+    pairs = _Pairs.of(state, leave, enter)
+    return block_scores(pairs.Schur, pairs.residual) - pairs.loss[:, None]
+
+
+@dataclass(frozen=True, eq=False)
+class _Pairs:
+    """The blocks of the text above, for l units that leave and e that enter.
+
+    Parameters
+    ----------
+    Schur, residual
+        ``s + F A_ii F'`` and ``(R_j + F W_i)(R_j + F W_i)'``, (l, e, w, w) each.
+    half
+        ``B N_ij``, (l, e, w, w), for an ``inv(A_ii) = B'B``.
+    inverse
+        ``inv(A_ii)``, (l, w, w).
+    loss
+        What it costs that each unit leaves, (l,).
+    """
+
+    Schur: Tensor
+    residual: Tensor
+    half: Tensor
+    inverse: Tensor
+    loss: Tensor
+
+    @classmethod
+    def of(cls, state: ConsumerState, leave: Tensor, enter: Tensor) -> _Pairs:
+        w = state.width
+        N, K = (
+            matrix.view(-1, w, len(matrix) // w, w).transpose(1, 2) for matrix in (state.N, state.K)
+        )
+        inverse, root = _inverse_root(-N[leave, leave])
+        N_ij, K_ij = N[leave[:, None], enter], K[leave[:, None], enter]
+        # As a square it adds to N_jj whatever it rounds to, so that the sum stays definite.
+        half = root[:, None] @ N_ij
+        Schur = N[enter, enter] + half.mT @ half
+        F = half.mT @ root[:, None]
+        cross = F @ (K_ij + K[leave, leave][:, None] @ (F.mT / 2))
+        residual = K[enter, enter] + cross + cross.mT
+        return cls(Schur, residual, half, inverse, (inverse * K[leave, leave]).sum((-2, -1)))
+
+
+@dataclass(frozen=True, eq=False)
+class _Reach:
+    """How large an exchange can make the refit W of one consumer, each row scaled by D.
+
+    Parameters
+    ----------
+    state
+        N and K, (n w, n w).
+    size
+        ``|D W|`` before the exchange.
+    columns
+        Blocks of ``N_:S D D N_S:``, (n, w, w): what a unit's column of N moves.
+    own
+        The largest entry of D in the rows of each unit, (n,).
+    root
+        Root of the loss of the empty support, which no ``|G_i|`` exceeds, scaled by D.
+    unit
+        Rounding, relative to squares of the size.
+    """
+
+    state: ConsumerState
+    size: float
+    columns: Tensor
+    own: Tensor
+    root: float
+    unit: float
+
+    @classmethod
+    def of(cls, state: ConsumerState, consumer: Consumer) -> _Reach:
+        H, G = equal_width(consumer)
+        w, inside = state.width, torch.nonzero(state.inside).flatten()
+        D = H.diagonal().sqrt()
+        kept = torch.where(state.inside, D, 0.0)
+        size = float((kept.square() * state.K.diagonal()).sum().sqrt())
+        columns = torch.empty(len(D) // w, w, w, dtype=D.dtype, device=D.device)
+        step = max(1, _PASS_ELEMENTS // (len(D) * w))
+        for some in torch.split(torch.arange(len(columns), device=D.device), step):
+            rows = unit_rows(some, w)
+            part = (state.N[rows] * kept).view(len(some), w, -1)
+            columns[some] = part @ part.mT
+        unit = _EPS * (len(inside) + G.shape[1])
+        return cls(state, size, columns, D.view(-1, w).amax(1), math.sqrt(consumer.e), unit)
+
+    def gains(self, leave: Tensor, enter: Tensor) -> Tensor:
+        """Return the gain of each pair with what rounding may have taken off, (l, e)."""
+        pairs = _Pairs.of(self.state, leave, enter)
+        inverse = _inverse(pairs.Schur)
+        won = (inverse * pairs.residual).sum((-2, -1)).clamp(min=0.0)
+        # The unit that leaves takes D A_:i inv(A_ii) W_i along; the one that enters has weights u
+        # with |u|^2 <= won tr(inv(Schur)), and moves the others by N_:j u, less what left with i.
+        leaves = (pairs.inverse * self.columns[leave]).sum((-2, -1)).clamp(min=0.0).sqrt()[:, None]
+        moves = self.columns[enter].diagonal(dim1=-2, dim2=-1).sum(-1).sqrt() + self.own[enter]
+        moves = moves + leaves * pairs.half.square().sum((-2, -1)).sqrt()
+        entering = (won * inverse.diagonal(dim1=-2, dim2=-1).sum(-1)).sqrt()
+        lost = pairs.loss[:, None].clamp(min=0.0)
+        size = self.size + leaves * lost.sqrt() + moves * entering
+        rounded = self.unit * (size.square() + 2 * size * self.root + won + lost)
+        return won - lost + rounded
+
+
+def _inverse(A: Tensor) -> Tensor:
+    """Return ``inv(A)`` for batches of positive definite (w, w) blocks."""
+    if A.shape[-1] == 1:
+        return 1 / A
+    return torch.cholesky_inverse(torch.linalg.cholesky(A))
+
+
+def _inverse_root(A: Tensor) -> tuple[Tensor, Tensor]:
+    """Return ``inv(A) = B'B`` and B for batches of positive definite (w, w) blocks."""
+    factor = torch.linalg.cholesky(A)
+    unit = torch.eye(A.shape[-1], dtype=A.dtype, device=A.device).expand_as(A)
+    root: Tensor = torch.linalg.solve_triangular(factor, unit, upper=False)
+    return root.mT @ root, root

@@ -30,7 +30,6 @@ from solvers.certificate import (
     Inverses,
     Linearization,
     MultiplierCertificate,
-    Proved,
     check_numbers,
     check_point,
 )
@@ -78,7 +77,7 @@ class TreeCertificate:
     point: Tensor
     growth: Tensor
 
-    def bound(self, problem: SubsetProblem) -> Proved:
+    def bound(self, problem: SubsetProblem) -> float:
         """Recompute the lower bound from the problem, in float64; takes as long as the search did.
 
         Raises

@@ -1,18 +1,20 @@
 """How much the model's outputs change with what a layer puts out: one currency for all layers.
 
 To second order, the Kullback-Leibler divergence between the dense model's predictions and those of
-a model whose consumer puts out ``y_t + d_t`` is half the sum of ``d_t' F_t d_t`` over positions t,
-with F_t the Fisher matrix of the predictions at that output.  With errors ``d_t = D'x_t`` of
-changed weights, its nearest Kronecker product is one power step away (van Loan and Pitsianis,
-"Approximation with Kronecker products", 1993), and needs one backward pass of the dense model:
+a model one of whose consumers has changed by D, (p, m), is half of ``vec(D)' F vec(D)`` a
+prediction, with F the Fisher matrix of its weights.  Its nearest Kronecker product is one power
+step away (van Loan and Pitsianis, "Approximation with Kronecker products", 1993), and needs one
+backward pass of the dense model.  With M the gradient at the weights of the log-likelihood of a
+label *sampled* from the model's own prediction,
 
-    A = sum |g_t|^2 x_t x_t'        B = sum |x_t|^2 g_t g_t'        T = tr(A) = tr(B)
+    A = sum M M'        B = sum M' M        T = tr(A) = tr(B)
 
     divergence of D, in nats a prediction:   tr(D' A D B) / (2 N T)
 
-where g_t is the gradient of the log-likelihood of labels *sampled* from the model's own
-predictions, and N counts the predictions.  Gradients at different positions are taken as
-uncorrelated.
+over N predictions.  A classifier makes one prediction of all positions (pixels, patches) of an
+image, whose gradients ``x_t g_t'`` add up to M: errors that all positions have in common count much
+more than others.  A language model makes one at every position; its gradients at different
+positions are taken as uncorrelated, ``A = sum |g_t|^2 x_t x_t'`` and ``B = sum |x_t|^2 g_t g_t'``.
 """
 
 from __future__ import annotations
@@ -80,8 +82,8 @@ class Factors:
         device = device_of(linear_map.module)
         return cls(linear_map, torch.zeros(p, p, device=device), torch.zeros(m, m, device=device))
 
-    def add(self, x: Tensor, g: Tensor) -> None:
-        """Add the positions of one call.
+    def add(self, x: Tensor, g: Tensor, samples: int | None) -> None:
+        """Add one call.
 
         Parameters
         ----------
@@ -89,6 +91,9 @@ class Factors:
             What the module read.
         g
             The gradient at what it put out.
+        samples
+            Of how many samples these are, each with one prediction; None where every position has
+            its own.
 
         Raises
         ------
@@ -100,19 +105,33 @@ class Factors:
                 f"the gradients at the outputs of {self.linear_map.name!r} have NaN or infinite "
                 "entries; use --dtype float32, or --allocation uniform, which needs none"
             )
+        if samples is None or len(x) % samples or len(g) != len(x):
+            self._add_positions(x, g)
+            return
+        for one, gradient in zip(x.chunk(samples), g.chunk(samples), strict=True):
+            self._add_sample(one, gradient)
+
+    def _pieces(self, x: Tensor, g: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         gradients = self.linear_map.read_outputs(g).float()
         done = 0
         for X in self.linear_map.read_inputs(x):
-            self._add(X.float(), gradients[done : done + len(X)])
+            yield X.float(), gradients[done : done + len(X)]
             done += len(X)
 
-    def _add(self, X: Tensor, G: Tensor) -> None:
-        gains, sizes = G.square().sum(1, keepdim=True), X.square().sum(1, keepdim=True)
-        scaled = X * gains.sqrt()
-        self.inputs.addmm_(scaled.T, scaled)
-        scaled = G * sizes.sqrt()
-        self.outputs.addmm_(scaled.T, scaled)
-        self.energy += float((gains.double() * sizes.double()).sum())
+    def _add_sample(self, x: Tensor, g: Tensor) -> None:
+        M = sum((X.T @ G for X, G in self._pieces(x, g)), start=torch.zeros((), device=g.device))
+        self.inputs.addmm_(M, M.T)
+        self.outputs.addmm_(M.T, M)
+        self.energy += float(M.double().square().sum())
+
+    def _add_positions(self, x: Tensor, g: Tensor) -> None:
+        for X, G in self._pieces(x, g):
+            gains, sizes = G.square().sum(1, keepdim=True), X.square().sum(1, keepdim=True)
+            scaled = X * gains.sqrt()
+            self.inputs.addmm_(scaled.T, scaled)
+            scaled = G * sizes.sqrt()
+            self.outputs.addmm_(scaled.T, scaled)
+            self.energy += float((gains.double() * sizes.double()).sum())
 
     def consumer(self, predictions: int, damp: float) -> Consumer:
         """Return quadratic terms whose loss is the predicted divergence in nats a prediction.
@@ -245,12 +264,14 @@ def _pass(
 ) -> int:
     """Add what one batch shows, and return how many predictions it made."""
     model = opened.model
+    samples = len(next(iter(batch.values())))
     with _no_weight_gradients(model), torch.enable_grad(), _observed(model, factors) as seen:
         with batch_named(model, index):
             result = model(**fresh(batch))
         if not seen.outputs:
             return 0
         loss, predictions = _sampled_loss(result, isinstance(opened.inputs, TokenInputs), generator)
+        seen.samples = samples if predictions == samples else None
         if loss is None or not loss.requires_grad:
             return predictions
         try:
@@ -280,7 +301,10 @@ def _no_weight_gradients(model: nn.Module) -> Iterator[None]:
 
 @dataclass(eq=False)
 class _Seen:
+    """What a forward pass was seen to do, and how many samples share its predictions one each."""
+
     outputs: int = 0
+    samples: int | None = None
 
 
 @contextmanager
@@ -302,7 +326,7 @@ def _observed(model: nn.Module, factors: Sequence[Factors]) -> Iterator[_Seen]:
             def receive(g: Tensor) -> None:
                 with torch.no_grad():
                     for one in own:
-                        one.add(x, g)
+                        one.add(x, g, seen.samples)
 
             y.register_hook(receive)
             # What comes next may write to it, which no leaf of a graph allows.

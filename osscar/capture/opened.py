@@ -19,6 +19,7 @@ from osscar.core.modules import (
     check_usable,
     copied,
     fresh,
+    in_evaluation,
     without_cache,
 )
 from osscar.data.batches import Batch, ModelInputs, as_inputs
@@ -113,7 +114,7 @@ def opened(
     work = copied(model) if copy else model
     if device is not None:
         work = work.to(device)
-    work.eval()
+    in_evaluation(work)
     with without_cache(work), torch.no_grad():
         example = inputs.example(work)
         _prepare(work, example, heads)

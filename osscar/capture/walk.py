@@ -17,10 +17,10 @@ from __future__ import annotations
 import itertools
 import logging
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -47,6 +47,16 @@ from osscar.core.errors import CalibrationError, ModelError, OsscarError
 from osscar.core.modules import fresh
 from osscar.data.batches import Batch
 from solvers import SubsetProblem
+
+DenseTensors: TypeAlias = Mapping[str, Tensor]
+"""Parameters of one module as the dense model has them, by name."""
+
+
+def dense_tensors(module: nn.Module) -> DenseTensors:
+    """Return copies of a module's own parameters."""
+    return {
+        name: tensor.detach().clone() for name, tensor in module.named_parameters(recurse=False)
+    }
 
 
 @dataclass(eq=False)
@@ -139,6 +149,7 @@ class Walk:
         in_turn: bool,
         target: Target,
         held: int,
+        committed: Mapping[str, DenseTensors],
     ) -> None:
         self.passes = 0
         self._opened, self._in_turn, self._target = opened, in_turn, target
@@ -155,7 +166,10 @@ class Walk:
         self._starts_again_after = self._later_starts()
         self._runs: list[Coroutine] = []
         self._dense: list[Coroutine] = []
-        self._originals: dict[str, dict[str, Tensor]] = {}
+        # Where several groups share a consumer, the first that was committed found it dense.
+        self._originals: dict[str, dict[str, Tensor]] = {
+            name: dict(dense) for name, dense in committed.items()
+        }
         self._exchanged: set[str] = set()
         self._at = -1
         """The call before which all batches stand."""
@@ -385,13 +399,7 @@ class Walk:
         """Keep dense weights that batches of the dense stream will run through once more."""
         if self._target.needs_dense and self._starts_again_after[site.group.name]:
             for consumer in site.consumers:
-                self._originals.setdefault(
-                    consumer.name,
-                    {
-                        name: tensor.detach().clone()
-                        for name, tensor in consumer.module.named_parameters(recurse=False)
-                    },
-                )
+                self._originals.setdefault(consumer.name, dict(dense_tensors(consumer.module)))
 
     @contextmanager
     def _watched(self) -> Iterator[None]:
@@ -410,13 +418,23 @@ class Walk:
                 self._exchange(name)
                 suspend(Arrival(name, x, y, run.keeper.take(name)))
 
+        def exchange(name: str, _: Tensor) -> None:
+            run = running()
+            if run is not None and run.stream is Stream.DENSE:
+                self._exchange(name)
+
         def keeper() -> Keeper | None:
             run = running()
             return None if run is None else run.keeper
 
         model = self._opened.model
         watched = {place.module for places in self._places.values() for place in places}
-        with kept_streams(model, watched, keeper), _hooked(model, self._names, before, after):
+        before_walk = set(self._originals) - self._names if self._target.needs_dense else set()
+        with (
+            kept_streams(model, watched, keeper),
+            _hooked(model, self._names, before, after),
+            _hooked(model, before_walk, exchange, lambda name, x, _: exchange(name, x)),
+        ):
             yield
 
     def _output(self, name: str, x: Tensor) -> Tensor | None:
@@ -543,6 +561,7 @@ def walk(
     in_turn: bool = True,
     target: Target = Target.WEIGHTS,
     held: int = 0,
+    committed: Mapping[str, DenseTensors] | None = None,
 ) -> Walk:
     """Walk the calibration data through a model, and stop wherever a group can be solved.
 
@@ -562,6 +581,8 @@ def walk(
     held
         How many samples, the last ones, no weight is fitted to: they choose how much of the
         corrections targets have (`Site.choose_share`).
+    committed
+        The dense tensors of modules to which an earlier walk has committed, by name.
 
     Returns
     -------
@@ -579,4 +600,4 @@ def walk(
     NonFiniteError
         If what a consumer reads is not finite.
     """
-    return Walk(opened, groups, in_turn, target, held)
+    return Walk(opened, groups, in_turn, target, held, committed or {})

@@ -7,6 +7,7 @@ its options.  A model of a user's own has no origin; its user builds it.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import importlib
 import inspect
 from collections.abc import Mapping
@@ -22,8 +23,8 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
+from osscar.checkpoint.admission import check_config, check_size, check_tensors, stored_in
 from osscar.core.errors import CheckpointError, MissingDependency
-from osscar.core.inputs import read_json
 from osscar.shrinking.lineage import Origin, Scalar, lineage_of, note
 
 DESCRIPTION_ERRORS = (
@@ -31,43 +32,6 @@ DESCRIPTION_ERRORS = (
     *(ArithmeticError, LookupError, AssertionError, ImportError, RuntimeError, MemoryError),
 )
 """What libraries raise when a description of a model makes no sense to them."""
-
-
-_LAYER_COUNTS = (
-    *("num_hidden_layers", "num_layers", "n_layer", "n_layers"),
-    *("encoder_layers", "decoder_layers", "num_decoder_layers"),
-)
-_MOST_LAYERS = 10_000
-"""More than any model has: a number from a damaged file would be built for days."""
-
-
-def check_config(path: Path) -> None:
-    """Refuse a directory whose ``config.json`` libraries would choke on.
-
-    Parameters
-    ----------
-    path
-        The directory.
-
-    Raises
-    ------
-    CheckpointError
-        If there is none, it is no JSON object, or has more layers than any model.
-    """
-    file = path / "config.json"
-    if not file.is_file():
-        raise CheckpointError(f"{path} holds no config.json; it is not a checkpoint")
-    try:
-        config = read_json(file)
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise CheckpointError(
-            f"{path} is not a checkpoint that can be read: its config.json is damaged ({reason})"
-        ) from error
-    for name in _LAYER_COUNTS:
-        count = config.get(name, 0)
-        if isinstance(count, int) and count > _MOST_LAYERS:
-            raise CheckpointError(f"{file} has {name} {count:.3g}; get it anew")
 
 
 class Builder(Protocol):
@@ -130,7 +94,14 @@ class TransformersOrigin:
         return cls(found if known else AutoModelForCausalLM, config)
 
     def read_stock(self, path: Path, dtype: torch.dtype | None) -> nn.Module:
-        """Read a checkpoint that needs no plan, in evaluation mode."""
+        """Read a checkpoint that needs no plan, in evaluation mode.
+
+        Raises
+        ------
+        CheckpointError
+            If the weights are not what the config asks for.
+        """
+        self.check_stock(path)
         model, loading = self.kind.from_pretrained(
             path,
             dtype=dtype or "auto",
@@ -147,6 +118,19 @@ class TransformersOrigin:
             )
         read: nn.Module = model.eval()
         return read
+
+    def check_stock(self, path: Path) -> None:
+        """Compare what the config asks for with the weights, before any of it is allocated.
+
+        Raises
+        ------
+        CheckpointError
+            If the config asks for more, or for tensors of other shapes or sorts.
+        """
+        stored = stored_in(path)
+        if stored is not None:  # else whoever loads them will say so
+            own = dataclasses.replace(self, config=copy.deepcopy(self.config))
+            check_tensors(check_size(own.build, stored, path, pruned=False), stored, path)
 
     def build(self) -> PreTrainedModel:
         """Build the model without filling its weights."""

@@ -8,6 +8,7 @@ small weights, and the plans that turn the one into the shape of the other.
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from osscar.checkpoint.admission import check_size, check_tensors, stored_in
 from osscar.checkpoint.builders import (
     DESCRIPTION_ERRORS,
     Builder,
@@ -35,15 +37,17 @@ from osscar.checkpoint.manifest import (
     read_manifest,
 )
 from osscar.checkpoint.place import check_output, replacing
+from osscar.checkpoint.stored import Stored
 from osscar.core.errors import (
     CheckpointError,
     EquivalenceError,
+    OptionError,
     OsscarError,
-    OutputError,
     first_line,
 )
-from osscar.core.files import write_json, write_text
-from osscar.core.modules import context_length, copied, evaluating
+from osscar.core.files import system_errors, write_json, write_text
+from osscar.core.inputs import file_name, shown
+from osscar.core.modules import check_usable, context_length, copied, evaluating
 from osscar.shrinking.equivalence import Inputs, proof_outputs, prove_equal
 from osscar.shrinking.lineage import LINEAGE, Lineage, lineage_of
 from osscar.shrinking.slice import slice_units
@@ -114,9 +118,14 @@ def save(
     ------
     OutputError
         If the directory is in use, or the disk refuses.
+    ModelError, OptionError
+        If an argument is of a wrong type.
     EquivalenceError
         If what was read back does not compute what the model computes.
     """
+    check_usable(model)
+    _check_dtype(dtype)
+    _check_companions(tokenizer, report)
     lineage = lineage_of(model)
     dtype = _stored_dtype(model) if dtype is None else dtype
     path = check_output(directory, overwrite=overwrite, needed_bytes=weight_bytes(model, dtype))
@@ -124,10 +133,30 @@ def save(
         model = copied(model).to(dtype)
     lineage = dataclasses.replace(lineage, stored_dtype=str(dtype).removeprefix("torch."))
     with replacing(path, overwrite=overwrite) as new:
-        stock = _write(model, lineage, new, tokenizer=tokenizer, report=report, page=page)
+        with system_errors():
+            stock = _write(model, lineage, new, tokenizer=tokenizer, report=report, page=page)
         _prove_readable(model, new, example_inputs)
-        written = sum(file.stat().st_size for file in new.glob("*.safetensors"))
+        written = _written(new)
     return SavedCheckpoint(path, stock, written)
+
+
+def describe(path: Path) -> SavedCheckpoint:
+    """Return what `save` has returned of a directory that it wrote.
+
+    Raises
+    ------
+    CheckpointError
+        If it has written no such thing.
+    """
+    manifest = read_manifest(path)
+    if manifest is None:
+        raise CheckpointError(f"{path} holds no {MANIFEST_FILE}")
+    return SavedCheckpoint(path, manifest.stock, _written(path))
+
+
+def _written(path: Path) -> int:
+    """Return the bytes of the weights in a directory."""
+    return sum(file.stat().st_size for file in path.glob("*.safetensors"))
 
 
 def weight_bytes(model: nn.Module, dtype: torch.dtype | None = None) -> int:
@@ -154,17 +183,14 @@ def _write(
     config = None
     if isinstance(model, PreTrainedModel):
         config = stock_config(model, lineage.plans)
-    try:
-        if config is not None:
-            assert isinstance(model, PreTrainedModel)
-            _save_stock(model, config, path)
-            lineage = dataclasses.replace(lineage, plans=())
-        else:
-            _save_planned(model, path)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(path)
-    except safetensors.SafetensorError as error:
-        raise OutputError(f"cannot write the weights: {error}") from error
+    if config is not None:
+        assert isinstance(model, PreTrainedModel)
+        _save_stock(model, config, path)
+        lineage = dataclasses.replace(lineage, plans=())
+    else:
+        _save_planned(model, path)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(path)
     if report is not None:
         write_json(path / REPORT_FILE, report)
     if page is not None:
@@ -209,19 +235,31 @@ def load(
     Raises
     ------
     CheckpointError
-        If the directory does not hold such a model.
+        If the directory does not hold such a model, or its weights are not what it says.
+    OptionError
+        If an argument is of a wrong type.
+    ModelError
+        If `dense` is no model.
     """
-    path = Path(directory).expanduser()
+    name = file_name(directory, "the checkpoint", "the directory that holds it")
+    _check_dtype(dtype)
+    if dense is not None:
+        check_usable(dense)
     try:
+        path = Path(name).expanduser()
         manifest = read_manifest(path)
         if manifest is None or manifest.stock:
             model = TransformersOrigin.of_directory(path).read_stock(path, dtype)
             return _with_lineage(model, manifest)
-        model = _dense(read_builder(manifest.lineage.origin, path), dense, path)
+        stored = stored_in(path)
+        model = _dense(read_builder(manifest.lineage.origin, path), dense, stored or {}, path)
         for plan in manifest.lineage.plans:
             slice_units(model, plan)
+        check_tensors(model, stored or {}, path)
     except DESCRIPTION_ERRORS as error:
-        raise CheckpointError(f"{path} is not a checkpoint that can be read: {error}") from error
+        raise CheckpointError(
+            f"{name} is not a checkpoint that can be read: {first_line(error):.500}"
+        ) from error
     try:
         safetensors.torch.load_model(model, path / "model.safetensors")
     except (OSError, RuntimeError, safetensors.SafetensorError) as error:
@@ -230,13 +268,33 @@ def load(
     return (model if dtype is None else model.to(dtype)).eval()
 
 
+def _check_dtype(dtype: object) -> None:
+    known = isinstance(dtype, torch.dtype) and dtype in _FORMATS.values()
+    if dtype is not None and not known:
+        raise OptionError(f"dtype is {shown(dtype)}; give one of {', '.join(_FORMATS)} of torch")
+
+
+def _check_companions(tokenizer: Any, report: Any) -> None:
+    """Refuse what cannot be written beside the weights, before they are."""
+    if tokenizer is not None and not hasattr(type(tokenizer), "save_pretrained"):
+        raise OptionError(f"the tokenizer is {shown(tokenizer)}; give one of transformers, or None")
+    try:
+        if report is not None and not isinstance(report, Mapping):
+            raise TypeError(f"it is {shown(report)}, not a dict")
+        json.dumps(report, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise OptionError(f"the report cannot be written as JSON: {error}") from error
+
+
 def _with_lineage(model: nn.Module, manifest: Manifest | None) -> nn.Module:
     if manifest is not None:
         setattr(model, LINEAGE, manifest.lineage)
     return model
 
 
-def _dense(origin: Builder | None, dense: nn.Module | None, path: Path) -> nn.Module:
+def _dense(
+    origin: Builder | None, dense: nn.Module | None, stored: Mapping[str, Stored], path: Path
+) -> nn.Module:
     """Return a dense model to shrink: the caller's, or one built as the origin says."""
     if dense is not None:
         return copied(dense)
@@ -246,6 +304,7 @@ def _dense(origin: Builder | None, dense: nn.Module | None, path: Path) -> nn.Mo
             "it: osscar.load(directory, dense=model)"
         )
     try:
+        check_size(origin.build, stored, path, pruned=True)
         return origin.build()
     except OsscarError:
         raise
@@ -270,7 +329,24 @@ def _save_planned(model: nn.Module, path: Path) -> None:
     builder = builder_of(model)
     if builder is not None:
         builder.write(model, path)
-    safetensors.torch.save_model(model, str(path / "model.safetensors"), {"format": "pt"})
+    file = path / "model.safetensors"
+    safetensors.torch.save_model(model, str(file), {"format": "pt"})
+    _order_metadata(file)
+
+
+def _order_metadata(path: Path) -> None:
+    """Put what a file of safetensors says in order, so that equal models are equal files.
+
+    Its writer says which tensors are shared, in an order that it draws.
+    """
+    with path.open("r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(text) <= length:  # spaces may follow; what is longer was written in another way
+            file.seek(8)
+            file.write(text.ljust(length))
 
 
 def _dtype(model: nn.Module) -> torch.dtype:

@@ -20,7 +20,7 @@ from osscar.checkpoint.manifest import (
 )
 from osscar.checkpoint.runs import entries, prefix, recover, refuse_earlier, run_for, stays
 from osscar.core.errors import CheckpointError, OutputError
-from osscar.core.files import ends_tidily, reason_of, resolved, uninterrupted
+from osscar.core.files import ends_tidily, reason_of, remedy, resolved, uninterrupted
 
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 _CHECKPOINT_FILES = (
@@ -145,7 +145,8 @@ def _check_writable(path: Path, needed_bytes: int) -> None:
         with uninterrupted():
             os.rmdir(tempfile.mkdtemp(prefix=prefix(path), dir=place))
     except OSError as error:
-        raise OutputError(f"cannot write to {place}: {reason_of(error)}") from error
+        reason = f"{reason_of(error)}{remedy(error)}"
+        raise OutputError(f"cannot write to {place}: {reason}") from error
     free = shutil.disk_usage(place).free
     if needed_bytes > free:
         raise OutputError(
@@ -183,5 +184,5 @@ def replacing(path: Path, *, overwrite: bool) -> Iterator[Path]:
                 run.swap()
         except OSError as error:
             raise OutputError(
-                f"cannot write {path}: {reason_of(error)}; it was left as it was"
+                f"cannot write {path}: {reason_of(error)}; it was left as it was{remedy(error)}"
             ) from error

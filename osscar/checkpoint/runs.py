@@ -34,6 +34,7 @@ from osscar.core.files import (
     hold,
     read_json,
     reason_of,
+    settle,
     uninterrupted,
     write_json,
 )
@@ -128,7 +129,17 @@ class Run:
         return mark if mark.target == self.target.name else None
 
     def swap(self) -> None:
-        """Put what was written in its place; at every moment either that or the old is whole."""
+        """Put what was written in its place; at every moment either that or the old is whole.
+
+        What is new is on the disk before it takes the place of what is old.
+        """
+        for written in (*self.new.rglob("*"), self.new):
+            settle(written)
+        self._swap()
+        with suppress(OSError):  # it is done, whatever a loss of power may undo
+            settle(self.target.parent)
+
+    def _swap(self) -> None:
         if self.work.parent == self.target:
             self._fill()
         elif not self.target.exists() or not any(self.target.iterdir()):
@@ -148,9 +159,9 @@ class Run:
         for entry in entries(self.target):
             entry.rename(self.old / entry.name)
         self.new.rename(self.going)
-        self.settle()
+        self.finish()
 
-    def settle(self) -> None:
+    def finish(self) -> None:
         """Finish what a killed run was swapping, or undo it where nothing new was in place yet."""
         if self.work.parent == self.target:
             source = self.going if self.going.is_dir() else self.old
@@ -184,7 +195,7 @@ def run_for(path: Path, place: Path) -> Iterator[Run]:
 def _remove(run: Run) -> None:
     """Remove the directory of a run whose target is settled; the mark goes last."""
     try:
-        run.settle()
+        run.finish()
     except OSError as error:
         raise OutputError(
             f"{run.target} could not be put in order: {reason_of(error)}; what belongs there lies "

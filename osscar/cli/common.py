@@ -162,7 +162,7 @@ def check_json_path(
     ------
     OutputError
         If its directory does not exist, if it is a directory itself, or is or lies in what the
-        command reads or writes.
+        command reads or writes, or if a file of another sort is there.
     """
     from osscar.core.errors import OutputError
 
@@ -177,6 +177,8 @@ def check_json_path(
                 )
         if path.is_dir() or not path.absolute().parent.is_dir():
             raise OutputError(f"cannot write {path}: give a file in a directory that exists")
+        if path.is_file() and path.open("rb").read(1) not in (b"", b"{", b"<"):
+            raise OutputError(f"{path} is no JSON or SVG, and would be lost; give another name")
     except (OSError, RuntimeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise OutputError(f"cannot write {path}: {reason}") from error
@@ -211,15 +213,27 @@ def _covers(used: Path, place: Path) -> bool:
 
 @contextmanager
 def way_back(kept: Callable[[], str]) -> Iterator[None]:
-    """Say how to go on where someone interrupts the block.
+    """Say how to go on where someone interrupts the block, or where it cannot write.
 
     Parameters
     ----------
     kept
         Says what is kept by then, and where.
     """
+    from osscar.core.errors import BusyError, OutputError
+
     try:
         yield
     except (KeyboardInterrupt, SystemExit):
         say_aside("interrupted", f"{kept()}; give the same command again to go on", "yellow")
         raise
+    except BusyError:
+        raise
+    except OutputError as error:
+        raise OutputError(
+            f"{error}. {_begun(kept())}; give the same command again to go on"
+        ) from error
+
+
+def _begun(sentence: str) -> str:
+    return sentence[:1].upper() + sentence[1:]

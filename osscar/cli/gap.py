@@ -152,7 +152,7 @@ def command(
         if calibration is not None and Path(calibration).is_file():
             source["calibration_sha256"] = _fingerprint(Path(calibration))["sha256"]
     study = Study(directory, source)
-    with quiet(), study.locked():
+    with quiet(), study.locked(), way_back(lambda: study.kept):
         if not study.instances:
             study.capture(
                 _file_problems(sources)
@@ -162,8 +162,7 @@ def command(
                 )
             )
         jobs = jobs or study.affordable_jobs()
-        with way_back(lambda: f"what was solved is kept in {study.directory}"):
-            records = study.run(design, jobs)
+        records = study.run(design, jobs)
         summary = summarize(records, study.trivial)
         report = write_report(study, design, records, summary, jobs=jobs)
     _print(summary)

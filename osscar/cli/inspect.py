@@ -40,7 +40,6 @@ def command(
     """Show the coupling groups of a model as a table."""
     from graph.groups import UnitKind
     from osscar.capture.opened import opened
-    from osscar.core.errors import OutputError
     from osscar.core.modules import count_parameters
     from osscar.evaluation.size import count_owned
     from osscar.models.open import open_model
@@ -72,10 +71,7 @@ def command(
     prunable, total = count_owned(loaded.model, groups), count_parameters(loaded.model)
     say(f"{prunable / total:.1%} of {total:,} parameters lie in prunable groups")
     if svg is not None:
-        try:
-            say(f"drawing: {ready.traced.draw(svg)}")
-        except OSError as error:
-            raise OutputError(f"cannot write {svg}: {error.strerror}") from error
+        say(f"drawing: {ready.traced.draw(svg)}")
     content = {
         "model": loaded.source,
         "parameters": total,

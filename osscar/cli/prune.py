@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json as jsonlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -32,9 +33,11 @@ if TYPE_CHECKING:
     from osscar.data.images import ImageSet
     from osscar.data.tokens import CalibrationSet
     from osscar.pruning.result import PruningResult
+    from osscar.pruning.run_log import RunLog
 
 
 def command(
+    context: typer.Context,
     model: ModelArgument,
     directory: Annotated[Path, typer.Option("--out", help="Where the smaller model goes.")],
     sparsity: Annotated[
@@ -185,7 +188,7 @@ def command(
     """
     from osscar.checkpoint.directory import check_output, weight_bytes
     from osscar.checkpoint.manifest import PAGE_FILE
-    from osscar.core.files import write_text
+    from osscar.core.files import resolved
     from osscar.models.open import open_model
     from osscar.models.vision import VisionModel
     from osscar.pruning.prune import prune_as_asked
@@ -196,7 +199,6 @@ def command(
     read = (model, calibration, weights)
     check_json_path(json, inputs=read, written=directory)
     check_json_path(report, inputs=(*read, json), written=directory, option="--report")
-    path = check_output(directory, overwrite=overwrite, inputs=(*read, json, report))
     patterns = [part.strip() for text in skip or () for part in text.split(",")]
     request = PruningRequest(
         sparsity=sparsity,
@@ -221,7 +223,14 @@ def command(
         batch_size=batch_size,
         seed=seed,
     )
-    with quiet():
+    path = resolved(directory)
+    log, asked = RunLog(_beside(path)), _asked(context)
+    if not (overwrite or restart) and _is_saved(path, log, asked, json, report):
+        return
+    check_output(path, overwrite=overwrite, inputs=(*read, json, report))
+    with log.held(), way_back(lambda: log.kept), quiet():
+        if restart:
+            log.remove()
         loaded = open_model(
             model,
             weights=weights,
@@ -233,29 +242,66 @@ def command(
         needed = weight_bytes(loaded.model, loaded.stored_dtype)
         check_output(path, overwrite=overwrite, needed_bytes=needed)
         data = loaded.calibration(calibration, samples=samples, seqlen=seqlen, seed=seed)
-        log = RunLog(_beside(path))
-        if restart:
-            log.remove()
-        with way_back(lambda: f"{log.committed} groups are done and kept in {log.directory}"):
-            result = prune_as_asked(loaded.model, data, request, log)
+        result = prune_as_asked(loaded.model, data, request, log)
         content = report_document(result, loaded.model, loaded.source, data, loaded.classes)
-        page = prune_page(content)
+        log.note(asked, content)
         saved = result.save(
             path,
             tokenizer=loaded.tokenizer,
             report=content,
-            page=page,
+            page=prune_page(content),
             overwrite=overwrite,
         )
+        _write_copies(content, saved, json, report)
         log.remove()
     print_result(result, saved)
-    if report is not None:
-        write_text(report, page)
     say(f"report: {saved.path / PAGE_FILE}")
     out.print("next:", style="bold")
     given = "--images PATH" if isinstance(loaded, VisionModel) else "--text FILE"
     out.print(f"  osscar eval {directory} {given} --against {against or model}", highlight=False)
+
+
+_OF_THIS_TIME = ("directory", "overwrite", "restart", "json", "report")
+"""Parameters that change nothing of what is saved."""
+
+
+def _asked(context: typer.Context) -> dict[str, str]:
+    """Return how a run was asked for, as its log keeps it."""
+    return {name: str(v) for name, v in context.params.items() if name not in _OF_THIS_TIME}
+
+
+def _write_copies(
+    content: Mapping[str, Any], saved: SavedCheckpoint, json: Path | None, report: Path | None
+) -> None:
+    """Write what a run is asked to write beside its output."""
+    from osscar.core.files import write_text
+    from osscar.report.prune_page import prune_page
+
     write_json(json, {**content, "saved": _saved(saved)})
+    if report is not None:
+        write_text(report, prune_page(content))
+
+
+def _is_saved(
+    path: Path, log: RunLog, asked: dict[str, str], json: Path | None, report: Path | None
+) -> bool:
+    """Finish a run that was ended after its save, while it removed its log; whether it was."""
+    from osscar.checkpoint.directory import describe
+    from osscar.checkpoint.manifest import REPORT_FILE
+    from osscar.checkpoint.runs import recover
+
+    if log.saved(asked, path / REPORT_FILE) is None:
+        return False
+    with log.held():
+        content = log.saved(asked, path / REPORT_FILE)
+        if content is None:
+            return False
+        recover(path)
+        saved = describe(path)
+        _write_copies(content, saved, json, report)
+        log.remove()
+    say(f"saved: {saved.path}, before this run began, by one that was ended just then")
+    return True
 
 
 def _beside(path: Path) -> Path:
@@ -312,7 +358,9 @@ def report_document(
 
 def print_result(result: PruningResult, saved: SavedCheckpoint) -> None:
     """Print the table of layers and what became of the model."""
+    from osscar.report.proofs import proofs_in_words
     from osscar.report.run_tables import layers_table
+    from osscar.study.records import Proof
 
     out.print(layers_table(result.layers))
     dead = sum(layer.dead for layer in result.layers)
@@ -320,8 +368,13 @@ def print_result(result: PruningResult, saved: SavedCheckpoint) -> None:
         out.print(f"{dead} units were dead (zero on all calibration data) and went first")
     bounded = [layer for layer in result.layers if layer.lower_bound is not None]
     if bounded:
-        proved = sum(layer.proved_optimal for layer in bounded)
-        out.print(f"{proved} of {len(result.layers)} choices are proved optimal")
+        proofs = [
+            Proof.WORD if layer.recomputed_bound is None else Proof.RECOMPUTED
+            for layer in bounded
+            if layer.proved_optimal
+        ]
+        rests = f"; {proofs_in_words(proofs)}" if proofs else ""
+        out.print(f"{len(proofs)} of {len(result.layers)} choices are proved optimal{rests}")
     share = 1 - result.parameters_after / result.parameters_before
     out.print(
         f"{result.parameters_before:,} parameters became {result.parameters_after:,} "

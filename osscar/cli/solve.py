@@ -111,6 +111,8 @@ def _print_problem(problem: SubsetProblem, file: Path) -> None:
 
 
 def _print_solution(solution: Solution, verification: Verification) -> None:
+    from osscar.report.proofs import not_recomputed_in_words
+
     problem = solution.problem
     say(
         f"{problem.name}: {solution.backend} keeps {problem.keep} of {problem.units} units, "
@@ -128,6 +130,8 @@ def _print_solution(solution: Solution, verification: Verification) -> None:
         + (", and the bound" if math.isfinite(verification.lower_bound) else "")
         + (", and every exchange" if math.isfinite(verification.swap_gain) else "")
     )
+    if verification.not_recomputed:
+        say(not_recomputed_in_words(verification.not_recomputed))
     fewer = "kept" if 2 * problem.keep <= problem.units else "removed"
     units = solution.support if fewer == "kept" else solution.removed
     say(f"{fewer}: {' '.join(map(str, units.tolist()))}")

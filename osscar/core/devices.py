@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from osscar.core.errors import DeviceError
+from osscar.core.inputs import shown
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -22,7 +23,9 @@ def resolve_device(device: str | torch.device = "auto") -> torch.device:
     try:
         resolved = torch.device(device)
     except (RuntimeError, TypeError) as error:
-        raise DeviceError(f"unknown device {device!r:.60}; give 'auto', 'cpu' or 'cuda'") from error
+        raise DeviceError(
+            f"unknown device {shown(device)}; give 'auto', 'cpu' or 'cuda'"
+        ) from error
     if resolved.type not in ("cpu", "cuda") or (resolved.type == "cpu" and resolved.index):
         raise DeviceError(f"cannot run on {str(device)!r}; give 'auto', 'cpu' or 'cuda'")
     if resolved.type == "cuda" and (resolved.index or 0) >= torch.cuda.device_count():
@@ -58,7 +61,14 @@ def resolve_dtype(
     """
     if dtype is None or dtype == "auto":
         return torch.float32 if device is None or device.type == "cpu" else None
-    resolved = DTYPES.get(str(dtype).removeprefix("torch."))
+    resolved = next(
+        (
+            kind
+            for name, kind in DTYPES.items()
+            if dtype is kind or dtype in (name, f"torch.{name}")
+        ),
+        None,
+    )
     if resolved is None:
-        raise DeviceError(f"unknown number format {str(dtype)!r}; give auto, {', '.join(DTYPES)}")
+        raise DeviceError(f"unknown number format {shown(dtype)}; give auto, {', '.join(DTYPES)}")
     return resolved

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import math
 import os
+import re
 import signal
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -20,7 +23,7 @@ import filelock
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from osscar.core.errors import BusyError, FileError, OutputError
-from osscar.core.inputs import read_bytes
+from osscar.core.inputs import check_regular, file_name, read_bytes
 
 T = TypeVar("T")
 
@@ -38,8 +41,17 @@ Of the types that JSON has, none is taken for another; no field is missing or le
 
 MEGABYTE = 2**20
 
+_LONGEST_PATH = 4096
+"""Bytes, as Linux has it; other systems refuse earlier."""
+
+_DEEPEST = 256
+"""Directories in one another; Python makes each in the call that makes the next."""
+
 _LARGEST = 2**63
 """Whole numbers lie below it and above its negative: tensors hold no others."""
+
+_MOST_DIGITS = 40
+"""Of a whole number in a file that is not ours."""
 
 _SHOWN = 60
 """Characters of an offending value that a message shows."""
@@ -52,8 +64,9 @@ _SHOWN = 60
 def whole(path: Path) -> Iterator[Path]:
     """Give a place beside `path` to write to; once the block has ended, it becomes `path`.
 
-    The place bears the number of the process, so that two never write to the same.  A pipe or a
-    device is written to itself, since it cannot be replaced.
+    The place bears the number of the process, so that two never write to the same.  It is on the
+    disk before it becomes `path`: what survives a loss of power is either whole or not there.  A
+    pipe or a device is written to itself, since it cannot be replaced.
 
     Raises
     ------
@@ -66,10 +79,14 @@ def whole(path: Path) -> Iterator[Path]:
         if target.exists() and not target.is_file():
             yield target
             return
-        yield partial
+        with system_errors():
+            yield partial
+        settle(partial)
         partial.replace(target)
+        with suppress(OSError):  # it is there, whatever a loss of power may undo
+            settle(target.parent)
     except OSError as error:
-        raise OutputError(f"cannot write {path}: {reason_of(error)}") from error
+        raise OutputError(f"cannot write {path}: {reason_of(error)}{remedy(error)}") from error
     finally:
         with suppress(OSError):
             partial.unlink(missing_ok=True)
@@ -81,12 +98,19 @@ def resolved(path: str | os.PathLike[str]) -> Path:
     Raises
     ------
     OutputError
-        If it cannot be a path: links that lead in a circle, a user without a home, NUL.
+        If it cannot be a path: links that lead in a circle, a user without a home, NUL, more than
+        a system takes.
+    OptionError
+        If it is neither text nor a path.
     """
+    name = file_name(path, "the output", "the name of a file or directory")
     try:
-        return Path(path).expanduser().resolve()
+        found = Path(name).expanduser().resolve()
+        if len(os.fsencode(found)) >= _LONGEST_PATH or len(found.parts) > _DEEPEST:
+            raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
     except (OSError, RuntimeError, ValueError) as error:
-        raise OutputError(f"cannot write {str(path)!r}: {reason_of(error)}") from error
+        raise OutputError(f"cannot write {name[:300]!r}: {reason_of(error)}") from error
+    return found
 
 
 def write_text(path: Path, text: str) -> None:
@@ -114,9 +138,79 @@ def write_json(path: Path, content: Any, *, indent: int | None = 2) -> None:
     write_text(path, json.dumps(content, indent=indent, allow_nan=False) + "\n")
 
 
+@contextmanager
+def stored(path: Path) -> Iterator[None]:
+    """Let the block write a file by means that make it whole, and wait until it is on the disk.
+
+    Raises
+    ------
+    OutputError
+        If the system refuses.
+    """
+    try:
+        with system_errors():
+            yield
+        settle(path)
+    except OSError as error:
+        raise OutputError(f"cannot write {path}: {reason_of(error)}{remedy(error)}") from error
+
+
+def settle(path: Path) -> None:
+    """Wait until a file, or the names in a directory, are on the disk.
+
+    Raises
+    ------
+    OSError
+        If they cannot get there.
+    """
+    if os.name != "posix" and path.is_dir():
+        return  # directories cannot be opened there
+    descriptor = os.open(path, os.O_RDONLY if os.name == "posix" else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _CANNOT_SYNC:
+            raise
+    finally:
+        os.close(descriptor)
+
+
+_CANNOT_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)
+"""What file systems answer that know no such thing, as some networks do not of directories."""
+
+
 def reason_of(error: BaseException) -> str:
     """Return what the system says of an error, without number and path."""
     return getattr(error, "strerror", None) or str(error) or type(error).__name__
+
+
+def remedy(error: OSError) -> str:
+    """Return what to do about an error, as the end of a message; empty where that is not known."""
+    return _REMEDIES.get(error.errno or 0, "")
+
+
+_REMEDIES = {
+    errno.ENOSPC: "; make room there",
+    errno.EDQUOT: "; make room there",
+    errno.EFBIG: "; allow larger files (ulimit -f)",
+}
+
+
+@contextmanager
+def system_errors() -> Iterator[None]:
+    """Raise what the system refuses as an OSError, also where a library says so in its own way.
+
+    safetensors, tokenizers and `solvers` raise other exceptions, with the number in the text.
+    """
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:
+        number = re.search(r"\b(?:os error|Errno) (\d+)\b", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
 
 
 # ---- signals -----------------------------------------------------------------------------
@@ -184,6 +278,8 @@ def _handled(
 def hold(place: Path, work: Path) -> Iterator[bool]:
     """Hold a lock file; the system releases it when the process ends, however.
 
+    It says who holds it, for those who find it held.
+
     Parameters
     ----------
     place
@@ -199,22 +295,36 @@ def hold(place: Path, work: Path) -> Iterator[bool]:
     Raises
     ------
     BusyError
-        If another process holds it.
+        If another process holds it, by its number.
     OutputError
         If it cannot be written.
     """
+    holder = _holder(place)  # now: some versions of filelock empty the file when they try it
     lock = filelock.FileLock(place, timeout=0)
     with contextlib.ExitStack() as held:
         try:
             held.enter_context(lock)
         except filelock.Timeout:
             raise BusyError(
-                f"another process is at work in {work}; wait for it, or give another --out"
+                f"another process is at work in {work}{_holder(place) or holder}; wait for it, or "
+                "give another --out"
             ) from None
         except (NotImplementedError, OSError) as error:
             if not _can_write(place):
-                raise OutputError(f"cannot write {place}: {reason_of(error)}") from error
+                more = remedy(error) if isinstance(error, OSError) else ""
+                raise OutputError(f"cannot write {place}: {reason_of(error)}{more}") from error
+        if lock.is_locked:
+            with suppress(OSError):  # who holds it is good to know, and no more
+                place.write_text(f"{os.getpid()} {socket.gethostname()}\n", encoding="utf-8")
         yield lock.is_locked
+
+
+def _holder(place: Path) -> str:
+    """Return who wrote that it holds a lock, as part of a message; empty where nobody did."""
+    with suppress(OSError, ValueError):
+        found = re.fullmatch(r"(\d{1,10}) ([\w.-]{1,255})\n", read_bytes(place, 300).decode())
+        return f" (process {found[1]} on {found[2]})" if found else ""
+    return ""
 
 
 def _can_write(place: Path) -> bool:
@@ -242,6 +352,7 @@ def file_digest(path: Path) -> str:
         If it cannot be read.
     """
     try:
+        check_regular(path)
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
@@ -287,6 +398,40 @@ def validated(content: Any, schema: type[T], name: str) -> T:
     except (TypeError, ValueError) as error:
         raise FileError(name, str(error)) from error
     return parse_json(text, schema, name)
+
+
+def read_object(path: Path, *, limit: int = 64 * MEGABYTE) -> dict[str, Any]:
+    """Read a JSON object of another project's, whose fields nobody here can list.
+
+    It comes in on the same way as with `read_json`, less the schema.  Infinity is let through,
+    since some families write it (``time_step_limit`` of Mamba), and so are large numbers
+    (``model_max_length`` of tokenizers is 1e30).
+
+    Parameters
+    ----------
+    path
+        The file.
+    limit
+        Bytes that it may have at most.
+
+    Raises
+    ------
+    FileError
+        If it is missing, too large, no JSON object, holds NaN or one key twice, or is nested too
+        deeply.
+    """
+    text = _read_text(path, limit)
+    try:
+        found = json.loads(
+            text, parse_constant=_infinite, parse_int=_short, object_pairs_hook=_distinct
+        )
+    except RecursionError as error:
+        raise FileError(path, "it is nested too deeply") from error
+    except ValueError as error:
+        raise FileError(path, str(error)) from error
+    if not isinstance(found, dict):
+        raise FileError(path, f"it holds a {type(found).__name__}, not an object")
+    return found
 
 
 def parse_json(text: str, schema: type[T], path: str | os.PathLike[str]) -> T:
@@ -342,6 +487,16 @@ def _finite(text: str) -> float:
     if not math.isfinite(value):
         raise ValueError(f"{text:.{_SHOWN}} is not a finite number")
     return value
+
+
+def _infinite(text: str) -> float:
+    return float(text) if text != "NaN" else _refused(text)
+
+
+def _short(text: str) -> int:
+    if len(text) > _MOST_DIGITS:
+        raise ValueError(f"{text:.{_SHOWN}} has {len(text)} digits")
+    return int(text)
 
 
 def _moderate(text: str) -> int:

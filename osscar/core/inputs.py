@@ -3,15 +3,27 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
+import reprlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
-from osscar.core.errors import OptionError
+from osscar.core.errors import ModelError, OptionError
 
 TEXT_LIMIT = 2**30
-JSON_LIMIT = 2**26
+
+
+_SHOWN = reprlib.Repr()
+_SHOWN.maxstring = _SHOWN.maxother = _SHOWN.maxlong = 60
+
+
+def shown(value: object) -> str:
+    """Return an argument as a message shows it: short, whatever it is, and if it has no text."""
+    try:
+        return _SHOWN.repr(value)
+    except Exception:  # anyone's code may run here
+        return f"an object of {type(value).__qualname__}"
 
 
 def file_name(value: object, what: str, example: str) -> str:
@@ -35,7 +47,7 @@ def file_name(value: object, what: str, example: str) -> str:
         name = os.fspath(value)
         if isinstance(name, str):
             return name
-    raise OptionError(f"{what} is {value!r:.60} ({type(value).__name__}); give {example}")
+    raise OptionError(f"{what} is {shown(value)} ({type(value).__name__}); give {example}")
 
 
 def whole_number(value: object, what: str, least: int) -> int:
@@ -57,10 +69,10 @@ def whole_number(value: object, what: str, least: int) -> int:
     """
     if isinstance(value, bool) or not isinstance(value, int):
         raise OptionError(
-            f"{what} is {value!r:.60} ({type(value).__name__}); give a whole number from {least}"
+            f"{what} is {shown(value)} ({type(value).__name__}); give a whole number from {least}"
         )
     if value < least:
-        raise OptionError(f"{what} must be at least {least}, not {value}")
+        raise OptionError(f"{what} must be at least {least}, not {shown(value)}")
     return value
 
 
@@ -94,20 +106,23 @@ def read_bytes(path: Path, limit: int) -> bytes:
     return data
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a file that holds one JSON object.
+@contextmanager
+def panics_are_errors(what: str) -> Iterator[None]:
+    """Turn a panic of the library of tokenizers, which is no `Exception`, into an error of ours.
+
+    Parameters
+    ----------
+    what
+        What the block does.
 
     Raises
     ------
-    OSError
-        If it cannot be read.
-    ValueError
-        If it holds something else.
+    ModelError
+        If the library panics.
     """
     try:
-        data = json.loads(read_bytes(path, JSON_LIMIT))
-    except RecursionError:
-        raise ValueError("it is nested too deeply") from None
-    if not isinstance(data, dict):
-        raise ValueError(f"it holds a {type(data).__name__}, not an object")
-    return data
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise ModelError(f"the tokenizer fails on {what}: {error}; get its files anew") from error

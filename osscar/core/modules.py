@@ -9,6 +9,7 @@ from typing import Any, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 from torch.utils import _pytree as pytree
 
 from osscar.core.errors import ModelError, NonFiniteError, first_line
@@ -38,6 +39,18 @@ def check_finite_weights(model: nn.Module) -> None:
             )
 
 
+def check_module(model: object) -> None:
+    """Refuse what is no module.
+
+    Raises
+    ------
+    ModelError
+        Saying what it is.
+    """
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"the model is a {type(model).__name__}; give a torch.nn.Module")
+
+
 def check_usable(model: nn.Module) -> None:
     """Refuse what has no weights that could be read.
 
@@ -46,8 +59,7 @@ def check_usable(model: nn.Module) -> None:
     ModelError
         If it is no module, has no parameters, or has one without values.
     """
-    if not isinstance(model, nn.Module):
-        raise ModelError(f"the model is a {type(model).__name__}; give a torch.nn.Module")
+    check_module(model)
     parameters = dict(model.named_parameters())
     if not parameters:
         raise ModelError(f"{type(model).__name__} has no parameters, so nothing can be pruned")
@@ -121,12 +133,44 @@ def context_length(model: nn.Module) -> int | None:
     return length if isinstance(length, int) else None
 
 
+def in_evaluation(model: M) -> M:
+    """Set a model to evaluation mode, and return it, whatever its own ``train`` does.
+
+    Raises
+    ------
+    ModelError
+        Naming a normalization that keeps to training mode, in which its outputs depend on the rest
+        of the batch.
+    """
+    try:
+        model.eval()
+    except Exception as error:  # the model may be anyone's code
+        raise ModelError(
+            f"{type(model).__name__} cannot be set to evaluation mode: {first_line(error)}"
+        ) from error
+    for name, module in model.named_modules():
+        if isinstance(module, _NormBase) and module.training:
+            raise ModelError(
+                f"module {name or 'the model'!r} ({type(module).__name__}) stays in training mode "
+                "after eval(), so that its outputs depend on the rest of the batch; let "
+                "train(False) of every module around it reach it"
+            )
+    return model
+
+
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Set a model to evaluation mode, and each module back to its own mode afterwards."""
+    """Set a model to evaluation mode, and each module back to its own mode afterwards.
+
+    Raises
+    ------
+    ModelError
+        As `in_evaluation`.
+    """
+    check_module(model)
     flags = [(module, module.training) for module in model.modules()]
-    model.eval()
     try:
+        in_evaluation(model)
         yield
     finally:
         for module, training in flags:

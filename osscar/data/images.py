@@ -15,7 +15,7 @@ from torch import Tensor
 
 from osscar.core.errors import ImageError, OptionError, first_line
 from osscar.core.files import digest
-from osscar.core.inputs import file_name, whole_number
+from osscar.core.inputs import file_name, shown, whole_number
 from osscar.data.preprocessing import Preprocessing
 from osscar.data.tokens import named_generator
 from osscar.shrinking.lineage import Calibration
@@ -70,7 +70,7 @@ class ImageSet:
             If `count` is not positive.
         """
         if not isinstance(count, int) or count < 1:
-            raise ImageError(f"cannot draw {count!r:.60} images; give at least 1 (--samples)")
+            raise ImageError(f"cannot draw {shown(count)} images; give at least 1 (--samples)")
         order = torch.randperm(len(self), generator=named_generator("images", seed))[:count]
         return self._select(order)
 

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from osscar.core.errors import TextError
 from osscar.core.files import digest
-from osscar.core.inputs import TEXT_LIMIT, file_name, read_bytes
+from osscar.core.inputs import TEXT_LIMIT, file_name, panics_are_errors, read_bytes
 from osscar.shrinking.lineage import Calibration
 
 
@@ -85,9 +85,9 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> Tensor:
             "decode the file it comes from as UTF-8"
         ) from error
     # verbose=False: a text longer than the model's context is the normal case here
-    ids = tokenizer(text, add_special_tokens=False, return_attention_mask=False, verbose=False)[
-        "input_ids"
-    ]
+    options = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
+    with panics_are_errors("this text"):
+        ids = tokenizer(text, **options)["input_ids"]
     return torch.tensor(ids, dtype=torch.int64)
 
 

@@ -20,7 +20,7 @@ from osscar.core.errors import (
     first_line,
 )
 from osscar.core.files import digest
-from osscar.core.inputs import file_name
+from osscar.core.inputs import file_name, shown
 from osscar.data.prose import Part, builtin_text
 from osscar.data.text import encode, read_text, text_digest
 
@@ -183,8 +183,8 @@ def _check(tokenizer: Any, samples: Any, seqlen: Any, seed: Any) -> None:
         )
     if not all(isinstance(number, int) for number in (samples, seqlen, seed)):
         raise OptionError(
-            f"samples is {samples!r:.40}, seqlen {seqlen!r:.40} and seed {seed!r:.40}; give whole "
-            "numbers"
+            f"samples is {shown(samples)}, seqlen {shown(seqlen)} and seed {shown(seed)}; give "
+            "whole numbers"
         )
     if samples < 1 or seqlen < 1:
         raise CalibrationError(

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from osscar.core.errors import ModelError, NonFiniteError, OptionError, TextError
-from osscar.core.inputs import whole_number
+from osscar.core.inputs import shown, whole_number
 from osscar.core.modules import check_usable, evaluating
 from osscar.core.progress import track
 from osscar.data.text import encode
@@ -291,7 +291,7 @@ def _window_length(model: PreTrainedModel, seqlen: int | None) -> int:
         return min(limit, DEFAULT_SEQLEN)
     if not isinstance(seqlen, int) or not 2 <= seqlen <= limit:
         raise OptionError(
-            f"a window of {seqlen!r:.60} tokens does not fit this model; give from 2 to {limit}, "
+            f"a window of {shown(seqlen)} tokens does not fit this model; give from 2 to {limit}, "
             "which is its context (--seqlen)"
         )
     return seqlen

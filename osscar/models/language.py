@@ -23,15 +23,17 @@ import transformers
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from osscar.checkpoint.builders import check_config
+from osscar.checkpoint.admission import check_config
+from osscar.checkpoint.builders import TransformersOrigin
 from osscar.checkpoint.directory import load
 from osscar.checkpoint.manifest import CONFIG_FILE, is_checkpoint, read_manifest
 from osscar.core.devices import resolve_device, resolve_dtype
-from osscar.core.errors import ModelError, ModelNotFound, first_line
-from osscar.core.inputs import check_regular, file_name
+from osscar.core.errors import ModelError, ModelNotFound, OsscarError, first_line
+from osscar.core.inputs import check_regular, file_name, panics_are_errors
 from osscar.core.modules import check_finite_weights, check_usable, context_length
 from osscar.data.tokens import CalibrationSet, load_calibration
 from osscar.models.names import Sort, sort_of
+from osscar.models.trial import check_other_files, check_tokenizer
 from osscar.models.wheels import PACKAGED_MODELS, fetch
 from osscar.shrinking.lineage import LINEAGE, lineage_of, note
 
@@ -138,7 +140,7 @@ def load_model(
     ModelError
         If the checkpoint is unsafe, or not a causal language model.
     CheckpointError
-        If the directory's config or plan cannot be read.
+        If the directory's config, plan or weights cannot be read, or do not fit one another.
     NonFiniteError
         If a parameter holds NaN or infinity.
     DeviceError
@@ -219,6 +221,7 @@ def _find(name: str) -> _Found:
         _check_files(path)
         if (path / CONFIG_FILE).exists():
             check_config(path)
+        check_other_files(path)
         return _Found(str(path), f"directory {path}", path)
     if exists:
         raise ModelNotFound(f"{name!r} is a file; give the directory that holds the checkpoint")
@@ -238,6 +241,11 @@ def _check_files(directory: Path) -> None:
 
 def _load_stock(found: _Found, trust_remote_code: bool) -> Any:
     try:
+        if found.path is not None and not trust_remote_code:
+            config = transformers.AutoConfig.from_pretrained(
+                found.location, local_files_only=True, trust_remote_code=False
+            )
+            TransformersOrigin(transformers.AutoModelForCausalLM, config).check_stock(found.path)
         model, loading = transformers.AutoModelForCausalLM.from_pretrained(
             found.location,
             dtype="auto",
@@ -246,6 +254,8 @@ def _load_stock(found: _Found, trust_remote_code: bool) -> Any:
             trust_remote_code=trust_remote_code,
             local_files_only=found.path is None and not _hub_is_reachable(),
         )
+    except OsscarError:
+        raise
     except Exception as error:  # a config whose numbers make no sense raises whatever it meets
         raise _explain(found, error) from error
     missing = sorted(loading["missing_keys"])
@@ -259,14 +269,17 @@ def _load_stock(found: _Found, trust_remote_code: bool) -> Any:
 
 def _load_tokenizer(found: _Found, trust_remote_code: bool) -> Any:
     reason = "it gives no tokens"
+    if found.path is not None and found.path != DEMO_DIRECTORY:
+        check_tokenizer(found.path)
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(
             found.location,
             trust_remote_code=trust_remote_code,
             local_files_only=found.path is None and not _hub_is_reachable(),
         )
-        if tokenizer("text")["input_ids"]:  # without files, transformers builds an empty one
-            return tokenizer
+        with panics_are_errors("'text'"):
+            if tokenizer("text")["input_ids"]:  # without files, transformers builds an empty one
+                return tokenizer
     except Exception as error:  # the library of tokenizers raises plain exceptions
         reason = first_line(error)
     raise ModelError(

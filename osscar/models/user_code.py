@@ -16,6 +16,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from osscar.core.errors import CalibrationError, ModelError, ModelNotFound
+from osscar.core.modules import in_evaluation
 from osscar.data.batches import Batch, named_inputs
 
 
@@ -48,7 +49,7 @@ def build(name: str) -> tuple[nn.Module, Batch | None]:
             f"{name} returned a {type(model).__name__}; return a torch.nn.Module, or one with "
             "example inputs"
         )
-    return model.eval(), None if example is None else _named(model, example, name)
+    return in_evaluation(model), None if example is None else _named(model, example, name)
 
 
 def _named(model: nn.Module, example: Any, name: str) -> Batch:

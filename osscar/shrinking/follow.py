@@ -18,6 +18,9 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from graph.groups import Role, UnitKind
+from osscar.core.errors import OptionError
+from osscar.core.inputs import shown
+from osscar.core.modules import check_module
 from osscar.shrinking.attention import PREPARED, REWRITTEN, leave_nested_tensors, rewritten
 from osscar.shrinking.plan import GroupPlan
 
@@ -44,6 +47,11 @@ def adapter(*classes: type[nn.Module] | str) -> Callable[[_Function], _Function]
         Classes, or their full names such as ``"package.module.Attention"``, which spare an import.
         Subclasses are covered too.
 
+    Raises
+    ------
+    OptionError
+        If one of them is neither, or what is decorated is no function.
+
     Examples
     --------
     >>> import osscar
@@ -52,8 +60,17 @@ def adapter(*classes: type[nn.Module] | str) -> Callable[[_Function], _Function]
     ...     if group.kind == "heads":
     ...         module.h = group.scaled(module.h)
     """
+    for kind in classes:
+        if not isinstance(kind, str) and not (
+            isinstance(kind, type) and issubclass(kind, nn.Module)
+        ):
+            raise OptionError(
+                f"an adapter is for {shown(kind)}; give a class of modules, or its full name"
+            )
 
     def register(function: _Function) -> _Function:
+        if not callable(function):
+            raise OptionError(f"an adapter is {shown(function)}; give a function")
         for kind in classes:
             _ADAPTERS[kind if isinstance(kind, str) else _full_name(kind)] = function
         return function
@@ -67,6 +84,7 @@ def prepare(model: nn.Module) -> None:
     Call it before a model is traced: a table is sliced with the heads, code is not.  What the model
     computes stays the same.
     """
+    check_module(model)
     for module in model.modules():
         rewritten(module, PREPARED)
 

@@ -11,7 +11,7 @@ from pydantic import AfterValidator, ConfigDict
 from torch import nn
 
 from graph.groups import CouplingGroup, Role, Slot, UnitKind
-from osscar.core.errors import CheckpointError, FileError
+from osscar.core.errors import CheckpointError, FileError, OptionError
 from osscar.core.files import STRICT, validated
 
 _MOST = 2**31
@@ -145,3 +145,18 @@ class PruningPlan:
             return validated(data, cls, "the pruning plan")
         except FileError as error:
             raise CheckpointError(f"the pruning plan cannot be read: {error.reason}") from error
+
+
+def check_plan(plan: object) -> None:
+    """Refuse what is no plan.
+
+    Raises
+    ------
+    OptionError
+        Saying what it is.
+    """
+    if not isinstance(plan, PruningPlan):
+        raise OptionError(
+            f"the plan is a {type(plan).__name__}; give a PruningPlan, which "
+            "PruningPlan.from_json makes of a saved one"
+        )

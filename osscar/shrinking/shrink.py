@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
-from osscar.core.errors import EquivalenceError, OsscarError
+from graph.export import failing_module
+from osscar.core.errors import EquivalenceError, ModelError, OptionError, OsscarError, first_line
+from osscar.core.inputs import shown
 from osscar.core.modules import evaluating, restored, restored_on_error
 from osscar.shrinking.equivalence import (
     Inputs,
@@ -21,7 +24,7 @@ from osscar.shrinking.follow import prepare
 from osscar.shrinking.integers import IntegerSearch
 from osscar.shrinking.lineage import lineage_of, note
 from osscar.shrinking.mask import masked
-from osscar.shrinking.plan import GroupPlan, PruningPlan
+from osscar.shrinking.plan import GroupPlan, PruningPlan, check_plan
 from osscar.shrinking.slice import slice_units
 
 
@@ -66,10 +69,15 @@ def shrink(
     Raises
     ------
     ModelError
-        If the plan does not fit the model.
+        If the plan does not fit the model, or the model cannot run on the inputs.
+    OptionError
+        If plan, inputs or tolerance are none.
     EquivalenceError
         If the outputs differ; `AdapterError` if a module cannot follow.
     """
+    check_plan(plan)
+    _check_inputs(inputs)
+    _check_tolerance(tolerance)
     with evaluating(model), restored_on_error(model):
         proof = _Attempt(model, plan, inputs, tolerance)
         try:
@@ -77,6 +85,24 @@ def shrink(
         except EquivalenceError as error:
             guilty = _Guilty(model, inputs[:1], tolerance).among(plan)
             raise type(error)(f"{error}. {guilty}") from error
+
+
+def _check_inputs(inputs: Sequence[Inputs]) -> None:
+    """Refuse anything but a list of inputs of a forward pass."""
+    are_inputs = isinstance(inputs, list | tuple) and all(
+        isinstance(one, tuple | Mapping) for one in inputs
+    )
+    if not inputs or not are_inputs:
+        raise OptionError(
+            f"the inputs of the proof are {shown(inputs)}; give a list of tuples of positional "
+            "arguments, or of dicts of keyword arguments, at least one"
+        )
+
+
+def _check_tolerance(tolerance: float | None) -> None:
+    is_number = isinstance(tolerance, int | float) and not isinstance(tolerance, bool)
+    if tolerance is not None and not (is_number and 0 <= tolerance < math.inf):
+        raise OptionError(f"tolerance is {shown(tolerance)}; give a number from 0, or None")
 
 
 class _Attempt:
@@ -91,7 +117,7 @@ class _Attempt:
     ) -> None:
         self.model, self.plan, self.inputs, self.tolerance = model, plan, inputs, tolerance
         with masked(model, plan):  # as it came: whatever is done to it must not change this
-            self.expected = proof_outputs(model, inputs)
+            self.expected = _outputs_before(model, inputs)
             self.cached = _cached(model, inputs)
         prepare(model)
         prove_equal(self.expected, self.expected)  # that there is something to compare
@@ -112,6 +138,26 @@ class _Attempt:
             return error
         found = cached_outputs(self.model, self.inputs[0])
         return max(error, prove_equal(self.cached, found, tolerance=self.tolerance))
+
+
+def _outputs_before(model: nn.Module, inputs: Sequence[Inputs]) -> list[Tensor]:
+    """Return what a model puts out before anything is done to it.
+
+    Raises
+    ------
+    ModelError
+        If it cannot run on the inputs, naming the module that failed.
+    """
+    try:
+        return proof_outputs(model, inputs)
+    except (OsscarError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # the model may be anyone's code
+        name = failing_module(error.__traceback__, model)
+        raise ModelError(
+            f"module {name or 'the model'!r} ({type(model.get_submodule(name)).__name__}) fails on "
+            f"the inputs of the proof, before anything is removed: {first_line(error):.300}"
+        ) from error
 
 
 def _cached(model: nn.Module, inputs: Sequence[Inputs]) -> list[Tensor]:

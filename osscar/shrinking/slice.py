@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from graph.groups import Role, Slot
 from osscar.core.errors import ModelError
-from osscar.core.modules import restored_on_error
+from osscar.core.modules import check_module, restored_on_error
 from osscar.shrinking.follow import mend, prepare, refresh
 from osscar.shrinking.lineage import lineage_of, note
-from osscar.shrinking.plan import GroupPlan, Integer, PruningPlan
+from osscar.shrinking.plan import GroupPlan, Integer, PruningPlan, check_plan
 
 
 def slice_units(model: nn.Module, plan: PruningPlan) -> None:
@@ -37,7 +37,11 @@ def slice_units(model: nn.Module, plan: PruningPlan) -> None:
     ModelError
         If a tensor of the plan does not exist or has another size, or if tied tensors would be
         cut in different ways.  Whatever the error, the model is as it was before.
+    OptionError
+        If the plan is none.
     """
+    check_module(model)
+    check_plan(plan)
     with restored_on_error(model):
         prepare(model)
         cuts = _merged_cuts(model, plan)

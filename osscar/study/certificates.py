@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from osscar.core.errors import StudyError
-from osscar.core.files import file_digest
+from osscar.core.files import file_digest, stored
 from solvers import ProblemError, Solution
 from solvers.certificate import Certificate, EnumerationCertificate, MultiplierCertificate
 from solvers.protocol import WindowCertificate
@@ -58,7 +58,7 @@ def save_evidence(path: Path, solution: Solution) -> str:
 
     Raises
     ------
-    ProblemError
+    OutputError
         If the file cannot be written.
     """
     kind = _KINDS.get(type(solution.certificate), "")
@@ -70,7 +70,8 @@ def save_evidence(path: Path, solution: Solution) -> str:
     for index, window in enumerate(solution.windows):
         tensors[f"{index}.{_UNITS}"] = window.units
         tensors |= _tensors(window.certificate, f"{index}.")
-    write(path, {_KIND: kind, _WINDOWS: len(solution.windows)}, tensors)
+    with stored(path):
+        write(path, {_KIND: kind, _WINDOWS: len(solution.windows)}, tensors)
     return file_digest(path)
 
 

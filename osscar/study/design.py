@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import solvers
 from osscar.core.errors import OptionError
+from osscar.core.inputs import shown
 
 HEURISTICS = ("magnitude", "wanda", "greedy", "multistage", "local_search")
 DEFAULT_BACKENDS = (*HEURISTICS, "perspective", "branch_and_bound")
@@ -56,28 +57,30 @@ class StudyDesign:
             value = getattr(self, name)
             if not (name == "window_units" and value is None) and not is_count(value, least):
                 said = name.removeprefix("window_").replace("_", " ")
-                raise OptionError(f"{said} is {value!r}; give a whole number of at least {least}")
+                raise OptionError(
+                    f"{said} is {shown(value)}; give a whole number of at least {least}"
+                )
         if self.seed >= 2**63:
             raise OptionError(f"seed is {self.seed}; give a whole number below 2^63")
         if not _is_number(self.time_limit) or not 0 < self.time_limit < math.inf:
-            raise OptionError(f"time limit is {self.time_limit!r}; give seconds above 0")
+            raise OptionError(f"time limit is {shown(self.time_limit)}; give seconds above 0")
         if not _is_number(self.gap_tolerance) or not 0 <= self.gap_tolerance < 1:
-            raise OptionError(f"gap tolerance is {self.gap_tolerance!r}; give a share below 1")
+            raise OptionError(f"gap tolerance is {shown(self.gap_tolerance)}; give a share below 1")
 
     def _check_lists(self) -> None:
         for name in ("sparsities", "backends"):
             values = getattr(self, name)
             if not isinstance(values, tuple | list):
-                raise OptionError(f"{name} is {values!r}; give a tuple")
+                raise OptionError(f"{name} is {shown(values)}; give a tuple")
             object.__setattr__(self, name, tuple(values))
         if not self.sparsities or not self.backends:
             raise OptionError("a study needs at least one sparsity and one backend")
         for sparsity in self.sparsities:
             if not _is_number(sparsity) or not 0 < sparsity < 1:
-                raise OptionError(f"sparsity is {sparsity!r}; give shares above 0 and below 1")
+                raise OptionError(f"sparsity is {shown(sparsity)}; give shares above 0 and below 1")
         for backend in self.backends:
             if not isinstance(backend, str):
-                raise OptionError(f"backend is {backend!r}; give a name")
+                raise OptionError(f"backend is {shown(backend)}; give a name")
             # Here, so that nothing is solved only to find that the last backend cannot run.
             solvers.make_backend(backend)
         for name in ("sparsities", "backends"):

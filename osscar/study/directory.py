@@ -12,7 +12,7 @@ import json
 import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, cast
@@ -21,7 +21,7 @@ import torch
 from pydantic import ConfigDict, JsonValue
 
 import solvers
-from osscar.core.errors import FileError, OptionError, StudyError
+from osscar.core.errors import FileError, OptionError, OutputError, StudyError
 from osscar.core.files import (
     LOCK_FILE,
     MEGABYTE,
@@ -31,8 +31,13 @@ from osscar.core.files import (
     file_digest,
     hold,
     read_json,
+    reason_of,
+    remedy,
+    stored,
+    uninterrupted,
     write_json,
 )
+from osscar.core.inputs import file_name
 from osscar.core.progress import stage
 from osscar.study.design import StudyDesign, is_count
 from osscar.study.jobs import (
@@ -91,7 +96,9 @@ class Study:
     """
 
     def __init__(self, directory: Path, source: Mapping[str, Any]) -> None:
-        self.directory = directory
+        self.directory = directory = Path(file_name(directory, "the study", "its directory"))
+        if not isinstance(source, Mapping):
+            raise OptionError(f"the source is a {type(source).__name__}; give a mapping")
         self.source = dict(source)
         self._settings = directory / SETTINGS_FILE
         self._made = self._held = False
@@ -115,6 +122,13 @@ class Study:
     def trivial(self) -> tuple[Instance, ...]:
         """Those captured problems in which there is nothing to choose: they have one unit."""
         return tuple(instance for instance in self.instances if instance.units == 1)
+
+    @property
+    def kept(self) -> str:
+        """What a study that ends now leaves, in words."""
+        if not self.instances:
+            return "nothing was captured yet"
+        return f"what was solved is kept in {self.directory}"
 
     def affordable_jobs(self) -> int:
         """Return how many processes may solve at once: as many as cores, if memory allows."""
@@ -140,16 +154,32 @@ class Study:
             yield
             return
         self._make_directory()
-        with hold(self.directory / LOCK_FILE, self.directory):
-            self._held = True
-            try:
-                if self._settings.exists():
-                    self._check_same()
-                yield
-            finally:
-                self._held = False
-                if self._made and not self._settings.exists():
-                    shutil.rmtree(self.directory, ignore_errors=True)
+        try:
+            with hold(self.directory / LOCK_FILE, self.directory):
+                self._held = True
+                try:
+                    if self._settings.exists():
+                        self._check_same()
+                    yield
+                finally:
+                    self._held = False
+                    with uninterrupted():
+                        self._tidy()
+        except OutputError:
+            if self._made:  # where not even a lock can be written
+                with suppress(OSError):
+                    self.directory.rmdir()
+            raise
+
+    def _tidy(self) -> None:
+        """Remove what was being written, and a directory into which nothing was captured."""
+        if self._made and not self._settings.exists():
+            shutil.rmtree(self.directory, ignore_errors=True)
+            return
+        for place in (self.directory, self.directory / _PROBLEMS, self.directory / RECORDS):
+            for partial in place.glob(f"*{PARTIAL}"):
+                with suppress(OSError):
+                    partial.unlink()
 
     def capture(self, problems: Iterable[tuple[str, solvers.SubsetProblem]]) -> None:
         """Write the problems, given with their kinds; a new directory goes again if that fails.
@@ -191,17 +221,18 @@ class Study:
         except FileExistsError:
             return  # what it holds has been looked at
         except OSError as error:
-            raise StudyError(f"cannot write {self.directory}: {error.strerror}") from error
+            reason = f"{reason_of(error)}{remedy(error)}"
+            raise OutputError(f"cannot write {self.directory}: {reason}") from error
 
     def _make_parts(self) -> None:
         """Make the directories in the directory, and remove what a killed study was writing."""
         try:
             for name in (_PROBLEMS, RECORDS):
                 (self.directory / name).mkdir(exist_ok=True)
-                for partial in (self.directory / name).glob(f"*{PARTIAL}"):
-                    partial.unlink()
         except OSError as error:
-            raise StudyError(f"cannot write {error.filename}: {error.strerror}") from error
+            reason = f"{reason_of(error)}{remedy(error)}"
+            raise OutputError(f"cannot write {error.filename}: {reason}") from error
+        self._tidy()
 
     def run(self, design: StudyDesign, jobs: int = 1) -> tuple[Record, ...]:
         """Solve what has not been solved yet, and return all records of the design.
@@ -227,6 +258,8 @@ class Study:
         OutputError
             If another process is at work in the directory, or it cannot be written.
         """
+        if not isinstance(design, StudyDesign):
+            raise OptionError(f"the design is a {type(design).__name__}; give a StudyDesign")
         if not is_count(jobs, 1):
             raise OptionError(f"jobs is {jobs!r}; give at least 1")
         with self.locked():
@@ -298,7 +331,8 @@ class Study:
             raise StudyError(f"a problem is called {problem.name!r}; give it a name in plain text")
         file = f"{_PROBLEMS}/{_file_name(problem.name)}{_SUFFIX}"
         path = self.directory / file
-        problem.save(path)
+        with stored(path):
+            problem.save(path)
         return Instance(problem.name, kind, file, problem.units, problem.width, file_digest(path))
 
     def _solve_all(self, tasks: Sequence[Task], jobs: int) -> list[Record]:

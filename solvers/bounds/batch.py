@@ -41,7 +41,7 @@ class TermsBatch:
     constant
         Loss with all units kept.
     rounding
-        What rounding can have done.
+        What rounding can have done, here and where a claim is checked.
     units
         The free units as the problem numbers them, (b, n) int64; arbitrary for fillers.
     free
@@ -100,13 +100,13 @@ class TermsBatch:
         n, r = self.free.sum(1).double(), self.removals.double()
         return torch.lgamma(n + 1) - torch.lgamma(r + 1) - torch.lgamma(n - r + 1)
 
-    def certified(self, cost: Tensor, magnitude: Tensor) -> Tensor:
+    def certified(self, cost: Tensor) -> Tensor:
         """Turn lower bounds of the cost of the free units into ones of the exact loss, (b,)."""
-        return self.rounding.certified(self.constant, self.spent, cost, magnitude)
+        return self.rounding.certified(self.constant, self.spent + cost)
 
-    def cost_reaching(self, loss: float, magnitude: Tensor) -> Tensor:
+    def cost_reaching(self, loss: float) -> Tensor:
         """Return the least costs for which `certified` gives at least this loss, (b,)."""
-        return self.rounding.cost_reaching(loss, self.constant, self.spent, magnitude)
+        return self.rounding.cost_reaching(loss, self.constant) - self.spent
 
     def costs(self, chosen: Tensor) -> Tensor:
         """Return what removing the units at c choices of r places costs, (c, r) -> (b, c)."""
@@ -170,7 +170,7 @@ def _condition(
     f, r = free.rows(consumer.width), removed.rows(consumer.width)
     A, W = _square(consumer.A, f), _entries(consumer.W[f.index], f.filled[:, :, None])
     if r.index.shape[1] == 0:
-        return ConsumerRemoval(A, W, consumer.width), A.new_zeros(len(A))
+        return replace(consumer, A=A, W=W), A.new_zeros(len(A))
     # With A_RR = L L': what is left is A_FF - C'C and W_F - C'h for C = inv(L) A_RF and
     # h = inv(L) W_R, and |h|^2 is what the removed rows cost (`solvers.bounds.removal`).
     factor = torch.linalg.cholesky(_square(consumer.A, r))
@@ -182,7 +182,7 @@ def _condition(
     columns = _entries(columns, f.filled[:, None, :])
     A = A.baddbmm_(columns.mT, columns, alpha=-1)
     W = W.baddbmm_(columns.mT, half, alpha=-1)
-    return ConsumerRemoval(A, W, consumer.width), half.square().sum((1, 2))
+    return replace(consumer, A=A, W=W), half.square().sum((1, 2))
 
 
 def _square(matrix: Tensor, places: _Places) -> Tensor:
@@ -206,7 +206,7 @@ class BoundBatch:
     Parameters
     ----------
     cost
-        The bounds, (b,).
+        The bounds, with what rounding can have done to them taken off, (b,).
     slopes, ordered
         Reduced costs of the units and the same in order, (b, n); infinite for fillers.
     q, point
@@ -214,8 +214,6 @@ class BoundBatch:
         certificate keeps them.
     growth
         q relative to ``shape * diag(Q)``, (b,); 1 where it is no multiple of that.
-    magnitude
-        Sum of the sizes of what was summed up, (b,).
     """
 
     cost: Tensor
@@ -224,17 +222,15 @@ class BoundBatch:
     q: Tensor
     point: Tensor
     growth: Tensor
-    magnitude: Tensor
 
     @classmethod
     def single(cls, bound: QuadraticBound) -> BoundBatch:
         """Return the bound of one node as a batch; it claims nothing if q does not dominate."""
         cost = bound.q.new_tensor([bound.value if bound.dominates else -math.inf])
         slopes = bound.slopes[None]
-        magnitude = bound.q.new_tensor([bound.magnitude])
         ordered = slopes.sort(1).values
         growth = torch.ones_like(cost)
-        return cls(cost, slopes, ordered, bound.q[None], bound.point[None], growth, magnitude)
+        return cls(cost, slopes, ordered, bound.q[None], bound.point[None], growth)
 
     def __getitem__(self, some: Tensor) -> BoundBatch:
         """Return the bounds of some nodes, given by a mask or by their places."""
@@ -264,7 +260,7 @@ def bound_nodes(terms: TermsBatch, share: Tensor, shape: Tensor, steps: int) -> 
     free, r = terms.free, terms.removals
     share, shape = torch.where(free, share, 1.0), torch.where(free, shape, 1.0)
     parts = [c.aggregate(c.multipliers(share, shape)) for c in terms.consumers]
-    a, Q = (sum(sums[1:], sums[0]) for sums in zip(*parts, strict=True))
+    a, Q, sizes = (sum(sums[1:], sums[0]) for sums in zip(*parts, strict=True))
     # Fillers get the largest q, so that they bend no step; their x stays 0, their slope infinite.
     growth, q = _dominating(Q, shape, max(_MARGIN, terms.rounding.margin(Q.shape[-1])))
     q = torch.where(free, q, q.amax(1, keepdim=True))
@@ -275,8 +271,8 @@ def bound_nodes(terms: TermsBatch, share: Tensor, shape: Tensor, steps: int) -> 
     slopes = torch.where(free, 2 * (a + Px) - q, torch.inf)
     ordered = slopes.sort(1).values
     cost = ordered.cumsum(1).gather(1, r[:, None] - 1)[:, 0] - (x * Px).sum(1)
-    magnitude = 2 * a.abs().sum(1) + 2 * torch.where(free, q, 0.0).sum(1)
-    return BoundBatch(cost, slopes, ordered, q, x, growth, magnitude)
+    cost -= sizes.lost(torch.where(free, q, 0.0), x)
+    return BoundBatch(cost, slopes, ordered, q, x, growth)
 
 
 def _dominating(Q: Tensor, shape: Tensor, margin: float) -> tuple[Tensor, Tensor]:

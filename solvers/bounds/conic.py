@@ -85,7 +85,7 @@ class Conic:
         if terms.removals == 0:
             support = torch.arange(problem.units, device=problem.device)
             whole = _refitted(problem, support)
-            return self._selection(terms.certified(0.0, 0.0), None, [whole])
+            return self._selection(terms.certified(0.0), None, [whole])
         best = current = relax(terms, _EFFORT, Start.cold(terms))
         found = [_rounded(problem, current)]
         for _ in range(self.rounds):

@@ -70,8 +70,7 @@ class Perspective:
         else:
             support = relaxation.bound.point.argsort()[: problem.keep].sort().values
         if self.polish and relaxation is not None:
-            search = LocalSearch(start=tuple(support.tolist()))
-            support = search.select(problem).support
+            support = LocalSearch(start=tuple(support.tolist())).support(problem)
         return Selection(
             support,
             Status.BOUNDED,
@@ -88,6 +87,6 @@ class Perspective:
         """Return the bound, its certificate, and the relaxation; the latter None if keep is n."""
         terms = RemovalTerms.of(problem)
         if terms.removals == 0:
-            return terms.certified(0.0, 0.0), None, None
+            return terms.certified(0.0), None, None
         relaxation = relax(terms, Effort(self.rounds, self.steps, self.tighten), Start.cold(terms))
         return *relaxation.claim, relaxation

@@ -25,6 +25,7 @@ from scipy.sparse.linalg import ArpackNoConvergence, eigsh
 from torch import Tensor
 
 from solvers.certificate import LEAST_DIAGONAL
+from solvers.rounding import Sizes
 
 Array = NDArray[np.float64]
 
@@ -53,6 +54,8 @@ class QuadraticBound:
         Diagonal with ``Diag(q) >= Q``.
     point
         Where the convex function is linearized, (n,), in the polytope.
+    sizes
+        Of what a and Q were summed up of.
     margin
         By which share q has to dominate, so that it does in anyone's arithmetic.
     """
@@ -62,6 +65,7 @@ class QuadraticBound:
     removals: int
     q: Tensor
     point: Tensor
+    sizes: Sizes
     margin: float = LEAST_MARGIN
 
     @property
@@ -75,21 +79,21 @@ class QuadraticBound:
         return self.q / _floored(self.Q.diagonal())
 
     @property
-    def magnitude(self) -> float:
-        """Sum of the sizes of what the bound sums up."""
-        return float(2 * self.a.abs().sum() + 2 * self.q.sum())
-
-    @property
     def slopes(self) -> Tensor:
         """Gradient of the convex function at `point`, (n,)."""
         return 2 * (self.a + (self.q * self.point - self.Q @ self.point)) - self.q
 
     @property
-    def value(self) -> float:
-        """The bound, but for rounding."""
+    def offset(self) -> float:
+        """What the bound is below the sum of its least slopes; rounding is taken off here."""
         x = self.point
         curvature = float((self.q * x * x).sum() - x @ (self.Q @ x))
-        return float(self.slopes.sort().values[: self.removals].sum()) - curvature
+        return curvature + float(self.sizes.lost(self.q, x))
+
+    @property
+    def value(self) -> float:
+        """The bound, with what rounding can have done to it taken off."""
+        return float(self.slopes.sort().values[: self.removals].sum()) - self.offset
 
 
 def scaled_diagonal(Q: Tensor, shape: Tensor, margin: float = LEAST_MARGIN) -> Tensor:

@@ -70,7 +70,7 @@ class Relaxation:
         """The certified lower bound of the loss, -inf if rounding forbids any."""
         if not self.bound.dominates:
             return -math.inf
-        return self.terms.certified(self.bound.value, self.magnitude)
+        return self.terms.certified(self.bound.value)
 
     @property
     def restart(self) -> Start:
@@ -88,11 +88,6 @@ class Relaxation:
         """The bound and its evidence; zero where rounding forbids any, which needs none."""
         value = self.value
         return (value, self.certificate) if math.isfinite(value) else (0.0, None)
-
-    @property
-    def magnitude(self) -> float:
-        """Sum of the sizes of what the bound sums up."""
-        return self.bound.magnitude
 
 
 @dataclass(frozen=True, eq=False)
@@ -163,7 +158,7 @@ def _alternate(terms: RemovalTerms, effort: Effort, start: Start, cutoff: float)
 
 
 def _update(terms: RemovalTerms, start: Start, steps: int, cutoff: float) -> Relaxation:
-    a, Q = terms.aggregate(start.share, start.shape)
+    a, Q, sizes = terms.aggregate(start.share, start.shape)
     Q = (Q + Q.T).div_(2)
     margin = terms.rounding.margin(len(terms.units))
     q = scaled_diagonal(Q, start.shape, margin)
@@ -172,9 +167,9 @@ def _update(terms: RemovalTerms, start: Start, steps: int, cutoff: float) -> Rel
         terms,
         start.share,
         start.shape,
-        QuadraticBound(a, Q, terms.removals, q, point.clamp_(0.0, 1.0), margin),
+        QuadraticBound(a, Q, terms.removals, q, point.clamp_(0.0, 1.0), sizes, margin),
     )
-    enough = terms.cost_reaching(cutoff, first.magnitude) if cutoff < math.inf else math.inf
+    enough = terms.cost_reaching(cutoff) if cutoff < math.inf else math.inf
     return replace(first, bound=minimize(first.bound, steps, enough=enough))
 
 

@@ -27,7 +27,7 @@ from torch import Tensor
 from solvers.certificate import LEAST_SHARE
 from solvers.pivot import equal_width, unit_rows
 from solvers.problem import Consumer, SubsetProblem
-from solvers.rounding import Rounding
+from solvers.rounding import Rounding, Sizes
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,11 +42,14 @@ class ConsumerRemoval:
         Refit with all units kept, (..., n w, m).
     width
         Rows w of each unit.
+    unit
+        Rounding of the sums in `aggregate`, relative to the sums of magnitudes.
     """
 
     A: Tensor
     W: Tensor
     width: int
+    unit: float
 
     @classmethod
     def of(cls, consumer: Consumer) -> tuple[ConsumerRemoval, float, Rounding]:
@@ -63,7 +66,8 @@ class ConsumerRemoval:
         W = torch.cholesky_solve(G, factor)
         del factor  # a matrix, which `Rounding.of` has need of
         rounding, constant = Rounding.of(H, A, G, W, consumer.e, responses)
-        return cls(A, W, consumer.width), constant, rounding
+        unit = Sizes.unit_of(G.shape[1], consumer.width, len(consumer.rows))
+        return cls(A, W, consumer.width, unit), constant, rounding
 
     def restrict(self, removed: Tensor, free: Tensor) -> tuple[ConsumerRemoval, float]:
         """Return the terms of the `free` units given that `removed` ones go, and what those cost.
@@ -75,15 +79,13 @@ class ConsumerRemoval:
         f, r = unit_rows(free, self.width), unit_rows(removed, self.width)
         A, W = self.A[f[:, None], f], self.W[f]
         if not len(r):
-            return ConsumerRemoval(A, W, self.width), 0.0
+            return replace(self, A=A, W=W), 0.0
         factor = torch.linalg.cholesky(self.A[r[:, None], r])
         columns = torch.linalg.solve_triangular(factor, self.A[r[:, None], f], upper=False)
         half = torch.linalg.solve_triangular(factor, self.W[r], upper=False)
         A = A.addmm_(columns.T, columns, alpha=-1)
-        return (
-            ConsumerRemoval(A, W.addmm_(columns.T, half, alpha=-1), self.width),
-            float(half.square().sum()),
-        )
+        W = W.addmm_(columns.T, half, alpha=-1)
+        return replace(self, A=A, W=W), float(half.square().sum())
 
     def multipliers(self, share: Tensor, shape: Tensor | float) -> Tensor:
         """Return the Y, (..., n w, m), that suits a random R, unit j being in it with ``share[j]``.
@@ -101,11 +103,20 @@ class ConsumerRemoval:
         Y = torch.cholesky_solve(self.W, torch.linalg.cholesky(M, out=M))
         return Y.div_(x.repeat_interleave(self.width, -1)[..., None])
 
-    def aggregate(self, Y: Tensor) -> tuple[Tensor, Tensor]:
-        """Return this consumer's share of a, (..., n), and of Q, (..., n, n)."""
-        a = (Y * self.W).sum(-1).view(*Y.shape[:-2], -1, self.width).sum(-1)
+    def aggregate(self, Y: Tensor) -> tuple[Tensor, Tensor, Sizes]:
+        """Return this consumer's share of a, (..., n), and of Q, (..., n, n), and their sizes."""
+        terms = Y * self.W
+        a = self._per_unit(terms.sum(-1))
+        # |A_rs| <= sqrt(A_rr A_ss) bounds every term of Q_ij by a product of two numbers.
+        rows = Y.norm(dim=-1) * self.A.diagonal(dim1=-2, dim2=-1).sqrt()
+        sizes = Sizes(self._per_unit(terms.abs_().sum(-1)), self._per_unit(rows), self.unit)
+        del terms  # as large as Y
         Q = (Y @ Y.mT).mul_(self.A)
-        return a, Q if self.width == 1 else self._blocks(Q).sum((-3, -1))
+        return a, Q if self.width == 1 else self._blocks(Q).sum((-3, -1)), sizes
+
+    def _per_unit(self, rows: Tensor) -> Tensor:
+        """Sum a (..., n w) vector up to (..., n)."""
+        return rows.view(*rows.shape[:-1], -1, self.width).sum(-1)
 
     def _blocks(self, matrix: Tensor) -> Tensor:
         """View a (..., n w, n w) matrix as (..., n, w, n, w)."""
@@ -137,7 +148,7 @@ class RemovalTerms:
     units
         The free units as the problem numbers them, (n,) int64.
     rounding
-        What rounding can have done.
+        What rounding can have done, here and where a claim is checked.
     """
 
     consumers: tuple[ConsumerRemoval, ...]
@@ -159,7 +170,7 @@ class RemovalTerms:
             0.0,
             problem.units - problem.keep,
             torch.arange(problem.units, device=problem.device),
-            sum(roundings[1:], roundings[0]),
+            sum(roundings[1:], roundings[0]).twice,
         )
 
     def restrict(self, removed: Tensor, kept: Tensor) -> RemovalTerms:
@@ -177,32 +188,30 @@ class RemovalTerms:
             units=self.units[positions],
         )
 
-    def certified(self, cost: float, magnitude: float) -> float:
+    def certified(self, cost: float) -> float:
         """Turn a lower bound of the cost of the free units into one of the exact loss.
 
         Parameters
         ----------
         cost
-            Bound of the cost of removing the free units that have to go, as computed.
-        magnitude
-            Sum of the sizes of what was summed up.
+            Bound of the cost of removing the free units that have to go, as computed, less what
+            `Sizes.lost` says.
         """
-        arguments = torch.tensor([self.spent, cost, magnitude], dtype=torch.float64)
-        return float(self.rounding.certified(self.constant, *arguments))
+        whole = torch.tensor(self.spent + cost, dtype=torch.float64)
+        return float(self.rounding.certified(self.constant, whole))
 
-    def cost_reaching(self, loss: float, magnitude: float) -> float:
+    def cost_reaching(self, loss: float) -> float:
         """Return the least cost for which `certified` gives at least this loss."""
-        arguments = torch.tensor([self.spent, magnitude], dtype=torch.float64)
-        return float(self.rounding.cost_reaching(loss, self.constant, *arguments))
+        return self.rounding.cost_reaching(loss, self.constant) - self.spent
 
-    def aggregate(self, share: Tensor, shape: Tensor | float) -> tuple[Tensor, Tensor]:
-        """Return ``(a, Q)`` for the multipliers of `share` and `shape`, over all consumers."""
+    def aggregate(self, share: Tensor, shape: Tensor | float) -> tuple[Tensor, Tensor, Sizes]:
+        """Return a, Q and their sizes for the multipliers of `share` and `shape`, summed up."""
         first, *others = self.consumers
-        a, Q = first.aggregate(first.multipliers(share, shape))
+        a, Q, sizes = first.aggregate(first.multipliers(share, shape))
         for c in others:
-            a_c, Q_c = c.aggregate(c.multipliers(share, shape))
-            a, Q = a.add_(a_c), Q.add_(Q_c)
-        return a, Q
+            a_c, Q_c, sizes_c = c.aggregate(c.multipliers(share, shape))
+            a, Q, sizes = a.add_(a_c), Q.add_(Q_c), sizes + sizes_c
+        return a, Q, sizes
 
     def single_costs(self) -> Tensor:
         """Return what each unit costs if it alone is removed, (n,)."""

@@ -95,8 +95,8 @@ class BranchAndBound:
 
     def _search(self, problem: SubsetProblem) -> Selection:
         deadline = time.perf_counter() + self.time_limit
-        warm = LocalSearch(start=self.start).select(problem)
-        search = _Search(problem, warm.support, self.gap_tolerance)
+        warm = LocalSearch(start=self.start).support(problem)
+        search = _Search(problem, warm, self.gap_tolerance)
         status = None
         while status is None and search.is_open:
             left = self.node_limit - search.nodes
@@ -198,7 +198,7 @@ class _Search:
             some = (counts == counts.new_tensor([free, removals])).all(1)
             group, within = nodes[some], terms[some]
             costs, places = within.cheapest(free, removals)
-            values = torch.maximum(within.certified(costs, within.spent + costs), group.bound)
+            values = torch.maximum(within.certified(costs), group.bound)
             self.closed = min(self.closed, float(values.min()))
             best = int((within.spent + costs).argmin())
             self._offer(group, within, best, places[best], float(costs[best]))
@@ -211,7 +211,7 @@ class _Search:
 
     def _divide(self, nodes: Nodes, terms: TermsBatch, bound: BoundBatch, share: Tensor) -> None:
         """Close the nodes whose bound reaches the cutoff, and divide the others."""
-        value = torch.maximum(terms.certified(bound.cost, bound.magnitude), nodes.bound)
+        value = torch.maximum(terms.certified(bound.cost), nodes.bound)
         point = torch.zeros_like(nodes.share).scatter(1, terms.units, bound.point)
         places = self._keep(nodes, point, bound.growth)
         self._round(nodes, terms, bound, int(value.argmin()))
@@ -262,7 +262,7 @@ class _Search:
         open
             The places that are still free, (b, n) bool.
         """
-        slack = (terms.cost_reaching(self.cutoff, bound.magnitude) - bound.cost)[:, None]
+        slack = (terms.cost_reaching(self.cutoff) - bound.cost)[:, None]
         go = (bound.if_kept(terms) > slack) & terms.free
         stay = (bound.if_removed(terms) > slack) & terms.free
         if bool((go | stay).any()):
@@ -286,7 +286,7 @@ class _Search:
         unit = terms.units.gather(1, place)
         for side, rises in ((REMOVED, bound.if_removed(terms)), (KEPT, bound.if_kept(terms))):
             cost = bound.cost + rises.gather(1, place)[:, 0].clamp(min=0.0)
-            value = torch.maximum(terms.certified(cost, bound.magnitude), nodes.bound)
+            value = torch.maximum(terms.certified(cost), nodes.bound)
             sides = nodes.sides.scatter(1, unit, side)
             self._push(replace(nodes, bound=value, sides=sides)[~decided])
 

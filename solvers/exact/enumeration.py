@@ -11,7 +11,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from solvers.certificate import EnumerationCertificate
+from solvers.certificate import EnumerationCertificate, Inverses
 from solvers.problem import NO_ROW, Consumer, SubsetProblem
 from solvers.protocol import DEFAULT_GAP_TOLERANCE, BackendKind, Capabilities, Selection, Status
 from solvers.refit import loss_rounding, refit
@@ -52,7 +52,7 @@ class Enumerate:
             if loss < best_loss:
                 best, best_loss = chosen[index], loss
         assert best is not None
-        bound = max(bound, 0.0)
+        bound = max(min(bound, _checkable(problem, bound)), 0.0)
         weights, refitted = refit(problem, best)
         # Near a singular H what rounding can have done to some loss may exceed the tolerance.
         slack = DEFAULT_GAP_TOLERANCE * refitted + loss_rounding(problem, weights)
@@ -65,6 +65,13 @@ class Enumerate:
             history=(best_loss,),
             certificate=EnumerationCertificate(),
         )
+
+
+def _checkable(problem: SubsetProblem, loss: float) -> float:
+    """Return what is left of a bound that is computed from the inverse of H, as in its check."""
+    inverses = Inverses.of(problem)
+    cost = torch.tensor(loss - inverses.constant, dtype=torch.float64)
+    return float(inverses.rounding.twice.certified(inverses.constant, cost))
 
 
 def _batches(supports: Iterator[tuple[int, ...]], size: int) -> Iterator[list[tuple[int, ...]]]:

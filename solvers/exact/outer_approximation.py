@@ -111,7 +111,7 @@ class Search:
     ) -> None:
         self.problem = problem
         self.limits = limits
-        self.support = LocalSearch(start=start).select(problem).support
+        self.support = LocalSearch(start=start).support(problem)
         self.history = [refit(problem, self.support)[1]]
         self.terms = RemovalTerms.of(problem)
         self.root: Relaxation = relax(self.terms, Effort(), Start.cold(self.terms))
@@ -131,7 +131,7 @@ class Search:
     def cutoff(self) -> float:
         """The cost, in units, at which a bound proves the incumbent optimal within tolerance."""
         target = self.loss * (1 - self.limits.gap_tolerance)
-        return self.terms.cost_reaching(target, self.root.magnitude) / self.unit + SOLVER_SLACK
+        return self.terms.cost_reaching(target) / self.unit + SOLVER_SLACK
 
     def incumbent(self) -> Array:
         """Return the indicator of the units that the incumbent removes."""
@@ -163,7 +163,7 @@ class Search:
             Whether the time limit ended the search; if not, and a gap is left, rounding hides it.
         """
         cost = (cost_bound - SOLVER_SLACK) * self.unit
-        lower, certificate = self.terms.certified(cost, self.root.magnitude), None
+        lower, certificate = self.terms.certified(cost), None
         if not lower > self.root.value:
             lower, certificate = self.root.claim
         lower = min(lower, self.loss)
@@ -220,18 +220,16 @@ class Master(Search):
         """Return a cut at a point of the polytope, tight if it is binary."""
         x = torch.from_numpy(point).to(self.problem.device).clamp(0.0, 1.0)
         parts = [c.aggregate(_multipliers(c, x)) for c in self.terms.consumers]
-        a, Q = (torch.stack(sums).sum(0) for sums in zip(*parts, strict=True))
+        a, Q, sizes = (sum(sums[1:], sums[0]) for sums in zip(*parts, strict=True))
         Q = (Q + Q.T) / 2
         q, step = scaled_diagonal(Q, torch.ones_like(a)), 1e-9
         while not is_definite(q, Q):
             q, step = q * (1 + step), 10 * step
         self.cuts += 1
-        return self._as_cut(QuadraticBound(a, Q, self.removals, q, x))
+        return self._as_cut(QuadraticBound(a, Q, self.removals, q, x, sizes))
 
     def _as_cut(self, bound: QuadraticBound) -> Cut:
-        x = bound.point
-        curvature = float((bound.q * x * x).sum() - x @ (bound.Q @ x))
-        return Cut(bound.slopes.cpu().numpy() / self.unit, curvature / self.unit)
+        return Cut(bound.slopes.cpu().numpy() / self.unit, bound.offset / self.unit)
 
 
 def _multipliers(consumer: ConsumerRemoval, x: Tensor) -> Tensor:

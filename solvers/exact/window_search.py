@@ -66,7 +66,7 @@ class WindowSearch:
 
     def select(self, problem: SubsetProblem) -> Selection:
         """Improve the swap optimum, one window after the other."""
-        support = LocalSearch().select(problem).support
+        support = LocalSearch().support(problem)
         history = [refit(problem, support)[1]]
         generator = torch.Generator().manual_seed(self.seed)
         size = min(self.units, problem.units)

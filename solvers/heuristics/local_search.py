@@ -2,28 +2,36 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from torch import Tensor
 
 from solvers.elimination import eliminate, support_after
 from solvers.errors import BackendError
 from solvers.pivot import PivotState
 from solvers.problem import SubsetProblem
 from solvers.protocol import BackendKind, Capabilities, Selection, Status
-from solvers.refit import refit
-from solvers.swaps import best_swap
+from solvers.refit import loss_rounding, refit
+from solvers.swaps import Swap, best_swap, possible_gain
 
-_DRIFT_TOLERANCE = 1e-10
+_DRIFT_TOLERANCE = 1e-12
+"""A state that has drifted by less is as good as one that was factorized anew."""
+
+_CERTAIN = 5e-7
+"""No exchange may seem to gain more than this share of the loss, what rounding can hide included:
+half of what `Solution.verify` allows, as no two computers round alike."""
 
 
 @dataclass(frozen=True)
 class LocalSearch:
     """Start from greedy elimination, then make the best single exchange until none helps.
 
-    The gain of every one of the k (n - k) exchanges is computed exactly, so the search ends with a
-    proof that no exchange lowers the loss, on a factorization whose drift is checked.
+    The gain of every one of the k (n - k) exchanges is computed, at last on a sound factorization,
+    with what rounding can have hidden of it.  So the search ends with a proof that no exchange
+    lowers the loss, or says that H is too close to singular for one.
 
     Parameters
     ----------
@@ -55,27 +63,50 @@ class LocalSearch:
         return None
 
     def select(self, problem: SubsetProblem) -> Selection:
-        """Search until a factorization that has not drifted confirms that no exchange helps."""
+        """Search until a sound factorization confirms that no exchange helps."""
+        found = self._search(problem)
+        status = self._certainty(found.state) if found.converged else Status.ITERATION_LIMIT
+        return Selection(
+            found.support, status, iterations=found.swaps, history=tuple(found.history)
+        )
+
+    def support(self, problem: SubsetProblem) -> Tensor:
+        """Return what `select` chooses, (k,) int64, without the work to prove anything of it."""
+        return self._search(problem).support
+
+    def _search(self, problem: SubsetProblem) -> _Found:
         state = self._initial_state(problem)
-        support, swaps = state.support, 0
-        history = [refit(problem, support)[1]]
+        found = _Found(state, state.support, [refit(problem, state.support)[1]])
         while True:
-            made, converged = self._descend(state, history[-1], self.max_swaps - swaps)
-            swaps += made
-            loss = refit(problem, state.support)[1] if made else history[-1]
-            gained = loss < history[-1]
+            made, found.converged = self._descend(
+                found.state, found.history[-1], self.max_swaps - found.swaps
+            )
+            found.swaps += made
+            loss = refit(problem, found.state.support)[1] if made else found.history[-1]
+            gained = loss < found.history[-1]
             if gained:
-                support = state.support
-                history.append(loss)
-            if not converged:
-                status = Status.ITERATION_LIMIT
-                break
-            # Exchanges that gained only by the state's account are within its rounding.
-            if not gained or state.drift() < _DRIFT_TOLERANCE:
-                status = Status.SWAP_OPTIMAL
-                break
-            state = PivotState.on_support(problem, support)
-        return Selection(support, status, iterations=swaps, history=tuple(history))
+                found.support = found.state.support
+                found.history.append(loss)
+            sound = made == 0 or (gained and found.state.drift() < _DRIFT_TOLERANCE)
+            if not sound:
+                found.state = PivotState.on_support(problem, found.support)
+            # Exchanges that gained only by the account of a swept state are within its rounding.
+            if sound or not gained or not found.converged:
+                return found
+
+    def _certainty(self, state: PivotState) -> Status:
+        """Return what a sound state, in which no exchange seems to gain, says of its support."""
+        weights, loss = refit(state.problem, state.support)
+        rounding = loss_rounding(state.problem, weights)
+        try:
+            possible = possible_gain(state)
+        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+            possible = math.inf
+        # No loss is negative.
+        if min(possible, loss + rounding) <= _CERTAIN * loss + rounding:
+            return Status.SWAP_OPTIMAL
+        # A larger tolerance leaves out exchanges that gain.
+        return Status.PRECISION_LIMIT if self.tolerance <= _CERTAIN else Status.FEASIBLE
 
     def _initial_state(self, problem: SubsetProblem) -> PivotState:
         if self.start is None:
@@ -93,10 +124,43 @@ class LocalSearch:
     def _descend(self, state: PivotState, loss: float, limit: int) -> tuple[int, bool]:
         """Make at most `limit` improving exchanges; return how many, and whether none is left."""
         made = 0
-        while (swap := best_swap(state)).gain > self.tolerance * loss:
+        while (swap := _best_swap(state)).gain > self.tolerance * loss:
             if made == limit:
                 return made, False
             state.sweep([swap.leave, swap.enter])
             loss -= swap.gain
             made += 1
         return made, True
+
+
+@dataclass(eq=False)
+class _Found:
+    """Where a search has come to.
+
+    Parameters
+    ----------
+    state
+        On the support, once the search has ended.
+    support
+        The best one, (k,) int64.
+    history
+        Loss after each improvement.
+    swaps
+        How many exchanges were made.
+    converged
+        Whether no exchange seems to gain.
+    """
+
+    state: PivotState
+    support: Tensor
+    history: list[float]
+    swaps: int = 0
+    converged: bool = False
+
+
+def _best_swap(state: PivotState) -> Swap:
+    """Return the best exchange; none where too many digits are lost to tell."""
+    try:
+        return best_swap(state)
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+        return Swap(-1, -1, -math.inf)

@@ -122,6 +122,19 @@ def test_certify_shows_gaps(run, text, tmp_path):
     assert all(layer["gap"] is not None for layer in layers)
 
 
+def test_certify_says_what_its_proofs_rest_on(run, text, tmp_path):
+    chosen = ("--backend", "local_search", "--json", tmp_path / "a.json")
+    status, out, err = run(
+        *small_prune(text, tmp_path / "a", "--heads", "0.5", "--certify"), *chosen
+    )
+    assert status == 0, err
+    layers = json.loads((tmp_path / "a.json").read_text())["layers"]
+    proved = sum(layer["proved_optimal"] for layer in layers)
+    assert proved > 0
+    said = f"{proved} of {len(layers)} choices are proved optimal"
+    assert f"{said}; every proof was recomputed from its problem alone" in " ".join(out.split())
+
+
 def test_options_reach_the_backend(run, text, tmp_path):
     arguments = small_prune(text, tmp_path / "a", "--neurons", "0.5", "--json", tmp_path / "a.json")
     status, _, err = run(*arguments, "--backend", "random", "--option", "seed=7")

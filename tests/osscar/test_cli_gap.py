@@ -13,6 +13,7 @@ import torch
 
 import solvers
 from osscar.cli import main
+from osscar.report.proofs import not_recomputed_in_words
 from solvers import storage
 
 
@@ -79,6 +80,23 @@ def test_solve_shows_loss_bound_and_proof(run, file, tmp_path):
     assert document["gap"] < 1e-9
     assert len(document["support"]) == 4
     assert document["verification"]["loss"] == document["loss"]
+
+
+def test_solve_says_what_was_not_recomputed(run, file):
+    """A bound without a certificate is the solver's word; the output did not say so."""
+    for backend, options in (("enumerate", ()), ("local_search", ()), ("greedy", ("--bound",))):
+        assert "word" not in run("solve", file, "--backend", backend, *options)[1]
+    status, out, err = run("solve", file, "--backend", "highs")
+    assert status == 0, err
+    assert "OPTIMAL" in out
+    word = "not recomputed: the bound, and the status that rests on it, are the solver's word"
+    assert word in " ".join(out.split())
+
+
+def test_what_is_not_recomputed_has_words_for_every_case():
+    for names in (("lower_bound",), ("lower_bound", "status"), ("status",)):
+        assert not_recomputed_in_words(names).startswith("not recomputed: the ")
+    assert not_recomputed_in_words(()) == ""
 
 
 def test_solve_adds_a_bound_to_a_heuristic(run, file):

@@ -17,6 +17,7 @@ import filelock
 import pytest
 from pydantic import ConfigDict
 
+from osscar.core import files
 from osscar.core.errors import BusyError, FileError, OutputError
 from osscar.core.files import (
     STRICT,
@@ -208,3 +209,36 @@ def _tidied(file: str) -> None:
         finally:
             Path(file).write_text("tidied")
     Path(file).write_text("went on")
+
+
+def test_what_libraries_in_rust_say_of_the_system_is_an_error_of_the_system(tmp_path):
+    for text in ("I/O error: No space left on device (os error 28)", "[Errno 28] No space left"):
+        full = pytest.raises(OutputError, match=r"new\.txt: No space left on device; make room")
+        with full, files.whole(tmp_path / "new.txt"):
+            raise Exception(text)
+    with pytest.raises(ValueError, match="another"), files.whole(tmp_path / "new.txt"):
+        raise ValueError("another")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_is_on_the_disk_before_it_takes_its_name(tmp_path, monkeypatch):
+    path, synced = tmp_path / "new.txt", []
+    monkeypatch.setattr(files, "settle", lambda place: synced.append((place, path.exists())))
+    files.write_text(path, "text")
+    (part, was_there), (directory, is_there) = synced
+    assert part.name.endswith(files.PARTIAL)
+    assert (was_there, directory, is_there) == (False, tmp_path, True)
+
+
+def test_a_lock_says_who_holds_it(tmp_path):
+    place = tmp_path / "lock"
+    with (
+        files.hold(place, tmp_path),
+        pytest.raises(BusyError, match=rf"\(process {os.getpid()} on .*\); wait for it"),
+        files.hold(place, tmp_path),
+    ):
+        pass
+    place.write_text("\x1b[2J no process\n")
+    with filelock.FileLock(place), pytest.raises(BusyError) as caught, files.hold(place, tmp_path):
+        pass
+    assert "\x1b" not in str(caught.value)

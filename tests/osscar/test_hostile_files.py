@@ -7,6 +7,7 @@ import copy
 import io
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,10 +16,14 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import graph
 import osscar
+import solvers
 from osscar.checkpoint.manifest import MANIFEST_FILE, OLD_PLAN_FILE, REPORT_FILE
-from osscar.core.errors import CheckpointError, ModelError, OsscarError
-from osscar.core.inputs import read_json
+from osscar.cli.common import check_json_path
+from osscar.core.errors import CheckpointError, FileError, ModelError, OsscarError, OutputError
+from osscar.core.files import file_digest, read_object
+from osscar.core.inputs import panics_are_errors
 from osscar.data.images import ImageSet, load_images
 from osscar.data.preprocessing import Preprocessing
 from osscar.data.text import encode, read_text
@@ -30,6 +35,7 @@ from osscar.models.vision import load_vision_model
 from osscar.models.weights import read_state
 from tests.osscar.families import tiny
 from tests.osscar.networks import small_net
+from tests.solvers.test_perspective import random_problem
 
 MANY = settings(
     max_examples=60,
@@ -220,8 +226,6 @@ def test_sizes_that_no_model_has(checkpoint, field, size):
 def test_tokenizers(checkpoint, name):
     file = checkpoint / name
     whole = json.loads(file.read_text())
-    # What no merge begins with makes the library abort the whole process.
-    whole.get("model", {}).pop("continuing_subword_prefix", None)
 
     @FEW
     @given(changed(whole))
@@ -233,6 +237,47 @@ def test_tokenizers(checkpoint, name):
     for content in NO_OBJECTS if name == "tokenizer.json" else ():
         file.write_bytes(content)
         with pytest.raises(ModelError, match="has no tokenizer"):
+            load_model(checkpoint)
+
+
+@pytest.mark.parametrize("checkpoint", ["opt"], indirect=True)
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"model": {"continuing_subword_prefix": "x"}},  # aborts the process
+        {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "/////w=="}},  # aborts it
+        {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"}},  # panics
+        {"pre_tokenizer": {"type": "FixedLength", "length": 0}},  # panics on the first text
+    ],
+    ids=["prefix", "table", "short table", "length"],
+)
+def test_a_tokenizer_that_ends_the_process(checkpoint, damage):
+    file = checkpoint / "tokenizer.json"
+    whole = json.loads(file.read_text())
+    model = {**whole["model"], **damage.get("model", {})}
+    file.write_text(json.dumps({**whole, **damage, "model": model}))
+    with pytest.raises(ModelError, match="has no tokenizer that transformers can read"):
+        load_model(checkpoint)
+
+
+def test_a_panic_later_on_is_an_error():
+    class PanicException(BaseException):
+        pass
+
+    panic = PanicException("out of range")
+    fails = pytest.raises(ModelError, match="fails on this text: out of range")
+    with fails, panics_are_errors("this text"):
+        raise panic
+    with pytest.raises(KeyboardInterrupt), panics_are_errors("this text"):
+        raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("checkpoint", ["opt"], indirect=True)
+@pytest.mark.parametrize("name", ["generation_config.json", "special_tokens_map.json"])
+def test_what_lies_beside_the_weights(checkpoint, name):
+    for content in NO_OBJECTS:
+        (checkpoint / name).write_bytes(content)
+        with pytest.raises(ModelError, match=name):
             load_model(checkpoint)
 
 
@@ -331,12 +376,147 @@ def calls(wrong, number):
     yield lambda: data.sample(number, 0)
 
 
-@pytest.mark.parametrize("wrong", [3, 1.5, b"x", [], object()], ids=lambda w: type(w).__name__)
+class Textless:
+    """Its text fails, as do all of its attributes but those that every object has."""
+
+    def __getattr__(self, name):
+        raise RuntimeError(name)
+
+    def __repr__(self):
+        raise ValueError("no text")
+
+
+WRONG = [3, 1.5, b"x", [], object(), Textless()]
+
+
+@pytest.mark.parametrize("wrong", WRONG, ids=lambda wrong: type(wrong).__name__)
 def test_wrong_types(wrong):
     number = "3" if isinstance(wrong, int) else wrong
     for number_of_call, call in enumerate(calls(wrong, number)):
         with pytest.raises(OsscarError):
             pytest.fail(f"call {number_of_call} returned {call()}")
+
+
+def structural_calls(wrong):
+    """Yield what reads and cuts the structure of models, called with something of a wrong type."""
+    net, images, plan = small_net(), torch.rand(2, 3, 12, 12), osscar.PruningPlan(())
+    traced = graph.trace(net, {"x": images})
+    yield lambda: osscar.load(wrong)
+    yield lambda: osscar.load(DEMO_DIRECTORY, dtype=wrong)
+    yield lambda: osscar.load(DEMO_DIRECTORY, dense=wrong)
+    yield lambda: osscar.save(wrong, "out")
+    yield lambda: osscar.save(net, wrong)
+    yield lambda: osscar.save(net, "out", tokenizer=wrong)
+    yield lambda: osscar.save(net, "out", report=wrong)
+    yield lambda: osscar.save(net, "out", dtype=wrong)
+    yield lambda: osscar.slice_units(wrong, plan)
+    yield lambda: osscar.slice_units(net, wrong)
+    yield lambda: osscar.shrink(wrong, plan, [(images,)])
+    yield lambda: osscar.shrink(net, wrong, [(images,)])
+    yield lambda: osscar.shrink(net, plan, wrong)
+    yield lambda: osscar.shrink(net, plan, [wrong])
+    yield lambda: osscar.prepare(wrong)
+    yield lambda: osscar.adapter(wrong)(print)
+    yield lambda: osscar.Study(wrong, {})
+    yield lambda: osscar.Study(Path("nowhere"), wrong)
+    yield lambda: osscar.prune(wrong, images, sparsity=0.5)
+    yield lambda: osscar.prune(net, wrong, sparsity=0.5)
+    yield lambda: osscar.prune(net, images, sparsity=0.5, backend=wrong)
+    yield lambda: graph.trace(wrong, {"x": images})
+    yield lambda: graph.trace(net, wrong)
+    yield lambda: graph.trace(net, {"x": images}, rules=wrong)
+    yield lambda: graph.trace(net, {"x": images}, opaque=[wrong])
+    yield lambda: graph.residual_groups(wrong)
+    yield lambda: traced.group(wrong)
+    yield lambda: traced.draw(wrong)
+
+
+@pytest.mark.parametrize("wrong", WRONG, ids=lambda wrong: type(wrong).__name__)
+def test_wrong_types_where_models_are_cut(wrong, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for number, call in enumerate(structural_calls(wrong)):
+        with pytest.raises((OsscarError, graph.GraphError)):
+            pytest.fail(f"call {number} returned {call()}")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "name", ["a\0b", "\ud800", b"a", None, "~nobody/x", "a" * 300, "x/" * 2000, "x/" * 3000]
+)
+def test_places_that_cannot_be(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(OsscarError):
+        osscar.save(small_net(), name)
+    if name is not None:
+        with pytest.raises(graph.GraphError):
+            graph.trace(small_net(), {"x": torch.rand(2, 3, 12, 12)}).draw(name)
+        with pytest.raises(solvers.SolverError):
+            random_problem(129, 7, 1, 3, 3, spread=1.0).save(
+                name + (b".npz" if isinstance(name, bytes) else ".npz")
+            )
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_of_a_study_that_never_ends(tmp_path):
+    with pytest.raises(FileError, match="a pipe or a device"):
+        file_digest(Path("/dev/zero"))
+
+
+# ---- models of strange habits ------------------------------------------------------------
+
+
+class Trains(torch.nn.BatchNorm2d):
+    """A normalization that keeps to training mode."""
+
+    def train(self, mode=True):
+        return super().train(True)
+
+
+class Silent(torch.nn.Sequential):
+    """A model whose ``train`` returns nothing, and tells its parts nothing."""
+
+    def train(self, mode=True):
+        self.training = mode
+
+
+class Broken(torch.nn.Sequential):
+    def train(self, mode=True):
+        raise KeyError("no mode")
+
+
+@pytest.mark.parametrize(
+    ("model", "reason"),
+    [
+        (lambda: torch.nn.Sequential(torch.nn.Conv2d(3, 8, 12), Trains(8), torch.nn.Flatten()),
+         r"module '1' \(Trains\) stays in training mode"),
+        (lambda: Silent(torch.nn.Conv2d(3, 8, 12), torch.nn.BatchNorm2d(8), torch.nn.Flatten()),
+         r"module '1' \(BatchNorm2d\) stays in training mode"),
+        (lambda: Broken(torch.nn.Conv2d(3, 8, 12), torch.nn.Flatten()), "Broken cannot be set"),
+    ],
+)  # fmt: skip
+def test_a_model_that_does_not_leave_training_mode(model, reason):
+    net, images = model(), torch.rand(8, 3, 12, 12)
+    flags = [module.training for module in net.modules()]
+    with pytest.raises(ModelError, match=reason):
+        osscar.prune(net, images, channels=0.5)
+    with pytest.raises(ModelError, match=reason):
+        osscar.shrink(net, osscar.PruningPlan(()), [(images[:1],)])
+    assert [module.training for module in net.modules()] == flags
+
+
+def test_a_model_that_cannot_run_on_the_inputs_of_the_proof():
+    net = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(5, 2))
+    with pytest.raises(ModelError, match=r"module '1' \(Linear\) fails on the inputs of the proof"):
+        osscar.shrink(net, osscar.PruningPlan(()), [(torch.rand(2, 3),)])
+
+
+def test_json_does_not_take_the_place_of_something_else(tmp_path):
+    (tmp_path / "mine.npz").write_bytes(b"PK")
+    (tmp_path / "old.json").write_text("{}")
+    check_json_path(tmp_path / "old.json")
+    check_json_path(tmp_path / "new.json")
+    with pytest.raises(OutputError, match="would be lost"):
+        check_json_path(tmp_path / "mine.npz")
 
 
 def test_a_text_that_cannot_be_encoded_is_refused():
@@ -345,9 +525,21 @@ def test_a_text_that_cannot_be_encoded_is_refused():
         encode(tokenizer, "ab\udc80")
 
 
-def test_one_object_is_read(tmp_path):
-    (tmp_path / "a").write_text('{"a": 1}')
-    assert read_json(tmp_path / "a") == {"a": 1}
-    (tmp_path / "a").write_text("[]")
-    with pytest.raises(ValueError, match="holds a list"):
-        read_json(tmp_path / "a")
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("[]", "holds a list"),
+        ('{"a": 1, "a": 2}', "stands there twice"),
+        ('{"a": NaN}', "not JSON"),
+        ('{"a": ' + "1" * 50 + "}", "50 digits"),
+        ("[" * 100_000, "nested too deeply"),
+        ('{"a": "' + "x" * 200 + '"}', "more than 100 bytes"),
+    ],
+)
+def test_an_object_of_another_project_comes_in_on_the_same_way(tmp_path, text, reason):
+    limit = 100 if "xxx" in text else 2**20
+    (tmp_path / "a").write_text('{"a": 1, "time_step_limit": [0.0, Infinity]}')
+    assert read_object(tmp_path / "a", limit=limit)["a"] == 1
+    (tmp_path / "a").write_text(text)
+    with pytest.raises(FileError, match=reason):
+        read_object(tmp_path / "a", limit=limit)

@@ -166,7 +166,7 @@ class TestDirectories:
 
     def test_broken_weights(self, checkpoint):
         (checkpoint / "model.safetensors").write_bytes(b"not safetensors")
-        with pytest.raises(ModelError, match="cannot load"):
+        with pytest.raises(CheckpointError, match="no safetensors file"):
             load_model(checkpoint)
 
     def test_missing_weights_are_not_made_up(self, checkpoint):

@@ -168,7 +168,7 @@ Path.rename = lambda self, to: die() if to == target else rename(self, to)
 """
 AFTER_THE_SWAP = "runs._remove = die\n"
 MOUNTED = "runs._is_mounted = lambda path: path == target\n"
-EMPTIED = MOUNTED + "runs.Run.settle = die\n"
+EMPTIED = MOUNTED + "runs.Run.finish = die\n"
 HALF_EMPTIED = """
 runs._is_mounted = lambda path: path == target
 rename = Path.rename

@@ -1,9 +1,6 @@
 """Runs that are killed go on, and end with the same bits."""
 
 import json
-import os
-import random
-import signal
 from pathlib import Path
 
 import pytest
@@ -11,7 +8,6 @@ import safetensors.torch
 import torch
 
 import osscar
-from osscar.cli import build
 from osscar.core.errors import BusyError, RunError
 from osscar.core.files import LOCK_FILE, hold
 from osscar.pruning.prune import prune_as_asked
@@ -156,106 +152,6 @@ def test_foreign_files_in_a_log_survive_its_removal(tmp_path):
     assert [path.name for path in log.directory.iterdir()] == ["thesis.tex"]
 
 
-# ---- kills -------------------------------------------------------------------------------
-
-ARGUMENTS = [
-    *("prune", "demo", "--sparsity", "0.3", "--samples", "8", "--seqlen", "64"),
-    *("--backend", "wanda", "--device", "cpu"),
-]
-EVENTS = ("write", "rename", "commit", "walk")
-
-
-def _run(out, kill_at=None, number=signal.SIGKILL):
-    """Run the command in a child of this process, and let a signal hit it at some event."""
-    child = os.fork()
-    if child:
-        return os.waitpid(child, 0)[1]
-    status = 70
-    try:
-        torch.set_num_threads(1)
-        null = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(null, 1)
-        os.dup2(null, 2)
-        if kill_at is not None:
-            _arm(kill_at, number)
-        status = build()([*ARGUMENTS, "--out", str(out)], standalone_mode=False) or 0
-    except BaseException:
-        status = 71
-    finally:
-        os._exit(status)
-
-
-def _arm(kill_at, number):
-    """Send the signal at the n-th of all writes, renames, commits and arrivals."""
-    from osscar.capture.coroutines import Coroutine
-    from osscar.capture.walk import Site
-
-    left = [kill_at]
-
-    def counted(function):
-        def call(*args, **kwargs):
-            left[0] -= 1
-            if left[0] == 0:
-                os.kill(os.getpid(), number)
-            found = function(*args, **kwargs)
-            return found
-
-        return call
-
-    Site.commit = counted(Site.commit)
-    Coroutine.advance = counted(Coroutine.advance)
-    Path.replace, Path.rename = counted(Path.replace), counted(Path.rename)
-    Path.write_text, Path.mkdir = counted(Path.write_text), counted(Path.mkdir)
-    safetensors.torch.save_file = counted(safetensors.torch.save_file)
-    safetensors.torch.save_model = counted(safetensors.torch.save_model)
-
-
-def _content(directory):
-    """Return what matters of a checkpoint: everything but the report, which tells seconds."""
-    files = {path.name: path.read_bytes() for path in Path(directory).iterdir()}
-    files.pop("osscar_report.json", None)
-    return files
-
-
-@pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory):
-    out = tmp_path_factory.mktemp("whole") / "small"
-    assert _run(out) == 0
-    return _content(out)
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-@pytest.mark.parametrize("seed", range(6))
-def test_kills_at_any_moment_lose_nothing(seed, tmp_path, uninterrupted):
-    _killed_and_gone_on(seed, tmp_path, uninterrupted)
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-@pytest.mark.parametrize("seed", range(100, 130))
-def test_thirty_kills_lose_nothing(seed, tmp_path, uninterrupted):
-    _killed_and_gone_on(seed, tmp_path, uninterrupted)
-
-
-def _killed_and_gone_on(seed, tmp_path, uninterrupted):
-    """Kill a run once or twice, somewhere, and let the same command finish it."""
-    draw = random.Random(seed)
-    out = tmp_path / "small"
-    kills = 0
-    for _ in range(draw.choice((1, 2))):
-        number = draw.choice((signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT))
-        status = _run(out, draw.randrange(1, 40), number)
-        kills += status != 0
-        if status == 0:
-            break
-        assert not out.exists() or _content(out) == uninterrupted  # whole, or not there
-    if not out.exists():
-        assert _run(out) == 0
-    assert _content(out) == uninterrupted
-    left = [path for path in tmp_path.iterdir() if path != out and path.suffix != ".run"]
-    assert left == []
-
-
 def test_a_log_in_use_and_a_directory_of_someone_else_are_not_removed(tmp_path):
     log = RunLog(tmp_path / "log")
     prune_as_asked(tiny("opt"), tokens(), REQUEST, log)
@@ -280,3 +176,38 @@ def test_weights_of_another_form_are_refused(tmp_path):
     safetensors.torch.save_file({"0": row.contiguous()}, file, words)
     with pytest.raises(RunError, match=r"of another form.*--restart"):
         prune_as_asked(tiny("opt"), tokens(), REQUEST, log)
+
+
+def test_a_removal_that_was_interrupted_leaves_what_a_run_goes_on_from(tmp_path, monkeypatch):
+    log = RunLog(tmp_path / "log")
+    result = prune_as_asked(tiny("opt"), tokens(), REQUEST, log)
+    unlink, left = Path.unlink, [2]
+
+    def some(self, **options):
+        left[0] -= 1
+        if left[0] < 0:
+            raise Killed
+        unlink(self, **options)
+
+    monkeypatch.setattr(Path, "unlink", some)
+    with pytest.raises(Killed):
+        log.remove()
+    monkeypatch.undo()
+    assert log.committed == len(result.layers) - 2
+    again = prune_as_asked(tiny("opt"), tokens(), REQUEST, RunLog(log.directory))
+    assert again.plan == result.plan
+    RunLog(log.directory).remove()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_log_in_which_nothing_is_recorded_goes_again(tmp_path):
+    log = RunLog(tmp_path / "deep" / "log")
+    with log.held():
+        assert (log.directory / LOCK_FILE).exists()
+    assert list(tmp_path.iterdir()) == []
+    foreign = tmp_path / "mine"
+    foreign.mkdir()
+    (foreign / MANIFEST).write_text("notes of someone else")
+    with RunLog(foreign).held():
+        pass
+    assert [path.name for path in foreign.iterdir()] == [MANIFEST]

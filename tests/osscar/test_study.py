@@ -571,7 +571,7 @@ def test_places_that_are_taken_are_named(study):
         write_report(study, QUICK, records, summarize(records))
     shutil.rmtree(study.directory / "records")
     (study.directory / "records").write_text("")
-    with pytest.raises(StudyError, match=r"cannot write .*records"):
+    with pytest.raises(OutputError, match=r"cannot write .*records"):
         study.run(QUICK)
     with pytest.raises(StudyError, match="File name too long"):
         Study(study.directory / ("x" * 300), {})
@@ -768,3 +768,16 @@ def test_honest_bounds_of_a_trained_model_are_never_refused(backend):
             report = solution.verify()
             assert report.lower_bound <= solution.loss
             assert solution.lower_bound <= report.lower_bound + report.tolerance
+
+
+def test_a_full_disk_is_no_answer_of_a_solver(study, monkeypatch):
+    def full(path, *_):
+        raise solvers.ProblemError(f"{path} cannot be written: [Errno 28] No space left on device")
+
+    monkeypatch.setattr("osscar.study.certificates.write", full)
+    design = StudyDesign(sparsities=(0.5,), backends=("perspective",))
+    with pytest.raises(OutputError, match=r"cannot write .*: No space left on device; make room"):
+        study.run(design)
+    assert not list((study.directory / "records").glob("*.json"))
+    monkeypatch.undo()
+    assert [record.error for record in study.run(design)] == ["", ""]

@@ -53,7 +53,7 @@ def test_bounds_of_unequal_nodes_hold(seed, n, width, responses, spread, consume
     terms = TermsBatch.of(root, sides)
     share = torch.rand(terms.units.shape, generator=torch.Generator().manual_seed(seed)).double()
     bound = bound_nodes(terms, share, torch.full_like(share, 1.25), steps=8)
-    values = terms.certified(bound.cost, bound.magnitude)
+    values = terms.certified(bound.cost)
     rises = {REMOVED: bound.if_removed(terms), KEPT: bound.if_kept(terms)}
     for index, row in enumerate(sides):
         alone = node(root, row)

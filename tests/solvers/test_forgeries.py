@@ -14,6 +14,8 @@ import pytest
 import torch
 
 from solvers import (
+    BackendKind,
+    Capabilities,
     Consumer,
     Selection,
     Solution,
@@ -24,7 +26,7 @@ from solvers import (
     refit,
     solve,
 )
-from solvers.certificate import EnumerationCertificate, MultiplierCertificate, Proved
+from solvers.certificate import EnumerationCertificate, MultiplierCertificate
 from solvers.tree_certificate import FREE, KEPT, REMOVED, TreeCertificate
 from tests.solvers.instances import INSTANCES, exact_loss, exact_optimum
 from tests.solvers.test_perspective import random_problem
@@ -208,7 +210,7 @@ def test_huge_diagonals_prove_no_rounding(q, point):
                 proved = forged.bound(problem())
             except VerificationError:
                 continue
-            assert Fraction(proved.value) <= optimum()
+            assert Fraction(proved) <= optimum()
             refused(false(certificate=forged))
 
 
@@ -265,12 +267,12 @@ class Obliging:
     """A certificate that proves what it is asked to."""
 
     def bound(self, problem):
-        return Proved(worse().loss, 0.0)
+        return worse().loss
 
 
 class ObligingTree(TreeCertificate):
     def bound(self, problem):
-        return Proved(worse().loss, 0.0)
+        return worse().loss
 
 
 class ObligingFloat(float):
@@ -509,7 +511,7 @@ def test_window_optima_need_their_windows():
 
 def test_what_a_backend_answers_is_checked_before_it_is_a_solution():
     """`solve` refuses it in the backend's name; nothing ends in a raw error."""
-    from solvers import BackendError, BackendKind, Capabilities
+    from solvers import BackendError
 
     @dataclass(frozen=True)
     class Answers:
@@ -548,12 +550,45 @@ def test_what_a_backend_answers_is_checked_before_it_is_a_solution():
     taken.verify()
 
 
+@pytest.mark.parametrize(
+    "error", [ValueError("no luck"), KeyError("H"), RuntimeError(), OSError(5)]
+)
+def test_a_backend_that_fails_is_named(error):
+    """It was a bare error, which told nobody which backend it came from."""
+    from solvers import BackendError
+
+    with pytest.raises(BackendError, match="backend 'Fails' failed with") as caught:
+        solve(problem(), Fails(error))
+    assert f"{type(error).__name__}: {error}" in str(caught.value)
+    assert caught.value.__cause__ is error
+
+
+def test_what_a_backend_says_on_purpose_and_interrupts_pass():
+    from solvers import BackendError
+
+    for error in (BackendError("asked for too much"), KeyboardInterrupt(), SystemExit(3)):
+        with pytest.raises(type(error)) as caught:
+            solve(problem(), Fails(error))
+        assert caught.value is error
+
+
+@dataclass(frozen=True)
+class Fails:
+    error: BaseException
+    kind = BackendKind.HEURISTIC
+    summary = "raises what it is given"
+    capabilities = Capabilities()
+
+    def select(self, problem):
+        raise self.error
+
+
 def test_what_is_accepted_holds_in_exact_arithmetic():
     for backend in ("branch_and_bound", "perspective", "enumerate"):
         solution = honest(backend)
         report = solution.verify()
         assert Fraction(report.lower_bound) <= optimum()
         assert Fraction(solution.lower_bound) <= optimum() + Fraction(report.tolerance)
-        assert report.tolerance < 1.1e-7 * solution.loss
+        assert report.tolerance < 1e-8 * solution.loss
         exact = exact_loss(problem(), solution.support.tolist())
         assert abs(Fraction(solution.loss) - exact) <= Fraction(report.tolerance)

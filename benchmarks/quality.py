@@ -1,0 +1,341 @@
+"""Quality at a given size: this toolkit's default against the paper's method and other baselines.
+
+    python benchmarks/quality.py DIRECTORY --tasks smollm2-neurons --data DATA
+
+Each row is one pruned model, written to a file of its own in DIRECTORY as soon as it is scored, so
+that the same command goes on where it was stopped.  Ends with a Markdown table of all rows there.
+
+Text is calibrated on the first half of `wikitext2-raw-test.txt` and scored on the second (same
+form), or calibrated on `wikitext2-valid.txt` (shifted: another tokenization of the same source).
+Baselines are uniform, on the paper's target: every group keeps the same share.  All of them refit
+by least squares.  Whatever shares a budget gets as much as uniform shares come to in whole units.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import hashlib
+import json
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import osscar
+from osscar.capture.opened import opened
+from osscar.core.files import write_json
+from osscar.data.images import load_images
+from osscar.evaluation.images import score_images
+from osscar.evaluation.language import measure_quality
+from osscar.models.vision import load_vision_model
+from osscar.pruning.budget import allocate
+from osscar.pruning.request import PruningRequest
+
+UNIFORM = {"allocation": "uniform", "target": "weights"}
+METHODS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "multistage (the paper's)": {**UNIFORM, "backend": "multistage"},
+    "greedy (ZipLM's)": {**UNIFORM, "backend": "greedy"},
+    "wanda": {**UNIFORM, "backend": "wanda"},
+    "magnitude": {**UNIFORM, "backend": "magnitude"},
+    # One thing at a time, from the paper's method to the default and back.
+    "uniform": {"allocation": "uniform"},
+    "uniform, outputs": {"allocation": "uniform", "target": "outputs"},
+    "weights": {"target": "weights"},
+    "outputs": {"target": "outputs"},
+    "blend 0.5": {"blend": 0.5},
+    "blend 1": {"blend": 1.0},
+    "damp 0.1": {"damp": 0.1},
+    "damp 0.001": {"damp": 0.001},
+    "wanda, default otherwise": {"backend": "wanda"},
+}
+BASELINES = tuple(METHODS)[:5]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is removed, and how it is asked for.
+
+    Parameters
+    ----------
+    name
+        In the table.
+    asked
+        Fields of the request that every method has.
+    """
+
+    name: str
+    asked: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Task:
+    """A model with its data, and what is to be removed of it."""
+
+    load: Callable[[argparse.Namespace], Subject]
+    settings: tuple[Setting, ...]
+    seeds: tuple[int, ...] = (0,)
+    sources: tuple[str, ...] = ("same form",)
+
+
+class Subject:
+    """A dense model that can be calibrated and scored."""
+
+    dense: dict[str, float]
+
+    def calibration(self, source: str, samples: int | None, seed: int) -> Any:
+        """Return calibration data."""
+        raise NotImplementedError
+
+    def score(self, model: Any) -> dict[str, float]:
+        """Return quality by name of its measure."""
+        raise NotImplementedError
+
+
+class Text(Subject):
+    """A language model on WikiText-2."""
+
+    def __init__(self, name: str, arguments: argparse.Namespace) -> None:
+        self.loaded = osscar.load_model(name, device=arguments.device)
+        self.model, self.windows = self.loaded.model, arguments.windows
+        whole = (arguments.data / "wikitext2-raw-test.txt").read_text(encoding="utf-8")
+        half = whole.rfind("\n", 0, len(whole) // 2)
+        self.first = arguments.directory / "first-half.txt"
+        self.first.write_text(whole[:half], encoding="utf-8")
+        self.second = whole[half:]
+        self.shifted = arguments.data / "wikitext2-valid.txt"
+        self.dense = self.score(self.model)
+
+    def calibration(self, source: str, samples: int | None, seed: int) -> Any:
+        file = self.first if source == "same form" else self.shifted
+        length = min(512, self.model.config.max_position_embeddings)
+        return osscar.load_calibration(
+            file, self.loaded.tokenizer, samples=samples or 32, seqlen=length, seed=seed
+        )
+
+    def score(self, model: Any) -> dict[str, float]:
+        quality = measure_quality(model, self.loaded.tokenizer, self.second, windows=self.windows)
+        return {"perplexity": quality.perplexity}
+
+
+class Images(Subject):
+    """A classifier of images."""
+
+    def __init__(
+        self,
+        model: str,
+        weights: Path | None,
+        train: str,
+        test: str,
+        arguments: argparse.Namespace,
+        labels: bool = True,
+    ) -> None:
+        self.loaded = load_vision_model(model, weights=weights, device=arguments.device)
+        self.model, self.train = self.loaded.model, train
+        images = load_images(test, self.loaded.preprocessing).sample(arguments.images, 0)
+        self.images = images if labels else dataclasses.replace(images, labels=None)
+        self.dense = self.score(self.model)
+
+    def calibration(self, source: str, samples: int | None, seed: int) -> Any:
+        return self.loaded.calibration(self.train, samples=samples or 256, seqlen=None, seed=seed)
+
+    def score(self, model: Any) -> dict[str, float]:
+        (found,) = score_images([model], self.images, dense=self.model, classes=self.loaded.classes)
+        top1 = {} if found.top1 is None else {"top1": found.top1}
+        return {**top1, "agreement": found.agreement, "kl": found.kl}
+
+
+def resnet20(arguments: argparse.Namespace) -> Subject:
+    """Load the CIFAR-10 ResNet-20 of He et al."""
+    return Images(
+        f"{Path(__file__).parent / 'resnet20.py'}:build",
+        arguments.data / "resnet20-cifar10.safetensors",
+        f"{arguments.data / 'cifar10-subset.npz'}:train",
+        f"{arguments.data / 'cifar10-subset.npz'}:test",
+        arguments,
+    )
+
+
+def mobilenet(arguments: argparse.Namespace) -> Subject:
+    """Load MobileNetV2 with ImageNet weights, for CIFAR images: agreement with the dense model."""
+    return Images(
+        "torchvision:mobilenet_v2",
+        arguments.mobilenet,
+        f"{arguments.data / 'cifar10-subset.npz'}:train",
+        f"{arguments.data / 'cifar10-subset.npz'}:test",
+        arguments,
+        labels=False,
+    )
+
+
+def neurons(*shares: float) -> tuple[Setting, ...]:
+    """Remove shares of the parameters of neurons."""
+    return tuple(Setting(f"{s:.0%} of neurons", {"sparsity": s, "heads": 1.0}) for s in shares)
+
+
+def both(*shares: float) -> tuple[Setting, ...]:
+    """Remove shares of the parameters of heads and neurons."""
+    return tuple(Setting(f"{s:.0%} of heads and neurons", {"sparsity": s}) for s in shares)
+
+
+def flops(*shares: float, residual: bool = False) -> tuple[Setting, ...]:
+    """Keep shares of the operations; with residual channels, half of the way by these."""
+    extra = {s: {"residual": round(math.sqrt(s), 3)} if residual else {} for s in shares}
+    name = " with residual channels" if residual else ""
+    return tuple(Setting(f"{s} of FLOPs{name}", {"flops": s, **extra[s]}) for s in shares)
+
+
+SHARES = (0.2, 0.3, 0.4, 0.5)
+TASKS = {
+    "smollm2": Task(
+        lambda a: Text("smollm2-135m", a),
+        (*neurons(*SHARES), *both(*SHARES)),
+        sources=("same form", "shifted"),
+    ),
+    "demo": Task(lambda a: Text("demo", a), (*neurons(*SHARES), *both(*SHARES)), seeds=(0, 1, 2)),
+    "resnet20": Task(resnet20, (*flops(0.7, 0.5, 0.3), *flops(0.7, 0.5, 0.3, residual=True))),
+    "mobilenet": Task(mobilenet, flops(0.66)),
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One pruned model."""
+
+    task: str
+    setting: str
+    method: str
+    source: str = "same form"
+    samples: int | None = None
+    seed: int = 0
+    measured: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def key(self) -> str:
+        """The name of its file."""
+        words = [self.task, self.setting, self.method, self.source, self.samples, self.seed]
+        return hashlib.sha256(repr(words).encode()).hexdigest()[:16] + ".json"
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    arguments.directory.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(0)
+    for name in arguments.tasks:
+        task = TASKS[name]
+        rows = [row for row in asked(name, task, arguments) if not done(row, arguments)]
+        if rows:
+            subject = task.load(arguments)
+            for row in rows:
+                measure(row, task, subject, arguments)
+    print(*table(arguments.directory), sep="\n")
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("directory", type=Path)
+    parser.add_argument("--tasks", nargs="*", choices=TASKS, default=list(TASKS))
+    parser.add_argument("--settings", nargs="*", help="only those that hold one of these texts")
+    parser.add_argument("--methods", nargs="*", choices=METHODS, default=BASELINES)
+    parser.add_argument("--sources", nargs="*", choices=("same form", "shifted"))
+    parser.add_argument("--seeds", nargs="*", type=int)
+    parser.add_argument("--samples", nargs="*", type=int, default=[None])
+    parser.add_argument("--data", type=Path, required=True, help="directory of the files named")
+    parser.add_argument("--mobilenet", type=Path, help="weights of MobileNetV2")
+    parser.add_argument("--windows", type=int, default=40, help="score only the first N windows")
+    parser.add_argument("--images", type=int, default=2000, help="score only N images")
+    parser.add_argument("--device", default="auto")
+    return parser.parse_args()
+
+
+def asked(name: str, task: Task, arguments: argparse.Namespace) -> Iterator[Row]:
+    """Yield the rows that are asked for."""
+    for setting in task.settings:
+        wanted = arguments.settings
+        if wanted and not any(text in setting.name for text in wanted):
+            continue
+        for source in arguments.sources or task.sources:
+            for seed in arguments.seeds or task.seeds:
+                for samples in arguments.samples:
+                    for method in arguments.methods:
+                        yield Row(name, setting.name, method, source, samples, seed)
+
+
+def done(row: Row, arguments: argparse.Namespace) -> bool:
+    return (arguments.directory / row.key).exists()
+
+
+def measure(row: Row, task: Task, subject: Any, arguments: argparse.Namespace) -> None:
+    """Prune and score one model, and write what was found."""
+    (setting,) = [s for s in task.settings if s.name == row.setting]
+    data = subject.calibration(row.source, row.samples, row.seed)
+    request = {**setting.asked, **METHODS[row.method], "seed": row.seed}
+    if request.get("allocation") != "uniform":
+        request.update(same_size(subject.model, data, setting))
+    began = time.perf_counter()
+    result = osscar.prune(subject.model, data, device=arguments.device, **request)
+    seconds = time.perf_counter() - began
+    budget = result.budget
+    content = {
+        **{key: getattr(row, key) for key in ("task", "setting", "method", "source", "seed")},
+        "samples": result.calibration["samples"],
+        "dense": subject.dense,
+        "quality": subject.score(result.model),
+        "seconds": seconds,
+        "solve_seconds": result.solve_seconds,
+        "parameters": result.parameters_after,
+        "dense_parameters": result.parameters_before,
+        "reached": None if budget is None else budget.reached / budget.dense,
+        "predicted": None if budget is None else budget.predicted,
+        "divergence": result.divergence,
+        "kept": {layer.name: layer.kept for layer in result.layers},
+        "blends": {layer.name: layer.blend for layer in result.layers},
+    }
+    write_json(arguments.directory / row.key, content)
+    print(json.dumps({k: v for k, v in content.items() if k not in {"kept", "blends"}}), flush=True)
+
+
+def same_size(model: Any, data: Any, setting: Setting) -> dict[str, Any]:
+    """Return the budget that uniform shares, whose counts are rounded, really come to."""
+    request = PruningRequest(**setting.asked, allocation="uniform")
+    with opened(model, data) as ready:
+        budget = allocate(ready, request).budget
+    assert budget is not None
+    if request.flops is not None:
+        return {"flops": budget.reached / budget.dense}
+    return {"sparsity": None, "params": int(budget.reached)}
+
+
+def table(directory: Path) -> list[str]:
+    """Return all rows of a directory as a Markdown table."""
+    rows = [json.loads(file.read_text()) for file in sorted(directory.glob("*.json"))]
+    methods = list(METHODS)
+    order = {s.name: i for t in TASKS.values() for i, s in enumerate(t.settings)}
+    rows.sort(
+        key=lambda r: (
+            *(r["task"], order[r["setting"]], r["source"], r["samples"], r["seed"]),
+            methods.index(r["method"]),
+        )
+    )
+    head = ["model", "removed or kept", "calibration", "method", "quality", "excess", "seconds"]
+    lines = [head, ["---"] * 4 + ["---:"] * 3]
+    for row in rows:
+        measure, value = next(iter(row["quality"].items()))
+        dense = row["dense"][measure]
+        worse = value / dense - 1 if measure == "perplexity" else value - dense
+        data = f"{row['source']}, {row['samples']} samples, seed {row['seed']}"
+        quality = f"{value:.2f}" if measure == "perplexity" else f"{value:.1%}"
+        seconds = f"{row['seconds']:.0f}"
+        lines.append(
+            [row["task"], row["setting"], data, row["method"], quality, f"{worse:+.1%}", seconds]
+        )
+    return [f"| {' | '.join(line)} |" for line in lines]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,335 @@
+"""Whether a checkpoint asks for what it holds: told before anything of it is allocated.
+
+A config is a few numbers, and a library builds whatever they say.  So these are looked at first,
+then a model is built of them on the device 'meta', where tensors have no memory, with an eye on how
+much it becomes, and its tensors are compared with those that the headers of the weights name.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as registration
+from torch.overrides import TorchFunctionMode
+
+from osscar.checkpoint.manifest import CONFIG_FILE
+from osscar.checkpoint.stored import INDEX_FILE, WEIGHTS_FILE, Stored, read_stored
+from osscar.core.errors import CheckpointError, FileError
+from osscar.core.files import read_object
+
+# ---- the numbers in a config -------------------------------------------------------------
+
+_NEVER_ZERO = frozenset(
+    {
+        *("hidden_size", "d_model", "n_embd", "vocab_size", "word_embed_proj_dim"),
+        *("num_hidden_layers", "n_layer", "n_layers", "num_attention_heads", "n_head"),
+        *("num_key_value_heads", "ffn_dim", "max_position_embeddings", "n_positions"),
+    }
+)
+"""What no language model has none of, in families that name it so."""
+
+_COUNT = re.compile(
+    r"^(num|n)_|^(max_position_embeddings|d_model|d_ff|ffn_dim|n_inner)$"
+    r"|_(size|dim|layers|heads|experts|blocks|labels|positions)$"
+)
+_SIGNED = re.compile(r"beam|return_sequences|ngram|window|images|index|chunk|_id$|_token")
+"""Names of counts in which some families write -1 or nothing for "none"."""
+
+_BUILT_ONE_BY_ONE = re.compile(r"layers?$|blocks?$|stages?$|depths?$|hidden_groups$")
+_MOST_LAYERS = 10_000
+_MOST = 2**40
+"""No dimension of a weight has as many entries."""
+
+_MOST_LABELS = 10**6
+"""Libraries make a name for each."""
+
+_KERNELS = ("attn_implementation", "_attn_implementation", "experts_implementation")
+
+_REFUSED = {
+    "quantization_config": "its weights are quantized, which cannot be pruned: dequantize it first",
+    "transformers_weights": "it names another file of weights; rename that to model.safetensors",
+}
+
+
+def check_config(path: Path) -> None:
+    """Refuse a directory whose ``config.json`` libraries would choke on.
+
+    Parameters
+    ----------
+    path
+        The directory.
+
+    Raises
+    ------
+    CheckpointError
+        If there is none, it is no JSON object, has a size that no model has, is quantized, or would
+        have code fetched.
+    """
+    file = path / CONFIG_FILE
+    if not file.is_file():
+        raise CheckpointError(f"{path} holds no config.json; it is not a checkpoint")
+    try:
+        config = read_object(file)
+    except FileError as error:
+        raise CheckpointError(
+            f"{path} is not a checkpoint that can be read: its config.json is damaged "
+            f"({error.reason})"
+        ) from error
+    if (path / "adapter_config.json").exists():
+        raise CheckpointError(f"{path} holds an adapter; merge it into its model first")
+    for name, why in _REFUSED.items():
+        if config.get(name) is not None:
+            raise CheckpointError(f"{file} has a {name}: {why}")
+    if config.get("return_dict") is False:
+        raise CheckpointError(f"{file} has return_dict false: its models would give no logits")
+    for place, name, value in _scalars(config, ""):
+        reason = _wrong(name, value, whole=place == name)
+        if reason is not None:
+            raise CheckpointError(f"{file} has {place} {value!r:.40}, {reason}; get it anew")
+
+
+def _scalars(value: Any, place: str) -> Iterator[tuple[str, str, Any]]:
+    """Yield what is no container: where it stands, the name nearest to it, and itself."""
+    for key, inside in value.items():
+        where = f"{place}{key}"
+        if key == "id2label" and isinstance(inside, dict):
+            yield f"{where} of length", "num_labels", len(inside)
+        elif isinstance(inside, dict):
+            yield from _scalars(inside, f"{where}.")
+        elif isinstance(inside, list):
+            for number, member in enumerate(inside):
+                if isinstance(member, dict):
+                    yield from _scalars(member, f"{where}.{number}.")
+                else:
+                    yield f"{where}.{number}", key, member
+        else:
+            yield where, key, inside
+
+
+def _wrong(name: str, value: Any, *, whole: bool) -> str | None:
+    """Say why a number in a config can be none, or return None.
+
+    One of a part, or of a single layer (not `whole`), may be zero, where that has nothing of it.
+    """
+    if name in _KERNELS and isinstance(value, str) and "/" in value:
+        return "code of somebody else's that would be fetched and run"
+    if isinstance(value, bool) or not isinstance(value, int) or not _COUNT.search(name):
+        return None
+    least = 1 if whole and name in _NEVER_ZERO else 0
+    if value < least and not _SIGNED.search(name):
+        return f"where a number from {least} is needed"
+    most = _MOST_LAYERS if _BUILT_ONE_BY_ONE.search(name) else _MOST
+    most = _MOST_LABELS if name.endswith("labels") else most
+    return None if value <= most else f"more than any model has ({most:,})"
+
+
+# ---- the tensors of a model --------------------------------------------------------------
+
+_SPARE = 2**20
+"""Numbers that a small model may have and not store: in tests, most of it."""
+
+_SPARE_BYTES = 2**30
+"""Of tables that are computed and not stored, such as masks and positions."""
+
+_MOST_CUT = 64
+"""How many times smaller a pruned model may be than the dense one, which has to be built."""
+
+
+@dataclass
+class _Budget:
+    """How much a model may become while it is built.
+
+    Parameters
+    ----------
+    stored
+        The tensors that it is going to be filled with.
+    times
+        How many times as many numbers it may have.
+    """
+
+    stored: Mapping[str, Stored]
+    times: int
+    left: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.left = 1000 + 20 * len(self.stored)
+        self.elements = sum(tensor.elements for tensor in self.stored.values())
+        self.most = self.times * max(self.elements, _SPARE)
+        self.bytes = self.times * (_SPARE_BYTES + 8 * self.elements)
+
+    def registered(self, module: nn.Module, name: str, value: Any) -> None:
+        """Count what a module is given."""
+        if threading.get_ident() != self.thread or value is None:
+            return
+        self.left -= 1
+        if self.left < 0:
+            raise _TooMuchError(
+                f"its config asks for more than {1000 + 20 * len(self.stored):,} modules and "
+                f"tensors, and the weights hold {len(self.stored):,} tensors"
+            )
+        if isinstance(value, nn.Parameter) and value.numel() > self.most:
+            raise _TooMuchError(
+                f"its config asks for a {name!r} of {type(module).__name__} of "
+                f"{tuple(value.shape)}, and all weights together are {self.elements:,} numbers"
+            )
+
+    @contextmanager
+    def watched(self, place: AbstractContextManager[object]) -> Iterator[None]:
+        """Count what this thread builds in the block, in a place without memory."""
+        self.thread = threading.get_ident()
+        hooks = [
+            registration.register_module_parameter_registration_hook(self.registered),
+            registration.register_module_buffer_registration_hook(self.registered),
+            registration.register_module_module_registration_hook(self.registered),
+        ]
+        try:
+            with place:
+                yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def built(
+        self, build: Callable[[], nn.Module], place: AbstractContextManager[object]
+    ) -> nn.Module:
+        """Build a model, and refuse one that is much more than its weights."""
+        with self.watched(place):
+            model = build()
+        numbers = sum(parameter.numel() for parameter in model.parameters())
+        if not numbers <= 2 * self.most:
+            raise _TooMuchError(
+                f"its config asks for {numbers:,} parameters, and the weights are "
+                f"{self.elements:,} numbers"
+            )
+        for name, buffer in model.named_buffers():
+            if not buffer.numel() * buffer.element_size() <= self.bytes:
+                raise _TooMuchError(
+                    f"its config asks for a table {name!r} of {tuple(buffer.shape)}, and the "
+                    f"weights are {self.elements:,} numbers"
+                )
+        return model
+
+
+class _EmptyOnMeta(TorchFunctionMode):
+    """Give tensors that wait for weights no memory, and compute with all others."""
+
+    _WAITING = frozenset({torch.empty, torch.zeros, torch.ones, torch.full})
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        options = dict(kwargs or {})
+        return func(*args, **(options | {"device": "meta"} if func in self._WAITING else options))
+
+
+class _TooMuchError(Exception):
+    """A config asks for more than the weights are."""
+
+
+def stored_in(path: Path) -> dict[str, Stored] | None:
+    """Return what weights a directory holds; None if none are in safetensors.
+
+    Raises
+    ------
+    CheckpointError
+        If a header, or the index of several files, makes no sense.
+    """
+    if not (path / WEIGHTS_FILE).exists() and not (path / INDEX_FILE).exists():
+        return None
+    try:
+        return read_stored(path)
+    except FileError as error:
+        raise CheckpointError(f"the weights cannot be read: {error}; get them anew") from error
+
+
+def check_size(
+    build: Callable[[], nn.Module], stored: Mapping[str, Stored], path: Path, *, pruned: bool
+) -> nn.Module:
+    """Build a model without memory, and refuse one that is much more than its weights.
+
+    Parameters
+    ----------
+    build
+        Builds the model.
+    stored
+        Its weights, or those of the smaller one.
+    path
+        Of the checkpoint.
+    pruned
+        Whether the weights are those of a smaller model than this.
+
+    Returns
+    -------
+    nn.Module
+        The model, on the device 'meta'.
+
+    Raises
+    ------
+    CheckpointError
+        If it is too much, saying of what.
+    """
+    times = _MOST_CUT if pruned else 1
+    try:
+        try:
+            model = _Budget(stored, times).built(build, torch.device("meta"))
+        except NotImplementedError:  # RegNet computes its widths with tensors, which need values
+            model = _Budget(stored, times).built(build, _EmptyOnMeta())
+    except _TooMuchError as error:
+        raise CheckpointError(f"{path} is not a checkpoint that can be read: {error}") from error
+    return model
+
+
+def check_tensors(model: nn.Module, stored: Mapping[str, Stored], path: Path) -> None:
+    """Refuse weights that are of other shapes than a model's, or of another sort of number.
+
+    Parameters
+    ----------
+    model
+        What is to be filled; it may be on the device 'meta'.
+    stored
+        What it is to be filled with.  Names that the model does not know are no matter here: who
+        fills it will miss what they should be.
+    path
+        Of the checkpoint.
+
+    Raises
+    ------
+    CheckpointError
+        Naming a tensor.
+    """
+    prefix = getattr(model, "base_model_prefix", "")
+    own = {name: t for name, t in model.state_dict().items() if isinstance(t, Tensor)}
+    for name, tensor in stored.items():
+        mine = next((own[n] for n in _names(name, prefix) if n in own), None)
+        if mine is None:
+            # Old checkpoints hold masks of whole numbers, which are computed anew.
+            if tensor.kind == "complex" or (tensor.kind == "whole" and name.endswith("weight")):
+                raise _unlike(path, name, tensor, "a tensor of real numbers")
+        elif tuple(mine.shape) != tensor.shape or _kind(mine) != tensor.kind:
+            raise _unlike(path, name, tensor, f"{mine.dtype} {tuple(mine.shape)}")
+
+
+def _names(name: str, prefix: str) -> tuple[str, ...]:
+    """Return what a tensor may be called in the model: with the name of its base, or without."""
+    return (name, f"{prefix}.{name}", name.removeprefix(f"{prefix}."))
+
+
+def _kind(tensor: Tensor) -> str:
+    if tensor.is_complex():
+        return "complex"
+    return "real" if tensor.is_floating_point() else "whole"
+
+
+def _unlike(path: Path, name: str, tensor: Stored, due: str) -> CheckpointError:
+    return CheckpointError(
+        f"the weights in {path} do not fit its config: {name!r} is {tensor.dtype} "
+        f"{tensor.shape}, where {due} is due; get the checkpoint anew"
+    )

@@ -1,0 +1,127 @@
+"""Commands that are interrupted, small ones, and what they make when they are not."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import OPTConfig, OPTForCausalLM
+
+import osscar
+import solvers
+from tests.osscar.interruptions import Ended, Full, Kill, Refusal, content, hidden, run
+
+
+@dataclass(frozen=True)
+class Case:
+    """A command, what it makes without interruption, and what may lie where its output goes."""
+
+    arguments: tuple[str, ...]
+    result: dict[str, object]
+    events: int
+    writes: int
+    before: Path | None = None
+    shown: tuple[str, ...] = ("out", "out.run", "said.json")
+
+    def begin(self, root: Path) -> None:
+        root.mkdir()
+        if self.before is not None:
+            shutil.copytree(self.before, root / "out")
+
+    def run(self, root: Path, plan: Kill | Full | None = None) -> Ended:
+        return run(root, [*self.arguments, *outputs(root)], plan)
+
+    def is_whole(self, root: Path) -> bool:
+        """Whether the output is what was there before, or what was asked for."""
+        if not (root / "out").exists():
+            return self.before is None
+        found = content(root / "out")
+        return found == self.result or (self.before is not None and found == content(self.before))
+
+    @property
+    def keeps_old(self) -> bool:
+        """Whether the output appears at once; a study grows where it lies."""
+        return self.arguments[0] == "prune"
+
+    def wrong(self, root: Path) -> list[str]:
+        """Return what is not as an uninterrupted command makes it, and what should be gone."""
+        found = content(root / "out")
+        names = [name for name in found | self.result if found.get(name) != self.result.get(name)]
+        return names + hidden(root, ("out", "said.json"))
+
+
+def outputs(root: Path) -> tuple[str, ...]:
+    return ("--out", str(root / "out"), "--json", str(root / "said.json"))
+
+
+def _case(place: Path, arguments: tuple[str, ...], before: Path | None = None) -> Case:
+    """Run a command as a whole, which tells what it makes and how many events there are."""
+    events = {}
+    for counted, plan in (("events", None), ("writes", Full(10**9, Refusal.ONCE))):
+        root = place / counted
+        begun = Case(arguments, {}, 0, 0, before)
+        begun.begin(root)
+        ended = begun.run(root, plan)
+        assert ended.status == 0, ended.err
+        events[counted] = ended.events
+    assert content(place / "events" / "out") == content(place / "writes" / "out")
+    return Case(arguments, content(place / "events" / "out"), **events, before=before)
+
+
+def tiny_model(place: Path) -> Path:
+    """Write a language model of two small layers that ``from_pretrained`` reads."""
+    demo = osscar.load_model("demo")
+    size = {"num_hidden_layers": 2, "hidden_size": 16, "word_embed_proj_dim": 16, "ffn_dim": 24}
+    config = {**demo.model.config.to_dict(), **size, "num_attention_heads": 4}
+    torch.manual_seed(0)
+    OPTForCausalLM(OPTConfig(**config)).save_pretrained(place)
+    demo.tokenizer.save_pretrained(place)
+    return place
+
+
+def _pruning(model: Path, *more: str) -> tuple[str, ...]:
+    return (
+        *("prune", str(model), "--samples", "8", "--seqlen", "32", "--backend", "wanda"),
+        *("--device", "cpu", *more),
+    )
+
+
+def plan_case(model: Path, place: Path) -> Case:
+    """Prune so that the output holds plans, where nothing was before."""
+    return _case(place, _pruning(model, "--sparsity", "0.5"))
+
+
+def stock_case(model: Path, place: Path) -> Case:
+    """Prune so that the output is a checkpoint of transformers, and replaces another."""
+    before = place / "before"
+    before.mkdir()
+    ended = run(before, [*_pruning(model, "--neurons", "0.75"), *outputs(before)])
+    assert ended.status == 0, ended.err
+    return _case(place, _pruning(model, "--neurons", "0.5", "--overwrite"), before / "out")
+
+
+def study_case(place: Path, jobs: int) -> Case:
+    """Study problems that a pool solves, and windows so small that the command itself does."""
+    return _case(place, _studying(place, jobs))
+
+
+def _problem(units: int) -> solvers.SubsetProblem:
+    generator = torch.Generator().manual_seed(units)
+    X = torch.randn(200, units, generator=generator, dtype=torch.float64)
+    mix = torch.randn(units, units, generator=generator, dtype=torch.float64) / units**0.5
+    X = X @ (mix + torch.eye(units))
+    W0 = torch.randn(units, 3, generator=generator, dtype=torch.float64)
+    return solvers.SubsetProblem.from_gram(X.T @ X / 200, W0, units=units, keep=2, name=f"p{units}")
+
+
+def _studying(place: Path, jobs: int) -> tuple[str, ...]:
+    files = [place / f"p{units}.npz" for units in (18, 20)]
+    for units, file in zip((18, 20), files, strict=True):
+        _problem(units).save(file)
+    return (
+        *("gap", *map(str, files), "--sparsity", "0.4,0.6", "--jobs", str(jobs)),
+        *("--backends", "greedy,local_search,perspective,branch_and_bound"),
+        *("--units", "8", "--windows", "1", "--exact-units", "18"),
+    )

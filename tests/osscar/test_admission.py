@@ -1,0 +1,262 @@
+"""Checkpoints that ask for other than they hold: refused before anything is allocated."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import struct
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from transformers import GPTJConfig, GPTJForCausalLM
+
+import osscar
+from osscar.checkpoint.admission import check_size
+from osscar.checkpoint.builders import TorchvisionOrigin
+from osscar.checkpoint.stored import Stored, read_header, read_stored
+from osscar.core.errors import CheckpointError, FileError, ModelError
+from osscar.models.language import DEMO_DIRECTORY, load_model
+from tests.osscar.families import tiny
+from tests.osscar.networks import small_net
+
+READERS = pytest.mark.parametrize("reader", [load_model, osscar.load], ids=["load_model", "load"])
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    path = tmp_path_factory.mktemp("whole") / "model"
+    tiny("opt").save_pretrained(path)
+    for file in DEMO_DIRECTORY.glob("tokenizer*"):
+        shutil.copy(file, path)
+    return path
+
+
+@pytest.fixture
+def checkpoint(whole, tmp_path):
+    return Path(shutil.copytree(whole, tmp_path / "model"))
+
+
+def edit(path: Path, **changes: object) -> None:
+    file = path / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+
+# ---- sizes ---------------------------------------------------------------------------------------
+
+
+@READERS
+@pytest.mark.parametrize("value", [0, -1, 10**9])
+@pytest.mark.parametrize(
+    "name",
+    ["vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "ffn_dim"],
+)
+def test_a_size_that_is_not_that_of_the_weights(checkpoint, reader, name, value):
+    edit(checkpoint, **{name: value})
+    with pytest.raises((CheckpointError, ModelError)) as caught:
+        reader(checkpoint)
+    if value < 1:
+        assert f"has {name} {value}" in str(caught.value)
+
+
+@READERS
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"num_labels": 2_000_000},
+        {"num_labels": 10**10},
+        {"text_config": {"num_labels": 10**10}},
+        {"encoder_layers": 10**8},
+        {"num_experts": 2**50},
+    ],
+    ids=str,
+)
+def test_counts_of_what_is_made_one_by_one(checkpoint, reader, changes):
+    edit(checkpoint, **changes)
+    with pytest.raises(CheckpointError, match="more than any model has"):
+        reader(checkpoint)
+
+
+@READERS
+def test_more_layers_than_weights_are_for(checkpoint, reader):
+    edit(checkpoint, num_hidden_layers=9_999)
+    with pytest.raises(CheckpointError, match=r"asks for more than .* modules and tensors"):
+        reader(checkpoint)
+
+
+@READERS
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"quantization_config": {"quant_method": "bitsandbytes"}}, "quantized"),
+        ({"transformers_weights": "../other.bin"}, "another file of weights"),
+        ({"return_dict": False}, "no logits"),
+        ({"attn_implementation": "somebody/kernel"}, "code of somebody else's"),
+        ({"text_config": {"_attn_implementation": "somebody/kernel"}}, "code of somebody else's"),
+    ],
+)
+def test_what_would_fetch_or_cannot_be_pruned(checkpoint, reader, changes, reason):
+    edit(checkpoint, **changes)
+    with pytest.raises(CheckpointError, match=reason):
+        reader(checkpoint)
+
+
+@READERS
+def test_tables_that_are_computed_count_too(checkpoint, reader):
+    config = GPTJConfig(vocab_size=97, n_embd=16, n_layer=1, n_head=2, rotary_dim=8, n_positions=64)
+    GPTJForCausalLM(config).save_pretrained(checkpoint)
+    assert reader(checkpoint)
+    edit(checkpoint, n_positions=2**33)
+    with pytest.raises(CheckpointError, match=r"asks for a table '.*embed_positions'"):
+        reader(checkpoint)
+
+
+@READERS
+def test_an_adapter_is_refused(checkpoint, reader):
+    (checkpoint / "adapter_config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="holds an adapter"):
+        reader(checkpoint)
+
+
+@pytest.mark.parametrize("name", ["squeezenet1_1", "regnet_y_400mf"])
+def test_a_model_that_nobody_could_hold(tmp_path, name):
+    pytest.importorskip("torchvision", reason="needs the extra osscar[vision]")
+    weights = {"a": Stored("F32", (1000, 1000))}
+    built = TorchvisionOrigin(name)
+    assert check_size(built.build, weights, tmp_path, pruned=True).training
+    built = TorchvisionOrigin(name, {"num_classes": 10**11})
+    with pytest.raises(CheckpointError, match=r"a 'weight' of \w+ of \(100000000000,"):
+        check_size(built.build, weights, tmp_path, pruned=True)
+
+
+# ---- sorts of numbers ----------------------------------------------------------------------------
+
+
+@READERS
+@pytest.mark.parametrize("kind", [torch.complex64, torch.int64, torch.int8, torch.bool])
+@pytest.mark.parametrize("name", ["model.decoder.layers.0.fc1.weight", "lm_head.weight"])
+def test_weights_that_are_no_real_numbers(checkpoint, reader, kind, name):
+    file = checkpoint / "model.safetensors"
+    weights = safetensors.torch.load_file(file)
+    weights[name] = weights.get(name, torch.ones(2, 2)).to(kind)
+    safetensors.torch.save_file(weights, file, {"format": "pt"})
+    with pytest.raises(CheckpointError, match=rf"'{name}' is (C64|I64|I8|BOOL) "):
+        reader(checkpoint)
+
+
+@pytest.mark.parametrize("kind", [torch.complex64, torch.int64])
+def test_a_planned_checkpoint_of_other_numbers(tmp_path, kind):
+    osscar.prune(small_net(), torch.rand(60, 3, 12, 12), sparsity=0.5).save(tmp_path / "a")
+    file = tmp_path / "a" / "model.safetensors"
+    weights = safetensors.torch.load_file(file)
+    name = next(name for name in weights if name.endswith("weight"))
+    weights[name] = weights[name].to(kind)
+    safetensors.torch.save_file(weights, file)
+    with pytest.raises(CheckpointError, match=f"'{name}' is (C64|I64)"):
+        osscar.load(tmp_path / "a", dense=small_net())
+
+
+def test_masks_of_old_checkpoints_are_no_weights(checkpoint):
+    file = checkpoint / "model.safetensors"
+    weights = safetensors.torch.load_file(file)
+    weights["model.decoder.layers.0.self_attn.bias"] = torch.ones(1, 1, 4, 4, dtype=torch.bool)
+    safetensors.torch.save_file(weights, file, {"format": "pt"})
+    osscar.load(checkpoint)
+
+
+# ---- headers and indices -------------------------------------------------------------------------
+
+
+def safetensors_file(header: object, data: bytes = b"", length: int | None = None) -> bytes:
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return struct.pack("<Q", len(text) if length is None else length) + text + data
+
+
+def entry(begin: int, end: int, shape: object = (2,), dtype: object = "F32") -> dict:
+    return {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
+
+
+EIGHT = b"\0" * 8
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"1234567",
+        safetensors_file({}, length=2**63),
+        safetensors_file({}, length=0),
+        safetensors_file(b"[" * 10_000),
+        safetensors_file(b"\xff"),
+        safetensors_file([]),
+        safetensors_file({"a": 3}),
+        safetensors_file({"a": entry(0, 8, shape=[-1, -2])}, EIGHT),
+        safetensors_file({"a": entry(0, 8, shape=[2**62, 8])}, EIGHT),
+        safetensors_file({"a": entry(0, 8, shape=[2.0])}, EIGHT),
+        safetensors_file({"a": entry(0, 8, dtype="F33")}, EIGHT),
+        safetensors_file({"a": entry(0, 16, shape=[4])}, EIGHT),
+        safetensors_file({"a": entry(0, 8), "b": entry(0, 8)}, EIGHT),
+        safetensors_file({"a": entry(0, 8)}, EIGHT + b"more"),
+        safetensors_file({"a": entry(4, 12)}, EIGHT + b"more"),
+        safetensors_file(b'{"a": %s, "a": %s}' % ((json.dumps(entry(0, 8)).encode(),) * 2), EIGHT),
+        safetensors_file({"a": {"x": "y"}}),
+        safetensors_file({"__metadata__": {"a": 3}}),
+    ],
+)
+def test_headers_that_make_no_sense(tmp_path, data):
+    (tmp_path / "model.safetensors").write_bytes(data)
+    with pytest.raises(FileError):
+        read_header(tmp_path / "model.safetensors")
+
+
+def test_a_header_that_does(tmp_path):
+    tensors = {"a": torch.ones(2, 3), "b": torch.ones((), dtype=torch.bfloat16), "c": torch.ones(0)}
+    safetensors.torch.save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    assert read_stored(tmp_path) == {
+        "a": Stored("F32", (2, 3)),
+        "b": Stored("BF16", ()),
+        "c": Stored("F32", (0,)),
+    }
+
+
+@pytest.mark.parametrize(
+    ("place", "reason"),
+    [
+        ("../other/model.safetensors", "no file of weights beside it"),
+        ("/etc/passwd", "no file of weights beside it"),
+        ("..", "no file of weights beside it"),
+        ("model.bin", "no file of weights beside it"),
+        ("a\0.safetensors", "no file of weights beside it"),
+        ("missing.safetensors", "cannot be read"),
+        (3, "string"),
+    ],
+)
+def test_an_index_that_leads_elsewhere(checkpoint, place, reason):
+    shutil.copytree(checkpoint, checkpoint.with_name("other"))
+    weights = checkpoint / "model.safetensors"
+    names = list(safetensors.torch.load_file(weights))
+    weights.unlink()
+    index = {"metadata": {}, "weight_map": dict.fromkeys(names, place)}
+    (checkpoint / "model.safetensors.index.json").write_text(json.dumps(index))
+    for reader in (load_model, osscar.load):
+        with pytest.raises(CheckpointError, match=reason):
+            reader(checkpoint)
+
+
+def test_an_index_of_two_files(checkpoint):
+    file = checkpoint / "model.safetensors"
+    weights = safetensors.torch.load_file(file)
+    half = len(weights) // 2
+    parts = {"1.safetensors": list(weights)[:half], "2.safetensors": list(weights)[half:]}
+    for name, keys in parts.items():
+        safetensors.torch.save_file({k: weights[k] for k in keys}, checkpoint / name)
+    places = {key: name for name, keys in parts.items() for key in keys}
+    (checkpoint / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": places})
+    )
+    whole = osscar.load(checkpoint)
+    file.unlink()
+    again = osscar.load(checkpoint)
+    for key, tensor in whole.state_dict().items():
+        assert torch.equal(tensor, again.state_dict()[key])
