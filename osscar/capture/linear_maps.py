@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +20,10 @@ from graph.groups import CouplingGroup, Freeze, Slot
 from osscar.capture.convolutions import Windows, windows_of
 from osscar.core.errors import ModelError, NonFiniteError
 from osscar.shrinking.attention import REWRITTEN, rewritten
+
+_READ_ELSEWHERE = (
+    "is read by {!r}, which other code than that of {!r} reads, too, on inputs that nobody measures"
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -285,7 +289,7 @@ def expose_attention(model: nn.Module) -> None:
 
 
 def freeze_unreadable(
-    model: nn.Module, groups: Sequence[CouplingGroup]
+    model: nn.Module, groups: Sequence[CouplingGroup], elsewhere: Collection[str] = ()
 ) -> tuple[CouplingGroup, ...]:
     """Freeze the groups whose consumers cannot be refitted, and say why.
 
@@ -295,14 +299,26 @@ def freeze_unreadable(
         The traced model.
     groups
         Its groups; the frozen ones stay as they are.
+    elsewhere
+        Modules whose weights other code than their own reads, too.
     """
-    return tuple(_frozen_if_unreadable(model, group) for group in groups)
+    return tuple(_frozen_if_unreadable(model, group, elsewhere) for group in groups)
 
 
-def _frozen_if_unreadable(model: nn.Module, group: CouplingGroup) -> CouplingGroup:
+def _frozen_if_unreadable(
+    model: nn.Module, group: CouplingGroup, elsewhere: Collection[str]
+) -> CouplingGroup:
     if group.frozen:
         return group
-    reasons = ((slots, _unreadable(model, slots)) for slots in _by_tensor(group))
+    reasons = (
+        (
+            slots,
+            _READ_ELSEWHERE.format(*(slots[0].tensor, slots[0].module))
+            if slots[0].module in elsewhere
+            else _unreadable(model, slots),
+        )
+        for slots in _by_tensor(group)
+    )
     freezes = tuple(
         Freeze(reason, "refit", slots[0].module) for slots, reason in reasons if reason is not None
     )

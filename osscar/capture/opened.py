@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import graph
 from graph import CouplingGroup
 from osscar.capture.linear_maps import expose_attention, freeze_unreadable
+from osscar.capture.readers import weights_read_elsewhere
 from osscar.core.errors import CalibrationError
 from osscar.core.modules import (
     check_finite_weights,
@@ -119,12 +120,13 @@ def opened(
         example = inputs.example(work)
         _prepare(work, example, heads)
         traced = graph.trace(work, example)
-        _check_runs(work, example)
+        with weights_read_elsewhere(work) as elsewhere:
+            _check_runs(work, example)
         yield Opened(
             model=work,
             inputs=inputs,
             traced=traced,
-            groups=freeze_unreadable(work, traced.groups),
+            groups=freeze_unreadable(work, traced.groups, elsewhere),
             example=example,
             batch_size=inputs.batch_size if batch_size is None else batch_size,
         )

@@ -47,7 +47,13 @@ from osscar.core.errors import (
 )
 from osscar.core.files import system_errors, write_json, write_text
 from osscar.core.inputs import file_name, shown
-from osscar.core.modules import check_usable, context_length, copied, evaluating
+from osscar.core.modules import (
+    check_finite_weights,
+    check_usable,
+    context_length,
+    copied,
+    evaluating,
+)
 from osscar.shrinking.equivalence import Inputs, proof_outputs, prove_equal
 from osscar.shrinking.lineage import LINEAGE, Lineage, lineage_of
 from osscar.shrinking.slice import slice_units
@@ -240,6 +246,8 @@ def load(
         If an argument is of a wrong type.
     ModelError
         If `dense` is no model.
+    NonFiniteError
+        If a weight is NaN or infinite.
     """
     name = file_name(directory, "the checkpoint", "the directory that holds it")
     _check_dtype(dtype)
@@ -287,6 +295,7 @@ def _check_companions(tokenizer: Any, report: Any) -> None:
 
 
 def _with_lineage(model: nn.Module, manifest: Manifest | None) -> nn.Module:
+    check_finite_weights(model, buffers=False)
     if manifest is not None:
         setattr(model, LINEAGE, manifest.lineage)
     return model

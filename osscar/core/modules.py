@@ -18,15 +18,23 @@ M = TypeVar("M", bound=nn.Module)
 T = TypeVar("T")
 
 
-def check_finite_weights(model: nn.Module) -> None:
+def check_finite_weights(model: nn.Module, *, buffers: bool = True) -> None:
     """Refuse a model whose weights are not all numbers.
+
+    Parameters
+    ----------
+    model
+        The model.
+    buffers
+        Whether its buffers count, too; some models hold masks of minus infinity.
 
     Raises
     ------
     NonFiniteError
         Naming the first parameter or buffer with NaN or infinity in it.
     """
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+    others = model.named_buffers() if buffers else ()
+    for name, tensor in [*model.named_parameters(), *others]:
         real = tensor.is_floating_point() and tensor.layout is torch.strided
         if tensor.is_meta or not real or not tensor.numel():
             continue

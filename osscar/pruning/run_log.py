@@ -247,6 +247,7 @@ class RunLog:
             with hold(self.directory / LOCK_FILE, self.directory):
                 self._held = True
                 try:
+                    self._clear()
                     yield
                 finally:
                     self._held = False
@@ -256,6 +257,15 @@ class RunLog:
             for path in made:
                 with suppress(OSError):
                     path.rmdir()
+
+    def _clear(self) -> None:
+        """Remove what a run was killed in before it had a name."""
+        if (self.directory / MANIFEST).exists():
+            for path in self._partial():
+                path.unlink(missing_ok=True)
+
+    def _partial(self) -> list[Path]:
+        return [path for path in self.directory.glob(".*") if path.name.endswith(PARTIAL)]
 
     def _tidy(self) -> None:
         """Remove a log in which nothing is recorded; what is none of ours stays."""
@@ -370,7 +380,7 @@ class RunLog:
         if MANIFEST not in names and set(names) - {LOCK_FILE}:
             raise RunError(f"{self.directory} is no log of a run; move it, or change --out")
         with self.held():
-            partial = [n for n in names if n.startswith(".") and n.endswith(PARTIAL)]
+            partial = [path.name for path in self._partial()]
             records = [path.name for path in reversed(self._record_files())]
             for name in (*partial, *records, REPORT, ALLOCATION, MANIFEST):
                 (self.directory / name).unlink(missing_ok=True)

@@ -16,7 +16,7 @@ import osscar
 from osscar.checkpoint.admission import check_size
 from osscar.checkpoint.builders import TorchvisionOrigin
 from osscar.checkpoint.stored import Stored, read_header, read_stored
-from osscar.core.errors import CheckpointError, FileError, ModelError
+from osscar.core.errors import CheckpointError, FileError, ModelError, NonFiniteError
 from osscar.models.language import DEMO_DIRECTORY, load_model
 from tests.osscar.families import tiny
 from tests.osscar.networks import small_net
@@ -260,3 +260,15 @@ def test_an_index_of_two_files(checkpoint):
     again = osscar.load(checkpoint)
     for key, tensor in whole.state_dict().items():
         assert torch.equal(tensor, again.state_dict()[key])
+
+
+@READERS
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_no_numbers(checkpoint, reader, value):
+    file = checkpoint / "model.safetensors"
+    tensors = safetensors.torch.load_file(file)
+    name = next(iter(tensors))
+    tensors[name].view(-1)[0] = value
+    safetensors.torch.save_file(tensors, file, {"format": "pt"})
+    with pytest.raises(NonFiniteError, match=r"1 of .* are NaN or infinite"):
+        reader(checkpoint)

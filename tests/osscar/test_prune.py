@@ -11,6 +11,7 @@ import graph
 import osscar
 import solvers
 from graph.groups import CouplingGroup, Role, Slot, UnitKind
+from osscar.capture.opened import opened
 from osscar.core.errors import (
     CalibrationError,
     EquivalenceError,
@@ -459,3 +460,39 @@ def test_a_layer_with_code_of_its_own_is_not_refitted():
 def test_data_without_plain_values_are_refused(data):
     with pytest.raises(CalibrationError, match="give plain tensors"):
         osscar.prune(Plain().eval(), data, sparsity=0.5)
+
+
+class ReadTwice(nn.Module):
+    """Uses a layer's weight on its own, besides calling the layer."""
+
+    def __init__(self, form):
+        super().__init__()
+        self.form = form
+        self.up, self.down, self.head = nn.Linear(6, 12), nn.Linear(12, 6), nn.Linear(6, 8)
+        self.last = nn.Linear(8, 3)
+
+    def forward(self, x):
+        hidden = torch.relu(self.up(x))
+        y = self.down(hidden).to(self.down.weight.dtype)
+        match self.form:
+            case "function":
+                y = y + nn.functional.linear(hidden.square(), self.down.weight)
+            case "product":
+                y = y + hidden.square() @ self.down.weight.T
+            case "forward":
+                y = y + self.down.forward(hidden.square())
+        return self.last(torch.relu(self.head(y)))
+
+
+@pytest.mark.parametrize("form", ["function", "product", "forward", "once"])
+def test_a_weight_that_other_code_reads_is_not_refitted(form):
+    torch.manual_seed(0)
+    model, x = ReadTwice(form).eval(), torch.randn(64, 6)
+    with opened(model, x) as ready:
+        frozen = {g.units: g.frozen for g in ready.groups if g.units in {12, 8}}
+    assert not frozen[8]
+    assert bool(frozen[12]) == (form != "once")
+    if frozen[12]:
+        assert "reads, too" in frozen[12][0].reason
+    result = osscar.prune(model, x, sparsity=0.5, backend="wanda")
+    assert len([layer for layer in result.layers if layer.units == 12]) == (form == "once")

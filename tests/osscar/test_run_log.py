@@ -172,8 +172,9 @@ def test_weights_of_another_form_are_refused(tmp_path):
     file = log.directory / "00000.safetensors"
     with safetensors.safe_open(file, "pt") as opened:
         words = opened.metadata()
-        row = opened.get_tensor("0")[:1]
-    safetensors.torch.save_file({"0": row.contiguous()}, file, words)
+        tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    tensors["0"] = tensors["0"][:1].contiguous()
+    safetensors.torch.save_file(tensors, file, words)
     with pytest.raises(RunError, match=r"of another form.*--restart"):
         prune_as_asked(tiny("opt"), tokens(), REQUEST, log)
 

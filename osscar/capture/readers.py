@@ -1,0 +1,74 @@
+"""Weights that are read by other code than their own module's.
+
+A consumer is measured where its module is called.  A model whose code also reads the weight itself,
+as ``F.linear(x, self.down.weight)`` or ``self.down.forward(x)``, uses it on inputs that nobody has
+measured, so that a refit would change what it makes of these.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+
+class _Watch(TorchFunctionMode):
+    """Notes which module is running when an operator reads a weight."""
+
+    def __init__(self, owners: Mapping[int, str], found: set[str]) -> None:
+        super().__init__()
+        self.owners, self.found = owners, found
+        self.running: list[str] = []
+
+    def entered(self, name: str) -> Callable[..., None]:
+        def hook(*_: Any) -> None:
+            self.running.append(name)
+
+        return hook
+
+    def left(self, *_: Any) -> None:
+        self.running.pop()
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(result)):
+            inside = self.running[-1] if self.running else ""
+            for leaf in pytree.tree_leaves((args, dict(kwargs or {}))):
+                owner = self.owners.get(id(leaf))
+                if owner is not None and owner != inside:
+                    self.found.add(owner)
+        return result
+
+
+@contextmanager
+def weights_read_elsewhere(model: nn.Module) -> Iterator[set[str]]:
+    """Yield a set that fills with the names of modules whose weights others read meanwhile.
+
+    Parameters
+    ----------
+    model
+        The model, to be run while the block does.
+    """
+    owners = {
+        id(weight): name
+        for name, module in model.named_modules()
+        if isinstance(weight := module._parameters.get("weight"), nn.Parameter)
+    }
+    found: set[str] = set()
+    watch = _Watch(owners, found)
+    handles = []
+    try:
+        for name, module in model.named_modules():
+            handles.append(module.register_forward_pre_hook(watch.entered(name)))
+            handles.append(module.register_forward_hook(watch.left, always_call=True))
+        with watch:
+            yield found
+    finally:
+        for handle in handles:
+            handle.remove()
