@@ -27,6 +27,10 @@ _COSTS = {
 }
 
 
+_QUALITY = ("perplexity", "top-1")
+"""Rows of an evaluation that the sentence at the top repeats."""
+
+
 @dataclass(frozen=True)
 class _Row:
     """A number of the dense model beside that of the pruned one, as text."""
@@ -87,6 +91,9 @@ def _answer(document: Mapping[str, Any]) -> str:
         if pruned["seconds"]:
             said.append(f"{dense['seconds'] / pruned['seconds']:.2f} times the speed")
     sentence = f"{', '.join(said[:-1])} and {said[-1]}" if said[1:] else said[0]
+    for row in _rows(document):
+        if row.label in _QUALITY:
+            sentence += f"; {row.label} goes from {row.dense} to {row.pruned}"
     divergence = document.get("divergence")
     if divergence is not None:
         held = document.get("held_out")
@@ -160,20 +167,22 @@ def _rows(document: Mapping[str, Any]) -> Iterator[_Row]:
     else:
         before, after = document["parameters_before"], document["parameters_after"]
         yield _Row.of("parameters", before, after, "{:,}".format)
-    if forward is not None:
-        dense, pruned = forward["dense"], forward["pruned"]
-        shapes = ", ".join("x".join(map(str, shape)) for shape in forward["shapes"].values())
-        if evaluation is None:
-            yield _Row.of(
-                "weights in memory", dense["parameter_bytes"], pruned["parameter_bytes"], in_bytes
-            )
-        yield _Row.of(
-            f"FLOPs of one sample ({shapes})", dense["flops"], pruned["flops"], engineering
-        )
-        label = f"time of one sample ({forward['device']})"
-        yield _Row.of(label, dense["seconds"], pruned["seconds"], _milliseconds)
+    if forward is not None and evaluation is None:
+        yield from _passed(forward)
     if document.get("divergence") is not None:
         yield _Row("divergence from dense, nats", "0", _nats(document["divergence"]))
+
+
+def _passed(forward: Mapping[str, Any]) -> Iterator[_Row]:
+    """Yield the rows of a forward pass of one sample."""
+    dense, pruned = forward["dense"], forward["pruned"]
+    shapes = ", ".join("x".join(map(str, shape)) for shape in forward["shapes"].values())
+    for name, label, written in (
+        ("parameter_bytes", "weights in memory", in_bytes),
+        ("flops", f"FLOPs of one sample ({shapes})", engineering),
+        ("seconds", f"time of one sample ({forward['device']})", _milliseconds),
+    ):
+        yield _Row.of(label, dense[name], pruned[name], written)
 
 
 def _milliseconds(seconds: float) -> str:

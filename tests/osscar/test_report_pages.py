@@ -116,6 +116,16 @@ def test_a_run_in_which_nothing_predicts_still_shows_its_budget(document, tmp_pa
     assert "No gradient reaches some groups" in text
 
 
+def test_a_budget_of_time_is_a_share_of_the_dense_time(document):
+    budget = {**document["budget"], "cost": "time", "dense": 1.0, "limit": 0.5, "reached": 0.51}
+    budget["frontier"] = {"cost": [0.25, 0.5, 1.0], "nats": [2.0, 0.5, 0.0]}
+    settings = {**document["settings"], "sparsity": None, "speedup": 2.0}
+    page = prune_page({**document, "budget": budget, "settings": settings})
+    assert "at most 0.500 of dense" in page
+    assert "0.510 of dense (51%)" in page
+    assert "2 times the speed" in page
+
+
 def test_names_cannot_mark_up_a_page_nor_hide_in_it(document, tmp_path):
     evil = "<script>document.title = 'gone'</script>\x1b[31m\u202e{{ 7 * 7 }}<img src=x>"
     layers = [{**layer, "name": f"{evil}.{i}"} for i, layer in enumerate(document["layers"])]
@@ -145,7 +155,9 @@ def test_an_evaluation_is_shown_beside_the_dense_model(document, tmp_path):
     ratios = {"perplexity": 1.25, "prefill_tokens_per_second": 2.0}
     evaluation = {"dense": measured(20.0, 1e4), "model": measured(25.0, 2e4), "ratios": ratios}
     page = written(tmp_path, {**document, "evaluation": evaluation})
-    rows = [re.split(r"\t", line) for line in seen(page, DESK)["text"].splitlines()]
+    text = seen(page, DESK)["text"]
+    assert "perplexity goes from 20.000 to 25.000" in text
+    rows = [re.split(r"\t", line) for line in text.splitlines()]
     assert ["perplexity", "20.000", "25.000", "1.25x"] in rows
     assert ["prefill, tokens/s", "10,000", "20,000", "2.00x"] in rows
 
