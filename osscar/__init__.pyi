@@ -1,6 +1,7 @@
 """The public names, each with the module from which it is imported on first use."""
 
 from .checkpoint.directory import SavedCheckpoint as SavedCheckpoint, load as load, save as save
+from .checkpoint.gguf import Exported as Exported, export_gguf as export_gguf
 from .core.errors import OsscarError as OsscarError
 from .data.images import ImageSet as ImageSet, load_images as load_images
 from .data.tokens import (

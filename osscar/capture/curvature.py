@@ -33,7 +33,6 @@ from graph import CouplingGroup
 from osscar.capture.gram import damped_by_input
 from osscar.capture.linear_maps import LinearMap, linear_maps
 from osscar.capture.opened import Opened
-from osscar.capture.walk import batch_named
 from osscar.core.errors import NonFiniteError, OsscarError, first_line
 from osscar.core.modules import device_of, fresh
 from osscar.core.progress import stage
@@ -204,8 +203,6 @@ def curvature(
     ------
     NonFiniteError
         If gradients are not finite; names the module.
-    CalibrationError
-        If a batch fails.
     """
     batches = _small_batches(opened, samples)
     parts = list(_parts(opened.model, groups))
@@ -214,16 +211,19 @@ def curvature(
             factors = {g.name: [Factors.of(map) for map in maps] for g, maps in part}
             every = [f for found in factors.values() for f in found]
             generator = torch.Generator(device_of(opened.model)).manual_seed(seed)
-            predictions = 0
-            for index, batch in enumerate(batches):
-                predictions += _pass(opened, batch, every, generator, index)
+            predictions: int | None = 0
+            for batch in batches:
+                made = _pass(opened, batch, every, generator)
+                predictions = None if made is None or predictions is None else predictions + made
                 bar.advance()
+                if predictions is None:
+                    break
             for group, _ in part:
                 found = tuple(factors.pop(group.name))
-                reached = all(f.energy > 0 for f in found)
+                reached = bool(predictions) and all(f.energy > 0 for f in found)
                 if not reached:
                     found = tuple(_own_currency(opened, batches, found))
-                yield GroupCurvature(group, found, predictions if reached else 1, reached)
+                yield GroupCurvature(group, found, (predictions or 1) if reached else 1, reached)
 
 
 def _small_batches(opened: Opened, samples: int) -> list[Batch]:
@@ -260,29 +260,31 @@ def _parts(
 
 
 def _pass(
-    opened: Opened, batch: Batch, factors: Sequence[Factors], generator: torch.Generator, index: int
-) -> int:
-    """Add what one batch shows, and return how many predictions it made."""
-    model = opened.model
-    samples = len(next(iter(batch.values())))
+    opened: Opened, batch: Batch, factors: Sequence[Factors], generator: torch.Generator
+) -> int | None:
+    """Add what one batch shows, and return how many predictions it made; None if that fails.
+
+    Code without a derivative, or that only runs without gradients, may be anywhere in anyone's
+    model; what fails without them, too, is found on the walk.
+    """
+    model, samples = opened.model, len(next(iter(batch.values())))
     with _no_weight_gradients(model), torch.enable_grad(), _observed(model, factors) as seen:
-        with batch_named(model, index):
-            result = model(**fresh(batch))
-        if not seen.outputs:
-            return 0
-        loss, predictions = _sampled_loss(result, isinstance(opened.inputs, TokenInputs), generator)
-        seen.samples = samples if predictions == samples else None
-        if loss is None or not loss.requires_grad:
-            return predictions
         try:
-            loss.backward()  # type: ignore[no-untyped-call]
+            result = model(**fresh(batch))
+            tokens = isinstance(opened.inputs, TokenInputs)
+            loss, predictions = _sampled_loss(result, tokens, generator)
+            if loss is not None and loss.requires_grad:
+                seen.samples = samples if predictions == samples else None
+                loss.backward()  # type: ignore[no-untyped-call]
         except (OsscarError, torch.OutOfMemoryError):
             raise
-        except Exception as error:  # code without a derivative, anywhere in anyone's model
+        except Exception as error:
             warnings.warn(
-                f"no gradients flow through {type(model).__name__}: {first_line(error)}",
-                stacklevel=3,
+                f"no gradients flow through {type(model).__name__}, so that layers count by their "
+                f"own losses: {first_line(error)}",
+                stacklevel=4,
             )
+            return None
     return predictions
 
 
@@ -301,9 +303,8 @@ def _no_weight_gradients(model: nn.Module) -> Iterator[None]:
 
 @dataclass(eq=False)
 class _Seen:
-    """What a forward pass was seen to do, and how many samples share its predictions one each."""
+    """How many samples a batch has, with one prediction each; None where positions have them."""
 
-    outputs: int = 0
     samples: int | None = None
 
 
@@ -318,7 +319,6 @@ def _observed(model: nn.Module, factors: Sequence[Factors]) -> Iterator[_Seen]:
     def watch(own: list[Factors]) -> Callable[..., Tensor]:
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], y: Any) -> Any:
             x = (args[0] if args else next(iter(kwargs.values()))).detach()
-            seen.outputs += 1
             leaf = not y.requires_grad
             if leaf:
                 y = y.detach().requires_grad_()

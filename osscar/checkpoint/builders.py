@@ -24,6 +24,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 from transformers.initialization import no_init_weights
 
 from osscar.checkpoint.admission import check_config, check_size, check_tensors, stored_in
+from osscar.checkpoint.hf_config import dense_config, is_any_shape
 from osscar.core.errors import CheckpointError, MissingDependency
 from osscar.shrinking.lineage import Origin, Scalar, lineage_of, note
 
@@ -93,6 +94,11 @@ class TransformersOrigin:
         known = isinstance(found, type) and issubclass(found, PreTrainedModel)
         return cls(found if known else AutoModelForCausalLM, config)
 
+    @property
+    def dense(self) -> TransformersOrigin:
+        """The same of the dense model, where the config lists the shapes of a shrunk one."""
+        return TransformersOrigin(self.kind, dense_config(self.config))
+
     def read_stock(self, path: Path, dtype: torch.dtype | None) -> nn.Module:
         """Read a checkpoint that needs no plan, in evaluation mode.
 
@@ -125,8 +131,15 @@ class TransformersOrigin:
         Raises
         ------
         CheckpointError
-            If the config asks for more, or for tensors of other shapes or sorts.
+            If the config asks for more, or for tensors of other shapes or sorts; or lists those of
+            a pruned model.
         """
+        if is_any_shape(self.config):
+            raise CheckpointError(
+                f"{path} lacks osscar.json, by which a pruned model of this shape is read; the "
+                "code that it brings reads it too, with trust_remote_code=True "
+                "(--trust-remote-code) of osscar.load_model, or in transformers"
+            )
         stored = stored_in(path)
         if stored is not None:  # else whoever loads them will say so
             own = dataclasses.replace(self, config=copy.deepcopy(self.config))
@@ -245,7 +258,7 @@ def read_builder(origin: Origin | None, path: Path) -> Builder | None:
     if origin is None:
         return None
     if origin.library == TransformersOrigin.library:
-        return TransformersOrigin.of_directory(path)
+        return TransformersOrigin.of_directory(path).dense
     return _torchvision(origin)
 
 

@@ -2,7 +2,9 @@
 
 Where the family's config can express the new shapes, the directory is a stock transformers
 checkpoint.  Elsewhere it holds what builds the dense model (see `osscar.checkpoint.builders`), the
-small weights, and the plans that turn the one into the shape of the other.
+small weights, and the plans that turn the one into the shape of the other; and for models of
+transformers a file of code, by which it reads them without this project (see
+`osscar.checkpoint.any_shape`).  Here that code is never run.
 """
 
 from __future__ import annotations
@@ -10,6 +12,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +25,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from osscar.checkpoint.admission import check_size, check_tensors, stored_in
+from osscar.checkpoint.any_shape import MODELLING_FILE, any_shape_config, read_any_shape
 from osscar.checkpoint.builders import (
     DESCRIPTION_ERRORS,
     Builder,
@@ -28,7 +33,7 @@ from osscar.checkpoint.builders import (
     builder_of,
     read_builder,
 )
-from osscar.checkpoint.hf_config import adopt_config, stock_config
+from osscar.checkpoint.hf_config import adopt_config, is_any_shape, stock_config
 from osscar.checkpoint.manifest import (
     MANIFEST_FILE,
     PAGE_FILE,
@@ -76,14 +81,18 @@ class SavedCheckpoint:
     path
         The directory.
     stock
-        Whether plain ``from_pretrained`` reads it; else `osscar.load` does.
+        Whether plain ``from_pretrained`` reads it; `osscar.load` reads all.
     bytes
         Size of the weights on disk.
+    with_code
+        Whether it brings the code by which ``from_pretrained(..., trust_remote_code=True)`` reads
+        it.
     """
 
     path: Path
     stock: bool
     bytes: int
+    with_code: bool = False
 
 
 def save(
@@ -128,10 +137,17 @@ def save(
         If an argument is of a wrong type.
     EquivalenceError
         If what was read back does not compute what the model computes.
+    CheckpointError
+        If it cannot be read back; or where transformers read the model, not `load`.
     """
     check_usable(model)
     _check_dtype(dtype)
     _check_companions(tokenizer, report)
+    if is_any_shape(getattr(model, "config", None)):
+        raise CheckpointError(
+            "the model was read by transformers with the code in a pruned checkpoint, and what was "
+            "removed from it is not known; read it with osscar.load"
+        )
     lineage = lineage_of(model)
     dtype = _stored_dtype(model) if dtype is None else dtype
     path = check_output(directory, overwrite=overwrite, needed_bytes=weight_bytes(model, dtype))
@@ -140,10 +156,12 @@ def save(
     lineage = dataclasses.replace(lineage, stored_dtype=str(dtype).removeprefix("torch."))
     with replacing(path, overwrite=overwrite) as new:
         with system_errors():
-            stock = _write(model, lineage, new, tokenizer=tokenizer, report=report, page=page)
-        _prove_readable(model, new, example_inputs)
-        written = _written(new)
-    return SavedCheckpoint(path, stock, written)
+            stock = _write(
+                model, lineage, new, example_inputs, tokenizer=tokenizer, report=report, page=page
+            )
+        _prove_same(model, _read_again(model, new), example_inputs)
+        written, with_code = _written(new), _with_code(new)
+    return SavedCheckpoint(path, stock, written, with_code)
 
 
 def describe(path: Path) -> SavedCheckpoint:
@@ -157,12 +175,17 @@ def describe(path: Path) -> SavedCheckpoint:
     manifest = read_manifest(path)
     if manifest is None:
         raise CheckpointError(f"{path} holds no {MANIFEST_FILE}")
-    return SavedCheckpoint(path, manifest.stock, _written(path))
+    return SavedCheckpoint(path, manifest.stock, _written(path), _with_code(path))
 
 
 def _written(path: Path) -> int:
     """Return the bytes of the weights in a directory."""
     return sum(file.stat().st_size for file in path.glob("*.safetensors"))
+
+
+def _with_code(path: Path) -> bool:
+    """Tell whether a directory that `save` wrote brings the code for transformers."""
+    return (path / MODELLING_FILE.name).is_file()
 
 
 def weight_bytes(model: nn.Module, dtype: torch.dtype | None = None) -> int:
@@ -180,6 +203,7 @@ def _write(
     model: nn.Module,
     lineage: Lineage,
     path: Path,
+    example_inputs: Inputs | None,
     *,
     tokenizer: Any,
     report: Mapping[str, Any] | None,
@@ -195,6 +219,7 @@ def _write(
         lineage = dataclasses.replace(lineage, plans=())
     else:
         _save_planned(model, path)
+        _bring_code(model, lineage, path, example_inputs)
     if tokenizer is not None:
         tokenizer.save_pretrained(path)
     if report is not None:
@@ -338,9 +363,47 @@ def _save_planned(model: nn.Module, path: Path) -> None:
     builder = builder_of(model)
     if builder is not None:
         builder.write(model, path)
-    file = path / "model.safetensors"
-    safetensors.torch.save_model(model, str(file), {"format": "pt"})
-    _order_metadata(file)
+    file, metadata = path / "model.safetensors", {"format": "pt"}
+    if isinstance(model, PreTrainedModel):
+        safetensors.torch.save_file(_tied_once(model), str(file), metadata)
+    else:
+        safetensors.torch.save_model(model, str(file), metadata)
+        _order_metadata(file)
+
+
+def _tied_once(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """Return all tensors, tied ones under the name by which the model without its head knows them.
+
+    That model has to find them too.
+    """
+    tensors = model.state_dict(keep_vars=True)
+    inner = f"{model.base_model_prefix}."
+    once: dict[int, str] = {}
+    for name in sorted(tensors, key=lambda name: not name.startswith(inner)):
+        once.setdefault(id(tensors[name]), name)
+    return {name: tensors[name].detach().contiguous() for name in once.values()}
+
+
+def _bring_code(
+    model: nn.Module, lineage: Lineage, path: Path, example_inputs: Inputs | None
+) -> None:
+    """Let transformers read a planned checkpoint, if it can; the weights are written already."""
+    if not isinstance(model, PreTrainedModel):
+        return
+    config = any_shape_config(model, lineage.plans)
+    if config is None:
+        return
+    TransformersOrigin(type(model), config).write(model, path)
+    shutil.copyfile(MODELLING_FILE, path / MODELLING_FILE.name)
+    try:
+        _prove_same(model, read_any_shape(path, type(model).__name__), example_inputs)
+    except (*DESCRIPTION_ERRORS, OsscarError) as error:
+        warnings.warn(
+            f"only osscar.load will read the checkpoint: transformers fails ({first_line(error)})",
+            stacklevel=2,
+        )
+        (path / MODELLING_FILE.name).unlink()
+        TransformersOrigin(type(model), model.config).write(model, path)
 
 
 def _order_metadata(path: Path) -> None:
@@ -363,12 +426,16 @@ def _dtype(model: nn.Module) -> torch.dtype:
     return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
 
 
-def _prove_readable(model: nn.Module, path: Path, example_inputs: Inputs | None) -> None:
-    """Read a written checkpoint back, and compare what it computes."""
+def _read_again(model: nn.Module, path: Path) -> nn.Module:
+    """Read a written checkpoint back, in float32."""
     try:
-        again = load(path, dtype=torch.float32) if builder_of(model) else _refilled(model, path)
+        return load(path, dtype=torch.float32) if builder_of(model) else _refilled(model, path)
     except (RuntimeError, CheckpointError) as error:
         raise CheckpointError(f"the checkpoint that was written cannot be read: {error}") from error
+
+
+def _prove_same(model: nn.Module, again: nn.Module, example_inputs: Inputs | None) -> None:
+    """Compare what a model computes with what was read back, which is in float32."""
     # In float32: whether the weights are the same is the question, not how they are rounded.
     if _dtype(model) != torch.float32:
         model = copied(model).float()

@@ -1,4 +1,4 @@
-"""Stock configs: the config of a family from which transformers builds a shrunk model's shapes."""
+"""Configs: those of a family that say a shrunk model's shapes, and those that list them."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from osscar.shrinking.attention import AnyHeads
 from osscar.shrinking.lineage import lineage_of, note
 from osscar.shrinking.plan import GroupPlan, PruningPlan
 
-_HEAD_FIELDS = ("num_attention_heads", "num_key_value_heads")
+HEAD_FIELDS = ("num_attention_heads", "num_key_value_heads")
 """What configs call the number of query heads and of key-value heads."""
 
-_WIDTH_FIELDS = (
+WIDTH_FIELDS = (
     "intermediate_size",
     "ffn_dim",
     "n_inner",
@@ -31,6 +31,29 @@ _WIDTH_FIELDS = (
     "decoder_ffn_dim",
 )
 """What configs call the number of FFN neurons."""
+
+
+SHAPES = "osscar_shapes"
+WIDTHS = "per_layer_config"
+LENIENT = "allow_global_per_layer_attribute_access"
+CODE = "auto_map"
+"""What `osscar.checkpoint.any_shape` adds to the config of a dense model."""
+
+
+def is_any_shape(config: Any) -> bool:
+    """Tell whether a config holds a table of shapes, for `modeling_pruned`."""
+    return SHAPES in getattr(config, "__dict__", ())
+
+
+def dense_config(config: Any) -> Any:
+    """Return the config of the dense model, in which no shapes are listed."""
+    if not is_any_shape(config):
+        return config
+    config = copy.deepcopy(config)
+    setattr(config, WIDTHS, None)  # a property since transformers 5.14, and an attribute before
+    for name in (SHAPES, WIDTHS, LENIENT, CODE):
+        vars(config).pop(name, None)
+    return config
 
 
 def stock_config(model: PreTrainedModel, plans: Sequence[PruningPlan]) -> Any:
@@ -99,7 +122,7 @@ def _change_heads(config: Any, share: Fraction, changes: dict[str, Any]) -> bool
     heads, hidden = (getattr(config, name, None) for name in ("num_attention_heads", "hidden_size"))
     if not isinstance(heads, int) or not isinstance(hidden, int):
         return False
-    for name in _HEAD_FIELDS:
+    for name in HEAD_FIELDS:
         old = changes.get(name, getattr(config, name, None))
         # One key-value head that all query heads share is never cut.
         if isinstance(old, int) and not (name == "num_key_value_heads" and old == 1):
@@ -116,7 +139,7 @@ def _change_widths(config: Any, neurons: Sequence[GroupPlan], changes: dict[str,
     for group in neurons:
         if widths.setdefault(group.units, len(group.kept)) != len(group.kept):
             return False
-    for name in _WIDTH_FIELDS:
+    for name in WIDTH_FIELDS:
         old = changes.get(name, getattr(config, name, None))
         if old in widths:
             changes[name] = widths[old]

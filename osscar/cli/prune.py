@@ -392,14 +392,23 @@ def print_result(result: PruningResult, saved: SavedCheckpoint) -> None:
             f"batch norm: the statistics of {result.batch_norms} layers are new "
             f"({result.settings['batch_norm']})"
         )
-    reader = "from_pretrained of transformers" if saved.stock else "osscar.load"
-    out.print(f"saved: {saved.path} ({saved.bytes / 1e6:.1f} MB of weights; {reader} reads it)")
+    reader = "osscar.load reads it"
+    if saved.stock:
+        reader = "from_pretrained of transformers reads it"
+    elif saved.with_code:
+        reader += ", and so does from_pretrained(..., trust_remote_code=True)"
+    out.print(f"saved: {saved.path} ({saved.bytes / 1e6:.1f} MB of weights; {reader})")
 
 
 def quality_lines(result: PruningResult) -> list[str]:
     """Say what the budget came to, and what was predicted and measured of the outputs."""
     lines, budget = [], result.budget
-    if budget is not None:
+    if budget is not None and budget.cost == "time":
+        lines.append(
+            f"timed: {1 / budget.reached:.2f} times as fast as the dense model on a calibration "
+            f"batch; {1 / budget.limit:g} was asked for"
+        )
+    elif budget is not None:
         lines.append(
             f"budget: {budget.reached:,.0f} of {budget.dense:,.0f} {budget.cost} "
             f"({budget.reached / budget.dense:.1%}), at most {budget.limit:,.0f} were asked for"
@@ -455,4 +464,4 @@ def _refuse_constant(text: str) -> Any:
 
 
 def _saved(saved: SavedCheckpoint) -> dict[str, Any]:
-    return {"path": str(saved.path), "stock": saved.stock, "bytes": saved.bytes}
+    return {**dataclasses.asdict(saved), "path": str(saved.path)}

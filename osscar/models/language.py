@@ -296,6 +296,12 @@ def _explain(found: _Found, error: Exception) -> ModelNotFound | ModelError:
             f"{found.source} brings its own code; if you trust its author, allow it with "
             "trust_remote_code=True (--trust-remote-code)"
         )
+    if "ignore_mismatched_sizes" in message or "per-layer attribute" in message:
+        return ModelError(
+            f"the weights in {found.source} have other shapes than its config says; if it is a "
+            "pruned model that lost its osscar.json, the code that it brings reads it, with "
+            "trust_remote_code=True (--trust-remote-code)"
+        )
     if "safetensors" in message and isinstance(error, OSError):
         return ModelError(
             f"{found.source} has no safetensors weights, and pickled ones can run code: convert "

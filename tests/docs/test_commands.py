@@ -29,9 +29,12 @@ PARSED = {
     "python3 -m pip install -e .[test]": INSTALLS,
     "python3 -m pip install -e .[dev]": INSTALLS,
     "python3 -m pip install -e .[vision]": INSTALLS,
+    "python3 -m pip install osscar[gguf]": INSTALLS,
     "python3 -m pytest": THIS_SUITE,
     "bash .ci/run": "runs this suite",
     "python3 -m osscar demo": "tests/osscar/test_cli.py runs it, twice",
+    "osscar export smaller": "takes a LLaMA, and the demo is an OPT; test_gguf.py runs it",
+    "python -m benchmarks.robustness": "takes minutes of attacks and kills",
     "python benchmarks/vision.py": "takes hours, on images that are not shipped",
 }
 """Commands, by what they begin with, that are not run here, and why."""

@@ -60,4 +60,4 @@ def test_the_page_names_what_is_written(
 
 def test_every_command_has_its_schema() -> None:
     commands = {schema.split("/")[0].removeprefix("osscar.") for schema in sections()}
-    assert commands >= {"prune", "eval", "inspect", "gap", "solve", "problem", "backends"}
+    assert commands >= {"prune", "eval", "inspect", "export", "gap", "solve", "problem", "backends"}

@@ -94,6 +94,15 @@ def check_module(names: dict[str, Any]) -> None:
     assert names["proof"].error < 1e-5
 
 
+def check_formats(names: dict[str, Any]) -> None:
+    assert names["saved"].with_code
+    ids = torch.arange(12)[None]
+    own, read = names["result"].model, names["model"].float().eval()
+    assert type(read).__module__.endswith(".modeling_pruned")
+    with torch.no_grad():
+        torch.testing.assert_close(read(ids).logits, own(ids).logits, rtol=0.05, atol=0.05)
+
+
 CHECKS = {
     "README.md": check_readme,
     "docs/index.md": check_start,
@@ -102,4 +111,5 @@ CHECKS = {
     "docs/howto/backend.md": check_backend,
     "docs/howto/architecture.md": check_architecture,
     "docs/howto/module.md": check_module,
+    "docs/howto/formats.md": check_formats,
 }

@@ -14,6 +14,7 @@ from osscar.capture.opened import opened
 from osscar.core.errors import NonFiniteError, RequestError
 from osscar.core.modules import count_parameters
 from osscar.evaluation.size import count_flops
+from osscar.pruning import latency
 from osscar.pruning.budget import allocate
 from osscar.pruning.costs import Cost, count
 from osscar.pruning.curves import elimination_curve, measure_curves
@@ -206,6 +207,27 @@ def test_where_no_gradient_arrives_a_layer_counts_by_itself_and_that_is_said():
     assert own.losses[0] == pytest.approx(1.0, rel=1e-4)
 
 
+class OnlyWithout(nn.Module):
+    """Runs, but not with gradients."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(6, 12), nn.Linear(12, 3)
+
+    def forward(self, x):
+        if torch.is_grad_enabled():
+            raise RuntimeError("inference only")
+        return self.down(torch.relu(self.up(x)))
+
+
+def test_a_model_that_only_runs_without_gradients_is_pruned_all_the_same():
+    torch.manual_seed(0)
+    with pytest.warns(UserWarning, match="no gradients flow through OnlyWithout.*inference only"):
+        result = osscar.prune(OnlyWithout(), torch.randn(64, 6), sparsity=0.5)
+    assert result.budget.comparable is False
+    assert result.layers[0].kept < 12
+
+
 class Steep(nn.Module):
     """Finite everywhere, with a gradient that is not."""
 
@@ -232,6 +254,58 @@ def test_models_without_logits_are_measured_by_projections():
     assert result.budget.comparable
     assert result.budget.predicted > 0
     assert result.divergence is None
+
+
+# ---- time --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Let a model take as long as its parameters say, heads three times as long; count timings."""
+    timed = []
+
+    def seconds(model):
+        heads = sum(p.numel() for n, p in model.named_parameters() if "attn" in n)
+        return 5_000 + count_parameters(model) + 2 * heads
+
+    def time_against(dense, other, batch):
+        timed.append(other)
+        return latency.Timed(seconds(dense) / seconds(other), 0.0)
+
+    monkeypatch.setattr(latency, "time_against", time_against)
+    return seconds, timed
+
+
+@pytest.mark.parametrize("allocation", ["curvature", "uniform"])
+@pytest.mark.parametrize("wanted", [1.2, 1.5])
+def test_a_speed_up_is_aimed_at_by_timing(clock, wanted, allocation):
+    seconds, timed = clock
+    model = tiny("opt")
+    result = osscar.prune(
+        model, tokens(8, 24), speedup=wanted, allocation=allocation, backend="wanda"
+    )
+    reached = seconds(model) / seconds(result.model)
+    # Uniform shares come to whole heads in all layers at once.
+    assert reached == pytest.approx(wanted, rel=0.05 if allocation == "curvature" else 0.1)
+    assert 1 / result.budget.reached == pytest.approx(reached, rel=1e-6)
+    assert result.budget.limit == pytest.approx(1 / wanted)
+    assert 4 <= len(timed) <= 8  # one a kind, a few that come closer, and the result
+
+
+def test_a_device_that_is_too_noisy_is_refused_with_the_spread(monkeypatch):
+    times = iter(range(1, 1000))
+
+    def take_turns(timings, repetitions, description):
+        return [[float(1 + next(times) % 7) for _ in range(9)] for _ in timings]
+
+    monkeypatch.setattr(latency, "take_turns", take_turns)
+    with pytest.raises(RequestError, match=r"too noisy to time.*only known to \d+%"):
+        osscar.prune(tiny("opt"), tokens(8, 24), speedup=1.5)
+
+
+def test_a_speed_up_out_of_reach_says_what_is_in_reach(clock):
+    with pytest.raises(RequestError, match=r"time cannot be met.*at least"):
+        osscar.prune(tiny("opt"), tokens(8, 24), speedup=50.0)
 
 
 # ---- requests ----------------------------------------------------------------------------

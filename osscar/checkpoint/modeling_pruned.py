@@ -1,0 +1,97 @@
+"""A model of transformers with layers of any width, as the `config.json` beside this file says.
+
+transformers builds the architecture with all its units.  Before any weights are read, the tensors
+that the config lists under `osscar_shapes` get the shapes given there, and the modules the numbers
+(of heads, mostly) that go with them.  Nothing else differs: the code that runs is that of
+transformers.  This file needs torch and transformers alone.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import transformers
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+SIZES = {nn.Linear: ("out_features", "in_features"), Conv1D: ("nx", "nf"), nn.Module: ()}
+"""What layers call the dimensions of their weight."""
+
+
+class Pruned:
+    """Mixed into an architecture of transformers: builds it, and gives it the shapes."""
+
+    original: Any
+    """The architecture."""
+
+    def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+        # The classes of transformers know of one width; where the config tells that of each layer,
+        # it refuses to name one.  So that part comes back once the model is built.
+        widths = config.to_dict().get("per_layer_config")
+        config.per_layer_config = None
+        try:
+            super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
+            resize(self, config.osscar_shapes)
+        finally:
+            if widths is None:
+                vars(config).pop("per_layer_config", None)
+            else:
+                config.per_layer_config = widths
+
+    # transformers reads the file that defines a class to tell what it can choose; that is not this.
+
+    @classmethod
+    def _can_set_attn_implementation(cls) -> bool:
+        return bool(cls.original._can_set_attn_implementation())
+
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        return bool(cls.original._can_set_experts_implementation())
+
+
+def resize(model: Any, shapes: dict[str, Any]) -> None:
+    """Give tensors their shapes, and modules their numbers.
+
+    Parameters
+    ----------
+    model
+        With all its units; changed in place.
+    shapes
+        ``tensors``, the shape of each tensor that differs, by its name, and ``numbers``, those
+        attributes of modules that differ, by the module's name.  The model without a head calls
+        its modules by shorter names.
+    """
+    modules = dict(model.named_modules())
+    prefix = f"{model.base_model_prefix}."
+    resized: dict[int, nn.Parameter] = {}  # tied tensors stay tied
+    for name, shape in shapes["tensors"].items():
+        path, _, attribute = name.rpartition(".")
+        module = modules[path if path in modules else path.removeprefix(prefix)]
+        old = getattr(module, attribute)
+        new = old.detach()[tuple(map(slice, shape))].clone()
+        if isinstance(old, nn.Parameter):
+            new = resized.setdefault(id(old), nn.Parameter(new, requires_grad=old.requires_grad))
+        setattr(module, attribute, new)
+        if attribute == "weight":
+            sizes = next(sizes for kind, sizes in SIZES.items() if isinstance(module, kind))
+            for dim, size in enumerate(sizes):
+                setattr(module, size, new.shape[dim])
+    for path, numbers in shapes["numbers"].items():
+        module = modules[path if path in modules else path.removeprefix(prefix)]
+        for attribute, value in numbers.items():
+            if attribute == "config":  # of its own, which differs from the model's
+                value, changed = copy.copy(module.config), value
+                vars(value).update(changed)
+            elif isinstance(value, list):  # JSON knows no tuples
+                value = type(getattr(module, attribute))(value)
+            setattr(module, attribute, value)
+
+
+def __getattr__(name: str) -> Any:
+    """Make the class that `auto_map` in the config names: an architecture of transformers."""
+    original = None if name.startswith("_") else getattr(transformers, name, None)
+    if not isinstance(original, type) or not issubclass(original, transformers.PreTrainedModel):
+        raise AttributeError(f"{name!r} is no architecture of transformers")
+    own = {"__module__": __name__, "__doc__": original.__doc__, "original": original}
+    return globals().setdefault(name, type(name, (Pruned, original), own))

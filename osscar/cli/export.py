@@ -1,0 +1,56 @@
+"""``osscar export``: a checkpoint in the format of another engine."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from osscar.cli.common import (
+    JsonOption,
+    check_json_path,
+    document,
+    quiet,
+    say,
+    write_json,
+)
+
+_FORMATS = ("gguf",)
+
+
+def command(
+    directory: Annotated[
+        Path, typer.Argument(help="A checkpoint of a language model, with its tokenizer.")
+    ],
+    format: Annotated[str, typer.Option(help="gguf, the format of llama.cpp.")] = "gguf",
+    out: Annotated[
+        Path | None,
+        typer.Option(help="The file; by default beside the directory, such as smaller-f16.gguf."),
+    ] = None,
+    dtype: Annotated[
+        str, typer.Option(help="Number format of the matrices: f32, f16 or bf16.")
+    ] = "f16",
+    overwrite: Annotated[bool, typer.Option(help="Replace a GGUF file.")] = False,
+    json: JsonOption = None,
+) -> None:
+    """Write a model for llama.cpp, whatever the widths of its layers.
+
+    Models of the LLaMA graph are written: LLaMA, Mistral, SmolLM2, Qwen2. The file is read back and
+    compared with the model before it takes its place.
+    """
+    from osscar.checkpoint.gguf import export_gguf
+    from osscar.core.errors import OptionError
+
+    check_json_path(json, inputs=(directory,), written=out)
+    if format not in _FORMATS:
+        raise OptionError(f"--format is {format!r:.60}; give {' or '.join(_FORMATS)}")
+    with quiet():
+        written = export_gguf(directory, out, dtype=dtype, overwrite=overwrite)
+    say(
+        f"written: {written.path} ({written.bytes / 1e6:.1f} MB, {written.dtype}; llama.cpp calls "
+        f"it {written.architecture!r})"
+    )
+    content = {"directory": str(directory), "format": format, **dataclasses.asdict(written)}
+    write_json(json, document("export", 1, {**content, "path": str(written.path)}))

@@ -1,0 +1,198 @@
+"""Checkpoints of any shape: read by transformers alone, in a process without this project."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import osscar
+from osscar.checkpoint import directory as checkpoint
+from osscar.checkpoint import modeling_pruned
+from osscar.checkpoint.any_shape import MODELLING_FILE
+from osscar.checkpoint.manifest import read_manifest
+from osscar.core.errors import CheckpointError
+from tests.osscar.families import FAMILIES, logits, tiny, tokens
+
+IDS = tokens(2, 16, seed=9)
+
+
+def neurons_of(family):
+    return {
+        "opt": "model.decoder.layers.1.neurons",
+        "gpt2": "transformer.h.1.mlp.neurons",
+    }.get(family, "model.layers.1.mlp.neurons")
+
+
+def heads_of(family):
+    return {
+        "opt": "model.decoder.layers.0.self_attn.heads",
+        "gpt2": "transformer.h.0.attn.heads",
+    }.get(family, "model.layers.0.self_attn.heads")
+
+
+def uneven(family):
+    """A model one layer of which loses heads, and the other one neurons."""
+    groups = {neurons_of(family): 10, heads_of(family): 2}
+    return osscar.prune(
+        tiny(family), tokens(), backend="magnitude", device="cpu", groups=groups
+    ).model
+
+
+READER = """
+import sys
+for name in ("osscar", "graph", "solvers"):
+    sys.modules[name] = None  # as if it were not installed
+import torch
+from transformers import AutoModel, AutoModelForCausalLM
+
+ids = torch.tensor(eval(sys.argv[1]))
+options = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+with torch.no_grad():
+    for directory in sys.argv[2:]:
+        model = AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True).eval()
+        found = {"logits": model(input_ids=ids).logits, "tokens": model.generate(ids, **options)}
+        static = model.generate(ids, **options, cache_implementation="static")
+        assert torch.equal(static, found["tokens"])
+        inner = AutoModel.from_pretrained(directory, trust_remote_code=True).eval()
+        own = model.base_model(input_ids=ids).last_hidden_state
+        torch.testing.assert_close(inner(input_ids=ids).last_hidden_state, own)
+        model.set_attn_implementation("eager")
+        torch.testing.assert_close(model(input_ids=ids).logits, found["logits"])
+        model.save_pretrained(directory + "-again")
+        again = AutoModelForCausalLM.from_pretrained(directory + "-again", trust_remote_code=True)
+        torch.testing.assert_close(again.eval()(input_ids=ids).logits, found["logits"])
+        torch.save(found, directory + ".pt")
+"""
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    """Each family's uneven model, and where it was saved; another process has read all of them."""
+    place = tmp_path_factory.mktemp("any-shape")
+    found = {}
+    for family in FAMILIES:
+        model = uneven(family)
+        saved = checkpoint.save(model, place / family)
+        assert (saved.stock, saved.with_code) == (False, True)
+        found[family] = model, saved.path
+    directories = [str(path) for _, path in found.values()]
+    environment = {**os.environ, "HF_MODULES_CACHE": str(place / "modules")}
+    command = [sys.executable, "-c", READER, str(IDS.tolist()), *directories]
+    subprocess.run(command, check=True, env=environment, cwd=place)
+    return found
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_transformers_alone_reads_and_generates_the_same(family, written):
+    model, path = written[family]
+    found = torch.load(f"{path}.pt", weights_only=True)
+    torch.testing.assert_close(found["logits"].double(), logits(model, IDS), rtol=1e-5, atol=1e-5)
+    options = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    assert torch.equal(found["tokens"], model.generate(IDS, **options))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_plan_is_replayed_here_and_the_code_never_run(family, written, tmp_path):
+    model, path = written[family]
+    directory = tmp_path / "model"
+    shutil.copytree(path, directory)
+    (directory / MODELLING_FILE.name).write_text("raise SystemExit('this was run')\n")
+    again = osscar.load(directory)
+    torch.testing.assert_close(logits(again, IDS), logits(model, IDS), rtol=1e-5, atol=1e-5)
+    assert type(again).__module__.startswith("transformers.")
+    named = again.config.to_dict().keys() - model.config.to_dict().keys()
+    assert named <= {"head_dim"}  # what other families derive
+    twice = osscar.prune(again, tokens(), neurons=8, backend="magnitude", device="cpu").model
+    saved = checkpoint.save(twice, directory, overwrite=True)
+    assert saved.with_code
+    read = getattr(modeling_pruned, type(twice).__name__).from_pretrained(directory).eval()
+    torch.testing.assert_close(logits(read, IDS), logits(twice, IDS), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_without_trust_transformers_refuses_rather_than_guesses(family, written):
+    _, path = written[family]
+    with pytest.raises(RuntimeError):
+        AutoModelForCausalLM.from_pretrained(path, trust_remote_code=False)
+
+
+def test_the_config_tells_layers_apart_where_the_family_can(written):
+    told = {
+        family: json.loads((path / "config.json").read_text()).get("per_layer_config")
+        for family, (_, path) in written.items()
+    }
+    grouped = {"0": {"num_attention_heads": 4, "num_key_value_heads": 2}}
+    narrow = {"1": {"intermediate_size": 10}}
+    assert told == {
+        **dict.fromkeys(("opt", "gpt2")),  # the width of whose heads follows from their number
+        "llama-mha": {"0": {"num_attention_heads": 2, "num_key_value_heads": 2}, **narrow},
+        "llama-mqa": {"0": {"num_attention_heads": 2}, **narrow},
+        **{name: {**grouped, **narrow} for name in ("llama-gqa", "mistral", "qwen2", "qwen3")},
+    }
+
+
+def test_the_file_is_small_and_needs_torch_and_transformers_alone():
+    source = MODELLING_FILE.read_text()
+    imported = {line.split()[1].partition(".")[0] for line in source.splitlines()
+                if line.startswith(("import ", "from "))}  # fmt: skip
+    assert imported == {"__future__", "copy", "torch", "transformers", "typing"}
+    assert len(source.splitlines()) < 120
+
+
+@pytest.mark.parametrize("name", ["BertTokenizer", "torch", "no_such_thing", "_LazyModule"])
+def test_nothing_but_architectures_is_made(name):
+    with pytest.raises(AttributeError, match=name):
+        getattr(modeling_pruned, name)
+
+
+def test_half_precision(tmp_path):
+    model = uneven("llama-gqa").to(torch.bfloat16)
+    saved = checkpoint.save(model, tmp_path / "small")
+    assert saved.with_code
+    read = modeling_pruned.LlamaForCausalLM.from_pretrained(saved.path, dtype="auto").eval()
+    assert {name: t for name, t in read.state_dict().items() if t.dtype != torch.bfloat16} == {}
+    assert all(torch.equal(t, model.state_dict()[name]) for name, t in read.state_dict().items())
+
+
+def test_where_transformers_would_compute_something_else_there_is_a_plan_alone(
+    tmp_path, monkeypatch
+):
+    model = uneven("llama-gqa")
+
+    def other(path, name):
+        read = getattr(modeling_pruned, name).from_pretrained(path).eval()
+        with torch.no_grad():
+            read.model.layers[1].mlp.down_proj.weight.mul_(1.1)
+        return read
+
+    monkeypatch.setattr(checkpoint, "read_any_shape", other)
+    with pytest.warns(UserWarning, match=r"only osscar\.load will read"):
+        saved = checkpoint.save(model, tmp_path / "small")
+    assert not saved.with_code
+    assert not (saved.path / MODELLING_FILE.name).exists()
+    assert MODELLING_FILE.name not in read_manifest(saved.path).files
+    config = json.loads((saved.path / "config.json").read_text())
+    assert not {"auto_map", "osscar_shapes", "per_layer_config"} & config.keys()
+    torch.testing.assert_close(logits(osscar.load(saved.path), IDS), logits(model, IDS))
+
+
+def test_a_model_that_differs_in_more_than_sizes_is_saved_with_its_plan_alone(tmp_path):
+    model = uneven("llama-gqa")
+    model.model.layers[0].self_attn.scaling *= 2
+    assert checkpoint.any_shape_config(model, ()) is None
+
+
+def test_what_transformers_read_with_that_code_cannot_be_saved_here(written, tmp_path):
+    _, path = written["llama-gqa"]
+    model = modeling_pruned.LlamaForCausalLM.from_pretrained(path)
+    with pytest.raises(CheckpointError, match=r"read it with osscar\.load"):
+        checkpoint.save(model, tmp_path / "small")
+    model.save_pretrained(tmp_path / "bare")
+    for read in (osscar.load, osscar.load_model):
+        with pytest.raises(CheckpointError, match=r"lacks osscar\.json.*--trust-remote-code"):
+            read(tmp_path / "bare")
