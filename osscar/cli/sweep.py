@@ -68,7 +68,7 @@ def command(
         typer.Option(
             "--baselines",
             help="Also prune with equal shares of every group, each layer by itself, by "
-            "`multistage` (OSSCAR as published), `greedy`, `wanda` and `magnitude`.",
+            "`multistage` (the choice of OSSCAR as published), `greedy`, `wanda` and `magnitude`.",
         ),
     ] = False,
     weights: WeightsOption = None,

@@ -25,13 +25,16 @@ CURVATURE = "curvature"
 
 BASELINES = MappingProxyType(
     {
-        "multistage": "OSSCAR as published (Meng et al., 2024)",
-        "greedy": "as in ZipLM (Kurtic et al., 2023)",
+        "multistage": "the choice of OSSCAR (Meng et al., 2024)",
+        "greedy": "the choice of ZipLM (Kurtic et al., 2023)",
         "wanda": "magnitude times the norm of the inputs (Sun et al., 2023)",
         "magnitude": "the norm of the weights",
     }
 )
-"""Backends with which uniform shares are pruned, each layer by itself, and what they stand for."""
+"""Backends with which uniform shares are pruned, each layer by itself, and what they stand for.
+
+All are refitted alike, biases too, and damped as everything here is: only the choice of units differs.
+"""
 
 
 @dataclass(frozen=True)

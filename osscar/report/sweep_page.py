@@ -19,7 +19,10 @@ _DENSE = "dense"
 _METHODS = {
     _DENSE: "the model as it is",
     CURVATURE: "widths of least predicted divergence; layers make up for one another's errors",
-    **{name: f"uniform shares, each layer by itself; {what}" for name, what in BASELINES.items()},
+    **{
+        name: f"uniform shares, each layer refitted by itself; {what}"
+        for name, what in BASELINES.items()
+    },
 }
 
 _TOLD = 3
