@@ -33,7 +33,7 @@ BASELINES = MappingProxyType(
 )
 """Backends with which uniform shares are pruned, each layer by itself, and what they stand for.
 
-All are refitted alike, biases too, and damped as everything here is: only the choice of units differs.
+All are refitted and damped alike, biases too: only the choice of units differs.
 """
 
 
