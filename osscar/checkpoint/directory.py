@@ -34,7 +34,13 @@ from osscar.checkpoint.builders import (
     read_builder,
 )
 from osscar.checkpoint.hf_config import adopt_config, is_any_shape, stock_config
-from osscar.checkpoint.manifest import MANIFEST_FILE, REPORT_FILE, Manifest, read_manifest
+from osscar.checkpoint.manifest import (
+    MANIFEST_FILE,
+    PAGE_FILE,
+    REPORT_FILE,
+    Manifest,
+    read_manifest,
+)
 from osscar.checkpoint.place import check_output, replacing
 from osscar.checkpoint.stored import Stored
 from osscar.core.errors import (
@@ -44,7 +50,7 @@ from osscar.core.errors import (
     OsscarError,
     first_line,
 )
-from osscar.core.files import system_errors, write_json
+from osscar.core.files import system_errors, write_json, write_text
 from osscar.core.inputs import file_name, shown
 from osscar.core.modules import (
     check_finite_weights,
@@ -95,6 +101,7 @@ def save(
     *,
     tokenizer: Any = None,
     report: Mapping[str, Any] | None = None,
+    page: str | None = None,
     dtype: torch.dtype | None = None,
     overwrite: bool = False,
     example_inputs: Inputs | None = None,
@@ -111,6 +118,8 @@ def save(
         Saved beside the weights if given.
     report
         Written as ``osscar_report.json``, for people and tools.
+    page
+        The same as HTML, written as ``report.html``.
     dtype
         Number format of the weights on disk; by default that in which the dense model lay there,
         and where that is not known, the model's.
@@ -147,7 +156,9 @@ def save(
     lineage = dataclasses.replace(lineage, stored_dtype=str(dtype).removeprefix("torch."))
     with replacing(path, overwrite=overwrite) as new:
         with system_errors():
-            stock = _write(model, lineage, new, example_inputs, tokenizer=tokenizer, report=report)
+            stock = _write(
+                model, lineage, new, example_inputs, tokenizer=tokenizer, report=report, page=page
+            )
         _prove_same(model, _read_again(model, new), example_inputs)
         written, with_code = _written(new), _with_code(new)
     return SavedCheckpoint(path, stock, written, with_code)
@@ -196,6 +207,7 @@ def _write(
     *,
     tokenizer: Any,
     report: Mapping[str, Any] | None,
+    page: str | None,
 ) -> bool:
     """Write all files of a checkpoint; return whether it is stock."""
     config = None
@@ -212,6 +224,8 @@ def _write(
         tokenizer.save_pretrained(path)
     if report is not None:
         write_json(path / REPORT_FILE, report)
+    if page is not None:
+        write_text(path / PAGE_FILE, page)
     builder = builder_of(model)
     lineage = dataclasses.replace(lineage, origin=None if builder is None else builder.origin)
     files = tuple(sorted(file.name for file in path.iterdir()))

@@ -24,6 +24,9 @@ MANIFEST_FILE = "osscar.json"
 REPORT_FILE = "osscar_report.json"
 """For people and tools; nothing here reads it, but in directories of version 0.1.0."""
 
+PAGE_FILE = "report.html"
+"""The same as a page, which is replaced only where `Manifest.files` names it."""
+
 OLD_PLAN_FILE = "osscar_plan.json"
 CONFIG_FILE = "config.json"
 

@@ -12,7 +12,7 @@ import typer
 
 from osscar.cli.common import guard
 
-_COMMANDS = ("demo", "prune", "eval", "inspect", "export", "gap", "solve", "backends")
+_COMMANDS = ("demo", "prune", "sweep", "eval", "inspect", "export", "gap", "solve", "backends")
 
 _HELP = """Prune a network in one shot, and know how good the result is.
 

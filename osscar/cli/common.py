@@ -143,17 +143,20 @@ def check_json_path(
     path: Path | None,
     inputs: Sequence[str | os.PathLike[str] | None] = (),
     written: Path | None = None,
+    option: str = "--json",
 ) -> None:
-    """Refuse a ``--json`` file that could not or must not be written, before any work is done.
+    """Refuse a file that could not or must not be written, before any work is done.
 
     Parameters
     ----------
     path
-        What was asked for; None is fine.
+        What was asked for, as with ``--json``; None is fine.
     inputs
         Files and directories that the command reads; names that are no paths do no harm.
     written
         The directory that the command writes.
+    option
+        Which names the file.
 
     Raises
     ------
@@ -170,7 +173,7 @@ def check_json_path(
         for used, verb in [*((name, "reads") for name in inputs), (written, "writes")]:
             if used is not None and _covers(Path(used), place):
                 raise OutputError(
-                    f"--json {path} would write to {used}, which the command {verb}; give another"
+                    f"{option} {path} would write to {used}, which the command {verb}; give another"
                 )
         if path.is_dir() or not path.absolute().parent.is_dir():
             raise OutputError(f"cannot write {path}: give a file in a directory that exists")

@@ -28,12 +28,15 @@ def command(
     import torch
 
     from osscar.checkpoint.directory import check_output, load
+    from osscar.checkpoint.manifest import PAGE_FILE
+    from osscar.core.files import write_text
     from osscar.data.prose import Part, builtin_text
     from osscar.data.tokens import load_calibration
     from osscar.evaluation.language import compare
     from osscar.models.language import load_model
     from osscar.pruning.prune import prune
     from osscar.report.evaluation_tables import comparison_table
+    from osscar.report.prune_page import prune_page
     from osscar.shrinking.lineage import note
 
     check_json_path(json)
@@ -47,8 +50,11 @@ def command(
         result = prune(
             dense.model, windows, heads=_HEADS, neurons=_NEURONS, backend=backend, device="cpu"
         )
-        report = report_document(result, dense.source, windows)
-        saved = result.save(path, tokenizer=dense.tokenizer, report=report, overwrite=ours)
+        report = report_document(result, dense.model, dense.source, windows)
+        page = prune_page(report)
+        saved = result.save(
+            path, tokenizer=dense.tokenizer, report=report, page=page, overwrite=ours
+        )
         comparison = compare(
             load(saved.path, dtype=torch.float32), dense.model,
             dense.tokenizer, builtin_text(Part.HELD_OUT),
@@ -66,7 +72,10 @@ def command(
     say(f"  osscar inspect {directory}")
     say("  osscar prune smollm2-135m --neurons 0.7 --out smaller")
     evaluation = document("eval", 2, dataclasses.asdict(comparison))
-    write_json(json, {**report, "evaluation": evaluation, "saved": str(saved.path)})
+    content = {**report, "evaluation": evaluation}
+    write_text(saved.path / PAGE_FILE, prune_page(content))
+    say(f"report: {directory / PAGE_FILE}")
+    write_json(json, {**content, "saved": str(saved.path)})
 
 
 def _made_by_demo(directory: Path) -> bool:

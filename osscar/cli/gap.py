@@ -169,6 +169,7 @@ def command(
     say(f"report: {report}")
     content = {
         **{"directory": str(directory), "source": source, "design": dataclasses.asdict(design)},
+        "answer": summary.answer,
         "headline": list(summary.headline),
         "records": [dataclasses.asdict(record) for record in records],
         "trivial": [instance.name for instance in study.trivial],
@@ -181,6 +182,7 @@ def _print(summary: Summary) -> None:
 
     out.print(cases_table(summary))
     out.print(scores_table(summary))
+    say(summary.answer)
     for sentence in summary.headline:
         say(f"- {sentence}")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json as jsonlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -26,6 +27,8 @@ from osscar.cli.common import (
 )
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from osscar.checkpoint.directory import SavedCheckpoint
     from osscar.data.images import ImageSet
     from osscar.data.tokens import CalibrationSet
@@ -165,6 +168,13 @@ def command(
     restart: Annotated[
         bool, typer.Option("--restart", help="Begin anew where a run that was killed would go on.")
     ] = False,
+    report: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE.html",
+            help="Also write the page that lies in the output directory as `report.html` here.",
+        ),
+    ] = None,
     json: JsonOption = None,
     trust_remote_code: TrustOption = False,
 ) -> None:
@@ -177,14 +187,18 @@ def command(
     was killed goes on when the same command is given again.
     """
     from osscar.checkpoint.directory import check_output, weight_bytes
+    from osscar.checkpoint.manifest import PAGE_FILE
     from osscar.core.files import resolved
     from osscar.models.open import open_model
     from osscar.models.vision import VisionModel
     from osscar.pruning.prune import prune_as_asked
     from osscar.pruning.request import PruningRequest
     from osscar.pruning.run_log import RunLog
+    from osscar.report.prune_page import prune_page
 
-    check_json_path(json, inputs=(model, calibration, weights), written=directory)
+    read = (model, calibration, weights)
+    check_json_path(json, inputs=read, written=directory)
+    check_json_path(report, inputs=(*read, json), written=directory, option="--report")
     patterns = [part.strip() for text in skip or () for part in text.split(",")]
     request = PruningRequest(
         sparsity=sparsity,
@@ -211,10 +225,9 @@ def command(
     )
     path = resolved(directory)
     log, asked = RunLog(_beside(path)), _asked(context)
-    inputs = (model, calibration, weights, json)
-    if not (overwrite or restart) and _is_saved(path, log, asked, json):
+    if not (overwrite or restart) and _is_saved(path, log, asked, json, report):
         return
-    check_output(path, overwrite=overwrite, inputs=inputs)
+    check_output(path, overwrite=overwrite, inputs=(*read, json, report))
     with log.held(), way_back(lambda: log.kept), quiet():
         if restart:
             log.remove()
@@ -230,23 +243,25 @@ def command(
         check_output(path, overwrite=overwrite, needed_bytes=needed)
         data = loaded.calibration(calibration, samples=samples, seqlen=seqlen, seed=seed)
         result = prune_as_asked(loaded.model, data, request, log)
-        report = report_document(result, loaded.source, data, loaded.classes)
-        log.note(asked, report)
+        content = report_document(result, loaded.model, loaded.source, data, loaded.classes)
+        log.note(asked, content)
         saved = result.save(
             path,
             tokenizer=loaded.tokenizer,
-            report=report,
+            report=content,
+            page=prune_page(content),
             overwrite=overwrite,
         )
-        write_json(json, {**report, "saved": _saved(saved)})
+        _write_copies(content, saved, json, report)
         log.remove()
     print_result(result, saved)
+    say(f"report: {saved.path / PAGE_FILE}")
     out.print("next:", style="bold")
     given = "--images PATH" if isinstance(loaded, VisionModel) else "--text FILE"
     out.print(f"  osscar eval {directory} {given} --against {against or model}", highlight=False)
 
 
-_OF_THIS_TIME = ("directory", "overwrite", "restart", "json")
+_OF_THIS_TIME = ("directory", "overwrite", "restart", "json", "report")
 """Parameters that change nothing of what is saved."""
 
 
@@ -255,7 +270,21 @@ def _asked(context: typer.Context) -> dict[str, str]:
     return {name: str(v) for name, v in context.params.items() if name not in _OF_THIS_TIME}
 
 
-def _is_saved(path: Path, log: RunLog, asked: dict[str, str], json: Path | None) -> bool:
+def _write_copies(
+    content: Mapping[str, Any], saved: SavedCheckpoint, json: Path | None, report: Path | None
+) -> None:
+    """Write what a run is asked to write beside its output."""
+    from osscar.core.files import write_text
+    from osscar.report.prune_page import prune_page
+
+    write_json(json, {**content, "saved": _saved(saved)})
+    if report is not None:
+        write_text(report, prune_page(content))
+
+
+def _is_saved(
+    path: Path, log: RunLog, asked: dict[str, str], json: Path | None, report: Path | None
+) -> bool:
     """Finish a run that was ended after its save, while it removed its log; whether it was."""
     from osscar.checkpoint.directory import describe
     from osscar.checkpoint.manifest import REPORT_FILE
@@ -264,12 +293,12 @@ def _is_saved(path: Path, log: RunLog, asked: dict[str, str], json: Path | None)
     if log.saved(asked, path / REPORT_FILE) is None:
         return False
     with log.held():
-        report = log.saved(asked, path / REPORT_FILE)
-        if report is None:
+        content = log.saved(asked, path / REPORT_FILE)
+        if content is None:
             return False
         recover(path)
         saved = describe(path)
-        write_json(json, {**report, "saved": _saved(saved)})
+        _write_copies(content, saved, json, report)
         log.remove()
     say(f"saved: {saved.path}, before this run began, by one that was ended just then")
     return True
@@ -284,12 +313,19 @@ def _beside(path: Path) -> Path:
 
 def report_document(
     result: PruningResult,
+    dense: nn.Module,
     source: str,
     data: CalibrationSet | ImageSet,
     classes: tuple[str, ...] = (),
 ) -> dict[str, Any]:
-    """Return what is known of a run, as ``docs/json.md`` describes it."""
+    """Return what is known of a run, as ``docs/json.md`` describes it; runs both models for it."""
+    from osscar.core.modules import device_of
+    from osscar.data.batches import as_inputs
+    from osscar.evaluation.forward import measure_forward
     from osscar.pruning.budget import described
+
+    sample = as_inputs(result.model, data).batches(result.model, 1)[0]
+    before, after = measure_forward([dense, result.model], sample)
 
     return document(
         "prune",
@@ -304,6 +340,12 @@ def report_document(
             "budget": None if result.budget is None else described(result.budget),
             "divergence": result.divergence,
             "held_out": result.held_out,
+            "forward": {
+                "shapes": {name: list(tensor.shape) for name, tensor in sample.items()},
+                "device": device_of(result.model).type,
+                "dense": dataclasses.asdict(before),
+                "pruned": dataclasses.asdict(after),
+            },
             "equivalence_error": result.equivalence_error,
             "batch_norms": result.batch_norms,
             "summed_relative_loss": result.loss,

@@ -17,7 +17,11 @@ WORTHWHILE_SECONDS = 2.0
 
 
 def take_turns(
-    timings: Sequence[Callable[[], list[float]]], repetitions: int, description: str
+    timings: Sequence[Callable[[], list[float]]],
+    repetitions: int,
+    description: str,
+    *,
+    worthwhile: float | None = None,
 ) -> list[list[float]]:
     """Collect the seconds that each timing reports, over as many repetitions as are worth it.
 
@@ -29,6 +33,8 @@ def take_turns(
         The least number of turns.
     description
         What a progress bar says.
+    worthwhile
+        Seconds over which turns are taken at the least; by default `WORTHWHILE_SECONDS`.
 
     Returns
     -------
@@ -38,10 +44,11 @@ def take_turns(
     seconds: list[list[float]] = [[] for _ in timings]
     for timing in timings:
         timing()  # warm-up: allocations, thread pools, kernels chosen at first use
+    least = WORTHWHILE_SECONDS if worthwhile is None else worthwhile
     order = list(range(len(timings)))
     began, done = time.perf_counter(), 0
     with stage(description) as bar:
-        while done < repetitions or time.perf_counter() - began < WORTHWHILE_SECONDS:
+        while done < repetitions or time.perf_counter() - began < least:
             for turn in order:
                 seconds[turn] += timings[turn]()
             order.reverse()

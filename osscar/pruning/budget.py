@@ -29,6 +29,30 @@ _SWEEPS = 30
 _POINTS = 33
 """Of each curve, in what is saved."""
 
+_PRICES = 96
+_FRONTIER = 24
+"""Points of the frontier that are kept at most."""
+
+
+@dataclass(frozen=True)
+class Width:
+    """What a group that shares a budget keeps.
+
+    Parameters
+    ----------
+    kind, units, kept
+        The group, and how many of its units stay.
+    predicted
+        Its part of the predicted divergence, in nats; None where nothing predicts it.
+    """
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    kind: str
+    units: int
+    kept: int
+    predicted: float | None = None
+
 
 @dataclass(frozen=True)
 class Budget:
@@ -53,6 +77,11 @@ class Budget:
         relative loss.
     curves
         The predicted divergence of each group over the units kept.
+    widths
+        What each group keeps, in the order of the model.
+    frontier
+        Costs of the whole model, ascending, and the least predicted divergence at each: what other
+        limits would have come to.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
@@ -65,6 +94,8 @@ class Budget:
     lower_bound: float | None = None
     comparable: bool = True
     curves: dict[str, tuple[float, ...]] = field(default_factory=dict, repr=False)
+    widths: dict[str, Width] = field(default_factory=dict, repr=False)
+    frontier: tuple[tuple[float, float], ...] = field(default=(), repr=False)
 
     @property
     def gap(self) -> float | None:
@@ -83,7 +114,9 @@ class Allocated:
     budget: Budget | None = None
 
 
-def allocate(ready: Opened, request: PruningRequest) -> Allocated:
+def allocate(
+    ready: Opened, request: PruningRequest, curves: Mapping[str, Curve] | None = None
+) -> Allocated:
     """Decide how many units each group keeps.
 
     Parameters
@@ -92,6 +125,8 @@ def allocate(ready: Opened, request: PruningRequest) -> Allocated:
         The dense model with its data.
     request
         What the user asked for.
+    curves
+        Those of all groups that share a budget, where they are known; else they are measured.
 
     Raises
     ------
@@ -112,7 +147,7 @@ def allocate(ready: Opened, request: PruningRequest) -> Allocated:
         rule = (
             _Uniform(shared, request, keep)
             if request.allocation is Allocation.UNIFORM
-            else _ByCurves.measured(ready, shared, request, keep)
+            else _ByCurves.of(shared, request, keep, curves or shared_curves(ready, request))
         )
         found, budget = _met(ready, request, shared, rule, keep)
         keep = {**keep, **found}
@@ -125,6 +160,20 @@ def allocate(ready: Opened, request: PruningRequest) -> Allocated:
             f"sparsity{', or skip less' if request.skip else ''}"
         )
     return Allocated(keep, budget)
+
+
+def shared_curves(ready: Opened, request: PruningRequest) -> dict[str, Curve]:
+    """Measure the curves of all groups that share a request's budget, however large that is.
+
+    Raises
+    ------
+    RequestError, FrozenGroupError, NonFiniteError
+        As `allocate` does.
+    """
+    groups = reachable(ready.groups, request, ready.residual)
+    shared = [group for group in groups if _shares(group, request, ready.residual)]
+    found = measure_curves(ready, shared, damp=request.damp, seed=request.seed)
+    return {curve.name: curve for curve in found}
 
 
 # ---- which groups ------------------------------------------------------------------------
@@ -375,7 +424,13 @@ class _Uniform:
 
     def budget(self, kind: Cost, cost: CostModel, limit: float, found: dict[str, int]) -> Budget:
         """Report without a prediction."""
-        return Budget(kind, limit, cost.dense, cost.of({**self.keep, **found}))
+        return Budget(
+            kind,
+            limit,
+            cost.dense,
+            cost.of({**self.keep, **found}),
+            widths={g.name: Width(str(g.kind), g.units, found[g.name]) for g in self.shared},
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -385,20 +440,21 @@ class _ByCurves:
     curves: Mapping[str, Curve]
     options: Mapping[str, NDArray[np.int64]]
     keep: Mapping[str, int]
+    kinds: Mapping[str, str]
     rounds: ClassVar[bool] = False
 
     @classmethod
-    def measured(
+    def of(
         cls,
-        ready: Opened,
         shared: Sequence[CouplingGroup],
         request: PruningRequest,
         keep: Mapping[str, int],
+        curves: Mapping[str, Curve],
     ) -> _ByCurves:
-        """Measure the curve of each group."""
-        curves = measure_curves(ready, shared, damp=request.damp, seed=request.seed)
+        """Take the curve of each group, and the widths that it may have."""
         options = {group.name: _options(group, request.round_to) for group in shared}
-        return cls({curve.name: curve for curve in curves}, options, keep)
+        kinds = {group.name: str(group.kind) for group in shared}
+        return cls({name: curves[name] for name in options}, options, keep, kinds)
 
     def choose(self, cost: CostModel, limit: float) -> dict[str, int]:
         """Return the widths of least predicted divergence within the limit, or the least ones."""
@@ -415,15 +471,22 @@ class _ByCurves:
     def budget(self, kind: Cost, cost: CostModel, limit: float, found: dict[str, int]) -> Budget:
         """Report with the prediction, and a bound on it where costs add up."""
         proved = cost.separable(self.options)
+        problem = self._problem(cost, limit)
+        parts = {name: float(self.curves[name].losses[kept]) for name, kept in found.items()}
         return Budget(
             kind,
             limit,
             dense=cost.dense,
             reached=cost.of({**self.keep, **found}),
-            predicted=sum(float(self.curves[name].losses[k]) for name, k in found.items()),
-            lower_bound=self._problem(cost, limit).exact()[1] if proved else None,
+            predicted=sum(parts.values()),
+            lower_bound=problem.exact()[1] if proved else None,
             comparable=all(curve.comparable for curve in self.curves.values()),
             curves={name: tuple(c.losses.tolist()) for name, c in self.curves.items()},
+            widths={
+                name: Width(self.kinds[name], len(c.losses) - 1, found[name], parts[name])
+                for name, c in self.curves.items()
+            },
+            frontier=problem.frontier(),
         )
 
 
@@ -485,6 +548,38 @@ class _Shared:
                 break
         return kept
 
+    def frontier(self) -> tuple[tuple[float, float], ...]:
+        """Return costs of the whole model with the least loss at each, whatever the limit.
+
+        They are the choices at one price of the cost each, from that at which nothing leaves to
+        that at which all leaves that may: no choice of the same cost has a smaller loss where costs
+        of groups add up.
+        """
+        low, high = self._prices()
+        prices = np.geomspace(low, high, _PRICES).tolist() if high > 0 else []
+        choices = [self._all(), *(self._at(price, self._all()) for price in prices)]
+        found = {self.cost.of(kept): self._loss(kept) for kept in choices}
+        costs = sorted(found)
+        chosen = np.unique(np.linspace(0, len(costs) - 1, _FRONTIER).round().astype(int))
+        return tuple((costs[i], found[costs[i]]) for i in chosen)
+
+    def _prices(self) -> tuple[float, float]:
+        """Return a price below which nothing leaves, and one above which all leaves that may."""
+        least = {**self.others, **{name: int(some[0]) for name, some in self.options.items()}}
+        low, high = math.inf, 0.0
+        for name, some in self.options.items():
+            losses, units = self.losses[name], some.astype(float)
+            if len(some) > 1:
+                first = (losses[:-1] - losses[-1]) / (units[-1] - units[:-1])
+                last = (losses[0] - losses[1:]) / (units[1:] - units[0])
+                low = min([low, *first[first > 0] / self.cost.slope(name, self._all())])
+                high = max(high, float(last.max()) / self.cost.slope(name, least))
+        return 0.9 * low, 1.1 * high
+
+    def _loss(self, kept: Mapping[str, int]) -> float:
+        indices = {name: np.searchsorted(some, kept[name]) for name, some in self.options.items()}
+        return sum(float(self.losses[name][index]) for name, index in indices.items())
+
     def _spent(self, kept: dict[str, int]) -> dict[str, int]:
         """Widen groups, the one that gains most by its cost first, as far as the limit allows."""
         while True:
@@ -512,4 +607,12 @@ def described(budget: Budget) -> dict[str, object]:
     for name, losses in budget.curves.items():
         kept = np.unique(np.linspace(0, len(losses) - 1, _POINTS).round().astype(int)).tolist()
         curves[name] = {"kept": kept, "nats": [float(f"{losses[k]:.6g}") for k in kept]}
-    return {**data, "cost": str(budget.cost), "curves": curves, "gap": budget.gap}
+    cost, nats = ([float(f"{point[i]:.6g}") for point in budget.frontier] for i in (0, 1))
+    return {
+        **data,
+        "cost": str(budget.cost),
+        "curves": curves,
+        "widths": {name: dataclasses.asdict(width) for name, width in budget.widths.items()},
+        "frontier": {"cost": cost, "nats": nats},
+        "gap": budget.gap,
+    }

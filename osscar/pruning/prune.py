@@ -11,7 +11,8 @@ import inspect
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
@@ -29,10 +30,11 @@ from osscar.core.errors import RequestError, RunError
 from osscar.core.modules import copied, count_parameters, device_of
 from osscar.core.progress import stage
 from osscar.pruning import latency
-from osscar.pruning.batch_norm import dense_statistics, renew_statistics
+from osscar.pruning.batch_norm import DenseStatistics, dense_statistics, renew_statistics
 from osscar.pruning.budget import Allocated, Budget, allocate
 from osscar.pruning.certify import certified
 from osscar.pruning.costs import Cost
+from osscar.pruning.curves import Curve
 from osscar.pruning.divergence import Reference
 from osscar.pruning.request import PruningRequest
 from osscar.pruning.result import LayerReport, PruningResult
@@ -94,29 +96,83 @@ def prune_as_asked(
     True
     """
     start = time.perf_counter()
-    with opened(
+    with opened_for(model, calibration, request) as ready:
+        result = prune_opened(ready, request, DenseFacts.of(ready, request), log)
+    note_calibration(result.model, calibration)
+    budget = _timed(model, result.model, ready, result.budget)
+    return dataclasses.replace(result, budget=budget, seconds=time.perf_counter() - start)
+
+
+def opened_for(
+    model: nn.Module, calibration: Any, request: PruningRequest
+) -> AbstractContextManager[Opened]:
+    """Open a model as a request needs it; see `osscar.capture.opened.opened`."""
+    return opened(
         model,
         calibration,
         device=resolve_device(request.device),
         batch_size=request.batch_size,
         heads=request.reach(UnitKind.HEADS),
-    ) as ready:
-        work = ready.model
-        held = held_out(ready, request)
-        reference = Reference.of(ready, max(1, held))
-        before = count_parameters(work)
-        statistics = dense_statistics(work, ready.batches(), request.batch_norm)
-        with _begun(log, ready, request) as records:
-            allocated = _allocated(ready, request, log)
-            plan, layers = _prune_groups(ready, allocated.keep, request, records, log)
-        with finer_precision(work, ready.example):
-            proof = shrink(work, plan, ready.inputs.proofs(work, request.seed))
-        renewed = renew_statistics(
-            work, proof.plan, ready.batches(), request.batch_norm, statistics
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class DenseFacts:
+    """What is known of the dense model, whatever becomes of it.
+
+    Parameters
+    ----------
+    reference
+        What it predicts; None if it puts out no logits.
+    statistics
+        Of its batch-norm layers; see `osscar.pruning.batch_norm`.
+    curves
+        Of the groups that share a budget, by name; None: measured when they are needed.
+    """
+
+    reference: Reference | None
+    statistics: DenseStatistics
+    curves: Mapping[str, Curve] | None = None
+
+    @classmethod
+    def of(cls, ready: Opened, request: PruningRequest) -> DenseFacts:
+        """Run the dense model."""
+        return cls(
+            Reference.of(ready, max(1, held_out(ready, request))),
+            dense_statistics(ready.model, ready.batches(), request.batch_norm),
         )
-        if isinstance(work, PreTrainedModel):
-            adopt_config(work)
-    note_calibration(work, calibration)
+
+
+def prune_opened(
+    ready: Opened, request: PruningRequest, facts: DenseFacts, log: RunLog | None = None
+) -> PruningResult:
+    """Prune a model that is open, which becomes the smaller one; as `prune_as_asked` does.
+
+    Parameters
+    ----------
+    ready
+        The dense model with its data, which nothing else needs any more.
+    request
+        What is asked for.
+    facts
+        What is known of the dense model.
+    log
+        Keeps what is committed.
+    """
+    start = time.perf_counter()
+    work, held = ready.model, held_out(ready, request)
+    before = count_parameters(work)
+    with _begun(log, ready, request) as records:
+        allocated = _allocated(ready, request, facts, log)
+        plan, layers = _prune_groups(ready, allocated.keep, request, records, log)
+    with finer_precision(work, ready.example):
+        proof = shrink(work, plan, ready.inputs.proofs(work, request.seed))
+    renewed = renew_statistics(
+        work, proof.plan, ready.batches(), request.batch_norm, facts.statistics
+    )
+    if isinstance(work, PreTrainedModel):
+        adopt_config(work)
+    reference = facts.reference
     return PruningResult(
         model=work,
         plan=proof.plan,
@@ -125,7 +181,7 @@ def prune_as_asked(
         parameters_after=count_parameters(work),
         equivalence_error=proof.error,
         batch_norms=renewed,
-        budget=_timed(model, work, ready, allocated.budget),
+        budget=allocated.budget,
         divergence=None if reference is None else reference.divergence(work),
         held_out=held,
         seconds=time.perf_counter() - start,
@@ -151,11 +207,13 @@ prune.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
 )
 
 
-def _allocated(ready: Opened, request: PruningRequest, log: RunLog | None) -> Allocated:
+def _allocated(
+    ready: Opened, request: PruningRequest, facts: DenseFacts, log: RunLog | None
+) -> Allocated:
     """Decide what groups keep; a run that goes on has decided it."""
     known = None if log is None else log.allocation()
     if known is None:
-        known = allocate(ready, request)
+        known = allocate(ready, request, facts.curves)
         if log is not None:
             log.note_allocation(known)
     units = {group.name: group.units for group in ready.groups if group.prunable}

@@ -143,6 +143,7 @@ class PruningResult:
         *,
         tokenizer: Any = None,
         report: Mapping[str, Any] | None = None,
+        page: str | None = None,
         dtype: torch.dtype | None = None,
         overwrite: bool = False,
     ) -> SavedCheckpoint:
@@ -152,6 +153,7 @@ class PruningResult:
             directory,
             tokenizer=tokenizer,
             report=report,
+            page=page,
             dtype=dtype,
             overwrite=overwrite,
         )

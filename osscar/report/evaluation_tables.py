@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
@@ -51,9 +51,21 @@ def comparison_table(comparison: Comparison[Any, Any], name: str = "pruned") -> 
 
 def _shown(evaluation: Evaluation[Any, Any]) -> Iterator[tuple[str, str, str]]:
     """Yield name, label and text of each number that is known."""
-    numbers = evaluation.numbers()
-    article = "an" if evaluation.sample[0] in "aeiou" else "a"
+    return shown_numbers(evaluation.numbers(), evaluation.sample)
+
+
+def shown_numbers(numbers: Mapping[str, Any], sample: str) -> Iterator[tuple[str, str, str]]:
+    """Yield name, label and text of each number that is known.
+
+    Parameters
+    ----------
+    numbers
+        What was measured, by the names that evaluations have for it.
+    sample
+        What operations are counted for.
+    """
+    article = "an" if sample[:1] in tuple("aeiou") else "a"
     for name, (label, written) in _ROWS.items():
         if numbers.get(name) is not None:
-            named = label.format(a_sample=f"{article} {evaluation.sample}", **numbers)
+            named = label.format(a_sample=f"{article} {sample}", **numbers)
             yield name, named, written(numbers[name])

@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import jinja2
-from markupsafe import Markup, escape
-
-import osscar
 from osscar.core.files import write_text
 from osscar.report.numbers import share
+from osscar.report.page import Picture, render
 from osscar.report.plots import draw_plots
 from osscar.report.summary import Case, Summary
 from osscar.study.records import WINDOW, Record
@@ -34,15 +28,6 @@ _CAPTIONS = {
     "ratios": "What heuristics lose against proven optima, one dot a problem.",
     "times": "Wall time of exact solves.",
 }
-
-
-@dataclass(frozen=True)
-class _Figure:
-    """A plot as the page embeds it."""
-
-    name: str
-    caption: str
-    data: str
 
 
 def write_report(
@@ -70,36 +55,24 @@ def write_report(
     page = study.directory / REPORT_FILE
     plots = draw_plots(summary, study.directory)
     figures = [
-        _Figure(name, caption, base64.b64encode(plots[name].read_bytes()).decode())
+        Picture.read(name, caption, plots[name].file, plots[name].width)
         for name, caption in _CAPTIONS.items()
         if name in plots
     ]
-    text = _template().render(
-        version=osscar.__version__,
+    layers = [case for case in summary.cases if case.best.kind != WINDOW]
+    text = render(
+        "gap.html.j2",
         asked=_asked(study, design, jobs),
         summary=summary,
         figures=figures,
-        layers=[case for case in summary.cases if case.best.kind != WINDOW],
-        windows=[case for case in summary.cases if case.best.kind == WINDOW],
+        layers=[(case, _relative_bound(case)) for case in layers],
+        windows=[
+            (case, _relative_bound(case)) for case in summary.cases if case.best.kind == WINDOW
+        ],
         records=records,
     )
     write_text(page, text)
     return page
-
-
-def _template() -> jinja2.Template:
-    environment = jinja2.Environment(
-        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
-    )
-    environment.filters.update(
-        percent=_percent,
-        number=_number,
-        bound=_relative_bound,
-        removed=_removed,
-        breakable=_breakable,
-    )
-    text = files("osscar.report").joinpath("gap.html.j2").read_text(encoding="utf-8")
-    return environment.from_string(text)
 
 
 def _asked(study: Study, design: StudyDesign, jobs: int) -> dict[str, str]:
@@ -133,24 +106,7 @@ def _file_names(problems: object) -> list[str]:
     return [str(e["file"]) for e in entries if isinstance(e, Mapping) and "file" in e]
 
 
-def _percent(value: float | None, digits: int = 2) -> str:
-    return "" if value is None else f"{value:.{digits}%}"
-
-
-def _number(value: float | None, digits: int = 4) -> str:
-    return "" if value is None else f"{value:.{digits}f}"
-
-
-def _breakable(name: str) -> Markup:
-    """Let a long name go on in the next line after its dots."""
-    return escape(name).replace(".", Markup(".<wbr>"))
-
-
-def _removed(sparsities: Sequence[float]) -> str:
-    return ", ".join(map(share, sparsities))
-
-
-def _relative_bound(case: Case) -> str:
+def _relative_bound(case: Case) -> float | None:
     if case.bound is None or case.loss <= 0:
-        return ""
-    return _number(max(0.0, case.bound) / case.loss * (case.best.relative_loss or 0.0))
+        return None
+    return max(0.0, case.bound) / case.loss * (case.best.relative_loss or 0.0)

@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,22 +20,15 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 import solvers
 from osscar.core.files import whole
 from osscar.report.numbers import share
+from osscar.report.page import COLORS, STYLE
 from osscar.report.summary import HIT, Case, Summary, excess
 from osscar.study.records import WINDOW, Record
 from solvers import Status
 
-_COLORS = ("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b", "#17becf", "#7f7f7f")
-_STYLE: Any = {
-    "font.size": 9,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.alpha": 0.25,
-    "axes.titlesize": 9,
-    "svg.fonttype": "none",
-    "svg.hashsalt": "osscar",
-}
 _COLUMNS = 6
+_NARROW = 4.8
+"""Inches: as wide as a phone shows it without being moved."""
+
 _TICKS = 5
 _ROOM_ABOVE = 1.08
 _LEGEND_ENTRY = 1.7
@@ -46,7 +40,15 @@ _FLOOR = 1e-7
 """Where excesses that count as zero are drawn on a logarithmic axis."""
 
 
-def draw_plots(summary: Summary, directory: Path) -> dict[str, Path]:
+@dataclass(frozen=True)
+class Drawn:
+    """An SVG file, and how wide it is in inches; a PNG lies beside it."""
+
+    file: Path
+    width: float
+
+
+def draw_plots(summary: Summary, directory: Path) -> dict[str, Drawn]:
     """Draw what the study has data for.
 
     Parameters
@@ -59,13 +61,13 @@ def draw_plots(summary: Summary, directory: Path) -> dict[str, Path]:
     Returns
     -------
     dict
-        The SVG files by name: ``curves``, ``gaps``, ``ratios``, ``times``; those without data are
+        What was drawn, by name: ``curves``, ``gaps``, ``ratios``, ``times``; those without data are
         left out.
     """
     layers = [case for case in summary.cases if case.best.kind != WINDOW]
     closed = [case for case in summary.cases if case.closed]
-    written: dict[str, Path] = {}
-    with matplotlib.rc_context(_STYLE):
+    written: dict[str, Drawn] = {}
+    with matplotlib.rc_context(STYLE):
         figures = {
             "curves": _curves(layers) if layers else None,
             "gaps": _gaps([case for case in layers if case.gap is not None]),
@@ -75,10 +77,11 @@ def draw_plots(summary: Summary, directory: Path) -> dict[str, Path]:
         for name, figure in figures.items():
             if figure is not None:
                 FigureCanvasAgg(figure)
-                written[name] = directory / f"{name}.svg"
-                with whole(written[name].with_suffix(".png")) as png:
+                file = directory / f"{name}.svg"
+                written[name] = Drawn(file, figure.get_figwidth())
+                with whole(file.with_suffix(".png")) as png:
                     figure.savefig(png, format="png", dpi=150)
-                with whole(written[name]) as svg:
+                with whole(file) as svg:
                     figure.savefig(svg, format="svg", metadata={"Date": None})
     return written
 
@@ -120,7 +123,7 @@ def _curve(axes: Axes, points: Sequence[tuple[float, Case]]) -> None:
     x = [sparsity for sparsity, _ in points]
     loss = [case.loss * scale for (_, case), scale in zip(points, scales, strict=True)]
     axes.set_xticks(x[:: math.ceil(len(x) / _TICKS)])
-    axes.plot(x, loss, "o-", color=_COLORS[0], markersize=3, linewidth=1, label="best loss")
+    axes.plot(x, loss, "o-", color=COLORS[0], markersize=3, linewidth=1, label="best loss")
     bounded = [
         (sparsity, max(0.0, case.bound) * scale, case.loss * scale)
         for (sparsity, case), scale in zip(points, scales, strict=True)
@@ -130,10 +133,12 @@ def _curve(axes: Axes, points: Sequence[tuple[float, Case]]) -> None:
         at, low, high = zip(*bounded, strict=True)
         # Hollow and larger, so that a loss that meets its bound is still seen.
         axes.plot(
-            at, low, "s--", color=_COLORS[1], markersize=5, markerfacecolor="none", linewidth=1,
+            at, low, "s--", color=COLORS[1], markersize=5, markerfacecolor="none", linewidth=1,
             label="lower bound",
         )  # fmt: skip
-        axes.fill_between(at, low, high, color=_COLORS[1], alpha=0.2, linewidth=0)
+        axes.fill_between(at, low, high, color=COLORS[1], alpha=0.2, linewidth=0)
+        if len(at) == 1:  # a band of no width
+            axes.vlines(at, low, high, color=COLORS[1], alpha=0.2, linewidth=4)
 
 
 def _gaps(cases: Sequence[Case]) -> Figure | None:
@@ -146,12 +151,12 @@ def _gaps(cases: Sequence[Case]) -> Figure | None:
     names = list(dict.fromkeys(case.best.instance for case in cases))
     sparsities = sorted({sparsity for case in cases for sparsity in case.sparsities})
     step = 0.8 / len(sparsities)
-    width = max(6.0, 0.26 * len(names) + 2)
+    width = max(_NARROW, 0.26 * len(names) + 2)
     figure, (axes,) = _subplots(1, 1, width=width, height=3.8)
     for index, sparsity in enumerate(sparsities):
         mine = {c.best.instance: c for c in cases if sparsity in c.sparsities}
         x = [i + (index - (len(sparsities) - 1) / 2) * step for i in range(len(names))]
-        color = _COLORS[index % len(_COLORS)]
+        color = COLORS[index % len(COLORS)]
         root = [_or_zero(mine[n].root_gap) if n in mine else 0.0 for n in names]
         left = [_or_zero(mine[n].gap) if n in mine else 0.0 for n in names]
         axes.bar(x, root, step * 0.9, facecolor="none", edgecolor=color, linewidth=0.7)
@@ -183,7 +188,7 @@ def _ratios(closed: Sequence[Case]) -> Figure | None:
     )
     if not names:
         return None
-    figure, (axes,) = _subplots(1, 1, width=7.0, height=0.45 * len(names) + 1.6)
+    figure, (axes,) = _subplots(1, 1, width=_NARROW, height=0.45 * len(names) + 1.6)
     for line, name in enumerate(names):
         over = sorted(
             excess(record, case)
@@ -195,7 +200,7 @@ def _ratios(closed: Sequence[Case]) -> Figure | None:
         spread = [line + 0.6 * ((0.5 + i * 0.618034) % 1 - 0.5) for i in range(len(over))]
         axes.scatter(
             [value if value > HIT else _FLOOR for value in over], spread,
-            s=9, alpha=0.5, linewidth=0, color=_COLORS[line % len(_COLORS)],
+            s=9, alpha=0.5, linewidth=0, color=COLORS[line % len(COLORS)],
         )  # fmt: skip
         axes.annotate(
             f"optimal: {hits} of {len(over)}", (1.01, line), xycoords=("axes fraction", "data"),
@@ -206,7 +211,7 @@ def _ratios(closed: Sequence[Case]) -> Figure | None:
     axes.set_yticks(range(len(names)), names)
     axes.set_ylim(len(names) - 0.5, -0.5)
     axes.set_xlabel(
-        f"loss above the proven optimum, relative to it (at the left edge: below {HIT:g})"
+        f"loss above the proven optimum, relative to it\n(at the left edge: below {HIT:g})"
     )
     return figure
 
@@ -218,12 +223,12 @@ def _times(cases: Sequence[Case]) -> Figure | None:
     ]
     if not records:
         return None
-    figure, (axes,) = _subplots(1, 1, width=6.5, height=3.8)
+    figure, (axes,) = _subplots(1, 1, width=_NARROW, height=3.4)
     sizes = sorted({record.units for record in records})
     names = list(dict.fromkeys(record.backend for record in records))
     spread = _spread(sizes)
     for index, name in enumerate(names):
-        color = _COLORS[index % len(_COLORS)]
+        color = COLORS[index % len(COLORS)]
         mine = [record for record in records if record.backend == name]
         closed = [record for record in mine if record.status == Status.OPTIMAL.name]
         others = [record for record in mine if record.status != Status.OPTIMAL.name]
@@ -241,7 +246,7 @@ def _times(cases: Sequence[Case]) -> Figure | None:
     axes.yaxis.set_major_locator(LogLocator())
     axes.set_xlabel("units (filled: proved optimal, hollow: stopped before)")
     axes.set_ylabel("seconds")
-    figure.legend(loc="outside upper left", ncols=min(len(names), 4), frameon=False)
+    figure.legend(loc="outside upper left", ncols=min(len(names), 3), frameon=False)
     return figure
 
 

@@ -141,6 +141,43 @@ class Score:
 
 
 @dataclass(frozen=True)
+class Overview:
+    """What became of the problems of one kind at one share removed.
+
+    Parameters
+    ----------
+    kind, sparsity
+        What the units are, and what share of them leaves.
+    problems, proved
+        How many there are, and how many of them are solved to proven optimality.
+    gaps
+        Of those that are open, where there is a bound, ascending.
+    seconds
+        Of the slowest of the proofs, each by the fastest backend; None if there is none.
+    """
+
+    kind: str
+    sparsity: float
+    problems: int
+    proved: int
+    gaps: tuple[float, ...]
+    seconds: float | None
+
+    @classmethod
+    def of(cls, kind: str, sparsity: float, cases: Sequence[Case]) -> Overview:
+        """Count cases."""
+        still = sorted(c.gap for c in cases if not c.closed and c.gap is not None)
+        times = [min(r.seconds or 0.0 for r in c.proved) for c in cases if c.closed]
+        proved = sum(case.closed for case in cases)
+        return cls(kind, sparsity, len(cases), proved, tuple(still), max(times, default=None))
+
+    @property
+    def median_gap(self) -> float | None:
+        """The median gap of those that are open."""
+        return statistics.median(self.gaps) if self.gaps else None
+
+
+@dataclass(frozen=True)
 class Summary:
     """A study in numbers.
 
@@ -159,8 +196,12 @@ class Summary:
         Problems without a proven optimum, also those without any answer.
     trivial
         Problems in which there is nothing to choose.
+    answer
+        How far from optimal, in one sentence.
+    overviews
+        One for each kind of unit and share removed.
     headline
-        Sentences that say the most important.
+        The findings in sentences.
     """
 
     cases: tuple[Case, ...]
@@ -169,6 +210,8 @@ class Summary:
     refused: tuple[Record, ...]
     still_open: tuple[Open, ...]
     trivial: tuple[Instance, ...]
+    answer: str
+    overviews: tuple[Overview, ...]
     headline: tuple[str, ...]
 
 
@@ -205,6 +248,8 @@ def summarize(records: Sequence[Record], trivial: Sequence[Instance] = ()) -> Su
         refused=tuple(record for record in records if record.loss is None),
         still_open=tuple(still_open),
         trivial=tuple(trivial),
+        answer=_answer(cases),
+        overviews=tuple(_overviews(cases)),
         headline=tuple(_headline(cases, scores, disagreement, trivial)),
     )
 
@@ -230,6 +275,41 @@ def _scores(cases: Sequence[Case]) -> Iterable[Score]:
             worst_excess=max(over),
             seconds=statistics.median(record.seconds or 0.0 for record, _ in mine),
         )
+
+
+def _overviews(cases: Sequence[Case]) -> Iterable[Overview]:
+    """Yield an overview of each kind and share; windows come last."""
+    kinds = dict.fromkeys(case.best.kind for case in cases)
+    for kind in sorted(kinds, key=lambda kind: kind == WINDOW):
+        mine = [case for case in cases if case.best.kind == kind]
+        for sparsity in sorted({s for case in mine for s in case.sparsities}):
+            yield Overview.of(kind, sparsity, [c for c in mine if sparsity in c.sparsities])
+
+
+def _answer(cases: Sequence[Case]) -> str:
+    """Say how far from optimal the answers to whole problems are."""
+    layers = [case for case in cases if case.best.kind != WINDOW]
+    if not layers:
+        return "Nothing was solved: see the refusals below."
+    proved = sum(case.closed for case in layers)
+    if proved == len(layers):
+        every = "The one problem is" if proved == 1 else f"All {proved} problems are"
+        return f"{every} solved to proven optimality."
+    still = [case for case in layers if not case.closed]
+    gaps = [case.gap for case in still if case.gap is not None]
+    said = (
+        f"{proved} of {_counted(len(layers), 'problem')} {'is' if proved == 1 else 'are'} solved "
+    )
+    said += "to proven optimality"
+    if not gaps:
+        return f"{said}; of the others nothing is known."
+    which = "the other" if len(still) == 1 else f"the other {len(still)}"
+    known = "" if len(gaps) == len(still) else f" that have a bound ({len(gaps)})"
+    far = share(gaps[0], 2)
+    if gaps[1:]:
+        median = share(statistics.median(gaps), 2)
+        far = f"{share(min(gaps), 2)} to {share(max(gaps), 2)} (median {median})"
+    return f"{said}; in {which}{known} the answer is within {far} of the optimum."
 
 
 def _disagreement(cases: Sequence[Case]) -> tuple[float, int]:

@@ -13,7 +13,7 @@ EVERYWHERE = {"schema", "osscar_version"}
 
 FREE = {
     *("evaluation", "shapes", "groups", "options", "backend_options", "capabilities"),
-    "curves",
+    *("curves", "widths"),
 }
 """Fields whose own fields are described elsewhere, or are the user's."""
 

@@ -51,6 +51,7 @@ FEWER = {
         *("--samples", "4", "--seqlen", "64", "--windows", "1", "--sparsity", "0.5"),
         *("--backends", "greedy,local_search", "--jobs", "1"),
     ),
+    "sweep": ("--samples", "4", "--seqlen", "64", "--windows", "2", "--sparsity", "0.5"),
     "eval": ("--windows", "2", "--seqlen", "64"),
     "inspect": (),
 }

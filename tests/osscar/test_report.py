@@ -11,7 +11,7 @@ from osscar.evaluation.language import Quality
 from osscar.evaluation.result import Comparison, Evaluation
 from osscar.evaluation.size import Footprint
 from osscar.evaluation.speed import Speed
-from osscar.report import plots
+from osscar.report import plots, prune_plots
 from osscar.report.evaluation_tables import comparison_table, evaluation_table
 from osscar.report.numbers import engineering, in_bytes, share
 from osscar.report.summary import Case
@@ -46,7 +46,9 @@ def test_axes_tell_shares_apart():
     assert len(set(labels(axes.yaxis))) == len(labels(axes.yaxis)) > 2
 
 
-@pytest.mark.parametrize("losses", [(0.9, 0.9, 0.9), (0.1, 0.5, 0.9), (0.0, 0.0, 0.0)])
+@pytest.mark.parametrize(
+    "losses", [(0.9, 0.9, 0.9), (0.1, 0.5, 0.9), (0.0, 0.0, 0.0), (1.0,), (0.3,), (1e-9,)]
+)
 def test_no_point_lies_on_the_upper_edge(losses):
     cases = [case("a", s, loss, loss) for s, loss in zip(FINE, losses, strict=False)]
     (axes,) = drawn(plots._curves(cases)).axes
@@ -54,6 +56,58 @@ def test_no_point_lies_on_the_upper_edge(losses):
     assert low == 0
     assert high >= 1.05 * max(losses)
     assert high > 0
+    assert_markers_are_whole(axes)
+
+
+def assert_markers_are_whole(axes):
+    """Check that the axes cut off no marker, but the lower half of one that sits on the floor."""
+    frame = axes.get_window_extent()
+    for line in axes.get_lines():
+        radius = line.get_markersize() / 2 * axes.figure.dpi / 72
+        for x, y in line.get_xydata():
+            across, up = axes.transData.transform((x, y))
+            assert frame.x0 <= across - radius < across + radius <= frame.x1
+            assert frame.y0 - 1e-6 <= up < up + radius <= frame.y1
+
+
+def layer(kind, loss, bound=None, kept=5):
+    return {
+        **{"kind": kind, "relative_loss": loss, "relative_bound": bound, "lower_bound": bound},
+        **{"kept": kept, "units": 10},
+    }
+
+
+@pytest.mark.parametrize("losses", [(1.0,), (0.0, 0.0), (0.2, 0.9, 0.9), (1e-7, 1e-3)])
+def test_losses_of_a_run_lie_within_their_plot(losses):
+    layers = [layer("heads", loss, 0.9 * loss) for loss in losses]
+    (axes,) = drawn(prune_plots.loss_figure(layers)).axes
+    assert_markers_are_whole(axes)
+
+
+def test_kept_shares_are_drawn_a_line_a_kind():
+    bars = [prune_plots.Bar("heads", 1.0), prune_plots.Bar("neurons", 0.5)]
+    bars.append(prune_plots.Bar("heads", 0.25))
+    (axes,) = drawn(prune_plots.kept_figure(bars)).axes
+    found = {line.get_label(): line.get_xydata().tolist() for line in axes.get_lines()}
+    assert found == {"heads": [[1, 1.0], [2, 0.25]], "neurons": [[1, 0.5]]}
+    assert_markers_are_whole(axes)
+
+
+@pytest.mark.parametrize("measured", [None, 0.0, 1e-9, 0.02, 50.0])
+def test_a_run_lies_within_the_plot_of_its_budget(measured):
+    frontier = prune_plots.Frontier((0.3, 0.5, 0.9, 1.0), (1.0, 0.1, 1e-12, 0.0))
+    figure = prune_plots.frontier_figure(
+        frontier, reached=0.5, predicted=0.1, measured=measured, what="parameters"
+    )
+    (axes,) = drawn(figure).axes
+    frame = axes.get_window_extent()
+    found = {line.get_label(): line.get_xydata().tolist() for line in axes.get_lines()}
+    assert found["least"] == [[0.3, 1.0], [0.5, 0.1], [0.9, 1e-12]]
+    assert found["predicted"] == [[0.5, 0.1]]
+    assert ("measured" in found) == bool(measured)
+    for name in found.keys() - {"least"}:
+        _, up = axes.transData.transform(found[name][0])
+        assert frame.y0 < up < frame.y1
 
 
 def test_legends_lie_within_their_figures():

@@ -235,7 +235,12 @@ def test_the_report_is_one_page_with_everything_in_it(study):
     records = study.run(DESIGN)
     page = write_report(study, DESIGN, records, summarize(records)).read_text()
     assert not re.findall(r"""(?:src|href)=["'](?!data:)""", page)  # nothing is fetched
-    for expected in ("What was asked", "Headline", "could not be closed", "osscar solve problems/"):
+    for expected in (
+        "What was asked",
+        "In sentences",
+        "could not be closed",
+        "osscar solve problems/",
+    ):
         assert expected in page
     for name in ("curves", "gaps", "ratios", "times"):
         assert f'alt="{name}"' in page

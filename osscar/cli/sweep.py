@@ -1,0 +1,336 @@
+"""``osscar sweep``: quality against speed, over sparsities."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from osscar.cli.common import (
+    DeviceOption,
+    DtypeOption,
+    JsonOption,
+    ModelArgument,
+    TrustOption,
+    WeightsOption,
+    check_json_path,
+    document,
+    out,
+    quiet,
+    say,
+    way_back,
+    write_json,
+)
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from osscar.data.batches import Batch
+    from osscar.data.images import ImageSet
+    from osscar.data.tokens import CalibrationSet
+    from osscar.models.language import LoadedModel
+    from osscar.models.vision import VisionModel
+    from osscar.pruning.request import PruningRequest
+    from osscar.pruning.result import PruningResult
+    from osscar.pruning.sweep import Job
+    from osscar.pruning.sweep_points import Point, SweepDirectory
+
+PAGE_FILE, DOCUMENT_FILE = "report.html", "sweep.json"
+
+
+def command(
+    model: ModelArgument,
+    sparsity: Annotated[
+        str,
+        typer.Option(
+            help="Shares to *remove* of the parameters that heads, neurons and channels own, "
+            "separated by commas."
+        ),
+    ],
+    directory: Annotated[
+        Path, typer.Option("--out", help="Where the sweep lies, or goes on.")
+    ] = Path("osscar-sweep"),
+    text: Annotated[
+        str | None, typer.Option(help="Plain text to score; by default the built-in held-out text.")
+    ] = None,
+    images: Annotated[
+        str | None,
+        typer.Option(help="Images to score, as for `osscar eval`; without, only divergence is."),
+    ] = None,
+    windows: Annotated[
+        int | None, typer.Option(help="Score only the first N windows; by default the full text.")
+    ] = None,
+    baselines: Annotated[
+        bool,
+        typer.Option(
+            "--baselines",
+            help="Also prune with equal shares of every group, each layer by itself, by "
+            "`multistage` (the choice of OSSCAR as published), `greedy`, `wanda` and `magnitude`.",
+        ),
+    ] = False,
+    weights: WeightsOption = None,
+    calibration: Annotated[
+        str | None,
+        typer.Option(
+            help="Plain text file or Hugging Face dataset (by default built-in text); for images "
+            "a directory or an .npz file."
+        ),
+    ] = None,
+    samples: Annotated[
+        int | None,
+        typer.Option(max=10**6, help="Calibration windows (default 32) or images (default 256)."),
+    ] = None,
+    seqlen: Annotated[
+        int | None, typer.Option(help="Tokens in a window, of calibration and scoring.")
+    ] = None,
+    seed: Annotated[
+        int, typer.Option(min=0, max=2**63 - 1, help="Seed of everything that is drawn.")
+    ] = 0,
+    batch_size: Annotated[
+        int | None,
+        typer.Option(help="Windows (default 8) or images (default 64) that run at once."),
+    ] = None,
+    round_to: Annotated[
+        int, typer.Option(help="Round kept widths to a multiple of this, for the hardware.")
+    ] = 1,
+    backend: Annotated[str, typer.Option(help="`osscar backends` lists them.")] = "local_search",
+    damp: Annotated[
+        float, typer.Option(help="Pull towards the dense weights, relative to diag(H).")
+    ] = 0.01,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
+    json: JsonOption = None,
+    trust_remote_code: TrustOption = False,
+) -> None:
+    """Prune to several sparsities in one run, and show quality against speed.
+
+    What is measured of the dense model serves all of them.  Each point is kept once it is done: the
+    same command goes on where it was stopped, and more sparsities, or --baselines, extend it.
+    """
+    from osscar.core.files import write_text
+    from osscar.data.batches import as_inputs
+    from osscar.models.open import open_model
+    from osscar.pruning.request import PruningRequest
+    from osscar.pruning.run_log import RunManifest
+    from osscar.pruning.sweep import jobs
+    from osscar.pruning.sweep_points import SweepDirectory, SweepManifest
+    from osscar.report.sweep_page import sweep_page, sweep_table
+
+    read = (model, calibration, weights, text, images)
+    check_json_path(json, inputs=read, written=directory)
+    points = jobs(_numbers(sparsity), baselines=baselines)
+    base = PruningRequest(
+        sparsity=points[0].sparsity,
+        round_to=round_to,
+        backend=backend,
+        damp=damp,
+        device=device,
+        batch_size=batch_size,
+        seed=seed,
+    )
+    place = SweepDirectory(directory)
+    with quiet():
+        loaded = open_model(
+            model, weights=weights, device=device, dtype=dtype, trust_remote_code=trust_remote_code
+        )
+        data = loaded.calibration(calibration, samples=samples, seqlen=seqlen, seed=seed)
+        scorer = _Scorer.of(loaded, data, text=text, images=images, windows=windows, seqlen=seqlen)
+        inputs = as_inputs(loaded.model, data)
+        size = inputs.batch_size if batch_size is None else batch_size
+        run = RunManifest.of(base, loaded.model, inputs.batches(loaded.model, size))
+        manifest = SweepManifest.of(run, scorer.scored)
+        sample = inputs.batches(loaded.model, 1)[0]
+        with place.begun(manifest), way_back(lambda: f"finished points are kept in {place.path}"):
+            found = _measured(place, loaded.model, data, base, points, scorer, sample)
+            content = {
+                "model": loaded.source,
+                "calibration": {**inputs.settings, **data.describe()},
+                "scored": scorer.scored,
+                "settings": {**base.to_json(), "sparsity": None},
+                "shapes": {name: list(tensor.shape) for name, tensor in sample.items()},
+                "points": [_entry(point) for point in found],
+            }
+            content = document("sweep", 1, content)
+            write_json(place.path / DOCUMENT_FILE, content)
+            write_text(place.path / PAGE_FILE, sweep_page(content))
+    out.print(sweep_table(content))
+    say(f"report: {place.path / PAGE_FILE}")
+    write_json(json, content)
+
+
+def _entry(point: Point) -> dict[str, Any]:
+    entry = dataclasses.asdict(point)
+    del entry["schema"]
+    return entry
+
+
+def _numbers(text: str) -> tuple[float, ...]:
+    from osscar.core.errors import OptionError
+
+    try:
+        return tuple(float(part) for part in text.split(",") if part.strip())
+    except ValueError:
+        raise OptionError(f"--sparsity {text!r:.80} is not a list such as 0.1,0.2,0.3") from None
+
+
+# ---- measuring ---------------------------------------------------------------------------
+
+
+def _measured(
+    place: SweepDirectory,
+    dense: nn.Module,
+    data: CalibrationSet | ImageSet,
+    base: PruningRequest,
+    points: Sequence[Job],
+    scorer: _Scorer,
+    sample: Batch,
+) -> list[Point]:
+    """Return all points, the dense model first; those that were not finished are measured."""
+    from osscar.pruning.sweep import sweep
+    from osscar.pruning.sweep_points import DENSE
+
+    if place.point(DENSE) is None:
+        place.write(_dense_point(dense, scorer, sample))
+    todo = [job for job in points if place.point(job) is None]
+    for number, (job, result) in enumerate(sweep(dense, data, base, todo), 1):
+        place.write(_point(job, result, dense, scorer, sample))
+        say(f"{job.method} at {job.sparsity:g}: done, {number} of {len(todo)}")
+    found = (place.point(job) for job in (DENSE, *points))
+    return [point for point in found if point is not None]
+
+
+def _dense_point(dense: nn.Module, scorer: _Scorer, sample: Batch) -> Point:
+    from osscar.evaluation.forward import measure_forward
+    from osscar.pruning.sweep_points import DENSE, Point
+
+    (forward,) = measure_forward([dense], sample)
+    return Point(
+        "osscar.sweep-point/1",
+        DENSE.method,
+        DENSE.sparsity,
+        **dataclasses.asdict(forward),
+        speedup=1.0,
+        quality=scorer.score(dense),
+        divergence=0.0,
+        predicted=None,
+        loss=0.0,
+        prune_seconds=0.0,
+        widths={},
+    )
+
+
+def _point(
+    job: Job, result: PruningResult, dense: nn.Module, scorer: _Scorer, sample: Batch
+) -> Point:
+    from osscar.evaluation.forward import measure_forward
+    from osscar.pruning.sweep_points import Point
+
+    before, after = measure_forward([dense, result.model], sample)
+    return Point(
+        "osscar.sweep-point/1",
+        job.method,
+        job.sparsity,
+        **dataclasses.asdict(after),
+        speedup=before.seconds / after.seconds,
+        quality=scorer.score(result.model),
+        divergence=result.divergence,
+        predicted=None if result.budget is None else result.budget.predicted,
+        loss=result.loss,
+        prune_seconds=result.seconds,
+        widths={layer.name: layer.kept for layer in result.layers},
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Scorer:
+    """Measures quality.
+
+    Parameters
+    ----------
+    scored
+        On what, as JSON-able data.
+    score
+        Returns the numbers of a model by name.
+    """
+
+    scored: Mapping[str, Any]
+    score: Callable[[nn.Module], dict[str, Any]]
+
+    @classmethod
+    def of(
+        cls,
+        loaded: LoadedModel | VisionModel,
+        data: CalibrationSet | ImageSet,
+        *,
+        text: str | None,
+        images: str | None,
+        windows: int | None,
+        seqlen: int | None,
+    ) -> _Scorer:
+        """Take what the model reads; what calibrated it scores nothing."""
+        from osscar.core.errors import OptionError
+        from osscar.models.vision import VisionModel
+
+        if isinstance(loaded, VisionModel):
+            if text is not None or windows is not None:
+                raise OptionError(
+                    f"{loaded.source} reads images, not text: leave --text and --windows away"
+                )
+            return cls._images(loaded, data, images)
+        if images is not None:
+            raise OptionError(f"{loaded.source} reads text, not images: leave --images away")
+        return cls._text(loaded, data, text, windows, seqlen)
+
+    @classmethod
+    def _text(
+        cls,
+        loaded: LoadedModel,
+        data: Any,
+        text: str | None,
+        windows: int | None,
+        seqlen: int | None,
+    ) -> _Scorer:
+        from osscar.core.files import digest
+        from osscar.data.prose import Part, builtin_text
+        from osscar.data.text import read_text, refuse_overlap
+        from osscar.evaluation.language import measure_quality
+
+        content = builtin_text(Part.HELD_OUT) if text is None else read_text(text)
+        refuse_overlap(content, _calibrations(loaded.model, data))
+
+        def score(model: Any) -> dict[str, Any]:
+            found = measure_quality(
+                model, loaded.tokenizer, content, windows=windows, seqlen=seqlen
+            )
+            return dataclasses.asdict(found)
+
+        scored = {"text": text or "builtin", "scored_sha256": digest(content), "windows": windows}
+        return cls(scored, score)
+
+    @classmethod
+    def _images(cls, loaded: VisionModel, data: Any, spec: str | None) -> _Scorer:
+        from osscar.core.files import digest
+        from osscar.data.images import load_images, refuse_overlap
+        from osscar.evaluation.images import score_images
+
+        if spec is None:
+            return cls({"images": None}, lambda _: {})
+        images = load_images(spec, loaded.preprocessing)
+        refuse_overlap(images, _calibrations(loaded.model, data))
+
+        def score(model: nn.Module) -> dict[str, Any]:
+            found = score_images([model], images, dense=loaded.model, classes=loaded.classes)
+            return dataclasses.asdict(found[0])
+
+        return cls({"images": spec, "scored_sha256": digest("".join(images.fingerprints()))}, score)
+
+
+def _calibrations(model: nn.Module, data: Any) -> Iterator[Any]:
+    """Yield all that the pruned models will have been calibrated on."""
+    from osscar.shrinking.lineage import Calibration, lineage_of
+
+    yield from lineage_of(model).calibration
+    yield Calibration.of(data.describe())

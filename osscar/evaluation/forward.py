@@ -1,0 +1,93 @@
+"""What one forward pass of any model takes: parameters, operations and time, side by side."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from osscar.core.modules import count_parameters, device_of, evaluating, fresh, without_cache
+from osscar.core.timing import take_turns
+from osscar.evaluation.size import count_flops, count_parameter_bytes
+
+_REPETITIONS = 5
+_SECONDS = 0.5
+
+
+@dataclass(frozen=True)
+class Forward:
+    """What a model takes for one forward pass.
+
+    Parameters
+    ----------
+    parameters, parameter_bytes
+        Its size, tied parameters counted once.
+    flops
+        Floating-point operations, as `osscar.evaluation.size.count_flops` counts them.
+    seconds
+        Median wall time.
+    """
+
+    parameters: int
+    parameter_bytes: int
+    flops: int
+    seconds: float
+
+
+def measure_forward(models: Sequence[nn.Module], batch: Mapping[str, Tensor]) -> list[Forward]:
+    """Run models on the same batch, and time them in turns.
+
+    Parameters
+    ----------
+    models
+        On the device of the batch.
+    batch
+        Keyword arguments of their forward passes.
+
+    Returns
+    -------
+    list of Forward
+        In the order of the models.
+    """
+
+    def timing(model: nn.Module) -> Callable[[], list[float]]:
+        def run() -> list[float]:
+            inputs = fresh(batch)
+            _synchronize(model)
+            began = time.perf_counter()
+            model(**inputs)
+            _synchronize(model)
+            return [time.perf_counter() - began]
+
+        return run
+
+    with _ready(models):
+        flops = [count_flops(model, fresh(batch)) for model in models]
+        timings = [timing(model) for model in models]
+        seconds = take_turns(timings, _REPETITIONS, "timing", worthwhile=_SECONDS)
+    return [
+        Forward(
+            count_parameters(model), count_parameter_bytes(model), n, statistics.median(of_model)
+        )
+        for model, n, of_model in zip(models, flops, seconds, strict=True)
+    ]
+
+
+@contextmanager
+def _ready(models: Sequence[nn.Module]) -> Iterator[None]:
+    with ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        for model in models:
+            stack.enter_context(evaluating(model))
+            stack.enter_context(without_cache(model))
+        yield
+
+
+def _synchronize(model: nn.Module) -> None:
+    if device_of(model).type == "cuda":
+        torch.cuda.synchronize(device_of(model))

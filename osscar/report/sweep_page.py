@@ -1,0 +1,229 @@
+"""The table and the page of a sweep, made of its JSON document alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from matplotlib.figure import Figure
+from rich.table import Table
+
+from osscar.pruning.sweep import BASELINES, CURVATURE
+from osscar.report.numbers import engineering, share
+from osscar.report.page import COLORS, Picture, render
+from osscar.report.prune_plots import SHARES, legend, small_figure
+from osscar.report.tables import new_table
+
+_DENSE = "dense"
+_METHODS = {
+    _DENSE: "the model as it is",
+    CURVATURE: "widths of least predicted divergence; layers make up for one another's errors",
+    **{
+        name: f"uniform shares, each layer refitted by itself; {what}"
+        for name, what in BASELINES.items()
+    },
+}
+
+_TOLD = 3
+"""Points that the sentence at the top names at most."""
+
+
+@dataclass(frozen=True)
+class _Measure:
+    """A number of quality: by what name it is known, how it is written, and which end is good."""
+
+    name: str
+    label: str
+    written: str
+    more_is_better: bool = True
+
+    @property
+    def title(self) -> str:
+        """The label at the beginning of a sentence."""
+        return self.label[0].upper() + self.label[1:]
+
+    def of(self, point: Mapping[str, Any]) -> float | None:
+        """Return it for a point; None where it is not known."""
+        value = point["quality"].get(self.name, point.get(self.name))
+        return None if value is None else float(value)
+
+    def text(self, point: Mapping[str, Any]) -> str:
+        """Write it for a point."""
+        value = self.of(point)
+        return "" if value is None else format(value, self.written)
+
+
+_MEASURES = (
+    _Measure("perplexity", "perplexity", ".2f", more_is_better=False),
+    _Measure("top1", "top-1", ".2%"),
+    _Measure("top5", "top-5", ".2%"),
+    _Measure("agreement", "agreement with dense", ".2%"),
+    _Measure("divergence", "divergence, nats", ".4f", more_is_better=False),
+)
+
+
+def _known(points: Sequence[Mapping[str, Any]]) -> list[_Measure]:
+    """Return what was measured of quality, the most telling first."""
+    return [m for m in _MEASURES if any(m.of(point) is not None for point in points)]
+
+
+def sweep_table(document: Mapping[str, Any]) -> Table:
+    """Return one row for each point.
+
+    Parameters
+    ----------
+    document
+        An ``osscar.sweep/1``, as ``docs/json.md`` describes it.
+    """
+    columns, rows = _table(document["points"])
+    table = new_table("", *columns)
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def _table(points: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    measures = _known(points)
+    columns = ["method", "removed >", "speed >", *(f"{measure.label} >" for measure in measures)]
+    columns += ["parameters >", "FLOPs a sample >"]
+    rows = [
+        [
+            point["method"],
+            share(point["sparsity"]),
+            f"{point['speedup']:.2f}x",
+            *(measure.text(point) for measure in measures),
+            f"{point['parameters']:,}",
+            engineering(point["flops"]),
+        ]
+        for point in points
+    ]
+    return columns, rows
+
+
+def sweep_page(document: Mapping[str, Any]) -> str:
+    """Return the page of a sweep.
+
+    Parameters
+    ----------
+    document
+        An ``osscar.sweep/1``, as ``docs/json.md`` describes it.
+    """
+    points = document["points"]
+    columns, rows = _table(points)
+    methods = list(dict.fromkeys(point["method"] for point in points))
+    return render(
+        "sweep.html.j2",
+        model=document["model"],
+        answer=_answer(points),
+        columns=[(name.removesuffix(" >"), name.endswith(">")) for name in columns],
+        rows=rows,
+        methods={name: _METHODS.get(name, "") for name in methods},
+        pictures=list(_pictures(points)),
+        asked=_asked(document),
+        shapes=", ".join("x".join(map(str, shape)) for shape in document["shapes"].values()),
+    )
+
+
+def _answer(points: Sequence[Mapping[str, Any]]) -> str:
+    """Say in a sentence what the method itself comes to, and how far the baselines are."""
+    dense = next(point for point in points if point["method"] == _DENSE)
+    mine = [point for point in points if point["method"] == CURVATURE]
+    known = _known(points)
+    if not mine or not known:
+        return "Nothing was measured of quality: the model puts out no logits."
+    measure, last = known[0], mine[-1]
+    told = [mine[0], mine[len(mine) // 2], last] if len(mine) > _TOLD else mine
+    said = [
+        f"{measure.text(point)} with {share(point['sparsity'])} removed, at "
+        f"{point['speedup']:.2f} times the speed"
+        for point in told
+    ]
+    listed = f"{'; '.join(said[:-1])}; and {said[-1]}" if said[1:] else said[0]
+    others = [
+        (value, point["method"])
+        for point in points
+        if point["method"] in BASELINES and point["sparsity"] == last["sparsity"]
+        if (value := measure.of(point)) is not None
+    ]
+    best = (max if measure.more_is_better else min)(others, default=None)
+    against = (
+        ""
+        if best is None
+        else (f" The best baseline comes to {best[0]:{measure.written}} there ({best[1]}).")
+    )
+    return f"{measure.title} goes from {measure.text(dense)} to {listed}.{against}"
+
+
+def _asked(document: Mapping[str, Any]) -> dict[str, str]:
+    calibration = {**document["calibration"]}
+    images = calibration.pop("images", None)
+    if images:
+        calibration["number of images"] = len(images)
+    named = {f"calibration {key}": value for key, value in calibration.items()}
+    asked = {"model": document["model"], **named, **document["scored"], **document["settings"]}
+    return {
+        key.replace("_", " "): str(value)
+        for key, value in asked.items()
+        if value is not None and value is not False and value not in ("", [], {})
+    }
+
+
+# ---- in pictures -------------------------------------------------------------------------
+
+
+def _pictures(points: Sequence[Mapping[str, Any]]) -> Iterator[Picture]:
+    known = _known(points)
+    for measure in known:
+        if measure.name == "divergence" and known[1:]:
+            continue  # quality is there to be shown
+        better = "higher" if measure.more_is_better else "lower"
+        yield Picture.of(
+            f"{measure.label} against speed",
+            f"{measure.title} against speed, relative to the dense model (star); {better} and "
+            "further to the right is better.",
+            _quality_figure(points, measure, "speedup", "speed, times that of dense"),
+        )
+    for measure in (*known[:1], *(m for m in known[1:] if m.name == "divergence")):
+        dashed = "; dashed what was predicted" if measure.name == "divergence" else ""
+        yield Picture.of(
+            f"{measure.label} against the share removed",
+            f"{measure.title} against the removed share of the parameters of units{dashed}.",
+            _quality_figure(points, measure, "sparsity", "removed"),
+        )
+
+
+def _quality_figure(
+    points: Sequence[Mapping[str, Any]], measure: _Measure, across: str, label: str
+) -> Figure:
+    figure, axes = small_figure()
+    methods = [m for m in dict.fromkeys(p["method"] for p in points) if m != _DENSE]
+    for color, method in zip(COLORS, methods, strict=False):
+        mine = [(p[across], measure.of(p)) for p in points if p["method"] == method]
+        known = [(x, y) for x, y in mine if y is not None]
+        if known:
+            axes.plot(
+                *zip(*known, strict=True), "o-", color=color, markersize=3.5, linewidth=1,
+                label=method,
+            )  # fmt: skip
+    dense = next(point for point in points if point["method"] == _DENSE)
+    level = measure.of(dense)
+    if level:
+        axes.plot([dense[across]], [level], "k*", markersize=8)
+        axes.axhline(level, color="k", linewidth=0.6, alpha=0.4)
+    if measure.name == "divergence" and across == "sparsity":
+        predicted = [(p[across], p["predicted"]) for p in points if p["predicted"] is not None]
+        if predicted:
+            axes.plot(*zip(*predicted, strict=True), "--", color=COLORS[0], linewidth=1)
+    values = [value for point in points if (value := measure.of(point))]
+    if not measure.more_is_better and values and max(values) > 10 * min(values):
+        axes.set_yscale("log")
+    axes.margins(x=0.06, y=0.08)
+    if across == "sparsity":
+        axes.xaxis.set_major_formatter(SHARES)
+    if measure.written.endswith("%"):
+        axes.yaxis.set_major_formatter(SHARES)
+    axes.set_xlabel(label)
+    axes.set_ylabel(measure.label)
+    legend(figure, 3)
+    return figure

@@ -1,0 +1,276 @@
+"""Pages of pruning runs and studies as a browser shows them, and what is refused."""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import osscar
+import solvers
+from osscar.cli import main
+from osscar.cli.prune import report_document
+from osscar.report.html import write_report
+from osscar.report.prune_page import prune_page
+from osscar.report.summary import summarize
+from osscar.study.design import StudyDesign
+from osscar.study.directory import Study
+from tests.osscar.browser import DESK, PHONE, seen
+
+PROSE = "the quick brown fox jumps over the lazy dog and runs back again before night falls. " * 200
+
+
+@pytest.fixture(scope="module")
+def document():
+    loaded = osscar.load_model("demo", device="cpu")
+    calibration = osscar.load_calibration(None, loaded.tokenizer, samples=8, seqlen=64)
+    result = osscar.prune(
+        loaded.model, calibration, sparsity=0.6, certify=True, backend="greedy", device="cpu"
+    )
+    return json.loads(json.dumps(report_document(result, loaded.model, "demo", calibration)))
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Run a command in this process; return status, standard output and standard error."""
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["osscar", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stop:
+            main()
+        captured = capsys.readouterr()
+        return stop.value.code or 0, captured.out, captured.err
+
+    return call
+
+
+def written(tmp_path, document):
+    page = tmp_path / "page.html"
+    page.write_text(prune_page(document), encoding="utf-8")
+    return page
+
+
+def check_shown(page, width, *, pictures):
+    """Return the text of a page that fits its window, is drawn whole, and fetches nothing."""
+    shown = seen(page, width)
+    assert shown["overflow"] <= 0
+    assert len(shown["pictures"]) == pictures
+    for name, natural, drawn in shown["pictures"]:
+        assert name
+        assert natural > 300
+        assert drawn > 300
+    assert not shown["scripts"]
+    assert not shown["fetched"]
+    return shown["text"]
+
+
+# ---- of a pruning run --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("width", [PHONE, DESK])
+def test_the_page_of_a_run_shows_its_numbers(document, tmp_path, width):
+    text = check_shown(written(tmp_path, document), width, pictures=3)
+    for number in (document["parameters_before"], document["parameters_after"]):
+        assert f"{number:,}" in text
+    budget, forward = document["budget"], document["forward"]
+    assert f"{budget['reached']:,.0f}" in text
+    for nats in (budget["predicted"], document["divergence"]):
+        assert f"{nats:.4f}" in text
+    assert f"{document['divergence'] / budget['predicted']:.2f}" in text
+    assert f"{1000 * forward['dense']['seconds']:,.1f} ms" in text
+    assert f"{forward['dense']['seconds'] / forward['pruned']['seconds']:.2f} times" in text
+    for layer in document["layers"]:
+        lines = [line for line in text.splitlines() if line.startswith(layer["name"])]
+        assert f"{layer['kept']} of {layer['units']}" in lines[-1]
+        assert f"{layer['relative_loss']:.4f}" in lines[-1]
+        assert "proved optimal" in lines[-1] or "bounded" in lines[-1]
+    assert text.index("remove 60%") < text.index("Dense against pruned")
+    assert text.index("Layer by layer") < text.index("What was asked")
+
+
+def test_what_a_document_does_not_hold_is_left_out(document, tmp_path):
+    bare = {**document, "budget": None, "divergence": None, "held_out": 0}
+    del bare["forward"]
+    bare["settings"] = {**document["settings"], "sparsity": None, "heads": "3/4"}
+    unbounded = {"lower_bound": None, "relative_bound": None, "gap": None, "bound_from": None}
+    unbounded |= {"recomputed_bound": None, "proved_optimal": False}
+    bare["layers"] = [{**layer, **unbounded} for layer in document["layers"]]
+    text = check_shown(written(tmp_path, bare), PHONE, pictures=2)
+    assert "keep 3/4 of the heads" in text
+    assert "Predicted against measured" not in text
+    assert "nats" not in text
+    assert "None" not in text
+    assert "certificate" not in text
+
+
+def test_a_run_in_which_nothing_predicts_still_shows_its_budget(document, tmp_path):
+    budget = {**document["budget"], "predicted": None, "lower_bound": None, "comparable": False}
+    budget |= {"curves": {}, "frontier": {"cost": [], "nats": []}}
+    budget["widths"] = {
+        name: {**width, "predicted": None} for name, width in budget["widths"].items()
+    }
+    text = check_shown(written(tmp_path, {**document, "budget": budget}), DESK, pictures=2)
+    assert f"at most {budget['limit']:,.0f}" in text
+    assert "No gradient reaches some groups" in text
+
+
+def test_a_budget_of_time_is_a_share_of_the_dense_time(document):
+    budget = {**document["budget"], "cost": "time", "dense": 1.0, "limit": 0.5, "reached": 0.51}
+    budget["frontier"] = {"cost": [0.25, 0.5, 1.0], "nats": [2.0, 0.5, 0.0]}
+    settings = {**document["settings"], "sparsity": None, "speedup": 2.0}
+    page = prune_page({**document, "budget": budget, "settings": settings})
+    assert "at most 0.500 of dense" in page
+    assert "0.510 of dense (51%)" in page
+    assert "2 times the speed" in page
+
+
+def test_names_cannot_mark_up_a_page_nor_hide_in_it(document, tmp_path):
+    evil = "<script>document.title = 'gone'</script>\x1b[31m\u202e{{ 7 * 7 }}<img src=x>"
+    layers = [{**layer, "name": f"{evil}.{i}"} for i, layer in enumerate(document["layers"])]
+    settings = {**document["settings"], "groups": {evil: "3"}, "skip": [evil], "backend": evil}
+    other = {**document, "model": evil, "layers": layers, "settings": settings}
+    page = written(tmp_path, other)
+    shown = seen(page, PHONE)
+    assert shown["title"].startswith("<script>")
+    assert not shown["scripts"]
+    assert not shown["fetched"]
+    assert "\x1b" not in shown["text"]
+    assert "\u202e" not in shown["text"]
+    assert "\\x1b[31m" in shown["text"]
+    assert "{{ 7 * 7 }}" in shown["text"]
+    assert shown["overflow"] <= 0
+
+
+def test_an_evaluation_is_shown_beside_the_dense_model(document, tmp_path):
+    def measured(perplexity, speed):
+        return {
+            "sample": "token",
+            "quality": {"perplexity": perplexity, "tokens": 9, "windows": 1, "seqlen": 10},
+            "speed": {"prefill_tokens_per_second": speed, "decode_tokens_per_second": speed / 10},
+            "footprint": {"parameters": 77, "parameter_bytes": 308, "flops": 1e6},
+        }
+
+    ratios = {"perplexity": 1.25, "prefill_tokens_per_second": 2.0}
+    evaluation = {"dense": measured(20.0, 1e4), "model": measured(25.0, 2e4), "ratios": ratios}
+    page = written(tmp_path, {**document, "evaluation": evaluation})
+    text = seen(page, DESK)["text"]
+    assert "perplexity goes from 20.000 to 25.000" in text
+    rows = [re.split(r"\t", line) for line in text.splitlines()]
+    assert ["perplexity", "20.000", "25.000", "1.25x"] in rows
+    assert ["prefill, tokens/s", "10,000", "20,000", "2.00x"] in rows
+
+
+def small_prune(out, text, *more):
+    return (
+        *("prune", "demo", "--out", out, "--calibration", text, "--samples", 4, "--seqlen", 32),
+        *("--backend", "magnitude", "--neurons", "0.5", "--device", "cpu", *more),
+    )
+
+
+@pytest.fixture
+def text(tmp_path):
+    file = tmp_path / "text.txt"
+    file.write_text(PROSE)
+    return file
+
+
+def test_prune_writes_a_page_and_may_replace_its_own_alone(run, text, tmp_path):
+    out, elsewhere = tmp_path / "small", tmp_path / "elsewhere.html"
+    status, printed, err = run(*small_prune(out, text, "--report", elsewhere))
+    assert status == 0, err
+    assert f"report: {out / 'report.html'}" in printed
+    page = (out / "report.html").read_text()
+    assert elsewhere.read_text() == page
+    assert prune_page(json.loads((out / "osscar_report.json").read_text())) == page
+    assert "report.html" in json.loads((out / "osscar.json").read_text())["files"]
+    status, _, err = run(*small_prune(out, text, "--overwrite"))
+    assert status == 0, err
+    assert (out / "report.html").read_text() != page  # other times, at the least
+    # A page that the manifest does not name is somebody's own.
+    manifest = json.loads((out / "osscar.json").read_text())
+    manifest["files"].remove("report.html")
+    (out / "osscar.json").write_text(json.dumps(manifest))
+    status, _, err = run(*small_prune(out, text, "--overwrite"))
+    assert status == 2
+    assert "report.html" in err
+
+
+@pytest.mark.parametrize(
+    ("place", "message"),
+    [
+        ("missing/page.html", "a directory that exists"),
+        (".", "cannot write"),
+        ("small/page.html", "would write to"),
+        ("text.txt", "would write to"),
+    ],
+)
+def test_a_report_that_cannot_be_written_is_refused_before_the_work(
+    run, text, tmp_path, monkeypatch, place, message
+):
+    def never(*_):
+        raise AssertionError("work was begun")
+
+    monkeypatch.setattr("osscar.models.open.open_model", never)
+    monkeypatch.chdir(tmp_path)
+    status, _, err = run(*small_prune("small", "text.txt", "--report", place))
+    assert status == 2
+    assert message in err
+    assert text.read_text() == PROSE
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a place that nobody can write")
+def test_a_report_that_cannot_be_written_after_all_keeps_the_model(run, text, tmp_path):
+    status, _, err = run(*small_prune(tmp_path / "small", text, "--report", "/proc/page.html"))
+    assert status == 2
+    assert "cannot write /proc/page.html" in err
+    assert (tmp_path / "small" / "report.html").is_file()
+    assert osscar.load(tmp_path / "small") is not None
+
+
+# ---- of a study --------------------------------------------------------------------------
+
+
+def problem(units, name, seed):
+    generator = torch.Generator().manual_seed(seed)
+    X = torch.randn(200, units, generator=generator, dtype=torch.float64)
+    X = X @ torch.randn(units, units, generator=generator, dtype=torch.float64)
+    W0 = torch.randn(units, 4, generator=generator, dtype=torch.float64)
+    return solvers.SubsetProblem.from_gram(X.T @ X / 200, W0, keep=units // 2, name=name)
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    study = Study(tmp_path_factory.mktemp("study") / "study", {"model": "a model"})
+    named = [("heads", problem(6, f"layers.{i}.heads", i)) for i in range(2)]
+    study.capture([*named, ("neurons", problem(30, "layers.0.neurons", 3))])
+    backends = ("wanda", "greedy", "local_search", "perspective", "enumerate")
+    design = StudyDesign(sparsities=(0.5,), backends=backends, exact_units=8)
+    records = study.run(design, 1)
+    summary = summarize(records)
+    return summary, write_report(study, design, records, summary)
+
+
+@pytest.mark.parametrize("width", [PHONE, DESK])
+def test_a_study_begins_with_the_answer_and_ends_with_what_was_asked(study, width):
+    summary, page = study
+    text = check_shown(page, width, pictures=4)
+    (still,) = (case for case in summary.cases if not case.closed)
+    assert summary.answer == (
+        "2 of 3 problems are solved to proven optimality; in the other the answer is within "
+        f"{float(f'{100 * still.gap:.2g}'):g}% of the optimum."
+    )
+    assert text.index(summary.answer) < text.index("proved optimal") < text.index("Problems")
+    lines = text.splitlines()
+    (heads,) = (line for line in lines if line.startswith("heads\t50%"))
+    assert heads.split("\t")[2:4] == ["2", "2"]
+    (neurons,) = (line for line in lines if line.startswith("neurons\t50%"))
+    assert neurons.split("\t")[2:6] == ["1", "0", f"{still.gap:.2%}", f"{still.gap:.2%}"]
+    asked = text.index("What was asked")
+    assert asked > text.index("Every solve")
+    assert "a model" in text[asked:]
+
+
+def test_answers_say_how_many_are_proved():
+    assert summarize([]).answer == "Nothing was solved: see the refusals below."

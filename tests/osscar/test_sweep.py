@@ -1,0 +1,293 @@
+"""Sweeps: points as single runs make them, measured once, kept, gone on with, and shown."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+import osscar
+import osscar.pruning.sweep as sweep_room
+from osscar.cli import main
+from osscar.core.errors import OptionError, OutputError, RunError
+from osscar.pruning.budget import allocate, described
+from osscar.pruning.prune import opened_for, prune_as_asked
+from osscar.pruning.request import PruningRequest
+from osscar.pruning.sweep import BASELINES, CURVATURE, Job, jobs, sweep
+from osscar.pruning.sweep_points import Point, SweepDirectory, SweepManifest
+from osscar.report.sweep_page import sweep_page
+from tests.osscar.browser import DESK, PHONE, seen
+from tests.osscar.families import tiny, tokens
+from tests.osscar.networks import images, small_net
+
+BASE = PruningRequest(sparsity=0.5, backend="greedy", device="cpu")
+
+
+def assert_same(model, other):
+    mine, theirs = model.state_dict(), other.state_dict()
+    assert mine.keys() == theirs.keys()
+    for name, value in mine.items():
+        torch.testing.assert_close(value, theirs[name], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["opt", "images"])
+def test_a_point_is_what_a_run_of_its_own_makes(kind, monkeypatch):
+    model, data = (tiny("opt"), tokens()) if kind == "opt" else (small_net(), images())
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    measured = []
+
+    def counted(ready, request):
+        measured.append(request)
+        return shared_curves(ready, request)
+
+    shared_curves = sweep_room.shared_curves
+    monkeypatch.setattr(sweep_room, "shared_curves", counted)
+    points = (Job(CURVATURE, 0.3), Job(CURVATURE, 0.6), Job("wanda", 0.5))
+    found = dict(sweep(model, data, BASE, points))
+    assert tuple(found) == points
+    assert len(measured) == 1
+    for job, result in found.items():
+        alone = prune_as_asked(model, data, job.request(BASE))
+        assert result.plan == alone.plan
+        assert result.request == alone.request
+        assert_same(result.model, alone.model)
+        if job.method == CURVATURE:  # others hold nothing out when they run by themselves
+            assert result.divergence == pytest.approx(alone.divergence, rel=1e-3)
+        if kind == "opt":
+            assert result.model.config.use_cache == model.config.use_cache
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_baselines_are_the_methods_as_published():
+    points = jobs((0.4, 0.2, 0.4), baselines=True)
+    assert points[:2] == (Job(CURVATURE, 0.2), Job(CURVATURE, 0.4))
+    assert len(points) == 2 * (1 + len(BASELINES))
+    request = Job("multistage", 0.2).request(PruningRequest(sparsity=0.5, blend=0.5))
+    assert (request.allocation, request.target, request.backend) == (
+        "uniform",
+        "weights",
+        "multistage",
+    )
+    assert request.sparsity == 0.2
+    assert Job(CURVATURE, 0.2).request(BASE).allocation == "curvature"
+
+
+@pytest.mark.parametrize("wrong", [(), (0.0,), (1.0,), (0.5, -0.1), (float("nan"),)])
+def test_sparsities_that_are_no_shares_are_refused(wrong):
+    with pytest.raises(OptionError, match="sparsit"):
+        jobs(wrong)
+
+
+# ---- the budget's frontier ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["opt", "images"])
+def test_no_run_is_predicted_to_lie_below_the_frontier(kind):
+    model, data = (tiny("opt"), tokens()) if kind == "opt" else (small_net(), images())
+    with opened_for(model, data, BASE) as ready:
+        curves = sweep_room.shared_curves(ready, BASE)
+        budgets = [
+            allocate(ready, Job(CURVATURE, s).request(BASE), curves).budget for s in (0.2, 0.5, 0.8)
+        ]
+    costs, nats = map(np.array, zip(*budgets[0].frontier, strict=True))
+    assert len(costs) > 5
+    assert (np.diff(costs) > 0).all()
+    assert costs[-1] == budgets[0].dense
+    assert nats[-1] == 0
+    if kind == "opt":
+        assert (np.diff(nats) <= 0).all()
+        assert nats[0] == pytest.approx(sum(curve.losses[1] for curve in curves.values()))
+    for budget in budgets:
+        assert budget.frontier == budgets[0].frontier
+        assert sum(width.predicted for width in budget.widths.values()) == budget.predicted
+        if kind == "opt":  # costs add up: the frontier is the lower hull of all choices
+            within, beyond = nats[costs <= budget.reached], nats[costs >= budget.reached]
+            assert beyond.max() <= budget.predicted * (1 + 1e-9)
+            assert budget.predicted <= within.min() * (1 + 1e-9)
+    data = json.loads(json.dumps(described(budgets[0]), allow_nan=False))
+    assert len(data["frontier"]["cost"]) == len(data["frontier"]["nats"]) == len(costs)
+    assert data["widths"].keys() == curves.keys()
+
+
+def test_uniform_shares_report_their_widths_without_a_prediction():
+    result = osscar.prune(tiny("opt"), tokens(), sparsity=0.5, allocation="uniform", device="cpu")
+    widths = result.budget.widths
+    assert {layer.name: layer.kept for layer in result.layers}.items() <= {
+        name: width.kept for name, width in widths.items()
+    }.items()
+    assert {width.predicted for width in widths.values()} == {None}
+    assert result.budget.frontier == ()
+
+
+# ---- the directory -----------------------------------------------------------------------
+
+
+def manifest(**more):
+    return SweepManifest("osscar.sweep-asked/1", {"backend": "greedy", "text": "builtin", **more})
+
+
+def point(method=CURVATURE, sparsity=0.5):
+    return Point(
+        schema="osscar.sweep-point/1", method=method, sparsity=sparsity, parameters=10,
+        parameter_bytes=40, flops=100, seconds=0.5, speedup=2.0, quality={"perplexity": 3.5},
+        divergence=None, predicted=None, loss=0.25, prune_seconds=1.0, widths={"a": 3},
+    )  # fmt: skip
+
+
+def test_points_are_kept_and_a_sweep_of_something_else_is_refused(tmp_path):
+    place = SweepDirectory(tmp_path / "sweep")
+    with place.begun(manifest()):
+        assert place.point(Job(CURVATURE, 0.5)) is None
+        place.write(point())
+    again = SweepDirectory(tmp_path / "sweep")
+    with again.begun(manifest()):
+        assert again.point(Job(CURVATURE, 0.5)) == point()
+        assert again.point(Job(CURVATURE, 0.25)) is None
+    with pytest.raises(RunError, match=r"text was 'builtin' and is 'other\.txt'"):
+        again.begun(manifest(text="other.txt")).__enter__()
+    with pytest.raises(RunError, match="seed was None and is 3"):
+        again.begun(manifest(seed=3)).__enter__()
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda text: text[:-20],
+        lambda text: text.replace('"flops": 100', '"flops": "many"'),
+        lambda text: text.replace('"speedup": 2.0', '"speedup": NaN'),
+        lambda text: text.replace('"method": "curvature"', '"method": "wanda"'),
+        lambda text: text.replace('"sparsity": 0.5', '"sparsity": 0.25'),
+    ],
+)
+def test_a_damaged_point_is_refused_by_name(tmp_path, damage):
+    place = SweepDirectory(tmp_path / "sweep")
+    with place.begun(manifest()):
+        place.write(point())
+        file = tmp_path / "sweep" / "points" / "curvature-0.5.json"
+        file.write_text(damage(file.read_text()))
+        with pytest.raises(RunError, match=r"curvature-0\.5\.json"):
+            place.point(Job(CURVATURE, 0.5))
+
+
+def test_a_directory_of_something_else_is_left_alone(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(OutputError, match=r"notes\.txt"):
+        SweepDirectory(tmp_path)
+    with pytest.raises(OutputError, match="is a file"):
+        SweepDirectory(tmp_path / "notes.txt")
+    assert [file.name for file in tmp_path.iterdir()] == ["notes.txt"]
+
+
+# ---- as a person runs it -----------------------------------------------------------------
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Run a command in this process; return status, standard output and standard error."""
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["osscar", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stop:
+            main()
+        captured = capsys.readouterr()
+        return stop.value.code or 0, captured.out, captured.err
+
+    return call
+
+
+@pytest.fixture
+def text(tmp_path):
+    file = tmp_path / "text.txt"
+    file.write_text("the quick brown fox jumps over the lazy dog before night falls. " * 60)
+    return file
+
+
+def small_sweep(out, sparsity, text, *more):
+    return (
+        *("sweep", "demo", "--sparsity", sparsity, "--out", out, "--text", text),
+        *("--samples", 4, "--seqlen", 32, "--backend", "greedy", "--device", "cpu", *more),
+    )
+
+
+@pytest.mark.filterwarnings("ignore:.*rank-deficient")
+def test_a_sweep_goes_on_and_its_page_shows_every_number(run, text, tmp_path):
+    out = tmp_path / "sweep"
+    status, printed, err = run(*small_sweep(out, "0.6", text))
+    assert status == 0, err
+    assert "curvature at 0.6: done, 1 of 1" in printed
+    kept = (out / "points" / "curvature-0.6.json").read_text()
+    more = ("--baselines", "--json", tmp_path / "sweep.json")
+    status, printed, err = run(*small_sweep(out, "0.3,0.6", text, *more))
+    assert status == 0, err
+    assert "curvature at 0.3: done, 1 of 9" in printed
+    assert "curvature at 0.6: done" not in printed
+    assert (out / "points" / "curvature-0.6.json").read_text() == kept
+    document = json.loads((out / "sweep.json").read_text())
+    assert document == json.loads((tmp_path / "sweep.json").read_text())
+    assert document["schema"] == "osscar.sweep/1"
+    points = document["points"]
+    assert len(points) == 11
+    assert points[0]["method"] == "dense"
+    assert {p["method"] for p in points[1:]} == {CURVATURE, *BASELINES}
+    assert (out / "report.html").read_text() == sweep_page(document)
+    for width in (PHONE, DESK):
+        shown = seen(out / "report.html", width)
+        assert shown["overflow"] <= 0
+        assert [natural > 300 for _, natural, _ in shown["pictures"]] == [True] * 3
+        assert not shown["fetched"]
+        rows = [line.split("\t") for line in shown["text"].splitlines()]
+        for p in points:
+            quality, speed = f"{p['quality']['perplexity']:.2f}", f"{p['speedup']:.2f}x"
+            (row,) = (
+                r for r in rows
+                if r[0] == p["method"] and r[1:2] == [f"{100 * p['sparsity']:g}%"]
+            )  # fmt: skip
+            assert row[2:5] == [speed, quality, f"{p['divergence']:.4f}"]
+            assert row[5] == f"{p['parameters']:,}"
+    # What was kept belongs to this text, and to no other.
+    text.write_text("another text, in which other words stand in another order. " * 60)
+    status, _, err = run(*small_sweep(out, "0.3", text))
+    assert status == 2
+    assert "scored sha256 was" in err
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (("--sparsity", "a,b"), "is not a list such as"),
+        (("--sparsity", ","), "needs sparsities"),
+        (("--sparsity", "0.5,1.5"), "above 0 and below 1"),
+        (("--images", "pictures"), "reads text, not images"),
+        (("--backend", "none"), "none"),
+        (("--calibration", "text.txt"), "calibrated on this very text"),
+    ],
+)
+def test_what_cannot_be_swept_is_refused(run, text, tmp_path, monkeypatch, more, message):
+    monkeypatch.chdir(tmp_path)
+    status, _, err = run(*small_sweep(tmp_path / "sweep", "0.5", text, *more))
+    assert status == 2
+    assert message in err
+    assert not (tmp_path / "sweep" / "points").exists()
+
+
+def test_images_are_scored_by_agreement(run, tmp_path):
+    generator = np.random.default_rng(0)
+    pixels = generator.integers(0, 256, (40, 16, 16, 3), dtype=np.uint8)
+    np.savez(tmp_path / "a.npz", images=pixels[:20])
+    np.savez(tmp_path / "b.npz", images=pixels[20:], labels=np.arange(20) % 5)
+    code = tmp_path / "code.py"
+    code.write_text("from tests.osscar.networks import small_net\n")
+    status, _, err = run(
+        *("sweep", f"{code}:small_net", "--sparsity", "0.4", "--out", tmp_path / "sweep"),
+        *("--calibration", tmp_path / "a.npz", "--images", tmp_path / "b.npz"),
+        *("--backend", "magnitude", "--device", "cpu"),
+    )
+    assert status == 0, err
+    dense, pruned = json.loads((tmp_path / "sweep" / "sweep.json").read_text())["points"]
+    assert dense["quality"]["agreement"] in (None, 1.0)
+    assert 0 <= pruned["quality"]["agreement"] <= 1
+    assert 0 <= pruned["quality"]["top1"] <= 1
+    page = (tmp_path / "sweep" / "report.html").read_text()
+    assert "agreement with dense" in page
+    assert f"{pruned['quality']['top1']:.2%}" in page
