@@ -68,3 +68,18 @@ def images(count: int = 64, side: int = 12, seed: int = 1) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     coarse = torch.randn(count, 3, 4, 4, generator=generator)
     return nn.functional.interpolate(coarse, (side, side), mode="bilinear")
+
+
+class Concat(nn.Module):
+    """Four branches that one layer reads."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 6))
+        self.branches = nn.ModuleList(nn.Linear(6, 8) for _ in range(4))
+        self.join, self.head = nn.Linear(32, 6), nn.Linear(6, 3)
+
+    def forward(self, x):
+        x = self.first(x)
+        y = torch.cat([torch.relu(branch(x)) for branch in self.branches], -1)
+        return self.head(torch.tanh(self.join(y)))

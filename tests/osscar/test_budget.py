@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from transformers.modeling_outputs import SequenceClassifierOutput
 
 import osscar
-from osscar.capture.curvature import curvature
+from osscar.capture.curvature import curvature, logits_of
 from osscar.capture.opened import opened
 from osscar.core.errors import NonFiniteError, RequestError
 from osscar.core.modules import count_parameters
@@ -18,6 +19,7 @@ from osscar.pruning import latency
 from osscar.pruning.budget import allocate
 from osscar.pruning.costs import Cost, count
 from osscar.pruning.curves import elimination_curve, measure_curves
+from osscar.pruning.divergence import Reference
 from osscar.pruning.knapsack import BudgetError, choose
 from osscar.pruning.request import PruningRequest as Asked
 from solvers import SubsetProblem, refit
@@ -125,46 +127,98 @@ def test_costs_are_those_of_the_model_that_is_really_smaller(subject, cost):
 # ---- curvature ---------------------------------------------------------------------------
 
 
-def classifier():
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 7), nn.Tanh(), nn.Linear(7, 4))
+class Classifier(nn.Module):
+    """A classifier of vectors, or of the mean of several: errors at all of them add up."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 7), nn.Tanh())
+        self.head = nn.Linear(7, 4)
+
+    def forward(self, x):
+        features = self.net(x)
+        features = features.mean(1) if x.ndim == 3 else features
+        return SequenceClassifierOutput(logits=self.head(features))
 
 
 def divergence(dense, other, x):
-    p, q = (model(x).log_softmax(-1) for model in (dense, other))
+    p, q = (model(x).logits.log_softmax(-1) for model in (dense, other))
     return float((p.exp() * (p - q)).sum(-1).mean())
 
 
-def test_small_changes_of_weights_cost_what_the_factors_predict():
-    model, data = classifier().double(), torch.randn(4000, 6, dtype=torch.float64)
-    with opened(model, data) as ready:
+@pytest.mark.parametrize("shape", [(4000, 6), (2000, 9, 6)])
+def test_small_changes_of_weights_cost_what_the_factors_predict(shape):
+    torch.manual_seed(0)
+    model, data = Classifier().double().eval(), torch.randn(shape, dtype=torch.float64)
+    with opened(model, data, heads=False) as ready:
         groups = [group for group in ready.groups if group.prunable]
         found = list(curvature(ready, groups, samples=4000, seed=0))
     assert len(found) == 2
     for one in found:
         (factors,) = one.factors
-        assert factors.energy == pytest.approx(float(factors.inputs.trace()), rel=1e-4)
-        assert factors.energy == pytest.approx(float(factors.outputs.trace()), rel=1e-4)
-        predicted, measured = [], []
+        A, B = factors.inputs.double(), factors.outputs.double()
+        W0 = factors.linear_map.read_weight()
+        scale = 2 * one.predictions * factors.energy
+        assert factors.energy == pytest.approx(float(A.trace()), rel=1e-4)
+        assert factors.energy == pytest.approx(float(B.trace()), rel=1e-4)
+        assert one.problem(damp=0.0).scale == pytest.approx(
+            float((W0 * (A @ W0 @ B)).sum()) / scale, rel=1e-4
+        )
+        ratios = []
         for seed in range(8):
-            D = torch.randn(factors.linear_map.read_weight().shape, dtype=torch.float64)
-            D *= 0.02 / (1 + seed)
-            A, B = factors.inputs.double(), factors.outputs.double()
-            product = (D * (A @ D @ B)).sum()
-            predicted.append(float(product) / (2 * one.predictions * factors.energy))
+            D = torch.randn(W0.shape, dtype=torch.float64) * 0.02 / (1 + seed)
             other = copy.deepcopy(model)
             other.get_submodule(factors.linear_map.name).weight.data += D.T
-            measured.append(divergence(model, other, data))
+            with torch.no_grad():
+                measured = divergence(model, other, data)
+            ratios.append(float((D * (A @ D @ B)).sum()) / scale / measured)
         # One Kronecker product cannot be exact, but it is no guess.
-        ratio = np.array(predicted) / np.array(measured)
-        assert 0.7 < ratio.mean() < 1.4
-        problem = one.problem(damp=0.0)
-        assert problem.scale == pytest.approx(
-            float((W0 * (A @ W0 @ B)).sum() / (2 * one.predictions * factors.energy))
-            if (W0 := factors.linear_map.read_weight()) is not None
-            else 0,
-            rel=1e-4,
-        )
+        assert 0.7 < np.mean(ratios) < 1.4
+
+
+class SamplesSecond(nn.Module):
+    """Computes what another classifier does, with positions in front of samples."""
+
+    def __init__(self, plain):
+        super().__init__()
+        self.plain = plain
+
+    def forward(self, x):
+        features = self.plain.net(x.transpose(0, 1)).mean(0)
+        return SequenceClassifierOutput(logits=self.plain.head(features))
+
+
+@pytest.mark.parametrize("positions", [9, 16])
+def test_samples_are_found_in_whatever_dimension_they_lie(positions):
+    torch.manual_seed(0)
+    plain, data = Classifier().eval(), torch.randn(64, positions, 6)
+    losses = []
+    for model in (plain, SamplesSecond(plain)):
+        with opened(model, data, heads=False) as ready:
+            groups = [group for group in ready.groups if group.prunable]
+            curves = measure_curves(ready, groups, damp=0.01, seed=0)
+            losses.append(sorted(float(curve.losses[0]) for curve in curves))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+
+
+class Overwrites(nn.Module):
+    """Writes over what a layer has read before gradients come back."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.one, self.two = nn.Linear(6, 12), nn.Linear(12, 6), nn.Linear(12, 3)
+
+    def forward(self, x):
+        hidden = torch.tanh(self.up(x))
+        y = self.one(hidden)
+        hidden = hidden.detach().relu_()
+        return self.two(hidden) + torch.relu(y)[:, :3]
+
+
+def test_inputs_that_are_overwritten_are_no_evidence():
+    torch.manual_seed(0)
+    result = osscar.prune(Overwrites(), torch.randn(64, 6), sparsity=0.5)
+    assert result.budget.comparable is False
 
 
 def test_a_curve_is_that_of_fresh_refits():
@@ -381,3 +435,92 @@ def test_contradictions_are_refused(asked, message):
 def test_options_out_of_range_are_refused(asked, message):
     with pytest.raises(osscar.OsscarError, match=message):
         Asked(sparsity=0.5, **asked)
+
+
+# ---- what is not in a layer --------------------------------------------------------------
+
+
+class FunctionalHead(nn.Module):
+    """A block with heads and neurons; its output layer is no module."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Parameter(torch.randn(40, 16))
+        self.attention = nn.MultiheadAttention(16, 4, batch_first=True)
+        self.up, self.down = nn.Linear(16, 48), nn.Linear(48, 16)
+        self.scale = nn.Parameter(torch.ones(16))
+
+    def forward(self, x):
+        x = x + self.attention(x, x, x, need_weights=False)[0]
+        x = x + self.scale * self.down(torch.relu(self.up(x)))
+        return x @ self.embedding.T
+
+
+class Scaled(nn.Module):
+    """A module with a weight of its own that has layers inside."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(6, 6))
+        self.up, self.down = nn.Linear(6, 24), nn.Linear(24, 6)
+
+    def forward(self, x):
+        return self.down(torch.relu(self.up(x @ self.weight)))
+
+
+@pytest.mark.parametrize("build", [FunctionalHead, Scaled])
+@pytest.mark.parametrize("share", [0.9, 0.75])
+def test_operations_outside_of_layers_are_no_groups(build, share):
+    torch.manual_seed(0)
+    model = build().eval()
+    x = torch.randn(16, 5, 16) if build is FunctionalHead else torch.randn(16, 6)
+    result = osscar.prune(model, x, flops=share, backend="wanda")
+    with opened(model, x) as ready:  # attention calls its output layer there, as it is counted
+        dense = count_flops(ready.model, ready.sample)
+        smaller = count_flops(result.model, ready.sample)
+    assert smaller <= share * dense * 1.001
+    assert result.budget.reached / result.budget.dense == pytest.approx(smaller / dense, rel=1e-3)
+
+
+# ---- what is no prediction ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("shape", "x", "expected"),
+    [
+        ((8, 5), (8, 3, 6, 6), True),  # a classifier of images
+        ((8, 5), (8, 3), False),  # a regression, for all that is known
+        ((8, 5, 4, 4), (8, 3, 4, 4), False),  # a map for each class
+        ((8,), (8, 3), False),
+        ((), (8, 3), False),
+    ],
+)
+def test_what_is_taken_for_logits(shape, x, expected):
+    found = logits_of(torch.randn(shape), {"x": torch.randn(x)}, tokens=False)
+    assert (found is not None) == expected
+
+
+def test_probabilities_are_taken_for_what_they_are():
+    logits = torch.randn(8, 5)
+    batch = {"x": torch.randn(8, 3, 6, 6)}
+    found = logits_of(logits.softmax(-1), batch, tokens=False)
+    torch.testing.assert_close(found.softmax(-1), logits.softmax(-1))
+
+
+def test_a_divergence_from_nothing_finite_is_an_error():
+    dense = torch.randn(4, 5).log_softmax(-1)
+    dense[:, 0] = -torch.inf
+    batch = {"x": torch.zeros(4, 3, 2, 2)}
+
+    class Puts(nn.Module):
+        def __init__(self, out):
+            super().__init__()
+            self.out = out
+
+        def forward(self, x):
+            return self.out
+
+    reference = Reference([batch], [dense], [torch.arange(4)], tokens=False)
+    assert reference.divergence(Puts(dense)) == pytest.approx(0.0, abs=1e-6)
+    with pytest.raises(NonFiniteError, match="logits are NaN"):
+        reference.divergence(Puts(dense * torch.nan))

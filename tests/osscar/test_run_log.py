@@ -1,6 +1,7 @@
 """Runs that are killed go on, and end with the same bits."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from osscar.pruning.prune import prune_as_asked
 from osscar.pruning.request import PruningRequest
 from osscar.pruning.run_log import MANIFEST, RunLog
 from tests.osscar.families import tiny, tokens
-from tests.osscar.networks import images, small_net
+from tests.osscar.networks import Concat, images, small_net
 
 REQUEST = PruningRequest(sparsity=0.5, device="cpu")
 
@@ -212,3 +213,45 @@ def test_a_log_in_which_nothing_is_recorded_goes_again(tmp_path):
     with RunLog(foreign).held():
         pass
     assert [path.name for path in foreign.iterdir()] == [MANIFEST]
+
+
+def test_groups_that_share_a_consumer_go_on_to_the_same_bits(tmp_path):
+    """The dense weights of a consumer are those before the first of its groups was committed."""
+    torch.manual_seed(0)
+    model, x = Concat().eval(), torch.randn(64, 6)
+    request = PruningRequest(sparsity=0.5, allocation="uniform")
+    whole = prune_as_asked(model, x, request, RunLog(tmp_path / "whole"))
+    count = len(list((tmp_path / "whole").glob("0*.safetensors")))
+    assert count > 4
+    for kept in range(1, count):
+        log = RunLog(tmp_path / f"log{kept}")
+        shutil.copytree(tmp_path / "whole", log.directory)
+        for file in sorted(log.directory.glob("0*.safetensors"))[kept:]:
+            file.unlink()
+        again = prune_as_asked(model, x, request, log)
+        for a, b in zip(whole.model.parameters(), again.model.parameters(), strict=True):
+            assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("keep", {"model.decoder.layers.0.neurons": 10**6}),
+        ("keep", {"model.decoder.layers.0.neurons": 0}),
+        ("keep", {"nowhere": 1}),
+        ("budget.curves", {"nowhere": [1.0, 0.0]}),
+        ("budget.curves", {"model.decoder.layers.0.neurons": []}),
+        ("run", "0" * 64),
+    ],
+)
+def test_what_a_log_says_that_groups_keep_is_not_believed(key, value, tmp_path):
+    log = RunLog(tmp_path / "log")
+    request = PruningRequest(sparsity=0.5, backend="wanda")
+    prune_as_asked(tiny("opt"), tokens(), request, log)
+    file = log.directory / "allocation.json"
+    content = json.loads(file.read_text())
+    place = content["budget"] if key.startswith("budget.") else content
+    place[key.rpartition(".")[2]] = value
+    file.write_text(json.dumps(content))
+    with pytest.raises(RunError, match=r"begin anew with --restart"):
+        prune_as_asked(tiny("opt"), tokens(), request, log)

@@ -16,6 +16,7 @@ from osscar.capture.residual import streams
 from osscar.capture.targets import Target
 from osscar.capture.walk import _parted, walk
 from tests.osscar.families import tiny, tokens
+from tests.osscar.networks import Concat
 
 # ---- where the stream passes -------------------------------------------------------------
 
@@ -249,3 +250,41 @@ def test_a_bias_that_others_share_is_left_alone():
     result = osscar.prune(model, x, groups=half_of_ten(model, x), target="weights")
     assert torch.equal(result.model.down.bias, model.down.bias)
     assert result.model.head.bias is result.model.down.bias
+
+
+@torch.no_grad()
+def test_an_input_that_never_changes_is_dead_to_a_layer_with_a_bias():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 10), nn.Sigmoid(), nn.Linear(10, 4)).eval()
+    model[0].weight[:2] = 0
+    model[0].bias[:2] = torch.tensor([0.3, -2.0])
+    x = torch.randn(300, 6)
+    result = osscar.prune(model, x, neurons=8, damp=0.0, target="weights")
+    assert result.layers[0].dead == 2
+    assert set(result.plan.groups[0].kept) == set(range(2, 10))
+    torch.testing.assert_close(result.model(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_groups_of_one_consumer_correct_what_is_left_of_its_error():
+    torch.manual_seed(0)
+    model, x = Concat().eval(), torch.randn(256, 6)
+    with opened(model, (x,), batch_size=64) as ready:
+        dense = copy.deepcopy(ready.model)
+        groups = [g for g in ready.groups if g.prunable and g.consumers[0].module == "join"]
+        assert len(groups) == 4
+        for site in walk(ready, groups, target=Target.OUTPUTS):
+            (gram,) = site.grams
+            outputs = []
+            for network in (dense, ready.model):
+                hook = network.join.register_forward_hook(
+                    lambda _, args, y, outputs=outputs: outputs.append(y)
+                )
+                network(x)
+                hook.remove()
+            D = (outputs[0] - outputs[1]).double()
+            expected = float((D - D.mean(0)).square().sum()) / len(x)
+            assert gram.fitted.energy == pytest.approx(expected, rel=1e-3, abs=1e-9)
+            W = site.consumers[0].read_weight()
+            W[::2] = 0
+            site.commit([W])
