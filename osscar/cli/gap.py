@@ -98,7 +98,7 @@ def command(
         int, typer.Option(min=0, max=2**63 - 1, help="Seed of everything that is drawn.")
     ] = 0,
     damp: Annotated[
-        float, typer.Option(help="Pull towards the dense weights, relative to mean(diag H).")
+        float, typer.Option(help="Pull towards the dense weights, relative to diag(H).")
     ] = 0.01,
     jobs: Annotated[
         int | None,

@@ -156,8 +156,9 @@ def allocate(
         skipped = len(ready.groups) - len(groups)
         rest = f" but the {skipped} that are skipped" if request.skip else ""
         raise RequestError(
-            f"nothing would be removed: every group{rest} keeps all its units; ask for a higher "
-            f"sparsity{', or skip less' if request.skip else ''}"
+            f"nothing would be removed: every group{rest} keeps all its units; ask for "
+            f"{'a higher sparsity' if request.sparsity else 'more to be removed'}"
+            f"{', or skip less' if request.skip else ''}{_why_frozen(groups)}"
         )
     return Allocated(keep, budget)
 
@@ -174,6 +175,18 @@ def shared_curves(ready: Opened, request: PruningRequest) -> dict[str, Curve]:
     shared = [group for group in groups if _shares(group, request, ready.residual)]
     found = measure_curves(ready, shared, damp=request.damp, seed=request.seed)
     return {curve.name: curve for curve in found}
+
+
+def _why_frozen(groups: Sequence[CouplingGroup]) -> str:
+    """Say why groups cannot be pruned, if none can."""
+    if any(group.prunable and group.units > 1 for group in groups):
+        return ""
+    frozen = next((group for group in groups if group.frozen), None)
+    return (
+        ""
+        if frozen is None
+        else f". No group of this model can be pruned: {_frozen_message(frozen)}"
+    )
 
 
 # ---- which groups ------------------------------------------------------------------------
@@ -345,11 +358,14 @@ def _met(
     keep: Mapping[str, int],
 ) -> tuple[dict[str, int], Budget]:
     """Choose what groups keep within what was asked for."""
+    asked = request.budget_in_words
     if request.speedup is not None:
         latency = Latency(ready, shared, keep)
         cost = latency.model
         found, speedup = aimed(
-            latency, request.speedup, lambda limit: _checked(rule, Cost.TIME, cost, limit, keep)
+            latency,
+            request.speedup,
+            lambda limit: _checked(rule, Cost.TIME, cost, limit, keep, asked),
         )
         budget = rule.budget(Cost.TIME, cost, cost.of({**keep, **found}), found)
         # The bound is of modelled times, and says nothing of those that are measured.
@@ -365,14 +381,19 @@ def _met(
         limit = request.flops * cost.dense
     else:
         assert request.params is not None
-        asked = parse_keep(request.params)
-        limit = float(asked if isinstance(asked, int) else asked * Fraction(int(cost.dense)))
-    found = _checked(rule, kind, cost, limit, keep)
+        params = parse_keep(request.params)
+        limit = float(params if isinstance(params, int) else params * Fraction(int(cost.dense)))
+    found = _checked(rule, kind, cost, limit, keep, asked)
     return found, rule.budget(kind, cost, limit, found)
 
 
 def _checked(
-    rule: _Rule, kind: Cost, cost: CostModel, limit: float, keep: Mapping[str, int]
+    rule: _Rule,
+    kind: Cost,
+    cost: CostModel,
+    limit: float,
+    keep: Mapping[str, int],
+    asked: str,
 ) -> dict[str, int]:
     """Return what the rule chooses.
 
@@ -385,9 +406,9 @@ def _checked(
     reached = cost.of({**keep, **found})
     if not (reached <= limit * (1 + 1e-9) or rule.rounds):
         raise RequestError(
-            f"a budget of {limit:,.6g} {kind} cannot be met: what may be pruned comes to "
-            f"{reached:,.6g} of {cost.dense:,.6g} at least ({reached / cost.dense:.3f}); give a "
-            "higher one, or let more kinds of units be pruned"
+            f"{asked} cannot be met: it allows {limit:,.6g} {kind}, and what may be pruned comes "
+            f"to {reached:,.6g} of {cost.dense:,.6g} at least ({reached / cost.dense:.3f} of the "
+            "dense model's); ask for less, or let more kinds of units be pruned"
         )
     return found
 

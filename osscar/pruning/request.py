@@ -273,6 +273,15 @@ class PruningRequest:
         """Whether groups share a budget."""
         return any(getattr(self, name) is not None for name in _BUDGETS)
 
+    @property
+    def budget_in_words(self) -> str:
+        """The budget as the command line has it."""
+        return " ".join(
+            f"--{n} {v:g}" if isinstance(v := getattr(self, n), float) else f"--{n} {v}"
+            for n in _BUDGETS
+            if getattr(self, n) is not None
+        )
+
     def reach(self, kind: UnitKind) -> bool:
         """Tell whether groups of a kind may lose units."""
         budgeted = self.has_budget and kind in PRUNED_KINDS

@@ -413,7 +413,7 @@ class RunLog:
         try:
             noted = read_json(self.directory / REPORT, _Noted)
             found = read_json(report, dict[str, Any])
-        except FileError:
+        except (FileError, OSError):  # whatever is wrong with the path is said when it is written
             return None
         return found if (noted.asked, noted.report) == (dict(asked), found) else None
 
