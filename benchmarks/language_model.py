@@ -61,6 +61,7 @@ def main() -> None:
             heads=arguments.heads,
             neurons=arguments.neurons,
             backend=backend,
+            target="weights",
             device=arguments.device,
             seed=arguments.seed,
         )
@@ -132,6 +133,7 @@ def compare_on_the_same_problems(
         heads=arguments.heads,
         neurons=arguments.neurons,
         backend=recorder,
+        target="weights",
         device=arguments.device,
     )
     for name in recorder.names:

@@ -93,6 +93,8 @@ class Bench:
             self.loaded.model,
             self.calibration,
             sparsity=sparsity,
+            allocation="uniform",
+            target="weights",
             residual=1 - sparsity if residual else None,
             backend=backend,
             batch_norm="keep",
