@@ -44,6 +44,9 @@ _FAMILIES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM")
 
 _MAGIC = b"GGUF"
 
+_TELLING = ("phi-3", "phi3", "modern-bert")
+"""Names of models, in lower case, from which llama.cpp concludes how special tokens are found."""
+
 
 @dataclass(frozen=True)
 class Exported:
@@ -319,7 +322,8 @@ def _write(path: Path, name: str, graph: Graph, vocabulary: Vocabulary) -> None:
     library = graph.library
     writer = library.GGUFWriter(path, graph.architecture)
     try:
-        writer.add_name(name)
+        if not any(word in name.lower() for word in _TELLING):
+            writer.add_name(name)
         writer.add_file_type(library.LlamaFileType[_file_type(graph.dtype)])
         for key, value in graph.fields().items():
             add_value(writer, f"{graph.architecture}.{key}", value)

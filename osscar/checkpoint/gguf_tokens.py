@@ -1,13 +1,17 @@
 """Tokenizers in GGUF: byte-level BPE, as far as llama.cpp splits text like the tokenizer does.
 
 llama.cpp knows ways of splitting a text before merging by name (``tokenizer.ggml.pre``).  The name
-is found here by what the tokenizer does, never guessed from that of the model.
+is found here by what the tokenizer does, never guessed from that of the model.  Whatever else a
+tokenizer may do is refused, unless it is known that llama.cpp does the same.
 """
 
 from __future__ import annotations
 
 import json
+import unicodedata
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +49,9 @@ class Vocabulary:
         In the order in which they are made.
     special
         Ids of special tokens, by their names in GGUF.
-    begins
-        Whether the tokenizer puts the token of the beginning before a text.
+    begins, ends
+        Whether the tokenizer puts the token of the beginning before a text, and that of the end
+        after it.
     template
         Of chats; empty if there is none.
     """
@@ -57,6 +62,7 @@ class Vocabulary:
     merges: tuple[str, ...]
     special: dict[str, int]
     begins: bool
+    ends: bool
     template: str = ""
 
     def fields(self) -> dict[str, Any]:
@@ -68,6 +74,7 @@ class Vocabulary:
             "tokenizer.ggml.token_type": list(self.types),
             "tokenizer.ggml.merges": list(self.merges),
             "tokenizer.ggml.add_bos_token": self.begins,
+            "tokenizer.ggml.add_eos_token": self.ends,
             **{f"tokenizer.ggml.{name}_token_id": of for name, of in self.special.items()},
         }
         if self.template:
@@ -77,8 +84,7 @@ class Vocabulary:
     def write(self, writer: Any) -> None:
         """Write it with a `gguf.GGUFWriter`."""
         for key, value in self.fields().items():
-            if value != []:  # GGUF has no empty arrays
-                add_value(writer, key, value)
+            add_value(writer, key, value)
 
 
 def add_value(writer: Any, key: str, value: Any) -> None:
@@ -101,7 +107,7 @@ def read_vocabulary(directory: Path, size: int) -> Vocabulary:
     Raises
     ------
     ModelError
-        If there is none, or llama.cpp does not split text as it does.
+        If there is none, or llama.cpp does not make the same tokens of a text.
     """
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(
@@ -114,6 +120,7 @@ def read_vocabulary(directory: Path, size: int) -> Vocabulary:
             "file has to hold; copy that of the original model there"
         ) from error
     pre = _way(content)
+    _check_added(content["added_tokens"])
     known = tokenizer.get_vocab()
     if not known or max(known.values()) >= size:
         raise ModelError(
@@ -129,20 +136,34 @@ def read_vocabulary(directory: Path, size: int) -> Vocabulary:
         pair if isinstance(pair, str) else " ".join(pair) for pair in content["model"]["merges"]
     )
     special = {name: getattr(tokenizer, f"{of}_token_id") for name, of in _SPECIAL.items()}
-    first = tokenizer("a").input_ids[:1]
+    begins, ends = _ends(content["post_processor"], special)
     return Vocabulary(
         pre,
         tuple(named.get(of, f"[PAD{of}]") for of in range(size)),
         tuple(kind if of in named else _UNUSED for of, kind in enumerate(kinds)),
         tuple(merges),
         {name: of for name, of in special.items() if isinstance(of, int)},
-        tokenizer.bos_token_id is not None and first == [tokenizer.bos_token_id],
-        tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else "",
+        begins,
+        ends,
+        _template(tokenizer.chat_template),
     )
 
 
 _SPECIAL = {"bos": "bos", "eos": "eos", "unknown": "unk", "padding": "pad"}
 """What GGUF calls special tokens, and what transformers does."""
+
+
+_MODEL: dict[str, tuple[Any, ...]] = {
+    "dropout": (None, 0),
+    "unk_token": (None,),
+    "continuing_subword_prefix": (None, ""),
+    "end_of_word_suffix": (None, ""),
+    "fuse_unk": (False,),
+}
+"""What llama.cpp takes for granted about how pieces are merged."""
+
+_COMMON = "".join(map(chr, range(0x21, 0x7F))) + "\u0120\u010a"
+"""What byte-level BPE calls the bytes of ASCII, of the blank, and of the end of a line."""
 
 
 def _way(content: dict[str, Any]) -> str:
@@ -152,6 +173,19 @@ def _way(content: dict[str, Any]) -> str:
         raise ModelError(
             f"the tokenizer is {model['type']}{' with bytes' if model.get('byte_fallback') else ''}"
             ", and only byte-level BPE is written as GGUF"
+        )
+    for key in model.keys() - {"type", "vocab", "merges", "byte_fallback", "ignore_merges"}:
+        if model[key] not in _MODEL.get(key, ()):
+            raise ModelError(
+                f"the tokenizer has {key} = {model[key]!r:.60}, and llama.cpp nothing like it"
+            )
+    if not model["merges"]:
+        raise ModelError("the tokenizer has no merges, and GGUF no empty list of them")
+    lacking = [char for char in _COMMON if char not in model["vocab"]]
+    if lacking:
+        raise ModelError(
+            f"the tokenizer has no token {lacking[0]!r}; it merges what stands around what it "
+            "leaves out, and llama.cpp does not"
         )
     if normalizer is not None and normalizer["type"] != "NFC":  # which llama.cpp leaves to us
         raise ModelError(
@@ -178,5 +212,113 @@ def _steps(pre: Any) -> list[str]:
     if pre["type"] == "Digits" and pre["individual_digits"]:
         return ["digits"]
     if pre["type"] == "Split" and pre["behavior"] == "Isolated" and not pre["invert"]:
-        return [str(next(iter(pre["pattern"].values())))]
+        return [str(pre["pattern"].get("Regex", pre["pattern"]))]
     return [json.dumps(pre)]
+
+
+def _ends(processor: Any, special: dict[str, Any]) -> tuple[bool, bool]:
+    """Return whether the first and the last token of a text are put there, or refuse others.
+
+    Parameters
+    ----------
+    processor
+        What the tokenizer does once a text is split.
+    special
+        Ids of special tokens, by their names in GGUF.
+    """
+    templates = list(_templates(processor))
+    if len(templates) > 1:
+        raise ModelError("the tokenizer puts tokens around a text twice; llama.cpp does so once")
+    put = ["text"]
+    for template in templates:
+        ids = template["special_tokens"]
+        put = [
+            ids[piece["SpecialToken"]["id"]]["ids"] if "SpecialToken" in piece else "text"
+            for piece in template["single"]
+        ]
+    for begins, ends in product((False, True), repeat=2):
+        if put == [*[[special["bos"]]] * begins, "text", *[[special["eos"]]] * ends]:
+            return begins, ends
+    raise ModelError(
+        f"the tokenizer puts {put} around a text; llama.cpp puts the token of the beginning "
+        f"({special['bos']}) before it, that of the end ({special['eos']}) after it, and no others"
+    )
+
+
+def _templates(processor: Any) -> Iterator[Any]:
+    """Yield what puts tokens around a text; refuse what does something else."""
+    if processor is None or processor["type"] == "ByteLevel":  # which changes offsets alone
+        return
+    if processor["type"] == "Sequence":
+        for one in processor["processors"]:
+            yield from _templates(one)
+    elif processor["type"] == "TemplateProcessing":
+        yield processor
+    else:
+        raise ModelError(
+            f"the tokenizer ends with {processor['type']}, and llama.cpp has nothing like it"
+        )
+
+
+def _template(template: Any) -> str:
+    """Return the template of chats, of several that for want of a name; refuse one that is no text.
+
+    Empty if there is none.
+    """
+    if isinstance(template, dict):
+        template = template.get("default")
+    if not isinstance(template, str):
+        return ""
+    try:
+        template.encode()
+    except UnicodeEncodeError as error:
+        raise ModelError(
+            f"the chat template holds {template[error.start]!r}, half of a character, at "
+            f"{error.start}; correct it in the directory's chat_template.jinja or "
+            "tokenizer_config.json"
+        ) from error
+    return template
+
+
+def _check_added(added: Sequence[dict[str, Any]]) -> None:
+    """Refuse added tokens that llama.cpp would find elsewhere in a text, by name."""
+    for token in added:
+        marks = [name for name in ("lstrip", "rstrip", "single_word") if token[name]]
+        content = token["content"]
+        if token["normalized"] and unicodedata.normalize("NFC", content) != content:
+            marks = ["normalized"]
+        if marks:
+            raise ModelError(
+                f"the added token {content!r:.60} is {', '.join(marks)}, and llama.cpp finds "
+                "tokens only as they are written"
+            )
+    for one, other in _rivals(added):
+        raise ModelError(
+            f"where the added tokens {one!r:.60} and {other!r:.60} overlap in a text, the "
+            "tokenizer takes another of them than llama.cpp, which takes the longer one"
+        )
+
+
+def _rivals(added: Sequence[dict[str, Any]]) -> Iterator[tuple[str, str]]:
+    """Yield two added tokens of which a tokenizer takes the one that llama.cpp does not.
+
+    A tokenizer finds those that are not `normalized` before others; of both sorts the leftmost,
+    and of these the longest.  llama.cpp finds the longest in all the text before any shorter.
+    """
+    late = {token["content"]: token["normalized"] for token in added}
+    starting: dict[str, list[str]] = {}
+    for token in late:
+        for end in range(1, len(token)):
+            starting.setdefault(token[:end], []).append(token)
+    pairs = [  # of which the first starts before the other
+        (one, other)
+        for one in late
+        for start in range(1, len(one))
+        for other in starting.get(one[start:], ())
+    ]
+    early = [token for token in late if not late[token]]
+    pairs += [(one, other) for other in late if late[other] for one in early if one in other]
+    for pair in pairs:
+        found, other = sorted(pair, key=late.__getitem__)
+        if found != other and len(other.encode()) >= len(found.encode()):
+            yield found, other

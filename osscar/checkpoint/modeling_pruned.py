@@ -61,6 +61,11 @@ def resize(model: Any, shapes: dict[str, Any]) -> None:
         ``tensors``, the shape of each tensor that differs, by its name, and ``numbers``, those
         attributes of modules that differ, by the module's name.  The model without a head calls
         its modules by shorter names.
+
+    Raises
+    ------
+    ValueError
+        If a module has no such number.
     """
     modules = dict(model.named_modules())
     prefix = f"{model.base_model_prefix}."
@@ -80,12 +85,27 @@ def resize(model: Any, shapes: dict[str, Any]) -> None:
     for path, numbers in shapes["numbers"].items():
         module = modules[path if path in modules else path.removeprefix(prefix)]
         for attribute, value in numbers.items():
-            if attribute == "config":  # of its own, which differs from the model's
-                value, changed = copy.copy(module.config), value
-                vars(value).update(changed)
-            elif isinstance(value, list):  # JSON knows no tuples
-                value = type(getattr(module, attribute))(value)
-            setattr(module, attribute, value)
+            if attribute == "config" and isinstance(value, dict) and attribute in vars(module):
+                # of its own, which differs from the model's
+                config, changed = copy.copy(module.config), value
+                for field, number in changed.items():
+                    vars(config)[field] = _number(config, f"{path}.config", field, number)
+                module.config = config
+            else:
+                setattr(module, attribute, _number(module, path, attribute, value))
+
+
+def _number(owner: Any, path: str, name: str, value: Any) -> Any:
+    """Return a number, or a row of them, for an attribute that is one already, or refuse it."""
+    old, row = vars(owner).get(name), (list, tuple)  # JSON knows no tuples
+    alike = isinstance(value, row) is isinstance(old, row)
+    members = [*old, *value] if alike and isinstance(old, row) else [old, value]
+    if not alike or any(type(member) is not int for member in members):
+        raise ValueError(
+            f"osscar_shapes gives {path!r} {name} = {value!r}; that is {old!r}, and only whole "
+            "numbers are given others"
+        )
+    return type(old)(value)
 
 
 def __getattr__(name: str) -> Any:

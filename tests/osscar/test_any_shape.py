@@ -150,6 +150,36 @@ def test_nothing_but_architectures_is_made(name):
         getattr(modeling_pruned, name)
 
 
+@pytest.mark.parametrize(
+    ("path", "numbers", "named"),
+    [
+        ("model.layers.0.self_attn", {"scaling": 9.0}, r"scaling = 9\.0"),
+        ("model.layers.0.self_attn", {"scaling": 9}, "scaling = 9;"),
+        ("model.layers.0.self_attn", {"forward": 3}, "forward = 3"),
+        ("model.layers.0.self_attn", {"is_causal": 3}, "is_causal = 3"),
+        ("model.layers.0.self_attn", {"layer_idx": True}, "layer_idx = True"),
+        ("model.layers.0.self_attn", {"layer_idx": [1]}, r"layer_idx = \[1\]"),
+        ("model.layers.0.self_attn", {"config": 3}, "config = 3"),
+        ("model.layers.0.self_attn", {"config": {"hidden_act": 3}}, "hidden_act = 3"),
+        ("model.layers.0.mlp", {"config": {"new": 3}}, "new = 3"),
+    ],
+)
+def test_nothing_but_whole_numbers_that_are_there_is_changed(path, numbers, named):
+    model = tiny("llama-gqa")
+    with pytest.raises(ValueError, match=named):
+        modeling_pruned.resize(model, {"tensors": {}, "numbers": {path: numbers}})
+
+
+def test_whole_numbers_are_changed():
+    model = tiny("llama-gqa")
+    module = model.model.layers[0].self_attn
+    numbers = {"layer_idx": 7, "config": {"hidden_size": 5}}
+    shapes = {"tensors": {}, "numbers": {"model.layers.0.self_attn": numbers}}
+    modeling_pruned.resize(model, shapes)
+    assert (module.layer_idx, module.config.hidden_size) == (7, 5)
+    assert model.config.hidden_size != 5
+
+
 def test_half_precision(tmp_path):
     model = uneven("llama-gqa").to(torch.bfloat16)
     saved = checkpoint.save(model, tmp_path / "small")

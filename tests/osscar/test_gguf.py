@@ -10,7 +10,17 @@ from typing import Any
 
 import pytest
 import torch
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 from transformers import (
     AutoModelForCausalLM,
     GPT2Config,
@@ -178,6 +188,39 @@ def test_llama_cpp_splits_text_as_the_tokenizer_does(
     assert Engine(written.path).tokenize(TEXT) == words(TEXT).input_ids
 
 
+def around(*templates: str) -> Any:
+    """What puts tokens around a text."""
+    ids = [("<s>", 0), ("</s>", 1)]
+    steps = [processors.TemplateProcessing(of, special_tokens=ids) for of in templates]
+    return processors.Sequence([processors.ByteLevel(trim_offsets=False), *steps])
+
+
+@pytest.mark.parametrize("template", ["$A </s>", "<s> $A </s>"])
+def test_llama_cpp_puts_the_same_tokens_around_a_text(template: str, tmp_path: Path) -> None:
+    words = tokenizer()
+    words.backend_tokenizer.post_processor = around(template)
+    written = export_gguf(checkpoint(tmp_path, built(CONFIGS["llama"], {}), words), dtype="f32")
+    assert words(TEXT).input_ids[-1] == 1
+    assert Engine(written.path).tokenize(TEXT) == words(TEXT).input_ids
+
+
+def test_llama_cpp_finds_the_same_added_tokens(tmp_path: Path) -> None:
+    words = tokenizer()
+    words.add_tokens(["<toy>", "<toy> ca", "aaa", AddedToken("the", normalized=False)])
+    text = "the cat <toy> cat<toy> dog aaaaa  then <toy>the"
+    written = export_gguf(checkpoint(tmp_path, built(CONFIGS["llama"], {}), words), dtype="f32")
+    assert Engine(written.path).tokenize(text) == words(text).input_ids
+
+
+@pytest.mark.parametrize("name", ["Phi-3-mini", "phi3", "modern-bert"])
+def test_the_name_of_a_directory_does_not_change_how_special_tokens_are_found(
+    name: str, tmp_path: Path
+) -> None:
+    words, text = tokenizer(), "a</s>  b<s>  a"
+    saved = save(built(CONFIGS["llama"], {}), tmp_path / name, tokenizer=words)
+    assert Engine(export_gguf(saved.path).path).tokenize(text) == words(text).input_ids
+
+
 def field(file: Path, key: str) -> Any:
     return gguf.GGUFReader(file).get_field(key).contents()
 
@@ -200,6 +243,13 @@ def test_what_the_file_says(uneven: Path, tmp_path: Path) -> None:
     types = field(written.path, "tokenizer.ggml.token_type")
     assert (types[0], types[2], types[-1]) == (3, 1, 5)
     assert [path.name for path in tmp_path.iterdir() if "partial" in path.name] == []
+
+
+def test_of_several_chat_templates_the_file_has_the_default(tmp_path: Path) -> None:
+    words = tokenizer()
+    words.chat_template = {"default": "{{ messages }}", "tools": "{{ tools }}"}
+    written = export_gguf(checkpoint(tmp_path, built(CONFIGS["llama"], {}), words))
+    assert field(written.path, "tokenizer.chat_template") == "{{ messages }}"
 
 
 def test_a_sliding_window_bounds_the_context(tmp_path: Path) -> None:
@@ -254,6 +304,92 @@ def test_the_demo_is_refused() -> None:
 def test_tokenizers_without_a_name_are_refused(words: Any, reason: str, tmp_path: Path) -> None:
     checkpoint(tmp_path, built(CONFIGS["llama"], {}), words)
     refused(tmp_path, ModelError, reason)
+
+
+def changed(place: Path, words: Any, **changes: Any) -> None:
+    """Save a model with a tokenizer whose file says something else of the merges."""
+    file = checkpoint(place, built(CONFIGS["llama"], {}), words) / "tokenizer.json"
+    content = json.loads(file.read_text())
+    content["model"].update(changes)
+    file.write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"end_of_word_suffix": "e"}, "end_of_word_suffix = 'e'"),
+        ({"continuing_subword_prefix": "##", "merges": []}, "continuing_subword_prefix = '##'"),
+        ({"dropout": 0.5}, r"dropout = 0\.5"),
+        ({"unk_token": "<s>"}, "unk_token = '<s>'"),
+        ({"fuse_unk": True}, "fuse_unk = True"),
+        ({"merges": []}, "no merges"),
+    ],
+)
+def test_merges_made_in_other_ways_are_refused_by_name(
+    changes: dict[str, Any], reason: str, tmp_path: Path
+) -> None:
+    changed(tmp_path, tokenizer(), **changes)
+    refused(tmp_path, ModelError, reason)
+
+
+def test_a_tokenizer_that_leaves_characters_out(tmp_path: Path) -> None:
+    content = json.loads(tokenizer().backend_tokenizer.to_str())["model"]
+    vocabulary = {"z!" if token == "X" else token: of for token, of in content["vocab"].items()}
+    merges = [pair for pair in content["merges"] if "X" not in "".join(pair)]
+    changed(tmp_path, tokenizer(), vocab=vocabulary, merges=merges)
+    refused(tmp_path, ModelError, "no token 'X'")
+
+
+@pytest.mark.parametrize(
+    ("processor", "reason"),
+    [
+        (around("<s> <s> $A"), r"\[\[0\], \[0\], 'text'\] around"),
+        (around("</s> $A"), r"\[\[1\], 'text'\] around"),
+        (around("$A <s>"), r"\['text', \[0\]\] around"),
+        (around("$A </s>", "$A </s>"), "twice"),
+        (processors.RobertaProcessing(("</s>", 1), ("<s>", 0)), "RobertaProcessing"),
+    ],
+)
+def test_other_tokens_around_a_text_are_refused(
+    processor: Any, reason: str, tmp_path: Path
+) -> None:
+    words = tokenizer()
+    words.backend_tokenizer.post_processor = processor
+    checkpoint(tmp_path, built(CONFIGS["llama"], {}), words)
+    refused(tmp_path, ModelError, reason)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "reason"),
+    [
+        ([AddedToken("<m>", lstrip=True, rstrip=True)], "'<m>' is lstrip, rstrip"),
+        ([AddedToken("foo", single_word=True)], "'foo' is single_word"),
+        ([AddedToken("e\u0301")], "is normalized"),
+        (["ab", "bcd"], "'ab' and 'bcd' overlap"),
+        ([AddedToken("foo", normalized=False), "a foo"], "'foo' and 'a foo' overlap"),
+        ([AddedToken("oof", normalized=False), "foo"], "'oof' and 'foo' overlap"),
+    ],
+)
+def test_added_tokens_that_llama_cpp_finds_elsewhere(
+    tokens: list[Any], reason: str, tmp_path: Path
+) -> None:
+    words = tokenizer()
+    words.backend_tokenizer.normalizer = normalizers.NFC()
+    words.add_tokens(tokens)
+    checkpoint(tmp_path, built(CONFIGS["llama"], {}), words)
+    refused(tmp_path, ModelError, reason)
+
+
+def test_a_pattern_that_is_no_expression(tmp_path: Path) -> None:
+    steps = [pre_tokenizers.Split(_LLAMA_3, "isolated"), SPLITS["llama-bpe"][1]]
+    checkpoint(tmp_path, built(CONFIGS["llama"], {}), tokenizer(steps, ignore_merges=True))
+    refused(tmp_path, ModelError, "no name for how")
+
+
+def test_a_chat_template_that_is_no_text(tmp_path: Path) -> None:
+    file = checkpoint(tmp_path, built(CONFIGS["llama"], {})) / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"chat_template": "a\ud800"}))
+    refused(tmp_path, ModelError, "chat template holds '.*ud800', half of a character, at 1")
 
 
 def test_a_directory_without_a_tokenizer(tmp_path: Path) -> None:
