@@ -60,7 +60,10 @@ def entries(path: Path) -> list[Path]:
 
 def stays(path: Path) -> bool:
     """Whether a directory cannot be renamed, so that what is in it has to change."""
-    return path.is_dir() and (_is_mounted(path) or not os.access(path.parent, os.W_OK))
+    try:
+        return path.is_dir() and (_is_mounted(path) or not os.access(path.parent, os.W_OK))
+    except OSError:  # such as a name that is too long, which is said when it is written
+        return False
 
 
 def _is_mounted(path: Path) -> bool:

