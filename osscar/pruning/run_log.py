@@ -164,7 +164,8 @@ class SiteRecord:
     report
         What is known of its solution.
     weights
-        The refitted weights as the model holds them, one matrix (p, m) a consumer.
+        What was written, as the model holds it: of each consumer the refitted matrix (p, m) and,
+        if it has one, its bias (m,).
     """
 
     plan: GroupPlan
@@ -183,6 +184,7 @@ class _Words:
     plan: GroupPlan
     report: LayerReport
     weights: int
+    digest: str
 
 
 @dataclass(frozen=True)
@@ -445,6 +447,7 @@ class RunLog:
             "plan": dataclasses.asdict(record.plan),
             "report": dataclasses.asdict(record.report),
             "weights": len(record.weights),
+            "digest": _fingerprint((str(i), W) for i, W in enumerate(record.weights)),
         }
         tensors = {str(i): W.contiguous().cpu() for i, W in enumerate(record.weights)}
         with whole(self._place(index)) as partial:
@@ -459,6 +462,8 @@ class RunLog:
                 if (words.run, words.index) != (self._run, index):
                     raise FileError(place, "it is a record of another run, or of another group")
                 weights = tuple(file.get_tensor(str(i)) for i in range(words.weights))
+                if words.digest != _fingerprint((str(i), W) for i, W in enumerate(weights)):
+                    raise FileError(place, "its weights are not those that were written")
             return SiteRecord(words.plan, words.report, weights)
         except (OSError, safetensors.SafetensorError, FileError) as error:
             raise RunError(f"{place} cannot be read: {error}; begin anew with --restart") from error

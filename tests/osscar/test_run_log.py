@@ -11,6 +11,7 @@ import torch
 import osscar
 from osscar.core.errors import BusyError, RunError
 from osscar.core.files import LOCK_FILE, hold
+from osscar.pruning import run_log
 from osscar.pruning.prune import prune_as_asked
 from osscar.pruning.request import PruningRequest
 from osscar.pruning.run_log import MANIFEST, RunLog
@@ -167,6 +168,19 @@ def test_a_log_in_use_and_a_directory_of_someone_else_are_not_removed(tmp_path):
     assert (foreign.directory / "00001.safetensors").exists()
 
 
+def test_weights_that_were_changed_are_refused(tmp_path):
+    log = RunLog(tmp_path / "log")
+    prune_as_asked(tiny("opt"), tokens(), REQUEST, log)
+    file = log.directory / "00000.safetensors"
+    with safetensors.safe_open(file, "pt") as opened:
+        words = opened.metadata()
+        tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    tensors["0"] = tensors["0"] + 1
+    safetensors.torch.save_file(tensors, file, words)
+    with pytest.raises(RunError, match=r"not those that were written.*--restart"):
+        prune_as_asked(tiny("opt"), tokens(), REQUEST, log)
+
+
 def test_weights_of_another_form_are_refused(tmp_path):
     log = RunLog(tmp_path / "log")
     prune_as_asked(tiny("opt"), tokens(), REQUEST, log)
@@ -175,7 +189,9 @@ def test_weights_of_another_form_are_refused(tmp_path):
         words = opened.metadata()
         tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
     tensors["0"] = tensors["0"][:1].contiguous()
-    safetensors.torch.save_file(tensors, file, words)
+    record = json.loads(words["record"])
+    record["digest"] = run_log._fingerprint(sorted(tensors.items()))
+    safetensors.torch.save_file(tensors, file, {**words, "record": json.dumps(record)})
     with pytest.raises(RunError, match=r"of another form.*--restart"):
         prune_as_asked(tiny("opt"), tokens(), REQUEST, log)
 
