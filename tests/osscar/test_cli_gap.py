@@ -305,6 +305,8 @@ def test_an_interrupted_study_says_how_to_go_on(tmp_path):
     process = subprocess.Popen(
         command, cwd=tmp_path, start_new_session=True, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        # a suite that runs in the background ignores Ctrl-C, and so would what it starts
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
     while process.poll() is None and not (
         list(tmp_path.glob("study/records/*.json")) and list(tmp_path.glob("begun-*"))
