@@ -20,9 +20,9 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -83,18 +83,16 @@ class Task:
     sources: tuple[str, ...] = ("same form",)
 
 
-class Subject:
+class Subject(Protocol):
     """A dense model that can be calibrated and scored."""
 
     dense: dict[str, float]
 
     def calibration(self, source: str, samples: int | None, seed: int) -> Any:
         """Return calibration data."""
-        raise NotImplementedError
 
     def score(self, model: Any) -> dict[str, float]:
         """Return quality by name of its measure."""
-        raise NotImplementedError
 
 
 class Text(Subject):
@@ -213,12 +211,13 @@ class Row:
     source: str = "same form"
     samples: int | None = None
     seed: int = 0
-    measured: dict[str, Any] = field(default_factory=dict)
+    scored: tuple[int, int] = (40, 2000)
+    """Windows and images that are scored."""
 
     @property
     def key(self) -> str:
         """The name of its file."""
-        words = [self.task, self.setting, self.method, self.source, self.samples, self.seed]
+        words = dataclasses.astuple(self)
         return hashlib.sha256(repr(words).encode()).hexdigest()[:16] + ".json"
 
 
@@ -263,7 +262,8 @@ def asked(name: str, task: Task, arguments: argparse.Namespace) -> Iterator[Row]
             for seed in arguments.seeds or task.seeds:
                 for samples in arguments.samples:
                     for method in arguments.methods:
-                        yield Row(name, setting.name, method, source, samples, seed)
+                        scored = (arguments.windows, arguments.images)
+                        yield Row(name, setting.name, method, source, samples, seed, scored)
 
 
 def done(row: Row, arguments: argparse.Namespace) -> bool:

@@ -196,6 +196,12 @@ class _Allocation:
     run: str
     keep: dict[str, int]
     budget: Budget | None
+    digest: str
+
+    @classmethod
+    def of(cls, run: str, allocated: Allocated) -> _Allocation:
+        text = json.dumps(dataclasses.asdict(allocated), sort_keys=True)
+        return cls(run, dict(allocated.keep), allocated.budget, digest(text))
 
 
 @dataclass(frozen=True)
@@ -332,7 +338,10 @@ class RunLog:
             raise RunError(f"{error}; begin anew with --restart") from error
         if found.run != self._run:
             raise RunError(f"{file} is of another run; begin anew with --restart")
-        return Allocated(found.keep, found.budget)
+        allocated = Allocated(found.keep, found.budget)
+        if found != _Allocation.of(self._run, allocated):
+            raise RunError(f"{file} was changed since it was written; begin anew with --restart")
+        return allocated
 
     def note_allocation(self, allocated: Allocated) -> None:
         """Keep what was decided, so that a run that goes on decides nothing anew.
@@ -342,7 +351,7 @@ class RunLog:
         OutputError
             If it cannot be written.
         """
-        found = _Allocation(self._run, dict(allocated.keep), allocated.budget)
+        found = _Allocation.of(self._run, allocated)
         write_json(self.directory / ALLOCATION, dataclasses.asdict(found))
 
     @property

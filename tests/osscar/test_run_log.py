@@ -257,6 +257,9 @@ def test_groups_that_share_a_consumer_go_on_to_the_same_bits(tmp_path):
         ("keep", {"nowhere": 1}),
         ("budget.curves", {"nowhere": [1.0, 0.0]}),
         ("budget.curves", {"model.decoder.layers.0.neurons": []}),
+        ("budget.reached", -1.0),
+        ("budget.dense", 0.0),
+        ("budget.predicted", 1e-9),
         ("run", "0" * 64),
     ],
 )
