@@ -320,10 +320,10 @@ def _pass(
         try:
             result = model(**fresh(batch))
             tokens = isinstance(opened.inputs, TokenInputs)
-            loss, predictions = _sampled_loss(result, batch, tokens, generator)
-            if loss is not None and loss.requires_grad:
+            outputs, gradients, predictions = _sampled(result, batch, tokens, generator)
+            if outputs:
                 seen.samples = samples if predictions == samples else None
-                loss.backward()  # type: ignore[no-untyped-call]
+                torch.autograd.backward(outputs, gradients)
         except (OsscarError, torch.OutOfMemoryError):
             raise
         except Exception as error:
@@ -396,32 +396,44 @@ def _observed(model: nn.Module, factors: Sequence[Factors]) -> Iterator[_Seen]:
             handle.remove()
 
 
-def _sampled_loss(
+def _sampled(
     result: Any, batch: Batch, tokens: bool, generator: torch.Generator
-) -> tuple[Tensor | None, int]:
-    """Return what to differentiate, and how many predictions it is the sum of.
+) -> tuple[list[Tensor], list[Tensor], int]:
+    """Return what to differentiate, from which gradients, and how many predictions these are.
 
-    Logits give the log-likelihood of labels drawn from them.  Any other output is taken as the mean
-    of a Gaussian, as wide as the outputs spread: a random projection of it has the same Fisher
-    matrix (Gauss-Newton).
+    Logits have the gradient of the log-likelihood of labels drawn from them.  Any other output is
+    taken as the mean of a Gaussian, as wide as the outputs spread: a random projection of it has
+    the same Fisher matrix (Gauss-Newton).
     """
     logits = logits_of(result, batch, tokens)
     if logits is not None:
         rows = logits.flatten(0, -2)
-        with torch.no_grad():
-            chances = rows.float().softmax(-1)
-            labels = torch.multinomial(chances, 1, generator=generator).flatten()
-        return nn.functional.cross_entropy(rows.float(), labels, reduction="sum"), len(rows)
+        if not rows.requires_grad:
+            return [], [], 0
+        gradient = rows.detach().float().softmax(-1)
+        labels = _drawn(gradient, generator)
+        gradient[torch.arange(len(rows), device=rows.device), labels] -= 1
+        return [rows], [gradient.to(rows.dtype)], len(rows)
     outputs = [
         leaf
         for leaf in pytree.tree_leaves(result)
         if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.requires_grad
     ]
     if not outputs:
-        return None, 0
+        return [], [], 0
     # One sample is one prediction of everything that the model puts out about it.
-    total = sum((_projected(output.float(), generator) for output in outputs), torch.zeros(()))
-    return total, len(outputs[0]) if outputs[0].ndim else 1
+    count = len(outputs[0]) if outputs[0].ndim else 1
+    return outputs, [_projection(output.detach(), generator) for output in outputs], count
+
+
+def _drawn(chances: Tensor, generator: torch.Generator) -> Tensor:
+    """Draw a label from each row of probabilities: where their sum passes a uniform number.
+
+    One number a row; `torch.multinomial` takes one for each class, which is a fifth of a pass.
+    """
+    sums = chances.cumsum(-1)
+    draws = torch.rand(len(sums), 1, generator=generator, device=sums.device) * sums[:, -1:]
+    return torch.searchsorted(sums, draws, right=True).clamp_(max=sums.shape[-1] - 1).flatten()
 
 
 def logits_of(result: Any, batch: Batch, tokens: bool) -> Tensor | None:
@@ -450,11 +462,11 @@ def logits_of(result: Any, batch: Batch, tokens: bool) -> Tensor | None:
     return found.clamp(min=1e-30).log() if chances else found
 
 
-def _projected(output: Tensor, generator: torch.Generator) -> Tensor:
-    """Return a random projection of outputs, relative to their spread."""
-    spread = output.detach().std(correction=0)
+def _projection(output: Tensor, generator: torch.Generator) -> Tensor:
+    """Return a random direction of outputs, relative to their spread."""
+    spread = output.float().std(correction=0)
     noise = torch.randn(output.shape, generator=generator, device=output.device)
-    return (output * noise).sum() / (spread if spread > 0 else 1.0)
+    return (noise / (spread if spread > 0 else 1.0)).to(output.dtype)
 
 
 # ---- without gradients -------------------------------------------------------------------

@@ -20,11 +20,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-import solvers
 from osscar.capture.linear_maps import LinearMap
 from osscar.core.errors import ModelError, NonFiniteError
 from osscar.core.modules import device_of
-from solvers import Consumer, SubsetProblem, refit
+from solvers import Consumer, SubsetProblem
 
 
 @dataclass(frozen=True, eq=False)
@@ -330,37 +329,3 @@ def _divided(consumer: Consumer, scale: float) -> Consumer:
         e=consumer.e / scale,
         damping=consumer.damping / scale,
     )
-
-
-def best_share(accumulators: Sequence[GramAccumulator], keep: int, name: str, damp: float) -> float:
-    """Return the share of the corrections whose refit serves the samples that were held out best.
-
-    A correction of earlier errors is fitted to the calibration data, and the more so the fewer
-    there are: bias against variance.  Refits are linear in the targets, ``W = W_0 + share W_1``, so
-    that the error on held-out samples, whose targets have the corrections in full, is a parabola.
-    The units are those that weights and inputs of the largest norm belong to; the share hardly
-    depends on them.
-
-    Parameters
-    ----------
-    accumulators, keep, name, damp
-        As of `pose`.
-    """
-    plain, full = (pose(accumulators, keep, name, damp, share) for share in (0.0, 1.0))
-    support = solvers.make_backend("wanda").select(plain).support
-    W_0, W_full = refit(plain, support)[0], refit(full, support)[0]
-    slopes: dict[str, float] = {}
-    curves: dict[str, float] = {}
-    sizes: dict[str, float] = {}
-    for accumulator, A, B in zip(accumulators, W_0, W_full, strict=True):
-        held, layer = accumulator.held, accumulator.linear_map.name
-        targets = None if held is None else held.targets(accumulator.linear_map.read_weight(), 1.0)
-        if held is None or targets is None:
-            return 0.0
-        G, energy = targets
-        slopes[layer] = slopes.get(layer, 0.0) + float(((B - A) * (G - held.H @ A)).sum())
-        curves[layer] = curves.get(layer, 0.0) + float(((B - A) * (held.H @ (B - A))).sum())
-        sizes[layer] = sizes.get(layer, 0.0) + energy
-    slope = sum(value / (sizes[layer] or 1.0) for layer, value in slopes.items())
-    curve = sum(value / (sizes[layer] or 1.0) for layer, value in curves.items())
-    return min(max(slope / curve, 0.0), 1.0) if curve > 0 else 0.0

@@ -38,10 +38,11 @@ from osscar.capture.coroutines import (
     running,
     suspend,
 )
-from osscar.capture.gram import GramAccumulator, best_share, pose
+from osscar.capture.gram import GramAccumulator, pose
 from osscar.capture.linear_maps import LinearMap, linear_maps
 from osscar.capture.opened import Opened
 from osscar.capture.residual import Keeper, kept_streams, streams
+from osscar.capture.share import best_share
 from osscar.capture.targets import Target
 from osscar.core.errors import CalibrationError, ModelError, OsscarError
 from osscar.core.modules import fresh
@@ -106,8 +107,7 @@ class Site:
 
         Where none were, nothing tells how much of them is noise: there are no corrections then.
         """
-        held = all(gram.held is not None for gram in self.grams)
-        self.share = best_share(self.grams, keep, self.group.name, damp) if held else 0.0
+        self.share = best_share(self.grams, keep, damp)
 
     def commit(self, weights: Sequence[Tensor]) -> None:
         """Write the refitted weights, one matrix (p, m) a consumer; the batches go on through them.

@@ -9,10 +9,11 @@ from torch import nn
 
 import osscar
 import solvers
-from osscar.capture.gram import GramAccumulator, best_share, pose
+from osscar.capture.gram import GramAccumulator, pose
 from osscar.capture.linear_maps import linear_maps
 from osscar.capture.opened import opened
 from osscar.capture.residual import streams
+from osscar.capture.share import best_share
 from osscar.capture.targets import Target
 from osscar.capture.walk import _parted, walk
 from tests.osscar.families import tiny, tokens
@@ -170,7 +171,7 @@ def accumulated(positions, noise, *, seed=0):
 
 def test_the_share_is_the_one_that_a_search_over_shares_finds():
     gram = accumulated(40, 3.0)
-    chosen = best_share([gram], 8, "one", 0.01)
+    chosen = best_share([gram], 8, 0.01)
     assert 0 < chosen < 1
     W0, held = gram.linear_map.read_weight(), gram.held
     support = solvers.make_backend("wanda").select(pose([gram], 8, "one", 0.01, 0.0)).support
@@ -186,7 +187,7 @@ def test_the_share_is_the_one_that_a_search_over_shares_finds():
 
 def test_more_data_and_less_noise_make_the_share_larger():
     shares = [
-        best_share([accumulated(n, noise)], 8, "one", 0.01)
+        best_share([accumulated(n, noise)], 8, 0.01)
         for n, noise in ((16, 10.0), (60, 10.0), (4000, 0.1))
     ]
     assert shares == sorted(shares)
