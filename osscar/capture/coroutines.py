@@ -9,19 +9,19 @@ run.  Both are taken off when a pass is suspended and put back when it goes on.
 from __future__ import annotations
 
 import contextvars
-import copy
 import enum
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from greenlet import GreenletExit, getcurrent, greenlet
-from torch import Tensor, nn
+from torch import Tensor
 
 from osscar.capture.residual import Keeper
+from osscar.capture.scratch import Scratch
 
 _AUTOCAST_DEVICES = ("cpu", "cuda")
 _CUDA = torch.backends.cuda
@@ -34,8 +34,6 @@ _KERNELS = (
     (torch.backends.mha.get_fastpath_enabled, torch.backends.mha.set_fastpath_enabled),
 )
 """Which kernels operators may take: how to read and to set each switch."""
-
-_MISSING = object()
 
 
 class Stream(enum.StrEnum):
@@ -222,132 +220,3 @@ class _Left:
             torch._C._push_on_torch_function_stack(mode)
         self._scratch.put(self._written)
         self._own.restore()
-
-
-# ---- what modules write on themselves ----------------------------------------------------
-
-
-_CONTAINERS = (dict, list, set)
-_OWN = frozenset(vars(nn.Module()))
-"""What every module has, such as its tables of parameters and hooks."""
-
-
-@dataclass(frozen=True, eq=False)
-class Scratch:
-    """What a forward pass writes on modules; each pass has its own values of it.
-
-    Parameters
-    ----------
-    attributes
-        The module and the name of each that is assigned.
-    containers
-        Dictionaries, lists and sets that are attributes of modules, whose members may change.
-    buffers
-        Tensors that are written to in place.
-    """
-
-    attributes: Sequence[tuple[nn.Module, str]] = ()
-    containers: Sequence[Any] = ()
-    buffers: Sequence[Tensor] = ()
-    _initial: list[Any] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self._initial.extend(self._read())
-
-    @classmethod
-    def of(cls, model: nn.Module, written: Writes) -> Scratch:
-        """Take what was written, and all containers that might have been for a moment."""
-        containers = [
-            value
-            for module in model.modules()
-            for name, value in vars(module).items()
-            if name not in _OWN and isinstance(value, _CONTAINERS)
-        ]
-        buffers = [
-            tensor
-            for tensor, version in written.versions
-            if not tensor.is_inference() and tensor._version != version
-        ]
-        return cls(tuple(written.attributes), tuple(containers), tuple(buffers))
-
-    def take(self) -> list[Any]:
-        """Return what the running pass has written, and write what was there before it."""
-        written = self._read()
-        self.put(self._initial)
-        return written
-
-    def reset(self) -> None:
-        """Write what was there before any pass."""
-        self.put(self._initial)
-
-    def put(self, values: Sequence[Any]) -> None:
-        """Write values, as `take` returned them."""
-        rest = iter(values)
-        for module, name in self.attributes:
-            store, value = _store(module, name), next(rest)
-            if value is _MISSING:
-                store.pop(name, None)
-            else:
-                store[name] = value
-        for container in self.containers:
-            _refill(container, next(rest))
-        for buffer in self.buffers:
-            buffer.copy_(next(rest))
-
-    def _read(self) -> list[Any]:
-        return [
-            *(_store(module, name).get(name, _MISSING) for module, name in self.attributes),
-            *(copy.copy(container) for container in self.containers),
-            *(buffer.clone() for buffer in self.buffers),
-        ]
-
-
-def _refill(container: Any, members: Any) -> None:
-    """Give a dictionary, list or set other members."""
-    container.clear()
-    if isinstance(container, list):
-        container.extend(members)
-    else:
-        container.update(members)
-
-
-def _store(module: nn.Module, name: str) -> dict[str, Any]:
-    """Return which of a module's tables holds an attribute."""
-    tables: tuple[dict[str, Any], ...] = (module._parameters, module._buffers, module._modules)
-    return next((table for table in tables if name in table), vars(module))
-
-
-@dataclass(eq=False)
-class Writes:
-    """What was written while a model ran.
-
-    Parameters
-    ----------
-    attributes
-        Each module and attribute that was assigned.
-    versions
-        Each buffer with how often it had been written to before.
-    """
-
-    attributes: set[tuple[nn.Module, str]] = field(default_factory=set)
-    versions: Sequence[tuple[Tensor, int]] = ()
-
-
-@contextmanager
-def recorded_writes(model: nn.Module) -> Iterator[Writes]:
-    """Yield what modules write on themselves while the block runs."""
-    versions = [(t, 0 if t.is_inference() else t._version) for t in model.buffers()]
-    written = Writes(versions=versions)
-    own = set(model.modules())
-    original = nn.Module.__setattr__
-
-    def note(module: nn.Module, name: str, value: Any) -> None:
-        if module in own and name != "training":
-            written.attributes.add((module, name))
-        original(module, name, value)
-
-    nn.Module.__setattr__ = note  # type: ignore[method-assign, assignment]
-    try:
-        yield written
-    finally:
-        nn.Module.__setattr__ = original  # type: ignore[method-assign]

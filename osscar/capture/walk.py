@@ -31,10 +31,8 @@ from graph.export import failing_module
 from osscar.capture.coroutines import (
     Arrival,
     Coroutine,
-    Scratch,
     Stream,
     Surroundings,
-    recorded_writes,
     running,
     suspend,
 )
@@ -42,6 +40,7 @@ from osscar.capture.gram import GramAccumulator, pose
 from osscar.capture.linear_maps import LinearMap, linear_maps
 from osscar.capture.opened import Opened
 from osscar.capture.residual import Keeper, kept_streams, streams
+from osscar.capture.scratch import Scratch, recorded_writes
 from osscar.capture.share import best_share
 from osscar.capture.targets import Target
 from osscar.core.errors import CalibrationError, ModelError, OsscarError
