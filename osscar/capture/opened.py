@@ -14,6 +14,7 @@ import graph
 from graph import CouplingGroup
 from osscar.capture.linear_maps import expose_attention, freeze_unreadable
 from osscar.capture.readers import weights_read_elsewhere
+from osscar.capture.scratch import Untouched
 from osscar.core.errors import CalibrationError
 from osscar.core.modules import (
     check_finite_weights,
@@ -46,6 +47,8 @@ class Opened:
         Small inputs with which it was traced.
     batch_size
         Samples in a batch.
+    untouched
+        What its modules held before it ran.
     """
 
     model: nn.Module
@@ -54,6 +57,7 @@ class Opened:
     groups: tuple[CouplingGroup, ...]
     example: Batch = field(repr=False)
     batch_size: int
+    untouched: Untouched = field(repr=False)
 
     @property
     def residual(self) -> frozenset[str]:
@@ -116,11 +120,13 @@ def opened(
     if device is not None:
         work = work.to(device)
     in_evaluation(work)
-    with without_cache(work), torch.no_grad():
+    untouched = Untouched(work)
+    # What a model draws at random is nobody else's matter.
+    with torch.random.fork_rng(_graphics_cards(work)), without_cache(work), torch.no_grad():
         example = inputs.example(work)
         _prepare(work, example, heads)
         traced = graph.trace(work, example)
-        with weights_read_elsewhere(work) as elsewhere:
+        with weights_read_elsewhere(work) as elsewhere, untouched.observing(work):
             _check_runs(work, example)
         yield Opened(
             model=work,
@@ -129,7 +135,13 @@ def opened(
             groups=freeze_unreadable(work, traced.groups, elsewhere),
             example=example,
             batch_size=inputs.batch_size if batch_size is None else batch_size,
+            untouched=untouched,
         )
+
+
+def _graphics_cards(model: nn.Module) -> list[torch.device]:
+    """Return the devices whose random numbers a model may draw, besides the CPU."""
+    return sorted({p.device for p in model.parameters() if p.device.type == "cuda"}, key=str)
 
 
 def _prepare(model: nn.Module, example: Batch, heads: bool) -> None:

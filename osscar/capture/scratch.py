@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import operator
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 _MISSING = object()
@@ -100,6 +102,83 @@ def _store(module: nn.Module, name: str) -> dict[str, Any]:
     """Return which of a module's tables holds an attribute."""
     tables: tuple[dict[str, Any], ...] = (module._parameters, module._buffers, module._modules)
     return next((table for table in tables if name in table), vars(module))
+
+
+class Untouched:
+    """What modules hold before a model runs for the first time, to be put back in the end.
+
+    Parameters
+    ----------
+    model
+        The model; it has not run yet.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._held = {
+            module: {
+                **{name: value for name, value in vars(module).items() if name not in _OWN},
+                **module._buffers,
+            }
+            for module in model.modules()
+        }
+        self._containers = [
+            (value, copy.copy(value))
+            for held in self._held.values()
+            for value in held.values()
+            if isinstance(value, _CONTAINERS)
+        ]
+        self._buffers = [(tensor, tensor.clone()) for tensor in model.buffers()]
+        self._assigned: list[tuple[nn.Module, str, Any]] = []
+        self._refilled: list[tuple[Any, Any]] = []
+        self._overwritten: list[tuple[Tensor, Tensor]] = []
+
+    @contextmanager
+    def observing(self, model: nn.Module) -> Iterator[None]:
+        """Learn what passes write from the one that runs in this block."""
+        before = [copy.copy(container) for container, _ in self._containers]
+        with recorded_writes(model) as written:
+            yield
+        self._assigned = [
+            (module, name, self._held[module].get(name, _MISSING))
+            for module, name in written.attributes
+            if module in self._held and name not in {*module._parameters, *module._modules}
+        ]
+        self._refilled = [
+            (container, first)
+            for (container, first), members in zip(self._containers, before, strict=True)
+            if not _same(container, members)
+        ]
+        versions = {id(tensor): version for tensor, version in written.versions}
+        self._overwritten = [
+            (tensor, first)
+            for tensor, first in self._buffers
+            if not tensor.is_inference() and tensor._version != versions.get(id(tensor))
+        ]
+
+    def put_back(self) -> None:
+        """Write what was there before, so that nothing tells of the passes since."""
+        for module, name, value in self._assigned:
+            store = _store(module, name)
+            if value is _MISSING:
+                store.pop(name, None)
+            else:
+                store[name] = value
+        for container, first in self._refilled:
+            _refill(container, first)
+        with torch.no_grad():
+            for tensor, first in self._overwritten:
+                tensor.copy_(first)
+
+
+def _same(container: Any, members: Any) -> bool:
+    """Whether two containers hold the very same things; values may be tensors."""
+    if isinstance(container, set):
+        return bool(container == members)
+    if isinstance(container, dict):
+        return list(container) == list(members) and all(
+            container[key] is members[key] for key in members
+        )
+    return len(container) == len(members) and all(map(operator.is_, container, members))
 
 
 @dataclass(eq=False)

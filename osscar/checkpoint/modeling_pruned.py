@@ -65,14 +65,14 @@ def resize(model: Any, shapes: dict[str, Any]) -> None:
     Raises
     ------
     ValueError
-        If a module has no such number.
+        If there is no such module, or it has no such number.
     """
     modules = dict(model.named_modules())
     prefix = f"{model.base_model_prefix}."
     resized: dict[int, nn.Parameter] = {}  # tied tensors stay tied
     for name, shape in shapes["tensors"].items():
         path, _, attribute = name.rpartition(".")
-        module = modules[path if path in modules else path.removeprefix(prefix)]
+        module = _find(modules, path, prefix)
         old = getattr(module, attribute)
         new = old.detach()[tuple(map(slice, shape))].clone()
         if isinstance(old, nn.Parameter):
@@ -83,7 +83,7 @@ def resize(model: Any, shapes: dict[str, Any]) -> None:
             for dim, size in enumerate(sizes):
                 setattr(module, size, new.shape[dim])
     for path, numbers in shapes["numbers"].items():
-        module = modules[path if path in modules else path.removeprefix(prefix)]
+        module = _find(modules, path, prefix)
         for attribute, value in numbers.items():
             if attribute == "config" and isinstance(value, dict) and attribute in vars(module):
                 # of its own, which differs from the model's
@@ -93,6 +93,12 @@ def resize(model: Any, shapes: dict[str, Any]) -> None:
                 module.config = config
             else:
                 setattr(module, attribute, _number(module, path, attribute, value))
+
+
+def _find(modules: dict[str, nn.Module], path: str, prefix: str) -> Any:
+    if not {path, path.removeprefix(prefix)} & modules.keys():
+        raise ValueError(f"osscar_shapes names {path!r}, which is no module of this model")
+    return modules.get(path, modules.get(path.removeprefix(prefix)))
 
 
 def _number(owner: Any, path: str, name: str, value: Any) -> Any:

@@ -152,29 +152,30 @@ def command(
         if calibration is not None and Path(calibration).is_file():
             source["calibration_sha256"] = _fingerprint(Path(calibration))["sha256"]
     study = Study(directory, source)
-    with quiet(), study.locked(), way_back(lambda: study.kept):
-        if not study.instances:
-            study.capture(
-                _file_problems(sources)
-                if are_files
-                else _model_problems(
-                    source, groups, device=device, trust_remote_code=trust_remote_code
+    with way_back(lambda: study.kept):
+        with quiet(), study.locked():
+            if not study.instances:
+                study.capture(
+                    _file_problems(sources)
+                    if are_files
+                    else _model_problems(
+                        source, groups, device=device, trust_remote_code=trust_remote_code
+                    )
                 )
-            )
-        jobs = jobs or study.affordable_jobs()
-        records = study.run(design, jobs)
-        summary = summarize(records, study.trivial)
-        report = write_report(study, design, records, summary, jobs=jobs)
-    _print(summary)
-    say(f"report: {report}")
-    content = {
-        **{"directory": str(directory), "source": source, "design": dataclasses.asdict(design)},
-        "answer": summary.answer,
-        "headline": list(summary.headline),
-        "records": [dataclasses.asdict(record) for record in records],
-        "trivial": [instance.name for instance in study.trivial],
-    }
-    write_json(json, document("gap", 2, content))
+            jobs = jobs or study.affordable_jobs()
+            records = study.run(design, jobs)
+            summary = summarize(records, study.trivial)
+            report = write_report(study, design, records, summary, jobs=jobs)
+        _print(summary)
+        say(f"report: {report}")
+        content = {
+            **{"directory": str(directory), "source": source, "design": dataclasses.asdict(design)},
+            "answer": summary.answer,
+            "headline": list(summary.headline),
+            "records": [dataclasses.asdict(record) for record in records],
+            "trivial": [instance.name for instance in study.trivial],
+        }
+        write_json(json, document("gap", 2, content))
 
 
 def _print(summary: Summary) -> None:

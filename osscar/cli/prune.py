@@ -228,7 +228,7 @@ def command(
     if not (overwrite or restart) and _is_saved(path, log, asked, json, report):
         return
     check_output(path, overwrite=overwrite, inputs=(*read, json, report))
-    with log.held(), way_back(lambda: log.kept), quiet():
+    with way_back(lambda: log.kept), log.held(), quiet():
         if restart:
             log.remove()
         loaded = open_model(

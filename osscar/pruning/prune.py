@@ -100,6 +100,7 @@ def prune_as_asked(
         result = prune_opened(ready, request, DenseFacts.of(ready, request), log)
     note_calibration(result.model, calibration)
     budget = _timed(model, result.model, ready, result.budget)
+    ready.untouched.put_back()
     return dataclasses.replace(result, budget=budget, seconds=time.perf_counter() - start)
 
 
@@ -173,6 +174,8 @@ def prune_opened(
     if isinstance(work, PreTrainedModel):
         adopt_config(work)
     reference = facts.reference
+    divergence = None if reference is None else reference.divergence(work)
+    ready.untouched.put_back()
     return PruningResult(
         model=work,
         plan=proof.plan,
@@ -182,7 +185,7 @@ def prune_opened(
         equivalence_error=proof.error,
         batch_norms=renewed,
         budget=allocated.budget,
-        divergence=None if reference is None else reference.divergence(work),
+        divergence=divergence,
         held_out=held,
         seconds=time.perf_counter() - start,
         request=request,

@@ -231,7 +231,9 @@ class Study:
                 (self.directory / name).mkdir(exist_ok=True)
         except OSError as error:
             reason = f"{reason_of(error)}{remedy(error)}"
-            raise OutputError(f"cannot write {error.filename}: {reason}") from error
+            raise OutputError(
+                f"cannot write {error.filename or self.directory}: {reason}"
+            ) from error
         self._tidy()
 
     def run(self, design: StudyDesign, jobs: int = 1) -> tuple[Record, ...]:

@@ -496,3 +496,39 @@ def test_a_weight_that_other_code_reads_is_not_refitted(form):
         assert "reads, too" in frozen[12][0].reason
     result = osscar.prune(model, x, sparsity=0.5, backend="wanda")
     assert len([layer for layer in result.layers if layer.units == 12]) == (form == "once")
+
+
+class Noting(nn.Module):
+    """Writes on itself whenever it runs: a counter, a list, an attribute; and draws at random."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 3))
+        self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
+        self.seen, self.last = [], None
+
+    def forward(self, x):
+        self.calls.add_(1)
+        self.seen.append(tuple(x.shape))
+        self.last = x.mean()
+        return self.body(x) + 0 * torch.rand(())
+
+
+@pytest.mark.parametrize("asked", [{"neurons": 0.5}, {"sparsity": 0.3}, {"flops": 0.7}], ids=str)
+def test_a_result_does_not_tell_that_it_was_run(asked):
+    model, data = Noting().eval(), torch.randn(64, 6)
+    model(data)
+    before = [int(model.calls), list(model.seen), model.last]
+    result = osscar.prune(model, data, **asked)
+    for one in (model, result.model):
+        assert [int(one.calls), one.seen, one.last] == before
+    assert result.parameters_after < result.parameters_before
+
+
+def test_random_numbers_of_a_model_are_not_those_of_its_user():
+    model, data = Noting().eval(), torch.randn(64, 6)
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    osscar.prune(model, data, neurons=0.5)
+    assert torch.equal(torch.rand(3), expected)
