@@ -39,9 +39,9 @@ from osscar.capture.coroutines import (
 from osscar.capture.gram import GramAccumulator, pose
 from osscar.capture.linear_maps import LinearMap, linear_maps
 from osscar.capture.opened import Opened
+from osscar.capture.regularization import DAMPS, DEFAULT_DAMP, Regularization, best_regularization
 from osscar.capture.residual import Keeper, kept_streams, streams
 from osscar.capture.scratch import Scratch, recorded_writes
-from osscar.capture.share import best_share
 from osscar.capture.targets import Target
 from osscar.core.errors import CalibrationError, ModelError, OsscarError
 from osscar.core.modules import fresh
@@ -101,12 +101,25 @@ class Site:
         """
         return pose(self.grams, keep, self.group.name, damp, self.share)
 
-    def choose_share(self, keep: int, damp: float) -> None:
-        """Set the share of the corrections to what serves the samples that were held out best.
+    def regularization(
+        self, keep: int, damp: float | None = None, share: float | None = None
+    ) -> Regularization:
+        """Return what is asked for; for the rest, what serves held-out samples best.
 
-        Where none were, nothing tells how much of them is noise: there are no corrections then.
+        Where none were held out, nothing tells how much of the corrections is noise, and there are
+        none then.
+
+        Parameters
+        ----------
+        keep
+            How many units stay.
+        damp, share
+            What is asked for, if it is.
         """
-        self.share = best_share(self.grams, keep, damp)
+        if any(gram.held is None for gram in self.grams):
+            return Regularization(DEFAULT_DAMP if damp is None else damp, share or 0.0)
+        damps = DAMPS if damp is None else (damp,)
+        return best_regularization(self.grams, keep, damps, share)
 
     def commit(self, weights: Sequence[Tensor]) -> None:
         """Write the refitted weights, one matrix (p, m) a consumer; the batches go on through them.
@@ -583,7 +596,7 @@ def walk(
         committed, so that no second model is held.
     held
         How many samples, the last ones, no weight is fitted to: they choose how much of the
-        corrections targets have (`Site.choose_share`).
+        corrections targets have (`Site.regularization`).
     committed
         The dense tensors of modules to which an earlier walk has committed, by name.
 

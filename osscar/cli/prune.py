@@ -139,8 +139,12 @@ def command(
         ),
     ] = False,
     damp: Annotated[
-        float, typer.Option(help="Pull towards the dense weights, relative to diag(H).")
-    ] = 0.01,
+        float | None,
+        typer.Option(
+            help="Pull towards the dense weights, relative to diag(H).  [default: what serves "
+            "held-out samples best, layer by layer]"
+        ),
+    ] = None,
     target: Annotated[
         str,
         typer.Option(

@@ -98,8 +98,12 @@ def command(
     ] = 1,
     backend: Annotated[str, typer.Option(help="`osscar backends` lists them.")] = "local_search",
     damp: Annotated[
-        float, typer.Option(help="Pull towards the dense weights, relative to diag(H).")
-    ] = 0.01,
+        float | None,
+        typer.Option(
+            help="Pull towards the dense weights, relative to diag(H).  [default: what serves "
+            "held-out samples best, layer by layer]"
+        ),
+    ] = None,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     json: JsonOption = None,

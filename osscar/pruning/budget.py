@@ -16,6 +16,7 @@ from pydantic import ConfigDict
 
 from graph import CouplingGroup
 from osscar.capture.opened import Opened
+from osscar.capture.regularization import DEFAULT_DAMP
 from osscar.core.errors import FrozenGroupError, RequestError
 from osscar.core.files import STRICT
 from osscar.pruning.costs import Cost, CostModel, count
@@ -173,7 +174,8 @@ def shared_curves(ready: Opened, request: PruningRequest) -> dict[str, Curve]:
     """
     groups = reachable(ready.groups, request, ready.residual)
     shared = [group for group in groups if _shares(group, request, ready.residual)]
-    found = measure_curves(ready, shared, damp=request.damp, seed=request.seed)
+    damp = DEFAULT_DAMP if request.damp is None else request.damp
+    found = measure_curves(ready, shared, damp=damp, seed=request.seed)
     return {curve.name: curve for curve in found}
 
 

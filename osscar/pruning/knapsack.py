@@ -9,7 +9,11 @@ options a class, which HiGHS solves to the end.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import ctypes
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -172,16 +176,17 @@ def _solved(
     # HiGHS works to absolute tolerances.
     f_scale = max(float(np.abs(f).max()), 1e-300)
     c_scale = max(float(np.abs(c).max()), 1e-300)
-    result = milp(
-        f / f_scale,
-        integrality=np.ones(len(f), dtype=np.int64),
-        bounds=Bounds(0, 1),
-        constraints=[
-            LinearConstraint(one_each, 1, 1),
-            LinearConstraint(c[None] / c_scale, -np.inf, budget / c_scale),
-        ],
-        options={"time_limit": _SECONDS, "mip_rel_gap": 1e-7},
-    )
+    with _hushed():
+        result = milp(
+            f / f_scale,
+            integrality=np.ones(len(f), dtype=np.int64),
+            bounds=Bounds(0, 1),
+            constraints=[
+                LinearConstraint(one_each, 1, 1),
+                LinearConstraint(c[None] / c_scale, -np.inf, budget / c_scale),
+            ],
+            options={"time_limit": _SECONDS, "mip_rel_gap": 1e-7},
+        )
     best, loss = list(options), _sum(losses, options)
     if result.x is not None:
         chosen = [int(i[result.x[owner == g].argmax()]) for g, i in enumerate(left)]
@@ -193,3 +198,27 @@ def _solved(
         # Options that were struck out are worse than the choice that was known.
         bound = max(bound, min(proved * f_scale, loss))
     return best, bound
+
+
+@contextmanager
+def _hushed() -> Iterator[None]:
+    """Keep what native code prints from the standard output.
+
+    The HiGHS of scipy leaves a line there whenever a rounded solution has to be repaired, whatever
+    it is told of logging (ERGO-Code/HiGHS, `transformNewIntegerFeasibleSolution`).
+    """
+    try:
+        kept = os.dup(1)
+    except OSError:  # there is none
+        yield
+        return
+    sys.stdout.flush()
+    try:
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), 1)
+        yield
+    finally:
+        if os.name == "posix":  # C has a buffer of its own
+            ctypes.CDLL(None).fflush(None)
+        os.dup2(kept, 1)
+        os.close(kept)

@@ -45,7 +45,7 @@ from osscar.shrinking.plan import GroupPlan, PruningPlan
 from osscar.shrinking.shrink import shrink
 
 _HELD_OUT = 8
-"""One in so many samples chooses the blend of a layer's target, and is not fitted to."""
+"""One in so many samples chooses what a layer's refit is held back by, and is not fitted to."""
 
 
 def prune_as_asked(
@@ -279,7 +279,7 @@ def _prune_groups(
 def held_out(ready: Opened, request: PruningRequest) -> int:
     """Return how many samples no weight is fitted to."""
     samples = ready.inputs.samples
-    if samples < 2 or not request.chooses_blend:
+    if samples < 2 or not request.holds_out:
         return 0
     return max(1, samples // _HELD_OUT)
 
@@ -350,11 +350,10 @@ def _places(
 def _prune_group(site: Site, keep: int, request: PruningRequest, began: float) -> SiteRecord:
     """Solve one group, and commit the refitted weights."""
     group, backend = site.group, request.chosen_backend()
-    if request.chooses_blend:
-        site.choose_share(keep, request.damp)
-    else:
-        site.share = request.blend or 0.0
-    problem = site.problem(keep, request.damp)
+    corrected = Target(request.target).needs_dense
+    chosen = site.regularization(keep, request.damp, request.blend if corrected else 0.0)
+    site.share = chosen.share
+    problem = site.problem(keep, chosen.damp)
     measured = time.perf_counter()
     if request.certify:
         solution, verification = certified(problem, backend)
@@ -365,7 +364,8 @@ def _prune_group(site: Site, keep: int, request: PruningRequest, began: float) -
         group,
         problem,
         solution.record(verification),
-        blend=site.share if request.target is not Target.WEIGHTS else 0.0,
+        damp=chosen.damp,
+        blend=chosen.share,
         measure_seconds=measured - began,
         solve_seconds=time.perf_counter() - measured,
     )

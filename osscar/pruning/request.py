@@ -87,14 +87,15 @@ class PruningRequest:
         solution from its problem alone; takes several times as long as the search.  Up to 32 units
         the bound comes from branch and bound, which may take 10 seconds a group.
     damp
-        Weight of the proximal term, relative to each entry on the Gram matrix's diagonal.
+        Weight of the proximal term, relative to each entry on the Gram matrix's diagonal; by
+        default it is chosen for each layer by calibration samples that no weight is fitted to.
     target
         What a layer is to reproduce: ``weights``, what its dense weights make of the pruned inputs
         (the paper's); ``outputs``, what it puts out in the dense model; ``residual``, also what
         the residual stream, to which that is added, has lost.
     blend
-        Share of what a target adds to that of ``weights``, in [0, 1]; by default it is chosen for
-        each layer by calibration samples that no weight is fitted to.
+        Share of what a target adds to that of ``weights``, in [0, 1]; by default it is chosen like
+        `damp`.
     batch_norm
         Where running statistics come from afterwards: ``correct`` those of the dense model by what
         pruning changed, ``estimate`` them from the calibration data, or ``keep`` them.
@@ -135,7 +136,7 @@ class PruningRequest:
     backend: str | solvers.Backend = "local_search"
     backend_options: Mapping[str, Any] = field(default_factory=dict)
     certify: bool = False
-    damp: float = 0.01
+    damp: float | None = None
     target: str = Target.RESIDUAL
     blend: float | None = None
     batch_norm: str = BatchNormMode.CORRECT
@@ -207,7 +208,7 @@ class PruningRequest:
             raise OptionError(f"blend is {shown(blend)}; give a share from 0 to 1")
         if size is not None and not (_is(size, numbers.Integral) and size >= 1):
             raise OptionError(f"batch size is {shown(size)}; give a whole number, at least 1")
-        if not (_is(damp, numbers.Real) and 0 <= damp < math.inf):
+        if damp is not None and not (_is(damp, numbers.Real) and 0 <= damp < math.inf):
             raise OptionError(f"damp is {shown(damp)}; it must be finite and not negative")
         if not (_is(seed, numbers.Integral) and 0 <= seed < 2**63):
             raise OptionError(f"seed is {shown(seed)}; give a whole number from 0 to 2^63 - 1")
@@ -255,9 +256,9 @@ class PruningRequest:
         return self.backend
 
     @property
-    def chooses_blend(self) -> bool:
-        """Whether samples that are held out choose how much of the target's corrections counts."""
-        return self.blend is None and Target(self.target).needs_dense
+    def holds_out(self) -> bool:
+        """Whether samples that no weight is fitted to choose what refits are held back by."""
+        return self.damp is None or (self.blend is None and Target(self.target).needs_dense)
 
     def of_kind(self, kind: UnitKind) -> Keep | None:
         """Return what was asked for one kind by name."""

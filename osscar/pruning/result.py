@@ -33,6 +33,8 @@ class LayerReport(solvers.SolutionRecord):
         The group, and how many of its units stayed.
     dead
         Units whose inputs were zero on all calibration data; they are removed first.
+    damp
+        Weight of the proximal term.
     blend
         How much of what the target adds to that of ``weights`` counts.
     measure_seconds, solve_seconds
@@ -45,6 +47,7 @@ class LayerReport(solvers.SolutionRecord):
     units: int
     kept: int
     dead: int
+    damp: float
     blend: float
     measure_seconds: float
     solve_seconds: float
@@ -56,6 +59,7 @@ class LayerReport(solvers.SolutionRecord):
         problem: solvers.SubsetProblem,
         record: solvers.SolutionRecord,
         *,
+        damp: float,
         blend: float,
         measure_seconds: float,
         solve_seconds: float,
@@ -68,6 +72,7 @@ class LayerReport(solvers.SolutionRecord):
             units=group.units,
             kept=problem.keep,
             dead=len(problem.dead),
+            damp=damp,
             blend=blend,
             measure_seconds=measure_seconds,
             solve_seconds=solve_seconds,

@@ -103,7 +103,7 @@ def other_request():
     [
         (other_model, "the model's weights are others"),
         (other_data, "the calibration data are others"),
-        (other_request, "damp was 0.01 and is 0.02"),
+        (other_request, "damp was None and is 0.02"),
     ],
 )
 def test_another_run_is_refused_with_the_difference(changed, message, tmp_path):

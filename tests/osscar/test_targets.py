@@ -9,11 +9,12 @@ from torch import nn
 
 import osscar
 import solvers
+from osscar.capture import regularization
 from osscar.capture.gram import GramAccumulator, pose
 from osscar.capture.linear_maps import linear_maps
 from osscar.capture.opened import opened
+from osscar.capture.regularization import DAMPS, DEFAULT_DAMP, best_regularization
 from osscar.capture.residual import streams
-from osscar.capture.share import best_share
 from osscar.capture.targets import Target
 from osscar.capture.walk import _parted, walk
 from tests.osscar.families import tiny, tokens
@@ -155,53 +156,85 @@ def test_the_last_samples_are_held_out(sizes, held, parts, fitted):
     assert sum(parts[first:]) == held
 
 
-def accumulated(positions, noise, *, seed=0):
+def accumulated(positions, noise, *, outputs=4, seed=0):
     """Sums of one layer whose corrections are explained in part by its inputs."""
     torch.manual_seed(seed)
-    model = nn.Sequential(nn.Linear(5, 12), nn.ReLU(), nn.Linear(12, 4))
+    model = nn.Sequential(nn.Linear(5, 12), nn.ReLU(), nn.Linear(12, outputs))
     with opened(model, torch.randn(8, 5)) as ready:
         (group,) = [g for g in ready.groups if g.prunable and g.units == 12]
         (consumer,) = linear_maps(ready.model, group)
-    gram, M = GramAccumulator(consumer), torch.randn(12, 4)
+    gram, M, mixed = GramAccumulator(consumer), torch.randn(12, outputs), torch.randn(12, 12)
     for held, count in ((False, positions), (True, 4000)):
-        X = torch.randn(count, 12)
-        gram.add(X, X @ M + noise * torch.randn(count, 4), held=held)
+        X = torch.randn(count, 12) @ mixed
+        gram.add(X, X @ M + noise * torch.randn(count, outputs), held=held)
     return gram
 
 
+def held_out_error(gram, damp, share):
+    """The error on held-out samples of the exact refit, from its problem."""
+    support = solvers.make_backend("wanda").select(pose([gram], 8, "one", damp, 0.0)).support
+    W = solvers.refit(pose([gram], 8, "one", damp, share), support)[0][0]
+    G, e = gram.held.targets(gram.linear_map.read_weight(), 1.0)
+    return float((W * (gram.held.H @ W - 2 * G)).sum()) + e
+
+
 def test_the_share_is_the_one_that_a_search_over_shares_finds():
-    gram = accumulated(40, 3.0)
-    chosen = best_share([gram], 8, 0.01)
+    gram = accumulated(40, 20.0)
+    chosen = best_regularization([gram], 8, (0.01,)).share
     assert 0 < chosen < 1
-    W0, held = gram.linear_map.read_weight(), gram.held
-    support = solvers.make_backend("wanda").select(pose([gram], 8, "one", 0.01, 0.0)).support
-    G, e = held.targets(W0, 1.0)
-
-    def error(share):
-        W = solvers.refit(pose([gram], 8, "one", 0.01, share), support)[0][0]
-        return float((W * (held.H @ W - 2 * G)).sum()) + e
-
     grid = np.linspace(0, 1, 101)
-    assert chosen == pytest.approx(grid[np.argmin([error(share) for share in grid])], abs=0.011)
+    errors = [held_out_error(gram, 0.01, share) for share in grid]
+    assert chosen == pytest.approx(grid[np.argmin(errors)], abs=0.011)
 
 
-def test_more_data_and_less_noise_make_the_share_larger():
-    shares = [
-        best_share([accumulated(n, noise)], 8, 0.01)
-        for n, noise in ((16, 10.0), (60, 10.0), (4000, 0.1))
+@pytest.mark.parametrize("share", [None, 0.0, 0.7])
+@pytest.mark.parametrize(("positions", "noise"), [(16, 3.0), (40, 1.0), (300, 0.3)])
+def test_damping_is_what_exact_refits_find_on_held_out_samples(positions, noise, share):
+    gram = accumulated(positions, noise)
+    chosen = best_regularization([gram], 8, share=share)
+    shares = np.linspace(0, 1, 201) if share is None else [share]
+    errors = {damp: min(held_out_error(gram, damp, share) for share in shares) for damp in DAMPS}
+    assert chosen.damp == min(errors, key=errors.get)
+    if share is not None:
+        assert chosen.share == share
+
+
+def test_random_directions_choose_nearly_as_all_outputs_do(monkeypatch):
+    gram = accumulated(30, 2.0, outputs=300)
+    some = best_regularization([gram], 8)
+    monkeypatch.setattr(regularization, "_DIRECTIONS", 300)
+    every = best_regularization([gram], 8)
+    assert some.share == pytest.approx(every.share, abs=0.1)
+    assert held_out_error(gram, some.damp, every.share) <= 1.02 * held_out_error(
+        gram, every.damp, every.share
+    )
+
+
+def test_more_data_and_less_noise_hold_a_refit_back_less():
+    chosen = [
+        best_regularization([accumulated(n, noise)], 8)
+        for n, noise in ((14, 30.0), (60, 10.0), (4000, 0.1))
     ]
+    shares, damps = [c.share for c in chosen], [c.damp for c in chosen]
     assert shares == sorted(shares)
     assert shares[0] < 0.6 < 0.95 < shares[-1]
+    assert damps == sorted(damps, reverse=True)
+    assert damps[-1] == DAMPS[0]
 
 
-def test_the_report_says_how_much_of_the_target_counted():
+def test_the_report_says_how_refits_were_held_back():
     result = osscar.prune(tiny("opt"), tokens(16, 24), neurons=0.5, backend="wanda")
     assert result.held_out == 2
-    assert all(0 <= layer.blend <= 1 for layer in result.layers)
+    assert all(0 <= layer.blend <= 1 and layer.damp in DAMPS for layer in result.layers)
     assert len({layer.blend for layer in result.layers}) > 1
     plain = osscar.prune(tiny("opt"), tokens(16, 24), neurons=0.5, target="weights")
-    assert plain.held_out == 0
+    assert plain.held_out == 2
     assert {layer.blend for layer in plain.layers} == {0.0}
+    fixed = osscar.prune(tiny("opt"), tokens(16, 24), neurons=0.5, target="weights", damp=0.02)
+    assert fixed.held_out == 0
+    assert {layer.damp for layer in fixed.layers} == {0.02}
+    single = osscar.prune(tiny("opt"), tokens(1, 24), neurons=0.5)
+    assert {(layer.damp, layer.blend) for layer in single.layers} == {(DEFAULT_DAMP, 0.0)}
 
 
 # ---- biases ------------------------------------------------------------------------------
