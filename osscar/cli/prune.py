@@ -166,6 +166,15 @@ def command(
             "changed, `estimate` them from the calibration images, or `keep` them."
         ),
     ] = "correct",
+    strict: Annotated[
+        bool,
+        typer.Option(
+            "--strict",
+            help="End with an error where a group that is to be pruned cannot follow, such as one "
+            "whose size is written in the model's code. By default such groups are left alone and "
+            "named, and all others are pruned.",
+        ),
+    ] = False,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     overwrite: Annotated[bool, typer.Option(help="Replace a directory that is not empty.")] = False,
@@ -226,6 +235,7 @@ def command(
         device=device,
         batch_size=batch_size,
         seed=seed,
+        strict=strict,
     )
     path = resolved(directory)
     log, asked = RunLog(_beside(path)), _asked(context)
@@ -356,6 +366,7 @@ def report_document(
             "seconds": result.seconds,
             "solve_seconds": result.solve_seconds,
             "layers": [dataclasses.asdict(layer) for layer in result.layers],
+            "left_alone": [dataclasses.asdict(group) for group in result.left_alone],
         },
     )
 
@@ -363,10 +374,12 @@ def report_document(
 def print_result(result: PruningResult, saved: SavedCheckpoint) -> None:
     """Print the table of layers and what became of the model."""
     from osscar.report.proofs import proofs_in_words
-    from osscar.report.run_tables import layers_table
+    from osscar.report.run_tables import layers_table, left_alone_table
     from osscar.study.records import Proof
 
     out.print(layers_table(result.layers))
+    if result.left_alone:
+        out.print(left_alone_table(result.left_alone))
     dead = sum(layer.dead for layer in result.layers)
     if dead:
         out.print(f"{dead} units were dead (zero on all calibration data) and went first")

@@ -116,7 +116,10 @@ class Allocated:
 
 
 def allocate(
-    ready: Opened, request: PruningRequest, curves: Mapping[str, Curve] | None = None
+    ready: Opened,
+    request: PruningRequest,
+    curves: Mapping[str, Curve] | None = None,
+    left: Collection[str] = (),
 ) -> Allocated:
     """Decide how many units each group keeps.
 
@@ -128,6 +131,8 @@ def allocate(
         What the user asked for.
     curves
         Those of all groups that share a budget, where they are known; else they are measured.
+    left
+        Names of groups that keep all their units, since they cannot follow; no budget counts them.
 
     Raises
     ------
@@ -140,7 +145,7 @@ def allocate(
     NonFiniteError
         If the gradients that a budget needs are not finite.
     """
-    groups = reachable(ready.groups, request, ready.residual)
+    groups = reachable(ready.groups, request, ready.residual, left)
     keep = kept_by_name(groups, request, ready.residual)
     shared = [group for group in groups if _shares(group, request, ready.residual)]
     budget = None
@@ -148,14 +153,14 @@ def allocate(
         rule = (
             _Uniform(shared, request, keep)
             if request.allocation is Allocation.UNIFORM
-            else _ByCurves.of(shared, request, keep, curves or shared_curves(ready, request))
+            else _ByCurves.of(shared, request, keep, curves or shared_curves(ready, request, left))
         )
         found, budget = _met(ready, request, shared, rule, keep)
         keep = {**keep, **found}
     keep = {g.name: keep[g.name] for g in groups if keep.get(g.name, g.units) < g.units}
     if not keep:
         skipped = len(ready.groups) - len(groups)
-        rest = f" but the {skipped} that are skipped" if request.skip else ""
+        rest = f" but the {skipped} that are skipped or left alone" if skipped else ""
         raise RequestError(
             f"nothing would be removed: every group{rest} keeps all its units; ask for "
             f"{'a higher sparsity' if request.sparsity else 'more to be removed'}"
@@ -164,19 +169,59 @@ def allocate(
     return Allocated(keep, budget)
 
 
-def shared_curves(ready: Opened, request: PruningRequest) -> dict[str, Curve]:
+def shared_curves(
+    ready: Opened, request: PruningRequest, left: Collection[str] = ()
+) -> dict[str, Curve]:
     """Measure the curves of all groups that share a request's budget, however large that is.
+
+    Parameters
+    ----------
+    ready, request, left
+        As `allocate` takes them.
 
     Raises
     ------
     RequestError, FrozenGroupError, NonFiniteError
         As `allocate` does.
     """
-    groups = reachable(ready.groups, request, ready.residual)
+    groups = reachable(ready.groups, request, ready.residual, left)
     shared = [group for group in groups if _shares(group, request, ready.residual)]
     damp = DEFAULT_DAMP if request.damp is None else request.damp
     found = measure_curves(ready, shared, damp=damp, seed=request.seed)
     return {curve.name: curve for curve in found}
+
+
+def provisional(ready: Opened, request: PruningRequest) -> dict[str, int]:
+    """Return what groups may come to keep, before anything is measured.
+
+    It is what the request says of them where it does; about half of those that share a budget.
+
+    Raises
+    ------
+    RequestError, FrozenGroupError
+        As `allocate` does.
+    """
+    groups = reachable(ready.groups, request, ready.residual)
+    keep = kept_by_name(groups, request, ready.residual)
+    shared = [group for group in groups if _shares(group, request, ready.residual)]
+    if not request.has_budget:
+        return keep
+    if request.allocation is Allocation.UNIFORM and request.sparsity is not None:
+        return {**keep, **_Uniform(shared, request, keep).of_units()}
+    return {**keep, **{group.name: _about_half(group, request.round_to) for group in shared}}
+
+
+def _about_half(group: CouplingGroup, round_to: int) -> int:
+    """Return a width near half, of those that the group may have, that divides it least.
+
+    A number in the code that stands for all units is hidden by what divides it: `view(-1, 64)`
+    takes 32 channels of two samples for those of one.
+    """
+    units = group.units
+    fewer = [int(kept) for kept in _options(group, round_to) if kept < units]
+    return min(
+        fewer, key=lambda kept: (math.gcd(kept, units), abs(2 * kept - units), -kept), default=units
+    )
 
 
 def _why_frozen(groups: Sequence[CouplingGroup]) -> str:
@@ -195,9 +240,12 @@ def _why_frozen(groups: Sequence[CouplingGroup]) -> str:
 
 
 def reachable(
-    groups: Sequence[CouplingGroup], request: PruningRequest, residual: Collection[str] = ()
+    groups: Sequence[CouplingGroup],
+    request: PruningRequest,
+    residual: Collection[str] = (),
+    left: Collection[str] = (),
 ) -> list[CouplingGroup]:
-    """Return the groups that the request does not skip; what it names has to exist.
+    """Return the groups that the request does not skip, nor are left; what it names has to exist.
 
     Raises
     ------
@@ -213,7 +261,7 @@ def reachable(
         if by_name[name].frozen:
             raise FrozenGroupError(_frozen_message(by_name[name]))
     _check_kinds(groups, request, residual)
-    skipped = _skipped(by_name, request.skip)
+    skipped = _skipped(by_name, request.skip) | set(left)
     return [group for group in groups if group.name not in skipped]
 
 
@@ -431,13 +479,17 @@ class _Uniform:
     def choose(self, cost: CostModel, limit: float) -> dict[str, int]:
         """Return the counts of the largest share within the limit, or of the least share."""
         if self.request.sparsity is not None:
-            return self._at(1 - Fraction(str(self.request.sparsity)))
+            return self.of_units()
         low, high, steps = 0, 1 << 12, 1 << 12
         while low < high:
             middle = (low + high + 1) // 2
             within = cost.of({**self.keep, **self._at(Fraction(middle, steps))}) <= limit
             low, high = (middle, high) if within else (low, middle - 1)
         return self._at(Fraction(low, steps))
+
+    def of_units(self) -> dict[str, int]:
+        """Return the counts where the sparsity is the share of each group's units to remove."""
+        return self._at(1 - Fraction(str(self.request.sparsity)))
 
     def _at(self, share: Fraction) -> dict[str, int]:
         return {

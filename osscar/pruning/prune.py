@@ -1,4 +1,4 @@
-"""Pruning in one shot: allocate; measure, solve and refit group by group; shrink and prove.
+"""Pruning in one shot: try; allocate; measure, solve and refit group by group; shrink and prove.
 
 This is Algorithm 1 of the paper (Meng et al., OSSCAR, ICML 2024) over coupling groups: each group
 is measured on the stream that everything pruned before it has shaped.
@@ -39,6 +39,7 @@ from osscar.pruning.divergence import Reference
 from osscar.pruning.request import PruningRequest
 from osscar.pruning.result import LayerReport, PruningResult
 from osscar.pruning.run_log import RunLog, RunManifest, SiteRecord
+from osscar.pruning.trial import LeftAlone, left_alone, named
 from osscar.shrinking.equivalence import finer_precision
 from osscar.shrinking.lineage import note_calibration
 from osscar.shrinking.plan import GroupPlan, PruningPlan
@@ -84,7 +85,8 @@ def prune_as_asked(
     graph.GraphError
         If the model cannot be traced.
     EquivalenceError
-        If the shrunk model does not compute what the masked one computes.
+        If the shrunk model does not compute what the masked one computes, no group can follow, or
+        the request is strict and one cannot.
 
     Examples
     --------
@@ -127,20 +129,30 @@ class DenseFacts:
         What it predicts; None if it puts out no logits.
     statistics
         Of its batch-norm layers; see `osscar.pruning.batch_norm`.
+    left
+        The groups that cannot follow.
     curves
         Of the groups that share a budget, by name; None: measured when they are needed.
     """
 
     reference: Reference | None
     statistics: DenseStatistics
+    left: tuple[LeftAlone, ...] = ()
     curves: Mapping[str, Curve] | None = None
+
+    @property
+    def left_names(self) -> frozenset[str]:
+        """The names of the groups that cannot follow."""
+        return frozenset(group.name for group in self.left)
 
     @classmethod
     def of(cls, ready: Opened, request: PruningRequest) -> DenseFacts:
-        """Run the dense model."""
+        """Try what can follow, and run the dense model."""
+        left = left_alone(ready, request)
         return cls(
             Reference.of(ready, max(1, held_out(ready, request))),
             dense_statistics(ready.model, ready.batches(), request.batch_norm),
+            left,
         )
 
 
@@ -190,6 +202,7 @@ def prune_opened(
         seconds=time.perf_counter() - start,
         request=request,
         calibration=ready.inputs.settings,
+        left_alone=facts.left,
     )
 
 
@@ -216,10 +229,17 @@ def _allocated(
     """Decide what groups keep; a run that goes on has decided it."""
     known = None if log is None else log.allocation()
     if known is None:
-        known = allocate(ready, request, facts.curves)
+        try:
+            known = allocate(ready, request, facts.curves, facts.left_names)
+        except RequestError as error:
+            raise type(error)(f"{error}{_and_left(facts.left)}") from error
         if log is not None:
             log.note_allocation(known)
-    units = {group.name: group.units for group in ready.groups if group.prunable}
+    units = {
+        group.name: group.units
+        for group in ready.groups
+        if group.prunable and group.name not in facts.left_names
+    }
     curves = {} if known.budget is None else known.budget.curves
     sound = all(0 < kept < units.get(name, 0) for name, kept in known.keep.items()) and all(
         len(losses) == units.get(name, -1) + 1 for name, losses in curves.items()
@@ -230,6 +250,10 @@ def _allocated(
             "units than they have; begin anew with --restart"
         )
     return known
+
+
+def _and_left(left: Sequence[LeftAlone]) -> str:
+    return f"; {named(left)}" if left else ""
 
 
 def _timed(

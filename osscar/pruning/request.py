@@ -105,6 +105,9 @@ class PruningRequest:
         Samples that run through the model at once; by default 8 windows, or 64 of anything else.
     seed
         Of the random inputs of the equivalence proof.
+    strict
+        Refuse a model in which a group that is to be pruned cannot follow, such as one whose size
+        is written in the code around it; by default such groups are left alone, and named.
 
     Raises
     ------
@@ -143,6 +146,7 @@ class PruningRequest:
     device: str = "auto"
     batch_size: int | None = None
     seed: int = 0
+    strict: bool = False
 
     def __post_init__(self) -> None:
         self._check_what_to_keep()
@@ -224,8 +228,10 @@ class PruningRequest:
         ):  # of numpy, or fractions
             value = getattr(self, name)
             object.__setattr__(self, name, None if value is None else kind(value))
-        if not isinstance(self.certify, bool):
-            raise OptionError(f"certify is {shown(self.certify)}; give True or False")
+        for name in ("certify", "strict"):
+            value = getattr(self, name)
+            if not isinstance(value, bool):
+                raise OptionError(f"{name} is {shown(value)}; give True or False")
         if not isinstance(self.device, str):
             object.__setattr__(self, "device", str(self.device))  # such as a torch.device
 

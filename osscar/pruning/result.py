@@ -17,6 +17,7 @@ from osscar.checkpoint import directory as checkpoint
 from osscar.checkpoint.directory import SavedCheckpoint
 from osscar.pruning.budget import Budget
 from osscar.pruning.request import PruningRequest
+from osscar.pruning.trial import LeftAlone
 from osscar.shrinking.plan import PruningPlan
 
 
@@ -111,6 +112,8 @@ class PruningResult:
         What was asked for.
     calibration
         How many samples of what shape there were.
+    left_alone
+        The groups that were to be pruned and could not follow, and why; they keep all their units.
     """
 
     model: nn.Module = field(repr=False)
@@ -126,6 +129,7 @@ class PruningResult:
     seconds: float
     request: PruningRequest
     calibration: Mapping[str, Any] = field(default_factory=dict)
+    left_alone: tuple[LeftAlone, ...] = ()
 
     @property
     def loss(self) -> float:

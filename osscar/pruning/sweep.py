@@ -102,8 +102,9 @@ def sweep(
 ) -> Iterator[tuple[Job, PruningResult]]:
     """Prune a model once for each point; the model that comes in is not changed.
 
-    The model is traced once, and what is measured of the dense model is measured once: its
-    predictions, its batch-norm statistics and, where a point needs them, the curves of its groups.
+    The model is traced once, and what is known of the dense model is found once: what can follow,
+    its predictions, its batch-norm statistics and, where a point needs them, the curves of its
+    groups.
 
     Parameters
     ----------
@@ -130,7 +131,8 @@ def sweep(
     with opened_for(model, calibration, points[0].request(base)) as ready:
         facts = DenseFacts.of(ready, base)
         if any(job.method == CURVATURE for job in points):
-            facts = dataclasses.replace(facts, curves=shared_curves(ready, base))
+            curves = shared_curves(ready, base, facts.left_names)
+            facts = dataclasses.replace(facts, curves=curves)
         for job in points:
             result = prune_opened(_again(ready), job.request(base), facts)
             _with_cache_as(result.model, model)

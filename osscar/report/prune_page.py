@@ -66,6 +66,7 @@ def prune_page(document: Mapping[str, Any]) -> str:
         predictions=list(_predictions(document)),
         pictures=list(_pictures(document)),
         layers=document["layers"],
+        left_alone=document.get("left_alone") or [],
         predicted={
             name: width["predicted"] for name, width in ((budget or {}).get("widths") or {}).items()
         },

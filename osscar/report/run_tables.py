@@ -13,6 +13,7 @@ from osscar.report.tables import new_table
 
 if TYPE_CHECKING:
     from osscar.pruning.result import LayerReport
+    from osscar.pruning.trial import LeftAlone
 
 
 def layers_table(layers: Sequence[LayerReport]) -> Table:
@@ -37,6 +38,14 @@ def layers_table(layers: Sequence[LayerReport]) -> Table:
         if bounds:
             cells.append("" if layer.gap is None else f"{layer.gap:.1%}")
         table.add_row(*cells)
+    return table
+
+
+def left_alone_table(groups: Sequence[LeftAlone]) -> Table:
+    """Return one row for each group that could not follow."""
+    table = new_table("left alone, since they cannot follow", "group", "units >", "why")
+    for group in groups:
+        table.add_row(group.name, f"{group.units} {group.kind}", group.reason)
     return table
 
 

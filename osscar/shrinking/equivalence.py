@@ -165,7 +165,7 @@ def prove_equal(
         if not error <= allowed:
             raise EquivalenceError(
                 f"the shrunk model's output differs from the masked one's by {error:.2e} of its "
-                f"largest value (tolerance {allowed:.0e}); nothing was written: please report "
+                f"largest value (tolerance {allowed:.0e}): please report "
                 "the architecture"
             )
         worst, compared = max(worst, error), True
@@ -186,7 +186,7 @@ def _difference(a: Tensor, b: Tensor) -> float | None:
             share = float((a != b).double().mean())
             raise EquivalenceError(
                 f"the shrunk model's output is another one than the masked one's at {share:.1%} of "
-                f"its {a.dtype} entries, which have to be equal; nothing was written"
+                f"its {a.dtype} entries, which have to be equal"
             )
         return 0.0
     a, b = (t.to(torch.complex128 if t.is_complex() else torch.float64) for t in (a, b))
@@ -196,7 +196,7 @@ def _difference(a: Tensor, b: Tensor) -> float | None:
     if not same or not torch.equal(a[~finite].nan_to_num(), b[~finite].nan_to_num()):
         raise EquivalenceError(
             "the shrunk model's output is infinite, or not a number, at other places than the "
-            "masked one's; nothing was written: please report the architecture"
+            "masked one's: please report the architecture"
         )
     if not bool(finite.any()):
         return None

@@ -84,7 +84,25 @@ def shrink(
             return proof.run()
         except EquivalenceError as error:
             guilty = _Guilty(model, inputs[:1], tolerance).among(plan)
-            raise type(error)(f"{error}. {guilty}") from error
+            raise type(error)(f"{error}; nothing was written. {guilty}") from error
+
+
+def rehearse(
+    model: nn.Module,
+    plan: PruningPlan,
+    inputs: Sequence[Inputs],
+    *,
+    tolerance: float | None = None,
+) -> None:
+    """Shrink a model in evaluation mode and prove it, as `shrink` does, and put everything back.
+
+    Raises
+    ------
+    ModelError, EquivalenceError
+        As `shrink`, without looking for the groups that are to blame.
+    """
+    with restored(model):
+        _Attempt(model, plan, inputs, tolerance).run()
 
 
 def _check_inputs(inputs: Sequence[Inputs]) -> None:
@@ -217,9 +235,8 @@ class _Guilty:
             return list(groups)  # not cleared
         self.trials -= 1
         try:
-            with restored(self.model):
-                plan = PruningPlan(tuple(groups))
-                _Attempt(self.model, plan, self.inputs, self.tolerance).run()
+            plan = PruningPlan(tuple(groups))
+            rehearse(self.model, plan, self.inputs, tolerance=self.tolerance)
         except OsscarError:
             return list(groups) if len(groups) == 1 else self._halves(groups)
         return []

@@ -37,9 +37,9 @@ def test_a_point_is_what_a_run_of_its_own_makes(kind, monkeypatch):
     before = {name: value.clone() for name, value in model.state_dict().items()}
     measured = []
 
-    def counted(ready, request):
+    def counted(ready, request, left):
         measured.append(request)
-        return shared_curves(ready, request)
+        return shared_curves(ready, request, left)
 
     shared_curves = sweep_room.shared_curves
     monkeypatch.setattr(sweep_room, "shared_curves", counted)

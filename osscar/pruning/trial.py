@@ -1,0 +1,192 @@
+"""What can follow: each group that is to lose units loses some on trial, before any is solved.
+
+Whether the code around a group works without some of its units is a matter of structure, which
+neither weights nor the choice of units change.  One small trial of all groups together says so for
+most models; where it fails, halves of them are tried, so that what cannot follow is left alone by
+name.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from graph import CouplingGroup
+from osscar.capture.opened import Opened
+from osscar.core.errors import AdapterError, EquivalenceError, ModelError, first_line
+from osscar.core.progress import stage
+from osscar.pruning.budget import provisional
+from osscar.pruning.request import PruningRequest
+from osscar.shrinking.equivalence import Inputs, finer_precision
+from osscar.shrinking.plan import GroupPlan, PruningPlan
+from osscar.shrinking.shrink import rehearse
+
+_MOST_TOLD = 8
+
+
+@dataclass(frozen=True)
+class LeftAlone:
+    """A group that keeps all its units, since something around it cannot work with fewer.
+
+    Parameters
+    ----------
+    name, kind, units
+        The group.
+    reason
+        What failed on trial, mostly with the module and its line of code.
+    """
+
+    name: str
+    kind: str
+    units: int
+    reason: str
+
+
+def left_alone(ready: Opened, request: PruningRequest) -> tuple[LeftAlone, ...]:
+    """Return the groups that a request would prune, and that cannot follow.
+
+    The same model and request come to the same answer, so that a run which goes on asks again.
+
+    Parameters
+    ----------
+    ready
+        The dense model with its data; as it was afterwards.
+    request
+        What is asked for.
+
+    Returns
+    -------
+    tuple of LeftAlone
+        In the order of the model; as few as halving finds, so that all others can go together.
+
+    Raises
+    ------
+    RequestError
+        If what to keep makes no sense for this model.
+    EquivalenceError
+        If no group can follow, or the request is strict and one cannot; `AdapterError` where it is
+        modules that cannot.
+    """
+    keep = provisional(ready, request)
+    groups = [group for group in ready.groups if keep.get(group.name, group.units) < group.units]
+    if not groups:
+        return ()
+    plans = _arbitrary(groups, [keep[group.name] for group in groups])
+    with stage("trying what can follow"), finer_precision(ready.model, ready.example):
+        trial = _Trial(ready.model, ready.inputs.proofs(ready.model, request.seed))
+        trial.grown([], _alike_together(plans))
+    ready.untouched.put_back()
+    left = tuple(
+        LeftAlone(group.name, str(group.kind), group.units, trial.reasons[group.name])
+        for group in groups
+        if group.name in trial.reasons
+    )
+    if left and (request.strict or len(left) == len(groups)):
+        raise (AdapterError if trial.of_modules else EquivalenceError)(
+            _refusal(left, len(groups), request.strict)
+        )
+    if left:
+        warnings.warn(f"{named(left)}; left_alone of the result says why", stacklevel=5)
+    return left
+
+
+def _arbitrary(groups: Sequence[CouplingGroup], keep: Sequence[int]) -> list[GroupPlan]:
+    """Plan to keep units of each group that are drawn, so that no two groups agree by design."""
+    generator = torch.Generator().manual_seed(0)
+    drawn = [torch.randperm(group.units, generator=generator).tolist() for group in groups]
+    return [
+        GroupPlan.of(group, tuple(sorted(units[:kept])))
+        for group, units, kept in zip(groups, drawn, keep, strict=True)
+    ]
+
+
+def _alike_together(plans: Sequence[GroupPlan]) -> list[GroupPlan]:
+    """Sort groups so that those of repeated blocks, which mostly fail alike, are halved last."""
+    return sorted(plans, key=lambda plan: re.sub(r"\d+", "", plan.name))
+
+
+class _Trial:
+    """Finds, by halving, groups that can go together; the model is restored after each attempt.
+
+    Parameters
+    ----------
+    model
+        In evaluation mode.
+    inputs
+        On which a shrunk model has to compute what the masked one does.
+    """
+
+    def __init__(self, model: nn.Module, inputs: Sequence[Inputs]) -> None:
+        self.model, self.inputs = model, inputs
+        self.reasons: dict[str, str] = {}
+        """Why groups cannot go, by name."""
+        self.of_modules = False
+        """Whether a module could not follow, rather than outputs differ."""
+
+    def grown(
+        self, going: list[GroupPlan], more: list[GroupPlan], failure: Exception | None = None
+    ) -> list[GroupPlan]:
+        """Return groups that can go together: some that can already, with as many more as can.
+
+        Parameters
+        ----------
+        going
+            These can.
+        more
+            To be added where they can.
+        failure
+            How all of them together fail, if that is known.
+        """
+        failure = failure or self._failure([*going, *more])
+        if failure is None:
+            return [*going, *more]
+        if len(more) == 1:
+            self._note(more[0], failure)
+            return going
+        middle = len(more) // 2
+        grown = self.grown(going, more[:middle])
+        all_went = len(grown) == len(going) + middle
+        return self.grown(grown, more[middle:], failure if all_went else None)
+
+    def _failure(self, plans: list[GroupPlan]) -> Exception | None:
+        try:
+            rehearse(self.model, PruningPlan(tuple(plans)), self.inputs)
+        except (EquivalenceError, ModelError) as error:
+            # Without the frames that raised it, which hold on to the shrunk model.
+            return error.with_traceback(None)
+        return None
+
+    def _note(self, plan: GroupPlan, failure: Exception) -> None:
+        self.reasons[plan.name] = first_line(failure)
+        self.of_modules = self.of_modules or isinstance(failure, AdapterError)
+
+
+# ---- in words ----------------------------------------------------------------------------
+
+
+def named(left: Sequence[LeftAlone]) -> str:
+    """Say which groups are left alone."""
+    return f"left alone, since they cannot follow: {_listed([repr(group.name) for group in left])}"
+
+
+def _listed(said: Sequence[str]) -> str:
+    more = [f"and {len(said) - _MOST_TOLD} more"] if len(said) > _MOST_TOLD else []
+    return "; ".join([*said[:_MOST_TOLD], *more])
+
+
+def _refusal(left: Sequence[LeftAlone], tried: int, strict: bool) -> str:
+    """Say why nothing is pruned."""
+    count = f"{len(left)} of {tried} groups" if tried > len(left) else f"none of {tried} groups"
+    verb = "cannot" if tried > len(left) else "can"
+    them = (
+        f"; leave them out (--skip {left[0].name!r}), or let all others go without --strict"
+        if strict and tried > len(left)
+        else ""
+    )
+    reasons = _listed([f"{group.name!r}: {group.reason}" for group in left])
+    return f"nothing was pruned, and nothing was written: {count} {verb} follow: {reasons}{them}"
