@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -59,7 +60,7 @@ class Opened:
     batch_size: int
     untouched: Untouched = field(repr=False)
 
-    @property
+    @cached_property
     def residual(self) -> frozenset[str]:
         """Names of the groups that are residual streams."""
         return graph.residual_groups(self.traced)

@@ -145,9 +145,7 @@ def allocate(
     NonFiniteError
         If the gradients that a budget needs are not finite.
     """
-    groups = reachable(ready.groups, request, ready.residual, left)
-    keep = kept_by_name(groups, request, ready.residual)
-    shared = [group for group in groups if _shares(group, request, ready.residual)]
+    groups, keep, shared = _asked(ready, request, left)
     budget = None
     if request.has_budget and shared:
         rule = (
@@ -184,8 +182,7 @@ def shared_curves(
     RequestError, FrozenGroupError, NonFiniteError
         As `allocate` does.
     """
-    groups = reachable(ready.groups, request, ready.residual, left)
-    shared = [group for group in groups if _shares(group, request, ready.residual)]
+    _, _, shared = _asked(ready, request, left)
     damp = DEFAULT_DAMP if request.damp is None else request.damp
     found = measure_curves(ready, shared, damp=damp, seed=request.seed)
     return {curve.name: curve for curve in found}
@@ -201,9 +198,7 @@ def provisional(ready: Opened, request: PruningRequest) -> dict[str, int]:
     RequestError, FrozenGroupError
         As `allocate` does.
     """
-    groups = reachable(ready.groups, request, ready.residual)
-    keep = kept_by_name(groups, request, ready.residual)
-    shared = [group for group in groups if _shares(group, request, ready.residual)]
+    _, keep, shared = _asked(ready, request)
     if not request.has_budget:
         return keep
     if request.allocation is Allocation.UNIFORM and request.sparsity is not None:
@@ -237,6 +232,16 @@ def _why_frozen(groups: Sequence[CouplingGroup]) -> str:
 
 
 # ---- which groups ------------------------------------------------------------------------
+
+
+def _asked(
+    ready: Opened, request: PruningRequest, left: Collection[str] = ()
+) -> tuple[list[CouplingGroup], dict[str, int], list[CouplingGroup]]:
+    """Return the groups within reach, what some keep by name or kind, and those with a budget."""
+    residual = ready.residual
+    groups = reachable(ready.groups, request, residual, left)
+    shared = [group for group in groups if _shares(group, request, residual)]
+    return groups, kept_by_name(groups, request, residual), shared
 
 
 def reachable(

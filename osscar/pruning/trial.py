@@ -78,7 +78,7 @@ def left_alone(ready: Opened, request: PruningRequest) -> tuple[LeftAlone, ...]:
         return ()
     plans = _arbitrary(groups, [keep[group.name] for group in groups])
     with stage("trying what can follow"), finer_precision(ready.model, ready.example):
-        trial = _Trial(ready.model, ready.inputs.proofs(ready.model, request.seed))
+        trial = _Trial(ready.model, ready.inputs.proofs(ready.model, request.seed)[:1])
         trial.grown([], _alike_together(plans))
     ready.untouched.put_back()
     left = tuple(
