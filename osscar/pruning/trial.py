@@ -18,6 +18,7 @@ from torch import nn
 
 from graph import CouplingGroup
 from osscar.capture.opened import Opened
+from osscar.capture.scratch import Untouched
 from osscar.core.errors import AdapterError, EquivalenceError, ModelError, first_line
 from osscar.core.progress import stage
 from osscar.pruning.budget import provisional
@@ -77,10 +78,15 @@ def left_alone(ready: Opened, request: PruningRequest) -> tuple[LeftAlone, ...]:
     if not groups:
         return ()
     plans = _arbitrary(groups, [keep[group.name] for group in groups])
-    with stage("trying what can follow"), finer_precision(ready.model, ready.example):
-        trial = _Trial(ready.model, ready.inputs.proofs(ready.model, request.seed)[:1])
+    trial = _Trial(ready.model, ready.inputs.proofs(ready.model, request.seed)[:1])
+    before = Untouched(ready.model)
+    with (
+        stage("trying what can follow"),
+        before.observing(ready.model),
+        finer_precision(ready.model, ready.example),
+    ):
         trial.grown([], _alike_together(plans))
-    ready.untouched.put_back()
+    before.put_back()
     left = tuple(
         LeftAlone(group.name, str(group.kind), group.units, trial.reasons[group.name])
         for group in groups

@@ -1,0 +1,578 @@
+"""What cannot follow is found before anything is solved, left alone, and named."""
+
+import copy
+import json
+import sys
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import osscar
+from osscar.cli import main
+from osscar.core.errors import AdapterError, EquivalenceError, RequestError, RunError
+from osscar.pruning import prune as pruning_room
+from osscar.pruning import trial as trial_room
+from osscar.pruning.budget import provisional
+from osscar.pruning.prune import opened_for, prune_as_asked
+from osscar.pruning.request import PruningRequest
+from osscar.pruning.run_log import RunLog
+from osscar.pruning.sweep import CURVATURE, Job, sweep
+from osscar.pruning.trial import left_alone
+from tests.osscar.families import tiny, tokens
+from tests.osscar.networks import images, small_net
+
+WIDTH = 16
+
+
+class Attention(nn.Module):
+    """Takes the width of a head from the width of the stream."""
+
+    def __init__(self):
+        super().__init__()
+        self.num_heads = 4
+        self.qkv, self.proj = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x):
+        B, N, C = x.shape
+        qkv = self.qkv(x).reshape(B, N, 3, self.num_heads, C // self.num_heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        mixed = (q @ k.transpose(-2, -1)).softmax(-1) @ v
+        return self.proj(mixed.transpose(1, 2).reshape(B, N, C))
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm, self.attn = nn.LayerNorm(WIDTH), Attention()
+        self.mlp = nn.Sequential(
+            nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 24), nn.GELU(), nn.Linear(24, WIDTH)
+        )
+
+    def forward(self, x):
+        x = x + self.attn(self.norm(x))
+        return x + self.mlp(x)
+
+
+class Transformer(nn.Module):
+    """Blocks whose heads cannot follow, and whose neurons can."""
+
+    def __init__(self, depth=2):
+        super().__init__()
+        self.blocks = nn.Sequential(*(Block() for _ in range(depth)))
+        self.head = nn.Linear(WIDTH, 5)
+
+    def forward(self, x):
+        return self.head(self.blocks(x).mean(1))
+
+
+class Generator(nn.Module):
+    """Reads channels from features by a size that is written down, as generators do."""
+
+    def __init__(self):
+        super().__init__()
+        self.enter, self.up = nn.Linear(8, 64 * 4 * 4), nn.ConvTranspose2d(64, 12, 2, stride=2)
+        self.leave = nn.Conv2d(12, 3, 3, padding=1)
+
+    def forward(self, z):
+        x = torch.relu(self.enter(z)).view(-1, 64, 4, 4)
+        return self.leave(torch.relu(self.up(x)))
+
+
+class Gated(nn.Module):
+    """A gate of a written size, its halves largest against each other, and a plain layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.enter, self.leave = nn.Linear(8, 64), nn.Linear(32, 20)
+        self.head = nn.Linear(20, 3)
+
+    def forward(self, x):
+        a, b = self.enter(x).split(32, -1)
+        return self.head(torch.tanh(self.leave(self.gated(a, b))))
+
+    def gated(self, a, b):
+        return a * F.gelu(b)
+
+
+class MaxOut(Gated):
+    def gated(self, a, b):
+        return torch.maximum(a, b)
+
+
+class OptionA(nn.Module):
+    """A residual network whose shortcut adds zeros for the channels that it lacks."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.one, self.two = nn.Conv2d(8, 10, 3, padding=1), nn.Conv2d(10, 8, 3, padding=1)
+        self.wide = nn.Conv2d(8, 16, 3, stride=2, padding=1)
+        self.head = nn.Linear(16, 5)
+
+    def forward(self, x):
+        x = torch.relu(self.stem(x))
+        x = torch.relu(x + self.two(torch.relu(self.one(x))))
+        shortcut = F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, 4, 4))
+        return self.head(torch.relu(self.wide(x) + shortcut).mean((2, 3)))
+
+
+class Pair(nn.Module):
+    """Two layers of which either may be narrower, but not both."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.other = nn.Linear(8, 16), nn.Linear(8, 16)
+        self.join, self.head = nn.Linear(32, 12), nn.Linear(12, 3)
+
+    def forward(self, x):
+        y = torch.cat((self.one(x), self.other(x)), -1)
+        if y.shape[-1] < 20:
+            raise ValueError(f"{y.shape[-1]} features are too few")
+        return self.head(torch.tanh(self.join(torch.relu(y))))
+
+
+class Stubborn(nn.Module):
+    """Nothing can follow."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two, self.three = nn.Linear(8, 16), nn.Linear(16, 12), nn.Linear(12, 3)
+
+    def forward(self, x):
+        x = torch.relu(self.one(x)).view(-1, 16)
+        return self.three(torch.relu(self.two(x)).view(-1, 12))
+
+
+def built(network, seed=0):
+    torch.manual_seed(seed)
+    return network()
+
+
+def rows(*shape, seed=1):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def words():
+    return rows(48, 6, WIDTH)
+
+
+def staying(parameter, slot, group):
+    """Return the indices along a dimension that a plan leaves."""
+    gone = set(slot.indices(set(range(group.units)) - set(group.kept)))
+    return torch.tensor([i for i in range(parameter.shape[slot.dim]) if i not in gone])
+
+
+def as_masked(dense, result):
+    """Return the dense model with the refitted consumers, zero where they read what has left.
+
+    It is made of the plan and of the result's weights, in float64, by nothing that shrinks.
+    """
+    masked = copy.deepcopy(dense).double()
+    mine, theirs = dict(masked.named_parameters()), dict(result.model.named_parameters())
+    slots = [(slot, group) for group in result.plan.groups for slot in group.slots]
+    for name in {slot.tensor for slot, group in slots if slot in group.consumers}:
+        bias = name.replace("weight", "bias")
+        for refitted in (name, bias):
+            index = [torch.arange(size) for size in mine[refitted].shape]
+            for slot, group in slots:
+                if slot.tensor == refitted:
+                    index[slot.dim] = staying(mine[refitted], slot, group)
+            with torch.no_grad():
+                if refitted == name:
+                    mine[refitted].zero_()
+                mine[refitted][torch.meshgrid(*index, indexing="ij")] = theirs[refitted].double()
+    return masked
+
+
+def assert_equals_the_masked_model(dense, result, x):
+    with torch.no_grad():
+        expected = as_masked(dense, result)(x.double())
+        found = copy.deepcopy(result.model).double()(x.double())
+        assert (expected - copy.deepcopy(dense).double()(x.double())).abs().max() > 1e-4
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+
+
+def left(result):
+    return [group.name for group in result.left_alone]
+
+
+@pytest.fixture
+def unsolved(monkeypatch):
+    """Let nothing be solved."""
+
+    def never(*_):
+        raise AssertionError("a group was solved")
+
+    monkeypatch.setattr(pruning_room, "_prune_group", never)
+
+
+@pytest.fixture
+def tries(monkeypatch):
+    """The plans that are tried, in this order."""
+    tried = []
+
+    def rehearse(model, plan, inputs):
+        tried.append([group.name for group in plan.groups])
+        return original(model, plan, inputs)
+
+    original = trial_room.rehearse
+    monkeypatch.setattr(trial_room, "rehearse", rehearse)
+    return tried
+
+
+# ---- what is left, and what is not -------------------------------------------------------
+
+HEADS = ["blocks.0.attn.heads", "blocks.1.attn.heads"]
+NEURONS = ["blocks.0.mlp.neurons", "blocks.1.mlp.neurons"]
+CASES = {
+    "attention": (Transformer, words, HEADS, "(B, N, 3, self.num_heads, C // self.num_heads)"),
+    "generator": (Generator, lambda: rows(48, 8), ["enter.channels"], "view(-1, 64, 4, 4)"),
+    "gated": (Gated, lambda: rows(48, 8), ["enter.neurons"], "self.enter(x).split(32, -1)"),
+    "max-out": (MaxOut, lambda: rows(48, 8), ["enter.neurons"], "self.enter(x).split(32, -1)"),
+    "shortcut": (OptionA, images, ["wide.channels", "wide.channels.2"], "self.wide(x) + shortcut"),
+}
+
+
+def asked_of(network):
+    """Return what to keep of each kind of groups that a network has."""
+    kinds = {Transformer: ("heads", "neurons"), OptionA: ("channels", "residual")}
+    kinds |= {Generator: ("channels",), Pair: ("neurons",)}
+    return dict.fromkeys(kinds.get(network, ("neurons",)), "1/2")
+
+
+@pytest.mark.filterwarnings("ignore:left alone")
+@pytest.mark.parametrize("name", CASES)
+def test_what_cannot_follow_is_left_alone_and_all_else_is_pruned(name):
+    network, data, expected, line = CASES[name]
+    dense = built(network)
+    before = {key: value.clone() for key, value in dense.state_dict().items()}
+    result = osscar.prune(dense, data(), **asked_of(network), device="cpu")
+    assert left(result) == expected
+    for group in result.left_alone:
+        place = group.name.removesuffix(".heads") if network is Transformer else "the model"
+        assert group.reason.startswith(f"module {place!r} (")
+        assert line in group.reason
+    assert result.layers
+    assert all(layer.kept == layer.units // 2 for layer in result.layers)
+    shapes = {key: value.shape for key, value in result.model.state_dict().items()}
+    for slot in (s for g in result.plan.groups for s in g.slots if g.name in expected):
+        assert shapes[slot.tensor] == before[slot.tensor].shape
+    assert_equals_the_masked_model(dense, result, data()[:5])
+    assert all(torch.equal(value, before[key]) for key, value in dense.state_dict().items())
+
+
+@pytest.mark.filterwarnings("ignore:left alone")
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("allocation", ["curvature", "uniform"])
+def test_a_budget_does_not_count_what_is_left_alone(name, allocation):
+    network, data, expected, _ = CASES[name]
+    dense = built(network)
+    asked = {"sparsity": 0.5, "allocation": allocation, "device": "cpu"}
+    result = osscar.prune(dense, data(), **asked)
+    assert left(result) == expected
+    budget, skipped = result.budget, osscar.prune(dense, data(), **asked, skip=expected)
+    assert not set(budget.widths) & set(expected)
+    assert budget.widths == skipped.budget.widths
+    assert budget.limit == skipped.budget.limit
+    assert budget.reached == result.parameters_after == skipped.parameters_after
+    assert result.plan == skipped.plan
+    for key, value in skipped.model.state_dict().items():  # a trial leaves no trace
+        assert torch.equal(value, result.model.state_dict()[key]), key
+    if allocation == "uniform":
+        assert all(width.kept == width.units // 2 for width in budget.widths.values())
+    else:
+        assert budget.reached <= budget.limit
+
+
+def test_users_are_warned_by_name():
+    with pytest.warns(UserWarning, match=r"left alone.*'blocks\.0\.attn\.heads'; 'blocks\.1"):
+        osscar.prune(built(Transformer), words(), sparsity=0.5, device="cpu")
+
+
+@pytest.mark.filterwarnings("ignore:left alone")
+def test_a_group_that_was_named_is_left_alone_too():
+    named = {HEADS[0]: 2, NEURONS[1]: 9}
+    result = osscar.prune(built(Transformer), words(), groups=named, device="cpu")
+    assert left(result) == HEADS[:1]
+    assert [(layer.name, layer.kept) for layer in result.layers] == [(NEURONS[1], 9)]
+
+
+@pytest.mark.filterwarnings("ignore:left alone")
+def test_groups_that_go_alone_but_not_together():
+    dense, data = built(Pair), rows(48, 8)
+    for one in ("one", "other"):  # each can go by itself
+        named = {f"{one}.neurons": 8, "join.neurons": 6}
+        assert not osscar.prune(dense, data, groups=named, device="cpu").left_alone
+    result = osscar.prune(dense, data, neurons="1/2", device="cpu")
+    assert len(result.left_alone) == 1
+    assert "16 features are too few" in result.left_alone[0].reason
+    assert {*left(result), *(layer.name for layer in result.layers)} == {
+        "one.neurons",
+        "other.neurons",
+        "join.neurons",
+    }
+    assert_equals_the_masked_model(dense, result, data[:5])
+
+
+@pytest.mark.filterwarnings("ignore:left alone")
+def test_a_budget_that_cannot_be_met_says_what_is_left_alone(unsolved):
+    with pytest.raises(RequestError, match=r"cannot be met.*left alone.*blocks\.1\.attn\.heads"):
+        osscar.prune(built(Transformer), words(), params=0.4, device="cpu")
+
+
+# ---- errors ------------------------------------------------------------------------------
+
+
+def test_a_model_in_which_nothing_can_follow_is_refused_with_all_reasons(unsolved):
+    with pytest.raises(AdapterError, match="none of 2 groups can follow") as caught:
+        osscar.prune(built(Stubborn), rows(48, 8), sparsity=0.5, device="cpu")
+    for said in ("'one.neurons': module", "view(-1, 16)", "'two.neurons': module", "view(-1, 12)"):
+        assert said in str(caught.value)
+
+
+def test_a_strict_request_is_refused_before_anything_is_solved(unsolved):
+    with pytest.raises(AdapterError, match=r"2 of 4 groups cannot follow.*--skip") as caught:
+        osscar.prune(built(Transformer), words(), sparsity=0.5, strict=True, device="cpu")
+    for said in (*HEADS, "C // self.num_heads"):
+        assert said in str(caught.value)
+
+
+def test_a_strict_request_that_can_be_met_is():
+    asked = {"neurons": "1/2", "device": "cpu"}
+    result = osscar.prune(built(Transformer), words(), **asked, strict=True)
+    assert not result.left_alone
+    assert result.settings["strict"] is True
+
+
+def test_outputs_that_differ_are_a_reason(unsolved):
+    """Code that runs with fewer units, and computes something else."""
+
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.enter, self.leave = nn.Linear(8, 16), nn.Linear(16, 3)
+
+        def forward(self, x):
+            y = torch.relu(self.enter(x))
+            return self.leave(y * y.shape[-1] ** -0.5)
+
+    with pytest.raises(EquivalenceError, match="'neurons': the shrunk model's output differs"):
+        osscar.prune(built(Scaled), rows(48, 8), sparsity=0.5, device="cpu")
+
+
+# ---- the search --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["llama-gqa", "images"])
+def test_one_trial_is_enough_where_all_can_follow(kind, tries):
+    model, data = (small_net(), images()) if kind == "images" else (tiny(kind), tokens())
+    result = osscar.prune(model, data, sparsity=0.5, device="cpu")
+    assert not result.left_alone
+    assert [set(names) for names in tries] == [set(result.budget.widths)]
+
+
+@pytest.mark.filterwarnings("ignore:left alone")
+def test_few_trials_find_what_cannot_follow(tries):
+    depth = 8
+    result = osscar.prune(
+        built(lambda: Transformer(depth)), words(), sparsity=0.5, backend="magnitude", device="cpu"
+    )
+    assert len(result.left_alone) == len(result.layers) == depth
+    assert len(tries) <= 2 * depth + 2
+    assert {name for name in tries[-1] if name.endswith("neurons")} == {
+        layer.name for layer in result.layers
+    }
+
+
+@pytest.mark.filterwarnings("ignore:left alone")
+def test_a_trial_leaves_the_model_as_it_was():
+    class Counting(Gated):
+        """Keeps a table for each number of samples, and counts its calls."""
+
+        def __init__(self):
+            super().__init__()
+            self.tables, self.calls = {}, 0
+
+        def forward(self, x):
+            self.calls += 1
+            if len(x) not in self.tables:
+                self.tables[len(x)] = self.head.bias.new_ones(len(x), 1)
+            return super().forward(x) * self.tables[len(x)]
+
+    request = PruningRequest(sparsity=0.5, device="cpu")
+    with opened_for(built(Counting), rows(9, 8), request) as ready:
+        held = [(module, type(module), dict(vars(module))) for module in ready.model.modules()]
+        values = {key: value.clone() for key, value in ready.model.state_dict().items()}
+        seen = (list(ready.model.tables), ready.model.calls)
+        kept = {id(parameter) for parameter in ready.model.parameters()}
+        assert left_alone(ready, request)
+        for module, kind, attributes in held:
+            assert type(module) is kind
+            assert vars(module).keys() == attributes.keys()
+        assert {id(parameter) for parameter in ready.model.parameters()} == kept
+        assert all(torch.equal(v, values[k]) for k, v in ready.model.state_dict().items())
+        assert (list(ready.model.tables), ready.model.calls) == seen
+
+
+@pytest.mark.parametrize(
+    ("asked", "kept"),
+    [
+        ({"sparsity": 0.5}, {"heads": 3, "neurons": 13}),
+        ({"sparsity": 0.5, "round_to": 8}, {"heads": 2, "neurons": 16}),
+        ({"sparsity": 0.25, "allocation": "uniform"}, {"heads": 3, "neurons": 18}),
+        ({"params": 0.9, "allocation": "uniform"}, {"heads": 3, "neurons": 13}),
+        ({"sparsity": 0.5, "neurons": "2/3"}, {"heads": 3, "neurons": 16}),
+        ({"neurons": 7}, {"neurons": 7}),
+    ],
+)
+def test_the_widths_that_are_tried(asked, kept):
+    request = PruningRequest(device="cpu", **asked)
+    with opened_for(built(Transformer), words(), request) as ready:
+        found = provisional(ready, request)
+    assert found == {
+        f"blocks.{i}.{'attn' if kind == 'heads' else 'mlp'}.{kind}": count
+        for i in (0, 1)
+        for kind, count in kept.items()
+    }
+
+
+# ---- runs that go on, and sweeps ---------------------------------------------------------
+
+
+class Killed(BaseException):
+    """Stands for a kill: nothing may catch it."""
+
+
+def killed(log, request, monkeypatch):
+    """Run until one group is committed."""
+
+    def append(self, index, record):
+        original(self, index, record)
+        raise Killed
+
+    original = RunLog.append
+    with monkeypatch.context() as patch:
+        patch.setattr(RunLog, "append", append)
+        with pytest.raises(Killed):
+            prune_as_asked(built(Transformer), words(), request, log)
+    assert log.committed == 1
+
+
+@pytest.mark.filterwarnings("ignore:left alone")
+def test_a_run_that_goes_on_leaves_the_same_alone(tmp_path, monkeypatch):
+    request, log = PruningRequest(sparsity=0.5, device="cpu"), RunLog(tmp_path / "log")
+    whole = prune_as_asked(built(Transformer), words(), request)
+    killed(log, request, monkeypatch)
+    again = prune_as_asked(built(Transformer), words(), request, log)
+    assert left(again) == HEADS
+    assert again.left_alone == whole.left_alone
+    assert again.plan == whole.plan
+    for key, value in whole.model.state_dict().items():
+        assert torch.equal(value, again.model.state_dict()[key]), key
+
+
+@pytest.mark.filterwarnings("ignore:left alone")
+def test_a_log_that_prunes_what_is_left_alone_is_refused(tmp_path, monkeypatch):
+    request, log = PruningRequest(sparsity=0.5, device="cpu"), RunLog(tmp_path / "log")
+    with monkeypatch.context() as patch:
+        patch.setattr(pruning_room, "left_alone", lambda *_: ())
+        killed(log, request, patch)
+    with pytest.raises(RunError, match="begin anew with --restart"):
+        prune_as_asked(built(Transformer), words(), request, log)
+
+
+@pytest.mark.filterwarnings("ignore:left alone")
+def test_a_sweep_tries_once(tries):
+    base = PruningRequest(sparsity=0.3, device="cpu")
+    points = (Job(CURVATURE, 0.3), Job(CURVATURE, 0.6), Job("wanda", 0.5))
+    found = dict(sweep(built(Transformer), words(), base, points))
+    swept = list(tries)
+    tries.clear()
+    alone = prune_as_asked(built(Transformer), words(), points[1].request(base))
+    assert tries == swept
+    assert tuple(found) == points
+    for result in found.values():
+        assert left(result) == HEADS
+        assert [layer.name for layer in result.layers] == NEURONS
+    assert found[points[1]].plan == alone.plan
+
+
+# ---- the command -------------------------------------------------------------------------
+
+CODE = """
+import torch
+from torch import nn
+from tests.osscar.test_left_alone import Transformer, WIDTH
+
+class Patches(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.patch, self.rest = nn.Conv2d(3, WIDTH, 4, stride=4), Transformer()
+
+    def forward(self, x):
+        return self.rest(self.patch(x).flatten(2).transpose(1, 2))
+
+def build():
+    torch.manual_seed(0)
+    return Patches(), torch.zeros(2, 3, 8, 8)
+"""
+
+
+@pytest.fixture
+def run(monkeypatch, capsys, tmp_path):
+    """Run `osscar prune` on a file of code; return status, standard output and standard error."""
+    (tmp_path / "osscar_test_patches.py").write_text(CODE)
+    pixels = np.random.default_rng(0).integers(0, 256, (48, 8, 8, 3), dtype="uint8")
+    np.savez(tmp_path / "images.npz", images=pixels)
+    monkeypatch.chdir(tmp_path)
+
+    def call(*more):
+        arguments = ("prune", "osscar_test_patches.py:build", "--calibration", "images.npz")
+        arguments = (*arguments, "--sparsity", 0.5, "--out", "small", "--device", "cpu", *more)
+        monkeypatch.setattr(sys, "argv", ["osscar", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stop:
+            main()
+        captured = capsys.readouterr()
+        return stop.value.code or 0, captured.out, captured.err
+
+    yield call
+    sys.modules.pop("osscar_test_patches", None)
+
+
+def test_the_command_says_what_is_left_alone_and_why(run, tmp_path):
+    status, out, err = run("--json", "run.json")
+    assert status == 0, err
+    table = out.partition("left alone, since they cannot follow")[2]
+    document = json.loads((tmp_path / "run.json").read_text())
+    page = (tmp_path / "small" / "report.html").read_text().partition("<h2>Left alone</h2>")[2]
+    assert document["schema"] == "osscar.prune/3"
+    assert [group["name"] for group in document["left_alone"]] == [f"rest.{n}" for n in HEADS]
+    for group in document["left_alone"]:
+        assert (group["kind"], group["units"]) == ("heads", 4)
+        assert "C // self.num_heads" in group["reason"]
+        assert group["name"] in table
+        assert group["name"] in page.replace("<wbr>", "")
+    assert table.count("4 heads") == 2
+    assert page.replace("<wbr>", "").count("self.num_heads, C // self.num_heads)") == 2
+    assert {layer["name"] for layer in document["layers"]} == {f"rest.{name}" for name in NEURONS}
+
+
+def test_the_command_refuses_it_when_it_is_strict(run, tmp_path):
+    status, _, err = run("--strict")
+    assert status == 2
+    assert "2 of 4 groups cannot follow" in err
+    assert "C // self.num_heads" in err
+    assert not (tmp_path / "small").exists()
+    assert not (tmp_path / "small.run").exists()
+
+
+def test_nothing_is_said_where_nothing_is_left(run, tmp_path):
+    status, out, err = run("--skip", "*.heads")
+    assert status == 0, err
+    assert "left alone" not in out + err
+    assert "Left alone" not in (tmp_path / "small" / "report.html").read_text()
+    report = json.loads((tmp_path / "small" / "osscar_report.json").read_text())
+    assert report["left_alone"] == []
