@@ -17,6 +17,7 @@ from .models.vision import VisionModel as VisionModel, load_vision_model as load
 from .pruning.prune import prune as prune
 from .pruning.request import PruningRequest as PruningRequest
 from .pruning.result import LayerReport as LayerReport, PruningResult as PruningResult
+from .pruning.trial import LeftAlone as LeftAlone
 from .shrinking.follow import adapter as adapter, prepare as prepare
 from .shrinking.plan import PruningPlan as PruningPlan
 from .shrinking.shrink import Proof as Proof, shrink as shrink

@@ -13,9 +13,11 @@ from torch import nn
 import osscar
 from osscar.cli import main
 from osscar.core.errors import AdapterError, EquivalenceError, RequestError, RunError
+from osscar.pruning import budget as budget_room
 from osscar.pruning import prune as pruning_room
 from osscar.pruning import trial as trial_room
 from osscar.pruning.budget import provisional
+from osscar.pruning.curves import measure_curves
 from osscar.pruning.prune import opened_for, prune_as_asked
 from osscar.pruning.request import PruningRequest
 from osscar.pruning.run_log import RunLog
@@ -132,6 +134,23 @@ class Pair(nn.Module):
         if y.shape[-1] < 20:
             raise ValueError(f"{y.shape[-1]} features are too few")
         return self.head(torch.tanh(self.join(torch.relu(y))))
+
+
+class Quartet(nn.Module):
+    """Four layers side by side: the first cannot be narrower, nor the second and last together."""
+
+    def __init__(self):
+        super().__init__()
+        self.bad, self.one = nn.Linear(8, 16), nn.Linear(8, 16)
+        self.plain, self.two = nn.Linear(8, 16), nn.Linear(8, 16)
+        self.head = nn.Linear(64, 3)
+
+    def forward(self, x):
+        one, two = self.one(x), self.two(x)
+        if one.shape[-1] + two.shape[-1] < 20:
+            raise ValueError("features are too few")
+        parts = (self.bad(x).view(-1, 16), one, self.plain(x), two)
+        return self.head(torch.relu(torch.cat(parts, -1)))
 
 
 class Stubborn(nn.Module):
@@ -318,6 +337,13 @@ def test_groups_that_go_alone_but_not_together():
 
 
 @pytest.mark.filterwarnings("ignore:left alone")
+def test_a_group_is_tried_together_with_all_that_go():
+    result = osscar.prune(built(Quartet), rows(48, 8), neurons="1/2", device="cpu")
+    assert left(result) == ["two.neurons", "bad.neurons"]
+    assert [layer.name for layer in result.layers] == ["one.neurons", "plain.neurons"]
+
+
+@pytest.mark.filterwarnings("ignore:left alone")
 def test_a_budget_that_cannot_be_met_says_what_is_left_alone(unsolved):
     with pytest.raises(RequestError, match=r"cannot be met.*left alone.*blocks\.1\.attn\.heads"):
         osscar.prune(built(Transformer), words(), params=0.4, device="cpu")
@@ -381,7 +407,7 @@ def test_few_trials_find_what_cannot_follow(tries):
         built(lambda: Transformer(depth)), words(), sparsity=0.5, backend="magnitude", device="cpu"
     )
     assert len(result.left_alone) == len(result.layers) == depth
-    assert len(tries) <= 2 * depth + 2
+    assert len(tries) <= 2 * depth + 1
     assert {name for name in tries[-1] if name.endswith("neurons")} == {
         layer.name for layer in result.layers
     }
@@ -485,14 +511,23 @@ def test_a_log_that_prunes_what_is_left_alone_is_refused(tmp_path, monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore:left alone")
-def test_a_sweep_tries_once(tries):
+def test_a_sweep_tries_once(tries, monkeypatch):
+    measured = []
+
+    def curves(ready, groups, **options):
+        measured.extend(group.name for group in groups)
+        return measure_curves(ready, groups, **options)
+
+    monkeypatch.setattr(budget_room, "measure_curves", curves)
     base = PruningRequest(sparsity=0.3, device="cpu")
     points = (Job(CURVATURE, 0.3), Job(CURVATURE, 0.6), Job("wanda", 0.5))
     found = dict(sweep(built(Transformer), words(), base, points))
     swept = list(tries)
     tries.clear()
+    assert measured == NEURONS
     alone = prune_as_asked(built(Transformer), words(), points[1].request(base))
     assert tries == swept
+    assert measured == 2 * NEURONS
     assert tuple(found) == points
     for result in found.values():
         assert left(result) == HEADS
