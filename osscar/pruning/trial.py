@@ -97,7 +97,9 @@ def left_alone(ready: Opened, request: PruningRequest) -> tuple[LeftAlone, ...]:
             _refusal(left, len(groups), request.strict)
         )
     if left:
-        warnings.warn(f"{named(left)}; left_alone of the result says why", stacklevel=5)
+        warnings.warn(
+            f"{named(left)}; the report, or left_alone of the result, says why", stacklevel=5
+        )
     return left
 
 

@@ -116,6 +116,18 @@ def test_a_run_in_which_nothing_predicts_still_shows_its_budget(document, tmp_pa
     assert "No gradient reaches some groups" in text
 
 
+@pytest.mark.parametrize("width", [PHONE, DESK])
+def test_what_was_left_alone_fits_the_page_with_its_reason(document, tmp_path, width):
+    line = f"qkv = self.qkv(x).reshape(B, N, 3, {'self.blocks_with_a_long_name.' * 3}num_heads)"
+    group = {"name": "blocks.0.attn.heads", "kind": "heads", "units": 4, "reason": line}
+    text = check_shown(
+        written(tmp_path, {**document, "left_alone": [group]}), width, pictures=3
+    ).replace("\u200b", "")
+    assert text.index("Layer by layer") < text.index("Left alone") < text.index("What was asked")
+    assert "4 heads" in text
+    assert line in text
+
+
 def test_a_budget_of_time_is_a_share_of_the_dense_time(document):
     budget = {**document["budget"], "cost": "time", "dense": 1.0, "limit": 0.5, "reached": 0.51}
     budget["frontier"] = {"cost": [0.25, 0.5, 1.0], "nats": [2.0, 0.5, 0.0]}
