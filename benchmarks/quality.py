@@ -35,7 +35,7 @@ from osscar.data.images import load_images
 from osscar.evaluation.images import score_images
 from osscar.evaluation.language import measure_quality
 from osscar.models.vision import load_vision_model
-from osscar.pruning.budget import allocate
+from osscar.pruning.allocation import allocate
 from osscar.pruning.request import PruningRequest
 
 UNIFORM = {"allocation": "uniform", "target": "weights", "damp": 0.01}

@@ -30,8 +30,9 @@ from osscar.core.errors import RequestError, RunError
 from osscar.core.modules import copied, count_parameters, device_of
 from osscar.core.progress import stage
 from osscar.pruning import latency
+from osscar.pruning.allocation import allocate
 from osscar.pruning.batch_norm import DenseStatistics, dense_statistics, renew_statistics
-from osscar.pruning.budget import Allocated, Budget, allocate
+from osscar.pruning.budget import Allocated, Budget
 from osscar.pruning.certify import certified
 from osscar.pruning.costs import Cost
 from osscar.pruning.curves import Curve

@@ -14,7 +14,7 @@ from osscar.capture.opened import Opened
 from osscar.capture.targets import Target
 from osscar.core.errors import OptionError
 from osscar.core.modules import copied
-from osscar.pruning.budget import shared_curves
+from osscar.pruning.allocation import shared_curves
 from osscar.pruning.prune import DenseFacts, opened_for, prune_opened
 from osscar.pruning.request import Allocation, PruningRequest
 from osscar.pruning.result import PruningResult

@@ -21,7 +21,7 @@ from osscar.capture.opened import Opened
 from osscar.capture.scratch import Untouched
 from osscar.core.errors import AdapterError, EquivalenceError, ModelError, first_line
 from osscar.core.progress import stage
-from osscar.pruning.budget import provisional
+from osscar.pruning.allocation import provisional
 from osscar.pruning.request import PruningRequest
 from osscar.shrinking.equivalence import Inputs, finer_precision
 from osscar.shrinking.plan import GroupPlan, PruningPlan

@@ -16,7 +16,7 @@ from osscar.core.errors import NonFiniteError, RequestError
 from osscar.core.modules import count_parameters
 from osscar.evaluation.size import count_flops
 from osscar.pruning import latency
-from osscar.pruning.budget import allocate
+from osscar.pruning.allocation import allocate
 from osscar.pruning.costs import Cost, count
 from osscar.pruning.curves import elimination_curve, measure_curves
 from osscar.pruning.divergence import Reference

@@ -13,10 +13,10 @@ from torch import nn
 import osscar
 from osscar.cli import main
 from osscar.core.errors import AdapterError, EquivalenceError, RequestError, RunError
-from osscar.pruning import budget as budget_room
+from osscar.pruning import allocation
 from osscar.pruning import prune as pruning_room
 from osscar.pruning import trial as trial_room
-from osscar.pruning.budget import provisional
+from osscar.pruning.allocation import provisional
 from osscar.pruning.curves import measure_curves
 from osscar.pruning.prune import opened_for, prune_as_asked
 from osscar.pruning.request import PruningRequest
@@ -517,7 +517,7 @@ def test_a_sweep_tries_once(tries, monkeypatch):
         measured.extend(group.name for group in groups)
         return measure_curves(ready, groups, **options)
 
-    monkeypatch.setattr(budget_room, "measure_curves", curves)
+    monkeypatch.setattr(allocation, "measure_curves", curves)
     base = PruningRequest(sparsity=0.3, device="cpu")
     points = (Job(CURVATURE, 0.3), Job(CURVATURE, 0.6), Job("wanda", 0.5))
     found = dict(sweep(built(Transformer), words(), base, points))

@@ -11,7 +11,7 @@ from torch import nn
 import osscar
 from graph.groups import CouplingGroup, Freeze, Role, Slot, UnitKind
 from osscar.core.errors import FrozenGroupError, RequestError
-from osscar.pruning import budget
+from osscar.pruning import allocation
 from osscar.pruning.request import PruningRequest as Asked
 from osscar.pruning.request import parse_keep
 from tests.osscar.families import tiny, tokens
@@ -37,7 +37,7 @@ def allocate(groups, asked):
     )
     ready = SimpleNamespace(model=model, groups=groups, residual=frozenset(), sample={})
     asked = dataclasses.replace(asked, allocation="uniform")
-    return budget.allocate(ready, asked).keep
+    return allocation.allocate(ready, asked).keep
 
 
 @pytest.mark.parametrize(

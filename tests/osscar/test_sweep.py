@@ -11,7 +11,8 @@ import osscar
 import osscar.pruning.sweep as sweep_room
 from osscar.cli import main
 from osscar.core.errors import OptionError, OutputError, RunError
-from osscar.pruning.budget import allocate, described
+from osscar.pruning.allocation import allocate
+from osscar.pruning.budget import described
 from osscar.pruning.prune import opened_for, prune_as_asked
 from osscar.pruning.request import PruningRequest
 from osscar.pruning.sweep import BASELINES, CURVATURE, Job, jobs, sweep

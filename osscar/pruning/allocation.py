@@ -1,0 +1,177 @@
+"""How many units each coupling group keeps."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection, Mapping, Sequence
+from fractions import Fraction
+
+from graph import CouplingGroup
+from osscar.capture.opened import Opened
+from osscar.capture.regularization import DEFAULT_DAMP
+from osscar.core.errors import RequestError
+from osscar.pruning.budget import Allocated, Budget
+from osscar.pruning.costs import Cost, CostModel, count
+from osscar.pruning.curves import Curve, measure_curves
+from osscar.pruning.latency import Latency, aimed
+from osscar.pruning.request import Allocation, PruningRequest, parse_keep
+from osscar.pruning.rules import ByCurves, Rule, Uniform
+from osscar.pruning.widths import (
+    about_half,
+    asked_groups,
+    why_frozen,
+)
+
+
+def allocate(
+    ready: Opened,
+    request: PruningRequest,
+    curves: Mapping[str, Curve] | None = None,
+    left: Collection[str] = (),
+) -> Allocated:
+    """Decide how many units each group keeps.
+
+    Parameters
+    ----------
+    ready
+        The dense model with its data.
+    request
+        What the user asked for.
+    curves
+        Those of all groups that share a budget, where they are known; else they are measured.
+    left
+        Names of groups that keep all their units, since they cannot follow; no budget counts them.
+
+    Raises
+    ------
+    RequestError
+        If a count exceeds what exists, a fraction keeps nothing, a named group does not exist, a
+        pattern to skip matches none, a budget cannot be met, or in the end nothing would be
+        removed.
+    FrozenGroupError
+        If what was asked for is frozen everywhere, or a frozen group was named.
+    NonFiniteError
+        If the gradients that a budget needs are not finite.
+    """
+    groups, keep, shared = asked_groups(ready, request, left)
+    budget = None
+    if request.has_budget and shared:
+        rule = (
+            Uniform(shared, request, keep)
+            if request.allocation is Allocation.UNIFORM
+            else ByCurves.of(shared, request, keep, curves or shared_curves(ready, request, left))
+        )
+        found, budget = _met(ready, request, shared, rule, keep)
+        keep = {**keep, **found}
+    keep = {g.name: keep[g.name] for g in groups if keep.get(g.name, g.units) < g.units}
+    if not keep:
+        skipped = len(ready.groups) - len(groups)
+        rest = f" but the {skipped} that are skipped or left alone" if skipped else ""
+        raise RequestError(
+            f"nothing would be removed: every group{rest} keeps all its units; ask for "
+            f"{'a higher sparsity' if request.sparsity else 'more to be removed'}"
+            f"{', or skip less' if request.skip else ''}{why_frozen(groups)}"
+        )
+    return Allocated(keep, budget)
+
+
+def shared_curves(
+    ready: Opened, request: PruningRequest, left: Collection[str] = ()
+) -> dict[str, Curve]:
+    """Measure the curves of all groups that share a request's budget, however large that is.
+
+    Parameters
+    ----------
+    ready, request, left
+        As `allocate` takes them.
+
+    Raises
+    ------
+    RequestError, FrozenGroupError, NonFiniteError
+        As `allocate` does.
+    """
+    _, _, shared = asked_groups(ready, request, left)
+    damp = DEFAULT_DAMP if request.damp is None else request.damp
+    found = measure_curves(ready, shared, damp=damp, seed=request.seed)
+    return {curve.name: curve for curve in found}
+
+
+def provisional(ready: Opened, request: PruningRequest) -> dict[str, int]:
+    """Return what groups may come to keep, before anything is measured.
+
+    It is what the request says of them where it does; about half of those that share a budget.
+
+    Raises
+    ------
+    RequestError, FrozenGroupError
+        As `allocate` does.
+    """
+    _, keep, shared = asked_groups(ready, request)
+    if not request.has_budget:
+        return keep
+    if request.allocation is Allocation.UNIFORM and request.sparsity is not None:
+        return {**keep, **Uniform(shared, request, keep).of_units()}
+    return {**keep, **{group.name: about_half(group, request.round_to) for group in shared}}
+
+
+def _met(
+    ready: Opened,
+    request: PruningRequest,
+    shared: Sequence[CouplingGroup],
+    rule: Rule,
+    keep: Mapping[str, int],
+) -> tuple[dict[str, int], Budget]:
+    """Choose what groups keep within what was asked for."""
+    asked = request.budget_in_words
+    if request.speedup is not None:
+        latency = Latency(ready, shared, keep)
+        cost = latency.model
+        found, speedup = aimed(
+            latency,
+            request.speedup,
+            lambda limit: _checked(rule, Cost.TIME, cost, limit, keep, asked),
+        )
+        budget = rule.budget(Cost.TIME, cost, cost.of({**keep, **found}), found)
+        # The bound is of modelled times, and says nothing of those that are measured.
+        limit, reached = 1 / request.speedup, 1 / speedup
+        return found, dataclasses.replace(budget, limit=limit, reached=reached, lower_bound=None)
+    kind = Cost.FLOPS if request.flops is not None else Cost.PARAMETERS
+    cost = count(kind, ready.model, ready.groups, ready.sample)
+    if request.sparsity is not None:
+        # Of the parameters that the shared groups own, as the others are.
+        all_gone = cost.of({**keep, **dict.fromkeys((g.name for g in shared), 0)})
+        limit = all_gone + (1 - request.sparsity) * (cost.of(keep) - all_gone)
+    elif request.flops is not None:
+        limit = request.flops * cost.dense
+    else:
+        assert request.params is not None
+        params = parse_keep(request.params)
+        limit = float(params if isinstance(params, int) else params * Fraction(int(cost.dense)))
+    found = _checked(rule, kind, cost, limit, keep, asked)
+    return found, rule.budget(kind, cost, limit, found)
+
+
+def _checked(
+    rule: Rule,
+    kind: Cost,
+    cost: CostModel,
+    limit: float,
+    keep: Mapping[str, int],
+    asked: str,
+) -> dict[str, int]:
+    """Return what the rule chooses.
+
+    Raises
+    ------
+    RequestError
+        If even the least widths cost more than the limit.
+    """
+    found = rule.choose(cost, limit)
+    reached = cost.of({**keep, **found})
+    if not (reached <= limit * (1 + 1e-9) or rule.rounds):
+        raise RequestError(
+            f"{asked} cannot be met: it allows {limit:,.6g} {kind}, and what may be pruned comes "
+            f"to {reached:,.6g} of {cost.dense:,.6g} at least ({reached / cost.dense:.3f} of the "
+            "dense model's); ask for less, or let more kinds of units be pruned"
+        )
+    return found

@@ -1,0 +1,253 @@
+"""How a budget is shared out: evenly, or by what each group loses."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import ClassVar, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from graph import CouplingGroup
+from osscar.core.errors import RequestError
+from osscar.pruning.budget import Budget, Width
+from osscar.pruning.costs import Cost, CostModel
+from osscar.pruning.curves import Curve
+from osscar.pruning.knapsack import BudgetError, choose
+from osscar.pruning.request import PruningRequest
+from osscar.pruning.widths import count_kept, possible_widths
+
+_ROUNDS = 60
+_SWEEPS = 30
+_PRICES = 96
+_FRONTIER = 24
+"""Points of the frontier that are kept at most."""
+
+
+class Rule(Protocol):
+    """How a budget is shared out."""
+
+    @property
+    def rounds(self) -> bool:
+        """Whether it may come to more than the limit, since shares are rounded to units."""
+
+    def choose(self, cost: CostModel, limit: float) -> dict[str, int]:
+        """Return what groups keep so that the model costs at most the limit."""
+
+    def budget(self, kind: Cost, cost: CostModel, limit: float, found: dict[str, int]) -> Budget:
+        """Report on a choice."""
+
+
+@dataclass(frozen=True, eq=False)
+class Uniform:
+    """The same share of every group: of its units if the sparsity is given, or as costs allow."""
+
+    shared: Sequence[CouplingGroup]
+    request: PruningRequest
+    keep: Mapping[str, int]
+
+    @property
+    def rounds(self) -> bool:
+        """Whether shares are rounded to units, whatever that comes to."""
+        return self.request.sparsity is not None
+
+    def choose(self, cost: CostModel, limit: float) -> dict[str, int]:
+        """Return the counts of the largest share within the limit, or of the least share."""
+        if self.request.sparsity is not None:
+            return self.of_units()
+        low, high, steps = 0, 1 << 12, 1 << 12
+        while low < high:
+            middle = (low + high + 1) // 2
+            within = cost.of({**self.keep, **self._at(Fraction(middle, steps))}) <= limit
+            low, high = (middle, high) if within else (low, middle - 1)
+        return self._at(Fraction(low, steps))
+
+    def of_units(self) -> dict[str, int]:
+        """Return the counts where the sparsity is the share of each group's units to remove."""
+        return self._at(1 - Fraction(str(self.request.sparsity)))
+
+    def _at(self, share: Fraction) -> dict[str, int]:
+        return {
+            g.name: count_kept(g, max(share, Fraction(1, 2 * g.units)), self.request.round_to)
+            for g in self.shared
+        }
+
+    def budget(self, kind: Cost, cost: CostModel, limit: float, found: dict[str, int]) -> Budget:
+        """Report without a prediction."""
+        return Budget(
+            kind,
+            limit,
+            cost.dense,
+            cost.of({**self.keep, **found}),
+            widths={g.name: Width(str(g.kind), g.units, found[g.name]) for g in self.shared},
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class ByCurves:
+    """The widths of least predicted divergence."""
+
+    curves: Mapping[str, Curve]
+    options: Mapping[str, NDArray[np.int64]]
+    keep: Mapping[str, int]
+    kinds: Mapping[str, str]
+    rounds: ClassVar[bool] = False
+
+    @classmethod
+    def of(
+        cls,
+        shared: Sequence[CouplingGroup],
+        request: PruningRequest,
+        keep: Mapping[str, int],
+        curves: Mapping[str, Curve],
+    ) -> ByCurves:
+        """Take the curve of each group, and the widths that it may have."""
+        options = {group.name: possible_widths(group, request.round_to) for group in shared}
+        kinds = {group.name: str(group.kind) for group in shared}
+        return cls({name: curves[name] for name in options}, options, keep, kinds)
+
+    def choose(self, cost: CostModel, limit: float) -> dict[str, int]:
+        """Return the widths of least predicted divergence within the limit, or the least ones."""
+        least = {name: int(some[0]) for name, some in self.options.items()}
+        if not cost.of({**self.keep, **least}) <= limit * (1 + 1e-9):
+            return least
+        problem = self._problem(cost, limit)
+        return problem.exact()[0] if cost.separable(self.options) else problem.alternating()
+
+    def _problem(self, cost: CostModel, limit: float) -> _Shared:
+        losses = {name: self.curves[name].losses[some] for name, some in self.options.items()}
+        return _Shared(cost, limit, self.keep, self.options, losses)
+
+    def budget(self, kind: Cost, cost: CostModel, limit: float, found: dict[str, int]) -> Budget:
+        """Report with the prediction, and a bound on it where costs add up."""
+        proved = cost.separable(self.options)
+        problem = self._problem(cost, limit)
+        parts = {name: float(self.curves[name].losses[kept]) for name, kept in found.items()}
+        return Budget(
+            kind,
+            limit,
+            dense=cost.dense,
+            reached=cost.of({**self.keep, **found}),
+            predicted=sum(parts.values()),
+            lower_bound=problem.exact()[1] if proved else None,
+            comparable=all(curve.comparable for curve in self.curves.values()),
+            curves={name: tuple(c.losses.tolist()) for name, c in self.curves.items()},
+            widths={
+                name: Width(self.kinds[name], len(c.losses) - 1, found[name], parts[name])
+                for name, c in self.curves.items()
+            },
+            frontier=problem.frontier(),
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class _Shared:
+    """Groups that share a budget: their options, what these lose, and what they cost together."""
+
+    cost: CostModel
+    limit: float
+    others: Mapping[str, int]
+    options: Mapping[str, NDArray[np.int64]]
+    losses: Mapping[str, NDArray[np.float64]]
+
+    def exact(self) -> tuple[dict[str, int], float]:
+        """Solve the knapsack: costs of groups add up."""
+        names = list(self.options)
+        slopes = {name: self.cost.slope(name, self.others) for name in names}
+        costs = [slopes[name] * self.options[name].astype(float) for name in names]
+        nothing = self.cost.of({**self.others, **dict.fromkeys(names, 0)})
+        try:
+            choice = choose([self.losses[n] for n in names], costs, self.limit - nothing)
+        except BudgetError as error:  # by less than rounding, as the least widths were checked
+            raise RequestError(f"the budget cannot be met: {error}") from error
+        chosen = zip(names, choice.options, strict=True)
+        return {name: int(self.options[name][i]) for name, i in chosen}, choice.lower_bound
+
+    def alternating(self) -> dict[str, int]:
+        """Choose widths whose costs multiply: one group after the other, at one price for all.
+
+        At a price for the cost, each group in turn takes its best width given the others', until
+        none changes; the price is the least that comes within the limit, and what is left of that
+        is spent.
+        """
+        low, high = 0.0, 1e-12
+        kept = self._at(high, self._all())
+        while self.cost.of(kept) > self.limit and high < 1e300:
+            low, high = high, 10 * high
+            kept = self._at(high, kept)
+        for _ in range(_ROUNDS):
+            middle = math.sqrt(max(low, 1e-3 * high) * high)
+            found = self._at(middle, self._all())
+            if self.cost.of(found) > self.limit:
+                low = middle
+            else:
+                high, kept = middle, found
+        return self._spent({name: kept[name] for name in self.options})
+
+    def _all(self) -> dict[str, int]:
+        return {**self.others, **{name: int(some[-1]) for name, some in self.options.items()}}
+
+    def _at(self, price: float, start: Mapping[str, int]) -> dict[str, int]:
+        kept = dict(start)
+        for _ in range(_SWEEPS):
+            before = dict(kept)
+            for name, some in self.options.items():
+                paid = self.losses[name] + price * self.cost.slope(name, kept) * some
+                kept[name] = int(some[paid.argmin()])
+            if kept == before:
+                break
+        return kept
+
+    def frontier(self) -> tuple[tuple[float, float], ...]:
+        """Return costs of the whole model with the least loss at each, whatever the limit.
+
+        They are the choices at one price of the cost each, from that at which nothing leaves to
+        that at which all leaves that may: no choice of the same cost has a smaller loss where costs
+        of groups add up.
+        """
+        low, high = self._prices()
+        prices = np.geomspace(low, high, _PRICES).tolist() if high > 0 else []
+        choices = [self._all(), *(self._at(price, self._all()) for price in prices)]
+        found = {self.cost.of(kept): self._loss(kept) for kept in choices}
+        costs = sorted(found)
+        chosen = np.unique(np.linspace(0, len(costs) - 1, _FRONTIER).round().astype(int))
+        return tuple((costs[i], found[costs[i]]) for i in chosen)
+
+    def _prices(self) -> tuple[float, float]:
+        """Return a price below which nothing leaves, and one above which all leaves that may."""
+        least = {**self.others, **{name: int(some[0]) for name, some in self.options.items()}}
+        low, high = math.inf, 0.0
+        for name, some in self.options.items():
+            losses, units = self.losses[name], some.astype(float)
+            if len(some) > 1:
+                first = (losses[:-1] - losses[-1]) / (units[-1] - units[:-1])
+                last = (losses[0] - losses[1:]) / (units[1:] - units[0])
+                low = min([low, *first[first > 0] / self.cost.slope(name, self._all())])
+                high = max(high, float(last.max()) / self.cost.slope(name, least))
+        return 0.9 * low, 1.1 * high
+
+    def _loss(self, kept: Mapping[str, int]) -> float:
+        indices = {name: np.searchsorted(some, kept[name]) for name, some in self.options.items()}
+        return sum(float(self.losses[name][index]) for name, index in indices.items())
+
+    def _spent(self, kept: dict[str, int]) -> dict[str, int]:
+        """Widen groups, the one that gains most by its cost first, as far as the limit allows."""
+        while True:
+            room = self.limit - self.cost.of({**self.others, **kept})
+            best: tuple[float, str, int] | None = None
+            for name, some in self.options.items():
+                slope = self.cost.slope(name, {**self.others, **kept})
+                now = int(np.searchsorted(some, kept[name]))
+                wider = some[now + 1 :]
+                fits = wider[(wider - kept[name]) * slope <= room]
+                if len(fits):
+                    gain = float(self.losses[name][now] - self.losses[name][now + len(fits)])
+                    rate = gain / max(slope * float(fits[-1] - kept[name]), 1e-300)
+                    if gain > 0 and (best is None or rate > best[0]):
+                        best = rate, name, int(fits[-1])
+            if best is None:
+                return kept
+            kept = {**kept, best[1]: best[2]}
