@@ -17,7 +17,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from osscar.capture.gram import GramAccumulator
+from osscar.capture.gram import GramAccumulator, Moments
+from osscar.capture.linear_maps import LinearMap
 
 DAMPS = (0.01, 0.03, 0.1, 0.3, 1.0)
 """What is tried; the error is flat around its least."""
@@ -73,12 +74,11 @@ def best_regularization(
     share
         Of the corrections, where that is given.
     """
-    sizes = _sizes(accumulators)
+    layers = [_Layer(a.linear_map, a.fitted, a.held) for a in accumulators]
+    sizes = _sizes(layers)
     parts = [
-        _Part.of(accumulator, rows, sizes[accumulator.linear_map.name])
-        for accumulator, rows in zip(
-            accumulators, _kept_rows(accumulators, sizes, keep), strict=True
-        )
+        _Part.of(layer, rows, sizes[layer.map.name])
+        for layer, rows in zip(layers, _kept_rows(layers, sizes, keep), strict=True)
     ]
     best, least = Regularization(damps[0], share or 0.0), math.inf
     for damp in damps:
@@ -94,27 +94,34 @@ def best_regularization(
     return best
 
 
-def _sizes(accumulators: Sequence[GramAccumulator]) -> dict[str, float]:
+@dataclass(frozen=True, eq=False)
+class _Layer:
+    """A consumer, and what was summed up of it."""
+
+    map: LinearMap
+    fitted: Moments
+    held: Moments | None
+
+
+def _sizes(layers: Sequence[_Layer]) -> dict[str, float]:
     """Return the energy of what each layer puts out, relative to which its error counts."""
-    sizes = {accumulator.linear_map.name: 0.0 for accumulator in accumulators}
+    sizes = {layer.map.name: 0.0 for layer in layers}
     if len(sizes) == 1:
         return dict.fromkeys(sizes, 1.0)
-    for accumulator in accumulators:
-        W0 = accumulator.linear_map.read_weight()
-        sizes[accumulator.linear_map.name] += float((W0 * (accumulator.fitted.H @ W0)).sum())
+    for layer in layers:
+        W0 = layer.map.read_weight()
+        sizes[layer.map.name] += float((W0 * (layer.fitted.H @ W0)).sum())
     return {name: size if size > 0 else 1.0 for name, size in sizes.items()}
 
 
-def _kept_rows(
-    accumulators: Sequence[GramAccumulator], sizes: dict[str, float], keep: int
-) -> list[Tensor]:
+def _kept_rows(layers: Sequence[_Layer], sizes: dict[str, float], keep: int) -> list[Tensor]:
     """Return the rows, (r,) int64, of the units with the largest weights times inputs."""
-    units = [accumulator.linear_map.unit_rows for accumulator in accumulators]
+    units = [layer.map.unit_rows for layer in layers]
     scores = torch.zeros(len(units[0]), dtype=torch.float64)
-    for accumulator, owned in zip(accumulators, units, strict=True):
-        W0 = accumulator.linear_map.read_weight()
-        energies = (W0.square().sum(1) * accumulator.fitted.H.diagonal()).cpu()
-        share = energies / sizes[accumulator.linear_map.name]
+    for layer, owned in zip(layers, units, strict=True):
+        W0 = layer.map.read_weight()
+        energies = (W0.square().sum(1) * layer.fitted.H.diagonal()).cpu()
+        share = energies / sizes[layer.map.name]
         scores += torch.stack([share[rows].sum() for rows in owned])
     best = scores.argsort(descending=True, stable=True)[:keep].tolist()
     return [torch.tensor(sorted(row for unit in best for row in owned[unit])) for owned in units]
@@ -145,11 +152,10 @@ class _Part:
     size: float
 
     @classmethod
-    def of(cls, accumulator: GramAccumulator, rows: Tensor, size: float) -> _Part:
-        """Take the sums of a consumer."""
-        fitted, held = accumulator.fitted, accumulator.held
+    def of(cls, layer: _Layer, rows: Tensor, size: float) -> _Part:
+        """Take what concerns these rows."""
+        fitted, held, W0 = layer.fitted, layer.held, layer.map.read_weight()
         assert held is not None
-        W0 = accumulator.linear_map.read_weight()
         seen = _directions(W0)
         W0, H, held_H = W0 @ seen, fitted.H[rows], held.H[rows]
         held_G = held_H @ W0
