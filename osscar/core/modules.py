@@ -137,8 +137,11 @@ def count_parameters(model: nn.Module) -> int:
 
 def context_length(model: nn.Module) -> int | None:
     """Return the most tokens that a model takes at once, or None where its config tells nothing."""
-    length = getattr(getattr(model, "config", None), "max_position_embeddings", None)
-    return length if isinstance(length, int) else None
+    config = getattr(model, "config", None)
+    length = getattr(config, "max_position_embeddings", None)
+    # A class, not a checkpoint, that answers -1 takes any number (XLNet, Transformer-XL).
+    own = isinstance(getattr(type(config), "max_position_embeddings", None), property)
+    return length if isinstance(length, int) and not (own and length < 1) else None
 
 
 def in_evaluation(model: M) -> M:

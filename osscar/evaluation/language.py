@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from osscar.core.errors import ModelError, NonFiniteError, OptionError, TextError
 from osscar.core.inputs import shown, whole_number
-from osscar.core.modules import check_usable, evaluating
+from osscar.core.modules import check_usable, context_length, evaluating
 from osscar.core.progress import track
 from osscar.data.text import encode
 from osscar.evaluation.result import Comparison, Evaluation
@@ -286,7 +286,7 @@ def _measure(
 
 
 def _window_length(model: PreTrainedModel, seqlen: int | None) -> int:
-    limit: int = getattr(model.config, "max_position_embeddings", None) or DEFAULT_SEQLEN
+    limit = context_length(model) or DEFAULT_SEQLEN
     if seqlen is None:
         return min(limit, DEFAULT_SEQLEN)
     if not isinstance(seqlen, int) or not 2 <= seqlen <= limit:

@@ -68,9 +68,10 @@ def allocate(
         skipped = len(ready.groups) - len(groups)
         rest = f" but the {skipped} that are skipped or left alone" if skipped else ""
         raise RequestError(
-            f"nothing would be removed: every group{rest} keeps all its units; ask for "
+            why_frozen(groups)
+            or f"nothing would be removed: every group{rest} keeps all its units; ask for "
             f"{'a higher sparsity' if request.sparsity else 'more to be removed'}"
-            f"{', or skip less' if request.skip else ''}{why_frozen(groups)}"
+            f"{', or skip less' if request.skip else ''}"
         )
     return Allocated(keep, budget)
 

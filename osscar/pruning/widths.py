@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import math
+import re
 from collections.abc import Collection, Sequence
 from fractions import Fraction
 
@@ -14,6 +15,8 @@ from graph import CouplingGroup
 from osscar.capture.opened import Opened
 from osscar.core.errors import FrozenGroupError, RequestError
 from osscar.pruning.request import PRUNED_KINDS, PruningRequest, parse_keep
+
+_MOST_TOLD = 4
 
 # ---- which groups ------------------------------------------------------------------------
 
@@ -188,12 +191,11 @@ def about_half(group: CouplingGroup, round_to: int) -> int:
 
 
 def why_frozen(groups: Sequence[CouplingGroup]) -> str:
-    """Say why groups cannot be pruned, if none can."""
+    """Say why groups cannot be pruned, if none can; those of repeated blocks once."""
     if any(group.prunable and group.units > 1 for group in groups):
         return ""
-    frozen = next((group for group in groups if group.frozen), None)
-    return (
-        ""
-        if frozen is None
-        else f". No group of this model can be pruned: {frozen_message(frozen)}"
-    )
+    frozen = {re.sub(r"\d+", "", g.name): frozen_message(g) for g in reversed(groups) if g.frozen}
+    if not frozen:
+        return ""
+    told = "; ".join([*frozen.values()][::-1][:_MOST_TOLD])
+    return f"no group of this model can be pruned; `osscar inspect` lists them: {told}"

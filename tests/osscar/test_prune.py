@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+import transformers
 from torch import nn
 from transformers import MixtralConfig, MixtralForCausalLM
 
@@ -532,3 +533,24 @@ def test_random_numbers_of_a_model_are_not_those_of_its_user():
     torch.manual_seed(5)
     osscar.prune(model, data, neurons=0.5)
     assert torch.equal(torch.rand(3), expected)
+
+
+def test_a_model_of_which_nothing_can_be_pruned_says_why_and_asks_for_nothing_else():
+    config = transformers.OlmoeConfig(
+        vocab_size=97, hidden_size=48, intermediate_size=40, num_hidden_layers=2,
+        num_attention_heads=6, num_key_value_heads=3, num_experts=4, num_experts_per_tok=2,
+    )  # fmt: skip
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    with pytest.raises(RequestError) as caught:
+        osscar.prune(model, torch.randint(3, 97, (4, 16)), sparsity=0.3)
+    said = str(caught.value)
+    assert said.startswith("no group of this model can be pruned")
+    assert "heads' cannot be pruned: " in said
+    assert "higher sparsity" not in said
+
+
+def test_a_model_that_takes_any_number_of_tokens_is_pruned():
+    config = transformers.XLNetConfig(vocab_size=97, d_model=48, n_layer=2, n_head=6, d_inner=40)
+    model = transformers.XLNetLMHeadModel(config).eval()
+    result = osscar.prune(model, torch.randint(3, 97, (8, 24)), neurons=0.5)
+    assert result.model.transformer.layer[0].ff.layer_1.out_features == 20
