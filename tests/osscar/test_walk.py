@@ -326,9 +326,8 @@ def test_a_study_poses_the_problem_that_pruning_solves(case):
             continue
         spy = Spy()
         keep = max(1, problem.units // 2)
-        osscar.prune(
-            model, data, groups={name: keep}, backend=spy, batch_norm="keep", target="weights"
-        )
+        asked = {"groups": {name: keep}, "target": "weights", "damp": 0.01}
+        osscar.prune(model, data, backend=spy, batch_norm="keep", **asked)
         (solved,) = spy.seen
         assert (solved.name, solved.keep) == (name, keep)
         for mine, theirs in zip(problem.consumers, solved.consumers, strict=True):
