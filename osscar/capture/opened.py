@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -16,7 +17,7 @@ from graph import CouplingGroup
 from osscar.capture.linear_maps import expose_attention, freeze_unreadable
 from osscar.capture.readers import weights_read_elsewhere
 from osscar.capture.scratch import Untouched
-from osscar.core.errors import CalibrationError
+from osscar.core.errors import CalibrationError, EquivalenceError
 from osscar.core.modules import (
     check_finite_weights,
     check_usable,
@@ -27,6 +28,7 @@ from osscar.core.modules import (
 )
 from osscar.data.batches import Batch, ModelInputs, as_inputs
 from osscar.shrinking.equivalence import proof_outputs, prove_equal
+from osscar.shrinking.fold import Folded, fold
 from osscar.shrinking.follow import prepare
 
 
@@ -37,7 +39,9 @@ class Opened:
     Parameters
     ----------
     model
-        A copy in evaluation mode, on its device; it computes what the user's model does.
+        A copy in evaluation mode, on its device; it computes what the user's model does.  Where a
+        prunable group has a part of a weight that is normalized at every call, the weight is a
+        plain one; see `osscar.shrinking.fold`.
     inputs
         The calibration data in the form that it reads.
     traced
@@ -125,15 +129,17 @@ def opened(
     # What a model draws at random is nobody else's matter.
     with torch.random.fork_rng(_graphics_cards(work)), without_cache(work), torch.no_grad():
         example = inputs.example(work)
-        _prepare(work, example, heads)
+        folded = _prepare(work, example, heads)
         traced = graph.trace(work, example)
         with weights_read_elsewhere(work) as elsewhere, untouched.observing(work):
             _check_runs(work, example)
+        groups = freeze_unreadable(work, traced.groups, elsewhere)
+        _unfold_whole(folded, groups)
         yield Opened(
             model=work,
             inputs=inputs,
             traced=traced,
-            groups=freeze_unreadable(work, traced.groups, elsewhere),
+            groups=groups,
             example=example,
             batch_size=inputs.batch_size if batch_size is None else batch_size,
             untouched=untouched,
@@ -145,8 +151,13 @@ def _graphics_cards(model: nn.Module) -> list[torch.device]:
     return sorted({p.device for p in model.parameters() if p.device.type == "cuda"}, key=str)
 
 
-def _prepare(model: nn.Module, example: Batch, heads: bool) -> None:
+def _prepare(model: nn.Module, example: Batch, heads: bool) -> list[Folded]:
     """Replace code that cannot be followed, and prove that the model computes what it did.
+
+    Returns
+    -------
+    list of Folded
+        The modules whose normalized weight is a plain one now.
 
     Raises
     ------
@@ -155,11 +166,42 @@ def _prepare(model: nn.Module, example: Batch, heads: bool) -> None:
     """
     before = [type(module) for module in model.modules()]
     expected = _outputs(model, example)
+    folded = _fold(model, example, expected)
     prepare(model)
     if heads:
         expose_attention(model)
     if expected and before != [type(module) for module in model.modules()]:
         prove_equal(expected, _outputs(model, example))
+    return folded
+
+
+def _fold(model: nn.Module, example: Batch, expected: list[Tensor]) -> list[Folded]:
+    """Fold normalized weights, unless code of the model's own reads what they are computed from."""
+    folded = fold(model)
+    if folded and not _same(expected, _outputs(model, example)):
+        for one in folded:
+            one.undo()
+        return []
+    return folded
+
+
+def _same(expected: list[Tensor], found: list[Tensor]) -> bool:
+    """Whether there are outputs, and those found are the expected ones."""
+    try:
+        return len(expected) == len(found) and math.isfinite(prove_equal(expected, found))
+    except EquivalenceError:
+        return False
+
+
+def _unfold_whole(folded: Sequence[Folded], groups: Sequence[CouplingGroup]) -> None:
+    """Give those weights their normalization back of which no group can take a part.
+
+    The model's own class may apply it, and reads a checkpoint only with it.
+    """
+    cut = {slot.tensor for group in groups if group.prunable for slot in group.slots}
+    for one in folded:
+        if one.tensor not in cut:
+            one.undo()
 
 
 def _outputs(model: nn.Module, example: Batch) -> list[Tensor]:

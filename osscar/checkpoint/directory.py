@@ -60,6 +60,7 @@ from osscar.core.modules import (
     evaluating,
 )
 from osscar.shrinking.equivalence import Inputs, proof_outputs, prove_equal
+from osscar.shrinking.fold import fold
 from osscar.shrinking.lineage import LINEAGE, Lineage, lineage_of
 from osscar.shrinking.slice import slice_units
 
@@ -286,6 +287,7 @@ def load(
             return _with_lineage(model, manifest)
         stored = stored_in(path)
         model = _dense(read_builder(manifest.lineage.origin, path), dense, stored or {}, path)
+        fold(model, stored or {})  # what the pruned model has as a plain weight
         for plan in manifest.lineage.plans:
             slice_units(model, plan)
         check_tensors(model, stored or {}, path)

@@ -128,6 +128,11 @@ class PruningPlan:
     groups: tuple[Annotated[GroupPlan, AfterValidator(_checked_group)], ...]
     integers: tuple[Annotated[Integer, AfterValidator(_checked_integer)], ...] = ()
 
+    @property
+    def tensors(self) -> frozenset[str]:
+        """The names of all tensors that lose a part."""
+        return frozenset(slot.tensor for group in self.groups for slot in group.slots)
+
     def to_json(self) -> dict[str, Any]:
         """Return the plan as JSON-able data."""
         return dataclasses.asdict(self)

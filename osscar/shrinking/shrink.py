@@ -20,6 +20,7 @@ from osscar.shrinking.equivalence import (
     proof_outputs,
     prove_equal,
 )
+from osscar.shrinking.fold import fold
 from osscar.shrinking.follow import prepare
 from osscar.shrinking.integers import IntegerSearch
 from osscar.shrinking.lineage import lineage_of, note
@@ -134,6 +135,7 @@ class _Attempt:
         tolerance: float | None,
     ) -> None:
         self.model, self.plan, self.inputs, self.tolerance = model, plan, inputs, tolerance
+        _fold_named(model, plan, inputs)
         with masked(model, plan):  # as it came: whatever is done to it must not change this
             self.expected = _outputs_before(model, inputs)
             self.cached = _cached(model, inputs)
@@ -156,6 +158,23 @@ class _Attempt:
             return error
         found = cached_outputs(self.model, self.inputs[0])
         return max(error, prove_equal(self.cached, found, tolerance=self.tolerance))
+
+
+def _fold_named(model: nn.Module, plan: PruningPlan, inputs: Sequence[Inputs]) -> None:
+    """Fold the normalized weights that a plan cuts as plain ones, and prove that nothing changes.
+
+    Raises
+    ------
+    EquivalenceError
+        If something does.
+    """
+    folded = fold(model, plan.tensors)
+    if folded:
+        found = _outputs_before(model, inputs)
+        for one in folded:
+            one.undo()
+        prove_equal(_outputs_before(model, inputs), found)
+        fold(model, plan.tensors)
 
 
 def _outputs_before(model: nn.Module, inputs: Sequence[Inputs]) -> list[Tensor]:

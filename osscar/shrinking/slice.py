@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from graph.groups import Role, Slot
 from osscar.core.errors import ModelError
 from osscar.core.modules import check_module, restored_on_error
+from osscar.shrinking.fold import fold
 from osscar.shrinking.follow import mend, prepare, refresh
 from osscar.shrinking.lineage import lineage_of, note
 from osscar.shrinking.plan import GroupPlan, Integer, PruningPlan, check_plan
@@ -23,7 +24,8 @@ from osscar.shrinking.plan import GroupPlan, Integer, PruningPlan, check_plan
 def slice_units(model: nn.Module, plan: PruningPlan) -> None:
     """Remove from `model`, in place, every unit that the plan does not keep.
 
-    Tied parameters stay tied.
+    Tied parameters stay tied.  A weight that is normalized at every call becomes a plain one if the
+    plan names it.
 
     Parameters
     ----------
@@ -43,6 +45,7 @@ def slice_units(model: nn.Module, plan: PruningPlan) -> None:
     check_module(model)
     check_plan(plan)
     with restored_on_error(model):
+        fold(model, plan.tensors)
         prepare(model)
         cuts = _merged_cuts(model, plan)
         for cut in cuts:

@@ -1,0 +1,155 @@
+"""Weights that are computed from others at every call: weight and spectral normalization, folded.
+
+In evaluation mode such a weight is a constant, and only a constant can be sliced and refitted: the
+length of a row is taken over all of its inputs, so none of them could leave alone.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations
+from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
+from torch.nn.utils.spectral_norm import (
+    SpectralNorm,
+    SpectralNormLoadStateDictPreHook,
+    SpectralNormStateDictHook,
+)
+from torch.nn.utils.weight_norm import WeightNorm
+
+from osscar.core.modules import evaluating
+
+_WEIGHT = "weight"
+_PARTS = {WeightNorm: ("_g", "_v"), SpectralNorm: ("_orig", "_u", "_v")}
+"""What the hooks of `torch.nn.utils` compute a weight from, by the ends of their names."""
+
+_PARAMETRIZATIONS = (parametrizations._WeightNorm, parametrizations._SpectralNorm)
+_HOOKS = (WeightNorm, SpectralNorm, SpectralNormStateDictHook, SpectralNormLoadStateDictPreHook)
+_HOOK_TABLES = ("_forward_pre_hooks", "_state_dict_hooks", "_load_state_dict_pre_hooks")
+_TENSOR_TABLES = ("_parameters", "_buffers", "_modules")
+
+
+@dataclass(frozen=True, eq=False)
+class Folded:
+    """A module whose normalized weight has become a plain one.
+
+    Parameters
+    ----------
+    tensor
+        Qualified name of the weight.
+    module
+        The module.
+    kind, attributes
+        Its class, and what it held before.
+    """
+
+    tensor: str
+    module: nn.Module
+    kind: type[nn.Module]
+    attributes: dict[str, Any]
+
+    def undo(self) -> None:
+        """Give the module its normalization back, with the weights of that time."""
+        self.module.__class__ = self.kind
+        vars(self.module).clear()
+        vars(self.module).update(self.attributes)
+
+
+def fold(model: nn.Module, tensors: Collection[str] | None = None) -> list[Folded]:
+    """Replace, in place, weights that are normalized at every call by what they are.
+
+    Known are weight and spectral normalization of `torch.nn.utils`, as hooks and as
+    parametrizations, of a tensor called ``weight``, as it is in evaluation mode.  Where the tensors
+    that it is computed from belong to several modules, or another tensor of the module is computed,
+    too, it stays.
+
+    Parameters
+    ----------
+    model
+        Changed in place; what it computes in evaluation mode stays the same.
+    tensors
+        Qualified names of the weights to fold; by default all.
+
+    Returns
+    -------
+    list of Folded
+        What was folded, each of which can be undone.
+    """
+    names: dict[nn.Module, list[str]] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        names.setdefault(module, []).append(f"{path}.{_WEIGHT}".removeprefix("."))
+    owners = Counter(id(tensor) for module in names for tensor in module.parameters(recurse=False))
+    return [
+        _folded(module, own[0])
+        for module, own in names.items()
+        if (tensors is None or any(name in tensors for name in own))
+        and (parts := list(_parts(module)))
+        and all(owners[id(part)] <= 1 for part in parts)
+    ]
+
+
+def _parts(module: nn.Module) -> Iterator[Tensor]:
+    """Yield the tensors that a normalized weight is computed from; none if it is not one."""
+    if is_parametrized(module):
+        found = module.parametrizations
+        assert isinstance(found, nn.ModuleDict)
+        chain = found[_WEIGHT] if list(found) == [_WEIGHT] else None
+        if isinstance(chain, ParametrizationList) and all(
+            isinstance(step, _PARAMETRIZATIONS) for step in chain
+        ):
+            yield from chain.parameters()
+        return
+    hooks = [hook for hook in module._forward_pre_hooks.values() if type(hook) in _PARTS]
+    if len(hooks) == 1 and hooks[0].name == _WEIGHT:  # type: ignore[attr-defined]
+        for end in _PARTS[type(hooks[0])]:  # type: ignore[index]
+            yield getattr(module, f"{_WEIGHT}{end}")
+
+
+def _folded(module: nn.Module, tensor: str) -> Folded:
+    held = {
+        name: value.copy() if name in _TENSOR_TABLES else value
+        for name, value in vars(module).items()
+    }
+    before = Folded(tensor, module, type(module), held)
+    learns = any(part.requires_grad for part in _parts(module))
+    with torch.no_grad():
+        weight = _computed(module).detach().clone()
+    if is_parametrized(module):
+        # By hand: torch would take the weight off the class, which copies of the module share.
+        module.__class__ = type(module).__bases__[0]
+        del module._modules["parametrizations"]
+    else:
+        vars(module).pop(_WEIGHT, None)
+        for part in (f"{_WEIGHT}{end}" for ends in _PARTS.values() for end in ends):
+            module._parameters.pop(part, None)
+            module._buffers.pop(part, None)
+        for table in _HOOK_TABLES:
+            hooks = getattr(module, table)
+            kept = {key: hook for key, hook in hooks.items() if not _belongs(hook)}
+            setattr(module, table, type(hooks)(kept))
+    module.register_parameter(_WEIGHT, nn.Parameter(weight, requires_grad=learns))
+    return before
+
+
+def _computed(module: nn.Module) -> Tensor:
+    """Return what the weight is in evaluation mode; the attribute itself may be of another time."""
+    for hook in module._forward_pre_hooks.values():
+        if isinstance(hook, WeightNorm):
+            found: Tensor = hook.compute_weight(module)
+            return found
+        if isinstance(hook, SpectralNorm):
+            return hook.compute_weight(module, do_power_iteration=False)
+    assert isinstance(module.parametrizations, nn.ModuleDict)
+    with evaluating(module.parametrizations):
+        weight = module.weight
+    assert isinstance(weight, Tensor)
+    return weight
+
+
+def _belongs(hook: Any) -> bool:
+    return isinstance(getattr(hook, "hook", hook), _HOOKS)
