@@ -216,6 +216,34 @@ def indexed(call: Call) -> Value:
     return Value((*kept[:first], *new, *kept[first:]))
 
 
+@rule("aten.gather")
+def gathered(call: Call) -> Value:
+    """Look positions of one dimension up, each by an index of its own.
+
+    In every other dimension position i of the index reads position i of the tensor, so that both
+    are the same where they are equally long.  A shorter index leaves the last positions out.
+    """
+    value, index = call.value("self"), call.value("index")
+    if not value.dims or len(value.dims) != len(index.dims):
+        return call.opaque("a single number is looked up")[0]
+    looked_up = call.integer("dim") % len(value.dims)
+    call.freeze((value.dims[looked_up],), _PICKED)
+    call.record(index, Role.PASS_THROUGH)
+    dims: list[Layout] = []
+    for dim, (layout, picking) in enumerate(zip(value.dims, index.dims, strict=True)):
+        if dim == looked_up:
+            # An entry of the index that leaves takes along the position that it looked up.
+            dims.append(picking)
+            continue
+        call.record(value, Role.PRODUCER, dim)
+        if call.axes.size(layout) == call.axes.size(picking):
+            dims.append(call.unify(layout, picking))
+        else:
+            call.freeze((layout, picking), "an index that is shorter than it is looks it up")
+            dims.append(picking)
+    return Value(tuple(dims))
+
+
 def _constant_run(call: Call, value: Value, indices: Sequence[Value | None]) -> Value | None:
     """Treat the one index ``[2, 3, 4]``, written in the code, as the slice that it is."""
     present = [(dim, index) for dim, index in enumerate(indices) if index is not None]

@@ -40,7 +40,9 @@ _COUNT = re.compile(
     r"^(num|n)_|^(max_position_embeddings|d_model|d_ff|ffn_dim|n_inner)$"
     r"|_(size|dim|layers|heads|experts|blocks|labels|positions)$"
 )
-_SIGNED = re.compile(r"beam|return_sequences|ngram|window|images|index|chunk|_id$|_token")
+_SIGNED = re.compile(
+    r"beam|return_sequences|ngram|window|images|index|chunk|relative_positions|_id$|_token"
+)
 """Names of counts in which some families write -1 or nothing for "none"."""
 
 _BUILT_ONE_BY_ONE = re.compile(r"layers?$|blocks?$|stages?$|depths?$|hidden_groups$")

@@ -26,7 +26,9 @@ def test_groups_are_found_and_sound(name: str) -> None:
 _SIZE_FREE = ("residual", "concat", "depthwise", "tied", "called-twice", "bare-parameters", "gate")
 
 
-@pytest.mark.parametrize("name", [*_SIZE_FREE, "up-and-down", "gated-halves", "stacked"])
+@pytest.mark.parametrize(
+    "name", [*_SIZE_FREE, "up-and-down", "gated-halves", "stacked", "gathered"]
+)
 def test_slots_are_all_there_is_to_cut(name: str) -> None:
     network, inputs, _ = PRUNABLE[name]
     model = randomized(network())

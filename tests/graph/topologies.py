@@ -294,6 +294,26 @@ class LookedUp(nn.Module):
         return self.leave(torch.relu(x))
 
 
+class Gathered(nn.Module):
+    """A row of numbers for each unit, of which an index that the unit owns picks some."""
+
+    index: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter = nn.Linear(4, 6)
+        self.table = nn.Parameter(torch.randn(6, 5))
+        self.shift = nn.Parameter(torch.randn(6, 4))
+        self.leave = nn.Linear(6, 3)
+        self.register_buffer("index", torch.tensor([[4, 0, 1], [2, 2, 3]] * 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.enter(x))[..., None] * self.table
+        x = x.gather(-1, self.index.expand(len(x), *self.index.shape))
+        x = x + self.shift.gather(1, self.index % 4)
+        return self.leave(x.sum(-1))
+
+
 _IMAGE = (torch.randn(2, 3, 4, 4),)
 _LARGE = (torch.randn(2, 3, 16, 16),)
 _ROWS = (torch.randn(3, 4),)
@@ -309,6 +329,7 @@ PRUNABLE: dict[str, tuple[type[nn.Module], tuple[Tensor, ...], dict[str, int]]] 
     "unused-mean": (UnusedMean, _ROWS, {"neurons": 6}),
     "weight-normed": (WeightNormed, _ROWS, {"neurons": 6}),
     "looked-up": (LookedUp, _ROWS, {"neurons": 6}),
+    "gathered": (Gathered, _ROWS, {"neurons": 6}),
     "bare-parameters": (BareParameters, _ROWS, {"neurons": 9}),
     "shuffle": (Shuffle, _IMAGE, {"enter.channels": 4}),
     "gate": (Gate, _IMAGE, {"enter.channels": 8, "squeeze.channels": 4}),
@@ -387,6 +408,16 @@ class UnevenSections(_TwoLayers):
         return torch.cat([part.tanh() for part in x.tensor_split(5, -1)], -1)
 
 
+class GatheredAcross(_TwoLayers):
+    def middle(self, x: Tensor) -> Tensor:
+        return x.gather(1, x.argsort(1))
+
+
+class GatheredInPart(_TwoLayers):
+    def middle(self, x: Tensor) -> Tensor:
+        return F.pad(x.gather(0, torch.zeros(3, 11, dtype=torch.int64)), (0, 1))
+
+
 class CopiesOfOneWeight(nn.Module):
     """A weight repeated along what it is contracted over: no zero of it masks one copy."""
 
@@ -433,6 +464,8 @@ FROZEN: dict[str, tuple[type[nn.Module], str]] = {
     "picked": (Picked, "aten.select.int"),
     "uneven-split": (UnevenSplit, "aten.split.Tensor"),
     "uneven-sections": (UnevenSections, "aten.tensor_split.sections"),
+    "gathered-across": (GatheredAcross, "aten.gather.default"),
+    "gathered-in-part": (GatheredInPart, "aten.gather.default"),
     "copies-of-one-weight": (CopiesOfOneWeight, "aten.linear.default"),
     "curved-weight": (CurvedWeight, "aten.linear.default"),
     "overwritten-weight": (OverwrittenWeight, "aten.fill_.Scalar"),

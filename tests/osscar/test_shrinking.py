@@ -25,6 +25,7 @@ from osscar.shrinking.plan import GroupPlan, PruningPlan
 from osscar.shrinking.shrink import shrink
 from tests.coverage.measure import half_of, shrink_by_half
 from tests.coverage.zoo import Inputs, torchvision_case, transformers_case
+from tests.graph.masking import assert_sound
 from tests.graph.topologies import PRUNABLE, randomized
 
 
@@ -107,6 +108,27 @@ def test_layers_show_their_new_sizes() -> None:
     assert model.enter.weight.shape[1] * 4 == model.embed.embedding_dim
     assert model.plain.num_features == model.act.num_parameters == model.up.out_channels
     assert (model.grouped.num_groups, model.grouped.num_channels) == (2, 4)
+
+
+@pytest.mark.parametrize("family", ["deberta", "deberta-v2"])
+def test_heads_whose_scores_are_gathered_leave(family: str) -> None:
+    model = transformers_case(family).build().double()
+    inputs = transformers_case(family).make_inputs()
+    groups = graph.trace(model, inputs[0]).prunable
+    assert [group.name.rpartition(".")[2] for group in groups] == ["heads", "neurons"] * 2
+    for group in groups:
+        assert_sound(model, group, inputs[0])
+    plan, masked = half_of(groups), copy.deepcopy(model)
+    for group in plan.groups:
+        gone = sorted(set(range(group.units)) - set(group.kept))
+        for slot in group.consumers:
+            index = torch.tensor(slot.indices(gone))
+            masked.get_parameter(slot.tensor).data.index_fill_(slot.dim, index, 0.0)
+    shrink(model, plan, inputs)
+    for found, expected in zip(
+        proof_outputs(model, inputs), proof_outputs(masked, inputs), strict=True
+    ):
+        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
 
 
 # ---- attention under other names ---------------------------------------------------------
