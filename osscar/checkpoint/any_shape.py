@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 from transformers import PreTrainedModel
 from transformers.models.auto import modeling_auto
 
@@ -38,7 +39,7 @@ def any_shape_config(model: PreTrainedModel, plans: Sequence[PruningPlan]) -> An
     config = copy.deepcopy(model.config)
     if CODE in vars(config) or WIDTHS in config.to_dict():
         return None
-    dense = _built(type(model), config)
+    dense = built(type(model), config)
     if dense is None or dense.state_dict().keys() != model.state_dict().keys():
         return None
     shapes: dict[str, Any] = {"tensors": _tensors(dense, model), "numbers": {}}
@@ -67,7 +68,7 @@ def read_any_shape(path: Path, name: str) -> nn.Module:
     return model.eval()
 
 
-def _built(kind: Any, config: Any) -> nn.Module | None:
+def built(kind: Any, config: Any) -> nn.Module | None:
     """Build a model without memory for its weights; None if the library does not."""
     try:
         with torch.device("meta"):
@@ -119,7 +120,7 @@ def _numbers(dense: nn.Module, model: nn.Module) -> dict[str, dict[str, Any]]:
     modules = dict(model.named_modules())
     for name, old in dense.named_modules():
         new = modules.pop(name, None)
-        if type(new) is not type(old) or _constants(new) != _constants(old):
+        if _kind(new) is not _kind(old) or _constants(new) != _constants(old):
             raise _Inexpressible(name)
         own = dict(_differences(vars(old), vars(new)))
         own_config = _own_config(old, new, model)
@@ -127,6 +128,13 @@ def _numbers(dense: nn.Module, model: nn.Module) -> dict[str, dict[str, Any]]:
     if modules:
         raise _Inexpressible(next(iter(modules)))
     return {name: numbers for name, numbers in found.items() if numbers}
+
+
+def _kind(module: nn.Module | None) -> type:
+    """Return a module's class; torch makes one for each module with a parametrization."""
+    kind = type(module)
+    parametrized = isinstance(module, nn.Module) and is_parametrized(module)
+    return kind.__bases__[0] if parametrized else kind
 
 
 def _constants(module: nn.Module) -> dict[str, torch.Size]:

@@ -25,7 +25,12 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from osscar.checkpoint.admission import check_size, check_tensors, stored_in
-from osscar.checkpoint.any_shape import MODELLING_FILE, any_shape_config, read_any_shape
+from osscar.checkpoint.any_shape import (
+    MODELLING_FILE,
+    any_shape_config,
+    built,
+    read_any_shape,
+)
 from osscar.checkpoint.builders import (
     DESCRIPTION_ERRORS,
     Builder,
@@ -60,7 +65,7 @@ from osscar.core.modules import (
     evaluating,
 )
 from osscar.shrinking.equivalence import Inputs, proof_outputs, prove_equal
-from osscar.shrinking.fold import fold
+from osscar.shrinking.fold import fold, is_normalized
 from osscar.shrinking.lineage import LINEAGE, Lineage, lineage_of
 from osscar.shrinking.slice import slice_units
 
@@ -154,6 +159,7 @@ def save(
     path = check_output(directory, overwrite=overwrite, needed_bytes=weight_bytes(model, dtype))
     if dtype != _dtype(model):
         model = copied(model).to(dtype)
+    model = _as_its_class_builds_it(model)
     lineage = dataclasses.replace(lineage, stored_dtype=str(dtype).removeprefix("torch."))
     with replacing(path, overwrite=overwrite) as new:
         with system_errors():
@@ -163,6 +169,15 @@ def save(
         _prove_same(model, _read_again(model, new), example_inputs)
         written, with_code = _written(new), _with_code(new)
     return SavedCheckpoint(path, stock, written, with_code)
+
+
+def _as_its_class_builds_it(model: nn.Module) -> nn.Module:
+    """Fold, in a copy, normalized weights that a class of transformers builds as plain ones."""
+    if not isinstance(model, PreTrainedModel) or not any(map(is_normalized, model.modules())):
+        return model
+    dense = built(type(model), model.config)
+    folded: nn.Module = copied(model)
+    return folded if dense is not None and fold(folded, dense.state_dict()) else model
 
 
 def describe(path: Path) -> SavedCheckpoint:

@@ -93,6 +93,11 @@ def fold(model: nn.Module, tensors: Collection[str] | None = None) -> list[Folde
     ]
 
 
+def is_normalized(module: nn.Module) -> bool:
+    """Whether a module has a weight that `fold` knows."""
+    return any(True for _ in _parts(module))
+
+
 def _parts(module: nn.Module) -> Iterator[Tensor]:
     """Yield the tensors that a normalized weight is computed from; none if it is not one."""
     if is_parametrized(module):
@@ -106,7 +111,7 @@ def _parts(module: nn.Module) -> Iterator[Tensor]:
         return
     hooks = [hook for hook in module._forward_pre_hooks.values() if type(hook) in _PARTS]
     if len(hooks) == 1 and hooks[0].name == _WEIGHT:  # type: ignore[attr-defined]
-        for end in _PARTS[type(hooks[0])]:  # type: ignore[index]
+        for end in _PARTS[type(hooks[0])]:
             yield getattr(module, f"{_WEIGHT}{end}")
 
 

@@ -24,6 +24,7 @@ _EXPECTED = {
     "t5-gated": {"heads": 3, "neurons": 4},
     "bart": {"heads": 6, "neurons": 4},
     "whisper": {"heads": 6, "neurons": 4, "channels": 1},
+    "wav2vec2": {"heads": 2, "neurons": 2, "channels": 1},
     "clip": {"heads": 4, "neurons": 4},
     "swin": {"heads": 4, "neurons": 4},
     "convnext": {"neurons": 5},

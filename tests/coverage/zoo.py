@@ -150,6 +150,7 @@ _TEXT = {"vocab_size": _VOCABULARY, "max_position_embeddings": 64, **_WIDE, **_I
 # Two key heads and a batch of two: equal sizes must not be confused.
 _GROUPED = {**_TEXT, "num_key_value_heads": 2}
 _FALCON = {key: value for key, value in _TEXT.items() if key != "intermediate_size"}
+_DEBERTA = {**_TEXT, "relative_attention": True, "pos_att_type": ["c2p", "p2c"]}
 _SEQUENCE: dict[str, Any] = {
     "vocab_size": _VOCABULARY,
     "d_model": 48,
@@ -195,6 +196,10 @@ def _speech(batch: int, length: int) -> Inputs:
         "input_features": torch.randn(batch, 8, 32),
         "decoder_input_ids": _tokens(batch, length),
     }
+
+
+def _sound(batch: int, length: int) -> Inputs:
+    return {"input_values": torch.randn(batch, length)}
 
 
 def _image(batch: int, size: int) -> Inputs:
@@ -303,6 +308,15 @@ _FAMILIES: dict[str, _Row] = {
         _text,
         _LENGTHS,
     ),
+    "deberta": (hf.DebertaForMaskedLM, lambda: hf.DebertaConfig(**_DEBERTA), _text, _LENGTHS),
+    "deberta-v2": (
+        hf.DebertaV2ForMaskedLM,
+        lambda: hf.DebertaV2Config(
+            **_DEBERTA, position_buckets=4, share_att_key=True, norm_rel_ebd="layer_norm"
+        ),
+        _text,
+        _LENGTHS,
+    ),
     "t5": (hf.T5ForConditionalGeneration, lambda: hf.T5Config(**_T5), _pair, _LENGTHS),
     "t5-gated": (
         hf.T5ForConditionalGeneration,
@@ -323,6 +337,19 @@ _FAMILIES: dict[str, _Row] = {
         ),
         _speech,
         _LENGTHS,
+    ),
+    "wav2vec2": (
+        hf.Wav2Vec2ForCTC,
+        lambda: hf.Wav2Vec2Config(
+            **_TEXT,
+            conv_dim=(8, 8),
+            conv_kernel=(10, 3),
+            conv_stride=(5, 2),
+            num_conv_pos_embeddings=8,
+            num_conv_pos_embedding_groups=2,
+        ),
+        _sound,
+        ((2, 400), (3, 600)),
     ),
     "clip": (
         hf.CLIPModel,

@@ -1,4 +1,4 @@
-"""Weights that are normalized at every call: folded where they are cut, and left alone elsewhere."""
+"""Weights that are normalized at every call: folded where they are cut, left alone elsewhere."""
 
 from __future__ import annotations
 
@@ -10,10 +10,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, spectral_norm, weight_norm
+from transformers import DacConfig, DacModel
 
 import osscar
 from osscar.shrinking.fold import fold
 from osscar.shrinking.plan import PruningPlan
+from tests.coverage.zoo import transformers_case
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*weight_norm.*is deprecated:FutureWarning")
 
@@ -80,7 +82,9 @@ def plain(model: TCN) -> TCN:
     """Return a network that has never been normalized, with the weights that a model computes."""
     found = TCN(lambda module: module).to(model.head.weight.dtype)
     with torch.no_grad():
-        model(series().to(model.head.weight.dtype))  # old forms compute a weight when they are called
+        model(
+            series().to(model.head.weight.dtype)
+        )  # old forms compute a weight when they are called
         for name, tensor in found.named_parameters():
             path, _, attribute = name.rpartition(".")
             tensor.copy_(getattr(model.get_submodule(path), attribute))
@@ -148,6 +152,42 @@ def test_a_pruned_model_is_read_again(name: str, whole: bool, tmp_path: Path) ->
     again = osscar.load(tmp_path / "smaller", dense=tcn(name, seed=7))
     with torch.no_grad():
         torch.testing.assert_close(again(x), twice.model(x))
+
+
+def test_a_class_that_normalizes_by_itself_reads_what_was_pruned(tmp_path: Path) -> None:
+    case = transformers_case("wav2vec2")
+    model, (inputs, others) = case.build(), case.make_inputs()
+    result = osscar.prune(model, inputs, neurons=0.5, device="cpu")
+    name = "wav2vec2.encoder.pos_conv_embed.conv"
+    for one in (model, result.model):
+        assert parametrize.is_parametrized(one.get_submodule(name), "weight")
+    assert result.save(tmp_path / "small").stock
+    stock = type(model).from_pretrained(tmp_path / "small").eval()
+    with torch.no_grad():
+        expected = result.model(**others).logits
+        for again in (osscar.load(tmp_path / "small"), stock):
+            torch.testing.assert_close(again(**others).logits, expected)
+
+
+def test_a_codec_with_normalization_is_pruned_saved_and_read(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = DacConfig(
+        encoder_hidden_size=8,
+        downsampling_ratios=[2, 2],
+        decoder_hidden_size=16,
+        n_codebooks=2,
+        codebook_size=16,
+        codebook_dim=4,
+    )
+    model, x = DacModel(config).eval(), torch.randn(8, 1, 64)
+    model.apply_weight_norm()
+    keep = {"encoder.block.0.res_unit1.conv1.channels": 4}
+    result = osscar.prune(model, {"input_values": x}, groups=keep, device="cpu")
+    result.save(tmp_path / "small")
+    with torch.no_grad():
+        torch.testing.assert_close(
+            osscar.load(tmp_path / "small")(x).audio_values, result.model(x).audio_values
+        )
 
 
 class Reader(nn.Module):
