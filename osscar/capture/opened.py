@@ -129,7 +129,9 @@ def opened(
     # What a model draws at random is nobody else's matter.
     with torch.random.fork_rng(_graphics_cards(work)), without_cache(work), torch.no_grad():
         example = inputs.example(work)
-        folded = _prepare(work, example, heads)
+        with untouched.observing(work):
+            expected = _outputs(work, example)
+        folded = _prepare(work, example, expected, heads)
         traced = graph.trace(work, example)
         with weights_read_elsewhere(work) as elsewhere, untouched.observing(work):
             _check_runs(work, example)
@@ -151,8 +153,17 @@ def _graphics_cards(model: nn.Module) -> list[torch.device]:
     return sorted({p.device for p in model.parameters() if p.device.type == "cuda"}, key=str)
 
 
-def _prepare(model: nn.Module, example: Batch, heads: bool) -> list[Folded]:
+def _prepare(model: nn.Module, example: Batch, expected: list[Tensor], heads: bool) -> list[Folded]:
     """Replace code that cannot be followed, and prove that the model computes what it did.
+
+    Parameters
+    ----------
+    model, example
+        The model, and what it is run on.
+    expected
+        What it puts out.
+    heads
+        Whether fused attention is to call its output layer as a module.
 
     Returns
     -------
@@ -165,7 +176,6 @@ def _prepare(model: nn.Module, example: Batch, heads: bool) -> list[Folded]:
         If it computes something else.
     """
     before = [type(module) for module in model.modules()]
-    expected = _outputs(model, example)
     folded = _fold(model, example, expected)
     prepare(model)
     if heads:

@@ -80,8 +80,10 @@ def best_regularization(
         _Part.of(layer, rows, sizes[layer.map.name])
         for layer, rows in zip(layers, _kept_rows(layers, sizes, keep), strict=True)
     ]
-    best, least = Regularization(damps[0], share or 0.0), math.inf
-    for damp in damps:
+    default = DEFAULT_DAMP if DEFAULT_DAMP in damps else damps[0]
+    best, least = Regularization(default, share or 0.0), math.inf
+    # In this order: where they say nothing, such as of inputs that are always zero, none is better.
+    for damp in sorted(damps, key=lambda damp: damp != default):
         terms = [part.errors(damp) for part in parts]
         error, slope, curve = (float(sum(term)) for term in zip(*terms, strict=True))
         if share is None:

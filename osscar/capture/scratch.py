@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -79,7 +79,8 @@ class Scratch:
         for container in self.containers:
             _refill(container, next(rest))
         for buffer in self.buffers:
-            buffer.copy_(next(rest))
+            value = next(rest)
+            buffer.resize_(value.shape).copy_(value)
 
     def _read(self) -> list[Any]:
         return [
@@ -107,6 +108,8 @@ def _store(module: nn.Module, name: str) -> dict[str, Any]:
 class Untouched:
     """What modules hold before a model runs for the first time, to be put back in the end.
 
+    Known by the names of modules, so that it serves copies of the model as well.
+
     Parameters
     ----------
     model
@@ -115,59 +118,79 @@ class Untouched:
 
     def __init__(self, model: nn.Module) -> None:
         self._held = {
-            module: {
-                **{name: value for name, value in vars(module).items() if name not in _OWN},
-                **module._buffers,
+            name: {
+                key: (value, _copied(value))
+                for key, value in {**vars(module), **module._buffers}.items()
+                if key not in _OWN
             }
-            for module in model.modules()
+            for name, module in model.named_modules()
         }
-        self._containers = [
-            (value, copy.copy(value))
-            for held in self._held.values()
-            for value in held.values()
-            if isinstance(value, _CONTAINERS)
-        ]
-        self._buffers = [(tensor, tensor.clone()) for tensor in model.buffers()]
-        self._assigned: list[tuple[nn.Module, str, Any]] = []
-        self._refilled: list[tuple[Any, Any]] = []
-        self._overwritten: list[tuple[Tensor, Tensor]] = []
+        self._written: set[tuple[str, str]] = set()
 
     @contextmanager
     def observing(self, model: nn.Module) -> Iterator[None]:
-        """Learn what passes write from the one that runs in this block."""
-        before = [copy.copy(container) for container, _ in self._containers]
+        """Learn what passes write from those that run in this block.
+
+        The first pass of a model is to be among them: some things are written once.
+        """
+        names = {module: name for name, module in model.named_modules()}
+        before = {
+            (name, key): _copied(value)
+            for name, held in self._held.items()
+            for key, (value, _) in held.items()
+            if isinstance(value, _CONTAINERS)
+        }
         with recorded_writes(model) as written:
             yield
-        self._assigned = [
-            (module, name, self._held[module].get(name, _MISSING))
-            for module, name in written.attributes
-            if module in self._held and name not in {*module._parameters, *module._modules}
-        ]
-        self._refilled = [
-            (container, first)
-            for (container, first), members in zip(self._containers, before, strict=True)
-            if not _same(container, members)
-        ]
+        self._written |= {(names[module], key) for module, key in written.attributes}
+        self._written |= {
+            place
+            for place, members in before.items()
+            if not _same(self._held[place[0]][place[1]][0], members)
+        }
         versions = {id(tensor): version for tensor, version in written.versions}
-        self._overwritten = [
-            (tensor, first)
-            for tensor, first in self._buffers
-            if not tensor.is_inference() and tensor._version != versions.get(id(tensor))
-        ]
+        self._written |= {
+            (name, key)
+            for module, name in names.items()
+            for key, tensor in module._buffers.items()
+            if tensor is not None
+            and not tensor.is_inference()
+            and tensor._version != versions.get(id(tensor), tensor._version)
+        }
 
-    def put_back(self) -> None:
-        """Write what was there before, so that nothing tells of the passes since."""
-        for module, name, value in self._assigned:
-            store = _store(module, name)
-            if value is _MISSING:
-                store.pop(name, None)
+    def put_back(self, model: nn.Module, kept: Collection[tuple[str, str]] = ()) -> None:
+        """Write what was there before, so that nothing tells of the passes since.
+
+        Parameters
+        ----------
+        model
+            The model, or a copy of it, which may have been pruned.
+        kept
+            Modules and attributes that have other values now for a reason.
+        """
+        modules = dict(model.named_modules())
+        for name, key in sorted(self._written - set(kept)):
+            module = modules.get(name)
+            if module is None or key in {*module._parameters, *module._modules}:
+                continue
+            store = _store(module, key)
+            if key not in self._held.get(name, {}):
+                store.pop(key, None)
+                continue
+            value, first = self._held[name][key]
+            now = store.get(key)
+            if isinstance(now, Tensor) and isinstance(first, Tensor) and now.shape == first.shape:
+                with torch.no_grad():
+                    now.copy_(first)
             else:
-                store[name] = value
-        for container, first in self._refilled:
-            _refill(container, first)
-        with torch.no_grad():
-            for tensor, first in self._overwritten:
-                tensor.copy_(first)
+                store[key] = _copied(first) if isinstance(value, _CONTAINERS) else first
+
+
+def _copied(value: Any) -> Any:
+    """Return what a value is now, should something be written to it."""
+    if isinstance(value, Tensor):
+        return value if value.is_inference() else value.detach().clone()
+    return copy.copy(value) if isinstance(value, _CONTAINERS) else value
 
 
 def _same(container: Any, members: Any) -> bool:
@@ -191,10 +214,22 @@ class Writes:
         Each module and attribute that was assigned.
     versions
         Each buffer with how often it had been written to before.
+    before
+        What each of the attributes was.
     """
 
     attributes: set[tuple[nn.Module, str]] = field(default_factory=set)
     versions: Sequence[tuple[Tensor, int]] = ()
+    before: dict[tuple[nn.Module, str], Any] = field(default_factory=dict)
+
+    def undo(self) -> None:
+        """Assign again what attributes were before."""
+        for (module, name), value in self.before.items():
+            store = _store(module, name)
+            if value is _MISSING:
+                store.pop(name, None)
+            else:
+                store[name] = value
 
 
 @contextmanager
@@ -206,8 +241,9 @@ def recorded_writes(model: nn.Module) -> Iterator[Writes]:
     original = nn.Module.__setattr__
 
     def note(module: nn.Module, name: str, value: Any) -> None:
-        if module in own and name != "training":
+        if module in own and name != "training" and (module, name) not in written.attributes:
             written.attributes.add((module, name))
+            written.before[module, name] = _store(module, name).get(name, _MISSING)
         original(module, name, value)
 
     nn.Module.__setattr__ = note  # type: ignore[method-assign, assignment]

@@ -209,9 +209,14 @@ class Walk:
         """
         with recorded_writes(self._opened.model) as written:
             self._called(self._opened.example)
+        before = Scratch.of(self._opened.model, written)
+        with recorded_writes(self._opened.model) as on_shapes:
+            seen = self._called_on_shapes(self._batches[0])
+        # Tensors without values may have been written, also where the example wrote nothing.
+        on_shapes.undo()
+        before.reset()
+        written.attributes |= on_shapes.attributes
         scratch = Scratch.of(self._opened.model, written)
-        seen = self._called_on_shapes(self._batches[0])
-        scratch.reset()  # tensors without values may have been written on modules
         calls = [name for name, _, _ in seen]
         self._inputs = [(id(x), version) for _, x, version in seen]
         for maps in self._consumers.values():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from fractions import Fraction
 
@@ -112,7 +113,11 @@ def provisional(ready: Opened, request: PruningRequest) -> dict[str, int]:
         return keep
     if request.allocation is Allocation.UNIFORM and request.sparsity is not None:
         return {**keep, **Uniform(shared, request, keep).of_units()}
-    return {**keep, **{group.name: about_half(group, request.round_to) for group in shared}}
+    before: Counter[int] = Counter()
+    for group in shared:
+        keep[group.name] = about_half(group, request.round_to, before[group.units] % 2)
+        before[group.units] += 1
+    return keep
 
 
 def _met(

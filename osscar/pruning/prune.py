@@ -50,6 +50,10 @@ _HELD_OUT = 8
 """One in so many samples chooses what a layer's refit is held back by, and is not fitted to."""
 
 
+_FEWEST = 4
+"""With fewer samples, all are needed for the fit."""
+
+
 def prune_as_asked(
     model: nn.Module, calibration: Any, request: PruningRequest, log: RunLog | None = None
 ) -> PruningResult:
@@ -103,7 +107,7 @@ def prune_as_asked(
         result = prune_opened(ready, request, DenseFacts.of(ready, request), log)
     note_calibration(result.model, calibration)
     budget = _timed(model, result.model, ready, result.budget)
-    ready.untouched.put_back()
+    ready.untouched.put_back(result.model, _numbers(result.plan))
     return dataclasses.replace(result, budget=budget, seconds=time.perf_counter() - start)
 
 
@@ -188,7 +192,7 @@ def prune_opened(
         adopt_config(work)
     reference = facts.reference
     divergence = None if reference is None else reference.divergence(work)
-    ready.untouched.put_back()
+    ready.untouched.put_back(work, _numbers(proof.plan))
     return PruningResult(
         model=work,
         plan=proof.plan,
@@ -253,6 +257,11 @@ def _allocated(
     return known
 
 
+def _numbers(plan: PruningPlan) -> set[tuple[str, str]]:
+    """Return where modules keep numbers that follow what was removed."""
+    return {(number.module, number.attribute) for number in plan.integers}
+
+
 def _and_left(left: Sequence[LeftAlone]) -> str:
     return f"; {named(left)}" if left else ""
 
@@ -304,7 +313,7 @@ def _prune_groups(
 def held_out(ready: Opened, request: PruningRequest) -> int:
     """Return how many samples no weight is fitted to."""
     samples = ready.inputs.samples
-    if samples < 2 or not request.holds_out:
+    if samples < _FEWEST or not request.holds_out:
         return 0
     return max(1, samples // _HELD_OUT)
 

@@ -33,7 +33,7 @@ BASELINES = MappingProxyType(
 )
 """Backends with which uniform shares are pruned, each layer by itself, and what they stand for.
 
-All are refitted and damped alike, biases too: only the choice of units differs.
+All are refitted in the same way, biases too, on the paper's target.
 """
 
 
@@ -118,8 +118,8 @@ def sweep(
     Yields
     ------
     (Job, PruningResult)
-        Divergences are all measured on the samples that the base request holds out; baselines,
-        which hold out none, are fitted to these as well.
+        Divergences are all measured on the samples that the base request holds out; baselines
+        whose damping is given hold out none, and are fitted to these as well.
 
     Raises
     ------

@@ -83,10 +83,10 @@ def left_alone(ready: Opened, request: PruningRequest) -> tuple[LeftAlone, ...]:
     with (
         stage("trying what can follow"),
         before.observing(ready.model),
-        finer_precision(ready.model, ready.example),
+        finer_precision(ready.model, trial.inputs[0]),
     ):
         trial.grown([], _alike_together(plans))
-    before.put_back()
+    before.put_back(ready.model)
     left = tuple(
         LeftAlone(group.name, str(group.kind), group.units, trial.reasons[group.name])
         for group in groups
@@ -98,7 +98,7 @@ def left_alone(ready: Opened, request: PruningRequest) -> tuple[LeftAlone, ...]:
         )
     if left:
         warnings.warn(
-            f"{named(left)}; the report, or left_alone of the result, says why", stacklevel=5
+            f"{named(left)}; the report, or left_alone of the result, says why", stacklevel=2
         )
     return left
 

@@ -177,17 +177,17 @@ def possible_widths(group: CouplingGroup, round_to: int) -> NDArray[np.int64]:
     return np.unique([*range(step, largest + 1, step), group.units])
 
 
-def about_half(group: CouplingGroup, round_to: int) -> int:
+def about_half(group: CouplingGroup, round_to: int, place: int = 0) -> int:
     """Return a width near half, of those that the group may have, that divides it least.
 
     A number in the code that stands for all units is hidden by what divides it: `view(-1, 64)`
-    takes 32 channels of two samples for those of one.
+    takes 32 channels of two samples for those of one.  `place` counts down the next best, so that
+    one number does not serve two groups.
     """
     units = group.units
     fewer = [int(kept) for kept in possible_widths(group, round_to) if kept < units]
-    return min(
-        fewer, key=lambda kept: (math.gcd(kept, units), abs(2 * kept - units), -kept), default=units
-    )
+    fewer.sort(key=lambda kept: (math.gcd(kept, units), abs(2 * kept - units), -kept))
+    return fewer[min(place, len(fewer) - 1)] if fewer else units
 
 
 def why_frozen(groups: Sequence[CouplingGroup]) -> str:

@@ -445,12 +445,12 @@ def test_a_trial_leaves_the_model_as_it_was():
 @pytest.mark.parametrize(
     ("asked", "kept"),
     [
-        ({"sparsity": 0.5}, {"heads": 3, "neurons": 13}),
-        ({"sparsity": 0.5, "round_to": 8}, {"heads": 2, "neurons": 16}),
-        ({"sparsity": 0.25, "allocation": "uniform"}, {"heads": 3, "neurons": 18}),
-        ({"params": 0.9, "allocation": "uniform"}, {"heads": 3, "neurons": 13}),
-        ({"sparsity": 0.5, "neurons": "2/3"}, {"heads": 3, "neurons": 16}),
-        ({"neurons": 7}, {"neurons": 7}),
+        ({"sparsity": 0.5}, {"heads": (3, 1), "neurons": (13, 11)}),
+        ({"sparsity": 0.5, "round_to": 8}, {"heads": (2, 2), "neurons": (16, 8)}),
+        ({"sparsity": 0.25, "allocation": "uniform"}, {"heads": (3, 3), "neurons": (18, 18)}),
+        ({"params": 0.9, "allocation": "uniform"}, {"heads": (3, 1), "neurons": (13, 11)}),
+        ({"sparsity": 0.5, "neurons": "2/3"}, {"heads": (3, 1), "neurons": (16, 16)}),
+        ({"neurons": 7}, {"neurons": (7, 7)}),
     ],
 )
 def test_the_widths_that_are_tried(asked, kept):
@@ -458,7 +458,7 @@ def test_the_widths_that_are_tried(asked, kept):
     with opened_for(built(Transformer), words(), request) as ready:
         found = provisional(ready, request)
     assert found == {
-        f"blocks.{i}.{'attn' if kind == 'heads' else 'mlp'}.{kind}": count
+        f"blocks.{i}.{'attn' if kind == 'heads' else 'mlp'}.{kind}": count[i]
         for i in (0, 1)
         for kind, count in kept.items()
     }

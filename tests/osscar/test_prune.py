@@ -13,13 +13,17 @@ import osscar
 import solvers
 from graph.groups import CouplingGroup, Role, Slot, UnitKind
 from osscar.capture.opened import opened
+from osscar.capture.regularization import DEFAULT_DAMP
 from osscar.core.errors import (
+    AdapterError,
     CalibrationError,
     EquivalenceError,
     FrozenGroupError,
     NonFiniteError,
     RequestError,
 )
+from osscar.pruning.request import PruningRequest
+from osscar.pruning.sweep import jobs, sweep
 from osscar.shrinking.lineage import lineage_of
 from tests.osscar.families import FAMILIES, logits, tiny, tokens
 
@@ -555,3 +559,66 @@ def test_a_model_that_takes_any_number_of_tokens_is_pruned():
     model = transformers.XLNetLMHeadModel(config).eval()
     result = osscar.prune(model, torch.randint(3, 97, (8, 24)), neurons=0.5)
     assert result.model.transformer.layer[0].ff.layer_1.out_features == 20
+
+
+class Caching(nn.Module):
+    """Writes once, grows a table with the batch, and assigns a width that pruning changes."""
+
+    def __init__(self):
+        super().__init__()
+        self.width, self.mask, self.cache = 16, None, {}
+        self.register_buffer("table", torch.ones(1))
+        self.inner, self.outer = nn.Linear(6, 16), nn.Linear(16, 3)
+
+    def forward(self, x):
+        if self.mask is None:
+            self.mask = x.new_ones(1)
+        if len(x) > len(self.table):
+            self.table = torch.ones(len(x))
+        self.cache[len(x)] = x.mean()
+        self.width = int(self.width)
+        return self.outer(torch.relu(self.inner(x)).reshape(len(x), self.width)) * self.mask
+
+
+def test_what_is_written_once_or_follows_the_units_is_as_it_should_be():
+    torch.manual_seed(0)
+    model, data = Caching().eval(), torch.randn(64, 6)
+    pruned = osscar.prune(model, data, neurons=0.5).model
+    assert (model.width, model.mask, model.cache) == (16, None, {})
+    assert (pruned.width, pruned.mask, pruned.cache) == (8, None, {})
+    assert type(pruned.table) is torch.Tensor
+    assert pruned.table.shape == (1,)
+    assert pruned(data).shape == (64, 3)
+
+
+def test_points_of_a_sweep_do_not_tell_that_they_were_run():
+    model, data = Noting().eval(), torch.randn(64, 6)
+    base = PruningRequest(sparsity=0.5)
+    for _, result in sweep(model, data, base, jobs([0.3, 0.5])):
+        assert [int(result.model.calls), result.model.seen, result.model.last] == [0, [], None]
+
+
+def test_one_number_for_two_groups_is_found_on_trial():
+    class Twins(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.hidden = 12
+            self.a, self.b = nn.Linear(8, 12), nn.Linear(12, 8)
+            self.c, self.d = nn.Linear(8, 12), nn.Linear(12, 3)
+
+        def forward(self, x):
+            y = x + self.b(torch.relu(self.a(x)).reshape(len(x), self.hidden))
+            return self.d(torch.relu(self.c(y)).reshape(len(x), self.hidden))
+
+    torch.manual_seed(0)
+    with pytest.raises(AdapterError, match=r"none of 2 groups can follow.*keeps hidden = 12"):
+        osscar.prune(Twins().eval(), torch.randn(64, 8), sparsity=0.5)
+
+
+def test_two_samples_are_both_fitted_to():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 12), nn.ReLU(), nn.Linear(12, 3)).eval()
+    result = osscar.prune(model, torch.randn(2, 6), neurons=0.5)
+    assert result.held_out == 0
+    assert result.layers[0].dead < 12
+    assert result.layers[0].damp == DEFAULT_DAMP
