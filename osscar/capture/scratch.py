@@ -177,13 +177,15 @@ class Untouched:
             if key not in self._held.get(name, {}):
                 store.pop(key, None)
                 continue
-            value, first = self._held[name][key]
+            _, first = self._held[name][key]
             now = store.get(key)
             if isinstance(now, Tensor) and isinstance(first, Tensor) and now.shape == first.shape:
                 with torch.no_grad():
                     now.copy_(first)
+            elif isinstance(now, _CONTAINERS) and type(now) is type(first):
+                _refill(now, first)  # others may hold the same one
             else:
-                store[key] = _copied(first) if isinstance(value, _CONTAINERS) else first
+                store[key] = _copied(first)
 
 
 def _copied(value: Any) -> Any:

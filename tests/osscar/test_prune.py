@@ -622,3 +622,22 @@ def test_two_samples_are_both_fitted_to():
     assert result.held_out == 0
     assert result.layers[0].dead < 12
     assert result.layers[0].damp == DEFAULT_DAMP
+
+
+def test_a_list_that_two_modules_share_stays_one_list():
+    class Sharing(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 3))
+            self.seen = self.body[1].seen = []
+
+        def forward(self, x):
+            self.seen.append(len(x))
+            return self.body(x)
+
+    model = Sharing().eval()
+    model.seen.append("first")
+    pruned = osscar.prune(model, torch.randn(64, 6), neurons=0.5).model
+    assert pruned.seen == model.seen == ["first"]
+    assert pruned.seen is pruned.body[1].seen
+    assert pruned.seen is not model.seen
