@@ -148,7 +148,19 @@ class Factors:
             N, over which the divergence is averaged.
         damp
             Weight of the proximal term, relative to each entry on the diagonal.
+
+        Raises
+        ------
+        NonFiniteError
+            If a sum has overflowed.
         """
+        sums = (self.inputs, self.outputs, torch.tensor(self.energy))
+        if not all(bool(torch.isfinite(each).all()) for each in sums):
+            raise NonFiniteError(
+                f"the inputs of {self.linear_map.name!r} are so large that their products with "
+                "gradients overflow float32; scale the calibration data, or use --allocation "
+                "uniform, which needs none"
+            )
         values, vectors = torch.linalg.eigh(self.outputs.double())
         used = values > _LEAST_SHARE * values[-1]
         root = vectors[:, used] * (values[used] / (2 * predictions * self.energy)).sqrt()

@@ -301,6 +301,14 @@ def test_gradients_that_are_not_numbers_name_the_module():
     assert result.budget.predicted is None
 
 
+def test_inputs_whose_products_overflow_name_the_module():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 12), nn.ReLU(), nn.Linear(12, 3)).double()
+    huge = 1e150 * torch.randn(64, 6, dtype=torch.float64)
+    with pytest.raises(NonFiniteError, match=r"inputs of '2' are so large.*uniform"):
+        osscar.prune(model, huge, sparsity=0.5)
+
+
 def test_models_without_logits_are_measured_by_projections():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3))
