@@ -1,5 +1,8 @@
 """Run a model in llama.cpp, dense and with layers of different widths: the same, and faster.
 
+The directory that was saved is also read by `osscar.load`, and by transformers with remote code in
+a process that cannot import this toolkit.
+
 For example:
 
     python benchmarks/llama_cpp.py smollm2-135m --calibration wikitext2-valid.txt \
@@ -18,6 +21,8 @@ import argparse
 import json
 import math
 import statistics
+import subprocess
+import sys
 import tempfile
 import urllib.request
 from collections.abc import Sequence
@@ -62,6 +67,8 @@ def main() -> None:
                 "parameters": sum(p.numel() for p in model.parameters()),
                 "architecture": file.architecture,
                 "transformers_perplexity": perplexity(model, windows),
+                "remote_code_perplexity": perplexity_elsewhere(directory, windows),
+                "osscar_load_perplexity": perplexity(osscar.load(directory), windows),
                 "llama_cpp_perplexity": exact.perplexity(windows),
                 "same_greedy_tokens": same_tokens(model, exact, start, arguments.new_tokens),
                 "f32_bytes": file.bytes,
@@ -124,6 +131,35 @@ def perplexity(model: Any, windows: Sequence[Sequence[int]]) -> float:
         found = model(ids).logits[0, :-1].double().log_softmax(-1)
         losses += found.gather(-1, ids[0, 1:, None]).flatten().neg().tolist()
     return math.exp(statistics.fmean(losses))
+
+
+_ELSEWHERE = """
+import json, math, statistics, sys
+sys.modules.update(dict.fromkeys(("osscar", "solvers", "graph")))
+import torch
+from transformers import AutoModelForCausalLM
+directory, windows = json.load(sys.stdin)
+model = AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True).eval()
+losses = []
+with torch.no_grad():
+    for window in windows:
+        ids = torch.tensor([window])
+        found = model(ids).logits[0, :-1].double().log_softmax(-1)
+        losses += found.gather(-1, ids[0, 1:, None]).flatten().neg().tolist()
+print(math.exp(statistics.fmean(losses)))
+"""
+
+
+def perplexity_elsewhere(directory: Path, windows: Sequence[Sequence[int]]) -> float:
+    """Score as `perplexity` does, where only transformers is at hand."""
+    done = subprocess.run(
+        [sys.executable, "-c", _ELSEWHERE],
+        input=json.dumps([str(directory), windows]),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return float(done.stdout)
 
 
 def same_tokens(model: Any, engine: Engine, start: Sequence[int], count: int) -> int:
