@@ -45,6 +45,8 @@ NO_ROW = -1
 
 _SYMMETRY_TOLERANCE = 1e-8
 _TENSORS = ("H", "G", "W0", "rows")
+_VARIANCE_TOLERANCE = 1e-9
+"""By how much rounding may raise a variance above the second moment, relative to that."""
 
 Units = int | Sequence[Sequence[int]] | Tensor
 """A number of equally wide units of consecutive rows, or the rows of each unit."""
@@ -72,6 +74,9 @@ class Consumer:
         rows once; a unit with fewer than w rows is filled up with ``NO_ROW``.
     damping
         The lambda that `H`, `G` and `e` include.
+    variance
+        Variances of the inputs, (p,) float64, on the scale of `H`; no part of the objective, but
+        what some scores ask for.  None: what the diagonal of `H` holds, as of centred inputs.
 
     Raises
     ------
@@ -86,21 +91,35 @@ class Consumer:
     W0: Tensor
     rows: Tensor
     damping: float = 0.0
+    variance: Tensor | None = None
 
     def __post_init__(self) -> None:
-        for name in _TENSORS:
+        for name in self._tensors:
             object.__setattr__(self, name, as_owned_tensor(name, getattr(self, name)))
         for name in ("e", "damping"):
             object.__setattr__(self, name, as_number(name, getattr(self, name)))
         self._check()
 
+    @property
+    def _tensors(self) -> dict[str, Tensor]:
+        """The tensors by name, those that are given."""
+        names = _TENSORS if self.variance is None else (*_TENSORS, "variance")
+        return {name: vars(self)[name] for name in names}
+
     @classmethod
     def _owning(
-        cls, H: Tensor, G: Tensor, e: Any, W0: Tensor, rows: Tensor, damping: Any
+        cls,
+        H: Tensor,
+        G: Tensor,
+        e: Any,
+        W0: Tensor,
+        rows: Tensor,
+        damping: Any,
+        variance: Tensor | None = None,
     ) -> Consumer:
         """Return a consumer of tensors that nobody else holds, and that need no copy."""
         made = object.__new__(cls)
-        vars(made).update(H=H, G=G, W0=W0, rows=rows)
+        vars(made).update(H=H, G=G, W0=W0, rows=rows, variance=variance)
         vars(made).update(e=as_number("e", e), damping=as_number("damping", damping))
         made._check()
         return made
@@ -114,7 +133,7 @@ class Consumer:
             If a field is not what construction would have made of it.
         """
         kept = {field.name: vars(self)[field.name] for field in fields(Consumer)}
-        for name in _TENSORS:
+        for name in self._tensors:
             if not is_plain(kept[name]):
                 raise ProblemError(f"{name} is no plain tensor, but a {type(kept[name]).__name__}")
         return Consumer._owning(**kept)
@@ -133,11 +152,28 @@ class Consumer:
                 f"H is not symmetric: entries differ by up to {skew:.3g} of the largest on the "
                 "diagonal"
             )
+        self._check_variance()
         owned = self.rows[self.rows != NO_ROW].sort().values
         if not torch.equal(owned, torch.arange(p, device=owned.device)):
             raise ProblemError(
                 f"units must own each of the {p} rows exactly once; they own {owned.numel()} rows, "
                 f"{len(set(owned.tolist()))} of them distinct"
+            )
+
+    def _check_variance(self) -> None:
+        if self.variance is None:
+            return
+        check_entries("variance", self.variance)
+        least = float(self.variance.min())
+        if least < 0:
+            raise ProblemError(f"variance has {least:.3g}; no variance is negative")
+        above = self.variance - (1 + _VARIANCE_TOLERANCE) * self.H.diagonal()
+        if float(above.max()) > 0:
+            row = int(above.argmax())
+            raise ProblemError(
+                f"variance has {float(self.variance[row]):.6g} for row {row}, where H has "
+                f"{float(self.H[row, row]):.6g} on its diagonal: no variance exceeds the second "
+                "moment; give both on one scale"
             )
 
     @classmethod
@@ -150,6 +186,7 @@ class Consumer:
         e: float | None = None,
         units: Units | None = None,
         damp: float = 0.01,
+        variance: Tensor | None = None,
     ) -> Consumer:
         """Damp the statistics of one linear map (`solvers.gram.damp_terms`) and take its units.
 
@@ -159,16 +196,20 @@ class Consumer:
             Undamped Gram matrix, dense weights, target and relative damping.
         units
             What each unit owns; by default every row is a unit.
+        variance
+            Variances of the inputs, (p,); by default the diagonal of `H`, as of centred inputs.
 
         Raises
         ------
         ProblemError
             If the input is not finite, has a wrong shape or type, is far from positive
-            semidefinite, or if `e` is less than `G` explains.
+            semidefinite, or if `e` is less than `G` explains, or `H` than `variance`.
         """
         terms = damp_terms(H, W0, G=G, e=e, damp=damp)
         rows = _unit_rows(units, len(terms.H)).to(terms.H.device)
-        consumer = cls._owning(terms.H, terms.G, terms.e, terms.W0, rows, terms.damping)
+        if variance is not None:
+            variance = as_owned_tensor("variance", variance).to(torch.float64)
+        consumer = cls._owning(terms.H, terms.G, terms.e, terms.W0, rows, terms.damping, variance)
         consumer._remember_flaw(None)  # Damping has just made sure of it.
         return consumer
 
@@ -195,10 +236,17 @@ class Consumer:
                 f"rows must be an int64 matrix (units, width), not {self.rows.dtype} "
                 f"of {tuple(self.rows.shape)}"
             )
-        for name in _TENSORS:
-            device = getattr(self, name).device
-            if device != self.H.device:
-                raise ProblemError(f"H is on {self.H.device}, and {name} on {device}; move them")
+        variance = self.variance
+        if variance is not None and (variance.shape != (p,) or variance.dtype != torch.float64):
+            raise ProblemError(
+                f"variance must be ({p},) in float64, not {variance.dtype} of "
+                f"{tuple(variance.shape)}"
+            )
+        for name, tensor in self._tensors.items():
+            if tensor.device != self.H.device:
+                raise ProblemError(
+                    f"H is on {self.H.device}, and {name} on {tensor.device}; move them"
+                )
         return p
 
     @cached_property
@@ -232,8 +280,9 @@ class Consumer:
 
     def to(self, device: torch.device | str) -> Consumer:
         """Return this consumer with its tensors on `device`."""
-        tensors = {name: getattr(self, name).to(device) for name in _TENSORS}
-        if all(tensor is getattr(self, name) for name, tensor in tensors.items()):
+        before = self._tensors
+        tensors = {name: tensor.to(device) for name, tensor in before.items()}
+        if all(tensor is before[name] for name, tensor in tensors.items()):
             return self
         moved = Consumer._owning(**tensors, e=self.e, damping=self.damping)
         if "flaw" in vars(self):
@@ -316,6 +365,7 @@ class SubsetProblem:
         e: float | None = None,
         units: Units | None = None,
         damp: float = 0.01,
+        variance: Tensor | None = None,
         name: str = "",
     ) -> SubsetProblem:
         """Build a problem with one consumer from undamped statistics.
@@ -332,10 +382,13 @@ class SubsetProblem:
             What each unit owns; by default every row is a unit.
         damp
             lambda relative to the mean of the diagonal of `H`.
+        variance
+            Variances of the inputs, (p,); by default the diagonal of `H`, as of centred inputs.
         name
             What the problem is called in reports.
         """
-        return cls((Consumer.from_gram(H, W0, G=G, e=e, units=units, damp=damp),), keep, name)
+        consumer = Consumer.from_gram(H, W0, G=G, e=e, units=units, damp=damp, variance=variance)
+        return cls((consumer,), keep, name)
 
     @property
     def units(self) -> int:
@@ -430,9 +483,9 @@ class SubsetProblem:
             "consumers": [{"e": c.e, "damping": c.damping} for c in self.consumers],
         }
         tensors = {
-            f"{i}.{name}": getattr(consumer, name)
+            f"{i}.{name}": tensor
             for i, consumer in enumerate(self.consumers)
-            for name in _TENSORS
+            for name, tensor in consumer._tensors.items()
         }
         storage.write(path, header, tensors)
 
@@ -460,6 +513,7 @@ class SubsetProblem:
                     **{key: tensors[f"{i}.{key}"] for key in _TENSORS},
                     e=terms["e"],
                     damping=terms["damping"],
+                    variance=tensors.get(f"{i}.variance"),
                 )
                 for i, terms in enumerate(header["consumers"])
             )

@@ -40,7 +40,9 @@ class Moments:
         ``|D|^2/N``.
     x, d
         Means of X and of D, (p,) and (m,), which are subtracted from the others where a bias takes
-        them up; x is zero where none does.
+        them up; zero where none does.
+    variance
+        Variances of the inputs, (p,), whether or not a bias takes up their means.
     """
 
     H: Tensor
@@ -48,6 +50,7 @@ class Moments:
     energy: float
     x: Tensor
     d: Tensor
+    variance: Tensor
 
     def targets(self, W0: Tensor, share: float) -> tuple[Tensor, float] | None:
         """Return ``X'Y/N`` and ``|Y|^2/N``; None where ``Y = X W0``.
@@ -165,6 +168,7 @@ class GramAccumulator:
             targets=moments.targets(W0, share),
             units=self.linear_map.unit_rows,
             damp=damp,
+            variance=moments.variance,
         )
 
     def bias(self, W: Tensor) -> Tensor | None:
@@ -206,8 +210,7 @@ class _Sums:
         X = X.double()
         self.gram.addmm_(X.T, X)
         self.positions += len(X)
-        if self.centered:
-            self.inputs += X.sum(0)
+        self.inputs += X.sum(0)
         if D is not None:
             self._add_corrections(X, D.double())
 
@@ -245,7 +248,10 @@ class _Sums:
                 C = C - torch.outer(own, d) - torch.outer(x, own_d) + torch.outer(x, d)
                 C[constant] = 0
                 energy = max(energy - 2 * float(own_d @ d) + float(d @ d), 0.0)
-        return Moments(H, C, energy, x, d)
+            return Moments(H, C, energy, x, d, H.diagonal())
+        variance = H.diagonal() - own.square()
+        variance[variance <= _CONSTANT * H.diagonal()] = 0
+        return Moments(H, C, energy, torch.zeros_like(x), torch.zeros_like(d), variance)
 
 
 def damped_by_input(
@@ -255,6 +261,7 @@ def damped_by_input(
     targets: tuple[Tensor, float] | None = None,
     units: Sequence[Sequence[int]],
     damp: float,
+    variance: Tensor | None = None,
 ) -> Consumer:
     """Return a consumer that is pulled towards its dense weights, input by input.
 
@@ -272,13 +279,17 @@ def damped_by_input(
         The rows that each unit owns.
     damp
         Weight of the term.
+    variance
+        Variances of the inputs, (p,), where they are known.
     """
     added = damp * H.diagonal()
     G = e = None
     if targets is not None:
         pulled = added[:, None] * W0
         G, e = targets[0] + pulled, targets[1] + float((pulled * W0).sum())
-    return Consumer.from_gram(H + added.diag(), W0, G=G, e=e, units=units, damp=0.0)
+    return Consumer.from_gram(
+        H + added.diag(), W0, G=G, e=e, units=units, damp=0.0, variance=variance
+    )
 
 
 def pose(
@@ -328,4 +339,5 @@ def _divided(consumer: Consumer, scale: float) -> Consumer:
         G=consumer.G / scale,
         e=consumer.e / scale,
         damping=consumer.damping / scale,
+        variance=None if consumer.variance is None else consumer.variance / scale,
     )

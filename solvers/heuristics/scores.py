@@ -88,6 +88,30 @@ class Wanda(_Scored):
         return _unit_sums(problem, [_weighted_square(c) for c in problem.consumers])
 
 
+@dataclass(frozen=True)
+class Flap(_Scored):
+    """Keep the units whose inputs fluctuate most, weighted by the norm of what reads them.
+
+    The metric WIFV of An et al., "Fluctuation-based adaptive structured pruning for large language
+    models" (FLAP), AAAI 2024, arXiv 2312.11983: a constant input costs nothing, since a bias makes
+    up for it.  Where inputs are centred it is the score of `Wanda`.  The refit makes up for what a
+    bias cannot, too; a damping without bounds leaves nothing but the bias, which is the paper's.
+    (Its public code squares the scores of the inputs of heads before it adds them up.)
+    """
+
+    summary: ClassVar[str] = "largest norm of dense weights times deviation of their inputs"
+
+    def scores(self, problem: SubsetProblem) -> Tensor:
+        """Return ``sum over rows of |W0_r|^2 var(x_r)`` for each unit."""
+        return _unit_sums(problem, [_weighted_variance(c) for c in problem.consumers])
+
+
+def _weighted_variance(consumer: Consumer) -> Tensor:
+    if consumer.variance is None:
+        return _weighted_square(consumer)
+    return consumer.W0.square().sum(1) * consumer.variance
+
+
 def _weighted_square(consumer: Consumer) -> Tensor:
     return consumer.W0.square().sum(1) * (consumer.H.diagonal() - consumer.damping)
 

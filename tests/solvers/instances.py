@@ -94,8 +94,8 @@ def _augmented_loss(data: Data, consumer: Consumer, support: list[int]) -> float
     return float(np.square(target - design[:, columns] @ fitted).sum())
 
 
-def build(name, data, keep, units=None, damp=0.01) -> Instance:
-    """Make an instance; `units` is one description a consumer."""
+def build(name, data, keep, units=None, damp=0.01, variances=False) -> Instance:
+    """Make an instance; `units` is one description a consumer, `variances` says to give them."""
     units = units or [None] * len(data)
     consumers = tuple(
         Consumer.from_gram(
@@ -105,6 +105,7 @@ def build(name, data, keep, units=None, damp=0.01) -> Instance:
             e=float(np.square(d.Y).sum() / len(d.X)),
             units=u,
             damp=damp,
+            variance=torch.from_numpy(d.X.var(0)) if variances else None,
         )
         for d, u in zip(data, units, strict=True)
     )
@@ -152,6 +153,14 @@ def _dead() -> Instance:
     return build("dead", [Data(X, X @ W0, W0)], keep=5)
 
 
+def _uncentred() -> Instance:
+    """Two consumers of six units, with variances that H does not tell."""
+    first, second = random_data(23, 6, 3), random_data(24, 12, 2)
+    X, Z = first.X + 2 * np.arange(6), second.X - 1
+    data = [Data(X, X @ first.W0, first.W0), Data(Z, Z @ second.W0, second.W0)]
+    return build("uncentred", data, keep=3, units=[None, 6], variances=True)
+
+
 def _sparse() -> Instance:
     """Two consumers of five units: the first has no row of one, the second none of three."""
     units = [[[3], [0, 4], [], [1], [2]], [[], [1], [], [0, 2], []]]
@@ -184,6 +193,7 @@ def _all() -> list[Instance]:
             "ragged_consumers", uneven, keep=4, units=[shuffled_units(3, widths), None], damp=0.1
         ),
         _sparse(),
+        _uncentred(),
     ]
 
 

@@ -333,6 +333,11 @@ def test_subclasses_of_tensors_and_problems():
     kept = {name: getattr(consumer, name) for name in ("H", "G", "e", "W0", "rows")}
     obliging = SubsetProblem((ObligingConsumer(**kept),), 3)
     refused(replace(best, problem=obliging), "a ObligingConsumer is no Consumer")
+    planted = replace(consumer, variance=consumer.H.diagonal())
+    for value in (planted.variance.as_subclass(ObligingTensor), 2 * planted.variance, "large"):
+        object.__setattr__(planted, "variance", value)
+        forged = replace(best, problem=SubsetProblem((planted,), 3))
+        refused(forged, "variance is no plain tensor|no variance exceeds")
 
 
 def test_a_status_is_a_member():

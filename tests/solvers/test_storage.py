@@ -22,7 +22,7 @@ suffixes = pytest.mark.parametrize("suffix", [".npz", ".safetensors"])
 
 
 @suffixes
-@pytest.mark.parametrize("name", ["scalar", "ragged_consumers"])
+@pytest.mark.parametrize("name", ["scalar", "ragged_consumers", "uncentred"])
 def test_round_trip(tmp_path, suffix, name):
     problem = INSTANCES[name].problem
     path = tmp_path / f"layer{suffix}"
@@ -32,7 +32,11 @@ def test_round_trip(tmp_path, suffix, name):
     for a, b in zip(loaded.consumers, problem.consumers, strict=True):
         assert (a.e, a.damping) == (b.e, b.damping)
         assert all(torch.equal(getattr(a, k), getattr(b, k)) for k in ("H", "G", "W0", "rows"))
-    assert solve(loaded, "greedy").loss == solve(problem, "greedy").loss
+        assert (a.variance is None) == (b.variance is None) == (name != "uncentred")
+        assert a.variance is None or torch.equal(a.variance, b.variance)
+    for backend in ("greedy", "flap"):
+        assert torch.equal(solve(loaded, backend).support, solve(problem, backend).support)
+        assert solve(loaded, backend).loss == solve(problem, backend).loss
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
 
 
@@ -152,6 +156,11 @@ def rewritten(path, change):
         (lambda h, t: h.update(keep=100), "keep is 100"),
         (lambda h, t: t.update({"0.G": t["0.G"] * torch.nan}), "G has NaN"),
         (lambda h, t: t.update({"0.G": t["0.G"].float()}), "G must be a float64 matrix"),
+        (
+            lambda h, t: t.update({"0.variance": t["0.H"].clone()}),
+            r"variance must be \(9,\) in float64",
+        ),
+        (lambda h, t: t.update({"0.variance": -t["0.H"][0].abs()}), "no variance is negative"),
     ],
 )
 def test_damaged_contents(tmp_path, suffix, change, message):
