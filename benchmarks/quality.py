@@ -7,8 +7,10 @@ that the same command goes on where it was stopped.  Ends with a Markdown table 
 
 Text is calibrated on the first half of `wikitext2-raw-test.txt` and scored on the second (same
 form), or calibrated on `wikitext2-valid.txt` (shifted: another tokenization of the same source).
-Baselines are uniform, on the paper's target: every group keeps the same share.  All of them refit
-by least squares.  Whatever shares a budget gets as much as uniform shares come to in whole units.
+Baselines are uniform, on the paper's target: every group keeps the same share; FLAP has its own
+allocation.  All of them refit by least squares, but for FLAP as published, which leaves weights as
+they are and makes up by biases, where there are any.  Whatever shares a budget gets as much as
+uniform shares come to in whole units.
 Seconds are those of the processor, so that others on the machine do not count; give
 OMP_NUM_THREADS=1 where there are any, as threads that wait for each other count, too.
 """
@@ -39,12 +41,15 @@ from osscar.pruning.allocation import allocate
 from osscar.pruning.request import PruningRequest
 
 UNIFORM = {"allocation": "uniform", "target": "weights", "damp": 0.01}
+FLAP = {**UNIFORM, "allocation": "fluctuation", "backend": "flap"}
 METHODS: dict[str, dict[str, Any]] = {
     "default": {},
     "multistage (the paper's)": {**UNIFORM, "backend": "multistage"},
     "greedy (ZipLM's)": {**UNIFORM, "backend": "greedy"},
     "wanda": {**UNIFORM, "backend": "wanda"},
     "magnitude": {**UNIFORM, "backend": "magnitude"},
+    "flap, refitted": FLAP,
+    "flap (as published)": {**FLAP, "damp": 1e9},
     # One thing at a time, from the paper's method to the default and back.
     "multistage, damping chosen": {**UNIFORM, "backend": "multistage", "damp": None},
     "uniform": {"allocation": "uniform"},
@@ -54,8 +59,10 @@ METHODS: dict[str, dict[str, Any]] = {
     "damp 0.01": {"damp": 0.01},
     "damp 0.1": {"damp": 0.1},
     "wanda, default otherwise": {"backend": "wanda"},
+    "flap, uniform": {**UNIFORM, "backend": "flap"},
+    "fluctuation": {"allocation": "fluctuation"},
 }
-BASELINES = tuple(METHODS)[:5]
+BASELINES = tuple(METHODS)[:7]
 
 
 @dataclass(frozen=True)

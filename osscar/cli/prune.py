@@ -66,7 +66,8 @@ def command(
         str,
         typer.Option(
             help="How a budget is shared out: by `curvature`, so that the outputs of the model "
-            "change least, or `uniform`, the same share of every group."
+            "change least, `uniform`, the same share of every group, or `fluctuation`, by the "
+            "scores of FLAP."
         ),
     ] = "curvature",
     heads: Annotated[

@@ -14,9 +14,10 @@ from osscar.core.errors import RequestError
 from osscar.pruning.budget import Allocated, Budget
 from osscar.pruning.costs import Cost, CostModel, count
 from osscar.pruning.curves import Curve, measure_curves
+from osscar.pruning.fluctuation import measure_fluctuations
 from osscar.pruning.latency import Latency, aimed
 from osscar.pruning.request import Allocation, PruningRequest, parse_keep
-from osscar.pruning.rules import ByCurves, Rule, Uniform
+from osscar.pruning.rules import ByCurves, ByScores, Rule, Uniform
 from osscar.pruning.widths import (
     about_half,
     asked_groups,
@@ -57,11 +58,16 @@ def allocate(
     groups, keep, shared = asked_groups(ready, request, left)
     budget = None
     if request.has_budget and shared:
-        rule = (
-            Uniform(shared, request, keep)
-            if request.allocation is Allocation.UNIFORM
-            else ByCurves.of(shared, request, keep, curves or shared_curves(ready, request, left))
-        )
+        rule: Rule
+        match request.allocation:
+            case Allocation.UNIFORM:
+                rule = Uniform(shared, request, keep)
+            case Allocation.FLUCTUATION:
+                scores = measure_fluctuations(ready, shared)
+                rule = ByScores(shared, scores, request.round_to, keep)
+            case _:
+                curves = curves or shared_curves(ready, request, left)
+                rule = ByCurves.of(shared, request, keep, curves)
         found, budget = _met(ready, request, shared, rule, keep)
         keep = {**keep, **found}
     keep = {g.name: keep[g.name] for g in groups if keep.get(g.name, g.units) < g.units}

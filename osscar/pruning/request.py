@@ -35,6 +35,7 @@ class Allocation(enum.StrEnum):
 
     CURVATURE = "curvature"
     UNIFORM = "uniform"
+    FLUCTUATION = "fluctuation"
 
 
 _CHOICES: Mapping[str, type[enum.StrEnum]] = {
@@ -66,7 +67,7 @@ class PruningRequest:
     allocation
         How a budget is shared out.  ``curvature`` chooses the widths with the least predicted
         divergence of the model's outputs; ``uniform`` keeps the same share of every group, as the
-        paper does.
+        paper does; ``fluctuation`` keeps the units with the highest of FLAP's scores anywhere.
     heads, neurons, channels
         What to keep of each group of a kind, whatever the budget: a fraction such as ``"2/3"``, or
         a count.  A kind that neither this nor a budget reaches is left alone.

@@ -1,4 +1,4 @@
-"""How a budget is shared out: evenly, or by what each group loses."""
+"""How a budget is shared out: evenly, by what each group loses, or by scores of all units."""
 
 from __future__ import annotations
 
@@ -77,13 +77,61 @@ class Uniform:
 
     def budget(self, kind: Cost, cost: CostModel, limit: float, found: dict[str, int]) -> Budget:
         """Report without a prediction."""
-        return Budget(
-            kind,
-            limit,
-            cost.dense,
-            cost.of({**self.keep, **found}),
-            widths={g.name: Width(str(g.kind), g.units, found[g.name]) for g in self.shared},
-        )
+        return _unpredicted(self.shared, kind, cost, limit, {**self.keep, **found})
+
+
+@dataclass(frozen=True, eq=False)
+class ByScores:
+    """The units with the highest scores, wherever they are: one threshold for all groups.
+
+    Parameters
+    ----------
+    shared
+        The groups.
+    scores
+        Of the units of each group, (units,), by its name; see `osscar.pruning.fluctuation`.
+    round_to, keep
+        As the request has it, and what other groups keep.
+    """
+
+    shared: Sequence[CouplingGroup]
+    scores: Mapping[str, NDArray[np.float64]]
+    round_to: int
+    keep: Mapping[str, int]
+    rounds: ClassVar[bool] = False
+
+    def choose(self, cost: CostModel, limit: float) -> dict[str, int]:
+        """Return the counts at the lowest threshold within the limit, or the least ones."""
+        scores = np.concatenate([self.scores[group.name] for group in self.shared])
+        groups = np.repeat(np.arange(len(self.shared)), [group.units for group in self.shared])
+        order = groups[np.argsort(-scores, kind="stable")]
+        low, high = 0, len(order)
+        while low < high:
+            middle = (low + high + 1) // 2
+            within = cost.of({**self.keep, **self._at(order[:middle])}) <= limit
+            low, high = (middle, high) if within else (low, middle - 1)
+        return self._at(order[:low])
+
+    def _at(self, kept: NDArray[np.int64]) -> dict[str, int]:
+        """Return the counts if these units stay, each given by its group, at widths allowed."""
+        counts = np.bincount(kept, minlength=len(self.shared))
+        found = {}
+        for group, count in zip(self.shared, counts, strict=True):
+            allowed = possible_widths(group, self.round_to)
+            found[group.name] = int(max(allowed[allowed <= count], default=allowed[0]))
+        return found
+
+    def budget(self, kind: Cost, cost: CostModel, limit: float, found: dict[str, int]) -> Budget:
+        """Report without a prediction."""
+        return _unpredicted(self.shared, kind, cost, limit, {**self.keep, **found})
+
+
+def _unpredicted(
+    shared: Sequence[CouplingGroup], kind: Cost, cost: CostModel, limit: float, keep: dict[str, int]
+) -> Budget:
+    """Report on what groups keep where nothing predicts what that loses."""
+    widths = {group.name: Width(str(group.kind), group.units, keep[group.name]) for group in shared}
+    return Budget(kind, limit, cost.dense, cost.of(keep), widths=widths)
 
 
 @dataclass(frozen=True, eq=False)

@@ -338,7 +338,7 @@ def clock(monkeypatch):
     return seconds, timed
 
 
-@pytest.mark.parametrize("allocation", ["curvature", "uniform"])
+@pytest.mark.parametrize("allocation", ["curvature", "uniform", "fluctuation"])
 @pytest.mark.parametrize("wanted", [1.2, 1.5])
 def test_a_speed_up_is_aimed_at_by_timing(clock, wanted, allocation):
     seconds, timed = clock
@@ -373,7 +373,7 @@ def test_a_speed_up_out_of_reach_says_what_is_in_reach(clock):
 # ---- requests ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("allocation", ["curvature", "uniform"])
+@pytest.mark.parametrize("allocation", ["curvature", "uniform", "fluctuation"])
 @pytest.mark.parametrize(
     "asked", [{"sparsity": 0.4}, {"params": 0.8}, {"flops": 0.7}, {"sparsity": 0.5, "round_to": 2}]
 )
@@ -405,7 +405,7 @@ def test_kinds_that_are_named_take_no_part_in_the_budget():
     assert half.parameters_after <= 0.6 * half.parameters_before
 
 
-@pytest.mark.parametrize("allocation", ["curvature", "uniform"])
+@pytest.mark.parametrize("allocation", ["curvature", "uniform", "fluctuation"])
 def test_a_budget_out_of_reach_says_what_is_in_reach(allocation):
     asked = Asked(params=0.01, allocation=allocation)
     message = r"cannot be met: .* comes to [\d,]+ of [\d,]+ at l"
@@ -434,7 +434,7 @@ def test_contradictions_are_refused(asked, message):
 @pytest.mark.parametrize(
     ("asked", "message"),
     [
-        ({"allocation": "fair"}, "allocation is 'fair'; give one of curvature, uniform"),
+        ({"allocation": "fair"}, "allocation is 'fair'; give one of curvature, uniform, f"),
         ({"target": None}, "target is None; give one of weights, outputs, residual"),
         ({"blend": 1.5}, "blend is 1.5; give a share from 0 to 1"),
         ({"blend": float("nan")}, "blend is nan"),
