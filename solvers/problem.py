@@ -73,7 +73,8 @@ class Consumer:
         (n, w) int64: the rows of unit ``j`` are ``rows[j]``.  Units together own each of the p
         rows once; a unit with fewer than w rows is filled up with ``NO_ROW``.
     damping
-        The lambda that `H`, `G` and `e` include.
+        The lambda that `H`, `G` and `e` include for every input alike.  They may include others,
+        input by input, which nothing tells from the data.
     variance
         Variances of the inputs, (p,) float64, on the scale of `H`; no part of the objective, but
         what some scores ask for.  None: what the diagonal of `H` holds, as of centred inputs.

@@ -101,8 +101,12 @@ def _print_problem(problem: SubsetProblem, file: Path) -> None:
     for consumer in problem.consumers:
         p, m = consumer.W0.shape
         say(
-            f"  read by a map of {p:,} inputs and {m:,} outputs, {consumer.width} inputs a unit, "
-            f"damping {consumer.damping:.3g}"
+            f"  read by a map of {p:,} inputs and {m:,} outputs, {consumer.width} inputs a unit; "
+            + (
+                f"damping {consumer.damping:.3g} of all inputs alike"
+                if consumer.damping
+                else "damping, if any, is in H, input by input"
+            )
         )
     say(f"  {size} supports; removing everything loses {problem.scale:.6g}")
     if len(problem.dead):

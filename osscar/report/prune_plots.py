@@ -47,6 +47,11 @@ def _color(kind: str) -> str:
     return COLORS[_KINDS.index(kind)] if kind in _KINDS else COLORS[len(_KINDS)]
 
 
+def _whole_numbers() -> MaxNLocator:
+    """Return what places ticks at whole numbers, and a single one where there is only one."""
+    return MaxNLocator(integer=True, min_n_ticks=1)
+
+
 def small_figure() -> tuple[Figure, Axes]:
     """Return an empty figure of one panel."""
     with matplotlib.rc_context(STYLE):
@@ -76,7 +81,7 @@ def kept_figure(bars: Sequence[Bar]) -> Figure:
         )
     axes.set_ylim(0, ROOM_ABOVE)
     axes.yaxis.set_major_formatter(SHARES)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.xaxis.set_major_locator(_whole_numbers())
     axes.set_xlabel("depth: groups of a kind, from the input on")
     axes.set_ylabel("kept")
     legend(figure, len(kinds))
@@ -105,7 +110,7 @@ def loss_figure(layers: Sequence[Mapping[str, Any]]) -> Figure:
         )  # fmt: skip
     highest = max(layer["relative_loss"] for layer in layers)
     axes.set_ylim(0, ROOM_ABOVE * highest if highest > 0 else 1)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.xaxis.set_major_locator(_whole_numbers())
     axes.set_xlabel("layer, from the input on")
     axes.set_ylabel("relative loss")
     legend(figure, len(kinds) + bool(bounds))

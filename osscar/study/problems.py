@@ -39,7 +39,7 @@ def model_problems(
     calibration
         What `osscar.prune` takes: windows of tokens, images, or tensors.
     damp
-        Weight of the proximal term, relative to the mean of the Gram matrix's diagonal.
+        Weight of the proximal term, relative to each entry on the Gram matrix's diagonal.
     wanted
         Which groups, by name.
     query_heads

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import solvers
+from osscar.capture.gram import damped_by_input
 from osscar.cli import main
 from osscar.report.proofs import not_recomputed_in_words
 from solvers import storage
@@ -115,6 +116,21 @@ def test_list_problem_says_who_takes_it(run, file, tmp_path):
     assert "126 supports" in out
     assert all(name in out for name in solvers.backend_names())
     assert json.loads((tmp_path / "p.json").read_text())["consumers"][0]["outputs"] == 4
+
+
+def test_list_problem_tells_damping_of_all_inputs_from_that_in_the_matrix(run, tmp_path):
+    torch.manual_seed(0)
+    X = torch.randn(60, 9, dtype=torch.float64) * torch.arange(1, 10)
+    H, W0 = X.T @ X / 60, torch.randn(9, 4, dtype=torch.float64)
+    alike = solvers.SubsetProblem.from_gram(H, W0, keep=5, damp=0.1)
+    units = [[row] for row in range(9)]
+    by_input = solvers.SubsetProblem((damped_by_input(H, W0, units=units, damp=0.1),), 5)
+    alike.save(tmp_path / "alike.npz")
+    by_input.save(tmp_path / "by-input.npz")
+    said = run("solve", tmp_path / "alike.npz", "--list-problem")[1]
+    assert f"damping {0.1 * float(H.diagonal().mean()):.3g} of all inputs alike" in said
+    said = run("solve", tmp_path / "by-input.npz", "--list-problem")[1]
+    assert "damping, if any, is in H, input by input" in said
 
 
 @pytest.mark.parametrize(

@@ -93,6 +93,20 @@ def test_kept_shares_are_drawn_a_line_a_kind():
     assert_markers_are_whole(axes)
 
 
+@pytest.mark.parametrize("count", [1, 2, 3, 7, 60])
+def test_layers_are_counted_in_whole_numbers(count):
+    bars = [prune_plots.Bar("neurons", 0.5)] * count
+    for figure in (
+        prune_plots.kept_figure(bars),
+        prune_plots.loss_figure([layer("neurons", 0.3)] * count),
+    ):
+        (axes,) = drawn(figure).axes
+        low, high = axes.get_xlim()
+        shown = [tick for tick in axes.get_xticks() if low <= tick <= high]
+        assert shown
+        assert all(tick == round(tick) for tick in shown)
+
+
 @pytest.mark.parametrize("measured", [None, 0.0, 1e-9, 0.02, 50.0])
 def test_a_run_lies_within_the_plot_of_its_budget(measured):
     frontier = prune_plots.Frontier((0.3, 0.5, 0.9, 1.0), (1.0, 0.1, 1e-12, 0.0))
