@@ -57,6 +57,12 @@ _SHOWN = 60
 """Characters of an offending value that a message shows."""
 
 
+def cache_directory() -> Path:
+    """Give the place of what is kept between runs: ``$OSSCAR_CACHE``, else ``~/.cache/osscar``."""
+    configured = os.environ.get("OSSCAR_CACHE")
+    return Path(configured) if configured else Path.home() / ".cache" / "osscar"
+
+
 # ---- writing -----------------------------------------------------------------------------
 
 

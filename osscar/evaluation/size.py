@@ -11,12 +11,11 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from graph.groups import CouplingGroup
 from osscar.core.inputs import file_name
-from osscar.core.modules import count_parameters, without_cache
+from osscar.core.modules import count_parameters
+from osscar.core.operations import operations
 
 
 @dataclass(frozen=True)
@@ -107,10 +106,8 @@ def count_owned(model: nn.Module, groups: Iterable[CouplingGroup]) -> int:
 def count_flops(model: nn.Module, inputs: Tensor | Mapping[str, Tensor]) -> int:
     """Count the floating-point operations of one forward pass, by running it.
 
-    Counted are the matrix products and convolutions with the shapes that they really have: linear
-    layers, the output layer at every position, and attention (scores and weighted sums, as full
-    squares: a causal mask is not discounted). A multiplication with its addition counts as two.
-    Look-ups, normalization and other element-wise work are not counted.
+    Counted are matrix products and convolutions, as `osscar.core.operations` has them, the output
+    layer at every position. Look-ups, normalization and other element-wise work are not counted.
 
     Parameters
     ----------
@@ -120,17 +117,8 @@ def count_flops(model: nn.Module, inputs: Tensor | Mapping[str, Tensor]) -> int:
         Token ids, (batch, tokens) int64, of a language model, or keyword arguments of any other;
         on the model's device.
     """
-    if isinstance(inputs, Tensor):
-        inputs = {"input_ids": inputs}
-    # fused attention kernels hide their products from the counter; the plain one does not
-    with (
-        torch.no_grad(),
-        without_cache(model),
-        sdpa_kernel(SDPBackend.MATH),
-        FlopCounterMode(display=False) as counter,
-    ):
-        model(**inputs)
-    return int(counter.get_total_flops())
+    given = {"input_ids": inputs} if isinstance(inputs, Tensor) else dict(inputs)
+    return int(operations(model, given).get_total_flops())
 
 
 def reset_peak_memory(device: torch.device) -> None:

