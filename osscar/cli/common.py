@@ -58,6 +58,51 @@ WeightsOption = Annotated[
 TrustOption = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run the code that a checkpoint brings along.")
 ]
+CalibrationOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Plain text file or Hugging Face dataset (by default built-in text); for images "
+        "a directory or an .npz file."
+    ),
+]
+SamplesOption = Annotated[
+    int | None,
+    typer.Option(max=10**6, help="Calibration windows (default 32) or images (default 256)."),
+]
+SeqlenOption = Annotated[
+    int | None, typer.Option(help="Tokens in a calibration window (default 512).")
+]
+SeedOption = Annotated[
+    int, typer.Option(min=0, max=2**63 - 1, help="Seed of everything that is drawn.")
+]
+BatchSizeOption = Annotated[
+    int | None,
+    typer.Option(help="Windows (default 8) or images (default 64) that run at once."),
+]
+RoundToOption = Annotated[
+    int, typer.Option(help="Round kept widths to a multiple of this, for the hardware.")
+]
+BackendOption = Annotated[str, typer.Option(help="`osscar backends` lists them.")]
+BackendOptionsOption = Annotated[
+    list[str] | None,
+    typer.Option("--option", help="Option of the backend, as NAME=VALUE; repeatable."),
+]
+DampOption = Annotated[
+    float | None,
+    typer.Option(
+        help="Pull towards the dense weights, relative to diag(H).  [default: what serves "
+        "held-out samples best, layer by layer]"
+    ),
+]
+StrictOption = Annotated[
+    bool,
+    typer.Option(
+        "--strict",
+        help="End with an error where a group that is to be pruned cannot follow, such as one "
+        "whose size is written in the model's code. By default such groups are left alone and "
+        "named, and all others are pruned.",
+    ),
+]
 
 
 @contextmanager

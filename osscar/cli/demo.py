@@ -8,7 +8,16 @@ from typing import Annotated
 
 import typer
 
-from osscar.cli.common import JsonOption, check_json_path, document, out, quiet, say, write_json
+from osscar.cli.common import (
+    BackendOption,
+    JsonOption,
+    check_json_path,
+    document,
+    out,
+    quiet,
+    say,
+    write_json,
+)
 from osscar.cli.prune import print_result, report_document
 
 _HEADS, _NEURONS = "3/4", "1/2"
@@ -21,7 +30,7 @@ def command(
     directory: Annotated[Path, typer.Option("--out", help="Where the smaller model goes.")] = Path(
         "osscar-demo"
     ),
-    backend: Annotated[str, typer.Option(help="`osscar backends` lists them.")] = "local_search",
+    backend: BackendOption = "local_search",
     json: JsonOption = None,
 ) -> None:
     """Prune a small trained OPT model that ships with the package, and show what it did."""

@@ -11,7 +11,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from osscar.cli.common import (
+    CalibrationOption,
     JsonOption,
+    SamplesOption,
+    SeedOption,
+    SeqlenOption,
     TrustOption,
     WeightsOption,
     check_input,
@@ -79,24 +83,11 @@ def command(
             help="Let single query heads be units, where only groups of them can be removed.",
         ),
     ] = False,
-    calibration: Annotated[
-        str | None,
-        typer.Option(
-            help="Plain text file or Hugging Face dataset (by default built-in text); for images "
-            "a directory or an .npz file."
-        ),
-    ] = None,
-    samples: Annotated[
-        int | None,
-        typer.Option(max=10**6, help="Calibration windows (default 32) or images (default 256)."),
-    ] = None,
-    seqlen: Annotated[
-        int | None, typer.Option(help="Tokens in a calibration window (default 512).")
-    ] = None,
+    calibration: CalibrationOption = None,
+    samples: SamplesOption = None,
+    seqlen: SeqlenOption = None,
     weights: WeightsOption = None,
-    seed: Annotated[
-        int, typer.Option(min=0, max=2**63 - 1, help="Seed of everything that is drawn.")
-    ] = 0,
+    seed: SeedOption = 0,
     damp: Annotated[
         float, typer.Option(help="Pull towards the dense weights, relative to diag(H).")
     ] = 0.01,

@@ -11,10 +11,20 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from osscar.cli.common import (
+    BackendOption,
+    BackendOptionsOption,
+    BatchSizeOption,
+    CalibrationOption,
+    DampOption,
     DeviceOption,
     DtypeOption,
     JsonOption,
     ModelArgument,
+    RoundToOption,
+    SamplesOption,
+    SeedOption,
+    SeqlenOption,
+    StrictOption,
     TrustOption,
     WeightsOption,
     check_json_path,
@@ -32,6 +42,7 @@ if TYPE_CHECKING:
     from osscar.checkpoint.directory import SavedCheckpoint
     from osscar.data.images import ImageSet
     from osscar.data.tokens import CalibrationSet
+    from osscar.pruning.budget import Budget
     from osscar.pruning.result import PruningResult
     from osscar.pruning.run_log import RunLog
 
@@ -86,9 +97,7 @@ def command(
             "nothing else touches them."
         ),
     ] = None,
-    round_to: Annotated[
-        int, typer.Option(help="Round kept widths to a multiple of this, for the hardware.")
-    ] = 1,
+    round_to: RoundToOption = 1,
     skip: Annotated[
         list[str] | None,
         typer.Option(
@@ -105,31 +114,13 @@ def command(
             "model of your own code."
         ),
     ] = None,
-    calibration: Annotated[
-        str | None,
-        typer.Option(
-            help="Plain text file or Hugging Face dataset (by default built-in text); for images "
-            "a directory or an .npz file."
-        ),
-    ] = None,
-    samples: Annotated[
-        int | None,
-        typer.Option(max=10**6, help="Calibration windows (default 32) or images (default 256)."),
-    ] = None,
-    seqlen: Annotated[
-        int | None, typer.Option(help="Tokens in a calibration window (default 512).")
-    ] = None,
-    seed: Annotated[
-        int, typer.Option(min=0, max=2**63 - 1, help="Seed of everything that is drawn.")
-    ] = 0,
-    batch_size: Annotated[
-        int | None,
-        typer.Option(help="Windows (default 8) or images (default 64) that run at once."),
-    ] = None,
-    backend: Annotated[str, typer.Option(help="`osscar backends` lists them.")] = "local_search",
-    option: Annotated[
-        list[str] | None, typer.Option(help="Option of the backend, as NAME=VALUE; repeatable.")
-    ] = None,
+    calibration: CalibrationOption = None,
+    samples: SamplesOption = None,
+    seqlen: SeqlenOption = None,
+    seed: SeedOption = 0,
+    batch_size: BatchSizeOption = None,
+    backend: BackendOption = "local_search",
+    option: BackendOptionsOption = None,
     certify: Annotated[
         bool,
         typer.Option(
@@ -139,13 +130,7 @@ def command(
             "beyond by the relaxation.",
         ),
     ] = False,
-    damp: Annotated[
-        float | None,
-        typer.Option(
-            help="Pull towards the dense weights, relative to diag(H).  [default: what serves "
-            "held-out samples best, layer by layer]"
-        ),
-    ] = None,
+    damp: DampOption = None,
     target: Annotated[
         str,
         typer.Option(
@@ -167,15 +152,7 @@ def command(
             "changed, `estimate` them from the calibration images, or `keep` them."
         ),
     ] = "correct",
-    strict: Annotated[
-        bool,
-        typer.Option(
-            "--strict",
-            help="End with an error where a group that is to be pruned cannot follow, such as one "
-            "whose size is written in the model's code. By default such groups are left alone and "
-            "named, and all others are pruned.",
-        ),
-    ] = False,
+    strict: StrictOption = False,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     overwrite: Annotated[bool, typer.Option(help="Replace a directory that is not empty.")] = False,
@@ -420,17 +397,8 @@ def print_result(result: PruningResult, saved: SavedCheckpoint) -> None:
 
 def quality_lines(result: PruningResult) -> list[str]:
     """Say what the budget came to, and what was predicted and measured of the outputs."""
-    lines, budget = [], result.budget
-    if budget is not None and budget.cost == "time":
-        lines.append(
-            f"timed: {1 / budget.reached:.2f} times as fast as the dense model on a calibration "
-            f"batch; {1 / budget.limit:g} was asked for"
-        )
-    elif budget is not None:
-        lines.append(
-            f"budget: {budget.reached:,.0f} of {budget.dense:,.0f} {budget.cost} "
-            f"({budget.reached / budget.dense:.1%}), at most {budget.limit:,.0f} were asked for"
-        )
+    budget = result.budget
+    lines = [] if budget is None else [budget_line(budget)]
     if budget is not None and not budget.comparable:
         lines.append(
             "no gradient reaches some groups, whose widths were chosen by their own relative loss"
@@ -451,6 +419,19 @@ def quality_lines(result: PruningResult) -> list[str]:
             f"{result.divergence:.4f} nats on {data} calibration samples"
         )
     return lines
+
+
+def budget_line(budget: Budget) -> str:
+    """Say what was asked for, and what it came to."""
+    if budget.cost == "time":
+        return (
+            f"timed: {1 / budget.reached:.2f} times as fast as the dense model on a calibration "
+            f"batch; {1 / budget.limit:g} was asked for"
+        )
+    return (
+        f"budget: {budget.reached:,.0f} of {budget.dense:,.0f} {budget.cost} "
+        f"({budget.reached / budget.dense:.1%}), at most {budget.limit:,.0f} were asked for"
+    )
 
 
 def parse_options(pairs: list[str]) -> dict[str, Any]:

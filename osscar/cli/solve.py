@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from osscar.cli.common import (
+    BackendOption,
+    BackendOptionsOption,
     DeviceOption,
     JsonOption,
     check_input,
@@ -28,13 +30,11 @@ if TYPE_CHECKING:
 
 def command(
     file: Annotated[Path, typer.Argument(help="A problem file (.npz or .safetensors).")],
-    backend: Annotated[str, typer.Option(help="`osscar backends` lists them.")] = "local_search",
+    backend: BackendOption = "local_search",
     keep: Annotated[
         int | None, typer.Option(help="How many units stay, instead of what the file says.")
     ] = None,
-    option: Annotated[
-        list[str] | None, typer.Option(help="Option of the backend, as NAME=VALUE; repeatable.")
-    ] = None,
+    option: BackendOptionsOption = None,
     bound: Annotated[
         bool, typer.Option("--bound", help="Add a lower bound where the backend gives none.")
     ] = False,

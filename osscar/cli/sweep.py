@@ -1,4 +1,4 @@
-"""``osscar sweep``: quality against speed, over sparsities."""
+"""``osscar sweep``: quality against speed, over budgets."""
 
 from __future__ import annotations
 
@@ -10,10 +10,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from osscar.cli.common import (
+    BackendOption,
+    BatchSizeOption,
+    CalibrationOption,
+    DampOption,
     DeviceOption,
     DtypeOption,
     JsonOption,
     ModelArgument,
+    RoundToOption,
+    SamplesOption,
+    SeedOption,
+    StrictOption,
     TrustOption,
     WeightsOption,
     check_json_path,
@@ -24,6 +32,7 @@ from osscar.cli.common import (
     way_back,
     write_json,
 )
+from osscar.cli.prune import budget_line
 
 if TYPE_CHECKING:
     from torch import nn
@@ -35,7 +44,7 @@ if TYPE_CHECKING:
     from osscar.models.vision import VisionModel
     from osscar.pruning.request import PruningRequest
     from osscar.pruning.result import PruningResult
-    from osscar.pruning.sweep import Job
+    from osscar.pruning.sweep import BudgetKind, Job
     from osscar.pruning.sweep_points import Point, SweepDirectory
 
 PAGE_FILE, DOCUMENT_FILE = "report.html", "sweep.json"
@@ -44,12 +53,29 @@ PAGE_FILE, DOCUMENT_FILE = "report.html", "sweep.json"
 def command(
     model: ModelArgument,
     sparsity: Annotated[
-        str,
+        str | None,
         typer.Option(
             help="Shares to *remove* of the parameters that heads, neurons and channels own, "
             "separated by commas."
         ),
-    ],
+    ] = None,
+    params: Annotated[
+        str | None,
+        typer.Option(
+            help="Or parameters of the model to *keep*: fractions, or counts, separated by commas."
+        ),
+    ] = None,
+    flops: Annotated[
+        str | None,
+        typer.Option(help="Or shares of its floating-point operations to *keep*."),
+    ] = None,
+    speedup: Annotated[
+        str | None,
+        typer.Option(
+            help="Or how many times as fast as the dense model a forward pass of a calibration "
+            "batch shall be, timed on this device."
+        ),
+    ] = None,
     directory: Annotated[
         Path, typer.Option("--out", help="Where the sweep lies, or goes on.")
     ] = Path("osscar-sweep"),
@@ -72,47 +98,27 @@ def command(
         ),
     ] = False,
     weights: WeightsOption = None,
-    calibration: Annotated[
-        str | None,
-        typer.Option(
-            help="Plain text file or Hugging Face dataset (by default built-in text); for images "
-            "a directory or an .npz file."
-        ),
-    ] = None,
-    samples: Annotated[
-        int | None,
-        typer.Option(max=10**6, help="Calibration windows (default 32) or images (default 256)."),
-    ] = None,
+    calibration: CalibrationOption = None,
+    samples: SamplesOption = None,
     seqlen: Annotated[
         int | None, typer.Option(help="Tokens in a window, of calibration and scoring.")
     ] = None,
-    seed: Annotated[
-        int, typer.Option(min=0, max=2**63 - 1, help="Seed of everything that is drawn.")
-    ] = 0,
-    batch_size: Annotated[
-        int | None,
-        typer.Option(help="Windows (default 8) or images (default 64) that run at once."),
-    ] = None,
-    round_to: Annotated[
-        int, typer.Option(help="Round kept widths to a multiple of this, for the hardware.")
-    ] = 1,
-    backend: Annotated[str, typer.Option(help="`osscar backends` lists them.")] = "local_search",
-    damp: Annotated[
-        float | None,
-        typer.Option(
-            help="Pull towards the dense weights, relative to diag(H).  [default: what serves "
-            "held-out samples best, layer by layer]"
-        ),
-    ] = None,
+    seed: SeedOption = 0,
+    batch_size: BatchSizeOption = None,
+    round_to: RoundToOption = 1,
+    backend: BackendOption = "local_search",
+    damp: DampOption = None,
+    strict: StrictOption = False,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     json: JsonOption = None,
     trust_remote_code: TrustOption = False,
 ) -> None:
-    """Prune to several sparsities in one run, and show quality against speed.
+    """Prune to several budgets in one run, and show quality against speed.
 
-    What is measured of the dense model serves all of them.  Each point is kept once it is done: the
-    same command goes on where it was stopped, and more sparsities, or --baselines, extend it.
+    Give a list of one sort of budget: --sparsity, --params, --flops or --speedup.  What is measured
+    of the dense model serves all of them.  Each point is kept once it is done: the same command
+    goes on where it was stopped, and more budgets, or --baselines, extend it.
     """
     from osscar.core.files import write_text
     from osscar.data.batches import as_inputs
@@ -121,19 +127,23 @@ def command(
     from osscar.pruning.run_log import RunManifest
     from osscar.pruning.sweep import jobs
     from osscar.pruning.sweep_points import SweepDirectory, SweepManifest
+    from osscar.report.run_tables import left_alone_table
     from osscar.report.sweep_page import sweep_page, sweep_table
 
     read = (model, calibration, weights, text, images)
     check_json_path(json, inputs=read, written=directory)
-    points = jobs(_numbers(sparsity), baselines=baselines)
+    budget, values = _asked(sparsity=sparsity, params=params, flops=flops, speedup=speedup)
+    points = jobs(budget, values, baselines=baselines)
+    first: dict[str, Any] = {str(budget): points[0].value}
     base = PruningRequest(
-        sparsity=points[0].sparsity,
+        **first,
         round_to=round_to,
         backend=backend,
         damp=damp,
         device=device,
         batch_size=batch_size,
         seed=seed,
+        strict=strict,
     )
     place = SweepDirectory(directory)
     with quiet():
@@ -145,7 +155,7 @@ def command(
         inputs = as_inputs(loaded.model, data)
         size = inputs.batch_size if batch_size is None else batch_size
         run = RunManifest.of(base, loaded.model, inputs.batches(loaded.model, size))
-        manifest = SweepManifest.of(run, scorer.scored)
+        manifest = SweepManifest.of(run, budget, scorer.scored)
         sample = inputs.batches(loaded.model, 1)[0]
         with place.begun(manifest), way_back(lambda: f"finished points are kept in {place.path}"):
             found = _measured(place, loaded.model, data, base, points, scorer, sample)
@@ -153,31 +163,55 @@ def command(
                 "model": loaded.source,
                 "calibration": {**inputs.settings, **data.describe()},
                 "scored": scorer.scored,
-                "settings": {**base.to_json(), "sparsity": None},
+                "settings": {**base.to_json(), str(budget): None},
                 "shapes": {name: list(tensor.shape) for name, tensor in sample.items()},
+                "budget": str(budget),
                 "points": [_entry(point) for point in found],
+                "left_alone": [dataclasses.asdict(group) for group in found[-1].left_alone],
             }
-            content = document("sweep", 1, content)
+            content = document("sweep", 2, content)
             write_json(place.path / DOCUMENT_FILE, content)
             write_text(place.path / PAGE_FILE, sweep_page(content))
     out.print(sweep_table(content))
+    if found[-1].left_alone:
+        out.print(left_alone_table(found[-1].left_alone))
     say(f"report: {place.path / PAGE_FILE}")
     write_json(json, content)
 
 
 def _entry(point: Point) -> dict[str, Any]:
     entry = dataclasses.asdict(point)
-    del entry["schema"]
+    del entry["schema"], entry["budget"], entry["left_alone"]  # the same for all points
     return entry
 
 
-def _numbers(text: str) -> tuple[float, ...]:
-    from osscar.core.errors import OptionError
+def _asked(**lists: str | None) -> tuple[BudgetKind, tuple[float | int, ...]]:
+    """Return the one budget that is given a list, and what is in that.
 
+    Raises
+    ------
+    OptionError
+        If there is none or another, or it is no list of numbers.
+    """
+    from osscar.core.errors import OptionError
+    from osscar.pruning.sweep import EXAMPLES, BudgetKind
+
+    given = {BudgetKind(name): text for name, text in lists.items() if text is not None}
+    if len(given) != 1:
+        named = [f"--{budget}" for budget in given or BudgetKind]
+        raise OptionError(
+            f"{' and '.join(named)} are budgets, of which a sweep has one sort; give a list "
+            "for one of them"
+        )
+    ((budget, text),) = given.items()
+    parts = [part.strip() for part in text.split(",") if part.strip()]
     try:
-        return tuple(float(part) for part in text.split(",") if part.strip())
+        counts = budget is BudgetKind.PARAMS and all(part.isdecimal() for part in parts)
+        return budget, tuple(map(int if counts else float, parts))
     except ValueError:
-        raise OptionError(f"--sparsity {text!r:.80} is not a list such as 0.1,0.2,0.3") from None
+        raise OptionError(
+            f"--{budget} {text!r:.80} is not a list such as {EXAMPLES[budget]}"
+        ) from None
 
 
 # ---- measuring ---------------------------------------------------------------------------
@@ -194,27 +228,31 @@ def _measured(
 ) -> list[Point]:
     """Return all points, the dense model first; those that were not finished are measured."""
     from osscar.pruning.sweep import sweep
-    from osscar.pruning.sweep_points import DENSE
+    from osscar.pruning.sweep_points import dense_job
 
-    if place.point(DENSE) is None:
-        place.write(_dense_point(dense, scorer, sample))
+    unpruned = dense_job(points[0].budget)
+    if place.point(unpruned) is None:
+        place.write(_dense_point(unpruned, dense, scorer, sample))
     todo = [job for job in points if place.point(job) is None]
     for number, (job, result) in enumerate(sweep(dense, data, base, todo), 1):
         place.write(_point(job, result, dense, scorer, sample))
-        say(f"{job.method} at {job.sparsity:g}: done, {number} of {len(todo)}")
-    found = (place.point(job) for job in (DENSE, *points))
+        say(f"{job}: done, {number} of {len(todo)}")
+        if result.budget is not None:
+            say(budget_line(result.budget))
+    found = (place.point(job) for job in (unpruned, *points))
     return [point for point in found if point is not None]
 
 
-def _dense_point(dense: nn.Module, scorer: _Scorer, sample: Batch) -> Point:
+def _dense_point(job: Job, dense: nn.Module, scorer: _Scorer, sample: Batch) -> Point:
     from osscar.evaluation.forward import measure_forward
-    from osscar.pruning.sweep_points import DENSE, Point
+    from osscar.pruning.sweep_points import Point
 
     (forward,) = measure_forward([dense], sample)
     return Point(
-        "osscar.sweep-point/1",
-        DENSE.method,
-        DENSE.sparsity,
+        "osscar.sweep-point/2",
+        job.method,
+        str(job.budget),
+        job.value,
         **dataclasses.asdict(forward),
         speedup=1.0,
         quality=scorer.score(dense),
@@ -223,6 +261,7 @@ def _dense_point(dense: nn.Module, scorer: _Scorer, sample: Batch) -> Point:
         loss=0.0,
         prune_seconds=0.0,
         widths={},
+        left_alone=(),
     )
 
 
@@ -234,9 +273,10 @@ def _point(
 
     before, after = measure_forward([dense, result.model], sample)
     return Point(
-        "osscar.sweep-point/1",
+        "osscar.sweep-point/2",
         job.method,
-        job.sparsity,
+        str(job.budget),
+        job.value,
         **dataclasses.asdict(after),
         speedup=before.seconds / after.seconds,
         quality=scorer.score(result.model),
@@ -245,6 +285,7 @@ def _point(
         loss=result.loss,
         prune_seconds=result.seconds,
         widths={layer.name: layer.kept for layer in result.layers},
+        left_alone=result.left_alone,
     )
 
 

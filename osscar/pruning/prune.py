@@ -106,7 +106,7 @@ def prune_as_asked(
     with opened_for(model, calibration, request) as ready:
         result = prune_opened(ready, request, DenseFacts.of(ready, request), log)
     note_calibration(result.model, calibration)
-    budget = _timed(model, result.model, ready, result.budget)
+    budget = timed_again(model, result.model, ready, result.budget)
     ready.untouched.put_back(result.model, _numbers(result.plan))
     return dataclasses.replace(result, budget=budget, seconds=time.perf_counter() - start)
 
@@ -266,7 +266,7 @@ def _and_left(left: Sequence[LeftAlone]) -> str:
     return f"; {named(left)}" if left else ""
 
 
-def _timed(
+def timed_again(
     model: nn.Module, pruned: nn.Module, ready: Opened, budget: Budget | None
 ) -> Budget | None:
     """Say how fast the model has really become, where that was asked for."""

@@ -1,8 +1,9 @@
-"""One model pruned to several sparsities, with curvature and dense statistics measured once."""
+"""One model pruned to several budgets, with curvature and dense statistics measured once."""
 
 from __future__ import annotations
 
 import dataclasses
+import enum
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -15,7 +16,7 @@ from osscar.capture.targets import Target
 from osscar.core.errors import OptionError
 from osscar.core.modules import copied
 from osscar.pruning.allocation import shared_curves
-from osscar.pruning.prune import DenseFacts, opened_for, prune_opened
+from osscar.pruning.prune import DenseFacts, opened_for, prune_opened, timed_again
 from osscar.pruning.request import Allocation, PruningRequest
 from osscar.pruning.result import PruningResult
 from osscar.shrinking.lineage import note_calibration
@@ -37,6 +38,36 @@ All are refitted in the same way, biases too, on the paper's target.
 """
 
 
+class BudgetKind(enum.StrEnum):
+    """What a sweep varies: a budget, by the name of its field in the request."""
+
+    SPARSITY = "sparsity"
+    PARAMS = "params"
+    FLOPS = "flops"
+    SPEEDUP = "speedup"
+
+    @property
+    def dense(self) -> float:
+        """Where the dense model lies on it."""
+        return 0.0 if self is BudgetKind.SPARSITY else 1.0
+
+    @property
+    def rises(self) -> bool:
+        """Whether more of it is a smaller model."""
+        return self in (BudgetKind.SPARSITY, BudgetKind.SPEEDUP)
+
+
+EXAMPLES = MappingProxyType(
+    {
+        BudgetKind.SPARSITY: "0.1,0.2,0.3",
+        BudgetKind.PARAMS: "0.9,0.8,0.7",
+        BudgetKind.FLOPS: "0.9,0.8,0.7",
+        BudgetKind.SPEEDUP: "1.2,1.5,2",
+    }
+)
+"""Lists of each budget, for messages."""
+
+
 @dataclass(frozen=True)
 class Job:
     """One point of a sweep.
@@ -45,12 +76,15 @@ class Job:
     ----------
     method
         `CURVATURE`, or a baseline's backend.
-    sparsity
-        The share to remove of the parameters that heads, neurons and channels own.
+    budget
+        What is asked for.
+    value
+        As `PruningRequest` takes it.
     """
 
     method: str
-    sparsity: float
+    budget: BudgetKind
+    value: float | int
 
     def request(self, base: PruningRequest) -> PruningRequest:
         """Return what is asked of a pruning run for this point.
@@ -63,13 +97,15 @@ class Job:
         Raises
         ------
         RequestError
-            If the sparsity is no share.
+            If the budget makes no sense.
         """
+        asked: dict[str, Any] = dict.fromkeys(map(str, BudgetKind))
+        asked[self.budget] = self.value
         if self.method == CURVATURE:
-            return dataclasses.replace(base, sparsity=self.sparsity)
+            return dataclasses.replace(base, **asked)
         return dataclasses.replace(
             base,
-            sparsity=self.sparsity,
+            **asked,
             allocation=Allocation.UNIFORM,
             target=Target.WEIGHTS,
             blend=None,
@@ -77,24 +113,45 @@ class Job:
             backend_options={},
         )
 
+    def __str__(self) -> str:
+        return f"{self.method} at {self.budget} {self.value:g}"
 
-def jobs(sparsities: Sequence[float], *, baselines: bool = False) -> tuple[Job, ...]:
-    """Return the points of a sweep, the method itself first.
+
+def jobs(
+    budget: BudgetKind, values: Sequence[float | int], *, baselines: bool = False
+) -> tuple[Job, ...]:
+    """Return the points of a sweep, the method itself first, the largest model first.
+
+    Parameters
+    ----------
+    budget
+        What they differ in.
+    values
+        What it comes to.
+    baselines
+        Whether to add `BASELINES`.
 
     Raises
     ------
     OptionError
-        If there is no sparsity, or one is not above 0 and below 1.
+        If there is no value, or counts stand beside shares.
+    RequestError
+        If one makes no sense.
     """
-    if not sparsities:
-        raise OptionError("a sweep needs sparsities; give a list such as 0.1,0.2,0.3")
-    for sparsity in sparsities:
-        if not 0 < sparsity < 1:
-            raise OptionError(
-                f"sparsity is {sparsity!r}; give shares to remove, above 0 and below 1"
-            )
+    if not values:
+        raise OptionError(
+            f"a sweep needs budgets; give a list such as --{budget} {EXAMPLES[budget]}"
+        )
+    if len({isinstance(value, int) for value in values}) > 1:
+        raise OptionError(
+            f"{', '.join(map(str, values))} are counts and shares; give either to --{budget}"
+        )
+    for value in values:
+        asked: dict[str, Any] = {str(budget): value}
+        PruningRequest(**asked)
     methods = (CURVATURE, *(BASELINES if baselines else ()))
-    return tuple(Job(method, s) for method in methods for s in sorted(set(sparsities)))
+    ordered = sorted(set(values), reverse=not budget.rises)
+    return tuple(Job(method, budget, value) for method in methods for value in ordered)
 
 
 def sweep(
@@ -111,7 +168,7 @@ def sweep(
     model, calibration
         As `osscar.prune` takes them.
     base
-        What the points share; its own sparsity is not used.
+        What the points share; its own budget is not used.
     points
         What is to be pruned, in this order.
 
@@ -135,6 +192,9 @@ def sweep(
             facts = dataclasses.replace(facts, curves=curves)
         for job in points:
             result = prune_opened(_again(ready), job.request(base), facts)
+            result = dataclasses.replace(
+                result, budget=timed_again(model, result.model, ready, result.budget)
+            )
             _with_cache_as(result.model, model)
             note_calibration(result.model, calibration)
             yield job, result

@@ -14,15 +14,21 @@ from pydantic import ConfigDict
 from osscar.core.errors import FileError, OutputError, RunError
 from osscar.core.files import LOCK_FILE, STRICT, hold, read_json, reason_of, resolved, write_json
 from osscar.pruning.run_log import RunManifest
-from osscar.pruning.sweep import Job
+from osscar.pruning.sweep import BudgetKind, Job
+from osscar.pruning.trial import LeftAlone
 
-DENSE = Job("dense", 0.0)
-"""Stands for the model as it is."""
+DENSE = "dense"
+"""The method that stands for the model as it is."""
 
 _MANIFEST = "asked.json"
 _POINTS = "points"
-_VARIED = frozenset({"sparsity"})
+_VARIED = frozenset(map(str, BudgetKind))
 """Of the request, what differs from point to point."""
+
+
+def dense_job(budget: BudgetKind) -> Job:
+    """Return the point of the dense model."""
+    return Job(DENSE, budget, budget.dense)
 
 
 @dataclass(frozen=True)
@@ -34,8 +40,8 @@ class SweepManifest:
     schema
         What this is, and in which version.
     asked
-        The request without its sparsity, the versions, fingerprints of model and calibration data,
-        and what is scored.
+        The request without its budget, which budget that is, the versions, fingerprints of model
+        and calibration data, and what is scored.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
@@ -44,11 +50,12 @@ class SweepManifest:
     asked: dict[str, Any]
 
     @classmethod
-    def of(cls, run: RunManifest, scored: Mapping[str, Any]) -> SweepManifest:
-        """Describe a sweep by the manifest of one of its runs, and what is scored."""
+    def of(cls, run: RunManifest, budget: BudgetKind, scored: Mapping[str, Any]) -> SweepManifest:
+        """Describe a sweep by the manifest of one of its runs, its budget, and what is scored."""
         request = {name: value for name, value in run.request.items() if name not in _VARIED}
         data = {"model weights": run.model, "calibration data": run.calibration}
-        return cls("osscar.sweep-asked/1", {**request, **run.versions, **data, **scored})
+        asked = {**request, "budget": str(budget), **run.versions, **data, **scored}
+        return cls("osscar.sweep-asked/1", asked)
 
     def difference(self, before: SweepManifest) -> str | None:
         """Say in what it differs from an earlier one, or None."""
@@ -61,13 +68,13 @@ class SweepManifest:
 
 @dataclass(frozen=True)
 class Point:
-    """What became of the model at one sparsity by one method.
+    """What became of the model at one budget by one method.
 
     Parameters
     ----------
     schema
         What this is, and in which version.
-    method, sparsity
+    method, budget, value
         The job.
     parameters, parameter_bytes, flops
         What the model takes, operations for one sample.
@@ -84,13 +91,16 @@ class Point:
         Wall time of the pruning, without what the points share.
     widths
         How many units each group keeps that lost some.
+    left_alone
+        The groups that were to be pruned and cannot follow.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
-    schema: Literal["osscar.sweep-point/1"]
+    schema: Literal["osscar.sweep-point/2"]
     method: str
-    sparsity: float
+    budget: str
+    value: float | int
     parameters: int
     parameter_bytes: int
     flops: int
@@ -102,6 +112,7 @@ class Point:
     loss: float
     prune_seconds: float
     widths: dict[str, int]
+    left_alone: tuple[LeftAlone, ...]
 
 
 class SweepDirectory:
@@ -174,7 +185,7 @@ class SweepDirectory:
         if not file.exists():
             return None
         point: Point = self._read(file, Point)
-        if (point.method, point.sparsity) != (job.method, job.sparsity):
+        if (point.method, point.budget, point.value) != (job.method, job.budget, job.value):
             raise RunError(f"{file} holds another point; remove it, and it is measured again")
         return point
 
@@ -186,10 +197,11 @@ class SweepDirectory:
         OutputError
             If it cannot be written.
         """
-        write_json(self._file(Job(point.method, point.sparsity)), dataclasses.asdict(point))
+        job = Job(point.method, BudgetKind(point.budget), point.value)
+        write_json(self._file(job), dataclasses.asdict(point))
 
     def _file(self, job: Job) -> Path:
-        return self.path / _POINTS / f"{job.method}-{job.sparsity!r}.json"
+        return self.path / _POINTS / f"{job.method}-{job.budget}-{job.value!r}.json"
 
     def _read(self, file: Path, schema: type[Any]) -> Any:
         try:

@@ -12,14 +12,17 @@ import re
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
+from pydantic import ConfigDict
 from torch import nn
 
 from graph import CouplingGroup
 from osscar.capture.opened import Opened
 from osscar.capture.scratch import Untouched
 from osscar.core.errors import AdapterError, EquivalenceError, ModelError, first_line
+from osscar.core.files import STRICT
 from osscar.core.progress import stage
 from osscar.pruning.allocation import provisional
 from osscar.pruning.request import PruningRequest
@@ -41,6 +44,8 @@ class LeftAlone:
     reason
         What failed on trial, mostly with the module and its line of code.
     """
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
     name: str
     kind: str

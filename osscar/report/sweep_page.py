@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,6 +63,56 @@ _MEASURES = (
 )
 
 
+@dataclass(frozen=True)
+class _Varied:
+    """What the points of a sweep differ in.
+
+    Parameters
+    ----------
+    name
+        The field of the request.
+    column, words
+        How it is called in a table, and in a sentence after "against".
+    told
+        What a point has, as a sentence goes on.
+    counts
+        Whether it is counted, rather than a share or a ratio.
+    """
+
+    name: str
+    column: str
+    words: str
+    told: str
+    counts: bool = False
+
+    @classmethod
+    def of(cls, document: Mapping[str, Any]) -> _Varied:
+        """Return that of a sweep."""
+        name = document["budget"]
+        counts = any(isinstance(point["value"], int) for point in document["points"][1:])
+        return cls(name, *_AXES[name], counts=counts)
+
+    def at(self, point: Mapping[str, Any]) -> float:
+        """Return where a point lies; the dense model is not asked for, but has its place."""
+        dense = point["method"] == _DENSE
+        return float(point["parameters"] if dense and self.counts else point["value"])
+
+    def text(self, point: Mapping[str, Any]) -> str:
+        """Write where a point lies."""
+        if self.counts:
+            return f"{self.at(point):,.0f}"
+        value = self.at(point)
+        return f"{value:g}x" if self.name == "speedup" else share(value)
+
+
+_AXES = {
+    "sparsity": ("removed", "the removed share of the parameters of units", "{} removed"),
+    "params": ("parameters asked", "the parameters that were asked for", "{} of parameters"),
+    "flops": ("FLOPs asked", "the share of FLOPs that was asked for", "{} of the FLOPs"),
+    "speedup": ("asked", "the speed-up that was asked for", "{} asked for"),
+}
+
+
 def _known(points: Sequence[Mapping[str, Any]]) -> list[_Measure]:
     """Return what was measured of quality, the most telling first."""
     return [m for m in _MEASURES if any(m.of(point) is not None for point in points)]
@@ -74,23 +124,30 @@ def sweep_table(document: Mapping[str, Any]) -> Table:
     Parameters
     ----------
     document
-        An ``osscar.sweep/1``, as ``docs/json.md`` describes it.
+        An ``osscar.sweep/2``, as ``docs/json.md`` describes it.
     """
-    columns, rows = _table(document["points"])
+    columns, rows = _table(document["points"], _Varied.of(document))
     table = new_table("", *columns)
     for row in rows:
         table.add_row(*row)
     return table
 
 
-def _table(points: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
+def _table(
+    points: Sequence[Mapping[str, Any]], varied: _Varied
+) -> tuple[list[str], list[list[str]]]:
     measures = _known(points)
-    columns = ["method", "removed >", "speed >", *(f"{measure.label} >" for measure in measures)]
+    columns = [
+        "method",
+        f"{varied.column} >",
+        "speed >",
+        *(f"{measure.label} >" for measure in measures),
+    ]
     columns += ["parameters >", "FLOPs a sample >"]
     rows = [
         [
             point["method"],
-            share(point["sparsity"]),
+            varied.text(point),
             f"{point['speedup']:.2f}x",
             *(measure.text(point) for measure in measures),
             f"{point['parameters']:,}",
@@ -107,25 +164,26 @@ def sweep_page(document: Mapping[str, Any]) -> str:
     Parameters
     ----------
     document
-        An ``osscar.sweep/1``, as ``docs/json.md`` describes it.
+        An ``osscar.sweep/2``, as ``docs/json.md`` describes it.
     """
-    points = document["points"]
-    columns, rows = _table(points)
+    points, varied = document["points"], _Varied.of(document)
+    columns, rows = _table(points, varied)
     methods = list(dict.fromkeys(point["method"] for point in points))
     return render(
         "sweep.html.j2",
         model=document["model"],
-        answer=_answer(points),
+        answer=_answer(points, varied),
         columns=[(name.removesuffix(" >"), name.endswith(">")) for name in columns],
         rows=rows,
         methods={name: _METHODS.get(name, "") for name in methods},
-        pictures=list(_pictures(points)),
+        pictures=list(_pictures(points, varied)),
+        left_alone=document["left_alone"],
         asked=_asked(document),
         shapes=", ".join("x".join(map(str, shape)) for shape in document["shapes"].values()),
     )
 
 
-def _answer(points: Sequence[Mapping[str, Any]]) -> str:
+def _answer(points: Sequence[Mapping[str, Any]], varied: _Varied) -> str:
     """Say in a sentence what the method itself comes to, and how far the baselines are."""
     dense = next(point for point in points if point["method"] == _DENSE)
     mine = [point for point in points if point["method"] == CURVATURE]
@@ -135,7 +193,7 @@ def _answer(points: Sequence[Mapping[str, Any]]) -> str:
     measure, last = known[0], mine[-1]
     told = [mine[0], mine[len(mine) // 2], last] if len(mine) > _TOLD else mine
     said = [
-        f"{measure.text(point)} with {share(point['sparsity'])} removed, at "
+        f"{measure.text(point)} with {varied.told.format(varied.text(point))}, at "
         f"{point['speedup']:.2f} times the speed"
         for point in told
     ]
@@ -143,7 +201,7 @@ def _answer(points: Sequence[Mapping[str, Any]]) -> str:
     others = [
         (value, point["method"])
         for point in points
-        if point["method"] in BASELINES and point["sparsity"] == last["sparsity"]
+        if point["method"] in BASELINES and point["value"] == last["value"]
         if (value := measure.of(point)) is not None
     ]
     best = (max if measure.more_is_better else min)(others, default=None)
@@ -172,7 +230,7 @@ def _asked(document: Mapping[str, Any]) -> dict[str, str]:
 # ---- in pictures -------------------------------------------------------------------------
 
 
-def _pictures(points: Sequence[Mapping[str, Any]]) -> Iterator[Picture]:
+def _pictures(points: Sequence[Mapping[str, Any]], varied: _Varied) -> Iterator[Picture]:
     known = _known(points)
     for measure in known:
         if measure.name == "divergence" and known[1:]:
@@ -182,24 +240,31 @@ def _pictures(points: Sequence[Mapping[str, Any]]) -> Iterator[Picture]:
             f"{measure.label} against speed",
             f"{measure.title} against speed, relative to the dense model (star); {better} and "
             "further to the right is better.",
-            _quality_figure(points, measure, "speedup", "speed, times that of dense"),
+            _quality_figure(
+                points, measure, lambda point: float(point["speedup"]), "speed, times that of dense"
+            ),
         )
     for measure in (*known[:1], *(m for m in known[1:] if m.name == "divergence")):
         dashed = "; dashed what was predicted" if measure.name == "divergence" else ""
         yield Picture.of(
-            f"{measure.label} against the share removed",
-            f"{measure.title} against the removed share of the parameters of units{dashed}.",
-            _quality_figure(points, measure, "sparsity", "removed"),
+            f"{measure.label} against {varied.words}",
+            f"{measure.title} against {varied.words}{dashed}.",
+            _quality_figure(points, measure, varied.at, varied.column, varied),
         )
 
 
 def _quality_figure(
-    points: Sequence[Mapping[str, Any]], measure: _Measure, across: str, label: str
+    points: Sequence[Mapping[str, Any]],
+    measure: _Measure,
+    across: Callable[[Mapping[str, Any]], float],
+    label: str,
+    varied: _Varied | None = None,
 ) -> Figure:
+    """Draw a measure over something; over what the points differ in, if that is given."""
     figure, axes = small_figure()
     methods = [m for m in dict.fromkeys(p["method"] for p in points) if m != _DENSE]
     for color, method in zip(COLORS, methods, strict=False):
-        mine = [(p[across], measure.of(p)) for p in points if p["method"] == method]
+        mine = [(across(p), measure.of(p)) for p in points if p["method"] == method]
         known = [(x, y) for x, y in mine if y is not None]
         if known:
             axes.plot(
@@ -209,17 +274,17 @@ def _quality_figure(
     dense = next(point for point in points if point["method"] == _DENSE)
     level = measure.of(dense)
     if level:
-        axes.plot([dense[across]], [level], "k*", markersize=8)
+        axes.plot([across(dense)], [level], "k*", markersize=8)
         axes.axhline(level, color="k", linewidth=0.6, alpha=0.4)
-    if measure.name == "divergence" and across == "sparsity":
-        predicted = [(p[across], p["predicted"]) for p in points if p["predicted"] is not None]
+    if measure.name == "divergence" and varied is not None:
+        predicted = [(across(p), p["predicted"]) for p in points if p["predicted"] is not None]
         if predicted:
             axes.plot(*zip(*predicted, strict=True), "--", color=COLORS[0], linewidth=1)
     values = [value for point in points if (value := measure.of(point))]
     if not measure.more_is_better and values and max(values) > 10 * min(values):
         axes.set_yscale("log")
     axes.margins(x=0.06, y=0.08)
-    if across == "sparsity":
+    if varied is not None and not varied.counts and varied.name != "speedup":
         axes.xaxis.set_major_formatter(SHARES)
     if measure.written.endswith("%"):
         axes.yaxis.set_major_formatter(SHARES)

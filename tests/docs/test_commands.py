@@ -51,7 +51,7 @@ FEWER = {
         *("--samples", "4", "--seqlen", "64", "--windows", "1", "--sparsity", "0.5"),
         *("--backends", "greedy,local_search", "--jobs", "1"),
     ),
-    "sweep": ("--samples", "4", "--seqlen", "64", "--windows", "2", "--sparsity", "0.5"),
+    "sweep": ("--samples", "4", "--seqlen", "64", "--windows", "2"),
     "eval": ("--windows", "2", "--seqlen", "64"),
     "inspect": (),
 }
@@ -108,6 +108,8 @@ def smaller(words: tuple[str, ...], of_images: bool) -> Iterator[str]:
     for before, word in zip(("", *words), words, strict=False):
         if before == "--groups":
             yield SMALL_GROUPS
+        elif words[1] == "sweep" and before in ("--sparsity", "--flops"):
+            yield word.split(",")[-1]
         elif before == "--against" and word in SMALL:
             yield from SMALL[word]
         else:

@@ -21,7 +21,7 @@ from osscar.pruning.curves import measure_curves
 from osscar.pruning.prune import opened_for, prune_as_asked
 from osscar.pruning.request import PruningRequest
 from osscar.pruning.run_log import RunLog
-from osscar.pruning.sweep import CURVATURE, Job, sweep
+from osscar.pruning.sweep import BudgetKind, Job, jobs, sweep
 from osscar.pruning.trial import left_alone
 from tests.osscar.families import tiny, tokens
 from tests.osscar.networks import images, small_net
@@ -519,7 +519,10 @@ def test_a_sweep_tries_once(tries, monkeypatch):
 
     monkeypatch.setattr(allocation, "measure_curves", curves)
     base = PruningRequest(sparsity=0.3, device="cpu")
-    points = (Job(CURVATURE, 0.3), Job(CURVATURE, 0.6), Job("wanda", 0.5))
+    points = (
+        *jobs(BudgetKind.SPARSITY, (0.3, 0.6)),
+        Job("wanda", BudgetKind.SPARSITY, 0.5),
+    )
     found = dict(sweep(built(Transformer), words(), base, points))
     swept = list(tries)
     tries.clear()
@@ -563,8 +566,8 @@ def run(monkeypatch, capsys, tmp_path):
     np.savez(tmp_path / "images.npz", images=pixels)
     monkeypatch.chdir(tmp_path)
 
-    def call(*more):
-        arguments = ("prune", "osscar_test_patches.py:build", "--calibration", "images.npz")
+    def call(*more, command="prune"):
+        arguments = (command, "osscar_test_patches.py:build", "--calibration", "images.npz")
         arguments = (*arguments, "--sparsity", 0.5, "--out", "small", "--device", "cpu", *more)
         monkeypatch.setattr(sys, "argv", ["osscar", *map(str, arguments)])
         with pytest.raises(SystemExit) as stop:
@@ -601,6 +604,21 @@ def test_the_command_refuses_it_when_it_is_strict(run, tmp_path):
     assert "C // self.num_heads" in err
     assert not (tmp_path / "small").exists()
     assert not (tmp_path / "small.run").exists()
+
+
+def test_a_sweep_says_what_is_left_alone_too(run, tmp_path):
+    asked = ("--backend", "magnitude", "--json", "sweep.json")
+    for _ in range(2):  # the second time from what is kept
+        status, out, err = run(*asked, command="sweep")
+        assert status == 0, err
+        table = out.partition("left alone, since they cannot follow")[2]
+        assert table.count("4 heads") == 2
+    document = json.loads((tmp_path / "sweep.json").read_text())
+    assert [group["name"] for group in document["left_alone"]] == [f"rest.{n}" for n in HEADS]
+    assert "left_alone" not in document["points"][-1]
+    status, _, err = run("--strict", "--out", "strict", command="sweep")
+    assert status == 2
+    assert "2 of 4 groups cannot follow" in err
 
 
 def test_nothing_is_said_where_nothing_is_left(run, tmp_path):

@@ -10,18 +10,20 @@ import torch
 import osscar
 import osscar.pruning.sweep as sweep_room
 from osscar.cli import main
-from osscar.core.errors import OptionError, OutputError, RunError
+from osscar.core.errors import OsscarError, OutputError, RunError
 from osscar.pruning.allocation import allocate
 from osscar.pruning.budget import described
 from osscar.pruning.prune import opened_for, prune_as_asked
 from osscar.pruning.request import PruningRequest
-from osscar.pruning.sweep import BASELINES, CURVATURE, Job, jobs, sweep
+from osscar.pruning.sweep import BASELINES, CURVATURE, BudgetKind, Job, jobs, sweep
 from osscar.pruning.sweep_points import Point, SweepDirectory, SweepManifest
-from osscar.report.sweep_page import sweep_page
+from osscar.pruning.trial import LeftAlone
+from osscar.report.sweep_page import sweep_page, sweep_table
 from tests.osscar.browser import DESK, PHONE, seen
 from tests.osscar.families import tiny, tokens
 from tests.osscar.networks import images, small_net
 
+SPARSITY, FLOPS = BudgetKind.SPARSITY, BudgetKind.FLOPS
 BASE = PruningRequest(sparsity=0.5, backend="greedy", device="cpu")
 
 
@@ -44,7 +46,11 @@ def test_a_point_is_what_a_run_of_its_own_makes(kind, monkeypatch):
 
     shared_curves = sweep_room.shared_curves
     monkeypatch.setattr(sweep_room, "shared_curves", counted)
-    points = (Job(CURVATURE, 0.3), Job(CURVATURE, 0.6), Job("wanda", 0.5))
+    points = (
+        Job(CURVATURE, SPARSITY, 0.3),
+        Job(CURVATURE, FLOPS, 0.7),
+        Job("wanda", SPARSITY, 0.5),
+    )
     found = dict(sweep(model, data, BASE, points))
     assert tuple(found) == points
     assert len(measured) == 1
@@ -61,23 +67,52 @@ def test_a_point_is_what_a_run_of_its_own_makes(kind, monkeypatch):
 
 
 def test_baselines_are_the_methods_as_published():
-    points = jobs((0.4, 0.2, 0.4), baselines=True)
-    assert points[:2] == (Job(CURVATURE, 0.2), Job(CURVATURE, 0.4))
+    points = jobs(SPARSITY, (0.4, 0.2, 0.4), baselines=True)
+    assert points[:2] == (Job(CURVATURE, SPARSITY, 0.2), Job(CURVATURE, SPARSITY, 0.4))
     assert len(points) == 2 * (1 + len(BASELINES))
-    request = Job("multistage", 0.2).request(PruningRequest(sparsity=0.5, blend=0.5))
+    request = Job("multistage", SPARSITY, 0.2).request(PruningRequest(sparsity=0.5, blend=0.5))
     assert (request.allocation, request.target, request.backend) == (
         "uniform",
         "weights",
         "multistage",
     )
     assert request.sparsity == 0.2
-    assert Job(CURVATURE, 0.2).request(BASE).allocation == "curvature"
+    assert Job(CURVATURE, SPARSITY, 0.2).request(BASE).allocation == "curvature"
 
 
-@pytest.mark.parametrize("wrong", [(), (0.0,), (1.0,), (0.5, -0.1), (float("nan"),)])
-def test_sparsities_that_are_no_shares_are_refused(wrong):
-    with pytest.raises(OptionError, match="sparsit"):
-        jobs(wrong)
+@pytest.mark.parametrize(
+    ("budget", "values", "ordered"),
+    [
+        ("sparsity", (0.5, 0.25), [0.25, 0.5]),
+        ("params", (0.5, 0.75), [0.75, 0.5]),
+        ("params", (500, 1000, 500), [1000, 500]),
+        ("flops", (0.5, 0.75), [0.75, 0.5]),
+        ("speedup", (2.0, 1.5), [1.5, 2.0]),
+    ],
+)
+def test_the_largest_model_comes_first(budget, values, ordered):
+    points = jobs(BudgetKind(budget), values)
+    assert [job.value for job in points] == ordered
+    for job in points:
+        request = job.request(BASE)
+        asked = {kind: getattr(request, kind) for kind in BudgetKind}
+        assert {kind for kind, value in asked.items() if value is not None} == {budget}
+        assert asked[budget] == job.value
+
+
+@pytest.mark.parametrize(
+    ("budget", "values", "message"),
+    [
+        *((SPARSITY, v, "sparsit") for v in ((), (0.0,), (1.0,), (0.5, -0.1), (float("nan"),))),
+        (FLOPS, (0.5, 1.5), "flops is 1.5"),
+        (BudgetKind.SPEEDUP, (1.0,), "speedup is 1.0"),
+        (BudgetKind.PARAMS, (0.5, 1000), "counts and shares"),
+        (BudgetKind.PARAMS, (0,), "cannot keep 0 units"),
+    ],
+)
+def test_budgets_that_make_no_sense_are_refused(budget, values, message):
+    with pytest.raises(OsscarError, match=message):
+        jobs(budget, values)
 
 
 # ---- the budget's frontier ---------------------------------------------------------------
@@ -89,7 +124,8 @@ def test_no_run_is_predicted_to_lie_below_the_frontier(kind):
     with opened_for(model, data, BASE) as ready:
         curves = sweep_room.shared_curves(ready, BASE)
         budgets = [
-            allocate(ready, Job(CURVATURE, s).request(BASE), curves).budget for s in (0.2, 0.5, 0.8)
+            allocate(ready, Job(CURVATURE, SPARSITY, s).request(BASE), curves).budget
+            for s in (0.2, 0.5, 0.8)
         ]
     costs, nats = map(np.array, zip(*budgets[0].frontier, strict=True))
     assert len(costs) > 5
@@ -128,23 +164,24 @@ def manifest(**more):
     return SweepManifest("osscar.sweep-asked/1", {"backend": "greedy", "text": "builtin", **more})
 
 
-def point(method=CURVATURE, sparsity=0.5):
+def point(method=CURVATURE, value=0.5):
     return Point(
-        schema="osscar.sweep-point/1", method=method, sparsity=sparsity, parameters=10,
+        schema="osscar.sweep-point/2", method=method, budget="sparsity", value=value, parameters=10,
         parameter_bytes=40, flops=100, seconds=0.5, speedup=2.0, quality={"perplexity": 3.5},
         divergence=None, predicted=None, loss=0.25, prune_seconds=1.0, widths={"a": 3},
+        left_alone=(LeftAlone("b", "heads", 4, "a size in the code"),),
     )  # fmt: skip
 
 
 def test_points_are_kept_and_a_sweep_of_something_else_is_refused(tmp_path):
     place = SweepDirectory(tmp_path / "sweep")
     with place.begun(manifest()):
-        assert place.point(Job(CURVATURE, 0.5)) is None
+        assert place.point(Job(CURVATURE, SPARSITY, 0.5)) is None
         place.write(point())
     again = SweepDirectory(tmp_path / "sweep")
     with again.begun(manifest()):
-        assert again.point(Job(CURVATURE, 0.5)) == point()
-        assert again.point(Job(CURVATURE, 0.25)) is None
+        assert again.point(Job(CURVATURE, SPARSITY, 0.5)) == point()
+        assert again.point(Job(CURVATURE, SPARSITY, 0.25)) is None
     with pytest.raises(RunError, match=r"text was 'builtin' and is 'other\.txt'"):
         again.begun(manifest(text="other.txt")).__enter__()
     with pytest.raises(RunError, match="seed was None and is 3"):
@@ -158,17 +195,18 @@ def test_points_are_kept_and_a_sweep_of_something_else_is_refused(tmp_path):
         lambda text: text.replace('"flops": 100', '"flops": "many"'),
         lambda text: text.replace('"speedup": 2.0', '"speedup": NaN'),
         lambda text: text.replace('"method": "curvature"', '"method": "wanda"'),
-        lambda text: text.replace('"sparsity": 0.5', '"sparsity": 0.25'),
+        lambda text: text.replace('"value": 0.5', '"value": 0.25'),
+        lambda text: text.replace('"budget": "sparsity"', '"budget": "flops"'),
     ],
 )
 def test_a_damaged_point_is_refused_by_name(tmp_path, damage):
     place = SweepDirectory(tmp_path / "sweep")
     with place.begun(manifest()):
         place.write(point())
-        file = tmp_path / "sweep" / "points" / "curvature-0.5.json"
+        file = tmp_path / "sweep" / "points" / "curvature-sparsity-0.5.json"
         file.write_text(damage(file.read_text()))
-        with pytest.raises(RunError, match=r"curvature-0\.5\.json"):
-            place.point(Job(CURVATURE, 0.5))
+        with pytest.raises(RunError, match=r"curvature-sparsity-0\.5\.json"):
+            place.point(Job(CURVATURE, SPARSITY, 0.5))
 
 
 def test_a_directory_of_something_else_is_left_alone(tmp_path):
@@ -216,17 +254,17 @@ def test_a_sweep_goes_on_and_its_page_shows_every_number(run, text, tmp_path):
     out = tmp_path / "sweep"
     status, printed, err = run(*small_sweep(out, "0.6", text))
     assert status == 0, err
-    assert "curvature at 0.6: done, 1 of 1" in printed
-    kept = (out / "points" / "curvature-0.6.json").read_text()
+    assert "curvature at sparsity 0.6: done, 1 of 1" in printed
+    kept = (out / "points" / "curvature-sparsity-0.6.json").read_text()
     more = ("--baselines", "--json", tmp_path / "sweep.json")
     status, printed, err = run(*small_sweep(out, "0.3,0.6", text, *more))
     assert status == 0, err
-    assert "curvature at 0.3: done, 1 of 9" in printed
-    assert "curvature at 0.6: done" not in printed
-    assert (out / "points" / "curvature-0.6.json").read_text() == kept
+    assert "curvature at sparsity 0.3: done, 1 of 9" in printed
+    assert "curvature at sparsity 0.6: done" not in printed
+    assert (out / "points" / "curvature-sparsity-0.6.json").read_text() == kept
     document = json.loads((out / "sweep.json").read_text())
     assert document == json.loads((tmp_path / "sweep.json").read_text())
-    assert document["schema"] == "osscar.sweep/1"
+    assert document["schema"] == "osscar.sweep/2"
     points = document["points"]
     assert len(points) == 11
     assert points[0]["method"] == "dense"
@@ -242,7 +280,7 @@ def test_a_sweep_goes_on_and_its_page_shows_every_number(run, text, tmp_path):
             quality, speed = f"{p['quality']['perplexity']:.2f}", f"{p['speedup']:.2f}x"
             (row,) = (
                 r for r in rows
-                if r[0] == p["method"] and r[1:2] == [f"{100 * p['sparsity']:g}%"]
+                if r[0] == p["method"] and r[1:2] == [f"{100 * p['value']:g}%"]
             )  # fmt: skip
             assert row[2:5] == [speed, quality, f"{p['divergence']:.4f}"]
             assert row[5] == f"{p['parameters']:,}"
@@ -257,7 +295,8 @@ def test_a_sweep_goes_on_and_its_page_shows_every_number(run, text, tmp_path):
     ("more", "message"),
     [
         (("--sparsity", "a,b"), "is not a list such as"),
-        (("--sparsity", ","), "needs sparsities"),
+        (("--sparsity", ","), "needs budgets"),
+        (("--flops", "0.5"), "--sparsity and --flops are budgets, of which a sweep has one sort"),
         (("--sparsity", "0.5,1.5"), "above 0 and below 1"),
         (("--images", "pictures"), "reads text, not images"),
         (("--backend", "none"), "none"),
@@ -292,3 +331,61 @@ def test_images_are_scored_by_agreement(run, tmp_path):
     page = (tmp_path / "sweep" / "report.html").read_text()
     assert "agreement with dense" in page
     assert f"{pruned['quality']['top1']:.2%}" in page
+
+
+# ---- other budgets -----------------------------------------------------------------------
+
+
+def shown_sweep(budget, values, dense_parameters=1000):
+    points = [
+        {
+            **{"method": method, "value": value, "parameters": 1000 - 100 * number},
+            **{"parameter_bytes": 40, "flops": 100, "seconds": 0.5, "speedup": 1.0 + number},
+            **{"quality": {"perplexity": 3.5 + number}, "divergence": 0.1 * number},
+            **{"predicted": 0.2, "loss": 0.25, "prune_seconds": 1.0, "widths": {}},
+        }
+        for number, (method, value) in enumerate(
+            [("dense", BudgetKind(budget).dense), *((CURVATURE, value) for value in values)]
+        )
+    ]
+    return {
+        **{"model": "demo", "calibration": {}, "scored": {}, "settings": {}, "budget": budget},
+        **{"shapes": {}, "points": points},
+        "left_alone": [{"name": "a.b", "kind": "heads", "units": 4, "reason": "a size <in> it"}],
+    }
+
+
+@pytest.mark.parametrize(
+    ("budget", "values", "texts", "told"),
+    [
+        ("sparsity", (0.25, 0.5), ["0%", "25%", "50%"], "with 50% removed"),
+        ("params", (0.75, 0.5), ["100%", "75%", "50%"], "with 50% of parameters"),
+        ("params", (900, 800), ["1,000", "900", "800"], "with 800 of parameters"),
+        ("flops", (0.75, 0.5), ["100%", "75%", "50%"], "with 50% of the FLOPs"),
+        ("speedup", (1.5, 2.0), ["1x", "1.5x", "2x"], "with 2x asked for"),
+    ],
+)
+def test_a_page_tells_what_was_asked_in_its_own_terms(budget, values, texts, told):
+    document = shown_sweep(budget, values)
+    assert [str(cell) for cell in sweep_table(document).columns[1].cells] == texts
+    page = sweep_page(document)
+    assert told in page
+    assert "Left alone" in page
+    assert "a size &lt;in&gt; it" in page
+    assert page.count("<figure>") == 3
+
+
+@pytest.mark.filterwarnings("ignore:.*rank-deficient")
+def test_a_sweep_over_operations_says_what_each_point_came_to(run, text, tmp_path):
+    asked = ("sweep", "demo", "--flops", "0.8", "--out", tmp_path / "sweep", "--text", text)
+    more = ("--samples", 4, "--seqlen", 32, "--backend", "greedy", "--device", "cpu")
+    status, printed, err = run(*asked, *more)
+    assert status == 0, err
+    assert "curvature at flops 0.8: done, 1 of 1" in printed
+    assert "budget:" in printed
+    dense, pruned = json.loads((tmp_path / "sweep" / "sweep.json").read_text())["points"]
+    assert 0.7 * dense["flops"] < pruned["flops"] <= 0.8 * dense["flops"]
+    # Points of another budget are another sweep.
+    status, _, err = run(*small_sweep(tmp_path / "sweep", "0.3", text))
+    assert status == 2
+    assert "budget was 'flops' and is 'sparsity'" in err
