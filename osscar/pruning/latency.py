@@ -123,8 +123,8 @@ def _ratio(slow: Sequence[float], fast: Sequence[float]) -> Timed:
 
 
 def _synchronize(batch: Batch) -> None:
-    if any(tensor.is_cuda for tensor in batch.values()):
-        torch.cuda.synchronize()
+    for card in {tensor.device for tensor in batch.values() if tensor.is_cuda}:
+        torch.cuda.synchronize(card)
 
 
 class Latency:

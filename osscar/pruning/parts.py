@@ -74,17 +74,18 @@ class _HostClock:
 class _CardClock:
     """Kernels run behind the code that calls them: the card itself takes the time."""
 
-    def __init__(self) -> None:
-        torch.cuda.synchronize()
+    def __init__(self, card: torch.device) -> None:
+        torch.cuda.synchronize(card)
+        self._card = card
         self._marks: list[torch.cuda.Event] = []
 
     def mark(self) -> None:
         event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-        event.record()
+        event.record(torch.cuda.current_stream(self._card))
         self._marks.append(event)
 
     def seconds(self) -> tuple[float, ...]:
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(self._card)
         return tuple(a.elapsed_time(b) / 1e3 for a, b in itertools.pairwise(self._marks))
 
 
@@ -100,8 +101,8 @@ def timed_pass(model: nn.Module, modules: Sequence[str], batch: Batch) -> Pass:
     batch
         What it runs on.
     """
-    on_card = any(tensor.is_cuda for tensor in batch.values())
-    clock: _Clock = _CardClock() if on_card else _HostClock()
+    card = next((tensor.device for tensor in batch.values() if tensor.is_cuda), None)
+    clock: _Clock = _HostClock() if card is None else _CardClock(card)
     events = [Event("", True)]
 
     def note(event: Event) -> None:
