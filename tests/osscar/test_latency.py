@@ -17,6 +17,7 @@ from osscar.pruning.latency_table import Part, tabulated
 from osscar.pruning.parts import Event, Pass, groups_between, timed_pass
 from osscar.pruning.prune import opened_for
 from osscar.pruning.request import PruningRequest
+from osscar.pruning.sweep import BudgetKind, jobs, sweep
 from osscar.pruning.widths import asked_groups
 from tests.osscar.families import tiny, tokens
 from tests.osscar.networks import images, small_net
@@ -121,6 +122,19 @@ def test_a_whole_model_that_is_too_noisy_to_time_is_refused(monkeypatch, clock):
 def test_a_speed_up_out_of_reach_says_what_is_in_reach(clock):
     with pytest.raises(RequestError, match=r"--speedup 50 cannot be met.*at least"):
         osscar.prune(tiny("opt"), tokens(8, 24), speedup=50.0)
+
+
+def test_a_sweep_over_speed_ups_has_one_table(clock):
+    _, by_parts = clock
+    model, points = tiny("opt"), jobs(BudgetKind.SPEEDUP, (1.2, 1.5))
+    base = PruningRequest(speedup=2.0, backend="wanda", device="cpu")
+    timed = []
+    for job, result in sweep(model, tokens(8, 24), base, points):
+        timed.append(len(by_parts))
+        reached = seconds(model) / seconds(result.model)
+        assert 1 / result.budget.reached == pytest.approx(reached, rel=1e-6)
+        assert reached == pytest.approx(job.value, rel=0.03)
+    assert timed[0] == timed[1] > 0
 
 
 # ---- the table ---------------------------------------------------------------------------
