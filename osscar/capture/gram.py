@@ -7,6 +7,10 @@ tensors, so that the energy of the targets is never less than what the inputs ex
 
 Some samples may be held out: their sums are kept apart, no weight is fitted to them, and they
 choose the share.
+
+Where the data are shared out among processes, their sums are added up once a group is measured
+(`add_up`).  They are those of one process but for the order of addition, which changes the last of
+53 bits.
 """
 
 from __future__ import annotations
@@ -23,6 +27,7 @@ from torch import Tensor
 from osscar.capture.linear_maps import LinearMap
 from osscar.core.errors import ModelError, NonFiniteError
 from osscar.core.modules import device_of
+from osscar.core.ranks import Ranks
 from solvers import Consumer, SubsetProblem
 
 
@@ -117,6 +122,17 @@ class GramAccumulator:
             self._held = _Sums(self.linear_map)
         (self._held if held and self._held is not None else self._fitted).add(X, D)
 
+    def _parts(self) -> tuple[_Sums, ...]:
+        return (self._fitted,) if self._held is None else (self._fitted, self._held)
+
+    def _expect(self, *, held: bool, corrections: bool) -> None:
+        """Start with nothing what other processes have seen some of."""
+        if held and self._held is None:
+            self._held = _Sums(self.linear_map)
+        if corrections:
+            for part in self._parts():
+                part.expect_corrections()
+
     @property
     def fitted(self) -> Moments:
         """What weights are fitted to."""
@@ -192,6 +208,7 @@ class _Sums:
     """Plain sums over positions."""
 
     def __init__(self, linear_map: LinearMap) -> None:
+        self.map = linear_map
         self.name, self.centered = linear_map.name, linear_map.has_bias
         self.positions = 0
         p, device = linear_map.rows, device_of(linear_map.module)
@@ -228,6 +245,21 @@ class _Sums:
             self.cross.addmm_(X.T, D)
             self.corrections += D.sum(0)
 
+    def expect_corrections(self) -> None:
+        """Start the sums of corrections with nothing, where nothing has come."""
+        if self.cross is None:
+            m = self.map.read_weight().shape[1]
+            self.cross, self.corrections = (
+                self.gram.new_zeros(len(self.gram), m),
+                self.gram.new_zeros(m),
+            )
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """Everything that is summed, but for the energy."""
+        found = (self.gram, self.inputs, self.cross, self.corrections)
+        return [tensor for tensor in found if tensor is not None]
+
     def moments(self, about: _Sums | None = None) -> Moments:
         """Return means, about the means of these or of other sums where the layer has a bias."""
         n, other = self.positions, about or self
@@ -252,6 +284,40 @@ class _Sums:
         variance = H.diagonal() - own.square()
         variance[variance <= _CONSTANT * H.diagonal()] = 0
         return Moments(H, C, energy, torch.zeros_like(x), torch.zeros_like(d), variance)
+
+
+def add_up(accumulators: Sequence[GramAccumulator], ranks: Ranks, name: str) -> None:
+    """Add up over the ranks what each has measured of one group, in place.
+
+    Parameters
+    ----------
+    accumulators
+        Of the group's consumers, in the same order everywhere.
+    ranks
+        The processes among which the data are shared out.
+    name
+        The group.
+
+    Raises
+    ------
+    RanksError
+        If another of them has failed.
+    """
+    if ranks.alone:
+        return
+    # Which sums there are depends on which batches a rank has: one may have none that is held out.
+    seen = torch.tensor(
+        [[a._held is not None, any(p.cross is not None for p in a._parts())] for a in accumulators],
+        dtype=torch.float64,
+    )
+    ranks.add_up(f"the sums of {name!r}", [seen])
+    for accumulator, (held, corrections) in zip(accumulators, seen.tolist(), strict=True):
+        accumulator._expect(held=held > 0, corrections=corrections > 0)
+    parts = [part for accumulator in accumulators for part in accumulator._parts()]
+    scalars = torch.tensor([[p.positions, p.energy] for p in parts], dtype=torch.float64)
+    ranks.add_up(f"Gram matrices of {name!r}", [scalars, *(x for p in parts for x in p.tensors)])
+    for part, (positions, energy) in zip(parts, scalars.tolist(), strict=True):
+        part.positions, part.energy = int(positions), energy
 
 
 def damped_by_input(

@@ -26,6 +26,7 @@ from osscar.core.modules import (
     in_evaluation,
     without_cache,
 )
+from osscar.core.ranks import ALONE, Ranks
 from osscar.data.batches import Batch, ModelInputs, as_inputs
 from osscar.shrinking.equivalence import proof_outputs, prove_equal
 from osscar.shrinking.fold import Folded, fold
@@ -54,6 +55,8 @@ class Opened:
         Samples in a batch.
     untouched
         What its modules held before it ran.
+    ranks
+        The processes among which work on the data is shared out; all of them hold all data.
     """
 
     model: nn.Module
@@ -63,6 +66,7 @@ class Opened:
     example: Batch = field(repr=False)
     batch_size: int
     untouched: Untouched = field(repr=False)
+    ranks: Ranks = ALONE
 
     @cached_property
     def residual(self) -> frozenset[str]:
@@ -88,6 +92,7 @@ def opened(
     batch_size: int | None = None,
     heads: bool = True,
     copy: bool = True,
+    ranks: Ranks = ALONE,
 ) -> Iterator[Opened]:
     """Open a model for pruning, for a study, or to be looked at; without gradients meanwhile.
 
@@ -106,6 +111,8 @@ def opened(
         refitted.
     copy
         Whether to work on a copy; a model that nobody else needs spares the memory.
+    ranks
+        The processes that have opened the same, and share out the work.
 
     Raises
     ------
@@ -145,6 +152,7 @@ def opened(
             example=example,
             batch_size=inputs.batch_size if batch_size is None else batch_size,
             untouched=untouched,
+            ranks=ranks,
         )
 
 

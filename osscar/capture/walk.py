@@ -36,7 +36,7 @@ from osscar.capture.coroutines import (
     running,
     suspend,
 )
-from osscar.capture.gram import GramAccumulator, pose
+from osscar.capture.gram import GramAccumulator, add_up, pose
 from osscar.capture.linear_maps import LinearMap, linear_maps
 from osscar.capture.opened import Opened
 from osscar.capture.regularization import DAMPS, DEFAULT_DAMP, Regularization, best_regularization
@@ -68,8 +68,7 @@ class Site:
     group
         The coupling group.
     grams
-        What its consumers read, summed over the batches; a sum over several machines would be
-        taken here, before the problem is posed.
+        What its consumers read, summed over the batches of all ranks.
     final
         Whether weights cannot be committed, since the other groups of the walk are measured on the
         model as it is.
@@ -133,17 +132,37 @@ class Site:
         ModelError
             If the groups are not measured in turn.
         """
+        with self._written():
+            for gram, W in zip(self.grams, weights, strict=True):
+                change = gram.bias(W)
+                gram.linear_map.write_weight(W)
+                if change is not None:
+                    gram.linear_map.write_bias(gram.linear_map.read_bias() + change)
+
+    def adopt(self, written: Iterable[Tensor]) -> None:
+        """Write what another rank has committed, so that all run through the same weights.
+
+        Parameters
+        ----------
+        written
+            Of each consumer its matrix (p, m) and, if it has one, its bias (m,).
+        """
+        with self._written():
+            tensors = iter(written)
+            for consumer in self.consumers:
+                consumer.write_weight(next(tensors).double())
+                if consumer.has_bias:
+                    consumer.write_bias(next(tensors).double())
+
+    @contextmanager
+    def _written(self) -> Iterator[None]:
         if self.final:
             raise ModelError(
                 f"{self.group.name!r} cannot be committed: the groups of this walk are measured on "
                 "the model as it is; walk in turn"
             )
         self._committing(self)
-        for gram, W in zip(self.grams, weights, strict=True):
-            change = gram.bias(W)
-            gram.linear_map.write_weight(W)
-            if change is not None:
-                gram.linear_map.write_bias(gram.linear_map.read_bias() + change)
+        yield
         torch.clear_autocast_cache()  # which may hold the old weight in half precision
         self.committed = True
 
@@ -169,6 +188,7 @@ class Walk:
         self.passes = 0
         self._opened, self._in_turn, self._target = opened, in_turn, target
         self._batches, self._held_from = _parted(opened.batches(), held)
+        self._mine = opened.ranks.share([len(next(iter(b.values()))) for b in self._batches])
         self._consumers = {group.name: linear_maps(opened.model, group) for group in groups}
         self._places = (
             streams(opened.model, opened.example, sorted(self._names))
@@ -325,6 +345,7 @@ class Walk:
             for group in here:
                 if call != calls[group.name][-1]:
                     continue
+                add_up(grams[group.name], self._opened.ranks, group.name)
                 site = Site(
                     group,
                     grams.pop(group.name),
@@ -339,10 +360,9 @@ class Walk:
         self._end()
         self.passes += 1
         self._at = 0
-        batches = range(len(self._batches))
-        self._runs = [self._coroutine(index, Stream.PRUNED) for index in batches]
+        self._runs = [self._coroutine(index, Stream.PRUNED) for index in self._mine]
         if self._target.needs_dense:
-            self._dense = [self._coroutine(index, Stream.DENSE) for index in batches]
+            self._dense = [self._coroutine(index, Stream.DENSE) for index in self._mine]
 
     def _coroutine(self, index: int, stream: Stream) -> Coroutine:
         batch, model = self._batches[index], self._opened.model
@@ -354,19 +374,19 @@ class Walk:
 
     def _measure(self, call: int, grams: Sequence[GramAccumulator]) -> None:
         """Let each batch arrive at a call, and add up what it brings."""
-        for index, run in enumerate(self._runs):
+        for place, run in enumerate(self._runs):
             stood_there = run.reached == call
             arrival = self._bring(run, call)
             D = None
             if self._target.needs_dense:
-                dense = self._bring(self._dense[index], call)
+                dense = self._bring(self._dense[place], call)
                 # Another group that the same consumer reads may have been committed meanwhile.
                 output = self._output(arrival.module, arrival.x) if stood_there else arrival.output
                 assert dense.output is not None
                 assert output is not None
                 D = self._target.correction(dense.output, output, dense.stream, arrival.stream)
             for gram in grams:
-                _add(gram, arrival.x, D, held=index >= self._held_from)
+                _add(gram, arrival.x, D, held=run.index >= self._held_from)
         self._at = call
 
     def _bring(self, run: Coroutine, call: int) -> Arrival:

@@ -10,7 +10,9 @@ from typing import NoReturn
 
 import typer
 
-from osscar.cli.common import guard
+from osscar.cli.common import err, guard, out
+from osscar.core.errors import RanksError
+from osscar.core.ranks import launched
 
 _COMMANDS = ("demo", "prune", "sweep", "eval", "inspect", "export", "gap", "solve", "backends")
 
@@ -18,6 +20,10 @@ _HELP = """Prune a network in one shot, and know how good the result is.
 
 Start with `osscar demo`; then `osscar prune MODEL --sparsity 0.3 --out DIR`.
 """
+
+
+_TOGETHER = ("prune",)
+"""The commands that several processes can share."""
 
 
 def build() -> typer.Typer:
@@ -29,10 +35,25 @@ def build() -> typer.Typer:
         pretty_exceptions_enable=False,
         context_settings={"help_option_names": ["-h", "--help"]},
     )
+    app.callback()(_check_launch)
     for name in _COMMANDS:
         module = importlib.import_module(f"osscar.cli.{name}")
         app.command(name)(module.command)
     return app
+
+
+def _check_launch(context: typer.Context) -> None:
+    """Prune a network in one shot, and know how good the result is.
+
+    Start with `osscar demo`; then `osscar prune MODEL --sparsity 0.3 --out DIR`.
+    """
+    rank, size = launched()
+    out.quiet = err.quiet = rank > 0  # one speaks for all
+    if size > 1 and context.invoked_subcommand not in _TOGETHER:
+        raise RanksError(
+            f"osscar {context.invoked_subcommand} runs in one process, and {size} were launched; "
+            "run it without torchrun, which `osscar prune` can be launched with"
+        )
 
 
 def main() -> None:

@@ -265,7 +265,7 @@ def way_back(kept: Callable[[], str]) -> Iterator[None]:
     kept
         Says what is kept by then, and where.
     """
-    from osscar.core.errors import BusyError, OutputError
+    from osscar.core.errors import BusyError, OutputError, RanksError
 
     try:
         yield
@@ -274,8 +274,8 @@ def way_back(kept: Callable[[], str]) -> Iterator[None]:
         raise
     except BusyError:
         raise
-    except OutputError as error:
-        raise OutputError(
+    except (OutputError, RanksError) as error:
+        raise type(error)(
             f"{error}. {_begun(kept())}; give the same command again to go on"
         ) from error
 

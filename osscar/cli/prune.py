@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json as jsonlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -40,6 +42,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from osscar.checkpoint.directory import SavedCheckpoint
+    from osscar.core.ranks import Ranks
     from osscar.data.images import ImageSet
     from osscar.data.tokens import CalibrationSet
     from osscar.pruning.budget import Budget
@@ -47,6 +50,20 @@ if TYPE_CHECKING:
     from osscar.pruning.run_log import RunLog
 
 
+def _with_ranks(command: Callable[..., None]) -> Callable[..., None]:
+    """Let a command run on all ranks of a launch, which it finds as the context's object."""
+
+    @functools.wraps(command)
+    def on_each_rank(context: typer.Context, **options: Any) -> None:
+        from osscar.core.ranks import together
+
+        with together() as context.obj:
+            command(context, **options)
+
+    return on_each_rank
+
+
+@_with_ranks
 def command(
     context: typer.Context,
     model: ModelArgument,
@@ -217,11 +234,17 @@ def command(
     )
     path = resolved(directory)
     log, asked = RunLog(_beside(path)), _asked(context)
-    if not (overwrite or restart) and _is_saved(path, log, asked, json, report):
+    ranks: Ranks = context.obj
+    if ranks.decided(
+        "whether it is saved already",
+        lambda: not (overwrite or restart) and _is_saved(path, log, asked, json, report),
+        bool,
+    ):
         return
-    check_output(path, overwrite=overwrite, inputs=(*read, json, report))
-    with way_back(lambda: log.kept), log.held(), quiet():
-        if restart:
+    if ranks.first:
+        check_output(path, overwrite=overwrite, inputs=(*read, json, report))
+    with way_back(lambda: log.kept), log.held() if ranks.first else nullcontext(), quiet():
+        if restart and ranks.first:
             log.remove()
         loaded = open_model(
             model,
@@ -231,10 +254,14 @@ def command(
             dtype=dtype,
             trust_remote_code=trust_remote_code,
         )
-        needed = weight_bytes(loaded.model, loaded.stored_dtype)
-        check_output(path, overwrite=overwrite, needed_bytes=needed)
+        if ranks.first:
+            needed = weight_bytes(loaded.model, loaded.stored_dtype)
+            check_output(path, overwrite=overwrite, needed_bytes=needed)
         data = loaded.calibration(calibration, samples=samples, seqlen=seqlen, seed=seed)
-        result = prune_as_asked(loaded.model, data, request, log)
+        own_log = log if ranks.first else None
+        result = prune_as_asked(loaded.model, data, request, own_log, ranks)
+        if not ranks.first:
+            return  # the first alone writes and prints
         content = report_document(result, loaded.model, loaded.source, data, loaded.classes)
         log.note(asked, content)
         saved = result.save(

@@ -81,6 +81,10 @@ class RunError(OsscarError):
     """The log of a pruning run is of another run, or cannot be read."""
 
 
+class RanksError(OsscarError):
+    """Another rank has failed or was killed, or ranks do not run alike; the message says which."""
+
+
 class FileError(OsscarError):
     """A file from outside is unreadable, or does not hold what it should.
 

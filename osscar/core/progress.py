@@ -23,6 +23,7 @@ from rich.progress import (
 )
 
 from osscar.core.printable import printable
+from osscar.core.ranks import launched
 
 T = TypeVar("T")
 
@@ -110,5 +111,5 @@ def _new_display() -> Progress:
         TimeRemainingColumn(),
         console=console,
         transient=True,
-        disable=not console.is_terminal,
+        disable=not console.is_terminal or launched()[0] > 0,  # one rank shows for all
     )

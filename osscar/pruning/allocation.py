@@ -13,7 +13,7 @@ from osscar.capture.regularization import DEFAULT_DAMP
 from osscar.core.errors import RequestError
 from osscar.pruning.budget import Allocated, Budget
 from osscar.pruning.costs import Cost, CostModel, count
-from osscar.pruning.curves import Curve, measure_curves
+from osscar.pruning.curves import Curve, measure_curves, told_curves
 from osscar.pruning.fluctuation import measure_fluctuations
 from osscar.pruning.latency import Latency, aimed
 from osscar.pruning.request import Allocation, PruningRequest, parse_keep
@@ -66,8 +66,8 @@ def allocate(
                 scores = measure_fluctuations(ready, shared)
                 rule = ByScores(shared, scores, request.round_to, keep)
             case _:
-                curves = curves or shared_curves(ready, request, left)
-                rule = ByCurves.of(shared, request, keep, curves)
+                known = shared_curves(ready, request, left) if curves is None else curves
+                rule = ByCurves.of(shared, request, keep, known)
         found, budget = _met(ready, request, shared, rule, keep)
         keep = {**keep, **found}
     keep = {g.name: keep[g.name] for g in groups if keep.get(g.name, g.units) < g.units}
@@ -88,6 +88,9 @@ def shared_curves(
 ) -> dict[str, Curve]:
     """Measure the curves of all groups that share a request's budget, however large that is.
 
+    Ranks share out the groups, not the few samples: each curve is the same to the bit as if one
+    process had measured them all.
+
     Parameters
     ----------
     ready, request, left
@@ -100,8 +103,10 @@ def shared_curves(
     """
     _, _, shared = asked_groups(ready, request, left)
     damp = DEFAULT_DAMP if request.damp is None else request.damp
-    found = measure_curves(ready, shared, damp=damp, seed=request.seed)
-    return {curve.name: curve for curve in found}
+    mine = ready.ranks.share([group.units * group.removable for group in shared])
+    found = measure_curves(ready, [shared[i] for i in mine], damp=damp, seed=request.seed)
+    curves = told_curves(ready.ranks, list(found))
+    return {group.name: curves[group.name] for group in shared}
 
 
 def provisional(ready: Opened, request: PruningRequest) -> dict[str, int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
@@ -14,6 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from osscar.capture.walk import batch_named
 from osscar.core.errors import CalibrationError, NonFiniteError
 from osscar.core.modules import fresh
+from osscar.core.ranks import ALONE, Message, Ranks
 from osscar.shrinking.plan import PruningPlan
 
 Statistics: TypeAlias = tuple[Tensor, Tensor]
@@ -40,13 +42,25 @@ def batch_norms(model: nn.Module) -> dict[str, _BatchNorm]:
     }
 
 
+@dataclass(frozen=True, eq=False)
+class _Part:
+    """The statistics of one call of a layer: in which batch, and over how many values."""
+
+    batch: int
+    count: int
+    statistics: Statistics
+
+
 DenseStatistics: TypeAlias = Sequence[Mapping[str, Sequence[Statistics]]]
 """For each batch and each layer by name, the statistics of what the layer was called with."""
 
 
 @torch.no_grad()
 def dense_statistics(
-    model: nn.Module, batches: Sequence[Mapping[str, Any]], mode: BatchNormMode | str
+    model: nn.Module,
+    batches: Sequence[Mapping[str, Any]],
+    mode: BatchNormMode | str,
+    ranks: Ranks = ALONE,
 ) -> DenseStatistics:
     """Measure what the batch-norm layers of a model that is still dense are called with.
 
@@ -58,14 +72,21 @@ def dense_statistics(
         Keyword arguments of it.
     mode
         Only `BatchNormMode.CORRECT` needs them; for any other mode nothing is run.
+    ranks
+        Among which the batches are shared out; only this one's are run.
     """
     if mode != BatchNormMode.CORRECT or not batch_norms(model):
         return ()
     found = []
-    for index, batch in enumerate(batches):
+    for index in _shared_out(batches, ranks):
         with batch_named(model, index):
-            found.append(_seen(model, batch))
+            found.append(_seen(model, batches[index]))
     return found
+
+
+def _shared_out(batches: Sequence[Mapping[str, Any]], ranks: Ranks) -> list[int]:
+    """Return which batches are this rank's."""
+    return ranks.share([len(next(iter(batch.values()))) for batch in batches])
 
 
 def _seen(model: nn.Module, batch: Mapping[str, Any]) -> Mapping[str, Sequence[Statistics]]:
@@ -83,6 +104,7 @@ def renew_statistics(
     batches: Sequence[Mapping[str, Any]],
     mode: BatchNormMode | str,
     dense: DenseStatistics = (),
+    ranks: Ranks = ALONE,
 ) -> int:
     """Renew the running statistics of a pruned model.
 
@@ -104,6 +126,8 @@ def renew_statistics(
         Where statistics come from.
     dense
         What `dense_statistics` measured on the same batches.
+    ranks
+        Among which the batches are shared out; all come to the same statistics.
 
     Returns
     -------
@@ -122,7 +146,7 @@ def renew_statistics(
     if mode == BatchNormMode.KEEP or not layers:
         return 0
     before = {name: _stored(layer) for name, layer in layers.items()}
-    sums: dict[str, list[tuple[int, Statistics]]] = {name: [] for name in layers}
+    parts: dict[str, list[_Part]] = {name: [] for name in layers}
     original = {name: _kept_statistics(name, dense, plan) for name in layers}
 
     def renew(name: str, x: Tensor) -> None:
@@ -136,14 +160,15 @@ def renew_statistics(
             mean = old_mean + mean - dense_mean
             var = old_var * (var + layer.eps) / (dense_var + layer.eps)
             _set(layer, (mean, var))
-        sums[name].append((count, (mean, var)))
+        parts[name].append(_Part(index, count, (mean, var)))
 
     averages: dict[str, Statistics] = {}
     try:
         with _watched(model, renew):
-            for batch in batches:
-                model(**fresh(batch))
-        found = {name: _average(parts) for name, parts in sums.items() if parts}
+            for index in _shared_out(batches, ranks):
+                model(**fresh(batches[index]))
+        parts = _of_all(parts, ranks)
+        found = {name: _average(seen) for name, seen in parts.items() if seen}
         for name, average in found.items():
             _check_finite(name, average)
         averages = found
@@ -201,11 +226,31 @@ def _several(name: str, count: int) -> int:
     return count - 1
 
 
-def _average(parts: list[tuple[int, Statistics]]) -> Statistics:
+def _of_all(parts: Mapping[str, Sequence[_Part]], ranks: Ranks) -> dict[str, list[_Part]]:
+    """Return what all ranks have seen, by layer, in the order in which one process would see it."""
+    own: dict[str, Tensor] = {}
+    for name, seen in parts.items():
+        if seen:
+            own[f"{name}/of"] = torch.tensor([(part.batch, part.count) for part in seen])
+            own[f"{name}/mean"] = torch.stack([part.statistics[0] for part in seen])
+            own[f"{name}/var"] = torch.stack([part.statistics[1] for part in seen])
+    everyone: dict[str, list[_Part]] = {name: [] for name in parts}
+    for told in ranks.from_all("batch-norm statistics", Message(tensors=own)):
+        for name, found in everyone.items():
+            if f"{name}/of" in told.tensors:
+                columns = (told.tensors[f"{name}/{key}"] for key in ("of", "mean", "var"))
+                found += [
+                    _Part(int(of[0]), int(of[1]), (mean, var))
+                    for of, mean, var in zip(*columns, strict=True)
+                ]
+    return {name: sorted(found, key=lambda part: part.batch) for name, found in everyone.items()}
+
+
+def _average(parts: Sequence[_Part]) -> Statistics:
     """Weight batches by their number of values."""
-    counts = torch.tensor([count for count, _ in parts], dtype=torch.float64)
-    means = torch.stack([mean for _, (mean, _) in parts])
-    variances = torch.stack([var for _, (_, var) in parts])
+    counts = torch.tensor([part.count for part in parts], dtype=torch.float64)
+    means = torch.stack([part.statistics[0] for part in parts])
+    variances = torch.stack([part.statistics[1] for part in parts])
     shares = (counts / counts.sum()).to(means.device)
     return shares @ means, shares @ variances
 

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from graph import CouplingGroup
 from osscar.capture.curvature import curvature
 from osscar.capture.opened import Opened
+from osscar.core.files import parse_json
+from osscar.core.ranks import Message, Ranks
 from solvers import SubsetProblem
 from solvers.elimination import eliminate
 
@@ -65,6 +69,25 @@ def measure_curves(
     samples = _SAMPLES if length is None else max(1, _TOKENS // length)
     for found in curvature(ready, groups, samples=samples, seed=seed):
         yield Curve(found.group.name, elimination_curve(found.problem(damp)), found.reached)
+
+
+def told_curves(ranks: Ranks, mine: Sequence[Curve]) -> dict[str, Curve]:
+    """Return the curves of all ranks, by group.
+
+    Parameters
+    ----------
+    ranks
+        Among which the groups are shared out.
+    mine
+        Those of this rank's groups.
+    """
+    words = json.dumps({curve.name: curve.comparable for curve in mine})
+    losses = {curve.name: torch.from_numpy(curve.losses) for curve in mine}
+    return {
+        name: Curve(name, told.tensors[name].numpy(), comparable)
+        for told in ranks.from_all("curves", Message(words, losses))
+        for name, comparable in parse_json(told.text, dict[str, bool], "curves").items()
+    }
 
 
 def elimination_curve(problem: SubsetProblem) -> NDArray[np.float64]:

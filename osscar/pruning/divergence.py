@@ -14,6 +14,7 @@ from osscar.capture.opened import Opened
 from osscar.capture.walk import batch_named
 from osscar.core.errors import NonFiniteError
 from osscar.core.modules import fresh, without_cache
+from osscar.core.ranks import ALONE, Ranks
 from osscar.data.batches import Batch, TokenInputs
 
 _MOST_BYTES = 256 << 20
@@ -34,12 +35,15 @@ class Reference:
         Which of its predictions these are.
     tokens
         Whether they are of a language model.
+    ranks
+        Among which the samples are shared out; those here are this one's.
     """
 
     batches: Sequence[Batch] = field(repr=False)
     logarithms: Sequence[Tensor] = field(repr=False)
     rows: Sequence[Tensor] = field(repr=False)
     tokens: bool
+    ranks: Ranks = ALONE
 
     @classmethod
     def of(cls, ready: Opened, samples: int) -> Reference | None:
@@ -52,17 +56,20 @@ class Reference:
         """
         tokens = isinstance(ready.inputs, TokenInputs)
         batches = ready.inputs.batches(ready.model, 1)[-samples:]
+        mine = [batches[i] for i in ready.ranks.share([1.0] * len(batches))]
         logarithms: list[Tensor] = []
         rows: list[Tensor] = []
-        for index, batch in enumerate(batches):
+        for index, batch in enumerate(mine):
             found = _logarithms(ready.model, batch, tokens, index)
             if found is None:
-                return None
+                break
             most = max(1, _MOST_BYTES // (len(batches) * found.shape[-1] * 4))
             step = -(-len(found) // most)
             rows.append(torch.arange(step // 2, len(found), step, device=found.device))
             logarithms.append(found[rows[-1]].clone())
-        return cls(batches, logarithms, rows, tokens)
+        if ready.ranks.any("the dense predictions", len(logarithms) < len(mine)):
+            return None
+        return cls(mine, logarithms, rows, tokens, ready.ranks)
 
     def divergence(self, model: nn.Module) -> float:
         """Return the mean Kullback-Leibler divergence from the dense predictions, in nats.
@@ -81,6 +88,9 @@ class Reference:
             terms = torch.where(impossible, 0.0, dense.exp() * (dense - found[rows]))
             total += float(terms.sum(-1).double().sum())
             count += len(rows)
+        sums = torch.tensor([total, count], dtype=torch.float64)
+        self.ranks.add_up("the divergence", [sums])
+        total, count = float(sums[0]), int(sums[1])
         if not math.isfinite(total):
             raise NonFiniteError(
                 "the pruned model's logits are NaN or infinite where the dense model's are not; "

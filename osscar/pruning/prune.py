@@ -11,7 +11,7 @@ import inspect
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,17 +29,19 @@ from osscar.core.devices import resolve_device
 from osscar.core.errors import RequestError, RunError
 from osscar.core.modules import copied, count_parameters, device_of
 from osscar.core.progress import stage
+from osscar.core.ranks import ALONE, Ranks
 from osscar.pruning import latency
-from osscar.pruning.allocation import allocate
+from osscar.pruning.allocation import allocate, shared_curves
 from osscar.pruning.batch_norm import DenseStatistics, dense_statistics, renew_statistics
 from osscar.pruning.budget import Allocated, Budget
 from osscar.pruning.certify import certified
 from osscar.pruning.costs import Cost
 from osscar.pruning.curves import Curve
 from osscar.pruning.divergence import Reference
-from osscar.pruning.request import PruningRequest
+from osscar.pruning.request import Allocation, PruningRequest
 from osscar.pruning.result import LayerReport, PruningResult
 from osscar.pruning.run_log import RunLog, RunManifest, SiteRecord
+from osscar.pruning.together import check_alike, told_record, told_records
 from osscar.pruning.trial import LeftAlone, left_alone, named
 from osscar.shrinking.equivalence import finer_precision
 from osscar.shrinking.lineage import note_calibration
@@ -55,7 +57,11 @@ _FEWEST = 4
 
 
 def prune_as_asked(
-    model: nn.Module, calibration: Any, request: PruningRequest, log: RunLog | None = None
+    model: nn.Module,
+    calibration: Any,
+    request: PruningRequest,
+    log: RunLog | None = None,
+    ranks: Ranks = ALONE,
 ) -> PruningResult:
     """Prune a model in one shot; the model that comes in is not changed.
 
@@ -70,7 +76,10 @@ def prune_as_asked(
         What is asked for.  `osscar.prune` takes its fields as keywords: `PruningRequest` describes
         them.
     log
-        Keeps what is committed, so that a run which was killed goes on where it stopped.
+        Keeps what is committed, so that a run which was killed goes on where it stopped; of several
+        ranks, the first has it.
+    ranks
+        The processes that are asked for the same, and share out the work.
 
     Returns
     -------
@@ -103,16 +112,21 @@ def prune_as_asked(
     True
     """
     start = time.perf_counter()
-    with opened_for(model, calibration, request) as ready:
-        result = prune_opened(ready, request, DenseFacts.of(ready, request), log)
+    with (
+        opened_for(model, calibration, request, ranks) as ready,
+        _begun(log, ready, request) as records,
+    ):
+        result = prune_opened(ready, request, DenseFacts.of(ready, request), log, records)
     note_calibration(result.model, calibration)
-    budget = timed_again(model, result.model, ready, result.budget)
+    budget = result.budget
+    if ranks.first:
+        budget = timed_again(model, result.model, ready, budget)
     ready.untouched.put_back(result.model, _numbers(result.plan))
     return dataclasses.replace(result, budget=budget, seconds=time.perf_counter() - start)
 
 
 def opened_for(
-    model: nn.Module, calibration: Any, request: PruningRequest
+    model: nn.Module, calibration: Any, request: PruningRequest, ranks: Ranks = ALONE
 ) -> AbstractContextManager[Opened]:
     """Open a model as a request needs it; see `osscar.capture.opened.opened`."""
     return opened(
@@ -121,6 +135,7 @@ def opened_for(
         device=resolve_device(request.device),
         batch_size=request.batch_size,
         heads=request.reach(UnitKind.HEADS),
+        ranks=ranks,
     )
 
 
@@ -153,16 +168,22 @@ class DenseFacts:
     @classmethod
     def of(cls, ready: Opened, request: PruningRequest) -> DenseFacts:
         """Try what can follow, and run the dense model."""
-        left = left_alone(ready, request)
+        left = ready.ranks.decided(
+            "what can follow", lambda: left_alone(ready, request), tuple[LeftAlone, ...]
+        )
         return cls(
             Reference.of(ready, max(1, held_out(ready, request))),
-            dense_statistics(ready.model, ready.batches(), request.batch_norm),
+            dense_statistics(ready.model, ready.batches(), request.batch_norm, ready.ranks),
             left,
         )
 
 
 def prune_opened(
-    ready: Opened, request: PruningRequest, facts: DenseFacts, log: RunLog | None = None
+    ready: Opened,
+    request: PruningRequest,
+    facts: DenseFacts,
+    log: RunLog | None = None,
+    records: Sequence[SiteRecord] = (),
 ) -> PruningResult:
     """Prune a model that is open, which becomes the smaller one; as `prune_as_asked` does.
 
@@ -176,17 +197,18 @@ def prune_opened(
         What is known of the dense model.
     log
         Keeps what is committed.
+    records
+        What was committed before.
     """
     start = time.perf_counter()
     work, held = ready.model, held_out(ready, request)
     before = count_parameters(work)
-    with _begun(log, ready, request) as records:
-        allocated = _allocated(ready, request, facts, log)
-        plan, layers = _prune_groups(ready, allocated.keep, request, records, log)
+    allocated = _allocated(ready, request, facts, log)
+    plan, layers = _prune_groups(ready, allocated.keep, request, records, log)
     with finer_precision(work, ready.example):
         proof = shrink(work, plan, ready.inputs.proofs(work, request.seed))
     renewed = renew_statistics(
-        work, proof.plan, ready.batches(), request.batch_norm, facts.statistics
+        work, proof.plan, ready.batches(), request.batch_norm, facts.statistics, ready.ranks
     )
     if isinstance(work, PreTrainedModel):
         adopt_config(work)
@@ -232,10 +254,15 @@ def _allocated(
     ready: Opened, request: PruningRequest, facts: DenseFacts, log: RunLog | None
 ) -> Allocated:
     """Decide what groups keep; a run that goes on has decided it."""
-    known = None if log is None else log.allocation()
+    known: Allocated | None = ready.ranks.decided(
+        "what was allocated", lambda: None if log is None else log.allocation(), Allocated | None
+    )
     if known is None:
         try:
-            known = allocate(ready, request, facts.curves, facts.left_names)
+            measured = _curves(ready, request, facts)
+            known = ready.ranks.decided(
+                "widths", lambda: allocate(ready, request, measured, facts.left_names), Allocated
+            )
         except RequestError as error:
             raise type(error)(f"{error}{_and_left(facts.left)}") from error
         if log is not None:
@@ -255,6 +282,16 @@ def _allocated(
             "units than they have; begin anew with --restart"
         )
     return known
+
+
+def _curves(
+    ready: Opened, request: PruningRequest, facts: DenseFacts
+) -> Mapping[str, Curve] | None:
+    """Return the curves that a budget needs, which all ranks measure together."""
+    needed = request.has_budget and request.allocation is Allocation.CURVATURE
+    if not needed or facts.curves is not None:
+        return facts.curves
+    return shared_curves(ready, request, facts.left_names)
 
 
 def _numbers(plan: PruningPlan) -> set[tuple[str, str]]:
@@ -301,7 +338,7 @@ def _prune_groups(
         began = time.perf_counter()
         for site in _walk(ready, list(groups.values()), request, dense):
             bar.describe(f"pruning {site.group.name}")
-            done.append(_prune_group(site, keep[site.group.name], request, began))
+            done.append(_prune_group(site, keep[site.group.name], request, began, ready.ranks))
             if log is not None:
                 log.append(len(done) - 1, done[-1])
             bar.advance()
@@ -337,11 +374,22 @@ def _walk(
 def _begun(
     log: RunLog | None, ready: Opened, request: PruningRequest
 ) -> Iterator[tuple[SiteRecord, ...]]:
-    if log is None:
+    """Begin the run, or go on with one, on all ranks."""
+    ranks = ready.ranks
+    if log is None and ranks.alone:
         yield ()
         return
-    with log.begun(RunManifest.of(request, ready.model, ready.batches())) as records:
-        yield records
+    batches = ready.batches()
+    manifest = RunManifest.of(request, ready.model, batches)
+    check_alike(ranks, manifest)
+    if len(batches) < ranks.size:
+        warnings.warn(
+            f"{ranks.size} ranks share out {len(batches)} batches, and some have nothing to do; "
+            "give a smaller --batch-size, or launch fewer",
+            stacklevel=2,
+        )
+    with nullcontext(()) if log is None else log.begun(manifest) as records:
+        yield told_records(ranks, records)
 
 
 def _replay(
@@ -381,7 +429,17 @@ def _places(
     return places
 
 
-def _prune_group(site: Site, keep: int, request: PruningRequest, began: float) -> SiteRecord:
+def _prune_group(
+    site: Site, keep: int, request: PruningRequest, began: float, ranks: Ranks
+) -> SiteRecord:
+    """Have the first rank solve one group, and commit the refitted weights on all."""
+    record = told_record(ranks, lambda: _solved(site, keep, request, began))
+    if not site.committed:
+        site.adopt(record.weights)
+    return record
+
+
+def _solved(site: Site, keep: int, request: PruningRequest, began: float) -> SiteRecord:
     """Solve one group, and commit the refitted weights."""
     group, backend = site.group, request.chosen_backend()
     corrected = Target(request.target).needs_dense

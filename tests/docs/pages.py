@@ -15,7 +15,17 @@ PAGES = sorted(
 )
 
 _BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
-_PROGRAMS = ("osscar", "python", "python3", "bash", "ruff", "mypy", "lint-imports", "mkdocs")
+_PROGRAMS = (
+    "osscar",
+    "python",
+    "python3",
+    "bash",
+    "ruff",
+    "mypy",
+    "lint-imports",
+    "mkdocs",
+    "torchrun",
+)
 _INLINE = re.compile(r"`((?:osscar|python3?) [^`]+)`")
 
 

@@ -30,6 +30,7 @@ PARSED = {
     "python3 -m pip install -e .[dev]": INSTALLS,
     "python3 -m pip install -e .[vision]": INSTALLS,
     "python3 -m pip install osscar[gguf]": INSTALLS,
+    "torchrun": "starts processes; tests/osscar/test_ranks.py runs it",
     "python3 -m pytest": THIS_SUITE,
     "bash .ci/run": "runs this suite",
     "python3 -m osscar demo": "tests/osscar/test_cli.py runs it, twice",

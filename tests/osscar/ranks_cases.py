@@ -1,0 +1,88 @@
+"""Runs that ranks share: ``python -m tests.osscar.ranks_cases cases DIRECTORY`` is one of them."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import nn
+
+import osscar
+from osscar.core.ranks import ALONE, Ranks, together
+from osscar.pruning.prune import prune_as_asked
+from osscar.pruning.request import PruningRequest
+from osscar.pruning.result import PruningResult
+from tests.osscar.families import tiny, tokens
+from tests.osscar.networks import images, small_net
+
+
+@dataclass(frozen=True)
+class Case:
+    """A run whose result must not depend on how many ranks there are."""
+
+    model: Callable[[], nn.Module]
+    data: Callable[[], Any]
+    asked: Mapping[str, Any]
+
+    def run(self, ranks: Ranks = ALONE) -> PruningResult:
+        request = PruningRequest(device="cpu", **self.asked)
+        return prune_as_asked(self.model(), self.data(), request, ranks=ranks)
+
+
+def _demo_tokens() -> Any:
+    tokenizer = osscar.load_model("demo").tokenizer
+    return osscar.load_calibration(None, tokenizer, samples=16, seqlen=64)
+
+
+def _demo() -> nn.Module:
+    model: nn.Module = osscar.load_model("demo", device="cpu").model
+    return model
+
+
+CASES = {
+    "heads and neurons": Case(_demo, _demo_tokens, {"heads": "3/4", "neurons": "1/2"}),
+    "a budget": Case(_demo, _demo_tokens, {"sparsity": 0.4, "batch_size": 3}),
+    "images": Case(small_net, images, {"sparsity": 0.4, "residual": 0.75, "batch_size": 12}),
+    "estimated statistics": Case(
+        small_net, images, {"channels": 0.5, "batch_norm": "estimate", "batch_size": 10}
+    ),
+}
+TWO_BATCHES = Case(lambda: tiny("llama-gqa"), tokens, {"sparsity": 0.5, "damp": None})
+"""Of seven samples, and of one that is held out."""
+
+
+def cases(directory: Path) -> None:
+    """Prune in all cases on these ranks, and write down what each comes to."""
+    with together() as ranks:
+        found = CASES if ranks.size == 2 else {"two batches": TWO_BATCHES}
+        for name, case in found.items():
+            result = case.run(ranks)
+            place = directory / f"{name}.{ranks.rank}"
+            safetensors.torch.save_file(dict(weights(result.model)), f"{place}.safetensors")
+            Path(f"{place}.json").write_text(json.dumps(summary(result)))
+
+
+def weights(model: nn.Module) -> Mapping[str, torch.Tensor]:
+    return {name: x.detach().clone() for name, x in model.state_dict().items()}
+
+
+def summary(result: PruningResult) -> dict[str, Any]:
+    return {
+        "support": {layer.name: list(layer.support) for layer in result.layers},
+        "loss": {layer.name: layer.loss for layer in result.layers},
+        "damp": [layer.damp for layer in result.layers],
+        "curves": {} if result.budget is None else result.budget.curves,
+        "divergence": result.divergence,
+        "batch_norms": result.batch_norms,
+        "left_alone": [group.name for group in result.left_alone],
+    }
+
+
+if __name__ == "__main__":
+    cases(Path(sys.argv[2]))

@@ -1,0 +1,56 @@
+"""What goes well and wrong between ranks, without a model: ``... SCENARIO DIRECTORY``."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+from osscar.cli.common import guard
+from osscar.core.ranks import Message, together
+
+
+def apart(_: Path) -> None:
+    """Do different things on different ranks."""
+    with guard(), together() as ranks:
+        ranks.add_up("apples" if ranks.first else "pears", [torch.ones(2)])
+
+
+def defect(_: Path) -> None:
+    """Fail on rank 1 by a defect, while the others add up."""
+    with guard(), together() as ranks:
+        ranks.add_up("ones", [torch.ones(2)])
+        if ranks.rank == 1:
+            raise ZeroDivisionError("of rank 1")
+        ranks.add_up("more ones", [torch.ones(2)])
+
+
+def refused_first(_: Path) -> None:
+    """Fail on rank 0, while the others wait for what it decides."""
+    with guard(), together() as ranks:
+        ranks.decided("what to do", lambda: [][0], int)
+
+
+def told(directory: Path) -> None:
+    """Tell each other words and tensors, which arrive as they were."""
+    with together() as ranks:
+        mine = Message(f"of {ranks.rank}", {"x": torch.full((2, 3), ranks.rank + 0.5).bfloat16()})
+        all_of_them = ranks.from_all("greetings", mine)
+        first = ranks.from_first("the first", lambda: mine)
+        sums = [torch.tensor(ranks.rank), torch.full((3,), 2.0**ranks.rank, dtype=torch.float64)]
+        ranks.add_up("sums", sums)
+        said = {
+            "texts": [message.text for message in all_of_them],
+            "tensors": [message.tensors["x"].tolist() for message in all_of_them],
+            "first": [first.text, str(first.tensors["x"].dtype)],
+            "sums": [x.tolist() for x in sums],
+            "any": [ranks.any("one", ranks.rank == 2), ranks.any("none", False)],
+            "decided": ranks.decided("a number", lambda: ranks.rank + 7, int),
+        }
+        (directory / f"{ranks.rank}.json").write_text(json.dumps(said))
+
+
+if __name__ == "__main__":
+    globals()[sys.argv[1]](Path(sys.argv[2]))

@@ -1,0 +1,327 @@
+"""Several processes that prune one model: they come to what one comes to, and end together."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import osscar.cli
+from osscar.core.errors import RanksError
+from osscar.core.ranks import ALONE, Message, Ranks, launched
+from osscar.data.tokens import named_generator
+from tests.osscar.ranks_cases import CASES, TWO_BATCHES, Case, summary, weights
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="kills processes, and uses gloo")
+
+ROOT = Path(__file__).parents[2]
+PATIENCE = 900
+"""Seconds that nothing takes, however busy the machine is."""
+
+SMALL = ("--heads", "3/4", "--neurons", "1/2", "--samples", "16", "--seqlen", "64")
+PRUNE = ("-m", "osscar", "prune", "demo", *SMALL, "--batch-size", "4", "--device", "cpu")
+
+
+def environment(rank: int, size: int, port: int) -> dict[str, str]:
+    """What a launcher says to one of its processes."""
+    told = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "PYTHONPATH": path}
+    return {**os.environ, **where, **{name: str(value) for name, value in told.items()}}
+
+
+@contextlib.contextmanager
+def ranks_of(
+    commands: Sequence[Sequence[str]], place: Path
+) -> Iterator[list[subprocess.Popen[str]]]:
+    """Start a rank for each command; none outlives the block."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    started = [
+        subprocess.Popen(
+            [sys.executable, *command],
+            cwd=place,
+            env=environment(rank, len(commands), port),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank, command in enumerate(commands)
+    ]
+    try:
+        yield started
+    finally:
+        for process in started:
+            process.kill()
+            process.communicate()
+
+
+def ended(commands: Sequence[Sequence[str]], place: Path) -> list[subprocess.CompletedProcess[str]]:
+    """Run a rank for each command to its end."""
+    with ranks_of(commands, place) as started:
+        said = [process.communicate(timeout=PATIENCE) for process in started]
+        return [
+            subprocess.CompletedProcess(process.args, process.returncode, *streams)
+            for process, streams in zip(started, said, strict=True)
+        ]
+
+
+def scenario(name: str, size: int, place: Path) -> list[subprocess.CompletedProcess[str]]:
+    module = "tests.osscar.ranks_cases" if name == "cases" else "tests.osscar.ranks_worker"
+    return ended([("-m", module, name, str(place))] * size, place)
+
+
+# ---- the same as one process -------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    place = tmp_path_factory.mktemp("two")
+    for process in scenario("cases", 2, place):
+        assert process.returncode == 0, process.stderr
+    return place
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_two_ranks_come_to_what_one_process_does(name, two):
+    check_same(CASES[name], [two / f"{name}.{rank}" for rank in range(2)])
+
+
+def test_a_rank_without_any_batch_changes_nothing(tmp_path):
+    for process in scenario("cases", 3, tmp_path):
+        assert process.returncode == 0, process.stderr
+    check_same(TWO_BATCHES, [tmp_path / f"two batches.{rank}" for rank in range(3)])
+
+
+def check_same(case: Case, places: list[Path]) -> None:
+    """Compare what ranks have written with what this process comes to by itself."""
+    result = case.run()
+    expected = json.loads(json.dumps(summary(result)))
+    models = [safetensors.torch.load_file(f"{place}.safetensors") for place in places]
+    for model in models[1:]:
+        assert all(torch.equal(x, model[name]) for name, x in models[0].items())
+    for name, x in weights(result.model).items():
+        torch.testing.assert_close(models[0][name], x, rtol=1e-6, atol=1e-6)
+    for place in places:
+        found = json.loads(Path(f"{place}.json").read_text())
+        for key in ("loss", "divergence"):
+            assert found.pop(key) == pytest.approx(expected[key], rel=1e-9, abs=1e-15)
+        assert found == {key: expected[key] for key in found}
+    assert all(len(support) > 0 for support in expected["support"].values())
+
+
+def test_words_and_tensors_arrive_as_they_were(tmp_path):
+    for process in scenario("told", 3, tmp_path):
+        assert process.returncode == 0, process.stderr
+    said = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(3)]
+    assert said[0] == said[1] == said[2]
+    assert said[0] == {
+        "texts": ["of 0", "of 1", "of 2"],
+        "tensors": [[[rank + 0.5] * 3] * 2 for rank in range(3)],
+        "first": ["of 0", "torch.bfloat16"],
+        "sums": [3, [7.0] * 3],
+        "any": [True, False],
+        "decided": 7,
+    }
+
+
+@given(st.lists(st.floats(0.1, 100), max_size=30), st.integers(1, 6))
+def test_work_is_shared_out_whole_and_evenly(costs, size):
+    shares = [Ranks(rank, size).share(costs) for rank in range(size)]
+    assert sorted(piece for share in shares for piece in share) == list(range(len(costs)))
+    assert all(share == sorted(share) for share in shares)
+    loads = [sum(costs[piece] for piece in share) for share in shares]
+    assert max(loads) - min(loads) <= max(costs, default=0.0) + 1e-9
+
+
+def test_a_process_by_itself_has_all_the_work_and_the_last_word():
+    x = torch.ones(2)
+    ALONE.add_up("ones", [x])
+    assert x.tolist() == [1, 1]
+    assert ALONE.share([1, 5, 2]) == [0, 1, 2]
+    assert ALONE.from_all("it", Message("self")) == [Message("self")]
+    assert ALONE.decided("it", lambda: {1, 2}, None) == {1, 2}
+
+
+# ---- what goes wrong ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "message"),
+    [
+        ("apart", 2, "rank 1 is at 'pears [[2]]' and rank 0 at 'apples [[2]]'"),
+        ("defect", 3, "rank 1: ZeroDivisionError: of rank 1"),
+    ],
+)
+def test_the_first_rank_says_what_another_failed_of(name, size, message, tmp_path):
+    processes = scenario(name, size, tmp_path)
+    assert all(process.returncode for process in processes)
+    assert message in processes[0].stderr
+
+
+def test_all_end_where_the_first_rank_fails(tmp_path):
+    first, second = scenario("refused_first", 2, tmp_path)
+    assert "IndexError" in first.stderr
+    assert second.returncode == 2
+    assert "rank 0 has ended without a word" in second.stderr
+
+
+def test_ranks_with_other_options_or_data_are_refused(tmp_path):
+    for more, difference in (
+        (("--damp", "0.1"), "damp was None and is 0.1 there"),
+        (("--blend", "7"), "blend is 7.0"),
+    ):
+        out = tmp_path / difference.split()[0]
+        first, second = ended(
+            [(*PRUNE, "--out", str(out)), (*PRUNE, "--out", "x", *more)], tmp_path
+        )
+        assert (first.returncode, second.returncode) == (2, 2)
+        assert "rank 1" in first.stderr
+        assert difference in first.stderr
+        assert second.stdout + second.stderr == ""
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_rank_that_is_killed_ends_the_others_and_the_run_goes_on(tmp_path):
+    command = (*PRUNE, "--out", str(tmp_path / "out"), "--json", str(tmp_path / "said.json"))
+    log = tmp_path / "out.run"
+    with ranks_of([command] * 2, tmp_path) as (first, second):
+        end = time.monotonic() + PATIENCE
+        while not list(log.glob("*.safetensors")) and time.monotonic() < end:
+            time.sleep(0.01)
+        second.send_signal(signal.SIGKILL)
+        _, said = first.communicate(timeout=PATIENCE)
+    assert first.returncode == 2
+    assert "rank 1 has ended without a word" in said
+    assert "give the same command again to go on" in said
+    assert not (tmp_path / "out").exists()
+    done = len(list(log.glob("*.safetensors")))
+    assert 1 <= done < 8
+
+    for process in ended([command] * 2, tmp_path):
+        assert process.returncode == 0, process.stderr
+    found = json.loads((tmp_path / "said.json").read_text())
+    expected = summary(CASES_AS_PRUNED.run())
+    assert {layer["name"]: layer["support"] for layer in found["layers"]} == expected["support"]
+    assert {layer["name"]: layer["loss"] for layer in found["layers"]} == pytest.approx(
+        expected["loss"], rel=1e-9
+    )
+    assert not log.exists()
+
+
+CASES_AS_PRUNED = Case(
+    CASES["heads and neurons"].model,
+    CASES["heads and neurons"].data,
+    {"heads": "3/4", "neurons": "1/2", "batch_size": 4},
+)
+"""What `PRUNE` asks for."""
+
+
+NET = """
+import torch
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(
+            nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 6, 3), nn.ReLU(),
+            nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 5),
+        )
+
+    def forward(self, x):
+        contrast = (x - x.mean((2, 3), keepdim=True)).abs().mean((1, 2, 3), keepdim=True)
+        return self.net(x / (contrast > 0.01))
+
+def build():
+    torch.manual_seed(0)
+    return Net(), torch.randn(2, 3, 12, 12)
+"""
+
+
+def test_torchrun_says_of_what_a_rank_failed_and_leaves_nothing(tmp_path):
+    (tmp_path / "net.py").write_text(NET)
+    pixels = np.random.default_rng(0).integers(0, 200, (16, 12, 12, 3), dtype=np.uint8)
+    sixth = torch.randperm(16, generator=named_generator("images", 0))[5]
+    pixels[sixth] = 100  # without contrast; drawn into the second batch of four, which is rank 1's
+    np.savez(tmp_path / "images.npz", images=pixels)
+    before = sorted(tmp_path.iterdir())
+    ended = torchrun(
+        *("prune", "net.py:build", "--channels", "0.5", "--calibration", "images.npz"),
+        *("--samples", "16", "--batch-size", "4", "--out", "out"),
+        place=tmp_path,
+    )
+    assert ended.returncode == 1
+    assert "error: rank 1: the inputs of 'net.2' have NaN or infinite entries" in ended.stderr
+    assert ended.stderr.count("error: ") == 1
+    assert sorted(p for p in tmp_path.iterdir() if p.name != "__pycache__") == before
+
+
+def test_torchrun_prunes(tmp_path):
+    ended = torchrun(*PRUNE[2:], "--out", "out", "--json", "said.json", place=tmp_path)
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.count("parameters became") == 1
+    found = json.loads((tmp_path / "said.json").read_text())
+    expected = summary(CASES_AS_PRUNED.run())
+    assert {layer["name"]: layer["support"] for layer in found["layers"]} == expected["support"]
+    assert osscar.load(tmp_path / "out").num_parameters() == found["parameters_after"]
+
+
+def torchrun(*arguments: str, place: Path) -> subprocess.CompletedProcess[str]:
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    return subprocess.run(
+        [sys.executable, *launcher, "-m", "osscar", *arguments],
+        cwd=place,
+        env={**os.environ, "PYTHONPATH": environment(0, 2, 0)["PYTHONPATH"]},
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+    )
+
+
+@pytest.fixture
+def told(monkeypatch):
+    def tell(rank: str, size: str) -> None:
+        for name, value in {"RANK": rank, "WORLD_SIZE": size}.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+        monkeypatch.setenv("MASTER_PORT", "1")
+
+    return tell
+
+
+def test_commands_for_one_process_refuse_to_run_in_several(told, monkeypatch, capsys):
+    told("0", "2")
+    monkeypatch.setattr(sys, "argv", ["osscar", "backends"])
+    with pytest.raises(SystemExit) as stop:
+        osscar.cli.main()
+    assert stop.value.code == 2
+    assert "osscar backends runs in one process, and 2 were launched" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("rank", "size"), [("2", "2"), ("-1", "2"), ("one", "2"), ("0", "0")])
+def test_a_launch_that_makes_no_sense_is_refused(rank, size, told):
+    told(rank, size)
+    with pytest.raises(RanksError, match=f"RANK is '{rank}' and WORLD_SIZE '{size}'"):
+        launched()
+
+
+def test_without_a_launcher_there_is_one_process(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "8")  # which some set for all containers
+    monkeypatch.delenv("RANK", raising=False)
+    assert launched() == (0, 1)
