@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from contextlib import nullcontext
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -99,6 +100,14 @@ def command(
             "are so large that half of the memory would not hold them.",
         ),
     ] = None,
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ADDRESS",
+            help="Solve on a Ray cluster: `auto` for the one that this machine belongs to, "
+            "HOST:PORT, or `local`.  [default: processes of this machine]",
+        ),
+    ] = None,
     device: Annotated[
         str,
         typer.Option(help="Where the model runs: auto, cpu or cuda. Solves run on the CPU."),
@@ -112,12 +121,16 @@ def command(
     again to go on with a study that was interrupted, or with more sparsities or backends to extend
     it.
     """
+    from osscar.core.errors import OptionError
     from osscar.report.html import write_report
     from osscar.report.summary import summarize
+    from osscar.study.cluster import connected
     from osscar.study.design import DEFAULT_BACKENDS, StudyDesign
     from osscar.study.directory import Study
 
     check_json_path(json, inputs=(*sources, calibration, weights), written=directory)
+    if ray is not None and jobs is not None:
+        raise OptionError("--jobs are processes of this machine, and --ray has others; give one")
     design = StudyDesign(
         sparsities=_numbers(sparsity),
         backends=DEFAULT_BACKENDS if backends is None else _names(backends),
@@ -153,8 +166,9 @@ def command(
                         source, groups, device=device, trust_remote_code=trust_remote_code
                     )
                 )
-            jobs = jobs or study.affordable_jobs()
-            records = study.run(design, jobs)
+            with nullcontext() if ray is None else connected(ray) as cluster:
+                jobs = cluster.workers if cluster else jobs or study.affordable_jobs()
+                records = study.run(design, jobs, cluster=cluster)
             summary = summarize(records, study.trivial)
             report = write_report(study, design, records, summary, jobs=jobs)
         _print(summary)

@@ -42,10 +42,11 @@ from osscar.core.progress import stage
 from osscar.study.design import StudyDesign, is_count
 from osscar.study.jobs import (
     RECORDS,
+    Executor,
+    Processes,
     Task,
     affordable_jobs,
     load_problem,
-    solve_all,
     solve_task,
 )
 from osscar.study.records import WINDOW, Instance, Record, window_name, write_csv
@@ -236,7 +237,9 @@ class Study:
             ) from error
         self._tidy()
 
-    def run(self, design: StudyDesign, jobs: int = 1) -> tuple[Record, ...]:
+    def run(
+        self, design: StudyDesign, jobs: int = 1, *, cluster: Executor | None = None
+    ) -> tuple[Record, ...]:
         """Solve what has not been solved yet, and return all records of the design.
 
         What earlier runs have recorded is recomputed: losses from their supports, bounds from their
@@ -248,6 +251,9 @@ class Study:
             What to solve.
         jobs
             Processes at once; the cores are shared out evenly among them.
+        cluster
+            Who solves instead of processes of this machine, such as
+            `osscar.study.cluster.RayCluster`.
 
         Raises
         ------
@@ -264,17 +270,18 @@ class Study:
             raise OptionError(f"the design is a {type(design).__name__}; give a StudyDesign")
         if not is_count(jobs, 1):
             raise OptionError(f"jobs is {jobs!r}; give at least 1")
+        executor = Processes(jobs) if cluster is None else cluster
         with self.locked():
             layers = [instance for instance in self.instances if instance.units > 1]
             if not layers:
                 raise StudyError(f"{self.directory} holds no problem yet; capture some first")
             self._make_parts()
             tasks = [task for layer in layers for task in self._tasks(design, layer)]
-            records = self._solve_all(tasks, jobs)
+            records = self._solve_all(tasks, executor)
             if design.window_units is not None:
                 large = [layer for layer in layers if layer.units > design.window_units]
                 tasks = [task for layer in large for task in self._window_tasks(design, layer)]
-                records += self._solve_all(tasks, jobs)
+                records += self._solve_all(tasks, executor)
             write_csv(self.directory / RESULTS_FILE, records)
         return tuple(records)
 
@@ -337,10 +344,10 @@ class Study:
             problem.save(path)
         return Instance(problem.name, kind, file, problem.units, problem.width, file_digest(path))
 
-    def _solve_all(self, tasks: Sequence[Task], jobs: int) -> list[Record]:
+    def _solve_all(self, tasks: Sequence[Task], executor: Executor) -> list[Record]:
         records: dict[Path, Record] = {}
         with stage("solving", total=len(tasks)) as bar:
-            for task, record in solve_all(tasks, jobs):
+            for task, record in executor.solve_all(tasks):
                 records[task.file] = record
                 bar.advance()
         return [records[task.file] for task in tasks]

@@ -1,4 +1,8 @@
-"""The solves of a study, in this process or in several, each written as soon as it is known."""
+"""The solves of a study: what one is, and processes that make them.
+
+Each answer is written as soon as it is known.  Who makes them is an `Executor`: processes of this
+machine, here, or a cluster (`osscar.study.cluster`).
+"""
 
 from __future__ import annotations
 
@@ -17,6 +21,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
+from typing import Protocol
 
 import torch
 
@@ -109,15 +114,31 @@ class Task:
         if not self.file.exists():
             return None
         record, asked = read_record(self.file), self.asked
-        for name in _ASKED:
-            found, expected = getattr(record, name), getattr(asked, name)
-            if found != expected:
-                raise StudyError(
-                    f"{self.file} is the record of another solve: {name} is {found!r}, not "
-                    f"{expected!r}; delete it"
-                )
+        check_asked(self, record)
         # The shares are those asked for today: the same `keep` may have come from another then.
         return dataclasses.replace(record, sparsity=asked.sparsity, sparsities=asked.sparsities)
+
+
+def check_asked(task: Task, record: Record) -> None:
+    """Refuse the record of another task.
+
+    Raises
+    ------
+    StudyError
+        If it is one.
+    """
+    for name in _ASKED:
+        found, expected = getattr(record, name), getattr(task.asked, name)
+        if found != expected:
+            raise StudyError(
+                f"{task.file} is the record of another solve: {name} is {found!r}, not "
+                f"{expected!r}; delete it"
+            )
+
+
+def memory_of(problem: int) -> int:
+    """Return how many bytes a process takes that solves a problem with a file of so many."""
+    return _PROCESS_BYTES + _COPIES * problem
 
 
 def affordable_jobs(largest: int) -> int:
@@ -135,7 +156,7 @@ def affordable_jobs(largest: int) -> int:
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):  # not on every platform
         return 1
-    fitting = memory // 2 // (_PROCESS_BYTES + _COPIES * largest)
+    fitting = memory // 2 // memory_of(largest)
     return max(1, min(cores(), fitting))
 
 
@@ -146,38 +167,54 @@ def cores() -> int:
     return os.cpu_count() or 1
 
 
-def solve_all(tasks: Sequence[Task], jobs: int) -> Iterator[tuple[Task, Record]]:
-    """Solve all tasks and give the records as they come.
+class Executor(Protocol):
+    """Who solves the tasks of a study."""
+
+    @property
+    def workers(self) -> int:
+        """How many tasks are solved at once."""
+
+    def solve_all(self, tasks: Sequence[Task]) -> Iterator[tuple[Task, Record]]:
+        """Solve all tasks and give the records as they come, each written by then.
+
+        Raises
+        ------
+        StudyError
+            If a worker was lost, or a problem file is not what it was.
+        BackendError
+            If a backend cannot run there.
+        """
+
+
+@dataclass(frozen=True)
+class Processes:
+    """Processes of this machine, among which the cores are shared out evenly.
 
     Parameters
     ----------
-    tasks
-        What to solve.
-    jobs
-        Processes at once; 1 is this one. The cores are shared out evenly.
-
-    Raises
-    ------
-    StudyError
-        If a worker was killed, or a problem file is not what it was.
-    BackendError
-        If a backend cannot run here.
+    workers
+        Processes at once; 1 is this one.
     """
-    if jobs == 1:
-        for task in tasks:
-            yield task, solve_task(task)
-        return
-    threads = max(1, cores() // jobs)
-    left = list(tasks)
-    end = time.monotonic() + _START_SECONDS
-    for task in [task for task in tasks if task.instance.units <= _SMALL_UNITS]:
-        if time.monotonic() < end:
-            with _threads(threads):
-                record = solve_task(task)
-            left.remove(task)
-            yield task, record
-    if left:
-        yield from _solve_in_pool(left, min(jobs, len(left)), threads)
+
+    workers: int
+
+    def solve_all(self, tasks: Sequence[Task]) -> Iterator[tuple[Task, Record]]:
+        """Solve all tasks and give the records as they come."""
+        if self.workers == 1:
+            for task in tasks:
+                yield task, solve_task(task)
+            return
+        threads = max(1, cores() // self.workers)
+        left = list(tasks)
+        end = time.monotonic() + _START_SECONDS
+        for task in [task for task in tasks if task.instance.units <= _SMALL_UNITS]:
+            if time.monotonic() < end:
+                with _threads(threads):
+                    record = solve_task(task)
+                left.remove(task)
+                yield task, record
+        if left:
+            yield from _solve_in_pool(left, min(self.workers, len(left)), threads)
 
 
 @contextmanager
