@@ -1,11 +1,12 @@
 """Backward elimination: remove one unit at a time, always the one that raises the loss least.
 
-Only ``A = inv(H_SS)`` and ``K = W W'`` of the kept rows are held, and of these only the diagonal
-blocks are kept current.  What a removal does to the rest is a low-rank term that stays pending; a
-row is brought up to date when its unit leaves, and every so often all pending removals are applied
-at once, and removed rows dropped.  One removal then costs O(p w b) with b pending rows, and the
-matrix work is a few dense products (the lazy batched updates of Frantar et al., GPTQ, ICLR 2023,
-applied to structured removal).
+Only ``A = inv(H_SS)``, in half of its memory, and the refit W of the kept rows are held; of A and
+of ``K = W W'`` only the diagonal blocks are kept current.  What a removal does to the rest is a
+low-rank term that stays pending; a row of A and of K is brought up to date when its unit leaves,
+and every so often all pending removals are applied at once, and removed rows dropped.  Rows of
+units that are likely to leave meanwhile are read, and multiplied out, together.  One removal then
+costs O(p w b) with b pending rows, and the matrix work is a few dense products (the lazy batched
+updates of Frantar et al., GPTQ, ICLR 2023, applied to structured removal).
 
 Near a singular H, updates of the inverse cancel: every batch is checked against H itself, and one
 that has lost its digits is done again from a fresh factorization, in smaller steps.
@@ -20,12 +21,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from solvers.pivot import block_scores, diagonal_blocks, equal_width, invert, solve_spd, unit_rows
+from solvers.aligned import Aligned, unit_rows
+from solvers.pivot import block_scores, solve_spd
 from solvers.problem import Consumer, SubsetProblem
 
 _PENDING_ROWS = 64
 _SERIAL_ELEMENTS = 1 << 20
 """Below this size of the pending terms, waking threads costs more than they save."""
+
+_AHEAD = 2
+"""Units whose rows are read before a batch of removals, relative to those that will leave."""
 
 _COMPACT_AT = 0.8
 """Share of rows still in use below which the others are dropped; doing so costs a copy."""
@@ -110,11 +115,14 @@ class _Front:
     def remove(self, steps: int) -> list[Removal]:
         """Let the cheapest units leave, one after the other."""
         removed: list[Removal] = []
+        for part in self._parts:
+            part.begin(steps, self._penalty > 0)
+        likely = self._losses().argsort()[: _AHEAD * steps]
+        for part in self._parts:
+            part.read_ahead(likely)
         with _serial(max(part.elements for part in self._parts) < _SERIAL_ELEMENTS):
-            for part in self._parts:
-                part.begin(steps, self._penalty > 0)
             for _ in range(steps):
-                losses = sum((part.losses() for part in self._parts), start=self._penalty)
+                losses = self._losses()
                 index = int(losses.argmin())
                 removed.append(Removal(int(self._units[index]), float(losses[index])))
                 self._penalty[index] = torch.inf
@@ -124,6 +132,9 @@ class _Front:
             part.apply()
         self._compact()
         return removed
+
+    def _losses(self) -> Tensor:
+        return sum((part.losses() for part in self._parts), start=self._penalty)
 
     def _compact(self) -> None:
         left = torch.nonzero(self._penalty == 0).flatten()
@@ -153,43 +164,53 @@ def _serial(small: bool) -> Iterator[None]:
 
 
 class _Part:
-    """A and K of one consumer on the units that are left, and removals that they lack.
+    """A and W of one consumer on the units that are left, and removals that they lack.
 
-    With one w-row block of `Z`, `Q` and `a` for each pending removal, the current matrices are
-    ``A - Z'a`` and ``K - Z'Q - Q'Z``.
+    With one w-row block of `Z`, `Q`, `a` and `V` for each pending removal, the current matrices are
+    ``A - Z'a``, ``K - Z'Q - Q'Z`` and ``W - Z'V``.
     """
 
     def __init__(self, consumer: Consumer, units: Tensor) -> None:
         self.width = consumer.width
-        self.H, self.G = equal_width(consumer)
+        self.terms = Aligned(consumer)
         self.rows = unit_rows(units, self.width)
-        whole = len(self.rows) == len(self.H)
-        H, G = (
-            (self.H, self.G)
-            if whole
-            else (self.H[self.rows[:, None], self.rows], self.G[self.rows])
-        )
-        self.A, W = invert(H, G)
-        self.K = W @ W.T
+        self.A, self.W = self.terms.gram(self.rows), self.terms.responses(self.rows)
+        self.A.factorize()
+        self.A.forward(self.W)
+        self.A.backward(self.W)
+        self.A.invert()
 
     @property
     def elements(self) -> int:
         """Size of the terms that one removal reads."""
-        return len(self.A) * max(_PENDING_ROWS, self.width)
+        return len(self.W) * max(_PENDING_ROWS, self.width)
 
     def begin(self, steps: int, gone: Tensor) -> None:
         """Make room for `steps` removals; `gone` marks the units that left before."""
-        shape = (steps * self.width, len(self.A))
-        self.Z, self.Q, self.a = (self.A.new_empty(shape) for _ in range(3))
+        w, shape = self.width, (steps * self.width, len(self.W))
+        self.Z, self.Q, self.a = (self.W.new_empty(shape) for _ in range(3))
+        self.V = self.W.new_empty(steps * w, self.W.shape[1])
         self.filled = 0
-        unscored = torch.eye(self.width, dtype=torch.float64, device=self.A.device)
-        self.unscored = unscored[0, 0] if self.width == 1 else unscored
-        self.A_blocks, self.K_blocks = (
-            M.diagonal().clone() if self.width == 1 else diagonal_blocks(M, self.width)
-            for M in (self.A, self.K)
-        )
+        unscored = torch.eye(w, dtype=torch.float64, device=self.W.device)
+        if w == 1:
+            self.unscored = unscored[0, 0]
+            self.A_blocks, self.K_blocks = self.A.diagonal(), self.W.square().sum(1)
+        else:
+            blocks = self.W.view(len(gone), w, -1)
+            self.unscored = unscored
+            self.A_blocks, self.K_blocks = self.A.diagonal_blocks(w), blocks @ blocks.mT
         # Units that are gone count no more; this keeps their scores finite.
         self.A_blocks[gone] = self.unscored
+
+    def read_ahead(self, units: Tensor) -> None:
+        """Read the rows, pending removals left out, of units that are likely to leave."""
+        self.ahead = {unit: place for place, unit in enumerate(units.tolist())}
+        self.A_ahead, self.K_ahead = self._read(units)
+
+    def _read(self, units: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the rows of A and of K of some units."""
+        rows = unit_rows(units, self.width)
+        return self.A.rows(rows), self.W[rows] @ self.W.T
 
     def losses(self) -> Tensor:
         """Return the loss of removing each unit, (units,); meaningless for those removed.
@@ -205,18 +226,27 @@ class _Part:
         """Bring the rows of a unit up to date, and add what its removal changes."""
         w, t = self.width, self.filled
         own, new = slice(index * w, (index + 1) * w), slice(t, t + w)
-        Z, Q, a = self.Z[:t], self.Q[:t], self.a[:t]
-        A_rows = torch.addmm(self.A[own], a[:, own].T, Z, alpha=-1)
-        K_rows = torch.addmm(self.K[own], Z[:, own].T, Q, alpha=-1)
+        Z, Q, a, V = self.Z[:t], self.Q[:t], self.a[:t], self.V[:t]
+        A_rows, K_rows = self._stale_rows(index)
+        A_rows = torch.addmm(A_rows, a[:, own].T, Z, alpha=-1)
+        K_rows = torch.addmm(K_rows, Z[:, own].T, Q, alpha=-1)
         K_rows.addmm_(Q[:, own].T, Z, alpha=-1)
         # With J the unit that leaves: A falls by A_J' inv(A_JJ) A_J = Z'A_J; and as the refit falls
         # by Z' W_J, K = W W' falls by Z'Q + Q'Z, where Q = K_J - K_JJ Z / 2 has half of the square.
         Z_new = solve_spd(A_rows[:, own], A_rows)
         Q_new = K_rows.addmm_(K_rows[:, own].clone(), Z_new, alpha=-0.5)
+        torch.addmm(self.W[own], Z[:, own].T, V, alpha=-1, out=self.V[new])
         self.Z[new], self.Q[new], self.a[new] = Z_new, Q_new, A_rows
         self.filled = t + w
         self._update_blocks(Z_new, Q_new, A_rows)
         self.A_blocks[index] = self.unscored
+
+    def _stale_rows(self, index: int) -> tuple[Tensor, Tensor]:
+        place = self.ahead.get(index)
+        if place is None:
+            return self._read(torch.tensor([index], device=self.W.device))
+        own = slice(place * self.width, (place + 1) * self.width)
+        return self.A_ahead[own], self.K_ahead[own]
 
     def _update_blocks(self, Z: Tensor, Q: Tensor, a: Tensor) -> None:
         w = self.width
@@ -231,23 +261,22 @@ class _Part:
 
     def apply(self) -> None:
         """Apply the pending removals; what is left in the removed rows is rounding."""
-        Z, Q, a = (x[: self.filled] for x in (self.Z, self.Q, self.a))
-        self.A.addmm_(Z.T, a, alpha=-1)
-        self.K.addmm_(torch.cat([Z, Q]).T, torch.cat([Q, Z]), alpha=-1)
+        Z, a, V = (x[: self.filled] for x in (self.Z, self.a, self.V))
+        self.A.subtract(Z.T, a)
+        self.W.addmm_(Z.T, V, alpha=-1)
 
     def keep_only(self, left: Tensor) -> None:
         """Drop all rows but those of the units at the places `left`."""
         rows = unit_rows(left, self.width)
-        self.A = self.A.index_select(0, rows).index_select(1, rows)
-        self.K = self.K.index_select(0, rows).index_select(1, rows)
-        self.rows = self.rows[rows]
+        self.A.keep_only(rows, width=self.width)
+        self.W, self.rows = self.W[rows], self.rows[rows]
 
     def drift(self, units: Tensor) -> float:
-        """Return the error of ``H A = I`` and of ``K = A G G' A``, on a row of some units."""
+        """Return the error of ``H A = I`` and of ``W W' = A G G' A``, on a row of some units."""
         some = units * self.width
-        at = self.rows[some]
-        error = self.H[at[:, None], self.rows] @ self.A[some].T
+        A = self.A.rows(some)
+        error = self.terms.H(self.rows[some], self.rows) @ A.T
         error -= (some[:, None] == some).to(error)
-        exact = (self.A[some] @ self.G[self.rows]).square().sum(1)
-        K_error = (self.K.diagonal()[some] - exact).abs() / exact.clamp(min=1e-300)
+        exact = (A @ self.terms.G(self.rows)).square().sum(1)
+        K_error = (self.W[some].square().sum(1) - exact).abs() / exact.clamp(min=1e-300)
         return max(float(error.abs().max()), float(K_error.max()))

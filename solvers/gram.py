@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from solvers.errors import ProblemError
+from solvers.symmetric import Symmetric
 from solvers.values import (
     as_number,
     as_tensor,
@@ -35,6 +37,9 @@ _ASYMMETRY = 1e-2
 """Relative to the largest diagonal entry: what a product in bfloat16 can leave is averaged away."""
 
 _EPS = torch.finfo(torch.float64).eps
+
+TILE_ROWS = 512
+"""Of a p x p matrix that are worked on at a time, where a whole one would be too much."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,7 +67,35 @@ def quadratic(H: Tensor, G: Tensor, e: float, W: Tensor) -> float:
         Any weights, (p, m).
     """
     # Row by row: rounding grows with p + m, not with p m.
-    return float((W * (H @ W - 2 * G)).sum(1).sum()) + e
+    sums = [(own * (tile @ used - 2 * G[rows])).sum(1) for rows, own, tile, used in _tiles(H, W)]
+    return float(torch.cat(sums).sum()) + e if sums else e
+
+
+def _tiles(H: Tensor, W: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """Yield rows of W that are not zero, some at a time, with what ``H W`` there is made of.
+
+    Yields
+    ------
+    rows
+        (r,) int64.
+    own
+        W there, (r, m).
+    tile, used
+        ``H W`` there is their product, (r, m); `tile` is a copy.
+    """
+    place = torch.nonzero(W.any(1)).flatten()
+    used = W if len(place) == len(W) else W[place]
+    for rows, own in zip(torch.split(place, TILE_ROWS), torch.split(used, TILE_ROWS), strict=True):
+        tile = H[rows] if used is W else H[rows[:, None], place]
+        yield rows, own, tile, used
+
+
+def magnitudes(H: Tensor, G: Tensor, e: float, W: Tensor) -> float:
+    """Return the sum of magnitudes of the products that `quadratic` sums up."""
+    size = e
+    for rows, own, tile, used in _tiles(H, W):
+        size += float((own.abs() * (tile.abs_() @ used.abs() + 2 * G[rows].abs())).sum())
+    return size
 
 
 def quadratic_rounding(
@@ -84,8 +117,7 @@ def quadratic_rounding(
         How many columns G had before it was rotated into fewer; by default as many as now.
     """
     p, m = W.shape
-    size = e + float((W.abs() * (H.abs() @ W.abs() + 2 * G.abs())).sum())
-    return _EPS * (2 * p + (responses or m) + 8) * size
+    return _EPS * (2 * p + (responses or m) + 8) * magnitudes(H, G, e, W)
 
 
 def is_definite(H: Tensor, margin: float = DEFINITE_MARGIN) -> bool:
@@ -93,10 +125,15 @@ def is_definite(H: Tensor, margin: float = DEFINITE_MARGIN) -> bool:
 
     The scale of single inputs is no matter of conditioning: refits and bounds do not depend on it.
     """
-    scale = H.diagonal().rsqrt()
-    scaled = (H * scale).mul_(scale[:, None])
-    scaled.diagonal().fill_(1.0 - margin)
-    return int(torch.linalg.cholesky_ex(scaled).info) == 0
+    scaled = Symmetric.of(H)
+    scaled.rescale(H.diagonal().rsqrt())
+    for start, panel in scaled.spans():
+        panel.diagonal(start).fill_(1.0 - margin)
+    try:
+        scaled.factorize()
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+        return False
+    return True
 
 
 def unexplained(H: Tensor, G: Tensor, e: float) -> tuple[float, float]:
@@ -109,9 +146,16 @@ def unexplained(H: Tensor, G: Tensor, e: float) -> tuple[float, float]:
     G, e
         Quadratic terms.
     """
-    W = torch.cholesky_solve(G, torch.linalg.cholesky(H))
-    size = e + float((W.abs() * (H.abs() @ W.abs() + 2 * G.abs())).sum())
-    return quadratic(H, G, e, W), size
+    W = solve_definite(Symmetric.of(H), G.clone())
+    return quadratic(H, G, e, W), magnitudes(H, G, e, W)
+
+
+def solve_definite(A: Symmetric, B: Tensor) -> Tensor:
+    """Return ``inv(A) B``, in the place of B; A is factorized in its place, too."""
+    A.factorize()
+    A.forward(B)
+    A.backward(B)
+    return B
 
 
 def consistency(dtype: torch.dtype = torch.float64) -> float:
@@ -134,7 +178,13 @@ def inconsistency(e: float, least: float) -> str:
 
 
 def damp_terms(
-    H: Tensor, W0: Tensor, *, G: Tensor | None, e: float | None, damp: float
+    H: Tensor,
+    W0: Tensor,
+    *,
+    G: Tensor | None,
+    e: float | None,
+    damp: float,
+    overwrite: bool = False,
 ) -> DampedTerms:
     """Validate undamped statistics and add the proximal term.
 
@@ -153,6 +203,8 @@ def damp_terms(
     damp
         lambda relative to the mean of the diagonal of `H`.  Raised, with a warning, where `H` is so
         close to singular that hardly a digit of its inverse is left (`DEFINITE_MARGIN`).
+    overwrite
+        Whether the terms may take the place of `H`, `W0` and `G`, where these are in float64.
 
     Raises
     ------
@@ -160,37 +212,43 @@ def damp_terms(
         If the input is not finite, has a wrong shape or type, is far from positive semidefinite, or
         if e is less than G explains.
     """
-    H, W0, given, digits = _matrices(H, W0, G)
+    H, W0, given, digits = _matrices(H, W0, G, overwrite)
     damp = as_number("damp", damp)
     if not math.isfinite(damp) or damp < 0:
         raise ProblemError(f"damp is {damp}; it must be finite and not negative")
     if (given is None) != (e is None):
         raise ProblemError("G and e describe one target: give both, or neither")
-    H = _averaged(H)
+    _average(H)
     dead = H.diagonal() == 0
-    W0 = torch.where(dead[:, None], 0.0, W0)
+    W0[dead] = 0.0
     if given is None or e is None:
         target = H @ W0
         # A mean squared norm up to rounding.
-        energy = max(float((W0 * target).sum(1).sum()), 0.0)
+        energy = max(float(torch.einsum("ij,ij->i", W0, target).sum()), 0.0)
     else:
-        target = torch.where(dead[:, None], 0.0, given)
+        target = given
+        target[dead] = 0.0
         energy = as_number("e", e)
     check_energy(energy)
     # A dead row is decoupled from all others; any positive diagonal keeps it so.
     mean = float(H.diagonal().mean())
     H.diagonal().masked_fill_(dead, mean or 1.0)
     damping = _damp_until_definite(H, damp, mean)
-    target = target.add(W0, alpha=damping)
-    energy += damping * float(W0.square().sum())
+    target.add_(W0, alpha=damping)
+    energy += damping * float(torch.linalg.vector_norm(W0)) ** 2
     check_energy(energy)
     if given is not None:
         energy = _raised(H, target, energy, digits)
     return DampedTerms(H, target, energy, W0, damping)
 
 
-def _matrices(H: Any, W0: Any, G: Any) -> tuple[Tensor, Tensor, Tensor | None, float]:
-    """Return the matrices in float64, their shapes and entries checked, and `consistency`."""
+def _matrices(
+    H: Any, W0: Any, G: Any, overwrite: bool
+) -> tuple[Tensor, Tensor, Tensor | None, float]:
+    """Return the matrices in float64, their shapes and entries checked, and `consistency`.
+
+    They are copies, unless those given may be overwritten.
+    """
     matrices = {"H": as_tensor("H", H), "W0": as_tensor("W0", W0)}
     H, W0 = matrices.values()
     if H.ndim != 2 or W0.ndim != 2 or H.shape != (len(W0), len(W0)) or W0.numel() == 0:
@@ -208,13 +266,13 @@ def _matrices(H: Any, W0: Any, G: Any) -> tuple[Tensor, Tensor, Tensor | None, f
     for name, value in matrices.items():
         if value.device != H.device:
             raise ProblemError(f"H is on {H.device}, and {name} on {value.device}; move them")
-        matrices[name] = value.to(torch.float64)
+        matrices[name] = value.to(torch.float64, copy=not overwrite).contiguous()
         check_entries(name, matrices[name])
     return matrices["H"], matrices["W0"], matrices.get("G"), digits
 
 
-def _averaged(H: Tensor) -> Tensor:
-    """Return the symmetric part of a matrix that is a Gram matrix up to rounding."""
+def _average(H: Tensor) -> None:
+    """Make a matrix symmetric, in place, that is a Gram matrix up to rounding."""
     least = float(H.diagonal().min())
     if least < 0:
         raise ProblemError(f"H has {least:.3g} on its diagonal; a Gram matrix has nothing negative")
@@ -224,7 +282,11 @@ def _averaged(H: Tensor) -> Tensor:
             f"H is not symmetric: entries differ by up to {skew:.3g} of the largest on the "
             "diagonal; check that it is X'X/N"
         )
-    return (H + H.T).div_(2)
+    for start in range(0, len(H) if skew else 0, TILE_ROWS):
+        rows, rest = H[start : start + TILE_ROWS, start:], H[start:, start : start + TILE_ROWS]
+        mean = (rows + rest.T).div_(2)
+        rows.copy_(mean)
+        rest.copy_(mean.T)
 
 
 def _damp_until_definite(H: Tensor, damp: float, mean: float) -> float:

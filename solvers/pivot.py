@@ -1,14 +1,14 @@
 """Symmetric sweeps: the one place where inverses are updated.
 
 For a support S, with ``A = inv(H_SS)``, refit ``W = A G_S`` and residual ``R = G - H_:S W``, one
-consumer's state is two symmetric p x p matrices,
+consumer's state is a symmetric p x p matrix and a p x m one,
 
-    N = [ -A       A H_SR          ]        K = U U',   U = W on the rows in S, R on the others,
-        [ H_RS A   H_RR - H_RS A H_SR ]
+    N = [ -A       A H_SR          ]        U = [ W ]
+        [ H_RS A   H_RR - H_RS A H_SR ]         [ R ]
 
-the sweep of H on S and the Gram matrix of the sweep of G.  Everything that a search needs to know
-can be read off them, and moving rows in or out of S updates both by low-rank terms.  (Sweep:
-Goodnight, "A tutorial on the SWEEP operator", The American Statistician 33(3), 1979.)
+the sweeps of H and of G.  Everything that a search needs to know can be read off N and the products
+``K = U U'``, and moving rows in or out of S updates both by low-rank terms.  (Sweep: Goodnight, "A
+tutorial on the SWEEP operator", The American Statistician 33(3), 1979.)
 """
 
 from __future__ import annotations
@@ -19,33 +19,99 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from solvers.problem import NO_ROW, Consumer, SubsetProblem
+from solvers.aligned import Aligned, unit_rows
+from solvers.problem import Consumer, SubsetProblem
 
 _PROBES = 16
+_ELEMENTS = 1 << 20
+"""Of rows that are read at a time."""
 
 
-@dataclass(eq=False)
 class ConsumerState:
-    """N and K of one consumer, with the rows ordered unit by unit and all units equally wide.
+    """N and U of one consumer, `Aligned`; changed in place by `sweep`.
 
-    A unit with fewer rows than the widest is filled up with rows that are decoupled from all
-    others and have no correlation with the target, which changes no loss.
+    Each unit has its place in them.  Those in S came first when they were factorized, and still do
+    as long as every exchange lets as many enter as leave.
 
     Parameters
     ----------
-    N, K
-        Sweep of H and Gram matrix of the sweep of G, (n w, n w) float64, laid out as in the text
-        above; changed in place by `sweep`.
+    consumer
+        The consumer.
+    kept
+        (n,) bool, the units in S.
+
+    Attributes
+    ----------
+    N, U
+        As in the text above, (n w, n w) and (n w, m) float64 or narrower, rows by place.
     width
         Rows w of each unit.
-    inside
-        (n w,) bool, the rows in S.
+    kept
+        (n,) bool, the units in S.
+    N_blocks, K_blocks
+        Diagonal blocks of N and K, (n, w, w), by unit.
     """
 
-    N: Tensor
-    K: Tensor
-    width: int
-    inside: Tensor
+    N_blocks: Tensor
+    K_blocks: Tensor
+
+    def __init__(self, consumer: Consumer, kept: Tensor) -> None:
+        self.width = w = consumer.width
+        self._terms = Aligned(consumer)
+        units = torch.cat([torch.nonzero(kept).flatten(), torch.nonzero(~kept).flatten()])
+        self._place = units.argsort()
+        self.kept = kept.clone()
+        self._leading: int | None = int(kept.sum()) * w
+        """How many places those in S take, where they come first."""
+        self._factorize(unit_rows(units, w), self._leading)
+        self._cross: Tensor | None = None
+        self._read_blocks()
+
+    def _factorize(self, rows: Tensor, k: int) -> None:
+        # With H_SS = L L', C = inv(L) H_SR and h = inv(L) G_S: what is left of the removed rows is
+        # H_RR - C'C and G_R - C'h, which round as H does.  H_RS A H_SR rounds as A does, near a
+        # singular H by more than what is left: that would then not even be positive definite.
+        self.N, self.U = self._terms.gram(rows, cut=k), self._terms.responses(rows)
+        self.N.factorize(k)
+        self.N.forward(self.U, k)
+        self.N.backward(self.U, k)
+        self.N.divide(k)
+        self.N.invert(k)
+        for start, panel in self.N.spans():
+            if start < k:
+                panel.neg_()
+
+    def _read_blocks(self) -> None:
+        w = self.width
+        U = self.U.view(len(self._place), w, -1)
+        K = U.square().sum(2, keepdim=True) if w == 1 else U @ U.mT
+        self.N_blocks, self.K_blocks = self.N.diagonal_blocks(w)[self._place], K[self._place]
+
+    def N_rows(self, units: Tensor) -> Tensor:
+        """Return the rows of N of some units, (u w, n w), columns by unit."""
+        return self.N.rows(self._at(units))[:, unit_rows(self._place, self.width)]
+
+    def K_rows(self, units: Tensor) -> Tensor:
+        """Return the rows of K of some units, (u w, n w), columns by unit."""
+        return (self.U[self._at(units)] @ self.U.T)[:, unit_rows(self._place, self.width)]
+
+    def pairs(self, leave: Tensor, enter: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the entries of N and of K of all pairs of units, (l w, e w) each."""
+        some, others = self._at(leave), self._at(enter)
+        N, first = self.N.rows(some)[:, others], self._leading or 0
+        if self._cross is not None:
+            return N, self._cross[some[:, None], others - first]
+        # Only a few rows are copied; all of those that enter would be as many as U has.
+        return N, (self.U[some] @ self.U[first:].T)[:, others - first]
+
+    def hold_products(self) -> None:
+        """Keep K of all pairs at hand, as long as as many units leave as enter."""
+        k = self._leading
+        if self._cross is None and k is not None:
+            self._cross = self.U[:k] @ self.U[k:].T
+
+    def _at(self, units: Tensor) -> Tensor:
+        return unit_rows(self._place[units], self.width)
 
     def sweep(self, units: Tensor) -> None:
         """Move the given units to the other side of the support.
@@ -55,28 +121,74 @@ class ConsumerState:
         units
             (u,) int64; those inside leave and those outside enter.
         """
-        rows = unit_rows(units, self.width)
-        sign = torch.where(self.inside[rows], -1.0, 1.0).to(self.N)
-        pivot = torch.linalg.inv(self.N[rows[:, None], rows])
+        at, inside = self._at(units), self.kept[units]
+        sign = torch.where(inside, -1.0, 1.0).to(self.U).repeat_interleave(self.width)
+        columns, own = self.N.rows(at).T, self.U[at]
+        pivot = torch.linalg.inv(columns[at])
         pivot = (pivot + pivot.T) / 2
-        columns, K_columns = self.N[:, rows], self.K[:, rows]
-        K_block = K_columns[rows]
         Z = columns @ pivot
-        Q = K_columns - Z @ (K_block / 2)
-        self.N.addmm_(Z, columns.T, alpha=-1)
-        self.K.addmm_(torch.cat([Z, Q], 1), torch.cat([Q, Z], 1).T, alpha=-1)
-        signed = pivot * sign
-        self._set_cross(self.N, rows, Z * sign, -sign[:, None] * signed)
-        self._set_cross(
-            self.K, rows, (K_columns - Z @ K_block) @ signed, signed.T @ K_block @ signed
-        )
-        self.inside[rows] = ~self.inside[rows]
+        self.N.subtract(Z, columns.T)
+        self._subtract_products(Z, own)
+        self.U.addmm_(Z, own, alpha=-1)
+        self._exchange_places(units[inside], units[~inside])
+        self.kept[units] = ~inside
+        at, signed = self._at(units), pivot * sign
+        Z *= sign
+        Z[at] = -sign[:, None] * signed
+        self.N.set_rows(at, Z.T)
+        self.U[at] = signed.T @ own
+        self._renew_products(at)
+        self._read_blocks()
 
-    @staticmethod
-    def _set_cross(matrix: Tensor, rows: Tensor, columns: Tensor, block: Tensor) -> None:
-        columns[rows] = block
-        matrix[:, rows] = columns
-        matrix[rows] = columns.T
+    def _exchange_places(self, leaving: Tensor, entering: Tensor) -> None:
+        """Let units that enter take the places of those that leave."""
+        if len(leaving) == len(entering):
+            places = self._place[leaving]
+            self._place[leaving], self._place[entering] = self._place[entering], places
+        else:
+            self._leading = self._cross = None
+
+    def _subtract_products(self, Z: Tensor, own: Tensor) -> None:
+        # As U falls by Z U_J, K = U U' falls by Z Q' + Q Z', where Q = U U_J' - Z U_J U_J' / 2.
+        if self._cross is not None:
+            k = self._leading
+            Q = self.U @ own.T - Z @ (own @ own.T / 2)
+            self._cross.addmm_(
+                torch.cat([Z[:k], Q[:k]], 1), torch.cat([Q[k:], Z[k:]], 1).T, alpha=-1
+            )
+
+    def _renew_products(self, at: Tensor) -> None:
+        k = self._leading
+        if self._cross is not None and k is not None:
+            ours, theirs = at[at < k], at[at >= k]
+            self._cross[ours] = self.U[ours] @ self.U[k:].T
+            self._cross[:, theirs - k] = self.U[:k] @ self.U[theirs].T
+
+    def column_sizes(self, D: Tensor) -> Tensor:
+        """Return the blocks of ``N_:S D D N_S:``, (n, w, w), by unit.
+
+        Parameters
+        ----------
+        D
+            A number for each row, (n w,), by unit; zero for those not in S.
+        """
+        n, w = len(self._place), self.width
+        weights = torch.empty_like(D)
+        weights[unit_rows(self._place, w)] = D
+        blocks = self.U.new_empty(n, w, w)
+        for some in torch.split(torch.arange(n, device=D.device), max(1, _ELEMENTS // (n * w * w))):
+            part = (self.N.rows(self._at(some)) * weights).view(len(some), w, -1)
+            blocks[some] = part @ part.mT
+        return blocks
+
+    def drift(self) -> float:
+        """Return the error of ``H_SS A = I`` on a few rows."""
+        S = unit_rows(torch.nonzero(self.kept).flatten(), self.width)
+        some = S[torch.linspace(0, len(S) - 1, _PROBES, device=S.device).long()]
+        place = unit_rows(self._place, self.width)
+        error = self._terms.H(some, S) @ self.N.rows(place[some])[:, place[S]].T
+        error += (some[:, None] == some).to(error)
+        return float(error.abs().max())
 
 
 @dataclass(eq=False)
@@ -106,12 +218,12 @@ class PivotState:
     def on_support(cls, problem: SubsetProblem, support: Tensor) -> PivotState:
         """Factorize on a support, (k,) int64.
 
-        Costs one Cholesky factorization of the kept rows and a few products; N and K are the only
-        p x p matrices that stay.
+        Costs one Cholesky factorization of the kept rows and a few products; N, in half of the
+        memory of a p x p matrix, and U stay.
         """
         kept = torch.zeros(problem.units, dtype=torch.bool, device=problem.device)
         kept[support] = True
-        return cls(problem, tuple(_factorize(c, kept) for c in problem.consumers), kept)
+        return cls(problem, tuple(ConsumerState(c, kept) for c in problem.consumers), kept)
 
     @property
     def support(self) -> Tensor:
@@ -132,10 +244,12 @@ class PivotState:
 
     def drift(self) -> float:
         """Return the error of ``H_SS A = I`` on a few rows: rounding, as long as sweeps are few."""
-        return max(
-            _drift(state, consumer, self.kept)
-            for state, consumer in zip(self.consumers, self.problem.consumers, strict=True)
-        )
+        return max(state.drift() for state in self.consumers)
+
+    def hold_products(self) -> None:
+        """Keep K of all pairs at hand, where many exchanges are to be scored."""
+        for state in self.consumers:
+            state.hold_products()
 
     def removal_losses(self) -> Tensor:
         """Return by how much the loss rises when one unit leaves, (n,); inf for removed units.
@@ -155,13 +269,7 @@ class PivotState:
         side = self.kept if sign < 0 else ~self.kept
         total = torch.zeros(len(self.kept), dtype=torch.float64, device=self.kept.device)
         for state in self.consumers:
-            if state.width == 1:
-                total += state.K.diagonal() / (sign * state.N.diagonal())
-            else:
-                total[side] += block_scores(
-                    sign * diagonal_blocks(state.N, state.width)[side],
-                    diagonal_blocks(state.K, state.width)[side],
-                )
+            total[side] += block_scores(sign * state.N_blocks[side], state.K_blocks[side])
         return total
 
 
@@ -173,81 +281,8 @@ def block_scores(A: Tensor, K: Tensor) -> Tensor:
     return solved.diagonal(dim1=-2, dim2=-1).sum(-1)
 
 
-def _drift(state: ConsumerState, consumer: Consumer, kept: Tensor) -> float:
-    H, _ = equal_width(consumer)
-    S = torch.nonzero(kept.repeat_interleave(state.width)).flatten()
-    places = torch.linspace(0, len(S) - 1, _PROBES, device=S.device).long()
-    some = S[places]
-    error = H[some[:, None], S] @ state.N[some[:, None], S].T
-    error += (some[:, None] == some).to(error)
-    return float(error.abs().max())
-
-
-def _factorize(consumer: Consumer, kept: Tensor) -> ConsumerState:
-    H, G = equal_width(consumer)
-    inside = kept.repeat_interleave(consumer.width)
-    S, R = torch.nonzero(inside).flatten(), torch.nonzero(~inside).flatten()
-    if len(R) == 0:
-        A, W = invert(H, G)
-        return ConsumerState(A.neg_(), W @ W.T, consumer.width, inside)
-    # With H_SS = L L', C = inv(L) H_SR and h = inv(L) G_S: what is left of the removed rows is
-    # H_RR - C'C and G_R - C'h, which round as H does.  H_RS A H_SR rounds as A does, near a
-    # singular H by more than what is left: that would then not even be positive definite.
-    factor = torch.linalg.cholesky(H[S[:, None], S])
-    C = torch.linalg.solve_triangular(factor, H[S[:, None], R], upper=False)
-    h = torch.linalg.solve_triangular(factor, G[S], upper=False)
-    U = torch.empty_like(G)
-    U[R] = G[R].addmm_(C.T, h, alpha=-1)
-    U[S] = torch.linalg.solve_triangular(factor.T, h, upper=True)
-    del h
-    N = torch.empty_like(H)
-    N[R[:, None], R] = H[R[:, None], R].addmm_(C.T, C, alpha=-1)
-    C = torch.linalg.solve_triangular(factor.T, C, upper=True)
-    N[S[:, None], R] = C
-    N[R[:, None], S] = C.T
-    del C
-    N[S[:, None], S] = torch.cholesky_inverse(factor, out=factor).neg_()
-    return ConsumerState(N, U @ U.T, consumer.width, inside)
-
-
-def invert(H: Tensor, G: Tensor) -> tuple[Tensor, Tensor]:
-    """Return ``inv(H)`` and ``inv(H) G`` for a positive definite H."""
-    factor = torch.linalg.cholesky(H)
-    W = torch.cholesky_solve(G, factor)
-    return torch.cholesky_inverse(factor), W
-
-
 def solve_spd(A: Tensor, B: Tensor) -> Tensor:
     """Return ``inv(A) B`` for a small positive definite A."""
     if len(A) == 1:
         return B / A
     return torch.cholesky_solve(B, torch.linalg.cholesky(A))
-
-
-def unit_rows(units: Tensor, width: int) -> Tensor:
-    """Return the rows, (len(units) * width,) int64, of units that are `width` rows each."""
-    if width == 1:
-        return units
-    return (units[:, None] * width + torch.arange(width, device=units.device)).flatten()
-
-
-def diagonal_blocks(matrix: Tensor, width: int) -> Tensor:
-    """Return a copy of the diagonal blocks, (n, w, w), of a (n w, n w) matrix."""
-    n = len(matrix) // width
-    blocks = matrix.view(n, width, n, width).diagonal(dim1=0, dim2=2)
-    return blocks.permute(2, 0, 1).clone(memory_format=torch.contiguous_format)
-
-
-def equal_width(consumer: Consumer) -> tuple[Tensor, Tensor]:
-    """Return H and G with the rows ordered by unit, short units filled up with decoupled rows."""
-    order = consumer.rows.flatten()
-    if torch.equal(order, torch.arange(len(consumer.H), device=order.device)):
-        return consumer.H, consumer.G
-    H = consumer.H[order[:, None], order]
-    G = consumer.G[order]
-    filler = torch.nonzero(order == NO_ROW).flatten()
-    H[filler] = 0
-    H[:, filler] = 0
-    H[filler, filler] = float(consumer.H.diagonal().mean())
-    G[filler] = 0
-    return H, G

@@ -188,6 +188,7 @@ class Consumer:
         units: Units | None = None,
         damp: float = 0.01,
         variance: Tensor | None = None,
+        overwrite: bool = False,
     ) -> Consumer:
         """Damp the statistics of one linear map (`solvers.gram.damp_terms`) and take its units.
 
@@ -199,6 +200,9 @@ class Consumer:
             What each unit owns; by default every row is a unit.
         variance
             Variances of the inputs, (p,); by default the diagonal of `H`, as of centred inputs.
+        overwrite
+            Whether to take over `H`, `W0` and `G`, where they are in float64, instead of copying
+            them: they are written to, and the caller gives them up.
 
         Raises
         ------
@@ -206,7 +210,7 @@ class Consumer:
             If the input is not finite, has a wrong shape or type, is far from positive
             semidefinite, or if `e` is less than `G` explains, or `H` than `variance`.
         """
-        terms = damp_terms(H, W0, G=G, e=e, damp=damp)
+        terms = damp_terms(H, W0, G=G, e=e, damp=damp, overwrite=overwrite)
         rows = _unit_rows(units, len(terms.H)).to(terms.H.device)
         if variance is not None:
             variance = as_owned_tensor("variance", variance).to(torch.float64)
@@ -278,6 +282,21 @@ class Consumer:
         """Return the sorted rows, (r,) int64, that the units in `support` own."""
         rows = self.rows[support].flatten()
         return rows[rows != NO_ROW].sort().values
+
+    def divided(self, number: float) -> Consumer:
+        """Return the same least-squares problem with its loss divided by a positive number."""
+        made = Consumer._owning(
+            self.H / number,
+            self.G / number,
+            self.e / number,
+            self.W0,
+            self.rows,
+            self.damping / number,
+            None if self.variance is None else self.variance / number,
+        )
+        if "flaw" in vars(self):
+            made._remember_flaw(self.flaw)  # which is relative to the size of the terms
+        return made
 
     def to(self, device: torch.device | str) -> Consumer:
         """Return this consumer with its tensors on `device`."""
@@ -368,6 +387,7 @@ class SubsetProblem:
         damp: float = 0.01,
         variance: Tensor | None = None,
         name: str = "",
+        overwrite: bool = False,
     ) -> SubsetProblem:
         """Build a problem with one consumer from undamped statistics.
 
@@ -387,8 +407,12 @@ class SubsetProblem:
             Variances of the inputs, (p,); by default the diagonal of `H`, as of centred inputs.
         name
             What the problem is called in reports.
+        overwrite
+            Whether `H`, `W0` and `G` may be taken over and written to, as of `Consumer.from_gram`.
         """
-        consumer = Consumer.from_gram(H, W0, G=G, e=e, units=units, damp=damp, variance=variance)
+        consumer = Consumer.from_gram(
+            H, W0, G=G, e=e, units=units, damp=damp, variance=variance, overwrite=overwrite
+        )
         return cls((consumer,), keep, name)
 
     @property

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from solvers.gram import quadratic, quadratic_rounding
+from solvers.gram import quadratic, quadratic_rounding, solve_definite
 from solvers.problem import SubsetProblem
+from solvers.symmetric import Symmetric
 
 
 def refit(problem: SubsetProblem, support: Tensor) -> tuple[tuple[Tensor, ...], float]:
@@ -31,9 +32,9 @@ def refit(problem: SubsetProblem, support: Tensor) -> tuple[tuple[Tensor, ...], 
     weights = []
     for consumer in problem.consumers:
         rows = consumer.support_rows(support)
-        factor = torch.linalg.cholesky(consumer.H[rows[:, None], rows])
+        fitted = solve_definite(Symmetric.of(consumer.H, rows), consumer.G[rows])
         W = torch.zeros_like(consumer.W0)
-        W[rows] = torch.cholesky_solve(consumer.G[rows], factor)
+        W[rows] = fitted
         weights.append(W)
     return tuple(weights), quadratic_loss(problem, weights)
 

@@ -25,7 +25,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from solvers.pivot import ConsumerState, PivotState, block_scores, equal_width, unit_rows
+from solvers.aligned import Aligned
+from solvers.pivot import ConsumerState, PivotState, block_scores
 from solvers.problem import Consumer
 
 _EPS = torch.finfo(torch.float64).eps
@@ -120,12 +121,12 @@ def _total(parts: Iterable[Tensor]) -> Tensor:
 
 def _scalar_gains(state: ConsumerState, leave: Tensor, enter: Tensor) -> Tensor:
     # The formula of the text for numbers: (K_jj + 2 F K_ij + F^2 W2) / (N_jj + F^2 A) - W2 / A.
-    A = -state.N.diagonal()[leave, None]
-    W2 = state.K.diagonal()[leave, None]
-    pairs = leave[:, None], enter
-    F = state.N[pairs].div_(A)
-    numerator = state.K[pairs].mul_(2).addcmul_(F, W2).mul_(F).add_(state.K.diagonal()[enter])
-    denominator = F.square_().mul_(A).add_(state.N.diagonal()[enter])
+    N, K = state.N_blocks.flatten(), state.K_blocks.flatten()
+    A, W2 = -N[leave, None], K[leave, None]
+    F, numerator = state.pairs(leave, enter)
+    F = F.div_(A)
+    numerator = numerator.mul_(2).addcmul_(F, W2).mul_(F).add_(K[enter])
+    denominator = F.square_().mul_(A).add_(N[enter])
     return numerator.div_(denominator).sub_(W2 / A)
 
 
@@ -158,19 +159,19 @@ class _Pairs:
 
     @classmethod
     def of(cls, state: ConsumerState, leave: Tensor, enter: Tensor) -> _Pairs:
-        w = state.width
-        N, K = (
-            matrix.view(-1, w, len(matrix) // w, w).transpose(1, 2) for matrix in (state.N, state.K)
+        w, N, K = state.width, state.N_blocks, state.K_blocks
+        inverse, root = _inverse_root(-N[leave])
+        N_ij, K_ij = (
+            matrix.reshape(len(leave), w, len(enter), w).transpose(1, 2)
+            for matrix in state.pairs(leave, enter)
         )
-        inverse, root = _inverse_root(-N[leave, leave])
-        N_ij, K_ij = N[leave[:, None], enter], K[leave[:, None], enter]
         # As a square it adds to N_jj whatever it rounds to, so that the sum stays definite.
         half = root[:, None] @ N_ij
-        Schur = N[enter, enter] + half.mT @ half
+        Schur = N[enter] + half.mT @ half
         F = half.mT @ root[:, None]
-        cross = F @ (K_ij + K[leave, leave][:, None] @ (F.mT / 2))
-        residual = K[enter, enter] + cross + cross.mT
-        return cls(Schur, residual, half, inverse, (inverse * K[leave, leave]).sum((-2, -1)))
+        cross = F @ (K_ij + K[leave][:, None] @ (F.mT / 2))
+        residual = K[enter] + cross + cross.mT
+        return cls(Schur, residual, half, inverse, (inverse * K[leave]).sum((-2, -1)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -180,7 +181,7 @@ class _Reach:
     Parameters
     ----------
     state
-        N and K, (n w, n w).
+        N and K.
     size
         ``|D W|`` before the exchange.
     columns
@@ -202,19 +203,13 @@ class _Reach:
 
     @classmethod
     def of(cls, state: ConsumerState, consumer: Consumer) -> _Reach:
-        H, G = equal_width(consumer)
-        w, inside = state.width, torch.nonzero(state.inside).flatten()
-        D = H.diagonal().sqrt()
-        kept = torch.where(state.inside, D, 0.0)
-        size = float((kept.square() * state.K.diagonal()).sum().sqrt())
-        columns = torch.empty(len(D) // w, w, w, dtype=D.dtype, device=D.device)
-        step = max(1, _PASS_ELEMENTS // (len(D) * w))
-        for some in torch.split(torch.arange(len(columns), device=D.device), step):
-            rows = unit_rows(some, w)
-            part = (state.N[rows] * kept).view(len(some), w, -1)
-            columns[some] = part @ part.mT
-        unit = _EPS * (len(inside) + G.shape[1])
-        return cls(state, size, columns, D.view(-1, w).amax(1), math.sqrt(consumer.e), unit)
+        D = Aligned(consumer).diagonal().sqrt().view(-1, state.width)
+        kept = torch.where(state.kept[:, None], D, 0.0)
+        squares = state.K_blocks.diagonal(dim1=1, dim2=2)
+        size = float((kept.square() * squares).sum().sqrt())
+        columns = state.column_sizes(kept.flatten())
+        unit = _EPS * (int(state.kept.sum()) * state.width + consumer.G.shape[1])
+        return cls(state, size, columns, D.amax(1), math.sqrt(consumer.e), unit)
 
     def gains(self, leave: Tensor, enter: Tensor) -> Tensor:
         """Return the gain of each pair with what rounding may have taken off, (l, e)."""

@@ -34,6 +34,7 @@ from torch import Tensor
 
 from solvers.certificate import Certificate, EnumerationCertificate, MultiplierCertificate
 from solvers.errors import ProblemError, VerificationError
+from solvers.gram import TILE_ROWS
 from solvers.pivot import PivotState
 from solvers.problem import SubsetProblem
 from solvers.protocol import Status, WindowCertificate
@@ -309,11 +310,14 @@ def _check_weights(problem: SubsetProblem, claim: _Claim) -> None:
 def _stationarity(problem: SubsetProblem, claim: _Claim) -> float:
     worst = 0.0
     for consumer, W in zip(problem.consumers, claim.weights, strict=True):
-        rows = consumer.support_rows(claim.support)
-        if rows.numel():
-            gradient = float((consumer.H[rows] @ W - consumer.G[rows]).abs().max())
+        kept = consumer.support_rows(claim.support)
+        fitted = W[kept]  # the other rows are zero, as was checked
+        largest = max(map(abs, map(float, torch.aminmax(consumer.G)))) or 1.0
+        for rows in torch.split(kept, TILE_ROWS):
+            residual = consumer.H[rows[:, None], kept] @ fitted - consumer.G[rows]
+            gradient = float(residual.abs().max())
             _require(math.isfinite(gradient), "weights overflow: their gradient is not finite")
-            worst = max(worst, gradient / (float(consumer.G.abs().max()) or 1.0))
+            worst = max(worst, gradient / largest)
     return worst
 
 

@@ -15,10 +15,10 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
+from solvers.aligned import unit_rows
 from solvers.bounds.quadratic import QuadraticBound
 from solvers.bounds.removal import ConsumerRemoval, RemovalTerms
 from solvers.certificate import LEAST_DIAGONAL
-from solvers.pivot import unit_rows
 from solvers.rounding import Rounding
 from solvers.tree_certificate import FREE, REMOVED
 

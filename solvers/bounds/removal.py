@@ -24,8 +24,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from solvers.aligned import equal_width, narrowed, unit_rows
 from solvers.certificate import LEAST_SHARE
-from solvers.pivot import equal_width, unit_rows
 from solvers.problem import Consumer, SubsetProblem
 from solvers.rounding import Rounding, Sizes
 
@@ -61,8 +61,7 @@ class ConsumerRemoval:
         factor = torch.linalg.cholesky(H)
         A = torch.cholesky_inverse(factor)
         responses = G.shape[1]
-        if responses > G.shape[0]:
-            G = torch.linalg.qr(G.T, mode="r").R.T
+        G = narrowed(G)
         W = torch.cholesky_solve(G, factor)
         del factor  # a matrix, which `Rounding.of` has need of
         rounding, constant = Rounding.of(H, A, G, W, consumer.e, responses)

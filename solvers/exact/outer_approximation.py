@@ -21,12 +21,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from solvers.aligned import unit_rows
 from solvers.bounds.quadratic import QuadraticBound, is_definite, scaled_diagonal
 from solvers.bounds.relaxation import Effort, Relaxation, Start, relax
 from solvers.bounds.removal import ConsumerRemoval, RemovalTerms
 from solvers.errors import BackendError
 from solvers.heuristics.local_search import LocalSearch
-from solvers.pivot import solve_spd, unit_rows
+from solvers.pivot import solve_spd
 from solvers.problem import SubsetProblem
 from solvers.protocol import Selection, Status
 from solvers.refit import loss_rounding, refit

@@ -9,8 +9,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from solvers.aligned import equal_width
 from solvers.errors import BackendError
-from solvers.pivot import equal_width
 from solvers.problem import Consumer, SubsetProblem
 from solvers.protocol import BackendKind, Capabilities, Selection, Status
 from solvers.refit import refit

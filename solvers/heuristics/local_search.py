@@ -127,6 +127,7 @@ class LocalSearch:
         while (swap := _best_swap(state)).gain > self.tolerance * loss:
             if made == limit:
                 return made, False
+            state.hold_products()
             state.sweep([swap.leave, swap.enter])
             loss -= swap.gain
             made += 1

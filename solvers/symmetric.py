@@ -1,0 +1,273 @@
+"""Symmetric matrices in half of their memory, factorized and inverted in place.
+
+Rows are held in panels of some hundreds; the panel of rows ``a .. b`` has columns ``0 .. b``, so
+that its last square lies on the diagonal.  That costs ``p^2 / 2`` numbers, half a panel aside, and
+all work is products of panels: a factorization ``L L'`` looks up and to the left, and the inverse
+is that of L, times its transpose, as LAPACK's ``potri`` has it (Higham, "Accuracy and Stability of
+Numerical Algorithms", 2002, chapters 10 and 14).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+PANEL_ROWS = 512
+"""Enough for products to run at full speed; a matrix of fewer rows is held whole."""
+
+
+class Symmetric:
+    """A symmetric matrix, or the lower triangle that a factorization leaves in its place.
+
+    Parameters
+    ----------
+    panels
+        The panel of rows ``a .. b`` is (b - a, b); the square on the diagonal is held whole.
+    """
+
+    def __init__(self, panels: list[Tensor]) -> None:
+        self._panels = panels
+
+    @classmethod
+    def empty(cls, rows: int, like: Tensor, *, cut: int = 0, width: int = 1) -> Symmetric:
+        """Return a matrix of any numbers.
+
+        Parameters
+        ----------
+        rows
+            Its order p.
+        like
+            Tells type and device.
+        cut
+            A row at which a panel starts: where a part ends that is factorized alone.
+        width
+            Rows that stay in one panel; divides `cut` and `rows`.
+        """
+        return cls([like.new_empty(b - a, b) for a, b in _edges(rows, cut, width)])
+
+    @classmethod
+    def of(cls, matrix: Tensor, rows: Tensor | None = None) -> Symmetric:
+        """Return a copy of a dense matrix, or of its rows and columns `rows`."""
+        made = cls.empty(len(matrix) if rows is None else len(rows), matrix)
+        for start, panel in made.spans():
+            stop = start + len(panel)
+            if rows is None:
+                panel.copy_(matrix[start:stop, :stop])
+            else:
+                panel.copy_(matrix[rows[start:stop, None], rows[:stop]])
+        return made
+
+    @classmethod
+    def zeros(cls, rows: int, like: Tensor) -> Symmetric:
+        """Return a matrix of zeros, of the type and on the device of `like`."""
+        made = cls.empty(rows, like)
+        for _, panel in made.spans():
+            panel.zero_()
+        return made
+
+    def __len__(self) -> int:
+        return sum(map(len, self._panels))
+
+    def spans(self) -> Iterator[tuple[int, Tensor]]:
+        """Yield the first row of each panel, and the panel."""
+        start = 0
+        for panel in self._panels:
+            yield start, panel
+            start += len(panel)
+
+    # ---- reading and writing -----------------------------------------------------------------
+
+    def dense(self) -> Tensor:
+        """Return the whole matrix, (p, p)."""
+        return self.rows(torch.arange(len(self), device=self._panels[0].device))
+
+    def release(self) -> Tensor:
+        """Return the whole matrix, (p, p), giving the memory of this one back on the way."""
+        p = len(self)
+        whole = self._panels[0].new_empty(p, p)
+        while self._panels:
+            panel = self._panels.pop()
+            stop = panel.shape[1]
+            start = stop - len(panel)
+            whole[start:stop, :stop] = panel
+            whole[:start, start:stop] = panel[:, :start].T
+        return whole
+
+    def rows(self, index: Tensor) -> Tensor:
+        """Return copies of some rows, (r, p)."""
+        if len(self._panels) == 1:
+            return self._panels[0][index]
+        found = self._panels[0].new_empty(len(index), len(self))
+        for start, panel in self.spans():
+            stop = start + len(panel)
+            at = torch.nonzero((index >= start) & (index < stop)).flatten()
+            if len(at):
+                found[at, :stop] = panel[index[at] - start]
+            above = torch.nonzero(index < start).flatten()
+            if len(above):
+                found[above, start:stop] = panel[:, index[above]].T
+        return found
+
+    def set_rows(self, index: Tensor, values: Tensor) -> None:
+        """Write some rows, (r, p), and their columns; `values` is symmetric where they meet."""
+        for start, panel in self.spans():
+            stop = start + len(panel)
+            at = torch.nonzero((index >= start) & (index < stop)).flatten()
+            panel[index[at] - start] = values[at, :stop]
+            here = torch.nonzero(index < stop).flatten()
+            panel[:, index[here]] = values[here, start:stop].T
+
+    def diagonal(self) -> Tensor:
+        """Return a copy of the diagonal, (p,)."""
+        return torch.cat([panel.diagonal(start) for start, panel in self.spans()])
+
+    def diagonal_blocks(self, width: int) -> Tensor:
+        """Return copies of the diagonal blocks, (p / w, w, w); panels hold whole ones."""
+        squares = (panel[:, start:] for start, panel in self.spans())
+        return torch.cat([diagonal_blocks(square, width) for square in squares])
+
+    def add_gram(self, X: Tensor) -> None:
+        """Add ``X'X``, (n, p) by itself; computed in the type of X."""
+        for start, panel in self.spans():
+            stop = start + len(panel)
+            if X.dtype == panel.dtype:
+                panel.addmm_(X[:, start:stop].T, X[:, :stop])
+            else:
+                panel.add_(X[:, start:stop].T @ X[:, :stop])
+
+    def subtract(self, left: Tensor, right: Tensor) -> None:
+        """Subtract a product ``left right``, (p, t) by (t, p), that is symmetric."""
+        for start, panel in self.spans():
+            stop = start + len(panel)
+            panel.addmm_(left[start:stop], right[:, :stop], alpha=-1)
+
+    def keep_only(self, rows: Tensor, *, width: int = 1) -> None:
+        """Drop all rows and columns but some, sorted; memory is given back on the way."""
+        old, self._panels = list(self.spans()), []
+        for start, stop in _edges(len(rows), 0, width):
+            own, columns = rows[start:stop], rows[:stop]
+            panel = old[0][1].new_empty(stop - start, stop)
+            for first, source in old:
+                at = torch.nonzero((own >= first) & (own < first + len(source))).flatten()
+                known = int((columns < first + len(source)).sum())
+                if len(at):
+                    panel[at, :known] = source[own[at, None] - first, columns[:known]]
+            square = panel[:, start:]
+            square.copy_(square.tril() + square.tril(-1).T)
+            self._panels.append(panel)
+            old = [(first, s) for first, s in old if first + len(s) > int(own[-1])]
+
+    def rescale(self, factors: Tensor) -> None:
+        """Multiply rows and columns by (p,) numbers."""
+        for start, panel in self.spans():
+            stop = start + len(panel)
+            panel.mul_(factors[:stop]).mul_(factors[start:stop, None])
+
+    # ---- factorizing -------------------------------------------------------------------------
+
+    def factorize(self, count: int | None = None) -> None:
+        """Put the factor L of the first `count` rows in their place, by default of all.
+
+        Of the rows that follow, ``[B, D]`` becomes ``[B inv(L'), D - B inv(L L') B']``.
+
+        Parameters
+        ----------
+        count
+            A row at which a panel starts, or all.
+
+        Raises
+        ------
+        torch.linalg.LinAlgError
+            If the first `count` rows are not positive definite.
+        """
+        count = len(self) if count is None else count
+        for start, panel in self.spans():
+            for first, factor in self._before(min(start, count)):
+                block, solved = panel[:, first : first + len(factor)], panel[:, :first]
+                block.addmm_(solved, factor[:, :first].T, alpha=-1)
+                block.copy_(_solved(factor[:, first:], block.T).T)
+            if start < count:
+                square, solved = panel[:, start:], panel[:, :start]
+                square.addmm_(solved, solved.T, alpha=-1)
+                square.copy_(torch.linalg.cholesky(square))
+                continue
+            for first, other in self.spans():
+                if count <= first <= start:
+                    block = panel[:, first : first + len(other)]
+                    block.addmm_(panel[:, :count], other[:, :count].T, alpha=-1)
+
+    def _before(self, row: int) -> Iterator[tuple[int, Tensor]]:
+        return ((start, panel) for start, panel in self.spans() if start < row)
+
+    def forward(self, B: Tensor, count: int | None = None) -> None:
+        """Solve ``L x = b`` for the first `count` rows of B, (p, m), in place.
+
+        Of the rows that follow, what they have of the first ones is subtracted.
+        """
+        count = len(self) if count is None else count
+        for start, panel in self.spans():
+            own, known = B[start : start + len(panel)], min(start, count)
+            own.addmm_(panel[:, :known], B[:known], alpha=-1)
+            if start < count:
+                own.copy_(_solved(panel[:, start:], own))
+
+    def backward(self, B: Tensor, count: int | None = None) -> None:
+        """Solve ``L' x = b`` for the first `count` rows of B, (p, m), in place."""
+        leading = self._before(len(self) if count is None else count)
+        for start, panel in reversed(list(leading)):
+            own = B[start : start + len(panel)]
+            own.copy_(torch.linalg.solve_triangular(panel[:, start:].T, own, upper=True))
+            B[:start].addmm_(panel[:, :start].T, own, alpha=-1)
+
+    def divide(self, count: int) -> None:
+        """Multiply the first `count` columns of the rows that follow by ``inv(L)``, in place."""
+        leading = list(self._before(count))
+        for start, panel in self.spans():
+            for first, factor in reversed(leading) if start >= count else ():
+                block = panel[:, first : first + len(factor)]
+                block.copy_(
+                    torch.linalg.solve_triangular(factor[:, first:].T, block.T, upper=True).T
+                )
+                panel[:, :first].addmm_(block, factor[:, :first], alpha=-1)
+
+    def invert(self, count: int | None = None) -> None:
+        """Put ``inv(L L')`` in the place of the factor L of the first `count` rows."""
+        leading = list(self._before(len(self) if count is None else count))
+        for number, (start, panel) in enumerate(leading):
+            square = panel[:, start:]
+            unit = torch.eye(len(panel), dtype=panel.dtype, device=panel.device)
+            square.copy_(_solved(square, unit))
+            product = torch.zeros_like(panel[:, :start])
+            for first, above in leading[:number]:
+                stop = first + len(above)
+                product[:, :stop].addmm_(panel[:, first:stop], above)
+            torch.mm(square, product.neg_(), out=panel[:, :start])
+        for number, (start, panel) in enumerate(leading):
+            own, stop = slice(start, start + len(panel)), start + len(panel)
+            panel.copy_(panel[:, own].T @ panel)
+            for _, below in leading[number + 1 :]:
+                panel.addmm_(below[:, own].T, below[:, :stop])
+
+
+def _edges(rows: int, cut: int, width: int) -> list[tuple[int, int]]:
+    """Return where panels start and end."""
+    step = max(1, PANEL_ROWS // width) * width
+    starts = {*range(0, cut, step), *range(cut, rows, step)}
+    return list(pairwise([*sorted(starts), rows]))
+
+
+def _solved(factor: Tensor, B: Tensor) -> Tensor:
+    """Return ``inv(L) B``."""
+    solved: Tensor = torch.linalg.solve_triangular(factor, B, upper=False)
+    return solved
+
+
+def diagonal_blocks(matrix: Tensor, width: int) -> Tensor:
+    """Return a copy of the diagonal blocks, (n, w, w), of a (n w, n w) matrix."""
+    n = len(matrix) // width
+    strides = (width * (matrix.stride(0) + matrix.stride(1)), *matrix.stride())
+    blocks = matrix.as_strided((n, width, width), strides, matrix.storage_offset())
+    return blocks.clone(memory_format=torch.contiguous_format)
