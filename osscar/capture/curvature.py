@@ -165,7 +165,8 @@ class Factors:
         used = values > _LEAST_SHARE * values[-1]
         root = vectors[:, used] * (values[used] / (2 * predictions * self.energy)).sqrt()
         W0 = self.linear_map.read_weight() @ root
-        return damped_by_input(self.inputs.double(), W0, units=self.linear_map.unit_rows, damp=damp)
+        A = self.inputs.to(torch.float64, copy=True)
+        return damped_by_input(A, W0, units=self.linear_map.unit_rows, damp=damp)
 
 
 @dataclass(frozen=True, eq=False)

@@ -3,7 +3,11 @@
 With targets ``Y = X W0 + share D`` (see `osscar.capture.targets`) everything that a problem needs
 follows from sums over positions: ``X'X``, ``X'D``, ``|D|^2`` and, where the consumer has a bias
 that can take up a constant, the sums of X and of D.  All are summed in float64 from the same
-tensors, so that the energy of the targets is never less than what the inputs explain.
+tensors, so that the energy of the targets is never less than what the inputs explain.  Where
+nothing but ``X'X`` is summed, of inputs in half precision, products of `_EXACT_POSITIONS` at a time
+are summed in float32, which holds each of them exactly: `gram_error` bounds what that costs.
+
+A Gram matrix is symmetric, and half of it is summed: that takes half of the time and of the memory.
 
 Some samples may be held out: their sums are kept apart, no weight is fitted to them, and they
 choose the share.
@@ -15,7 +19,6 @@ Where the data are shared out among processes, their sums are added up once a gr
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import warnings
 from collections.abc import Sequence
@@ -29,6 +32,7 @@ from osscar.core.errors import ModelError, NonFiniteError
 from osscar.core.modules import device_of
 from osscar.core.ranks import Ranks
 from solvers import Consumer, SubsetProblem
+from solvers.symmetric import Symmetric
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,12 +73,50 @@ class Moments:
         """
         if self.C is None or share == 0:
             return None
-        G, C = self.H @ W0, share * self.C
-        return G + C, float((W0 * G).sum() + 2 * (W0 * C).sum()) + share**2 * self.energy
+        G = self.H @ W0
+        energy = _inner(W0, G) + 2 * share * _inner(W0, self.C) + share**2 * self.energy
+        return G.add_(self.C, alpha=share), energy
+
+
+def _inner(A: Tensor, B: Tensor) -> float:
+    """Return ``tr(A'B)``, summed row by row, without a matrix of the products."""
+    return float(torch.einsum("ij,ij->i", A, B).sum())
 
 
 _CONSTANT = 1e-12
 """Share of an input's energy below which its variance is rounding."""
+
+_POSITIONS = 1024
+"""Summed up in float64 at a time: a whole batch in float64 can take more than the Gram matrix."""
+
+_EXACT_POSITIONS = 256
+_HALVES = (torch.bfloat16, torch.float16)
+
+
+def gram_error(dtype: torch.dtype, positions: int) -> float:
+    """Return how far an entry of ``X'X`` may be off, relative to ``|X_i| |X_j|``.
+
+    Sums of n products, each rounded to a unit u, are off by at most ``n u / (1 - n u)`` of the sum
+    of magnitudes (Higham, "Accuracy and Stability of Numerical Algorithms", 2002, section 3.1),
+    which is at most ``|X_i| |X_j|``.  Inputs in half precision are summed in float32 some positions
+    at a time, and their sums in float64: the bound does not grow with the positions.  It is less
+    than a hundredth of what rounding each input to bfloat16 can do.
+
+    Parameters
+    ----------
+    dtype
+        Of the inputs.
+    positions
+        How many there are.
+    """
+
+    def rounded(count: int, unit: float) -> float:
+        return count * unit / (1 - count * unit)
+
+    double = rounded(positions + 1, torch.finfo(torch.float64).eps / 2)
+    if dtype not in _HALVES:
+        return double
+    return double + rounded(_EXACT_POSITIONS, torch.finfo(torch.float32).eps / 2) * (1 + double)
 
 
 class GramAccumulator:
@@ -143,7 +185,7 @@ class GramAccumulator:
         """What was held out, about the means of what weights are fitted to; None if nothing."""
         return None if self._held is None else self._held.moments(about=self._fitted)
 
-    def consumer(self, damp: float, share: float = 1.0) -> Consumer:
+    def consumer(self, damp: float, share: float = 1.0, *, last: bool = False) -> Consumer:
         """Return the quadratic terms of the problem to reproduce the targets on these inputs.
 
         Parameters
@@ -152,6 +194,9 @@ class GramAccumulator:
             Weight of the proximal term, as of `damped_by_input`.
         share
             Of the corrections in the targets.
+        last
+            Whether the sums may become the Hessian, instead of being copied: only `bias` and
+            `positions` are left to be asked then.
 
         Raises
         ------
@@ -177,7 +222,9 @@ class GramAccumulator:
                 "Use more samples or larger ones.",
                 stacklevel=2,
             )
-        moments, W0 = self.fitted, self.linear_map.read_weight()
+        moments, W0 = self._fitted.moments(last=last), self.linear_map.read_weight()
+        if last:
+            self._held = None
         return damped_by_input(
             moments.H,
             W0,
@@ -200,8 +247,8 @@ class GramAccumulator:
         """
         if not self.linear_map.has_bias:
             return None
-        moments = self.fitted
-        return (self.linear_map.read_weight() - W).T @ moments.x + moments.d
+        x, d = self._fitted.means()
+        return (self.linear_map.read_weight() - W).T @ x + d
 
 
 class _Sums:
@@ -212,8 +259,8 @@ class _Sums:
         self.name, self.centered = linear_map.name, linear_map.has_bias
         self.positions = 0
         p, device = linear_map.rows, device_of(linear_map.module)
-        self.gram = torch.zeros(p, p, dtype=torch.float64, device=device)
         self.inputs = torch.zeros(p, dtype=torch.float64, device=device)
+        self.gram: Symmetric | None = Symmetric.zeros(p, self.inputs)
         self.cross: Tensor | None = None
         self.corrections: Tensor | None = None
         self.energy = 0.0
@@ -224,21 +271,27 @@ class _Sums:
                 f"the inputs of {self.name!r} have NaN or infinite entries; check the "
                 "weights before it, or use --dtype float32"
             )
-        X = X.double()
-        self.gram.addmm_(X.T, X)
-        self.positions += len(X)
-        self.inputs += X.sum(0)
-        if D is not None:
-            self._add_corrections(X, D.double())
-
-    def _add_corrections(self, X: Tensor, D: Tensor) -> None:
-        energy = float(D.square().sum())
+        energy = 0.0 if D is None else float(D.double().square().sum())
         if not math.isfinite(energy):
             raise NonFiniteError(
                 f"the outputs of {self.name!r} have NaN or infinite entries; check the "
                 "weights before it, or use --dtype float32"
             )
         self.energy += energy
+        self.positions += len(X)
+        if D is None and not self.centered and X.dtype in _HALVES:
+            for some in torch.split(X, _EXACT_POSITIONS):
+                self._sums().add_gram(some.float())
+                self.inputs += some.sum(0, dtype=torch.float64)
+            return
+        for start in range(0, len(X), _POSITIONS):
+            some = X[start : start + _POSITIONS].double()
+            self._sums().add_gram(some)
+            self.inputs += some.sum(0)
+            if D is not None:
+                self._add_corrections(some, D[start : start + _POSITIONS].double())
+
+    def _add_corrections(self, X: Tensor, D: Tensor) -> None:
         if self.cross is None or self.corrections is None:
             self.cross, self.corrections = X.T @ D, D.sum(0)
         else:
@@ -249,40 +302,66 @@ class _Sums:
         """Start the sums of corrections with nothing, where nothing has come."""
         if self.cross is None:
             m = self.map.read_weight().shape[1]
-            self.cross, self.corrections = (
-                self.gram.new_zeros(len(self.gram), m),
-                self.gram.new_zeros(m),
-            )
+            self.cross = self.inputs.new_zeros(len(self.inputs), m)
+            self.corrections = self.inputs.new_zeros(m)
 
     @property
     def tensors(self) -> list[Tensor]:
         """Everything that is summed, but for the energy."""
-        found = (self.gram, self.inputs, self.cross, self.corrections)
-        return [tensor for tensor in found if tensor is not None]
+        others = (self.inputs, self.cross, self.corrections)
+        panels = (panel for _, panel in self._sums().spans())
+        return [*panels, *(tensor for tensor in others if tensor is not None)]
 
-    def moments(self, about: _Sums | None = None) -> Moments:
-        """Return means, about the means of these or of other sums where the layer has a bias."""
-        n, other = self.positions, about or self
-        H, energy = self.gram / n, self.energy / n
-        C = None if self.cross is None else self.cross / n
-        x, own = other.inputs / other.positions, self.inputs / n
-        d = own_d = torch.zeros((), dtype=torch.float64, device=x.device)
-        if self.corrections is not None and other.corrections is not None:
-            d, own_d = other.corrections / other.positions, self.corrections / n
+    def _sums(self) -> Symmetric:
+        if self.gram is None:
+            raise ModelError(
+                f"what {self.name!r} reads was given away with its problem; measure it again"
+            )
+        return self.gram
+
+    def means(self) -> tuple[Tensor, Tensor]:
+        """Return the means of X and of D."""
+        x = self.inputs / self.positions
+        if self.corrections is None:
+            return x, torch.zeros((), dtype=torch.float64, device=x.device)
+        return x, self.corrections / self.positions
+
+    def moments(self, about: _Sums | None = None, *, last: bool = False) -> Moments:
+        """Return means, about the means of these or of other sums where the layer has a bias.
+
+        Parameters
+        ----------
+        about
+            The other sums.
+        last
+            Whether the matrices of sums may be given up on the way.
+        """
+        n, sums = self.positions, self._sums()
+        C, energy = self.cross, self.energy / n
+        energies = sums.diagonal() / n
+        if last:
+            self.gram = self.cross = None
+        H = sums.release() if last else sums.dense()
+        H.div_(n)
+        if C is not None:
+            C = C.div_(n) if last else C / n
+        (x, d), (own, own_d) = (about or self).means(), self.means()
+        if self.corrections is None or (about or self).corrections is None:
+            d = own_d = torch.zeros((), dtype=torch.float64, device=x.device)
         if self.centered:
             # mean (x - c)(x - c)' = H - m c' - c m' + c c', with m the own mean
-            H = H - torch.outer(own, x) - torch.outer(x, own) + torch.outer(x, x)
+            H.addr_(own, x, alpha=-1).addr_(x, own, alpha=-1).addr_(x, x)
             # An input that is constant has nothing left but rounding, and is dead.
-            constant = H.diagonal() <= _CONSTANT * self.gram.diagonal() / n
+            constant = H.diagonal() <= _CONSTANT * energies
             H[constant] = 0
             H[:, constant] = 0
             if C is not None:
-                C = C - torch.outer(own, d) - torch.outer(x, own_d) + torch.outer(x, d)
+                C.addr_(own, d, alpha=-1).addr_(x, own_d, alpha=-1).addr_(x, d)
                 C[constant] = 0
                 energy = max(energy - 2 * float(own_d @ d) + float(d @ d), 0.0)
-            return Moments(H, C, energy, x, d, H.diagonal())
-        variance = H.diagonal() - own.square()
-        variance[variance <= _CONSTANT * H.diagonal()] = 0
+            return Moments(H, C, energy, x, d, H.diagonal().clone())
+        variance = energies - own.square()
+        variance[variance <= _CONSTANT * energies] = 0
         return Moments(H, C, energy, torch.zeros_like(x), torch.zeros_like(d), variance)
 
 
@@ -333,7 +412,7 @@ def damped_by_input(
 
     The proximal term is ``sum_j damp H_jj |W_j - W0_j|^2``.  Relative to the mean of the diagonal
     it would swamp ordinary inputs wherever a few tokens with massive activations carry most of the
-    trace.
+    trace.  The tensors given are written to, and become those of the consumer.
 
     Parameters
     ----------
@@ -351,10 +430,11 @@ def damped_by_input(
     added = damp * H.diagonal()
     G = e = None
     if targets is not None:
-        pulled = added[:, None] * W0
-        G, e = targets[0] + pulled, targets[1] + float((pulled * W0).sum())
+        G = targets[0].addcmul_(added[:, None], W0)
+        e = targets[1] + float(added @ torch.linalg.vector_norm(W0, dim=1).square())
+    H.diagonal().add_(added)
     return Consumer.from_gram(
-        H + added.diag(), W0, G=G, e=e, units=units, damp=0.0, variance=variance
+        H, W0, G=G, e=e, units=units, damp=0.0, variance=variance, overwrite=True
     )
 
 
@@ -364,6 +444,8 @@ def pose(
     name: str,
     damp: float,
     share: float = 1.0,
+    *,
+    last: bool = False,
 ) -> SubsetProblem:
     """Return the problem of one group, whose loss is the sum over the layers that read it.
 
@@ -383,27 +465,16 @@ def pose(
         Weight of the proximal term, as of `damped_by_input`.
     share
         Of the corrections in the targets.
+    last
+        Whether the sums may be given up, as of `GramAccumulator.consumer`.
     """
-    consumers = [accumulator.consumer(damp, share) for accumulator in accumulators]
+    consumers = [accumulator.consumer(damp, share, last=last) for accumulator in accumulators]
     layers = [accumulator.linear_map.name for accumulator in accumulators]
     totals = dict.fromkeys(layers, 0.0)
     for layer, consumer in zip(layers, consumers, strict=True):
         totals[layer] += consumer.e
     if len(totals) > 1:
-        consumers = [
-            _divided(consumer, totals[layer] or 1.0)
-            for layer, consumer in zip(layers, consumers, strict=True)
-        ]
+        for place, layer in enumerate(layers):
+            # One after the other: what is divided makes way for what comes of it.
+            consumers[place] = consumers[place].divided(totals[layer] or 1.0)
     return SubsetProblem(tuple(consumers), keep, name)
-
-
-def _divided(consumer: Consumer, scale: float) -> Consumer:
-    """Return the same least-squares problem with its loss divided by a number."""
-    return dataclasses.replace(
-        consumer,
-        H=consumer.H / scale,
-        G=consumer.G / scale,
-        e=consumer.e / scale,
-        damping=consumer.damping / scale,
-        variance=None if consumer.variance is None else consumer.variance / scale,
-    )

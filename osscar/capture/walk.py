@@ -89,7 +89,7 @@ class Site:
         return tuple(gram.linear_map for gram in self.grams)
 
     def problem(self, keep: int, damp: float) -> SubsetProblem:
-        """Pose the group's problem.
+        """Pose the group's problem; the sums become its matrices, so that this is done once.
 
         Parameters
         ----------
@@ -98,7 +98,7 @@ class Site:
         damp
             Weight of the proximal term, relative to each entry on the Gram matrix's diagonal.
         """
-        return pose(self.grams, keep, self.group.name, damp, self.share)
+        return pose(self.grams, keep, self.group.name, damp, self.share, last=True)
 
     def regularization(
         self, keep: int, damp: float | None = None, share: float | None = None

@@ -88,7 +88,7 @@ def test_the_gram_matrix_is_that_of_all_windows(pair):
     hidden = torch.relu(model.first(x)).detach()
     X = torch.cat(list(accumulator.linear_map.read_inputs(hidden)))
     assert accumulator.positions == len(X)
-    torch.testing.assert_close(accumulator._fitted.gram, X.T @ X)
+    torch.testing.assert_close(accumulator._fitted.gram.dense(), X.T @ X)
 
 
 def test_the_windows_are_those_of_torch_unfold():
@@ -99,7 +99,7 @@ def test_the_windows_are_those_of_torch_unfold():
     hidden = torch.relu(model.first(x)).detach()
     X = F.unfold(hidden, (3, 2), dilation=(2, 1), padding=(1, 2), stride=(2, 1))
     X = X.mT.reshape(-1, X.shape[1])
-    torch.testing.assert_close(accumulator._fitted.gram, X.T @ X)
+    torch.testing.assert_close(accumulator._fitted.gram.dense(), X.T @ X)
 
 
 @pytest.mark.parametrize("limit", [1, 2000, 10**6])
@@ -112,7 +112,7 @@ def test_memory_is_bounded_and_the_gram_matrix_stays_the_same(pair, limit, monke
     row = whole[0, 0].numel() * 8
     assert max(piece.numel() * 8 for piece in pieces) <= max(limit, row)
     assert len(pieces) == 1 if limit == 10**6 else len(pieces) > 1
-    torch.testing.assert_close(sum(p.T @ p for p in pieces), accumulator._fitted.gram)
+    torch.testing.assert_close(sum(p.T @ p for p in pieces), accumulator._fitted.gram.dense())
 
 
 def write(accumulators, weights):
@@ -267,7 +267,7 @@ def test_every_call_of_a_consumer_counts():
     _, (accumulator,), x = measured(model, (3, 2, 5, 5))
     assert accumulator.positions == 2 * 3 * 25
     X = torch.cat([model.first(x), model.first(-x)]).detach().movedim(1, -1).flatten(0, -2)
-    torch.testing.assert_close(accumulator._fitted.gram, X.T @ X)
+    torch.testing.assert_close(accumulator._fitted.gram.dense(), X.T @ X)
 
 
 class Functional(nn.Module):
