@@ -23,7 +23,7 @@ from solvers.aligned import Aligned, unit_rows
 from solvers.problem import Consumer, SubsetProblem
 
 _PROBES = 16
-_ELEMENTS = 1 << 20
+_ELEMENTS = 1 << 18
 """Of rows that are read at a time."""
 
 

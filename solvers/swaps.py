@@ -31,8 +31,11 @@ from solvers.problem import Consumer
 
 _EPS = torch.finfo(torch.float64).eps
 
-_PASS_ELEMENTS = 1 << 20
+_PASS_ELEMENTS = 1 << 18
 """Elements of one intermediate in a pass over pairs; bounds the memory of the search."""
+
+_PASS_ROWS = 64
+"""But no fewer rows: products of few of them are slow."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +88,7 @@ def _most(state: PivotState, gains_of: Callable[[Tensor, Tensor], Tensor]) -> Sw
     if len(removed) == 0:
         return best
     block = max(consumer.width for consumer in state.consumers) ** 2
-    step = max(1, _PASS_ELEMENTS // (len(removed) * block))
+    step = max(1, _PASS_ROWS // block, _PASS_ELEMENTS // (len(removed) * block))
     for some in torch.split(kept, step):
         gains = gains_of(some, removed)
         index = int(gains.argmax())

@@ -297,7 +297,9 @@ def test_every_group_is_measured_through_what_was_committed_before_it(case):
             for gram, expected in zip(site.grams, gram_matrices(ready, site.group), strict=True):
                 scale = expected.diagonal().mean()
                 close = TOLERANCE.get(name, 1e-5) * scale
-                torch.testing.assert_close(gram._fitted.gram.dense(), expected, rtol=0, atol=float(close))
+                torch.testing.assert_close(
+                    gram._fitted.gram.dense(), expected, rtol=0, atol=float(close)
+                )
             site.commit(half_gone(site))
             seen.append(site.group.name)
     assert sorted(seen) == sorted(group.name for group in groups)
@@ -311,7 +313,9 @@ def test_without_commits_one_pass_measures_every_group(case):
         way = walk(ready, groups, in_turn=False)
         for site in way:
             for gram, expected in zip(site.grams, gram_matrices(ready, site.group), strict=True):
-                torch.testing.assert_close(gram._fitted.gram.dense(), expected, rtol=1e-6, atol=1e-6)
+                torch.testing.assert_close(
+                    gram._fitted.gram.dense(), expected, rtol=1e-6, atol=1e-6
+                )
             with pytest.raises(ModelError, match="walk in turn"):
                 site.commit(half_gone(site))
         assert way.passes == 1
