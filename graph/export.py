@@ -77,16 +77,8 @@ def export_model(model: torch.nn.Module, example_inputs: ExampleInputs) -> Progr
         If the model cannot be exported.
     """
     args, kwargs = _bind(model, example_inputs)
-    with preserved(model), _evaluating(model), _silenced(), torch.no_grad():
-        try:
-            exported = torch.export.export(model, args, kwargs, strict=False)
-        except Exception as error:  # anything the user's forward may raise
-            raise _explained(error, model) from error
-    names = _canonical_names(model)
-    tensors = {
-        names[name]: TensorInfo(names[name], tuple(tensor.shape), is_parameter)
-        for name, tensor, is_parameter in _named_tensors(model)
-    }
+    exported = run_export(model, args, kwargs)
+    names = canonical_names(model)
     kinds = (InputKind.PARAMETER, InputKind.BUFFER)
     holders = {
         spec.arg.name: names[spec.target]
@@ -95,13 +87,52 @@ def export_model(model: torch.nn.Module, example_inputs: ExampleInputs) -> Progr
     }
     return Program(
         tuple(inlined(exported.graph_module).nodes),
-        tensors,
+        tensors_of(model),
         holders,
-        dict(_integer_lists(exported)),
+        dict(integer_lists(exported)),
     )
 
 
-def _integer_lists(exported: torch.export.ExportedProgram) -> Iterator[tuple[str, tuple[int, ...]]]:
+def run_export(
+    model: torch.nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    dynamic: Any = None,
+) -> torch.export.ExportedProgram:
+    """Call `torch.export` on a model in eval mode, which is left as it was.
+
+    Parameters
+    ----------
+    model, args, kwargs
+        What is called.
+    dynamic
+        Which sizes of the inputs may differ from those of the example, as `torch.export` has it.
+
+    Raises
+    ------
+    TraceError
+        If the model cannot be exported.
+    """
+    with preserved(model), _evaluating(model), _silenced(), torch.no_grad():
+        try:
+            return torch.export.export(
+                model, args, dict(kwargs), dynamic_shapes=dynamic, strict=False
+            )
+        except Exception as error:  # anything the user's forward may raise
+            raise _explained(error, model) from error
+
+
+def tensors_of(model: torch.nn.Module) -> dict[str, TensorInfo]:
+    """Describe the parameters and buffers of a model, by the first of their names."""
+    names = canonical_names(model)
+    return {
+        names[name]: TensorInfo(names[name], tuple(tensor.shape), is_parameter)
+        for name, tensor, is_parameter in _named_tensors(model)
+    }
+
+
+def integer_lists(exported: torch.export.ExportedProgram) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Yield the short lists of integers in the code: the name of each, and what it holds."""
     for spec in exported.graph_signature.input_specs:
         constant = exported.constants.get(spec.target or "")
         if spec.kind is not InputKind.CONSTANT_TENSOR or not isinstance(constant, torch.Tensor):
@@ -116,6 +147,19 @@ def module_of(node: torch.fx.Node) -> str:
     stack = list((node.meta.get("nn_module_stack") or {}).values())
     # A module called again is recorded as ``name@1``.
     return re.sub(r"@\d+", "", stack[-1][0]) if stack else ""
+
+
+def concrete(size: int | torch.SymInt) -> int | None:
+    """Return what a size is for the example inputs; None if it depends on their values."""
+    if not isinstance(size, torch.SymInt):
+        return size
+    known = size.node.hint
+    return known if isinstance(known, int) else None
+
+
+def varies(size: int | torch.SymInt) -> bool:
+    """Whether a size in a trace is another one for other inputs."""
+    return isinstance(size, torch.SymInt) and size.node.maybe_as_int() is None
 
 
 # ---- inputs ------------------------------------------------------------------------------
@@ -209,7 +253,7 @@ def _named_tensors(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor, 
         yield name, buffer, False
 
 
-def _canonical_names(model: torch.nn.Module) -> dict[str, str]:
+def canonical_names(model: torch.nn.Module) -> dict[str, str]:
     """Map every name of a tensor to the first one."""
     first: dict[int, str] = {}
     return {name: first.setdefault(id(tensor), name) for name, tensor, _ in _named_tensors(model)}

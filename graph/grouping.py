@@ -35,8 +35,18 @@ def build_groups(
 ) -> tuple[CouplingGroup, ...]:
     """Return the coupling groups of a propagated program, in execution order.
 
-    Every free axis that some parameter produces or consumes becomes a group.  Two prunable groups
-    never share a parameter dimension as factors of one product: where they would, one is frozen.
+    Two prunable groups never share a parameter dimension as factors of one product: where they
+    would, one is frozen.
+    """
+    return tuple(groups_by_axis(propagation, tensors).values())
+
+
+def groups_by_axis(
+    propagation: Propagation, tensors: Mapping[str, TensorInfo]
+) -> dict[int, CouplingGroup]:
+    """Return the coupling groups by their axes, in execution order.
+
+    Every free axis that some parameter produces or consumes becomes a group.
     """
     axes = propagation.axes
     places, uneven = _locate(propagation)
@@ -51,8 +61,8 @@ def build_groups(
     for axis in factors:
         freezes[axis] = freezes[axis] or [_NESTED]
     naming = Naming(propagation, slots, factors)
-    return tuple(
-        CouplingGroup(
+    return {
+        axis: CouplingGroup(
             name=naming.names[axis],
             kind=naming.kinds[axis],
             units=axes.axis_size(axis),
@@ -61,7 +71,7 @@ def build_groups(
             frozen=tuple(freezes[axis]),
         )
         for axis in slots
-    )
+    }
 
 
 # ---- places ------------------------------------------------------------------------------

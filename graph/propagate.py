@@ -13,7 +13,7 @@ import torch
 from graph.axes import Axes, Layout
 from graph.call import Call, Findings, HeadUse, Result, Shape, Use, Value
 from graph.errors import RuleError, TraceError
-from graph.export import Program, module_of
+from graph.export import Program, concrete, module_of
 from graph.groups import Freeze
 from graph.rules.table import RuleTable, aten
 
@@ -56,6 +56,8 @@ class Propagation:
     heads: Sequence[HeadUse]
     written: Sequence[Layout]
     operators: tuple[Operator, ...]
+    values: Mapping[torch.fx.Node, Any]
+    """For each node a `Value`, or a tuple of them; or a number."""
 
 
 def propagate(
@@ -120,6 +122,7 @@ class _Walk:
             heads=found.heads,
             written=found.written,
             operators=tuple(self.operators),
+            values=self.results,
         )
 
     def _placeholder(self, node: torch.fx.Node) -> Value | None:
@@ -151,6 +154,8 @@ class _Walk:
             source, index = cast(tuple[torch.fx.Node, int], node.args)
             result = self.results[source]
             return result[index] if isinstance(result, tuple) else result
+        if isinstance(node.meta.get("val"), int | torch.SymInt):
+            return concrete(node.meta["val"])
         call = self._described(node, order)
         if not call.shapes:
             return None
@@ -276,14 +281,15 @@ def _target_name(node: torch.fx.Node) -> str:
 def _shapes(value: object, module: str) -> tuple[Shape, ...]:
     """Return the shapes of a traced value: one for a tensor, several for a list of tensors."""
     if isinstance(value, torch.Tensor):
-        if any(isinstance(size, torch.SymInt) for size in value.shape):
+        sizes = tuple(map(concrete, value.shape))
+        if None in sizes:
             raise TraceError(
                 f"the shape {tuple(value.shape)} of a tensor depends on the values in another",
                 module,
                 "Selections by a mask, such as x[x > 0], have no size that could be known in "
                 "advance; write them as products with the mask.",
             )
-        return (tuple(value.shape),)
+        return (cast(Shape, sizes),)
     if isinstance(value, list | tuple):
         return tuple(shape for item in value for shape in _shapes(item, module))
     return ()

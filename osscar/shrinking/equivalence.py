@@ -100,7 +100,7 @@ def finer_precision(model: nn.Module, example: Inputs | None = None) -> Iterator
     formats = {name: tensor.dtype for name, tensor in _tensors(model)}
     for _, tensor in _tensors(model):
         tensor.data = tensor.data.to(_FINER.get(tensor.dtype, tensor.dtype))
-    if example is not None and not _runs(model, example):
+    if example is not None and not runs(model, example):
         _return_to(model, formats)
     try:
         yield
@@ -113,7 +113,7 @@ def _return_to(model: nn.Module, formats: Mapping[str, torch.dtype]) -> None:
         tensor.data = tensor.data.to(formats.get(name, tensor.dtype))
 
 
-def _runs(model: nn.Module, example: Inputs) -> bool:
+def runs(model: nn.Module, example: Inputs) -> bool:
     """Whether a model can be called."""
     try:
         _call(model, example)

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import enum
 import itertools
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
+import torch
 from pydantic import AfterValidator, ConfigDict
-from torch import nn
+from torch import Tensor, nn
 
 from graph.groups import CouplingGroup, Role, Slot, UnitKind
 from osscar.core.errors import CheckpointError, FileError, OptionError
@@ -56,6 +60,15 @@ def _checked_integer(integer: Integer) -> Integer:
     ):
         raise ValueError(f"{integer.attribute!r} of {integer.module!r} is no number of a module")
     return integer
+
+
+class Form(enum.StrEnum):
+    """What of a model is shrunk."""
+
+    MODULE = "module"
+    """Its modules, whose code has to work with fewer units."""
+    GRAPH = "graph"
+    """Its exported program, in which every size is known."""
 
 
 @dataclass(frozen=True)
@@ -110,6 +123,56 @@ class Integer:
     value: int | tuple[int, ...]
 
 
+_TRACED_FORMATS = {
+    str(kind).removeprefix("torch."): kind
+    for kind in (
+        *(torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.complex64),
+        *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool),
+    )
+}
+_MOST_TRACED = 2**26
+"""No example has as many numbers."""
+
+
+def _checked_input(given: TracedInput) -> TracedInput:
+    sizes = given.shape
+    fits = sizes and all(0 < size < _MOST for size in sizes) and math.prod(sizes) <= _MOST_TRACED
+    fits = fits and all(0 <= dim < len(sizes) for dim in given.varies)
+    if not given.name.isidentifier() or given.dtype not in _TRACED_FORMATS or not fits:
+        raise ValueError(f"{given.name!r} is no input of a model")
+    return given
+
+
+@dataclass(frozen=True)
+class TracedInput:
+    """The form of a tensor that a program was traced with.
+
+    Parameters
+    ----------
+    name
+        Of the argument of the model.
+    shape, dtype
+        Of the tensor, as ``float32`` and the like.
+    varies
+        The dimensions whose sizes were left open where the model does so.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    varies: tuple[int, ...]
+
+    @classmethod
+    def of(cls, name: str, tensor: Tensor, varies: Iterable[int]) -> TracedInput:
+        """Describe a tensor."""
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        return cls(name, tuple(tensor.shape), dtype, tuple(varies))
+
+    def example(self) -> Tensor:
+        """Return zeros of that form."""
+        return torch.zeros(self.shape, dtype=_TRACED_FORMATS[self.dtype])
+
+
 @dataclass(frozen=True)
 class PruningPlan:
     """Everything that one pruning run removed.
@@ -121,12 +184,21 @@ class PruningPlan:
     integers
         Numbers that modules keep and that follow the groups, as far as slicing does not know them
         by itself.
+    traced
+        The inputs with which the model was traced, if it is its exported program that was shrunk;
+        empty if it is its modules.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
     groups: tuple[Annotated[GroupPlan, AfterValidator(_checked_group)], ...]
     integers: tuple[Annotated[Integer, AfterValidator(_checked_integer)], ...] = ()
+    traced: tuple[Annotated[TracedInput, AfterValidator(_checked_input)], ...] = ()
+
+    @property
+    def form(self) -> Form:
+        """What of the model was shrunk."""
+        return Form.GRAPH if self.traced else Form.MODULE
 
     @property
     def tensors(self) -> frozenset[str]:

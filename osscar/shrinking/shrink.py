@@ -77,8 +77,8 @@ def shrink(
         If the outputs differ; `AdapterError` if a module cannot follow.
     """
     check_plan(plan)
-    _check_inputs(inputs)
-    _check_tolerance(tolerance)
+    check_inputs(inputs)
+    check_tolerance(tolerance)
     with evaluating(model), restored_on_error(model):
         proof = _Attempt(model, plan, inputs, tolerance)
         try:
@@ -106,7 +106,7 @@ def rehearse(
         _Attempt(model, plan, inputs, tolerance).run()
 
 
-def _check_inputs(inputs: Sequence[Inputs]) -> None:
+def check_inputs(inputs: Sequence[Inputs]) -> None:
     """Refuse anything but a list of inputs of a forward pass."""
     are_inputs = isinstance(inputs, list | tuple) and all(
         isinstance(one, tuple | Mapping) for one in inputs
@@ -118,7 +118,8 @@ def _check_inputs(inputs: Sequence[Inputs]) -> None:
         )
 
 
-def _check_tolerance(tolerance: float | None) -> None:
+def check_tolerance(tolerance: float | None) -> None:
+    """Refuse what is no share of the largest output."""
     is_number = isinstance(tolerance, int | float) and not isinstance(tolerance, bool)
     if tolerance is not None and not (is_number and 0 <= tolerance < math.inf):
         raise OptionError(f"tolerance is {shown(tolerance)}; give a number from 0, or None")
@@ -135,9 +136,9 @@ class _Attempt:
         tolerance: float | None,
     ) -> None:
         self.model, self.plan, self.inputs, self.tolerance = model, plan, inputs, tolerance
-        _fold_named(model, plan, inputs)
+        fold_named(model, plan, inputs)
         with masked(model, plan):  # as it came: whatever is done to it must not change this
-            self.expected = _outputs_before(model, inputs)
+            self.expected = outputs_before(model, inputs)
             self.cached = _cached(model, inputs)
         prepare(model)
         prove_equal(self.expected, self.expected)  # that there is something to compare
@@ -160,7 +161,7 @@ class _Attempt:
         return max(error, prove_equal(self.cached, found, tolerance=self.tolerance))
 
 
-def _fold_named(model: nn.Module, plan: PruningPlan, inputs: Sequence[Inputs]) -> None:
+def fold_named(model: nn.Module, plan: PruningPlan, inputs: Sequence[Inputs]) -> None:
     """Fold the normalized weights that a plan cuts as plain ones, and prove that nothing changes.
 
     Raises
@@ -170,14 +171,14 @@ def _fold_named(model: nn.Module, plan: PruningPlan, inputs: Sequence[Inputs]) -
     """
     folded = fold(model, plan.tensors)
     if folded:
-        found = _outputs_before(model, inputs)
+        found = outputs_before(model, inputs)
         for one in folded:
             one.undo()
-        prove_equal(_outputs_before(model, inputs), found)
+        prove_equal(outputs_before(model, inputs), found)
         fold(model, plan.tensors)
 
 
-def _outputs_before(model: nn.Module, inputs: Sequence[Inputs]) -> list[Tensor]:
+def outputs_before(model: nn.Module, inputs: Sequence[Inputs]) -> list[Tensor]:
     """Return what a model puts out before anything is done to it.
 
     Raises

@@ -18,7 +18,7 @@ from osscar.core.modules import check_module, restored_on_error
 from osscar.shrinking.fold import fold
 from osscar.shrinking.follow import mend, prepare, refresh
 from osscar.shrinking.lineage import lineage_of, note
-from osscar.shrinking.plan import GroupPlan, Integer, PruningPlan, check_plan
+from osscar.shrinking.plan import Form, GroupPlan, Integer, PruningPlan, check_plan
 
 
 def slice_units(model: nn.Module, plan: PruningPlan) -> None:
@@ -44,6 +44,11 @@ def slice_units(model: nn.Module, plan: PruningPlan) -> None:
     """
     check_module(model)
     check_plan(plan)
+    if plan.form is not Form.MODULE:
+        raise ModelError(
+            "the plan was carried out on the exported program of a model, whose modules may not be "
+            "able to follow; osscar.load replays it"
+        )
     with restored_on_error(model):
         fold(model, plan.tensors)
         prepare(model)

@@ -144,9 +144,8 @@ _STEPS = (
 )
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
-@given(st.data())
-def test_whatever_is_prunable_is_sound(data: st.DataObject) -> None:
+def random_network(data: st.DataObject) -> nn.Module:
+    """Draw a network that reads rows of five features."""
     torch.manual_seed(0)
     net = Chain(5)
     net.add(_dense(data, net))
@@ -160,6 +159,13 @@ def test_whatever_is_prunable_is_sound(data: st.DataObject) -> None:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.div_(math.sqrt(max(parameter.shape[-1], 1)))
+    return model
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@given(st.data())
+def test_whatever_is_prunable_is_sound(data: st.DataObject) -> None:
+    model = random_network(data)
     inputs = (torch.randn(16, 5),)
     for group in graph.trace(model, inputs).prunable:
         assert_masked(model, group, inputs)

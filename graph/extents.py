@@ -1,0 +1,231 @@
+"""Which positions of every value of a program stay, when units of some groups leave."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field
+from fractions import Fraction
+from functools import cached_property
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from graph.axes import Axes, Layout
+from graph.call import Value
+from graph.errors import UnknownGroupError
+from graph.export import varies
+from graph.grouping import groups_by_axis
+from graph.groups import CouplingGroup, Slot
+from graph.propagate import propagate
+from graph.rules import DEFAULT
+from graph.standalone import Standalone, export_standalone
+
+
+@dataclass(frozen=True, eq=False)
+class Extent:
+    """A dimension of a value, and what stays of it.
+
+    Parameters
+    ----------
+    size
+        How many positions it has in the example.
+    stays
+        Which of them stay, (size,) bool; None if all do.
+    ratio
+        The share that stays, if it is the same whatever the sizes of the inputs are; else None.
+    varies
+        Whether it varies with the sizes of the inputs.
+    """
+
+    size: int
+    stays: Tensor | None = None
+    ratio: Fraction | None = Fraction(1)
+    varies: bool = False
+
+    @property
+    def whole(self) -> bool:
+        """Whether every position stays."""
+        return self.stays is None
+
+    @cached_property
+    def kept(self) -> int:
+        """How many positions stay."""
+        return self.size if self.stays is None else int(self.stays.sum())
+
+    def before(self, position: int) -> int:
+        """Return how many of the first positions stay."""
+        return position if self.stays is None else int(self.stays[:position].sum())
+
+
+Extents: TypeAlias = tuple[Extent, ...]
+"""The dimensions of one value."""
+
+
+@dataclass(frozen=True, eq=False)
+class TracedProgram:
+    """A program with the axes of all of its values.
+
+    Parameters
+    ----------
+    standalone
+        The program.
+    axes, values
+        The layouts, by node.
+    tensors
+        Those of the model's tensors, by name.
+    groups
+        The coupling groups, by their axes.
+    """
+
+    standalone: Standalone
+    axes: Axes = field(repr=False)
+    values: Mapping[Node, Any] = field(repr=False)
+    tensors: Mapping[str, tuple[Layout, ...]] = field(repr=False)
+    groups: Mapping[int, CouplingGroup] = field(repr=False)
+
+    def axis_of(self, slots: Iterable[Slot]) -> int:
+        """Return the axis whose units own the given slots, all of them and no others.
+
+        Raises
+        ------
+        UnknownGroupError
+            If there is none, or it must not be pruned.
+        """
+        wanted = _places(slots)
+        for axis, group in self.groups.items():
+            if _places(group.slots) == wanted:
+                if group.frozen:
+                    raise UnknownGroupError(
+                        f"it is frozen in the exported program: {group.frozen[0].reason}"
+                    )
+                return axis
+        raise UnknownGroupError("the exported program has no group of the same tensors")
+
+    def staying(self, kept: Mapping[int, Collection[int]]) -> Staying:
+        """Return what stays of every value.
+
+        Parameters
+        ----------
+        kept
+            For the axis of each group that loses units, those that stay.
+        """
+        return Staying(self, kept)
+
+
+_Place: TypeAlias = tuple[str, int, int, int, int, int]
+
+
+def _places(slots: Iterable[Slot]) -> set[_Place]:
+    return {(s.tensor, s.dim, s.units, s.outer, s.inner, s.offset) for s in slots}
+
+
+class Staying:
+    """What stays of every value of a program.
+
+    Parameters
+    ----------
+    program
+        The program.
+    kept
+        For each axis that loses units, those that stay.
+    """
+
+    def __init__(self, program: TracedProgram, kept: Mapping[int, Collection[int]]) -> None:
+        self._program, self._axes = program, program.axes
+        self._masks = {axis: self._mask_of(axis, units) for axis, units in kept.items()}
+        self._known: dict[Layout, Extent] = {}
+
+    def _mask_of(self, axis: int, units: Collection[int]) -> Tensor:
+        mask = torch.zeros(self._axes.axis_size(axis), dtype=torch.bool)
+        mask[torch.tensor(sorted(units), dtype=torch.int64)] = True
+        return mask
+
+    def of(self, node: Node) -> tuple[Extents, ...]:
+        """Return the dimensions of what a node puts out, for each tensor in it."""
+        result, traced = self._program.values.get(node), node.meta.get("val")
+        values = result if isinstance(result, tuple | list) else (result,)
+        tensors = traced if isinstance(traced, tuple | list) else (traced,)
+        return tuple(
+            tuple(map(_marked, self._of_dims(value.dims), tensor.shape))
+            for value, tensor in zip(values, tensors, strict=False)
+            if isinstance(value, Value) and isinstance(tensor, Tensor)
+        )
+
+    def of_tensor(self, name: str) -> Extents:
+        """Return the dimensions of a parameter or buffer."""
+        return self._of_dims(self._program.tensors[name])
+
+    def _of_dims(self, dims: Iterable[Layout]) -> Extents:
+        return tuple(self._of_layout(layout) for layout in dims)
+
+    def _of_layout(self, layout: Layout) -> Extent:
+        if layout not in self._known:
+            self._known[layout] = self._computed(self._axes.resolve(layout))
+        return self._known[layout]
+
+    def _computed(self, layout: Layout) -> Extent:
+        size = self._axes.size(layout)
+        if self._axes.leaves(layout).isdisjoint(self._masks):
+            return Extent(size)
+        stays = torch.cat([self._of_segment(segment) for segment in layout])
+        ratio = Fraction(int(stays.sum()), size) if len(layout) == 1 else None
+        return Extent(size, stays, ratio)
+
+    def _of_segment(self, segment: tuple[int, ...]) -> Tensor:
+        """Return which positions of a product stay: those all of whose factors do."""
+        stays = torch.ones(1, dtype=torch.bool)
+        for axis in segment:
+            stays = (stays[:, None] & self._of_axis(axis)[None, :]).flatten()
+        return stays
+
+    def _of_axis(self, axis: int) -> Tensor:
+        bound = self._axes.parts(axis)
+        if bound is not None:
+            extent = self._of_layout(bound)
+            if extent.stays is not None:
+                return extent.stays
+        elif axis in self._masks:
+            return self._masks[axis]
+        return torch.ones(self._axes.axis_size(axis), dtype=torch.bool)
+
+
+def _marked(extent: Extent, size: int | torch.SymInt) -> Extent:
+    """Say of a dimension whether it varies with the sizes of the inputs."""
+    return dataclasses.replace(extent, varies=True) if varies(size) else extent
+
+
+def trace_program(
+    model: torch.nn.Module, example: Mapping[str, Tensor], left_open: Mapping[str, Collection[int]]
+) -> TracedProgram:
+    """Trace a model as a program of its own, and find the axes of all of its values.
+
+    Parameters
+    ----------
+    model
+        In evaluation mode; left as it was.
+    example
+        Keyword arguments of its forward pass, tensors with two samples or more.
+    left_open
+        Dimensions of the inputs whose sizes are left open where the model does so, 0 among them.
+
+    Raises
+    ------
+    ExampleInputError
+        If an argument is no tensor, or none of that name is taken.
+    TraceError
+        If it cannot be exported, or only for the number of samples in the example.
+    RuleError
+        If a propagation rule is wrong.
+    """
+    standalone = export_standalone(model, example, left_open)
+    found = propagate(standalone.program, DEFAULT)
+    return TracedProgram(
+        standalone,
+        found.axes,
+        found.values,
+        found.tensors,
+        groups_by_axis(found, standalone.program.tensors),
+    )

@@ -1,0 +1,301 @@
+"""Shrink the exported program of a model, and prove it as a shrunk model is proved."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from osscar.core.errors import AdapterError, OptionError, first_line
+from osscar.core.inputs import shown
+from osscar.core.modules import evaluating, restored
+from osscar.shrinking.equivalence import (
+    Inputs,
+    finer_precision,
+    proof_outputs,
+    prove_equal,
+    runs,
+)
+from osscar.shrinking.fold import fold
+from osscar.shrinking.follow import prepare
+from osscar.shrinking.lineage import lineage_of, note
+from osscar.shrinking.mask import masked
+from osscar.shrinking.plan import Form, PruningPlan, TracedInput, check_plan
+from osscar.shrinking.program import DenseProgram, ProgramModule
+from osscar.shrinking.shrink import (
+    Proof,
+    check_inputs,
+    check_tolerance,
+    fold_named,
+    outputs_before,
+)
+from osscar.shrinking.slice import slice_units
+
+
+@dataclass(frozen=True, eq=False)
+class ShrunkProgram:
+    """A smaller program and its proof.
+
+    Parameters
+    ----------
+    model
+        The program, as a module in evaluation mode.
+    proof
+        What was removed, with the form of the inputs that the model was traced with, and how far
+        its outputs are from those of the masked model.
+    """
+
+    model: ProgramModule
+    proof: Proof
+
+
+def shrink_program(
+    model: nn.Module,
+    plan: PruningPlan,
+    inputs: Sequence[Inputs],
+    example: Mapping[str, Tensor],
+    *,
+    tolerance: float | None = None,
+) -> ShrunkProgram:
+    """Make a smaller model of a model's exported program, and prove that nothing else has changed.
+
+    It works where the code of modules cannot follow: whatever sizes that code computes are numbers
+    in the program, and these follow their axes.  The proof is that of `osscar.shrink`, in the
+    model's number format and in the next finer one.
+
+    Parameters
+    ----------
+    model
+        As it was afterwards; the program shares no tensor with it.
+    plan
+        What stays.
+    inputs
+        On which both are compared, best of more than one number of samples.  Where the program
+        takes inputs of other sizes than those of the example, half and twice that size are tried,
+        too.
+    example
+        What the model is traced with: keyword arguments of its forward pass, tensors of two samples
+        or more.
+    tolerance
+        Largest difference allowed, relative to the largest output; by default that of the number
+        format.
+
+    Raises
+    ------
+    ModelError
+        If the plan does not fit the model, or the model cannot run on the inputs.
+    OptionError
+        If plan, inputs, example or tolerance are none.
+    EquivalenceError
+        If the outputs differ; `AdapterError` if there is no such program, or something in it cannot
+        follow.
+    """
+    check_plan(plan)
+    check_inputs(inputs)
+    check_tolerance(tolerance)
+    check_example(example)
+    with evaluating(model), restored(model):
+        fold_named(model, plan, inputs)
+        prepare(model)
+        finer = _proved_finer(model, plan, inputs, example, tolerance)
+        trial = ProgramTrial(model, example, inputs)
+        program, error = trial.proved(plan, tolerance)
+    plan = dataclasses.replace(plan, traced=trial.traced)
+    return ShrunkProgram(_noted(program, model, plan), Proof(plan, max(error, finer)))
+
+
+def replayed(model: nn.Module, plan: PruningPlan) -> nn.Module:
+    """Carry out a plan again, on modules or on the exported program; proved it was before.
+
+    Parameters
+    ----------
+    model
+        Dense, with any weights; modules are changed in place.
+    plan
+        What stays.
+
+    Raises
+    ------
+    ModelError
+        If the plan does not fit the model; `AdapterError` if its program does not follow.
+    """
+    check_plan(plan)
+    if plan.form is Form.MODULE:
+        slice_units(model, plan)
+        return model
+    fold(model, plan.tensors)
+    prepare(model)
+    example = _cast({given.name: given.example() for given in plan.traced}, model)
+    varies = {given.name: given.varies for given in plan.traced}
+    with evaluating(model):
+        program = DenseProgram.of(model, example, varies).shrunk(plan)
+    return _noted(program, model, plan)
+
+
+def _noted(program: ProgramModule, model: nn.Module, plan: PruningPlan) -> ProgramModule:
+    """Let a program know what is known of the model that it was made of."""
+    before = lineage_of(model)
+    note(program, **{**vars(before), "plans": (*before.plans, plan)})
+    return program
+
+
+def check_example(example: object) -> None:
+    """Refuse what a program cannot be traced with.
+
+    Raises
+    ------
+    OptionError
+        Saying what it is.
+    """
+    tensors = isinstance(example, Mapping) and all(
+        isinstance(name, str) and isinstance(value, Tensor) and value.dim() and len(value) > 1
+        for name, value in example.items()
+    )
+    if not tensors or not example:
+        raise OptionError(
+            f"the example is {shown(example)}; give a dict of tensors by argument name, each with "
+            "two samples or more"
+        )
+
+
+def _proved_finer(
+    model: nn.Module,
+    plan: PruningPlan,
+    inputs: Sequence[Inputs],
+    example: Mapping[str, Tensor],
+    tolerance: float | None,
+) -> float:
+    """Prove the same on a trace in the next finer number format, if the model runs in it.
+
+    Numbers of a format are written into a trace, so that it cannot be run in another one.
+    """
+    own = _format(model)
+    with finer_precision(model):
+        if _format(model) == own or not runs(model, _cast(example, model)):
+            return 0.0
+        return ProgramTrial(model, example, inputs).proved(plan, tolerance)[1]
+
+
+class ProgramTrial:
+    """The program of a model, and what it is proved on, for one plan after another.
+
+    Parameters
+    ----------
+    model
+        In evaluation mode; left as it was.
+    example
+        What it is traced with.
+    inputs
+        On which a program is compared with the masked model.
+
+    Raises
+    ------
+    AdapterError
+        If there is no program.
+    """
+
+    def __init__(
+        self, model: nn.Module, example: Mapping[str, Tensor], inputs: Sequence[Inputs]
+    ) -> None:
+        self.model = model
+        self.example = _cast(example, model)
+        self.inputs = [_cast(one, model) for one in inputs]
+        self.varies, self.program = self._traced()
+        self.inputs += self._of_other_size()
+
+    @property
+    def traced(self) -> tuple[TracedInput, ...]:
+        """The form of the inputs that the model was traced with."""
+        return tuple(
+            TracedInput.of(name, tensor, self.varies[name]) for name, tensor in self.example.items()
+        )
+
+    def _traced(self) -> tuple[Mapping[str, range], DenseProgram]:
+        """Trace with every size left open, or else the number of samples alone."""
+        failure: Exception | None = None
+        for most in (None, 1):
+            varies = {name: range(t.dim())[:most] for name, t in self.example.items()}
+            try:
+                program = DenseProgram.of(self.model, self.example, varies)
+            except AdapterError as error:
+                failure = error
+                continue
+            if all(runs(program.dense, _named(self.model, one)) for one in self.inputs):
+                return varies, program
+        raise failure or AdapterError(
+            "the exported program does not take the inputs of the proof, but only those of the "
+            "sizes of the example"
+        )
+
+    def _of_other_size(self) -> list[Mapping[str, Tensor]]:
+        """Return a sample of half or twice the size, if model and program take that."""
+        example = self.example
+        for numerator, denominator in ((1, 2), (2, 1)):
+            shapes = self.program.resized(numerator, denominator)
+            one = {name: _drawn(example[name], shape) for name, shape in shapes.items()}
+            changed = any(t.shape[1:] != example[name].shape[1:] for name, t in one.items())
+            if changed and runs(self.model, one) and runs(self.program.dense, one):
+                return [one]
+        return []
+
+    def proved(
+        self, plan: PruningPlan, tolerance: float | None = None
+    ) -> tuple[ProgramModule, float]:
+        """Return the smaller program, and how far its outputs are from those of the masked model.
+
+        Raises
+        ------
+        EquivalenceError
+            If they differ; `AdapterError` if something cannot follow.
+        """
+        made = self.program.shrunk(plan)
+        with masked(self.model, plan):
+            expected = outputs_before(self.model, self.inputs)
+        try:
+            found = proof_outputs(made, self.inputs)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # whatever an operator or a guard raises
+            raise AdapterError(
+                f"the exported program fails on the inputs of the proof: {first_line(error)}"
+            ) from error
+        return made, prove_equal(expected, found, tolerance=tolerance)
+
+
+def _named(model: nn.Module, inputs: Inputs) -> Inputs:
+    """Return inputs by the names of a model's arguments."""
+    if isinstance(inputs, Mapping):
+        return inputs
+    return inspect.signature(model.forward).bind(*inputs).arguments
+
+
+def _drawn(example: Tensor, shape: Sequence[int]) -> Tensor:
+    """Draw a tensor of another shape from the values of an example, or noise around them."""
+    generator = torch.Generator().manual_seed(0)
+    values = example.flatten()
+    places = torch.randint(len(values), tuple(shape), generator=generator)
+    drawn = values[places.to(values.device)]
+    if drawn.is_floating_point():
+        drawn = drawn + torch.randn(drawn.shape, generator=generator).to(drawn)
+    return drawn
+
+
+def _format(model: nn.Module) -> torch.dtype | None:
+    return next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
+
+
+_I = TypeVar("_I", bound=Inputs)
+
+
+def _cast(inputs: _I, model: nn.Module) -> _I:
+    """Return inputs whose fractions have the number format of a model's weights."""
+    kind = _format(model)
+    return pytree.tree_map_only(  # type: ignore[no-any-return]
+        Tensor, lambda t: t.to(kind) if kind and t.is_floating_point() else t, inputs
+    )
