@@ -2,6 +2,7 @@
 
 from .checkpoint.directory import SavedCheckpoint as SavedCheckpoint, load as load, save as save
 from .checkpoint.gguf import Exported as Exported, export_gguf as export_gguf
+from .checkpoint.pt2 import ExportedArchive as ExportedArchive, export_pt2 as export_pt2
 from .core.errors import OsscarError as OsscarError
 from .data.images import ImageSet as ImageSet, load_images as load_images
 from .data.tokens import (
@@ -20,7 +21,12 @@ from .pruning.result import LayerReport as LayerReport, PruningResult as Pruning
 from .pruning.trial import LeftAlone as LeftAlone
 from .shrinking.follow import adapter as adapter, prepare as prepare
 from .shrinking.plan import PruningPlan as PruningPlan
+from .shrinking.program import ProgramModule as ProgramModule
 from .shrinking.shrink import Proof as Proof, shrink as shrink
+from .shrinking.shrink_program import (
+    ShrunkProgram as ShrunkProgram,
+    shrink_program as shrink_program,
+)
 from .shrinking.slice import slice_units as slice_units
 from .study.design import StudyDesign as StudyDesign
 from .study.directory import Study as Study

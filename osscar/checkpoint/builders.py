@@ -27,6 +27,7 @@ from osscar.checkpoint.admission import check_config, check_size, check_tensors,
 from osscar.checkpoint.hf_config import dense_config, is_any_shape
 from osscar.core.errors import CheckpointError, MissingDependency
 from osscar.shrinking.lineage import Origin, Scalar, lineage_of, note
+from osscar.shrinking.program import ProgramModule
 
 DESCRIPTION_ERRORS = (
     *(OSError, ValueError, TypeError, AttributeError, StrictDataclassError, SafetensorError),
@@ -237,7 +238,9 @@ def builder_of(model: nn.Module) -> Builder | None:
     if isinstance(model, PreTrainedModel):
         return TransformersOrigin(type(model), model.config)
     origin = lineage_of(model).origin
-    return None if origin is None else _torchvision(origin)
+    if origin is None or (isinstance(model, ProgramModule) and origin.library != "torchvision"):
+        return None
+    return _torchvision(origin)
 
 
 def read_builder(origin: Origin | None, path: Path) -> Builder | None:

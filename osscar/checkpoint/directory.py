@@ -67,7 +67,8 @@ from osscar.core.modules import (
 from osscar.shrinking.equivalence import Inputs, proof_outputs, prove_equal
 from osscar.shrinking.fold import fold, is_normalized
 from osscar.shrinking.lineage import LINEAGE, Lineage, lineage_of
-from osscar.shrinking.slice import slice_units
+from osscar.shrinking.plan import Form
+from osscar.shrinking.shrink_program import replayed
 
 __all__ = ["SavedCheckpoint", "adopt_config", "check_output", "load", "save", "stock_config"]
 
@@ -303,8 +304,10 @@ def load(
         stored = stored_in(path)
         model = _dense(read_builder(manifest.lineage.origin, path), dense, stored or {}, path)
         fold(model, stored or {})  # what the pruned model has as a plain weight
+        if dtype is not None and any(p.form is Form.GRAPH for p in manifest.lineage.plans):
+            model = model.to(dtype)  # a trace holds number formats
         for plan in manifest.lineage.plans:
-            slice_units(model, plan)
+            model = replayed(model, plan)
         check_tensors(model, stored or {}, path)
     except DESCRIPTION_ERRORS as error:
         raise CheckpointError(

@@ -17,28 +17,31 @@ from osscar.cli.common import (
     write_json,
 )
 
-_FORMATS = ("gguf",)
+_FORMATS = ("gguf", "pt2")
 
 
 def command(
     directory: Annotated[
-        Path, typer.Argument(help="A checkpoint of a language model, with its tokenizer.")
+        Path, typer.Argument(help="A checkpoint: for gguf of a language model, with its tokenizer.")
     ],
-    format: Annotated[str, typer.Option(help="gguf, the format of llama.cpp.")] = "gguf",
+    format: Annotated[
+        str, typer.Option(help="gguf, of llama.cpp, or pt2, of torch.export.")
+    ] = "gguf",
     out: Annotated[
         Path | None,
         typer.Option(help="The file; by default beside the directory, such as smaller-f16.gguf."),
     ] = None,
     dtype: Annotated[
-        str, typer.Option(help="Number format of the matrices: f32, f16 or bf16.")
+        str, typer.Option(help="Number format of the matrices in gguf: f32, f16 or bf16.")
     ] = "f16",
-    overwrite: Annotated[bool, typer.Option(help="Replace a GGUF file.")] = False,
+    overwrite: Annotated[bool, typer.Option(help="Replace a file of that format.")] = False,
     json: JsonOption = None,
 ) -> None:
-    """Write a model for llama.cpp, whatever the widths of its layers.
+    """Write a model for llama.cpp, whatever the widths of its layers, or for torch.export.
 
-    Models of the LLaMA graph are written: LLaMA, Mistral, SmolLM2, Qwen2. The file is read back and
-    compared with the model before it takes its place.
+    To gguf models of the LLaMA graph are written: LLaMA, Mistral, SmolLM2, Qwen2; to pt2 those
+    whose exported program was pruned (--form graph). The file is read back and compared with the
+    model before it takes its place.
     """
     from osscar.checkpoint.gguf import export_gguf
     from osscar.core.errors import OptionError
@@ -46,6 +49,15 @@ def command(
     check_json_path(json, inputs=(directory,), written=out)
     if format not in _FORMATS:
         raise OptionError(f"--format is {format!r:.60}; give {' or '.join(_FORMATS)}")
+    if format == "pt2":
+        from osscar.checkpoint.pt2 import export_pt2
+
+        with quiet():
+            archive = export_pt2(directory, out, overwrite=overwrite)
+        say(f"written: {archive.path} ({archive.bytes / 1e6:.1f} MB)")
+        content = {"directory": str(directory), "format": format, **dataclasses.asdict(archive)}
+        write_json(json, document("export", 1, {**content, "path": str(archive.path)}))
+        return
     with quiet():
         written = export_gguf(directory, out, dtype=dtype, overwrite=overwrite)
     say(

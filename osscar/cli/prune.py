@@ -169,6 +169,14 @@ def command(
             "changed, `estimate` them from the calibration images, or `keep` them."
         ),
     ] = "correct",
+    form: Annotated[
+        str,
+        typer.Option(
+            help="What becomes smaller: `module`, the model's own modules; `graph`, its exported "
+            "program, which follows where their code cannot; `auto`, the modules, and the program "
+            "where more can follow there."
+        ),
+    ] = "auto",
     strict: StrictOption = False,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
@@ -230,6 +238,7 @@ def command(
         device=device,
         batch_size=batch_size,
         seed=seed,
+        form=form,
         strict=strict,
     )
     path = resolved(directory)
@@ -371,6 +380,7 @@ def report_document(
             "seconds": result.seconds,
             "solve_seconds": result.solve_seconds,
             "layers": [dataclasses.asdict(layer) for layer in result.layers],
+            "form": str(result.form),
             "left_alone": [dataclasses.asdict(group) for group in result.left_alone],
         },
     )
@@ -409,6 +419,8 @@ def print_result(result: PruningResult, saved: SavedCheckpoint) -> None:
         f"proof: the smaller model's outputs equal the masked model's to "
         f"{result.equivalence_error:.1e} of the largest"
     )
+    if result.form == "graph":
+        out.print("form: the exported program, since more of it could follow than of the modules")
     if result.batch_norms:
         out.print(
             f"batch norm: the statistics of {result.batch_norms} layers are new "

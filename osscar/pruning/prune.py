@@ -42,11 +42,12 @@ from osscar.pruning.request import Allocation, PruningRequest
 from osscar.pruning.result import LayerReport, PruningResult
 from osscar.pruning.run_log import RunLog, RunManifest, SiteRecord
 from osscar.pruning.together import check_alike, told_record, told_records
-from osscar.pruning.trial import LeftAlone, left_alone, named
+from osscar.pruning.trial import Followed, LeftAlone, named, what_follows
 from osscar.shrinking.equivalence import finer_precision
 from osscar.shrinking.lineage import note_calibration
-from osscar.shrinking.plan import GroupPlan, PruningPlan
-from osscar.shrinking.shrink import shrink
+from osscar.shrinking.plan import Form, GroupPlan, PruningPlan
+from osscar.shrinking.shrink import Proof, shrink
+from osscar.shrinking.shrink_program import shrink_program
 
 _HELD_OUT = 8
 """One in so many samples chooses what a layer's refit is held back by, and is not fitted to."""
@@ -121,7 +122,7 @@ def prune_as_asked(
     budget = result.budget
     if ranks.first:
         budget = timed_again(model, result.model, ready, budget)
-    ready.untouched.put_back(result.model, _numbers(result.plan))
+    _put_back(ready, result.model, result.plan)
     return dataclasses.replace(result, budget=budget, seconds=time.perf_counter() - start)
 
 
@@ -149,6 +150,8 @@ class DenseFacts:
         What it predicts; None if it puts out no logits.
     statistics
         Of its batch-norm layers; see `osscar.pruning.batch_norm`.
+    form
+        What of it is to be shrunk.
     left
         The groups that cannot follow.
     curves
@@ -157,6 +160,7 @@ class DenseFacts:
 
     reference: Reference | None
     statistics: DenseStatistics
+    form: Form = Form.MODULE
     left: tuple[LeftAlone, ...] = ()
     curves: Mapping[str, Curve] | None = None
 
@@ -168,13 +172,14 @@ class DenseFacts:
     @classmethod
     def of(cls, ready: Opened, request: PruningRequest) -> DenseFacts:
         """Try what can follow, and run the dense model."""
-        left = ready.ranks.decided(
-            "what can follow", lambda: left_alone(ready, request), tuple[LeftAlone, ...]
+        followed = ready.ranks.decided(
+            "what can follow", lambda: what_follows(ready, request), Followed
         )
         return cls(
             Reference.of(ready, max(1, held_out(ready, request))),
             dense_statistics(ready.model, ready.batches(), request.batch_norm, ready.ranks),
-            left,
+            followed.form,
+            followed.left,
         )
 
 
@@ -205,16 +210,13 @@ def prune_opened(
     before = count_parameters(work)
     allocated = _allocated(ready, request, facts, log)
     plan, layers = _prune_groups(ready, allocated.keep, request, records, log)
-    with finer_precision(work, ready.example):
-        proof = shrink(work, plan, ready.inputs.proofs(work, request.seed))
-    renewed = renew_statistics(
-        work, proof.plan, ready.batches(), request.batch_norm, facts.statistics, ready.ranks
-    )
+    shrunk = _shrunk_program if facts.form is Form.GRAPH else _shrunk_module
+    work, proof, renewed = shrunk(ready, plan, request, facts.statistics)
     if isinstance(work, PreTrainedModel):
         adopt_config(work)
     reference = facts.reference
     divergence = None if reference is None else reference.divergence(work)
-    ready.untouched.put_back(work, _numbers(proof.plan))
+    _put_back(ready, work, proof.plan)
     return PruningResult(
         model=work,
         plan=proof.plan,
@@ -294,9 +296,36 @@ def _curves(
     return shared_curves(ready, request, facts.left_names)
 
 
-def _numbers(plan: PruningPlan) -> set[tuple[str, str]]:
-    """Return where modules keep numbers that follow what was removed."""
-    return {(number.module, number.attribute) for number in plan.integers}
+def _shrunk_module(
+    ready: Opened, plan: PruningPlan, request: PruningRequest, dense: DenseStatistics
+) -> tuple[nn.Module, Proof, int]:
+    """Shrink the model's modules; return the model, the proof, and how many statistics are new."""
+    work = ready.model
+    with finer_precision(work, ready.example):
+        proof = shrink(work, plan, ready.inputs.proofs(work, request.seed))
+    renewed = renew_statistics(work, proof.plan, ready.batches(), request.batch_norm, dense, ready.ranks)
+    return work, proof, renewed
+
+
+def _shrunk_program(
+    ready: Opened, plan: PruningPlan, request: PruningRequest, dense: DenseStatistics
+) -> tuple[nn.Module, Proof, int]:
+    """Shrink the model's exported program.
+
+    A program has no batch-norm layers that could be asked for their inputs; the model, in which
+    nothing reads the removed units any more, computes the same.
+    """
+    work, nothing = ready.model, PruningPlan(())
+    renewed = renew_statistics(work, nothing, ready.batches(), request.batch_norm, dense, ready.ranks)
+    shrunk = shrink_program(work, plan, ready.inputs.proofs(work, request.seed), ready.example)
+    return shrunk.model, shrunk.proof, renewed
+
+
+def _put_back(ready: Opened, model: nn.Module, plan: PruningPlan) -> None:
+    """Take away what forward passes have written; a program writes nothing."""
+    if plan.form is Form.MODULE:
+        numbers = {(number.module, number.attribute) for number in plan.integers}
+        ready.untouched.put_back(model, numbers)
 
 
 def _and_left(left: Sequence[LeftAlone]) -> str:

@@ -38,9 +38,19 @@ class Allocation(enum.StrEnum):
     FLUCTUATION = "fluctuation"
 
 
+class FormChoice(enum.StrEnum):
+    """What of a model may be shrunk."""
+
+    AUTO = "auto"
+    """Its modules; where code cannot follow, its exported program if more follows there."""
+    MODULE = "module"
+    GRAPH = "graph"
+
+
 _CHOICES: Mapping[str, type[enum.StrEnum]] = {
     "allocation": Allocation,
     "batch_norm": BatchNormMode,
+    "form": FormChoice,
     "target": Target,
 }
 
@@ -106,6 +116,11 @@ class PruningRequest:
         Samples that run through the model at once; by default 8 windows, or 64 of anything else.
     seed
         Of the random inputs of the equivalence proof.
+    form
+        What becomes smaller: ``module``, the model's own modules, whose code has to work with fewer
+        units; ``graph``, its exported program, in which every size is known (see
+        `osscar.shrinking.program.ProgramModule`); ``auto``, the modules, and the program where more
+        can follow there, unless the model is one of transformers or timed for a speedup.
     strict
         Refuse a model in which a group that is to be pruned cannot follow, such as one whose size
         is written in the code around it; by default such groups are left alone, and named.
@@ -147,12 +162,14 @@ class PruningRequest:
     device: str = "auto"
     batch_size: int | None = None
     seed: int = 0
+    form: str = FormChoice.AUTO
     strict: bool = False
 
     def __post_init__(self) -> None:
         self._check_what_to_keep()
         self._check_names()
         self._check_numbers()
+        self._check_form()
         self.chosen_backend()
         for name, choices in _CHOICES.items():
             value = getattr(self, name)
@@ -239,6 +256,13 @@ class PruningRequest:
     @property
     def _asked(self) -> tuple[Keep | None, ...]:
         return self.heads, self.neurons, self.channels, self.residual
+
+    def _check_form(self) -> None:
+        if self.form == FormChoice.GRAPH and self.speedup is not None:
+            raise RequestError(
+                "a speedup is timed on modules, so that it does not go with form 'graph': give "
+                "flops, params or sparsity as the budget"
+            )
 
     def chosen_backend(self) -> solvers.Backend:
         """Return the backend with its options.

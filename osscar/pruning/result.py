@@ -18,7 +18,7 @@ from osscar.checkpoint.directory import SavedCheckpoint
 from osscar.pruning.budget import Budget
 from osscar.pruning.request import PruningRequest
 from osscar.pruning.trial import LeftAlone
-from osscar.shrinking.plan import PruningPlan
+from osscar.shrinking.plan import Form, PruningPlan
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,8 @@ class PruningResult:
     Parameters
     ----------
     model
-        The shrunk model, in evaluation mode, on the device it was pruned on.
+        The shrunk model, in evaluation mode, on the device it was pruned on: the user's own, or an
+        `osscar.shrinking.program.ProgramModule`, as `form` says.
     plan
         What stays of each group.
     layers
@@ -130,6 +131,11 @@ class PruningResult:
     request: PruningRequest
     calibration: Mapping[str, Any] = field(default_factory=dict)
     left_alone: tuple[LeftAlone, ...] = ()
+
+    @property
+    def form(self) -> Form:
+        """What of the model was shrunk: its modules, or its exported program."""
+        return self.plan.form
 
     @property
     def loss(self) -> float:

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from pydantic import ConfigDict
-from torch import nn
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from graph import CouplingGroup
 from osscar.capture.opened import Opened
@@ -25,10 +26,11 @@ from osscar.core.errors import AdapterError, EquivalenceError, ModelError, first
 from osscar.core.files import STRICT
 from osscar.core.progress import stage
 from osscar.pruning.allocation import provisional
-from osscar.pruning.request import PruningRequest
+from osscar.pruning.request import FormChoice, PruningRequest
 from osscar.shrinking.equivalence import Inputs, finer_precision
-from osscar.shrinking.plan import GroupPlan, PruningPlan
+from osscar.shrinking.plan import Form, GroupPlan, PruningPlan
 from osscar.shrinking.shrink import rehearse
+from osscar.shrinking.shrink_program import ProgramTrial
 
 _MOST_TOLD = 8
 
@@ -53,8 +55,26 @@ class LeftAlone:
     reason: str
 
 
-def left_alone(ready: Opened, request: PruningRequest) -> tuple[LeftAlone, ...]:
-    """Return the groups that a request would prune, and that cannot follow.
+@dataclass(frozen=True)
+class Followed:
+    """What of a model is to be shrunk, and what cannot follow then.
+
+    Parameters
+    ----------
+    form
+        Modules or program.
+    left
+        Groups that keep all their units, in the order of the model.
+    """
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    form: Form
+    left: tuple[LeftAlone, ...] = ()
+
+
+def what_follows(ready: Opened, request: PruningRequest) -> Followed:
+    """Find the groups that a request would prune and that cannot follow.
 
     The same model and request come to the same answer, so that a run which goes on asks again.
 
@@ -67,8 +87,9 @@ def left_alone(ready: Opened, request: PruningRequest) -> tuple[LeftAlone, ...]:
 
     Returns
     -------
-    tuple of LeftAlone
-        In the order of the model; as few as halving finds, so that all others can go together.
+    Followed
+        As few groups as halving finds, so that all others can go together; of several forms the
+        first in which the fewest are left.
 
     Raises
     ------
@@ -80,18 +101,17 @@ def left_alone(ready: Opened, request: PruningRequest) -> tuple[LeftAlone, ...]:
     """
     keep = provisional(ready, request)
     groups = [group for group in ready.groups if keep.get(group.name, group.units) < group.units]
+    forms = _forms(ready.model, request)
     if not groups:
-        return ()
+        return Followed(forms[0])
     plans = _arbitrary(groups, [keep[group.name] for group in groups])
-    trial = _Trial(ready.model, ready.inputs.proofs(ready.model, request.seed)[:1])
-    before = Untouched(ready.model)
-    with (
-        stage("trying what can follow"),
-        before.observing(ready.model),
-        finer_precision(ready.model, trial.inputs[0]),
-    ):
-        trial.grown([], _alike_together(plans))
-    before.put_back(ready.model)
+    trials: dict[Form, _Trial] = {}
+    for form in forms:
+        trials[form] = _tried(ready, request, plans, form)
+        if not trials[form].reasons:
+            break
+    form = min(trials, key=lambda form: len(trials[form].reasons))
+    trial = trials[form]
     left = tuple(
         LeftAlone(group.name, str(group.kind), group.units, trial.reasons[group.name])
         for group in groups
@@ -105,7 +125,57 @@ def left_alone(ready: Opened, request: PruningRequest) -> tuple[LeftAlone, ...]:
         warnings.warn(
             f"{named(left)}; the report, or left_alone of the result, says why", stacklevel=2
         )
-    return left
+    return Followed(form, left)
+
+
+FORMS: dict[FormChoice, tuple[Form, ...]] = {
+    FormChoice.AUTO: (Form.MODULE, Form.GRAPH),
+    FormChoice.MODULE: (Form.MODULE,),
+    FormChoice.GRAPH: (Form.GRAPH,),
+}
+"""What is tried, in this order."""
+
+
+def _forms(model: nn.Module, request: PruningRequest) -> tuple[Form, ...]:
+    """Return the forms to try; a program cannot generate text, and nobody would time it."""
+    choice = FormChoice(request.form)
+    stays = isinstance(model, PreTrainedModel) or request.speedup is not None
+    return FORMS[FormChoice.MODULE if choice is FormChoice.AUTO and stays else choice]
+
+
+def _tried(
+    ready: Opened, request: PruningRequest, plans: Sequence[GroupPlan], form: Form
+) -> _Trial:
+    """Try all groups in one form; the model is as it was afterwards."""
+    model = ready.model
+    inputs = ready.inputs.proofs(model, request.seed)[:1]
+    before = Untouched(model)
+    with (
+        stage("trying what can follow"),
+        before.observing(model),
+        finer_precision(model, inputs[0]),
+    ):
+        trial = _Trial(_rehearsal(model, form, inputs, ready.example))
+        trial.grown([], _alike_together(plans))
+    before.put_back(model)
+    return trial
+
+
+def _rehearsal(
+    model: nn.Module, form: Form, inputs: Sequence[Inputs], example: Mapping[str, Tensor]
+) -> Callable[[PruningPlan], object]:
+    """Return what shrinks a model on trial, which is then as it was."""
+    if form is Form.MODULE:
+        return lambda plan: rehearse(model, plan, inputs)
+    try:
+        return ProgramTrial(model, example, inputs).proved
+    except AdapterError as error:
+        failure = error.with_traceback(None)
+
+        def fail(plan: PruningPlan) -> object:
+            raise failure
+
+        return fail
 
 
 def _arbitrary(groups: Sequence[CouplingGroup], keep: Sequence[int]) -> list[GroupPlan]:
@@ -124,18 +194,16 @@ def _alike_together(plans: Sequence[GroupPlan]) -> list[GroupPlan]:
 
 
 class _Trial:
-    """Finds, by halving, groups that can go together; the model is restored after each attempt.
+    """Finds, by halving, groups that can go together.
 
     Parameters
     ----------
-    model
-        In evaluation mode.
-    inputs
-        On which a shrunk model has to compute what the masked one does.
+    rehearse
+        Shrinks and proves a model, and puts it back; raises where that fails.
     """
 
-    def __init__(self, model: nn.Module, inputs: Sequence[Inputs]) -> None:
-        self.model, self.inputs = model, inputs
+    def __init__(self, rehearse: Callable[[PruningPlan], object]) -> None:
+        self.rehearse = rehearse
         self.reasons: dict[str, str] = {}
         """Why groups cannot go, by name."""
         self.of_modules = False
@@ -168,7 +236,7 @@ class _Trial:
 
     def _failure(self, plans: list[GroupPlan]) -> Exception | None:
         try:
-            rehearse(self.model, PruningPlan(tuple(plans)), self.inputs)
+            self.rehearse(PruningPlan(tuple(plans)))
         except (EquivalenceError, ModelError) as error:
             # Without the frames that raised it, which hold on to the shrunk model.
             return error.with_traceback(None)

@@ -94,6 +94,12 @@ def check_module(names: dict[str, Any]) -> None:
     assert names["proof"].error < 1e-5
 
 
+def check_forms(names: dict[str, Any]) -> None:
+    assert names["result"].form == "graph"
+    assert not names["result"].left_alone
+    assert names["archive"].inputs == {"input": (-1, -1, 8)}
+
+
 def check_formats(names: dict[str, Any]) -> None:
     assert names["saved"].with_code
     ids = torch.arange(12)[None]
@@ -111,5 +117,6 @@ CHECKS = {
     "docs/howto/backend.md": check_backend,
     "docs/howto/architecture.md": check_architecture,
     "docs/howto/module.md": check_module,
+    "docs/howto/forms.md": check_forms,
     "docs/howto/formats.md": check_formats,
 }

@@ -19,14 +19,21 @@ from osscar.pruning import trial as trial_room
 from osscar.pruning.allocation import provisional
 from osscar.pruning.curves import measure_curves
 from osscar.pruning.prune import opened_for, prune_as_asked
-from osscar.pruning.request import PruningRequest
+from osscar.pruning.request import FormChoice, PruningRequest
 from osscar.pruning.run_log import RunLog
 from osscar.pruning.sweep import BudgetKind, Job, jobs, sweep
-from osscar.pruning.trial import left_alone
+from osscar.pruning.trial import Followed, what_follows
+from osscar.shrinking.plan import Form
 from tests.osscar.families import tiny, tokens
 from tests.osscar.networks import images, small_net
 
 WIDTH = 16
+
+
+@pytest.fixture(autouse=True)
+def modules_alone(monkeypatch):
+    """Most of these networks follow as programs, which is another matter: see `test_forms`."""
+    monkeypatch.setitem(trial_room.FORMS, FormChoice.AUTO, (Form.MODULE,))
 
 
 class Attention(nn.Module):
@@ -433,7 +440,7 @@ def test_a_trial_leaves_the_model_as_it_was():
         values = {key: value.clone() for key, value in ready.model.state_dict().items()}
         seen = (list(ready.model.tables), ready.model.calls)
         kept = {id(parameter) for parameter in ready.model.parameters()}
-        assert left_alone(ready, request)
+        assert what_follows(ready, request).left
         for module, kind, attributes in held:
             assert type(module) is kind
             assert vars(module).keys() == attributes.keys()
@@ -503,7 +510,7 @@ def test_a_run_that_goes_on_leaves_the_same_alone(tmp_path, monkeypatch):
 def test_a_log_that_prunes_what_is_left_alone_is_refused(tmp_path, monkeypatch):
     request, log = PruningRequest(sparsity=0.5, device="cpu"), RunLog(tmp_path / "log")
     with monkeypatch.context() as patch:
-        patch.setattr(pruning_room, "left_alone", lambda *_: ())
+        patch.setattr(pruning_room, "what_follows", lambda *_: Followed(Form.MODULE))
         killed(log, request, patch)
     with pytest.raises(RunError, match="begin anew with --restart"):
         prune_as_asked(built(Transformer), words(), request, log)

@@ -1,0 +1,245 @@
+"""Pruning in the form of modules or of the exported program, from request to checkpoint."""
+
+import copy
+import inspect
+import json
+
+import pytest
+import torch
+from torch import nn
+
+import graph
+import osscar
+from osscar.checkpoint.builders import TorchvisionOrigin
+from osscar.checkpoint.manifest import MANIFEST_FILE
+from osscar.cli import main
+from osscar.core.errors import (
+    CheckpointError,
+    EquivalenceError,
+    ModelError,
+    OptionError,
+    OutputError,
+    RequestError,
+)
+from osscar.pruning.request import PruningRequest
+from osscar.shrinking.plan import Form, GroupPlan, PruningPlan
+from tests.osscar.families import tiny, tokens
+from tests.osscar.programs import CASES, far_apart, without_units
+
+OFTEN = {"device": "cpu", "damp": 1e-3, "blend": 1.0}
+
+
+def dense_of(case, seed=0):
+    kind, shape = CASES[case]
+    torch.manual_seed(seed)
+    net = kind().eval()
+    data = torch.randn(24, *shape, generator=torch.Generator().manual_seed(seed))
+    return net, data
+
+
+def prune(case, **asked):
+    net, data = dense_of(case)
+    return net, data, osscar.prune(net, data, **{"sparsity": 0.4, **OFTEN, **asked})
+
+
+@pytest.mark.parametrize("case", ["heads", "generator", "option A"])
+def test_auto_takes_the_program_where_code_cannot_follow(case):
+    net, data, result = prune(case)
+    assert result.form is Form.GRAPH
+    assert not result.left_alone
+    assert isinstance(result.model, osscar.ProgramModule)
+    assert result.parameters_after < result.parameters_before
+    refitted = copy.deepcopy(net)
+    small = dict(result.model.named_parameters())
+    tensors = dict(refitted.named_parameters())
+    for group in result.plan.groups:  # the refitted weights, at the places where they were
+        for slot in group.consumers:
+            assert small[slot.tensor].shape[slot.dim] < tensors[slot.tensor].shape[slot.dim]
+    assert far_apart(result.model(data), without_units(net, result.plan)(data)) < 2.0
+
+
+def test_auto_keeps_modules_where_they_follow():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(8, 24), nn.ReLU(), nn.Linear(24, 3)).eval()
+    result = osscar.prune(net, torch.randn(24, 8), sparsity=0.5, **OFTEN)
+    assert result.form is Form.MODULE
+    assert type(result.model) is nn.Sequential
+
+
+def test_both_forms_compute_the_same_where_both_follow():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(8, 24), nn.BatchNorm1d(24), nn.ReLU(), nn.Linear(24, 3)).eval()
+    with torch.no_grad():
+        net[1].running_mean.normal_()
+        net[1].running_var.uniform_(0.5, 2.0)
+    data, asked = torch.randn(64, 8), {"sparsity": 0.5, "target": "weights", **OFTEN}
+    one = osscar.prune(net, data, form="module", **asked)
+    other = osscar.prune(net, data, form="graph", **asked)
+    assert (one.form, other.form) == (Form.MODULE, Form.GRAPH)
+    assert [g.kept for g in one.plan.groups] == [g.kept for g in other.plan.groups]
+    assert one.parameters_after == other.parameters_after
+    assert far_apart(one.model(data), other.model(data)) < 1e-5
+
+
+def test_modules_alone_leave_them_alone():
+    with pytest.warns(UserWarning, match="left alone"):
+        _, _, result = prune("heads", form="module")
+    assert result.form is Form.MODULE
+    assert [group.kind for group in result.left_alone] == ["heads", "heads"]
+
+
+def test_batch_norm_is_renewed_in_a_program():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.enter, self.leave = nn.Conv2d(3, 32, 3, padding=1), nn.Linear(16, 6)
+            self.last, self.norm = nn.Linear(6, 3), nn.BatchNorm1d(6)
+
+        def forward(self, x):
+            a, b = torch.tanh(self.enter(x)).mean((2, 3)).split(16, 1)
+            return self.last(torch.relu(self.norm(self.leave(a * torch.sigmoid(b)))))
+
+    torch.manual_seed(0)
+    net, data = Net().eval(), torch.randn(32, 3, 6, 6)
+    groups = {"enter.channels": 6}
+    kept = osscar.prune(net, data, groups=groups, batch_norm="keep", **OFTEN)
+    new = osscar.prune(net, data, groups=groups, batch_norm="estimate", **OFTEN)
+    assert (kept.form, kept.batch_norms) == (Form.GRAPH, 0)
+    assert (new.form, new.batch_norms) == (Form.GRAPH, 1)
+    assert torch.equal(kept.model.norm.running_mean, net.norm.running_mean)
+    seen = []
+    whole = without_units(net, new.plan)
+    for name in ("leave.weight", "leave.bias"):
+        tensor, small = whole.get_parameter(name).data, new.model.get_parameter(name).data
+        if tensor.dim() > 1:
+            tensor[:, list(new.plan.groups[0].kept)] = small
+        else:
+            tensor.copy_(small)
+    whole.norm.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    whole(data)
+    torch.testing.assert_close(new.model.norm.running_mean, seen[0].mean(0), rtol=1e-4, atol=1e-5)
+
+
+def test_nothing_follows_as_a_program_either():
+    class Listed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.enter, self.leave = nn.Linear(8, 12), nn.Linear(4, 3)
+
+        def forward(self, x):
+            return self.leave(torch.tanh(self.enter(x))[:, [4, 5, 6, 7]])
+
+    net = Listed().eval()
+    with pytest.raises(EquivalenceError, match=r"lists positions by number"):
+        osscar.prune(net, torch.randn(24, 8), sparsity=0.5, form="graph", **OFTEN)
+
+
+@pytest.mark.parametrize("form", ["Graph", "", None, 3])
+def test_no_other_form(form):
+    with pytest.raises(OptionError, match="form is"):
+        PruningRequest(sparsity=0.5, form=form)
+
+
+def test_a_program_is_not_timed():
+    with pytest.raises(RequestError, match="speedup is timed on modules"):
+        PruningRequest(speedup=1.5, form="graph")
+    assert PruningRequest(speedup=1.5).form == "auto"
+
+
+# ---- checkpoints -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", ["heads", "generator", "option A", "points"])
+def test_a_program_is_written_and_read_again(case, tmp_path):
+    _, data, result = prune(case)
+    saved = result.save(tmp_path / "small")
+    other, _ = dense_of(case, seed=9)
+    again = osscar.load(saved.path, dense=other)
+    assert isinstance(again, osscar.ProgramModule)
+    assert torch.equal(again(data), result.model(data))
+    assert list(again.state_dict()) == list(result.model.state_dict())
+    twice = osscar.save(again, tmp_path / "twice")
+    assert torch.equal(osscar.load(twice.path, dense=other)(data), result.model(data))
+
+
+def test_a_program_of_torchvision_needs_no_dense_model(tmp_path, monkeypatch):
+    pytest.importorskip("torchvision")
+    net = TorchvisionOrigin("squeezenet1_1", {"num_classes": 5}).build().eval()
+    data = torch.randn(8, 3, 64, 64)
+    group = graph.trace(net, (data[:2],)).prunable[1]
+    result = osscar.prune(net, data, groups={group.name: 5}, form="graph", **OFTEN)
+    assert result.form is Form.GRAPH
+    path = result.save(tmp_path / "small").path
+    assert torch.equal(osscar.load(path)(data), result.model(data))
+    monkeypatch.setattr("sys.argv", ["osscar", "export", str(path), "--format", "pt2"])
+    with pytest.raises(SystemExit, match="0"):
+        main()
+    assert (tmp_path / "small.pt2").is_file()
+
+
+def test_a_program_is_an_archive_of_torch_export(tmp_path):
+    _, data, result = prune("heads")
+    written = osscar.export_pt2(result.model, tmp_path / "net.pt2")
+    assert written.bytes == (tmp_path / "net.pt2").stat().st_size
+    assert written.inputs == {"x": (-1, -1, 16)}
+    again = torch.export.load(tmp_path / "net.pt2").module()
+    for count in (2, 7):
+        assert far_apart(result.model(data[:count]), again(x=data[:count])) < 1e-5
+    with pytest.raises(OutputError, match="is there already"):
+        osscar.export_pt2(result.model, tmp_path / "net.pt2")
+    with pytest.raises(ModelError, match="whose modules are its form"):
+        osscar.export_pt2(nn.Linear(3, 3), tmp_path / "other.pt2")
+    assert [file.name for file in tmp_path.iterdir()] == ["net.pt2"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"dtype": "object"},
+        {"name": "not a name"},
+        {"shape": [2**20, 2**20]},
+        {"shape": []},
+        {"shape": [0, 8]},
+        {"varies": [7]},
+        {"name": "other"},
+        {"shape": [2, 9]},
+    ],
+)
+def test_a_damaged_description_of_inputs_is_refused(change, tmp_path):
+    _, _, result = prune("generator")
+    path = result.save(tmp_path / "small").path
+    manifest = json.loads((path / MANIFEST_FILE).read_text())
+    manifest["lineage"]["plans"][0]["traced"][0].update(change)
+    (path / MANIFEST_FILE).write_text(json.dumps(manifest))
+    with pytest.raises((CheckpointError, osscar.OsscarError)):
+        osscar.load(path, dense=dense_of("generator")[0])
+
+
+def test_a_program_is_shrunk_again(tmp_path):
+    _, data, first = prune("generator")
+    group = graph.trace(first.model, (data[:2],)).group("up.channels")
+    plan = PruningPlan((GroupPlan.of(group, (0, 2, 3)),))
+    second = osscar.shrink_program(first.model, plan, [(data[:3],)], {"z": data[:2]})
+    path = osscar.save(second.model, tmp_path / "small").path
+    again = osscar.load(path, dense=dense_of("generator")[0])
+    assert torch.equal(again(data), second.model(data))
+    assert far_apart(without_units(first.model, plan)(data), again(data)) < 1e-5
+
+
+def test_a_program_is_not_refitted():
+    """Its weights are read by operators, not by modules that could be asked for their inputs."""
+    _, data, first = prune("generator")
+    with pytest.raises(RequestError, match="no group of this model can be pruned"):
+        osscar.prune(first.model, data, sparsity=0.3, **OFTEN)
+
+
+def test_a_language_model_as_a_program(tmp_path):
+    model, windows = tiny("llama-gqa"), tokens(6, 24)
+    asked = {"heads": "1/2", "neurons": "1/2", **OFTEN}
+    result = osscar.prune(model, windows, form="graph", **asked)
+    assert result.form is Form.GRAPH
+    assert osscar.prune(model, windows, **asked).form is Form.MODULE
+    assert list(inspect.signature(result.model.forward).parameters) == ["input_ids"]
+    path = result.save(tmp_path / "small").path
+    again = osscar.load(path, dense=tiny("llama-gqa", seed=3))
+    assert torch.equal(again(input_ids=windows).logits, result.model(input_ids=windows).logits)
