@@ -217,9 +217,17 @@ class ProgramTrial:
         )
 
     def _traced(self) -> tuple[Mapping[str, range], DenseProgram]:
-        """Trace with every size left open, or else the number of samples alone."""
+        """Trace with every size left open, or else the number of samples alone.
+
+        Where attention looks at images, what is computed from an open resolution (windows, padding)
+        takes minutes to trace, so that it is not left open.
+        """
+        images = any(tensor.dim() > 3 for tensor in self.example.values())
+        found: tuple[Mapping[str, range], DenseProgram] | None = None
         failure: Exception | None = None
-        for most in (None, 1):
+        for most in (1, None) if images else (None, 1):
+            if found is not None and (not images or _attends(found[1])):
+                break
             varies = {name: range(t.dim())[:most] for name, t in self.example.items()}
             try:
                 program = DenseProgram.of(self.model, self.example, varies)
@@ -227,11 +235,13 @@ class ProgramTrial:
                 failure = error
                 continue
             if all(runs(program.dense, _named(self.model, one)) for one in self.inputs):
-                return varies, program
-        raise failure or AdapterError(
-            "the exported program does not take the inputs of the proof, but only those of the "
-            "sizes of the example"
-        )
+                found = varies, program
+        if found is None:
+            raise failure or AdapterError(
+                "the exported program does not take the inputs of the proof, but only those of the "
+                "sizes of the example"
+            )
+        return found
 
     def _of_other_size(self) -> list[Mapping[str, Tensor]]:
         """Return a sample of half or twice the size, if model and program take that."""
@@ -266,6 +276,12 @@ class ProgramTrial:
                 f"the exported program fails on the inputs of the proof: {first_line(error)}"
             ) from error
         return made, prove_equal(expected, found, tolerance=tolerance)
+
+
+def _attends(program: DenseProgram) -> bool:
+    """Whether there is attention in a program."""
+    names = [str(node.target) for node in program.dense.graph.nodes]
+    return any("softmax" in name or "scaled_dot_product" in name for name in names)
 
 
 def _named(model: nn.Module, inputs: Inputs) -> Inputs:
