@@ -19,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from graph.groups import CouplingGroup, Freeze, Slot
 from osscar.capture.convolutions import Windows, windows_of
 from osscar.core.errors import ModelError, NonFiniteError
+from osscar.core.on_disk import written
 from osscar.shrinking.attention import REWRITTEN, rewritten
 
 _READ_ELSEWHERE = (
@@ -94,31 +95,33 @@ class LinearMap(abc.ABC):
         """
 
     @abc.abstractmethod
-    def _view(self) -> Tensor:
+    def _view(self, weight: Tensor) -> Tensor:
         """Return a view of the weight, (all inputs, m) or (all inputs, m, *kernel)."""
 
     def read_weight(self) -> Tensor:
         """Return W, (p, m), a float64 copy."""
-        view = self._view()
+        view = self._view(self._weight)
         part = view[self.inputs.to(view.device)].double()
         return part.flatten(2).mT.flatten(0, 1) if part.ndim > 2 else part
 
     def write_weight(self, W: Tensor) -> None:
         """Replace the group's part of the weight by W, (p, m)."""
-        view = self._view()
-        W = W.to(view)
-        if not bool(torch.isfinite(W).all()):
-            raise NonFiniteError(
-                f"the refitted weights of {self.name!r} overflow {view.dtype}; "
-                "use --dtype float32 or bfloat16, or raise --damp"
-            )
-        if view.ndim > 2:
-            W = W.view(-1, self.taps, W.shape[1]).mT.reshape(-1, *view.shape[1:])
-        view[self.inputs.to(view.device)] = W
+        with written(self.module, "weight") as weight:
+            view = self._view(weight)
+            W = W.to(view)
+            if not bool(torch.isfinite(W).all()):
+                raise NonFiniteError(
+                    f"the refitted weights of {self.name!r} overflow {view.dtype}; "
+                    "use --dtype float32 or bfloat16, or raise --damp"
+                )
+            if view.ndim > 2:
+                W = W.view(-1, self.taps, W.shape[1]).mT.reshape(-1, *view.shape[1:])
+            view[self.inputs.to(view.device)] = W
 
     def read_bias(self) -> Tensor:
         """Return the bias of the outputs, (m,), a float64 copy; only where it `has_bias`."""
-        return self._bias_view().to(torch.float64, copy=True)
+        assert isinstance(self.module.bias, Tensor)
+        return self._bias_view(self.module.bias.detach()).to(torch.float64, copy=True)
 
     def write_bias(self, bias: Tensor) -> None:
         """Replace the bias of the outputs, (m,).
@@ -128,19 +131,19 @@ class LinearMap(abc.ABC):
         NonFiniteError
             If it overflows the module's number format.
         """
-        view = self._bias_view()
-        bias = bias.to(view)
-        if not bool(torch.isfinite(bias).all()):
-            raise NonFiniteError(
-                f"the refitted bias of {self.name!r} overflows {view.dtype}; "
-                "use --dtype float32 or bfloat16, or raise --damp"
-            )
-        view.copy_(bias)
+        with written(self.module, "bias") as whole:
+            view = self._bias_view(whole)
+            bias = bias.to(view)
+            if not bool(torch.isfinite(bias).all()):
+                raise NonFiniteError(
+                    f"the refitted bias of {self.name!r} overflows {view.dtype}; "
+                    "use --dtype float32 or bfloat16, or raise --damp"
+                )
+            view.copy_(bias)
 
-    def _bias_view(self) -> Tensor:
-        """Return a view of the part of the bias that belongs to the outputs."""
-        assert isinstance(self.module.bias, Tensor)
-        return self.module.bias.detach()
+    def _bias_view(self, bias: Tensor) -> Tensor:
+        """Return a view of the part of a bias that belongs to the outputs."""
+        return bias
 
     @property
     def number_format(self) -> torch.dtype:
@@ -168,8 +171,8 @@ class FeatureMap(LinearMap):
         """Return all positions."""
         return _positions(y)
 
-    def _view(self) -> Tensor:
-        return self._weight.movedim(self.slots[0].dim, 0)
+    def _view(self, weight: Tensor) -> Tensor:
+        return weight.movedim(self.slots[0].dim, 0)
 
 
 def _positions(x: Tensor) -> Tensor:
@@ -226,13 +229,11 @@ class ConvolutionMap(LinearMap):
         made = y.shape[1] // int(self.module.groups)  # type: ignore[arg-type]
         return y[:, self.part * made :][:, :made].movedim(1, -1).flatten(0, -2)
 
-    def _bias_view(self) -> Tensor:
-        view = super()._bias_view()
-        made = len(view) // int(self.module.groups)  # type: ignore[arg-type]
-        return view[self.part * made :][:made]
+    def _bias_view(self, bias: Tensor) -> Tensor:
+        made = len(bias) // int(self.module.groups)  # type: ignore[arg-type]
+        return bias[self.part * made :][:made]
 
-    def _view(self) -> Tensor:
-        weight = self._weight
+    def _view(self, weight: Tensor) -> Tensor:
         if self.windows.transposed:
             view = weight[self.part * self._channels :][: self._channels]
         else:

@@ -17,7 +17,7 @@ from graph import CouplingGroup
 from osscar.capture.linear_maps import expose_attention, freeze_unreadable
 from osscar.capture.readers import weights_read_elsewhere
 from osscar.capture.scratch import Untouched
-from osscar.core.errors import CalibrationError, EquivalenceError
+from osscar.core.errors import CalibrationError, EquivalenceError, FileError
 from osscar.core.modules import (
     check_finite_weights,
     check_usable,
@@ -26,6 +26,7 @@ from osscar.core.modules import (
     in_evaluation,
     without_cache,
 )
+from osscar.core.on_disk import shapes_only
 from osscar.core.ranks import ALONE, Ranks
 from osscar.data.batches import Batch, ModelInputs, as_inputs
 from osscar.shrinking.equivalence import proof_outputs, prove_equal
@@ -139,7 +140,8 @@ def opened(
         with untouched.observing(work):
             expected = _outputs(work, example)
         folded = _prepare(work, example, expected, heads)
-        traced = graph.trace(work, example)
+        with shapes_only(work):
+            traced = graph.trace(work, example)
         with weights_read_elsewhere(work) as elsewhere, untouched.observing(work):
             _check_runs(work, example)
         groups = freeze_unreadable(work, traced.groups, elsewhere)
@@ -226,7 +228,7 @@ def _outputs(model: nn.Module, example: Batch) -> list[Tensor]:
     """Return what a model puts out; nothing if it fails, which is reported once it is traced."""
     try:
         return proof_outputs(model, [example])
-    except torch.OutOfMemoryError:
+    except (FileError, torch.OutOfMemoryError):
         raise
     except Exception:  # the model may be anyone's code
         return []
@@ -236,7 +238,7 @@ def _check_runs(model: nn.Module, example: Mapping[str, Any]) -> None:
     """Run the model once: tracing looks at shapes, and lets through what kernels refuse."""
     try:
         model(**fresh(example))
-    except torch.OutOfMemoryError:
+    except (FileError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # the model may be anyone's code
         forms = ", ".join(f"{n} {t.dtype} {tuple(t.shape)}" for n, t in example.items())

@@ -289,6 +289,32 @@ def check_size(
     return model
 
 
+def structure(
+    build: Callable[[], nn.Module], stored: Mapping[str, Stored], path: Path, *, pruned: bool
+) -> nn.Module:
+    """Build a model of which only what is computed has values, as `check_size` does.
+
+    Parameters
+    ----------
+    build, stored, path, pruned
+        As `check_size` takes them.
+
+    Returns
+    -------
+    nn.Module
+        The model; what waits for weights is on the device 'meta'.
+
+    Raises
+    ------
+    CheckpointError
+        If it is too much, saying of what.
+    """
+    try:
+        return _Budget(stored, _MOST_CUT if pruned else 1).built(build, _EmptyOnMeta())
+    except _TooMuchError as error:
+        raise CheckpointError(f"{path} is not a checkpoint that can be read: {error}") from error
+
+
 def check_tensors(model: nn.Module, stored: Mapping[str, Stored], path: Path) -> None:
     """Refuse weights that are of other shapes than a model's, or of another sort of number.
 
@@ -310,7 +336,7 @@ def check_tensors(model: nn.Module, stored: Mapping[str, Stored], path: Path) ->
     prefix = getattr(model, "base_model_prefix", "")
     own = {name: t for name, t in model.state_dict().items() if isinstance(t, Tensor)}
     for name, tensor in stored.items():
-        mine = next((own[n] for n in _names(name, prefix) if n in own), None)
+        mine = next((own[n] for n in names_of(name, prefix) if n in own), None)
         if mine is None:
             # Old checkpoints hold masks of whole numbers, which are computed anew.
             if tensor.kind == "complex" or (tensor.kind == "whole" and name.endswith("weight")):
@@ -319,7 +345,7 @@ def check_tensors(model: nn.Module, stored: Mapping[str, Stored], path: Path) ->
             raise _unlike(path, name, tensor, f"{mine.dtype} {tuple(mine.shape)}")
 
 
-def _names(name: str, prefix: str) -> tuple[str, ...]:
+def names_of(name: str, prefix: str) -> tuple[str, ...]:
     """Return what a tensor may be called in the model: with the name of its base, or without."""
     return (name, f"{prefix}.{name}", name.removeprefix(f"{prefix}."))
 

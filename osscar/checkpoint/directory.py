@@ -47,7 +47,13 @@ from osscar.checkpoint.manifest import (
     read_manifest,
 )
 from osscar.checkpoint.place import check_output, replacing
-from osscar.checkpoint.stored import Stored
+from osscar.checkpoint.stored import WEIGHTS_FILE, Stored
+from osscar.checkpoint.streamed import (
+    check_written,
+    read_any_shape_streamed,
+    read_streamed,
+    write_weights,
+)
 from osscar.core.errors import (
     CheckpointError,
     EquivalenceError,
@@ -64,6 +70,7 @@ from osscar.core.modules import (
     copied,
     evaluating,
 )
+from osscar.core.on_disk import is_on_disk, shelf_of
 from osscar.shrinking.equivalence import Inputs, proof_outputs, prove_equal
 from osscar.shrinking.fold import fold, is_normalized
 from osscar.shrinking.lineage import LINEAGE, Lineage, lineage_of
@@ -371,6 +378,10 @@ def _dense(
 def _save_stock(model: PreTrainedModel, config: Any, path: Path) -> None:
     config.dtype = model.dtype
     config.architectures = [type(model).__name__]
+    if is_on_disk(model):
+        TransformersOrigin(type(model), config).write(model, path)
+        _write_tied_once(model, path)
+        return
     original = model.config
     model.config = config
     try:
@@ -379,12 +390,21 @@ def _save_stock(model: PreTrainedModel, config: Any, path: Path) -> None:
         model.config = original
 
 
+def _write_tied_once(model: PreTrainedModel, path: Path) -> None:
+    """Write weights that lie on disk, and compare the file with them."""
+    tensors, file = _tied_once(model), path / WEIGHTS_FILE
+    write_weights(tensors, file, {"format": "pt"})
+    check_written(tensors, file)
+
+
 def _save_planned(model: nn.Module, path: Path) -> None:
     builder = builder_of(model)
     if builder is not None:
         builder.write(model, path)
-    file, metadata = path / "model.safetensors", {"format": "pt"}
-    if isinstance(model, PreTrainedModel):
+    file, metadata = path / WEIGHTS_FILE, {"format": "pt"}
+    if isinstance(model, PreTrainedModel) and is_on_disk(model):
+        _write_tied_once(model, path)
+    elif isinstance(model, PreTrainedModel):
         safetensors.torch.save_file(_tied_once(model), str(file), metadata)
     else:
         safetensors.torch.save_model(model, str(file), metadata)
@@ -415,8 +435,14 @@ def _bring_code(
         return
     TransformersOrigin(type(model), config).write(model, path)
     shutil.copyfile(MODELLING_FILE, path / MODELLING_FILE.name)
+    name, shelf = type(model).__name__, shelf_of(model)
     try:
-        _prove_same(model, read_any_shape(path, type(model).__name__), example_inputs)
+        again = (
+            read_any_shape(path, name)
+            if shelf is None
+            else read_any_shape_streamed(path, name, shelf)
+        )
+        _prove_same(model, again, example_inputs)
     except (*DESCRIPTION_ERRORS, OsscarError) as error:
         warnings.warn(
             f"only osscar.load will read the checkpoint: transformers fails ({first_line(error)})",
@@ -448,7 +474,10 @@ def _dtype(model: nn.Module) -> torch.dtype:
 
 def _read_again(model: nn.Module, path: Path) -> nn.Module:
     """Read a written checkpoint back, in float32."""
+    shelf = shelf_of(model)
     try:
+        if shelf is not None:
+            return read_streamed(path, shelf, torch.float32)
         return load(path, dtype=torch.float32) if builder_of(model) else _refilled(model, path)
     except (RuntimeError, CheckpointError) as error:
         raise CheckpointError(f"the checkpoint that was written cannot be read: {error}") from error

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, TypeAlias, cast
 
@@ -40,10 +40,14 @@ class Stored:
         Number format, as safetensors names it.
     shape
         Of the tensor.
+    file, offset
+        Where it lies, and at which byte.
     """
 
     dtype: str
     shape: tuple[int, ...]
+    file: Path | None = field(default=None, compare=False)
+    offset: int = field(default=0, compare=False)
 
     @property
     def kind(self) -> str:
@@ -145,7 +149,10 @@ def read_header(path: Path) -> dict[str, Stored]:
         name = next(name for name in header if name not in entries)
         raise FileError(path, f"{name!r:.60} is described as no tensor is")
     _check_layout(entries, size - length, path)
-    return {name: Stored(entry.dtype, entry.shape) for name, entry in entries.items()}
+    return {
+        name: Stored(entry.dtype, entry.shape, path, 8 + length + entry.data_offsets[0])
+        for name, entry in entries.items()
+    }
 
 
 def _check_layout(entries: Mapping[str, _Entry], size: int, path: Path) -> None:

@@ -180,6 +180,15 @@ def command(
     strict: StrictOption = False,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
+    max_memory: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            help="Most memory of a run, such as 8GB, for a language model in a directory that is "
+            "larger: its weights stay on disk, and each is read when it is needed.  [default: "
+            "what is free, if the model does not fit in it]",
+        ),
+    ] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace a directory that is not empty.")] = False,
     restart: Annotated[
         bool, typer.Option("--restart", help="Begin anew where a run that was killed would go on.")
@@ -262,6 +271,7 @@ def command(
             device=device,
             dtype=dtype,
             trust_remote_code=trust_remote_code,
+            max_memory=max_memory or _limit(model, dtype, device),
         )
         if ranks.first:
             needed = weight_bytes(loaded.model, loaded.stored_dtype)
@@ -289,7 +299,19 @@ def command(
     out.print(f"  osscar eval {directory} {given} --against {against or model}", highlight=False)
 
 
-_OF_THIS_TIME = ("directory", "overwrite", "restart", "json", "report")
+def _limit(model: str, dtype: str, device: str) -> int | None:
+    """Return the memory that a model is to be pruned within if it does not fit; None if it does."""
+    from osscar.core.memory import in_words
+    from osscar.models.language import fitting_memory
+    from osscar.models.open import is_vision
+
+    limit = None if device == "cuda" or is_vision(model) else fitting_memory(model, dtype)
+    if limit is not None:
+        say(f"the weights stay on disk, since they do not fit: --max-memory {in_words(limit)}")
+    return limit
+
+
+_OF_THIS_TIME = ("directory", "max_memory", "overwrite", "restart", "json", "report")
 """Parameters that change nothing of what is saved."""
 
 
@@ -347,13 +369,7 @@ def report_document(
     classes: tuple[str, ...] = (),
 ) -> dict[str, Any]:
     """Return what is known of a run, as ``docs/json.md`` describes it; runs both models for it."""
-    from osscar.core.modules import device_of
-    from osscar.data.batches import as_inputs
-    from osscar.evaluation.forward import measure_forward
     from osscar.pruning.budget import described
-
-    sample = as_inputs(result.model, data).batches(result.model, 1)[0]
-    before, after = measure_forward([dense, result.model], sample)
 
     return document(
         "prune",
@@ -368,12 +384,7 @@ def report_document(
             "budget": None if result.budget is None else described(result.budget),
             "divergence": result.divergence,
             "held_out": result.held_out,
-            "forward": {
-                "shapes": {name: list(tensor.shape) for name, tensor in sample.items()},
-                "device": device_of(result.model).type,
-                "dense": dataclasses.asdict(before),
-                "pruned": dataclasses.asdict(after),
-            },
+            "forward": _forward(dense, result.model, data),
             "equivalence_error": result.equivalence_error,
             "batch_norms": result.batch_norms,
             "summed_relative_loss": result.loss,
@@ -384,6 +395,27 @@ def report_document(
             "left_alone": [dataclasses.asdict(group) for group in result.left_alone],
         },
     )
+
+
+def _forward(
+    dense: nn.Module, pruned: nn.Module, data: CalibrationSet | ImageSet
+) -> dict[str, Any] | None:
+    """Measure a forward pass of both models; None where time is that of reading weights."""
+    from osscar.core.modules import device_of
+    from osscar.core.on_disk import is_on_disk
+    from osscar.data.batches import as_inputs
+    from osscar.evaluation.forward import measure_forward
+
+    if is_on_disk(dense):
+        return None
+    sample = as_inputs(pruned, data).batches(pruned, 1)[0]
+    before, after = measure_forward([dense, pruned], sample)
+    return {
+        "shapes": {name: list(tensor.shape) for name, tensor in sample.items()},
+        "device": device_of(pruned).type,
+        "dense": dataclasses.asdict(before),
+        "pruned": dataclasses.asdict(after),
+    }
 
 
 def print_result(result: PruningResult, saved: SavedCheckpoint) -> None:

@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.utils import _pytree as pytree
 
 from osscar.core.errors import ModelError, NonFiniteError, first_line
+from osscar.core.on_disk import OnDisk
 
 M = TypeVar("M", bound=nn.Module)
 T = TypeVar("T")
@@ -36,8 +37,8 @@ def check_finite_weights(model: nn.Module, *, buffers: bool = True) -> None:
     others = model.named_buffers() if buffers else ()
     for name, tensor in [*model.named_parameters(), *others]:
         real = tensor.is_floating_point() and tensor.layout is torch.strided
-        if tensor.is_meta or not real or not tensor.numel():
-            continue
+        if isinstance(tensor, OnDisk) or tensor.is_meta or not real or not tensor.numel():
+            continue  # what lies on disk is checked when it is first read
         low, high = tensor.aminmax()  # NaN comes through; ten times faster than isfinite
         if not (low.isfinite() and high.isfinite()):
             bad = tensor.numel() - int(tensor.isfinite().sum())

@@ -20,17 +20,28 @@ from urllib.parse import urlsplit
 
 import torch
 import transformers
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from osscar.checkpoint.admission import check_config
+from osscar.checkpoint.admission import check_config, stored_in
 from osscar.checkpoint.builders import TransformersOrigin
 from osscar.checkpoint.directory import load
 from osscar.checkpoint.manifest import CONFIG_FILE, is_checkpoint, read_manifest
+from osscar.checkpoint.streamed import read_streamed
 from osscar.core.devices import resolve_device, resolve_dtype
-from osscar.core.errors import ModelError, ModelNotFound, OsscarError, first_line
+from osscar.core.errors import (
+    CheckpointError,
+    DeviceError,
+    ModelError,
+    ModelNotFound,
+    OptionError,
+    OsscarError,
+    first_line,
+)
 from osscar.core.inputs import check_regular, file_name, panics_are_errors
+from osscar.core.memory import available_memory, parse_size
 from osscar.core.modules import check_finite_weights, check_usable, context_length
+from osscar.core.on_disk import Shelf
 from osscar.data.tokens import CalibrationSet, load_calibration
 from osscar.models.names import Sort, sort_of
 from osscar.models.trial import check_other_files, check_tokenizer
@@ -116,6 +127,7 @@ def load_model(
     dtype: str | torch.dtype | None = None,
     device: str | torch.device = "auto",
     trust_remote_code: bool = False,
+    max_memory: str | int | None = None,
 ) -> LoadedModel:
     """Load a causal language model and its tokenizer.
 
@@ -132,6 +144,10 @@ def load_model(
         ``"auto"``, ``"cpu"`` or ``"cuda"`` (or ``"cuda:1"``).
     trust_remote_code
         Run the code that a checkpoint brings along. Off by default.
+    max_memory
+        Most memory that the process may have, such as ``"8GB"``, for a model that is larger: only
+        its structure is built then, and each parameter is read from the files of the directory
+        whenever it is needed.  `osscar.prune` and `PruningResult.save` keep to the limit, too.
 
     Raises
     ------
@@ -145,17 +161,24 @@ def load_model(
         If a parameter holds NaN or infinity.
     DeviceError
         If the device or number format is not available.
+    OptionError
+        If `max_memory` is no size, or does not go with the rest.
+    FileError
+        If a file of a model that stays on disk is cut off.
     DownloadError, MissingDependency
         If a packaged model cannot be fetched.
     """
     text = file_name(name, "the model", "its name or directory")
     target = resolve_device(device)
     number_format = resolve_dtype(dtype, target)
+    shelf = None if max_memory is None else Shelf(parse_size(max_memory))
     with _quiet_unless_terminal():
         found = _find(text)
         manifest = None if found.path is None else read_manifest(found.path)
-        if found.path is not None and manifest is not None and not manifest.stock:
-            model: Any = load(found.path)
+        if shelf is not None:
+            model: Any = _streamed(found, target, trust_remote_code, shelf)
+        elif found.path is not None and manifest is not None and not manifest.stock:
+            model = load(found.path)
         else:
             model = _load_stock(found, trust_remote_code is True)
             if manifest is not None:
@@ -237,6 +260,59 @@ def _check_files(directory: Path) -> None:
             check_regular(file)
     except OSError as error:
         raise ModelError(f"cannot read {error.filename or directory}: {error.strerror}") from error
+
+
+def _streamed(
+    found: _Found, device: torch.device, trust_remote_code: bool, shelf: Shelf
+) -> nn.Module:
+    """Build the structure of a model whose parameters stay on disk."""
+    if found.path is None:
+        raise ModelError(
+            f"{found.source} is read from the hub, and --max-memory reads a local directory; "
+            "download it first, and give its directory"
+        )
+    if device.type != "cpu":
+        raise DeviceError(
+            f"a model that is read from disk runs on the CPU, not on {device}; give --device cpu, "
+            "or leave --max-memory away"
+        )
+    if trust_remote_code:
+        raise OptionError(
+            "code that a checkpoint brings along is not run on a model that is read from disk; "
+            "leave --trust-remote-code or --max-memory away"
+        )
+    return read_streamed(found.path, shelf)
+
+
+_COPIES = 4
+"""Of the weights that pruning a model in memory holds: as it came, as it is pruned, and the proof
+in double precision."""
+
+
+def fitting_memory(name: str | Path, dtype: str | torch.dtype | None = None) -> int | None:
+    """Return the memory to prune a model within, if it is larger than that; None if it fits.
+
+    Parameters
+    ----------
+    name, dtype
+        As `load_model` takes them.
+
+    Returns
+    -------
+    int or None
+        None also where nothing is known, or the model is no directory.
+    """
+    available = available_memory()
+    if available is None or resolve_device("auto").type != "cpu":
+        return None
+    try:
+        path = Path(name).expanduser()
+        stored = (stored_in(path) if path.is_dir() else None) or {}
+    except (OSError, RuntimeError, ValueError, CheckpointError):
+        return None  # whoever loads the model will say so
+    size = (resolve_dtype(dtype) or torch.float32).itemsize
+    needed = _COPIES * size * sum(tensor.elements for tensor in stored.values())
+    return None if needed <= available else available * 9 // 10
 
 
 def _load_stock(found: _Found, trust_remote_code: bool) -> Any:

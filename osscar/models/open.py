@@ -49,6 +49,7 @@ def open_model(
     dtype: str | torch.dtype | None = None,
     device: str | torch.device = "auto",
     trust_remote_code: bool = False,
+    max_memory: str | int | None = None,
 ) -> LoadedModel | VisionModel:
     """Load whatever model a name stands for.
 
@@ -68,6 +69,8 @@ def open_model(
         ``"auto"``, ``"cpu"`` or ``"cuda"``.
     trust_remote_code
         Run the code that a checkpoint of transformers brings along.
+    max_memory
+        Most memory for a language model that is larger, as of `osscar.load_model`.
 
     Raises
     ------
@@ -88,7 +91,18 @@ def open_model(
     if weights is not None and not sort.takes_weights:
         raise OptionError(f"{name!r} has weights of its own; leave --weights away")
     if sort is Sort.LANGUAGE:
-        return load_model(name, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+        return load_model(
+            name,
+            dtype=dtype,
+            device=device,
+            trust_remote_code=trust_remote_code,
+            max_memory=max_memory,
+        )
+    if max_memory is not None:
+        raise OptionError(
+            f"{name!r} is no language model of transformers, and no other is read from disk; leave "
+            "--max-memory away"
+        )
     return load_vision_model(
         name, weights=weights, pretrained=pretrained, dense=dense, dtype=dtype, device=device
     )

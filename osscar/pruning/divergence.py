@@ -17,7 +17,7 @@ from osscar.core.modules import fresh, without_cache
 from osscar.core.ranks import ALONE, Ranks
 from osscar.data.batches import Batch, TokenInputs
 
-_MOST_BYTES = 256 << 20
+MOST_BYTES = 256 << 20
 """Memory of the dense predictions that are kept; of more, evenly spread ones are taken."""
 
 
@@ -63,7 +63,7 @@ class Reference:
             found = _logarithms(ready.model, batch, tokens, index)
             if found is None:
                 break
-            most = max(1, _MOST_BYTES // (len(batches) * found.shape[-1] * 4))
+            most = max(1, MOST_BYTES // (len(batches) * found.shape[-1] * 4))
             step = -(-len(found) // most)
             rows.append(torch.arange(step // 2, len(found), step, device=found.device))
             logarithms.append(found[rows[-1]].clone())

@@ -28,6 +28,7 @@ from osscar.checkpoint.hf_config import adopt_config
 from osscar.core.devices import resolve_device
 from osscar.core.errors import RequestError, RunError
 from osscar.core.modules import copied, count_parameters, device_of
+from osscar.core.on_disk import room_for
 from osscar.core.progress import stage
 from osscar.core.ranks import ALONE, Ranks
 from osscar.pruning import latency
@@ -38,6 +39,7 @@ from osscar.pruning.certify import certified
 from osscar.pruning.costs import Cost
 from osscar.pruning.curves import Curve
 from osscar.pruning.divergence import Reference
+from osscar.pruning.memory import Room, check_streamed
 from osscar.pruning.request import Allocation, PruningRequest
 from osscar.pruning.result import LayerReport, PruningResult
 from osscar.pruning.run_log import RunLog, RunManifest, SiteRecord
@@ -113,11 +115,14 @@ def prune_as_asked(
     True
     """
     start = time.perf_counter()
-    with (
-        opened_for(model, calibration, request, ranks) as ready,
-        _begun(log, ready, request) as records,
-    ):
-        result = prune_opened(ready, request, DenseFacts.of(ready, request), log, records)
+    with opened_for(model, calibration, request, ranks) as ready:
+        room = check_streamed(ready, request, max(1, held_out(ready, request)))
+        with (
+            room_for(ready.model, 0 if room is None else room.largest_pass),
+            _begun(log, ready, request) as records,
+        ):
+            facts = DenseFacts.of(ready, request)
+            result = prune_opened(ready, request, facts, log, records, room)
     note_calibration(result.model, calibration)
     budget = result.budget
     if ranks.first:
@@ -189,6 +194,7 @@ def prune_opened(
     facts: DenseFacts,
     log: RunLog | None = None,
     records: Sequence[SiteRecord] = (),
+    room: Room | None = None,
 ) -> PruningResult:
     """Prune a model that is open, which becomes the smaller one; as `prune_as_asked` does.
 
@@ -204,12 +210,14 @@ def prune_opened(
         Keeps what is committed.
     records
         What was committed before.
+    room
+        What is to be left free in memory, where the model is read from disk.
     """
     start = time.perf_counter()
     work, held = ready.model, held_out(ready, request)
     before = count_parameters(work)
     allocated = _allocated(ready, request, facts, log)
-    plan, layers = _prune_groups(ready, allocated.keep, request, records, log)
+    plan, layers = _prune_groups(ready, allocated.keep, request, records, log, room)
     shrunk = _shrunk_program if facts.form is Form.GRAPH else _shrunk_module
     work, proof, renewed = shrunk(ready, plan, request, facts.statistics)
     if isinstance(work, PreTrainedModel):
@@ -353,6 +361,7 @@ def _prune_groups(
     request: PruningRequest,
     records: Sequence[SiteRecord],
     log: RunLog | None,
+    room: Room | None,
 ) -> tuple[PruningPlan, tuple[LayerReport, ...]]:
     """Solve and refit each group where the walk stops; the model keeps its shape."""
     groups = {group.name: group for group in ready.groups if group.name in keep}
@@ -367,7 +376,9 @@ def _prune_groups(
         began = time.perf_counter()
         for site in _walk(ready, list(groups.values()), request, dense):
             bar.describe(f"pruning {site.group.name}")
-            done.append(_prune_group(site, keep[site.group.name], request, began, ready.ranks))
+            with room_for(ready.model, 0 if room is None else room.matrices):
+                record = _prune_group(site, keep[site.group.name], request, began, ready.ranks)
+            done.append(record)
             if log is not None:
                 log.append(len(done) - 1, done[-1])
             bar.advance()

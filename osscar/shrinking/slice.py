@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from graph.groups import Role, Slot
 from osscar.core.errors import ModelError
 from osscar.core.modules import check_module, restored_on_error
+from osscar.core.on_disk import OnDisk
 from osscar.shrinking.fold import fold
 from osscar.shrinking.follow import mend, prepare, refresh
 from osscar.shrinking.lineage import lineage_of, note
@@ -195,6 +196,8 @@ def _places(model: nn.Module) -> dict[_Storage, list[tuple[nn.Module, dict[str, 
 
 def _identity(tensor: Tensor) -> _Storage:
     """Return a key that tied tensors share: those that are views of the same memory, too."""
+    if isinstance(tensor, OnDisk):
+        return (id(tensor),)
     memory = tensor.untyped_storage()._cdata
     return memory, tensor.storage_offset(), tuple(tensor.shape), tensor.stride()
 

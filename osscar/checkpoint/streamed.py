@@ -1,0 +1,287 @@
+"""Checkpoints larger than memory: models of which only the structure is built, and their files.
+
+What is read gives a model whose parameters lie on disk (see `osscar.core.on_disk`); what is written
+goes to its file tensor by tensor, with the bytes that the library would write.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from osscar.checkpoint import modeling_pruned
+from osscar.checkpoint.admission import check_tensors, names_of, stored_in, structure
+from osscar.checkpoint.builders import DESCRIPTION_ERRORS, TransformersOrigin, read_builder
+from osscar.checkpoint.manifest import Manifest, read_manifest
+from osscar.checkpoint.stored import Stored, read_stored
+from osscar.core.errors import CheckpointError, EquivalenceError, OsscarError, first_line
+from osscar.core.on_disk import OnDisk, Shelf
+from osscar.core.places import Place, Slice, Source
+from osscar.shrinking.lineage import LINEAGE
+from osscar.shrinking.slice import slice_units
+
+_FORMATS = {
+    "U64": torch.uint64,
+    "I64": torch.int64,
+    "F64": torch.float64,
+    "C64": torch.complex64,
+    "F32": torch.float32,
+    "U32": torch.uint32,
+    "I32": torch.int32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "U16": torch.uint16,
+    "I16": torch.int16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+"""Number formats by the names of safetensors, in the order in which it writes them."""
+
+_ELSEWHERE = "leave --max-memory away to read it whole"
+
+
+# ---- reading -----------------------------------------------------------------------------
+
+
+def read_streamed(path: Path, shelf: Shelf, dtype: torch.dtype | None = None) -> nn.Module:
+    """Return a model of transformers whose parameters lie in the files of a directory.
+
+    All files are read once, so that a damaged one is refused here.
+
+    Parameters
+    ----------
+    path
+        A checkpoint of safetensors: a stock one, or one that `osscar.prune` wrote.
+    shelf
+        Keeps what is read.
+    dtype
+        Number format of the parameters; by default as the config says.
+
+    Raises
+    ------
+    CheckpointError
+        If the config or the weights cannot be read, do not fit each other, or lie in the files in
+        another form than in the model.
+    FileError, NonFiniteError
+        If a file is cut off, or holds NaN or infinity.
+    """
+    manifest = read_manifest(path)
+    stored = stored_in(path)
+    if stored is None:
+        raise CheckpointError(f"{path} holds no weights in safetensors, of which a model is read")
+    try:
+        model = _structure(path, stored, manifest)
+    except OsscarError:
+        raise
+    except DESCRIPTION_ERRORS as error:
+        raise CheckpointError(
+            f"{path} is not a checkpoint that can be read: {first_line(error):.500}"
+        ) from error
+    check_tensors(model, stored, path)
+    fill_from_disk(model, stored, path, shelf)
+    if manifest is not None:
+        setattr(model, LINEAGE, manifest.lineage)
+    return (model if dtype is None else model.to(dtype)).eval()
+
+
+def _structure(path: Path, stored: Mapping[str, Stored], manifest: Manifest | None) -> nn.Module:
+    """Build a model without its weights, in the shapes of those that are stored."""
+    if manifest is None or manifest.stock:
+        origin = TransformersOrigin.of_directory(path)
+        origin.check_stock(path)
+        return structure(origin.build, stored, path, pruned=False)
+    builder = read_builder(manifest.lineage.origin, path)
+    if not isinstance(builder, TransformersOrigin):
+        raise CheckpointError(
+            f"{path} holds no model of transformers, and no other is read from disk; {_ELSEWHERE}"
+        )
+    model = structure(builder.build, stored, path, pruned=True)
+    for plan in manifest.lineage.plans:
+        slice_units(model, plan)
+    return model
+
+
+def read_any_shape_streamed(path: Path, name: str, shelf: Shelf) -> nn.Module:
+    """Read a directory as `osscar.checkpoint.any_shape.read_any_shape` does, its weights on disk.
+
+    Raises
+    ------
+    CheckpointError
+        If the code makes another model of it.
+    """
+    kind = getattr(modeling_pruned, name)
+    config = kind.config_class.from_pretrained(path, local_files_only=True)
+    stored = read_stored(path)
+    model = structure(TransformersOrigin(kind, config).build, stored, path, pruned=True)
+    check_tensors(model, stored, path)
+    fill_from_disk(model, stored, path, shelf)
+    return model.float().eval()
+
+
+def fill_from_disk(
+    model: nn.Module, stored: Mapping[str, Stored], path: Path, shelf: Shelf
+) -> None:
+    """Let the parameters of a model without values be read from files.
+
+    Parameters
+    ----------
+    model
+        Its parameters are on the device ``meta``; changed in place.
+    stored
+        What the files hold.
+    path
+        Of the checkpoint.
+    shelf
+        Keeps what is read.
+
+    Raises
+    ------
+    CheckpointError
+        If a tensor of the model is not in the files, or two are tied and differ there.
+    FileError, NonFiniteError
+        If a file is cut off, or holds NaN or infinity.
+    """
+    places = dict(_places(stored))
+    prefix = getattr(model, "base_model_prefix", "")
+    dtype = _number_format(model, stored)
+    for names, parameter in _tensors(model):
+        found = [places[n] for name in names for n in names_of(name, prefix) if n in places]
+        if parameter is None:
+            continue
+        if not found:
+            raise CheckpointError(
+                f"{path} holds no {names[0]!r}, or holds it in another form than "
+                f"{type(model).__name__}; {_ELSEWHERE}"
+            )
+        if len({place.slice.digest for place in found}) > 1:
+            raise CheckpointError(
+                f"{path} holds other values of {names[0]!r} than of {names[1]!r}, which its config "
+                f"ties; {_ELSEWHERE}"
+            )
+        place = found[0]
+        _put(
+            model,
+            names,
+            parameter,
+            place.cast(dtype) if place.dtype.is_floating_point else place,
+            shelf,
+        )
+
+
+def _tensors(model: nn.Module) -> Iterator[tuple[list[str], Tensor | None]]:
+    """Yield each parameter and each persistent buffer with all its names; None if it is computed.
+
+    Raises
+    ------
+    CheckpointError
+        If a buffer that no file holds has no value.
+    """
+    names: dict[int, list[str]] = {}
+    tensors: dict[int, Tensor] = {}
+    persistent = model.state_dict(keep_vars=True).keys()
+    for name, tensor in (
+        *model.named_parameters(remove_duplicate=False),
+        *model.named_buffers(remove_duplicate=False),
+    ):
+        names.setdefault(id(tensor), []).append(name)
+        tensors[id(tensor)] = tensor
+    for key, own in names.items():
+        kept = isinstance(tensors[key], nn.Parameter) or own[0] in persistent
+        if not kept and tensors[key].is_meta:
+            raise CheckpointError(
+                f"{type(model).__name__} computes {own[0]!r} in a way that needs memory for the "
+                f"whole model; {_ELSEWHERE}"
+            )
+        yield own, tensors[key] if kept else None
+
+
+def _put(model: nn.Module, names: Sequence[str], old: Tensor, place: Place, shelf: Shelf) -> None:
+    """Give modules a parameter on disk, or a buffer with its values."""
+    is_parameter = isinstance(old, nn.Parameter)
+    new = OnDisk(place, shelf) if is_parameter else place.read()
+    for name in names:
+        path, _, attribute = name.rpartition(".")
+        module = model.get_submodule(path)
+        table = module._parameters if is_parameter else module._buffers
+        table[attribute] = new  # type: ignore[assignment]
+
+
+def _places(stored: Mapping[str, Stored]) -> Iterator[tuple[str, Place]]:
+    sources: dict[Path, Source] = {}
+    for name, tensor in stored.items():
+        assert tensor.file is not None
+        if tensor.dtype not in _FORMATS:
+            raise CheckpointError(
+                f"{tensor.file} holds {name!r} as {tensor.dtype}, which cannot be pruned"
+            )
+        source = sources.get(tensor.file) or sources.setdefault(tensor.file, Source(tensor.file))
+        yield name, Place(Slice(source, tensor.offset, tensor.shape, _FORMATS[tensor.dtype], name))
+
+
+def _number_format(model: nn.Module, stored: Mapping[str, Stored]) -> torch.dtype:
+    """Return what transformers takes for ``auto``: the config's, or that of the first weight."""
+    named = getattr(getattr(model, "config", None), "dtype", None)
+    if isinstance(named, torch.dtype):
+        return named
+    formats = [_FORMATS[tensor.dtype] for tensor in stored.values() if tensor.dtype in _FORMATS]
+    return next((kind for kind in formats if kind.is_floating_point), torch.float32)
+
+
+# ---- writing -----------------------------------------------------------------------------
+
+
+def write_weights(tensors: Mapping[str, Tensor], file: Path, metadata: Mapping[str, str]) -> None:
+    """Write a file of safetensors with the bytes that the library writes, tensor by tensor.
+
+    Parameters
+    ----------
+    tensors
+        By name.
+    file
+        Where to.
+    metadata
+        What the file says of itself.
+    """
+    kinds = {kind: (rank, name) for rank, (name, kind) in enumerate(_FORMATS.items())}
+    order = sorted(tensors, key=lambda name: (kinds[tensors[name].dtype][0], name))
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    end = 0
+    for name in order:
+        tensor = tensors[name]
+        after = end + tensor.numel() * tensor.dtype.itemsize
+        kind = kinds[tensor.dtype][1]
+        header[name] = {
+            "dtype": kind,
+            "shape": list(tensor.shape),
+            "data_offsets": [end, after],
+        }
+        end = after
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    with file.open("wb") as out:
+        out.write(len(text).to_bytes(8, "little") + text)
+        for name in order:
+            tensor = tensors[name]
+            values = tensor.values() if isinstance(tensor, OnDisk) else tensor.detach()
+            out.write(values.contiguous().cpu().reshape(-1).view(torch.uint8).numpy().data)
+
+
+def check_written(tensors: Mapping[str, Tensor], file: Path) -> None:
+    """Read a file that was written back, tensor by tensor, and compare.
+
+    Raises
+    ------
+    EquivalenceError
+        Naming a tensor that is another one in the file.
+    """
+    for name, place in _places(read_stored(file.parent)):
+        if not torch.equal(tensors[name].detach().cpu(), place.read()):
+            raise EquivalenceError(f"{name!r} was not read back as it was written")

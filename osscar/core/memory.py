@@ -1,0 +1,98 @@
+"""How much memory there is, and how much of it this process has."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+from osscar.core.errors import OptionError
+from osscar.core.inputs import shown
+
+_STATM = Path("/proc/self/statm")
+_MEMINFO = Path("/proc/meminfo")
+_CGROUP = Path("/sys/fs/cgroup")
+_PAGE = os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 4096
+
+_SIZE = re.compile(r"(\d{1,15}(?:\.\d{1,6})?)\s*([KMGT]?)(i?)B?", re.IGNORECASE)
+_POWERS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
+
+
+def parse_size(value: object) -> int:
+    """Read a size of memory: ``"8GB"``, ``"512MiB"``, or a number of bytes.
+
+    Raises
+    ------
+    OptionError
+        If it is none.
+    """
+    text = str(value).strip()
+    found = _SIZE.fullmatch(text)
+    if isinstance(value, bool) or not isinstance(value, str | int) or found is None:
+        raise OptionError(f"{shown(value)} is no size of memory; give one such as 8GB or 512MiB")
+    number, unit, binary = found.groups()
+    size = int(float(number) * (1024 if binary else 1000) ** _POWERS[unit.upper()])
+    if size < 1:
+        raise OptionError(f"{shown(value)} is no memory at all; give a size such as 8GB")
+    return size
+
+
+def in_words(size: int) -> str:
+    """Return a size in words, rounded up."""
+    return f"{-(-size // 10**7) / 100:.2f}GB"
+
+
+def resident_memory() -> int:
+    """Return how many bytes this process has in memory.
+
+    Raises
+    ------
+    OptionError
+        If the system does not tell.
+    """
+    try:
+        return int(_STATM.read_text().split()[1]) * _PAGE
+    except (OSError, ValueError, IndexError):
+        raise OptionError(
+            "this system does not tell how much memory a process has, so that no limit can be "
+            "kept; leave --max-memory away"
+        ) from None
+
+
+def available_memory() -> int | None:
+    """Return how many bytes this process may take, or None where the system does not tell."""
+    found = []
+    try:
+        line = next(x for x in _MEMINFO.read_text().splitlines() if x.startswith("MemAvailable:"))
+        found.append(int(line.split()[1]) * 1024)
+    except (OSError, ValueError, IndexError, StopIteration):
+        pass
+    for limit, usage in (
+        ("memory.max", "memory.current"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    ):
+        try:
+            most = int((_CGROUP / limit).read_text())
+            found.append(max(0, most - int((_CGROUP / usage).read_text())))
+        except (OSError, ValueError):  # no such group, or "max"
+            continue
+    return min(found, default=None)
+
+
+def give_back() -> None:
+    """Give memory that was freed back to the system, where the allocator keeps it."""
+    trim = _trim()
+    if trim is not None:
+        trim(0)
+
+
+@cache
+def _trim() -> Callable[[int], int] | None:
+    try:
+        found: Callable[[int], int] = ctypes.CDLL("libc.so.6").malloc_trim
+    except (OSError, AttributeError):
+        return None
+    return found

@@ -1,0 +1,339 @@
+"""Parameters whose values lie in files, and are in memory only while an operator reads them.
+
+A model that is larger than memory has its structure, and an `OnDisk` in the place of each
+parameter.  Where an operator of torch meets one, it gets the values: read from the file, checked
+against what they were when they were first read, changed as pruning says (`osscar.core.places`),
+and kept on a `Shelf` for the next batch as long as there is room.  Whatever runs the model need not
+know of it.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from osscar.core.errors import ModelError, OptionError
+from osscar.core.memory import give_back, resident_memory
+from osscar.core.places import Place, Scratch, Selected, Slice
+
+_SPARE = 64 << 20
+"""Bytes that are always left below the ceiling, for all that is small."""
+
+
+class Shelf:
+    """Values that were read, kept for the next reader while there is room; the oldest go first.
+
+    Parameters
+    ----------
+    ceiling
+        Bytes that the whole process may have in memory.
+    """
+
+    def __init__(self, ceiling: int) -> None:
+        self.ceiling = ceiling
+        self.read_bytes = 0
+        """How much has been read from files."""
+        self._left_free = _SPARE
+        self._held: OrderedDict[Place, tuple[Tensor, int]] = OrderedDict()
+        self._scratch: Scratch | None = None
+
+    @property
+    def held_bytes(self) -> int:
+        """Memory of the values that are kept."""
+        return sum(place.nbytes for place in self._held)
+
+    def values(self, place: Place) -> Tensor:
+        """Return the values at a place; nobody may write to them.
+
+        Raises
+        ------
+        ModelError
+            If somebody has.
+        FileError
+            If the file is no longer what it was.
+        """
+        if place in self._held:
+            found, version = self._held[place]
+            if found._version != version:
+                raise ModelError(
+                    f"code of the model writes to {place.slice.name!r} while it runs, which is "
+                    "read from disk; leave --max-memory away"
+                )
+            self._held.move_to_end(place)
+            return found
+        self._make_room(place.passing_bytes)
+        found = place.read()
+        self.read_bytes += place.slice.nbytes
+        self._held[place] = (found, found._version)
+        return found
+
+    def put(self, values: Tensor, name: str) -> Place:
+        """Write values to disk; return the place from which they are read."""
+        if self._scratch is None:
+            self._scratch = Scratch()
+        values = values.detach().contiguous()
+        offset = self._scratch.append(values)
+        return Place(Slice(self._scratch, offset, tuple(values.shape), values.dtype, name))
+
+    @contextmanager
+    def leaving(self, room: int) -> Iterator[None]:
+        """Leave so many bytes below the ceiling free for other things while the block runs."""
+        before, self._left_free = self._left_free, max(self._left_free, room)
+        self._make_room(0)
+        try:
+            yield
+        finally:
+            self._left_free = before
+
+    def _make_room(self, needed: int) -> None:
+        excess = resident_memory() + needed + self._left_free - self.ceiling
+        if excess <= 0 or not self._held:
+            return
+        while self._held and excess > 0:
+            place, _ = self._held.popitem(last=False)
+            excess -= place.nbytes
+        give_back()
+
+
+# ---- parameters --------------------------------------------------------------------------
+
+
+class OnDisk(nn.Parameter):
+    """A parameter that is read whenever an operator needs its values.
+
+    To the code of a model it is a parameter on the CPU.  `detach`, `clone`, `to`, `index_select`
+    and the like read nothing; nothing may write to it in place (see `written`).
+
+    Parameters
+    ----------
+    place
+        Where its values are; assigning it gives the parameter other ones.
+    shelf
+        Which keeps them.
+    """
+
+    place: Place
+    shelf: Shelf
+
+    def __new__(cls, place: Place, shelf: Shelf) -> OnDisk:
+        """Make a tensor that has a shape and a number format, and no memory."""
+        made: OnDisk = torch.Tensor._make_wrapper_subclass(
+            cls, place.shape, dtype=place.dtype, device=torch.device("cpu")
+        )
+        made.place, made.shelf = place, shelf
+        return made
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        """Do nothing: torch calls this with arguments of its own."""
+
+    def values(self) -> Tensor:
+        """Return the values, for reading; without values where shapes are all that counts."""
+        if torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None:
+            return torch.empty(self.place.shape, dtype=self.place.dtype)
+        return self.shelf.values(self.place)
+
+    def like(self, place: Place) -> OnDisk:
+        """Return another parameter with values of the same shelf."""
+        return OnDisk(place, self.shelf)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> OnDisk:
+        copy: OnDisk = memo.setdefault(id(self), self.like(self.place))
+        return copy
+
+    def __reduce_ex__(self, _: Any) -> Any:
+        raise ModelError(f"{self.place.slice.name!r} lies on disk, and cannot be pickled")
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        options = dict(kwargs or {})
+        lazy = _LAZY.get(func)
+        if lazy is not None and isinstance(args[0], OnDisk):
+            return lazy(*args, **options)
+        if func in _DESCRIBING:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **options)
+        if _writes_to(func, args, options):
+            name = getattr(func, "__name__", func)
+            raise ModelError(
+                f"code of the model writes to a weight ({name!r}), which is read from disk; leave "
+                "--max-memory away"
+            )
+        return func(*_with_values(args), **_with_values(options))
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        return func(*_with_values(args), **_with_values(dict(kwargs or {})))
+
+
+def _with_values(tree: Any) -> Any:
+    return pytree.tree_map_only(OnDisk, lambda tensor: tensor.values(), tree)
+
+
+def _writes_to(func: Any, args: Any, options: Mapping[str, Any]) -> bool:
+    """Whether a function would change a parameter itself, not the values that are read of it."""
+    name = getattr(func, "__name__", "")
+    in_place = (name.endswith("_") and not name.endswith("__")) or name in (
+        "__set__",
+        "__setitem__",
+        *(f"__i{operator}__" for operator in ("add", "sub", "mul", "truediv", "and", "or", "xor")),
+    )
+    out = pytree.tree_leaves(options.get("out"))
+    return (in_place and isinstance(args[0], OnDisk)) or any(isinstance(t, OnDisk) for t in out)
+
+
+# ---- what needs no values ----------------------------------------------------------------
+
+
+def _same(tensor: OnDisk, *_: Any, **__: Any) -> OnDisk:
+    return tensor.like(tensor.place)
+
+
+def _itself(tensor: OnDisk, *_: Any, **__: Any) -> OnDisk:
+    return tensor
+
+
+def _to(tensor: OnDisk, *args: Any, **options: Any) -> OnDisk:
+    options.pop("copy", None)
+    given = [a for a in args if not isinstance(a, bool)]
+    if given and isinstance(given[0], Tensor):
+        device, dtype = given[0].device, given[0].dtype
+    else:
+        options = {key: value for key, value in options.items() if value is not None}
+        device, dtype, *_ = torch._C._nn._parse_to(*given, **options)
+    if device is not None and device.type != "cpu":
+        raise OptionError(
+            f"a model that is read from disk runs on the CPU, not on {str(device)!r}; give "
+            "--device cpu, or leave --max-memory away"
+        )
+    return tensor.like(tensor.place if dtype is None else tensor.place.cast(dtype))
+
+
+def _cast_to(dtype: torch.dtype) -> Callable[..., OnDisk]:
+    return lambda tensor: tensor.like(tensor.place.cast(dtype))
+
+
+def _select(tensor: OnDisk, dim: int, index: Tensor) -> OnDisk:
+    return tensor.like(tensor.place.then(Selected(dim, index)))
+
+
+def _assign(tensor: OnDisk, data: Tensor) -> None:
+    tensor.place = (
+        data.place if isinstance(data, OnDisk) else tensor.shelf.put(data, tensor.place.slice.name)
+    )
+
+
+_Function: TypeAlias = Any
+
+_LAZY: Mapping[_Function, Callable[..., Any]] = {
+    Tensor.detach: _same,
+    Tensor.clone: _same,
+    Tensor.contiguous: _itself,
+    Tensor.cpu: _itself,
+    Tensor.requires_grad_: _itself,
+    Tensor.data.__get__: _same,  # type: ignore[attr-defined]
+    Tensor.data.__set__: _assign,  # type: ignore[attr-defined]
+    torch._has_compatible_shallow_copy_type: lambda *tensors: all(
+        isinstance(tensor, OnDisk) for tensor in tensors
+    ),
+    Tensor.to: _to,
+    Tensor.index_select: _select,
+    Tensor.float: _cast_to(torch.float32),
+    Tensor.double: _cast_to(torch.float64),
+    Tensor.half: _cast_to(torch.float16),
+    Tensor.bfloat16: _cast_to(torch.bfloat16),
+    Tensor.dtype.__get__: lambda tensor: tensor.place.dtype,  # type: ignore[attr-defined]
+    Tensor.element_size: lambda tensor: tensor.place.dtype.itemsize,
+    Tensor.itemsize.__get__: lambda tensor: tensor.place.dtype.itemsize,  # type: ignore[attr-defined]
+    Tensor.nbytes.__get__: lambda tensor: tensor.place.nbytes,  # type: ignore[attr-defined]
+}
+
+_DESCRIBING = frozenset(
+    {
+        *(
+            getattr(Tensor, name).__get__
+            for name in (
+                *("shape", "device", "layout", "ndim", "is_leaf", "requires_grad"),
+                *("grad", "_grad", "grad_fn", "_version", "_base", "is_nested", "is_sparse"),
+                *("is_cpu", "is_cuda", "is_meta", "is_quantized", "is_mkldnn", "is_sparse_csr"),
+                "_backward_hooks",
+            )
+        ),
+        *(Tensor.size, Tensor.dim, Tensor.numel, Tensor.nelement, Tensor.stride, Tensor.__len__),
+        *(Tensor.is_floating_point, Tensor.is_complex, Tensor.is_contiguous, Tensor.is_inference),
+        *(Tensor.get_device, Tensor.storage_offset, Tensor.__hash__, Tensor.untyped_storage),
+        *(torch.is_floating_point, torch.is_complex, torch.numel, torch.is_inference),
+    }
+)
+
+
+# ---- models ------------------------------------------------------------------------------
+
+
+def is_on_disk(model: nn.Module) -> bool:
+    """Whether parameters of a model are read from disk."""
+    return any(isinstance(parameter, OnDisk) for parameter in model.parameters())
+
+
+def shelf_of(model: nn.Module) -> Shelf | None:
+    """Return what keeps the values of a model's parameters, or None if they are in memory."""
+    return next((p.shelf for p in model.parameters() if isinstance(p, OnDisk)), None)
+
+
+@contextmanager
+def room_for(model: nn.Module, needed: int) -> Iterator[None]:
+    """Leave room for other things than weights while the block runs, if these lie on disk."""
+    shelf = shelf_of(model)
+    if shelf is None:
+        yield
+        return
+    with shelf.leaving(needed):
+        yield
+
+
+@contextmanager
+def written(module: nn.Module, name: str) -> Iterator[Tensor]:
+    """Yield a parameter outside of autograd, to be written to in place.
+
+    One that lies on disk is read, and what the block makes of it is written to disk.
+    """
+    parameter = getattr(module, name)
+    if not isinstance(parameter, OnDisk):
+        yield parameter.detach()
+        return
+    values = parameter.place.read()
+    yield values
+    parameter.place = parameter.shelf.put(values, parameter.place.slice.name)
+
+
+@contextmanager
+def shapes_only(model: nn.Module) -> Iterator[None]:
+    """Put plain parameters of the same shapes in the place of those on disk, for tracing.
+
+    Nobody reads or writes their values, so that the system gives them no memory.
+    """
+    before = [
+        (module, name, parameter)
+        for module in model.modules()
+        for name, parameter in module._parameters.items()
+        if isinstance(parameter, OnDisk)
+    ]
+    plain: dict[int, nn.Parameter] = {}
+    try:
+        for module, name, p in before:
+            if id(p) not in plain:
+                plain[id(p)] = nn.Parameter(torch.empty(p.shape, dtype=p.dtype))
+            module._parameters[name] = plain[id(p)]
+        yield
+    finally:
+        for module, name, parameter in before:
+            module._parameters[name] = parameter

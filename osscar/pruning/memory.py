@@ -1,0 +1,173 @@
+"""What a run takes beside the weights, where those are read from disk; refused if there is no room.
+
+Nothing here is exact: a limit that is too small is to be refused in the beginning, with the layer
+that needs most, and not after hours.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from torch import nn
+
+from graph import CouplingGroup
+from osscar.capture.linear_maps import linear_maps
+from osscar.capture.opened import Opened
+from osscar.capture.targets import Target
+from osscar.core.errors import RequestError
+from osscar.core.memory import in_words, resident_memory
+from osscar.core.on_disk import shelf_of
+from osscar.pruning.allocation import provisional
+from osscar.pruning.divergence import MOST_BYTES
+from osscar.pruning.request import Allocation, PruningRequest
+
+_MATRICES = 11
+"""Matrices of float64, (p, p), that measuring, solving and committing one layer hold at once."""
+
+_ACTIVATIONS = 5
+"""Tensors of a batch, as wide as the widest layer, that a forward pass holds at once."""
+
+_SUSPENDED = 6
+"""Tensors as wide as the model that a suspended batch holds, besides what the consumer reads."""
+
+_LOGITS = 5
+"""Copies of a window's logits that are compared at once."""
+
+_PROOF_TOKENS = 128
+"""Tokens of the proof, whose outputs are in float64."""
+
+_LEAST = 128 << 20
+"""Bytes for all that is small."""
+
+
+@dataclass(frozen=True)
+class Room:
+    """Bytes that parts of a run need beside the weights.
+
+    Parameters
+    ----------
+    batches
+        The hidden states of all batches, and the predictions of the dense model that are kept.
+    forward
+        One batch on its way through a block.
+    matrices
+        The problem of the layer that reads most.
+    logits
+        The predictions of one window, compared.
+    proof
+        Those of the proof, in double precision.
+    layer, inputs
+        The name of that layer, and how many inputs it reads.
+    """
+
+    batches: int
+    forward: int
+    matrices: int
+    logits: int
+    proof: int
+    layer: str
+    inputs: int
+
+    @property
+    def largest_pass(self) -> int:
+        """Bytes that any forward pass needs."""
+        return max(self.forward, self.logits, self.proof)
+
+    @classmethod
+    def of(cls, ready: Opened, request: PruningRequest, held_out: int) -> Room:
+        """Estimate what a run needs; `held_out` windows are compared with the dense model's.
+
+        Raises
+        ------
+        RequestError, FrozenGroupError
+            If what to keep makes no sense for this model.
+        """
+        keep = provisional(ready, request)
+        groups = [g for g in ready.groups if keep.get(g.name, g.units) < g.units]
+        layer, inputs, matrices = max(
+            (_matrices(ready.model, group) for group in groups),
+            key=lambda found: found[2],
+            default=("", 0, 0),
+        )
+        rows = [int(math.prod(batch["input_ids"].shape)) for batch in ready.batches()]
+        width, vocabulary = _widths(ready.model)
+        wide = max(width, inputs)
+        streams = 2 if Target(request.target).needs_dense else 1
+        window = ready.inputs.settings["seqlen"]
+        kept = min(MOST_BYTES, 4 * held_out * window * vocabulary)
+        return cls(
+            batches=4 * sum(rows) * (_SUSPENDED * width + inputs) * streams + kept,
+            forward=4 * max(rows) * wide * _ACTIVATIONS * streams + _LEAST,
+            matrices=matrices * _MATRICES + _LEAST,
+            logits=4 * window * vocabulary * _LOGITS + _LEAST,
+            proof=8 * min(_PROOF_TOKENS, 2 * window) * vocabulary * _LOGITS + _LEAST,
+            layer=layer,
+            inputs=inputs,
+        )
+
+
+def _matrices(model: nn.Module, group: CouplingGroup) -> tuple[str, int, int]:
+    """Return the layer of a group that reads most, how much that is, and bytes of all matrices."""
+    maps = linear_maps(model, group)
+    most = max(maps, key=lambda found: found.rows)
+    return most.name, most.rows, sum(8 * found.rows**2 for found in maps)
+
+
+def _widths(model: nn.Module) -> tuple[int, int]:
+    """Return the width of a language model, and the size of its vocabulary."""
+    table = model.get_input_embeddings().weight  # type: ignore[operator]
+    return int(table.shape[1]), int(table.shape[0])
+
+
+def check_streamed(ready: Opened, request: PruningRequest, held_out: int) -> Room | None:
+    """Refuse what a model that is read from disk cannot do, or not within its memory.
+
+    Parameters
+    ----------
+    ready, request
+        The model with its data, and what is asked for.
+    held_out
+        How many windows the predictions of the dense model are kept of.
+
+    Returns
+    -------
+    Room or None
+        What is to be left free; None for a model in memory.
+
+    Raises
+    ------
+    RequestError
+        If the run needs the whole model in memory, or the limit is too small.
+    """
+    shelf = shelf_of(ready.model)
+    if shelf is None:
+        return None
+    if request.speedup is not None:
+        raise RequestError(
+            "--speedup times the model in memory, and this one is read from disk; give another "
+            "budget, or leave --max-memory away"
+        )
+    if request.has_budget and request.allocation is not Allocation.UNIFORM:
+        raise RequestError(
+            "a budget that is shared by curvature needs a backward pass through the dense model, "
+            "and this one is read from disk; give --allocation uniform, or --heads and --neurons, "
+            "or leave --max-memory away"
+        )
+    room = Room.of(ready, request, held_out)
+    largest = max(4 * p.numel() for p in ready.model.parameters())
+    base = resident_memory() - shelf.held_bytes
+    least = base + max(
+        room.batches + room.matrices,
+        room.batches + room.forward + largest,
+        room.logits + largest,
+        room.proof + 2 * largest,
+    )
+    if shelf.ceiling < least:
+        raise RequestError(
+            f"--max-memory {in_words(shelf.ceiling)} is too little: {room.layer!r} reads "
+            f"{room.inputs} inputs, whose matrices take {in_words(room.matrices)}, beside "
+            f"{in_words(room.batches)} for what the batches hold and {in_words(base)} for the "
+            f"program; at least {in_words(least)} would do, or fewer windows (--samples, --seqlen)"
+        )
+    return room

@@ -1,0 +1,312 @@
+"""Models whose weights stay on disk: pruned to the same bytes, refused where they cannot be."""
+
+import os
+import shutil
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import osscar
+from benchmarks.streaming import SHAPES, measured, write_model
+from osscar.core.errors import (
+    CheckpointError,
+    FileError,
+    ModelError,
+    NonFiniteError,
+    OptionError,
+    RequestError,
+)
+from osscar.core.memory import parse_size
+from osscar.core.on_disk import OnDisk, Shelf, is_on_disk, shelf_of
+from osscar.core.places import Cast, Place, Slice, Source
+from osscar.models.language import DEMO_DIRECTORY
+from osscar.models.open import open_model
+from osscar.pruning.memory import Room
+from osscar.pruning.prune import opened_for, prune_as_asked
+from osscar.pruning.run_log import RunLog
+from tests.osscar.families import VOCABULARY, tiny
+
+PLENTY = "64GB"
+
+
+def written(path, family, *, dtype=torch.float32, shards=None):
+    """Save a tiny model with a tokenizer; as several files of so many bytes, if that is said."""
+    model = tiny(family).to(dtype)
+    model.save_pretrained(path, **({} if shards is None else {"max_shard_size": shards}))
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(DEMO_DIRECTORY / file, path / file)
+    return path
+
+
+def windows(samples=8, seqlen=24):
+    return torch.randint(VOCABULARY, (samples, seqlen), generator=torch.Generator().manual_seed(1))
+
+
+def pruned(path, max_memory, **asked):
+    loaded = osscar.load_model(path, device="cpu", max_memory=max_memory)
+    return osscar.prune(loaded.model, windows(), batch_size=3, backend="greedy", **asked)
+
+
+def holding_nothing(loaded):
+    """Let nothing that was read be kept: every operator reads its weights anew."""
+    shelf = shelf_of(loaded.model)
+    shelf.ceiling = 1
+    with shelf.leaving(0):
+        return loaded
+
+
+def files(path):
+    return {file.name: file.read_bytes() for file in path.iterdir()}
+
+
+@pytest.mark.parametrize(
+    ("family", "asked"),
+    [
+        ("opt", {"neurons": 0.5, "target": "weights"}),
+        ("opt", {"heads": 0.5, "neurons": 0.7}),  # which its config cannot say
+        ("llama-gqa", {"heads": "2/3", "neurons": 0.5}),  # untied, with biases
+        ("qwen2", {"sparsity": 0.3, "allocation": "uniform"}),  # tied
+        ("gpt2", {"neurons": 0.5, "heads": 0.5, "target": "outputs"}),  # transposed weights
+    ],
+)
+def test_a_streamed_run_comes_to_the_same_bytes(tmp_path, family, asked):
+    dense = written(tmp_path / "dense", family, shards="60KB")
+    plain, streamed = pruned(dense, None, **asked), pruned(dense, PLENTY, **asked)
+    assert is_on_disk(streamed.model)
+    assert not is_on_disk(plain.model)
+    assert streamed.plan == plain.plan
+    assert [layer.loss for layer in streamed.layers] == [layer.loss for layer in plain.layers]
+    assert streamed.divergence == plain.divergence
+    assert streamed.equivalence_error == plain.equivalence_error
+    assert streamed.save(tmp_path / "streamed").stock is plain.save(tmp_path / "plain").stock
+    assert files(tmp_path / "streamed") == files(tmp_path / "plain")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_weights_in_half_precision_stay_in_it_on_disk(tmp_path, dtype):
+    dense = written(tmp_path / "dense", "llama-gqa", dtype=dtype)
+    for name, memory in (("plain", None), ("streamed", PLENTY)):
+        pruned(dense, memory, neurons=0.5).save(tmp_path / name)
+    assert files(tmp_path / "streamed") == files(tmp_path / "plain")
+
+
+def test_no_weight_has_to_be_kept_in_memory(tmp_path):
+    dense = written(tmp_path / "dense", "qwen2")
+    loaded = osscar.load_model(dense, device="cpu", max_memory=PLENTY)
+    expected = loaded.model(windows(2)).logits
+    holding_nothing(loaded)
+    before = shelf_of(loaded.model).read_bytes
+    assert torch.equal(loaded.model(windows(2)).logits, expected)
+    read = shelf_of(loaded.model).read_bytes - before
+    assert read >= (dense / "model.safetensors").stat().st_size * 0.9
+    assert shelf_of(loaded.model).held_bytes < read / 4
+
+
+def test_a_pruned_checkpoint_streams_too(tmp_path):
+    dense = written(tmp_path / "dense", "opt")
+    result = pruned(dense, None, heads=0.5, neurons=0.5)
+    tokenizer = osscar.load_model(dense).tokenizer
+    assert not result.save(tmp_path / "pruned", tokenizer=tokenizer).stock
+    loaded = osscar.load_model(tmp_path / "pruned", device="cpu", max_memory=PLENTY)
+    assert is_on_disk(loaded.model)
+    with torch.no_grad():
+        assert torch.equal(loaded.model(windows(2)).logits, result.model(windows(2)).logits)
+
+
+def test_a_run_that_was_in_memory_goes_on_from_disk(tmp_path):
+    dense, log = written(tmp_path / "dense", "qwen2"), RunLog(tmp_path / "log")
+    request = osscar.PruningRequest(neurons=0.5, backend="greedy")
+    whole = prune_as_asked(osscar.load_model(dense, device="cpu").model, windows(), request, log)
+    sorted(log.directory.glob("*.safetensors"))[-1].unlink()  # as if it had been killed before
+    loaded = osscar.load_model(dense, device="cpu", max_memory=PLENTY)
+    again = prune_as_asked(loaded.model, windows(), request, log)
+    whole.save(tmp_path / "whole")
+    again.save(tmp_path / "again")
+    assert files(tmp_path / "whole") == files(tmp_path / "again")
+
+
+@pytest.mark.slow
+def test_the_process_stays_below_the_limit_for_a_model_above_it(tmp_path):
+    shape = {**SHAPES["opt-1.3b"], "hidden_size": 256, "word_embed_proj_dim": 256}
+    shape |= {"ffn_dim": 16384, "num_attention_heads": 4, "num_hidden_layers": 34}
+    shape |= {"vocab_size": 4096}
+    limit, dense = 1_100_000_000, tmp_path / "dense"
+    assert write_model(dense, shape, "bfloat16") * 4 > limit
+    options = ["--heads", "0.5", "--target", "weights", "--samples", "4", "--seqlen", "32"]
+    options += ["--backend", "greedy", "--max-memory", f"{limit}"]
+    command = [sys.executable, "-m", "osscar", "prune", str(dense), "--out", str(tmp_path / "out")]
+    found = measured([*command, *options])
+    assert found.status == 0
+    assert found.peak <= limit
+
+
+# ---- files that are not what they were ---------------------------------------------------
+
+
+def test_a_file_that_is_cut_off_is_refused(tmp_path):
+    dense = written(tmp_path / "dense", "opt")
+    file = dense / "model.safetensors"
+    loaded = holding_nothing(osscar.load_model(dense, device="cpu", max_memory=PLENTY))
+    os.truncate(file, file.stat().st_size // 2)
+    with pytest.raises(FileError, match="cut off"):
+        osscar.prune(loaded.model, windows(), neurons=0.5)
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        osscar.load_model(dense, device="cpu", max_memory=PLENTY)
+
+
+def test_a_file_that_changes_between_two_reads_is_refused(tmp_path):
+    dense = written(tmp_path / "dense", "opt")
+    loaded = holding_nothing(osscar.load_model(dense, device="cpu", max_memory=PLENTY))
+    with (dense / "model.safetensors").open("r+b") as file:
+        file.seek(-5, os.SEEK_END)
+        file.write(b"\0\1")
+    with pytest.raises(FileError, match="were others when they were read before"):
+        osscar.prune(loaded.model, windows(), neurons=0.5)
+
+
+def test_a_missing_shard_is_refused(tmp_path):
+    dense = written(tmp_path / "dense", "llama-gqa", shards="60KB")
+    sorted(dense.glob("model-*.safetensors"))[1].unlink()
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        osscar.load_model(dense, device="cpu", max_memory=PLENTY)
+
+
+def test_a_shard_that_is_taken_away_later_is_still_there(tmp_path):
+    dense = written(tmp_path / "dense", "llama-gqa", shards="60KB")
+    loaded = holding_nothing(osscar.load_model(dense, device="cpu", max_memory=PLENTY))
+    expected = loaded.model(windows(2)).logits
+    for file in dense.glob("model-*.safetensors"):
+        file.unlink()
+    assert torch.equal(loaded.model(windows(2)).logits, expected)
+
+
+def test_nonfinite_weights_are_named(tmp_path):
+    model = tiny("opt")
+    model.model.decoder.layers[1].fc1.weight.data[3, 4] = torch.nan
+    model.save_pretrained(tmp_path)
+    with pytest.raises(NonFiniteError, match=r"layers\.1\.fc1\.weight"):
+        osscar.load_model(tmp_path, device="cpu", max_memory=PLENTY)
+
+
+def test_a_tied_weight_that_is_stored_twice_has_to_be_the_same(tmp_path):
+    dense = written(tmp_path / "dense", "qwen2")
+    tensors = load_file(dense / "model.safetensors")
+    head = tensors["model.embed_tokens.weight"].clone()
+    save_file({**tensors, "lm_head.weight": head}, dense / "model.safetensors", {"format": "pt"})
+    tied = osscar.load_model(dense, device="cpu", max_memory=PLENTY).model
+    assert tied.lm_head.weight is tied.model.embed_tokens.weight
+    save_file(
+        {**tensors, "lm_head.weight": head + 1}, dense / "model.safetensors", {"format": "pt"}
+    )
+    with pytest.raises(CheckpointError, match="ties"):
+        osscar.load_model(dense, device="cpu", max_memory=PLENTY)
+
+
+# ---- what cannot be done -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("asked", "named"),
+    [({"sparsity": 0.3}, "--allocation uniform"), ({"speedup": 1.5}, "--speedup")],
+)
+def test_what_needs_the_whole_model_is_refused(tmp_path, asked, named):
+    with pytest.raises(RequestError, match=named):
+        pruned(written(tmp_path / "dense", "opt"), PLENTY, **asked)
+
+
+def test_a_limit_that_cannot_hold_one_layer_says_what_would_do(tmp_path):
+    dense = written(tmp_path / "dense", "opt")
+    with pytest.raises(RequestError, match="fc2") as refused:
+        pruned(dense, "100MB", neurons=0.5)
+    assert "reads 40 inputs" in str(refused.value)
+    least = str(refused.value).partition("at least ")[2].split()[0]
+    # The program may have grown meanwhile.
+    assert pruned(dense, parse_size(least) + (1 << 28), neurons=0.5).loss > 0
+
+
+@pytest.mark.parametrize("size", ["", "8 bananas", "-1GB", "0", "1e99GB", True, 2.5, "nan"])
+def test_a_size_that_is_none_is_refused(size):
+    with pytest.raises(OptionError, match="memory"):
+        parse_size(size)
+
+
+@pytest.mark.parametrize(
+    ("size", "bytes_"), [("8GB", 8 * 10**9), ("1.5 MiB", 3 << 19), (4096, 4096), ("10k", 10_000)]
+)
+def test_sizes(size, bytes_):
+    assert parse_size(size) == bytes_
+
+
+def test_a_model_that_is_no_directory_of_transformers_is_refused():
+    with pytest.raises(OptionError, match="--max-memory"):
+        open_model("torchvision:resnet18", max_memory=PLENTY)
+
+
+# ---- parameters on disk ------------------------------------------------------------------
+
+
+@pytest.fixture
+def parameter(tmp_path):
+    values = torch.arange(12, dtype=torch.float32).view(3, 4)
+    (tmp_path / "values").write_bytes(values.numpy().tobytes())
+    place = Place(Slice(Source(tmp_path / "values"), 0, (3, 4), torch.float32, "w"))
+    return OnDisk(place, Shelf(1 << 40)), values
+
+
+def test_it_is_a_parameter_to_whoever_asks(parameter):
+    on_disk, values = parameter
+    assert isinstance(on_disk, torch.nn.Parameter)
+    assert (on_disk.shape, on_disk.dtype, on_disk.device) == (
+        values.shape,
+        values.dtype,
+        values.device,
+    )
+    assert on_disk.shelf.read_bytes == 0
+    assert torch.equal(on_disk @ values.T, values @ values.T)
+
+
+def test_nothing_writes_to_it_in_place(parameter):
+    on_disk, _ = parameter
+    for write in (
+        lambda: on_disk.mul_(2),
+        lambda: on_disk.__setitem__(0, 1.0),
+        lambda: torch.add(torch.ones(3, 4), 1, out=on_disk),
+        lambda: torch.nn.init.zeros_(on_disk),
+    ):
+        with torch.no_grad(), pytest.raises(ModelError, match="max-memory"):
+            write()
+
+
+def test_a_write_to_values_that_were_read_is_noticed(parameter):
+    on_disk, _ = parameter
+    on_disk.view(-1)[0] = 7.0
+    with pytest.raises(ModelError, match="writes to 'w'"):
+        on_disk + 1
+
+
+def test_a_format_that_held_all_values_and_back_is_no_step(parameter):
+    on_disk, _ = parameter
+    assert on_disk.double().float().place == on_disk.place
+    assert on_disk.half().float().place.steps == (Cast(torch.float16), Cast(torch.float32))
+
+
+def test_assigned_values_are_kept_on_disk(parameter):
+    on_disk, values = parameter
+    with torch.no_grad():
+        on_disk.data = values * 2
+    assert torch.equal(on_disk + 0, values * 2)
+    assert isinstance(on_disk.data, OnDisk)
+
+
+def test_room_counts_what_a_layer_reads(tmp_path):
+    loaded = osscar.load_model(written(tmp_path / "d", "opt"), device="cpu", max_memory=PLENTY)
+    request = osscar.PruningRequest(neurons=0.5)
+    with opened_for(loaded.model, windows(), request) as ready:
+        few = Room.of(ready, request, 1)
+    with opened_for(loaded.model, windows(16), request) as ready:
+        many = Room.of(ready, request, 1)
+    assert few.inputs == 40
+    assert many.batches > few.batches
+    assert many.matrices == few.matrices
