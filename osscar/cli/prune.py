@@ -283,9 +283,11 @@ def command(
             return  # the first alone writes and prints
         content = report_document(result, loaded.model, loaded.source, data, loaded.classes)
         log.note(asked, content)
+        tokenizer, of_images = loaded.tokenizer, isinstance(loaded, VisionModel)
+        del loaded  # saving holds the smaller model twice, and needs no dense one beside
         saved = result.save(
             path,
-            tokenizer=loaded.tokenizer,
+            tokenizer=tokenizer,
             report=content,
             page=prune_page(content),
             overwrite=overwrite,
@@ -295,7 +297,7 @@ def command(
     print_result(result, saved)
     say(f"report: {saved.path / PAGE_FILE}")
     out.print("next:", style="bold")
-    given = "--images PATH" if isinstance(loaded, VisionModel) else "--text FILE"
+    given = "--images PATH" if of_images else "--text FILE"
     out.print(f"  osscar eval {directory} {given} --against {against or model}", highlight=False)
 
 

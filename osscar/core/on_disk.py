@@ -68,7 +68,8 @@ class Shelf:
             self._held.move_to_end(place)
             return found
         self._make_room(place.passing_bytes)
-        found = place.read()
+        with torch.inference_mode(False):  # whose tensors do not count who writes to them
+            found = place.read()
         self.read_bytes += place.slice.nbytes
         self._held[place] = (found, found._version)
         return found
@@ -227,6 +228,11 @@ def _select(tensor: OnDisk, dim: int, index: Tensor) -> OnDisk:
 
 
 def _assign(tensor: OnDisk, data: Tensor) -> None:
+    if data.shape != tensor.shape:
+        raise ModelError(
+            f"{tensor.place.slice.name!r} of {tuple(tensor.shape)} is given values of "
+            f"{tuple(data.shape)}; that needs another parameter"
+        )
     tensor.place = (
         data.place if isinstance(data, OnDisk) else tensor.shelf.put(data, tensor.place.slice.name)
     )
@@ -240,6 +246,7 @@ _LAZY: Mapping[_Function, Callable[..., Any]] = {
     Tensor.contiguous: _itself,
     Tensor.cpu: _itself,
     Tensor.requires_grad_: _itself,
+    Tensor.requires_grad.__set__: lambda *_: None,  # type: ignore[attr-defined]
     Tensor.data.__get__: _same,  # type: ignore[attr-defined]
     Tensor.data.__set__: _assign,  # type: ignore[attr-defined]
     torch._has_compatible_shallow_copy_type: lambda *tensors: all(

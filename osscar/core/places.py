@@ -46,6 +46,11 @@ class Source:
         except OSError as error:
             raise FileError(path, f"it cannot be read: {error.strerror}") from error
 
+    def __del__(self) -> None:
+        """Close the file."""
+        if hasattr(self, "_file"):
+            self._file.close()
+
     def read_into(self, buffer: memoryview, offset: int) -> None:
         """Fill a buffer with the bytes from an offset on.
 
@@ -71,8 +76,17 @@ class Scratch(Source):
 
     def __init__(self) -> None:
         self.path = Path(tempfile.gettempdir())
-        self._file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115
+        try:
+            self._file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115
+        except OSError as error:
+            raise self._no_room(error) from error
         self.end = 0
+
+    def _no_room(self, error: OSError) -> OutputError:
+        return OutputError(
+            f"cannot keep refitted weights in {self.path}: {error.strerror}; let the environment "
+            "variable TMPDIR name a directory with room for the model"
+        )
 
     def append(self, values: Tensor) -> int:
         """Write values at the end; return where that was."""
@@ -82,10 +96,7 @@ class Scratch(Source):
                 self._file.seek(self.end)
                 written = self._file.write(rest[:_PIECE])
             except OSError as error:
-                raise OutputError(
-                    f"cannot keep refitted weights in {self.path}: {error.strerror}; let the "
-                    "environment variable TMPDIR name a directory with room for the model"
-                ) from error
+                raise self._no_room(error) from error
             self.end, rest = self.end + written, rest[written:]
         return begin
 

@@ -34,6 +34,9 @@ _SUSPENDED = 6
 _LOGITS = 5
 """Copies of a window's logits that are compared at once."""
 
+_PROVED = 5
+"""The same of the proof, which keeps those of the masked model on all inputs."""
+
 _PROOF_TOKENS = 128
 """Tokens of the proof, whose outputs are in float64."""
 
@@ -101,7 +104,7 @@ class Room:
             forward=4 * max(rows) * wide * _ACTIVATIONS * streams + _LEAST,
             matrices=matrices * _MATRICES + _LEAST,
             logits=4 * window * vocabulary * _LOGITS + _LEAST,
-            proof=8 * min(_PROOF_TOKENS, 2 * window) * vocabulary * _LOGITS + _LEAST,
+            proof=8 * min(_PROOF_TOKENS, 2 * window) * vocabulary * _PROVED + _LEAST,
             layer=layer,
             inputs=inputs,
         )
@@ -155,19 +158,25 @@ def check_streamed(ready: Opened, request: PruningRequest, held_out: int) -> Roo
             "or leave --max-memory away"
         )
     room = Room.of(ready, request, held_out)
-    largest = max(4 * p.numel() for p in ready.model.parameters())
     base = resident_memory() - shelf.held_bytes
-    least = base + max(
-        room.batches + room.matrices,
-        room.batches + room.forward + largest,
-        room.logits + largest,
-        room.proof + 2 * largest,
-    )
-    if shelf.ceiling < least:
+    what, most = max(_needs(ready.model, room).items(), key=lambda need: need[1])
+    if shelf.ceiling < base + most:
         raise RequestError(
-            f"--max-memory {in_words(shelf.ceiling)} is too little: {room.layer!r} reads "
-            f"{room.inputs} inputs, whose matrices take {in_words(room.matrices)}, beside "
-            f"{in_words(room.batches)} for what the batches hold and {in_words(base)} for the "
-            f"program; at least {in_words(least)} would do, or fewer windows (--samples, --seqlen)"
+            f"--max-memory {in_words(shelf.ceiling)} cannot hold {what}, which takes "
+            f"{in_words(most)}, beside {in_words(base)} for the program; at least "
+            f"{in_words(base + most)} would do, or less with fewer or shorter windows (--samples, "
+            "--seqlen) or smaller batches (--batch-size)"
         )
     return room
+
+
+def _needs(model: nn.Module, room: Room) -> dict[str, int]:
+    """Return the bytes that each part of a run needs, with the largest weight where it runs."""
+    name, weight = max(model.named_parameters(), key=lambda named: named[1].nbytes)
+    return {
+        f"the problem of {room.layer!r} with its {room.inputs} inputs": room.batches
+        + room.matrices,
+        f"a batch on its way through {room.layer!r}": room.batches + room.forward + weight.nbytes,
+        f"the predictions of one window, and {name!r}": room.logits + weight.nbytes,
+        f"the proof, with {name!r} in double precision": room.proof + 2 * weight.nbytes,
+    }

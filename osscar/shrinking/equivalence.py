@@ -37,6 +37,8 @@ _TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-3}
 Models round to float32 inside (normalization, rotary position) even when they run in float64, and
 thirty pruned layers amplify that a thousandfold."""
 
+_PIECE = 1 << 20
+"""Numbers that are compared at once."""
 
 ROWS_OF_16_BYTES = "strides should be multiple of 16 bytes"
 """How torch's multiplication of all experts at once refuses a width."""
@@ -189,19 +191,24 @@ def _difference(a: Tensor, b: Tensor) -> float | None:
                 f"its {a.dtype} entries, which have to be equal"
             )
         return 0.0
-    a, b = (t.to(torch.complex128 if t.is_complex() else torch.float64) for t in (a, b))
-    finite = torch.isfinite(a)
-    # Masks put out infinity on purpose: it has to stay where it is, and its sign, too.
-    same = torch.equal(finite, torch.isfinite(b))
-    if not same or not torch.equal(a[~finite].nan_to_num(), b[~finite].nan_to_num()):
-        raise EquivalenceError(
-            "the shrunk model's output is infinite, or not a number, at other places than the "
-            "masked one's: please report the architecture"
-        )
-    if not bool(finite.any()):
-        return None
-    a, b = a[finite], b[finite]
-    return float((a - b).abs().max()) / (float(a.abs().max()) or 1.0)
+    worst = largest = 0.0
+    some = False
+    # In pieces, since logits are large, and each step of the comparison copies them.
+    for x, y in zip(*(torch.split(t.flatten(), _PIECE) for t in (a, b)), strict=True):
+        x, y = (t.to(torch.complex128 if t.is_complex() else torch.float64) for t in (x, y))
+        finite = torch.isfinite(x)
+        # Masks put out infinity on purpose: it has to stay where it is, and its sign, too.
+        same = torch.equal(finite, torch.isfinite(y))
+        if not same or not torch.equal(x[~finite].nan_to_num(), y[~finite].nan_to_num()):
+            raise EquivalenceError(
+                "the shrunk model's output is infinite, or not a number, at other places than the "
+                "masked one's: please report the architecture"
+            )
+        if bool(finite.any()):
+            x, y, some = x[finite], y[finite], True
+            worst = max(worst, float((x - y).abs().max()))
+            largest = max(largest, float(x.abs().max()))
+    return worst / (largest or 1.0) if some else None
 
 
 # ---- modules that cannot follow ----------------------------------------------------------
