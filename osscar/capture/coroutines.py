@@ -11,8 +11,8 @@ from __future__ import annotations
 import contextvars
 import enum
 import weakref
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ import torch
 from greenlet import GreenletExit, getcurrent, greenlet
 from torch import Tensor
 
+from osscar.capture.away import Away
 from osscar.capture.residual import Keeper
 from osscar.capture.scratch import Scratch
 
@@ -82,6 +83,8 @@ class Coroutine:
         What modules write on themselves meanwhile.
     keeper
         Keeps what will be added to the outputs of consumers.
+    away
+        Keeps what the pass holds while it waits; None: that stays in memory.
     """
 
     def __init__(
@@ -91,8 +94,9 @@ class Coroutine:
         run: Callable[[], object],
         scratch: Scratch,
         keeper: Keeper,
+        away: Away | None = None,
     ) -> None:
-        self.index, self.stream, self.keeper = index, stream, keeper
+        self.index, self.stream, self.keeper, self.away = index, stream, keeper, away
         self.arrived: Arrival | None = None
         self.reached = -1
         """The watched call at which it stands, counted from 0."""
@@ -110,6 +114,16 @@ class Coroutine:
         self.arrived = self._switch(self._greenlet.switch)
         self.reached += 1
         return self.arrived
+
+    @contextmanager
+    def present(self) -> Iterator[None]:
+        """Have in memory, while the block runs, what the pass holds."""
+        if self.away is not None:
+            self.away.fetch()
+        yield
+        arrived = self.arrived
+        if self.away is not None and arrived is not None:
+            self.away.put(self._greenlet.gr_frame, arrived.x, arrived.output, arrived.stream)
 
     def end(self) -> None:
         """Give up the pass: its context managers are left, and nothing of it stays alive."""

@@ -18,7 +18,7 @@ import itertools
 import logging
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -28,6 +28,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from graph import CouplingGroup
 from graph.export import failing_module
+from osscar.capture.away import Away
 from osscar.capture.coroutines import (
     Arrival,
     Coroutine,
@@ -184,8 +185,10 @@ class Walk:
         target: Target,
         held: int,
         committed: Mapping[str, DenseTensors],
+        waiting_on_disk: bool,
     ) -> None:
         self.passes = 0
+        self._waiting_on_disk = waiting_on_disk
         self._opened, self._in_turn, self._target = opened, in_turn, target
         self._batches, self._held_from = _parted(opened.batches(), held)
         self._mine = opened.ranks.share([len(next(iter(b.values()))) for b in self._batches])
@@ -370,24 +373,35 @@ class Walk:
         def run() -> object:
             return model(**fresh(batch))
 
-        return Coroutine(index, stream, run, self._scratch, Keeper(self._places))
+        away = Away(model, batch) if self._waiting_on_disk else None
+        return Coroutine(index, stream, run, self._scratch, Keeper(self._places), away)
 
     def _measure(self, call: int, grams: Sequence[GramAccumulator]) -> None:
         """Let each batch arrive at a call, and add up what it brings."""
         for place, run in enumerate(self._runs):
-            stood_there = run.reached == call
-            arrival = self._bring(run, call)
-            D = None
-            if self._target.needs_dense:
-                dense = self._bring(self._dense[place], call)
-                # Another group that the same consumer reads may have been committed meanwhile.
-                output = self._output(arrival.module, arrival.x) if stood_there else arrival.output
-                assert dense.output is not None
-                assert output is not None
-                D = self._target.correction(dense.output, output, dense.stream, arrival.stream)
-            for gram in grams:
-                _add(gram, arrival.x, D, held=run.index >= self._held_from)
+            dense = self._dense[place] if self._target.needs_dense else None
+            with ExitStack() as present:
+                for one in (run,) if dense is None else (run, dense):
+                    present.enter_context(one.present())
+                self._measure_batch(run, dense, call, grams)
         self._at = call
+
+    def _measure_batch(
+        self, run: Coroutine, beside: Coroutine | None, call: int, grams: Sequence[GramAccumulator]
+    ) -> None:
+        """Let one batch arrive at a call, in the dense stream, too, and add up what it brings."""
+        stood_there = run.reached == call
+        arrival = self._bring(run, call)
+        D = None
+        if beside is not None:
+            dense = self._bring(beside, call)
+            # Another group that the same consumer reads may have been committed meanwhile.
+            output = self._output(arrival.module, arrival.x) if stood_there else arrival.output
+            assert dense.output is not None
+            assert output is not None
+            D = self._target.correction(dense.output, output, dense.stream, arrival.stream)
+        for gram in grams:
+            _add(gram, arrival.x, D, held=run.index >= self._held_from)
 
     def _bring(self, run: Coroutine, call: int) -> Arrival:
         """Let a batch run on to a call: it stands before it then, in the dense stream after."""
@@ -603,6 +617,7 @@ def walk(
     target: Target = Target.WEIGHTS,
     held: int = 0,
     committed: Mapping[str, DenseTensors] | None = None,
+    waiting_on_disk: bool = False,
 ) -> Walk:
     """Walk the calibration data through a model, and stop wherever a group can be solved.
 
@@ -624,6 +639,9 @@ def walk(
         corrections targets have (`Site.regularization`).
     committed
         The dense tensors of modules to which an earlier walk has committed, by name.
+    waiting_on_disk
+        Whether what a suspended batch holds is kept in a file; only for models of transformers,
+        whose hidden states have a row for each token (`osscar.capture.away`).
 
     Returns
     -------
@@ -641,4 +659,4 @@ def walk(
     NonFiniteError
         If what a consumer reads is not finite.
     """
-    return Walk(opened, groups, in_turn, target, held, committed or {})
+    return Walk(opened, groups, in_turn, target, held, committed or {}, waiting_on_disk)

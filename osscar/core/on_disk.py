@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 
 from osscar.core.errors import ModelError, OptionError
 from osscar.core.memory import give_back, resident_memory
-from osscar.core.places import Place, Scratch, Selected, Slice
+from osscar.core.places import Place, Scratch, Selected, Slice, as_bytes
 
 _SPARE = 64 << 20
 """Bytes that are always left below the ceiling, for all that is small."""
@@ -79,7 +79,7 @@ class Shelf:
         if self._scratch is None:
             self._scratch = Scratch()
         values = values.detach().contiguous()
-        offset = self._scratch.append(values)
+        offset = self._scratch.append(as_bytes(values))
         return Place(Slice(self._scratch, offset, tuple(values.shape), values.dtype, name))
 
     @contextmanager

@@ -84,13 +84,13 @@ class Scratch(Source):
 
     def _no_room(self, error: OSError) -> OutputError:
         return OutputError(
-            f"cannot keep refitted weights in {self.path}: {error.strerror}; let the environment "
+            f"cannot write to a file in {self.path}: {error.strerror}; let the environment "
             "variable TMPDIR name a directory with room for the model"
         )
 
-    def append(self, values: Tensor) -> int:
-        """Write values at the end; return where that was."""
-        begin, rest = self.end, _bytes(values)
+    def append(self, rest: memoryview) -> int:
+        """Write bytes at the end; return where that was."""
+        begin = self.end
         while rest:
             try:
                 self._file.seek(self.end)
@@ -101,7 +101,8 @@ class Scratch(Source):
         return begin
 
 
-def _bytes(values: Tensor) -> memoryview:
+def as_bytes(values: Tensor) -> memoryview:
+    """Return the memory of a contiguous tensor."""
     return values.reshape(-1).view(torch.uint8).numpy().data
 
 
@@ -244,7 +245,7 @@ class Slice:
         found, total = hashlib.sha256(), math.prod(self.shape)
         for begin in range(0, total, max(self._step, 1)):
             piece = room(begin, min(self._step, total - begin))
-            place = _bytes(piece)
+            place = as_bytes(piece)
             self.source.read_into(place, self.offset + begin * self.stored.itemsize)
             found.update(place)
             self._check_finite(piece)

@@ -62,6 +62,8 @@ class Room:
         Those of the proof, in double precision.
     layer, inputs
         The name of that layer, and how many inputs it reads.
+    waiting_on_disk
+        Whether only one batch at a time has its hidden states in memory.
     """
 
     batches: int
@@ -71,6 +73,7 @@ class Room:
     proof: int
     layer: str
     inputs: int
+    waiting_on_disk: bool
 
     @property
     def largest_pass(self) -> int:
@@ -78,8 +81,19 @@ class Room:
         return max(self.forward, self.logits, self.proof)
 
     @classmethod
-    def of(cls, ready: Opened, request: PruningRequest, held_out: int) -> Room:
-        """Estimate what a run needs; `held_out` windows are compared with the dense model's.
+    def of(
+        cls, ready: Opened, request: PruningRequest, held_out: int, *, waiting_on_disk: bool = False
+    ) -> Room:
+        """Estimate what a run needs.
+
+        Parameters
+        ----------
+        ready, request
+            The model with its data, and what is asked for.
+        held_out
+            How many windows the predictions of the dense model are kept of.
+        waiting_on_disk
+            Whether hidden states of batches that wait are in files.
 
         Raises
         ------
@@ -99,14 +113,16 @@ class Room:
         streams = 2 if Target(request.target).needs_dense else 1
         window = ready.inputs.settings["seqlen"]
         kept = min(MOST_BYTES, 4 * held_out * window * vocabulary)
+        present = max(rows) if waiting_on_disk else sum(rows)
         return cls(
-            batches=4 * sum(rows) * (_SUSPENDED * width + inputs) * streams + kept,
+            batches=4 * present * (_SUSPENDED * width + inputs) * streams + kept,
             forward=4 * max(rows) * wide * _ACTIVATIONS * streams + _LEAST,
             matrices=matrices * _MATRICES + _LEAST,
             logits=4 * window * vocabulary * _LOGITS + _LEAST,
             proof=8 * min(_PROOF_TOKENS, 2 * window) * vocabulary * _PROVED + _LEAST,
             layer=layer,
             inputs=inputs,
+            waiting_on_disk=waiting_on_disk,
         )
 
 
@@ -157,15 +173,18 @@ def check_streamed(ready: Opened, request: PruningRequest, held_out: int) -> Roo
             "and this one is read from disk; give --allocation uniform, or --heads and --neurons, "
             "or leave --max-memory away"
         )
-    room = Room.of(ready, request, held_out)
     base = resident_memory() - shelf.held_bytes
-    what, most = max(_needs(ready.model, room).items(), key=lambda need: need[1])
-    if shelf.ceiling < base + most:
+    for waiting_on_disk in (False, True):
+        room = Room.of(ready, request, held_out, waiting_on_disk=waiting_on_disk)
+        what, most = max(_needs(ready.model, room).items(), key=lambda need: need[1])
+        if base + most <= shelf.ceiling:
+            break
+    else:
         raise RequestError(
             f"--max-memory {in_words(shelf.ceiling)} cannot hold {what}, which takes "
             f"{in_words(most)}, beside {in_words(base)} for the program; at least "
-            f"{in_words(base + most)} would do, or less with fewer or shorter windows (--samples, "
-            "--seqlen) or smaller batches (--batch-size)"
+            f"{in_words(base + most)} would do, or less with shorter windows (--seqlen) or smaller "
+            "batches (--batch-size)"
         )
     return room
 

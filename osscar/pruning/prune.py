@@ -374,7 +374,8 @@ def _prune_groups(
                 dense.setdefault(module, tensors)  # of a consumer of two groups, the first
             bar.advance()
         began = time.perf_counter()
-        for site in _walk(ready, list(groups.values()), request, dense):
+        waiting_on_disk = room is not None and room.waiting_on_disk
+        for site in _walk(ready, list(groups.values()), request, dense, waiting_on_disk):
             bar.describe(f"pruning {site.group.name}")
             with room_for(ready.model, 0 if room is None else room.matrices):
                 record = _prune_group(site, keep[site.group.name], request, began, ready.ranks)
@@ -400,6 +401,7 @@ def _walk(
     groups: Sequence[CouplingGroup],
     request: PruningRequest,
     dense: Mapping[str, DenseTensors],
+    waiting_on_disk: bool,
 ) -> Walk:
     return walk(
         ready,
@@ -407,6 +409,7 @@ def _walk(
         target=Target(request.target),
         held=held_out(ready, request),
         committed=dense,
+        waiting_on_disk=waiting_on_disk,
     )
 
 

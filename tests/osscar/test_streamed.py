@@ -1,5 +1,6 @@
 """Models whose weights stay on disk: pruned to the same bytes, refused where they cannot be."""
 
+import itertools
 import os
 import shutil
 import sys
@@ -10,6 +11,10 @@ from safetensors.torch import load_file, save_file
 
 import osscar
 from benchmarks.streaming import SHAPES, measured, write_model
+from osscar.capture.away import Away
+from osscar.capture.opened import opened
+from osscar.capture.targets import Target
+from osscar.capture.walk import walk
 from osscar.core.errors import (
     CheckpointError,
     FileError,
@@ -140,6 +145,35 @@ def test_the_process_stays_below_the_limit_for_a_model_above_it(tmp_path):
     found = measured([*command, *options])
     assert found.status == 0
     assert found.peak <= limit
+
+
+@pytest.mark.parametrize("family", ["opt", "llama-gqa", "gpt2", "qwen3"])
+@pytest.mark.parametrize("target", list(Target))
+def test_batches_that_wait_on_disk_bring_the_same(family, target, monkeypatch):
+    written, put = [], Away.put
+
+    def counted(self, *args):
+        put(self, *args)
+        written.append(self.written_bytes)
+
+    monkeypatch.setattr(Away, "put", counted)
+    batch, width, floats = 3 * 24, 48, 4
+
+    def walked(waiting_on_disk):
+        with opened(tiny(family), windows(), batch_size=3) as ready:
+            groups = [group for group in ready.groups if group.prunable]
+            options = {"target": target, "held": 2, "waiting_on_disk": waiting_on_disk}
+            for site in walk(ready, groups, **options):
+                problem = site.problem(site.group.units // 2, 1e-2)
+                yield [(c.H, c.G) for c in problem.consumers]
+                site.commit([gram.linear_map.read_weight() * 0.9 for gram in site.grams])
+
+    found, expected = list(walked(True)), list(walked(False))
+    assert len(found) == len(expected) > 2
+    for one, other in zip(found, expected, strict=True):
+        assert all(map(torch.equal, itertools.chain(*one), itertools.chain(*other)))
+    # What the consumer reads, and the residual stream, at least.
+    assert max(written) >= 2 * batch * width * floats
 
 
 # ---- files that are not what they were ---------------------------------------------------
