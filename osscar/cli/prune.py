@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from osscar.data.images import ImageSet
     from osscar.data.tokens import CalibrationSet
     from osscar.pruning.budget import Budget
+    from osscar.pruning.request import PruningRequest
     from osscar.pruning.result import PruningResult
     from osscar.pruning.run_log import RunLog
 
@@ -271,7 +272,7 @@ def command(
             device=device,
             dtype=dtype,
             trust_remote_code=trust_remote_code,
-            max_memory=max_memory or _limit(model, dtype, device),
+            max_memory=_limit(model, dtype, device, request) if max_memory is None else max_memory,
         )
         if ranks.first:
             needed = weight_bytes(loaded.model, loaded.stored_dtype)
@@ -301,13 +302,16 @@ def command(
     out.print(f"  osscar eval {directory} {given} --against {against or model}", highlight=False)
 
 
-def _limit(model: str, dtype: str, device: str) -> int | None:
+def _limit(model: str, dtype: str, device: str, request: PruningRequest) -> int | None:
     """Return the memory that a model is to be pruned within if it does not fit; None if it does."""
     from osscar.core.memory import in_words
     from osscar.models.language import fitting_memory
     from osscar.models.open import is_vision
+    from osscar.pruning.memory import needs_memory
 
-    limit = None if device == "cuda" or is_vision(model) else fitting_memory(model, dtype)
+    if device == "cuda" or is_vision(model) or needs_memory(request) is not None:
+        return None
+    limit = fitting_memory(model, dtype)
     if limit is not None:
         say(f"the weights stay on disk, since they do not fit: --max-memory {in_words(limit)}")
     return limit

@@ -70,13 +70,17 @@ def available_memory() -> int | None:
         found.append(int(line.split()[1]) * 1024)
     except (OSError, ValueError, IndexError, StopIteration):
         pass
-    for limit, usage in (
-        ("memory.max", "memory.current"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    for group, limit, usage in (
+        (_CGROUP, "memory.max", "memory.current"),
+        (_CGROUP / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
     ):
         try:
-            most = int((_CGROUP / limit).read_text())
-            found.append(max(0, most - int((_CGROUP / usage).read_text())))
+            most, used = (int((group / file).read_text()) for file in (limit, usage))
+            # Of what files are cached, a group is given back as much as it needs.
+            cached = re.findall(
+                r"^(?:in)?active_file (\d+)$", (group / "memory.stat").read_text(), re.M
+            )
+            found.append(max(0, most - used + sum(map(int, cached))))
         except (OSError, ValueError):  # no such group, or "max"
             continue
     return min(found, default=None)

@@ -109,7 +109,12 @@ class Room:
         )
         rows = [int(math.prod(batch["input_ids"].shape)) for batch in ready.batches()]
         width, vocabulary = _widths(ready.model)
-        wide = max(width, inputs)
+        wide = max(
+            size
+            for parameter in ready.model.parameters()
+            for size in parameter.shape
+            if size != vocabulary
+        )
         streams = 2 if Target(request.target).needs_dense else 1
         window = ready.inputs.settings["seqlen"]
         kept = min(MOST_BYTES, 4 * held_out * window * vocabulary)
@@ -139,6 +144,22 @@ def _widths(model: nn.Module) -> tuple[int, int]:
     return int(table.shape[1]), int(table.shape[0])
 
 
+def needs_memory(request: PruningRequest) -> str | None:
+    """Say why a request needs the whole model in memory, and what to do; None if it does not."""
+    if request.speedup is not None:
+        return (
+            "--speedup times the model in memory, and this one is read from disk; give another "
+            "budget, or leave --max-memory away"
+        )
+    if request.has_budget and request.allocation is not Allocation.UNIFORM:
+        return (
+            "a budget that is shared by curvature needs a backward pass through the dense model, "
+            "and this one is read from disk; give --allocation uniform, or --heads and --neurons, "
+            "or leave --max-memory away"
+        )
+    return None
+
+
 def check_streamed(ready: Opened, request: PruningRequest, held_out: int) -> Room | None:
     """Refuse what a model that is read from disk cannot do, or not within its memory.
 
@@ -162,17 +183,9 @@ def check_streamed(ready: Opened, request: PruningRequest, held_out: int) -> Roo
     shelf = shelf_of(ready.model)
     if shelf is None:
         return None
-    if request.speedup is not None:
-        raise RequestError(
-            "--speedup times the model in memory, and this one is read from disk; give another "
-            "budget, or leave --max-memory away"
-        )
-    if request.has_budget and request.allocation is not Allocation.UNIFORM:
-        raise RequestError(
-            "a budget that is shared by curvature needs a backward pass through the dense model, "
-            "and this one is read from disk; give --allocation uniform, or --heads and --neurons, "
-            "or leave --max-memory away"
-        )
+    reason = needs_memory(request)
+    if reason is not None:
+        raise RequestError(reason)
     base = resident_memory() - shelf.held_bytes
     for waiting_on_disk in (False, True):
         room = Room.of(ready, request, held_out, waiting_on_disk=waiting_on_disk)

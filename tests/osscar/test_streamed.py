@@ -23,10 +23,11 @@ from osscar.core.errors import (
     OptionError,
     RequestError,
 )
-from osscar.core.memory import parse_size
+from osscar.core.memory import available_memory, parse_size, resident_memory
 from osscar.core.on_disk import OnDisk, Shelf, is_on_disk, shelf_of
 from osscar.core.places import Cast, Place, Slice, Source
-from osscar.models.language import DEMO_DIRECTORY
+from osscar.models import language
+from osscar.models.language import DEMO_DIRECTORY, fitting_memory
 from osscar.models.open import open_model
 from osscar.pruning.memory import Room
 from osscar.pruning.prune import opened_for, prune_as_asked
@@ -257,6 +258,24 @@ def test_a_limit_that_cannot_hold_one_layer_says_what_would_do(tmp_path):
     least = str(refused.value).partition("at least ")[2].split()[0]
     # The program may have grown meanwhile.
     assert pruned(dense, parse_size(least) + (1 << 28), neurons=0.5).loss > 0
+
+
+def test_what_does_not_fit_stays_on_disk_by_default(tmp_path, monkeypatch):
+    dense = written(tmp_path / "dense", "opt", dtype=torch.bfloat16)
+    size = 2 * (dense / "model.safetensors").stat().st_size  # in float32
+    for available, expected in ((5 * size, None), (3 * size, 3 * size * 9 // 10), (None, None)):
+        monkeypatch.setattr(language, "available_memory", lambda found=available: found)
+        monkeypatch.setattr(language, "resolve_device", lambda _: torch.device("cpu"))
+        assert fitting_memory(dense) == expected
+    monkeypatch.setattr(language, "available_memory", lambda: 1)
+    assert fitting_memory("demo") is None
+    (dense / "model.safetensors").write_bytes(b"no weights")
+    assert fitting_memory(dense) is None
+
+
+def test_memory_that_is_available_is_known_here():
+    assert 1 << 20 < available_memory() < 1 << 60
+    assert 1 << 20 < resident_memory() < 1 << 50
 
 
 @pytest.mark.parametrize("size", ["", "8 bananas", "-1GB", "0", "1e99GB", True, 2.5, "nan"])
