@@ -313,10 +313,13 @@ class Place:
         """
         if dtype is self.dtype:
             return self
-        if self.steps and isinstance(self.steps[-1], Cast):
-            before = replace(self, steps=self.steps[:-1])
+        casts = [at for at, step in enumerate(self.steps) if isinstance(step, Cast)]
+        if casts:
+            at = casts[-1]
+            before = replace(self, steps=self.steps[:at])
             if torch.promote_types(before.dtype, self.dtype) is self.dtype:
-                return before.cast(dtype)
+                # Selecting and filling are the same in either format.
+                return replace(self, steps=self.steps[:at] + self.steps[at + 1 :]).cast(dtype)
         return self.then(Cast(dtype))
 
     def read(self) -> Tensor:

@@ -25,7 +25,7 @@ from osscar.core.errors import (
 )
 from osscar.core.memory import available_memory, parse_size, resident_memory
 from osscar.core.on_disk import OnDisk, Shelf, is_on_disk, shelf_of
-from osscar.core.places import Cast, Place, Slice, Source
+from osscar.core.places import Cast, Place, Selected, Slice, Source
 from osscar.models import language
 from osscar.models.language import DEMO_DIRECTORY, fitting_memory
 from osscar.models.open import open_model
@@ -339,8 +339,11 @@ def test_a_write_to_values_that_were_read_is_noticed(parameter):
 
 
 def test_a_format_that_held_all_values_and_back_is_no_step(parameter):
-    on_disk, _ = parameter
+    on_disk, values = parameter
     assert on_disk.double().float().place == on_disk.place
+    some = on_disk.double().index_select(1, torch.tensor([0, 2])).float()
+    assert [type(step) for step in some.place.steps] == [Selected]
+    assert torch.equal(some + 0, values[:, [0, 2]])
     assert on_disk.half().float().place.steps == (Cast(torch.float16), Cast(torch.float32))
 
 
