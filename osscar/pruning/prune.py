@@ -311,7 +311,9 @@ def _shrunk_module(
     work = ready.model
     with finer_precision(work, ready.example):
         proof = shrink(work, plan, ready.inputs.proofs(work, request.seed))
-    renewed = renew_statistics(work, proof.plan, ready.batches(), request.batch_norm, dense, ready.ranks)
+    renewed = renew_statistics(
+        work, proof.plan, ready.batches(), request.batch_norm, dense, ready.ranks
+    )
     return work, proof, renewed
 
 
@@ -324,7 +326,9 @@ def _shrunk_program(
     nothing reads the removed units any more, computes the same.
     """
     work, nothing = ready.model, PruningPlan(())
-    renewed = renew_statistics(work, nothing, ready.batches(), request.batch_norm, dense, ready.ranks)
+    renewed = renew_statistics(
+        work, nothing, ready.batches(), request.batch_norm, dense, ready.ranks
+    )
     shrunk = shrink_program(work, plan, ready.inputs.proofs(work, request.seed), ready.example)
     return shrunk.model, shrunk.proof, renewed
 
