@@ -10,53 +10,39 @@ import dataclasses
 import inspect
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
-import solvers
-from graph import CouplingGroup, UnitKind
-from osscar.capture.linear_maps import LinearMap, linear_maps
+from graph import UnitKind
 from osscar.capture.opened import Opened, opened
-from osscar.capture.targets import Target
-from osscar.capture.walk import DenseTensors, Site, Walk, dense_tensors, walk
 from osscar.checkpoint.hf_config import adopt_config
 from osscar.core.devices import resolve_device
 from osscar.core.errors import RequestError, RunError
 from osscar.core.modules import copied, count_parameters, device_of
 from osscar.core.on_disk import room_for
-from osscar.core.progress import stage
 from osscar.core.ranks import ALONE, Ranks
 from osscar.pruning import latency
 from osscar.pruning.allocation import allocate, shared_curves
-from osscar.pruning.batch_norm import DenseStatistics, dense_statistics, renew_statistics
+from osscar.pruning.batch_norm import DenseStatistics, dense_statistics
 from osscar.pruning.budget import Allocated, Budget
-from osscar.pruning.certify import certified
 from osscar.pruning.costs import Cost
 from osscar.pruning.curves import Curve
 from osscar.pruning.divergence import Reference
+from osscar.pruning.groups import held_out, prune_groups
 from osscar.pruning.memory import Room, check_streamed
 from osscar.pruning.request import Allocation, PruningRequest
-from osscar.pruning.result import LayerReport, PruningResult
+from osscar.pruning.result import PruningResult
 from osscar.pruning.run_log import RunLog, RunManifest, SiteRecord
-from osscar.pruning.together import check_alike, told_record, told_records
+from osscar.pruning.shrunk import put_back, shrunk
+from osscar.pruning.together import check_alike, told_records
 from osscar.pruning.trial import Followed, LeftAlone, named, what_follows
-from osscar.shrinking.equivalence import finer_precision
 from osscar.shrinking.lineage import note_calibration
-from osscar.shrinking.plan import Form, GroupPlan, PruningPlan
-from osscar.shrinking.shrink import Proof, shrink
-from osscar.shrinking.shrink_program import shrink_program
-
-_HELD_OUT = 8
-"""One in so many samples chooses what a layer's refit is held back by, and is not fitted to."""
-
-
-_FEWEST = 4
-"""With fewer samples, all are needed for the fit."""
+from osscar.shrinking.plan import Form
 
 
 def prune_as_asked(
@@ -127,7 +113,7 @@ def prune_as_asked(
     budget = result.budget
     if ranks.first:
         budget = timed_again(model, result.model, ready, budget)
-    _put_back(ready, result.model, result.plan)
+    put_back(ready, result.model, result.plan)
     return dataclasses.replace(result, budget=budget, seconds=time.perf_counter() - start)
 
 
@@ -217,14 +203,14 @@ def prune_opened(
     work, held = ready.model, held_out(ready, request)
     before = count_parameters(work)
     allocated = _allocated(ready, request, facts, log)
-    plan, layers = _prune_groups(ready, allocated.keep, request, records, log, room)
-    shrunk = _shrunk_program if facts.form is Form.GRAPH else _shrunk_module
-    work, proof, renewed = shrunk(ready, plan, request, facts.statistics)
+    plan, layers = prune_groups(ready, allocated.keep, request, records, log, room)
+    smaller = shrunk(ready, plan, request, facts.form, facts.statistics)
+    work, proof = smaller.model, smaller.proof
     if isinstance(work, PreTrainedModel):
         adopt_config(work)
     reference = facts.reference
     divergence = None if reference is None else reference.divergence(work)
-    _put_back(ready, work, proof.plan)
+    put_back(ready, work, proof.plan)
     return PruningResult(
         model=work,
         plan=proof.plan,
@@ -232,7 +218,7 @@ def prune_opened(
         parameters_before=before,
         parameters_after=count_parameters(work),
         equivalence_error=proof.error,
-        batch_norms=renewed,
+        batch_norms=smaller.batch_norms,
         budget=allocated.budget,
         divergence=divergence,
         held_out=held,
@@ -304,42 +290,6 @@ def _curves(
     return shared_curves(ready, request, facts.left_names)
 
 
-def _shrunk_module(
-    ready: Opened, plan: PruningPlan, request: PruningRequest, dense: DenseStatistics
-) -> tuple[nn.Module, Proof, int]:
-    """Shrink the model's modules; return the model, the proof, and how many statistics are new."""
-    work = ready.model
-    with finer_precision(work, ready.example):
-        proof = shrink(work, plan, ready.inputs.proofs(work, request.seed))
-    renewed = renew_statistics(
-        work, proof.plan, ready.batches(), request.batch_norm, dense, ready.ranks
-    )
-    return work, proof, renewed
-
-
-def _shrunk_program(
-    ready: Opened, plan: PruningPlan, request: PruningRequest, dense: DenseStatistics
-) -> tuple[nn.Module, Proof, int]:
-    """Shrink the model's exported program.
-
-    A program has no batch-norm layers that could be asked for their inputs; the model, in which
-    nothing reads the removed units any more, computes the same.
-    """
-    work, nothing = ready.model, PruningPlan(())
-    renewed = renew_statistics(
-        work, nothing, ready.batches(), request.batch_norm, dense, ready.ranks
-    )
-    shrunk = shrink_program(work, plan, ready.inputs.proofs(work, request.seed), ready.example)
-    return shrunk.model, shrunk.proof, renewed
-
-
-def _put_back(ready: Opened, model: nn.Module, plan: PruningPlan) -> None:
-    """Take away what forward passes have written; a program writes nothing."""
-    if plan.form is Form.MODULE:
-        numbers = {(number.module, number.attribute) for number in plan.integers}
-        ready.untouched.put_back(model, numbers)
-
-
 def _and_left(left: Sequence[LeftAlone]) -> str:
     return f"; {named(left)}" if left else ""
 
@@ -357,64 +307,6 @@ def timed_again(
         warnings.warn(f"the result was not timed: {error}", stacklevel=4)
         return budget
     return dataclasses.replace(budget, reached=1 / timed.speedup)
-
-
-def _prune_groups(
-    ready: Opened,
-    keep: Mapping[str, int],
-    request: PruningRequest,
-    records: Sequence[SiteRecord],
-    log: RunLog | None,
-    room: Room | None,
-) -> tuple[PruningPlan, tuple[LayerReport, ...]]:
-    """Solve and refit each group where the walk stops; the model keeps its shape."""
-    groups = {group.name: group for group in ready.groups if group.name in keep}
-    done = list(records)
-    dense: dict[str, DenseTensors] = {}
-    with stage("pruning", total=len(groups)) as bar:
-        for record in done:
-            group = groups.pop(record.plan.name, None)
-            for module, tensors in _replay(ready.model, group, record, keep).items():
-                dense.setdefault(module, tensors)  # of a consumer of two groups, the first
-            bar.advance()
-        began = time.perf_counter()
-        waiting_on_disk = room is not None and room.waiting_on_disk
-        for site in _walk(ready, list(groups.values()), request, dense, waiting_on_disk):
-            bar.describe(f"pruning {site.group.name}")
-            with room_for(ready.model, 0 if room is None else room.matrices):
-                record = _prune_group(site, keep[site.group.name], request, began, ready.ranks)
-            done.append(record)
-            if log is not None:
-                log.append(len(done) - 1, done[-1])
-            bar.advance()
-            began = time.perf_counter()
-    plan = PruningPlan(tuple(record.plan for record in done))
-    return plan, tuple(record.report for record in done)
-
-
-def held_out(ready: Opened, request: PruningRequest) -> int:
-    """Return how many samples no weight is fitted to."""
-    samples = ready.inputs.samples
-    if samples < _FEWEST or not request.holds_out:
-        return 0
-    return max(1, samples // _HELD_OUT)
-
-
-def _walk(
-    ready: Opened,
-    groups: Sequence[CouplingGroup],
-    request: PruningRequest,
-    dense: Mapping[str, DenseTensors],
-    waiting_on_disk: bool,
-) -> Walk:
-    return walk(
-        ready,
-        groups,
-        target=Target(request.target),
-        held=held_out(ready, request),
-        committed=dense,
-        waiting_on_disk=waiting_on_disk,
-    )
 
 
 @contextmanager
@@ -437,78 +329,3 @@ def _begun(
         )
     with nullcontext(()) if log is None else log.begun(manifest) as records:
         yield told_records(ranks, records)
-
-
-def _replay(
-    model: nn.Module, group: CouplingGroup | None, record: SiteRecord, keep: Mapping[str, int]
-) -> dict[str, DenseTensors]:
-    """Write what was committed before into the dense model; return what was there, by module."""
-    name, kept = record.plan.name, record.plan.kept
-    sound = sorted({unit for unit in kept if 0 <= unit < record.plan.units}) == list(kept)
-    same = group is not None and GroupPlan.of(group, kept) == record.plan
-    if group is None or not (sound and same) or len(kept) != keep.get(name):
-        raise RunError(
-            f"the log of the run holds {name!r} with {len(kept)} units, which is not what this "
-            "model and request come to; begin anew with --restart"
-        )
-    consumers = linear_maps(model, group)
-    places = [place for consumer in consumers for place in _places(consumer)]
-    forms = [(consumer.number_format, read().shape) for consumer, read, _ in places]
-    if [(tensor.dtype, tensor.shape) for tensor in record.weights] != forms:
-        raise RunError(
-            f"the log of the run holds weights of another form for {name!r}; begin anew with "
-            "--restart"
-        )
-    dense = {consumer.name: dense_tensors(consumer.module) for consumer in consumers}
-    for (_, _, write), tensor in zip(places, record.weights, strict=True):
-        write(tensor.double())
-    return dense
-
-
-def _places(
-    consumer: LinearMap,
-) -> list[tuple[LinearMap, Callable[[], Tensor], Callable[[Tensor], None]]]:
-    """Return how to read and to write what a commit changes of a consumer."""
-    places: list[tuple[LinearMap, Callable[[], Tensor], Callable[[Tensor], None]]]
-    places = [(consumer, consumer.read_weight, consumer.write_weight)]
-    if consumer.has_bias:
-        places.append((consumer, consumer.read_bias, consumer.write_bias))
-    return places
-
-
-def _prune_group(
-    site: Site, keep: int, request: PruningRequest, began: float, ranks: Ranks
-) -> SiteRecord:
-    """Have the first rank solve one group, and commit the refitted weights on all."""
-    record = told_record(ranks, lambda: _solved(site, keep, request, began))
-    if not site.committed:
-        site.adopt(record.weights)
-    return record
-
-
-def _solved(site: Site, keep: int, request: PruningRequest, began: float) -> SiteRecord:
-    """Solve one group, and commit the refitted weights."""
-    group, backend = site.group, request.chosen_backend()
-    corrected = Target(request.target).needs_dense
-    chosen = site.regularization(keep, request.damp, request.blend if corrected else 0.0)
-    site.share = chosen.share
-    problem = site.problem(keep, chosen.damp)
-    measured = time.perf_counter()
-    if request.certify:
-        solution, verification = certified(problem, backend)
-    else:
-        solution, verification = solvers.solve(problem, backend), None
-    site.commit(solution.weights)
-    report = LayerReport.of(
-        group,
-        problem,
-        solution.record(verification),
-        damp=chosen.damp,
-        blend=chosen.share,
-        measure_seconds=measured - began,
-        solve_seconds=time.perf_counter() - measured,
-    )
-    plan = GroupPlan.of(group, tuple(solution.support.tolist()))
-    places = [place for consumer in site.consumers for place in _places(consumer)]
-    written = tuple(read().to(consumer.number_format) for consumer, read, _ in places)
-    return SiteRecord(plan, report, written)

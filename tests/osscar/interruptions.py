@@ -246,17 +246,17 @@ def _callers() -> Iterator[tuple[Any, str, bool]]:
         return  # workers do no more
     import transformers
 
-    import osscar.pruning.prune
     from osscar.capture.coroutines import Coroutine
     from osscar.capture.walk import Site
     from osscar.checkpoint import directory, runs
+    from osscar.pruning import shrunk
     from osscar.study import jobs
 
     yield runs, "_exchanged", False
     yield transformers.PreTrainedTokenizerFast, "_save_pretrained", False
     yield Coroutine, "advance", True
     yield Site, "commit", True
-    yield osscar.pruning.prune, "shrink", True
+    yield shrunk, "shrink", True
     yield directory, "prove_equal", True
     yield jobs, "answered", True
 

@@ -14,6 +14,7 @@ import osscar
 from osscar.cli import main
 from osscar.core.errors import AdapterError, EquivalenceError, RequestError, RunError
 from osscar.pruning import allocation
+from osscar.pruning import groups as solving
 from osscar.pruning import prune as pruning_room
 from osscar.pruning import trial as trial_room
 from osscar.pruning.allocation import provisional
@@ -232,7 +233,7 @@ def unsolved(monkeypatch):
     def never(*_):
         raise AssertionError("a group was solved")
 
-    monkeypatch.setattr(pruning_room, "_prune_group", never)
+    monkeypatch.setattr(solving, "_prune_group", never)
 
 
 @pytest.fixture

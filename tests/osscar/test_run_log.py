@@ -75,13 +75,13 @@ def test_what_is_recorded_is_not_solved_again(killing, tmp_path, monkeypatch):
         prune_as_asked(tiny("opt"), tokens(), REQUEST, log)
     monkeypatch.undo()
     solved = []
-    original = osscar.pruning.prune._prune_group
+    original = osscar.pruning.groups._prune_group
 
     def spy(site, *rest):
         solved.append(site.group.name)
         return original(site, *rest)
 
-    monkeypatch.setattr(osscar.pruning.prune, "_prune_group", spy)
+    monkeypatch.setattr(osscar.pruning.groups, "_prune_group", spy)
     result = prune_as_asked(tiny("opt"), tokens(), REQUEST, log)
     assert solved == [layer.name for layer in result.layers][3:]
 

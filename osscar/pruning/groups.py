@@ -1,0 +1,187 @@
+"""The groups of a model, solved one after the other where the walk stops."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+from torch import Tensor, nn
+
+import solvers
+from graph import CouplingGroup
+from osscar.capture.linear_maps import LinearMap, linear_maps
+from osscar.capture.opened import Opened
+from osscar.capture.targets import Target
+from osscar.capture.walk import DenseTensors, Site, Walk, dense_tensors, walk
+from osscar.core.errors import RunError
+from osscar.core.on_disk import room_for
+from osscar.core.progress import stage
+from osscar.core.ranks import Ranks
+from osscar.pruning.certify import certified
+from osscar.pruning.memory import Room
+from osscar.pruning.request import PruningRequest
+from osscar.pruning.result import LayerReport
+from osscar.pruning.run_log import RunLog, SiteRecord
+from osscar.pruning.together import told_record
+from osscar.shrinking.plan import GroupPlan, PruningPlan
+
+_HELD_OUT = 8
+"""One in so many samples chooses what a layer's refit is held back by, and is not fitted to."""
+
+
+_FEWEST = 4
+"""With fewer samples, all are needed for the fit."""
+
+
+def prune_groups(
+    ready: Opened,
+    keep: Mapping[str, int],
+    request: PruningRequest,
+    records: Sequence[SiteRecord],
+    log: RunLog | None,
+    room: Room | None,
+) -> tuple[PruningPlan, tuple[LayerReport, ...]]:
+    """Solve and refit each group where the walk stops; the model keeps its shape.
+
+    Parameters
+    ----------
+    ready
+        The dense model with its data.
+    keep
+        How many units stay, of the groups that lose some.
+    request
+        What is asked for.
+    records
+        What was committed before, which is written again.
+    log
+        Keeps what is committed.
+    room
+        What is to be left free in memory, where the model is read from disk.
+
+    Raises
+    ------
+    RunError
+        If the records are not of this model and request.
+    """
+    groups = {group.name: group for group in ready.groups if group.name in keep}
+    done = list(records)
+    dense: dict[str, DenseTensors] = {}
+    with stage("pruning", total=len(groups)) as bar:
+        for record in done:
+            group = groups.pop(record.plan.name, None)
+            for module, tensors in _replay(ready.model, group, record, keep).items():
+                dense.setdefault(module, tensors)  # of a consumer of two groups, the first
+            bar.advance()
+        began = time.perf_counter()
+        waiting_on_disk = room is not None and room.waiting_on_disk
+        for site in _walk(ready, list(groups.values()), request, dense, waiting_on_disk):
+            bar.describe(f"pruning {site.group.name}")
+            with room_for(ready.model, 0 if room is None else room.matrices):
+                record = _prune_group(site, keep[site.group.name], request, began, ready.ranks)
+            done.append(record)
+            if log is not None:
+                log.append(len(done) - 1, done[-1])
+            bar.advance()
+            began = time.perf_counter()
+    plan = PruningPlan(tuple(record.plan for record in done))
+    return plan, tuple(record.report for record in done)
+
+
+def held_out(ready: Opened, request: PruningRequest) -> int:
+    """Return how many samples no weight is fitted to."""
+    samples = ready.inputs.samples
+    if samples < _FEWEST or not request.holds_out:
+        return 0
+    return max(1, samples // _HELD_OUT)
+
+
+def _walk(
+    ready: Opened,
+    groups: Sequence[CouplingGroup],
+    request: PruningRequest,
+    dense: Mapping[str, DenseTensors],
+    waiting_on_disk: bool,
+) -> Walk:
+    return walk(
+        ready,
+        groups,
+        target=Target(request.target),
+        held=held_out(ready, request),
+        committed=dense,
+        waiting_on_disk=waiting_on_disk,
+    )
+
+
+def _replay(
+    model: nn.Module, group: CouplingGroup | None, record: SiteRecord, keep: Mapping[str, int]
+) -> dict[str, DenseTensors]:
+    """Write what was committed before into the dense model; return what was there, by module."""
+    name, kept = record.plan.name, record.plan.kept
+    sound = sorted({unit for unit in kept if 0 <= unit < record.plan.units}) == list(kept)
+    same = group is not None and GroupPlan.of(group, kept) == record.plan
+    if group is None or not (sound and same) or len(kept) != keep.get(name):
+        raise RunError(
+            f"the log of the run holds {name!r} with {len(kept)} units, which is not what this "
+            "model and request come to; begin anew with --restart"
+        )
+    consumers = linear_maps(model, group)
+    places = [place for consumer in consumers for place in _places(consumer)]
+    forms = [(consumer.number_format, read().shape) for consumer, read, _ in places]
+    if [(tensor.dtype, tensor.shape) for tensor in record.weights] != forms:
+        raise RunError(
+            f"the log of the run holds weights of another form for {name!r}; begin anew with "
+            "--restart"
+        )
+    dense = {consumer.name: dense_tensors(consumer.module) for consumer in consumers}
+    for (_, _, write), tensor in zip(places, record.weights, strict=True):
+        write(tensor.double())
+    return dense
+
+
+def _places(
+    consumer: LinearMap,
+) -> list[tuple[LinearMap, Callable[[], Tensor], Callable[[Tensor], None]]]:
+    """Return how to read and to write what a commit changes of a consumer."""
+    places: list[tuple[LinearMap, Callable[[], Tensor], Callable[[Tensor], None]]]
+    places = [(consumer, consumer.read_weight, consumer.write_weight)]
+    if consumer.has_bias:
+        places.append((consumer, consumer.read_bias, consumer.write_bias))
+    return places
+
+
+def _prune_group(
+    site: Site, keep: int, request: PruningRequest, began: float, ranks: Ranks
+) -> SiteRecord:
+    """Have the first rank solve one group, and commit the refitted weights on all."""
+    record = told_record(ranks, lambda: _solved(site, keep, request, began))
+    if not site.committed:
+        site.adopt(record.weights)
+    return record
+
+
+def _solved(site: Site, keep: int, request: PruningRequest, began: float) -> SiteRecord:
+    """Solve one group, and commit the refitted weights."""
+    group, backend = site.group, request.chosen_backend()
+    corrected = Target(request.target).needs_dense
+    chosen = site.regularization(keep, request.damp, request.blend if corrected else 0.0)
+    site.share = chosen.share
+    problem = site.problem(keep, chosen.damp)
+    measured = time.perf_counter()
+    if request.certify:
+        solution, verification = certified(problem, backend)
+    else:
+        solution, verification = solvers.solve(problem, backend), None
+    site.commit(solution.weights)
+    report = LayerReport.of(
+        group,
+        problem,
+        solution.record(verification),
+        damp=chosen.damp,
+        blend=chosen.share,
+        measure_seconds=measured - began,
+        solve_seconds=time.perf_counter() - measured,
+    )
+    plan = GroupPlan.of(group, tuple(solution.support.tolist()))
+    places = [place for consumer in site.consumers for place in _places(consumer)]
+    written = tuple(read().to(consumer.number_format) for consumer, read, _ in places)
+    return SiteRecord(plan, report, written)

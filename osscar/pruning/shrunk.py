@@ -1,0 +1,99 @@
+"""A model that was pruned at its dense shape becomes smaller: its modules, or its program."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from osscar.capture.opened import Opened
+from osscar.pruning.batch_norm import DenseStatistics, renew_statistics
+from osscar.pruning.request import PruningRequest
+from osscar.shrinking.equivalence import finer_precision
+from osscar.shrinking.plan import Form, PruningPlan
+from osscar.shrinking.shrink import Proof, shrink
+from osscar.shrinking.shrink_program import shrink_program
+
+
+@dataclass(frozen=True, eq=False)
+class Shrunk:
+    """A smaller model.
+
+    Parameters
+    ----------
+    model
+        The model.
+    proof
+        That it computes what the masked one did.
+    batch_norms
+        How many batch-norm layers have new statistics.
+    """
+
+    model: nn.Module
+    proof: Proof
+    batch_norms: int
+
+
+def shrunk(
+    ready: Opened,
+    plan: PruningPlan,
+    request: PruningRequest,
+    form: Form,
+    statistics: DenseStatistics,
+) -> Shrunk:
+    """Shrink a model whose refitted weights are committed, and prove it.
+
+    Parameters
+    ----------
+    ready
+        The model; its modules are changed in place.
+    plan
+        What leaves.
+    request
+        What is asked for.
+    form
+        What becomes smaller.
+    statistics
+        Of the batch-norm layers of the dense model.
+
+    Raises
+    ------
+    EquivalenceError
+        If the smaller model computes something else.
+    """
+    return (_program if form is Form.GRAPH else _modules)(ready, plan, request, statistics)
+
+
+def _modules(
+    ready: Opened, plan: PruningPlan, request: PruningRequest, dense: DenseStatistics
+) -> Shrunk:
+    work = ready.model
+    with finer_precision(work, ready.example):
+        proof = shrink(work, plan, ready.inputs.proofs(work, request.seed))
+    renewed = renew_statistics(
+        work, proof.plan, ready.batches(), request.batch_norm, dense, ready.ranks
+    )
+    return Shrunk(work, proof, renewed)
+
+
+def _program(
+    ready: Opened, plan: PruningPlan, request: PruningRequest, dense: DenseStatistics
+) -> Shrunk:
+    """Shrink the model's exported program.
+
+    A program has no batch-norm layers that could be asked for their inputs; the model, in which
+    nothing reads the removed units any more, computes the same.
+    """
+    work, nothing = ready.model, PruningPlan(())
+    renewed = renew_statistics(
+        work, nothing, ready.batches(), request.batch_norm, dense, ready.ranks
+    )
+    made = shrink_program(work, plan, ready.inputs.proofs(work, request.seed), ready.example)
+    return Shrunk(made.model, made.proof, renewed)
+
+
+def put_back(ready: Opened, model: nn.Module, plan: PruningPlan) -> None:
+    """Take away what forward passes have written; a program writes nothing."""
+    if plan.form is Form.MODULE:
+        numbers = {(number.module, number.attribute) for number in plan.integers}
+        ready.untouched.put_back(model, numbers)
