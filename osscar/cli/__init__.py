@@ -12,7 +12,7 @@ import typer
 
 from osscar.cli.common import err, guard, out
 from osscar.core.errors import RanksError
-from osscar.core.ranks import launched
+from osscar.core.launch import launched
 
 _COMMANDS = ("demo", "prune", "sweep", "eval", "inspect", "export", "gap", "solve", "backends")
 
@@ -20,7 +20,6 @@ _HELP = """Prune a network in one shot, and know how good the result is.
 
 Start with `osscar demo`; then `osscar prune MODEL --sparsity 0.3 --out DIR`.
 """
-
 
 _TOGETHER = ("prune",)
 """The commands that several processes can share."""
@@ -43,10 +42,7 @@ def build() -> typer.Typer:
 
 
 def _check_launch(context: typer.Context) -> None:
-    """Prune a network in one shot, and know how good the result is.
-
-    Start with `osscar demo`; then `osscar prune MODEL --sparsity 0.3 --out DIR`.
-    """
+    """Refuse to run a command in several processes that runs in one, and let one of them speak."""
     rank, size = launched()
     out.quiet = err.quiet = rank > 0  # one speaks for all
     if size > 1 and context.invoked_subcommand not in _TOGETHER:

@@ -22,8 +22,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from osscar.core.launch import launched
 from osscar.core.printable import printable
-from osscar.core.ranks import launched
 
 T = TypeVar("T")
 

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from osscar.core.errors import OsscarError, RanksError, first_line
 from osscar.core.files import parse_json
+from osscar.core.launch import launched, neighbours
 
 T = TypeVar("T")
 
@@ -36,9 +37,6 @@ _MEETING = timedelta(days=2)
 
 _ADDING = timedelta(minutes=10)
 """All ranks begin to add up at the same time."""
-
-_LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-"""What torchrun, and launchers like it, say to each process."""
 
 
 @dataclass(frozen=True)
@@ -294,28 +292,6 @@ def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
 # ---- how they come together --------------------------------------------------------------
 
 
-def launched() -> tuple[int, int]:
-    """Return which rank this process was launched as, and how many there are: (0, 1) if none.
-
-    Raises
-    ------
-    RanksError
-        If what the launcher says is no such thing.
-    """
-    if any(name not in os.environ for name in _LAUNCHED):
-        return 0, 1
-    try:
-        rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    except ValueError:
-        rank = size = -1
-    if not 0 <= rank < size:
-        raise RanksError(
-            f"RANK is {os.environ['RANK']!r} and WORLD_SIZE {os.environ['WORLD_SIZE']!r}; launch "
-            "with torchrun, or unset them"
-        )
-    return rank, size
-
-
 @contextmanager
 def together() -> Iterator[Ranks]:
     """Join the other ranks of this launch while the block runs; a process by itself joins none.
@@ -354,5 +330,5 @@ def _backends() -> str:
         return "gloo"
     local, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
     torch.cuda.set_device(local % count)
-    shared = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > count  # which NCCL refuses
+    shared = neighbours() > count  # which NCCL refuses
     return f"cpu:gloo,cuda:{'gloo' if shared else 'nccl'}"

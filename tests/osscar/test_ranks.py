@@ -22,7 +22,8 @@ from hypothesis import strategies as st
 
 import osscar.cli
 from osscar.core.errors import RanksError
-from osscar.core.ranks import ALONE, Message, Ranks, launched
+from osscar.core.launch import launched
+from osscar.core.ranks import ALONE, Message, Ranks
 from osscar.data.tokens import named_generator
 from tests.osscar.ranks_cases import CASES, TWO_BATCHES, Case, summary, weights
 
