@@ -39,6 +39,7 @@ from osscar.core.errors import (
     first_line,
 )
 from osscar.core.inputs import check_regular, file_name, panics_are_errors
+from osscar.core.launch import neighbours
 from osscar.core.memory import available_memory, parse_size
 from osscar.core.modules import check_finite_weights, check_usable, context_length
 from osscar.core.on_disk import Shelf
@@ -311,6 +312,7 @@ def fitting_memory(name: str | Path, dtype: str | torch.dtype | None = None) -> 
     except (OSError, RuntimeError, ValueError, CheckpointError):
         return None  # whoever loads the model will say so
     size = (resolve_dtype(dtype) or torch.float32).itemsize
+    available //= neighbours()  # each of which holds the model
     needed = _COPIES * size * sum(tensor.elements for tensor in stored.values())
     return None if needed <= available else available * 9 // 10
 

@@ -20,7 +20,7 @@ from osscar.core.memory import in_words, resident_memory
 from osscar.core.on_disk import shelf_of
 from osscar.pruning.allocation import provisional
 from osscar.pruning.divergence import MOST_BYTES
-from osscar.pruning.request import Allocation, PruningRequest
+from osscar.pruning.request import Allocation, FormChoice, PruningRequest
 
 _MATRICES = 11
 """Matrices of float64, (p, p), that measuring, solving and committing one layer hold at once."""
@@ -151,11 +151,16 @@ def needs_memory(request: PruningRequest) -> str | None:
             "--speedup times the model in memory, and this one is read from disk; give another "
             "budget, or leave --max-memory away"
         )
-    if request.has_budget and request.allocation is not Allocation.UNIFORM:
+    if request.has_budget and request.allocation is Allocation.CURVATURE:
         return (
             "a budget that is shared by curvature needs a backward pass through the dense model, "
             "and this one is read from disk; give --allocation uniform, or --heads and --neurons, "
             "or leave --max-memory away"
+        )
+    if request.form == FormChoice.GRAPH:
+        return (
+            "the exported program of a model is shrunk in memory, and this model is read from "
+            "disk; leave --form graph or --max-memory away"
         )
     return None
 

@@ -71,6 +71,7 @@ def files(path):
     ("family", "asked"),
     [
         ("opt", {"neurons": 0.5, "target": "weights"}),
+        ("opt", {"sparsity": 0.4, "allocation": "fluctuation"}),
         ("opt", {"heads": 0.5, "neurons": 0.7}),  # which its config cannot say
         ("llama-gqa", {"heads": "2/3", "neurons": 0.5}),  # untied, with biases
         ("qwen2", {"sparsity": 0.3, "allocation": "uniform"}),  # tied
@@ -244,7 +245,11 @@ def test_a_tied_weight_that_is_stored_twice_has_to_be_the_same(tmp_path):
 
 @pytest.mark.parametrize(
     ("asked", "named"),
-    [({"sparsity": 0.3}, "--allocation uniform"), ({"speedup": 1.5}, "--speedup")],
+    [
+        ({"sparsity": 0.3}, "--allocation uniform"),
+        ({"speedup": 1.5}, "--speedup"),
+        ({"neurons": 0.5, "form": "graph"}, "--form graph"),
+    ],
 )
 def test_what_needs_the_whole_model_is_refused(tmp_path, asked, named):
     with pytest.raises(RequestError, match=named):
@@ -266,6 +271,17 @@ def test_what_does_not_fit_stays_on_disk_by_default(tmp_path, monkeypatch):
     for available, expected in ((5 * size, None), (3 * size, 3 * size * 9 // 10), (None, None)):
         monkeypatch.setattr(language, "available_memory", lambda found=available: found)
         monkeypatch.setattr(language, "resolve_device", lambda _: torch.device("cpu"))
+        assert fitting_memory(dense) == expected
+    for name, value in {
+        "RANK": 0,
+        "WORLD_SIZE": 4,
+        "MASTER_ADDR": "here",
+        "MASTER_PORT": 1,
+    }.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setattr(language, "available_memory", lambda: 6 * size)
+    for processes, expected in (("1", None), ("2", 3 * size * 9 // 10)):  # on this machine
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", processes)
         assert fitting_memory(dense) == expected
     monkeypatch.setattr(language, "available_memory", lambda: 1)
     assert fitting_memory("demo") is None
