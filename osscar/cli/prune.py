@@ -297,6 +297,8 @@ def command(
         log.remove()
     print_result(result, saved)
     say(f"report: {saved.path / PAGE_FILE}")
+    if result.form == "graph" and not of_images:
+        return  # a program cannot generate, which is part of what text is scored with
     out.print("next:", style="bold")
     given = "--images PATH" if of_images else "--text FILE"
     out.print(f"  osscar eval {directory} {given} --against {against or model}", highlight=False)
@@ -414,7 +416,9 @@ def _forward(
 
     if is_on_disk(dense):
         return None
-    sample = as_inputs(pruned, data).batches(pruned, 1)[0]
+    # Of the dense model, since a program knows nothing of tokens; on the device of the pruned one.
+    first = as_inputs(dense, data).batches(dense, 1)[0]
+    sample = {name: tensor.to(device_of(pruned)) for name, tensor in first.items()}
     before, after = measure_forward([dense, pruned], sample)
     return {
         "shapes": {name: list(tensor.shape) for name, tensor in sample.items()},
@@ -458,7 +462,9 @@ def print_result(result: PruningResult, saved: SavedCheckpoint) -> None:
         f"{result.equivalence_error:.1e} of the largest"
     )
     if result.form == "graph":
-        out.print("form: the exported program, since more of it could follow than of the modules")
+        chosen = result.request.form == "auto"
+        why = ", since more of it could follow than of the modules" if chosen else ""
+        out.print(f"form: the exported program{why}")
     if result.batch_norms:
         out.print(
             f"batch norm: the statistics of {result.batch_norms} layers are new "

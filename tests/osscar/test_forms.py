@@ -243,3 +243,17 @@ def test_a_language_model_as_a_program(tmp_path):
     path = result.save(tmp_path / "small").path
     again = osscar.load(path, dense=tiny("llama-gqa", seed=3))
     assert torch.equal(again(input_ids=windows).logits, result.model(input_ids=windows).logits)
+
+
+def test_the_command_line_prunes_a_language_model_as_a_program(tmp_path, monkeypatch, capsys):
+    options = ["--neurons", "0.7", "--samples", "4", "--seqlen", "32", "--device", "cpu"]
+    asked = ["prune", "demo", "--out", str(tmp_path / "small"), "--form", "graph", *options]
+    monkeypatch.setattr("sys.argv", ["osscar", *asked, "--backend", "magnitude"])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert not stop.value.code
+    printed = capsys.readouterr().out
+    assert "form: the exported program\n" in printed  # which was asked for, not found better
+    assert "osscar eval" not in printed
+    report = json.loads((tmp_path / "small" / "osscar_report.json").read_text())
+    assert report["forward"]["pruned"]["flops"] < report["forward"]["dense"]["flops"]
