@@ -154,8 +154,8 @@ def needs_memory(request: PruningRequest) -> str | None:
     if request.has_budget and request.allocation is Allocation.CURVATURE:
         return (
             "a budget that is shared by curvature needs a backward pass through the dense model, "
-            "and this one is read from disk; give --allocation uniform, or --heads and --neurons, "
-            "or leave --max-memory away"
+            "and this one is read from disk; give --allocation uniform or fluctuation, or --heads "
+            "and --neurons, or leave --max-memory away"
         )
     if request.form == FormChoice.GRAPH:
         return (
