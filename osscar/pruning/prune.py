@@ -90,6 +90,10 @@ def prune_as_asked(
     EquivalenceError
         If the shrunk model does not compute what the masked one computes, no group can follow, or
         the request is strict and one cannot.
+    RunError
+        If the log is not of this model and request.
+    RanksError
+        If another rank fails, or is asked for something else.
 
     Examples
     --------
