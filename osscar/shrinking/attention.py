@@ -299,6 +299,8 @@ class BloomAttention(AnyHeads):
         """Add the table of heads."""
         assert isinstance(self, nn.Module)
         device = next(self.parameters()).device
+        if device.type == "meta":  # weights that wait for their values, which no file has of this
+            device = torch.device("cpu")
         # Not saved: whoever reads a checkpoint builds it anew and slices it as the plan says.
         self.register_buffer(
             "alibi_heads", torch.arange(self.num_heads, device=device), persistent=False

@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, BloomConfig
 
 import osscar
 from benchmarks.streaming import SHAPES, measured, write_model
@@ -39,7 +40,10 @@ PLENTY = "64GB"
 
 def written(path, family, *, dtype=torch.float32, shards=None):
     """Save a tiny model with a tokenizer; as several files of so many bytes, if that is said."""
-    model = tiny(family).to(dtype)
+    return stored(path, tiny(family).to(dtype), shards=shards)
+
+
+def stored(path, model, *, shards=None):
     model.save_pretrained(path, **({} if shards is None else {"max_shard_size": shards}))
     for file in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(DEMO_DIRECTORY / file, path / file)
@@ -88,6 +92,14 @@ def test_a_streamed_run_comes_to_the_same_bytes(tmp_path, family, asked):
     assert streamed.divergence == plain.divergence
     assert streamed.equivalence_error == plain.equivalence_error
     assert streamed.save(tmp_path / "streamed").stock is plain.save(tmp_path / "plain").stock
+    assert files(tmp_path / "streamed") == files(tmp_path / "plain")
+
+
+def test_heads_that_are_told_by_number_leave_a_streamed_model(tmp_path):
+    config = BloomConfig(vocab_size=VOCABULARY, hidden_size=32, n_layer=2, n_head=4)
+    dense = stored(tmp_path / "dense", AutoModelForCausalLM.from_config(config))
+    for name, memory in (("plain", None), ("streamed", PLENTY)):
+        pruned(dense, memory, heads=0.5).save(tmp_path / name)
     assert files(tmp_path / "streamed") == files(tmp_path / "plain")
 
 
