@@ -60,11 +60,7 @@ class Shelf:
         """
         if place in self._held:
             found, version = self._held[place]
-            if found._version != version:
-                raise ModelError(
-                    f"code of the model writes to {place.slice.name!r} while it runs, which is "
-                    "read from disk; leave --max-memory away"
-                )
+            _check_unwritten(place, found, version)
             self._held.move_to_end(place)
             return found
         self._make_room(place.passing_bytes)
@@ -97,9 +93,18 @@ class Shelf:
         if excess <= 0 or not self._held:
             return
         while self._held and excess > 0:
-            place, _ = self._held.popitem(last=False)
+            place, (found, version) = self._held.popitem(last=False)
+            _check_unwritten(place, found, version)  # or what was written would be lost unseen
             excess -= place.nbytes
         give_back()
+
+
+def _check_unwritten(place: Place, values: Tensor, version: int) -> None:
+    if values._version != version:
+        raise ModelError(
+            f"code of the model writes to {place.slice.name!r} while it runs, which is "
+            "read from disk; leave --max-memory away"
+        )
 
 
 # ---- parameters --------------------------------------------------------------------------

@@ -366,6 +366,14 @@ def test_a_write_to_values_that_were_read_is_noticed(parameter):
         on_disk + 1
 
 
+def test_a_write_to_values_that_leave_memory_is_noticed(parameter):
+    on_disk, _ = parameter
+    on_disk.view(-1)[0] = 7.0
+    on_disk.shelf.ceiling = 1
+    with pytest.raises(ModelError, match="writes to 'w'"), on_disk.shelf.leaving(0):
+        pass
+
+
 def test_a_format_that_held_all_values_and_back_is_no_step(parameter):
     on_disk, values = parameter
     assert on_disk.double().float().place == on_disk.place
