@@ -12,6 +12,9 @@ from osscar.core.errors import RanksError
 _LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 """What torchrun, and launchers like it, say to each process."""
 
+_MOST = 2**31
+"""No launch has as many processes."""
+
 
 def launched() -> tuple[int, int]:
     """Return which rank this process was launched as, and how many there are: (0, 1) if none.
@@ -27,7 +30,7 @@ def launched() -> tuple[int, int]:
         rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     except ValueError:
         rank = size = -1
-    if not 0 <= rank < size:
+    if not 0 <= rank < size < _MOST:
         raise RanksError(
             f"RANK is {os.environ['RANK']!r} and WORLD_SIZE {os.environ['WORLD_SIZE']!r}; launch "
             "with torchrun, or unset them"

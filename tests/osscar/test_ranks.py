@@ -315,7 +315,9 @@ def test_commands_for_one_process_refuse_to_run_in_several(told, monkeypatch, ca
     assert "osscar backends runs in one process, and 2 were launched" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("rank", "size"), [("2", "2"), ("-1", "2"), ("one", "2"), ("0", "0")])
+@pytest.mark.parametrize(
+    ("rank", "size"), [("2", "2"), ("-1", "2"), ("one", "2"), ("0", "0"), ("0", "9" * 20)]
+)
 def test_a_launch_that_makes_no_sense_is_refused(rank, size, told):
     told(rank, size)
     with pytest.raises(RanksError, match=f"RANK is '{rank}' and WORLD_SIZE '{size}'"):
