@@ -53,6 +53,8 @@ class Part:
             len(self.shares) == len(self.seconds) > 0
             and all(0 < share <= 1 for share in self.shares)
             and list(self.shares) == sorted(set(self.shares))
+            and self.shares[-1] == 1
+            and len(set(self.groups)) == len(self.groups)
             and all(seconds >= 0 for seconds in self.seconds)
         )
 
@@ -74,6 +76,15 @@ class LatencyTable:
     parts: tuple[Part, ...]
     dense_seconds: float
     units: Mapping[str, int]
+
+    @property
+    def sound(self) -> bool:
+        """Whether it says that the model takes time, before and after pruning."""
+        return (
+            self.dense_seconds > 0
+            and all(part.sound for part in self.parts)
+            and 0 < self.of({}) < math.inf
+        )
 
     def of(self, kept: Mapping[str, int]) -> float:
         """Return the time where groups keep so many units; those not named keep all."""
@@ -186,18 +197,18 @@ def kept_table(measured: Mapping[str, str], units: Mapping[str, int]) -> Latency
         Those of the groups that it is to know.
     """
     file = _file(measured)
-    if not file.exists():
-        return None
     try:
+        if not file.exists():
+            return None
         stored = read_json(file, StoredTable)
         known = {name for part in stored.parts for name in part.groups}
-        sound = stored.dense_seconds > 0 and all(part.sound for part in stored.parts)
-        if not sound or stored.measured != measured or not known <= set(units):
+        table = LatencyTable(stored.parts, stored.dense_seconds, dict(units))
+        if stored.measured != measured or not known <= set(units) or not table.sound:
             raise FileError(file, "it holds another table than its name says")
-    except FileError as error:
+    except (FileError, OSError) as error:
         warnings.warn(f"{error}; what it should hold is measured anew", stacklevel=2)
         return None
-    return LatencyTable(stored.parts, stored.dense_seconds, dict(units))
+    return table
 
 
 def keep_table(measured: Mapping[str, str], table: LatencyTable) -> None:
@@ -206,6 +217,8 @@ def keep_table(measured: Mapping[str, str], table: LatencyTable) -> None:
     file = _file(measured)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
+        if file.exists() and not file.is_file():
+            raise OutputError(f"{file} is no file")  # a pipe would be written to, and waited for
         write_json(file, dataclasses.asdict(stored))
     except (OSError, OutputError) as error:
         warnings.warn(f"the times are not kept for the next run: {reason_of(error)}", stacklevel=2)
