@@ -133,10 +133,14 @@ _TRACED_FORMATS = {
 _MOST_TRACED = 2**26
 """No example has as many numbers."""
 
+_MOST_DIMENSIONS = 32
+"""No input has as many; tracing takes longer with each."""
+
 
 def _checked_input(given: TracedInput) -> TracedInput:
     sizes = given.shape
-    fits = sizes and all(0 < size < _MOST for size in sizes) and math.prod(sizes) <= _MOST_TRACED
+    fits = 0 < len(sizes) <= _MOST_DIMENSIONS and all(0 < size < _MOST for size in sizes)
+    fits = fits and math.prod(sizes) <= _MOST_TRACED
     fits = fits and all(0 <= dim < len(sizes) for dim in given.varies)
     if not given.name.isidentifier() or given.dtype not in _TRACED_FORMATS or not fits:
         raise ValueError(f"{given.name!r} is no input of a model")
@@ -173,6 +177,15 @@ class TracedInput:
         return torch.zeros(self.shape, dtype=_TRACED_FORMATS[self.dtype])
 
 
+def _checked_inputs(traced: tuple[TracedInput, ...]) -> tuple[TracedInput, ...]:
+    names = [given.name for given in traced]
+    if len(set(names)) < len(names):
+        raise ValueError("an input of a model is named twice")
+    if sum(math.prod(given.shape) for given in traced) > _MOST_TRACED:
+        raise ValueError("the inputs have more numbers than those of any example")
+    return traced
+
+
 @dataclass(frozen=True)
 class PruningPlan:
     """Everything that one pruning run removed.
@@ -193,7 +206,10 @@ class PruningPlan:
 
     groups: tuple[Annotated[GroupPlan, AfterValidator(_checked_group)], ...]
     integers: tuple[Annotated[Integer, AfterValidator(_checked_integer)], ...] = ()
-    traced: tuple[Annotated[TracedInput, AfterValidator(_checked_input)], ...] = ()
+    traced: Annotated[
+        tuple[Annotated[TracedInput, AfterValidator(_checked_input)], ...],
+        AfterValidator(_checked_inputs),
+    ] = ()
 
     @property
     def form(self) -> Form:

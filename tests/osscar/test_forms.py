@@ -203,6 +203,7 @@ def test_a_program_is_an_archive_of_torch_export(tmp_path):
         {"varies": [7]},
         {"name": "other"},
         {"shape": [2, 9]},
+        {"shape": [2] + [1] * 20_000, "varies": []},  # traced for minutes, without an end
     ],
 )
 def test_a_damaged_description_of_inputs_is_refused(change, tmp_path):
