@@ -25,6 +25,9 @@ from osscar.core.errors import ModelError, NonFiniteError
 from osscar.core.modules import device_of, fresh
 from osscar.core.progress import stage
 
+_ROUNDING = 1e-12
+"""Of scores: what sums over all of them lose."""
+
 
 @torch.no_grad()
 def measure_fluctuations(
@@ -62,7 +65,8 @@ def standardized(scores: Tensor) -> Tensor:
     """Return scores less their mean, over their standard deviation; zeros where all are equal."""
     deviation = scores.std(correction=0)
     centred = scores - scores.mean()
-    return centred / deviation if deviation > 0 else torch.zeros_like(scores)
+    differ = deviation > _ROUNDING * scores.abs().amax()  # the mean of equal ones may be another
+    return centred / deviation if differ else torch.zeros_like(scores)
 
 
 @dataclass(eq=False)

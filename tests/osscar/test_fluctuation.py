@@ -10,6 +10,7 @@ from osscar.capture.gram import GramAccumulator, pose
 from osscar.capture.linear_maps import linear_maps
 from osscar.capture.opened import Opened, opened
 from osscar.core.errors import CalibrationError, ModelError, NonFiniteError
+from osscar.pruning import fluctuation
 from osscar.pruning.allocation import allocate
 from osscar.pruning.fluctuation import measure_fluctuations
 from osscar.pruning.request import PruningRequest as Asked
@@ -246,3 +247,11 @@ def test_without_a_refit_biases_alone_make_up_for_what_leaves(bias):
         made_up = model[2].weight[:, removed].double() @ hidden[:, removed].mean(0)
         expected = (model[2].bias.double() + made_up).float()
         torch.testing.assert_close(result.model[2].bias, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("score", [0.0, 0.1, 7.3, 1e-300])
+@pytest.mark.parametrize("count", [1, 3, 7, 100])
+def test_equal_scores_are_all_at_the_mean(score, count):
+    """Also where their mean is rounded, and differs from each of them."""
+    equal = torch.full((count,), score, dtype=torch.float64)
+    assert not fluctuation.standardized(equal).any()
