@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,9 @@ from torch.utils import _pytree as pytree
 from graph.errors import ExampleInputError, TraceError
 from graph.export import Program, canonical_names, integer_lists, run_export, tensors_of, varies
 from graph.inline import inlined
+
+_ANY_NUMBER = 2**31
+"""Of samples: no batch has as many."""
 
 _NO_CHANGE = ("_assert_tensor_metadata",)
 """Operators that look at the number format of the example, and compute nothing."""
@@ -73,12 +76,7 @@ def export_standalone(
     graph = inlined(unlifted)
     _check_modes(unlifted)
     arguments = [node for node in graph.nodes if node.op == "placeholder"]
-    if not any(varies(node.meta["val"].shape[0]) for node in arguments):
-        raise TraceError(
-            "its program holds for the number of samples in the example alone",
-            "",
-            "Write -1 for that number in a view, or take it from the shape of an input.",
-        )
+    _check_samples([node.meta["val"].shape[0] for node in arguments], exported)
     for node in list(graph.nodes):
         if any(name in str(node.target) for name in _NO_CHANGE):
             graph.erase_node(node)
@@ -105,6 +103,28 @@ def _in_order(model: torch.nn.Module, example: Mapping[str, Tensor]) -> dict[str
         ) from error
     named = {name: value for name, value in bound.items() if isinstance(value, Tensor)}
     return named | {name: value for name, value in example.items() if name not in named}
+
+
+def _check_samples(
+    numbers: Sequence[int | torch.SymInt], exported: torch.export.ExportedProgram
+) -> None:
+    """Refuse a program that does not hold for any number of samples."""
+    open_ones = [n.node.expr for n in numbers if isinstance(n, torch.SymInt) and varies(n)]
+    if not open_ones:
+        raise TraceError(
+            "its program holds for the number of samples in the example alone",
+            "",
+            "Write -1 for that number in a view, or take it from the shape of an input.",
+        )
+    ranges = exported.range_constraints
+    limits = [ranges[number].upper if number in ranges else None for number in open_ones]
+    most = max(_ANY_NUMBER if n is None or not n.is_Integer else int(n) for n in limits)
+    if most < _ANY_NUMBER:
+        raise TraceError(
+            f"its program holds for up to {most} samples: its code does something else for more",
+            "",
+            "Let the code not depend on the number of samples.",
+        )
 
 
 def _check_modes(module: GraphModule) -> None:

@@ -194,6 +194,26 @@ def test_a_program_of_a_fixed_number_of_samples_is_refused():
         shrink_program(net, plan, [example], example)
 
 
+class FewSamples(nn.Module):
+    """Does something else for more than four samples."""
+
+    def __init__(self):
+        super().__init__()
+        self.enter, self.leave = nn.Linear(8, 12), nn.Linear(12, 3)
+
+    def forward(self, x):
+        y = torch.relu(self.enter(x))
+        return self.leave(2 * y if x.shape[0] > 4 else y)
+
+
+def test_a_program_of_a_few_samples_is_refused():
+    net = made(FewSamples)
+    example = {"x": sample((8,), 2)}
+    plan = kept_at_random(graph.trace(net, example).prunable)
+    with pytest.raises(AdapterError, match="holds for up to 4 samples"):
+        shrink_program(net, plan, [example], example)
+
+
 @pytest.mark.parametrize(
     "example",
     [{}, {"x": 3}, {"x": torch.zeros(())}, {"x": torch.zeros(1, 8)}, (torch.zeros(2, 8),), None],
