@@ -127,8 +127,8 @@ class Ranks:
         """
         if self.alone:
             return
-        shapes = [list(tensor.shape) for tensor in tensors]
-        self._meet(f"{place} {shapes}", Message(), lambda _: Message())
+        forms = ", ".join(f"{tensor.dtype} {list(tensor.shape)}" for tensor in tensors)
+        self._meet(f"{place} ({forms})", Message(), lambda _: Message())
         try:
             for tensor in tensors:
                 dist.all_reduce(tensor)

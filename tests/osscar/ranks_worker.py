@@ -18,6 +18,12 @@ def apart(_: Path) -> None:
         ranks.add_up("apples" if ranks.first else "pears", [torch.ones(2)])
 
 
+def formats(_: Path) -> None:
+    """Add up numbers that do not have the same format."""
+    with guard(), together() as ranks:
+        ranks.add_up("ones", [torch.ones(2, dtype=torch.float32 if ranks.first else torch.float64)])
+
+
 def defect(_: Path) -> None:
     """Fail on rank 1 by a defect, while the others add up."""
     with guard(), together() as ranks:

@@ -165,7 +165,8 @@ def test_a_process_by_itself_has_all_the_work_and_the_last_word():
 @pytest.mark.parametrize(
     ("name", "size", "message"),
     [
-        ("apart", 2, "rank 1 is at 'pears [[2]]' and rank 0 at 'apples [[2]]'"),
+        ("apart", 2, "rank 1 is at 'pears (torch.float32 [2])' and rank 0 at 'apples (torch"),
+        ("formats", 2, "rank 1 is at 'ones (torch.float64 [2])'"),
         ("defect", 3, "rank 1: ZeroDivisionError: of rank 1"),
     ],
 )
