@@ -28,6 +28,8 @@ class Engine:
         options.flash_attn_type = library.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
         options.cache_type_k = options.cache_type_v = library.ggml_type.GGML_TYPE_F32
         self.server = library.Server(options)
+        # A server that is ended before its loop has begun never ends: wait until it answers there.
+        self._ask("/completion", prompt=[0], n_predict=1)
 
     def _ask(self, path: str, **content: Any) -> Any:
         request = urllib.request.Request(

@@ -123,12 +123,13 @@ def test_list_problem_tells_damping_of_all_inputs_from_that_in_the_matrix(run, t
     X = torch.randn(60, 9, dtype=torch.float64) * torch.arange(1, 10)
     H, W0 = X.T @ X / 60, torch.randn(9, 4, dtype=torch.float64)
     alike = solvers.SubsetProblem.from_gram(H, W0, keep=5, damp=0.1)
+    damping = 0.1 * float(H.diagonal().mean())
     units = [[row] for row in range(9)]
     by_input = solvers.SubsetProblem((damped_by_input(H, W0, units=units, damp=0.1),), 5)
     alike.save(tmp_path / "alike.npz")
     by_input.save(tmp_path / "by-input.npz")
     said = run("solve", tmp_path / "alike.npz", "--list-problem")[1]
-    assert f"damping {0.1 * float(H.diagonal().mean()):.3g} of all inputs alike" in said
+    assert f"damping {damping:.3g} of all inputs alike" in said
     said = run("solve", tmp_path / "by-input.npz", "--list-problem")[1]
     assert "damping, if any, is in H, input by input" in said
 

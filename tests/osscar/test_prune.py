@@ -23,7 +23,7 @@ from osscar.core.errors import (
     RequestError,
 )
 from osscar.pruning.request import PruningRequest
-from osscar.pruning.sweep import jobs, sweep
+from osscar.pruning.sweep import BudgetKind, jobs, sweep
 from osscar.shrinking.lineage import lineage_of
 from tests.osscar.families import FAMILIES, logits, tiny, tokens
 
@@ -594,7 +594,7 @@ def test_what_is_written_once_or_follows_the_units_is_as_it_should_be():
 def test_points_of_a_sweep_do_not_tell_that_they_were_run():
     model, data = Noting().eval(), torch.randn(64, 6)
     base = PruningRequest(sparsity=0.5)
-    for _, result in sweep(model, data, base, jobs([0.3, 0.5])):
+    for _, result in sweep(model, data, base, jobs(BudgetKind.SPARSITY, (0.3, 0.5))):
         assert [int(result.model.calls), result.model.seen, result.model.last] == [0, [], None]
 
 
