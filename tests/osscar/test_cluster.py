@@ -158,6 +158,7 @@ def test_processes_and_a_cluster_exclude_each_other(monkeypatch, capsys, tmp_pat
 ENVIRONMENT = {
     **os.environ,
     "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+    "OMP_NUM_THREADS": "1",  # as a worker has: sums are in the order of threads
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_AUTH_MODE": "disabled",
     "RAY_worker_niceness": "0",  # or workers starve on a machine that is busy
