@@ -78,6 +78,11 @@ class Shelf:
         offset = self._scratch.append(as_bytes(values))
         return Place(Slice(self._scratch, offset, tuple(values.shape), values.dtype, name))
 
+    def leave_free(self, room: int) -> None:
+        """Leave so many bytes below the ceiling free for other things from now on."""
+        self._left_free = max(self._left_free, room)
+        self._make_room(0)
+
     @contextmanager
     def leaving(self, room: int) -> Iterator[None]:
         """Leave so many bytes below the ceiling free for other things while the block runs."""

@@ -204,6 +204,8 @@ def check_streamed(ready: Opened, request: PruningRequest, held_out: int) -> Roo
             f"{in_words(base + most)} would do, or less with shorter windows (--seqlen) or smaller "
             "batches (--batch-size)"
         )
+    # Also after the run: what is saved runs once more, beside what is read back.
+    shelf.leave_free(room.largest_pass)
     return room
 
 

@@ -24,7 +24,6 @@ from osscar.checkpoint.hf_config import adopt_config
 from osscar.core.devices import resolve_device
 from osscar.core.errors import RequestError, RunError
 from osscar.core.modules import copied, count_parameters, device_of
-from osscar.core.on_disk import room_for
 from osscar.core.ranks import ALONE, Ranks
 from osscar.pruning import latency
 from osscar.pruning.allocation import allocate, shared_curves
@@ -107,10 +106,7 @@ def prune_as_asked(
     start = time.perf_counter()
     with opened_for(model, calibration, request, ranks) as ready:
         room = check_streamed(ready, request, max(1, held_out(ready, request)))
-        with (
-            room_for(ready.model, 0 if room is None else room.largest_pass),
-            _begun(log, ready, request) as records,
-        ):
+        with _begun(log, ready, request) as records:
             facts = DenseFacts.of(ready, request)
             result = prune_opened(ready, request, facts, log, records, room)
     note_calibration(result.model, calibration)

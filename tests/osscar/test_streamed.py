@@ -16,6 +16,7 @@ from osscar.capture.away import Away
 from osscar.capture.opened import opened
 from osscar.capture.targets import Target
 from osscar.capture.walk import walk
+from osscar.core import on_disk
 from osscar.core.errors import (
     CheckpointError,
     FileError,
@@ -121,6 +122,16 @@ def test_no_weight_has_to_be_kept_in_memory(tmp_path):
     read = shelf_of(loaded.model).read_bytes - before
     assert read >= (dense / "model.safetensors").stat().st_size * 0.9
     assert shelf_of(loaded.model).held_bytes < read / 4
+
+
+def test_saving_leaves_room_for_the_passes_that_compare(tmp_path, monkeypatch):
+    result = pruned(written(tmp_path / "dense", "opt"), PLENTY, heads=0.5, neurons=0.7)
+    shelf = shelf_of(result.model)
+    monkeypatch.setattr(on_disk, "resident_memory", lambda: 10**9)
+    shelf.ceiling = 10**9 + (100 << 20)  # less than any pass is said to take
+    result.save(tmp_path / "pruned")
+    largest = max(parameter.nbytes for parameter in result.model.parameters())
+    assert shelf.held_bytes <= 2 * largest  # the last one read, in the format it was read in
 
 
 def test_a_pruned_checkpoint_streams_too(tmp_path):
