@@ -23,7 +23,7 @@ from torch.overrides import TorchFunctionMode
 from osscar.checkpoint.manifest import CONFIG_FILE
 from osscar.checkpoint.stored import INDEX_FILE, WEIGHTS_FILE, Stored, read_stored
 from osscar.core.errors import CheckpointError, FileError
-from osscar.core.files import read_object
+from osscar.core.json_files import read_object
 
 # ---- the numbers in a config -------------------------------------------------------------
 

@@ -15,7 +15,8 @@ from typing import Any, ClassVar, Literal
 from pydantic import ConfigDict
 
 from osscar.core.errors import CheckpointError, FileError
-from osscar.core.files import MEGABYTE, STRICT, read_json, write_json
+from osscar.core.files import write_json
+from osscar.core.json_files import MEGABYTE, STRICT, read_json
 from osscar.core.version import VERSION
 from osscar.shrinking.lineage import Calibration, Lineage, Origin
 from osscar.shrinking.plan import PruningPlan

@@ -20,7 +20,8 @@ from osscar.checkpoint.manifest import (
 )
 from osscar.checkpoint.runs import entries, prefix, recover, refuse_earlier, run_for, stays
 from osscar.core.errors import CheckpointError, OutputError
-from osscar.core.files import ends_tidily, reason_of, remedy, resolved, uninterrupted
+from osscar.core.files import reason_of, remedy, resolved
+from osscar.core.signals import ends_tidily, uninterrupted
 
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 _CHECKPOINT_FILES = (

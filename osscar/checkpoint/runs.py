@@ -27,17 +27,10 @@ from typing import Any, ClassVar, Literal
 from pydantic import ConfigDict
 
 from osscar.core.errors import BusyError, FileError, OutputError
-from osscar.core.files import (
-    LOCK_FILE,
-    PARTIAL,
-    STRICT,
-    hold,
-    read_json,
-    reason_of,
-    settle,
-    uninterrupted,
-    write_json,
-)
+from osscar.core.files import PARTIAL, reason_of, settle, write_json
+from osscar.core.json_files import STRICT, read_json
+from osscar.core.locks import LOCK_FILE, hold
+from osscar.core.signals import uninterrupted
 
 _MARK_FILE = "run.json"
 

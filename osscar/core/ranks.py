@@ -27,7 +27,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from osscar.core.errors import OsscarError, RanksError, first_line
-from osscar.core.files import parse_json
+from osscar.core.json_files import parse_json
 from osscar.core.launch import launched, neighbours
 
 T = TypeVar("T")

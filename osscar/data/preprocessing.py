@@ -13,7 +13,7 @@ from pydantic import ConfigDict
 from torch import Tensor
 
 from osscar.core.errors import FileError, ImageError, MissingDependency
-from osscar.core.files import STRICT, validated
+from osscar.core.json_files import STRICT, validated
 
 _INTERPOLATIONS = ("nearest", "nearest-exact", "bilinear", "bicubic", "box", "hamming", "lanczos")
 """The values of torchvision's InterpolationMode."""

@@ -13,8 +13,9 @@ import sys
 from pathlib import Path
 
 from osscar.core.errors import FileError, ModelError
-from osscar.core.files import MEGABYTE, read_object, reason_of
+from osscar.core.files import reason_of
 from osscar.core.inputs import check_regular
+from osscar.core.json_files import MEGABYTE, read_object
 
 TOKENIZER_FILE = "tokenizer.json"
 

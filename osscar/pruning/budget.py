@@ -10,7 +10,7 @@ from typing import ClassVar
 import numpy as np
 from pydantic import ConfigDict
 
-from osscar.core.files import STRICT
+from osscar.core.json_files import STRICT
 from osscar.pruning.costs import Cost
 
 _POINTS = 33

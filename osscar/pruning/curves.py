@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from graph import CouplingGroup
 from osscar.capture.curvature import curvature
 from osscar.capture.opened import Opened
-from osscar.core.files import parse_json
+from osscar.core.json_files import parse_json
 from osscar.core.ranks import Message, Ranks
 from solvers import SubsetProblem
 from solvers.elimination import eliminate

@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 from pydantic import ConfigDict
 
 from osscar.core.errors import FileError, OutputError
-from osscar.core.files import STRICT, cache_directory, digest, read_json, reason_of, write_json
+from osscar.core.files import cache_directory, digest, reason_of, write_json
+from osscar.core.json_files import STRICT, read_json
 
 
 @dataclass(frozen=True)

@@ -28,21 +28,10 @@ from pydantic import ConfigDict
 from torch import Tensor, nn
 
 from osscar.core.errors import FileError, OutputError, RunError
-from osscar.core.files import (
-    LOCK_FILE,
-    MEGABYTE,
-    PARTIAL,
-    STRICT,
-    digest,
-    hold,
-    parse_json,
-    read_json,
-    reason_of,
-    remedy,
-    uninterrupted,
-    whole,
-    write_json,
-)
+from osscar.core.files import PARTIAL, digest, reason_of, remedy, whole, write_json
+from osscar.core.json_files import MEGABYTE, STRICT, parse_json, read_json
+from osscar.core.locks import LOCK_FILE, hold
+from osscar.core.signals import uninterrupted
 from osscar.core.version import VERSION
 from osscar.pruning.budget import Allocated, Budget
 from osscar.pruning.request import PruningRequest

@@ -12,7 +12,9 @@ from typing import Any, ClassVar, Literal
 from pydantic import ConfigDict
 
 from osscar.core.errors import FileError, OutputError, RunError
-from osscar.core.files import LOCK_FILE, STRICT, hold, read_json, reason_of, resolved, write_json
+from osscar.core.files import reason_of, resolved, write_json
+from osscar.core.json_files import STRICT, read_json
+from osscar.core.locks import LOCK_FILE, hold
 from osscar.pruning.run_log import RunManifest
 from osscar.pruning.sweep import BudgetKind, Job
 from osscar.pruning.trial import LeftAlone

@@ -12,7 +12,7 @@ from typing import ClassVar
 from pydantic import ConfigDict
 
 from osscar.core.errors import RanksError
-from osscar.core.files import STRICT, parse_json
+from osscar.core.json_files import STRICT, parse_json
 from osscar.core.ranks import Message, Ranks
 from osscar.pruning.result import LayerReport
 from osscar.pruning.run_log import RunManifest, SiteRecord

@@ -23,7 +23,7 @@ from graph import CouplingGroup
 from osscar.capture.opened import Opened
 from osscar.capture.scratch import Untouched
 from osscar.core.errors import AdapterError, EquivalenceError, ModelError, first_line
-from osscar.core.files import STRICT
+from osscar.core.json_files import STRICT
 from osscar.core.progress import stage
 from osscar.pruning.allocation import provisional
 from osscar.pruning.request import FormChoice, PruningRequest

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, TypeAlias
 from pydantic import ConfigDict
 from torch import nn
 
-from osscar.core.files import STRICT
+from osscar.core.json_files import STRICT
 from osscar.shrinking.plan import PruningPlan
 
 LINEAGE = "osscar_lineage"

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from graph.groups import CouplingGroup, Role, Slot, UnitKind
 from osscar.core.errors import CheckpointError, FileError, OptionError
-from osscar.core.files import STRICT, validated
+from osscar.core.json_files import STRICT, validated
 
 _MOST = 2**31
 """No dimension of a tensor has as many entries."""

@@ -22,23 +22,12 @@ from pydantic import ConfigDict, JsonValue
 
 import solvers
 from osscar.core.errors import FileError, OptionError, OutputError, StudyError
-from osscar.core.files import (
-    LOCK_FILE,
-    MEGABYTE,
-    PARTIAL,
-    STRICT,
-    digest,
-    file_digest,
-    hold,
-    read_json,
-    reason_of,
-    remedy,
-    stored,
-    uninterrupted,
-    write_json,
-)
+from osscar.core.files import PARTIAL, digest, file_digest, reason_of, remedy, stored, write_json
 from osscar.core.inputs import file_name
+from osscar.core.json_files import MEGABYTE, STRICT, read_json
+from osscar.core.locks import LOCK_FILE, hold
 from osscar.core.progress import stage
+from osscar.core.signals import uninterrupted
 from osscar.study.design import StudyDesign, is_count
 from osscar.study.jobs import (
     RECORDS,

@@ -15,7 +15,8 @@ from typing import ClassVar, TypeAlias
 from pydantic import ConfigDict
 
 from osscar.core.errors import FileError, StudyError
-from osscar.core.files import STRICT, read_json, whole
+from osscar.core.files import whole
+from osscar.core.json_files import STRICT, read_json
 
 WINDOW = "window"
 """The kind of a problem that is a part of a larger one."""

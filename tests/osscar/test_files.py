@@ -17,21 +17,12 @@ import filelock
 import pytest
 from pydantic import ConfigDict
 
-from osscar.core import files
+from osscar.core import files, locks
 from osscar.core.errors import BusyError, FileError, OutputError
-from osscar.core.files import (
-    STRICT,
-    digest,
-    ends_tidily,
-    file_digest,
-    hold,
-    read_json,
-    uninterrupted,
-    validated,
-    whole,
-    write_json,
-    write_text,
-)
+from osscar.core.files import digest, file_digest, whole, write_json, write_text
+from osscar.core.json_files import STRICT, read_json, validated
+from osscar.core.locks import hold
+from osscar.core.signals import ends_tidily, uninterrupted
 
 
 @dataclass(frozen=True)
@@ -233,12 +224,12 @@ def test_a_file_is_on_the_disk_before_it_takes_its_name(tmp_path, monkeypatch):
 def test_a_lock_says_who_holds_it(tmp_path):
     place = tmp_path / "lock"
     with (
-        files.hold(place, tmp_path),
+        locks.hold(place, tmp_path),
         pytest.raises(BusyError, match=rf"\(process {os.getpid()} on .*\); wait for it"),
-        files.hold(place, tmp_path),
+        locks.hold(place, tmp_path),
     ):
         pass
     place.write_text("\x1b[2J no process\n")
-    with filelock.FileLock(place), pytest.raises(BusyError) as caught, files.hold(place, tmp_path):
+    with filelock.FileLock(place), pytest.raises(BusyError) as caught, locks.hold(place, tmp_path):
         pass
     assert "\x1b" not in str(caught.value)

@@ -22,8 +22,9 @@ import solvers
 from osscar.checkpoint.manifest import MANIFEST_FILE, OLD_PLAN_FILE, REPORT_FILE
 from osscar.cli.common import check_json_path
 from osscar.core.errors import CheckpointError, FileError, ModelError, OsscarError, OutputError
-from osscar.core.files import file_digest, read_object
+from osscar.core.files import file_digest
 from osscar.core.inputs import panics_are_errors
+from osscar.core.json_files import read_object
 from osscar.data.images import ImageSet, load_images
 from osscar.data.preprocessing import Preprocessing
 from osscar.data.text import encode, read_text

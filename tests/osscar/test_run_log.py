@@ -10,7 +10,7 @@ import torch
 
 import osscar
 from osscar.core.errors import BusyError, RunError
-from osscar.core.files import LOCK_FILE, hold
+from osscar.core.locks import LOCK_FILE, hold
 from osscar.pruning import run_log
 from osscar.pruning.prune import prune_as_asked
 from osscar.pruning.request import PruningRequest
