@@ -4,27 +4,24 @@ Minimize ``sum_g f_g(i_g)`` subject to ``sum_g c_g(i_g) <= C``.  The Lagrangian 
 multiplier gives a lower bound and nearly always a choice within a fraction of it (Sinha and
 Zoltners, "The multiple-choice knapsack problem", Operations Research 27, 1979).  Options that
 cannot be part of anything better are struck out by their reduced costs; what is left is a few
-options a class, which HiGHS solves to the end.
+options a class, over which dynamic programming, in the order of classes, proves a best choice.
+Curves of neighbouring widths are so much alike that general solvers of integer programs take
+hundreds of times as long to prove less.
 """
 
 from __future__ import annotations
 
-import ctypes
-import os
-import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import Bounds, LinearConstraint, milp
-from scipy.sparse import csr_matrix
 
 _BISECTIONS = 200
-_SECONDS = 20.0
-_MOST_LEFT = 200_000
-"""Options beyond which the program is not built: memory."""
+_MOST_STATES = 20_000
+"""Choices of some classes that are followed at once; what is dropped limits what is proved."""
+_MOST_EXPANDED = 1_000_000
+"""The same times the options of one class: memory."""
 
 
 @dataclass(frozen=True)
@@ -93,10 +90,9 @@ def choose(
     reduced = [f + multiplier * c for f, c in zip(losses, costs, strict=True)]
     bound = sum(float(r.min()) for r in reduced) - multiplier * budget
     options = _filled(losses, costs, budget, options)
-    loss = _sum(losses, options)
-    left = [np.flatnonzero(r - r.min() <= loss - bound) for r in reduced]
-    if loss - bound > 1e-9 * abs(loss) and sum(map(len, left)) <= _MOST_LEFT:
-        options, bound = _solved(losses, costs, budget, options, bound, left)
+    if _sum(losses, options) > bound:
+        options, proved = _searched(losses, costs, budget, multiplier, options)
+        bound = max(bound, proved)
     return Choice(
         tuple(map(int, options)), _sum(losses, options), _sum(costs, options), float(bound)
     )
@@ -160,65 +156,115 @@ def _filled(
         chosen[index] = option
 
 
-def _solved(
+@dataclass(frozen=True, eq=False)
+class _States:
+    """Choices of the first classes.
+
+    Parameters
+    ----------
+    losses, costs
+        What each comes to.
+    parents, options
+        The choice of one class less that it goes on from, and the option by which.
+    """
+
+    losses: NDArray[np.float64]
+    costs: NDArray[np.float64]
+    parents: NDArray[np.intp]
+    options: NDArray[np.intp]
+
+    @classmethod
+    def first(cls) -> _States:
+        """Return the choice of no class."""
+        return cls(*np.zeros((2, 1)), *np.zeros((2, 1), dtype=np.intp))
+
+    def at(self, index: NDArray[np.intp] | NDArray[np.bool_]) -> _States:
+        """Return some of them."""
+        return _States(
+            self.losses[index], self.costs[index], self.parents[index], self.options[index]
+        )
+
+    def continued(
+        self, losses: NDArray[np.float64], costs: NDArray[np.float64], options: NDArray[np.intp]
+    ) -> _States:
+        """Return each with each option of the next class."""
+        parents = np.repeat(np.arange(len(self.losses)), len(options))
+        return _States(
+            np.add.outer(self.losses, losses[options]).ravel(),
+            np.add.outer(self.costs, costs[options]).ravel(),
+            parents,
+            np.tile(options, len(self.losses)),
+        )
+
+    def undominated(self) -> _States:
+        """Return those that lose less than all that cost as much or less."""
+        ordered = self.at(np.lexsort((self.losses, self.costs)))
+        least = np.minimum.accumulate(ordered.losses)
+        return ordered.at(np.append(True, ordered.losses[1:] < least[:-1])[: len(least)])
+
+
+def _searched(
     losses: Sequence[NDArray[np.float64]],
     costs: Sequence[NDArray[np.float64]],
     budget: float,
+    multiplier: float,
     options: Sequence[int],
-    bound: float,
-    left: Sequence[NDArray[np.int64]],
 ) -> tuple[list[int], float]:
-    """Solve what is left with HiGHS; better bounds count, and better choices."""
-    f = np.concatenate([losses[g][i] for g, i in enumerate(left)])
-    c = np.concatenate([costs[g][i] for g, i in enumerate(left)])
-    owner = np.repeat(np.arange(len(left)), [len(i) for i in left])
-    one_each = csr_matrix((np.ones(len(f)), (owner, np.arange(len(f)))))
-    # HiGHS works to absolute tolerances.
-    f_scale = max(float(np.abs(f).max()), 1e-300)
-    c_scale = max(float(np.abs(c).max()), 1e-300)
-    with _hushed():
-        result = milp(
-            f / f_scale,
-            integrality=np.ones(len(f), dtype=np.int64),
-            bounds=Bounds(0, 1),
-            constraints=[
-                LinearConstraint(one_each, 1, 1),
-                LinearConstraint(c[None] / c_scale, -np.inf, budget / c_scale),
-            ],
-            options={"time_limit": _SECONDS, "mip_rel_gap": 1e-7},
-        )
-    best, loss = list(options), _sum(losses, options)
-    if result.x is not None:
-        chosen = [int(i[result.x[owner == g].argmax()]) for g, i in enumerate(left)]
-        # Its tolerances may let the budget be passed.
-        if _sum(costs, chosen) <= budget and _sum(losses, chosen) < loss:
-            best, loss = chosen, _sum(losses, chosen)
-    proved = getattr(result, "mip_dual_bound", None)
-    if proved is not None and np.isfinite(proved):
-        # Options that were struck out are worse than the choice that was known.
-        bound = max(bound, min(proved * f_scale, loss))
-    return best, bound
+    """Return the best choice that dynamic programming finds, and a bound for all.
 
-
-@contextmanager
-def _hushed() -> Iterator[None]:
-    """Keep what native code prints from the standard output.
-
-    The HiGHS of scipy leaves a line there whenever a rounded solution has to be repaired, whatever
-    it is told of logging (ERGO-Code/HiGHS, `transformNewIntegerFeasibleSolution`).
+    A state is left out where its loss, and the least reduced costs of the classes to come, are no
+    better than a choice that is known; each is completed by the choice of the relaxation, as a
+    choice of its own.
     """
-    try:
-        kept = os.dup(1)
-    except OSError:  # there is none
-        yield
-        return
-    sys.stdout.flush()
-    try:
-        with open(os.devnull, "w") as nowhere:
-            os.dup2(nowhere.fileno(), 1)
-        yield
-    finally:
-        if os.name == "posix":  # C has a buffer of its own
-            ctypes.CDLL(None).fflush(None)
-        os.dup2(kept, 1)
-        os.close(kept)
+    reduced = [f + multiplier * c for f, c in zip(losses, costs, strict=True)]
+    relaxed = [int(r.argmin()) for r in reduced]
+    chosen, best = list(options), _sum(losses, options)
+    # Reduced costs cancel: what rounding may hide is kept.
+    slack = 1e-13 * (abs(best) + multiplier * sum(float(np.abs(c).max()) for c in costs))
+    room = best + slack - sum(float(r.min()) for r in reduced) + multiplier * budget
+    left = [np.flatnonzero(r - r.min() <= room) for r in reduced]
+    order = sorted(range(len(left)), key=lambda g: -len(left[g]))
+    least_reduced = _to_come([float(reduced[g].min()) for g in order])
+    least_cost = _to_come([float(costs[g][left[g]].min()) for g in order])
+    rest_losses = _to_come([float(losses[g][relaxed[g]]) for g in order])
+    rest_costs = _to_come([float(costs[g][relaxed[g]]) for g in order])
+    path, dropped = [_States.first()], np.inf
+    for place, group in enumerate(order):
+        states = path[-1].continued(losses[group], costs[group], left[group])
+        states = states.at(states.costs + least_cost[place] <= budget)
+        bounds = states.losses + multiplier * (states.costs - budget) + least_reduced[place]
+        states = states.at(bounds < best + slack).undominated()
+        bounds = states.losses + multiplier * (states.costs - budget) + least_reduced[place]
+        following = len(left[order[place + 1]]) if place + 1 < len(order) else 1
+        most = max(1, min(_MOST_STATES, _MOST_EXPANDED // following))
+        if len(bounds) > most:
+            by_bound = np.argpartition(bounds, most)
+            dropped = min(dropped, float(bounds[by_bound[most]]))
+            states = states.at(by_bound[:most])
+        path.append(states)
+        completed = np.where(
+            states.costs + rest_costs[place] <= budget, states.losses + rest_losses[place], np.inf
+        )
+        if not len(completed):
+            break
+        if completed.min() < best:
+            best = float(completed.min())
+            rest = {g: relaxed[g] for g in order[place + 1 :]}
+            chosen = _followed(path, order, int(completed.argmin()), rest)
+    return chosen, min(best, dropped - slack)
+
+
+def _to_come(values: Sequence[float]) -> NDArray[np.float64]:
+    """Return the sum of what comes after each value."""
+    return np.append(np.cumsum(values[::-1])[::-1], 0.0)[1:]
+
+
+def _followed(
+    path: Sequence[_States], order: Sequence[int], state: int, rest: dict[int, int]
+) -> list[int]:
+    """Return the options that led to a state, and the rest, in the order of the classes."""
+    options = dict(rest)
+    for group, states in zip(reversed(order[: len(path) - 1]), reversed(path[1:]), strict=True):
+        options[group] = int(states.options[state])
+        state = int(states.parents[state])
+    return [options[group] for group in range(len(order))]

@@ -17,6 +17,7 @@ from osscar.capture.opened import opened
 from osscar.core.errors import NonFiniteError, RequestError
 from osscar.core.modules import count_parameters
 from osscar.evaluation.size import count_flops
+from osscar.pruning import knapsack
 from osscar.pruning.allocation import allocate
 from osscar.pruning.costs import Cost, count
 from osscar.pruning.curves import elimination_curve, measure_curves
@@ -51,9 +52,19 @@ def test_the_knapsack_is_solved_as_by_trying_everything(seed):
     )
     found = choose(losses, costs, budget)
     assert found.cost <= budget + 1e-9
-    assert found.loss == pytest.approx(best, rel=1e-6, abs=1e-300)
-    assert found.lower_bound <= best * (1 + 1e-9)
-    assert found.gap <= 1e-6
+    assert found.loss == pytest.approx(best, rel=1e-12, abs=1e-300)
+    assert found.lower_bound <= best * (1 + 1e-12)
+    assert found.gap <= 1e-9
+
+
+@pytest.mark.parametrize("seed", range(200))
+def test_a_knapsack_of_which_little_is_searched_has_a_bound_all_the_same(seed, monkeypatch):
+    losses, costs, budget = classes(seed)
+    best = choose(losses, costs, budget).loss
+    monkeypatch.setattr(knapsack, "_MOST_STATES", 1)
+    found = choose(losses, costs, budget)
+    assert found.cost <= budget + 1e-9
+    assert found.lower_bound <= best * (1 + 1e-12) <= found.loss * (1 + 2e-12)
 
 
 def test_what_cannot_be_met_says_what_can():
@@ -67,7 +78,14 @@ def test_a_large_knapsack_has_a_small_gap():
     losses = [np.sort(random.exponential(size=1536) ** 3).cumsum()[::-1] for _ in range(60)]
     costs = [np.arange(1536.0) * random.integers(1000, 9000) for _ in range(60)]
     found = choose(losses, costs, 0.6 * sum(c[-1] for c in costs))
-    assert found.gap < 1e-4
+    assert found.gap < 1e-9
+
+
+def test_a_knapsack_whose_losses_are_its_costs_ends():
+    random = np.random.default_rng(0)
+    costs = [np.sort(random.random(100)) for _ in range(20)]
+    found = choose([c[-1] - c for c in costs], costs, 0.5 * sum(c[-1] for c in costs))
+    assert found.gap < 1e-6
 
 
 # ---- costs -------------------------------------------------------------------------------
