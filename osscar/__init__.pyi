@@ -15,6 +15,7 @@ from .evaluation.language import compare as compare, evaluate as evaluate
 from .evaluation.result import Comparison as Comparison, Evaluation as Evaluation
 from .models.language import LoadedModel as LoadedModel, load_model as load_model
 from .models.vision import VisionModel as VisionModel, load_vision_model as load_vision_model
+from .pruning.estimate import Estimate as Estimate, estimate as estimate
 from .pruning.prune import prune as prune
 from .pruning.request import PruningRequest as PruningRequest
 from .pruning.result import LayerReport as LayerReport, PruningResult as PruningResult

@@ -221,17 +221,17 @@ def curvature(
     NonFiniteError
         If gradients are not finite; names the module.
     """
-    batches = _small_batches(opened, samples)
-    parts = list(_parts(opened.model, groups))
-    with stage("curvature", total=len(parts) * len(batches)) as bar:
-        for part in parts:
+    batches = small_batches(opened, samples)
+    rounds = list(parts(opened.model, groups))
+    with stage("curvature", total=len(rounds) * len(batches)) as bar:
+        for part in rounds:
             factors = {g.name: [Factors.of(map) for map in maps] for g, maps in part}
             every = [f for found in factors.values() for f in found]
             generator = torch.Generator(device_of(opened.model)).manual_seed(seed)
             _find_axes(opened, every)
             predictions: int | None = 0
             for batch in batches:
-                made = _pass(opened, batch, every, generator)
+                made = one_pass(opened, batch, every, generator)
                 predictions = None if made is None or predictions is None else predictions + made
                 bar.advance()
                 if predictions is None:
@@ -244,7 +244,7 @@ def curvature(
                 yield GroupCurvature(group, found, (predictions or 1) if reached else 1, reached)
 
 
-def _small_batches(opened: Opened, samples: int) -> list[Batch]:
+def small_batches(opened: Opened, samples: int) -> list[Batch]:
     """Return the first samples, few at a time."""
     [*whole] = opened.inputs.batches(opened.model, samples)[:1]
     first = whole[0]
@@ -300,7 +300,7 @@ def _sample_axis(two: Sequence[torch.Size], three: Sequence[torch.Size]) -> int 
     return found.pop() if len(found) == 1 and len(two) == len(three) else None
 
 
-def _parts(
+def parts(
     model: nn.Module, groups: Sequence[CouplingGroup]
 ) -> Iterator[list[tuple[CouplingGroup, tuple[LinearMap, ...]]]]:
     """Yield groups, with their consumers, whose factors fit into memory together."""
@@ -320,7 +320,7 @@ def _parts(
 # ---- one forward and backward pass -------------------------------------------------------
 
 
-def _pass(
+def one_pass(
     opened: Opened, batch: Batch, factors: Sequence[Factors], generator: torch.Generator
 ) -> int | None:
     """Add what one batch shows, and return how many predictions it made; None if that fails.

@@ -46,6 +46,7 @@ from osscar.capture.scratch import Scratch, recorded_writes
 from osscar.capture.targets import Target
 from osscar.core.errors import CalibrationError, ModelError, OsscarError
 from osscar.core.modules import fresh
+from osscar.core.phases import Phase, phase
 from osscar.data.batches import Batch
 from solvers import SubsetProblem
 
@@ -322,6 +323,25 @@ class Walk:
             for group in tour
         }
 
+    @property
+    def calls(self) -> tuple[str, ...]:
+        """The modules that are watched, in the order of their calls."""
+        return self._calls
+
+    @property
+    def itinerary(self) -> tuple[int, ...]:
+        """The last call that each pass of the batches reaches, should all groups be committed."""
+        lasts: list[int] = []
+        at = -1
+        for tour in self._tours:
+            calls = {group.name: self._calls_of(group) for group in tour}
+            if at < 0 or min(map(min, calls.values())) < at:
+                lasts.append(0)
+            lasts[-1] = max(map(max, calls.values()))
+            ends = self._in_turn and any(len(own) > 1 for own in calls.values())
+            at = -1 if ends else lasts[-1]
+        return tuple(lasts)
+
     # ---- the walk ------------------------------------------------------------------------
 
     def _sites_of(self, tour: tuple[CouplingGroup, ...]) -> Iterator[Site]:
@@ -381,6 +401,7 @@ class Walk:
         for place, run in enumerate(self._runs):
             dense = self._dense[place] if self._target.needs_dense else None
             with ExitStack() as present:
+                present.enter_context(phase(Phase.WALK))
                 for one in (run,) if dense is None else (run, dense):
                     present.enter_context(one.present())
                 self._measure_batch(run, dense, call, grams)
@@ -400,8 +421,9 @@ class Walk:
             assert dense.output is not None
             assert output is not None
             D = self._target.correction(dense.output, output, dense.stream, arrival.stream)
-        for gram in grams:
-            _add(gram, arrival.x, D, held=run.index >= self._held_from)
+        with phase(Phase.GRAM):
+            for gram in grams:
+                add_call(gram, arrival.x, D, held=run.index >= self._held_from)
 
     def _bring(self, run: Coroutine, call: int) -> Arrival:
         """Let a batch run on to a call: it stands before it then, in the dense stream after."""
@@ -559,8 +581,8 @@ def _parted(batches: Sequence[Batch], held: int) -> tuple[list[Batch], int]:
     return [*fitted, *rest], len(fitted)
 
 
-def _add(gram: GramAccumulator, x: Tensor, D: Tensor | None, *, held: bool) -> None:
-    """Add what a consumer reads, piece by piece."""
+def add_call(gram: GramAccumulator, x: Tensor, D: Tensor | None, *, held: bool) -> None:
+    """Add what a consumer reads in a call, with corrections in the form of its output."""
     corrections = None if D is None else gram.linear_map.read_outputs(D)
     done = 0
     for X in gram.linear_map.read_inputs(x):

@@ -37,6 +37,8 @@ from osscar.cli.common import (
     way_back,
     write_json,
 )
+from osscar.cli.estimates import dry_run, read_estimate
+from osscar.core.phases import Phase, Spent, phase, spending
 
 if TYPE_CHECKING:
     from torch import nn
@@ -45,6 +47,8 @@ if TYPE_CHECKING:
     from osscar.core.ranks import Ranks
     from osscar.data.images import ImageSet
     from osscar.data.tokens import CalibrationSet
+    from osscar.models.language import LoadedModel
+    from osscar.models.vision import VisionModel
     from osscar.pruning.budget import Budget
     from osscar.pruning.request import PruningRequest
     from osscar.pruning.result import PruningResult
@@ -56,19 +60,39 @@ def _with_ranks(command: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(command)
     def on_each_rank(context: typer.Context, **options: Any) -> None:
-        from osscar.core.ranks import together
-
-        with together() as context.obj:
-            command(context, **options)
+        with spending() as spent:
+            with phase(Phase.START):
+                from osscar.core.ranks import together
+            with together() as ranks:
+                context.obj = Asked(ranks, spent)
+                command(context, **options)
 
     return on_each_rank
+
+
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """What a command finds as the context's object.
+
+    Parameters
+    ----------
+    ranks
+        The processes of a launch.
+    spent
+        What this one has spent since its command began.
+    """
+
+    ranks: Ranks
+    spent: Spent
 
 
 @_with_ranks
 def command(
     context: typer.Context,
     model: ModelArgument,
-    directory: Annotated[Path, typer.Option("--out", help="Where the smaller model goes.")],
+    directory: Annotated[
+        Path | None, typer.Option("--out", help="Where the smaller model goes.  [required]")
+    ] = None,
     sparsity: Annotated[
         float | None,
         typer.Option(
@@ -201,6 +225,21 @@ def command(
             help="Also write the page that lies in the output directory as `report.html` here.",
         ),
     ] = None,
+    dry: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="Tell what the run will take, stage by stage, and write nothing but --json FILE: "
+            "time, memory and disk, from two quick probes.",
+        ),
+    ] = False,
+    estimate: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="What --dry-run --json wrote of this run: say in the end how far off it was.",
+        ),
+    ] = None,
     json: JsonOption = None,
     trust_remote_code: TrustOption = False,
 ) -> None:
@@ -212,17 +251,31 @@ def command(
     its query heads.  What is done is kept in OUT.run until the smaller model is saved: a run that
     was killed goes on when the same command is given again.
     """
-    from osscar.checkpoint.directory import check_output, weight_bytes
-    from osscar.checkpoint.manifest import PAGE_FILE
-    from osscar.core.files import resolved
-    from osscar.models.open import open_model
-    from osscar.models.vision import VisionModel
-    from osscar.pruning.prune import prune_as_asked
-    from osscar.pruning.request import PruningRequest
-    from osscar.pruning.run_log import RunLog
-    from osscar.report.prune_page import prune_page
+    with phase(Phase.START):
+        from osscar.checkpoint.directory import check_output, weight_bytes
+        from osscar.checkpoint.manifest import PAGE_FILE
+        from osscar.core.errors import OptionError
+        from osscar.core.files import resolved
+        from osscar.core.memory import peak_memory
+        from osscar.models.open import open_model
+        from osscar.models.vision import VisionModel
+        from osscar.pruning.prune import prune_as_asked
+        from osscar.pruning.request import PruningRequest
+        from osscar.pruning.run_log import RunLog
+        from osscar.report.estimate_tables import comparison_line
+        from osscar.report.prune_page import prune_page
 
-    read = (model, calibration, weights)
+    if directory is None and not dry:
+        raise typer.BadParameter(
+            "give the directory that the smaller model goes to", param_hint="--out"
+        )
+    asked: Asked = context.obj
+    ranks, spent = asked.ranks, asked.spent
+    if dry and (estimate is not None or not ranks.alone):
+        raise OptionError(
+            "--dry-run tells what one process will take; leave --estimate and torchrun away"
+        )
+    read = (model, calibration, weights, estimate)
     check_json_path(json, inputs=read, written=directory)
     check_json_path(report, inputs=(*read, json), written=directory, option="--report")
     patterns = [part.strip() for text in skip or () for part in text.split(",")]
@@ -251,12 +304,36 @@ def command(
         form=form,
         strict=strict,
     )
+
+    def loading(path: Path | None) -> tuple[LoadedModel | VisionModel, CalibrationSet | ImageSet]:
+        with phase(Phase.LOAD):
+            loaded = open_model(
+                model,
+                weights=weights,
+                dense=against,
+                device=device,
+                dtype=dtype,
+                trust_remote_code=trust_remote_code,
+                max_memory=_limit(model, dtype, device, request)
+                if max_memory is None
+                else max_memory,
+            )
+            if path is not None and ranks.first:
+                needed = weight_bytes(loaded.model, loaded.stored_dtype)
+                check_output(path, overwrite=overwrite, needed_bytes=needed)
+            data = loaded.calibration(calibration, samples=samples, seqlen=seqlen, seed=seed)
+        return loaded, data
+
+    if directory is None or dry:
+        with quiet():
+            dry_run(*loading(None), request, spent.seconds, json)
+        return
+    told = read_estimate(estimate)
     path = resolved(directory)
-    log, asked = RunLog(_beside(path)), _asked(context)
-    ranks: Ranks = context.obj
+    log, words = RunLog(_beside(path)), _asked(context)
     if ranks.decided(
         "whether it is saved already",
-        lambda: not (overwrite or restart) and _is_saved(path, log, asked, json, report),
+        lambda: not (overwrite or restart) and _is_saved(path, log, words, json, report),
         bool,
     ):
         return
@@ -265,37 +342,33 @@ def command(
     with way_back(lambda: log.kept), log.held() if ranks.first else nullcontext(), quiet():
         if restart and ranks.first:
             log.remove()
-        loaded = open_model(
-            model,
-            weights=weights,
-            dense=against,
-            device=device,
-            dtype=dtype,
-            trust_remote_code=trust_remote_code,
-            max_memory=_limit(model, dtype, device, request) if max_memory is None else max_memory,
-        )
-        if ranks.first:
-            needed = weight_bytes(loaded.model, loaded.stored_dtype)
-            check_output(path, overwrite=overwrite, needed_bytes=needed)
-        data = loaded.calibration(calibration, samples=samples, seqlen=seqlen, seed=seed)
+        loaded, data = loading(path)
+        if told is not None:
+            told.check_for(loaded.source, request.to_json(), data.describe())
         own_log = log if ranks.first else None
         result = prune_as_asked(loaded.model, data, request, own_log, ranks)
         if not ranks.first:
             return  # the first alone writes and prints
-        content = report_document(result, loaded.model, loaded.source, data, loaded.classes)
-        log.note(asked, content)
+        with phase(Phase.REPORT):
+            content = report_document(result, loaded.model, loaded.source, data, loaded.classes)
+        if told is not None:
+            content["estimate"] = told.against(spent.seconds, peak_memory())
+        log.note(words, content)
         tokenizer, of_images = loaded.tokenizer, isinstance(loaded, VisionModel)
         del loaded  # saving holds the smaller model twice, and needs no dense one beside
-        saved = result.save(
-            path,
-            tokenizer=tokenizer,
-            report=content,
-            page=prune_page(content),
-            overwrite=overwrite,
-        )
+        with phase(Phase.SAVE):
+            saved = result.save(
+                path,
+                tokenizer=tokenizer,
+                report=content,
+                page=prune_page(content),
+                overwrite=overwrite,
+            )
         _write_copies(content, saved, json, report)
         log.remove()
     print_result(result, saved)
+    if told is not None:
+        say(comparison_line(told.against(spent.seconds, peak_memory())))
     say(f"report: {saved.path / PAGE_FILE}")
     if result.form == "graph" and not of_images:
         return  # a program cannot generate, which is part of what text is scored with
@@ -319,7 +392,10 @@ def _limit(model: str, dtype: str, device: str, request: PruningRequest) -> int 
     return limit
 
 
-_OF_THIS_TIME = ("directory", "max_memory", "overwrite", "restart", "json", "report")
+_OF_THIS_TIME = (
+    *("directory", "max_memory", "overwrite", "restart", "json", "report"),
+    *("estimate", "dry"),
+)
 """Parameters that change nothing of what is saved."""
 
 

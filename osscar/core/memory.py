@@ -5,12 +5,18 @@ from __future__ import annotations
 import ctypes
 import os
 import re
+import sys
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
 from osscar.core.errors import OptionError
 from osscar.core.inputs import shown
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None  # type: ignore[assignment]
 
 _STATM = Path("/proc/self/statm")
 _MEMINFO = Path("/proc/meminfo")
@@ -60,6 +66,14 @@ def resident_memory() -> int:
             "this system does not tell how much memory a process has, so that no limit can be "
             "kept; leave --max-memory away"
         ) from None
+
+
+def peak_memory() -> int | None:
+    """Return the most bytes this process has had in memory; None where the system does not tell."""
+    if resource is None:
+        return None
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else most * 1024
 
 
 def available_memory() -> int | None:

@@ -78,6 +78,13 @@ def measure_forward(models: Sequence[nn.Module], batch: Mapping[str, Tensor]) ->
     ]
 
 
+def measuring_seconds(passes: Sequence[float]) -> float:
+    """Return about how long `measure_forward` takes, of models whose passes take so long."""
+    once = sum(passes)
+    counted_and_warm = 2 * once
+    return counted_and_warm + max(_REPETITIONS * once, _SECONDS)
+
+
 @contextmanager
 def _ready(models: Sequence[nn.Module]) -> Iterator[None]:
     with ExitStack() as stack:

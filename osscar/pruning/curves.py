@@ -14,6 +14,8 @@ from graph import CouplingGroup
 from osscar.capture.curvature import curvature
 from osscar.capture.opened import Opened
 from osscar.core.json_files import parse_json
+from osscar.core.json_files import parse_json
+from osscar.core.phases import Phase, phase
 from osscar.core.ranks import Message, Ranks
 from solvers import SubsetProblem
 from solvers.elimination import eliminate
@@ -65,10 +67,17 @@ def measure_curves(
     NonFiniteError
         If gradients are not finite.
     """
+    with phase(Phase.CURVATURE):
+        for found in curvature(ready, groups, samples=curve_samples(ready), seed=seed):
+            with phase(Phase.CURVES):
+                losses = elimination_curve(found.problem(damp))
+            yield Curve(found.group.name, losses, found.reached)
+
+
+def curve_samples(ready: Opened) -> int:
+    """Return on how many samples curvature is measured at most."""
     length = ready.inputs.settings.get("seqlen")
-    samples = _SAMPLES if length is None else max(1, _TOKENS // length)
-    for found in curvature(ready, groups, samples=samples, seed=seed):
-        yield Curve(found.group.name, elimination_curve(found.problem(damp)), found.reached)
+    return _SAMPLES if length is None else max(1, _TOKENS // length)
 
 
 def told_curves(ranks: Ranks, mine: Sequence[Curve]) -> dict[str, Curve]:

@@ -15,6 +15,7 @@ from osscar.capture.targets import Target
 from osscar.capture.walk import DenseTensors, Site, Walk, dense_tensors, walk
 from osscar.core.errors import RunError
 from osscar.core.on_disk import room_for
+from osscar.core.phases import Phase, phase
 from osscar.core.progress import stage
 from osscar.core.ranks import Ranks
 from osscar.pruning.certify import certified
@@ -102,14 +103,15 @@ def _walk(
     dense: Mapping[str, DenseTensors],
     waiting_on_disk: bool,
 ) -> Walk:
-    return walk(
-        ready,
-        groups,
-        target=Target(request.target),
-        held=held_out(ready, request),
-        committed=dense,
-        waiting_on_disk=waiting_on_disk,
-    )
+    with phase(Phase.WALK):
+        return walk(
+            ready,
+            groups,
+            target=Target(request.target),
+            held=held_out(ready, request),
+            committed=dense,
+            waiting_on_disk=waiting_on_disk,
+        )
 
 
 def _replay(
@@ -153,25 +155,27 @@ def _prune_group(
     site: Site, keep: int, request: PruningRequest, began: float, ranks: Ranks
 ) -> SiteRecord:
     """Have the first rank solve one group, and commit the refitted weights on all."""
-    record = told_record(ranks, lambda: _solved(site, keep, request, began))
+    record = told_record(ranks, lambda: solved(site, keep, request, began))
     if not site.committed:
         site.adopt(record.weights)
     return record
 
 
-def _solved(site: Site, keep: int, request: PruningRequest, began: float) -> SiteRecord:
+def solved(site: Site, keep: int, request: PruningRequest, began: float) -> SiteRecord:
     """Solve one group, and commit the refitted weights."""
     group, backend = site.group, request.chosen_backend()
     corrected = Target(request.target).needs_dense
-    chosen = site.regularization(keep, request.damp, request.blend if corrected else 0.0)
-    site.share = chosen.share
-    problem = site.problem(keep, chosen.damp)
-    measured = time.perf_counter()
-    if request.certify:
-        solution, verification = certified(problem, backend)
-    else:
-        solution, verification = solvers.solve(problem, backend), None
-    site.commit(solution.weights)
+    with phase(Phase.DAMPING):
+        chosen = site.regularization(keep, request.damp, request.blend if corrected else 0.0)
+        site.share = chosen.share
+    with phase(Phase.SOLVER):
+        problem = site.problem(keep, chosen.damp)
+        measured = time.perf_counter()
+        if request.certify:
+            solution, verification = certified(problem, backend)
+        else:
+            solution, verification = solvers.solve(problem, backend), None
+        site.commit(solution.weights)
     report = LayerReport.of(
         group,
         problem,

@@ -59,7 +59,18 @@ _WIDEST_SPREAD = 0.1
 CLOSE = 0.02
 """How near the timed speed-up has to come to the one that was asked for."""
 
-_ROUNDS = 5
+MOST_ROUNDS = 5
+"""Models that are built and timed whole until one is fast enough, at most."""
+
+
+def table_passes() -> int:
+    """Return how many forward passes of models as large as the dense one a table takes at most."""
+    return 2 * len(_SHARES) * (_TURNS + 1)
+
+
+def round_passes() -> int:
+    """Return how many it takes at least to time one model whole."""
+    return 2 * (_REPETITIONS + 1)
 
 
 @dataclass(frozen=True)
@@ -286,7 +297,7 @@ def aimed(
     slow, slow_time = 1.0, 1.0
     fast: float | None = None
     fast_time, best, limit = 0.0, None, 1.0 / wanted
-    for _ in range(_ROUNDS):
+    for _ in range(MOST_ROUNDS):
         try:
             kept = choose(limit)
             measured = latency.speedup(kept)

@@ -1,4 +1,4 @@
-"""What a run takes beside the weights, where those are read from disk; refused if there is no room.
+"""What a run takes beside the weights; refused if these lie on disk and there is no room.
 
 Nothing here is exact: a limit that is too small is to be refused in the beginning, with the layer
 that needs most, and not after hours.
@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from graph import CouplingGroup
 from osscar.capture.linear_maps import linear_maps
@@ -17,7 +20,9 @@ from osscar.capture.opened import Opened
 from osscar.capture.targets import Target
 from osscar.core.errors import RequestError
 from osscar.core.memory import in_words, resident_memory
+from osscar.core.modules import fresh
 from osscar.core.on_disk import shelf_of
+from osscar.data.batches import TokenInputs
 from osscar.pruning.allocation import provisional
 from osscar.pruning.divergence import MOST_BYTES
 from osscar.pruning.request import Allocation, FormChoice, PruningRequest
@@ -42,6 +47,75 @@ _PROOF_TOKENS = 128
 
 _LEAST = 128 << 20
 """Bytes for all that is small."""
+
+
+@dataclass(frozen=True)
+class Flow:
+    """How many numbers pass through a model on its calibration data.
+
+    Parameters
+    ----------
+    rows
+        Positions of each batch: tokens, or samples of anything else.
+    width
+        Numbers a position that go from layer to layer.
+    wide
+        The same where a layer puts out most of them.
+    window
+        Positions of one sample.
+    outputs
+        Numbers a position that the model puts out.
+    """
+
+    rows: tuple[int, ...]
+    width: int
+    wide: int
+    window: int
+    outputs: int
+
+    @classmethod
+    def of(cls, ready: Opened) -> Flow:
+        """Look at the sizes of a model; one that reads no tokens runs on its small example."""
+        if not isinstance(ready.inputs, TokenInputs):
+            sizes, outputs = put_out(ready)
+            rows = tuple(len(next(iter(batch.values()))) for batch in ready.batches())
+            wide = max(sizes, default=0)
+            return cls(rows, wide // 2, wide, 1, outputs)
+        width, vocabulary = _widths(ready.model)
+        wide = max(
+            size
+            for parameter in ready.model.parameters()
+            for size in parameter.shape
+            if size != vocabulary
+        )
+        rows = tuple(int(math.prod(batch["input_ids"].shape)) for batch in ready.batches())
+        window = ready.inputs.settings["seqlen"]
+        return cls(rows, width, wide, window, vocabulary)
+
+
+def put_out(ready: Opened) -> tuple[list[int], int]:
+    """Return how many numbers a position the innermost modules put out, and the whole model."""
+    sizes: list[int] = []
+
+    def see(_: nn.Module, args: Any, result: Any) -> None:
+        sizes.append(_numbers(result))
+
+    leaves = [module for module in ready.model.modules() if not any(module.children())]
+    handles = [module.register_forward_hook(see) for module in leaves]
+    try:
+        with torch.no_grad():
+            result = ready.model(**fresh(ready.example))
+    finally:
+        for handle in handles:
+            handle.remove()
+    first = next(iter(ready.example.values()))
+    tokens = isinstance(ready.inputs, TokenInputs)
+    positions = max(1, first.numel() if tokens else len(first))
+    return [size // positions for size in sizes], _numbers(result) // positions
+
+
+def _numbers(result: Any) -> int:
+    return sum(leaf.numel() for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor))
 
 
 @dataclass(frozen=True)
@@ -107,24 +181,19 @@ class Room:
             key=lambda found: found[2],
             default=("", 0, 0),
         )
-        rows = [int(math.prod(batch["input_ids"].shape)) for batch in ready.batches()]
-        width, vocabulary = _widths(ready.model)
-        wide = max(
-            size
-            for parameter in ready.model.parameters()
-            for size in parameter.shape
-            if size != vocabulary
-        )
+        flow = Flow.of(ready)
         streams = 2 if Target(request.target).needs_dense else 1
-        window = ready.inputs.settings["seqlen"]
-        kept = min(MOST_BYTES, 4 * held_out * window * vocabulary)
-        present = max(rows) if waiting_on_disk else sum(rows)
+        kept = min(MOST_BYTES, 4 * held_out * flow.window * flow.outputs)
+        present = max(flow.rows) if waiting_on_disk else sum(flow.rows)
+        tokens = isinstance(ready.inputs, TokenInputs)
+        suspended = _SUSPENDED * flow.width + (inputs if tokens else 0)
+        proved = min(_PROOF_TOKENS, 2 * flow.window) * flow.outputs
         return cls(
-            batches=4 * present * (_SUSPENDED * width + inputs) * streams + kept,
-            forward=4 * max(rows) * wide * _ACTIVATIONS * streams + _LEAST,
+            batches=4 * present * suspended * streams + kept,
+            forward=4 * max(flow.rows) * flow.wide * _ACTIVATIONS * streams + _LEAST,
             matrices=matrices * _MATRICES + _LEAST,
-            logits=4 * window * vocabulary * _LOGITS + _LEAST,
-            proof=8 * min(_PROOF_TOKENS, 2 * window) * vocabulary * _PROVED + _LEAST,
+            logits=4 * flow.window * flow.outputs * _LOGITS + _LEAST,
+            proof=8 * proved * _PROVED + _LEAST,
             layer=layer,
             inputs=inputs,
             waiting_on_disk=waiting_on_disk,
@@ -194,7 +263,7 @@ def check_streamed(ready: Opened, request: PruningRequest, held_out: int) -> Roo
     base = resident_memory() - shelf.held_bytes
     for waiting_on_disk in (False, True):
         room = Room.of(ready, request, held_out, waiting_on_disk=waiting_on_disk)
-        what, most = max(_needs(ready.model, room).items(), key=lambda need: need[1])
+        what, most = most_needed(ready.model, room)
         if base + most <= shelf.ceiling:
             break
     else:
@@ -207,6 +276,19 @@ def check_streamed(ready: Opened, request: PruningRequest, held_out: int) -> Roo
     # Also after the run: what is saved runs once more, beside what is read back.
     shelf.leave_free(room.largest_pass)
     return room
+
+
+def least_memory(ready: Opened, request: PruningRequest, held_out: int) -> int:
+    """Return the least limit within which a model that lies on disk can be pruned, in bytes."""
+    shelf = shelf_of(ready.model)
+    base = resident_memory() - (0 if shelf is None else shelf.held_bytes)
+    room = Room.of(ready, request, held_out, waiting_on_disk=True)
+    return base + most_needed(ready.model, room)[1]
+
+
+def most_needed(model: nn.Module, room: Room) -> tuple[str, int]:
+    """Return which part of a run of a model on disk needs most, and how many bytes."""
+    return max(_needs(model, room).items(), key=lambda need: need[1])
 
 
 def _needs(model: nn.Module, room: Room) -> dict[str, int]:

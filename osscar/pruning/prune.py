@@ -11,7 +11,7 @@ import inspect
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +24,7 @@ from osscar.checkpoint.hf_config import adopt_config
 from osscar.core.devices import resolve_device
 from osscar.core.errors import RequestError, RunError
 from osscar.core.modules import copied, count_parameters, device_of
+from osscar.core.phases import Phase, phase
 from osscar.core.ranks import ALONE, Ranks
 from osscar.pruning import latency
 from osscar.pruning.allocation import allocate, shared_curves
@@ -104,7 +105,9 @@ def prune_as_asked(
     True
     """
     start = time.perf_counter()
-    with opened_for(model, calibration, request, ranks) as ready:
+    with ExitStack() as stack:
+        with phase(Phase.OPEN):
+            ready = stack.enter_context(opened_for(model, calibration, request, ranks))
         room = check_streamed(ready, request, max(1, held_out(ready, request)))
         with _begun(log, ready, request) as records:
             facts = DenseFacts.of(ready, request)
@@ -163,15 +166,17 @@ class DenseFacts:
     @classmethod
     def of(cls, ready: Opened, request: PruningRequest) -> DenseFacts:
         """Try what can follow, and run the dense model."""
-        followed = ready.ranks.decided(
-            "what can follow", lambda: what_follows(ready, request), Followed
-        )
-        return cls(
-            Reference.of(ready, max(1, held_out(ready, request))),
-            dense_statistics(ready.model, ready.batches(), request.batch_norm, ready.ranks),
-            followed.form,
-            followed.left,
-        )
+        with phase(Phase.TRIAL):
+            followed = ready.ranks.decided(
+                "what can follow", lambda: what_follows(ready, request), Followed
+            )
+        with phase(Phase.DENSE):
+            return cls(
+                Reference.of(ready, max(1, held_out(ready, request))),
+                dense_statistics(ready.model, ready.batches(), request.batch_norm, ready.ranks),
+                followed.form,
+                followed.left,
+            )
 
 
 def prune_opened(
@@ -202,14 +207,16 @@ def prune_opened(
     start = time.perf_counter()
     work, held = ready.model, held_out(ready, request)
     before = count_parameters(work)
-    allocated = _allocated(ready, request, facts, log)
+    with phase(Phase.ALLOCATION):
+        allocated = _allocated(ready, request, facts, log)
     plan, layers = prune_groups(ready, allocated.keep, request, records, log, room)
     smaller = shrunk(ready, plan, request, facts.form, facts.statistics)
     work, proof = smaller.model, smaller.proof
     if isinstance(work, PreTrainedModel):
         adopt_config(work)
     reference = facts.reference
-    divergence = None if reference is None else reference.divergence(work)
+    with phase(Phase.PRUNED):
+        divergence = None if reference is None else reference.divergence(work)
     put_back(ready, work, proof.plan)
     return PruningResult(
         model=work,

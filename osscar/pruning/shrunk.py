@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from osscar.capture.opened import Opened
+from osscar.core.phases import Phase, phase
 from osscar.pruning.batch_norm import DenseStatistics, renew_statistics
 from osscar.pruning.request import PruningRequest
 from osscar.shrinking.equivalence import finer_precision
@@ -68,11 +69,12 @@ def _modules(
     ready: Opened, plan: PruningPlan, request: PruningRequest, dense: DenseStatistics
 ) -> Shrunk:
     work = ready.model
-    with finer_precision(work, ready.example):
+    with phase(Phase.PROOF), finer_precision(work, ready.example):
         proof = shrink(work, plan, ready.inputs.proofs(work, request.seed))
-    renewed = renew_statistics(
-        work, proof.plan, ready.batches(), request.batch_norm, dense, ready.ranks
-    )
+    with phase(Phase.PRUNED):
+        renewed = renew_statistics(
+            work, proof.plan, ready.batches(), request.batch_norm, dense, ready.ranks
+        )
     return Shrunk(work, proof, renewed)
 
 
@@ -85,10 +87,12 @@ def _program(
     nothing reads the removed units any more, computes the same.
     """
     work, nothing = ready.model, PruningPlan(())
-    renewed = renew_statistics(
-        work, nothing, ready.batches(), request.batch_norm, dense, ready.ranks
-    )
-    made = shrink_program(work, plan, ready.inputs.proofs(work, request.seed), ready.example)
+    with phase(Phase.PRUNED):
+        renewed = renew_statistics(
+            work, nothing, ready.batches(), request.batch_norm, dense, ready.ranks
+        )
+    with phase(Phase.PROOF):
+        made = shrink_program(work, plan, ready.inputs.proofs(work, request.seed), ready.example)
     return Shrunk(made.model, made.proof, renewed)
 
 

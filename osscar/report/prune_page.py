@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from osscar.report.estimate_tables import comparison_line
 from osscar.report.evaluation_tables import shown_numbers
 from osscar.report.numbers import engineering, in_bytes, share
 from osscar.report.page import Picture, render
@@ -147,6 +148,8 @@ def _remarks(document: Mapping[str, Any]) -> Iterator[str]:
         yield f"The statistics of {document['batch_norms']} batch-norm layers are new ({mode})."
     if document.get("forward") is not None:
         yield "Times are medians of a few turns, and as rough as that."
+    if document.get("estimate") is not None:
+        yield f"Up to its save, this run was {comparison_line(document['estimate'])}."
     if document.get("evaluation") is None:
         yield "Quality on data of your own is what osscar eval measures."
 

@@ -54,13 +54,14 @@ def _call(model: nn.Module, inputs: Inputs) -> Any:
     if not isinstance(inputs, Mapping):
         return model(*fresh(inputs))
     inputs = dict(fresh(inputs))
-    if _has_cache(model):
+    if has_cache(model):
         # Keys and values lose their heads, so they differ in shape, as they should.
         inputs.setdefault("use_cache", False)
     return model(**inputs)
 
 
-def _has_cache(model: nn.Module) -> bool:
+def has_cache(model: nn.Module) -> bool:
+    """Whether a model can be told to keep keys and values."""
     return "use_cache" in inspect.signature(model.forward).parameters
 
 
@@ -300,7 +301,7 @@ def cached_outputs(model: nn.Module, inputs: Inputs) -> list[Tensor]:
     Nothing if it keeps none, or if the inputs say whether it does.  What it keeps is no output: it
     changes with the heads, as it should.
     """
-    if not isinstance(inputs, Mapping) or "use_cache" in inputs or not _has_cache(model):
+    if not isinstance(inputs, Mapping) or "use_cache" in inputs or not has_cache(model):
         return []
     keeping = {**inputs, "use_cache": True}
     return _without_chance(model, lambda: [_logits(_call(model, keeping))])

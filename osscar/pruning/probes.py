@@ -1,0 +1,586 @@
+"""Two quick probes that tell what a run will take: a forward pass, and a layer of each sort.
+
+Nothing is known of a machine beforehand.  The first probe runs a few calibration samples through
+the model, and notes when they reach each consumer.  The second takes what one layer of each sort
+read meanwhile, and has the run's own code sum it up, solve it and refit it: whole where there are
+many such layers, else a part of its units and outputs at two sizes, from which the time of all of
+them follows as ``a p^2 + b p^3``, since all that a solver does is products, factorizations and
+sweeps of matrices with p rows.
+"""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+import solvers
+from graph import CouplingGroup, Role, Slot
+from osscar.capture.curvature import Factors, one_pass, small_batches
+from osscar.capture.gram import GramAccumulator
+from osscar.capture.linear_maps import FeatureMap, LinearMap, linear_maps
+from osscar.capture.opened import Opened
+from osscar.capture.targets import Target
+from osscar.capture.walk import Site, add_call, batch_named
+from osscar.core.modules import device_of, fresh
+from osscar.core.phases import Clock, Phase, spending
+from osscar.data.batches import Batch, TokenInputs
+from osscar.pruning.certify import EXACT_UNITS
+from osscar.pruning.curves import curve_samples, elimination_curve
+from osscar.pruning.groups import solved
+from osscar.pruning.request import PruningRequest
+
+_SHARE = 0.04
+"""What a probe may take of the time of all layers of its sort."""
+
+_SMALL_ROWS = 192
+"""Layers with fewer inputs are probed whole: their time is that of calls, not of products."""
+
+_MOST_ROWS = 2048
+"""Of a layer that is probed."""
+
+_POSITIONS = 4096
+"""What a layer is probed on at most."""
+
+_CHEAP_SECONDS = 0.5
+"""For so long, more samples than are needed may run."""
+
+_NOISE = 0.1
+"""Of an input's deviation, which is added so that few positions have the rank of many."""
+
+
+def clock_of(device: torch.device) -> Clock:
+    """Return a clock that waits for what a device has been given to do."""
+    if device.type != "cuda":
+        return time.perf_counter
+
+    def clock() -> float:
+        torch.cuda.synchronize(device)
+        return time.perf_counter()
+
+    return clock
+
+
+# ---- a forward pass ----------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TimedPass:
+    """When samples of the calibration data reach the consumers.
+
+    Parameters
+    ----------
+    samples
+        How many were run.
+    seconds
+        Of the whole pass.
+    before, after
+        When each call of a consumer began and ended, in seconds.
+    shapes
+        Of what each consumer was called with.
+    """
+
+    samples: int
+    seconds: float
+    before: tuple[float, ...]
+    after: tuple[float, ...]
+    shapes: Mapping[str, Sequence[torch.Size]] = field(repr=False)
+
+
+@dataclass(frozen=True)
+class ForwardCosts:
+    """What forward passes take, by the number of samples that run at once.
+
+    Parameters
+    ----------
+    few, many
+        A pass of one sample, and of more.
+    """
+
+    few: TimedPass
+    many: TimedPass
+
+    def seconds(self, samples: int) -> float:
+        """Return what a pass of so many samples takes, along the line through both."""
+        more = self.many.samples - self.few.samples
+        if more <= 0:
+            return self.few.seconds * samples / self.few.samples
+        slope = max(self.many.seconds - self.few.seconds, 0.0) / more
+        if samples >= self.many.samples:
+            slope = max(slope, 0.5 * self.many.seconds / self.many.samples)
+        return max(self.many.seconds + slope * (samples - self.many.samples), 1e-9)
+
+    def until(self, call: int) -> tuple[float, float]:
+        """Return the shares of a pass that the pruned and the dense stream take up to a call.
+
+        Where targets need what the dense model puts out, batches of the pruned stream stand before
+        the call, and each consumer so far has computed its outputs twice; the others stand after.
+        """
+        run = self.many
+        twice = sum(
+            b - a for a, b in zip(run.before, run.after, strict=True) if a <= run.before[call]
+        )
+        return (run.before[call] + twice) / run.seconds, run.after[call] / run.seconds
+
+    def share(self, call: int) -> float:
+        """Return the share of a pass that comes before a call."""
+        return self.many.before[call] / self.many.seconds
+
+
+Seen: TypeAlias = dict[str, list[tuple[Tensor, Tensor]]]
+"""What modules were called with, and what they put out."""
+
+
+def timed_pass(
+    ready: Opened, batch: Batch, names: Sequence[str], kept: Sequence[str], clock: Clock
+) -> tuple[TimedPass, Seen]:
+    """Run some samples through the dense model.
+
+    Parameters
+    ----------
+    ready
+        The model.
+    batch
+        What it reads.
+    names
+        The consumers, whose calls are timed.
+    kept
+        Those of which what they read and put out is returned.
+    clock
+        What time is.
+    """
+    before: list[float] = []
+    after: list[float] = []
+    seen: Seen = {name: [] for name in kept}
+    shapes: dict[str, list[torch.Size]] = {name: [] for name in names}
+
+    def hooks(name: str) -> tuple[Callable[..., None], Callable[..., None]]:
+        def begin(module: nn.Module, args: Any, kwargs: Any) -> None:
+            before.append(clock() - began)
+
+        def end(module: nn.Module, args: Any, kwargs: Any, y: Any) -> None:
+            after.append(clock() - began)
+            x = args[0] if args else next(iter(kwargs.values()))
+            shapes[name].append(x.shape)
+            if name in seen:
+                seen[name].append((x.detach().clone(), y.detach().clone()))
+
+        return begin, end
+
+    with ExitStack() as stack, torch.no_grad(), batch_named(ready.model, 0):
+        for name in names:
+            module = ready.model.get_submodule(name)
+            begin, end = hooks(name)
+            for handle in (
+                module.register_forward_pre_hook(begin, with_kwargs=True),
+                module.register_forward_hook(end, with_kwargs=True),
+            ):
+                stack.callback(handle.remove)
+        inputs = fresh(batch)
+        began = clock()
+        ready.model(**inputs)
+        seconds = clock() - began
+    samples = len(next(iter(batch.values())))
+    return TimedPass(samples, max(seconds, 1e-9), tuple(before), tuple(after), shapes), seen
+
+
+def first_samples(ready: Opened, count: int) -> Batch:
+    """Return the first calibration samples, at most a batch of them."""
+    return {name: x[:count] for name, x in ready.batches()[0].items()}
+
+
+def probed_samples(ready: Opened, one: TimedPass) -> int:
+    """Return how many samples to run: few of all, unless they are quickly run."""
+    batch = len(next(iter(ready.batches()[0].values())))
+    few = -(-ready.inputs.samples // 32)
+    return max(1, min(batch, max(few, int(_CHEAP_SECONDS / one.seconds))))
+
+
+# ---- a layer of each sort ----------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Sort:
+    """Groups that cost the same.
+
+    Parameters
+    ----------
+    groups
+        The groups, in the order of the model.
+    maps
+        The consumers of the first of them.
+    keep
+        How many units the first of them keeps.
+    """
+
+    groups: tuple[CouplingGroup, ...]
+    maps: tuple[LinearMap, ...] = field(repr=False)
+    keep: int
+
+    @property
+    def rows(self) -> int:
+        """How much the consumer that reads most reads."""
+        return max(found.rows for found in self.maps)
+
+    @property
+    def weight_bytes(self) -> int:
+        """What the weights that one group refits take."""
+        shapes = [(found.read_weight().numel(), found.number_format) for found in self.maps]
+        return sum(count * form.itemsize for count, form in shapes)
+
+
+def sorts(
+    ready: Opened, groups: Sequence[CouplingGroup], keep: Mapping[str, int], ran: TimedPass
+) -> list[Sort]:
+    """Part groups by all that their cost depends on."""
+    found: dict[tuple[Any, ...], list[CouplingGroup]] = {}
+    maps = {group.name: linear_maps(ready.model, group) for group in groups}
+    for group in groups:
+        forms = tuple(
+            (
+                type(one).__name__,
+                one.rows,
+                _weight_shape(one),
+                one.number_format,
+                one.has_bias,
+                tuple(ran.shapes[one.name]),
+            )
+            for one in maps[group.name]
+        )
+        found.setdefault((group.units, forms), []).append(group)
+    return [
+        Sort(tuple(some), maps[some[0].name], round(sum(keep[g.name] for g in some) / len(some)))
+        for some in found.values()
+    ]
+
+
+def _weight_shape(one: LinearMap) -> torch.Size:
+    weight = one.module.weight
+    assert isinstance(weight, Tensor)
+    return weight.shape
+
+
+@dataclass(frozen=True)
+class Scaled:
+    """Seconds that follow from a probe, and between which they are.
+
+    Parameters
+    ----------
+    seconds, low, high
+        What is expected, and how far it may be off; `high` is infinite where nothing bounds it.
+    """
+
+    seconds: float
+    low: float
+    high: float
+
+    def plus(self, other: Scaled) -> Scaled:
+        """Return what both take together."""
+        seconds = self.seconds + other.seconds
+        return Scaled(seconds, self.low + other.low, self.high + other.high)
+
+    def times(self, count: float) -> Scaled:
+        """Return what so many times as much takes."""
+        return Scaled(self.seconds * count, self.low * count, self.high * count)
+
+    @classmethod
+    def certain(cls, seconds: float, spread: float = 0.1) -> Scaled:
+        """Return what was measured as it comes."""
+        return cls(seconds, seconds * (1 - spread), seconds * (1 + spread))
+
+    @classmethod
+    def along(cls, rows: int, found: Sequence[tuple[int, float]], spread: float) -> Scaled:
+        """Return the seconds for p rows of what was measured at one or two smaller sizes.
+
+        Parameters
+        ----------
+        rows
+            p.
+        found
+            Pairs of sizes and seconds, ascending; the last may be p itself.
+        spread
+            Share by which what was measured may be off, since no two layers are alike.
+        """
+        size, seconds = found[-1]
+        growth = rows / size
+        low, high = seconds * growth**2, seconds * growth**3
+        expected = low
+        if len(found) > 1 and growth > 1:
+            t, ratio = found[0][1], found[0][0] / size
+            # a + b = seconds and a ratio^2 + b ratio^3 = t, for sizes relative to the larger one.
+            b = (seconds * ratio**2 - t) / (ratio**2 - ratio**3) if ratio < 1 else 0.0
+            b = min(max(b, 0.0), seconds)
+            expected = (seconds - b) * growth**2 + b * growth**3
+        return cls(expected, low * (1 - spread), high * (1 + spread))
+
+
+@dataclass(frozen=True)
+class LayerCosts:
+    """What one group of a sort takes.
+
+    Parameters
+    ----------
+    gram
+        Seconds to sum up all positions.
+    damping, solver
+        To choose the damping; to solve and refit.
+    factors
+        To sum up what curvature needs of one sample; 0 if nothing does.
+    curve
+        To eliminate all units.
+    """
+
+    gram: float
+    damping: Scaled
+    solver: Scaled
+    factors: float
+    curve: Scaled
+
+
+def layer_costs(
+    ready: Opened,
+    request: PruningRequest,
+    sort: Sort,
+    seen: Seen,
+    *,
+    samples: int,
+    held: bool,
+    curves: bool,
+    clock: Clock,
+) -> LayerCosts:
+    """Sum up, solve and refit what one group of a sort read, or a part of it.
+
+    Parameters
+    ----------
+    ready, request
+        The model with its data, and what is asked for.
+    sort
+        The sort; what its first group read is in `seen`.
+    seen
+        What the consumers read and put out.
+    samples
+        Of how many samples that was.
+    held
+        Whether some samples are held out.
+    curves
+        Whether its curve is measured, too.
+    clock
+        What time is.
+    """
+    corrected = Target(request.target).needs_dense
+    gram = _gram_seconds(sort, seen, ready.inputs.samples / samples, corrected, held, clock)
+    layers = [_Read.of(one, seen[one.name]) for one in sort.maps]
+    scales = _scales(sort, request)
+    _solve(layers, sort, request, 0.0, corrected=corrected, held=held, clock=clock)  # to warm up
+    found = [
+        _solve(layers, sort, request, scale, corrected=corrected, held=held, clock=clock)
+        for scale in scales
+    ]
+    exact = request.chosen_backend().kind is solvers.BackendKind.EXACT
+    solver = _along(sort.rows, [(rows, s.get(Phase.SOLVER, 0.0)) for rows, s in found])
+    if exact and scales[-1] < 1:  # no power of p bounds it
+        solver = Scaled(solver.seconds, 0.0, float("inf"))
+    factors, curve = 0.0, Scaled.certain(0.0)
+    if curves:
+        factors = _factor_seconds(ready, sort, seen, samples, clock)
+        of_curve = [_curve(layers, sort, scale, clock) for scale in scales]
+        curve = _along(sort.rows, of_curve)
+    damping = _along(sort.rows, [(rows, s.get(Phase.DAMPING, 0.0)) for rows, s in found])
+    return LayerCosts(gram, damping, solver, factors, curve)
+
+
+def _along(rows: int, found: Sequence[tuple[int, float]]) -> Scaled:
+    return Scaled.along(rows, found, spread=0.2)
+
+
+def _scales(sort: Sort, request: PruningRequest) -> list[float]:
+    """Return which shares of a layer to probe: all of it, or two parts."""
+    whole = sort.rows <= _SMALL_ROWS or (request.certify and sort.groups[0].units <= EXACT_UNITS)
+    scale = 1.0 if whole else min((_SHARE * len(sort.groups)) ** (1 / 3), 1.0)
+    if not whole:
+        scale = min(scale, _MOST_ROWS / sort.rows)
+    return [scale] if scale == 1 else [scale / 2, scale]
+
+
+def _gram_seconds(
+    sort: Sort, seen: Seen, times: float, corrected: bool, held: bool, clock: Clock
+) -> float:
+    """Return what it takes to sum up all positions of one group, `times` as many as were seen."""
+    seconds = 0.0
+    for one in sort.maps:
+        gram = GramAccumulator(one)
+        for x, y in seen[one.name]:
+            took = []
+            for _ in range(2):
+                began = clock()
+                add_call(gram, x, 0.1 * y if corrected else None, held=False)
+                took.append(clock() - began)
+            first, more = took
+            seconds += times * more + (1 + held) * max(first - more, 0.0)
+    return seconds
+
+
+@dataclass(frozen=True, eq=False)
+class _Read:
+    """What a consumer read, as a matrix.
+
+    Parameters
+    ----------
+    X
+        Some positions, (n, p).
+    Y
+        What it put out there, (n, m).
+    map
+        The consumer.
+    """
+
+    X: Tensor = field(repr=False)
+    Y: Tensor = field(repr=False)
+    map: LinearMap
+
+    @classmethod
+    def of(cls, one: LinearMap, calls: Sequence[tuple[Tensor, Tensor]]) -> _Read:
+        """Take the first positions of what was seen."""
+        parts: list[Tensor] = []
+        for part in one.read_inputs(calls[0][0]):
+            parts.append(part[:_POSITIONS])
+            if sum(map(len, parts)) >= _POSITIONS:
+                break
+        X = torch.cat(parts)[:_POSITIONS]
+        return cls(X, one.read_outputs(calls[0][1])[: len(X)], one)
+
+    def part(self, units: int, share: float) -> tuple[FeatureMap, Tensor, Tensor]:
+        """Return a linear layer that reads the first units and has a share of the outputs.
+
+        With what it reads and puts out, of which there are twice as many positions as inputs: the
+        first ones again, with noise.
+        """
+        own = self.map.unit_rows
+        rows = [row for unit in own[:units] for row in unit]
+        width = max(1, len(rows) // units)
+        X = self.X[:, rows[: units * width]].float()
+        outputs = max(1, round(self.Y.shape[1] * share))
+        again = -(-2 * X.shape[1] // len(X))
+        X, Y = X.repeat(again, 1), self.Y[:, :outputs].float().repeat(again, 1)
+        X, Y = X[:_POSITIONS], Y[:_POSITIONS]
+        generator = torch.Generator(X.device).manual_seed(0)
+        X = X + _NOISE * X.std(0, correction=0) * torch.randn(
+            X.shape, generator=generator, device=X.device
+        )
+        layer = nn.Linear(X.shape[1], outputs, bias=self.map.has_bias, device=X.device)
+        layer.weight.detach().copy_(self.map.read_weight()[rows[: units * width], :outputs].T)
+        slot = Slot("weight", 1, Role.CONSUMER, "probe", units, inner=width)
+        every = torch.arange(X.shape[1])
+        return FeatureMap("probe", layer, (slot,), every, self.map.has_bias), X, Y
+
+
+def _part(sort: Sort, scale: float) -> tuple[int, int]:
+    """Return how many units a part of a layer has, and how many it keeps."""
+    units = sort.groups[0].units
+    some = min(units, max(2, round(units * scale)))
+    return some, min(max(1, round(some * sort.keep / units)), some - 1)
+
+
+def _solve(
+    layers: Sequence[_Read],
+    sort: Sort,
+    request: PruningRequest,
+    scale: float,
+    *,
+    corrected: bool,
+    held: bool,
+    clock: Clock,
+) -> tuple[int, dict[Phase, float]]:
+    """Solve a part of a layer; return its rows, and the seconds by phase."""
+    units, keep = _part(sort, scale)
+    grams = []
+    for read in layers:
+        linear, X, Y = read.part(units, units / sort.groups[0].units)
+        gram = GramAccumulator(linear)
+        fitted = max(1, len(X) * 7 // 8)
+        D = 0.1 * Y if corrected else None
+        gram.add(X[:fitted], None if D is None else D[:fitted])
+        if held:
+            gram.add(X[fitted:], None if D is None else D[fitted:], held=True)
+        grams.append(gram)
+    group = CouplingGroup("probe", sort.groups[0].kind, units, grams[0].linear_map.slots, 0)
+    with warnings.catch_warnings(), spending(clock) as spent:
+        warnings.simplefilter("ignore", UserWarning)
+        solved(Site(group, tuple(grams)), keep, request, 0.0)
+    return max(gram.linear_map.rows for gram in grams), spent.seconds
+
+
+# ---- curvature ---------------------------------------------------------------------------
+
+
+def backward_seconds(
+    ready: Opened, sort: Sort, samples: int, factor_seconds: float, clock: Clock
+) -> float:
+    """Return what a forward and a backward pass of one sample take, without the sums.
+
+    Parameters
+    ----------
+    ready
+        The model.
+    sort
+        That of the layer which is read first, so that gradients flow through all others.
+    samples
+        How many to run.
+    factor_seconds
+        What the sums of one of its groups take a sample.
+    clock
+        What time is.
+    """
+    [batch, *_] = small_batches(ready, curve_samples(ready))
+    batch = {name: x[:samples] for name, x in batch.items()}
+    factors = [_factors(ready, one) for one in sort.maps]
+    generator = torch.Generator(device_of(ready.model)).manual_seed(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        began = clock()
+        one_pass(ready, batch, factors, generator)
+        seconds = clock() - began
+    count = len(next(iter(batch.values())))
+    return max(seconds / count - factor_seconds, 0.0)
+
+
+def _factors(ready: Opened, one: LinearMap) -> Factors:
+    found = Factors.of(one)
+    found.axis = None if isinstance(ready.inputs, TokenInputs) else 0
+    return found
+
+
+def _factor_seconds(ready: Opened, sort: Sort, seen: Seen, samples: int, clock: Clock) -> float:
+    """Return what the sums of one group take a sample."""
+    seconds = 0.0
+    for one in sort.maps:
+        factors = _factors(ready, one)
+        for x, y in seen[one.name]:
+            apart = factors.axis is not None and len(x) == samples
+            factors.add(x[:1], y[:1], 1 if apart else None)  # to warm up
+            began = clock()
+            factors.add(x, y, samples if apart else None)
+            seconds += (clock() - began) / samples
+    return seconds
+
+
+def _curve(layers: Sequence[_Read], sort: Sort, scale: float, clock: Clock) -> tuple[int, float]:
+    """Eliminate all units of a part of a layer; return its rows and seconds."""
+    units, _ = _part(sort, scale)
+    consumers, spent = [], 0.0
+    for read in layers:
+        linear, X, Y = read.part(units, units / sort.groups[0].units)
+        factors = Factors.of(linear)
+        factors.add(X, Y + torch.randn_like(Y) * Y.std(), None)
+        began = clock()
+        consumers.append(factors.consumer(len(X), 0.3))
+        spent += clock() - began
+    began = clock()
+    elimination_curve(solvers.SubsetProblem(tuple(consumers), units, "probe"))
+    return max(len(c.H) for c in consumers), spent + clock() - began
