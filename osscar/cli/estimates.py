@@ -119,7 +119,7 @@ def _around(
     from osscar.checkpoint.directory import weight_bytes
     from osscar.core.on_disk import is_on_disk
     from osscar.evaluation.forward import measuring_seconds
-    from osscar.pruning.probes import Scaled
+    from osscar.pruning.scaled import Scaled
     from osscar.pruning.stages import StageEstimate
 
     stored = weight_bytes(loaded.model, loaded.stored_dtype)

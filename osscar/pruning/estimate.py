@@ -1,6 +1,6 @@
 """What a pruning run will take, told before it begins: seconds, memory and disk, stage by stage.
 
-The model is opened as the run opens it, and two probes are made on it (`osscar.pruning.probes`).
+The model is opened as the run opens it, and two probes are made on it (`osscar.pruning.probed`).
 All else is counting: how often which samples pass how much of the model, how many layers of which
 sort are summed up and solved.  Nothing is written, and the model is not changed.
 """
@@ -23,9 +23,10 @@ from osscar.core.errors import RequestError
 from osscar.core.json_files import STRICT
 from osscar.core.inputs import shown
 from osscar.core.phases import Clock, Phase
-from osscar.pruning.probes import Scaled, clock_of
+from osscar.pruning.forward_probe import clock_of
 from osscar.pruning.prune import opened_for, prune
 from osscar.pruning.request import PruningRequest
+from osscar.pruning.scaled import Scaled
 from osscar.pruning.stages import StageEstimate, expected
 
 

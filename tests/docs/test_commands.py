@@ -39,6 +39,7 @@ PARSED = {
     "osscar export smaller": "takes a LLaMA, and the demo is an OPT; test_gguf.py runs it",
     "python -m benchmarks.robustness": "takes minutes of attacks and kills",
     "python benchmarks/vision.py": "takes hours, on images that are not shipped",
+    "python -m benchmarks.gpu": "takes a graphics card; test_devices.py runs its parts",
 }
 """Commands, by what they begin with, that are not run here, and why."""
 
@@ -133,13 +134,15 @@ def test_the_commands_of_a_page_run(
         words = list(smaller(command.words, of_images))
         if "--out" in words:  # pages give one name to several results
             _clear(place / words[words.index("--out") + 1])
-        monkeypatch.setattr(sys, "argv", [*words, "--json", "out.json"])
+        if "--json" not in words:
+            words += ["--json", "out.json"]
+        monkeypatch.setattr(sys, "argv", words)
         with pytest.raises(SystemExit) as stop:
             osscar.cli.main()
         captured = capsys.readouterr()
         assert not stop.value.code, f"{' '.join(words)}: {captured.err}"
         assert captured.out
-        document = json.loads((place / "out.json").read_text())
+        document = json.loads((place / words[words.index("--json") + 1]).read_text())
         assert (undescribed(document), missing(document)) == (set(), set())
 
 

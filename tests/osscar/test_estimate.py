@@ -15,10 +15,10 @@ from osscar.capture.walk import Walk, walk
 from osscar.core.errors import FrozenGroupError, OptionError, RequestError
 from osscar.core.phases import Phase, Spent, phase, spending
 from osscar.pruning.estimate import estimate_as_asked
-from osscar.pruning.probes import Scaled
+from osscar.pruning.probed import expected_keep
 from osscar.pruning.prune import prune_as_asked
 from osscar.pruning.request import PruningRequest
-from osscar.pruning.stages import expected_keep
+from osscar.pruning.scaled import Scaled
 from tests.osscar.networks import images, small_net
 
 

@@ -1,21 +1,16 @@
-"""Two quick probes that tell what a run will take: a forward pass, and a layer of each sort.
+"""A layer of each sort, summed up, solved and refitted by the run's own code.
 
-Nothing is known of a machine beforehand.  The first probe runs a few calibration samples through
-the model, and notes when they reach each consumer.  The second takes what one layer of each sort
-read meanwhile, and has the run's own code sum it up, solve it and refit it: whole where there are
-many such layers, else a part of its units and outputs at two sizes, from which the time of all of
-them follows as ``a p^2 + b p^3``, since all that a solver does is products, factorizations and
-sweeps of matrices with p rows.
+It is taken whole where there are many such layers, else a part of its units and outputs at two
+sizes, from which the time of all of it follows as ``a p^2 + b p^3``: all that a solver does is
+products, factorizations and sweeps of matrices with p rows.
 """
 
 from __future__ import annotations
 
-import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,14 +22,16 @@ from osscar.capture.gram import GramAccumulator
 from osscar.capture.linear_maps import FeatureMap, LinearMap, linear_maps
 from osscar.capture.opened import Opened
 from osscar.capture.targets import Target
-from osscar.capture.walk import Site, add_call, batch_named
-from osscar.core.modules import device_of, fresh
+from osscar.capture.walk import Site, add_call
+from osscar.core.modules import device_of
 from osscar.core.phases import Clock, Phase, spending
-from osscar.data.batches import Batch, TokenInputs
+from osscar.data.batches import TokenInputs
 from osscar.pruning.certify import EXACT_UNITS
 from osscar.pruning.curves import curve_samples, elimination_curve
+from osscar.pruning.forward_probe import Seen, TimedPass
 from osscar.pruning.groups import solved
 from osscar.pruning.request import PruningRequest
+from osscar.pruning.scaled import Scaled
 
 _SHARE = 0.04
 """What a probe may take of the time of all layers of its sort."""
@@ -48,161 +45,8 @@ _MOST_ROWS = 2048
 _POSITIONS = 4096
 """What a layer is probed on at most."""
 
-_CHEAP_SECONDS = 0.5
-"""For so long, more samples than are needed may run."""
-
 _NOISE = 0.1
 """Of an input's deviation, which is added so that few positions have the rank of many."""
-
-
-def clock_of(device: torch.device) -> Clock:
-    """Return a clock that waits for what a device has been given to do."""
-    if device.type != "cuda":
-        return time.perf_counter
-
-    def clock() -> float:
-        torch.cuda.synchronize(device)
-        return time.perf_counter()
-
-    return clock
-
-
-# ---- a forward pass ----------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class TimedPass:
-    """When samples of the calibration data reach the consumers.
-
-    Parameters
-    ----------
-    samples
-        How many were run.
-    seconds
-        Of the whole pass.
-    before, after
-        When each call of a consumer began and ended, in seconds.
-    shapes
-        Of what each consumer was called with.
-    """
-
-    samples: int
-    seconds: float
-    before: tuple[float, ...]
-    after: tuple[float, ...]
-    shapes: Mapping[str, Sequence[torch.Size]] = field(repr=False)
-
-
-@dataclass(frozen=True)
-class ForwardCosts:
-    """What forward passes take, by the number of samples that run at once.
-
-    Parameters
-    ----------
-    few, many
-        A pass of one sample, and of more.
-    """
-
-    few: TimedPass
-    many: TimedPass
-
-    def seconds(self, samples: int) -> float:
-        """Return what a pass of so many samples takes, along the line through both."""
-        more = self.many.samples - self.few.samples
-        if more <= 0:
-            return self.few.seconds * samples / self.few.samples
-        slope = max(self.many.seconds - self.few.seconds, 0.0) / more
-        if samples >= self.many.samples:
-            slope = max(slope, 0.5 * self.many.seconds / self.many.samples)
-        return max(self.many.seconds + slope * (samples - self.many.samples), 1e-9)
-
-    def until(self, call: int) -> tuple[float, float]:
-        """Return the shares of a pass that the pruned and the dense stream take up to a call.
-
-        Where targets need what the dense model puts out, batches of the pruned stream stand before
-        the call, and each consumer so far has computed its outputs twice; the others stand after.
-        """
-        run = self.many
-        twice = sum(
-            b - a for a, b in zip(run.before, run.after, strict=True) if a <= run.before[call]
-        )
-        return (run.before[call] + twice) / run.seconds, run.after[call] / run.seconds
-
-    def share(self, call: int) -> float:
-        """Return the share of a pass that comes before a call."""
-        return self.many.before[call] / self.many.seconds
-
-
-Seen: TypeAlias = dict[str, list[tuple[Tensor, Tensor]]]
-"""What modules were called with, and what they put out."""
-
-
-def timed_pass(
-    ready: Opened, batch: Batch, names: Sequence[str], kept: Sequence[str], clock: Clock
-) -> tuple[TimedPass, Seen]:
-    """Run some samples through the dense model.
-
-    Parameters
-    ----------
-    ready
-        The model.
-    batch
-        What it reads.
-    names
-        The consumers, whose calls are timed.
-    kept
-        Those of which what they read and put out is returned.
-    clock
-        What time is.
-    """
-    before: list[float] = []
-    after: list[float] = []
-    seen: Seen = {name: [] for name in kept}
-    shapes: dict[str, list[torch.Size]] = {name: [] for name in names}
-
-    def hooks(name: str) -> tuple[Callable[..., None], Callable[..., None]]:
-        def begin(module: nn.Module, args: Any, kwargs: Any) -> None:
-            before.append(clock() - began)
-
-        def end(module: nn.Module, args: Any, kwargs: Any, y: Any) -> None:
-            after.append(clock() - began)
-            x = args[0] if args else next(iter(kwargs.values()))
-            shapes[name].append(x.shape)
-            if name in seen:
-                seen[name].append((x.detach().clone(), y.detach().clone()))
-
-        return begin, end
-
-    with ExitStack() as stack, torch.no_grad(), batch_named(ready.model, 0):
-        for name in names:
-            module = ready.model.get_submodule(name)
-            begin, end = hooks(name)
-            for handle in (
-                module.register_forward_pre_hook(begin, with_kwargs=True),
-                module.register_forward_hook(end, with_kwargs=True),
-            ):
-                stack.callback(handle.remove)
-        inputs = fresh(batch)
-        began = clock()
-        ready.model(**inputs)
-        seconds = clock() - began
-    samples = len(next(iter(batch.values())))
-    return TimedPass(samples, max(seconds, 1e-9), tuple(before), tuple(after), shapes), seen
-
-
-def first_samples(ready: Opened, count: int) -> Batch:
-    """Return the first calibration samples, at most a batch of them."""
-    return {name: x[:count] for name, x in ready.batches()[0].items()}
-
-
-def probed_samples(ready: Opened, one: TimedPass) -> int:
-    """Return how many samples to run: few of all, unless they are quickly run."""
-    batch = len(next(iter(ready.batches()[0].values())))
-    few = -(-ready.inputs.samples // 32)
-    return max(1, min(batch, max(few, int(_CHEAP_SECONDS / one.seconds))))
-
-
-# ---- a layer of each sort ----------------------------------------------------------------
 
 
 @dataclass(frozen=True, eq=False)
@@ -264,60 +108,6 @@ def _weight_shape(one: LinearMap) -> torch.Size:
     weight = one.module.weight
     assert isinstance(weight, Tensor)
     return weight.shape
-
-
-@dataclass(frozen=True)
-class Scaled:
-    """Seconds that follow from a probe, and between which they are.
-
-    Parameters
-    ----------
-    seconds, low, high
-        What is expected, and how far it may be off; `high` is infinite where nothing bounds it.
-    """
-
-    seconds: float
-    low: float
-    high: float
-
-    def plus(self, other: Scaled) -> Scaled:
-        """Return what both take together."""
-        seconds = self.seconds + other.seconds
-        return Scaled(seconds, self.low + other.low, self.high + other.high)
-
-    def times(self, count: float) -> Scaled:
-        """Return what so many times as much takes."""
-        return Scaled(self.seconds * count, self.low * count, self.high * count)
-
-    @classmethod
-    def certain(cls, seconds: float, spread: float = 0.1) -> Scaled:
-        """Return what was measured as it comes."""
-        return cls(seconds, seconds * (1 - spread), seconds * (1 + spread))
-
-    @classmethod
-    def along(cls, rows: int, found: Sequence[tuple[int, float]], spread: float) -> Scaled:
-        """Return the seconds for p rows of what was measured at one or two smaller sizes.
-
-        Parameters
-        ----------
-        rows
-            p.
-        found
-            Pairs of sizes and seconds, ascending; the last may be p itself.
-        spread
-            Share by which what was measured may be off, since no two layers are alike.
-        """
-        size, seconds = found[-1]
-        growth = rows / size
-        low, high = seconds * growth**2, seconds * growth**3
-        expected = low
-        if len(found) > 1 and growth > 1:
-            t, ratio = found[0][1], found[0][0] / size
-            # a + b = seconds and a ratio^2 + b ratio^3 = t, for sizes relative to the larger one.
-            b = (seconds * ratio**2 - t) / (ratio**2 - ratio**3) if ratio < 1 else 0.0
-            b = min(max(b, 0.0), seconds)
-            expected = (seconds - b) * growth**2 + b * growth**3
-        return cls(expected, low * (1 - spread), high * (1 + spread))
 
 
 @dataclass(frozen=True)
