@@ -54,23 +54,23 @@ def _text(name: str | Path, samples: int, **options: Any) -> tuple[nn.Module, An
 
 def _streamed(directory: Path) -> tuple[nn.Module, Any]:
     write_model(directory / "qwen2", {**SHAPES["qwen2-0.5b"], "num_hidden_layers": 1}, "float32")
-    return _text(directory / "qwen2", 16, max_memory="5GB")
+    return _text(directory / "qwen2", 4, max_memory="5GB")
 
 
 def _opt_350m(_: Path) -> tuple[nn.Module, Any]:
-    """Return 6 of the 24 layers of OPT-350M with random weights, and random windows."""
+    """Return 2 of the 24 layers of OPT-350M with random weights, and random windows."""
     config = AutoConfig.for_model(
         "opt",
         hidden_size=1024,
         word_embed_proj_dim=512,
         ffn_dim=4096,
         num_attention_heads=16,
-        num_hidden_layers=6,
+        num_hidden_layers=2,
         do_layer_norm_before=False,
     )
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config).eval()
-    return model, torch.randint(50_000, (8, 512), generator=torch.Generator().manual_seed(0))
+    return model, torch.randint(50_000, (4, 512), generator=torch.Generator().manual_seed(0))
 
 
 def _resnet18(_: Path) -> tuple[nn.Module, Any]:

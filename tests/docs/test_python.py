@@ -68,6 +68,12 @@ def check_start(names: dict[str, Any]) -> None:
     assert counts[0] < counts[1]
 
 
+def check_estimate(names: dict[str, Any]) -> None:
+    told = names["estimate"]
+    assert 0 < told.low < told.seconds < told.high
+    assert told.peak_bytes > 0
+
+
 def check_walk(names: dict[str, Any]) -> None:
     weights = names["ready"].model.get_submodule("model.decoder.layers.0.fc2").weight
     assert int((weights == 0).all(0).sum()) == 320
@@ -112,6 +118,7 @@ def check_formats(names: dict[str, Any]) -> None:
 CHECKS = {
     "README.md": check_readme,
     "docs/index.md": check_start,
+    "docs/howto/estimate.md": check_estimate,
     "docs/walk.md": check_walk,
     "docs/mathematics.md": check_mathematics,
     "docs/howto/backend.md": check_backend,
