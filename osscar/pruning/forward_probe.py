@@ -122,17 +122,24 @@ def timed_pass(
     after: list[float] = []
     seen: Seen = {name: [] for name in kept}
     shapes: dict[str, list[torch.Size]] = {name: [] for name in names}
+    began = copying = 0.0
+
+    def passed() -> float:
+        return clock() - began - copying
 
     def hooks(name: str) -> tuple[Callable[..., None], Callable[..., None]]:
         def begin(module: nn.Module, args: Any, kwargs: Any) -> None:
-            before.append(clock() - began)
+            before.append(passed())
 
         def end(module: nn.Module, args: Any, kwargs: Any, y: Any) -> None:
-            after.append(clock() - began)
+            nonlocal copying
+            after.append(passed())
             x = args[0] if args else next(iter(kwargs.values()))
             shapes[name].append(x.shape)
             if name in seen:
+                since = clock()  # no pass of the run copies anything
                 seen[name].append((x.detach().clone(), y.detach().clone()))
+                copying += clock() - since
 
         return begin, end
 
@@ -148,7 +155,7 @@ def timed_pass(
         inputs = fresh(batch)
         began = clock()
         ready.model(**inputs)
-        seconds = clock() - began
+        seconds = passed()
     samples = len(next(iter(batch.values())))
     return TimedPass(samples, max(seconds, 1e-9), tuple(before), tuple(after), shapes), seen
 
