@@ -20,6 +20,8 @@ from osscar.pruning.prune import prune_as_asked
 from osscar.pruning.request import PruningRequest
 from osscar.pruning.scaled import Scaled
 from tests.osscar.networks import images, small_net
+from tests.osscar.test_streamed import windows as streamed_windows
+from tests.osscar.test_streamed import written
 
 
 class Twice(nn.Module):
@@ -382,3 +384,19 @@ def test_what_the_run_refuses_is_refused(demo):
 def osscar_groups(demo):
     with opened(demo.model, windows(demo, 4)) as ready:
         return ready.groups
+
+
+def test_a_limit_of_memory_is_held_to_the_least_that_would_do(tmp_path):
+    path = tmp_path / "model"
+    written(path, "opt")
+
+    def told(limit):
+        model = osscar.load_model(path, max_memory=limit).model
+        return osscar.estimate(model, streamed_windows(), neurons=0.5)
+
+    found = told("20GB")
+    assert found.limit_bytes == 20 * 10**9
+    assert 0 < found.least_bytes < found.limit_bytes
+    assert found.peak_bytes <= found.limit_bytes
+    with pytest.raises(RequestError, match="cannot hold"):
+        told("300MB")
