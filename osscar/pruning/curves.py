@@ -14,7 +14,6 @@ from graph import CouplingGroup
 from osscar.capture.curvature import curvature
 from osscar.capture.opened import Opened
 from osscar.core.json_files import parse_json
-from osscar.core.json_files import parse_json
 from osscar.core.phases import Phase, phase
 from osscar.core.ranks import Message, Ranks
 from solvers import SubsetProblem

@@ -20,8 +20,8 @@ from torch import nn
 
 from osscar.core.devices import resolve_device
 from osscar.core.errors import RequestError
-from osscar.core.json_files import STRICT
 from osscar.core.inputs import shown
+from osscar.core.json_files import STRICT
 from osscar.core.phases import Clock, Phase
 from osscar.pruning.forward_probe import clock_of
 from osscar.pruning.prune import opened_for, prune
