@@ -376,9 +376,19 @@ _PLAIN_FORWARDS = frozenset(
 )
 
 
+_PLAIN_ELSEWHERE = (
+    "timm.layers.linear.Linear.forward",
+    "transformers.models.falcon.modeling_falcon.FalconLinear.forward",
+)
+"""Forward passes of other libraries that compute what those do."""
+
+
 def _is_what_it_seems(module: nn.Module) -> bool:
     """Whether a layer runs the code of the class whose weight it has, and no code of its own."""
-    return type(module).forward in _PLAIN_FORWARDS and "forward" not in vars(module)
+    forward = type(module).forward
+    name = f"{forward.__module__}.{forward.__qualname__}"
+    plain = forward in _PLAIN_FORWARDS or name in _PLAIN_ELSEWHERE
+    return plain and "forward" not in vars(module)
 
 
 def _tensor(model: nn.Module, name: str) -> object:

@@ -1,15 +1,14 @@
 """Attention modules of torch, torchvision and transformers that work with any number of heads.
 
-The originals derive the width of a head from the width of the stream (``C // num_heads``), or give
-each head a number that depends on how many there are (ALiBi).  Each class here replaces the forward
-pass of one of them; the module keeps its parameters, and its class stays a subclass of its own.
+The originals derive the width of a head from the width of the stream (``C // num_heads``).  Each
+class here replaces the forward pass of one of them; the module keeps its parameters, and its class
+stays a subclass of its own.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +21,11 @@ from osscar.shrinking.plan import GroupPlan
 
 class AnyHeads:
     """Mixed into a module's class: its forward pass takes the number of heads from the module."""
+
+    @staticmethod
+    def wanted(module: nn.Module) -> bool:
+        """Whether a module of the original class needs the new forward pass."""
+        return True
 
     def adopt(self) -> None:
         """Add what the new forward pass needs, while nothing is sliced yet."""
@@ -287,52 +291,6 @@ class RelativePositionAttention(AnyHeads):
         return self.merge((attention @ v).transpose(2, 3).flatten(3))  # type: ignore[no-any-return]
 
 
-class BloomAttention(AnyHeads):
-    """The attention of BLOOM: it is handed the ALiBi of all heads, and takes that of its own."""
-
-    num_heads: int
-    dense_heads: int
-    alibi_heads: Tensor
-    """Which of the dense model's heads these are, (heads,) int64."""
-
-    def adopt(self) -> None:
-        """Add the table of heads."""
-        assert isinstance(self, nn.Module)
-        device = next(self.parameters()).device
-        if device.type == "meta":  # weights that wait for their values, which no file has of this
-            device = torch.device("cpu")
-        # Not saved: whoever reads a checkpoint builds it anew and slices it as the plan says.
-        self.register_buffer(
-            "alibi_heads", torch.arange(self.num_heads, device=device), persistent=False
-        )
-        self.dense_heads = self.num_heads
-
-    @property
-    def stock(self) -> bool:
-        """Whether no head has left."""
-        return len(self.alibi_heads) == self.dense_heads
-
-    def forward(
-        self,
-        hidden_states: Tensor,
-        residual: Tensor,
-        alibi: Tensor,
-        attention_mask: Tensor | None,
-        **options: Any,
-    ) -> Any:
-        """Attend as the original does; `alibi` is (batch x heads of the dense model, 1, keys)."""
-        by_head = torch.unflatten(alibi, 0, (-1, self.dense_heads))
-        own = by_head.index_select(1, self.alibi_heads).flatten(0, 1)
-        return super().forward(  # type: ignore[misc]
-            hidden_states, residual, alibi=own, attention_mask=attention_mask, **options
-        )
-
-
-PREPARED: Mapping[str, type[AnyHeads]] = {
-    "transformers.models.bloom.modeling_bloom.BloomAttention": BloomAttention,
-}
-"""Replaced before a model is traced, by the full name of the class."""
-
 _SWIN = "torchvision.models.swin_transformer.ShiftedWindowAttention"
 REWRITTEN: Mapping[str, type[AnyHeads]] = {
     "torch.nn.modules.activation.MultiheadAttention": MultiheadAttention,
@@ -361,6 +319,8 @@ def rewritten(
     kind = type(module)
     mixin = _mixin(kind, classes)
     if mixin is None or (group is not None and group.kind is not UnitKind.HEADS):
+        return
+    if not mixin.wanted(module):
         return
     module.__class__ = _mixed(mixin, kind)
     assert isinstance(module, AnyHeads)

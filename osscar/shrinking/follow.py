@@ -21,7 +21,8 @@ from graph.groups import Role, UnitKind
 from osscar.core.errors import OptionError
 from osscar.core.inputs import shown
 from osscar.core.modules import check_module
-from osscar.shrinking.attention import PREPARED, REWRITTEN, leave_nested_tensors, rewritten
+from osscar.shrinking.alibi import PREPARED
+from osscar.shrinking.attention import REWRITTEN, leave_nested_tensors, rewritten
 from osscar.shrinking.plan import GroupPlan
 
 Adapter: TypeAlias = Callable[[Any, GroupPlan], None]

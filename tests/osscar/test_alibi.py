@@ -1,0 +1,170 @@
+"""Attention with a number for each head (ALiBi): heads leave with theirs."""
+
+import copy
+import importlib
+
+import pytest
+import torch
+import transformers as hf
+from torch import nn
+
+import osscar
+from osscar.shrinking.equivalence import proof_outputs
+from tests.osscar.programs import far_apart
+
+_FALCON = {
+    "vocab_size": 64,
+    "hidden_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 6,
+    "alibi": True,
+    "eos_token_id": 1,
+}
+MODELS = {
+    # 6 heads are no power of two, for which slopes are made in two ways.
+    "mpt": lambda: hf.MptConfig(
+        d_model=48, n_heads=6, n_layers=2, vocab_size=64, max_seq_len=64, use_cache=False
+    ),
+    "falcon": lambda: hf.FalconConfig(
+        **_FALCON, multi_query=False, new_decoder_architecture=False, bias=True
+    ),
+    "falcon-multi-query": lambda: hf.FalconConfig(
+        **_FALCON, multi_query=True, new_decoder_architecture=False
+    ),
+    "falcon-grouped": lambda: hf.FalconConfig(
+        **_FALCON, num_kv_heads=2, new_decoder_architecture=True
+    ),
+    "bloom": lambda: hf.BloomConfig(vocab_size=64, hidden_size=48, n_layer=2, n_head=6),
+}
+
+
+def built(name, implementation=None):
+    torch.manual_seed(0)
+    options = {} if implementation is None else {"attn_implementation": implementation}
+    model = hf.AutoModelForCausalLM.from_config(MODELS[name](), **options).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(std=0.3)
+    return model
+
+
+def without(model, result):
+    """Return the dense model with the refitted weights, in which nothing reads what left."""
+    dense = copy.deepcopy(model)
+    weights = dict(result.model.named_parameters())
+    with torch.no_grad():
+        for name, tensor in dense.named_parameters():
+            if tensor.shape == weights[name].shape:
+                tensor.copy_(weights[name])
+        for group in result.plan.groups:
+            for slot in group.consumers:
+                weight = dense.get_parameter(slot.tensor)
+                assert slot.dim == 1
+                weight.zero_()
+                weight[:, slot.indices(group.kept)] = weights[slot.tensor]
+    return dense
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_heads_leave_with_their_slopes(name, tmp_path):
+    model = built(name)
+    calibration = torch.randint(3, 64, (8, 12))
+    result = osscar.prune(model, calibration, heads="1/2", neurons=0.5)
+    assert not result.left_alone
+    assert {str(group.kind) for group in result.plan.groups} == {"heads", "neurons"}
+    assert len(result.plan.groups) == 4
+    reference = without(model, result)
+    mask = torch.ones(2, 9, dtype=torch.int64)
+    mask[1, :4] = 0
+    padded = {"input_ids": torch.randint(3, 64, (2, 9)), "attention_mask": mask}
+    for inputs in ({"input_ids": calibration[:3]}, padded):
+        expected = reference(**inputs).logits[inputs["input_ids"] >= 0]
+        assert far_apart(expected, result.model(**inputs).logits.flatten(0, 1)) < 1e-5
+        assert far_apart(expected, model(**inputs).logits.flatten(0, 1)) > 1e-2
+    saved = result.save(tmp_path / "smaller")
+    again = osscar.load(saved.path)
+    for one, other in zip(
+        proof_outputs(result.model, [padded]), proof_outputs(again, [padded]), strict=True
+    ):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_generation_with_a_cache_follows(name):
+    model = built(name)
+    smaller = osscar.prune(model, torch.randint(3, 64, (4, 8)), heads="1/2").model
+    tokens = [
+        smaller.generate(
+            torch.randint(3, 64, (2, 5), generator=torch.Generator().manual_seed(0)),
+            max_new_tokens=4,
+            do_sample=False,
+            use_cache=cached,
+            eos_token_id=None,
+            pad_token_id=0,
+        ).tolist()
+        for cached in (True, False)
+    ]
+    assert tokens[0] == tokens[1]
+
+
+def test_falcon_without_slopes_keeps_its_class():
+    config = MODELS["falcon"]()
+    config.alibi = False
+    model = hf.AutoModelForCausalLM.from_config(config)
+    kind = importlib.import_module("transformers.models.falcon.modeling_falcon").FalconAttention
+    smaller = osscar.prune(model, torch.randint(3, 64, (4, 8)), heads="1/2").model
+    assert {type(m) for m in smaller.modules() if isinstance(m, kind)} == {kind}
+
+
+# ---- code of one's own -------------------------------------------------------------------
+
+
+class Alibi(nn.Module):
+    """One layer of attention, with slopes that a subclass keeps or makes."""
+
+    heads, width = 6, 4
+
+    def __init__(self):
+        super().__init__()
+        self.enter = nn.Linear(5, 16)
+        self.q, self.k, self.v = (nn.Linear(16, self.heads * self.width) for _ in range(3))
+        self.out = nn.Linear(self.heads * self.width, 16)
+        self.leave = nn.Linear(16, 3)
+
+    def slopes(self):
+        raise NotImplementedError
+
+    def forward(self, x):
+        x = self.enter(x)
+        q, k, v = (
+            project(x).unflatten(-1, (-1, self.width)).transpose(1, 2)
+            for project in (self.q, self.k, self.v)
+        )
+        n = x.shape[1]
+        distance = torch.arange(n)[None, :] - torch.arange(n)[:, None]
+        bias = self.slopes()[:, None, None] * distance.abs()
+        scores = q @ k.transpose(-1, -2) / self.width**0.5 - bias
+        mixed = (scores.softmax(-1) @ v).transpose(1, 2).flatten(2)
+        return self.leave(x + self.out(mixed))
+
+
+class Kept(Alibi):
+    """Slopes in a buffer."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("table", 2.0 ** -torch.arange(1, self.heads + 1))
+
+    def slopes(self):
+        return self.table
+
+
+def test_slopes_in_a_buffer_leave_in_the_module_form():
+    torch.manual_seed(0)
+    model = Kept()
+    result = osscar.prune(model, torch.randn(16, 7, 5), heads="1/2")
+    assert result.form == "module"
+    assert result.model.table.shape == (3,)
+    x = torch.randn(3, 9, 5)
+    assert far_apart(without(model, result)(x), result.model(x)) < 1e-5
