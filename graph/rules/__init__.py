@@ -23,6 +23,7 @@ from graph.rules import (
     factory,
     indexing,
     normalization,
+    recurrent,
     reduction,
     shape,
 )
@@ -39,6 +40,7 @@ __all__ = [
     "factory",
     "indexing",
     "normalization",
+    "recurrent",
     "reduction",
     "rule",
     "shape",

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,6 +33,7 @@ from graph import CouplingGroup
 from osscar.capture.gram import damped_by_input
 from osscar.capture.linear_maps import LinearMap, linear_maps
 from osscar.capture.opened import Opened
+from osscar.capture.recurrent import RECURRENT, gates_shown
 from osscar.core.errors import NonFiniteError, OsscarError, first_line
 from osscar.core.modules import device_of, fresh
 from osscar.core.progress import stage
@@ -398,15 +399,20 @@ def _observed(model: nn.Module, factors: Sequence[Factors]) -> Iterator[_Seen]:
 
         return hook
 
-    handles = [
-        model.get_submodule(name).register_forward_hook(watch(own), with_kwargs=True)
-        for name, own in by_module.items()
-    ]
-    try:
+    with ExitStack() as watching:
+        for name, own in by_module.items():
+            module = model.get_submodule(name)
+            if isinstance(module, RECURRENT):
+                watching.enter_context(gates_shown(module, _on_gates(module, watch(own))))
+            else:
+                handle = module.register_forward_hook(watch(own), with_kwargs=True)
+                watching.callback(handle.remove)
         yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
+
+
+def _on_gates(module: nn.Module, hook: Callable[..., Any]) -> Callable[[Tensor, Tensor], Tensor]:
+    """Return what shows a hook what the gates of a recurrent layer take from its inputs."""
+    return lambda x, gates: hook(module, (x,), {}, gates)
 
 
 def _sampled(

@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from graph.groups import CouplingGroup, Freeze, Slot
 from osscar.capture.convolutions import Windows, windows_of
+from osscar.capture.recurrent import BIAS, RECURRENT, WEIGHT, directions
 from osscar.core.errors import ModelError, NonFiniteError
 from osscar.core.on_disk import written
 from osscar.shrinking.attention import REWRITTEN, rewritten
@@ -51,6 +52,11 @@ class LinearMap(abc.ABC):
     slots: tuple[Slot, ...]
     inputs: Tensor
     has_bias: bool
+
+    @property
+    def parameters(self) -> tuple[str, str]:
+        """Under which names the module has weight and bias."""
+        return "weight", "bias"
 
     @property
     def taps(self) -> int:
@@ -106,7 +112,7 @@ class LinearMap(abc.ABC):
 
     def write_weight(self, W: Tensor) -> None:
         """Replace the group's part of the weight by W, (p, m)."""
-        with written(self.module, "weight") as weight:
+        with written(self.module, self.parameters[0]) as weight:
             view = self._view(weight)
             W = W.to(view)
             if not bool(torch.isfinite(W).all()):
@@ -120,8 +126,9 @@ class LinearMap(abc.ABC):
 
     def read_bias(self) -> Tensor:
         """Return the bias of the outputs, (m,), a float64 copy; only where it `has_bias`."""
-        assert isinstance(self.module.bias, Tensor)
-        return self._bias_view(self.module.bias.detach()).to(torch.float64, copy=True)
+        bias = getattr(self.module, self.parameters[1])
+        assert isinstance(bias, Tensor)
+        return self._bias_view(bias.detach()).to(torch.float64, copy=True)
 
     def write_bias(self, bias: Tensor) -> None:
         """Replace the bias of the outputs, (m,).
@@ -131,7 +138,7 @@ class LinearMap(abc.ABC):
         NonFiniteError
             If it overflows the module's number format.
         """
-        with written(self.module, "bias") as whole:
+        with written(self.module, self.parameters[1]) as whole:
             view = self._bias_view(whole)
             bias = bias.to(view)
             if not bool(torch.isfinite(bias).all()):
@@ -153,7 +160,7 @@ class LinearMap(abc.ABC):
     @property
     def _weight(self) -> Tensor:
         """The weight itself, outside of autograd."""
-        weight = self.module.weight
+        weight = getattr(self.module, self.parameters[0])
         assert isinstance(weight, Tensor)
         return weight.detach()
 
@@ -180,6 +187,29 @@ def _positions(x: Tensor) -> Tensor:
     if not x.is_nested:
         return x.detach().reshape(-1, x.shape[-1])
     return torch.cat([part.reshape(-1, part.shape[-1]) for part in x.detach().unbind()])
+
+
+@dataclass(frozen=True, eq=False)
+class RecurrentMap(FeatureMap):
+    """The gates of a recurrent layer in one direction, which read the last dimension.
+
+    Parameters
+    ----------
+    direction
+        Which of `osscar.capture.recurrent.directions`.
+    """
+
+    direction: int
+
+    @property
+    def parameters(self) -> tuple[str, str]:
+        """Under which names the module has weight and bias."""
+        end = directions(self.module)[self.direction]
+        return WEIGHT + end, BIAS + end
+
+    def read_outputs(self, y: Tensor) -> Tensor:
+        """Return the gates' inputs of this direction, of those that `input_gates` makes."""
+        return _positions(y).chunk(len(directions(self.module)), 1)[self.direction]
 
 
 @dataclass(frozen=True, eq=False)
@@ -270,7 +300,7 @@ def linear_maps(model: nn.Module, group: CouplingGroup) -> tuple[LinearMap, ...]
         if reason is not None:
             raise ModelError(f"group {group.name!r} {reason}")
         module = model.get_submodule(slots[0].module)
-        found += _maps(module, slots, _has_bias(model, module))
+        found += _maps(model, module, slots)
     return tuple(found)
 
 
@@ -345,11 +375,10 @@ def _unreadable(model: nn.Module, slots: tuple[Slot, ...]) -> str | None:
             f"is read by {tensor!r} of {weight.dtype}, and only real weights are refitted: a least-"
             "squares problem over complex numbers is another one"
         )
-    known = isinstance(module, nn.Linear | Conv1D) or windows_of(module) is not None
-    if not known or module.weight is not weight:
+    if not any(getattr(module, name) is weight for name in _weights(module)):
         return (
             f"is read by {tensor!r} in {slots[0].module!r}, a {type(module).__name__}; only "
-            "Linear, Conv1D and convolution layers can be refitted"
+            "Linear, Conv1D, convolution and recurrent layers can be refitted"
         )
     if not _is_what_it_seems(module):
         return (
@@ -372,6 +401,7 @@ _PLAIN_FORWARDS = frozenset(
     for kind in (
         *(nn.Linear, Conv1D, nn.Conv1d, nn.Conv2d, nn.Conv3d),
         *(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
+        *(nn.LSTM, nn.GRU, nn.RNN, nn.LSTMCell, nn.GRUCell, nn.RNNCell),
     )
 )
 
@@ -397,17 +427,31 @@ def _tensor(model: nn.Module, name: str) -> object:
     return getattr(model.get_submodule(module), attribute)
 
 
-def _has_bias(model: nn.Module, module: nn.Module) -> bool:
+def _weights(module: nn.Module) -> list[str]:
+    """Return under which names a layer has weights that can be refitted."""
+    if isinstance(module, RECURRENT):
+        return [WEIGHT + end for end in directions(module)]
+    known = isinstance(module, nn.Linear | Conv1D) or windows_of(module) is not None
+    return ["weight"] if known else []
+
+
+def _has_bias(model: nn.Module, module: nn.Module, name: str) -> bool:
     """Whether a bias can be written to: nothing computes it, and no other module has it."""
-    bias = getattr(module, "bias", None)
+    bias = getattr(module, name, None)
     owners = (p for other in model.modules() for p in other.parameters(recurse=False))
     return isinstance(bias, nn.Parameter) and sum(p is bias for p in owners) == 1
 
 
-def _maps(module: nn.Module, slots: tuple[Slot, ...], has_bias: bool) -> Iterator[LinearMap]:
+def _maps(model: nn.Module, module: nn.Module, slots: tuple[Slot, ...]) -> Iterator[LinearMap]:
     name = slots[0].module
     indices = sorted(i for slot in slots for i in slot.indices(range(slot.units)))
-    windows = windows_of(module)
+    if isinstance(module, RECURRENT):
+        end = slots[0].tensor.rpartition(".")[2].removeprefix(WEIGHT)
+        has_bias = _has_bias(model, module, BIAS + end)
+        place = directions(module).index(end)
+        yield RecurrentMap(name, module, slots, torch.tensor(indices), has_bias, place)
+        return
+    windows, has_bias = windows_of(module), _has_bias(model, module, "bias")
     if windows is None:
         yield FeatureMap(name, module, slots, torch.tensor(indices), has_bias)
         return

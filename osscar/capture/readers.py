@@ -15,6 +15,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+_REFITTED = ("weight", "bias")
+"""How the names of parameters begin that a refit changes."""
+
 
 class _Watch(TorchFunctionMode):
     """Notes which module is running when an operator reads a weight."""
@@ -58,8 +61,8 @@ def weights_read_elsewhere(model: nn.Module) -> Iterator[set[str]]:
     owners = {
         id(tensor): name
         for name, module in model.named_modules()
-        for kind in ("weight", "bias")  # a refit changes both
-        if isinstance(tensor := module._parameters.get(kind), nn.Parameter)
+        for kind, tensor in module._parameters.items()
+        if kind.startswith(_REFITTED) and tensor is not None
     }
     found: set[str] = set()
     watch = _Watch(owners, found)

@@ -40,6 +40,7 @@ from osscar.capture.coroutines import (
 from osscar.capture.gram import GramAccumulator, add_up, pose
 from osscar.capture.linear_maps import LinearMap, linear_maps
 from osscar.capture.opened import Opened
+from osscar.capture.recurrent import RECURRENT, input_gates
 from osscar.capture.regularization import DAMPS, DEFAULT_DAMP, Regularization, best_regularization
 from osscar.capture.residual import Keeper, kept_streams, streams
 from osscar.capture.scratch import Scratch, recorded_writes
@@ -195,7 +196,7 @@ class Walk:
         self._mine = opened.ranks.share([len(next(iter(b.values()))) for b in self._batches])
         self._consumers = {group.name: linear_maps(opened.model, group) for group in groups}
         self._places = (
-            streams(opened.model, opened.example, sorted(self._names))
+            streams(opened.model, opened.example, sorted(self._names - self._recurrent))
             if target is Target.RESIDUAL
             else {}
         )
@@ -273,6 +274,12 @@ class Walk:
         with torch.no_grad(), _hooked(self._opened.model, self._names, see):
             self._opened.model(**fresh(batch))
         return calls
+
+    @property
+    def _recurrent(self) -> set[str]:
+        """Consumers whose gates' inputs nothing is added to that anybody could see."""
+        consumers = (consumer for maps in self._consumers.values() for consumer in maps)
+        return {one.name for one in consumers if isinstance(one.module, RECURRENT)}
 
     @property
     def _names(self) -> set[str]:
@@ -492,8 +499,9 @@ class Walk:
         def after(name: str, x: Tensor, y: Tensor) -> None:
             run = running()
             if run is not None and run.stream is Stream.DENSE:
+                output = self._recurrent_output(name, x)
                 self._exchange(name)
-                suspend(Arrival(name, x, y, run.keeper.take(name)))
+                suspend(Arrival(name, x, y if output is None else output, run.keeper.take(name)))
 
         def exchange(name: str, _: Tensor) -> None:
             run = running()
@@ -521,9 +529,16 @@ class Walk:
         """
         if not self._target.needs_dense:
             return None
-        found = self._opened.model.get_submodule(name).forward(x)
+        found = self._recurrent_output(name, x)
+        if found is None:
+            found = self._opened.model.get_submodule(name).forward(x)
         assert isinstance(found, Tensor)
         return found
+
+    def _recurrent_output(self, name: str, x: Tensor) -> Tensor | None:
+        """Return what the gates of a recurrent layer take from its inputs; None of other layers."""
+        module = self._opened.model.get_submodule(name)
+        return input_gates(module, x) if isinstance(module, RECURRENT) else None
 
     def _exchange(self, name: str) -> None:
         """Put the dense tensors of a committed consumer in the place of the new ones, or back."""
@@ -627,8 +642,8 @@ def _hooked(
 
 
 def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Return what a layer reads, which is its only argument."""
-    return args[0] if args else next(iter(kwargs.values()))
+    """Return what a layer reads: its only argument, or that of this name beside states."""
+    return args[0] if args else kwargs.get("input", next(iter(kwargs.values())))
 
 
 def walk(

@@ -253,6 +253,8 @@ _LAYERS: dict[type[nn.Module], Callable[[Any], dict[str, Any]]] = {
         "num_embeddings": m.weight.shape[0],
         "embedding_dim": m.weight.shape[1],
     },
+    nn.RNNBase: lambda m: {"input_size": m.weight_ih_l0.shape[1]},
+    nn.RNNCellBase: lambda m: {"input_size": m.weight_ih.shape[1]},
     nn.PReLU: lambda m: {"num_parameters": m.weight.shape[0]},
     nn.Bilinear: lambda m: {
         "out_features": m.weight.shape[0],

@@ -186,6 +186,40 @@ class UnderModes(_Hidden):
         return x + halved
 
 
+class Recurrent(nn.Module):
+    """Layers over steps in both directions, the second one on top of the first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter = nn.Linear(6, 9)
+        self.layers = nn.GRU(9, 4, num_layers=2, bidirectional=True, batch_first=True)
+        self.middle = nn.Linear(8, 7)
+        self.last = nn.LSTM(7, 5, proj_size=3)
+        self.leave = nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.middle(self.layers(self.enter(x).tanh())[0]).relu()
+        return self.leave(self.last(x.transpose(0, 1))[1][0][-1])
+
+
+class RecurrentSteps(nn.Module):
+    """Cells that are called step by step; what the second reads is the state of the first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter = nn.Linear(6, 9)
+        self.one, self.two = nn.LSTMCell(9, 4), nn.RNNCell(4, 5, nonlinearity="relu")
+        self.leave = nn.Linear(5, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        state = (x.new_zeros(len(x), 4), x.new_ones(len(x), 4))
+        other = None
+        for step in self.enter(x).tanh().unbind(1):
+            state = self.one(step, state)
+            other = self.two(state[0], other)
+        return self.leave(other)
+
+
 class _Image(nn.Module):
     """Channels of an image, with something in the middle."""
 
@@ -358,6 +392,8 @@ BLOCKS: dict[str, tuple[type[nn.Module], Tensor, dict[str, int]]] = {
     "stack": (StackedCopies, _ROWS, {"neurons": 6}),
     "unflatten": (Unflattened, _ROWS, {"neurons": 2}),
     "modes": (UnderModes, _ROWS, {"neurons": 6}),
+    "recurrent": (Recurrent, _TOKENS, {"enter.neurons": 9, "middle.neurons": 7}),
+    "recurrent-steps": (RecurrentSteps, _TOKENS, {"neurons": 9}),
     "instance-norm": (InstanceNormed, _IMAGE, {"enter.channels": 8}),
     "channel-shuffle": (
         Shuffled,
