@@ -15,10 +15,12 @@ from graph.groups import CouplingGroup, Freeze, Role, Slot, UnitKind
 from graph.propagate import Operator
 from graph.residual import residual_groups
 from graph.rules import DEFAULT as DEFAULT_RULES
+from graph.rules import PROGRAM as PROGRAM_RULES
 from graph.rules import RuleTable, rule
 
 __all__ = [
     "DEFAULT_RULES",
+    "PROGRAM_RULES",
     "ArgumentError",
     "Call",
     "CouplingGroup",

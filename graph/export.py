@@ -49,13 +49,16 @@ class Program:
         Parameters and buffers by name.
     holders
         For each placeholder that stands for one of them, its name.
+    written
+        The placeholders that stand for a tensor in the code.
     constants
-        For each placeholder that stands for a short list of integers in the code, that list.
+        For those of them that are a short list of integers, that list.
     """
 
     nodes: tuple[torch.fx.Node, ...]
     tensors: Mapping[str, TensorInfo]
     holders: Mapping[str, str]
+    written: frozenset[str]
     constants: Mapping[str, tuple[int, ...]]
 
 
@@ -89,6 +92,11 @@ def export_model(model: torch.nn.Module, example_inputs: ExampleInputs) -> Progr
         tuple(inlined(exported.graph_module).nodes),
         tensors_of(model),
         holders,
+        frozenset(
+            spec.arg.name
+            for spec in exported.graph_signature.input_specs
+            if spec.kind is InputKind.CONSTANT_TENSOR
+        ),
         dict(integer_lists(exported)),
     )
 

@@ -17,10 +17,10 @@ from graph.axes import Axes, Layout
 from graph.call import Value
 from graph.errors import UnknownGroupError
 from graph.export import varies
-from graph.grouping import groups_by_axis
+from graph.grouping import NESTED, groups_by_axis
 from graph.groups import CouplingGroup, Slot
 from graph.propagate import propagate
-from graph.rules import DEFAULT
+from graph.rules import PROGRAM
 from graph.standalone import Standalone, export_standalone
 
 
@@ -97,7 +97,8 @@ class TracedProgram:
         wanted = _places(slots)
         for axis, group in self.groups.items():
             if _places(group.slots) == wanted:
-                if group.frozen:
+                # What lies inside other units, or around them, may go in their place.
+                if set(group.frozen) - {NESTED}:
                     raise UnknownGroupError(
                         f"it is frozen in the exported program: {group.frozen[0].reason}"
                     )
@@ -153,6 +154,12 @@ class Staying:
             for value, tensor in zip(values, tensors, strict=False)
             if isinstance(value, Value) and isinstance(tensor, Tensor)
         )
+
+    def is_written(self, node: Node) -> bool:
+        """Whether a node stands for a tensor that is written in the code."""
+        holders = self._program.standalone.program.holders
+        is_tensor = isinstance(node.meta.get("val"), Tensor)
+        return node.op == "get_attr" and is_tensor and node.name not in holders
 
     def of_tensor(self, name: str) -> Extents:
         """Return the dimensions of a parameter or buffer."""
@@ -221,7 +228,7 @@ def trace_program(
         If a propagation rule is wrong.
     """
     standalone = export_standalone(model, example, left_open)
-    found = propagate(standalone.program, DEFAULT)
+    found = propagate(standalone.program, PROGRAM)
     return TracedProgram(
         standalone,
         found.axes,

@@ -27,7 +27,8 @@ class Place:
     offset: int
 
 
-_NESTED = Freeze("its positions lie inside the units of another group, or around them", "", "")
+NESTED = Freeze("its positions lie inside the units of another group, or around them", "", "")
+"""Why of several axes that make up a dimension one alone is pruned, though others could be."""
 
 
 def build_groups(
@@ -59,7 +60,7 @@ def groups_by_axis(
     written = frozenset().union(*(axes.leaves(layout) for layout in propagation.written))
     factors = _beside(axes, places, freezes, heads, written)
     for axis in factors:
-        freezes[axis] = freezes[axis] or [_NESTED]
+        freezes[axis] = freezes[axis] or [NESTED]
     naming = Naming(propagation, slots, factors)
     return {
         axis: CouplingGroup(

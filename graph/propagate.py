@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -15,7 +15,7 @@ from graph.call import Call, Findings, HeadUse, Result, Shape, Use, Value
 from graph.errors import RuleError, TraceError
 from graph.export import Program, concrete, module_of
 from graph.groups import Freeze
-from graph.rules.table import RuleTable, aten
+from graph.rules.table import CONSTANT, RuleTable, aten
 
 
 @dataclass(frozen=True)
@@ -133,11 +133,20 @@ class _Walk:
         shapes = _shapes(node.meta.get("val"), module_of(node))
         if not shapes:
             return None
-        what = "an input of the model" if node.op == "placeholder" else "a constant of the code"
-        dims = tuple(self.axes.fresh(size) for size in shapes[0])
-        value = Value(dims, constant=self.program.constants.get(node.name, ()))
-        self._freeze(value, Freeze(f"it is a dimension of {what}", node.op, module_of(node)))
+        if node.op == "get_attr" or node.name in self.program.written:
+            return self._constant(node, shapes)
+        value = Value(tuple(self.axes.fresh(size) for size in shapes[0]))
+        reason = "it is a dimension of an input of the model"
+        self._freeze(value, Freeze(reason, node.op, module_of(node)))
         return value
+
+    def _constant(self, node: torch.fx.Node, shapes: tuple[Shape, ...]) -> Value:
+        """Ask the rule for tensors that are written in the code."""
+        call = Call(CONSTANT, module_of(node), -1, {}, shapes, self.axes, self.findings)
+        rule = self.table.find(CONSTANT)
+        assert rule is not None
+        (value,) = _checked(call, _applied(rule, call))
+        return replace(value, constant=self.program.constants.get(node.name, ()))
 
     def _output(self, node: torch.fx.Node) -> None:
         freeze = Freeze("it is a dimension of an output of the model", "output", "")

@@ -152,4 +152,4 @@ def _program(
         if name == spec.arg.name
     }
     constants = {node.name: lists[target] for node, target in read.items() if target in lists}
-    return Program(tuple(graph.nodes), tensors_of(model), holders, constants)
+    return Program(tuple(graph.nodes), tensors_of(model), holders, frozenset(), constants)

@@ -21,16 +21,19 @@ from graph.rules import (
     convolution,
     elementwise,
     factory,
+    fourier,
     indexing,
     normalization,
     recurrent,
     reduction,
+    scattering,
     shape,
 )
-from graph.rules.table import DEFAULT, RuleTable, rule
+from graph.rules.table import DEFAULT, PROGRAM, RuleTable, rule
 
 __all__ = [
     "DEFAULT",
+    "PROGRAM",
     "RuleTable",
     "attention",
     "complex",
@@ -38,10 +41,12 @@ __all__ = [
     "convolution",
     "elementwise",
     "factory",
+    "fourier",
     "indexing",
     "normalization",
     "recurrent",
     "reduction",
     "rule",
+    "scattering",
     "shape",
 ]

@@ -14,8 +14,8 @@ def joined(call: Call) -> Value:
     """Drop the last dimension, which holds the real and the imaginary part."""
     value = call.value("self")
     call.freeze(value.dims[-1:], _PARTS)
-    call.record(value, Role.PASS_THROUGH)
-    return Value(value.dims[:-1])
+    # A position where both parts are zero is zero.
+    return Value(value.dims[:-1], value.origins[:-1])
 
 
 @rule("aten.view_as_real")

@@ -153,6 +153,20 @@ def product_by_expert(call: Call) -> Value:
     return contract(call, operands, ("row", "column"))
 
 
+@rule("aten.bilinear")
+def bilinear(call: Call) -> Value:
+    """Apply ``y_o = x' W_o z + b_o`` over the last dimensions of two tensors."""
+    left, right, weight = (call.value(name) for name in ("input1", "input2", "weight"))
+    batch = _batch(len(left.dims) - 1)
+    operands = (
+        Operand(left, (*batch, "left")),
+        Operand(weight, ("out", "left", "right")),
+        Operand(right, (*batch, "right")),
+    )
+    product = contract(call, operands, (*batch, "out"))
+    return add_bias(call, product, call.optional("bias"))
+
+
 @rule("aten.einsum")
 def einsum(call: Call) -> Value:
     """Propagate through an equation such as ``b i k, b j k -> b i j``."""

@@ -30,16 +30,27 @@ def convolved(call: Call) -> Value:
     taken, made = (rows[1], weight.dims[1]) if transposed else (weight.dims[1], rows[1])
     call.unify(read[1], taken)
     Filter(weight, transposed, group, taken, made).record(call)
-    call.freeze((*value.dims[-space:], *weight.dims[2:]), _WINDOW)
     produced = call.axes.product((group, made))
-    shape = call.shapes[0][-space:]
-    around = tuple(call.unknown(size, _WINDOW) for size in shape)
+    around = _around(call, value.dims[-space:], weight.dims[2:], transposed)
     dims = (*lead, produced, *around)
     bias = call.optional("bias")
     if bias is not None:
         dims = add_bias(call, Value((*lead, *around, produced)), bias).dims
         dims = (*lead, dims[-1], *around)
     return Value(dims)
+
+
+def _around(
+    call: Call, space: tuple[Layout, ...], taps: tuple[Layout, ...], transposed: bool
+) -> tuple[Layout, ...]:
+    """Freeze space and taps, and return the space that is made; a single tap mixes no positions."""
+    single = all(call.axes.size(tap) == 1 for tap in taps)
+    padding = call.arguments["padding"]
+    pads = not isinstance(padding, str) and any(call.integers("padding"))
+    if single and not (transposed or pads) and set(call.integers("stride")) == {1}:
+        return space
+    call.freeze((*space, *taps), _WINDOW)
+    return tuple(call.unknown(size, _WINDOW) for size in call.shapes[0][-len(space) :])
 
 
 def _grouped(call: Call, layout: Layout, groups: int) -> list[Layout] | None:
@@ -132,3 +143,36 @@ def dealt_out(call: Call) -> Value:
         return call.opaque("groups of channels are dealt out across its boundaries")[0]
     call.freeze(parts[:1], "channels are dealt out to a fixed number of groups")
     return Value((value.dims[0], call.axes.product(parts[::-1]), *value.dims[2:]))
+
+
+@rule("aten.im2col")
+def unfolded(call: Call) -> Value:
+    """Turn windows into channels ``c x taps`` at each position; the taps stay whole."""
+    value = call.value("self")
+    call.freeze(value.dims[-2:], _WINDOW)
+    columns, positions = call.shapes[0][-2:]
+    taps = call.unknown(columns // call.axes.size(value.dims[-3]), _WINDOW)
+    channels = call.axes.product((value.dims[-3], taps))
+    return Value((*value.dims[:-3], channels, call.unknown(positions, _WINDOW)))
+
+
+@rule("aten.col2im")
+def folded(call: Call) -> Value:
+    """Add windows of channels ``c x taps`` up to an image; the taps stay whole."""
+    value, (channels, *space) = call.value("self"), call.shapes[0][-3:]
+    size = call.axes.size(value.dims[-2])
+    parts = call.axes.regroup((value.dims[-2],), (channels, size // channels))
+    if parts is None:
+        return call.opaque("windows of channels become an image across its boundaries")[0]
+    call.freeze((parts[1], value.dims[-1]), _WINDOW)
+    return Value((*value.dims[:-2], parts[0], *(call.unknown(n, _WINDOW) for n in space)))
+
+
+@rule("aten.grid_sampler", "aten.grid_sampler_2d", "aten.grid_sampler_3d")
+def sampled(call: Call) -> Value:
+    """Read an image at places in space that a grid names, in all channels the same ones."""
+    value, grid = call.value("input"), call.value("grid")
+    call.freeze((*value.dims[2:], *grid.dims[1:]), "it is read at places in space")
+    batch = call.unify(value.dims[0], grid.dims[0])
+    around = (call.unknown(size, _WINDOW) for size in call.shapes[0][2:])
+    return Value((batch, value.dims[1], *around))

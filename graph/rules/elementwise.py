@@ -13,7 +13,9 @@ _UNARY = (
     "nan_to_num positive reciprocal relu relu6 round rrelu rsqrt selu sgn sigmoid sign signbit "
     "silu sin sinc sinh softplus softshrink hardshrink sqrt square tan tanh tanhshrink threshold "
     "trunc zeros_like ones_like full_like empty_like rand_like randn_like bernoulli "
-    "fill zero angle real imag conj _conj conj_physical resolve_conj resolve_neg"
+    "fill zero angle real imag conj _conj conj_physical resolve_conj resolve_neg i0 special_erf "
+    "special_erfc special_exp2 special_expit special_expm1 special_gammaln special_i0 "
+    "special_log1p special_ndtr"
 )
 
 _BINARY = (
@@ -21,7 +23,8 @@ _BINARY = (
     "bitwise_right_shift clamp clamp_max clamp_min clip complex copy copysign div divide eq "
     "floor_divide fmax fmin fmod ge greater gt hypot le less lerp logaddexp logical_and "
     "logical_or logical_xor lt masked_fill maximum minimum mul multiply ne not_equal "
-    "polar pow remainder rsub sub subtract true_divide where xlogy "
+    "float_power heaviside ldexp logaddexp2 polar pow remainder rsub sub subtract true_divide "
+    "where xlogy "
     "__and__ __or__ __xor__ __rshift__ __lshift__"
 )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from graph.call import Call, Value
-from graph.rules.table import aten, rule
+from graph.rules.table import CONSTANT, PROGRAM, aten, rule
 
 
 @rule(
@@ -17,13 +17,28 @@ def filled(call: Call) -> list[Value]:
     return [Value(tuple(call.axes.fresh(size) for size in shape)) for shape in call.shapes]
 
 
+_BY_POSITION = aten("arange eye linspace logspace")
+"""Operators that make numbers which depend on nothing but their positions."""
+
+
 @rule(
-    *aten(
-        "arange eye linspace logspace new_tensor rand randint randn randperm tril_indices "
-        "triu_indices"
-    )
+    *_BY_POSITION,
+    *aten("new_tensor rand randint randn randperm tril_indices triu_indices"),
 )
 def enumerated(call: Call) -> list[Value]:
     """Freeze a new tensor whose positions differ; what it takes its type from is left alone."""
     reason = "it meets numbers that the code makes for a fixed size"
     return [Value(tuple(call.unknown(size, reason) for size in shape)) for shape in call.shapes]
+
+
+@rule(CONSTANT)
+def written_down(call: Call) -> list[Value]:
+    """Freeze a tensor that is written in the code."""
+    reason = "it is a dimension of a constant of the code"
+    return [Value(tuple(call.unknown(size, reason) for size in shape)) for shape in call.shapes]
+
+
+@PROGRAM.rule(*_BY_POSITION, CONSTANT)
+def cut_out(call: Call) -> list[Value]:
+    """Let positions leave together with their numbers, which a program can cut out."""
+    return [Value(tuple(call.axes.fresh(size) for size in shape)) for shape in call.shapes]

@@ -265,3 +265,30 @@ def embedded(call: Call) -> Value:
     call.freeze(weight.dims[:1], "its positions are the entries of a look-up table")
     call.record(weight, Role.PRODUCER, 1)
     return Value((*indices.dims, *weight.dims[1:]))
+
+
+@rule("aten.embedding_bag")
+def embedded_in_bags(call: Call) -> list[Value]:
+    """Look rows of a table up and add them up bag by bag: its columns are produced."""
+    weight = call.value("weight")
+    reason = "its positions are the entries of a look-up table"
+    call.freeze(weight.dims[:1], reason)
+    for other in call.values()[1:]:
+        call.freeze(other.dims, reason)
+    call.record(weight, Role.PRODUCER, 1)
+    bags, *others = call.shapes
+    return [
+        Value((call.unknown(bags[0], reason), weight.dims[1])),
+        *(Value(tuple(call.unknown(size, reason) for size in shape)) for shape in others),
+    ]
+
+
+@rule("aten.unfold")
+def windowed(call: Call) -> Value:
+    """Cut a dimension into windows, whose positions become a last dimension."""
+    value, reason = call.value("self"), "windows slide over it"
+    dim = call.integer("dimension") % len(value.dims)
+    call.freeze((value.dims[dim],), reason)
+    dims = list(value.dims)
+    dims[dim] = call.unknown(call.shapes[0][dim], reason)
+    return Value((*dims, call.unknown(call.shapes[0][-1], reason)))

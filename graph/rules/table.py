@@ -67,4 +67,11 @@ def aten(words: str) -> tuple[str, ...]:
 DEFAULT = RuleTable()
 """The rules that `graph.trace` uses unless it is given a table of its own."""
 
+PROGRAM = DEFAULT.extended()
+"""The rules where numbers that the code makes can be cut like weights, since the traced program is
+what loses units and not the code."""
+
+CONSTANT = "constant"
+"""The name of the rule for tensors that are written in the code."""
+
 rule = DEFAULT.rule

@@ -56,6 +56,9 @@ class Opened:
         Samples in a batch.
     untouched
         What its modules held before it ran.
+    in_programs
+        Of the prunable groups, those that only the exported program can lose units of, by name,
+        and why: their units meet numbers that the code makes.
     ranks
         The processes among which work on the data is shared out; all of them hold all data.
     """
@@ -67,6 +70,7 @@ class Opened:
     example: Batch = field(repr=False)
     batch_size: int
     untouched: Untouched = field(repr=False)
+    in_programs: Mapping[str, str] = field(default_factory=dict)
     ranks: Ranks = ALONE
 
     @cached_property
@@ -93,6 +97,7 @@ def opened(
     batch_size: int | None = None,
     heads: bool = True,
     copy: bool = True,
+    programs: bool = False,
     ranks: Ranks = ALONE,
 ) -> Iterator[Opened]:
     """Open a model for pruning, for a study, or to be looked at; without gradients meanwhile.
@@ -112,6 +117,8 @@ def opened(
         refitted.
     copy
         Whether to work on a copy; a model that nobody else needs spares the memory.
+    programs
+        Whether it may become an exported program, which can lose more units than modules can.
     ranks
         The processes that have opened the same, and share out the work.
 
@@ -141,7 +148,7 @@ def opened(
             expected = _outputs(work, example)
         folded = _prepare(work, example, expected, heads)
         with shapes_only(work):
-            traced = graph.trace(work, example)
+            traced, in_programs = _traced(work, example, programs)
         with weights_read_elsewhere(work) as elsewhere, untouched.observing(work):
             _check_runs(work, example)
         groups = freeze_unreadable(work, traced.groups, elsewhere)
@@ -154,8 +161,38 @@ def opened(
             example=example,
             batch_size=inputs.batch_size if batch_size is None else batch_size,
             untouched=untouched,
+            in_programs=in_programs,
             ranks=ranks,
         )
+
+
+def _traced(
+    model: nn.Module, example: Batch, programs: bool
+) -> tuple[graph.DependencyGraph, dict[str, str]]:
+    """Find the groups, and those that only a program can lose units of, by name with the reason."""
+    traced = graph.trace(model, example)
+    wide, narrow = graph.PROGRAM_RULES, graph.DEFAULT_RULES
+    frozen = (freeze for group in traced.groups for freeze in group.frozen)
+    made = [f for f in frozen if wide.find(f.operator) is not narrow.find(f.operator)]
+    if not programs or not made:
+        return traced, {}
+    wider = graph.trace(model, example, rules=wide)
+    in_modules = {_places(group): group for group in traced.groups}
+    known = {places for places, group in in_modules.items() if group.prunable}
+    only = {_places(group): group.name for group in wider.prunable}
+    if not only.keys() > known:  # modules would lose what they can
+        return traced, {}
+    reasons = {
+        name: next(iter(in_modules[places].frozen if places in in_modules else made)).reason
+        for places, name in only.items()
+        if places not in known
+    }
+    return wider, reasons
+
+
+def _places(group: CouplingGroup) -> frozenset[tuple[str, int, int, int, int]]:
+    """Return where a group's units lie."""
+    return frozenset((s.tensor, s.dim, s.offset, s.outer, s.inner) for s in group.slots)
 
 
 def _graphics_cards(model: nn.Module) -> list[torch.device]:

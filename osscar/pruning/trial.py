@@ -101,7 +101,7 @@ def what_follows(ready: Opened, request: PruningRequest) -> Followed:
     """
     keep = provisional(ready, request)
     groups = [group for group in ready.groups if keep.get(group.name, group.units) < group.units]
-    forms = _forms(ready.model, request)
+    forms = forms_to_try(ready.model, request)
     if not groups:
         return Followed(forms[0])
     plans = _arbitrary(groups, [keep[group.name] for group in groups])
@@ -117,15 +117,22 @@ def what_follows(ready: Opened, request: PruningRequest) -> Followed:
         for group in groups
         if group.name in trial.reasons
     )
-    if left and (request.strict or len(left) == len(groups)):
+    # Of modules nobody expects to lose what only programs can.
+    refused = tuple(group for group in left if form is Form.GRAPH or not _only(ready, group.name))
+    if (refused and request.strict) or len(left) == len(groups):
         raise (AdapterError if trial.of_modules else EquivalenceError)(
             _refusal(left, len(groups), request.strict)
         )
-    if left:
+    if refused:
         warnings.warn(
-            f"{named(left)}; the report, or left_alone of the result, says why", stacklevel=2
+            f"{named(refused)}; the report, or left_alone of the result, says why", stacklevel=2
         )
     return Followed(form, left)
+
+
+def _only(ready: Opened, name: str) -> bool:
+    """Whether only a program can lose units of a group."""
+    return name in ready.in_programs
 
 
 FORMS: dict[FormChoice, tuple[Form, ...]] = {
@@ -136,7 +143,7 @@ FORMS: dict[FormChoice, tuple[Form, ...]] = {
 """What is tried, in this order."""
 
 
-def _forms(model: nn.Module, request: PruningRequest) -> tuple[Form, ...]:
+def forms_to_try(model: nn.Module, request: PruningRequest) -> tuple[Form, ...]:
     """Return the forms to try; a program cannot generate text, and nobody would time it."""
     choice = FormChoice(request.form)
     stays = isinstance(model, PreTrainedModel) or request.speedup is not None
@@ -156,7 +163,12 @@ def _tried(
         finer_precision(model, inputs[0]),
     ):
         trial = _Trial(_rehearsal(model, form, inputs, ready.example))
-        trial.grown([], _alike_together(plans))
+        if form is Form.MODULE:
+            known = {p.name: ready.in_programs[p.name] for p in plans if _only(ready, p.name)}
+            trial.reasons, trial.of_modules = known, bool(known)
+        possible = [plan for plan in plans if plan.name not in trial.reasons]
+        if possible:
+            trial.grown([], _alike_together(possible))
     before.put_back(model)
     return trial
 

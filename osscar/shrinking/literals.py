@@ -43,12 +43,37 @@ class Sizes:
     """
 
     staying: Staying
-    origins: Mapping[Node, Node]
+    origins: dict[Node, Node]
     computed: dict[Node, Any] = field(default_factory=dict)
 
     def of(self, node: Node) -> tuple[Extents, ...]:
         """Return the dimensions of each tensor that a node puts out, as they were."""
         return self.staying.of(self.origins[node])
+
+    def cut(self, node: Node) -> None:
+        """Let what reads numbers that the code makes have those of the positions that stay.
+
+        Raises
+        ------
+        AdapterError
+            If their positions vary with the inputs.
+        """
+        origin, readers, cut = self.origins[node], set(node.users), node
+        for dim, extent in enumerate(self.of(node)[0]):
+            if extent.stays is None:
+                continue
+            if extent.varies or any(isinstance(argument, Node) for argument in node.args):
+                raise refusal(node, "it makes numbers for positions that vary with the inputs")
+            kept = extent.stays.nonzero().flatten().tolist()
+            device = {"device": origin.meta["val"].device}
+            with node.graph.inserting_after(cut):
+                index = node.graph.call_function(torch.tensor, (kept,), device)
+            with node.graph.inserting_after(index):
+                select = torch.ops.aten.index_select.default
+                cut = node.graph.call_function(select, (cut, dim, index))
+        if cut is not node:
+            node.replace_all_uses_with(cut, delete_user_cb=readers.__contains__)
+            self.origins[cut] = self.origins.pop(node)
 
     def compute(self, node: Node) -> None:
         """Note what a number becomes that the program computes; nothing for other nodes.
@@ -333,6 +358,10 @@ def _normalized_by_group(call: Call) -> None:
         call.replace("num_groups", channels.kept // members)
 
 
+def _numbered(call: Call) -> None:
+    call.sizes.cut(call.node)
+
+
 def _looked_up(call: Call) -> None:
     for extent, index in zip(call.input("self"), call.argument("indices"), strict=False):
         if index is not None and not extent.whole:
@@ -370,6 +399,7 @@ _RULES: Mapping[str, Rule] = {
     ),
     "aten.group_norm": _normalized_by_group,
     "aten.index": _looked_up,
+    **dict.fromkeys(aten("arange eye linspace logspace"), _numbered),
     **dict.fromkeys(
         aten(
             "as_strided empty_strided new_empty_strided _reshape_alias native_group_norm view.dtype"
@@ -396,6 +426,8 @@ def rewrite(node: Node, sizes: Sizes) -> None:
         If a number cannot be told.
     """
     sizes.compute(node)
+    if sizes.staying.is_written(sizes.origins[node]):
+        sizes.cut(node)
     if not isinstance(node.target, torch._ops.OpOverload):
         return
     name = str(node.target)

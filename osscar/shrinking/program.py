@@ -168,7 +168,7 @@ class DenseProgram:
         staying = self.traced.staying(kept)
         program, origins = self._copied()
         sizes = Sizes(staying, origins)
-        for node in origins:
+        for node in list(origins):
             rewrite(node, sizes)
         self._finish(program)
         made = ProgramModule(self._attributes(program, staying), program)

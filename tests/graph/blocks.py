@@ -374,6 +374,141 @@ class Experts(nn.Module):
         return torch.einsum("ref,efo,re->ro", hidden, self.down, gates)
 
 
+class Messages(nn.Module):
+    """Two rounds of messages along the edges of a graph, added up at their ends."""
+
+    begins: Tensor
+    ends: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter = nn.Linear(6, 7)
+        self.message = nn.Linear(14, 9)
+        self.second = nn.Linear(16, 8)
+        self.leave = nn.Linear(8, 3)
+        self.register_buffer("begins", torch.tensor([0, 1, 2, 3, 4, 0, 2]))
+        self.register_buffer("ends", torch.tensor([1, 2, 3, 4, 0, 3, 2]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        nodes = self.enter(x).relu()
+        both = torch.cat((nodes[:, self.begins], nodes.index_select(1, self.ends)), -1)
+        sent = self.message(both).tanh()
+        added = sent.new_zeros(len(x), 5, sent.shape[-1]).index_add(1, self.ends, sent)
+        sent = self.second(torch.cat((nodes, added), -1))[:, self.begins].tanh()
+        index = self.ends[:, None].expand(len(x), -1, sent.shape[-1])
+        return self.leave(sent.new_zeros(len(x), 5, sent.shape[-1]).scatter_add(1, index, sent))
+
+
+class Maxima(nn.Module):
+    """The largest message at each end, and some positions filled and copied to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter, self.other = nn.Linear(6, 7), nn.Linear(6, 7)
+        self.leave = nn.Linear(7, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        one, other = self.enter(x).tanh(), self.other(x).sigmoid()
+        index = torch.tensor([0, 3, 3, 1, 1])[:, None].expand(len(x), -1, 7)
+        found = one.scatter_reduce(1, index, other, "amax").index_fill(1, torch.tensor([2]), 0.5)
+        return self.leave(found.index_copy(1, torch.tensor([4, 0]), other[:, :2]))
+
+
+class FourierMixed(nn.Module):
+    """FNet, GFNet, and a filter of a length of its own, along positions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter = nn.Linear(6, 8)
+        self.filter = nn.Parameter(torch.randn(3, 8, 2))
+        self.taps = nn.Parameter(torch.randn(8, 5))
+        self.middle = nn.Linear(8, 7)
+        self.leave = nn.Linear(7, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.enter(x)
+        spectrum = torch.fft.rfft(x, dim=1, norm="ortho") * torch.view_as_complex(self.filter)
+        x = x + torch.fft.irfft(spectrum, n=5, dim=1, norm="ortho") + torch.fft.fft(x, dim=1).real
+        long = torch.fft.rfft(x, n=9, dim=1) * torch.fft.rfft(self.taps, n=9).transpose(0, 1)
+        x = self.middle(torch.fft.irfft(long, n=9, dim=1)[:, :5]).relu()
+        return self.leave(torch.fft.fftshift(x, dim=(1,)).cumsum(1))
+
+
+class SpectralOperator(nn.Module):
+    """A Fourier neural operator: channels are mixed at each frequency."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter = nn.Conv2d(3, 6, 1)
+        self.weight = nn.Parameter(torch.randn(6, 7, 3, 2, 2))
+        self.beside = nn.Conv2d(6, 7, 1)
+        self.leave = nn.Conv2d(7, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.enter(x).relu()
+        low = torch.fft.rfft2(x)[:, :, :3, :2]
+        mixed = torch.einsum("nihw,iohw->nohw", low, torch.view_as_complex(self.weight))
+        return self.leave((torch.fft.irfft2(mixed, s=(4, 4)) + self.beside(x)).relu())
+
+
+class Patches(nn.Module):
+    """Windows as channels and back, places in space that are read, windows of positions."""
+
+    places: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter = nn.Conv2d(3, 5, 1)
+        self.mixed = nn.Linear(20, 12)
+        self.middle = nn.Conv2d(3, 6, 1)
+        self.leave = nn.Linear(6, 2)
+        self.register_buffer("places", torch.rand(1, 3, 3, 2) - 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        columns = F.unfold(self.enter(x).relu(), 2, stride=2).transpose(1, 2)
+        x = F.fold(self.mixed(columns).transpose(1, 2).tanh(), (4, 4), 2, stride=2)
+        grid = self.places.expand(len(x), -1, -1, -1)
+        x = F.grid_sample(self.middle(x).relu(), grid, align_corners=False)
+        return self.leave(x.flatten(2).unfold(2, 3, 2).amax(-1).transpose(1, 2))
+
+
+class Pairs(nn.Module):
+    """A product of two layers, feature by feature."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(4, 5), nn.Linear(4, 6)
+        self.product = nn.Bilinear(5, 6, 7)
+        self.leave = nn.Linear(7, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.leave(self.product(self.one(x).relu(), self.two(x).tanh()).relu())
+
+
+class Bags(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.EmbeddingBag(11, 6, mode="sum")
+        self.up, self.leave = nn.Linear(6, 5), nn.Linear(5, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.leave(self.up(self.table(x)).relu())
+
+
+class SpatialGate(nn.Module):
+    """gMLP as published: a convolution of a single tap whose channels are positions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter = nn.Linear(6, 16)
+        self.gate = nn.Conv1d(5, 5, 1)
+        self.leave = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        left, right = self.enter(x).relu().chunk(2, -1)
+        return self.leave(left * self.gate(right))
+
+
 _IMAGE = torch.randn(2, 3, 4, 4)
 _ROWS = torch.randn(3, 4)
 _TOKENS = torch.randn(2, 5, 6)
@@ -423,6 +558,22 @@ BLOCKS: dict[str, tuple[type[nn.Module], Tensor, dict[str, int]]] = {
             "joined.leave.channels": 6,
         },
     ),
+    "messages": (
+        Messages,
+        _TOKENS,
+        {"enter.neurons": 7, "message.neurons": 9, "second.neurons": 8},
+    ),
+    "maxima": (Maxima, _TOKENS, {"neurons": 7}),
+    "fourier": (FourierMixed, _TOKENS, {"enter.neurons": 8, "middle.neurons": 7}),
+    "fourier-operator": (SpectralOperator, _IMAGE, {"enter.channels": 6, "channels": 7}),
+    "patches": (
+        Patches,
+        _IMAGE,
+        {"enter.channels": 5, "mixed.channels": 3, "middle.channels": 6},
+    ),
+    "bilinear": (Pairs, _ROWS, {"one.neurons": 5, "two.neurons": 6, "product.neurons": 7}),
+    "bags": (Bags, torch.randint(0, 11, (3, 4)), {"hidden": 6, "neurons": 5}),
+    "spatial-gate": (SpatialGate, _TOKENS, {"neurons": 8}),
     "experts": (Experts, _ROWS, {"neurons": 7, "router.neurons": 3}),
 }
 """Networks, an example input, and the prunable groups with their units."""

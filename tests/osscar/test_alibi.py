@@ -9,6 +9,7 @@ import transformers as hf
 from torch import nn
 
 import osscar
+from osscar.core.errors import FrozenGroupError
 from osscar.shrinking.equivalence import proof_outputs
 from tests.osscar.programs import far_apart
 
@@ -168,3 +169,85 @@ def test_slopes_in_a_buffer_leave_in_the_module_form():
     assert result.model.table.shape == (3,)
     x = torch.randn(3, 9, 5)
     assert far_apart(without(model, result)(x), result.model(x)) < 1e-5
+
+
+class Made(Alibi):
+    """Slopes that the code makes for a number of heads written in it."""
+
+    def slopes(self):
+        return 2.0 ** -torch.arange(1, 7)
+
+
+class Listed(Alibi):
+    """Slopes that the code lists."""
+
+    def slopes(self):
+        return torch.tensor([0.5, 0.3, 0.7, 0.2, 0.05, 0.11])
+
+
+class Attribute(Alibi):
+    """Slopes in a tensor that is no buffer."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = torch.linspace(0.1, 0.9, 6)
+
+    def slopes(self):
+        return self.table
+
+
+IN_CODE = {"made": Made, "listed": Listed, "attribute": Attribute}
+
+
+@pytest.mark.parametrize("name", IN_CODE)
+def test_slopes_in_the_code_leave_in_a_program(name, tmp_path):
+    torch.manual_seed(0)
+    model = IN_CODE[name]().eval()
+    result = osscar.prune(model, torch.randn(16, 7, 5), heads="1/2")
+    assert result.form == "graph"
+    assert not result.left_alone
+    (group,) = result.plan.groups
+    assert len(group.kept) == 3
+    smaller = result.model
+    assert smaller.get_parameter("q.weight").shape == (12, 16)
+    x = torch.randn(3, 9, 5)
+    expected = without(model, result)(x)
+    assert far_apart(expected, smaller(x)) < 1e-5
+    # With the slopes of the first heads it would be another model.
+    wrong = copy.deepcopy(model)
+    kept = model.slopes()[list(group.kept)]
+    wrong.slopes = lambda: torch.cat((kept, kept))
+    assert far_apart(expected, without(wrong, result)(x)) > 1e-4
+    again = osscar.load(result.save(tmp_path / "smaller").path, dense=model)
+    assert torch.equal(again(x), smaller(x))
+
+
+@pytest.mark.parametrize("name", IN_CODE)
+def test_slopes_in_the_code_hold_modules(name):
+    model = IN_CODE[name]().eval()
+    with pytest.raises(FrozenGroupError, match=r"numbers that the code makes|constant of the code"):
+        osscar.prune(model, torch.randn(16, 7, 5), heads="1/2", form="module")
+
+
+class Counted(Made):
+    """Has no program, since its code counts samples; neurons follow in modules."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(5, 12), nn.Linear(12, 3)
+
+    def forward(self, x):
+        if len(x) == 1000:
+            return x
+        return super().forward(x) + self.down(torch.relu(self.up(x)))
+
+
+@pytest.mark.filterwarnings("error:left alone")
+def test_what_only_a_program_can_lose_is_left_alone_in_modules():
+    model = Counted().eval()
+    result = osscar.prune(model, torch.randn(16, 7, 5), heads="1/2", neurons=0.5, strict=True)
+    assert result.form == "module"
+    (left,) = result.left_alone
+    assert left.kind == "heads"
+    assert "numbers that the code makes" in left.reason
+    assert result.model.up.out_features == 6
