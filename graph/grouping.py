@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from graph.axes import Axes, Segment
+from graph.axes import Axes, Layout, Segment
 from graph.call import Use
 from graph.export import TensorInfo
 from graph.groups import CouplingGroup, Freeze, Role, Slot
@@ -17,7 +17,11 @@ from graph.propagate import Propagation
 
 @dataclass(frozen=True)
 class Place:
-    """Where a factor of a product lies in a dimension of a tensor, in the terms of `Slot`."""
+    """Where a factor of a product lies in a dimension of a tensor, in the terms of `Slot`.
+
+    `segment` holds all factors, the given one among them, and in the place of other factors that
+    are concatenations what these consist of.
+    """
 
     tensor: str
     dim: int
@@ -82,30 +86,73 @@ def _locate(
     propagation: Propagation,
 ) -> tuple[dict[int, list[Place]], dict[int, list[Freeze]]]:
     """Find every free axis in every tensor dimension, and those that no slot can describe."""
+    axes = propagation.axes
     places: dict[int, list[Place]] = defaultdict(list)
     uneven: dict[int, list[Freeze]] = defaultdict(list)
-    for factor, place in _factors(propagation):
-        bound = propagation.axes.parts(factor)
-        if bound is None and place.segment.count(factor) == 1:
-            places[factor].append(place)
-            continue
-        where = f"dimension {place.dim} of {place.tensor}"
-        for axis in {factor} if bound is None else propagation.axes.leaves(bound):
-            uneven[axis].append(Freeze(f"its units are not evenly spaced in {where}", "", ""))
+    for tensor, dims in propagation.tensors.items():
+        for dim, layout in enumerate(dims):
+            for factor, place in _factors(axes, Place(tensor, dim, (), 1, 1, 0), layout):
+                if axes.parts(factor) is None and place.segment.count(factor) == 1:
+                    places[factor].append(place)
+                    continue
+                where = f"dimension {dim} of {tensor}"
+                for axis in axes.leaves(((factor,),)):
+                    reason = f"its units are not evenly spaced in {where}"
+                    uneven[axis].append(Freeze(reason, "", ""))
     return places, uneven
 
 
-def _factors(propagation: Propagation) -> Iterator[tuple[int, Place]]:
-    axes = propagation.axes
-    for tensor, dims in propagation.tensors.items():
-        for dim, layout in enumerate(dims):
-            offset = 0
-            for segment in axes.resolve(layout):
-                for position, factor in enumerate(segment):
-                    outer, inner = segment[:position], segment[position + 1 :]
-                    strides = axes.size((outer,)), axes.size((inner,))
-                    yield factor, Place(tensor, dim, segment, *strides, offset)
-                offset += axes.size((segment,))
+_MOST_COPIES = 16
+"""Of a concatenation that lies inside a product, each of which has slots of its own."""
+
+
+def _factors(
+    axes: Axes, around: Place, layout: Layout, after: Segment = ()
+) -> Iterator[tuple[int, Place]]:
+    """Find the factors of a layout that lies in a dimension.
+
+    Parameters
+    ----------
+    axes
+        The axes.
+    around
+        Where it lies: its offset, the distance of its positions (`inner`), and the factors before
+        it in a product.
+    layout
+        The layout.
+    after
+        The factors after it in that product.
+    """
+    offset = around.offset
+    for segment in axes.resolve(layout):
+        flat = [_flat(axes, factor) for factor in segment]
+        for position, factor in enumerate(segment):
+            outer, inner = segment[:position], segment[position + 1 :]
+            copies, width = axes.size((outer,)), axes.size((inner,)) * around.inner
+            before = around.segment + sum(flat[:position], ())
+            behind = sum(flat[position + 1 :], ()) + after
+            bound = axes.parts(factor)
+            if bound is None or copies > _MOST_COPIES:
+                whole = before + flat[position] + behind
+                yield (
+                    factor,
+                    replace(around, segment=whole, outer=copies, inner=width, offset=offset),
+                )
+                continue
+            for copy in range(copies):
+                start = offset + copy * axes.axis_size(factor) * width
+                inside = replace(around, segment=before, inner=width, offset=start)
+                yield from _factors(axes, inside, bound, behind)
+        offset += axes.size((segment,)) * around.inner
+
+
+def _flat(axes: Axes, factor: int) -> Segment:
+    """Return what a factor consists of, in its order, each axis once; itself if it is free."""
+    bound = axes.parts(factor)
+    if bound is None:
+        return (factor,)
+    inside = (leaf for segment in axes.resolve(bound) for f in segment for leaf in _flat(axes, f))
+    return tuple(dict.fromkeys(inside))
 
 
 def _beside(

@@ -509,6 +509,40 @@ class SpatialGate(nn.Module):
         return self.leave(left * self.gate(right))
 
 
+class UnevenHeads(nn.Module):
+    """CoaT: three projections in one, of heads that are read in two parts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(6, 3 * 5 * 4)
+        self.near = nn.Conv1d(8, 8, 3, padding=1, groups=8)
+        self.far = nn.Conv1d(12, 12, 5, padding=2, groups=12)
+        self.out = nn.Linear(20, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        query, key, value = self.qkv(x).unflatten(-1, (3, 5, 4)).permute(2, 0, 3, 1, 4).unbind(0)
+        mixed = query @ (key.softmax(2).transpose(-1, -2) @ value)
+        near, far = value.transpose(-1, -2).flatten(1, 2).split((8, 12), 1)
+        beside = torch.cat((self.near(near), self.far(far)), 1).unflatten(1, (5, 4))
+        mixed = mixed + query * beside.transpose(-1, -2)
+        return self.out(mixed.transpose(1, 2).flatten(2))
+
+
+class UnevenParts(nn.Module):
+    """Two rows of parts inside parts, so that units of one part lie in several places."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter = nn.Linear(4, 2 * (3 + 2 * (2 + 3)))
+        self.leave = nn.Linear(26, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        one, others = self.enter(x).unflatten(1, (2, 13)).split((3, 10), 2)
+        two, three = others.unflatten(2, (2, 5)).split((2, 3), 3)
+        others = torch.cat((two.tanh(), three.relu()), 3).flatten(2)
+        return self.leave(torch.cat((one.sigmoid(), others), 2).flatten(1))
+
+
 _IMAGE = torch.randn(2, 3, 4, 4)
 _ROWS = torch.randn(3, 4)
 _TOKENS = torch.randn(2, 5, 6)

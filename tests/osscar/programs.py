@@ -112,6 +112,41 @@ class Coincidence(nn.Module):
         return self.head(torch.tanh(self.leave(y.transpose(1, 2))))
 
 
+class UnevenHeads(nn.Module):
+    """Factorized attention like that of CoaT, whose positions are of two sorts of heads."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv, self.out = nn.Linear(16, 3 * 5 * 4), nn.Linear(20, 16)
+        self.near = nn.Conv1d(8, 8, 3, padding=1, groups=8)
+        self.far = nn.Conv1d(12, 12, 5, padding=2, groups=12)
+
+    def forward(self, x):
+        b, n, _ = x.shape
+        q, k, v = self.qkv(x).reshape(b, n, 3, 5, 4).permute(2, 0, 3, 1, 4).unbind(0)
+        mixed = q @ (k.softmax(2).transpose(-1, -2) @ v)
+        near, far = v.transpose(-1, -2).reshape(b, 20, n).split([8, 12], 1)
+        beside = torch.cat((self.near(near), self.far(far)), 1).reshape(b, 5, 4, n)
+        mixed = mixed + q * beside.transpose(-1, -2)
+        return self.out(mixed.transpose(1, 2).reshape(b, n, 20))
+
+
+class GroupsOfParts(nn.Module):
+    """Channels put together group by group, and read together."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two = nn.Conv2d(3, 12, 1), nn.Conv2d(12, 20, 3, padding=1, groups=4)
+        self.three, self.head = nn.Conv2d(32, 8, 1), nn.Conv2d(8, 2, 1)
+
+    def forward(self, x):
+        one = torch.relu(self.one(x))
+        n, _, h, w = x.shape
+        two = torch.relu(self.two(one)).view(n, 4, 5, h, w)
+        both = torch.cat((one.view(n, 4, 3, h, w), two), 2).view(n, 32, h, w)
+        return self.head(torch.relu(self.three(both)))
+
+
 CASES = {
     "heads": (Transformer, (7, 16)),
     "generator": (Generator, (8,)),
@@ -123,6 +158,8 @@ CASES = {
     "sliced": (Sliced, (8,)),
     "repeating": (Repeating, (5, 16)),
     "points": (Points, (3, 11)),
+    "uneven heads": (UnevenHeads, (9, 16)),
+    "groups of parts": (GroupsOfParts, (3, 5, 5)),
     "coincidence": (Coincidence, (16, 16)),
 }
 """Networks, and the shape of one sample."""

@@ -258,3 +258,26 @@ def test_the_command_line_prunes_a_language_model_as_a_program(tmp_path, monkeyp
     assert "osscar eval" not in printed
     report = json.loads((tmp_path / "small" / "osscar_report.json").read_text())
     assert report["forward"]["pruned"]["flops"] < report["forward"]["dense"]["flops"]
+
+
+def test_units_in_several_places_are_pruned_and_refitted(tmp_path):
+    net, data = dense_of("uneven heads")
+    result = osscar.prune(net, data, heads="1/2", form="graph", target="weights", damp=1e-3)
+    assert {len(group.kept) for group in result.plan.groups} == {1, 2}
+    slots = [slot for group in result.plan.groups for slot in group.slots]
+    places = [slot for slot in slots if slot.tensor == "qkv.weight"]
+    assert len(places) == 6
+    assert result.model.get_parameter("qkv.weight").shape == (3 * 3 * 4, 16)
+    refitted = copy.deepcopy(net)
+    small = dict(result.model.named_parameters())
+    kept = [i for g in result.plan.groups for s in g.consumers for i in s.indices(g.kept)]
+    with torch.no_grad():
+        refitted.out.weight.zero_()
+        refitted.out.weight[:, sorted(kept)] = small["out.weight"]
+        refitted.out.bias.copy_(small["out.bias"])
+        assert far_apart(refitted(data), result.model(data)) < 1e-5
+        # Refitted in turn: the second group on what was made of the first.
+        plain = without_units(net, result.plan)
+        assert (refitted(data) - net(data)).norm() < (plain(data) - net(data)).norm()
+    again = osscar.load(result.save(tmp_path / "smaller").path, dense=net)
+    assert torch.equal(again(data), result.model(data))
