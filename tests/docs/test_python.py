@@ -106,6 +106,15 @@ def check_forms(names: dict[str, Any]) -> None:
     assert names["archive"].inputs == {"input": (-1, -1, 8)}
 
 
+def check_frozen(names: dict[str, Any]) -> None:
+    groups = graph.trace(names["model"], (names["x"],)).groups
+    assert {group.units: group.prunable for group in groups if group.units > 8} == {
+        16: False,
+        32: True,
+    }
+    assert not torch.allclose(names["before"], names["masked"])
+
+
 def check_formats(names: dict[str, Any]) -> None:
     assert names["saved"].with_code
     ids = torch.arange(12)[None]
@@ -125,5 +134,6 @@ CHECKS = {
     "docs/howto/architecture.md": check_architecture,
     "docs/howto/module.md": check_module,
     "docs/howto/forms.md": check_forms,
+    "docs/howto/frozen.md": check_frozen,
     "docs/howto/formats.md": check_formats,
 }
