@@ -31,7 +31,7 @@ from torch.utils import _pytree as pytree
 
 from graph import CouplingGroup
 from osscar.capture.gram import damped_by_input
-from osscar.capture.linear_maps import LinearMap, linear_maps
+from osscar.capture.linear_maps import LinearMap, argument_read, linear_maps
 from osscar.capture.opened import Opened
 from osscar.capture.recurrent import RECURRENT, gates_shown
 from osscar.core.errors import NonFiniteError, OsscarError, first_line
@@ -268,7 +268,7 @@ def _find_axes(opened: Opened, factors: Sequence[Factors]) -> None:
 
         def watch(name: str, seen: dict[str, list[torch.Size]] = seen) -> Callable[..., None]:
             def hook(_: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-                x = args[0] if args else next(iter(kwargs.values()))
+                x = argument_read(args, kwargs)
                 seen.setdefault(name, []).append(x.shape)
 
             return hook
@@ -380,7 +380,7 @@ def _observed(model: nn.Module, factors: Sequence[Factors]) -> Iterator[_Seen]:
 
     def watch(own: list[Factors]) -> Callable[..., Tensor]:
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], y: Any) -> Any:
-            x = (args[0] if args else next(iter(kwargs.values()))).detach()
+            x = argument_read(args, kwargs).detach()
             version = None if x.is_inference() else x._version
             leaf = not y.requires_grad
             if leaf:
@@ -499,7 +499,7 @@ def _own_currency(
 
     def watch(one: Factors) -> Callable[..., None]:
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-            x = args[0] if args else next(iter(kwargs.values()))
+            x = argument_read(args, kwargs)
             for X in one.linear_map.read_inputs(x):
                 one.inputs.addmm_(X.float().T, X.float())
 

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +28,11 @@ _READ_ELSEWHERE = (
     "is read by {!r}, which other code than that of {!r} reads, too, or its bias, on inputs that "
     "nobody measures"
 )
+
+
+def argument_read(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """Return what a layer reads: its only argument, or that of this name beside states."""
+    return args[0] if args else kwargs.get("input", next(iter(kwargs.values())))
 
 
 @dataclass(frozen=True, eq=False)

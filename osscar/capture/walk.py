@@ -38,7 +38,7 @@ from osscar.capture.coroutines import (
     suspend,
 )
 from osscar.capture.gram import GramAccumulator, add_up, pose
-from osscar.capture.linear_maps import LinearMap, linear_maps
+from osscar.capture.linear_maps import LinearMap, argument_read, linear_maps
 from osscar.capture.opened import Opened
 from osscar.capture.recurrent import RECURRENT, input_gates
 from osscar.capture.regularization import DAMPS, DEFAULT_DAMP, Regularization, best_regularization
@@ -617,14 +617,14 @@ def _hooked(
 
     def reading(name: str) -> Callable[..., None]:
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            before(name, _first(args, kwargs))
+            before(name, argument_read(args, kwargs))
 
         return hook
 
     def writing(name: str) -> Callable[..., None]:
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             assert after is not None
-            after(name, _first(args, kwargs), output)
+            after(name, argument_read(args, kwargs), output)
 
         return hook
 
@@ -639,11 +639,6 @@ def _hooked(
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Return what a layer reads: its only argument, or that of this name beside states."""
-    return args[0] if args else kwargs.get("input", next(iter(kwargs.values())))
 
 
 def walk(

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from graph import CouplingGroup
-from osscar.capture.linear_maps import LinearMap, linear_maps
+from osscar.capture.linear_maps import LinearMap, argument_read, linear_maps
 from osscar.capture.opened import Opened
 from osscar.capture.walk import batch_named
 from osscar.core.errors import ModelError, NonFiniteError
@@ -130,7 +130,7 @@ def _run(ready: Opened, every: Sequence[_Inputs]) -> None:
 
     def watch(several: Sequence[_Inputs]) -> Callable[..., None]:
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-            x = args[0] if args else next(iter(kwargs.values()))
+            x = argument_read(args, kwargs)
             for inputs in several:
                 inputs.add(x)
 

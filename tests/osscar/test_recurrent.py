@@ -255,3 +255,20 @@ def test_cells_that_share_weights_are_left_alone():
 
     with pytest.raises(FrozenGroupError, match="share"):
         osscar.prune(Shared().eval(), torch.randn(32, 6, 5), neurons=0.5)
+
+
+def test_states_may_be_named_before_the_inputs():
+    class Named(Sequence):
+        def __init__(self):
+            super().__init__(KINDS["lstm"])
+
+        def forward(self, x):
+            states = tuple(torch.zeros(1, len(x), 7) for _ in range(2))
+            read = torch.tanh(self.enter(x))
+            return self.head(torch.relu(self.leave(self.recurrent(hx=states, input=read)[0])))
+
+    torch.manual_seed(0)
+    net = Named().eval()
+    for asked in ({"sparsity": 0.3}, {"neurons": 0.5, "target": "outputs"}):
+        result = osscar.prune(net, torch.randn(32, 6, 5), **asked)
+        assert result.model.recurrent.input_size == result.model.enter.out_features < 12
