@@ -3,7 +3,8 @@
 A *unit* (an attention head, an FFN neuron, a convolution channel) is the smallest structure that
 can be removed from a network.  It owns a slice of several tensors at once: the rows that produce
 it, the biases and normalizations that it passes through, and the columns that read it.  A
-`CouplingGroup` lists those tensors as `Slot` s, one for each (tensor, dimension).
+`CouplingGroup` lists those tensors as `Slot` s, one for each (tensor, dimension), or several where
+its units lie in several places of it.
 """
 
 from __future__ import annotations

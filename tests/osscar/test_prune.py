@@ -641,3 +641,12 @@ def test_a_list_that_two_modules_share_stays_one_list():
     assert pruned.seen == model.seen == ["first"]
     assert pruned.seen is pruned.body[1].seen
     assert pruned.seen is not model.seen
+
+
+def test_linear_layers_of_timm_are_plain():
+    layers = pytest.importorskip("timm.layers")
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(8, 12), nn.ReLU(), layers.Linear(12, 3)).eval()
+    result = osscar.prune(net, torch.randn(64, 8), neurons=0.5)
+    assert result.model[2].in_features == 6
+    assert isinstance(result.model[2], layers.Linear)
