@@ -127,6 +127,8 @@ class CouplingGroup:
         How many parameters leave the model with one unit.
     frozen
         Why the group must not be pruned; empty when it may be.
+    step
+        The number of units that stay has to be a multiple of this, or all.
     """
 
     name: str
@@ -135,6 +137,7 @@ class CouplingGroup:
     slots: tuple[Slot, ...]
     removable: int
     frozen: tuple[Freeze, ...] = ()
+    step: int = 1
 
     @property
     def prunable(self) -> bool:

@@ -140,10 +140,15 @@ def product_with_bias(call: Call) -> Value:
     return add_bias(call, _matrix_product(call, left, right), bias)
 
 
+_BY_EXPERT = (("self", "input"), ("mat2", "weight"))
+"""What torch and transformers call the rows and the weight."""
+
+
 @rule("aten._grouped_mm", "transformers.grouped_mm_fallback")
 def product_by_expert(call: Call) -> Value:
     """Multiply each run of rows by the matrix of its expert: (rows, in) x (experts, in, out)."""
-    rows, weight, *others = call.values()
+    rows, weight = (call.value(a if a in call.arguments else b) for a, b in _BY_EXPERT)
+    others = [value for value in call.values() if value is not rows and value is not weight]
     if (len(rows.dims), len(weight.dims)) != (2, 3):
         return call.opaque("experts are multiplied in an unusual layout")[0]
     routing = (weight.dims[0], *(layout for other in others for layout in other.dims))

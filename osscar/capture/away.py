@@ -46,7 +46,7 @@ class Away:
         """How much lies in the file."""
         return sum(size for _, size, _ in self._gone)
 
-    def put(self, frame: FrameType | None, *others: Tensor | None) -> None:
+    def put(self, frame: FrameType | None, *others: Tensor | tuple[Tensor, ...] | None) -> None:
         """Write what the functions of a suspended pass hold to the file.
 
         Parameters

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from osscar.capture.away import Away
 from osscar.capture.residual import Keeper
+from osscar.capture.routing import Routed
 from osscar.capture.scratch import Scratch
 
 _AUTOCAST_DEVICES = ("cpu", "cuda")
@@ -55,7 +56,7 @@ class Arrival:
     module
         Its qualified name.
     x
-        What it is called with.
+        What it is called with: a tensor, or what is `osscar.capture.routing.Routed`.
     output
         What it puts out; None where nobody asks.
     stream
@@ -63,7 +64,7 @@ class Arrival:
     """
 
     module: str
-    x: Tensor
+    x: Any
     output: Tensor | None = None
     stream: Tensor | None = None
 
@@ -123,7 +124,8 @@ class Coroutine:
         yield
         arrived = self.arrived
         if self.away is not None and arrived is not None:
-            self.away.put(self._greenlet.gr_frame, arrived.x, arrived.output, arrived.stream)
+            x = arrived.x.tensors if isinstance(arrived.x, Routed) else arrived.x
+            self.away.put(self._greenlet.gr_frame, x, arrived.output, arrived.stream)
 
     def end(self) -> None:
         """Give up the pass: its context managers are left, and nothing of it stays alive."""

@@ -30,10 +30,12 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from graph import CouplingGroup
+from osscar.capture.consumer import LinearMap
 from osscar.capture.gram import damped_by_input
-from osscar.capture.linear_maps import LinearMap, argument_read, linear_maps
+from osscar.capture.linear_maps import linear_maps
 from osscar.capture.opened import Opened
 from osscar.capture.recurrent import RECURRENT, gates_shown
+from osscar.capture.routing import Routed, afresh, argument
 from osscar.core.errors import NonFiniteError, OsscarError, first_line
 from osscar.core.modules import device_of, fresh
 from osscar.core.progress import stage
@@ -70,6 +72,8 @@ class Factors:
         T, the trace of either.
     axis
         The dimension of what the module reads that counts samples; None where nobody knows.
+    rows
+        At how many positions it read anything.
     """
 
     linear_map: LinearMap
@@ -77,6 +81,7 @@ class Factors:
     outputs: Tensor = field(repr=False)
     energy: float = 0.0
     axis: int | None = None
+    rows: int = 0
 
     @classmethod
     def of(cls, linear_map: LinearMap) -> Factors:
@@ -85,7 +90,7 @@ class Factors:
         device = device_of(linear_map.module)
         return cls(linear_map, torch.zeros(p, p, device=device), torch.zeros(m, m, device=device))
 
-    def add(self, x: Tensor, g: Tensor, samples: int | None) -> None:
+    def add(self, x: Any, g: Tensor, samples: int | None) -> None:
         """Add one call.
 
         Parameters
@@ -105,20 +110,21 @@ class Factors:
         """
         if not bool(torch.isfinite(g).all()):
             raise NonFiniteError(
-                f"the gradients at the outputs of {self.linear_map.name!r} have NaN or infinite "
+                f"the gradients at the outputs of {self.linear_map.label!r} have NaN or infinite "
                 "entries; use --dtype float32, or --allocation uniform, which needs none"
             )
-        if samples is None or self.axis is None:
+        if samples is None or self.axis is None or isinstance(x, Routed):
             self._add_positions(x, g)
             return
         x, g = x.movedim(self.axis, 0), g.movedim(self.axis, 0)
         for one, gradient in zip(x.chunk(samples), g.chunk(samples), strict=True):
             self._add_sample(one, gradient)
 
-    def _pieces(self, x: Tensor, g: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        gradients = self.linear_map.read_outputs(g).float()
+    def _pieces(self, x: Any, g: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        gradients = self.linear_map.read_outputs(g, x).float()
         done = 0
         for X in self.linear_map.read_inputs(x):
+            self.rows += len(X)
             yield X.float(), gradients[done : done + len(X)]
             done += len(X)
 
@@ -128,7 +134,7 @@ class Factors:
         self.outputs.addmm_(M.T, M)
         self.energy += float(M.double().square().sum())
 
-    def _add_positions(self, x: Tensor, g: Tensor) -> None:
+    def _add_positions(self, x: Any, g: Tensor) -> None:
         for X, G in self._pieces(x, g):
             gains, sizes = G.square().sum(1, keepdim=True), X.square().sum(1, keepdim=True)
             scaled = X * gains.sqrt()
@@ -158,7 +164,7 @@ class Factors:
         sums = (self.inputs, self.outputs, torch.tensor(self.energy))
         if not all(bool(torch.isfinite(each).all()) for each in sums):
             raise NonFiniteError(
-                f"the inputs of {self.linear_map.name!r} are so large that their products with "
+                f"the inputs of {self.linear_map.label!r} are so large that their products with "
                 "gradients overflow float32; scale the calibration data, or use --allocation "
                 "uniform, which needs none"
             )
@@ -179,7 +185,7 @@ class GroupCurvature:
     group
         The coupling group.
     factors
-        Of each of its consumers.
+        Of each of its consumers that read anything: to some experts no token may be sent.
     predictions
         How many predictions were made.
     reached
@@ -238,11 +244,17 @@ def curvature(
                 if predictions is None:
                     break
             for group, _ in part:
-                found = tuple(factors.pop(group.name))
+                found = _without_idle(factors.pop(group.name))
                 reached = bool(predictions) and all(f.energy > 0 for f in found)
                 if not reached:
                     found = tuple(_own_currency(opened, batches, found))
                 yield GroupCurvature(group, found, (predictions or 1) if reached else 1, reached)
+
+
+def _without_idle(factors: Sequence[Factors]) -> tuple[Factors, ...]:
+    """Leave out the experts to which no token was sent, where some were sent to others."""
+    read = {one.linear_map.name for one in factors if one.rows}
+    return tuple(one for one in factors if one.rows or one.linear_map.name not in read)
 
 
 def small_batches(opened: Opened, samples: int) -> list[Batch]:
@@ -267,9 +279,9 @@ def _find_axes(opened: Opened, factors: Sequence[Factors]) -> None:
         seen: dict[str, list[torch.Size]] = {}
 
         def watch(name: str, seen: dict[str, list[torch.Size]] = seen) -> Callable[..., None]:
-            def hook(_: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-                x = argument_read(args, kwargs)
-                seen.setdefault(name, []).append(x.shape)
+            def hook(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+                x = argument(module, args, kwargs)
+                seen.setdefault(name, []).append(torch.Size() if isinstance(x, Routed) else x.shape)
 
             return hook
 
@@ -379,19 +391,23 @@ def _observed(model: nn.Module, factors: Sequence[Factors]) -> Iterator[_Seen]:
     seen = _Seen()
 
     def watch(own: list[Factors]) -> Callable[..., Tensor]:
-        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], y: Any) -> Any:
-            x = argument_read(args, kwargs).detach()
-            version = None if x.is_inference() else x._version
+        def hook(
+            module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], y: Any
+        ) -> Any:
+            x = argument(module, args, kwargs)
+            read = x.hidden if isinstance(x, Routed) else x
+            version = None if read.is_inference() else read._version
             leaf = not y.requires_grad
             if leaf:
                 y = y.detach().requires_grad_()
 
             def receive(g: Tensor) -> None:
-                if version is not None and x._version != version:
+                if version is not None and read._version != version:
                     return  # overwritten since: the layer is left without gradients
                 with torch.no_grad():
+                    once = afresh(x)
                     for one in own:
-                        one.add(x, g, seen.samples)
+                        one.add(once, g, seen.samples)
 
             y.register_hook(receive)
             # What comes next may write to it, which no leaf of a graph allows.
@@ -496,18 +512,22 @@ def _own_currency(
 ) -> Iterator[Factors]:
     """Return factors that count the relative loss of each layer, as no gradient reaches it."""
     found = [Factors.of(one.linear_map) for one in factors]
+    by_module: dict[str, list[Factors]] = {}
+    for one in found:
+        by_module.setdefault(one.linear_map.name, []).append(one)
 
-    def watch(one: Factors) -> Callable[..., None]:
-        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-            x = argument_read(args, kwargs)
-            for X in one.linear_map.read_inputs(x):
-                one.inputs.addmm_(X.float().T, X.float())
+    def watch(own: Sequence[Factors]) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+            x = argument(module, args, kwargs)
+            for one in own:
+                for X in one.linear_map.read_inputs(x):
+                    one.inputs.addmm_(X.float().T, X.float())
 
         return hook
 
     handles = [
-        one.linear_map.module.register_forward_pre_hook(watch(one), with_kwargs=True)
-        for one in found
+        opened.model.get_submodule(name).register_forward_pre_hook(watch(own), with_kwargs=True)
+        for name, own in by_module.items()
     ]
     try:
         with torch.no_grad():
@@ -516,9 +536,13 @@ def _own_currency(
     finally:
         for handle in handles:
             handle.remove()
-    for one in found:
-        W0 = one.linear_map.read_weight()
-        size = float((W0 * (one.inputs.double() @ W0)).sum())
-        # With B = I and this T, the loss of removing everything is 1.
-        one.outputs, one.energy = torch.eye(len(one.outputs)).to(one.outputs), max(size / 2, 1e-30)
-        yield one
+    for own in by_module.values():
+        size = 0.0
+        for one in own:
+            W0 = one.linear_map.read_weight()
+            size += float((W0 * (one.inputs.double() @ W0)).sum())
+        for one in own:
+            # With B = I and this T, the loss of removing everything is 1.
+            one.outputs = torch.eye(len(one.outputs)).to(one.outputs)
+            one.energy = max(size / 2, 1e-30)
+            yield one

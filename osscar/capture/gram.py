@@ -27,7 +27,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from osscar.capture.linear_maps import LinearMap
+from osscar.capture.consumer import LinearMap
 from osscar.core.errors import ModelError, NonFiniteError
 from osscar.core.modules import device_of
 from osscar.core.ranks import Ranks
@@ -138,6 +138,20 @@ class GramAccumulator:
         """How many positions weights are fitted to."""
         return self._fitted.positions
 
+    @property
+    def rows(self) -> int:
+        """At how many of them the consumer reads anything."""
+        return self._fitted.rows
+
+    @property
+    def unread(self) -> bool:
+        """Whether it reads nothing at any position, so that nothing is known of it."""
+        return self.positions > 0 and self.rows == 0
+
+    def pass_over(self, positions: int, *, held: bool = False) -> None:
+        """Count positions at which the consumer reads nothing and adds nothing."""
+        self._part(held=held).positions += positions
+
     def add(self, X: Tensor, D: Tensor | None = None, *, held: bool = False) -> None:
         """Add the products of some positions.
 
@@ -157,20 +171,25 @@ class GramAccumulator:
         """
         if not X.is_floating_point():
             raise ModelError(
-                f"the inputs of {self.linear_map.name!r} are of {X.dtype}; only layers that read "
+                f"the inputs of {self.linear_map.label!r} are of {X.dtype}; only layers that read "
                 "real numbers are refitted"
             )
-        if held and self._held is None:
+        self._part(held=held).add(X, D)
+
+    def _part(self, *, held: bool) -> _Sums:
+        if not held:
+            return self._fitted
+        if self._held is None:
             self._held = _Sums(self.linear_map)
-        (self._held if held and self._held is not None else self._fitted).add(X, D)
+        return self._held
 
     def _parts(self) -> tuple[_Sums, ...]:
         return (self._fitted,) if self._held is None else (self._fitted, self._held)
 
     def _expect(self, *, held: bool, corrections: bool) -> None:
         """Start with nothing what other processes have seen some of."""
-        if held and self._held is None:
-            self._held = _Sums(self.linear_map)
+        if held:
+            self._part(held=True)
         if corrections:
             for part in self._parts():
                 part.expect_corrections()
@@ -202,25 +221,11 @@ class GramAccumulator:
         ------
         ModelError
             If the consumer was never called.
-
-        Warns
-        -----
-        UserWarning
-            If there were fewer positions than inputs, so that only the damping makes the problem
-            well posed.
         """
-        p = self.linear_map.rows
         if not self.positions:
             raise ModelError(
                 f"{self.linear_map.name!r} was never called on the calibration data, so that it "
                 "cannot be refitted; give inputs that reach it"
-            )
-        if self.positions < p:
-            warnings.warn(
-                f"{self.linear_map.name}: {self.positions} calibration positions for {p} inputs; "
-                "the Gram matrix is rank-deficient and only damping makes up for it. "
-                "Use more samples or larger ones.",
-                stacklevel=2,
             )
         moments, W0 = self._fitted.moments(last=last), self.linear_map.read_weight()
         if last:
@@ -256,8 +261,8 @@ class _Sums:
 
     def __init__(self, linear_map: LinearMap) -> None:
         self.map = linear_map
-        self.name, self.centered = linear_map.name, linear_map.has_bias
-        self.positions = 0
+        self.name, self.centered = linear_map.label, linear_map.has_bias
+        self.positions = self.rows = 0
         p, device = linear_map.rows, device_of(linear_map.module)
         self.inputs = torch.zeros(p, dtype=torch.float64, device=device)
         self.gram: Symmetric | None = Symmetric.zeros(p, self.inputs)
@@ -279,6 +284,7 @@ class _Sums:
             )
         self.energy += energy
         self.positions += len(X)
+        self.rows += len(X)
         if D is None and not self.centered and X.dtype in _HALVES:
             for some in torch.split(X, _EXACT_POSITIONS):
                 self._sums().add_gram(some.float())
@@ -393,10 +399,10 @@ def add_up(accumulators: Sequence[GramAccumulator], ranks: Ranks, name: str) -> 
     for accumulator, (held, corrections) in zip(accumulators, seen.tolist(), strict=True):
         accumulator._expect(held=held > 0, corrections=corrections > 0)
     parts = [part for accumulator in accumulators for part in accumulator._parts()]
-    scalars = torch.tensor([[p.positions, p.energy] for p in parts], dtype=torch.float64)
+    scalars = torch.tensor([[p.positions, p.rows, p.energy] for p in parts], dtype=torch.float64)
     ranks.add_up(f"Gram matrices of {name!r}", [scalars, *(x for p in parts for x in p.tensors)])
-    for part, (positions, energy) in zip(parts, scalars.tolist(), strict=True):
-        part.positions, part.energy = int(positions), energy
+    for part, (positions, rows, energy) in zip(parts, scalars.tolist(), strict=True):
+        part.positions, part.rows, part.energy = int(positions), int(rows), energy
 
 
 def damped_by_input(
@@ -451,7 +457,7 @@ def pose(
 
     Where there are several, each layer's loss counts relative to that of removing everything, as
     otherwise the layer with the largest outputs would choose alone.  The refit is the same either
-    way.  All groups of a grouped convolution are one layer.
+    way.  All groups of a grouped convolution are one layer, and all experts of a mixture.
 
     Parameters
     ----------
@@ -467,7 +473,14 @@ def pose(
         Of the corrections in the targets.
     last
         Whether the sums may be given up, as of `GramAccumulator.consumer`.
+
+    Warns
+    -----
+    UserWarning
+        If a layer read fewer positions than it has inputs, so that only the damping makes the
+        problem well posed.
     """
+    _warn_of_few(accumulators)
     consumers = [accumulator.consumer(damp, share, last=last) for accumulator in accumulators]
     layers = [accumulator.linear_map.name for accumulator in accumulators]
     totals = dict.fromkeys(layers, 0.0)
@@ -478,3 +491,22 @@ def pose(
             # One after the other: what is divided makes way for what comes of it.
             consumers[place] = consumers[place].divided(totals[layer] or 1.0)
     return SubsetProblem(tuple(consumers), keep, name)
+
+
+def _warn_of_few(accumulators: Sequence[GramAccumulator]) -> None:
+    """Say of each layer where only the damping makes up for too few positions."""
+    layers: dict[str, list[GramAccumulator]] = {}
+    for one in accumulators:
+        layers.setdefault(one.linear_map.name, []).append(one)
+    for own in layers.values():
+        few = [one for one in own if 0 < one.rows < one.linear_map.rows]
+        if not few:
+            continue
+        least = min(few, key=lambda one: one.rows)
+        more = f", and too few at {len(few) - 1} more of the {len(own)}" if len(few) > 1 else ""
+        warnings.warn(
+            f"{least.linear_map.label}: {least.rows} calibration positions for "
+            f"{least.linear_map.rows} inputs{more}; the Gram matrix is rank-deficient and only "
+            "damping makes up for it. Use more samples or larger ones.",
+            stacklevel=3,
+        )

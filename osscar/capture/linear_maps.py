@@ -1,174 +1,41 @@
-"""Consumers as matrices: what a module reads, and the weights it reads it with.
+"""The consumers of a model: layers, groups of convolutions, and experts; which can be refitted.
 
-Every consumer is seen as ``Y = X W``: rows of X are positions, columns of X and rows of W are the
-inputs that belong to one coupling group, ordered as they lie in the weight tensor.  A convolution
-has one row of W for each channel and tap of its kernel (see `osscar.capture.convolutions`).
+A convolution has one row of W for each channel and tap of its kernel (see
+`osscar.capture.convolutions`).  Of a mixture of experts each expert is a consumer of its own (see
+`osscar.capture.routing`).
 """
 
 from __future__ import annotations
 
-import abc
 import dataclasses
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from graph.groups import CouplingGroup, Freeze, Slot
+from osscar.capture.consumer import LinearMap
 from osscar.capture.convolutions import Windows, windows_of
 from osscar.capture.recurrent import BIAS, RECURRENT, WEIGHT, directions
-from osscar.core.errors import ModelError, NonFiniteError
-from osscar.core.on_disk import written
+from osscar.capture.routing import Mixture, Routed
+from osscar.core.errors import ModelError
 from osscar.shrinking.attention import REWRITTEN, rewritten
 
 _READ_ELSEWHERE = (
     "is read by {!r}, which other code than that of {!r} reads, too, or its bias, on inputs that "
     "nobody measures"
 )
-
-
-def argument_read(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-    """Return what a layer reads: its only argument, or that of this name beside states."""
-    return args[0] if args else kwargs.get("input", next(iter(kwargs.values())))
-
-
-@dataclass(frozen=True, eq=False)
-class LinearMap(abc.ABC):
-    """One consumer of a coupling group.
-
-    Parameters
-    ----------
-    name
-        Qualified name of the module.
-    module
-        The module whose inputs are observed.
-    slots
-        The slots of the group in the module's weight.
-    inputs
-        The input features or channels, int64 in ascending order, that the group owns.
-    has_bias
-        Whether it has a bias that it shares with no other module.
-    """
-
-    name: str
-    module: nn.Module
-    slots: tuple[Slot, ...]
-    inputs: Tensor
-    has_bias: bool
-
-    @property
-    def parameters(self) -> tuple[str, str]:
-        """Under which names the module has weight and bias."""
-        return "weight", "bias"
-
-    @property
-    def taps(self) -> int:
-        """How many rows of W one input owns."""
-        return 1
-
-    @property
-    def rows(self) -> int:
-        """The number p of rows of W."""
-        return len(self.inputs) * self.taps
-
-    @property
-    def unit_rows(self) -> list[list[int]]:
-        """The rows of `read_weight` that each unit owns."""
-        position = {feature: row for row, feature in enumerate(self.inputs.tolist())}
-        return [
-            [
-                position[i] * self.taps + tap
-                for slot in self.slots
-                for i in self._own(slot.indices([unit]))
-                for tap in range(self.taps)
-            ]
-            for unit in range(self.slots[0].units)
-        ]
-
-    def _own(self, indices: Sequence[int]) -> list[int]:
-        """Return which inputs stand behind indices along the slots' dimension."""
-        return list(indices)
-
-    @abc.abstractmethod
-    def read_inputs(self, x: Tensor) -> Iterator[Tensor]:
-        """Yield X, (positions, p), piece by piece, from what the module is called with."""
-
-    @abc.abstractmethod
-    def read_outputs(self, y: Tensor) -> Tensor:
-        """Return Y, (positions, m), of all positions in the order of `read_inputs`.
-
-        Parameters
-        ----------
-        y
-            In the shape in which the module puts it out.
-        """
-
-    @abc.abstractmethod
-    def _view(self, weight: Tensor) -> Tensor:
-        """Return a view of the weight, (all inputs, m) or (all inputs, m, *kernel)."""
-
-    def read_weight(self) -> Tensor:
-        """Return W, (p, m), a float64 copy."""
-        view = self._view(self._weight)
-        part = view[self.inputs.to(view.device)].double()
-        return part.flatten(2).mT.flatten(0, 1) if part.ndim > 2 else part
-
-    def write_weight(self, W: Tensor) -> None:
-        """Replace the group's part of the weight by W, (p, m)."""
-        with written(self.module, self.parameters[0]) as weight:
-            view = self._view(weight)
-            W = W.to(view)
-            if not bool(torch.isfinite(W).all()):
-                raise NonFiniteError(
-                    f"the refitted weights of {self.name!r} overflow {view.dtype}; "
-                    "use --dtype float32 or bfloat16, or raise --damp"
-                )
-            if view.ndim > 2:
-                W = W.view(-1, self.taps, W.shape[1]).mT.reshape(-1, *view.shape[1:])
-            view[self.inputs.to(view.device)] = W
-
-    def read_bias(self) -> Tensor:
-        """Return the bias of the outputs, (m,), a float64 copy; only where it `has_bias`."""
-        bias = getattr(self.module, self.parameters[1])
-        assert isinstance(bias, Tensor)
-        return self._bias_view(bias.detach()).to(torch.float64, copy=True)
-
-    def write_bias(self, bias: Tensor) -> None:
-        """Replace the bias of the outputs, (m,).
-
-        Raises
-        ------
-        NonFiniteError
-            If it overflows the module's number format.
-        """
-        with written(self.module, self.parameters[1]) as whole:
-            view = self._bias_view(whole)
-            bias = bias.to(view)
-            if not bool(torch.isfinite(bias).all()):
-                raise NonFiniteError(
-                    f"the refitted bias of {self.name!r} overflows {view.dtype}; "
-                    "use --dtype float32 or bfloat16, or raise --damp"
-                )
-            view.copy_(bias)
-
-    def _bias_view(self, bias: Tensor) -> Tensor:
-        """Return a view of the part of a bias that belongs to the outputs."""
-        return bias
-
-    @property
-    def number_format(self) -> torch.dtype:
-        """In which the module keeps its weight."""
-        return self._weight.dtype
-
-    @property
-    def _weight(self) -> Tensor:
-        """The weight itself, outside of autograd."""
-        weight = getattr(self.module, self.parameters[0])
-        assert isinstance(weight, Tensor)
-        return weight.detach()
+_NO_MIXTURE = (
+    "is read by {!r} in {!r}, a {}, which is not called with tokens, their experts and weights, or "
+    "does not put out the weighted sum over experts; only such a mixture can be refitted"
+)
+_TOO_NARROW = (
+    "is read by kernels for all experts at once, which take widths that are multiples of {}, and "
+    "has no more units than that"
+)
+_KERNEL_BYTES = 16
 
 
 @dataclass(frozen=True, eq=False)
@@ -180,7 +47,7 @@ class FeatureMap(LinearMap):
         x = _positions(x)
         yield x if len(self.inputs) == x.shape[1] else x[:, self.inputs.to(x.device)]
 
-    def read_outputs(self, y: Tensor) -> Tensor:
+    def read_outputs(self, y: Tensor, x: Tensor) -> Tensor:
         """Return all positions."""
         return _positions(y)
 
@@ -213,7 +80,7 @@ class RecurrentMap(FeatureMap):
         end = directions(self.module)[self.direction]
         return WEIGHT + end, BIAS + end
 
-    def read_outputs(self, y: Tensor) -> Tensor:
+    def read_outputs(self, y: Tensor, x: Tensor) -> Tensor:
         """Return the gates' inputs of this direction, of those that `input_gates` makes."""
         return _positions(y).chunk(len(directions(self.module)), 1)[self.direction]
 
@@ -259,7 +126,7 @@ class ConvolutionMap(LinearMap):
             x = x[:, channels.to(x.device)]
         yield from self.windows.unfolded(x)
 
-    def read_outputs(self, y: Tensor) -> Tensor:
+    def read_outputs(self, y: Tensor, x: Tensor) -> Tensor:
         """Return the channels that this group of the convolution puts out, at each position."""
         y = y.detach().reshape(-1, *y.shape[-len(self.windows.kernel) - 1 :])
         made = y.shape[1] // int(self.module.groups)  # type: ignore[arg-type]
@@ -291,6 +158,90 @@ class ConvolutionMap(LinearMap):
         return W.view(-1, self.taps, W.shape[1]).flip(1).flatten(0, 1)
 
 
+@dataclass(frozen=True, eq=False)
+class ExpertMap(LinearMap):
+    """What one expert adds to the output of a mixture.
+
+    Its inputs are multiplied with the weight of the token at this expert, so that what it puts out
+    is its term of the mixture's sum.  For tokens that are not sent to it, both are zero.
+
+    Parameters
+    ----------
+    mixture
+        The module, which is called with what is `Routed`.
+    expert
+        Which of its experts.
+    """
+
+    mixture: Mixture
+    expert: int
+
+    @property
+    def label(self) -> str:
+        """The module and the expert."""
+        return f"{self.name}[{self.expert}]"
+
+    @property
+    def parameters(self) -> tuple[str, str]:
+        """The parameter with the last matrix of every expert; biases stay."""
+        return self.mixture.parameter, ""
+
+    def read_inputs(self, x: Routed) -> Iterator[Tensor]:
+        """Yield the tokens that are sent to this expert."""
+        visits = self.mixture.visits(x)
+        X = visits.X[visits.expert == self.expert]
+        yield X if len(self.inputs) == X.shape[1] else X[:, self.inputs.to(X.device)]
+
+    def read_outputs(self, y: Tensor, x: Routed) -> Tensor:
+        """Return what the mixture puts out for these tokens."""
+        visits = self.mixture.visits(x)
+        return y.detach()[visits.token[visits.expert == self.expert]]
+
+    def read_corrections(self, D: Tensor, x: Routed) -> Tensor:
+        """Return the part of the corrections that falls to this expert."""
+        visits = self.mixture.visits(x)
+        here = visits.expert == self.expert
+        return D.detach()[visits.token[here]].double() * visits.share[here, None]
+
+    def passed_over(self, x: Routed) -> int:
+        """Return how many tokens are sent to others."""
+        visits = self.mixture.visits(x)
+        return len(x.hidden) - len(set(visits.token[visits.expert == self.expert].tolist()))
+
+    def _view(self, weight: Tensor) -> Tensor:
+        return weight[self.expert].movedim(self.mixture.dim - 1, 0)
+
+
+def mixture_of(model: nn.Module, slots: Sequence[Slot]) -> Mixture | None:
+    """Return the module with the matrices of several experts that reads a group, if one does.
+
+    Parameters
+    ----------
+    model
+        The model.
+    slots
+        Of one tensor.
+    """
+    name, _, parameter = slots[0].tensor.rpartition(".")
+    weight = _tensor(model, slots[0].tensor)
+    if not isinstance(weight, nn.Parameter) or weight.ndim != 3 or slots[0].dim == 0:
+        return None
+    module = model.get_submodule(slots[0].module)
+    plain = name != slots[0].module or windows_of(module) is not None
+    return None if plain else Mixture(name, module, parameter, slots[0].dim)
+
+
+def mixtures_of(model: nn.Module, groups: Sequence[CouplingGroup]) -> dict[str, Mixture]:
+    """Return what reads prunable groups and may be a mixture of experts, by name of the module."""
+    found = {
+        slots[0].module: mixture_of(model, slots)
+        for group in groups
+        if not group.frozen
+        for slots in _by_tensor(group)
+    }
+    return {name: mixture for name, mixture in found.items() if mixture is not None}
+
+
 def linear_maps(model: nn.Module, group: CouplingGroup) -> tuple[LinearMap, ...]:
     """Return the consumers of a group, in execution order.
 
@@ -305,8 +256,11 @@ def linear_maps(model: nn.Module, group: CouplingGroup) -> tuple[LinearMap, ...]
         reason = _unreadable(model, slots)
         if reason is not None:
             raise ModelError(f"group {group.name!r} {reason}")
-        module = model.get_submodule(slots[0].module)
-        found += _maps(model, module, slots)
+        module, mixture = model.get_submodule(slots[0].module), mixture_of(model, slots)
+        if mixture is not None:
+            found += _experts(mixture, slots)
+        else:
+            found += _maps(model, module, slots)
     return tuple(found)
 
 
@@ -327,7 +281,10 @@ def expose_attention(model: nn.Module) -> None:
 
 
 def freeze_unreadable(
-    model: nn.Module, groups: Sequence[CouplingGroup], elsewhere: Collection[str] = ()
+    model: nn.Module,
+    groups: Sequence[CouplingGroup],
+    elsewhere: Collection[str] = (),
+    mixtures: Collection[str] = (),
 ) -> tuple[CouplingGroup, ...]:
     """Freeze the groups whose consumers cannot be refitted, and say why.
 
@@ -339,28 +296,45 @@ def freeze_unreadable(
         Its groups; the frozen ones stay as they are.
     elsewhere
         Modules whose weights other code than their own reads, too.
+    mixtures
+        Modules that were seen to be mixtures of experts.
     """
-    return tuple(_frozen_if_unreadable(model, group, elsewhere) for group in groups)
+
+    def reason(slots: tuple[Slot, ...]) -> str | None:
+        tensor, module = slots[0].tensor, slots[0].module
+        if module in elsewhere:
+            return _READ_ELSEWHERE.format(tensor, module)
+        if mixture_of(model, slots) is not None and module not in mixtures:
+            kind = type(model.get_submodule(module)).__name__
+            return _NO_MIXTURE.format(tensor, module, kind)
+        return _unreadable(model, slots)
+
+    return tuple(
+        group if group.frozen else _with_steps(model, _frozen(group, reason)) for group in groups
+    )
 
 
-def _frozen_if_unreadable(
-    model: nn.Module, group: CouplingGroup, elsewhere: Collection[str]
+def _frozen(
+    group: CouplingGroup, reason: Callable[[tuple[Slot, ...]], str | None]
 ) -> CouplingGroup:
-    if group.frozen:
-        return group
-    reasons = (
-        (
-            slots,
-            _READ_ELSEWHERE.format(*(slots[0].tensor, slots[0].module))
-            if slots[0].module in elsewhere
-            else _unreadable(model, slots),
-        )
-        for slots in _by_tensor(group)
-    )
-    freezes = tuple(
-        Freeze(reason, "refit", slots[0].module) for slots, reason in reasons if reason is not None
-    )
+    reasons = ((slots[0].module, reason(slots)) for slots in _by_tensor(group))
+    freezes = tuple(Freeze(said, "refit", module) for module, said in reasons if said is not None)
     return dataclasses.replace(group, frozen=freezes)
+
+
+def _with_steps(model: nn.Module, group: CouplingGroup) -> CouplingGroup:
+    """Note which widths kernels take that multiply all experts at once: rows of 16 bytes.
+
+    The model may run another kernel now, and what is saved of it is run by any.
+    """
+    found = mixtures_of(model, [group])
+    if not found:
+        return group
+    step = max(_KERNEL_BYTES // one.weight.element_size() for one in found.values())
+    if step >= group.units:
+        module = next(iter(found))
+        return dataclasses.replace(group, frozen=(Freeze(_TOO_NARROW.format(step), "", module),))
+    return dataclasses.replace(group, step=step)
 
 
 def _by_tensor(group: CouplingGroup) -> tuple[tuple[Slot, ...], ...]:
@@ -381,16 +355,18 @@ def _unreadable(model: nn.Module, slots: tuple[Slot, ...]) -> str | None:
             f"is read by {tensor!r} of {weight.dtype}, and only real weights are refitted: a least-"
             "squares problem over complex numbers is another one"
         )
-    if not any(getattr(module, name) is weight for name in _weights(module)):
-        return (
-            f"is read by {tensor!r} in {slots[0].module!r}, a {type(module).__name__}; only "
-            "Linear, Conv1D, convolution and recurrent layers can be refitted"
-        )
-    if not _is_what_it_seems(module):
-        return (
-            f"is read by {tensor!r} in {slots[0].module!r}, whose forward pass is not that of a "
-            "plain layer; what it computes cannot be refitted"
-        )
+    if mixture_of(model, slots) is None:
+        if not any(getattr(module, name) is weight for name in _weights(module)):
+            return (
+                f"is read by {tensor!r} in {slots[0].module!r}, a {type(module).__name__}; only "
+                "Linear, Conv1D, convolution and recurrent layers and mixtures of experts can be "
+                "refitted"
+            )
+        if not _is_what_it_seems(module):
+            return (
+                f"is read by {tensor!r} in {slots[0].module!r}, whose forward pass is not that of "
+                "a plain layer; what it computes cannot be refitted"
+            )
     users = [
         user
         for user, other in model.named_modules()
@@ -466,6 +442,14 @@ def _maps(model: nn.Module, module: nn.Module, slots: tuple[Slot, ...]) -> Itera
         own = _channels_of_part(slots[0], channels, part, indices)
         if own:
             yield ConvolutionMap(name, module, slots, torch.tensor(own), has_bias, windows, part)
+
+
+def _experts(mixture: Mixture, slots: tuple[Slot, ...]) -> Iterator[LinearMap]:
+    indices = sorted(i for slot in slots for i in slot.indices(range(slot.units)))
+    for expert in range(len(mixture.weight)):
+        yield ExpertMap(
+            slots[0].module, mixture.module, slots, torch.tensor(indices), False, mixture, expert
+        )
 
 
 def _channels_of_part(slot: Slot, channels: int, part: int, indices: Sequence[int]) -> list[int]:

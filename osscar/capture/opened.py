@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 import graph
 from graph import CouplingGroup
-from osscar.capture.linear_maps import expose_attention, freeze_unreadable
+from osscar.capture.linear_maps import expose_attention, freeze_unreadable, mixtures_of
 from osscar.capture.readers import weights_read_elsewhere
+from osscar.capture.routing import followed_mixtures, sound_mixtures
 from osscar.capture.scratch import Untouched
 from osscar.core.errors import CalibrationError, EquivalenceError, FileError
 from osscar.core.modules import (
@@ -147,11 +148,13 @@ def opened(
         with untouched.observing(work):
             expected = _outputs(work, example)
         folded = _prepare(work, example, expected, heads)
-        with shapes_only(work):
+        with shapes_only(work), followed_mixtures(work):
             traced, in_programs = _traced(work, example, programs)
         with weights_read_elsewhere(work) as elsewhere, untouched.observing(work):
             _check_runs(work, example)
-        groups = freeze_unreadable(work, traced.groups, elsewhere)
+        with untouched.observing(work):
+            mixtures = sound_mixtures(work, example, mixtures_of(work, traced.groups))
+        groups = freeze_unreadable(work, traced.groups, elsewhere, mixtures)
         _unfold_whole(folded, groups)
         yield Opened(
             model=work,

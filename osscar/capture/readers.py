@@ -15,9 +15,6 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-_REFITTED = ("weight", "bias")
-"""How the names of parameters begin that a refit changes."""
-
 
 class _Watch(TorchFunctionMode):
     """Notes which module is running when an operator reads a weight."""
@@ -61,8 +58,7 @@ def weights_read_elsewhere(model: nn.Module) -> Iterator[set[str]]:
     owners = {
         id(tensor): name
         for name, module in model.named_modules()
-        for kind, tensor in module._parameters.items()
-        if kind.startswith(_REFITTED) and tensor is not None
+        for tensor in module.parameters(recurse=False)
     }
     found: set[str] = set()
     watch = _Watch(owners, found)

@@ -17,8 +17,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from osscar.capture.consumer import LinearMap
 from osscar.capture.gram import GramAccumulator, Moments
-from osscar.capture.linear_maps import LinearMap
 
 DAMPS = (0.01, 0.03, 0.1, 0.3, 1.0)
 """What is tried; the error is flat around its least."""
@@ -66,7 +66,8 @@ def best_regularization(
     Parameters
     ----------
     accumulators
-        What the consumers of one group read, with held-out samples.
+        What the consumers of one group read, with held-out samples; those of which none were held
+        out have no say.
     keep
         How many units stay.
     damps
@@ -74,11 +75,12 @@ def best_regularization(
     share
         Of the corrections, where that is given.
     """
-    layers = [_Layer(a.linear_map, a.fitted, a.held) for a in accumulators]
+    layers = [_Layer(a.linear_map, a.fitted, a.held) for a in accumulators if not a.unread]
     sizes = _sizes(layers)
     parts = [
         _Part.of(layer, rows, sizes[layer.map.name])
         for layer, rows in zip(layers, _kept_rows(layers, sizes, keep), strict=True)
+        if layer.held is not None
     ]
     default = DEFAULT_DAMP if DEFAULT_DAMP in damps else damps[0]
     best, least = Regularization(default, share or 0.0), math.inf

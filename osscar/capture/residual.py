@@ -29,6 +29,11 @@ _ADDITIONS = frozenset(
     }
 )
 
+_RESHAPES = frozenset(
+    {torch.reshape, Tensor.reshape, Tensor.view, torch.unflatten, Tensor.unflatten}
+)
+"""What mixtures of experts, which work on a matrix of tokens, do with their outputs."""
+
 
 @dataclass(frozen=True)
 class Place:
@@ -67,7 +72,7 @@ def streams(
     -------
     dict
         By consumer, only of those that are called once, and to whose output something is added
-        that has passed a module before, unchanged since.
+        that has passed a module before, unchanged since.  That may have other leading dimensions.
     """
     watch = _Watch(set(names))
     handles = []
@@ -154,6 +159,13 @@ class _Watch(TorchFunctionMode):
             self._alive += [result, *args[:2]]
             self._add(args[0], versions[0], args[1], result)
             self._add(args[1], versions[1], args[0], result)
+        if (
+            func in _RESHAPES
+            and id(args[0]) in self._parts
+            and result.shape[-1:] == args[0].shape[-1:]
+        ):
+            self._alive.append(result)
+            self._parts.setdefault(id(result), set()).update(self._parts[id(args[0])])
         return result
 
     def _add(self, other: Tensor, version: int, own: Tensor, result: Tensor) -> None:
@@ -220,7 +232,7 @@ class Keeper:
             return None
         total = self._kept[places[0]]
         for place in places[1:]:
-            total = total + self._kept[place]
+            total = total + self._kept[place].reshape(total.shape)
         for place in places:
             if self._last[place] == consumer:
                 del self._kept[place]

@@ -41,9 +41,9 @@ class Target(enum.StrEnum):
         dense, pruned
             What the consumer puts out with its dense weights, in either stream.
         dense_stream, pruned_stream
-            What is added to it, where that is known.
+            What is added to it, where that is known; it may lie in other leading dimensions.
         """
         D = dense - pruned
         if self is Target.RESIDUAL and dense_stream is not None and pruned_stream is not None:
-            D = D + (dense_stream - pruned_stream)
+            D = D + (dense_stream - pruned_stream).reshape(D.shape)
         return D

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -29,6 +30,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from graph import CouplingGroup
 from graph.export import failing_module
 from osscar.capture.away import Away
+from osscar.capture.consumer import LinearMap
 from osscar.capture.coroutines import (
     Arrival,
     Coroutine,
@@ -38,11 +40,12 @@ from osscar.capture.coroutines import (
     suspend,
 )
 from osscar.capture.gram import GramAccumulator, add_up, pose
-from osscar.capture.linear_maps import LinearMap, argument_read, linear_maps
+from osscar.capture.linear_maps import linear_maps
 from osscar.capture.opened import Opened
 from osscar.capture.recurrent import RECURRENT, input_gates
 from osscar.capture.regularization import DAMPS, DEFAULT_DAMP, Regularization, best_regularization
 from osscar.capture.residual import Keeper, kept_streams, streams
+from osscar.capture.routing import Routed, afresh, argument, output_of
 from osscar.capture.scratch import Scratch, recorded_writes
 from osscar.capture.targets import Target
 from osscar.core.errors import CalibrationError, ModelError, OsscarError
@@ -51,15 +54,21 @@ from osscar.core.phases import Phase, phase
 from osscar.data.batches import Batch
 from solvers import SubsetProblem
 
+_MOST_TOLD = 8
+
 DenseTensors: TypeAlias = Mapping[str, Tensor]
 """Parameters of one module as the dense model has them, by name."""
 
 
-def dense_tensors(module: nn.Module) -> DenseTensors:
-    """Return copies of a module's own parameters."""
-    return {
-        name: tensor.detach().clone() for name, tensor in module.named_parameters(recurse=False)
-    }
+def dense_tensors(consumers: Iterable[LinearMap]) -> dict[str, DenseTensors]:
+    """Return copies of what commits of these consumers change, by module."""
+    found: dict[str, dict[str, Tensor]] = {}
+    for one in consumers:
+        own = found.setdefault(one.name, {})
+        for name, tensor in one.module.named_parameters(recurse=False):
+            if name in one.parameters and name not in own:
+                own[name] = tensor.detach().clone()
+    return dict(found)
 
 
 @dataclass(eq=False)
@@ -91,6 +100,24 @@ class Site:
         """What reads the group, as matrices."""
         return tuple(gram.linear_map for gram in self.grams)
 
+    @property
+    def known(self) -> tuple[GramAccumulator, ...]:
+        """Of the consumers that read anything: an expert to which no token is sent keeps its rows.
+
+        All of them where none did.
+        """
+        return tuple(gram for gram in self.grams if not gram.unread) or self.grams
+
+    @property
+    def unread(self) -> tuple[str, ...]:
+        """The other consumers, as messages call them."""
+        return tuple(gram.linear_map.label for gram in self.grams if gram not in self.known)
+
+    @property
+    def positions(self) -> int:
+        """At how many positions weights are fitted, of the consumer that reads at the fewest."""
+        return min(gram.rows for gram in self.known)
+
     def problem(self, keep: int, damp: float) -> SubsetProblem:
         """Pose the group's problem; the sums become its matrices, so that this is done once.
 
@@ -100,8 +127,19 @@ class Site:
             How many units stay.
         damp
             Weight of the proximal term, relative to each entry on the Gram matrix's diagonal.
+
+        Warns
+        -----
+        UserWarning
+            If consumers read nothing, or too little: see `osscar.capture.gram.pose`.
         """
-        return pose(self.grams, keep, self.group.name, damp, self.share, last=True)
+        if self.unread:
+            warnings.warn(
+                f"no calibration token is sent to {_listed(self.unread)}, whose weights stay as "
+                "they are, but for the units that leave; give more samples",
+                stacklevel=2,
+            )
+        return pose(self.known, keep, self.group.name, damp, self.share, last=True)
 
     def regularization(
         self, keep: int, damp: float | None = None, share: float | None = None
@@ -118,15 +156,20 @@ class Site:
         damp, share
             What is asked for, if it is.
         """
-        if any(gram.held is None for gram in self.grams):
+        if all(gram.held is None for gram in self.known):
             return Regularization(DEFAULT_DAMP if damp is None else damp, share or 0.0)
         damps = DAMPS if damp is None else (damp,)
-        return best_regularization(self.grams, keep, damps, share)
+        return best_regularization(self.known, keep, damps, share)
 
     def commit(self, weights: Sequence[Tensor]) -> None:
-        """Write the refitted weights, one matrix (p, m) a consumer; the batches go on through them.
+        """Write the refitted weights; the batches go on through them.
 
         Where a consumer has a bias, that takes up what changes in the means.
+
+        Parameters
+        ----------
+        weights
+            One matrix (p, m) for each consumer that is `known`.
 
         Raises
         ------
@@ -136,7 +179,7 @@ class Site:
             If the groups are not measured in turn.
         """
         with self._written():
-            for gram, W in zip(self.grams, weights, strict=True):
+            for gram, W in zip(self.known, weights, strict=True):
                 change = gram.bias(W)
                 gram.linear_map.write_weight(W)
                 if change is not None:
@@ -267,7 +310,8 @@ class Walk:
         """Return each call with the tensor that it reads, and how often that was written to."""
         calls: list[tuple[str, Tensor, int]] = []
 
-        def see(name: str, x: Tensor) -> None:
+        def see(name: str, argument: Any) -> None:
+            x = argument.hidden if isinstance(argument, Routed) else argument
             # Nobody counts the writes to tensors of inference mode: no two of them are the same.
             calls.append((name, x, -len(calls) - 1 if x.is_inference() else x._version))
 
@@ -428,9 +472,10 @@ class Walk:
             assert dense.output is not None
             assert output is not None
             D = self._target.correction(dense.output, output, dense.stream, arrival.stream)
+        x = afresh(arrival.x)
         with phase(Phase.GRAM):
             for gram in grams:
-                add_call(gram, arrival.x, D, held=run.index >= self._held_from)
+                add_call(gram, x, D, held=run.index >= self._held_from)
 
     def _bring(self, run: Coroutine, call: int) -> Arrival:
         """Let a batch run on to a call: it stands before it then, in the dense stream after."""
@@ -482,28 +527,28 @@ class Walk:
     def _committing(self, site: Site) -> None:
         """Keep dense weights that batches of the dense stream will run through once more."""
         if self._target.needs_dense and self._starts_again_after[site.group.name]:
-            for consumer in site.consumers:
-                self._originals.setdefault(consumer.name, dict(dense_tensors(consumer.module)))
+            for name, dense in dense_tensors(site.consumers).items():
+                self._originals.setdefault(name, dict(dense))
 
     @contextmanager
     def _watched(self) -> Iterator[None]:
         """Suspend passes of the pruned stream before each consumer, dense ones after it."""
 
-        def before(name: str, x: Tensor) -> None:
+        def before(name: str, x: Any) -> None:
             run = running()
             if run is not None and run.stream is Stream.PRUNED:
                 suspend(Arrival(name, x, self._output(name, x), run.keeper.take(name)))
             elif run is not None:
                 self._exchange(name)
 
-        def after(name: str, x: Tensor, y: Tensor) -> None:
+        def after(name: str, x: Any, y: Tensor) -> None:
             run = running()
             if run is not None and run.stream is Stream.DENSE:
                 output = self._recurrent_output(name, x)
                 self._exchange(name)
                 suspend(Arrival(name, x, y if output is None else output, run.keeper.take(name)))
 
-        def exchange(name: str, _: Tensor) -> None:
+        def exchange(name: str, _: Any) -> None:
             run = running()
             if run is not None and run.stream is Stream.DENSE:
                 self._exchange(name)
@@ -522,7 +567,7 @@ class Walk:
         ):
             yield
 
-    def _output(self, name: str, x: Tensor) -> Tensor | None:
+    def _output(self, name: str, x: Any) -> Tensor | None:
         """Return what a consumer makes of its inputs as long as nothing new is committed.
 
         Called by the pass itself, so that autocast holds as it does for the module.
@@ -531,7 +576,7 @@ class Walk:
             return None
         found = self._recurrent_output(name, x)
         if found is None:
-            found = self._opened.model.get_submodule(name).forward(x)
+            found = output_of(self._opened.model.get_submodule(name), x)
         assert isinstance(found, Tensor)
         return found
 
@@ -581,6 +626,11 @@ def batch_named(model: nn.Module, batch: int) -> Iterator[None]:
         ) from error
 
 
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _MOST_TOLD} more" if len(names) > _MOST_TOLD else ""
+    return ", ".join(names[:_MOST_TOLD]) + more
+
+
 def _parted(batches: Sequence[Batch], held: int) -> tuple[list[Batch], int]:
     """Return batches none of which is held out in part, and how many of them are not at all."""
     fitted: list[Batch] = []
@@ -596,9 +646,10 @@ def _parted(batches: Sequence[Batch], held: int) -> tuple[list[Batch], int]:
     return [*fitted, *rest], len(fitted)
 
 
-def add_call(gram: GramAccumulator, x: Tensor, D: Tensor | None, *, held: bool) -> None:
+def add_call(gram: GramAccumulator, x: Any, D: Tensor | None, *, held: bool) -> None:
     """Add what a consumer reads in a call, with corrections in the form of its output."""
-    corrections = None if D is None else gram.linear_map.read_outputs(D)
+    corrections = None if D is None else gram.linear_map.read_corrections(D, x)
+    gram.pass_over(gram.linear_map.passed_over(x), held=held)
     done = 0
     for X in gram.linear_map.read_inputs(x):
         D_part = None if corrections is None else corrections[done : done + len(X)]
@@ -610,21 +661,21 @@ def add_call(gram: GramAccumulator, x: Tensor, D: Tensor | None, *, held: bool) 
 def _hooked(
     model: nn.Module,
     names: Iterable[str],
-    before: Callable[[str, Tensor], None],
-    after: Callable[[str, Tensor, Tensor], None] | None = None,
+    before: Callable[[str, Any], None],
+    after: Callable[[str, Any, Tensor], None] | None = None,
 ) -> Iterator[None]:
     """Show what modules are called with, before they run, and what they put out."""
 
     def reading(name: str) -> Callable[..., None]:
-        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            before(name, argument_read(args, kwargs))
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            before(name, argument(module, args, kwargs))
 
         return hook
 
     def writing(name: str) -> Callable[..., None]:
-        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        def hook(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
             assert after is not None
-            after(name, argument_read(args, kwargs), output)
+            after(name, argument(module, args, kwargs), output)
 
         return hook
 

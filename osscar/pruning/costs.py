@@ -211,11 +211,23 @@ def _of_weights(
     """Return the operations of each entry of the weights that layers multiply with."""
     prices: dict[str, float] = {}
     for name, module in model.named_modules():
-        weight = module._parameters.get("weight")
-        if weight is not None and weight.ndim > 1 and id(weight) in names and own[name] > 0:
+        matrices = [weight for weight in _matrices(module) if id(weight) in names]
+        entries = sum(weight.numel() for weight in matrices)
+        for weight in matrices if own[name] > 0 else ():
             owner = names[id(weight)]
-            prices[owner] = prices.get(owner, 0.0) + own[name] / weight.numel()
+            prices[owner] = prices.get(owner, 0.0) + own[name] / entries
     return prices
+
+
+def _matrices(module: nn.Module) -> list[nn.Parameter]:
+    """Return what a module multiplies with: its weight, or the matrices of several experts.
+
+    All entries of the latter meet as many tokens, on average over the experts.
+    """
+    weight = module._parameters.get("weight")
+    if weight is not None:
+        return [weight] if weight.ndim > 1 else []
+    return [p for p in module._parameters.values() if p is not None and p.ndim == 3]
 
 
 def _of_attention(groups: Sequence[CouplingGroup], own: Mapping[str, float]) -> dict[str, float]:

@@ -18,8 +18,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from graph import CouplingGroup
-from osscar.capture.linear_maps import LinearMap, argument_read, linear_maps
+from osscar.capture.consumer import LinearMap
+from osscar.capture.linear_maps import linear_maps
 from osscar.capture.opened import Opened
+from osscar.capture.routing import afresh, argument
 from osscar.capture.walk import batch_named
 from osscar.core.errors import ModelError, NonFiniteError
 from osscar.core.modules import device_of, fresh
@@ -56,7 +58,7 @@ def measure_fluctuations(
     found = {g.name: [_Inputs.of(one) for one in linear_maps(ready.model, g)] for g in groups}
     _run(ready, [inputs for several in found.values() for inputs in several])
     return {
-        name: torch.stack([inputs.unit_scores() for inputs in several]).mean(0).numpy()
+        name: torch.stack([inputs.unit_scores() for inputs in _read(several)]).mean(0).numpy()
         for name, several in found.items()
     }
 
@@ -90,12 +92,12 @@ class _Inputs:
         )
         return cls(linear_map, nothing, nothing.clone())
 
-    def add(self, x: Tensor) -> None:
+    def add(self, x: Any) -> None:
         """Add one call of the module."""
         for X in map(Tensor.double, self.linear_map.read_inputs(x)):
             if not bool(torch.isfinite(X).all()):
                 raise NonFiniteError(
-                    f"the inputs of {self.linear_map.name!r} have NaN or infinite entries; check "
+                    f"the inputs of {self.linear_map.label!r} have NaN or infinite entries; check "
                     "the weights before it, or use --dtype float32"
                 )
             before, self.positions = self.positions, self.positions + len(X)
@@ -122,6 +124,12 @@ class _Inputs:
         )
 
 
+def _read(several: Sequence[_Inputs]) -> Sequence[_Inputs]:
+    """Leave out the experts to which no token was sent, where some were sent to others."""
+    read = {one.linear_map.name for one in several if one.positions}
+    return [one for one in several if one.positions or one.linear_map.name not in read]
+
+
 def _run(ready: Opened, every: Sequence[_Inputs]) -> None:
     """Show each consumer's inputs to what sums them up."""
     by_module: dict[str, list[_Inputs]] = {}
@@ -129,8 +137,8 @@ def _run(ready: Opened, every: Sequence[_Inputs]) -> None:
         by_module.setdefault(inputs.linear_map.name, []).append(inputs)
 
     def watch(several: Sequence[_Inputs]) -> Callable[..., None]:
-        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-            x = argument_read(args, kwargs)
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+            x = afresh(argument(module, args, kwargs))
             for inputs in several:
                 inputs.add(x)
 

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from osscar.capture.opened import Opened
+from osscar.capture.recurrent import RECURRENT, input_gates
+from osscar.capture.routing import Routed, argument, copied_call
 from osscar.capture.walk import batch_named
 from osscar.core.modules import fresh
 from osscar.core.phases import Clock
@@ -96,7 +98,7 @@ class ForwardCosts:
         return self.many.before[call] / self.many.seconds
 
 
-Seen: TypeAlias = dict[str, list[tuple[Tensor, Tensor]]]
+Seen: TypeAlias = dict[str, list[tuple[Any, Tensor]]]
 """What modules were called with, and what they put out."""
 
 
@@ -134,11 +136,12 @@ def timed_pass(
         def end(module: nn.Module, args: Any, kwargs: Any, y: Any) -> None:
             nonlocal copying
             after.append(passed())
-            x = args[0] if args else next(iter(kwargs.values()))
-            shapes[name].append(x.shape)
+            x = argument(module, args, kwargs)
+            shapes[name].append((x.hidden if isinstance(x, Routed) else x).shape)
             if name in seen:
                 since = clock()  # no pass of the run copies anything
-                seen[name].append((x.detach().clone(), y.detach().clone()))
+                y = input_gates(module, x) if isinstance(module, RECURRENT) else y
+                seen[name].append((copied_call(x), y.detach().clone()))
                 copying += clock() - since
 
         return begin, end

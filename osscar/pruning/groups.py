@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 import solvers
 from graph import CouplingGroup
-from osscar.capture.linear_maps import LinearMap, linear_maps
+from osscar.capture.consumer import LinearMap
+from osscar.capture.linear_maps import linear_maps
 from osscar.capture.opened import Opened
 from osscar.capture.targets import Target
 from osscar.capture.walk import DenseTensors, Site, Walk, dense_tensors, walk
@@ -134,7 +135,7 @@ def _replay(
             f"the log of the run holds weights of another form for {name!r}; begin anew with "
             "--restart"
         )
-    dense = {consumer.name: dense_tensors(consumer.module) for consumer in consumers}
+    dense = dense_tensors(consumers)
     for (_, _, write), tensor in zip(places, record.weights, strict=True):
         write(tensor.double())
     return dense
@@ -182,6 +183,8 @@ def solved(site: Site, keep: int, request: PruningRequest, began: float) -> Site
         solution.record(verification),
         damp=chosen.damp,
         blend=chosen.share,
+        positions=site.positions,
+        unread=len(site.unread),
         measure_seconds=measured - began,
         solve_seconds=time.perf_counter() - measured,
     )

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 
 import solvers
 from graph import CouplingGroup, Role, Slot
+from osscar.capture.consumer import LinearMap
 from osscar.capture.curvature import Factors, one_pass, small_batches
 from osscar.capture.gram import GramAccumulator
-from osscar.capture.linear_maps import FeatureMap, LinearMap, linear_maps
+from osscar.capture.linear_maps import FeatureMap, linear_maps
 from osscar.capture.opened import Opened
 from osscar.capture.targets import Target
 from osscar.capture.walk import Site, add_call
@@ -105,7 +106,7 @@ def sorts(
 
 
 def _weight_shape(one: LinearMap) -> torch.Size:
-    weight = one.module.weight
+    weight = getattr(one.module, one.parameters[0])
     assert isinstance(weight, Tensor)
     return weight.shape
 
@@ -165,7 +166,7 @@ def layer_costs(
     """
     corrected = Target(request.target).needs_dense
     gram = _gram_seconds(sort, seen, ready.inputs.samples / samples, corrected, held, clock)
-    layers = [_Read.of(one, seen[one.name]) for one in sort.maps]
+    layers = [read for one in sort.maps if len((read := _Read.of(one, seen[one.name])).X)]
     scales = _scales(sort, request)
     _solve(layers, sort, request, 0.0, corrected=corrected, held=held, clock=clock)  # to warm up
     found = [
@@ -235,7 +236,7 @@ class _Read:
     map: LinearMap
 
     @classmethod
-    def of(cls, one: LinearMap, calls: Sequence[tuple[Tensor, Tensor]]) -> _Read:
+    def of(cls, one: LinearMap, calls: Sequence[tuple[Any, Tensor]]) -> _Read:
         """Take the first positions of what was seen."""
         parts: list[Tensor] = []
         for part in one.read_inputs(calls[0][0]):
@@ -243,7 +244,7 @@ class _Read:
             if sum(map(len, parts)) >= _POSITIONS:
                 break
         X = torch.cat(parts)[:_POSITIONS]
-        return cls(X, one.read_outputs(calls[0][1])[: len(X)], one)
+        return cls(X, one.read_outputs(calls[0][1], calls[0][0])[: len(X)], one)
 
     def part(self, units: int, share: float) -> tuple[FeatureMap, Tensor, Tensor]:
         """Return a linear layer that reads the first units and has a share of the outputs.
@@ -352,8 +353,8 @@ def _factor_seconds(ready: Opened, sort: Sort, seen: Seen, samples: int, clock: 
     for one in sort.maps:
         factors = _factors(ready, one)
         for x, y in seen[one.name]:
-            apart = factors.axis is not None and len(x) == samples
-            factors.add(x[:1], y[:1], 1 if apart else None)  # to warm up
+            apart = factors.axis is not None and isinstance(x, Tensor) and len(x) == samples
+            factors.add(x, y, samples if apart else None)  # to warm up
             began = clock()
             factors.add(x, y, samples if apart else None)
             seconds += (clock() - began) / samples

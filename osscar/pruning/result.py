@@ -38,6 +38,12 @@ class LayerReport(solvers.SolutionRecord):
         Weight of the proximal term.
     blend
         How much of what the target adds to that of ``weights`` counts.
+    positions
+        Of the calibration data at which its weights were fitted; where several consumers read the
+        group, such as experts to each of which some tokens are sent, at the one with the fewest.
+    unread
+        Consumers that read nothing at any position: experts to which no token was sent.  They keep
+        the weights of the units that stay.
     measure_seconds, solve_seconds
         Wall time of the walk to this group with its Gram matrices, and of the solver with the
         refit and, if asked for, the verification.
@@ -50,6 +56,8 @@ class LayerReport(solvers.SolutionRecord):
     dead: int
     damp: float
     blend: float
+    positions: int
+    unread: int
     measure_seconds: float
     solve_seconds: float
 
@@ -62,6 +70,8 @@ class LayerReport(solvers.SolutionRecord):
         *,
         damp: float,
         blend: float,
+        positions: int,
+        unread: int,
         measure_seconds: float,
         solve_seconds: float,
     ) -> LayerReport:
@@ -75,6 +85,8 @@ class LayerReport(solvers.SolutionRecord):
             dead=len(problem.dead),
             damp=damp,
             blend=blend,
+            positions=positions,
+            unread=unread,
             measure_seconds=measure_seconds,
             solve_seconds=solve_seconds,
         )

@@ -152,16 +152,21 @@ def count_kept(group: CouplingGroup, asked: Fraction | int, round_to: int) -> in
             f"keeping {float(asked):g} of the {group.units} {group.kind} of {group.name!r} "
             "keeps none; ask for a lower sparsity"
         )
-    if round_to == 1 or count == group.units:
+    if count == group.units:
         return count
     step, largest = _steps(group, round_to)
+    if step == 1:
+        return count
     return min(max(step, math.floor(exact / step + Fraction(1, 2)) * step), largest)
 
 
 def _steps(group: CouplingGroup, round_to: int) -> tuple[int, int]:
-    """Return by how many units the width moves to stay a multiple of `round_to`, and the most."""
+    """Return by how many units the width moves to stay a multiple of `round_to`, and the most.
+
+    Kernels may ask for longer steps.
+    """
     width = min((slot.width for slot in group.slots), default=1)
-    step = round_to // math.gcd(round_to, width)
+    step = math.lcm(round_to // math.gcd(round_to, width), group.step)
     largest = group.units // step * step
     if largest == 0:
         raise RequestError(

@@ -19,6 +19,7 @@ from osscar.pruning.prune import prune_as_asked
 from osscar.pruning.request import PruningRequest
 from osscar.pruning.result import PruningResult
 from tests.osscar.families import tiny, tokens
+from tests.osscar.mixtures import mixture
 from tests.osscar.networks import images, small_net
 
 
@@ -51,6 +52,9 @@ CASES = {
     "images": Case(small_net, images, {"sparsity": 0.4, "residual": 0.75, "batch_size": 12}),
     "estimated statistics": Case(
         small_net, images, {"channels": 0.5, "batch_norm": "estimate", "batch_size": 10}
+    ),
+    "experts": Case(
+        lambda: mixture("mixtral"), lambda: tokens(16, 24), {"neurons": 0.5, "batch_size": 3}
     ),
 }
 TWO_BATCHES = Case(lambda: tiny("llama-gqa"), tokens, {"sparsity": 0.5, "damp": None})

@@ -541,8 +541,8 @@ def test_random_numbers_of_a_model_are_not_those_of_its_user():
 
 
 def test_a_model_of_which_nothing_can_be_pruned_says_why_and_asks_for_nothing_else():
-    config = transformers.OlmoeConfig(
-        vocab_size=97, hidden_size=48, intermediate_size=40, num_hidden_layers=2,
+    config = transformers.OlmoeConfig(  # whose experts have no width that kernels take but this
+        vocab_size=97, hidden_size=48, intermediate_size=4, num_hidden_layers=2,
         num_attention_heads=6, num_key_value_heads=3, num_experts=4, num_experts_per_tok=2,
     )  # fmt: skip
     model = transformers.AutoModelForCausalLM.from_config(config).eval()

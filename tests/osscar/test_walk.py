@@ -422,7 +422,7 @@ def _expected_targets(ready, dense, site, share):
             )
             for read, a, b in zip(x, pruned, wanted, strict=True):
                 inputs += [piece.double() for piece in consumer.read_inputs(read)]
-                corrections.append(consumer.read_outputs((b - a) * share).double())
+                corrections.append(consumer.read_outputs((b - a) * share, read).double())
         X, D = torch.cat(inputs), torch.cat(corrections)
         if consumer.has_bias:
             X, D = X - X.mean(0), D - D.mean(0)

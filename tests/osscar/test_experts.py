@@ -1,0 +1,407 @@
+"""Mixtures of experts: what their experts read, refits of them, and what becomes of the model."""
+
+import copy
+import dataclasses
+
+import pytest
+import torch
+from torch import nn
+
+import osscar
+from osscar.capture.curvature import Factors, curvature
+from osscar.capture.linear_maps import ExpertMap, linear_maps
+from osscar.capture.opened import opened
+from osscar.capture.residual import streams
+from osscar.capture.routing import Mixture, Routed
+from osscar.capture.walk import walk
+from osscar.core.errors import FrozenGroupError, NonFiniteError
+from osscar.pruning.prune import prune_as_asked
+from osscar.pruning.request import PruningRequest
+from osscar.pruning.run_log import RunLog
+from osscar.shrinking.mask import masked
+from tests.osscar.families import tokens
+from tests.osscar.interruptions import TIMES
+from tests.osscar.mixtures import MIXTURES, mixture
+from tests.osscar.test_run_log import Killed
+
+PLAIN = {"target": "weights", "damp": 1e-6, "device": "cpu"}
+KERNELS = ("grouped_mm", "batched_mm", "eager")
+
+
+def of_experts(ready):
+    """Return the groups that experts read."""
+    return [
+        group
+        for group in ready.groups
+        if group.prunable and isinstance(linear_maps(ready.model, group)[0], ExpertMap)
+    ]
+
+
+def calls(model, name, data):
+    """Return what a mixture is called with, and what it puts out."""
+    found = []
+
+    def hook(module, args, kwargs, output):
+        found.append((Routed.of(module, args, kwargs), output))
+
+    handle = model.get_submodule(name).register_forward_hook(hook, with_kwargs=True)
+    with torch.no_grad():
+        model(input_ids=data)
+    handle.remove()
+    return found
+
+
+def by_hand(experts, x, expert):
+    """Compute in double precision what one expert reads, times the routing weight."""
+    place, slot = (x.experts == expert).nonzero(as_tuple=True)
+    hidden, weight = x.hidden[place].double(), x.weights[place, slot].double()
+    gates = experts.gate_up_proj[expert].double()
+    gated = hidden @ (gates if experts.is_transposed else gates.T)
+    if experts.has_bias:
+        gated = gated + experts.gate_up_proj_bias[expert].double()
+    return experts._apply_gate(gated) * weight[:, None], place
+
+
+# ---- families ----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", params=MIXTURES)
+def pruned(request):
+    model = mixture(request.param)
+    before = copy.deepcopy(model.state_dict())
+    data = tokens(16, 24)
+    return model, before, data, osscar.prune(model, data, neurons=0.5, device="cpu")
+
+
+def test_experts_lose_neurons_and_the_model_is_proved(pruned):
+    model, before, data, result = pruned
+    experts = [layer for layer in result.layers if layer.name.endswith(".experts.neurons")]
+    assert len(experts) in (1, 2)
+    for layer in experts:
+        assert layer.kept == layer.units // 2
+        assert 0 < layer.positions < data.numel()
+        assert layer.unread == 0
+        module = result.model.get_submodule(layer.name.removesuffix(".neurons"))
+        dim = 1 if module.is_transposed else 2
+        assert module.down_proj.shape[dim] == layer.kept
+    assert result.equivalence_error < 1e-5
+    assert not result.left_alone
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+
+
+def test_a_refit_beats_dropping_neurons(pruned):
+    """Of the calibration data: the loss of each layer, refitted or with the dense weights."""
+    model, _, data, _ = pruned
+    with opened(model, data) as ready:
+        groups = of_experts(ready)
+        for site in walk(ready, groups, in_turn=False):
+            consumers = [gram.consumer(1e-6) for gram in site.known]
+            kept = torch.arange(site.group.units // 2)
+            for consumer in consumers:
+                rows = consumer.support_rows(kept)
+                dense = torch.zeros_like(consumer.W0)
+                dense[rows] = consumer.W0[rows]
+                fitted = torch.zeros_like(dense)
+                fitted[rows] = torch.linalg.solve(consumer.H[rows][:, rows], consumer.G[rows])
+                losses = [
+                    float((W * (consumer.H @ W - 2 * consumer.G)).sum()) + consumer.e
+                    for W in (dense, fitted)
+                ]
+                assert losses[1] < 0.95 * losses[0]
+
+
+def test_a_pruned_mixture_is_saved_loaded_and_generates(pruned, tmp_path):
+    _, _, data, result = pruned
+    result.save(tmp_path / "smaller")
+    again = osscar.load(tmp_path / "smaller")
+    with torch.no_grad():
+        assert torch.equal(again(input_ids=data).logits, result.model(input_ids=data).logits)
+    prompt = {"input_ids": data[:1, :6], "attention_mask": torch.ones(1, 6, dtype=torch.int64)}
+    ours, theirs = (
+        m.generate(**prompt, max_new_tokens=6, do_sample=False) for m in (result.model, again)
+    )
+    assert torch.equal(ours, theirs)
+
+
+# ---- what experts read -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("family", ["mixtral", "gpt-oss", "qwen3-moe"])
+def test_what_experts_read_is_found_whatever_multiplies_them(family, kernel):
+    model, data = mixture(family, kernel=kernel), tokens(3, 16)
+    with opened(model, data) as ready:
+        for group in of_experts(ready):
+            maps = linear_maps(ready.model, group)
+            experts = ready.model.get_submodule(maps[0].name)
+            [(x, y)] = calls(ready.model, maps[0].name, data)
+            total = torch.zeros_like(y, dtype=torch.float64)
+            for one in maps:
+                X, token = by_hand(experts, x, one.expert)
+                [found] = one.read_inputs(x)
+                assert (found - X).abs().max() < 1e-5 * X.abs().max()
+                assert one.passed_over(x) == data.numel() - len(X)
+                total.index_add_(0, token, X @ one.read_weight())
+                # Its rows of the output are those of its tokens.
+                assert torch.equal(one.read_outputs(y, x), y[token])
+            if experts.has_bias:
+                for slot in range(2):
+                    bias = experts.down_proj_bias[x.experts[:, slot]]
+                    total += x.weights[:, slot, None] * bias
+            assert (total - y).abs().max() < 1e-5 * y.abs().max()
+
+
+def test_shares_of_a_correction_add_up_to_it():
+    model, data = mixture("mixtral"), tokens(3, 16)
+    with opened(model, data) as ready:
+        (group, _) = of_experts(ready)
+        maps = linear_maps(ready.model, group)
+        [(x, y)] = calls(ready.model, maps[0].name, data)
+    D, total = torch.randn_like(y), torch.zeros_like(y, dtype=torch.float64)
+    for one in maps:
+        _, token = by_hand(one.module, x, one.expert)
+        total.index_add_(0, token, one.read_corrections(D, x))
+    assert (total - D).abs().max() < 1e-6
+
+
+def test_experts_know_the_residual_stream_that_their_output_is_added_to():
+    model = mixture("mixtral")
+    with opened(model, tokens(3, 16)) as ready:
+        names = [linear_maps(ready.model, group)[0].name for group in of_experts(ready)]
+        found = streams(ready.model, ready.example, names)
+    assert sorted(found) == sorted(names)
+
+
+class Own(nn.Module):
+    """Experts of someone's own, whose sum may go through another function."""
+
+    def __init__(self, last):
+        super().__init__()
+        self.up = nn.Parameter(torch.randn(3, 8, 16))
+        self.down = nn.Parameter(torch.randn(3, 16, 8))
+        self.last = last
+
+    def forward(self, hidden, experts, weights):
+        (count, k), order = experts.shape, experts.flatten().argsort()
+        ends = nn.functional.one_hot(experts.flatten(), 3).sum(0).cumsum(0).to(torch.int32)
+        made = nn.functional.grouped_mm(hidden[order // k], self.up, offs=ends).relu()
+        made = nn.functional.grouped_mm(made, self.down, offs=ends)[order.argsort()]
+        return self.last((made.view(count, k, 8) * weights[..., None]).sum(1))
+
+
+class Sending(nn.Module):
+    """Sends vectors to experts of someone's own."""
+
+    def __init__(self, last):
+        super().__init__()
+        self.router, self.experts = nn.Linear(8, 3), Own(last)
+
+    def forward(self, x):
+        weights, experts = self.router(x).softmax(-1).topk(2)
+        return self.experts(x, experts, weights)
+
+
+def test_mixtures_of_anyone_are_recognized_by_what_they_compute():
+    torch.manual_seed(0)
+    model, data = Sending(nn.Identity()), torch.randn(200, 8)
+    others = [Sending(last) for last in (nn.Tanh(), nn.Unflatten(0, (2, -1)))]
+    for one, frozen in ((model, False), *((other, True) for other in others)):
+        with opened(one.bfloat16(), data.bfloat16()) as ready:
+            (group,) = [g for g in ready.groups if g.units == 16]
+        assert bool(group.frozen) is frozen
+        if frozen:
+            assert "does not put out the weighted sum over experts" in group.frozen[0].reason
+
+
+# ---- refits ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt-oss"])
+def test_weights_are_those_of_least_squares_for_each_expert(family):
+    """In double precision, from what is computed by hand; the first layer, on the dense stream."""
+    model, data = mixture(family), tokens(16, 24)
+    result = osscar.prune(model, data, neurons=0.5, **PLAIN)
+    layer, group = result.layers[0], result.plan.groups[0]
+    name = layer.name.removesuffix(".neurons")
+    [(x, _)] = calls(model, name, data)
+    dense, small = model.get_submodule(name), result.model.get_submodule(name)
+    kept, losses, energy = list(group.kept), [], 0.0
+    for expert in range(4):
+        X, _ = by_hand(dense, x, expert)
+        W0, W = dense.down_proj[expert].double(), small.down_proj[expert].double()
+        W0, W = (w if dense.is_transposed else w.T for w in (W0, W))
+        best = torch.linalg.lstsq(X[:, kept], X @ W0, driver="gelsd").solution
+        assert (W - best).abs().max() < 2e-3 * best.abs().max()
+        losses.append(float((X[:, kept] @ W - X @ W0).detach().square().sum()))
+        energy += float((X @ W0).detach().square().sum())
+    assert layer.relative_loss == pytest.approx(sum(losses) / energy, rel=1e-3)
+    assert layer.positions == min(int((x.experts == e).sum()) for e in range(4))
+
+
+@pytest.mark.parametrize("target", ["weights", "residual"])
+def test_kernels_come_to_the_same_weights(target):
+    data, asked = tokens(16, 24), {"neurons": 0.5, "target": target, "damp": 0.1, "blend": 0.5}
+    found = [osscar.prune(mixture("mixtral", kernel=k), data, **asked).model for k in KERNELS]
+    expected = dict(found[0].named_parameters())
+    for other in found[1:]:
+        for key, value in other.named_parameters():
+            assert (value - expected[key]).abs().max() < 1e-3 * expected[key].abs().max(), key
+
+
+def never_sent_to(model, expert):
+    """Keep all tokens from one expert, by the bias of the router."""
+    for layer in model.model.layers:
+        layer.mlp.router.bias.data[expert] = -1e9
+    return model
+
+
+def test_an_expert_that_no_token_reaches_keeps_its_rows_and_says_so():
+    model, data = never_sent_to(mixture("gpt-oss"), 2), tokens(16, 24)
+    with pytest.warns(UserWarning, match=r"no calibration token is sent to .*experts\[2\], whose"):
+        result = osscar.prune(model, data, neurons=0.5, device="cpu")
+    for layer, group in zip(result.layers, result.plan.groups, strict=True):
+        assert layer.unread == 1
+        assert layer.positions > 0
+        name = layer.name.removesuffix(".neurons")
+        dense, small = (m.get_submodule(name).down_proj for m in (model, result.model))
+        assert torch.equal(small[2], dense[2, list(group.kept)])
+        assert not torch.equal(small[1], dense[1, list(group.kept)])
+
+
+def test_too_few_tokens_for_an_expert_are_told_once_a_layer():
+    with pytest.warns(UserWarning, match="rank-deficient") as caught:
+        osscar.prune(mixture("mixtral"), tokens(2, 24), neurons=0.5)
+    told = [str(one.message) for one in caught if "rank-deficient" in str(one.message)]
+    assert len(told) == 2
+    assert "calibration positions for 40 inputs, and too few at 3 more of the 4" in told[0]
+
+
+def test_numbers_that_overflow_in_one_expert_name_it():
+    model = mixture("mixtral")
+    with torch.no_grad():
+        model.model.layers[1].mlp.experts.gate_up_proj[3] *= 1e36
+    with pytest.raises(NonFiniteError, match=r"layers\.1\.mlp\.experts\[3\]' have NaN or infinite"):
+        osscar.prune(model, tokens(), neurons=0.5)
+
+
+def test_widths_are_those_that_kernels_take():
+    asked = {"neurons": 21, "device": "cpu"}
+    assert {layer.kept for layer in osscar.prune(mixture("mixtral"), tokens(), **asked).layers} == {
+        20
+    }
+    half = mixture("mixtral").to(torch.bfloat16)
+    assert {layer.kept for layer in osscar.prune(half, tokens(), **asked).layers} == {24}
+
+
+def test_experts_that_kernels_cannot_cut_are_frozen():
+    kind, values = MIXTURES["mixtral"]
+    config = kind(**{**values, "intermediate_size": 4})
+    model = type(mixture("mixtral"))(config).eval()
+    with pytest.raises(FrozenGroupError, match="widths that are multiples of 4"):
+        osscar.prune(model, tokens(), neurons=0.5)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_run_that_was_killed_ends_with_the_same_bits(count, tmp_path, monkeypatch):
+    request = PruningRequest(neurons=0.5, device="cpu")
+    data, original = tokens(16, 24), RunLog.append
+    whole = prune_as_asked(mixture("gpt-oss"), data, request)
+
+    def append(self, index, record):
+        original(self, index, record)
+        if index + 1 == count:
+            raise Killed
+
+    monkeypatch.setattr(RunLog, "append", append)
+    log = RunLog(tmp_path / "log")
+    with pytest.raises(Killed):
+        prune_as_asked(mixture("gpt-oss"), data, request, log)
+    monkeypatch.undo()
+    again = prune_as_asked(mixture("gpt-oss"), data, request, log)
+    for key, value in whole.model.state_dict().items():
+        assert torch.equal(value, again.model.state_dict()[key]), key
+    unlike = dict.fromkeys(TIMES, 0.0)
+    assert [dataclasses.replace(layer, **unlike) for layer in again.layers] == [
+        dataclasses.replace(layer, **unlike) for layer in whole.layers
+    ]
+
+
+# ---- budgets -----------------------------------------------------------------------------
+
+
+def test_factors_are_those_of_the_gradients_of_each_token():
+    """A token's gradient at the weight of an expert is x g', whose norm and products they sum."""
+    torch.manual_seed(0)
+    model, data = mixture("mixtral"), tokens(2, 10)
+    with opened(model, data) as ready:
+        group = of_experts(ready)[0]
+        maps = linear_maps(ready.model, group)
+        experts = ready.model.get_submodule(maps[0].name)
+        [(x, y)] = calls(ready.model, maps[0].name, data)
+    g, factors = torch.randn_like(y), [Factors.of(one) for one in maps]
+    for one in factors:
+        one.add(x, g, None)
+    inputs, energies = [torch.zeros(4, 40, 40) for _ in range(2)]
+    for token in range(len(g)):
+        one = slice(token, token + 1)
+        with torch.enable_grad():
+            out = experts(x.hidden[one], x.experts[one], x.weights[one])
+            (M,) = torch.autograd.grad(out, experts.down_proj, g[one])
+        inputs += torch.einsum("emp,emq->epq", M, M)
+        energies += M.square().sum((1, 2))[:, None, None]
+    for expert, found in enumerate(factors):
+        assert torch.allclose(found.inputs, inputs[expert], rtol=1e-3, atol=1e-4)
+        assert found.energy == pytest.approx(float(energies[expert, 0, 0]), rel=1e-4)
+
+
+@pytest.mark.parametrize("budget", [{"params": 0.85}, {"flops": 0.85}, {"sparsity": 0.2}])
+@pytest.mark.parametrize("allocation", ["curvature", "uniform", "fluctuation"])
+def test_experts_share_budgets(budget, allocation):
+    model = never_sent_to(mixture("gpt-oss"), 2)
+    result = osscar.prune(model, tokens(16, 24), **budget, allocation=allocation, device="cpu")
+    kept = {layer.name: layer.kept for layer in result.layers}
+    assert any(name.endswith("experts.neurons") for name in kept)
+    assert all(count % 4 == 0 for name, count in kept.items() if "experts" in name)
+    if "params" in budget:
+        assert result.parameters_after <= 0.85 * result.parameters_before
+
+
+def test_gradients_reach_experts_although_one_is_sent_nothing():
+    model = never_sent_to(mixture("gpt-oss"), 2)
+    with opened(model, tokens(16, 24)) as ready:
+        found = list(curvature(ready, of_experts(ready), samples=8, seed=0))
+    assert all(one.reached for one in found)
+    assert [len(one.factors) for one in found] == [3, 3]
+
+
+# ---- masked and smaller ------------------------------------------------------------------
+
+
+def test_the_walk_leaves_what_masking_makes_of_the_model():
+    """An expert that keeps its rows is masked like all others."""
+    model, data = never_sent_to(mixture("gpt-oss"), 2), tokens(16, 24)
+    with pytest.warns(UserWarning, match="no calibration token"):
+        result = osscar.prune(model, data, neurons=0.5, device="cpu")
+    dense = copy.deepcopy(model)
+    with torch.no_grad():
+        for group in result.plan.groups:
+            name = group.name.removesuffix(".neurons")
+            whole, small = (m.get_submodule(name) for m in (dense, result.model))
+            whole.down_proj[:, list(group.kept)] = small.down_proj
+        for layer in (*dense.model.layers, *result.model.model.layers):
+            layer.mlp.router.bias[2] = 1e9  # all tokens
+        with masked(dense, result.plan):
+            expected = dense(input_ids=data).logits
+        found = result.model(input_ids=data).logits
+    assert (found - expected).abs().max() < 1e-4 * expected.abs().max()
+
+
+def test_weights_of_a_mixture_are_as_they_were_after_they_were_read():
+    model, data = mixture("gpt-oss"), tokens(3, 16)
+    [(x, _)] = calls(model, "model.layers.0.mlp.experts", data)
+    experts = model.model.layers[0].mlp.experts
+    before = {name: (p, p.detach().clone()) for name, p in experts.named_parameters()}
+    Mixture("experts", experts, "down_proj", 1).visits(x)
+    for name, parameter in experts.named_parameters():
+        assert parameter is before[name][0]
+        assert torch.equal(parameter, before[name][1])
