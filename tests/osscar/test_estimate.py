@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+import graph
 import osscar
 from osscar.capture.opened import opened
 from osscar.capture.targets import Target
@@ -19,7 +20,9 @@ from osscar.pruning.probed import expected_keep
 from osscar.pruning.prune import prune_as_asked
 from osscar.pruning.request import PruningRequest
 from osscar.pruning.scaled import Scaled
+from tests.osscar.families import tokens
 from tests.osscar.networks import images, small_net
+from tests.osscar.test_experts import mixture
 from tests.osscar.test_streamed import windows as streamed_windows
 from tests.osscar.test_streamed import written
 
@@ -400,3 +403,13 @@ def test_a_limit_of_memory_is_held_to_the_least_that_would_do(tmp_path):
     assert found.peak_bytes <= found.limit_bytes
     with pytest.raises(RequestError, match="cannot hold"):
         told("300MB")
+
+
+def test_mixtures_and_recurrent_layers_are_estimated_like_others():
+    torch.manual_seed(0)
+    found = osscar.estimate(mixture("mixtral"), tokens(8, 24), neurons=0.5)
+    assert found.seconds > 0
+    net = nn.Sequential(nn.Linear(5, 12), nn.ReLU(), nn.LSTM(12, 7))
+    name = next(g.name for g in graph.trace(net, (torch.randn(2, 6, 5),)).prunable if g.units == 12)
+    found = osscar.estimate(net, torch.randn(16, 6, 5), groups={name: 6})
+    assert found.seconds > 0

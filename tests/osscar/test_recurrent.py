@@ -90,7 +90,7 @@ def test_the_group_is_read_by_the_weights_of_inputs_alone(name):
         found = X.double() @ one.read_weight()
         if one.has_bias:
             found = found + one.read_bias()
-        assert far_apart(one.read_outputs(input_gates(module, x)), found.float()) < 1e-5
+        assert far_apart(one.read_outputs(input_gates(module, x), x), found.float()) < 1e-5
 
 
 @pytest.mark.parametrize("target", Target)
