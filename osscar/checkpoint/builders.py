@@ -158,10 +158,9 @@ class TransformersOrigin:
 
     def write(self, model: nn.Module, path: Path) -> None:
         """Write the config, and how the model generates."""
-        assert isinstance(model, PreTrainedModel)
         config = copy.deepcopy(self.config)
-        config.dtype = model.dtype
-        config.architectures = [type(model).__name__]
+        config.dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
+        config.architectures = [self.kind.__name__]
         config.save_pretrained(path)
         generation = getattr(model, "generation_config", None)
         if isinstance(generation, GenerationConfig):
@@ -237,10 +236,19 @@ def builder_of(model: nn.Module) -> Builder | None:
     """Return what builds a model's dense original, or None if that is not known."""
     if isinstance(model, PreTrainedModel):
         return TransformersOrigin(type(model), model.config)
+    if isinstance(model, ProgramModule) and model.built_by is not None:
+        kind, config = model.built_by
+        # Others are code of the user's own, which a directory does not name.
+        return TransformersOrigin(kind, config) if _is_known(kind) else None
     origin = lineage_of(model).origin
-    if origin is None or (isinstance(model, ProgramModule) and origin.library != "torchvision"):
+    if origin is None or origin.library != TorchvisionOrigin.library:
         return None
     return _torchvision(origin)
+
+
+def _is_known(kind: type) -> bool:
+    """Whether transformers has a class under its name."""
+    return getattr(transformers, kind.__name__, None) is kind
 
 
 def read_builder(origin: Origin | None, path: Path) -> Builder | None:

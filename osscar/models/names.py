@@ -6,7 +6,7 @@ from enum import Enum
 from pathlib import Path
 
 from osscar.checkpoint.manifest import read_manifest
-from osscar.core.errors import CheckpointError
+from osscar.core.errors import CheckpointError, ModelError
 
 PREFIX = "torchvision:"
 
@@ -22,6 +22,7 @@ class Sort(Enum):
     CODE = "code of your own"
     TORCHVISION_DIRECTORY = "a directory with a pruned model of torchvision"
     CODE_DIRECTORY = "a directory with a pruned model of your own code"
+    PROGRAM_DIRECTORY = "a directory with the exported program of a model of transformers"
     LANGUAGE = "a language model"
 
     @property
@@ -64,4 +65,23 @@ def sort_of(name: str | Path) -> Sort:
     origin = manifest.lineage.origin
     if origin is None:
         return Sort.CODE_DIRECTORY
+    if origin.library == "transformers" and any(p.traced for p in manifest.lineage.plans):
+        return Sort.PROGRAM_DIRECTORY
     return _DIRECTORIES.get(origin.library, Sort.LANGUAGE)
+
+
+def check_no_program(name: str | Path) -> None:
+    """Refuse what is neither scored nor pruned again, nor generates.
+
+    Raises
+    ------
+    ModelError
+        If the name is that of a directory with a program of transformers.
+    """
+    if sort_of(name) is Sort.PROGRAM_DIRECTORY:
+        raise ModelError(
+            f"{str(name)!r} is {Sort.PROGRAM_DIRECTORY.value}: it has no code that could generate, "
+            "and no modules that could be refitted, so that no command scores or prunes it; "
+            "osscar.load runs it in Python, `osscar export --format pt2` hands it on, and "
+            "`osscar prune --form module` makes a model of the same family instead"
+        )

@@ -10,7 +10,7 @@ from osscar.checkpoint.manifest import is_checkpoint, read_manifest
 from osscar.core.errors import CheckpointError, OptionError
 from osscar.core.inputs import file_name
 from osscar.models.language import LoadedModel, load_model
-from osscar.models.names import Sort, sort_of
+from osscar.models.names import Sort, check_no_program, sort_of
 from osscar.models.vision import VisionModel, load_vision_model
 
 
@@ -26,6 +26,8 @@ def check_directory(name: str) -> None:
     ------
     CheckpointError
         Saying what is missing or damaged; names that are no directories pass.
+    ModelError
+        If it holds a program of transformers, which no command opens.
     """
     try:
         path = Path(name).expanduser()
@@ -33,6 +35,7 @@ def check_directory(name: str) -> None:
             return
     except (OSError, RuntimeError, ValueError):
         return  # no name of a directory: whoever looks for the model will say so
+    check_no_program(name)
     if read_manifest(path) is None and not is_checkpoint(path):
         raise CheckpointError(
             f"{name!r} has neither osscar.json nor config.json: it is not a checkpoint; give the "

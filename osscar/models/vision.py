@@ -22,7 +22,7 @@ from osscar.data.batches import Batch, cast_like, named_inputs
 from osscar.data.images import ImageSet, load_images
 from osscar.data.preprocessing import Preprocessing, Size, import_torchvision
 from osscar.models import user_code
-from osscar.models.names import PREFIX, Sort, sort_of
+from osscar.models.names import PREFIX, Sort, check_no_program, sort_of
 from osscar.models.weights import fill, read_state, renamed
 from osscar.shrinking.lineage import Lineage, lineage_of, note
 
@@ -146,6 +146,7 @@ def load_vision_model(
     name = file_name(name, "the model", "torchvision:NAME, code of your own, or a directory")
     target = resolve_device(device)
     number_format = resolve_dtype(dtype, target)
+    check_no_program(name)
     sort = sort_of(name)
     if sort is Sort.LANGUAGE:
         raise ModelNotFound(

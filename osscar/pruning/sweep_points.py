@@ -18,6 +18,7 @@ from osscar.core.locks import LOCK_FILE, hold
 from osscar.pruning.run_log import RunManifest
 from osscar.pruning.sweep import BudgetKind, Job
 from osscar.pruning.trial import LeftAlone
+from osscar.shrinking.plan import Form
 
 DENSE = "dense"
 """The method that stands for the model as it is."""
@@ -80,6 +81,8 @@ class Point:
         The job.
     parameters, parameter_bytes, flops
         What the model takes, operations for one sample.
+    form
+        What became smaller; the dense model has the form of its modules.
     seconds, speedup
         Median time of a forward pass of one sample, and that of the dense model over it, timed in
         turns.
@@ -99,13 +102,14 @@ class Point:
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
-    schema: Literal["osscar.sweep-point/2"]
+    schema: Literal["osscar.sweep-point/3"]
     method: str
     budget: str
     value: float | int
     parameters: int
     parameter_bytes: int
     flops: int
+    form: Form
     seconds: float
     speedup: float
     quality: dict[str, int | float | None]

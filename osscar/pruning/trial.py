@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -104,12 +105,23 @@ def what_follows(ready: Opened, request: PruningRequest) -> Followed:
     forms = forms_to_try(ready.model, request)
     if not groups:
         return Followed(forms[0])
-    plans = _arbitrary(groups, [keep[group.name] for group in groups])
+    plans = _alike_together(_arbitrary(groups, [keep[group.name] for group in groups]))
+    together: dict[Form, Exception | None] = {}
+    for form in forms:  # whose failures are only looked into where no form does for all groups
+        possible = _possible(ready, plans, form)
+        with _trying(ready, request, form) as trial:
+            together[form] = trial.failure(possible) if possible else None
+        if together[form] is None and len(possible) == len(plans):
+            return Followed(form)
     trials: dict[Form, _Trial] = {}
     for form in forms:
-        trials[form] = _tried(ready, request, plans, form)
-        if not trials[form].reasons:
-            break
+        possible = _possible(ready, plans, form)
+        with _trying(ready, request, form) as trials[form]:
+            trials[form].leave(
+                {p.name: ready.in_programs[p.name] for p in plans if p not in possible}
+            )
+            if together[form] is not None:
+                trials[form].grown([], possible, together[form])
     form = min(trials, key=lambda form: len(trials[form].reasons))
     trial = trials[form]
     left = tuple(
@@ -135,6 +147,11 @@ def _only(ready: Opened, name: str) -> bool:
     return name in ready.in_programs
 
 
+def _possible(ready: Opened, plans: Sequence[GroupPlan], form: Form) -> list[GroupPlan]:
+    """Return the groups that can go in a form, for all that is known without trying."""
+    return [plan for plan in plans if form is Form.GRAPH or not _only(ready, plan.name)]
+
+
 FORMS: dict[FormChoice, tuple[Form, ...]] = {
     FormChoice.AUTO: (Form.MODULE, Form.GRAPH),
     FormChoice.MODULE: (Form.MODULE,),
@@ -150,27 +167,19 @@ def forms_to_try(model: nn.Module, request: PruningRequest) -> tuple[Form, ...]:
     return FORMS[FormChoice.MODULE if choice is FormChoice.AUTO and stays else choice]
 
 
-def _tried(
-    ready: Opened, request: PruningRequest, plans: Sequence[GroupPlan], form: Form
-) -> _Trial:
-    """Try all groups in one form; the model is as it was afterwards."""
+@contextmanager
+def _trying(ready: Opened, request: PruningRequest, form: Form) -> Iterator[_Trial]:
+    """Let groups be tried in one form; the model is as it was afterwards."""
     model = ready.model
-    inputs = ready.inputs.proofs(model, request.seed)[:1]
     before = Untouched(model)
     with (
         stage("trying what can follow"),
         before.observing(model),
-        finer_precision(model, inputs[0]),
+        finer_precision(model, ready.example),
     ):
-        trial = _Trial(_rehearsal(model, form, inputs, ready.example))
-        if form is Form.MODULE:
-            known = {p.name: ready.in_programs[p.name] for p in plans if _only(ready, p.name)}
-            trial.reasons, trial.of_modules = known, bool(known)
-        possible = [plan for plan in plans if plan.name not in trial.reasons]
-        if possible:
-            trial.grown([], _alike_together(possible))
+        inputs = ready.inputs.proofs(model, request.seed)[:1]
+        yield _Trial(_rehearsal(model, form, inputs, ready.example))
     before.put_back(model)
-    return trial
 
 
 def _rehearsal(
@@ -221,6 +230,11 @@ class _Trial:
         self.of_modules = False
         """Whether a module could not follow, rather than outputs differ."""
 
+    def leave(self, reasons: dict[str, str]) -> None:
+        """Leave groups alone that modules are known not to follow."""
+        self.reasons.update(reasons)
+        self.of_modules = self.of_modules or bool(reasons)
+
     def grown(
         self, going: list[GroupPlan], more: list[GroupPlan], failure: Exception | None = None
     ) -> list[GroupPlan]:
@@ -235,7 +249,7 @@ class _Trial:
         failure
             How all of them together fail, if that is known.
         """
-        failure = failure or self._failure([*going, *more])
+        failure = failure or self.failure([*going, *more])
         if failure is None:
             return [*going, *more]
         if len(more) == 1:
@@ -246,7 +260,8 @@ class _Trial:
         all_went = len(grown) == len(going) + middle
         return self.grown(grown, more[middle:], failure if all_went else None)
 
-    def _failure(self, plans: list[GroupPlan]) -> Exception | None:
+    def failure(self, plans: list[GroupPlan]) -> Exception | None:
+        """Return how groups fail together, or None if they can go."""
         try:
             self.rehearse(PruningPlan(tuple(plans)))
         except (EquivalenceError, ModelError) as error:

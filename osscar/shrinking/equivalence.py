@@ -11,7 +11,7 @@ import linecache
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import TracebackType
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -103,7 +103,7 @@ def finer_precision(model: nn.Module, example: Inputs | None = None) -> Iterator
     formats = {name: tensor.dtype for name, tensor in _tensors(model)}
     for _, tensor in _tensors(model):
         tensor.data = tensor.data.to(_FINER.get(tensor.dtype, tensor.dtype))
-    if example is not None and not runs(model, example):
+    if example is not None and not runs(model, in_format_of(example, model)):
         _return_to(model, formats)
     try:
         yield
@@ -114,6 +114,22 @@ def finer_precision(model: nn.Module, example: Inputs | None = None) -> Iterator
 def _return_to(model: nn.Module, formats: Mapping[str, torch.dtype]) -> None:
     for name, tensor in _tensors(model):
         tensor.data = tensor.data.to(formats.get(name, tensor.dtype))
+
+
+def number_format(model: nn.Module) -> torch.dtype | None:
+    """Return the number format of a model's weights."""
+    return next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
+
+
+_I = TypeVar("_I", bound=Inputs)
+
+
+def in_format_of(inputs: _I, model: nn.Module) -> _I:
+    """Return inputs whose fractions have the number format of a model's weights."""
+    kind = number_format(model)
+    return pytree.tree_map_only(  # type: ignore[no-any-return]
+        Tensor, lambda t: t.to(kind) if kind and t.is_floating_point() else t, inputs
+    )
 
 
 def runs(model: nn.Module, example: Inputs) -> bool:

@@ -15,7 +15,7 @@ from pydantic import AfterValidator, ConfigDict
 from torch import Tensor, nn
 
 from graph.groups import CouplingGroup, Role, Slot, UnitKind
-from osscar.core.errors import CheckpointError, FileError, OptionError
+from osscar.core.errors import AdapterError, CheckpointError, FileError, OptionError
 from osscar.core.json_files import STRICT, validated
 
 _MOST = 2**31
@@ -184,6 +184,25 @@ def _checked_inputs(traced: tuple[TracedInput, ...]) -> tuple[TracedInput, ...]:
     if sum(math.prod(given.shape) for given in traced) > _MOST_TRACED:
         raise ValueError("the inputs have more numbers than those of any example")
     return traced
+
+
+def check_traced(traced: tuple[TracedInput, ...]) -> None:
+    """Refuse inputs with which a program can be traced, but of which no plan can tell.
+
+    Raises
+    ------
+    AdapterError
+        Saying why.
+    """
+    try:
+        for given in _checked_inputs(traced):
+            _checked_input(given)
+    except ValueError as error:
+        sizes = ", ".join(f"{given.name} {given.dtype} {given.shape}" for given in traced)
+        raise AdapterError(
+            f"no checkpoint can tell what its program is traced with ({sizes}): {error}; give "
+            f"smaller samples, of up to {_MOST_TRACED:,} numbers in a pair"
+        ) from error
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from torch._subclasses import FakeTensorMode
 from torch.fx import Graph, GraphModule, Interpreter, Node
 from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
 from torch.utils import _pytree as pytree
+from transformers import PreTrainedConfig, PreTrainedModel
 
 import graph
 from graph.export import concrete, run_export, varies
@@ -37,12 +38,20 @@ class ProgramModule(GraphModule):
     It takes the tensors that the model was traced with, by position or by name; parameters and
     buffers have the names that they had there.  Modes of modules were settled when it was traced:
     it computes what the model does in evaluation mode, also while it is trained.
+
+    Attributes
+    ----------
+    built_by
+        The class of transformers and the config that build the dense model; None for others.
     """
+
+    built_by: tuple[type[PreTrainedModel], PreTrainedConfig] | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ProgramModule:
         copy: ProgramModule = super().__deepcopy__(memo)  # type: ignore[assignment]
         if hasattr(self, LINEAGE):  # which torch leaves behind
             setattr(copy, LINEAGE, lineage_of(self))
+        copy.built_by = self.built_by
         return copy
 
 

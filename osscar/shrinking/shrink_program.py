@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
+from transformers import PreTrainedModel
 
 from osscar.core.errors import AdapterError, OptionError, first_line
 from osscar.core.inputs import shown
@@ -18,6 +18,8 @@ from osscar.core.modules import evaluating, restored
 from osscar.shrinking.equivalence import (
     Inputs,
     finer_precision,
+    in_format_of,
+    number_format,
     proof_outputs,
     prove_equal,
     runs,
@@ -26,7 +28,7 @@ from osscar.shrinking.fold import fold
 from osscar.shrinking.follow import prepare
 from osscar.shrinking.lineage import lineage_of, note
 from osscar.shrinking.mask import masked
-from osscar.shrinking.plan import Form, PruningPlan, TracedInput, check_plan
+from osscar.shrinking.plan import Form, PruningPlan, TracedInput, check_plan, check_traced
 from osscar.shrinking.program import DenseProgram, ProgramModule
 from osscar.shrinking.shrink import (
     Proof,
@@ -131,7 +133,7 @@ def replayed(model: nn.Module, plan: PruningPlan) -> nn.Module:
         return model
     fold(model, plan.tensors)
     prepare(model)
-    example = _cast({given.name: given.example() for given in plan.traced}, model)
+    example = in_format_of({given.name: given.example() for given in plan.traced}, model)
     varies = {given.name: given.varies for given in plan.traced}
     with evaluating(model):
         program = DenseProgram.of(model, example, varies).shrunk(plan)
@@ -142,6 +144,8 @@ def _noted(program: ProgramModule, model: nn.Module, plan: PruningPlan) -> Progr
     """Let a program know what is known of the model that it was made of."""
     before = lineage_of(model)
     note(program, **{**vars(before), "plans": (*before.plans, plan)})
+    if isinstance(model, PreTrainedModel):
+        program.built_by = type(model), copy.deepcopy(model.config)
     return program
 
 
@@ -175,9 +179,9 @@ def _proved_finer(
 
     Numbers of a format are written into a trace, so that it cannot be run in another one.
     """
-    own = _format(model)
+    own = number_format(model)
     with finer_precision(model):
-        if _format(model) == own or not runs(model, _cast(example, model)):
+        if number_format(model) == own or not runs(model, in_format_of(example, model)):
             return 0.0
         return ProgramTrial(model, example, inputs).proved(plan, tolerance)[1]
 
@@ -197,23 +201,27 @@ class ProgramTrial:
     Raises
     ------
     AdapterError
-        If there is no program.
+        If there is no program, or none that a checkpoint could hold.
     """
 
     def __init__(
         self, model: nn.Module, example: Mapping[str, Tensor], inputs: Sequence[Inputs]
     ) -> None:
         self.model = model
-        self.example = _cast(example, model)
-        self.inputs = [_cast(one, model) for one in inputs]
+        self.example = in_format_of(example, model)
+        self.inputs = [in_format_of(one, model) for one in inputs]
+        check_traced(self._form(dict.fromkeys(self.example, ())))
         self.varies, self.program = self._traced()
         self.inputs += self._of_other_size()
 
     @property
     def traced(self) -> tuple[TracedInput, ...]:
         """The form of the inputs that the model was traced with."""
+        return self._form(self.varies)
+
+    def _form(self, varies: Mapping[str, Iterable[int]]) -> tuple[TracedInput, ...]:
         return tuple(
-            TracedInput.of(name, tensor, self.varies[name]) for name, tensor in self.example.items()
+            TracedInput.of(name, tensor, varies[name]) for name, tensor in self.example.items()
         )
 
     def _traced(self) -> tuple[Mapping[str, range], DenseProgram]:
@@ -300,18 +308,3 @@ def _drawn(example: Tensor, shape: Sequence[int]) -> Tensor:
     if drawn.is_floating_point():
         drawn = drawn + torch.randn(drawn.shape, generator=generator).to(drawn)
     return drawn
-
-
-def _format(model: nn.Module) -> torch.dtype | None:
-    return next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
-
-
-_I = TypeVar("_I", bound=Inputs)
-
-
-def _cast(inputs: _I, model: nn.Module) -> _I:
-    """Return inputs whose fractions have the number format of a model's weights."""
-    kind = _format(model)
-    return pytree.tree_map_only(  # type: ignore[no-any-return]
-        Tensor, lambda t: t.to(kind) if kind and t.is_floating_point() else t, inputs
-    )

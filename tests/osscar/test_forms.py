@@ -21,9 +21,11 @@ from osscar.core.errors import (
     OutputError,
     RequestError,
 )
+from osscar.pruning import trial
 from osscar.pruning.request import PruningRequest
 from osscar.shrinking.plan import Form, GroupPlan, PruningPlan
 from tests.osscar.families import tiny, tokens
+from tests.osscar.networks import images, small_net
 from tests.osscar.programs import CASES, far_apart, without_units
 
 OFTEN = {"device": "cpu", "damp": 1e-3, "blend": 1.0}
@@ -58,12 +60,33 @@ def test_auto_takes_the_program_where_code_cannot_follow(case):
     assert far_apart(result.model(data), without_units(net, result.plan)(data)) < 2.0
 
 
+def test_a_form_that_fails_is_not_looked_into_where_another_does(monkeypatch):
+    """To find by halving what modules cannot do takes many trials, of which nobody hears."""
+    tried = []
+    rehearsed = trial.rehearse
+    monkeypatch.setattr(
+        trial, "rehearse", lambda *given: (tried.append(given[1]), rehearsed(*given))
+    )
+    _, _, result = prune("option A")
+    assert result.form is Form.GRAPH
+    assert len(tried) == 1
+    assert len(tried[0].groups) > 1
+
+
 def test_auto_keeps_modules_where_they_follow():
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(8, 24), nn.ReLU(), nn.Linear(24, 3)).eval()
     result = osscar.prune(net, torch.randn(24, 8), sparsity=0.5, **OFTEN)
     assert result.form is Form.MODULE
     assert type(result.model) is nn.Sequential
+
+
+@pytest.mark.parametrize("form", ["module", "graph"])
+def test_what_reads_fractions_is_proved_in_the_finer_format_too(form):
+    """In float32 a wrong slice of little effect would pass for rounding."""
+    result = osscar.prune(small_net(), images(24), sparsity=0.4, form=form, **OFTEN)
+    assert result.equivalence_error < (1e-12 if form == "module" else 1e-5)  # graph: in both
+    assert next(result.model.parameters()).dtype is torch.float32
 
 
 def test_both_forms_compute_the_same_where_both_follow():
@@ -242,8 +265,71 @@ def test_a_language_model_as_a_program(tmp_path):
     assert osscar.prune(model, windows, **asked).form is Form.MODULE
     assert list(inspect.signature(result.model.forward).parameters) == ["input_ids"]
     path = result.save(tmp_path / "small").path
+    expected = result.model(input_ids=windows).logits
+    again = osscar.load(path)
+    assert torch.equal(again(input_ids=windows).logits, expected)
+    with_dense = osscar.load(path, dense=tiny("llama-gqa", seed=3))
+    assert torch.equal(with_dense(input_ids=windows).logits, expected)
+    twice = osscar.save(copy.deepcopy(again), tmp_path / "twice").path
+    assert torch.equal(osscar.load(twice)(input_ids=windows).logits, expected)
+
+
+def test_a_program_of_code_that_transformers_lacks_needs_its_dense_model(tmp_path):
+    model, windows = tiny("llama-gqa"), tokens(6, 24)
+    model.__class__ = type("Own", (type(model),), {})  # a name that no directory leads to
+    result = osscar.prune(model, windows, neurons="1/2", form="graph", **OFTEN)
+    path = result.save(tmp_path / "small").path
+    with pytest.raises(CheckpointError, match=r"build the dense model and give it: osscar\.load"):
+        osscar.load(path)
     again = osscar.load(path, dense=tiny("llama-gqa", seed=3))
     assert torch.equal(again(input_ids=windows).logits, result.model(input_ids=windows).logits)
+
+
+@pytest.fixture(scope="module")
+def saved_program(tmp_path_factory):
+    asked = {"neurons": "1/2", "form": "graph", "backend": "magnitude", **OFTEN}
+    result = osscar.prune(tiny("llama-gqa"), tokens(6, 24), **asked)
+    return result.save(tmp_path_factory.mktemp("program") / "small").path
+
+
+@pytest.mark.parametrize(
+    "command", [["eval"], ["inspect"], ["prune", "--sparsity", "0.2", "--out", "other"]]
+)
+def test_no_command_scores_or_prunes_a_program_of_transformers(
+    command, saved_program, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["osscar", command[0], str(saved_program), *command[1:]])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code
+    told = " ".join(capsys.readouterr().err.split())
+    assert "the exported program of a model of transformers" in told
+    assert "osscar.load runs it in Python" in told
+    assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize("loads", [osscar.load_model, osscar.load_vision_model])
+def test_a_program_of_transformers_is_no_model_of_a_command(loads, saved_program):
+    with pytest.raises(ModelError, match=r"osscar\.load runs it in Python"):
+        loads(saved_program)
+
+
+def test_a_plan_that_forgets_that_it_is_a_program_is_refused(tmp_path):
+    _, _, result = prune("generator")
+    path = result.save(tmp_path / "small").path
+    manifest = json.loads((path / MANIFEST_FILE).read_text())
+    manifest["lineage"]["plans"][0]["traced"] = []
+    (path / MANIFEST_FILE).write_text(json.dumps(manifest))
+    with pytest.raises(CheckpointError, match="holds the weights of an exported program"):
+        osscar.load(path, dense=dense_of("generator")[0])
+
+
+def test_samples_that_no_plan_could_tell_of_are_refused_before_anything_is_solved(monkeypatch):
+    monkeypatch.setattr("osscar.shrinking.plan._MOST_TRACED", 15)
+    monkeypatch.setattr("osscar.pruning.prune.prune_groups", None)  # which would fail
+    with pytest.raises(EquivalenceError, match=r"z float\d+ \(2, 8\).*up to 15 numbers"):
+        prune("generator", form="graph")
 
 
 def test_the_command_line_prunes_a_language_model_as_a_program(tmp_path, monkeypatch, capsys):

@@ -19,6 +19,7 @@ from osscar.pruning.sweep import BASELINES, CURVATURE, BudgetKind, Job, jobs, sw
 from osscar.pruning.sweep_points import Point, SweepDirectory, SweepManifest
 from osscar.pruning.trial import LeftAlone
 from osscar.report.sweep_page import sweep_page, sweep_table
+from osscar.shrinking.plan import Form
 from tests.osscar.browser import DESK, PHONE, seen
 from tests.osscar.families import tiny, tokens
 from tests.osscar.networks import images, small_net
@@ -166,8 +167,9 @@ def manifest(**more):
 
 def point(method=CURVATURE, value=0.5):
     return Point(
-        schema="osscar.sweep-point/2", method=method, budget="sparsity", value=value, parameters=10,
-        parameter_bytes=40, flops=100, seconds=0.5, speedup=2.0, quality={"perplexity": 3.5},
+        schema="osscar.sweep-point/3", method=method, budget="sparsity", value=value, parameters=10,
+        parameter_bytes=40, flops=100, form=Form.GRAPH, seconds=0.5, speedup=2.0,
+        quality={"perplexity": 3.5},
         divergence=None, predicted=None, loss=0.25, prune_seconds=1.0, widths={"a": 3},
         left_alone=(LeftAlone("b", "heads", 4, "a size in the code"),),
     )  # fmt: skip
