@@ -1,108 +1,219 @@
-"""Write docs/coverage.md: which architectures are pruned, how much of them, and what is frozen.
+"""Write docs/coverage.md: which architectures are pruned, how much of them, and what is left alone.
 
-    python benchmarks/coverage.py                 # everything, about a quarter of an hour
-    python benchmarks/coverage.py resnet18 llama  # prints the rows of a few
+    python benchmarks/coverage.py run DIR                     # everything; goes on where it stopped
+    python benchmarks/coverage.py run DIR --lists timm,nets --seconds 500
+    python benchmarks/coverage.py run DIR --models resnet,llama --again
+    python benchmarks/coverage.py page DIR                    # docs/coverage.md from what DIR holds
 
-Every model runs in a process of its own, so that the largest ones have the memory to themselves.
+Each model has two processes of its own, one for OSSCAR and one for Torch-Pruning, with a limit of
+time and one of memory; what came of it is a file of JSON in DIR.  Names in DIR that end in .json
+and lie beside the lists' folders keep which variant of each family is the smallest.
 """
 
 from __future__ import annotations
 
+import argparse
+import dataclasses
 import json
-import math
-import subprocess
+import multiprocessing
+import os
+import resource
+import signal
 import sys
-from dataclasses import asdict
+import time
+import traceback
+import warnings
+import zlib
+from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from tests.coverage.measure import Coverage, measure  # noqa: E402
-from tests.coverage.zoo import (  # noqa: E402
-    FAMILIES,
-    torchvision_case,
-    torchvision_names,
-    transformers_case,
-)
+import torch  # noqa: E402
+import transformers  # noqa: E402
+
+from tests.coverage import peer, row  # noqa: E402
+from tests.coverage.case import Made, NotBuilt  # noqa: E402
+from tests.coverage.lists import DEFAULT, LISTS  # noqa: E402
+from tests.coverage.page import Entry, page  # noqa: E402
 
 TARGET = ROOT / "docs" / "coverage.md"
 
-INTRODUCTION = """# Coverage
+SECONDS = 60
+"""CPU time that either tool has for one model, after it is built."""
 
-Every model below has random weights, is traced, loses half of the units of *every* prunable group,
-and is proved: the outputs of the shrunk model equal those of the dense one whose removed units are
-zero at what reads them, on random inputs of two sizes (batch, and length or resolution where the
-model allows), in evaluation mode and float32. `python benchmarks/coverage.py` writes this page.
+PATIENCE = 10
+"""How many times as long the clock on the wall may take, where others use the machine, too."""
 
-- **prunable**: coupling groups that may be pruned, of all groups.
-- **share**: of the parameters, those that belong to a prunable group.
-- **smaller**: parameters after the cut, as a share of those before.
-- **error**: bound on the largest difference between outputs, relative to the largest output.
-- **frozen**: what may not be pruned, and why, apart from the inputs and outputs of the model.
-  `N x` counts groups; the operator that froze them is in brackets.
-"""
+MEMORY = 5 * 2**30
+"""Bytes of data that a process may have."""
 
-HEADER = """
-| model | parameters | prunable | share | smaller | error | frozen |
-| --- | ---: | ---: | ---: | ---: | ---: | --- |
-"""
+_NO_MEMORY = 3
+"""The exit status of a process that says so."""
+
+Work = Callable[[Made], Any]
 
 
-def row(found: Coverage) -> str:
-    bound = f"1e{math.ceil(math.log10(found.error))}" if found.error else "0"
-    cells = (
-        f"`{found.name}`",
-        f"{found.parameters:,}",
-        f"{found.prunable} of {found.groups}",
-        f"{found.share:.1%}",
-        f"{found.parameters_after / found.parameters:.2f}x",
-        f"< {bound}" if found.error else "0",
-        found.frozen or "nothing",
-    )
-    return f"| {' | '.join(cells)} |"
+def measure(name: str, listed: str) -> Entry:
+    """Build a model twice, and give one to each tool."""
+    ours = _apart(listed, name, row.measured)
+    if "not_built" in ours:
+        return Entry(listed, name, not_built=ours["not_built"])
+    found = row.Row(**ours) if "died" not in ours else _unfinished(ours)
+    theirs = _apart(listed, name, peer.outcome)
+    other = peer.Peer(failure=theirs["died"]) if "died" in theirs else peer.Peer(**theirs)
+    return Entry(listed, name, found, other)
 
 
-def find(name: str) -> Coverage:
-    case = transformers_case(name) if name in FAMILIES else torchvision_case(name)
-    return measure(name, case.build(), case.make_inputs())
+def _unfinished(ended: dict[str, Any]) -> row.Row:
+    return row.Row(ended["variant"], ended["parameters"], failure=ended["died"])
 
 
-def find_apart(name: str) -> Coverage:
-    """Measure one model in another process."""
-    run = subprocess.run(
-        [sys.executable, __file__, "--json", name], capture_output=True, text=True, cwd=ROOT
-    )
-    if run.returncode:
-        raise SystemExit(f"{name}: {run.stderr.strip().splitlines()[-1]}")
-    found = Coverage(**json.loads(run.stdout))
-    print(row(found), flush=True)
-    return found
+def _apart(listed: str, name: str, work: Work) -> dict[str, Any]:
+    """Do something with a model in a process of its own; say how that ended if it died."""
+    context = multiprocessing.get_context("fork")
+    mine, its = context.Pipe()
+    process = context.Process(target=_child, args=(its, listed, name, work))
+    process.start()
+    its.close()
+    built: dict[str, Any] = {"variant": "", "parameters": 0}
+    try:
+        if mine.poll(SECONDS * PATIENCE):
+            built = mine.recv()
+        if "not_built" in built:
+            return built
+        if mine.poll(SECONDS * PATIENCE):
+            found: dict[str, Any] = mine.recv()
+            return found
+        return {**built, "died": f"no answer within {SECONDS * PATIENCE} s"}
+    except EOFError:
+        process.join()
+        return {**built, "died": _last_words(process.exitcode)}
+    finally:
+        process.kill()
+        process.join()
 
 
-def table(names: list[str]) -> tuple[str, int]:
-    rows = [row(find_apart(name)) for name in names]
-    return HEADER + "\n".join(rows) + "\n", len(rows)
+def _last_words(code: int | None) -> str:
+    if code == -signal.SIGXCPU:
+        return f"not done within {SECONDS} s"
+    if code == _NO_MEMORY:
+        return "it needs more memory than there is"
+    return f"the process died ({code})"
 
 
-def write() -> None:
-    vision, vision_count = table(torchvision_names())
-    families, family_count = table(list(FAMILIES))
-    TARGET.write_text(
-        f"{INTRODUCTION}\n## torchvision: all {vision_count} classification models\n{vision}"
-        f"\n## transformers: {family_count} tiny random models\n{families}"
-    )
+def _child(answer: Connection, listed: str, name: str, work: Work) -> None:
+    """Build a model, tell its size, and then what comes of it."""
+    resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 1)
+    warnings.simplefilter("ignore")
+    transformers.logging.set_verbosity_error()
+    built: dict[str, Any] = {}
+    try:
+        made = LISTS[listed].make(name)
+        size = sum(p.numel() for p in made.model.parameters())
+        built = {"variant": made.variant, "parameters": size}
+        answer.send(built)
+        used = int(time.process_time())
+        resource.setrlimit(resource.RLIMIT_CPU, (used + SECONDS, used + SECONDS + 5))
+        torch.manual_seed(1)
+        answer.send(dataclasses.asdict(work(made)))
+    except NotBuilt as error:
+        answer.send({"not_built": str(error)})
+    except Exception as error:  # what no tool should raise is what the page has to tell
+        if isinstance(error, MemoryError) or "memory" in str(error):
+            os._exit(_NO_MEMORY)
+        traceback.print_exc()
+        text = " ".join(str(error).split())
+        answer.send(
+            {
+                "variant": "",
+                "parameters": 0,
+                **built,
+                "died": f"{type(error).__name__}: {text:.200}",
+            }
+        )
 
 
-def main(arguments: list[str]) -> None:
-    if arguments[:1] == ["--json"]:
-        json.dump(asdict(find(arguments[1])), sys.stdout)
-    elif arguments:
-        for name in arguments:
-            print(row(find(name)))
-    else:
-        write()
+# ---- the directory -----------------------------------------------------------------------
+
+
+def missing(
+    place: Path, lists: list[str], only: set[str], again: bool
+) -> Iterator[tuple[str, str]]:
+    """Yield what is not measured yet, a list and a name; what comes first is a fair sample."""
+    for listed in lists:
+        (place / listed).mkdir(parents=True, exist_ok=True)
+        for name in sorted(LISTS[listed].names(place), key=_drawn):
+            if (not only or name in only) and (again or not _file(place, listed, name).exists()):
+                yield listed, name
+
+
+def _drawn(name: str) -> int:
+    return zlib.crc32(name.encode())
+
+
+def _file(place: Path, listed: str, name: str) -> Path:
+    return place / listed / f"{name.replace('/', '_')}.json"
+
+
+def run(options: argparse.Namespace) -> None:
+    """Measure what is missing, one file at a time."""
+    place, end = Path(options.directory), time.monotonic() + options.seconds
+    for name in ("BertForMaskedLM", "LlamaForCausalLM", "T5ForConditionalGeneration"):
+        getattr(transformers, name)  # what is imported here, no other process has to
+    only = set(filter(None, options.models.split(",")))
+    part, parts = map(int, options.part.split("/"))
+    todo = missing(place, options.lists.split(","), only, options.again)
+    for listed, name in todo:
+        if _drawn(name) % parts != part - 1:
+            continue
+        if time.monotonic() > end:
+            print("time is up; give the same command to go on")
+            return
+        entry = measure(name, listed)
+        file = _file(place, listed, name)
+        new = file.with_suffix(".new")
+        new.write_text(json.dumps(dataclasses.asdict(entry), indent=1))
+        new.replace(file)
+        print(entry.brief(), flush=True)
+
+
+def write_page(options: argparse.Namespace) -> None:
+    """Make the page of what a directory holds."""
+    place = Path(options.directory)
+    entries = [
+        Entry.from_json(json.loads(file.read_text()))
+        for listed in LISTS
+        for file in sorted((place / listed).glob("*.json"))
+    ]
+    lists = {entry.listed for entry in entries}
+    counts = {listed: len(LISTS[listed].names(place)) for listed in lists}
+    TARGET.write_text(page(entries, counts))
+
+
+def main() -> None:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(description="Measure which architectures are covered.")
+    commands = parser.add_subparsers(required=True)
+    measuring = commands.add_parser("run", help="measure, one file of JSON for each model")
+    measuring.add_argument("directory")
+    measuring.add_argument("--lists", default=",".join(DEFAULT))
+    measuring.add_argument("--models", default="", help="only these names")
+    measuring.add_argument("--seconds", type=float, default=float("inf"), help="begin no more then")
+    measuring.add_argument("--part", default="1/1", help="2/3: the second of three at a time")
+    measuring.add_argument("--again", action="store_true", help="also what is measured already")
+    measuring.set_defaults(command=run)
+    writing = commands.add_parser("page", help="write docs/coverage.md")
+    writing.add_argument("directory")
+    writing.set_defaults(command=write_page)
+    options = parser.parse_args()
+    options.command(options)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

@@ -103,7 +103,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Saved | Excepti
 def _save(name: str, directory: Path) -> Saved:
     case = transformers_case(name)
     model, inputs = case.build(), case.make_inputs()
-    coverage = measure(name, model, inputs)
+    coverage = measure(model, inputs)
     written = checkpoint.save(model, directory, example_inputs=inputs[0])
     torch.save(inputs, f"{directory}.inputs")
     return Saved(coverage, written.stock, written.with_code, proof_outputs(model, inputs))
@@ -130,7 +130,7 @@ def test_a_family_is_shrunk_proved_saved_and_reloaded(
 @pytest.mark.parametrize("name", FAMILIES)
 def test_written_out_attention_is_shrunk_too(name: str) -> None:
     case = transformers_case(name, "eager")
-    coverage = measure(name, case.build(), case.make_inputs())
+    coverage = measure(case.build(), case.make_inputs())
     assert coverage.kinds == _EXPECTED.get(name, _TWO_LAYERS)
     assert coverage.effect > LEAST_EFFECT
 

@@ -12,7 +12,7 @@ import torch
 import transformers as hf
 from torch import Tensor, nn
 
-Inputs = tuple[Tensor, ...] | dict[str, Tensor]
+from .case import Inputs
 
 
 @dataclass(frozen=True)

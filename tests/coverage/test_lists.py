@@ -1,0 +1,133 @@
+"""What the page is made of: models built by rule, shrunk, and compared by code of its own."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+import transformers as hf
+from torch import nn
+
+from . import row as rows
+from . import shrunken
+from .case import Made, NotBuilt, first_that_runs
+from .lists import LISTS
+from .page import Entry, Outcome
+
+
+def _outcome(listed: str, name: str) -> tuple[Outcome, rows.Row]:
+    found = rows.measured(LISTS[listed].make(name))
+    return Entry(listed, name, found).outcome, found
+
+
+@pytest.mark.parametrize(
+    ("name", "form"),
+    [("topologies.residual", "module"), ("programs.heads", "graph"), ("blocks.experts", "module")],
+)
+def test_a_network_is_shrunk_and_compared(name: str, form: str) -> None:
+    outcome, found = _outcome("nets", name)
+    assert outcome is Outcome.WHOLE
+    assert found.form == form
+    assert found.precision == "float64"
+    assert found.compared is not None
+    assert found.compared < 1e-9
+    assert found.effect is not None
+    assert found.effect > 1e-3
+    assert bool(found.unrefitted) == (name == "blocks.experts")
+
+
+def test_a_network_of_which_nothing_may_go() -> None:
+    outcome, found = _outcome("nets", "topologies.softmax")
+    assert outcome is Outcome.NOTHING
+    assert any("aten.softmax.int" in cause for cause in found.frozen)
+
+
+def test_the_comparison_finds_what_the_proof_has_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A smaller model that computes something else is a failure, whatever the proof says."""
+    honest = rows.shrunk
+
+    def wrong(*given: Any) -> Any:
+        found = honest(*given)
+        with torch.no_grad():
+            next(found.model.parameters()).mul_(1.01)
+        return found
+
+    monkeypatch.setattr(rows, "shrunk", wrong)
+    outcome, found = _outcome("nets", "topologies.residual")
+    assert outcome is Outcome.FAILED
+    assert "away from the masked one" in found.failure
+
+
+class _Sorts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(x) if float(x.sum()) > 0 else x
+
+
+def test_what_cannot_be_traced_is_told() -> None:
+    found = rows.measured(Made(_Sorts().eval(), [(torch.randn(2, 4),), (torch.randn(3, 4),)]))
+    assert Entry("nets", "sorts", found).outcome is Outcome.NOT_TRACED
+    assert "TraceError" in found.failure
+
+
+# ---- transformers ------------------------------------------------------------------------
+
+
+def test_every_family_with_a_head_is_listed_once() -> None:
+    families = shrunken.families()
+    assert {"llama", "bert", "t5", "vit", "mixtral"} <= set(families)
+    assert families["llama"] == "LlamaForCausalLM"
+    assert families["bert"] == "BertForMaskedLM"
+    assert len(set(families.values())) == len(families)
+
+
+@pytest.mark.parametrize("family", ["gemma2", "bart", "mamba2", "deepseek_v3", "segformer"])
+def test_a_family_is_built_small_by_rule(family: str) -> None:
+    made = shrunken.make(family)
+    assert made.variant == type(made.model).__name__
+    assert sum(p.numel() for p in made.model.parameters()) < 2_000_000
+    assert len(made.inputs) == 2
+
+
+def test_one_layer_of_each_kind_is_kept() -> None:
+    config = shrunken.shrunken(hf.Gemma2Config, shrunken.Way(2))
+    assert config.num_hidden_layers == 2
+    assert set(config.layer_types) == {"sliding_attention", "full_attention"}
+    assert config.num_attention_heads % config.num_key_value_heads == 0
+    nested = shrunken.shrunken(hf.Gemma3Config, shrunken.Way(2)).text_config
+    assert set(nested.layer_types) == {"sliding_attention", "full_attention"}
+
+
+def test_what_never_runs_is_not_built() -> None:
+    with pytest.raises(NotBuilt, match="RuntimeError"):
+        first_that_runs(nn.Linear(3, 4), [[(torch.randn(2, 5),)]])
+    silent = nn.Linear(3, 4)
+    with torch.no_grad():
+        silent.weight.fill_(float("nan"))
+    with pytest.raises(NotBuilt, match="no finite number"):
+        first_that_runs(silent, [[(torch.randn(2, 3),)]])
+
+
+_SLOW = {
+    "torchvision": ["lraspp_mobilenet_v3_large", "ssdlite320_mobilenet_v3_large.backbone"],
+    "timm": ["repghostnet_050", "resnet10t", "efficientnet_b0"],
+    "transformers": ["big_bird", "ctrl", "deepseek_v32", "dinov2_with_registers", "fnet"],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("listed", "name"), [(listed, name) for listed, names in _SLOW.items() for name in names]
+)
+def test_a_model_of_a_library_is_shrunk_and_compared(listed: str, name: str) -> None:
+    if listed != "transformers":
+        pytest.importorskip(listed)
+    outcome, found = _outcome(listed, name)
+    assert outcome is Outcome.WHOLE, dataclasses.asdict(found)
+    assert found.effect is not None
+    assert found.effect > 1e-4
