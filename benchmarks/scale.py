@@ -1,6 +1,6 @@
 """What one large problem takes: time by phase, resident memory, and how both grow.
 
-    python benchmarks/scale.py DIRECTORY --tasks solver --sizes 4096 8192
+    python -m benchmarks.scale DIRECTORY --tasks solver --sizes 4096 8192
 
 Each row is one run in a process of its own, whose largest resident set the operating system tells
 once it has ended; it is written to a file of its own in DIRECTORY, so that the same command goes on
@@ -13,18 +13,12 @@ second only.  Give OMP_NUM_THREADS.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
-import functools
 import hashlib
-import importlib
 import json
 import math
-import os
-import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -32,63 +26,10 @@ from typing import Any
 import torch
 
 import solvers
+from benchmarks.measuring import Clock, measured
 from osscar.core.files import write_json
 
 Report = dict[str, Any]
-
-
-# ---- a clock for phases --------------------------------------------------------------------------
-
-
-@dataclass
-class Clock:
-    """Seconds spent in phases; what a phase within another takes is not counted in that.
-
-    Parameters
-    ----------
-    phases
-        Processor seconds, wall seconds and calls of each.
-    """
-
-    phases: dict[str, list[float]] = dataclasses.field(default_factory=dict)
-    _running: list[str] = dataclasses.field(default_factory=list)
-    _since: tuple[float, float] = (0.0, 0.0)
-
-    @contextlib.contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Count what is done within."""
-        self._charge()
-        self._running.append(name)
-        self.phases.setdefault(name, [0.0, 0.0, 0])[2] += 1
-        try:
-            yield
-        finally:
-            self._charge()
-            self._running.pop()
-
-    def _charge(self) -> None:
-        now = time.process_time(), time.perf_counter()
-        if self._running:
-            spent = self.phases[self._running[-1]]
-            spent[0] += now[0] - self._since[0]
-            spent[1] += now[1] - self._since[1]
-        self._since = now
-
-    def watch(self, module: str, path: str, name: str) -> None:
-        """Count the calls of a function of a module, or of a class in it, as a phase."""
-        owner: Any = importlib.import_module(module)
-        *outer, last = path.split(".")
-        for part in outer:
-            owner = getattr(owner, part)
-        original = vars(owner)[last]
-        function = original.__func__ if isinstance(original, classmethod) else original
-
-        @functools.wraps(function)
-        def timed(*args: Any, **kwargs: Any) -> Any:
-            with self.phase(name):
-                return function(*args, **kwargs)
-
-        setattr(owner, last, classmethod(timed) if isinstance(original, classmethod) else timed)
 
 
 # ---- one layer -----------------------------------------------------------------------------------
@@ -227,20 +168,16 @@ def parse_arguments() -> argparse.Namespace:
 
 def measure(row: Row, directory: Path) -> None:
     """Run one row in a process of its own, and write what it took."""
-    command = [sys.executable, __file__, str(directory), "--row", json.dumps(asdict(row))]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    output = process.stdout.read()
-    # The operating system's account of this one process, which tells nothing of its own size.
-    _, status, usage = os.wait4(process.pid, 0)
-    if status:
-        raise SystemExit(f"{row} failed with status {os.waitstatus_to_exitcode(status)}")
+    this = [sys.executable, "-m", "benchmarks.scale", str(directory)]
+    found = measured([*this, "--row", json.dumps(asdict(row))])
+    if found.status:
+        raise SystemExit(f"{row} failed with status {found.status}")
     content = {
         **asdict(row),
-        **json.loads(output.splitlines()[-1]),
+        **json.loads(found.output.splitlines()[-1]),
         "threads": torch.get_num_threads(),
-        "peak_bytes": usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024),
-        "seconds": usage.ru_utime + usage.ru_stime,
+        "peak_bytes": found.peak,
+        "seconds": found.cpu_seconds,
     }
     write_json(directory / row.key, content)
     print(json.dumps(content), flush=True)

@@ -1,164 +1,265 @@
-"""How much memory `osscar prune` takes for a language model of random weights, from outside.
+"""What `osscar prune` takes for language models of random weights: time by phase, memory, disk.
 
-The model is written to disk tensor by tensor, so that making it takes little memory; the command
-runs in a child process, whose greatest resident size the system tells (`ru_maxrss`).
+    python -m benchmarks.streaming DIRECTORY qwen2-0.6b -- --neurons 0.7 --max-memory 5GB
+    python -m benchmarks.streaming DIRECTORY opt-6.7b --layers 2 --dtype bfloat16 -- --neurons 0.5
 
-    python benchmarks/streaming.py qwen2-0.5b --layers 24 -- --max-memory 5GB --neurons 0.7
+Each row is one run in a process of its own, whose greatest resident size the operating system tells
+once it has ended; it is written to a file of its own in DIRECTORY, so that the same command goes on
+where it was stopped, and prints all rows there as a table.  The models are written to DIRECTORY,
+too, tensor by tensor, once for each shape.
+
+`--forward` runs the calibration data once through the blocks of the model in the place of pruning
+it, within the same memory: what a walk is to be compared with.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import hashlib
 import json
-import os
+import resource
 import shutil
-import struct
-import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
 
-from osscar.models.language import DEMO_DIRECTORY
+import osscar
+from benchmarks.measuring import Clock, measured
+from benchmarks.random_models import SHAPES, write_model
+from osscar.core.files import write_json
+from osscar.data.batches import as_inputs
 
-_FORMATS = {"float32": "F32", "bfloat16": "BF16"}
-
-
-SHAPES: Mapping[str, Mapping[str, Any]] = {
-    "qwen2-0.5b": {
-        "model_type": "qwen2",
-        "hidden_size": 896,
-        "num_hidden_layers": 24,
-        "intermediate_size": 4864,
-        "num_attention_heads": 14,
-        "num_key_value_heads": 2,
-        "vocab_size": 151936,
-        "max_position_embeddings": 32768,
-        "rope_theta": 1e6,
-        "tie_word_embeddings": True,
-    },
-    "opt-1.3b": {
-        "model_type": "opt",
-        "hidden_size": 2048,
-        "num_hidden_layers": 24,
-        "ffn_dim": 8192,
-        "num_attention_heads": 32,
-        "vocab_size": 50272,
-        "word_embed_proj_dim": 2048,
-        "max_position_embeddings": 2048,
-        "tie_word_embeddings": True,
-    },
-}
+PHASES = (
+    ("osscar.core.places", "Place.read", "input"),
+    ("osscar.core.sources", "Scratch.append", "output"),
+    ("osscar.checkpoint.directory", "write_weights", "output"),
+    ("osscar.pruning.run_log", "RunLog.append", "output"),
+    ("osscar.capture.away", "Away.put", "waiting"),
+    ("osscar.capture.away", "Away.fetch", "waiting"),
+    ("osscar.capture.gram", "GramAccumulator.add", "gram"),
+    ("osscar.capture.walk", "Site.regularization", "damping"),
+    ("osscar.capture.walk", "Site.problem", "problem"),
+    ("osscar.capture.walk", "Walk._measure", "forward"),
+    ("solvers", "solve", "solver"),
+    ("osscar.models.language", "load_model", "opening"),
+    ("graph", "trace", "opening"),
+    ("osscar.capture.opened", "_outputs", "opening"),
+    ("osscar.capture.opened", "_check_runs", "opening"),
+    ("osscar.capture.walk", "Walk._schedule", "opening"),
+    ("osscar.pruning.prune", "what_follows", "trial"),
+    ("osscar.pruning.divergence", "Reference.of", "predictions"),
+    ("osscar.pruning.divergence", "Reference.divergence", "predictions"),
+    ("osscar.pruning.prune", "shrunk", "proof"),
+    ("osscar.pruning.result", "PruningResult.save", "saving"),
+)
+"""Module, name in it, and phase; the names are those under which callers find them."""
 
 
 @dataclass(frozen=True)
-class Measured:
-    """What one command took.
+class Row:
+    """One run.
 
     Parameters
     ----------
-    peak
-        Greatest resident size, in bytes.
-    seconds, cpu_seconds
-        Wall time, and that of the processor.
-    status
-        With which it ended.
+    shape, layers, dtype
+        The model; None: all of its layers.
+    options
+        Of `osscar prune`.
+    forward
+        Whether the calibration data only run through the model.
     """
 
-    peak: int
-    seconds: float
-    cpu_seconds: float
-    status: int
+    shape: str
+    layers: int | None
+    dtype: str
+    options: tuple[str, ...]
+    forward: bool = False
 
+    @property
+    def model(self) -> str:
+        """The name of the model's directory."""
+        return f"{self.shape}-{self.layers or 'all'}-{self.dtype}"
 
-def write_model(path: Path, shape: Mapping[str, Any], dtype: str) -> int:
-    """Write a model of random weights, tensor by tensor; return how many these are."""
-    config = AutoConfig.for_model(**shape, dtype=dtype)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
-    config.architectures = [type(model).__name__]
-    path.mkdir(parents=True)
-    config.save_pretrained(path)
-    for file in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copyfile(DEMO_DIRECTORY / file, path / file)
-    parameters = dict(model.named_parameters())
-    _write_weights(path / "model.safetensors", parameters, dtype)
-    return sum(p.numel() for p in parameters.values())
+    @property
+    def key(self) -> str:
+        """The name of the row's file."""
+        return hashlib.sha256(repr(self).encode()).hexdigest()[:16] + ".json"
 
-
-def _write_weights(file: Path, parameters: Mapping[str, torch.Tensor], dtype: str) -> None:
-    size = getattr(torch, dtype).itemsize
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name, parameter in parameters.items():
-        after = end + parameter.numel() * size
-        header[name] = {
-            "dtype": _FORMATS[dtype],
-            "shape": list(parameter.shape),
-            "data_offsets": [end, after],
-        }
-        end = after
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    with file.open("wb") as out:
-        out.write(struct.pack("<Q", len(text)) + text)
-        for values in _values(parameters):
-            out.write(values.to(getattr(torch, dtype)).view(torch.uint8).numpy().data)
-
-
-def _values(parameters: Mapping[str, torch.Tensor]) -> Iterator[torch.Tensor]:
-    """Yield values of the usual sizes: ones for norms, zeros for biases, and noise."""
-    generator = torch.Generator().manual_seed(0)
-    for name, parameter in parameters.items():
-        if parameter.ndim > 1:
-            yield torch.randn(parameter.shape, generator=generator) * 0.02
-        else:
-            yield torch.full(parameter.shape, 1.0 if name.endswith("norm.weight") else 0.0)
-
-
-def measured(command: Sequence[str]) -> Measured:
-    """Run a command, and say what it took."""
-    began = time.perf_counter()
-    child = subprocess.Popen(command)
-    _, status, usage = os.wait4(child.pid, 0)
-    return Measured(
-        usage.ru_maxrss * 1024,
-        time.perf_counter() - began,
-        usage.ru_utime + usage.ru_stime,
-        os.waitstatus_to_exitcode(status),
-    )
+    def option(self, name: str, default: str) -> str:
+        """Return what an option is given."""
+        at = self.options.index(name) if name in self.options else None
+        return default if at is None else self.options[at + 1]
 
 
 def main() -> None:
-    """Write a model, prune it, and print what that took."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("shape", choices=SHAPES)
-    parser.add_argument("--layers", type=int)
-    parser.add_argument("--dtype", default="float32", choices=_FORMATS)
-    parser.add_argument("--directory", type=Path, help="where models are kept; else temporary")
-    own, _, options = " ".join(sys.argv[1:]).partition(" -- ")
-    given = parser.parse_args(own.split())
-    with tempfile.TemporaryDirectory(dir=given.directory) as scratch:
-        place = given.directory or Path(scratch)
-        model = place / f"{given.shape}-{given.layers or 'all'}-{given.dtype}"
-        if not model.exists():
-            layers = {} if given.layers is None else {"num_hidden_layers": given.layers}
-            write_model(model, {**SHAPES[given.shape], **layers}, given.dtype)
-        out = Path(scratch) / "pruned"
-        command = [sys.executable, "-m", "osscar", "prune", str(model), "--out", str(out)]
-        found = measured([*command, *options.split()])
-        size = (model / "model.safetensors").stat().st_size
-        print(
-            f"{model.name} {options}: status {found.status}, "
-            f"weights {size / 1e9:.2f} GB, peak {found.peak / 1e9:.2f} GB, "
-            f"{found.cpu_seconds:.0f} CPU seconds, {found.seconds:.0f} s"
+    own, _, rest = "\0".join(sys.argv[1:]).partition("\0--\0")
+    arguments = parse_arguments([word for word in own.split("\0") if word])
+    if arguments.row is not None:
+        words = json.loads(arguments.row)
+        row = Row(**{**words, "options": tuple(words["options"])})
+        print("\n" + json.dumps((run_forward if row.forward else prune)(row, arguments.directory)))
+        return
+    if arguments.write is not None:
+        shape = {**SHAPES[arguments.shape]}
+        if arguments.layers is not None:
+            shape["num_hidden_layers"] = arguments.layers
+        write_model(arguments.write, shape, arguments.dtype)
+        return
+    arguments.directory.mkdir(parents=True, exist_ok=True)
+    if arguments.shape is not None:
+        options = tuple(word for word in rest.split("\0") if word)
+        row = Row(
+            arguments.shape, arguments.layers, arguments.dtype, options, forward=arguments.forward
         )
+        if not (arguments.directory / row.key).exists():
+            measure(row, arguments.directory)
+    print(*table(arguments.directory), sep="\n")
+
+
+def parse_arguments(words: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("directory", type=Path)
+    parser.add_argument("shape", choices=SHAPES, nargs="?")
+    parser.add_argument("--layers", type=int, help="fewer than the shape has")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    parser.add_argument("--forward", action="store_true")
+    parser.add_argument("--row", help=argparse.SUPPRESS)
+    parser.add_argument("--write", type=Path, help=argparse.SUPPRESS)
+    return parser.parse_args(words)
+
+
+def measure(row: Row, directory: Path) -> None:
+    """Run one row in a process of its own, and write what it took."""
+    this = [sys.executable, "-m", "benchmarks.streaming", str(directory)]
+    if not (directory / row.model).exists():
+        new = directory / f"{row.model}.new"
+        shutil.rmtree(new, ignore_errors=True)
+        layers = [] if row.layers is None else ["--layers", str(row.layers)]
+        written = measured([*this, row.shape, *layers, "--dtype", row.dtype, "--write", str(new)])
+        if written.status:
+            raise SystemExit(f"{row.model} was not written: status {written.status}")
+        new.rename(directory / row.model)
+    found = measured([*this, "--row", json.dumps(asdict(row))])
+    if found.status:
+        raise SystemExit(f"{row} failed with status {found.status}:\n{found.output}")
+    content = {
+        **asdict(row),
+        **json.loads(found.output.splitlines()[-1]),
+        "weights": (directory / row.model / "model.safetensors").stat().st_size,
+        "threads": torch.get_num_threads(),
+        "peak_bytes": found.peak,
+        "seconds": found.cpu_seconds,
+        "wall_seconds": found.seconds,
+    }
+    write_json(directory / row.key, content)
+    print(json.dumps(content), flush=True)
+
+
+# ---- in a process of its own -------------------------------------------------------------
+
+
+def watching() -> Clock:
+    """Return a clock that runs from now on."""
+    clock = Clock()
+    for entry in PHASES:
+        clock.watch(*entry)
+    clock.watch("osscar.core.places", "Slice._pass", "input", lambda one, *_: one.nbytes)
+    clock.watch("osscar.core.places", "Slice.read_rows", "input", _bytes_of_rows)
+    return clock
+
+
+def _bytes_of_rows(one: Any, rows: torch.Tensor, _: Any) -> int:
+    return len(rows) * one.nbytes // one.shape[0]
+
+
+def prune(row: Row, directory: Path) -> dict[str, Any]:
+    """Prune a model as the command does."""
+    from osscar.cli import main as command
+
+    clock = watching()
+    with tempfile.TemporaryDirectory(dir=directory) as scratch:
+        out, report = Path(scratch) / "out", Path(scratch) / "report.json"
+        sys.argv = ["osscar", "prune", str(directory / row.model), "--out", str(out)]
+        sys.argv += ["--json", str(report), *row.options]
+        with contextlib.suppress(SystemExit), clock.phase("rest"):
+            command()
+        content = json.loads(report.read_text())
+    chosen = [(one["damp"], one["status"]) for one in content["layers"]]
+    return {
+        **accounts(clock),
+        "layers_solved": len(chosen),
+        "parameters": content["parameters_before"],
+        "relative_loss": content["summed_relative_loss"],
+        "divergence": content["divergence"],
+        "saved_bytes": content["saved"]["bytes"],
+    }
+
+
+def run_forward(row: Row, directory: Path) -> dict[str, Any]:
+    """Run the calibration data through a model's blocks, batch by batch."""
+    memory = row.option("--max-memory", "") or None
+    loaded = osscar.load_model(directory / row.model, max_memory=memory, device="cpu")
+    samples, seqlen = int(row.option("--samples", "64")), int(row.option("--seqlen", "512"))
+    data = osscar.load_calibration(None, loaded.tokenizer, samples=samples, seqlen=seqlen)
+    clock = watching()
+    model: Any = loaded.model
+    with torch.no_grad(), clock.phase("forward"):
+        for batch in as_inputs(model, data).batches(model, int(row.option("--batch-size", "8"))):
+            model.base_model(**batch, use_cache=False)
+    return accounts(clock)
+
+
+def accounts(clock: Clock) -> dict[str, Any]:
+    """Return what a clock has counted, and what the system says of blocks of the disk."""
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    return {
+        "phases": clock.phases,
+        "read_bytes": clock.bytes,
+        "disk_read": usage.ru_inblock * 512,
+        "disk_written": usage.ru_oublock * 512,
+    }
+
+
+# ---- tables --------------------------------------------------------------------------------------
+
+COLUMNS = {
+    "forward": ("forward",),
+    "Gram": ("gram",),
+    "damping": ("damping",),
+    "solver": ("problem", "solver"),
+    "input, output": ("input", "output", "waiting"),
+    "trial, proof": ("opening", "trial", "proof", "predictions", "saving"),
+}
+"""Columns of the table, and the phases that each adds up."""
+
+
+def table(directory: Path) -> list[str]:
+    """Return all rows of a directory as Markdown."""
+    rows = [json.loads(file.read_text()) for file in sorted(directory.glob("*.json"))]
+    head = ["model", "options", *COLUMNS, "rest", "processor, s", "peak, GB", "weights, GB"]
+    lines = [[*head, "read, times"], ["---"] * 2 + ["---:"] * (len(head) - 1)]
+    for row in sorted(rows, key=lambda row: (row["weights"], row["options"])):
+        spent = {name: part[0] for name, part in row["phases"].items()}
+        parts = [sum(spent.get(name, 0.0) for name in names) for names in COLUMNS.values()]
+        rest = row["seconds"] - sum(parts)
+        read = sum(row["read_bytes"].values())
+        options = "one forward pass" if row["forward"] else " ".join(row["options"])
+        lines.append(
+            [
+                f"{row['shape']}, {row['layers'] or 'all'} layers, {row['dtype']}",
+                f"`{options}`",
+                *(f"{seconds:.1f}" for seconds in (*parts, rest)),
+                *(f"{row['seconds']:.0f}", f"{row['peak_bytes'] / 1e9:.2f}"),
+                *(f"{row['weights'] / 1e9:.2f}", f"{read / row['weights']:.1f}"),
+            ]
+        )
+    return [f"| {' | '.join(line)} |" for line in lines]
 
 
 if __name__ == "__main__":

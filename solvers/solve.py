@@ -118,9 +118,17 @@ def _selected(name: str, chosen: Backend, problem: SubsetProblem) -> Any:
     except (SolverError, torch.linalg.LinAlgError):  # type: ignore[attr-defined]
         raise
     except Exception as error:
+        if _is_shortage(error):
+            raise  # which is not the backend's fault
         raise BackendError(
             f"backend {name!r} failed with {type(error).__name__}: {error}"
         ) from error
+
+
+def _is_shortage(error: Exception) -> bool:
+    """Whether an error says that a device has no memory left."""
+    of_cpu = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    return of_cpu or isinstance(error, torch.OutOfMemoryError | MemoryError)
 
 
 def _chosen(backend: Any, options: Any, more_options: Mapping[str, Any]) -> tuple[str, Backend]:

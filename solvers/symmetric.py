@@ -68,6 +68,10 @@ class Symmetric:
             panel.zero_()
         return made
 
+    def copy(self) -> Symmetric:
+        """Return a copy."""
+        return Symmetric([panel.clone() for panel in self._panels])
+
     def __len__(self) -> int:
         return sum(map(len, self._panels))
 
@@ -148,17 +152,29 @@ class Symmetric:
         """Drop all rows and columns but some, sorted; memory is given back on the way."""
         old, self._panels = list(self.spans()), []
         for start, stop in _edges(len(rows), 0, width):
-            own, columns = rows[start:stop], rows[:stop]
-            panel = old[0][1].new_empty(stop - start, stop)
-            for first, source in old:
-                at = torch.nonzero((own >= first) & (own < first + len(source))).flatten()
-                known = int((columns < first + len(source)).sum())
-                if len(at):
-                    panel[at, :known] = source[own[at, None] - first, columns[:known]]
-            square = panel[:, start:]
-            square.copy_(square.tril() + square.tril(-1).T)
-            self._panels.append(panel)
-            old = [(first, s) for first, s in old if first + len(s) > int(own[-1])]
+            self._panels.append(_picked(old, rows, start, stop))
+            last = int(rows[stop - 1])
+            old = [(first, source) for first, source in old if first + len(source) > last]
+
+    def part(self, rows: Tensor) -> Symmetric:
+        """Return a copy of some rows and columns, sorted."""
+        spans = list(self.spans())
+        edges = _edges(len(rows), 0, 1)
+        return Symmetric([_picked(spans, rows, start, stop) for start, stop in edges])
+
+    def product(self, B: Tensor) -> Tensor:
+        """Return the product with B, (p, m)."""
+        made = torch.empty_like(B)
+        for start, panel in self.spans():
+            stop = start + len(panel)
+            torch.mm(panel, B[:stop], out=made[start:stop])
+            made[:start].addmm_(panel[:, :start].T, B[start:stop])
+        return made
+
+    def add_diagonal(self, values: Tensor) -> None:
+        """Add (p,) numbers to the diagonal."""
+        for start, panel in self.spans():
+            panel.diagonal(start).add_(values[start : start + len(panel)])
 
     def rescale(self, factors: Tensor) -> None:
         """Multiply rows and columns by (p,) numbers."""
@@ -250,6 +266,30 @@ class Symmetric:
             panel.copy_(panel[:, own].T @ panel)
             for _, below in leading[number + 1 :]:
                 panel.addmm_(below[:, own].T, below[:, :stop])
+
+
+def _picked(sources: list[tuple[int, Tensor]], rows: Tensor, start: int, stop: int) -> Tensor:
+    """Return the panel ``start .. stop`` of some rows, sorted, of a matrix.
+
+    Parameters
+    ----------
+    sources
+        The first row of each panel of the matrix that has such a row, and the panel.
+    rows
+        Which rows.
+    start, stop
+        Of them.
+    """
+    own, columns = rows[start:stop], rows[:stop]
+    panel = sources[0][1].new_empty(stop - start, stop)
+    for first, source in sources:
+        at = torch.nonzero((own >= first) & (own < first + len(source))).flatten()
+        known = int((columns < first + len(source)).sum())
+        if len(at):
+            panel[at, :known] = source[own[at, None] - first, columns[:known]]
+    square = panel[:, start:]
+    square.copy_(square.tril() + square.tril(-1).T)
+    return panel
 
 
 def _edges(rows: int, cut: int, width: int) -> list[tuple[int, int]]:

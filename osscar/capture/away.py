@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from osscar.core.on_disk import OnDisk
-from osscar.core.places import Scratch
+from osscar.core.sources import Scratch
 
 _SMALLEST = 1 << 12
 """Bytes of a tensor that is worth a place in a file."""

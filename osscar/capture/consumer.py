@@ -64,6 +64,11 @@ class LinearMap(abc.ABC):
         return len(self.inputs) * self.taps
 
     @property
+    def outputs(self) -> int:
+        """The number m of columns of W."""
+        return int(self._view(self._weight).shape[1])
+
+    @property
     def unit_rows(self) -> list[list[int]]:
         """The rows of `read_weight` that each unit owns."""
         position = {feature: row for row, feature in enumerate(self.inputs.tolist())}

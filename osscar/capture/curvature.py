@@ -37,6 +37,7 @@ from osscar.capture.opened import Opened
 from osscar.capture.recurrent import RECURRENT, gates_shown
 from osscar.capture.routing import Routed, afresh, argument
 from osscar.core.errors import NonFiniteError, OsscarError, first_line
+from osscar.core.memory import let_shortage_pass
 from osscar.core.modules import device_of, fresh
 from osscar.core.progress import stage
 from osscar.data.batches import Batch, TokenInputs
@@ -350,9 +351,10 @@ def one_pass(
             if outputs:
                 seen.samples = samples if predictions == samples else None
                 torch.autograd.backward(outputs, gradients)
-        except (OsscarError, torch.OutOfMemoryError):
+        except OsscarError:
             raise
         except Exception as error:
+            let_shortage_pass(error)
             warnings.warn(
                 f"no gradients flow through {type(model).__name__}, so that layers count by their "
                 f"own losses: {first_line(error)}",

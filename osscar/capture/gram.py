@@ -27,6 +27,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from osscar.capture.centred import CONSTANT, Centred
 from osscar.capture.consumer import LinearMap
 from osscar.core.errors import ModelError, NonFiniteError
 from osscar.core.modules import device_of
@@ -82,9 +83,6 @@ def _inner(A: Tensor, B: Tensor) -> float:
     """Return ``tr(A'B)``, summed row by row, without a matrix of the products."""
     return float(torch.einsum("ij,ij->i", A, B).sum())
 
-
-_CONSTANT = 1e-12
-"""Share of an input's energy below which its variance is rounding."""
 
 _POSITIONS = 1024
 """Summed up in float64 at a time: a whole batch in float64 can take more than the Gram matrix."""
@@ -204,6 +202,16 @@ class GramAccumulator:
         """What was held out, about the means of what weights are fitted to; None if nothing."""
         return None if self._held is None else self._held.moments(about=self._fitted)
 
+    @property
+    def holds_out(self) -> bool:
+        """Whether some positions were held out."""
+        return self._held is not None
+
+    def centred(self) -> tuple[Centred, Centred | None]:
+        """Return what weights are fitted to and what was held out, without dense matrices."""
+        held = None if self._held is None else self._held.centred(about=self._fitted)
+        return self._fitted.centred(), held
+
     def consumer(self, damp: float, share: float = 1.0, *, last: bool = False) -> Consumer:
         """Return the quadratic terms of the problem to reproduce the targets on these inputs.
 
@@ -227,9 +235,9 @@ class GramAccumulator:
                 f"{self.linear_map.name!r} was never called on the calibration data, so that it "
                 "cannot be refitted; give inputs that reach it"
             )
-        moments, W0 = self._fitted.moments(last=last), self.linear_map.read_weight()
         if last:
             self._held = None
+        moments, W0 = self._fitted.moments(last=last), self.linear_map.read_weight()
         return damped_by_input(
             moments.H,
             W0,
@@ -332,6 +340,20 @@ class _Sums:
             return x, torch.zeros((), dtype=torch.float64, device=x.device)
         return x, self.corrections / self.positions
 
+    def centred(self, about: _Sums | None = None) -> Centred:
+        """Return the same as `moments`, as half a matrix of sums and what is taken off it."""
+        (x, d), (own, own_d) = (about or self).means(), self.means()
+        both = self.corrections is not None and (about or self).corrections is not None
+        return Centred(
+            self._sums(),
+            self.cross,
+            self.positions,
+            own,
+            own_d,
+            about=x if self.centered else None,
+            corrections_about=d if self.centered and both else None,
+        )
+
     def moments(self, about: _Sums | None = None, *, last: bool = False) -> Moments:
         """Return means, about the means of these or of other sums where the layer has a bias.
 
@@ -358,7 +380,7 @@ class _Sums:
             # mean (x - c)(x - c)' = H - m c' - c m' + c c', with m the own mean
             H.addr_(own, x, alpha=-1).addr_(x, own, alpha=-1).addr_(x, x)
             # An input that is constant has nothing left but rounding, and is dead.
-            constant = H.diagonal() <= _CONSTANT * energies
+            constant = H.diagonal() <= CONSTANT * energies
             H[constant] = 0
             H[:, constant] = 0
             if C is not None:
@@ -367,7 +389,7 @@ class _Sums:
                 energy = max(energy - 2 * float(own_d @ d) + float(d @ d), 0.0)
             return Moments(H, C, energy, x, d, H.diagonal().clone())
         variance = energies - own.square()
-        variance[variance <= _CONSTANT * energies] = 0
+        variance[variance <= CONSTANT * energies] = 0
         return Moments(H, C, energy, torch.zeros_like(x), torch.zeros_like(d), variance)
 
 

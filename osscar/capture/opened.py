@@ -19,6 +19,7 @@ from osscar.capture.readers import weights_read_elsewhere
 from osscar.capture.routing import followed_mixtures, sound_mixtures
 from osscar.capture.scratch import Untouched
 from osscar.core.errors import CalibrationError, EquivalenceError, FileError
+from osscar.core.memory import let_shortage_pass
 from osscar.core.modules import (
     check_finite_weights,
     check_usable,
@@ -268,9 +269,10 @@ def _outputs(model: nn.Module, example: Batch) -> list[Tensor]:
     """Return what a model puts out; nothing if it fails, which is reported once it is traced."""
     try:
         return proof_outputs(model, [example])
-    except (FileError, torch.OutOfMemoryError):
+    except FileError:
         raise
-    except Exception:  # the model may be anyone's code
+    except Exception as error:  # the model may be anyone's code
+        let_shortage_pass(error)
         return []
 
 
@@ -278,9 +280,10 @@ def _check_runs(model: nn.Module, example: Mapping[str, Any]) -> None:
     """Run the model once: tracing looks at shapes, and lets through what kernels refuse."""
     try:
         model(**fresh(example))
-    except (FileError, torch.OutOfMemoryError):
+    except FileError:
         raise
     except Exception as error:  # the model may be anyone's code
+        let_shortage_pass(error)
         forms = ", ".join(f"{n} {t.dtype} {tuple(t.shape)}" for n, t in example.items())
         raise CalibrationError(
             f"{type(model).__name__} fails on the calibration data ({forms}): "

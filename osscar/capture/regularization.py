@@ -17,8 +17,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from osscar.capture.centred import Centred
 from osscar.capture.consumer import LinearMap
-from osscar.capture.gram import GramAccumulator, Moments
+from osscar.capture.gram import GramAccumulator
+from solvers.symmetric import Symmetric
 
 DAMPS = (0.01, 0.03, 0.1, 0.3, 1.0)
 """What is tried; the error is flat around its least."""
@@ -75,7 +77,7 @@ def best_regularization(
     share
         Of the corrections, where that is given.
     """
-    layers = [_Layer(a.linear_map, a.fitted, a.held) for a in accumulators if not a.unread]
+    layers = [_Layer(a.linear_map, *a.centred()) for a in accumulators if not a.unread]
     sizes = _sizes(layers)
     parts = [
         _Part.of(layer, rows, sizes[layer.map.name])
@@ -103,8 +105,8 @@ class _Layer:
     """A consumer, and what was summed up of it."""
 
     map: LinearMap
-    fitted: Moments
-    held: Moments | None
+    fitted: Centred
+    held: Centred | None
 
 
 def _sizes(layers: Sequence[_Layer]) -> dict[str, float]:
@@ -114,7 +116,7 @@ def _sizes(layers: Sequence[_Layer]) -> dict[str, float]:
         return dict.fromkeys(sizes, 1.0)
     for layer in layers:
         W0 = layer.map.read_weight()
-        sizes[layer.map.name] += float((W0 * (layer.fitted.H @ W0)).sum())
+        sizes[layer.map.name] += float((W0 * layer.fitted.product(W0)).sum())
     return {name: size if size > 0 else 1.0 for name, size in sizes.items()}
 
 
@@ -124,7 +126,7 @@ def _kept_rows(layers: Sequence[_Layer], sizes: dict[str, float], keep: int) -> 
     scores = torch.zeros(len(units[0]), dtype=torch.float64)
     for layer, owned in zip(layers, units, strict=True):
         W0 = layer.map.read_weight()
-        energies = (W0.square().sum(1) * layer.fitted.H.diagonal()).cpu()
+        energies = (W0.square().sum(1) * layer.fitted.diagonal).cpu()
         share = energies / sizes[layer.map.name]
         scores += torch.stack([share[rows].sum() for rows in owned])
     best = scores.argsort(descending=True, stable=True)[:keep].tolist()
@@ -147,11 +149,11 @@ class _Part:
         What its error is relative to.
     """
 
-    H: Tensor = field(repr=False)
+    H: Symmetric = field(repr=False)
     plain: Tensor = field(repr=False)
     corrections: Tensor | None = field(repr=False)
     W0: Tensor = field(repr=False)
-    held_H: Tensor = field(repr=False)
+    held_H: Symmetric = field(repr=False)
     held_G: Tensor = field(repr=False)
     size: float
 
@@ -161,17 +163,18 @@ class _Part:
         fitted, held, W0 = layer.fitted, layer.held, layer.map.read_weight()
         assert held is not None
         seen = _directions(W0)
-        W0, H, held_H = W0 @ seen, fitted.H[rows], held.H[rows]
-        held_G = held_H @ W0
-        if held.C is not None:
-            held_G = held_G + held.C[rows] @ seen
+        W0 = W0 @ seen
+        corrections, held_corrections = fitted.corrections(seen), held.corrections(seen)
+        held_G = held.product(W0)
+        if held_corrections is not None:
+            held_G += held_corrections
         return cls(
-            H=H[:, rows],
-            plain=H @ W0,
-            corrections=None if fitted.C is None else fitted.C[rows] @ seen,
+            H=fitted.part(rows),
+            plain=fitted.product(W0)[rows],
+            corrections=None if corrections is None else corrections[rows],
             W0=W0[rows],
-            held_H=held_H[:, rows],
-            held_G=held_G,
+            held_H=held.part(rows),
+            held_G=held_G[rows],
             size=size,
         )
 
@@ -184,16 +187,24 @@ class _Part:
             Weight of the proximal term.
         """
         added = max(damp, _LEAST_DAMP) * self.H.diagonal()
-        factor = torch.linalg.cholesky(self.H + torch.where(added > 0, added, 1.0).diag())
-        base = torch.cholesky_solve(self.plain + added[:, None] * self.W0, factor)
-        seen = self.held_H @ base
+        factor = self.H.copy()
+        factor.add_diagonal(torch.where(added > 0, added, 1.0))
+        factor.factorize()
+        base = self._solved(factor, self.plain + added[:, None] * self.W0)
+        seen = self.held_H.product(base)
         error = float((base * (seen - 2 * self.held_G)).sum())
         if self.corrections is None:
             return error / self.size, 0.0, 0.0
-        step = torch.cholesky_solve(self.corrections, factor)
+        step = self._solved(factor, self.corrections.clone())
         slope = float((step * (self.held_G - seen)).sum())
-        curve = float((step * (self.held_H @ step)).sum())
+        curve = float((step * self.held_H.product(step)).sum())
         return error / self.size, slope / self.size, curve / self.size
+
+    @staticmethod
+    def _solved(factor: Symmetric, B: Tensor) -> Tensor:
+        factor.forward(B)
+        factor.backward(B)
+        return B
 
 
 def _directions(W0: Tensor) -> Tensor:

@@ -49,6 +49,7 @@ from osscar.capture.routing import Routed, afresh, argument, output_of
 from osscar.capture.scratch import Scratch, recorded_writes
 from osscar.capture.targets import Target
 from osscar.core.errors import CalibrationError, ModelError, OsscarError
+from osscar.core.memory import FOR_BATCHES, FOR_MATRICES, is_shortage, memory_for, shortage
 from osscar.core.modules import fresh
 from osscar.core.phases import Phase, phase
 from osscar.data.batches import Batch
@@ -156,7 +157,7 @@ class Site:
         damp, share
             What is asked for, if it is.
         """
-        if all(gram.held is None for gram in self.known):
+        if not any(gram.holds_out for gram in self.known):
             return Regularization(DEFAULT_DAMP if damp is None else damp, share or 0.0)
         damps = DAMPS if damp is None else (damp,)
         return best_regularization(self.known, keep, damps, share)
@@ -405,8 +406,7 @@ class Walk:
             here = [group for group in tour if call in calls[group.name]]
             for group in here:
                 if group.name not in grams:
-                    maps = self._consumers[group.name]
-                    grams[group.name] = tuple(GramAccumulator(consumer) for consumer in maps)
+                    grams[group.name] = self._empty_sums(group)
             self._measure(
                 call,
                 [
@@ -429,6 +429,12 @@ class Walk:
                 yield site
                 if site.committed and len(calls[group.name]) > 1:
                     self._end()  # the batches have passed calls through weights that are no longer
+
+    def _empty_sums(self, group: CouplingGroup) -> tuple[GramAccumulator, ...]:
+        maps = self._consumers[group.name]
+        inputs = " and ".join(str(consumer.rows) for consumer in maps)
+        with memory_for(f"Gram matrices of {group.name!r} with {inputs} inputs", FOR_MATRICES):
+            return tuple(GramAccumulator(consumer) for consumer in maps)
 
     def _start(self) -> None:
         self._end()
@@ -613,15 +619,20 @@ def batch_named(model: nn.Module, batch: int) -> Iterator[None]:
     ------
     CalibrationError
         If it has.
+    NoMemoryError
+        If that was for want of memory.
     """
     try:
         yield
-    except (OsscarError, torch.OutOfMemoryError):
+    except OsscarError:
         raise
     except Exception as error:  # the model may be anyone's code
-        name = failing_module(error.__traceback__, model)
+        name = failing_module(error.__traceback__, model) or "the model"
+        if is_shortage(error):
+            what = f"calibration batch {batch} in {name!r}"
+            raise shortage(error, what, FOR_BATCHES) from error
         raise CalibrationError(
-            f"calibration batch {batch} fails in {name or 'the model'!r}: "
+            f"calibration batch {batch} fails in {name!r}: "
             f"{type(error).__name__}: {error}; leave it out, or mend the model"
         ) from error
 

@@ -412,8 +412,7 @@ def _save_stock(model: PreTrainedModel, config: Any, path: Path) -> None:
 def _write_tied_once(model: PreTrainedModel, path: Path) -> None:
     """Write weights that lie on disk, and compare the file with them."""
     tensors, file = _tied_once(model), path / WEIGHTS_FILE
-    write_weights(tensors, file, {"format": "pt"})
-    check_written(tensors, file)
+    check_written(write_weights(tensors, file, {"format": "pt"}), file)
 
 
 def _save_planned(model: nn.Module, path: Path) -> None:

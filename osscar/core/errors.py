@@ -29,6 +29,10 @@ class DeviceError(OsscarError):
     """A device or number format that does not exist here was asked for."""
 
 
+class NoMemoryError(OsscarError):
+    """A device has no memory left; the message says for what, and which option helps."""
+
+
 class MissingDependency(OsscarError):
     """An optional package is needed; the message names it and the command that installs it."""
 

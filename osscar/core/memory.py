@@ -6,11 +6,14 @@ import ctypes
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
-from osscar.core.errors import OptionError
+import torch
+
+from osscar.core.errors import NoMemoryError, OptionError, first_line
 from osscar.core.inputs import shown
 
 try:
@@ -114,3 +117,57 @@ def _trim() -> Callable[[int], int] | None:
     except (OSError, AttributeError):
         return None
     return found
+
+
+# ---- memory that is not there ------------------------------------------------------------
+
+FOR_BATCHES = (
+    "give smaller batches (--batch-size), shorter or fewer windows (--seqlen, --samples), --device "
+    "cpu where that has more memory, or --max-memory, with which weights stay on disk"
+)
+"""What helps where data run through a model."""
+
+FOR_MATRICES = (
+    "that depends on the layer alone: give --device cpu where that has more memory, --max-memory, "
+    "with which no weights are beside it, or leave the group alone (--skip)"
+)
+"""What helps where a layer is measured and solved."""
+
+
+def is_shortage(error: BaseException) -> bool:
+    """Whether an error says that a device has no memory left."""
+    of_cpu = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    return of_cpu or isinstance(error, torch.OutOfMemoryError | MemoryError)
+
+
+def let_shortage_pass(error: BaseException) -> None:
+    """Raise an error again that says so, which is no fault of the code that met it."""
+    if is_shortage(error):
+        raise error
+
+
+def shortage(error: BaseException, what: str, advice: str) -> NoMemoryError:
+    """Return the error that says what there was no memory for, and what helps."""
+    return NoMemoryError(f"there is no memory for {what} ({first_line(error):.200}); {advice}")
+
+
+@contextmanager
+def memory_for(what: str, advice: str) -> Iterator[None]:
+    """Say what there was no memory for in the block, and what helps.
+
+    Parameters
+    ----------
+    what, advice
+        In words.
+
+    Raises
+    ------
+    NoMemoryError
+        If there was none.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_shortage(error):
+            raise
+        raise shortage(error, what, advice) from error

@@ -9,108 +9,18 @@ know of it.
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
 from osscar.core.errors import ModelError, OptionError
-from osscar.core.memory import give_back, resident_memory
-from osscar.core.places import Place, Scratch, Selected, Slice, as_bytes
-
-_SPARE = 64 << 20
-"""Bytes that are always left below the ceiling, for all that is small."""
-
-
-class Shelf:
-    """Values that were read, kept for the next reader while there is room; the oldest go first.
-
-    Parameters
-    ----------
-    ceiling
-        Bytes that the whole process may have in memory.
-    """
-
-    def __init__(self, ceiling: int) -> None:
-        self.ceiling = ceiling
-        self.read_bytes = 0
-        """How much has been read from files."""
-        self._left_free = _SPARE
-        self._held: OrderedDict[Place, tuple[Tensor, int]] = OrderedDict()
-        self._scratch: Scratch | None = None
-
-    @property
-    def held_bytes(self) -> int:
-        """Memory of the values that are kept."""
-        return sum(place.nbytes for place in self._held)
-
-    def values(self, place: Place) -> Tensor:
-        """Return the values at a place; nobody may write to them.
-
-        Raises
-        ------
-        ModelError
-            If somebody has.
-        FileError
-            If the file is no longer what it was.
-        """
-        if place in self._held:
-            found, version = self._held[place]
-            _check_unwritten(place, found, version)
-            self._held.move_to_end(place)
-            return found
-        self._make_room(place.passing_bytes)
-        with torch.inference_mode(False):  # whose tensors do not count who writes to them
-            found = place.read()
-        self.read_bytes += place.slice.nbytes
-        self._held[place] = (found, found._version)
-        return found
-
-    def put(self, values: Tensor, name: str) -> Place:
-        """Write values to disk; return the place from which they are read."""
-        if self._scratch is None:
-            self._scratch = Scratch()
-        values = values.detach().contiguous()
-        offset = self._scratch.append(as_bytes(values))
-        return Place(Slice(self._scratch, offset, tuple(values.shape), values.dtype, name))
-
-    def leave_free(self, room: int) -> None:
-        """Leave so many bytes below the ceiling free for other things from now on."""
-        self._left_free = max(self._left_free, room)
-        self._make_room(0)
-
-    @contextmanager
-    def leaving(self, room: int) -> Iterator[None]:
-        """Leave so many bytes below the ceiling free for other things while the block runs."""
-        before, self._left_free = self._left_free, max(self._left_free, room)
-        self._make_room(0)
-        try:
-            yield
-        finally:
-            self._left_free = before
-
-    def _make_room(self, needed: int) -> None:
-        excess = resident_memory() + needed + self._left_free - self.ceiling
-        if excess <= 0 or not self._held:
-            return
-        while self._held and excess > 0:
-            place, (found, version) = self._held.popitem(last=False)
-            _check_unwritten(place, found, version)  # or what was written would be lost unseen
-            excess -= place.nbytes
-        give_back()
-
-
-def _check_unwritten(place: Place, values: Tensor, version: int) -> None:
-    if values._version != version:
-        raise ModelError(
-            f"code of the model writes to {place.slice.name!r} while it runs, which is "
-            "read from disk; leave --max-memory away"
-        )
-
+from osscar.core.places import Place, Selected
+from osscar.core.shelf import Shelf
 
 # ---- parameters --------------------------------------------------------------------------
 
@@ -145,7 +55,7 @@ class OnDisk(nn.Parameter):
 
     def values(self) -> Tensor:
         """Return the values, for reading; without values where shapes are all that counts."""
-        if torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None:
+        if not _values_count():
             return torch.empty(self.place.shape, dtype=self.place.dtype)
         return self.shelf.values(self.place)
 
@@ -168,6 +78,8 @@ class OnDisk(nn.Parameter):
         lazy = _LAZY.get(func)
         if lazy is not None and isinstance(args[0], OnDisk):
             return lazy(*args, **options)
+        if func is F.embedding and _reads_rows(*args, **options):
+            return _embedding(args[0], args[1])
         if func in _DESCRIBING:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **options)
@@ -184,6 +96,26 @@ class OnDisk(nn.Parameter):
         cls, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         return func(*_with_values(args), **_with_values(dict(kwargs or {})))
+
+
+def _values_count() -> bool:
+    """Whether values count now, and not shapes alone."""
+    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is None
+
+
+def _reads_rows(
+    tokens: Any, table: Any, padding_idx: Any = None, max_norm: Any = None, *_: Any, **__: Any
+) -> bool:
+    """Whether looking tokens up reads some rows of a table, and changes none."""
+    return isinstance(table, OnDisk) and max_norm is None and _values_count()
+
+
+def _embedding(tokens: Tensor, table: OnDisk) -> Tensor:
+    """Look tokens up in a table of which only their rows are read."""
+    rows, places = torch.unique(tokens, return_inverse=True)
+    if not (len(rows) and int(rows[0]) >= 0 and int(rows[-1]) < len(table)):
+        return F.embedding(tokens, table.values())  # which says so
+    return F.embedding(places, table.shelf.rows(table.place, rows))
 
 
 def _with_values(tree: Any) -> Any:

@@ -1,110 +1,18 @@
-"""Where values lie in files, and what is done to them once they are read.
-
-Files are read, not mapped into memory: a mapped file that is cut off ends the process.
-"""
+"""Where values lie in files, and what is done to them once they are read."""
 
 from __future__ import annotations
 
 import hashlib
 import math
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from osscar.core.errors import FileError, NonFiniteError, OutputError
-
-_PIECE = 16 << 20
-"""Bytes that are read at once."""
-
-
-# ---- files -------------------------------------------------------------------------------
-
-
-class Source:
-    """A file that stays open, so that nobody takes it away between two reads.
-
-    Parameters
-    ----------
-    path
-        The file.
-
-    Raises
-    ------
-    FileError
-        If it cannot be opened.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        try:
-            self._file: Any = path.open("rb", buffering=0)
-        except OSError as error:
-            raise FileError(path, f"it cannot be read: {error.strerror}") from error
-
-    def __del__(self) -> None:
-        """Close the file."""
-        if hasattr(self, "_file"):
-            self._file.close()
-
-    def read_into(self, buffer: memoryview, offset: int) -> None:
-        """Fill a buffer with the bytes from an offset on.
-
-        Raises
-        ------
-        FileError
-            If the file ends before, or the disk refuses.
-        """
-        done = 0
-        while done < len(buffer):
-            try:
-                self._file.seek(offset + done)
-                got = self._file.readinto(buffer[done:])
-            except OSError as error:
-                raise FileError(self.path, f"it cannot be read: {error.strerror}") from error
-            if not got:
-                raise FileError(self.path, "it is cut off; get the checkpoint anew")
-            done += got
-
-
-class Scratch(Source):
-    """A file without a name, for values that are written while the process runs."""
-
-    def __init__(self) -> None:
-        self.path = Path(tempfile.gettempdir())
-        try:
-            self._file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115
-        except OSError as error:
-            raise self._no_room(error) from error
-        self.end = 0
-
-    def _no_room(self, error: OSError) -> OutputError:
-        return OutputError(
-            f"cannot write to a file in {self.path}: {error.strerror}; let the environment "
-            "variable TMPDIR name a directory with room for the model"
-        )
-
-    def append(self, rest: memoryview) -> int:
-        """Write bytes at the end; return where that was."""
-        begin = self.end
-        while rest:
-            try:
-                self._file.seek(self.end)
-                written = self._file.write(rest[:_PIECE])
-            except OSError as error:
-                raise self._no_room(error) from error
-            self.end, rest = self.end + written, rest[written:]
-        return begin
-
-
-def as_bytes(values: Tensor) -> memoryview:
-    """Return the memory of a contiguous tensor."""
-    return values.reshape(-1).view(torch.uint8).numpy().data
-
+from osscar.core.errors import FileError, NonFiniteError
+from osscar.core.sources import PIECE, Source, Stamp, as_bytes
 
 # ---- where values are, and what becomes of them ------------------------------------------
 
@@ -187,6 +95,7 @@ class Slice:
     stored: torch.dtype
     name: str
     _digest: bytes | None = field(default=None, repr=False)
+    _stamp: Stamp | None = field(default=None, repr=False)
 
     @property
     def nbytes(self) -> int:
@@ -228,12 +137,38 @@ class Slice:
         self._pass(lambda _, count: buffer[:count], store)
         return values
 
+    def read_rows(self, rows: Tensor, casts: Sequence[Cast]) -> Tensor | None:
+        """Return some rows after some casts; None where the whole has to be digested first.
+
+        Parameters
+        ----------
+        rows
+            Which, (r,) int64.
+        casts
+            What is done to them.
+        """
+        before = self.source.stamp()
+        if self._digest is None or before is None or before != self._stamp:
+            return None
+        values = torch.empty(len(rows), *self.shape[1:], dtype=self.stored)
+        width = self.nbytes // max(self.shape[0], 1)
+        for place, row in zip(values, rows.tolist(), strict=True):
+            self.source.read_into(as_bytes(place), self.offset + row * width)
+        if self.source.stamp() != before:
+            return None
+        for cast in casts:
+            values = cast.apply(values)
+        return values
+
     @property
     def _step(self) -> int:
-        return min(_PIECE // self.stored.itemsize, math.prod(self.shape))
+        return min(PIECE // self.stored.itemsize, math.prod(self.shape))
 
     def _pass(self, room: Callable[[int, int], Tensor], use: Callable[[int, Tensor], None]) -> None:
         """Read all bytes, piece by piece, and hold them to what they were.
+
+        They are what they were if nobody has written to the file since; where that is not known,
+        they are digested again.
 
         Parameters
         ----------
@@ -242,21 +177,35 @@ class Slice:
         use
             Is given them.
         """
-        found, total = hashlib.sha256(), math.prod(self.shape)
-        for begin in range(0, total, max(self._step, 1)):
-            piece = room(begin, min(self._step, total - begin))
-            place = as_bytes(piece)
-            self.source.read_into(place, self.offset + begin * self.stored.itemsize)
-            found.update(place)
-            self._check_finite(piece)
-            use(begin, piece)
+        before = self.source.stamp()
+        if self._digest is not None and before is not None and before == self._stamp:
+            self._read(room, use)
+            if self.source.stamp() == before:
+                return
+        found = hashlib.sha256()
+        self._read(room, use, found.update)
         if self._digest not in (None, found.digest()):
             raise FileError(
                 self.source.path,
                 f"the values of {self.name!r} were others when they were read before; let nothing "
                 "write to the checkpoint meanwhile, and begin anew",
             )
-        self._digest = found.digest()
+        self._digest, self._stamp = found.digest(), before
+
+    def _read(
+        self,
+        room: Callable[[int, int], Tensor],
+        use: Callable[[int, Tensor], None],
+        digest: Callable[[memoryview], None] = lambda _: None,
+    ) -> None:
+        total = math.prod(self.shape)
+        for begin in range(0, total, max(self._step, 1)):
+            piece = room(begin, min(self._step, total - begin))
+            place = as_bytes(piece)
+            self.source.read_into(place, self.offset + begin * self.stored.itemsize)
+            digest(place)
+            self._check_finite(piece)
+            use(begin, piece)
 
     def _check_finite(self, piece: Tensor) -> None:
         if self._digest is not None or not piece.is_floating_point():
@@ -300,7 +249,7 @@ class Place:
         """Memory that is needed while they are read."""
         first = self._leading_casts()
         read = math.prod(self.slice.shape) * (first[-1].dtype if first else self.dtype).itemsize
-        return read + 2 * _PIECE + (self.nbytes if len(first) < len(self.steps) else 0)
+        return read + 2 * PIECE + (self.nbytes if len(first) < len(self.steps) else 0)
 
     def then(self, step: Step) -> Place:
         """Return the place with one more step."""
@@ -329,6 +278,11 @@ class Place:
         for step in self.steps[len(first) :]:
             values = step.apply(values)
         return values
+
+    def read_rows(self, rows: Tensor) -> Tensor | None:
+        """Return some rows of the values, (r,) int64; None where they cannot be read alone."""
+        casts = self._leading_casts()
+        return self.slice.read_rows(rows, casts) if len(casts) == len(self.steps) else None
 
     def _leading_casts(self) -> list[Cast]:
         first: list[Cast] = []

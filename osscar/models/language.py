@@ -40,9 +40,15 @@ from osscar.core.errors import (
 )
 from osscar.core.inputs import check_regular, file_name, panics_are_errors
 from osscar.core.launch import neighbours
-from osscar.core.memory import available_memory, parse_size
+from osscar.core.memory import (
+    FOR_BATCHES,
+    available_memory,
+    let_shortage_pass,
+    memory_for,
+    parse_size,
+)
 from osscar.core.modules import check_finite_weights, check_usable, context_length
-from osscar.core.on_disk import Shelf
+from osscar.core.shelf import Shelf
 from osscar.data.tokens import CalibrationSet, load_calibration
 from osscar.models.names import Sort, check_no_program, sort_of
 from osscar.models.trial import check_other_files, check_tokenizer
@@ -173,7 +179,7 @@ def load_model(
     target = resolve_device(device)
     number_format = resolve_dtype(dtype, target)
     shelf = None if max_memory is None else Shelf(parse_size(max_memory))
-    with _quiet_unless_terminal():
+    with _quiet_unless_terminal(), memory_for(f"the weights of {text}", FOR_BATCHES):
         found = _find(text)
         manifest = None if found.path is None else read_manifest(found.path)
         if shelf is not None:
@@ -195,9 +201,9 @@ def load_model(
         source=lineage_of(model).source or found.source,
         stored_dtype=str(stored).removeprefix("torch."),
     )
-    if number_format is not None:
-        model = model.to(number_format)
-    return LoadedModel(model.to(target).eval(), tokenizer, found.source, found.path, stored)
+    with memory_for(f"the weights of {text} on {target}", FOR_BATCHES):
+        model = (model if number_format is None else model.to(number_format)).to(target)
+    return LoadedModel(model.eval(), tokenizer, found.source, found.path, stored)
 
 
 @dataclass(frozen=True)
@@ -336,6 +342,7 @@ def _load_stock(found: _Found, trust_remote_code: bool) -> Any:
     except OsscarError:
         raise
     except Exception as error:  # a config whose numbers make no sense raises whatever it meets
+        let_shortage_pass(error)
         raise _explain(found, error) from error
     missing = sorted(loading["missing_keys"])
     if missing:  # transformers fills these with random numbers, and warns

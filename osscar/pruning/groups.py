@@ -15,6 +15,7 @@ from osscar.capture.opened import Opened
 from osscar.capture.targets import Target
 from osscar.capture.walk import DenseTensors, Site, Walk, dense_tensors, walk
 from osscar.core.errors import RunError
+from osscar.core.memory import FOR_MATRICES, memory_for
 from osscar.core.on_disk import room_for
 from osscar.core.phases import Phase, phase
 from osscar.core.progress import stage
@@ -156,7 +157,9 @@ def _prune_group(
     site: Site, keep: int, request: PruningRequest, began: float, ranks: Ranks
 ) -> SiteRecord:
     """Have the first rank solve one group, and commit the refitted weights on all."""
-    record = told_record(ranks, lambda: solved(site, keep, request, began))
+    inputs = " and ".join(str(consumer.rows) for consumer in site.consumers)
+    with memory_for(f"the problem of {site.group.name!r} with {inputs} inputs", FOR_MATRICES):
+        record = told_record(ranks, lambda: solved(site, keep, request, began))
     if not site.committed:
         site.adopt(record.weights)
     return record

@@ -27,8 +27,24 @@ from osscar.pruning.allocation import provisional
 from osscar.pruning.divergence import MOST_BYTES
 from osscar.pruning.request import Allocation, FormChoice, PruningRequest
 
-_MATRICES = 11
-"""Matrices of float64, (p, p), that measuring, solving and committing one layer hold at once."""
+_SOLVING = (1.75, 0.0, 3.5)
+"""Numbers of float64 that solving one layer holds at once, in p^2, r^2 and p m: p inputs of which r
+stay, and m outputs.  The problem is 1 and 2 of them; docs/scale.md has the rest."""
+
+_COMMITTING = (1.0, 0.0, 6.0)
+"""The same while a refit is on its way to the model: beside the problem."""
+
+_DAMPING = (1.0, 1.5, 4.0)
+"""The same while damping is chosen by samples that are held out: halves of matrices."""
+
+_OTHERWISE = (11.0, 0.0, 6.0)
+"""The same of backends of which nothing is known, and where bounds are asked for."""
+
+_LEAN = frozenset({"random", "magnitude", "wanda", "greedy", "multistage", "local_search"})
+"""Backends that hold no more than `_SOLVING`."""
+
+_TILES = 3 * 1024
+"""Rows of float64, (p,), that products are made of on the way."""
 
 _ACTIVATIONS = 5
 """Tensors of a batch, as wide as the widest layer, that a forward pass holds at once."""
@@ -177,7 +193,7 @@ class Room:
         keep = provisional(ready, request)
         groups = [g for g in ready.groups if keep.get(g.name, g.units) < g.units]
         layer, inputs, matrices = max(
-            (_matrices(ready.model, group) for group in groups),
+            (_matrices(ready.model, group, keep[group.name], request) for group in groups),
             key=lambda found: found[2],
             default=("", 0, 0),
         )
@@ -191,7 +207,7 @@ class Room:
         return cls(
             batches=4 * present * suspended * streams + kept,
             forward=4 * max(flow.rows) * flow.wide * _ACTIVATIONS * streams + _LEAST,
-            matrices=matrices * _MATRICES + _LEAST,
+            matrices=matrices + _LEAST,
             logits=4 * flow.window * flow.outputs * _LOGITS + _LEAST,
             proof=8 * proved * _PROVED + _LEAST,
             layer=layer,
@@ -200,11 +216,26 @@ class Room:
         )
 
 
-def _matrices(model: nn.Module, group: CouplingGroup) -> tuple[str, int, int]:
+def _matrices(
+    model: nn.Module, group: CouplingGroup, keep: int, request: PruningRequest
+) -> tuple[str, int, int]:
     """Return the layer of a group that reads most, how much that is, and bytes of all matrices."""
     maps = linear_maps(model, group)
     most = max(maps, key=lambda found: found.rows)
-    return most.name, most.rows, sum(8 * found.rows**2 for found in maps)
+    numbers = 0.0
+    for found in maps:
+        p, m = found.rows, found.outputs
+        r = p * keep / group.units
+        peaks = (a * p**2 + b * r**2 + c * p * m for a, b, c in _peaks(request))
+        numbers += max(peaks) + _TILES * p
+    return most.name, most.rows, int(8 * numbers)
+
+
+def _peaks(request: PruningRequest) -> list[tuple[float, float, float]]:
+    """Return what is held at the moments at which a layer takes most."""
+    lean = isinstance(request.backend, str) and request.backend in _LEAN and not request.certify
+    peaks = [_SOLVING if lean else _OTHERWISE, _COMMITTING]
+    return [*peaks, _DAMPING] if request.holds_out else peaks
 
 
 def _widths(model: nn.Module) -> tuple[int, int]:

@@ -23,6 +23,7 @@ from osscar.capture.opened import Opened, opened
 from osscar.checkpoint.hf_config import adopt_config
 from osscar.core.devices import resolve_device
 from osscar.core.errors import RequestError, RunError
+from osscar.core.memory import FOR_BATCHES, memory_for
 from osscar.core.modules import copied, count_parameters, device_of
 from osscar.core.phases import Phase, phase
 from osscar.core.ranks import ALONE, Ranks
@@ -106,6 +107,8 @@ def prune_as_asked(
     """
     start = time.perf_counter()
     with ExitStack() as stack:
+        what = f"{type(model).__name__}, of which pruning makes copies"
+        stack.enter_context(memory_for(what, FOR_BATCHES))
         with phase(Phase.OPEN):
             ready = stack.enter_context(opened_for(model, calibration, request, ranks))
         room = check_streamed(ready, request, max(1, held_out(ready, request)))

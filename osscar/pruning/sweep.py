@@ -16,6 +16,8 @@ from osscar.capture.targets import Target
 from osscar.core.errors import OptionError
 from osscar.core.modules import copied
 from osscar.pruning.allocation import shared_curves
+from osscar.pruning.groups import held_out
+from osscar.pruning.memory import check_streamed
 from osscar.pruning.prune import DenseFacts, opened_for, prune_opened, timed_again
 from osscar.pruning.request import Allocation, PruningRequest
 from osscar.pruning.result import PruningResult
@@ -186,12 +188,17 @@ def sweep(
     if not points:
         return
     with opened_for(model, calibration, points[0].request(base)) as ready:
+        requests = {job: job.request(base) for job in points}
+        rooms = {
+            job: check_streamed(ready, request, max(1, held_out(ready, request)))
+            for job, request in requests.items()
+        }
         facts = DenseFacts.of(ready, base)
-        if any(job.method == CURVATURE for job in points):
+        if any(request.allocation is Allocation.CURVATURE for request in requests.values()):
             curves = shared_curves(ready, base, facts.left_names)
             facts = dataclasses.replace(facts, curves=curves)
         for job in points:
-            result = prune_opened(_again(ready), job.request(base), facts)
+            result = prune_opened(_again(ready), requests[job], facts, room=rooms[job])
             result = dataclasses.replace(
                 result, budget=timed_again(model, result.model, ready, result.budget)
             )

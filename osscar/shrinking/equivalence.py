@@ -10,6 +10,7 @@ import inspect
 import linecache
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from types import TracebackType
 from typing import Any, TypeAlias, TypeVar
 
@@ -20,7 +21,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.pytorch_utils import Conv1D
 
 from graph.export import failing_module
+from osscar.core.abreast import abreast
 from osscar.core.errors import AdapterError, EquivalenceError
+from osscar.core.memory import let_shortage_pass
 from osscar.core.modules import fresh
 from osscar.shrinking.attention import AnyHeads
 
@@ -136,9 +139,8 @@ def runs(model: nn.Module, example: Inputs) -> bool:
     """Whether a model can be called."""
     try:
         _call(model, example)
-    except torch.OutOfMemoryError:
-        raise
-    except Exception:  # the model may be anyone's code
+    except Exception as error:  # the model may be anyone's code
+        let_shortage_pass(error)
         return False
     return True
 
@@ -293,34 +295,42 @@ def _failing_line(trace: TracebackType | None, module: nn.Module) -> str:
 # ---- what is compared --------------------------------------------------------------------
 
 
-def proof_outputs(model: nn.Module, inputs: Sequence[Inputs]) -> list[Tensor]:
+def proof_outputs(
+    model: nn.Module, inputs: Sequence[Inputs], *, keeping: bool = False
+) -> list[Tensor]:
     """Return every output that can be compared, on every input, one after another.
 
     These are those of floating-point or complex numbers, and where a model has none, all.  A model
     that draws random numbers draws the same ones each time.
+
+    Parameters
+    ----------
+    model, inputs
+        The model, and what it runs on.
+    keeping
+        Whether to add the logits on the first input of a model that keeps keys and values, or a
+        state, and has just begun; unless it keeps none, or its inputs say whether it does.  What it
+        keeps is no output: it changes with the heads, as it should.
 
     Raises
     ------
     EquivalenceError
         If the model puts out no tensor.
     """
+    first = inputs[0] if inputs else ()
+    once_more = (
+        [{**first, "use_cache": True}]
+        if keeping and isinstance(first, Mapping) and "use_cache" not in first and has_cache(model)
+        else []
+    )
+    passes = [partial(_call, model, one) for one in (*inputs, *once_more)]
 
     def run() -> list[Tensor]:
-        return [output for one in inputs for output in _comparable(_call(model, one))]
+        found = abreast(model, passes)
+        outputs = [output for one in found[: len(inputs)] for output in _comparable(one)]
+        return [*outputs, *map(_logits, found[len(inputs) :])]
 
     return _without_chance(model, run)
-
-
-def cached_outputs(model: nn.Module, inputs: Inputs) -> list[Tensor]:
-    """Return the logits of a model that keeps keys and values, or a state, and has just begun.
-
-    Nothing if it keeps none, or if the inputs say whether it does.  What it keeps is no output: it
-    changes with the heads, as it should.
-    """
-    if not isinstance(inputs, Mapping) or "use_cache" in inputs or not has_cache(model):
-        return []
-    keeping = {**inputs, "use_cache": True}
-    return _without_chance(model, lambda: [_logits(_call(model, keeping))])
 
 
 def _without_chance(model: nn.Module, run: Callable[[], list[Tensor]]) -> list[Tensor]:

@@ -13,11 +13,11 @@ from dataclasses import dataclass, field
 from itertools import combinations
 from typing import TypeAlias
 
-import torch
 from torch import nn
 
 from graph.export import failing_module
 from osscar.core.errors import EquivalenceError
+from osscar.core.memory import let_shortage_pass
 from osscar.shrinking.equivalence import ROWS_OF_16_BYTES, explained
 from osscar.shrinking.follow import nearby
 from osscar.shrinking.plan import GroupPlan, Integer, PruningPlan
@@ -82,9 +82,8 @@ class IntegerSearch:
     def _attempt(self) -> float | Exception:
         try:
             return self.check()
-        except torch.OutOfMemoryError:
-            raise
         except Exception as error:  # whatever the user's forward raises when sizes do not fit
+            let_shortage_pass(error)
             return error
 
     def _mended(self, failure: Exception) -> float | Exception:

@@ -23,6 +23,7 @@ import graph
 from graph.export import concrete, run_export, varies
 from graph.extents import Staying, TracedProgram, trace_program
 from osscar.core.errors import AdapterError, ModelError, first_line
+from osscar.core.memory import let_shortage_pass
 from osscar.core.modules import without_cache
 from osscar.shrinking.lineage import LINEAGE, lineage_of
 from osscar.shrinking.literals import Sizes, refusal, rewrite
@@ -129,9 +130,8 @@ class DenseProgram:
         try:
             with without_cache(model):
                 return cls(trace_program(model, example, left_open))
-        except torch.OutOfMemoryError:
-            raise
         except Exception as error:  # the model may be anyone's code, and torch puts it together
+            let_shortage_pass(error)
             raise AdapterError(
                 f"there is no exported program to shrink: {first_line(error)}"
             ) from error
@@ -277,9 +277,8 @@ class _ShapeCheck(Interpreter):
         try:
             with self.mode, torch.no_grad():
                 result = super().run_node(n)
-        except torch.OutOfMemoryError:
-            raise
         except Exception as error:  # whatever an operator raises when sizes do not fit
+            let_shortage_pass(error)
             raise refusal(n, first_line(error)) from error
         origin = self.origins.get(n.name)
         if origin is not None:

@@ -7,16 +7,15 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor, nn
 
 from graph.export import failing_module
 from osscar.core.errors import EquivalenceError, ModelError, OptionError, OsscarError, first_line
 from osscar.core.inputs import shown
+from osscar.core.memory import let_shortage_pass
 from osscar.core.modules import evaluating, restored, restored_on_error
 from osscar.shrinking.equivalence import (
     Inputs,
-    cached_outputs,
     proof_outputs,
     prove_equal,
 )
@@ -138,8 +137,7 @@ class _Attempt:
         self.model, self.plan, self.inputs, self.tolerance = model, plan, inputs, tolerance
         fold_named(model, plan, inputs)
         with masked(model, plan):  # as it came: whatever is done to it must not change this
-            self.expected = outputs_before(model, inputs)
-            self.cached = _cached(model, inputs)
+            self.keeping, self.expected = _expected(model, inputs)
         prepare(model)
         prove_equal(self.expected, self.expected)  # that there is something to compare
 
@@ -153,12 +151,8 @@ class _Attempt:
             return Proof(plan, error)
 
     def _check(self) -> float:
-        found = proof_outputs(self.model, self.inputs)
-        error = prove_equal(self.expected, found, tolerance=self.tolerance)
-        if not self.cached:
-            return error
-        found = cached_outputs(self.model, self.inputs[0])
-        return max(error, prove_equal(self.cached, found, tolerance=self.tolerance))
+        found = proof_outputs(self.model, self.inputs, keeping=self.keeping)
+        return prove_equal(self.expected, found, tolerance=self.tolerance)
 
 
 def fold_named(model: nn.Module, plan: PruningPlan, inputs: Sequence[Inputs]) -> None:
@@ -188,9 +182,10 @@ def outputs_before(model: nn.Module, inputs: Sequence[Inputs]) -> list[Tensor]:
     """
     try:
         return proof_outputs(model, inputs)
-    except (OsscarError, torch.OutOfMemoryError):
+    except OsscarError:
         raise
     except Exception as error:  # the model may be anyone's code
+        let_shortage_pass(error)
         name = failing_module(error.__traceback__, model)
         raise ModelError(
             f"module {name or 'the model'!r} ({type(model.get_submodule(name)).__name__}) fails on "
@@ -198,14 +193,13 @@ def outputs_before(model: nn.Module, inputs: Sequence[Inputs]) -> list[Tensor]:
         ) from error
 
 
-def _cached(model: nn.Module, inputs: Sequence[Inputs]) -> list[Tensor]:
-    """Return what a model computes when it keeps keys and values, if it can."""
+def _expected(model: nn.Module, inputs: Sequence[Inputs]) -> tuple[bool, list[Tensor]]:
+    """Return what a model puts out, and whether that is also of a pass that keeps its state."""
     try:
-        return cached_outputs(model, inputs[0])
-    except torch.OutOfMemoryError:
-        raise
-    except Exception:  # whatever the user's forward raises: it is not the shrunk model's fault
-        return []
+        return True, proof_outputs(model, inputs, keeping=True)
+    except Exception as error:  # of the user's forward: it is not the shrunk model's fault
+        let_shortage_pass(error)
+        return False, outputs_before(model, inputs)
 
 
 _MOST_TRIALS = 64

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from osscar.core.errors import AdapterError, OptionError, first_line
 from osscar.core.inputs import shown
+from osscar.core.memory import let_shortage_pass
 from osscar.core.modules import evaluating, restored
 from osscar.shrinking.equivalence import (
     Inputs,
@@ -277,9 +278,8 @@ class ProgramTrial:
             expected = outputs_before(self.model, self.inputs)
         try:
             found = proof_outputs(made, self.inputs)
-        except torch.OutOfMemoryError:
-            raise
         except Exception as error:  # whatever an operator or a guard raises
+            let_shortage_pass(error)
             raise AdapterError(
                 f"the exported program fails on the inputs of the proof: {first_line(error)}"
             ) from error

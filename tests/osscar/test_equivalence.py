@@ -380,7 +380,7 @@ def test_groups_that_fail_only_together_are_not_accused(monkeypatch: pytest.Monk
     plan = half_of(group for group in graph.trace(model, (x,)).prunable if group.units == 8)
     outputs = shrinking.proof_outputs
 
-    def wrong_if_all_left(network: nn.Module, inputs: list) -> list[Tensor]:
+    def wrong_if_all_left(network: nn.Module, inputs: list, keeping: bool = False) -> list[Tensor]:
         factor = 2 if network[0].enter.out_features == network[1].enter.out_features == 4 else 1
         return [factor * output for output in outputs(network, inputs)]
 

@@ -10,6 +10,7 @@ from osscar.capture.gram import GramAccumulator, gram_error, pose
 from osscar.capture.linear_maps import linear_maps
 from osscar.capture.opened import opened
 from osscar.core.errors import ModelError
+from solvers import symmetric
 
 P, TOKENS = 24, 100_000
 
@@ -109,3 +110,23 @@ def test_the_terms_are_those_of_least_squares(bias):
     torch.testing.assert_close(consumer.G, X.T @ Y / 400 + added[:, None] * W0)
     e = float(Y.square().sum() / 400 + (added[:, None] * W0.square()).sum())
     assert consumer.e == pytest.approx(e, rel=1e-10)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("corrected", [False, True])
+def test_moments_without_a_dense_matrix_are_the_same(bias, corrected, monkeypatch):
+    monkeypatch.setattr(symmetric, "PANEL_ROWS", 7)
+    gram, X = accumulator(bias), activations(torch.float64)[:500]
+    X[:, 5] = 3.0
+    D = torch.randn(500, 6).double() + 2 if corrected else None
+    gram.add(X[:300], None if D is None else D[:300])
+    gram.add(X[300:], None if D is None else D[300:], held=True)
+    rows, B = torch.tensor([0, 3, 5, 6, 7, 15, 23]), torch.randn(P, 4).double()
+    for lean, dense in zip(gram.centred(), (gram.fitted, gram.held), strict=True):
+        torch.testing.assert_close(lean.part(rows).dense(), dense.H[rows][:, rows])
+        torch.testing.assert_close(lean.product(B), dense.H @ B)
+        torch.testing.assert_close(lean.diagonal, dense.H.diagonal())
+        found = lean.corrections(torch.eye(6).double())
+        assert (found is None) == (dense.C is None)
+        if found is not None:
+            torch.testing.assert_close(found, dense.C)

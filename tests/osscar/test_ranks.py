@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -25,6 +27,8 @@ from osscar.core.errors import RanksError
 from osscar.core.launch import launched
 from osscar.core.ranks import ALONE, Message, Ranks
 from osscar.data.tokens import named_generator
+from osscar.pruning.run_log import RunManifest
+from osscar.pruning.together import check_alike
 from tests.osscar.ranks_cases import CASES, TWO_BATCHES, Case, summary, weights
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="kills processes, and uses gloo")
@@ -197,6 +201,27 @@ def test_ranks_with_other_options_or_data_are_refused(tmp_path):
         assert difference in first.stderr
         assert second.stdout + second.stderr == ""
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "difference"),
+    [
+        ("versions", {"torch": "1.0", "osscar": "0"}, "torch was '2.9' and is '1.0' there"),
+        ("request", {"damp": 0.1}, "damp was None and is 0.1 there"),
+        ("model", "other", "the model's weights are others there"),
+        ("calibration", "other", "the calibration data are others there"),
+    ],
+)
+def test_a_rank_that_differs_is_named_with_what_differs(field, value, difference):
+    own = RunManifest("osscar.run-log/1", {"damp": None}, {"torch": "2.9", "osscar": "0"}, "m", "c")
+    other = dataclasses.replace(own, **{field: value})
+
+    class Three(Ranks):
+        def from_all(self, what, mine):
+            return [mine, mine, Message(json.dumps(dataclasses.asdict(other)))]
+
+    with pytest.raises(RanksError, match=f"rank 2 is not asked .*{re.escape(difference)}"):
+        check_alike(Three(), own)
 
 
 def test_a_rank_that_is_killed_ends_the_others_and_the_run_goes_on(tmp_path):

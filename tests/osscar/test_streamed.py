@@ -1,24 +1,33 @@
 """Models whose weights stay on disk: pruned to the same bytes, refused where they cannot be."""
 
+import hashlib
 import itertools
 import os
+import re
 import shutil
 import sys
 
 import pytest
 import torch
+from greenlet import GreenletExit
 from safetensors.torch import load_file, save_file
+from torch import nn
 from transformers import AutoModelForCausalLM, BloomConfig
 
 import osscar
-from benchmarks.streaming import SHAPES, measured, write_model
+from benchmarks.measuring import measured
+from benchmarks.random_models import SHAPES, write_model
 from osscar.capture.away import Away
 from osscar.capture.opened import opened
 from osscar.capture.targets import Target
 from osscar.capture.walk import walk
-from osscar.core import on_disk
+from osscar.checkpoint.streamed import check_written, write_weights
+from osscar.core import shelf as shelf_room
+from osscar.core import sources
+from osscar.core.abreast import abreast
 from osscar.core.errors import (
     CheckpointError,
+    EquivalenceError,
     FileError,
     ModelError,
     NonFiniteError,
@@ -26,14 +35,19 @@ from osscar.core.errors import (
     RequestError,
 )
 from osscar.core.memory import available_memory, parse_size, resident_memory
-from osscar.core.on_disk import OnDisk, Shelf, is_on_disk, shelf_of
-from osscar.core.places import Cast, Place, Selected, Slice, Source
+from osscar.core.on_disk import OnDisk, is_on_disk, shelf_of
+from osscar.core.places import Cast, Place, Selected, Slice
+from osscar.core.shelf import Shelf
+from osscar.core.sources import Source
 from osscar.models import language
 from osscar.models.language import DEMO_DIRECTORY, fitting_memory
 from osscar.models.open import open_model
-from osscar.pruning.memory import Room
-from osscar.pruning.prune import opened_for, prune_as_asked
+from osscar.pruning.memory import _LEAST, Room
+from osscar.pruning.prune import DenseFacts, opened_for, prune_as_asked
+from osscar.pruning.request import PruningRequest
 from osscar.pruning.run_log import RunLog
+from osscar.pruning.sweep import CURVATURE, BudgetKind, Job, sweep
+from osscar.shrinking.equivalence import proof_outputs
 from tests.osscar.families import VOCABULARY, tiny
 
 PLENTY = "64GB"
@@ -124,14 +138,74 @@ def test_no_weight_has_to_be_kept_in_memory(tmp_path):
     assert shelf_of(loaded.model).held_bytes < read / 4
 
 
+FIRST_NORM = re.compile(r"\d\.(input_layernorm|ln_1|self_attn_layer_norm)$")
+
+
+@pytest.mark.parametrize("family", ["qwen2", "gpt2", "opt"])
+def test_several_passes_read_each_block_once(tmp_path, family):
+    dense = written(tmp_path / "dense", family)
+    inputs = [{"input_ids": windows(2)}, {"input_ids": windows(1, 12)}]
+    expected = proof_outputs(osscar.load_model(dense).model, inputs, keeping=True)
+    assert len(expected) == 3
+    loaded = holding_nothing(osscar.load_model(dense, device="cpu", max_memory=PLENTY))
+    reads, read = [], OnDisk.values
+
+    def counted(parameter):
+        reads.append(id(parameter))
+        return read(parameter)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(OnDisk, "values", counted)
+        found = proof_outputs(loaded.model, inputs, keeping=True)
+    assert all(map(torch.equal, found, expected))
+    # All passes come to a weight before any of them goes on to the next block.
+    norms = [id(m.weight) for n, m in loaded.model.named_modules() if FIRST_NORM.search(n)]
+    order = [name for name in reads if name in norms]
+    assert order == [norm for norm in norms for _ in expected]
+    assert len(norms) == 2
+
+
+def test_a_pass_that_fails_ends_the_others(tmp_path):
+    dense = written(tmp_path / "dense", "opt")
+    model = osscar.load_model(dense, device="cpu", max_memory=PLENTY).model
+    ended = []
+
+    def whole():
+        try:
+            return model(windows(1))
+        except GreenletExit:
+            ended.append("before its end")
+            raise
+
+    with pytest.raises(ZeroDivisionError):
+        abreast(model, [whole, lambda: 1 // 0])
+    assert ended == ["before its end"]
+    assert torch.is_grad_enabled()
+    assert not any(module._forward_pre_hooks for module in model.modules())
+    assert [out.logits.shape[0] for out in abreast(model, [whole, whole])] == [1, 1]
+
+
 def test_saving_leaves_room_for_the_passes_that_compare(tmp_path, monkeypatch):
     result = pruned(written(tmp_path / "dense", "opt"), PLENTY, heads=0.5, neurons=0.7)
     shelf = shelf_of(result.model)
-    monkeypatch.setattr(on_disk, "resident_memory", lambda: 10**9)
+    monkeypatch.setattr(shelf_room, "resident_memory", lambda: 10**9)
     shelf.ceiling = 10**9 + (100 << 20)  # less than any pass is said to take
     result.save(tmp_path / "pruned")
     largest = max(parameter.nbytes for parameter in result.model.parameters())
     assert shelf.held_bytes <= 2 * largest  # the last one read, in the format it was read in
+
+
+def test_what_was_written_is_held_to_what_is_in_the_file(tmp_path):
+    file = tmp_path / "model.safetensors"
+    tensors = {"a": torch.arange(6.0).view(2, 3), "b": torch.ones(4, dtype=torch.bfloat16)}
+    digests = write_weights(tensors, file, {"format": "pt"})
+    check_written(digests, file)
+    assert all(map(torch.equal, load_file(file).values(), tensors.values()))
+    with file.open("r+b") as out:
+        out.seek(-1, os.SEEK_END)
+        out.write(b"\1")
+    with pytest.raises(EquivalenceError, match="'b' was not read back as it was written"):
+        check_written(digests, file)
 
 
 def test_a_pruned_checkpoint_streams_too(tmp_path):
@@ -170,6 +244,48 @@ def test_the_process_stays_below_the_limit_for_a_model_above_it(tmp_path):
     found = measured([*command, *options])
     assert found.status == 0
     assert found.peak <= limit
+
+
+ONE_LAYER = """
+import sys, torch
+from transformers import AutoModelForCausalLM, OPTConfig
+from osscar.pruning.groups import prune_groups
+from osscar.pruning.memory import _LEAST, Room
+from osscar.pruning.prune import opened_for
+from osscar.pruning.request import PruningRequest
+
+kind, width, ffn, backend, target, what = sys.argv[1:]
+shape = {"hidden_size": int(width), "word_embed_proj_dim": int(width), "ffn_dim": int(ffn)}
+shape |= {"num_attention_heads": int(width) // 64, "num_hidden_layers": 1, "vocab_size": 500}
+model = AutoModelForCausalLM.from_config(OPTConfig(**shape)).eval()
+request = PruningRequest(**{kind: 0.5}, backend=backend, target=target, batch_size=4)
+with opened_for(model, torch.randint(500, (8, 64)), request) as ready:
+    for batch in ready.batches():
+        ready.model(**batch)
+    room = Room.of(ready, request, 1)
+    if what == "solved":
+        (group,) = (g for g in ready.groups if g.prunable and g.kind == kind)
+        prune_groups(ready, {group.name: group.units // 2}, request, (), None, None)
+print(room.matrices)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "wait4"), reason="no account of a single process")
+@pytest.mark.parametrize(
+    ("kind", "width", "ffn", "backend", "target"),
+    [
+        ("neurons", 512, 2048, "greedy", "residual"),
+        ("heads", 2048, 256, "local_search", "weights"),
+    ],
+)
+def test_one_layer_takes_no_more_than_is_said(kind, width, ffn, backend, target):
+    """With samples that are held out, by which damping is chosen."""
+    options = map(str, (kind, width, ffn, backend, target))
+    command = [sys.executable, "-W", "ignore", "-c", ONE_LAYER, *options]
+    before, after = measured([*command, "nothing"]), measured([*command, "solved"])
+    assert before.status == after.status == 0
+    said = int(after.output) - _LEAST // 2  # of which half is for what is no matrix
+    assert after.peak - before.peak <= said <= 2 * (after.peak - before.peak)
 
 
 @pytest.mark.parametrize("family", ["opt", "llama-gqa", "gpt2", "qwen3"])
@@ -225,6 +341,53 @@ def test_a_file_that_changes_between_two_reads_is_refused(tmp_path):
         osscar.prune(loaded.model, windows(), neurons=0.5)
 
 
+def test_a_file_that_nobody_writes_to_is_digested_once(tmp_path, monkeypatch):
+    digested = []
+
+    class Counted:
+        def __init__(self):
+            self.digests = hashlib.new("sha256")
+            self.digest = self.digests.digest
+
+        def update(self, piece):
+            digested.append(len(piece))
+            self.digests.update(piece)
+
+    monkeypatch.setattr(hashlib, "sha256", Counted)
+    (tmp_path / "values").write_bytes(torch.arange(12.0).numpy().tobytes())
+    values = Slice(Source(tmp_path / "values"), 0, (12,), torch.float32, "w")
+    for _ in range(2):  # it was written just now: the next write may bear the same time
+        values.read([])
+    assert len(digested) == 2
+    os.utime(tmp_path / "values", (1, 1))  # clocks of files tick slowly
+    monkeypatch.setattr(sources, "_SETTLED", -1)
+    assert all(torch.equal(values.read([]), torch.arange(12.0)) for _ in range(3))
+    assert len(digested) == 3
+    with (tmp_path / "values").open("r+b") as file:
+        file.write(b"\1")
+    with pytest.raises(FileError, match="were others when they were read before"):
+        values.read([])
+
+
+def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "_SETTLED", -1)
+    path = tmp_path / "values"
+    path.write_bytes(torch.arange(12.0).numpy().tobytes())
+    os.utime(path, (1, 1))
+    values = Slice(Source(path), 0, (12,), torch.float32, "w")
+    values.read([])
+    plain = Source.read_into
+
+    def late(source, buffer, offset):
+        with path.open("r+b") as file:
+            file.write(b"\1")
+        plain(source, buffer, offset)
+
+    monkeypatch.setattr(Source, "read_into", late)
+    with pytest.raises(FileError, match="were others when they were read before"):
+        values.read([])
+
+
 def test_a_missing_shard_is_refused(tmp_path):
     dense = written(tmp_path / "dense", "llama-gqa", shards="60KB")
     sorted(dense.glob("model-*.safetensors"))[1].unlink()
@@ -277,6 +440,37 @@ def test_a_tied_weight_that_is_stored_twice_has_to_be_the_same(tmp_path):
 def test_what_needs_the_whole_model_is_refused(tmp_path, asked, named):
     with pytest.raises(RequestError, match=named):
         pruned(written(tmp_path / "dense", "opt"), PLENTY, **asked)
+
+
+SWEPT = (Job(CURVATURE, BudgetKind.SPARSITY, 0.2), Job("wanda", BudgetKind.SPARSITY, 0.4))
+
+
+def test_a_sweep_of_a_streamed_model_comes_to_the_same(tmp_path):
+    dense = written(tmp_path / "dense", "opt")
+    base = PruningRequest(sparsity=0.2, allocation="uniform", backend="greedy", device="cpu")
+    found = []
+    for memory in (None, PLENTY):
+        model = osscar.load_model(dense, device="cpu", max_memory=memory).model
+        found.append([result for _, result in sweep(model, windows(), base, SWEPT)])
+    for plain, streamed in zip(*found, strict=True):
+        assert is_on_disk(streamed.model)
+        assert streamed.plan == plain.plan
+        assert streamed.divergence == plain.divergence
+
+
+@pytest.mark.parametrize(
+    ("memory", "allocation", "named"),
+    [(PLENTY, "curvature", "--allocation uniform"), ("100MB", "uniform", "out_proj")],
+)
+def test_a_sweep_is_refused_before_anything_is_measured(
+    tmp_path, monkeypatch, memory, allocation, named
+):
+    monkeypatch.setattr(DenseFacts, "of", None)
+    base = PruningRequest(sparsity=0.2, allocation=allocation, device="cpu")
+    dense = written(tmp_path / "dense", "opt")
+    loaded = osscar.load_model(dense, device="cpu", max_memory=memory)
+    with pytest.raises(RequestError, match=named):
+        next(sweep(loaded.model, windows(), base, SWEPT))
 
 
 def test_a_limit_that_cannot_hold_one_layer_says_what_would_do(tmp_path):
@@ -398,6 +592,27 @@ def test_values_of_another_shape_are_refused(parameter):
     on_disk, values = parameter
     with torch.no_grad(), pytest.raises(ModelError, match=r"'w' of \(3, 4\)"):
         on_disk.data = values[:2]
+
+
+def test_looking_tokens_up_reads_their_rows_alone(parameter, tmp_path, monkeypatch):
+    on_disk, values = parameter
+    tokens = torch.tensor([[2, 0], [2, 2]])
+    os.utime(tmp_path / "values", (1, 1))
+    monkeypatch.setattr(sources, "_SETTLED", -1)
+    assert on_disk.place.slice.digest  # as of every file that a model is read from
+    assert torch.equal(nn.functional.embedding(tokens, on_disk), values[tokens])
+    assert torch.equal(nn.functional.embedding(tokens, on_disk.double()), values[tokens].double())
+    assert (on_disk.shelf.read_bytes, on_disk.shelf.held_bytes) == (2 * 2 * 16, 0)
+    narrow = on_disk.index_select(1, torch.tensor([1, 3]))
+    assert torch.equal(nn.functional.embedding(tokens, narrow), values[:, [1, 3]][tokens])
+    for missing in (3, -1):
+        with pytest.raises(IndexError):
+            nn.functional.embedding(tokens + missing, on_disk)
+    with (tmp_path / "values").open("r+b") as file:
+        file.write(b"\1")
+    on_disk.shelf.ceiling = 1
+    with on_disk.shelf.leaving(0), pytest.raises(FileError, match="were others"):
+        nn.functional.embedding(tokens, on_disk)
 
 
 def test_inference_mode_reads_it_as_any_other(parameter):

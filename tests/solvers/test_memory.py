@@ -88,6 +88,17 @@ def test_rows_are_dropped(panels, width):
             assert torch.equal(block, H[own, own])
 
 
+def test_parts_products_and_diagonals(panels):
+    H, B, rows = definite(40), torch.randn(40, 3).double(), torch.tensor([0, 3, 4, 17, 30, 39])
+    A = held(H)
+    assert torch.equal(A.part(rows).dense(), H[rows][:, rows])
+    torch.testing.assert_close(A.product(B), H @ B, **CLOSE)
+    copy = A.copy()
+    copy.add_diagonal(torch.arange(40).double())
+    torch.testing.assert_close(copy.dense(), H + torch.arange(40).double().diag(), **CLOSE)
+    assert torch.equal(A.dense(), H)
+
+
 def test_factorizing_solving_and_inverting(panels):
     H, B = definite(40), torch.randn(40, 3).double()
     A, X = held(H), B.clone()

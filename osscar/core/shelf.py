@@ -1,0 +1,118 @@
+"""Values that were read from disk, kept in memory as long as there is room."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from osscar.core.errors import ModelError
+from osscar.core.memory import give_back, resident_memory
+from osscar.core.places import Place, Slice
+from osscar.core.sources import Scratch, as_bytes
+
+_SPARE = 64 << 20
+"""Bytes that are always left below the ceiling, for all that is small."""
+
+
+class Shelf:
+    """Values that were read, kept for the next reader while there is room; the oldest go first.
+
+    Parameters
+    ----------
+    ceiling
+        Bytes that the whole process may have in memory.
+    """
+
+    def __init__(self, ceiling: int) -> None:
+        self.ceiling = ceiling
+        self.read_bytes = 0
+        """How much has been read from files."""
+        self._left_free = _SPARE
+        self._held: OrderedDict[Place, tuple[Tensor, int]] = OrderedDict()
+        self._scratch: Scratch | None = None
+
+    @property
+    def held_bytes(self) -> int:
+        """Memory of the values that are kept."""
+        return sum(place.nbytes for place in self._held)
+
+    def values(self, place: Place) -> Tensor:
+        """Return the values at a place; nobody may write to them.
+
+        Raises
+        ------
+        ModelError
+            If somebody has.
+        FileError
+            If the file is no longer what it was.
+        """
+        if place in self._held:
+            found, version = self._held[place]
+            _check_unwritten(place, found, version)
+            self._held.move_to_end(place)
+            return found
+        self._make_room(place.passing_bytes)
+        with torch.inference_mode(False):  # whose tensors do not count who writes to them
+            found = place.read()
+        self.read_bytes += place.slice.nbytes
+        self._held[place] = (found, found._version)
+        return found
+
+    def rows(self, place: Place, rows: Tensor) -> Tensor:
+        """Return some rows, (r,) int64, of the values at a place, which alone are read if possible.
+
+        Raises
+        ------
+        FileError
+            If the file is no longer what it was.
+        """
+        few = None if place in self._held else place.read_rows(rows)
+        if few is None:
+            return self.values(place)[rows]
+        self.read_bytes += len(rows) * place.slice.nbytes // place.slice.shape[0]
+        return few
+
+    def put(self, values: Tensor, name: str) -> Place:
+        """Write values to disk; return the place from which they are read."""
+        if self._scratch is None:
+            self._scratch = Scratch()
+        values = values.detach().contiguous()
+        offset = self._scratch.append(as_bytes(values))
+        return Place(Slice(self._scratch, offset, tuple(values.shape), values.dtype, name))
+
+    def leave_free(self, room: int) -> None:
+        """Leave so many bytes below the ceiling free for other things from now on."""
+        self._left_free = max(self._left_free, room)
+        self._make_room(0)
+
+    @contextmanager
+    def leaving(self, room: int) -> Iterator[None]:
+        """Leave so many bytes below the ceiling free for other things while the block runs."""
+        before, self._left_free = self._left_free, max(self._left_free, room)
+        self._make_room(0)
+        try:
+            yield
+        finally:
+            self._left_free = before
+
+    def _make_room(self, needed: int) -> None:
+        excess = resident_memory() + needed + self._left_free - self.ceiling
+        if excess <= 0 or not self._held:
+            return
+        while self._held and excess > 0:
+            place, (found, version) = self._held.popitem(last=False)
+            _check_unwritten(place, found, version)  # or what was written would be lost unseen
+            excess -= place.nbytes
+        give_back()
+
+
+def _check_unwritten(place: Place, values: Tensor, version: int) -> None:
+    if values._version != version:
+        raise ModelError(
+            f"code of the model writes to {place.slice.name!r} while it runs, which is "
+            "read from disk; leave --max-memory away"
+        )

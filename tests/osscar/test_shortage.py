@@ -1,0 +1,86 @@
+"""A device without memory left: what there was none for, and which option helps."""
+
+import sys
+
+import pytest
+import torch
+
+import osscar
+from osscar.capture import walk
+from osscar.cli import main
+from osscar.core.errors import NoMemoryError
+from osscar.models import language
+from osscar.pruning import prune
+from solvers.heuristics import greedy
+from tests.osscar.families import tiny, tokens
+
+OF_CUDA = torch.OutOfMemoryError(
+    "CUDA out of memory. Tried to allocate 6.13 GiB. GPU 0 has a total capacity of 23.5 GiB"
+)
+OF_CPU = RuntimeError(
+    "[enforce fail at alloc_cpu.cpp:121] err == 0. DefaultCPUAllocator: can't allocate memory: you "
+    "tried to allocate 6576668672 bytes. Error code 12 (Cannot allocate memory)"
+)
+pytestmark = pytest.mark.parametrize("error", [OF_CUDA, OF_CPU, MemoryError()], ids=str)
+
+
+def failing(error):
+    def fail(*args, **kwargs):
+        raise error
+
+    return fail
+
+
+def pruned(model):
+    return osscar.prune(model, tokens(), neurons=0.5, backend="greedy", batch_size=3)
+
+
+def refusal(model):
+    with pytest.raises(NoMemoryError, match="there is no memory for") as refused:
+        pruned(model)
+    return str(refused.value)
+
+
+def test_a_batch_is_named_with_the_module(error):
+    model = tiny("opt")
+
+    def full(module, args):
+        if len(args[0]) == 3 or args[0].shape[0] == 3 * tokens().shape[1]:  # a whole batch
+            raise error
+
+    model.model.decoder.layers[1].fc1.register_forward_pre_hook(full)
+    said = refusal(model)
+    assert "calibration batch 0 in 'model.decoder.layers.1.fc1'" in said
+    assert all(option in said for option in ("--batch-size", "--samples", "--max-memory"))
+
+
+def test_gram_matrices_are_named_with_their_inputs(error, monkeypatch):
+    monkeypatch.setattr(walk, "GramAccumulator", failing(error))
+    said = refusal(tiny("opt"))
+    assert "Gram matrices of 'model.decoder.layers.0.neurons' with 40 inputs" in said
+    assert "--skip" in said
+
+
+def test_a_problem_is_named_with_its_inputs(error, monkeypatch):
+    monkeypatch.setattr(greedy, "eliminate", failing(error))
+    said = refusal(tiny("opt"))
+    assert "the problem of 'model.decoder.layers.0.neurons' with 40 inputs" in said
+    assert "--device cpu" in said
+
+
+def test_elsewhere_the_model_is_named(error, monkeypatch):
+    monkeypatch.setattr(prune, "shrunk", failing(error))
+    assert "OPTForCausalLM, of which pruning makes copies" in refusal(tiny("opt"))
+
+
+def test_the_command_ends_in_one_line(error, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(
+        language.transformers.AutoModelForCausalLM, "from_pretrained", failing(error)
+    )
+    command = ["osscar", "prune", "demo", "--neurons", "0.5", "--out", str(tmp_path / "out")]
+    monkeypatch.setattr(sys, "argv", command)
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    assert "there is no memory for the weights of demo" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
