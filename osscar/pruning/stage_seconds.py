@@ -21,7 +21,7 @@ from osscar.pruning.probed import Probed
 from osscar.pruning.request import Allocation, PruningRequest
 from osscar.pruning.scaled import Scaled
 from osscar.pruning.widths import asked_groups
-from osscar.shrinking.equivalence import finer_precision, has_cache, proof_outputs
+from osscar.shrinking.equivalence import finer_precision, has_cache, in_format_of, proof_outputs
 
 
 class Seconds:
@@ -139,7 +139,7 @@ class Seconds:
         began = self.clock()
         with finer_precision(model, small):
             entered = self.clock()
-            proof_outputs(model, [small])
+            proof_outputs(model, [in_format_of(small, model)])
             took = self.clock() - entered
         return took, max(self.clock() - began - 2 * took, 0.0)
 
