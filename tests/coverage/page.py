@@ -8,7 +8,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from .lists import LISTS
@@ -182,7 +182,14 @@ def page(entries: Iterable[Entry], listed: Mapping[str, int]) -> str:
 
 def _versions() -> str:
     names = ("torch", "torchvision", "timm", "transformers", "torch-pruning")
-    return f"\nWith {', '.join(f'{name} {version(name)}' for name in names)}.\n"
+    return f"\nWith {', '.join(f'{name} {_version(name)}' for name in names)}.\n"
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:  # the page can be made where nothing is measured
+        return "(not installed)"
 
 
 def _summed(title: str, listed: int, entries: Sequence[Entry]) -> str:

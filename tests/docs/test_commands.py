@@ -38,6 +38,7 @@ PARSED = {
     "python3 -m osscar demo": "tests/osscar/test_cli.py runs it, twice",
     "osscar export smaller": "takes a LLaMA, and the demo is an OPT; test_gguf.py runs it",
     "python -m benchmarks.robustness": "takes minutes of attacks and kills",
+    "python benchmarks/quality.py": "takes hours, on text that is not shipped",
     "python benchmarks/vision.py": "takes hours, on images that are not shipped",
     "python -m benchmarks.gpu": "takes a graphics card; test_devices.py runs its parts",
 }
