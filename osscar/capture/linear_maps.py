@@ -31,6 +31,10 @@ _NO_MIXTURE = (
     "is read by {!r} in {!r}, a {}, which is not called with tokens, their experts and weights, or "
     "does not put out the weighted sum over experts; only such a mixture can be refitted"
 )
+_INSIDE = (
+    "is read by {!r} inside of {!r}, a mixture whose experts are refitted: these are read by "
+    "running it again and again, on inputs that are not those of the calibration data"
+)
 _TOO_NARROW = (
     "is read by kernels for all experts at once, which take widths that are multiples of {}, and "
     "has no more units than that"
@@ -232,9 +236,9 @@ def mixture_of(model: nn.Module, slots: Sequence[Slot]) -> Mixture | None:
 
 
 def mixtures_of(model: nn.Module, groups: Sequence[CouplingGroup]) -> dict[str, Mixture]:
-    """Return what reads prunable groups and may be a mixture of experts, by name of the module."""
+    """Return what reads prunable groups and may be a mixture of experts, by name of the tensor."""
     found = {
-        slots[0].module: mixture_of(model, slots)
+        slots[0].tensor: mixture_of(model, slots)
         for group in groups
         if not group.frozen
         for slots in _by_tensor(group)
@@ -297,16 +301,20 @@ def freeze_unreadable(
     elsewhere
         Modules whose weights other code than their own reads, too.
     mixtures
-        Modules that were seen to be mixtures of experts.
+        Tensors that were seen to be the last matrices of a mixture of experts.
     """
+    outer = {name.rpartition(".")[0] for name in mixtures}
 
     def reason(slots: tuple[Slot, ...]) -> str | None:
         tensor, module = slots[0].tensor, slots[0].module
         if module in elsewhere:
             return _READ_ELSEWHERE.format(tensor, module)
-        if mixture_of(model, slots) is not None and module not in mixtures:
+        if mixture_of(model, slots) is not None and tensor not in mixtures:
             kind = type(model.get_submodule(module)).__name__
             return _NO_MIXTURE.format(tensor, module, kind)
+        around = next((name for name in outer if module.startswith(f"{name}.")), None)
+        if around is not None:
+            return _INSIDE.format(tensor, around)
         return _unreadable(model, slots)
 
     return tuple(
@@ -332,7 +340,7 @@ def _with_steps(model: nn.Module, group: CouplingGroup) -> CouplingGroup:
         return group
     step = max(_KERNEL_BYTES // one.weight.element_size() for one in found.values())
     if step >= group.units:
-        module = next(iter(found))
+        module = next(iter(found.values())).name
         return dataclasses.replace(group, frozen=(Freeze(_TOO_NARROW.format(step), "", module),))
     return dataclasses.replace(group, step=step)
 

@@ -192,22 +192,39 @@ class Mixture:
             own.update(before)
 
     def explains(self, x: Routed, y: Tensor) -> bool:
-        """Whether a call has put out the sum over experts of what they are found to read."""
+        """Whether a call has put out the sum over experts of what they are found to read.
+
+        It has to, with weights that are drawn, too: those of the model may be zero.
+        """
         if y.shape != (len(x.hidden), self.weight.shape[3 - self.dim]):
             return False
-        visits, W = self.visits(x), self.weight.movedim(self.dim, 1).double()
-        expected = torch.zeros_like(y, dtype=torch.float64)
         bias = self.module._parameters.get(self._bias)
+        own = y.double()
+        if bias is not None:
+            taken = (x.experts >= 0) & (x.experts < len(self.weight))
+            token, _ = taken.nonzero(as_tuple=True)
+            rows = x.weights[taken].double()[:, None] * bias.double()[x.experts[taken].long()]
+            own = own.index_add(0, token, rows, alpha=-1)
+        generator = torch.Generator().manual_seed(0)
+        drawn = torch.randn(self.weight.shape, generator=generator).to(self.weight)
+        with self._replaced(drawn):
+            other = self.module.forward(*x.tensors)
+        size, any_size = (torch.linalg.vector_norm(found.double()) for found in (y, other))
+        return (
+            bool(any_size > 0)
+            and self._is_sum(x, self.weight, own, size)
+            and self._is_sum(x, drawn, other.double(), any_size)
+        )
+
+    def _is_sum(self, x: Routed, weight: Tensor, y: Tensor, size: Tensor) -> bool:
+        """Whether the experts add up to y, (tokens, m), to what rounding leaves of a size."""
+        visits, W = self.visits(x), weight.movedim(self.dim, 1).double()
+        expected = torch.zeros_like(y)
         for expert in set(visits.expert.tolist()):
             here = visits.expert == expert
             expected.index_add_(0, visits.token[here], visits.X[here].double() @ W[expert])
-        if bias is not None:
-            taken = (x.experts >= 0) & (x.experts < len(W))
-            rows = x.weights[taken].double()[:, None] * bias.double()[x.experts[taken].long()]
-            expected.index_add_(0, visits.token, rows)
-        error = torch.linalg.vector_norm(y.double() - expected)
-        size = torch.linalg.vector_norm(y.double())
-        return bool(error <= torch.finfo(y.dtype).eps ** _TOLERANCE * size)
+        error = torch.linalg.vector_norm(y - expected)
+        return bool(error <= torch.finfo(x.hidden.dtype).eps ** _TOLERANCE * size)
 
 
 @contextmanager
@@ -236,14 +253,14 @@ def followed_mixtures(model: nn.Module) -> Iterator[None]:
 def sound_mixtures(
     model: nn.Module, example: Mapping[str, Any], mixtures: Mapping[str, Mixture]
 ) -> frozenset[str]:
-    """Run the model, and return the names of those modules that really are mixtures.
+    """Run the model, and return the tensors that really are the last matrices of a mixture.
 
     Parameters
     ----------
     model, example
         The model, and what it is run on.
     mixtures
-        What may be one, by the name of the module.
+        What may be one, by the name of its tensor.
     """
     found: dict[str, bool] = {}
 

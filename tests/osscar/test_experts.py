@@ -213,6 +213,57 @@ def test_mixtures_of_anyone_are_recognized_by_what_they_compute():
             assert "does not put out the weighted sum over experts" in group.frozen[0].reason
 
 
+class Deep(nn.Module):
+    """Experts of three matrices, of which only the last adds up to what comes out."""
+
+    def __init__(self, inner=False, zero=False):
+        super().__init__()
+        self.up, self.mid, self.down = (
+            nn.Parameter(torch.randn(3, 16, 16) * s) for s in (0.4, 0.3, 0.0 if zero else 0.3)
+        )
+        self.inner = (
+            nn.Sequential(nn.Linear(16, 12), nn.ReLU(), nn.Linear(12, 16)) if inner else None
+        )
+
+    def forward(self, hidden, experts, weights):
+        if self.inner is not None:
+            hidden = hidden + self.inner(hidden)
+        gates = (nn.functional.one_hot(experts, 3).to(hidden.dtype) * weights[..., None]).sum(1)
+        h = torch.einsum("nd,edf->nef", hidden, self.up).relu()
+        h = torch.einsum("nef,efg->neg", h, self.mid).relu()
+        return (torch.einsum("nef,efd->ned", h, self.down) * gates[..., None]).sum(1)
+
+
+class Around(nn.Module):
+    def __init__(self, **kind):
+        super().__init__()
+        self.first, self.router, self.last = nn.Linear(8, 16), nn.Linear(8, 3), nn.Linear(16, 4)
+        self.experts = Deep(**kind)
+
+    def forward(self, x):
+        weights, experts = self.router(x).softmax(-1).topk(2)
+        x = self.first(x)
+        return self.last(x + self.experts(x, experts, weights))
+
+
+@pytest.mark.parametrize("kind", [{}, {"inner": True}, {"zero": True}])
+def test_only_the_last_matrices_of_experts_are_refitted(kind):
+    torch.manual_seed(0)
+    model, data = Around(**kind).eval(), torch.randn(200, 8)
+    with opened(model, data) as ready:
+        read = {
+            slot.tensor: group for group in ready.groups for slot in group.consumers if slot.tensor
+        }
+    assert not read["experts.down"].frozen
+    assert "does not put out" in read["experts.mid"].frozen[0].reason
+    if kind.get("inner"):
+        assert "inside of 'experts'" in read["experts.inner.2.weight"].frozen[0].reason
+    result = osscar.prune(model, data, neurons=0.5)
+    small = result.model.experts
+    assert small.up.shape == (3, 16, 16)
+    assert small.down.shape == (3, 8, 16)
+
+
 # ---- refits ------------------------------------------------------------------------------
 
 
