@@ -161,7 +161,7 @@ class LinearMap(abc.ABC):
             bias = bias.to(view)
             if not bool(torch.isfinite(bias).all()):
                 raise NonFiniteError(
-                    f"the refitted bias of {self.name!r} overflows {view.dtype}; "
+                    f"the refitted bias of {self.label!r} overflows {view.dtype}; "
                     "use --dtype float32 or bfloat16, or raise --damp"
                 )
             view.copy_(bias)

@@ -343,7 +343,14 @@ def one_pass(
     model; what fails without them, too, is found on the walk.
     """
     model, samples = opened.model, len(next(iter(batch.values())))
-    with _no_weight_gradients(model), torch.enable_grad(), _observed(model, factors) as seen:
+    with (
+        _no_weight_gradients(model),
+        torch.enable_grad(),
+        torch.backends.cudnn.flags(
+            enabled=False
+        ),  # whose recurrent layers go back in training alone
+        _observed(model, factors) as seen,
+    ):
         try:
             result = model(**fresh(batch))
             tokens = isinstance(opened.inputs, TokenInputs)

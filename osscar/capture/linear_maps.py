@@ -335,13 +335,15 @@ def _with_steps(model: nn.Module, group: CouplingGroup) -> CouplingGroup:
 
     The model may run another kernel now, and what is saved of it is run by any.
     """
-    found = mixtures_of(model, [group])
+    found = {} if group.frozen else mixtures_of(model, [group])
     if not found:
         return group
     step = max(_KERNEL_BYTES // one.weight.element_size() for one in found.values())
     if step >= group.units:
         module = next(iter(found.values())).name
-        return dataclasses.replace(group, frozen=(Freeze(_TOO_NARROW.format(step), "", module),))
+        return dataclasses.replace(
+            group, frozen=(Freeze(_TOO_NARROW.format(step), "refit", module),)
+        )
     return dataclasses.replace(group, step=step)
 
 

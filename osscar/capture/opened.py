@@ -16,7 +16,7 @@ import graph
 from graph import CouplingGroup
 from osscar.capture.linear_maps import expose_attention, freeze_unreadable, mixtures_of
 from osscar.capture.readers import weights_read_elsewhere
-from osscar.capture.routing import followed_mixtures, sound_mixtures
+from osscar.capture.routing import sound_mixtures
 from osscar.capture.scratch import Untouched
 from osscar.core.errors import CalibrationError, EquivalenceError, FileError
 from osscar.core.memory import let_shortage_pass
@@ -34,6 +34,7 @@ from osscar.data.batches import Batch, ModelInputs, as_inputs
 from osscar.shrinking.equivalence import proof_outputs, prove_equal
 from osscar.shrinking.fold import Folded, fold
 from osscar.shrinking.follow import prepare
+from osscar.shrinking.kernels import followed_mixtures
 
 
 @dataclass(frozen=True, eq=False)

@@ -159,13 +159,15 @@ class _Watch(TorchFunctionMode):
             self._alive += [result, *args[:2]]
             self._add(args[0], versions[0], args[1], result)
             self._add(args[1], versions[1], args[0], result)
+        source = args[0] if args else (kwargs or {}).get("input")
         if (
             func in _RESHAPES
-            and id(args[0]) in self._parts
-            and result.shape[-1:] == args[0].shape[-1:]
+            and isinstance(source, Tensor)
+            and id(source) in self._parts
+            and result.shape[-1:] == source.shape[-1:]
         ):
             self._alive.append(result)
-            self._parts.setdefault(id(result), set()).update(self._parts[id(args[0])])
+            self._parts.setdefault(id(result), set()).update(self._parts[id(source)])
         return result
 
     def _add(self, other: Tensor, version: int, own: Tensor, result: Tensor) -> None:

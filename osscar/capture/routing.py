@@ -31,10 +31,6 @@ _TOLERANCE = 0.5
 in any order, and code that computes something else is off by much more."""
 
 
-_KERNEL = "_experts_implementation"
-_UNTRACEABLE = ("eager", "batched_mm")
-
-
 @dataclass(frozen=True, eq=False)
 class Routed:
     """What a mixture is called with.
@@ -194,26 +190,29 @@ class Mixture:
     def explains(self, x: Routed, y: Tensor) -> bool:
         """Whether a call has put out the sum over experts of what they are found to read.
 
-        It has to, with weights that are drawn, too: those of the model may be zero.
+        It has to on tokens and weights that are drawn, too: those of the model may be zero.
         """
         if y.shape != (len(x.hidden), self.weight.shape[3 - self.dim]):
             return False
         bias = self.module._parameters.get(self._bias)
-        own = y.double()
+        without_bias = y.double()
         if bias is not None:
             taken = (x.experts >= 0) & (x.experts < len(self.weight))
             token, _ = taken.nonzero(as_tuple=True)
             rows = x.weights[taken].double()[:, None] * bias.double()[x.experts[taken].long()]
-            own = own.index_add(0, token, rows, alpha=-1)
+            without_bias = without_bias.index_add(0, token, rows, alpha=-1)
         generator = torch.Generator().manual_seed(0)
-        drawn = torch.randn(self.weight.shape, generator=generator).to(self.weight)
+        drawn, hidden = (
+            torch.randn(own.shape, generator=generator).to(own) for own in (self.weight, x.hidden)
+        )
+        elsewhere = Routed(hidden, x.experts, x.weights)
         with self._replaced(drawn):
-            other = self.module.forward(*x.tensors)
+            other = self.module.forward(*elsewhere.tensors)
         size, any_size = (torch.linalg.vector_norm(found.double()) for found in (y, other))
         return (
             bool(any_size > 0)
-            and self._is_sum(x, self.weight, own, size)
-            and self._is_sum(x, drawn, other.double(), any_size)
+            and self._is_sum(x, self.weight, without_bias, size)
+            and self._is_sum(elsewhere, drawn, other.double(), any_size)
         )
 
     def _is_sum(self, x: Routed, weight: Tensor, y: Tensor, size: Tensor) -> bool:
@@ -225,28 +224,6 @@ class Mixture:
             expected.index_add_(0, visits.token[here], visits.X[here].double() @ W[expert])
         error = torch.linalg.vector_norm(y - expected)
         return bool(error <= torch.finfo(x.hidden.dtype).eps ** _TOLERANCE * size)
-
-
-@contextmanager
-def followed_mixtures(model: nn.Module) -> Iterator[None]:
-    """Let mixtures of transformers run while the block does by the kernel that can be traced.
-
-    The others look at which experts tokens are sent to, or gather a matrix for each token.
-    """
-    configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
-    before = [
-        (config, kernel)
-        for config in configs.values()
-        if (kernel := getattr(config, _KERNEL, None)) is not None
-    ]
-    try:
-        for config, kernel in before:
-            if kernel in _UNTRACEABLE:
-                setattr(config, _KERNEL, "grouped_mm")
-        yield
-    finally:
-        for config, kernel in before:
-            setattr(config, _KERNEL, kernel)
 
 
 @torch.no_grad()

@@ -186,6 +186,15 @@ class Site:
                 if change is not None:
                     gram.linear_map.write_bias(gram.linear_map.read_bias() + change)
 
+    def leave_out(self, units: Iterable[int]) -> None:
+        """Take units away from the consumers of which nothing is known, too."""
+        units = list(units)
+        for consumer in (gram.linear_map for gram in self.grams if gram not in self.known):
+            W, owned = consumer.read_weight(), consumer.unit_rows
+            W[[row for unit in units for row in owned[unit]]] = 0
+            with self._written():
+                consumer.write_weight(W)
+
     def adopt(self, written: Iterable[Tensor]) -> None:
         """Write what another rank has committed, so that all run through the same weights.
 

@@ -57,8 +57,8 @@ def dry_run(
             f"{in_words(found.least_bytes)}"
         )
     if request.has_budget:
-        say("budget: taken as shared out evenly, which the run finds out better")
-    say("nothing was written; what cannot follow is found out by the run alone")
+        say("budget: what groups keep is a guess until their curves are measured")
+    say("what cannot follow is found out by the run alone")
     content = document_of(found, loaded.source, data)
     write_json(json, dataclasses.asdict(content))
 

@@ -66,11 +66,15 @@ def measure_curves(
     NonFiniteError
         If gradients are not finite.
     """
-    with phase(Phase.CURVATURE):
-        for found in curvature(ready, groups, samples=curve_samples(ready), seed=seed):
-            with phase(Phase.CURVES):
-                losses = elimination_curve(found.problem(damp))
-            yield Curve(found.group.name, losses, found.reached)
+    measured = curvature(ready, groups, samples=curve_samples(ready), seed=seed)
+    while True:
+        with phase(Phase.CURVATURE):  # not while others look at what is yielded
+            found = next(measured, None)
+        if found is None:
+            return
+        with phase(Phase.CURVES):
+            losses = elimination_curve(found.problem(damp))
+        yield Curve(found.group.name, losses, found.reached)
 
 
 def curve_samples(ready: Opened) -> int:

@@ -13,9 +13,9 @@ import json
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import ConfigDict
+from pydantic import AfterValidator, ConfigDict
 from torch import nn
 
 from osscar.core.devices import resolve_device
@@ -160,6 +160,29 @@ estimate.__signature__ = inspect.signature(prune)  # type: ignore[attr-defined]
 # ---- beside the run ----------------------------------------------------------------------
 
 
+_LONGEST = 1e10
+"""Seconds, three hundred years."""
+
+
+def _checked_stages(stages: tuple[StageEstimate, ...]) -> tuple[StageEstimate, ...]:
+    """Refuse stages that no dry run tells of."""
+    names = [one.stage for one in stages]
+    for one in stages:
+        if one.stage not in set(Phase):
+            raise ValueError(f"{one.stage!r:.60} is no stage of a run")
+        if names.count(one.stage) > 1:
+            raise ValueError(f"the stage {one.stage!r} is told twice")
+        if not 0 <= one.low <= one.seconds <= (_LONGEST if one.high is None else one.high):
+            raise ValueError(f"the stage {one.stage!r} does not take from its least to its most")
+        if not one.seconds <= _LONGEST:
+            raise ValueError(f"the stage {one.stage!r} takes {one.seconds:g} seconds")
+        if min(one.peak_bytes, one.read_bytes, one.written_bytes) < 0:
+            raise ValueError(f"the stage {one.stage!r} takes less than no memory or disk")
+    if not stages:
+        raise ValueError("it tells of no stage")
+    return stages
+
+
 @dataclass(frozen=True)
 class EstimateDocument:
     """An estimate as a file holds it; ``docs/json.md`` describes its fields."""
@@ -173,7 +196,7 @@ class EstimateDocument:
     settings: dict[str, Any]
     device: str
     threads: int
-    stages: tuple[StageEstimate, ...]
+    stages: Annotated[tuple[StageEstimate, ...], AfterValidator(_checked_stages)]
     seconds: float
     low: float
     high: float | None

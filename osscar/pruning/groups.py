@@ -180,6 +180,7 @@ def solved(site: Site, keep: int, request: PruningRequest, began: float) -> Site
         else:
             solution, verification = solvers.solve(problem, backend), None
         site.commit(solution.weights)
+        site.leave_out(set(range(group.units)) - set(solution.support.tolist()))
     report = LayerReport.of(
         group,
         problem,

@@ -80,10 +80,17 @@ def choose(
     ------
     BudgetError
         If nothing is within the budget.
+    ValueError
+        If a class has no option, or a number or a sum of the largest is not finite.
     """
-    least = sum(float(c.min()) for c in costs)
-    # Sums of floating-point numbers may exceed the sum that was meant.
-    budget += 1e-12 * sum(float(np.abs(c).max()) for c in costs)
+    for found in (*losses, *costs):
+        if not len(found) or not np.isfinite(found).all():
+            raise ValueError("each class needs an option, and finite numbers")
+    if not np.isfinite(sum(float(np.abs(c).max()) for c in (*losses, *costs))):
+        raise ValueError("the sum of the largest losses and costs is not finite; scale them")
+    least, most = (sum(float(find(c)) for c in costs) for find in (np.min, np.max))
+    # More than all there is changes nothing; sums may exceed the sum that was meant.
+    budget = min(budget, most) + 1e-12 * sum(float(np.abs(c).max()) for c in costs)
     if not least <= budget:
         raise BudgetError(least)
     multiplier, options = _relaxed(losses, costs, budget)
@@ -93,9 +100,8 @@ def choose(
     if _sum(losses, options) > bound:
         options, proved = _searched(losses, costs, budget, multiplier, options)
         bound = max(bound, proved)
-    return Choice(
-        tuple(map(int, options)), _sum(losses, options), _sum(costs, options), float(bound)
-    )
+    loss = _sum(losses, options)
+    return Choice(tuple(map(int, options)), loss, _sum(costs, options), min(float(bound), loss))
 
 
 def _sum(values: Sequence[NDArray[np.float64]], options: Sequence[int]) -> float:

@@ -25,6 +25,7 @@ from graph.extents import Staying, TracedProgram, trace_program
 from osscar.core.errors import AdapterError, ModelError, first_line
 from osscar.core.memory import let_shortage_pass
 from osscar.core.modules import without_cache
+from osscar.shrinking.kernels import followed_mixtures
 from osscar.shrinking.lineage import LINEAGE, lineage_of
 from osscar.shrinking.literals import Sizes, refusal, rewrite
 from osscar.shrinking.plan import GroupPlan, PruningPlan, TracedInput
@@ -128,7 +129,7 @@ class DenseProgram:
             If it has no program that takes any number of samples.
         """
         try:
-            with without_cache(model):
+            with without_cache(model), followed_mixtures(model):
                 return cls(trace_program(model, example, left_open))
         except Exception as error:  # the model may be anyone's code, and torch puts it together
             let_shortage_pass(error)

@@ -81,6 +81,25 @@ def test_a_large_knapsack_has_a_small_gap():
     assert found.gap < 1e-9
 
 
+@pytest.mark.parametrize(
+    ("losses", "costs", "budget"),
+    [
+        ([[1.0, 0.0]] * 2, [[0.0, 1e308]] * 2, 1e308),
+        ([[]], [[]], 1.0),
+        ([[np.nan]], [[1.0]], 1.0),
+        ([[1.0]], [[np.inf]], np.inf),
+    ],
+)
+def test_numbers_that_cannot_be_added_up_are_refused(losses, costs, budget):
+    with pytest.raises(ValueError, match="finite"):
+        choose([np.array(f) for f in losses], [np.array(c) for c in costs], budget)
+
+
+def test_a_budget_without_end_is_no_limit():
+    found = choose([np.array([3.0, 1.0, 2.0])], [np.array([0.0, 9.0, 1.0])], np.inf)
+    assert (found.options, found.loss, found.lower_bound) == ((1,), 1.0, 1.0)
+
+
 def test_a_knapsack_whose_losses_are_its_costs_ends():
     random = np.random.default_rng(0)
     costs = [np.sort(random.random(100)) for _ in range(20)]

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import osscar
+import solvers
 from osscar.capture.curvature import Factors, curvature
 from osscar.capture.linear_maps import ExpertMap, linear_maps
 from osscar.capture.opened import opened
@@ -456,3 +457,30 @@ def test_weights_of_a_mixture_are_as_they_were_after_they_were_read():
     for name, parameter in experts.named_parameters():
         assert parameter is before[name][0]
         assert torch.equal(parameter, before[name][1])
+
+
+def test_a_program_of_experts_is_shrunk_whichever_kernel_they_run():
+    result = osscar.prune(
+        mixture("mixtral", kernel="eager"), tokens(8, 24), neurons=0.5, form="graph"
+    )
+    assert result.form == "graph"
+    assert result.parameters_after < result.parameters_before
+
+
+def test_an_expert_that_only_held_out_tokens_reach_loses_the_rows_of_what_leaves():
+    model, data = mixture("mixtral"), tokens(8, 24)
+    with opened(model, data) as ready:
+        for site in walk(ready, [g for g in ready.groups if g.name.endswith("experts.neurons")]):
+            gram = site.grams[1]
+            gram._fitted.rows = 0
+            assert gram.unread
+            before = gram.linear_map.read_weight()
+            problem = site.problem(8, 0.1)
+            solution = solvers.solve(problem, "greedy")
+            site.commit(solution.weights)
+            gone = sorted(set(range(site.group.units)) - set(solution.support.tolist()))
+            site.leave_out(gone)
+            after = gram.linear_map.read_weight()
+            assert not after[gone].any()
+            assert torch.equal(after[solution.support], before[solution.support])
+            break
