@@ -100,7 +100,7 @@ as `osscar.prune` proves it, and compared once more by code that shares nothing 
 dense model, in which whatever reads a removed unit is zero, against the smaller one, on other
 random inputs and in float64 (float32 where code or kernels know nothing else).
 
-Which models there are is read from the installed packages: the smallest variant of each module of
+Which models there are is read from the installed packages: a small variant of each module of
 torchvision and timm, and of transformers each family with a head for text or images, its config
 shrunk by rules on the names of its fields. Models with more than 60 million parameters are left
 out (150 in torchvision, where VGG has no smaller one). Inputs are as small as the model takes.
