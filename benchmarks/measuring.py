@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import importlib
-import os
+import json
 import subprocess
 import sys
 import time
@@ -110,17 +110,24 @@ class Measured:
 def measured(command: Sequence[str]) -> Measured:
     """Run a command in a process of its own, and say what it took.
 
-    A child begins with the greatest size of the process that starts it: keep that small.
+    A child begins with the greatest size of the process that starts it, so that a small one does.
     """
-    began = time.perf_counter()
-    child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    assert child.stdout is not None
-    output = child.stdout.read()
-    _, status, usage = os.wait4(child.pid, 0)
-    return Measured(
-        usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024),
-        time.perf_counter() - began,
-        usage.ru_utime + usage.ru_stime,
-        os.waitstatus_to_exitcode(status),
-        output,
-    )
+    starter = [sys.executable, "-I", "-S", "-c", _STARTER, *command]
+    started = subprocess.run(starter, stdout=subprocess.PIPE, text=True, check=True)
+    return Measured(**json.loads(started.stdout))
+
+
+_STARTER = """
+import json, os, subprocess, sys, time
+began = time.perf_counter()
+child = subprocess.Popen(sys.argv[1:], stdout=subprocess.PIPE, text=True)
+output = child.stdout.read()
+_, status, usage = os.wait4(child.pid, 0)
+print(json.dumps({
+    "peak": usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024),
+    "seconds": time.perf_counter() - began,
+    "cpu_seconds": usage.ru_utime + usage.ru_stime,
+    "status": os.waitstatus_to_exitcode(status),
+    "output": output,
+}))
+"""

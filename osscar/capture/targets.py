@@ -45,5 +45,6 @@ class Target(enum.StrEnum):
         """
         D = dense - pruned
         if self is Target.RESIDUAL and dense_stream is not None and pruned_stream is not None:
-            D = D + (dense_stream - pruned_stream).reshape(D.shape)
+            change = dense_stream - pruned_stream
+            D = D + (change if D.is_nested else change.reshape(D.shape))
         return D
