@@ -10,12 +10,16 @@ from torch import nn
 
 import graph
 import osscar
+from osscar.capture.linear_maps import linear_maps
 from osscar.capture.opened import opened
+from osscar.capture.routing import Mixture
 from osscar.capture.targets import Target
 from osscar.capture.walk import Walk, walk
 from osscar.core.errors import FrozenGroupError, OptionError, RequestError
 from osscar.core.phases import Phase, Spent, phase, spending
 from osscar.pruning.estimate import estimate_as_asked
+from osscar.pruning.forward_probe import first_samples, timed_pass
+from osscar.pruning.layer_probe import Sort, _gram_seconds
 from osscar.pruning.probed import expected_keep
 from osscar.pruning.prune import prune_as_asked
 from osscar.pruning.request import PruningRequest
@@ -417,3 +421,22 @@ def test_mixtures_and_recurrent_layers_are_estimated_like_others():
     name = next(g.name for g in graph.trace(net, (torch.randn(2, 6, 5),)).prunable if g.units == 12)
     found = osscar.estimate(net, torch.randn(16, 6, 5), groups={name: 6})
     assert found.seconds > 0
+
+
+def test_what_experts_read_is_found_anew_for_each_call(monkeypatch):
+    """As in a run: what is shared is shared by the experts of one call, and by nothing else."""
+    counted, visits = [], Mixture._visits
+
+    def count(self, x):
+        counted.append(self.name)
+        return visits(self, x)
+
+    with opened(mixture("mixtral"), tokens(8, 24)) as ready:
+        group = next(g for g in ready.groups if g.name.endswith("experts.neurons"))
+        maps = linear_maps(ready.model, group)
+        name = maps[0].name
+        _, seen = timed_pass(ready, first_samples(ready, 2), [name], [name], ticking())
+        monkeypatch.setattr(Mixture, "_visits", count)
+        _gram_seconds(Sort((group,), maps, 8), seen, 1.0, False, False, ticking())
+    assert len(maps) == 4
+    assert counted == 2 * len(seen[name]) * [name]
