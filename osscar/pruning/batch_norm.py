@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from osscar.capture.walk import batch_named
+from osscar.capture.failures import batch_named
 from osscar.core.errors import CalibrationError, NonFiniteError
 from osscar.core.modules import fresh
 from osscar.core.ranks import ALONE, Message, Ranks

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from osscar.capture.curvature import logits_of
+from osscar.capture.failures import batch_named
 from osscar.capture.opened import Opened
-from osscar.capture.walk import batch_named
 from osscar.core.errors import NonFiniteError
 from osscar.core.modules import fresh, without_cache
 from osscar.core.ranks import ALONE, Ranks

@@ -19,10 +19,10 @@ from torch import Tensor, nn
 
 from graph import CouplingGroup
 from osscar.capture.consumer import LinearMap
+from osscar.capture.failures import batch_named
 from osscar.capture.linear_maps import linear_maps
 from osscar.capture.opened import Opened
 from osscar.capture.routing import afresh, argument
-from osscar.capture.walk import batch_named
 from osscar.core.errors import ModelError, NonFiniteError
 from osscar.core.modules import device_of, fresh
 from osscar.core.progress import stage

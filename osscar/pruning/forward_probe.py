@@ -11,10 +11,10 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from osscar.capture.failures import batch_named
 from osscar.capture.opened import Opened
 from osscar.capture.recurrent import RECURRENT, input_gates
 from osscar.capture.routing import Routed, argument, copied_call
-from osscar.capture.walk import batch_named
 from osscar.core.modules import fresh
 from osscar.core.phases import Clock
 from osscar.data.batches import Batch

@@ -12,8 +12,9 @@ from graph import CouplingGroup
 from osscar.capture.consumer import LinearMap
 from osscar.capture.linear_maps import linear_maps
 from osscar.capture.opened import Opened
+from osscar.capture.site import DenseTensors, Site, dense_tensors
 from osscar.capture.targets import Target
-from osscar.capture.walk import DenseTensors, Site, Walk, dense_tensors, walk
+from osscar.capture.walk import Walk, walk
 from osscar.core.errors import RunError
 from osscar.core.memory import FOR_MATRICES, memory_for
 from osscar.core.on_disk import room_for

@@ -23,8 +23,9 @@ from osscar.capture.gram import GramAccumulator
 from osscar.capture.linear_maps import FeatureMap, linear_maps
 from osscar.capture.opened import Opened
 from osscar.capture.routing import afresh
+from osscar.capture.site import Site
 from osscar.capture.targets import Target
-from osscar.capture.walk import Site, add_call
+from osscar.capture.walk import add_call
 from osscar.core.modules import device_of
 from osscar.core.phases import Clock, Phase, spending
 from osscar.data.batches import TokenInputs

@@ -247,7 +247,7 @@ def _callers() -> Iterator[tuple[Any, str, bool]]:
     import transformers
 
     from osscar.capture.coroutines import Coroutine
-    from osscar.capture.walk import Site
+    from osscar.capture.site import Site
     from osscar.checkpoint import directory, runs
     from osscar.pruning import shrunk
     from osscar.study import jobs

@@ -1,0 +1,38 @@
+"""Passes of calibration batches, and where one fails."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import nn
+
+from graph.export import failing_module
+from osscar.core.errors import CalibrationError, OsscarError
+from osscar.core.memory import FOR_BATCHES, is_shortage, shortage
+
+
+@contextmanager
+def batch_named(model: nn.Module, batch: int) -> Iterator[None]:
+    """Say in which batch and in which module the block has failed.
+
+    Raises
+    ------
+    CalibrationError
+        If it has.
+    NoMemoryError
+        If that was for want of memory.
+    """
+    try:
+        yield
+    except OsscarError:
+        raise
+    except Exception as error:  # the model may be anyone's code
+        name = failing_module(error.__traceback__, model) or "the model"
+        if is_shortage(error):
+            what = f"calibration batch {batch} in {name!r}"
+            raise shortage(error, what, FOR_BATCHES) from error
+        raise CalibrationError(
+            f"calibration batch {batch} fails in {name!r}: "
+            f"{type(error).__name__}: {error}; leave it out, or mend the model"
+        ) from error
