@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json as jsonlib
 import os
 import re
 import sys
@@ -282,3 +283,31 @@ def way_back(kept: Callable[[], str]) -> Iterator[None]:
 
 def _begun(sentence: str) -> str:
     return sentence[:1].upper() + sentence[1:]
+
+
+def parse_options(pairs: list[str]) -> dict[str, Any]:
+    """Read ``NAME=VALUE`` pairs; a value is JSON where it can be, else text.
+
+    Raises
+    ------
+    OptionError
+        If a pair has no ``=``.
+    """
+    from osscar.core.errors import OptionError
+
+    options: dict[str, Any] = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not equals or not name:
+            raise OptionError(f"--option {pair!r} is not NAME=VALUE")
+        try:
+            options[name.strip()] = jsonlib.loads(value, parse_constant=_refuse_constant)
+        except ValueError:
+            options[name.strip()] = value
+    return options
+
+
+def _refuse_constant(text: str) -> Any:
+    from osscar.core.errors import OptionError
+
+    raise OptionError(f"--option cannot be {text}; give a finite number")

@@ -18,7 +18,7 @@ from osscar.cli.common import (
     say,
     write_json,
 )
-from osscar.cli.prune import print_result, report_document
+from osscar.cli.prune_screen import print_result, report_document
 
 _HEADS, _NEURONS = "3/4", "1/2"
 _SAMPLES, _SEQLEN = 64, 256

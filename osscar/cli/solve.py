@@ -18,11 +18,11 @@ from osscar.cli.common import (
     check_json_path,
     document,
     out,
+    parse_options,
     quiet,
     say,
     write_json,
 )
-from osscar.cli.prune import parse_options
 
 if TYPE_CHECKING:
     from solvers import Solution, SubsetProblem, Verification

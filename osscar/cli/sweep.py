@@ -32,7 +32,7 @@ from osscar.cli.common import (
     way_back,
     write_json,
 )
-from osscar.cli.prune import budget_line
+from osscar.cli.prune_screen import budget_line
 
 if TYPE_CHECKING:
     from torch import nn

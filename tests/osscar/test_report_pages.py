@@ -11,7 +11,7 @@ import torch
 import osscar
 import solvers
 from osscar.cli import main
-from osscar.cli.prune import report_document
+from osscar.cli.prune_screen import report_document
 from osscar.report.html import write_report
 from osscar.report.prune_page import prune_page
 from osscar.report.summary import summarize
