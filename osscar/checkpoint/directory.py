@@ -167,7 +167,7 @@ def save(
             "removed from it is not known; read it with osscar.load"
         )
     lineage = lineage_of(model)
-    dtype = _stored_dtype(model) if dtype is None else dtype
+    dtype = stored_dtype(model) if dtype is None else dtype
     path = check_output(directory, overwrite=overwrite, needed_bytes=weight_bytes(model, dtype))
     if dtype != _dtype(model):
         model = copied(model).to(dtype)
@@ -218,12 +218,13 @@ def _with_code(path: Path) -> bool:
 
 def weight_bytes(model: nn.Module, dtype: torch.dtype | None = None) -> int:
     """Return how much a model's weights take on disk in a number format, as `save` takes it."""
-    dtype = _stored_dtype(model) if dtype is None else dtype
+    dtype = stored_dtype(model) if dtype is None else dtype
     tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}.values()
     return sum(t.numel() * (dtype if t.is_floating_point() else t.dtype).itemsize for t in tensors)
 
 
-def _stored_dtype(model: nn.Module) -> torch.dtype:
+def stored_dtype(model: nn.Module) -> torch.dtype:
+    """Return the number format that a model is saved in: that in which it was read."""
     return _FORMATS.get(lineage_of(model).stored_dtype or "") or _dtype(model)
 
 

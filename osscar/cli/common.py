@@ -83,6 +83,13 @@ BatchSizeOption = Annotated[
 RoundToOption = Annotated[
     int, typer.Option(help="Round kept widths to a multiple of this, for the hardware.")
 ]
+AtLeastOption = Annotated[
+    str | None,
+    typer.Option(
+        help="What every group that shares the budget keeps at least: a fraction of its units "
+        "(0.1), or a count."
+    ),
+]
 BackendOption = Annotated[str, typer.Option(help="`osscar backends` lists them.")]
 BackendOptionsOption = Annotated[
     list[str] | None,

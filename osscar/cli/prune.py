@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from osscar.cli.common import (
+    AtLeastOption,
     BackendOption,
     BackendOptionsOption,
     BatchSizeOption,
@@ -100,6 +101,13 @@ def command(
         str | None,
         typer.Option(help="Budget: parameters of the model to *keep*, a fraction or a count."),
     ] = None,
+    size: Annotated[
+        str | None,
+        typer.Option(
+            help="Budget: what the saved weights may take on disk, such as 200MB, or a fraction of "
+            "the dense model's."
+        ),
+    ] = None,
     flops: Annotated[
         float | None,
         typer.Option(help="Budget: the share of its floating-point operations to *keep*."),
@@ -136,6 +144,7 @@ def command(
         ),
     ] = None,
     round_to: RoundToOption = 1,
+    at_least: AtLeastOption = None,
     skip: Annotated[
         list[str] | None,
         typer.Option(
@@ -241,11 +250,11 @@ def command(
 ) -> None:
     """Prune a model in one shot, prove the result, and save it.
 
-    Give a budget (--sparsity, --params or --flops), which heads, neurons and channels of all layers
-    share so that the model's outputs change least, or say with --heads, --neurons and --channels
-    what every layer keeps of each.  Under grouped-query attention a head is a key-value head with
-    its query heads.  What is done is kept in OUT.run until the smaller model is saved: a run that
-    was killed goes on when the same command is given again.
+    Give a budget (--sparsity, --params, --size, --flops or --speedup), which heads, neurons and
+    channels of all layers share so that the model's outputs change least, or say with --heads,
+    --neurons and --channels what every layer keeps of each.  Under grouped-query attention a head
+    is a key-value head with its query heads.  What is done is kept in OUT.run until the smaller
+    model is saved: a run that was killed goes on when the same command is given again.
     """
     with phase(Phase.START):
         from osscar.checkpoint.directory import check_output, weight_bytes
@@ -278,6 +287,7 @@ def command(
     request = PruningRequest(
         sparsity=sparsity,
         params=params,
+        size=size,
         flops=flops,
         speedup=speedup,
         allocation=allocation,
@@ -286,6 +296,7 @@ def command(
         channels=channels,
         residual=residual,
         round_to=round_to,
+        at_least=at_least,
         skip=patterns,
         backend=backend,
         backend_options=parse_options(option or []),

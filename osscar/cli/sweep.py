@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from osscar.cli.common import (
+    AtLeastOption,
     BackendOption,
     BatchSizeOption,
     CalibrationOption,
@@ -106,6 +107,7 @@ def command(
     seed: SeedOption = 0,
     batch_size: BatchSizeOption = None,
     round_to: RoundToOption = 1,
+    at_least: AtLeastOption = None,
     backend: BackendOption = "local_search",
     damp: DampOption = None,
     strict: StrictOption = False,
@@ -138,6 +140,7 @@ def command(
     base = PruningRequest(
         **first,
         round_to=round_to,
+        at_least=at_least,
         backend=backend,
         damp=damp,
         device=device,

@@ -16,7 +16,7 @@ from osscar.pruning.costs import Cost, CostModel, count
 from osscar.pruning.curves import Curve, measure_curves, told_curves
 from osscar.pruning.fluctuation import measure_fluctuations
 from osscar.pruning.latency import Latency, aimed
-from osscar.pruning.request import Allocation, PruningRequest, parse_keep
+from osscar.pruning.request import Allocation, PruningRequest, parse_keep, parse_size_kept
 from osscar.pruning.rules import ByCurves, ByScores, Rule, Uniform
 from osscar.pruning.widths import (
     about_half,
@@ -64,7 +64,7 @@ def allocate(
                 rule = Uniform(shared, request, keep)
             case Allocation.FLUCTUATION:
                 scores = measure_fluctuations(ready, shared)
-                rule = ByScores(shared, scores, request.round_to, keep)
+                rule = ByScores(shared, scores, request.widths, keep)
             case _:
                 known = shared_curves(ready, request, left) if curves is None else curves
                 rule = ByCurves.of(shared, request, keep, known)
@@ -126,7 +126,7 @@ def provisional(ready: Opened, request: PruningRequest) -> dict[str, int]:
         return {**keep, **Uniform(shared, request, keep).of_units()}
     before: Counter[int] = Counter()
     for group in shared:
-        keep[group.name] = about_half(group, request.round_to, before[group.units] % 2)
+        keep[group.name] = about_half(group, request.widths, before[group.units] % 2)
         before[group.units] += 1
     return keep
 
@@ -141,7 +141,7 @@ def _met(
     """Choose what groups keep within what was asked for."""
     asked = request.budget_in_words
     if request.speedup is not None:
-        latency = Latency(ready, shared, keep, request.round_to)
+        latency = Latency(ready, shared, keep, request.widths)
         table = latency.table
         found, speedup = aimed(
             latency,
@@ -152,7 +152,11 @@ def _met(
         # The bound is of modelled times, and says nothing of those that are measured.
         limit, reached = 1 / request.speedup, 1 / speedup
         return found, dataclasses.replace(budget, limit=limit, reached=reached, lower_bound=None)
-    kind = Cost.FLOPS if request.flops is not None else Cost.PARAMETERS
+    kind = Cost.PARAMETERS
+    if request.flops is not None:
+        kind = Cost.FLOPS
+    elif request.size is not None:
+        kind = Cost.BYTES
     cost = count(kind, ready.model, ready.groups, ready.sample)
     if request.sparsity is not None:
         # Of the parameters that the shared groups own, as the others are.
@@ -161,11 +165,19 @@ def _met(
     elif request.flops is not None:
         limit = request.flops * cost.dense
     else:
-        assert request.params is not None
-        params = parse_keep(request.params)
-        limit = float(params if isinstance(params, int) else params * Fraction(int(cost.dense)))
+        asked_for = _kept(request)
+        whole = Fraction(int(cost.dense))
+        limit = float(asked_for if isinstance(asked_for, int) else asked_for * whole)
     found = _checked(rule, kind, cost, limit, keep, asked)
     return found, rule.budget(kind, cost, limit, found)
+
+
+def _kept(request: PruningRequest) -> Fraction | int:
+    """Return what is asked to be kept, a share or a count of parameters or bytes."""
+    if request.size is not None:
+        return parse_size_kept(request.size)
+    assert request.params is not None
+    return parse_keep(request.params)
 
 
 def _checked(

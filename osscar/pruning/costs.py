@@ -17,9 +17,10 @@ from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 
 from graph import CouplingGroup, UnitKind
+from osscar.checkpoint.directory import stored_dtype
 from osscar.core.operations import operations
 from osscar.data.batches import Batch
 
@@ -28,6 +29,8 @@ class Cost(enum.StrEnum):
     """What a budget is counted in."""
 
     PARAMETERS = "parameters"
+    BYTES = "bytes"
+    """Of the weights, as the model is saved."""
     FLOPS = "flops"
     TIME = "time"
     """Of a forward pass, relative to the dense model's."""
@@ -149,7 +152,9 @@ def count(
     shapes = {name: tuple(tensor.shape) for name, tensor in model.named_parameters()}
     taken = _taken(model, groups, names)
     prices, each, rest = dict.fromkeys(entries, 1.0), dict[str, float](), 0.0
-    if cost is not Cost.PARAMETERS:
+    if cost is Cost.BYTES:
+        prices, rest = _stored_bytes(model)
+    elif cost is Cost.FLOPS:
         own, total = _operations(model, example)
         prices = _of_weights(model, names, own)
         each = _of_attention(groups, own)
@@ -163,6 +168,18 @@ def count(
         each=each,
         units={group.name: group.units for group in groups},
     )
+
+
+def _stored_bytes(model: nn.Module) -> tuple[dict[str, float], float]:
+    """Return the bytes of an entry of each parameter as `save` writes it, and those of buffers."""
+    dtype, stored = stored_dtype(model), model.state_dict()
+
+    def size(tensor: Tensor) -> int:
+        return (dtype if tensor.is_floating_point() else tensor.dtype).itemsize
+
+    prices = {name: float(size(p)) for name, p in model.named_parameters()}
+    buffers = {id(b): b for name, b in model.named_buffers() if name in stored}
+    return prices, float(sum(b.numel() * size(b) for b in buffers.values()))
 
 
 def _taken(

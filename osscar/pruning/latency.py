@@ -42,6 +42,7 @@ from osscar.pruning.parts import (
     medians,
     parts_in_turn,
 )
+from osscar.pruning.request import Widths
 from osscar.pruning.widths import possible_widths
 from osscar.shrinking.plan import GroupPlan, PruningPlan
 from osscar.shrinking.shrink import shrink
@@ -149,8 +150,8 @@ class Latency:
         The groups whose widths are to be chosen.
     fixed
         What other groups keep.
-    round_to
-        What kept widths are multiples of.
+    widths
+        What widths groups may have.
 
     Raises
     ------
@@ -163,13 +164,13 @@ class Latency:
         ready: Opened,
         shared: Sequence[CouplingGroup],
         fixed: Mapping[str, int],
-        round_to: int = 1,
+        widths: Widths = Widths(),  # noqa: B008, as it is frozen
     ) -> None:
         self._ready, self._batch = ready, ready.batches()[0]
         units = {group.name: group.units for group in ready.groups}
         self._fixed = {name: kept for name, kept in fixed.items() if kept < units[name]}
         self._units = {group.name: group.units for group in shared}
-        trials = _trials(shared, round_to)
+        trials = _trials(shared, widths)
         if self._fixed:  # the largest model of the table is no longer the dense one
             trials = [dict(self._units), *trials]
         measured = self._measured_on(trials)
@@ -270,9 +271,9 @@ class Latency:
         yield trial
 
 
-def _trials(shared: Sequence[CouplingGroup], round_to: int) -> list[dict[str, int]]:
+def _trials(shared: Sequence[CouplingGroup], allowed: Widths) -> list[dict[str, int]]:
     """Return what groups keep in the models that are timed for the table."""
-    widths = {group.name: possible_widths(group, round_to) for group in shared}
+    widths = {group.name: possible_widths(group, allowed) for group in shared}
     return [
         {name: int(some[round(share * (len(some) - 1))]) for name, some in widths.items()}
         for share in _SHARES

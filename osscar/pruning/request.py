@@ -17,12 +17,13 @@ from graph import UnitKind
 from osscar.capture.targets import Target
 from osscar.core.errors import OptionError, RequestError
 from osscar.core.inputs import shown
+from osscar.core.memory import parse_size
 from osscar.pruning.batch_norm import BatchNormMode
 
 PRUNED_KINDS = (UnitKind.HEADS, UnitKind.NEURONS, UnitKind.CHANNELS)
 """What a budget applies to, residual channels left out."""
 
-_BUDGETS = ("sparsity", "params", "flops", "speedup")
+_BUDGETS = ("sparsity", "params", "size", "flops", "speedup")
 
 _NUMBER = re.compile(
     r"[+-]?(\d{1,18}/\d{1,18}|(\d{1,18}\.?\d{0,18}|\.\d{1,18})([eE][+-]?\d{1,3})?)"
@@ -59,6 +60,30 @@ Keep: TypeAlias = str | int | float | Fraction
 
 
 @dataclass(frozen=True)
+class Widths:
+    """What widths a group may have.
+
+    Parameters
+    ----------
+    round_to
+        Its width, units times rows a unit, is a multiple of this.
+    at_least
+        How many of its units stay, or what share of them.
+    """
+
+    round_to: int = 1
+    at_least: Fraction | int | None = None
+
+    def least(self, units: int) -> int:
+        """Return how many of so many units stay at least."""
+        if self.at_least is None:
+            return 1
+        if isinstance(self.at_least, int):
+            return min(self.at_least, units)
+        return math.ceil(self.at_least * units)
+
+
+@dataclass(frozen=True)
 class PruningRequest:
     """What a user asks of a pruning run.
 
@@ -69,6 +94,9 @@ class PruningRequest:
         own.
     params
         Another budget: what to keep of the model's parameters, a fraction or a count.
+    size
+        Another one: what the weights of the model take on disk, as it is saved: a fraction of what
+        those of the dense model would, a size such as ``"200MB"``, or a number of bytes.
     flops
         Another one: the share to keep, in (0, 1), of its floating-point operations on one sample.
     speedup
@@ -88,6 +116,8 @@ class PruningRequest:
         What to keep of single groups, by name; takes precedence over the others.
     round_to
         Kept width (units times rows a unit) is rounded to a multiple of this.
+    at_least
+        What every group that shares a budget keeps at least: a fraction of its units, or a count.
     skip
         Patterns, as of `fnmatch`, for the names of groups that are left alone whatever else is
         asked; each has to match one.
@@ -142,6 +172,7 @@ class PruningRequest:
 
     sparsity: float | None = None
     params: Keep | None = None
+    size: Keep | None = None
     flops: float | None = None
     speedup: float | None = None
     allocation: str = "curvature"
@@ -151,6 +182,7 @@ class PruningRequest:
     residual: Keep | None = None
     groups: Mapping[str, Keep] = field(default_factory=dict)
     round_to: int = 1
+    at_least: Keep | None = None
     skip: Sequence[str] = ()
     backend: str | solvers.Backend = "local_search"
     backend_options: Mapping[str, Any] = field(default_factory=dict)
@@ -207,11 +239,20 @@ class PruningRequest:
         asked = [keep for keep in (*self._asked, self.params) if keep is not None]
         if not budgets and not asked and not self.groups:
             raise RequestError(
-                "nothing to prune: give a budget (--sparsity, --params, --flops or --speedup), or "
-                "what to keep with --heads, --neurons, --channels or --residual"
+                "nothing to prune: give a budget (--sparsity, --params, --size, --flops or "
+                "--speedup), or what to keep with --heads, --neurons, --channels or --residual"
             )
         for keep in (*asked, *self.groups.values()):
             parse_keep(keep)
+        if self.size is not None:
+            parse_size_kept(self.size)
+        if self.at_least is not None:
+            parse_keep(self.at_least)
+            if not budgets:
+                raise RequestError(
+                    f"at least {self.at_least} of each group stays within a budget, and there is "
+                    "none; give one, such as --sparsity"
+                )
 
     def _check_names(self) -> None:
         skip = self.skip
@@ -301,6 +342,11 @@ class PruningRequest:
         return named.get(kind)
 
     @property
+    def widths(self) -> Widths:
+        """What widths groups that share a budget may have."""
+        return Widths(self.round_to, None if self.at_least is None else parse_keep(self.at_least))
+
+    @property
     def has_budget(self) -> bool:
         """Whether groups share a budget."""
         return any(getattr(self, name) is not None for name in _BUDGETS)
@@ -330,7 +376,7 @@ class PruningRequest:
         A backend object is named after its class, and cannot be made of that name again.
         """
         data = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        for name in ("params", "heads", "neurons", "channels", "residual"):
+        for name in ("params", "size", "at_least", "heads", "neurons", "channels", "residual"):
             data[name] = None if data[name] is None else str(data[name])
         data["groups"] = {name: str(keep) for name, keep in self.groups.items()}
         data["skip"] = list(self.skip)
@@ -401,3 +447,22 @@ def parse_keep(value: Keep) -> Fraction | int:
     if not 0 < fraction <= 1:
         raise RequestError(f"cannot keep the fraction {text}; give one above 0 and at most 1")
     return fraction
+
+
+def parse_size_kept(value: Keep) -> Fraction | int:
+    """Read what weights may take: a fraction of the dense model's, or bytes, as in ``"200MB"``.
+
+    Raises
+    ------
+    RequestError
+        If it is neither.
+    """
+    if isinstance(value, str) and value.strip()[-1:].isalpha():
+        try:
+            return parse_size(value)
+        except OptionError as error:
+            raise RequestError(
+                f"cannot read {shown(value)} as a size; give one such as 200MB or 1.5GiB, or a "
+                "fraction of the dense model's"
+            ) from error
+    return parse_keep(value)

@@ -17,7 +17,7 @@ from osscar.pruning.budget import Budget, Width
 from osscar.pruning.costs import Cost, CostModel
 from osscar.pruning.curves import Curve
 from osscar.pruning.knapsack import BudgetError, choose
-from osscar.pruning.request import PruningRequest
+from osscar.pruning.request import PruningRequest, Widths
 from osscar.pruning.widths import count_kept, possible_widths
 
 _ROUNDS = 60
@@ -70,10 +70,12 @@ class Uniform:
         return self._at(1 - Fraction(str(self.request.sparsity)))
 
     def _at(self, share: Fraction) -> dict[str, int]:
-        return {
-            g.name: count_kept(g, max(share, Fraction(1, 2 * g.units)), self.request.round_to)
-            for g in self.shared
-        }
+        widths, found = self.request.widths, {}
+        for group in self.shared:
+            asked = max(share, Fraction(1, 2 * group.units))
+            least = int(possible_widths(group, widths)[0])
+            found[group.name] = max(count_kept(group, asked, widths.round_to), least)
+        return found
 
     def budget(self, kind: Cost, cost: CostModel, limit: float, found: dict[str, int]) -> Budget:
         """Report without a prediction."""
@@ -90,13 +92,13 @@ class ByScores:
         The groups.
     scores
         Of the units of each group, (units,), by its name; see `osscar.pruning.fluctuation`.
-    round_to, keep
-        As the request has it, and what other groups keep.
+    widths, keep
+        As the request has them, and what other groups keep.
     """
 
     shared: Sequence[CouplingGroup]
     scores: Mapping[str, NDArray[np.float64]]
-    round_to: int
+    widths: Widths
     keep: Mapping[str, int]
     rounds: ClassVar[bool] = False
 
@@ -117,7 +119,7 @@ class ByScores:
         counts = np.bincount(kept, minlength=len(self.shared))
         found = {}
         for group, count in zip(self.shared, counts, strict=True):
-            allowed = possible_widths(group, self.round_to)
+            allowed = possible_widths(group, self.widths)
             found[group.name] = int(max(allowed[allowed <= count], default=allowed[0]))
         return found
 
@@ -153,7 +155,7 @@ class ByCurves:
         curves: Mapping[str, Curve],
     ) -> ByCurves:
         """Take the curve of each group, and the widths that it may have."""
-        options = {group.name: possible_widths(group, request.round_to) for group in shared}
+        options = {group.name: possible_widths(group, request.widths) for group in shared}
         kinds = {group.name: str(group.kind) for group in shared}
         return cls({name: curves[name] for name in options}, options, keep, kinds)
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from graph import CouplingGroup
 from osscar.capture.opened import Opened
 from osscar.core.errors import FrozenGroupError, RequestError
-from osscar.pruning.request import PRUNED_KINDS, PruningRequest, parse_keep
+from osscar.pruning.request import PRUNED_KINDS, PruningRequest, Widths, parse_keep
 
 _MOST_TOLD = 4
 
@@ -176,13 +176,14 @@ def _steps(group: CouplingGroup, round_to: int) -> tuple[int, int]:
     return step, largest
 
 
-def possible_widths(group: CouplingGroup, round_to: int) -> NDArray[np.int64]:
+def possible_widths(group: CouplingGroup, widths: Widths) -> NDArray[np.int64]:
     """Return the counts that a group may keep: all of its units, or a width that is round."""
-    step, largest = _steps(group, round_to)
-    return np.unique([*range(step, largest + 1, step), group.units])
+    step, largest = _steps(group, widths.round_to)
+    least = -(-widths.least(group.units) // step) * step
+    return np.unique([*range(least, largest + 1, step), group.units])
 
 
-def about_half(group: CouplingGroup, round_to: int, place: int = 0) -> int:
+def about_half(group: CouplingGroup, widths: Widths, place: int = 0) -> int:
     """Return a width near half, of those that the group may have, that divides it least.
 
     A number in the code that stands for all units is hidden by what divides it: `view(-1, 64)`
@@ -190,7 +191,7 @@ def about_half(group: CouplingGroup, round_to: int, place: int = 0) -> int:
     one number does not serve two groups.
     """
     units = group.units
-    fewer = [int(kept) for kept in possible_widths(group, round_to) if kept < units]
+    fewer = [int(kept) for kept in possible_widths(group, widths) if kept < units]
     fewer.sort(key=lambda kept: (math.gcd(kept, units), abs(2 * kept - units), -kept))
     return fewer[min(place, len(fewer) - 1)] if fewer else units
 

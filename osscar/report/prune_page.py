@@ -16,6 +16,7 @@ _KEEPS = ("heads", "neurons", "channels", "residual")
 _BUDGETS: dict[str, Callable[[Any], str]] = {
     "sparsity": lambda v: f"remove {share(v)} of the parameters of heads, neurons and channels",
     "params": lambda v: f"keep {v} of the parameters",
+    "size": lambda v: f"let the weights take {v} on disk",
     "flops": lambda v: f"keep {share(v)} of the floating-point operations",
     "speedup": lambda v: f"{v:g} times the speed",
 }
@@ -23,6 +24,7 @@ _BUDGETS: dict[str, Callable[[Any], str]] = {
 
 _COSTS = {
     "parameters": "parameters",
+    "bytes": "bytes of weights",
     "flops": "floating-point operations",
     "time": "time of a forward pass",
 }
@@ -113,6 +115,8 @@ def _in_words(settings: Mapping[str, Any]) -> str:
     ]
     if said:
         said.append(f"shared out by {settings.get('allocation', 'curvature')}")
+    if settings.get("at_least"):
+        said.append(f"at least {settings['at_least']} of each group")
     said += [f"keep {settings[kind]} of the {kind}" for kind in _KEEPS if settings.get(kind)]
     if settings.get("groups"):
         said.append(f"{len(settings['groups'])} groups by name")

@@ -388,7 +388,15 @@ def test_models_without_logits_are_measured_by_projections():
 
 @pytest.mark.parametrize("allocation", ["curvature", "uniform", "fluctuation"])
 @pytest.mark.parametrize(
-    "asked", [{"sparsity": 0.4}, {"params": 0.8}, {"flops": 0.7}, {"sparsity": 0.5, "round_to": 2}]
+    "asked",
+    [
+        {"sparsity": 0.4},
+        {"params": 0.8},
+        {"size": 0.8},
+        {"flops": 0.7},
+        {"sparsity": 0.5, "round_to": 2},
+        {"params": 0.8, "at_least": "1/3"},
+    ],
 )
 def test_budgets_are_kept_and_reports_are_right(subject, asked, allocation):
     model, data = subject
@@ -400,12 +408,50 @@ def test_budgets_are_kept_and_reports_are_right(subject, asked, allocation):
     if budget.cost is Cost.PARAMETERS:
         assert budget.reached == result.parameters_after
         assert budget.dense == result.parameters_before
+    if "at_least" in asked:
+        assert all(3 * width.kept >= width.units for width in budget.widths.values())
     if allocation == "curvature":
         assert budget.predicted > 0
         separable = not isinstance(model, Net)
         assert (budget.gap is not None) == separable
         assert not separable or budget.gap < 1e-4
     assert result.divergence > 0
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
+def test_a_size_is_that_of_the_weights_as_they_are_saved(tmp_path, stored):
+    first = osscar.prune(tiny("opt"), tokens(8, 24), neurons=0.9, backend="wanda")
+    size = osscar.save(first.model, tmp_path / "first", dtype=stored).bytes
+    model = osscar.load(tmp_path / "first").float()
+    result = osscar.prune(model, tokens(8, 24), size=f"{0.8 * size:.0f}B", backend="wanda")
+    saved = result.save(tmp_path / "second")
+    assert result.budget.cost is Cost.BYTES
+    assert result.budget.reached <= saved.bytes <= 0.8 * size + 8192  # of names, in the file
+    assert 0.9 * 0.8 * size <= result.budget.reached <= 0.8 * size
+
+
+def test_buffers_count_and_the_most_that_one_may_ask_for_is_all():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 3))
+    net = net.eval().half().float()
+    with opened(net, torch.randn(4, 3, 8, 8)) as ready:
+        cost = count(Cost.BYTES, ready.model, ready.groups, ready.sample)
+    entries = sum(4 * p.numel() for p in net.parameters()) + 2 * 8 * 4 + 8  # and an int64
+    assert cost.dense == entries
+
+
+def test_every_group_keeps_what_it_is_to_keep_at_least():
+    with opened(tiny("opt"), tokens(8, 24)) as ready:
+
+        def fewest(least):
+            asked = Asked(sparsity=0.6, at_least=least)
+            widths = allocate(ready, asked).budget.widths.values()
+            return min(width.kept / width.units for width in widths)
+
+        assert fewest(None) < 1 / 3 <= fewest("1/3")
+        assert fewest(3) >= 3 / 40
+        with pytest.raises(RequestError, match="cannot be met"):
+            fewest("0.9")
 
 
 def test_kinds_that_are_named_take_no_part_in_the_budget():
@@ -437,6 +483,13 @@ def test_a_budget_out_of_reach_says_what_is_in_reach(allocation):
         ({"flops": float("nan")}, "flops is nan"),
         ({"params": 0}, "cannot keep 0 units"),
         ({"params": "much"}, "cannot read 'much'"),
+        ({"size": "much"}, "cannot read 'much' as a size; give one such as 200MB"),
+        ({"size": "-1MB"}, "cannot read '-1MB' as a size"),
+        ({"size": 0}, "cannot keep 0 units"),
+        ({"size": True}, "cannot read True"),
+        ({"size": "100MB", "params": 0.5}, "params and size are budgets"),
+        ({"sparsity": 0.5, "at_least": 1.5}, "cannot keep the fraction"),
+        ({"heads": 0.5, "at_least": 0.5}, "there is none; give one, such as --sparsity"),
     ],
 )
 def test_contradictions_are_refused(asked, message):

@@ -14,6 +14,7 @@ from osscar.pruning import fluctuation
 from osscar.pruning.allocation import allocate
 from osscar.pruning.fluctuation import measure_fluctuations
 from osscar.pruning.request import PruningRequest as Asked
+from osscar.pruning.request import Widths
 from osscar.pruning.rules import ByScores
 from tests.osscar.families import tiny, tokens
 
@@ -182,7 +183,7 @@ def test_at_least_the_least_width_stays():
         groups = [group for group in ready.groups if group.prunable]
         low = {g.name: np.full(g.units, -9.0) for g in groups}
         low[groups[0].name] = np.full(groups[0].units, 9.0)
-        rule = ByScores(groups, low, 1, {})
+        rule = ByScores(groups, low, Widths(), {})
 
         class One:
             def of(self, keep):

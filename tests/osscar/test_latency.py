@@ -20,7 +20,7 @@ from osscar.pruning.latency import Latency
 from osscar.pruning.latency_table import Part, tabulated
 from osscar.pruning.parts import Event, Pass, groups_between, timed_pass
 from osscar.pruning.prune import opened_for
-from osscar.pruning.request import PruningRequest
+from osscar.pruning.request import PruningRequest, Widths
 from osscar.pruning.sweep import BudgetKind, jobs, sweep
 from osscar.pruning.widths import asked_groups
 from tests.osscar.families import tiny, tokens
@@ -149,7 +149,7 @@ def test_a_sweep_over_speed_ups_has_one_table(clock):
 def test_a_table_is_the_time_of_models_that_were_never_built(clock, family, more):
     model, random = tiny(family), np.random.default_rng(0)
     context, ready, shared, keep = asked(model, tokens(8, 24), **more)
-    table = Latency(ready, shared, keep, more.get("round_to", 1)).table
+    table = Latency(ready, shared, keep, Widths(more.get("round_to", 1))).table
     if not more:
         assert table.of({}) == pytest.approx(1.0)
     assert table.separable([group.name for group in shared])
@@ -284,7 +284,7 @@ def test_a_table_serves_the_next_run_on_the_same_and_no_other(clock, cache):
     assert len(by_parts) == timed
     measure(tokens(8, 16))
     assert len(by_parts) == 2 * timed
-    measure(round_to=2)
+    measure(widths=Widths(2))
     assert len(by_parts) == 3 * timed
     assert len(list(cache.iterdir())) == 3
 
