@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 
 from graph.errors import ExampleInputError, TraceError
 from graph.inline import inlined
-from graph.preserve import preserved
+from graph.preserve import forget_derived, preserved
 
 ExampleInputs: TypeAlias = tuple[Any, ...] | Mapping[str, Any]
 
@@ -122,6 +122,7 @@ def run_export(
         If the model cannot be exported.
     """
     with preserved(model), _evaluating(model), _silenced(), torch.no_grad():
+        forget_derived(model)  # which would be constants
         try:
             return torch.export.export(
                 model, args, dict(kwargs), dynamic_shapes=dynamic, strict=False

@@ -80,3 +80,14 @@ def _contents(model: torch.nn.Module) -> Iterator[_Content]:
             items = _items(held)
             yield _Content(held, items)
             queue.extend(items)
+
+
+def forget_derived(model: torch.nn.Module) -> None:
+    """Let modules drop what they have computed of their tensors, after these have changed.
+
+    A module that keeps such values, as position biases of attention by device, drops them when it
+    is moved or converted, which it learns of by its `_apply`.
+    """
+    for module in model.modules():
+        if type(module)._apply is not torch.nn.Module._apply:
+            module._apply(lambda tensor: tensor)  # type: ignore[no-untyped-call]

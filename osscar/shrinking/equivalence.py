@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.pytorch_utils import Conv1D
 
 from graph.export import failing_module
+from graph.preserve import forget_derived
 from osscar.core.abreast import abreast
 from osscar.core.errors import AdapterError, EquivalenceError
 from osscar.core.memory import let_shortage_pass
@@ -106,6 +107,7 @@ def finer_precision(model: nn.Module, example: Inputs | None = None) -> Iterator
     formats = {name: tensor.dtype for name, tensor in _tensors(model)}
     for _, tensor in _tensors(model):
         tensor.data = tensor.data.to(_FINER.get(tensor.dtype, tensor.dtype))
+    forget_derived(model)
     if example is not None and not runs(model, in_format_of(example, model)):
         _return_to(model, formats)
     try:
@@ -117,6 +119,7 @@ def finer_precision(model: nn.Module, example: Inputs | None = None) -> Iterator
 def _return_to(model: nn.Module, formats: Mapping[str, torch.dtype]) -> None:
     for name, tensor in _tensors(model):
         tensor.data = tensor.data.to(formats.get(name, tensor.dtype))
+    forget_derived(model)
 
 
 def number_format(model: nn.Module) -> torch.dtype | None:

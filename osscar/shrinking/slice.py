@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from graph.groups import Role, Slot
+from graph.preserve import forget_derived
 from osscar.core.errors import ModelError
 from osscar.core.modules import check_module, restored_on_error
 from osscar.core.on_disk import OnDisk
@@ -59,6 +60,7 @@ def slice_units(model: nn.Module, plan: PruningPlan) -> None:
         refresh(dict.fromkeys(module for cut in cuts for module in cut.holders))
         for group in plan.groups:
             mend(model, group)
+        forget_derived(model)
         for integer in plan.integers:
             _set_number(model, integer)
         note(model, plans=(*lineage_of(model).plans, plan))

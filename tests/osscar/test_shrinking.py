@@ -245,6 +245,40 @@ class Stubborn(Attention):
         return self.attend(x, self.sizes["heads"], self.sizes["span"])
 
 
+class Remembering(nn.Module):
+    """Keeps what it makes of a parameter until it is converted, as position biases often are."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.rand(width) + 0.5)
+        self.kept: dict[str, Tensor] = {}
+
+    def _apply(self, *args: object, **kwargs: object) -> nn.Module:
+        self.kept = {}
+        return super()._apply(*args, **kwargs)  # type: ignore[arg-type]
+
+    def forward(self, x: Tensor) -> Tensor:
+        kept = self.kept.setdefault(str(x.device), torch.tanh(self.gain.detach()))
+        return x * kept
+
+
+def test_what_modules_remember_of_their_parameters_is_made_anew() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(5, 12), Remembering(12), nn.ReLU(), nn.Linear(12, 3)).eval()
+    data = torch.randn(64, 5)
+    net(data)  # so that it remembers
+    result = osscar.prune(net, data, neurons=0.5, form="module", strict=True)
+    assert result.equivalence_error < 1e-12  # in float64, although it remembered float32
+    pruned = result.model
+    with torch.no_grad():
+        found = pruned(data)
+        assert found.dtype == torch.float32
+        assert found.shape == (64, 3)
+        assert pruned[1].gain.shape == (6,)
+        pruned[1].kept = {}
+        assert torch.equal(pruned(data), found)
+
+
 def test_a_module_that_cannot_follow_is_named_until_it_has_an_adapter() -> None:
     model, inputs = randomized(Stubborn()), [(torch.randn(2, 5, 10),)]
     plan = half_of(graph.trace(model, inputs[0]).prunable)
