@@ -5,13 +5,15 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import osscar
 from osscar.cli.common import out, say, write_json
 from osscar.core.phases import Phase
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from osscar.data.images import ImageSet
     from osscar.data.tokens import CalibrationSet
     from osscar.models.language import LoadedModel
@@ -59,25 +61,37 @@ def dry_run(
     if request.has_budget:
         say("budget: what groups keep is a guess until their curves are measured")
     say("what cannot follow is found out by the run alone")
-    content = document_of(found, loaded.source, data)
+    content = document_of(found, loaded, data)
     write_json(json, dataclasses.asdict(content))
 
 
-def document_of(found: Estimate, source: str, data: CalibrationSet | ImageSet) -> EstimateDocument:
-    """Return an estimate as ``docs/json.md`` describes it."""
+def where_it_runs(model: nn.Module, device: str) -> dict[str, Any]:
+    """Return what the time of a run depends on besides what is asked for."""
     import torch
 
     from osscar.core.devices import resolve_device
+    from osscar.shrinking.equivalence import number_format
+
+    return {
+        "device": str(resolve_device(device)),
+        "threads": torch.get_num_threads(),
+        "dtype": str(number_format(model)).removeprefix("torch."),
+    }
+
+
+def document_of(
+    found: Estimate, loaded: LoadedModel | VisionModel, data: CalibrationSet | ImageSet
+) -> EstimateDocument:
+    """Return an estimate as ``docs/json.md`` describes it."""
     from osscar.pruning.estimate import EstimateDocument
 
     return EstimateDocument(
         schema="osscar.estimate/1",
         osscar_version=osscar.__version__,
-        model=source,
+        model=loaded.source,
         calibration={**found.calibration, **data.describe()},
         settings=dict(found.settings),
-        device=str(resolve_device(found.settings["device"])),
-        threads=torch.get_num_threads(),
+        **where_it_runs(loaded.model, found.settings["device"]),
         stages=found.stages,
         seconds=found.seconds,
         low=found.low,

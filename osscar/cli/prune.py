@@ -37,7 +37,7 @@ from osscar.cli.common import (
     way_back,
     write_json,
 )
-from osscar.cli.estimates import dry_run, read_estimate
+from osscar.cli.estimates import dry_run, read_estimate, where_it_runs
 from osscar.cli.prune_screen import print_result, report_document
 from osscar.core.phases import Phase, Spent, phase, spending
 
@@ -351,7 +351,10 @@ def command(
             log.remove()
         loaded, data = loading(path)
         if told is not None:
-            told.check_for(loaded.source, request.to_json(), data.describe())
+            place = where_it_runs(loaded.model, device)
+            told.check_for(
+                {"model": loaded.source, **request.to_json(), **data.describe(), **place}
+            )
         own_log = log if ranks.first else None
         result = prune_as_asked(loaded.model, data, request, own_log, ranks)
         if not ranks.first:

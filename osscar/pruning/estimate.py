@@ -196,6 +196,7 @@ class EstimateDocument:
     settings: dict[str, Any]
     device: str
     threads: int
+    dtype: str
     stages: Annotated[tuple[StageEstimate, ...], AfterValidator(_checked_stages)]
     seconds: float
     low: float
@@ -210,23 +211,27 @@ class EstimateDocument:
     kept_share: float
     probe_seconds: float
 
-    def check_for(
-        self, model: str, settings: Mapping[str, Any], calibration: Mapping[str, Any]
-    ) -> None:
+    def check_for(self, asked: Mapping[str, Any]) -> None:
         """Refuse to be compared with another run than the one that was asked about.
+
+        Parameters
+        ----------
+        asked
+            The run's model, settings, calibration data, and where it runs, each under its name.
 
         Raises
         ------
         RequestError
             Saying what differs.
         """
-        asked = {"model": model, **json.loads(json.dumps({**settings, **calibration}))}
-        told = {"model": self.model, **self.settings, **self.calibration}
-        for name in sorted(asked):
-            if asked.get(name) != told.get(name):
+        now = json.loads(json.dumps(dict(asked)))
+        own = {name: getattr(self, name) for name in ("model", "device", "threads", "dtype")}
+        told = {**self.settings, **self.calibration, **own}
+        for name in sorted(now):
+            if now[name] != told.get(name):
                 raise RequestError(
                     f"the estimate is of another run: {name.replace('_', '-')} was "
-                    f"{shown(told.get(name))} and is {shown(asked.get(name))}; make it anew with "
+                    f"{shown(told.get(name))} and is {shown(now[name])}; make it anew with "
                     "--dry-run, or leave --estimate away"
                 )
 

@@ -324,6 +324,7 @@ def test_a_run_says_how_far_off_its_estimate_was(osscar_command, tmp_path):
         (("--neurons", "0.6"), "neurons was '0.5' and is '0.6'"),
         (("--samples", "4"), "samples was 8 and is 4"),
         (("--backend", "greedy"), "backend was 'local_search' and is 'greedy'"),
+        (("--dtype", "bfloat16"), "dtype was 'float32' and is 'bfloat16'"),
     ],
 )
 def test_an_estimate_of_another_run_is_refused(other, named, osscar_command, tmp_path):
@@ -334,6 +335,20 @@ def test_an_estimate_of_another_run_is_refused(other, named, osscar_command, tmp
     assert status == 2
     assert named in " ".join(err.split())
     assert [path.name for path in tmp_path.iterdir()] == ["told.json"]
+
+
+def test_an_estimate_for_other_threads_is_refused(osscar_command):
+    threads = torch.get_num_threads()
+    osscar_command("prune", *SMALL, "--dry-run", "--json", "told.json")
+    torch.set_num_threads(threads + 1)
+    try:
+        status, _, err = osscar_command(
+            "prune", *SMALL, "--out", "smaller", "--estimate", "told.json"
+        )
+    finally:
+        torch.set_num_threads(threads)
+    assert status == 2
+    assert f"threads was {threads} and is {threads + 1}" in " ".join(err.split())
 
 
 @pytest.mark.parametrize(
