@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 
 from graph.errors import ExampleInputError, TraceError
 from graph.inline import inlined
-from graph.preserve import forget_derived, preserved
+from graph.preserve import forget_derived, preserved, without_cache
 
 ExampleInputs: TypeAlias = tuple[Any, ...] | Mapping[str, Any]
 
@@ -121,7 +121,7 @@ def run_export(
     TraceError
         If the model cannot be exported.
     """
-    with preserved(model), _evaluating(model), _silenced(), torch.no_grad():
+    with preserved(model), without_cache(model), _evaluating(model), _silenced(), torch.no_grad():
         forget_derived(model)  # which would be constants
         try:
             return torch.export.export(

@@ -91,3 +91,30 @@ def forget_derived(model: torch.nn.Module) -> None:
     for module in model.modules():
         if type(module)._apply is not torch.nn.Module._apply:
             module._apply(lambda tensor: tensor)  # type: ignore[no-untyped-call]
+
+
+@contextmanager
+def without_cache(model: torch.nn.Module) -> Iterator[None]:
+    """Turn key-value caches off: no size of theirs is known to a graph, and one pass needs none.
+
+    Models of several modalities have a config for each, so all modules are asked for theirs.
+    """
+    configs = caching(model).values()
+    before = [(config, config.use_cache) for config in configs]
+    for config in configs:
+        config.use_cache = False
+    try:
+        yield
+    finally:
+        for config, kept in before:
+            config.use_cache = kept
+
+
+def caching(model: torch.nn.Module) -> dict[str, Any]:
+    """Return the configs that say whether keys and values are kept, by their first module."""
+    found: dict[int, tuple[str, Any]] = {}
+    for name, module in model.named_modules():
+        config = getattr(module, "config", None)
+        if getattr(config, "use_cache", None) is not None:
+            found.setdefault(id(config), (name, config))
+    return dict(found.values())

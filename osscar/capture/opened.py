@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import graph
 from graph import CouplingGroup
+from graph.preserve import without_cache
 from osscar.capture.linear_maps import expose_attention, freeze_unreadable, mixtures_of
 from osscar.capture.readers import weights_read_elsewhere
 from osscar.capture.routing import sound_mixtures
@@ -26,7 +27,6 @@ from osscar.core.modules import (
     copied,
     fresh,
     in_evaluation,
-    without_cache,
 )
 from osscar.core.on_disk import shapes_only
 from osscar.core.ranks import ALONE, Ranks

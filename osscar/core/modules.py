@@ -190,20 +190,6 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def without_cache(model: nn.Module) -> Iterator[None]:
-    """Turn the key-value cache off, which calibration does not need."""
-    config = getattr(model, "config", None)
-    before = getattr(config, "use_cache", None)
-    if before is not None:
-        config.use_cache = False  # type: ignore[union-attr]
-    try:
-        yield
-    finally:
-        if before is not None:
-            config.use_cache = before  # type: ignore[union-attr]
-
-
-@contextmanager
 def restored_on_error(model: nn.Module) -> Iterator[None]:
     """Give every module of a model its class, attributes and tensors back if the block fails."""
     before = _snapshot(model)

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from osscar.core.modules import fresh, without_cache
+from graph.preserve import without_cache
+from osscar.core.modules import fresh
 
 
 def operations(model: nn.Module, inputs: Mapping[str, Tensor]) -> FlopCounterMode:

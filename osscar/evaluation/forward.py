@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from osscar.core.modules import count_parameters, device_of, evaluating, fresh, without_cache
+from graph.preserve import without_cache
+from osscar.core.modules import count_parameters, device_of, evaluating, fresh
 from osscar.core.timing import take_turns
 from osscar.evaluation.size import count_flops, count_parameter_bytes
 

@@ -9,11 +9,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from graph.preserve import without_cache
 from osscar.capture.curvature import logits_of
 from osscar.capture.failures import batch_named
 from osscar.capture.opened import Opened
 from osscar.core.errors import NonFiniteError
-from osscar.core.modules import fresh, without_cache
+from osscar.core.modules import fresh
 from osscar.core.ranks import ALONE, Ranks
 from osscar.data.batches import Batch, TokenInputs
 

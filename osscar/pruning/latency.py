@@ -19,9 +19,10 @@ import torch
 from torch import nn
 
 from graph import CouplingGroup, Slot
+from graph.preserve import without_cache
 from osscar.capture.opened import Opened
 from osscar.core.errors import EquivalenceError, RequestError
-from osscar.core.modules import copied, device_of, fresh, without_cache
+from osscar.core.modules import copied, device_of, fresh
 from osscar.core.progress import stage
 from osscar.core.timing import take_turns
 from osscar.data.batches import Batch

@@ -20,8 +20,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from graph.preserve import without_cache
 from osscar.core.errors import RequestError
-from osscar.core.modules import fresh, without_cache
+from osscar.core.modules import fresh
 from osscar.core.timing import take_turns
 from osscar.data.batches import Batch
 

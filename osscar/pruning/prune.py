@@ -41,7 +41,7 @@ from osscar.pruning.result import PruningResult
 from osscar.pruning.run_log import RunLog, RunManifest, SiteRecord
 from osscar.pruning.shrunk import put_back, shrunk
 from osscar.pruning.together import check_alike, told_records
-from osscar.pruning.trial import Followed, LeftAlone, forms_to_try, named, what_follows
+from osscar.pruning.trial import Followed, LeftAlone, named, reaches_further, what_follows
 from osscar.shrinking.lineage import note_calibration
 from osscar.shrinking.plan import Form
 
@@ -133,7 +133,7 @@ def opened_for(
         device=resolve_device(request.device),
         batch_size=request.batch_size,
         heads=request.reach(UnitKind.HEADS),
-        programs=Form.GRAPH in forms_to_try(model, request),
+        programs=reaches_further(model, request),
         ranks=ranks,
     )
 

@@ -150,7 +150,7 @@ class PruningRequest:
         What becomes smaller: ``module``, the model's own modules, whose code has to work with fewer
         units; ``graph``, its exported program, in which every size is known (see
         `osscar.shrinking.program.ProgramModule`); ``auto``, the modules, and the program where more
-        can follow there, unless the model is one of transformers or timed for a speedup.
+        can follow there, unless the model can generate text or is timed for a speedup.
     strict
         Refuse a model in which a group that is to be pruned cannot follow, such as one whose size
         is written in the code around it; by default such groups are left alone, and named.

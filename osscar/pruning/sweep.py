@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import nn
 
+from graph.preserve import caching
 from osscar.capture.opened import Opened
 from osscar.capture.targets import Target
 from osscar.core.errors import OptionError
@@ -214,7 +215,7 @@ def _again(ready: Opened) -> Opened:
 
 def _with_cache_as(pruned: nn.Module, model: nn.Module) -> None:
     """Use the key-value cache as the user's model does: while a model is open, it does not."""
-    theirs: Any = getattr(model, "config", None)
-    mine: Any = getattr(pruned, "config", None)
-    if hasattr(theirs, "use_cache") and mine is not None:
-        mine.use_cache = theirs.use_cache
+    theirs = caching(model)
+    for name, mine in caching(pruned).items():
+        if name in theirs:
+            mine.use_cache = theirs[name].use_cache

@@ -163,8 +163,20 @@ FORMS: dict[FormChoice, tuple[Form, ...]] = {
 def forms_to_try(model: nn.Module, request: PruningRequest) -> tuple[Form, ...]:
     """Return the forms to try; a program cannot generate text, and nobody would time it."""
     choice = FormChoice(request.form)
-    stays = isinstance(model, PreTrainedModel) or request.speedup is not None
+    generates = isinstance(model, PreTrainedModel) and model.can_generate()
+    stays = generates or request.speedup is not None
     return FORMS[FormChoice.MODULE if choice is FormChoice.AUTO and stays else choice]
+
+
+def reaches_further(model: nn.Module, request: PruningRequest) -> bool:
+    """Whether groups count that only programs can lose.
+
+    A class of transformers, which so much else can read, is given up for what its code cannot do,
+    not for these.
+    """
+    asked = FormChoice(request.form) is FormChoice.GRAPH
+    plain = not isinstance(model, PreTrainedModel)
+    return Form.GRAPH in forms_to_try(model, request) and (asked or plain)
 
 
 @contextmanager

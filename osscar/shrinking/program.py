@@ -22,9 +22,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 import graph
 from graph.export import concrete, run_export, varies
 from graph.extents import Staying, TracedProgram, trace_program
+from graph.preserve import without_cache
 from osscar.core.errors import AdapterError, ModelError, first_line
 from osscar.core.memory import let_shortage_pass
-from osscar.core.modules import without_cache
 from osscar.shrinking.kernels import followed_mixtures
 from osscar.shrinking.lineage import LINEAGE, lineage_of
 from osscar.shrinking.literals import Sizes, refusal, rewrite

@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 from torch import nn
+from transformers import TimesformerConfig, TimesformerForVideoClassification
 
 import graph
 import osscar
@@ -272,6 +273,28 @@ def test_a_language_model_as_a_program(tmp_path):
     assert torch.equal(with_dense(input_ids=windows).logits, expected)
     twice = osscar.save(copy.deepcopy(again), tmp_path / "twice").path
     assert torch.equal(osscar.load(twice)(input_ids=windows).logits, expected)
+
+
+def test_a_model_of_images_whose_code_cannot_follow_becomes_a_program(tmp_path):
+    config = TimesformerConfig(
+        image_size=8, patch_size=4, num_frames=2, hidden_size=12, num_hidden_layers=1,
+        num_attention_heads=3, intermediate_size=20, num_labels=4,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    dense = TimesformerForVideoClassification(config).eval()
+    data = torch.randn(24, 2, 3, 8, 8)  # frames come before channels
+    result = osscar.prune(dense, data, sparsity=0.4, strict=True, **OFTEN)
+    assert result.form is Form.GRAPH
+    assert {layer.kind for layer in result.layers} == {"heads", "neurons"}
+    assert result.equivalence_error < 1e-12
+    again = osscar.load(result.save(tmp_path / "program").path)
+    assert torch.equal(logits(again(data)), logits(result.model(data)))
+    modules = osscar.prune(dense, data, neurons=0.5, **OFTEN)  # which can follow
+    assert isinstance(modules.model, TimesformerForVideoClassification)
+
+
+def logits(output):
+    return output["logits"] if isinstance(output, dict) else output.logits
 
 
 def test_a_program_of_code_that_transformers_lacks_needs_its_dense_model(tmp_path):
