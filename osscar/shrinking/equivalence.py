@@ -288,8 +288,9 @@ def _failing_line(trace: TracebackType | None, module: nn.Module) -> str:
     while trace is not None:
         frame = trace.tb_frame
         inside = inside or frame.f_locals.get("self") is module
-        if inside and "/torch/" not in frame.f_code.co_filename:
-            line = linecache.getline(frame.f_code.co_filename, trace.tb_lineno).strip()
+        code = frame.f_code
+        if inside and "/torch/" not in code.co_filename and code.co_name != "__torch_function__":
+            line = linecache.getline(code.co_filename, trace.tb_lineno).strip()
             found = line or found
         trace = trace.tb_next
     return found or "forward"

@@ -9,7 +9,11 @@ derives a size from something that does not change get a class of their own
 from __future__ import annotations
 
 import copy
+import dis
 import enum
+import functools
+import inspect
+import itertools
 import re
 from collections.abc import Callable, Iterable
 from typing import Any, TypeAlias, TypeVar
@@ -107,6 +111,7 @@ def mend(model: nn.Module, group: GroupPlan) -> None:
         if found is not None:
             found(module, group)
         else:
+            _follow_in_config(module, group)
             follow(module, group)
             rewritten(module, REWRITTEN, group)
 
@@ -165,7 +170,7 @@ def follow(module: object, group: GroupPlan) -> None:
     for name, value in list(vars(module).items()):
         if type(value) is int:
             for meaning in _OF_KIND.get(group.kind, ()):
-                if re.fullmatch(_NAMES[meaning], name) and _fits(meaning, value, group):
+                if _is_called(meaning, name) and _fits(meaning, value, group):
                     setattr(module, name, group.scaled(value))
                     break
 
@@ -185,13 +190,31 @@ def _fits(meaning: _Meaning, value: int, group: GroupPlan) -> bool:
     return value % group.units == 0
 
 
-@adapter("transformers.models.phi3.modeling_phi3.Phi3Attention")
-def _follow_in_config(module: Any, group: GroupPlan) -> None:
-    """Give a module that reads head counts from the model's config a config of its own."""
-    if group.kind is UnitKind.HEADS:
-        module.config = copy.copy(module.config)
+def _follow_in_config(module: nn.Module, group: GroupPlan) -> None:
+    """Give a module that reads counts from the model's config, in its code, one of its own."""
+    config = getattr(module, "config", None)
+    meanings = _OF_KIND.get(group.kind, ())
+    kind: Any = type(module)
+    counts = [n for n in _read_of_config(kind) for m in meanings if _is_called(m, n)]
+    if config is not None and any(type(vars(config).get(name)) is int for name in counts):
+        module.config = copy.copy(config)
         follow(module.config, group)
-    follow(module, group)
+
+
+@functools.cache
+def _read_of_config(kind: type[nn.Module]) -> tuple[str, ...]:
+    """Return what the forward pass of a class reads of its `config`."""
+    code = getattr(inspect.unwrap(kind.forward), "__code__", None)
+    read = list(dis.get_instructions(code)) if code is not None else []
+    return tuple(
+        after.argval
+        for before, after in itertools.pairwise(read)
+        if before.opname == after.opname == "LOAD_ATTR" and before.argval == "config"
+    )
+
+
+def _is_called(meaning: _Meaning, name: str) -> bool:
+    return re.fullmatch(_NAMES[meaning], name) is not None
 
 
 # ---- layers ------------------------------------------------------------------------------

@@ -2,7 +2,8 @@
 
 A number that equals a size of a group which touches its module is a candidate.  Which candidates
 follow is not guessed: a set of them is accepted only if the shrunk model then computes what the
-masked one does.
+masked one does.  Where that takes more numbers than are tried at once, those follow first that let
+a forward pass come furthest.
 """
 
 from __future__ import annotations
@@ -11,9 +12,10 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import combinations
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from graph.export import failing_module
 from osscar.core.errors import EquivalenceError
@@ -54,8 +56,11 @@ class IntegerSearch:
     plan: PruningPlan
     check: Callable[[], float]
     found: dict[tuple[str, str], _Sizes] = field(default_factory=dict)
+    calls: int = 0
+    """Of functions of torch in the last attempt, before it failed: how far it has come."""
 
     def __post_init__(self) -> None:
+        self.refusal: Exception | None = None
         self.near: dict[str, list[GroupPlan]] = {}
         for group in self.plan.groups:
             for name in nearby(self.model, group):
@@ -76,32 +81,47 @@ class IntegerSearch:
         """
         outcome = self._attempt()
         while not isinstance(outcome, float):
-            outcome = self._mended(outcome)
+            outcome = self._mended(outcome, self.calls)
         return outcome, tuple(Integer(*place, value) for place, value in self.found.items())
 
     def _attempt(self) -> float | Exception:
+        counted = _Calls()
         try:
-            return self.check()
+            with counted:
+                return self.check()
         except Exception as error:  # whatever the user's forward raises when sizes do not fit
             let_shortage_pass(error)
             return error
+        finally:
+            self.calls = counted.number
 
-    def _mended(self, failure: Exception) -> float | Exception:
-        """Return the outcome of the first set of candidates that gets past a failure."""
+    def _mended(self, failure: Exception, calls: int) -> float | Exception:
+        """Return the outcome of the first set of candidates that gets past a failure.
+
+        If none does, that of the set which comes furthest.
+        """
         if ROWS_OF_16_BYTES in str(failure):  # of numbers that did follow
             raise explained(failure, self.model) from failure
         culprit = self._culprit(failure)
+        furthest: tuple[type[nn.Module], tuple[str, ...]] | None = None
         for kind, names in self._candidates(culprit):
             before = self._follow(kind, names)
             outcome = self._attempt()
             if isinstance(outcome, float) or self._is_past(outcome, culprit):
+                self.refusal = None
                 return outcome
+            if culprit is not None and self.calls > calls:
+                furthest, calls = (kind, names), self.calls
             for (name, attribute), value in before.items():
                 setattr(self.model.get_submodule(name), attribute, value)
                 del self.found[name, attribute]
-        if isinstance(failure, EquivalenceError):
-            raise failure
-        raise explained(failure, self.model) from failure
+        if self.refusal is None:  # what is said in the end, before numbers followed in vain
+            blamed = isinstance(failure, EquivalenceError)
+            self.refusal = failure if blamed else explained(failure, self.model)
+        if furthest is None:
+            raise self.refusal from failure
+        self._follow(*furthest)
+        return self._attempt()
 
     def _culprit(self, failure: Exception) -> str | None:
         """Return the name of the module that failed; None if only the outputs were wrong."""
@@ -144,11 +164,33 @@ class IntegerSearch:
             for slot in group.slots:
                 old = slot.units * slot.width
                 sizes[old] = group.scaled(old)
+        sizes = {**self._of_tensors(name), **sizes}
         return {
             key: new
             for key, value in vars(self.model.get_submodule(name)).items()
             if self._may_count(name, key) and (new := _resized(value, sizes)) is not None
         }
+
+    def _of_tensors(self, name: str) -> dict[int, int]:
+        """Return sizes of tensors near a module that have lost units, and what became of them.
+
+        They may be those of several slots together, and may hold more than units.
+        """
+        cut: dict[tuple[str, int], tuple[int, int]] = {}
+        for group in self.near.get(name, ()):
+            for slot in group.slots:
+                place = slot.tensor, slot.dim
+                old, new = cut.get(place, (0, 0))
+                cut[place] = old + slot.units * slot.width, new + len(group.kept) * slot.width
+        sizes: dict[int, int] = {}
+        for (tensor, dim), (old, new) in cut.items():
+            now = self._shape(tensor)[dim]
+            sizes |= {now - new + old: now, old: new}
+        return sizes
+
+    def _shape(self, tensor: str) -> tuple[int, ...]:
+        module, _, attribute = tensor.rpartition(".")
+        return tuple(getattr(self.model.get_submodule(module), attribute).shape)
 
     def _may_count(self, name: str, key: str) -> bool:
         """Whether a number may be one of units, and does not follow yet."""
@@ -174,6 +216,20 @@ class IntegerSearch:
                     setattr(module, key, following[key])
                     self.found[name, key] = following[key]
         return before
+
+
+class _Calls(TorchFunctionMode):
+    """Counts the calls of functions of torch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.number = 0
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        self.number += 1
+        return func(*args, **(kwargs or {}))
 
 
 def _upwards(name: str | None) -> Iterator[str]:

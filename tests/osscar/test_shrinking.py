@@ -9,6 +9,7 @@ import os
 import shutil
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -182,6 +183,67 @@ def test_numbers_under_unknown_names_are_found_by_trial() -> None:
     osscar.slice_units(dense, PruningPlan.from_json(json.loads(json.dumps(proof.plan.to_json()))))
     dense.load_state_dict(model.state_dict())
     assert all(map(torch.equal, proof_outputs(dense, inputs), proof_outputs(model, inputs)))
+
+
+class FourNumbers(nn.Module):
+    """Gated heads whose code cannot run on until the next of four numbers has followed."""
+
+    def __init__(self, heads: int = 6, width: int = 5, rest: int = 7) -> None:
+        super().__init__()
+        self.sections, self.per, self.all = heads, width, heads * width
+        self.joint, self.doubled, self.rest = heads * width + rest, 2 * heads * width, rest
+        self.put_in = nn.Linear(9, 2 * self.all + rest)
+        self.scale = nn.Parameter(torch.rand(self.joint) + 0.5)
+        self.put_out = nn.Linear(self.all, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        both, extra = self.put_in(x).split([self.doubled, self.rest], dim=-1)
+        value, gate = both.split([self.all, self.all], dim=-1)
+        scaled = torch.cat((value, extra), -1) * self.scale
+        scaled = scaled.view(*x.shape[:-1], self.joint)
+        value, extra = scaled.split([self.all, self.rest], dim=-1)
+        value = value.view(*value.shape[:-1], self.sections, self.per).softmax(-1)
+        gate = gate.view(*gate.shape[:-1], self.sections, self.per).sigmoid()
+        mixed = (value * gate).view(*x.shape[:-1], self.all)
+        return self.put_out(torch.relu(mixed)) + extra.sum(-1, keepdim=True)
+
+
+def test_more_numbers_than_are_tried_at_once_follow_one_after_the_other() -> None:
+    torch.manual_seed(0)
+    net, data = FourNumbers(), torch.randn(64, 9)
+    result = osscar.prune(net, data, sparsity=0.5, form="module", strict=True, damp=0.01)
+    found = {n.attribute: n.value for n in result.plan.integers}
+    (layer,) = result.layers
+    kept = layer.kept
+    assert found == {"sections": kept, "all": 5 * kept, "joint": 5 * kept + 7, "doubled": 10 * kept}
+    assert result.equivalence_error < 1e-12
+
+
+class OfConfig(nn.Module):
+    """Reads the number of its neurons from a config that others read, too."""
+
+    def __init__(self, config: SimpleNamespace) -> None:
+        super().__init__()
+        self.config = config
+        self.both = nn.Linear(6, 2 * config.intermediate_size)
+        self.down = nn.Linear(config.intermediate_size, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.both(x).split([self.config.intermediate_size] * 2, dim=-1)
+        return x + self.down(gate.sigmoid() * up)
+
+
+def test_a_number_that_code_reads_from_a_shared_config_follows_in_one_of_its_own() -> None:
+    torch.manual_seed(0)
+    config = SimpleNamespace(intermediate_size=10, name="shared")
+    net = nn.Sequential(OfConfig(config), OfConfig(config))
+    keep = {"0.neurons": 4, "1.neurons": 7}
+    result = osscar.prune(net, torch.randn(64, 6), groups=keep, form="module", strict=True)
+    assert result.equivalence_error < 1e-12
+    first, second = result.model
+    assert (first.config.intermediate_size, second.config.intermediate_size) == (4, 7)
+    assert config.intermediate_size == 10
+    assert first.config.name == "shared"
 
 
 class Decoder(nn.Module):
