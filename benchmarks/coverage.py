@@ -3,6 +3,7 @@
     python benchmarks/coverage.py run DIR                     # everything; goes on where it stopped
     python benchmarks/coverage.py run DIR --lists timm,nets --seconds 500
     python benchmarks/coverage.py run DIR --models resnet,llama --again
+    python benchmarks/coverage.py run DIR --alone             # a quarter of the time
     python benchmarks/coverage.py page DIR                    # docs/coverage.md from what DIR holds
 
 Each model has two processes of its own, one for OSSCAR and one for Torch-Pruning, with a limit of
@@ -57,12 +58,14 @@ _NO_MEMORY = 3
 Work = Callable[[Made], Any]
 
 
-def measure(name: str, listed: str) -> Entry:
-    """Build a model twice, and give one to each tool."""
+def measure(name: str, listed: str, alone: bool) -> Entry:
+    """Build a model twice, and give one to each tool; or one, to OSSCAR alone."""
     ours = _apart(listed, name, row.measured)
     if "not_built" in ours:
         return Entry(listed, name, not_built=ours["not_built"])
     found = row.Row(**ours) if "died" not in ours else _unfinished(ours)
+    if alone:
+        return Entry(listed, name, found)
     theirs = _apart(listed, name, peer.outcome)
     other = peer.Peer(failure=theirs["died"]) if "died" in theirs else peer.Peer(**theirs)
     return Entry(listed, name, found, other)
@@ -143,14 +146,22 @@ def _child(answer: Connection, listed: str, name: str, work: Work) -> None:
 
 
 def missing(
-    place: Path, lists: list[str], only: set[str], again: bool
+    place: Path, lists: list[str], only: set[str], again: bool, alone: bool
 ) -> Iterator[tuple[str, str]]:
     """Yield what is not measured yet, a list and a name; what comes first is a fair sample."""
     for listed in lists:
         (place / listed).mkdir(parents=True, exist_ok=True)
         for name in sorted(LISTS[listed].names(place), key=_drawn):
-            if (not only or name in only) and (again or not _file(place, listed, name).exists()):
+            done = not again and _measured(_file(place, listed, name), alone)
+            if not done and (not only or name in only):
                 yield listed, name
+
+
+def _measured(file: Path, alone: bool) -> bool:
+    if alone or not file.exists():
+        return file.exists()
+    entry = json.loads(file.read_text())
+    return entry["row"] is None or entry["peer"] is not None
 
 
 def _drawn(name: str) -> int:
@@ -168,14 +179,14 @@ def run(options: argparse.Namespace) -> None:
         getattr(transformers, name)  # what is imported here, no other process has to
     only = set(filter(None, options.models.split(",")))
     part, parts = map(int, options.part.split("/"))
-    todo = missing(place, options.lists.split(","), only, options.again)
+    todo = missing(place, options.lists.split(","), only, options.again, options.alone)
     for listed, name in todo:
         if _drawn(name) % parts != part - 1:
             continue
         if time.monotonic() > end:
             print("time is up; give the same command to go on")
             return
-        entry = measure(name, listed)
+        entry = measure(name, listed, options.alone)
         file = _file(place, listed, name)
         new = file.with_suffix(".new")
         new.write_text(json.dumps(dataclasses.asdict(entry), indent=1))
@@ -207,6 +218,7 @@ def main() -> None:
     measuring.add_argument("--seconds", type=float, default=float("inf"), help="begin no more then")
     measuring.add_argument("--part", default="1/1", help="2/3: the second of three at a time")
     measuring.add_argument("--again", action="store_true", help="also what is measured already")
+    measuring.add_argument("--alone", action="store_true", help="without Torch-Pruning, for now")
     measuring.set_defaults(command=run)
     writing = commands.add_parser("page", help="write docs/coverage.md")
     writing.add_argument("directory")

@@ -37,7 +37,7 @@ class Entry:
     row
         What OSSCAR makes of it; None if it was not built.
     peer
-        What Torch-Pruning makes of it.
+        What Torch-Pruning makes of it; None if it was not run.
     not_built
         Why there is no model.
     """
@@ -106,12 +106,12 @@ shrunk by rules on the names of its fields. Models with more than 60 million par
 out (150 in torchvision, where VGG has no smaller one). Inputs are as small as the model takes.
 Where fewer are measured than there are, the others have not been run yet.
 
-Each model then goes to [Torch-Pruning](https://github.com/VainF/Torch-Pruning) in the same run:
-`BasePruner`, `MagnitudeImportance`, half of the channels, the output layer ignored. It is told
-nothing of the model, as OSSCAR is told nothing; with counts of heads, or rules for single modules,
-it does more of them than this. It counts if the pruned model runs, puts out the shapes it did, and
-has fewer parameters; what it computes is not compared, since nothing is promised there. Both tools
-have a minute of CPU time and 5 GiB for each model.
+Each model also goes to [Torch-Pruning](https://github.com/VainF/Torch-Pruning), by the same
+command, where that has been run yet: `BasePruner`, `MagnitudeImportance`, half of the channels, the
+output layer ignored. It is told nothing of the model, as OSSCAR is told nothing; with counts of
+heads, or rules for single modules, it does more of them than this. It counts if the pruned model
+runs, puts out the shapes it did, and has fewer parameters; what it computes is not compared, since
+nothing is promised there. Both tools have a minute of CPU time and 5 GiB for each model.
 
     python benchmarks/coverage.py run DIR     # goes on where it was stopped; an hour of CPU time
     python benchmarks/coverage.py page DIR    # writes this page
@@ -150,7 +150,7 @@ _SUMMARY = _table(
         " pruned, nothing left alone",
         " pruned, some left alone",
     ),
-    *(" nothing prunable", " failed", " slowest, s", " Torch-Pruning runs"),
+    *(" nothing prunable", " failed", " slowest, s", " Torch-Pruning runs, of those it was given"),
 )
 
 _MOST_REASONS = 3
@@ -195,6 +195,7 @@ def _version(name: str) -> str:
 def _summed(title: str, listed: int, entries: Sequence[Entry]) -> str:
     count = Counter(entry.outcome for entry in entries)
     rows = [entry.row for entry in entries if entry.row]
+    peers = [entry.peer for entry in entries if entry.peer]
     cells = (
         title,
         listed,
@@ -205,9 +206,7 @@ def _summed(title: str, listed: int, entries: Sequence[Entry]) -> str:
         count[Outcome.NOTHING],
         count[Outcome.FAILED],
         f"{max((row.seconds for row in rows), default=0):.0f}",
-        sum(
-            entry.peer is not None and entry.peer.parameters_after is not None for entry in entries
-        ),
+        f"{sum(p.parameters_after is not None for p in peers)} of {len(peers)}",
     )
     return f"| {' | '.join(map(str, cells))} |\n"
 
@@ -268,7 +267,7 @@ def _power(error: float | None) -> str:
 
 def _peer(peer: Peer | None, parameters: int) -> str:
     if peer is None:
-        return ""
+        return "not run"
     if peer.parameters_after is None:
         return _plain(f"{peer.failure:.90}")
     return f"{peer.parameters_after / parameters:.2f}x"
