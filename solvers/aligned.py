@@ -45,9 +45,22 @@ class Aligned:
 
     def G(self, rows: Tensor) -> Tensor:
         """Return some rows of G, (r, m)."""
-        found = self.consumer.G[self._order[rows]]
-        found[self._filler[rows]] = 0
+        return self._rows_of(self.consumer.G, rows, None)
+
+    def W0(self, rows: Tensor, out: Tensor) -> Tensor:
+        """Return some rows of the dense weights in `out`, (r, m)."""
+        return self._rows_of(self.consumer.W0, rows, out)
+
+    def _rows_of(self, matrix: Tensor, rows: Tensor, out: Tensor | None) -> Tensor:
+        found = torch.index_select(matrix, 0, self._order[rows], out=out)
+        if self._fills:
+            found[self._filler[rows]] = 0
         return found
+
+    def owned(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Return which of some rows are no filler, (r,) bool, and those rows in the consumer."""
+        own = ~self._filler[rows]
+        return own, self._order[rows[own]]
 
     def diagonal(self) -> Tensor:
         """Return the diagonal of H, (n w,)."""

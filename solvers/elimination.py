@@ -4,9 +4,9 @@ Only ``A = inv(H_SS)``, in half of its memory, and the refit W of the kept rows 
 of ``K = W W'`` only the diagonal blocks are kept current.  What a removal does to the rest is a
 low-rank term that stays pending; a row of A and of K is brought up to date when its unit leaves,
 and every so often all pending removals are applied at once, and removed rows dropped.  Rows of
-units that are likely to leave meanwhile are read, and multiplied out, together.  One removal then
-costs O(p w b) with b pending rows, and the matrix work is a few dense products (the lazy batched
-updates of Frantar et al., GPTQ, ICLR 2023, applied to structured removal).
+units that are likely to leave are multiplied out together, once, and stay at hand until they do.
+One removal then costs O(p w b) with b pending rows, and the matrix work is a few dense products
+(the lazy batched updates of Frantar et al., GPTQ, ICLR 2023, applied to structured removal).
 
 Near a singular H, updates of the inverse cancel: every batch is checked against H itself, and one
 that has lost its digits is done again from a fresh factorization, in smaller steps.
@@ -30,12 +30,18 @@ _SERIAL_ELEMENTS = 1 << 20
 """Below this size of the pending terms, waking threads costs more than they save."""
 
 _AHEAD = 2
-"""Units whose rows are read before a batch of removals, relative to those that will leave."""
+"""Units whose rows are at hand for a batch of removals, relative to those that will leave."""
+
+_CANCELS_AT = 1e-2
+"""Share of a unit's K below which its row is multiplied out anew: two digits have cancelled."""
 
 _COMPACT_AT = 0.8
 """Share of rows still in use below which the others are dropped; doing so costs a copy."""
 
 _PROBES = 16
+_DIRECTIONS = 4
+"""In which a refit is compared with another: its errors point in all."""
+
 _DRIFT_TOLERANCE = 1e-8
 
 
@@ -117,7 +123,8 @@ class _Front:
         removed: list[Removal] = []
         for part in self._parts:
             part.begin(steps, self._penalty > 0)
-        likely = self._losses().argsort()[: _AHEAD * steps]
+        count = min(_AHEAD * steps, len(self._units))
+        likely = self._losses().topk(count, largest=False, sorted=False).indices
         for part in self._parts:
             part.read_ahead(likely)
         with _serial(max(part.elements for part in self._parts) < _SERIAL_ELEMENTS):
@@ -174,11 +181,23 @@ class _Part:
         self.width = consumer.width
         self.terms = Aligned(consumer)
         self.rows = unit_rows(units, self.width)
-        self.A, self.W = self.terms.gram(self.rows), self.terms.responses(self.rows)
+        self.A, G = self.terms.gram(self.rows), self.terms.responses(self.rows)
+        self.signs = _signs(G)
+        self.G_signs = G @ self.signs
         self.A.factorize()
-        self.A.forward(self.W)
-        self.A.backward(self.W)
+        self.W = self._refit(G)
         self.A.invert()
+        self.ahead = self._read(units[:0])
+        self.place: dict[int, int] = {}
+
+    def _refit(self, G: Tensor) -> Tensor:
+        """Return the refit, in the place of G; A holds its factor."""
+        consumer, whole = self.terms.consumer, len(self.rows) == len(self.terms)
+        if whole and consumer.fits and G.shape[1] == consumer.G.shape[1]:
+            return self.terms.W0(self.rows, out=G)
+        self.A.forward(G)
+        self.A.backward(G)
+        return G
 
     @property
     def elements(self) -> int:
@@ -194,7 +213,8 @@ class _Part:
         unscored = torch.eye(w, dtype=torch.float64, device=self.W.device)
         if w == 1:
             self.unscored = unscored[0, 0]
-            self.A_blocks, self.K_blocks = self.A.diagonal(), self.W.square().sum(1)
+            self.A_blocks = self.A.diagonal()
+            self.K_blocks = torch.linalg.vector_norm(self.W, dim=1).square_()
         else:
             blocks = self.W.view(len(gone), w, -1)
             self.unscored = unscored
@@ -203,14 +223,18 @@ class _Part:
         self.A_blocks[gone] = self.unscored
 
     def read_ahead(self, units: Tensor) -> None:
-        """Read the rows, pending removals left out, of units that are likely to leave."""
-        self.ahead = {unit: place for place, unit in enumerate(units.tolist())}
-        self.A_ahead, self.K_ahead = self._read(units)
+        """Have the rows, pending removals left out, of units that are likely to leave."""
+        known = torch.nonzero(torch.isin(self.ahead.units, units)).flatten()
+        new = units[~torch.isin(units, self.ahead.units)].sort().values
+        self.ahead = self.ahead.only(known, self.width).joined(self._read(new))
+        self.place = {unit: place for place, unit in enumerate(self.ahead.units.tolist())}
 
-    def _read(self, units: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the rows of A and of K of some units."""
+    def _read(self, units: Tensor) -> _Ahead:
+        """Return the rows of some units."""
         rows = unit_rows(units, self.width)
-        return self.A.rows(rows), self.W[rows] @ self.W.T
+        W = self.W[rows]
+        sizes = W.square().sum(1).view(-1, self.width).sum(1)
+        return _Ahead(units, sizes, self.A.rows(rows), W @ self.W.T)
 
     def losses(self) -> Tensor:
         """Return the loss of removing each unit, (units,); meaningless for those removed.
@@ -219,7 +243,8 @@ class _Part:
         Stork, NeurIPS 1992), a block at a time.
         """
         if self.width == 1:
-            return self.K_blocks / self.A_blocks
+            scores: Tensor = self.K_blocks / self.A_blocks
+            return scores
         return block_scores(self.A_blocks, self.K_blocks)
 
     def remove(self, index: int) -> None:
@@ -242,11 +267,11 @@ class _Part:
         self.A_blocks[index] = self.unscored
 
     def _stale_rows(self, index: int) -> tuple[Tensor, Tensor]:
-        place = self.ahead.get(index)
+        place, w = self.place.pop(index, None), self.width
         if place is None:
-            return self._read(torch.tensor([index], device=self.W.device))
-        own = slice(place * self.width, (place + 1) * self.width)
-        return self.A_ahead[own], self.K_ahead[own]
+            read = self._read(torch.tensor([index], device=self.W.device))
+            return read.A, read.K
+        return self.ahead.A[place * w : (place + 1) * w], self.ahead.K[place * w : (place + 1) * w]
 
     def _update_blocks(self, Z: Tensor, Q: Tensor, a: Tensor) -> None:
         w = self.width
@@ -261,22 +286,77 @@ class _Part:
 
     def apply(self) -> None:
         """Apply the pending removals; what is left in the removed rows is rounding."""
-        Z, a, V = (x[: self.filled] for x in (self.Z, self.a, self.V))
+        w = self.width
+        Z, Q, a, V = (x[: self.filled] for x in (self.Z, self.Q, self.a, self.V))
         self.A.subtract(Z.T, a)
         self.W.addmm_(Z.T, V, alpha=-1)
+        waiting = torch.tensor([*self.place.values()], dtype=torch.int64, device=self.W.device)
+        sizes = self.K_blocks.view(-1, w, w).diagonal(dim1=1, dim2=2).sum(1)
+        sound = sizes[self.ahead.units] >= _CANCELS_AT * self.ahead.sizes
+        self.ahead = self.ahead.only(waiting[sound[waiting]], w)
+        own = unit_rows(self.ahead.units, w)
+        self.ahead.A.addmm_(a[:, own].T, Z, alpha=-1)
+        self.ahead.K.addmm_(Z[:, own].T, Q, alpha=-1).addmm_(Q[:, own].T, Z, alpha=-1)
 
     def keep_only(self, left: Tensor) -> None:
         """Drop all rows but those of the units at the places `left`."""
         rows = unit_rows(left, self.width)
         self.A.keep_only(rows, width=self.width)
         self.W, self.rows = self.W[rows], self.rows[rows]
+        self.G_signs = self.G_signs[rows]
+        ahead = self.ahead
+        self.ahead = _Ahead(
+            torch.searchsorted(left, ahead.units), ahead.sizes, ahead.A[:, rows], ahead.K[:, rows]
+        )
 
     def drift(self, units: Tensor) -> float:
-        """Return the error of ``H A = I`` and of ``W W' = A G G' A``, on a row of some units."""
+        """Return the error of ``H A = I`` and of ``W = A G``, on the rows of some units."""
         some = units * self.width
         A = self.A.rows(some)
         error = self.terms.H(self.rows[some], self.rows) @ A.T
         error -= (some[:, None] == some).to(error)
-        exact = (A @ self.terms.G(self.rows)).square().sum(1)
-        K_error = (self.W[some].square().sum(1) - exact).abs() / exact.clamp(min=1e-300)
-        return max(float(error.abs().max()), float(K_error.max()))
+        W = self.W[some]
+        size = torch.linalg.vector_norm(W, dim=1)
+        lost = torch.linalg.vector_norm(W @ self.signs - A @ self.G_signs, dim=1) / _DIRECTIONS**0.5
+        return max(float(error.abs().max()), float((lost / size.clamp(min=1e-300)).max()))
+
+
+@dataclass(frozen=True, eq=False)
+class _Ahead:
+    """Rows of A and of K, pending removals left out, of some units.
+
+    Parameters
+    ----------
+    units
+        (u,) int64.
+    sizes
+        The traces of their blocks of K when these were multiplied out, (u,).
+    A, K
+        Their rows, (u w, n w).
+    """
+
+    units: Tensor
+    sizes: Tensor
+    A: Tensor
+    K: Tensor
+
+    def only(self, places: Tensor, width: int) -> _Ahead:
+        """Return those at some places."""
+        rows = unit_rows(places, width)
+        return _Ahead(self.units[places], self.sizes[places], self.A[rows], self.K[rows])
+
+    def joined(self, other: _Ahead) -> _Ahead:
+        """Return these and others."""
+        return _Ahead(
+            torch.cat([self.units, other.units]),
+            torch.cat([self.sizes, other.sizes]),
+            torch.cat([self.A, other.A]),
+            torch.cat([self.K, other.K]),
+        )
+
+
+def _signs(G: Tensor) -> Tensor:
+    """Return directions of all columns of G alike, (m, 4), the same ones each time."""
+    generator = torch.Generator().manual_seed(0)
+    signs = torch.randint(0, 2, (G.shape[1], _DIRECTIONS), generator=generator)
+    return (2 * signs - 1).to(G)

@@ -66,13 +66,33 @@ def quadratic(H: Tensor, G: Tensor, e: float, W: Tensor) -> float:
     W
         Any weights, (p, m).
     """
+    return quadratic_on(H, G, e, *_used(W))
+
+
+def quadratic_on(H: Tensor, G: Tensor, e: float, place: Tensor, used: Tensor) -> float:
+    """Return what `quadratic` does for weights that are zero but for some rows.
+
+    Parameters
+    ----------
+    H, G, e
+        Quadratic terms.
+    place, used
+        Which rows, (k,) int64, and the weights there, (k, m).
+    """
     # Row by row: rounding grows with p + m, not with p m.
-    sums = [(own * (tile @ used - 2 * G[rows])).sum(1) for rows, own, tile, used in _tiles(H, W)]
+    tiles = _tiles(H, place, used)
+    sums = [(own * (tile @ used).sub_(G[rows], alpha=2)).sum(1) for rows, own, tile in tiles]
     return float(torch.cat(sums).sum()) + e if sums else e
 
 
-def _tiles(H: Tensor, W: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
-    """Yield rows of W that are not zero, some at a time, with what ``H W`` there is made of.
+def _used(W: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the rows of W that are not zero: which, (k,) int64, and themselves, (k, m)."""
+    place = torch.nonzero(W.any(1)).flatten()
+    return place, W if len(place) == len(W) else W[place]
+
+
+def _tiles(H: Tensor, place: Tensor, used: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Yield some of the rows at a time, with what ``H W`` there is made of.
 
     Yields
     ------
@@ -80,20 +100,18 @@ def _tiles(H: Tensor, W: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor, Tenso
         (r,) int64.
     own
         W there, (r, m).
-    tile, used
-        ``H W`` there is their product, (r, m); `tile` is a copy.
+    tile
+        Its product with `used` is ``H W`` there; a copy.
     """
-    place = torch.nonzero(W.any(1)).flatten()
-    used = W if len(place) == len(W) else W[place]
+    whole = len(place) == len(H) and bool((place.diff() > 0).all())
     for rows, own in zip(torch.split(place, TILE_ROWS), torch.split(used, TILE_ROWS), strict=True):
-        tile = H[rows] if used is W else H[rows[:, None], place]
-        yield rows, own, tile, used
+        yield rows, own, H[rows] if whole else H[rows[:, None], place]
 
 
 def magnitudes(H: Tensor, G: Tensor, e: float, W: Tensor) -> float:
     """Return the sum of magnitudes of the products that `quadratic` sums up."""
-    size = e
-    for rows, own, tile, used in _tiles(H, W):
+    size, (place, used) = e, _used(W)
+    for rows, own, tile in _tiles(H, place, used):
         size += float((own.abs() * (tile.abs_() @ used.abs() + 2 * G[rows].abs())).sum())
     return size
 
@@ -125,15 +143,45 @@ def is_definite(H: Tensor, margin: float = DEFINITE_MARGIN) -> bool:
 
     The scale of single inputs is no matter of conditioning: refits and bounds do not depend on it.
     """
+    return definite_factor(H, margin) is not None
+
+
+def definite_factor(H: Tensor, margin: float = DEFINITE_MARGIN) -> DefiniteFactor | None:
+    """Return the factor that proves `is_definite`, or None where there is none."""
+    scale = H.diagonal().rsqrt()
     scaled = Symmetric.of(H)
-    scaled.rescale(H.diagonal().rsqrt())
+    scaled.rescale(scale)
     for start, panel in scaled.spans():
         panel.diagonal(start).fill_(1.0 - margin)
     try:
         scaled.factorize()
     except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
-        return False
-    return True
+        return None
+    return DefiniteFactor(scaled, scale)
+
+
+@dataclass(frozen=True, eq=False)
+class DefiniteFactor:
+    """The Cholesky factor of ``D H D - margin``, whose D gives H a unit diagonal.
+
+    Parameters
+    ----------
+    factor, scale
+        The factor, and D as (p,) numbers.
+    """
+
+    factor: Symmetric
+    scale: Tensor
+
+    def explains_at_most(self, G: Tensor) -> float:
+        """Return a number that ``tr(G' inv(H) G)`` does not exceed.
+
+        What was factorized lies below ``D H D`` by the margin, which rounding does not use up; so
+        its inverse lies above.
+        """
+        half = G * self.scale[:, None]
+        self.factor.forward(half)
+        return float(torch.linalg.vector_norm(half)) ** 2
 
 
 def unexplained(H: Tensor, G: Tensor, e: float) -> tuple[float, float]:
@@ -233,11 +281,12 @@ def damp_terms(
     # A dead row is decoupled from all others; any positive diagonal keeps it so.
     mean = float(H.diagonal().mean())
     H.diagonal().masked_fill_(dead, mean or 1.0)
-    damping = _damp_until_definite(H, damp, mean)
+    damping, factor = _damp_until_definite(H, damp, mean)
     target.add_(W0, alpha=damping)
     energy += damping * float(torch.linalg.vector_norm(W0)) ** 2
     check_energy(energy)
-    if given is not None:
+    if given is not None and not factor.explains_at_most(target) <= energy:
+        del factor  # half a matrix, as large as the one that comes next
         energy = _raised(H, target, energy, digits)
     return DampedTerms(H, target, energy, W0, damping)
 
@@ -289,21 +338,22 @@ def _average(H: Tensor) -> None:
         rest.copy_(mean.T)
 
 
-def _damp_until_definite(H: Tensor, damp: float, mean: float) -> float:
-    """Add the damping to the diagonal of `H` in place, and return how much was added."""
+def _damp_until_definite(H: Tensor, damp: float, mean: float) -> tuple[float, DefiniteFactor]:
+    """Add the damping to the diagonal of `H` in place; return how much, and a factor after it."""
     added = 0.0
     for level in (damp, *(step for step in _DAMP_LADDER if step > damp)):
         H.diagonal().add_(level * mean - added)
         added = level * mean
         check_entries("H with its damping", H.diagonal())
-        if is_definite(H, _ROOM * DEFINITE_MARGIN):
+        factor = definite_factor(H, _ROOM * DEFINITE_MARGIN)
+        if factor is not None:
             if level > damp:
                 warnings.warn(
                     f"H is singular with damp={damp:g}; going on with damp={level:g}. "
                     "Use more calibration tokens than the layer has inputs, or raise damp.",
                     stacklevel=4,
                 )
-            return added
+            return added, factor
     raise ProblemError(
         f"H is not positive semidefinite: damp={max(damp, _DAMP_LADDER[-1]):g} does not make it "
         "definite; check that it is X'X/N"

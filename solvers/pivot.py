@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from solvers.aligned import Aligned, unit_rows
+from solvers.gram import quadratic_on
 from solvers.problem import Consumer, SubsetProblem
 
 _PROBES = 16
@@ -175,11 +176,21 @@ class ConsumerState:
         n, w = len(self._place), self.width
         weights = torch.empty_like(D)
         weights[unit_rows(self._place, w)] = D
+        if w == 1:
+            return self.N.row_sizes(weights.square())[self._place].view(n, 1, 1)
         blocks = self.U.new_empty(n, w, w)
         for some in torch.split(torch.arange(n, device=D.device), max(1, _ELEMENTS // (n * w * w))):
             part = (self.N.rows(self._at(some)) * weights).view(len(some), w, -1)
             blocks[some] = part @ part.mT
         return blocks
+
+    def loss(self) -> float | None:
+        """Return the loss of the refit W; None where U has fewer columns than that."""
+        consumer, units = self._terms.consumer, torch.nonzero(self.kept).flatten()
+        if self.U.shape[1] < consumer.G.shape[1]:
+            return None
+        own, rows = self._terms.owned(unit_rows(units, self.width))
+        return quadratic_on(consumer.H, consumer.G, consumer.e, rows, self.U[self._at(units)[own]])
 
     def drift(self) -> float:
         """Return the error of ``H_SS A = I`` on a few rows."""
@@ -245,6 +256,15 @@ class PivotState:
     def drift(self) -> float:
         """Return the error of ``H_SS A = I`` on a few rows: rounding, as long as sweeps are few."""
         return max(state.drift() for state in self.consumers)
+
+    def loss(self) -> float | None:
+        """Return the loss of the refit that the state holds, where it holds that of all columns.
+
+        Where the state is sound it is that of `solvers.refit.refit`.
+        """
+        losses = [state.loss() for state in self.consumers]
+        known = [loss for loss in losses if loss is not None]
+        return max(sum(known), 0.0) if len(known) == len(losses) else None
 
     def hold_products(self) -> None:
         """Keep K of all pairs at hand, where many exchanges are to be scored."""

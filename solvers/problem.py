@@ -27,7 +27,7 @@ from torch import Tensor
 
 from solvers import storage
 from solvers.errors import ProblemError
-from solvers.gram import consistency, damp_terms, inconsistency, is_definite, unexplained
+from solvers.gram import consistency, damp_terms, definite_factor, inconsistency, unexplained
 from solvers.values import (
     as_number,
     as_owned_tensor,
@@ -215,7 +215,8 @@ class Consumer:
         if variance is not None:
             variance = as_owned_tensor("variance", variance).to(torch.float64)
         consumer = cls._owning(terms.H, terms.G, terms.e, terms.W0, rows, terms.damping, variance)
-        consumer._remember_flaw(None)  # Damping has just made sure of it.
+        # Damping has just made sure of the one, and made G of W0 or not.
+        vars(consumer).update(flaw=None, fits=G is None)
         return consumer
 
     def _check_shapes(self) -> int:
@@ -259,19 +260,32 @@ class Consumer:
         """Why these terms describe no least-squares problem, or None.
 
         H has to be positive definite with a margin, and e at least what G explains, so that no
-        loss is negative.  Finding that out takes two factorizations, and is done once.
+        loss is negative.  Finding that out takes a factorization, of a close call two, and is done
+        once.
         """
-        if not is_definite(self.H):
+        factor = definite_factor(self.H)
+        if factor is None:
             return (
                 "H is not positive definite, or too close to singular: check that it is X'X/N, and "
                 "build the problem with from_gram and damp > 0"
             )
+        if factor.explains_at_most(self.G) <= self.e:
+            return None
+        del factor  # half a matrix, as large as the one that comes next
         least, size = unexplained(self.H, self.G, self.e)
         return inconsistency(self.e, least) if least < -consistency() * size else None
 
-    def _remember_flaw(self, flaw: str | None) -> None:
-        """Set what `flaw` is known to be: this is where the property keeps it."""
-        vars(self)["flaw"] = flaw
+    @cached_property
+    def fits(self) -> bool:
+        """Whether `W0` is known to be the refit with all units kept, as where G was made of it.
+
+        Where it is not known it may still be so; finding out would take what the refit takes.
+        """
+        return False
+
+    def _known(self) -> dict[str, Any]:
+        """Return what has been found out, in the place where cached properties keep it."""
+        return {name: vars(self)[name] for name in ("flaw", "fits") if name in vars(self)}
 
     @property
     def width(self) -> int:
@@ -294,8 +308,7 @@ class Consumer:
             self.damping / number,
             None if self.variance is None else self.variance / number,
         )
-        if "flaw" in vars(self):
-            made._remember_flaw(self.flaw)  # which is relative to the size of the terms
+        vars(made).update(self._known())  # which is relative to the size of the terms
         return made
 
     def to(self, device: torch.device | str) -> Consumer:
@@ -305,8 +318,7 @@ class Consumer:
         if all(tensor is before[name] for name, tensor in tensors.items()):
             return self
         moved = Consumer._owning(**tensors, e=self.e, damping=self.damping)
-        if "flaw" in vars(self):
-            moved._remember_flaw(self.flaw)
+        vars(moved).update(self._known())
         return moved
 
 

@@ -1,6 +1,6 @@
 """Symmetric matrices in half of their memory, factorized and inverted in place.
 
-Rows are held in panels of some hundreds; the panel of rows ``a .. b`` has columns ``0 .. b``, so
+Rows are held in panels of a few hundred; the panel of rows ``a .. b`` has columns ``0 .. b``, so
 that its last square lies on the diagonal.  That costs ``p^2 / 2`` numbers, half a panel aside, and
 all work is products of panels: a factorization ``L L'`` looks up and to the left, and the inverse
 is that of L, times its transpose, as LAPACK's ``potri`` has it (Higham, "Accuracy and Stability of
@@ -15,7 +15,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-PANEL_ROWS = 512
+PANEL_ROWS = 256
 """Enough for products to run at full speed; a matrix of fewer rows is held whole."""
 
 
@@ -170,6 +170,15 @@ class Symmetric:
             torch.mm(panel, B[:stop], out=made[start:stop])
             made[:start].addmm_(panel[:, :start].T, B[start:stop])
         return made
+
+    def row_sizes(self, weights: Tensor) -> Tensor:
+        """Return the sums over each row of squares times weights, (p,) both."""
+        sizes = torch.zeros_like(weights)
+        for start, panel in self.spans():
+            squares, stop = panel.square(), start + len(panel)
+            sizes[start:stop] += squares @ weights[:stop]
+            sizes[:start] += squares[:, :start].T @ weights[start:stop]
+        return sizes
 
     def add_diagonal(self, values: Tensor) -> None:
         """Add (p,) numbers to the diagonal."""

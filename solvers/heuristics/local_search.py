@@ -65,7 +65,7 @@ class LocalSearch:
     def select(self, problem: SubsetProblem) -> Selection:
         """Search until a sound factorization confirms that no exchange helps."""
         found = self._search(problem)
-        status = self._certainty(found.state) if found.converged else Status.ITERATION_LIMIT
+        status = self._certainty(found) if found.converged else Status.ITERATION_LIMIT
         return Selection(
             found.support, status, iterations=found.swaps, history=tuple(found.history)
         )
@@ -76,7 +76,10 @@ class LocalSearch:
 
     def _search(self, problem: SubsetProblem) -> _Found:
         state = self._initial_state(problem)
-        found = _Found(state, state.support, [refit(problem, state.support)[1]])
+        loss = state.loss()
+        if loss is None:
+            loss = refit(problem, state.support)[1]
+        found = _Found(state, state.support, [loss])
         while True:
             made, found.converged = self._descend(
                 found.state, found.history[-1], self.max_swaps - found.swaps
@@ -94,14 +97,17 @@ class LocalSearch:
             if sound or not gained or not found.converged:
                 return found
 
-    def _certainty(self, state: PivotState) -> Status:
+    def _certainty(self, found: _Found) -> Status:
         """Return what a sound state, in which no exchange seems to gain, says of its support."""
-        weights, loss = refit(state.problem, state.support)
-        rounding = loss_rounding(state.problem, weights)
+        state = found.state
         try:
             possible = possible_gain(state)
         except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
             possible = math.inf
+        if possible <= _CERTAIN * found.history[-1]:
+            return Status.SWAP_OPTIMAL
+        weights, loss = refit(state.problem, state.support)
+        rounding = loss_rounding(state.problem, weights)
         # No loss is negative.
         if min(possible, loss + rounding) <= _CERTAIN * loss + rounding:
             return Status.SWAP_OPTIMAL
@@ -124,10 +130,10 @@ class LocalSearch:
     def _descend(self, state: PivotState, loss: float, limit: int) -> tuple[int, bool]:
         """Make at most `limit` improving exchanges; return how many, and whether none is left."""
         made = 0
+        state.hold_products()
         while (swap := _best_swap(state)).gain > self.tolerance * loss:
             if made == limit:
                 return made, False
-            state.hold_products()
             state.sweep([swap.leave, swap.enter])
             loss -= swap.gain
             made += 1

@@ -23,7 +23,7 @@ from solvers import (
     solve,
 )
 from solvers import problem as problem_module
-from solvers.gram import DEFINITE_MARGIN, is_definite
+from solvers.gram import DEFINITE_MARGIN, definite_factor, is_definite
 from tests.solvers.instances import INSTANCES, exact_loss, random_data
 
 
@@ -206,9 +206,9 @@ def test_an_ill_posed_problem_is_found_out_once(monkeypatch):
 
     def counted(H):
         checks.append(H)
-        return is_definite(H)
+        return definite_factor(H)
 
-    monkeypatch.setattr(problem_module, "is_definite", counted)
+    monkeypatch.setattr(problem_module, "definite_factor", counted)
     problem = SubsetProblem((Consumer(**fields()),), 3)
     solutions = [solve(problem.with_keep(keep), "greedy", device="cpu") for keep in (1, 2, 3)]
     assert len(checks) == 1
