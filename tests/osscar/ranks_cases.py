@@ -1,4 +1,4 @@
-"""Runs that ranks share: ``python -m tests.osscar.ranks_cases cases DIRECTORY`` is one of them."""
+"""Runs that ranks share: ``python -m tests.osscar.ranks_cases DIRECTORY`` is one of them."""
 
 from __future__ import annotations
 
@@ -89,4 +89,4 @@ def summary(result: PruningResult) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    cases(Path(sys.argv[2]))
+    cases(Path(sys.argv[1]))

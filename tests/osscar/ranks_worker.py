@@ -1,9 +1,8 @@
-"""What goes well and wrong between ranks, without a model: ``... SCENARIO DIRECTORY``."""
+"""What goes well and wrong between ranks, without a model."""
 
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import torch
@@ -56,7 +55,3 @@ def told(directory: Path) -> None:
             "decided": ranks.decided("a number", lambda: ranks.rank + 7, int),
         }
         (directory / f"{ranks.rank}.json").write_text(json.dumps(said))
-
-
-if __name__ == "__main__":
-    globals()[sys.argv[1]](Path(sys.argv[2]))

@@ -7,12 +7,11 @@ import dataclasses
 import json
 import os
 import re
-import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -29,76 +28,80 @@ from osscar.core.ranks import ALONE, Message, Ranks
 from osscar.data.tokens import named_generator
 from osscar.pruning.run_log import RunManifest
 from osscar.pruning.together import check_alike
-from tests.osscar.ranks_cases import CASES, TWO_BATCHES, Case, summary, weights
+from tests.osscar import ranks_worker
+from tests.osscar.forked import PATIENCE, Forked, forked
+from tests.osscar.ranks_cases import CASES, TWO_BATCHES, Case, cases, summary, weights
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="kills processes, and uses gloo")
 
 ROOT = Path(__file__).parents[2]
-PATIENCE = 900
-"""Seconds that nothing takes, however busy the machine is."""
 
 SMALL = ("--heads", "3/4", "--neurons", "1/2", "--samples", "16", "--seqlen", "64")
-PRUNE = ("-m", "osscar", "prune", "demo", *SMALL, "--batch-size", "4", "--device", "cpu")
+PRUNE = ("prune", "demo", *SMALL, "--batch-size", "4", "--device", "cpu")
 
 
 def environment(rank: int, size: int, port: int) -> dict[str, str]:
     """What a launcher says to one of its processes."""
     told = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
-    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "PYTHONPATH": path}
-    return {**os.environ, **where, **{name: str(value) for name, value in told.items()}}
+    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return {name: str(value) for name, value in (told | where).items()}
 
 
 @contextlib.contextmanager
-def ranks_of(
-    commands: Sequence[Sequence[str]], place: Path
-) -> Iterator[list[subprocess.Popen[str]]]:
-    """Start a rank for each command; none outlives the block."""
+def ranks_of(runs: Sequence[Callable[[], object]], place: Path) -> Iterator[list[Forked]]:
+    """Start a rank for each of what they are to do; none outlives the block."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     started = [
-        subprocess.Popen(
-            [sys.executable, *command],
-            cwd=place,
-            env=environment(rank, len(commands), port),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank, command in enumerate(commands)
+        forked(run, place, environment(rank, len(runs), port)) for rank, run in enumerate(runs)
     ]
     try:
         yield started
     finally:
         for process in started:
             process.kill()
-            process.communicate()
+            process.wait()
 
 
-def ended(commands: Sequence[Sequence[str]], place: Path) -> list[subprocess.CompletedProcess[str]]:
-    """Run a rank for each command to its end."""
-    with ranks_of(commands, place) as started:
-        said = [process.communicate(timeout=PATIENCE) for process in started]
-        return [
-            subprocess.CompletedProcess(process.args, process.returncode, *streams)
-            for process, streams in zip(started, said, strict=True)
-        ]
+def ended(runs: Sequence[Callable[[], object]], place: Path) -> list[Forked]:
+    """Run a rank for each of what they are to do, to its end."""
+    with ranks_of(runs, place) as started:
+        for process in started:
+            process.wait()
+        return started
 
 
-def scenario(name: str, size: int, place: Path) -> list[subprocess.CompletedProcess[str]]:
-    module = "tests.osscar.ranks_cases" if name == "cases" else "tests.osscar.ranks_worker"
-    return ended([("-m", module, name, str(place))] * size, place)
+def scenario(run: Callable[[Path], object], size: int, place: Path) -> list[Forked]:
+    return ended([lambda: run(place)] * size, place)
+
+
+def command(*arguments: str) -> Callable[[], object]:
+    """What a rank does that runs a command of osscar."""
+
+    def run() -> None:
+        sys.argv = ["osscar", *arguments]
+        osscar.cli.main()
+
+    return run
 
 
 # ---- the same as one process -------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def two(tmp_path_factory):
+@pytest.fixture(
+    scope="module",
+    params=[False, pytest.param(True, marks=pytest.mark.slow)],
+    ids=["children", "new processes"],
+)
+def two(request, tmp_path_factory):
     place = tmp_path_factory.mktemp("two")
-    for process in scenario("cases", 2, place):
+    if request.param:  # which order their sets in ways of their own
+        process = torchrun("tests.osscar.ranks_cases", str(place), place=place)
         assert process.returncode == 0, process.stderr
+    else:
+        for process in scenario(cases, 2, place):
+            assert process.status == 0, process.stderr
     return place
 
 
@@ -108,8 +111,8 @@ def test_two_ranks_come_to_what_one_process_does(name, two):
 
 
 def test_a_rank_without_any_batch_changes_nothing(tmp_path):
-    for process in scenario("cases", 3, tmp_path):
-        assert process.returncode == 0, process.stderr
+    for process in scenario(cases, 3, tmp_path):
+        assert process.status == 0, process.stderr
     check_same(TWO_BATCHES, [tmp_path / f"two batches.{rank}" for rank in range(3)])
 
 
@@ -131,8 +134,8 @@ def check_same(case: Case, places: list[Path]) -> None:
 
 
 def test_words_and_tensors_arrive_as_they_were(tmp_path):
-    for process in scenario("told", 3, tmp_path):
-        assert process.returncode == 0, process.stderr
+    for process in scenario(ranks_worker.told, 3, tmp_path):
+        assert process.status == 0, process.stderr
     said = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(3)]
     assert said[0] == said[1] == said[2]
     assert said[0] == {
@@ -167,23 +170,27 @@ def test_a_process_by_itself_has_all_the_work_and_the_last_word():
 
 
 @pytest.mark.parametrize(
-    ("name", "size", "message"),
+    ("run", "size", "message"),
     [
-        ("apart", 2, "rank 1 is at 'pears (torch.float32 [2])' and rank 0 at 'apples (torch"),
-        ("formats", 2, "rank 1 is at 'ones (torch.float64 [2])'"),
-        ("defect", 3, "rank 1: ZeroDivisionError: of rank 1"),
+        (
+            ranks_worker.apart,
+            2,
+            "rank 1 is at 'pears (torch.float32 [2])' and rank 0 at 'apples (torch",
+        ),
+        (ranks_worker.formats, 2, "rank 1 is at 'ones (torch.float64 [2])'"),
+        (ranks_worker.defect, 3, "rank 1: ZeroDivisionError: of rank 1"),
     ],
 )
-def test_the_first_rank_says_what_another_failed_of(name, size, message, tmp_path):
-    processes = scenario(name, size, tmp_path)
-    assert all(process.returncode for process in processes)
+def test_the_first_rank_says_what_another_failed_of(run, size, message, tmp_path):
+    processes = scenario(run, size, tmp_path)
+    assert all(process.status for process in processes)
     assert message in processes[0].stderr
 
 
 def test_all_end_where_the_first_rank_fails(tmp_path):
-    first, second = scenario("refused_first", 2, tmp_path)
+    first, second = scenario(ranks_worker.refused_first, 2, tmp_path)
     assert "IndexError" in first.stderr
-    assert second.returncode == 2
+    assert second.status == 2
     assert "rank 0 has ended without a word" in second.stderr
 
 
@@ -193,10 +200,9 @@ def test_ranks_with_other_options_or_data_are_refused(tmp_path):
         (("--blend", "7"), "blend is 7.0"),
     ):
         out = tmp_path / difference.split()[0]
-        first, second = ended(
-            [(*PRUNE, "--out", str(out)), (*PRUNE, "--out", "x", *more)], tmp_path
-        )
-        assert (first.returncode, second.returncode) == (2, 2)
+        asked = [(*PRUNE, "--out", str(out)), (*PRUNE, "--out", "x", *more)]
+        first, second = ended([command(*words) for words in asked], tmp_path)
+        assert (first.status, second.status) == (2, 2)
         assert "rank 1" in first.stderr
         assert difference in first.stderr
         assert second.stdout + second.stderr == ""
@@ -225,23 +231,22 @@ def test_a_rank_that_differs_is_named_with_what_differs(field, value, difference
 
 
 def test_a_rank_that_is_killed_ends_the_others_and_the_run_goes_on(tmp_path):
-    command = (*PRUNE, "--out", str(tmp_path / "out"), "--json", str(tmp_path / "said.json"))
+    run = command(*PRUNE, "--out", str(tmp_path / "out"), "--json", str(tmp_path / "said.json"))
     log = tmp_path / "out.run"
-    with ranks_of([command] * 2, tmp_path) as (first, second):
+    with ranks_of([run] * 2, tmp_path) as (first, second):
         end = time.monotonic() + PATIENCE
         while not list(log.glob("*.safetensors")) and time.monotonic() < end:
             time.sleep(0.01)
-        second.send_signal(signal.SIGKILL)
-        _, said = first.communicate(timeout=PATIENCE)
-    assert first.returncode == 2
-    assert "rank 1 has ended without a word" in said
-    assert "give the same command again to go on" in said
+        second.kill()
+        assert first.wait() == 2
+    assert "rank 1 has ended without a word" in first.stderr
+    assert "give the same command again to go on" in first.stderr
     assert not (tmp_path / "out").exists()
     done = len(list(log.glob("*.safetensors")))
     assert 1 <= done < 8
 
-    for process in ended([command] * 2, tmp_path):
-        assert process.returncode == 0, process.stderr
+    for process in ended([run] * 2, tmp_path):
+        assert process.status == 0, process.stderr
     found = json.loads((tmp_path / "said.json").read_text())
     expected = summary(CASES_AS_PRUNED.run())
     assert {layer["name"]: layer["support"] for layer in found["layers"]} == expected["support"]
@@ -281,26 +286,43 @@ def build():
 """
 
 
-def test_torchrun_says_of_what_a_rank_failed_and_leaves_nothing(tmp_path):
+FLAWED = (
+    *("prune", "net.py:build", "--channels", "0.5", "--calibration", "images.npz"),
+    *("--samples", "16", "--batch-size", "4", "--out", "out"),
+)
+SAYS_OF_WHAT = "error: rank 1: the inputs of 'net.2' have NaN or infinite entries"
+
+
+@pytest.fixture
+def flawed(tmp_path):
+    """Where the data lie that rank 1 fails of; nothing else may be left there."""
     (tmp_path / "net.py").write_text(NET)
     pixels = np.random.default_rng(0).integers(0, 200, (16, 12, 12, 3), dtype=np.uint8)
     sixth = torch.randperm(16, generator=named_generator("images", 0))[5]
     pixels[sixth] = 100  # without contrast; drawn into the second batch of four, which is rank 1's
     np.savez(tmp_path / "images.npz", images=pixels)
     before = sorted(tmp_path.iterdir())
-    ended = torchrun(
-        *("prune", "net.py:build", "--channels", "0.5", "--calibration", "images.npz"),
-        *("--samples", "16", "--batch-size", "4", "--out", "out"),
-        place=tmp_path,
-    )
-    assert ended.returncode == 1
-    assert "error: rank 1: the inputs of 'net.2' have NaN or infinite entries" in ended.stderr
-    assert ended.stderr.count("error: ") == 1
+    yield tmp_path
     assert sorted(p for p in tmp_path.iterdir() if p.name != "__pycache__") == before
 
 
+def test_the_first_rank_says_of_what_another_failed_and_leaves_nothing(flawed):
+    first, second = ended([command(*FLAWED)] * 2, flawed)
+    assert (first.status, second.status) == (2, 2)
+    assert SAYS_OF_WHAT in first.stderr
+    assert (first.stderr.count("error: "), second.stderr) == (1, "")
+
+
+@pytest.mark.slow
+def test_torchrun_says_of_what_a_rank_failed_and_leaves_nothing(flawed):
+    ended = torchrun("osscar", *FLAWED, place=flawed)
+    assert ended.returncode == 1
+    assert SAYS_OF_WHAT in ended.stderr
+    assert ended.stderr.count("error: ") == 1
+
+
 def test_torchrun_prunes(tmp_path):
-    ended = torchrun(*PRUNE[2:], "--out", "out", "--json", "said.json", place=tmp_path)
+    ended = torchrun("osscar", *PRUNE, "--out", "out", "--json", "said.json", place=tmp_path)
     assert ended.returncode == 0, ended.stderr
     assert ended.stdout.count("parameters became") == 1
     found = json.loads((tmp_path / "said.json").read_text())
@@ -309,12 +331,13 @@ def test_torchrun_prunes(tmp_path):
     assert osscar.load(tmp_path / "out").num_parameters() == found["parameters_after"]
 
 
-def torchrun(*arguments: str, place: Path) -> subprocess.CompletedProcess[str]:
+def torchrun(module: str, *arguments: str, place: Path) -> subprocess.CompletedProcess[str]:
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     return subprocess.run(
-        [sys.executable, *launcher, "-m", "osscar", *arguments],
+        [sys.executable, *launcher, "-m", module, *arguments],
         cwd=place,
-        env={**os.environ, "PYTHONPATH": environment(0, 2, 0)["PYTHONPATH"]},
+        env={**os.environ, "PYTHONPATH": path},
         capture_output=True,
         text=True,
         timeout=PATIENCE,
