@@ -77,6 +77,8 @@ def draw_plots(summary: Summary, directory: Path) -> dict[str, Drawn]:
         for name, figure in figures.items():
             if figure is not None:
                 FigureCanvasAgg(figure)
+                figure.draw_without_rendering()  # lays it out, once for both files
+                figure.set_layout_engine(None)
                 file = directory / f"{name}.svg"
                 written[name] = Drawn(file, figure.get_figwidth())
                 with whole(file.with_suffix(".png")) as png:

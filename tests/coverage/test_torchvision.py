@@ -12,11 +12,15 @@ pytest.importorskip("torchvision")
 _GIANTS = ("regnet_y_128gf", "vit_h_14", "vit_l_16", "vit_l_32")
 """The code of smaller ones, and as slow as all of those together."""
 
-_OTHERS = [name for name in torchvision_names() if name not in (*REPRESENTATIVES, *_GIANTS)]
+_LONG = ("densenet121", "inception_v3", "maxvit_t", "swin_v2_t", "vgg11_bn", "vit_b_32")
+"""Representatives, but as slow as all of those others together."""
+
+_QUICK = [name for name in REPRESENTATIVES if name not in _LONG]
+_OTHERS = [name for name in torchvision_names() if name not in (*_QUICK, *_GIANTS)]
 
 
 @pytest.mark.parametrize(
-    "name", [*REPRESENTATIVES, *(pytest.param(name, marks=pytest.mark.slow) for name in _OTHERS)]
+    "name", [*_QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in _OTHERS)]
 )
 def test_half_of_every_group_can_go(name: str) -> None:
     case = torchvision_case(name, small=True)

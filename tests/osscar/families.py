@@ -52,10 +52,14 @@ FAMILIES: dict[str, Callable[[], PretrainedConfig]] = {
 """Configurations by name; 40 neurons, and 6 heads, or 3 groups of 2."""
 
 
-def tiny(family: str, *, attention: str = "sdpa", seed: int = 0) -> PreTrainedModel:
+def tiny(
+    family: str, *, attention: str = "sdpa", seed: int = 0, layers: int = 2
+) -> PreTrainedModel:
     """Build a tiny random model whose weights are large enough to matter."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(FAMILIES[family](), attn_implementation=attention)
+    config = FAMILIES[family]()
+    config.num_hidden_layers = layers
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 2:

@@ -22,6 +22,9 @@ PATIENCE = 900
 """Seconds that nothing takes, however busy the machine is."""
 
 
+_NOTHING: Mapping[str, str] = {}
+
+
 @dataclass
 class Forked:
     """A child, and what it has said when it has ended.
@@ -71,7 +74,9 @@ class Forked:
         return self._streams[number].read()
 
 
-def forked(run: Callable[[], object], place: Path, environment: Mapping[str, str]) -> Forked:
+def forked(
+    run: Callable[[], object], place: Path, environment: Mapping[str, str] = _NOTHING
+) -> Forked:
     """Start a child.
 
     Parameters

@@ -35,6 +35,7 @@ _COUNTER, PLAN, _RUN = "OSSCAR_TEST_COUNTER", "OSSCAR_TESTPLAN", "OSSCAR_TEST_RU
 _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 _WORKER = Path(__file__).with_name("interrupted_worker.py")
 _FAILED = 70
+_WRITE, _STEP = b"w", b"s"
 
 
 class Victim(enum.StrEnum):
@@ -85,8 +86,8 @@ class Ended:
         As the shell has it, and -n where signal n ended it.
     err
         Its standard error.
-    events
-        How many there were.
+    events, writes
+        How many there were, and how many of them write.
     run
         What marks the environment of its processes.
     """
@@ -94,6 +95,7 @@ class Ended:
     status: int
     err: str
     events: int
+    writes: int
     run: str
 
 
@@ -121,10 +123,10 @@ def run(root: Path, arguments: list[str], plan: Kill | Full | None = None) -> En
     with os.fdopen(reading, encoding="utf-8", errors="replace") as pipe:
         err = pipe.read() if plan is None or not _outlives(plan) else ""
         status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    events = counter.stat().st_size
+    events = counter.read_bytes()
     for path in root.parent.glob(f"{root.name}.events*"):
         path.unlink()
-    return Ended(status, err, events, mark)
+    return Ended(status, err, len(events), events.count(_WRITE), mark)
 
 
 def _outlives(plan: Kill | Full) -> bool:
@@ -201,9 +203,9 @@ def arm() -> None:
     if happening is not None:
         plan = {"Kill": Kill, "Full": Full}[happening[0]](*happening[1:])
 
-    def event() -> None:
+    def event(kind: bytes = _WRITE) -> None:
         with contextlib.suppress(OSError):  # where no file may grow
-            os.write(counter, b".")
+            os.write(counter, kind)
         if plan is not None:
             _happen(plan, os.lseek(counter, 0, os.SEEK_CUR), command)
 
@@ -227,7 +229,7 @@ def arm() -> None:
         function = getattr(owner, name)
 
         def call(*arguments: Any, **options: Any) -> Any:
-            event()
+            event(_STEP if steps else _WRITE)
             return function(*arguments, **options)
 
         setattr(owner, name, call)

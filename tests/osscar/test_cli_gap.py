@@ -49,7 +49,7 @@ def test_gap_on_a_model_writes_a_study(run, tmp_path):
         *("gap", "demo", "--out", tmp_path / "study", "--groups", "*layers.0*,*layers.1.*heads"),
         *("--sparsity", "0.5", "--backends", "wanda,local_search,perspective,branch_and_bound"),
         *("--calibration", text, "--samples", 8, "--seqlen", 64, "--units", 10, "--windows", 1),
-        *("--device", "cpu", "--json", tmp_path / "gap.json"),
+        *("--jobs", 1, "--device", "cpu", "--json", tmp_path / "gap.json"),
     )
     status, out, err = run(*arguments)
     assert status == 0, err

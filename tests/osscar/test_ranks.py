@@ -96,6 +96,7 @@ def command(*arguments: str) -> Callable[[], object]:
 )
 def two(request, tmp_path_factory):
     place = tmp_path_factory.mktemp("two")
+    TWO_BATCHES.run()  # imports what children then have from the start
     if request.param:  # which order their sets in ways of their own
         process = torchrun("tests.osscar.ranks_cases", str(place), place=place)
         assert process.returncode == 0, process.stderr

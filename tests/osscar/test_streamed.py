@@ -275,7 +275,7 @@ print(room.matrices)
     ("kind", "width", "ffn", "backend", "target"),
     [
         ("neurons", 512, 2048, "greedy", "residual"),
-        ("heads", 2048, 256, "local_search", "weights"),
+        pytest.param("heads", 2048, 256, "local_search", "weights", marks=pytest.mark.slow),
     ],
 )
 def test_one_layer_takes_no_more_than_is_said(kind, width, ffn, backend, target):

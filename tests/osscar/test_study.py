@@ -5,11 +5,11 @@ import dataclasses
 import hashlib
 import itertools
 import json
+import os
 import re
 import shlex
 import shutil
 import signal
-import subprocess
 import sys
 import time
 
@@ -18,6 +18,7 @@ import torch
 
 import osscar
 import solvers
+from osscar.cli import main
 from osscar.core.errors import BusyError, FrozenGroupError, OptionError, OutputError, StudyError
 from osscar.report.html import write_report
 from osscar.report.plots import _spread
@@ -29,6 +30,7 @@ from osscar.study.problems import model_problems
 from osscar.study.records import WINDOW, Proof, Record, window_layer
 from solvers.exact.highs import Highs
 from tests.osscar.families import tiny
+from tests.osscar.forked import PATIENCE, forked
 
 CERTIFIED = {"perspective", "branch_and_bound", "enumerate"}
 EXACT = ("branch_and_bound", "enumerate", "highs")
@@ -156,16 +158,16 @@ def test_what_a_backend_cannot_take_is_a_row_with_its_reason(study):
     assert summarize(records).refused == tuple(refused)
 
 
-def test_the_command_of_a_row_solves_it_again(study):
+def test_the_command_of_a_row_solves_it_again(study, monkeypatch):
     records = study.run(dataclasses.replace(DESIGN, window_units=None))
     chosen = next(r for r in records if r.backend == "branch_and_bound")
     command = shlex.split(chosen.command)
-    assert command.pop(0) == "osscar"
-    ran = subprocess.run(
-        [sys.executable, "-m", "osscar", *command, "--json", "solve.json"],
-        cwd=study.directory, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert ran.returncode == 0, ran.stderr
+    assert command[0] == "osscar"
+    monkeypatch.chdir(study.directory)
+    monkeypatch.setattr(sys, "argv", [*command, "--json", "solve.json"])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert not stop.value.code
     answer = json.loads((study.directory / "solve.json").read_text())
     assert answer["loss"] == pytest.approx(chosen.loss, rel=1e-9)
     assert answer["support"] == list(chosen.support)
@@ -211,21 +213,25 @@ def test_a_killed_study_goes_on(tmp_path):
         problem(16, index, name=f"p{index}").save(tmp_path / f"p{index}.npz")
     files = [str(tmp_path / f"p{index}.npz") for index in range(6)]
     command = [
-        *(sys.executable, "-m", "osscar", "gap", *files, "--out", str(tmp_path / "study")),
-        *("--backends", "greedy,enumerate", "--sparsity", "0.3,0.5,0.7", "--jobs", "1"),
+        *("osscar", "gap", *files, "--out", str(tmp_path / "study"), "--jobs", "1"),
+        *("--backends", "greedy,enumerate", "--sparsity", "0.3,0.5,0.7"),
     ]
+
+    def run():
+        sys.argv = command
+        main()
+
     records = tmp_path / "study" / "records"
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while process.poll() is None:
-        if records.is_dir() and len(list(records.glob("*.json"))) >= 5:
-            break
+    process = forked(run, tmp_path)
+    end = time.monotonic() + PATIENCE
+    while len(list(records.glob("*.json"))) < 5 and time.monotonic() < end:
         time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
     kept = {file.name: file.read_bytes() for file in records.glob("*.json")}
     assert len(kept) >= 5
-    ran = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert ran.returncode == 0, ran.stderr
+    again = forked(run, tmp_path)
+    assert again.wait() == 0, again.stderr
     after = {file.name: file.read_bytes() for file in records.glob("*.json")}
     assert len(after) == 6 * 3 * 2
     assert all(after[name] == content for name, content in kept.items())
@@ -430,22 +436,23 @@ def test_one_process_at_a_time_writes_to_a_study(study):
 
 
 def test_a_lock_ends_with_its_process(study):
-    code = (
-        "import sys; from pathlib import Path; from osscar.study.directory import Study\n"
-        "with Study(Path(sys.argv[1]), {'model': 'made up'}).locked():\n"
-        "    print('locked', flush=True); sys.stdin.read()"
-    )
-    holder = subprocess.Popen(
-        [sys.executable, "-c", code, str(study.directory)], text=True,
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-    )  # fmt: skip
-    assert holder.stdout.readline() == "locked\n"
+    locked, telling = os.pipe()
+
+    def hold():
+        with Study(study.directory, {"model": "made up"}).locked():
+            os.write(telling, b"locked")
+            signal.pause()
+
+    holder = forked(hold, study.directory)
+    assert os.read(locked, 6) == b"locked"
     try:
         with pytest.raises(BusyError, match="wait for it, or give another --out"):
             study.run(QUICK)
     finally:
-        holder.send_signal(signal.SIGKILL)
-        holder.communicate()
+        holder.kill()
+        holder.wait()
+        os.close(locked)
+        os.close(telling)
     assert study.run(QUICK)
 
 

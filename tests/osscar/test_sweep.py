@@ -319,9 +319,12 @@ def test_images_are_scored_by_agreement(run, tmp_path):
     np.savez(tmp_path / "a.npz", images=pixels[:20])
     np.savez(tmp_path / "b.npz", images=pixels[20:], labels=np.arange(20) % 5)
     code = tmp_path / "code.py"
-    code.write_text("from tests.osscar.networks import small_net\n")
+    code.write_text(
+        "from tests.osscar.networks import images, small_net\n\n"
+        "def net():\n    return small_net(), images(2, 16)\n"
+    )
     status, _, err = run(
-        *("sweep", f"{code}:small_net", "--sparsity", "0.4", "--out", tmp_path / "sweep"),
+        *("sweep", f"{code}:net", "--sparsity", "0.4", "--out", tmp_path / "sweep"),
         *("--calibration", tmp_path / "a.npz", "--images", tmp_path / "b.npz"),
         *("--backend", "magnitude", "--device", "cpu"),
     )

@@ -171,7 +171,7 @@ def test_a_pruned_torchvision_model_is_read_in_another_process(run, archive, tmp
     out_dir = tmp_path / "small"
     name = "torchvision:squeezenet1_1"
     status, _, err = run("prune", name, "--weights", weights, "--calibration", f"{archive}:train",
-                         "--samples", 4, "--sparsity", 0.5, "--backend", "magnitude",
+                         "--samples", 4, "--channels", 0.5, "--backend", "magnitude",
                          "--out", out_dir, "--device", "cpu")  # fmt: skip
     assert status == 0, err
     model = osscar.load(out_dir)
