@@ -14,6 +14,7 @@ import pytest
 import osscar
 import osscar.checkpoint.directory
 from osscar.cli import main
+from osscar.data.prose import builtin_text
 from osscar.models.language import DEMO_DIRECTORY
 from tests.osscar.families import tiny
 
@@ -52,6 +53,7 @@ def test_demo_does_the_whole_job(run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with monkeypatch.context() as patch:
         patch.setattr("osscar.cli.demo._SAMPLES", 2)
+        patch.setattr("osscar.data.prose.builtin_text", lambda part: builtin_text(part)[:3000])
         status, _, err = run("demo", "--backend", "magnitude")
         assert status == 0, err
     # A second demo replaces its own directory.

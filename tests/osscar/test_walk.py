@@ -325,10 +325,9 @@ def test_a_study_poses_the_problem_that_pruning_solves(case):
     """Where nothing else is pruned, the stream of `prune` is the dense one."""
     _, model, data = case
     posed = {group.name: problem for group, problem in model_problems(model, data)}
-    for name, problem in posed.items():
-        if problem.units == 1:
-            continue
-        spy = Spy()
+    names = [name for name, problem in posed.items() if problem.units > 1]
+    for name in dict.fromkeys((names[0], names[len(names) // 2], names[-1])):
+        problem, spy = posed[name], Spy()
         keep = max(1, problem.units // 2)
         asked = {"groups": {name: keep}, "target": "weights", "damp": 0.01}
         osscar.prune(model, data, backend=spy, batch_norm="keep", **asked)
