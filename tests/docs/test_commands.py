@@ -21,6 +21,7 @@ import typer
 import osscar.cli
 from tests.docs.json_schema import missing, undescribed
 from tests.docs.pages import PAGES, ROOT, Command, commands, mentions
+from tests.osscar.interrupted_cases import tiny_model
 
 INSTALLS = "needs an index of packages; `.ci/run` does it in a fresh environment"
 THIS_SUITE = "is this suite"
@@ -45,8 +46,8 @@ PARSED = {
 """Commands, by what they begin with, that are not run here, and why."""
 
 SMALL = {
-    "smollm2-135m": ("demo",),
-    "torchvision:resnet50": ("torchvision:mobilenet_v2", "--weights", "mobilenet.pth"),
+    "smollm2-135m": ("smollm",),
+    "torchvision:resnet50": ("torchvision:squeezenet1_1", "--weights", "squeezenet.pth"),
 }
 """What stands here for the words of a page that need a network, or much time."""
 
@@ -84,12 +85,18 @@ def to_run() -> dict[str, list[Command]]:
 TO_RUN = to_run()
 
 
+@pytest.fixture(scope="session")
+def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_model(tmp_path_factory.mktemp("small"))
+
+
 @pytest.fixture
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def place(tmp_path: Path, small_model: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A directory with all files that the pages name."""
     prose = "the quick brown fox jumps over the lazy dog and runs back before night falls. "
     (tmp_path / "calibration.txt").write_text(prose * 100)
     (tmp_path / "test.txt").write_text(prose.replace("fox", "cat") * 100)
+    (tmp_path / "smollm").symlink_to(small_model)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -105,7 +112,7 @@ def vision(place: Path) -> None:
         pixels = generator.integers(0, 256, (64, 64, 3), dtype=np.uint8)
         image.fromarray(pixels).save(place / name)
     torch.manual_seed(0)
-    torch.save(models.mobilenet_v2().state_dict(), place / "mobilenet.pth")
+    torch.save(models.squeezenet1_1().state_dict(), place / "squeezenet.pth")
 
 
 def smaller(words: tuple[str, ...], of_images: bool) -> Iterator[str]:
@@ -114,7 +121,7 @@ def smaller(words: tuple[str, ...], of_images: bool) -> Iterator[str]:
         if before == "--groups":
             yield SMALL_GROUPS
         elif words[1] == "sweep" and before in ("--sparsity", "--flops"):
-            yield word.split(",")[-1]
+            yield word.split(",")[0]
         elif before == "--against" and word in SMALL:
             yield from SMALL[word]
         else:
