@@ -122,8 +122,8 @@ def run_export(
         If the model cannot be exported.
     """
     with preserved(model), without_cache(model), _evaluating(model), _silenced(), torch.no_grad():
-        forget_derived(model)  # which would be constants
         try:
+            forget_derived(model)  # which would be constants
             return torch.export.export(
                 model, args, dict(kwargs), dynamic_shapes=dynamic, strict=False
             )

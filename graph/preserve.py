@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import deque
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -87,23 +88,57 @@ def forget_derived(model: torch.nn.Module) -> None:
 
     A module that keeps such values, as position biases of attention by device, drops them when it
     is moved or converted, which it learns of by its `_apply`.
+
+    Warns
+    -----
+    UserWarning
+        If a module refuses, which then keeps them.
     """
-    for module in model.modules():
-        if type(module)._apply is not torch.nn.Module._apply:
-            module._apply(lambda tensor: tensor)  # type: ignore[no-untyped-call]
+    for name, module in model.named_modules():
+        if type(module)._apply is torch.nn.Module._apply or not _keeps_tensors(module):
+            continue
+        before = [(tensor, tensor.data) for tensor in (*module.parameters(), *module.buffers())]
+        try:
+            module._apply(lambda tensor: tensor)
+        except Exception as error:  # the module may be anyone's code
+            warnings.warn(
+                f"module {name or 'the model'!r} ({type(module).__name__}) keeps what it has "
+                f"computed of its parameters, as its _apply fails: {error}",
+                stacklevel=2,
+            )
+        for tensor, data in before:  # of a module that converts, whatever it is asked
+            if (tensor.dtype, tensor.shape) != (data.dtype, data.shape):
+                tensor.data = data
+
+
+def _keeps_tensors(module: torch.nn.Module) -> bool:
+    """Whether a module has tensors beside its parameters and buffers, in attributes."""
+    owned = ("_parameters", "_buffers", "_modules")
+    held = [value for name, value in vars(module).items() if name not in owned]
+    for value in held:
+        if isinstance(value, torch.Tensor) and not isinstance(value, torch.nn.Parameter):
+            return True
+        if isinstance(value, Mapping):
+            held.extend(value.values())
+        elif isinstance(value, list | tuple | set):
+            held.extend(value)
+    return False
 
 
 @contextmanager
 def without_cache(model: torch.nn.Module) -> Iterator[None]:
     """Turn key-value caches off: no size of theirs is known to a graph, and one pass needs none.
 
-    Models of several modalities have a config for each, so all modules are asked for theirs.
+    Models of several modalities have a config for each, so all modules are asked for theirs; one
+    that cannot be changed stays as it is.
     """
-    configs = caching(model).values()
-    before = [(config, config.use_cache) for config in configs]
-    for config in configs:
-        config.use_cache = False
+    before = []
     try:
+        for config in {id(config): config for config in caching(model).values()}.values():
+            kept = config.use_cache
+            with suppress(AttributeError, TypeError):  # of a frozen one
+                config.use_cache = False
+                before.append((config, kept))
         yield
     finally:
         for config, kept in before:
@@ -111,10 +146,22 @@ def without_cache(model: torch.nn.Module) -> Iterator[None]:
 
 
 def caching(model: torch.nn.Module) -> dict[str, Any]:
-    """Return the configs that say whether keys and values are kept, by their first module."""
-    found: dict[int, tuple[str, Any]] = {}
-    for name, module in model.named_modules():
-        config = getattr(module, "config", None)
-        if getattr(config, "use_cache", None) is not None:
-            found.setdefault(id(config), (name, config))
-    return dict(found.values())
+    """Return the configs that say whether keys and values are kept, by the names of modules."""
+    configs = {name: getattr(module, "config", None) for name, module in model.named_modules()}
+    return {n: c for n, c in configs.items() if getattr(c, "use_cache", None) is not None}
+
+
+def cache_as(pruned: torch.nn.Module, model: torch.nn.Module) -> None:
+    """Let a model that was made while caches were off use them as another one does.
+
+    Parameters
+    ----------
+    pruned
+        Changed in place.
+    model
+        With modules of the same names.
+    """
+    theirs = caching(model)
+    for name, mine in caching(pruned).items():
+        if name in theirs and mine.use_cache != theirs[name].use_cache:
+            mine.use_cache = theirs[name].use_cache

@@ -4,7 +4,7 @@ Only ``A = inv(H_SS)``, in half of its memory, and the refit W of the kept rows 
 of ``K = W W'`` only the diagonal blocks are kept current.  What a removal does to the rest is a
 low-rank term that stays pending; a row of A and of K is brought up to date when its unit leaves,
 and every so often all pending removals are applied at once, and removed rows dropped.  Rows of
-units that are likely to leave are multiplied out together, once, and stay at hand until they do.
+units that are likely to leave are multiplied out together, and stay at hand while they are.
 One removal then costs O(p w b) with b pending rows, and the matrix work is a few dense products
 (the lazy batched updates of Frantar et al., GPTQ, ICLR 2023, applied to structured removal).
 
@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -43,6 +43,8 @@ _DIRECTIONS = 4
 """In which a refit is compared with another: its errors point in all."""
 
 _DRIFT_TOLERANCE = 1e-8
+_NO_DIGITS = 1e-6
+"""Of the largest row of W: errors of smaller rows count as if they were so large."""
 
 
 @dataclass(frozen=True)
@@ -123,7 +125,7 @@ class _Front:
         removed: list[Removal] = []
         for part in self._parts:
             part.begin(steps, self._penalty > 0)
-        count = min(_AHEAD * steps, len(self._units))
+        count = min(_AHEAD * steps, int((self._penalty == 0).sum()))
         likely = self._losses().topk(count, largest=False, sorted=False).indices
         for part in self._parts:
             part.read_ahead(likely)
@@ -187,6 +189,7 @@ class _Part:
         self.A.factorize()
         self.W = self._refit(G)
         self.A.invert()
+        self.K_blocks = self._diagonal()
         self.ahead = self._read(units[:0])
         self.place: dict[int, int] = {}
 
@@ -211,16 +214,21 @@ class _Part:
         self.V = self.W.new_empty(steps * w, self.W.shape[1])
         self.filled = 0
         unscored = torch.eye(w, dtype=torch.float64, device=self.W.device)
+        self.K_blocks = self._diagonal()
         if w == 1:
-            self.unscored = unscored[0, 0]
-            self.A_blocks = self.A.diagonal()
-            self.K_blocks = torch.linalg.vector_norm(self.W, dim=1).square_()
+            self.unscored, self.A_blocks = unscored[0, 0], self.A.diagonal()
         else:
-            blocks = self.W.view(len(gone), w, -1)
-            self.unscored = unscored
-            self.A_blocks, self.K_blocks = self.A.diagonal_blocks(w), blocks @ blocks.mT
+            self.unscored, self.A_blocks = unscored, self.A.diagonal_blocks(w)
         # Units that are gone count no more; this keeps their scores finite.
         self.A_blocks[gone] = self.unscored
+
+    def _diagonal(self) -> Tensor:
+        """Return the diagonal blocks of K, (n,) or (n, w, w)."""
+        if self.width == 1:
+            sizes: Tensor = torch.linalg.vector_norm(self.W, dim=1).square_()
+            return sizes
+        blocks = self.W.view(len(self.W) // self.width, self.width, -1)
+        return blocks @ blocks.mT
 
     def read_ahead(self, units: Tensor) -> None:
         """Have the rows, pending removals left out, of units that are likely to leave."""
@@ -291,18 +299,25 @@ class _Part:
         self.A.subtract(Z.T, a)
         self.W.addmm_(Z.T, V, alpha=-1)
         waiting = torch.tensor([*self.place.values()], dtype=torch.int64, device=self.W.device)
-        sizes = self.K_blocks.view(-1, w, w).diagonal(dim1=1, dim2=2).sum(1)
-        sound = sizes[self.ahead.units] >= _CANCELS_AT * self.ahead.sizes
-        self.ahead = self.ahead.only(waiting[sound[waiting]], w)
+        sizes = self._sizes()[self.ahead.units]
+        largest = torch.maximum(self.ahead.sizes, sizes)
+        sound = sizes >= _CANCELS_AT * largest
+        self.ahead = replace(self.ahead, sizes=largest).only(waiting[sound[waiting]], w)
         own = unit_rows(self.ahead.units, w)
         self.ahead.A.addmm_(a[:, own].T, Z, alpha=-1)
         self.ahead.K.addmm_(Z[:, own].T, Q, alpha=-1).addmm_(Q[:, own].T, Z, alpha=-1)
+
+    def _sizes(self) -> Tensor:
+        """Return the traces of the blocks of K, (n,)."""
+        blocks = self.K_blocks.view(-1, self.width, self.width)
+        traces: Tensor = blocks.diagonal(dim1=1, dim2=2).sum(1)
+        return traces
 
     def keep_only(self, left: Tensor) -> None:
         """Drop all rows but those of the units at the places `left`."""
         rows = unit_rows(left, self.width)
         self.A.keep_only(rows, width=self.width)
-        self.W, self.rows = self.W[rows], self.rows[rows]
+        self.W, self.rows, self.K_blocks = self.W[rows], self.rows[rows], self.K_blocks[left]
         self.G_signs = self.G_signs[rows]
         ahead = self.ahead
         self.ahead = _Ahead(
@@ -310,15 +325,26 @@ class _Part:
         )
 
     def drift(self, units: Tensor) -> float:
-        """Return the error of ``H A = I`` and of ``W = A G``, on the rows of some units."""
+        """Return the error of ``H A = I``, ``W = A G`` and ``K = W W'``, on rows of some units.
+
+        Rows of W that are nothing but rounding, as those of weights that are zero, have no digits
+        to lose.
+        """
         some = units * self.width
         A = self.A.rows(some)
         error = self.terms.H(self.rows[some], self.rows) @ A.T
         error -= (some[:, None] == some).to(error)
-        W = self.W[some]
-        size = torch.linalg.vector_norm(W, dim=1)
+        W, sizes = self.W[some], self._sizes().clamp(min=0.0).sqrt()
+        sizes = sizes.clamp(min=float(_NO_DIGITS * sizes.max()) or 1e-150)
         lost = torch.linalg.vector_norm(W @ self.signs - A @ self.G_signs, dim=1) / _DIRECTIONS**0.5
-        return max(float(error.abs().max()), float((lost / size.clamp(min=1e-300)).max()))
+        worst = [error.abs().max(), (lost / sizes[units]).max()]
+        ahead = self.ahead.units[:_DIRECTIONS]
+        if len(ahead):
+            found = self.ahead.K[: self.width * len(ahead) : self.width]
+            scale = sizes[ahead][:, None] * sizes.repeat_interleave(self.width)
+            exact = self.W[ahead * self.width] @ self.W.T
+            worst.append(((found - exact) / scale).abs().max())
+        return float(torch.stack(worst).max())
 
 
 @dataclass(frozen=True, eq=False)

@@ -73,18 +73,12 @@ from osscar.core.modules import (
 from osscar.core.on_disk import is_on_disk, shelf_of
 from osscar.shrinking.equivalence import Inputs, proof_outputs, prove_equal
 from osscar.shrinking.fold import fold, is_normalized
-from osscar.shrinking.lineage import LINEAGE, Lineage, lineage_of
+from osscar.shrinking.lineage import FORMATS, LINEAGE, Lineage, lineage_of, main_dtype, stored_dtype
 from osscar.shrinking.plan import Form
 from osscar.shrinking.program import ProgramModule
 from osscar.shrinking.shrink_program import replayed
 
 __all__ = ["SavedCheckpoint", "adopt_config", "check_output", "load", "save", "stock_config"]
-
-_FORMATS = {
-    str(kind).removeprefix("torch."): kind
-    for kind in (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-}
-"""Number formats by the names that lineages have for them."""
 
 _FORM = "form"
 """What a file of weights says of a program: that it is one."""
@@ -169,7 +163,7 @@ def save(
     lineage = lineage_of(model)
     dtype = stored_dtype(model) if dtype is None else dtype
     path = check_output(directory, overwrite=overwrite, needed_bytes=weight_bytes(model, dtype))
-    if dtype != _dtype(model):
+    if dtype != main_dtype(model):
         model = copied(model).to(dtype)
     model = _as_its_class_builds_it(model)
     lineage = dataclasses.replace(lineage, stored_dtype=str(dtype).removeprefix("torch."))
@@ -219,13 +213,12 @@ def _with_code(path: Path) -> bool:
 def weight_bytes(model: nn.Module, dtype: torch.dtype | None = None) -> int:
     """Return how much a model's weights take on disk in a number format, as `save` takes it."""
     dtype = stored_dtype(model) if dtype is None else dtype
+    as_it_is = dtype == main_dtype(model)
     tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}.values()
-    return sum(t.numel() * (dtype if t.is_floating_point() else t.dtype).itemsize for t in tensors)
-
-
-def stored_dtype(model: nn.Module) -> torch.dtype:
-    """Return the number format that a model is saved in: that in which it was read."""
-    return _FORMATS.get(lineage_of(model).stored_dtype or "") or _dtype(model)
+    return sum(
+        t.numel() * (t.dtype if as_it_is or not t.is_floating_point() else dtype).itemsize
+        for t in tensors
+    )
 
 
 def _write(
@@ -349,9 +342,9 @@ def _check_form(model: nn.Module, file: Path) -> None:
 
 
 def _check_dtype(dtype: object) -> None:
-    known = isinstance(dtype, torch.dtype) and dtype in _FORMATS.values()
+    known = isinstance(dtype, torch.dtype) and dtype in FORMATS.values()
     if dtype is not None and not known:
-        raise OptionError(f"dtype is {shown(dtype)}; give one of {', '.join(_FORMATS)} of torch")
+        raise OptionError(f"dtype is {shown(dtype)}; give one of {', '.join(FORMATS)} of torch")
 
 
 def _check_companions(tokenizer: Any, report: Any) -> None:
@@ -488,11 +481,6 @@ def _order_metadata(path: Path) -> None:
             file.write(text.ljust(length))
 
 
-def _dtype(model: nn.Module) -> torch.dtype:
-    """Return the number format of a model's weights."""
-    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-
-
 def _read_again(model: nn.Module, path: Path) -> nn.Module:
     """Read a written checkpoint back, in float32."""
     shelf = shelf_of(model)
@@ -507,7 +495,7 @@ def _read_again(model: nn.Module, path: Path) -> nn.Module:
 def _prove_same(model: nn.Module, again: nn.Module, example_inputs: Inputs | None) -> None:
     """Compare what a model computes with what was read back, which is in float32."""
     # In float32: whether the weights are the same is the question, not how they are rounded.
-    if _dtype(model) != torch.float32:
+    if main_dtype(model) != torch.float32:
         model = copied(model).float()
     device = next(model.parameters()).device
     inputs = _token_inputs(model, device) if example_inputs is None else example_inputs

@@ -20,9 +20,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from graph import CouplingGroup, UnitKind
-from osscar.checkpoint.directory import stored_dtype
 from osscar.core.operations import operations
 from osscar.data.batches import Batch
+from osscar.shrinking.lineage import saved_dtype
 
 
 class Cost(enum.StrEnum):
@@ -170,16 +170,26 @@ def count(
     )
 
 
+_NAMED = 128
+"""Bytes that a file of safetensors takes at most to tell of a tensor, its name aside."""
+
+
 def _stored_bytes(model: nn.Module) -> tuple[dict[str, float], float]:
-    """Return the bytes of an entry of each parameter as `save` writes it, and those of buffers."""
-    dtype, stored = stored_dtype(model), model.state_dict()
+    """Return the bytes of an entry of each parameter as `save` writes it, and those of the rest.
+
+    These are buffers, also those that only a program keeps, and what the file says of tensors.
+    """
+    dtype = saved_dtype(model)
 
     def size(tensor: Tensor) -> int:
-        return (dtype if tensor.is_floating_point() else tensor.dtype).itemsize
+        converted = dtype is not None and tensor.is_floating_point()
+        return (dtype if converted else tensor.dtype).itemsize  # type: ignore[union-attr]
 
+    tensors = dict([*model.named_parameters(), *model.named_buffers()])
+    buffers = {id(b): b for b in model.buffers()}.values()
     prices = {name: float(size(p)) for name, p in model.named_parameters()}
-    buffers = {id(b): b for name, b in model.named_buffers() if name in stored}
-    return prices, float(sum(b.numel() * size(b) for b in buffers.values()))
+    named = sum(len(name) + _NAMED for name in tensors)
+    return prices, float(sum(b.numel() * size(b) for b in buffers) + named)
 
 
 def _taken(

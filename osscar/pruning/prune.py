@@ -19,6 +19,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from graph import UnitKind
+from graph.preserve import cache_as
 from osscar.capture.opened import Opened, opened
 from osscar.checkpoint.hf_config import adopt_config
 from osscar.core.devices import resolve_device
@@ -120,6 +121,7 @@ def prune_as_asked(
     if ranks.first:
         budget = timed_again(model, result.model, ready, budget)
     put_back(ready, result.model, result.plan)
+    cache_as(result.model, model)
     return dataclasses.replace(result, budget=budget, seconds=time.perf_counter() - start)
 
 

@@ -247,7 +247,10 @@ class PruningRequest:
         if self.size is not None:
             parse_size_kept(self.size)
         if self.at_least is not None:
-            parse_keep(self.at_least)
+            try:
+                parse_keep(self.at_least)
+            except RequestError as error:
+                raise RequestError(f"at-least: {error}") from error
             if not budgets:
                 raise RequestError(
                     f"at least {self.at_least} of each group stays within a budget, and there is "

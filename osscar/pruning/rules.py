@@ -51,8 +51,12 @@ class Uniform:
 
     @property
     def rounds(self) -> bool:
-        """Whether shares are rounded to units, whatever that comes to."""
-        return self.request.sparsity is not None
+        """Whether shares are rounded to units, whatever that comes to, and to no more than that."""
+        sparsity, widths = self.request.sparsity, self.request.widths
+        if sparsity is None:
+            return False
+        share = 1 - Fraction(str(sparsity))
+        return all(widths.least(g.units) <= max(1, math.ceil(share * g.units)) for g in self.shared)
 
     def choose(self, cost: CostModel, limit: float) -> dict[str, int]:
         """Return the counts of the largest share within the limit, or of the least share."""

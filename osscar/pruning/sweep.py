@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from graph.preserve import caching
+from graph.preserve import cache_as
 from osscar.capture.opened import Opened
 from osscar.capture.targets import Target
 from osscar.core.errors import OptionError
@@ -203,7 +203,7 @@ def sweep(
             result = dataclasses.replace(
                 result, budget=timed_again(model, result.model, ready, result.budget)
             )
-            _with_cache_as(result.model, model)
+            cache_as(result.model, model)
             note_calibration(result.model, calibration)
             yield job, result
 
@@ -211,11 +211,3 @@ def sweep(
 def _again(ready: Opened) -> Opened:
     """Return the opened model with a copy that may be changed."""
     return dataclasses.replace(ready, model=copied(ready.model))
-
-
-def _with_cache_as(pruned: nn.Module, model: nn.Module) -> None:
-    """Use the key-value cache as the user's model does: while a model is open, it does not."""
-    theirs = caching(model)
-    for name, mine in caching(pruned).items():
-        if name in theirs:
-            mine.use_cache = theirs[name].use_cache

@@ -105,12 +105,12 @@ def finer_precision(model: nn.Module, example: Inputs | None = None) -> Iterator
         Inputs to try it on: a model whose code or kernels know only its own format keeps that.
     """
     formats = {name: tensor.dtype for name, tensor in _tensors(model)}
-    for _, tensor in _tensors(model):
-        tensor.data = tensor.data.to(_FINER.get(tensor.dtype, tensor.dtype))
-    forget_derived(model)
-    if example is not None and not runs(model, in_format_of(example, model)):
-        _return_to(model, formats)
     try:
+        for _, tensor in _tensors(model):
+            tensor.data = tensor.data.to(_FINER.get(tensor.dtype, tensor.dtype))
+        forget_derived(model)
+        if example is not None and not runs(model, in_format_of(example, model)):
+            _return_to(model, formats)
         yield
     finally:
         _return_to(model, formats)
@@ -289,7 +289,7 @@ def _failing_line(trace: TracebackType | None, module: nn.Module) -> str:
         frame = trace.tb_frame
         inside = inside or frame.f_locals.get("self") is module
         code = frame.f_code
-        if inside and "/torch/" not in code.co_filename and code.co_name != "__torch_function__":
+        if inside and "/torch/" not in code.co_filename and code.co_name != "__torch_dispatch__":
             line = linecache.getline(code.co_filename, trace.tb_lineno).strip()
             found = line or found
         trace = trace.tb_next

@@ -16,6 +16,7 @@ import inspect
 import itertools
 import re
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from typing import Any, TypeAlias, TypeVar
 
 from torch import Tensor, nn
@@ -192,13 +193,23 @@ def _fits(meaning: _Meaning, value: int, group: GroupPlan) -> bool:
 
 def _follow_in_config(module: nn.Module, group: GroupPlan) -> None:
     """Give a module that reads counts from the model's config, in its code, one of its own."""
-    config = getattr(module, "config", None)
-    meanings = _OF_KIND.get(group.kind, ())
-    kind: Any = type(module)
-    counts = [n for n in _read_of_config(kind) for m in meanings if _is_called(m, n)]
-    if config is not None and any(type(vars(config).get(name)) is int for name in counts):
-        module.config = copy.copy(config)
-        follow(module.config, group)
+    config, kind = getattr(module, "config", None), type(module)
+    counts: dict[str, int] = {}
+    for name in _read_of_config(kind):  # type: ignore[arg-type]  # classes can be hashed
+        value = getattr(config, name, None)
+        for meaning in _OF_KIND.get(group.kind, ()):
+            if type(value) is int and _is_called(meaning, name) and _fits(meaning, value, group):
+                counts[name] = group.scaled(value)
+                break
+    if counts:
+        # What refuses to be changed stays, and is found out by trial.
+        with suppress(AttributeError, TypeError):
+            own = copy.copy(config)
+            if own is config:  # such as a class, which is everyone's
+                return
+            for name, value in counts.items():
+                setattr(own, name, value)
+            setattr(module, "config", own)  # noqa: B010, as it is no tensor or module
 
 
 @functools.cache

@@ -9,13 +9,15 @@ a forward pass come furthest.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import combinations
 from typing import Any, TypeAlias
 
+import torch
 from torch import nn
-from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from graph.export import failing_module
 from osscar.core.errors import EquivalenceError
@@ -25,6 +27,10 @@ from osscar.shrinking.follow import nearby
 from osscar.shrinking.plan import GroupPlan, Integer, PruningPlan
 
 _MOST_AT_ONCE = 3
+_MOST_ATTEMPTS = 1000
+"""Forward passes of one search: sets of many numbers are more than anyone would wait for."""
+_MOST_STEPS = 8
+"""In which numbers follow that do not suffice by themselves."""
 
 _NEVER_COUNTS = (
     r"strides?|dilations?|kernel_sizes?|output_padding|(up|down)?scale_factor|.*_factor|"
@@ -36,6 +42,9 @@ from them).  Any other module may call `padding` what it adds to the channels.""
 
 
 _Sizes: TypeAlias = int | tuple[int, ...]
+
+_Number: TypeAlias = tuple[str, int | None]
+"""The name of an attribute, and in a tuple the position."""
 
 
 @dataclass
@@ -56,10 +65,9 @@ class IntegerSearch:
     plan: PruningPlan
     check: Callable[[], float]
     found: dict[tuple[str, str], _Sizes] = field(default_factory=dict)
-    calls: int = 0
-    """Of functions of torch in the last attempt, before it failed: how far it has come."""
 
     def __post_init__(self) -> None:
+        self.attempts = 0
         self.refusal: Exception | None = None
         self.near: dict[str, list[GroupPlan]] = {}
         for group in self.plan.groups:
@@ -80,22 +88,28 @@ class IntegerSearch:
             If no numbers help; `AdapterError` if a module cannot follow.
         """
         outcome = self._attempt()
-        while not isinstance(outcome, float):
-            outcome = self._mended(outcome, self.calls)
+        for _ in range(_MOST_STEPS):
+            if isinstance(outcome, float):
+                break
+            outcome = self._mended(outcome)
+        if not isinstance(outcome, float):
+            raise self._said(outcome)
         return outcome, tuple(Integer(*place, value) for place, value in self.found.items())
 
     def _attempt(self) -> float | Exception:
-        counted = _Calls()
         try:
-            with counted:
-                return self.check()
+            return self.check()
         except Exception as error:  # whatever the user's forward raises when sizes do not fit
             let_shortage_pass(error)
             return error
-        finally:
-            self.calls = counted.number
 
-    def _mended(self, failure: Exception, calls: int) -> float | Exception:
+    def _counted(self) -> tuple[float | Exception, int]:
+        """Return the outcome of an attempt, and after how many calls of operators."""
+        with _Calls() as calls:
+            outcome = self._attempt()
+        return outcome, calls.number
+
+    def _mended(self, failure: Exception) -> float | Exception:
         """Return the outcome of the first set of candidates that gets past a failure.
 
         If none does, that of the set which comes furthest.
@@ -103,25 +117,36 @@ class IntegerSearch:
         if ROWS_OF_16_BYTES in str(failure):  # of numbers that did follow
             raise explained(failure, self.model) from failure
         culprit = self._culprit(failure)
-        furthest: tuple[type[nn.Module], tuple[str, ...]] | None = None
+        furthest: tuple[type[nn.Module], tuple[_Number, ...]] | None = None
+        _, most = self._counted()
         for kind, names in self._candidates(culprit):
+            self.attempts += 1
+            if self.attempts > _MOST_ATTEMPTS:
+                break
             before = self._follow(kind, names)
-            outcome = self._attempt()
+            outcome, calls = self._counted()
             if isinstance(outcome, float) or self._is_past(outcome, culprit):
                 self.refusal = None
-                return outcome
-            if culprit is not None and self.calls > calls:
-                furthest, calls = (kind, names), self.calls
+                return self._attempt()  # as it runs when nobody counts
+            if culprit is not None and calls > most:
+                furthest, most = (kind, names), calls
             for (name, attribute), value in before.items():
                 setattr(self.model.get_submodule(name), attribute, value)
                 del self.found[name, attribute]
-        if self.refusal is None:  # what is said in the end, before numbers followed in vain
-            blamed = isinstance(failure, EquivalenceError)
-            self.refusal = failure if blamed else explained(failure, self.model)
+        said = self._said(failure)
         if furthest is None:
-            raise self.refusal from failure
+            raise said
         self._follow(*furthest)
         return self._attempt()
+
+    def _said(self, failure: Exception) -> Exception:
+        """Return what is said in the end: of the failure before numbers followed in vain."""
+        if self.refusal is None:
+            self.refusal = failure
+            if not isinstance(failure, EquivalenceError):
+                self.refusal = explained(failure, self.model)
+                self.refusal.__cause__ = failure
+        return self.refusal
 
     def _culprit(self, failure: Exception) -> str | None:
         """Return the name of the module that failed; None if only the outputs were wrong."""
@@ -140,10 +165,12 @@ class IntegerSearch:
     def _kind(self, name: str) -> type[nn.Module]:
         return type(self.model.get_submodule(name))
 
-    def _candidates(self, culprit: str | None) -> Iterator[tuple[type[nn.Module], tuple[str, ...]]]:
+    def _candidates(
+        self, culprit: str | None
+    ) -> Iterator[tuple[type[nn.Module], tuple[_Number, ...]]]:
         """Yield classes with the names of numbers in them, the likeliest and fewest first."""
         places = dict.fromkeys((*_upwards(culprit), *self.near))
-        names: dict[type[nn.Module], dict[str, None]] = {}
+        names: dict[type[nn.Module], dict[_Number, None]] = {}
         for name in places:
             own = names.setdefault(self._kind(name), {})
             own.update(dict.fromkeys(self._following(name)))
@@ -152,24 +179,38 @@ class IntegerSearch:
                 for chosen in combinations(attributes, count):
                     yield kind, chosen
 
-    def _following(self, name: str) -> dict[str, _Sizes]:
-        """Return the numbers of a module that may follow, with what they would become.
-
-        Modules without tensors, such as `torch.nn.Unflatten`, are near no group, so that any may
-        be meant.
-        """
+    def _following(self, name: str) -> dict[_Number, int]:
+        """Return the numbers of a module that may follow, with what they would become."""
         sizes: dict[int, int] = {}
-        for group in self.near.get(name, self.plan.groups):
+        for group in self._groups_of(name):
             sizes[group.units] = len(group.kept)
             for slot in group.slots:
                 old = slot.units * slot.width
                 sizes[old] = group.scaled(old)
         sizes = {**self._of_tensors(name), **sizes}
+        numbers = _numbers(self.model.get_submodule(name))
         return {
-            key: new
-            for key, value in vars(self.model.get_submodule(name)).items()
-            if self._may_count(name, key) and (new := _resized(value, sizes)) is not None
+            number: sizes[value]
+            for number, value in numbers.items()
+            if value in sizes and self._may_count(name, number[0])
         }
+
+    def _groups_of(self, name: str) -> Sequence[GroupPlan]:
+        """Return the groups whose sizes a module may keep.
+
+        Those near it, else those that lie in it; a module without any tensor, such as
+        `torch.nn.Unflatten`, is near no group, so that any may be meant.
+        """
+        if name in self.near:
+            return self.near[name]
+        if next(self.model.get_submodule(name).parameters(), None) is None:
+            return self.plan.groups
+        within = f"{name}." if name else ""
+        return [
+            group
+            for group in self.plan.groups
+            if any(slot.tensor.startswith(within) for slot in group.slots)
+        ]
 
     def _of_tensors(self, name: str) -> dict[int, int]:
         """Return sizes of tensors near a module that have lost units, and what became of them.
@@ -202,7 +243,7 @@ class IntegerSearch:
         return (name, key) not in self.found and not re.fullmatch(never, key)
 
     def _follow(
-        self, kind: type[nn.Module], names: tuple[str, ...]
+        self, kind: type[nn.Module], numbers: tuple[_Number, ...]
     ) -> dict[tuple[str, str], _Sizes]:
         """Let some numbers follow in every module of a class; return what they were."""
         before: dict[tuple[str, str], _Sizes] = {}
@@ -210,22 +251,26 @@ class IntegerSearch:
             if type(module) is not kind:
                 continue
             following = self._following(name)
-            for key in names:
-                if key in following:
-                    before[name, key] = getattr(module, key)
-                    setattr(module, key, following[key])
-                    self.found[name, key] = following[key]
+            for key, position in numbers:
+                if (key, position) not in following:
+                    continue
+                old = getattr(module, key)
+                new = _with(old, position, following[key, position])
+                with suppress(AttributeError, TypeError, ValueError, RuntimeError):  # it refuses
+                    setattr(module, key, new)
+                    before.setdefault((name, key), old)
+                    self.found[name, key] = new
         return before
 
 
-class _Calls(TorchFunctionMode):
-    """Counts the calls of functions of torch."""
+class _Calls(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts the calls of operators; layers take the path that they take without it."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.number = 0
 
-    def __torch_function__(
+    def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         self.number += 1
@@ -241,11 +286,17 @@ def _upwards(name: str | None) -> Iterator[str]:
         yield name
 
 
-def _resized(value: object, sizes: Mapping[int, int]) -> _Sizes | None:
-    """Return a number, or a tuple of them, with what follows changed; None if nothing does."""
-    if type(value) is int:
-        return sizes.get(value)
-    if not isinstance(value, tuple) or any(type(size) is not int for size in value):
-        return None
-    new = tuple(sizes.get(size, size) for size in value)
-    return None if new == value else new
+def _numbers(module: nn.Module) -> dict[_Number, int]:
+    """Return the whole numbers that are attributes of a module, or entries of tuples there."""
+    found: dict[_Number, int] = {}
+    for key, value in vars(module).items():
+        if type(value) is int:
+            found[key, None] = value
+        elif type(value) in (tuple, torch.Size) and all(type(size) is int for size in value):
+            found |= {(key, position): size for position, size in enumerate(value)}
+    return found
+
+
+def _with(value: Any, position: int | None, new: int) -> _Sizes:
+    """Return a number, or a tuple with another one at a position."""
+    return new if position is None else (*value[:position], new, *value[position + 1 :])

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeAlias
 
+import torch
 from pydantic import ConfigDict
 from torch import nn
 
@@ -123,3 +124,29 @@ def note_calibration(model: nn.Module, calibration: Any) -> None:
         calibration=(*before.calibration, Calibration.of(described)),
         preprocessing=before.preprocessing or described.get("preprocessing"),
     )
+
+
+FORMATS = {
+    str(kind).removeprefix("torch."): kind
+    for kind in (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+}
+"""Number formats by the names that lineages have for them."""
+
+
+def main_dtype(model: nn.Module) -> torch.dtype:
+    """Return the number format of a model's weights: that of the first."""
+    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+
+
+def stored_dtype(model: nn.Module) -> torch.dtype:
+    """Return the number format that a model is saved in: that in which it was read."""
+    return FORMATS.get(lineage_of(model).stored_dtype or "") or main_dtype(model)
+
+
+def saved_dtype(model: nn.Module) -> torch.dtype | None:
+    """Return what weights are converted to when a model is saved; None if they stay as they are.
+
+    They do where the first has the format already, whatever that of others is.
+    """
+    stored = stored_dtype(model)
+    return None if stored == main_dtype(model) else stored

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+from dataclasses import dataclass
 from types import SimpleNamespace
 
 import pytest
@@ -42,6 +44,49 @@ def test_a_cache_of_an_inner_model_is_off_while_it_is_traced() -> None:
     assert group.units == 8
     assert model.language.config.use_cache is True
     assert model.config.use_cache is None
+
+
+@dataclass(frozen=True)
+class Frozen:
+    use_cache: bool = True
+
+
+def test_a_config_that_cannot_be_changed_does_not_keep_a_model_from_being_traced() -> None:
+    model = OfTwoModalities()
+    model.config = SimpleNamespace(use_cache=True)
+    model.frozen = nn.Linear(2, 2)
+    model.frozen.config = Frozen()  # type: ignore[assignment]
+    assert len(graph.trace(model, (torch.randn(3, 4),)).prunable) == 1
+    assert model.config.use_cache is True
+
+
+class Refusing(nn.Linear):
+    """May not be moved, and keeps something."""
+
+    kept = None
+
+    def _apply(self, *args: object, **kwargs: object) -> nn.Module:
+        raise RuntimeError("may not be moved")
+
+
+class Converting(nn.Linear):
+    """Is in half precision whatever it is asked to be."""
+
+    def _apply(self, fn: object, recurse: bool = True) -> nn.Module:
+        return super()._apply(lambda t: t.to(torch.bfloat16))  # type: ignore[no-untyped-call]
+
+
+@pytest.mark.parametrize("kind", [Refusing, Converting])
+def test_what_modules_do_when_they_are_converted_changes_no_model(kind: type[nn.Linear]) -> None:
+    layer = kind(4, 8)
+    layer.kept = torch.ones(8)  # type: ignore[assignment]
+    before = [parameter.clone() for parameter in layer.parameters()]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore" if kind is Converting else "default")
+        graph.trace(nn.Sequential(layer, nn.ReLU(), nn.Linear(8, 4)), (torch.randn(3, 4),))
+    for parameter, kept in zip(layer.parameters(), before, strict=True):
+        assert parameter.dtype == torch.float32
+        assert torch.equal(parameter, kept)
 
 
 def test_caches_are_on_again_after_a_failure() -> None:

@@ -426,8 +426,8 @@ def test_a_size_is_that_of_the_weights_as_they_are_saved(tmp_path, stored):
     result = osscar.prune(model, tokens(8, 24), size=f"{0.8 * size:.0f}B", backend="wanda")
     saved = result.save(tmp_path / "second")
     assert result.budget.cost is Cost.BYTES
-    assert result.budget.reached <= saved.bytes <= 0.8 * size + 8192  # of names, in the file
-    assert 0.9 * 0.8 * size <= result.budget.reached <= 0.8 * size
+    assert saved.bytes <= result.budget.reached <= 0.8 * size
+    assert 0.8 * 0.8 * size <= saved.bytes
 
 
 def test_buffers_count_and_the_most_that_one_may_ask_for_is_all():
@@ -437,7 +437,40 @@ def test_buffers_count_and_the_most_that_one_may_ask_for_is_all():
     with opened(net, torch.randn(4, 3, 8, 8)) as ready:
         cost = count(Cost.BYTES, ready.model, ready.groups, ready.sample)
     entries = sum(4 * p.numel() for p in net.parameters()) + 2 * 8 * 4 + 8  # and an int64
-    assert cost.dense == entries
+    assert entries < cost.dense < entries + 9 * 200  # what the file says of nine tensors
+
+
+def test_a_size_counts_tensors_in_their_own_formats_and_what_programs_keep(tmp_path):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 4))
+    net[0] = net[0].to(torch.bfloat16)
+    with torch.no_grad():
+        net = nn.Sequential(Half(net[0]), *net[1:]).eval()
+    data = torch.randn(64, 8)
+    dense = sum(p.numel() * p.itemsize for p in net.parameters())
+    asked = {"size": int(0.7 * dense), "allocation": "uniform", "backend": "wanda"}
+    result = osscar.prune(net, data, **asked)
+    assert osscar.save(result.model, tmp_path / "saved").bytes <= 0.7 * dense
+
+
+class Half(nn.Module):
+    """A layer in half precision before others."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+        self.register_buffer("table", torch.ones(500), persistent=False)
+
+    def forward(self, x):
+        return self.layer(x.to(self.layer.weight.dtype)).float() * self.table.mean()
+
+
+def test_uniform_shares_do_not_miss_a_budget_for_what_is_kept_at_least():
+    with opened(tiny("opt"), tokens(8, 24)) as ready:
+        few = Asked(sparsity=0.7, at_least=0.9, allocation="uniform")
+        with pytest.raises(RequestError, match=r"--sparsity 0.7 cannot be met"):
+            allocate(ready, few)
+        assert allocate(ready, Asked(sparsity=0.3, at_least=0.2, allocation="uniform")).keep
 
 
 def test_every_group_keeps_what_it_is_to_keep_at_least():
@@ -488,7 +521,7 @@ def test_a_budget_out_of_reach_says_what_is_in_reach(allocation):
         ({"size": 0}, "cannot keep 0 units"),
         ({"size": True}, "cannot read True"),
         ({"size": "100MB", "params": 0.5}, "params and size are budgets"),
-        ({"sparsity": 0.5, "at_least": 1.5}, "cannot keep the fraction"),
+        ({"sparsity": 0.5, "at_least": 1.5}, "at-least: cannot keep the fraction"),
         ({"heads": 0.5, "at_least": 0.5}, "there is none; give one, such as --sparsity"),
     ],
 )

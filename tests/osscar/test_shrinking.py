@@ -7,9 +7,11 @@ import importlib
 import json
 import os
 import shutil
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -244,6 +246,91 @@ def test_a_number_that_code_reads_from_a_shared_config_follows_in_one_of_its_own
     assert (first.config.intermediate_size, second.config.intermediate_size) == (4, 7)
     assert config.intermediate_size == 10
     assert first.config.name == "shared"
+
+
+@dataclass(frozen=True)
+class Frozen:
+    intermediate_size: int = 10
+
+
+class Shared:
+    intermediate_size = 10
+
+
+@pytest.mark.parametrize("config", [Frozen(), Shared], ids=["frozen", "class"])
+def test_a_config_that_cannot_be_changed_stays_and_a_program_follows(config: Any) -> None:
+    torch.manual_seed(0)
+    net, data = nn.Sequential(OfConfig(config)), torch.randn(64, 6)
+    before = net(data)
+    with pytest.raises(AdapterError, match=r"nothing was pruned|cannot follow"):
+        osscar.prune(net, data, neurons=0.5, form="module", strict=True)
+    result = osscar.prune(net, data, neurons=0.5, strict=True)
+    assert str(result.form) == "graph"
+    assert config.intermediate_size == 10
+    assert torch.equal(net(data), before)
+
+
+class Literal(nn.Module):
+    """A block that keeps the number of its neurons."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down, self.z = nn.Linear(16, 32), nn.Linear(32, 16), 32
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(torch.relu(self.up(x)).view(*x.shape[:-1], self.z))
+
+
+def test_a_block_that_keeps_its_units_keeps_its_numbers() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(Literal(), Literal(), Literal())
+    asked = {"sparsity": 0.5, "skip": ["0.*"], "form": "module", "strict": True}
+    result = osscar.prune(net, torch.randn(64, 16), **asked)
+    numbers = [block.z for block in result.model]
+    assert numbers[0] == 32 > max(numbers[1:])
+
+
+class Limited(nn.Module):
+    """Its tuple holds the longest sequence beside the number of neurons, which is the same."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down, self.sizes = nn.Linear(6, 32), nn.Linear(32, 6), (32, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x[:, -self.sizes[0] :]
+        return self.down(torch.relu(self.up(x)).view(*x.shape[:2], self.sizes[1]))
+
+
+def test_only_the_entry_of_a_tuple_that_has_to_follow_does() -> None:
+    torch.manual_seed(0)
+    result = osscar.prune(Limited(), torch.randn(16, 6, 6), neurons=0.5, form="module")
+    assert result.model.sizes == (32, 16)
+    assert result.model(torch.randn(2, 40, 6)).shape == (2, 32, 6)
+
+
+class BeforeEncoder(nn.Module):
+    """A block before an encoder of torch, whose fused path leaves zeros at padded positions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = nn.Sequential(nn.Linear(8, 24), nn.ReLU(), nn.Linear(24, 8))
+        layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+        self.encoder = nn.TransformerEncoder(layer, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        padding = torch.zeros(x.shape[:2], dtype=torch.bool)
+        padding[:, 4:] = True
+        found: Tensor = self.encoder(self.block(x), src_key_padding_mask=padding)
+        return found
+
+
+def test_a_proof_takes_the_path_that_the_model_takes() -> None:
+    torch.manual_seed(0)
+    model, x = BeforeEncoder().eval(), torch.randn(2, 6, 8)
+    group = next(g for g in graph.trace(model, (x,)).prunable if g.name.startswith("block"))
+    plan = PruningPlan((GroupPlan.of(group, tuple(range(12))),))
+    assert shrink(model, plan, [(x,)]).error < 1e-6
 
 
 class Decoder(nn.Module):

@@ -444,6 +444,7 @@ def test_a_lock_ends_with_its_process(study):
             signal.pause()
 
     holder = forked(hold, study.directory)
+    os.close(telling)  # so that reading ends if the other does
     assert os.read(locked, 6) == b"locked"
     try:
         with pytest.raises(BusyError, match="wait for it, or give another --out"):
@@ -452,7 +453,6 @@ def test_a_lock_ends_with_its_process(study):
         holder.kill()
         holder.wait()
         os.close(locked)
-        os.close(telling)
     assert study.run(QUICK)
 
 
