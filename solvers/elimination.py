@@ -43,7 +43,7 @@ _DIRECTIONS = 4
 """In which a refit is compared with another: its errors point in all."""
 
 _DRIFT_TOLERANCE = 1e-8
-_NO_DIGITS = 1e-6
+_NO_DIGITS = 1e-4
 """Of the largest row of W: errors of smaller rows count as if they were so large."""
 
 

@@ -284,7 +284,21 @@ def test_rows_that_have_cancelled_are_dropped():
     assert sorted(part.ahead.units.tolist()) == [2, 3, 4, 5]
 
 
-@pytest.mark.parametrize("name", ["A", "W"])
+def test_weights_that_are_zero_hide_no_lost_digits():
+    X = torch.from_numpy(np.random.default_rng(0).normal(size=(200, 64)))
+    W0 = torch.from_numpy(np.random.default_rng(1).normal(size=(64, 8)))
+    W0[::2] = 0.0
+    problem = SubsetProblem.from_gram(X.T @ X / 200, W0, keep=20, damp=0.0)
+    front = elimination._Front(problem, torch.arange(64))
+    assert front._tolerance == elimination._DRIFT_TOLERANCE
+    front.remove(8)
+    assert not front.drifted()
+    (part,) = front._parts
+    part.W.mul_(1 + 1e-5)
+    assert front.drifted()
+
+
+@pytest.mark.parametrize("name", ["A", "W", "K"])
 def test_lost_digits_are_noticed(name):
     problem = problem_of([1] * 30)
     front = elimination._Front(problem, torch.arange(30))
@@ -292,6 +306,10 @@ def test_lost_digits_are_noticed(name):
     (part,) = front._parts
     if name == "A":
         part.A.add_diagonal(1e-5 * part.A.diagonal())
+    elif name == "K":
+        part.begin(1, front._penalty > 0)
+        part.read_ahead(torch.arange(30))
+        part.ahead.K.mul_(1 + 1e-5)
     else:
         part.W.mul_(1 + 1e-5)
     assert front.drifted()
