@@ -16,6 +16,7 @@ from .topologies import randomized
 @pytest.mark.parametrize("name", BLOCKS)
 def test_groups_are_found_and_sound(name: str) -> None:
     network, example, expected = BLOCKS[name]
+    torch.manual_seed(0)
     model = randomized(network())
     groups = graph.trace(model, (example,)).prunable
     assert {group.name: group.units for group in groups} == expected
