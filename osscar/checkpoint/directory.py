@@ -69,11 +69,12 @@ from osscar.core.modules import (
     context_length,
     copied,
     evaluating,
+    number_format,
 )
 from osscar.core.on_disk import is_on_disk, shelf_of
 from osscar.shrinking.equivalence import Inputs, proof_outputs, prove_equal
 from osscar.shrinking.fold import fold, is_normalized
-from osscar.shrinking.lineage import FORMATS, LINEAGE, Lineage, lineage_of, main_dtype, stored_dtype
+from osscar.shrinking.lineage import FORMATS, LINEAGE, Lineage, lineage_of, stored_dtype
 from osscar.shrinking.plan import Form
 from osscar.shrinking.program import ProgramModule
 from osscar.shrinking.shrink_program import replayed
@@ -163,7 +164,7 @@ def save(
     lineage = lineage_of(model)
     dtype = stored_dtype(model) if dtype is None else dtype
     path = check_output(directory, overwrite=overwrite, needed_bytes=weight_bytes(model, dtype))
-    if dtype != main_dtype(model):
+    if dtype != number_format(model):
         model = copied(model).to(dtype)
     model = _as_its_class_builds_it(model)
     lineage = dataclasses.replace(lineage, stored_dtype=str(dtype).removeprefix("torch."))
@@ -213,7 +214,7 @@ def _with_code(path: Path) -> bool:
 def weight_bytes(model: nn.Module, dtype: torch.dtype | None = None) -> int:
     """Return how much a model's weights take on disk in a number format, as `save` takes it."""
     dtype = stored_dtype(model) if dtype is None else dtype
-    as_it_is = dtype == main_dtype(model)
+    as_it_is = dtype == number_format(model)
     tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}.values()
     return sum(
         t.numel() * (t.dtype if as_it_is or not t.is_floating_point() else dtype).itemsize
@@ -495,7 +496,7 @@ def _read_again(model: nn.Module, path: Path) -> nn.Module:
 def _prove_same(model: nn.Module, again: nn.Module, example_inputs: Inputs | None) -> None:
     """Compare what a model computes with what was read back, which is in float32."""
     # In float32: whether the weights are the same is the question, not how they are rounded.
-    if main_dtype(model) != torch.float32:
+    if number_format(model) != torch.float32:
         model = copied(model).float()
     device = next(model.parameters()).device
     inputs = _token_inputs(model, device) if example_inputs is None else example_inputs

@@ -70,7 +70,7 @@ def where_it_runs(model: nn.Module, device: str) -> dict[str, Any]:
     import torch
 
     from osscar.core.devices import resolve_device
-    from osscar.shrinking.equivalence import number_format
+    from osscar.core.modules import number_format
 
     return {
         "device": str(resolve_device(device)),

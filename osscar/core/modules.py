@@ -120,6 +120,11 @@ def _on_graphs(value: Any, seen: set[int]) -> Iterator[Tensor]:
             yield from _on_graphs(member, seen)
 
 
+def number_format(model: nn.Module) -> torch.dtype | None:
+    """Return the number format of a model's weights, that of the first; None if it has none."""
+    return next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
+
+
 def device_of(model: nn.Module) -> torch.device:
     """Return where a model's parameters are."""
     return next(model.parameters()).device

@@ -195,12 +195,17 @@ def _checked(
     RequestError
         If even the least widths cost more than the limit.
     """
+
+    def written(value: float) -> str:
+        return f"{value:.3f}" if kind is Cost.TIME else f"{value:,.0f}"
+
     found = rule.choose(cost, limit)
     reached = cost.of({**keep, **found})
     if not (reached <= limit * (1 + 1e-9) or rule.rounds):
         raise RequestError(
-            f"{asked} cannot be met: it allows {limit:,.6g} {kind}, and what may be pruned comes "
-            f"to {reached:,.6g} of {cost.dense:,.6g} at least ({reached / cost.dense:.3f} of the "
-            "dense model's); ask for less, or let more kinds of units be pruned"
+            f"{asked} cannot be met: it allows {written(limit)} {kind}, and what may be pruned "
+            f"comes to {written(reached)} of {written(cost.dense)} at least "
+            f"({reached / cost.dense:.3f} of the dense model's); ask for less, or let more kinds "
+            "of units be pruned"
         )
     return found

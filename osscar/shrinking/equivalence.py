@@ -25,7 +25,7 @@ from graph.preserve import forget_derived
 from osscar.core.abreast import abreast
 from osscar.core.errors import AdapterError, EquivalenceError
 from osscar.core.memory import let_shortage_pass
-from osscar.core.modules import fresh
+from osscar.core.modules import fresh, number_format
 from osscar.shrinking.attention import AnyHeads
 
 Inputs: TypeAlias = tuple[Any, ...] | Mapping[str, Any]
@@ -120,11 +120,6 @@ def _return_to(model: nn.Module, formats: Mapping[str, torch.dtype]) -> None:
     for name, tensor in _tensors(model):
         tensor.data = tensor.data.to(formats.get(name, tensor.dtype))
     forget_derived(model)
-
-
-def number_format(model: nn.Module) -> torch.dtype | None:
-    """Return the number format of a model's weights."""
-    return next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
 
 
 _I = TypeVar("_I", bound=Inputs)

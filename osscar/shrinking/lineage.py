@@ -12,6 +12,7 @@ from pydantic import ConfigDict
 from torch import nn
 
 from osscar.core.json_files import STRICT
+from osscar.core.modules import number_format
 from osscar.shrinking.plan import PruningPlan
 
 LINEAGE = "osscar_lineage"
@@ -133,14 +134,11 @@ FORMATS = {
 """Number formats by the names that lineages have for them."""
 
 
-def main_dtype(model: nn.Module) -> torch.dtype:
-    """Return the number format of a model's weights: that of the first."""
-    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-
-
 def stored_dtype(model: nn.Module) -> torch.dtype:
     """Return the number format that a model is saved in: that in which it was read."""
-    return FORMATS.get(lineage_of(model).stored_dtype or "") or main_dtype(model)
+    return (
+        FORMATS.get(lineage_of(model).stored_dtype or "") or number_format(model) or torch.float32
+    )
 
 
 def saved_dtype(model: nn.Module) -> torch.dtype | None:
@@ -149,4 +147,4 @@ def saved_dtype(model: nn.Module) -> torch.dtype | None:
     They do where the first has the format already, whatever that of others is.
     """
     stored = stored_dtype(model)
-    return None if stored == main_dtype(model) else stored
+    return None if stored == number_format(model) else stored

@@ -15,12 +15,11 @@ from transformers import PreTrainedModel
 from osscar.core.errors import AdapterError, OptionError, first_line
 from osscar.core.inputs import shown
 from osscar.core.memory import let_shortage_pass
-from osscar.core.modules import evaluating, restored
+from osscar.core.modules import evaluating, number_format, restored
 from osscar.shrinking.equivalence import (
     Inputs,
     finer_precision,
     in_format_of,
-    number_format,
     proof_outputs,
     prove_equal,
     runs,
