@@ -121,7 +121,14 @@ def run_export(
     TraceError
         If the model cannot be exported.
     """
-    with preserved(model), without_cache(model), _evaluating(model), _silenced(), torch.no_grad():
+    with (
+        preserved(model),
+        without_cache(model),
+        _evaluating(model),
+        _without_idle_casts(),
+        _silenced(),
+        torch.no_grad(),
+    ):
         try:
             forget_derived(model)  # which would be constants
             return torch.export.export(
@@ -235,6 +242,30 @@ def _silenced() -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
+
+
+@contextmanager
+def _without_idle_casts() -> Iterator[None]:
+    """Let modules that cast others in their forward pass be, where that changes nothing.
+
+    `torch.export` stands in for their parameters meanwhile, and these cannot be replaced.
+    """
+    original = torch.nn.Module.to
+
+    def to(self: torch.nn.Module, *args: Any, **kwargs: Any) -> torch.nn.Module:
+        device, dtype, _, memory_format = torch._C._nn._parse_to(*args, **kwargs)
+        idle = memory_format is None and all(
+            device in (None, tensor.device)
+            and (dtype in (None, tensor.dtype) or not tensor.is_floating_point())
+            for tensor in (*self.parameters(), *self.buffers())
+        )
+        return self if idle else original(self, *args, **kwargs)
+
+    torch.nn.Module.to = to  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        torch.nn.Module.to = original  # type: ignore[method-assign]
 
 
 @contextmanager

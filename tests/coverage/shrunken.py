@@ -316,6 +316,9 @@ def _candidates(model: nn.Module, config: Any) -> Iterator[list[Inputs]]:
         return
     for one, two in ((7, 11), (16, 24), (32, 32), (64, 64)):
         texts = [_text(2, one, takes), _text(3, two, takes)]
+        if config.model_type in _MASKED:
+            for text in texts:
+                text["attention_mask"] = torch.ones_like(text["input_ids"])
         yield texts
         if "pixel_values" in takes:
             size = _image_size(config)
@@ -323,6 +326,10 @@ def _candidates(model: nn.Module, config: Any) -> Iterator[list[Inputs]]:
                 {**text, "pixel_values": torch.randn(len(text["input_ids"]), 3, size, size)}
                 for text in texts
             ]
+
+
+_MASKED = ("longt5", "switch_transformers")
+"""Their encoders make up a mask where none is given, but not while they are traced."""
 
 
 def _text(batch: int, length: int, takes: Mapping[str, Any]) -> dict[str, Tensor]:

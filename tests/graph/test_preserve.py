@@ -103,3 +103,32 @@ def test_caches_are_on_again_after_a_failure() -> None:
         model(torch.randn(3, 4))
     assert seen == [False]
     assert model.language.config.use_cache is True
+
+
+class CastingItself(nn.Module):
+    """Casts its own layers on the way, as routers of mixtures do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(4, 8), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.up = self.up.to(torch.float32)
+        self.down.to(x.device, torch.float32)
+        hidden: Tensor = self.down(torch.relu(self.up(x)))
+        return hidden
+
+
+def test_modules_that_cast_others_in_their_forward_are_traced() -> None:
+    model, to = CastingItself(), nn.Module.to
+    before = [parameter.data_ptr() for parameter in model.parameters()]
+    groups = graph.trace(model, (torch.randn(3, 4),)).groups
+    assert any(group.prunable for group in groups)
+    assert [parameter.data_ptr() for parameter in model.parameters()] == before
+    assert nn.Module.to is to
+
+
+def test_a_cast_that_changes_something_is_still_an_error() -> None:
+    model = CastingItself().double()
+    with pytest.raises(graph.TraceError):
+        graph.trace(model, (torch.randn(3, 4, dtype=torch.float64),))
