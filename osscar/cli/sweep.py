@@ -66,6 +66,10 @@ def command(
             help="Or parameters of the model to *keep*: fractions, or counts, separated by commas."
         ),
     ] = None,
+    size: Annotated[
+        str | None,
+        typer.Option(help="Or shares to *keep* of what its weights take on disk."),
+    ] = None,
     flops: Annotated[
         str | None,
         typer.Option(help="Or shares of its floating-point operations to *keep*."),
@@ -118,9 +122,9 @@ def command(
 ) -> None:
     """Prune to several budgets in one run, and show quality against speed.
 
-    Give a list of one sort of budget: --sparsity, --params, --flops or --speedup.  What is measured
-    of the dense model serves all of them.  Each point is kept once it is done: the same command
-    goes on where it was stopped, and more budgets, or --baselines, extend it.
+    Give a list of one sort of budget: --sparsity, --params, --size, --flops or --speedup.  What is
+    measured of the dense model serves all of them.  Each point is kept once it is done: the same
+    command goes on where it was stopped, and more budgets, or --baselines, extend it.
     """
     from osscar.core.files import write_text
     from osscar.data.batches import as_inputs
@@ -134,7 +138,9 @@ def command(
 
     read = (model, calibration, weights, text, images)
     check_json_path(json, inputs=read, written=directory)
-    budget, values = _asked(sparsity=sparsity, params=params, flops=flops, speedup=speedup)
+    budget, values = _asked(
+        sparsity=sparsity, params=params, size=size, flops=flops, speedup=speedup
+    )
     points = jobs(budget, values, baselines=baselines)
     first: dict[str, Any] = {str(budget): points[0].value}
     base = PruningRequest(
@@ -156,8 +162,8 @@ def command(
         data = loaded.calibration(calibration, samples=samples, seqlen=seqlen, seed=seed)
         scorer = _Scorer.of(loaded, data, text=text, images=images, windows=windows, seqlen=seqlen)
         inputs = as_inputs(loaded.model, data)
-        size = inputs.batch_size if batch_size is None else batch_size
-        run = RunManifest.of(base, loaded.model, inputs.batches(loaded.model, size))
+        rows = inputs.batch_size if batch_size is None else batch_size
+        run = RunManifest.of(base, loaded.model, inputs.batches(loaded.model, rows))
         manifest = SweepManifest.of(run, budget, scorer.scored)
         sample = inputs.batches(loaded.model, 1)[0]
         with place.begun(manifest), way_back(lambda: f"finished points are kept in {place.path}"):

@@ -46,6 +46,7 @@ class BudgetKind(enum.StrEnum):
 
     SPARSITY = "sparsity"
     PARAMS = "params"
+    SIZE = "size"
     FLOPS = "flops"
     SPEEDUP = "speedup"
 
@@ -64,6 +65,7 @@ EXAMPLES = MappingProxyType(
     {
         BudgetKind.SPARSITY: "0.1,0.2,0.3",
         BudgetKind.PARAMS: "0.9,0.8,0.7",
+        BudgetKind.SIZE: "0.9,0.8,0.7",
         BudgetKind.FLOPS: "0.9,0.8,0.7",
         BudgetKind.SPEEDUP: "1.2,1.5,2",
     }
@@ -148,6 +150,11 @@ def jobs(
     if len({isinstance(value, int) for value in values}) > 1:
         raise OptionError(
             f"{', '.join(map(str, values))} are counts and shares; give either to --{budget}"
+        )
+    if budget is BudgetKind.SIZE and any(isinstance(value, int) for value in values):
+        raise OptionError(
+            f"a sweep takes sizes as shares of the dense model's, not {values[0]}; give a list "
+            f"such as --size {EXAMPLES[budget]}"
         )
     for value in values:
         asked: dict[str, Any] = {str(budget): value}

@@ -108,6 +108,7 @@ class _Varied:
 _AXES = {
     "sparsity": ("removed", "the removed share of the parameters of units", "{} removed"),
     "params": ("parameters asked", "the parameters that were asked for", "{} of parameters"),
+    "size": ("size asked", "the size on disk that was asked for", "{} of the size"),
     "flops": ("FLOPs asked", "the share of FLOPs that was asked for", "{} of the FLOPs"),
     "speedup": ("asked", "the speed-up that was asked for", "{} asked for"),
 }

@@ -87,6 +87,7 @@ def test_baselines_are_the_methods_as_published():
         ("sparsity", (0.5, 0.25), [0.25, 0.5]),
         ("params", (0.5, 0.75), [0.75, 0.5]),
         ("params", (500, 1000, 500), [1000, 500]),
+        ("size", (0.5, 0.75), [0.75, 0.5]),
         ("flops", (0.5, 0.75), [0.75, 0.5]),
         ("speedup", (2.0, 1.5), [1.5, 2.0]),
     ],
@@ -109,6 +110,7 @@ def test_the_largest_model_comes_first(budget, values, ordered):
         (BudgetKind.SPEEDUP, (1.0,), "speedup is 1.0"),
         (BudgetKind.PARAMS, (0.5, 1000), "counts and shares"),
         (BudgetKind.PARAMS, (0,), "cannot keep 0 units"),
+        (BudgetKind.SIZE, (300_000,), "not 300000; give a list such as --size 0.9"),
     ],
 )
 def test_budgets_that_make_no_sense_are_refused(budget, values, message):
@@ -298,6 +300,7 @@ def test_a_sweep_goes_on_and_its_page_shows_every_number(run, text, tmp_path):
     [
         (("--sparsity", "a,b"), "is not a list such as"),
         (("--sparsity", ","), "needs budgets"),
+        (("--size", "0.5"), "--sparsity and --size are budgets, of which a sweep has one sort"),
         (("--flops", "0.5"), "--sparsity and --flops are budgets, of which a sweep has one sort"),
         (("--sparsity", "0.5,1.5"), "above 0 and below 1"),
         (("--images", "pictures"), "reads text, not images"),
@@ -366,6 +369,7 @@ def shown_sweep(budget, values, dense_parameters=1000):
         ("sparsity", (0.25, 0.5), ["0%", "25%", "50%"], "with 50% removed"),
         ("params", (0.75, 0.5), ["100%", "75%", "50%"], "with 50% of parameters"),
         ("params", (900, 800), ["1,000", "900", "800"], "with 800 of parameters"),
+        ("size", (0.75, 0.5), ["100%", "75%", "50%"], "with 50% of the size"),
         ("flops", (0.75, 0.5), ["100%", "75%", "50%"], "with 50% of the FLOPs"),
         ("speedup", (1.5, 2.0), ["1x", "1.5x", "2x"], "with 2x asked for"),
     ],
@@ -381,16 +385,17 @@ def test_a_page_tells_what_was_asked_in_its_own_terms(budget, values, texts, tol
 
 
 @pytest.mark.filterwarnings("ignore:.*rank-deficient")
-def test_a_sweep_over_operations_says_what_each_point_came_to(run, text, tmp_path):
-    asked = ("sweep", "demo", "--flops", "0.8", "--out", tmp_path / "sweep", "--text", text)
+@pytest.mark.parametrize(("budget", "measured"), [("flops", "flops"), ("size", "parameter_bytes")])
+def test_a_sweep_over_costs_says_what_each_point_came_to(run, text, tmp_path, budget, measured):
+    asked = ("sweep", "demo", f"--{budget}", "0.8", "--out", tmp_path / "sweep", "--text", text)
     more = ("--samples", 4, "--seqlen", 32, "--backend", "greedy", "--device", "cpu")
     status, printed, err = run(*asked, *more)
     assert status == 0, err
-    assert "curvature at flops 0.8: done, 1 of 1" in printed
+    assert f"curvature at {budget} 0.8: done, 1 of 1" in printed
     assert "budget:" in printed
     dense, pruned = json.loads((tmp_path / "sweep" / "sweep.json").read_text())["points"]
-    assert 0.7 * dense["flops"] < pruned["flops"] <= 0.8 * dense["flops"]
+    assert 0.7 * dense[measured] < pruned[measured] <= 0.8 * dense[measured]
     # Points of another budget are another sweep.
     status, _, err = run(*small_sweep(tmp_path / "sweep", "0.3", text))
     assert status == 2
-    assert "budget was 'flops' and is 'sparsity'" in err
+    assert f"budget was '{budget}' and is 'sparsity'" in err
