@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import inspect
 import io
 import logging
@@ -126,6 +127,7 @@ def run_export(
         without_cache(model),
         _evaluating(model),
         _without_idle_casts(),
+        _symbolic_lengths(),
         _silenced(),
         torch.no_grad(),
     ):
@@ -266,6 +268,26 @@ def _without_idle_casts() -> Iterator[None]:
         yield
     finally:
         torch.nn.Module.to = original  # type: ignore[method-assign]
+
+
+@contextmanager
+def _symbolic_lengths() -> Iterator[None]:
+    """Let `len` of a tensor be a size that may vary.
+
+    Python makes a number of whatever `__len__` returns, and a program that has seen one holds for
+    that number of samples alone.
+    """
+    original = builtins.len
+
+    def length(value: Any, /) -> Any:
+        plain = isinstance(value, torch.Tensor) and not value.is_nested and value.dim() > 0
+        return value.shape[0] if plain else original(value)
+
+    builtins.len = length
+    try:
+        yield
+    finally:
+        builtins.len = original
 
 
 @contextmanager

@@ -98,6 +98,18 @@ class Points(nn.Module):
         return self.head(torch.relu(self.three(both)))
 
 
+class Counted(nn.Module):
+    """Asks how many samples there are as lists are asked."""
+
+    def __init__(self):
+        super().__init__()
+        self.enter, self.leave = nn.Linear(8, 12), nn.Linear(12, 3)
+
+    def forward(self, x):
+        y = torch.relu(self.enter(x)).view(len(x), 12)
+        return self.leave(y + y.sum(0).expand(len(y), 12) / len(x))
+
+
 class Coincidence(nn.Module):
     """Writes 16 for its features, for its points and for a mixture of both."""
 
@@ -158,6 +170,7 @@ CASES = {
     "sliced": (Sliced, (8,)),
     "repeating": (Repeating, (5, 16)),
     "points": (Points, (3, 11)),
+    "counted": (Counted, (8,)),
     "uneven heads": (UnevenHeads, (9, 16)),
     "groups of parts": (GroupsOfParts, (3, 5, 5)),
     "coincidence": (Coincidence, (16, 16)),
