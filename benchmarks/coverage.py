@@ -58,17 +58,22 @@ _NO_MEMORY = 3
 Work = Callable[[Made], Any]
 
 
-def measure(name: str, listed: str, alone: bool) -> Entry:
-    """Build a model twice, and give one to each tool; or one, to OSSCAR alone."""
+def measure(name: str, listed: str, alone: bool, known: Entry | None) -> Entry:
+    """Build a model for each tool whose answer is not known; or only for OSSCAR."""
+    entry = known or _ours(name, listed)
+    if alone or entry.row is None:
+        return entry
+    theirs = _apart(listed, name, peer.outcome)
+    other = peer.Peer(failure=theirs["died"]) if "died" in theirs else peer.Peer(**theirs)
+    return dataclasses.replace(entry, peer=other)
+
+
+def _ours(name: str, listed: str) -> Entry:
     ours = _apart(listed, name, row.measured)
     if "not_built" in ours:
         return Entry(listed, name, not_built=ours["not_built"])
     found = row.Row(**ours) if "died" not in ours else _unfinished(ours)
-    if alone:
-        return Entry(listed, name, found)
-    theirs = _apart(listed, name, peer.outcome)
-    other = peer.Peer(failure=theirs["died"]) if "died" in theirs else peer.Peer(**theirs)
-    return Entry(listed, name, found, other)
+    return Entry(listed, name, found)
 
 
 def _unfinished(ended: dict[str, Any]) -> row.Row:
@@ -160,8 +165,12 @@ def missing(
 def _measured(file: Path, alone: bool) -> bool:
     if alone or not file.exists():
         return file.exists()
-    entry = json.loads(file.read_text())
-    return entry["row"] is None or entry["peer"] is not None
+    entry = _read(file)
+    return entry.row is None or entry.peer is not None
+
+
+def _read(file: Path) -> Entry:
+    return Entry.from_json(json.loads(file.read_text()))
 
 
 def _drawn(name: str) -> int:
@@ -186,8 +195,9 @@ def run(options: argparse.Namespace) -> None:
         if time.monotonic() > end:
             print("time is up; give the same command to go on")
             return
-        entry = measure(name, listed, options.alone)
         file = _file(place, listed, name)
+        known = None if options.again or not file.exists() else _read(file)
+        entry = measure(name, listed, options.alone, known)
         new = file.with_suffix(".new")
         new.write_text(json.dumps(dataclasses.asdict(entry), indent=1))
         new.replace(file)
@@ -197,11 +207,7 @@ def run(options: argparse.Namespace) -> None:
 def write_page(options: argparse.Namespace) -> None:
     """Make the page of what a directory holds."""
     place = Path(options.directory)
-    entries = [
-        Entry.from_json(json.loads(file.read_text()))
-        for listed in LISTS
-        for file in sorted((place / listed).glob("*.json"))
-    ]
+    entries = [_read(file) for listed in LISTS for file in sorted((place / listed).glob("*.json"))]
     lists = {entry.listed for entry in entries}
     counts = {listed: len(LISTS[listed].names(place)) for listed in lists}
     TARGET.write_text(page(entries, counts))
