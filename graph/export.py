@@ -195,7 +195,13 @@ def _bind(
             f"example_inputs is a {type(example_inputs).__name__}; pass a tuple of positional "
             "arguments or a dict of keyword arguments"
         )
-    signature = inspect.signature(model.forward)
+    try:
+        signature = inspect.signature(model.forward)
+    except ValueError as error:
+        raise ExampleInputError(
+            f"{type(model).__name__}.forward does not tell what it takes, as of a TorchScript "
+            "model; give the model that it was made of"
+        ) from error
     try:
         bound = signature.bind(*args, **kwargs)
     except TypeError as error:

@@ -125,15 +125,18 @@ class Site:
         damps = DAMPS if damp is None else (damp,)
         return best_regularization(self.known, keep, damps, share)
 
-    def commit(self, weights: Sequence[Tensor]) -> None:
+    def commit(self, weights: Sequence[Tensor], kept: Iterable[int] = ()) -> None:
         """Write the refitted weights; the batches go on through them.
 
-        Where a consumer has a bias, that takes up what changes in the means.
+        Where a consumer has a bias, that takes up what changes in the means.  What reads an input
+        that never varied keeps its dense weights, if its unit stays: the data say nothing of it.
 
         Parameters
         ----------
         weights
             One matrix (p, m) for each consumer that is `known`.
+        kept
+            The units that stay.
 
         Raises
         ------
@@ -142,8 +145,10 @@ class Site:
         ModelError
             If the groups are not measured in turn.
         """
+        kept = list(kept)
         with self._written():
-            for gram, W in zip(self.known, weights, strict=True):
+            for gram, refitted in zip(self.known, weights, strict=True):
+                W = _with_silent_rows(gram.linear_map, refitted, kept)
                 change = gram.bias(W)
                 gram.linear_map.write_weight(W)
                 if change is not None:
@@ -184,6 +189,16 @@ class Site:
         yield
         torch.clear_autocast_cache()  # which may hold the old weight in half precision
         self.committed = True
+
+
+def _with_silent_rows(consumer: LinearMap, W: Tensor, kept: Sequence[int]) -> Tensor:
+    """Return weights whose rows of units that stay are dense where they are zero throughout."""
+    owned = consumer.unit_rows
+    rows = torch.tensor([row for unit in kept for row in owned[unit]], device=W.device)
+    silent = rows[(W[rows] == 0).all(1)] if len(rows) else rows
+    if not len(silent):
+        return W
+    return W.index_copy(0, silent, consumer.read_weight()[silent])
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -494,10 +494,10 @@ def _read_again(model: nn.Module, path: Path) -> nn.Module:
 
 
 def _prove_same(model: nn.Module, again: nn.Module, example_inputs: Inputs | None) -> None:
-    """Compare what a model computes with what was read back, which is in float32."""
+    """Compare what a model computes with what was read back."""
     # In float32: whether the weights are the same is the question, not how they are rounded.
     if number_format(model) != torch.float32:
-        model = copied(model).float()
+        model, again = copied(model).float(), again.float()
     device = next(model.parameters()).device
     inputs = _token_inputs(model, device) if example_inputs is None else example_inputs
     if inputs is None:
@@ -513,7 +513,7 @@ def _refilled(model: nn.Module, path: Path) -> nn.Module:
     for tensor in again.state_dict().values():
         tensor.zero_()
     safetensors.torch.load_model(again, path / "model.safetensors")
-    return again.float().eval()
+    return again.eval()
 
 
 def _token_inputs(model: nn.Module, device: torch.device) -> Inputs | None:

@@ -157,7 +157,11 @@ def command(
             source["calibration_sha256"] = _fingerprint(Path(calibration))["sha256"]
     study = Study(directory, source)
     with way_back(lambda: study.kept):
-        with quiet(), study.locked():
+        with (
+            quiet(),
+            study.locked(),
+            nullcontext() if ray is None else connected(ray) as cluster,
+        ):
             if not study.instances:
                 study.capture(
                     _file_problems(sources)
@@ -166,9 +170,8 @@ def command(
                         source, groups, device=device, trust_remote_code=trust_remote_code
                     )
                 )
-            with nullcontext() if ray is None else connected(ray) as cluster:
-                jobs = cluster.workers if cluster else jobs or study.affordable_jobs()
-                records = study.run(design, jobs, cluster=cluster)
+            jobs = cluster.workers if cluster else jobs or study.affordable_jobs()
+            records = study.run(design, jobs, cluster=cluster)
             summary = summarize(records, study.trivial)
             report = write_report(study, design, records, summary, jobs=jobs)
         _print(summary)

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Protocol, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from osscar.core.errors import CalibrationError
+from osscar.core.errors import CalibrationError, ModelError
 from osscar.core.modules import context_length, device_of
 from osscar.data.images import ImageSet
 from osscar.data.tokens import CalibrationSet
@@ -170,6 +170,10 @@ class TensorInputs:
                 raise CalibrationError(
                     f"the calibration data {name!r} have NaN or infinite entries"
                 )
+        if not self.tensors:
+            raise CalibrationError(
+                "the calibration data are an empty mapping; give tensors by name"
+            )
         if len({len(tensor) for tensor in self.tensors.values()}) != 1:
             counts = {name: len(tensor) for name, tensor in self.tensors.items()}
             raise CalibrationError(
@@ -236,9 +240,34 @@ def as_inputs(model: nn.Module, calibration: Any) -> ModelInputs:
     CalibrationError
         If it is none of these, or the model cannot read it.
     """
+    _check_signature(model)
     inputs = _wrapped(model, calibration)
     inputs.check(model)
     return inputs
+
+
+_WRAPPED = ("_orig_mod", "module")
+"""Where `torch.compile`, DataParallel and averaging wrappers keep the model that they wrap."""
+
+_ANYTHING = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+
+
+def _check_signature(model: nn.Module) -> None:
+    """Refuse models whose forward pass does not tell what it takes."""
+    kind = type(model).__name__
+    try:
+        takes = inspect.signature(model.forward).parameters.values()
+    except ValueError as error:
+        raise ModelError(
+            f"{kind}.forward does not tell what it takes, as of a TorchScript model; give the "
+            "model that it was made of"
+        ) from error
+    wrapped = [name for name in _WRAPPED if isinstance(getattr(model, name, None), nn.Module)]
+    if wrapped and all(one.kind in _ANYTHING for one in takes):
+        raise ModelError(
+            f"{kind} wraps a model; give that itself, as model.{wrapped[0]}, and wrap what comes "
+            "of it"
+        )
 
 
 def _wrapped(model: nn.Module, calibration: Any) -> ModelInputs:
@@ -258,7 +287,9 @@ def _wrapped(model: nn.Module, calibration: Any) -> ModelInputs:
     if isinstance(calibration, tuple) and all(isinstance(t, Tensor) for t in calibration):
         return TensorInputs(named_inputs(model, calibration))
     raise CalibrationError(
-        f"cannot calibrate on a {type(calibration).__name__}; give token windows, images or tensors"
+        f"cannot calibrate on a {type(calibration).__name__}; give token windows, images, or "
+        "tensors with one sample for each entry of their first dimension: one, a tuple in the "
+        "order of the model's arguments, or a mapping by their names"
     )
 
 

@@ -22,6 +22,7 @@ from osscar.pruning.widths import (
     about_half,
     asked_groups,
     why_frozen,
+    why_out_of_reach,
 )
 
 
@@ -57,6 +58,8 @@ def allocate(
     """
     groups, keep, shared = asked_groups(ready, request, left)
     budget = None
+    if request.has_budget and not shared and len(groups) == len(ready.groups):
+        raise RequestError(why_out_of_reach(groups, request, ready.residual))
     if request.has_budget and shared:
         rule: Rule
         match request.allocation:
@@ -75,7 +78,7 @@ def allocate(
         skipped = len(ready.groups) - len(groups)
         rest = f" but the {skipped} that are skipped or left alone" if skipped else ""
         raise RequestError(
-            why_frozen(groups)
+            why_frozen(ready.groups)
             or f"nothing would be removed: every group{rest} keeps all its units; ask for "
             f"{'a higher sparsity' if request.sparsity else 'more to be removed'}"
             f"{', or skip less' if request.skip else ''}"
@@ -168,6 +171,11 @@ def _met(
         asked_for = _kept(request)
         whole = Fraction(int(cost.dense))
         limit = float(asked_for if isinstance(asked_for, int) else asked_for * whole)
+    if limit >= cost.dense:
+        raise RequestError(
+            f"{asked} asks for no less than there is: it allows {limit:,.0f} {kind}, and the model "
+            f"has {cost.dense:,.0f}; ask for less to be kept"
+        )
     found = _checked(rule, kind, cost, limit, keep, asked)
     return found, rule.budget(kind, cost, limit, found)
 

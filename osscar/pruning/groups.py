@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 
 from torch import Tensor, nn
@@ -180,8 +181,9 @@ def solved(site: Site, keep: int, request: PruningRequest, began: float) -> Site
             solution, verification = certified(problem, backend)
         else:
             solution, verification = solvers.solve(problem, backend), None
-        site.commit(solution.weights)
-        site.leave_out(set(range(group.units)) - set(solution.support.tolist()))
+        kept = solution.support.tolist()
+        site.commit(solution.weights, kept)
+        site.leave_out(set(range(group.units)) - set(kept))
     report = LayerReport.of(
         group,
         problem,
@@ -193,7 +195,13 @@ def solved(site: Site, keep: int, request: PruningRequest, began: float) -> Site
         measure_seconds=measured - began,
         solve_seconds=time.perf_counter() - measured,
     )
-    plan = GroupPlan.of(group, tuple(solution.support.tolist()))
+    if report.dead == group.units:
+        warnings.warn(
+            f"{group.name}: none of its {group.units} units varies on the calibration data, so "
+            "that which of them stay is chance; give data such as the model is made for",
+            stacklevel=2,
+        )
+    plan = GroupPlan.of(group, tuple(kept))
     places = [place for consumer in site.consumers for place in _places(consumer)]
     written = tuple(read().to(consumer.number_format) for consumer, read, _ in places)
     return SiteRecord(plan, report, written)

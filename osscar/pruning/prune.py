@@ -15,6 +15,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -108,6 +109,7 @@ def prune_as_asked(
     """
     start = time.perf_counter()
     with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))  # in which there are no gradients
         what = f"{type(model).__name__}, of which pruning makes copies"
         stack.enter_context(memory_for(what, FOR_BATCHES))
         with phase(Phase.OPEN):

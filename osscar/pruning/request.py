@@ -242,6 +242,11 @@ class PruningRequest:
                 "nothing to prune: give a budget (--sparsity, --params, --size, --flops or "
                 "--speedup), or what to keep with --heads, --neurons, --channels or --residual"
             )
+        if self.allocation != Allocation.CURVATURE and not budgets:
+            raise RequestError(
+                f"allocation {self.allocation!r} shares out a budget, and there is none; give one, "
+                "such as --sparsity"
+            )
         for keep in (*asked, *self.groups.values()):
             parse_keep(keep)
         if self.size is not None:
@@ -272,6 +277,11 @@ class PruningRequest:
         size, damp, seed, blend = self.batch_size, self.damp, self.seed, self.blend
         if blend is not None and not (_is(blend, numbers.Real) and 0 <= blend <= 1):
             raise OptionError(f"blend is {shown(blend)}; give a share from 0 to 1")
+        if blend and self.target == Target.WEIGHTS:
+            raise OptionError(
+                f"blend is {blend:g}, a share of corrections, and target 'weights' has none; give "
+                "target outputs or residual, or leave blend away"
+            )
         if size is not None and not (_is(size, numbers.Integral) and size >= 1):
             raise OptionError(f"batch size is {shown(size)}; give a whole number, at least 1")
         if damp is not None and not (_is(damp, numbers.Real) and 0 <= damp < math.inf):

@@ -189,7 +189,7 @@ def _trying(ready: Opened, request: PruningRequest, form: Form) -> Iterator[_Tri
         before.observing(model),
         finer_precision(model, ready.example),
     ):
-        inputs = ready.inputs.proofs(model, request.seed)[:1]
+        inputs = ready.inputs.proofs(model, request.seed)
         yield _Trial(_rehearsal(model, form, inputs, ready.example))
     before.put_back(model)
 
@@ -199,7 +199,7 @@ def _rehearsal(
 ) -> Callable[[PruningPlan], object]:
     """Return what shrinks a model on trial, which is then as it was."""
     if form is Form.MODULE:
-        return lambda plan: rehearse(model, plan, inputs)
+        return lambda plan: rehearse(model, plan, inputs[:1])
     try:
         return ProgramTrial(model, example, inputs).proved
     except AdapterError as error:

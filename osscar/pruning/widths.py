@@ -196,6 +196,33 @@ def about_half(group: CouplingGroup, widths: Widths, place: int = 0) -> int:
     return fewer[min(place, len(fewer) - 1)] if fewer else units
 
 
+def why_out_of_reach(
+    groups: Sequence[CouplingGroup], request: PruningRequest, residual: Collection[str]
+) -> str:
+    """Say why a budget reaches none of the groups."""
+    others = [group for group in groups if group.prunable and group.units > 1]
+    named = kept_by_name(groups, request, residual)
+    if any(group.name in named for group in others):
+        return (
+            f"{request.budget_in_words} is shared by what nothing else names, and nothing is left "
+            "for it: what to keep of heads, neurons, channels or single groups is given for all "
+            "of them; leave one of these away, or the budget"
+        )
+    if not others:
+        return why_frozen(groups) or (
+            "nothing can be removed: the model has no coupling group with units that may leave; "
+            "`osscar inspect` shows what its layers are coupled by"
+        )
+    told = [f"{g.name!r} ({g.units} units)" for g in others[:_MOST_TOLD]]
+    more = f" and {len(others) - _MOST_TOLD} more" if len(others) > _MOST_TOLD else ""
+    streams = any(group.name in residual for group in others)
+    return (
+        "a budget reaches heads, neurons and channels that nothing else names, and there are none; "
+        f"what may be pruned is {', '.join(told)}{more}: name what to keep of it, such as by "
+        f"{'residual=0.5, or ' if streams else ''}groups={{{others[0].name!r}: 0.5}} in Python"
+    )
+
+
 def why_frozen(groups: Sequence[CouplingGroup]) -> str:
     """Say why groups cannot be pruned, if none can; those of repeated blocks once."""
     if any(group.prunable and group.units > 1 for group in groups):

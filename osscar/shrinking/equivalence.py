@@ -350,6 +350,15 @@ def _generators(devices: Iterable[int]) -> list[Tensor]:
     return [torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in devices)]
 
 
+_ONES_AND_ZEROS = frozenset({"bernoulli", "bernoulli_"})
+_ALIKE = frozenset(
+    {
+        *("rand", "randn", "rand_like", "randn_like", "normal_", "uniform_"),
+        *("cauchy_", "exponential_", "geometric_", "log_normal_", "random_"),
+    }
+)
+
+
 class _SteadyNoise(TorchDispatchMode):
     """Draw each random tensor anew, and give all of its elements the same value.
 
@@ -369,7 +378,12 @@ class _SteadyNoise(TorchDispatchMode):
         self.drawn += 1
         torch.manual_seed(self.drawn)
         name, found = func.overloadpacket.__name__, func(*args, **options)
-        if name in {"rand", "randn", "rand_like", "randn_like", "normal_", "uniform_"}:
+        if name in _ONES_AND_ZEROS and found.is_floating_point():
+            # Their mean: a mask of dropout that happens to be zero would hide what comes before it.
+            default = args[0] if name == "bernoulli" else 0.5
+            mean = args[1] if len(args) > 1 else options.get("p", default)
+            return found.copy_(mean) if isinstance(mean, Tensor) else found.fill_(mean)
+        if name in _ALIKE:
             like, *others = args
             one = like.new_empty(1) if isinstance(like, Tensor) else [1]
             torch.manual_seed(self.drawn)

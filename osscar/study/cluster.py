@@ -12,7 +12,9 @@ import dataclasses
 import importlib.util
 import json
 import logging
+import re
 import signal
+import socket
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -266,6 +268,7 @@ def connected(address: str) -> Iterator[RayCluster]:
     """
     if importlib.util.find_spec("ray") is None:
         raise MissingDependency("a cluster needs ray: python3 -m pip install 'osscar[ray]'")
+    _check_answer(address)
     import ray
 
     with _signals_are_ours():
@@ -284,6 +287,30 @@ def connected(address: str) -> Iterator[RayCluster]:
         yield RayCluster(cores, max(resources.get("memory", 0.0) for resources in alive), ray)
     finally:
         ray.shutdown()
+
+
+_PATIENCE = 5
+"""Seconds that a machine has to answer at all; Ray itself tries for minutes."""
+
+
+def _check_answer(address: str) -> None:
+    """Refuse an address of a port at which nothing answers.
+
+    Raises
+    ------
+    StudyError
+        If nothing does.
+    """
+    found = re.fullmatch(r"(?:ray://)?\[?(?P<host>[^/\]]+?)\]?:(?P<port>\d{1,5})", address)
+    if found is None:
+        return
+    try:
+        socket.create_connection((found["host"], int(found["port"])), _PATIENCE).close()
+    except (OSError, OverflowError) as error:
+        raise StudyError(
+            f"no Ray cluster answers at {address!r}: {error}; start one with `ray start --head`, "
+            "or give its HOST:PORT"
+        ) from error
 
 
 @contextmanager

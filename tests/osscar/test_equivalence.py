@@ -180,7 +180,22 @@ class SampledInside(Two):
         return h + torch.randn_like(h)
 
 
-@pytest.mark.parametrize("kind", [Sampled, SampledInside])
+class DroppedInside(Two):
+    """Drops neurons at random in evaluation, too, as Monte Carlo dropout does."""
+
+    def hidden(self, h: Tensor) -> Tensor:
+        return F.dropout(h, 0.2, training=True) + torch.bernoulli(h.sigmoid())
+
+
+class GatedAtRandom(Two):
+    """Draws gates from distributions of other kinds."""
+
+    def hidden(self, h: Tensor) -> Tensor:
+        gates = torch.empty_like(h).exponential_() + torch.empty_like(h).bernoulli_(h.sigmoid())
+        return h * gates
+
+
+@pytest.mark.parametrize("kind", [Sampled, SampledInside, DroppedInside, GatedAtRandom])
 def test_models_that_draw_random_numbers_are_proved(kind: type[Two]) -> None:
     model, x = randomized(kind()), torch.randn(7, 4)
     state = torch.get_rng_state()

@@ -1,6 +1,7 @@
 """The pipeline on every family: what it computes, what it removes, and what it refuses."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from osscar.core.errors import (
     EquivalenceError,
     FrozenGroupError,
     NonFiniteError,
+    OsscarError,
     RequestError,
 )
 from osscar.pruning.request import PruningRequest
@@ -176,6 +178,123 @@ def test_dead_neurons_go_first_and_are_counted():
     assert result.layers[1].dead >= 4
     for group in result.plan.groups:
         assert set(group.kept).isdisjoint(dead)
+
+
+@pytest.mark.parametrize("damp", [None, 0.01, 1e9])
+@pytest.mark.parametrize("bias", [True, False])
+def test_what_reads_neurons_that_stay_and_were_silent_is_as_before(damp, bias):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 20), nn.ReLU(), nn.Linear(20, 3, bias=bias)).eval()
+    with torch.no_grad():  # eight of them fire below -0.1 alone
+        model[0].weight[:8, 0] = -5
+        model[0].weight[:8, 1:] *= 0.1
+        model[0].bias[:8] = -0.5
+    x = torch.randn(256, 6)
+    x[:, 0] = x[:, 0].abs()
+    result = osscar.prune(model, x, neurons=19, damp=damp, target="weights", device="cpu")
+    (group,), (layer,) = result.plan.groups, result.layers
+    assert layer.dead == 8
+    silent = [unit for unit in group.kept if unit < 8]
+    assert len(silent) == 7
+    assert torch.equal(result.model[2].weight[:, :7], model[2].weight[:, silent])
+    new = torch.randn(256, 6)
+    (gone,) = set(range(20)) - set(group.kept)
+    loss = relu_of(model, new)[:, gone, None] * model[2].weight[:, gone]
+    assert (result.model(new) - model(new)).norm() < 1.1 * loss.norm()
+
+
+def relu_of(model, x):
+    return model[1](model[0](x))
+
+
+class Recurring(nn.Module):
+    """Goes through one width again and again, which is a residual stream."""
+
+    def __init__(self):
+        super().__init__()
+        self.enter, self.on, self.leave = nn.Linear(6, 24), nn.Linear(24, 24), nn.Linear(24, 3)
+
+    def forward(self, x):
+        enter = self.enter(x)
+        found = torch.zeros_like(enter)
+        for _ in range(3):
+            found = torch.tanh(self.on(found) / 2 + enter)
+        return self.leave(found)
+
+
+def test_a_budget_that_reaches_nothing_says_what_would():
+    model, x = Recurring().eval(), torch.randn(64, 6)
+    with pytest.raises(RequestError, match=r"'hidden' \(24 units\): name .*residual=0.5"):
+        osscar.prune(model, x, sparsity=0.99, device="cpu")
+    assert osscar.prune(model, x, residual=0.5, device="cpu").layers[0].kept == 12
+    with pytest.raises(RequestError, match="skip less"):
+        osscar.prune(model, x, sparsity=0.5, skip=["hidden"], device="cpu")
+
+
+def two_layers():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 24), nn.ReLU(), nn.Linear(24, 3)).eval()
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"sparsity": 0.3, "neurons": 0.5}, "nothing is left for it"),
+        ({"params": 0.9, "groups": {"0.neurons": 12}}, "nothing is left for it"),
+        ({"params": 10**6}, "has 243; ask for less"),
+        ({"size": "20MB"}, "asks for no less than there is"),
+        ({"params": 1.0}, "asks for no less than there is"),
+        ({"neurons": 0.5, "allocation": "uniform"}, "shares out a budget, and there is none"),
+        ({"neurons": 0.5, "target": "weights", "blend": 0.5}, "target 'weights' has none"),
+    ],
+)
+def test_what_would_have_no_effect_is_refused(asked, message):
+    model = two_layers()
+    asked = {key: {named(model): 12} if key == "groups" else v for key, v in asked.items()}
+    with pytest.raises(OsscarError, match=message):
+        osscar.prune(model, torch.randn(64, 6), device="cpu", **asked)
+
+
+def named(model):
+    (group,) = graph.trace(model, (torch.randn(2, 6),)).prunable
+    return group.name
+
+
+@pytest.mark.parametrize(
+    ("wrap", "message"),
+    [
+        (nn.DataParallel, "give that itself, as model.module"),
+        (torch.optim.swa_utils.AveragedModel, "give that itself, as model.module"),
+        (partial(torch.compile, backend="eager"), "give that itself, as model._orig_mod"),
+        (torch.jit.script, "TorchScript model; give the model that it was made of"),
+    ],
+)
+@pytest.mark.parametrize("named", [True, False])
+def test_wrapped_models_are_refused_with_a_way_out(wrap, message, named):
+    x = torch.randn(64, 6)
+    with pytest.raises((OsscarError, graph.GraphError), match=message):
+        osscar.prune(wrap(two_layers()), {"input": x} if named else x, neurons=0.5, device="cpu")
+
+
+@pytest.mark.parametrize(("data", "message"), [([], "a tuple in the order"), ({}, "empty mapping")])
+def test_data_of_other_forms_are_refused_with_those_that_are_not(data, message):
+    with pytest.raises(OsscarError, match=message):
+        osscar.prune(two_layers(), data, neurons=0.5, device="cpu")
+
+
+def test_widths_are_chosen_alike_where_gradients_are_off():
+    model, x = two_layers(), torch.randn(64, 6)
+    inside = []
+    with torch.inference_mode():
+        inside.append(osscar.prune(model, x.clone(), sparsity=0.3, device="cpu"))
+    outside = osscar.prune(model, x, sparsity=0.3, device="cpu")
+    assert inside[0].budget.comparable
+    assert inside[0].plan == outside.plan
+
+
+def test_data_that_say_nothing_are_named():
+    with pytest.warns(UserWarning, match="none of its 24 units varies on the calibration data"):
+        osscar.prune(two_layers(), torch.zeros(64, 6), neurons=0.5, device="cpu")
 
 
 def test_all_dead_neurons_leave_a_model_that_works():
@@ -612,7 +731,9 @@ def test_one_number_for_two_groups_is_found_on_trial():
 
     torch.manual_seed(0)
     with pytest.raises(AdapterError, match=r"none of 2 groups can follow.*keeps hidden = 12"):
-        osscar.prune(Twins().eval(), torch.randn(64, 8), sparsity=0.5)
+        osscar.prune(Twins().eval(), torch.randn(64, 8), sparsity=0.5, form="module")
+    # The exported program knows which of the two each number stands for.
+    assert osscar.prune(Twins().eval(), torch.randn(64, 8), sparsity=0.5).form == "graph"
 
 
 def test_two_samples_are_both_fitted_to():
