@@ -150,6 +150,8 @@ def opened(
         with untouched.observing(work):
             expected = _outputs(work, example)
         folded = _prepare(work, example, expected, heads)
+        # What passes keep for the next would be traced as numbers of the code.
+        untouched.put_back(work)
         with shapes_only(work), followed_mixtures(work):
             traced, in_programs = _traced(work, example, programs)
         with weights_read_elsewhere(work) as elsewhere, untouched.observing(work):

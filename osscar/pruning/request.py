@@ -242,11 +242,6 @@ class PruningRequest:
                 "nothing to prune: give a budget (--sparsity, --params, --size, --flops or "
                 "--speedup), or what to keep with --heads, --neurons, --channels or --residual"
             )
-        if self.allocation != Allocation.CURVATURE and not budgets:
-            raise RequestError(
-                f"allocation {self.allocation!r} shares out a budget, and there is none; give one, "
-                "such as --sparsity"
-            )
         for keep in (*asked, *self.groups.values()):
             parse_keep(keep)
         if self.size is not None:

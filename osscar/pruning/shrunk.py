@@ -91,6 +91,7 @@ def _program(
         renewed = renew_statistics(
             work, nothing, ready.batches(), request.batch_norm, dense, ready.ranks
         )
+    ready.untouched.put_back(work)
     with phase(Phase.PROOF):
         made = shrink_program(work, plan, ready.inputs.proofs(work, request.seed), ready.example)
     return Shrunk(made.model, made.proof, renewed)

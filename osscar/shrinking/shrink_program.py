@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from graph.preserve import preserved
 from osscar.core.errors import AdapterError, OptionError, first_line
 from osscar.core.inputs import shown
 from osscar.core.memory import let_shortage_pass
@@ -105,7 +106,8 @@ def shrink_program(
     with evaluating(model), restored(model):
         fold_named(model, plan, inputs)
         prepare(model)
-        finer = _proved_finer(model, plan, inputs, example, tolerance)
+        with preserved(model):  # what passes keep for the next would be traced as numbers
+            finer = _proved_finer(model, plan, inputs, example, tolerance)
         trial = ProgramTrial(model, example, inputs)
         program, error = trial.proved(plan, tolerance)
     plan = dataclasses.replace(plan, traced=trial.traced)
@@ -181,8 +183,9 @@ def _proved_finer(
     """
     own = number_format(model)
     with finer_precision(model):
-        if number_format(model) == own or not runs(model, in_format_of(example, model)):
-            return 0.0
+        with preserved(model):
+            if number_format(model) == own or not runs(model, in_format_of(example, model)):
+                return 0.0
         return ProgramTrial(model, example, inputs).proved(plan, tolerance)[1]
 
 

@@ -391,3 +391,36 @@ def test_units_in_several_places_are_pruned_and_refitted(tmp_path):
         assert (refitted(data) - net(data)).norm() < (plain(data) - net(data)).norm()
     again = osscar.load(result.save(tmp_path / "smaller").path, dense=net)
     assert torch.equal(again(data), result.model(data))
+
+
+class LazyMask(nn.Module):
+    """Keeps a mask for the next call, as wide as its heads are many."""
+
+    def __init__(self):
+        super().__init__()
+        self.enter, self.qkv = nn.Linear(5, 16), nn.Linear(16, 48)
+        self.out, self.leave = nn.Linear(16, 16), nn.Linear(16, 3)
+        self.mask = None
+
+    def forward(self, x):
+        x = self.enter(x)
+        length = x.shape[1]
+        if self.mask is None or self.mask.shape[-1] < length:
+            self.mask = torch.full((4, length, length), -1e4).triu(1)
+        q, k, v = (p.unflatten(-1, (4, -1)).transpose(1, 2) for p in self.qkv(x).chunk(3, -1))
+        mask = self.mask[:, :length, :length]
+        mixed = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return self.leave(x + self.out(mixed.transpose(1, 2).flatten(-2)))
+
+
+def test_what_a_model_keeps_for_its_next_call_is_no_part_of_its_program(tmp_path):
+    torch.manual_seed(0)
+    model, x = LazyMask().eval(), torch.randn(24, 6, 5)
+    result = osscar.prune(model, x, heads=0.5, device="cpu")
+    assert result.form == "graph"
+    assert model.mask is None
+    saved = result.save(tmp_path / "smaller")
+    again = osscar.load(saved.path, dense=LazyMask().eval())
+    longer = torch.randn(2, 9, 5)
+    assert torch.equal(again(x), result.model(x))
+    assert torch.equal(again(longer), result.model(longer))
