@@ -104,7 +104,8 @@ Which models there are is read from the installed packages: a small variant of e
 torchvision and timm, and of transformers each family with a head for text or images, its config
 shrunk by rules on the names of its fields. Models with more than 60 million parameters are left
 out (150 in torchvision, where VGG has no smaller one). Inputs are as small as the model takes.
-Where fewer are measured than there are, the others have not been run yet.
+Where fewer are measured than there are, the others are named below the tables, with what keeps
+them from being built, or have not been run yet.
 
 Each model also goes to [Torch-Pruning](https://github.com/VainF/Torch-Pruning), by the same
 command, where that has been run yet: `BasePruner`, `MagnitudeImportance`, half of the channels, the
