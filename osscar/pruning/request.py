@@ -272,11 +272,6 @@ class PruningRequest:
         size, damp, seed, blend = self.batch_size, self.damp, self.seed, self.blend
         if blend is not None and not (_is(blend, numbers.Real) and 0 <= blend <= 1):
             raise OptionError(f"blend is {shown(blend)}; give a share from 0 to 1")
-        if blend and self.target == Target.WEIGHTS:
-            raise OptionError(
-                f"blend is {blend:g}, a share of corrections, and target 'weights' has none; give "
-                "target outputs or residual, or leave blend away"
-            )
         if size is not None and not (_is(size, numbers.Integral) and size >= 1):
             raise OptionError(f"batch size is {shown(size)}; give a whole number, at least 1")
         if damp is not None and not (_is(damp, numbers.Real) and 0 <= damp < math.inf):

@@ -237,7 +237,7 @@ class Counted(Made):
         self.up, self.down = nn.Linear(5, 12), nn.Linear(12, 3)
 
     def forward(self, x):
-        if len(x) == 1000:
+        if int(x.shape[0]) == 1000:
             return x
         return super().forward(x) + self.down(torch.relu(self.up(x)))
 

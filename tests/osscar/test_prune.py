@@ -244,7 +244,6 @@ def two_layers():
         ({"params": 10**6}, "has 243; ask for less"),
         ({"size": "20MB"}, "asks for no less than there is"),
         ({"params": 1.0}, "asks for no less than there is"),
-        ({"neurons": 0.5, "target": "weights", "blend": 0.5}, "target 'weights' has none"),
     ],
 )
 def test_what_would_have_no_effect_is_refused(asked, message):
