@@ -118,7 +118,7 @@ def test_a_rank_without_any_batch_changes_nothing(tmp_path):
 
 
 ROUNDING = 1e-5
-"""Of losses: batches that are cut elsewhere are rounded otherwise in float32, on some processors."""
+"""Of losses: batches cut elsewhere are rounded otherwise in float32, on some processors."""
 
 
 def check_same(case: Case, places: list[Path]) -> None:
