@@ -117,6 +117,15 @@ def test_a_rank_without_any_batch_changes_nothing(tmp_path):
     check_same(TWO_BATCHES, [tmp_path / f"two batches.{rank}" for rank in range(3)])
 
 
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Compute with as many threads as ranks do: some kernels round otherwise with more."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 ROUNDING = 1e-5
 """Of losses: batches cut elsewhere are rounded otherwise in float32, on some processors."""
 
