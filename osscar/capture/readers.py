@@ -16,6 +16,12 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 
+_ONLY_THE_FORMAT = frozenset(
+    {Tensor.new_empty, Tensor.new_full, Tensor.new_ones, Tensor.new_tensor, Tensor.new_zeros}
+)
+"""What asks a tensor for its number format and device, and reads none of its values."""
+
+
 class _Watch(TorchFunctionMode):
     """Notes which module is running when an operator reads a weight."""
 
@@ -37,7 +43,8 @@ class _Watch(TorchFunctionMode):
         self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
-        if any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(result)):
+        made = any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(result))
+        if made and func not in _ONLY_THE_FORMAT:
             inside = self.running[-1] if self.running else ""
             for leaf in pytree.tree_leaves((args, dict(kwargs or {}))):
                 owner = self.owners.get(id(leaf))

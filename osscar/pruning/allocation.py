@@ -58,7 +58,7 @@ def allocate(
     """
     groups, keep, shared = asked_groups(ready, request, left)
     budget = None
-    if request.has_budget and not shared and len(groups) == len(ready.groups):
+    if request.has_budget and not shared and not left and (keep or not request.skip):
         raise RequestError(why_out_of_reach(groups, request, ready.residual))
     if request.has_budget and shared:
         rule: Rule

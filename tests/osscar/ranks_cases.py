@@ -48,7 +48,7 @@ def _demo() -> nn.Module:
 
 CASES = {
     "heads and neurons": Case(_demo, _demo_tokens, {"heads": "3/4", "neurons": "1/2"}),
-    "a budget": Case(_demo, _demo_tokens, {"sparsity": 0.4, "batch_size": 3}),
+    "a budget": Case(lambda: _demo().double(), _demo_tokens, {"sparsity": 0.4, "batch_size": 3}),
     "images": Case(small_net, images, {"sparsity": 0.4, "residual": 0.75, "batch_size": 12}),
     "estimated statistics": Case(
         small_net, images, {"channels": 0.5, "batch_norm": "estimate", "batch_size": 10}

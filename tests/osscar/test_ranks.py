@@ -126,10 +126,6 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-ROUNDING = 1e-5
-"""Of losses: batches cut elsewhere are rounded otherwise in float32, on some processors."""
-
-
 def check_same(case: Case, places: list[Path]) -> None:
     """Compare what ranks have written with what this process comes to by itself."""
     result = case.run()
@@ -142,7 +138,7 @@ def check_same(case: Case, places: list[Path]) -> None:
     for place in places:
         found = json.loads(Path(f"{place}.json").read_text())
         for key in ("loss", "divergence"):
-            assert found.pop(key) == pytest.approx(expected[key], rel=ROUNDING, abs=1e-15)
+            assert found.pop(key) == pytest.approx(expected[key], rel=1e-9, abs=1e-15)
         assert found == {key: expected[key] for key in found}
     assert all(len(support) > 0 for support in expected["support"].values())
 
@@ -265,7 +261,7 @@ def test_a_rank_that_is_killed_ends_the_others_and_the_run_goes_on(tmp_path):
     expected = summary(CASES_AS_PRUNED.run())
     assert {layer["name"]: layer["support"] for layer in found["layers"]} == expected["support"]
     assert {layer["name"]: layer["loss"] for layer in found["layers"]} == pytest.approx(
-        expected["loss"], rel=ROUNDING
+        expected["loss"], rel=1e-6  # the model is in float32, whose kernels round by shape
     )
     assert not log.exists()
 
