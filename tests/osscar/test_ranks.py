@@ -261,7 +261,8 @@ def test_a_rank_that_is_killed_ends_the_others_and_the_run_goes_on(tmp_path):
     expected = summary(CASES_AS_PRUNED.run())
     assert {layer["name"]: layer["support"] for layer in found["layers"]} == expected["support"]
     assert {layer["name"]: layer["loss"] for layer in found["layers"]} == pytest.approx(
-        expected["loss"], rel=1e-6  # the model is in float32, whose kernels round by shape
+        expected["loss"],
+        rel=1e-6,  # the model is in float32, whose kernels round by shape
     )
     assert not log.exists()
 
