@@ -18,6 +18,7 @@ from graph.grouping import build_groups
 from graph.groups import CouplingGroup
 from graph.propagate import Operator, propagate
 from graph.rules import DEFAULT, RuleTable
+from graph.training import followed_in_training
 
 
 @dataclass(frozen=True)
@@ -30,10 +31,14 @@ class DependencyGraph:
         Coupling groups in execution order, frozen ones included.
     operators
         The operators of the traced graph in execution order.
+    unread
+        Names of the parameters that the example does not reach, and of which it is unknown whether
+        they read a group's units.
     """
 
     groups: tuple[CouplingGroup, ...]
     operators: tuple[Operator, ...]
+    unread: tuple[str, ...] = ()
 
     @property
     def prunable(self) -> tuple[CouplingGroup, ...]:
@@ -155,9 +160,15 @@ def trace(
     if rules is not None and not isinstance(rules, RuleTable):
         raise ArgumentError(f"rules is a {type(rules).__name__}; give a RuleTable, or None")
     _check_opaque(model, opaque)
+    table = DEFAULT if rules is None else rules
     program = export_model(model, example_inputs)
-    propagation = propagate(program, DEFAULT if rules is None else rules, opaque)
-    return DependencyGraph(build_groups(propagation, program.tensors), propagation.operators)
+    propagation = propagate(program, table, opaque)
+    groups = build_groups(propagation, program.tensors)
+    read = {name for operator in propagation.operators for name in operator.tensors}
+    unread = program.tensors.keys() - read
+    groups, unknown = followed_in_training(model, example_inputs, table, opaque, groups, unread)
+    named = (name for name in sorted(unknown) if program.tensors[name].is_parameter)
+    return DependencyGraph(groups, propagation.operators, tuple(named))
 
 
 def _check_opaque(model: torch.nn.Module, opaque: Collection[str | type[torch.nn.Module]]) -> None:

@@ -16,7 +16,7 @@ _COLOURS = {
     UnitKind.HIDDEN: "#7d5aa6",
     UnitKind.OTHER: "#6b7280",
 }
-_COLUMNS = (Role.PRODUCER, Role.PASS_THROUGH, Role.CONSUMER)
+_COLUMNS = ((Role.PRODUCER,), (Role.PASS_THROUGH,), (Role.CONSUMER, Role.ASIDE))
 _LINE, _PAD, _GAP = 16, 8, 10
 _TITLE_WIDTH, _COLUMN_WIDTH = 330, 400
 _SHOWN = 6
@@ -67,7 +67,7 @@ def render(groups: Sequence[CouplingGroup]) -> str:
 def _row(canvas: _Canvas, group: CouplingGroup, y: int) -> int:
     """Draw one group at height `y` and return how high its row is."""
     title = _title(group)
-    columns = [_entries(slot for slot in group.slots if slot.role is role) for role in _COLUMNS]
+    columns = [_entries(s for s in group.slots if s.role in roles) for roles in _COLUMNS]
     height = max(len(lines) for lines in (title, *columns)) * _LINE + 2 * _PAD
     colour = _COLOURS[group.kind]
     opacity = 1.0 if group.prunable else 0.35
@@ -99,7 +99,11 @@ def _title(group: CouplingGroup) -> list[str]:
 
 
 def _entries(slots: Iterable[Slot]) -> list[str]:
-    lines = [f"{_fit(slot.tensor, 42)} [{slot.dim}] x{slot.width}" for slot in slots]
+    lines = [
+        f"{_fit(slot.tensor, 42)} [{slot.dim}] x{slot.width}"
+        + (", in training" if slot.role is Role.ASIDE else "")
+        for slot in slots
+    ]
     return lines if len(lines) <= _SHOWN else [*lines[:_SHOWN], f"and {len(lines) - _SHOWN} more"]
 
 

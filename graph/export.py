@@ -63,7 +63,9 @@ class Program:
     constants: Mapping[str, tuple[int, ...]]
 
 
-def export_model(model: torch.nn.Module, example_inputs: ExampleInputs) -> Program:
+def export_model(
+    model: torch.nn.Module, example_inputs: ExampleInputs, *, training: bool = False
+) -> Program:
     """Export a model in eval mode, on whatever device its parameters are (`meta` included).
 
     Parameters
@@ -72,6 +74,9 @@ def export_model(model: torch.nn.Module, example_inputs: ExampleInputs) -> Progr
         Left exactly as it was, training flags and attributes included.
     example_inputs
         Positional arguments as a tuple, or keyword arguments as a mapping.
+    training
+        Whether modules of the model's own code are in training; layers of torch never are, which
+        would draw numbers and keep averages.
 
     Raises
     ------
@@ -81,7 +86,7 @@ def export_model(model: torch.nn.Module, example_inputs: ExampleInputs) -> Progr
         If the model cannot be exported.
     """
     args, kwargs = _bind(model, example_inputs)
-    exported = run_export(model, args, kwargs)
+    exported = run_export(model, args, kwargs, training=training)
     names = canonical_names(model)
     kinds = (InputKind.PARAMETER, InputKind.BUFFER)
     holders = {
@@ -107,6 +112,8 @@ def run_export(
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
     dynamic: Any = None,
+    *,
+    training: bool = False,
 ) -> torch.export.ExportedProgram:
     """Call `torch.export` on a model in eval mode, which is left as it was.
 
@@ -116,6 +123,8 @@ def run_export(
         What is called.
     dynamic
         Which sizes of the inputs may differ from those of the example, as `torch.export` has it.
+    training
+        As of `export_model`.
 
     Raises
     ------
@@ -125,7 +134,7 @@ def run_export(
     with (
         preserved(model),
         without_cache(model),
-        _evaluating(model),
+        _in_mode(model, training),
         _without_idle_casts(),
         _symbolic_lengths(),
         _silenced(),
@@ -216,14 +225,25 @@ def _bind(
 
 
 @contextmanager
-def _evaluating(model: torch.nn.Module) -> Iterator[None]:
+def _in_mode(model: torch.nn.Module, training: bool) -> Iterator[None]:
     flags = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
+        for module in model.modules():
+            module.training = training and not _is_layer(module)
         yield
     finally:
         for module, training in flags:
             module.training = training
+
+
+_CONTAINERS = "torch.nn.modules.container"
+
+
+def _is_layer(module: torch.nn.Module) -> bool:
+    """Whether a module is a layer of torch, or of a class that is derived from one."""
+    kinds = (kind.__module__ for kind in type(module).__mro__ if kind is not torch.nn.Module)
+    return any(kind.startswith("torch.nn.") and kind != _CONTAINERS for kind in kinds)
 
 
 _LOGGERS = (

@@ -89,12 +89,14 @@ class TracedProgram:
     def axis_of(self, slots: Iterable[Slot]) -> int:
         """Return the axis whose units own the given slots, all of them and no others.
 
+        Slots of tensors that the program does not read, but code for training does, are nobody's.
+
         Raises
         ------
         UnknownGroupError
             If there is none, or it must not be pruned.
         """
-        wanted = _places(slots)
+        wanted = _places(slot for slot in slots if slot.tensor not in self._unread)
         for axis, group in self.groups.items():
             if _places(group.slots) == wanted:
                 # What lies inside other units, or around them, may go in their place.
@@ -104,6 +106,13 @@ class TracedProgram:
                     )
                 return axis
         raise UnknownGroupError("the exported program has no group of the same tensors")
+
+    @cached_property
+    def _unread(self) -> frozenset[str]:
+        """Names of the model's tensors that the program does not read."""
+        program = self.standalone.program
+        read = (program.holders.get(node.name) for node in program.nodes if node.users)
+        return frozenset(self.tensors) - frozenset(name for name in read if name is not None)
 
     def staying(self, kept: Mapping[int, Collection[int]]) -> Staying:
         """Return what stays of every value.

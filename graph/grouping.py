@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from graph.axes import Axes, Layout, Segment
@@ -72,7 +72,7 @@ def groups_by_axis(
             kind=naming.kinds[axis],
             units=axes.axis_size(axis),
             slots=slots[axis],
-            removable=_removable(slots[axis], tensors),
+            removable=removable(slots[axis], tensors),
             frozen=tuple(freezes[axis]),
         )
         for axis in slots
@@ -272,7 +272,7 @@ def _unusable(slots: tuple[Slot, ...]) -> Iterator[Freeze]:
         yield Freeze("no parameter reads it, so that nothing could make up for its units", "", "")
 
 
-def _removable(slots: tuple[Slot, ...], tensors: Mapping[str, TensorInfo]) -> int:
+def removable(slots: Iterable[Slot], tensors: Mapping[str, TensorInfo]) -> int:
     """How many parameters leave with one unit; where dimensions cross they count once."""
     widths: dict[str, dict[int, dict[int, int]]] = defaultdict(lambda: defaultdict(dict))
     for slot in slots:

@@ -28,6 +28,7 @@ from osscar.core.json_files import STRICT
 from osscar.core.progress import stage
 from osscar.pruning.allocation import provisional
 from osscar.pruning.request import FormChoice, PruningRequest
+from osscar.pruning.unread import warn_of_unread
 from osscar.shrinking.equivalence import Inputs, finer_precision
 from osscar.shrinking.plan import Form, GroupPlan, PruningPlan
 from osscar.shrinking.shrink import rehearse
@@ -105,6 +106,7 @@ def what_follows(ready: Opened, request: PruningRequest) -> Followed:
     forms = forms_to_try(ready.model, request)
     if not groups:
         return Followed(forms[0])
+    warn_of_unread(ready.model, ready.traced.unread, ready.groups, groups)
     plans = _alike_together(_arbitrary(groups, [keep[group.name] for group in groups]))
     together: dict[Form, Exception | None] = {}
     for form in forms:  # whose failures are only looked into where no form does for all groups

@@ -1,0 +1,58 @@
+"""Weights that the calibration data do not reach, and what is said of them."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Collection, Sequence
+
+from torch import nn
+
+from graph import CouplingGroup
+
+_MOST_NAMED = 4
+
+
+def warn_of_unread(
+    model: nn.Module,
+    unread: Collection[str],
+    groups: Sequence[CouplingGroup],
+    pruned: Sequence[CouplingGroup],
+) -> None:
+    """Warn of weights that nothing reads, and that have the width of what is pruned.
+
+    They belong to another way through the model, such as one that an optional input takes.  Nobody
+    can know whether units reach them there; a width that other layers have, too, is no sign of it.
+
+    Parameters
+    ----------
+    model
+        The dense model.
+    unread
+        Names of its parameters that the example does not reach.
+    groups
+        All its groups.
+    pruned
+        Those that lose units.
+    """
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.named_parameters()}
+    chosen = {group.name for group in pruned}
+    of_pruned = _widths(shapes, pruned)
+    of_others = _widths(shapes, [group for group in groups if group.name not in chosen])
+    telling = of_pruned - of_others
+    found = [name for name in unread if len(shapes[name]) > 1 and telling & {*shapes[name]}]
+    if not found:
+        return
+    more = f" and {len(found) - _MOST_NAMED} more" if len(found) > _MOST_NAMED else ""
+    names = ", ".join(map(repr, found[:_MOST_NAMED]))
+    warnings.warn(
+        f"the calibration data do not reach {names}{more}, of the width of layers that are pruned: "
+        "kept as it is, this may not fit calls that do reach it; leave these layers out (--skip), "
+        "or give data that take that way",
+        stacklevel=2,
+    )
+
+
+def _widths(shapes: dict[str, tuple[int, ...]], groups: Sequence[CouplingGroup]) -> set[int]:
+    """Return the sizes of all dimensions in which units of some groups lie."""
+    slots = (slot for group in groups for slot in group.slots if slot.tensor in shapes)
+    return {shapes[slot.tensor][slot.dim] for slot in slots}

@@ -1,0 +1,95 @@
+"""What only code for training reads: auxiliary heads follow the units that they read."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import graph
+from graph import Role
+
+
+class Auxiliary(nn.Module):
+    """A network that has a second output in training."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 6, 3, padding=1)
+        self.body = nn.Conv2d(6, 10, 3, padding=1)
+        self.head = nn.Linear(10, 4)
+        self.scale = nn.BatchNorm2d(6)
+        self.side = nn.Linear(6, 4)
+        self.more = nn.Conv2d(5, 10, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Any:
+        units = self.stem(x).relu()
+        output = self.head(self.body(units).relu().mean((2, 3)))
+        return (output, self.aside(units)) if self.training else output
+
+    def aside(self, units: Tensor) -> Tensor:
+        units = nn.functional.dropout(self.scale(units), 0.5, self.training)
+        return self.side(units.mean((2, 3)))  # type: ignore[no-any-return]
+
+
+class Stuck(Auxiliary):
+    """Its second output mixes what it reads in a way that no unit can leave."""
+
+    def aside(self, units: Tensor) -> Tensor:
+        return self.side(units.mean((2, 3)).cumsum(1))  # type: ignore[no-any-return]
+
+
+class Drawn(Auxiliary):
+    """Its code for training cannot be traced."""
+
+    def aside(self, units: Tensor) -> Tensor:
+        if float(units.sum()) > random.random():
+            return units
+        return super().aside(units)
+
+
+class Never(Auxiliary):
+    """It does not look whether it is in training."""
+
+    def forward(self, x: Tensor) -> Any:
+        return self.head(self.body(self.stem(x).relu()).relu().mean((2, 3)))
+
+
+IMAGES = (torch.zeros(2, 3, 8, 8),)
+
+
+def traced(model: nn.Module) -> tuple[graph.DependencyGraph, dict[str, graph.CouplingGroup]]:
+    found = graph.trace(model.eval(), IMAGES)
+    return found, {group.name: group for group in found.prunable}
+
+
+def test_what_training_reads_belongs_to_the_units() -> None:
+    found, groups = traced(Auxiliary())
+    roles = {(slot.tensor, slot.dim): slot.role for slot in groups["stem.channels"].slots}
+    assert roles["body.weight", 1] is Role.CONSUMER
+    assert roles["side.weight", 1] is Role.ASIDE
+    assert roles["scale.weight", 0] is roles["scale.running_var", 0] is Role.PASS_THROUGH
+    assert [slot.tensor for slot in groups["stem.channels"].consumers] == ["body.weight"]
+    # 28 of the stem, 90 of the body, 2 of the norm, 4 of the auxiliary head.
+    assert groups["stem.channels"].removable == 28 + 90 + 2 + 4
+    assert found.unread == ("more.bias", "more.weight")
+    assert "side.weight [1] x1, in training" in graph.draw.render(found.groups)
+
+
+def test_a_model_in_training_stays_so_and_is_traced_alike() -> None:
+    model = Auxiliary().train()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    found = graph.trace(model, IMAGES)
+    assert all(module.training for module in model.modules())
+    assert all(torch.equal(before[name], now) for name, now in model.state_dict().items())
+    assert found.groups == traced(model)[0].groups
+
+
+@pytest.mark.parametrize("kind", [Stuck, Drawn, Never])
+def test_what_cannot_be_known_to_follow_is_named(kind: type[Auxiliary]) -> None:
+    found, groups = traced(kind())
+    assert all(slot.role is not Role.ASIDE for slot in groups["stem.channels"].slots)
+    assert {"side.weight", "more.weight"} <= set(found.unread)
