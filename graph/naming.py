@@ -64,13 +64,14 @@ class Naming:
         consumed = [slot.order for slot in slots if slot.role is Role.CONSUMER]
         if axis in self._factors or not produced or not consumed:
             return UnitKind.OTHER
-        if axis in self._heads:
+        # A head of one row is a gate that code multiplies by as if it were one.
+        if axis in self._heads and any(slot.width > 1 for slot in slots):
             return UnitKind.HEADS
-        targets = {self._targets[slot.order] for slot in slots}
-        if any("conv" in target for target in targets):
+        if any("conv" in self._targets[slot.order] for slot in slots):
             return UnitKind.CHANNELS
         # What is read and then written again is a residual stream.
-        if min(consumed) <= max(produced) or any("embedding" in target for target in targets):
+        embedded = all("embedding" in self._targets[order] for order in produced)
+        if embedded or min(consumed) <= max(produced):
             return UnitKind.HIDDEN
         return UnitKind.NEURONS
 

@@ -10,7 +10,7 @@ import networkx as nx
 import pytest
 import torch
 import transformers
-from torch import nn
+from torch import Tensor, nn
 
 import graph
 from graph import CouplingGroup, DependencyGraph
@@ -57,6 +57,37 @@ def test_hidden_axis_is_frozen_by_its_norm(llama: DependencyGraph) -> None:
     assert hidden.kind is graph.UnitKind.HIDDEN
     assert not hidden.prunable
     assert hidden.frozen[0].module == "model.layers.0.input_layernorm"
+
+
+class Labelled(nn.Module):
+    """A layer to which an embedding is added, and nothing is written back."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.label, self.down = nn.Linear(6, 12), nn.Embedding(5, 12), nn.Linear(12, 4)
+
+    def forward(self, x: Tensor, label: Tensor) -> Tensor:
+        return self.down((self.up(x) + self.label(label)).relu())  # type: ignore[no-any-return]
+
+
+class Gated(nn.Module):
+    """Channels times a gate, in the way that code multiplies heads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.gate, self.last = nn.Conv2d(3, 8, 3), nn.Linear(3, 8), nn.Conv2d(8, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate = self.gate(x.mean((2, 3))).sigmoid()
+        return self.last(torch.einsum("bchw,bc->bchw", self.body(x), gate))  # type: ignore[no-any-return]
+
+
+def test_kinds_are_those_of_what_computes_the_units() -> None:
+    images, labels = torch.zeros(2, 3, 8, 8), torch.zeros(2, dtype=torch.int64)
+    (neurons,) = graph.trace(Labelled(), (torch.zeros(2, 6), labels)).prunable
+    assert (neurons.name, neurons.kind) == ("neurons", graph.UnitKind.NEURONS)
+    (channels,) = graph.trace(Gated(), (images,)).prunable
+    assert channels.kind is graph.UnitKind.CHANNELS
 
 
 def test_networkx_joins_slots_groups_and_operators(llama: DependencyGraph) -> None:
