@@ -204,13 +204,32 @@ def _compared(
     precision = "float64" if finer else "float32"
     compared = max(_apart(masked, after), _apart(came, before))
     wrong = not compared <= ALLOWED[precision]
+    failure = f"the smaller model is {compared:.1e} away from the masked one" if wrong else ""
     return dataclasses.replace(
         row,
         compared=compared,
         precision=precision,
         effect=_apart(before, masked),
-        failure=f"the smaller model is {compared:.1e} away from the masked one" if wrong else "",
+        failure=failure or _in_training(row.form, model, small, fresh),
     )
+
+
+def _in_training(form: str, model: nn.Module, small: nn.Module, inputs: Inputs) -> str:
+    """Say how the smaller model fails in training, if the model as it came does not.
+
+    A program is one of evaluation.
+    """
+    failures = []
+    for one in (model, small) if form == Form.MODULE else ():
+        one = copy.deepcopy(one).float().train()
+        torch.manual_seed(0)
+        try:
+            with torch.no_grad():
+                one(**inputs)
+            failures.append("")
+        except Exception as error:  # the model may be anyone's code
+            failures.append(f"it fails in training: {first_line(error):.150}")
+    return failures[-1] if failures and not failures[0] else ""
 
 
 def _all_four(
