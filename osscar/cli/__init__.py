@@ -6,13 +6,15 @@ import importlib
 import io
 import signal
 import sys
-from typing import NoReturn
+from importlib import metadata
+from typing import Annotated, NoReturn
 
 import typer
 
 from osscar.cli.common import err, guard, out
 from osscar.core.errors import RanksError
 from osscar.core.launch import launched
+from osscar.core.version import VERSION
 
 _COMMANDS = ("demo", "prune", "sweep", "eval", "inspect", "export", "gap", "solve", "backends")
 
@@ -41,7 +43,22 @@ def build() -> typer.Typer:
     return app
 
 
-def _check_launch(context: typer.Context) -> None:
+def _told_version(wanted: bool) -> None:
+    """Say which versions run, and end."""
+    if wanted:
+        typer.echo(f"osscar {VERSION} (torch {metadata.version('torch')})")
+        raise typer.Exit
+
+
+def _check_launch(
+    context: typer.Context,
+    _: Annotated[
+        bool,
+        typer.Option(
+            "--version", help="Say which version this is.", callback=_told_version, is_eager=True
+        ),
+    ] = False,
+) -> None:
     """Refuse to run a command in several processes that runs in one, and let one of them speak."""
     rank, size = launched()
     out.quiet = err.quiet = rank > 0  # one speaks for all

@@ -49,6 +49,11 @@ def small_prune(text, out, *more):
     )
 
 
+def test_the_version_is_told(run):
+    status, out, _ = run("--version")
+    assert (status, out.split()[:2]) == (0, ["osscar", osscar.__version__])
+
+
 def test_demo_does_the_whole_job(run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with monkeypatch.context() as patch:
