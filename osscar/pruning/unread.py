@@ -21,7 +21,8 @@ def warn_of_unread(
     """Warn of weights that nothing reads, and that have the width of what is pruned.
 
     They belong to another way through the model, such as one that an optional input takes.  Nobody
-    can know whether units reach them there; a width that other layers have, too, is no sign of it.
+    can know whether units reach them there.  A width that other layers have, too, is no sign of it,
+    nor is one that weights on that way make themselves, such as a tower for images.
 
     Parameters
     ----------
@@ -38,8 +39,10 @@ def warn_of_unread(
     chosen = {group.name for group in pruned}
     of_pruned = _widths(shapes, pruned)
     of_others = _widths(shapes, [group for group in groups if group.name not in chosen])
-    telling = of_pruned - of_others
-    found = [name for name in unread if len(shapes[name]) > 1 and telling & {*shapes[name]}]
+    matrices = {name: shapes[name] for name in unread if len(shapes[name]) > 1}
+    made_there = {made for made, *_ in matrices.values()}
+    telling = of_pruned - of_others - made_there
+    found = [name for name, (_, read, *_) in matrices.items() if read in telling]
     if not found:
         return
     more = f" and {len(found) - _MOST_NAMED} more" if len(found) > _MOST_NAMED else ""

@@ -54,12 +54,12 @@ def test_auxiliary_heads_work_after_pruning(form: str, tmp_path: Path) -> None:
         assert output.shape == aside.shape == (32, 4)
 
 
-def told(width: int, **asked: Any) -> list[str]:
+def told(width: int, kind: type[Optional] = Optional, **asked: Any) -> list[str]:
     torch.manual_seed(0)
     data = torch.randn(64, 5, generator=torch.Generator().manual_seed(1))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        osscar.prune(Optional(width), data, **asked)
+        osscar.prune(kind(width), data, **asked)
     return [str(one.message) for one in caught if "do not reach" in str(one.message)]
 
 
@@ -67,6 +67,22 @@ def test_what_an_optional_input_leads_to_is_named() -> None:
     (said,) = told(12, sparsity=0.5)
     assert "'side.weight'" in said
     assert "--skip" in said
+
+
+class Tower(Optional):
+    """Its other way has layers of the same width that read and make their own units."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width)
+        self.side = nn.Sequential(nn.Linear(5, width), nn.ReLU(), nn.Linear(width, 4))  # type: ignore[assignment]
+
+    def forward(self, x: Tensor, more: Tensor | None = None) -> Any:
+        output = self.second(self.first(x).relu())
+        return output if more is None else output + self.side(more)
+
+
+def test_a_tower_of_its_own_is_not_named() -> None:
+    assert not told(12, Tower, sparsity=0.5)
 
 
 def test_a_width_that_other_layers_have_too_is_no_sign() -> None:
