@@ -12,7 +12,7 @@ from osscar.capture.opened import Opened
 from osscar.capture.regularization import DEFAULT_DAMP
 from osscar.core.errors import RequestError
 from osscar.pruning.budget import Allocated, Budget
-from osscar.pruning.costs import Cost, CostModel, count
+from osscar.pruning.costs import ROUNDING, Cost, CostModel, count
 from osscar.pruning.curves import Curve, measure_curves, told_curves
 from osscar.pruning.fluctuation import measure_fluctuations
 from osscar.pruning.latency import Latency, aimed
@@ -209,7 +209,7 @@ def _checked(
 
     found = rule.choose(cost, limit)
     reached = cost.of({**keep, **found})
-    if not (reached <= limit * (1 + 1e-9) or rule.rounds):
+    if not (reached <= limit * (1 + ROUNDING) or rule.rounds):
         raise RequestError(
             f"{asked} cannot be met: it allows {written(limit)} {kind}, and what may be pruned "
             f"comes to {written(reached)} of {written(cost.dense)} at least "

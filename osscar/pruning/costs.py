@@ -3,7 +3,9 @@
 A weight has as many entries as the product of its dimensions, each of which loses what units of
 groups take along.  In a transformer no weight loses along two dimensions that a budget may touch,
 so that costs add up over groups; channels of a convolution are read by the next one's filters,
-whose size is a product of two groups' widths.
+whose size is a product of two groups' widths.  Where a layer reads the units that it makes, as in
+a recurrent cell, the cost is a product of one group's width with itself: costs of groups still add
+up, but a unit's depends on how many others stay.
 """
 
 from __future__ import annotations
@@ -13,9 +15,11 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import zip_longest
 from typing import Protocol
 
 import numpy as np
+from numpy.polynomial.polynomial import polyval
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -36,6 +40,10 @@ class Cost(enum.StrEnum):
     """Of a forward pass, relative to the dense model's."""
 
 
+ROUNDING = 1e-12
+"""Of costs, relative: sums of operations are no whole numbers, parameters and bytes are."""
+
+
 @dataclass(frozen=True)
 class _Weight:
     """One tensor: its cost is `price` times the product of its dimensions that are left."""
@@ -50,6 +58,27 @@ class _Weight:
         for dim, name, width in self.taken:
             left[dim] -= width * (units[name] - kept.get(name, units[name]))
         return self.price * math.prod(left)
+
+    def polynomial(
+        self, name: str, kept: Mapping[str, int], units: Mapping[str, int]
+    ) -> list[float]:
+        """Return the cost as a polynomial in what one group keeps, the constant term first.
+
+        A group that lies in two dimensions makes it quadratic.
+        """
+        left, each = list(self.shape), [0] * len(self.shape)
+        for dim, taker, width in self.taken:
+            stays = 0 if taker == name else kept.get(taker, units[taker])
+            left[dim] -= width * (units[taker] - stays)
+            each[dim] += width if taker == name else 0
+        found = [self.price]
+        for rest, slope in zip(left, each, strict=True):
+            if slope:
+                shifted = zip([*found, 0.0], [0.0, *found], strict=True)
+                found = [rest * same + slope * lower for same, lower in shifted]
+            else:
+                found = [rest * same for same in found]
+        return found
 
 
 class CostModel(Protocol):
@@ -109,12 +138,10 @@ class CountedCost:
         self, name: str, counts: NDArray[np.int64], kept: Mapping[str, int]
     ) -> NDArray[np.float64]:
         """Return what so many units of a group cost while the others keep as many as they do."""
-        more, less = ({**kept, name: count} for count in (1, 0))
-        touched = (weight for weight in self._by_group.get(name, ()))
-        slope = self.each.get(name, 0.0) + sum(
-            w.of(more, self.units) - w.of(less, self.units) for w in touched
-        )
-        return slope * counts.astype(np.float64)
+        parts = [[0.0, self.each.get(name, 0.0)]]
+        parts += [w.polynomial(name, kept, self.units) for w in self._by_group.get(name, ())]
+        whole = [sum(terms) for terms in zip_longest(*parts, fillvalue=0.0)]
+        return np.asarray(polyval(counts.astype(np.float64), whole))
 
     @cached_property
     def _by_group(self) -> dict[str, list[_Weight]]:
@@ -125,10 +152,17 @@ class CountedCost:
         return found
 
     def separable(self, names: Iterable[str]) -> bool:
-        """Whether the costs of these groups add up: none loses where another does."""
+        """Whether the costs of these groups add up: no weight loses by two, along two dimensions.
+
+        One group may lose along two by itself, or two along the same.
+        """
         chosen = set(names)
-        dims = ({dim for dim, name, _ in w.taken if name in chosen} for w in self.weights)
-        return all(len(some) <= 1 for some in dims)
+
+        def adds_up(weight: _Weight) -> bool:
+            taken = [(dim, name) for dim, name, _ in weight.taken if name in chosen]
+            return any(len(set(of)) == 1 for of in zip(*taken, strict=True)) or not taken
+
+        return all(map(adds_up, self.weights))
 
 
 def count(

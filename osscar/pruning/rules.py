@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from graph import CouplingGroup
 from osscar.core.errors import RequestError
 from osscar.pruning.budget import Budget, Width
-from osscar.pruning.costs import Cost, CostModel
+from osscar.pruning.costs import ROUNDING, Cost, CostModel
 from osscar.pruning.curves import Curve
 from osscar.pruning.knapsack import BudgetError, choose
 from osscar.pruning.request import PruningRequest, Widths
@@ -166,7 +166,7 @@ class ByCurves:
     def choose(self, cost: CostModel, limit: float) -> dict[str, int]:
         """Return the widths of least predicted divergence within the limit, or the least ones."""
         least = {name: int(some[0]) for name, some in self.options.items()}
-        if not cost.of({**self.keep, **least}) <= limit * (1 + 1e-9):
+        if not cost.of({**self.keep, **least}) <= limit * (1 + ROUNDING):
             return least
         problem = self._problem(cost, limit)
         return problem.exact()[0] if cost.separable(self.options) else problem.alternating()
@@ -267,15 +267,18 @@ class _Shared:
 
         They are the choices at one price of the cost each, from that at which nothing leaves to
         that at which all leaves that may: no choice of the same cost has a smaller loss where costs
-        of groups add up.
+        of groups add up.  Where they multiply, some are worse than others that cost less, and left
+        out.
         """
         low, high = self._prices()
         prices = np.geomspace(low, high, _PRICES).tolist() if high > 0 else []
         choices = [self._all(), *(self._at(price, self._all()) for price in prices)]
-        found = {self.cost.of(kept): self._loss(kept) for kept in choices}
-        costs = sorted(found)
-        chosen = np.unique(np.linspace(0, len(costs) - 1, _FRONTIER).round().astype(int))
-        return tuple((costs[i], found[costs[i]]) for i in chosen)
+        found: list[tuple[float, float]] = []
+        for cost, loss in sorted((self.cost.of(kept), self._loss(kept)) for kept in choices):
+            if not found or loss < found[-1][1]:
+                found.append((cost, loss))
+        chosen = np.unique(np.linspace(0, len(found) - 1, _FRONTIER).round().astype(int))
+        return tuple(found[i] for i in chosen)
 
     def _prices(self) -> tuple[float, float]:
         """Return a price below which nothing leaves, and one above which all leaves that may."""
@@ -284,10 +287,11 @@ class _Shared:
         for name, losses in self.losses.items():
             costs = self._over(name, every)
             lost, spared = losses[:-1] - losses[-1], costs[-1] - costs[:-1]
-            low = min([low, *(lost / spared)[(lost > 0) & (spared > 0)]])
+            some = (lost > 0) & (spared > 0)
+            low = min([low, *(lost[some] / spared[some])])
             costs = self._over(name, least)
             gained, paid = losses[0] - losses[1:], costs[1:] - costs[0]
-            high = max([high, *(gained / paid)[paid > 0]])
+            high = max([high, *(gained[paid > 0] / paid[paid > 0])])
         return (0.9 * low, 1.1 * high) if math.isfinite(low) else (0.0, 0.0)
 
     def _loss(self, kept: Mapping[str, int]) -> float:

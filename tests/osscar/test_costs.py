@@ -1,0 +1,289 @@
+"""What costs come to as functions of widths, also where a group meets itself in a weight."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import osscar
+from osscar.capture.opened import opened
+from osscar.core.errors import RequestError
+from osscar.core.modules import count_parameters
+from osscar.pruning.allocation import _checked as checked
+from osscar.pruning.allocation import allocate, shared_curves
+from osscar.pruning.costs import Cost, CountedCost, _Weight, count
+from osscar.pruning.curves import Curve
+from osscar.pruning.request import PruningRequest as Asked
+from osscar.pruning.rules import ByCurves
+from osscar.pruning.widths import asked_groups, possible_widths
+
+# ---- a cost over one group's count -------------------------------------------------------
+
+NAMES = "abc"
+
+
+@st.composite
+def costs(draw, outside=0):
+    """Weights of up to four dimensions, each of which up to three slots take from, but for some."""
+    units = {name: draw(st.integers(1, 9)) for name in NAMES}
+    weights = []
+    for _ in range(draw(st.integers(0, 4))):
+        shape, taken = [], []
+        for dim in range(draw(st.integers(1, 4))):
+            slots = draw(st.lists(st.tuples(st.sampled_from(NAMES), st.integers(1, 3)), max_size=3))
+            taken += [(dim, name, width) for name, width in slots]
+            shape.append(draw(st.integers(outside, 4)) + sum(w * units[name] for name, w in slots))
+        weights.append(_Weight(draw(st.integers(1, 4)), tuple(shape), tuple(taken)))
+    each = draw(st.dictionaries(st.sampled_from(NAMES), st.integers(0, 9)))
+    return CountedCost(tuple(weights), draw(st.integers(0, 99)), each, units)
+
+
+@given(costs(), st.data())
+@settings(max_examples=300, deadline=None)
+def test_a_cost_over_one_group_differs_from_that_of_the_model_by_a_constant(cost, data):
+    kept = {name: data.draw(st.integers(0, units)) for name, units in cost.units.items()}
+    for name, units in cost.units.items():
+        counts = np.arange(units + 1)
+        whole = np.array([cost.of({**kept, name: int(c)}) for c in counts])
+        over = cost.over(name, counts, kept)
+        np.testing.assert_array_equal(over - over[0], whole - whole[0])
+
+
+@given(costs(outside=1), st.sets(st.sampled_from(NAMES)))
+@settings(max_examples=300, deadline=None)
+def test_costs_are_separable_where_no_mixed_difference_is_anything(cost, names):
+    mixed = (
+        cost.of({}) - cost.of({a: 0}) - cost.of({b: 0}) + cost.of({a: 0, b: 0})
+        for a, b in itertools.combinations(sorted(names), 2)
+    )
+    assert cost.separable(names) == (not any(mixed))
+
+
+@st.composite
+def shared(draw):
+    """A cost, curves of its groups, and the widths that these may have."""
+    cost, random = draw(costs(outside=1)), np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    curves = {}
+    for name, units in cost.units.items():
+        losses = np.sort(random.exponential(size=units) ** draw(st.sampled_from([0.3, 1, 3])))
+        curves[name] = Curve(name, np.append(losses[::-1], 0.0))
+    options = {name: np.arange(1, units + 1) for name, units in cost.units.items()}
+    return cost, ByCurves(curves, options, {}, dict.fromkeys(options, "channels"))
+
+
+@given(shared(), st.floats(0, 1))
+@settings(max_examples=80, deadline=None)
+def test_any_costs_are_kept_within_any_limit_that_some_widths_meet(problem, share):
+    cost, rule = problem
+    choices = [
+        dict(zip(rule.options, widths, strict=True))
+        for widths in itertools.product(*(some.tolist() for some in rule.options.values()))
+    ]
+    found = best_at_each_cost(cost, rule.curves, choices)
+    limit = list(found)[int(share * (len(found) - 1))]
+    kept = rule.choose(cost, limit)
+    assert cost.of(kept) <= limit
+    check_bound(rule.budget(Cost.PARAMETERS, cost, limit, kept), found, limit)
+
+
+def test_a_limit_is_kept_to_the_last_of_billions_of_parameters():
+    cost = CountedCost((_Weight(1.0, (2, 7_000_000_000), ((0, "a", 1),)),), 0.0, {}, {"a": 2})
+    curves = {"a": Curve("a", np.array([2.0, 1.0, 0.0]))}
+    rule = ByCurves(curves, {"a": np.array([1, 2])}, {}, {"a": "channels"})
+    assert checked(rule, Cost.PARAMETERS, cost, 7e9, {}, "--params 7e9") == {"a": 1}
+    with pytest.raises(RequestError, match="allows 6,999,999,997 parameters, .* 7,000,000,000 of"):
+        checked(rule, Cost.PARAMETERS, cost, 7e9 - 3, {}, "--params 6999999997")
+
+
+# ---- budgets of networks in which a group meets itself -----------------------------------
+
+
+class ConvLSTM(nn.Module):
+    """Hidden channels are read by the convolution that makes them."""
+
+    def __init__(self, hidden=8):
+        super().__init__()
+        self.gates = nn.Conv2d(2 + hidden, 4 * hidden, 3, padding=1)
+        self.head = nn.Linear(hidden, 3)
+
+    def forward(self, x):
+        h = x.new_zeros(x.shape[0], self.gates.out_channels // 4, *x.shape[-2:])
+        c = h
+        for t in range(x.shape[1]):
+            i, f, o, g = self.gates(torch.cat([x[:, t], h], 1)).chunk(4, 1)
+            c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
+            h = torch.sigmoid(o) * torch.tanh(c)
+        return self.head(h.mean((2, 3)))
+
+
+class Stacked(nn.Module):
+    """One ConvLSTM behind another: some weights lose by two groups, and some by one twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = ConvLSTM(5), ConvLSTM(4)
+        self.first.head, self.second.gates = nn.Identity(), nn.Conv2d(5 + 4, 16, 3, padding=1)
+
+    def forward(self, x):
+        first, second = self.first.gates, self.second.gates
+        h1 = c1 = x.new_zeros(x.shape[0], first.out_channels // 4, *x.shape[-2:])
+        h2 = c2 = x.new_zeros(x.shape[0], second.out_channels // 4, *x.shape[-2:])
+        for t in range(x.shape[1]):
+            i, f, o, g = first(torch.cat([x[:, t], h1], 1)).chunk(4, 1)
+            c1 = torch.sigmoid(f) * c1 + torch.sigmoid(i) * torch.tanh(g)
+            h1 = torch.sigmoid(o) * torch.tanh(c1)
+            i, f, o, g = second(torch.cat([h1, h2], 1)).chunk(4, 1)
+            c2 = torch.sigmoid(f) * c2 + torch.sigmoid(i) * torch.tanh(g)
+            h2 = torch.sigmoid(o) * torch.tanh(c2)
+        return self.second.head(h2.mean((2, 3)))
+
+
+class Twice(nn.Module):
+    """A convolution that is called on its own outputs, between two others."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.mixed = nn.Conv2d(2, 6, 3, padding=1), nn.Conv2d(6, 6, 3, padding=1)
+        self.last, self.head = nn.Conv2d(6, 5, 3), nn.Linear(5, 3)
+
+    def forward(self, x):
+        x = torch.relu(self.stem(x))
+        x = torch.relu(self.mixed(torch.relu(self.mixed(x))))
+        return self.head(torch.relu(self.last(x)).mean((2, 3)))
+
+
+class Residual(nn.Module):
+    """Two blocks, in the first of which a convolution reads and makes residual channels."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.plain = nn.Conv2d(2, 6, 3, padding=1), nn.Conv2d(6, 6, 3, padding=1)
+        self.up, self.down, self.head = nn.Conv2d(6, 8, 3), nn.Conv2d(8, 6, 1), nn.Linear(6, 3)
+
+    def forward(self, x):
+        x = torch.relu(self.stem(x))
+        x = torch.relu(x + self.plain(x))
+        x = x[..., 1:-1, 1:-1] + self.down(torch.relu(self.up(x)))
+        return self.head(x.mean((2, 3)))
+
+
+class Cell(nn.Module):
+    """A recurrent cell of linear layers, whose states are a residual stream, and neurons."""
+
+    def __init__(self):
+        super().__init__()
+        self.read, self.carry = nn.Linear(3, 7), nn.Linear(7, 7)
+        self.up, self.head = nn.Linear(7, 9), nn.Linear(9, 4)
+
+    def forward(self, x):
+        h = torch.tanh(self.read(x[:, 0]))
+        for t in range(1, x.shape[1]):
+            h = torch.tanh(self.read(x[:, t]) + self.carry(h))
+        return self.head(torch.relu(self.up(h)))
+
+
+NETWORKS = {
+    "conv-lstm": (ConvLSTM, (24, 2, 2, 5, 5), {}),
+    "stacked": (Stacked, (24, 2, 2, 5, 5), {}),
+    "twice": (Twice, (24, 2, 6, 6), {}),
+    "residual": (Residual, (24, 2, 6, 6), {"residual": 0.5}),
+    "cell": (Cell, (48, 4, 3), {"residual": "4/7"}),
+}
+WIDTHS = {"any": {}, "a third": {"at_least": "1/3", "round_to": 2}}
+
+
+def built(name):
+    torch.manual_seed(0)
+    build, shape, asked = NETWORKS[name]
+    return build().eval(), torch.randn(shape), asked
+
+
+def every_choice(ready, request):
+    """Yield all widths that a budget may choose, with what other groups keep."""
+    _, keep, shared = asked_groups(ready, request)
+    options = [possible_widths(group, request.widths).tolist() for group in shared]
+    for widths in itertools.product(*options):
+        yield {**keep, **dict(zip([g.name for g in shared], widths, strict=True))}
+
+
+BUDGETS = {Cost.PARAMETERS: "params", Cost.FLOPS: "flops", Cost.BYTES: "size"}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("widths", WIDTHS)
+@pytest.mark.parametrize("kind", BUDGETS)
+def test_every_budget_that_some_widths_meet_is_met_and_no_other(name, widths, kind):
+    model, data, asked = built(name)
+    asked = {**asked, **WIDTHS[widths]}
+    with opened(model, data) as ready:
+        cost = count(kind, ready.model, ready.groups, ready.sample)
+        request = Asked(params=0.5, **asked)
+        curves = shared_curves(ready, request)
+        found = best_at_each_cost(cost, curves, every_choice(ready, request))
+        least, *others = found
+        assert others
+
+        def reached(limit):
+            limit = limit / cost.dense if kind is Cost.FLOPS else int(limit)
+            budget = allocate(ready, Asked(**asked, **{BUDGETS[kind]: limit}), curves).budget
+            return budget.reached, budget
+
+        tight = 1 + 1e-12 if kind is Cost.FLOPS else 1
+        for limit in [least, *others[:: max(1, len(others) // 12)]]:
+            if limit < cost.dense:
+                met, budget = reached(limit * tight)
+                assert met <= limit * (1 + 1e-9)
+                check_bound(budget, found, limit)
+        with pytest.raises(RequestError, match=f"comes to {least:,.0f} of"):
+            reached(least * (1 - 1e-6) if kind is Cost.FLOPS else least - 1)
+
+
+def best_at_each_cost(cost, curves, choices):
+    """Return the least predicted divergence of the choices of each cost, these ascending."""
+    best = {}
+    for kept in choices:
+        loss = sum(float(curves[name].losses[kept[name]]) for name in curves)
+        whole = cost.of(kept)
+        best[whole] = min(loss, best.get(whole, loss))
+    return dict(sorted(best.items()))
+
+
+def check_bound(budget, found, limit):
+    """Compare a choice with the best of all, where something was proved of it."""
+    best = min(loss for cost, loss in found.items() if cost <= limit)
+    assert budget.predicted >= best * (1 - 1e-9)
+    if budget.lower_bound is not None:
+        assert budget.lower_bound <= best * (1 + 1e-9)
+        assert budget.predicted == pytest.approx(best, rel=1e-9)
+    costs, nats = map(np.array, zip(*budget.frontier, strict=True))
+    assert (np.diff(costs) > 0).all()
+    assert (np.diff(nats) <= 0).all()
+    assert set(costs) <= set(found)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_costs_of_a_group_that_meets_itself_add_up(name):
+    model, data, asked = built(name)
+    with opened(model, data) as ready:
+        _, _, shared = asked_groups(ready, Asked(params=0.5, **asked))
+        cost = count(Cost.PARAMETERS, ready.model, ready.groups, ready.sample)
+        names = [group.name for group in shared]
+        assert cost.separable(names) == (name not in ("stacked", "twice"))
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("allocation", ["curvature", "uniform", "fluctuation"])
+def test_models_have_no_more_than_the_parameters_that_were_asked_for(name, allocation):
+    model, data, asked = built(name)
+    with opened(model, data) as ready:
+        cost = count(Cost.PARAMETERS, ready.model, ready.groups, ready.sample)
+        some = sorted({cost.of(k) for k in every_choice(ready, Asked(params=0.5, **asked))})
+    for limit in (some[0], some[len(some) // 3]):
+        result = osscar.prune(
+            model, data, params=int(limit), allocation=allocation, backend="wanda", **asked
+        )
+        assert count_parameters(result.model) == result.budget.reached <= limit
