@@ -95,7 +95,7 @@ def test_a_limit_is_kept_to_the_last_of_billions_of_parameters():
     curves = {"a": Curve("a", np.array([2.0, 1.0, 0.0]))}
     rule = ByCurves(curves, {"a": np.array([1, 2])}, {}, {"a": "channels"})
     assert checked(rule, Cost.PARAMETERS, cost, 7e9, {}, "--params 7e9") == {"a": 1}
-    with pytest.raises(RequestError, match="allows 6,999,999,997 parameters, .* 7,000,000,000 of"):
+    with pytest.raises(RequestError, match=r"allows 6,999,999,997 parameters, .* 7,000,000,000 of"):
         checked(rule, Cost.PARAMETERS, cost, 7e9 - 3, {}, "--params 6999999997")
 
 
