@@ -260,22 +260,7 @@ def write_weights(
     dict of str to bytes
         The SHA-256 of each tensor's bytes, by name.
     """
-    kinds = {kind: (rank, name) for rank, (name, kind) in enumerate(_FORMATS.items())}
-    order = sorted(tensors, key=lambda name: (kinds[tensors[name].dtype][0], name))
-    header: dict[str, Any] = {"__metadata__": dict(metadata)}
-    end = 0
-    for name in order:
-        tensor = tensors[name]
-        after = end + tensor.numel() * tensor.dtype.itemsize
-        kind = kinds[tensor.dtype][1]
-        header[name] = {
-            "dtype": kind,
-            "shape": list(tensor.shape),
-            "data_offsets": [end, after],
-        }
-        end = after
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
+    order, text = header_of(tensors, metadata)
     digests: dict[str, bytes] = {}
     with file.open("wb") as out:
         out.write(len(text).to_bytes(8, "little") + text)
@@ -286,6 +271,42 @@ def write_weights(
             out.write(written)
             digests[name] = hashlib.sha256(written).digest()
     return digests
+
+
+def header_of(
+    tensors: Mapping[str, Tensor], metadata: Mapping[str, str], dtype: torch.dtype | None = None
+) -> tuple[list[str], bytes]:
+    """Return the names of tensors in the order of a file, and what that says of them first.
+
+    Parameters
+    ----------
+    tensors
+        By name; their values do not matter.
+    metadata
+        What the file says of itself.
+    dtype
+        What floating-point numbers are converted to; None where they stay as they are.
+    """
+    kinds = {kind: (rank, name) for rank, (name, kind) in enumerate(_FORMATS.items())}
+    formats = {
+        name: dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
+        for name, tensor in tensors.items()
+    }
+    # What safetensors has no name for, it refuses when it comes to writing.
+    told = {name: kinds.get(kind, (len(kinds), str(kind))) for name, kind in formats.items()}
+    order = sorted(tensors, key=lambda name: (told[name][0], name))
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    end = 0
+    for name in order:
+        after = end + tensors[name].numel() * formats[name].itemsize
+        header[name] = {
+            "dtype": told[name][1],
+            "shape": list(tensors[name].shape),
+            "data_offsets": [end, after],
+        }
+        end = after
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    return order, text + b" " * (-len(text) % 8)
 
 
 def check_written(digests: Mapping[str, bytes], file: Path) -> None:

@@ -24,6 +24,8 @@ from osscar.pruning.widths import (
     why_frozen,
     why_out_of_reach,
 )
+from osscar.shrinking.plan import Form
+from osscar.shrinking.shrink_program import dense_program
 
 
 def allocate(
@@ -31,6 +33,7 @@ def allocate(
     request: PruningRequest,
     curves: Mapping[str, Curve] | None = None,
     left: Collection[str] = (),
+    form: Form = Form.MODULE,
 ) -> Allocated:
     """Decide how many units each group keeps.
 
@@ -44,6 +47,8 @@ def allocate(
         Those of all groups that share a budget, where they are known; else they are measured.
     left
         Names of groups that keep all their units, since they cannot follow; no budget counts them.
+    form
+        What becomes smaller, and is saved: modules, or the program.
 
     Raises
     ------
@@ -71,7 +76,7 @@ def allocate(
             case _:
                 known = shared_curves(ready, request, left) if curves is None else curves
                 rule = ByCurves.of(shared, request, keep, known)
-        found, budget = _met(ready, request, shared, rule, keep)
+        found, budget = _met(ready, request, shared, rule, keep, form)
         keep = {**keep, **found}
     keep = {g.name: keep[g.name] for g in groups if keep.get(g.name, g.units) < g.units}
     if not keep:
@@ -140,6 +145,7 @@ def _met(
     shared: Sequence[CouplingGroup],
     rule: Rule,
     keep: Mapping[str, int],
+    form: Form,
 ) -> tuple[dict[str, int], Budget]:
     """Choose what groups keep within what was asked for."""
     asked = request.budget_in_words
@@ -160,7 +166,11 @@ def _met(
         kind = Cost.FLOPS
     elif request.size is not None:
         kind = Cost.BYTES
-    cost = count(kind, ready.model, ready.groups, ready.sample)
+    program = None
+    if kind is Cost.BYTES and form is Form.GRAPH:  # which keeps numbers of the code, too
+        proofs = ready.inputs.proofs(ready.model, request.seed)
+        program = dense_program(ready.model, proofs, ready.example)
+    cost = count(kind, ready.model, ready.groups, ready.sample, program)
     if request.sparsity is not None:
         # Of the parameters that the shared groups own, as the others are.
         all_gone = cost.of({**keep, **dict.fromkeys((g.name for g in shared), 0)})

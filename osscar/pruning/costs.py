@@ -24,9 +24,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from graph import CouplingGroup, UnitKind
+from osscar.checkpoint.sizes import header_bytes, written_tensors
 from osscar.core.operations import operations
 from osscar.data.batches import Batch
 from osscar.shrinking.lineage import saved_dtype
+from osscar.shrinking.plan import Form
 
 
 class Cost(enum.StrEnum):
@@ -166,7 +168,11 @@ class CountedCost:
 
 
 def count(
-    cost: Cost, model: nn.Module, groups: Sequence[CouplingGroup], example: Batch
+    cost: Cost,
+    model: nn.Module,
+    groups: Sequence[CouplingGroup],
+    example: Batch,
+    program: nn.Module | None = None,
 ) -> CountedCost:
     """Count what a model costs.
 
@@ -180,56 +186,57 @@ def count(
         All its groups.
     example
         Inputs to count the operations of.
+    program
+        Its exported program, on its own tensors, if that is what becomes smaller and is saved.
     """
-    names = {id(tensor): name for name, tensor in model.named_parameters()}
-    entries = {name: tensor.numel() for name, tensor in model.named_parameters()}
-    shapes = {name: tuple(tensor.shape) for name, tensor in model.named_parameters()}
+    tensors = dict([*model.named_parameters(), *model.named_buffers()])
+    names = {id(tensor): name for name, tensor in tensors.items()}
     taken = _taken(model, groups, names)
-    prices, each, rest = dict.fromkeys(entries, 1.0), dict[str, float](), 0.0
+    prices, each, rest = dict.fromkeys(dict(model.named_parameters()), 1.0), dict[str, float](), 0.0
     if cost is Cost.BYTES:
-        prices, rest = _stored_bytes(model)
+        prices, rest = _stored_bytes(model, names, program)
     elif cost is Cost.FLOPS:
         own, total = _operations(model, example)
         prices = _of_weights(model, names, own)
         each = _of_attention(groups, own)
         units = {group.name: group.units for group in groups}
-        counted = sum(price * entries[name] for name, price in prices.items())
+        counted = sum(price * tensors[name].numel() for name, price in prices.items())
         counted += sum(price * units[name] for name, price in each.items())
         rest = max(total - counted, 0.0)
+    owned = {name: tuple(of) for name, of in taken.items() if name in prices}
+    others = [name for name in prices if name not in owned]
     return CountedCost(
-        tuple(_Weight(prices.get(n, 0.0), shapes[n], tuple(of)) for n, of in taken.items()),
-        fixed=rest + sum(price * entries[n] for n, price in prices.items() if n not in taken),
+        tuple(_Weight(prices[n], tuple(tensors[n].shape), of) for n, of in owned.items()),
+        fixed=rest + sum(prices[name] * tensors[name].numel() for name in others),
         each=each,
         units={group.name: group.units for group in groups},
     )
 
 
-_NAMED = 128
-"""Bytes that a file of safetensors takes at most to tell of a tensor, its name aside."""
+def _stored_bytes(
+    model: nn.Module, names: Mapping[int, str], program: nn.Module | None
+) -> tuple[dict[str, float], float]:
+    """Return the bytes of an entry of each tensor as `save` writes it, and those of the rest.
 
-
-def _stored_bytes(model: nn.Module) -> tuple[dict[str, float], float]:
-    """Return the bytes of an entry of each parameter as `save` writes it, and those of the rest.
-
-    These are buffers, also those that only a program keeps, and what the file says of tensors.
+    These are the numbers in the code of a program, and what the file says of tensors.
     """
-    dtype = saved_dtype(model)
+    dtype, saved = saved_dtype(model), model if program is None else program
 
     def size(tensor: Tensor) -> int:
         converted = dtype is not None and tensor.is_floating_point()
         return (dtype if converted else tensor.dtype).itemsize  # type: ignore[union-attr]
 
-    tensors = dict([*model.named_parameters(), *model.named_buffers()])
-    buffers = {id(b): b for b in model.buffers()}.values()
-    prices = {name: float(size(p)) for name, p in model.named_parameters()}
-    named = sum(len(name) + _NAMED for name in tensors)
-    return prices, float(sum(b.numel() * size(b) for b in buffers) + named)
+    written = written_tensors(saved).values()
+    prices = {names[id(t)]: float(size(t)) for t in written if id(t) in names}
+    rest = sum(t.numel() * size(t) for t in written if id(t) not in names)
+    form = Form.MODULE if program is None else Form.GRAPH
+    return prices, float(rest + header_bytes(saved, form, dtype))
 
 
 def _taken(
     model: nn.Module, groups: Sequence[CouplingGroup], names: Mapping[int, str]
 ) -> dict[str, list[tuple[int, str, int]]]:
-    """Return what units take along, by parameter."""
+    """Return what units take along, by tensor."""
     taken: dict[str, list[tuple[int, str, int]]] = {}
     for group in groups:
         for slot in group.slots:

@@ -272,7 +272,9 @@ def _allocated(
         try:
             measured = _curves(ready, request, facts)
             known = ready.ranks.decided(
-                "widths", lambda: allocate(ready, request, measured, facts.left_names), Allocated
+                "widths",
+                lambda: allocate(ready, request, measured, facts.left_names, facts.form),
+                Allocated,
             )
         except RequestError as error:
             raise type(error)(f"{error}{_and_left(facts.left)}") from error

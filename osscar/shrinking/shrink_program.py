@@ -114,6 +114,26 @@ def shrink_program(
     return ShrunkProgram(_noted(program, model, plan), Proof(plan, max(error, finer)))
 
 
+def dense_program(
+    model: nn.Module, inputs: Sequence[Inputs], example: Mapping[str, Tensor]
+) -> nn.Module:
+    """Return the program of which `shrink_program` makes a smaller one, on the model's own tensors.
+
+    Parameters
+    ----------
+    model, inputs, example
+        As that takes them.
+
+    Raises
+    ------
+    AdapterError
+        If there is no such program.
+    """
+    with evaluating(model), restored(model):
+        prepare(model)
+        return ProgramTrial(model, example, inputs).program.dense
+
+
 def replayed(model: nn.Module, plan: PruningPlan) -> nn.Module:
     """Carry out a plan again, on modules or on the exported program; proved it was before.
 

@@ -4,6 +4,7 @@ import itertools
 
 import numpy as np
 import pytest
+import safetensors
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -20,6 +21,9 @@ from osscar.pruning.curves import Curve
 from osscar.pruning.request import PruningRequest as Asked
 from osscar.pruning.rules import ByCurves
 from osscar.pruning.widths import asked_groups, possible_widths
+from tests.osscar.families import tiny, tokens
+from tests.osscar.networks import images, small_net
+from tests.osscar.test_budget import experts
 
 # ---- a cost over one group's count -------------------------------------------------------
 
@@ -287,3 +291,56 @@ def test_models_have_no_more_than_the_parameters_that_were_asked_for(name, alloc
             model, data, params=int(limit), allocation=allocation, backend="wanda", **asked
         )
         assert count_parameters(result.model) == result.budget.reached <= limit
+
+
+# ---- bytes -------------------------------------------------------------------------------
+
+
+class Tied(nn.Module):
+    """A layer with two names, and a table that no file of its state has."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.back, self.last = nn.Linear(8, 64), nn.Linear(64, 8), nn.Linear(64, 8)
+        self.again = self.one
+        self.register_buffer("table", torch.ones(4000), persistent=False)
+
+    def forward(self, x):
+        x = self.back(torch.relu(self.one(x)))
+        return self.last(torch.relu(self.again(x))) + self.table.mean()
+
+
+class Listed(nn.Module):
+    """Units meet numbers that the code lists, which a program holds."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(8, 64), nn.Linear(64, 8)
+
+    def forward(self, x):
+        return self.down(torch.relu(self.up(x)) * torch.tensor([0.5 + 0.01 * i for i in range(64)]))
+
+
+SAVED = {
+    "tied in one format": (lambda: tiny("gpt2"), lambda: tokens(8, 24), {}),
+    "stock": (lambda: tiny("llama-gqa").bfloat16(), lambda: tokens(8, 24), {}),
+    "experts, written one by one": (experts, lambda: tokens(8, 24), {}),
+    "buffers that lose units": (small_net, lambda: images(16), {}),
+    "tied": (Tied, lambda: torch.randn(64, 8), {}),
+    "a program, and its tables": (Tied, lambda: torch.randn(64, 8), {"form": "graph"}),
+    "a program, and its lists": (Listed, lambda: torch.randn(64, 8), {"form": "graph"}),
+}
+
+
+@pytest.mark.parametrize("case", SAVED)
+def test_a_file_has_the_bytes_that_were_promised_or_a_few_less(case, tmp_path):
+    torch.manual_seed(0)
+    build, data, asked = SAVED[case]
+    result = osscar.prune(
+        build().eval(), data(), size=0.8, allocation="uniform", backend="wanda", **asked
+    )
+    saved = osscar.save(result.model, tmp_path / "saved").bytes
+    (file,) = (tmp_path / "saved").glob("*.safetensors")
+    with safetensors.safe_open(file, "pt") as written:
+        tensors = len(written.keys())
+    assert saved <= result.budget.reached <= min(result.budget.limit, saved + 8 + 2 * tensors)
