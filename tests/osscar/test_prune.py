@@ -253,6 +253,45 @@ def test_what_would_have_no_effect_is_refused(asked, message):
         osscar.prune(model, torch.randn(64, 6), device="cpu", **asked)
 
 
+class Deep(nn.Module):
+    """Two groups of neurons around a residual stream."""
+
+    def __init__(self):
+        super().__init__()
+        self.enter, self.leave = nn.Linear(6, 8), nn.Linear(8, 3)
+        self.up, self.down = nn.Linear(8, 24), nn.Linear(24, 8)
+        self.high, self.low = nn.Linear(8, 20), nn.Linear(20, 8)
+
+    def forward(self, x):
+        x = self.enter(x)
+        x = x + self.down(torch.relu(self.up(x)))
+        return self.leave(x + self.low(torch.relu(self.high(x))))
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"neurons": 0.5, "skip": ["up*"]}, "{} is shared by what nothing else names"),
+        ({"groups": {"high": 10}, "skip": ["up*"]}, "{} is shared by what nothing else names"),
+        ({"groups": {"high": 20}, "skip": ["up*"]}, "{} is shared by what nothing else names"),
+        ({"residual": 0.5, "skip": ["up*", "high*"]}, "{} is shared by what nothing else names"),
+        ({"skip": ["up*", "high*"]}, "every group but the 2 that are skipped .*, or skip less"),
+        ({"skip": ["*"]}, "nothing would be removed.*, or skip less"),
+        ({"neurons": 0.5, "skip": ["*"]}, "nothing would be removed.*, or skip less"),
+    ],
+)
+@pytest.mark.parametrize("budget", [{"sparsity": 0.3}, {"params": 0.9}, {"size": 0.9}])
+def test_a_budget_that_skipping_leaves_nothing_for_is_refused(asked, message, budget):
+    torch.manual_seed(0)
+    model, x = Deep().eval(), torch.randn(64, 6)
+    names = {g.name.split(".")[0]: g.name for g in graph.trace(model, (x[:2],)).prunable}
+    if "groups" in asked:
+        asked = {**asked, "groups": {names[name]: k for name, k in asked["groups"].items()}}
+    (kind,) = budget
+    with pytest.raises(RequestError, match=message.format(f"--{kind} 0.[39]")):
+        osscar.prune(model, x, device="cpu", **asked, **budget)
+
+
 def named(model):
     (group,) = graph.trace(model, (torch.randn(2, 6),)).prunable
     return group.name
