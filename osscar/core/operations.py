@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -13,8 +13,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from graph.preserve import without_cache
 from osscar.core.modules import fresh
 
+Note: TypeAlias = Callable[[int, Sequence[Any], frozenset[str]], None]
+"""Is told of each product: its operations, the operator's arguments, and the running modules."""
 
-def operations(model: nn.Module, inputs: Mapping[str, Tensor]) -> FlopCounterMode:
+
+def operations(
+    model: nn.Module, inputs: Mapping[str, Tensor], note: Note | None = None
+) -> FlopCounterMode:
     """Return the counter that has seen a model run.
 
     Counted are the matrix products and convolutions with the shapes that they really have: linear
@@ -28,12 +33,30 @@ def operations(model: nn.Module, inputs: Mapping[str, Tensor]) -> FlopCounterMod
         The model.
     inputs
         Keyword arguments of its forward pass, on its device.
+    note
+        Is told of each product, with modules by the names that the counter has for them.
     """
     counter = FlopCounterMode(display=False, custom_mapping=_by_expert())
+    if note is not None:
+        formulas = counter.flop_registry.items()
+        counter.flop_registry = {op: _noting(formula, counter, note) for op, formula in formulas}
     # Fused attention kernels hide their products from the counter; the plain one does not.
     with torch.no_grad(), without_cache(model), sdpa_kernel(SDPBackend.MATH), counter:
         model(**fresh(inputs))
     return counter
+
+
+def _noting(
+    formula: Callable[..., int], counter: FlopCounterMode, note: Note
+) -> Callable[..., int]:
+    """Return how to count an operator, and to tell of it."""
+
+    def noted(*args: Any, **kwargs: Any) -> int:
+        found = formula(*args, **kwargs)
+        note(found, args, frozenset(counter.mod_tracker.parents))
+        return found
+
+    return noted
 
 
 def _by_expert() -> dict[Any, Callable[..., int]]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import enum
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -25,6 +26,7 @@ from torch import Tensor, nn
 
 from graph import CouplingGroup, UnitKind
 from osscar.checkpoint.sizes import header_bytes, written_tensors
+from osscar.core.on_disk import is_on_disk
 from osscar.core.operations import operations
 from osscar.data.batches import Batch
 from osscar.shrinking.lineage import saved_dtype
@@ -196,8 +198,8 @@ def count(
     if cost is Cost.BYTES:
         prices, rest = _stored_bytes(model, names, program)
     elif cost is Cost.FLOPS:
-        own, total = _operations(model, example)
-        prices = _of_weights(model, names, own)
+        multiplied, own, total = _operations(model, names, example)
+        prices = _of_weights(model, names, multiplied, own)
         each = _of_attention(groups, own)
         units = {group.name: group.units for group in groups}
         counted = sum(price * tensors[name].numel() for name, price in prices.items())
@@ -255,13 +257,30 @@ def _attribute(model: nn.Module, name: str) -> object:
 # ---- operations --------------------------------------------------------------------------
 
 
-def _operations(model: nn.Module, example: Batch) -> tuple[dict[str, float], int]:
-    """Count what each module does itself, its children aside, and what all do together."""
-    counter = operations(model, example)
+def _operations(
+    model: nn.Module, names: Mapping[int, str], example: Batch
+) -> tuple[Counter[str], dict[str, float], int]:
+    """Count the products with each weight, what each module does besides, and what all do.
+
+    What a module does is without its children.  A product is one with a weight where that, or a
+    view of it, is what the operator reads, whoever calls it; weights that were copied, gathered or
+    cast before, or lie on disk, are told by the modules that they belong to.
+    """
+    weights = _by_storage(model, names)
+    multiplied, told = Counter[str](), Counter[str]()
+
+    def note(found: int, args: Sequence[object], modules: frozenset[str]) -> None:
+        read = {weights.get(_storage(arg)) for arg in args if isinstance(arg, Tensor)} - {None}
+        if len(read) == 1:
+            multiplied.update({name: found for name in read if name is not None})
+            told.update(dict.fromkeys(modules, found))
+
+    counter = operations(model, example, note)
     counts, root = counter.get_flop_counts(), type(model).__name__
 
     def of(name: str) -> int:
-        return sum(counts.get(f"{root}.{name}" if name else root, {}).values())
+        path = f"{root}.{name}" if name else root
+        return sum(counts.get(path, {}).values()) - told[path]
 
     own = {
         name: float(
@@ -270,18 +289,41 @@ def _operations(model: nn.Module, example: Batch) -> tuple[dict[str, float], int
         )
         for name, module in model.named_modules()
     }
-    return own, counter.get_total_flops()
+    return multiplied, own, counter.get_total_flops()
+
+
+def _by_storage(model: nn.Module, names: Mapping[int, str]) -> dict[int, str]:
+    """Return the names of weights by where they lie, those that lie alone: biases are added."""
+    if is_on_disk(model):
+        return {}
+    found: dict[int, list[str]] = {}
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            found.setdefault(_storage(parameter), []).append(names[id(parameter)])
+    return {place: of[0] for place, of in found.items() if place and len(of) == 1}
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
 
 
 def _of_weights(
-    model: nn.Module, names: Mapping[int, str], own: Mapping[str, float]
+    model: nn.Module,
+    names: Mapping[int, str],
+    multiplied: Mapping[str, int],
+    own: Mapping[str, float],
 ) -> dict[str, float]:
-    """Return the operations of each entry of the weights that layers multiply with."""
-    prices: dict[str, float] = {}
+    """Return the operations of each entry of weights.
+
+    What a module does besides the products that were seen is that of its other weights, if any.
+    """
+    every = {names[id(parameter)]: parameter for parameter in model.parameters()}
+    prices = {name: found / every[name].numel() for name, found in multiplied.items()}
     for name, module in model.named_modules():
-        matrices = [weight for weight in _matrices(module) if id(weight) in names]
-        entries = sum(weight.numel() for weight in matrices)
-        for weight in matrices if own[name] > 0 else ():
+        known = (weight for weight in _matrices(module) if id(weight) in names)
+        unseen = [weight for weight in known if names[id(weight)] not in multiplied]
+        entries = sum(weight.numel() for weight in unseen)
+        for weight in unseen if own[name] > 0 else ():
             owner = names[id(weight)]
             prices[owner] = prices.get(owner, 0.0) + own[name] / entries
     return prices

@@ -9,11 +9,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.nn import functional as F
 
 import osscar
 from osscar.capture.opened import opened
 from osscar.core.errors import RequestError
-from osscar.core.modules import count_parameters
+from osscar.core.modules import copied, count_parameters
+from osscar.evaluation.size import count_flops
 from osscar.pruning.allocation import _checked as checked
 from osscar.pruning.allocation import allocate, shared_curves
 from osscar.pruning.costs import Cost, CountedCost, _Weight, count
@@ -21,6 +23,8 @@ from osscar.pruning.curves import Curve
 from osscar.pruning.request import PruningRequest as Asked
 from osscar.pruning.rules import ByCurves
 from osscar.pruning.widths import asked_groups, possible_widths
+from osscar.shrinking.plan import GroupPlan, PruningPlan
+from osscar.shrinking.shrink import shrink
 from tests.osscar.families import tiny, tokens
 from tests.osscar.networks import images, small_net
 from tests.osscar.test_budget import experts
@@ -344,3 +348,104 @@ def test_a_file_has_the_bytes_that_were_promised_or_a_few_less(case, tmp_path):
     with safetensors.safe_open(file, "pt") as written:
         tensors = len(written.keys())
     assert saved <= result.budget.reached <= min(result.budget.limit, saved + 8 + 2 * tensors)
+
+
+# ---- operations of layers that are called in many ways -----------------------------------
+
+
+def chain(*layers, classes=4):
+    """A network of convolutions, with a head on the mean of their outputs."""
+    between = itertools.chain.from_iterable((layer, nn.ReLU()) for layer in layers)
+    return nn.Sequential(*between, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.LazyLinear(classes))
+
+
+def grouped():
+    return chain(
+        nn.Conv2d(3, 8, 3), nn.Conv2d(8, 12, 3, groups=4, stride=2), nn.Conv2d(12, 6, 1)
+    )  # fmt: skip
+
+
+def depthwise():
+    return chain(
+        nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, groups=8), nn.Conv2d(8, 16, 3, groups=8),
+        nn.Conv2d(16, 6, 1),
+    )  # fmt: skip
+
+
+def transposed():
+    return chain(
+        nn.Conv2d(3, 8, 3, stride=2), nn.ConvTranspose2d(8, 6, 3, stride=2),
+        nn.ConvTranspose2d(6, 6, 2, groups=3), nn.Conv2d(6, 5, 1),
+    )  # fmt: skip
+
+
+class Attends(nn.Module):
+    """Attention, neurons, and logits that no layer makes, in one module."""
+
+    def __init__(self, words=50):
+        super().__init__()
+        self.q, self.k, self.v, self.out = *(nn.Linear(12, 16) for _ in range(3)), nn.Linear(16, 12)
+        self.up, self.down = nn.Linear(12, 20), nn.Linear(20, 12)
+        self.words = nn.Parameter(torch.randn(words, 12))
+
+    def forward(self, x):
+        heads = [
+            layer(x).unflatten(-1, (-1, 4)).transpose(1, 2) for layer in (self.q, self.k, self.v)
+        ]
+        x = x + self.out(F.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2))
+        return (x + self.down(torch.relu(self.up(x)))) @ self.words.T
+
+
+class CalledTwice(Twice):
+    """A layer that is called twice, on maps of two sizes."""
+
+    def forward(self, x):
+        x = torch.relu(self.mixed(torch.relu(self.stem(x))))
+        return self.head(torch.relu(self.last(self.mixed(F.max_pool2d(x, 2)))).mean((2, 3)))
+
+
+class ByFunctions(nn.Module):
+    """A weight that no layer has, one with a name of its own, and two that are copied first."""
+
+    def __init__(self):
+        super().__init__()
+        self.enter, self.on = nn.Parameter(torch.randn(10, 6)), nn.Linear(10, 8)
+        self.first = nn.Parameter(torch.randn(3, 8, 7))
+        self.second = nn.Parameter(torch.randn(3, 7, 8))
+
+    def forward(self, x):
+        x = torch.relu(self.on(torch.relu(F.linear(x, self.enter))))
+        hidden = torch.relu(torch.einsum("bi,eih->ebh", x, self.first))
+        return torch.einsum("ebh,eho->bo", hidden, self.second)
+
+
+CALLED = {
+    "grouped": (grouped, (8, 3, 9, 9)),
+    "depthwise": (depthwise, (8, 3, 9, 9)),
+    "transposed": (transposed, (8, 3, 9, 9)),
+    "attention": (Attends, (8, 6, 12)),
+    "called twice": (CalledTwice, (8, 2, 10, 10)),
+    "by functions": (ByFunctions, (8, 6)),
+}
+
+
+@pytest.mark.parametrize("case", CALLED)
+def test_operations_are_those_of_the_model_that_is_really_smaller(case):
+    torch.manual_seed(0)
+    build, shape = CALLED[case]
+    model, data = build().eval(), torch.randn(shape)
+    model(data)
+    with opened(model, data) as ready:
+        cost = count(Cost.FLOPS, ready.model, ready.groups, ready.sample)
+        groups = [group for group in ready.groups if group.prunable and group.units > 1]
+        some = [{1, (group.units + 1) // 2, group.units} for group in groups]
+        assert groups
+        assert cost.fixed == pytest.approx(0.0, abs=1e-6)
+        for widths in itertools.product(*some):
+            kept = dict(zip([group.name for group in groups], widths, strict=True))
+            plan = [GroupPlan.of(g, tuple(range(kept[g.name]))) for g in groups]
+            plan = PruningPlan(tuple(p for p in plan if len(p.kept) < p.units))
+            smaller = copied(ready.model)
+            if plan.groups:
+                shrink(smaller, plan, [ready.example])
+            assert cost.of(kept) == pytest.approx(count_flops(smaller, ready.sample), rel=1e-12)
