@@ -274,8 +274,8 @@ class _Shared:
         prices = np.geomspace(low, high, _PRICES).tolist() if high > 0 else []
         choices = [self._all(), *(self._at(price, self._all()) for price in prices)]
         found: list[tuple[float, float]] = []
-        for cost, loss in sorted((self.cost.of(kept), self._loss(kept)) for kept in choices):
-            if not found or loss < found[-1][1]:
+        for cost, loss in sorted({(self.cost.of(kept), self._loss(kept)) for kept in choices}):
+            if not found or loss <= found[-1][1]:  # to the dense model, which others may equal
                 found.append((cost, loss))
         chosen = np.unique(np.linspace(0, len(found) - 1, _FRONTIER).round().astype(int))
         return tuple(found[i] for i in chosen)
