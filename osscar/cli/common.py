@@ -24,7 +24,16 @@ _PIPE_WIDTH = 140
 
 
 class _PlainConsole(Console):
-    """A console that takes text as it is: what is in a name neither marks up nor moves anything."""
+    """A console that takes text as it is: what is in a name neither marks up nor moves anything.
+
+    What goes to a file is cut nowhere, and a sentence stays in its line.
+    """
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        if not self.is_terminal:
+            texts = all(isinstance(one, str) for one in objects)
+            options = {"crop": False, **({"soft_wrap": True} if texts else {}), **options}
+        super().print(*objects, **options)
 
     def render_str(self, text: str, **options: Any) -> Text:
         plain = {"markup": False, "emoji": False}

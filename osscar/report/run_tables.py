@@ -18,13 +18,12 @@ if TYPE_CHECKING:
 
 def layers_table(layers: Sequence[LayerReport]) -> Table:
     """Return one row for each pruned group."""
-    table = new_table("loss by layer", "group", "kept >", "loss >", "status", "seconds >")
     dead = any(layer.dead for layer in layers)
     bounds = any(layer.lower_bound is not None for layer in layers)
-    if dead:
-        table.add_column("dead", justify="right")
-    if bounds:
-        table.add_column("gap", justify="right")
+    columns = ["group", "kept >", "loss >", "status", "seconds >"]
+    columns += ["dead >"] if dead else []
+    columns += ["gap >"] if bounds else []
+    table = new_table("loss by layer", *columns)
     for layer in layers:
         cells = [
             layer.name,

@@ -1,37 +1,115 @@
-"""What all tables share: cells are taken as they are, whatever is in a name."""
+"""What all tables share: cells are taken as they are, and shown whole however narrow it gets."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
-from rich.console import RenderableType
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
 from osscar.core.printable import printable
 
+_AIRY, _TIGHT = (0, 1, 0, 1), (0, 1, 0, 0)
+"""Paddings: top, right, bottom, left."""
+
+_PIECES = ((16, 12), (12, 8))
+"""Columns of a terminal that a piece of a row's name, and of another word, has if it is folded."""
+
+_ENDLESS = 1 << 16
+"""Columns in which any cell fits."""
+
 
 class _PlainTable(Table):
-    """A table whose cells are taken as they are: names of things are neither markup nor control."""
+    """A table whose cells are taken as they are: names of things are neither markup nor control.
+
+    None of them is ever cut.  Where a terminal is too narrow, texts go over several lines, then
+    columns move together, then names are folded; numbers stay whole.  If all that does not do, each
+    row becomes a list of its own.  A file has no edge: there lines are as long as names need.
+    """
 
     def add_row(self, *cells: RenderableType | None, **more: Any) -> None:
         super().add_row(*(_plain(cell) for cell in cells), **more)
 
+    def __rich_console__(
+        self, console: Console, options: ConsoleOptions
+    ) -> Iterator[RenderableType]:
+        endless = options.update_width(_ENDLESS)
+        spans = [self._span(console, endless, index) for index in range(len(self.columns))]
+        whole = [least for least, _ in spans]
+        folded = [self._folded(whole, *pieces) for pieces in _PIECES]
+        for padding, least in ((_AIRY, whole), *((_TIGHT, widths) for widths in (whole, *folded))):
+            edges = len(spans) * (1 + padding[1] + padding[3]) + 1
+            room = options.max_width - edges
+            widths = _narrowed([most for _, most in spans], least, room)
+            if sum(widths) <= room or not console.is_terminal:
+                self.padding, self.width = padding, sum(widths) + edges
+                for column, width in zip(self.columns, widths, strict=True):
+                    column.width = width
+                yield from super().__rich_console__(console, options)
+                return
+        yield from self._lists()
+
+    def _span(self, console: Console, options: ConsoleOptions, index: int) -> tuple[int, int]:
+        """Return how wide a column is with no word of it folded, and with no line of it."""
+        column = self.columns[index]
+        measures = [Measurement.get(console, options, cell) for cell in column.cells]
+        heading = Measurement.get(console, options, column.header)
+        most = max((measure.maximum for measure in measures), default=0)
+        # Names are to be copied whole, and "6 of 8" is one number.
+        keeps_lines = index == 0 or column.justify == "right"
+        least = most if keeps_lines else max((m.minimum for m in measures), default=0)
+        return max(least, heading.minimum), max(most, heading.maximum)
+
+    def _folded(self, whole: Sequence[int], of_name: int, of_word: int) -> list[int]:
+        """Return how wide columns are if names and words are folded to such pieces."""
+        pieces = [of_name, *[of_word] * (len(whole) - 1)]
+        return [
+            least if column.justify == "right" else min(least, piece)
+            for column, least, piece in zip(self.columns, whole, pieces, strict=True)
+        ]
+
+    def _lists(self) -> Iterator[RenderableType]:
+        """Yield each row as a list of what stands in its columns."""
+        if self.title:
+            yield Text(str(self.title), style="bold")
+        for row in zip(*(column.cells for column in self.columns), strict=True):
+            yield Text("")
+            fields = Table.grid(padding=(0, 2, 0, 0))
+            fields.add_column(overflow="fold", style="dim")
+            fields.add_column(overflow="fold")
+            for column, cell in zip(self.columns, row, strict=True):
+                fields.add_row(column.header, cell)
+            yield fields
+        yield Text("")
+
 
 def new_table(title: str, *columns: str) -> Table:
-    """Return an empty table; a column whose name ends in ``>`` is aligned to the right."""
+    """Return an empty table; a column whose name ends in ``>`` holds numbers, put to the right."""
     table = _PlainTable(
         title=title or None, title_justify="left", title_style="bold", box=SIMPLE_HEAD
     )
-    for index, column in enumerate(columns):
-        right = column.endswith(">")
+    for column in columns:
         table.add_column(
             Text(printable(column.removesuffix(">").rstrip())),
-            justify="right" if right else "left",
-            no_wrap=right or index == 0,  # names are to be copied whole
+            justify="right" if column.endswith(">") else "left",
+            overflow="fold",
         )
     return table
+
+
+def _narrowed(widths: Sequence[int], least: Sequence[int], room: int) -> list[int]:
+    """Return the widths, the widest of which are narrowed until they fit, as far as they may be."""
+    narrowed = list(widths)
+    while sum(narrowed) > room:
+        wide = [index for index, width in enumerate(narrowed) if width > least[index]]
+        if not wide:
+            break
+        narrowed[max(wide, key=narrowed.__getitem__)] -= 1
+    return narrowed
 
 
 def _plain(cell: RenderableType | None) -> RenderableType | None:

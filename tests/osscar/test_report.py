@@ -1,11 +1,13 @@
 """What reports show: axes that say what they are, points inside of them, one table for all."""
 
+import io
 import re
+from types import SimpleNamespace
 
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-from osscar.cli.common import out
+from osscar.cli.common import _PlainConsole, out
 from osscar.evaluation.images import ImageQuality, ImageSpeed
 from osscar.evaluation.language import Quality
 from osscar.evaluation.result import Comparison, Evaluation
@@ -14,7 +16,9 @@ from osscar.evaluation.speed import Speed
 from osscar.report import plots, prune_plots
 from osscar.report.evaluation_tables import comparison_table, evaluation_table
 from osscar.report.numbers import engineering, in_bytes, share
+from osscar.report.run_tables import layers_table
 from osscar.report.summary import Case
+from osscar.report.tables import new_table
 from osscar.study.records import Record
 
 FINE = (0.025, 0.05, 0.075, 0.1, 0.125)
@@ -183,3 +187,46 @@ def test_ratios_bear_the_names_of_the_numbers_and_are_none_where_nobody_knows():
     assert ratios["disk_bytes"] is None
     assert not {"tokens", "windows", "peak_memory_bytes", "top1"} & ratios.keys()
     assert Comparison.of(IMAGES, IMAGES).ratios["top1"] is None
+
+
+LONG = "@" * 66
+LAYERS = [
+    SimpleNamespace(
+        name=LONG, kept=12_345, units=16_384, relative_loss=0.0852, status="SWAP_OPTIMAL",
+        solve_seconds=1234.56, dead=7777, lower_bound=0.1, gap=0.1234,
+    )
+]  # fmt: skip
+NUMBERS = ("12345 of 16384", "0.0852", "1234.56", "7777", "12.3%")
+
+
+def shown(table, width, terminal=True):
+    file = io.StringIO()
+    _PlainConsole(width=width, force_terminal=terminal, file=file, no_color=True).print(table)
+    return re.sub(r"\x1b\[[0-9;]*m", "", file.getvalue())
+
+
+@pytest.mark.parametrize("width", [20, 40, 60, 80, 100, 200])
+def test_a_terminal_of_any_width_shows_every_number_and_name_whole(width):
+    text = shown(layers_table(LAYERS), width)
+    assert all(len(line) <= width for line in text.splitlines())
+    assert "…" not in text
+    for number in NUMBERS if width >= 40 else NUMBERS[1:]:
+        assert number in text
+    assert text.count("@") == len(LONG)
+
+
+def test_names_are_folded_only_where_nothing_else_makes_room():
+    table = new_table("", "group", "why")
+    table.add_row(LONG, "its size is written in the code")
+    assert LONG in shown(table, 90)
+    assert LONG not in shown(table, 60)
+
+
+def test_a_file_has_lines_as_long_as_names_need():
+    table = new_table("", "group", "units >", "why")
+    table.add_row("n" * 300, "1,234", "its size is written in the code of a module")
+    (line,) = (line for line in shown(table, 140, terminal=False).splitlines() if "nn" in line)
+    assert line.split()[:2] == ["n" * 300, "1,234"]
+    file = io.StringIO()
+    _PlainConsole(width=40, force_terminal=False, file=file).print("a sentence of words " * 9)
+    assert file.getvalue().count("\n") == 1
