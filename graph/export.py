@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
+from traceback import walk_tb
 from types import TracebackType
 from typing import Any, TypeAlias
 
@@ -381,13 +382,36 @@ _DEFAULT_HINT = (
     "Check that the model runs on the example inputs; what most often helps is to avoid Python "
     "side effects and calls into other libraries inside `forward`."
 )
+CAPTURE_HINT = (
+    "What torch.cond, torch.while_loop and the like call has to be captured whole: without side "
+    "effects, with results of the same form in every branch, and without modules where the model "
+    "is to be pruned. Move the modules or the decision out of it."
+)
 
 
 def _explained(error: Exception, model: torch.nn.Module) -> TraceError:
-    reason = str(error).strip().partition("\n")[0] or type(error).__name__
     text = f"{type(error).__name__} {error}"
     hint = next((hint for pattern, hint in _HINTS if re.search(pattern, text)), _DEFAULT_HINT)
-    return TraceError(reason, failing_module(error.__traceback__, model), hint)
+    if is_of_capture(error):
+        hint = CAPTURE_HINT
+    return TraceError(reason_of(error), failing_module(error.__traceback__, model), hint)
+
+
+def is_of_capture(error: BaseException) -> bool:
+    """Tell whether an operator such as `torch.cond` could not capture what it calls.
+
+    `torch._dynamo` is what captures it, and nothing here imports that.
+    """
+    from_capture = any(kind.__module__.startswith("torch._dynamo") for kind in type(error).__mro__)
+    called = (frame.f_globals.get("__name__", "") for frame, _ in walk_tb(error.__traceback__))
+    return from_capture and any(name.startswith("torch._higher_order_ops") for name in called)
+
+
+def reason_of(error: BaseException) -> str:
+    """Return the first line of what an error says, and the next one if it ends with a colon."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    announced = 2 if lines and lines[0].endswith(":") else 1
+    return " ".join(lines[:announced]) or type(error).__name__
 
 
 def failing_module(trace: TracebackType | None, model: torch.nn.Module) -> str:

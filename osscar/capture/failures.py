@@ -7,8 +7,8 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from graph.export import failing_module
-from osscar.core.errors import CalibrationError, OsscarError
+from graph.export import CAPTURE_HINT, failing_module, is_of_capture, reason_of
+from osscar.core.errors import CalibrationError, ModelError, OsscarError
 from osscar.core.memory import FOR_BATCHES, is_shortage, shortage
 
 
@@ -20,6 +20,8 @@ def batch_named(model: nn.Module, batch: int) -> Iterator[None]:
     ------
     CalibrationError
         If it has.
+    ModelError
+        If the model's code cannot be run here, whatever the data are.
     NoMemoryError
         If that was for want of memory.
     """
@@ -32,7 +34,24 @@ def batch_named(model: nn.Module, batch: int) -> Iterator[None]:
         if is_shortage(error):
             what = f"calibration batch {batch} in {name!r}"
             raise shortage(error, what, FOR_BATCHES) from error
+        refuse_capture(error, model)
         raise CalibrationError(
             f"calibration batch {batch} fails in {name!r}: "
             f"{type(error).__name__}: {error}; leave it out, or mend the model"
+        ) from error
+
+
+def refuse_capture(error: Exception, model: nn.Module) -> None:
+    """Say so where it is no fault of the data that a model fails.
+
+    What `torch.cond` and the like call is captured, and modules cannot be watched in there.
+
+    Raises
+    ------
+    ModelError
+        If that is why.
+    """
+    if is_of_capture(error):
+        raise ModelError(
+            f"{type(model).__name__} cannot be measured: {reason_of(error)}. {CAPTURE_HINT}"
         ) from error

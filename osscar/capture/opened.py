@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import graph
 from graph import CouplingGroup
 from graph.preserve import without_cache
+from osscar.capture.failures import refuse_capture
 from osscar.capture.linear_maps import expose_attention, freeze_unreadable, mixtures_of
 from osscar.capture.readers import weights_read_elsewhere
 from osscar.capture.routing import sound_mixtures
@@ -287,6 +288,7 @@ def _check_runs(model: nn.Module, example: Mapping[str, Any]) -> None:
         raise
     except Exception as error:  # the model may be anyone's code
         let_shortage_pass(error)
+        refuse_capture(error, model)
         forms = ", ".join(f"{n} {t.dtype} {tuple(t.shape)}" for n, t in example.items())
         raise CalibrationError(
             f"{type(model).__name__} fails on the calibration data ({forms}): "

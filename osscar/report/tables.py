@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
-from rich.console import Console, ConsoleOptions, RenderableType
+from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
@@ -34,9 +34,7 @@ class _PlainTable(Table):
     def add_row(self, *cells: RenderableType | None, **more: Any) -> None:
         super().add_row(*(_plain(cell) for cell in cells), **more)
 
-    def __rich_console__(
-        self, console: Console, options: ConsoleOptions
-    ) -> Iterator[RenderableType]:
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         endless = options.update_width(_ENDLESS)
         spans = [self._span(console, endless, index) for index in range(len(self.columns))]
         whole = [least for least, _ in spans]

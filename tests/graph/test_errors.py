@@ -137,6 +137,25 @@ class TakesPair(nn.Module):
         return x.one + x.two
 
 
+class Branches(nn.Module):
+    """One of whose branches puts out another form: "Expected ..." of it is not about the inputs."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        chosen: Tensor = torch.cond(x.sum() > 0, lambda x: x.double(), lambda x: x[:1], (x,))
+        return chosen
+
+
+class BranchesUntyped(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.map = nn.Linear(4, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        chosen: Tensor = torch.cond(x.sum() > 0, lambda x: x.double(), lambda x: x, (x,))
+        mapped: Tensor = self.map(chosen)
+        return mapped
+
+
 def _quantized() -> nn.Module:
     return torch.ao.quantization.quantize_dynamic(nn.Sequential(nn.Linear(4, 5)), {nn.Linear})
 
@@ -151,8 +170,10 @@ _ROWS = torch.randn(3, 4)
         (TakesPair, Pair(_ROWS, _ROWS), "register_dataclass"),
         (lambda: torch.jit.script(nn.Linear(4, 5)), _ROWS, "pass the Python module"),
         (_quantized, _ROWS, "prune the floating-point model"),
+        (Branches, _ROWS, "torch.cond"),
+        (BranchesUntyped, _ROWS, "torch.cond"),
     ],
-    ids=["dataclass-out", "dataclass-in", "script", "quantized"],
+    ids=["dataclass-out", "dataclass-in", "script", "quantized", "branches", "branches-untyped"],
 )
 def test_what_cannot_be_exported_is_explained(
     build: Callable[[], nn.Module], value: object, hint: str

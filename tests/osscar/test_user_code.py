@@ -193,6 +193,24 @@ def test_what_cannot_be_copied_is_a_model_error():
         osscar.prune(model, torch.randn(32, 4), sparsity=0.5, device="cpu")
 
 
+class Branching(nn.Module):
+    """A network in which torch.cond, not the data, is what cannot be measured."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        hidden = self.first(x).relu()
+        return torch.cond(hidden.sum() > 0, self.last, lambda h: self.last(-h), (hidden,))
+
+
+def test_modules_in_a_branch_are_not_blamed_on_the_data():
+    with pytest.raises(ModelError, match=r"cannot be measured: .*torch\.cond") as caught:
+        osscar.prune(Branching(), torch.randn(32, 4), neurons=0.5, device="cpu")
+    assert "calibration data" not in str(caught.value)
+
+
 def test_models_and_data_that_do_not_go_together_are_refused():
     net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
     with pytest.raises(osscar.OsscarError, match=r"fails on the calibration data .*int64"):
