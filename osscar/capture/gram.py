@@ -31,6 +31,7 @@ from osscar.capture.centred import CONSTANT, Centred
 from osscar.capture.consumer import LinearMap
 from osscar.core.errors import ModelError, NonFiniteError
 from osscar.core.modules import device_of
+from osscar.core.printable import counted
 from osscar.core.ranks import Ranks
 from solvers import Consumer, SubsetProblem
 from solvers.symmetric import Symmetric
@@ -527,8 +528,8 @@ def _warn_of_few(accumulators: Sequence[GramAccumulator]) -> None:
         least = min(few, key=lambda one: one.rows)
         more = f", and too few at {len(few) - 1} more of the {len(own)}" if len(few) > 1 else ""
         warnings.warn(
-            f"{least.linear_map.label}: {least.rows} calibration positions for "
-            f"{least.linear_map.rows} inputs{more}; the Gram matrix is rank-deficient and only "
-            "damping makes up for it. Use more samples or larger ones.",
+            f"{least.linear_map.label}: {counted(least.rows, 'calibration position')} for "
+            f"{counted(least.linear_map.rows, 'input')}{more}; the Gram matrix is rank-deficient "
+            "and only damping makes up for it. Use more samples or larger ones.",
             stacklevel=3,
         )

@@ -137,7 +137,7 @@ def save(
         Number format of the weights on disk; by default that in which the dense model lay there,
         and where that is not known, the model's.
     overwrite
-        Replace a directory that is not empty; it stays whole if anything fails.
+        Replace a checkpoint that is there; it stays whole if anything fails.
     example_inputs
         On which what was read back is compared with the model.  Language models need none; others
         are compared tensor by tensor without them.

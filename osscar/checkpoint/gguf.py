@@ -35,6 +35,7 @@ from osscar.core.errors import (
     OutputError,
 )
 from osscar.core.files import reason_of, resolved, whole
+from osscar.core.inputs import file_name
 
 FORMATS = ("f32", "f16", "bf16")
 """Number formats of the matrices; vectors are float32 always, as llama.cpp wants them."""
@@ -101,14 +102,14 @@ def export_gguf(
     EquivalenceError
         If what was read back is not what was written; the file is not there then.
     OptionError
-        If the number format is not known.
+        If the number format is not known, or the directory is no name of one.
     MissingDependency
         If the package ``gguf`` is not installed.
     """
     if dtype not in FORMATS:
         raise OptionError(f"the number format is {dtype!r:.60}; give one of {', '.join(FORMATS)}")
     library = _library()
-    source = Path(directory).expanduser()
+    source = Path(_named(directory)).expanduser()
     if not source.is_dir() or not is_checkpoint(source):
         raise CheckpointError(
             f"{str(directory)!r} is no directory with a checkpoint; give one that `osscar prune` "
@@ -123,6 +124,12 @@ def export_gguf(
         _write(partial, name, graph, vocabulary)
         _check_written(partial, graph, vocabulary)
     return Exported(target, graph.architecture, dtype, target.stat().st_size)
+
+
+def _named(directory: object) -> str:
+    """Return the name of the directory; a model has to be saved before it can be exported."""
+    example = "the directory of a checkpoint, such as result.save(directory).path"
+    return file_name(directory, "the checkpoint", example)
 
 
 def _library() -> Any:
@@ -144,7 +151,10 @@ def _check_target(target: Path, overwrite: bool) -> None:
             raise OutputError(f"cannot write {target}: {target.parent} is no directory")
         if target.exists():
             if not overwrite:
-                raise OutputError(f"{target} is there already; give another, or --overwrite")
+                raise OutputError(
+                    f"{target} is there already; give another, or --overwrite "
+                    "(overwrite=True in Python)"
+                )
             with target.open("rb") as file:
                 if file.read(len(_MAGIC)) != _MAGIC:
                     raise OutputError(f"{target} is no GGUF file, and would be lost; give another")

@@ -105,8 +105,6 @@ def _check_replaceable(path: Path, overwrite: bool) -> None:
     there = entries(path) if path.is_dir() else []
     if not there:
         return
-    if not overwrite:
-        raise OutputError(f"{path} is not empty; give another directory, or --overwrite")
     known = _known_names(path)
     foreign = sorted(entry.name for entry in there if not _is_known(entry, known))
     if foreign:
@@ -119,6 +117,11 @@ def _check_replaceable(path: Path, overwrite: bool) -> None:
     weights = any(fnmatchcase(entry.name, kind) for entry in there for kind in _WEIGHTS)
     if not ours and not (weights and (path / CONFIG_FILE).is_file()):
         raise OutputError(f"{path} holds something other than a checkpoint; give another directory")
+    if not overwrite:
+        raise OutputError(
+            f"{path} is not empty: a checkpoint is there; give another directory, or --overwrite "
+            "(overwrite=True in Python) to replace it"
+        )
 
 
 def _known_names(path: Path) -> frozenset[str]:

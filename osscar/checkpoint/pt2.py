@@ -120,6 +120,8 @@ def _check_target(target: Path, overwrite: bool) -> None:
     if not target.parent.is_dir():
         raise OutputError(f"cannot write {target}: {target.parent} is no directory")
     if target.exists() and not overwrite:
-        raise OutputError(f"{target} is there already; give another, or --overwrite")
+        raise OutputError(
+            f"{target} is there already; give another, or --overwrite (overwrite=True in Python)"
+        )
     if target.exists() and target.suffix != ".pt2":
         raise OutputError(f"{target} is no .pt2 file, and would be lost; give another")

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.text import Text
 
 import osscar
-from osscar.core.printable import printable
+from osscar.core.printable import counted, printable
 
 _PIPE_WIDTH = 140
 """Columns where the output is not a terminal, which has no width of its own."""
@@ -175,7 +175,8 @@ def quiet() -> Iterator[None]:
     for message in messages[:_SHOWN_WARNINGS]:
         say_aside("warning", message, "yellow")
     if len(messages) > _SHOWN_WARNINGS:
-        err.print(f"... and {len(messages) - _SHOWN_WARNINGS} warnings more", style="yellow")
+        more = counted(len(messages) - _SHOWN_WARNINGS, "warning")
+        err.print(f"... and {more} more", style="yellow")
 
 
 def document(kind: str, version: int, content: Mapping[str, Any]) -> dict[str, Any]:
@@ -204,7 +205,7 @@ def write_json(path: Path | None, content: Mapping[str, Any]) -> None:
 def check_json_path(
     path: Path | None,
     inputs: Sequence[str | os.PathLike[str] | None] = (),
-    written: Path | None = None,
+    written: Sequence[Path | None] = (),
     option: str = "--json",
 ) -> None:
     """Refuse a file that could not or must not be written, before any work is done.
@@ -216,7 +217,7 @@ def check_json_path(
     inputs
         Files and directories that the command reads; names that are no paths do no harm.
     written
-        The directory that the command writes.
+        What else the command writes: a directory, other files.
     option
         Which names the file.
 
@@ -232,7 +233,10 @@ def check_json_path(
         return
     try:
         place = path.resolve()
-        for used, verb in [*((name, "reads") for name in inputs), (written, "writes")]:
+        for used, verb in [
+            *((name, "reads") for name in inputs),
+            *((name, "writes") for name in written),
+        ]:
             if used is not None and _covers(Path(used), place):
                 raise OutputError(
                     f"{option} {path} would write to {used}, which the command {verb}; give another"

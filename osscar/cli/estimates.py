@@ -117,13 +117,18 @@ def read_estimate(file: Path | None) -> EstimateDocument | None:
         If it is no such file.
     """
     from osscar.cli.common import check_input
+    from osscar.core.errors import FileError
     from osscar.core.json_files import read_json
     from osscar.pruning.estimate import EstimateDocument
 
     if file is None:
         return None
     check_input(file)
-    return read_json(file, EstimateDocument, limit=_LARGEST)
+    try:
+        return read_json(file, EstimateDocument, limit=_LARGEST)
+    except FileError as error:
+        advice = "--estimate takes what --dry-run --json FILE wrote of the same run"
+        raise FileError(error.path, f"{error.reason}; {advice}") from error
 
 
 def _around(

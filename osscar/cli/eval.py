@@ -22,6 +22,7 @@ from osscar.cli.common import (
     say,
     write_json,
 )
+from osscar.core.printable import counted
 
 if TYPE_CHECKING:
     from osscar.evaluation.result import Comparison, Evaluation
@@ -137,8 +138,8 @@ def _language(
             comparison = compare(loaded.model, dense.model, *scored, **options)
             evaluation = comparison.model
     quality = evaluation.quality
-    windows = f"{quality.windows:,} windows of {quality.seqlen}"
-    how_much = f"{quality.tokens:,} tokens scored in {windows}"
+    windows = f"{counted(quality.windows, 'window')} of {quality.seqlen}"
+    how_much = f"{counted(quality.tokens, 'token')} scored in {windows}"
     return _Found(evaluation, comparison, {"text": text or "builtin"}, how_much)
 
 
@@ -181,8 +182,8 @@ def _images(
             options["dense_path"] = dense.path
             comparison = compare_images(loaded.model, dense.model, images, **options)
             evaluation = comparison.model
-    kind = "labelled images" if images.labels is not None else "images without labels"
-    how_much = f"{evaluation.quality.images:,} {kind} scored"
+    kind = ("labelled image", "") if images.labels is not None else ("image", " without labels")
+    how_much = f"{counted(evaluation.quality.images, kind[0])}{kind[1]} scored"
     return _Found(evaluation, comparison, {"images": spec}, how_much)
 
 

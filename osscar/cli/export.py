@@ -46,7 +46,7 @@ def command(
     from osscar.checkpoint.gguf import export_gguf
     from osscar.core.errors import OptionError
 
-    check_json_path(json, inputs=(directory,), written=out)
+    check_json_path(json, inputs=(directory,), written=(out,))
     if format not in _FORMATS:
         raise OptionError(f"--format is {format!r:.60}; give {' or '.join(_FORMATS)}")
     if format == "pt2":

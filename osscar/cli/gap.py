@@ -128,7 +128,7 @@ def command(
     from osscar.study.design import DEFAULT_BACKENDS, StudyDesign
     from osscar.study.directory import Study
 
-    check_json_path(json, inputs=(*sources, calibration, weights), written=directory)
+    check_json_path(json, inputs=(*sources, calibration, weights), written=(directory,))
     if ray is not None and jobs is not None:
         raise OptionError("--jobs are processes of this machine, and --ray has others; give one")
     design = StudyDesign(

@@ -19,6 +19,7 @@ from osscar.cli.common import (
     say,
     write_json,
 )
+from osscar.core.printable import are, counted
 
 
 def command(
@@ -45,8 +46,8 @@ def command(
     from osscar.models.open import open_model
     from osscar.report.run_tables import groups_table
 
-    for path in (json, svg):
-        check_json_path(path, inputs=(model,))
+    check_json_path(json, inputs=(model,))
+    check_json_path(svg, inputs=(model,), written=(json,), option="--svg")
     with quiet():
         loaded = open_model(
             model,
@@ -67,7 +68,8 @@ def command(
             say(f"frozen: {group.name}: {freeze.reason} {where and f'({where})'}")
     hidden = len(groups) - len(shown)
     if hidden:
-        say(f"{hidden} frozen groups inside the units of others are not shown; --all does")
+        frozen = counted(hidden, "frozen group")
+        say(f"{frozen} inside the units of others {are(hidden)} not shown; --all does")
     prunable, total = count_owned(loaded.model, groups), count_parameters(loaded.model)
     say(f"{prunable / total:.1%} of {total:,} parameters lie in prunable groups")
     if svg is not None:

@@ -219,7 +219,7 @@ def command(
             "what is free, if the model does not fit in it]",
         ),
     ] = None,
-    overwrite: Annotated[bool, typer.Option(help="Replace a directory that is not empty.")] = False,
+    overwrite: Annotated[bool, typer.Option(help="Replace the checkpoint that is there.")] = False,
     restart: Annotated[
         bool, typer.Option("--restart", help="Begin anew where a run that was killed would go on.")
     ] = False,
@@ -281,8 +281,8 @@ def command(
             "--dry-run tells what one process will take; leave --estimate and torchrun away"
         )
     read = (model, calibration, weights, estimate)
-    check_json_path(json, inputs=read, written=directory)
-    check_json_path(report, inputs=(*read, json), written=directory, option="--report")
+    check_json_path(json, inputs=read, written=(directory,))
+    check_json_path(report, inputs=read, written=(directory, json), option="--report")
     patterns = [part.strip() for text in skip or () for part in text.split(",")]
     request = PruningRequest(
         sparsity=sparsity,

@@ -6,6 +6,7 @@ import dataclasses
 from typing import TYPE_CHECKING, Any
 
 from osscar.cli.common import document, out
+from osscar.core.printable import are, counted
 
 if TYPE_CHECKING:
     from torch import nn
@@ -87,7 +88,9 @@ def print_result(result: PruningResult, saved: SavedCheckpoint) -> None:
         out.print(left_alone_table(result.left_alone))
     dead = sum(layer.dead for layer in result.layers)
     if dead:
-        out.print(f"{dead} units were dead (zero on all calibration data) and went first")
+        were = "was" if dead == 1 else "were"
+        units = f"{counted(dead, 'unit')} {were} dead"
+        out.print(f"{units} (zero on all calibration data) and went first")
     bounded = [layer for layer in result.layers if layer.lower_bound is not None]
     if bounded:
         proofs = [
@@ -96,7 +99,8 @@ def print_result(result: PruningResult, saved: SavedCheckpoint) -> None:
             if layer.proved_optimal
         ]
         rests = f"; {proofs_in_words(proofs)}" if proofs else ""
-        out.print(f"{len(proofs)} of {len(result.layers)} choices are proved optimal{rests}")
+        choices = counted(len(result.layers), "choice")
+        out.print(f"{len(proofs)} of {choices} {are(len(proofs))} proved optimal{rests}")
     share = 1 - result.parameters_after / result.parameters_before
     out.print(
         f"{result.parameters_before:,} parameters became {result.parameters_after:,} "
@@ -115,7 +119,7 @@ def print_result(result: PruningResult, saved: SavedCheckpoint) -> None:
         out.print(f"form: the exported program{why}")
     if result.batch_norms:
         out.print(
-            f"batch norm: the statistics of {result.batch_norms} layers are new "
+            f"batch norm: the statistics of {counted(result.batch_norms, 'layer')} are new "
             f"({result.settings['batch_norm']})"
         )
     reader = "osscar.load reads it"

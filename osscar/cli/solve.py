@@ -23,6 +23,7 @@ from osscar.cli.common import (
     say,
     write_json,
 )
+from osscar.core.printable import are, counted
 
 if TYPE_CHECKING:
     from solvers import Solution, SubsetProblem, Verification
@@ -97,20 +98,23 @@ def _print_problem(problem: SubsetProblem, file: Path) -> None:
 
     supports = math.comb(problem.units, problem.keep)
     size = f"{supports:,}" if supports < 10**9 else f"about 10^{int(math.log10(supports))}"
-    say(f"{problem.name or file.stem}: keep {problem.keep} of {problem.units} units")
+    say(f"{problem.name or file.stem}: keep {problem.keep} of {counted(problem.units, 'unit')}")
     for consumer in problem.consumers:
         p, m = consumer.W0.shape
         say(
-            f"  read by a map of {p:,} inputs and {m:,} outputs, {consumer.width} inputs a unit; "
+            f"  read by a map of {counted(p, 'input')} and {counted(m, 'output')}, "
+            f"{counted(consumer.width, 'input')} a unit; "
             + (
                 f"damping {consumer.damping:.3g} of all inputs alike"
                 if consumer.damping
                 else "damping, if any, is in H, input by input"
             )
         )
-    say(f"  {size} supports; removing everything loses {problem.scale:.6g}")
+    noun = "support" if supports == 1 else "supports"
+    say(f"  {size} {noun}; removing everything loses {problem.scale:.6g}")
     if len(problem.dead):
-        say(f"  {len(problem.dead)} units are dead: their inputs were always zero")
+        dead = len(problem.dead)
+        say(f"  {counted(dead, 'unit')} {are(dead)} dead, with inputs that were always zero")
     out.print(takers_table(solvers.backends(), problem))
 
 
@@ -119,8 +123,9 @@ def _print_solution(solution: Solution, verification: Verification) -> None:
 
     problem = solution.problem
     say(
-        f"{problem.name}: {solution.backend} keeps {problem.keep} of {problem.units} units, "
-        f"loss {verification.loss:.9g}, {solution.relative_loss:.6f} of removing everything"
+        f"{problem.name}: {solution.backend} keeps {problem.keep} of "
+        f"{counted(problem.units, 'unit')}, loss {verification.loss:.9g}, "
+        f"{solution.relative_loss:.6f} of removing everything"
     )
     if math.isfinite(solution.lower_bound):
         say(
@@ -128,7 +133,7 @@ def _print_solution(solution: Solution, verification: Verification) -> None:
             f"{solution.gap:.4%} ({solution.bound_from})"
         )
     say(f"{solution.status.name}: {solution.status.value}")
-    say(f"{solution.seconds:.2f} s, {solution.iterations} iterations")
+    say(f"{solution.seconds:.2f} s, {counted(solution.iterations, 'iteration')}")
     say(
         "verified from the problem alone: support, refit, loss"
         + (", and the bound" if math.isfinite(verification.lower_bound) else "")

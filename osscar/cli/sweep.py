@@ -137,7 +137,7 @@ def command(
     from osscar.report.sweep_page import sweep_page, sweep_table
 
     read = (model, calibration, weights, text, images)
-    check_json_path(json, inputs=read, written=directory)
+    check_json_path(json, inputs=read, written=(directory,))
     budget, values = _asked(
         sparsity=sparsity, params=params, size=size, flops=flops, speedup=speedup
     )

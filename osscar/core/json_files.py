@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -95,9 +97,10 @@ def read_object(path: Path, *, limit: int = 64 * MEGABYTE) -> dict[str, Any]:
     """
     text = _read_text(path, limit)
     try:
-        found = json.loads(
-            text, parse_constant=_infinite, parse_int=_short, object_pairs_hook=_distinct
-        )
+        with _syntax_named():
+            found = json.loads(
+                text, parse_constant=_infinite, parse_int=_short, object_pairs_hook=_distinct
+            )
     except RecursionError as error:
         raise FileError(path, "it is nested too deeply") from error
     except ValueError as error:
@@ -142,13 +145,23 @@ def _adapter(schema: type[Any]) -> TypeAdapter[Any]:
 
 def _refuse_oddities(text: str) -> None:
     """Refuse what parsers of JSON differ about: they would not all read the same."""
-    json.loads(
-        text,
-        parse_constant=_refused,
-        parse_float=_finite,
-        parse_int=_moderate,
-        object_pairs_hook=_distinct,
-    )
+    with _syntax_named():
+        json.loads(
+            text,
+            parse_constant=_refused,
+            parse_float=_finite,
+            parse_int=_moderate,
+            object_pairs_hook=_distinct,
+        )
+
+
+@contextmanager
+def _syntax_named() -> Iterator[None]:
+    """Say of a text that is no JSON that it is none, and not only which sign was expected where."""
+    try:
+        yield
+    except json.JSONDecodeError as error:
+        raise ValueError(f"it is not JSON: {error}") from error
 
 
 def _refused(text: str) -> float:

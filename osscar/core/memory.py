@@ -50,7 +50,9 @@ def parse_size(value: object) -> int:
 
 
 def in_words(size: int) -> str:
-    """Return a size in words, rounded up."""
+    """Return a size in words, rounded up, such as `parse_size` reads it."""
+    if size < 10**6:
+        return f"{size}B"  # to two digits of a GB it would be another one than was given
     return f"{-(-size // 10**7) / 100:.2f}GB"
 
 

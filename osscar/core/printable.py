@@ -3,6 +3,29 @@
 from __future__ import annotations
 
 
+def counted(count: int, noun: str, several: str = "") -> str:
+    """Return how many there are of something, in the form that goes with the number.
+
+    Parameters
+    ----------
+    count, noun
+        How many, and what one is called.
+    several
+        What several are called, if not by an ``s`` at its end.
+
+    Examples
+    --------
+    >>> counted(1, "sample"), counted(2000, "sample"), counted(2, "batch", "batches")
+    ('1 sample', '2,000 samples', '2 batches')
+    """
+    return f"{count:,} {noun if count == 1 else several or noun + 's'}"
+
+
+def are(count: int) -> str:
+    """Return the verb that goes with so many things."""
+    return "is" if count == 1 else "are"
+
+
 def printable(text: str, keep: str = "") -> str:
     r"""Return a text in which nothing can move a cursor, change a colour or fail to be encoded.
 

@@ -29,6 +29,7 @@ from torch import Tensor
 from osscar.core.errors import OsscarError, RanksError, first_line
 from osscar.core.json_files import parse_json
 from osscar.core.launch import launched, neighbours
+from osscar.core.printable import counted
 
 T = TypeVar("T")
 
@@ -313,8 +314,9 @@ def together() -> Iterator[Ranks]:
         ranks = Ranks(rank, size, dist.new_group(backend="gloo", timeout=_MEETING))
     except (RuntimeError, ValueError) as error:
         raise RanksError(
-            f"rank {rank} cannot reach the {size - 1} others at {os.environ['MASTER_ADDR']}: "
-            f"{first_line(error)}; launch all with torchrun, on machines that see each other"
+            f"rank {rank} cannot reach the {counted(size - 1, 'other')} at "
+            f"{os.environ['MASTER_ADDR']}: {first_line(error)}; launch all with "
+            "torchrun, on machines that see each other"
         ) from error
     try:
         yield ranks

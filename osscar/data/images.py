@@ -16,6 +16,7 @@ from torch import Tensor
 from osscar.core.errors import ImageError, OptionError, first_line
 from osscar.core.files import digest
 from osscar.core.inputs import file_name, shown, whole_number
+from osscar.core.printable import counted
 from osscar.data.preprocessing import Preprocessing
 from osscar.data.tokens import named_generator
 from osscar.shrinking.lineage import Calibration
@@ -308,6 +309,6 @@ def refuse_overlap(images: ImageSet, calibration: Iterable[Calibration]) -> None
         shared = sum(mine in used for mine in images.fingerprints()) if used else 0
         if shared:
             raise ImageError(
-                f"{shared} of the {len(images)} images calibrated this model ({known.source}); "
-                "score others"
+                f"{shared} of {counted(len(images), 'image')} calibrated this model "
+                f"({known.source}); score others"
             )

@@ -21,6 +21,7 @@ from osscar.core.errors import (
 )
 from osscar.core.files import digest
 from osscar.core.inputs import file_name, shown
+from osscar.core.printable import counted
 from osscar.data.prose import Part, builtin_text
 from osscar.data.text import encode, read_text, text_digest
 
@@ -166,11 +167,12 @@ def text_windows(
     tokens = encode(tokenizer, text)
     if len(tokens) < seqlen:
         raise CalibrationError(
-            f"calibration text ({source}) has {len(tokens)} tokens, fewer than one window of "
-            f"{seqlen}; give a longer text or a smaller window length (--seqlen)"
+            f"calibration text ({source}) has {counted(len(tokens), 'token')}, fewer than one "
+            f"window of {seqlen}; give a longer text or a smaller window length (--seqlen)"
         )
     if len(tokens) < samples * seqlen:
-        source += f", {samples} overlapping windows from {len(tokens)} tokens"
+        windows_of = "overlapping window" if samples > 1 else "window"
+        source += f", {counted(samples, windows_of)} from {counted(len(tokens), 'token')}"
     starts = _window_starts(len(tokens), samples, seqlen, seed)
     windows = tokens[starts[:, None] + torch.arange(seqlen)]
     return CalibrationSet(windows, source, seed, text_digest(text))
@@ -192,8 +194,9 @@ def _check(tokenizer: Any, samples: Any, seqlen: Any, seed: Any) -> None:
         )
     if samples * seqlen > TOKENS_LIMIT:
         raise CalibrationError(
-            f"{samples} windows of {seqlen} tokens are more than the {TOKENS_LIMIT:,} tokens that "
-            "can be held; give fewer (--samples), or shorter ones (--seqlen)"
+            f"{counted(samples, 'window')} of {counted(seqlen, 'token')} come to more than "
+            f"the {TOKENS_LIMIT:,} tokens that can be held; give fewer (--samples), or shorter "
+            "ones (--seqlen)"
         )
 
 

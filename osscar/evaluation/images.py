@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from osscar.core.errors import ImageError, ModelError, NonFiniteError, OsscarError
 from osscar.core.inputs import whole_number
 from osscar.core.modules import check_usable, device_of, evaluating
+from osscar.core.printable import counted
 from osscar.core.timing import take_turns
 from osscar.data.batches import named_inputs
 from osscar.data.images import ImageSet
@@ -252,13 +253,14 @@ def label_indices(images: ImageSet, classes: Sequence[str], outputs: int) -> Ten
         labels = torch.tensor([int(name) for name in names])[labels]
     elif names and len(names) != outputs:
         raise ImageError(
-            f"{images.source} has {len(names)} class folders and the model {outputs} classes; name "
+            f"{images.source} has {counted(len(names), 'class folder')} and the model "
+            f"{counted(outputs, 'class', 'classes')}; name "
             "the folders by class or by number, or give as many as there are classes"
         )
     if int(labels.min()) < 0 or int(labels.max()) >= outputs:
         raise ImageError(
             f"{images.source} has labels from {int(labels.min())} to {int(labels.max())} and the "
-            f"model {outputs} classes; give images of its classes"
+            f"model {counted(outputs, 'class', 'classes')}; give images of its classes"
         )
     return labels
 

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from osscar.core.errors import ModelError, NonFiniteError, OptionError, TextError
 from osscar.core.inputs import shown, whole_number
 from osscar.core.modules import check_usable, context_length, evaluating
+from osscar.core.printable import counted
 from osscar.core.progress import track
 from osscar.data.text import encode
 from osscar.evaluation.result import Comparison, Evaluation
@@ -301,7 +302,7 @@ def _windows(
     model: PreTrainedModel, tokens: Tensor, windows: int | None, seqlen: int
 ) -> tuple[Tensor, ...]:
     if len(tokens) < 2:
-        raise TextError(f"the text has {len(tokens)} tokens; scoring needs at least 2")
+        raise TextError(f"the text has {counted(len(tokens), 'token')}; scoring needs at least 2")
     known, largest = model.get_input_embeddings().num_embeddings, int(tokens.max())
     if largest >= known:
         raise ModelError(

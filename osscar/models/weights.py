@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from osscar.core.errors import ModelError
 from osscar.core.inputs import check_regular, file_name
+from osscar.core.printable import counted
 
 _OLD_DENSENET_NAME = re.compile(
     r"^(.*denselayer\d+\.(?:norm|relu|conv))\.((?:[12])\.(?:weight|bias|running_.*))$"
@@ -110,8 +111,8 @@ def fill(model: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
         if keys:
             raise ModelError(
                 f"the weights in {source} do not fit {type(model).__name__}: the file {what} "
-                f"{len(keys)} tensors, such as {keys[0]!r}{_unlike(own, state, keys[0])}; give "
-                "weights of this very model"
+                f"{counted(len(keys), 'tensor')}, such as {keys[0]!r}"
+                f"{_unlike(own, state, keys[0])}; give weights of this very model"
             )
     model.load_state_dict(dict(state), strict=False)
 

@@ -20,6 +20,7 @@ from osscar.core.errors import RunError
 from osscar.core.memory import FOR_MATRICES, memory_for
 from osscar.core.on_disk import room_for
 from osscar.core.phases import Phase, phase
+from osscar.core.printable import counted
 from osscar.core.progress import stage
 from osscar.core.ranks import Ranks
 from osscar.pruning.certify import certified
@@ -127,8 +128,8 @@ def _replay(
     same = group is not None and GroupPlan.of(group, kept) == record.plan
     if group is None or not (sound and same) or len(kept) != keep.get(name):
         raise RunError(
-            f"the log of the run holds {name!r} with {len(kept)} units, which is not what this "
-            "model and request come to; begin anew with --restart"
+            f"the log of the run holds {name!r} with {counted(len(kept), 'unit')}, which is not "
+            "what this model and request come to; begin anew with --restart"
         )
     consumers = linear_maps(model, group)
     places = [place for consumer in consumers for place in _places(consumer)]

@@ -300,8 +300,8 @@ def check_streamed(ready: Opened, request: PruningRequest, held_out: int) -> Roo
     else:
         raise RequestError(
             f"--max-memory {in_words(shelf.ceiling)} cannot hold {what}, which takes "
-            f"{in_words(most)}, beside {in_words(base)} for the program; at least "
-            f"{in_words(base + most)} would do, or less with shorter windows (--seqlen) or smaller "
+            f"{in_words(most)}, beside {in_words(base)} for the program; give "
+            f"at least {in_words(base + most)}, or less with shorter windows (--seqlen) or smaller "
             "batches (--batch-size)"
         )
     # Also after the run: what is saved runs once more, beside what is read back.

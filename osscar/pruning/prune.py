@@ -28,6 +28,7 @@ from osscar.core.errors import RequestError, RunError
 from osscar.core.memory import FOR_BATCHES, memory_for
 from osscar.core.modules import copied, count_parameters, device_of
 from osscar.core.phases import Phase, phase
+from osscar.core.printable import counted
 from osscar.core.ranks import ALONE, Ranks
 from osscar.pruning import latency
 from osscar.pruning.allocation import allocate, shared_curves
@@ -340,8 +341,8 @@ def _begun(
     check_alike(ranks, manifest)
     if len(batches) < ranks.size:
         warnings.warn(
-            f"{ranks.size} ranks share out {len(batches)} batches, and some have nothing to do; "
-            "give a smaller --batch-size, or launch fewer",
+            f"{ranks.size} ranks share out {counted(len(batches), 'batch', 'batches')}, and some "
+            "have nothing to do; give a smaller --batch-size, or launch fewer",
             stacklevel=2,
         )
     with nullcontext(()) if log is None else log.begun(manifest) as records:

@@ -14,6 +14,7 @@ from typing import Any, TypeAlias
 
 import solvers
 from graph import UnitKind
+from osscar.capture.regularization import check_damp
 from osscar.capture.targets import Target
 from osscar.core.errors import OptionError, RequestError
 from osscar.core.inputs import shown
@@ -103,7 +104,8 @@ class PruningRequest:
         Another one: how many times as fast as the dense model, above 1, a forward pass of a
         calibration batch shall be; timed on this device, where nothing else should run meanwhile.
     allocation
-        How a budget is shared out.  ``curvature`` chooses the widths with the least predicted
+        How a budget is shared out; refused where there is none.  ``curvature`` chooses the widths
+        with the least predicted
         divergence of the model's outputs; ``uniform`` keeps the same share of every group, as the
         paper does; ``fluctuation`` keeps the units with the highest of FLAP's scores anywhere.
     heads, neurons, channels
@@ -208,6 +210,11 @@ class PruningRequest:
             if value not in list(choices):
                 raise OptionError(f"{name} is {shown(value)}; give one of {', '.join(choices)}")
             object.__setattr__(self, name, choices(value))
+        if self.allocation != Allocation.CURVATURE and not self.has_budget:
+            raise RequestError(
+                f"allocation {self.allocation} says how a budget is shared out, and there is none; "
+                "give one, such as --sparsity, or leave --allocation away"
+            )
 
     def _check_what_to_keep(self) -> None:
         sparsity, round_to = self.sparsity, self.round_to
@@ -274,8 +281,8 @@ class PruningRequest:
             raise OptionError(f"blend is {shown(blend)}; give a share from 0 to 1")
         if size is not None and not (_is(size, numbers.Integral) and size >= 1):
             raise OptionError(f"batch size is {shown(size)}; give a whole number, at least 1")
-        if damp is not None and not (_is(damp, numbers.Real) and 0 <= damp < math.inf):
-            raise OptionError(f"damp is {shown(damp)}; it must be finite and not negative")
+        if damp is not None:
+            check_damp(damp)
         if not (_is(seed, numbers.Integral) and 0 <= seed < 2**63):
             raise OptionError(f"seed is {shown(seed)}; give a whole number from 0 to 2^63 - 1")
         for name, kind in (
@@ -434,7 +441,7 @@ def parse_keep(value: Keep) -> Fraction | int:
     if isinstance(value, bool) or not isinstance(value, str | numbers.Real):
         raise RequestError(f"cannot read {shown(value)} {unreadable}")
     if isinstance(value, numbers.Real) and not abs(value) < _LARGEST_COUNT:
-        raise RequestError(f"cannot keep more than {_LARGEST_COUNT} units, nor NaN of them")
+        raise RequestError(f"cannot read {shown(value)} {unreadable} below {_LARGEST_COUNT:.0e}")
     text = str(value).strip()
     # Digits are counted before anyone computes with them: 1e-99999999 takes hours.
     if not isinstance(value, numbers.Real) and not _NUMBER.fullmatch(text):

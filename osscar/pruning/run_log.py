@@ -31,6 +31,7 @@ from osscar.core.errors import FileError, OutputError, RunError
 from osscar.core.files import PARTIAL, digest, reason_of, remedy, whole, write_json
 from osscar.core.json_files import MEGABYTE, STRICT, parse_json, read_json
 from osscar.core.locks import LOCK_FILE, hold
+from osscar.core.printable import are, counted
 from osscar.core.signals import uninterrupted
 from osscar.core.version import VERSION
 from osscar.pruning.budget import Allocated, Budget
@@ -352,7 +353,8 @@ class RunLog:
     def kept(self) -> str:
         """What a run that ends now leaves, in words."""
         return (
-            f"{self.committed} groups are done and kept in {self.directory}"
+            f"{counted(self.committed, 'group')} {are(self.committed)} done and "
+            f"kept in {self.directory}"
             if self.committed
             else "no group was done yet"
         )

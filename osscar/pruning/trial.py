@@ -25,6 +25,7 @@ from osscar.capture.opened import Opened
 from osscar.capture.scratch import Untouched
 from osscar.core.errors import AdapterError, EquivalenceError, ModelError, first_line
 from osscar.core.json_files import STRICT
+from osscar.core.printable import counted
 from osscar.core.progress import stage
 from osscar.pruning.allocation import provisional
 from osscar.pruning.request import FormChoice, PruningRequest
@@ -303,7 +304,8 @@ def _listed(said: Sequence[str]) -> str:
 
 def _refusal(left: Sequence[LeftAlone], tried: int, strict: bool) -> str:
     """Say why nothing is pruned."""
-    count = f"{len(left)} of {tried} groups" if tried > len(left) else f"none of {tried} groups"
+    none = tried == len(left)
+    count = f"{'none' if none else len(left)} of {counted(tried, 'group')}"
     verb = "cannot" if tried > len(left) else "can"
     them = (
         f"; leave them out (--skip {left[0].name!r}), or let all others go without --strict"

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from graph import CouplingGroup
 from osscar.capture.opened import Opened
 from osscar.core.errors import FrozenGroupError, RequestError
+from osscar.core.printable import counted
 from osscar.pruning.request import PRUNED_KINDS, PruningRequest, Widths, parse_keep
 
 _MOST_TOLD = 4
@@ -140,7 +141,8 @@ def count_kept(group: CouplingGroup, asked: Fraction | int, round_to: int) -> in
     if isinstance(asked, int):
         if asked > group.units:
             raise RequestError(
-                f"cannot keep {asked} units of {group.name!r}, which has {group.units} {group.kind}"
+                f"cannot keep {counted(asked, 'unit')} of {group.name!r}, which has "
+                f"{group.units} {group.kind}"
             )
         exact = Fraction(asked)
     else:
@@ -213,7 +215,7 @@ def why_out_of_reach(
             "nothing can be removed: the model has no coupling group with units that may leave; "
             "`osscar inspect` shows what its layers are coupled by"
         )
-    told = [f"{g.name!r} ({g.units} units)" for g in others[:_MOST_TOLD]]
+    told = [f"{g.name!r} ({counted(g.units, 'unit')})" for g in others[:_MOST_TOLD]]
     more = f" and {len(others) - _MOST_TOLD} more" if len(others) > _MOST_TOLD else ""
     streams = any(group.name in residual for group in others)
     return (

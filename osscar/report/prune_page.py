@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from osscar.core.printable import counted
 from osscar.report.estimate_tables import comparison_line
 from osscar.report.evaluation_tables import shown_numbers
 from osscar.report.numbers import engineering, in_bytes, share
@@ -101,7 +102,7 @@ def _answer(document: Mapping[str, Any]) -> str:
     divergence = document.get("divergence")
     if divergence is not None:
         held = document.get("held_out")
-        on = f"on {held} held-out samples" if held else "on calibration samples"
+        on = f"on {counted(held, 'held-out sample')}" if held else "on calibration samples"
         sentence += (
             f"; the predictions diverge from the dense model's by {_nats(divergence)} nats {on}"
         )
@@ -119,7 +120,7 @@ def _in_words(settings: Mapping[str, Any]) -> str:
         said.append(f"at least {settings['at_least']} of each group")
     said += [f"keep {settings[kind]} of the {kind}" for kind in _KEEPS if settings.get(kind)]
     if settings.get("groups"):
-        said.append(f"{len(settings['groups'])} groups by name")
+        said.append(counted(len(settings["groups"]), "group") + " by name")
     return f"{', '.join(said)}; backend {settings['backend']}"
 
 
@@ -149,7 +150,8 @@ def _remarks(document: Mapping[str, Any]) -> Iterator[str]:
     yield f"The smaller model's outputs equal the masked model's to {error:.1e} of the largest."
     if document["batch_norms"]:
         mode = document["settings"]["batch_norm"]
-        yield f"The statistics of {document['batch_norms']} batch-norm layers are new ({mode})."
+        layers = counted(document["batch_norms"], "batch-norm layer")
+        yield f"The statistics of {layers} are new ({mode})."
     if document.get("forward") is not None:
         yield "Times are medians of a few turns, and as rough as that."
     if document.get("estimate") is not None:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import solvers
+from osscar.core.printable import are, counted
 from osscar.report.numbers import share
 from osscar.report.proofs import proofs_in_words
 from osscar.study.records import WINDOW, Instance, Proof, Record, window_layer
@@ -297,9 +298,7 @@ def _answer(cases: Sequence[Case]) -> str:
         return f"{every} solved to proven optimality."
     still = [case for case in layers if not case.closed]
     gaps = [case.gap for case in still if case.gap is not None]
-    said = (
-        f"{proved} of {_counted(len(layers), 'problem')} {'is' if proved == 1 else 'are'} solved "
-    )
+    said = f"{proved} of {counted(len(layers), 'problem')} {are(proved)} solved "
     said += "to proven optimality"
     if not gaps:
         return f"{said}; of the others nothing is known."
@@ -323,7 +322,7 @@ def _why_open(records: Sequence[Record]) -> str:
     ends = {f"{r.backend}: {r.status.lower().replace('_', ' ')}" for r in exact if not r.error}
     ends |= {_said(record) for record in records if record.error}
     if not exact:
-        ends.add(f"no exact backend was asked: {records[0].units} units")
+        ends.add(f"no exact backend was asked: {counted(records[0].units, 'unit')}")
     return "; ".join(sorted(ends))
 
 
@@ -354,8 +353,8 @@ def _headline(
     largest, several = disagreement
     if several:
         agree = "are the same" if largest <= SAME else f"differ by at most {largest:.1e}"
-        counted = _counted(several, "problem")
-        yield f"where two or more exact backends finished ({counted}), their optima {agree}"
+        found = counted(several, "problem")
+        yield f"where two or more exact backends finished ({found}), their optima {agree}"
     if trivial:
         yield (
             f"there is nothing to choose in {', '.join(i.name for i in trivial)}: a problem of one "
@@ -363,18 +362,15 @@ def _headline(
         )
 
 
-def _counted(count: int, noun: str) -> str:
-    return f"{count} {noun}{'' if count == 1 else 's'}"
-
-
 def _proofs(closed: Sequence[Case]) -> str:
     return proofs_in_words(case.proof for case in closed)
 
 
 def _score_headline(score: Score) -> str:
-    what = f"{score.cases} {score.kind} problems that are closed"
+    what = f"{counted(score.cases, f'{score.kind} problem')} that {are(score.cases)} closed"
     if score.hits == score.cases:
-        return f"{score.backend} found the optimum in all {what}"
+        every = "the" if score.cases == 1 else "all"
+        return f"{score.backend} found the optimum in {every} {what}"
     return (
         f"{score.backend} found the optimum in {score.hits} of {what}; on average it lies "
         f"{share(score.mean_excess, 2)} above it, at worst {share(score.worst_excess, 2)}"
@@ -386,8 +382,9 @@ def _kind_headline(kind: str, cases: Sequence[Case]) -> Iterable[str]:
     if closed:
         slowest = max(min(record.seconds or 0.0 for record in case.proved) for case in closed)
         yield (
-            f"{len(closed)} of {len(cases)} {kind} problems are solved to proven optimality, the "
-            f"slowest in {slowest:.2g} s; {_proofs(closed)}"
+            f"{len(closed)} of {counted(len(cases), f'{kind} problem')} "
+            f"{are(len(closed))} solved to proven optimality, the slowest in {slowest:.2g} s; "
+            f"{_proofs(closed)}"
         )
     still = [case for case in cases if not case.closed and case.gap is not None]
     for sparsity in sorted({sparsity for case in still for sparsity in case.sparsities}):
@@ -426,7 +423,8 @@ def _window_headline(windows: Sequence[Case], layers: Sequence[Case]) -> str:
     improved = [gain for gain in gains if gain > HIT]
     tail = f", by at most {share(max(improved), 2)} of the layer's loss" if improved else ""
     return (
-        f"{len(closed)} of {len(windows)} windows are solved to proven optimality"
+        f"{len(closed)} of {counted(len(windows), 'window')} "
+        f"{are(len(closed))} solved to proven optimality"
         f"{'; ' + _proofs(closed) if closed else ''}; the layer's swap optimum could be improved "
         f"within {len(improved)} of them{tail}"
     )

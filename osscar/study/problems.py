@@ -11,6 +11,7 @@ from torch import nn
 
 from graph import CouplingGroup, UnitKind
 from osscar.capture.opened import opened
+from osscar.capture.regularization import check_damp
 from osscar.capture.walk import walk
 from osscar.core.errors import FrozenGroupError, ModelError
 from osscar.core.progress import stage
@@ -60,7 +61,10 @@ def model_problems(
         If no wanted group can be pruned.
     NonFiniteError
         If activations are not finite.
+    OptionError
+        If the damping makes no sense.
     """
+    check_damp(damp)
     with opened(model, calibration, device=device) as ready:
         groups = [group for group in ready.groups if group.prunable and wanted(group.name)]
         if not groups:

@@ -394,3 +394,27 @@ def test_being_terminated_leaves_nothing_half_written(run, text, tmp_path, monke
     status, _, _ = run(*small_prune(text, tmp_path / "out", "--sparsity", 0.5))
     assert status == 0
     assert {path.name for path in tmp_path.iterdir()} == {text.name, "out"}
+
+
+def test_two_files_of_one_name_are_refused_as_what_is_written(run, tmp_path):
+    same = tmp_path / "same"
+    both = ("--json", same, "--report", same)
+    status, _, err = run("prune", "demo", "--neurons", 0.5, "--out", tmp_path / "out", *both)
+    assert status == 2
+    assert f"--report {same} would write to {same}, which the command writes" in err
+    status, _, err = run("inspect", "demo", "--json", same, "--svg", same)
+    assert status == 2
+    assert f"--svg {same} would write to {same}, which the command writes" in err
+    assert not same.exists()
+
+
+def test_an_estimate_that_is_none_says_what_would_be_one(run, tmp_path):
+    file = tmp_path / "estimate"
+    for text, reason in (("hello", "it is not JSON: "), ('{"a": 1}', "schema: field required")):
+        file.write_text(text)
+        status, _, err = run(
+            *("prune", "demo", "--neurons", 0.5, "--out", tmp_path / "out", "--estimate", file)
+        )
+        assert status == 2
+        assert reason in err
+        assert "--estimate takes what --dry-run --json FILE wrote" in err

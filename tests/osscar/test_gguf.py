@@ -509,6 +509,12 @@ def test_the_command_writes_the_file(
     }
 
 
+@pytest.mark.parametrize("value", [None, 3, torch.nn.Linear(2, 2)], ids=["none", "number", "model"])
+def test_what_names_no_directory_is_told_what_would(value: Any) -> None:
+    with pytest.raises(OptionError, match=r"the checkpoint is .*such as result\.save"):
+        export_gguf(value)
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -398,3 +398,16 @@ def test_the_mark_says_which_run_it_is(tmp_path: Path) -> None:
         mark = json.loads((new.parent / "run.json").read_text())
         assert (mark["target"], mark["pid"]) == ("model", os.getpid())
         write(new)
+
+
+def test_overwriting_is_named_only_where_it_would_help(tmp_path):
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "mine.txt").write_text("mine")
+    with pytest.raises(OutputError, match=r"other than a checkpoint.*mine\.txt") as refused:
+        check_output(tmp_path / "notes", overwrite=False)
+    assert "overwrite" not in str(refused.value)
+    (tmp_path / "model").mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / "model" / name).write_text("{}")
+    with pytest.raises(OutputError, match=r"--overwrite \(overwrite=True in Python\)"):
+        check_output(tmp_path / "model", overwrite=False)

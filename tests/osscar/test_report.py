@@ -8,12 +8,13 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from osscar.cli.common import _PlainConsole, out
+from osscar.core.printable import counted
 from osscar.evaluation.images import ImageQuality, ImageSpeed
 from osscar.evaluation.language import Quality
 from osscar.evaluation.result import Comparison, Evaluation
 from osscar.evaluation.size import Footprint
 from osscar.evaluation.speed import Speed
-from osscar.report import plots, prune_plots
+from osscar.report import plots, prune_page, prune_plots
 from osscar.report.evaluation_tables import comparison_table, evaluation_table
 from osscar.report.numbers import engineering, in_bytes, share
 from osscar.report.run_tables import layers_table
@@ -230,3 +231,9 @@ def test_a_file_has_lines_as_long_as_names_need():
     file = io.StringIO()
     _PlainConsole(width=40, force_terminal=False, file=file).print("a sentence of words " * 9)
     assert file.getvalue().count("\n") == 1
+
+
+def test_one_of_a_thing_is_named_as_one():
+    assert (counted(1, "held-out sample"), counted(0, "unit")) == ("1 held-out sample", "0 units")
+    settings = {"groups": {"a": 1}, "backend": "greedy"}
+    assert prune_page._in_words(settings).startswith("1 group by name")

@@ -1,6 +1,7 @@
 import dataclasses
 import inspect
 import json
+import re
 from fractions import Fraction
 from types import SimpleNamespace
 
@@ -10,7 +11,7 @@ from torch import nn
 
 import osscar
 from graph.groups import CouplingGroup, Freeze, Role, Slot, UnitKind
-from osscar.core.errors import FrozenGroupError, RequestError
+from osscar.core.errors import FrozenGroupError, OptionError, RequestError
 from osscar.pruning import allocation
 from osscar.pruning.request import PruningRequest as Asked
 from osscar.pruning.request import parse_keep
@@ -36,7 +37,8 @@ def allocate(groups, asked):
         {"hidden": nn.Linear(48, 2), "heads": nn.Linear(576, 2), "neurons": nn.Linear(1536, 2)}
     )
     ready = SimpleNamespace(model=model, groups=groups, residual=frozenset(), sample={})
-    asked = dataclasses.replace(asked, allocation="uniform")
+    if asked.has_budget:
+        asked = dataclasses.replace(asked, allocation="uniform")
     return allocation.allocate(ready, asked).keep
 
 
@@ -163,3 +165,21 @@ def test_fields_are_keywords_and_models_may_be():
     assert result.request.sparsity == 0.5
     names = list(inspect.signature(osscar.prune).parameters)
     assert names[:3] == ["model", "calibration", "sparsity"]
+
+
+def test_an_allocation_without_a_budget_is_refused_and_not_passed_over():
+    with pytest.raises(RequestError, match=r"allocation uniform .* there is none"):
+        Asked(neurons=0.5, allocation="uniform")
+    assert Asked(neurons=0.5, params=0.9, allocation="uniform").allocation == "uniform"
+
+
+@pytest.mark.parametrize("damp", [float("nan"), float("inf"), 1e300, -1, "0.1", True])
+def test_a_damping_that_no_refit_can_have_is_refused_by_its_name(damp):
+    with pytest.raises(OptionError, match=r"damp is .*; give a number from 0 to 1e\+06"):
+        Asked(neurons=0.5, damp=damp)
+
+
+@pytest.mark.parametrize("keep", [float("nan"), float("inf"), 1e300])
+def test_what_to_keep_is_shown_where_it_is_no_number_of_units(keep):
+    with pytest.raises(RequestError, match=f"cannot read {re.escape(repr(keep))} as what to keep"):
+        Asked(neurons=keep)

@@ -473,6 +473,11 @@ def test_a_sweep_is_refused_before_anything_is_measured(
         next(sweep(loaded.model, windows(), base, SWEPT))
 
 
+def test_a_limit_of_a_few_bytes_is_told_as_it_was_given(tmp_path):
+    with pytest.raises(RequestError, match=r"--max-memory 10B cannot hold .* at least [\d.]+GB"):
+        pruned(written(tmp_path / "dense", "opt"), "10", neurons=0.5)
+
+
 def test_a_limit_that_cannot_hold_one_layer_says_what_would_do(tmp_path):
     dense = written(tmp_path / "dense", "opt")
     with pytest.raises(RequestError, match="fc2") as refused:

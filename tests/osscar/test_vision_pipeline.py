@@ -27,7 +27,8 @@ from osscar.shrinking.plan import PruningPlan
 from tests.osscar.families import tiny, tokens
 from tests.osscar.networks import images, small_net
 
-OPTIONS = {"device": "cpu", "batch_size": 32, "allocation": "uniform"}
+PLAIN = {"device": "cpu", "batch_size": 32}
+OPTIONS = {**PLAIN, "allocation": "uniform"}
 
 
 @pytest.fixture(scope="module")
@@ -110,8 +111,9 @@ def test_groups_come_in_the_order_in_which_they_are_read(pruned):
 
 def test_each_group_is_measured_on_the_stream_that_was_pruned_before_it():
     model, x = small_net(), images()
-    options = {**OPTIONS, "target": "weights"}  # so that the dense stream plays no part
-    both = osscar.prune(model, x, sparsity=0.5, batch_norm="keep", **options)
+    options = {**PLAIN, "target": "weights"}  # so that the dense stream plays no part
+    asked = {"sparsity": 0.5, "allocation": "uniform", "batch_norm": "keep"}
+    both = osscar.prune(model, x, **asked, **options)
     first = {"blocks.0.expand.channels": 8, "blocks.0.squeeze.channels": 2}
     early = osscar.prune(model, x, groups=first, batch_norm="keep", **options).model
     late = osscar.prune(early, x, groups={"blocks.1.expand.channels": 8}, **options)
@@ -156,7 +158,7 @@ def test_the_batch_size_changes_nothing_but_rounding():
 
 
 def test_a_shrunk_model_can_be_pruned_again_and_trained(pruned):
-    again = osscar.prune(pruned[2].model, images(), channels="0.5", **OPTIONS)
+    again = osscar.prune(pruned[2].model, images(), channels="0.5", **PLAIN)
     assert again.parameters_after < pruned[2].parameters_after
     again.model(images(4)).square().mean().backward()
     assert all(p.grad is not None and p.grad.shape == p.shape for p in again.model.parameters())
@@ -177,18 +179,18 @@ def test_residual_channels_are_left_alone_unless_asked_for():
     everything = osscar.prune(small_net(), images(), sparsity=0.5, residual=6, **OPTIONS)
     kept = {layer.name: layer.kept for layer in everything.layers}
     assert kept["stem.0.channels"] == 6
-    alone = osscar.prune(small_net(), images(), residual=6, **OPTIONS)
+    alone = osscar.prune(small_net(), images(), residual=6, **PLAIN)
     assert [layer.name for layer in alone.layers] == ["stem.0.channels"]
-    named = osscar.prune(small_net(), images(), groups={"stem.0.channels": 6}, **OPTIONS)
+    named = osscar.prune(small_net(), images(), groups={"stem.0.channels": 6}, **PLAIN)
     assert named.plan == alone.plan
 
 
 def test_asking_for_what_does_not_exist_is_refused():
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Conv2d(4, 2, 1))
     with pytest.raises(RequestError, match="no group of residual channels"):
-        osscar.prune(model, images(), residual=2, **OPTIONS)
+        osscar.prune(model, images(), residual=2, **PLAIN)
     with pytest.raises(RequestError, match="no group of heads"):
-        osscar.prune(model, images(), heads=2, **OPTIONS)
+        osscar.prune(model, images(), heads=2, **PLAIN)
 
 
 # ---- batch norm --------------------------------------------------------------------------
@@ -373,7 +375,7 @@ def test_vision_transformers_lose_heads_and_neurons():
     assert all(layer.kept == layer.units // 2 for layer in result.layers)
     assert result.batch_norms == 0
     assert type(model.encoder.layers[0].self_attention) is nn.MultiheadAttention
-    attention = osscar.prune(model, x, neurons="0.5", **OPTIONS).model.encoder.layers[0]
+    attention = osscar.prune(model, x, neurons="0.5", **PLAIN).model.encoder.layers[0]
     assert type(attention.self_attention) is nn.MultiheadAttention
 
 
@@ -384,4 +386,4 @@ def test_attention_that_cannot_lose_heads_does_not_stop_the_rest():
     result = osscar.prune(model.eval(), images(), sparsity=0.5, **OPTIONS)
     assert {layer.kind for layer in result.layers} == {"neurons"}
     with pytest.raises(FrozenGroupError, match="heads"):
-        osscar.prune(model, images(), heads=2, **OPTIONS)
+        osscar.prune(model, images(), heads=2, **PLAIN)
