@@ -276,6 +276,11 @@ def load(
 ) -> nn.Module:
     """Read a model that `save` wrote, stock or not, on the CPU and in evaluation mode.
 
+    Shapes and numbers are checked, and no file is signed: a plan that was edited to keep other
+    units, as many as before, is not noticed.  All weights come from the file of weights, so that it
+    changes what the lineage says, and what a model computes unit by unit from no weight, such as
+    the slopes of ALiBi.
+
     Parameters
     ----------
     directory
