@@ -301,8 +301,8 @@ def check_streamed(ready: Opened, request: PruningRequest, held_out: int) -> Roo
         raise RequestError(
             f"--max-memory {in_words(shelf.ceiling)} cannot hold {what}, which takes "
             f"{in_words(most)}, beside {in_words(base)} for the program; give "
-            f"at least {in_words(base + most)}, or less with shorter windows (--seqlen) or smaller "
-            "batches (--batch-size)"
+            f"at least {in_words(base + most)} or, with shorter windows (--seqlen) or smaller "
+            "batches (--batch-size), less"
         )
     # Also after the run: what is saved runs once more, beside what is read back.
     shelf.leave_free(room.largest_pass)

@@ -321,14 +321,14 @@ def test_weights_that_do_not_fit_are_refused(code, tmp_path):
     file = tmp_path / "w.safetensors"
     state = {key: value.clone() for key, value in small_net().state_dict().items()}
     for change, message in (
-        ({"extra": torch.zeros(1)}, "the file has 1 tensors, such as 'extra'"),
-        ({"head.weight": torch.zeros(3, 48)}, "another shape of 1 tensors, such as 'head.weight'"),
+        ({"extra": torch.zeros(1)}, "the file has 1 tensor, such as 'extra'"),
+        ({"head.weight": torch.zeros(3, 48)}, "another shape of 1 tensor, such as 'head.weight'"),
     ):
         save_file({**state, **change}, file)
         with pytest.raises(ModelError, match=message):
             load_vision_model(code, weights=file)
     save_file({k: v for k, v in state.items() if k != "head.bias"}, file)
-    with pytest.raises(ModelError, match=r"lacks 1 tensors, such as 'head\.bias'"):
+    with pytest.raises(ModelError, match=r"lacks 1 tensor, such as 'head\.bias'"):
         load_vision_model(code, weights=file)
     with pytest.raises(ModelError, match="no file of weights"):
         load_vision_model(code, weights=tmp_path / "none.pt")
