@@ -110,13 +110,16 @@ def _check_replaceable(path: Path, overwrite: bool) -> None:
     if foreign:
         more = f" and {len(foreign) - _NAMED} more" if len(foreign) > _NAMED else ""
         raise OutputError(
-            f"{path} holds something other than a checkpoint, which would be lost: "
-            f"{', '.join(foreign[:_NAMED])}{more}; give another directory, or move that away"
+            f"{path} is not empty: it holds something other than a checkpoint, which would be "
+            f"lost: {', '.join(foreign[:_NAMED])}{more}; give another directory, or move that away"
         )
     ours = any((path / name).is_file() for name in (MANIFEST_FILE, OLD_PLAN_FILE))
     weights = any(fnmatchcase(entry.name, kind) for entry in there for kind in _WEIGHTS)
     if not ours and not (weights and (path / CONFIG_FILE).is_file()):
-        raise OutputError(f"{path} holds something other than a checkpoint; give another directory")
+        raise OutputError(
+            f"{path} is not empty: it holds something other than a checkpoint; "
+            "give another directory"
+        )
     if not overwrite:
         raise OutputError(
             f"{path} is not empty: a checkpoint is there; give another directory, or --overwrite "
