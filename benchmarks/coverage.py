@@ -44,7 +44,7 @@ from tests.coverage.page import Entry, page  # noqa: E402
 TARGET = ROOT / "docs" / "coverage.md"
 
 SECONDS = 120
-"""CPU time that either tool has for one model, after it is built."""
+"""CPU time that either tool has for one model, after it is built, unless `--limit` says another."""
 
 PATIENCE = 10
 """How many times as long the clock on the wall may take, where others use the machine, too."""
@@ -58,18 +58,18 @@ _NO_MEMORY = 3
 Work = Callable[[Made], Any]
 
 
-def measure(name: str, listed: str, alone: bool, known: Entry | None) -> Entry:
+def measure(name: str, listed: str, alone: bool, known: Entry | None, limit: int) -> Entry:
     """Build a model for each tool whose answer is not known; or only for OSSCAR."""
-    entry = known or _ours(name, listed)
+    entry = known or _ours(name, listed, limit)
     if alone or entry.row is None:
         return entry
-    theirs = _apart(listed, name, peer.outcome)
+    theirs = _apart(listed, name, peer.outcome, limit)
     other = peer.Peer(failure=theirs["died"]) if "died" in theirs else peer.Peer(**theirs)
     return dataclasses.replace(entry, peer=other)
 
 
-def _ours(name: str, listed: str) -> Entry:
-    ours = _apart(listed, name, row.measured)
+def _ours(name: str, listed: str, limit: int) -> Entry:
+    ours = _apart(listed, name, row.measured, limit)
     if "not_built" in ours:
         return Entry(listed, name, not_built=ours["not_built"])
     found = row.Row(**ours) if "died" not in ours else _unfinished(ours)
@@ -80,40 +80,40 @@ def _unfinished(ended: dict[str, Any]) -> row.Row:
     return row.Row(ended["variant"], ended["parameters"], failure=ended["died"])
 
 
-def _apart(listed: str, name: str, work: Work) -> dict[str, Any]:
+def _apart(listed: str, name: str, work: Work, limit: int) -> dict[str, Any]:
     """Do something with a model in a process of its own; say how that ended if it died."""
     context = multiprocessing.get_context("fork")
     mine, its = context.Pipe()
-    process = context.Process(target=_child, args=(its, listed, name, work))
+    process = context.Process(target=_child, args=(its, listed, name, work, limit))
     process.start()
     its.close()
     built: dict[str, Any] = {"variant": "", "parameters": 0}
     try:
-        if mine.poll(SECONDS * PATIENCE):
+        if mine.poll(limit * PATIENCE):
             built = mine.recv()
         if "not_built" in built:
             return built
-        if mine.poll(SECONDS * PATIENCE):
+        if mine.poll(limit * PATIENCE):
             found: dict[str, Any] = mine.recv()
             return found
-        return {**built, "died": f"no answer within {SECONDS * PATIENCE} s"}
+        return {**built, "died": f"no answer within {limit * PATIENCE} s"}
     except EOFError:
         process.join()
-        return {**built, "died": _last_words(process.exitcode)}
+        return {**built, "died": _last_words(process.exitcode, limit)}
     finally:
         process.kill()
         process.join()
 
 
-def _last_words(code: int | None) -> str:
+def _last_words(code: int | None, limit: int) -> str:
     if code == -signal.SIGXCPU:
-        return f"not done within {SECONDS} s"
+        return f"not done within {limit} s"
     if code == _NO_MEMORY:
         return "it needs more memory than there is"
     return f"the process died ({code})"
 
 
-def _child(answer: Connection, listed: str, name: str, work: Work) -> None:
+def _child(answer: Connection, listed: str, name: str, work: Work, limit: int) -> None:
     """Build a model, tell its size, and then what comes of it."""
     resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
     null = os.open(os.devnull, os.O_WRONLY)
@@ -127,7 +127,7 @@ def _child(answer: Connection, listed: str, name: str, work: Work) -> None:
         built = {"variant": made.variant, "parameters": size}
         answer.send(built)
         used = int(time.process_time())
-        resource.setrlimit(resource.RLIMIT_CPU, (used + SECONDS, used + SECONDS + 5))
+        resource.setrlimit(resource.RLIMIT_CPU, (used + limit, used + limit + 5))
         torch.manual_seed(1)
         answer.send(dataclasses.asdict(work(made)))
     except NotBuilt as error:
@@ -197,7 +197,7 @@ def run(options: argparse.Namespace) -> None:
             return
         file = _file(place, listed, name)
         known = None if options.again or not file.exists() else _read(file)
-        entry = measure(name, listed, options.alone, known)
+        entry = measure(name, listed, options.alone, known, options.limit)
         new = file.with_suffix(".new")
         new.write_text(json.dumps(dataclasses.asdict(entry), indent=1))
         new.replace(file)
@@ -223,6 +223,7 @@ def main() -> None:
     measuring.add_argument("--models", default="", help="only these names")
     measuring.add_argument("--seconds", type=float, default=float("inf"), help="begin no more then")
     measuring.add_argument("--part", default="1/1", help="2/3: the second of three at a time")
+    measuring.add_argument("--limit", type=int, default=SECONDS, help="CPU seconds of each tool")
     measuring.add_argument("--again", action="store_true", help="also what is measured already")
     measuring.add_argument("--alone", action="store_true", help="without Torch-Pruning, for now")
     measuring.set_defaults(command=run)
