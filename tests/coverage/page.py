@@ -112,7 +112,8 @@ command, where that has been run yet: `BasePruner`, `MagnitudeImportance`, half 
 output layer ignored. It is told nothing of the model, as OSSCAR is told nothing; with counts of
 heads, or rules for single modules, it does more of them than this. It counts if the pruned model
 runs, puts out the shapes it did, and has fewer parameters; what it computes is not compared, since
-nothing is promised there. Both tools have two minutes of CPU time and 5 GiB for each model.
+nothing is promised there. Both tools have two minutes of CPU time and 5 GiB for each model; what
+says that it was not done within 30 s had half a minute.
 
     python benchmarks/coverage.py run DIR     # goes on where it was stopped; an hour of CPU time
     python benchmarks/coverage.py page DIR    # writes this page
