@@ -63,7 +63,7 @@ def allocate(
     """
     groups, keep, shared = asked_groups(ready, request, left)
     budget = None
-    if request.has_budget and not shared and not left and (keep or not request.skip):
+    if request.has_budget and not shared and (keep or not (request.skip or left)):
         raise RequestError(why_out_of_reach(groups, request, ready.residual))
     if request.has_budget and shared:
         rule: Rule

@@ -356,6 +356,12 @@ def test_a_budget_that_cannot_be_met_says_what_is_left_alone(unsolved):
         osscar.prune(built(Transformer), words(), params=0.4, device="cpu")
 
 
+@pytest.mark.filterwarnings("ignore:left alone")
+def test_a_budget_that_only_what_is_left_alone_would_share_is_refused(unsolved):
+    with pytest.raises(RequestError, match=r"nothing is left for it.*left alone.*attn\.heads"):
+        osscar.prune(built(Transformer), words(), neurons=0.5, sparsity=0.3, device="cpu")
+
+
 # ---- errors ------------------------------------------------------------------------------
 
 
