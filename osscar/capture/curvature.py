@@ -15,14 +15,21 @@ over N predictions.  A classifier makes one prediction of all positions (pixels,
 image, whose gradients ``x_t g_t'`` add up to M: errors that all positions have in common count much
 more than others.  A language model makes one at every position; its gradients at different
 positions are taken as uncorrelated, ``A = sum |g_t|^2 x_t x_t'`` and ``B = sum |x_t|^2 g_t g_t'``.
+
+How well a refit fits the samples that A was summed over says little where it has as many free
+weights as these have rows.  That differs between the layers of one network where each reads a
+sample at another number of positions, as convolutions do: thousands in the first of them, one in a
+classifier.  Some samples are therefore held out there, with factors of their own.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -48,6 +55,9 @@ _POSITIONS_AT_ONCE = 1024
 
 _SAMPLES_AT_ONCE = 16
 """Images in a batch, or samples of anything else."""
+
+_HELD_OUT = 4
+"""One in so many batches is held out; with fewer batches, none is."""
 
 _MOST_BYTES = 2 << 30
 """Memory of the factors that are held at a time; a model that needs more is passed several times.
@@ -75,6 +85,8 @@ class Factors:
         The dimension of what the module reads that counts samples; None where nobody knows.
     rows
         At how many positions it read anything.
+    held
+        The same of samples that were held out; None where none were.
     """
 
     linear_map: LinearMap
@@ -83,6 +95,7 @@ class Factors:
     energy: float = 0.0
     axis: int | None = None
     rows: int = 0
+    held: Factors | None = field(default=None, repr=False)
 
     @classmethod
     def of(cls, linear_map: LinearMap) -> Factors:
@@ -144,18 +157,13 @@ class Factors:
             self.outputs.addmm_(scaled.T, scaled)
             self.energy += float((gains.double() * sizes.double()).sum())
 
-    def consumer(self, predictions: int, damp: float) -> Consumer:
-        """Return quadratic terms whose loss is the predicted divergence in nats a prediction.
-
-        ``tr(D' A D B)`` with ``B = L L'`` is the plain squared error of the weights ``W0 L`` under
-        the Gram matrix A, and the least-squares refit is the same.
+    def weights(self, predictions: int) -> Tensor:
+        """Return ``W0 L`` with ``B = L L'``, whose squared error is the divergence in nats.
 
         Parameters
         ----------
         predictions
             N, over which the divergence is averaged.
-        damp
-            Weight of the proximal term, relative to each entry on the diagonal.
 
         Raises
         ------
@@ -171,10 +179,25 @@ class Factors:
             )
         values, vectors = torch.linalg.eigh(self.outputs.double())
         used = values > _LEAST_SHARE * values[-1]
-        root = vectors[:, used] * (values[used] / (2 * predictions * self.energy)).sqrt()
-        W0 = self.linear_map.read_weight() @ root
+        root: Tensor = vectors[:, used] * (values[used] / (2 * predictions * self.energy)).sqrt()
+        return self.linear_map.read_weight() @ root
+
+    def consumer(self, weights: Tensor, damp: float) -> Consumer:
+        """Return quadratic terms whose loss is the predicted divergence in nats a prediction.
+
+        ``tr(D' A D B)`` is the plain squared error of the weights ``W0 L`` under the Gram matrix A,
+        and the least-squares refit is the same.
+
+        Parameters
+        ----------
+        weights
+            ``W0 L``.
+        damp
+            Weight of the proximal term, relative to each entry on the diagonal.
+        """
         A = self.inputs.to(torch.float64, copy=True)
-        return damped_by_input(A, W0, units=self.linear_map.unit_rows, damp=damp)
+        units = self.linear_map.unit_rows
+        return damped_by_input(A, weights.clone(), units=units, damp=damp)
 
 
 @dataclass(frozen=True, eq=False)
@@ -192,20 +215,49 @@ class GroupCurvature:
     reached
         Whether gradients reached every consumer.  If not, all outputs of a layer count alike, and
         relative to its own size: the layer's own currency, in which layers hardly compare.
+    held_predictions
+        How many predictions were made of samples that were held out.
     """
 
     group: CouplingGroup
     factors: tuple[Factors, ...] = field(repr=False)
     predictions: int
     reached: bool = True
+    held_predictions: int = 0
+
+    @cached_property
+    def _weights(self) -> tuple[Tensor, ...]:
+        return tuple(one.weights(self.predictions) for one in self.factors)
 
     def problem(self, damp: float) -> SubsetProblem:
         """Pose the choice of units with the least predicted divergence, in nats a prediction."""
         with warnings.catch_warnings():
             # Fewer positions than inputs make A singular, which damping is there for.
             warnings.simplefilter("ignore", UserWarning)
-            consumers = tuple(f.consumer(self.predictions, damp) for f in self.factors)
+            posed = zip(self.factors, self._weights, strict=True)
+            consumers = tuple(one.consumer(weights, damp) for one, weights in posed)
         return SubsetProblem(consumers, self.group.units, self.group.name)
+
+    @property
+    def holds_out(self) -> bool:
+        """Whether samples were held out, and reach every consumer."""
+        held = [one.held for one in self.factors]
+        return self.held_predictions > 0 and all(h is not None and h.energy > 0 for h in held)
+
+    def held_loss(self, weights: Sequence[Tensor]) -> float:
+        """Return the predicted divergence on held-out samples, in nats a prediction, undamped.
+
+        Parameters
+        ----------
+        weights
+            Of each consumer, as refits of the problem have them.
+        """
+        total = 0.0
+        for one, dense, refitted in zip(self.factors, self._weights, weights, strict=True):
+            assert one.held is not None
+            D = refitted - dense
+            total += float((D * (one.held.inputs.double() @ D)).sum())
+        return total * self.predictions / self.held_predictions
 
 
 def curvature(
@@ -230,6 +282,7 @@ def curvature(
         If gradients are not finite; names the module.
     """
     batches = small_batches(opened, samples)
+    held = held_batches(opened, batches)
     rounds = list(parts(opened.model, groups))
     with stage("curvature", total=len(rounds) * len(batches)) as bar:
         for part in rounds:
@@ -237,19 +290,40 @@ def curvature(
             every = [f for found in factors.values() for f in found]
             generator = torch.Generator(device_of(opened.model)).manual_seed(seed)
             _find_axes(opened, every)
-            predictions: int | None = 0
-            for batch in batches:
-                made = one_pass(opened, batch, every, generator)
-                predictions = None if made is None or predictions is None else predictions + made
+            if held:
+                for one in every:
+                    one.held = dataclasses.replace(Factors.of(one.linear_map), axis=one.axis)
+            apart = [one.held for one in every if one.held is not None]
+            fitted = rest = 0
+            for index, batch in enumerate(batches):
+                fits = index < len(batches) - held
+                made = one_pass(opened, batch, every if fits else apart, generator)
                 bar.advance()
-                if predictions is None:
+                if made is None:
+                    fitted = 0
                     break
+                fitted, rest = (fitted + made, rest) if fits else (fitted, rest + made)
             for group, _ in part:
                 found = _without_idle(factors.pop(group.name))
-                reached = bool(predictions) and all(f.energy > 0 for f in found)
+                reached = bool(fitted) and all(f.energy > 0 for f in found)
                 if not reached:
                     found = tuple(_own_currency(opened, batches, found))
-                yield GroupCurvature(group, found, (predictions or 1) if reached else 1, reached)
+                yield GroupCurvature(
+                    group,
+                    found,
+                    fitted if reached else 1,
+                    reached,
+                    held_predictions=rest if reached else 0,
+                )
+
+
+def held_batches(opened: Opened, batches: Sequence[Batch]) -> int:
+    """Return how many of the batches that curvature is measured on, the last, are held out.
+
+    None are of tokens, of which all layers of a language model read as many, so that none is
+    fitted much better than another.
+    """
+    return 0 if isinstance(opened.inputs, TokenInputs) else len(batches) // _HELD_OUT
 
 
 def _without_idle(factors: Sequence[Factors]) -> tuple[Factors, ...]:

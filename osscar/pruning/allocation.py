@@ -9,7 +9,6 @@ from fractions import Fraction
 
 from graph import CouplingGroup
 from osscar.capture.opened import Opened
-from osscar.capture.regularization import DEFAULT_DAMP
 from osscar.core.errors import RequestError
 from osscar.pruning.budget import Allocated, Budget
 from osscar.pruning.costs import ROUNDING, Cost, CostModel, count
@@ -110,9 +109,8 @@ def shared_curves(
         As `allocate` does.
     """
     _, _, shared = asked_groups(ready, request, left)
-    damp = DEFAULT_DAMP if request.damp is None else request.damp
     mine = ready.ranks.share([group.units * group.removable for group in shared])
-    found = measure_curves(ready, [shared[i] for i in mine], damp=damp, seed=request.seed)
+    found = measure_curves(ready, [shared[i] for i in mine], damp=request.damp, seed=request.seed)
     curves = told_curves(ready.ranks, list(found))
     return {group.name: curves[group.name] for group in shared}
 

@@ -9,19 +9,25 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from graph import CouplingGroup
-from osscar.capture.curvature import curvature
+from osscar.capture.curvature import GroupCurvature, curvature
 from osscar.capture.opened import Opened
+from osscar.capture.regularization import DAMPS, DEFAULT_DAMP
 from osscar.core.json_files import parse_json
 from osscar.core.phases import Phase, phase
 from osscar.core.ranks import Message, Ranks
 from solvers import SubsetProblem
-from solvers.elimination import eliminate
+from solvers.elimination import Removal, eliminate, support_after
+from solvers.refit import refit
 
 _TOKENS = 8192
 _SAMPLES = 128
 """Tokens of a language model, or samples of any other, that curvature is measured on at most."""
+
+_LEAST_DAMP = 1e-4
+"""Of refits that held-out samples look at, so that none is singular."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,7 +52,7 @@ class Curve:
 
 
 def measure_curves(
-    ready: Opened, groups: Sequence[CouplingGroup], *, damp: float, seed: int
+    ready: Opened, groups: Sequence[CouplingGroup], *, damp: float | None, seed: int
 ) -> Iterator[Curve]:
     """Yield a curve for each group; see `osscar.capture.curvature`.
 
@@ -57,7 +63,8 @@ def measure_curves(
     groups
         The groups.
     damp
-        Weight of the proximal term, relative to each entry on the Gram matrix's diagonal.
+        Weight of the proximal term, relative to each entry on the Gram matrix's diagonal.  None:
+        for each group, what serves held-out samples best, or the default where there are none.
     seed
         Of the labels that are sampled.
 
@@ -73,7 +80,7 @@ def measure_curves(
         if found is None:
             return
         with phase(Phase.CURVES):
-            losses = elimination_curve(found.problem(damp))
+            losses = _losses(found, damp)
         yield Curve(found.group.name, losses, found.reached)
 
 
@@ -107,8 +114,53 @@ def elimination_curve(problem: SubsetProblem) -> NDArray[np.float64]:
 
     Each step takes the unit that costs least; the last of them costs what is left.
     """
-    removals = eliminate(problem, problem.units - 1) if problem.units > 1 else []
+    return _summed(problem, _eliminated(problem))
+
+
+def _eliminated(problem: SubsetProblem) -> list[Removal]:
+    return eliminate(problem, problem.units - 1) if problem.units > 1 else []
+
+
+def _summed(problem: SubsetProblem, removals: Sequence[Removal]) -> NDArray[np.float64]:
     risen = np.maximum([removal.loss for removal in removals], 0.0)
     losses = np.concatenate([[0.0], np.cumsum(risen)])
     whole = max(problem.scale, float(losses[-1]))
     return np.concatenate([[whole], losses[::-1]])
+
+
+# ---- on samples that were held out -------------------------------------------------------
+
+
+def _losses(found: GroupCurvature, damp: float | None) -> NDArray[np.float64]:
+    """Return the curve of a group: where samples were held out, it goes through what they tell.
+
+    Damping counts as a loss on a curve, as if nothing made up for a unit, and samples that weights
+    are fitted to are fitted the better the fewer they are: one errs where a layer reads samples at
+    many positions, the other where at few.  So the damping is what serves held-out samples best,
+    with half of the units, and the curve is scaled to what they lose then.
+    """
+    half = found.group.units // 2
+    if not found.holds_out or not half:
+        return elimination_curve(found.problem(DEFAULT_DAMP if damp is None else damp))
+    if damp is None:
+        damp = _best_damp(found, half)
+    problem = found.problem(damp)
+    removals = _eliminated(problem)
+    losses = _summed(problem, removals)
+    held = _held_loss(found, damp, support_after(removals[: found.group.units - half], problem))
+    return losses * (held / losses[half]) if held > 0 and losses[half] > 0 else losses
+
+
+def _best_damp(found: GroupCurvature, keep: int) -> float:
+    """Return the damping whose refit serves held-out samples best.
+
+    The units kept are those that the default leaves: what is best hardly depends on them.
+    """
+    problem = found.problem(DEFAULT_DAMP)
+    kept = support_after(eliminate(problem, found.group.units - keep), problem)
+    return min(DAMPS, key=lambda damp: _held_loss(found, damp, kept))
+
+
+def _held_loss(found: GroupCurvature, damp: float, kept: Tensor) -> float:
+    weights, _ = refit(found.problem(max(damp, _LEAST_DAMP)), kept)
+    return found.held_loss(weights)

@@ -385,7 +385,7 @@ def _curve(layers: Sequence[_Read], sort: Sort, scale: float, clock: Clock) -> t
         factors = Factors.of(linear)
         factors.add(X, Y + torch.randn_like(Y) * Y.std(), None)
         began = clock()
-        consumers.append(factors.consumer(len(X), 0.3))
+        consumers.append(factors.consumer(factors.weights(len(X)), 0.3))
         spent += clock() - began
     began = clock()
     elimination_curve(solvers.SubsetProblem(tuple(consumers), units, "probe"))

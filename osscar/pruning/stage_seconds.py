@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-from osscar.capture.curvature import parts
+from osscar.capture.curvature import held_batches, parts, small_batches
 from osscar.capture.opened import Opened
 from osscar.capture.targets import Target
 from osscar.core.phases import Clock, Phase
@@ -83,7 +83,9 @@ class Seconds:
         back = backward_seconds(ready, sort, few, first.factors, self.clock)
         rounds = len(list(parts(ready.model, self.plan.shared)))
         takes[Phase.CURVATURE] = Scaled.certain(samples * (rounds * back + sums), 0.25)
-        takes[Phase.CURVES] = self.layers("curve")
+        curves = self.layers("curve")
+        apart = held_batches(ready, small_batches(ready, samples))
+        takes[Phase.CURVES] = curves.times(2) if apart else curves  # once more for the damping
         return takes
 
     def _order(self, sort: Sort) -> int:

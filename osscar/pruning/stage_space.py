@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from graph import CouplingGroup
-from osscar.capture.curvature import parts, small_batches
+from osscar.capture.curvature import held_batches, parts, small_batches
 from osscar.capture.opened import Opened
 from osscar.core.on_disk import shelf_of
 from osscar.core.phases import Phase
@@ -97,9 +97,11 @@ def _weight_bytes(ready: Opened) -> int:
 def _factor_bytes(ready: Opened, groups: Sequence[CouplingGroup]) -> tuple[int, int]:
     """Return the bytes of the factors that are held at once, and of the largest problem of them."""
     held = largest = 0
+    apart = held_batches(ready, small_batches(ready, curve_samples(ready)))
+    copies = 2 if apart else 1  # one of the samples that are held out
     for part in parts(ready.model, groups):
         shapes = [one.read_weight().shape for _, maps in part for one in maps]
-        held = max(held, sum(4 * (p * p + m * m) for p, m in shapes))
+        held = max(held, sum(4 * copies * (p * p + m * m) for p, m in shapes))
         largest = max(largest, *(8 * (4 * p * p + 2 * m * m) for p, m in shapes))
     return held, largest
 

@@ -14,17 +14,19 @@ from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
 import osscar
 from osscar.capture.curvature import curvature, logits_of
 from osscar.capture.opened import opened
+from osscar.capture.regularization import DEFAULT_DAMP
 from osscar.core.errors import NonFiniteError, RequestError
 from osscar.core.modules import count_parameters
 from osscar.evaluation.size import count_flops
 from osscar.pruning import knapsack
 from osscar.pruning.allocation import allocate
 from osscar.pruning.costs import Cost, count
-from osscar.pruning.curves import elimination_curve, measure_curves
+from osscar.pruning.curves import curve_samples, elimination_curve, measure_curves
 from osscar.pruning.divergence import Reference
 from osscar.pruning.knapsack import BudgetError, choose
 from osscar.pruning.request import PruningRequest as Asked
 from solvers import SubsetProblem, refit
+from solvers.elimination import eliminate, support_after
 from tests.osscar.families import tiny, tokens
 
 # ---- the knapsack ------------------------------------------------------------------------
@@ -299,6 +301,72 @@ def test_a_curve_is_that_of_fresh_refits():
         refit(problem, torch.tensor([u for u in range(9) if u != gone]))[1] for gone in range(9)
     )
     assert curve[8] == pytest.approx(best_of_eight)
+
+
+def curved(model, data, damp):
+    """Return the curvature of the groups of a model, and their curves."""
+    with opened(model, data, heads=False) as ready:
+        groups = [group for group in ready.groups if group.prunable]
+        found = list(curvature(ready, groups, samples=curve_samples(ready), seed=0))
+        curves = list(measure_curves(ready, groups, damp=damp, seed=0))
+    return found, curves
+
+
+def test_a_curve_goes_through_what_held_out_samples_lose():
+    torch.manual_seed(0)
+    found, curves = curved(Classifier().eval(), torch.randn(200, 6), 0.1)
+    for one, curve in zip(found, curves, strict=True):
+        assert (one.predictions, one.held_predictions) == (96, 32)
+        (factors,) = one.factors
+        A, B, held = (x.double() for x in (factors.inputs, factors.outputs, factors.held.inputs))
+        half, units = one.group.units // 2, one.group.units
+        problem = one.problem(0.1)
+        kept = support_after(eliminate(problem, units - half), problem)
+        pull = 0.1 * A.diagonal()
+        W0, W = factors.linear_map.read_weight(), torch.zeros_like(factors.linear_map.read_weight())
+        W[kept] = torch.linalg.solve(
+            A[kept][:, kept] + pull[kept].diag(), (A @ W0)[kept] + pull[kept, None] * W0[kept]
+        )
+        lost = float(((W - W0) * (held @ (W - W0) @ B)).sum()) / (2 * 32 * factors.energy)
+        assert curve.losses[half] == pytest.approx(lost, rel=1e-4)
+        plain = elimination_curve(problem)
+        assert curve.losses == pytest.approx(plain * lost / plain[half], rel=1e-4)
+
+
+class Twofold(nn.Module):
+    """Classifies by neurons of which each is there twice, all but equal."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.head = nn.Linear(6, 24), nn.Linear(24, 4)
+        self.up.weight.data[12:] = self.up.weight[:12] + 1e-3 * torch.randn(12, 6)
+        self.up.bias.data[12:] = self.up.bias[:12]
+
+    def forward(self, x):
+        return SequenceClassifierOutput(logits=self.head(torch.tanh(self.up(x))))
+
+
+def test_units_that_others_make_up_for_cost_nothing_where_samples_are_held_out():
+    torch.manual_seed(0)
+    model = Twofold().eval()
+    (pulled,), (curve,) = curved(model, torch.randn(128, 6), None)
+    assert curve.losses[12] < 1e-2 * elimination_curve(pulled.problem(0.3))[12]
+
+
+def test_few_samples_are_not_believed_for_what_is_fitted_to_them():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(300, 200), nn.ReLU(), nn.Linear(200, 4)).eval()
+    (found,), (curve,) = curved(model, torch.randn(128, 300), None)
+    assert curve.losses[100] > 10 * elimination_curve(found.problem(0.01))[100]
+
+
+def test_tokens_and_few_samples_are_not_held_out():
+    torch.manual_seed(0)
+    for model, data in ((tiny("opt"), tokens(80)), (Classifier().eval(), torch.randn(40, 6))):
+        found, curves = curved(model, data, None)
+        for one, curve in zip(found, curves, strict=True):
+            assert not one.holds_out
+            assert (curve.losses == elimination_curve(one.problem(DEFAULT_DAMP))).all()
 
 
 class Detached(nn.Module):
