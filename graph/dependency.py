@@ -15,7 +15,7 @@ from graph.draw import render
 from graph.errors import ArgumentError, DrawingError, ExampleInputError, UnknownGroupError
 from graph.export import ExampleInputs, export_model
 from graph.grouping import build_groups
-from graph.groups import CouplingGroup
+from graph.groups import CouplingGroup, Role
 from graph.propagate import Operator, propagate
 from graph.rules import DEFAULT, RuleTable
 from graph.training import followed_in_training
@@ -71,10 +71,12 @@ class DependencyGraph:
         Nodes carry ``kind`` (``"operator"``, ``"slot"`` or ``"group"``) and the object they stand
         for as ``data``.  Edges run from operators to the operators that read their results, from
         slots to the operators that use them, and between slots and groups: from producers and
-        pass-through slots to the group, from the group to its consumers.
+        pass-through slots to the group, from the group to its consumers.  No operator uses what
+        training alone reads.
         """
         network: nx.DiGraph[str] = nx.DiGraph()
         by_order = {operator.order: operator.name for operator in self.operators}
+        used = {tensor for operator in self.operators for tensor in operator.tensors}
         for operator in self.operators:
             network.add_node(operator.name, kind="operator", data=operator)
             network.add_edges_from((name, operator.name) for name in operator.inputs)
@@ -83,9 +85,10 @@ class DependencyGraph:
             for slot in group.slots:
                 name = f"{slot.tensor}[{slot.dim}]+{slot.offset} {slot.role.value} of {group.name}"
                 network.add_node(name, kind="slot", data=slot)
-                consumer = slot in group.consumers
-                network.add_edge(*((group.name, name) if consumer else (name, group.name)))
-                network.add_edge(name, by_order[slot.order])
+                reads = slot.role in (Role.CONSUMER, Role.ASIDE)
+                network.add_edge(*((group.name, name) if reads else (name, group.name)))
+                if slot.tensor in used:
+                    network.add_edge(name, by_order[slot.order])
         return network
 
     def draw(self, path: str | Path) -> Path:
@@ -165,10 +168,9 @@ def trace(
     propagation = propagate(program, table, opaque)
     groups = build_groups(propagation, program.tensors)
     read = {name for operator in propagation.operators for name in operator.tensors}
-    unread = program.tensors.keys() - read
+    unread = {name: tensor for name, tensor in program.tensors.items() if name not in read}
     groups, unknown = followed_in_training(model, example_inputs, table, opaque, groups, unread)
-    named = (name for name in sorted(unknown) if program.tensors[name].is_parameter)
-    return DependencyGraph(groups, propagation.operators, tuple(named))
+    return DependencyGraph(groups, propagation.operators, tuple(sorted(unknown)))
 
 
 def _check_opaque(model: torch.nn.Module, opaque: Collection[str | type[torch.nn.Module]]) -> None:

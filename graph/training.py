@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
+import random
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
+import numpy as np
 import torch
 
-from graph.errors import TraceError
+from graph.errors import RuleError, TraceError
 from graph.export import ExampleInputs, TensorInfo, export_model
 from graph.grouping import build_groups, removable
 from graph.groups import CouplingGroup, Role, Slot
@@ -21,7 +25,7 @@ def followed_in_training(
     rules: RuleTable,
     opaque: Collection[str | type[torch.nn.Module]],
     groups: Sequence[CouplingGroup],
-    unread: Collection[str],
+    unread: Mapping[str, TensorInfo],
 ) -> tuple[tuple[CouplingGroup, ...], frozenset[str]]:
     """Add to groups the slots of weights that only code for training reads.
 
@@ -32,44 +36,51 @@ def followed_in_training(
     groups
         The model's groups in evaluation.
     unread
-        Names of the tensors that evaluation does not read.
+        The tensors that evaluation does not read, by name.
 
     Returns
     -------
     tuple of CouplingGroup
         The same groups.  What reads units in training alone is `Role.ASIDE`, since no example
-        tells what it reads.  Groups that are frozen in training, or whose units are others there,
-        are as they were.
+        tells what it reads.  Groups that are frozen in training, or whose units are others there
+        or go together with those of another group, are as they were.
     frozenset of str
-        Those of which it remains unknown whether they would have to follow.
+        The parameters of which it remains unknown whether they would have to follow.
     """
-    if not unread or not _decides_by_training(model):
-        return tuple(groups), frozenset(unread)
+    # Counters and tables are buffers that most models do not read, and no reason to trace again.
+    parameters = frozenset(name for name, tensor in unread.items() if tensor.is_parameter)
+    if not parameters or not _decides_by_training(model):
+        return tuple(groups), parameters
     try:
-        program = export_model(model, example_inputs, training=True)
-    except TraceError:  # code for training may want labels, or draw numbers in Python
-        return tuple(groups), frozenset(unread)
-    propagation = propagate(program, rules, opaque)
+        with _same_draws():
+            program = export_model(model, example_inputs, training=True)
+        propagation = propagate(program, rules, opaque)
+    except (TraceError, RuleError):  # code for training may want labels, or decide by what it draws
+        return tuple(groups), parameters
     found = build_groups(propagation, program.tensors)
-    by_place = {_place(slot): group for group in found for slot in group.slots if group.prunable}
-    joined = tuple(_joined(group, by_place, unread, program.tensors) for group in groups)
+    owner = {_place(slot): group.name for group in groups for slot in group.slots}
+    following: dict[str, list[CouplingGroup]] = {}
+    for group in found:
+        owners = {owner[place] for place in map(_place, group.slots) if place in owner}
+        if group.prunable and len(owners) == 1:
+            following.setdefault(owners.pop(), []).append(group)
+    joined = tuple(
+        _joined(group, following.get(group.name, ()), unread, program.tensors) for group in groups
+    )
     read = {name for operator in propagation.operators for name in operator.tensors}
-    places = {_place(slot) for group in groups if group.prunable for slot in group.slots}
-    frozen = (group.slots for group in found if group.frozen)
-    stuck = {slot.tensor for slots in frozen if places & {*map(_place, slots)} for slot in slots}
     followed = {slot.tensor for group in joined for slot in group.slots}
-    return joined, frozenset(unread) - (read - stuck) - followed
+    return joined, parameters - (read - _beside(groups, found)) - followed
 
 
 def _joined(
     group: CouplingGroup,
-    by_place: Mapping[tuple[object, ...], CouplingGroup],
+    following: Sequence[CouplingGroup],
     unread: Collection[str],
     tensors: Mapping[str, TensorInfo],
 ) -> CouplingGroup:
-    """Return a group with what is read in training of all places where its units lie."""
-    alike = {by_place[p].name: by_place[p] for p in map(_place, group.slots) if p in by_place}
-    more = {_place(slot): slot for other in alike.values() for slot in _of(unread, other)}
+    """Return a group with what is read in training alone of the groups that it is there."""
+    slots = (slot for other in following for slot in other.slots if slot.tensor in unread)
+    more = {_place(slot): slot for slot in slots}
     if not more or not group.prunable:
         return group
     last = max(slot.order for slot in group.slots)
@@ -81,23 +92,43 @@ def _joined(
         )
         for slot in more.values()
     )
-    slots = (*group.slots, *aside)
-    return dataclasses.replace(group, slots=slots, removable=removable(slots, tensors))
+    whole = (*group.slots, *aside)
+    return dataclasses.replace(group, slots=whole, removable=removable(whole, tensors))
 
 
-def _of(unread: Collection[str], group: CouplingGroup) -> Iterator[Slot]:
-    return (slot for slot in group.slots if slot.tensor in unread)
+def _beside(groups: Sequence[CouplingGroup], found: Sequence[CouplingGroup]) -> set[str]:
+    """Return the tensors of groups in training that lie where units may leave, as whatever."""
+    places = {(s.tensor, s.dim) for group in groups if group.prunable for s in group.slots}
+    there = (g for g in found if not places.isdisjoint((s.tensor, s.dim) for s in g.slots))
+    return {slot.tensor for group in there for slot in group.slots}
 
 
 def _place(slot: Slot) -> tuple[object, ...]:
     return slot.tensor, slot.dim, slot.units, slot.outer, slot.inner, slot.offset
 
 
+@contextmanager
+def _same_draws() -> Iterator[None]:
+    """Let code for training draw the same numbers in every trace, and nobody notice that it did.
+
+    Those of torch are not drawn while a model is exported.
+    """
+    python, arrays = random.getstate(), np.random.get_state()
+    random.seed(0)
+    np.random.seed(0)
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(arrays)
+
+
 def _decides_by_training(model: torch.nn.Module) -> bool:
     """Whether code of the model's own, rather than of torch's layers, looks at the flag."""
     kinds = {kind for module in model.modules() for kind in type(module).__mro__}
     return any(
-        "training" in getattr(getattr(value, "__code__", None), "co_names", ())
+        inspect.isfunction(value)
+        and "training" in getattr(getattr(inspect.unwrap(value), "__code__", None), "co_names", ())
         for kind in kinds
         if not kind.__module__.startswith("torch.nn.")
         for value in vars(kind).values()

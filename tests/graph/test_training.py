@@ -5,11 +5,13 @@ from __future__ import annotations
 import random
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 import graph
+import graph.export as graph_export
 from graph import Role
 
 
@@ -40,6 +42,32 @@ class Stuck(Auxiliary):
 
     def aside(self, units: Tensor) -> Tensor:
         return self.side(units.mean((2, 3)).cumsum(1))  # type: ignore[no-any-return]
+
+
+class Shared(Auxiliary):
+    """Its second output reads the units of two groups by one weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Conv2d(6, 6, 3, padding=1)
+        self.head = nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Any:
+        units = self.stem(x).relu()
+        deep = self.body(units).relu()
+        output = self.head(deep.mean((2, 3)))
+        return (output, self.aside(units) + self.aside(deep)) if self.training else output
+
+
+class Regrouped(Auxiliary):
+    """Its second output counts the same channels in pairs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.side = nn.Linear(3, 4)
+
+    def aside(self, units: Tensor) -> Tensor:
+        return self.side(units.mean((2, 3)).reshape(-1, 2, 3).mean(1))  # type: ignore[no-any-return]
 
 
 class Drawn(Auxiliary):
@@ -88,8 +116,62 @@ def test_a_model_in_training_stays_so_and_is_traced_alike() -> None:
     assert found.groups == traced(model)[0].groups
 
 
-@pytest.mark.parametrize("kind", [Stuck, Drawn, Never])
+@pytest.mark.parametrize("kind", [Stuck, Shared, Regrouped, Drawn, Never])
 def test_what_cannot_be_known_to_follow_is_named(kind: type[Auxiliary]) -> None:
     found, groups = traced(kind())
-    assert all(slot.role is not Role.ASIDE for slot in groups["stem.channels"].slots)
+    assert all(slot.role is not Role.ASIDE for group in groups.values() for slot in group.slots)
     assert {"side.weight", "more.weight"} <= set(found.unread)
+
+
+class Dropping(Auxiliary):
+    """It leaves its second output away by chance, and its code for training is decorated."""
+
+    @torch.no_grad()
+    def forward(self, x: Tensor) -> Any:
+        units = self.stem(x).relu()
+        output = self.head(self.body(units).relu().mean((2, 3)))
+        if self.training and random.random() + np.random.rand() > 0.5:
+            return output, self.aside(units)
+        return output
+
+
+def test_what_code_for_training_draws_changes_nothing() -> None:
+    model, found = Dropping(), []
+    for seed in range(4):
+        random.seed(seed)
+        np.random.seed(seed)
+        found.append(traced(model)[0].groups)
+        draws = random.random(), np.random.rand()
+        random.seed(seed)
+        np.random.seed(seed)
+        assert draws == (random.random(), np.random.rand())
+    assert found[0] == found[1] == found[2] == found[3]
+    assert any(slot.role is Role.ASIDE for group in found[0] for slot in group.slots)
+
+
+def test_counters_that_nothing_reads_are_no_reason_to_trace_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    modes: list[bool] = []
+    export = graph_export.run_export
+
+    def counted(*args: Any, training: bool = False) -> Any:
+        modes.append(training)
+        return export(*args, training=training)
+
+    monkeypatch.setattr(graph_export, "run_export", counted)
+    model = Auxiliary()
+    traced(model)
+    assert modes == [False, True]
+    del modes[:], model.side, model.more, model.scale
+    model.body = nn.Sequential(model.body, nn.BatchNorm2d(10))  # type: ignore[assignment]
+    assert "body.1.num_batches_tracked" in model.state_dict()
+    assert traced(model)[0].unread == ()
+    assert modes == [False]
+
+
+def test_no_operator_uses_what_training_alone_reads() -> None:
+    network = traced(Auxiliary())[0].networkx()
+    (aside,) = (name for name in network if name.startswith("side.weight[1]"))
+    assert list(network.predecessors(aside)) == ["stem.channels"]
+    assert list(network.successors(aside)) == []
