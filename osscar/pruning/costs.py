@@ -20,6 +20,7 @@ from itertools import zip_longest
 from typing import Protocol
 
 import numpy as np
+import torch
 from numpy.polynomial.polynomial import polyval
 from numpy.typing import NDArray
 from torch import Tensor, nn
@@ -304,7 +305,8 @@ def _by_storage(model: nn.Module, names: Mapping[int, str]) -> dict[int, str]:
 
 
 def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
+    """Return where a tensor lies; 0 if nowhere, or, as sparse ones, in several places."""
+    return tensor.untyped_storage().data_ptr() if tensor.layout is torch.strided else 0
 
 
 def _of_weights(

@@ -198,8 +198,8 @@ def _places(model: nn.Module) -> dict[_Storage, list[tuple[nn.Module, dict[str, 
 
 def _identity(tensor: Tensor) -> _Storage:
     """Return a key that tied tensors share: those that are views of the same memory, too."""
-    if isinstance(tensor, OnDisk):
-        return (id(tensor),)
+    if isinstance(tensor, OnDisk) or tensor.layout is not torch.strided:
+        return (id(tensor),)  # what shares its memory cannot be told
     memory = tensor.untyped_storage()._cdata
     return memory, tensor.storage_offset(), tuple(tensor.shape), tensor.stride()
 

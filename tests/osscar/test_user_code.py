@@ -211,6 +211,26 @@ def test_modules_in_a_branch_are_not_blamed_on_the_data():
     assert "calibration data" not in str(caught.value)
 
 
+class Neighbours(nn.Module):
+    """A network on the nodes of a graph, whose edges are a sparse matrix."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("edges", torch.eye(4).roll(1, 0).to_sparse())
+        self.first, self.middle, self.last = nn.Linear(5, 12), nn.Linear(12, 6), nn.Linear(6, 3)
+
+    def forward(self, x):
+        x = self.middle(torch.relu(self.first(x)))
+        return self.last((self.edges @ x.reshape(4, -1)).reshape(x.shape))
+
+
+@pytest.mark.parametrize("budget", [{"sparsity": 0.3}, {"flops": 0.8}])
+def test_sparse_matrices_are_no_obstacle(budget):
+    torch.manual_seed(0)
+    result = osscar.prune(Neighbours().eval(), torch.randn(32, 4, 5), device="cpu", **budget)
+    assert result.parameters_after < result.parameters_before
+
+
 def test_models_and_data_that_do_not_go_together_are_refused():
     net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
     with pytest.raises(osscar.OsscarError, match=r"fails on the calibration data .*int64"):
