@@ -104,10 +104,10 @@ class PruningRequest:
         Another one: how many times as fast as the dense model, above 1, a forward pass of a
         calibration batch shall be; timed on this device, where nothing else should run meanwhile.
     allocation
-        How a budget is shared out; refused where there is none.  ``curvature`` chooses the widths
-        with the least predicted
-        divergence of the model's outputs; ``uniform`` keeps the same share of every group, as the
-        paper does; ``fluctuation`` keeps the units with the highest of FLAP's scores anywhere.
+        How a budget is shared out; another than ``curvature`` is refused where there is none.
+        ``curvature`` chooses the widths with the least predicted divergence of the model's outputs;
+        ``uniform`` keeps the same share of every group, as the paper does; ``fluctuation`` keeps
+        the units with the highest of FLAP's scores anywhere.
     heads, neurons, channels
         What to keep of each group of a kind, whatever the budget: a fraction such as ``"2/3"``, or
         a count.  A kind that neither this nor a budget reaches is left alone.

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from torch import nn
 
 import osscar
@@ -175,8 +176,17 @@ def test_an_allocation_without_a_budget_is_refused_and_not_passed_over():
 
 @pytest.mark.parametrize("damp", [float("nan"), float("inf"), 1e300, -1, "0.1", True])
 def test_a_damping_that_no_refit_can_have_is_refused_by_its_name(damp):
-    with pytest.raises(OptionError, match=r"damp is .*; give a number from 0 to 1e\+06"):
+    with pytest.raises(OptionError, match=r"damp is .*; give a number from 0 to 1e\+09"):
         Asked(neurons=0.5, damp=damp)
+
+
+def test_the_damping_that_leaves_the_dense_weights_is_one():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+    options = {"backend": "flap", "target": "weights", "damp": 1e9, "device": "cpu"}
+    result = osscar.prune(model, torch.randn(64, 4), neurons=0.5, **options)
+    kept = list(result.plan.groups[0].kept)
+    torch.testing.assert_close(result.model[2].weight, model[2].weight[:, kept])
 
 
 @pytest.mark.parametrize("keep", [float("nan"), float("inf"), 1e300])
