@@ -96,7 +96,7 @@ class TracedProgram:
         UnknownGroupError
             If there is none, or it must not be pruned.
         """
-        wanted = _places(slot for slot in slots if slot.tensor not in self._unread)
+        wanted = _places(slot for slot in slots if slot.tensor not in self.unread)
         for axis, group in self.groups.items():
             if _places(group.slots) == wanted:
                 # What lies inside other units, or around them, may go in their place.
@@ -108,21 +108,26 @@ class TracedProgram:
         raise UnknownGroupError("the exported program has no group of the same tensors")
 
     @cached_property
-    def _unread(self) -> frozenset[str]:
+    def unread(self) -> frozenset[str]:
         """Names of the model's tensors that the program does not read."""
         program = self.standalone.program
         read = (program.holders.get(node.name) for node in program.nodes if node.users)
         return frozenset(self.tensors) - frozenset(name for name in read if name is not None)
 
-    def staying(self, kept: Mapping[int, Collection[int]]) -> Staying:
+    def staying(
+        self, kept: Mapping[int, Collection[int]], unread: Mapping[str, Mapping[int, Tensor]]
+    ) -> Staying:
         """Return what stays of every value.
 
         Parameters
         ----------
         kept
             For the axis of each group that loses units, those that stay.
+        unread
+            Of tensors that the program does not read, which positions of a dimension stay, (size,)
+            bool: no axis tells.
         """
-        return Staying(self, kept)
+        return Staying(self, kept, unread)
 
 
 _Place: TypeAlias = tuple[str, int, int, int, int, int]
@@ -139,12 +144,17 @@ class Staying:
     ----------
     program
         The program.
-    kept
-        For each axis that loses units, those that stay.
+    kept, unread
+        As `TracedProgram.staying` takes them.
     """
 
-    def __init__(self, program: TracedProgram, kept: Mapping[int, Collection[int]]) -> None:
-        self._program, self._axes = program, program.axes
+    def __init__(
+        self,
+        program: TracedProgram,
+        kept: Mapping[int, Collection[int]],
+        unread: Mapping[str, Mapping[int, Tensor]],
+    ) -> None:
+        self._program, self._axes, self._unread = program, program.axes, unread
         self._masks = {axis: self._mask_of(axis, units) for axis, units in kept.items()}
         self._known: dict[Layout, Extent] = {}
 
@@ -155,6 +165,9 @@ class Staying:
 
     def of(self, node: Node) -> tuple[Extents, ...]:
         """Return the dimensions of what a node puts out, for each tensor in it."""
+        held = self._program.standalone.program.holders.get(node.name)
+        if held is not None and held in self._unread:
+            return (self.of_tensor(held),)
         result, traced = self._program.values.get(node), node.meta.get("val")
         values = result if isinstance(result, tuple | list) else (result,)
         tensors = traced if isinstance(traced, tuple | list) else (traced,)
@@ -172,7 +185,12 @@ class Staying:
 
     def of_tensor(self, name: str) -> Extents:
         """Return the dimensions of a parameter or buffer."""
-        return self._of_dims(self._program.tensors[name])
+        stays = self._unread.get(name, {})
+        extents = self._of_dims(self._program.tensors[name])
+        return tuple(
+            Extent(extent.size, stays[dim]) if dim in stays else extent
+            for dim, extent in enumerate(extents)
+        )
 
     def _of_dims(self, dims: Iterable[Layout]) -> Extents:
         return tuple(self._of_layout(layout) for layout in dims)

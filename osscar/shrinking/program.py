@@ -175,7 +175,7 @@ class DenseProgram:
             If something in the program cannot follow, naming the module that it comes from.
         """
         kept = {self._axis_of(group): group.kept for group in plan.groups}
-        staying = self.traced.staying(kept)
+        staying = self.traced.staying(kept, self._unread(plan))
         program, origins = self._copied()
         sizes = Sizes(staying, origins)
         for node in list(origins):
@@ -195,6 +195,26 @@ class DenseProgram:
             return self.traced.axis_of(group.slots)
         except graph.GraphError as error:
             raise AdapterError(f"group {group.name!r} cannot leave the program: {error}") from error
+
+    def _unread(self, plan: PruningPlan) -> dict[str, dict[int, Tensor]]:
+        """Return what stays of tensors that belong to units, but that the program does not read."""
+        stays: dict[str, dict[int, Tensor]] = {}
+        for group in plan.groups:
+            gone = set(range(group.units)) - set(group.kept)
+            for slot in group.slots:
+                if slot.tensor not in self.traced.unread:
+                    continue
+                shape = self.traced.standalone.program.tensors[slot.tensor].shape
+                fits = slot.dim < len(shape) and slot.units == group.units
+                if not fits or slot.offset + slot.units * slot.width > shape[slot.dim]:
+                    raise AdapterError(
+                        f"group {group.name!r} cannot leave the program: {slot.tensor!r} of shape "
+                        f"{shape} has no such units along dimension {slot.dim}"
+                    )
+                dims = stays.setdefault(slot.tensor, {})
+                whole = torch.ones(shape[slot.dim], dtype=torch.bool)
+                dims.setdefault(slot.dim, whole)[slot.indices(gone)] = False
+        return stays
 
     def _copied(self) -> tuple[Graph, dict[Node, Node]]:
         """Return a copy of the graph, and for each of its nodes the original."""

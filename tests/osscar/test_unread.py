@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 import osscar
 from graph import Role
-
-from ..graph.test_training import Auxiliary
+from osscar.core.modules import count_parameters
+from tests.graph.test_training import Auxiliary
 
 
 class Optional(nn.Module):
@@ -43,8 +43,11 @@ def test_auxiliary_heads_work_after_pruning(form: str, tmp_path: Path) -> None:
     result = osscar.prune(dense, images(), sparsity=0.5, form=form)
     (plan,) = (group for group in result.plan.groups if group.name == "stem.channels")
     assert Role.ASIDE in {slot.role for slot in plan.slots}
+    assert result.budget is not None
+    assert count_parameters(result.model) == result.budget.reached
     result.save(tmp_path / "saved")
     back = osscar.load(tmp_path / "saved", dense=Auxiliary())
+    assert count_parameters(back) == result.budget.reached
     if form == "graph":  # which is the program of evaluation
         return
     for model in (result.model, back):
