@@ -34,11 +34,14 @@ class DependencyGraph:
     unread
         Names of the parameters that the example does not reach, and of which it is unknown whether
         they read a group's units.
+    stuck
+        Of these, what code for training reads beside a group's units, in a way that cannot follow.
     """
 
     groups: tuple[CouplingGroup, ...]
     operators: tuple[Operator, ...]
     unread: tuple[str, ...] = ()
+    stuck: tuple[str, ...] = ()
 
     @property
     def prunable(self) -> tuple[CouplingGroup, ...]:
@@ -169,8 +172,12 @@ def trace(
     groups = build_groups(propagation, program.tensors)
     read = {name for operator in propagation.operators for name in operator.tensors}
     unread = {name: tensor for name, tensor in program.tensors.items() if name not in read}
-    groups, unknown = followed_in_training(model, example_inputs, table, opaque, groups, unread)
-    return DependencyGraph(groups, propagation.operators, tuple(sorted(unknown)))
+    groups, unknown, stuck = followed_in_training(
+        model, example_inputs, table, opaque, groups, unread
+    )
+    return DependencyGraph(
+        groups, propagation.operators, tuple(sorted(unknown)), tuple(sorted(stuck))
+    )
 
 
 def _check_opaque(model: torch.nn.Module, opaque: Collection[str | type[torch.nn.Module]]) -> None:

@@ -230,8 +230,8 @@ def _in_mode(model: torch.nn.Module, training: bool) -> Iterator[None]:
     flags = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        for module in model.modules():
-            module.training = training and not _is_layer(module)
+        for module in model.modules() if training else ():
+            module.training = not _is_layer(module)
         yield
     finally:
         for module, training in flags:

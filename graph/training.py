@@ -26,7 +26,7 @@ def followed_in_training(
     opaque: Collection[str | type[torch.nn.Module]],
     groups: Sequence[CouplingGroup],
     unread: Mapping[str, TensorInfo],
-) -> tuple[tuple[CouplingGroup, ...], frozenset[str]]:
+) -> tuple[tuple[CouplingGroup, ...], frozenset[str], frozenset[str]]:
     """Add to groups the slots of weights that only code for training reads.
 
     Parameters
@@ -46,17 +46,19 @@ def followed_in_training(
         or go together with those of another group, are as they were.
     frozenset of str
         The parameters of which it remains unknown whether they would have to follow.
+    frozenset of str
+        Of these, what code for training reads beside units, in a way that cannot follow.
     """
     # Counters and tables are buffers that most models do not read, and no reason to trace again.
     parameters = frozenset(name for name, tensor in unread.items() if tensor.is_parameter)
     if not parameters or not _decides_by_training(model):
-        return tuple(groups), parameters
+        return tuple(groups), parameters, frozenset()
     try:
         with _same_draws():
             program = export_model(model, example_inputs, training=True)
         propagation = propagate(program, rules, opaque)
     except (TraceError, RuleError):  # code for training may want labels, or decide by what it draws
-        return tuple(groups), parameters
+        return tuple(groups), parameters, frozenset()
     found = build_groups(propagation, program.tensors)
     owner = {_place(slot): group.name for group in groups for slot in group.slots}
     following: dict[str, list[CouplingGroup]] = {}
@@ -69,7 +71,8 @@ def followed_in_training(
     )
     read = {name for operator in propagation.operators for name in operator.tensors}
     followed = {slot.tensor for group in joined for slot in group.slots}
-    return joined, parameters - (read - _beside(groups, found)) - followed
+    stuck = (parameters & read & _beside(groups, found)) - followed
+    return joined, (parameters - read - followed) | stuck, stuck
 
 
 def _joined(

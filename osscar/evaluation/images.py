@@ -344,7 +344,7 @@ def _logits(model: nn.Module, batch: Tensor) -> Tensor:
     if logits.ndim != 2 or len(logits) != len(batch):
         raise ModelError(
             f"a classifier returns logits (images, classes); {type(model).__name__} returned "
-            f"{tuple(logits.shape)} for {len(batch)} images"
+            f"{tuple(logits.shape)} for {counted(len(batch), 'image')}"
         )
     if not bool(torch.isfinite(logits).all()):
         raise NonFiniteError("the model's logits are NaN or infinite; its weights are damaged")

@@ -107,7 +107,7 @@ def what_follows(ready: Opened, request: PruningRequest) -> Followed:
     forms = forms_to_try(ready.model, request)
     if not groups:
         return Followed(forms[0])
-    warn_of_unread(ready.model, ready.traced.unread, ready.groups, groups)
+    warn_of_unread(ready.model, ready.traced, ready.groups, groups)
     plans = _alike_together(_arbitrary(groups, [keep[group.name] for group in groups]))
     together: dict[Form, Exception | None] = {}
     for form in forms:  # whose failures are only looked into where no form does for all groups

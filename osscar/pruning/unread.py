@@ -3,33 +3,34 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 
 from torch import nn
 
-from graph import CouplingGroup
+from graph import CouplingGroup, DependencyGraph
 
 _MOST_NAMED = 4
 
 
 def warn_of_unread(
     model: nn.Module,
-    unread: Collection[str],
+    traced: DependencyGraph,
     groups: Sequence[CouplingGroup],
     pruned: Sequence[CouplingGroup],
 ) -> None:
-    """Warn of weights that nothing reads, and that have the width of what is pruned.
+    """Warn of weights that nothing reads and that may read what is pruned, by their width.
 
     They belong to another way through the model, such as one that an optional input takes.  Nobody
     can know whether units reach them there.  A width that other layers have, too, is no sign of it,
-    nor is one that weights on that way make themselves, such as a tower for images.
+    nor is one that weights on that way make themselves, such as a tower for images.  What is known
+    to be stuck is named whatever its width.
 
     Parameters
     ----------
     model
         The dense model.
-    unread
-        Names of its parameters that the example does not reach.
+    traced
+        Its dependency graph, with the parameters that the example does not reach.
     groups
         All its groups.
     pruned
@@ -39,18 +40,20 @@ def warn_of_unread(
     chosen = {group.name for group in pruned}
     of_pruned = _widths(shapes, pruned)
     of_others = _widths(shapes, [group for group in groups if group.name not in chosen])
-    matrices = {name: shapes[name] for name in unread if len(shapes[name]) > 1}
+    matrices = {name: shapes[name] for name in traced.unread if len(shapes[name]) > 1}
     made_there = {made for made, *_ in matrices.values()}
     telling = of_pruned - of_others - made_there
-    found = [name for name, (_, read, *_) in matrices.items() if read in telling]
+    found = [
+        name for name, (_, read, *_) in matrices.items() if read in telling or name in traced.stuck
+    ]
     if not found:
         return
     more = f" and {len(found) - _MOST_NAMED} more" if len(found) > _MOST_NAMED else ""
     names = ", ".join(map(repr, found[:_MOST_NAMED]))
     warnings.warn(
-        f"the calibration data do not reach {names}{more}, of the width of layers that are pruned: "
-        "kept as it is, this may not fit calls that do reach it; leave these layers out (--skip), "
-        "or give data that take that way",
+        f"the calibration data do not reach {names}{more}, which may read layers that are pruned: "
+        "kept as it is, this may not fit calls that do reach it, such as those in training; leave "
+        "the layers before it out (--skip), or give data that take that way",
         stacklevel=2,
     )
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import osscar
 from graph import Role
 from osscar.core.modules import count_parameters
-from tests.graph.test_training import Auxiliary
+from tests.graph.test_training import Auxiliary, Regrouped
 
 
 class Optional(nn.Module):
@@ -64,6 +64,12 @@ def told(width: int, kind: type[Optional] = Optional, **asked: Any) -> list[str]
         warnings.simplefilter("always")
         osscar.prune(kind(width), data, **asked)
     return [str(one.message) for one in caught if "do not reach" in str(one.message)]
+
+
+def test_what_is_stuck_is_named_whatever_its_width() -> None:
+    torch.manual_seed(0)
+    with pytest.warns(UserWarning, match=r"do not reach 'side\.weight'"):
+        osscar.prune(Regrouped().eval(), images(), sparsity=0.5)
 
 
 def test_what_an_optional_input_leads_to_is_named() -> None:
