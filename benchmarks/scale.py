@@ -1,6 +1,6 @@
 """What one large problem takes: time by phase, resident memory, and how both grow.
 
-    python -m benchmarks.scale DIRECTORY --tasks solver --sizes 4096 8192
+    python -m benchmarks.scale DIRECTORY --tasks solver --sizes 4096 8192 --plot growth.svg
 
 Each row is one run in a process of its own, whose largest resident set the operating system tells
 once it has ended; it is written to a file of its own in DIRECTORY, so that the same command goes on
@@ -24,6 +24,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from matplotlib import rc_context
+from matplotlib.figure import Figure
 
 import solvers
 from benchmarks.measuring import Clock, measured
@@ -148,6 +150,8 @@ def main() -> None:
             if not (arguments.directory / row.key).exists():
                 measure(row, arguments.directory)
     print(*tables(arguments.directory), sep="\n")
+    if arguments.plot is not None:
+        draw(growth(arguments.directory, arguments.backend), arguments.plot)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -164,6 +168,7 @@ def parse_arguments() -> argparse.Namespace:
         help="of the backend, as NAME=NUMBER",
     )
     parser.add_argument("--verify", action="store_true")
+    parser.add_argument("--plot", type=Path, help="file for a picture of what local_search takes")
     parser.add_argument("--row", help=argparse.SUPPRESS)
     return parser.parse_args()
 
@@ -234,6 +239,44 @@ def slope(sizes: list[int], values: list[float]) -> str:
         return ""
     x, y = (sum(column) / len(points) for column in zip(*points, strict=True))
     return f"{sum((a - x) * (b - y) for a, b in points) / sum((a - x) ** 2 for a, _ in points):.2f}"
+
+
+# ---- a picture -----------------------------------------------------------------------------------
+
+_HELD = 2.5
+"""Numbers of eight bytes that are held at once, in p^2: see docs/scale.md."""
+
+
+def growth(directory: Path, backend: str) -> list[Report]:
+    """Return the rows of one backend, as it is by default, by size."""
+    rows = [json.loads(file.read_text()) for file in directory.glob("*.json")]
+    chosen = [row for row in rows if row["backend"] == backend and not row["options"]]
+    return sorted(chosen, key=lambda row: row["p"])
+
+
+def draw(rows: list[Report], path: Path) -> None:
+    """Draw seconds by phase and resident memory over p, both on log axes."""
+    figure = Figure(figsize=(9.5, 3.8), layout="constrained")
+    time, memory = figure.subplots(1, 2)
+    sizes = [row["p"] for row in rows]
+    for phase in ("problem", "elimination", "factorization", "refit", "exchanges", "proof"):
+        spent = [row["phases"].get(phase, [math.nan])[0] for row in rows]
+        time.loglog(sizes, spent, marker=".", linewidth=1, label=phase)
+    whole = [sum(part[0] for part in row["phases"].values()) for row in rows]
+    time.loglog(sizes, whole, marker="o", color="black", label=f"all, slope {slope(sizes, whole)}")
+    time.set(xlabel="inputs p", ylabel="seconds of one core")
+    peaks = [row["peak_bytes"] / 1e9 for row in rows]
+    memory.loglog(sizes, peaks, marker="o", color="black", label="resident peak")
+    held = [_HELD * 8 * p**2 / 1e9 for p in sizes]
+    memory.loglog(sizes, held, linestyle="--", color="gray", label=f"{_HELD} p² numbers")
+    memory.set(xlabel="inputs p", ylabel="GB")
+    for axes in (time, memory):
+        axes.set_xticks(sizes, [f"{p:,}" for p in sizes], rotation=30)
+        axes.minorticks_off()
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8, frameon=False)
+    with rc_context({"svg.hashsalt": "osscar"}):
+        figure.savefig(path, metadata={"Date": None})
 
 
 if __name__ == "__main__":
