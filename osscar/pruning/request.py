@@ -7,6 +7,7 @@ import enum
 import math
 import numbers
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -30,6 +31,7 @@ _NUMBER = re.compile(
     r"[+-]?(\d{1,18}/\d{1,18}|(\d{1,18}\.?\d{0,18}|\.\d{1,18})([eE][+-]?\d{1,3})?)"
 )
 _LARGEST_COUNT = 10**18
+_LARGEST = sys.float_info.max
 
 
 class Allocation(enum.StrEnum):
@@ -236,7 +238,7 @@ class PruningRequest:
                 f"flops is {shown(flops)}; give the share to keep, a number above 0 and below 1"
             )
         speedup = self.speedup
-        if speedup is not None and not (_is(speedup, numbers.Real) and 1 < speedup < math.inf):
+        if speedup is not None and not (_is(speedup, numbers.Real) and 1 < speedup <= _LARGEST):
             raise RequestError(f"speedup is {shown(speedup)}; give a finite number above 1")
         budgets = [n for n in _BUDGETS if getattr(self, n) is not None]
         if len(budgets) > 1:
@@ -279,7 +281,7 @@ class PruningRequest:
         size, damp, seed, blend = self.batch_size, self.damp, self.seed, self.blend
         if blend is not None and not (_is(blend, numbers.Real) and 0 <= blend <= 1):
             raise OptionError(f"blend is {shown(blend)}; give a share from 0 to 1")
-        if size is not None and not (_is(size, numbers.Integral) and size >= 1):
+        if size is not None and not (_is(size, numbers.Integral) and 1 <= size < 2**63):
             raise OptionError(f"batch size is {shown(size)}; give a whole number, at least 1")
         if damp is not None:
             check_damp(damp)

@@ -105,6 +105,7 @@ def test_sparsity_outside_of_the_open_interval_is_refused(sparsity):
     [
         (lambda: Asked(), "nothing to prune"),
         (lambda: Asked(0.5, round_to=0), "round-to is 0"),
+        (lambda: Asked(speedup=10**400), "speedup is 1000"),
         (lambda: Asked(heads=0.01), "keeps none"),
         (lambda: Asked(heads=10), "cannot keep 10 units of '0.heads', which has 9"),
         (lambda: Asked(groups={"nowhere": 1}), "no group 'nowhere'"),
@@ -193,3 +194,8 @@ def test_the_damping_that_leaves_the_dense_weights_is_one():
 def test_what_to_keep_is_shown_where_it_is_no_number_of_units(keep):
     with pytest.raises(RequestError, match=f"cannot read {re.escape(repr(keep))} as what to keep"):
         Asked(neurons=keep)
+
+
+def test_a_batch_that_no_count_of_samples_fills_is_refused():
+    with pytest.raises(OptionError, match="batch size is 1000"):
+        Asked(0.5, batch_size=10**20)
