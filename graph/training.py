@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import random
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from types import CodeType, FunctionType
 
 import numpy as np
 import torch
@@ -130,9 +130,25 @@ def _decides_by_training(model: torch.nn.Module) -> bool:
     """Whether code of the model's own, rather than of torch's layers, looks at the flag."""
     kinds = {kind for module in model.modules() for kind in type(module).__mro__}
     return any(
-        inspect.isfunction(value)
-        and "training" in getattr(getattr(inspect.unwrap(value), "__code__", None), "co_names", ())
+        "training" in names
         for kind in kinds
         if not kind.__module__.startswith("torch.nn.")
         for value in vars(kind).values()
+        for names in _names_in(value)
     )
+
+
+def _names_in(value: object) -> Iterator[tuple[object, ...]]:
+    """Yield the names and constants of a function or property, of what it wraps, and inside it."""
+    if isinstance(value, staticmethod | classmethod):
+        value = value.__func__
+    if isinstance(value, property):
+        value = value.fget
+    if isinstance(value, FunctionType):
+        yield from _names_in(vars(value).get("__wrapped__"))
+        value = value.__code__
+    if isinstance(value, CodeType):
+        yield value.co_names
+        yield value.co_consts  # what getattr is given
+        for inner in value.co_consts:
+            yield from _names_in(inner)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import random
 from typing import Any
 
@@ -86,6 +87,80 @@ class Never(Auxiliary):
         return self.head(self.body(self.stem(x).relu()).relu().mean((2, 3)))
 
 
+class Paired(Auxiliary):
+    """Its second output reads pairs of units."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.side = nn.Linear(3, 4)
+
+    def aside(self, units: Tensor) -> Tensor:
+        one, other = units.mean((2, 3)).chunk(2, 1)
+        return self.side(one * other)  # type: ignore[no-any-return]
+
+
+class Joint(nn.Module):
+    """Two groups whose units its second output adds up."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.other = nn.Linear(5, 6), nn.Linear(5, 6)
+        self.read, self.read_too, self.side = (nn.Linear(6, 4) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Any:
+        one, other = self.one(x).relu(), self.other(x).tanh()
+        output = self.read(one) + self.read_too(other)
+        return (output, self.side(one + other)) if self.training else output
+
+
+class Asking(nn.Module):
+    """Whether it is in training is asked in one of many ways."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down, self.side = nn.Linear(5, 6), nn.Linear(6, 4), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Any:
+        units = self.up(x).relu()
+        return (self.down(units), *([self.side(units)] if self.asked() else []))
+
+    def asked(self) -> bool:
+        return False
+
+
+class ByProperty(Asking):
+    """In a property."""
+
+    @property
+    def busy(self) -> bool:
+        return self.training
+
+    def asked(self) -> bool:
+        return self.busy
+
+
+class ByName(Asking):
+    """By its name."""
+
+    def asked(self) -> bool:
+        return bool(getattr(self, "training"))  # noqa: B009
+
+
+class Inside(Asking):
+    """In a function inside a function."""
+
+    def asked(self) -> bool:
+        return (lambda: self.training)()
+
+
+class Wrapped(Asking):
+    """In a function that another one wraps."""
+
+    @functools.wraps(lambda self: self.training)
+    def asked(self) -> bool:  # type: ignore[override]
+        return Wrapped.asked.__wrapped__(self)  # type: ignore[no-any-return]
+
+
 IMAGES = (torch.zeros(2, 3, 8, 8),)
 
 
@@ -116,7 +191,7 @@ def test_a_model_in_training_stays_so_and_is_traced_alike() -> None:
     assert found.groups == traced(model)[0].groups
 
 
-@pytest.mark.parametrize("kind", [Stuck, Shared, Regrouped, Drawn, Never])
+@pytest.mark.parametrize("kind", [Stuck, Shared, Regrouped, Paired, Drawn, Never])
 def test_what_cannot_be_known_to_follow_is_named(kind: type[Auxiliary]) -> None:
     found, groups = traced(kind())
     assert all(slot.role is not Role.ASIDE for group in groups.values() for slot in group.slots)
@@ -178,3 +253,17 @@ def test_no_operator_uses_what_training_alone_reads() -> None:
     (aside,) = (name for name in network if name.startswith("side.weight[1]"))
     assert list(network.predecessors(aside)) == ["stem.channels"]
     assert list(network.successors(aside)) == []
+
+
+def test_what_reads_units_of_two_groups_at_once_follows_neither() -> None:
+    found = graph.trace(Joint().eval(), (torch.zeros(2, 5),))
+    assert {"one.neurons", "other.neurons"} <= {group.name for group in found.prunable}
+    assert all(slot.tensor != "side.weight" for group in found.groups for slot in group.slots)
+    assert found.unread == ("side.weight",)
+
+
+@pytest.mark.parametrize("kind", [ByProperty, ByName, Inside, Wrapped])
+def test_code_may_ask_in_many_ways_whether_it_is_in_training(kind: type[Asking]) -> None:
+    found = graph.trace(kind().eval(), (torch.zeros(2, 5),))
+    (group,) = found.prunable
+    assert Role.ASIDE in {slot.role for slot in group.slots if slot.tensor == "side.weight"}
