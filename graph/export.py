@@ -135,7 +135,7 @@ def run_export(
     with (
         preserved(model),
         without_cache(model),
-        _in_mode(model, training),
+        in_mode(model, training),
         _without_idle_casts(),
         _symbolic_lengths(),
         _silenced(),
@@ -226,7 +226,8 @@ def _bind(
 
 
 @contextmanager
-def _in_mode(model: torch.nn.Module, training: bool) -> Iterator[None]:
+def in_mode(model: torch.nn.Module, training: bool) -> Iterator[None]:
+    """Put a model into evaluation mode, or its own modules, but no layers of torch, in training."""
     flags = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

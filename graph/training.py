@@ -51,10 +51,10 @@ def followed_in_training(
     """
     # Counters and tables are buffers that most models do not read, and no reason to trace again.
     parameters = frozenset(name for name, tensor in unread.items() if tensor.is_parameter)
-    if not parameters or not _decides_by_training(model):
+    if not parameters or not decides_by_training(model):
         return tuple(groups), parameters, frozenset()
     try:
-        with _same_draws():
+        with same_draws():
             program = export_model(model, example_inputs, training=True)
         propagation = propagate(program, rules, opaque)
     except (TraceError, RuleError):  # code for training may want labels, or decide by what it draws
@@ -111,7 +111,7 @@ def _place(slot: Slot) -> tuple[object, ...]:
 
 
 @contextmanager
-def _same_draws() -> Iterator[None]:
+def same_draws() -> Iterator[None]:
     """Let code for training draw the same numbers in every trace, and nobody notice that it did.
 
     Those of torch are not drawn while a model is exported.
@@ -126,7 +126,7 @@ def _same_draws() -> Iterator[None]:
         np.random.set_state(arrays)
 
 
-def _decides_by_training(model: torch.nn.Module) -> bool:
+def decides_by_training(model: torch.nn.Module) -> bool:
     """Whether code of the model's own, rather than of torch's layers, looks at the flag."""
     kinds = {kind for module in model.modules() for kind in type(module).__mro__}
     return any(

@@ -34,6 +34,7 @@ from osscar.shrinking.equivalence import Inputs, finer_precision
 from osscar.shrinking.plan import Form, GroupPlan, PruningPlan
 from osscar.shrinking.shrink import rehearse
 from osscar.shrinking.shrink_program import ProgramTrial
+from osscar.shrinking.training import could_fail_in_training
 
 _MOST_TOLD = 8
 
@@ -115,6 +116,7 @@ def what_follows(ready: Opened, request: PruningRequest) -> Followed:
         with _trying(ready, request, form) as trial:
             together[form] = trial.failure(possible) if possible else None
         if together[form] is None and len(possible) == len(plans):
+            _warn_of_training(trial)
             return Followed(form)
     trials: dict[Form, _Trial] = {}
     for form in forms:
@@ -127,6 +129,7 @@ def what_follows(ready: Opened, request: PruningRequest) -> Followed:
                 trials[form].grown([], possible, together[form])
     form = min(trials, key=lambda form: len(trials[form].reasons))
     trial = trials[form]
+    _warn_of_training(trial)
     left = tuple(
         LeftAlone(group.name, str(group.kind), group.units, trial.reasons[group.name])
         for group in groups
@@ -199,19 +202,26 @@ def _trying(ready: Opened, request: PruningRequest, form: Form) -> Iterator[_Tri
 
 def _rehearsal(
     model: nn.Module, form: Form, inputs: Sequence[Inputs], example: Mapping[str, Tensor]
-) -> Callable[[PruningPlan], object]:
-    """Return what shrinks a model on trial, which is then as it was."""
+) -> Callable[[PruningPlan], str]:
+    """Return what shrinks a model on trial, which is then as it was, and tells of training."""
     if form is Form.MODULE:
-        return lambda plan: rehearse(model, plan, inputs[:1])
+        training = could_fail_in_training(model, inputs[0])
+        return lambda plan: rehearse(model, plan, inputs[:1], training=training)
     try:
-        return ProgramTrial(model, example, inputs).proved
+        trial = ProgramTrial(model, example, inputs)
     except AdapterError as error:
         failure = error.with_traceback(None)
 
-        def fail(plan: PruningPlan) -> object:
+        def fail(plan: PruningPlan) -> str:
             raise failure
 
         return fail
+
+    def prove(plan: PruningPlan) -> str:
+        trial.proved(plan)
+        return ""  # a program is one of evaluation
+
+    return prove
 
 
 def _arbitrary(groups: Sequence[CouplingGroup], keep: Sequence[int]) -> list[GroupPlan]:
@@ -235,11 +245,14 @@ class _Trial:
     Parameters
     ----------
     rehearse
-        Shrinks and proves a model, and puts it back; raises where that fails.
+        Shrinks and proves a model, and puts it back; raises where that fails, and says how what
+        it has shrunk fails in training.
     """
 
-    def __init__(self, rehearse: Callable[[PruningPlan], object]) -> None:
+    def __init__(self, rehearse: Callable[[PruningPlan], str]) -> None:
         self.rehearse = rehearse
+        self.in_training = ""
+        """How the largest model that went so far fails in training."""
         self.reasons: dict[str, str] = {}
         """Why groups cannot go, by name."""
         self.of_modules = False
@@ -278,7 +291,7 @@ class _Trial:
     def failure(self, plans: list[GroupPlan]) -> Exception | None:
         """Return how groups fail together, or None if they can go."""
         try:
-            self.rehearse(PruningPlan(tuple(plans)))
+            self.in_training = self.rehearse(PruningPlan(tuple(plans)))
         except (EquivalenceError, ModelError) as error:
             # Without the frames that raised it, which hold on to the shrunk model.
             return error.with_traceback(None)
@@ -290,6 +303,15 @@ class _Trial:
 
 
 # ---- in words ----------------------------------------------------------------------------
+
+
+def _warn_of_training(trial: _Trial) -> None:
+    if trial.in_training:
+        warnings.warn(
+            "the smaller model may not run in training, as the dense one does: "
+            f"{trial.in_training}; it can be used, but for tuning leave these layers out (--skip)",
+            stacklevel=3,
+        )
 
 
 def named(left: Sequence[LeftAlone]) -> str:

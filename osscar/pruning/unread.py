@@ -22,8 +22,8 @@ def warn_of_unread(
 
     They belong to another way through the model, such as one that an optional input takes.  Nobody
     can know whether units reach them there.  A width that other layers have, too, is no sign of it,
-    nor is one that weights on that way make themselves, such as a tower for images.  What is known
-    to be stuck is named whatever its width.
+    nor is one that weights on that way make themselves, such as a tower for images.  What code for
+    training reads is tried, and not guessed here.
 
     Parameters
     ----------
@@ -40,7 +40,8 @@ def warn_of_unread(
     chosen = {group.name for group in pruned}
     of_pruned = _widths(shapes, pruned)
     of_others = _widths(shapes, [group for group in groups if group.name not in chosen])
-    matrices = {name: shapes[name] for name in traced.unread if len(shapes[name]) > 1}
+    unread = (name for name in traced.unread if name not in traced.stuck)
+    matrices = {name: shapes[name] for name in unread if len(shapes[name]) > 1}
     made_there = {made for made, *_ in matrices.values()}
     telling = of_pruned - of_others - made_there
     found = [
@@ -52,8 +53,8 @@ def warn_of_unread(
     names = ", ".join(map(repr, found[:_MOST_NAMED]))
     warnings.warn(
         f"the calibration data do not reach {names}{more}, which may read layers that are pruned: "
-        "kept as it is, this may not fit calls that do reach it, such as those in training; leave "
-        "the layers before it out (--skip), or give data that take that way",
+        "kept as it is, this may not fit calls that do reach it; leave the layers before it out "
+        "(--skip), or give data that take that way",
         stacklevel=2,
     )
 

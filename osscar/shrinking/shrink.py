@@ -26,6 +26,7 @@ from osscar.shrinking.lineage import lineage_of, note
 from osscar.shrinking.mask import masked
 from osscar.shrinking.plan import GroupPlan, PruningPlan, check_plan
 from osscar.shrinking.slice import slice_units
+from osscar.shrinking.training import failure_in_training
 
 
 @dataclass(frozen=True)
@@ -93,8 +94,21 @@ def rehearse(
     inputs: Sequence[Inputs],
     *,
     tolerance: float | None = None,
-) -> None:
+    training: bool = False,
+) -> str:
     """Shrink a model in evaluation mode and prove it, as `shrink` does, and put everything back.
+
+    Parameters
+    ----------
+    model, plan, inputs, tolerance
+        As `shrink` takes them.
+    training
+        Whether to run it in training, too, as far as shapes tell.
+
+    Returns
+    -------
+    str
+        How the smaller model fails in training; nothing if it does not, or was not run.
 
     Raises
     ------
@@ -103,6 +117,7 @@ def rehearse(
     """
     with restored(model):
         _Attempt(model, plan, inputs, tolerance).run()
+        return failure_in_training(model, inputs[0]) if training else ""
 
 
 def check_inputs(inputs: Sequence[Inputs]) -> None:

@@ -241,9 +241,9 @@ def tries(monkeypatch):
     """The plans that are tried, in this order."""
     tried = []
 
-    def rehearse(model, plan, inputs):
+    def rehearse(model, plan, inputs, **others):
         tried.append([group.name for group in plan.groups])
-        return original(model, plan, inputs)
+        return original(model, plan, inputs, **others)
 
     original = trial_room.rehearse
     monkeypatch.setattr(trial_room, "rehearse", rehearse)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import osscar
 from graph import Role
 from osscar.core.modules import count_parameters
-from tests.graph.test_training import Auxiliary, Regrouped
+from tests.graph.test_training import Auxiliary, Drawn, Paired, Regrouped
 
 
 class Optional(nn.Module):
@@ -66,10 +66,66 @@ def told(width: int, kind: type[Optional] = Optional, **asked: Any) -> list[str]
     return [str(one.message) for one in caught if "do not reach" in str(one.message)]
 
 
-def test_what_is_stuck_is_named_whatever_its_width() -> None:
+class Literal(Auxiliary):
+    """Its code for training has the width written in it."""
+
+    def aside(self, units: Tensor) -> Tensor:
+        return self.side(units.mean((2, 3)).view(-1, 6))  # type: ignore[no-any-return]
+
+
+class Skipping(Auxiliary):
+    """In training it adds up what evaluation keeps apart; there is no weight of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.also = nn.Conv2d(3, 6, 3, padding=1)
+        self.read = nn.Conv2d(6, 10, 1)
+
+    def forward(self, x: Tensor) -> Any:
+        one, other = self.stem(x).relu(), self.also(x).relu()
+        if self.training:
+            one = one + other
+        return self.head((self.body(one) + self.read(other)).mean((2, 3)))
+
+
+class Moving(Auxiliary):
+    """In training a weight follows another one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.teacher = nn.Conv2d(3, 6, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Any:
+        if self.training:
+            with torch.no_grad():
+                self.teacher.weight.mul_(0.9).add_(self.stem.weight, alpha=0.1)
+        return self.head(self.body(self.stem(x).relu()).relu().mean((2, 3)))
+
+
+def asked(kind: type[Auxiliary]) -> dict[str, int]:
+    return {"stem.channels": 3} | ({"also.channels": 4} if kind is Skipping else {})
+
+
+@pytest.mark.parametrize("kind", [Literal, Skipping, Moving, Regrouped, Paired])
+def test_what_fails_in_training_is_told_before_anything_is_solved(kind: type[Auxiliary]) -> None:
     torch.manual_seed(0)
-    with pytest.warns(UserWarning, match=r"do not reach 'side\.weight'"):
-        osscar.prune(Regrouped().eval(), images(), sparsity=0.5)
+    dense = kind()
+    before = {name: tensor.clone() for name, tensor in dense.state_dict().items()}
+    with pytest.warns(UserWarning, match="may not run in training") as caught:
+        result = osscar.prune(dense, images(), groups=asked(kind), form="module")
+    assert sum("in training" in str(one.message) for one in caught) == 1
+    dense.train()(images()[:3])
+    with pytest.raises(RuntimeError):
+        result.model.train()(images()[:3])
+    if kind is not Moving:  # which that call has just changed
+        assert all(torch.equal(before[name], now) for name, now in dense.state_dict().items())
+
+
+@pytest.mark.filterwarnings("error:.*in training")
+def test_code_for_training_that_follows_or_cannot_be_tried_is_not_blamed() -> None:
+    torch.manual_seed(0)
+    osscar.prune(Auxiliary(), images(), sparsity=0.5, form="module")
+    osscar.prune(Drawn(), images(), sparsity=0.5, form="module")
 
 
 def test_what_an_optional_input_leads_to_is_named() -> None:

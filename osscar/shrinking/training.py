@@ -1,0 +1,48 @@
+"""Whether a model runs in training, as far as the shapes of what it computes tell."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils import _pytree as pytree
+
+from graph.export import in_mode
+from graph.preserve import preserved
+from graph.training import decides_by_training, same_draws
+from osscar.core.memory import let_shortage_pass
+from osscar.core.on_disk import OnDisk
+from osscar.shrinking.equivalence import Inputs, explained, outputs
+
+
+def failure_in_training(model: nn.Module, inputs: Inputs) -> str:
+    """Say how a model fails in training; nothing if it does not.
+
+    Its own modules are in training, and layers of torch in evaluation.  Nothing is computed, so
+    that code which changes weights or keeps averages changes none.
+
+    Parameters
+    ----------
+    model
+        Left as it was.
+    inputs
+        What it is called with.
+    """
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    shapes = pytree.tree_map_only(Tensor, fake.from_tensor, inputs)
+    with preserved(model), in_mode(model, training=True), same_draws(), torch.no_grad(), fake:
+        try:
+            outputs(model, shapes)
+        except Exception as error:  # the model may be anyone's code
+            let_shortage_pass(error)
+            return str(explained(error, model))
+    return ""
+
+
+def could_fail_in_training(model: nn.Module, inputs: Inputs) -> bool:
+    """Whether there is code for training that runs now, and can be tried once more.
+
+    Models that are read from disk cannot: they are those of families whose code is known.
+    """
+    on_disk = any(isinstance(parameter, OnDisk) for parameter in model.parameters())
+    return not on_disk and decides_by_training(model) and not failure_in_training(model, inputs)
