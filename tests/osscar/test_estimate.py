@@ -392,7 +392,7 @@ def test_what_the_run_refuses_is_refused(demo):
     data = windows(demo, 4)
     with pytest.raises(RequestError, match="nothing to prune"):
         osscar.estimate(demo.model, data)
-    with pytest.raises(RequestError, match="cannot keep 10000 units"):
+    with pytest.raises(RequestError, match="cannot keep 10,000 units"):
         osscar.estimate(demo.model, data, neurons=10_000)
     with pytest.raises(RequestError, match="no group of channels"):
         osscar.estimate(demo.model, data, channels=0.5)

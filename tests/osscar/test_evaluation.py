@@ -184,7 +184,7 @@ class TestRefusals:
 
     @pytest.mark.parametrize("text", ["", "a"])
     def test_text_too_short(self, model, tokenizer, text):
-        with pytest.raises(TextError, match=f"has {len(text)} tokens.*at least 2"):
+        with pytest.raises(TextError, match=f"has {len(text)} tokens?;.*at least 2"):
             measure_quality(model, tokenizer, text)
 
     def test_foreign_tokenizer(self, tokenizer):
