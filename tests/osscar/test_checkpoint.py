@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GPT2Config
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
 import osscar
 from osscar.checkpoint import directory as checkpoint
@@ -17,6 +17,7 @@ from osscar.core.errors import CheckpointError, EquivalenceError, OutputError, T
 from osscar.core.modules import copied
 from osscar.data.prose import Part, builtin_text
 from osscar.data.text import refuse_overlap
+from osscar.models.language import DEMO_DIRECTORY
 from osscar.shrinking.lineage import Calibration, lineage_of
 from tests.osscar.families import FAMILIES, logits, tiny, tokens
 
@@ -103,6 +104,37 @@ def test_weights_can_be_saved_in_half_precision(tmp_path):
     assert half.bytes < 0.6 * full.bytes
     assert osscar.load(tmp_path / "half").dtype == torch.bfloat16
     assert model.dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+@pytest.mark.parametrize("max_memory", [None, "2GB"])
+def test_models_stored_in_half_precision_that_look_closely_can_be_saved(
+    dtype, max_memory, tmp_path
+):
+    """Rotary frequencies are in no file; where they are rounded, sharp attention turns."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=2560,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+    )
+    model = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.q_proj.weight.mul_(40)
+            layer.self_attn.k_proj.weight.mul_(40)
+    model.bfloat16().save_pretrained(tmp_path / "dense")
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(DEMO_DIRECTORY / file, tmp_path / "dense" / file)
+    loaded = osscar.load_model(tmp_path / "dense", dtype=dtype, max_memory=max_memory)
+    result = osscar.prune(loaded.model, tokens(), neurons=0.5)
+    result.save(tmp_path / "pruned")
+    again = osscar.load(tmp_path / "pruned")
+    assert all(layer.mlp.down_proj.in_features == 48 for layer in again.model.layers)
 
 
 def test_a_full_directory_is_not_touched_without_overwrite(tmp_path):
