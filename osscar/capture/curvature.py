@@ -170,7 +170,8 @@ class Factors:
         NonFiniteError
             If a sum has overflowed.
         """
-        sums = (self.inputs, self.outputs, torch.tensor(self.energy))
+        held = () if self.held is None else (self.held.inputs,)
+        sums = (self.inputs, self.outputs, torch.tensor(self.energy), *held)
         if not all(bool(torch.isfinite(each).all()) for each in sums):
             raise NonFiniteError(
                 f"the inputs of {self.linear_map.label!r} are so large that their products with "
@@ -283,7 +284,7 @@ def curvature(
     """
     batches = small_batches(opened, samples)
     held = held_batches(opened, batches)
-    rounds = list(parts(opened.model, groups))
+    rounds = list(parts(opened.model, groups, copies=2 if held else 1))
     with stage("curvature", total=len(rounds) * len(batches)) as bar:
         for part in rounds:
             factors = {g.name: [Factors.of(map) for map in maps] for g, maps in part}
@@ -389,14 +390,23 @@ def _sample_axis(two: Sequence[torch.Size], three: Sequence[torch.Size]) -> int 
 
 
 def parts(
-    model: nn.Module, groups: Sequence[CouplingGroup]
+    model: nn.Module, groups: Sequence[CouplingGroup], copies: int = 1
 ) -> Iterator[list[tuple[CouplingGroup, tuple[LinearMap, ...]]]]:
-    """Yield groups, with their consumers, whose factors fit into memory together."""
+    """Yield groups, with their consumers, whose factors fit into memory together.
+
+    Parameters
+    ----------
+    model, groups
+        The model, and some of its groups.
+    copies
+        Of each factor: two where samples are held out.
+    """
     part: list[tuple[CouplingGroup, tuple[LinearMap, ...]]] = []
     filled = 0
     for group in groups:
         maps = linear_maps(model, group)
-        size = sum(4 * (p * p + m * m) for p, m in (map.read_weight().shape for map in maps))
+        shapes = (map.read_weight().shape for map in maps)
+        size = sum(4 * copies * (p * p + m * m) for p, m in shapes)
         if part and filled + size > _MOST_BYTES:
             yield part
             part, filled = [], 0

@@ -81,10 +81,10 @@ class Seconds:
         sort, first = min(self.plan.costs, key=lambda one: self._order(one[0]))
         few = max(1, min(self.plan.seen, samples // 4))
         back = backward_seconds(ready, sort, few, first.factors, self.clock)
-        rounds = len(list(parts(ready.model, self.plan.shared)))
+        apart = held_batches(ready, small_batches(ready, samples))
+        rounds = len(list(parts(ready.model, self.plan.shared, copies=2 if apart else 1)))
         takes[Phase.CURVATURE] = Scaled.certain(samples * (rounds * back + sums), 0.25)
         curves = self.layers("curve")
-        apart = held_batches(ready, small_batches(ready, samples))
         takes[Phase.CURVES] = curves.times(2) if apart else curves  # once more for the damping
         return takes
 

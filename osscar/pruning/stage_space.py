@@ -99,7 +99,7 @@ def _factor_bytes(ready: Opened, groups: Sequence[CouplingGroup]) -> tuple[int, 
     held = largest = 0
     apart = held_batches(ready, small_batches(ready, curve_samples(ready)))
     copies = 2 if apart else 1  # one of the samples that are held out
-    for part in parts(ready.model, groups):
+    for part in parts(ready.model, groups, copies):
         shapes = [one.read_weight().shape for _, maps in part for one in maps]
         held = max(held, sum(4 * copies * (p * p + m * m) for p, m in shapes))
         largest = max(largest, *(8 * (4 * p * p + 2 * m * m) for p, m in shapes))

@@ -108,7 +108,6 @@ def what_follows(ready: Opened, request: PruningRequest) -> Followed:
     forms = forms_to_try(ready.model, request)
     if not groups:
         return Followed(forms[0])
-    warn_of_unread(ready.model, ready.traced, ready.groups, groups)
     plans = _alike_together(_arbitrary(groups, [keep[group.name] for group in groups]))
     together: dict[Form, Exception | None] = {}
     for form in forms:  # whose failures are only looked into where no form does for all groups
@@ -116,6 +115,8 @@ def what_follows(ready: Opened, request: PruningRequest) -> Followed:
         with _trying(ready, request, form) as trial:
             together[form] = trial.failure(possible) if possible else None
         if together[form] is None and len(possible) == len(plans):
+            if form is Form.MODULE:
+                warn_of_unread(ready.model, ready.traced, ready.groups, groups)
             _warn_of_training(trial)
             return Followed(form)
     trials: dict[Form, _Trial] = {}
@@ -129,7 +130,6 @@ def what_follows(ready: Opened, request: PruningRequest) -> Followed:
                 trials[form].grown([], possible, together[form])
     form = min(trials, key=lambda form: len(trials[form].reasons))
     trial = trials[form]
-    _warn_of_training(trial)
     left = tuple(
         LeftAlone(group.name, str(group.kind), group.units, trial.reasons[group.name])
         for group in groups
@@ -141,6 +141,10 @@ def what_follows(ready: Opened, request: PruningRequest) -> Followed:
         raise (AdapterError if trial.of_modules else EquivalenceError)(
             _refusal(left, len(groups), request.strict)
         )
+    if form is Form.MODULE:
+        going = [group for group in groups if group.name not in trial.reasons]
+        warn_of_unread(ready.model, ready.traced, ready.groups, going)
+    _warn_of_training(trial)
     if refused:
         warnings.warn(
             f"{named(refused)}; the report, or left_alone of the result, says why", stacklevel=2
