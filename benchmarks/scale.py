@@ -30,6 +30,7 @@ from matplotlib.figure import Figure
 import solvers
 from benchmarks.measuring import Clock, measured
 from osscar.core.files import write_json
+from solvers.symmetric import Symmetric
 
 Report = dict[str, Any]
 
@@ -54,8 +55,8 @@ PHASES = (
 """Module, name in it, and phase; the names are those under which callers find them."""
 
 
-def layer(p: int, m: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the Gram matrix and the weights of a made-up feed-forward layer.
+def layer(p: int, m: int, seed: int) -> tuple[Symmetric, torch.Tensor]:
+    """Return half of the Gram matrix, and the weights, of a made-up feed-forward layer.
 
     Inputs of very different power, correlated through p / 8 common factors that decay by a power
     law, as activations do; drawn through their covariance, since p tokens or more would take longer
@@ -68,10 +69,11 @@ def layer(p: int, m: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     factors *= (0.7 / factors.square().sum(1)).sqrt()[:, None]
     scale = torch.randn(p, generator=generator).mul_(0.5).exp_()
     factors *= scale[:, None]
-    H = torch.empty(p, p, dtype=torch.float64)
-    for start in range(0, p, 1024):
-        H[start : start + 1024] = factors[start : start + 1024] @ factors.T
-    H.diagonal().add_(0.3 * scale.double().square())
+    H = Symmetric.empty(p, scale.double())
+    for start, panel in H.spans():
+        stop = start + len(panel)
+        panel.copy_(factors[start:stop] @ factors[:stop].T)
+    H.add_diagonal(0.3 * scale.double().square())
     return H, torch.randn(p, m, generator=generator).double().div_(math.sqrt(p))
 
 
@@ -243,7 +245,7 @@ def slope(sizes: list[int], values: list[float]) -> str:
 
 # ---- a picture -----------------------------------------------------------------------------------
 
-_HELD = 2.5
+_HELD = 2.0
 """Numbers of eight bytes that are held at once, in p^2: see docs/scale.md."""
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from solvers.hessian import entries, whole
 from solvers.problem import NO_ROW, Consumer
 from solvers.symmetric import Symmetric
 
@@ -28,15 +29,16 @@ class Aligned:
         self._order = order.clamp(min=0)
         self._filler = order == NO_ROW
         self._fills = bool(self._filler.any())
-        self._diagonal = consumer.H.diagonal()[self._order]
-        self._diagonal[self._filler] = float(consumer.H.diagonal().mean())
+        diagonal = consumer.hessian.diagonal()
+        self._diagonal = diagonal[self._order]
+        self._diagonal[self._filler] = float(diagonal.mean())
 
     def __len__(self) -> int:
         return len(self._order)
 
     def H(self, rows: Tensor, columns: Tensor) -> Tensor:
         """Return the entries in some rows and columns, (r, c)."""
-        found = self.consumer.H[self._order[rows, None], self._order[columns]]
+        found = entries(self.consumer.hessian, self._order[rows], self._order[columns])
         if self._fills:
             found[self._filler[rows]] = 0
             found[:, self._filler[columns]] = 0
@@ -68,7 +70,7 @@ class Aligned:
 
     def gram(self, rows: Tensor, *, cut: int = 0) -> Symmetric:
         """Return H on some rows in half of its memory, panels cut between units and at `cut`."""
-        made = Symmetric.empty(len(rows), self.consumer.H, cut=cut, width=self.consumer.width)
+        made = Symmetric.empty(len(rows), self.consumer.G, cut=cut, width=self.consumer.width)
         for start, panel in made.spans():
             stop = start + len(panel)
             panel.copy_(self.H(rows[start:stop], rows[:stop]))
@@ -87,9 +89,9 @@ def narrowed(G: Tensor) -> Tensor:
 def equal_width(consumer: Consumer) -> tuple[Tensor, Tensor]:
     """Return H and G with the rows ordered by unit, short units filled up with decoupled rows."""
     terms = Aligned(consumer)
-    rows = torch.arange(len(terms), device=consumer.H.device)
+    rows = torch.arange(len(terms), device=consumer.G.device)
     if torch.equal(consumer.rows.flatten(), rows):
-        return consumer.H, consumer.G
+        return whole(consumer.hessian), consumer.G
     return terms.H(rows, rows), terms.G(rows)
 
 

@@ -398,12 +398,13 @@ def _check_dominates(P: Tensor, q: Tensor) -> None:
 
 def _inverse(consumer: Consumer) -> tuple[tuple[Tensor, Tensor], float, Rounding]:
     """Return A and A G with the rows ordered by unit, ``e - tr(G' A G)``, and their rounding."""
-    factor = torch.linalg.cholesky(consumer.H)
+    H = consumer.H
+    factor = torch.linalg.cholesky(H)
     A = torch.cholesky_inverse(factor)
     W = torch.cholesky_solve(consumer.G, factor)
     del factor  # a matrix, which the next line has need of
     responses = W.shape[1]
-    rounding, constant = Rounding.of(consumer.H, A, consumer.G, W, consumer.e, responses)
+    rounding, constant = Rounding.of(H, A, consumer.G, W, consumer.e, responses)
     order = consumer.rows.flatten()
     place = torch.nonzero(order != NO_ROW).flatten()
     ordered = torch.eye(len(order), dtype=A.dtype, device=A.device)

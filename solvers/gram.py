@@ -12,14 +12,19 @@ import torch
 from torch import Tensor
 
 from solvers.errors import ProblemError
-from solvers.symmetric import Symmetric
-from solvers.values import (
-    as_number,
-    as_tensor,
-    asymmetry,
-    check_energy,
-    check_entries,
+from solvers.hessian import (
+    Hessian,
+    add_to_diagonal,
+    entries,
+    half,
+    pieces,
+    product,
+    rows_of,
+    skew,
+    why_not_plain,
 )
+from solvers.symmetric import Symmetric
+from solvers.values import as_number, as_tensor, check_energy, check_entries
 
 DEFINITE_MARGIN = 1e-8
 """The least eigenvalue that H, scaled to a unit diagonal, has in a problem that is well posed.
@@ -46,7 +51,7 @@ TILE_ROWS = 512
 class DampedTerms:
     """``H + lambda I``, ``G + lambda W0``, ``e + lambda |W0|^2``, and lambda itself."""
 
-    H: Tensor
+    H: Hessian
     G: Tensor
     e: float
     W0: Tensor
@@ -56,7 +61,7 @@ class DampedTerms:
 # ---- the quadratic loss ------------------------------------------------------------------------
 
 
-def quadratic(H: Tensor, G: Tensor, e: float, W: Tensor) -> float:
+def quadratic(H: Hessian, G: Tensor, e: float, W: Tensor) -> float:
     """Return ``tr(W'HW) - 2 tr(W'G) + e``.
 
     Parameters
@@ -69,7 +74,7 @@ def quadratic(H: Tensor, G: Tensor, e: float, W: Tensor) -> float:
     return quadratic_on(H, G, e, *_used(W))
 
 
-def quadratic_on(H: Tensor, G: Tensor, e: float, place: Tensor, used: Tensor) -> float:
+def quadratic_on(H: Hessian, G: Tensor, e: float, place: Tensor, used: Tensor) -> float:
     """Return what `quadratic` does for weights that are zero but for some rows.
 
     Parameters
@@ -91,7 +96,7 @@ def _used(W: Tensor) -> tuple[Tensor, Tensor]:
     return place, W if len(place) == len(W) else W[place]
 
 
-def _tiles(H: Tensor, place: Tensor, used: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+def _tiles(H: Hessian, place: Tensor, used: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Yield some of the rows at a time, with what ``H W`` there is made of.
 
     Yields
@@ -105,10 +110,10 @@ def _tiles(H: Tensor, place: Tensor, used: Tensor) -> Iterator[tuple[Tensor, Ten
     """
     whole = len(place) == len(H) and bool((place.diff() > 0).all())
     for rows, own in zip(torch.split(place, TILE_ROWS), torch.split(used, TILE_ROWS), strict=True):
-        yield rows, own, H[rows] if whole else H[rows[:, None], place]
+        yield rows, own, rows_of(H, rows) if whole else entries(H, rows, place)
 
 
-def magnitudes(H: Tensor, G: Tensor, e: float, W: Tensor) -> float:
+def magnitudes(H: Hessian, G: Tensor, e: float, W: Tensor) -> float:
     """Return the sum of magnitudes of the products that `quadratic` sums up."""
     size, (place, used) = e, _used(W)
     for rows, own, tile in _tiles(H, place, used):
@@ -117,7 +122,7 @@ def magnitudes(H: Tensor, G: Tensor, e: float, W: Tensor) -> float:
 
 
 def quadratic_rounding(
-    H: Tensor, G: Tensor, e: float, W: Tensor, responses: int | None = None
+    H: Hessian, G: Tensor, e: float, W: Tensor, responses: int | None = None
 ) -> float:
     """Return by how much rounding can have changed what `quadratic` returns.
 
@@ -138,7 +143,7 @@ def quadratic_rounding(
     return _EPS * (2 * p + (responses or m) + 8) * magnitudes(H, G, e, W)
 
 
-def is_definite(H: Tensor, margin: float = DEFINITE_MARGIN) -> bool:
+def is_definite(H: Hessian, margin: float = DEFINITE_MARGIN) -> bool:
     """Return whether H, scaled to a unit diagonal, has no eigenvalue below a margin.
 
     The scale of single inputs is no matter of conditioning: refits and bounds do not depend on it.
@@ -146,10 +151,10 @@ def is_definite(H: Tensor, margin: float = DEFINITE_MARGIN) -> bool:
     return definite_factor(H, margin) is not None
 
 
-def definite_factor(H: Tensor, margin: float = DEFINITE_MARGIN) -> DefiniteFactor | None:
+def definite_factor(H: Hessian, margin: float = DEFINITE_MARGIN) -> DefiniteFactor | None:
     """Return the factor that proves `is_definite`, or None where there is none."""
     scale = H.diagonal().rsqrt()
-    scaled = Symmetric.of(H)
+    scaled = half(H)
     scaled.rescale(scale)
     for start, panel in scaled.spans():
         panel.diagonal(start).fill_(1.0 - margin)
@@ -179,12 +184,12 @@ class DefiniteFactor:
         What was factorized lies below ``D H D`` by the margin, which rounding does not use up; so
         its inverse lies above.
         """
-        half = G * self.scale[:, None]
-        self.factor.forward(half)
-        return float(torch.linalg.vector_norm(half)) ** 2
+        scaled = G * self.scale[:, None]
+        self.factor.forward(scaled)
+        return float(torch.linalg.vector_norm(scaled)) ** 2
 
 
-def unexplained(H: Tensor, G: Tensor, e: float) -> tuple[float, float]:
+def unexplained(H: Hessian, G: Tensor, e: float) -> tuple[float, float]:
     """Return the least loss of any weights, and the sum of magnitudes that it is the rest of.
 
     Parameters
@@ -194,7 +199,7 @@ def unexplained(H: Tensor, G: Tensor, e: float) -> tuple[float, float]:
     G, e
         Quadratic terms.
     """
-    W = solve_definite(Symmetric.of(H), G.clone())
+    W = solve_definite(half(H), G.clone())
     return quadratic(H, G, e, W), magnitudes(H, G, e, W)
 
 
@@ -226,7 +231,7 @@ def inconsistency(e: float, least: float) -> str:
 
 
 def damp_terms(
-    H: Tensor,
+    H: Hessian,
     W0: Tensor,
     *,
     G: Tensor | None,
@@ -242,7 +247,7 @@ def damp_terms(
     Parameters
     ----------
     H
-        Gram matrix ``X'X/N``, (p, p).
+        Gram matrix ``X'X/N``, (p, p), or half of one: the terms hold it as it is given.
     W0
         Dense weights, (p, m).
     G, e
@@ -270,7 +275,7 @@ def damp_terms(
     dead = H.diagonal() == 0
     W0[dead] = 0.0
     if given is None or e is None:
-        target = H @ W0
+        target = product(H, W0)
         # A mean squared norm up to rounding.
         energy = max(float(torch.einsum("ij,ij->i", W0, target).sum()), 0.0)
     else:
@@ -280,7 +285,7 @@ def damp_terms(
     check_energy(energy)
     # A dead row is decoupled from all others; any positive diagonal keeps it so.
     mean = float(H.diagonal().mean())
-    H.diagonal().masked_fill_(dead, mean or 1.0)
+    add_to_diagonal(H, dead.to(W0) * (mean or 1.0))
     damping, factor = _damp_until_definite(H, damp, mean)
     target.add_(W0, alpha=damping)
     energy += damping * float(torch.linalg.vector_norm(W0)) ** 2
@@ -293,14 +298,15 @@ def damp_terms(
 
 def _matrices(
     H: Any, W0: Any, G: Any, overwrite: bool
-) -> tuple[Tensor, Tensor, Tensor | None, float]:
+) -> tuple[Hessian, Tensor, Tensor | None, float]:
     """Return the matrices in float64, their shapes and entries checked, and `consistency`.
 
     They are copies, unless those given may be overwritten.
     """
-    matrices = {"H": as_tensor("H", H), "W0": as_tensor("W0", W0)}
-    H, W0 = matrices.values()
-    if H.ndim != 2 or W0.ndim != 2 or H.shape != (len(W0), len(W0)) or W0.numel() == 0:
+    H = _copied(H, overwrite) if isinstance(H, Symmetric) else as_tensor("H", H)
+    matrices = {"H": H, "W0": as_tensor("W0", W0)}
+    W0 = matrices["W0"]
+    if len(H.shape) != 2 or W0.ndim != 2 or H.shape != (len(W0), len(W0)) or W0.numel() == 0:
         raise ProblemError(
             f"H must be (p, p) and W0 (p, m), neither empty, not {tuple(H.shape)} and "
             f"{tuple(W0.shape)}"
@@ -315,34 +321,49 @@ def _matrices(
     for name, value in matrices.items():
         if value.device != H.device:
             raise ProblemError(f"H is on {H.device}, and {name} on {value.device}; move them")
-        matrices[name] = value.to(torch.float64, copy=not overwrite).contiguous()
-        check_entries(name, matrices[name])
+        if isinstance(value, Tensor):
+            matrices[name] = value.to(torch.float64, copy=not overwrite).contiguous()
+        for piece in pieces(matrices[name]):
+            check_entries(name, piece)
     return matrices["H"], matrices["W0"], matrices.get("G"), digits
 
 
-def _average(H: Tensor) -> None:
+def _copied(H: Symmetric, overwrite: bool) -> Symmetric:
+    """Return half a matrix that may be written to."""
+    why = why_not_plain(H)
+    if why is not None or H.dtype != torch.float64:
+        raise ProblemError(f"H is {why or f'half a matrix of {H.dtype}, where float64 is due'}")
+    return H if overwrite else H.copy()
+
+
+def _average(H: Hessian) -> None:
     """Make a matrix symmetric, in place, that is a Gram matrix up to rounding."""
     least = float(H.diagonal().min())
     if least < 0:
         raise ProblemError(f"H has {least:.3g} on its diagonal; a Gram matrix has nothing negative")
-    skew = asymmetry(H)
-    if skew > _ASYMMETRY:
+    difference = skew(H)
+    if difference > _ASYMMETRY:
         raise ProblemError(
-            f"H is not symmetric: entries differ by up to {skew:.3g} of the largest on the "
+            f"H is not symmetric: entries differ by up to {difference:.3g} of the largest on the "
             "diagonal; check that it is X'X/N"
         )
-    for start in range(0, len(H) if skew else 0, TILE_ROWS):
+    if isinstance(H, Symmetric):
+        for start, panel in H.spans() if difference else ():
+            square = panel[:, start:]
+            square.copy_((square + square.T).div_(2))
+        return
+    for start in range(0, len(H) if difference else 0, TILE_ROWS):
         rows, rest = H[start : start + TILE_ROWS, start:], H[start:, start : start + TILE_ROWS]
         mean = (rows + rest.T).div_(2)
         rows.copy_(mean)
         rest.copy_(mean.T)
 
 
-def _damp_until_definite(H: Tensor, damp: float, mean: float) -> tuple[float, DefiniteFactor]:
+def _damp_until_definite(H: Hessian, damp: float, mean: float) -> tuple[float, DefiniteFactor]:
     """Add the damping to the diagonal of `H` in place; return how much, and a factor after it."""
     added = 0.0
     for level in (damp, *(step for step in _DAMP_LADDER if step > damp)):
-        H.diagonal().add_(level * mean - added)
+        add_to_diagonal(H, torch.full_like(H.diagonal(), level * mean - added))
         added = level * mean
         check_entries("H with its damping", H.diagonal())
         factor = definite_factor(H, _ROOM * DEFINITE_MARGIN)
@@ -360,7 +381,7 @@ def _damp_until_definite(H: Tensor, damp: float, mean: float) -> tuple[float, De
     )
 
 
-def _raised(H: Tensor, G: Tensor, e: float, digits: float) -> float:
+def _raised(H: Hessian, G: Tensor, e: float, digits: float) -> float:
     """Return e, raised to what G explains where only rounding makes it less."""
     least, size = unexplained(H, G, e)
     if least < -digits * size:

@@ -190,7 +190,9 @@ class ConsumerState:
         if self.U.shape[1] < consumer.G.shape[1]:
             return None
         own, rows = self._terms.owned(unit_rows(units, self.width))
-        return quadratic_on(consumer.H, consumer.G, consumer.e, rows, self.U[self._at(units)[own]])
+        return quadratic_on(
+            consumer.hessian, consumer.G, consumer.e, rows, self.U[self._at(units)[own]]
+        )
 
     def drift(self) -> float:
         """Return the error of ``H_SS A = I`` on a few rows."""

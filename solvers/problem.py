@@ -19,7 +19,7 @@ import reprlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -28,15 +28,14 @@ from torch import Tensor
 from solvers import storage
 from solvers.errors import ProblemError
 from solvers.gram import consistency, damp_terms, definite_factor, inconsistency, unexplained
+from solvers.hessian import Hessian, coupled, divided, moved, pieces, skew, whole, why_not_plain
 from solvers.values import (
     as_number,
     as_owned_tensor,
     as_whole,
-    asymmetry,
     check_diagonal,
     check_energy,
     check_entries,
-    is_plain,
 )
 
 FORMAT = "osscar-subset-problem/1"
@@ -52,6 +51,18 @@ Units = int | Sequence[Sequence[int]] | Tensor
 """A number of equally wide units of consecutive rows, or the rows of each unit."""
 
 
+class _Whole:
+    """`Consumer.H`: a whole matrix, however it is held."""
+
+    def __get__(self, consumer: Consumer | None, owner: type[Consumer]) -> Tensor:
+        if consumer is None:
+            raise AttributeError("H")  # a field without a default, as dataclasses ask for it
+        return whole(consumer.hessian)
+
+    def __set__(self, consumer: Consumer, H: Hessian) -> None:
+        vars(consumer)["H"] = H
+
+
 @dataclass(frozen=True, eq=False)
 class Consumer:
     """The quadratic terms of one linear map and the rows of it that each unit owns.
@@ -62,7 +73,8 @@ class Consumer:
     Parameters
     ----------
     H
-        Hessian, damping included, (p, p) float64, positive definite (`flaw`).
+        Hessian, damping included, (p, p) float64, positive definite (`flaw`).  Where only half of
+        it is held (`from_gram`), it is made of that each time; `hessian` is what is held.
     G
         Correlation of inputs and targets, damping included, (p, m) float64.
     e
@@ -86,7 +98,10 @@ class Consumer:
         overlap or leave a row uncovered.
     """
 
-    H: Tensor
+    if TYPE_CHECKING:
+        H: Tensor
+    else:
+        H: Tensor = _Whole()
     G: Tensor
     e: float
     W0: Tensor
@@ -95,22 +110,28 @@ class Consumer:
     variance: Tensor | None = None
 
     def __post_init__(self) -> None:
-        for name in self._tensors:
-            object.__setattr__(self, name, as_owned_tensor(name, getattr(self, name)))
+        for name, given in self._held.items():
+            object.__setattr__(self, name, as_owned_tensor(name, given))
         for name in ("e", "damping"):
             object.__setattr__(self, name, as_number(name, getattr(self, name)))
         self._check()
 
     @property
-    def _tensors(self) -> dict[str, Tensor]:
-        """The tensors by name, those that are given."""
+    def hessian(self) -> Hessian:
+        """H as it is held: the matrix, or the lower half of it."""
+        held: Hessian = vars(self)["H"]
+        return held
+
+    @property
+    def _held(self) -> dict[str, Any]:
+        """What is held by name, of what is given."""
         names = _TENSORS if self.variance is None else (*_TENSORS, "variance")
         return {name: vars(self)[name] for name in names}
 
     @classmethod
     def _owning(
         cls,
-        H: Tensor,
+        H: Hessian,
         G: Tensor,
         e: Any,
         W0: Tensor,
@@ -134,24 +155,26 @@ class Consumer:
             If a field is not what construction would have made of it.
         """
         kept = {field.name: vars(self)[field.name] for field in fields(Consumer)}
-        for name in self._tensors:
-            if not is_plain(kept[name]):
-                raise ProblemError(f"{name} is no plain tensor, but a {type(kept[name]).__name__}")
+        for name, held in self._held.items():
+            why = why_not_plain(held, may_be_half=name == "H")
+            if why is not None:
+                raise ProblemError(f"{name} is {why}")
         return Consumer._owning(**kept)
 
     def _check(self) -> None:
         p = self._check_shapes()
         for name in ("H", "G", "W0"):
-            check_entries(name, getattr(self, name))
+            for piece in pieces(vars(self)[name]):
+                check_entries(name, piece)
         check_energy(self.e)
         if not math.isfinite(self.damping) or self.damping < 0:
             raise ProblemError(f"damping is {self.damping}; it must be finite and not negative")
-        check_diagonal(self.H)
-        skew = asymmetry(self.H)
-        if skew > _SYMMETRY_TOLERANCE:
+        check_diagonal(self.hessian.diagonal())
+        difference = skew(self.hessian)
+        if difference > _SYMMETRY_TOLERANCE:
             raise ProblemError(
-                f"H is not symmetric: entries differ by up to {skew:.3g} of the largest on the "
-                "diagonal"
+                f"H is not symmetric: entries differ by up to {difference:.3g} of the largest on "
+                "the diagonal"
             )
         self._check_variance()
         owned = self.rows[self.rows != NO_ROW].sort().values
@@ -168,19 +191,20 @@ class Consumer:
         least = float(self.variance.min())
         if least < 0:
             raise ProblemError(f"variance has {least:.3g}; no variance is negative")
-        above = self.variance - (1 + _VARIANCE_TOLERANCE) * self.H.diagonal()
+        diagonal = self.hessian.diagonal()
+        above = self.variance - (1 + _VARIANCE_TOLERANCE) * diagonal
         if float(above.max()) > 0:
             row = int(above.argmax())
             raise ProblemError(
                 f"variance has {float(self.variance[row]):.6g} for row {row}, where H has "
-                f"{float(self.H[row, row]):.6g} on its diagonal: no variance exceeds the second "
+                f"{float(diagonal[row]):.6g} on its diagonal: no variance exceeds the second "
                 "moment; give both on one scale"
             )
 
     @classmethod
     def from_gram(
         cls,
-        H: Tensor,
+        H: Hessian,
         W0: Tensor,
         *,
         G: Tensor | None = None,
@@ -195,7 +219,8 @@ class Consumer:
         Parameters
         ----------
         H, W0, G, e, damp
-            Undamped Gram matrix, dense weights, target and relative damping.
+            Undamped Gram matrix, dense weights, target and relative damping.  H may be the lower
+            half of one (`solvers.symmetric.Symmetric`), which is then all that is held of it.
         units
             What each unit owns; by default every row is a unit.
         variance
@@ -221,15 +246,16 @@ class Consumer:
 
     def _check_shapes(self) -> int:
         for name in ("H", "G", "W0"):
-            value = getattr(self, name)
-            if value.ndim != 2 or value.dtype != torch.float64:
+            value = vars(self)[name]
+            if len(value.shape) != 2 or value.dtype != torch.float64:
                 raise ProblemError(
                     f"{name} must be a float64 matrix, not {value.dtype} of {tuple(value.shape)}"
                 )
-        p = self.H.shape[0]
-        if self.H.shape != (p, p) or p == 0:
+        held = self.hessian
+        p = held.shape[0]
+        if held.shape != (p, p) or p == 0:
             raise ProblemError(
-                f"H must be square and not empty, not {tuple(self.H.shape)}; leave out a consumer "
+                f"H must be square and not empty, not {tuple(held.shape)}; leave out a consumer "
                 "of which no unit owns a row"
             )
         if self.G.shape[0] != p or self.G.shape != self.W0.shape:
@@ -248,10 +274,10 @@ class Consumer:
                 f"variance must be ({p},) in float64, not {variance.dtype} of "
                 f"{tuple(variance.shape)}"
             )
-        for name, tensor in self._tensors.items():
-            if tensor.device != self.H.device:
+        for name, tensor in self._held.items():
+            if tensor.device != held.device:
                 raise ProblemError(
-                    f"H is on {self.H.device}, and {name} on {tensor.device}; move them"
+                    f"H is on {held.device}, and {name} on {tensor.device}; move them"
                 )
         return p
 
@@ -263,7 +289,7 @@ class Consumer:
         loss is negative.  Finding that out takes a factorization, of a close call two, and is done
         once.
         """
-        factor = definite_factor(self.H)
+        factor = definite_factor(self.hessian)
         if factor is None:
             return (
                 "H is not positive definite, or too close to singular: check that it is X'X/N, and "
@@ -272,7 +298,7 @@ class Consumer:
         if factor.explains_at_most(self.G) <= self.e:
             return None
         del factor  # half a matrix, as large as the one that comes next
-        least, size = unexplained(self.H, self.G, self.e)
+        least, size = unexplained(self.hessian, self.G, self.e)
         return inconsistency(self.e, least) if least < -consistency() * size else None
 
     @cached_property
@@ -300,7 +326,7 @@ class Consumer:
     def divided(self, number: float) -> Consumer:
         """Return the same least-squares problem with its loss divided by a positive number."""
         made = Consumer._owning(
-            self.H / number,
+            divided(self.hessian, number),
             self.G / number,
             self.e / number,
             self.W0,
@@ -313,13 +339,13 @@ class Consumer:
 
     def to(self, device: torch.device | str) -> Consumer:
         """Return this consumer with its tensors on `device`."""
-        before = self._tensors
-        tensors = {name: tensor.to(device) for name, tensor in before.items()}
-        if all(tensor is before[name] for name, tensor in tensors.items()):
+        before = self._held
+        after: dict[str, Any] = {name: moved(held, device) for name, held in before.items()}
+        if all(held is before[name] for name, held in after.items()):
             return self
-        moved = Consumer._owning(**tensors, e=self.e, damping=self.damping)
-        vars(moved).update(self._known())
-        return moved
+        made = Consumer._owning(**after, e=self.e, damping=self.damping)
+        vars(made).update(self._known())
+        return made
 
 
 @dataclass(frozen=True, eq=False)
@@ -382,14 +408,14 @@ class SubsetProblem:
         counts = [len(consumer.rows) for consumer in self.consumers]
         if len(set(counts)) != 1:
             raise ProblemError(f"consumers disagree on the number of units: {counts}")
-        devices = sorted({str(consumer.H.device) for consumer in self.consumers})
+        devices = sorted({str(consumer.hessian.device) for consumer in self.consumers})
         if len(devices) != 1:
             raise ProblemError(f"consumers are on {' and '.join(devices)}; move them to one")
 
     @classmethod
     def from_gram(
         cls,
-        H: Tensor,
+        H: Hessian,
         W0: Tensor,
         *,
         keep: int,
@@ -445,7 +471,7 @@ class SubsetProblem:
     @property
     def device(self) -> torch.device:
         """Where the tensors are."""
-        return self.consumers[0].H.device
+        return self.consumers[0].hessian.device
 
     @property
     def dead(self) -> Tensor:
@@ -453,7 +479,7 @@ class SubsetProblem:
         alive = torch.zeros(self.units, dtype=torch.bool, device=self.device)
         for consumer in self.consumers:
             # A dead row has no correlation with any other row, nor with the target.
-            active = consumer.G.any(1) | (consumer.H.count_nonzero(1) > 1)
+            active = consumer.G.any(1) | coupled(consumer.hessian)
             alive |= (active[consumer.rows] & (consumer.rows != NO_ROW)).any(1)
         return torch.nonzero(~alive).flatten()
 
@@ -520,9 +546,9 @@ class SubsetProblem:
             "consumers": [{"e": c.e, "damping": c.damping} for c in self.consumers],
         }
         tensors = {
-            f"{i}.{name}": tensor
+            f"{i}.{name}": whole(held)
             for i, consumer in enumerate(self.consumers)
-            for name, tensor in consumer._tensors.items()
+            for name, held in consumer._held.items()
         }
         storage.write(path, header, tensors)
 

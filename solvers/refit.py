@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from solvers.gram import quadratic, quadratic_rounding, solve_definite
+from solvers.hessian import half
 from solvers.problem import SubsetProblem
-from solvers.symmetric import Symmetric
 
 
 def refit(problem: SubsetProblem, support: Tensor) -> tuple[tuple[Tensor, ...], float]:
@@ -32,7 +32,7 @@ def refit(problem: SubsetProblem, support: Tensor) -> tuple[tuple[Tensor, ...], 
     weights = []
     for consumer in problem.consumers:
         rows = consumer.support_rows(support)
-        fitted = solve_definite(Symmetric.of(consumer.H, rows), consumer.G[rows])
+        fitted = solve_definite(half(consumer.hessian, rows), consumer.G[rows])
         W = torch.zeros_like(consumer.W0)
         W[rows] = fitted
         weights.append(W)
@@ -51,7 +51,7 @@ def quadratic_loss(problem: SubsetProblem, weights: Sequence[Tensor]) -> float:
     """
     pairs = zip(problem.consumers, weights, strict=True)
     # The sum is what is minimized, so rounding below zero is taken from the sum as well.
-    return max(sum(quadratic(c.H, c.G, c.e, W) for c, W in pairs), 0.0)
+    return max(sum(quadratic(c.hessian, c.G, c.e, W) for c, W in pairs), 0.0)
 
 
 def loss_rounding(problem: SubsetProblem, weights: Sequence[Tensor]) -> float:
@@ -65,4 +65,4 @@ def loss_rounding(problem: SubsetProblem, weights: Sequence[Tensor]) -> float:
         For each consumer, (p, m) float64.
     """
     pairs = zip(problem.consumers, weights, strict=True)
-    return sum(quadratic_rounding(c.H, c.G, c.e, W) for c, W in pairs)
+    return sum(quadratic_rounding(c.hessian, c.G, c.e, W) for c, W in pairs)

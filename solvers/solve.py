@@ -230,7 +230,7 @@ def _check_support(name: str, support: Tensor, problem: SubsetProblem) -> None:
 def _damping(problem: SubsetProblem) -> str:
     """Name the damping of each consumer, for an error message."""
     shares = [
-        c.damping / max(float(c.H.diagonal().mean()) - c.damping, c.damping, 1e-300)
+        c.damping / max(float(c.hessian.diagonal().mean()) - c.damping, c.damping, 1e-300)
         for c in problem.consumers
     ]
     return f"damp={', '.join(f'{share:.2g}' for share in shares)}"

@@ -82,23 +82,48 @@ class Symmetric:
             yield start, panel
             start += len(panel)
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """That of the whole matrix."""
+        return len(self), len(self)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of its numbers."""
+        return self._panels[0].dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where it is."""
+        return self._panels[0].device
+
     # ---- reading and writing -----------------------------------------------------------------
 
     def dense(self) -> Tensor:
         """Return the whole matrix, (p, p)."""
-        return self.rows(torch.arange(len(self), device=self._panels[0].device))
-
-    def release(self) -> Tensor:
-        """Return the whole matrix, (p, p), giving the memory of this one back on the way."""
         p = len(self)
         whole = self._panels[0].new_empty(p, p)
-        while self._panels:
-            panel = self._panels.pop()
-            stop = panel.shape[1]
-            start = stop - len(panel)
+        for start, panel in self.spans():
+            stop = start + len(panel)
             whole[start:stop, :stop] = panel
             whole[:start, start:stop] = panel[:, :start].T
         return whole
+
+    def entries(self, rows: Tensor, columns: Tensor) -> Tensor:
+        """Return copies of the entries in some rows and columns, (r, c), in any order."""
+        if len(self._panels) == 1:
+            return self._panels[0][rows[:, None], columns]
+        found = self._panels[0].new_empty(len(rows), len(columns))
+        for start, panel in self.spans():
+            stop = start + len(panel)
+            own, left = _within(rows, start, stop), _within(columns, 0, stop)
+            if len(own):
+                found[own[:, None], left] = panel[rows[own, None] - start, columns[left]]
+            above, own = _within(rows, 0, start), _within(columns, start, stop)
+            if len(above) and len(own):
+                across = panel[columns[own, None] - start, rows[above]]
+                found[above[:, None], own] = across.T
+        return found
 
     def rows(self, index: Tensor) -> Tensor:
         """Return copies of some rows, (r, p)."""
@@ -107,10 +132,9 @@ class Symmetric:
         found = self._panels[0].new_empty(len(index), len(self))
         for start, panel in self.spans():
             stop = start + len(panel)
-            at = torch.nonzero((index >= start) & (index < stop)).flatten()
+            at, above = _within(index, start, stop), _within(index, 0, start)
             if len(at):
                 found[at, :stop] = panel[index[at] - start]
-            above = torch.nonzero(index < start).flatten()
             if len(above):
                 found[above, start:stop] = panel[:, index[above]].T
         return found
@@ -119,9 +143,8 @@ class Symmetric:
         """Write some rows, (r, p), and their columns; `values` is symmetric where they meet."""
         for start, panel in self.spans():
             stop = start + len(panel)
-            at = torch.nonzero((index >= start) & (index < stop)).flatten()
+            at, here = _within(index, start, stop), _within(index, 0, stop)
             panel[index[at] - start] = values[at, :stop]
-            here = torch.nonzero(index < stop).flatten()
             panel[:, index[here]] = values[here, start:stop].T
 
     def diagonal(self) -> Tensor:
@@ -161,6 +184,13 @@ class Symmetric:
         spans = list(self.spans())
         edges = _edges(len(rows), 0, 1)
         return Symmetric([_picked(spans, rows, start, stop) for start, stop in edges])
+
+    def clear(self, gone: Tensor) -> None:
+        """Set to zero the rows and columns of which (p,) bool says so."""
+        for start, panel in self.spans():
+            stop = start + len(panel)
+            panel[gone[start:stop]] = 0
+            panel[:, gone[:stop]] = 0
 
     def product(self, B: Tensor) -> Tensor:
         """Return the product with B, (p, m)."""
@@ -277,6 +307,11 @@ class Symmetric:
                 panel.addmm_(below[:, own].T, below[:, :stop])
 
 
+def _within(index: Tensor, start: int, stop: int) -> Tensor:
+    """Return the places, (k,) int64, at which numbers from `start` to below `stop` stand."""
+    return torch.nonzero((index >= start) & (index < stop)).flatten()
+
+
 def _picked(sources: list[tuple[int, Tensor]], rows: Tensor, start: int, stop: int) -> Tensor:
     """Return the panel ``start .. stop`` of some rows, sorted, of a matrix.
 
@@ -292,7 +327,7 @@ def _picked(sources: list[tuple[int, Tensor]], rows: Tensor, start: int, stop: i
     own, columns = rows[start:stop], rows[:stop]
     panel = sources[0][1].new_empty(stop - start, stop)
     for first, source in sources:
-        at = torch.nonzero((own >= first) & (own < first + len(source))).flatten()
+        at = _within(own, first, first + len(source))
         known = int((columns < first + len(source)).sum())
         if len(at):
             panel[at, :known] = source[own[at, None] - first, columns[:known]]

@@ -123,18 +123,18 @@ def check_energy(e: float) -> None:
         raise ProblemError(f"e is {e:.3g}, whose products overflow or vanish; scale the data")
 
 
-def check_diagonal(H: Tensor) -> None:
-    """Refuse a diagonal that is not positive.
+def check_diagonal(diagonal: Tensor) -> None:
+    """Refuse a diagonal of H, (p,), that is not positive.
 
     Raises
     ------
     ProblemError
         Naming the value and the row.
     """
-    least = float(H.diagonal().min())
+    least = float(diagonal.min())
     if least < _SMALLEST:
         raise ProblemError(
-            f"H has {least:.3g} on its diagonal (row {int(H.diagonal().argmin())}) and must be "
+            f"H has {least:.3g} on its diagonal (row {int(diagonal.argmin())}) and must be "
             f"positive definite, with no less than {_SMALLEST:g} there: build it with from_gram "
             "and damp > 0, or scale the data"
         )

@@ -35,6 +35,7 @@ from torch import Tensor
 from solvers.certificate import Certificate, EnumerationCertificate, MultiplierCertificate
 from solvers.errors import ProblemError, VerificationError
 from solvers.gram import TILE_ROWS
+from solvers.hessian import entries
 from solvers.pivot import PivotState
 from solvers.problem import SubsetProblem
 from solvers.protocol import Status, WindowCertificate
@@ -314,7 +315,7 @@ def _stationarity(problem: SubsetProblem, claim: _Claim) -> float:
         fitted = W[kept]  # the other rows are zero, as was checked
         largest = max(map(abs, map(float, torch.aminmax(consumer.G)))) or 1.0
         for rows in torch.split(kept, TILE_ROWS):
-            residual = consumer.H[rows[:, None], kept] @ fitted - consumer.G[rows]
+            residual = entries(consumer.hessian, rows, kept) @ fitted - consumer.G[rows]
             gradient = float(residual.abs().max())
             _require(math.isfinite(gradient), "weights overflow: their gradient is not finite")
             worst = max(worst, gradient / largest)

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from solvers.errors import ProblemError
 from solvers.gram import is_definite, unexplained
+from solvers.hessian import entries
 from solvers.pivot import PivotState
 from solvers.problem import NO_ROW, Consumer, SubsetProblem
 
@@ -137,11 +138,13 @@ def _condition(consumer: Consumer, outside: Tensor, units: Tensor) -> Consumer:
     owned = consumer.rows[units]
     present = owned != NO_ROW
     v, f = owned[present], consumer.support_rows(outside)
-    H, G, e = consumer.H[v[:, None], v], consumer.G[v], consumer.e
+    H, G, e = entries(consumer.hessian, v, v), consumer.G[v], consumer.e
     W0 = consumer.W0[v]
     if len(f):
-        factor = torch.linalg.cholesky(consumer.H[f[:, None], f])
-        columns = torch.linalg.solve_triangular(factor, consumer.H[f[:, None], v], upper=False)
+        factor = torch.linalg.cholesky(entries(consumer.hessian, f, f))
+        columns = torch.linalg.solve_triangular(
+            factor, entries(consumer.hessian, f, v), upper=False
+        )
         half = torch.linalg.solve_triangular(factor, consumer.G[f], upper=False)
         H = H.addmm_(columns.T, columns, alpha=-1)
         G = G.addmm_(columns.T, half, alpha=-1)
@@ -162,7 +165,7 @@ def _constant(consumer: Consumer, e: float, units: int) -> Consumer:
     rows = consumer.rows.new_full((units, 1), NO_ROW)
     rows[0] = 0
     nothing = torch.zeros_like(consumer.W0[:1])
-    one = torch.ones_like(consumer.H[:1, :1])
+    one = torch.ones_like(consumer.G[:1, :1])
     return replace(
         consumer, H=one, G=nothing, e=e, W0=nothing, rows=rows, damping=0.0, variance=None
     )

@@ -34,6 +34,7 @@ from osscar.core.modules import device_of
 from osscar.core.printable import counted
 from osscar.core.ranks import Ranks
 from solvers import Consumer, SubsetProblem
+from solvers.hessian import Hessian, add_to_diagonal
 from solvers.symmetric import Symmetric
 
 
@@ -44,7 +45,7 @@ class Moments:
     Parameters
     ----------
     H
-        ``X'X/N``, (p, p).
+        Half of ``X'X/N``, (p, p).
     C
         ``X'D/N``, (p, m); None where there are no corrections.
     energy
@@ -56,7 +57,7 @@ class Moments:
         Variances of the inputs, (p,), whether or not a bias takes up their means.
     """
 
-    H: Tensor
+    H: Symmetric
     C: Tensor | None
     energy: float
     x: Tensor
@@ -75,7 +76,7 @@ class Moments:
         """
         if self.C is None or share == 0:
             return None
-        G = self.H @ W0
+        G = self.H.product(W0)
         energy = _inner(W0, G) + 2 * share * _inner(W0, self.C) + share**2 * self.energy
         return G.add_(self.C, alpha=share), energy
 
@@ -370,8 +371,9 @@ class _Sums:
         energies = sums.diagonal() / n
         if last:
             self.gram = self.cross = None
-        H = sums.release() if last else sums.dense()
-        H.div_(n)
+        H = sums if last else sums.copy()
+        for _, panel in H.spans():
+            panel.div_(n)
         if C is not None:
             C = C.div_(n) if last else C / n
         (x, d), (own, own_d) = (about or self).means(), self.means()
@@ -379,16 +381,18 @@ class _Sums:
             d = own_d = torch.zeros((), dtype=torch.float64, device=x.device)
         if self.centered:
             # mean (x - c)(x - c)' = H - m c' - c m' + c c', with m the own mean
-            H.addr_(own, x, alpha=-1).addr_(x, own, alpha=-1).addr_(x, x)
+            for start, panel in H.spans():
+                rows, columns = slice(start, start + len(panel)), slice(start + len(panel))
+                panel.addr_(own[rows], x[columns], alpha=-1).addr_(x[rows], own[columns], alpha=-1)
+                panel.addr_(x[rows], x[columns])
             # An input that is constant has nothing left but rounding, and is dead.
             constant = H.diagonal() <= CONSTANT * energies
-            H[constant] = 0
-            H[:, constant] = 0
+            H.clear(constant)
             if C is not None:
                 C.addr_(own, d, alpha=-1).addr_(x, own_d, alpha=-1).addr_(x, d)
                 C[constant] = 0
                 energy = max(energy - 2 * float(own_d @ d) + float(d @ d), 0.0)
-            return Moments(H, C, energy, x, d, H.diagonal().clone())
+            return Moments(H, C, energy, x, d, H.diagonal())
         variance = energies - own.square()
         variance[variance <= CONSTANT * energies] = 0
         return Moments(H, C, energy, torch.zeros_like(x), torch.zeros_like(d), variance)
@@ -429,7 +433,7 @@ def add_up(accumulators: Sequence[GramAccumulator], ranks: Ranks, name: str) -> 
 
 
 def damped_by_input(
-    H: Tensor,
+    H: Hessian,
     W0: Tensor,
     *,
     targets: tuple[Tensor, float] | None = None,
@@ -446,7 +450,7 @@ def damped_by_input(
     Parameters
     ----------
     H, W0
-        Undamped Gram matrix, and dense weights.
+        Undamped Gram matrix or half of it, and dense weights.
     targets
         G and e of targets that are not what these weights put out.
     units
@@ -461,7 +465,7 @@ def damped_by_input(
     if targets is not None:
         G = targets[0].addcmul_(added[:, None], W0)
         e = targets[1] + float(added @ torch.linalg.vector_norm(W0, dim=1).square())
-    H.diagonal().add_(added)
+    add_to_diagonal(H, added)
     return Consumer.from_gram(
         H, W0, G=G, e=e, units=units, damp=0.0, variance=variance, overwrite=True
     )

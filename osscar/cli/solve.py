@@ -82,7 +82,7 @@ def describe(problem: SubsetProblem) -> dict[str, Any]:
         "dead": problem.dead.tolist(),
         "consumers": [
             {
-                "inputs": len(consumer.H),
+                "inputs": len(consumer.hessian),
                 "outputs": consumer.W0.shape[1],
                 "width": consumer.width,
                 "damping": consumer.damping,

@@ -389,4 +389,4 @@ def _curve(layers: Sequence[_Read], sort: Sort, scale: float, clock: Clock) -> t
         spent += clock() - began
     began = clock()
     elimination_curve(solvers.SubsetProblem(tuple(consumers), units, "probe"))
-    return max(len(c.H) for c in consumers), spent + clock() - began
+    return max(len(c.hessian) for c in consumers), spent + clock() - began

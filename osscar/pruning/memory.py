@@ -27,15 +27,18 @@ from osscar.pruning.allocation import provisional
 from osscar.pruning.divergence import MOST_BYTES
 from osscar.pruning.request import Allocation, FormChoice, PruningRequest
 
-_SOLVING = (1.75, 0.0, 3.5)
+_SOLVING = (1.25, 0.0, 3.5)
 """Numbers of float64 that solving one layer holds at once, in p^2, r^2 and p m: p inputs of which r
-stay, and m outputs.  The problem is 1 and 2 of them; docs/scale.md has the rest."""
+stay, and m outputs.  The problem is 0.5 and 2 of them; docs/scale.md has the rest."""
 
-_COMMITTING = (1.0, 0.0, 6.0)
+_COMMITTING = (0.5, 0.0, 6.0)
 """The same while a refit is on its way to the model: beside the problem."""
 
-_DAMPING = (1.0, 1.5, 4.0)
+_DAMPING = (1.0, 1.5, 2.0)
 """The same while damping is chosen by samples that are held out: halves of matrices."""
+
+_CORRECTIONS = 2.0
+"""Sums of corrections, in p m, if targets have some: of what is held out, and of the rest."""
 
 _OTHERWISE = (11.0, 0.0, 6.0)
 """The same of backends of which nothing is known, and where bounds are asked for."""
@@ -235,7 +238,11 @@ def _peaks(request: PruningRequest) -> list[tuple[float, float, float]]:
     """Return what is held at the moments at which a layer takes most."""
     lean = isinstance(request.backend, str) and request.backend in _LEAN and not request.certify
     peaks = [_SOLVING if lean else _OTHERWISE, _COMMITTING]
-    return [*peaks, _DAMPING] if request.holds_out else peaks
+    if request.holds_out:
+        squares, parts, sides = _DAMPING
+        corrected = Target(request.target).needs_dense
+        peaks.append((squares, parts, sides + (_CORRECTIONS if corrected else 0.0)))
+    return peaks
 
 
 def _widths(model: nn.Module) -> tuple[int, int]:

@@ -11,6 +11,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from solvers.aligned import narrowed
 from solvers.certificate import EnumerationCertificate, Inverses
 from solvers.problem import NO_ROW, Consumer, SubsetProblem
 from solvers.protocol import DEFAULT_GAP_TOLERANCE, BackendKind, Capabilities, Selection, Status
@@ -43,7 +44,7 @@ class Enumerate:
         supports = combinations(range(problem.units), problem.keep)
         for batch in _batches(supports, max(1, _BATCH_ELEMENTS // rows)):
             chosen = torch.tensor(batch, dtype=torch.int64, device=problem.device)
-            parts = [_explained(c, G, chosen) for c, G in compact]
+            parts = [_explained(*terms, chosen) for terms in compact]
             explained = torch.stack([part for part, _ in parts]).sum(0)
             rounding = torch.stack([part for _, part in parts]).sum(0)
             index = int(explained.argmax())
@@ -79,15 +80,14 @@ def _batches(supports: Iterator[tuple[int, ...]], size: int) -> Iterator[list[tu
         yield batch
 
 
-def _compress(consumer: Consumer) -> tuple[Consumer, Tensor]:
-    """Return the consumer and a G of at most p columns with the same G G'."""
-    G = consumer.G
-    if G.shape[1] <= G.shape[0]:
-        return consumer, G
-    return consumer, torch.linalg.qr(G.T, mode="r").R.T
+def _compress(consumer: Consumer) -> tuple[Consumer, Tensor, Tensor]:
+    """Return the consumer, its H, and a G of at most p columns with the same G G'."""
+    return consumer, consumer.H, narrowed(consumer.G)
 
 
-def _explained(consumer: Consumer, G: Tensor, supports: Tensor) -> tuple[Tensor, Tensor]:
+def _explained(
+    consumer: Consumer, whole: Tensor, G: Tensor, supports: Tensor
+) -> tuple[Tensor, Tensor]:
     """Return ``tr(G_S' inv(H_SS) G_S)`` for a batch of supports, and its rounding; (b, k) -> (b,).
 
     Computed factors are those of a matrix whose entries differ from those of H by a few times
@@ -97,14 +97,14 @@ def _explained(consumer: Consumer, G: Tensor, supports: Tensor) -> tuple[Tensor,
     """
     rows = consumer.rows[supports].flatten(1)
     filler = rows == NO_ROW
-    H = consumer.H[rows[:, :, None], rows[:, None, :]]
+    H = whole[rows[:, :, None], rows[:, None, :]]
     H = torch.where(filler[:, :, None] | filler[:, None, :], 0.0, H)
     H.diagonal(dim1=1, dim2=2).add_(filler.to(H))
     G_S = torch.where(filler[:, :, None], 0.0, G[rows])
     factor = torch.linalg.cholesky(H)
     half: Tensor = torch.linalg.solve_triangular(factor, G_S, upper=False)
     W = torch.linalg.solve_triangular(factor.mT, half, upper=True).norm(dim=2)
-    root = torch.where(filler, 0.0, consumer.H.diagonal()[rows].sqrt())
+    root = torch.where(filler, 0.0, whole.diagonal()[rows].sqrt())
     size = (root * W).sum(1).square() + 2 * (W * G_S.norm(dim=2)).sum(1) + consumer.e
     roundings = 4 * _EPS * (rows.shape[1] + consumer.G.shape[1])
     return half.square().sum(2).sum(1), roundings * size

@@ -113,7 +113,7 @@ def _weighted_variance(consumer: Consumer) -> Tensor:
 
 
 def _weighted_square(consumer: Consumer) -> Tensor:
-    return consumer.W0.square().sum(1) * (consumer.H.diagonal() - consumer.damping)
+    return consumer.W0.square().sum(1) * (consumer.hessian.diagonal() - consumer.damping)
 
 
 def _unit_sums(problem: SubsetProblem, row_scores: list[Tensor]) -> Tensor:

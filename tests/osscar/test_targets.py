@@ -175,7 +175,7 @@ def held_out_error(gram, damp, share):
     support = solvers.make_backend("wanda").select(pose([gram], 8, "one", damp, 0.0)).support
     W = solvers.refit(pose([gram], 8, "one", damp, share), support)[0][0]
     G, e = gram.held.targets(gram.linear_map.read_weight(), 1.0)
-    return float((W * (gram.held.H @ W - 2 * G)).sum()) + e
+    return float((W * (gram.held.H.product(W) - 2 * G)).sum()) + e
 
 
 def test_the_share_is_the_one_that_a_search_over_shares_finds():

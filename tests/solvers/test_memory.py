@@ -55,8 +55,11 @@ def test_what_is_written_is_read(panels):
     H[index] = new
     H[:, index] = new.T
     assert torch.equal(A.dense(), H)
-    assert torch.equal(A.release(), H)
-    assert len(A) == 0
+    unsorted, columns = torch.tensor([5, 39, 0, 22, 38]), torch.randperm(40)[:31]
+    assert torch.equal(A.entries(unsorted, columns), H[unsorted[:, None], columns])
+    gone = torch.isin(torch.arange(40), index)
+    A.clear(gone)
+    assert torch.equal(A.dense(), H * ~gone * ~gone[:, None])
 
 
 def test_low_rank_terms_are_taken_off(panels):
