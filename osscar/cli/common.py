@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -18,6 +18,9 @@ from rich.text import Text
 
 import osscar
 from osscar.core.printable import counted, printable
+
+if TYPE_CHECKING:
+    from osscar.pruning.request import PruningRequest
 
 _PIPE_WIDTH = 140
 """Columns where the output is not a terminal, which has no width of its own."""
@@ -89,6 +92,23 @@ BatchSizeOption = Annotated[
     int | None,
     typer.Option(help="Windows (default 8) or images (default 64) that run at once."),
 ]
+AllocationOption = Annotated[
+    str,
+    typer.Option(
+        help="How a budget is shared out: by `curvature`, so that the outputs of the model "
+        "change least, `uniform`, the same share of every group, or `fluctuation`, by the "
+        "scores of FLAP."
+    ),
+]
+MaxMemoryOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SIZE",
+        help="Most memory of a run, such as 8GB, for a language model in a directory that is "
+        "larger: its weights stay on disk, and each is read when it is needed.  [default: "
+        "what is free, if the model does not fit in it]",
+    ),
+]
 RoundToOption = Annotated[
     int, typer.Option(help="Round kept widths to a multiple of this, for the hardware.")
 ]
@@ -120,6 +140,25 @@ StrictOption = Annotated[
         "named, and all others are pruned.",
     ),
 ]
+
+
+def limit_of(
+    given: str | None, model: str, dtype: str, device: str, request: PruningRequest
+) -> str | int | None:
+    """Return the memory to stay within: what is given, or what there is if the model is larger."""
+    from osscar.core.memory import in_words
+    from osscar.models.language import fitting_memory
+    from osscar.models.open import is_vision
+    from osscar.pruning.memory import needs_memory
+
+    if given is not None:
+        return given
+    if device == "cuda" or is_vision(model) or needs_memory(request) is not None:
+        return None
+    limit = fitting_memory(model, dtype)
+    if limit is not None:
+        say(f"the weights stay on disk, since they do not fit: --max-memory {in_words(limit)}")
+    return limit
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from osscar.cli.common import (
+    AllocationOption,
     AtLeastOption,
     BackendOption,
     BackendOptionsOption,
@@ -21,6 +22,7 @@ from osscar.cli.common import (
     DeviceOption,
     DtypeOption,
     JsonOption,
+    MaxMemoryOption,
     ModelArgument,
     RoundToOption,
     SamplesOption,
@@ -30,6 +32,7 @@ from osscar.cli.common import (
     TrustOption,
     WeightsOption,
     check_json_path,
+    limit_of,
     out,
     parse_options,
     quiet,
@@ -48,7 +51,6 @@ if TYPE_CHECKING:
     from osscar.data.tokens import CalibrationSet
     from osscar.models.language import LoadedModel
     from osscar.models.vision import VisionModel
-    from osscar.pruning.request import PruningRequest
     from osscar.pruning.run_log import RunLog
 
 
@@ -119,14 +121,7 @@ def command(
             "calibration batch shall be, timed on this device."
         ),
     ] = None,
-    allocation: Annotated[
-        str,
-        typer.Option(
-            help="How a budget is shared out: by `curvature`, so that the outputs of the model "
-            "change least, `uniform`, the same share of every group, or `fluctuation`, by the "
-            "scores of FLAP."
-        ),
-    ] = "curvature",
+    allocation: AllocationOption = "curvature",
     heads: Annotated[
         str | None, typer.Option(help="Heads to *keep*: a fraction (0.7, 2/3) or a count.")
     ] = None,
@@ -210,15 +205,7 @@ def command(
     strict: StrictOption = False,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
-    max_memory: Annotated[
-        str | None,
-        typer.Option(
-            metavar="SIZE",
-            help="Most memory of a run, such as 8GB, for a language model in a directory that is "
-            "larger: its weights stay on disk, and each is read when it is needed.  [default: "
-            "what is free, if the model does not fit in it]",
-        ),
-    ] = None,
+    max_memory: MaxMemoryOption = None,
     overwrite: Annotated[bool, typer.Option(help="Replace the checkpoint that is there.")] = False,
     restart: Annotated[
         bool, typer.Option("--restart", help="Begin anew where a run that was killed would go on.")
@@ -321,9 +308,7 @@ def command(
                 device=device,
                 dtype=dtype,
                 trust_remote_code=trust_remote_code,
-                max_memory=_limit(model, dtype, device, request)
-                if max_memory is None
-                else max_memory,
+                max_memory=limit_of(max_memory, model, dtype, device, request),
             )
             if path is not None and ranks.first:
                 needed = weight_bytes(loaded.model, loaded.stored_dtype)
@@ -385,21 +370,6 @@ def command(
     out.print("next:", style="bold")
     given = "--images PATH" if of_images else "--text FILE"
     out.print(f"  osscar eval {directory} {given} --against {against or model}", highlight=False)
-
-
-def _limit(model: str, dtype: str, device: str, request: PruningRequest) -> int | None:
-    """Return the memory that a model is to be pruned within if it does not fit; None if it does."""
-    from osscar.core.memory import in_words
-    from osscar.models.language import fitting_memory
-    from osscar.models.open import is_vision
-    from osscar.pruning.memory import needs_memory
-
-    if device == "cuda" or is_vision(model) or needs_memory(request) is not None:
-        return None
-    limit = fitting_memory(model, dtype)
-    if limit is not None:
-        say(f"the weights stay on disk, since they do not fit: --max-memory {in_words(limit)}")
-    return limit
 
 
 _OF_THIS_TIME = (

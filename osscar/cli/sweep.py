@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from osscar.cli.common import (
+    AllocationOption,
     AtLeastOption,
     BackendOption,
     BatchSizeOption,
@@ -18,6 +19,7 @@ from osscar.cli.common import (
     DeviceOption,
     DtypeOption,
     JsonOption,
+    MaxMemoryOption,
     ModelArgument,
     RoundToOption,
     SamplesOption,
@@ -27,6 +29,7 @@ from osscar.cli.common import (
     WeightsOption,
     check_json_path,
     document,
+    limit_of,
     out,
     quiet,
     say,
@@ -102,6 +105,7 @@ def command(
             "`multistage` (the choice of OSSCAR as published), `greedy`, `wanda` and `magnitude`.",
         ),
     ] = False,
+    allocation: AllocationOption = "curvature",
     weights: WeightsOption = None,
     calibration: CalibrationOption = None,
     samples: SamplesOption = None,
@@ -117,6 +121,7 @@ def command(
     strict: StrictOption = False,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
+    max_memory: MaxMemoryOption = None,
     json: JsonOption = None,
     trust_remote_code: TrustOption = False,
 ) -> None:
@@ -129,6 +134,7 @@ def command(
     from osscar.core.files import write_text
     from osscar.data.batches import as_inputs
     from osscar.models.open import open_model
+    from osscar.pruning.memory import check_can_stream
     from osscar.pruning.request import PruningRequest
     from osscar.pruning.run_log import RunManifest
     from osscar.pruning.sweep import jobs
@@ -141,10 +147,11 @@ def command(
     budget, values = _asked(
         sparsity=sparsity, params=params, size=size, flops=flops, speedup=speedup
     )
-    points = jobs(budget, values, baselines=baselines)
+    points = jobs(budget, values, baselines=baselines, allocation=allocation)
     first: dict[str, Any] = {str(budget): points[0].value}
     base = PruningRequest(
         **first,
+        allocation=allocation,
         round_to=round_to,
         at_least=at_least,
         backend=backend,
@@ -157,8 +164,15 @@ def command(
     place = SweepDirectory(directory)
     with quiet():
         loaded = open_model(
-            model, weights=weights, device=device, dtype=dtype, trust_remote_code=trust_remote_code
+            model,
+            weights=weights,
+            device=device,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+            max_memory=limit_of(max_memory, model, dtype, device, base),
         )
+        for job in points:
+            check_can_stream(loaded.model, job.request(base))
         data = loaded.calibration(calibration, samples=samples, seqlen=seqlen, seed=seed)
         scorer = _Scorer.of(loaded, data, text=text, images=images, windows=windows, seqlen=seqlen)
         inputs = as_inputs(loaded.model, data)

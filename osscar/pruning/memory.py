@@ -272,6 +272,19 @@ def needs_memory(request: PruningRequest) -> str | None:
     return None
 
 
+def check_can_stream(model: nn.Module, request: PruningRequest) -> None:
+    """Refuse to prune a model that is read from disk where it is needed in memory as a whole.
+
+    Raises
+    ------
+    RequestError
+        Saying why, and what to do.
+    """
+    reason = None if shelf_of(model) is None else needs_memory(request)
+    if reason is not None:
+        raise RequestError(reason)
+
+
 def check_streamed(ready: Opened, request: PruningRequest, held_out: int) -> Room | None:
     """Refuse what a model that is read from disk cannot do, or not within its memory.
 
@@ -295,9 +308,7 @@ def check_streamed(ready: Opened, request: PruningRequest, held_out: int) -> Roo
     shelf = shelf_of(ready.model)
     if shelf is None:
         return None
-    reason = needs_memory(request)
-    if reason is not None:
-        raise RequestError(reason)
+    check_can_stream(ready.model, request)
     base = resident_memory() - shelf.held_bytes
     for waiting_on_disk in (False, True):
         room = Room.of(ready, request, held_out, waiting_on_disk=waiting_on_disk)

@@ -24,8 +24,17 @@ from osscar.pruning.request import Allocation, PruningRequest
 from osscar.pruning.result import PruningResult
 from osscar.shrinking.lineage import note_calibration
 
-CURVATURE = "curvature"
-"""The method of the request itself; all others are baselines."""
+METHODS = MappingProxyType(
+    {
+        str(Allocation.CURVATURE): "widths of least predicted divergence; layers make up for one "
+        "another's errors",
+        str(Allocation.UNIFORM): "the same share of every group; layers make up for one another's "
+        "errors",
+        str(Allocation.FLUCTUATION): "widths by the scores of FLAP (An et al., 2024); layers make "
+        "up for one another's errors",
+    }
+)
+"""What the request itself may be called, by how it shares a budget; all others are baselines."""
 
 BASELINES = MappingProxyType(
     {
@@ -80,7 +89,7 @@ class Job:
     Parameters
     ----------
     method
-        `CURVATURE`, or a baseline's backend.
+        One of `METHODS`, or a baseline's backend.
     budget
         What is asked for.
     value
@@ -106,8 +115,8 @@ class Job:
         """
         asked: dict[str, Any] = dict.fromkeys(map(str, BudgetKind))
         asked[self.budget] = self.value
-        if self.method == CURVATURE:
-            return dataclasses.replace(base, **asked)
+        if self.method in METHODS:
+            return dataclasses.replace(base, **asked, allocation=self.method)
         return dataclasses.replace(
             base,
             **asked,
@@ -123,7 +132,11 @@ class Job:
 
 
 def jobs(
-    budget: BudgetKind, values: Sequence[float | int], *, baselines: bool = False
+    budget: BudgetKind,
+    values: Sequence[float | int],
+    *,
+    baselines: bool = False,
+    allocation: str = Allocation.CURVATURE,
 ) -> tuple[Job, ...]:
     """Return the points of a sweep, the method itself first, the largest model first.
 
@@ -135,6 +148,8 @@ def jobs(
         What it comes to.
     baselines
         Whether to add `BASELINES`.
+    allocation
+        How budgets are shared, which is what the method itself is called by.
 
     Raises
     ------
@@ -158,8 +173,8 @@ def jobs(
         )
     for value in values:
         asked: dict[str, Any] = {str(budget): value}
-        PruningRequest(**asked)
-    methods = (CURVATURE, *(BASELINES if baselines else ()))
+        PruningRequest(**asked, allocation=allocation)
+    methods = (str(Allocation(allocation)), *(BASELINES if baselines else ()))
     ordered = sorted(set(values), reverse=not budget.rises)
     return tuple(Job(method, budget, value) for method in methods for value in ordered)
 

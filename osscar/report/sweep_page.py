@@ -9,7 +9,7 @@ from typing import Any
 from matplotlib.figure import Figure
 from rich.table import Table
 
-from osscar.pruning.sweep import BASELINES, CURVATURE
+from osscar.pruning.sweep import BASELINES, METHODS
 from osscar.report.numbers import engineering, share
 from osscar.report.page import COLORS, Picture, render
 from osscar.report.prune_plots import SHARES, legend, small_figure
@@ -18,7 +18,7 @@ from osscar.report.tables import new_table
 _DENSE = "dense"
 _METHODS = {
     _DENSE: "the model as it is",
-    CURVATURE: "widths of least predicted divergence; layers make up for one another's errors",
+    **METHODS,
     **{
         name: f"uniform shares, each layer refitted by itself; {what}"
         for name, what in BASELINES.items()
@@ -187,7 +187,7 @@ def sweep_page(document: Mapping[str, Any]) -> str:
 def _answer(points: Sequence[Mapping[str, Any]], varied: _Varied) -> str:
     """Say in a sentence what the method itself comes to, and how far the baselines are."""
     dense = next(point for point in points if point["method"] == _DENSE)
-    mine = [point for point in points if point["method"] == CURVATURE]
+    mine = [point for point in points if point["method"] in METHODS]
     known = _known(points)
     if not mine or not known:
         return "Nothing was measured of quality: the model puts out no logits."

@@ -46,7 +46,7 @@ from osscar.pruning.memory import _LEAST, Room
 from osscar.pruning.prune import DenseFacts, opened_for, prune_as_asked
 from osscar.pruning.request import PruningRequest
 from osscar.pruning.run_log import RunLog
-from osscar.pruning.sweep import CURVATURE, BudgetKind, Job, sweep
+from osscar.pruning.sweep import BudgetKind, Job, sweep
 from osscar.shrinking.equivalence import proof_outputs
 from tests.osscar.families import VOCABULARY, tiny
 
@@ -442,7 +442,8 @@ def test_what_needs_the_whole_model_is_refused(tmp_path, asked, named):
         pruned(written(tmp_path / "dense", "opt"), PLENTY, **asked)
 
 
-SWEPT = (Job(CURVATURE, BudgetKind.SPARSITY, 0.2), Job("wanda", BudgetKind.SPARSITY, 0.4))
+def swept(allocation):
+    return Job(allocation, BudgetKind.SPARSITY, 0.2), Job("wanda", BudgetKind.SPARSITY, 0.4)
 
 
 def test_a_sweep_of_a_streamed_model_comes_to_the_same(tmp_path):
@@ -451,7 +452,7 @@ def test_a_sweep_of_a_streamed_model_comes_to_the_same(tmp_path):
     found = []
     for memory in (None, PLENTY):
         model = osscar.load_model(dense, device="cpu", max_memory=memory).model
-        found.append([result for _, result in sweep(model, windows(), base, SWEPT)])
+        found.append([result for _, result in sweep(model, windows(), base, swept("uniform"))])
     for plain, streamed in zip(*found, strict=True):
         assert is_on_disk(streamed.model)
         assert streamed.plan == plain.plan
@@ -470,7 +471,7 @@ def test_a_sweep_is_refused_before_anything_is_measured(
     dense = written(tmp_path / "dense", "opt")
     loaded = osscar.load_model(dense, device="cpu", max_memory=memory)
     with pytest.raises(RequestError, match=named):
-        next(sweep(loaded.model, windows(), base, SWEPT))
+        next(sweep(loaded.model, windows(), base, swept(allocation)))
 
 
 def test_a_limit_of_a_few_bytes_is_told_as_it_was_given(tmp_path):

@@ -11,11 +11,12 @@ import osscar
 import osscar.pruning.sweep as sweep_room
 from osscar.cli import main
 from osscar.core.errors import OsscarError, OutputError, RunError
+from osscar.models.language import DEMO_DIRECTORY
 from osscar.pruning.allocation import allocate
 from osscar.pruning.budget import described
 from osscar.pruning.prune import opened_for, prune_as_asked
 from osscar.pruning.request import PruningRequest
-from osscar.pruning.sweep import BASELINES, CURVATURE, BudgetKind, Job, jobs, sweep
+from osscar.pruning.sweep import BASELINES, METHODS, BudgetKind, Job, jobs, sweep
 from osscar.pruning.sweep_points import Point, SweepDirectory, SweepManifest
 from osscar.pruning.trial import LeftAlone
 from osscar.report.sweep_page import sweep_page, sweep_table
@@ -25,6 +26,7 @@ from tests.osscar.families import tiny, tokens
 from tests.osscar.networks import images, small_net
 
 SPARSITY, FLOPS = BudgetKind.SPARSITY, BudgetKind.FLOPS
+CURVATURE = "curvature"
 BASE = PruningRequest(sparsity=0.5, backend="greedy", device="cpu")
 
 
@@ -78,7 +80,9 @@ def test_baselines_are_the_methods_as_published():
         "multistage",
     )
     assert request.sparsity == 0.2
-    assert Job(CURVATURE, SPARSITY, 0.2).request(BASE).allocation == "curvature"
+    for method in METHODS:
+        assert Job(method, SPARSITY, 0.2).request(BASE).allocation == method
+        assert jobs(SPARSITY, (0.2,), allocation=method) == (Job(method, SPARSITY, 0.2),)
 
 
 @pytest.mark.parametrize(
@@ -293,6 +297,35 @@ def test_a_sweep_goes_on_and_its_page_shows_every_number(run, text, tmp_path):
     status, _, err = run(*small_sweep(out, "0.3", text))
     assert status == 2
     assert "scored sha256 was" in err
+
+
+def test_a_model_on_disk_is_swept_to_the_same_numbers(run, text, tmp_path):
+    dense, found = DEMO_DIRECTORY, []
+    for name, limit in (("plain", ()), ("streamed", ("--max-memory", "64GB"))):
+        asked = ("--allocation", "uniform", "--windows", 1, *limit, "--json", tmp_path / name)
+        command = list(small_sweep(tmp_path / f"{name}-sweep", "0.5", text, *asked))
+        command[1] = dense
+        status, printed, err = run(*command)
+        assert status == 0, err
+        assert "uniform at sparsity 0.5: done, 1 of 1" in printed
+        content = json.loads((tmp_path / name).read_text())
+        timed = ("seconds", "speedup", "prune_seconds")
+        found.append([{k: v for k, v in p.items() if k not in timed} for p in content["points"]])
+    assert found[0] == found[1]
+    assert "the same share of every group" in (tmp_path / "plain-sweep" / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("asked", "named"),
+    [(("--sparsity", "0.5"), "--allocation uniform"), (("--speedup", "1.2"), "--speedup times")],
+)
+def test_a_model_on_disk_is_refused_before_it_is_scored(run, tmp_path, asked, named):
+    dense = DEMO_DIRECTORY
+    limit = ("--max-memory", "64GB", "--device", "cpu")
+    status, _, err = run("sweep", dense, *asked, *limit, "--out", tmp_path / "sweep")
+    assert status == 2
+    assert named in " ".join(err.split())
+    assert not (tmp_path / "sweep").exists()
 
 
 @pytest.mark.parametrize(
