@@ -22,6 +22,7 @@ from torch import Tensor
 from solvers.aligned import Aligned, unit_rows
 from solvers.gram import quadratic_on
 from solvers.problem import Consumer, SubsetProblem
+from solvers.symmetric import Symmetric
 
 _PROBES = 16
 _ELEMENTS = 1 << 18
@@ -87,6 +88,21 @@ class ConsumerState:
         U = self.U.view(len(self._place), w, -1)
         K = U.square().sum(2, keepdim=True) if w == 1 else U @ U.mT
         self.N_blocks, self.K_blocks = self.N.diagonal_blocks(w)[self._place], K[self._place]
+
+    def part(self, units: Tensor) -> ConsumerState:
+        """Return the state of some units alone, in this order, while no other is moved.
+
+        A sweep of units changes the rows and columns of others by what these have in common with
+        it, so that a principal block follows from itself.  Losses cannot be asked of it.
+        """
+        made = object.__new__(ConsumerState)
+        at = self._at(units)
+        made.width, made.kept, made._terms = self.width, self.kept[units], self._terms
+        made.N, made.U = Symmetric.of(self.N.entries(at, at)), self.U[at]
+        made._place = torch.arange(len(units), device=units.device)
+        made._leading = made._cross = None
+        made._read_blocks()
+        return made
 
     def N_rows(self, units: Tensor) -> Tensor:
         """Return the rows of N of some units, (u w, n w), columns by unit."""
@@ -254,6 +270,11 @@ class PivotState:
         for consumer in self.consumers:
             consumer.sweep(moved)
         self.kept[moved] = ~self.kept[moved]
+
+    def part(self, units: Tensor) -> PivotState:
+        """Return the state of some units alone, in which these may be exchanged, (u,) int64."""
+        parts = tuple(state.part(units) for state in self.consumers)
+        return PivotState(self.problem, parts, self.kept[units])
 
     def drift(self) -> float:
         """Return the error of ``H_SS A = I`` on a few rows: rounding, as long as sweeps are few."""

@@ -19,7 +19,7 @@ by a twentieth of it).  N and K bound ``|D W|`` for each pair as well: `possible
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -66,6 +66,48 @@ def best_swap(state: PivotState) -> Swap:
     return _most(state, lambda leave, enter: swap_gains(state, leave, enter))
 
 
+@dataclass(frozen=True, eq=False)
+class Promising:
+    """Units whose exchanges gain most.
+
+    Parameters
+    ----------
+    units
+        Those that may leave and those that may enter, (u,) int64.
+    gain
+        Of the best exchange of all, which is one of theirs.
+    """
+
+    units: Tensor
+    gain: float
+
+
+def promising(state: PivotState, count: int) -> Promising:
+    """Return the units whose best exchanges, of all pairs, gain most.
+
+    Parameters
+    ----------
+    state
+        A state; not changed.
+    count
+        How many of those that may leave, and as many of those that may enter; one each are those
+        of `best_swap`.
+    """
+    removed = state.removed
+    if count == 1 or not len(removed):
+        swap = best_swap(state)
+        units = torch.tensor([swap.leave, swap.enter], device=removed.device)
+        return Promising(units, swap.gain)
+    leave = torch.full_like(state.kept, -torch.inf, dtype=torch.float64)
+    enter = leave.clone()
+    for some, gains in _tiles(state, lambda leave, enter: swap_gains(state, leave, enter)):
+        leave[some] = gains.amax(1)
+        enter[removed] = torch.maximum(enter[removed], gains.amax(0))
+    count = min(count, len(removed), len(state.support))
+    units = torch.cat([gains.topk(count).indices for gains in (leave, enter)])
+    return Promising(units, float(leave.max()))
+
+
 def possible_gain(state: PivotState) -> float:
     """Return by how much some exchange may lower the loss, with what rounding can hide of it.
 
@@ -83,14 +125,8 @@ def possible_gain(state: PivotState) -> float:
 
 def _most(state: PivotState, gains_of: Callable[[Tensor, Tensor], Tensor]) -> Swap:
     """Return the exchange of the largest gain, computed for some units that leave at a time."""
-    kept, removed = state.support, state.removed
-    best = Swap(-1, -1, -torch.inf)
-    if len(removed) == 0:
-        return best
-    block = max(consumer.width for consumer in state.consumers) ** 2
-    step = max(1, _PASS_ROWS // block, _PASS_ELEMENTS // (len(removed) * block))
-    for some in torch.split(kept, step):
-        gains = gains_of(some, removed)
+    removed, best = state.removed, Swap(-1, -1, -torch.inf)
+    for some, gains in _tiles(state, gains_of):
         index = int(gains.argmax())
         gain = float(gains.view(-1)[index])
         if gain != gain:  # NaN of one block must not be passed over by another's number
@@ -99,6 +135,19 @@ def _most(state: PivotState, gains_of: Callable[[Tensor, Tensor], Tensor]) -> Sw
             row, column = divmod(index, len(removed))
             best = Swap(int(some[row]), int(removed[column]), gain)
     return best
+
+
+def _tiles(
+    state: PivotState, gains_of: Callable[[Tensor, Tensor], Tensor]
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield some units that may leave, and the gains of their pairs with all that may enter."""
+    kept, removed = state.support, state.removed
+    if len(removed) == 0:
+        return
+    block = max(consumer.width for consumer in state.consumers) ** 2
+    step = max(1, _PASS_ROWS // block, _PASS_ELEMENTS // (len(removed) * block))
+    for some in torch.split(kept, step):
+        yield some, gains_of(some, removed)
 
 
 def swap_gains(state: PivotState, leave: Tensor, enter: Tensor) -> Tensor:

@@ -15,10 +15,18 @@ from solvers.pivot import PivotState
 from solvers.problem import SubsetProblem
 from solvers.protocol import BackendKind, Capabilities, Selection, Status
 from solvers.refit import loss_rounding, refit
-from solvers.swaps import Swap, best_swap, possible_gain
+from solvers.swaps import Promising, Swap, best_swap, possible_gain, promising
 
 _DRIFT_TOLERANCE = 1e-12
 """A state that has drifted by less is as good as one that was factorized anew."""
+
+_FEW_PAIRS = 1 << 20
+"""Of fewer pairs the best is exchanged, and all are scored again: that takes milliseconds."""
+
+_AT_ONCE = 64
+"""Of more pairs, so many units of either side are exchanged among themselves until none of them
+gains, before all are scored again: 20 passes over 4 million pairs did for 258 exchanges, where the
+best alone took 175 passes for 174, eight times as long, and came to a loss larger by 5e-4."""
 
 _CERTAIN = 5e-7
 """No exchange may seem to gain more than this share of the loss, what rounding can hide included:
@@ -27,8 +35,10 @@ half of what `Solution.verify` allows, as no two computers round alike."""
 
 @dataclass(frozen=True)
 class LocalSearch:
-    """Start from greedy elimination, then make the best single exchange until none helps.
+    """Start from greedy elimination, then make the best exchanges until none helps.
 
+    Of small problems that is the best one at a time; of large ones the units of the best exchanges
+    are exchanged among themselves before all pairs are scored again (`solvers.swaps.promising`).
     The gain of every one of the k (n - k) exchanges is computed, at last on a sound factorization,
     with what rounding can have hidden of it.  So the search ends with a proof that no exchange
     lowers the loss, or says that H is too close to singular for one.
@@ -131,12 +141,13 @@ class LocalSearch:
         """Make at most `limit` improving exchanges; return how many, and whether none is left."""
         made = 0
         state.hold_products()
-        while (swap := _best_swap(state)).gain > self.tolerance * loss:
+        while (best := _promising(state)).gain > self.tolerance * loss:
             if made == limit:
                 return made, False
-            state.sweep([swap.leave, swap.enter])
-            loss -= swap.gain
-            made += 1
+            moved, gains = _exchanged(state, best, self.tolerance * loss, limit - made)
+            state.sweep(moved)
+            loss -= sum(gains)
+            made += len(gains)
         return made, True
 
 
@@ -163,6 +174,36 @@ class _Found:
     history: list[float]
     swaps: int = 0
     converged: bool = False
+
+
+def _promising(state: PivotState) -> Promising:
+    """Return the units with the best exchanges; none where too many digits are lost to tell."""
+    few = len(state.support) * len(state.removed) < _FEW_PAIRS
+    try:
+        return promising(state, 1 if few else _AT_ONCE)
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+        return Promising(state.support[:0], -math.inf)
+
+
+def _exchanged(
+    state: PivotState, best: Promising, least: float, limit: int
+) -> tuple[Tensor, list[float]]:
+    """Exchange some units among themselves, the best first, until none of them gains.
+
+    Returns
+    -------
+    moved
+        The units that change sides, int64.
+    gains
+        What each exchange gains, at most `limit` of them, of more than `least` each.
+    """
+    if len(best.units) == 2:
+        return best.units, [best.gain]
+    part, gains = state.part(best.units), list[float]()
+    while len(gains) < limit and (swap := _best_swap(part)).gain > (least if gains else -math.inf):
+        part.sweep([swap.leave, swap.enter])
+        gains.append(swap.gain)
+    return best.units[part.kept != state.kept[best.units]], gains
 
 
 def _best_swap(state: PivotState) -> Swap:

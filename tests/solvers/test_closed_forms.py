@@ -14,7 +14,7 @@ from solvers import Consumer, SubsetProblem, refit, solve
 from solvers.elimination import eliminate, support_after
 from solvers.exact.enumeration import Enumerate
 from solvers.pivot import PivotState
-from solvers.swaps import best_swap, swap_gains
+from solvers.swaps import best_swap, promising, swap_gains
 from tests.solvers.instances import (
     INSTANCES,
     Instance,
@@ -116,6 +116,35 @@ def test_swap_gains(case):
     best = best_swap(state)
     assert best.gain == pytest.approx(max(brute.values()), abs=1e-8 * scale)
     assert brute[best.leave, best.enter] == pytest.approx(best.gain, abs=1e-8 * scale)
+
+
+@properties
+@given(cases(), st.data())
+def test_some_units_are_exchanged_among_themselves_as_among_all(case, data):
+    instance, support = case
+    state = state_of(instance, support)
+    count = data.draw(st.integers(1, 4))
+    found = promising(state, count)
+    assert found.gain == pytest.approx(best_swap(state).gain, rel=1e-9, abs=1e-300)
+    leave, enter = (found.units[state.kept[found.units] == kept] for kept in (True, False))
+    assert len(leave) == len(enter) == min(count, len(state.support), len(state.removed))
+    gains = swap_gains(state, state.support, state.removed)
+    for best, units, side in (
+        (gains.amax(1), leave, state.support),
+        (gains.amax(0), enter, state.removed),
+    ):
+        least = best[torch.isin(side, units)].min()
+        assert len(side) == len(units) or best[~torch.isin(side, units)].max() <= least
+    part, scale = state.part(found.units), instance.problem.scale
+    for _ in range(2):
+        swap = best_swap(part)
+        if swap.leave < 0:
+            return
+        leave, enter = found.units[[swap.leave]], found.units[[swap.enter]]
+        assert swap.gain == pytest.approx(float(swap_gains(state, leave, enter)), abs=1e-9 * scale)
+        part.sweep([swap.leave, swap.enter])
+        state.sweep(torch.cat([leave, enter]))
+        assert torch.equal(part.kept, state.kept[found.units])
 
 
 @properties

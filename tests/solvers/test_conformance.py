@@ -19,6 +19,9 @@ from solvers import (
     make_backend,
     solve,
 )
+from solvers.heuristics import local_search
+from solvers.pivot import PivotState
+from solvers.swaps import best_swap
 from tests.solvers.instances import INSTANCES, exact_optimum
 
 TOLERANCE = 1e-8
@@ -139,6 +142,24 @@ def test_is_deterministic_and_leaves_the_problem_alone(backend, name):
     for group, copies in zip(tensors, before, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(group, copies, strict=True))
     assert torch.get_num_threads() == threads
+
+
+@instance
+@pytest.mark.parametrize("count", [2, 5, 64])
+def test_exchanges_of_many_units_end_where_none_helps(instance, count, monkeypatch):
+    monkeypatch.setattr(local_search, "_FEW_PAIRS", 0)
+    monkeypatch.setattr(local_search, "_AT_ONCE", count)
+    start = tuple(range(instance.problem.keep))  # far from the best
+    for options in ({}, {"start": start}, {"start": start, "max_swaps": 2}):
+        found = solve(instance.problem, "local_search", options=options)
+        found.verify()
+        assert found.loss == pytest.approx(
+            instance.loss(found.support), abs=1e-8 * instance.problem.scale
+        )
+        assert found.iterations <= options.get("max_swaps", 10_000)
+        if found.status is Status.SWAP_OPTIMAL:
+            state = PivotState.on_support(instance.problem, found.support)
+            assert best_swap(state).gain <= 1e-6 * found.loss + 1e-12 * instance.problem.scale
 
 
 @instance
