@@ -35,7 +35,7 @@ from osscar.core.printable import counted
 from osscar.core.ranks import Ranks
 from solvers import Consumer, SubsetProblem
 from solvers.hessian import Hessian, add_to_diagonal
-from solvers.symmetric import Symmetric
+from solvers.symmetric import PANEL_ROWS, Symmetric
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,6 +119,11 @@ def gram_error(dtype: torch.dtype, positions: int) -> float:
     return double + rounded(_EXACT_POSITIONS, torch.finfo(torch.float32).eps / 2) * (1 + double)
 
 
+def gram_numbers(p: int) -> int:
+    """Return how many numbers of float64 are held of a Gram matrix of p inputs."""
+    return p * (p + 1) // 2 + p * PANEL_ROWS // 2
+
+
 class GramAccumulator:
     """Sums of one consumer over all positions seen so far, in float64.
 
@@ -147,6 +152,22 @@ class GramAccumulator:
     def unread(self) -> bool:
         """Whether it reads nothing at any position, so that nothing is known of it."""
         return self.positions > 0 and self.rows == 0
+
+    def lacking_bytes(self, *, held: bool, corrections: bool) -> int:
+        """Return the bytes of sums that a batch will be the first to add to.
+
+        Parameters
+        ----------
+        held
+            Whether it is held out.
+        corrections
+            Whether its targets have corrections.
+        """
+        part, p = self._held if held else self._fitted, self.linear_map.rows
+        numbers = gram_numbers(p) if part is None else 0
+        if corrections and (part is None or part.cross is None):
+            numbers += p * self.linear_map.outputs
+        return 8 * numbers
 
     def pass_over(self, positions: int, *, held: bool = False) -> None:
         """Count positions at which the consumer reads nothing and adds nothing."""

@@ -36,7 +36,7 @@ from osscar.capture.coroutines import (
     suspend,
 )
 from osscar.capture.failures import batch_named
-from osscar.capture.gram import GramAccumulator, add_up
+from osscar.capture.gram import GramAccumulator, add_up, gram_numbers
 from osscar.capture.linear_maps import linear_maps
 from osscar.capture.opened import Opened
 from osscar.capture.recurrent import RECURRENT, input_gates
@@ -48,6 +48,7 @@ from osscar.capture.targets import Target
 from osscar.core.errors import CalibrationError, ModelError
 from osscar.core.memory import FOR_MATRICES, memory_for
 from osscar.core.modules import fresh
+from osscar.core.on_disk import room_beside
 from osscar.core.phases import Phase, phase
 from osscar.data.batches import Batch
 
@@ -271,7 +272,11 @@ class Walk:
     def _empty_sums(self, group: CouplingGroup) -> tuple[GramAccumulator, ...]:
         maps = self._consumers[group.name]
         inputs = " and ".join(str(consumer.rows) for consumer in maps)
-        with memory_for(f"Gram matrices of {group.name!r} with {inputs} inputs", FOR_MATRICES):
+        needed = sum(8 * gram_numbers(consumer.rows) for consumer in maps)
+        with (
+            memory_for(f"Gram matrices of {group.name!r} with {inputs} inputs", FOR_MATRICES),
+            room_beside(self._opened.model, needed),
+        ):
             return tuple(GramAccumulator(consumer) for consumer in maps)
 
     def _start(self) -> None:
@@ -295,7 +300,10 @@ class Walk:
         """Let each batch arrive at a call, and add up what it brings."""
         for place, run in enumerate(self._runs):
             dense = self._dense[place] if self._target.needs_dense else None
+            held, corrections = run.index >= self._held_from, dense is not None
+            needed = sum(g.lacking_bytes(held=held, corrections=corrections) for g in grams)
             with ExitStack() as present:
+                present.enter_context(room_beside(self._opened.model, needed))
                 present.enter_context(phase(Phase.WALK))
                 for one in (run,) if dense is None else (run, dense):
                     present.enter_context(one.present())

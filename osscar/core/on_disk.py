@@ -250,6 +250,17 @@ def room_for(model: nn.Module, needed: int) -> Iterator[None]:
 
 
 @contextmanager
+def room_beside(model: nn.Module, needed: int) -> Iterator[None]:
+    """Leave room for something that lies beside a forward pass, as `room_for` does."""
+    shelf = shelf_of(model)
+    if shelf is None or not needed:
+        yield
+        return
+    with shelf.leaving(shelf.left_free + needed):
+        yield
+
+
+@contextmanager
 def written(module: nn.Module, name: str) -> Iterator[Tensor]:
     """Yield a parameter outside of autograd, to be written to in place.
 

@@ -31,7 +31,8 @@ class Shelf:
         self.ceiling = ceiling
         self.read_bytes = 0
         """How much has been read from files."""
-        self._left_free = _SPARE
+        self.left_free = _SPARE
+        """Bytes below the ceiling that are for other things."""
         self._held: OrderedDict[Place, tuple[Tensor, int]] = OrderedDict()
         self._scratch: Scratch | None = None
 
@@ -86,21 +87,21 @@ class Shelf:
 
     def leave_free(self, room: int) -> None:
         """Leave so many bytes below the ceiling free for other things from now on."""
-        self._left_free = max(self._left_free, room)
+        self.left_free = max(self.left_free, room)
         self._make_room(0)
 
     @contextmanager
     def leaving(self, room: int) -> Iterator[None]:
         """Leave so many bytes below the ceiling free for other things while the block runs."""
-        before, self._left_free = self._left_free, max(self._left_free, room)
+        before, self.left_free = self.left_free, max(self.left_free, room)
         self._make_room(0)
         try:
             yield
         finally:
-            self._left_free = before
+            self.left_free = before
 
     def _make_room(self, needed: int) -> None:
-        excess = resident_memory() + needed + self._left_free - self.ceiling
+        excess = resident_memory() + needed + self.left_free - self.ceiling
         if excess <= 0 or not self._held:
             return
         while self._held and excess > 0:
