@@ -33,7 +33,7 @@ from osscar.pruning.scaled import Scaled
 
 CPU = torch.device("cpu")
 
-SQUARES = 3.6
+SQUARES = 2.2
 """Numbers of p x p in float64 that a solve holds at its peak (docs/scale.md)."""
 
 HOUR = 3600.0

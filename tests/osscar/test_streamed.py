@@ -18,6 +18,7 @@ import osscar
 from benchmarks.measuring import measured
 from benchmarks.random_models import SHAPES, write_model
 from osscar.capture.away import Away
+from osscar.capture.gram import _Sums
 from osscar.capture.opened import opened
 from osscar.capture.targets import Target
 from osscar.capture.walk import walk
@@ -48,6 +49,7 @@ from osscar.pruning.request import PruningRequest
 from osscar.pruning.run_log import RunLog
 from osscar.pruning.sweep import BudgetKind, Job, sweep
 from osscar.shrinking.equivalence import proof_outputs
+from solvers.symmetric import Symmetric
 from tests.osscar.families import VOCABULARY, tiny
 
 PLENTY = "64GB"
@@ -286,6 +288,32 @@ def test_one_layer_takes_no_more_than_is_said(kind, width, ffn, backend, target)
     assert before.status == after.status == 0
     said = int(after.output) - _LEAST // 2  # of which half is for what is no matrix
     assert after.peak - before.peak <= said <= 2 * (after.peak - before.peak)
+
+
+@pytest.mark.parametrize("target", ["weights", "residual"])
+def test_room_is_made_before_sums_are_begun(tmp_path, target, monkeypatch):
+    """Or Gram matrices come on top of weights that fill the memory up to the limit."""
+    dense = written(tmp_path / "dense", "opt")
+    loaded, begun = osscar.load_model(dense, device="cpu", max_memory=PLENTY), []
+    shelf, zeros, cross = shelf_of(loaded.model), Symmetric.zeros, _Sums._add_corrections
+
+    def sums(rows, like):
+        begun.append((shelf.left_free, 8 * rows * (rows + 1) // 2))
+        return zeros(rows, like)
+
+    def corrections(self, X, D):
+        if self.cross is None:
+            begun.append((shelf.left_free, 8 * X.shape[1] * D.shape[1]))
+        return cross(self, X, D)
+
+    monkeypatch.setattr(Symmetric, "zeros", sums)
+    monkeypatch.setattr(_Sums, "_add_corrections", corrections)
+    asked = {"neurons": 0.5, "target": target, "backend": "greedy", "batch_size": 3}
+    osscar.prune(loaded.model, windows(), **asked)
+    sums_a_layer = 4 if target == "residual" else 2
+    assert len(begun) == sums_a_layer * len(loaded.model.model.decoder.layers)
+    pass_alone = shelf.left_free
+    assert all(left >= pass_alone + needed for left, needed in begun)
 
 
 @pytest.mark.parametrize("family", ["opt", "llama-gqa", "gpt2", "qwen3"])
