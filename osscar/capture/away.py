@@ -16,8 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from osscar.core.devices import is_host
+from osscar.core.memory import FOR_BATCHES, in_words, memory_for
 from osscar.core.on_disk import OnDisk
-from osscar.core.sources import Scratch
+from osscar.core.sources import Scratch, as_bytes
 
 _SMALLEST = 1 << 12
 """Bytes of a tensor that is worth a place in a file."""
@@ -67,14 +69,28 @@ class Away:
             size = storage.nbytes()
             own = self._is_own(tensor) and storage._cdata not in self._shared
             if own and size >= _SMALLEST and storage.resizable():
-                self._gone.append((storage, size, self._scratch.append(_bytes(storage))))
+                written = _bytes(storage) if is_host(storage.device) else _copy(storage)
+                self._gone.append((storage, size, self._scratch.append(written)))
                 storage.resize_(0)
 
     def fetch(self) -> None:
-        """Read it back."""
-        for storage, size, offset in self._gone:
-            storage.resize_(size)
-            self._scratch.read_into(_bytes(storage), offset)
+        """Read it back, to the device where it was.
+
+        Raises
+        ------
+        NoMemoryError
+            If there is no memory for it any more.
+        """
+        what = f"the hidden states of a batch that goes on, {in_words(self.written_bytes)}"
+        with memory_for(what, FOR_BATCHES):
+            for storage, size, offset in self._gone:
+                storage.resize_(size)
+                if is_host(storage.device):
+                    self._scratch.read_into(_bytes(storage), offset)
+                else:
+                    read = torch.empty(size, dtype=torch.uint8)
+                    self._scratch.read_into(as_bytes(read), offset)
+                    _whole(storage).copy_(read)
         self._gone.clear()
 
     def _is_own(self, tensor: Tensor) -> bool:
@@ -88,14 +104,24 @@ class Away:
         )
         return (
             tensor.is_floating_point()
-            and tensor.device.type == "cpu"
+            and not tensor.is_meta
             and not tensor.is_inference()
             and (of_samples or first == self._samples * self._tokens)
         )
 
 
+def _whole(storage: torch.UntypedStorage) -> Tensor:
+    """Return a storage as bytes."""
+    return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
+
+
+def _copy(storage: torch.UntypedStorage) -> memoryview:
+    """Return the bytes of a storage that cannot be read where it is."""
+    return as_bytes(_whole(storage).cpu())
+
+
 def _bytes(storage: torch.UntypedStorage) -> memoryview:
-    """Return the memory of a storage, without an array of NumPy, which would fix its size."""
+    """Return a storage's memory on the CPU, without an array of NumPy, which would fix its size."""
     memory = (ctypes.c_char * storage.nbytes()).from_address(storage.data_ptr())
     return memoryview(memory).cast("B")
 

@@ -153,8 +153,8 @@ def opened(
         folded = _prepare(work, example, expected, heads)
         # What passes keep for the next would be traced as numbers of the code.
         untouched.put_back(work)
-        with shapes_only(work), followed_mixtures(work):
-            traced, in_programs = _traced(work, example, programs)
+        with shapes_only(work, example) as small, followed_mixtures(work):
+            traced, in_programs = _traced(work, small, programs)
         with weights_read_elsewhere(work) as elsewhere, untouched.observing(work):
             _check_runs(work, example)
         with untouched.observing(work):

@@ -62,6 +62,11 @@ class Stored:
         """How many numbers."""
         return math.prod(self.shape)
 
+    @property
+    def nbytes(self) -> int:
+        """How many bytes, whole ones."""
+        return -(-self.elements * _BITS[self.dtype] // 8)
+
 
 _Size = Annotated[int, Field(ge=0)]
 

@@ -21,7 +21,7 @@ from osscar.checkpoint.builders import DESCRIPTION_ERRORS, TransformersOrigin, r
 from osscar.checkpoint.manifest import Manifest, read_manifest
 from osscar.checkpoint.stored import Stored, read_stored
 from osscar.core.errors import CheckpointError, EquivalenceError, OsscarError, first_line
-from osscar.core.on_disk import OnDisk
+from osscar.core.on_disk import OnDisk, values_of
 from osscar.core.places import Place, Slice
 from osscar.core.shelf import Shelf
 from osscar.core.sources import Source, as_bytes
@@ -64,7 +64,7 @@ def read_streamed(path: Path, shelf: Shelf, dtype: torch.dtype | None = None) ->
     path
         A checkpoint of safetensors: a stock one, or one that `osscar.prune` wrote.
     shelf
-        Keeps what is read.
+        Keeps what is read; the model runs on its device.
     dtype
         Number format of the parameters; by default as the config says.
 
@@ -92,7 +92,7 @@ def read_streamed(path: Path, shelf: Shelf, dtype: torch.dtype | None = None) ->
     fill_from_disk(model, stored, path, shelf)
     if manifest is not None:
         setattr(model, LINEAGE, manifest.lineage)
-    return (model if dtype is None else model.to(dtype)).eval()
+    return (model if dtype is None else model.to(dtype)).to(shelf.device).eval()
 
 
 def _structure(path: Path, stored: Mapping[str, Stored], manifest: Manifest | None) -> nn.Module:
@@ -126,7 +126,7 @@ def read_any_shape_streamed(path: Path, name: str, shelf: Shelf) -> nn.Module:
     model = structure(TransformersOrigin(kind, config).build, stored, path, pruned=True)
     check_tensors(model, stored, path)
     fill_from_disk(model, stored, path, shelf)
-    return model.float().eval()
+    return model.float().to(shelf.device).eval()
 
 
 def fill_from_disk(
@@ -209,7 +209,7 @@ def _tensors(model: nn.Module) -> Iterator[tuple[list[str], Tensor | None]]:
 def _put(model: nn.Module, names: Sequence[str], old: Tensor, place: Place, shelf: Shelf) -> None:
     """Give modules a parameter on disk, or a buffer with its values."""
     is_parameter = isinstance(old, nn.Parameter)
-    new = OnDisk(place, shelf) if is_parameter else place.read()
+    new = OnDisk(place, shelf) if is_parameter else place.read(shelf.device)
     for name in names:
         path, _, attribute = name.rpartition(".")
         module = model.get_submodule(path)
@@ -266,8 +266,7 @@ def write_weights(
         out.write(len(text).to_bytes(8, "little") + text)
         for name in order:
             tensor = tensors[name]
-            values = tensor.values() if isinstance(tensor, OnDisk) else tensor.detach()
-            written = as_bytes(values.contiguous().cpu())
+            written = as_bytes(values_of(tensor).contiguous().cpu())
             out.write(written)
             digests[name] = hashlib.sha256(written).digest()
     return digests

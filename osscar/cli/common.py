@@ -105,8 +105,9 @@ MaxMemoryOption = Annotated[
     typer.Option(
         metavar="SIZE",
         help="Most memory of a run, such as 8GB, for a language model in a directory that is "
-        "larger: its weights stay on disk, and each is read when it is needed.  [default: "
-        "what is free, if the model does not fit in it]",
+        "larger: its weights stay on disk, and each is read when it is needed.  With --device "
+        "cuda it is the card's memory.  [default: what is free there, if the model does not "
+        "fit in it]",
     ),
 ]
 RoundToOption = Annotated[
@@ -153,9 +154,9 @@ def limit_of(
 
     if given is not None:
         return given
-    if device == "cuda" or is_vision(model) or needs_memory(request) is not None:
+    if is_vision(model) or needs_memory(request) is not None:
         return None
-    limit = fitting_memory(model, dtype)
+    limit = fitting_memory(model, dtype, device)
     if limit is not None:
         say(f"the weights stay on disk, since they do not fit: --max-memory {in_words(limit)}")
     return limit

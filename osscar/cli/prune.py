@@ -246,9 +246,10 @@ def command(
     with phase(Phase.START):
         from osscar.checkpoint.directory import check_output, weight_bytes
         from osscar.checkpoint.manifest import PAGE_FILE
+        from osscar.core.device_memory import memory_of
+        from osscar.core.devices import resolve_device
         from osscar.core.errors import OptionError
         from osscar.core.files import resolved
-        from osscar.core.memory import peak_memory
         from osscar.models.open import open_model
         from osscar.models.vision import VisionModel
         from osscar.pruning.prune import prune_as_asked
@@ -347,7 +348,8 @@ def command(
         with phase(Phase.REPORT):
             content = report_document(result, loaded.model, loaded.source, data, loaded.classes)
         if told is not None:
-            content["estimate"] = told.against(spent.seconds, peak_memory())
+            peak = memory_of(resolve_device(device)).peak()
+            content["estimate"] = told.against(spent.seconds, peak)
         log.note(words, content)
         tokenizer, of_images = loaded.tokenizer, isinstance(loaded, VisionModel)
         del loaded  # saving holds the smaller model twice, and needs no dense one beside
@@ -363,7 +365,8 @@ def command(
         log.remove()
     print_result(result, saved)
     if told is not None:
-        say(comparison_line(told.against(spent.seconds, peak_memory())))
+        peak = memory_of(resolve_device(device)).peak()
+        say(comparison_line(told.against(spent.seconds, peak)))
     say(f"report: {saved.path / PAGE_FILE}")
     if result.form == "graph" and not of_images:
         return  # a program cannot generate, which is part of what text is scored with

@@ -123,23 +123,31 @@ def _trim() -> Callable[[int], int] | None:
 
 # ---- memory that is not there ------------------------------------------------------------
 
+_ON_DISK = "(where they do already, a smaller one keeps fewer of them in memory)"
+
 FOR_BATCHES = (
     "give smaller batches (--batch-size), shorter or fewer windows (--seqlen, --samples), --device "
-    "cpu where that has more memory, or --max-memory, with which weights stay on disk"
+    f"cpu where that has more memory, or --max-memory, with which weights stay on disk {_ON_DISK}"
 )
 """What helps where data run through a model."""
 
 FOR_MATRICES = (
     "that depends on the layer alone: give --device cpu where that has more memory, --max-memory, "
-    "with which no weights are beside it, or leave the group alone (--skip)"
+    "with which weights stay on disk and need not be beside it, or leave the group alone (--skip)"
 )
 """What helps where a layer is measured and solved."""
+
+FOR_WEIGHTS = (
+    "give a smaller --max-memory, so that fewer others are kept beside it, smaller batches "
+    "(--batch-size), or --device cpu where that has more memory"
+)
+"""What helps where a weight is read that lies on disk."""
 
 
 def is_shortage(error: BaseException) -> bool:
     """Whether an error says that a device has no memory left."""
     of_cpu = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
-    return of_cpu or isinstance(error, torch.OutOfMemoryError | MemoryError)
+    return of_cpu or isinstance(error, torch.OutOfMemoryError | MemoryError | NoMemoryError)
 
 
 def let_shortage_pass(error: BaseException) -> None:

@@ -1,10 +1,10 @@
-"""Parameters whose values lie in files, and are in memory only while an operator reads them.
+"""Parameters whose values lie in files, and are on a device only while an operator reads them.
 
 A model that is larger than memory has its structure, and an `OnDisk` in the place of each
 parameter.  Where an operator of torch meets one, it gets the values: read from the file, checked
-against what they were when they were first read, changed as pruning says (`osscar.core.places`),
-and kept on a `Shelf` for the next batch as long as there is room.  Whatever runs the model need not
-know of it.
+against what they were when they were first read, moved to the device, changed as pruning says
+(`osscar.core.places`), and kept on a `Shelf` there for the next batch as long as there is room.
+Whatever runs the model need not know of it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
-from osscar.core.errors import ModelError, OptionError
+from osscar.core.errors import ModelError
 from osscar.core.places import Place, Selected
 from osscar.core.shelf import Shelf
 
@@ -28,15 +28,15 @@ from osscar.core.shelf import Shelf
 class OnDisk(nn.Parameter):
     """A parameter that is read whenever an operator needs its values.
 
-    To the code of a model it is a parameter on the CPU.  `detach`, `clone`, `to`, `index_select`
-    and the like read nothing; nothing may write to it in place (see `written`).
+    To the code of a model it is a parameter on the device of its shelf.  `detach`, `clone`, `to`,
+    `index_select` and the like read nothing; nothing may write to it in place (see `written`).
 
     Parameters
     ----------
     place
         Where its values are; assigning it gives the parameter other ones.
     shelf
-        Which keeps them.
+        Which keeps them, on the device that operators find them on.
     """
 
     place: Place
@@ -45,7 +45,7 @@ class OnDisk(nn.Parameter):
     def __new__(cls, place: Place, shelf: Shelf) -> OnDisk:
         """Make a tensor that has a shape and a number format, and no memory."""
         made: OnDisk = torch.Tensor._make_wrapper_subclass(
-            cls, place.shape, dtype=place.dtype, device=torch.device("cpu")
+            cls, place.shape, dtype=place.dtype, device=shelf.device
         )
         made.place, made.shelf = place, shelf
         return made
@@ -56,7 +56,7 @@ class OnDisk(nn.Parameter):
     def values(self) -> Tensor:
         """Return the values, for reading; without values where shapes are all that counts."""
         if not _values_count():
-            return torch.empty(self.place.shape, dtype=self.place.dtype)
+            return torch.empty(self.place.shape, dtype=self.place.dtype, device=self.shelf.device)
         return self.shelf.values(self.place)
 
     def like(self, place: Place) -> OnDisk:
@@ -153,12 +153,13 @@ def _to(tensor: OnDisk, *args: Any, **options: Any) -> OnDisk:
     else:
         options = {key: value for key, value in options.items() if value is not None}
         device, dtype, *_ = torch._C._nn._parse_to(*given, **options)
-    if device is not None and device.type != "cpu":
-        raise OptionError(
-            f"a model that is read from disk runs on the CPU, not on {str(device)!r}; give "
-            "--device cpu, or leave --max-memory away"
-        )
-    return tensor.like(tensor.place if dtype is None else tensor.place.cast(dtype))
+    place = tensor.place if dtype is None else tensor.place.cast(dtype)
+    return OnDisk(place, tensor.shelf if device is None else tensor.shelf.on(device))
+
+
+def _to_card(tensor: OnDisk, device: Any = None, *_: Any, **__: Any) -> OnDisk:
+    card = torch.device("cuda", device) if isinstance(device, int) else device
+    return _to(tensor, torch.device("cuda" if card is None else card))
 
 
 def _cast_to(dtype: torch.dtype) -> Callable[..., OnDisk]:
@@ -175,10 +176,18 @@ def _assign(tensor: OnDisk, data: Tensor) -> None:
             f"{tensor.place.slice.name!r} of {tuple(tensor.shape)} is given values of "
             f"{tuple(data.shape)}; that needs another parameter"
         )
-    tensor.place = (
-        data.place if isinstance(data, OnDisk) else tensor.shelf.put(data, tensor.place.slice.name)
-    )
+    if isinstance(data, OnDisk):
+        tensor.place, tensor.shelf = data.place, data.shelf
+    else:
+        tensor.place = tensor.shelf.put(data, tensor.place.slice.name)
 
+
+def _number_of_card(tensor: OnDisk) -> int:
+    index = tensor.shelf.device.index
+    return -1 if index is None else index
+
+
+_CPU = torch.device("cpu")
 
 _Function: TypeAlias = Any
 
@@ -186,7 +195,8 @@ _LAZY: Mapping[_Function, Callable[..., Any]] = {
     Tensor.detach: _same,
     Tensor.clone: _same,
     Tensor.contiguous: _itself,
-    Tensor.cpu: _itself,
+    Tensor.cpu: lambda tensor, *_, **__: _to(tensor, _CPU),
+    Tensor.cuda: _to_card,
     Tensor.requires_grad_: _itself,
     Tensor.requires_grad.__set__: lambda *_: None,  # type: ignore[attr-defined]
     Tensor.data.__get__: _same,  # type: ignore[attr-defined]
@@ -200,6 +210,11 @@ _LAZY: Mapping[_Function, Callable[..., Any]] = {
     Tensor.double: _cast_to(torch.float64),
     Tensor.half: _cast_to(torch.float16),
     Tensor.bfloat16: _cast_to(torch.bfloat16),
+    # What it was made with may be another number format and device than it has now.
+    Tensor.device.__get__: lambda tensor: tensor.shelf.device,
+    Tensor.is_cpu.__get__: lambda tensor: tensor.shelf.device.type == "cpu",  # type: ignore[attr-defined]
+    Tensor.is_cuda.__get__: lambda tensor: tensor.shelf.device.type == "cuda",  # type: ignore[attr-defined]
+    Tensor.get_device: _number_of_card,
     Tensor.dtype.__get__: lambda tensor: tensor.place.dtype,  # type: ignore[attr-defined]
     Tensor.element_size: lambda tensor: tensor.place.dtype.itemsize,
     Tensor.itemsize.__get__: lambda tensor: tensor.place.dtype.itemsize,  # type: ignore[attr-defined]
@@ -211,15 +226,15 @@ _DESCRIBING = frozenset(
         *(
             getattr(Tensor, name).__get__
             for name in (
-                *("shape", "device", "layout", "ndim", "is_leaf", "requires_grad"),
+                *("shape", "layout", "ndim", "is_leaf", "requires_grad"),
                 *("grad", "_grad", "grad_fn", "_version", "_base", "is_nested", "is_sparse"),
-                *("is_cpu", "is_cuda", "is_meta", "is_quantized", "is_mkldnn", "is_sparse_csr"),
+                *("is_meta", "is_quantized", "is_mkldnn", "is_sparse_csr"),
                 "_backward_hooks",
             )
         ),
         *(Tensor.size, Tensor.dim, Tensor.numel, Tensor.nelement, Tensor.stride, Tensor.__len__),
         *(Tensor.is_floating_point, Tensor.is_complex, Tensor.is_contiguous, Tensor.is_inference),
-        *(Tensor.get_device, Tensor.storage_offset, Tensor.__hash__, Tensor.untyped_storage),
+        *(Tensor.storage_offset, Tensor.__hash__, Tensor.untyped_storage),
         *(torch.is_floating_point, torch.is_complex, torch.numel, torch.is_inference),
     }
 )
@@ -236,6 +251,11 @@ def is_on_disk(model: nn.Module) -> bool:
 def shelf_of(model: nn.Module) -> Shelf | None:
     """Return what keeps the values of a model's parameters, or None if they are in memory."""
     return next((p.shelf for p in model.parameters() if isinstance(p, OnDisk)), None)
+
+
+def values_of(tensor: Tensor) -> Tensor:
+    """Return the values of any tensor outside of autograd, for reading, on its device."""
+    return tensor.values() if isinstance(tensor, OnDisk) else tensor.detach()
 
 
 @contextmanager
@@ -270,30 +290,57 @@ def written(module: nn.Module, name: str) -> Iterator[Tensor]:
     if not isinstance(parameter, OnDisk):
         yield parameter.detach()
         return
-    values = parameter.place.read()
+    values = parameter.shelf.read(parameter.place)
     yield values
     parameter.place = parameter.shelf.put(values, parameter.place.slice.name)
 
 
 @contextmanager
-def shapes_only(model: nn.Module) -> Iterator[None]:
+def shapes_only(model: nn.Module, example: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
     """Put plain parameters of the same shapes in the place of those on disk, for tracing.
 
-    Nobody reads or writes their values, so that the system gives them no memory.
+    They lie on the CPU, where nobody reads or writes their values, so that the system gives them no
+    memory; on a card they would take theirs.  Buffers are on the CPU meanwhile, too.
+
+    Parameters
+    ----------
+    model
+        As it was after the block; one in memory stays as it is.
+    example
+        What it is traced with.
+
+    Yields
+    ------
+    dict of str to Tensor
+        That, beside the parameters.
     """
-    before = [
-        (module, name, parameter)
-        for module in model.modules()
-        for name, parameter in module._parameters.items()
-        if isinstance(parameter, OnDisk)
+    if not is_on_disk(model):
+        yield dict(example)
+        return
+    tables: list[dict[str, Any]] = [
+        table for module in model.modules() for table in (module._parameters, module._buffers)
     ]
-    plain: dict[int, nn.Parameter] = {}
+    before = [
+        (table, name, tensor)
+        for table in tables
+        for name, tensor in table.items()
+        if tensor is not None
+    ]
+    plain: dict[int, Tensor] = {}
     try:
-        for module, name, p in before:
-            if id(p) not in plain:
-                plain[id(p)] = nn.Parameter(torch.empty(p.shape, dtype=p.dtype))
-            module._parameters[name] = plain[id(p)]
-        yield
+        for table, name, tensor in before:
+            if id(tensor) not in plain:
+                plain[id(tensor)] = _shape_of(tensor)
+            table[name] = plain[id(tensor)]
+        yield {name: tensor.cpu() for name, tensor in example.items()}
     finally:
-        for module, name, parameter in before:
-            module._parameters[name] = parameter
+        for table, name, tensor in before:
+            table[name] = tensor
+
+
+def _shape_of(tensor: Tensor) -> Tensor:
+    """Return what stands for a parameter or buffer while shapes are all that counts."""
+    if isinstance(tensor, OnDisk):
+        return nn.Parameter(torch.empty(tensor.shape, dtype=tensor.dtype))
+    there = tensor.detach().cpu()
+    return nn.Parameter(there, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else there

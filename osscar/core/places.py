@@ -1,4 +1,4 @@
-"""Where values lie in files, and what is done to them once they are read."""
+"""Where values lie in files, how they come to a device, and what is done to them there."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from osscar.core.devices import is_host
 from osscar.core.errors import FileError, NonFiniteError
+from osscar.core.pieces import pieces_to
 from osscar.core.sources import PIECE, Source, Stamp, as_bytes
 
 # ---- where values are, and what becomes of them ------------------------------------------
@@ -56,7 +58,7 @@ class Selected:
 
     def apply(self, values: Tensor) -> Tensor:
         """Return these indices."""
-        return values.index_select(self.dim, self.index)
+        return values.index_select(self.dim, self.index.to(values.device))
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,7 +74,7 @@ class Filled:
 
     def apply(self, values: Tensor) -> Tensor:
         """Return the values, zero there."""
-        return values.index_fill_(self.dim, self.index, 0.0)
+        return values.index_fill_(self.dim, self.index.to(values.device), 0.0)
 
 
 @dataclass(eq=False)
@@ -111,8 +113,15 @@ class Slice:
         assert self._digest is not None
         return self._digest
 
-    def read(self, casts: Sequence[Cast]) -> Tensor:
-        """Return the values after some casts, which are done piece by piece.
+    def read(self, casts: Sequence[Cast], device: torch.device) -> Tensor:
+        """Return the values after some casts, on a device, to which they go piece by piece.
+
+        Parameters
+        ----------
+        casts
+            What is done to each piece, there.
+        device
+            Where to.
 
         Raises
         ------
@@ -121,23 +130,25 @@ class Slice:
         NonFiniteError
             If a value is NaN or infinite.
         """
-        values = torch.empty(self.shape, dtype=casts[-1].dtype if casts else self.stored)
+        dtype = casts[-1].dtype if casts else self.stored
+        values = torch.empty(self.shape, dtype=dtype, device=device)
         into = values.view(-1)
-        if not casts:
+        if is_host(device) and not casts:
             self._pass(lambda begin, count: into[begin : begin + count], lambda *_: None)
             return values
-        buffer = torch.empty(self._step, dtype=self.stored)
+        pieces = pieces_to(self._step, self.stored, device)
 
         def store(begin: int, piece: Tensor) -> None:
             count = len(piece)
+            piece = pieces.sent(piece)
             for cast in casts:
                 piece = cast.apply(piece)
             into[begin : begin + count] = piece
 
-        self._pass(lambda _, count: buffer[:count], store)
+        self._pass(lambda _, count: pieces.room(count), store)
         return values
 
-    def read_rows(self, rows: Tensor, casts: Sequence[Cast]) -> Tensor | None:
+    def read_rows(self, rows: Tensor, casts: Sequence[Cast], device: torch.device) -> Tensor | None:
         """Return some rows after some casts; None where the whole has to be digested first.
 
         Parameters
@@ -146,6 +157,8 @@ class Slice:
             Which, (r,) int64.
         casts
             What is done to them.
+        device
+            Where to.
         """
         before = self.source.stamp()
         if self._digest is None or before is None or before != self._stamp:
@@ -156,6 +169,7 @@ class Slice:
             self.source.read_into(as_bytes(place), self.offset + row * width)
         if self.source.stamp() != before:
             return None
+        values = values.to(device)
         for cast in casts:
             values = cast.apply(values)
         return values
@@ -246,7 +260,7 @@ class Place:
 
     @property
     def passing_bytes(self) -> int:
-        """Memory that is needed while they are read."""
+        """Memory that is needed while they are read, on the device that they come to."""
         first = self._leading_casts()
         read = math.prod(self.slice.shape) * (first[-1].dtype if first else self.dtype).itemsize
         return read + 2 * PIECE + (self.nbytes if len(first) < len(self.steps) else 0)
@@ -271,18 +285,18 @@ class Place:
                 return replace(self, steps=self.steps[:at] + self.steps[at + 1 :]).cast(dtype)
         return self.then(Cast(dtype))
 
-    def read(self) -> Tensor:
-        """Return the values, read anew."""
+    def read(self, device: torch.device) -> Tensor:
+        """Return the values, read anew, on a device."""
         first = self._leading_casts()
-        values = self.slice.read(first)
+        values = self.slice.read(first, device)
         for step in self.steps[len(first) :]:
             values = step.apply(values)
         return values
 
-    def read_rows(self, rows: Tensor) -> Tensor | None:
+    def read_rows(self, rows: Tensor, device: torch.device) -> Tensor | None:
         """Return some rows of the values, (r,) int64; None where they cannot be read alone."""
         casts = self._leading_casts()
-        return self.slice.read_rows(rows, casts) if len(casts) == len(self.steps) else None
+        return self.slice.read_rows(rows, casts, device) if len(casts) == len(self.steps) else None
 
     def _leading_casts(self) -> list[Cast]:
         first: list[Cast] = []

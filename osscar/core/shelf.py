@@ -1,4 +1,4 @@
-"""Values that were read from disk, kept in memory as long as there is room."""
+"""Values that were read from disk, kept on a device as long as there is room."""
 
 from __future__ import annotations
 
@@ -9,10 +9,13 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from osscar.core.device_memory import memory_of, numbered
 from osscar.core.errors import ModelError
-from osscar.core.memory import give_back, resident_memory
+from osscar.core.memory import FOR_WEIGHTS, in_words, memory_for
 from osscar.core.places import Place, Slice
 from osscar.core.sources import Scratch, as_bytes
+
+_CPU = torch.device("cpu")
 
 _SPARE = 64 << 20
 """Bytes that are always left below the ceiling, for all that is small."""
@@ -24,17 +27,37 @@ class Shelf:
     Parameters
     ----------
     ceiling
-        Bytes that the whole process may have in memory.
+        Bytes that the whole process may have: in memory, or on the card that values are kept on.
+    device
+        Where values are kept, and operators meet them.
     """
 
-    def __init__(self, ceiling: int) -> None:
+    def __init__(self, ceiling: int, device: torch.device = _CPU) -> None:
         self.ceiling = ceiling
+        self.device = numbered(device)
+        self.memory = memory_of(self.device)
+        """Where the ceiling is."""
         self.read_bytes = 0
         """How much has been read from files."""
         self.left_free = _SPARE
         """Bytes below the ceiling that are for other things."""
         self._held: OrderedDict[Place, tuple[Tensor, int]] = OrderedDict()
         self._scratch: Scratch | None = None
+        self._elsewhere: dict[torch.device, Shelf] = {self.device: self}
+
+    def on(self, device: torch.device) -> Shelf:
+        """Return the shelf of the same ceiling on a device, always the same one.
+
+        Raises
+        ------
+        OptionError
+            If nothing is known of the memory of such a device.
+        """
+        device = numbered(device)
+        if device not in self._elsewhere:
+            other = Shelf(self.ceiling, device)
+            self._elsewhere[device], other._elsewhere = other, self._elsewhere
+        return self._elsewhere[device]
 
     @property
     def held_bytes(self) -> int:
@@ -58,7 +81,7 @@ class Shelf:
             return found
         self._make_room(place.passing_bytes)
         with torch.inference_mode(False):  # whose tensors do not count who writes to them
-            found = place.read()
+            found = self.read(place)
         self.read_bytes += place.slice.nbytes
         self._held[place] = (found, found._version)
         return found
@@ -71,17 +94,31 @@ class Shelf:
         FileError
             If the file is no longer what it was.
         """
-        few = None if place in self._held else place.read_rows(rows)
+        few = None if place in self._held else place.read_rows(rows, self.device)
         if few is None:
             return self.values(place)[rows]
         self.read_bytes += len(rows) * place.slice.nbytes // place.slice.shape[0]
         return few
 
+    def read(self, place: Place) -> Tensor:
+        """Return the values at a place, read anew and not kept, so that they may be written to.
+
+        Raises
+        ------
+        FileError
+            If the file is no longer what it was.
+        NoMemoryError
+            If the device has no memory for them.
+        """
+        what = f"{place.slice.name!r} on {self.device} ({in_words(place.nbytes)}, read from disk)"
+        with memory_for(what, FOR_WEIGHTS):
+            return place.read(self.device)
+
     def put(self, values: Tensor, name: str) -> Place:
         """Write values to disk; return the place from which they are read."""
         if self._scratch is None:
             self._scratch = Scratch()
-        values = values.detach().contiguous()
+        values = values.detach().contiguous().cpu()
         offset = self._scratch.append(as_bytes(values))
         return Place(Slice(self._scratch, offset, tuple(values.shape), values.dtype, name))
 
@@ -101,14 +138,14 @@ class Shelf:
             self.left_free = before
 
     def _make_room(self, needed: int) -> None:
-        excess = resident_memory() + needed + self.left_free - self.ceiling
+        excess = self.memory.excess(needed + self.left_free, self.ceiling)
         if excess <= 0 or not self._held:
             return
         while self._held and excess > 0:
             place, (found, version) = self._held.popitem(last=False)
             _check_unwritten(place, found, version)  # or what was written would be lost unseen
             excess -= place.nbytes
-        give_back()
+        self.memory.give_back()
 
 
 def _check_unwritten(place: Place, values: Tensor, version: int) -> None:

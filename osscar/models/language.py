@@ -28,10 +28,10 @@ from osscar.checkpoint.builders import TransformersOrigin
 from osscar.checkpoint.directory import load
 from osscar.checkpoint.manifest import CONFIG_FILE, is_checkpoint, read_manifest
 from osscar.checkpoint.streamed import read_streamed
+from osscar.core.device_memory import memory_of
 from osscar.core.devices import resolve_device, resolve_dtype
 from osscar.core.errors import (
     CheckpointError,
-    DeviceError,
     ModelError,
     ModelNotFound,
     OptionError,
@@ -39,10 +39,8 @@ from osscar.core.errors import (
     first_line,
 )
 from osscar.core.inputs import check_regular, file_name, panics_are_errors
-from osscar.core.launch import neighbours
 from osscar.core.memory import (
     FOR_BATCHES,
-    available_memory,
     let_shortage_pass,
     memory_for,
     parse_size,
@@ -154,7 +152,8 @@ def load_model(
     max_memory
         Most memory that the process may have, such as ``"8GB"``, for a model that is larger: only
         its structure is built then, and each parameter is read from the files of the directory
-        whenever it is needed.  `osscar.prune` and `PruningResult.save` keep to the limit, too.
+        whenever it is needed.  `osscar.prune` and `PruningResult.save` keep to the limit, too.  On
+        a GPU it is the GPU's memory that counts, as far as torch has reserved it for this process.
 
     Raises
     ------
@@ -178,12 +177,12 @@ def load_model(
     text = file_name(name, "the model", "its name or directory")
     target = resolve_device(device)
     number_format = resolve_dtype(dtype, target)
-    shelf = None if max_memory is None else Shelf(parse_size(max_memory))
+    shelf = None if max_memory is None else Shelf(parse_size(max_memory), target)
     with _quiet_unless_terminal(), memory_for(f"the weights of {text}", FOR_BATCHES):
         found = _find(text)
         manifest = None if found.path is None else read_manifest(found.path)
         if shelf is not None:
-            model: Any = _streamed(found, target, trust_remote_code, shelf)
+            model: Any = _streamed(found, trust_remote_code, shelf)
         elif found.path is not None and manifest is not None and not manifest.stock:
             model = load(found.path)
         else:
@@ -270,19 +269,12 @@ def _check_files(directory: Path) -> None:
         raise ModelError(f"cannot read {error.filename or directory}: {error.strerror}") from error
 
 
-def _streamed(
-    found: _Found, device: torch.device, trust_remote_code: bool, shelf: Shelf
-) -> nn.Module:
+def _streamed(found: _Found, trust_remote_code: bool, shelf: Shelf) -> nn.Module:
     """Build the structure of a model whose parameters stay on disk."""
     if found.path is None:
         raise ModelError(
             f"{found.source} is read from the hub, and --max-memory reads a local directory; "
             "download it first, and give its directory"
-        )
-    if device.type != "cpu":
-        raise DeviceError(
-            f"a model that is read from disk runs on the CPU, not on {device}; give --device cpu, "
-            "or leave --max-memory away"
         )
     if trust_remote_code:
         raise OptionError(
@@ -297,12 +289,19 @@ _COPIES = 4
 in double precision."""
 
 
-def fitting_memory(name: str | Path, dtype: str | torch.dtype | None = None) -> int | None:
+def fitting_memory(
+    name: str | Path,
+    dtype: str | torch.dtype | None = None,
+    device: str | torch.device = "auto",
+) -> int | None:
     """Return the memory to prune a model within, if it is larger than that; None if it fits.
+
+    That is nine tenths of what is free where the model would run: on this machine for the CPU, on
+    the card for CUDA.
 
     Parameters
     ----------
-    name, dtype
+    name, dtype, device
         As `load_model` takes them.
 
     Returns
@@ -310,17 +309,20 @@ def fitting_memory(name: str | Path, dtype: str | torch.dtype | None = None) -> 
     int or None
         None also where nothing is known, or the model is no directory.
     """
-    available = available_memory()
-    if available is None or resolve_device("auto").type != "cpu":
+    target = resolve_device(device)
+    available = memory_of(target).available()
+    if available is None:
         return None
     try:
         path = Path(name).expanduser()
         stored = (stored_in(path) if path.is_dir() else None) or {}
     except (OSError, RuntimeError, ValueError, CheckpointError):
         return None  # whoever loads the model will say so
-    size = (resolve_dtype(dtype) or torch.float32).itemsize
-    available //= neighbours()  # each of which holds the model
-    needed = _COPIES * size * sum(tensor.elements for tensor in stored.values())
+    kept_as = resolve_dtype(dtype, target)  # None: as stored
+    needed = _COPIES * sum(
+        tensor.nbytes if kept_as is None else tensor.elements * kept_as.itemsize
+        for tensor in stored.values()
+    )
     return None if needed <= available else available * 9 // 10
 
 

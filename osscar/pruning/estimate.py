@@ -82,7 +82,7 @@ class Estimate:
 
     @property
     def peak_bytes(self) -> int:
-        """The most memory of the process."""
+        """The most memory of the process, or of the card that it runs on."""
         return max((stage.peak_bytes for stage in self.stages), default=0)
 
     def with_stages(self, stages: Sequence[StageEstimate]) -> Estimate:
@@ -243,7 +243,7 @@ class EstimateDocument:
         spent
             Seconds by phase, of those that have ended.
         peak
-            The most memory of the process.
+            The most memory of the process, or of the card that it runs on.
         """
         took = {str(name): seconds for name, seconds in spent.items()}
         stages = [

@@ -19,9 +19,10 @@ from osscar.capture.linear_maps import linear_maps
 from osscar.capture.opened import Opened
 from osscar.capture.targets import Target
 from osscar.core.errors import RequestError
-from osscar.core.memory import in_words, resident_memory
+from osscar.core.memory import in_words
 from osscar.core.modules import fresh
 from osscar.core.on_disk import shelf_of
+from osscar.core.shelf import Shelf
 from osscar.data.batches import TokenInputs
 from osscar.pruning.allocation import provisional
 from osscar.pruning.divergence import MOST_BYTES
@@ -309,7 +310,7 @@ def check_streamed(ready: Opened, request: PruningRequest, held_out: int) -> Roo
     if shelf is None:
         return None
     check_can_stream(ready.model, request)
-    base = resident_memory() - shelf.held_bytes
+    base = _base(shelf)
     for waiting_on_disk in (False, True):
         room = Room.of(ready, request, held_out, waiting_on_disk=waiting_on_disk)
         what, most = most_needed(ready.model, room)
@@ -318,7 +319,7 @@ def check_streamed(ready: Opened, request: PruningRequest, held_out: int) -> Roo
     else:
         raise RequestError(
             f"--max-memory {in_words(shelf.ceiling)} cannot hold {what}, which takes "
-            f"{in_words(most)}, beside {in_words(base)} for the program; give "
+            f"{in_words(most)}, beside {in_words(base)} for {shelf.memory.other_holders}; give "
             f"at least {in_words(base + most)} or, with shorter windows (--seqlen) or smaller "
             "batches (--batch-size), less"
         )
@@ -330,9 +331,14 @@ def check_streamed(ready: Opened, request: PruningRequest, held_out: int) -> Roo
 def least_memory(ready: Opened, request: PruningRequest, held_out: int) -> int:
     """Return the least limit within which a model that lies on disk can be pruned, in bytes."""
     shelf = shelf_of(ready.model)
-    base = resident_memory() - (0 if shelf is None else shelf.held_bytes)
+    assert shelf is not None
     room = Room.of(ready, request, held_out, waiting_on_disk=True)
-    return base + most_needed(ready.model, room)[1]
+    return _base(shelf) + most_needed(ready.model, room)[1]
+
+
+def _base(shelf: Shelf) -> int:
+    """Return the bytes that are held where a limit counts, without weights that can go."""
+    return shelf.memory.held() - shelf.held_bytes
 
 
 def most_needed(model: nn.Module, room: Room) -> tuple[str, int]:

@@ -31,6 +31,7 @@ from osscar.core.errors import FileError, OutputError, RunError
 from osscar.core.files import PARTIAL, digest, reason_of, remedy, whole, write_json
 from osscar.core.json_files import MEGABYTE, STRICT, parse_json, read_json
 from osscar.core.locks import LOCK_FILE, hold
+from osscar.core.on_disk import values_of
 from osscar.core.printable import are, counted
 from osscar.core.signals import uninterrupted
 from osscar.core.version import VERSION
@@ -137,7 +138,7 @@ def _fingerprint(tensors: Any) -> str:
             found.update(repr((name, tensor)).encode())
             continue
         found.update(repr((name, str(tensor.dtype), tuple(tensor.shape))).encode())
-        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        flat = values_of(tensor).cpu().contiguous().reshape(-1)
         bytes_: Any = flat.view(torch.uint8).numpy() if flat.numel() else b""
         found.update(bytes_)
     return found.hexdigest()

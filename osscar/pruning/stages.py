@@ -9,9 +9,10 @@ from typing import ClassVar
 from pydantic import ConfigDict
 
 from osscar.capture.opened import Opened
+from osscar.core.device_memory import DeviceMemory, memory_of
 from osscar.core.errors import OptionError
 from osscar.core.json_files import STRICT
-from osscar.core.memory import peak_memory, resident_memory
+from osscar.core.modules import device_of
 from osscar.core.on_disk import shelf_of
 from osscar.core.phases import Clock, Phase
 from osscar.pruning.groups import held_out
@@ -34,7 +35,8 @@ class StageEstimate:
     seconds, low, high
         Wall time, and between which it should be; `high` is None where nothing bounds it.
     peak_bytes
-        The most memory of the process meanwhile; 0 where nothing is known.
+        The most memory meanwhile, of the process, or of the card that it runs on; 0 where nothing
+        is known.
     read_bytes, written_bytes
         Of files.
     """
@@ -75,7 +77,7 @@ class Expected:
     kept
         About what share of the model stays.
     opened_bytes
-        Of the process, once the model was opened.
+        Of the process, or on the card, once the model was opened.
     """
 
     stages: tuple[StageEstimate, ...]
@@ -97,7 +99,7 @@ def expected(ready: Opened, request: PruningRequest, clock: Clock) -> Expected:
     """
     held = held_out(ready, request)
     room = check_streamed(ready, request, max(1, held))
-    opened_bytes = _resident()
+    opened_bytes = _held(memory_of(device_of(ready.model)))
     began = clock()
     keep = expected_keep(ready, request)
     allocating = clock() - began
@@ -131,8 +133,8 @@ def expected(ready: Opened, request: PruningRequest, clock: Clock) -> Expected:
     )
 
 
-def _resident() -> int:
+def _held(memory: DeviceMemory) -> int:
     try:
-        return resident_memory()
+        return memory.held()
     except OptionError:  # a system that does not tell
-        return peak_memory() or 0
+        return memory.peak() or 0

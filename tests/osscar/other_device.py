@@ -3,7 +3,8 @@
 All of them lie on the CPU.  Those of the model, whatever is computed of them, and whatever is made
 with a device or moved to one count as on the card; what is made without one counts as on the host.
 Where an operator meets both, a real card would refuse, and so does this one, with the exceptions
-that CUDA makes: numbers without dimensions, and indices.
+that CUDA makes: numbers without dimensions, and indices.  A parameter on disk says that it is on
+the card; what is read from its file is on the host until it is moved.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from osscar.core.on_disk import OnDisk
 
 HOST, CARD = "host", "card"
 
@@ -59,6 +62,8 @@ class Card:
 
     def place(self, tensor: Tensor) -> str:
         """Return where a tensor is; what nobody has put anywhere is on the host."""
+        if isinstance(tensor, OnDisk):
+            return CARD
         if not _has_storage(tensor):
             return HOST
         _, place = self._places.get(tensor.untyped_storage()._cdata, (None, HOST))
@@ -130,6 +135,9 @@ class _Functions(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         options = dict(kwargs or {})
         given = _tensors((args, options))
+        if any(isinstance(x, OnDisk) for x in given) and torch._C._is_torch_function_enabled():
+            with self:  # what it does to be read is watched as all else is
+                return OnDisk.__torch_function__(func, types, args, options)
         named = options.get("device") is not None
         place = CARD if named or any(self.card.place(x) == CARD for x in given) else HOST
         generator = options.get("generator")

@@ -2,20 +2,38 @@
 
 import copy
 import dataclasses
+import os
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import graph
 import osscar
 import solvers
 from benchmarks import gpu
+from osscar.capture import away
 from osscar.capture import opened as opening
+from osscar.capture.targets import Target
+from osscar.capture.walk import walk
+from osscar.checkpoint.streamed import read_streamed
+from osscar.core import on_disk, places, sources
+from osscar.core.device_memory import ProcessMemory, memory_of
+from osscar.core.errors import OptionError, RequestError
+from osscar.core.modules import device_of
+from osscar.core.on_disk import OnDisk, is_on_disk, shelf_of
+from osscar.core.pieces import PinnedPieces, pieces_to
+from osscar.core.places import Filled, Place
+from osscar.core.shelf import Shelf
+from osscar.models import language
 from osscar.pruning.prune import prune_as_asked
 from osscar.pruning.request import PruningRequest
+from osscar.pruning.run_log import RunLog
 from tests.osscar.families import tiny, tokens
 from tests.osscar.networks import images, small_net
 from tests.osscar.other_device import Card, WrongDevice
+from tests.osscar.test_streamed import written
 
 
 @pytest.fixture
@@ -29,6 +47,8 @@ def card(monkeypatch):
             return trace(*args, **options)
 
     monkeypatch.setattr(opening.graph, "trace", apart)
+    for reader in (places, away):
+        monkeypatch.setattr(reader, "is_host", lambda device: False)
     return card
 
 
@@ -117,6 +137,258 @@ def test_an_estimate_is_made_where_the_model_is(card):
     with card.watched():
         osscar.estimate(on(card, tiny("qwen2")), tokens(), sparsity=0.4)
         osscar.estimate(on(card, small_net()), images(12), channels=0.5)
+
+
+# ---- a run that is read from disk --------------------------------------------------------
+
+STREAMED = [
+    ("opt", {"heads": 0.5, "neurons": 0.7, "target": "weights"}),  # which its config cannot say
+    ("qwen2", {"neurons": 0.5, "heads": 0.5}),  # tied, with rotary frequencies that are computed
+    ("gpt2", {"sparsity": 0.3, "allocation": "fluctuation"}),
+]
+
+
+class Full(ProcessMemory):
+    """Memory in which nothing can be kept."""
+
+    def excess(self, needed, ceiling):
+        return 1 << 60
+
+
+@pytest.mark.parametrize("holding", [True, False], ids=["kept", "read anew"])
+@pytest.mark.parametrize(("family", "asked"), STREAMED, ids=str)
+def test_a_streamed_model_is_pruned_where_it_is(family, asked, holding, card, tmp_path):
+    dense = written(tmp_path / "dense", family)
+    request = PruningRequest(**asked, device="cpu", batch_size=3)
+    plain = prune_as_asked(osscar.load_model(dense, device="cpu").model, tokens(), request)
+    with card.watched():
+        loaded = osscar.load_model(dense, device="cpu", max_memory="64GB")
+        if not holding:
+            shelf_of(loaded.model).memory = Full()
+        result = prune_as_asked(loaded.model, tokens(), request, RunLog(tmp_path / "log"))
+        read_back = result.save(tmp_path / "streamed")
+        assert card.place(result.model(torch.zeros(1, 4, dtype=int, device="cpu")).logits) == "card"
+    assert is_on_disk(result.model)
+    assert all(isinstance(p, OnDisk) for p in result.model.parameters())
+    assert {card.place(buffer) for buffer in result.model.buffers()} <= {"card"}
+    assert [layer.support for layer in result.layers] == [layer.support for layer in plain.layers]
+    assert read_back.stock is plain.save(tmp_path / "plain").stock
+    same = "model.safetensors"
+    assert (tmp_path / "streamed" / same).read_bytes() == (tmp_path / "plain" / same).read_bytes()
+
+
+@pytest.mark.parametrize("reader", ["read", "read_rows"])
+def test_values_that_are_left_on_the_host_are_seen(reader, card, tmp_path, monkeypatch):
+    dense, read = written(tmp_path / "dense", "opt"), getattr(Place, reader)
+    os.utime(dense / "model.safetensors", (1, 1))
+    monkeypatch.setattr(sources, "_SETTLED", -1)  # rows are read of what nobody has written to
+    with card.watched():
+        model = osscar.load_model(dense, device="cpu", max_memory="64GB").model
+        batch = tokens(2)
+        card.put([batch])
+        assert card.place(model(batch).logits) == "card"
+        shelf = shelf_of(model)
+        shelf.memory = Full()
+        shelf.leave_free(0)
+        monkeypatch.setattr(Place, reader, lambda *asked: read(*asked).cpu())
+        with pytest.raises(WrongDevice):
+            model(batch)
+
+
+def test_what_is_done_to_values_on_disk_is_done_on_the_card(card, tmp_path):
+    dense, index = written(tmp_path / "dense", "opt"), torch.tensor([0, 2])
+    with card.watched(), torch.no_grad():
+        model = osscar.load_model(dense, device="cpu", max_memory="64GB").model
+        weight = model.model.decoder.layers[0].fc1.weight
+        assert card.place(weight.index_select(0, index).double().values()) == "card"
+        filled = weight.like(weight.place.then(Filled(1, index)))
+        assert card.place(filled.values()) == "card"
+        weight.data = weight.values() * 2  # by way of a file
+        assert card.place(weight.values()) == card.place(weight + 1) == "card"
+        with on_disk.written(model.model.decoder.layers[0].fc1, "weight") as values:
+            assert card.place(values) == "card"
+
+
+@pytest.mark.parametrize("target", ["weights", "residual"])
+def test_batches_that_wait_on_disk_come_back_to_where_they_were(target, card, monkeypatch):
+    written, put = [], away.Away.put
+
+    def counted(self, *args):
+        put(self, *args)
+        written.append(self.written_bytes)
+
+    monkeypatch.setattr(away.Away, "put", counted)
+    with card.watched():
+        model = on(card, tiny("qwen2"))
+        with opening.opened(model, tokens(), batch_size=3) as ready:
+            groups = [group for group in ready.groups if group.prunable]
+            options = {"target": Target(target), "held": 2, "waiting_on_disk": True}
+            for site in walk(ready, groups, **options):
+                problem = site.problem(site.group.units // 2, 1e-2)
+                assert {card.place(c.H) for c in problem.consumers} == {"card"}
+                site.commit([gram.linear_map.read_weight() * 0.9 for gram in site.grams])
+    assert max(written) > 0
+
+
+# ---- a streamed model and the names of devices -------------------------------------------
+
+CARD = torch.device("cuda:0")
+
+
+@pytest.fixture
+def streamed(tmp_path):
+    """A model that runs on a card that is not there: shapes can be computed, and no values."""
+    dense = written(tmp_path / "dense", "opt")
+    return read_streamed(dense, Shelf(1 << 40, CARD), torch.float32)
+
+
+def test_parameters_on_disk_are_on_the_device_of_their_shelf(streamed):
+    weight = streamed.lm_head.weight
+    assert (weight.device, weight.get_device()) == (CARD, 0)
+    assert weight.is_cuda
+    assert not weight.is_cpu
+    assert device_of(copy.deepcopy(streamed)) == streamed.device == CARD
+    moved = weight.double().cpu()
+    assert (moved.device, moved.is_cpu, moved.get_device()) == (torch.device("cpu"), True, -1)
+    assert moved.cuda(0).shelf is weight.shelf
+    assert moved.shelf is weight.shelf.on(torch.device("cpu"))
+    with pytest.raises(OptionError, match="--device cpu or cuda"):
+        weight.to("meta")
+
+
+def test_shapes_are_computed_on_the_device_of_the_shelf(streamed):
+    decoder = streamed.model.decoder
+    with FakeTensorMode(), torch.no_grad():
+        batch = torch.zeros(2, 8, dtype=torch.int64, device=CARD)
+        found = decoder.embed_tokens(batch)
+        assert decoder.layers[0].fc1(found).device == CARD
+        with pytest.raises(RuntimeError, match="device"):
+            decoder.layers[0].fc1(found.cpu())
+
+
+def test_a_streamed_model_moves_whole(streamed, tmp_path):
+    model, batch = streamed.to("cpu"), tokens(2)
+    assert model.lm_head.weight is model.model.decoder.embed_tokens.weight
+    assert {p.device.type for p in model.parameters()} == {"cpu"}
+    dense = osscar.load_model(tmp_path / "dense", device="cpu").model
+    with torch.no_grad():
+        assert torch.equal(model(batch).logits, dense(batch).logits)
+    assert device_of(model.to(CARD)) == CARD
+
+
+def test_tracing_takes_no_memory_on_a_card(streamed):
+    with FakeTensorMode():
+        example = {"input_ids": torch.zeros(2, 8, dtype=torch.int64, device=CARD)}
+    with on_disk.shapes_only(streamed, example) as small:
+        assert {p.device.type for p in streamed.parameters()} == {"cpu"}
+        assert small["input_ids"].device.type == "cpu"
+    assert device_of(streamed) == CARD
+
+
+def test_no_piece_is_written_over_before_it_has_been_copied(monkeypatch):
+    told, empty = [], torch.empty
+
+    class Event:
+        def __init__(self):
+            self.name = len(told)
+            told.append("made")
+
+        def synchronize(self):
+            told.append(("waited for", self.name))
+
+        def record(self, stream):
+            told.append(("copied", self.name))
+
+    def pinned(*shape, pin_memory, **options):
+        return empty(*shape, **options)
+
+    monkeypatch.setattr(torch, "empty", pinned)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
+    pieces = pieces_to(4, torch.float32, CARD)
+    assert isinstance(pieces, PinnedPieces)
+    pieces._device = torch.device("cpu")
+    rooms = []
+    for _ in range(3):
+        rooms.append(pieces.room(3).data_ptr())
+        pieces.sent(pieces._buffers[pieces._turn])
+    assert rooms[0] == rooms[2] != rooms[1]
+    one, other = [("waited for", 1), ("copied", 1)], [("waited for", 0), ("copied", 0)]
+    assert told == ["made", "made", *one, *other, *one]
+
+
+# ---- memory of a card --------------------------------------------------------------------
+
+
+class Counted:
+    """What torch says of a card's memory: what this process has reserved, and uses of that."""
+
+    def __init__(self, monkeypatch, *, total, used=0, cached=0):
+        self.total, self.used, self.cached, self.emptied = total, used, cached, 0
+        for name, value in {
+            "memory_reserved": lambda device: self.used + self.cached,
+            "max_memory_reserved": lambda device: self.used + self.cached,
+            "mem_get_info": lambda device: (self.total - self.used - self.cached, self.total),
+            "empty_cache": self.empty,
+            "device_count": lambda: 1,
+        }.items():
+            monkeypatch.setattr(torch.cuda, name, value)
+
+    def empty(self):
+        self.cached, self.emptied = 0, self.emptied + 1
+
+
+def test_a_limit_is_about_the_memory_of_the_card(monkeypatch):
+    counted = Counted(monkeypatch, total=100, used=20, cached=30)
+    memory = memory_of(CARD)
+    assert (memory.excess(10, 60), counted.emptied) == (0, 0)
+    assert (memory.excess(30, 60), counted.emptied) == (-10, 1)  # once what was freed is gone
+    counted.used = 90
+    assert memory.excess(30, 1000) == 20  # others have the rest
+    counted.cached = 5
+    assert memory.peak() == 95
+    assert memory.available() == 100
+    assert memory.held() == 90
+
+
+def test_the_oldest_values_leave_a_card_that_is_full(tmp_path, monkeypatch):
+    model = osscar.load_model(
+        written(tmp_path / "dense", "opt"), device="cpu", max_memory=10**9
+    ).model
+    shelf, layers = shelf_of(model), model.model.decoder.layers
+    shelf.memory = memory_of(CARD)
+    first, second = layers[0].fc1.weight, layers[1].fc1.weight
+    counted = Counted(monkeypatch, total=10**12)
+    for weight in (first, second):
+        weight.values()
+    counted.used = 10**9 - (64 << 20) + 1  # what is always left free
+    shelf.leave_free(0)
+    before = shelf.read_bytes
+    second.values()
+    assert shelf.read_bytes == before
+    first.values()
+    assert shelf.read_bytes > before
+
+
+def test_a_limit_that_a_card_cannot_keep_is_refused(tmp_path, monkeypatch):
+    model = osscar.load_model(
+        written(tmp_path / "dense", "opt"), device="cpu", max_memory="1GB"
+    ).model
+    Counted(monkeypatch, total=10**12, used=950_000_000)
+    shelf_of(model).memory = memory_of(CARD)
+    said = r"--max-memory 1.00GB cannot hold .* for what is on the card already; give at least 1\."
+    with pytest.raises(RequestError, match=said):
+        prune_as_asked(model, tokens(), PruningRequest(neurons=0.5, device="cpu"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_does_not_fit_on_the_card_stays_on_disk_by_default(tmp_path, monkeypatch, dtype):
+    dense = written(tmp_path / "dense", "opt", dtype=dtype)
+    size = 4 * sum(t.nbytes for t in load_file(dense / "model.safetensors").values())
+    monkeypatch.setattr(language, "resolve_device", lambda _: CARD)
+    for total, expected in ((size, None), (size - 10, (size - 10) * 9 // 10)):
+        Counted(monkeypatch, total=total)
+        assert language.fitting_memory(dense, device="cuda") == expected
 
 
 # ---- the solvers -------------------------------------------------------------------------

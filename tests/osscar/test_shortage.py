@@ -1,5 +1,6 @@
 """A device without memory left: what there was none for, and which option helps."""
 
+import re
 import sys
 
 import pytest
@@ -9,10 +10,12 @@ import osscar
 from osscar.capture import walk
 from osscar.cli import main
 from osscar.core.errors import NoMemoryError
+from osscar.core.places import Slice
 from osscar.models import language
 from osscar.pruning import prune
 from solvers.heuristics import greedy
 from tests.osscar.families import tiny, tokens
+from tests.osscar.test_streamed import written
 
 OF_CUDA = torch.OutOfMemoryError(
     "CUDA out of memory. Tried to allocate 6.13 GiB. GPU 0 has a total capacity of 23.5 GiB"
@@ -66,6 +69,14 @@ def test_a_problem_is_named_with_its_inputs(error, monkeypatch):
     said = refusal(tiny("opt"))
     assert "the problem of 'model.decoder.layers.0.neurons' with 40 inputs" in said
     assert "--device cpu" in said
+
+
+def test_a_weight_that_lies_on_disk_is_named(error, monkeypatch, tmp_path):
+    model = osscar.load_model(written(tmp_path, "opt"), device="cpu", max_memory="64GB").model
+    monkeypatch.setattr(Slice, "read", failing(error))
+    said = refusal(model)
+    assert re.search(r"'[\w.]+\.weight' on cpu \([\d.]+K?B, read from disk\)", said)
+    assert "a smaller --max-memory" in said
 
 
 def test_elsewhere_the_model_is_named(error, monkeypatch):

@@ -23,7 +23,7 @@ from osscar.capture.opened import opened
 from osscar.capture.targets import Target
 from osscar.capture.walk import walk
 from osscar.checkpoint.streamed import check_written, write_weights
-from osscar.core import shelf as shelf_room
+from osscar.core import memory as system_memory
 from osscar.core import sources
 from osscar.core.abreast import abreast
 from osscar.core.errors import (
@@ -53,6 +53,7 @@ from solvers.symmetric import Symmetric
 from tests.osscar.families import VOCABULARY, tiny
 
 PLENTY = "64GB"
+CPU = torch.device("cpu")
 
 
 def written(path, family, *, dtype=torch.float32, shards=None):
@@ -190,7 +191,7 @@ def test_a_pass_that_fails_ends_the_others(tmp_path):
 def test_saving_leaves_room_for_the_passes_that_compare(tmp_path, monkeypatch):
     result = pruned(written(tmp_path / "dense", "opt"), PLENTY, heads=0.5, neurons=0.7)
     shelf = shelf_of(result.model)
-    monkeypatch.setattr(shelf_room, "resident_memory", lambda: 10**9)
+    monkeypatch.setattr(system_memory, "resident_memory", lambda: 10**9)
     shelf.ceiling = 10**9 + (100 << 20)  # less than any pass is said to take
     result.save(tmp_path / "pruned")
     largest = max(parameter.nbytes for parameter in result.model.parameters())
@@ -385,16 +386,16 @@ def test_a_file_that_nobody_writes_to_is_digested_once(tmp_path, monkeypatch):
     (tmp_path / "values").write_bytes(torch.arange(12.0).numpy().tobytes())
     values = Slice(Source(tmp_path / "values"), 0, (12,), torch.float32, "w")
     for _ in range(2):  # it was written just now: the next write may bear the same time
-        values.read([])
+        values.read([], CPU)
     assert len(digested) == 2
     os.utime(tmp_path / "values", (1, 1))  # clocks of files tick slowly
     monkeypatch.setattr(sources, "_SETTLED", -1)
-    assert all(torch.equal(values.read([]), torch.arange(12.0)) for _ in range(3))
+    assert all(torch.equal(values.read([], CPU), torch.arange(12.0)) for _ in range(3))
     assert len(digested) == 3
     with (tmp_path / "values").open("r+b") as file:
         file.write(b"\1")
     with pytest.raises(FileError, match="were others when they were read before"):
-        values.read([])
+        values.read([], CPU)
 
 
 def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path, monkeypatch):
@@ -403,7 +404,7 @@ def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path, monkeypatch):
     path.write_bytes(torch.arange(12.0).numpy().tobytes())
     os.utime(path, (1, 1))
     values = Slice(Source(path), 0, (12,), torch.float32, "w")
-    values.read([])
+    values.read([], CPU)
     plain = Source.read_into
 
     def late(source, buffer, offset):
@@ -413,7 +414,7 @@ def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Source, "read_into", late)
     with pytest.raises(FileError, match="were others when they were read before"):
-        values.read([])
+        values.read([], CPU)
 
 
 def test_a_missing_shard_is_refused(tmp_path):
@@ -520,7 +521,7 @@ def test_what_does_not_fit_stays_on_disk_by_default(tmp_path, monkeypatch):
     dense = written(tmp_path / "dense", "opt", dtype=torch.bfloat16)
     size = 2 * (dense / "model.safetensors").stat().st_size  # in float32
     for available, expected in ((5 * size, None), (3 * size, 3 * size * 9 // 10), (None, None)):
-        monkeypatch.setattr(language, "available_memory", lambda found=available: found)
+        monkeypatch.setattr(system_memory, "available_memory", lambda found=available: found)
         monkeypatch.setattr(language, "resolve_device", lambda _: torch.device("cpu"))
         assert fitting_memory(dense) == expected
     for name, value in {
@@ -530,11 +531,11 @@ def test_what_does_not_fit_stays_on_disk_by_default(tmp_path, monkeypatch):
         "MASTER_PORT": 1,
     }.items():
         monkeypatch.setenv(name, str(value))
-    monkeypatch.setattr(language, "available_memory", lambda: 6 * size)
+    monkeypatch.setattr(system_memory, "available_memory", lambda: 6 * size)
     for processes, expected in (("1", None), ("2", 3 * size * 9 // 10)):  # on this machine
         monkeypatch.setenv("LOCAL_WORLD_SIZE", processes)
         assert fitting_memory(dense) == expected
-    monkeypatch.setattr(language, "available_memory", lambda: 1)
+    monkeypatch.setattr(system_memory, "available_memory", lambda: 1)
     assert fitting_memory("demo") is None
     (dense / "model.safetensors").write_bytes(b"no weights")
     assert fitting_memory(dense) is None
