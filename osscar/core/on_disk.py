@@ -254,7 +254,11 @@ def shelf_of(model: nn.Module) -> Shelf | None:
 
 
 def values_of(tensor: Tensor) -> Tensor:
-    """Return the values of any tensor outside of autograd, for reading, on its device."""
+    """Return the values of any tensor outside of autograd, for reading, on its device.
+
+    Whoever copies a weight to the CPU asks for these first: ``cpu()`` alone would give a parameter
+    whose values are read from disk once more, and kept on a shelf there.
+    """
     return tensor.values() if isinstance(tensor, OnDisk) else tensor.detach()
 
 
