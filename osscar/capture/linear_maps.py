@@ -21,7 +21,7 @@ from osscar.capture.convolutions import Windows, windows_of
 from osscar.capture.recurrent import BIAS, RECURRENT, WEIGHT, directions
 from osscar.capture.routing import Mixture, Routed
 from osscar.core.errors import ModelError
-from osscar.shrinking.attention import REWRITTEN, rewritten
+from osscar.shrinking.attention import REWRITTEN, is_extended, rewritten
 
 _READ_ELSEWHERE = (
     "is read by {!r}, which other code than that of {!r} reads, too, or its bias, on inputs that "
@@ -277,10 +277,7 @@ def expose_attention(model: nn.Module) -> None:
         Changed in place; what it computes stays the same.
     """
     for module in model.modules():
-        extended = isinstance(module, nn.MultiheadAttention) and (
-            module.bias_k is not None or module.add_zero_attn
-        )
-        if not extended:  # those cannot lose heads
+        if not is_extended(module):  # those cannot lose heads
             rewritten(module, REWRITTEN)
 
 

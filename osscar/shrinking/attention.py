@@ -56,7 +56,7 @@ class MultiheadAttention(AnyHeads):
 
     def adopt(self) -> None:
         """Keep torch from taking a fused path that assumes full width."""
-        if self.bias_k is not None or self.add_zero_attn:
+        if is_extended(self):
             raise ModelError(
                 "a MultiheadAttention with add_bias_kv or add_zero_attn cannot lose heads; "
                 "leave its heads out of what is pruned"
@@ -299,12 +299,10 @@ REWRITTEN: Mapping[str, type[AnyHeads]] = {
     f"{_SWIN}V2": WindowAttention,
     "torchvision.models.maxvit.RelativePositionalMultiHeadAttention": RelativePositionAttention,
 }
-"""Replaced when heads leave, by the full name of the class."""
+"""Replaced when heads leave, or something else of their weights, by the full name of the class."""
 
 
-def rewritten(
-    module: nn.Module, classes: Mapping[str, type[AnyHeads]], group: GroupPlan | None = None
-) -> None:
+def rewritten(module: nn.Module, classes: Mapping[str, type[AnyHeads]]) -> None:
     """Change the class of a module, in place, if it is among those that need another one.
 
     Parameters
@@ -313,14 +311,10 @@ def rewritten(
         Any module.
     classes
         Which classes to replace, and what to mix into them.
-    group
-        The group that was cut; only heads matter.  None if it does not matter why.
     """
     kind = type(module)
     mixin = _mixin(kind, classes)
-    if mixin is None or (group is not None and group.kind is not UnitKind.HEADS):
-        return
-    if not mixin.wanted(module):
+    if mixin is None or not mixin.wanted(module):
         return
     module.__class__ = _mixed(mixin, kind)
     assert isinstance(module, AnyHeads)
@@ -336,8 +330,37 @@ def _mixin(kind: type[nn.Module], classes: Mapping[str, type[AnyHeads]]) -> type
     return None
 
 
+def is_extended(module: object) -> bool:
+    """Whether attention of torch adds keys of its own, for which there is no other forward pass."""
+    return isinstance(module, nn.MultiheadAttention) and (
+        module.bias_k is not None or module.add_zero_attn
+    )
+
+
+def rewrite_cut(module: nn.Module, group: GroupPlan) -> None:
+    """Change the class of an attention, in place, whose own weights a group has cut.
+
+    Whatever it has lost: the originals take the widths of heads from that of the stream, and
+    some insist on the one that they were built with.
+
+    Parameters
+    ----------
+    module
+        One that holds tensors of the group, or a layer that does.
+    group
+        One of the groups that were cut.
+
+    Raises
+    ------
+    ModelError
+        If it has lost heads and there is no other forward pass for it.
+    """
+    if group.kind is UnitKind.HEADS or not is_extended(module):
+        rewritten(module, REWRITTEN)
+
+
 def leave_nested_tensors(model: nn.Module, group: GroupPlan) -> None:
-    """Keep torch's encoders around attention that loses heads from packing padded sequences.
+    """Keep torch's encoders around attention that loses something from packing padded sequences.
 
     Only the fused path of full width reads what they pack.
 
@@ -349,11 +372,13 @@ def leave_nested_tensors(model: nn.Module, group: GroupPlan) -> None:
         One of the groups that are cut.
     """
     for name in {slot.module for slot in group.slots}:
+        within = group.kind is UnitKind.HEADS
         while name:
+            within = within or isinstance(model.get_submodule(name), nn.MultiheadAttention)
             name = name.rpartition(".")[0]
             around = model.get_submodule(name)
-            if isinstance(around, nn.TransformerEncoder):
-                rewritten(around, REWRITTEN, group)
+            if isinstance(around, nn.TransformerEncoder) and within:
+                rewritten(around, REWRITTEN)
 
 
 _MIXED: dict[type[nn.Module], type[nn.Module]] = {}

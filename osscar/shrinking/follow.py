@@ -27,7 +27,7 @@ from osscar.core.errors import OptionError
 from osscar.core.inputs import shown
 from osscar.core.modules import check_module
 from osscar.shrinking.alibi import PREPARED
-from osscar.shrinking.attention import REWRITTEN, leave_nested_tensors, rewritten
+from osscar.shrinking.attention import leave_nested_tensors, rewrite_cut, rewritten
 from osscar.shrinking.plan import GroupPlan
 
 Adapter: TypeAlias = Callable[[Any, GroupPlan], None]
@@ -114,7 +114,7 @@ def mend(model: nn.Module, group: GroupPlan) -> None:
         else:
             _follow_in_config(module, group)
             follow(module, group)
-            rewritten(module, REWRITTEN, group)
+            rewrite_cut(module, group)
 
 
 def nearby(model: nn.Module, group: GroupPlan) -> list[str]:

@@ -57,6 +57,39 @@ def test_auxiliary_heads_work_after_pruning(form: str, tmp_path: Path) -> None:
         assert output.shape == aside.shape == (32, 4)
 
 
+class Attending(nn.Module):
+    """Its auxiliary head is an attention, which reads what is pruned."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 8), nn.Linear(8, 4)
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True, **options)
+        self.side = nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Any:
+        units = self.first(x).relu()
+        output = self.second(units)
+        if not self.training:
+            return output
+        return output, self.side(self.attention(units, units, units)[0])
+
+
+def test_an_auxiliary_attention_trains_after_loading(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    result = osscar.prune(Attending().eval(), torch.randn(16, 5, 6), neurons=0.5)
+    assert isinstance(result.model, Attending)
+    assert result.model.attention.in_proj_weight.shape == (24, 4)
+    result.save(tmp_path / "saved")
+    back = osscar.load(tmp_path / "saved", dense=Attending())
+    found = []
+    for model in (result.model.train(), back.train()):
+        output, aside = model(torch.ones(3, 5, 6))
+        (output.sum() + aside.square().sum()).backward()
+        found.append((aside, model.get_parameter("attention.in_proj_weight").grad))
+    assert torch.equal(found[0][0], found[1][0])
+    assert torch.equal(found[0][1], found[1][1])
+
+
 def told(width: int, kind: type[Optional] = Optional, **asked: Any) -> list[str]:
     torch.manual_seed(0)
     data = torch.randn(64, 5, generator=torch.Generator().manual_seed(1))
