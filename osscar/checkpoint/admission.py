@@ -220,7 +220,7 @@ class _Budget:
         return model
 
 
-class _EmptyOnMeta(TorchFunctionMode):
+class EmptyOnMeta(TorchFunctionMode):
     """Give tensors that wait for weights no memory, and compute with all others."""
 
     _WAITING = frozenset({torch.empty, torch.zeros, torch.ones, torch.full})
@@ -283,7 +283,7 @@ def check_size(
         try:
             model = _Budget(stored, times).built(build, torch.device("meta"))
         except NotImplementedError:  # RegNet computes its widths with tensors, which need values
-            model = _Budget(stored, times).built(build, _EmptyOnMeta())
+            model = _Budget(stored, times).built(build, EmptyOnMeta())
     except _TooMuchError as error:
         raise CheckpointError(f"{path} is not a checkpoint that can be read: {error}") from error
     return model
@@ -310,7 +310,7 @@ def structure(
         If it is too much, saying of what.
     """
     try:
-        return _Budget(stored, _MOST_CUT if pruned else 1).built(build, _EmptyOnMeta())
+        return _Budget(stored, _MOST_CUT if pruned else 1).built(build, EmptyOnMeta())
     except _TooMuchError as error:
         raise CheckpointError(f"{path} is not a checkpoint that can be read: {error}") from error
 

@@ -21,6 +21,7 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers.core_model_loading import build_glob_alternation
 from transformers.initialization import no_init_weights
 
 from osscar.checkpoint.admission import check_config, check_size, check_tensors, stored_in
@@ -39,8 +40,14 @@ DESCRIPTION_ERRORS = (
 class Builder(Protocol):
     """Builds a dense model."""
 
-    def build(self) -> nn.Module:
-        """Return the dense model; what its weights are does not matter."""
+    def build(self, dtype: torch.dtype | None = None) -> nn.Module:
+        """Return the dense model; what its weights are does not matter.
+
+        Parameters
+        ----------
+        dtype
+            Number format; by default that of the description.
+        """
 
     def write(self, model: nn.Module, path: Path) -> None:
         """Write what `origin` does not hold into the directory of a checkpoint."""
@@ -146,13 +153,18 @@ class TransformersOrigin:
             own = dataclasses.replace(self, config=copy.deepcopy(self.config))
             check_tensors(check_size(own.build, stored, path, pruned=False), stored, path)
 
-    def build(self) -> PreTrainedModel:
-        """Build the model without filling its weights."""
+    def build(self, dtype: torch.dtype | None = None) -> PreTrainedModel:
+        """Build the model without filling its weights.
+
+        Every tensor has the number format that ``from_pretrained`` gives it.
+        """
         auto = self.kind is AutoModelForCausalLM
         make = self.kind.from_config if auto else self.kind._from_config
         options = {"trust_remote_code": False} if auto else {}
+        config = copy.deepcopy(self.config)  # in which the library notes the format
         with no_init_weights():
-            model: PreTrainedModel = make(self.config, dtype=self.config.dtype, **options)
+            model: PreTrainedModel = make(config, dtype=dtype or config.dtype, **options)
+        _keep_formats(model)
         model.tie_weights()
         return model
 
@@ -170,6 +182,18 @@ class TransformersOrigin:
     def origin(self) -> Origin:
         """The library; the rest lies in ``config.json``."""
         return Origin(self.library)
+
+
+def _keep_formats(model: PreTrainedModel) -> None:
+    """Give stored tensors that a family wants in another number format that one, in place."""
+    kept = model._get_dtype_plan(model.config.dtype or torch.get_default_dtype())
+    if not kept:
+        return
+    pattern, globs, _ = build_glob_alternation(list(kept))
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        found = pattern.search(name)
+        if found is not None and found.lastgroup is not None and tensor.is_floating_point():
+            tensor.data = tensor.data.to(kept[globs[found.lastgroup]])
 
 
 @dataclass(frozen=True)
@@ -201,7 +225,7 @@ class TorchvisionOrigin:
             if key.startswith("weights") or not isinstance(value, simple):
                 raise ValueError(f"torchvision model {self.name!r} has option {key} = {value!r}")
 
-    def build(self) -> nn.Module:
+    def build(self, dtype: torch.dtype | None = None) -> nn.Module:
         """Build the model with random weights; none are fetched.
 
         Raises
@@ -221,7 +245,7 @@ class TorchvisionOrigin:
         none = {"weights": None, **{key: None for key in accepted if key.startswith("weights")}}
         model: nn.Module = models.get_model(self.name, **none, **self.options)
         note(model, origin=self.origin)
-        return model
+        return model if dtype is None else model.to(dtype)
 
     def write(self, model: nn.Module, path: Path) -> None:
         """Write nothing: name and options say it all."""

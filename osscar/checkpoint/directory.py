@@ -38,6 +38,7 @@ from osscar.checkpoint.builders import (
     builder_of,
     read_builder,
 )
+from osscar.checkpoint.formats import Saving, cast
 from osscar.checkpoint.hf_config import adopt_config, is_any_shape, stock_config
 from osscar.checkpoint.manifest import (
     MANIFEST_FILE,
@@ -47,6 +48,7 @@ from osscar.checkpoint.manifest import (
     read_manifest,
 )
 from osscar.checkpoint.place import check_output, replacing
+from osscar.checkpoint.sizes import written_tensors
 from osscar.checkpoint.stored import WEIGHTS_FILE, Stored
 from osscar.checkpoint.streamed import (
     check_written,
@@ -165,7 +167,7 @@ def save(
     dtype = stored_dtype(model) if dtype is None else dtype
     path = check_output(directory, overwrite=overwrite, needed_bytes=weight_bytes(model, dtype))
     if dtype != number_format(model):
-        model = copied(model).to(dtype)
+        model = cast(copied(model), dtype)
     model = _as_its_class_builds_it(model)
     lineage = dataclasses.replace(lineage, stored_dtype=str(dtype).removeprefix("torch."))
     with replacing(path, overwrite=overwrite) as new:
@@ -213,13 +215,9 @@ def _with_code(path: Path) -> bool:
 
 def weight_bytes(model: nn.Module, dtype: torch.dtype | None = None) -> int:
     """Return how much a model's weights take on disk in a number format, as `save` takes it."""
-    dtype = stored_dtype(model) if dtype is None else dtype
-    as_it_is = dtype == number_format(model)
-    tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}.values()
-    return sum(
-        t.numel() * (t.dtype if as_it_is or not t.is_floating_point() else dtype).itemsize
-        for t in tensors
-    )
+    saving = Saving.of(model, dtype)
+    written = written_tensors(model).items()
+    return sum(t.numel() * saving.format_of(name, t).itemsize for name, t in written)
 
 
 def _write(
@@ -313,10 +311,13 @@ def load(
             model = TransformersOrigin.of_directory(path).read_stock(path, dtype)
             return _with_lineage(model, manifest)
         stored = stored_in(path)
-        model = _dense(read_builder(manifest.lineage.origin, path), dense, stored or {}, path)
+        # Converted before plans are carried out, since the trace of a program holds number formats.
+        if dense is not None:
+            model = copied(dense) if dtype is None else cast(copied(dense), dtype)
+        else:
+            builder = read_builder(manifest.lineage.origin, path)
+            model = _dense(builder, stored or {}, path, dtype)
         fold(model, stored or {})  # what the pruned model has as a plain weight
-        if dtype is not None and any(p.form is Form.GRAPH for p in manifest.lineage.plans):
-            model = model.to(dtype)  # a trace holds number formats
         for plan in manifest.lineage.plans:
             model = replayed(model, plan)
         check_tensors(model, stored or {}, path)
@@ -329,8 +330,7 @@ def load(
         safetensors.torch.load_model(model, path / WEIGHTS_FILE)
     except (OSError, RuntimeError, safetensors.SafetensorError) as error:
         raise CheckpointError(f"the weights in {path} do not fit its plan: {error}") from error
-    model = _with_lineage(model, manifest)
-    return (model if dtype is None else model.to(dtype)).eval()
+    return _with_lineage(model, manifest).eval()
 
 
 def _check_form(model: nn.Module, file: Path) -> None:
@@ -373,11 +373,9 @@ def _with_lineage(model: nn.Module, manifest: Manifest | None) -> nn.Module:
 
 
 def _dense(
-    origin: Builder | None, dense: nn.Module | None, stored: Mapping[str, Stored], path: Path
+    origin: Builder | None, stored: Mapping[str, Stored], path: Path, dtype: torch.dtype | None
 ) -> nn.Module:
-    """Return a dense model to shrink: the caller's, or one built as the origin says."""
-    if dense is not None:
-        return copied(dense)
+    """Return a dense model to shrink, built as the origin says."""
     if origin is None:
         raise CheckpointError(
             f"{path} holds a model of code that is not known here; build the dense model and give "
@@ -385,7 +383,7 @@ def _dense(
         )
     try:
         check_size(origin.build, stored, path, pruned=True)
-        return origin.build()
+        return origin.build(dtype)
     except OsscarError:
         raise
     except Exception as error:  # whatever a library's builder makes of options that are none
@@ -502,8 +500,8 @@ def _prove_same(model: nn.Module, again: nn.Module, example_inputs: Inputs | Non
     """Compare what a model computes with what was read back."""
     # In float32: whether the weights are the same is the question, not how they are rounded.
     if number_format(model) != torch.float32:
-        _round_what_is_computed(again, like=model)
-        model, again = copied(model).float(), again.float()
+        model = cast(copied(model), torch.float32)
+        again = cast(again, torch.float32)  # which may hold other formats beside the first
     device = next(model.parameters()).device
     inputs = _token_inputs(model, device) if example_inputs is None else example_inputs
     if inputs is None:
@@ -511,20 +509,6 @@ def _prove_same(model: nn.Module, again: nn.Module, example_inputs: Inputs | Non
         return
     with evaluating(model):
         prove_equal(proof_outputs(model, [inputs]), proof_outputs(again.to(device), [inputs]))
-
-
-def _round_what_is_computed(again: nn.Module, like: nn.Module) -> None:
-    """Round buffers that no file holds, such as rotary frequencies, as the other model has them.
-
-    A model in half precision may have them rounded, and one that was just read computes them anew:
-    at a few positions of a wide model that tells the two apart.
-    """
-    formats = {name: buffer.dtype for name, buffer in like.named_buffers()}
-    held = again.state_dict().keys()
-    for name, buffer in again.named_buffers():
-        kind = formats.get(name, buffer.dtype)
-        if name not in held and buffer.is_floating_point() and kind.is_floating_point:
-            buffer.copy_(buffer.to(kind))
 
 
 def _refilled(model: nn.Module, path: Path) -> nn.Module:

@@ -7,7 +7,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
 
+from osscar.checkpoint.formats import Saving
 from osscar.checkpoint.streamed import header_of
 from osscar.core.memory import let_shortage_pass
 from osscar.shrinking.plan import Form
@@ -25,7 +27,7 @@ def written_tensors(model: nn.Module) -> dict[str, Tensor]:
     return {names[0]: tensor for names, tensor in _named(model)}
 
 
-def header_bytes(model: nn.Module, form: Form, dtype: torch.dtype | None = None) -> int:
+def header_bytes(model: nn.Module, form: Form, saving: Saving) -> int:
     """Return how many bytes a file of a model's weights takes at most besides these.
 
     It is what the file says of the tensors of this model.  A smaller one has as many, and no more
@@ -37,10 +39,11 @@ def header_bytes(model: nn.Module, form: Form, dtype: torch.dtype | None = None)
         What is written when it has become smaller: modules, or a program.
     form
         Which of them.
-    dtype
-        What floating-point numbers are converted to; None where they stay as they are.
+    saving
+        Which number formats it is written in.
     """
-    named, metadata = _named(model), {"format": "pt"}
+    named = [(n, _shape_of(t, saving.format_of(n[0], t))) for n, t in _named(model)]
+    metadata = {"format": "pt"}
     tensors = {names[0]: tensor for names, tensor in named}
     candidates = [tensors]
     if form is Form.GRAPH or isinstance(model, ProgramModule):
@@ -52,7 +55,7 @@ def header_bytes(model: nn.Module, form: Form, dtype: torch.dtype | None = None)
     else:
         metadata |= {name: names[0] for names, _ in named for name in names[1:]}
     files = 1 + 2 * sum(t.numel() * t.itemsize for t in tensors.values()) // _SHARD
-    longest = max(len(header_of(some, metadata, dtype)[1]) for some in candidates)
+    longest = max(len(header_of(some, metadata)[1]) for some in candidates)
     return 8 + longest + _MORE_FILES * (files - 1)
 
 
@@ -68,14 +71,13 @@ def _named(model: nn.Module) -> list[tuple[list[str], Tensor]]:
 
 def _as_stock(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return what transformers writes of tensors, such as those of experts one by one."""
-    shapes = {
-        name: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
-        for name, tensor in tensors.items()
-    }
     try:
-        from transformers.core_model_loading import revert_weight_conversion
-
-        return dict(revert_weight_conversion(model, shapes))
+        return dict(revert_weight_conversion(model, dict(tensors)))
     except Exception as error:  # what it makes of a model is its own affair, which writing meets
         let_shortage_pass(error)
-        return shapes
+        return dict(tensors)
+
+
+def _shape_of(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a tensor of the same shape without values."""
+    return torch.empty(tensor.shape, dtype=dtype, device="meta")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,13 @@ from osscar.checkpoint.admission import check_tensors, names_of, stored_in, stru
 from osscar.checkpoint.builders import DESCRIPTION_ERRORS, TransformersOrigin, read_builder
 from osscar.checkpoint.manifest import Manifest, read_manifest
 from osscar.checkpoint.stored import Stored, read_stored
-from osscar.core.errors import CheckpointError, EquivalenceError, OsscarError, first_line
+from osscar.core.errors import (
+    CheckpointError,
+    EquivalenceError,
+    NonFiniteError,
+    OsscarError,
+    first_line,
+)
 from osscar.core.on_disk import OnDisk, values_of
 from osscar.core.places import Place, Slice
 from osscar.core.shelf import Shelf
@@ -81,7 +88,7 @@ def read_streamed(path: Path, shelf: Shelf, dtype: torch.dtype | None = None) ->
     if stored is None:
         raise CheckpointError(f"{path} holds no weights in safetensors, of which a model is read")
     try:
-        model = _structure(path, stored, manifest)
+        model = _structure(path, stored, manifest, dtype)
     except OsscarError:
         raise
     except DESCRIPTION_ERRORS as error:
@@ -92,21 +99,25 @@ def read_streamed(path: Path, shelf: Shelf, dtype: torch.dtype | None = None) ->
     fill_from_disk(model, stored, path, shelf)
     if manifest is not None:
         setattr(model, LINEAGE, manifest.lineage)
-    return (model if dtype is None else model.to(dtype)).to(shelf.device).eval()
+    return model.to(shelf.device).eval()
 
 
-def _structure(path: Path, stored: Mapping[str, Stored], manifest: Manifest | None) -> nn.Module:
+def _structure(
+    path: Path, stored: Mapping[str, Stored], manifest: Manifest | None, dtype: torch.dtype | None
+) -> nn.Module:
     """Build a model without its weights, in the shapes of those that are stored."""
     if manifest is None or manifest.stock:
         origin = TransformersOrigin.of_directory(path)
         origin.check_stock(path)
-        return structure(origin.build, stored, path, pruned=False)
+        build = partial(origin.build, dtype or number_format_of(origin.config, stored))
+        return structure(build, stored, path, pruned=False)
     builder = read_builder(manifest.lineage.origin, path)
     if not isinstance(builder, TransformersOrigin):
         raise CheckpointError(
             f"{path} holds no model of transformers, and no other is read from disk; {_ELSEWHERE}"
         )
-    model = structure(builder.build, stored, path, pruned=True)
+    build = partial(builder.build, dtype or number_format_of(builder.config, stored))
+    model = structure(build, stored, path, pruned=True)
     for plan in manifest.lineage.plans:
         slice_units(model, plan)
     return model
@@ -123,10 +134,11 @@ def read_any_shape_streamed(path: Path, name: str, shelf: Shelf) -> nn.Module:
     kind = getattr(modeling_pruned, name)
     config = kind.config_class.from_pretrained(path, local_files_only=True)
     stored = read_stored(path)
-    model = structure(TransformersOrigin(kind, config).build, stored, path, pruned=True)
+    build = partial(TransformersOrigin(kind, config).build, torch.float32)
+    model = structure(build, stored, path, pruned=True)
     check_tensors(model, stored, path)
     fill_from_disk(model, stored, path, shelf)
-    return model.float().to(shelf.device).eval()
+    return model.to(shelf.device).eval()
 
 
 def fill_from_disk(
@@ -137,7 +149,8 @@ def fill_from_disk(
     Parameters
     ----------
     model
-        Its parameters are on the device ``meta``; changed in place.
+        Its parameters are on the device ``meta``, each in the number format in which it is read;
+        changed in place.
     stored
         What the files hold.
     path
@@ -154,7 +167,6 @@ def fill_from_disk(
     """
     places = dict(_places(stored))
     prefix = getattr(model, "base_model_prefix", "")
-    dtype = _number_format(model, stored)
     for names, parameter in _tensors(model):
         found = [places[n] for name in names for n in names_of(name, prefix) if n in places]
         if parameter is None:
@@ -169,13 +181,15 @@ def fill_from_disk(
                 f"{path} holds other values of {names[0]!r} than of {names[1]!r}, which its config "
                 f"ties; {_ELSEWHERE}"
             )
-        place = found[0]
-        _put(
-            model,
-            names,
-            parameter,
-            place.cast(dtype) if place.dtype.is_floating_point else place,
-            shelf,
+        _check_range(found[0].slice, parameter.dtype)
+        _put(model, names, parameter, found[0].cast(parameter.dtype), shelf)
+
+
+def _check_range(values: Slice, dtype: torch.dtype) -> None:
+    if dtype.is_floating_point and values.largest > torch.finfo(dtype).max:
+        raise NonFiniteError(
+            f"values of {values.name!r} are infinite in {str(dtype).removeprefix('torch.')}, which "
+            f"ends at {torch.finfo(dtype).max:.5g}: give bfloat16 or float32"
         )
 
 
@@ -229,9 +243,9 @@ def _places(stored: Mapping[str, Stored]) -> Iterator[tuple[str, Place]]:
         yield name, Place(Slice(source, tensor.offset, tensor.shape, _FORMATS[tensor.dtype], name))
 
 
-def _number_format(model: nn.Module, stored: Mapping[str, Stored]) -> torch.dtype:
+def number_format_of(config: Any, stored: Mapping[str, Stored]) -> torch.dtype:
     """Return what transformers takes for ``auto``: the config's, or that of the first weight."""
-    named = getattr(getattr(model, "config", None), "dtype", None)
+    named = getattr(config, "dtype", None)
     if isinstance(named, torch.dtype):
         return named
     formats = [_FORMATS[tensor.dtype] for tensor in stored.values() if tensor.dtype in _FORMATS]
@@ -273,7 +287,7 @@ def write_weights(
 
 
 def header_of(
-    tensors: Mapping[str, Tensor], metadata: Mapping[str, str], dtype: torch.dtype | None = None
+    tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
 ) -> tuple[list[str], bytes]:
     """Return the names of tensors in the order of a file, and what that says of them first.
 
@@ -283,21 +297,15 @@ def header_of(
         By name; their values do not matter.
     metadata
         What the file says of itself.
-    dtype
-        What floating-point numbers are converted to; None where they stay as they are.
     """
     kinds = {kind: (rank, name) for rank, (name, kind) in enumerate(_FORMATS.items())}
-    formats = {
-        name: dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
-        for name, tensor in tensors.items()
-    }
     # What safetensors has no name for, it refuses when it comes to writing.
-    told = {name: kinds.get(kind, (len(kinds), str(kind))) for name, kind in formats.items()}
+    told = {name: kinds.get(t.dtype, (len(kinds), str(t.dtype))) for name, t in tensors.items()}
     order = sorted(tensors, key=lambda name: (told[name][0], name))
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     end = 0
     for name in order:
-        after = end + tensors[name].numel() * formats[name].itemsize
+        after = end + tensors[name].numel() * tensors[name].itemsize
         header[name] = {
             "dtype": told[name][1],
             "shape": list(tensors[name].shape),

@@ -19,6 +19,12 @@ M = TypeVar("M", bound=nn.Module)
 T = TypeVar("T")
 
 
+_FAULT = {
+    torch.float16: "float16 ends at 65,504: give bfloat16 or float32, or get the checkpoint anew"
+}
+"""What may have happened to numbers of a format."""
+
+
 def check_finite_weights(model: nn.Module, *, buffers: bool = True) -> None:
     """Refuse a model whose weights are not all numbers.
 
@@ -44,7 +50,7 @@ def check_finite_weights(model: nn.Module, *, buffers: bool = True) -> None:
             bad = tensor.numel() - int(tensor.isfinite().sum())
             raise NonFiniteError(
                 f"{bad} of {tensor.numel()} values of {name!r} are NaN or infinite; "
-                "the checkpoint is damaged, get it anew"
+                f"{_FAULT.get(tensor.dtype, 'the checkpoint is damaged, get it anew')}"
             )
 
 

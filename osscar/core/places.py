@@ -96,6 +96,8 @@ class Slice:
     shape: tuple[int, ...]
     stored: torch.dtype
     name: str
+    largest: float = field(default=0.0, repr=False)
+    """Of all magnitudes, once the digest is known."""
     _digest: bytes | None = field(default=None, repr=False)
     _stamp: Stamp | None = field(default=None, repr=False)
 
@@ -230,6 +232,7 @@ class Slice:
                 f"values of {self.name!r} are NaN or infinite; the checkpoint is damaged, get it "
                 "anew"
             )
+        self.largest = max(self.largest, -float(low), float(high))
 
 
 @dataclass(frozen=True)

@@ -26,8 +26,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from osscar.checkpoint.admission import check_config, stored_in
 from osscar.checkpoint.builders import TransformersOrigin
 from osscar.checkpoint.directory import load
+from osscar.checkpoint.formats import cast
 from osscar.checkpoint.manifest import CONFIG_FILE, is_checkpoint, read_manifest
-from osscar.checkpoint.streamed import read_streamed
+from osscar.checkpoint.streamed import number_format_of, read_streamed
 from osscar.core.device_memory import memory_of
 from osscar.core.devices import resolve_device, resolve_dtype
 from osscar.core.errors import (
@@ -182,11 +183,12 @@ def load_model(
         found = _find(text)
         manifest = None if found.path is None else read_manifest(found.path)
         if shelf is not None:
-            model: Any = _streamed(found, trust_remote_code, shelf)
+            model: Any = _streamed(found, trust_remote_code, shelf, number_format)
+            stored = _stored_format(found)
         elif found.path is not None and manifest is not None and not manifest.stock:
-            model = load(found.path)
+            model, stored = load(found.path, dtype=number_format), _stored_format(found)
         else:
-            model = _load_stock(found, trust_remote_code is True)
+            model, stored = _load_stock(found, trust_remote_code is True, number_format)
             if manifest is not None:
                 setattr(model, LINEAGE, manifest.lineage)
         # True alone: of anything but an answer transformers makes a question to standard input.
@@ -194,14 +196,13 @@ def load_model(
     check_usable(model)
     check_finite_weights(model)
     _check_context(model, found.source)
-    stored = next(model.parameters()).dtype
     note(
         model,
         source=lineage_of(model).source or found.source,
         stored_dtype=str(stored).removeprefix("torch."),
     )
     with memory_for(f"the weights of {text} on {target}", FOR_BATCHES):
-        model = (model if number_format is None else model.to(number_format)).to(target)
+        model = model.to(target)
     return LoadedModel(model.eval(), tokenizer, found.source, found.path, stored)
 
 
@@ -269,7 +270,9 @@ def _check_files(directory: Path) -> None:
         raise ModelError(f"cannot read {error.filename or directory}: {error.strerror}") from error
 
 
-def _streamed(found: _Found, trust_remote_code: bool, shelf: Shelf) -> nn.Module:
+def _streamed(
+    found: _Found, trust_remote_code: bool, shelf: Shelf, dtype: torch.dtype | None
+) -> nn.Module:
     """Build the structure of a model whose parameters stay on disk."""
     if found.path is None:
         raise ModelError(
@@ -281,7 +284,7 @@ def _streamed(found: _Found, trust_remote_code: bool, shelf: Shelf) -> nn.Module
             "code that a checkpoint brings along is not run on a model that is read from disk; "
             "leave --trust-remote-code or --max-memory away"
         )
-    return read_streamed(found.path, shelf)
+    return read_streamed(found.path, shelf, dtype)
 
 
 _COPIES = 4
@@ -326,20 +329,33 @@ def fitting_memory(
     return None if needed <= available else available * 9 // 10
 
 
-def _load_stock(found: _Found, trust_remote_code: bool) -> Any:
+def _stored_format(found: _Found) -> torch.dtype:
+    """Return the number format of a directory's weights, whichever it is read in."""
+    assert found.path is not None
+    config = TransformersOrigin.of_directory(found.path).config
+    return number_format_of(config, stored_in(found.path) or {})
+
+
+def _load_stock(
+    found: _Found, trust_remote_code: bool, dtype: torch.dtype | None
+) -> tuple[Any, torch.dtype]:
+    """Read a model as transformers does; return the number format in which it lies there, too."""
+    options: dict[str, Any] = {
+        "trust_remote_code": trust_remote_code,
+        "local_files_only": found.path is not None or not _hub_is_reachable(),
+    }
     try:
+        config = transformers.AutoConfig.from_pretrained(found.location, **options)
         if found.path is not None and not trust_remote_code:
-            config = transformers.AutoConfig.from_pretrained(
-                found.location, local_files_only=True, trust_remote_code=False
-            )
             TransformersOrigin(transformers.AutoModelForCausalLM, config).check_stock(found.path)
+        # Where the config names no format, the first weight does, which is known once it is read.
+        known = isinstance(config.dtype, torch.dtype)
         model, loading = transformers.AutoModelForCausalLM.from_pretrained(
             found.location,
-            dtype="auto",
+            dtype=dtype if known and dtype is not None else "auto",
             use_safetensors=True,
             output_loading_info=True,
-            trust_remote_code=trust_remote_code,
-            local_files_only=found.path is None and not _hub_is_reachable(),
+            **options,
         )
     except OsscarError:
         raise
@@ -352,7 +368,8 @@ def _load_stock(found: _Found, trust_remote_code: bool) -> Any:
             f"{found.source} lacks {len(missing)} of the model's weights, such as {missing[0]!r}; "
             "get the checkpoint anew, or one of a causal language model"
         )
-    return model
+    stored = config.dtype if known else model.dtype
+    return (model if known or dtype is None else cast(model, dtype)), stored
 
 
 def _load_tokenizer(found: _Found, trust_remote_code: bool) -> Any:

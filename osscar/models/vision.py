@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from osscar.checkpoint import directory as checkpoint
 from osscar.checkpoint.builders import TorchvisionOrigin, builder_of
+from osscar.checkpoint.formats import cast
 from osscar.core.devices import resolve_device, resolve_dtype
 from osscar.core.errors import CheckpointError, ImageError, ModelError, ModelNotFound, OptionError
 from osscar.core.inputs import file_name
@@ -24,7 +25,7 @@ from osscar.data.preprocessing import Preprocessing, Size, import_torchvision
 from osscar.models import user_code
 from osscar.models.names import PREFIX, Sort, check_no_program, sort_of
 from osscar.models.weights import fill, read_state, renamed
-from osscar.shrinking.lineage import Lineage, lineage_of, note
+from osscar.shrinking.lineage import Lineage, lineage_of, note, stored_dtype
 
 DEFAULT_SAMPLES = 256
 
@@ -158,10 +159,10 @@ def load_vision_model(
     elif sort is Sort.CODE:
         loaded = _from_code(name, weights)
     else:
-        loaded = _from_directory(Path(name).expanduser(), sort, dense)
+        loaded = _from_directory(Path(name).expanduser(), sort, dense, number_format)
     check_usable(loaded.model)
     check_finite_weights(loaded.model)
-    model = loaded.model if number_format is None else loaded.model.to(number_format)
+    model = loaded.model if number_format is None else cast(loaded.model, number_format)
     model = in_evaluation(model.to(target))
     reference = next(model.parameters())
     example = {name: cast_like(tensor, reference) for name, tensor in loaded.example.items()}
@@ -268,7 +269,9 @@ def _from_code(name: str, weights: str | Path | None) -> VisionModel:
     )
 
 
-def _from_directory(path: Path, sort: Sort, dense: str | None) -> VisionModel:
+def _from_directory(
+    path: Path, sort: Sort, dense: str | None, dtype: torch.dtype | None
+) -> VisionModel:
     built, example = None, None
     if sort is Sort.CODE_DIRECTORY:
         if dense is None or sort_of(dense) is not Sort.CODE:
@@ -279,7 +282,7 @@ def _from_directory(path: Path, sort: Sort, dense: str | None) -> VisionModel:
                 f"dense=){given}"
             )
         built, example = user_code.build(dense)
-    model = checkpoint.load(path, dense=built)
+    model = checkpoint.load(path, dense=built, dtype=dtype)
     preprocessing = _recorded_preprocessing(path, lineage_of(model))
     builder = builder_of(model)
     if preprocessing is None and isinstance(builder, TorchvisionOrigin):
@@ -293,7 +296,7 @@ def _from_directory(path: Path, sort: Sort, dense: str | None) -> VisionModel:
         preprocessing=preprocessing,
         source=f"directory {path}",
         path=path,
-        stored_dtype=_dtype(model),
+        stored_dtype=stored_dtype(model),
         classes=lineage_of(model).classes,
     )
 

@@ -26,11 +26,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from graph import CouplingGroup, UnitKind
+from osscar.checkpoint.formats import Saving
 from osscar.checkpoint.sizes import header_bytes, written_tensors
 from osscar.core.on_disk import is_on_disk
 from osscar.core.operations import operations
 from osscar.data.batches import Batch
-from osscar.shrinking.lineage import saved_dtype
 from osscar.shrinking.plan import Form
 
 
@@ -223,17 +223,14 @@ def _stored_bytes(
 
     These are the numbers in the code of a program, and what the file says of tensors.
     """
-    dtype, saved = saved_dtype(model), model if program is None else program
-
-    def size(tensor: Tensor) -> int:
-        converted = dtype is not None and tensor.is_floating_point()
-        return (dtype if converted else tensor.dtype).itemsize  # type: ignore[union-attr]
-
-    written = written_tensors(saved).values()
-    prices = {names[id(t)]: float(size(t)) for t in written if id(t) in names}
-    rest = sum(t.numel() * size(t) for t in written if id(t) not in names)
+    saving, saved = Saving.of(model), model if program is None else program
+    written = [
+        (t, saving.format_of(name, t).itemsize) for name, t in written_tensors(saved).items()
+    ]
+    prices = {names[id(t)]: float(size) for t, size in written if id(t) in names}
+    rest = sum(t.numel() * size for t, size in written if id(t) not in names)
     form = Form.MODULE if program is None else Form.GRAPH
-    return prices, float(rest + header_bytes(saved, form, dtype))
+    return prices, float(rest + header_bytes(saved, form, saving))
 
 
 def _taken(

@@ -105,9 +105,13 @@ def finer_precision(model: nn.Module, example: Inputs | None = None) -> Iterator
         Inputs to try it on: a model whose code or kernels know only its own format keeps that.
     """
     formats = {name: tensor.dtype for name, tensor in _tensors(model)}
+    own = number_format(model)
+    # What a model in half precision keeps in float32, such as frequencies, is as fine already.
+    done = {_FINER.get(own, own)} if own is not None else set()
     try:
         for _, tensor in _tensors(model):
-            tensor.data = tensor.data.to(_FINER.get(tensor.dtype, tensor.dtype))
+            if tensor.dtype not in done:
+                tensor.data = tensor.data.to(_FINER.get(tensor.dtype, tensor.dtype))
         forget_derived(model)
         if example is not None and not runs(model, in_format_of(example, model)):
             _return_to(model, formats)

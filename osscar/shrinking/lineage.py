@@ -139,12 +139,3 @@ def stored_dtype(model: nn.Module) -> torch.dtype:
     return (
         FORMATS.get(lineage_of(model).stored_dtype or "") or number_format(model) or torch.float32
     )
-
-
-def saved_dtype(model: nn.Module) -> torch.dtype | None:
-    """Return what weights are converted to when a model is saved; None if they stay as they are.
-
-    They do where the first has the format already, whatever that of others is.
-    """
-    stored = stored_dtype(model)
-    return None if stored == number_format(model) else stored

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
+    DeepseekV3Config,
     GPT2Config,
     LlamaConfig,
     MistralConfig,
@@ -50,6 +51,26 @@ FAMILIES: dict[str, Callable[[], PretrainedConfig]] = {
     "qwen3": lambda: Qwen3Config(**_LLAMA_LIKE, num_key_value_heads=3, head_dim=8),
 }
 """Configurations by name; 40 neurons, and 6 heads, or 3 groups of 2."""
+
+
+def gated() -> DeepseekV3Config:
+    """Return the configuration of a family that keeps its gates in float32."""
+    return DeepseekV3Config(
+        **_LLAMA_LIKE,
+        num_key_value_heads=6,
+        moe_intermediate_size=16,
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        n_group=1,
+        topk_group=1,
+        n_shared_experts=1,
+        first_k_dense_replace=1,
+        q_lora_rank=16,
+        kv_lora_rank=16,
+        qk_nope_head_dim=8,
+        qk_rope_head_dim=8,
+        v_head_dim=8,
+    )
 
 
 def tiny(

@@ -96,10 +96,12 @@ class TestDirectories:
         (checkpoint / "osscar_plan.json").write_text('{"format": "osscar-plan/1", "plans": []}')
         model = AutoModelForCausalLM.from_pretrained(DEMO_DIRECTORY)
         asked = []
-        monkeypatch.setattr("osscar.models.language.load", lambda path: asked.append(path) or model)
+        monkeypatch.setattr(
+            "osscar.models.language.load",
+            lambda path, *, dtype: asked.append((path, dtype)) or model,
+        )
         assert load_model(checkpoint, dtype="float32").model is model
-        assert asked == [checkpoint]
-        assert model.dtype is torch.float32
+        assert asked == [(checkpoint, torch.float32)]
 
     def test_a_directory_without_a_checkpoint(self, tmp_path):
         with pytest.raises(ModelNotFound, match=r"no config\.json"):
@@ -200,6 +202,17 @@ class TestDirectories:
             NonFiniteError, match=r"2 of 102400 values of '.*layers\.2\.fc1\.weight'"
         ):
             load_model(checkpoint)
+
+    def test_what_float16_cannot_hold_is_not_called_damaged(self, checkpoint):
+        model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+        with torch.no_grad():
+            model.model.decoder.layers[2].fc1.weight[3, :2] = 1e5
+        model.save_pretrained(checkpoint)
+        assert load_model(checkpoint, dtype="bfloat16", device="cpu")
+        with pytest.raises(NonFiniteError, match=r"float16 ends at 65,504: give bfloat16"):
+            load_model(checkpoint, dtype="float16", device="cpu")
+        with pytest.raises(NonFiniteError, match=r"fc1\.weight' are infinite in float16, .* 65504"):
+            load_model(checkpoint, dtype="float16", device="cpu", max_memory="2GB")
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])

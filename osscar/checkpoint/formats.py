@@ -1,0 +1,139 @@
+"""Number formats: converting a model to one leaves what transformers leaves when it reads it in it.
+
+transformers builds a model with the number format as torch's default and fills in the weights.  So
+what its code computes in float32, such as rotary frequencies, stays in float32, and so do weights
+that a family asks to keep.  `torch.nn.Module.to` would round all of it, and positions with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from osscar.checkpoint.admission import EmptyOnMeta
+from osscar.checkpoint.builders import DESCRIPTION_ERRORS, TransformersOrigin, builder_of
+from osscar.core.modules import number_format
+from osscar.shrinking.lineage import stored_dtype
+from osscar.shrinking.program import ProgramModule
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def cast(model: M, dtype: torch.dtype) -> M:
+    """Convert a model, in place, to a number format, as its library has it in that.
+
+    Parameters
+    ----------
+    model
+        Of any sort.  One that is not of transformers is converted as a whole.
+    dtype
+        The number format.
+
+    Returns
+    -------
+    nn.Module
+        The model.  What its class computes is what that computes in this format, and not what is
+        left of it in the one before.
+    """
+    like = _as_built(model, dtype)
+    own = {} if like is None else dict(_formats(like))
+    formats = {id(tensor): own.get(name, dtype) for name, tensor in _named(model)}
+
+    def converted(tensor: Tensor) -> Tensor:
+        kind = formats.get(id(tensor), dtype)  # gradients have no name
+        return tensor.to(kind) if tensor.is_floating_point() else tensor
+
+    computed = {} if like is None else dict(_computed(model, like))
+    model._apply(converted)  # type: ignore[no-untyped-call]
+    for name, buffer in computed.items():
+        path, _, attribute = name.rpartition(".")
+        held = model.get_submodule(path)._buffers
+        old = held[attribute]
+        assert old is not None
+        held[attribute] = buffer.to(old.device)
+    return model
+
+
+@dataclass(frozen=True)
+class Saving:
+    """Which number formats the tensors of a model have when it is saved.
+
+    Parameters
+    ----------
+    dtype
+        What floating-point numbers are converted to; None where they stay as they are.
+    kept
+        The formats that its class gives them, by name; what it does not know is converted.
+    """
+
+    dtype: torch.dtype | None = None
+    kept: Mapping[str, torch.dtype] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, model: nn.Module, dtype: torch.dtype | None = None) -> Saving:
+        """Return what becomes of a model that is saved in a format, by default its stored one."""
+        dtype = stored_dtype(model) if dtype is None else dtype
+        if dtype == number_format(model):
+            return cls()
+        like = _as_built(model, dtype)
+        return cls(dtype, {} if like is None else dict(_formats(like)))
+
+    def format_of(self, name: str, tensor: Tensor) -> torch.dtype:
+        """Return the number format that a tensor of the model, or of its program, is written in."""
+        if self.dtype is None or not tensor.is_floating_point():
+            return tensor.dtype
+        return self.kept.get(name, self.dtype)
+
+
+def _named(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from model.named_parameters(remove_duplicate=False)
+    yield from model.named_buffers(remove_duplicate=False)
+
+
+def _formats(model: nn.Module) -> Iterator[tuple[str, torch.dtype]]:
+    return ((name, t.dtype) for name, t in _named(model) if t.is_floating_point())
+
+
+def _as_built(model: nn.Module, dtype: torch.dtype) -> nn.Module | None:
+    """Build a model of the same class in a number format, without memory for its weights.
+
+    None is returned where nothing tells what it would keep.
+    """
+    if not isinstance(model, PreTrainedModel | ProgramModule):
+        return None
+    builder = builder_of(model)
+    if not isinstance(builder, TransformersOrigin):
+        return None
+    try:
+        with EmptyOnMeta(), torch.random.fork_rng(devices=[]):
+            like: nn.Module = builder.build(dtype)
+    except DESCRIPTION_ERRORS:  # of code of somebody else's; it is converted as a whole
+        return None
+    return like
+
+
+def _computed(model: nn.Module, like: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield buffers that no file holds as another model has them, if rounding is all that differs.
+
+    What has changed since they were computed, such as slopes of heads of which some have left,
+    stays as it is.
+    """
+    stored = model.state_dict(keep_vars=True).keys()
+    fresh = dict(like.named_buffers(remove_duplicate=False))
+    for name, old in model.named_buffers(remove_duplicate=False):
+        new = fresh.get(name)
+        if name in stored or new is None or new.is_meta or not old.is_floating_point():
+            continue
+        if new.dtype != old.dtype and new.shape == old.shape and _alike(old.cpu(), new):
+            yield name, new
+
+
+def _alike(old: Tensor, new: Tensor) -> bool:
+    """Whether two tensors are the same in the coarser of their formats."""
+    coarser = max(old.dtype, new.dtype, key=lambda kind: torch.finfo(kind).eps)
+    return torch.equal(old.to(coarser), new.to(coarser))
