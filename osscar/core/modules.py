@@ -33,25 +33,39 @@ def check_finite_weights(model: nn.Module, *, buffers: bool = True) -> None:
     model
         The model.
     buffers
-        Whether its buffers count, too; some models hold masks of minus infinity.
+        Whether its buffers count, too, in which infinity is a value like others: masks hold it, and
+        observers of quantization that have seen nothing.  Statistics of normalizations are weights
+        in all but their name.
 
     Raises
     ------
     NonFiniteError
-        Naming the first parameter or buffer with NaN or infinity in it.
+        Naming the first parameter with NaN or infinity in it, or buffer with NaN.
     """
+    weights = {id(tensor) for tensor in (*model.parameters(), *_statistics(model))}
     others = model.named_buffers() if buffers else ()
     for name, tensor in [*model.named_parameters(), *others]:
         real = tensor.is_floating_point() and tensor.layout is torch.strided
         if isinstance(tensor, OnDisk) or tensor.is_meta or not real or not tensor.numel():
             continue  # what lies on disk is checked when it is first read
         low, high = tensor.aminmax()  # NaN comes through; ten times faster than isfinite
-        if not (low.isfinite() and high.isfinite()):
-            bad = tensor.numel() - int(tensor.isfinite().sum())
+        allowed = Tensor.isfinite if id(tensor) in weights else _is_no_nan
+        if not (allowed(low) and allowed(high)):
+            bad = tensor.numel() - int(allowed(tensor).sum())
             raise NonFiniteError(
                 f"{bad} of {tensor.numel()} values of {name!r} are NaN or infinite; "
                 f"{_FAULT.get(tensor.dtype, 'the checkpoint is damaged, get it anew')}"
             )
+
+
+def _statistics(model: nn.Module) -> Iterator[Tensor]:
+    for module in model.modules():
+        if isinstance(module, _NormBase):
+            yield from module.buffers(recurse=False)
+
+
+def _is_no_nan(tensor: Tensor) -> Tensor:
+    return ~tensor.isnan()
 
 
 def check_module(model: object) -> None:

@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.ao.quantization import FakeQuantize
 from transformers import AutoModelForCausalLM, AutoTokenizer, OPTForCausalLM
 
 import osscar
@@ -221,6 +222,15 @@ def test_non_finite_weights_are_named(value):
     check_finite_weights(module)
     module[1].running_var[1] = value
     with pytest.raises(NonFiniteError, match=r"1 of 3 values of '1\.running_var'"):
+        check_finite_weights(module)
+
+
+def test_infinity_is_a_value_of_buffers():
+    module = nn.Sequential(nn.Linear(3, 3), FakeQuantize())
+    module.register_buffer("mask", torch.full((3, 3), -torch.inf).triu(1))
+    check_finite_weights(module)
+    module.mask[0, 0] = torch.nan
+    with pytest.raises(NonFiniteError, match="1 of 9 values of 'mask'"):
         check_finite_weights(module)
 
 
