@@ -11,6 +11,7 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from osscar.checkpoint.formats import Saving
 from osscar.checkpoint.streamed import header_of
+from osscar.core.errors import ModelError, first_line
 from osscar.core.memory import let_shortage_pass
 from osscar.shrinking.plan import Form
 from osscar.shrinking.program import ProgramModule
@@ -41,6 +42,11 @@ def header_bytes(model: nn.Module, form: Form, saving: Saving) -> int:
         Which of them.
     saving
         Which number formats it is written in.
+
+    Raises
+    ------
+    ModelError
+        If transformers cannot tell what it would write of the model.
     """
     named = [(n, _shape_of(t, saving.format_of(n[0], t))) for n, t in _named(model)]
     metadata = {"format": "pt"}
@@ -73,9 +79,14 @@ def _as_stock(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> dict[str
     """Return what transformers writes of tensors, such as those of experts one by one."""
     try:
         return dict(revert_weight_conversion(model, dict(tensors)))
-    except Exception as error:  # what it makes of a model is its own affair, which writing meets
+    except Exception as error:  # what it makes of a model is its own affair
         let_shortage_pass(error)
-        return dict(tensors)
+        # Counted in another way, a budget would be exceeded, and nobody told.
+        raise ModelError(
+            f"how many bytes {type(model).__name__} takes on disk is not known, as transformers "
+            f"cannot tell what it would write of it: {first_line(error)}; give a budget of "
+            "parameters (--params, --sparsity) instead of --size"
+        ) from error
 
 
 def _shape_of(tensor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 import osscar
 from osscar.capture.opened import opened
-from osscar.core.errors import RequestError
+from osscar.core.errors import ModelError, RequestError
 from osscar.core.modules import copied, count_parameters
 from osscar.evaluation.size import count_flops
 from osscar.pruning.allocation import _checked as checked
@@ -348,6 +348,15 @@ def test_a_file_has_the_bytes_that_were_promised_or_a_few_less(case, tmp_path):
     with safetensors.safe_open(file, "pt") as written:
         tensors = len(written.keys())
     assert saved <= result.budget.reached <= min(result.budget.limit, saved + 8 + 2 * tensors)
+
+
+def test_what_cannot_be_counted_is_promised_to_nobody(monkeypatch):
+    def fails(*_):
+        raise ValueError("no such operation")
+
+    monkeypatch.setattr("osscar.checkpoint.sizes.revert_weight_conversion", fails)
+    with pytest.raises(ModelError, match=r"LlamaForCausalLM.* no such operation; give a budget of"):
+        osscar.prune(tiny("llama-gqa"), tokens(8, 24), size=0.8)
 
 
 # ---- operations of layers that are called in many ways -----------------------------------
