@@ -73,7 +73,7 @@ def read_streamed(path: Path, shelf: Shelf, dtype: torch.dtype | None = None) ->
     shelf
         Keeps what is read; the model runs on its device.
     dtype
-        Number format of the parameters; by default as the config says.
+        Number format, as `TransformersOrigin.build` takes it; by default as the config says.
 
     Raises
     ------
