@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from solvers.aligned import Aligned, unit_rows
-from solvers.gram import quadratic_on
+from solvers.gram import TILE_ROWS, quadratic_on
 from solvers.problem import Consumer, SubsetProblem
 from solvers.symmetric import Symmetric
 
@@ -85,8 +85,9 @@ class ConsumerState:
 
     def _read_blocks(self) -> None:
         w = self.width
-        U = self.U.view(len(self._place), w, -1)
-        K = U.square().sum(2, keepdim=True) if w == 1 else U @ U.mT
+        # Some rows at a time: their squares are as many as U.
+        parts = torch.split(self.U.view(len(self._place), w, -1), max(1, TILE_ROWS // w))
+        K = torch.cat([U.square().sum(2, keepdim=True) if w == 1 else U @ U.mT for U in parts])
         self.N_blocks, self.K_blocks = self.N.diagonal_blocks(w)[self._place], K[self._place]
 
     def part(self, units: Tensor) -> ConsumerState:
