@@ -99,7 +99,7 @@ class ConsumerState:
         made = object.__new__(ConsumerState)
         at = self._at(units)
         made.width, made.kept, made._terms = self.width, self.kept[units], self._terms
-        made.N, made.U = Symmetric.of(self.N.entries(at, at)), self.U[at]
+        made.N, made.U = Symmetric.of(self.N.entries(at, at), width=self.width), self.U[at]
         made._place = torch.arange(len(units), device=units.device)
         made._leading = made._cross = None
         made._read_blocks()

@@ -49,9 +49,9 @@ class Symmetric:
         return cls([like.new_empty(b - a, b) for a, b in _edges(rows, cut, width)])
 
     @classmethod
-    def of(cls, matrix: Tensor, rows: Tensor | None = None) -> Symmetric:
-        """Return a copy of a dense matrix, or of its rows and columns `rows`."""
-        made = cls.empty(len(matrix) if rows is None else len(rows), matrix)
+    def of(cls, matrix: Tensor, rows: Tensor | None = None, *, width: int = 1) -> Symmetric:
+        """Return a copy of a dense matrix, or of its rows and columns `rows`; `width` as above."""
+        made = cls.empty(len(matrix) if rows is None else len(rows), matrix, width=width)
         for start, panel in made.spans():
             stop = start + len(panel)
             if rows is None:

@@ -18,6 +18,7 @@ from solvers import (
     backend_names,
     make_backend,
     solve,
+    symmetric,
 )
 from solvers.heuristics import local_search
 from solvers.pivot import PivotState
@@ -145,8 +146,10 @@ def test_is_deterministic_and_leaves_the_problem_alone(backend, name):
 
 
 @instance
-@pytest.mark.parametrize("count", [2, 5, 64])
-def test_exchanges_of_many_units_end_where_none_helps(instance, count, monkeypatch):
+@pytest.mark.parametrize(("count", "panel"), [(2, 256), (5, 4), (64, 256)])
+def test_exchanges_of_many_units_end_where_none_helps(instance, count, panel, monkeypatch):
+    """Also where units of several rows do not fit into panels of a power of two."""
+    monkeypatch.setattr(symmetric, "PANEL_ROWS", panel)
     monkeypatch.setattr(local_search, "_FEW_PAIRS", 0)
     monkeypatch.setattr(local_search, "_AT_ONCE", count)
     start = tuple(range(instance.problem.keep))  # far from the best
