@@ -22,7 +22,7 @@ from solvers import (
 )
 from solvers.heuristics import local_search
 from solvers.pivot import PivotState
-from solvers.swaps import best_swap
+from solvers.swaps import Swap, best_swap
 from tests.solvers.instances import INSTANCES, exact_optimum
 
 TOLERANCE = 1e-8
@@ -163,6 +163,17 @@ def test_exchanges_of_many_units_end_where_none_helps(instance, count, panel, mo
         if found.status is Status.SWAP_OPTIMAL:
             state = PivotState.on_support(instance.problem, found.support)
             assert best_swap(state).gain <= 1e-6 * found.loss + 1e-12 * instance.problem.scale
+
+
+@instance
+def test_where_no_unit_is_the_partner_of_another_the_best_is_exchanged(instance, monkeypatch):
+    start = {"start": tuple(range(instance.problem.keep))}
+    expected = solve(instance.problem, "local_search", options=start)
+    monkeypatch.setattr(local_search, "_FEW_PAIRS", 0)
+    monkeypatch.setattr(local_search, "_best_swap", lambda part: Swap(-1, -1, -math.inf))
+    found = solve(instance.problem, "local_search", options=start)
+    assert found.support.tolist() == expected.support.tolist()
+    assert (found.iterations, found.status) == (expected.iterations, expected.status)
 
 
 @instance
