@@ -432,7 +432,8 @@ class SubsetProblem:
         Parameters
         ----------
         H, W0
-            Undamped Gram matrix ``X'X/N``, (p, p), and dense weights, (p, m).
+            Undamped Gram matrix ``X'X/N``, (p, p) or half of it, as of `Consumer.from_gram`, and
+            dense weights, (p, m).
         keep
             How many units stay.
         G, e

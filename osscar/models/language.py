@@ -311,6 +311,11 @@ def fitting_memory(
     -------
     int or None
         None also where nothing is known, or the model is no directory.
+
+    Raises
+    ------
+    DeviceError
+        If the device or number format is not available.
     """
     target = resolve_device(device)
     available = memory_of(target).available()
