@@ -23,7 +23,7 @@ _DRIFT_TOLERANCE = 1e-12
 _FEW_PAIRS = 1 << 20
 """Of fewer pairs the best is exchanged, and all are scored again: that takes milliseconds."""
 
-_AT_ONCE = 64
+_AT_ONCE = 256
 """Of more pairs, so many units of either side are exchanged among themselves until none of them
 gains, before all are scored again: docs/scale.md has what that saves."""
 
