@@ -116,6 +116,10 @@ class Consumer:
             object.__setattr__(self, name, as_number(name, getattr(self, name)))
         self._check()
 
+    def __repr__(self) -> str:
+        p, m = self.G.shape
+        return f"Consumer(units={len(self.rows)}, inputs={p}, outputs={m}, e={self.e:.6g})"
+
     @property
     def hessian(self) -> Hessian:
         """H as it is held: the matrix, or the lower half of it."""

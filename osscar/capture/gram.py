@@ -338,7 +338,7 @@ class _Sums:
     def expect_corrections(self) -> None:
         """Start the sums of corrections with nothing, where nothing has come."""
         if self.cross is None:
-            m = self.map.read_weight().shape[1]
+            m = self.map.outputs
             self.cross = self.inputs.new_zeros(len(self.inputs), m)
             self.corrections = self.inputs.new_zeros(m)
 

@@ -258,7 +258,7 @@ class Walk:
             for group in here:
                 if call != calls[group.name][-1]:
                     continue
-                add_up(grams[group.name], self._opened.ranks, group.name)
+                self._add_up(grams[group.name], group)
                 site = Site(
                     group,
                     grams.pop(group.name),
@@ -268,6 +268,17 @@ class Walk:
                 yield site
                 if site.committed and len(calls[group.name]) > 1:
                     self._end()  # the batches have passed calls through weights that are no longer
+
+    def _add_up(self, grams: tuple[GramAccumulator, ...], group: CouplingGroup) -> None:
+        """Add up over the ranks; this one may have had no batch of some sort."""
+        ranks, corrections = self._opened.ranks, self._target.needs_dense
+        lacking = (
+            gram.lacking_bytes(held=held, corrections=corrections)
+            for gram in grams
+            for held in (False, True)
+        )
+        with room_beside(self._opened.model, 0 if ranks.alone else sum(lacking)):
+            add_up(grams, ranks, group.name)
 
     def _empty_sums(self, group: CouplingGroup) -> tuple[GramAccumulator, ...]:
         maps = self._consumers[group.name]

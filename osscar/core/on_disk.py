@@ -273,6 +273,21 @@ def room_for(model: nn.Module, needed: int) -> Iterator[None]:
         yield
 
 
+_WIDE = 3
+"""Tensors as wide as the widest weight that a forward pass holds at once: logits, most often."""
+
+_SMALL = 128 << 20
+"""Bytes for all else."""
+
+
+@contextmanager
+def room_for_pass(model: nn.Module, positions: int) -> Iterator[None]:
+    """Leave room for a forward pass of so many positions, as `room_for` does."""
+    widest = max((size for p in model.parameters() for size in p.shape), default=0)
+    with room_for(model, 4 * _WIDE * positions * widest + _SMALL):
+        yield
+
+
 @contextmanager
 def room_beside(model: nn.Module, needed: int) -> Iterator[None]:
     """Leave room for something that lies beside a forward pass, as `room_for` does."""

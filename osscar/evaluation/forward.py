@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from graph.preserve import without_cache
 from osscar.core.modules import count_parameters, device_of, evaluating, fresh
+from osscar.core.on_disk import room_for_pass
 from osscar.core.timing import take_turns
 from osscar.evaluation.size import count_flops, count_parameter_bytes
 
@@ -67,7 +68,8 @@ def measure_forward(models: Sequence[nn.Module], batch: Mapping[str, Tensor]) ->
 
         return run
 
-    with _ready(models):
+    positions = next(iter(batch.values())).numel()
+    with _ready(models, positions):
         flops = [count_flops(model, fresh(batch)) for model in models]
         timings = [timing(model) for model in models]
         seconds = take_turns(timings, _REPETITIONS, "timing", worthwhile=_SECONDS)
@@ -87,12 +89,13 @@ def measuring_seconds(passes: Sequence[float]) -> float:
 
 
 @contextmanager
-def _ready(models: Sequence[nn.Module]) -> Iterator[None]:
+def _ready(models: Sequence[nn.Module], positions: int) -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
         for model in models:
             stack.enter_context(evaluating(model))
             stack.enter_context(without_cache(model))
+            stack.enter_context(room_for_pass(model, positions))
         yield
 
 

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from osscar.core.errors import ModelError, NonFiniteError, OptionError, TextError
 from osscar.core.inputs import shown, whole_number
 from osscar.core.modules import check_usable, context_length, evaluating
+from osscar.core.on_disk import room_for_pass
 from osscar.core.printable import counted
 from osscar.core.progress import track
 from osscar.data.text import encode
@@ -324,10 +325,11 @@ def _score(model: PreTrainedModel, pieces: tuple[Tensor, ...], protocol: _Protoc
     with evaluating(model), torch.inference_mode():
         for batch in track(batches, "Scoring"):
             batch = batch.to(model.device)
-            logits = model(input_ids=batch, use_cache=False).logits
-            for window, window_logits in zip(batch, logits, strict=True):
-                total += _negative_log_likelihood(window_logits, window, f"window {done}")
-                done += 1
+            with room_for_pass(model, batch.numel()):
+                logits = model(input_ids=batch, use_cache=False).logits
+                for window, window_logits in zip(batch, logits, strict=True):
+                    total += _negative_log_likelihood(window_logits, window, f"window {done}")
+                    done += 1
     tokens = sum(len(piece) - 1 for piece in pieces)
     return Quality(_exponential(total / tokens), tokens, len(pieces), len(pieces[0]))
 

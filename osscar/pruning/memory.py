@@ -148,20 +148,23 @@ class Room:
         The hidden states of all batches, and the predictions of the dense model that are kept.
     forward
         One batch on its way through a block.
+    sums
+        Those of the layer that reads most, while batches pass.
     matrices
-        The problem of the layer that reads most.
+        The problem of that layer.
     logits
         The predictions of one window, compared.
     proof
         Those of the proof, in double precision.
     layer, inputs
-        The name of that layer, and how many inputs it reads.
+        The name of the layer, and how many inputs it reads.
     waiting_on_disk
         Whether only one batch at a time has its hidden states in memory.
     """
 
     batches: int
     forward: int
+    sums: int
     matrices: int
     logits: int
     proof: int
@@ -196,10 +199,10 @@ class Room:
         """
         keep = provisional(ready, request)
         groups = [g for g in ready.groups if keep.get(g.name, g.units) < g.units]
-        layer, inputs, matrices = max(
+        layer, inputs, matrices, sums = max(
             (_matrices(ready.model, group, keep[group.name], request) for group in groups),
             key=lambda found: found[2],
-            default=("", 0, 0),
+            default=("", 0, 0, 0),
         )
         flow = Flow.of(ready)
         streams = 2 if Target(request.target).needs_dense else 1
@@ -211,6 +214,7 @@ class Room:
         return cls(
             batches=4 * present * suspended * streams + kept,
             forward=4 * max(flow.rows) * flow.wide * _ACTIVATIONS * streams + _LEAST,
+            sums=sums,
             matrices=matrices + _LEAST,
             logits=4 * flow.window * flow.outputs * _LOGITS + _LEAST,
             proof=8 * proved * _PROVED + _LEAST,
@@ -222,17 +226,20 @@ class Room:
 
 def _matrices(
     model: nn.Module, group: CouplingGroup, keep: int, request: PruningRequest
-) -> tuple[str, int, int]:
-    """Return the layer of a group that reads most, how much that is, and bytes of all matrices."""
+) -> tuple[str, int, int, int]:
+    """Return the layer of a group that reads most, how much, and bytes of matrices and of sums."""
     maps = linear_maps(model, group)
     most = max(maps, key=lambda found: found.rows)
-    numbers = 0.0
+    numbers, sums = 0.0, 0.0
+    copies = 2 if request.holds_out else 1
+    corrected = Target(request.target).needs_dense
     for found in maps:
         p, m = found.rows, found.outputs
         r = p * keep / group.units
         peaks = (a * p**2 + b * r**2 + c * p * m for a, b, c in _peaks(request))
         numbers += max(peaks) + _TILES * p
-    return most.name, most.rows, int(8 * numbers)
+        sums += copies * (0.5 * p**2 + (p * m if corrected else 0))
+    return most.name, most.rows, int(8 * numbers), int(8 * sums)
 
 
 def _peaks(request: PruningRequest) -> list[tuple[float, float, float]]:
@@ -352,7 +359,10 @@ def _needs(model: nn.Module, room: Room) -> dict[str, int]:
     return {
         f"the problem of {room.layer!r} with its {room.inputs} inputs": room.batches
         + room.matrices,
-        f"a batch on its way through {room.layer!r}": room.batches + room.forward + weight.nbytes,
+        f"a batch on its way through {room.layer!r}": room.batches
+        + room.forward
+        + room.sums
+        + weight.nbytes,
         f"the predictions of one window, and {name!r}": room.logits + weight.nbytes,
         f"the proof, with {name!r} in double precision": room.proof + 2 * weight.nbytes,
     }

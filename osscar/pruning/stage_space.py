@@ -49,7 +49,7 @@ class Space:
             Phase.DENSE: found.logits,
             Phase.ALLOCATION: found.forward,
             Phase.WALK: found.batches + found.forward,
-            Phase.GRAM: found.batches + found.forward,
+            Phase.GRAM: found.batches + found.forward + found.sums,
             Phase.DAMPING: found.batches + found.matrices,
             Phase.SOLVER: found.batches + found.matrices,
             Phase.PROOF: round((1 + plan.kept) * copies) + found.proof,

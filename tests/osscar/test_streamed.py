@@ -40,6 +40,8 @@ from osscar.core.on_disk import OnDisk, is_on_disk, shelf_of
 from osscar.core.places import Cast, Place, Selected, Slice
 from osscar.core.shelf import Shelf
 from osscar.core.sources import Source
+from osscar.evaluation.forward import measure_forward
+from osscar.evaluation.language import measure_quality
 from osscar.models import language
 from osscar.models.language import DEMO_DIRECTORY, fitting_memory
 from osscar.models.open import open_model
@@ -315,6 +317,17 @@ def test_room_is_made_before_sums_are_begun(tmp_path, target, monkeypatch):
     assert len(begun) == sums_a_layer * len(loaded.model.model.decoder.layers)
     pass_alone = shelf.left_free
     assert all(left >= pass_alone + needed for left, needed in begun)
+
+
+def test_room_is_made_for_what_is_scored():
+    loaded = osscar.load_model(DEMO_DIRECTORY, device="cpu", max_memory=PLENTY)
+    model, free = loaded.model, []
+    shelf, before = shelf_of(model), shelf_of(model).left_free
+    model.lm_head.register_forward_pre_hook(lambda *_: free.append(shelf.left_free))
+    measure_quality(model, loaded.tokenizer, "the quick brown fox " * 200, windows=4, seqlen=64)
+    measure_forward([model], {"input_ids": torch.zeros(4, 64, dtype=torch.int64)})
+    assert min(free) >= 4 * 4 * 64 * model.config.vocab_size
+    assert shelf.left_free == before
 
 
 @pytest.mark.parametrize("family", ["opt", "llama-gqa", "gpt2", "qwen3"])
