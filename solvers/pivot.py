@@ -99,7 +99,8 @@ class ConsumerState:
         made = object.__new__(ConsumerState)
         at = self._at(units)
         made.width, made.kept, made._terms = self.width, self.kept[units], self._terms
-        made.N, made.U = Symmetric.of(self.N.entries(at, at), width=self.width), self.U[at]
+        made.N = Symmetric.of(self.N.entries(at, at), width=self.width)
+        made.U = self.U[at]
         made._place = torch.arange(len(units), device=units.device)
         made._leading = made._cross = None
         made._read_blocks()
@@ -142,8 +143,7 @@ class ConsumerState:
         at, inside = self._at(units), self.kept[units]
         sign = torch.where(inside, -1.0, 1.0).to(self.U).repeat_interleave(self.width)
         columns, own = self.N.rows(at).T, self.U[at]
-        pivot = torch.linalg.inv(columns[at])
-        pivot = (pivot + pivot.T) / 2
+        pivot = _inverse(columns[at])
         Z = columns @ pivot
         self.N.subtract(Z, columns.T)
         self._subtract_products(Z, own)
@@ -219,6 +219,18 @@ class ConsumerState:
         error = self._terms.H(some, S) @ self.N.rows(place[some])[:, place[S]].T
         error += (some[:, None] == some).to(error)
         return float(error.abs().max())
+
+
+def _inverse(A: Tensor) -> Tensor:
+    """Return the inverse of a symmetric matrix of any signs and scales of rows.
+
+    Units that leave have the scale of ``1 / H`` and those that enter that of ``H``: elimination
+    with row exchanges alone would lose the digits of the one among those of the other.
+    """
+    size = A.diagonal().abs()
+    scale = torch.where(size > 0, size, 1.0).rsqrt()
+    inverse: Tensor = torch.linalg.inv(scale[:, None] * A * scale)
+    return (inverse + inverse.T) * (scale[:, None] * scale / 2)
 
 
 @dataclass(eq=False)

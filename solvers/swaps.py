@@ -73,9 +73,10 @@ class Promising:
     Parameters
     ----------
     units
-        Those that may leave and those that may enter, (u,) int64.
+        Those that may leave and as many that may enter, (u,) int64, the best of each side first:
+        these two are the best exchange of all.
     gain
-        Of the best exchange of all, which is one of theirs.
+        What that gains.
     """
 
     units: Tensor
@@ -100,12 +101,17 @@ def promising(state: PivotState, count: int) -> Promising:
         return Promising(units, swap.gain)
     leave = torch.full_like(state.kept, -torch.inf, dtype=torch.float64)
     enter = leave.clone()
+    partner = torch.empty_like(state.kept, dtype=torch.int64)
     for some, gains in _tiles(state, lambda leave, enter: swap_gains(state, leave, enter)):
-        leave[some] = gains.amax(1)
+        leave[some], index = gains.max(1)
+        partner[some] = removed[index]
         enter[removed] = torch.maximum(enter[removed], gains.amax(0))
+    first, gain = int(leave.argmax()), float(leave.max())
+    # Of many that gain the same, those chosen to leave need not be partners of those to enter.
+    leave[first] = enter[partner[first]] = torch.inf
     count = min(count, len(removed), len(state.support))
     units = torch.cat([gains.topk(count).indices for gains in (leave, enter)])
-    return Promising(units, float(leave.max()))
+    return Promising(units, gain)
 
 
 def possible_gain(state: PivotState) -> float:

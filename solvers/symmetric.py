@@ -50,7 +50,15 @@ class Symmetric:
 
     @classmethod
     def of(cls, matrix: Tensor, rows: Tensor | None = None, *, width: int = 1) -> Symmetric:
-        """Return a copy of a dense matrix, or of its rows and columns `rows`; `width` as above."""
+        """Return a copy of a dense matrix, or of its rows and columns `rows`.
+
+        Parameters
+        ----------
+        matrix, rows
+            The matrix, and which of its rows; by default all.
+        width
+            Rows that stay in one panel, as of `empty`.
+        """
         made = cls.empty(len(matrix) if rows is None else len(rows), matrix, width=width)
         for start, panel in made.spans():
             stop = start + len(panel)

@@ -187,23 +187,23 @@ def _promising(state: PivotState) -> Promising:
 def _exchanged(
     state: PivotState, best: Promising, least: float, limit: int
 ) -> tuple[Tensor, list[float]]:
-    """Exchange some units among themselves, the best first, until none of them gains.
+    """Make the best exchange, then others among the same units, until none of them gains.
 
     Returns
     -------
     moved
         The units that change sides, int64.
     gains
-        What each exchange gains, at most `limit` of them, of more than `least` each.
+        What each exchange gains: the first, and at most `limit` in all of more than `least` each.
     """
+    gains = [best.gain]
     if len(best.units) == 2:
-        return best.units, [best.gain]
-    part, gains = state.part(best.units), list[float]()
+        return best.units, gains
+    part = state.part(best.units)
+    part.sweep([0, len(best.units) // 2])
     while len(gains) < limit and (swap := _best_swap(part)).gain > least:
         part.sweep([swap.leave, swap.enter])
         gains.append(swap.gain)
-    if not gains:  # of many that promise alike, or by rounding, none is the partner of another
-        return _exchanged(state, promising(state, 1), least, limit)
     return best.units[part.kept != state.kept[best.units]], gains
 
 

@@ -14,6 +14,7 @@ from solvers import (
     BackendError,
     BackendKind,
     Status,
+    SubsetProblem,
     backend_class,
     backend_names,
     make_backend,
@@ -22,7 +23,7 @@ from solvers import (
 )
 from solvers.heuristics import local_search
 from solvers.pivot import PivotState
-from solvers.swaps import Swap, best_swap
+from solvers.swaps import Swap, best_swap, promising, swap_gains
 from tests.solvers.instances import INSTANCES, exact_optimum
 
 TOLERANCE = 1e-8
@@ -163,6 +164,64 @@ def test_exchanges_of_many_units_end_where_none_helps(instance, count, panel, mo
         if found.status is Status.SWAP_OPTIMAL:
             state = PivotState.on_support(instance.problem, found.support)
             assert best_swap(state).gain <= 1e-6 * found.loss + 1e-12 * instance.problem.scale
+
+
+def test_units_of_any_width_are_exchanged_at_once(monkeypatch):
+    monkeypatch.setattr(local_search, "_FEW_PAIRS", 0)
+    monkeypatch.setattr(symmetric, "PANEL_ROWS", 4)  # no whole number of units
+    generator = torch.Generator().manual_seed(0)
+    X = torch.randn(90, 30, generator=generator).double()
+    W0 = torch.randn(30, 4, generator=generator).double()
+    problem = SubsetProblem.from_gram(X.T @ X / 90, W0, keep=5, units=10)
+    found = solve(problem, "local_search", start=tuple(range(5)))
+    assert found.iterations > 0
+    assert found.status is Status.SWAP_OPTIMAL
+    found.verify()
+
+
+def pairs_of_inputs(pairs):
+    """Return a problem of which the second half of inputs are to take the places of the first.
+
+    Each has its own partner, with all of which as much is gained, and with any other much is lost.
+    """
+    partners = pairs + torch.randperm(pairs, generator=torch.Generator().manual_seed(1))
+    one = torch.arange(pairs)
+    H, W0 = torch.eye(2 * pairs).double(), torch.zeros(2 * pairs, pairs).double()
+    H[one, partners] = H[partners, one] = 0.95
+    W0[one, one], W0[partners, one] = 1.0, 1.3
+    return SubsetProblem.from_gram(H, W0, keep=pairs, damp=0.0)
+
+
+def test_many_exchanges_that_gain_the_same_find_their_partners(monkeypatch):
+    monkeypatch.setattr(local_search, "_FEW_PAIRS", 0)
+    monkeypatch.setattr(local_search, "_AT_ONCE", 4)
+    problem = pairs_of_inputs(40)
+    state = PivotState.on_support(problem, torch.arange(40))
+    best = promising(state, 4)
+    pair = best.units[[0]], best.units[[4]]
+    assert float(swap_gains(state, *pair)) == best.gain == best_swap(state).gain
+    found = solve(problem, "local_search", start=tuple(range(40)), max_swaps=40)
+    assert found.support.tolist() == list(range(40, 80))
+    assert found.status is Status.SWAP_OPTIMAL
+
+
+@pytest.mark.parametrize("scale", [1e-60, 1e-20, 1e20, 1e60])
+def test_exchanges_do_not_depend_on_the_scale_of_the_inputs(scale):
+    for seed in (10, 17):
+        generator = torch.Generator().manual_seed(seed)
+        X = torch.randn(80, 27, generator=generator).double()
+        X = X[:, torch.randint(0, 13, (27,), generator=generator)]  # many of them twice
+        H, W0 = X.T @ X / 80, torch.randn(27, 4, generator=generator).double()
+        expected, found = (
+            solve(
+                SubsetProblem.from_gram(given, W0, keep=4, units=9),
+                "local_search",
+                start=(0, 1, 2, 3),
+            )
+            for given in (H, H * scale)
+        )
+        assert torch.equal(found.support, expected.support)
+        assert found.status is expected.status is Status.SWAP_OPTIMAL
 
 
 @instance
