@@ -333,7 +333,11 @@ def _copied(H: Symmetric, overwrite: bool) -> Symmetric:
     why = why_not_plain(H)
     if why is not None or H.dtype != torch.float64:
         raise ProblemError(f"H is {why or f'half a matrix of {H.dtype}, where float64 is due'}")
-    return H if overwrite else H.copy()
+    if overwrite:
+        H.settle()
+        return H
+    with torch.no_grad():
+        return H.copy()
 
 
 def _average(H: Hessian) -> None:

@@ -80,6 +80,10 @@ class Symmetric:
         """Return a copy."""
         return Symmetric([panel.clone() for panel in self._panels])
 
+    def settle(self) -> None:
+        """Leave gradients behind, and copy panels of which numbers share memory."""
+        self._panels = [panel.detach().contiguous() for panel in self._panels]
+
     def __len__(self) -> int:
         return sum(map(len, self._panels))
 

@@ -122,6 +122,34 @@ def test_what_is_no_half_is_refused(spoil, message):
         Consumer.from_gram(held, W0)
 
 
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda panel: panel.requires_grad_(),
+        lambda panel: panel.requires_grad_() * 1,
+        lambda panel: panel.new_zeros(1, 1).expand(panel.shape),
+    ],
+)
+def test_panels_that_cannot_be_written_to_are_copied(spoil, overwrite):
+    zero, W0 = Symmetric.zeros(P, torch.zeros(1).double()), given()[1]
+    zero._panels = [spoil(panel) for panel in zero._panels]
+    expected = Consumer.from_gram(torch.zeros(P, P), W0.clone())
+    found = Consumer.from_gram(zero, W0.clone(), overwrite=overwrite)
+    assert torch.equal(found.H, expected.H)
+    assert not found.H.requires_grad
+
+
+@pytest.mark.parametrize("held", [False, True])
+def test_the_check_needs_no_gradients(held):
+    solution = solve(both()[held], "local_search")
+    for name in ("H", "G", "W0"):
+        tensor = vars(solution.problem.consumers[0])[name]
+        for panel in tensor._panels if isinstance(tensor, Symmetric) else (tensor,):
+            panel.requires_grad_()
+    solution.verify()
+
+
 def test_numbers_of_another_format_are_refused():
     H, W0 = given()
     with pytest.raises(ProblemError, match="half a matrix of torch"):
