@@ -174,7 +174,7 @@ def watching() -> Clock:
     return clock
 
 
-def _bytes_of_rows(one: Any, rows: torch.Tensor, _: Any) -> int:
+def _bytes_of_rows(one: Any, rows: torch.Tensor, *_: Any) -> int:
     return len(rows) * one.nbytes // one.shape[0]
 
 
