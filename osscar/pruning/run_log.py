@@ -450,7 +450,7 @@ class RunLog:
             "weights": len(record.weights),
             "digest": _fingerprint((str(i), W) for i, W in enumerate(record.weights)),
         }
-        tensors = {str(i): W.contiguous().cpu() for i, W in enumerate(record.weights)}
+        tensors = {str(i): values_of(W).contiguous().cpu() for i, W in enumerate(record.weights)}
         with whole(self._place(index)) as partial:
             safetensors.torch.save_file(tensors, partial, {_RECORD: json.dumps(words)})
 

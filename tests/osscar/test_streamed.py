@@ -319,6 +319,17 @@ def test_room_is_made_before_sums_are_begun(tmp_path, target, monkeypatch):
     assert all(left >= pass_alone + needed for left, needed in begun)
 
 
+@pytest.mark.filterwarnings("error:TypedStorage")
+def test_a_log_holds_values_and_no_parameters_on_disk(tmp_path):
+    loaded = osscar.load_model(DEMO_DIRECTORY, device="cpu", max_memory=PLENTY)
+    request = PruningRequest(neurons=0.5, target="weights", backend="greedy", device="cpu")
+    tokens, log = torch.randint(2000, (8, 128)), RunLog(tmp_path / "log")
+    with log.held():
+        prune_as_asked(loaded.model, tokens, request, log)
+    for file in log.directory.glob("*.safetensors"):
+        assert all(bool(tensor.any()) for tensor in load_file(file).values())
+
+
 def test_room_is_made_for_what_is_scored():
     loaded = osscar.load_model(DEMO_DIRECTORY, device="cpu", max_memory=PLENTY)
     model, free = loaded.model, []
