@@ -75,14 +75,14 @@ class Shelf:
             If the file is no longer what it was.
         """
         if place in self._held:
-            found, version = self._held[place]
+            found, version = self._held.pop(place)
             _check_unwritten(place, found, version)
-            self._held.move_to_end(place)
-            return found
-        self._make_room(place.passing_bytes)
-        with torch.inference_mode(False):  # whose tensors do not count who writes to them
-            found = self.read(place)
-        self.read_bytes += place.slice.nbytes
+            self._make_room(0)  # what batches hold grows while nothing has to be read
+        else:
+            self._make_room(place.passing_bytes)
+            with torch.inference_mode(False):  # whose tensors do not count who writes to them
+                found = self.read(place)
+            self.read_bytes += place.slice.nbytes
         self._held[place] = (found, found._version)
         return found
 

@@ -330,6 +330,18 @@ def test_a_log_holds_values_and_no_parameters_on_disk(tmp_path):
         assert all(bool(tensor.any()) for tensor in load_file(file).values())
 
 
+def test_weights_make_way_for_what_grows_while_none_is_read(monkeypatch):
+    loaded = osscar.load_model(DEMO_DIRECTORY, device="cpu", max_memory=PLENTY)
+    shelf, ids = shelf_of(loaded.model), torch.zeros(1, 8, dtype=torch.int64)
+    expected = loaded.model(ids).logits
+    held, read = shelf.held_bytes, shelf.read_bytes
+    embedding = loaded.model.get_input_embeddings().weight.nbytes  # of which rows are read
+    monkeypatch.setattr(shelf, "ceiling", shelf.memory.held() + shelf.left_free - held // 2)
+    assert torch.equal(loaded.model(ids).logits, expected)
+    assert shelf.held_bytes < held
+    assert shelf.read_bytes - read < held + embedding
+
+
 def test_room_is_made_for_what_is_scored():
     loaded = osscar.load_model(DEMO_DIRECTORY, device="cpu", max_memory=PLENTY)
     model, free = loaded.model, []
