@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 
 import numpy as np
 import pytest
 import torch
 
+from benchmarks.measuring import measured
 from solvers import Consumer, SubsetProblem, elimination, symmetric
 from solvers import gram as gram_module
 from solvers.aligned import Aligned, equal_width
@@ -438,20 +438,17 @@ if sys.argv[2] != "nothing":
 
 def peak(*arguments) -> int:
     """Largest resident set of a process, as the operating system tells when it has ended."""
-    # Large pieces that are freed go back at once, so that what is counted is what is held.
-    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(1 << 20), "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(
-        [sys.executable, "-c", RUN, *arguments], env=environment, stdout=subprocess.DEVNULL
-    )
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    assert process.returncode == 0
-    return usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    found = measured([sys.executable, "-c", RUN, *arguments])
+    assert found.status == 0
+    return found.peak
 
 
 @pytest.mark.skipif(not hasattr(os, "wait4"), reason="no account of a single process")
-def test_a_solve_holds_little_beside_its_problem():
+def test_a_solve_holds_little_beside_its_problem(monkeypatch):
     """In p^2 numbers, G included; with N and K as whole matrices it was 6.1 and 4.1."""
+    # Large pieces that are freed go back at once, so that what is counted is what is held.
+    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", str(1 << 20))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     p = 2048
     before = peak(str(p), "nothing")
     for backend, most in (("local_search", 4.0), ("multistage", 3.3)):
