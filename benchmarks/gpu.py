@@ -30,7 +30,7 @@ from osscar.pruning.forward_probe import clock_of
 from osscar.pruning.prune import prune_as_asked
 from osscar.pruning.request import PruningRequest
 from osscar.pruning.scaled import Scaled
-from solvers.symmetric import Symmetric
+from solvers.hessian import moved
 
 CPU = torch.device("cpu")
 
@@ -65,8 +65,7 @@ class Solved:
 def solved(p: int, device: torch.device, backend: str, seed: int = 0) -> Solved:
     """Solve one made-up layer of p inputs and p / 4 outputs, half of the inputs to go."""
     clock = clock_of(device)
-    made, W0 = layer(p, max(1, p // 4), seed)
-    H, W0 = Symmetric([panel.to(device) for _, panel in made.spans()]), W0.to(device)
+    H, W0 = (moved(matrix, device) for matrix in layer(p, max(1, p // 4), seed))
     on_card = device.type == "cuda"
     if on_card:
         torch.cuda.reset_peak_memory_stats(device)

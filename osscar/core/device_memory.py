@@ -78,7 +78,7 @@ class ProcessMemory:
 
     def excess(self, needed: int, ceiling: int) -> int:
         """Return by how many bytes the process would exceed a limit."""
-        return memory.resident_memory() + needed - ceiling
+        return self.held() + needed - ceiling
 
     def give_back(self) -> None:
         """Give back what the C library keeps."""

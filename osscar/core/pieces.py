@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 from torch import Tensor
 
 
-class Pieces:
-    """Pieces that are read one after the other into the same memory of the host.
+class Pieces(Protocol):
+    """Room of the host that the pieces of a file pass through."""
+
+    def room(self, count: int) -> Tensor:
+        """Return where the next piece, of so many numbers, is to be read to."""
+
+    def sent(self, piece: Tensor) -> Tensor:
+        """Return a piece that was read, on the device."""
+
+
+class PlainPieces:
+    """Pieces that are read one after the other into the same memory.
 
     Parameters
     ----------
@@ -32,7 +44,7 @@ class Pieces:
         return piece.to(self._device)
 
 
-class PinnedPieces(Pieces):
+class PinnedPieces:
     """Pieces of which one is read while the last is still being copied to a card.
 
     Two are enough, and no more are held, however much the card has to do before it copies them.
@@ -59,5 +71,5 @@ class PinnedPieces(Pieces):
 
 def pieces_to(numbers: int, dtype: torch.dtype, device: torch.device) -> Pieces:
     """Return room for pieces that go to a device."""
-    kind = PinnedPieces if device.type == "cuda" else Pieces
+    kind = PinnedPieces if device.type == "cuda" else PlainPieces
     return kind(numbers, dtype, device)

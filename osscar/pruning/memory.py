@@ -269,8 +269,8 @@ def needs_memory(request: PruningRequest) -> str | None:
     if request.has_budget and request.allocation is Allocation.CURVATURE:
         return (
             "a budget that is shared by curvature needs a backward pass through the dense model, "
-            "and this one is read from disk; give --allocation uniform or fluctuation, or --heads "
-            "and --neurons, or leave --max-memory away"
+            "and this one is read from disk; give --allocation uniform or fluctuation, leave "
+            "--max-memory away, or prune with --heads and --neurons"
         )
     if request.form == FormChoice.GRAPH:
         return (
