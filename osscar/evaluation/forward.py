@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from graph.preserve import without_cache
 from osscar.core.modules import count_parameters, device_of, evaluating, fresh
@@ -68,7 +69,8 @@ def measure_forward(models: Sequence[nn.Module], batch: Mapping[str, Tensor]) ->
 
         return run
 
-    positions = next(iter(batch.values())).numel()
+    given = [leaf for leaf in pytree.tree_leaves(dict(batch)) if isinstance(leaf, Tensor)]
+    positions = max((leaf.numel() for leaf in given), default=0)
     with _ready(models, positions):
         flops = [count_flops(model, fresh(batch)) for model in models]
         timings = [timing(model) for model in models]

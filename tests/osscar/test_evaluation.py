@@ -29,6 +29,7 @@ from osscar.data.text import encode
 from osscar.data.tokens import load_calibration
 from osscar.evaluation import language as evaluation
 from osscar.evaluation import speed
+from osscar.evaluation.forward import measure_forward
 from osscar.evaluation.language import compare, evaluate, measure_quality
 from osscar.evaluation.size import count_disk_bytes, count_flops, count_parameter_bytes
 from osscar.evaluation.speed import measure_speed
@@ -416,3 +417,13 @@ def without_first_group(model):
             linear.weight = nn.Parameter(linear.weight[rows:].clone())
         attention.o_proj.weight = nn.Parameter(attention.o_proj.weight[:, 16:].clone())
     return model
+
+
+@pytest.mark.parametrize("batch", [{}, {"xs": [torch.ones(2, 3), torch.ones(2, 3)]}])
+def test_a_forward_pass_is_measured_of_any_inputs(batch):
+    class Summed(torch.nn.Linear):
+        def forward(self, xs=()):
+            return super().forward(sum(xs, start=torch.ones(2, 3)))
+
+    (found,) = measure_forward([Summed(3, 3)], batch)
+    assert found.flops == 36
