@@ -46,9 +46,9 @@ PHASES = (
     ("solvers.heuristics.local_search", "best_swap", "exchanges"),
     ("solvers.pivot", "PivotState.hold_products", "exchanges"),
     ("solvers.heuristics.local_search", "possible_gain", "proof"),
-    ("solvers.heuristics.local_search", "refit", "refit"),
+    ("solvers.heuristics.local_search", "refit_loss", "refit"),
     ("solvers.pivot", "PivotState.loss", "refit"),
-    ("solvers.heuristics.multistage", "refit", "refit"),
+    ("solvers.heuristics.multistage", "refit_loss", "refit"),
     ("solvers.solve", "refit", "refit"),
     ("solvers.solution", "verify", "verification"),
 )

@@ -21,7 +21,7 @@ from solvers.protocol import (
     Status,
     WindowCertificate,
 )
-from solvers.refit import quadratic_loss, refit
+from solvers.refit import quadratic_loss, refit, refit_loss
 from solvers.registry import (
     BackendInfo,
     backend_class,
@@ -56,5 +56,6 @@ __all__ = [
     "make_backend",
     "quadratic_loss",
     "refit",
+    "refit_loss",
     "solve",
 ]

@@ -115,7 +115,11 @@ def _tiles(H: Hessian, place: Tensor, used: Tensor) -> Iterator[tuple[Tensor, Te
 
 def magnitudes(H: Hessian, G: Tensor, e: float, W: Tensor) -> float:
     """Return the sum of magnitudes of the products that `quadratic` sums up."""
-    size, (place, used) = e, _used(W)
+    return _magnitudes_on(H, G, e, *_used(W))
+
+
+def _magnitudes_on(H: Hessian, G: Tensor, e: float, place: Tensor, used: Tensor) -> float:
+    size = e
     for rows, own, tile in _tiles(H, place, used):
         size += float((own.abs() * (tile.abs_() @ used.abs() + 2 * G[rows].abs())).sum())
     return size
@@ -139,8 +143,25 @@ def quadratic_rounding(
     responses
         How many columns G had before it was rotated into fewer; by default as many as now.
     """
-    p, m = W.shape
-    return _EPS * (2 * p + (responses or m) + 8) * magnitudes(H, G, e, W)
+    return quadratic_rounding_on(H, G, e, *_used(W), responses)
+
+
+def quadratic_rounding_on(
+    H: Hessian, G: Tensor, e: float, place: Tensor, used: Tensor, responses: int | None = None
+) -> float:
+    """Return what `quadratic_rounding` does for weights that are zero but for some rows.
+
+    Parameters
+    ----------
+    H, G, e
+        Quadratic terms.
+    place, used
+        Which rows, (k,) int64, and the weights there, (k, m).
+    responses
+        How many columns G had before it was rotated into fewer; by default as many as now.
+    """
+    p, m = G.shape
+    return _EPS * (2 * p + (responses or m) + 8) * _magnitudes_on(H, G, e, place, used)
 
 
 def is_definite(H: Hessian, margin: float = DEFINITE_MARGIN) -> bool:

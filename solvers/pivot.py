@@ -129,6 +129,10 @@ class ConsumerState:
         if self._cross is None and k is not None:
             self._cross = self.U[:k] @ self.U[k:].T
 
+    def release_products(self) -> None:
+        """Let go of what `hold_products` keeps."""
+        self._cross = None
+
     def _at(self, units: Tensor) -> Tensor:
         return unit_rows(self._place[units], self.width)
 
@@ -306,6 +310,11 @@ class PivotState:
         """Keep K of all pairs at hand, where many exchanges are to be scored."""
         for state in self.consumers:
             state.hold_products()
+
+    def release_products(self) -> None:
+        """Let go of what `hold_products` keeps, where there has to be room for something else."""
+        for state in self.consumers:
+            state.release_products()
 
     def removal_losses(self) -> Tensor:
         """Return by how much the loss rises when one unit leaves, (n,); inf for removed units.

@@ -39,7 +39,7 @@ from solvers.hessian import entries
 from solvers.pivot import PivotState
 from solvers.problem import SubsetProblem
 from solvers.protocol import Status, WindowCertificate
-from solvers.refit import loss_rounding, quadratic_loss, refit
+from solvers.refit import loss_rounding, quadratic_loss, refit_loss, rounded_loss
 from solvers.swaps import best_swap, possible_gain
 from solvers.tree_certificate import TreeCertificate
 from solvers.values import is_plain
@@ -361,7 +361,7 @@ def _check_exchanges(known: _Known) -> tuple[float, bool]:
     if swap.leave >= 0:
         stays = claim.support[claim.support != swap.leave]
         exchanged = torch.cat([stays, stays.new_tensor([swap.enter])])
-        gain = min(gain, loss - refit(problem, exchanged)[1])
+        gain = min(gain, loss - refit_loss(problem, exchanged))
     _require(
         claim.status is not Status.SWAP_OPTIMAL or gain <= allowed,
         f"not a swap optimum: an exchange lowers the loss {loss:.9g} by {gain:.3g}",
@@ -381,8 +381,9 @@ def _check_bound(known: _Known) -> float:
         return math.nan
     if claim.certificate is None:
         # Removing units never lowers the loss: that is a bound which needs no evidence.
-        weights, least = refit(problem, torch.arange(problem.units, device=problem.device))
-        least = max(least - loss_rounding(problem, weights), 0.0)
+        everything = torch.arange(problem.units, device=problem.device)
+        least, rounding = rounded_loss(problem, everything)
+        least = max(least - rounding, 0.0)
         allowed = _BOUND_TOLERANCE * least + _EPS * problem.scale
         return least if claim.lower_bound <= least + allowed else math.nan
     proved = type(claim.certificate).bound(claim.certificate, problem)

@@ -52,7 +52,11 @@ class Shelf:
         ------
         OptionError
             If nothing is known of the memory of such a device.
+        RuntimeError, AssertionError
+            If there is none, in torch's own words, as for a parameter that has its values.
         """
+        if device.type == "cuda" and device not in self._elsewhere:
+            torch.empty(0, device=device)
         device = numbered(device)
         if device not in self._elsewhere:
             other = Shelf(self.ceiling, device)

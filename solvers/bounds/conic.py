@@ -29,7 +29,7 @@ from solvers.certificate import MultiplierCertificate
 from solvers.errors import BackendError
 from solvers.problem import SubsetProblem
 from solvers.protocol import BackendKind, Capabilities, Selection, Status
-from solvers.refit import refit
+from solvers.refit import refit_loss
 
 _RELAXATIONS = ("semidefinite", "second_order")
 _EFFORT = Effort(rounds=6, steps=200, tighten=False)
@@ -181,4 +181,4 @@ def _rounded(problem: SubsetProblem, relaxation: Relaxation) -> tuple[float, Ten
 
 
 def _refitted(problem: SubsetProblem, support: Tensor) -> tuple[float, Tensor]:
-    return refit(problem, support)[1], support
+    return refit_loss(problem, support), support

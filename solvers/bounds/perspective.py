@@ -14,7 +14,7 @@ from solvers.errors import BackendError
 from solvers.heuristics.local_search import LocalSearch
 from solvers.problem import SubsetProblem
 from solvers.protocol import BackendKind, Capabilities, Selection, Status
-from solvers.refit import refit
+from solvers.refit import refit_loss
 
 BOUND_FROM = "perspective relaxation with common multipliers"
 
@@ -77,7 +77,7 @@ class Perspective:
             lower_bound=bound,
             bound_from=BOUND_FROM,
             iterations=self.rounds,
-            history=(refit(problem, support)[1],),
+            history=(refit_loss(problem, support),),
             certificate=certificate,
         )
 

@@ -29,7 +29,7 @@ from solvers.exact.tree import TreeRecord
 from solvers.heuristics.local_search import LocalSearch
 from solvers.problem import SubsetProblem
 from solvers.protocol import DEFAULT_GAP_TOLERANCE, BackendKind, Capabilities, Selection, Status
-from solvers.refit import loss_rounding, refit
+from solvers.refit import refit_loss, rounded_loss
 from solvers.tree_certificate import KEPT, REMOVED, TreeCertificate
 
 _LEAF_SUPPORTS = 10
@@ -107,7 +107,7 @@ class BranchAndBound:
             else:
                 search.step(left)
         # Near a singular H what rounding can have done to a leaf may exceed the tolerance.
-        rounding = loss_rounding(problem, refit(problem, search.support)[0])
+        rounding = rounded_loss(problem, search.support)[1]
         proved = search.lower_bound >= search.cutoff - rounding
         return Selection(
             search.support,
@@ -128,7 +128,7 @@ class _Search:
         self.problem = problem
         self.gap_tolerance = gap_tolerance
         self.support = support
-        self.history = [refit(problem, support)[1]]
+        self.history = [refit_loss(problem, support)]
         self.terms = RemovalTerms.of(problem)
         self.nodes = 0
         self.closed = math.inf
@@ -247,7 +247,7 @@ class _Search:
         stays = nodes.sides[index] != REMOVED
         stays[terms.units[index, places]] = False
         support = torch.nonzero(stays).flatten()
-        loss = refit(self.problem, support)[1]
+        loss = refit_loss(self.problem, support)
         if loss < self.history[-1]:
             self.support = support
             self.history.append(loss)

@@ -30,7 +30,7 @@ from solvers.heuristics.local_search import LocalSearch
 from solvers.pivot import solve_spd
 from solvers.problem import SubsetProblem
 from solvers.protocol import Selection, Status
-from solvers.refit import loss_rounding, refit
+from solvers.refit import refit_loss, rounded_loss
 
 Array = NDArray[np.float64]
 
@@ -113,7 +113,7 @@ class Search:
         self.problem = problem
         self.limits = limits
         self.support = LocalSearch(start=start).support(problem)
-        self.history = [refit(problem, self.support)[1]]
+        self.history = [refit_loss(problem, self.support)]
         self.terms = RemovalTerms.of(problem)
         self.root: Relaxation = relax(self.terms, Effort(), Start.cold(self.terms))
         self.unit = max(self.loss - self.terms.constant, 1e-9 * problem.scale) or 1.0
@@ -144,7 +144,7 @@ class Search:
         """Take a binary point as the incumbent if its refit is better."""
         kept = np.sort(np.argsort(point, kind="stable")[: self.problem.keep])
         support: Tensor = torch.from_numpy(kept).to(self.problem.device)
-        loss = refit(self.problem, support)[1]
+        loss = refit_loss(self.problem, support)
         if loss < self.loss:
             self.support = support
             self.history.append(loss)
@@ -168,7 +168,7 @@ class Search:
         if not lower > self.root.value:
             lower, certificate = self.root.claim
         lower = min(lower, self.loss)
-        rounding = loss_rounding(self.problem, refit(self.problem, self.support)[0])
+        rounding = rounded_loss(self.problem, self.support)[1]
         closed = self.loss - lower <= self.limits.gap_tolerance * self.loss + rounding
         left_open = Status.TIME_LIMIT if timed_out else Status.PRECISION_LIMIT
         return Selection(
@@ -246,11 +246,11 @@ def _multipliers(consumer: ConsumerRemoval, x: Tensor) -> Tensor:
 def keep_everything(problem: SubsetProblem) -> Selection:
     """Answer a problem that leaves no choice."""
     support = torch.arange(problem.units, device=problem.device)
-    weights, loss = refit(problem, support)
+    loss, rounding = rounded_loss(problem, support)
     return Selection(
         support,
         Status.OPTIMAL,
-        lower_bound=max(loss - loss_rounding(problem, weights), 0.0),
+        lower_bound=max(loss - rounding, 0.0),
         bound_from="the only support",
         history=(loss,),
     )

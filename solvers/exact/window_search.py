@@ -14,7 +14,7 @@ from solvers.heuristics.local_search import LocalSearch
 from solvers.heuristics.scores import check_seed
 from solvers.problem import SubsetProblem
 from solvers.protocol import BackendKind, Capabilities, Selection, Status, WindowCertificate
-from solvers.refit import refit
+from solvers.refit import refit_loss
 from solvers.tree_certificate import TreeCertificate
 from solvers.windows import apply_window, borderline_window, random_window, window_problem
 
@@ -67,7 +67,7 @@ class WindowSearch:
     def select(self, problem: SubsetProblem) -> Selection:
         """Improve the swap optimum, one window after the other."""
         support = LocalSearch().support(problem)
-        history = [refit(problem, support)[1]]
+        history = [refit_loss(problem, support)]
         generator = torch.Generator().manual_seed(self.seed)
         size = min(self.units, problem.units)
         count = 0 if problem.keep == problem.units else self.windows
@@ -82,7 +82,7 @@ class WindowSearch:
             )
             found = self._solve(problem, support, units)
             better = apply_window(support, units, found.support)
-            loss = refit(problem, better)[1]
+            loss = refit_loss(problem, better)
             if loss < history[-1]:
                 support = better
                 history.append(loss)

@@ -10,7 +10,7 @@ import torch
 from solvers.elimination import eliminate, support_after
 from solvers.problem import SubsetProblem
 from solvers.protocol import BackendKind, Capabilities, Selection, Status
-from solvers.refit import refit
+from solvers.refit import refit_loss
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Greedy:
         n, k = problem.units, problem.keep
         everything = torch.arange(n, device=problem.device)
         removals = eliminate(problem, n - 1)
-        path = [refit(problem, everything)[1]]
+        path = [refit_loss(problem, everything)]
         for removal in removals:
             path.append(path[-1] + removal.loss)
         path.append(problem.scale)

@@ -13,7 +13,7 @@ from solvers.aligned import equal_width
 from solvers.errors import BackendError
 from solvers.problem import Consumer, SubsetProblem
 from solvers.protocol import BackendKind, Capabilities, Selection, Status
-from solvers.refit import refit
+from solvers.refit import refit_loss
 
 
 @dataclass(frozen=True)
@@ -56,13 +56,13 @@ class GroupLasso:
         path = _Path(problem)
         low, high = 0.0, path.largest_penalty()
         best = path.ranking().topk(problem.keep).indices
-        best_loss = refit(problem, best)[1]
+        best_loss = refit_loss(problem, best)
         history = [best_loss]
         for _ in range(self.bisections):
             penalty = math.sqrt(max(low, 1e-6 * high) * high)
             path.descend(penalty, self.iterations)
             support = path.ranking().topk(problem.keep).indices
-            loss = refit(problem, support)[1]
+            loss = refit_loss(problem, support)
             if loss < best_loss:
                 best, best_loss = support, loss
                 history.append(loss)

@@ -14,7 +14,7 @@ from solvers.errors import BackendError
 from solvers.pivot import PivotState
 from solvers.problem import SubsetProblem
 from solvers.protocol import BackendKind, Capabilities, Selection, Status
-from solvers.refit import loss_rounding, refit
+from solvers.refit import refit_loss, rounded_loss
 from solvers.swaps import Promising, Swap, best_swap, possible_gain, promising
 
 _DRIFT_TOLERANCE = 1e-12
@@ -87,36 +87,38 @@ class LocalSearch:
         state = self._initial_state(problem)
         loss = state.loss()
         if loss is None:
-            loss = refit(problem, state.support)[1]
-        found = _Found(state, state.support, [loss])
+            loss = refit_loss(problem, state.support)
+        support, history, swaps = state.support, [loss], 0
         while True:
-            made, found.converged = self._descend(
-                found.state, found.history[-1], self.max_swaps - found.swaps
-            )
-            found.swaps += made
-            loss = refit(problem, found.state.support)[1] if made else found.history[-1]
-            gained = loss < found.history[-1]
+            made, converged = self._descend(state, history[-1], self.max_swaps - swaps)
+            swaps += made
+            if made:
+                state.release_products()  # there is no room for a refit beside them
+                loss = refit_loss(problem, state.support)
+            gained = loss < history[-1]
             if gained:
-                found.support = found.state.support
-                found.history.append(loss)
-            sound = made == 0 or (gained and found.state.drift() < _DRIFT_TOLERANCE)
+                support = state.support
+                history.append(loss)
+            sound = made == 0 or (gained and state.drift() < _DRIFT_TOLERANCE)
             if not sound:
-                found.state = PivotState.on_support(problem, found.support)
+                del state  # nor for two states
+                state = PivotState.on_support(problem, support)
             # Exchanges that gained only by the account of a swept state are within its rounding.
-            if sound or not gained or not found.converged:
-                return found
+            if sound or not gained or not converged:
+                return _Found(state, support, history, swaps, converged)
 
     def _certainty(self, found: _Found) -> Status:
         """Return what a sound state, in which no exchange seems to gain, says of its support."""
         state = found.state
+        state.hold_products()
         try:
             possible = possible_gain(state)
         except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
             possible = math.inf
         if possible <= _CERTAIN * found.history[-1]:
             return Status.SWAP_OPTIMAL
-        weights, loss = refit(state.problem, state.support)
-        rounding = loss_rounding(state.problem, weights)
+        state.release_products()
+        loss, rounding = rounded_loss(state.problem, state.support)
         # No loss is negative.
         if min(possible, loss + rounding) <= _CERTAIN * loss + rounding:
             return Status.SWAP_OPTIMAL
@@ -138,26 +140,25 @@ class LocalSearch:
 
     def _descend(self, state: PivotState, loss: float, limit: int) -> tuple[int, bool]:
         """Make at most `limit` improving exchanges; return how many, and whether none is left."""
-        made = 0
         state.hold_products()
-        while (best := _promising(state)).gain > self.tolerance * loss:
-            if made == limit:
-                return made, False
+        made, best = 0, _promising(state)
+        while made < limit and best.gain > self.tolerance * loss:
             moved, gains = _exchanged(state, best, self.tolerance * loss, limit - made)
             state.sweep(moved)
             loss -= sum(gains)
             made += len(gains)
-        return made, True
+            best = _promising(state)
+        return made, not best.gain > self.tolerance * loss
 
 
-@dataclass(eq=False)
+@dataclass(frozen=True, eq=False)
 class _Found:
     """Where a search has come to.
 
     Parameters
     ----------
     state
-        On the support, once the search has ended.
+        On the support.
     support
         The best one, (k,) int64.
     history
@@ -171,8 +172,8 @@ class _Found:
     state: PivotState
     support: Tensor
     history: list[float]
-    swaps: int = 0
-    converged: bool = False
+    swaps: int
+    converged: bool
 
 
 def _promising(state: PivotState) -> Promising:

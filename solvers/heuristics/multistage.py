@@ -12,7 +12,7 @@ from solvers.errors import BackendError
 from solvers.pivot import PivotState
 from solvers.problem import SubsetProblem
 from solvers.protocol import BackendKind, Capabilities, Selection, Status
-from solvers.refit import refit
+from solvers.refit import refit_loss
 
 
 @dataclass(frozen=True)
@@ -59,12 +59,12 @@ class Multistage:
         scalar = problem.width == 1
         state = PivotState.full(problem)
         stages = self._remove(state, self.stage_size or (10 if scalar else 2))
-        support, loss = state.support, refit(problem, state.support)[1]
+        support, loss = state.support, refit_loss(problem, state.support)
         history = [loss]
         batch = min(self.batch_size or (10 if scalar else 5), problem.keep, len(state.removed))
         for _ in range(self.max_batches if batch else 0):
             _exchange(state, batch)
-            loss = refit(problem, state.support)[1]
+            loss = refit_loss(problem, state.support)
             if not loss < history[-1]:
                 break
             support = state.support

@@ -3,10 +3,12 @@
 import copy
 import dataclasses
 import os
+import re
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import graph
@@ -254,6 +256,18 @@ def test_parameters_on_disk_are_on_the_device_of_their_shelf(streamed):
     assert moved.shelf is weight.shelf.on(torch.device("cpu"))
     with pytest.raises(OptionError, match="--device cpu or cuda"):
         weight.to("meta")
+
+
+@pytest.mark.parametrize("device", ["cuda", "cuda:7"])
+def test_a_card_that_is_not_there_is_refused_as_for_a_plain_parameter(tmp_path, device):
+    streamed = read_streamed(written(tmp_path / "dense", "opt"), Shelf(1 << 40), torch.float32)
+    if device == "cuda" and torch.cuda.is_available():
+        pytest.skip("there is a card")
+    with pytest.raises((RuntimeError, AssertionError)) as refused:
+        nn.Linear(1, 1).to(device)
+    with pytest.raises(refused.type, match=re.escape(str(refused.value).splitlines()[0])):
+        streamed.to(device)
+    assert device_of(streamed) == torch.device("cpu")
 
 
 def test_shapes_are_computed_on_the_device_of_the_shelf(streamed):
