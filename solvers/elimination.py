@@ -14,7 +14,7 @@ that has lost its digits is done again from a fresh factorization, in smaller st
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -31,6 +31,9 @@ _SERIAL_ELEMENTS = 1 << 20
 
 _AHEAD = 2
 """Units whose rows are at hand for a batch of removals, relative to those that will leave."""
+
+_MORE = 16
+"""Units whose rows are read along with those of one that leaves against expectation."""
 
 _CANCELS_AT = 1e-2
 """Share of a unit's K below which its row is multiplied out anew: two digits have cancelled."""
@@ -134,9 +137,12 @@ class _Front:
                 losses = self._losses()
                 index = int(losses.argmin())
                 removed.append(Removal(int(self._units[index]), float(losses[index])))
-                self._penalty[index] = torch.inf
                 for part in self._parts:
+                    if not part.has_read(index):
+                        next_ones = losses.topk(min(_MORE, count), largest=False).indices
+                        part.read_also([index, *next_ones.tolist()])
                     part.remove(index)
+                self._penalty[index] = torch.inf
         for part in self._parts:
             part.apply()
         self._compact()
@@ -237,6 +243,17 @@ class _Part:
         self.ahead = self.ahead.only(known, self.width).joined(self._read(new))
         self.place = {unit: place for place, unit in enumerate(self.ahead.units.tolist())}
 
+    def has_read(self, unit: int) -> bool:
+        """Return whether the rows of a unit are at hand."""
+        return unit in self.place
+
+    def read_also(self, units: Sequence[int]) -> None:
+        """Have the rows of some more units, since to read them W is gone through once."""
+        new = [unit for unit in dict.fromkeys(units) if not self.has_read(unit)]
+        first = len(self.ahead.units)
+        self.ahead = self.ahead.joined(self._read(self.ahead.units.new_tensor(new)))
+        self.place |= {unit: first + place for place, unit in enumerate(new)}
+
     def _read(self, units: Tensor) -> _Ahead:
         """Return the rows of some units."""
         rows = unit_rows(units, self.width)
@@ -275,10 +292,7 @@ class _Part:
         self.A_blocks[index] = self.unscored
 
     def _stale_rows(self, index: int) -> tuple[Tensor, Tensor]:
-        place, w = self.place.pop(index, None), self.width
-        if place is None:
-            read = self._read(torch.tensor([index], device=self.W.device))
-            return read.A, read.K
+        place, w = self.place.pop(index), self.width
         return self.ahead.A[place * w : (place + 1) * w], self.ahead.K[place * w : (place + 1) * w]
 
     def _update_blocks(self, Z: Tensor, Q: Tensor, a: Tensor) -> None:

@@ -85,23 +85,19 @@ class LocalSearch:
 
     def _search(self, problem: SubsetProblem) -> _Found:
         state = self._initial_state(problem)
-        loss = state.loss()
-        if loss is None:
-            loss = refit_loss(problem, state.support)
+        loss = _loss(state)
         support, history, swaps = state.support, [loss], 0
         while True:
             made, converged = self._descend(state, history[-1], self.max_swaps - swaps)
             swaps += made
-            if made:
-                state.release_products()  # there is no room for a refit beside them
-                loss = refit_loss(problem, state.support)
+            loss = _loss(state) if made else loss
             gained = loss < history[-1]
             if gained:
                 support = state.support
                 history.append(loss)
-            sound = made == 0 or (gained and state.drift() < _DRIFT_TOLERANCE)
+            sound = made == 0 or (gained and _is_sound(state))
             if not sound:
-                del state  # nor for two states
+                del state  # there is no room for two
                 state = PivotState.on_support(problem, support)
             # Exchanges that gained only by the account of a swept state are within its rounding.
             if sound or not gained or not converged:
@@ -174,6 +170,17 @@ class _Found:
     history: list[float]
     swaps: int
     converged: bool
+
+
+def _is_sound(state: PivotState) -> bool:
+    return state.drift() < _DRIFT_TOLERANCE
+
+
+def _loss(state: PivotState) -> float:
+    """Return the loss of the refit on the support of a state, which tells it where it is sound."""
+    state.release_products()  # to make room
+    loss = state.loss() if _is_sound(state) else None
+    return refit_loss(state.problem, state.support) if loss is None else loss
 
 
 def _promising(state: PivotState) -> Promising:
