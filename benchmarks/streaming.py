@@ -190,10 +190,10 @@ def prune(row: Row, directory: Path) -> dict[str, Any]:
         with contextlib.suppress(SystemExit), clock.phase("rest"):
             command()
         content = json.loads(report.read_text())
-    chosen = [(one["damp"], one["status"]) for one in content["layers"]]
     return {
         **accounts(clock),
-        "layers_solved": len(chosen),
+        "layers_solved": len(content["layers"]),
+        "statuses": sorted({one["status"] for one in content["layers"]}),
         "parameters": content["parameters_before"],
         "relative_loss": content["summed_relative_loss"],
         "divergence": content["divergence"],
