@@ -139,14 +139,20 @@ class _Front:
                 removed.append(Removal(int(self._units[index]), float(losses[index])))
                 for part in self._parts:
                     if not part.has_read(index):
-                        next_ones = losses.topk(min(_MORE, count), largest=False).indices
-                        part.read_also([index, *next_ones.tolist()])
+                        part.read_also([index, *self._cheapest(losses, min(_MORE, count))])
                     part.remove(index)
                 self._penalty[index] = torch.inf
         for part in self._parts:
             part.apply()
         self._compact()
         return removed
+
+    def _cheapest(self, losses: Tensor, count: int) -> list[int]:
+        """Return the places of some units that are left, of which there may be fewer."""
+        found = losses.topk(count, largest=False).indices
+        # What has left must not be read: its place goes to another unit once rows are compacted.
+        places: list[int] = found[self._penalty[found] == 0].tolist()
+        return places
 
     def _losses(self) -> Tensor:
         return sum((part.losses() for part in self._parts), start=self._penalty)

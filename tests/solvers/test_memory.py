@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from benchmarks.measuring import measured
-from solvers import Consumer, SubsetProblem, elimination, symmetric
+from solvers import Consumer, Status, SubsetProblem, elimination, solve, symmetric
 from solvers import gram as gram_module
 from solvers.aligned import Aligned, equal_width
 from solvers.elimination import eliminate, support_after
@@ -299,6 +299,32 @@ def test_weights_that_are_zero_hide_no_lost_digits():
     (part,) = front._parts
     part.W.mul_(1 + 1e-5)
     assert front.drifted()
+
+
+@pytest.mark.parametrize(
+    "order",
+    [
+        [*range(9)],
+        [7, 8, *range(7)],
+        [0, 1, 7, 8, 2, 3, 4, 5, 6],
+        [0, 1, 7, 2, 3, 4, 5, 6, 8],
+    ],
+)
+def test_rows_of_units_that_left_are_not_read_again(order):
+    """Once rows were compacted, their places would be those of other units."""
+    # inv(H) is U U' and a diagonal; the weights of the last two units are zero.
+    u = torch.tensor([(1, 0), (0.95, 0.2), *((0.5, 0.62 + 0.001 * i) for i in range(5))]).double()
+    H, weights = torch.eye(9).double(), torch.zeros(9).double()
+    H[:7, :7] = torch.linalg.inv(u @ u.T + (1 - u.square().sum(1)).clamp(min=0.0).diag())
+    weights[:7] = u.sum(1)
+    W0 = torch.zeros(9 * 16, 1).double()
+    W0[::16, 0] = weights[order]
+    wide = torch.kron(H[order][:, order].contiguous(), torch.eye(16).double())
+    problem = SubsetProblem.from_gram(wide, W0, units=9, keep=4, damp=1e-6)
+    assert {order[removal.unit] for removal in eliminate(problem, 2)} == {7, 8}
+    found = solve(problem, "local_search")
+    found.verify()
+    assert found.status is Status.SWAP_OPTIMAL
 
 
 @pytest.mark.parametrize("name", ["A", "W", "K"])
