@@ -47,6 +47,7 @@ PHASES = (
     ("solvers.pivot", "PivotState.hold_products", "exchanges"),
     ("solvers.heuristics.local_search", "possible_gain", "proof"),
     ("solvers.heuristics.local_search", "refit_loss", "refit"),
+    ("solvers.heuristics.local_search", "refit_loss_and_rounding", "refit"),
     ("solvers.pivot", "PivotState.loss", "refit"),
     ("solvers.heuristics.multistage", "refit_loss", "refit"),
     ("solvers.solve", "refit", "refit"),

@@ -119,9 +119,9 @@ def magnitudes(H: Hessian, G: Tensor, e: float, W: Tensor) -> float:
 
 
 def _magnitudes_on(H: Hessian, G: Tensor, e: float, place: Tensor, used: Tensor) -> float:
-    size = e
+    size, used_sizes = e, used.abs()
     for rows, own, tile in _tiles(H, place, used):
-        size += float((own.abs() * (tile.abs_() @ used.abs() + 2 * G[rows].abs())).sum())
+        size += float((own.abs() * (tile.abs_() @ used_sizes + 2 * G[rows].abs())).sum())
     return size
 
 

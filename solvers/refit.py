@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -35,12 +35,8 @@ def refit(problem: SubsetProblem, support: Tensor) -> tuple[tuple[Tensor, ...], 
     loss
         ``E(S)``, summed over the consumers.
     """
-    weights, losses = [], []
-    for consumer in problem.consumers:
-        rows, fitted = _fitted(consumer, support)
-        losses.append(quadratic_on(consumer.hessian, consumer.G, consumer.e, rows, fitted))
-        weights.append(torch.zeros_like(consumer.W0).index_copy_(0, rows, fitted))
-    return tuple(weights), max(sum(losses), 0.0)
+    fits = [_weights_and_loss(consumer, support) for consumer in problem.consumers]
+    return tuple(W for W, _ in fits), _total(loss for _, loss in fits)
 
 
 def refit_loss(problem: SubsetProblem, support: Tensor) -> float:
@@ -53,11 +49,10 @@ def refit_loss(problem: SubsetProblem, support: Tensor) -> float:
     support
         The units that stay, (k,) int64.
     """
-    losses = [quadratic_on(c.hessian, c.G, c.e, *_fitted(c, support)) for c in problem.consumers]
-    return max(sum(losses), 0.0)
+    return _total(_loss(consumer, support) for consumer in problem.consumers)
 
 
-def rounded_loss(problem: SubsetProblem, support: Tensor) -> tuple[float, float]:
+def refit_loss_and_rounding(problem: SubsetProblem, support: Tensor) -> tuple[float, float]:
     """Return what `refit_loss` does, and by how much rounding can have changed it.
 
     Parameters
@@ -67,18 +62,8 @@ def rounded_loss(problem: SubsetProblem, support: Tensor) -> tuple[float, float]
     support
         The units that stay, (k,) int64.
     """
-    losses, roundings = [], []
-    for consumer in problem.consumers:
-        terms = (consumer.hessian, consumer.G, consumer.e, *_fitted(consumer, support))
-        losses.append(quadratic_on(*terms))
-        roundings.append(quadratic_rounding_on(*terms))
-    return max(sum(losses), 0.0), sum(roundings)
-
-
-def _fitted(consumer: Consumer, support: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the rows of a support, (r,) int64, and the optimal weights there, (r, m)."""
-    rows = consumer.support_rows(support)
-    return rows, solve_definite(half(consumer.hessian, rows), consumer.G[rows])
+    found = [_loss_and_rounding(consumer, support) for consumer in problem.consumers]
+    return _total(loss for loss, _ in found), sum(rounding for _, rounding in found)
 
 
 def quadratic_loss(problem: SubsetProblem, weights: Sequence[Tensor]) -> float:
@@ -92,8 +77,7 @@ def quadratic_loss(problem: SubsetProblem, weights: Sequence[Tensor]) -> float:
         For each consumer, (p, m) float64.
     """
     pairs = zip(problem.consumers, weights, strict=True)
-    # The sum is what is minimized, so rounding below zero is taken from the sum as well.
-    return max(sum(quadratic(c.hessian, c.G, c.e, W) for c, W in pairs), 0.0)
+    return _total(quadratic(c.hessian, c.G, c.e, W) for c, W in pairs)
 
 
 def loss_rounding(problem: SubsetProblem, weights: Sequence[Tensor]) -> float:
@@ -108,3 +92,32 @@ def loss_rounding(problem: SubsetProblem, weights: Sequence[Tensor]) -> float:
     """
     pairs = zip(problem.consumers, weights, strict=True)
     return sum(quadratic_rounding(c.hessian, c.G, c.e, W) for c, W in pairs)
+
+
+def _total(losses: Iterable[float]) -> float:
+    # The sum is what is minimized, so rounding below zero is taken from the sum as well.
+    return max(sum(losses), 0.0)
+
+
+# ---- one consumer at a time: nothing of it is held while the next is factorized ------------------
+
+
+def _fitted(consumer: Consumer, support: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the rows of a support, (r,) int64, and the optimal weights there, (r, m)."""
+    rows = consumer.support_rows(support)
+    return rows, solve_definite(half(consumer.hessian, rows), consumer.G[rows])
+
+
+def _weights_and_loss(consumer: Consumer, support: Tensor) -> tuple[Tensor, float]:
+    rows, fitted = _fitted(consumer, support)
+    loss = quadratic_on(consumer.hessian, consumer.G, consumer.e, rows, fitted)
+    return torch.zeros_like(consumer.W0).index_copy_(0, rows, fitted), loss
+
+
+def _loss(consumer: Consumer, support: Tensor) -> float:
+    return quadratic_on(consumer.hessian, consumer.G, consumer.e, *_fitted(consumer, support))
+
+
+def _loss_and_rounding(consumer: Consumer, support: Tensor) -> tuple[float, float]:
+    terms = consumer.hessian, consumer.G, consumer.e, *_fitted(consumer, support)
+    return quadratic_on(*terms), quadratic_rounding_on(*terms)

@@ -39,7 +39,7 @@ from solvers.hessian import entries
 from solvers.pivot import PivotState
 from solvers.problem import SubsetProblem
 from solvers.protocol import Status, WindowCertificate
-from solvers.refit import loss_rounding, quadratic_loss, refit_loss, rounded_loss
+from solvers.refit import loss_rounding, quadratic_loss, refit_loss, refit_loss_and_rounding
 from solvers.swaps import best_swap, possible_gain
 from solvers.tree_certificate import TreeCertificate
 from solvers.values import is_plain
@@ -358,6 +358,7 @@ def _check_exchanges(known: _Known) -> tuple[float, bool]:
             False,
         )  # What rounding hides here, the certificate has to prove all the same.
     gain = swap.gain
+    del state  # a refit takes its room
     if swap.leave >= 0:
         stays = claim.support[claim.support != swap.leave]
         exchanged = torch.cat([stays, stays.new_tensor([swap.enter])])
@@ -382,7 +383,7 @@ def _check_bound(known: _Known) -> float:
     if claim.certificate is None:
         # Removing units never lowers the loss: that is a bound which needs no evidence.
         everything = torch.arange(problem.units, device=problem.device)
-        least, rounding = rounded_loss(problem, everything)
+        least, rounding = refit_loss_and_rounding(problem, everything)
         least = max(least - rounding, 0.0)
         allowed = _BOUND_TOLERANCE * least + _EPS * problem.scale
         return least if claim.lower_bound <= least + allowed else math.nan

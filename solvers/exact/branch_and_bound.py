@@ -29,7 +29,7 @@ from solvers.exact.tree import TreeRecord
 from solvers.heuristics.local_search import LocalSearch
 from solvers.problem import SubsetProblem
 from solvers.protocol import DEFAULT_GAP_TOLERANCE, BackendKind, Capabilities, Selection, Status
-from solvers.refit import refit_loss, rounded_loss
+from solvers.refit import refit_loss, refit_loss_and_rounding
 from solvers.tree_certificate import KEPT, REMOVED, TreeCertificate
 
 _LEAF_SUPPORTS = 10
@@ -107,7 +107,7 @@ class BranchAndBound:
             else:
                 search.step(left)
         # Near a singular H what rounding can have done to a leaf may exceed the tolerance.
-        rounding = rounded_loss(problem, search.support)[1]
+        rounding = refit_loss_and_rounding(problem, search.support)[1]
         proved = search.lower_bound >= search.cutoff - rounding
         return Selection(
             search.support,

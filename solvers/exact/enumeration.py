@@ -15,7 +15,7 @@ from solvers.aligned import narrowed
 from solvers.certificate import EnumerationCertificate, Inverses
 from solvers.problem import NO_ROW, Consumer, SubsetProblem
 from solvers.protocol import DEFAULT_GAP_TOLERANCE, BackendKind, Capabilities, Selection, Status
-from solvers.refit import rounded_loss
+from solvers.refit import refit_loss_and_rounding
 
 _EPS = torch.finfo(torch.float64).eps
 
@@ -54,7 +54,7 @@ class Enumerate:
                 best, best_loss = chosen[index], loss
         assert best is not None
         bound = max(min(bound, _checkable(problem, bound)), 0.0)
-        refitted, rounded = rounded_loss(problem, best)
+        refitted, rounded = refit_loss_and_rounding(problem, best)
         # Near a singular H what rounding can have done to some loss may exceed the tolerance.
         slack = DEFAULT_GAP_TOLERANCE * refitted + rounded
         return Selection(

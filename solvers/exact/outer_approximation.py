@@ -30,7 +30,7 @@ from solvers.heuristics.local_search import LocalSearch
 from solvers.pivot import solve_spd
 from solvers.problem import SubsetProblem
 from solvers.protocol import Selection, Status
-from solvers.refit import refit_loss, rounded_loss
+from solvers.refit import refit_loss, refit_loss_and_rounding
 
 Array = NDArray[np.float64]
 
@@ -168,7 +168,7 @@ class Search:
         if not lower > self.root.value:
             lower, certificate = self.root.claim
         lower = min(lower, self.loss)
-        rounding = rounded_loss(self.problem, self.support)[1]
+        rounding = refit_loss_and_rounding(self.problem, self.support)[1]
         closed = self.loss - lower <= self.limits.gap_tolerance * self.loss + rounding
         left_open = Status.TIME_LIMIT if timed_out else Status.PRECISION_LIMIT
         return Selection(
@@ -246,7 +246,7 @@ def _multipliers(consumer: ConsumerRemoval, x: Tensor) -> Tensor:
 def keep_everything(problem: SubsetProblem) -> Selection:
     """Answer a problem that leaves no choice."""
     support = torch.arange(problem.units, device=problem.device)
-    loss, rounding = rounded_loss(problem, support)
+    loss, rounding = refit_loss_and_rounding(problem, support)
     return Selection(
         support,
         Status.OPTIMAL,

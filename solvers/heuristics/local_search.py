@@ -14,7 +14,7 @@ from solvers.errors import BackendError
 from solvers.pivot import PivotState
 from solvers.problem import SubsetProblem
 from solvers.protocol import BackendKind, Capabilities, Selection, Status
-from solvers.refit import refit_loss, rounded_loss
+from solvers.refit import refit_loss, refit_loss_and_rounding
 from solvers.swaps import Promising, Swap, best_swap, possible_gain, promising
 
 _DRIFT_TOLERANCE = 1e-12
@@ -114,7 +114,7 @@ class LocalSearch:
         if possible <= _CERTAIN * found.history[-1]:
             return Status.SWAP_OPTIMAL
         state.release_products()
-        loss, rounding = rounded_loss(state.problem, state.support)
+        loss, rounding = refit_loss_and_rounding(state.problem, state.support)
         # No loss is negative.
         if min(possible, loss + rounding) <= _CERTAIN * loss + rounding:
             return Status.SWAP_OPTIMAL
