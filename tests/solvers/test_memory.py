@@ -488,7 +488,7 @@ def test_a_solve_holds_little_beside_its_problem(backend, most, frugal):
     p = 2048
     whole = peak(backend, p, p // 4)
     assert whole - peak("nothing", p, p // 4) < most * 8 * p * p
-    assert peak(backend, p, p // 4, "half") < whole - 0.2 * 8 * p * p
+    assert peak(backend, p, p // 4, "half") < whole - 0.3 * 8 * p * p
 
 
 @pytest.mark.skipif(not hasattr(os, "wait4"), reason="no account of a single process")
