@@ -318,6 +318,9 @@ def together() -> Iterator[Ranks]:
             f"{os.environ['MASTER_ADDR']}: {first_line(error)}; launch all with "
             "torchrun, on machines that see each other"
         ) from error
+    # A rank comes out of new_group while others still ask rank 0's store who is there: if rank 0
+    # failed now, they would say that they could not reach it.
+    ranks.from_first("the beginning", Message)
     try:
         yield ranks
     except Exception as error:
