@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from solvers.aligned import Aligned, unit_rows
+from solvers.aligned import Aligned, narrowed, unit_rows
 from solvers.gram import TILE_ROWS, quadratic_on
 from solvers.problem import Consumer, SubsetProblem
 from solvers.symmetric import Symmetric
@@ -91,18 +91,23 @@ class ConsumerState:
         self.N_blocks, self.K_blocks = self.N.diagonal_blocks(w)[self._place], K[self._place]
 
     def part(self, units: Tensor) -> ConsumerState:
-        """Return the state of some units alone, in this order, while no other is moved.
+        """Return the state of some units alone, while no other is moved.
 
         A sweep of units changes the rows and columns of others by what these have in common with
         it, so that a principal block follows from itself.  Losses cannot be asked of it.
+
+        Parameters
+        ----------
+        units
+            Those in S first, then the others, (u,) int64; they are numbered in this order.
         """
         made = object.__new__(ConsumerState)
         at = self._at(units)
         made.width, made.kept, made._terms = self.width, self.kept[units], self._terms
         made.N = Symmetric.of(self.N.entries(at, at), width=self.width)
-        made.U = self.U[at]
+        made.U = narrowed(self.U[at])
         made._place = torch.arange(len(units), device=units.device)
-        made._leading = made._cross = None
+        made._leading, made._cross = int(made.kept.sum()) * self.width, None
         made._read_blocks()
         return made
 
@@ -117,7 +122,8 @@ class ConsumerState:
     def pairs(self, leave: Tensor, enter: Tensor) -> tuple[Tensor, Tensor]:
         """Return the entries of N and of K of all pairs of units, (l w, e w) each."""
         some, others = self._at(leave), self._at(enter)
-        N, first = self.N.rows(some)[:, others], self._leading or 0
+        first = self._leading or 0
+        N = self.N.rows(some, first)[:, others - first]
         if self._cross is not None:
             return N, self._cross[some[:, None], others - first]
         # Only a few rows are copied; all of those that enter would be as many as U has.
@@ -289,7 +295,13 @@ class PivotState:
         self.kept[moved] = ~self.kept[moved]
 
     def part(self, units: Tensor) -> PivotState:
-        """Return the state of some units alone, in which these may be exchanged, (u,) int64."""
+        """Return the state of some units alone, in which these may be exchanged.
+
+        Parameters
+        ----------
+        units
+            Those in the support first, (u,) int64.
+        """
         parts = tuple(state.part(units) for state in self.consumers)
         return PivotState(self.problem, parts, self.kept[units])
 

@@ -137,18 +137,21 @@ class Symmetric:
                 found[above[:, None], own] = across.T
         return found
 
-    def rows(self, index: Tensor) -> Tensor:
-        """Return copies of some rows, (r, p)."""
+    def rows(self, index: Tensor, first: int = 0) -> Tensor:
+        """Return copies of some rows, of all their columns or of those from `first` on."""
         if len(self._panels) == 1:
-            return self._panels[0][index]
-        found = self._panels[0].new_empty(len(index), len(self))
+            return self._panels[0][index, first:]
+        found = self._panels[0].new_empty(len(index), len(self) - first)
         for start, panel in self.spans():
             stop = start + len(panel)
+            if stop <= first:
+                continue
             at, above = _within(index, start, stop), _within(index, 0, start)
             if len(at):
-                found[at, :stop] = panel[index[at] - start]
+                found[at, : stop - first] = panel[index[at] - start, first:]
             if len(above):
-                found[above, start:stop] = panel[:, index[above]].T
+                own = slice(max(start, first) - first, stop - first)
+                found[above, own] = panel[max(first - start, 0) :, index[above]].T
         return found
 
     def set_rows(self, index: Tensor, values: Tensor) -> None:

@@ -208,6 +208,7 @@ def _exchanged(
     if len(best.units) == 2:
         return best.units, gains
     part = state.part(best.units)
+    part.hold_products()
     part.sweep([0, len(best.units) // 2])
     while len(gains) < limit and (swap := _best_swap(part)).gain > least:
         part.sweep([swap.leave, swap.enter])

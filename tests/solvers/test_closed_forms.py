@@ -136,6 +136,8 @@ def test_some_units_are_exchanged_among_themselves_as_among_all(case, data):
         least = best[torch.isin(side, units)].min()
         assert len(side) == len(units) or best[~torch.isin(side, units)].max() <= least
     part, scale = state.part(found.units), instance.problem.scale
+    if data.draw(st.booleans()):
+        part.hold_products()
     for _ in range(2):
         swap = best_swap(part)
         if swap.leave < 0:
