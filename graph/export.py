@@ -18,6 +18,7 @@ from typing import Any, TypeAlias
 
 import torch
 from torch.export.graph_signature import InputKind
+from torch.fx import config
 from torch.utils import _pytree as pytree
 
 from graph.errors import ExampleInputError, TraceError
@@ -138,6 +139,7 @@ def run_export(
         in_mode(model, training),
         _without_idle_casts(),
         _symbolic_lengths(),
+        _without_stack_traces(),
         _silenced(),
         torch.no_grad(),
     ):
@@ -316,6 +318,17 @@ def _symbolic_lengths() -> Iterator[None]:
         yield
     finally:
         builtins.len = original
+
+
+@contextmanager
+def _without_stack_traces() -> Iterator[None]:
+    """Do not note which lines of Python called each operator: nobody reads them here."""
+    before = getattr(config, "do_not_emit_stack_traces", False)
+    config.do_not_emit_stack_traces = True  # which an older torch does not read
+    try:
+        yield
+    finally:
+        config.do_not_emit_stack_traces = before
 
 
 @contextmanager

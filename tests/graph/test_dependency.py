@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import graph
 from graph import CouplingGroup, DependencyGraph
+from graph.export import run_export
 
 from .families import GQA, MHA, build, token_inputs
 from .topologies import PRUNABLE
@@ -151,6 +152,17 @@ def test_the_model_is_left_as_it_was() -> None:
     assert [module.training for module in model] == [True, True, False, True]
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_no_lines_of_python_are_noted_and_torch_is_left_as_it_was(asked, monkeypatch) -> None:
+    monkeypatch.setattr(torch.fx.config, "do_not_emit_stack_traces", asked, raising=False)
+    inputs = {"input": torch.randn(3, 4)}
+    exported = run_export(nn.Linear(4, 5), (), inputs)
+    assert not any("stack_trace" in node.meta for node in exported.graph.nodes)
+    with pytest.raises(graph.TraceError):
+        run_export(nn.Linear(5, 5), (), inputs)
+    assert torch.fx.config.do_not_emit_stack_traces is asked
 
 
 class _Keeping(nn.Module):
