@@ -1,9 +1,26 @@
-"""What all tests share: nothing is timed for long, and collecting garbage takes little."""
+"""What all tests share: which cases always run, and that nothing is timed for long."""
 
 import gc
+import signal
+from collections import defaultdict
 from collections.abc import Iterator
 
 import pytest
+
+
+@pytest.hookimpl(tryfirst=True)  # before those that are slow are left out
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Of a test marked ``sampled(n)``, mark all cases as slow but n, spread over their list."""
+    cases = defaultdict(list)
+    for item in items:
+        mark = item.get_closest_marker("sampled")
+        if mark is not None and item.get_closest_marker("slow") is None:
+            cases[item.nodeid.partition("[")[0], mark.args[0]].append(item)
+    for (_, count), found in cases.items():
+        always = {i * len(found) // count for i in range(count)}
+        for place, item in enumerate(found):
+            if place not in always:
+                item.add_marker("slow")
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -13,6 +30,13 @@ def timed_briefly() -> Iterator[None]:
         patch.setattr("osscar.core.timing.WORTHWHILE_SECONDS", 0.0)
         patch.setattr("osscar.evaluation.forward._SECONDS", 0.0)
         yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def interruptible() -> None:
+    """Hear of Ctrl+C in the background, too, where a shell has jobs ignore it."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_finish() -> None:

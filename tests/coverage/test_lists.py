@@ -22,6 +22,7 @@ def _outcome(listed: str, name: str) -> tuple[Outcome, rows.Row]:
     return Entry(listed, name, found).outcome, found
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize(
     ("name", "form"),
     [("topologies.residual", "module"), ("programs.heads", "graph"), ("blocks.experts", "module")],

@@ -19,6 +19,7 @@ _QUICK = [name for name in REPRESENTATIVES if name not in _LONG]
 _OTHERS = [name for name in torchvision_names() if name not in (*_QUICK, *_GIANTS)]
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     "name", [*_QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in _OTHERS)]
 )

@@ -130,6 +130,7 @@ def smaller(words: tuple[str, ...], of_images: bool) -> Iterator[str]:
         yield from FEWER[words[1]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", TO_RUN)
 def test_the_commands_of_a_page_run(
     page: str, place: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch,

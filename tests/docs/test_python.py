@@ -43,6 +43,7 @@ def test_every_page_with_python_is_run() -> None:
     assert set(PAGES_WITH_PYTHON) == set(CHECKS)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.filterwarnings("ignore:.*rank-deficient")
 @pytest.mark.parametrize("page", PAGES_WITH_PYTHON)
 def test_the_python_of_a_page_runs(page: str) -> None:

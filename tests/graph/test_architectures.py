@@ -13,6 +13,7 @@ from .architectures import ARCHITECTURE_CASES, ARCHITECTURES, build_architecture
 from .masking import assert_sliced, assert_sound
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize(("name", "implementation"), ARCHITECTURE_CASES)
 def test_transformers(name: str, implementation: str) -> None:
     model, inputs = build_architecture(name, implementation)
@@ -47,6 +48,7 @@ def test_slots_are_all_there_is_to_cut(name: str) -> None:
     assert_sliced(model, graph.trace(model, inputs).prunable, inputs)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     ("name", "count"),
     [

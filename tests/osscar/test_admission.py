@@ -145,6 +145,7 @@ def test_weights_that_are_no_real_numbers(checkpoint, reader, kind, name):
         reader(checkpoint)
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("kind", [torch.complex64, torch.int64])
 def test_a_planned_checkpoint_of_other_numbers(tmp_path, kind):
     osscar.prune(small_net(), torch.rand(60, 3, 12, 12), sparsity=0.5).save(tmp_path / "a")

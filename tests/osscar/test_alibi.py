@@ -67,6 +67,7 @@ def without(model, result):
     return dense
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", MODELS)
 def test_heads_leave_with_their_slopes(name, tmp_path):
     model = built(name)
@@ -91,6 +92,7 @@ def test_heads_leave_with_their_slopes(name, tmp_path):
         assert torch.equal(one, other)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", MODELS)
 def test_generation_with_a_cache_follows(name):
     model = built(name)
@@ -199,6 +201,7 @@ class Attribute(Alibi):
 IN_CODE = {"made": Made, "listed": Listed, "attribute": Attribute}
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("name", IN_CODE)
 def test_slopes_in_the_code_leave_in_a_program(name, tmp_path):
     torch.manual_seed(0)

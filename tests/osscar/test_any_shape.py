@@ -72,7 +72,7 @@ with torch.no_grad():
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
-    """Each family's uneven model, and where it was saved; another process has read all of them."""
+    """Each family's uneven model, and where it was saved."""
     place = tmp_path_factory.mktemp("any-shape")
     found = {}
     for family in FAMILIES:
@@ -80,22 +80,31 @@ def written(tmp_path_factory):
         saved = checkpoint.save(model, place / family)
         assert (saved.stock, saved.with_code) == (False, True)
         found[family] = model, saved.path
-    directories = [str(path) for _, path in found.values()]
-    environment = {**os.environ, "HF_MODULES_CACHE": str(place / "modules")}
-    command = [sys.executable, "-c", READER, str(IDS.tolist()), *directories]
-    subprocess.run(command, check=True, env=environment, cwd=place)
     return found
 
 
+@pytest.fixture(scope="module")
+def read(written, tmp_path_factory):
+    """The same, when another process has read all of them."""
+    place = tmp_path_factory.mktemp("read")
+    directories = [str(path) for _, path in written.values()]
+    environment = {**os.environ, "HF_MODULES_CACHE": str(place / "modules")}
+    command = [sys.executable, "-c", READER, str(IDS.tolist()), *directories]
+    subprocess.run(command, check=True, env=environment, cwd=place)
+    return written
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
-def test_transformers_alone_reads_and_generates_the_same(family, written):
-    model, path = written[family]
+def test_transformers_alone_reads_and_generates_the_same(family, read):
+    model, path = read[family]
     found = torch.load(f"{path}.pt", weights_only=True)
     torch.testing.assert_close(found["logits"].double(), logits(model, IDS), rtol=1e-5, atol=1e-5)
     options = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     assert torch.equal(found["tokens"], model.generate(IDS, **options))
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_plan_is_replayed_here_and_the_code_never_run(family, written, tmp_path):
     model, path = written[family]

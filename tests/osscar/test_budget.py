@@ -153,6 +153,7 @@ def subject(request):
     return build().eval(), data()
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("subject", MODELS, indirect=True)
 @pytest.mark.parametrize("cost", [Cost.PARAMETERS, Cost.FLOPS])
 def test_costs_are_those_of_the_model_that_is_really_smaller(subject, cost):
@@ -454,6 +455,7 @@ def test_models_without_logits_are_measured_by_projections():
 # ---- requests ----------------------------------------------------------------------------
 
 
+@pytest.mark.sampled(8)
 @pytest.mark.parametrize("allocation", ["curvature", "uniform", "fluctuation"])
 @pytest.mark.parametrize(
     "asked",

@@ -32,6 +32,7 @@ def resnet() -> nn.Module:
     return model
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("inputs", [None, IMAGES[0]], ids=["tensors", "outputs"])
 def test_a_model_of_torchvision_is_built_again_by_name(
     resnet: nn.Module, inputs: tuple[Tensor, ...] | None, tmp_path: Path

@@ -57,6 +57,7 @@ assert not {"osscar", "graph", "solvers"} & set(sys.modules)
 """
 
 
+@pytest.mark.slow
 def test_stock_checkpoints_load_in_a_process_that_never_imports_this_project(tmp_path):
     models = {}
     for index, (family, keep) in enumerate(STOCK):
@@ -71,6 +72,7 @@ def test_stock_checkpoints_load_in_a_process_that_never_imports_this_project(tmp
         torch.testing.assert_close(read, logits(model, IDS), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(("family", "keep"), PLANNED)
 def test_what_no_config_can_express_is_saved_with_its_plan(family, keep, tmp_path):
     model = pruned(family, **keep)
@@ -87,6 +89,7 @@ def test_what_no_config_can_express_is_saved_with_its_plan(family, keep, tmp_pat
     )
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_pruning_twice_can_be_saved(family, tmp_path):
     once = pruned(family, neurons="0.5")
@@ -106,6 +109,7 @@ def test_weights_can_be_saved_in_half_precision(tmp_path):
     assert model.dtype == torch.float32
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("dtype", [None, "bfloat16"])
 @pytest.mark.parametrize("max_memory", [None, "2GB"])
 def test_models_stored_in_half_precision_that_look_closely_can_be_saved(
@@ -335,6 +339,7 @@ def test_a_manifest_that_is_none_is_an_error_of_ours(planned, text, tmp_path):
 # ---- lineage -----------------------------------------------------------------------------
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("keep", [{"neurons": "0.5"}, {"heads": "0.5"}], ids=["stock", "planned"])
 def test_everything_that_has_to_be_known_is_written_and_read_again(keep, tmp_path):
     loaded = osscar.load_model("demo", device="cpu")

@@ -303,6 +303,7 @@ HOSTILE = "a\x1b]0;owned\x07\x1b[31m\n[/red][bold]\u202e:smile:"
 """Sets a terminal's title and colour, starts a line of its own, and is markup."""
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("command", ["inspect", "eval", "prune"])
 def test_names_are_shown_as_they_are_and_do_nothing(run, text, tmp_path, monkeypatch, command):
     monkeypatch.chdir(tmp_path)

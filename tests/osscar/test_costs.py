@@ -221,6 +221,7 @@ def every_choice(ready, request):
 BUDGETS = {Cost.PARAMETERS: "params", Cost.FLOPS: "flops", Cost.BYTES: "size"}
 
 
+@pytest.mark.sampled(7)
 @pytest.mark.parametrize("name", NETWORKS)
 @pytest.mark.parametrize("widths", WIDTHS)
 @pytest.mark.parametrize("kind", BUDGETS)
@@ -283,6 +284,7 @@ def test_costs_of_a_group_that_meets_itself_add_up(name):
         assert cost.separable(names) == (name not in ("stacked", "twice"))
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("name", NETWORKS)
 @pytest.mark.parametrize("allocation", ["curvature", "uniform", "fluctuation"])
 def test_models_have_no_more_than_the_parameters_that_were_asked_for(name, allocation):
@@ -336,6 +338,7 @@ SAVED = {
 }
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("case", SAVED)
 def test_a_file_has_the_bytes_that_were_promised_or_a_few_less(case, tmp_path):
     torch.manual_seed(0)

@@ -89,6 +89,7 @@ def test_a_tensor_that_is_made_on_the_host_is_seen(card):
 # ---- a run -------------------------------------------------------------------------------
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     ("family", "asked"),
     [
@@ -110,6 +111,7 @@ def test_a_language_model_is_pruned_where_it_is(family, asked, card):
     assert [layer.support for layer in result.layers] == [layer.support for layer in plain.layers]
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     "asked",
     [
@@ -158,6 +160,7 @@ class Full(ProcessMemory):
         return 1 << 60
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("holding", [True, False], ids=["kept", "read anew"])
 @pytest.mark.parametrize(("family", "asked"), STREAMED, ids=str)
 def test_a_streamed_model_is_pruned_where_it_is(family, asked, holding, card, tmp_path):
@@ -417,6 +420,7 @@ ON_CARDS = [
 ]
 
 
+@pytest.mark.sampled(9)
 @pytest.mark.parametrize(("backend", "width"), ON_CARDS)
 def test_a_backend_computes_where_its_problem_is(backend, width, card):
     generator = torch.Generator().manual_seed(0)

@@ -117,6 +117,7 @@ def test_a_walk_in_one_go_has_one_pass():
         assert planned.itinerary == (len(planned.calls) - 1,)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     "asked",
     [
@@ -135,6 +136,7 @@ def test_what_is_kept_is_known_where_the_request_says_it(asked, demo):
     assert keep == {layer.name: layer.kept for layer in result.layers}
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize(
     ("asked", "allocation"),
     [
@@ -171,6 +173,7 @@ def by_stage(estimate):
     return {one.stage: one.seconds for one in estimate.stages}
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("asked", [{"neurons": 0.5}, {"sparsity": 0.3}], ids=str)
 def test_more_samples_take_longer_and_more_memory(asked, demo):
     request = PruningRequest(**asked, batch_size=1)

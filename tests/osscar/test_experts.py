@@ -74,6 +74,7 @@ def pruned(request):
     return model, before, data, osscar.prune(model, data, neurons=0.5, device="cpu")
 
 
+@pytest.mark.sampled(2)
 def test_experts_lose_neurons_and_the_model_is_proved(pruned):
     model, before, data, result = pruned
     experts = [layer for layer in result.layers if layer.name.endswith(".experts.neurons")]
@@ -90,6 +91,7 @@ def test_experts_lose_neurons_and_the_model_is_proved(pruned):
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
 
 
+@pytest.mark.sampled(3)
 def test_a_refit_beats_dropping_neurons(pruned):
     """Of the calibration data: the loss of each layer, refitted or with the dense weights."""
     model, _, data, _ = pruned
@@ -127,6 +129,7 @@ def test_a_pruned_mixture_is_saved_loaded_and_generates(pruned, tmp_path):
 # ---- what experts read -------------------------------------------------------------------
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("family", ["mixtral", "gpt-oss", "qwen3-moe"])
 def test_what_experts_read_is_found_whatever_multiplies_them(family, kernel):
@@ -290,6 +293,7 @@ def test_weights_are_those_of_least_squares_for_each_expert(family):
     assert layer.positions == min(int((x.experts == e).sum()) for e in range(4))
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("target", ["weights", "residual"])
 def test_kernels_come_to_the_same_weights(target):
     data, asked = tokens(16, 24), {"neurons": 0.5, "target": target, "damp": 0.1, "blend": 0.5}
@@ -353,6 +357,7 @@ def test_experts_that_kernels_cannot_cut_are_frozen():
         osscar.prune(model, tokens(), neurons=0.5)
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("count", [1, 2])
 def test_a_run_that_was_killed_ends_with_the_same_bits(count, tmp_path, monkeypatch):
     request = PruningRequest(neurons=0.5, device="cpu")
@@ -406,6 +411,7 @@ def test_factors_are_those_of_the_gradients_of_each_token():
         assert found.energy == pytest.approx(float(energies[expert, 0, 0]), rel=1e-4)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("budget", [{"params": 0.85}, {"flops": 0.85}, {"sparsity": 0.2}])
 @pytest.mark.parametrize("allocation", ["curvature", "uniform", "fluctuation"])
 def test_experts_share_budgets(budget, allocation):

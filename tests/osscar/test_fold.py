@@ -133,6 +133,7 @@ def test_shrinking_by_a_plan_for_plain_weights_equals_masking(name: str) -> None
     assert type(model.blocks[0].one) is nn.Conv1d
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", NORMALIZATIONS)
 @pytest.mark.parametrize("whole", [True, False], ids=["all of it", "one group"])
 def test_a_pruned_model_is_read_again(name: str, whole: bool, tmp_path: Path) -> None:

@@ -45,6 +45,7 @@ def prune(case, **asked):
     return net, data, osscar.prune(net, data, **{"sparsity": 0.4, **OFTEN, **asked})
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("case", ["heads", "generator", "option A"])
 def test_auto_takes_the_program_where_code_cannot_follow(case):
     net, data, result = prune(case)
@@ -84,6 +85,7 @@ def test_auto_keeps_modules_where_they_follow():
     assert type(result.model) is nn.Sequential
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("form", ["module", "graph"])
 def test_what_reads_fractions_is_proved_in_the_finer_format_too(form):
     """In float32 a wrong slice of little effect would pass for rounding."""
@@ -175,6 +177,7 @@ def test_a_program_is_not_timed():
 # ---- checkpoints -------------------------------------------------------------------------
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("case", ["heads", "generator", "option A", "points"])
 def test_a_program_is_written_and_read_again(case, tmp_path):
     _, data, result = prune(case)
@@ -261,6 +264,7 @@ def test_a_program_is_not_refitted():
         osscar.prune(first.model, data, sparsity=0.3, **OFTEN)
 
 
+@pytest.mark.slow
 def test_a_language_model_as_a_program(tmp_path):
     model, windows = tiny("llama-gqa", layers=1), tokens(6, 24)
     asked = {"heads": "1/2", "neurons": "1/2", **OFTEN}

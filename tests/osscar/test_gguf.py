@@ -149,6 +149,7 @@ def uneven(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return checkpoint(place, built(CONFIGS["llama"], GROUPS["deci"]))
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("architecture", GROUPS)
 @pytest.mark.parametrize("name", CONFIGS)
 def test_llama_cpp_computes_what_transformers_does(

@@ -222,6 +222,7 @@ def test_sizes_that_no_model_has(checkpoint, field, size):
         survives(reader, checkpoint)
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("checkpoint", ["opt"], indirect=True)
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
 def test_tokenizers(checkpoint, name):

@@ -75,6 +75,7 @@ def case(request):
 # ---- kills -------------------------------------------------------------------------------
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("case", ["plan", "stock"], indirect=True)
 @pytest.mark.parametrize("seed", range(2))
 def test_a_run_that_is_killed_goes_on_to_the_same_bytes(case, seed, tmp_path):
@@ -88,6 +89,7 @@ def test_thirty_runs_that_are_killed_go_on_to_the_same_bytes(case, seed, tmp_pat
     _kill_and_go_on(case, seed, tmp_path / "root", (Victim.COMMAND,))
 
 
+@pytest.mark.slow
 def test_a_study_whose_worker_is_killed_goes_on_to_the_same_bytes(study, tmp_path):
     _kill_and_go_on(study, 1, tmp_path / "root", (Victim.WORKER,))
 
@@ -173,6 +175,7 @@ def test_a_second_study_in_one_directory_is_refused_before_it_reads_its_model(tm
 # ---- a full disk -------------------------------------------------------------------------
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize(
     ("case", "refusal"),
     [
@@ -238,6 +241,7 @@ def small_disk(tmp_path):
         subprocess.run(["umount", str(place)], check=True)
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="mounts file systems")
 @pytest.mark.parametrize("case", ["plan", "stock", "study_alone"], indirect=True)
 def test_a_small_file_system_is_filled_and_then_made_larger(case, small_disk, tmp_path):

@@ -291,6 +291,7 @@ def test_what_cannot_follow_is_left_alone_and_all_else_is_pruned(name):
     assert all(torch.equal(value, before[key]) for key, value in dense.state_dict().items())
 
 
+@pytest.mark.sampled(6)
 @pytest.mark.filterwarnings("ignore:left alone")
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("allocation", ["curvature", "uniform"])

@@ -48,6 +48,7 @@ def shrunk(net, shape, plan=None):
     return plan, shrink_program(net, plan, proofs, example)
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("case", CASES)
 def test_a_program_computes_what_the_network_does_without_its_units(case):
     kind, shape = CASES[case]
@@ -72,6 +73,7 @@ def test_a_program_computes_what_the_network_does_without_its_units(case):
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("case", CASES)
 def test_each_group_leaves_alone(case):
     kind, shape = CASES[case]
@@ -299,6 +301,7 @@ def test_a_step_of_training_and_a_copy(case):
     assert not torch.equal(model(x), result.model(x))
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("case", ["heads", "option A"])
 def test_it_is_compiled(case):
     kind, shape = CASES[case]
@@ -309,6 +312,7 @@ def test_it_is_compiled(case):
         assert far_apart(result.model(x), compiled(x)) < EXACT
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.skipif(
     not all(map(find_spec, ("onnx", "onnxscript", "onnxruntime"))),
     reason="needs onnx, onnxscript and onnxruntime: pip install 'osscar[dev]'",

@@ -40,6 +40,7 @@ def pruned(request):
     return model, before, result
 
 
+@pytest.mark.sampled(3)
 def test_units_are_gone_and_the_model_is_smaller(pruned):
     model, _, result = pruned
     assert [layer.kind for layer in result.layers] == ["heads", "neurons"] * 2
@@ -102,12 +103,14 @@ def test_tied_weights_stay_tied(pruned):
     assert (small.get_output_embeddings().weight is small.get_input_embeddings().weight) == tied
 
 
+@pytest.mark.sampled(4)
 def test_a_shrunk_model_can_be_pruned_again(pruned):
     again = osscar.prune(pruned[2].model, tokens(), neurons=10, **CHEAP)
     assert {layer.units for layer in again.layers} == {20}
     assert again.parameters_after < pruned[2].parameters_after
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("family", ["opt", "gpt2", "llama-gqa", "llama-mqa"])
 def test_both_attention_implementations(family, attention):

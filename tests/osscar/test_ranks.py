@@ -332,6 +332,7 @@ def test_torchrun_says_of_what_a_rank_failed_and_leaves_nothing(flawed):
     assert ended.stderr.count("error: ") == 1
 
 
+@pytest.mark.slow
 def test_torchrun_prunes(tmp_path):
     ended = torchrun("osscar", *PRUNE, "--out", "out", "--json", "said.json", place=tmp_path)
     assert ended.returncode == 0, ended.stderr

@@ -93,6 +93,7 @@ def test_the_group_is_read_by_the_weights_of_inputs_alone(name):
         assert far_apart(one.read_outputs(input_gates(module, x), x), found.float()) < 1e-5
 
 
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("target", Target)
 @pytest.mark.parametrize("name", NETS)
 def test_pruned_and_refitted(name, target, tmp_path):
@@ -202,6 +203,7 @@ class Speech(nn.Module):
         return self.head(torch.relu(self.two(x)))
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     ("kind", "data", "asked"),
     [

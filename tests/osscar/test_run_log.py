@@ -48,6 +48,7 @@ CASES = {
 }
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_a_run_that_was_killed_ends_with_the_same_bits(name, count, killing, tmp_path, monkeypatch):
@@ -98,6 +99,7 @@ def other_request():
     return tiny("opt"), tokens(), PruningRequest(sparsity=0.5, damp=0.02, device="cpu")
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
@@ -249,6 +251,7 @@ def test_groups_that_share_a_consumer_go_on_to_the_same_bits(tmp_path):
             assert torch.equal(a, b)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     ("key", "value"),
     [

@@ -540,6 +540,7 @@ def removable(dependencies: graph.DependencyGraph) -> int:
     return sum(group.units * group.removable for group in dependencies.prunable)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("case", _TWICE, ids=lambda case: case.name)
 def test_a_shrunk_model_can_be_pruned_again(case) -> None:
     model = case.build()
@@ -636,6 +637,7 @@ def _shrunk(name: str) -> tuple[nn.Module, list[tuple[Tensor, ...]]]:
 _EXPORTED = [pytest.param("resnet18", marks=_TORCHVISION), "encoder", "llama"]
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("name", _EXPORTED)
 def test_a_shrunk_model_compiles(name: str) -> None:
     model, inputs = _shrunk(name)
@@ -663,6 +665,7 @@ def test_a_shrunk_model_compiles_to_machine_code(
         torch.testing.assert_close(compiled(*inputs[0]), expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.skipif(
     find_spec("onnxscript") is None or find_spec("onnx") is None,
     reason="the export to ONNX needs onnx and onnxscript: pip install 'osscar[dev]'",

@@ -91,6 +91,7 @@ def files(path):
     return {file.name: file.read_bytes() for file in path.iterdir()}
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     ("family", "asked"),
     [
@@ -123,6 +124,7 @@ def test_heads_that_are_told_by_number_leave_a_streamed_model(tmp_path):
     assert files(tmp_path / "streamed") == files(tmp_path / "plain")
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_weights_in_half_precision_stay_in_it_on_disk(tmp_path, dtype):
     dense = written(tmp_path / "dense", "llama-gqa", dtype=dtype)
@@ -275,12 +277,13 @@ print(room.matrices)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "wait4"), reason="no account of a single process")
 @pytest.mark.parametrize(
     ("kind", "width", "ffn", "backend", "target"),
     [
         ("neurons", 512, 2048, "greedy", "residual"),
-        pytest.param("heads", 2048, 256, "local_search", "weights", marks=pytest.mark.slow),
+        ("heads", 2048, 256, "local_search", "weights"),
     ],
 )
 def test_one_layer_takes_no_more_than_is_said(kind, width, ffn, backend, target):
@@ -353,6 +356,7 @@ def test_room_is_made_for_what_is_scored():
     assert shelf.left_free == before
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("family", ["opt", "llama-gqa", "gpt2", "qwen3"])
 @pytest.mark.parametrize("target", list(Target))
 def test_batches_that_wait_on_disk_bring_the_same(family, target, monkeypatch):

@@ -640,6 +640,7 @@ def edit(study, backend, **change):
 LIE = {"loss": 1e-9, "status": "OPTIMAL", "lower_bound": 1e-9, "relative_loss": 1e-9}
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     ("backend", "change", "words"),
     [

@@ -37,6 +37,7 @@ def assert_same(model, other):
         torch.testing.assert_close(value, theirs[name], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("kind", ["opt", "images"])
 def test_a_point_is_what_a_run_of_its_own_makes(kind, monkeypatch):
     model, data = (tiny("opt"), tokens()) if kind == "opt" else (small_net(), images())
@@ -257,6 +258,7 @@ def small_sweep(out, sparsity, text, *more):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*rank-deficient")
 def test_a_sweep_goes_on_and_its_page_shows_every_number(run, text, tmp_path):
     out = tmp_path / "sweep"
@@ -417,6 +419,7 @@ def test_a_page_tells_what_was_asked_in_its_own_terms(budget, values, texts, tol
     assert page.count("<figure>") == 3
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.filterwarnings("ignore:.*rank-deficient")
 @pytest.mark.parametrize(("budget", "measured"), [("flops", "flops"), ("size", "parameter_bytes")])
 def test_a_sweep_over_costs_says_what_each_point_came_to(run, text, tmp_path, budget, measured):

@@ -163,6 +163,7 @@ def test_prune_eval_inspect_and_load_a_model_of_the_users_own(run, code, archive
     assert "99.9% of" in out
 
 
+@pytest.mark.slow
 def test_a_pruned_torchvision_model_is_read_in_another_process(run, archive, tmp_path):
     weights = tmp_path / "weights.pth"
     torch.manual_seed(0)
@@ -215,6 +216,7 @@ def test_what_is_no_dense_model_of_images_is_refused_by_its_sort(run, code, arch
     assert (status, "no file of weights" in err) == (2, True)
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("name", ["fcn_resnet50", "ssdlite320_mobilenet_v3_large", "resnet18"])
 def test_a_model_that_a_plan_names_is_built_without_fetching_anything(name, monkeypatch, tmp_path):
     for place in ("torch.hub.load_state_dict_from_url", "torch.hub.download_url_to_file"):

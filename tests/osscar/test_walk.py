@@ -288,6 +288,7 @@ def commit_all(way):
         site.commit(half_gone(site))
 
 
+@pytest.mark.sampled(6)
 def test_every_group_is_measured_through_what_was_committed_before_it(case):
     name, model, data = case
     with opened(model, data, batch_size=BATCH) as ready:
@@ -321,6 +322,7 @@ def test_without_commits_one_pass_measures_every_group(case):
         assert way.passes == 1
 
 
+@pytest.mark.sampled(3)
 def test_a_study_poses_the_problem_that_pruning_solves(case):
     """Where nothing else is pruned, the stream of `prune` is the dense one."""
     _, model, data = case
@@ -391,6 +393,7 @@ def test_only_groups_that_are_read_in_several_calls_cost_a_pass(name, kinds, pas
 # ---- targets of the dense stream ---------------------------------------------------------
 
 
+@pytest.mark.sampled(7)
 @pytest.mark.parametrize("share", [1.0, 0.5])
 def test_targets_are_what_the_dense_model_puts_out(case, share):
     name, model, data = case

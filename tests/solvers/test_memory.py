@@ -482,6 +482,7 @@ def frugal(monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.skipif(not hasattr(os, "wait4"), reason="no account of a single process")
 @pytest.mark.parametrize(("backend", "most"), [("local_search", 3.2), ("multistage", 2.3)])
 def test_a_solve_holds_little_beside_its_problem(backend, most, frugal):
@@ -492,6 +493,7 @@ def test_a_solve_holds_little_beside_its_problem(backend, most, frugal):
     assert peak(backend, p, p // 4, "half") < whole - 0.3 * 8 * p * p
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "wait4"), reason="no account of a single process")
 @pytest.mark.parametrize(
     "backend", ["local_search", pytest.param("multistage", marks=pytest.mark.slow)]

@@ -231,6 +231,7 @@ def untrue(solution: Solution, report, truth: Truth) -> str | None:
     return None
 
 
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("label", honest())
 def test_a_changed_solution_is_refused_or_true(label):
     name, solution = honest()[label]
