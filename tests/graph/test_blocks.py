@@ -13,6 +13,7 @@ from .masking import assert_sound
 from .topologies import randomized
 
 
+@pytest.mark.sampled(10)
 @pytest.mark.parametrize("name", BLOCKS)
 def test_groups_are_found_and_sound(name: str) -> None:
     network, example, expected = BLOCKS[name]

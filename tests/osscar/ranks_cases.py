@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,12 +61,14 @@ TWO_BATCHES = Case(lambda: tiny("llama-gqa"), tokens, {"sparsity": 0.5, "damp": 
 """Of seven samples, and of one that is held out."""
 
 
-def cases(directory: Path) -> None:
-    """Prune in all cases on these ranks, and write down what each comes to."""
+ALL = {**CASES, "two batches": TWO_BATCHES}
+
+
+def cases(directory: Path, names: Sequence[str]) -> None:
+    """Prune in some cases on these ranks, and write down what each comes to."""
     with together() as ranks:
-        found = CASES if ranks.size == 2 else {"two batches": TWO_BATCHES}
-        for name, case in found.items():
-            result = case.run(ranks)
+        for name in names:
+            result = ALL[name].run(ranks)
             place = directory / f"{name}.{ranks.rank}"
             safetensors.torch.save_file(dict(weights(result.model)), f"{place}.safetensors")
             Path(f"{place}.json").write_text(json.dumps(summary(result)))
@@ -89,4 +91,4 @@ def summary(result: PruningResult) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    cases(Path(sys.argv[1]))
+    cases(Path(sys.argv[1]), sys.argv[2:])

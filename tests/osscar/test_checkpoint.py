@@ -155,6 +155,7 @@ def test_a_file_in_the_way_is_refused(tmp_path):
         checkpoint.check_output(target, overwrite=True)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     ("failure", "error"),
     [

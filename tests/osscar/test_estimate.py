@@ -81,6 +81,7 @@ def osscar_command(monkeypatch, capsys, tmp_path):
 # ---- counted as the run counts -----------------------------------------------------------
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("target", Target)
 @pytest.mark.parametrize(
     ("model", "data"),
@@ -321,6 +322,7 @@ def test_a_run_says_how_far_off_its_estimate_was(osscar_command, tmp_path):
     assert "estimate" not in json.loads((tmp_path / "plain" / "osscar_report.json").read_text())
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize(
     ("other", "named"),
     [

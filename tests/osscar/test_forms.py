@@ -222,6 +222,7 @@ def test_a_program_is_an_archive_of_torch_export(tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["net.pt2"]
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     "change",
     [

@@ -28,6 +28,7 @@ from osscar.core.ranks import ALONE, Message, Ranks
 from osscar.data.tokens import named_generator
 from osscar.pruning.run_log import RunManifest
 from osscar.pruning.together import check_alike
+from tests import collected
 from tests.osscar import ranks_worker
 from tests.osscar.forked import PATIENCE, Forked, forked
 from tests.osscar.ranks_cases import CASES, TWO_BATCHES, Case, cases, summary, weights
@@ -97,22 +98,24 @@ def command(*arguments: str) -> Callable[[], object]:
 def two(request, tmp_path_factory):
     place = tmp_path_factory.mktemp("two")
     TWO_BATCHES.run()  # imports what children then have from the start
+    names = collected.values(request, "name")
     if request.param:  # which order their sets in ways of their own
-        process = torchrun("tests.osscar.ranks_cases", str(place), place=place)
+        process = torchrun("tests.osscar.ranks_cases", str(place), *names, place=place)
         assert process.returncode == 0, process.stderr
     else:
-        for process in scenario(cases, 2, place):
+        for process in scenario(lambda place: cases(place, names), 2, place):
             assert process.status == 0, process.stderr
     return place
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", CASES)
 def test_two_ranks_come_to_what_one_process_does(name, two):
     check_same(CASES[name], [two / f"{name}.{rank}" for rank in range(2)])
 
 
 def test_a_rank_without_any_batch_changes_nothing(tmp_path):
-    for process in scenario(cases, 3, tmp_path):
+    for process in scenario(lambda place: cases(place, ["two batches"]), 3, tmp_path):
         assert process.status == 0, process.stderr
     check_same(TWO_BATCHES, [tmp_path / f"two batches.{rank}" for rank in range(3)])
 

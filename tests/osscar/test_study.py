@@ -584,6 +584,7 @@ def test_places_that_are_taken_are_named(study):
         Study(study.directory / ("x" * 300), {})
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     "name", ["a" * 300, "$\\oops{$", "[bold]x[/bold] [/oops]", ":smile:", "日本"]
 )

@@ -301,6 +301,7 @@ def test_a_sweep_goes_on_and_its_page_shows_every_number(run, text, tmp_path):
     assert "scored sha256 was" in err
 
 
+@pytest.mark.slow
 def test_a_model_on_disk_is_swept_to_the_same_numbers(run, text, tmp_path):
     dense, found = DEMO_DIRECTORY, []
     for name, limit in (("plain", ()), ("streamed", ("--max-memory", "64GB"))):
@@ -419,7 +420,7 @@ def test_a_page_tells_what_was_asked_in_its_own_terms(budget, values, texts, tol
     assert page.count("<figure>") == 3
 
 
-@pytest.mark.sampled(1)
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*rank-deficient")
 @pytest.mark.parametrize(("budget", "measured"), [("flops", "flops"), ("size", "parameter_bytes")])
 def test_a_sweep_over_costs_says_what_each_point_came_to(run, text, tmp_path, budget, measured):

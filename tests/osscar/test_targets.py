@@ -187,7 +187,7 @@ def test_the_share_is_the_one_that_a_search_over_shares_finds():
     assert chosen == pytest.approx(grid[np.argmin(errors)], abs=0.011)
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("share", [None, 0.0, 0.7])
 @pytest.mark.parametrize(("positions", "noise"), [(16, 3.0), (40, 1.0), (300, 0.3)])
 def test_damping_is_what_exact_refits_find_on_held_out_samples(positions, noise, share):

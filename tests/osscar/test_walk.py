@@ -307,6 +307,7 @@ def test_every_group_is_measured_through_what_was_committed_before_it(case):
     assert len(groups) > 0
 
 
+@pytest.mark.sampled(6)
 def test_without_commits_one_pass_measures_every_group(case):
     _, model, data = case
     with opened(model, data, batch_size=BATCH) as ready:
