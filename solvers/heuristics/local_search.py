@@ -20,8 +20,8 @@ from solvers.swaps import Promising, Swap, best_swap, possible_gain, promising
 _DRIFT_TOLERANCE = 1e-12
 """A state that has drifted by less is as good as one that was factorized anew."""
 
-_FEW_PAIRS = 1 << 20
-"""Of fewer pairs the best is exchanged, and all are scored again: that takes milliseconds."""
+_FEW_PAIRS = 1 << 18
+"""Of fewer pairs the best is exchanged, and all are scored again: that takes a few milliseconds."""
 
 _AT_ONCE = 256
 """Of more pairs, so many units of either side are exchanged among themselves until none of them
