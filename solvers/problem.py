@@ -30,6 +30,7 @@ from solvers.errors import ProblemError
 from solvers.gram import consistency, damp_terms, definite_factor, inconsistency, unexplained
 from solvers.hessian import Hessian, coupled, divided, moved, pieces, skew, whole, why_not_plain
 from solvers.values import (
+    as_device,
     as_number,
     as_owned_tensor,
     as_whole,
@@ -342,8 +343,14 @@ class Consumer:
         return made
 
     def to(self, device: torch.device | str) -> Consumer:
-        """Return this consumer with its tensors on `device`."""
-        before = self._held
+        """Return this consumer with its tensors on `device`.
+
+        Raises
+        ------
+        ProblemError
+            If `device` is none that holds numbers.
+        """
+        before, device = self._held, as_device(device)
         after: dict[str, Any] = {name: moved(held, device) for name, held in before.items()}
         if all(held is before[name] for name, held in after.items()):
             return self
@@ -524,7 +531,13 @@ class SubsetProblem:
         return fresh
 
     def to(self, device: torch.device | str) -> SubsetProblem:
-        """Return this problem with its tensors on `device`."""
+        """Return this problem with its tensors on `device`.
+
+        Raises
+        ------
+        ProblemError
+            If `device` is none that holds numbers.
+        """
         return replace(self, consumers=tuple(c.to(device) for c in self.consumers))
 
     def with_keep(self, keep: int) -> SubsetProblem:

@@ -157,7 +157,9 @@ def _chosen(backend: Any, options: Any, more_options: Mapping[str, Any]) -> tupl
 def _moved(problem: SubsetProblem, device: Any) -> SubsetProblem:
     """Return the problem on a device that the caller named."""
     try:
-        return problem.to(torch.device(device))
+        return problem.to(device)
+    except ProblemError as error:
+        raise BackendError(str(error)) from error
     except (RuntimeError, TypeError, AssertionError, NotImplementedError) as error:
         raise BackendError(
             f"device is {reprlib.repr(device)}; nothing can be computed there: {error}"

@@ -81,8 +81,14 @@ class Symmetric:
         return Symmetric([panel.clone() for panel in self._panels])
 
     def settle(self) -> None:
-        """Leave gradients behind, and copy panels of which numbers share memory."""
-        self._panels = [panel.detach().contiguous() for panel in self._panels]
+        """Leave gradients behind, and copy panels of which numbers share memory.
+
+        Panels of `torch.inference_mode` are copied, too: they cannot be written to outside of it.
+        """
+        self._panels = [
+            panel.clone() if panel.is_inference() else panel.detach().contiguous()
+            for panel in self._panels
+        ]
 
     def __len__(self) -> int:
         return sum(map(len, self._panels))

@@ -40,6 +40,25 @@ def as_tensor(name: str, value: Any) -> Tensor:
     return (tensor if tensor.layout is torch.strided else tensor.to_dense()).as_subclass(Tensor)
 
 
+def as_device(value: Any) -> torch.device:
+    """Return the device that a value names.
+
+    Raises
+    ------
+    ProblemError
+        If it names none, or one that holds no numbers.
+    """
+    try:
+        device = torch.device(value)
+    except (RuntimeError, TypeError) as error:
+        raise ProblemError(
+            f"device is {reprlib.repr(value)}, which torch does not know: {error}"
+        ) from error
+    if device.type == "meta":
+        raise ProblemError("device is meta, which holds no numbers; name one that does, as cpu")
+    return device
+
+
 def as_owned_tensor(name: str, value: Any) -> Tensor:
     """Return numbers as `as_tensor` does, in memory that nobody else can write to."""
     tensor = as_tensor(name, value)
