@@ -323,12 +323,16 @@ def _symbolic_lengths() -> Iterator[None]:
 @contextmanager
 def _without_stack_traces() -> Iterator[None]:
     """Do not note which lines of Python called each operator: nobody reads them here."""
-    before = getattr(config, "do_not_emit_stack_traces", False)
-    config.do_not_emit_stack_traces = True  # which an older torch does not read
+    switch = "do_not_emit_stack_traces"
+    before = getattr(config, switch, None)
+    if before is None:  # an older torch notes them in any case
+        yield
+        return
+    setattr(config, switch, True)
     try:
         yield
     finally:
-        config.do_not_emit_stack_traces = before
+        setattr(config, switch, before)
 
 
 @contextmanager

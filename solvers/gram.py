@@ -343,7 +343,8 @@ def _matrices(
         if value.device != H.device:
             raise ProblemError(f"H is on {H.device}, and {name} on {value.device}; move them")
         if isinstance(value, Tensor):
-            matrices[name] = value.to(torch.float64, copy=not overwrite).contiguous()
+            copy = not overwrite or value.is_inference()  # which only that mode may write to
+            matrices[name] = value.to(torch.float64, copy=copy).contiguous()
         for piece in pieces(matrices[name]):
             check_entries(name, piece)
     return matrices["H"], matrices["W0"], matrices.get("G"), digits

@@ -99,7 +99,7 @@ class ConsumerState:
         Parameters
         ----------
         units
-            Those in S first, then the others, (u,) int64; they are numbered in this order.
+            (u,) int64, numbered in this order; products can be kept where those in S come first.
         """
         made = object.__new__(ConsumerState)
         at = self._at(units)
@@ -107,7 +107,9 @@ class ConsumerState:
         made.N = Symmetric.of(self.N.entries(at, at), width=self.width)
         made.U = narrowed(self.U[at])
         made._place = torch.arange(len(units), device=units.device)
-        made._leading, made._cross = int(made.kept.sum()) * self.width, None
+        count = int(made.kept.sum())
+        made._leading = count * self.width if bool(made.kept[:count].all()) else None
+        made._cross = None
         made._read_blocks()
         return made
 
@@ -300,7 +302,7 @@ class PivotState:
         Parameters
         ----------
         units
-            Those in the support first, (u,) int64.
+            (u,) int64; products can be kept where those in the support come first.
         """
         parts = tuple(state.part(units) for state in self.consumers)
         return PivotState(self.problem, parts, self.kept[units])

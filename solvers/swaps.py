@@ -110,7 +110,8 @@ def promising(state: PivotState, count: int) -> Promising:
     # Of many that gain the same, those chosen to leave need not be partners of those to enter.
     leave[first] = enter[partner[first]] = torch.inf
     count = min(count, len(removed), len(state.support))
-    units = torch.cat([gains.topk(count).indices for gains in (leave, enter)])
+    sides = (state.support, leave), (removed, enter)
+    units = torch.cat([side[gains[side].topk(count).indices] for side, gains in sides])
     return Promising(units, gain)
 
 

@@ -86,7 +86,7 @@ class Symmetric:
         Panels of `torch.inference_mode` are copied, too: they cannot be written to outside of it.
         """
         self._panels = [
-            panel.clone() if panel.is_inference() else panel.detach().contiguous()
+            panel.detach().clone() if panel.is_inference() else panel.detach().contiguous()
             for panel in self._panels
         ]
 

@@ -46,16 +46,17 @@ def as_device(value: Any) -> torch.device:
     Raises
     ------
     ProblemError
-        If it names none, or one that holds no numbers.
+        If it names none that is there and holds numbers.
     """
     try:
         device = torch.device(value)
-    except (RuntimeError, TypeError) as error:
+        torch.empty(0, device=device)
+    except (RuntimeError, TypeError, AssertionError, NotImplementedError) as error:
         raise ProblemError(
-            f"device is {reprlib.repr(value)}, which torch does not know: {error}"
+            f"device is {reprlib.repr(value)}; nothing can be computed there: {error}"
         ) from error
     if device.type == "meta":
-        raise ProblemError("device is meta, which holds no numbers; name one that does, as cpu")
+        raise ProblemError("device is meta, which holds no numbers; name one that does: cpu, say")
     return device
 
 

@@ -7,19 +7,22 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.sampling import sample, values_of
+
 
 @pytest.hookimpl(tryfirst=True)  # before those that are slow are left out
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Of a test marked ``sampled(n)``, mark all cases as slow but n, spread over their list."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Of a test marked ``sampled(n)``, mark all cases as slow but n, and those that are named."""
+    named = {argument.rpartition("::")[2] for argument in config.args}
     cases = defaultdict(list)
     for item in items:
         mark = item.get_closest_marker("sampled")
         if mark is not None and item.get_closest_marker("slow") is None:
             cases[item.nodeid.partition("[")[0], mark.args[0]].append(item)
     for (_, count), found in cases.items():
-        always = {i * len(found) // count for i in range(count)}
+        always = sample([values_of(item) for item in found], count)
         for place, item in enumerate(found):
-            if place not in always:
+            if place not in always and item.name not in named:
                 item.add_marker("slow")
 
 
@@ -33,10 +36,13 @@ def timed_briefly() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def interruptible() -> None:
-    """Hear of Ctrl+C in the background, too, where a shell has jobs ignore it."""
-    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+def interruptible() -> Iterator[None]:
+    """Hear of Ctrl+C in the background, too, where a shell has jobs ignore it: tests send it."""
+    before = signal.getsignal(signal.SIGINT)
+    if before is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def pytest_collection_finish() -> None:

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
+import time
 from pathlib import Path
+from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from osscar.cli.common import guard
 from osscar.core.ranks import Message, together
@@ -36,6 +40,27 @@ def refused_first(_: Path) -> None:
     """Fail on rank 0, while the others wait for what it decides."""
     with guard(), together() as ranks:
         ranks.decided("what to do", lambda: [][0], int)
+
+
+def refused_before_all_are_there(directory: Path) -> None:
+    """Fail on rank 0 at once, while rank 1 still asks its store who is there."""
+    failed, made = directory / "failed", dist.new_group
+
+    def slowly(**options: Any) -> Any:
+        group = made(**options)
+        store = dist.distributed_c10d._get_default_store()
+        for _ in range(100):
+            time.sleep(0.01)
+            while failed.exists():
+                store.set("rank 1", "is there")  # until there is no store any more
+        return group
+
+    with guard():
+        if os.environ["RANK"] == "1":
+            dist.new_group = slowly
+        with together() as ranks:
+            failed.touch()
+            ranks.decided("what to do", lambda: [][0], int)
 
 
 def told(directory: Path) -> None:

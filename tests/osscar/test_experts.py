@@ -66,13 +66,7 @@ def by_hand(experts, x, expert):
 # ---- families ----------------------------------------------------------------------------
 
 
-SOME = [
-    name if place % 5 == 0 else pytest.param(name, marks=pytest.mark.slow)
-    for place, name in enumerate(MIXTURES)
-]
-
-
-@pytest.fixture(scope="module", params=SOME)
+@pytest.fixture(scope="module", params=MIXTURES)
 def pruned(request):
     model = mixture(request.param)
     before = copy.deepcopy(model.state_dict())
@@ -80,6 +74,7 @@ def pruned(request):
     return model, before, data, osscar.prune(model, data, neurons=0.5, device="cpu")
 
 
+@pytest.mark.sampled(3)
 def test_experts_lose_neurons_and_the_model_is_proved(pruned):
     model, before, data, result = pruned
     experts = [layer for layer in result.layers if layer.name.endswith(".experts.neurons")]
@@ -96,6 +91,7 @@ def test_experts_lose_neurons_and_the_model_is_proved(pruned):
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
 
 
+@pytest.mark.sampled(3)
 def test_a_refit_beats_dropping_neurons(pruned):
     """Of the calibration data: the loss of each layer, refitted or with the dense weights."""
     model, _, data, _ = pruned
@@ -117,6 +113,7 @@ def test_a_refit_beats_dropping_neurons(pruned):
                 assert losses[1] < 0.95 * losses[0]
 
 
+@pytest.mark.sampled(3)
 def test_a_pruned_mixture_is_saved_loaded_and_generates(pruned, tmp_path):
     _, _, data, result = pruned
     result.save(tmp_path / "smaller")

@@ -200,8 +200,11 @@ def test_the_first_rank_says_what_another_failed_of(run, size, message, tmp_path
     assert message in processes[0].stderr
 
 
-def test_all_end_where_the_first_rank_fails(tmp_path):
-    first, second = scenario(ranks_worker.refused_first, 2, tmp_path)
+@pytest.mark.parametrize(
+    "run", [ranks_worker.refused_first, ranks_worker.refused_before_all_are_there]
+)
+def test_all_end_where_the_first_rank_fails(run, tmp_path):
+    first, second = scenario(run, 2, tmp_path)
     assert "IndexError" in first.stderr
     assert second.status == 2
     assert "rank 0 has ended without a word" in second.stderr

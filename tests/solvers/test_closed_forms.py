@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from fractions import Fraction
 
 import numpy as np
@@ -135,6 +136,8 @@ def test_some_units_are_exchanged_among_themselves_as_among_all(case, data):
     ):
         least = best[torch.isin(side, units)].min()
         assert len(side) == len(units) or best[~torch.isin(side, units)].max() <= least
+    if data.draw(st.booleans()):  # of which products are not kept
+        found = replace(found, units=found.units.flip(0))
     part, scale = state.part(found.units), instance.problem.scale
     if data.draw(st.booleans()):
         part.hold_products()

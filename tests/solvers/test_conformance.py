@@ -179,6 +179,22 @@ def test_units_of_any_width_are_exchanged_at_once(monkeypatch):
     found.verify()
 
 
+def test_products_of_units_that_are_exchanged_at_once_are_multiplied_out_once(monkeypatch):
+    monkeypatch.setattr(local_search, "_FEW_PAIRS", 0)
+    scored, score = [], local_search._best_swap
+
+    def watched(state):
+        scored.append([consumer._cross is not None for consumer in state.consumers])
+        assert all(consumer.U.shape[1] <= len(consumer.U) for consumer in state.consumers)
+        return score(state)
+
+    monkeypatch.setattr(local_search, "_best_swap", watched)
+    problem = pairs_of_inputs(6)
+    solve(problem, "local_search", start=tuple(range(6)))
+    assert len(scored) > 3
+    assert all(map(all, scored))
+
+
 def pairs_of_inputs(pairs):
     """Return a problem of which the second half of inputs are to take the places of the first.
 

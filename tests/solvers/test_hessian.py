@@ -104,7 +104,9 @@ def test_half_of_a_matrix_is_written_to_only_where_it_may_be():
     assert torch.equal(taken.H, kept.H)
     with torch.inference_mode():  # what comes out of it cannot be written to
         held = Symmetric.of(H)
+        whole, weights = H.clone(), W0.clone()
     assert torch.equal(Consumer.from_gram(held, W0.clone(), overwrite=True).H, kept.H)
+    assert torch.equal(Consumer.from_gram(whole, weights, overwrite=True).H, kept.H)
 
 
 @pytest.mark.parametrize(
