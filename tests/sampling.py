@@ -8,9 +8,9 @@ import pytest
 
 
 def values_of(item: pytest.Item) -> Set[tuple[str, int]]:
-    """Return which value, by its number, each parameter of a case has."""
+    """Return which value each parameter of a case has, as the object that it is."""
     call = getattr(item, "callspec", None)
-    return set() if call is None else set(call.indices.items())
+    return set() if call is None else {(name, id(value)) for name, value in call.params.items()}
 
 
 def sample(cases: Sequence[Set[tuple[str, int]]], count: int) -> list[int]:

@@ -130,8 +130,14 @@ def smaller(words: tuple[str, ...], of_images: bool) -> Iterator[str]:
         yield from FEWER[words[1]]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("page", TO_RUN)
+@pytest.mark.sampled(3)
+@pytest.mark.parametrize(
+    "page",
+    [
+        pytest.param(page, marks=pytest.mark.slow) if page == "README.md" else page
+        for page in TO_RUN
+    ],
+)
 def test_the_commands_of_a_page_run(
     page: str, place: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],

@@ -21,7 +21,7 @@ def _expected_names(family: str) -> list[str]:
     return [f"{layers}.{layer}.{part}" for layer in range(2) for part in parts]
 
 
-@pytest.mark.sampled(6)
+@pytest.mark.sampled(8)
 @pytest.mark.parametrize(("family", "attention", "implementation"), CASES, ids=str)
 def test_each_block_has_heads_and_neurons(
     family: str, attention: Attention, implementation: str

@@ -153,7 +153,7 @@ def subject(request):
     return build().eval(), data()
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("subject", MODELS, indirect=True)
 @pytest.mark.parametrize("cost", [Cost.PARAMETERS, Cost.FLOPS])
 def test_costs_are_those_of_the_model_that_is_really_smaller(subject, cost):

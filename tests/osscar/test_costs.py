@@ -284,7 +284,7 @@ def test_costs_of_a_group_that_meets_itself_add_up(name):
         assert cost.separable(names) == (name not in ("stacked", "twice"))
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("name", NETWORKS)
 @pytest.mark.parametrize("allocation", ["curvature", "uniform", "fluctuation"])
 def test_models_have_no_more_than_the_parameters_that_were_asked_for(name, allocation):

@@ -412,7 +412,7 @@ def test_factors_are_those_of_the_gradients_of_each_token():
         assert found.energy == pytest.approx(float(energies[expert, 0, 0]), rel=1e-4)
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("budget", [{"params": 0.85}, {"flops": 0.85}, {"sparsity": 0.2}])
 @pytest.mark.parametrize("allocation", ["curvature", "uniform", "fluctuation"])
 def test_experts_share_budgets(budget, allocation):

@@ -97,7 +97,7 @@ def test_a_model_is_read_as_transformers_reads_it(family, dtype, stored, max_mem
     _assert_alike(loaded.model, _as_transformers(path, dtype))
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("max_memory", [None, "2GB"])
 @pytest.mark.parametrize("family", CONFIGS)
 def test_a_pruned_model_is_what_transformers_reads(family, max_memory, tmp_path):

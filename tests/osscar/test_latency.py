@@ -85,7 +85,7 @@ def asked(model, data, **more):
 # ---- aiming ------------------------------------------------------------------------------
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("allocation", ["curvature", "uniform", "fluctuation"])
 @pytest.mark.parametrize("wanted", [1.2, 1.5])
 def test_a_speed_up_is_aimed_at_by_timing(clock, wanted, allocation):

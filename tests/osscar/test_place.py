@@ -361,7 +361,7 @@ def test_all_files_get_the_mode_that_the_umask_says(umask: int, tmp_path: Path) 
     assert modes == {0o666 & ~umask}
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("place", ["proved", "place.recover", "place.refuse_earlier"])
 def test_a_signal_in_the_middle_of_a_save_leaves_nothing(

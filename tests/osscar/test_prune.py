@@ -110,7 +110,7 @@ def test_a_shrunk_model_can_be_pruned_again(pruned):
     assert again.parameters_after < pruned[2].parameters_after
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("family", ["opt", "gpt2", "llama-gqa", "llama-mqa"])
 def test_both_attention_implementations(family, attention):

@@ -251,7 +251,7 @@ def test_groups_that_share_a_consumer_go_on_to_the_same_bits(tmp_path):
             assert torch.equal(a, b)
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     ("key", "value"),
     [

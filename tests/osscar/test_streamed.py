@@ -356,7 +356,7 @@ def test_room_is_made_for_what_is_scored():
     assert shelf.left_free == before
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("family", ["opt", "llama-gqa", "gpt2", "qwen3"])
 @pytest.mark.parametrize("target", list(Target))
 def test_batches_that_wait_on_disk_bring_the_same(family, target, monkeypatch):

@@ -420,7 +420,7 @@ def test_a_page_tells_what_was_asked_in_its_own_terms(budget, values, texts, tol
     assert page.count("<figure>") == 3
 
 
-@pytest.mark.slow
+@pytest.mark.sampled(1)
 @pytest.mark.filterwarnings("ignore:.*rank-deficient")
 @pytest.mark.parametrize(("budget", "measured"), [("flops", "flops"), ("size", "parameter_bytes")])
 def test_a_sweep_over_costs_says_what_each_point_came_to(run, text, tmp_path, budget, measured):

@@ -482,7 +482,7 @@ def frugal(monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
 
-@pytest.mark.slow
+@pytest.mark.sampled(1)
 @pytest.mark.skipif(not hasattr(os, "wait4"), reason="no account of a single process")
 @pytest.mark.parametrize(("backend", "most"), [("local_search", 3.2), ("multistage", 2.3)])
 def test_a_solve_holds_little_beside_its_problem(backend, most, frugal):
