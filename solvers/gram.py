@@ -23,7 +23,7 @@ from solvers.hessian import (
     skew,
     why_not_plain,
 )
-from solvers.symmetric import Symmetric
+from solvers.symmetric import Symmetric, is_sealed
 from solvers.values import as_number, as_tensor, check_energy, check_entries
 
 DEFINITE_MARGIN = 1e-8
@@ -343,7 +343,7 @@ def _matrices(
         if value.device != H.device:
             raise ProblemError(f"H is on {H.device}, and {name} on {value.device}; move them")
         if isinstance(value, Tensor):
-            copy = not overwrite or value.is_inference()  # which only that mode may write to
+            copy = not overwrite or is_sealed(value)
             matrices[name] = value.to(torch.float64, copy=copy).contiguous()
         for piece in pieces(matrices[name]):
             check_entries(name, piece)

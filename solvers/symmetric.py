@@ -83,12 +83,11 @@ class Symmetric:
     def settle(self) -> None:
         """Leave gradients behind, and copy panels of which numbers share memory.
 
-        Panels of `torch.inference_mode` are copied, too: they cannot be written to outside of it.
+        Panels of `torch.inference_mode` are copied outside of it, where none may write to them.
         """
-        self._panels = [
-            panel.detach().clone() if panel.is_inference() else panel.detach().contiguous()
-            for panel in self._panels
-        ]
+        for place, panel in enumerate(self._panels):
+            plain = panel.detach()
+            self._panels[place] = plain.clone() if is_sealed(plain) else plain.contiguous()
 
     def __len__(self) -> int:
         return sum(map(len, self._panels))
@@ -326,6 +325,11 @@ class Symmetric:
             panel.copy_(panel[:, own].T @ panel)
             for _, below in leading[number + 1 :]:
                 panel.addmm_(below[:, own].T, below[:, :stop])
+
+
+def is_sealed(x: Tensor) -> bool:
+    """Return whether a tensor was made in `torch.inference_mode`, and may not be written to now."""
+    return x.is_inference() and not torch.is_inference_mode_enabled()
 
 
 def _within(index: Tensor, start: int, stop: int) -> Tensor:

@@ -19,6 +19,9 @@ _LARGEST, _SMALLEST = 1e100, 1e-100
 
 _TILE = 256
 
+_NO_DEVICE = (RuntimeError, TypeError, ValueError, AssertionError, ImportError)
+"""What torch ends with where a device is unknown, not there, or not built in."""
+
 
 def as_tensor(name: str, value: Any) -> Tensor:
     """Return numbers as a dense tensor without gradient; arrays are copied, tensors are not.
@@ -51,7 +54,7 @@ def as_device(value: Any) -> torch.device:
     try:
         device = torch.device(value)
         torch.empty(0, device=device)
-    except (RuntimeError, TypeError, AssertionError, NotImplementedError) as error:
+    except _NO_DEVICE as error:
         raise ProblemError(
             f"device is {reprlib.repr(value)}; nothing can be computed there: {error}"
         ) from error

@@ -27,6 +27,10 @@ _AT_ONCE = 256
 """Of more pairs, so many units of either side are exchanged among themselves until none of them
 gains, before all are scored again: docs/scale.md has what that saves."""
 
+_ROUNDING = 1e-15
+"""No exchange counts that gains less than this share of the loss of the empty support: at a loss of
+next to nothing, gains are rounding, and the same units would come and go."""
+
 _CERTAIN = 5e-7
 """No exchange may seem to gain more than this share of the loss, what rounding can hide included:
 half of what `Solution.verify` allows, as no two computers round alike."""
@@ -138,13 +142,19 @@ class LocalSearch:
         """Make at most `limit` improving exchanges; return how many, and whether none is left."""
         state.hold_products()
         made, best = 0, _promising(state)
-        while made < limit and best.gain > self.tolerance * loss:
-            moved, gains = _exchanged(state, best, self.tolerance * loss, limit - made)
+        while made < limit and best.gain > (least := self._least(state, loss)):
+            moved, gains = _exchanged(state, best, least, limit - made)
             state.sweep(moved)
             loss -= sum(gains)
             made += len(gains)
             best = _promising(state)
-        return made, not best.gain > self.tolerance * loss
+        return made, not best.gain > self._least(state, loss)
+
+    def _least(self, state: PivotState, loss: float) -> float:
+        """Return what an exchange has to gain; no loss is negative, so that none gains at zero."""
+        if loss <= 0:
+            return math.inf
+        return max(self.tolerance * loss, _ROUNDING * state.problem.scale)
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,6 +13,7 @@ import torch
 from solvers import (
     BackendError,
     BackendKind,
+    Consumer,
     Status,
     SubsetProblem,
     backend_class,
@@ -176,6 +177,33 @@ def test_units_of_any_width_are_exchanged_at_once(monkeypatch):
     found = solve(problem, "local_search", start=tuple(range(5)))
     assert found.iterations > 0
     assert found.status is Status.SWAP_OPTIMAL
+    found.verify()
+
+
+@pytest.mark.parametrize("few", [0, 1 << 18])
+@pytest.mark.parametrize("seed", range(4))
+def test_exchanges_end_where_nothing_is_left_to_lose(seed, few, monkeypatch):
+    """Gains are then rounding, by which the same units would come and go."""
+    monkeypatch.setattr(local_search, "_FEW_PAIRS", few)
+    generator = torch.Generator().manual_seed(seed)
+    X = torch.randn(64, 8, generator=generator).double()
+    W0 = torch.randn(8, 5, generator=generator).double()
+    W0[3:] = 0
+    problem = SubsetProblem.from_gram(X.T @ X / 64, W0, keep=4)
+    found = solve(problem, "local_search", start=(4, 5, 6, 7))
+    assert found.loss <= 1e-15 * problem.scale
+    assert found.iterations < 20
+    assert found.status is Status.SWAP_OPTIMAL
+    found.verify()
+
+
+@pytest.mark.parametrize("backend", ["local_search", "greedy", "enumerate", "branch_and_bound"])
+def test_a_consumer_may_read_none_of_what_is_kept(backend):
+    H, W0 = 2 * torch.eye(4).double(), torch.ones(4, 3).double()
+    W0[3] = 9
+    other = Consumer.from_gram(H[:3, :3], W0[:3] / 100, units=[[0], [1], [2], []])
+    found = solve(SubsetProblem((Consumer.from_gram(H, W0), other), 1), backend)
+    assert found.support.tolist() == [3]
     found.verify()
 
 

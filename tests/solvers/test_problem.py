@@ -496,7 +496,7 @@ def test_properties():
     assert (problem.units, problem.width, problem.keep) == (6, 4, 4)
     assert problem.scale == pytest.approx(sum(c.e for c in problem.consumers))
     assert problem.device == torch.device("cpu")
-    for nowhere in ("meta", torch.device("meta"), "nonsense", None, 2.5):
+    for nowhere in ("meta", torch.device("meta"), "nonsense", None, 2.5, "hpu", 10**30):
         with pytest.raises(
             ProblemError, match=r"^device is (meta, which holds|.*; nothing can be)"
         ):
