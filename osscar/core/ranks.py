@@ -4,7 +4,8 @@ Every rank runs the same code, and meets the others wherever something is added 
 meet is to say to rank 0 where one stands, or what has failed, and to hear from it whether all go
 on: a rank that fails anywhere is heard of at the next meeting, and only ranks that are all at the
 same place ever start to exchange anything.  None can wait for another that will not come; one that
-was killed is known by its closed connection.
+was killed is known by its closed connection.  (Once all have come together: of one that ends
+before, the launcher knows, which ends the others.)
 
 What is exchanged is JSON and safetensors: nothing is pickled.  A single process is the only rank,
 for which all of this does nothing, so that nobody has to ask.
