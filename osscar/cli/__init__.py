@@ -6,13 +6,15 @@ import importlib
 import io
 import signal
 import sys
+from collections.abc import Sequence
 from importlib import metadata
 from typing import Annotated, NoReturn
 
 import typer
 
 from osscar.cli.common import err, guard, out
-from osscar.core.errors import RanksError
+from osscar.core.errors import OptionError, RanksError
+from osscar.core.files import is_text
 from osscar.core.launch import launched
 from osscar.core.version import VERSION
 
@@ -76,7 +78,17 @@ def main() -> None:
         if isinstance(stream, io.TextIOWrapper):  # better an escape than no output at all
             stream.reconfigure(errors="backslashreplace")
     with guard():
+        _check_arguments(sys.argv[1:])
         build()()
+
+
+def _check_arguments(arguments: Sequence[str]) -> None:
+    """Refuse names that no report could hold, before any work is done."""
+    for argument in arguments:
+        if not is_text(argument):
+            raise OptionError(
+                f"the argument {argument[:300]!a} is not UTF-8; rename the file or directory"
+            )
 
 
 def _terminated(number: int, _: object) -> NoReturn:

@@ -265,14 +265,16 @@ def check_json_path(
     ------
     OutputError
         If its directory does not exist, if it is a directory itself, or is or lies in what the
-        command reads or writes, or if a file of another sort is there.
+        command reads or writes, or if a file of another sort is there; as of a name that is not
+        UTF-8, or a link that leads nowhere.
     """
     from osscar.core.errors import OutputError
+    from osscar.core.files import resolved
 
     if path is None:
         return
     try:
-        place = path.resolve()
+        place = resolved(path)
         for used, verb in [
             *((name, "reads") for name in inputs),
             *((name, "writes") for name in written),
@@ -351,17 +353,22 @@ def parse_options(pairs: list[str]) -> dict[str, Any]:
     Raises
     ------
     OptionError
-        If a pair has no ``=``.
+        If a pair has no ``=``, or a value is nested too deeply to be read.
     """
     from osscar.core.errors import OptionError
+    from osscar.core.inputs import shown
 
     options: dict[str, Any] = {}
     for pair in pairs:
         name, equals, value = pair.partition("=")
         if not equals or not name:
-            raise OptionError(f"--option {pair!r} is not NAME=VALUE")
+            raise OptionError(f"--option {shown(pair)} is not NAME=VALUE")
         try:
             options[name.strip()] = jsonlib.loads(value, parse_constant=_refuse_constant)
+        except RecursionError as error:
+            raise OptionError(
+                f"--option {shown(pair)} is nested too deeply; give a number, a text, or a list"
+            ) from error
         except ValueError:
             options[name.strip()] = value
     return options

@@ -69,19 +69,55 @@ def resolved(path: str | os.PathLike[str]) -> Path:
     Raises
     ------
     OutputError
-        If it cannot be a path: links that lead in a circle, a user without a home, NUL, more than
-        a system takes.
+        If it cannot be a path: links that lead nowhere or in a circle, a user without a home, NUL,
+        bytes that are not UTF-8, more than a system takes.
     OptionError
         If it is neither text nor a path.
     """
     name = file_name(path, "the output", "the name of a file or directory")
     try:
-        found = Path(name).expanduser().resolve()
+        given = Path(name).expanduser().absolute()
+        found = given.resolve()
+        _check_text(found)
+        _check_links(given)
         if len(os.fsencode(found)) >= _LONGEST_PATH or len(found.parts) > _DEEPEST:
             raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
     except (OSError, RuntimeError, ValueError) as error:
         raise OutputError(f"cannot write {name[:300]!r}: {reason_of(error)}") from error
     return found
+
+
+def _check_text(path: Path) -> None:
+    """Refuse a name that pages, JSON and the writers of tokenizers could not hold.
+
+    Raises
+    ------
+    OutputError
+        If its bytes are not UTF-8.
+    """
+    if not is_text(str(path)):
+        raise OutputError(f"cannot write {str(path)[:300]!a}: the name is not UTF-8; give another")
+
+
+def is_text(name: str) -> bool:
+    """Tell whether a name is Unicode: what Python makes of other bytes cannot be encoded again."""
+    return not any("\ud800" <= c <= "\udfff" for c in name)
+
+
+def _check_links(path: Path) -> None:
+    """Refuse a path through a link to nothing: whoever follows it makes that, somewhere else.
+
+    Raises
+    ------
+    OutputError
+        Naming the link, and where it leads.
+    """
+    for place in (path, *path.parents):
+        if place.is_symlink() and not place.exists():
+            raise OutputError(
+                f"cannot write {path}: {place} is a link to {str(place.readlink())!r}, where there "
+                "is nothing; make that, remove the link, or give another"
+            )
 
 
 def write_text(path: Path, text: str) -> None:

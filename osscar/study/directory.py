@@ -22,7 +22,16 @@ from pydantic import ConfigDict, JsonValue
 
 import solvers
 from osscar.core.errors import FileError, OptionError, OutputError, StudyError
-from osscar.core.files import PARTIAL, digest, file_digest, reason_of, remedy, stored, write_json
+from osscar.core.files import (
+    PARTIAL,
+    digest,
+    file_digest,
+    reason_of,
+    remedy,
+    resolved,
+    stored,
+    write_json,
+)
 from osscar.core.inputs import file_name
 from osscar.core.json_files import MEGABYTE, STRICT, read_json
 from osscar.core.locks import LOCK_FILE, hold
@@ -83,6 +92,8 @@ class Study:
     ------
     StudyError
         If the directory holds something else, or a study of other problems.
+    OutputError
+        If its name is none that can be written; see `osscar.core.files.resolved`.
     """
 
     def __init__(self, directory: Path, source: Mapping[str, Any]) -> None:
@@ -102,6 +113,7 @@ class Study:
             self._check_same()
         elif there - {LOCK_FILE} and LOCK_FILE not in there:
             raise StudyError(f"{directory} is not empty and holds no study; give another --out")
+        resolved(directory)
 
     @property
     def instances(self) -> tuple[Instance, ...]:
