@@ -7,7 +7,7 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -178,6 +178,23 @@ def guard() -> Iterator[None]:
 def say(text: str) -> None:
     """Print one line to standard output."""
     out.print(printable(text), highlight=False)
+
+
+def say_next(*commands: str) -> None:
+    """Print commands to go on with, each in one line, however narrow a terminal is."""
+    out.print("next:", style="bold")
+    for command in commands:
+        out.print(f"  {command}", highlight=False, soft_wrap=True)
+
+
+def given_options(context: typer.Context, names: Iterable[str]) -> dict[str, Any]:
+    """Return those of a command's options that were given, as `command_line` takes them."""
+    sources = {name: context.get_parameter_source(name) for name in names}
+    return {
+        name: context.params[name]
+        for name, source in sources.items()
+        if source is not None and source.name != "DEFAULT"
+    }
 
 
 def say_aside(label: str, message: str, style: str) -> None:

@@ -16,9 +16,11 @@ from osscar.cli.common import (
     out,
     quiet,
     say,
+    say_next,
     write_json,
 )
 from osscar.cli.prune_screen import print_result, report_document
+from osscar.core.printable import command_line
 
 _HEADS, _NEURONS = "3/4", "1/2"
 _SAMPLES, _SEQLEN = 64, 256
@@ -77,9 +79,10 @@ def command(
     out.print(comparison_table(comparison))
     tokens = comparison.model.quality.tokens
     out.print(f"perplexity is on {tokens:,} tokens that neither trained nor calibrated the model")
-    out.print("next:", style="bold")
-    say(f"  osscar inspect {directory}")
-    say("  osscar prune smollm2-135m --neurons 0.7 --out smaller")
+    say_next(
+        command_line("osscar", "inspect", directory),
+        "osscar prune smollm2-135m --neurons 0.7 --out smaller",
+    )
     evaluation = document("eval", 2, dataclasses.asdict(comparison))
     content = {**report, "evaluation": evaluation}
     write_text(saved.path / PAGE_FILE, prune_page(content))

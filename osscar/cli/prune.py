@@ -32,17 +32,19 @@ from osscar.cli.common import (
     TrustOption,
     WeightsOption,
     check_json_path,
+    given_options,
     limit_of,
-    out,
     parse_options,
     quiet,
     say,
+    say_next,
     way_back,
     write_json,
 )
 from osscar.cli.estimates import dry_run, read_estimate, where_it_runs
 from osscar.cli.prune_screen import print_result, report_document
 from osscar.core.phases import Phase, Spent, phase, spending
+from osscar.core.printable import command_line
 
 if TYPE_CHECKING:
     from osscar.checkpoint.directory import SavedCheckpoint
@@ -250,6 +252,7 @@ def command(
         from osscar.core.devices import resolve_device
         from osscar.core.errors import OptionError
         from osscar.core.files import resolved
+        from osscar.core.on_disk import is_on_disk
         from osscar.models.open import open_model
         from osscar.models.vision import VisionModel
         from osscar.pruning.prune import prune_as_asked
@@ -352,6 +355,7 @@ def command(
             content["estimate"] = told.against(spent.seconds, peak)
         log.note(words, content)
         tokenizer, of_images = loaded.tokenizer, isinstance(loaded, VisionModel)
+        fits = not is_on_disk(loaded.model)
         del loaded  # saving holds the smaller model twice, and needs no dense one beside
         with phase(Phase.SAVE):
             saved = result.save(
@@ -370,9 +374,23 @@ def command(
     say(f"report: {saved.path / PAGE_FILE}")
     if result.form == "graph" and not of_images:
         return  # a program cannot generate, which is part of what text is scored with
-    out.print("next:", style="bold")
-    given = "--images PATH" if of_images else "--text FILE"
-    out.print(f"  osscar eval {directory} {given} --against {against or model}", highlight=False)
+    say_next(_to_evaluate(context, of_images, fits))
+
+
+_AS_OPENED = ("weights", "seqlen", "device", "dtype", "trust_remote_code")
+"""Options of `osscar prune` without which `osscar eval` would open or score another model."""
+
+
+def _to_evaluate(context: typer.Context, of_images: bool, fits: bool) -> str:
+    """Return the command that compares what was written with the dense model, if that fits."""
+    asked = context.params
+    options = {"images": "PATH"} if of_images else {"text": "FILE"}
+    if fits:
+        options["against"] = asked["against"] or asked["model"]
+    if asked["against"] is not None:
+        options["weights"] = "FILE"  # of the dense model, of which this run has read none
+    options |= given_options(context, _AS_OPENED)
+    return command_line("osscar", "eval", asked["directory"], options=options)
 
 
 _OF_THIS_TIME = (

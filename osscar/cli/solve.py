@@ -49,6 +49,7 @@ def command(
     """Solve one problem, verify the answer from the problem alone, and show both."""
     import solvers
     from osscar.core.devices import resolve_device
+    from osscar.core.errors import OptionError
 
     check_json_path(json, inputs=(file,))
     target = resolve_device(device)
@@ -61,6 +62,11 @@ def command(
         _print_problem(problem, file)
         write_json(json, document("problem", 1, {"file": str(file), **content}))
         return
+    if keep is None and problem.keep == problem.units:
+        raise OptionError(
+            f"{file} keeps all of its {counted(problem.units, 'unit')}, as problems of studies do, "
+            "so that nothing is to be chosen; say with --keep how many stay"
+        )
     with quiet():
         solution = solvers.solve(
             problem, backend, device=target, bound=bound, options=parse_options(option or [])
@@ -98,7 +104,12 @@ def _print_problem(problem: SubsetProblem, file: Path) -> None:
 
     supports = math.comb(problem.units, problem.keep)
     size = f"{supports:,}" if supports < 10**9 else f"about 10^{int(math.log10(supports))}"
-    say(f"{problem.name or file.stem}: keep {problem.keep} of {counted(problem.units, 'unit')}")
+    size += " support; " if supports == 1 else " supports; "
+    units = counted(problem.units, "unit")
+    asked = f"keep {problem.keep} of {units}"
+    if problem.keep == problem.units:
+        size, asked = "", f"{units}; how many stay is for --keep to say"
+    say(f"{problem.name or file.stem}: {asked}")
     for consumer in problem.consumers:
         p, m = consumer.W0.shape
         say(
@@ -110,8 +121,7 @@ def _print_problem(problem: SubsetProblem, file: Path) -> None:
                 else "damping, if any, is in H, input by input"
             )
         )
-    noun = "support" if supports == 1 else "supports"
-    say(f"  {size} {noun}; removing everything loses {problem.scale:.6g}")
+    say(f"  {size}removing everything loses {problem.scale:.6g}")
     if len(problem.dead):
         dead = len(problem.dead)
         say(f"  {counted(dead, 'unit')} {are(dead)} dead, with inputs that were always zero")

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import shlex
+from collections.abc import Mapping
+from typing import Any
+
 
 def counted(count: int, noun: str, several: str = "") -> str:
     """Return how many there are of something, in the form that goes with the number.
@@ -50,3 +54,30 @@ def printable(text: str, keep: str = "") -> str:
         c if c.isprintable() or c in keep else c.encode("unicode_escape").decode("ascii")
         for c in text
     )
+
+
+def command_line(*words: object, options: Mapping[str, Any] | None = None) -> str:
+    """Return a command as one pastes it into a shell, whatever is in the names.
+
+    Parameters
+    ----------
+    words
+        The program, its command, and what that takes by position.
+    options
+        By name, as of a command's parameters: None and False leave one away, True makes a flag, and
+        a list repeats it.
+
+    Examples
+    --------
+    >>> command_line("osscar", "eval", "my model", options={"text": "FILE", "trust_code": True})
+    "osscar eval 'my model' --text FILE --trust-code"
+    """
+    given = list(map(str, words))
+    for name, value in (options or {}).items():
+        flag = f"--{name.replace('_', '-')}"
+        for one in value if isinstance(value, list | tuple) else (value,):
+            if one is True:
+                given.append(flag)
+            elif one is not None and one is not False:
+                given += [flag, str(one)]
+    return shlex.join(given)

@@ -17,6 +17,7 @@ from pydantic import ConfigDict
 from osscar.core.errors import FileError, StudyError
 from osscar.core.files import whole
 from osscar.core.json_files import STRICT, read_json
+from osscar.core.printable import command_line
 
 WINDOW = "window"
 """The kind of a problem that is a part of a larger one."""
@@ -133,11 +134,16 @@ class Record:
     @property
     def command(self) -> str:
         """The command that solves it again, to be given in the study's directory."""
-        options = "".join(f" --option {key}={value}" for key, value in self.options.items())
-        return (
-            f"osscar solve {self.file} --keep {self.keep} --backend {self.backend}{options} "
-            "--device cpu"  # where studies solve, and where all backends can
-        )
+        options = {
+            "keep": self.keep,
+            "backend": self.backend,
+            "option": [
+                f"{key}={value if isinstance(value, str) else json.dumps(value)}"
+                for key, value in self.options.items()
+            ],
+            "device": "cpu",  # where studies solve, and where all backends can
+        }
+        return command_line("osscar", "solve", self.file, options=options)
 
 
 def window_name(layer: str, keep: int, units: int, seed: int, index: int) -> str:
