@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -25,6 +26,8 @@ from osscar.cli.common import (
 from osscar.core.printable import counted
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from osscar.evaluation.result import Comparison, Evaluation
 
 
@@ -93,7 +96,8 @@ def command(
         load["trust_remote_code"] = trust_remote_code
         found = _language(model, text, against, options, load)
     _print(found, model)
-    content = {"name": model, "against": against, **found.source, **found.numbers()}
+    compared = None if found.comparison is None else against
+    content = {"name": model, "against": compared, **found.source, **found.numbers()}
     write_json(json, document("eval", 2, content))
 
 
@@ -134,6 +138,7 @@ def _language(
             evaluation = evaluate(loaded.model, *scored, **options)
         else:
             dense = load_model(against, **load)
+            _warn_of_another(loaded.model, dense.model, against)
             options["dense_path"] = dense.path
             comparison = compare(loaded.model, dense.model, *scored, **options)
             evaluation = comparison.model
@@ -179,12 +184,33 @@ def _images(
         else:
             own = weights if against in filled else None
             dense = load_vision_model(against, weights=own, **load)
-            options["dense_path"] = dense.path
-            comparison = compare_images(loaded.model, dense.model, images, **options)
-            evaluation = comparison.model
+            if dense.drawn:  # the numbers beside it would be those of no model
+                evaluation = evaluate_images(loaded.model, images, **options)
+                warnings.warn(
+                    f"no comparison: {against} without weights is no dense model, and numbers "
+                    "beside its own would say nothing",
+                    stacklevel=2,
+                )
+            else:
+                _warn_of_another(loaded.model, dense.model, against)
+                options["dense_path"] = dense.path
+                comparison = compare_images(loaded.model, dense.model, images, **options)
+                evaluation = comparison.model
     kind = ("labelled image", "") if images.labels is not None else ("image", " without labels")
     how_much = f"{counted(evaluation.quality.images, kind[0])}{kind[1]} scored"
     return _Found(evaluation, comparison, {"images": spec}, how_much)
+
+
+def _warn_of_another(model: nn.Module, dense: nn.Module, against: str) -> None:
+    """Warn where the weights that a model was pruned from are known, and are others."""
+    from osscar.shrinking.lineage import may_come_from
+
+    if not may_come_from(model, dense):
+        warnings.warn(
+            f"{against} is not the dense model that this one was pruned from: its weights are "
+            "others; give the same weights to measure what pruning changed",
+            stacklevel=2,
+        )
 
 
 def _print(found: _Found, name: str) -> None:

@@ -202,12 +202,13 @@ def _model_problems(
     from osscar.models.open import open_model
     from osscar.study.problems import model_problems
 
-    loaded = open_model(
-        source["model"],
-        weights=source["weights"],
-        device=device,
-        trust_remote_code=trust_remote_code,
-    )
+    with quiet():  # so that warnings come before the work
+        loaded = open_model(
+            source["model"],
+            weights=source["weights"],
+            device=device,
+            trust_remote_code=trust_remote_code,
+        )
     given = source["calibration"]
     data = loaded.calibration(
         None if given == "built-in text" else given,

@@ -42,7 +42,7 @@ from osscar.cli.common import (
     write_json,
 )
 from osscar.cli.estimates import dry_run, read_estimate, where_it_runs
-from osscar.cli.prune_screen import print_result, report_document
+from osscar.cli.prune_screen import print_result, report_document, tell_dense
 from osscar.core.phases import Phase, Spent, phase, spending
 from osscar.core.printable import command_line
 
@@ -304,7 +304,7 @@ def command(
     )
 
     def loading(path: Path | None) -> tuple[LoadedModel | VisionModel, CalibrationSet | ImageSet]:
-        with phase(Phase.LOAD):
+        with phase(Phase.LOAD), quiet():  # so that warnings come before the work
             loaded = open_model(
                 model,
                 weights=weights,
@@ -344,12 +344,15 @@ def command(
             told.check_for(
                 {"model": loaded.source, **request.to_json(), **data.describe(), **place}
             )
+        score = tell_dense(loaded, data) if ranks.first else None
         own_log = log if ranks.first else None
         result = prune_as_asked(loaded.model, data, request, own_log, ranks)
         if not ranks.first:
             return  # the first alone writes and prints
         with phase(Phase.REPORT):
-            content = report_document(result, loaded.model, loaded.source, data, loaded.classes)
+            content = report_document(
+                result, loaded.model, loaded.source, data, loaded.classes, score
+            )
         if told is not None:
             peak = memory_of(resolve_device(device)).peak()
             content["estimate"] = told.against(spent.seconds, peak)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
-from osscar.cli.common import document, out
+from osscar.cli.common import document, out, say, say_aside
 from osscar.core.printable import are, counted
 
 if TYPE_CHECKING:
@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from osscar.checkpoint.directory import SavedCheckpoint
     from osscar.data.images import ImageSet
     from osscar.data.tokens import CalibrationSet
+    from osscar.evaluation.dense import DenseScore
+    from osscar.models.language import LoadedModel
+    from osscar.models.vision import VisionModel
     from osscar.pruning.budget import Budget
     from osscar.pruning.result import PruningResult
 
@@ -24,6 +27,7 @@ def report_document(
     source: str,
     data: CalibrationSet | ImageSet,
     classes: tuple[str, ...] = (),
+    score: DenseScore | None = None,
 ) -> dict[str, Any]:
     """Return what is known of a run, as ``docs/json.md`` describes it; runs both models for it."""
     from osscar.pruning.budget import described
@@ -35,6 +39,7 @@ def report_document(
             "model": source,
             "classes": list(classes),
             "calibration": {**result.calibration, **data.describe()},
+            "dense": None if score is None else dataclasses.asdict(score),
             "settings": result.settings,
             "parameters_before": result.parameters_before,
             "parameters_after": result.parameters_after,
@@ -52,6 +57,24 @@ def report_document(
             "left_alone": [dataclasses.asdict(group) for group in result.left_alone],
         },
     )
+
+
+def tell_dense(
+    loaded: LoadedModel | VisionModel, data: CalibrationSet | ImageSet
+) -> DenseScore | None:
+    """Print what the dense model is worth on its calibration data, and what is wrong with that."""
+    from osscar.core.phases import Phase, phase
+    from osscar.evaluation.dense import score_dense
+    from osscar.report.evaluation_tables import dense_sentence, dense_warning
+
+    with phase(Phase.DENSE):
+        score = score_dense(loaded.model, data, classes=loaded.classes)
+    if score is not None:
+        told = dataclasses.asdict(score)
+        say(dense_sentence(told))
+        if score.near_chance:
+            say_aside("warning", dense_warning(told), "bold yellow")
+    return score
 
 
 def _forward(

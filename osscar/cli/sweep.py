@@ -36,7 +36,7 @@ from osscar.cli.common import (
     way_back,
     write_json,
 )
-from osscar.cli.prune_screen import budget_line
+from osscar.cli.prune_screen import budget_line, tell_dense
 
 if TYPE_CHECKING:
     from torch import nn
@@ -163,14 +163,15 @@ def command(
     )
     place = SweepDirectory(directory)
     with quiet():
-        loaded = open_model(
-            model,
-            weights=weights,
-            device=device,
-            dtype=dtype,
-            trust_remote_code=trust_remote_code,
-            max_memory=limit_of(max_memory, model, dtype, device, base),
-        )
+        with quiet():  # so that warnings come before the work
+            loaded = open_model(
+                model,
+                weights=weights,
+                device=device,
+                dtype=dtype,
+                trust_remote_code=trust_remote_code,
+                max_memory=limit_of(max_memory, model, dtype, device, base),
+            )
         for job in points:
             check_can_stream(loaded.model, job.request(base))
         data = loaded.calibration(calibration, samples=samples, seqlen=seqlen, seed=seed)
@@ -181,10 +182,12 @@ def command(
         manifest = SweepManifest.of(run, budget, scorer.scored)
         sample = inputs.batches(loaded.model, 1)[0]
         with place.begun(manifest), way_back(lambda: f"finished points are kept in {place.path}"):
+            dense = tell_dense(loaded, data)
             found = _measured(place, loaded.model, data, base, points, scorer, sample)
             content = {
                 "model": loaded.source,
                 "calibration": {**inputs.settings, **data.describe()},
+                "dense": None if dense is None else dataclasses.asdict(dense),
                 "scored": scorer.scored,
                 "settings": {**base.to_json(), str(budget): None},
                 "shapes": {name: list(tensor.shape) for name, tensor in sample.items()},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -210,6 +211,30 @@ def measure_quality(
     protocol = _Protocol(windows, seqlen, batch_size)
     tokens = encode(tokenizer, text)
     return _score(model, _windows(model, tokens, windows, _window_length(model, seqlen)), protocol)
+
+
+def score_windows(
+    model: PreTrainedModel, windows: Sequence[Tensor], *, batch_size: int = 4
+) -> Quality:
+    """Measure perplexity over windows of tokens as they are, each on its own.
+
+    Parameters
+    ----------
+    model
+        A causal language model, which knows all of the tokens.
+    windows
+        Tokens of each, (seqlen,) int64, at least two; only the last ones may be shorter.
+    batch_size
+        Windows at a time.
+
+    Raises
+    ------
+    OptionError
+        If the batch size is not positive.
+    NonFiniteError
+        If logits are NaN or infinite; the message says in which window.
+    """
+    return _score(model, tuple(windows), _Protocol(None, None, batch_size))
 
 
 @dataclass(frozen=True)

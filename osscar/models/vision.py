@@ -23,6 +23,7 @@ from osscar.data.batches import Batch, cast_like, named_inputs
 from osscar.data.images import ImageSet, load_images
 from osscar.data.preprocessing import Preprocessing, Size, import_torchvision
 from osscar.models import user_code
+from osscar.models.chance import told_share
 from osscar.models.names import PREFIX, Sort, check_no_program, sort_of
 from osscar.models.weights import fill, read_state, renamed
 from osscar.shrinking.lineage import Lineage, lineage_of, note, stored_dtype
@@ -56,6 +57,9 @@ class VisionModel:
         Number format of its weights on disk.
     classes
         The names of its classes; empty where they are not known.
+    drawn
+        The share of its parameters that its code draws anew in each call, so that nothing has
+        trained them; 0 where they come from a file.
     """
 
     model: nn.Module
@@ -65,6 +69,7 @@ class VisionModel:
     path: Path | None
     stored_dtype: torch.dtype
     classes: tuple[str, ...] = ()
+    drawn: float = 0.0
     tokenizer: None = None
 
     def calibration(
@@ -120,7 +125,8 @@ def load_vision_model(
         A ``.safetensors`` file or a state dict that ``torch.load`` reads with ``weights_only``.
         torchvision's own are fetched without it.
     pretrained
-        Whether a torchvision model without a file gets its weights at all.
+        Whether a torchvision model without a file gets its weights at all, and code of your own is
+        called twice to warn of weights that it draws.
     dense
         What builds the dense model of a directory whose model is of your own code.
     dtype
@@ -162,6 +168,8 @@ def load_vision_model(
         loaded = _from_directory(Path(name).expanduser(), sort, dense, number_format)
     check_usable(loaded.model)
     check_finite_weights(loaded.model)
+    if sort is Sort.CODE and weights is None and pretrained:
+        loaded = dataclasses.replace(loaded, drawn=told_share(name, loaded.model))
     model = loaded.model if number_format is None else cast(loaded.model, number_format)
     model = in_evaluation(model.to(target))
     reference = next(model.parameters())

@@ -45,7 +45,7 @@ from osscar.pruning.run_log import RunLog, RunManifest, SiteRecord
 from osscar.pruning.shrunk import put_back, shrunk
 from osscar.pruning.together import check_alike, told_records
 from osscar.pruning.trial import Followed, LeftAlone, named, reaches_further, what_follows
-from osscar.shrinking.lineage import note_calibration
+from osscar.shrinking.lineage import note_calibration, note_dense
 from osscar.shrinking.plan import Form
 
 
@@ -120,6 +120,7 @@ def prune_as_asked(
             facts = DenseFacts.of(ready, request)
             result = prune_opened(ready, request, facts, log, records, room)
     note_calibration(result.model, calibration)
+    note_dense(result.model, model)
     budget = result.budget
     if ranks.first:
         budget = timed_again(model, result.model, ready, budget)

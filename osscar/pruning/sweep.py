@@ -22,7 +22,7 @@ from osscar.pruning.memory import check_streamed
 from osscar.pruning.prune import DenseFacts, opened_for, prune_opened, timed_again
 from osscar.pruning.request import Allocation, PruningRequest
 from osscar.pruning.result import PruningResult
-from osscar.shrinking.lineage import note_calibration
+from osscar.shrinking.lineage import note_calibration, note_dense
 
 METHODS = MappingProxyType(
     {
@@ -227,6 +227,7 @@ def sweep(
             )
             cache_as(result.model, model)
             note_calibration(result.model, calibration)
+            note_dense(result.model, model)
             yield job, result
 
 

@@ -1,4 +1,4 @@
-"""Tables of what models are worth; every number comes from an evaluation."""
+"""Tables and sentences of what models are worth; every number comes from an evaluation."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
+from osscar.core.printable import counted
 from osscar.report.numbers import engineering, in_bytes
 from osscar.report.tables import new_table
 
@@ -69,3 +70,48 @@ def shown_numbers(numbers: Mapping[str, Any], sample: str) -> Iterator[tuple[str
         if numbers.get(name) is not None:
             named = label.format(a_sample=f"{article} {sample}", **numbers)
             yield name, named, written(numbers[name])
+
+
+def dense_sentence(score: Mapping[str, Any]) -> str:
+    """Say what the dense model is worth on its calibration data.
+
+    Parameters
+    ----------
+    score
+        A `DenseScore` as JSON-able data.
+    """
+    if score["value"] is None:
+        return f"dense model: not scored on the calibration images: {score['reason']}"
+    if score["measure"] == "top1":
+        images = counted(score["samples"], "labelled calibration image")
+        return f"dense model: top-1 {score['value']:.1%} of {images}"
+    windows = counted(score["samples"], "calibration window")
+    return f"dense model: perplexity {score['value']:,.1f} on {windows} of {score['seqlen']} tokens"
+
+
+def dense_warning(score: Mapping[str, Any]) -> str:
+    """Say what to look for where the dense model is near chance; empty where it is not."""
+    if not score["near_chance"]:
+        return ""
+    if score["measure"] == "top1":
+        return (
+            f"the dense model is right on {score['value']:.1%} of "
+            f"{counted(score['samples'], 'labelled calibration image')}, where always naming the "
+            f"most frequent class is right on {score['chance']:.1%}: check that its weights are "
+            "loaded, that images are preprocessed as in its training, and that its classes are in "
+            "the order of the labels"
+        )
+    return (
+        f"the dense model has a perplexity of {score['value']:,.0f} on calibration text, where "
+        f"guessing among its tokens has {score['chance']:,.0f}: check that its weights are "
+        "trained, and that the tokenizer is its own"
+    )
+
+
+def dense_remarks(document: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what a page says of the dense model's own score, if its document has one."""
+    score = document.get("dense")
+    if score is not None:
+        for said in (dense_sentence(score), dense_warning(score)):
+            if said:
+                yield f"{said[:1].upper()}{said[1:]}."

@@ -8,7 +8,7 @@ from typing import Any
 
 from osscar.core.printable import counted
 from osscar.report.estimate_tables import comparison_line
-from osscar.report.evaluation_tables import shown_numbers
+from osscar.report.evaluation_tables import dense_remarks, shown_numbers
 from osscar.report.numbers import engineering, in_bytes, share
 from osscar.report.page import Picture, render
 from osscar.report.prune_plots import Bar, Frontier, frontier_figure, kept_figure, loss_figure
@@ -146,6 +146,7 @@ def _as_text(value: object) -> str:
 
 def _remarks(document: Mapping[str, Any]) -> Iterator[str]:
     """Yield what has to be known of the numbers."""
+    yield from dense_remarks(document)
     error = document["equivalence_error"]
     yield f"The smaller model's outputs equal the masked model's to {error:.1e} of the largest."
     if document["batch_norms"]:

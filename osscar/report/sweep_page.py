@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from rich.table import Table
 
 from osscar.pruning.sweep import BASELINES, METHODS
+from osscar.report.evaluation_tables import dense_remarks
 from osscar.report.numbers import engineering, share
 from osscar.report.page import COLORS, Picture, render
 from osscar.report.prune_plots import SHARES, legend, small_figure
@@ -174,6 +175,7 @@ def sweep_page(document: Mapping[str, Any]) -> str:
         "sweep.html.j2",
         model=document["model"],
         answer=_answer(points, varied),
+        remarks=list(dense_remarks(document)),
         columns=[(name.removesuffix(" >"), name.endswith(">")) for name in columns],
         rows=rows,
         methods={name: _METHODS.get(name, "") for name in methods},

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeAlias
 
 import torch
 from pydantic import ConfigDict
-from torch import nn
+from torch import Tensor, nn
 
 from osscar.core.json_files import STRICT
 from osscar.core.modules import number_format
+from osscar.core.on_disk import is_on_disk
 from osscar.shrinking.plan import PruningPlan
 
 LINEAGE = "osscar_lineage"
@@ -89,6 +91,9 @@ class Lineage:
         Number format of the dense model's weights on disk, such as ``bfloat16``.
     calibration
         All that it was calibrated on, the oldest first.
+    dense
+        What tells the weights of each model that it was pruned from, the oldest first; see
+        `weights_digest`.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
@@ -100,6 +105,7 @@ class Lineage:
     preprocessing: Mapping[str, int | float | str | tuple[int | float, ...]] | None = None
     stored_dtype: str | None = None
     calibration: tuple[Calibration, ...] = ()
+    dense: tuple[str, ...] = ()
 
 
 def lineage_of(model: nn.Module) -> Lineage:
@@ -125,6 +131,41 @@ def note_calibration(model: nn.Module, calibration: Any) -> None:
         calibration=(*before.calibration, Calibration.of(described)),
         preprocessing=before.preprocessing or described.get("preprocessing"),
     )
+
+
+def note_dense(model: nn.Module, dense: nn.Module) -> None:
+    """Note which model a model was pruned from."""
+    found = weights_digest(dense)
+    if found:
+        note(model, dense=(*lineage_of(model).dense, found))
+
+
+def may_come_from(model: nn.Module, dense: nn.Module) -> bool:
+    """Tell whether a model may have been pruned from another: False where weights say otherwise."""
+    known, found = lineage_of(model).dense, weights_digest(dense)
+    return not known or not found or found in known
+
+
+_ENTRIES = 64
+"""Of each tensor that a digest is made of: other weights differ almost everywhere."""
+
+
+def weights_digest(model: nn.Module) -> str:
+    """Return what tells a model's weights from others, whatever format and device they are in.
+
+    Empty where they are not what is stored: rounded to a coarser format, or not in memory.
+    """
+    if is_on_disk(model) or number_format(model) not in (torch.float32, stored_dtype(model)):
+        return ""
+    sample = hashlib.sha256()
+    for tensor in model.state_dict().values():
+        plain = isinstance(tensor, Tensor) and tensor.layout is torch.strided
+        if plain and tensor.is_floating_point():
+            entries = tensor.flatten()[:: tensor.numel() // _ENTRIES | 1]  # odd: of all columns
+            sample.update(
+                str(tuple(tensor.shape)).encode() + entries.float().cpu().numpy().tobytes()
+            )
+    return sample.hexdigest()[:16]
 
 
 FORMATS = {

@@ -3,6 +3,8 @@
 import io
 import json
 import os
+import re
+import shlex
 import shutil
 import signal
 import sys
@@ -10,12 +12,14 @@ import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 import pytest
+import torch
 
 import osscar
 import osscar.checkpoint.directory
 from osscar.cli import main
 from osscar.data.prose import builtin_text
 from osscar.models.language import DEMO_DIRECTORY
+from osscar.shrinking.lineage import note, weights_digest
 from tests.osscar.families import tiny
 
 PROSE = "the quick brown fox jumps over the lazy dog and runs back again before night falls. " * 200
@@ -173,6 +177,9 @@ BAD = [
     (["--neurons", "0.5", "--seqlen", "100000"], "100000"),
     (["--neurons", "0.5", "--seqlen", "513"], "the model takes 512"),
     (["--neurons", "0.5", "--option", "seed=NaN"], "cannot be NaN"),
+    (["--neurons", "0.5", "--option", "seed=" + "[" * 100_000], "is nested too deeply"),
+    (["--neurons", "0.5", "--out", os.fsdecode(b"small\xff")], "is not UTF-8"),
+    (["--neurons", "0.5", "--json", os.fsdecode(b"x\xff")], "is not UTF-8"),
     (["--neurons", "0.5", "--device", "meta"], "cannot run on 'meta'"),
     (["--neurons", "0.5", "--calibration", "~no-such-user/x.txt"], "~no-such-user"),
     (["--neurons", "0.5", "--calibration", ""], "has no name"),
@@ -194,8 +201,102 @@ def test_bad_input_is_one_line_and_writes_nothing(run, text, tmp_path, arguments
     assert err.startswith("error: ")
     assert message in " ".join(err.split())
     assert "Traceback" not in err
-    assert out == ""
+    assert not out or out.startswith("dense model: perplexity")
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_links_to_nothing_are_refused_before_any_work(run, text, tmp_path):
+    """What they lead to was made: a directory that nobody had named."""
+    (tmp_path / "link").symlink_to(tmp_path / "elsewhere" / "deep")
+    link = tmp_path / "link"
+    prune = small_prune(text, tmp_path / "small", "--neurons", "0.5")
+    for command in (
+        (*prune, "--out", link),
+        (*prune, "--out", link / "small"),
+        (*prune, "--json", link),
+        (*prune, "--report", link),
+        ("sweep", "demo", "--sparsity", "0.5", "--out", link),
+        ("gap", "demo", "--out", link),
+        ("demo", "--out", link),
+    ):
+        status, out, err = run(*command)
+        assert (status, out) == (2, "")
+        assert "is a link to " in err
+        assert sorted(tmp_path.iterdir()) == [link, text]
+
+
+def next_command(out: str, placeholder: str, given: object) -> list[str]:
+    """The words of the command that a run prints, with what it leaves open."""
+    line = out.partition("next:\n")[2].splitlines()[0]
+    words = [str(given) if word == placeholder else word for word in shlex.split(line)]
+    assert words[0] == "osscar"
+    return words[1:]
+
+
+def test_the_command_that_is_printed_can_be_given(run, text, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    other = tmp_path / "an other text.txt"
+    other.write_text(PROSE.replace("fox", "cat")[:400])
+    small = small_prune(text, "a $small model", "--neurons", "0.5", "--dtype", "float32")
+    status, out, err = run(*small)
+    assert status == 0, err
+    command = next_command(out, "FILE", other)
+    assert command[:2] == ["eval", "a $small model"]
+    assert {"--seqlen", "--dtype", "--device"} < set(command)
+    status, out, err = run(*command, "--json", "e.json")
+    assert status == 0, err
+    assert "warning" not in err
+    document = json.loads(Path("e.json").read_text())
+    assert document["against"] == "demo"
+    assert document["model"]["quality"]["seqlen"] == 64
+
+    command[command.index("demo")] = untrained_demo(tmp_path / "untrained")
+    status, _, err = run(*command)
+    assert status == 0, err
+    assert "is not the dense model that this one was pruned from" in err
+
+
+def test_the_dense_model_is_scored_before_anything_is_pruned(run, text, tmp_path):
+    arguments = small_prune(text, tmp_path / "a", "--neurons", "0.5")
+    status, out, err = run(*arguments)
+    assert status == 0, err
+    said = re.match(
+        r"dense model: perplexity ([\d.]+) on 4 calibration windows of 64 tokens\n", out
+    )
+    assert said
+    assert "near chance" not in err
+    dense = json.loads((tmp_path / "a" / "osscar_report.json").read_text())["dense"]
+    assert (f"{dense['value']:.1f}", dense["near_chance"]) == (said[1], False)
+    assert f"Dense model: perplexity {said[1]}" in (tmp_path / "a" / "report.html").read_text()
+
+    # A model that nobody trained is next to guessing, and says so before it is pruned.
+    directory = untrained_demo(tmp_path / "untrained")
+    arguments = ["prune", directory, *small_prune(text, tmp_path / "b", "--neurons", "641")[2:]]
+    status, out, err = run(*arguments)
+    assert status == 2
+    assert "warning: the dense model has a perplexity of" in err
+    assert "cannot keep 641" in err
+
+
+def untrained_demo(directory):
+    loaded = osscar.load_model("demo", device="cpu")
+    model = type(loaded.model)(loaded.model.config)
+    model.save_pretrained(directory)
+    loaded.tokenizer.save_pretrained(directory)
+    return directory
+
+
+def test_weights_are_told_from_others_in_any_format():
+    exact, rounded = (osscar.load_model("demo", dtype=d, device="cpu").model
+                      for d in ("float32", "bfloat16"))  # fmt: skip
+    known = weights_digest(exact)
+    assert len(known) == 16
+    assert weights_digest(rounded) == ""  # which may be those of many models
+    note(rounded, stored_dtype="bfloat16")
+    assert weights_digest(rounded) == weights_digest(rounded.float()) != known
+    with torch.no_grad():
+        exact.lm_head.weight += 1e-3
+    assert weights_digest(exact) != known
 
 
 @pytest.mark.parametrize(

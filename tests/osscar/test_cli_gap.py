@@ -118,6 +118,27 @@ def test_list_problem_says_who_takes_it(run, file, tmp_path):
     assert json.loads((tmp_path / "p.json").read_text())["consumers"][0]["outputs"] == 4
 
 
+def test_solve_asks_how_many_stay_where_a_file_does_not_say(run, tmp_path):
+    """Problems of studies keep all of their units, and came out at a loss of 0."""
+    problem = solvers.SubsetProblem.from_gram(torch.eye(6, dtype=torch.float64),
+                                              torch.ones(6, 2, dtype=torch.float64), keep=6,
+                                              name="whole")  # fmt: skip
+    file = tmp_path / "whole.npz"
+    problem.save(file)
+    status, out, err = run("solve", file)
+    assert (status, out) == (2, "")
+    assert "keeps all of its 6 units" in err
+    assert "--keep" in err
+    for keep in (6, 3):
+        status, out, err = run("solve", file, "--keep", keep)
+        assert status == 0, err
+        assert f"keeps {keep} of 6 units" in out
+    status, out, _ = run("solve", file, "--list-problem")
+    assert status == 0
+    assert "whole: 6 units; how many stay is for --keep to say" in out
+    assert "1 support" not in out
+
+
 def test_list_problem_tells_damping_of_all_inputs_from_that_in_the_matrix(run, tmp_path):
     torch.manual_seed(0)
     X = torch.randn(60, 9, dtype=torch.float64) * torch.arange(1, 10)

@@ -19,7 +19,7 @@ from pydantic import ConfigDict
 
 from osscar.core import files, locks
 from osscar.core.errors import BusyError, FileError, OutputError
-from osscar.core.files import digest, file_digest, whole, write_json, write_text
+from osscar.core.files import digest, file_digest, resolved, whole, write_json, write_text
 from osscar.core.json_files import STRICT, read_json, validated
 from osscar.core.locks import hold
 from osscar.core.signals import ends_tidily, uninterrupted
@@ -133,6 +133,18 @@ def test_links_pipes_and_modes_are_respected(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="JSON compliant"):
         write_json(tmp_path / "nan", float("nan"))
     assert {file.name for file in tmp_path.iterdir()} == {"real", "link", "loop"}
+
+
+def test_places_that_are_none_are_refused_whole(tmp_path: Path) -> None:
+    """A link to nothing was followed, and what it leads to made."""
+    (tmp_path / "link").symlink_to("there")
+    for name in (tmp_path / "link", tmp_path / "link" / "x", f"{tmp_path}/link/../y"):
+        with pytest.raises(OutputError, match="is a link to 'there', where there is nothing"):
+            resolved(name)
+    with pytest.raises(OutputError, match=r"a\\udcff': the name is not UTF-8"):
+        resolved(tmp_path / os.fsdecode(b"a\xff"))
+    (tmp_path / "there").mkdir()
+    assert resolved(tmp_path / "link" / "x") == tmp_path / "there" / "x"
 
 
 def test_digests_are_sha256(tmp_path: Path) -> None:

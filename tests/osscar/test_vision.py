@@ -1,11 +1,15 @@
 """Models that read images, from the name to the command line."""
 
+import dataclasses
 import json
 import os
+import shlex
 import subprocess
 import sys
 import textwrap
+import warnings
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -29,6 +33,7 @@ from osscar.data.images import (
     refuse_overlap,
 )
 from osscar.data.preprocessing import Preprocessing, import_torchvision
+from osscar.evaluation.dense import score_dense
 from osscar.evaluation.images import (
     compare_images,
     evaluate_images,
@@ -38,6 +43,7 @@ from osscar.evaluation.images import (
 from osscar.models.open import is_vision, open_model
 from osscar.models.vision import load_vision_model
 from osscar.models.weights import read_state
+from osscar.report.evaluation_tables import dense_sentence
 from osscar.shrinking.lineage import Calibration, lineage_of
 from tests.osscar.networks import small_net
 
@@ -59,6 +65,13 @@ def broken():
 
 def wrong():
     return "a model"
+
+def drawn():
+    net = small_net()
+    net.head.reset_parameters()
+    torch.seed()
+    net.stem[0].reset_parameters()
+    return net, torch.zeros(2, 3, 12, 12)
 """
 
 
@@ -105,6 +118,117 @@ def run(monkeypatch, capsys):
         return stop.value.code or 0, captured.out, captured.err
 
     return call
+
+
+# ---- the dense model, and commands that compare with it ------------------------------------
+
+
+@pytest.fixture
+def own(tmp_path, monkeypatch):
+    """A model of the user's own code, with weights in a file, and images that it tells apart."""
+    monkeypatch.chdir(tmp_path)
+    Path("my nets").mkdir()
+    Path("my nets/mine.py").write_text(CODE)
+    net = small_net(seed=5)
+    torch.save(net.state_dict(), "my weights.pt")
+    parts = {"train_images": pixels(60), "test_images": pixels(40, 1)}
+    for part in ("train", "test"):
+        images = load_images_of(parts[f"{part}_images"])
+        parts[f"{part}_labels"] = net(images).argmax(1).numpy()
+    np.savez("my images.npz", **parts)
+    return "my nets/mine.py:drawn"
+
+
+def load_images_of(array):
+    steps = Preprocessing.to_size(SIDE)
+    return ImageSet("pixels", array, steps).tensor()
+
+
+def test_the_command_that_is_printed_compares_with_the_same_dense_model(run, own):
+    prune = ("prune", own, "--calibration", "my images.npz:train", "--sparsity", "0.3")
+    status, out, err = run(*prune, "--weights", "my weights.pt", "--out", "my small model",
+                           "--device", "cpu")  # fmt: skip
+    assert status == 0, err
+    assert out.startswith("dense model: top-1 100.0% of 60 labelled calibration images\n")
+    assert "freshly initialized" not in err
+    line = out.partition("next:\n")[2].splitlines()[0]
+    words = ["my images.npz:test" if w == "PATH" else w for w in shlex.split(line)]
+    status, out, err = run(*words[1:], "--json", "e.json")
+    assert status == 0, err
+    assert "warning" not in err
+    compared = json.loads(Path("e.json").read_text())
+    assert compared["dense"]["quality"]["top1"] == 1
+
+    # The same without weights: nothing that was drawn just now is taken for the dense model.
+    at = words.index("--weights")
+    status, out, err = run(*words[1:at], *words[at + 2 :], "--json", "e.json")
+    assert status == 0, err
+    assert "mine.py:drawn returns freshly initialized weights" in err
+    assert "no comparison" in err
+    alone = json.loads(Path("e.json").read_text())
+    assert alone["against"] is None
+    assert "dense" not in alone
+    assert alone["model"]["quality"]["top1"] == compared["model"]["quality"]["top1"]
+
+    # Other weights are told, and so is what the smaller model, pruned again, is compared with.
+    torch.save(small_net(seed=6).state_dict(), "other.pt")
+    words[at + 1] = "other.pt"
+    status, _, err = run(*words[1:])
+    assert status == 0, err
+    assert "is not the dense model that this one was pruned from" in err
+    again = ("prune", "my small model", "--against", own, *prune[2:], "--out", "smaller")
+    status, out, err = run(*again)
+    assert status == 0, err
+    line = out.partition("next:\n")[2].splitlines()[0]
+    filled = {"PATH": "my images.npz:test", "FILE": "my weights.pt"}
+    status, out, err = run(*[filled.get(word, word) for word in shlex.split(line)][1:])
+    assert status == 0, err
+    assert "agreement with dense" in out
+    assert "warning" not in err
+
+
+def test_a_dense_model_that_nobody_trained_says_so_before_it_is_pruned(run, own):
+    prune = (own, "--calibration", "my images.npz:train")
+    status, out, err = run("prune", *prune, "--sparsity", "0.3", "--out", "a", "--device", "cpu")
+    assert status == 0, err
+    assert "mine.py:drawn returns freshly initialized weights" in err
+    dense = json.loads(Path("a/osscar_report.json").read_text())["dense"]
+    assert dense["near_chance"]
+    assert dense["value"] < 0.7
+    assert f"warning: the dense model is right on {dense['value']:.1%} of 60" in err
+    assert "The dense model is right on" in Path("a/report.html").read_text()
+    status, out, err = run("sweep", *prune, "--sparsity", "0.3", "--out", "s", "--device", "cpu",
+                           "--weights", "my weights.pt")  # fmt: skip
+    assert status == 0, err
+    assert out.startswith("dense model: top-1 100.0%")
+    assert json.loads(Path("s/sweep.json").read_text())["dense"]["value"] == 1
+    assert "top-1 100.0%" in Path("s/report.html").read_text()
+
+
+def test_code_that_draws_weights_is_told_from_code_that_loads_them(own):
+    torch.manual_seed(3)
+    with pytest.warns(UserWarning, match=r"initialized weights: \d+% of its parameters differ"):
+        found = osscar.load_vision_model(own, device="cpu")
+    drawn = sum(p.numel() for p in found.model.stem[0].parameters())
+    assert found.drawn == drawn / sum(p.numel() for p in found.model.parameters())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for name, weights in ((own, "my weights.pt"), (own.replace("drawn", "build"), None)):
+            assert osscar.load_vision_model(name, weights=weights, device="cpu").drawn == 0
+        osscar.load_vision_model(own, pretrained=False, device="cpu")
+
+
+def test_labels_that_are_not_the_models_classes_are_no_obstacle(own):
+    model = small_net()
+    some = ImageSet("pixels", pixels(4), Preprocessing.to_size(SIDE), torch.tensor([0, 1, 2, 9]))
+    score = score_dense(model, some)
+    assert score.value is None
+    assert "labels from 0 to 9" in dense_sentence(dataclasses.asdict(score))
+    # Of two images nothing can be said, whatever the model makes of them.
+    wrong = (model(some.tensor()).argmax(1)[:2] + 1) % 5
+    assert not score_dense(model, dataclasses.replace(some, items=some.items[:2],
+                                                      labels=wrong)).near_chance  # fmt: skip
+    assert score_dense(model, dataclasses.replace(some, labels=None)) is None
 
 
 # ---- from end to end ---------------------------------------------------------------------

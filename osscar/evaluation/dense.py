@@ -1,0 +1,126 @@
+"""What the dense model is worth on its calibration data: whether there is anything to prune."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from scipy import stats
+from torch import nn
+
+from osscar.core.errors import ImageError, ModelError
+from osscar.core.on_disk import is_on_disk
+from osscar.data.batches import as_inputs
+from osscar.data.images import ImageSet
+from osscar.data.tokens import CalibrationSet
+from osscar.evaluation.images import score_images
+from osscar.evaluation.language import score_windows
+
+_IMAGES, _WINDOWS = 512, 4
+"""That are scored at most: a pass over them takes next to nothing of a run."""
+
+_SIGNIFICANCE = 0.01
+
+_CHANCE_SHARE = 0.5
+"""Of the vocabulary: a perplexity above it is next to guessing."""
+
+
+@dataclass(frozen=True)
+class DenseScore:
+    """How well the dense model does on the data that calibrate it.
+
+    Parameters
+    ----------
+    measure
+        ``"top1"`` or ``"perplexity"``.
+    value
+        Of that measure; None where the labels are not the model's classes.
+    samples
+        How many labelled images, or windows, were scored.
+    seqlen
+        Tokens in a window; None of images.
+    chance
+        What guessing comes to: the share of the most frequent class, or the size of the vocabulary.
+    near_chance
+        Whether the model is not significantly better than that.
+    reason
+        Why there is no value; empty if there is one.
+    """
+
+    measure: str
+    value: float | None
+    samples: int
+    seqlen: int | None = None
+    chance: float | None = None
+    near_chance: bool = False
+    reason: str = ""
+
+
+def score_dense(
+    model: nn.Module, calibration: Any, *, classes: Sequence[str] = ()
+) -> DenseScore | None:
+    """Score the dense model on its calibration data, in one pass over a few of them.
+
+    Parameters
+    ----------
+    model
+        In evaluation mode.
+    calibration
+        An `ImageSet`, of which at most 512 images are scored, or a `CalibrationSet`, of which at
+        most 4 windows are.
+    classes
+        The names of the model's classes, by which folders are recognized.
+
+    Returns
+    -------
+    DenseScore or None
+        None where nothing is known to score by: images without labels, data of another sort, a
+        model whose weights stay on disk.
+
+    Raises
+    ------
+    CalibrationError
+        If the model cannot read the windows.
+    NonFiniteError
+        If logits are NaN or infinite.
+    """
+    if is_on_disk(model):
+        return None
+    if isinstance(calibration, ImageSet):
+        return None if calibration.labels is None else _score_images(model, calibration, classes)
+    if isinstance(calibration, CalibrationSet) and calibration.tokens.shape[1] > 1:
+        return _score_windows(model, calibration)
+    return None
+
+
+def _score_images(model: nn.Module, images: ImageSet, classes: Sequence[str]) -> DenseScore:
+    if len(images) > _IMAGES:
+        images = images.sample(_IMAGES, seed=0)
+    assert images.labels is not None
+    n = len(images)
+    try:
+        top1 = score_images([model], images, classes=classes)[0].top1
+    except (ImageError, ModelError) as error:  # labels may mean something else than its classes
+        return DenseScore("top1", None, n, reason=str(error))
+    assert top1 is not None
+    most = int(images.labels.bincount().max()) / n
+    by_chance = float(stats.binom.sf(round(top1 * n) - 1, n, most))
+    # Of so few images that even getting all of them right would be no proof, nothing is said.
+    near = by_chance > _SIGNIFICANCE >= most**n
+    return DenseScore("top1", top1, n, chance=most, near_chance=near)
+
+
+def _score_windows(model: Any, calibration: CalibrationSet) -> DenseScore:
+    as_inputs(model, calibration)  # refuses what the model cannot read
+    windows = calibration.tokens[:_WINDOWS]
+    quality = score_windows(model, tuple(windows))
+    vocabulary = int(model.get_input_embeddings().weight.shape[0])
+    return DenseScore(
+        "perplexity",
+        quality.perplexity,
+        len(windows),
+        seqlen=quality.seqlen,
+        chance=vocabulary,
+        near_chance=quality.perplexity > _CHANCE_SHARE * vocabulary,
+    )
