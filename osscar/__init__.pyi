@@ -10,6 +10,7 @@ from .data.tokens import (
     load_calibration as load_calibration,
     text_windows as text_windows,
 )
+from .evaluation.dense import DenseScore as DenseScore, score_dense as score_dense
 from .evaluation.images import compare_images as compare_images, evaluate_images as evaluate_images
 from .evaluation.language import compare as compare, evaluate as evaluate
 from .evaluation.result import Comparison as Comparison, Evaluation as Evaluation

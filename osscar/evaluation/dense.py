@@ -10,6 +10,7 @@ from scipy import stats
 from torch import nn
 
 from osscar.core.errors import ImageError, ModelError
+from osscar.core.modules import check_usable, evaluating
 from osscar.core.on_disk import is_on_disk
 from osscar.data.batches import as_inputs
 from osscar.data.images import ImageSet
@@ -65,7 +66,7 @@ def score_dense(
     Parameters
     ----------
     model
-        In evaluation mode.
+        The dense model, which is not changed.
     calibration
         An `ImageSet`, of which at most 512 images are scored, or a `CalibrationSet`, of which at
         most 4 windows are.
@@ -82,15 +83,19 @@ def score_dense(
     ------
     CalibrationError
         If the model cannot read the windows.
+    ModelError
+        If it is no model.
     NonFiniteError
         If logits are NaN or infinite.
     """
+    check_usable(model)
     if is_on_disk(model):
         return None
-    if isinstance(calibration, ImageSet):
-        return None if calibration.labels is None else _score_images(model, calibration, classes)
-    if isinstance(calibration, CalibrationSet) and calibration.tokens.shape[1] > 1:
-        return _score_windows(model, calibration)
+    with evaluating(model):
+        if isinstance(calibration, ImageSet) and calibration.labels is not None:
+            return _score_images(model, calibration, classes)
+        if isinstance(calibration, CalibrationSet) and calibration.tokens.shape[1] > 1:
+            return _score_windows(model, calibration)
     return None
 
 
