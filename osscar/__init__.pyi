@@ -5,6 +5,7 @@ from .checkpoint.gguf import Exported as Exported, export_gguf as export_gguf
 from .checkpoint.pt2 import ExportedArchive as ExportedArchive, export_pt2 as export_pt2
 from .core.errors import OsscarError as OsscarError
 from .data.images import ImageSet as ImageSet, load_images as load_images
+from .data.preprocessing import Preprocessing as Preprocessing
 from .data.tokens import (
     CalibrationSet as CalibrationSet,
     load_calibration as load_calibration,

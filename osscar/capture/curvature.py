@@ -580,7 +580,8 @@ def logits_of(result: Any, batch: Batch, tokens: bool) -> Tensor | None:
     found = named if named is not None else result
     if not isinstance(found, Tensor) or not found.is_floating_point() or found.ndim < 2:
         return None
-    images = any(x.is_floating_point() and x.ndim == 4 for x in batch.values())
+    pixels = [x for x in batch.values() if x.is_floating_point() or x.dtype is torch.uint8]
+    images = any(x.ndim == 4 for x in pixels)
     if found.shape[-1] < 2 or not (tokens or found.ndim == 2):
         return None  # such as those of a segmentation, a map for each class
     if not tokens and named is None and not images:

@@ -20,6 +20,7 @@ import osscar
 from osscar.core.printable import counted, printable
 
 if TYPE_CHECKING:
+    from osscar.data.preprocessing import Preprocessing
     from osscar.pruning.request import PruningRequest
 
 _PIPE_WIDTH = 140
@@ -67,6 +68,27 @@ WeightsOption = Annotated[
     typer.Option(
         help="Weights for a torchvision model or code of your own: .safetensors, or a state dict."
     ),
+]
+MeanOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Mean of pixels / 255 that is subtracted from images: one number a channel, separated "
+        "by commas, or one for all.  [default: what the model brings]"
+    ),
+]
+StdOption = Annotated[
+    str | None, typer.Option(help="Deviation of pixels / 255 by which images are divided, alike.")
+]
+ImageSizeOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="PIXELS",
+        help="Size of images: pixels of a square, HxW, or CxHxW.  [default: what the model brings, "
+        "or the size of its example]",
+    ),
+]
+NoNormalizeOption = Annotated[
+    bool, typer.Option("--no-normalize", help="Images are pixels / 255 as they are.")
 ]
 TrustOption = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run the code that a checkpoint brings along.")
@@ -141,6 +163,67 @@ StrictOption = Annotated[
         "named, and all others are pruned.",
     ),
 ]
+
+
+def stated_preprocessing(
+    mean: str | None, std: str | None, image_size: str | None, no_normalize: bool
+) -> Preprocessing | None:
+    """Return what the options of a command state of images; None if they state nothing.
+
+    Raises
+    ------
+    OptionError
+        If they contradict each other, or cannot be read.
+    ImageError
+        If a number makes no sense.
+    """
+    from osscar.core.errors import OptionError
+    from osscar.data.preprocessing import Preprocessing
+
+    if mean is None and std is None and image_size is None and not no_normalize:
+        return None
+    if no_normalize and (mean, std) != (None, None):
+        raise OptionError("--no-normalize is given with --mean or --std; give one or the other")
+    known: dict[str, Any] = {"mean": (0.0,), "std": (1.0,)} if no_normalize else {}
+    for name, text in (("mean", mean), ("std", std)):
+        if text is not None:
+            known[name] = _numbers(text, f"--{name}", float, ",", "0.5 or 0.49,0.48,0.45")
+    if image_size is not None:
+        *channels, height, width = _size(image_size)
+        known["channels"] = channels[0] if channels else None
+        return Preprocessing.to_size(height, width, **known)
+    return Preprocessing(**known)
+
+
+def _size(text: str) -> tuple[int, ...]:
+    """Return height and width, and channels before them where they are given."""
+    from osscar.core.errors import OptionError
+
+    found = _numbers(text, "--image-size", int, "x", "32, 24x32 or 1x28x28")
+    if len(found) > 3 or min(found) < 1:
+        raise OptionError(
+            f"--image-size is {text!r:.60}; give pixels, such as 32, 24x32 or 1x28x28"
+        )
+    return found * 2 if len(found) == 1 else found
+
+
+def _numbers(
+    text: str, option: str, kind: type[Any], separator: str, example: str
+) -> tuple[Any, ...]:
+    from osscar.core.errors import OptionError
+
+    try:
+        return tuple(map(kind, text.split(separator)))
+    except ValueError:
+        raise OptionError(f"{option} {text!r:.60} is not numbers such as {example}") from None
+
+
+def say_preprocessing(data: Any) -> None:
+    """Print what is done to an image, where data are images."""
+    from osscar.data.images import ImageSet
+
+    if isinstance(data, ImageSet):
+        say(f"images: {data.preprocessing.sentence()}")
 
 
 def limit_of(

@@ -12,8 +12,12 @@ import typer
 from osscar.cli.common import (
     DeviceOption,
     DtypeOption,
+    ImageSizeOption,
     JsonOption,
+    MeanOption,
     ModelArgument,
+    NoNormalizeOption,
+    StdOption,
     TrustOption,
     WeightsOption,
     check_json_path,
@@ -21,6 +25,8 @@ from osscar.cli.common import (
     out,
     quiet,
     say,
+    say_preprocessing,
+    stated_preprocessing,
     write_json,
 )
 from osscar.core.printable import counted
@@ -28,6 +34,7 @@ from osscar.core.printable import counted
 if TYPE_CHECKING:
     from torch import nn
 
+    from osscar.data.preprocessing import Preprocessing
     from osscar.evaluation.result import Comparison, Evaluation
 
 
@@ -54,6 +61,10 @@ def command(
         ),
     ] = None,
     weights: WeightsOption = None,
+    mean: MeanOption = None,
+    std: StdOption = None,
+    image_size: ImageSizeOption = None,
+    no_normalize: NoNormalizeOption = False,
     windows: Annotated[
         int | None, typer.Option(help="Score only the first N windows; by default the full text.")
     ] = None,
@@ -74,9 +85,11 @@ def command(
     and for images agreement and divergence are measured, which need no labels.
     """
     from osscar.core.errors import OptionError
+    from osscar.data.preprocessing import OPTIONS
     from osscar.models.open import check_directory, is_vision
 
     check_json_path(json, inputs=(model, against, text, images, weights))
+    stated = stated_preprocessing(mean, std, image_size, no_normalize)
     check_directory(model)
     load: dict[str, Any] = {"device": device, "dtype": dtype}
     if is_vision(model):
@@ -85,11 +98,12 @@ def command(
                 f"{model} reads images, not text: leave --text, --windows and --seqlen away"
             )
         batch = 32 if batch_size is None else batch_size
-        found = _images(model, images, samples, against, weights, batch, load)
+        found = _images(model, images, samples, against, weights, batch, stated, load)
     else:
-        if images is not None or samples is not None or weights is not None:
+        if images is not None or samples is not None or weights is not None or stated is not None:
             raise OptionError(
-                f"{model} reads text, not images: leave --images, --samples and --weights away"
+                f"{model} reads text, not images: leave --images, --samples, --weights, {OPTIONS} "
+                "away"
             )
         batch = 4 if batch_size is None else batch_size
         options = {"windows": windows, "seqlen": seqlen, "batch_size": batch}
@@ -107,7 +121,7 @@ class _Found:
 
     evaluation: Evaluation[Any, Any]
     comparison: Comparison[Any, Any] | None
-    source: dict[str, str]
+    source: dict[str, Any]
     scored: str
 
     def numbers(self) -> dict[str, Any]:
@@ -155,11 +169,12 @@ def _images(
     against: str | None,
     weights: Path | None,
     batch_size: int,
+    stated: Preprocessing | None,
     load: dict[str, Any],
 ) -> _Found:
     """Measure a model that reads images; weights are for whichever model brings none."""
     from osscar.core.errors import ImageError, OptionError
-    from osscar.data.images import load_images, refuse_overlap
+    from osscar.data.images import refuse_overlap
     from osscar.evaluation.images import compare_images, evaluate_images
     from osscar.models.names import sort_of
     from osscar.models.vision import load_vision_model
@@ -172,8 +187,9 @@ def _images(
         raise OptionError(f"{model} has weights of its own; leave --weights away")
     with quiet():
         own = weights if model in filled else None
-        loaded = load_vision_model(model, weights=own, dense=against, **load)
-        images = load_images(spec, loaded.preprocessing)
+        loaded = load_vision_model(model, weights=own, dense=against, preprocessing=stated, **load)
+        images = loaded.images(spec)
+        say_preprocessing(images)
         images = images if samples is None else images.sample(samples, seed=0)
         refuse_overlap(images, lineage_of(loaded.model).calibration)
         options: dict[str, Any] = {"classes": loaded.classes, "batch_size": batch_size}
@@ -198,7 +214,8 @@ def _images(
                 evaluation = comparison.model
     kind = ("labelled image", "") if images.labels is not None else ("image", " without labels")
     how_much = f"{counted(evaluation.quality.images, kind[0])}{kind[1]} scored"
-    return _Found(evaluation, comparison, {"images": spec}, how_much)
+    source = {"images": spec, "preprocessing": images.preprocessing.record()}
+    return _Found(evaluation, comparison, source, how_much)
 
 
 def _warn_of_another(model: nn.Module, dense: nn.Module, against: str) -> None:

@@ -13,10 +13,14 @@ import typer
 
 from osscar.cli.common import (
     CalibrationOption,
+    ImageSizeOption,
     JsonOption,
+    MeanOption,
+    NoNormalizeOption,
     SamplesOption,
     SeedOption,
     SeqlenOption,
+    StdOption,
     TrustOption,
     WeightsOption,
     check_input,
@@ -25,11 +29,14 @@ from osscar.cli.common import (
     out,
     quiet,
     say,
+    say_preprocessing,
+    stated_preprocessing,
     way_back,
     write_json,
 )
 
 if TYPE_CHECKING:
+    from osscar.data.preprocessing import Preprocessing
     from osscar.report.summary import Summary
     from solvers import SubsetProblem
 
@@ -37,6 +44,7 @@ _PROBLEM_SUFFIXES = (".npz", ".safetensors")
 _OF_MODELS = (
     *("groups", "query_heads", "calibration", "samples", "seqlen", "damp"),
     *("weights", "device", "trust_remote_code"),
+    *("mean", "std", "image_size", "no_normalize"),
 )
 """Parameters that say how a model's problems are posed, and mean nothing to problem files."""
 
@@ -85,6 +93,10 @@ def command(
         ),
     ] = False,
     calibration: CalibrationOption = None,
+    mean: MeanOption = None,
+    std: StdOption = None,
+    image_size: ImageSizeOption = None,
+    no_normalize: NoNormalizeOption = False,
     samples: SamplesOption = None,
     seqlen: SeqlenOption = None,
     weights: WeightsOption = None,
@@ -141,6 +153,7 @@ def command(
         gap_tolerance=gap_tolerance,
         seed=seed,
     )
+    stated = stated_preprocessing(mean, std, image_size, no_normalize)
     are_files = _are_problems(sources)
     source: dict[str, Any]
     if are_files:
@@ -153,6 +166,8 @@ def command(
             **{"groups": groups, "query_heads": query_heads},
             "weights": None if weights is None else str(weights),
         }
+        if stated is not None:
+            source["preprocessing"] = stated.record()
         if calibration is not None and Path(calibration).is_file():
             source["calibration_sha256"] = _fingerprint(Path(calibration))["sha256"]
     study = Study(directory, source)
@@ -167,7 +182,7 @@ def command(
                     _file_problems(sources)
                     if are_files
                     else _model_problems(
-                        source, groups, device=device, trust_remote_code=trust_remote_code
+                        source, groups, stated, device=device, trust_remote_code=trust_remote_code
                     )
                 )
             jobs = cluster.workers if cluster else jobs or study.affordable_jobs()
@@ -197,7 +212,12 @@ def _print(summary: Summary) -> None:
 
 
 def _model_problems(
-    source: dict[str, Any], groups: str | None, *, device: str, trust_remote_code: bool
+    source: dict[str, Any],
+    groups: str | None,
+    stated: Preprocessing | None,
+    *,
+    device: str,
+    trust_remote_code: bool,
 ) -> Iterator[tuple[str, SubsetProblem]]:
     from osscar.models.open import open_model
     from osscar.study.problems import model_problems
@@ -208,6 +228,7 @@ def _model_problems(
             weights=source["weights"],
             device=device,
             trust_remote_code=trust_remote_code,
+            preprocessing=stated,
         )
     given = source["calibration"]
     data = loaded.calibration(
@@ -216,6 +237,7 @@ def _model_problems(
         seqlen=source["seqlen"],
         seed=source["seed"],
     )
+    say_preprocessing(data)
     patterns = _names(groups) if groups is not None else ("*",)
     for group, problem in model_problems(
         loaded.model,

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from osscar.cli.common import (
+    ImageSizeOption,
     JsonOption,
     ModelArgument,
     TrustOption,
@@ -17,6 +18,7 @@ from osscar.cli.common import (
     out,
     quiet,
     say,
+    stated_preprocessing,
     write_json,
 )
 from osscar.core.printable import are, counted
@@ -35,17 +37,20 @@ def command(
             "model of your own code."
         ),
     ] = None,
+    image_size: ImageSizeOption = None,
     json: JsonOption = None,
     trust_remote_code: TrustOption = False,
 ) -> None:
     """Show the coupling groups of a model as a table."""
     from graph.groups import UnitKind
     from osscar.capture.opened import opened
+    from osscar.core.errors import OptionError
     from osscar.core.modules import count_parameters
     from osscar.evaluation.size import count_owned
     from osscar.models.open import open_model
     from osscar.report.run_tables import groups_table
 
+    stated = stated_preprocessing(None, None, image_size, False)
     check_json_path(json, inputs=(model,))
     check_json_path(svg, inputs=(model,), written=(json,), option="--svg")
     with quiet():
@@ -55,7 +60,13 @@ def command(
             dense=against,
             device="cpu",
             trust_remote_code=trust_remote_code,
+            preprocessing=stated,
         )
+        if loaded.example is None:
+            raise OptionError(
+                f"nothing tells what {loaded.source} reads: let the code return (model, example "
+                "inputs), or give --image-size CxHxW, such as 3x32x32"
+            )
         with opened(loaded.model, loaded.example, copy=False) as ready:
             groups, residual = ready.groups, ready.residual
     shown = [g for g in groups if all_groups or g.prunable or g.kind is not UnitKind.OTHER]

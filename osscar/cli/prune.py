@@ -21,13 +21,17 @@ from osscar.cli.common import (
     DampOption,
     DeviceOption,
     DtypeOption,
+    ImageSizeOption,
     JsonOption,
     MaxMemoryOption,
+    MeanOption,
     ModelArgument,
+    NoNormalizeOption,
     RoundToOption,
     SamplesOption,
     SeedOption,
     SeqlenOption,
+    StdOption,
     StrictOption,
     TrustOption,
     WeightsOption,
@@ -38,6 +42,8 @@ from osscar.cli.common import (
     quiet,
     say,
     say_next,
+    say_preprocessing,
+    stated_preprocessing,
     way_back,
     write_json,
 )
@@ -159,6 +165,10 @@ def command(
         ),
     ] = None,
     calibration: CalibrationOption = None,
+    mean: MeanOption = None,
+    std: StdOption = None,
+    image_size: ImageSizeOption = None,
+    no_normalize: NoNormalizeOption = False,
     samples: SamplesOption = None,
     seqlen: SeqlenOption = None,
     seed: SeedOption = 0,
@@ -274,6 +284,7 @@ def command(
     read = (model, calibration, weights, estimate)
     check_json_path(json, inputs=read, written=(directory,))
     check_json_path(report, inputs=read, written=(directory, json), option="--report")
+    stated = stated_preprocessing(mean, std, image_size, no_normalize)
     patterns = [part.strip() for text in skip or () for part in text.split(",")]
     request = PruningRequest(
         sparsity=sparsity,
@@ -313,11 +324,13 @@ def command(
                 dtype=dtype,
                 trust_remote_code=trust_remote_code,
                 max_memory=limit_of(max_memory, model, dtype, device, request),
+                preprocessing=stated,
             )
             if path is not None and ranks.first:
                 needed = weight_bytes(loaded.model, loaded.stored_dtype)
                 check_output(path, overwrite=overwrite, needed_bytes=needed)
             data = loaded.calibration(calibration, samples=samples, seqlen=seqlen, seed=seed)
+        say_preprocessing(data)
         return loaded, data
 
     if directory is None or dry:
@@ -380,7 +393,10 @@ def command(
     say_next(_to_evaluate(context, of_images, fits))
 
 
-_AS_OPENED = ("weights", "seqlen", "device", "dtype", "trust_remote_code")
+_AS_OPENED = (
+    *("weights", "mean", "std", "image_size", "no_normalize"),
+    *("seqlen", "device", "dtype", "trust_remote_code"),
+)
 """Options of `osscar prune` without which `osscar eval` would open or score another model."""
 
 

@@ -18,12 +18,16 @@ from osscar.cli.common import (
     DampOption,
     DeviceOption,
     DtypeOption,
+    ImageSizeOption,
     JsonOption,
     MaxMemoryOption,
+    MeanOption,
     ModelArgument,
+    NoNormalizeOption,
     RoundToOption,
     SamplesOption,
     SeedOption,
+    StdOption,
     StrictOption,
     TrustOption,
     WeightsOption,
@@ -33,6 +37,8 @@ from osscar.cli.common import (
     out,
     quiet,
     say,
+    say_preprocessing,
+    stated_preprocessing,
     way_back,
     write_json,
 )
@@ -108,6 +114,10 @@ def command(
     allocation: AllocationOption = "curvature",
     weights: WeightsOption = None,
     calibration: CalibrationOption = None,
+    mean: MeanOption = None,
+    std: StdOption = None,
+    image_size: ImageSizeOption = None,
+    no_normalize: NoNormalizeOption = False,
     samples: SamplesOption = None,
     seqlen: Annotated[
         int | None, typer.Option(help="Tokens in a window, of calibration and scoring.")
@@ -147,6 +157,7 @@ def command(
     budget, values = _asked(
         sparsity=sparsity, params=params, size=size, flops=flops, speedup=speedup
     )
+    stated = stated_preprocessing(mean, std, image_size, no_normalize)
     points = jobs(budget, values, baselines=baselines, allocation=allocation)
     first: dict[str, Any] = {str(budget): points[0].value}
     base = PruningRequest(
@@ -171,10 +182,12 @@ def command(
                 dtype=dtype,
                 trust_remote_code=trust_remote_code,
                 max_memory=limit_of(max_memory, model, dtype, device, base),
+                preprocessing=stated,
             )
         for job in points:
             check_can_stream(loaded.model, job.request(base))
         data = loaded.calibration(calibration, samples=samples, seqlen=seqlen, seed=seed)
+        say_preprocessing(data)
         scorer = _Scorer.of(loaded, data, text=text, images=images, windows=windows, seqlen=seqlen)
         inputs = as_inputs(loaded.model, data)
         rows = inputs.batch_size if batch_size is None else batch_size
@@ -387,12 +400,12 @@ class _Scorer:
     @classmethod
     def _images(cls, loaded: VisionModel, data: Any, spec: str | None) -> _Scorer:
         from osscar.core.files import digest
-        from osscar.data.images import load_images, refuse_overlap
+        from osscar.data.images import refuse_overlap
         from osscar.evaluation.images import score_images
 
         if spec is None:
             return cls({"images": None}, lambda _: {})
-        images = load_images(spec, loaded.preprocessing)
+        images = loaded.images(spec)
         refuse_overlap(images, _calibrations(loaded.model, data))
 
         def score(model: nn.Module) -> dict[str, Any]:

@@ -210,9 +210,12 @@ class TensorInputs:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Samples and their shapes."""
+        """Samples, their shapes and number formats."""
         shapes = {name: list(tensor.shape[1:]) for name, tensor in self.tensors.items()}
-        return {"samples": self.samples, "shapes": shapes}
+        dtypes = {
+            name: str(tensor.dtype).removeprefix("torch.") for name, tensor in self.tensors.items()
+        }
+        return {"samples": self.samples, "shapes": shapes, "dtypes": dtypes}
 
     @property
     def samples(self) -> int:

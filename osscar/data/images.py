@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from osscar.core.errors import ImageError, OptionError, first_line
+from osscar.core.errors import ImageError, first_line
 from osscar.core.files import digest
 from osscar.core.inputs import file_name, shown, whole_number
 from osscar.core.printable import counted
-from osscar.data.preprocessing import Preprocessing
+from osscar.data.preprocessing import AnyPreprocessing, as_preprocessing, check_stated
 from osscar.data.tokens import named_generator
 from osscar.shrinking.lineage import Calibration
 
@@ -44,9 +44,9 @@ class ImageSet:
     source
         Where they come from, in words.
     items
-        Paths of files, or arrays (height, width, 3) uint8.
+        Paths of files, or arrays (height, width, 3) or (height, width) uint8.
     preprocessing
-        What the model wants.
+        What is done to an image before the model sees it.
     labels
         Class of each image, (n,) int64, or None.
     classes
@@ -55,7 +55,7 @@ class ImageSet:
 
     source: str
     items: Sequence[Path] | np.ndarray[Any, np.dtype[np.uint8]] = field(repr=False)
-    preprocessing: Preprocessing
+    preprocessing: AnyPreprocessing
     labels: Tensor | None = field(default=None, repr=False)
     classes: tuple[str, ...] = ()
 
@@ -84,23 +84,31 @@ class ImageSet:
         return replace(self, items=items, labels=labels)
 
     def batches(self, size: int) -> Iterator[Tensor]:
-        """Yield preprocessed images, (at most size, 3, height, width) float32.
+        """Yield preprocessed images, (at most size, channels, height, width) float32 or uint8.
 
         Raises
         ------
         ImageError
-            If a file is no image that can be decoded.
+            If a file is no image that can be decoded, or images become tensors of several shapes.
         OptionError
-            If `size` is not positive.
+            If `size` is not positive, or the preprocessing is not stated in full.
         """
         whole_number(size, "the batch size (--batch-size)", 1)
         transform = self.preprocessing.transform()
         for start in range(0, len(self), size):
             some = range(start, min(start + size, len(self)))
-            yield torch.stack([transform(self._decoded(index)) for index in some])
+            images = [transform(self.decoded(index)) for index in some]
+            shapes = {tuple(image.shape) for image in images}
+            if len(shapes) > 1:
+                one, other, *_ = sorted(shapes)
+                raise ImageError(
+                    f"the images of {self.source} become tensors of {one} and of {other}; give a "
+                    "transform that leads to one size"
+                )
+            yield torch.stack(images)
 
     def tensor(self) -> Tensor:
-        """Return all images at once, (n, 3, height, width) float32.
+        """Return all images at once, (n, channels, height, width) float32 or uint8.
 
         Raises
         ------
@@ -115,23 +123,30 @@ class ImageSet:
             "source": self.source,
             "images": self.fingerprints(),
             "samples": len(self),
-            "preprocessing": asdict(self.preprocessing),
+            "preprocessing": self.preprocessing.record(),
         }
 
     def fingerprints(self) -> list[str]:
         """Return a short hash of each image as it is stored, to recognize it by."""
         return [digest(_stored(item))[:16] for item in self.items]
 
-    def _decoded(self, index: int) -> Any:
+    def decoded(self, index: int) -> Any:
+        """Return an image as PIL has it, in color or not, as the model reads it.
+
+        Raises
+        ------
+        ImageError
+            If the file is no image that can be decoded.
+        """
         from PIL import Image
 
-        item = self.items[index]
+        item, mode = self.items[index], self.preprocessing.mode
         if isinstance(item, np.ndarray):
-            return Image.fromarray(item)
+            return Image.fromarray(item).convert(mode)
         try:
             with Image.open(item, formats=IMAGE_FORMATS) as image:
                 _check_form(image)
-                return image.convert("RGB")
+                return image.convert(mode)
         except Image.DecompressionBombError as error:
             raise ImageError(f"{str(item)!r} is too large: {error}; shrink the file") from error
         except _Unfit as error:
@@ -167,7 +182,7 @@ def _stored(item: Path | np.ndarray[Any, np.dtype[np.uint8]]) -> bytes:
         raise ImageError(f"cannot read {str(item)!r}: {error.strerror}") from error
 
 
-def load_images(spec: str | Path, preprocessing: Preprocessing) -> ImageSet:
+def load_images(spec: str | Path, preprocessing: Any) -> ImageSet:
     """Find images by path.
 
     Parameters
@@ -175,21 +190,22 @@ def load_images(spec: str | Path, preprocessing: Preprocessing) -> ImageSet:
     spec
         A directory (searched through; if all its images lie in subdirectories, these are classes,
         in alphabetical order), or an ``.npz`` file with ``images`` (n, height, width, 3) uint8 and
-        perhaps ``labels`` (n,).  ``FILE.npz:test`` reads ``test_images`` and ``test_labels``.
+        perhaps ``labels`` (n,).  ``FILE.npz:test`` reads ``test_images`` and ``test_labels``.  For
+        models that read one channel images may be (n, height, width) or (n, height, width, 1).
     preprocessing
-        What the model wants.
+        What is done to an image: an `osscar.Preprocessing`, such as that of a loaded model, a
+        classification preset of torchvision, or a function from a PIL image to a tensor.
 
     Raises
     ------
     ImageError
         If there is nothing of the kind, or no image in it.
+    OptionError
+        If the preprocessing is none, or not stated in full.
     """
     text = file_name(spec, "the place of the images", "a directory or an .npz file")
-    if not isinstance(preprocessing, Preprocessing):
-        raise OptionError(
-            f"the preprocessing is a {type(preprocessing).__name__}; give a Preprocessing, such as "
-            "that of a loaded model"
-        )
+    preprocessing = as_preprocessing(preprocessing, "the caller")
+    check_stated(preprocessing)
     try:
         path, part = Path(text).expanduser(), ""
         if not path.exists() and ".npz:" in text:
@@ -205,7 +221,7 @@ def load_images(spec: str | Path, preprocessing: Preprocessing) -> ImageSet:
     raise ImageError(f"no images at {text!r}; give a directory of images or an .npz file")
 
 
-def _from_directory(path: Path, preprocessing: Preprocessing) -> ImageSet:
+def _from_directory(path: Path, preprocessing: AnyPreprocessing) -> ImageSet:
     # Not `make_dataset` of torchvision, which walks in circles through links, and opens pipes.
     files = sorted(
         file for file in path.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file()
@@ -222,12 +238,12 @@ def _from_directory(path: Path, preprocessing: Preprocessing) -> ImageSet:
     return ImageSet(str(path), files, preprocessing, labels, classes)
 
 
-def _from_archive(path: Path, part: str, preprocessing: Preprocessing) -> ImageSet:
+def _from_archive(path: Path, part: str, preprocessing: AnyPreprocessing) -> ImageSet:
     images, labels = (f"{part}_{name}" if part else name for name in ("images", "labels"))
     try:
         with zipfile.ZipFile(path) as archive:
             headers = {name: _header(archive, name) for name in _members(archive)}
-        _check_headers(path, headers, images, labels)
+        _check_headers(path, headers, images, labels, gray=preprocessing.mode == "L")
         with np.load(path, allow_pickle=False) as arrays:
             pixels = arrays[images]
             classes = arrays[labels] if labels in headers else None
@@ -237,6 +253,8 @@ def _from_archive(path: Path, part: str, preprocessing: Preprocessing) -> ImageS
         raise ImageError(
             f"{str(path)!r} is not an .npz file that can be read: {first_line(error)}"
         ) from error
+    if pixels.shape[-1] == 1 and pixels.ndim == 4:
+        pixels = pixels[..., 0]
     found = None if classes is None else torch.from_numpy(classes.astype(np.int64))
     return ImageSet(f"{path}:{part}" if part else str(path), pixels, preprocessing, found)
 
@@ -263,7 +281,9 @@ def _header(archive: zipfile.ZipFile, name: str) -> _Header:
     return _Header(shape, dtype)
 
 
-def _check_headers(path: Path, headers: Mapping[str, _Header], images: str, labels: str) -> None:
+def _check_headers(
+    path: Path, headers: Mapping[str, _Header], images: str, labels: str, *, gray: bool
+) -> None:
     """Refuse arrays of a wrong form, and those that memory would not hold."""
     if images not in headers:
         raise ImageError(
@@ -271,10 +291,12 @@ def _check_headers(path: Path, headers: Mapping[str, _Header], images: str, labe
             "FILE.npz:PART for PART_images"
         )
     shape, dtype = headers[images].shape, headers[images].dtype
-    if len(shape) != 4 or shape[-1] != 3 or dtype != np.uint8 or min(shape) < 1:
+    color = len(shape) == 4 and shape[-1] == 3
+    fits = color or (gray and (len(shape) == 3 or (len(shape) == 4 and shape[-1] == 1)))
+    if not fits or dtype != np.uint8 or min(shape) < 1:
+        form = "(n, height, width, 3)" + (" or (n, height, width)" if gray else "")
         raise ImageError(
-            f"{images} in {str(path)!r} must be uint8 (n, height, width, 3) and not empty, "
-            f"not {dtype} of {shape}"
+            f"{images} in {str(path)!r} must be uint8 {form} and not empty, not {dtype} of {shape}"
         )
     if math.prod(shape) > _ARCHIVE_LIMIT:
         raise ImageError(

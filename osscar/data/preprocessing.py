@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeAlias
@@ -12,34 +14,59 @@ import torch
 from pydantic import ConfigDict
 from torch import Tensor
 
-from osscar.core.errors import FileError, ImageError, MissingDependency
+from osscar.core.errors import FileError, ImageError, MissingDependency, OptionError, first_line
+from osscar.core.inputs import shown
 from osscar.core.json_files import STRICT, validated
 
 _INTERPOLATIONS = ("nearest", "nearest-exact", "bilinear", "bicubic", "box", "hamming", "lanczos")
 """The values of torchvision's InterpolationMode."""
 
 _LARGEST_SIDE = 2**14
+_FURTHER = 16
+"""How many times larger than any pixel an example may be: noise is, and other units are more."""
+
+_DRAWS = 8
+"""How often an own transform sees one image, to tell whether it draws anything."""
+
 Size: TypeAlias = int | tuple[int, int]
 """A side in pixels, or a height and a width."""
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
+OPTIONS = "--mean, --std, --image-size and --no-normalize"
+_HOW_TO_STATE = {
+    "mean and std": "--mean and --std (one number a channel, or one for all) or --no-normalize "
+    "(pixels / 255 as they are)",
+    "size": "--image-size (PIXELS or HxW)",
+    "number of channels": "example inputs in the code (or --image-size CxHxW)",
+}
+_OR_BRING = (
+    "or let the code return (model, example, transform); in Python give "
+    "preprocessing=osscar.Preprocessing(...)"
+)
 
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """What torchvision's classification preset does to an image before the model sees it.
+    """What is done to an image before the model sees it, as torchvision's presets do it.
+
+    What is None is not stated.  `load_vision_model` takes size, channels and number format from the
+    example inputs then; mean and deviation have to be stated.
 
     Parameters
     ----------
     resize
-        The shorter side after resizing, in pixels; or height and width, whatever they were.
+        The shorter side after resizing, in pixels; or height and width, whatever they were.  By
+        default as `crop`.
     crop
         The side of the square that is cut from the centre, or height and width.
     mean, std
-        Of each channel, for values in [0, 1].
+        Of values in [0, 1]: one number a channel, or one for all.  0 and 1 leave pixels / 255 as
+        they are.
     interpolation
-        As torchvision calls it.
+        As torchvision calls it; by default ``"bilinear"``.
+    channels
+        3 (RGB), or 1: images are converted to grayscale.
+    dtype
+        ``"float32"``, or ``"uint8"`` for a model that takes pixels from 0 to 255 as they are.
 
     Raises
     ------
@@ -49,26 +76,61 @@ class Preprocessing:
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
-    resize: Size = 256
-    crop: Size = 224
-    mean: tuple[float, ...] = IMAGENET_MEAN
-    std: tuple[float, ...] = IMAGENET_STD
-    interpolation: str = "bilinear"
+    resize: Size | None = None
+    crop: Size | None = None
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    interpolation: str | None = None
+    channels: int | None = None
+    dtype: str | None = None
 
     def __post_init__(self) -> None:
-        for name, value in (("resize", self.resize), ("crop", self.crop)):
-            if not all(isinstance(n, int) and 1 <= n <= _LARGEST_SIDE for n in _pair(value)):
-                raise ImageError(f"{name} is {value}; give pixels, from 1 to {_LARGEST_SIDE}")
-        finite = all(math.isfinite(value) for value in (*self.mean, *self.std))
-        positive = finite and min(self.std, default=0) > 0
-        if len(self.mean) not in (1, 3) or len(self.std) != len(self.mean) or not positive:
-            raise ImageError(
-                f"mean is {self.mean} and std {self.std}; give one number a channel, std above 0"
-            )
-        if self.interpolation not in _INTERPOLATIONS:
-            raise ImageError(
-                f"interpolation is {self.interpolation!r}; give one of {', '.join(_INTERPOLATIONS)}"
-            )
+        if self.resize is None:
+            object.__setattr__(self, "resize", self.crop)
+        for name in ("resize", "crop"):
+            value = getattr(self, name)
+            if value is not None and not _is_size(value):
+                raise ImageError(
+                    f"{name} is {shown(value)}; give pixels, from 1 to {_LARGEST_SIDE}"
+                )
+        self._check_normalization()
+        for name, known in (
+            ("interpolation", _INTERPOLATIONS),
+            ("channels", (1, 3)),
+            ("dtype", ("float32", "uint8")),
+        ):
+            value = getattr(self, name)
+            if value is not None and value not in known:
+                raise ImageError(
+                    f"{name} is {shown(value)}; give one of {', '.join(map(str, known))}"
+                )
+
+    def _check_normalization(self) -> None:
+        given = {name: getattr(self, name) for name in ("mean", "std")}
+        missing = [name for name, value in given.items() if value is None]
+        if len(missing) == 2:
+            return
+        if missing:
+            other = "mean" if missing == ["std"] else "std"
+            raise ImageError(f"{other} is given without {missing[0]}; give both")
+        for name, value in given.items():
+            numbers = tuple(value) if isinstance(value, list | tuple) else (value,)
+            if not all(_is_finite(n) for n in numbers) or len(numbers) not in (1, 3):
+                raise ImageError(
+                    f"{name} is {shown(value)}; give one number for all channels, or one for each "
+                    "of three"
+                )
+            if name == "std" and min(numbers) <= 0:
+                raise ImageError(f"std is {shown(value)}; give numbers above 0")
+            if name == "mean" and max(numbers) > 1:
+                raise ImageError(
+                    f"mean is {shown(value)}; give that of pixels / 255, which lie from 0 to 1"
+                )
+            object.__setattr__(self, name, tuple(map(float, numbers)))
+            if len(numbers) == 3 and self.channels is None:
+                object.__setattr__(self, "channels", 3)
+            if self.channels == 1 and len(numbers) == 3:
+                raise ImageError(f"{name} has 3 numbers and images 1 channel; give one number")
 
     @classmethod
     def of(cls, transforms: Any) -> Preprocessing:
@@ -82,28 +144,148 @@ class Preprocessing:
         )
 
     @classmethod
-    def to_size(cls, height: int, width: int | None = None) -> Preprocessing:
+    def to_size(cls, height: int, width: int | None = None, **known: Any) -> Preprocessing:
         """Lead to images of one size.
 
         A square of side `height` is the centre of an image whose shorter side has that length; a
         rectangle is the whole image, stretched.
         """
         size: Size = height if width in (None, height) else (height, int(width or 0))
-        return cls(resize=size, crop=size)
+        return cls(resize=size, crop=size, **known)
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Preprocessing:
-        """Read what ``dataclasses.asdict`` wrote.
+        """Read what `record` returned.
 
         Raises
         ------
         ImageError
-            If a field is missing or makes no sense.
+            If a field is unknown or makes no sense.
         """
         try:
             return validated(dict(data), cls, "the preprocessing")
         except FileError as error:
             raise ImageError(error.reason) from error
+
+    def record(self) -> dict[str, Any]:
+        """Return what is stated, as JSON-able data."""
+        return {name: value for name, value in vars(self).items() if value is not None}
+
+    def with_stated(self, other: Preprocessing) -> Preprocessing:
+        """Return the same with all that another one states."""
+        return dataclasses.replace(self, **other.record())
+
+    def fitted(self, example: Tensor | None, source: str) -> Preprocessing:
+        """Take from an example what is not stated.
+
+        Parameters
+        ----------
+        example
+            Images as the model takes them, (n, channels, height, width); or None.
+        source
+            Whose example it is, in words.
+
+        Raises
+        ------
+        ImageError
+            If what is stated contradicts the example.
+        """
+        interpolation, dtype = self.interpolation or "bilinear", self.dtype or "float32"
+        if example is None:
+            return dataclasses.replace(self, interpolation=interpolation, dtype=dtype)
+        dtype = "uint8" if example.dtype is torch.uint8 else "float32"
+        self._check_example(example, dtype, source)
+        own = Preprocessing.to_size(*example.shape[-2:])
+        return dataclasses.replace(
+            self,
+            resize=self.resize or own.resize,
+            crop=self.crop or own.crop,
+            interpolation=interpolation,
+            channels=example.shape[1],
+            dtype=dtype,
+        )
+
+    def _check_example(self, example: Tensor, number_format: str, source: str) -> None:
+        """Refuse an example that is no image as it would come out of this."""
+        channels = example.shape[1]
+        if self.channels not in (None, channels):
+            numbers = "" if self.mean is None else f" (mean has {len(self.mean)} numbers)"
+            raise ImageError(
+                f"images are stated to have {self.channels} channels{numbers}, and the example of "
+                f"{source} has {channels}: {tuple(example.shape)}; state what it has"
+            )
+        if self.dtype not in (None, number_format):
+            raise ImageError(
+                f"images are stated to be {self.dtype}, and the example of {source} is "
+                f"{example.dtype}; state what the model takes"
+            )
+        if number_format == "uint8":
+            if self.normalizes:
+                raise ImageError(
+                    f"the example of {source} is torch.uint8, so the model takes pixels from 0 to "
+                    "255 as they are; leave --mean and --std away, or give a float example"
+                )
+            return
+        if self.mean is None or self.std is None:
+            return
+        reach = max(max(abs(m), abs(1 - m)) / s for m, s in zip(*self._numbers(), strict=True))
+        largest = float(example.detach().abs().max())
+        if largest > _FURTHER * reach:
+            raise ImageError(
+                f"the example of {source} has values up to {largest:g}, and images would reach "
+                f"{reach:.4g} as stated; give an example in the model's own units (for pixels from "
+                "0 to 255 state --mean 0 --std 0.00392157)"
+            )
+
+    def _numbers(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Return mean and deviation, as many of one as of the other; nothing changes by default."""
+        mean, std = self.mean or (0.0,), self.std or (1.0,)
+        longest = max(len(mean), len(std))
+        return mean * (longest // len(mean)), std * (longest // len(std))
+
+    @property
+    def normalizes(self) -> bool:
+        """Whether anything but pixels / 255, or pixels, comes out."""
+        mean, std = self._numbers()
+        return any(mean) or set(std) != {1.0}
+
+    @property
+    def mode(self) -> str:
+        """What PIL calls the images that go in."""
+        return "L" if self.channels == 1 else "RGB"
+
+    def shows(self, example: Tensor | None) -> bool:
+        """Whether an example has the size of what comes out."""
+        return (
+            example is not None
+            and self.crop is not None
+            and _pair(self.crop) == tuple(example.shape[-2:])
+        )
+
+    def missing(self) -> list[str]:
+        """Name what is not stated."""
+        parts = {
+            "mean and std": self.mean if self.dtype != "uint8" else (),
+            "size": self.crop,
+            "number of channels": self.channels,
+        }
+        return [name for name, value in parts.items() if value is None]
+
+    def sentence(self) -> str:
+        """Say what is done to an image."""
+        kind = "grayscale" if self.channels == 1 else "RGB"
+        resized, cut = self.resize, self.crop
+        steps = [f"{kind}, resized to {_in_words(resized)} ({self.interpolation})"]
+        if cut != resized or isinstance(cut, int):
+            steps.append(f"{_in_words(_pair(cut or 0))} cut from the centre")
+        if self.dtype == "uint8":
+            steps.append("pixels from 0 to 255 as they are (uint8)")
+        elif not self.normalizes:
+            steps.append("pixels / 255, not normalized")
+        else:
+            mean, std = (", ".join(f"{n:.4g}" for n in numbers) for numbers in self._numbers())
+            steps.append(f"pixels / 255, mean {mean}, std {std}")
+        return "; ".join(steps)
 
     def transform(self) -> Callable[[Any], Tensor]:
         """Return the transform with these numbers, which is that of torchvision's presets.
@@ -112,22 +294,201 @@ class Preprocessing:
         ------
         MissingDependency
             If torchvision is not installed.
+        OptionError
+            If something is not stated.
         """
+        check_stated(self)
         # Not `transforms.v2`, whose last digits differ from those of the presets.
         steps = import_torchvision("transforms")
-        return steps.Compose(  # type: ignore[no-any-return]
-            [
-                steps.Resize(self.resize, steps.InterpolationMode(self.interpolation)),
-                steps.CenterCrop(self.crop),
-                steps.PILToTensor(),
-                steps.ConvertImageDtype(torch.float32),
-                steps.Normalize(self.mean, self.std),
-            ]
+        chain = [
+            steps.Resize(self.resize, steps.InterpolationMode(self.interpolation or "bilinear")),
+            steps.CenterCrop(self.crop),
+            steps.PILToTensor(),
+        ]
+        if self.dtype != "uint8":
+            chain.append(steps.ConvertImageDtype(torch.float32))
+            if self.normalizes:
+                chain.append(steps.Normalize(*self._numbers()))
+        return steps.Compose(chain)  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True)
+class OwnTransform:
+    """A function of the user's own from an image to a tensor; only where it comes from is recorded.
+
+    Parameters
+    ----------
+    function
+        From a PIL image to a tensor; None where it is recorded alone and nothing brought it again.
+    source
+        What it comes from, in words.
+    steps
+        What it says of itself.
+    example
+        What comes out must look like one of these, (n, ...), but for height and width.
+    """
+
+    function: Callable[[Any], Any] | None
+    source: str
+    steps: str = ""
+    example: Tensor | None = dataclasses.field(default=None, repr=False, compare=False)
+
+    @classmethod
+    def of(cls, function: Callable[[Any], Any], source: str) -> OwnTransform:
+        """Take a function, and what it says of itself without where it lies in memory."""
+        steps = " ".join(re.sub(r" at 0x[0-9a-f]+", "", repr(function)).split())
+        return cls(function, source, f"{steps:.500}")
+
+    @property
+    def mode(self) -> str:
+        """What PIL calls the images that go in."""
+        gray = self.example is not None and self.example.ndim == 4 and self.example.shape[1] == 1
+        return "L" if gray else "RGB"
+
+    def record(self) -> dict[str, Any]:
+        """Return where it comes from, as JSON-able data."""
+        return {"transform": self.source, "steps": self.steps}
+
+    def sentence(self) -> str:
+        """Say what is done to an image."""
+        return f"{self.mode}, by the transform of {self.source}: {self.steps}"
+
+    def fitted(self, example: Tensor | None, source: str) -> OwnTransform:
+        """Note what has to come out; `source` is not needed here."""
+        return dataclasses.replace(self, example=example)
+
+    def transform(self) -> Callable[[Any], Tensor]:
+        """Return the function, with a check of what it returns.
+
+        Raises
+        ------
+        OptionError
+            If nothing brought it.
+        """
+        check_stated(self)
+        return self._checked
+
+    def check(self, image: Any) -> None:
+        """Refuse a transform that fails on an image, or that draws something.
+
+        Raises
+        ------
+        ImageError
+            Saying which.
+        """
+        first, *others = (self._checked(image) for _ in range(_DRAWS))
+        if any(first.shape != other.shape or not first.equal(other) for other in others):
+            raise ImageError(
+                f"the transform of {self.source} makes another tensor of one image each time; give "
+                "the one for evaluation, which draws nothing"
+            )
+
+    def _checked(self, image: Any) -> Tensor:
+        assert self.function is not None
+        try:
+            found = self.function(image)
+        except Exception as error:  # it is anyone's code
+            raise ImageError(
+                f"the transform of {self.source} fails on an image: {type(error).__name__}: "
+                f"{first_line(error)}"
+            ) from error
+        if not isinstance(found, Tensor):
+            raise ImageError(
+                f"the transform of {self.source} returns a {type(found).__name__}; return a tensor "
+                "(channels, height, width)"
+            )
+        wanted = self.example
+        if wanted is not None and (
+            found.ndim != wanted.ndim - 1
+            or found.shape[0] != wanted.shape[1]
+            or found.is_floating_point() != wanted.is_floating_point()
+        ):
+            raise ImageError(
+                f"the transform of {self.source} returns {found.dtype} of {tuple(found.shape)}, "
+                f"and the example is {wanted.dtype} of {tuple(wanted.shape)}; let them agree"
+            )
+        return found
+
+
+AnyPreprocessing: TypeAlias = Preprocessing | OwnTransform
+
+
+def as_preprocessing(given: Any, source: str) -> AnyPreprocessing:
+    """Read what a user gives as what is done to an image.
+
+    Parameters
+    ----------
+    given
+        A `Preprocessing`, a classification preset of torchvision, or a function from a PIL image to
+        a tensor.
+    source
+        What gives it, in words.
+
+    Raises
+    ------
+    OptionError
+        If it is something else.
+    """
+    if isinstance(given, Preprocessing | OwnTransform):
+        return given
+    preset = ("resize_size", "crop_size", "mean", "std", "interpolation")
+    if all(hasattr(given, name) for name in preset) and getattr(given, "antialias", True):
+        return Preprocessing.of(given)
+    if callable(given) and not isinstance(given, type):
+        return OwnTransform.of(given, source)
+    raise OptionError(
+        f"{source} gives {shown(given)} ({type(given).__name__}) as what is done to an image; give "
+        "an osscar.Preprocessing, a preset of torchvision, or a function from a PIL image to a "
+        "tensor"
+    )
+
+
+def check_stated(preprocessing: AnyPreprocessing, source: str = "a model") -> None:
+    """Refuse to guess what is done to an image.
+
+    Raises
+    ------
+    OptionError
+        Saying what is not stated, and how to state it.
+    """
+    if isinstance(preprocessing, OwnTransform):
+        if preprocessing.function is None:
+            raise OptionError(
+                f"{source} was calibrated with images by the transform of {preprocessing.source} "
+                f"({preprocessing.steps}), which nothing brings; give the code that returns it "
+                f"(--against), or {_HOW_TO_STATE['mean and std']}"
+            )
+        return
+    missing = preprocessing.missing()
+    if missing:
+        options = ", ".join(_HOW_TO_STATE[name] for name in missing)
+        raise OptionError(
+            f"nothing states the {' and '.join(missing)} of the images that {source} reads: "
+            f"give {options}; {_OR_BRING}"
         )
+
+
+def _is_size(value: Any) -> bool:
+    whole = isinstance(value, int) or (isinstance(value, tuple) and len(value) == 2)
+    return whole and all(
+        isinstance(n, int) and not isinstance(n, bool) and 1 <= n <= _LARGEST_SIDE
+        for n in _pair(value)
+    )
+
+
+def _is_finite(value: Any) -> bool:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return number and math.isfinite(value)
 
 
 def _pair(size: Size) -> tuple[int, int]:
     return size if isinstance(size, tuple) else (size, size)
+
+
+def _in_words(size: Size | None) -> str:
+    if isinstance(size, tuple):
+        return f"{size[0]} x {size[1]}"
+    return f"a shorter side of {size}"
 
 
 def import_torchvision(module: str) -> Any:

@@ -17,7 +17,7 @@ from osscar.core.inputs import whole_number
 from osscar.core.modules import check_usable, device_of, evaluating
 from osscar.core.printable import counted
 from osscar.core.timing import take_turns
-from osscar.data.batches import named_inputs
+from osscar.data.batches import cast_like, named_inputs
 from osscar.data.images import ImageSet
 from osscar.evaluation.result import Comparison, Evaluation
 from osscar.evaluation.size import measure_footprint, read_peak_memory, reset_peak_memory
@@ -358,7 +358,7 @@ def _check_same_classes(logits: Sequence[Tensor]) -> None:
 
 
 def _arguments(model: nn.Module, batch: Tensor) -> Mapping[str, Tensor]:
-    return named_inputs(model, (batch.to(next(model.parameters())),))
+    return named_inputs(model, (cast_like(batch, next(model.parameters())),))
 
 
 def _speeds(models: Sequence[nn.Module], batch: Tensor, repetitions: int) -> list[float]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from osscar.checkpoint.manifest import is_checkpoint, read_manifest
 from osscar.core.errors import CheckpointError, OptionError
 from osscar.core.inputs import file_name
+from osscar.data.preprocessing import OPTIONS
 from osscar.models.language import LoadedModel, load_model
 from osscar.models.names import Sort, check_no_program, sort_of
 from osscar.models.vision import VisionModel, load_vision_model
@@ -53,6 +55,7 @@ def open_model(
     device: str | torch.device = "auto",
     trust_remote_code: bool = False,
     max_memory: str | int | None = None,
+    preprocessing: Any = None,
 ) -> LoadedModel | VisionModel:
     """Load whatever model a name stands for.
 
@@ -74,12 +77,14 @@ def open_model(
         Run the code that a checkpoint of transformers brings along.
     max_memory
         Most memory for a language model that is larger, as of `osscar.load_model`.
+    preprocessing
+        What is done to an image, as of `osscar.load_vision_model`.
 
     Raises
     ------
     OptionError
-        If weights are given for a model that brings its own, or a dense model for one that needs
-        none.
+        If weights are given for a model that brings its own, a dense model for one that needs
+        none, or preprocessing of images for one that reads text.
     OsscarError
         What `osscar.load_model` and `osscar.load_vision_model` raise.
     """
@@ -94,6 +99,8 @@ def open_model(
     if weights is not None and not sort.takes_weights:
         raise OptionError(f"{name!r} has weights of its own; leave --weights away")
     if sort is Sort.LANGUAGE:
+        if preprocessing is not None:
+            raise OptionError(f"{name!r} reads text, not images; leave {OPTIONS} away")
         return load_model(
             name,
             dtype=dtype,
@@ -107,5 +114,11 @@ def open_model(
             "--max-memory away"
         )
     return load_vision_model(
-        name, weights=weights, pretrained=pretrained, dense=dense, dtype=dtype, device=device
+        name,
+        weights=weights,
+        pretrained=pretrained,
+        dense=dense,
+        dtype=dtype,
+        device=device,
+        preprocessing=preprocessing,
     )

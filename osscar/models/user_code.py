@@ -11,23 +11,49 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from osscar.core.errors import CalibrationError, ModelError, ModelNotFound
+from osscar.core.errors import CalibrationError, ModelError, ModelNotFound, OptionError
 from osscar.core.modules import in_evaluation
 from osscar.data.batches import Batch, named_inputs
+from osscar.data.preprocessing import AnyPreprocessing, as_preprocessing
 
 
-def build(name: str) -> tuple[nn.Module, Batch | None]:
-    """Import a function, call it, and return the model with the example inputs that it may give.
+class Built(NamedTuple):
+    """What a user's function returned.
+
+    Attributes
+    ----------
+    model
+        In evaluation mode.
+    example
+        Its example inputs by name; None if there are none.
+    preprocessing
+        What is done to an image before the model sees it; None if the code does not say.
+    """
+
+    model: nn.Module
+    example: Batch | None
+    preprocessing: AnyPreprocessing | None
+
+
+_RETURNS = (
+    "return a torch.nn.Module, or (model, example inputs), or (model, example inputs, transform)"
+)
+
+
+def build(name: str) -> Built:
+    """Import a function, call it, and return the model with what else it may give.
 
     Parameters
     ----------
     name
         ``package.module:function`` or ``path/file.py:function``.  The function takes no arguments
-        and returns a model, or a model and example inputs (a tensor, a tuple, or a mapping).
+        and returns a model; or a model and example inputs (a tensor, a tuple, or a mapping); or
+        these and what is done to an image (see `osscar.data.preprocessing.as_preprocessing`), where
+        the example inputs may be None.
 
     Raises
     ------
@@ -43,13 +69,19 @@ def build(name: str) -> tuple[nn.Module, Batch | None]:
             raise ModelNotFound(f"{place!r} has no function {function!r}")
         with _user_code(name):
             built = found()
-    model, example = built if isinstance(built, tuple) and len(built) == 2 else (built, None)
+    several = isinstance(built, tuple) and len(built) in (2, 3)
+    model, example, transform = (*built, None, None)[:3] if several else (built, None, None)
     if not isinstance(model, nn.Module):
-        raise ModelError(
-            f"{name} returned a {type(model).__name__}; return a torch.nn.Module, or one with "
-            "example inputs"
-        )
-    return in_evaluation(model), None if example is None else _named(model, example, name)
+        raise ModelError(f"{name} returned a {type(model).__name__}; {_RETURNS}")
+    try:
+        preprocessing = None if transform is None else as_preprocessing(transform, name)
+    except OptionError as error:
+        raise ModelError(str(error)) from error
+    return Built(
+        in_evaluation(model),
+        None if example is None else _named(model, example, name),
+        preprocessing,
+    )
 
 
 def _named(model: nn.Module, example: Any, name: str) -> Batch:
@@ -59,7 +91,8 @@ def _named(model: nn.Module, example: Any, name: str) -> Batch:
         shown = " ".join(repr(example).split())
         raise ModelError(
             f"{name} returned {shown:.60} ({type(example).__name__}) as example inputs; "
-            "return a tensor, a tuple of tensors, or a mapping of their names to tensors"
+            "return a tensor, a tuple of tensors, or a mapping of their names to tensors (and what "
+            "is done to an image as the third value)"
         )
     if not all(isinstance(tensor, Tensor) for tensor in tensors):
         kinds = ", ".join(type(tensor).__name__ for tensor in tensors)

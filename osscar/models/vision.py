@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,18 +19,32 @@ from osscar.checkpoint.builders import TorchvisionOrigin, builder_of
 from osscar.checkpoint.formats import cast
 from osscar.core.devices import resolve_device, resolve_dtype
 from osscar.core.errors import CheckpointError, ImageError, ModelError, ModelNotFound, OptionError
-from osscar.core.inputs import file_name
+from osscar.core.inputs import file_name, shown
 from osscar.core.modules import check_finite_weights, check_usable, in_evaluation
 from osscar.data.batches import Batch, cast_like, named_inputs
 from osscar.data.images import ImageSet, load_images
-from osscar.data.preprocessing import Preprocessing, Size, import_torchvision
+from osscar.data.preprocessing import (
+    OPTIONS,
+    AnyPreprocessing,
+    OwnTransform,
+    Preprocessing,
+    as_preprocessing,
+    check_stated,
+    import_torchvision,
+)
 from osscar.models import user_code
 from osscar.models.chance import told_share
 from osscar.models.names import PREFIX, Sort, check_no_program, sort_of
 from osscar.models.weights import fill, read_state, renamed
-from osscar.shrinking.lineage import Lineage, lineage_of, note, stored_dtype
+from osscar.shrinking.lineage import FORMATS, Input, Lineage, lineage_of, note, stored_dtype
 
 DEFAULT_SAMPLES = 256
+
+_LARGEST_EXAMPLE = 2**28
+"""Entries of an example that is made from what a directory records."""
+
+_INPUTS = ("bool", "uint8", "int8", "int16", "int32", "int64", *FORMATS)
+"""The number formats that it may have."""
 
 _OPTIONS: dict[str, dict[str, bool]] = {
     "googlenet": {"transform_input": True, "aux_logits": False, "init_weights": False},
@@ -46,9 +62,10 @@ class VisionModel:
     model
         In evaluation mode, on its device.
     example
-        Inputs to trace it with.
+        Inputs to trace it with; None where nothing tells what they look like.
     preprocessing
-        What is done to an image before the model sees it.
+        What is done to an image before the model sees it, as far as it is stated; None of a model
+        whose inputs are no images.
     source
         Where it comes from, in words.
     path
@@ -63,8 +80,8 @@ class VisionModel:
     """
 
     model: nn.Module
-    example: Batch
-    preprocessing: Preprocessing
+    example: Batch | None
+    preprocessing: AnyPreprocessing | None
     source: str
     path: Path | None
     stored_dtype: torch.dtype
@@ -93,7 +110,7 @@ class VisionModel:
         ImageError
             If there are none, or one of them cannot be decoded.
         OptionError
-            If a length is given.
+            If a length is given, or nothing states what is done to an image.
         """
         if seqlen is not None:
             raise OptionError(f"{self.source} reads images, which have no --seqlen; leave it away")
@@ -101,8 +118,34 @@ class VisionModel:
             raise ImageError(
                 f"{self.source} reads images: give --calibration a directory or an .npz file"
             )
-        images = load_images(spec, self.preprocessing)
+        images = self.images(spec)
         return images.sample(DEFAULT_SAMPLES if samples is None else samples, seed)
+
+    def images(self, spec: str | Path) -> ImageSet:
+        """Find images, which become what the model reads.
+
+        Parameters
+        ----------
+        spec
+            As for `calibration`.
+
+        Raises
+        ------
+        ImageError
+            If there are none; or the model, by its example, reads no images.
+        OptionError
+            If nothing states what is done to an image.
+        """
+        preprocessing = self.preprocessing
+        own = isinstance(preprocessing, OwnTransform)
+        if self.example is not None and not own and image_of(self.example) is None:
+            raise _no_images(self.example, self.source)
+        preprocessing = preprocessing or Preprocessing()
+        check_stated(preprocessing, self.source)
+        images = load_images(spec, preprocessing)
+        if isinstance(preprocessing, OwnTransform):
+            preprocessing.check(images.decoded(0))
+        return images
 
 
 def load_vision_model(
@@ -113,6 +156,7 @@ def load_vision_model(
     dense: str | None = None,
     dtype: str | torch.dtype | None = None,
     device: str | torch.device = "auto",
+    preprocessing: Any = None,
 ) -> VisionModel:
     """Load a model that reads images.
 
@@ -120,7 +164,8 @@ def load_vision_model(
     ----------
     name
         ``torchvision:NAME``; ``module:function`` or ``file.py:function``, code of your own that
-        returns a model, or a model and example inputs; or a directory that `osscar.save` wrote.
+        returns a model, (model, example inputs), or (model, example inputs, transform); or a
+        directory that `osscar.save` wrote.
     weights
         A ``.safetensors`` file or a state dict that ``torch.load`` reads with ``weights_only``.
         torchvision's own are fetched without it.
@@ -134,9 +179,18 @@ def load_vision_model(
         None): as stored on a GPU, float32 on a CPU.
     device
         ``"auto"``, ``"cpu"`` or ``"cuda"`` (or ``"cuda:1"``).
+    preprocessing
+        What is done to an image: an `osscar.Preprocessing`, a classification preset of torchvision,
+        or a function from a PIL image to a tensor.  What it states takes the place of what the
+        model brings, with a warning where that is something else.  By default what a directory
+        records, what the code returns, and what belongs to torchvision's weights.
 
     Raises
     ------
+    ImageError
+        If what is stated about images makes no sense, or contradicts the example inputs.
+    OptionError
+        If what is done to an image is stated in a way that does not go with what the model brings.
     ModelNotFound
         If nothing answers to the name.
     ModelError
@@ -151,6 +205,9 @@ def load_vision_model(
         If torchvision is needed and not installed.
     """
     name = file_name(name, "the model", "torchvision:NAME, code of your own, or a directory")
+    stated = None
+    if preprocessing is not None:
+        stated = as_preprocessing(preprocessing, "the caller")
     target = resolve_device(device)
     number_format = resolve_dtype(dtype, target)
     check_no_program(name)
@@ -170,18 +227,126 @@ def load_vision_model(
     check_finite_weights(loaded.model)
     if sort is Sort.CODE and weights is None and pretrained:
         loaded = dataclasses.replace(loaded, drawn=told_share(name, loaded.model))
+    loaded = _resolved(loaded, stated)
     model = loaded.model if number_format is None else cast(loaded.model, number_format)
     model = in_evaluation(model.to(target))
     reference = next(model.parameters())
-    example = {name: cast_like(tensor, reference) for name, tensor in loaded.example.items()}
+    example = loaded.example
+    if example is not None:
+        example = {name: cast_like(tensor, reference) for name, tensor in example.items()}
+    known = loaded.preprocessing
     note(
         model,
         source=lineage_of(model).source or loaded.source,
         classes=loaded.classes,
-        preprocessing=dataclasses.asdict(loaded.preprocessing),
+        preprocessing=None if known is None else known.record(),
         stored_dtype=str(loaded.stored_dtype).removeprefix("torch."),
     )
     return dataclasses.replace(loaded, model=model, example=example)
+
+
+# ---- images ------------------------------------------------------------------------------
+
+
+def _resolved(loaded: VisionModel, stated: AnyPreprocessing | None) -> VisionModel:
+    """Return a model with all that is known of its images: stated, brought, or in its example."""
+    image = None if loaded.example is None else image_of(loaded.example)
+    if loaded.example is not None and image is None:
+        if isinstance(stated, Preprocessing):
+            raise _no_images(loaded.example, loaded.source)
+        own = stated or loaded.preprocessing
+        return dataclasses.replace(
+            loaded, preprocessing=own if isinstance(own, OwnTransform) else None
+        )
+    known = _with_stated(loaded, stated).fitted(image, loaded.source)
+    example = loaded.example
+    if isinstance(known, Preprocessing) and not known.shows(image):
+        example = image_example(loaded.model, known)
+    return dataclasses.replace(loaded, preprocessing=known, example=example)
+
+
+def _with_stated(loaded: VisionModel, stated: AnyPreprocessing | None) -> AnyPreprocessing:
+    """Return what a model brings with what is stated in its place, and say where they differ."""
+    brought = loaded.preprocessing
+    if stated is None or brought is None:
+        return stated or brought or Preprocessing()
+    if isinstance(brought, Preprocessing) and isinstance(stated, Preprocessing):
+        _warn_of_difference(stated, "as stated", brought, f"{loaded.source} brings")
+        return brought.with_stated(stated)
+    if isinstance(brought, OwnTransform) and brought.function is not None:
+        raise OptionError(
+            f"{loaded.source} brings what is done to an image, the transform of {brought.source}; "
+            f"leave {OPTIONS} away"
+        )
+    warnings.warn(
+        f"{loaded.source} was calibrated with images by another transform than is stated now: "
+        f"{brought.sentence()}",
+        stacklevel=4,
+    )
+    return stated
+
+
+def _warn_of_difference(used: Preprocessing, how: str, other: Preprocessing, whose: str) -> None:
+    """Say which numbers are used in the place of others."""
+    theirs = other.record()
+    for name, value in used.record().items():
+        if name in theirs and theirs[name] != value:
+            warnings.warn(
+                f"{name} of images is {shown(value)} {how}, where {whose} {shown(theirs[name])}",
+                stacklevel=5,
+            )
+
+
+def image_of(example: Batch) -> Tensor | None:
+    """Return the images in example inputs, (n, channels, height, width); None if they are none."""
+    tensors = list(example.values())
+    if len(tensors) != 1 or tensors[0].ndim != 4 or not tensors[0].numel():
+        return None
+    image = tensors[0]
+    pixels = image.is_floating_point() or image.dtype is torch.uint8
+    return image if pixels and image.shape[1] in (1, 3) else None
+
+
+def _no_images(example: Batch, source: str) -> ImageError:
+    """Return an error that says what example inputs should look like."""
+    if len(example) != 1:
+        return ImageError(
+            f"{source} reads {len(example)} inputs ({', '.join(example)}), and images are one: "
+            "calibrate it with tensors by name, from Python"
+        )
+    (tensor,) = example.values()
+    last = tensor.ndim == 4 and tensor.shape[-1] in (1, 3)
+    hint = (
+        "let the model take that and permute its dimensions itself"
+        if last
+        else "give such an example, or let the code return (model, example, transform)"
+    )
+    return ImageError(
+        f"the example of {source} is {tensor.dtype} of {tuple(tensor.shape)}, and images are float "
+        f"or uint8 of (n, channels, height, width) with 1 or 3 channels, such as (2, 3, 32, 32); "
+        f"{hint}"
+    )
+
+
+def image_example(model: nn.Module, preprocessing: Preprocessing) -> Batch | None:
+    """Return two images of noise as named arguments; None where their size is not known."""
+    crop, channels = preprocessing.crop, preprocessing.channels
+    if crop is None or channels is None:
+        return None
+    height, width = crop if isinstance(crop, tuple) else (crop, crop)
+    kind = Input((channels, height, width), preprocessing.dtype or "float32")
+    return named_inputs(model, (_noise(kind),))
+
+
+def _noise(kind: Input) -> Tensor:
+    """Return two samples of an input."""
+    generator = torch.Generator().manual_seed(0)
+    shape, dtype = (2, *kind.shape), getattr(torch, kind.dtype)
+    if dtype.is_floating_point:
+        return torch.randn(shape, generator=generator).to(dtype)
+    if dtype is torch.uint8:
+        return torch.randint(256, shape, generator=generator, dtype=dtype)
+    return torch.zeros(shape, dtype=dtype)
 
 
 # ---- torchvision -------------------------------------------------------------------------
@@ -205,7 +370,7 @@ def _from_torchvision(name: str, weights: str | Path | None, pretrained: bool) -
     classes = tuple(preset.meta["categories"])
     return VisionModel(
         model=model,
-        example=image_example(model, preprocessing.crop),
+        example=None,
         preprocessing=preprocessing,
         source=f"torchvision {name}",
         path=None,
@@ -263,14 +428,13 @@ def _other_classes(model: nn.Module, state: Mapping[str, Tensor]) -> int | None:
 
 
 def _from_code(name: str, weights: str | Path | None) -> VisionModel:
-    model, example = user_code.build(name)
+    model, example, preprocessing = user_code.build(name)
     if weights is not None:
         fill(model, read_state(weights), str(weights))
-    example = image_example(model, Preprocessing().crop) if example is None else example
     return VisionModel(
         model=model,
         example=example,
-        preprocessing=_matching(example),
+        preprocessing=preprocessing,
         source=name,
         path=None,
         stored_dtype=_dtype(model),
@@ -280,7 +444,7 @@ def _from_code(name: str, weights: str | Path | None) -> VisionModel:
 def _from_directory(
     path: Path, sort: Sort, dense: str | None, dtype: torch.dtype | None
 ) -> VisionModel:
-    built, example = None, None
+    built, example, brought = None, None, None
     if sort is Sort.CODE_DIRECTORY:
         if dense is None or sort_of(dense) is not Sort.CODE:
             given = "" if dense is None else f", not {dense!r}"
@@ -289,47 +453,83 @@ def _from_directory(
                 "what builds the dense one (--against module:function, or osscar.load with "
                 f"dense=){given}"
             )
-        built, example = user_code.build(dense)
+        built, example, brought = user_code.build(dense)
     model = checkpoint.load(path, dense=built, dtype=dtype)
-    preprocessing = _recorded_preprocessing(path, lineage_of(model))
-    builder = builder_of(model)
-    if preprocessing is None and isinstance(builder, TorchvisionOrigin):
+    lineage, builder = lineage_of(model), builder_of(model)
+    if isinstance(builder, TorchvisionOrigin):
         preset = import_torchvision("models").get_model_weights(builder.name).DEFAULT.transforms()
         # Presets of segmentation and detection models lead to no image of one size.
-        preprocessing = Preprocessing.of(preset) if hasattr(preset, "crop_size") else None
-    preprocessing = preprocessing or Preprocessing()
+        brought = Preprocessing.of(preset) if hasattr(preset, "crop_size") else None
+    pruned_with = _recorded_example(path, lineage)
+    if pruned_with is not None and (example is None or image_of(pruned_with) is not None):
+        example = pruned_with
     return VisionModel(
         model=model,
-        example=image_example(model, preprocessing.crop) if example is None else example,
-        preprocessing=preprocessing,
+        example=example,
+        preprocessing=_of_the_run(path, lineage, brought, pruned_with),
         source=f"directory {path}",
         path=path,
         stored_dtype=stored_dtype(model),
-        classes=lineage_of(model).classes,
+        classes=lineage.classes,
     )
 
 
-def _recorded_preprocessing(path: Path, lineage: Lineage) -> Preprocessing | None:
+def _of_the_run(
+    path: Path, lineage: Lineage, brought: AnyPreprocessing | None, pruned_with: Batch | None
+) -> AnyPreprocessing | None:
+    """Return what was done to images in the run that wrote a directory, as far as that is known.
+
+    What it records comes first, then what its code or torchvision brings; the size is always that
+    with which the model was pruned.
+    """
+    recorded = _recorded_preprocessing(path, lineage)
+    known: AnyPreprocessing | None = recorded or brought
+    if isinstance(recorded, OwnTransform) and isinstance(brought, OwnTransform):
+        known = brought
+        if recorded.steps != brought.steps:
+            warnings.warn(
+                f"{path} was calibrated with images by {recorded.steps}, and {brought.source} now "
+                f"brings {brought.steps}",
+                stacklevel=4,
+            )
+    elif isinstance(recorded, Preprocessing) and isinstance(brought, Preprocessing):
+        _warn_of_difference(recorded, f"as {path} records", brought, "its code now brings")
+        known = brought.with_stated(recorded)
+    elif isinstance(recorded, Preprocessing) and brought is not None and recorded.missing():
+        known = brought
+    image = None if pruned_with is None else image_of(pruned_with)
+    if image is None or isinstance(known, OwnTransform):
+        return known
+    known = known or Preprocessing()
+    size = Preprocessing.to_size(*image.shape[-2:])
+    return known if known.shows(image) else known.with_stated(size)
+
+
+def _recorded_preprocessing(path: Path, lineage: Lineage) -> AnyPreprocessing | None:
     recorded = lineage.preprocessing
+    if recorded is None:
+        return None
+    if "transform" in recorded:
+        return OwnTransform(None, str(recorded["transform"]), str(recorded.get("steps", "")))
     try:
-        return None if recorded is None else Preprocessing.from_json(recorded)
+        return Preprocessing.from_json(recorded)
     except ImageError as error:
         raise CheckpointError(f"the preprocessing in {path} makes no sense: {error}") from error
 
 
-def _matching(example: Batch) -> Preprocessing:
-    """Return the preprocessing that leads to images of the example's size."""
-    first = next(iter(example.values()))
-    if len(example) == 1 and first.ndim == 4:
-        return Preprocessing.to_size(*first.shape[-2:])
-    return Preprocessing()
-
-
-def image_example(model: nn.Module, size: Size) -> Batch:
-    """Return two images of noise as named arguments."""
-    height, width = size if isinstance(size, tuple) else (size, size)
-    generator = torch.Generator().manual_seed(0)
-    return named_inputs(model, (torch.randn(2, 3, height, width, generator=generator),))
+def _recorded_example(path: Path, lineage: Lineage) -> Batch | None:
+    """Return inputs like those that a model was pruned with; None if they are not known."""
+    for name, kind in lineage.inputs.items():
+        if (
+            kind.dtype not in _INPUTS
+            or min(kind.shape, default=1) < 1
+            or math.prod(kind.shape) > _LARGEST_EXAMPLE
+        ):
+            raise CheckpointError(
+                f"the input {shown(name)} in {path} makes no sense: {shown(kind.dtype)} of "
+                f"{shown(kind.shape)}; get the checkpoint anew"
+            )
+    return {name: _noise(kind) for name, kind in lineage.inputs.items()} or None
 
 
 def _dtype(model: nn.Module) -> torch.dtype:

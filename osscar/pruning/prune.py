@@ -119,7 +119,7 @@ def prune_as_asked(
         with _begun(log, ready, request) as records:
             facts = DenseFacts.of(ready, request)
             result = prune_opened(ready, request, facts, log, records, room)
-    note_calibration(result.model, calibration)
+    note_calibration(result.model, calibration, result.calibration)
     note_dense(result.model, model)
     budget = result.budget
     if ranks.first:

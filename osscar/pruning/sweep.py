@@ -226,7 +226,7 @@ def sweep(
                 result, budget=timed_again(model, result.model, ready, result.budget)
             )
             cache_as(result.model, model)
-            note_calibration(result.model, calibration)
+            note_calibration(result.model, calibration, result.calibration)
             note_dense(result.model, model)
             yield job, result
 

@@ -72,6 +72,22 @@ class Calibration:
 
 
 @dataclass(frozen=True)
+class Input:
+    """What a model was pruned with: one argument of its forward pass.
+
+    Parameters
+    ----------
+    shape
+        Of one sample.
+    dtype
+        Number format, such as ``float32``.
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
+
+
+@dataclass(frozen=True)
 class Lineage:
     """Everything that has to be known of a model to write it, read it again, and judge it.
 
@@ -86,7 +102,8 @@ class Lineage:
     classes
         The names of its classes; empty where they are not known.
     preprocessing
-        What is done to an image before the model sees it; see `osscar.data.images.Preprocessing`.
+        What is done to an image before the model sees it, as far as it is stated; see
+        `osscar.data.preprocessing`.
     stored_dtype
         Number format of the dense model's weights on disk, such as ``bfloat16``.
     calibration
@@ -94,6 +111,8 @@ class Lineage:
     dense
         What tells the weights of each model that it was pruned from, the oldest first; see
         `weights_digest`.
+    inputs
+        What it was pruned with last, by the name of the argument; empty for language models.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
@@ -106,6 +125,7 @@ class Lineage:
     stored_dtype: str | None = None
     calibration: tuple[Calibration, ...] = ()
     dense: tuple[str, ...] = ()
+    inputs: Mapping[str, Input] = field(default_factory=dict)
 
 
 def lineage_of(model: nn.Module) -> Lineage:
@@ -119,8 +139,21 @@ def note(model: nn.Module, **known: Any) -> None:
     setattr(model, LINEAGE, dataclasses.replace(lineage_of(model), **known))
 
 
-def note_calibration(model: nn.Module, calibration: Any) -> None:
-    """Note what a model was calibrated on, where that can be recognized."""
+def note_calibration(model: nn.Module, calibration: Any, settings: Mapping[str, Any]) -> None:
+    """Note what a model was calibrated on, where that can be recognized, and its inputs.
+
+    Parameters
+    ----------
+    model
+        The smaller model.
+    calibration
+        What the caller gave.
+    settings
+        What reports say of it: `shapes` and `dtypes` by name, if these are tensors.
+    """
+    shapes, dtypes = settings.get("shapes", {}), settings.get("dtypes", {})
+    inputs = {name: Input(tuple(shape), dtypes[name]) for name, shape in shapes.items()}
+    note(model, inputs=inputs)
     describe = getattr(calibration, "describe", None)
     described = describe() if callable(describe) else None
     if not isinstance(described, Mapping) or "source" not in described:
@@ -129,7 +162,7 @@ def note_calibration(model: nn.Module, calibration: Any) -> None:
     note(
         model,
         calibration=(*before.calibration, Calibration.of(described)),
-        preprocessing=before.preprocessing or described.get("preprocessing"),
+        preprocessing=described.get("preprocessing") or before.preprocessing,
     )
 
 
