@@ -19,14 +19,13 @@ import solvers
 from benchmarks.robustness.damage import VALUES
 from benchmarks.robustness.good import DESIGN, SOURCE, good, taken
 from osscar.data.images import load_images
-from osscar.data.preprocessing import Preprocessing
 from osscar.data.text import read_text
 from osscar.models.language import load_model
 from osscar.models.weights import read_state
 from osscar.study.design import StudyDesign
 from osscar.study.directory import Study
 from tests.osscar.families import tiny
-from tests.osscar.networks import small_net
+from tests.osscar.networks import IMAGENET, plain, small_net
 
 
 class Odd:
@@ -84,7 +83,7 @@ def honest_calls() -> dict[str, tuple[Callable[..., Any], dict[str, Any]]]:
     text = {"model": tiny("opt"), "calibration": torch.randint(0, 90, (4, 8))}
     tokens = {"input_ids": torch.zeros(2, 8, dtype=torch.int64)}
     net, images = small_net(), torch.rand(8, 3, 12, 12)
-    pixels = load_images(good() / "images.npz", Preprocessing.to_size(12))
+    pixels = load_images(good() / "images.npz", plain(12))
     known = load_model("demo", device="cpu")
     traced = graph.trace(net, {"x": images[:2]})
     group = next(iter(traced.prunable))
@@ -124,7 +123,7 @@ def honest_calls() -> dict[str, tuple[Callable[..., Any], dict[str, Any]]]:
         ),
         "load_images": (
             load_images,
-            {"spec": good() / "images.npz", "preprocessing": Preprocessing()},
+            {"spec": good() / "images.npz", "preprocessing": IMAGENET},
         ),
         "load_calibration": (
             osscar.load_calibration,

@@ -17,10 +17,9 @@ import osscar
 from benchmarks.robustness.command_line import command
 from benchmarks.robustness.damage import VALUES, change, damage, replace, wreck
 from benchmarks.robustness.good import EVIL_CODE, Evil, good, taken
-from osscar.data.preprocessing import Preprocessing
 from osscar.models.language import load_model
 from osscar.models.open import open_model
-from tests.osscar.networks import small_net
+from tests.osscar.networks import IMAGENET, small_net
 
 
 def opened(path: Path, choice: random.Random) -> str | None:
@@ -274,7 +273,7 @@ def report(work: Path, choice: random.Random) -> str | None:
         "classes": ["a"],
         "calibration": {
             "source": "s",
-            "preprocessing": vars(Preprocessing()),
+            "preprocessing": IMAGENET.record(),
             "images": ["x"],
             "seed": 0,
         },

@@ -22,12 +22,11 @@ from benchmarks.robustness.command_line import command
 from benchmarks.robustness.damage import FLOATS, NUMBERS, change, damage, replace, wreck
 from benchmarks.robustness.good import DESIGN, SOURCE, Evil, good, taken
 from osscar.data.images import load_images
-from osscar.data.preprocessing import Preprocessing
 from osscar.models.language import load_model
 from osscar.models.weights import read_state
 from osscar.models.wheels import PackagedModel, fetch
 from osscar.study.directory import Study
-from tests.osscar.networks import small_net
+from tests.osscar.networks import plain, small_net
 
 
 def problem(work: Path, choice: random.Random) -> str | None:
@@ -131,7 +130,7 @@ def pictures(work: Path, choice: random.Random) -> str | None:
             (place / "class" / "c.jpg").write_bytes(
                 b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"
             )
-    images = load_images(place, Preprocessing.to_size(8))
+    images = load_images(place, plain(8))
     tensor = images.tensor()
     return None if bool(tensor.isfinite().all()) else "pixels that are no numbers"
 

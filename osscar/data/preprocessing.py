@@ -17,6 +17,7 @@ from torch import Tensor
 from osscar.core.errors import FileError, ImageError, MissingDependency, OptionError, first_line
 from osscar.core.inputs import shown
 from osscar.core.json_files import STRICT, validated
+from osscar.core.printable import counted
 
 _INTERPOLATIONS = ("nearest", "nearest-exact", "bilinear", "bicubic", "box", "hamming", "lanczos")
 """The values of torchvision's InterpolationMode."""
@@ -209,10 +210,10 @@ class Preprocessing:
         """Refuse an example that is no image as it would come out of this."""
         channels = example.shape[1]
         if self.channels not in (None, channels):
-            numbers = "" if self.mean is None else f" (mean has {len(self.mean)} numbers)"
+            numbers = "" if len(self.mean or ()) < 3 else " (mean has 3 numbers)"
             raise ImageError(
-                f"images are stated to have {self.channels} channels{numbers}, and the example of "
-                f"{source} has {channels}: {tuple(example.shape)}; state what it has"
+                f"images are stated to have {counted(self.channels or 0, 'channel')}{numbers}, and "
+                f"the example of {source} has {channels}: {tuple(example.shape)}; state what it has"
             )
         if self.dtype not in (None, number_format):
             raise ImageError(

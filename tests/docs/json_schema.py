@@ -12,7 +12,7 @@ EVERYWHERE = {"schema", "osscar_version"}
 """Fields of every document, which the page describes at its top."""
 
 FREE = {
-    *("evaluation", "shapes", "groups", "options", "backend_options", "capabilities"),
+    *("evaluation", "shapes", "dtypes", "groups", "options", "backend_options", "capabilities"),
     *("curves", "widths"),
 }
 """Fields whose own fields are described elsewhere, or are the user's."""

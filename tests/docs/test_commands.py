@@ -20,7 +20,7 @@ import typer
 
 import osscar.cli
 from tests.docs.json_schema import missing, undescribed
-from tests.docs.pages import PAGES, ROOT, Command, commands, mentions
+from tests.docs.pages import PAGES, ROOT, Command, blocks, commands, mentions
 from tests.osscar.interrupted_cases import tiny_model
 
 INSTALLS = "needs an index of packages; `.ci/run` does it in a fresh environment"
@@ -103,7 +103,7 @@ def place(tmp_path: Path, small_model: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.fixture
 def vision(place: Path) -> None:
-    """Images, labelled ones, and weights for a small model of torchvision."""
+    """Images, labelled ones, and weights for a small model of torchvision and for a page's own."""
     image = pytest.importorskip("PIL.Image")
     models = pytest.importorskip("torchvision.models")
     generator = np.random.default_rng(0)
@@ -113,6 +113,9 @@ def vision(place: Path) -> None:
         image.fromarray(pixels).save(place / name)
     torch.manual_seed(0)
     torch.save(models.squeezenet1_1().state_dict(), place / "squeezenet.pth")
+    (code,) = blocks("docs/vision.md", "python")
+    (place / "net.py").write_text(code)
+    torch.save(runpy.run_path(str(place / "net.py"))["build"]()[0].state_dict(), place / "net.pt")
 
 
 def smaller(words: tuple[str, ...], of_images: bool) -> Iterator[str]:
@@ -143,7 +146,8 @@ def test_the_commands_of_a_page_run(
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     for command in TO_RUN[page]:
-        of_images = any(word in command.words for word in ("torchvision:resnet50", "--images"))
+        signs = ("torchvision:resnet50", "net.py:build", "--images")
+        of_images = any(word in command.words for word in signs)
         if of_images:
             request.getfixturevalue("vision")
         words = list(smaller(command.words, of_images))

@@ -81,6 +81,12 @@ def check_walk(names: dict[str, Any]) -> None:
     assert names["steps"].passes == 1
 
 
+def check_vision(names: dict[str, Any]) -> None:
+    model, example, stated = names["stating"]()
+    assert model(example).shape == (2, 10)
+    assert stated == osscar.Preprocessing(mean=(0.49, 0.48, 0.45), std=(0.25,), channels=3)
+
+
 def check_mathematics(names: dict[str, Any]) -> None:
     assert names["solution"].backend == "branch_and_bound"
 
@@ -129,6 +135,7 @@ CHECKS = {
     "README.md": check_readme,
     "docs/index.md": check_start,
     "docs/howto/estimate.md": check_estimate,
+    "docs/vision.md": check_vision,
     "docs/walk.md": check_walk,
     "docs/mathematics.md": check_mathematics,
     "docs/howto/backend.md": check_backend,

@@ -5,6 +5,18 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from osscar.data.preprocessing import Preprocessing
+
+IMAGENET = Preprocessing(
+    resize=256, crop=224, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)
+)
+"""What belongs to most weights of torchvision."""
+
+
+def plain(side: int) -> Preprocessing:
+    """Return what leads to color images of one size, pixels / 255."""
+    return Preprocessing.to_size(side, mean=0.0, std=1.0, channels=3)
+
 
 class Block(nn.Module):
     """A residual block with an expansion, a depthwise convolution and a gate."""

@@ -389,8 +389,11 @@ def test_a_model_that_reads_images_is_studied_as_well(run, tmp_path):
     status, shown, _ = run(
         "gap", f"{tmp_path / 'mine.py'}:build", "--calibration", tmp_path / "images.npz",
         "--samples", 30, "--sparsity", "0.5", "--backends", "greedy,branch_and_bound",
-        "--out", tmp_path / "study", "--jobs", 1,
+        "--out", tmp_path / "study", "--jobs", 1, "--no-normalize", "--image-size", "3x12x12",
     )  # fmt: skip
     assert status == 0, shown
+    assert "images: RGB, resized to a shorter side of 12 (bilinear)" in shown
+    source = json.loads((tmp_path / "study/study.json").read_text())["source"]
+    assert source["preprocessing"]["crop"] == 12
     kinds = {json.loads(f.read_text())["kind"] for f in (tmp_path / "study/records").glob("*.json")}
     assert kinds == {"channels"}

@@ -26,7 +26,6 @@ from osscar.core.files import file_digest
 from osscar.core.inputs import panics_are_errors
 from osscar.core.json_files import read_object
 from osscar.data.images import ImageSet, load_images
-from osscar.data.preprocessing import Preprocessing
 from osscar.data.text import encode, read_text
 from osscar.evaluation.language import compare, evaluate
 from osscar.models.language import DEMO_DIRECTORY, load_model
@@ -35,7 +34,7 @@ from osscar.models.open import open_model
 from osscar.models.vision import load_vision_model
 from osscar.models.weights import read_state
 from tests.osscar.families import tiny
-from tests.osscar.networks import small_net
+from tests.osscar.networks import IMAGENET, plain, small_net
 from tests.solvers.test_perspective import random_problem
 
 MANY = settings(
@@ -121,7 +120,7 @@ def test_images(kind, tmp_path):
     @given(damaged(picture(kind)))
     def check(data):
         file.write_bytes(data)
-        images = load_images(tmp_path, Preprocessing.to_size(8))
+        images = load_images(tmp_path, plain(8))
         survives(images.tensor)
         images.fingerprints()
 
@@ -138,7 +137,7 @@ def test_archives(tmp_path):
     @given(damaged(whole.getvalue()))
     def check(data):
         file.write_bytes(data)
-        survives(lambda: load_images(file, Preprocessing.to_size(4)).tensor())
+        survives(lambda: load_images(file, plain(4)).tensor())
 
     check()
 
@@ -286,9 +285,7 @@ def test_what_lies_beside_the_weights(checkpoint, name):
 def test_plans_and_reports(tmp_path):
     result = osscar.prune(small_net(), torch.rand(60, 3, 12, 12), sparsity=0.5, device="cpu")
     path = tmp_path / "small"
-    result.save(
-        path, report={"calibration": {"preprocessing": vars(Preprocessing())}, "classes": []}
-    )
+    result.save(path, report={"calibration": {"preprocessing": IMAGENET.record()}, "classes": []})
     manifest, plan, report = (path / name for name in (MANIFEST_FILE, OLD_PLAN_FILE, REPORT_FILE))
     good, told = json.loads(manifest.read_text()), json.loads(report.read_text())
     assert sort_of(path) is Sort.CODE_DIRECTORY
@@ -343,19 +340,19 @@ def test_names(text):
     survives(load_model, text)
     survives(load_vision_model, text)
     survives(open_model, text)
-    survives(load_images, text, Preprocessing())
+    survives(load_images, text, IMAGENET)
     survives(read_text, text)
 
 
 def calls(wrong, number):
     """Yield what is called with something of a wrong type, or with something that is no number."""
-    loaded, data = load_model("demo", device="cpu"), ImageSet("none", [], Preprocessing())
+    loaded, data = load_model("demo", device="cpu"), ImageSet("none", [], IMAGENET)
     model, tokenizer, text = loaded.model, loaded.tokenizer, "some text"
     yield lambda: load_model(wrong)
     yield lambda: load_model("demo", device=wrong)
     yield lambda: load_model("demo", dtype=wrong)
     yield lambda: load_vision_model(wrong)
-    yield lambda: load_images(wrong, Preprocessing())
+    yield lambda: load_images(wrong, IMAGENET)
     yield lambda: load_images("images", wrong)
     yield lambda: read_state(wrong)
     yield lambda: read_text(wrong)

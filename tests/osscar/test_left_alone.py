@@ -582,7 +582,13 @@ def run(monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)
 
     def call(*more, command="prune"):
-        arguments = (command, "osscar_test_patches.py:build", "--calibration", "images.npz")
+        arguments = (
+            command,
+            "osscar_test_patches.py:build",
+            "--calibration",
+            "images.npz",
+            "--no-normalize",
+        )
         arguments = (*arguments, "--sparsity", 0.5, "--out", "small", "--device", "cpu", *more)
         monkeypatch.setattr(sys, "argv", ["osscar", *map(str, arguments)])
         with pytest.raises(SystemExit) as stop:

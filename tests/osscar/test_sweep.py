@@ -359,8 +359,8 @@ def test_images_are_scored_by_agreement(run, tmp_path):
     np.savez(tmp_path / "b.npz", images=pixels[20:], labels=np.arange(20) % 5)
     code = tmp_path / "code.py"
     code.write_text(
-        "from tests.osscar.networks import images, small_net\n\n"
-        "def net():\n    return small_net(), images(2, 16)\n"
+        "from osscar import Preprocessing\nfrom tests.osscar.networks import images, small_net\n\n"
+        "def net():\n    return small_net(), images(2, 16), Preprocessing(mean=0, std=1)\n"
     )
     status, _, err = run(
         *("sweep", f"{code}:net", "--sparsity", "0.4", "--out", tmp_path / "sweep"),

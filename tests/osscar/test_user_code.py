@@ -140,8 +140,10 @@ def test_images_get_the_size_of_a_rectangular_example(place):
     from osscar.data.images import ImageSet
     from osscar.data.preprocessing import Preprocessing
 
-    preprocessing = load_vision_model("osscar_test_mine.py:rectangle").preprocessing
-    assert Preprocessing.from_json({**vars(preprocessing), "crop": [8, 12]}) == preprocessing
+    stated = Preprocessing(mean=0, std=1)
+    name = "osscar_test_mine.py:rectangle"
+    preprocessing = load_vision_model(name, preprocessing=stated).preprocessing
+    assert Preprocessing.from_json({**preprocessing.record(), "crop": [8, 12]}) == preprocessing
     pixels = torch.randint(256, (2, 20, 20, 3), dtype=torch.uint8).numpy()
     assert ImageSet("noise", pixels, preprocessing).tensor().shape == (2, 3, 8, 12)
 

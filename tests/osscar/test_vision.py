@@ -45,20 +45,21 @@ from osscar.models.vision import load_vision_model
 from osscar.models.weights import read_state
 from osscar.report.evaluation_tables import dense_sentence
 from osscar.shrinking.lineage import Calibration, lineage_of
-from tests.osscar.networks import small_net
+from tests.osscar.networks import IMAGENET, plain, small_net
 
 pytest.importorskip("torchvision", reason="images need the extra osscar[vision]")
 
 SIDE = 12
 CODE = """
+import osscar
 import torch
 from tests.osscar.networks import small_net
 
 def build():
     return small_net(), torch.zeros(2, 3, 12, 12)
 
-def alone():
-    return small_net()
+def stating():
+    return *build(), osscar.Preprocessing(mean=0, std=1)
 
 def broken():
     raise RuntimeError("no luck")
@@ -78,7 +79,7 @@ def drawn():
 @pytest.fixture
 def code(tmp_path):
     (tmp_path / "mine.py").write_text(CODE)
-    return f"{tmp_path / 'mine.py'}:build"
+    return f"{tmp_path / 'mine.py'}:stating"
 
 
 def pixels(count, seed=0):
@@ -350,7 +351,8 @@ def test_a_model_that_a_plan_names_is_built_without_fetching_anything(name, monk
     )
     save(TorchvisionOrigin(name).build(), tmp_path / "small")
     assert osscar.load(tmp_path / "small").training is False
-    assert load_vision_model(tmp_path / "small", device="cpu").preprocessing.crop == 224
+    known = load_vision_model(tmp_path / "small", device="cpu").preprocessing
+    assert known.crop == (224 if name == "resnet18" else None)  # others are no classifiers
 
 
 def test_bad_input_ends_in_one_line_before_anything_is_written(run, code, archive, tmp_path):
@@ -411,15 +413,9 @@ def test_names_that_stand_for_nothing(name, message, code, tmp_path):
 
 def test_code_that_fails_or_returns_something_else(code):
     with pytest.raises(ModelError, match="RuntimeError: no luck"):
-        load_vision_model(code.replace("build", "broken"))
+        load_vision_model(code.replace("stating", "broken"))
     with pytest.raises(ModelError, match="returned a str"):
-        load_vision_model(code.replace("build", "wrong"))
-
-
-def test_a_model_without_example_inputs_gets_images_of_the_usual_size(code):
-    loaded = load_vision_model(code.replace("build", "alone"))
-    assert loaded.example["x"].shape == (2, 3, 224, 224)
-    assert load_vision_model(code).preprocessing == Preprocessing(resize=SIDE, crop=SIDE)
+        load_vision_model(code.replace("stating", "wrong"))
 
 
 def test_without_a_connection_both_ways_to_get_weights_are_named(monkeypatch):
@@ -525,12 +521,12 @@ def test_images_that_would_be_clipped_or_are_too_large_are_refused(tmp_path, mon
         (tmp_path / mode).mkdir()
         Image.fromarray(wide.astype(dtype)).save(tmp_path / mode / name)
         with pytest.raises(ImageError, match=f"pixels of mode '{mode}'.*rescale it to 8 bits"):
-            load_images(tmp_path / mode, Preprocessing()).tensor()
+            load_images(tmp_path / mode, IMAGENET).tensor()
     (tmp_path / "large").mkdir()
     Image.fromarray(pixels(1)[0]).save(tmp_path / "large" / "large.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
     with pytest.raises(ImageError, match=r"large\.png' is too large"):
-        load_images(tmp_path / "large", Preprocessing()).tensor()
+        load_images(tmp_path / "large", IMAGENET).tensor()
 
 
 @pytest.mark.parametrize(
@@ -542,12 +538,16 @@ def test_images_that_would_be_clipped_or_are_too_large_are_refused(tmp_path, mon
         ({"resize": "x"}, "resize.int: input should be a valid integer"),
         ({"std": [float("nan")] * 3}, "NaN is not JSON"),
         ({"mean": [float("nan")] * 3}, "NaN is not JSON"),
-        ({"std": [-1, 1, 1]}, "std above 0"),
-        ({"mean": []}, r"mean is \(\)"),
+        ({"std": [-1, 1, 1]}, r"std is \(-1.0, 1.0, 1.0\); give numbers above 0"),
+        ({"mean": []}, r"mean is \(\); give one number for all channels"),
+        ({"mean": [0.5, 0.5]}, r"mean is \(0.5, 0.5\); give one number for all channels"),
+        ({"mean": [127.5] * 3}, "give that of pixels / 255"),
+        ({"channels": 1}, "mean has 3 numbers and images 1 channel"),
+        ({"dtype": "int8"}, "dtype is 'int8'; give one of float32, uint8"),
     ],
 )
 def test_a_report_whose_preprocessing_makes_no_sense_is_refused(change, message, tmp_path):
-    images = {**ImageSet("none", [], Preprocessing()).describe()["preprocessing"], **change}
+    images = {**ImageSet("none", [], IMAGENET).describe()["preprocessing"], **change}
     with pytest.raises(ImageError, match=message):
         Preprocessing.from_json(json.loads(json.dumps(images)))
 
@@ -566,11 +566,11 @@ def test_images_are_transformed_as_torchvision_does(folders):
 
 
 def test_a_directory_without_folders_has_no_labels(folders):
-    assert load_images(folders / "a", Preprocessing()).labels is None
+    assert load_images(folders / "a", IMAGENET).labels is None
 
 
 def test_an_archive_and_a_draw_from_it(archive):
-    images = load_images(f"{archive}:test", Preprocessing.to_size(SIDE))
+    images = load_images(f"{archive}:test", plain(SIDE))
     assert len(images) == 40
     drawn, again = images.sample(8, seed=3), images.sample(8, seed=3)
     assert torch.equal(drawn.tensor(), again.tensor())
@@ -585,7 +585,7 @@ def test_an_archive_and_a_draw_from_it(archive):
 def test_a_damaged_image_is_named(folders):
     (folders / "a" / "bad.png").write_bytes(b"\x89PNG nothing more")
     with pytest.raises(ImageError, match=r"bad\.png.* cannot be decoded"):
-        load_images(folders, Preprocessing()).tensor()
+        load_images(folders, IMAGENET).tensor()
 
 
 @pytest.mark.parametrize(
@@ -603,7 +603,7 @@ def test_a_damaged_image_is_named(folders):
 def test_archives_of_a_wrong_form_are_refused(arrays, message, tmp_path):
     np.savez(tmp_path / "x.npz", **arrays)
     with pytest.raises(ImageError, match=message):
-        load_images(tmp_path / "x.npz", Preprocessing())
+        load_images(tmp_path / "x.npz", IMAGENET)
 
 
 def test_an_archive_is_refused_by_what_it_says_of_itself_before_it_is_read(tmp_path, monkeypatch):
@@ -616,7 +616,7 @@ def test_an_archive_is_refused_by_what_it_says_of_itself_before_it_is_read(tmp_p
         np.lib.format.write_array_header_1_0(member, header)
     monkeypatch.setattr(np, "load", lambda *_, **__: pytest.fail("read"))
     with pytest.raises(ImageError, match="would take 1,966,080,000,000 bytes of memory"):
-        load_images(file, Preprocessing())
+        load_images(file, IMAGENET)
 
 
 @pytest.mark.parametrize("cut", [30, 100, 400, 700])
@@ -626,7 +626,7 @@ def test_a_damaged_archive_is_refused(cut, tmp_path, archive):
         data[place] ^= 0xFF
     (tmp_path / "x.npz").write_bytes(data)
     with pytest.raises(ImageError):
-        load_images(tmp_path / "x.npz:test", Preprocessing()).tensor()
+        load_images(tmp_path / "x.npz:test", IMAGENET).tensor()
 
 
 def test_an_image_file_holds_pixels_and_no_program(tmp_path, monkeypatch):
@@ -638,7 +638,7 @@ def test_an_image_file_holds_pixels_and_no_program(tmp_path, monkeypatch):
         b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n%%EOF\n"
     )
     with pytest.raises(ImageError, match=r"a\.jpg' cannot be decoded .*JPEG"):
-        load_images(tmp_path, Preprocessing()).tensor()
+        load_images(tmp_path, IMAGENET).tensor()
 
 
 def test_an_image_that_resizing_would_blow_up_is_refused(tmp_path):
@@ -646,21 +646,21 @@ def test_an_image_that_resizing_would_blow_up_is_refused(tmp_path):
 
     Image.new("RGB", (30_000, 1)).save(tmp_path / "a.png")
     with pytest.raises(ImageError, match="30000 x 1 pixels, more than 200 times longer"):
-        load_images(tmp_path, Preprocessing()).tensor()
+        load_images(tmp_path, IMAGENET).tensor()
 
 
 @pytest.mark.parametrize("spec", ["", "x" * 5000, "~no-such-user/x", "a\0b.npz", "\udc80"])
 def test_names_that_no_place_can_have_are_image_errors(spec, folders, monkeypatch):
     monkeypatch.chdir(folders)
     with pytest.raises(ImageError):
-        load_images(spec, Preprocessing())
+        load_images(spec, IMAGENET)
 
 
 @pytest.mark.parametrize("spec", [None, 3, b"x", ["x"]])
 def test_wrong_types_are_option_errors(spec, folders):
     with pytest.raises(OptionError, match="give a directory or an"):
-        load_images(spec, Preprocessing())
-    with pytest.raises(OptionError, match="give a Preprocessing"):
+        load_images(spec, IMAGENET)
+    with pytest.raises(OptionError, match=r"give an osscar\.Preprocessing"):
         load_images(folders, spec)
     for load in (load_vision_model, open_model, osscar.load_model):
         with pytest.raises(OptionError, match=f"the model is .*{type(spec).__name__}"):
@@ -668,31 +668,31 @@ def test_wrong_types_are_option_errors(spec, folders):
     with pytest.raises(ImageError, match="give what osscar"):
         evaluate_images(small_net(), spec)
     with pytest.raises(ModelError, match=r"give a torch\.nn\.Module"):
-        evaluate_images(spec, load_images(folders, Preprocessing()))
+        evaluate_images(spec, load_images(folders, IMAGENET))
 
 
 def test_pipes_among_the_images_are_not_opened(folders):
     os.mkfifo(folders / "a" / "pipe.png")
     (folders / "a" / "loop").symlink_to(folders)
-    assert len(load_images(folders, Preprocessing())) == 10
+    assert len(load_images(folders, IMAGENET)) == 10
 
 
 def test_empty_directories_and_other_files_are_refused(tmp_path):
     (tmp_path / "notes.txt").write_text("no image")
     for path, message in ((tmp_path, "holds no images"), (tmp_path / "notes.txt", "no images at")):
         with pytest.raises(ImageError, match=message):
-            load_images(path, Preprocessing())
+            load_images(path, IMAGENET)
     (tmp_path / "x.npz").write_bytes(b"PK no archive")
     with pytest.raises(ImageError, match=r"not an \.npz file"):
-        load_images(tmp_path / "x.npz", Preprocessing())
+        load_images(tmp_path / "x.npz", IMAGENET)
 
 
 def test_images_are_recognized_by_what_is_stored(folders):
-    images = load_images(folders, Preprocessing())
+    images = load_images(folders, IMAGENET)
     known = [Calibration("text"), Calibration.of(images.sample(3, seed=0).describe())]
     with pytest.raises(ImageError, match="3 of 10 images calibrated"):
         refuse_overlap(images, known)
-    others = ImageSet("others", pixels(4, 9), Preprocessing())
+    others = ImageSet("others", pixels(4, 9), IMAGENET)
     refuse_overlap(others, known)
     refuse_overlap(images, [])
 
@@ -703,7 +703,7 @@ def test_python_saves_all_that_the_command_line_does(code, archive, tmp_path):
     result = osscar.prune(loaded.model, images, sparsity=0.5, backend="magnitude", device="cpu")
     result.save(tmp_path / "small")
     again = load_vision_model(tmp_path / "small", dense=code)
-    assert again.preprocessing == loaded.preprocessing != Preprocessing()
+    assert again.preprocessing == loaded.preprocessing != IMAGENET
     lineage = lineage_of(again.model)
     assert lineage == lineage_of(result.model)
     assert lineage.source == code
@@ -722,7 +722,7 @@ def test_python_saves_all_that_the_command_line_does(code, archive, tmp_path):
 
 @pytest.fixture
 def labelled(archive):
-    return load_images(f"{archive}:test", Preprocessing.to_size(SIDE))
+    return load_images(f"{archive}:test", plain(SIDE))
 
 
 def test_quality_is_what_the_logits_say(labelled):
@@ -761,23 +761,21 @@ def test_a_model_beside_itself_is_equal(labelled):
 
 
 def test_images_without_labels_have_agreement_only(folders):
-    images = load_images(folders / "b", Preprocessing.to_size(SIDE))
+    images = load_images(folders / "b", plain(SIDE))
     mine, _ = score_images([small_net(), small_net(seed=1)], images, dense=small_net(seed=1))
     assert mine.top1 is None
     assert mine.agreement is not None
 
 
 def test_folders_are_matched_with_classes(folders):
-    images = load_images(folders, Preprocessing())
+    images = load_images(folders, IMAGENET)
     order = images.labels.tolist()
     assert label_indices(images, (), 5).tolist() == order
     named = label_indices(images, ("x", "e", "d", "c", "b", "a"), 6)
     assert named.tolist() == [5 - label for label in order]
     with pytest.raises(ImageError, match="5 class folders and the model 7 classes"):
         label_indices(images, (), 7)
-    numbered = ImageSet(
-        "x", images.items, Preprocessing(), images.labels, ("0", "2", "4", "6", "8")
-    )
+    numbered = ImageSet("x", images.items, IMAGENET, images.labels, ("0", "2", "4", "6", "8"))
     assert label_indices(numbered, (), 10).tolist() == [2 * label for label in order]
     with pytest.raises(ImageError, match="labels from 0 to 8 and the model 8 classes"):
         label_indices(numbered, (), 8)

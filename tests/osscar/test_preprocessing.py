@@ -1,0 +1,420 @@
+"""What is done to images: stated, brought by code, recorded, shown by an example, or refused."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import osscar
+from osscar.cli import main
+from osscar.core.errors import ImageError, ModelError, OptionError
+from osscar.data.images import load_images
+from osscar.data.preprocessing import OwnTransform, Preprocessing, import_torchvision
+from osscar.models.vision import load_vision_model
+from osscar.shrinking.lineage import lineage_of
+from tests.osscar.networks import plain
+
+pytest.importorskip("torchvision", reason="images need the extra osscar[vision]")
+
+CODE = """
+import numpy as np
+import torch
+from torch import nn
+from torchvision.models import ResNet18_Weights
+import osscar
+
+def net(channels=3):
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(channels, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 6, 1), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 5),
+    )
+
+class Bytes(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = net()
+
+    def forward(self, x):
+        return self.net(x.float() / 255)
+
+class Pair(Bytes):
+    def forward(self, x, y):
+        return self.net(x + y)
+
+def function(image):
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1) / 127.5 - 1
+
+IMAGES = torch.zeros(2, 3, 12, 12)
+
+def build():
+    return net(), IMAGES
+
+def alone():
+    return net()
+
+def stating():
+    return net(), IMAGES, osscar.Preprocessing(mean=0.5, std=0.25)
+
+def preset():
+    return net(), None, ResNet18_Weights.DEFAULT.transforms(crop_size=8, resize_size=10)
+
+def gray():
+    return net(1), torch.zeros(2, 1, 12, 12)
+
+def bytes_():
+    return Bytes(), IMAGES.to(torch.uint8)
+
+def scaled():
+    return net(), torch.full((2, 3, 12, 12), 255.0)
+
+def last():
+    return net(), torch.zeros(2, 12, 12, 3)
+
+def single():
+    return net(), torch.zeros(3, 12, 12)
+
+def film():
+    return net(), torch.zeros(2, 3, 4, 12, 12)
+
+def many():
+    return net(4), torch.zeros(2, 4, 12, 12)
+
+def whole():
+    return net(), IMAGES.long()
+
+def pair():
+    return Pair(), (IMAGES, IMAGES)
+
+def own():
+    return net(), IMAGES, function
+
+def drawing():
+    return net(), IMAGES, lambda image: function(image) + torch.rand(1)
+
+def untensor():
+    return net(), IMAGES, lambda image: image
+
+def failing():
+    return net(), IMAGES, lambda image: image.no_such_thing
+
+def other():
+    return net(), IMAGES, lambda image: function(image)[:1]
+
+def nothing():
+    return net(), IMAGES, 3
+"""
+SPARSITY = {"sparsity": 0.5, "backend": "magnitude", "device": "cpu"}
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """A directory with the user's code and images, which is the current one."""
+    (tmp_path / "net.py").write_text(CODE)
+    generator = np.random.default_rng(0)
+    pixels = generator.integers(0, 256, (24, 12, 12, 3), dtype=np.uint8)
+    labels = np.arange(12) % 5
+    np.savez(tmp_path / "images.npz", train_images=pixels[:12],
+             test_images=pixels[12:], test_labels=labels)  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def run(place, monkeypatch, capsys):
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["osscar", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stop:
+            main()
+        captured = capsys.readouterr()
+        return stop.value.code or 0, captured.out, " ".join(captured.err.split())
+
+    return call
+
+
+def prune(function, *options, out="small"):
+    return (
+        *("prune", f"net.py:{function}", "--sparsity", "0.5", "--backend", "magnitude"),
+        *("--calibration", "images.npz:train", "--device", "cpu", "--out", out, *options),
+    )
+
+
+def evaluate(function, *options):
+    return (
+        *("eval", "small", "--images", "images.npz:test", "--against", f"net.py:{function}"),
+        *("--device", "cpu", "--json", "eval.json", *options),
+    )
+
+
+def pixels(part="test"):
+    """The images of the archive, pixels / 255, (n, 3, 12, 12)."""
+    return torch.from_numpy(np.load("images.npz")[f"{part}_images"]).permute(0, 3, 1, 2) / 255
+
+
+# ---- stated ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", ["prune", "sweep", "gap", "eval"])
+def test_nothing_is_assumed_of_the_images_of_ones_own_model(command, run, place):
+    arguments = {
+        "prune": prune("build"),
+        "sweep": ("sweep", *prune("build")[1:]),
+        "gap": ("gap", "net.py:build", "--calibration", "images.npz:train", "--out", "small"),
+        "eval": ("eval", "net.py:build", "--images", "images.npz:test"),
+    }[command]
+    status, _, err = run(*arguments)
+    assert status == 2
+    assert "nothing states the mean and std of the images that net.py:build reads" in err
+    for way in ("--mean", "--std", "--no-normalize", "(model, example, transform)"):
+        assert way in err
+    assert not (place / "small").exists()
+
+
+def test_what_is_stated_is_printed_recorded_and_used_again(run, place):
+    status, out, err = run(*prune("build", "--mean", "0.5,0.4,0.3", "--std", "0.25"))
+    assert status == 0, err
+    said = "pixels / 255, mean 0.5, 0.4, 0.3, std 0.25, 0.25, 0.25"
+    assert f"images: RGB, resized to a shorter side of 12 (bilinear); 12 x 12 cut from the centre; {said}" in out  # fmt: skip  # noqa: E501
+    manifest = json.loads((place / "small" / "osscar.json").read_text())["lineage"]
+    report = json.loads((place / "small" / "osscar_report.json").read_text())["calibration"]
+    known = {"mean": [0.5, 0.4, 0.3], "std": [0.25], "crop": 12, "channels": 3, "dtype": "float32"}
+    for recorded in (manifest["preprocessing"], report["preprocessing"]):
+        assert recorded.items() >= known.items()
+    assert manifest["inputs"] == {"input": {"shape": [3, 12, 12], "dtype": "float32"}}
+
+    status, out, err = run(*evaluate("build"))
+    assert (status, said in out, "warning" in err) == (0, True, False), err
+    assert json.loads((place / "eval.json").read_text())["preprocessing"].items() >= known.items()
+    again = ("prune", "small", "--against", "net.py:build", *prune("build", out="smaller")[2:])
+    status, out, err = run(*again)
+    assert (status, said in out) == (0, True), err
+    stated = Preprocessing.to_size(8, 10, mean=0, std=1)
+    with pytest.warns(UserWarning, match="where directory small brings") as caught:
+        loaded = load_vision_model("small", dense="net.py:build", preprocessing=stated)
+    texts = [str(warning.message) for warning in caught]
+    assert any(text.startswith("mean of images is (0.0,) as stated, where") for text in texts)
+    assert any(text.startswith("crop of images is (8, 10) as stated, where") for text in texts)
+    assert loaded.preprocessing.sentence() == (
+        "RGB, resized to 8 x 10 (bilinear); pixels / 255, not normalized"
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--mean", "0.5,0.5", "--std", "1"), "mean is (0.5, 0.5); give one number for all"),
+        (("--mean", "0.5"), "mean is given without std; give both"),
+        (("--std", "0.5"), "std is given without mean; give both"),
+        (("--mean", "0.5", "--std", "0"), "std is (0.0,); give numbers above 0"),
+        (("--mean", "nan", "--std", "1"), "mean is (nan,)"),
+        (("--mean", "127.5", "--std", "127.5"), "give that of pixels / 255"),
+        (("--mean", "a", "--std", "1"), "--mean 'a' is not numbers such as"),
+        (("--mean", "0", "--std", "1", "--no-normalize"), "give one or the other"),
+        (("--no-normalize", "--image-size", "0"), "--image-size is '0'; give pixels"),
+        (("--no-normalize", "--image-size", "1x2x3x4"), "--image-size is '1x2x3x4'"),
+        (("--no-normalize", "--image-size", "large"), "--image-size 'large' is not numbers"),
+        (("--no-normalize", "--image-size", "2x8x8"), "channels is 2; give one of 1, 3"),
+        (("--no-normalize", "--image-size", "1x8x8"), "stated to have 1 channel, and the example"),
+    ],
+)
+def test_what_makes_no_sense_is_refused_before_any_work(options, message, run, place):
+    status, _, err = run(*prune("build", *options))
+    assert (status, message in err) == (2, True), err
+    assert not (place / "small").exists()
+
+
+def test_models_of_text_have_no_images_to_state_anything_of(run):
+    for arguments in (("prune", "demo", "--sparsity", "0.3", "--out", "small"), ("eval", "demo")):
+        status, _, err = run(*arguments, "--no-normalize")
+        assert (status, "reads text, not images" in err) == (2, True), err
+    status, _, err = run("gap", "x.npz", "--out", "study", "--mean", "0.5", "--std", "1")
+    assert (status, "--mean is for models" in err) == (2, True), err
+
+
+def test_what_is_stated_of_a_model_of_torchvision_takes_the_place_of_its_own():
+    name, load = "torchvision:squeezenet1_1", {"pretrained": False, "device": "cpu"}
+    with pytest.warns(UserWarning, match=r"crop of images is 64 as stated, .* brings 224"):
+        loaded = load_vision_model(name, preprocessing=Preprocessing(crop=64), **load)
+    own = load_vision_model(name, **load).preprocessing
+    assert loaded.preprocessing == own.with_stated(Preprocessing(crop=64))
+    assert loaded.preprocessing.resize == 64
+    assert loaded.example["x"].shape == (2, 3, 64, 64)
+
+
+# ---- brought by code ---------------------------------------------------------------------
+
+
+def test_code_brings_a_preprocessing_or_a_preset(place):
+    images = load_vision_model("net.py:stating").images("images.npz:test").tensor()
+    torch.testing.assert_close(images, (pixels() - 0.5) / 0.25)
+    loaded = load_vision_model("net.py:preset")
+    weights = import_torchvision("models").ResNet18_Weights.DEFAULT
+    preset = weights.transforms(crop_size=8, resize_size=10)
+    expected = Preprocessing.of(preset)
+    assert loaded.preprocessing.record() == {**expected.record(), "dtype": "float32"}
+    assert loaded.example["input"].shape == (2, 3, 8, 8)
+
+
+def test_a_function_is_taken_from_the_code_again_and_refused_without_it(run, place):
+    status, out, err = run(*prune("own"))
+    assert (status, "images: RGB, by the transform of net.py:own: <function" in out) == (0, True)
+    lineage = json.loads((place / "small" / "osscar.json").read_text())["lineage"]
+    assert lineage["preprocessing"] == {"transform": "net.py:own", "steps": "<function function>"}
+    status, out, err = run(*evaluate("own"))
+    assert (status, "by the transform of net.py:own" in out) == (0, True), err
+    loaded = load_vision_model("small", dense="net.py:own")
+    assert torch.equal(loaded.images("images.npz:test").tensor(), pixels() * 255 / 127.5 - 1)
+
+    status, _, err = run(*evaluate("build"))
+    assert (status, "(<function function>), which nothing brings" in err) == (2, True), err
+    stated = Preprocessing(mean=0, std=1)
+    with pytest.raises(OptionError, match="leave --mean, --std, --image-size"):
+        load_vision_model("small", dense="net.py:own", preprocessing=stated)
+    with pytest.warns(UserWarning, match="by another transform than is stated now"):
+        load_vision_model("small", dense="net.py:build", preprocessing=stated)
+    (place / "net.py").write_text(CODE.replace("IMAGES, function", "IMAGES, Bytes.__init__"))
+    with pytest.warns(UserWarning, match=r"by <function function>, and .* now brings <function B"):
+        load_vision_model("small", dense="net.py:own")
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        ("drawing", "makes another tensor of one image each time"),
+        ("untensor", "returns a Image; return a tensor"),
+        ("failing", "fails on an image: AttributeError"),
+        ("other", r"returns torch.float32 of \(1, 12, 12\), and the example is torch.float32 of"),
+    ],
+)
+def test_a_function_that_makes_no_image_for_the_model_is_refused(function, message, place):
+    loaded = load_vision_model(f"net.py:{function}")
+    with pytest.raises(ImageError, match=message):
+        loaded.calibration("images.npz:train", samples=4, seqlen=None, seed=0)
+
+
+def test_what_is_no_transform_is_refused(place):
+    with pytest.raises(ModelError, match=r"gives 3 \(int\) as what is done to an image"):
+        load_vision_model("net.py:nothing")
+    with pytest.raises(OptionError, match=r"the caller gives 'x' \(str\) as what is done"):
+        load_vision_model("net.py:build", preprocessing="x")
+
+
+# ---- followed from the example -----------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        ("last", r"torch.float32 of \(2, 12, 12, 3\), .*\(n, channels, height, width\)"),
+        ("single", r"torch.float32 of \(3, 12, 12\), and images are float or uint8 of \(n, ch"),
+        ("film", r"of \(2, 3, 4, 12, 12\)"),
+        ("many", r"of \(2, 4, 12, 12\), .* with 1 or 3 channels"),
+        ("whole", r"torch.int64 of \(2, 3, 12, 12\), and images are float or uint8"),
+        ("pair", r"reads 2 inputs \(x, y\), and images are one"),
+        ("scaled", r"has values up to 255, and images would reach 1 as stated"),
+    ],
+)
+def test_an_example_of_another_layout_is_refused(function, message, run, place):
+    with pytest.raises(ImageError, match=message):
+        load_vision_model(f"net.py:{function}", preprocessing=Preprocessing(mean=0, std=1))
+    status, _, err = run(*prune(function, "--no-normalize"))
+    assert status == 2, err
+    assert not (place / "small").exists()
+
+
+def test_an_example_of_another_layout_is_refused_where_nothing_is_stated(place):
+    loaded = load_vision_model("net.py:last")
+    with pytest.raises(ImageError, match=r"permute its dimensions itself"):
+        loaded.images("images.npz:test")
+
+
+def test_a_model_of_uint8_gets_pixels_as_they_are(run, place):
+    loaded = load_vision_model("net.py:bytes_", device="cpu")
+    assert torch.equal(loaded.images("images.npz:test").tensor(), (pixels() * 255).round().byte())
+    status, out, err = run(*prune("bytes_"))
+    assert (status, "pixels from 0 to 255 as they are (uint8)" in out) == (0, True), err
+    assert "divergence from the dense predictions: predicted" in out
+    status, out, err = run(*evaluate("bytes_"))
+    assert (status, "uint8" in out) == (0, True), err
+    status, _, err = run(*prune("bytes_", "--mean", "0.5", "--std", "0.5", out="other"))
+    assert (status, "takes pixels from 0 to 255 as they are; leave --mean" in err) == (2, True), err
+    scaled = load_vision_model("net.py:scaled", preprocessing=Preprocessing(mean=0, std=1 / 255))
+    torch.testing.assert_close(scaled.images("images.npz:test").tensor(), pixels() * 255)
+
+
+def test_a_model_of_one_channel_gets_grayscale_images(run, place):
+    from PIL import Image
+
+    stated = Preprocessing(mean=0, std=1)
+    loaded = load_vision_model("net.py:gray", preprocessing=stated)
+    found = loaded.images("images.npz:test").tensor()
+    images = [Image.fromarray(image) for image in np.load("images.npz")["test_images"]]
+    gray = np.stack([np.array(image.convert("L")) for image in images])
+    assert torch.equal(found, torch.from_numpy(gray)[:, None] / 255)
+    for name, array in (("a.npz", gray), ("b.npz", gray[..., None])):
+        np.savez(name, images=array)
+        assert torch.equal(loaded.images(name).tensor(), found)
+        with pytest.raises(ImageError, match=r"must be uint8 \(n, height, width, 3\) and not"):
+            load_images(name, plain(12))
+    (place / "files").mkdir()
+    images[0].save("files/a.png")
+    assert torch.equal(loaded.images("files").tensor(), found[:1])
+    status, out, err = run(*prune("gray", "--mean", "0.5", "--std", "0.5"))
+    assert (status, "images: grayscale, " in out, "mean 0.5, std 0.5" in out) == (0, True, True)
+    three = ("--mean", "0.5,0.5,0.5", "--std", "0.5")
+    status, out, err = run(*prune("gray", *three, out="other"))
+    assert (status, "have 3 channels (mean has 3 numbers), and the" in err) == (2, True), err
+
+
+def test_the_size_of_images_is_never_assumed(run, place):
+    status, _, err = run(*prune("alone", "--no-normalize"))
+    assert (status, "nothing states the size and number of channels" in err) == (2, True), err
+    status, _, err = run("inspect", "net.py:alone")
+    assert (status, "give --image-size CxHxW" in err) == (2, True), err
+    for name, *options in (("build",), ("alone", "--image-size", "3x12x12")):
+        status, out, err = run("inspect", f"net.py:{name}", *options)
+        assert (status, "channels" in out) == (0, True), err
+    status, out, err = run(*prune("alone", "--no-normalize", "--image-size", "3x8x10"))
+    assert (status, "resized to 8 x 10" in out) == (0, True), err
+
+
+# ---- pruned from Python with tensors -----------------------------------------------------
+
+
+@pytest.mark.parametrize("function", ["build", "alone", "stating"])
+def test_a_model_is_scored_in_the_shape_that_it_was_pruned_with(function, run, place):
+    """Of a plain tensor its shape is known, and how it was normalized is not."""
+    dense = load_vision_model("net.py:build").model
+    net = nn.Sequential(*dense)  # of which nothing is noted
+    osscar.prune(net, torch.rand(12, 3, 16, 18), **SPARSITY).save("small")
+    torch.save(net.state_dict(), "net.pt")
+    inputs = json.loads((place / "small" / "osscar.json").read_text())["lineage"]["inputs"]
+    assert inputs == {"input": {"shape": [3, 16, 18], "dtype": "float32"}}
+    options = ("--weights", "net.pt")
+    if function != "stating":
+        status, _, err = run(*evaluate(function, *options))
+        assert (status, "nothing states the mean and std" in err) == (2, True), err
+        options = (*options, "--mean", "0.5", "--std", "0.25")
+    status, out, err = run(*evaluate(function, *options))
+    assert (status, "RGB, resized to 16 x 18 (bilinear); pixels / 255, mean 0.5" in out) == (0, True)  # fmt: skip  # noqa: E501
+    flops = json.loads((place / "eval.json").read_text())["dense"]["footprint"]["flops"]
+    assert flops == 2 * (16 * 18 * (27 * 8 + 8 * 6) + 6 * 5)
+
+
+def test_python_records_what_its_own_images_went_through(place):
+    loaded = load_vision_model("net.py:build", preprocessing=plain(12))
+    other = Preprocessing(crop=10, mean=0.25, std=0.5, channels=3)
+    result = osscar.prune(loaded.model, load_images("images.npz:train", other), **SPARSITY)
+    result.save("small")
+    again = load_vision_model("small", dense="net.py:build")
+    assert again.preprocessing.record().items() >= other.record().items()
+    assert again.example["input"].shape == (2, 3, 10, 10)
+    assert lineage_of(again.model).inputs == lineage_of(result.model).inputs
+    own = load_vision_model("net.py:build", preprocessing=lambda image: image)
+    assert isinstance(own.preprocessing, OwnTransform)
+    assert own.preprocessing.source == "the caller"
+    with pytest.raises(OptionError, match="nothing states the mean and std"):
+        load_images("images.npz:train", Preprocessing(crop=10, channels=3))
