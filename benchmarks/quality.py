@@ -33,7 +33,6 @@ import torch
 import osscar
 from osscar.capture.opened import opened
 from osscar.core.files import write_json
-from osscar.data.images import load_images
 from osscar.evaluation.images import score_images
 from osscar.evaluation.language import measure_quality
 from osscar.models.vision import load_vision_model
@@ -143,7 +142,7 @@ class Images(Subject):
     ) -> None:
         self.loaded = load_vision_model(model, weights=weights, device=arguments.device)
         self.model, self.train = self.loaded.model, train
-        images = load_images(test, self.loaded.preprocessing).sample(arguments.images, 0)
+        images = self.loaded.images(test).sample(arguments.images, 0)
         self.images = images if labels else dataclasses.replace(images, labels=None)
         self.dense = self.score(self.model)
 

@@ -9,6 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from osscar import Preprocessing
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+"""With which the weights of Idelbayev were trained: ImageNet's, on images of CIFAR-10."""
+
 
 class BasicBlock(nn.Module):
     """Two convolutions beside a shortcut that subsamples space and pads channels with zeros."""
@@ -53,5 +58,5 @@ class ResNet20(nn.Module):
         return self.linear(x.mean((2, 3)))
 
 
-def build() -> tuple[nn.Module, Tensor]:
-    return ResNet20(), torch.randn(2, 3, 32, 32)
+def build() -> tuple[nn.Module, Tensor, Preprocessing]:
+    return ResNet20(), torch.randn(2, 3, 32, 32), Preprocessing(mean=MEAN, std=STD)

@@ -26,7 +26,7 @@ from torch import nn
 import osscar
 from osscar.core.modules import count_parameters
 from osscar.data.batches import as_inputs
-from osscar.data.images import ImageSet, load_images
+from osscar.data.images import ImageSet
 from osscar.evaluation.images import score_images
 from osscar.evaluation.size import count_flops
 from osscar.models.vision import VisionModel, load_vision_model
@@ -43,7 +43,7 @@ def main() -> None:
     calibration = loaded.calibration(
         arguments.calibration, samples=arguments.samples, seqlen=None, seed=arguments.seed
     )
-    images = load_images(arguments.images, loaded.preprocessing)
+    images = loaded.images(arguments.images)
     if arguments.score:
         images = images.sample(arguments.score, arguments.seed)
     bench = Bench(loaded, calibration, images, arguments)
