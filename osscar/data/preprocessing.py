@@ -432,10 +432,10 @@ def as_preprocessing(given: Any, source: str) -> AnyPreprocessing:
     """
     if isinstance(given, Preprocessing | OwnTransform):
         return given
-    preset = ("resize_size", "crop_size", "mean", "std", "interpolation")
-    if all(hasattr(given, name) for name in preset) and getattr(given, "antialias", True):
-        return Preprocessing.of(given)
     if callable(given) and not isinstance(given, type):
+        preset = ("resize_size", "crop_size", "mean", "std", "interpolation")
+        if all(hasattr(given, name) for name in preset) and getattr(given, "antialias", True):
+            return Preprocessing.of(given)
         return OwnTransform.of(given, source)
     raise OptionError(
         f"{source} gives {shown(given)} ({type(given).__name__}) as what is done to an image; give "
