@@ -72,7 +72,7 @@ def drawn():
     net.head.reset_parameters()
     torch.seed()
     net.stem[0].reset_parameters()
-    return net, torch.zeros(2, 3, 12, 12)
+    return net, torch.zeros(2, 3, 12, 12), osscar.Preprocessing(mean=0, std=1)
 """
 
 
@@ -141,7 +141,7 @@ def own(tmp_path, monkeypatch):
 
 
 def load_images_of(array):
-    steps = Preprocessing.to_size(SIDE)
+    steps = plain(SIDE)
     return ImageSet("pixels", array, steps).tensor()
 
 
@@ -150,7 +150,7 @@ def test_the_command_that_is_printed_compares_with_the_same_dense_model(run, own
     status, out, err = run(*prune, "--weights", "my weights.pt", "--out", "my small model",
                            "--device", "cpu")  # fmt: skip
     assert status == 0, err
-    assert out.startswith("dense model: top-1 100.0% of 60 labelled calibration images\n")
+    assert "\ndense model: top-1 100.0% of 60 labelled calibration images\n" in out
     assert "freshly initialized" not in err
     line = out.partition("next:\n")[2].splitlines()[0]
     words = ["my images.npz:test" if w == "PATH" else w for w in shlex.split(line)]
@@ -201,7 +201,7 @@ def test_a_dense_model_that_nobody_trained_says_so_before_it_is_pruned(run, own)
     status, out, err = run("sweep", *prune, "--sparsity", "0.3", "--out", "s", "--device", "cpu",
                            "--weights", "my weights.pt")  # fmt: skip
     assert status == 0, err
-    assert out.startswith("dense model: top-1 100.0%")
+    assert "\ndense model: top-1 100.0%" in out
     assert json.loads(Path("s/sweep.json").read_text())["dense"]["value"] == 1
     assert "top-1 100.0%" in Path("s/report.html").read_text()
 
@@ -221,7 +221,7 @@ def test_code_that_draws_weights_is_told_from_code_that_loads_them(own):
 
 def test_labels_that_are_not_the_models_classes_are_no_obstacle(own):
     model = small_net()
-    some = ImageSet("pixels", pixels(4), Preprocessing.to_size(SIDE), torch.tensor([0, 1, 2, 9]))
+    some = ImageSet("pixels", pixels(4), plain(SIDE), torch.tensor([0, 1, 2, 9]))
     score = score_dense(model, some)
     assert score.value is None
     assert "labels from 0 to 9" in dense_sentence(dataclasses.asdict(score))
