@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,10 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from osscar.core.errors import ImageError, first_line
+from osscar.core.errors import FileError, ImageError, first_line
 from osscar.core.files import digest
 from osscar.core.inputs import file_name, shown, whole_number
 from osscar.core.printable import counted
+from osscar.data.archives import Header, file_and_part, read_npz
 from osscar.data.preprocessing import AnyPreprocessing, as_preprocessing, check_stated
 from osscar.data.tokens import named_generator
 from osscar.shrinking.lineage import Calibration
@@ -30,9 +29,6 @@ IMAGE_SUFFIXES = frozenset(
 
 _LONGEST = 200
 """How many times longer than wide an image may be; it is resized by its shorter side."""
-
-_ARCHIVE_LIMIT = 2**33
-"""Bytes of images that are held in memory at once."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -207,10 +203,7 @@ def load_images(spec: str | Path, preprocessing: Any) -> ImageSet:
     preprocessing = as_preprocessing(preprocessing, "the caller")
     check_stated(preprocessing)
     try:
-        path, part = Path(text).expanduser(), ""
-        if not path.exists() and ".npz:" in text:
-            file, _, part = text.rpartition(":")
-            path = Path(file).expanduser()
+        path, part = file_and_part(text)
         if text and path.is_dir():
             return _from_directory(path, preprocessing)
         if path.suffix == ".npz" and path.is_file():
@@ -240,51 +233,26 @@ def _from_directory(path: Path, preprocessing: AnyPreprocessing) -> ImageSet:
 
 def _from_archive(path: Path, part: str, preprocessing: AnyPreprocessing) -> ImageSet:
     images, labels = (f"{part}_{name}" if part else name for name in ("images", "labels"))
-    try:
-        with zipfile.ZipFile(path) as archive:
-            headers = {name: _header(archive, name) for name in _members(archive)}
+
+    def wanted(headers: Mapping[str, Header]) -> list[str]:
         _check_headers(path, headers, images, labels, gray=preprocessing.mode == "L")
-        with np.load(path, allow_pickle=False) as arrays:
-            pixels = arrays[images]
-            classes = arrays[labels] if labels in headers else None
-    except ImageError:
-        raise
-    except Exception as error:  # of a damaged file zipfile and numpy raise whatever they meet
-        raise ImageError(
-            f"{str(path)!r} is not an .npz file that can be read: {first_line(error)}"
-        ) from error
+        return [name for name in (images, labels) if name in headers]
+
+    try:
+        arrays = read_npz(path, wanted)
+    except FileError as error:
+        raise ImageError(f"{str(path)!r} is not an .npz file of images: {error.reason}") from error
+    pixels, classes = arrays[images], arrays.get(labels)
     if pixels.shape[-1] == 1 and pixels.ndim == 4:
         pixels = pixels[..., 0]
     found = None if classes is None else torch.from_numpy(classes.astype(np.int64))
     return ImageSet(f"{path}:{part}" if part else str(path), pixels, preprocessing, found)
 
 
-@dataclass(frozen=True)
-class _Header:
-    """What an array in an archive says of itself, before any of it is read."""
-
-    shape: tuple[int, ...]
-    dtype: np.dtype[Any]
-
-
-def _members(archive: zipfile.ZipFile) -> list[str]:
-    return [name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")]
-
-
-def _header(archive: zipfile.ZipFile, name: str) -> _Header:
-    with archive.open(f"{name}.npy") as file:
-        version = np.lib.format.read_magic(file)
-        read = np.lib.format.read_array_header_1_0
-        if version != (1, 0):
-            read = np.lib.format.read_array_header_2_0
-        shape, _, dtype = read(file)
-    return _Header(shape, dtype)
-
-
 def _check_headers(
-    path: Path, headers: Mapping[str, _Header], images: str, labels: str, *, gray: bool
+    path: Path, headers: Mapping[str, Header], images: str, labels: str, *, gray: bool
 ) -> None:
-    """Refuse arrays of a wrong form, and those that memory would not hold."""
+    """Refuse arrays of a wrong form."""
     if images not in headers:
         raise ImageError(
             f"{str(path)!r} has no {images!r}, only {', '.join(headers)}; give FILE.npz, or "
@@ -297,11 +265,6 @@ def _check_headers(
         form = "(n, height, width, 3)" + (" or (n, height, width)" if gray else "")
         raise ImageError(
             f"{images} in {str(path)!r} must be uint8 {form} and not empty, not {dtype} of {shape}"
-        )
-    if math.prod(shape) > _ARCHIVE_LIMIT:
-        raise ImageError(
-            f"{images} in {str(path)!r} would take {math.prod(shape):,} bytes of memory; give at "
-            f"most {_ARCHIVE_LIMIT:,}, or a directory of images"
         )
     found = headers.get(labels)
     if found is not None and (found.shape != shape[:1] or found.dtype.kind not in "iu"):
