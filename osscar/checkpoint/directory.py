@@ -71,6 +71,7 @@ from osscar.core.modules import (
     context_length,
     copied,
     evaluating,
+    give_own_storage,
     number_format,
 )
 from osscar.core.on_disk import is_on_disk, shelf_of, values_of
@@ -327,6 +328,7 @@ def load(
         ) from error
     try:
         _check_form(model, path / WEIGHTS_FILE)
+        give_own_storage(model)
         safetensors.torch.load_model(model, path / WEIGHTS_FILE)
     except (OSError, RuntimeError, safetensors.SafetensorError) as error:
         raise CheckpointError(f"the weights in {path} do not fit its plan: {error}") from error
@@ -425,6 +427,7 @@ def _save_planned(model: nn.Module, path: Path) -> None:
     elif isinstance(model, PreTrainedModel):
         safetensors.torch.save_file(_tied_once(model), str(file), metadata)
     else:
+        give_own_storage(model)
         safetensors.torch.save_model(model, str(file), metadata)
         _order_metadata(file)
 
