@@ -6,6 +6,7 @@ from .checkpoint.pt2 import ExportedArchive as ExportedArchive, export_pt2 as ex
 from .core.errors import OsscarError as OsscarError
 from .data.images import ImageSet as ImageSet, load_images as load_images
 from .data.preprocessing import Preprocessing as Preprocessing
+from .data.tensors import TensorSet as TensorSet, load_tensors as load_tensors
 from .data.tokens import (
     CalibrationSet as CalibrationSet,
     load_calibration as load_calibration,
@@ -15,6 +16,10 @@ from .evaluation.dense import DenseScore as DenseScore, score_dense as score_den
 from .evaluation.images import compare_images as compare_images, evaluate_images as evaluate_images
 from .evaluation.language import compare as compare, evaluate as evaluate
 from .evaluation.result import Comparison as Comparison, Evaluation as Evaluation
+from .evaluation.tensors import (
+    compare_tensors as compare_tensors,
+    evaluate_tensors as evaluate_tensors,
+)
 from .models.language import LoadedModel as LoadedModel, load_model as load_model
 from .models.vision import VisionModel as VisionModel, load_vision_model as load_vision_model
 from .pruning.estimate import Estimate as Estimate, estimate as estimate

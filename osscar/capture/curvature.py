@@ -47,7 +47,7 @@ from osscar.core.errors import NonFiniteError, OsscarError, first_line
 from osscar.core.memory import let_shortage_pass
 from osscar.core.modules import device_of, fresh
 from osscar.core.progress import stage
-from osscar.data.batches import Batch, TokenInputs
+from osscar.data.batches import Batch, ModelInputs, TokenInputs
 from solvers import Consumer, SubsetProblem
 
 _POSITIONS_AT_ONCE = 1024
@@ -437,8 +437,7 @@ def one_pass(
     ):
         try:
             result = model(**fresh(batch))
-            tokens = isinstance(opened.inputs, TokenInputs)
-            outputs, gradients, predictions = _sampled(result, batch, tokens, generator)
+            outputs, gradients, predictions = _sampled(result, batch, opened.inputs, generator)
             if outputs:
                 seen.samples = samples if predictions == samples else None
                 torch.autograd.backward(outputs, gradients)
@@ -525,7 +524,7 @@ def _on_gates(module: nn.Module, hook: Callable[..., Any]) -> Callable[[Tensor, 
 
 
 def _sampled(
-    result: Any, batch: Batch, tokens: bool, generator: torch.Generator
+    result: Any, batch: Batch, inputs: ModelInputs, generator: torch.Generator
 ) -> tuple[list[Tensor], list[Tensor], int]:
     """Return what to differentiate, from which gradients, and how many predictions these are.
 
@@ -533,7 +532,7 @@ def _sampled(
     taken as the mean of a Gaussian, as wide as the outputs spread: a random projection of it has
     the same Fisher matrix (Gauss-Newton).
     """
-    logits = logits_of(result, batch, tokens)
+    logits = logits_of(result, batch, inputs)
     if logits is not None:
         rows = logits.flatten(0, -2)
         if not rows.requires_grad:
@@ -564,7 +563,7 @@ def _drawn(chances: Tensor, generator: torch.Generator) -> Tensor:
     return torch.searchsorted(sums, draws, right=True).clamp_(max=sums.shape[-1] - 1).flatten()
 
 
-def logits_of(result: Any, batch: Batch, tokens: bool) -> Tensor | None:
+def logits_of(result: Any, batch: Batch, inputs: ModelInputs) -> Tensor | None:
     """Return a table of logits, a row a prediction, (..., classes); None if there is none.
 
     Parameters
@@ -573,9 +572,10 @@ def logits_of(result: Any, batch: Batch, tokens: bool) -> Tensor | None:
         What a model puts out.
     batch
         What it was given: a matrix that it makes of images is a classifier's.
-    tokens
-        Whether it is a language model.
+    inputs
+        All that it is calibrated on: tokens are of a language model, and labels of a classifier.
     """
+    tokens = isinstance(inputs, TokenInputs)
     named = getattr(result, "logits", None)
     found = named if named is not None else result
     if not isinstance(found, Tensor) or not found.is_floating_point() or found.ndim < 2:
@@ -584,11 +584,19 @@ def logits_of(result: Any, batch: Batch, tokens: bool) -> Tensor | None:
     images = any(x.ndim == 4 for x in pixels)
     if found.shape[-1] < 2 or not (tokens or found.ndim == 2):
         return None  # such as those of a segmentation, a map for each class
-    if not tokens and named is None and not images:
+    if not inputs.classes and named is None and not images:
         return None  # it may be anything, such as a regression
-    sums = found.detach().float().sum(-1)
-    chances = bool((found >= 0).all()) and bool(((sums - 1).abs() < 1e-3).all())
-    return found.clamp(min=1e-30).log() if chances else found
+    return as_logits(found)
+
+
+def as_logits(table: Tensor) -> Tensor:
+    """Return scores of classes, (..., classes), of which the softmax is what a model predicts.
+
+    They are the table itself, or its logarithms where it holds probabilities.
+    """
+    sums = table.detach().float().sum(-1)
+    chances = bool((table >= 0).all()) and bool(((sums - 1).abs() < 1e-3).all())
+    return table.clamp(min=1e-30).log() if chances else table
 
 
 def _projection(output: Tensor, generator: torch.Generator) -> Tensor:

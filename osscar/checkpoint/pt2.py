@@ -44,6 +44,7 @@ def export_pt2(
     model: nn.Module | str | os.PathLike[str],
     out: str | os.PathLike[str] | None = None,
     *,
+    dense: nn.Module | None = None,
     overwrite: bool = False,
 ) -> ExportedArchive:
     """Write a shrunk program as an archive of `torch.export`, and compare what was written.
@@ -54,6 +55,8 @@ def export_pt2(
         A `ProgramModule`, or a directory that holds one and names what builds its dense model.
     out
         The file; by default beside the directory, such as ``smaller.pt2`` for ``smaller``.
+    dense
+        The dense model of a directory whose model is of your own code, as `osscar.load` takes it.
     overwrite
         Replace a file that ends in ``.pt2``; nothing else is ever replaced.
 
@@ -70,7 +73,7 @@ def export_pt2(
     """
     target = _target(model, out)
     _check_target(target, overwrite)
-    read = model if isinstance(model, nn.Module) else load(model)
+    read = model if isinstance(model, nn.Module) else load(model, dense=dense)
     check_module(read)
     if not isinstance(read, ProgramModule):
         raise ModelError(

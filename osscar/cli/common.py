@@ -97,12 +97,15 @@ CalibrationOption = Annotated[
     str | None,
     typer.Option(
         help="Plain text file or Hugging Face dataset (by default built-in text); for images "
-        "a directory or an .npz file."
+        "a directory or an .npz file; for anything else FILE.npz or FILE.safetensors, with an "
+        "entry for each argument of the model's `forward`."
     ),
 ]
 SamplesOption = Annotated[
     int | None,
-    typer.Option(max=10**6, help="Calibration windows (default 32) or images (default 256)."),
+    typer.Option(
+        max=10**6, help="Calibration windows (default 32), images or samples (default 256)."
+    ),
 ]
 SeqlenOption = Annotated[
     int | None, typer.Option(help="Tokens in a calibration window (default 512).")
@@ -112,7 +115,7 @@ SeedOption = Annotated[
 ]
 BatchSizeOption = Annotated[
     int | None,
-    typer.Option(help="Windows (default 8) or images (default 64) that run at once."),
+    typer.Option(help="Windows (default 8), images or samples (default 64) that run at once."),
 ]
 AllocationOption = Annotated[
     str,
@@ -218,9 +221,24 @@ def _numbers(
         raise OptionError(f"{option} {text!r:.60} is not numbers such as {example}") from None
 
 
-def say_preprocessing(data: Any) -> None:
-    """Print what is done to an image, where data are images."""
+def say_preprocessing(data: Any, stated: Preprocessing | None) -> None:
+    """Print what is done to an image, where data are images.
+
+    Raises
+    ------
+    OptionError
+        If that is stated, and data are tensors.
+    """
+    from osscar.core.errors import OptionError
     from osscar.data.images import ImageSet
+    from osscar.data.preprocessing import OPTIONS
+    from osscar.data.tensors import TensorSet
+
+    if stated is not None and isinstance(data, TensorSet):
+        raise OptionError(
+            f"{data.source} holds tensors, which are fed as they are, and no pictures; leave "
+            f"{OPTIONS} away"
+        )
 
     if isinstance(data, ImageSet):
         say(f"images: {data.preprocessing.sentence()}")

@@ -14,8 +14,7 @@ from osscar.core.phases import Phase
 if TYPE_CHECKING:
     from torch import nn
 
-    from osscar.data.images import ImageSet
-    from osscar.data.tokens import CalibrationSet
+    from osscar.data.batches import CalibrationData
     from osscar.models.language import LoadedModel
     from osscar.models.vision import VisionModel
     from osscar.pruning.estimate import Estimate, EstimateDocument
@@ -28,7 +27,7 @@ _LARGEST = 1 << 24
 
 def dry_run(
     loaded: LoadedModel | VisionModel,
-    data: CalibrationSet | ImageSet,
+    data: CalibrationData,
     request: PruningRequest,
     spent: Mapping[Phase, float],
     json: Path | None,
@@ -80,7 +79,7 @@ def where_it_runs(model: nn.Module, device: str) -> dict[str, Any]:
 
 
 def document_of(
-    found: Estimate, loaded: LoadedModel | VisionModel, data: CalibrationSet | ImageSet
+    found: Estimate, loaded: LoadedModel | VisionModel, data: CalibrationData
 ) -> EstimateDocument:
     """Return an estimate as ``docs/json.md`` describes it."""
     from osscar.pruning.estimate import EstimateDocument

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
     from osscar.data.preprocessing import Preprocessing
     from osscar.evaluation.result import Comparison, Evaluation
+    from osscar.evaluation.tensors import TensorQuality
 
 
 def command(
@@ -50,8 +51,16 @@ def command(
             "or FILE.npz with `images` and `labels` (FILE.npz:test for `test_images`)."
         ),
     ] = None,
+    inputs: Annotated[
+        str | None,
+        typer.Option(
+            help="Samples to score of any other kind, fed as they are: FILE.npz or "
+            "FILE.safetensors, with an entry for each argument of the model's `forward`, and "
+            "perhaps `labels`."
+        ),
+    ] = None,
     samples: Annotated[
-        int | None, typer.Option(min=1, help="Score only so many images, drawn at random.")
+        int | None, typer.Option(min=1, help="Score only so many of these, drawn at random.")
     ] = None,
     against: Annotated[
         str | None,
@@ -70,7 +79,8 @@ def command(
     ] = None,
     seqlen: Annotated[int | None, typer.Option(help="Tokens in a window.")] = None,
     batch_size: Annotated[
-        int | None, typer.Option(help="Windows (default 4) or images (default 32) at once.")
+        int | None,
+        typer.Option(help="Windows (default 4), images or samples (default 32) at once."),
     ] = None,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
@@ -82,28 +92,28 @@ def command(
     Language models: perplexity over non-overlapping windows of the text; speed is told apart for
     reading a prompt (prefill) and writing token by token (decode).  Models that read images: top-1
     and top-5 where there are labels, and images per second.  With --against the models take turns,
-    and for images agreement and divergence are measured, which need no labels.
+    and for images agreement and divergence are measured, which need no labels.  Models that read
+    anything else: the same where they put out scores of classes, and how far each output is from
+    the dense model's.
     """
     from osscar.core.errors import OptionError
     from osscar.data.preprocessing import OPTIONS
     from osscar.models.open import check_directory, is_vision
 
-    check_json_path(json, inputs=(model, against, text, images, weights))
+    check_json_path(json, inputs=(model, against, text, images, inputs, weights))
     stated = stated_preprocessing(mean, std, image_size, no_normalize)
     check_directory(model)
     load: dict[str, Any] = {"device": device, "dtype": dtype}
     if is_vision(model):
         if text is not None or windows is not None or seqlen is not None:
-            raise OptionError(
-                f"{model} reads images, not text: leave --text, --windows and --seqlen away"
-            )
+            raise OptionError(f"{model} reads no text: leave --text, --windows and --seqlen away")
         batch = 32 if batch_size is None else batch_size
-        found = _images(model, images, samples, against, weights, batch, stated, load)
+        found = _samples(model, images, inputs, samples, against, weights, batch, stated, load)
     else:
-        if images is not None or samples is not None or weights is not None or stated is not None:
+        if any(one is not None for one in (images, inputs, samples, weights, stated)):
             raise OptionError(
-                f"{model} reads text, not images: leave --images, --samples, --weights, {OPTIONS} "
-                "away"
+                f"{model} reads text, not images: leave --images, --inputs, --samples, --weights, "
+                f"{OPTIONS} away"
             )
         batch = 4 if batch_size is None else batch_size
         options = {"windows": windows, "seqlen": seqlen, "batch_size": batch}
@@ -162,9 +172,10 @@ def _language(
     return _Found(evaluation, comparison, {"text": text or "builtin"}, how_much)
 
 
-def _images(
+def _samples(
     model: str,
-    spec: str | None,
+    pictures: str | None,
+    tensors: str | None,
     samples: int | None,
     against: str | None,
     weights: Path | None,
@@ -172,36 +183,44 @@ def _images(
     stated: Preprocessing | None,
     load: dict[str, Any],
 ) -> _Found:
-    """Measure a model that reads images; weights are for whichever model brings none."""
+    """Measure a model that reads no text; weights are for whichever model brings none."""
     from osscar.core.errors import ImageError, OptionError
     from osscar.data.images import refuse_overlap
     from osscar.evaluation.images import compare_images, evaluate_images
+    from osscar.evaluation.tensors import compare_tensors, evaluate_tensors
     from osscar.models.names import sort_of
     from osscar.models.vision import load_vision_model
     from osscar.shrinking.lineage import lineage_of
 
-    if spec is None:
-        raise ImageError(f"{model} reads images: give --images a directory or an .npz file")
+    if pictures is None and tensors is None:
+        raise ImageError(
+            f"{model} reads no text: give --images a directory or an .npz file of pictures, or "
+            "--inputs a file of whatever else it reads"
+        )
     filled = {name for name in (model, against) if name and sort_of(name).takes_weights}
     if weights is not None and not filled:
         raise OptionError(f"{model} has weights of its own; leave --weights away")
     with quiet():
         own = weights if model in filled else None
         loaded = load_vision_model(model, weights=own, dense=against, preprocessing=stated, **load)
-        images = loaded.images(spec)
-        say_preprocessing(images)
-        images = images if samples is None else images.sample(samples, seed=0)
-        refuse_overlap(images, lineage_of(loaded.model).calibration)
-        options: dict[str, Any] = {"classes": loaded.classes, "batch_size": batch_size}
-        options["path"] = loaded.path
+        options: dict[str, Any] = {"batch_size": batch_size, "path": loaded.path}
+        evaluate: Any = evaluate_tensors
+        compare: Any = compare_tensors
+        data: Any = loaded.held_out(pictures, tensors)
+        say_preprocessing(data, stated)
+        if pictures is not None:
+            options["classes"] = loaded.classes
+            evaluate, compare = evaluate_images, compare_images
+        data = data if samples is None else data.sample(samples, seed=0)
+        refuse_overlap(data, lineage_of(loaded.model).calibration)
         comparison = None
         if against is None:
-            evaluation = evaluate_images(loaded.model, images, **options)
+            evaluation = evaluate(loaded.model, data, **options)
         else:
             own = weights if against in filled else None
             dense = load_vision_model(against, weights=own, **load)
             if dense.drawn:  # the numbers beside it would be those of no model
-                evaluation = evaluate_images(loaded.model, images, **options)
+                evaluation = evaluate(loaded.model, data, **options)
                 warnings.warn(
                     f"no comparison: {against} without weights is no dense model, and numbers "
                     "beside its own would say nothing",
@@ -210,12 +229,23 @@ def _images(
             else:
                 _warn_of_another(loaded.model, dense.model, against)
                 options["dense_path"] = dense.path
-                comparison = compare_images(loaded.model, dense.model, images, **options)
+                comparison = compare(loaded.model, dense.model, data, **options)
                 evaluation = comparison.model
-    kind = ("labelled image", "") if images.labels is not None else ("image", " without labels")
-    how_much = f"{counted(evaluation.quality.images, kind[0])}{kind[1]} scored"
-    source = {"images": spec, "preprocessing": images.preprocessing.record()}
-    return _Found(evaluation, comparison, source, how_much)
+    labels = "" if data.labels is not None else " without labels"
+    noun = data.noun if labels else f"labelled {data.noun}"
+    how_much = f"{counted(len(data), noun)}{labels} scored"
+    if pictures is not None:
+        source = {"images": pictures, "preprocessing": data.preprocessing.record()}
+        return _Found(evaluation, comparison, source, how_much)
+    return _Found(
+        evaluation, comparison, {"inputs": tensors}, f"{how_much}, {_as_what(evaluation)}"
+    )
+
+
+def _as_what(evaluation: Evaluation[TensorQuality, Any]) -> str:
+    """Say what the outputs were taken for."""
+    found = evaluation.quality.classes_in
+    return "no output as scores of classes" if found is None else f"{found!r} as scores of classes"
 
 
 def _warn_of_another(model: nn.Module, dense: nn.Module, against: str) -> None:
@@ -240,3 +270,6 @@ def _print(found: _Found, name: str) -> None:
     else:
         out.print(comparison_table(found.comparison, Path(name).name))
     say(f"{found.scored}, {evaluation.dtype} on {evaluation.device}")
+    numbers = evaluation.numbers()
+    if found.comparison is None and numbers.get("top1", numbers.get("perplexity")) is None:
+        say("nothing is known of its quality: that takes labels, or --against the dense model")

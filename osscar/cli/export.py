@@ -34,6 +34,13 @@ def command(
     dtype: Annotated[
         str, typer.Option(help="Number format of the matrices in gguf: f32, f16 or bf16.")
     ] = "f16",
+    against: Annotated[
+        str | None,
+        typer.Option(
+            help="For pt2: code that builds the dense model, where the directory holds a pruned "
+            "model of your own code."
+        ),
+    ] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace a file of that format.")] = False,
     json: JsonOption = None,
 ) -> None:
@@ -51,13 +58,17 @@ def command(
         raise OptionError(f"--format is {format!r:.60}; give {' or '.join(_FORMATS)}")
     if format == "pt2":
         from osscar.checkpoint.pt2 import export_pt2
+        from osscar.models import user_code
 
         with quiet():
-            archive = export_pt2(directory, out, overwrite=overwrite)
+            dense = None if against is None else user_code.build(against)[0]
+            archive = export_pt2(directory, out, dense=dense, overwrite=overwrite)
         say(f"written: {archive.path} ({archive.bytes / 1e6:.1f} MB)")
         content = {"directory": str(directory), "format": format, **dataclasses.asdict(archive)}
         write_json(json, document("export", 1, {**content, "path": str(archive.path)}))
         return
+    if against is not None:
+        raise OptionError("--against is for pt2 and models of your own code; leave it away")
     with quiet():
         written = export_gguf(directory, out, dtype=dtype, overwrite=overwrite)
     say(

@@ -237,7 +237,7 @@ def _model_problems(
         seqlen=source["seqlen"],
         seed=source["seed"],
     )
-    say_preprocessing(data)
+    say_preprocessing(data, stated)
     patterns = _names(groups) if groups is not None else ("*",)
     for group, problem in model_problems(
         loaded.model,

@@ -55,8 +55,7 @@ from osscar.core.printable import command_line
 if TYPE_CHECKING:
     from osscar.checkpoint.directory import SavedCheckpoint
     from osscar.core.ranks import Ranks
-    from osscar.data.images import ImageSet
-    from osscar.data.tokens import CalibrationSet
+    from osscar.data.batches import CalibrationData
     from osscar.models.language import LoadedModel
     from osscar.models.vision import VisionModel
     from osscar.pruning.run_log import RunLog
@@ -314,7 +313,7 @@ def command(
         strict=strict,
     )
 
-    def loading(path: Path | None) -> tuple[LoadedModel | VisionModel, CalibrationSet | ImageSet]:
+    def loading(path: Path | None) -> tuple[LoadedModel | VisionModel, CalibrationData]:
         with phase(Phase.LOAD), quiet():  # so that warnings come before the work
             loaded = open_model(
                 model,
@@ -330,7 +329,7 @@ def command(
                 needed = weight_bytes(loaded.model, loaded.stored_dtype)
                 check_output(path, overwrite=overwrite, needed_bytes=needed)
             data = loaded.calibration(calibration, samples=samples, seqlen=seqlen, seed=seed)
-        say_preprocessing(data)
+        say_preprocessing(data, stated)
         return loaded, data
 
     if directory is None or dry:
@@ -390,7 +389,7 @@ def command(
     say(f"report: {saved.path / PAGE_FILE}")
     if result.form == "graph" and not of_images:
         return  # a program cannot generate, which is part of what text is scored with
-    say_next(_to_evaluate(context, of_images, fits))
+    say_next(_to_evaluate(context, _to_score(data), fits))
 
 
 _AS_OPENED = (
@@ -400,10 +399,19 @@ _AS_OPENED = (
 """Options of `osscar prune` without which `osscar eval` would open or score another model."""
 
 
-def _to_evaluate(context: typer.Context, of_images: bool, fits: bool) -> str:
+def _to_score(data: CalibrationData) -> dict[str, str]:
+    """Return the option of `osscar eval` for data like those of calibration."""
+    from osscar.data.images import ImageSet
+    from osscar.data.tensors import TensorSet
+
+    if isinstance(data, TensorSet):
+        return {"inputs": "FILE"}
+    return {"images": "PATH"} if isinstance(data, ImageSet) else {"text": "FILE"}
+
+
+def _to_evaluate(context: typer.Context, scored: Mapping[str, str], fits: bool) -> str:
     """Return the command that compares what was written with the dense model, if that fits."""
-    asked = context.params
-    options = {"images": "PATH"} if of_images else {"text": "FILE"}
+    asked, options = context.params, dict(scored)
     if fits:
         options["against"] = asked["against"] or asked["model"]
     if asked["against"] is not None:

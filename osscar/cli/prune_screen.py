@@ -12,8 +12,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from osscar.checkpoint.directory import SavedCheckpoint
-    from osscar.data.images import ImageSet
-    from osscar.data.tokens import CalibrationSet
+    from osscar.data.batches import CalibrationData
     from osscar.evaluation.dense import DenseScore
     from osscar.models.language import LoadedModel
     from osscar.models.vision import VisionModel
@@ -25,7 +24,7 @@ def report_document(
     result: PruningResult,
     dense: nn.Module,
     source: str,
-    data: CalibrationSet | ImageSet,
+    data: CalibrationData,
     classes: tuple[str, ...] = (),
     score: DenseScore | None = None,
 ) -> dict[str, Any]:
@@ -59,9 +58,7 @@ def report_document(
     )
 
 
-def tell_dense(
-    loaded: LoadedModel | VisionModel, data: CalibrationSet | ImageSet
-) -> DenseScore | None:
+def tell_dense(loaded: LoadedModel | VisionModel, data: CalibrationData) -> DenseScore | None:
     """Print what the dense model is worth on its calibration data, and what is wrong with that."""
     from osscar.core.phases import Phase, phase
     from osscar.evaluation.dense import score_dense
@@ -77,9 +74,7 @@ def tell_dense(
     return score
 
 
-def _forward(
-    dense: nn.Module, pruned: nn.Module, data: CalibrationSet | ImageSet
-) -> dict[str, Any] | None:
+def _forward(dense: nn.Module, pruned: nn.Module, data: CalibrationData) -> dict[str, Any] | None:
     """Measure a forward pass of both models; None where time is that of reading weights."""
     from osscar.core.modules import device_of
     from osscar.core.on_disk import is_on_disk
@@ -175,6 +170,11 @@ def _quality_lines(result: PruningResult) -> list[str]:
         lines.append(
             f"divergence from the dense predictions: {predicted}measured "
             f"{result.divergence:.4f} nats on {data} calibration samples"
+        )
+    else:
+        lines.append(
+            "divergence from the dense predictions: not measured, as no output is known to be "
+            "scores of classes (labels with the data, or the name `logits`, would say so)"
         )
     return lines
 

@@ -47,9 +47,7 @@ from osscar.cli.prune_screen import budget_line, tell_dense
 if TYPE_CHECKING:
     from torch import nn
 
-    from osscar.data.batches import Batch
-    from osscar.data.images import ImageSet
-    from osscar.data.tokens import CalibrationSet
+    from osscar.data.batches import Batch, CalibrationData
     from osscar.models.language import LoadedModel
     from osscar.models.vision import VisionModel
     from osscar.pruning.request import PruningRequest
@@ -99,6 +97,10 @@ def command(
     images: Annotated[
         str | None,
         typer.Option(help="Images to score, as for `osscar eval`; without, only divergence is."),
+    ] = None,
+    inputs: Annotated[
+        str | None,
+        typer.Option(help="Samples of any other kind to score, as for `osscar eval`."),
     ] = None,
     windows: Annotated[
         int | None, typer.Option(help="Score only the first N windows; by default the full text.")
@@ -152,7 +154,7 @@ def command(
     from osscar.report.run_tables import left_alone_table
     from osscar.report.sweep_page import sweep_page, sweep_table
 
-    read = (model, calibration, weights, text, images)
+    read = (model, calibration, weights, text, images, inputs)
     check_json_path(json, inputs=read, written=(directory,))
     budget, values = _asked(
         sparsity=sparsity, params=params, size=size, flops=flops, speedup=speedup
@@ -187,19 +189,21 @@ def command(
         for job in points:
             check_can_stream(loaded.model, job.request(base))
         data = loaded.calibration(calibration, samples=samples, seqlen=seqlen, seed=seed)
-        say_preprocessing(data)
-        scorer = _Scorer.of(loaded, data, text=text, images=images, windows=windows, seqlen=seqlen)
-        inputs = as_inputs(loaded.model, data)
-        rows = inputs.batch_size if batch_size is None else batch_size
-        run = RunManifest.of(base, loaded.model, inputs.batches(loaded.model, rows))
+        say_preprocessing(data, stated)
+        scorer = _Scorer.of(
+            loaded, data, text=text, images=images, inputs=inputs, windows=windows, seqlen=seqlen
+        )
+        wrapped = as_inputs(loaded.model, data)
+        rows = wrapped.batch_size if batch_size is None else batch_size
+        run = RunManifest.of(base, loaded.model, wrapped.batches(loaded.model, rows))
         manifest = SweepManifest.of(run, budget, scorer.scored)
-        sample = inputs.batches(loaded.model, 1)[0]
+        sample = wrapped.batches(loaded.model, 1)[0]
         with place.begun(manifest), way_back(lambda: f"finished points are kept in {place.path}"):
             dense = tell_dense(loaded, data)
             found = _measured(place, loaded.model, data, base, points, scorer, sample)
             content = {
                 "model": loaded.source,
-                "calibration": {**inputs.settings, **data.describe()},
+                "calibration": {**wrapped.settings, **data.describe()},
                 "dense": None if dense is None else dataclasses.asdict(dense),
                 "scored": scorer.scored,
                 "settings": {**base.to_json(), str(budget): None},
@@ -259,7 +263,7 @@ def _asked(**lists: str | None) -> tuple[BudgetKind, tuple[float | int, ...]]:
 def _measured(
     place: SweepDirectory,
     dense: nn.Module,
-    data: CalibrationSet | ImageSet,
+    data: CalibrationData,
     base: PruningRequest,
     points: Sequence[Job],
     scorer: _Scorer,
@@ -350,10 +354,11 @@ class _Scorer:
     def of(
         cls,
         loaded: LoadedModel | VisionModel,
-        data: CalibrationSet | ImageSet,
+        data: CalibrationData,
         *,
         text: str | None,
         images: str | None,
+        inputs: str | None,
         windows: int | None,
         seqlen: int | None,
     ) -> _Scorer:
@@ -363,12 +368,12 @@ class _Scorer:
 
         if isinstance(loaded, VisionModel):
             if text is not None or windows is not None:
-                raise OptionError(
-                    f"{loaded.source} reads images, not text: leave --text and --windows away"
-                )
-            return cls._images(loaded, data, images)
-        if images is not None:
-            raise OptionError(f"{loaded.source} reads text, not images: leave --images away")
+                raise OptionError(f"{loaded.source} reads no text: leave --text and --windows away")
+            return cls._samples(loaded, data, images, inputs)
+        if images is not None or inputs is not None:
+            raise OptionError(
+                f"{loaded.source} reads text, not images: leave --images and --inputs away"
+            )
         return cls._text(loaded, data, text, windows, seqlen)
 
     @classmethod
@@ -398,21 +403,27 @@ class _Scorer:
         return cls(scored, score)
 
     @classmethod
-    def _images(cls, loaded: VisionModel, data: Any, spec: str | None) -> _Scorer:
+    def _samples(
+        cls, loaded: VisionModel, calibration: Any, images: str | None, inputs: str | None
+    ) -> _Scorer:
         from osscar.core.files import digest
-        from osscar.data.images import refuse_overlap
+        from osscar.data.images import ImageSet, refuse_overlap
         from osscar.evaluation.images import score_images
+        from osscar.evaluation.tensors import score_tensors
 
-        if spec is None:
+        data = loaded.held_out(images, inputs)
+        if data is None:
             return cls({"images": None}, lambda _: {})
-        images = loaded.images(spec)
-        refuse_overlap(images, _calibrations(loaded.model, data))
+        refuse_overlap(data, _calibrations(loaded.model, calibration))
 
         def score(model: nn.Module) -> dict[str, Any]:
-            found = score_images([model], images, dense=loaded.model, classes=loaded.classes)
-            return dataclasses.asdict(found[0])
+            if isinstance(data, ImageSet):
+                pictures = score_images([model], data, dense=loaded.model, classes=loaded.classes)
+                return dataclasses.asdict(pictures[0])
+            return dataclasses.asdict(score_tensors([model], data, dense=loaded.model)[0])
 
-        return cls({"images": spec, "scored_sha256": digest("".join(images.fingerprints()))}, score)
+        given = {"images": images} if inputs is None else {"inputs": inputs}
+        return cls({**given, "scored_sha256": digest("".join(data.fingerprints()))}, score)
 
 
 def _calibrations(model: nn.Module, data: Any) -> Iterator[Any]:

@@ -13,10 +13,14 @@ from torch import Tensor, nn
 from osscar.core.errors import CalibrationError, ModelError
 from osscar.core.modules import context_length, device_of
 from osscar.data.images import ImageSet
+from osscar.data.tensors import TensorSet, check_arguments, check_tensors
 from osscar.data.tokens import CalibrationSet
 
 Batch: TypeAlias = dict[str, Tensor]
 """Keyword arguments of a model's forward pass."""
+
+CalibrationData: TypeAlias = CalibrationSet | ImageSet | TensorSet
+"""What `osscar.load_calibration`, `osscar.load_images` and `osscar.load_tensors` return."""
 
 _EXAMPLE_TOKENS = 16
 
@@ -29,6 +33,10 @@ class ModelInputs(Protocol):
 
     batch_size: ClassVar[int]
     """How many samples run at once unless the caller says otherwise."""
+
+    @property
+    def classes(self) -> bool:
+        """Whether the model is known to tell classes apart, such as the tokens of a vocabulary."""
 
     def check(self, model: nn.Module) -> None:
         """Refuse data that the model cannot read.
@@ -71,6 +79,7 @@ class TokenInputs:
     """
 
     batch_size: ClassVar[int] = 8
+    classes: ClassVar[bool] = True
 
     windows: Tensor
 
@@ -144,41 +153,19 @@ class TensorInputs:
     ----------
     tensors
         By the name of the argument; the first dimension of each is the sample.
+    classes
+        Whether each sample has a right class, so that the model is a classifier.
     """
 
     batch_size: ClassVar[int] = 64
 
     tensors: Mapping[str, Tensor]
+    classes: bool = False
 
     def check(self, model: nn.Module) -> None:
         """Refuse arguments that the model does not have, and data that are not finite."""
-        known = inspect.signature(model.forward).parameters
-        for name, tensor in self.tensors.items():
-            if name not in known:
-                raise CalibrationError(
-                    f"{type(model).__name__}.forward takes no {name!r}; it takes {', '.join(known)}"
-                )
-            if tensor.ndim == 0 or tensor.numel() == 0:
-                raise CalibrationError(f"the calibration data {name!r} are empty")
-            odd = tensor.layout is not torch.strided or tensor.is_nested or tensor.is_quantized
-            if odd or tensor.is_meta:
-                raise CalibrationError(
-                    f"the calibration data {name!r} are sparse, nested, quantized or on the device "
-                    "'meta'; give plain tensors with values"
-                )
-            if not bool(torch.isfinite(tensor).all()):
-                raise CalibrationError(
-                    f"the calibration data {name!r} have NaN or infinite entries"
-                )
-        if not self.tensors:
-            raise CalibrationError(
-                "the calibration data are an empty mapping; give tensors by name"
-            )
-        if len({len(tensor) for tensor in self.tensors.values()}) != 1:
-            counts = {name: len(tensor) for name, tensor in self.tensors.items()}
-            raise CalibrationError(
-                f"the calibration data disagree on the number of samples: {counts}"
-            )
+        check_tensors(self.tensors)
+        check_arguments(model, self.tensors)
 
     def example(self, model: nn.Module) -> Batch:
         """Return two samples (a single one is repeated)."""
@@ -236,7 +223,8 @@ def as_inputs(model: nn.Module, calibration: Any) -> ModelInputs:
         The model.
     calibration
         A `CalibrationSet` or token windows (int64) for a language model; an `ImageSet`, a
-        floating-point tensor, several tensors as a tuple, or a mapping by argument name.
+        `TensorSet`, a floating-point tensor, several tensors as a tuple, or a mapping by argument
+        name.
 
     Raises
     ------
@@ -278,6 +266,9 @@ def _wrapped(model: nn.Module, calibration: Any) -> ModelInputs:
         return TokenInputs(calibration.tokens)
     if isinstance(calibration, ImageSet):
         return TensorInputs(named_inputs(model, (calibration.tensor(),)))
+    if isinstance(calibration, TensorSet):
+        labels = calibration.labels
+        return TensorInputs(calibration.tensors, labels is not None and labels.ndim == 1)
     if isinstance(calibration, Tensor):
         images = calibration.is_floating_point() and calibration.ndim > 2
         if hasattr(model, "get_input_embeddings") and not images:

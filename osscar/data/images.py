@@ -5,18 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from osscar.core.errors import FileError, ImageError, first_line
+from osscar.core.errors import CalibrationError, FileError, ImageError, first_line
 from osscar.core.files import digest
 from osscar.core.inputs import file_name, shown, whole_number
 from osscar.core.printable import counted
 from osscar.data.archives import Header, file_and_part, read_npz
 from osscar.data.preprocessing import AnyPreprocessing, as_preprocessing, check_stated
+from osscar.data.tensors import TensorSet
 from osscar.data.tokens import named_generator
 from osscar.shrinking.lineage import Calibration
 
@@ -48,6 +49,9 @@ class ImageSet:
     classes
         The names of classes in the order of the labels; empty where they are numbers.
     """
+
+    noun: ClassVar[str] = "image"
+    """What one of them is called."""
 
     source: str
     items: Sequence[Path] | np.ndarray[Any, np.dtype[np.uint8]] = field(repr=False)
@@ -274,26 +278,27 @@ def _check_headers(
         )
 
 
-def refuse_overlap(images: ImageSet, calibration: Iterable[Calibration]) -> None:
-    """Refuse to score images that a model was calibrated on.
+def refuse_overlap(data: ImageSet | TensorSet, calibration: Iterable[Calibration]) -> None:
+    """Refuse to score samples that a model was calibrated on.
 
     Parameters
     ----------
-    images
+    data
         What is to be scored.
     calibration
         From the lineage of the model.
 
     Raises
     ------
-    ImageError
-        If an image is one of those that calibrated the model.
+    ImageError, CalibrationError
+        If a sample is one of those that calibrated the model.
     """
     for known in calibration:
-        used = frozenset(known.images)
-        shared = sum(mine in used for mine in images.fingerprints()) if used else 0
+        used = frozenset((*known.images, *known.fingerprints))
+        shared = sum(mine in used for mine in data.fingerprints()) if used else 0
         if shared:
-            raise ImageError(
-                f"{shared} of {counted(len(images), 'image')} calibrated this model "
+            kind = ImageError if isinstance(data, ImageSet) else CalibrationError
+            raise kind(
+                f"{shared} of {counted(len(data), data.noun)} calibrated this model "
                 f"({known.source}); score others"
             )

@@ -9,16 +9,18 @@ from typing import Any
 from scipy import stats
 from torch import nn
 
-from osscar.core.errors import ImageError, ModelError
+from osscar.core.errors import CalibrationError, ImageError, ModelError
 from osscar.core.modules import check_usable, evaluating
 from osscar.core.on_disk import is_on_disk
 from osscar.data.batches import as_inputs
 from osscar.data.images import ImageSet
+from osscar.data.tensors import TensorSet
 from osscar.data.tokens import CalibrationSet
 from osscar.evaluation.images import score_images
 from osscar.evaluation.language import score_windows
+from osscar.evaluation.tensors import score_tensors
 
-_IMAGES, _WINDOWS = 512, 4
+_SAMPLES, _WINDOWS = 512, 4
 """That are scored at most: a pass over them takes next to nothing of a run."""
 
 _SIGNIFICANCE = 0.01
@@ -38,7 +40,7 @@ class DenseScore:
     value
         Of that measure; None where the labels are not the model's classes.
     samples
-        How many labelled images, or windows, were scored.
+        How many labelled images or tensors, or windows, were scored.
     seqlen
         Tokens in a window; None of images.
     chance
@@ -47,6 +49,8 @@ class DenseScore:
         Whether the model is not significantly better than that.
     reason
         Why there is no value; empty if there is one.
+    noun
+        What a labelled sample is called: ``"image"`` or ``"sample"``.
     """
 
     measure: str
@@ -56,6 +60,7 @@ class DenseScore:
     chance: float | None = None
     near_chance: bool = False
     reason: str = ""
+    noun: str = "image"
 
 
 def score_dense(
@@ -68,15 +73,15 @@ def score_dense(
     model
         The dense model, which is not changed.
     calibration
-        An `ImageSet`, of which at most 512 images are scored, or a `CalibrationSet`, of which at
-        most 4 windows are.
+        An `ImageSet` or `TensorSet`, of which at most 512 samples are scored, or a
+        `CalibrationSet`, of which at most 4 windows are.
     classes
         The names of the model's classes, by which folders are recognized.
 
     Returns
     -------
     DenseScore or None
-        None where nothing is known to score by: images without labels, data of another sort, a
+        None where nothing is known to score by: samples without labels, data of another sort, a
         model whose weights stay on disk.
 
     Raises
@@ -92,28 +97,34 @@ def score_dense(
     if is_on_disk(model):
         return None
     with evaluating(model):
-        if isinstance(calibration, ImageSet) and calibration.labels is not None:
-            return _score_images(model, calibration, classes)
+        if isinstance(calibration, ImageSet | TensorSet) and calibration.labels is not None:
+            return _score_labelled(model, calibration, classes)
         if isinstance(calibration, CalibrationSet) and calibration.tokens.shape[1] > 1:
             return _score_windows(model, calibration)
     return None
 
 
-def _score_images(model: nn.Module, images: ImageSet, classes: Sequence[str]) -> DenseScore:
-    if len(images) > _IMAGES:
-        images = images.sample(_IMAGES, seed=0)
-    assert images.labels is not None
-    n = len(images)
+def _score_labelled(
+    model: nn.Module, data: ImageSet | TensorSet, classes: Sequence[str]
+) -> DenseScore:
+    if len(data) > _SAMPLES:
+        data = data.sample(_SAMPLES, seed=0)
+    assert data.labels is not None
+    n, predictions = len(data), data.labels.numel()
     try:
-        top1 = score_images([model], images, classes=classes)[0].top1
-    except (ImageError, ModelError) as error:  # labels may mean something else than its classes
-        return DenseScore("top1", None, n, reason=str(error))
+        if isinstance(data, ImageSet):
+            top1 = score_images([model], data, classes=classes)[0].top1
+        else:
+            top1 = score_tensors([model], data)[0].top1
+    except (ImageError, ModelError, CalibrationError) as error:
+        # labels may mean something else than its classes
+        return DenseScore("top1", None, n, reason=str(error), noun=data.noun)
     assert top1 is not None
-    most = int(images.labels.bincount().max()) / n
-    by_chance = float(stats.binom.sf(round(top1 * n) - 1, n, most))
-    # Of so few images that even getting all of them right would be no proof, nothing is said.
-    near = by_chance > _SIGNIFICANCE >= most**n
-    return DenseScore("top1", top1, n, chance=most, near_chance=near)
+    most = int(data.labels.flatten().bincount().max()) / predictions
+    by_chance = float(stats.binom.sf(round(top1 * predictions) - 1, predictions, most))
+    # Of so few that even getting all of them right would be no proof, nothing is said.
+    near = by_chance > _SIGNIFICANCE >= most**predictions
+    return DenseScore("top1", top1, n, chance=most, near_chance=near, noun=data.noun)
 
 
 def _score_windows(model: Any, calibration: CalibrationSet) -> DenseScore:

@@ -2,28 +2,22 @@
 
 from __future__ import annotations
 
-import statistics
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from osscar.core.errors import ImageError, ModelError, NonFiniteError, OsscarError
 from osscar.core.inputs import whole_number
-from osscar.core.modules import check_usable, device_of, evaluating
+from osscar.core.modules import check_usable
 from osscar.core.printable import counted
-from osscar.core.timing import take_turns
-from osscar.data.batches import cast_like, named_inputs
+from osscar.data.batches import Batch, cast_like, named_inputs
 from osscar.data.images import ImageSet
 from osscar.evaluation.result import Comparison, Evaluation
-from osscar.evaluation.size import measure_footprint, read_peak_memory, reset_peak_memory
+from osscar.evaluation.samples import Tally, measured
 from osscar.shrinking.equivalence import outputs
-
-_TOP = 5
 
 
 @dataclass(frozen=True)
@@ -200,7 +194,7 @@ def score_images(
         )
     for model in models if dense is None else (*models, dense):
         check_usable(model)
-    tallies = [_Tally() for _ in models]
+    tallies = [Tally() for _ in models]
     labels: Tensor | None = None
     with torch.inference_mode():
         for number, batch in enumerate(images.batches(batch_size)):
@@ -212,7 +206,7 @@ def score_images(
             part = None if labels is None else labels[number * batch_size :][: len(batch)]
             for tally, mine in zip(tallies, logits, strict=True):
                 tally.add(mine, part, None if mine is theirs else theirs)
-    return [tally.quality(labels is not None) for tally in tallies]
+    return [ImageQuality(tally.count, **tally.scores()) for tally in tallies]
 
 
 def _dense_logits(
@@ -275,59 +269,21 @@ def _measure(
     batch_size: int,
     repetitions: int,
 ) -> list[Evaluation[ImageQuality, ImageSpeed]]:
-    whole_number(repetitions, "the number of repetitions", 1)
     models = [model for model, _ in candidates]
-    for model in models:
-        check_usable(model)
-    dense = models[-1] if len(models) > 1 else None
-    with evaluating(models[0]), evaluating(models[-1]), torch.no_grad():
-        reset_peak_memory(device_of(models[0]))
-        quality = score_images(models, images, dense=dense, classes=classes, batch_size=batch_size)
-        peak = read_peak_memory(device_of(models[0]))
-        batch = next(images.batches(batch_size))
-        speeds = _speeds(models, batch, repetitions)
-        return [
-            Evaluation(
-                sample="image",
-                quality=quality[index],
-                speed=ImageSpeed(speeds[index], len(batch), repetitions),
-                footprint=measure_footprint(model, _arguments(model, batch[:1]), 1, peak, path),
-                device=device_of(model).type,
-                dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
-            )
-            for index, (model, path) in enumerate(candidates)
-        ]
-
-
-class _Tally:
-    """Sums over images."""
-
-    def __init__(self) -> None:
-        self.images = self.first = self.among = self.outputs = self.compared = self.agreeing = 0
-        self.kl = 0.0
-
-    def add(self, logits: Tensor, labels: Tensor | None, dense: Tensor | None) -> None:
-        self.images += len(logits)
-        self.outputs = logits.shape[1]
-        if labels is not None:
-            best = logits.topk(min(_TOP, self.outputs)).indices
-            self.first += int((best[:, 0] == labels).sum())
-            self.among += int((best == labels[:, None]).any(1).sum())
-        if dense is not None:
-            self.compared += len(logits)
-            self.agreeing += int((logits.argmax(1) == dense.argmax(1)).sum())
-            mine, theirs = F.log_softmax(logits, 1), F.log_softmax(dense, 1)
-            self.kl += float(F.kl_div(mine, theirs, reduction="sum", log_target=True))
-
-    def quality(self, labelled: bool) -> ImageQuality:
-        n, compared = self.images, self.compared > 0
-        return ImageQuality(
-            images=n,
-            top1=self.first / n if labelled else None,
-            top5=self.among / n if labelled and self.outputs > _TOP else None,
-            agreement=self.agreeing / n if compared else None,
-            kl=self.kl / n if compared else None,
-        )
+    return measured(
+        candidates,
+        "image",
+        lambda: score_images(
+            models,
+            images,
+            dense=models[-1] if len(models) > 1 else None,
+            classes=classes,
+            batch_size=batch_size,
+        ),
+        lambda model: _arguments(model, next(images.batches(batch_size))),
+        ImageSpeed,
+        repetitions,
+    )
 
 
 def _logits(model: nn.Module, batch: Tensor) -> Tensor:
@@ -357,22 +313,5 @@ def _check_same_classes(logits: Sequence[Tensor]) -> None:
         raise ModelError(f"the two models have {counts} classes and cannot be compared")
 
 
-def _arguments(model: nn.Module, batch: Tensor) -> Mapping[str, Tensor]:
+def _arguments(model: nn.Module, batch: Tensor) -> Batch:
     return named_inputs(model, (cast_like(batch, next(model.parameters())),))
-
-
-def _speeds(models: Sequence[nn.Module], batch: Tensor, repetitions: int) -> list[float]:
-    def timing(model: nn.Module) -> Callable[[], list[float]]:
-        arguments = _arguments(model, batch)
-
-        def run() -> list[float]:
-            began = time.perf_counter()
-            model(**arguments)
-            if device_of(model).type == "cuda":
-                torch.cuda.synchronize(device_of(model))
-            return [time.perf_counter() - began]
-
-        return run
-
-    seconds = take_turns([timing(model) for model in models], repetitions, "Timing")
-    return [len(batch) / statistics.median(one) for one in seconds]

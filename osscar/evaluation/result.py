@@ -14,7 +14,8 @@ S = TypeVar("S")
 
 COMPARED = (
     *("parameters", "perplexity", "top1", "top5"),
-    *("prefill_tokens_per_second", "decode_tokens_per_second", "images_per_second"),
+    *("prefill_tokens_per_second", "decode_tokens_per_second"),
+    *("images_per_second", "samples_per_second"),
     *("flops", "parameter_bytes", "disk_bytes"),
 )
 """The numbers whose ratio says something; what the settings were, and what both share, is not."""
@@ -27,7 +28,8 @@ class Evaluation(Generic[Q, S]):
     Attributes
     ----------
     sample
-        What its floating-point operations are counted for: ``"token"`` or ``"image"``.
+        What its floating-point operations are counted for: ``"token"``, ``"image"`` or
+        ``"sample"``.
     quality
         How well it does; which numbers these are depends on what the model reads.
     speed

@@ -32,6 +32,7 @@ from osscar.data.preprocessing import (
     check_stated,
     import_torchvision,
 )
+from osscar.data.tensors import TensorSet, holds_pictures, load_tensors, needed_arguments
 from osscar.models import user_code
 from osscar.models.chance import told_share
 from osscar.models.names import PREFIX, Sort, check_no_program, sort_of
@@ -77,6 +78,9 @@ class VisionModel:
     drawn
         The share of its parameters that its code draws anew in each call, so that nothing has
         trained them; 0 where they come from a file.
+    stated
+        The example inputs that code of the user's own gave, which data have to be like; None where
+        there are none.
     """
 
     model: nn.Module
@@ -88,20 +92,22 @@ class VisionModel:
     classes: tuple[str, ...] = ()
     drawn: float = 0.0
     tokenizer: None = None
+    stated: Batch | None = None
 
     def calibration(
         self, spec: str | None, *, samples: int | None, seqlen: int | None, seed: int
-    ) -> ImageSet:
-        """Draw calibration images.
+    ) -> ImageSet | TensorSet:
+        """Draw calibration images, or samples of whatever else the model reads.
 
         Parameters
         ----------
         spec
-            A directory of images, or an ``.npz`` file, or ``FILE.npz:PART`` for a part of one.
+            A directory of images, or an ``.npz`` file, or ``FILE.npz:PART`` for a part of one; or a
+            file of tensors, as `osscar.load_tensors` takes it.
         samples
             How many; by default 256.
         seqlen
-            Must be None: images have no length.
+            Must be None: only text is cut into windows.
         seed
             Of the draw.
 
@@ -109,17 +115,50 @@ class VisionModel:
         ------
         ImageError
             If there are none, or one of them cannot be decoded.
+        FileError
+            If tensors cannot be read, or do not fit the model.
         OptionError
             If a length is given, or nothing states what is done to an image.
         """
         if seqlen is not None:
-            raise OptionError(f"{self.source} reads images, which have no --seqlen; leave it away")
+            raise OptionError(f"{self.source} reads no text, which --seqlen is for; leave it away")
         if spec is None:
             raise ImageError(
-                f"{self.source} reads images: give --calibration a directory or an .npz file"
+                f"{self.source} reads no text: give --calibration a directory of images, an .npz "
+                "file of them, or an .npz or .safetensors file of tensors for "
+                f"{', '.join(needed_arguments(self.model, self.stated))}"
             )
-        images = self.images(spec)
-        return images.sample(DEFAULT_SAMPLES if samples is None else samples, seed)
+        drawn = DEFAULT_SAMPLES if samples is None else samples
+        if holds_pictures(spec, self.model):
+            return self.images(spec).sample(drawn, seed)
+        return load_tensors(spec, self.model, self.stated).sample(drawn, seed)
+
+    def held_out(self, images: str | None, inputs: str | None) -> ImageSet | TensorSet | None:
+        """Find what the model is scored on; None if nothing is given.
+
+        Parameters
+        ----------
+        images
+            Pictures, as `osscar.load_images` takes them.
+        inputs
+            A file of tensors, as `osscar.load_tensors` takes it.
+
+        Raises
+        ------
+        ImageError
+            If there are no images, or one of them cannot be decoded.
+        FileError
+            If tensors cannot be read, or do not fit the model.
+        OptionError
+            If both are given, or one for the other.
+        """
+        if images is not None and inputs is not None:
+            raise OptionError("--images are pictures and --inputs any other data; give one of them")
+        if images is not None:
+            if not holds_pictures(images, self.model):
+                raise OptionError(f"{images!r} holds tensors, not pictures; give it as --inputs")
+            return self.images(images)
+        return None if inputs is None else load_tensors(inputs, self.model, self.stated)
 
     def images(self, spec: str | Path) -> ImageSet:
         """Find images, which become what the model reads.
@@ -312,7 +351,7 @@ def _no_images(example: Batch, source: str) -> ImageError:
     if len(example) != 1:
         return ImageError(
             f"{source} reads {len(example)} inputs ({', '.join(example)}), and images are one: "
-            "calibrate it with tensors by name, from Python"
+            "give an .npz or .safetensors file of tensors with an entry for each"
         )
     (tensor,) = example.values()
     last = tensor.ndim == 4 and tensor.shape[-1] in (1, 3)
@@ -431,6 +470,12 @@ def _from_code(name: str, weights: str | Path | None) -> VisionModel:
     model, example, preprocessing = user_code.build(name)
     if weights is not None:
         fill(model, read_state(weights), str(weights))
+    needed = needed_arguments(model)
+    if example is None and len(needed) > 1:
+        raise ModelError(
+            f"{name} gives no example inputs, and its model reads {', '.join(needed)}; return the "
+            "model, and a mapping of these names to tensors"
+        )
     return VisionModel(
         model=model,
         example=example,
@@ -438,6 +483,7 @@ def _from_code(name: str, weights: str | Path | None) -> VisionModel:
         source=name,
         path=None,
         stored_dtype=_dtype(model),
+        stated=example,
     )
 
 
@@ -471,6 +517,7 @@ def _from_directory(
         path=path,
         stored_dtype=stored_dtype(model),
         classes=lineage.classes,
+        stated=example,
     )
 
 

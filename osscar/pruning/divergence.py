@@ -16,7 +16,7 @@ from osscar.capture.opened import Opened
 from osscar.core.errors import NonFiniteError
 from osscar.core.modules import fresh
 from osscar.core.ranks import ALONE, Ranks
-from osscar.data.batches import Batch, TokenInputs
+from osscar.data.batches import Batch, ModelInputs
 
 MOST_BYTES = 256 << 20
 """Memory of the dense predictions that are kept; of more, evenly spread ones are taken."""
@@ -34,8 +34,8 @@ class Reference:
         Log-probabilities of the dense model, (predictions, classes), for each of them.
     rows
         Which of its predictions these are.
-    tokens
-        Whether they are of a language model.
+    inputs
+        What the samples are of.
     ranks
         Among which the samples are shared out; those here are this one's.
     """
@@ -43,7 +43,7 @@ class Reference:
     batches: Sequence[Batch] = field(repr=False)
     logarithms: Sequence[Tensor] = field(repr=False)
     rows: Sequence[Tensor] = field(repr=False)
-    tokens: bool
+    inputs: ModelInputs = field(repr=False)
     ranks: Ranks = ALONE
 
     @classmethod
@@ -55,13 +55,12 @@ class Reference:
         CalibrationError
             If it fails on them.
         """
-        tokens = isinstance(ready.inputs, TokenInputs)
         batches = ready.inputs.batches(ready.model, 1)[-samples:]
         mine = [batches[i] for i in ready.ranks.share([1.0] * len(batches))]
         logarithms: list[Tensor] = []
         rows: list[Tensor] = []
         for index, batch in enumerate(mine):
-            found = _logarithms(ready.model, batch, tokens, index)
+            found = _logarithms(ready.model, batch, ready.inputs, index)
             if found is None:
                 break
             most = max(1, MOST_BYTES // (len(batches) * found.shape[-1] * 4))
@@ -70,7 +69,7 @@ class Reference:
             logarithms.append(found[rows[-1]].clone())
         if ready.ranks.any("the dense predictions", len(logarithms) < len(mine)):
             return None
-        return cls(mine, logarithms, rows, tokens, ready.ranks)
+        return cls(mine, logarithms, rows, ready.inputs, ready.ranks)
 
     def divergence(self, model: nn.Module) -> float:
         """Return the mean Kullback-Leibler divergence from the dense predictions, in nats.
@@ -83,7 +82,7 @@ class Reference:
         total, count = 0.0, 0
         kept = zip(self.batches, self.logarithms, self.rows, strict=True)
         for index, (batch, dense, rows) in enumerate(kept):
-            found = _logarithms(model, batch, self.tokens, index)
+            found = _logarithms(model, batch, self.inputs, index)
             assert found is not None
             impossible = dense == -torch.inf  # which counts nothing, whatever the other says
             terms = torch.where(impossible, 0.0, dense.exp() * (dense - found[rows]))
@@ -100,7 +99,7 @@ class Reference:
         return max(total / count, 0.0)
 
 
-def _logarithms(model: nn.Module, batch: Batch, tokens: bool, index: int) -> Tensor | None:
+def _logarithms(model: nn.Module, batch: Batch, inputs: ModelInputs, index: int) -> Tensor | None:
     with torch.no_grad(), without_cache(model), batch_named(model, index):
-        logits = logits_of(model(**fresh(batch)), batch, tokens)
+        logits = logits_of(model(**fresh(batch)), batch, inputs)
     return None if logits is None else logits.flatten(0, -2).float().log_softmax(-1)

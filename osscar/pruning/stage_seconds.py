@@ -97,7 +97,7 @@ class Seconds:
         ready, few = self.ready, first_samples(self.ready, self.plan.seen)
         tokens = isinstance(ready.inputs, TokenInputs)
         fewer: ModelInputs
-        fewer = TokenInputs(few["input_ids"]) if tokens else TensorInputs(few)
+        fewer = TokenInputs(few["input_ids"]) if tokens else TensorInputs(few, ready.inputs.classes)
         began = self.clock()
         measure_fluctuations(
             dataclasses.replace(ready, inputs=fewer), asked_groups(ready, self.request)[2]

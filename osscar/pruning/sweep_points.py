@@ -112,7 +112,7 @@ class Point:
     form: Form
     seconds: float
     speedup: float
-    quality: dict[str, int | float | None]
+    quality: dict[str, int | float | str | dict[str, float | None] | None]
     divergence: float | None
     predicted: float | None
     loss: float

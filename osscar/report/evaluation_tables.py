@@ -23,6 +23,7 @@ _ROWS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "kl": ("KL from dense, nats", "{:.4f}".format),
     "prefill_tokens_per_second": ("prefill, tokens/s", "{:,.0f}".format),
     "decode_tokens_per_second": ("decode, tokens/s", "{:,.1f}".format),
+    "samples_per_second": ("samples/s ({batch_size} at once)", "{:,.1f}".format),
     "images_per_second": ("images/s ({batch_size} at once)", "{:,.1f}".format),
     "flops": ("FLOPs {a_sample}", engineering),
     "parameter_bytes": ("weights in memory", in_bytes),
@@ -65,11 +66,16 @@ def shown_numbers(numbers: Mapping[str, Any], sample: str) -> Iterator[tuple[str
     sample
         What operations are counted for.
     """
+    errors = numbers.get("errors") or {}
     article = "an" if sample[:1] in tuple("aeiou") else "a"
     for name, (label, written) in _ROWS.items():
         if numbers.get(name) is not None:
             named = label.format(a_sample=f"{article} {sample}", **numbers)
             yield name, named, written(numbers[name])
+        if name == "kl":
+            for output, error in errors.items():
+                said = "dense is 0" if error is None else f"{error:.2g}"
+                yield f"errors.{output}", f"squared error of {output}, relative", said
 
 
 def dense_sentence(score: Mapping[str, Any]) -> str:
@@ -81,25 +87,26 @@ def dense_sentence(score: Mapping[str, Any]) -> str:
         A `DenseScore` as JSON-able data.
     """
     if score["value"] is None:
-        return f"dense model: not scored on the calibration images: {score['reason']}"
+        return f"dense model: not scored on the calibration {score['noun']}s: {score['reason']}"
     if score["measure"] == "top1":
-        images = counted(score["samples"], "labelled calibration image")
-        return f"dense model: top-1 {score['value']:.1%} of {images}"
+        samples = counted(score["samples"], f"labelled calibration {score['noun']}")
+        return f"dense model: top-1 {score['value']:.1%} of {samples}"
     windows = counted(score["samples"], "calibration window")
     return f"dense model: perplexity {score['value']:,.1f} on {windows} of {score['seqlen']} tokens"
 
 
 def dense_warning(score: Mapping[str, Any]) -> str:
     """Say what to look for where the dense model is near chance; empty where it is not."""
+    noun = score["noun"]
     if not score["near_chance"]:
         return ""
     if score["measure"] == "top1":
         return (
             f"the dense model is right on {score['value']:.1%} of "
-            f"{counted(score['samples'], 'labelled calibration image')}, where always naming the "
+            f"{counted(score['samples'], f'labelled calibration {noun}')}, where always naming the "
             f"most frequent class is right on {score['chance']:.1%}: check that its weights are "
-            "loaded, that images are preprocessed as in its training, and that its classes are in "
-            "the order of the labels"
+            f"loaded, that {noun}s are preprocessed as in its training, and that its classes are "
+            "in the order of the labels"
         )
     return (
         f"the dense model has a perplexity of {score['value']:,.0f} on calibration text, where "

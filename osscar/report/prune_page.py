@@ -127,9 +127,9 @@ def _in_words(settings: Mapping[str, Any]) -> str:
 def _asked(document: Mapping[str, Any]) -> dict[str, str]:
     """Return what was asked by name, without what was not."""
     data = {f"calibration {key}": value for key, value in document["calibration"].items()}
-    images = data.pop("calibration images", None)
-    if images:
-        data["calibration images"] = len(images)
+    for kind in ("calibration images", "calibration fingerprints"):
+        if kind in data:
+            data[kind] = len(data[kind])
     asked = {"model": document["model"], **document["settings"], **data}
     return {
         key.replace("_", " "): _as_text(value)

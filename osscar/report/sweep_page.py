@@ -32,12 +32,16 @@ _TOLD = 3
 
 @dataclass(frozen=True)
 class _Measure:
-    """A number of quality: by what name it is known, how it is written, and which end is good."""
+    """A number of quality: by what name it is known, how it is written, and which end is good.
+
+    Those of single outputs lie `within` a mapping.
+    """
 
     name: str
     label: str
     written: str
     more_is_better: bool = True
+    within: str = ""
 
     @property
     def title(self) -> str:
@@ -46,7 +50,9 @@ class _Measure:
 
     def of(self, point: Mapping[str, Any]) -> float | None:
         """Return it for a point; None where it is not known."""
-        value = point["quality"].get(self.name, point.get(self.name))
+        numbers = point["quality"]
+        known = numbers.get(self.within) or {} if self.within else {**point, **numbers}
+        value = known.get(self.name)
         return None if value is None else float(value)
 
     def text(self, point: Mapping[str, Any]) -> str:
@@ -117,7 +123,14 @@ _AXES = {
 
 def _known(points: Sequence[Mapping[str, Any]]) -> list[_Measure]:
     """Return what was measured of quality, the most telling first."""
-    return [m for m in _MEASURES if any(m.of(point) is not None for point in points)]
+    outputs = dict.fromkeys(name for p in points for name in p["quality"].get("errors") or ())
+    errors = [
+        _Measure(name, f"squared error of {name}", ".2g", more_is_better=False, within="errors")
+        for name in outputs
+    ]
+    measures = (*_MEASURES, *errors)
+    pruned = [point for point in points if point["method"] != _DENSE] or points
+    return [m for m in measures if any(m.of(point) is not None for point in pruned)]
 
 
 def sweep_table(document: Mapping[str, Any]) -> Table:
@@ -213,14 +226,16 @@ def _answer(points: Sequence[Mapping[str, Any]], varied: _Varied) -> str:
         if best is None
         else (f" The best baseline comes to {best[0]:{measure.written}} there ({best[1]}).")
     )
-    return f"{measure.title} goes from {measure.text(dense)} to {listed}.{against}"
+    begins = measure.text(dense)  # nothing where a number is that of a comparison with it
+    goes = f"goes from {begins} to" if begins else "comes to"
+    return f"{measure.title} {goes} {listed}.{against}"
 
 
 def _asked(document: Mapping[str, Any]) -> dict[str, str]:
     calibration = {**document["calibration"]}
-    images = calibration.pop("images", None)
-    if images:
-        calibration["number of images"] = len(images)
+    for kind in ("images", "fingerprints"):
+        if found := calibration.pop(kind, None):
+            calibration[f"number of {kind}"] = len(found)
     named = {f"calibration {key}": value for key, value in calibration.items()}
     asked = {"model": document["model"], **named, **document["scored"], **document["settings"]}
     return {

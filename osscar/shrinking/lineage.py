@@ -49,9 +49,9 @@ class Calibration:
     source
         Where it comes from, in words.
     sha256
-        Of the text; empty for images, and where it is not known.
-    images
-        A fingerprint of each image.
+        Of the text; empty for other data, and where it is not known.
+    images, fingerprints
+        A fingerprint of each image, or of each sample of tensors.
     samples, seqlen, seed
         How much was drawn, and how; None where there is no such thing.
     """
@@ -62,13 +62,18 @@ class Calibration:
     samples: int | None = None
     seqlen: int | None = None
     seed: int | None = None
+    fingerprints: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, described: Mapping[str, Any]) -> Calibration:
         """Take what is needed of what ``describe()`` of a calibration set returns."""
         names = {field.name for field in dataclasses.fields(cls)}
-        known = {name: value for name, value in described.items() if name in names}
-        return cls(**{**known, "images": tuple(known.get("images", ()))})
+        known: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value
+            for name, value in described.items()
+            if name in names
+        }
+        return cls(**known)
 
 
 @dataclass(frozen=True)

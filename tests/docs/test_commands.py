@@ -118,7 +118,15 @@ def vision(place: Path) -> None:
     torch.save(runpy.run_path(str(place / "net.py"))["build"]()[0].state_dict(), place / "net.pt")
 
 
-def smaller(words: tuple[str, ...], of_images: bool) -> Iterator[str]:
+@pytest.fixture
+def own(place: Path) -> None:
+    """The network of one's own that a page builds, its weights and its data."""
+    network, data, *_ = blocks("docs/howto/own-model.md", "python")
+    (place / "net.py").write_text(network)
+    exec(compile(f"{network}\n{data}", "net.py", "exec"), {"__name__": "net"})
+
+
+def smaller(words: tuple[str, ...], of_text: bool) -> Iterator[str]:
     """The words of an osscar command, on small data."""
     for before, word in zip(("", *words), words, strict=False):
         if before == "--groups":
@@ -129,7 +137,7 @@ def smaller(words: tuple[str, ...], of_images: bool) -> Iterator[str]:
             yield from SMALL[word]
         else:
             yield from SMALL.get(word, (word,))
-    if not of_images:
+    if of_text:
         yield from FEWER[words[1]]
 
 
@@ -150,7 +158,10 @@ def test_the_commands_of_a_page_run(
         of_images = any(word in command.words for word in signs)
         if of_images:
             request.getfixturevalue("vision")
-        words = list(smaller(command.words, of_images))
+        of_own = "net.py:build" in command.words
+        if of_own and not (place / "net.py").exists():
+            request.getfixturevalue("own")
+        words = list(smaller(command.words, not (of_images or of_own)))
         if "--out" in words:  # pages give one name to several results
             _clear(place / words[words.index("--out") + 1])
         if "--json" not in words:

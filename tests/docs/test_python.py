@@ -131,6 +131,13 @@ def check_formats(names: dict[str, Any]) -> None:
         torch.testing.assert_close(read(ids).logits, own(ids).logits, rtol=0.05, atol=0.05)
 
 
+def check_own_model(names: dict[str, Any]) -> None:
+    quality = names["compared"].model.quality
+    assert quality.top1 > 0.8
+    assert 0 < quality.errors["output"] < 0.1
+    assert names["again"].head.in_features < names["model"].head.in_features
+
+
 CHECKS = {
     "README.md": check_readme,
     "docs/index.md": check_start,
@@ -141,6 +148,7 @@ CHECKS = {
     "docs/howto/backend.md": check_backend,
     "docs/howto/architecture.md": check_architecture,
     "docs/howto/module.md": check_module,
+    "docs/howto/own-model.md": check_own_model,
     "docs/howto/forms.md": check_forms,
     "docs/howto/frozen.md": check_frozen,
     "docs/howto/formats.md": check_formats,

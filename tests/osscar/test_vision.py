@@ -358,10 +358,10 @@ def test_a_model_that_a_plan_names_is_built_without_fetching_anything(name, monk
 def test_bad_input_ends_in_one_line_before_anything_is_written(run, code, archive, tmp_path):
     prune = ("prune", code, "--out", tmp_path / "out", "--sparsity", "0.5")
     for arguments, message in (
-        ((), "give --calibration a directory or an .npz file"),
+        ((), "give --calibration a directory of images, an .npz file"),
         (("--calibration", tmp_path / "nowhere"), "no images at"),
         (("--calibration", f"{archive}:valid"), "has no 'valid_images', only train_images"),
-        (("--calibration", f"{archive}:train", "--seqlen", 8), "no --seqlen"),
+        (("--calibration", f"{archive}:train", "--seqlen", 8), "reads no text, which --seqlen"),
         (("--calibration", f"{archive}:train", "--weights", archive), "cannot be read"),
         (("--calibration", f"{archive}:train", "--samples", 0), "cannot draw 0 images"),
         (("--calibration", f"{archive}:train", "--heads", "0.5"), "no group of heads"),
@@ -371,7 +371,7 @@ def test_bad_input_ends_in_one_line_before_anything_is_written(run, code, archiv
         assert message in err.replace("\n", " ")
         assert not (tmp_path / "out").exists()
     status, _, err = run("eval", code, "--text", "x")
-    assert (status, "reads images, not text" in err) == (2, True)
+    assert (status, "reads no text: leave --text" in err) == (2, True)
     status, _, err = run("eval", "demo", "--images", archive)
     assert (status, "reads text, not images" in err) == (2, True)
     (tmp_path / "empty").mkdir()

@@ -1,0 +1,318 @@
+"""Data of any other kind than text and pictures: tensors, fed to a model as they are."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from osscar.core.errors import CalibrationError, FileError
+from osscar.core.files import digest, reason_of
+from osscar.core.inputs import file_name, shown, whole_number
+from osscar.data.archives import SUFFIXES, file_and_part, npz_headers, read_tensors
+from osscar.data.tokens import named_generator
+
+LABELS = "labels"
+"""The entry of a file that holds the class of each sample, unless a model reads it."""
+
+
+@dataclass(frozen=True, eq=False)
+class TensorSet:
+    """Samples that a model reads as they are: sound, features, tokens, several of these.
+
+    Parameters
+    ----------
+    source
+        Where they come from, in words.
+    tensors
+        By the names of the arguments that read them; the first dimension of each is the sample.
+    labels
+        The right class of each sample, (n,) of whole numbers, or of each of its predictions,
+        (n, ...); None where they are not known.
+
+    Raises
+    ------
+    CalibrationError
+        If a tensor is empty, has NaN or infinite entries or no plain values, or the numbers of
+        samples differ.
+    """
+
+    noun: ClassVar[str] = "sample"
+    """What one of them is called."""
+
+    source: str
+    tensors: Mapping[str, Tensor] = field(repr=False)
+    labels: Tensor | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        check_tensors(self.tensors)
+        labels = self.labels
+        if labels is None:
+            return
+        whole = isinstance(labels, Tensor) and not (
+            labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool
+        )
+        if not whole or labels.shape[:1] != (len(self),):
+            tensor = isinstance(labels, Tensor)
+            given = f"{labels.dtype} of {tuple(labels.shape)}" if tensor else shown(labels)
+            raise CalibrationError(
+                f"the labels must be {len(self)} whole numbers, one a sample, not {given}"
+            )
+
+    def __len__(self) -> int:
+        return len(next(iter(self.tensors.values())))
+
+    def sample(self, count: int, seed: int) -> TensorSet:
+        """Draw `count` samples at random, or all in random order where there are no more.
+
+        Raises
+        ------
+        CalibrationError
+            If `count` is not positive.
+        """
+        if not isinstance(count, int) or count < 1:
+            raise CalibrationError(
+                f"cannot draw {shown(count)} samples; give at least 1 (--samples)"
+            )
+        rows = torch.randperm(len(self), generator=named_generator("samples", seed))[:count]
+        labels = None if self.labels is None else self.labels[rows]
+        drawn = {name: tensor[rows] for name, tensor in self.tensors.items()}
+        return replace(self, tensors=drawn, labels=labels)
+
+    def batches(self, size: int) -> Iterator[dict[str, Tensor]]:
+        """Yield at most `size` samples at a time.
+
+        Raises
+        ------
+        OptionError
+            If `size` is not positive.
+        """
+        whole_number(size, "the batch size (--batch-size)", 1)
+        for start in range(0, len(self), size):
+            yield {name: tensor[start : start + size] for name, tensor in self.tensors.items()}
+
+    def describe(self) -> dict[str, Any]:
+        """Return what reports say: the source, and each sample's fingerprint."""
+        return {
+            "source": self.source,
+            "fingerprints": self.fingerprints(),
+            "samples": len(self),
+        }
+
+    def fingerprints(self) -> list[str]:
+        """Return a short hash of each sample, whatever its number format, to recognize it by."""
+        tensors = [(name, _comparable(self.tensors[name])) for name in sorted(self.tensors)]
+        return [
+            digest(b"".join(_bytes(name, tensor[row]) for name, tensor in tensors))[:16]
+            for row in range(len(self))
+        ]
+
+
+def _comparable(tensor: Tensor) -> Tensor:
+    """Return a tensor in the number format in which the same values are recognized."""
+    if tensor.is_complex():
+        return tensor.to("cpu", torch.complex64)
+    return tensor.to("cpu", torch.float32 if tensor.is_floating_point() else torch.int64)
+
+
+def _bytes(name: str, values: Tensor) -> bytes:
+    shape = f"{name} {values.dtype} {tuple(values.shape)} "
+    return shape.encode() + values.contiguous().numpy().tobytes()
+
+
+def check_tensors(tensors: Mapping[str, Tensor]) -> None:
+    """Refuse samples that no model can read.
+
+    Raises
+    ------
+    CalibrationError
+        If there are none, or one is empty or not finite, or they disagree on how many they are.
+    """
+    for name, tensor in tensors.items():
+        if tensor.ndim == 0 or tensor.numel() == 0:
+            raise CalibrationError(f"the data {name!r} are empty")
+        odd = tensor.layout is not torch.strided or tensor.is_nested or tensor.is_quantized
+        if odd or tensor.is_meta:
+            raise CalibrationError(
+                f"the data {name!r} are sparse, nested, quantized or on the device 'meta'; give "
+                "plain tensors with values"
+            )
+        if not bool(torch.isfinite(tensor).all()):
+            bad = tensor.numel() - int(torch.isfinite(tensor).sum())
+            raise CalibrationError(
+                f"the data {name!r} have NaN or infinite entries, {bad:,} of {tensor.numel():,}; "
+                "leave those samples out"
+            )
+    if not tensors:
+        raise CalibrationError("the data are an empty mapping; give tensors by name")
+    if len({len(tensor) for tensor in tensors.values()}) != 1:
+        counts = {name: len(tensor) for name, tensor in tensors.items()}
+        raise CalibrationError(f"the data disagree on the number of samples: {counts}")
+
+
+def check_arguments(
+    model: nn.Module, names: Iterable[str], example: Mapping[str, Tensor] | None = None
+) -> None:
+    """Refuse data under names that a model does not take, and data that lack what it needs.
+
+    Parameters
+    ----------
+    model
+        The model.
+    names
+        Under which there are data.
+    example
+        Inputs that it is known to take, all of which it needs.
+
+    Raises
+    ------
+    CalibrationError
+        If a name is unknown, or one is missing.
+    """
+    code, given = f"{type(model).__name__}.forward", list(names)
+    takes = inspect.signature(model.forward).parameters
+    for name in given:
+        if name not in takes:
+            raise CalibrationError(f"{code} takes no {name!r}; it takes {', '.join(takes)}")
+    for name in needed_arguments(model, example):
+        if name not in given:
+            raise CalibrationError(
+                f"{code} takes {', '.join(takes)}, and there is no {name!r} among the data "
+                f"({', '.join(given) or 'none'}); name them after the arguments that read them"
+            )
+
+
+def needed_arguments(
+    model: nn.Module, example: Mapping[str, Tensor] | None = None
+) -> dict[str, None]:
+    """Return the names of the arguments that a model cannot do without, or that an example has."""
+    several = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    takes = inspect.signature(model.forward).parameters.values()
+    needed = (p.name for p in takes if p.default is p.empty and p.kind not in several)
+    return dict.fromkeys((*needed, *(example or ())))
+
+
+# ---- files -------------------------------------------------------------------------------
+
+
+def holds_pictures(spec: str | Path, model: nn.Module) -> bool:
+    """Tell whether a name stands for pictures rather than tensors; no data are read.
+
+    An ``.npz`` file holds pictures if it has `images`, unless that is an argument of the model and
+    what is there is no picture, or not all that the model needs.  What is no file of arrays is left
+    to whoever looks for pictures.
+
+    Parameters
+    ----------
+    spec
+        A directory, or ``FILE`` or ``FILE:PART`` of an archive.
+    model
+        What will read them.
+    """
+    try:
+        path, part = file_and_part(str(spec))
+        if path.suffix == ".safetensors":
+            return False
+        if path.suffix != ".npz" or not path.is_file():
+            return True
+        headers = npz_headers(path)
+    except Exception:  # whoever reads it says what is wrong with it
+        return True
+    prefix, takes = f"{part}_" if part else "", inspect.signature(model.forward).parameters
+    images = headers.get(f"{prefix}images")
+    if images is None:  # perhaps those of another part
+        named = any(prefix + name in headers for name in takes)
+        return not named and any(name.endswith("_images") for name in headers)
+    if "images" not in takes:
+        return True
+    gray, color = len(images.shape) == 3, len(images.shape) == 4 and images.shape[-1] in (1, 3)
+    return images.dtype.name == "uint8" and (gray or color) and len(needed_arguments(model)) == 1
+
+
+def load_tensors(
+    spec: str | Path, model: nn.Module, example: Mapping[str, Tensor] | None = None
+) -> TensorSet:
+    """Read the samples in a file for a model, to be fed to it as they are.
+
+    Parameters
+    ----------
+    spec
+        An ``.npz`` or ``.safetensors`` file whose entries are named after the arguments of the
+        model's forward pass, the first dimension of each being the sample; `labels` may hold the
+        right classes.  ``FILE.npz:test`` reads ``test_x`` for the argument ``x``.
+    model
+        What will read them.
+    example
+        Inputs that the model is known to take: an entry of another shape (but for the number of
+        samples) or of another kind of number is refused.  None checks names alone.
+
+    Raises
+    ------
+    FileError
+        If there is no such file, it is damaged, or its entries do not fit the model.
+    """
+    text = file_name(spec, "the file of tensors", "an .npz or .safetensors file")
+    try:
+        path, part = file_and_part(text)
+        found = path.suffix in SUFFIXES and path.is_file()
+    except (OSError, RuntimeError, ValueError) as error:
+        raise FileError(text, f"it cannot be looked for: {reason_of(error)}") from error
+    if not found:
+        raise FileError(text, "there is no .npz or .safetensors file of that name; give another")
+    prefix = f"{part}_" if part else ""
+    entries = read_tensors(path, lambda names: [n for n in names if n.startswith(prefix)])
+    tensors = {name.removeprefix(prefix): tensor for name, tensor in entries.items()}
+    needed = needed_arguments(model, example)
+    labels = None if LABELS in needed else tensors.pop(LABELS, None)
+    try:
+        check_arguments(model, tensors, example)
+        fitted = {name: _like(name, t, (example or {}).get(name)) for name, t in tensors.items()}
+        return TensorSet(text, fitted, labels)
+    except CalibrationError as error:
+        raise FileError(path, f"{error}{_hint_at_parts(text, tensors, needed)}") from error
+
+
+def _hint_at_parts(spec: str, names: Iterable[str], needed: Iterable[str]) -> str:
+    """Say how to read a part of a file whose entries look as if it had some."""
+    parts = {
+        name.removesuffix(f"_{own}") for name in names for own in needed if name.endswith(f"_{own}")
+    }
+    return f"; {spec}:{min(parts)} reads the entries {min(parts)}_..." if parts else ""
+
+
+def _like(name: str, tensor: Tensor, example: Tensor | None) -> Tensor:
+    """Refuse a tensor unlike an example; whole numbers get the width of the example's."""
+    if example is None:
+        return tensor
+    alike = tensor.shape[1:] == example.shape[1:] and tensor.ndim == example.ndim
+    if not alike or _kind(tensor) != _kind(example):
+        mine, theirs = (
+            f"{str(one.dtype).removeprefix('torch.')} of {tuple(one.shape)}"
+            for one in (tensor, example)
+        )
+        raise CalibrationError(
+            f"{name!r} is {mine}, and in the example inputs {theirs}: only the first number, that "
+            "of samples, may differ; give data like the example, or an example like the data"
+        )
+    if _kind(tensor) != "whole" or tensor.dtype == example.dtype:
+        return tensor
+    cast = tensor.to(example.dtype)
+    if not torch.equal(cast.long(), tensor.long()):
+        raise CalibrationError(
+            f"{name!r} has numbers that {example.dtype}, which the example inputs have, does not "
+            "hold; give others, or another example"
+        )
+    return cast
+
+
+def _kind(tensor: Tensor) -> str:
+    if tensor.is_complex():
+        return "complex"
+    if tensor.is_floating_point():
+        return "real"
+    return "bool" if tensor.dtype == torch.bool else "whole"

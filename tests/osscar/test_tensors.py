@@ -1,0 +1,435 @@
+"""Models that read neither text nor pictures, from the file of tensors to the command line."""
+
+import json
+import sys
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+import osscar
+from osscar.cli import main
+from osscar.core.errors import CalibrationError, FileError, ModelError, OptionError
+from osscar.data.batches import as_inputs
+from osscar.data.tensors import holds_pictures
+from osscar.evaluation.tensors import score_tensors
+from osscar.models.vision import load_vision_model
+from osscar.shrinking.lineage import lineage_of
+
+CODE = """
+import torch
+from torch import nn
+
+class Sound(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("window", torch.hann_window(16))
+        self.body = nn.Sequential(nn.Conv1d(9, 12, 3), nn.ReLU(), nn.Conv1d(12, 10, 3), nn.ReLU())
+        self.head = nn.Linear(10, 6)
+
+    def forward(self, wave):
+        z = torch.stft(wave.squeeze(1), 16, 8, window=self.window, return_complex=True)
+        return self.head(self.body(z.abs()).mean(-1))
+
+class Two(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(9, 8)
+        self.tokens = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8))
+        self.join = nn.Sequential(nn.Linear(12, 20), nn.ReLU(), nn.Linear(20, 3))
+
+    def forward(self, tokens, features, scale=None):
+        return self.join(torch.cat([self.tokens(self.embed(tokens)).mean(1), features], 1))
+
+class Named(nn.Module):
+    def __init__(self, scores):
+        super().__init__()
+        self.scores = scores
+        self.body = nn.Sequential(nn.Linear(5, 24), nn.ReLU())
+        self.box, self.cls = nn.Linear(24, 4), nn.Linear(24, 3)
+
+    def forward(self, x):
+        h = self.body(x)
+        return {"raw": x * 2, "boxes": self.box(h), self.scores: self.cls(h)}
+
+def sound():
+    torch.manual_seed(0)
+    return Sound(), torch.zeros(2, 1, 80)
+
+def two():
+    torch.manual_seed(0)
+    example = {"tokens": torch.zeros(2, 6, dtype=torch.int64), "features": torch.zeros(2, 4)}
+    return Two(), example
+
+def alone():
+    return Two()
+
+def named():
+    torch.manual_seed(0)
+    return Named("logits"), torch.zeros(2, 5)
+
+def unnamed():
+    torch.manual_seed(0)
+    return Named("scores"), torch.zeros(2, 5)
+"""
+
+
+@pytest.fixture
+def code(tmp_path, monkeypatch):
+    (tmp_path / "mine.py").write_text(CODE)
+    monkeypatch.chdir(tmp_path)
+    return lambda function: f"mine.py:{function}"
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["osscar", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stop:
+            main()
+        captured = capsys.readouterr()
+        return stop.value.code or 0, captured.out, captured.err
+
+    return call
+
+
+def waves(count, seed):
+    generator = np.random.default_rng(seed)
+    labels = generator.integers(0, 6, count)
+    times = np.arange(80) * (labels[:, None] + 1) * 0.3
+    wave = np.sin(times) + 0.3 * generator.normal(size=(count, 80))
+    return {"wave": wave[:, None].astype(np.float32), "labels": labels}
+
+
+def pairs(count, seed):
+    generator = np.random.default_rng(seed)
+    features = generator.normal(size=(count, 4)).astype(np.float32)
+    return {"tokens": generator.integers(0, 9, (count, 6)), "features": features}
+
+
+# ---- from end to end ---------------------------------------------------------------------
+
+
+def test_a_model_that_reads_sound_is_pruned_scored_and_swept(run, code, tmp_path):
+    """Its labels say that it is a classifier, and its Fourier window is a view of more."""
+    np.savez("data.npz", **{f"{part}_{name}": array
+                            for part, seed in (("cal", 0), ("test", 1))
+                            for name, array in waves(60, seed).items()})  # fmt: skip
+    asked = (code("sound"), "--calibration", "data.npz:cal", "--samples", 50)
+    status, out, err = run("prune", *asked, "--out", "small", "--sparsity", 0.4,
+                           "--json", "prune.json")  # fmt: skip
+    assert status == 0, err
+    report = json.loads((tmp_path / "prune.json").read_text())
+    assert report["divergence"] is not None
+    assert report["dense"]["samples"] == 50
+    assert "of 50 labelled calibration samples" in out
+    assert f"osscar eval small --inputs FILE --against {code('sound')}" in out
+    assert len(report["calibration"]["fingerprints"]) == report["calibration"]["samples"] == 50
+
+    scored = ("small", "--against", code("sound"), "--json", "eval.json")
+    status, out, err = run("eval", *scored, "--inputs", "data.npz:test")
+    assert status == 0, err
+    assert "60 labelled samples scored, 'output' as scores of classes" in out
+    found = json.loads((tmp_path / "eval.json").read_text())
+    assert found["inputs"] == "data.npz:test"
+    dense = load_vision_model(code("sound")).model
+    pruned = load_vision_model("small", dense=code("sound")).model
+    data = waves(60, 1)
+    with torch.no_grad():
+        mine, theirs = (m(torch.from_numpy(data["wave"])).double() for m in (pruned, dense))
+    quality = found["model"]["quality"]
+    right = (mine.argmax(1).numpy() == data["labels"]).mean()
+    assert quality["top1"] == pytest.approx(right)
+    assert quality["agreement"] == pytest.approx(
+        float((mine.argmax(1) == theirs.argmax(1)).float().mean())
+    )
+    error = float((mine - theirs).square().sum() / theirs.square().sum())
+    assert 0 < quality["errors"]["output"] == pytest.approx(error, rel=1e-4)
+    assert found["model"]["footprint"]["flops"] < found["dense"]["footprint"]["flops"]
+    assert found["ratios"]["samples_per_second"] > 0
+
+    status, _, err = run("eval", *scored, "--inputs", "data.npz:cal")
+    assert (status, "50 of 60 samples calibrated this model" in err) == (2, True)
+    status, _, err = run("eval", *scored, "--images", "data.npz:test")
+    assert (status, "holds tensors, not pictures; give it as --inputs" in err) == (2, True)
+    status, _, err = run("eval", *scored, "--inputs", "data.npz:test", "--no-normalize")
+    assert status == 2
+    swept = (*asked, "--inputs", "data.npz:test", "--sparsity", "0.4", "--out", "sweep")
+    status, out, err = run("sweep", *swept)
+    assert status == 0, err
+    assert "squared error of output" in (tmp_path / "sweep" / "report.html").read_text()
+    points = json.loads((tmp_path / "sweep" / "sweep.json").read_text())["points"]
+    assert points[1]["quality"]["errors"]["output"] == pytest.approx(error, rel=1e-3)
+
+
+def test_two_inputs_are_fed_by_name_from_either_kind_of_file(run, code, tmp_path):
+    data = pairs(64, 0)
+    np.savez("data.npz", **data)
+    save_file({name: torch.from_numpy(array) for name, array in data.items()}, "data.safetensors")
+    weights = []
+    for index, file in enumerate(("data.npz", "data.safetensors")):
+        asked = ("--calibration", file, "--neurons", "0.5", "--form", "graph", "--out", f"s{index}")
+        status, out, err = run("prune", code("two"), *asked)
+        assert status == 0, err
+        assert "not measured, as no output is known to be scores of classes" in out
+        weights.append((tmp_path / f"s{index}" / "model.safetensors").read_bytes())
+    assert weights[0] == weights[1]
+    np.savez("test.npz", **pairs(40, 1))
+    status, out, err = run("eval", "s0", "--inputs", "test.npz", "--against", code("two"))
+    assert status == 0, err
+    assert "40 samples without labels scored, 'output' as scores of classes" in out
+    status, out, err = run("export", "s0", "--format", "pt2")
+    assert status == 2
+    status, out, err = run("export", "s0", "--format", "pt2", "--against", code("two"))
+    assert status == 0, err
+    status, out, err = run("eval", code("two"), "--inputs", "test.npz")
+    assert status == 0, err
+    assert "nothing is known of its quality" in out
+
+
+def test_nothing_is_written_where_data_do_not_fit(run, code, tmp_path):
+    data = pairs(8, 0)
+    np.savez("swapped.npz", tokens=data["features"], features=data["tokens"])
+    asked = ("--neurons", "0.5", "--out", "small")
+    status, _, err = run("prune", code("two"), "--calibration", "swapped.npz", *asked)
+    assert status == 2
+    assert "'tokens' is float32 of (8, 4), and in the example inputs int64 of (2, 6)" in err
+    status, _, err = run("prune", code("two"), *asked)
+    assert (status, "tensors for tokens, features" in err) == (2, True)
+    status, _, err = run("prune", code("alone"), "--calibration", "swapped.npz", *asked)
+    assert (status, "its model reads tokens, features; return the model, and" in err) == (2, True)
+    status, _, err = run("eval", code("two"), "--inputs", "swapped.npz", "--images", "x.npz")
+    assert (status, "give one of them" in err) == (2, True)
+    np.savez("good.npz", **data)
+    stated = ("--calibration", "good.npz", "--no-normalize", *asked)
+    status, _, err = run("prune", code("two"), *stated)
+    assert status == 2
+    assert {path.name for path in tmp_path.iterdir()} <= {
+        *("mine.py", "swapped.npz", "good.npz", "__pycache__")
+    }
+
+
+def test_outputs_of_a_dictionary_are_scored_by_name(run, code, tmp_path):
+    """The first entry is no prediction, and labels need to know of which they are."""
+    generator = np.random.default_rng(0)
+    data = {"x": generator.normal(size=(30, 5)).astype(np.float32)}
+    np.savez("plain.npz", **data)
+    np.savez("labelled.npz", **data, labels=generator.integers(0, 3, 30))
+    np.savez("calibration.npz", x=generator.normal(size=(64, 5)).astype(np.float32))
+    found = {}
+    for name in ("named", "unnamed"):
+        status, _, err = run("prune", code(name), "--calibration", "calibration.npz",
+                             "--neurons", "0.5", "--out", name)  # fmt: skip
+        assert status == 0, err
+        status, out, err = run("eval", name, "--inputs", "plain.npz", "--against", code(name),
+                               "--json", "out.json")  # fmt: skip
+        assert status == 0, err
+        found[name] = json.loads((tmp_path / "out.json").read_text())["model"]["quality"]
+    assert found["named"]["errors"]["raw"] == 0
+    assert min(found["named"]["errors"][key] for key in ("boxes", "logits")) > 0
+    assert found["named"]["classes_in"] == "logits"
+    assert found["named"]["kl"] > 0
+    assert (found["unnamed"]["classes_in"], found["unnamed"]["kl"]) == (None, None)
+    assert found["unnamed"]["errors"]["scores"] == pytest.approx(found["named"]["errors"]["logits"])
+    status, out, err = run("eval", "named", "--inputs", "labelled.npz", "--against", code("named"))
+    assert (status, "top-1" in out) == (0, True), err
+    status, _, err = run(
+        "eval", "unnamed", "--inputs", "labelled.npz", "--against", code("unnamed")
+    )
+    assert status == 2
+    assert (
+        "puts out 'raw' (30, 5), 'boxes' (30, 4), 'scores' (30, 3), and the labels are (30,)" in err
+    )
+
+
+# ---- files -------------------------------------------------------------------------------
+
+
+class Mixed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
+
+    def forward(self, tokens, features, scale=None):
+        return self.layer(features) + tokens.sum(1, keepdim=True)
+
+
+EXAMPLE = {"tokens": torch.zeros(2, 6, dtype=torch.int64), "features": torch.zeros(2, 4)}
+GOOD = pairs(8, 0)
+SPOILT = np.where(np.arange(32).reshape(8, 4) == 5, np.nan, GOOD["features"])
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({"tokens": GOOD["features"], "features": GOOD["tokens"]}, "'tokens' is float32 of .8, 4"),
+        ({"tokens": GOOD["tokens"]}, "takes tokens, features, scale, and there is no 'features'"),
+        ({**GOOD, "feature": GOOD["features"]}, "takes no 'feature'; it takes tokens, features"),
+        ({**GOOD, "features": GOOD["features"].T[:, :4].T[..., None]}, r"float32 of \(4, 4, 1\)"),
+        ({**GOOD, "features": GOOD["features"].astype(np.uint8)}, "'features' is uint8"),
+        ({**GOOD, "tokens": GOOD["tokens"] > 3}, "'tokens' is bool"),
+        ({**GOOD, "features": SPOILT}, "'features' have NaN or infinite entries, 1 of 32"),
+        ({**GOOD, "features": GOOD["features"][:7]}, "disagree on the number of samples"),
+        ({**GOOD, "features": np.zeros((0, 4), np.float32)}, "'features' are empty"),
+        ({**GOOD, "features": np.array([{}])}, "features holds object; give numbers"),
+        ({**GOOD, "features": np.array(["a"] * 8)}, "features holds <U1; give numbers"),
+        ({**GOOD, "labels": np.zeros(8)}, "labels must be 8 whole numbers, .* not torch.float64"),
+        ({**GOOD, "labels": np.zeros(3, int)}, r"not torch.int64 of \(3,\)"),
+        ({f"test_{name}": array for name, array in GOOD.items()}, "x.npz:test reads the entries"),
+    ],
+)  # fmt: skip
+def test_files_that_do_not_fit_the_model_are_refused(arrays, message, tmp_path):
+    np.savez(tmp_path / "x.npz", **arrays)
+    with pytest.raises(FileError, match=message):
+        osscar.load_tensors(tmp_path / "x.npz", Mixed(), EXAMPLE)
+
+
+@pytest.mark.parametrize("name", ["x.npz", "x.safetensors", "none.npz", "none.safetensors", "x.pt"])
+def test_files_that_cannot_be_read_are_refused(name, tmp_path):
+    if name.startswith("x"):
+        (tmp_path / name).write_bytes(b"PK\3\4" + bytes(60))
+    with pytest.raises(FileError):
+        osscar.load_tensors(tmp_path / name, Mixed(), EXAMPLE)
+
+
+def test_an_archive_is_refused_before_it_fills_the_memory(tmp_path, monkeypatch):
+    file = tmp_path / "bomb.npz"
+    with (
+        zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive,
+        archive.open("features.npy", "w") as member,
+    ):
+        header = {"descr": "<f4", "fortran_order": False, "shape": (10**10, 4)}
+        np.lib.format.write_array_header_1_0(member, header)
+    monkeypatch.setattr(np, "load", lambda *_, **__: pytest.fail("read"))
+    with pytest.raises(FileError, match="features would take 160,000,000,000 bytes of memory"):
+        osscar.load_tensors(file, Mixed(), EXAMPLE)
+
+
+def test_whole_numbers_take_the_width_of_the_example_and_fractions_any(tmp_path):
+    narrow = {"tokens": GOOD["tokens"].astype(">i2"), "features": GOOD["features"].astype(">f8")}
+    np.savez(tmp_path / "x.npz", **narrow)
+    np.savez(tmp_path / "y.npz", **GOOD)
+    found, same = (osscar.load_tensors(tmp_path / f"{n}.npz", Mixed(), EXAMPLE) for n in "xy")
+    assert found.tensors["tokens"].dtype == torch.int64
+    assert found.fingerprints() == same.fingerprints()
+    drawn = found.sample(5, seed=1)
+    assert set(drawn.fingerprints()) < set(found.fingerprints())
+    assert len(drawn) == len(set(drawn.fingerprints())) == 5
+    assert drawn.fingerprints() != found.sample(5, seed=2).fingerprints()
+    small = {**EXAMPLE, "tokens": EXAMPLE["tokens"].to(torch.int8)}
+    np.savez(tmp_path / "z.npz", **{**GOOD, "tokens": GOOD["tokens"] + 200})
+    with pytest.raises(FileError, match=r"'tokens' has numbers that torch\.int8"):
+        osscar.load_tensors(tmp_path / "z.npz", Mixed(), small)
+
+
+class Pictured(nn.Module):
+    def __init__(self, *names):
+        super().__init__()
+        self.forward = {1: lambda images: images, 2: lambda images, features: images}[len(names)]
+
+
+def test_an_archive_holds_pictures_unless_the_model_calls_something_else_so(tmp_path):
+    pixels = np.zeros((2, 4, 4, 3), np.uint8)
+    np.savez(tmp_path / "pixels.npz", images=pixels, test_images=pixels)
+    np.savez(tmp_path / "floats.npz", images=pixels.astype(np.float32))
+    np.savez(tmp_path / "other.npz", tokens=pixels)
+    one, two = Pictured("images"), Pictured("images", "features")
+    told = {
+        (file, kind): holds_pictures(tmp_path / file, model)
+        for file in (
+            "pixels.npz",
+            "pixels.npz:test",
+            "floats.npz",
+            "other.npz",
+            "x.safetensors",
+            "",
+        )
+        for kind, model in (("one", one), ("two", two), ("mixed", Mixed()))
+    }
+    assert {key for key, pictures in told.items() if pictures} == {
+        ("pixels.npz", "one"), ("pixels.npz", "mixed"), ("pixels.npz:test", "one"),
+        ("pixels.npz:test", "mixed"), ("floats.npz", "mixed"),
+        ("", "one"), ("", "two"), ("", "mixed"),
+    }  # fmt: skip
+
+
+# ---- from Python -------------------------------------------------------------------------
+
+
+def network():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(5, 16), nn.ReLU(), nn.Linear(16, 4)).eval()
+
+
+def samples(seed=0, labels=None, count=48):
+    generator = torch.Generator().manual_seed(seed)
+    return osscar.TensorSet("drawn", {"input": torch.randn(count, 5, generator=generator)}, labels)
+
+
+def test_labels_say_that_a_matrix_is_of_scores_of_classes():
+    labels = torch.arange(48) % 4
+    model = network()
+    assert as_inputs(model, samples(labels=labels)).classes
+    measured = [
+        osscar.prune(model, samples(labels=given), flops=0.6).divergence for given in (None, labels)
+    ]
+    assert measured[0] is None
+    assert measured[1] > 0
+
+
+def test_what_calibrated_a_model_is_known_and_its_evaluation_is_of_python_too():
+    dense, data = network(), samples()
+    pruned = osscar.prune(dense, data, neurons=0.5).model
+    (known,) = lineage_of(pruned).calibration
+    assert known.fingerprints == tuple(data.fingerprints())
+    labelled = samples(1, torch.arange(48) % 4)
+    found = osscar.compare_tensors(pruned, dense, labelled, repetitions=1)
+    assert found.model.quality.top1 is not None
+    assert found.dense.quality.errors == {}
+    alone = osscar.evaluate_tensors(pruned, labelled, batch_size=7, repetitions=1)
+    assert alone.quality.top1 == found.model.quality.top1
+    assert alone.sample == "sample"
+
+
+def test_probabilities_diverge_as_their_logits_do():
+    dense, pruned = network(), network()
+    with torch.no_grad():
+        pruned[2].weight.mul_(1.1)
+    chances = [nn.Sequential(*model, nn.Softmax(1)).eval() for model in (pruned, dense)]
+    of_logits = score_tensors([pruned], samples(), dense=dense)[0]
+    of_chances = score_tensors(chances[:1], samples(), dense=chances[1])[0]
+    assert of_logits.kl == pytest.approx(of_chances.kl, rel=1e-3)
+
+
+def test_the_dense_model_is_scored_on_labels_that_are_its_classes():
+    dense = network()
+    with torch.no_grad():
+        right = dense(samples().tensors["input"]).argmax(1)
+    told = [osscar.score_dense(dense, samples(labels=labels)) for labels in (right, right + 3)]
+    assert (told[0].value, told[0].near_chance, told[0].noun) == (1.0, False, "sample")
+    assert told[1].value is None
+    assert "the model 4 classes" in told[1].reason
+    assert osscar.score_dense(dense, samples()) is None
+
+
+def test_data_and_labels_that_a_model_has_no_use_for_are_refused():
+    model = network()
+    with pytest.raises(CalibrationError, match="labels from 0 to 4 and the model 4 classes"):
+        osscar.evaluate_tensors(model, samples(labels=torch.arange(48) % 5))
+    with pytest.raises(ModelError, match=r"the labels are \(48, 2\)"):
+        score_tensors([model], samples(labels=torch.zeros(48, 2, dtype=int)), batch_size=48)
+    with pytest.raises(CalibrationError, match="takes no 'x'; it takes input"):
+        osscar.evaluate_tensors(model, osscar.TensorSet("x", {"x": torch.zeros(2, 5)}))
+    with pytest.raises(ModelError, match=r"Sequential fails on input \(2, 3\)"):
+        osscar.evaluate_tensors(model, osscar.TensorSet("x", {"input": torch.zeros(2, 3)}))
+    with pytest.raises(CalibrationError, match="the data are a dict; give a TensorSet"):
+        osscar.evaluate_tensors(model, {"input": torch.zeros(2, 5)})
+    with pytest.raises(CalibrationError, match="cannot draw 0 samples"):
+        samples().sample(0, seed=0)
+    with pytest.raises(OptionError, match="batch size"):
+        osscar.evaluate_tensors(model, samples(), batch_size=0)
+    with pytest.raises(ModelError, match="cannot be compared"):
+        osscar.compare_tensors(model, nn.Sequential(nn.Linear(5, 3)).eval(), samples())
