@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from graph.groups import CouplingGroup
 from osscar.core.inputs import file_name
 from osscar.core.modules import count_parameters
-from osscar.core.operations import operations
+from osscar.core.operations import count_operations
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ def count_flops(model: nn.Module, inputs: Tensor | Mapping[str, Tensor]) -> int:
         on the model's device.
     """
     given = {"input_ids": inputs} if isinstance(inputs, Tensor) else dict(inputs)
-    return int(operations(model, given).get_total_flops())
+    return count_operations(model, given)
 
 
 def reset_peak_memory(device: torch.device) -> None:

@@ -20,7 +20,6 @@ from itertools import zip_longest
 from typing import Protocol
 
 import numpy as np
-import torch
 from numpy.polynomial.polynomial import polyval
 from numpy.typing import NDArray
 from torch import Tensor, nn
@@ -28,8 +27,8 @@ from torch import Tensor, nn
 from graph import CouplingGroup, UnitKind
 from osscar.checkpoint.formats import Saving
 from osscar.checkpoint.sizes import header_bytes, written_tensors
-from osscar.core.on_disk import is_on_disk
-from osscar.core.operations import operations
+from osscar.core.on_disk import OnDisk
+from osscar.core.operations import products
 from osscar.data.batches import Batch
 from osscar.shrinking.plan import Form
 
@@ -195,17 +194,14 @@ def count(
     tensors = dict([*model.named_parameters(), *model.named_buffers()])
     names = {id(tensor): name for name, tensor in tensors.items()}
     taken = _taken(model, groups, names)
-    prices, each, rest = dict.fromkeys(dict(model.named_parameters()), 1.0), dict[str, float](), 0.0
+    prices: Mapping[str, float] = dict.fromkeys(dict(model.named_parameters()), 1.0)
+    each: Mapping[str, float] = {}
+    rest = 0.0
     if cost is Cost.BYTES:
         prices, rest = _stored_bytes(model, names, program)
     elif cost is Cost.FLOPS:
-        multiplied, own, total = _operations(model, names, example)
-        prices = _of_weights(model, names, multiplied, own)
-        each = _of_attention(groups, own)
-        units = {group.name: group.units for group in groups}
-        counted = sum(price * tensors[name].numel() for name, price in prices.items())
-        counted += sum(price * units[name] for name, price in each.items())
-        rest = max(total - counted, 0.0)
+        found = _Operations.of(model, tensors, groups, example)
+        prices, each, rest = found.prices, found.each, found.fixed
     owned = {name: tuple(of) for name, of in taken.items() if name in prices}
     others = [name for name in prices if name not in owned]
     return CountedCost(
@@ -255,99 +251,73 @@ def _attribute(model: nn.Module, name: str) -> object:
 # ---- operations --------------------------------------------------------------------------
 
 
-def _operations(
-    model: nn.Module, names: Mapping[int, str], example: Batch
-) -> tuple[Counter[str], dict[str, float], int]:
-    """Count the products with each weight, what each module does besides, and what all do.
+@dataclass
+class _Operations:
+    """What the operations of a model depend on; added up, they are all that a pass takes.
 
-    What a module does is without its children.  A product is one with a weight where that, or a
-    view of it, is what the operator reads, whoever calls it; weights that were copied, gathered or
-    cast before, or lie on disk, are told by the modules that they belong to.
+    Parameters
+    ----------
+    prices
+        Of each entry of weights, by name.
+    each
+        Of each unit of a group, such as scores and weighted sums of a head.
+    fixed
+        The rest.
     """
-    weights = _by_storage(model, names)
-    multiplied, told = Counter[str](), Counter[str]()
 
-    def note(found: int, args: Sequence[object], modules: frozenset[str]) -> None:
-        read = {weights.get(_storage(arg)) for arg in args if isinstance(arg, Tensor)} - {None}
-        if len(read) == 1:
-            multiplied.update({name: found for name in read if name is not None})
-            told.update(dict.fromkeys(modules, found))
+    prices: Counter[str] = field(default_factory=Counter)
+    each: Counter[str] = field(default_factory=Counter)
+    fixed: float = 0.0
 
-    counter = operations(model, example, note)
-    counts, root = counter.get_flop_counts(), type(model).__name__
+    @classmethod
+    def of(
+        cls,
+        model: nn.Module,
+        tensors: Mapping[str, Tensor],
+        groups: Sequence[CouplingGroup],
+        example: Batch,
+    ) -> _Operations:
+        """Share out each product among the weights that it takes, or the heads that it is of.
 
-    def of(name: str) -> int:
-        path = f"{root}.{name}" if name else root
-        return sum(counts.get(path, {}).values()) - told[path]
-
-    own = {
-        name: float(
-            of(name)
-            - sum(of(f"{name}.{child}" if name else child) for child, _ in module.named_children())
-        )
-        for name, module in model.named_modules()
-    }
-    return multiplied, own, counter.get_total_flops()
-
-
-def _by_storage(model: nn.Module, names: Mapping[int, str]) -> dict[int, str]:
-    """Return the names of weights by where they lie, those that lie alone: biases are added."""
-    if is_on_disk(model):
-        return {}
-    found: dict[int, list[str]] = {}
-    for parameter in model.parameters():
-        if parameter.ndim > 1:
-            found.setdefault(_storage(parameter), []).append(names[id(parameter)])
-    return {place: of[0] for place, of in found.items() if place and len(of) == 1}
-
-
-def _storage(tensor: Tensor) -> int:
-    """Return where a tensor lies; 0 if nowhere, or, as sparse ones, in several places."""
-    return tensor.untyped_storage().data_ptr() if tensor.layout is torch.strided else 0
+        One with a weight that lies on disk, and cannot be told, is shared by all weights on disk of
+        the module that was running.
+        """
+        names = {id(tensor): name for name, tensor in tensors.items() if tensor.ndim > 1}
+        heads = _heads_by_module(groups)
+        found = cls()
+        for product in products(model, names, example):
+            weights = product.weights
+            if product.constant and not weights:
+                weights = _on_disk(model.get_submodule(product.module), names)
+            if weights:
+                entries = sum(tensors[name].numel() for name in weights)
+                found.prices.update(dict.fromkeys(weights, product.operations / entries))
+                continue
+            several = _nearest(heads, product.module)
+            units = sum(group.units for group in several)
+            found.each.update({group.name: product.operations / units for group in several})
+            found.fixed += 0 if several else product.operations
+        return found
 
 
-def _of_weights(
-    model: nn.Module,
-    names: Mapping[int, str],
-    multiplied: Mapping[str, int],
-    own: Mapping[str, float],
-) -> dict[str, float]:
-    """Return the operations of each entry of weights.
-
-    What a module does besides the products that were seen is that of its other weights, if any.
-    """
-    every = {names[id(parameter)]: parameter for parameter in model.parameters()}
-    prices = {name: found / every[name].numel() for name, found in multiplied.items()}
-    for name, module in model.named_modules():
-        known = (weight for weight in _matrices(module) if id(weight) in names)
-        unseen = [weight for weight in known if names[id(weight)] not in multiplied]
-        entries = sum(weight.numel() for weight in unseen)
-        for weight in unseen if own[name] > 0 else ():
-            owner = names[id(weight)]
-            prices[owner] = prices.get(owner, 0.0) + own[name] / entries
-    return prices
+def _on_disk(module: nn.Module, names: Mapping[int, str]) -> frozenset[str]:
+    """Return the weights of a module that lie on disk."""
+    own = module._parameters.values()
+    return frozenset(names[id(p)] for p in own if isinstance(p, OnDisk) and id(p) in names)
 
 
-def _matrices(module: nn.Module) -> list[nn.Parameter]:
-    """Return what a module multiplies with: its weight, or the matrices of several experts.
-
-    All entries of the latter meet as many tokens, on average over the experts.
-    """
-    weight = module._parameters.get("weight")
-    if weight is not None:
-        return [weight] if weight.ndim > 1 else []
-    return [p for p in module._parameters.values() if p is not None and p.ndim == 3]
-
-
-def _of_attention(groups: Sequence[CouplingGroup], own: Mapping[str, float]) -> dict[str, float]:
-    """Return what each head costs besides weights: scores and weighted sums, in its own module."""
-    each: dict[str, float] = {}
-    shared: dict[str, list[CouplingGroup]] = {}
+def _heads_by_module(groups: Sequence[CouplingGroup]) -> dict[str, list[CouplingGroup]]:
+    """Return the groups of heads by the modules around the layers that make or read them."""
+    found: dict[str, list[CouplingGroup]] = {}
     for group in groups:
-        if group.kind is UnitKind.HEADS and group.consumers:
-            module = group.consumers[0].module.rpartition(".")[0]
-            shared.setdefault(module, []).append(group)
-    for module, found in shared.items():
-        for group in found:
-            each[group.name] = max(own.get(module, 0.0), 0.0) / sum(g.units for g in found)
-    return each
+        if group.kind is UnitKind.HEADS:
+            for module in {slot.module.rpartition(".")[0] for slot in group.slots}:
+                found.setdefault(module, []).append(group)
+    return found
+
+
+def _nearest(heads: Mapping[str, list[CouplingGroup]], module: str) -> list[CouplingGroup]:
+    """Return the groups of heads whose scores a module may take: its own, or those around it."""
+    while module and module not in heads:
+        module = module.rpartition(".")[0]
+    return heads.get(module, [])

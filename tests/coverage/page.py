@@ -182,6 +182,15 @@ def page(entries: Iterable[Entry], listed: Mapping[str, int]) -> str:
     return f"{_INTRODUCTION}{summary}\n## The tables\n{_LEGEND}{sections}"
 
 
+def models_by_title(text: str) -> dict[str, set[str]]:
+    """Return the names of the models that each list of a page has, by the list's title."""
+    found = {}
+    for section in text.split("\n### ")[1:]:
+        lines = section.splitlines()
+        found[lines[0]] = {line.split("`")[1] for line in lines if line[:3] in ("| `", "- `")}
+    return found
+
+
 def _versions() -> str:
     names = ("torch", "torchvision", "timm", "transformers", "torch-pruning")
     return f"\nWith {', '.join(f'{name} {_version(name)}' for name in names)}.\n"

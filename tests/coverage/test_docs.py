@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from .lists import LISTS
-from .page import Entry, Outcome, page
+from .page import Entry, Outcome, models_by_title, page
 from .peer import Peer
 from .row import Row
 from .zoo import FAMILIES
@@ -70,18 +70,11 @@ def test_outcomes(name: str, outcome: Outcome) -> None:
     assert Entry("nets", name, _ROWS[name]).outcome is outcome
 
 
-def _listed() -> dict[str, set[str]]:
-    """Return the models of each section of the page."""
-    found = {}
-    for section in _PAGE.read_text().split("\n### ")[1:]:
-        lines = section.splitlines()
-        found[lines[0]] = {line.split("`")[1] for line in lines if line[:3] in ("| `", "- `")}
-    return found
-
-
 def test_the_page_knows_every_architecture_of_the_tests() -> None:
-    assert _listed()["transformers, sizes chosen by hand"] == set(FAMILIES)
+    assert models_by_title(_PAGE.read_text())["transformers, sizes chosen by hand"] == set(FAMILIES)
 
 
 def test_the_page_tells_of_no_network_that_is_gone() -> None:
-    assert _listed()["hand-written networks"] <= set(LISTS["nets"].names(None))
+    assert models_by_title(_PAGE.read_text())["hand-written networks"] <= set(
+        LISTS["nets"].names(None)
+    )

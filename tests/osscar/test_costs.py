@@ -10,12 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 import osscar
 from osscar.capture.opened import opened
 from osscar.core.errors import ModelError, RequestError
 from osscar.core.modules import copied, count_parameters
 from osscar.evaluation.size import count_flops
+from osscar.models.language import DEMO_DIRECTORY
 from osscar.pruning.allocation import _checked as checked
 from osscar.pruning.allocation import allocate, shared_curves
 from osscar.pruning.costs import Cost, CountedCost, _Weight, count
@@ -431,7 +434,53 @@ class ByFunctions(nn.Module):
         return torch.einsum("ebh,eho->bo", hidden, self.second)
 
 
+class Registers(nn.Module):
+    """Attention that has tokens and a bias of its own, in three dimensions like stacked experts."""
+
+    def __init__(self):
+        super().__init__()
+        self.tokens = nn.Parameter(torch.randn(1, 3, 12))
+        self.bias = nn.Parameter(torch.randn(1, 9, 9))
+        self.qkv, self.out, self.head = nn.Linear(12, 48), nn.Linear(16, 12), nn.Linear(12, 5)
+
+    def forward(self, x):
+        x = torch.cat([self.tokens.expand(len(x), -1, -1), x], 1)
+        q, k, v = self.qkv(x).unflatten(-1, (3, -1, 4)).permute(2, 0, 3, 1, 4)
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=self.bias).transpose(1, 2).flatten(2)
+        return self.head(self.out(x)[:, 0])
+
+
+class Scores(nn.Module):
+    """Queries, keys and values, and what comes of them, without the layer that reads that."""
+
+    def __init__(self):
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(12, 16) for _ in range(3))
+
+    def forward(self, x):
+        heads = [
+            layer(x).unflatten(-1, (-1, 4)).transpose(1, 2) for layer in (self.q, self.k, self.v)
+        ]
+        return F.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2)
+
+
+class Apart(nn.Module):
+    """Attention whose output layer lies in another module, and a query that is a parameter."""
+
+    def __init__(self):
+        super().__init__()
+        self.attention, self.output = Scores(), nn.Sequential(nn.Linear(16, 12), nn.LayerNorm(12))
+        self.query = nn.Parameter(torch.randn(1, 1, 12))
+        self.read, self.head = nn.Linear(12, 10), nn.Linear(10, 3)
+
+    def forward(self, x):
+        x = self.output(self.attention(x)) + torch.tanh(self.query)
+        return self.head(torch.relu(self.read(x)) + torch.relu(self.read(self.query)))
+
+
 CALLED = {
+    "registers": (Registers, (8, 6, 12)),
+    "apart": (Apart, (8, 6, 12)),
     "grouped": (grouped, (8, 3, 9, 9)),
     "depthwise": (depthwise, (8, 3, 9, 9)),
     "transposed": (transposed, (8, 3, 9, 9)),
@@ -439,6 +488,13 @@ CALLED = {
     "called twice": (CalledTwice, (8, 2, 10, 10)),
     "by functions": (ByFunctions, (8, 6)),
 }
+
+
+def by_torch(model, *inputs):
+    """Return what torch's own counter says, in which gradients have to be."""
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model(*inputs)
+    return counter.get_total_flops()
 
 
 @pytest.mark.parametrize("case", CALLED)
@@ -453,6 +509,7 @@ def test_operations_are_those_of_the_model_that_is_really_smaller(case):
         some = [{1, (group.units + 1) // 2, group.units} for group in groups]
         assert groups
         assert cost.fixed == pytest.approx(0.0, abs=1e-6)
+        assert cost.dense == pytest.approx(by_torch(model, data[:1]), rel=1e-12)
         for widths in itertools.product(*some):
             kept = dict(zip([group.name for group in groups], widths, strict=True))
             plan = [GroupPlan.of(g, tuple(range(kept[g.name]))) for g in groups]
@@ -461,3 +518,32 @@ def test_operations_are_those_of_the_model_that_is_really_smaller(case):
             if plan.groups:
                 shrink(smaller, plan, [ready.example])
             assert cost.of(kept) == pytest.approx(count_flops(smaller, ready.sample), rel=1e-12)
+
+
+def test_layers_that_torch_runs_as_one_operator_are_counted():
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(16, 4, 32, batch_first=True)
+    model, x = nn.TransformerEncoder(layer, 2).eval(), torch.randn(8, 5, 16)
+    assert count_flops(model, {"src": x}) == by_torch(model, x) > 0
+    result = osscar.prune(model, x, flops=0.7, backend="wanda")
+    assert result.budget.dense == pytest.approx(by_torch(model, x[:1]), rel=1e-12)
+    assert count_flops(result.model, {"src": x[:1]}) <= 0.7 * result.budget.dense
+
+
+def dense_and_halved(model, data):
+    """Return the operations of a model, and those with half of all units."""
+    with opened(model, data) as ready:
+        cost = count(Cost.FLOPS, ready.model, ready.groups, ready.sample)
+        return cost.dense, cost.of({g.name: (g.units + 1) // 2 for g in ready.groups})
+
+
+def test_operations_of_weights_on_disk_are_those_of_the_same_in_memory():
+    loaded = [osscar.load_model(DEMO_DIRECTORY, max_memory=limit) for limit in (None, "1GB")]
+    memory, disk = (dense_and_halved(one.model, tokens(2, 24)) for one in loaded)
+    assert disk == pytest.approx(memory, rel=1e-12)
+
+
+def test_matrices_of_experts_that_are_picked_are_counted_as_theirs():
+    kernels = ("grouped_mm", "batched_mm", "eager")
+    at_once, *others = (dense_and_halved(experts(kernel), tokens(2, 24)) for kernel in kernels)
+    assert others == [pytest.approx(at_once, rel=1e-12)] * 2

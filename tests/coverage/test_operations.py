@@ -1,0 +1,110 @@
+"""What a budget of operations counts, against torch's own counter, on all that the page lists."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+import graph
+import osscar
+from graph import CouplingGroup, GraphError
+from graph.preserve import without_cache
+from osscar.core.operations import _by_expert as by_expert
+from osscar.data.batches import named_inputs
+from osscar.evaluation.size import count_flops
+from osscar.pruning.costs import Cost, CountedCost, count
+from osscar.shrinking.follow import prepare
+
+from .case import Inputs, NotBuilt
+from .images import make_timm
+from .lists import LISTS
+from .measure import shrink_by_half
+from .page import models_by_title
+from .zoo import FAMILIES, transformers_case
+
+_PAGE = Path(__file__).parents[2] / "docs" / "coverage.md"
+
+
+def _by_torch(model: nn.Module, inputs: dict[str, torch.Tensor]) -> int:
+    """Count by torch alone, which knows nothing of products of many experts at once.
+
+    Its counter needs gradients, and so do layers that would run as one operator without.
+    """
+    counter = FlopCounterMode(display=False, custom_mapping=by_expert())
+    with without_cache(model), sdpa_kernel(SDPBackend.MATH), torch.enable_grad(), counter:
+        model(**inputs)
+    return counter.get_total_flops()
+
+
+def _counted(
+    model: nn.Module, groups: tuple[CouplingGroup, ...], inputs: Inputs
+) -> tuple[CountedCost, dict[str, torch.Tensor]]:
+    """Return what a model costs, once that is compared with torch, and what it was shown."""
+    given = inputs if isinstance(inputs, dict) else named_inputs(model, inputs)
+    cost = count(Cost.FLOPS, model, groups, given)
+    assert cost.dense == pytest.approx(_by_torch(model, given), rel=1e-12)
+    assert cost.fixed >= 0
+    return cost, given
+
+
+_QUICK = ("bert", "mixtral")
+
+
+@pytest.mark.parametrize(
+    "family", [pytest.param(f, marks=() if f in _QUICK else pytest.mark.slow) for f in FAMILIES]
+)
+def test_operations_are_those_that_torch_counts_before_and_after(family: str) -> None:
+    case = transformers_case(family)
+    model, inputs = case.build(), case.make_inputs()
+    prepare(model)
+    cost, given = _counted(model, graph.trace(model, inputs[0]).groups, inputs[0])
+    _, proof, _ = shrink_by_half(model, inputs)
+    kept = {group.name: len(group.kept) for group in proof.plan.groups}
+    assert cost.of(kept) == pytest.approx(count_flops(model, given), rel=1e-12)
+
+
+_LISTED = [
+    (name, model)
+    for name, listed in LISTS.items()
+    for model in sorted(models_by_title(_PAGE.read_text()).get(listed.title, ()))
+]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("listed", "name"), _LISTED)
+def test_operations_of_every_model_of_the_page_are_those_that_torch_counts(
+    listed: str, name: str
+) -> None:
+    try:
+        made = LISTS[listed].make(name)
+    except NotBuilt as error:
+        pytest.skip(str(error))
+    try:
+        groups = graph.trace(made.model, made.inputs[0]).groups
+    except GraphError:  # as the page says
+        groups = ()
+    _counted(made.model, groups, made.inputs[0])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name",
+    ["cait_xxs24_224", "crossvit_tiny_240", "eva02_tiny_patch14_224", "xcit_nano_12_p16_224"],
+)
+def test_budgets_of_operations_are_met_and_spent(name: str) -> None:
+    """Modules that hold tokens and biases of their own, which are no matrices of experts."""
+    made = make_timm(name)
+    x = torch.randn(8, *made.inputs[0][0].shape[1:])
+    result = osscar.prune(
+        made.model, x, flops=0.6, allocation="uniform", backend="magnitude", damp=0.1
+    )
+    after = count_flops(result.model, {"x": x[:1]})
+    assert result.budget is not None
+    assert result.budget.reached == pytest.approx(after, rel=1e-9)
+    assert 0.55 * result.budget.dense < after <= 0.6 * result.budget.dense
