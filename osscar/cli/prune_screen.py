@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from osscar.pruning.result import PruningResult
 
 
+_WORTH_TELLING = 0.01
+"""Of a budget: what is left of it that a line tells of."""
+
+
 def report_document(
     result: PruningResult,
     dense: nn.Module,
@@ -186,7 +190,9 @@ def budget_line(budget: Budget) -> str:
             f"timed: {1 / budget.reached:.2f} times as fast as the dense model on a calibration "
             f"batch; {1 / budget.limit:g} was asked for"
         )
+    short = f"; it is {budget.short:.1%} below, as widths move in steps"
     return (
         f"budget: {budget.reached:,.0f} of {budget.dense:,.0f} {budget.cost} "
         f"({budget.reached / budget.dense:.1%}), at most {budget.limit:,.0f} were asked for"
+        f"{short if budget.short > _WORTH_TELLING else ''}"
     )

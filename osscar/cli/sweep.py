@@ -212,7 +212,7 @@ def command(
                 "points": [_entry(point) for point in found],
                 "left_alone": [dataclasses.asdict(group) for group in found[-1].left_alone],
             }
-            content = document("sweep", 2, content)
+            content = document("sweep", 3, content)
             write_json(place.path / DOCUMENT_FILE, content)
             write_text(place.path / PAGE_FILE, sweep_page(content))
     out.print(sweep_table(content))
@@ -293,10 +293,12 @@ def _dense_point(job: Job, dense: nn.Module, scorer: _Scorer, sample: Batch) -> 
 
     (forward,) = measure_forward([dense], sample)
     return Point(
-        "osscar.sweep-point/3",
+        "osscar.sweep-point/4",
         job.method,
         str(job.budget),
         job.value,
+        limit=None,
+        reached=None,
         **dataclasses.asdict(forward),
         form=Form.MODULE,
         speedup=1.0,
@@ -318,10 +320,12 @@ def _point(
 
     before, after = measure_forward([dense, result.model], sample)
     return Point(
-        "osscar.sweep-point/3",
+        "osscar.sweep-point/4",
         job.method,
         str(job.budget),
         job.value,
+        limit=None if result.budget is None else result.budget.limit,
+        reached=None if result.budget is None else result.budget.reached,
         **dataclasses.asdict(after),
         form=result.form,
         speedup=before.seconds / after.seconds,

@@ -68,7 +68,7 @@ def allocate(
         rule: Rule
         match request.allocation:
             case Allocation.UNIFORM:
-                rule = Uniform(shared, request, keep)
+                rule = Uniform(shared, request.widths, keep)
             case Allocation.FLUCTUATION:
                 scores = measure_fluctuations(ready, shared)
                 rule = ByScores(shared, scores, request.widths, keep)
@@ -128,8 +128,6 @@ def provisional(ready: Opened, request: PruningRequest) -> dict[str, int]:
     _, keep, shared = asked_groups(ready, request)
     if not request.has_budget:
         return keep
-    if request.allocation is Allocation.UNIFORM and request.sparsity is not None:
-        return {**keep, **Uniform(shared, request, keep).of_units()}
     before: Counter[int] = Counter()
     for group in shared:
         keep[group.name] = about_half(group, request.widths, before[group.units] % 2)
@@ -164,28 +162,29 @@ def _met(
         kind = Cost.FLOPS
     elif request.size is not None:
         kind = Cost.BYTES
-    program = None
-    if kind is Cost.BYTES and form is Form.GRAPH:  # which keeps numbers of the code, too
+    cost = count(kind, ready.model, ready.groups, ready.sample)
+    dense = cost.dense
+    if kind is Cost.BYTES and form is Form.GRAPH:  # a share is of what one has: the modules' file
         proofs = ready.inputs.proofs(ready.model, request.seed)
         program = dense_program(ready.model, proofs, ready.example)
-    cost = count(kind, ready.model, ready.groups, ready.sample, program)
+        cost = count(kind, ready.model, ready.groups, ready.sample, program)
     if request.sparsity is not None:
         # Of the parameters that the shared groups own, as the others are.
         all_gone = cost.of({**keep, **dict.fromkeys((g.name for g in shared), 0)})
         limit = all_gone + (1 - request.sparsity) * (cost.of(keep) - all_gone)
     elif request.flops is not None:
-        limit = request.flops * cost.dense
+        limit = request.flops * dense
     else:
         asked_for = _kept(request)
-        whole = Fraction(int(cost.dense))
-        limit = float(asked_for if isinstance(asked_for, int) else asked_for * whole)
+        limit = float(asked_for if isinstance(asked_for, int) else asked_for * Fraction(int(dense)))
     if limit >= cost.dense:
         raise RequestError(
-            f"{asked} asks for no less than there is: it allows {limit:,.0f} {kind}, and the model "
-            f"has {cost.dense:,.0f}; ask for less to be kept"
+            f"{asked} asks for no less than there is: it allows {limit:,.0f} {kind}, and the "
+            f"{'model' if form is Form.MODULE else 'exported program'} has {cost.dense:,.0f}; ask "
+            "for less to be kept"
         )
-    found = _checked(rule, kind, cost, limit, keep, asked)
-    return found, rule.budget(kind, cost, limit, found)
+    found = _checked(rule, kind, cost, limit, keep, asked, dense)
+    return found, dataclasses.replace(rule.budget(kind, cost, limit, found), dense=dense)
 
 
 def _kept(request: PruningRequest) -> Fraction | int:
@@ -203,6 +202,7 @@ def _checked(
     limit: float,
     keep: Mapping[str, int],
     asked: str,
+    dense: float | None = None,
 ) -> dict[str, int]:
     """Return what the rule chooses.
 
@@ -215,13 +215,13 @@ def _checked(
     def written(value: float) -> str:
         return f"{value:.3f}" if kind is Cost.TIME else f"{value:,.0f}"
 
-    found = rule.choose(cost, limit)
+    found, dense = rule.choose(cost, limit), cost.dense if dense is None else dense
     reached = cost.of({**keep, **found})
-    if not (reached <= limit * (1 + ROUNDING) or rule.rounds):
+    if not reached <= limit * (1 + ROUNDING):
         raise RequestError(
             f"{asked} cannot be met: it allows {written(limit)} {kind}, and what may be pruned "
-            f"comes to {written(reached)} of {written(cost.dense)} at least "
-            f"({reached / cost.dense:.3f} of the dense model's); ask for less, or let more kinds "
+            f"comes to {written(reached)} of {written(dense)} at least "
+            f"({reached / dense:.3f} of the dense model's); ask for less, or let more kinds "
             "of units be pruned"
         )
     return found

@@ -48,7 +48,8 @@ class Budget:
     limit
         What the whole model may cost.
     dense, reached
-        What it costs, and what it will.
+        What it costs, and what it will; bytes of the dense model are those of its modules, also
+        where a program is saved.
     predicted
         The predicted divergence of the pruned model's predictions from the dense ones, in nats a
         prediction; None where nothing predicts it.
@@ -79,6 +80,11 @@ class Budget:
     curves: dict[str, tuple[float, ...]] = field(default_factory=dict, repr=False)
     widths: dict[str, Width] = field(default_factory=dict, repr=False)
     frontier: tuple[tuple[float, float], ...] = field(default=(), repr=False)
+
+    @property
+    def short(self) -> float:
+        """How far it stays below the limit, relative to that: widths move in whole units."""
+        return 1 - self.reached / self.limit
 
     @property
     def gap(self) -> float | None:

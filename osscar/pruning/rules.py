@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import ClassVar, Protocol
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +20,9 @@ from osscar.pruning.knapsack import BudgetError, choose
 from osscar.pruning.request import PruningRequest, Widths
 from osscar.pruning.widths import count_kept, possible_widths
 
+_SHARES = 1 << 20
+"""Shares that are told apart: a unit of any group that there is."""
+
 _ROUNDS = 60
 _SWEEPS = 30
 _PRICES = 96
@@ -30,10 +33,6 @@ _FRONTIER = 24
 class Rule(Protocol):
     """How a budget is shared out."""
 
-    @property
-    def rounds(self) -> bool:
-        """Whether it may come to more than the limit, since shares are rounded to units."""
-
     def choose(self, cost: CostModel, limit: float) -> dict[str, int]:
         """Return what groups keep so that the model costs at most the limit."""
 
@@ -43,42 +42,36 @@ class Rule(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Uniform:
-    """The same share of every group: of its units if the sparsity is given, or as costs allow."""
+    """The same share of the units of every group, rounded to widths that they may have.
+
+    Parameters
+    ----------
+    shared
+        The groups.
+    widths, keep
+        As the request has them, and what other groups keep.
+    """
 
     shared: Sequence[CouplingGroup]
-    request: PruningRequest
+    widths: Widths
     keep: Mapping[str, int]
-
-    @property
-    def rounds(self) -> bool:
-        """Whether shares are rounded to units, whatever that comes to, and to no more than that."""
-        sparsity, widths = self.request.sparsity, self.request.widths
-        if sparsity is None:
-            return False
-        share = 1 - Fraction(str(sparsity))
-        return all(widths.least(g.units) <= max(1, math.ceil(share * g.units)) for g in self.shared)
 
     def choose(self, cost: CostModel, limit: float) -> dict[str, int]:
         """Return the counts of the largest share within the limit, or of the least share."""
-        if self.request.sparsity is not None:
-            return self.of_units()
-        low, high, steps = 0, 1 << 12, 1 << 12
+        low, high = 0, _SHARES
         while low < high:
             middle = (low + high + 1) // 2
-            within = cost.of({**self.keep, **self._at(Fraction(middle, steps))}) <= limit
+            found = self._at(Fraction(middle, _SHARES))
+            within = cost.of({**self.keep, **found}) <= limit * (1 + ROUNDING)
             low, high = (middle, high) if within else (low, middle - 1)
-        return self._at(Fraction(low, steps))
-
-    def of_units(self) -> dict[str, int]:
-        """Return the counts where the sparsity is the share of each group's units to remove."""
-        return self._at(1 - Fraction(str(self.request.sparsity)))
+        return self._at(Fraction(low, _SHARES))
 
     def _at(self, share: Fraction) -> dict[str, int]:
-        widths, found = self.request.widths, {}
+        found = {}
         for group in self.shared:
             asked = max(share, Fraction(1, 2 * group.units))
-            least = int(possible_widths(group, widths)[0])
-            found[group.name] = max(count_kept(group, asked, widths.round_to), least)
+            least = int(possible_widths(group, self.widths)[0])
+            found[group.name] = max(count_kept(group, asked, self.widths.round_to), least)
         return found
 
     def budget(self, kind: Cost, cost: CostModel, limit: float, found: dict[str, int]) -> Budget:
@@ -104,7 +97,6 @@ class ByScores:
     scores: Mapping[str, NDArray[np.float64]]
     widths: Widths
     keep: Mapping[str, int]
-    rounds: ClassVar[bool] = False
 
     def choose(self, cost: CostModel, limit: float) -> dict[str, int]:
         """Return the counts at the lowest threshold within the limit, or the least ones."""
@@ -148,7 +140,6 @@ class ByCurves:
     options: Mapping[str, NDArray[np.int64]]
     keep: Mapping[str, int]
     kinds: Mapping[str, str]
-    rounds: ClassVar[bool] = False
 
     @classmethod
     def of(

@@ -79,6 +79,9 @@ class Point:
         What this is, and in which version.
     method, budget, value
         The job.
+    limit, reached
+        What the whole model might cost, and what it does, in what the budget is counted in; None of
+        the dense model.
     parameters, parameter_bytes, flops
         What the model takes, operations for one sample.
     form
@@ -102,10 +105,12 @@ class Point:
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
-    schema: Literal["osscar.sweep-point/3"]
+    schema: Literal["osscar.sweep-point/4"]
     method: str
     budget: str
     value: float | int
+    limit: float | None
+    reached: float | None
     parameters: int
     parameter_bytes: int
     flops: int

@@ -9,6 +9,7 @@ from typing import Any
 from matplotlib.figure import Figure
 from rich.table import Table
 
+from osscar.pruning.costs import ROUNDING
 from osscar.pruning.sweep import BASELINES, METHODS
 from osscar.report.evaluation_tables import dense_remarks
 from osscar.report.numbers import engineering, share
@@ -139,7 +140,7 @@ def sweep_table(document: Mapping[str, Any]) -> Table:
     Parameters
     ----------
     document
-        An ``osscar.sweep/2``, as ``docs/json.md`` describes it.
+        An ``osscar.sweep/3``, as ``docs/json.md`` describes it.
     """
     columns, rows = _table(document["points"], _Varied.of(document))
     table = new_table("", *columns)
@@ -158,7 +159,7 @@ def _table(
         "speed >",
         *(f"{measure.label} >" for measure in measures),
     ]
-    columns += ["parameters >", "FLOPs a sample >"]
+    columns += ["parameters >", "FLOPs a sample >", "of the budget >"]
     rows = [
         [
             point["method"],
@@ -167,10 +168,19 @@ def _table(
             *(measure.text(point) for measure in measures),
             f"{point['parameters']:,}",
             engineering(point["flops"]),
+            _spent(point),
         ]
         for point in points
     ]
     return columns, rows
+
+
+def _spent(point: Mapping[str, Any]) -> str:
+    """Write what a point came to as a share of its budget."""
+    if point["limit"] is None:
+        return ""
+    spent = point["reached"] / point["limit"]
+    return f"{spent:.1%}{' (over)' if spent > 1 + ROUNDING else ''}"
 
 
 def sweep_page(document: Mapping[str, Any]) -> str:
@@ -179,7 +189,7 @@ def sweep_page(document: Mapping[str, Any]) -> str:
     Parameters
     ----------
     document
-        An ``osscar.sweep/2``, as ``docs/json.md`` describes it.
+        An ``osscar.sweep/3``, as ``docs/json.md`` describes it.
     """
     points, varied = document["points"], _Varied.of(document)
     columns, rows = _table(points, varied)

@@ -462,7 +462,6 @@ def test_a_trial_leaves_the_model_as_it_was():
     [
         ({"sparsity": 0.5}, {"heads": (3, 1), "neurons": (13, 11)}),
         ({"sparsity": 0.5, "round_to": 8}, {"heads": (2, 2), "neurons": (16, 8)}),
-        ({"sparsity": 0.25, "allocation": "uniform"}, {"heads": (3, 3), "neurons": (18, 18)}),
         ({"params": 0.9, "allocation": "uniform"}, {"heads": (3, 1), "neurons": (13, 11)}),
         ({"sparsity": 0.5, "neurons": "2/3"}, {"heads": (3, 1), "neurons": (16, 16)}),
         ({"neurons": 7}, {"neurons": (7, 7)}),

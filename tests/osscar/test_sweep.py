@@ -174,8 +174,8 @@ def manifest(**more):
 
 def point(method=CURVATURE, value=0.5):
     return Point(
-        schema="osscar.sweep-point/3", method=method, budget="sparsity", value=value, parameters=10,
-        parameter_bytes=40, flops=100, form=Form.GRAPH, seconds=0.5, speedup=2.0,
+        schema="osscar.sweep-point/4", method=method, budget="sparsity", value=value, limit=12.0,
+        reached=11.0, parameters=10, parameter_bytes=40, flops=100, form=Form.GRAPH, seconds=0.5, speedup=2.0,
         quality={"perplexity": 3.5},
         divergence=None, predicted=None, loss=0.25, prune_seconds=1.0, widths={"a": 3},
         left_alone=(LeftAlone("b", "heads", 4, "a size in the code"),),
@@ -274,7 +274,7 @@ def test_a_sweep_goes_on_and_its_page_shows_every_number(run, text, tmp_path):
     assert (out / "points" / "curvature-sparsity-0.6.json").read_text() == kept
     document = json.loads((out / "sweep.json").read_text())
     assert document == json.loads((tmp_path / "sweep.json").read_text())
-    assert document["schema"] == "osscar.sweep/2"
+    assert document["schema"] == "osscar.sweep/3"
     points = document["points"]
     assert len(points) == 11
     assert points[0]["method"] == "dense"
@@ -384,6 +384,7 @@ def shown_sweep(budget, values, dense_parameters=1000):
     points = [
         {
             **{"method": method, "value": value, "parameters": 1000 - 100 * number},
+            **{"limit": 800.0 if number else None, "reached": 900.0 - 100 * number},
             **{"parameter_bytes": 40, "flops": 100, "seconds": 0.5, "speedup": 1.0 + number},
             **{"quality": {"perplexity": 3.5 + number}, "divergence": 0.1 * number},
             **{"predicted": 0.2, "loss": 0.25, "prune_seconds": 1.0, "widths": {}},
@@ -412,12 +413,21 @@ def shown_sweep(budget, values, dense_parameters=1000):
 )
 def test_a_page_tells_what_was_asked_in_its_own_terms(budget, values, texts, told):
     document = shown_sweep(budget, values)
-    assert [str(cell) for cell in sweep_table(document).columns[1].cells] == texts
+    columns = [[str(cell) for cell in column.cells] for column in sweep_table(document).columns]
+    assert columns[1] == texts
+    assert columns[-1] == ["", "100.0%", "87.5%"]
     page = sweep_page(document)
     assert told in page
     assert "Left alone" in page
     assert "a size &lt;in&gt; it" in page
     assert page.count("<figure>") == 3
+
+
+def test_a_point_that_exceeds_its_budget_is_marked():
+    document = shown_sweep("speedup", (1.5, 2.0))
+    document["points"][1]["reached"] = 808.0
+    assert [str(cell) for cell in sweep_table(document).columns[-1].cells] == ["", "101.0% (over)", "87.5%"]
+    assert "101.0% (over)" in sweep_page(document)
 
 
 @pytest.mark.sampled(1)
