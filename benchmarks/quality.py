@@ -7,7 +7,8 @@ that the same command goes on where it was stopped.  Ends with a Markdown table 
 
 Text is calibrated on the first half of `wikitext2-raw-test.txt` and scored on the second (same
 form), or calibrated on `wikitext2-valid.txt` (shifted: another tokenization of the same source).
-Baselines are uniform, on the paper's target: every group keeps the same share; FLAP has its own
+Baselines are uniform, on the paper's target: every group keeps the same share of its units, as if
+asked for by --heads and --neurons, or the largest one within a budget of FLOPs; FLAP has its own
 allocation.  All of them refit by least squares, but for FLAP as published, which leaves weights as
 they are and makes up by biases, where there are any.  Whatever shares a budget gets as much as
 uniform shares come to in whole units.
@@ -24,7 +25,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -37,6 +38,7 @@ from osscar.evaluation.images import score_images
 from osscar.evaluation.language import measure_quality
 from osscar.models.vision import load_vision_model
 from osscar.pruning.allocation import allocate
+from osscar.pruning.costs import Cost, count
 from osscar.pruning.request import PruningRequest
 
 UNIFORM = {"allocation": "uniform", "target": "weights", "damp": 0.01}
@@ -74,10 +76,14 @@ class Setting:
         In the table.
     asked
         Fields of the request that every method has.
+    units
+        Fields in their place where every group keeps the same share of its units; without, equal
+        shares meet the budget as all others do.
     """
 
     name: str
     asked: Mapping[str, Any]
+    units: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -180,12 +186,26 @@ def mobilenet(arguments: argparse.Namespace) -> Subject:
 
 def neurons(*shares: float) -> tuple[Setting, ...]:
     """Remove shares of the parameters of neurons."""
-    return tuple(Setting(f"{s:.0%} of neurons", {"sparsity": s, "heads": 1.0}) for s in shares)
+    return tuple(
+        Setting(
+            f"{s:.0%} of neurons",
+            {"sparsity": s, "heads": 1.0},
+            {"neurons": round(1 - s, 3), "heads": 1.0},
+        )
+        for s in shares
+    )
 
 
 def both(*shares: float) -> tuple[Setting, ...]:
     """Remove shares of the parameters of heads and neurons."""
-    return tuple(Setting(f"{s:.0%} of heads and neurons", {"sparsity": s}) for s in shares)
+    return tuple(
+        Setting(
+            f"{s:.0%} of heads and neurons",
+            {"sparsity": s},
+            dict.fromkeys(("heads", "neurons"), round(1 - s, 3)),
+        )
+        for s in shares
+    )
 
 
 def flops(*shares: float, residual: bool = False) -> tuple[Setting, ...]:
@@ -284,6 +304,9 @@ def measure(row: Row, task: Task, subject: Any, arguments: argparse.Namespace) -
     request = {**setting.asked, **METHODS[row.method], "seed": row.seed}
     if request.get("allocation") != "uniform":
         request.update(same_size(subject.model, data, setting))
+    elif setting.units:
+        request = {**setting.units, **METHODS[row.method], "seed": row.seed}
+        del request["allocation"]
     began = time.process_time()
     result = osscar.prune(subject.model, data, device=arguments.device, **request)
     seconds = time.process_time() - began
@@ -308,14 +331,16 @@ def measure(row: Row, task: Task, subject: Any, arguments: argparse.Namespace) -
 
 
 def same_size(model: Any, data: Any, setting: Setting) -> dict[str, Any]:
-    """Return the budget that uniform shares, whose counts are rounded, really come to."""
-    request = PruningRequest(**setting.asked, allocation="uniform")
+    """Return the budget that equal shares, whose counts are rounded, really come to."""
+    asked = setting.units or {**setting.asked, "allocation": "uniform"}
     with opened(model, data) as ready:
-        budget = allocate(ready, request).budget
+        allocated = allocate(ready, PruningRequest(**asked))
+        if setting.units:
+            cost = count(Cost.PARAMETERS, ready.model, ready.groups, ready.sample)
+            return {"sparsity": None, "params": int(cost.of(allocated.keep))}
+    budget = allocated.budget
     assert budget is not None
-    if request.flops is not None:
-        return {"flops": budget.reached / budget.dense}
-    return {"sparsity": None, "params": int(budget.reached)}
+    return {"flops": budget.reached / budget.dense}
 
 
 def table(directory: Path) -> list[str]:

@@ -1,4 +1,4 @@
-"""Prune a model that reads images at several sparsities, and score every result.
+"""Remove several shares of the channels of each group of a CNN, and score every result.
 
 For example, with a file of weights and one of images at hand:
 
@@ -92,10 +92,9 @@ class Bench:
         result = osscar.prune(
             self.loaded.model,
             self.calibration,
-            sparsity=sparsity,
-            allocation="uniform",
+            channels=round(1 - sparsity, 3),
             target="weights",
-            residual=1 - sparsity if residual else None,
+            residual=round(1 - sparsity, 3) if residual else None,
             backend=backend,
             batch_norm="keep",
             batch_size=self.arguments.batch_size,

@@ -204,7 +204,7 @@ def _checked(
     asked: str,
     dense: float | None = None,
 ) -> dict[str, int]:
-    """Return what the rule chooses.
+    """Return what the rule chooses; `dense` is what the cost of the dense model is told as.
 
     Raises
     ------
@@ -215,12 +215,14 @@ def _checked(
     def written(value: float) -> str:
         return f"{value:.3f}" if kind is Cost.TIME else f"{value:,.0f}"
 
-    found, dense = rule.choose(cost, limit), cost.dense if dense is None else dense
+    found = rule.choose(cost, limit)
+    dense = cost.dense if dense is None else dense
+    form = "" if dense == cost.dense else ", as an exported program,"
     reached = cost.of({**keep, **found})
     if not reached <= limit * (1 + ROUNDING):
         raise RequestError(
             f"{asked} cannot be met: it allows {written(limit)} {kind}, and what may be pruned "
-            f"comes to {written(reached)} of {written(dense)} at least "
+            f"comes to {written(reached)}{form} of {written(dense)} at least "
             f"({reached / dense:.3f} of the dense model's); ask for less, or let more kinds "
             "of units be pruned"
         )

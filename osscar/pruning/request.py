@@ -99,7 +99,8 @@ class PruningRequest:
         Another budget: what to keep of the model's parameters, a fraction or a count.
     size
         Another one: what the weights of the model take on disk, as it is saved: a fraction of what
-        those of the dense model would, a size such as ``"200MB"``, or a number of bytes.
+        those of the dense model would as modules, whatever the form, a size such as ``"200MB"``, or
+        a number of bytes.
     flops
         Another one: the share to keep, in (0, 1), of its floating-point operations on one sample.
     speedup
@@ -108,8 +109,9 @@ class PruningRequest:
     allocation
         How a budget is shared out; another than ``curvature`` is refused where there is none.
         ``curvature`` chooses the widths with the least predicted divergence of the model's outputs;
-        ``uniform`` keeps the same share of every group, as the paper does; ``fluctuation`` keeps
-        the units with the highest of FLAP's scores anywhere.
+        ``uniform`` keeps the same share of the units of every group, as the paper does, the largest
+        within the budget; ``fluctuation`` keeps the units with the highest of FLAP's scores
+        anywhere.
     heads, neurons, channels
         What to keep of each group of a kind, whatever the budget: a fraction such as ``"2/3"``, or
         a count.  A kind that neither this nor a budget reaches is left alone.

@@ -28,8 +28,8 @@ METHODS = MappingProxyType(
     {
         str(Allocation.CURVATURE): "widths of least predicted divergence; layers make up for one "
         "another's errors",
-        str(Allocation.UNIFORM): "the same share of every group; layers make up for one another's "
-        "errors",
+        str(Allocation.UNIFORM): "the same share of every group, the largest within the budget; "
+        "layers make up for one another's errors",
         str(Allocation.FLUCTUATION): "widths by the scores of FLAP (An et al., 2024); layers make "
         "up for one another's errors",
     }

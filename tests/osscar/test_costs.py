@@ -356,6 +356,22 @@ def test_a_file_has_the_bytes_that_were_promised_or_a_few_less(case, tmp_path):
     assert saved <= result.budget.reached <= min(result.budget.limit, saved + 8 + 2 * tensors)
 
 
+def test_a_share_of_a_program_is_one_of_the_weights_that_one_has(tmp_path):
+    torch.manual_seed(0)
+    net, data = Listed().eval(), torch.randn(64, 8)
+    asked = {"form": "graph", "allocation": "uniform", "backend": "wanda"}
+    dense = osscar.save(net, tmp_path / "dense").bytes
+    result = osscar.prune(net, data, size=0.8, **asked)
+    assert dense <= result.budget.dense <= dense + 8 + 2 * 4
+    assert result.budget.limit == pytest.approx(0.8 * result.budget.dense, abs=1)
+    assert 0.75 * dense < osscar.save(result.model, tmp_path / "saved").bytes <= 0.8 * dense + 8
+    with pytest.raises(RequestError, match=r"allows 1,000,000 bytes, and the exported program has"):
+        osscar.prune(net, data, size="1MB", **asked)
+    # Its table, which no file of the modules has, lies in the program.
+    with pytest.raises(RequestError, match=r"cannot be.*16,\d+, as an exported program, of 6,9"):
+        osscar.prune(Tied().eval(), data, size=0.8, **asked)
+
+
 def test_what_cannot_be_counted_is_promised_to_nobody(monkeypatch):
     def fails(*_):
         raise ValueError("no such operation")

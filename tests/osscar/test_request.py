@@ -16,6 +16,7 @@ from osscar.core.errors import FrozenGroupError, OptionError, RequestError
 from osscar.pruning import allocation
 from osscar.pruning.request import PruningRequest as Asked
 from osscar.pruning.request import parse_keep
+from osscar.pruning.widths import count_kept
 from tests.osscar.families import tiny, tokens
 
 
@@ -92,6 +93,20 @@ def test_numbers_that_nobody_could_compute_with_are_refused_at_once(value):
 )
 def test_allocation(asked, kept):
     assert allocate(GROUPS, asked) == kept
+
+
+@pytest.mark.parametrize("round_to", [1, 128])
+def test_equal_shares_are_the_largest_that_a_sparsity_allows(round_to):
+    owned = {"0.heads": 2 * 64, "0.neurons": 2}  # parameters a unit
+    shares = [Fraction(i, 5000) for i in range(300, 5001)]
+    pruned = [one for one in GROUPS if one.name in owned]
+    every = [{g.name: count_kept(g, share, round_to) for g in pruned} for share in shares]
+    costs = [sum(owned[name] * kept for name, kept in one.items()) for one in every]
+    for sparsity in (0.1, 0.3, 0.45, 0.5, 0.8):
+        kept = allocate(GROUPS, Asked(sparsity, round_to=round_to))
+        kept = {group.name: kept.get(group.name, group.units) for group in pruned}
+        allowed = (1 - sparsity) * costs[-1]
+        assert costs[every.index(kept)] == max(cost for cost in costs if cost <= allowed)
 
 
 @pytest.mark.parametrize("sparsity", [0.0, 1.0, -0.1, 1.2, float("nan")])

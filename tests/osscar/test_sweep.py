@@ -6,6 +6,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 import osscar
 import osscar.pruning.sweep as sweep_room
@@ -175,8 +176,8 @@ def manifest(**more):
 def point(method=CURVATURE, value=0.5):
     return Point(
         schema="osscar.sweep-point/4", method=method, budget="sparsity", value=value, limit=12.0,
-        reached=11.0, parameters=10, parameter_bytes=40, flops=100, form=Form.GRAPH, seconds=0.5, speedup=2.0,
-        quality={"perplexity": 3.5},
+        reached=11.0, parameters=10, parameter_bytes=40, flops=100, form=Form.GRAPH, seconds=0.5,
+        speedup=2.0, quality={"perplexity": 3.5},
         divergence=None, predicted=None, loss=0.25, prune_seconds=1.0, widths={"a": 3},
         left_alone=(LeftAlone("b", "heads", 4, "a size in the code"),),
     )  # fmt: skip
@@ -352,6 +353,60 @@ def test_what_cannot_be_swept_is_refused(run, text, tmp_path, monkeypatch, more,
     assert not (tmp_path / "sweep" / "points").exists()
 
 
+def grouped_net():
+    """A network whose convolutions in groups lose a channel of every group at a time."""
+    torch.manual_seed(0)
+    layers = (
+        nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 16, 3, padding=1, groups=4),
+        nn.Conv2d(16, 12, 1), nn.Conv2d(12, 12, 3, groups=2), nn.Conv2d(12, 10, 1),
+    )  # fmt: skip
+    between = [one for layer in layers for one in (layer, nn.ReLU())]
+    return nn.Sequential(*between, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(10, 4)).eval()
+
+
+NETS = {
+    "grouped": (grouped_net, lambda: torch.randn(8, 3, 12, 12)),
+    "images": (small_net, lambda: images(8)),
+    "heads": (lambda: tiny("llama-gqa"), lambda: tokens(4, 24)),
+}
+
+
+@pytest.mark.parametrize("net", NETS)
+def test_every_method_meets_every_budget_and_is_asked_for_the_same(net):
+    model, data = (make() for make in NETS[net])
+    with opened_for(model, data, BASE) as ready:
+        curves = sweep_room.shared_curves(ready, BASE)
+        for kind, value in ((SPARSITY, 0.3), ("params", 0.8), ("size", 0.8), (FLOPS, 0.7)):
+            asked = [Job(m, BudgetKind(kind), value).request(BASE) for m in (*METHODS, "wanda")]
+            budgets = [allocate(ready, request, curves).budget for request in asked]
+            assert len({budget.limit for budget in budgets}) == 1
+            assert all(0.6 < 1 - budget.short <= 1 for budget in budgets)
+
+
+def test_a_sweep_says_how_much_of_its_budget_each_point_has_spent(run, tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (24, 12, 12, 3), dtype=np.uint8)
+    np.savez(tmp_path / "a.npz", images=pixels)
+    code = tmp_path / "code.py"
+    code.write_text(
+        "import torch\nfrom tests.osscar.test_sweep import grouped_net\n\n"
+        "def net():\n    return grouped_net(), torch.randn(2, 3, 12, 12)\n"
+    )
+    status, printed, err = run(
+        *("sweep", f"{code}:net", "--sparsity", "0.4", "--out", tmp_path / "sweep", "--baselines"),
+        *("--calibration", tmp_path / "a.npz", "--backend", "magnitude", "--device", "cpu"),
+    )
+    assert status == 0, err
+    dense, *points = json.loads((tmp_path / "sweep" / "sweep.json").read_text())["points"]
+    assert (dense["limit"], dense["reached"]) == (None, None)
+    assert [p["method"] for p in points] == [CURVATURE, *BASELINES]
+    page = (tmp_path / "sweep" / "report.html").read_text()
+    for p in points:
+        assert p["reached"] == p["parameters"] <= p["limit"] == points[0]["limit"]
+        assert f"{p['reached'] / p['limit']:.1%}" in page
+    short = 1 - points[-1]["reached"] / points[-1]["limit"]
+    assert f"it is {short:.1%} below, as widths move in steps" in " ".join(printed.split())
+
+
 def test_images_are_scored_by_agreement(run, tmp_path):
     generator = np.random.default_rng(0)
     pixels = generator.integers(0, 256, (40, 16, 16, 3), dtype=np.uint8)
@@ -426,7 +481,11 @@ def test_a_page_tells_what_was_asked_in_its_own_terms(budget, values, texts, tol
 def test_a_point_that_exceeds_its_budget_is_marked():
     document = shown_sweep("speedup", (1.5, 2.0))
     document["points"][1]["reached"] = 808.0
-    assert [str(cell) for cell in sweep_table(document).columns[-1].cells] == ["", "101.0% (over)", "87.5%"]
+    assert [str(cell) for cell in sweep_table(document).columns[-1].cells] == [
+        "",
+        "101.0% (over)",
+        "87.5%",
+    ]
     assert "101.0% (over)" in sweep_page(document)
 
 
