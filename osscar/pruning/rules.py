@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 from typing import Protocol
 
 import numpy as np
@@ -18,10 +17,10 @@ from osscar.pruning.costs import ROUNDING, Cost, CostModel
 from osscar.pruning.curves import Curve
 from osscar.pruning.knapsack import BudgetError, choose
 from osscar.pruning.request import PruningRequest, Widths
-from osscar.pruning.widths import count_kept, possible_widths
+from osscar.pruning.widths import possible_widths
 
-_SHARES = 1 << 20
-"""Shares that are told apart: a unit of any group that there is."""
+_HALVINGS = 40
+"""Of the interval in which a share is looked for."""
 
 _ROUNDS = 60
 _SWEEPS = 30
@@ -42,7 +41,10 @@ class Rule(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Uniform:
-    """The same share of the units of every group, rounded to widths that they may have.
+    """The same share of the units of every group, as large as the limit allows.
+
+    Shares are rounded to widths that groups may have, those of the coarsest groups first: the
+    others, which move in finer steps, make up for it.  Groups of the same widths stay alike.
 
     Parameters
     ----------
@@ -57,26 +59,74 @@ class Uniform:
     keep: Mapping[str, int]
 
     def choose(self, cost: CostModel, limit: float) -> dict[str, int]:
-        """Return the counts of the largest share within the limit, or of the least share."""
-        low, high = 0, _SHARES
-        while low < high:
-            middle = (low + high + 1) // 2
-            found = self._at(Fraction(middle, _SHARES))
-            within = cost.of({**self.keep, **found}) <= limit * (1 + ROUNDING)
-            low, high = (middle, high) if within else (low, middle - 1)
-        return self._at(Fraction(low, _SHARES))
-
-    def _at(self, share: Fraction) -> dict[str, int]:
-        found = {}
+        """Return the counts of the largest share within the limit, or the least ones."""
+        alike: dict[tuple[int, ...], list[str]] = {}
         for group in self.shared:
-            asked = max(share, Fraction(1, 2 * group.units))
-            least = int(possible_widths(group, self.widths)[0])
-            found[group.name] = max(count_kept(group, asked, self.widths.round_to), least)
-        return found
+            options = possible_widths(group, self.widths)
+            alike.setdefault(tuple(options.tolist()), []).append(group.name)
+        finer = [_Alike(names, np.array(options)) for options, names in alike.items()]
+        finer.sort(key=lambda some: len(some.options))
+        kept = dict(self.keep)
+        while finer:
+            coarsest = finer.pop(0)
+            kept.update(coarsest.rounded(finer, cost, limit * (1 + ROUNDING), kept))
+        return {group.name: kept[group.name] for group in self.shared}
 
     def budget(self, kind: Cost, cost: CostModel, limit: float, found: dict[str, int]) -> Budget:
         """Report without a prediction."""
         return _unpredicted(self.shared, kind, cost, limit, {**self.keep, **found})
+
+
+@dataclass(frozen=True, eq=False)
+class _Alike:
+    """Groups that keep the same number of units, and what numbers that may be."""
+
+    names: Sequence[str]
+    options: NDArray[np.int64]
+
+    def keeping(self, count: float) -> dict[str, int]:
+        return dict.fromkeys(self.names, int(count))
+
+    def nearest(self, share: float) -> int:
+        """Return the place of the option that is nearest to a share of all, the larger of two."""
+        middles = (self.options[1:] + self.options[:-1]) / 2
+        return int(np.searchsorted(middles, share * self.options[-1], side="right"))
+
+    def rounded(
+        self, finer: Sequence[_Alike], cost: CostModel, limit: float, kept: Mapping[str, int]
+    ) -> dict[str, int]:
+        """Return what these keep at the share that comes to the limit, rounded.
+
+        Parameters
+        ----------
+        finer
+            Groups that have the same share, and yet are to be rounded.
+        cost, limit
+            What all may come to.
+        kept
+            What other groups keep.
+        """
+
+        def between(share: float) -> float:
+            """Return the cost at a share, straight between that of two options of these groups."""
+            place = share * self.options[-1]
+            above = int(np.searchsorted(self.options, place))
+            around = self.options[max(above - 1, 0) : above + 1]
+            others = {
+                k: v for f in finer for k, v in f.keeping(f.options[f.nearest(share)]).items()
+            }
+            costs = [cost.of({**kept, **others, **self.keeping(count)}) for count in around]
+            return float(np.interp(place, around, costs))
+
+        low, high = 0.0, 1.0
+        for _ in range(_HALVINGS):
+            middle = (low + high) / 2
+            low, high = (middle, high) if between(middle) <= limit else (low, middle)
+        least = {k: v for f in finer for k, v in f.keeping(f.options[0]).items()}
+        place = self.nearest(low)
+        while place and cost.of({**kept, **least, **self.keeping(self.options[place])}) > limit:
+            place -= 1
+        return self.keeping(self.options[place])
 
 
 @dataclass(frozen=True, eq=False)
