@@ -380,7 +380,7 @@ def test_every_method_meets_every_budget_and_is_asked_for_the_same(net):
             asked = [Job(m, BudgetKind(kind), value).request(BASE) for m in (*METHODS, "wanda")]
             budgets = [allocate(ready, request, curves).budget for request in asked]
             assert len({budget.limit for budget in budgets}) == 1
-            assert all(0.6 < 1 - budget.short <= 1 for budget in budgets)
+            assert all(0.9 < budget.reached / budget.limit <= 1 + 1e-12 for budget in budgets)
 
 
 def test_a_sweep_says_how_much_of_its_budget_each_point_has_spent(run, tmp_path):
@@ -394,6 +394,7 @@ def test_a_sweep_says_how_much_of_its_budget_each_point_has_spent(run, tmp_path)
     status, printed, err = run(
         *("sweep", f"{code}:net", "--sparsity", "0.4", "--out", tmp_path / "sweep", "--baselines"),
         *("--calibration", tmp_path / "a.npz", "--backend", "magnitude", "--device", "cpu"),
+        "--no-normalize",
     )
     assert status == 0, err
     dense, *points = json.loads((tmp_path / "sweep" / "sweep.json").read_text())["points"]
