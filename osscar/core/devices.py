@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import platform
+from pathlib import Path
+
 import torch
 
 from osscar.core.errors import DeviceError
@@ -77,3 +80,23 @@ def resolve_dtype(
     if resolved is None:
         raise DeviceError(f"unknown number format {shown(dtype)}; give auto, {', '.join(DTYPES)}")
     return resolved
+
+
+def this_device(device: torch.device) -> dict[str, str]:
+    """Return what decides how fast kernels run here, and how they round, besides their inputs."""
+    on_card = device.type == "cuda"
+    return {
+        "device": torch.cuda.get_device_name(device) if on_card else _processor(),
+        "threads": "" if on_card else str(torch.get_num_threads()),
+        "torch": torch.__version__,
+    }
+
+
+def _processor() -> str:
+    """Return the name of the processor, which Python knows on some systems only."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        lines = []
+    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(named, platform.processor() or platform.machine())

@@ -21,6 +21,7 @@ from torch import nn
 from graph import CouplingGroup, Slot
 from graph.preserve import without_cache
 from osscar.capture.opened import Opened
+from osscar.core.devices import this_device
 from osscar.core.errors import EquivalenceError, RequestError
 from osscar.core.modules import copied, device_of, fresh
 from osscar.core.progress import stage
@@ -32,7 +33,6 @@ from osscar.pruning.latency_table import (
     keep_table,
     kept_table,
     tabulated,
-    this_device,
 )
 from osscar.pruning.parts import (
     Event,

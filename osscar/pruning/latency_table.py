@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import platform
 import statistics
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,7 +13,6 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from pydantic import ConfigDict
 
@@ -228,26 +226,6 @@ def keep_table(measured: Mapping[str, str], table: LatencyTable) -> None:
 def _file(measured: Mapping[str, str]) -> Path:
     name = digest(json.dumps(dict(measured), sort_keys=True))[:32]
     return cache_directory() / "latency" / f"{name}.json"
-
-
-def this_device(device: torch.device) -> dict[str, str]:
-    """Return what decides how fast kernels run here, besides what they are given."""
-    on_card = device.type == "cuda"
-    return {
-        "device": torch.cuda.get_device_name(device) if on_card else _processor(),
-        "threads": "" if on_card else str(torch.get_num_threads()),
-        "torch": torch.__version__,
-    }
-
-
-def _processor() -> str:
-    """Return the name of the processor, which Python knows on some systems only."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        lines = []
-    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(named, platform.processor() or platform.machine())
 
 
 def described(values: Any) -> str:
