@@ -46,6 +46,7 @@ from osscar.capture.routing import Routed, afresh, argument
 from osscar.core.errors import NonFiniteError, OsscarError, first_line
 from osscar.core.memory import let_shortage_pass
 from osscar.core.modules import device_of, fresh
+from osscar.core.predictions import known_prediction, named_logits
 from osscar.core.progress import stage
 from osscar.data.batches import Batch, ModelInputs, TokenInputs
 from solvers import Consumer, SubsetProblem
@@ -576,8 +577,9 @@ def logits_of(result: Any, batch: Batch, inputs: ModelInputs) -> Tensor | None:
         All that it is calibrated on: tokens are of a language model, and labels of a classifier.
     """
     tokens = isinstance(inputs, TokenInputs)
-    named = getattr(result, "logits", None)
-    found = named if named is not None else result
+    named = named_logits(result)
+    alone = result if tokens else known_prediction(result)
+    found = alone if named is None else named
     if not isinstance(found, Tensor) or not found.is_floating_point() or found.ndim < 2:
         return None
     pixels = [x for x in batch.values() if x.is_floating_point() or x.dtype is torch.uint8]

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import graph
 from graph import CouplingGroup
 from graph.preserve import without_cache
+from osscar.capture.chance import refuse_chance
 from osscar.capture.failures import refuse_capture
 from osscar.capture.linear_maps import expose_attention, freeze_unreadable, mixtures_of
 from osscar.capture.readers import weights_read_elsewhere
@@ -26,13 +27,13 @@ from osscar.core.modules import (
     check_finite_weights,
     check_usable,
     copied,
-    fresh,
+    graphics_cards,
     in_evaluation,
 )
 from osscar.core.on_disk import shapes_only
 from osscar.core.ranks import ALONE, Ranks
 from osscar.data.batches import Batch, ModelInputs, as_inputs
-from osscar.shrinking.equivalence import proof_outputs, prove_equal
+from osscar.shrinking.equivalence import call, comparable, proof_outputs, prove_equal
 from osscar.shrinking.fold import Folded, fold
 from osscar.shrinking.follow import prepare
 from osscar.shrinking.kernels import followed_mixtures
@@ -129,11 +130,13 @@ def opened(
     Raises
     ------
     ModelError
-        If the model has no weights or cannot be copied.
+        If the model has no weights, cannot be copied, or two passes over the same inputs differ.
     NonFiniteError
         If a weight is not finite.
     CalibrationError
         If the model cannot read the calibration data.
+    EquivalenceError
+        If it puts out no tensor.
     graph.GraphError
         If it cannot be traced.
     """
@@ -146,7 +149,7 @@ def opened(
     in_evaluation(work)
     untouched = Untouched(work)
     # What a model draws at random is nobody else's matter.
-    with torch.random.fork_rng(_graphics_cards(work)), without_cache(work), torch.no_grad():
+    with torch.random.fork_rng(graphics_cards(work)), without_cache(work), torch.no_grad():
         example = inputs.example(work)
         with untouched.observing(work):
             expected = _outputs(work, example)
@@ -156,7 +159,7 @@ def opened(
         with shapes_only(work, example) as small, followed_mixtures(work):
             traced, in_programs = _traced(work, small, programs)
         with weights_read_elsewhere(work) as elsewhere, untouched.observing(work):
-            _check_runs(work, example)
+            _check_runs(work, example, expected)
         with untouched.observing(work):
             mixtures = sound_mixtures(work, example, mixtures_of(work, traced.groups))
         groups = freeze_unreadable(work, traced.groups, elsewhere, mixtures)
@@ -201,11 +204,6 @@ def _traced(
 def _places(group: CouplingGroup) -> frozenset[tuple[str, int, int, int, int]]:
     """Return where a group's units lie."""
     return frozenset((s.tensor, s.dim, s.offset, s.outer, s.inner) for s in group.slots)
-
-
-def _graphics_cards(model: nn.Module) -> list[torch.device]:
-    """Return the devices whose random numbers a model may draw, besides the CPU."""
-    return sorted({p.device for p in model.parameters() if p.device.type == "cuda"}, key=str)
 
 
 def _prepare(model: nn.Module, example: Batch, expected: list[Tensor], heads: bool) -> list[Folded]:
@@ -270,20 +268,26 @@ def _unfold_whole(folded: Sequence[Folded], groups: Sequence[CouplingGroup]) -> 
 
 
 def _outputs(model: nn.Module, example: Batch) -> list[Tensor]:
-    """Return what a model puts out; nothing if it fails, which is reported once it is traced."""
+    """Return what a model puts out; nothing if it fails, which is reported once it is traced.
+
+    Raises
+    ------
+    EquivalenceError
+        If it puts out no tensor.
+    """
     try:
         return proof_outputs(model, [example])
-    except FileError:
+    except (FileError, EquivalenceError):
         raise
     except Exception as error:  # the model may be anyone's code
         let_shortage_pass(error)
         return []
 
 
-def _check_runs(model: nn.Module, example: Mapping[str, Any]) -> None:
-    """Run the model once: tracing looks at shapes, and lets through what kernels refuse."""
+def _check_runs(model: nn.Module, example: Batch, expected: list[Tensor]) -> None:
+    """Run the model once more: tracing looks at shapes, and lets through what kernels refuse."""
     try:
-        model(**fresh(example))
+        found = comparable(call(model, example))
     except FileError:
         raise
     except Exception as error:  # the model may be anyone's code
@@ -294,3 +298,5 @@ def _check_runs(model: nn.Module, example: Mapping[str, Any]) -> None:
             f"{type(model).__name__} fails on the calibration data ({forms}): "
             f"{type(error).__name__}: {error}; give data of the form and type that it reads"
         ) from error
+    if expected:
+        refuse_chance(model, example, expected, found)

@@ -169,6 +169,11 @@ def device_of(model: nn.Module) -> torch.device:
     return next(model.parameters()).device
 
 
+def graphics_cards(model: nn.Module) -> list[torch.device]:
+    """Return the devices besides the CPU whose random numbers a model may draw."""
+    return sorted({p.device for p in model.parameters() if p.device.type == "cuda"}, key=str)
+
+
 def fresh(inputs: T) -> T:
     """Return inputs of a forward pass that it may write to: their tensors are copies."""
     copies: T = pytree.tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, inputs)

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from osscar.capture.chance import check_repeatable
 from osscar.core.errors import ImageError, ModelError, NonFiniteError, OsscarError
 from osscar.core.inputs import whole_number
 from osscar.core.modules import check_usable
+from osscar.core.predictions import scored_prediction
 from osscar.core.printable import counted
 from osscar.data.batches import Batch, cast_like, named_inputs
 from osscar.data.images import ImageSet
 from osscar.evaluation.result import Comparison, Evaluation
 from osscar.evaluation.samples import Tally, measured
-from osscar.shrinking.equivalence import outputs
+from osscar.shrinking.equivalence import call
+
+_FEW = 2
+"""Images that tell whether two passes are alike."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +84,9 @@ def evaluate_images(
     Parameters
     ----------
     model
-        It takes one batch of images and returns logits, (batch, classes).
+        It takes one batch of images and returns logits, (batch, classes): as its only
+        floating-point output, as the one called `logits`, first in a tuple, or as the only such
+        matrix of a mapping.
     images
         Images that neither trained nor calibrated it, with or without labels.
     classes
@@ -95,7 +103,8 @@ def evaluate_images(
     ImageError
         If an image cannot be decoded, or the labels are not the model's classes.
     ModelError
-        If the model is no classifier.
+        If the model is no classifier, it is not known which of its outputs is to be scored, or two
+        passes over the same images differ.
     NonFiniteError
         If logits are NaN or infinite.
     OptionError
@@ -137,7 +146,8 @@ def compare_images(
     ImageError
         If an image cannot be decoded, or the labels are not the models' classes.
     ModelError
-        If a model is no classifier, or the two have different numbers of classes.
+        If a model is no classifier, it is not known which of its outputs is to be scored, two
+        passes over the same images differ, or the two have different numbers of classes.
     NonFiniteError
         If logits are NaN or infinite.
     OptionError
@@ -181,7 +191,8 @@ def score_images(
     ImageError
         If an image cannot be decoded, or the labels are not the models' classes.
     ModelError
-        If a model is no classifier, or they have different numbers of classes.
+        If a model is no classifier, it is not known which of its outputs is to be scored, two
+        passes over the same images differ, or they have different numbers of classes.
     NonFiniteError
         If logits are NaN or infinite.
     OptionError
@@ -192,12 +203,16 @@ def score_images(
         raise ImageError(
             f"the images are a {type(images).__name__}; give what osscar.load_images returns"
         )
-    for model in models if dense is None else (*models, dense):
+    everyone = [*models, *(() if dense is None or dense in models else (dense,))]
+    for model in everyone:
         check_usable(model)
     tallies = [Tally() for _ in models]
     labels: Tensor | None = None
     with torch.inference_mode():
         for number, batch in enumerate(images.batches(batch_size)):
+            if number == 0:
+                for model in everyone:
+                    _check_repeatable(model, batch[:_FEW])
             logits = [_logits(model, batch) for model in models]
             theirs = None if dense is None else _dense_logits(dense, models, logits, batch)
             if number == 0:
@@ -286,10 +301,15 @@ def _measure(
     )
 
 
-def _logits(model: nn.Module, batch: Tensor) -> Tensor:
-    """Return logits in float64, on the CPU."""
+def _check_repeatable(model: nn.Module, batch: Tensor) -> None:
+    with _failures_named(model, batch):
+        check_repeatable(model, _arguments(model, batch))
+
+
+@contextmanager
+def _failures_named(model: nn.Module, batch: Tensor) -> Iterator[None]:
     try:
-        logits = outputs(model, _arguments(model, batch))
+        yield
     except OsscarError:
         raise
     except Exception as error:  # the model may be anyone's code
@@ -297,6 +317,13 @@ def _logits(model: nn.Module, batch: Tensor) -> Tensor:
             f"{type(model).__name__} fails on images {tuple(batch.shape)}: "
             f"{type(error).__name__}: {error}; give a model that reads such images"
         ) from error
+
+
+def _logits(model: nn.Module, batch: Tensor) -> Tensor:
+    """Return logits in float64, on the CPU."""
+    with _failures_named(model, batch):
+        result = call(model, _arguments(model, batch))
+    logits = scored_prediction(result, len(batch), type(model).__name__)
     if logits.ndim != 2 or len(logits) != len(batch):
         raise ModelError(
             f"a classifier returns logits (images, classes); {type(model).__name__} returned "

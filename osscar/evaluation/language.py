@@ -13,10 +13,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from osscar.capture.chance import check_repeatable
 from osscar.core.errors import ModelError, NonFiniteError, OptionError, TextError
 from osscar.core.inputs import shown, whole_number
 from osscar.core.modules import check_usable, context_length, evaluating
 from osscar.core.on_disk import room_for_pass
+from osscar.core.predictions import named_logits
 from osscar.core.printable import counted
 from osscar.core.progress import track
 from osscar.data.text import encode
@@ -30,6 +32,9 @@ from osscar.evaluation.size import (
 from osscar.evaluation.speed import Speed, measure_speed
 
 DEFAULT_SEQLEN = 512
+
+_FEW = 32
+"""Tokens that tell whether two passes are alike."""
 
 ROWS_AT_ONCE = 128
 """Positions whose logits are float32 at a time: 25 MB with a vocabulary of 49,152."""
@@ -100,8 +105,8 @@ def evaluate(
     OptionError
         If a number is out of range.
     ModelError
-        If the model is none of language, has no key-value cache, or its tokenizer has tokens that
-        it does not know.
+        If the model is none of language, has no key-value cache, two of its passes over the same
+        tokens differ, or its tokenizer has tokens that it does not know.
     NonFiniteError
         If logits are NaN or infinite; the message says in which window.
     """
@@ -155,8 +160,8 @@ def compare(
     OptionError
         If a number is out of range.
     ModelError
-        If a model is none of language, has no key-value cache, or the tokenizer has tokens that it
-        does not know.
+        If a model is none of language, has no key-value cache, two of its passes over the same
+        tokens differ, or the tokenizer has tokens that it does not know.
     NonFiniteError
         If logits are NaN or infinite; the message says in which window.
     """
@@ -203,7 +208,8 @@ def measure_quality(
     OptionError
         If a number is out of range.
     ModelError
-        If the tokenizer has tokens that the model does not know.
+        If the tokenizer has tokens that the model does not know, two passes of the model over the
+        same tokens differ, or it returns no logits.
     NonFiniteError
         If logits are NaN or infinite; the message says in which window.
     """
@@ -347,11 +353,18 @@ def _score(model: PreTrainedModel, pieces: tuple[Tensor, ...], protocol: _Protoc
         *(piece[None] for piece in rest),
     ]
     total, done = 0.0, 0
+    few = {"input_ids": pieces[0][None, :_FEW].to(model.device)}
     with evaluating(model), torch.inference_mode():
+        check_repeatable(model, few)
         for batch in track(batches, "Scoring"):
             batch = batch.to(model.device)
             with room_for_pass(model, batch.numel()):
-                logits = model(input_ids=batch, use_cache=False).logits
+                logits = named_logits(model(input_ids=batch, use_cache=False))
+                if logits is None:
+                    raise ModelError(
+                        f"{type(model).__name__} returns no logits; give a model that predicts the "
+                        "next token"
+                    )
                 for window, window_logits in zip(batch, logits, strict=True):
                     total += _negative_log_likelihood(window_logits, window, f"window {done}")
                     done += 1

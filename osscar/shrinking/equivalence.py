@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import linecache
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -25,7 +26,8 @@ from graph.preserve import forget_derived
 from osscar.core.abreast import abreast
 from osscar.core.errors import AdapterError, EquivalenceError
 from osscar.core.memory import let_shortage_pass
-from osscar.core.modules import fresh, number_format
+from osscar.core.modules import fresh, graphics_cards, number_format
+from osscar.core.predictions import known_prediction
 from osscar.shrinking.attention import AnyHeads
 
 Inputs: TypeAlias = tuple[Any, ...] | Mapping[str, Any]
@@ -48,13 +50,9 @@ ROWS_OF_16_BYTES = "strides should be multiple of 16 bytes"
 """How torch's multiplication of all experts at once refuses a width."""
 
 
-def outputs(model: nn.Module, inputs: Inputs) -> Tensor:
-    """Return the logits, or the first output, of a model."""
-    return _logits(_call(model, inputs))
-
-
 @torch.no_grad()
-def _call(model: nn.Module, inputs: Inputs) -> Any:
+def call(model: nn.Module, inputs: Inputs) -> Any:
+    """Return what a model returns, without the keys and values that it may keep."""
     if not isinstance(inputs, Mapping):
         return model(*fresh(inputs))
     inputs = dict(fresh(inputs))
@@ -69,19 +67,19 @@ def has_cache(model: nn.Module) -> bool:
     return "use_cache" in inspect.signature(model.forward).parameters
 
 
-def _logits(result: Any) -> Tensor:
-    output = result.logits if hasattr(result, "logits") else _comparable(result)[0]
-    assert isinstance(output, Tensor)
-    return output
+def comparable(result: Any) -> list[Tensor]:
+    """Return the outputs that are real or complex numbers; where there are none, all of them.
 
-
-def _comparable(result: Any) -> list[Tensor]:
-    """Return the outputs that are real or complex numbers; where there are none, all of them."""
+    Raises
+    ------
+    EquivalenceError
+        If there is no tensor.
+    """
     tensors = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
     if not tensors:
         raise EquivalenceError(
-            "nothing can be compared: the model puts out no tensor; let its forward return one, "
-            "or a tuple or dict of them"
+            f"nothing can be compared: the model returned a {type(result).__name__} without a "
+            "tensor; let its forward return one, or a tuple or dict of them"
         )
     return [tensor for tensor in tensors if _is_number(tensor)] or tensors
 
@@ -140,7 +138,7 @@ def in_format_of(inputs: _I, model: nn.Module) -> _I:
 def runs(model: nn.Module, example: Inputs) -> bool:
     """Whether a model can be called."""
     try:
-        _call(model, example)
+        call(model, example)
     except Exception as error:  # the model may be anyone's code
         let_shortage_pass(error)
         return False
@@ -198,6 +196,30 @@ def prove_equal(
             "prove it on other inputs"
         )
     return worst
+
+
+def distance(first: Sequence[Tensor], second: Sequence[Tensor]) -> float:
+    """Return how far two passes are apart, relative to the largest output of each kind.
+
+    Parameters
+    ----------
+    first, second
+        What they put out; infinitely far apart where shapes, whole numbers, or the places of
+        infinities differ.
+    """
+    if [one.shape for one in first] != [one.shape for one in second]:
+        return math.inf
+    try:
+        found = [_difference(a, b) for a, b in zip(first, second, strict=True)]
+    except EquivalenceError:
+        return math.inf
+    return max((error for error in found if error is not None), default=0.0)
+
+
+def rounding(outputs: Sequence[Tensor]) -> float:
+    """Return how far two passes may be apart by rounding alone, in the coarsest format of them."""
+    kinds = {one.dtype for one in outputs if _is_number(one)}
+    return max((torch.finfo(kind).eps ** 0.5 for kind in kinds), default=0.0)
 
 
 def _difference(a: Tensor, b: Tensor) -> float | None:
@@ -326,20 +348,25 @@ def proof_outputs(
         if keeping and isinstance(first, Mapping) and "use_cache" not in first and has_cache(model)
         else []
     )
-    passes = [partial(_call, model, one) for one in (*inputs, *once_more)]
+    passes = [partial(call, model, one) for one in (*inputs, *once_more)]
 
     def run() -> list[Tensor]:
         found = abreast(model, passes)
-        outputs = [output for one in found[: len(inputs)] for output in _comparable(one)]
-        return [*outputs, *map(_logits, found[len(inputs) :])]
+        outputs = [output for one in found[: len(inputs)] for output in comparable(one)]
+        return [*outputs, *map(_first, found[len(inputs) :])]
 
     return _without_chance(model, run)
 
 
+def _first(result: Any) -> Tensor:
+    known = known_prediction(result)
+    return comparable(result)[0] if known is None else known
+
+
 def _without_chance(model: nn.Module, run: Callable[[], list[Tensor]]) -> list[Tensor]:
     """Run with a random generator of its own, and with noise that fits any width."""
-    devices = {p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"}
-    with torch.random.fork_rng(devices=sorted(devices)):
+    devices = graphics_cards(model)
+    with torch.random.fork_rng(devices):
         torch.manual_seed(0)
         before = _generators(devices)
         found = run()
@@ -350,7 +377,7 @@ def _without_chance(model: nn.Module, run: Callable[[], list[Tensor]]) -> list[T
             return run()
 
 
-def _generators(devices: Iterable[int]) -> list[Tensor]:
+def _generators(devices: Iterable[torch.device]) -> list[Tensor]:
     return [torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in devices)]
 
 

@@ -12,7 +12,7 @@ from graph.preserve import preserved
 from graph.training import decides_by_training, same_draws
 from osscar.core.memory import let_shortage_pass
 from osscar.core.on_disk import OnDisk
-from osscar.shrinking.equivalence import Inputs, explained, outputs
+from osscar.shrinking.equivalence import Inputs, call, explained
 
 
 def failure_in_training(model: nn.Module, inputs: Inputs) -> str:
@@ -32,7 +32,7 @@ def failure_in_training(model: nn.Module, inputs: Inputs) -> str:
     shapes = pytree.tree_map_only(Tensor, fake.from_tensor, inputs)
     with preserved(model), in_mode(model, training=True), same_draws(), torch.no_grad(), fake:
         try:
-            outputs(model, shapes)
+            call(model, shapes)
         except Exception as error:  # the model may be anyone's code
             let_shortage_pass(error)
             return str(explained(error, model))

@@ -783,7 +783,7 @@ def test_folders_are_matched_with_classes(folders):
 
 def test_a_model_that_cannot_read_the_images_is_named(labelled):
     gray = torch.nn.Sequential(torch.nn.Conv2d(1, 5, 3))
-    with pytest.raises(ModelError, match=r"Sequential fails on images \(32, 3, 12, 12\)"):
+    with pytest.raises(ModelError, match=r"Sequential fails on images \(2, 3, 12, 12\)"):
         evaluate_images(gray, labelled)
 
 

@@ -1,0 +1,98 @@
+"""Which of a model's outputs is its prediction."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from osscar.core.errors import ModelError
+
+_LOGITS = "logits"
+
+
+def named_logits(result: Any) -> Tensor | None:
+    """Return the output that is called `logits`, an attribute or an entry; None without one."""
+    entry = result.get(_LOGITS) if isinstance(result, Mapping) else None
+    found = getattr(result, _LOGITS, entry)
+    return found if isinstance(found, Tensor) else None
+
+
+def known_prediction(result: Any) -> Tensor | None:
+    """Return the logits, or the only floating-point output; None where there are several.
+
+    Parameters
+    ----------
+    result
+        What the model returned.
+    """
+    named = named_logits(result)
+    if named is not None:
+        return named
+    fractions = _fractions(result)
+    return next(iter(fractions.values())) if len(fractions) == 1 else None
+
+
+def scored_prediction(result: Any, samples: int, model: str) -> Tensor:
+    """Return the output that is scored, and warn where it had to be chosen.
+
+    It is the one called `logits`, or the only floating-point one; the first of a tuple; of a
+    mapping the only one that is a matrix with a row for each sample.
+
+    Parameters
+    ----------
+    result
+        What the model returned.
+    samples
+        How many samples it was given.
+    model
+        What messages call it.
+
+    Raises
+    ------
+    ModelError
+        If it returned no floating-point tensor, or a mapping in which several or none could be it.
+    """
+    known = known_prediction(result)
+    if known is not None:
+        return known
+    fractions = _fractions(result)
+    there = ", ".join(f"{name!r} {tuple(one.shape)}" for name, one in fractions.items())
+    if not there:
+        raise ModelError(
+            f"{model} returned a {type(result).__name__} without a floating-point tensor; let its "
+            "forward return logits"
+        )
+    rows = [name for name, one in fractions.items() if one.ndim == 2 and len(one) == samples]
+    if isinstance(result, Mapping):
+        chosen, why = rows[0] if len(rows) == 1 else None, "the only matrix with a row a sample"
+    else:
+        chosen, why = next(iter(fractions)), "the first"
+    if chosen is None:
+        raise ModelError(
+            f"{model} returned {there}, and it is not known which of them is to be scored; call "
+            f"that one {_LOGITS!r}, or wrap the model in one that returns it alone"
+        )
+    warnings.warn(
+        f"{model} returned {there}; scored is {chosen!r}, {why}; to score another, call it "
+        f"{_LOGITS!r}",
+        stacklevel=2,
+    )
+    return fractions[chosen]
+
+
+def _fractions(result: Any) -> dict[str, Tensor]:
+    """Return the floating-point outputs by where they are, in their order."""
+    return {name: one for name, one in _tensors(result, "") if one.is_floating_point()}
+
+
+def _tensors(result: Any, place: str) -> Iterator[tuple[str, Tensor]]:
+    if isinstance(result, Tensor):
+        yield place, result
+    elif isinstance(result, Mapping | list | tuple):
+        names = getattr(result, "_fields", range(len(result)))
+        members = result.items() if isinstance(result, Mapping) else zip(names, result, strict=True)
+        for name, member in members:
+            yield from _tensors(member, f"{place}.{name}" if place else str(name))
