@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
-from torch import nn
+from torch import Tensor, nn
 
 from graph.export import CAPTURE_HINT, failing_module, is_of_capture, reason_of
 from osscar.core.errors import CalibrationError, ModelError, OsscarError
-from osscar.core.memory import FOR_BATCHES, is_shortage, shortage
+from osscar.core.memory import FOR_BATCHES, is_shortage, let_shortage_pass, shortage
 
 
 @contextmanager
@@ -38,6 +38,31 @@ def batch_named(model: nn.Module, batch: int) -> Iterator[None]:
         raise CalibrationError(
             f"calibration batch {batch} fails in {name!r}: "
             f"{type(error).__name__}: {error}; leave it out, or mend the model"
+        ) from error
+
+
+@contextmanager
+def failures_named(model: nn.Module, batch: Mapping[str, Tensor]) -> Iterator[None]:
+    """Say so where a model fails on its data in the block.
+
+    Raises
+    ------
+    CalibrationError
+        If it does.
+    ModelError
+        If the model's code cannot be run here, whatever the data are.
+    """
+    try:
+        yield
+    except OsscarError:
+        raise
+    except Exception as error:  # the model may be anyone's code
+        let_shortage_pass(error)
+        refuse_capture(error, model)
+        forms = ", ".join(f"{n} {t.dtype} {tuple(t.shape)}" for n, t in batch.items())
+        raise CalibrationError(
+            f"{type(model).__name__} fails on the calibration data ({forms}): "
+            f"{type(error).__name__}: {error}; give data of the form and type that it reads"
         ) from error
 
 

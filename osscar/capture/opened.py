@@ -16,12 +16,12 @@ import graph
 from graph import CouplingGroup
 from graph.preserve import without_cache
 from osscar.capture.chance import refuse_chance
-from osscar.capture.failures import refuse_capture
+from osscar.capture.failures import failures_named
 from osscar.capture.linear_maps import expose_attention, freeze_unreadable, mixtures_of
 from osscar.capture.readers import weights_read_elsewhere
 from osscar.capture.routing import sound_mixtures
 from osscar.capture.scratch import Untouched
-from osscar.core.errors import CalibrationError, EquivalenceError, FileError
+from osscar.core.errors import EquivalenceError, FileError
 from osscar.core.memory import let_shortage_pass
 from osscar.core.modules import (
     check_finite_weights,
@@ -286,17 +286,7 @@ def _outputs(model: nn.Module, example: Batch) -> list[Tensor]:
 
 def _check_runs(model: nn.Module, example: Batch, expected: list[Tensor]) -> None:
     """Run the model once more: tracing looks at shapes, and lets through what kernels refuse."""
-    try:
+    with failures_named(model, example):
         found = comparable(call(model, example))
-    except FileError:
-        raise
-    except Exception as error:  # the model may be anyone's code
-        let_shortage_pass(error)
-        refuse_capture(error, model)
-        forms = ", ".join(f"{n} {t.dtype} {tuple(t.shape)}" for n, t in example.items())
-        raise CalibrationError(
-            f"{type(model).__name__} fails on the calibration data ({forms}): "
-            f"{type(error).__name__}: {error}; give data of the form and type that it reads"
-        ) from error
     if expected:
         refuse_chance(model, example, expected, found)

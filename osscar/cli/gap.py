@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -36,8 +36,11 @@ from osscar.cli.common import (
 )
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from osscar.data.preprocessing import Preprocessing
     from osscar.report.summary import Summary
+    from osscar.study.directory import Study
     from solvers import SubsetProblem
 
 _PROBLEM_SUFFIXES = (".npz", ".safetensors")
@@ -177,14 +180,12 @@ def command(
             study.locked(),
             nullcontext() if ray is None else connected(ray) as cluster,
         ):
-            if not study.instances:
-                study.capture(
-                    _file_problems(sources)
-                    if are_files
-                    else _model_problems(
-                        source, groups, stated, device=device, trust_remote_code=trust_remote_code
-                    )
+            if not are_files:
+                _capture_model(
+                    study, groups, stated, device=device, trust_remote_code=trust_remote_code
                 )
+            elif not study.instances:
+                study.capture(_file_problems(sources))
             jobs = cluster.workers if cluster else jobs or study.affordable_jobs()
             records = study.run(design, jobs, cluster=cluster)
             summary = summarize(records, study.trivial)
@@ -211,17 +212,20 @@ def _print(summary: Summary) -> None:
         say(f"- {sentence}")
 
 
-def _model_problems(
-    source: dict[str, Any],
+def _capture_model(
+    study: Study,
     groups: str | None,
     stated: Preprocessing | None,
     *,
     device: str,
     trust_remote_code: bool,
-) -> Iterator[tuple[str, SubsetProblem]]:
+) -> None:
+    """Capture the problems of a model; of a study that goes on, check that they are its own."""
+    from osscar.capture.fingerprint import Fingerprint
+    from osscar.data.batches import as_inputs
     from osscar.models.open import open_model
-    from osscar.study.problems import model_problems
 
+    source = study.source
     with quiet():  # so that warnings come before the work
         loaded = open_model(
             source["model"],
@@ -238,9 +242,22 @@ def _model_problems(
         seed=source["seed"],
     )
     say_preprocessing(data, stated)
+    inputs = as_inputs(loaded.model, data)
+    dense = Fingerprint.of(loaded.model, inputs, inputs.batch_size)
+    if study.instances:
+        study.check_dense(dense)
+    else:
+        study.capture(_model_problems(loaded.model, data, source, groups), dense)
+
+
+def _model_problems(
+    model: nn.Module, data: Any, source: Mapping[str, Any], groups: str | None
+) -> Iterator[tuple[str, SubsetProblem]]:
+    from osscar.study.problems import model_problems
+
     patterns = _names(groups) if groups is not None else ("*",)
     for group, problem in model_problems(
-        loaded.model,
+        model,
         data,
         damp=source["damp"],
         wanted=lambda name: any(fnmatchcase(name, pattern) for pattern in patterns),

@@ -143,6 +143,7 @@ def command(
     measured of the dense model serves all of them.  Each point is kept once it is done: the same
     command goes on where it was stopped, and more budgets, or --baselines, extend it.
     """
+    from osscar.capture.chance import check_repeatable
     from osscar.core.files import write_text
     from osscar.data.batches import as_inputs
     from osscar.models.open import open_model
@@ -195,7 +196,8 @@ def command(
         )
         wrapped = as_inputs(loaded.model, data)
         rows = wrapped.batch_size if batch_size is None else batch_size
-        run = RunManifest.of(base, loaded.model, wrapped.batches(loaded.model, rows))
+        run = RunManifest.of(base, loaded.model, wrapped, rows)
+        check_repeatable(loaded.model, wrapped.example(loaded.model))
         manifest = SweepManifest.of(run, budget, scorer.scored)
         sample = wrapped.batches(loaded.model, 1)[0]
         with place.begun(manifest), way_back(lambda: f"finished points are kept in {place.path}"):

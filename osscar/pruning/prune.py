@@ -337,12 +337,12 @@ def _begun(
     if log is None and ranks.alone:
         yield ()
         return
-    batches = ready.batches()
-    manifest = RunManifest.of(request, ready.model, batches)
+    manifest = RunManifest.of(request, ready.model, ready.inputs, ready.batch_size)
     check_alike(ranks, manifest)
-    if len(batches) < ranks.size:
+    batches = len(ready.batches())
+    if batches < ranks.size:
         warnings.warn(
-            f"{ranks.size} ranks share out {counted(len(batches), 'batch', 'batches')}, and some "
+            f"{ranks.size} ranks share out {counted(batches, 'batch', 'batches')}, and some "
             "have nothing to do; give a smaller --batch-size, or launch fewer",
             stacklevel=2,
         )

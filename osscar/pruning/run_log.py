@@ -1,7 +1,8 @@
 """The log of a pruning run: each committed group as a file, from which a killed run goes on.
 
 The log is a directory beside the output.  Its manifest says what is being made of what: the
-request, the versions, and fingerprints of the model and of the calibration data.  Every group that
+request, the versions, and fingerprints of the model, of what it puts out, and of the calibration
+data.  Every group that
 is committed becomes a record of its own: what stays of it, its report, and the weights as they were
 written.  A run that goes on writes those weights into the dense model and walks through the rest:
 nothing is solved twice, and the result is the same to the bit.
@@ -10,23 +11,21 @@ nothing is solved twice, and the result is the same to the bit.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from types import CodeType
 from typing import Any, ClassVar, Literal
 
 import safetensors
 import safetensors.torch
-import torch
 from pydantic import ConfigDict
 from torch import Tensor, nn
 
+from osscar.capture.fingerprint import Fingerprint, sha256_of
 from osscar.core.errors import FileError, OutputError, RunError
 from osscar.core.files import PARTIAL, digest, reason_of, remedy, whole, write_json
 from osscar.core.json_files import MEGABYTE, STRICT, parse_json, read_json
@@ -35,6 +34,7 @@ from osscar.core.on_disk import values_of
 from osscar.core.printable import are, counted
 from osscar.core.signals import uninterrupted
 from osscar.core.version import VERSION
+from osscar.data.batches import ModelInputs
 from osscar.pruning.budget import Allocated, Budget
 from osscar.pruning.request import PruningRequest
 from osscar.pruning.result import LayerReport
@@ -63,39 +63,37 @@ class RunManifest:
         As `PruningRequest.to_json` returns it.
     versions
         Of what computes the result, by package.
-    model, calibration
-        SHA-256 of the model's classes, the code of their forward passes, its config and all its
-        tensors, and of the calibration data.
+    dense
+        What tells the dense model and the calibration data from others.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
-    schema: Literal["osscar.run-log/1"]
+    schema: Literal["osscar.run-log/2"]
     request: dict[str, Any]
     versions: dict[str, str]
-    model: str
-    calibration: str
+    dense: Fingerprint
 
     @classmethod
     def of(
-        cls, request: PruningRequest, model: nn.Module, batches: Sequence[Mapping[str, Any]]
+        cls, request: PruningRequest, model: nn.Module, inputs: ModelInputs, batch_size: int
     ) -> RunManifest:
-        """Describe a run; the model is still dense."""
+        """Describe a run; the model is still dense, and left as it was.
+
+        Raises
+        ------
+        CalibrationError
+            If it fails on the calibration data.
+        EquivalenceError
+            If it puts out no tensor.
+        """
         versions = {name: version(name) for name in ("torch", "transformers")}
-        named = (
-            (f"{index}.{name}", value)
-            for index, batch in enumerate(batches)
-            for name, value in batch.items()
-        )
         return cls(
-            schema="osscar.run-log/1",
+            schema="osscar.run-log/2",
             # Through JSON, as it will be read back.
             request=json.loads(json.dumps(request.to_json())),
             versions={**versions, "osscar": VERSION},
-            model=_fingerprint(
-                [*_described(model), *model.named_buffers(), *model.named_parameters()]
-            ),
-            calibration=_fingerprint(named),
+            dense=Fingerprint.of(model, inputs, batch_size),
         )
 
     def difference(self, other: RunManifest) -> str | None:
@@ -106,42 +104,7 @@ class RunManifest:
                 if mine.get(key) != theirs.get(key):
                     option = key.replace("_", "-")
                     return f"{option} was {theirs.get(key)!r} and is {mine.get(key)!r}"
-        if self.model != other.model:
-            return "the model's weights are others"
-        return None if self.calibration == other.calibration else "the calibration data are others"
-
-
-def _described(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Yield what makes two models of the same weights compute other things."""
-    for name, module in model.named_modules():
-        kind = type(module)
-        code = getattr(kind.forward, "__code__", None)
-        yield f"module {name}", (kind.__qualname__, module.extra_repr(), _instructions(code))
-    config: Any = getattr(model, "config", None)
-    if hasattr(config, "to_json_string"):
-        yield "config", config.to_json_string()
-
-
-def _instructions(code: CodeType | None) -> tuple[Any, ...]:
-    """Return what a function does, in a form that is the same in every process."""
-    if code is None:
-        return ()
-    consts = [_instructions(c) if isinstance(c, CodeType) else repr(c) for c in code.co_consts]
-    return code.co_code.hex(), code.co_names, consts
-
-
-def _fingerprint(tensors: Any) -> str:
-    """Return the SHA-256 of named tensors: their names, formats, shapes and bytes."""
-    found = hashlib.sha256()
-    for name, tensor in tensors:
-        if not isinstance(tensor, Tensor):
-            found.update(repr((name, tensor)).encode())
-            continue
-        found.update(repr((name, str(tensor.dtype), tuple(tensor.shape))).encode())
-        flat = values_of(tensor).cpu().contiguous().reshape(-1)
-        bytes_: Any = flat.view(torch.uint8).numpy() if flat.numel() else b""
-        found.update(bytes_)
-    return found.hexdigest()
+        return self.dense.difference(other.dense)
 
 
 @dataclass(frozen=True, eq=False)
@@ -448,7 +411,7 @@ class RunLog:
             "plan": dataclasses.asdict(record.plan),
             "report": dataclasses.asdict(record.report),
             "weights": len(record.weights),
-            "digest": _fingerprint((str(i), W) for i, W in enumerate(record.weights)),
+            "digest": sha256_of((str(i), W) for i, W in enumerate(record.weights)),
         }
         tensors = {str(i): values_of(W).contiguous().cpu() for i, W in enumerate(record.weights)}
         with whole(self._place(index)) as partial:
@@ -463,7 +426,7 @@ class RunLog:
                 if (words.run, words.index) != (self._run, index):
                     raise FileError(place, "it is a record of another run, or of another group")
                 weights = tuple(file.get_tensor(str(i)) for i in range(words.weights))
-                if words.digest != _fingerprint((str(i), W) for i, W in enumerate(weights)):
+                if words.digest != sha256_of((str(i), W) for i, W in enumerate(weights)):
                     raise FileError(place, "its weights are not those that were written")
             return SiteRecord(words.plan, words.report, weights)
         except (OSError, safetensors.SafetensorError, FileError) as error:

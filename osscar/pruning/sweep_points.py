@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import ConfigDict
 
+from osscar.capture.fingerprint import Fingerprint
 from osscar.core.errors import FileError, OutputError, RunError
 from osscar.core.files import reason_of, resolved, write_json
 from osscar.core.json_files import STRICT, read_json
@@ -43,22 +44,23 @@ class SweepManifest:
     schema
         What this is, and in which version.
     asked
-        The request without its budget, which budget that is, the versions, fingerprints of model
-        and calibration data, and what is scored.
+        The request without its budget, which budget that is, the versions, and what is scored.
+    dense
+        What tells the dense model and the calibration data from others.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
-    schema: Literal["osscar.sweep-asked/1"]
+    schema: Literal["osscar.sweep-asked/2"]
     asked: dict[str, Any]
+    dense: Fingerprint
 
     @classmethod
     def of(cls, run: RunManifest, budget: BudgetKind, scored: Mapping[str, Any]) -> SweepManifest:
         """Describe a sweep by the manifest of one of its runs, its budget, and what is scored."""
         request = {name: value for name, value in run.request.items() if name not in _VARIED}
-        data = {"model weights": run.model, "calibration data": run.calibration}
-        asked = {**request, "budget": str(budget), **run.versions, **data, **scored}
-        return cls("osscar.sweep-asked/1", asked)
+        asked = {**request, "budget": str(budget), **run.versions, **scored}
+        return cls("osscar.sweep-asked/2", asked, run.dense)
 
     def difference(self, before: SweepManifest) -> str | None:
         """Say in what it differs from an earlier one, or None."""
@@ -66,7 +68,7 @@ class SweepManifest:
             mine, theirs = self.asked.get(name), before.asked.get(name)
             if mine != theirs:
                 return f"{name.replace('_', ' ')} was {theirs!r:.80} and is {mine!r:.80}"
-        return None
+        return self.dense.difference(before.dense)
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ import torch
 from pydantic import ConfigDict, JsonValue
 
 import solvers
+from osscar.capture.fingerprint import Fingerprint
 from osscar.core.errors import FileError, OptionError, OutputError, StudyError
 from osscar.core.files import (
     PARTIAL,
@@ -63,17 +64,18 @@ _INCUMBENT = "local_search"
 
 @dataclass(frozen=True)
 class _Settings:
-    """``study.json``: where the problems come from, and which there are."""
+    """``study.json``: where the problems come from, of which model, and which there are."""
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
-    schema: Literal["osscar.study/2"]
+    schema: Literal["osscar.study/3"]
     source: dict[str, JsonValue]
+    dense: Fingerprint | None
     instances: tuple[Instance, ...]
     windows: tuple[Instance, ...]
 
 
-_SCHEMA: Literal["osscar.study/2"] = "osscar.study/2"
+_SCHEMA: Literal["osscar.study/3"] = "osscar.study/3"
 
 _LONGEST_SETTINGS = 64 * MEGABYTE
 
@@ -183,8 +185,19 @@ class Study:
                 with suppress(OSError):
                     partial.unlink()
 
-    def capture(self, problems: Iterable[tuple[str, solvers.SubsetProblem]]) -> None:
+    def capture(
+        self,
+        problems: Iterable[tuple[str, solvers.SubsetProblem]],
+        dense: Fingerprint | None = None,
+    ) -> None:
         """Write the problems, given with their kinds; a new directory goes again if that fails.
+
+        Parameters
+        ----------
+        problems
+            Each with its kind.
+        dense
+            What tells the model and the data that they are posed on from others, for `check_dense`.
 
         Raises
         ------
@@ -192,13 +205,29 @@ class Study:
             If there is none, or two have one name, or none leaves a choice.
         """
         with self.locked():
-            self._write_settings((), ())
+            self._write_settings((), (), dense)
             try:
                 self._capture(problems)
             except BaseException:
                 if self._made:
                     self._settings.unlink()  # so that the directory goes
                 raise
+
+    def check_dense(self, dense: Fingerprint) -> None:
+        """Refuse a model or data that are not those which the problems were posed on.
+
+        Raises
+        ------
+        StudyError
+            Saying in what they differ.
+        """
+        before = self._read_settings().dense
+        difference = None if before is None else dense.difference(before)
+        if difference is not None:
+            raise StudyError(
+                f"{self.directory} holds problems of another model: {difference}; ask for the "
+                "same, or give another --out"
+            )
 
     def _capture(self, problems: Iterable[tuple[str, solvers.SubsetProblem]]) -> None:
         self._make_parts()
@@ -214,7 +243,7 @@ class Study:
                 f"there is nothing to choose in {', '.join(instances)}: a problem of one unit has "
                 "one support; give problems of at least 2 units"
             )
-        self._write_settings(tuple(instances.values()), ())
+        self._write_settings(tuple(instances.values()), (), self._read_settings().dense)
 
     def _make_directory(self) -> None:
         try:
@@ -333,7 +362,8 @@ class Study:
             if window.name == problem.name:
                 return window
         window = self._write_problem(WINDOW, problem)
-        self._write_settings(self.instances, (*windows, window))
+        settings = self._read_settings()
+        self._write_settings(settings.instances, (*settings.windows, window), settings.dense)
         return window
 
     def _write_problem(self, kind: str, problem: solvers.SubsetProblem) -> Instance:
@@ -375,8 +405,13 @@ class Study:
             ) from error
         return settings
 
-    def _write_settings(self, instances: Sequence[Instance], windows: Sequence[Instance]) -> None:
-        settings = _Settings(_SCHEMA, self.source, tuple(instances), tuple(windows))
+    def _write_settings(
+        self,
+        instances: Sequence[Instance],
+        windows: Sequence[Instance],
+        dense: Fingerprint | None,
+    ) -> None:
+        settings = _Settings(_SCHEMA, self.source, dense, tuple(instances), tuple(windows))
         write_json(self._settings, dataclasses.asdict(settings), indent=1)
 
 

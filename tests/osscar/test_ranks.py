@@ -22,6 +22,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import osscar.cli
+from osscar.capture.fingerprint import DenseOutputs, Fingerprint
 from osscar.core.errors import RanksError
 from osscar.core.launch import launched
 from osscar.core.ranks import ALONE, Message, Ranks
@@ -225,17 +226,21 @@ def test_ranks_with_other_options_or_data_are_refused(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+OUTPUTS = DenseOutputs({"device": "x", "threads": "1", "torch": "2.9"}, "s", ("0x0.0p+0",), 1e-4)
+
+
 @pytest.mark.parametrize(
     ("field", "value", "difference"),
     [
         ("versions", {"torch": "1.0", "osscar": "0"}, "torch was '2.9' and is '1.0' there"),
         ("request", {"damp": 0.1}, "damp was None and is 0.1 there"),
-        ("model", "other", "the model's weights are others there"),
-        ("calibration", "other", "the calibration data are others there"),
+        ("dense", Fingerprint("w", "d", OUTPUTS), "the model's weights are others there"),
+        ("dense", Fingerprint("v", "e", OUTPUTS), "the calibration data are others there"),
     ],
 )
 def test_a_rank_that_differs_is_named_with_what_differs(field, value, difference):
-    own = RunManifest("osscar.run-log/1", {"damp": None}, {"torch": "2.9", "osscar": "0"}, "m", "c")
+    versions, dense = {"torch": "2.9", "osscar": "0"}, Fingerprint("v", "d", OUTPUTS)
+    own = RunManifest("osscar.run-log/2", {"damp": None}, versions, dense)
     other = dataclasses.replace(own, **{field: value})
 
     class Three(Ranks):

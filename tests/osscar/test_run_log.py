@@ -9,9 +9,9 @@ import safetensors.torch
 import torch
 
 import osscar
+from osscar.capture.fingerprint import sha256_of
 from osscar.core.errors import BusyError, RunError
 from osscar.core.locks import LOCK_FILE, hold
-from osscar.pruning import run_log
 from osscar.pruning.prune import prune_as_asked
 from osscar.pruning.request import PruningRequest
 from osscar.pruning.run_log import MANIFEST, RunLog
@@ -192,7 +192,7 @@ def test_weights_of_another_form_are_refused(tmp_path):
         tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
     tensors["0"] = tensors["0"][:1].contiguous()
     record = json.loads(words["record"])
-    record["digest"] = run_log._fingerprint(sorted(tensors.items()))
+    record["digest"] = sha256_of(sorted(tensors.items()))
     safetensors.torch.save_file(tensors, file, {**words, "record": json.dumps(record)})
     with pytest.raises(RunError, match=r"of another form.*--restart"):
         prune_as_asked(tiny("opt"), tokens(), REQUEST, log)

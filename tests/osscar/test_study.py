@@ -523,7 +523,8 @@ def test_a_study_without_a_choice_is_refused(tmp_path):
 
 
 def settings(**change):
-    content = {"schema": "osscar.study/2", "source": {}, "instances": [], "windows": []}
+    content = {"schema": "osscar.study/3", "source": {}, "dense": None}
+    content |= {"instances": [], "windows": []}
     return json.dumps({**content, **change})
 
 

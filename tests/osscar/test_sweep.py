@@ -10,6 +10,7 @@ from torch import nn
 
 import osscar
 import osscar.pruning.sweep as sweep_room
+from osscar.capture.fingerprint import DenseOutputs, Fingerprint
 from osscar.cli import main
 from osscar.core.errors import OsscarError, OutputError, RunError
 from osscar.models.language import DEMO_DIRECTORY
@@ -170,7 +171,9 @@ def test_uniform_shares_report_their_widths_without_a_prediction():
 
 
 def manifest(**more):
-    return SweepManifest("osscar.sweep-asked/1", {"backend": "greedy", "text": "builtin", **more})
+    outputs = DenseOutputs({"device": "x", "threads": "1"}, "s", ("0x0.0p+0",), 1e-4)
+    asked = {"backend": "greedy", "text": "builtin", **more}
+    return SweepManifest("osscar.sweep-asked/2", asked, Fingerprint("w", "d", outputs))
 
 
 def point(method=CURVATURE, value=0.5):

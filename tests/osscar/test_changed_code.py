@@ -1,0 +1,200 @@
+"""Code that changes between a kill and the same command, wherever it lies, is noticed."""
+
+import dataclasses
+import sys
+
+import numpy as np
+import pytest
+
+import osscar
+from osscar.capture.fingerprint import DenseOutputs
+from osscar.cli import main
+from osscar.core.errors import RunError, StudyError
+from osscar.data.batches import as_inputs
+from osscar.models.user_code import build
+from osscar.pruning.request import PruningRequest
+from osscar.pruning.run_log import RunLog, RunManifest, SiteRecord
+from osscar.pruning.sweep import BudgetKind
+from osscar.pruning.sweep_points import SweepDirectory, SweepManifest
+from osscar.study.directory import Study
+from osscar.study.problems import model_problems
+from tests.osscar.networks import images
+
+NET = """
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+GAIN = 1.5
+
+def squashed(x, steep=2.0):
+    return torch.tanh(steep * x)
+
+class Net(nn.Module):
+    floor = 0.1
+
+    def __init__(self):
+        super().__init__()
+        self.act = F.relu
+        self.enter, self.middle = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 12, 1)
+        self.same, self.leave = nn.Identity(), nn.Linear(12, 5)
+
+    def mixed(self, x):
+        return x + 0.5 * x.square()
+
+    def forward(self, x):
+        x = self.act(self.enter(self.mixed(squashed(GAIN * x))))
+        x = self.act(self.middle(self.same(x) + self.floor))
+        return self.leave(x.mean((2, 3)))
+
+def build():
+    torch.manual_seed(0)
+    net = Net()
+    net.enter.register_forward_hook(lambda module, args, y: 1.25 * y)
+    net.same.forward = lambda x: 0.75 * x
+    return net.eval(), torch.zeros(2, 3, 12, 12)
+"""
+
+EDITS = {
+    "helper": ("0.5 * x.square()", "0.25 * x.square()"),
+    "function": ("torch.tanh(", "torch.sin("),
+    "constant": ("GAIN = 1.5", "GAIN = 1.25"),
+    "class attribute": ("floor = 0.1", "floor = 0.2"),
+    "activation": ("self.act = F.relu", "self.act = F.gelu"),
+    "default": ("steep=2.0", "steep=1.0"),
+    "hook": ("1.25 * y", "1.0 * y"),
+    "forward of an instance": ("0.75 * x", "0.5 * x"),
+    "forward": ("x.mean((2, 3))", "x.amax((2, 3))"),
+    "last bits": ("GAIN = 1.5", "GAIN = 1.5000001"),
+}
+NOTICED = "the dense model puts out other values on the same inputs: its code has changed"
+REQUEST = PruningRequest(sparsity=0.5, backend="wanda", device="cpu")
+
+
+def built(place, edit=("", "")):
+    """Return the network of edited code, with its data."""
+    file = place / "net.py"
+    file.write_text(NET.replace(*edit))
+    model, _ = build(f"{file}:build")
+    return model, images(16)
+
+
+def manifest_of(model, data):
+    return RunManifest.of(REQUEST, model, as_inputs(model, data), 8)
+
+
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory):
+    """A log, a sweep and a study that were begun with the code as it is above."""
+    place = tmp_path_factory.mktemp("begun")
+    model, data = built(place)
+    manifest = manifest_of(model, data)
+    log = RunLog(place / "log")
+    result = osscar.prune(model, data, sparsity=0.5, backend="wanda", device="cpu")
+    group, layer = result.plan.groups[0], result.layers[0]
+    with log.begun(manifest):
+        log.append(0, SiteRecord(group, layer, ()))
+    with SweepDirectory(place / "sweep").begun(SweepManifest.of(manifest, BudgetKind.FLOPS, {})):
+        pass
+    posed = ((str(group.kind), problem) for group, problem in model_problems(model, data))
+    Study(place / "study", {}).capture(posed, manifest.dense)
+    return place
+
+
+def go_on(place, manifest):
+    """Yield what happens where a log, a sweep and a study go on."""
+    sweep = SweepManifest.of(manifest, BudgetKind.FLOPS, {})
+    yield RunError, lambda: RunLog(place / "log").begun(manifest).__enter__()
+    yield RunError, lambda: SweepDirectory(place / "sweep").begun(sweep).__enter__()
+    yield StudyError, lambda: Study(place / "study", {}).check_dense(manifest.dense)
+
+
+@pytest.mark.parametrize("name", EDITS)
+def test_changed_code_is_noticed_by_what_the_model_puts_out(name, begun, tmp_path):
+    manifest = manifest_of(*built(tmp_path, EDITS[name]))
+    for error, step in go_on(begun, manifest):
+        with pytest.raises(error, match=NOTICED):
+            step()
+
+
+def test_the_same_code_goes_on(begun, tmp_path):
+    model, data = built(tmp_path, ("def build", '"""Words that change nothing."""\n\ndef build'))
+    for _, step in go_on(begun, manifest_of(model, data)):
+        step()
+
+
+@pytest.mark.parametrize("elsewhere", [{"threads": "64"}, {"device": "another"}, {}], ids=str)
+@pytest.mark.parametrize("factor", [1 + 1e-6, 1.01])
+def test_outputs_that_another_device_rounds_otherwise_are_the_same(elsewhere, factor, tmp_path):
+    """Only there: what the same device puts out is the same to the bit."""
+    model, data = built(tmp_path)
+    before = DenseOutputs.of(model, as_inputs(model, data))
+    before = dataclasses.replace(before, device={**before.device, **elsewhere})
+    leave = model.leave.forward
+    model.leave.forward = lambda x: factor * leave(x)
+    found = DenseOutputs.of(model, as_inputs(model, data))
+    assert found.differs(before) == (not elsewhere or factor > 1.001)
+
+
+# ---- as a person runs it -----------------------------------------------------------------
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch, capsys):
+    """Run a command in this process; return its status and what it says is wrong."""
+    pixels = (images(16) * 40 + 128).clamp(0, 255).byte().permute(0, 2, 3, 1)
+    np.savez(tmp_path / "images.npz", images=pixels.numpy())
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments):
+        common = ("net.py:build", "--calibration", "images.npz", "--device", "cpu", "--out", "out")
+        monkeypatch.setattr(sys, "argv", ["osscar", arguments[0], *common, *arguments[1:]])
+        sys.modules.pop("osscar_user_net", None)
+        with pytest.raises(SystemExit) as stop:
+            main()
+        return stop.value.code or 0, " ".join(capsys.readouterr().err.split())
+
+    return call
+
+
+def interrupted(method, after):
+    """Return a method that ends with Ctrl-C when it has been called so often."""
+    calls = []
+
+    def call(*arguments):
+        method(*arguments)
+        calls.append(arguments)
+        if len(calls) == after:
+            raise KeyboardInterrupt
+
+    return call
+
+
+@pytest.mark.parametrize(
+    ("command", "begun_by", "elsewhere"),
+    [
+        (("prune", "--sparsity", "0.5"), (RunLog, "append"), "--restart"),
+        (("sweep", "--flops", "0.8,0.6"), (SweepDirectory, "write"), "give another directory"),
+        (("gap", "--backends", "greedy"), (Study, "affordable_jobs"), "give another --out"),
+    ],
+    ids=["prune", "sweep", "gap"],
+)
+def test_a_command_that_was_killed_does_not_go_on_with_other_code(
+    command, begun_by, elsewhere, run, tmp_path, monkeypatch
+):
+    built(tmp_path)
+    owner, name = begun_by
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, interrupted(getattr(owner, name), 1))
+        status, err = run(*command)
+    assert status == 130, err
+    kept = {path: path.read_bytes() for path in tmp_path.rglob("out*/**/*") if path.is_file()}
+    built(tmp_path, EDITS["helper"])
+    status, err = run(*command)
+    assert status == 2
+    assert NOTICED in err
+    assert elsewhere in err
+    assert {p: p.read_bytes() for p in tmp_path.rglob("out*/**/*") if p.is_file()} == kept
+    built(tmp_path)
+    status, err = run(*command)
+    assert status == 0, err
