@@ -1,0 +1,215 @@
+"""What a model puts out: which of it is scored, and whether two passes agree."""
+
+import random
+import sys
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import osscar
+from osscar.cli import main
+from osscar.core.errors import EquivalenceError, ModelError
+from osscar.core.predictions import known_prediction, scored_prediction
+from osscar.data.images import ImageSet
+from osscar.data.preprocessing import Preprocessing
+from osscar.evaluation.images import score_images
+from osscar.evaluation.language import measure_quality
+from osscar.pruning.request import PruningRequest
+from osscar.pruning.sweep import BudgetKind, Job, sweep
+from osscar.study.problems import model_problems
+from tests.osscar.networks import images
+
+
+class Net(nn.Module):
+    """A classifier that does something to its features, and something to its answer."""
+
+    def __init__(self, inside=lambda x: x, answer=lambda x, y: y):
+        super().__init__()
+        torch.manual_seed(0)
+        self.body = Body(inside)
+        self.leave = nn.Linear(12, 5)
+        self.answer = answer
+
+    def forward(self, x):
+        return self.answer(x, self.leave(self.body(x).mean((2, 3))))
+
+
+class Body(nn.Module):
+    def __init__(self, inside):
+        super().__init__()
+        self.enter, self.middle = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 12, 1)
+        self.inside = inside
+
+    def forward(self, x):
+        return torch.relu(self.middle(self.inside(torch.relu(self.enter(x)))))
+
+
+class Stubborn(nn.Dropout):
+    """Is in training for ever."""
+
+    def train(self, mode=True):
+        return super().train()
+
+
+# ---- two passes --------------------------------------------------------------------------
+
+CHANCE = {
+    "dropout": (lambda: Net(lambda x: F.dropout(x, 0.5)), r"'body' \(Body\)"),
+    "noise": (lambda: Net(lambda x: x + torch.randn_like(x)), r"'body' \(Body\)"),
+    "module": (lambda: Net(Stubborn(0.5).train()), r"'body\.inside' \(Stubborn\)"),
+    "elsewhere": (lambda: Net(answer=lambda x, y: y * random.random()), r"'the model' \(Net\)"),
+}
+DIFFER = "two passes of Net over the same inputs differ"
+
+
+def _sweep(model):
+    points = [Job("curvature", BudgetKind.FLOPS, 0.7)]
+    return next(sweep(model, images(16), PruningRequest(flops=0.7, device="cpu"), points))
+
+
+USES = {
+    "prune": lambda model: osscar.prune(model, images(16), sparsity=0.5, device="cpu"),
+    "sweep": _sweep,
+    "gap": lambda model: next(model_problems(model, images(16))),
+    "eval": lambda model: score_images([model], _pictures()),
+}
+
+
+def _pictures():
+    pixels = (images(16) * 40 + 128).clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()
+    return ImageSet("pictures", pixels, Preprocessing(12, 12, (0.5,), (0.25,)))
+
+
+@pytest.mark.parametrize("use", USES)
+@pytest.mark.parametrize("kind", CHANCE)
+def test_a_model_whose_two_passes_differ_is_refused(kind, use):
+    build, module = CHANCE[kind]
+    model, drawn = build().eval(), torch.get_rng_state()
+    with pytest.raises(ModelError, match=f"{DIFFER} by .* begins in module {module}.*in training"):
+        USES[use](model)
+    assert torch.equal(torch.get_rng_state(), drawn)
+
+
+@pytest.mark.parametrize("use", USES)
+def test_passes_that_round_otherwise_are_alike(use):
+    def rounded(x):
+        return x * (1 + 1e-6 * torch.randn(()))
+
+    assert USES[use](Net(rounded).eval()) is not None
+
+
+def test_a_language_model_that_draws_is_not_scored():
+    demo = osscar.load_model("demo")
+    layer = demo.model.model.decoder.layers[1]
+    hook = layer.fc1.register_forward_hook(lambda module, args, y: F.dropout(y, 0.5))
+    try:
+        with pytest.raises(ModelError, match=r"differ by .* begins in module 'model.*\.fc1'"):
+            measure_quality(demo.model, demo.tokenizer, "a text of some words " * 20)
+    finally:
+        hook.remove()
+
+
+# ---- which output is scored --------------------------------------------------------------
+
+ROWS, MAPS = torch.randn(4, 5), torch.randn(4, 2, 3)
+
+
+@pytest.mark.parametrize(
+    ("result", "certain"),
+    [
+        (ROWS, True),
+        ({"logits": ROWS, "other": torch.randn(4, 5)}, True),
+        ({"other": torch.randn(4, 5), "logits": ROWS}, True),
+        ({"y": ROWS}, True),
+        ((torch.arange(4), ROWS), True),
+        ((ROWS, MAPS), False),
+        ([[MAPS.long(), ROWS], torch.randn(4, 5)], False),
+        ({"maps": MAPS, "y": ROWS, "labels": torch.arange(4)}, False),
+    ],
+)
+def test_the_output_that_is_scored(result, certain, recwarn):
+    assert (known_prediction(result) is ROWS) == certain
+    assert scored_prediction(result, 4, "Net") is ROWS
+    assert [("scored is" in str(w.message)) for w in recwarn] == ([] if certain else [True])
+
+
+@pytest.mark.parametrize(
+    ("result", "said"),
+    [
+        ({"a": ROWS, "b": ROWS}, r"'a' \(4, 5\), 'b' \(4, 5\), and it is not known.*'logits'"),
+        ({"a": MAPS, "b": {"c": MAPS}}, r"'a' \(4, 2, 3\), 'b\.c' \(4, 2, 3\), and"),
+        ({"labels": torch.arange(4)}, "returned a dict without a floating-point tensor"),
+    ],
+)
+def test_outputs_that_cannot_be_told_apart_are_refused_by_name(result, said):
+    with pytest.raises(ModelError, match=said):
+        scored_prediction(result, 4, "Net")
+
+
+def test_agreement_is_that_of_the_logits_and_not_of_what_pruning_never_touched():
+    pictures, scores = _pictures(), []
+    for answer in (lambda x, y: y, lambda x, y: {"mean": x.mean((2, 3)), "logits": y}):
+        model = Net(answer=answer).eval()
+        with torch.no_grad():  # so that images are of several classes
+            features = model.body(pictures.tensor()).mean((2, 3))
+            model.leave.bias -= model.leave(features).mean(0)
+        result = osscar.prune(model, images(16), channels=0.25, device="cpu")
+        (found,) = score_images([result.model], pictures, dense=model)
+        scores.append((found.agreement, found.kl, result.divergence))
+    assert scores[0] == scores[1]
+    assert scores[0][0] < 1
+
+
+@pytest.mark.parametrize("use", USES)
+def test_a_model_that_puts_out_no_tensor_is_refused_before_any_work(use):
+    model = Net(answer=lambda x, y: {"best": y.argmax(1).tolist()}).eval()
+    with pytest.raises((EquivalenceError, ModelError), match="returned a dict without a"):
+        USES[use](model)
+
+
+# ---- as a person runs it -----------------------------------------------------------------
+
+CODE = """
+import torch
+from tests.osscar.test_outputs import Net, F
+
+def chance():
+    return Net(lambda x: F.dropout(x, 0.5)).eval(), torch.zeros(2, 3, 12, 12)
+
+def nothing():
+    return Net(answer=lambda x, y: y.tolist()).eval(), torch.zeros(2, 3, 12, 12)
+
+def several():
+    return Net(answer=lambda x, y: {"a": y, "b": y}).eval(), torch.zeros(2, 3, 12, 12)
+"""
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("prune", "--sparsity", "0.5", "--calibration", "images.npz", "--out", "out"),
+        ("sweep", "--flops", "0.7", "--calibration", "images.npz", "--out", "out"),
+        ("gap", "--calibration", "images.npz", "--out", "out"),
+        ("eval", "--images", "images.npz"),
+    ],
+    ids=lambda command: command[0],
+)
+def test_commands_refuse_such_models_and_leave_nothing(command, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "net.py").write_text(CODE)
+    np.savez(tmp_path / "images.npz", images=_pictures().items)
+    before = sorted(tmp_path.rglob("*"))
+    said = {"chance": "differ", "nothing": "without a", "several": "is not known"}
+    for function, expected in said.items():
+        if function == "several" and command[0] != "eval":
+            continue  # all of them count where nothing is scored
+        monkeypatch.setattr(sys, "argv", ["osscar", command[0], f"net.py:{function}", *command[1:]])
+        with pytest.raises(SystemExit) as stop:
+            main()
+        err = " ".join(capsys.readouterr().err.split())
+        assert stop.value.code == 2, err
+        assert expected in err
+        assert sorted(tmp_path.rglob("*")) == before
