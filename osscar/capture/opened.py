@@ -15,10 +15,10 @@ from torch import Tensor, nn
 import graph
 from graph import CouplingGroup
 from graph.preserve import without_cache
-from osscar.capture.chance import refuse_chance
 from osscar.capture.failures import failures_named
 from osscar.capture.linear_maps import expose_attention, freeze_unreadable, mixtures_of
 from osscar.capture.readers import weights_read_elsewhere
+from osscar.capture.repeatable import refuse_chance
 from osscar.capture.routing import sound_mixtures
 from osscar.capture.scratch import Untouched
 from osscar.core.errors import EquivalenceError, FileError

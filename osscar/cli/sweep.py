@@ -143,7 +143,7 @@ def command(
     measured of the dense model serves all of them.  Each point is kept once it is done: the same
     command goes on where it was stopped, and more budgets, or --baselines, extend it.
     """
-    from osscar.capture.chance import check_repeatable
+    from osscar.capture.repeatable import check_repeatable
     from osscar.core.files import write_text
     from osscar.data.batches import as_inputs
     from osscar.models.open import open_model

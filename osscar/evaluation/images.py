@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from osscar.capture.chance import check_repeatable
+from osscar.capture.repeatable import check_repeatable
 from osscar.core.errors import ImageError, ModelError, NonFiniteError, OsscarError
 from osscar.core.inputs import whole_number
 from osscar.core.modules import check_usable

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from osscar.capture.chance import check_repeatable
+from osscar.capture.repeatable import check_repeatable
 from osscar.core.errors import ModelError, NonFiniteError, OptionError, TextError
 from osscar.core.inputs import shown, whole_number
 from osscar.core.modules import check_usable, context_length, evaluating
