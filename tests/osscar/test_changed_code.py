@@ -75,7 +75,7 @@ def built(place, edit=("", "")):
     """Return the network of edited code, with its data."""
     file = place / "net.py"
     file.write_text(NET.replace(*edit))
-    model, _ = build(f"{file}:build")
+    model, *_ = build(f"{file}:build")
     return model, images(16)
 
 
@@ -147,7 +147,8 @@ def run(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
 
     def call(*arguments):
-        common = ("net.py:build", "--calibration", "images.npz", "--device", "cpu", "--out", "out")
+        data = ("--calibration", "images.npz", "--no-normalize")
+        common = ("net.py:build", *data, "--device", "cpu", "--out", "out")
         monkeypatch.setattr(sys, "argv", ["osscar", arguments[0], *common, *arguments[1:]])
         sys.modules.pop("osscar_user_net", None)
         with pytest.raises(SystemExit) as stop:

@@ -80,7 +80,7 @@ USES = {
 
 def _pictures():
     pixels = (images(16) * 40 + 128).clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()
-    return ImageSet("pictures", pixels, Preprocessing(12, 12, (0.5,), (0.25,)))
+    return ImageSet("pictures", pixels, Preprocessing(12, 12, (0.5,), (0.25,), channels=3))
 
 
 @pytest.mark.parametrize("use", USES)
@@ -206,7 +206,11 @@ def test_commands_refuse_such_models_and_leave_nothing(command, tmp_path, monkey
     for function, expected in said.items():
         if function == "several" and command[0] != "eval":
             continue  # all of them count where nothing is scored
-        monkeypatch.setattr(sys, "argv", ["osscar", command[0], f"net.py:{function}", *command[1:]])
+        monkeypatch.setattr(
+            sys,
+            "argv",
+            ["osscar", command[0], f"net.py:{function}", "--no-normalize", *command[1:]],
+        )
         with pytest.raises(SystemExit) as stop:
             main()
         err = " ".join(capsys.readouterr().err.split())
