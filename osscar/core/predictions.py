@@ -10,13 +10,17 @@ from torch import Tensor
 
 from osscar.core.errors import ModelError
 
-_LOGITS = "logits"
+ALONE = "output"
+"""How an output is called that has no name, since there is no other."""
+
+LOGITS = "logits"
+"""How the output is called that is the prediction, whatever else there is."""
 
 
 def named_logits(result: Any) -> Tensor | None:
     """Return the output that is called `logits`, an attribute or an entry; None without one."""
-    entry = result.get(_LOGITS) if isinstance(result, Mapping) else None
-    found = getattr(result, _LOGITS, entry)
+    entry = result.get(LOGITS) if isinstance(result, Mapping) else None
+    found = getattr(result, LOGITS, entry)
     return found if isinstance(found, Tensor) else None
 
 
@@ -73,26 +77,26 @@ def scored_prediction(result: Any, samples: int, model: str) -> Tensor:
     if chosen is None:
         raise ModelError(
             f"{model} returned {there}, and it is not known which of them is to be scored; call "
-            f"that one {_LOGITS!r}, or wrap the model in one that returns it alone"
+            f"that one {LOGITS!r}, or wrap the model in one that returns it alone"
         )
     warnings.warn(
         f"{model} returned {there}; scored is {chosen!r}, {why}; to score another, call it "
-        f"{_LOGITS!r}",
+        f"{LOGITS!r}",
         stacklevel=2,
     )
     return fractions[chosen]
 
 
-def _fractions(result: Any) -> dict[str, Tensor]:
-    """Return the floating-point outputs by where they are, in their order."""
-    return {name: one for name, one in _tensors(result, "") if one.is_floating_point()}
-
-
-def _tensors(result: Any, place: str) -> Iterator[tuple[str, Tensor]]:
+def named_tensors(result: Any, place: str = "") -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors in what a model returned, with where they are."""
     if isinstance(result, Tensor):
-        yield place, result
+        yield place or ALONE, result
     elif isinstance(result, Mapping | list | tuple):
         names = getattr(result, "_fields", range(len(result)))
         members = result.items() if isinstance(result, Mapping) else zip(names, result, strict=True)
         for name, member in members:
-            yield from _tensors(member, f"{place}.{name}" if place else str(name))
+            yield from named_tensors(member, f"{place}.{name}" if place else str(name))
+
+
+def _fractions(result: Any) -> dict[str, Tensor]:
+    return {name: one for name, one in named_tensors(result) if one.is_floating_point()}

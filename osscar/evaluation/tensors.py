@@ -3,26 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from osscar.core.errors import CalibrationError, ModelError, NonFiniteError
+from osscar.capture.repeatable import check_repeatable
+from osscar.core.errors import CalibrationError, ModelError, NonFiniteError, OsscarError
 from osscar.core.memory import let_shortage_pass
 from osscar.core.modules import check_usable
+from osscar.core.predictions import LOGITS, named_tensors
 from osscar.core.printable import counted
 from osscar.data.batches import Batch, as_inputs, cast_like
 from osscar.data.tensors import TensorSet
 from osscar.evaluation.result import Comparison, Evaluation
 from osscar.evaluation.samples import Tally, measured
 
-ALONE = "output"
-"""How an output is called that has no name, since there is no other."""
-
-_LOGITS = "logits"
+_FEW = 2
+"""Samples that tell whether two passes are alike."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,8 @@ def evaluate_tensors(
     CalibrationError
         If the model does not take the data, or the labels are not its classes.
     ModelError
-        If the model fails on them, or puts out nothing that the labels are of.
+        If the model fails on them, puts out nothing that the labels are of, or two passes over the
+        same samples differ.
     NonFiniteError
         If an output is NaN or infinite.
     OptionError
@@ -146,8 +147,8 @@ def compare_tensors(
     CalibrationError
         If a model does not take the data, or the labels are not its classes.
     ModelError
-        If a model fails on them, puts out nothing that the labels are of, or the two put out
-        different tensors.
+        If a model fails on them, puts out nothing that the labels are of, two passes over the same
+        samples differ, or the two put out different tensors.
     NonFiniteError
         If an output is NaN or infinite.
     OptionError
@@ -189,7 +190,7 @@ def score_tensors(
         If a model does not take the data, or the labels are not its classes.
     ModelError
         If a model fails on them, puts out nothing that the labels are of, or other tensors than
-        the dense one.
+        the dense one, or two passes over the same samples differ.
     NonFiniteError
         If an output is NaN or infinite.
     OptionError
@@ -208,6 +209,9 @@ def score_tensors(
     with torch.inference_mode():
         start = 0
         for batch in data.batches(batch_size):
+            if not start:
+                for model in everyone:
+                    _check_repeatable(model, {name: t[:_FEW] for name, t in batch.items()})
             rows = slice(start, start := start + len(next(iter(batch.values()))))
             labels = None if data.labels is None else data.labels[rows]
             found = {id(model): _outputs(model, batch) for model in everyone}
@@ -300,7 +304,7 @@ def _scores_of_classes(
         If there are labels, and no output that they are of.
     """
     alone = next(iter(outputs)) if len(outputs) == 1 else None
-    name = _LOGITS if _LOGITS in outputs else alone
+    name = LOGITS if LOGITS in outputs else alone
     real = name is not None and not outputs[name].is_complex()
     shape = tuple(outputs[name].shape) if name is not None and real else ()
     if labels is None:
@@ -310,7 +314,7 @@ def _scores_of_classes(
     there = ", ".join(f"{key!r} {tuple(one.shape)}" for key, one in outputs.items())
     raise ModelError(
         f"{model} puts out {there}, and the labels are {tuple(labels.shape)}: scores of classes "
-        f"would be {(*labels.shape, 'classes')}, named {_LOGITS!r} where there are other outputs; "
+        f"would be {(*labels.shape, 'classes')}, named {LOGITS!r} where there are other outputs; "
         "let the model put out these, or leave the labels out"
     )
 
@@ -337,19 +341,35 @@ def _arguments(model: nn.Module, batch: Batch) -> Batch:
     return {name: cast_like(tensor, reference) for name, tensor in batch.items()}
 
 
-def _outputs(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
-    """Return what a model puts out of fractions, by name, in double precision on the CPU."""
-    kind = type(model).__name__
+def _check_repeatable(model: nn.Module, batch: Batch) -> None:
+    with _failures_named(model, batch):
+        check_repeatable(model, _arguments(model, batch))
+
+
+@contextmanager
+def _failures_named(model: nn.Module, batch: Batch) -> Iterator[None]:
     try:
-        result = model(**_arguments(model, batch))
+        yield
+    except OsscarError:
+        raise
     except Exception as error:  # the model may be anyone's code
         let_shortage_pass(error)
         shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in batch.items())
         raise ModelError(
-            f"{kind} fails on {shapes}: {type(error).__name__}: {error}; give data that it reads"
+            f"{type(model).__name__} fails on {shapes}: {type(error).__name__}: {error}; give data "
+            "that it reads"
         ) from error
+
+
+def _outputs(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+    """Return what a model puts out of fractions, by name, in double precision on the CPU."""
+    kind = type(model).__name__
+    with _failures_named(model, batch):
+        result = model(**_arguments(model, batch))
     found = {
-        name: one for name, one in _named(result) if one.is_floating_point() or one.is_complex()
+        name: one
+        for name, one in named_tensors(result)
+        if one.is_floating_point() or one.is_complex()
     }
     if not found:
         raise ModelError(
@@ -363,14 +383,3 @@ def _outputs(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         name: one.to("cpu", torch.complex128 if one.is_complex() else torch.float64)
         for name, one in found.items()
     }
-
-
-def _named(result: Any, place: str = "") -> Iterator[tuple[str, Tensor]]:
-    """Yield the tensors in what a model returned, with where they are."""
-    if isinstance(result, Tensor):
-        yield place or ALONE, result
-    elif isinstance(result, Mapping | list | tuple):
-        names = getattr(result, "_fields", range(len(result)))
-        members = result.items() if isinstance(result, Mapping) else zip(names, result, strict=True)
-        for name, member in members:
-            yield from _named(member, f"{place}.{name}" if place else str(name))

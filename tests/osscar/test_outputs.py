@@ -15,8 +15,10 @@ from osscar.core.errors import EquivalenceError, ModelError
 from osscar.core.predictions import known_prediction, scored_prediction
 from osscar.data.images import ImageSet
 from osscar.data.preprocessing import Preprocessing
+from osscar.data.tensors import TensorSet
 from osscar.evaluation.images import score_images
 from osscar.evaluation.language import measure_quality
+from osscar.evaluation.tensors import score_tensors
 from osscar.pruning.request import PruningRequest
 from osscar.pruning.sweep import BudgetKind, Job, sweep
 from osscar.study.problems import model_problems
@@ -75,6 +77,7 @@ USES = {
     "sweep": _sweep,
     "gap": lambda model: next(model_problems(model, images(16))),
     "eval": lambda model: score_images([model], _pictures()),
+    "eval of tensors": lambda model: score_tensors([model], TensorSet("t", {"x": images(16)})),
 }
 
 
