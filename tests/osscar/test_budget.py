@@ -17,6 +17,7 @@ from osscar.capture.opened import opened
 from osscar.capture.regularization import DEFAULT_DAMP
 from osscar.core.errors import NonFiniteError, RequestError
 from osscar.core.modules import count_parameters
+from osscar.data.batches import TensorInputs
 from osscar.evaluation.size import count_flops
 from osscar.pruning import knapsack
 from osscar.pruning.allocation import allocate
@@ -672,14 +673,15 @@ def test_operations_outside_of_layers_are_no_groups(build, share):
     ],
 )
 def test_what_is_taken_for_logits(shape, x, expected):
-    found = logits_of(torch.randn(shape), {"x": torch.randn(x)}, tokens=False)
+    batch = {"x": torch.randn(x)}
+    found = logits_of(torch.randn(shape), batch, TensorInputs(batch))
     assert (found is not None) == expected
 
 
 def test_probabilities_are_taken_for_what_they_are():
     logits = torch.randn(8, 5)
     batch = {"x": torch.randn(8, 3, 6, 6)}
-    found = logits_of(logits.softmax(-1), batch, tokens=False)
+    found = logits_of(logits.softmax(-1), batch, TensorInputs(batch))
     torch.testing.assert_close(found.softmax(-1), logits.softmax(-1))
 
 
@@ -696,7 +698,7 @@ def test_a_divergence_from_nothing_finite_is_an_error():
         def forward(self, x):
             return self.out
 
-    reference = Reference([batch], [dense], [torch.arange(4)], tokens=False)
+    reference = Reference([batch], [dense], [torch.arange(4)], TensorInputs(batch))
     assert reference.divergence(Puts(dense)) == pytest.approx(0.0, abs=1e-6)
     with pytest.raises(NonFiniteError, match="logits are NaN"):
         reference.divergence(Puts(dense * torch.nan))
