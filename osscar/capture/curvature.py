@@ -195,11 +195,11 @@ class Factors:
         weights
             ``W0 L``.
         damp
-            Weight of the proximal term, relative to each entry on the diagonal.
+            Weight of the proximal term, as of `damped_by_input`.
         """
         A = self.inputs.to(torch.float64, copy=True)
         units = self.linear_map.unit_rows
-        return damped_by_input(A, weights.clone(), units=units, damp=damp)
+        return damped_by_input(A, weights.clone(), units=units, damp=damp, positions=self.rows)
 
 
 @dataclass(frozen=True, eq=False)
@@ -625,6 +625,7 @@ def _own_currency(
             x = argument(module, args, kwargs)
             for one in own:
                 for X in one.linear_map.read_inputs(x):
+                    one.rows += len(X)
                     one.inputs.addmm_(X.float().T, X.float())
 
         return hook

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from osscar.capture.centred import Centred
 from osscar.capture.consumer import LinearMap
-from osscar.capture.gram import GramAccumulator
+from osscar.capture.gram import GramAccumulator, pulls
 from osscar.core.errors import OptionError
 from osscar.core.inputs import shown
 from solvers.symmetric import Symmetric
@@ -100,7 +100,7 @@ def best_regularization(
     share
         Of the corrections, where that is given.
     """
-    layers = [_Layer(a.linear_map, *a.centred()) for a in accumulators if not a.unread]
+    layers = [_Layer(a.linear_map, *a.centred(), a.rows) for a in accumulators if not a.unread]
     sizes = _sizes(layers)
     parts = [
         _Part.of(layer, rows, sizes[layer.map.name])
@@ -130,6 +130,7 @@ class _Layer:
     map: LinearMap
     fitted: Centred
     held: Centred | None
+    positions: int
 
 
 def _sizes(layers: Sequence[_Layer]) -> dict[str, float]:
@@ -166,6 +167,8 @@ class _Part:
         Undamped terms of the refit, (r, r) and (r, q); corrections are None where there are none.
     W0
         Dense weights of these rows, (r, q).
+    pulls
+        What damping is relative to, (r,).
     held_H, held_G
         The same of the samples that were held out, with their corrections in full.
     size
@@ -176,6 +179,7 @@ class _Part:
     plain: Tensor = field(repr=False)
     corrections: Tensor | None = field(repr=False)
     W0: Tensor = field(repr=False)
+    pulls: Tensor = field(repr=False)
     held_H: Symmetric = field(repr=False)
     held_G: Tensor = field(repr=False)
     size: float
@@ -196,6 +200,7 @@ class _Part:
             plain=fitted.product(W0)[rows],
             corrections=None if corrections is None else corrections[rows],
             W0=W0[rows],
+            pulls=pulls(fitted.diagonal, layer.positions)[rows],
             held_H=held.part(rows),
             held_G=held_G[rows],
             size=size,
@@ -209,7 +214,7 @@ class _Part:
         damp
             Weight of the proximal term.
         """
-        added = max(damp, _LEAST_DAMP) * self.H.diagonal()
+        added = max(damp, _LEAST_DAMP) * self.pulls
         factor = self.H.copy()
         factor.add_diagonal(torch.where(added > 0, added, 1.0))
         factor.factorize()

@@ -146,7 +146,8 @@ def test_list_problem_tells_damping_of_all_inputs_from_that_in_the_matrix(run, t
     alike = solvers.SubsetProblem.from_gram(H, W0, keep=5, damp=0.1)
     damping = 0.1 * float(H.diagonal().mean())
     units = [[row] for row in range(9)]
-    by_input = solvers.SubsetProblem((damped_by_input(H, W0, units=units, damp=0.1),), 5)
+    consumer = damped_by_input(H, W0, units=units, damp=0.1, positions=60)
+    by_input = solvers.SubsetProblem((consumer,), 5)
     alike.save(tmp_path / "alike.npz")
     by_input.save(tmp_path / "by-input.npz")
     said = run("solve", tmp_path / "alike.npz", "--list-problem")[1]
