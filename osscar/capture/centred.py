@@ -10,8 +10,16 @@ from torch import Tensor
 
 from solvers.symmetric import Symmetric
 
+_OUTPUTS = 512
+"""Columns of weights whose errors are compared at a time."""
+
 CONSTANT = 1e-12
 """Share of an input's energy below which its variance is rounding."""
+
+
+def inner(A: Tensor, B: Tensor) -> float:
+    """Return ``tr(A'B)``, summed row by row, without a matrix of the products."""
+    return float(torch.einsum("ij,ij->i", A, B).sum())
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,6 +93,36 @@ class Centred:
         b = self.corrections_about @ directions
         found.addr_(self.means, b, alpha=-1).addr_(c, d, alpha=-1).addr_(c, b)
         return found.mul_(self._varies[:, None])
+
+    def rise(self, before: Tensor, after: Tensor) -> float:
+        """Return by how much the error ``mean |(x - c)'D - (d - b)|^2`` rises with another D.
+
+        ``tr(D'HD) - 2 tr(D'C)`` and a constant: of two D, the product of their difference with H
+        times their sum, so that H is multiplied once.
+
+        Parameters
+        ----------
+        before, after
+            The changes D of the weights, (p, m).
+        """
+        risen = 0.0
+        for start in range(0, before.shape[1], _OUTPUTS):
+            some = slice(start, start + _OUTPUTS)
+            step = after[:, some] - before[:, some]
+            risen += inner(step, self.product(before[:, some] + after[:, some]))
+            if self.cross is not None:
+                risen -= 2 * self._corrected(step, some)
+        return risen
+
+    def _corrected(self, D: Tensor, some: slice) -> float:
+        """Return ``tr(D'C)`` of some outputs."""
+        assert self.cross is not None
+        if self.about is None or self.corrections_about is None:
+            return inner(D, self.cross[:, some]) / self.positions
+        D = D * self._varies[:, None]
+        found = inner(D, self.cross[:, some]) / self.positions
+        d, b = self.correction_means[some], self.corrections_about[some]
+        return found - float((self.means @ D) @ b) - float((self.about @ D) @ (d - b))
 
     def _shift(self) -> tuple[Tensor, Tensor]:
         """Return factors, (p, 2) and (2, p), of ``m c' + c m' - c c'`` with the means m."""

@@ -27,7 +27,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from osscar.capture.centred import CONSTANT, Centred
+from osscar.capture.centred import CONSTANT, Centred, inner
 from osscar.capture.consumer import LinearMap
 from osscar.core.errors import ModelError, NonFiniteError
 from osscar.core.modules import device_of
@@ -77,13 +77,8 @@ class Moments:
         if self.C is None or share == 0:
             return None
         G = self.H.product(W0)
-        energy = _inner(W0, G) + 2 * share * _inner(W0, self.C) + share**2 * self.energy
+        energy = inner(W0, G) + 2 * share * inner(W0, self.C) + share**2 * self.energy
         return G.add_(self.C, alpha=share), energy
-
-
-def _inner(A: Tensor, B: Tensor) -> float:
-    """Return ``tr(A'B)``, summed row by row, without a matrix of the products."""
-    return float(torch.einsum("ij,ij->i", A, B).sum())
 
 
 _POSITIONS = 1024
@@ -94,6 +89,7 @@ _UNSEEN = 0.1
 of all positions is missed by n of them with probability ``(1 - q)^n``, nine times in ten where
 ``q = 0.1 / n``."""
 
+_REMEDY = "check the weights before it, or use --dtype float32"
 _EXACT_POSITIONS = 256
 _HALVES = (torch.bfloat16, torch.float16)
 
@@ -235,6 +231,29 @@ class GramAccumulator:
         """Whether some positions were held out."""
         return self._held is not None
 
+    @property
+    def held_rows(self) -> int:
+        """At how many positions that were held out the consumer reads anything."""
+        return 0 if self._held is None else self._held.rows
+
+    def held_rise(self, before: Tensor, after: Tensor) -> float:
+        """Return by how much the error on what was held out rises from one W to another.
+
+        Targets have their corrections in full, and a bias takes up what it does of `fitted`.
+
+        Parameters
+        ----------
+        before, after
+            Weights, (p, m); the module still has the dense ones.
+        """
+        assert self._held is not None
+        W0 = self.linear_map.read_weight()
+        return self._held.centred(about=self._fitted).rise(before - W0, after - W0)
+
+    def let_go(self) -> None:
+        """Free the sums of what was held out."""
+        self._held = None
+
     def centred(self) -> tuple[Centred, Centred | None]:
         """Return what weights are fitted to and what was held out, without dense matrices."""
         held = None if self._held is None else self._held.centred(about=self._fitted)
@@ -250,8 +269,8 @@ class GramAccumulator:
         share
             Of the corrections in the targets.
         last
-            Whether the sums may become the Hessian, instead of being copied: only `bias` and
-            `positions` are left to be asked then.
+            Whether the sums that weights are fitted to may become the Hessian, instead of being
+            copied: only `bias`, `held_rise` and numbers of positions are left to be asked then.
 
         Raises
         ------
@@ -263,8 +282,6 @@ class GramAccumulator:
                 f"{self.linear_map.name!r} was never called on the calibration data, so that it "
                 "cannot be refitted; give inputs that reach it"
             )
-        if last:
-            self._held = None
         moments, W0 = self._fitted.moments(last=last), self.linear_map.read_weight()
         return damped_by_input(
             moments.H,
@@ -310,14 +327,12 @@ class _Sums:
     def add(self, X: Tensor, D: Tensor | None) -> None:
         if not bool(torch.isfinite(X).all()):
             raise NonFiniteError(
-                f"the inputs of {self.name!r} have NaN or infinite entries; check the "
-                "weights before it, or use --dtype float32"
+                f"the inputs of {self.name!r} have NaN or infinite entries", _REMEDY
             )
         energy = 0.0 if D is None else float(D.double().square().sum())
         if not math.isfinite(energy):
             raise NonFiniteError(
-                f"the outputs of {self.name!r} have NaN or infinite entries; check the "
-                "weights before it, or use --dtype float32"
+                f"the outputs of {self.name!r} have NaN or infinite entries", _REMEDY
             )
         self.energy += energy
         self.positions += len(X)

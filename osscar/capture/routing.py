@@ -154,8 +154,8 @@ class Mixture:
         if not bool(torch.isfinite(X).all()):
             first = int(expert[~torch.isfinite(X).all(1)][0])
             raise NonFiniteError(
-                f"the inputs of '{self.name}[{first}]' have NaN or infinite entries; check the "
-                "weights before it, or use --dtype float32"
+                f"the inputs of '{self.name}[{first}]' have NaN or infinite entries",
+                "check the weights before it, or use --dtype float32",
             )
         squares = weight.double().square()
         total = squares.new_zeros(len(x.hidden)).index_add_(0, token, squares)[token]

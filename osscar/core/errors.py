@@ -62,7 +62,19 @@ class OptionError(OsscarError):
 
 
 class NonFiniteError(OsscarError):
-    """NaN or infinity in weights, activations or logits; the message names the place."""
+    """NaN or infinity in weights, activations or logits; the message names the place.
+
+    Parameters
+    ----------
+    what
+        What is not finite.
+    remedy
+        What to do about it.
+    """
+
+    def __init__(self, what: str, remedy: str = "") -> None:
+        super().__init__(f"{what}; {remedy}" if remedy else what)
+        self.what = what
 
 
 class EquivalenceError(OsscarError):

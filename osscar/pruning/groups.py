@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from torch import Tensor, nn
 
@@ -13,10 +13,10 @@ from graph import CouplingGroup
 from osscar.capture.consumer import LinearMap
 from osscar.capture.linear_maps import linear_maps
 from osscar.capture.opened import Opened
-from osscar.capture.site import DenseTensors, Site, dense_tensors
+from osscar.capture.site import GROWN, DenseTensors, Site, dense_tensors, listed
 from osscar.capture.targets import Target
 from osscar.capture.walk import Walk, walk
-from osscar.core.errors import RunError
+from osscar.core.errors import NonFiniteError, RunError
 from osscar.core.memory import FOR_MATRICES, memory_for
 from osscar.core.on_disk import room_for
 from osscar.core.phases import Phase, phase
@@ -80,7 +80,8 @@ def prune_groups(
             bar.advance()
         began = time.perf_counter()
         waiting_on_disk = room is not None and room.waiting_on_disk
-        for site in _walk(ready, list(groups.values()), request, dense, waiting_on_disk):
+        walked = _walk(ready, list(groups.values()), request, dense, waiting_on_disk)
+        for site in _blaming_refits(walked, done):
             bar.describe(f"pruning {site.group.name}")
             with room_for(ready.model, 0 if room is None else room.matrices):
                 record = _prune_group(site, keep[site.group.name], request, began, ready.ranks)
@@ -90,7 +91,10 @@ def prune_groups(
             bar.advance()
             began = time.perf_counter()
     plan = PruningPlan(tuple(record.plan for record in done))
-    return plan, tuple(record.report for record in done)
+    reports = tuple(record.report for record in done)
+    if ready.ranks.first:
+        _warn_of_refits(reports)
+    return plan, reports
 
 
 def held_out(ready: Opened, request: PruningRequest) -> int:
@@ -116,6 +120,45 @@ def _walk(
             held=held_out(ready, request),
             committed=dense,
             waiting_on_disk=waiting_on_disk,
+        )
+
+
+def _blaming_refits(walked: Walk, done: Sequence[SiteRecord]) -> Iterator[Site]:
+    """Yield the sites of a walk; where it meets NaN behind refits, these are named."""
+    try:
+        yield from walked
+    except NonFiniteError as error:
+        if not done:
+            raise
+        most = max((record.report for record in done), key=lambda report: report.growth)
+        raise NonFiniteError(
+            f"{error.what}, behind {counted(len(done), 'refitted group')}, of which the weights "
+            f"that read {most.name!r} grew most ({most.growth:.3g} times)",
+            "give more calibration data, raise --damp, or leave that group alone with --skip; if "
+            "the dense model overflows there, too, use --dtype float32",
+        ) from error
+
+
+def _warn_of_refits(reports: Sequence[LayerReport]) -> None:
+    """Say which refits did worse than none, and which have weights beyond reason."""
+    dense = [label for report in reports for label in report.unrefitted]
+    if dense:
+        keep = "keeps its dense weights" if len(dense) == 1 else "keep their dense weights"
+        warnings.warn(
+            f"{counted(len(dense), 'layer')} {keep}, but for the units that leave, since the refit "
+            f"did worse on held-out samples: {listed(dense)}; give more calibration data",
+            stacklevel=3,
+        )
+    grown = sorted(
+        (report for report in reports if report.growth > GROWN), key=lambda report: -report.growth
+    )
+    if grown:
+        named = [f"{report.name} ({report.growth:.3g} times)" for report in grown]
+        warnings.warn(
+            f"the refit made the largest weight that reads {listed(named)} more than {GROWN:g} "
+            "times as large as the dense one, which data unlike the calibration data may not bear; "
+            "give more of them, raise --damp, or leave the group alone with --skip",
+            stacklevel=3,
         )
 
 
@@ -183,7 +226,8 @@ def solved(site: Site, keep: int, request: PruningRequest, began: float) -> Site
         else:
             solution, verification = solvers.solve(problem, backend), None
         kept = solution.support.tolist()
-        site.commit(solution.weights, kept)
+        refits = site.refits(solution.weights, kept)
+        site.commit(refits.weights, kept)
         site.leave_out(set(range(group.units)) - set(kept))
     report = LayerReport.of(
         group,
@@ -193,6 +237,7 @@ def solved(site: Site, keep: int, request: PruningRequest, began: float) -> Site
         blend=chosen.share,
         positions=site.positions,
         unread=len(site.unread),
+        refits=refits,
         measure_seconds=measured - began,
         solve_seconds=time.perf_counter() - measured,
     )

@@ -247,9 +247,11 @@ def _peaks(request: PruningRequest) -> list[tuple[float, float, float]]:
     lean = isinstance(request.backend, str) and request.backend in _LEAN and not request.certify
     peaks = [_SOLVING if lean else _OTHERWISE, _COMMITTING]
     if request.holds_out:
+        corrections = _CORRECTIONS if Target(request.target).needs_dense else 0.0
         squares, parts, sides = _DAMPING
-        corrected = Target(request.target).needs_dense
-        peaks.append((squares, parts, sides + (_CORRECTIONS if corrected else 0.0)))
+        # Sums of what is held out stay until a refit has been judged by them.
+        peaks = [(a + 0.5, b, c + corrections / 2) for a, b, c in peaks]
+        peaks.append((squares, parts, sides + corrections))
     return peaks
 
 

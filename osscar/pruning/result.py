@@ -13,6 +13,7 @@ from torch import nn
 
 import solvers
 from graph import CouplingGroup
+from osscar.capture.site import Refits
 from osscar.checkpoint import directory as checkpoint
 from osscar.checkpoint.directory import SavedCheckpoint
 from osscar.pruning.budget import Budget
@@ -44,6 +45,14 @@ class LayerReport(solvers.SolutionRecord):
     unread
         Consumers that read nothing at any position: experts to which no token was sent.  They keep
         the weights of the units that stay.
+    held
+        At how many positions that were held out its refit was compared with the dense weights of
+        the units that stay; where several consumers read the group, at the one with the fewest.
+    unrefitted
+        The consumers that keep those, since the refit did worse there; `loss` is that of the refit.
+    growth
+        The largest weight that was written over the largest dense one, of the consumer of which
+        that is most.
     measure_seconds, solve_seconds
         Wall time of the walk to this group with its Gram matrices, and of the solver with the
         refit and, if asked for, the verification.
@@ -58,6 +67,9 @@ class LayerReport(solvers.SolutionRecord):
     blend: float
     positions: int
     unread: int
+    held: int
+    unrefitted: tuple[str, ...]
+    growth: float
     measure_seconds: float
     solve_seconds: float
 
@@ -72,6 +84,7 @@ class LayerReport(solvers.SolutionRecord):
         blend: float,
         positions: int,
         unread: int,
+        refits: Refits,
         measure_seconds: float,
         solve_seconds: float,
     ) -> LayerReport:
@@ -87,6 +100,9 @@ class LayerReport(solvers.SolutionRecord):
             blend=blend,
             positions=positions,
             unread=unread,
+            held=refits.held,
+            unrefitted=refits.unrefitted,
+            growth=refits.growth,
             measure_seconds=measure_seconds,
             solve_seconds=solve_seconds,
         )
