@@ -113,6 +113,8 @@ def print_result(result: PruningResult, saved: SavedCheckpoint) -> None:
         were = "was" if dead == 1 else "were"
         units = f"{counted(dead, 'unit')} {were} dead"
         out.print(f"{units} (zero on all calibration data) and went first")
+    if result.layers and not result.held_out:
+        out.print("nothing was held out, so that no refit was compared with none on fresh samples")
     bounded = [layer for layer in result.layers if layer.lower_bound is not None]
     if bounded:
         proofs = [

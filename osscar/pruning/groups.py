@@ -143,10 +143,11 @@ def _warn_of_refits(reports: Sequence[LayerReport]) -> None:
     """Say which refits did worse than none, and which have weights beyond reason."""
     dense = [label for report in reports for label in report.unrefitted]
     if dense:
-        keep = "keeps its dense weights" if len(dense) == 1 else "keep their dense weights"
+        keep = "keeps its" if len(dense) == 1 else "keep their"
         warnings.warn(
-            f"{counted(len(dense), 'layer')} {keep}, but for the units that leave, since the refit "
-            f"did worse on held-out samples: {listed(dense)}; give more calibration data",
+            f"{counted(len(dense), 'layer')} {keep} dense weights, but for the units that leave, "
+            f"since a refit did worse on held-out samples: {listed(dense)}; give more calibration "
+            "data",
             stacklevel=3,
         )
     grown = sorted(
@@ -155,9 +156,9 @@ def _warn_of_refits(reports: Sequence[LayerReport]) -> None:
     if grown:
         named = [f"{report.name} ({report.growth:.3g} times)" for report in grown]
         warnings.warn(
-            f"the refit made the largest weight that reads {listed(named)} more than {GROWN:g} "
-            "times as large as the dense one, which data unlike the calibration data may not bear; "
-            "give more of them, raise --damp, or leave the group alone with --skip",
+            f"refits grew beyond reason: the largest weight that reads a group is more than "
+            f"{GROWN:g} times the largest dense one of {listed(named)}; give more calibration "
+            "data, raise --damp, or leave such groups alone with --skip",
             stacklevel=3,
         )
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from osscar.capture.site import GROWN
 from osscar.core.printable import counted
 from osscar.report.estimate_tables import comparison_line
 from osscar.report.evaluation_tables import dense_remarks, shown_numbers
@@ -149,6 +150,7 @@ def _remarks(document: Mapping[str, Any]) -> Iterator[str]:
     yield from dense_remarks(document)
     error = document["equivalence_error"]
     yield f"The smaller model's outputs equal the masked model's to {error:.1e} of the largest."
+    yield from _of_refits(document)
     if document["batch_norms"]:
         mode = document["settings"]["batch_norm"]
         layers = counted(document["batch_norms"], "batch-norm layer")
@@ -159,6 +161,25 @@ def _remarks(document: Mapping[str, Any]) -> Iterator[str]:
         yield f"Up to its save, this run was {comparison_line(document['estimate'])}."
     if document.get("evaluation") is None:
         yield "Quality on data of your own is what osscar eval measures."
+
+
+def _of_refits(document: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what held-out samples said of refits, and which weights grew beyond reason."""
+    layers = document["layers"]
+    dense = [label for layer in layers for label in layer.get("unrefitted", ())]
+    if dense:
+        yield (
+            f"Dense weights did better than a refit on held-out samples, and stay but for the "
+            f"units that leave: {', '.join(dense)}."
+        )
+    for layer in layers:
+        if layer.get("growth", 0) > GROWN:
+            yield (
+                f"The refit made the largest weight that reads {layer['name']} "
+                f"{layer['growth']:.3g} times as large as the largest dense one."
+            )
+    if layers and document.get("held_out") == 0:
+        yield "Nothing was held out, so that no refit was compared with none on fresh samples."
 
 
 # ---- in numbers --------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from graph.groups import CouplingGroup, Slot
+from osscar.capture.site import GROWN
 from osscar.report.tables import new_table
 
 if TYPE_CHECKING:
@@ -19,9 +20,13 @@ if TYPE_CHECKING:
 def layers_table(layers: Sequence[LayerReport]) -> Table:
     """Return one row for each pruned group."""
     dead = any(layer.dead for layer in layers)
+    dense = any(layer.unrefitted for layer in layers)
+    grown = any(layer.growth > GROWN for layer in layers)
     bounds = any(layer.lower_bound is not None for layer in layers)
     columns = ["group", "kept >", "loss >", "status", "seconds >"]
     columns += ["dead >"] if dead else []
+    columns += ["unrefitted >"] if dense else []
+    columns += ["growth >"] if grown else []
     columns += ["gap >"] if bounds else []
     table = new_table("loss by layer", *columns)
     for layer in layers:
@@ -34,6 +39,10 @@ def layers_table(layers: Sequence[LayerReport]) -> Table:
         ]
         if dead:
             cells.append(str(layer.dead) if layer.dead else "")
+        if dense:
+            cells.append(str(len(layer.unrefitted)) if layer.unrefitted else "")
+        if grown:
+            cells.append(f"{layer.growth:,.3g}x" if layer.growth > GROWN else "")
         if bounds:
             cells.append("" if layer.gap is None else f"{layer.gap:.1%}")
         table.add_row(*cells)
