@@ -63,8 +63,9 @@ def test_demo_does_the_whole_job(run, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr("osscar.cli.demo._SAMPLES", 2)
         patch.setattr("osscar.data.prose.builtin_text", lambda part: builtin_text(part)[:3000])
-        status, _, err = run("demo", "--backend", "magnitude")
+        status, out, err = run("demo", "--backend", "magnitude")
         assert status == 0, err
+        assert "nothing was held out" in out
     # A second demo replaces its own directory.
     status, out, err = run("demo", "--backend", "greedy", "--json", "demo.json")
     assert status == 0, err
@@ -72,6 +73,10 @@ def test_demo_does_the_whole_job(run, tmp_path, monkeypatch):
         assert expected in out
     document = json.loads((tmp_path / "demo.json").read_text())
     assert document["schema"] == "osscar.prune/3"
+    # Of a model that does well nobody hears what refits could have done.
+    assert not any(word in out + err for word in ("unrefitted", "growth", "held out,", "grew"))
+    assert {tuple(layer["unrefitted"]) for layer in document["layers"]} == {()}
+    assert all(1 < layer["growth"] < 50 and layer["held"] == 2048 for layer in document["layers"])
     dense, pruned = document["evaluation"]["dense"], document["evaluation"]["model"]
     assert pruned["footprint"]["parameters"] < dense["footprint"]["parameters"]
     assert dense["quality"]["perplexity"] < pruned["quality"]["perplexity"] < 200

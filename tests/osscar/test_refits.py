@@ -1,0 +1,223 @@
+"""What a refit may do to a layer: the floor of its damping, and what held-out samples say of it."""
+
+import dataclasses
+
+import pytest
+import torch
+from torch import nn
+
+import osscar
+import solvers
+from osscar.capture.gram import GramAccumulator, damped_by_input, pulls
+from osscar.capture.linear_maps import linear_maps
+from osscar.capture.opened import opened
+from osscar.capture.site import GROWN, Site
+from osscar.core.errors import NonFiniteError
+from osscar.report.run_tables import layers_table
+from tests.osscar.detector import detector, noise
+from tests.osscar.families import tiny, tokens
+
+# ---- the floor ---------------------------------------------------------------------------
+
+
+def test_an_input_is_pulled_by_its_energy_and_no_less_than_by_a_tenth_of_a_position():
+    energies = torch.tensor([4.0, 1.0, 1e-9, 0.0, 1e-3], dtype=torch.float64)
+    mean = float(energies.sum()) / 4  # of those that vary at all
+    expected = [4.0, 1.0, 0.1 * mean / 50, 0.0, 0.1 * mean / 50]
+    torch.testing.assert_close(pulls(energies, 50), torch.tensor(expected, dtype=torch.float64))
+    plenty = 10**6
+    assert torch.equal(pulls(energies, plenty)[[0, 1, 4]], energies[[0, 1, 4]])
+    torch.testing.assert_close(pulls(7 * energies, 50), 7 * pulls(energies, 50))
+    assert torch.equal(pulls(torch.zeros(3), 50), torch.zeros(3))
+
+
+@pytest.mark.parametrize("size", [1e-3, 1e-10, 1e-100])
+def test_an_input_that_is_nearly_zero_keeps_its_weights(size):
+    """The refit of the others and of this one are two problems, and the closed form is theirs."""
+    torch.manual_seed(0)
+    n, damp = 40, 0.01
+    X = torch.randn(n, 6, dtype=torch.float64)
+    X[:, 5] = size * X[:, 4]  # all but a copy, of which weights without end would make use
+    W0 = torch.randn(6, 3, dtype=torch.float64)
+    H = X.T @ X / n
+    consumer = damped_by_input(
+        H.clone(), W0.clone(), units=[[j] for j in range(6)], damp=damp, positions=n
+    )
+    problem = solvers.SubsetProblem((consumer,), 5)
+    support = torch.tensor([0, 1, 2, 3, 5])
+    W, loss = solvers.refit(problem, support)[0][0], solvers.refit(problem, support)[1]
+    floor = 0.1 * float(H.diagonal().mean()) / n
+    added = damp * H.diagonal().clamp(min=floor)
+    part = (H + torch.diag(added))[support][:, support]
+    exact = torch.linalg.solve(part, (H @ W0 + added[:, None] * W0)[support])
+    torch.testing.assert_close(W[support], exact)
+    # What pulls an input away is at most the root of its energy times that of the loss.
+    furthest = (float(H[5, 5]) * loss) ** 0.5 / (damp * floor)
+    assert float((W[5] - W0[5]).norm()) <= furthest * (1 + 1e-9)
+    solvers.solve(problem, "local_search", bound=True).verify()
+
+
+def largest(model):
+    named = model.named_parameters()
+    return max(float(p.detach().abs().max()) for name, p in named if name.endswith("weight"))
+
+
+def off(pruned, dense, x):
+    """The largest relative error of a map that the model puts out."""
+    with torch.no_grad():
+        pairs = list(zip(pruned(x), dense(x), strict=True))
+    return max(float((a - b).norm() / b.norm()) for a, b in pairs)
+
+
+def test_a_detector_behind_silu_stays_what_it_is_on_fresh_and_on_larger_images():
+    dense = detector()
+    result = osscar.prune(dense, noise(), flops=0.6)
+    assert largest(result.model) < 2 * largest(dense)
+    for x in (noise(), noise(seed=5), noise(side=48, seed=6)):
+        assert off(result.model, dense, x) < 0.05
+    assert all(layer.growth < GROWN for layer in result.layers)
+    assert {layer.held > 0 for layer in result.layers} == {True}
+
+
+# ---- what held-out samples say -----------------------------------------------------------
+
+
+def measured(bias, positions, noisy, seed):
+    """A site with one consumer, and what was held out: inputs and targets."""
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(5, 12), nn.ReLU(), nn.Linear(12, 4, bias=bias)).double()
+    with opened(model, torch.randn(8, 5).double()) as ready:
+        (group,) = [g for g in ready.groups if g.prunable and g.units == 12]
+        (consumer,) = linear_maps(ready.model, group)
+    gram, mixed = GramAccumulator(consumer), torch.randn(12, 12).double()
+    M = 0.3 * torch.randn(12, 4).double()
+    parts = []
+    for held, count in ((False, positions), (True, 60)):
+        X = (0.2 + torch.randn(count, 12).double()) @ mixed
+        D = 0.1 + X @ M + noisy * torch.randn(count, 4).double()
+        gram.add(X, D, held=held)
+        parts.append((X, D))
+    return Site(group, (gram,)), parts
+
+
+def error(W, bias, X, D, W0):
+    """Of new weights on what was held out, from its definition."""
+    change = X @ (W - W0) - D
+    return float((change if bias is None else change + bias).square().sum())
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_no_layer_does_worse_on_held_out_samples_than_without_its_refit(bias):
+    fates = set()
+    for seed in range(24):
+        site, [_, (X, D)] = measured(bias, (4, 8, 60)[seed % 3], (0.1, 20.0)[seed % 2], seed)
+        (gram,) = site.grams
+        W0 = gram.linear_map.read_weight()
+        site.share = seed % 5 / 4
+        solution = solvers.solve(site.problem(7, 0.01), "greedy")
+        kept = solution.support.tolist()
+        refits = site.refits(solution.weights, kept)
+        plain = torch.zeros_like(W0)
+        plain[kept] = W0[kept]
+        found, refit, none = (
+            error(W, gram.bias(W), X, D, W0)
+            for W in (refits.weights[0], solution.weights[0], plain)
+        )
+        assert found <= none * (1 + 1e-9)
+        assert found == pytest.approx(min(refit, none), rel=1e-9)
+        assert refits.unrefitted == (("2",) if none < refit else ())
+        assert refits.growth == float(refits.weights[0].abs().max() / W0.abs().max())
+        assert refits.held == 60
+        fates.add(bool(refits.unrefitted))
+    assert fates == {False, True}
+
+
+def test_without_held_out_samples_a_layer_has_its_refit():
+    torch.manual_seed(0)
+    result = osscar.prune(tiny("opt"), tokens(3, 24), neurons=0.5)
+    assert result.held_out == 0
+    assert {(layer.held, layer.unrefitted) for layer in result.layers} == {(0, ())}
+
+
+# ---- weights beyond reason ---------------------------------------------------------------
+
+
+class Faint(nn.Module):
+    """Reads six neurons, and six more that hold nearly the same, a thousandth as large."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.down, self.head = nn.Linear(12, 12), nn.Linear(12, 8), nn.Linear(8, 3)
+        with torch.no_grad():
+            self.up.weight.copy_(torch.eye(12))
+            self.up.weight[6:, :6] += torch.eye(6)
+            self.up.weight[6:] *= 1e-3
+            self.up.bias.zero_()
+
+    def forward(self, x):
+        return self.head(torch.tanh(self.down(self.up(x))))
+
+
+def exploded(model):
+    """Prune without damping, and without a look at what it costs."""
+    torch.manual_seed(0)
+    free = {"damp": 0.0, "target": "weights", "backend": "random"}
+    return osscar.prune(model.double().eval(), torch.randn(64, 12).double(), neurons=0.5, **free)
+
+
+def test_weights_beyond_reason_are_named_with_their_factor_and_a_remedy():
+    torch.manual_seed(0)
+    model = Faint()
+    dense = model.down.weight.abs().max()
+    with pytest.warns(UserWarning, match=r"refits grew beyond reason.*--damp.*--skip") as seen:
+        result = exploded(model)
+    (layer,) = [one for one in result.layers if one.growth > GROWN]
+    assert f"{layer.name} ({layer.growth:.3g} times)" in str(seen[-1].message)
+    W = result.model.get_submodule("down").weight
+    assert layer.growth == pytest.approx(float(W.abs().max() / dense), rel=1e-5)
+    columns = [str(column.header) for column in layers_table(result.layers).columns]
+    assert "growth" in columns
+    assert "unrefitted" not in columns
+
+
+def test_activations_that_a_refit_broke_are_not_laid_to_the_dense_weights(monkeypatch):
+    torch.manual_seed(0)
+    layers = [nn.Linear(6, 12), nn.ReLU(), nn.Linear(12, 6, bias=False)]
+    layers += [nn.Linear(6, 12), nn.ReLU(), nn.Linear(12, 3)]
+    model, x = nn.Sequential(*layers).eval(), torch.randn(64, 6)
+    sound = Site.refits
+
+    def huge(site, weights, kept):
+        found = sound(site, weights, kept)
+        grown = tuple(1e38 * W for W in found.weights)
+        return dataclasses.replace(found, weights=grown, growth=1e38)
+
+    monkeypatch.setattr(Site, "refits", huge)
+    with pytest.raises(NonFiniteError) as caught:
+        osscar.prune(model, x, groups={"0.neurons": 6, "3.neurons": 6})
+    said = str(caught.value)
+    assert "of '5' have NaN or infinite entries, behind 1 refitted group" in said
+    assert "'0.neurons' grew most (1e+38 times); give more calibration data, raise --damp" in said
+    assert "check the weights" not in said
+    model[3].weight.data[0, 0] = torch.inf  # nothing is refitted before this is met
+    with pytest.raises(NonFiniteError) as caught:
+        osscar.prune(model, x, groups={"3.neurons": 6})
+    assert "refitted" not in str(caught.value)
+
+
+# ---- what is shown -----------------------------------------------------------------------
+
+
+def test_a_layer_without_its_refit_is_named_on_screen_page_and_in_the_report():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 40), nn.ReLU(), nn.Linear(40, 12)).eval()
+    with pytest.warns(UserWarning, match="1 layer keeps its dense weights.*: 2; give more") as seen:
+        result = osscar.prune(model, torch.randn(6, 8), neurons=0.9)
+    assert len([w for w in seen if "dense weights" in str(w.message)]) == 1
+    (layer,) = result.layers
+    assert layer.unrefitted == ("2",)
+    assert layer.held == 1
+    kept = list(result.plan.groups[0].kept)
+    assert torch.equal(result.model[2].weight, model[2].weight[:, kept])
+    table = layers_table(result.layers)
+    assert str(table.columns[-1].header) == "unrefitted"
