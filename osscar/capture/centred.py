@@ -10,7 +10,7 @@ from torch import Tensor
 
 from solvers.symmetric import Symmetric
 
-_OUTPUTS = 512
+_OUTPUTS = 256
 """Columns of weights whose errors are compared at a time."""
 
 CONSTANT = 1e-12
@@ -94,22 +94,25 @@ class Centred:
         found.addr_(self.means, b, alpha=-1).addr_(c, d, alpha=-1).addr_(c, b)
         return found.mul_(self._varies[:, None])
 
-    def rise(self, before: Tensor, after: Tensor) -> float:
-        """Return by how much the error ``mean |(x - c)'D - (d - b)|^2`` rises with another D.
+    def rise(self, W0: Tensor, before: Tensor, after: Tensor) -> float:
+        """Return by how much the error of new weights rises from one choice of them to another.
 
-        ``tr(D'HD) - 2 tr(D'C)`` and a constant: of two D, the product of their difference with H
-        times their sum, so that H is multiplied once.
+        That of W is ``mean |(x - c)'D - (d - b)|^2`` with ``D = W - W0``, or ``tr(D'HD) -
+        2 tr(D'C)`` and a constant: for two W, the product of their difference with H times the
+        sum of their D, so that H is multiplied once.
 
         Parameters
         ----------
+        W0
+            Dense weights, (p, m).
         before, after
-            The changes D of the weights, (p, m).
+            The new ones, (p, m).
         """
         risen = 0.0
-        for start in range(0, before.shape[1], _OUTPUTS):
+        for start in range(0, W0.shape[1], _OUTPUTS):
             some = slice(start, start + _OUTPUTS)
-            step = after[:, some] - before[:, some]
-            risen += inner(step, self.product(before[:, some] + after[:, some]))
+            step, both = after[:, some] - before[:, some], after[:, some] + before[:, some]
+            risen += inner(step, self.product(both.sub_(W0[:, some], alpha=2)))
             if self.cross is not None:
                 risen -= 2 * self._corrected(step, some)
         return risen

@@ -236,19 +236,20 @@ class GramAccumulator:
         """At how many positions that were held out the consumer reads anything."""
         return 0 if self._held is None else self._held.rows
 
-    def held_rise(self, before: Tensor, after: Tensor) -> float:
+    def held_rise(self, W0: Tensor, before: Tensor, after: Tensor) -> float:
         """Return by how much the error on what was held out rises from one W to another.
 
         Targets have their corrections in full, and a bias takes up what it does of `fitted`.
 
         Parameters
         ----------
+        W0
+            Dense weights, (p, m).
         before, after
-            Weights, (p, m); the module still has the dense ones.
+            The new ones.
         """
         assert self._held is not None
-        W0 = self.linear_map.read_weight()
-        return self._held.centred(about=self._fitted).rise(before - W0, after - W0)
+        return self._held.centred(about=self._fitted).rise(W0, before, after)
 
     def let_go(self) -> None:
         """Free the sums of what was held out."""

@@ -168,16 +168,15 @@ class Site:
         """
         chosen: list[Tensor] = []
         unrefitted: list[str] = []
+        gone = set(range(self.group.units)) - set(kept)
         growth, held = 0.0, min(gram.held_rows for gram in self.known)
         for gram, refitted in zip(self.known, weights, strict=True):
             dense = gram.linear_map.read_weight()
-            W, rows = (
-                _with_silent_rows(gram.linear_map, refitted, kept),
-                _rows(gram.linear_map, kept),
-            )
-            plain = torch.zeros_like(dense).index_copy_(0, rows, dense[rows])
+            W = _with_silent_rows(gram.linear_map, refitted, kept)
+            plain = dense.clone()
+            plain[_rows(gram.linear_map, gone)] = 0
             # What is no number is no improvement.
-            if gram.held_rows and not gram.held_rise(plain, W) <= 0:
+            if gram.held_rows and not gram.held_rise(dense, plain, W) <= 0:
                 unrefitted.append(gram.linear_map.label)
                 W = plain
             largest = float(dense.abs().max())

@@ -184,7 +184,7 @@ def test_activations_that_a_refit_broke_are_not_laid_to_the_dense_weights(monkey
     torch.manual_seed(0)
     layers = [nn.Linear(6, 12), nn.ReLU(), nn.Linear(12, 6, bias=False)]
     layers += [nn.Linear(6, 12), nn.ReLU(), nn.Linear(12, 3)]
-    model, x = nn.Sequential(*layers).eval(), torch.randn(64, 6)
+    model, x = nn.Sequential(*layers).eval(), 100 * torch.randn(64, 6)
     sound = Site.refits
 
     def huge(site, weights, kept):

@@ -194,10 +194,11 @@ LONG = "@" * 66
 LAYERS = [
     SimpleNamespace(
         name=LONG, kept=12_345, units=16_384, relative_loss=0.0852, status="SWAP_OPTIMAL",
-        solve_seconds=1234.56, dead=7777, lower_bound=0.1, gap=0.1234,
+        solve_seconds=1234.56, dead=7777, lower_bound=0.1, gap=0.1234, unrefitted=("a",) * 61,
+        growth=1.64e4,
     )
 ]  # fmt: skip
-NUMBERS = ("12345 of 16384", "0.0852", "1234.56", "7777", "12.3%")
+NUMBERS = ("12345 of 16384", "0.0852", "1234.56", "7777", "61", "1.64e+04x", "12.3%")
 
 
 def shown(table, width, terminal=True):
