@@ -7,8 +7,10 @@ much it becomes, and its tensors are compared with those that the headers of the
 
 from __future__ import annotations
 
+import math
 import re
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
@@ -20,10 +22,12 @@ from torch import Tensor, nn
 from torch.nn.modules import module as registration
 from torch.overrides import TorchFunctionMode
 
+from osscar.checkpoint.hf_config import COUNTS, SHAPES
 from osscar.checkpoint.manifest import CONFIG_FILE
 from osscar.checkpoint.stored import INDEX_FILE, WEIGHTS_FILE, Stored, read_stored
 from osscar.core.errors import CheckpointError, FileError
 from osscar.core.json_files import read_object
+from osscar.shrinking.lineage import Origin, Scalar
 
 # ---- the numbers in a config -------------------------------------------------------------
 
@@ -44,6 +48,10 @@ _SIGNED = re.compile(
     r"beam|return_sequences|ngram|window|images|index|chunk|relative_positions|_id$|_token"
 )
 """Names of counts in which some families write -1 or nothing for "none"."""
+
+_SHARE = re.compile(r"drop(out|path)?(_|$)")
+_ADDED_TO_A_VARIANCE = re.compile(r"(^|_)eps(ilon)?$")
+"""Names of numbers that need not be whole."""
 
 _BUILT_ONE_BY_ONE = re.compile(r"layers?$|blocks?$|stages?$|depths?$|hidden_groups$")
 _MOST_LAYERS = 10_000
@@ -75,16 +83,7 @@ def check_config(path: Path) -> None:
         If there is none, it is no JSON object, has a size that no model has, is quantized, or would
         have code fetched.
     """
-    file = path / CONFIG_FILE
-    if not file.is_file():
-        raise CheckpointError(f"{path} holds no config.json; it is not a checkpoint")
-    try:
-        config = read_object(file)
-    except FileError as error:
-        raise CheckpointError(
-            f"{path} is not a checkpoint that can be read: its config.json is damaged "
-            f"({error.reason})"
-        ) from error
+    file, config = path / CONFIG_FILE, _read_config(path)
     if (path / "adapter_config.json").exists():
         raise CheckpointError(f"{path} holds an adapter; merge it into its model first")
     for name, why in _REFUSED.items():
@@ -96,6 +95,19 @@ def check_config(path: Path) -> None:
         reason = _wrong(name, value, whole=place == name)
         if reason is not None:
             raise CheckpointError(f"{file} has {place} {value!r:.40}, {reason}; get it anew")
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    file = path / CONFIG_FILE
+    if not file.is_file():
+        raise CheckpointError(f"{path} holds no config.json; it is not a checkpoint")
+    try:
+        return read_object(file)
+    except FileError as error:
+        raise CheckpointError(
+            f"{path} is not a checkpoint that can be read: its config.json is damaged "
+            f"({error.reason})"
+        ) from error
 
 
 def _scalars(value: Any, place: str) -> Iterator[tuple[str, str, Any]]:
@@ -123,6 +135,11 @@ def _wrong(name: str, value: Any, *, whole: bool) -> str | None:
     """
     if name in _KERNELS and isinstance(value, str) and "/" in value:
         return "code of somebody else's that would be fetched and run"
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        if _SHARE.search(name) and not 0 <= value <= 1:
+            return "where a share from 0 to 1 is needed"
+        if _ADDED_TO_A_VARIANCE.search(name) and not 0 <= value < math.inf:
+            return "where a small number from 0 is needed"
     if isinstance(value, bool) or not isinstance(value, int) or not _COUNT.search(name):
         return None
     least = 1 if whole and name in _NEVER_ZERO else 0
@@ -131,6 +148,88 @@ def _wrong(name: str, value: Any, *, whole: bool) -> str | None:
     most = _MOST_LAYERS if _BUILT_ONE_BY_ONE.search(name) else _MOST
     most = _MOST_LABELS if name.endswith("labels") else most
     return None if value <= most else f"more than any model has ({most:,})"
+
+
+# ---- whether it is as it was saved --------------------------------------------------------
+
+_NO_MATTER = re.compile(
+    r"^_|^(transformers_version|architectures|auto_map|torch_dtype|dtype|use_cache)$"
+    rf"|^{SHAPES}$|initializer|^init_|label|drop"
+)
+"""Fields that nothing which a model computes rests on, or that libraries write as they please."""
+
+_TOLD = 4
+"""Edits that a warning lists."""
+
+
+def config_fields(path: Path) -> dict[str, Scalar]:
+    """Return what a directory's ``config.json`` says of how its model computes.
+
+    Returns
+    -------
+    dict of str to Scalar
+        Numbers and names by where they stand, such as ``rope_parameters.rope_theta``.
+
+    Raises
+    ------
+    CheckpointError
+        If there is none, or it is no JSON object.
+    """
+    fields: dict[str, Scalar] = {}
+    for place, name, value in _scalars(_read_config(path), ""):
+        numeric = isinstance(value, int | float) and abs(value) < 2**63
+        known = (numeric or isinstance(value, str)) and not any(
+            _NO_MATTER.search(part) for part in (place.partition(".")[0], name)
+        )
+        if known:
+            fields[place] = value
+    return fields
+
+
+def check_unchanged(path: Path, origin: Origin | None) -> None:
+    """Compare a directory's ``config.json`` with what it said when the model was saved.
+
+    Other counts of heads or layers than those of the weights are refused, and of other edits,
+    which may be meant, a warning says that outputs are no longer those of the model that was saved.
+
+    Parameters
+    ----------
+    path
+        The directory.
+    origin
+        Whose options are the fields, as `config_fields` returned them then; nothing is compared
+        with none.
+
+    Raises
+    ------
+    CheckpointError
+        Naming a count, and both numbers.
+    """
+    if origin is None or origin.library != "transformers" or not origin.options:
+        return
+    saved, now = origin.options, config_fields(path)
+    edits = []
+    for place in sorted(saved.keys() | now.keys()):
+        before, after = saved.get(place), now.get(place)
+        if before == after:
+            continue
+        told = f"{place} {_or_none(after)} where {_or_none(before)} was saved"
+        if COUNTS.search(place) and int in (type(before), type(after)):
+            raise CheckpointError(
+                f"{path / CONFIG_FILE} has {told}, with the weights beside it; set it back"
+            )
+        edits.append(told)
+    if edits:
+        more = f", and {len(edits) - _TOLD} more" if len(edits) > _TOLD else ""
+        warnings.warn(
+            f"{path / CONFIG_FILE} was edited since the model was saved, which may now compute "
+            f"something else: it has {', '.join(edits[:_TOLD])}{more}",
+            stacklevel=2,
+        )
+
+
+def _or_none(value: Scalar) -> str:
+    return "none" if value is None else f"{value!r:.40}"
 
 
 # ---- the tensors of a model --------------------------------------------------------------

@@ -23,7 +23,15 @@ from transformers.models.auto import modeling_auto
 from graph.groups import UnitKind
 from osscar.checkpoint import modeling_pruned
 from osscar.checkpoint.builders import DESCRIPTION_ERRORS
-from osscar.checkpoint.hf_config import CODE, HEAD_FIELDS, LENIENT, SHAPES, WIDTH_FIELDS, WIDTHS
+from osscar.checkpoint.hf_config import (
+    CODE,
+    COUNTS,
+    HEAD_FIELDS,
+    LENIENT,
+    SHAPES,
+    WIDTH_FIELDS,
+    WIDTHS,
+)
 from osscar.shrinking.plan import GroupPlan, PruningPlan
 
 MODELLING_FILE = Path(modeling_pruned.__file__)
@@ -57,7 +65,19 @@ def any_shape_config(model: PreTrainedModel, plans: Sequence[PruningPlan]) -> An
     widths = _widths(model, telling, plans)
     if widths:
         _tell_layers(telling, widths)
-    return telling if widths else config
+    found = telling if widths else config
+    # As pairs, which a search for the field that is replaced everywhere does not find.
+    fields = sorted(found.to_dict().items())
+    counts = [[name, value] for name, value in fields if _is_count(name, value)]
+    getattr(found, SHAPES)["counts"] = counts
+    return found
+
+
+def _is_count(name: str, value: Any) -> bool:
+    """Tell whether a field has to be as it is for the shapes to be those of the model."""
+    if isinstance(value, bool):
+        return False
+    return name == WIDTHS or (isinstance(value, int | list) and bool(COUNTS.search(name)))
 
 
 def read_any_shape(path: Path, name: str) -> nn.Module:

@@ -24,7 +24,13 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from osscar.checkpoint.admission import check_size, check_tensors, stored_in
+from osscar.checkpoint.admission import (
+    check_size,
+    check_tensors,
+    check_unchanged,
+    config_fields,
+    stored_in,
+)
 from osscar.checkpoint.any_shape import (
     MODELLING_FILE,
     any_shape_config,
@@ -38,6 +44,7 @@ from osscar.checkpoint.builders import (
     builder_of,
     read_builder,
 )
+from osscar.checkpoint.first_pass import check_runs, vocabulary_of
 from osscar.checkpoint.formats import Saving, cast
 from osscar.checkpoint.hf_config import adopt_config, is_any_shape, stock_config
 from osscar.checkpoint.manifest import (
@@ -249,7 +256,10 @@ def _write(
     if page is not None:
         write_text(path / PAGE_FILE, page)
     builder = builder_of(model)
-    lineage = dataclasses.replace(lineage, origin=None if builder is None else builder.origin)
+    origin = None if builder is None else builder.origin
+    if isinstance(builder, TransformersOrigin):
+        origin = dataclasses.replace(builder.origin, options=config_fields(path))
+    lineage = dataclasses.replace(lineage, origin=origin)
     files = tuple(sorted(file.name for file in path.iterdir()))
     Manifest.of(config is not None, lineage, files).write(path)
     _as_readable_as(path / MANIFEST_FILE, path)
@@ -293,13 +303,19 @@ def load(
     Raises
     ------
     CheckpointError
-        If the directory does not hold such a model, or its weights are not what it says.
+        If the directory does not hold such a model, its weights are not what it says, its config
+        has another count of heads or layers than when it was saved, or a language model cannot run.
     OptionError
         If an argument is of a wrong type.
     ModelError
         If `dense` is no model.
     NonFiniteError
-        If a weight is NaN or infinite.
+        If a weight is NaN or infinite, or what a language model makes of two tokens is NaN.
+
+    Warns
+    -----
+    UserWarning
+        If another field of the config was edited.
     """
     name = file_name(directory, "the checkpoint", "the directory that holds it")
     _check_dtype(dtype)
@@ -308,9 +324,11 @@ def load(
     try:
         path = Path(name).expanduser()
         manifest = read_manifest(path)
+        if manifest is not None:
+            check_unchanged(path, manifest.lineage.origin)
         if manifest is None or manifest.stock:
             model = TransformersOrigin.of_directory(path).read_stock(path, dtype)
-            return _with_lineage(model, manifest)
+            return _checked(model, manifest, path)
         stored = stored_in(path)
         # Converted before plans are carried out, since the trace of a program holds number formats.
         if dense is not None:
@@ -332,7 +350,7 @@ def load(
         safetensors.torch.load_model(model, path / WEIGHTS_FILE)
     except (OSError, RuntimeError, safetensors.SafetensorError) as error:
         raise CheckpointError(f"the weights in {path} do not fit its plan: {error}") from error
-    return _with_lineage(model, manifest).eval()
+    return _checked(model.eval(), manifest, path)
 
 
 def _check_form(model: nn.Module, file: Path) -> None:
@@ -367,8 +385,11 @@ def _check_companions(tokenizer: Any, report: Any) -> None:
         raise OptionError(f"the report cannot be written as JSON: {error}") from error
 
 
-def _with_lineage(model: nn.Module, manifest: Manifest | None) -> nn.Module:
-    check_finite_weights(model, buffers=False)
+def _checked(model: nn.Module, manifest: Manifest | None, path: Path) -> nn.Module:
+    """Return a model that was read, with its lineage, once it is seen to run."""
+    check_finite_weights(model)
+    if vocabulary_of(model) is not None:
+        check_runs(model, str(path))
     if manifest is not None:
         setattr(model, LINEAGE, manifest.lineage)
     return model
@@ -525,8 +546,8 @@ def _refilled(model: nn.Module, path: Path) -> nn.Module:
 
 def _token_inputs(model: nn.Module, device: torch.device) -> Inputs | None:
     """Return tokens for a causal language model; None for others."""
-    vocabulary = getattr(getattr(model, "config", None), "vocab_size", None)
-    if not type(model).__name__.endswith(("ForCausalLM", "LMHeadModel")) or vocabulary is None:
+    vocabulary = vocabulary_of(model)
+    if vocabulary is None:
         return None
     length = min(16, context_length(model) or 16)
     return {"input_ids": torch.arange(length, device=device)[None] % vocabulary}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Sequence
 from fractions import Fraction
 from typing import Any
@@ -32,6 +33,10 @@ WIDTH_FIELDS = (
 )
 """What configs call the number of FFN neurons."""
 
+
+COUNTS = re.compile(r"(^|[_.])heads?([_.]|$)|layers?$")
+"""Names of fields that count heads or layers, or give the width of a head: weights of the same
+shapes are cut in another way by other numbers."""
 
 SHAPES = "osscar_shapes"
 WIDTHS = "per_layer_config"

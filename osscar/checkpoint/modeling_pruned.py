@@ -28,7 +28,14 @@ class Pruned:
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         # The classes of transformers know of one width; where the config tells that of each layer,
         # it refuses to name one.  So that part comes back once the model is built.
-        widths = config.to_dict().get("per_layer_config")
+        told = config.to_dict()
+        widths = told.get("per_layer_config")
+        for name, count in config.osscar_shapes.get("counts", ()):
+            if told.get(name) != count:
+                raise ValueError(
+                    f"config.json has {name} {told.get(name)!r}, and its osscar_shapes are those "
+                    f"of a model with {count!r}; set it back"
+                )
         config.per_layer_config = None
         try:
             super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]

@@ -17,7 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from osscar.checkpoint import modeling_pruned
-from osscar.checkpoint.admission import check_tensors, names_of, stored_in, structure
+from osscar.checkpoint.admission import (
+    check_tensors,
+    check_unchanged,
+    names_of,
+    stored_in,
+    structure,
+)
 from osscar.checkpoint.builders import DESCRIPTION_ERRORS, TransformersOrigin, read_builder
 from osscar.checkpoint.manifest import Manifest, read_manifest
 from osscar.checkpoint.stored import Stored, read_stored
@@ -84,6 +90,8 @@ def read_streamed(path: Path, shelf: Shelf, dtype: torch.dtype | None = None) ->
         If a file is cut off, or holds NaN or infinity.
     """
     manifest = read_manifest(path)
+    if manifest is not None:
+        check_unchanged(path, manifest.lineage.origin)
     stored = stored_in(path)
     if stored is None:
         raise CheckpointError(f"{path} holds no weights in safetensors, of which a model is read")

@@ -12,6 +12,7 @@ import re
 import socket
 import sys
 import urllib.request
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,9 +24,10 @@ import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from osscar.checkpoint.admission import check_config, stored_in
+from osscar.checkpoint.admission import check_config, check_unchanged, stored_in
 from osscar.checkpoint.builders import TransformersOrigin
 from osscar.checkpoint.directory import load
+from osscar.checkpoint.first_pass import OTHERS, check_causal, check_runs
 from osscar.checkpoint.formats import cast
 from osscar.checkpoint.manifest import CONFIG_FILE, is_checkpoint, read_manifest
 from osscar.checkpoint.streamed import number_format_of, read_streamed
@@ -47,6 +49,7 @@ from osscar.core.memory import (
     parse_size,
 )
 from osscar.core.modules import check_finite_weights, check_usable, context_length
+from osscar.core.printable import counted
 from osscar.core.shelf import Shelf
 from osscar.data.tokens import CalibrationSet, load_calibration
 from osscar.models.names import Sort, check_no_program, sort_of
@@ -105,7 +108,7 @@ class LoadedModel:
         samples
             How many windows; by default 32.
         seqlen
-            Tokens in each; by default 512.
+            Tokens in each; by default 512, or as many as the model can take if those are fewer.
         seed
             Of the draw.
 
@@ -122,7 +125,7 @@ class LoadedModel:
             spec,
             self.tokenizer,
             samples=32 if samples is None else samples,
-            seqlen=512 if seqlen is None else seqlen,
+            seqlen=min(512, context_length(self.model) or 512) if seqlen is None else seqlen,
             seed=seed,
         )
 
@@ -163,9 +166,10 @@ def load_model(
     ModelError
         If the checkpoint is unsafe, or not a causal language model.
     CheckpointError
-        If the directory's config, plan or weights cannot be read, or do not fit one another.
+        If the directory's config, plan or weights cannot be read, or do not fit one another, or
+        the model cannot run.
     NonFiniteError
-        If a parameter holds NaN or infinity.
+        If a parameter holds NaN or infinity, or what the model makes of two tokens is NaN.
     DeviceError
         If the device or number format is not available.
     OptionError
@@ -174,6 +178,12 @@ def load_model(
         If a file of a model that stays on disk is cut off.
     DownloadError, MissingDependency
         If a packaged model cannot be fetched.
+
+    Warns
+    -----
+    UserWarning
+        If weights are left out, the config was edited since OSSCAR saved the model, or the
+        tokenizer has far fewer tokens than the model.
     """
     text = file_name(name, "the model", "its name or directory")
     target = resolve_device(device)
@@ -188,6 +198,8 @@ def load_model(
         elif found.path is not None and manifest is not None and not manifest.stock:
             model, stored = load(found.path, dtype=number_format), _stored_format(found)
         else:
+            if found.path is not None and manifest is not None:
+                check_unchanged(found.path, manifest.lineage.origin)
             model, stored = _load_stock(found, trust_remote_code is True, number_format)
             if manifest is not None:
                 setattr(model, LINEAGE, manifest.lineage)
@@ -202,8 +214,11 @@ def load_model(
         stored_dtype=str(stored).removeprefix("torch."),
     )
     with memory_for(f"the weights of {text} on {target}", FOR_BATCHES):
-        model = model.to(target)
-    return LoadedModel(model.eval(), tokenizer, found.source, found.path, stored)
+        model = model.to(target).eval()
+        check_runs(model, found.source)
+        check_causal(model, found.source)
+    _check_vocabulary(model, tokenizer, found.source)
+    return LoadedModel(model, tokenizer, found.source, found.path, stored)
 
 
 @dataclass(frozen=True)
@@ -221,6 +236,21 @@ def _check_context(model: PreTrainedModel, source: str) -> None:
         raise ModelError(
             f"{source} says that it takes {length} tokens at once (max_position_embeddings in "
             "config.json); get the checkpoint anew"
+        )
+
+
+_MOST_PADDED = 0.9
+"""The least share of a model's tokens that its own tokenizer has: tables are padded by a little."""
+
+
+def _check_vocabulary(model: PreTrainedModel, tokenizer: Any, source: str) -> None:
+    """Warn of a tokenizer that is likely another model's; tokens beyond the model's are refused."""
+    known, given = model.get_input_embeddings().weight.shape[0], len(tokenizer)
+    if given < _MOST_PADDED * known:
+        warnings.warn(
+            f"the tokenizer of {source} has {given:,} tokens and the model knows {known:,}, so "
+            "that it may be another model's",
+            stacklevel=3,
         )
 
 
@@ -367,6 +397,7 @@ def _load_stock(
     except Exception as error:  # a config whose numbers make no sense raises whatever it meets
         let_shortage_pass(error)
         raise _explain(found, error) from error
+    _check_left_out(found, model, sorted(loading["unexpected_keys"]))
     missing = sorted(loading["missing_keys"])
     if missing:  # transformers fills these with random numbers, and warns
         raise ModelError(
@@ -375,6 +406,22 @@ def _load_stock(
         )
     stored = config.dtype if known else model.dtype
     return (model if known or dtype is None else cast(model, dtype)), stored
+
+
+def _check_left_out(found: _Found, model: PreTrainedModel, names: list[str]) -> None:
+    """Refuse what would be another model without the weights that were not read."""
+    if not names:
+        return
+    named = next(iter(model.config.architectures or ()), "")
+    left = f"{counted(len(names), 'tensor')} in its files, such as {names[0]!r:.60}"
+    if named != type(model).__name__:
+        raise ModelError(
+            f"{found.source} holds a {named or 'model of another class'}, and as a "
+            f"{type(model).__name__} it would lose {left}; {OTHERS}"
+        )
+    warnings.warn(
+        f"{found.source}: {left}, are no part of a {named}, and are left out", stacklevel=4
+    )
 
 
 def _load_tokenizer(found: _Found, trust_remote_code: bool) -> Any:
@@ -406,6 +453,8 @@ def _explain(found: _Found, error: Exception) -> ModelNotFound | ModelError:
             f"{found.source} brings its own code; if you trust its author, allow it with "
             "trust_remote_code=True (--trust-remote-code)"
         )
+    if "Unrecognized configuration class" in message:
+        return ModelError(f"{found.source} is no causal language model; {OTHERS}")
     if "ignore_mismatched_sizes" in message or "per-layer attribute" in message:
         return ModelError(
             f"the weights in {found.source} have other shapes than its config says; if it is a "

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from transformers import GPTJConfig, GPTJForCausalLM
+from transformers import GPTJConfig, GPTJForCausalLM, MixtralConfig, MixtralForCausalLM
 
 import osscar
 from osscar.checkpoint.admission import check_size
@@ -58,6 +58,46 @@ def test_a_size_that_is_not_that_of_the_weights(checkpoint, reader, name, value)
         reader(checkpoint)
     if value < 1:
         assert f"has {name} {value}" in str(caught.value)
+
+
+@READERS
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("dropout", -1), ("attention_dropout", 1.5), ("layerdrop", -0.1), ("layer_norm_eps", -1e-5)],
+)
+def test_a_number_out_of_the_range_of_its_kind(checkpoint, reader, name, value):
+    edit(checkpoint, **{name: value})
+    with pytest.raises(CheckpointError, match=f"has {name} {value}, where a s"):
+        reader(checkpoint)
+
+
+@READERS
+def test_a_number_that_only_a_pass_finds(reader, tmp_path):
+    config = MixtralConfig(
+        **{"vocab_size": 97, "hidden_size": 16, "intermediate_size": 16, "num_local_experts": 4},
+        **{"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2},
+    )
+    MixtralForCausalLM(config).save_pretrained(tmp_path)
+    for file in DEMO_DIRECTORY.glob("tokenizer*"):
+        shutil.copy(file, tmp_path)
+    reader(tmp_path)
+    edit(tmp_path, num_experts_per_tok=9)
+    with pytest.raises(CheckpointError, match="first forward pass fails"):
+        reader(tmp_path)
+    edit(
+        tmp_path, num_experts_per_tok=2, rope_parameters={"rope_type": "default", "rope_theta": -3}
+    )
+    with pytest.raises(NonFiniteError, match="inv_freq"):
+        reader(tmp_path)
+
+
+@READERS
+def test_outputs_that_are_no_numbers(checkpoint, reader):
+    weights = safetensors.torch.load_file(checkpoint / "model.safetensors")
+    weights["model.decoder.embed_positions.weight"] += 3e38
+    safetensors.torch.save_file(weights, checkpoint / "model.safetensors", {"format": "pt"})
+    with pytest.raises(NonFiniteError, match="first forward pass gives NaN in torch"):
+        reader(checkpoint)
 
 
 @READERS

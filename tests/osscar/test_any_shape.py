@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
@@ -15,7 +16,9 @@ from osscar.checkpoint import directory as checkpoint
 from osscar.checkpoint import modeling_pruned
 from osscar.checkpoint.any_shape import MODELLING_FILE
 from osscar.checkpoint.manifest import read_manifest
+from osscar.checkpoint.streamed import read_streamed
 from osscar.core.errors import CheckpointError
+from osscar.core.shelf import Shelf
 from tests.osscar.families import FAMILIES, logits, tiny, tokens
 
 IDS = tokens(2, 16, seed=9)
@@ -145,12 +148,102 @@ def test_the_config_tells_layers_apart_where_the_family_can(written):
     }
 
 
+def edited(directory, place, **changes):
+    """A copy of a directory whose config says something else."""
+    shutil.copytree(directory, place)
+    config = json.loads((place / "config.json").read_text())
+    (place / "config.json").write_text(json.dumps({**config, **changes}))
+    return place
+
+
+COUNTS = [
+    ("gpt2", {"n_head": 12}, "n_head 12.* 6"),
+    ("gpt2", {"n_layer": 3}, "n_layer 3.* 2"),
+    ("opt", {"num_attention_heads": 12}, "num_attention_heads 12.* 6"),
+    ("opt", {"num_attention_heads": 3}, "num_attention_heads 3.* 6"),
+    (
+        "llama-gqa",
+        {"num_attention_heads": 3, "num_key_value_heads": 3, "head_dim": 16},
+        "head_dim 16.* 8",
+    ),
+    (
+        "qwen3",
+        {"per_layer_config": {"0": {"num_attention_heads": 2}}},
+        "num_attention_heads.* 2.*4",
+    ),
+]
+"""Counts that cut weights of the same shapes in another way, or none of them does."""
+
+
+@pytest.mark.parametrize(("family", "changes", "named"), COUNTS)
+def test_a_count_that_contradicts_the_shapes_is_refused(family, changes, named, written, tmp_path):
+    model, path = written[family]
+    directory = edited(path, tmp_path / "model", **changes)
+    with pytest.raises(CheckpointError, match=named):
+        osscar.load(directory)
+    with pytest.raises(CheckpointError, match=named):
+        read_streamed(directory, Shelf(10**9, torch.device("cpu")))
+    with pytest.raises(ValueError, match=named):
+        getattr(modeling_pruned, type(model).__name__).from_pretrained(directory)
+
+
+def test_a_count_that_is_replaced_throughout_the_file_is_refused(written, tmp_path):
+    _, path = written["opt"]
+    directory = edited(path, tmp_path / "model")
+    file = directory / "config.json"
+    pretty = json.dumps(json.loads(file.read_text()), indent=2)
+    assert '"num_attention_heads": 6' in pretty
+    file.write_text(pretty.replace('"num_attention_heads": 6', '"num_attention_heads": 12'))
+    with pytest.raises(ValueError, match=r"num_attention_heads 12, .* 6"):
+        modeling_pruned.OPTForCausalLM.from_pretrained(directory)
+
+
+def test_a_count_that_contradicts_a_stock_checkpoint_is_refused(tmp_path):
+    model = osscar.prune(tiny("llama-mha"), tokens(), heads=4, backend="magnitude").model
+    saved = checkpoint.save(model, tmp_path / "small")
+    assert saved.stock
+    other = {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16}
+    with pytest.raises(CheckpointError, match="head_dim 16 where 8 was saved"):
+        osscar.load(edited(saved.path, tmp_path / "other", **other))
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "told"),
+    [
+        ("llama-gqa", {"hidden_act": "relu"}, "hidden_act 'relu' where 'silu' was saved"),
+        ("llama-gqa", {"rms_norm_eps": 0.1}, "rms_norm_eps 0.1 where 1e-06"),
+        (
+            "llama-gqa",
+            {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}},
+            "rope_parameters.rope_theta 500.0 where 10000.0",
+        ),
+        ("gpt2", {"scale_attn_weights": False}, "scale_attn_weights False where True"),
+        ("qwen3", {"sliding_window": 2}, "sliding_window 2 where none"),
+    ],
+)
+def test_an_edit_that_may_be_meant_is_told(family, changes, told, written, tmp_path):
+    _, path = written[family]
+    directory = edited(path, tmp_path / "model", **changes)
+    with pytest.warns(UserWarning, match=told):
+        osscar.load(directory)
+
+
+def test_what_changes_no_output_is_not_told(written, tmp_path):
+    _, path = written["opt"]
+    changes = {"dropout": 0.3, "transformers_version": "9", "use_cache": False, "init_std": 1.0}
+    directory = edited(path, tmp_path / "model", **changes)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        osscar.load(directory)
+        osscar.load(path)
+
+
 def test_the_file_is_small_and_needs_torch_and_transformers_alone():
     source = MODELLING_FILE.read_text()
     imported = {line.split()[1].partition(".")[0] for line in source.splitlines()
                 if line.startswith(("import ", "from "))}  # fmt: skip
     assert imported == {"__future__", "copy", "torch", "transformers", "typing"}
-    assert len(source.splitlines()) < 130
+    assert len(source.splitlines()) < 140
 
 
 @pytest.mark.parametrize("name", ["BertTokenizer", "torch", "no_such_thing", "_LazyModule"])

@@ -15,7 +15,17 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.ao.quantization import FakeQuantize
-from transformers import AutoModelForCausalLM, AutoTokenizer, OPTForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BartForConditionalGeneration,
+    BertConfig,
+    BertForMaskedLM,
+    GPT2Config,
+    GPT2ForSequenceClassification,
+    GPT2LMHeadModel,
+    OPTForCausalLM,
+)
 
 import osscar
 from osscar.core.devices import resolve_device, resolve_dtype
@@ -50,6 +60,12 @@ def offline(monkeypatch):
 def checkpoint(tmp_path):
     """Copy the demo model, to be damaged at will."""
     return Path(shutil.copytree(DEMO_DIRECTORY, tmp_path / "checkpoint"))
+
+
+def save_tiny(path, **options):
+    """Write a small model over the demo's weights, beside its tokenizer."""
+    config = {"vocab_size": 2048, "n_embd": 16, "n_layer": 1, "n_head": 2, **options}
+    GPT2LMHeadModel(GPT2Config(**config)).save_pretrained(path)
 
 
 class TestDemo:
@@ -185,8 +201,47 @@ class TestDirectories:
         config = json.loads((checkpoint / "config.json").read_text())
         config["model_type"] = "vit"
         (checkpoint / "config.json").write_text(json.dumps(config))
-        with pytest.raises(ModelError, match="as a causal language model"):
+        with pytest.raises(ModelError, match="no causal language model"):
             load_model(checkpoint)
+
+    def test_a_model_that_reads_in_both_directions(self, checkpoint, tmp_path):
+        config = BertConfig(
+            vocab_size=2048, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+            intermediate_size=16,
+        )  # fmt: skip
+        BertForMaskedLM(config).save_pretrained(checkpoint)
+        with pytest.raises(ModelError, match="BertLMHeadModel that reads in both directions"):
+            load_model(checkpoint)
+        assert isinstance(osscar.load(checkpoint), BertForMaskedLM)
+
+    @pytest.mark.parametrize("kind", [GPT2ForSequenceClassification, BartForConditionalGeneration])
+    def test_a_model_that_would_lose_weights(self, checkpoint, kind):
+        config = kind.config_class(
+            vocab_size=2048, n_embd=16, n_layer=1, n_head=2, d_model=16, encoder_layers=1,
+            decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2,
+        )  # fmt: skip
+        kind(config).save_pretrained(checkpoint)
+        with pytest.raises(ModelError, match=f"holds a {kind.__name__}, and as a .* would lose"):
+            load_model(checkpoint)
+
+    def test_weights_that_are_left_out_are_named(self, checkpoint):
+        file = checkpoint / "model.safetensors"
+        weights = load_file(file)
+        weights["model.adapter.weight"] = torch.ones(2)
+        save_file(weights, file, {"format": "pt"})
+        with pytest.warns(UserWarning, match=r"1 tensor .*'model.adapter.weight'.* are left out"):
+            load_model(checkpoint)
+
+    def test_a_tokenizer_with_far_fewer_tokens(self, checkpoint):
+        save_tiny(checkpoint, vocab_size=2400)
+        with pytest.warns(UserWarning, match="has 2,048 tokens and the model knows 2,400"):
+            load_model(checkpoint)
+
+    def test_windows_are_as_long_as_the_model_takes(self, checkpoint):
+        save_tiny(checkpoint, n_positions=48)
+        data = load_model(checkpoint).calibration(None, samples=2, seqlen=None, seed=0)
+        assert data.seqlen == 48
+        assert load_model("demo").calibration(None, samples=1, seqlen=None, seed=0).seqlen == 512
 
     def test_no_tokenizer(self, checkpoint):
         for file in checkpoint.glob("tokenizer*"):

@@ -1,0 +1,108 @@
+"""The first forward pass of a language model that was read: the first thing that computes decides.
+
+A config may hold any number in any field, and most of them nobody reads before the model runs.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from osscar.core.errors import CheckpointError, ModelError, NonFiniteError, first_line
+from osscar.core.memory import let_shortage_pass
+from osscar.core.modules import context_length, device_of
+from osscar.core.on_disk import is_on_disk
+from osscar.core.predictions import named_logits
+from osscar.shrinking.equivalence import call
+
+
+def vocabulary_of(model: nn.Module) -> int | None:
+    """Return how many tokens a causal language model of transformers knows; None of others."""
+    named = type(model).__name__.endswith(("ForCausalLM", "LMHeadModel"))
+    size = getattr(getattr(model, "config", None), "vocab_size", None)
+    return size if named and isinstance(size, int) else None
+
+
+def check_runs(model: nn.Module, source: str) -> None:
+    """Let a language model read a few tokens, and refuse one that cannot.
+
+    Where its weights stay on disk it is not tried: a pass takes as long as reading them all.
+
+    Parameters
+    ----------
+    model
+        In evaluation mode.
+    source
+        Where it comes from, in words.
+
+    Raises
+    ------
+    CheckpointError
+        If the pass fails.
+    NonFiniteError
+        If logits are NaN.
+    """
+    if is_on_disk(model):
+        return
+    try:
+        logits = _logits_of_two(model)
+    except Exception as error:  # whatever the model's code makes of a number that is none
+        let_shortage_pass(error)
+        raise CheckpointError(
+            f"{source} can be read, and its first forward pass fails: {first_line(error):.300}; "
+            "a number in its config.json is one that no such model has: get it anew"
+        ) from error
+    if logits is not None and bool(logits.isnan().any()):
+        raise NonFiniteError(
+            f"{source} can be read, and its first forward pass gives NaN in {logits.dtype}: a "
+            "number in its config.json, or its weights, are damaged; get it anew, or try float32"
+        )
+
+
+def check_causal(model: nn.Module, source: str) -> None:
+    """Refuse a model that reads ahead, whose next tokens are no predictions.
+
+    Parameters
+    ----------
+    model
+        In evaluation mode; it takes ``input_ids`` and returns logits.  Nothing is checked where its
+        weights stay on disk.
+    source
+        Where it comes from, in words.
+
+    Raises
+    ------
+    ModelError
+        If what it says of a token rests on the next one.
+    """
+    if is_on_disk(model):
+        return
+    logits = _logits_of_two(model)
+    if logits is None or logits.shape[1] < 2:
+        return
+    first, second, again = logits.float()
+    same = torch.finfo(next(model.parameters()).dtype).eps ** 0.5 * float(first[0].abs().max())
+    changed, noise = (float((first[0] - other[0]).abs().max()) for other in (second, again))
+    if changed > same >= noise:
+        raise ModelError(
+            f"{source} is a {type(model).__name__} that reads in both directions: what it says of "
+            f"a token rests on the next one, and is no prediction of it; {OTHERS}"
+        )
+
+
+OTHERS = (
+    "models of other sorts are pruned from Python: build it with its own class, and give it to "
+    "osscar.prune with inputs for it"
+)
+"""What to do with what is no causal language model."""
+
+
+def _logits_of_two(model: nn.Module) -> Tensor | None:
+    """Return the logits, (3, tokens, vocabulary), of windows of two tokens; None if there are none.
+
+    The second differs from the first in the last token, and the third does not differ.
+    """
+    length = min(2, context_length(model) or 2)
+    windows = torch.zeros(3, length, dtype=torch.int64, device=device_of(model))
+    windows[1, -1] = 1
+    return named_logits(call(model, {"input_ids": windows}))
