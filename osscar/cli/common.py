@@ -108,7 +108,8 @@ SamplesOption = Annotated[
     ),
 ]
 SeqlenOption = Annotated[
-    int | None, typer.Option(help="Tokens in a calibration window (default 512).")
+    int | None,
+    typer.Option(help="Tokens in a calibration window (default 512, or the context if less)."),
 ]
 SeedOption = Annotated[
     int, typer.Option(min=0, max=2**63 - 1, help="Seed of everything that is drawn.")
@@ -296,6 +297,22 @@ def given_options(context: typer.Context, names: Iterable[str]) -> dict[str, Any
         for name, source in sources.items()
         if source is not None and source.name != "DEFAULT"
     }
+
+
+def chat_template_unused(tokenizer: Any) -> str:
+    """Say, at the end of a sentence, that a chat template is not used, where there is one."""
+    return ", no chat template" if getattr(tokenizer, "chat_template", None) else ""
+
+
+def say_calibration(loaded: Any, data: Any) -> None:
+    """Print what a language model is calibrated on, and how it computes."""
+    from osscar.data.tokens import CalibrationSet
+    from osscar.shrinking.lineage import Computed
+
+    if not isinstance(data, CalibrationSet):
+        return
+    plain = chat_template_unused(loaded.tokenizer)
+    say(f"calibration: {data.sentence()}{plain}; {Computed.of(loaded.model).sentence()}")
 
 
 def say_aside(label: str, message: str, style: str) -> None:

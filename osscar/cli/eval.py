@@ -20,6 +20,7 @@ from osscar.cli.common import (
     StdOption,
     TrustOption,
     WeightsOption,
+    chat_template_unused,
     check_json_path,
     document,
     out,
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from osscar.data.preprocessing import Preprocessing
     from osscar.evaluation.result import Comparison, Evaluation
     from osscar.evaluation.tensors import TensorQuality
+    from osscar.shrinking.lineage import Computed
 
 
 def command(
@@ -121,18 +123,22 @@ def command(
         found = _language(model, text, against, options, load)
     _print(found, model)
     compared = None if found.comparison is None else against
-    content = {"name": model, "against": compared, **found.source, **found.numbers()}
+    content = {
+        **{"name": model, "against": compared, **found.source},
+        **{"computed": dataclasses.asdict(found.computed), **found.numbers()},
+    }
     write_json(json, document("eval", 2, content))
 
 
 @dataclasses.dataclass(frozen=True)
 class _Found:
-    """What was measured, on what, and how much that was in words."""
+    """What was measured, on what and how, and how much that was in words."""
 
     evaluation: Evaluation[Any, Any]
     comparison: Comparison[Any, Any] | None
     source: dict[str, Any]
     scored: str
+    computed: Computed
 
     def numbers(self) -> dict[str, Any]:
         """Return `model`, and `dense` and `ratios` if there is a dense model."""
@@ -146,10 +152,16 @@ def _language(
 ) -> _Found:
     """Measure a language model."""
     from osscar.data.prose import Part, builtin_text
-    from osscar.data.text import read_text, refuse_overlap
+    from osscar.data.text import (
+        as_words,
+        check_same_tokens,
+        read_text,
+        refuse_overlap,
+        special_tokens,
+    )
     from osscar.evaluation.language import compare, evaluate
     from osscar.models.language import load_model
-    from osscar.shrinking.lineage import lineage_of
+    from osscar.shrinking.lineage import Computed, lineage_of
 
     with quiet():
         content = builtin_text(Part.HELD_OUT) if text is None else read_text(text)
@@ -163,13 +175,21 @@ def _language(
         else:
             dense = load_model(against, **load)
             _warn_of_another(loaded.model, dense.model, against)
+            check_same_tokens(loaded.tokenizer, dense.tokenizer, content)
             options["dense_path"] = dense.path
             comparison = compare(loaded.model, dense.model, *scored, **options)
             evaluation = comparison.model
     quality = evaluation.quality
     windows = f"{counted(quality.windows, 'window')} of {quality.seqlen}"
-    how_much = f"{counted(quality.tokens, 'token')} scored in {windows}"
-    return _Found(evaluation, comparison, {"text": text or "builtin"}, how_much)
+    before = as_words(loaded.tokenizer, special_tokens(loaded.tokenizer)[0])
+    special = f"each begins with {before}" if before else "without special tokens"
+    scored_text = "built-in held-out text" if text is None else text
+    how_much = (
+        f"{counted(quality.tokens, 'token')} of {scored_text} scored in {windows}, {special}"
+        f"{chat_template_unused(loaded.tokenizer)}"
+    )
+    source = {"text": text or "builtin"}
+    return _Found(evaluation, comparison, source, how_much, Computed.of(loaded.model))
 
 
 def _samples(
@@ -190,7 +210,7 @@ def _samples(
     from osscar.evaluation.tensors import compare_tensors, evaluate_tensors
     from osscar.models.names import sort_of
     from osscar.models.vision import load_vision_model
-    from osscar.shrinking.lineage import lineage_of
+    from osscar.shrinking.lineage import Computed, lineage_of
 
     if pictures is None and tensors is None:
         raise ImageError(
@@ -234,12 +254,12 @@ def _samples(
     labels = "" if data.labels is not None else " without labels"
     noun = data.noun if labels else f"labelled {data.noun}"
     how_much = f"{counted(len(data), noun)}{labels} scored"
+    computed = Computed.of(loaded.model)
     if pictures is not None:
         source = {"images": pictures, "preprocessing": data.preprocessing.record()}
-        return _Found(evaluation, comparison, source, how_much)
-    return _Found(
-        evaluation, comparison, {"inputs": tensors}, f"{how_much}, {_as_what(evaluation)}"
-    )
+        return _Found(evaluation, comparison, source, how_much, computed)
+    how_much = f"{how_much}, {_as_what(evaluation)}"
+    return _Found(evaluation, comparison, {"inputs": tensors}, how_much, computed)
 
 
 def _as_what(evaluation: Evaluation[TensorQuality, Any]) -> str:
@@ -269,7 +289,7 @@ def _print(found: _Found, name: str) -> None:
         out.print(evaluation_table(evaluation, name))
     else:
         out.print(comparison_table(found.comparison, Path(name).name))
-    say(f"{found.scored}, {evaluation.dtype} on {evaluation.device}")
+    say(f"{found.scored}; {found.computed.sentence()}")
     numbers = evaluation.numbers()
     if found.comparison is None and numbers.get("top1", numbers.get("perplexity")) is None:
         say("nothing is known of its quality: that takes labels, or --against the dense model")

@@ -29,6 +29,7 @@ from osscar.cli.common import (
     out,
     quiet,
     say,
+    say_calibration,
     say_preprocessing,
     stated_preprocessing,
     way_back,
@@ -242,6 +243,7 @@ def _capture_model(
         seed=source["seed"],
     )
     say_preprocessing(data, stated)
+    say_calibration(loaded, data)
     inputs = as_inputs(loaded.model, data)
     dense = Fingerprint.of(loaded.model, inputs, inputs.batch_size)
     if study.instances:

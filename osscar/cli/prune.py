@@ -41,6 +41,7 @@ from osscar.cli.common import (
     parse_options,
     quiet,
     say,
+    say_calibration,
     say_next,
     say_preprocessing,
     stated_preprocessing,
@@ -330,6 +331,8 @@ def command(
                 check_output(path, overwrite=overwrite, needed_bytes=needed)
             data = loaded.calibration(calibration, samples=samples, seqlen=seqlen, seed=seed)
         say_preprocessing(data, stated)
+        if ranks.first:
+            say_calibration(loaded, data)
         return loaded, data
 
     if directory is None or dry:

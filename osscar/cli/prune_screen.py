@@ -34,6 +34,7 @@ def report_document(
 ) -> dict[str, Any]:
     """Return what is known of a run, as ``docs/json.md`` describes it; runs both models for it."""
     from osscar.pruning.budget import described
+    from osscar.shrinking.lineage import Computed
 
     return document(
         "prune",
@@ -43,6 +44,7 @@ def report_document(
             "classes": list(classes),
             "calibration": {**result.calibration, **data.describe()},
             "dense": None if score is None else dataclasses.asdict(score),
+            "computed": dataclasses.asdict(Computed.of(dense)),
             "settings": result.settings,
             "parameters_before": result.parameters_before,
             "parameters_after": result.parameters_after,

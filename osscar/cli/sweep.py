@@ -37,6 +37,7 @@ from osscar.cli.common import (
     out,
     quiet,
     say,
+    say_calibration,
     say_preprocessing,
     stated_preprocessing,
     way_back,
@@ -191,6 +192,7 @@ def command(
             check_can_stream(loaded.model, job.request(base))
         data = loaded.calibration(calibration, samples=samples, seqlen=seqlen, seed=seed)
         say_preprocessing(data, stated)
+        say_calibration(loaded, data)
         scorer = _Scorer.of(
             loaded, data, text=text, images=images, inputs=inputs, windows=windows, seqlen=seqlen
         )

@@ -23,7 +23,7 @@ from osscar.core.files import digest
 from osscar.core.inputs import file_name, shown
 from osscar.core.printable import counted
 from osscar.data.prose import Part, builtin_text
-from osscar.data.text import encode, read_text, text_digest
+from osscar.data.text import as_words, encode, read_text, special_tokens, text_digest
 
 BUILTIN = "builtin"
 
@@ -49,12 +49,16 @@ class CalibrationSet:
         The seed that chose the windows.
     text_digest
         SHA-256 of the text, which is never to be scored; empty where it is not known.
+    begins_with, ends_with
+        Special tokens of each window, as they are written, such as ``<s>``.
     """
 
     tokens: Tensor
     source: str
     seed: int
     text_digest: str = ""
+    begins_with: str = ""
+    ends_with: str = ""
 
     @property
     def samples(self) -> int:
@@ -74,7 +78,19 @@ class CalibrationSet:
             "samples": self.samples,
             "seqlen": self.seqlen,
             "seed": self.seed,
+            "begins_with": self.begins_with,
+            "ends_with": self.ends_with,
         }
+
+    def sentence(self) -> str:
+        """Say what there is."""
+        ends = [("begins with", self.begins_with), ("ends with", self.ends_with)]
+        special = " and ".join(f"{where} {tokens}" for where, tokens in ends if tokens)
+        return (
+            f"{counted(self.samples, 'window')} of {counted(self.seqlen, 'token')} of "
+            f"{self.source}, seed {self.seed}, "
+            + (f"each {special}" if special else "without special tokens")
+        )
 
 
 def load_calibration(
@@ -99,7 +115,7 @@ def load_calibration(
     samples
         Windows wanted.
     seqlen
-        Tokens per window.
+        Tokens per window, those included that the tokenizer puts before and after a text.
     seed
         The same seed gives the same windows.
 
@@ -140,8 +156,9 @@ def text_windows(
     """Cut random windows from a text.
 
     Windows are in the order of the text and share no token, at uniformly random places. Where the
-    text is shorter than ``samples * seqlen`` tokens they must overlap: its possible starts are
-    divided into as many stretches as windows, one start is drawn from each, and the source says so.
+    text is shorter than all of them together they must overlap: its possible starts are divided
+    into as many stretches as windows, one start is drawn from each, and the source says so. Each
+    begins and ends with the special tokens that the tokenizer puts before and after a text.
 
     Parameters
     ----------
@@ -152,7 +169,7 @@ def text_windows(
     samples
         Windows wanted.
     seqlen
-        Tokens per window.
+        Tokens per window, with its special tokens.
     seed
         The same seed gives the same windows.
     source
@@ -164,18 +181,26 @@ def text_windows(
         If the text is shorter than one window, or a number is out of range.
     """
     _check(tokenizer, samples, seqlen, seed)
-    tokens = encode(tokenizer, text)
-    if len(tokens) < seqlen:
+    tokens, (before, after) = encode(tokenizer, text), special_tokens(tokenizer)
+    length = seqlen - len(before) - len(after)
+    if length < 1:
+        raise CalibrationError(
+            f"a window of {counted(seqlen, 'token')} has room for none of the text, since the "
+            f"tokenizer puts {len(before) + len(after)} around it; give longer ones (--seqlen)"
+        )
+    if len(tokens) < length:
         raise CalibrationError(
             f"calibration text ({source}) has {counted(len(tokens), 'token')}, fewer than one "
-            f"window of {seqlen}; give a longer text or a smaller window length (--seqlen)"
+            f"window of {length}; give a longer text or a smaller window length (--seqlen)"
         )
-    if len(tokens) < samples * seqlen:
+    if len(tokens) < samples * length:
         windows_of = "overlapping window" if samples > 1 else "window"
         source += f", {counted(samples, windows_of)} from {counted(len(tokens), 'token')}"
-    starts = _window_starts(len(tokens), samples, seqlen, seed)
-    windows = tokens[starts[:, None] + torch.arange(seqlen)]
-    return CalibrationSet(windows, source, seed, text_digest(text))
+    starts = _window_starts(len(tokens), samples, length, seed)
+    cut = tokens[starts[:, None] + torch.arange(length)]
+    windows = torch.cat([before.expand(samples, -1), cut, after.expand(samples, -1)], dim=1)
+    written = (as_words(tokenizer, before), as_words(tokenizer, after))
+    return CalibrationSet(windows, source, seed, text_digest(text), *written)
 
 
 def _check(tokenizer: Any, samples: Any, seqlen: Any, seed: Any) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from osscar.capture.repeatable import check_repeatable
+from osscar.checkpoint.first_pass import check_causal
 from osscar.core.errors import ModelError, NonFiniteError, OptionError, TextError
 from osscar.core.inputs import shown, whole_number
 from osscar.core.modules import check_usable, context_length, evaluating
@@ -21,7 +22,7 @@ from osscar.core.on_disk import room_for_pass
 from osscar.core.predictions import named_logits
 from osscar.core.printable import counted
 from osscar.core.progress import track
-from osscar.data.text import encode
+from osscar.data.text import encode, special_tokens
 from osscar.evaluation.result import Comparison, Evaluation
 from osscar.evaluation.size import (
     Footprint,
@@ -54,12 +55,15 @@ class Quality:
         Number of windows they lie in.
     seqlen
         Tokens per window; the last may be shorter.
+    special_tokens
+        How many of them, at the beginning of each, the tokenizer puts before a text.
     """
 
     perplexity: float
     tokens: int
     windows: int
     seqlen: int
+    special_tokens: int = 0
 
 
 def evaluate(
@@ -105,8 +109,8 @@ def evaluate(
     OptionError
         If a number is out of range.
     ModelError
-        If the model is none of language, has no key-value cache, two of its passes over the same
-        tokens differ, or its tokenizer has tokens that it does not know.
+        If the model is none of language, reads ahead, has no key-value cache, two of its passes
+        over the same tokens differ, or its tokenizer has tokens that it does not know.
     NonFiniteError
         If logits are NaN or infinite; the message says in which window.
     """
@@ -160,8 +164,8 @@ def compare(
     OptionError
         If a number is out of range.
     ModelError
-        If a model is none of language, has no key-value cache, two of its passes over the same
-        tokens differ, or the tokenizer has tokens that it does not know.
+        If a model is none of language, reads ahead, has no key-value cache, two of its passes over
+        the same tokens differ, or the tokenizer has tokens that it does not know.
     NonFiniteError
         If logits are NaN or infinite; the message says in which window.
     """
@@ -182,9 +186,10 @@ def measure_quality(
 ) -> Quality:
     """Measure perplexity over windows of a text that do not overlap.
 
-    The text is tokenized whole, without special tokens, and cut into windows. Each is scored on
-    its own: its first token is context only, every other token is scored once. What is left at the
-    end is a shorter window, scored too if it has two tokens or more.
+    The text is tokenized whole and cut into windows, each of which begins with the special tokens
+    that the tokenizer puts before a text, if it does. Each is scored on its own: these, or else its
+    first token, are context only, every other token is scored once. What is left at the end is a
+    shorter window, scored too if it has a token to score.
 
     Parameters
     ----------
@@ -209,14 +214,14 @@ def measure_quality(
         If a number is out of range.
     ModelError
         If the tokenizer has tokens that the model does not know, two passes of the model over the
-        same tokens differ, or it returns no logits.
+        same tokens differ, it reads ahead, or it returns no logits.
     NonFiniteError
         If logits are NaN or infinite; the message says in which window.
     """
     _check(model, tokenizer)
     protocol = _Protocol(windows, seqlen, batch_size)
-    tokens = encode(tokenizer, text)
-    return _score(model, _windows(model, tokens, windows, _window_length(model, seqlen)), protocol)
+    cut = _windows(model, _Scored.of(tokenizer, text), windows, _window_length(model, seqlen))
+    return _score(model, cut, protocol)
 
 
 def score_windows(
@@ -240,7 +245,7 @@ def score_windows(
     NonFiniteError
         If logits are NaN or infinite; the message says in which window.
     """
-    return _score(model, tuple(windows), _Protocol(None, None, batch_size))
+    return _score(model, _Windows(tuple(windows), 0), _Protocol(None, None, batch_size))
 
 
 @dataclass(frozen=True)
@@ -259,6 +264,30 @@ class _Protocol:
             whole_number(self.windows, "the number of windows to score (--windows)", 1)
         whole_number(self.new_tokens, "the number of new tokens", 1)
         whole_number(self.repetitions, "the number of repetitions", 1)
+
+
+@dataclass(frozen=True)
+class _Scored:
+    """A text in tokens, and what each window of it begins with."""
+
+    tokens: Tensor
+    before: Tensor
+
+    @classmethod
+    def of(cls, tokenizer: PreTrainedTokenizerBase, text: str) -> _Scored:
+        return cls(encode(tokenizer, text), special_tokens(tokenizer)[0])
+
+
+@dataclass(frozen=True)
+class _Windows:
+    """Windows of a text, the first tokens of which are context only."""
+
+    pieces: tuple[Tensor, ...]
+    special_tokens: int
+
+    @property
+    def context(self) -> int:
+        return max(1, self.special_tokens)
 
 
 def _check(model: Any, tokenizer: Any) -> None:
@@ -283,15 +312,15 @@ def _evaluate_all(
 ) -> list[Evaluation[Quality, Speed]]:
     for model, _ in models:
         _check(model, tokenizer)
-    tokens = encode(tokenizer, text)
+    scored = _Scored.of(tokenizer, text)
     length = min(_window_length(model, protocol.seqlen) for model, _ in models)
     with ExitStack() as stack:
         for model, _ in models:
             stack.enter_context(evaluating(model))
-        measured = [_measure(model, path, tokens, length, protocol) for model, path in models]
+        measured = [_measure(model, path, scored, length, protocol) for model, path in models]
         speeds = measure_speed(
             [model for model, _ in models],
-            tokens[:length],
+            torch.cat([scored.before, scored.tokens])[:length],
             new_tokens=protocol.new_tokens,
             repetitions=protocol.repetitions,
         )
@@ -306,16 +335,17 @@ def _evaluate_all(
 def _measure(
     model: PreTrainedModel,
     path: str | Path | None,
-    tokens: Tensor,
+    scored: _Scored,
     length: int,
     protocol: _Protocol,
 ) -> tuple[Quality, Footprint]:
-    pieces = _windows(model, tokens, protocol.windows, length)
+    windows = _windows(model, scored, protocol.windows, length)
     reset_peak_memory(model.device)
-    quality = _score(model, pieces, protocol)
+    quality = _score(model, windows, protocol)
     peak = read_peak_memory(model.device)
-    inputs = {"input_ids": pieces[0][None].to(model.device)}
-    return quality, measure_footprint(model, inputs, len(pieces[0]), peak, path)
+    first = windows.pieces[0]
+    inputs = {"input_ids": first[None].to(model.device)}
+    return quality, measure_footprint(model, inputs, len(first), peak, path)
 
 
 def _window_length(model: PreTrainedModel, seqlen: int | None) -> int:
@@ -330,22 +360,28 @@ def _window_length(model: PreTrainedModel, seqlen: int | None) -> int:
     return seqlen
 
 
-def _windows(
-    model: PreTrainedModel, tokens: Tensor, windows: int | None, seqlen: int
-) -> tuple[Tensor, ...]:
+def _windows(model: PreTrainedModel, scored: _Scored, windows: int | None, seqlen: int) -> _Windows:
+    tokens, before = scored.tokens, scored.before
     if len(tokens) < 2:
         raise TextError(f"the text has {counted(len(tokens), 'token')}; scoring needs at least 2")
+    if seqlen <= len(before):
+        raise OptionError(
+            f"a window of {seqlen} tokens has room for none of the text, since the tokenizer puts "
+            f"{len(before)} before it; give longer ones (--seqlen)"
+        )
     known, largest = model.get_input_embeddings().num_embeddings, int(tokens.max())
     if largest >= known:
         raise ModelError(
             f"the tokenizer gives token {largest} but the model knows only {known}; "
             "use the tokenizer that belongs to the model"
         )
-    pieces = torch.split(tokens, seqlen)
-    return tuple(piece for piece in pieces[:windows] if len(piece) > 1)
+    pieces = [torch.cat([before, cut]) for cut in torch.split(tokens, seqlen - len(before))]
+    found = tuple(piece for piece in pieces[:windows] if len(piece) > 1)
+    return _Windows(found, len(before))
 
 
-def _score(model: PreTrainedModel, pieces: tuple[Tensor, ...], protocol: _Protocol) -> Quality:
+def _score(model: PreTrainedModel, windows: _Windows, protocol: _Protocol) -> Quality:
+    pieces, context = windows.pieces, windows.context
     whole = [piece for piece in pieces if len(piece) == len(pieces[0])]
     rest = pieces[len(whole) :]
     batches = [
@@ -356,6 +392,7 @@ def _score(model: PreTrainedModel, pieces: tuple[Tensor, ...], protocol: _Protoc
     few = {"input_ids": pieces[0][None, :_FEW].to(model.device)}
     with evaluating(model), torch.inference_mode():
         check_repeatable(model, few)
+        check_causal(model, "the model")
         for batch in track(batches, "Scoring"):
             batch = batch.to(model.device)
             with room_for_pass(model, batch.numel()):
@@ -366,16 +403,18 @@ def _score(model: PreTrainedModel, pieces: tuple[Tensor, ...], protocol: _Protoc
                         "next token"
                     )
                 for window, window_logits in zip(batch, logits, strict=True):
-                    total += _negative_log_likelihood(window_logits, window, f"window {done}")
+                    place = f"window {done}"
+                    total += _negative_log_likelihood(window_logits, window, context, place)
                     done += 1
-    tokens = sum(len(piece) - 1 for piece in pieces)
-    return Quality(_exponential(total / tokens), tokens, len(pieces), len(pieces[0]))
+    tokens = sum(len(piece) - context for piece in pieces)
+    mean = _exponential(total / tokens)
+    return Quality(mean, tokens, len(pieces), len(pieces[0]), windows.special_tokens)
 
 
-def _negative_log_likelihood(logits: Tensor, window: Tensor, place: str) -> float:
-    """Sum over the tokens but the first, a few positions at a time in float32."""
+def _negative_log_likelihood(logits: Tensor, window: Tensor, context: int, place: str) -> float:
+    """Sum over the tokens but the first ones, a few positions at a time in float32."""
     total = 0.0
-    for start in range(0, len(window) - 1, ROWS_AT_ONCE):
+    for start in range(context - 1, len(window) - 1, ROWS_AT_ONCE):
         targets = window[start + 1 : start + 1 + ROWS_AT_ONCE]
         rows = logits[start : start + len(targets)].float()
         loss = nn.functional.cross_entropy(rows, targets, reduction="sum").item()

@@ -131,7 +131,8 @@ def _asked(document: Mapping[str, Any]) -> dict[str, str]:
     for kind in ("calibration images", "calibration fingerprints"):
         if kind in data:
             data[kind] = len(data[kind])
-    asked = {"model": document["model"], **document["settings"], **data}
+    computed = {f"computed: {key}": v for key, v in document.get("computed", {}).items()}
+    asked = {"model": document["model"], **document["settings"], **data, **computed}
     return {
         key.replace("_", " "): _as_text(value)
         for key, value in asked.items()

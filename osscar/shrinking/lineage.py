@@ -13,7 +13,7 @@ from pydantic import ConfigDict
 from torch import Tensor, nn
 
 from osscar.core.json_files import STRICT
-from osscar.core.modules import number_format
+from osscar.core.modules import device_of, number_format
 from osscar.core.on_disk import is_on_disk
 from osscar.shrinking.plan import PruningPlan
 
@@ -218,3 +218,38 @@ def stored_dtype(model: nn.Module) -> torch.dtype:
     return (
         FORMATS.get(lineage_of(model).stored_dtype or "") or number_format(model) or torch.float32
     )
+
+
+@dataclass(frozen=True)
+class Computed:
+    """In which number format a model computes, and by which kernels of attention.
+
+    Parameters
+    ----------
+    dtype, stored_dtype
+        Number format of its weights now, and on disk.
+    device
+        Where they are.
+    attention
+        The implementation that transformers runs; None of other models.
+    """
+
+    dtype: str
+    stored_dtype: str
+    device: str
+    attention: str | None
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Computed:
+        """Look at a model."""
+        stored = stored_dtype(model)
+        dtype = number_format(model) or stored
+        attention = getattr(getattr(model, "config", None), "_attn_implementation", None)
+        own, disk = (str(kind).removeprefix("torch.") for kind in (dtype, stored))
+        return cls(own, disk, str(device_of(model)), attention)
+
+    def sentence(self) -> str:
+        """Say it."""
+        stored = "" if self.stored_dtype == self.dtype else f" (stored as {self.stored_dtype})"
+        attention = "" if self.attention is None else f", {self.attention} attention"
+        return f"{self.dtype} on {self.device}{stored}{attention}"

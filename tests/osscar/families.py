@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
+    AutoTokenizer,
     DeepseekV3Config,
     GPT2Config,
     LlamaConfig,
@@ -15,9 +17,12 @@ from transformers import (
     OPTConfig,
     PretrainedConfig,
     PreTrainedModel,
+    PreTrainedTokenizerBase,
     Qwen2Config,
     Qwen3Config,
 )
+
+from osscar.models.language import DEMO_DIRECTORY
 
 VOCABULARY = 97
 
@@ -100,3 +105,12 @@ def tokens(samples: int = 8, seqlen: int = 24, seed: int = 1) -> Tensor:
 def logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
     """Logits of a model, in float64."""
     return model(input_ids=ids).logits.double()
+
+
+def framing_tokenizer() -> PreTrainedTokenizerBase:
+    """Return the demo's tokenizer, if it put ``<s>`` before each text and ``</s>`` after it."""
+    tokenizer = AutoTokenizer.from_pretrained(DEMO_DIRECTORY)
+    ends = [("<s>", tokenizer.bos_token_id), ("</s>", tokenizer.eos_token_id)]
+    frame = TemplateProcessing(single="<s> $A </s>", special_tokens=ends)
+    tokenizer.backend_tokenizer.post_processor = frame
+    return tokenizer

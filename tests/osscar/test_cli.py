@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import GPT2Config, GPT2LMHeadModel
 
 import osscar
 import osscar.checkpoint.directory
@@ -20,7 +21,7 @@ from osscar.cli import main
 from osscar.data.prose import builtin_text
 from osscar.models.language import DEMO_DIRECTORY
 from osscar.shrinking.lineage import note, weights_digest
-from tests.osscar.families import tiny
+from tests.osscar.families import framing_tokenizer, tiny
 
 PROSE = "the quick brown fox jumps over the lazy dog and runs back again before night falls. " * 200
 
@@ -123,6 +124,63 @@ def test_prune_then_eval_then_inspect(run, text, tmp_path):
     assert sum(not g["frozen"] for g in groups) == 8
 
 
+def test_what_text_results_rest_on_is_printed_and_kept(run, text, tmp_path, monkeypatch):
+    monkeypatch.setattr("osscar.core.timing.WORTHWHILE_SECONDS", 0.0)
+    dense, small = tmp_path / "dense", tmp_path / "small"
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=2048, n_embd=16, n_layer=1, n_head=2))
+    model.half().save_pretrained(dense)
+    framing_tokenizer().save_pretrained(dense)
+    other = tmp_path / "other.txt"
+    other.write_text(PROSE.replace("fox", "cat"))
+    arguments = ["--neurons", "0.5", "--backend", "magnitude", "--samples", "2", "--seqlen", "64"]
+    status, out, err = run("prune", dense, *arguments, "--calibration", text, "--out", small)
+    assert status == 0, err
+    assert (
+        f"calibration: 2 windows of 64 tokens of {text}, seed 0, each begins with <s> and ends "
+        "with </s>; float32 on cpu (stored as float16), sdpa attention"
+    ) in out
+    report = json.loads((small / "osscar_report.json").read_text())
+    assert (report["calibration"]["begins_with"], report["calibration"]["seed"]) == ("<s>", 0)
+    how = {"dtype": "float32", "stored_dtype": "float16", "device": "cpu", "attention": "sdpa"}
+    assert report["computed"] == how
+
+    evaluate = ["eval", small, "--text", other, "--windows", "2", "--seqlen", "32"]
+    evaluate += ["--json", tmp_path / "e.json"]
+    status, out, err = run(*evaluate, "--against", dense)
+    assert status == 0, err
+    assert (
+        f"62 tokens of {other} scored in 2 windows of 32, each begins with <s>; float32 on" in out
+    )
+    document = json.loads((tmp_path / "e.json").read_text())
+    assert (document["computed"], document["model"]["quality"]["special_tokens"]) == (how, 1)
+
+    status, _, err = run(*evaluate, "--against", "demo")
+    assert status == 2
+    assert "the two models have other tokenizers" in err
+
+
+def test_an_edited_config_is_refused_or_told(run, text, tmp_path):
+    small = tmp_path / "small"
+    status, out, err = run(*small_prune(text, small, "--heads", "0.5"))
+    assert status == 0, err
+    assert "trust_remote_code" in out
+    file = small / "config.json"
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps({**config, "num_attention_heads": 16}))
+    status, out, err = run("inspect", small)
+    assert (status, out) == (2, "")
+    assert "has num_attention_heads 16 where 8 was saved" in err
+    file.write_text(json.dumps({**config, "activation_function": "gelu"}))
+    status, out, err = run("inspect", small)
+    assert status == 0
+    assert "warning: " in err
+    assert "activation_function 'gelu' where 'relu' was saved" in err
+    file.write_text(json.dumps({**config, "dropout": -1}))
+    status, out, err = run("inspect", small)
+    assert (status, out) == (2, "")
+    assert "has dropout -1, where a share from 0 to 1 is needed" in err
+
+
 def test_backends_lists_all_with_their_kind(run, tmp_path):
     status, out, _ = run("backends", "--json", tmp_path / "b.json")
     assert status == 0
@@ -206,7 +264,8 @@ def test_bad_input_is_one_line_and_writes_nothing(run, text, tmp_path, arguments
     assert err.startswith("error: ")
     assert message in " ".join(err.split())
     assert "Traceback" not in err
-    assert not out or out.startswith("dense model: perplexity")
+    told = ("calibration: ", "dense model: perplexity")
+    assert all(line.startswith(told) for line in out.splitlines())
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -265,8 +324,8 @@ def test_the_dense_model_is_scored_before_anything_is_pruned(run, text, tmp_path
     arguments = small_prune(text, tmp_path / "a", "--neurons", "0.5")
     status, out, err = run(*arguments)
     assert status == 0, err
-    said = re.match(
-        r"dense model: perplexity ([\d.]+) on 4 calibration windows of 64 tokens\n", out
+    said = re.search(
+        r"\ndense model: perplexity ([\d.]+) on 4 calibration windows of 64 tokens\n", out
     )
     assert said
     assert "near chance" not in err

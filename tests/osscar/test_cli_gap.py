@@ -62,6 +62,7 @@ def test_gap_on_a_model_writes_a_study(run, tmp_path):
         assert (tmp_path / "study" / name).stat().st_size
     again = run(*arguments)
     assert again[0] == 0
+    assert out.startswith("calibration: 8 windows of 64 tokens of")
     assert again[1] == out
     changed = [*arguments[:-4], "--damp", "0.1"]
     status, _, err = run(*changed)

@@ -10,9 +10,12 @@ import sys
 
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 from torch import nn
 from transformers import (
     AutoTokenizer,
+    BertConfig,
+    BertForMaskedLM,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -34,6 +37,7 @@ from osscar.evaluation.language import compare, evaluate, measure_quality
 from osscar.evaluation.size import count_disk_bytes, count_flops, count_parameter_bytes
 from osscar.evaluation.speed import measure_speed
 from osscar.models.language import DEMO_DIRECTORY, load_model
+from tests.osscar.families import framing_tokenizer
 
 TEXT = "The import statement binds names. " * 12
 VOCABULARY = 2048
@@ -87,6 +91,15 @@ def tiny_llama(**options):
     return LlamaForCausalLM(config).eval()
 
 
+def two_tokens_first():
+    """A tokenizer that puts two tokens before each text."""
+    tokenizer = framing_tokenizer()
+    ends = [("<s>", 0), ("</s>", 2)]
+    frame = TemplateProcessing(single="<s> </s> $A", special_tokens=ends)
+    tokenizer.backend_tokenizer.post_processor = frame
+    return tokenizer
+
+
 @torch.no_grad()
 def direct_perplexity(model, tokens, seqlen):
     """Score token after token by the definition."""
@@ -117,6 +130,21 @@ class TestQuality:
         found = measure_quality(model, tokenizer, TEXT, seqlen=seqlen)
         assert found.windows == len(tokens) // seqlen
         assert found.tokens == found.windows * (seqlen - 1)
+
+    @torch.no_grad()
+    def test_windows_begin_as_the_tokenizer_says(self, model):
+        framing, losses = framing_tokenizer(), []
+        for cut in encode(framing, TEXT).split(15):
+            window = torch.tensor([framing.bos_token_id, *cut])
+            found = model(input_ids=window[None]).logits[0, :-1]
+            losses.append(nn.functional.cross_entropy(found, window[1:], reduction="none"))
+        expected = torch.cat(losses)
+        found = measure_quality(model, framing, TEXT, seqlen=16)
+        assert found.perplexity == pytest.approx(expected.mean().exp().item(), rel=1e-4)
+        assert (found.tokens, found.special_tokens) == (len(expected), 1)
+        assert found.tokens == len(encode(framing, TEXT))
+        with pytest.raises(OptionError, match="room for none of the text"):
+            measure_quality(model, two_tokens_first(), TEXT, seqlen=2)
 
     def test_windows_limit_the_text(self, model, tokenizer):
         expected, count = direct_perplexity(model, encode(tokenizer, TEXT)[:32], 16)
@@ -169,6 +197,16 @@ class TestQuality:
 
 
 class TestRefusals:
+    def test_a_model_that_reads_ahead(self, tokenizer):
+        config = BertConfig(
+            vocab_size=VOCABULARY, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+            intermediate_size=16, max_position_embeddings=64,
+        )  # fmt: skip
+        model = BertForMaskedLM(config).train()
+        with pytest.raises(ModelError, match="BertForMaskedLM that reads in both directions"):
+            measure_quality(model, tokenizer, TEXT)
+        assert model.training
+
     @pytest.mark.parametrize("seqlen", [-1, 0, 1, 65])
     def test_window_length(self, model, tokenizer, seqlen):
         with pytest.raises(OptionError, match=f"window of {seqlen} tokens.*from 2 to 64"):

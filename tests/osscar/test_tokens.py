@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from transformers import BertTokenizerFast
 
 from osscar.core.errors import CalibrationError, MissingDependency, TextError
 from osscar.data import prose as topics
@@ -17,6 +18,7 @@ from osscar.data.prose import Part, builtin_text, split_paragraphs, topic_part
 from osscar.data.text import encode, read_text
 from osscar.data.tokens import load_calibration, text_windows
 from osscar.models.language import DEMO_DIRECTORY
+from tests.osscar.families import framing_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -29,6 +31,22 @@ def tokenizer():
 def words(count: int) -> str:
     """Give text of which every window is unique."""
     return " ".join(str(number) for number in range(count))
+
+
+def test_lines_end_alike_whoever_wrote_them(tmp_path):
+    for name, end in (("unix", "\n"), ("windows", "\r\n"), ("old", "\r")):
+        (tmp_path / name).write_bytes(end.join(["\ufeffone", "", "two", ""]).encode())
+        assert read_text(tmp_path / name) == "one\n\ntwo\n"
+
+
+def test_a_text_that_the_tokenizer_does_not_know_is_told(recwarn):
+    tokenizer = BertTokenizerFast(
+        vocab={name: i for i, name in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "word"])}
+    )
+    encode(tokenizer, "word " * 99 + "other")
+    assert not recwarn
+    with pytest.warns(UserWarning, match=r"50 of the text's 100 tokens are \[UNK\]"):
+        encode(tokenizer, "word other " * 50)
 
 
 class TestWindows:
@@ -60,6 +78,20 @@ class TestWindows:
         starts = [int((windows == w).all(1).nonzero()[0, 0]) for w in found.tokens]
         assert all(later - earlier >= 40 for earlier, later in pairwise(starts))
         assert "overlapping" not in found.source
+
+    def test_windows_begin_and_end_as_the_tokenizer_says(self, tokenizer):
+        framing = framing_tokenizer()
+        bare = text_windows(tokenizer, words(900), samples=4, seqlen=30, seed=1)
+        found = text_windows(framing, words(900), samples=4, seqlen=32, seed=1)
+        assert found.tokens.shape == (4, 32)
+        assert set(found.tokens[:, 0].tolist()) == {framing.bos_token_id}
+        assert set(found.tokens[:, -1].tolist()) == {framing.eos_token_id}
+        assert torch.equal(found.tokens[:, 1:-1], bare.tokens)
+        assert found.describe().items() >= {"begins_with": "<s>", "ends_with": "</s>"}.items()
+        assert "seed 1, each begins with <s> and ends with </s>" in found.sentence()
+        assert "4 windows of 30 tokens of text, seed 1, without special" in bare.sentence()
+        with pytest.raises(CalibrationError, match="room for none of the text"):
+            text_windows(framing, words(900), samples=4, seqlen=2, seed=1)
 
     def test_a_text_of_exactly_the_wanted_length_is_used_whole(self, tokenizer):
         text = words(400)
