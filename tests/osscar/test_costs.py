@@ -494,6 +494,20 @@ class Apart(nn.Module):
         return self.head(torch.relu(self.read(x)) + torch.relu(self.read(self.query)))
 
 
+class ClassToken(nn.Module):
+    """Layers that are given views of parameters, or a tensor of no module that has a gradient."""
+
+    def __init__(self):
+        super().__init__()
+        self.token, self.norm = nn.Parameter(torch.randn(1, 1, 6)), nn.LayerNorm(6)
+        self.table = torch.randn(2, 1, 6, requires_grad=True)
+        self.up, self.down = nn.Linear(6, 10), nn.Linear(10, 4)
+
+    def forward(self, x):
+        token = self.norm(self.token.expand(len(x), -1, -1)) + self.norm(self.table[:1])
+        return self.down(torch.relu(self.up(torch.cat([token, x], 1))))
+
+
 CALLED = {
     "registers": (Registers, (8, 6, 12)),
     "apart": (Apart, (8, 6, 12)),
@@ -563,3 +577,23 @@ def test_matrices_of_experts_that_are_picked_are_counted_as_theirs():
     kernels = ("grouped_mm", "batched_mm", "eager")
     at_once, *others = (dense_and_halved(experts(kernel), tokens(2, 24)) for kernel in kernels)
     assert others == [pytest.approx(at_once, rel=1e-12)] * 2
+
+
+def test_operations_are_counted_where_layers_are_given_views_of_parameters():
+    torch.manual_seed(0)
+    model, data = ClassToken().eval(), torch.randn(48, 3, 6)
+    assert count_flops(model, {"x": data[:2]}) == 2 * 2 * 4 * (6 * 10 + 10 * 4)
+    smaller = osscar.prune(model, data, flops=0.8, device="cpu").model
+    assert count_flops(smaller, {"x": data[:2]}) == 2 * 2 * 4 * (6 * 8 + 8 * 4)
+
+
+@pytest.mark.slow
+def test_class_attention_of_timm_has_a_budget_of_operations():
+    timm = pytest.importorskip("timm")
+    torch.manual_seed(0)
+    sizes = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "num_heads": 2, "num_classes": 5}
+    model = timm.create_model("cait_xxs24_224", depth=1, depth_token_only=1, **sizes).eval()
+    data = torch.randn(16, 3, 16, 16)
+    smaller = osscar.prune(model, data, flops=0.8).model
+    dense, kept = (count_flops(one, {"x": data[:1]}) for one in (model, smaller))
+    assert 0.6 * dense < kept <= 0.8 * dense
