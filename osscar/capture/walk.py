@@ -15,7 +15,6 @@ at the first of them, and none is needed.
 from __future__ import annotations
 
 import itertools
-import logging
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -23,7 +22,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from graph import CouplingGroup
 from osscar.capture.away import Away
@@ -46,6 +44,7 @@ from osscar.capture.scratch import Scratch, recorded_writes
 from osscar.capture.site import DenseTensors, Site, dense_tensors
 from osscar.capture.targets import Target
 from osscar.core.errors import CalibrationError, ModelError
+from osscar.core.fake import on_shapes
 from osscar.core.memory import FOR_MATRICES, memory_for
 from osscar.core.modules import fresh
 from osscar.core.on_disk import room_beside
@@ -138,9 +137,8 @@ class Walk:
 
     def _called_on_shapes(self, batch: Batch) -> list[tuple[str, Tensor, int]]:
         """Return the calls on a batch of this shape, computing nothing where that is possible."""
-        fake = FakeTensorMode(allow_non_fake_inputs=True)
         try:
-            with fake, _silent(logging.getLogger("torch._subclasses.fake_tensor")):
+            with on_shapes() as fake:
                 return self._called({name: fake.from_tensor(x) for name, x in batch.items()})
         except Exception:  # code that looks at values, or that has no shape function
             with batch_named(self._opened.model, 0):
@@ -456,16 +454,6 @@ class Walk:
         for key, tensor in self._opened.model.get_submodule(name).named_parameters(recurse=False):
             if key in originals:
                 tensor.data, originals[key] = originals[key], tensor.data
-
-
-@contextmanager
-def _silent(logger: logging.Logger) -> Iterator[None]:
-    """Let a logger of torch tell nothing of what is tried."""
-    before, logger.disabled = logger.disabled, True
-    try:
-        yield
-    finally:
-        logger.disabled = before
 
 
 def _parted(batches: Sequence[Batch], held: int) -> tuple[list[Batch], int]:

@@ -24,6 +24,7 @@ from graph.export import concrete, run_export, varies
 from graph.extents import Staying, TracedProgram, trace_program
 from graph.preserve import without_cache
 from osscar.core.errors import AdapterError, ModelError, first_line
+from osscar.core.fake import on_shapes
 from osscar.core.memory import let_shortage_pass
 from osscar.shrinking.kernels import followed_mixtures
 from osscar.shrinking.lineage import LINEAGE, lineage_of
@@ -296,7 +297,7 @@ class _ShapeCheck(Interpreter):
         if n.target == _GUARDS or n.op == "output":
             return None
         try:
-            with self.mode, torch.no_grad():
+            with on_shapes(self.mode), torch.no_grad():
                 result = super().run_node(n)
         except Exception as error:  # whatever an operator raises when sizes do not fit
             let_shortage_pass(error)

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
 from graph.export import in_mode
 from graph.preserve import preserved
 from graph.training import decides_by_training, same_draws
+from osscar.core.fake import on_shapes
 from osscar.core.memory import let_shortage_pass
 from osscar.core.on_disk import OnDisk
 from osscar.shrinking.equivalence import Inputs, call, explained
+from osscar.shrinking.kernels import computable_mixtures
 
 
 def failure_in_training(model: nn.Module, inputs: Inputs) -> str:
@@ -28,11 +29,16 @@ def failure_in_training(model: nn.Module, inputs: Inputs) -> str:
     inputs
         What it is called with.
     """
-    fake = FakeTensorMode(allow_non_fake_inputs=True)
-    shapes = pytree.tree_map_only(Tensor, fake.from_tensor, inputs)
-    with preserved(model), in_mode(model, training=True), same_draws(), torch.no_grad(), fake:
+    with (
+        preserved(model),
+        in_mode(model, training=True),
+        computable_mixtures(model),
+        same_draws(),
+        torch.no_grad(),
+        on_shapes() as fake,
+    ):
         try:
-            call(model, shapes)
+            call(model, pytree.tree_map_only(Tensor, fake.from_tensor, inputs))
         except Exception as error:  # the model may be anyone's code
             let_shortage_pass(error)
             return str(explained(error, model))

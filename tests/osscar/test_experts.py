@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import logging
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from osscar.pruning.prune import prune_as_asked
 from osscar.pruning.request import PruningRequest
 from osscar.pruning.run_log import RunLog
 from osscar.shrinking.mask import masked
+from osscar.shrinking.training import could_fail_in_training, failure_in_training
 from tests.osscar.families import tokens
 from tests.osscar.interruptions import TIMES
 from tests.osscar.mixtures import MIXTURES, mixture
@@ -472,6 +474,30 @@ def test_a_program_of_experts_is_shrunk_whichever_kernel_they_run():
     )
     assert result.form == "graph"
     assert result.parameters_after < result.parameters_before
+
+
+def test_nothing_is_printed_of_what_torch_refuses_on_trial(caplog):
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    logger.addHandler(caplog.handler)
+    try:
+        osscar.prune(
+            mixture("mixtral"),
+            tokens(4, 16),
+            groups={"model.layers.0.mlp.experts.neurons": 12},
+            **PLAIN,
+        )
+    finally:
+        logger.removeHandler(caplog.handler)
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_code_for_training_of_a_mixture_is_tried(kernel):
+    model = mixture("mixtral")
+    model.config._experts_implementation = kernel
+    assert could_fail_in_training(model, {"input_ids": tokens()[:2]})
+    model.model.layers[0].mlp.experts.down_proj.data = torch.zeros(4, 32, 12)
+    assert "experts" in failure_in_training(model, {"input_ids": tokens()[:2]})
 
 
 def test_an_expert_that_only_held_out_tokens_reach_loses_the_rows_of_what_leaves():
