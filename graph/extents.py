@@ -130,11 +130,16 @@ class TracedProgram:
         return Staying(self, kept, unread)
 
 
-_Place: TypeAlias = tuple[str, int, int, int, int, int]
+_Place: TypeAlias = tuple[str, int, int, int, int]
 
 
 def _places(slots: Iterable[Slot]) -> set[_Place]:
-    return {(s.tensor, s.dim, s.units, s.outer, s.inner, s.offset) for s in slots}
+    """Return where units lie, whether they do so several times in one slot or in several."""
+    return {
+        (s.tensor, s.dim, s.units, s.inner, s.offset + copy * s.units * s.inner)
+        for s in slots
+        for copy in range(s.outer)
+    }
 
 
 class Staying:

@@ -21,7 +21,6 @@ from osscar.capture.convolutions import Windows, windows_of
 from osscar.capture.recurrent import BIAS, RECURRENT, WEIGHT, directions
 from osscar.capture.routing import Mixture, Routed
 from osscar.core.errors import ModelError
-from osscar.shrinking.attention import REWRITTEN, is_extended, rewritten
 
 _READ_ELSEWHERE = (
     "is read by {!r}, which other code than that of {!r} reads, too, or its bias, on inputs that "
@@ -266,19 +265,6 @@ def linear_maps(model: nn.Module, group: CouplingGroup) -> tuple[LinearMap, ...]
         else:
             found += _maps(model, module, slots)
     return tuple(found)
-
-
-def expose_attention(model: nn.Module) -> None:
-    """Let fused attention call its output layer as a module, so that what it reads can be observed.
-
-    Parameters
-    ----------
-    model
-        Changed in place; what it computes stays the same.
-    """
-    for module in model.modules():
-        if not is_extended(module):  # those cannot lose heads
-            rewritten(module, REWRITTEN)
 
 
 def freeze_unreadable(

@@ -16,7 +16,7 @@ import graph
 from graph import CouplingGroup
 from graph.preserve import without_cache
 from osscar.capture.failures import failures_named
-from osscar.capture.linear_maps import expose_attention, freeze_unreadable, mixtures_of
+from osscar.capture.linear_maps import freeze_unreadable, mixtures_of
 from osscar.capture.readers import weights_read_elsewhere
 from osscar.capture.repeatable import refuse_chance
 from osscar.capture.routing import sound_mixtures
@@ -33,6 +33,8 @@ from osscar.core.modules import (
 from osscar.core.on_disk import shapes_only
 from osscar.core.ranks import ALONE, Ranks
 from osscar.data.batches import Batch, ModelInputs, as_inputs
+from osscar.shrinking.attention import expose_attention
+from osscar.shrinking.dense import remember_dense
 from osscar.shrinking.equivalence import call, comparable, proof_outputs, prove_equal
 from osscar.shrinking.fold import Folded, fold
 from osscar.shrinking.follow import prepare
@@ -151,6 +153,7 @@ def opened(
     # What a model draws at random is nobody else's matter.
     with torch.random.fork_rng(graphics_cards(work)), without_cache(work), torch.no_grad():
         example = inputs.example(work)
+        remember_dense(work, example)
         with untouched.observing(work):
             expected = _outputs(work, example)
         folded = _prepare(work, example, expected, heads)

@@ -22,6 +22,7 @@ from typing import Any
 import safetensors.torch
 import torch
 from torch import nn
+from torch.utils import _pytree as pytree
 from transformers import PreTrainedModel
 
 from osscar.checkpoint.admission import (
@@ -72,6 +73,7 @@ from osscar.core.errors import (
 )
 from osscar.core.files import system_errors, write_json, write_text
 from osscar.core.inputs import file_name, shown
+from osscar.core.memory import let_shortage_pass
 from osscar.core.modules import (
     check_finite_weights,
     check_usable,
@@ -82,7 +84,8 @@ from osscar.core.modules import (
     number_format,
 )
 from osscar.core.on_disk import is_on_disk, shelf_of, values_of
-from osscar.shrinking.equivalence import Inputs, proof_outputs, prove_equal
+from osscar.shrinking.dense import dense_of, remember_dense, without_values
+from osscar.shrinking.equivalence import Inputs, in_format_of, proof_outputs, prove_equal, runs
 from osscar.shrinking.fold import fold, is_normalized
 from osscar.shrinking.lineage import FORMATS, LINEAGE, Lineage, lineage_of, stored_dtype
 from osscar.shrinking.plan import Form
@@ -183,7 +186,10 @@ def save(
             stock = _write(
                 model, lineage, new, example_inputs, tokenizer=tokenizer, report=report, page=page
             )
-        _prove_same(model, _read_again(model, new), example_inputs)
+        try:
+            _prove_same(model, _read_again(model, new), example_inputs)
+        except EquivalenceError as error:
+            raise EquivalenceError(f"the checkpoint was not kept: {error}") from error
         written, with_code = _written(new), _with_code(new)
     return SavedCheckpoint(path, stock, written, with_code)
 
@@ -333,6 +339,7 @@ def load(
         # Converted before plans are carried out, since the trace of a program holds number formats.
         if dense is not None:
             model = copied(dense) if dtype is None else cast(copied(dense), dtype)
+            remember_dense(model)
         else:
             builder = read_builder(manifest.lineage.origin, path)
             model = _dense(builder, stored or {}, path, dtype)
@@ -511,13 +518,29 @@ def _order_metadata(path: Path) -> None:
 
 def _read_again(model: nn.Module, path: Path) -> nn.Module:
     """Read a written checkpoint back, in float32."""
-    shelf = shelf_of(model)
+    shelf, dense = shelf_of(model), None if builder_of(model) else _dense_of(model)
     try:
         if shelf is not None:
             return read_streamed(path, shelf, torch.float32)
-        return load(path, dtype=torch.float32) if builder_of(model) else _refilled(model, path)
-    except (RuntimeError, CheckpointError) as error:
-        raise CheckpointError(f"the checkpoint that was written cannot be read: {error}") from error
+        return load(path, dtype=torch.float32, dense=dense)
+    except (RuntimeError, OsscarError) as error:
+        raise CheckpointError(
+            f"the checkpoint that was written cannot be read, and was not kept: {error}"
+        ) from error
+
+
+def _dense_of(model: nn.Module) -> nn.Module:
+    """Build the dense model of code of somebody's own, with any weights."""
+    known = dense_of(model)
+    if known is not None:
+        return known.built()
+    if lineage_of(model).plans:
+        raise CheckpointError(
+            f"the dense model that this {type(model).__name__} was made of is not known any more, "
+            "so that nobody can tell whether its checkpoint could be read; prune it anew, or read "
+            "a checkpoint of it with osscar.load(directory, dense=model)"
+        )
+    return without_values(model)
 
 
 def _prove_same(model: nn.Module, again: nn.Module, example_inputs: Inputs | None) -> None:
@@ -528,20 +551,34 @@ def _prove_same(model: nn.Module, again: nn.Module, example_inputs: Inputs | Non
         again = cast(again, torch.float32)  # which may hold other formats beside the first
     device = next(model.parameters()).device
     inputs = _token_inputs(model, device) if example_inputs is None else example_inputs
-    if inputs is None:
-        _prove_same_tensors(model, again)
-        return
     with evaluating(model):
-        prove_equal(proof_outputs(model, [inputs]), proof_outputs(again.to(device), [inputs]))
+        if inputs is None:
+            _prove_same_tensors(model, again)
+            inputs = _drawn_inputs(model, device)
+        if inputs is not None:
+            expected = proof_outputs(model, [inputs])
+            prove_equal(expected, _outputs_again(again.to(device), inputs))
 
 
-def _refilled(model: nn.Module, path: Path) -> nn.Module:
-    """Return a copy of a model of unknown code whose weights are those in the file."""
-    again = copied(model)
-    for tensor in again.state_dict().values():
-        tensor.zero_()
-    safetensors.torch.load_model(again, path / "model.safetensors")
-    return again.eval()
+def _outputs_again(again: nn.Module, inputs: Inputs) -> list[torch.Tensor]:
+    """Return what a model that was read back puts out, on inputs that the written one takes."""
+    try:
+        return proof_outputs(again, [inputs])
+    except Exception as error:  # the model may be anyone's code
+        let_shortage_pass(error)
+        raise EquivalenceError(
+            f"what was read back fails on inputs that the model takes: {first_line(error)}"
+        ) from error
+
+
+def _drawn_inputs(model: nn.Module, device: torch.device) -> Inputs | None:
+    """Return inputs of the form that the dense model took, if the model takes them."""
+    known = dense_of(model)
+    drawn = None if known is None else known.drawn()
+    if drawn is None:
+        return None
+    inputs = pytree.tree_map_only(torch.Tensor, lambda t: t.to(device), in_format_of(drawn, model))
+    return inputs if runs(model, inputs) else None
 
 
 def _token_inputs(model: nn.Module, device: torch.device) -> Inputs | None:

@@ -105,19 +105,26 @@ def check_usable(model: nn.Module) -> None:
             )
 
 
-def copied(model: M) -> M:
+def copied(model: M, instead: Mapping[int, Any] | None = None) -> M:
     """Return a deep copy, in which activations that a module keeps are plain values.
 
     A forward pass with gradients may leave tensors behind that hang on a graph, such as an
     attribute with the last features or the weight under `torch.nn.utils.weight_norm`; torch
     refuses to copy these.
 
+    Parameters
+    ----------
+    model
+        Left as it was.
+    instead
+        What the copy is to hold in the place of objects, such as parameters, by their `id`.
+
     Raises
     ------
     ModelError
         If something else in it cannot be copied.
     """
-    memo: dict[int, Any] = {}
+    memo: dict[int, Any] = dict(instead or {})
     for module in model.modules():
         for tensor in _on_graphs(vars(module), set()):
             memo[id(tensor)] = tensor.detach().clone()

@@ -337,6 +337,19 @@ def is_extended(module: object) -> bool:
     )
 
 
+def expose_attention(model: nn.Module) -> None:
+    """Let fused attention call its output layer as a module, so that what it reads can be observed.
+
+    Parameters
+    ----------
+    model
+        Changed in place; what it computes stays the same.
+    """
+    for module in model.modules():
+        if not is_extended(module):  # those cannot lose heads
+            rewritten(module, REWRITTEN)
+
+
 def rewrite_cut(module: nn.Module, group: GroupPlan) -> None:
     """Change the class of an attention, in place, whose own weights a group has cut.
 

@@ -141,7 +141,7 @@ def _checked_input(given: TracedInput) -> TracedInput:
     sizes = given.shape
     fits = 0 < len(sizes) <= _MOST_DIMENSIONS and all(0 < size < _MOST for size in sizes)
     fits = fits and math.prod(sizes) <= _MOST_TRACED
-    fits = fits and all(0 <= dim < len(sizes) for dim in given.varies)
+    fits = fits and all(0 <= dim < len(sizes) for dim in (*given.varies, *given.fixed))
     if not given.name.isidentifier() or given.dtype not in _TRACED_FORMATS or not fits:
         raise ValueError(f"{given.name!r} is no input of a model")
     return given
@@ -159,18 +159,24 @@ class TracedInput:
         Of the tensor, as ``float32`` and the like.
     varies
         The dimensions whose sizes were left open where the model does so.
+    fixed
+        The dimensions of which the program takes no other size than this one, where the dense model
+        does.
     """
 
     name: str
     shape: tuple[int, ...]
     dtype: str
     varies: tuple[int, ...]
+    fixed: tuple[int, ...] = ()
 
     @classmethod
-    def of(cls, name: str, tensor: Tensor, varies: Iterable[int]) -> TracedInput:
+    def of(
+        cls, name: str, tensor: Tensor, varies: Iterable[int], fixed: Iterable[int] = ()
+    ) -> TracedInput:
         """Describe a tensor."""
         dtype = str(tensor.dtype).removeprefix("torch.")
-        return cls(name, tuple(tensor.shape), dtype, tuple(varies))
+        return cls(name, tuple(tensor.shape), dtype, tuple(varies), tuple(fixed))
 
     def example(self) -> Tensor:
         """Return zeros of that form."""

@@ -8,6 +8,7 @@ outputs have to be those of the masked model.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -26,6 +27,10 @@ from graph.preserve import without_cache
 from osscar.core.errors import AdapterError, ModelError, first_line
 from osscar.core.fake import on_shapes
 from osscar.core.memory import let_shortage_pass
+from osscar.core.modules import restored
+from osscar.shrinking.attention import expose_attention
+from osscar.shrinking.dense import hand_on_dense
+from osscar.shrinking.input_sizes import InputSizes
 from osscar.shrinking.kernels import followed_mixtures
 from osscar.shrinking.lineage import LINEAGE, lineage_of
 from osscar.shrinking.literals import Sizes, refusal, rewrite
@@ -54,6 +59,7 @@ class ProgramModule(GraphModule):
         copy: ProgramModule = super().__deepcopy__(memo)  # type: ignore[assignment]
         if hasattr(self, LINEAGE):  # which torch leaves behind
             setattr(copy, LINEAGE, lineage_of(self))
+        hand_on_dense(self, copy)
         copy.built_by = self.built_by
         return copy
 
@@ -130,7 +136,8 @@ class DenseProgram:
             If it has no program that takes any number of samples.
         """
         try:
-            with without_cache(model), followed_mixtures(model):
+            with without_cache(model), followed_mixtures(model), restored(model):
+                expose_attention(model)  # a plan may name the heads that it has then
                 return cls(trace_program(model, example, left_open))
         except Exception as error:  # the model may be anyone's code, and torch puts it together
             let_shortage_pass(error)
@@ -142,6 +149,16 @@ class DenseProgram:
     def dense(self) -> GraphModule:
         """The program as it was traced, on the model's own tensors."""
         return self.traced.standalone.module
+
+    @property
+    def shapes(self) -> dict[str, tuple[int | None, ...]]:
+        """The sizes of its inputs; None for those that may vary."""
+        standalone = self.traced.standalone
+        arguments = [node for node in standalone.program.nodes if node.op == "placeholder"]
+        return {
+            name: tuple(None if varies(size) else concrete(size) for size in node.meta["val"].shape)
+            for name, node in zip(standalone.names, arguments, strict=True)
+        }
 
     def resized(self, numerator: int, denominator: int) -> dict[str, list[int]]:
         """Return shapes of one sample in which the sizes that may vary are others.
@@ -226,7 +243,14 @@ class DenseProgram:
         return copy, {node: origin for origin, node in copies.items()}
 
     def _finish(self, program: Graph) -> None:
-        """Let the program take its arguments by position or name, and put its outputs together."""
+        """Let the program take its arguments by position or name, and put its outputs together.
+
+        They are checked first.
+        """
+        arguments = program.find_nodes(op="placeholder")
+        if not program.find_nodes(op="call_module", target=_GUARDS):
+            with program.inserting_after(arguments[-1]):
+                program.call_module(_GUARDS, tuple(arguments))
         names = self.traced.standalone.names
         _, inputs = pytree.tree_flatten((tuple(names), {}))
         structure = self.traced.standalone.structure
@@ -242,6 +266,10 @@ class DenseProgram:
             if node.op not in ("get_attr", "call_module"):
                 continue
             target = str(node.target)
+            if target == _GUARDS:
+                guards = getattr(module, _GUARDS, None)
+                attributes[target] = InputSizes(self.shapes, copy.deepcopy(guards))
+                continue
             held = _attribute(module, target)
             if isinstance(held, Tensor):
                 name = holders.get(node.name)

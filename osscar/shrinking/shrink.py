@@ -14,6 +14,7 @@ from osscar.core.errors import EquivalenceError, ModelError, OptionError, Osscar
 from osscar.core.inputs import shown
 from osscar.core.memory import let_shortage_pass
 from osscar.core.modules import evaluating, restored, restored_on_error
+from osscar.shrinking.dense import remember_dense
 from osscar.shrinking.equivalence import (
     Inputs,
     proof_outputs,
@@ -80,6 +81,7 @@ def shrink(
     check_inputs(inputs)
     check_tolerance(tolerance)
     with evaluating(model), restored_on_error(model):
+        remember_dense(model, inputs[0])
         proof = _Attempt(model, plan, inputs, tolerance)
         try:
             return proof.run()

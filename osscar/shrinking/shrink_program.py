@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 import dataclasses
 import inspect
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +19,7 @@ from osscar.core.errors import AdapterError, OptionError, first_line
 from osscar.core.inputs import shown
 from osscar.core.memory import let_shortage_pass
 from osscar.core.modules import evaluating, number_format, restored
+from osscar.shrinking.dense import hand_on_dense, remember_dense
 from osscar.shrinking.equivalence import (
     Inputs,
     finer_precision,
@@ -27,6 +30,7 @@ from osscar.shrinking.equivalence import (
 )
 from osscar.shrinking.fold import fold
 from osscar.shrinking.follow import prepare
+from osscar.shrinking.input_sizes import given_up_in_words, sizes_given_up
 from osscar.shrinking.lineage import lineage_of, note
 from osscar.shrinking.mask import masked
 from osscar.shrinking.plan import Form, PruningPlan, TracedInput, check_plan, check_traced
@@ -104,14 +108,23 @@ def shrink_program(
     check_tolerance(tolerance)
     check_example(example)
     with evaluating(model), restored(model):
+        remember_dense(model, inputs[0])
         fold_named(model, plan, inputs)
         prepare(model)
         with preserved(model):  # what passes keep for the next would be traced as numbers
             finer = _proved_finer(model, plan, inputs, example, tolerance)
         trial = ProgramTrial(model, example, inputs)
         program, error = trial.proved(plan, tolerance)
-    plan = dataclasses.replace(plan, traced=trial.traced)
-    return ShrunkProgram(_noted(program, model, plan), Proof(plan, max(error, finer)))
+        plan = dataclasses.replace(plan, traced=trial.traced)
+        if trial.fixed:
+            warnings.warn(
+                f"{given_up_in_words(trial.program.shapes, trial.fixed)}: its code makes numbers "
+                "of them, as int, math.sqrt and loops do, or torch does not leave them open; "
+                "calibrate on the sizes that it will meet, or keep to the modules (form='module' "
+                "in Python, --form module on the command line)",
+                stacklevel=2,
+            )
+        return ShrunkProgram(_noted(program, model, plan), Proof(plan, max(error, finer)))
 
 
 def dense_program(
@@ -153,6 +166,7 @@ def replayed(model: nn.Module, plan: PruningPlan) -> nn.Module:
     if plan.form is Form.MODULE:
         slice_units(model, plan)
         return model
+    remember_dense(model)
     fold(model, plan.tensors)
     prepare(model)
     example = in_format_of({given.name: given.example() for given in plan.traced}, model)
@@ -166,6 +180,7 @@ def _noted(program: ProgramModule, model: nn.Module, plan: PruningPlan) -> Progr
     """Let a program know what is known of the model that it was made of."""
     before = lineage_of(model)
     note(program, **{**vars(before), "plans": (*before.plans, plan)})
+    hand_on_dense(model, program)
     if isinstance(model, PreTrainedModel):
         program.built_by = type(model), copy.deepcopy(model.config)
     return program
@@ -233,18 +248,31 @@ class ProgramTrial:
         self.model = model
         self.example = in_format_of(example, model)
         self.inputs = [in_format_of(one, model) for one in inputs]
-        check_traced(self._form(dict.fromkeys(self.example, ())))
+        check_traced(self._form({}, {}))
         self.varies, self.program = self._traced()
         self.inputs += self._of_other_size()
 
     @property
     def traced(self) -> tuple[TracedInput, ...]:
         """The form of the inputs that the model was traced with."""
-        return self._form(self.varies)
+        return self._form(self.varies, self.fixed)
 
-    def _form(self, varies: Mapping[str, Iterable[int]]) -> tuple[TracedInput, ...]:
+    @cached_property
+    def fixed(self) -> dict[str, tuple[int, ...]]:
+        """Dimensions of inputs of which the model takes other sizes, and the program does not."""
+        example = self.example
+
+        def taken(shapes: Mapping[str, Sequence[int]]) -> bool:
+            return runs(self.model, {n: _drawn(example[n], shape) for n, shape in shapes.items()})
+
+        return sizes_given_up(self.program.shapes, example, taken)
+
+    def _form(
+        self, varies: Mapping[str, Iterable[int]], fixed: Mapping[str, Iterable[int]]
+    ) -> tuple[TracedInput, ...]:
         return tuple(
-            TracedInput.of(name, tensor, varies[name]) for name, tensor in self.example.items()
+            TracedInput.of(name, tensor, varies.get(name, ()), fixed.get(name, ()))
+            for name, tensor in self.example.items()
         )
 
     def _traced(self) -> tuple[Mapping[str, range], DenseProgram]:

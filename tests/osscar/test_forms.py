@@ -24,6 +24,8 @@ from osscar.core.errors import (
 )
 from osscar.pruning import trial
 from osscar.pruning.request import PruningRequest
+from osscar.shrinking import follow, program
+from osscar.shrinking.dense import dense_of as dense_of_model
 from osscar.shrinking.plan import Form, GroupPlan, PruningPlan
 from tests.osscar.families import tiny, tokens
 from tests.osscar.networks import images, small_net
@@ -189,6 +191,113 @@ def test_a_program_is_written_and_read_again(case, tmp_path):
     assert list(again.state_dict()) == list(result.model.state_dict())
     twice = osscar.save(again, tmp_path / "twice")
     assert torch.equal(osscar.load(twice.path, dense=other)(data), result.model(data))
+
+
+class Translates(nn.Module):
+    """Layers of torch that attend, with a padded stream in front, as an encoder and decoder."""
+
+    def __init__(self):
+        super().__init__()
+        options = {"dim_feedforward": 12, "batch_first": True}
+        self.encode = nn.TransformerEncoderLayer(8, 4, norm_first=True, **options)
+        self.decode = nn.TransformerDecoderLayer(8, 4, **options)
+        self.pool = nn.MultiheadAttention(8, 2, bias=False)
+
+    def forward(self, x, y):
+        y = self.decode(y, self.encode(x)).transpose(0, 1)
+        return self.pool(y[:1], y, y)[0]
+
+
+@pytest.mark.parametrize("form", [pytest.param("graph", marks=pytest.mark.slow), "module"])
+def test_attention_of_torch_that_lost_heads_is_read_back(form, tmp_path):
+    torch.manual_seed(0)
+    net, other = Translates().eval(), Translates().eval()
+    data = {"x": torch.randn(24, 5, 8), "y": torch.randn(24, 3, 8)}
+    result = osscar.prune(net, data, heads=0.5, form=form, **OFTEN)
+    assert result.form == form
+    assert len(result.layers) == 4
+    again = osscar.load(result.save(tmp_path / "small").path, dense=other)
+    assert torch.equal(again(**data), result.model(**data))
+
+
+def test_a_program_of_an_encoder_that_lost_heads_is_read_back(tmp_path):
+    torch.manual_seed(0)
+    net = nn.TransformerEncoderLayer(8, 4, 12, batch_first=True, norm_first=True).eval()
+    data = torch.randn(24, 5, 8)
+    result = osscar.prune(net, data, groups={"self_attn.heads": 2}, form="graph", **OFTEN)
+    again = osscar.load(result.save(tmp_path / "small").path, dense=net)
+    assert torch.equal(again(data), result.model(data))
+
+
+def test_a_program_of_an_attention_as_it_was_traced_is_read_back(tmp_path):
+    torch.manual_seed(0)
+    net = nn.TransformerEncoderLayer(8, 4, 12, batch_first=True, norm_first=True).eval()
+    data = torch.randn(4, 5, 8)
+    group = graph.trace(net, (data,)).group("self_attn.heads")
+    assert {slot.outer for slot in group.producers} == {3}  # queries, keys and values in one slot
+    plan = PruningPlan((GroupPlan.of(group, (0, 2)),))
+    made = osscar.shrink_program(net, plan, [(data,)], {"src": data})
+    path = osscar.save(made.model, tmp_path / "small").path
+    assert torch.equal(osscar.load(path, dense=net)(data), made.model(data))
+
+
+class Stubborn(nn.Module):
+    """A number that only an adapter lets follow."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.down, self.sizes = nn.Linear(6, 10), nn.Linear(10, 3), {"width": 10}
+
+    def forward(self, x):
+        return self.down(torch.relu(self.up(x)).view(-1, self.sizes["width"]))
+
+
+def test_a_checkpoint_that_nobody_could_read_is_not_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr(follow, "_ADAPTERS", {})
+
+    @osscar.adapter(Stubborn)
+    def adapt(module, group):
+        module.sizes = {"width": group.scaled(10)}
+
+    net, data = Stubborn().eval(), torch.randn(24, 6)
+    result = osscar.prune(net, data, neurons=0.5, form="module", **OFTEN)
+    monkeypatch.setattr(follow, "_ADAPTERS", {})  # as where the checkpoint is read
+    with pytest.raises(EquivalenceError, match="not kept: what was read back fails on inputs"):
+        result.save(tmp_path / "small")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_program_that_cannot_be_made_again_is_not_kept(tmp_path, monkeypatch):
+    net, data = dense_of("generator")
+    group = graph.trace(net, (data[:2],)).group("up.channels")
+    plan = PruningPlan((GroupPlan.of(group, (0, 2, 3)),))
+    made = osscar.shrink_program(net, plan, [(data[:3],)], {"z": data[:2]}).model
+
+    def fail(*_args):
+        raise graph.TraceError("no program", "", "")
+
+    monkeypatch.setattr(program, "trace_program", fail)
+    with pytest.raises(CheckpointError, match=r"cannot be read, and was not kept: .*no program"):
+        osscar.save(made, tmp_path / "small")
+    assert not list(tmp_path.iterdir())
+    monkeypatch.delattr(made, "osscar_dense")
+    with pytest.raises(CheckpointError, match="is not known any more"):
+        osscar.save(made, tmp_path / "small")
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_is_known_of_the_dense_model_takes_no_memory_and_goes_along(tmp_path):
+    net, data, result = prune("generator")
+    known = dense_of_model(result.model)
+    assert all(parameter.is_meta for parameter in known.model.parameters())
+    assert known.inputs["z"].is_meta
+    assert known.inputs["z"].shape == (2, *data.shape[1:])
+    kept = copy.deepcopy(result.model)
+    assert dense_of_model(kept) is known
+    path = osscar.save(kept, tmp_path / "small").path
+    read = osscar.load(path, dense=dense_of("generator", seed=3)[0])
+    assert {p.device.type for p in dense_of_model(read).model.parameters()} == {"meta"}
+    assert not any(parameter.is_meta for parameter in net.parameters())
 
 
 @pytest.mark.slow
