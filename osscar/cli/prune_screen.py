@@ -59,6 +59,7 @@ def report_document(
             "solve_seconds": result.solve_seconds,
             "layers": [dataclasses.asdict(layer) for layer in result.layers],
             "form": str(result.form),
+            "inputs": [dataclasses.asdict(given) for given in result.plan.traced],
             "left_alone": [dataclasses.asdict(group) for group in result.left_alone],
         },
     )
@@ -105,6 +106,7 @@ def print_result(result: PruningResult, saved: SavedCheckpoint) -> None:
     """Print the table of layers and what became of the model."""
     from osscar.report.proofs import proofs_in_words
     from osscar.report.run_tables import layers_table, left_alone_table
+    from osscar.shrinking.input_sizes import fixed_in_words
     from osscar.study.records import Proof
 
     out.print(layers_table(result.layers))
@@ -143,6 +145,9 @@ def print_result(result: PruningResult, saved: SavedCheckpoint) -> None:
         chosen = result.request.form == "auto"
         why = ", since more of it could follow than of the modules" if chosen else ""
         out.print(f"form: the exported program{why}")
+        fixed = fixed_in_words(dataclasses.asdict(given) for given in result.plan.traced)
+        if fixed:
+            out.print(f"inputs: {fixed}")
     if result.batch_norms:
         out.print(
             f"batch norm: the statistics of {counted(result.batch_norms, 'layer')} are new "

@@ -13,6 +13,7 @@ from osscar.report.evaluation_tables import dense_remarks, shown_numbers
 from osscar.report.numbers import engineering, in_bytes, share
 from osscar.report.page import Picture, render
 from osscar.report.prune_plots import Bar, Frontier, frontier_figure, kept_figure, loss_figure
+from osscar.shrinking.input_sizes import fixed_in_words
 
 _KEEPS = ("heads", "neurons", "channels", "residual")
 _BUDGETS: dict[str, Callable[[Any], str]] = {
@@ -152,6 +153,9 @@ def _remarks(document: Mapping[str, Any]) -> Iterator[str]:
     error = document["equivalence_error"]
     yield f"The smaller model's outputs equal the masked model's to {error:.1e} of the largest."
     yield from _of_refits(document)
+    fixed = fixed_in_words(document.get("inputs", ()))
+    if fixed:
+        yield f"{fixed[0].upper()}{fixed[1:]}."
     if document["batch_norms"]:
         mode = document["settings"]["batch_norm"]
         layers = counted(document["batch_norms"], "batch-norm layer")

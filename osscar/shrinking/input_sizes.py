@@ -7,8 +7,8 @@ number of it, such as `int`, `math.sqrt` or a loop, writes that number into the 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TypeAlias
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 
@@ -135,19 +135,19 @@ def _together(places: Sequence[_Place]) -> Iterator[Sequence[_Place]]:
         yield from itertools.islice(itertools.combinations(places, count), 2**_MOST_ALIKE)
 
 
-def given_up_in_words(shapes: Shapes, dims: Mapping[str, Sequence[int]]) -> str:
-    """Say which sizes a program takes no others of.
+def fixed_in_words(traced: Iterable[Mapping[str, Any]]) -> str:
+    """Say which sizes a program takes no others of; nothing if it takes all that its model does.
 
     Parameters
     ----------
-    shapes
-        What the program was traced with.
-    dims
-        As `sizes_given_up` returns them.
+    traced
+        The fields of each `TracedInput`.
     """
-    places: dict[int | None, list[str]] = {}
-    for name, some in dims.items():
-        for dim in some:
-            places.setdefault(shapes[name][dim], []).append(f"dimension {dim} of {name}")
-    said = (f"{size} alone along {' and '.join(where)}" for size, where in places.items())
+    places: dict[int, list[str]] = {}
+    for given in traced:
+        for dim in given["fixed"]:
+            places.setdefault(given["shape"][dim], []).append(f"dimension {dim} of {given['name']}")
+    said = [f"{size} alone along {' and '.join(where)}" for size, where in places.items()]
+    if not said:
+        return ""
     return f"the exported program takes {', '.join(said)}, where the dense model takes other sizes"

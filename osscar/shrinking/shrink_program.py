@@ -30,7 +30,7 @@ from osscar.shrinking.equivalence import (
 )
 from osscar.shrinking.fold import fold
 from osscar.shrinking.follow import prepare
-from osscar.shrinking.input_sizes import given_up_in_words, sizes_given_up
+from osscar.shrinking.input_sizes import fixed_in_words, sizes_given_up
 from osscar.shrinking.lineage import lineage_of, note
 from osscar.shrinking.mask import masked
 from osscar.shrinking.plan import Form, PruningPlan, TracedInput, check_plan, check_traced
@@ -116,9 +116,10 @@ def shrink_program(
         trial = ProgramTrial(model, example, inputs)
         program, error = trial.proved(plan, tolerance)
         plan = dataclasses.replace(plan, traced=trial.traced)
-        if trial.fixed:
+        fixed = fixed_in_words(map(dataclasses.asdict, plan.traced))
+        if fixed:
             warnings.warn(
-                f"{given_up_in_words(trial.program.shapes, trial.fixed)}: its code makes numbers "
+                f"{fixed}: its code makes numbers "
                 "of them, as int, math.sqrt and loops do, or torch does not leave them open; "
                 "calibrate on the sizes that it will meet, or keep to the modules (form='module' "
                 "in Python, --form module on the command line)",

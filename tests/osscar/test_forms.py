@@ -3,6 +3,7 @@
 import copy
 import inspect
 import json
+import math
 
 import pytest
 import torch
@@ -298,6 +299,83 @@ def test_what_is_known_of_the_dense_model_takes_no_memory_and_goes_along(tmp_pat
     read = osscar.load(path, dense=dense_of("generator", seed=3)[0])
     assert {p.device.type for p in dense_of_model(read).model.parameters()} == {"meta"}
     assert not any(parameter.is_meta for parameter in net.parameters())
+
+
+class Neighbours(nn.Module):
+    """A graph network; what scales its sums is computed in torch, or by Python of a number."""
+
+    def __init__(self, by_number):
+        super().__init__()
+        self.by_number = by_number
+        self.up, self.mix, self.down = nn.Linear(4, 12), nn.Linear(12, 10), nn.Linear(10, 3)
+
+    def forward(self, x, adjacency):
+        nodes = x.shape[1]
+        scale = math.sqrt(nodes) if self.by_number else adjacency.sum(-1, keepdim=True)
+        x = torch.relu(adjacency @ self.up(x) / scale)
+        return self.down(torch.relu(self.mix(adjacency @ x)))
+
+
+def graphs(nodes, count=2):
+    return {"x": torch.randn(count, nodes, 4), "adjacency": torch.rand(count, nodes, nodes)}
+
+
+def neighbours(by_number):
+    torch.manual_seed(0)
+    net = Neighbours(by_number).eval()
+    group = graph.trace(net, tuple(graphs(5).values())).group("up.neurons")
+    plan = PruningPlan((GroupPlan.of(group, tuple(range(0, 12, 2))),))
+    return net, osscar.shrink_program(net, plan, [graphs(5), graphs(5, 1)], graphs(5))
+
+
+def test_a_program_says_which_sizes_it_takes_no_others_of(tmp_path):
+    words = (
+        "takes 5 alone along dimension 1 of x and dimension 1 of adjacency and dimension 2 of "
+        "adjacency, where the dense model takes other sizes"
+    )
+    with pytest.warns(UserWarning, match=words):
+        net, result = neighbours(by_number=True)
+    assert {given.name: given.fixed for given in result.proof.plan.traced} == {
+        "x": (1,),
+        "adjacency": (1, 2),
+    }
+    assert result.model(**graphs(5, 4)).shape == (4, 5, 3)
+    path = osscar.save(result.model, tmp_path / "small").path
+    [plan] = json.loads((path / MANIFEST_FILE).read_text())["lineage"]["plans"]
+    assert [given["fixed"] for given in plan["traced"]] == [[1], [1, 2]]
+    refused = r"x is of \(2, 7, 4\), and the exported program takes \(any, 5, 4\).*--form module"
+    for one in (result.model, copy.deepcopy(result.model), osscar.load(path, dense=net)):
+        with pytest.raises(ModelError, match=refused):
+            one(**graphs(7))
+    with pytest.raises(ModelError, match=r"x is of \(5, 4\)"):
+        result.model(graphs(5)["x"][0], graphs(5)["adjacency"][0])
+
+
+@pytest.mark.filterwarnings("error:the exported program takes")
+def test_a_program_takes_the_sizes_that_torch_leaves_open():
+    net, result = neighbours(by_number=False)
+    assert not any(given.fixed for given in result.proof.plan.traced)
+    plan = result.proof.plan
+    for nodes in (3, 9):
+        given = graphs(nodes)
+        assert far_apart(without_units(net, plan)(**given), result.model(**given)) < 1e-5
+    with pytest.raises(ModelError, match=r"x is of \(2, 9, 5\).*takes \(any, any, 4\)"):
+        result.model(torch.randn(2, 9, 5), graphs(9)["adjacency"])
+
+
+def test_a_program_says_what_torch_found_that_it_relies_on():
+    class Longer(nn.Sequential):
+        def forward(self, x):
+            return super().forward(x if x.shape[1] > 5 else x * 2)
+
+    torch.manual_seed(0)
+    net, x = Longer(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)).eval(), torch.randn(2, 7, 4)
+    group = graph.trace(net, (x,)).group("neurons")
+    plan = PruningPlan((GroupPlan.of(group, (1, 2, 5)),))
+    model = osscar.shrink_program(net, plan, [(x,)], {"x": x}).model
+    assert model(torch.randn(3, 6, 4)).shape == (3, 6, 3)
+    with pytest.raises(ModelError, match=r"does not hold for x of \(3, 4, 4\), but where x"):
+        model(torch.randn(3, 4, 4))
 
 
 @pytest.mark.slow
