@@ -51,8 +51,7 @@ class InputSizes(nn.Module):
             Naming the input, its sizes and those that it must have.
         """
         for (name, due), given in zip(self.shapes.items(), inputs, strict=True):
-            pairs = zip(due, given.shape, strict=False)
-            if given.dim() != len(due) or any(size not in (None, has) for size, has in pairs):
+            if not _fits(given.shape, due):
                 raise ModelError(
                     f"{name} is of {_written(given.shape)}, and the exported program takes "
                     f"{_written(due)}, since it was traced with these sizes; {_OTHERWISE}"
@@ -69,6 +68,12 @@ class InputSizes(nn.Module):
                 f"the exported program does not hold for {sizes}, but where {condition}; "
                 f"{_OTHERWISE}"
             ) from error
+
+
+def _fits(shape: Sequence[int], due: Sequence[int | None]) -> bool:
+    if len(shape) != len(due):
+        return False
+    return all(size is None or size == is_ for size, is_ in zip(due, shape, strict=True))
 
 
 def _written(shape: Sequence[int | None]) -> str:
