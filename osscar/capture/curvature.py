@@ -48,7 +48,7 @@ from osscar.core.memory import let_shortage_pass
 from osscar.core.modules import device_of, fresh
 from osscar.core.predictions import known_prediction, named_logits
 from osscar.core.progress import stage
-from osscar.data.batches import Batch, ModelInputs, TokenInputs
+from osscar.data.batches import Batch, ModelInputs, SeparateInputs, TensorInputs, TokenInputs
 from solvers import Consumer, SubsetProblem
 
 _POSITIONS_AT_ONCE = 1024
@@ -116,7 +116,7 @@ class Factors:
             The gradient at what it put out.
         samples
             Of how many samples these are, each with one prediction; None where every position has
-            its own.
+            its own.  Several are told apart by the dimension in which they lie.
 
         Raises
         ------
@@ -128,6 +128,9 @@ class Factors:
                 f"the gradients at the outputs of {self.linear_map.label!r} have NaN or infinite "
                 "entries; use --dtype float32, or --allocation uniform, which needs none"
             )
+        if samples == 1 and not isinstance(x, Routed):
+            self._add_sample(x, g)
+            return
         if samples is None or self.axis is None or isinstance(x, Routed):
             self._add_positions(x, g)
             return
@@ -336,20 +339,20 @@ def _without_idle(factors: Sequence[Factors]) -> tuple[Factors, ...]:
 
 def small_batches(opened: Opened, samples: int) -> list[Batch]:
     """Return the first samples, few at a time."""
-    [*whole] = opened.inputs.batches(opened.model, samples)[:1]
-    first = whole[0]
-    length = opened.inputs.settings.get("seqlen")
+    inputs = opened.inputs
+    if isinstance(inputs, SeparateInputs):
+        return inputs.batches(opened.model, 1)[:samples]
+    first = inputs.batches(opened.model, samples)[0]
+    length = inputs.settings.get("seqlen")
     rows = _SAMPLES_AT_ONCE if length is None else max(1, _POSITIONS_AT_ONCE // length)
-    count = len(next(iter(first.values())))
-    return [
-        {name: x[start : start + rows] for name, x in first.items()}
-        for start in range(0, count, rows)
-    ]
+    starts = range(0, inputs.count(first), rows)
+    return [inputs.rows(first, start, start + rows) for start in starts]
 
 
 def _find_axes(opened: Opened, factors: Sequence[Factors]) -> None:
     """Find the dimension in which samples lie, in front or not, by running two numbers of them."""
-    if isinstance(opened.inputs, TokenInputs):
+    inputs = opened.inputs
+    if not isinstance(inputs, TensorInputs):  # whose positions, or whole calls, count
         return
     shapes: list[dict[str, list[torch.Size]]] = []
     for count in (2, 3):
@@ -371,7 +374,7 @@ def _find_axes(opened: Opened, factors: Sequence[Factors]) -> None:
         ]
         try:
             with torch.no_grad():
-                opened.model(**fresh(opened.inputs.some(opened.model, count)))
+                opened.model(**fresh(inputs.some(opened.model, count)))
         finally:
             for handle in handles:
                 handle.remove()
@@ -427,7 +430,7 @@ def one_pass(
     Code without a derivative, or that only runs without gradients, may be anywhere in anyone's
     model; what fails without them, too, is found on the walk.
     """
-    model, samples = opened.model, len(next(iter(batch.values())))
+    model, samples = opened.model, opened.inputs.count(batch)
     with (
         _no_weight_gradients(model),
         torch.enable_grad(),

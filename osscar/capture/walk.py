@@ -49,7 +49,7 @@ from osscar.core.memory import FOR_MATRICES, memory_for
 from osscar.core.modules import fresh
 from osscar.core.on_disk import room_beside
 from osscar.core.phases import Phase, phase
-from osscar.data.batches import Batch
+from osscar.data.batches import Batch, ModelInputs
 
 
 class Walk:
@@ -74,7 +74,7 @@ class Walk:
         self.passes = 0
         self._waiting_on_disk = waiting_on_disk
         self._opened, self._in_turn, self._target = opened, in_turn, target
-        self._batches, self._held_from = _parted(opened.batches(), held)
+        self._batches, self._held_from = _parted(opened.inputs, opened.batches(), held)
         self._mine = opened.ranks.share([len(next(iter(b.values()))) for b in self._batches])
         self._consumers = {group.name: linear_maps(opened.model, group) for group in groups}
         self._places = (
@@ -456,17 +456,17 @@ class Walk:
                 tensor.data, originals[key] = originals[key], tensor.data
 
 
-def _parted(batches: Sequence[Batch], held: int) -> tuple[list[Batch], int]:
+def _parted(inputs: ModelInputs, batches: Sequence[Batch], held: int) -> tuple[list[Batch], int]:
     """Return batches none of which is held out in part, and how many of them are not at all."""
     fitted: list[Batch] = []
     rest: list[Batch] = []
-    left = sum(len(next(iter(batch.values()))) for batch in batches) - held
+    left = sum(map(inputs.count, batches)) - held
     for batch in batches:
-        count = len(next(iter(batch.values())))
+        count = inputs.count(batch)
         if left > 0:
-            fitted.append({name: x[:left] for name, x in batch.items()})
+            fitted.append(inputs.rows(batch, 0, left))
         if left < count:
-            rest.append({name: x[max(left, 0) :] for name, x in batch.items()})
+            rest.append(inputs.rows(batch, max(left, 0), None))
         left -= count
     return [*fitted, *rest], len(fitted)
 

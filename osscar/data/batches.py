@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -53,8 +54,14 @@ class ModelInputs(Protocol):
     def batches(self, model: nn.Module, batch_size: int) -> list[Batch]:
         """Return the calibration data, on the model's device."""
 
-    def some(self, model: nn.Module, count: int) -> Batch:
-        """Return so many samples, the first ones, again and again if there are fewer."""
+    def count(self, batch: Batch) -> int:
+        """Return how many samples there are in a batch."""
+
+    def rows(self, batch: Batch, start: int, stop: int | None) -> Batch:
+        """Return some of the samples in a batch."""
+
+    def only(self, batch: Batch) -> ModelInputs:
+        """Return data of the same sort that are one batch."""
 
     def proofs(self, model: nn.Module, seed: int) -> list[Batch]:
         """Return random inputs of two different sizes, on the model's device."""
@@ -115,10 +122,17 @@ class TokenInputs:
         pieces = torch.split(self.windows, rows)
         return [{"input_ids": ids.to(device_of(model))} for ids in pieces]
 
-    def some(self, model: nn.Module, count: int) -> Batch:
-        """Return windows."""
-        rows = torch.arange(count) % self.samples
-        return {"input_ids": self.windows[rows].to(device_of(model))}
+    def count(self, batch: Batch) -> int:
+        """Return how many windows there are."""
+        return len(batch["input_ids"])
+
+    def rows(self, batch: Batch, start: int, stop: int | None) -> Batch:
+        """Return some of the windows."""
+        return {"input_ids": batch["input_ids"][start:stop]}
+
+    def only(self, batch: Batch) -> TokenInputs:
+        """Return these windows."""
+        return TokenInputs(batch["input_ids"])
 
     def proofs(self, model: nn.Module, seed: int) -> list[Batch]:
         """Return random tokens: two short windows, and one of half the length."""
@@ -177,8 +191,20 @@ class TensorInputs:
             self._on(model, rows) for rows in torch.split(torch.arange(self.samples), batch_size)
         ]
 
+    def count(self, batch: Batch) -> int:
+        """Return how many samples there are in a batch."""
+        return len(next(iter(batch.values())))
+
+    def rows(self, batch: Batch, start: int, stop: int | None) -> Batch:
+        """Return some of the samples in a batch."""
+        return {name: tensor[start:stop] for name, tensor in batch.items()}
+
+    def only(self, batch: Batch) -> TensorInputs:
+        """Return these samples."""
+        return dataclasses.replace(self, tensors=batch)
+
     def some(self, model: nn.Module, count: int) -> Batch:
-        """Return samples."""
+        """Return so many samples, the first ones, again and again if there are fewer."""
         return self._on(model, torch.arange(count) % self.samples)
 
     def proofs(self, model: nn.Module, seed: int) -> list[Batch]:
@@ -214,6 +240,93 @@ class TensorInputs:
         return {name: cast_like(tensor[rows], reference) for name, tensor in self.tensors.items()}
 
 
+@dataclass(frozen=True, eq=False)
+class SeparateInputs:
+    """Samples of sizes of their own, such as graphs, each of which the model is given alone.
+
+    Parameters
+    ----------
+    each
+        For each sample, tensors by the name of the argument, of any dimensions.
+    """
+
+    batch_size: ClassVar[int] = 1
+    classes: ClassVar[bool] = False
+
+    each: tuple[Mapping[str, Tensor], ...]
+
+    def check(self, model: nn.Module) -> None:
+        """Refuse arguments that the model does not have, and samples that are not of one form."""
+        if not self.each:
+            raise CalibrationError("the calibration data are an empty list; give samples")
+        forms = [
+            {name: f"{name} {t.dtype} with {t.ndim} dimensions" for name, t in sample.items()}
+            for sample in self.each
+        ]
+        for index, sample in enumerate(self.each):
+            if forms[index] != forms[0]:
+                has, due = (", ".join(forms[i].values()) or "nothing" for i in (index, 0))
+                raise CalibrationError(
+                    f"sample {index} of the calibration data is {has}, and sample 0 is {due}; give "
+                    "all of them in the same form"
+                )
+            try:
+                for one in [{name: t} for name, t in sample.items()] or [{}]:
+                    check_tensors(one)  # each alone, since samples are no entries
+                check_arguments(model, sample)
+            except CalibrationError as error:
+                raise CalibrationError(f"sample {index}: {error}") from error
+
+    def example(self, model: nn.Module) -> Batch:
+        """Return the first sample."""
+        return self._on(model, self.each[0])
+
+    def batches(self, model: nn.Module, batch_size: int) -> list[Batch]:
+        """Return the samples, each in a batch of its own."""
+        return [self._on(model, sample) for sample in self.each]
+
+    def count(self, batch: Batch) -> int:
+        """Return that there is one."""
+        return 1
+
+    def rows(self, batch: Batch, start: int, stop: int | None) -> Batch:
+        """Return the sample, which has no parts."""
+        return batch
+
+    def only(self, batch: Batch) -> SeparateInputs:
+        """Return this sample."""
+        return SeparateInputs((batch,))
+
+    def proofs(self, model: nn.Module, seed: int) -> list[Batch]:
+        """Return noise with the mean and spread of the first two samples.
+
+        What is not a floating-point tensor, such as the edges of a graph, is as it is.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        return [
+            {name: _noise_like(t, generator) for name, t in self._on(model, sample).items()}
+            for sample in self.each[:2]
+        ]
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Samples and their shapes; None stands for a size in which they differ."""
+        shapes = {}
+        for name in self.each[0]:
+            sizes = zip(*(sample[name].shape for sample in self.each), strict=True)
+            shapes[name] = [one[0] if len(set(one)) == 1 else None for one in sizes]
+        return {"samples": self.samples, "shapes": shapes}
+
+    @property
+    def samples(self) -> int:
+        """How many there are."""
+        return len(self.each)
+
+    def _on(self, model: nn.Module, sample: Mapping[str, Tensor]) -> Batch:
+        reference = next(model.parameters())
+        return {name: cast_like(tensor, reference) for name, tensor in sample.items()}
+
+
 def as_inputs(model: nn.Module, calibration: Any) -> ModelInputs:
     """Return calibration data in the form that the model reads.
 
@@ -224,7 +337,8 @@ def as_inputs(model: nn.Module, calibration: Any) -> ModelInputs:
     calibration
         A `CalibrationSet` or token windows (int64) for a language model; an `ImageSet`, a
         `TensorSet`, a floating-point tensor, several tensors as a tuple, or a mapping by argument
-        name.
+        name; or a list of such tuples or mappings, each of one sample whose tensors have any
+        dimensions.
 
     Raises
     ------
@@ -280,11 +394,26 @@ def _wrapped(model: nn.Module, calibration: Any) -> ModelInputs:
         return TensorInputs(calibration)
     if isinstance(calibration, tuple) and all(isinstance(t, Tensor) for t in calibration):
         return TensorInputs(named_inputs(model, calibration))
-    raise CalibrationError(
-        f"cannot calibrate on a {type(calibration).__name__}; give token windows, images, or "
-        "tensors with one sample for each entry of their first dimension: one, a tuple in the "
-        "order of the model's arguments, or a mapping by their names"
-    )
+    if isinstance(calibration, list):
+        return SeparateInputs(tuple(_sample(model, one) for one in calibration))
+    raise CalibrationError(f"cannot calibrate on a {type(calibration).__name__}; {_FORMS}")
+
+
+_FORMS = (
+    "give token windows, images, or tensors with one sample for each entry of their first "
+    "dimension: one, a tuple in the order of the model's arguments, or a mapping by their names; "
+    "where samples are no entries, as of graphs, a list with such a tuple or mapping for each"
+)
+
+
+def _sample(model: nn.Module, sample: Any) -> Mapping[str, Tensor]:
+    """Return the arguments that are one sample."""
+    values = sample.values() if isinstance(sample, Mapping) else sample
+    if not isinstance(sample, Mapping | tuple) or not all(isinstance(t, Tensor) for t in values):
+        raise CalibrationError(
+            f"cannot calibrate on a list with a {type(sample).__name__} in it; {_FORMS}"
+        )
+    return sample if isinstance(sample, Mapping) else named_inputs(model, sample)
 
 
 def named_inputs(model: nn.Module, args: Sequence[Tensor]) -> Batch:

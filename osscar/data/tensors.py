@@ -152,7 +152,12 @@ def check_tensors(tensors: Mapping[str, Tensor]) -> None:
         raise CalibrationError("the data are an empty mapping; give tensors by name")
     if len({len(tensor) for tensor in tensors.values()}) != 1:
         counts = {name: len(tensor) for name, tensor in tensors.items()}
-        raise CalibrationError(f"the data disagree on the number of samples: {counts}")
+        each = ", ".join(f"{name!r}: ..." for name in counts)
+        raise CalibrationError(
+            f"the data disagree on the number of samples: {counts}; where the first dimension is "
+            "not the sample, as of the nodes and edges of a graph, calibrate from Python on a list "
+            f"with one dict of arguments for each sample: [{{{each}}}, ...]"
+        )
 
 
 def check_arguments(

@@ -159,17 +159,17 @@ def timed_pass(
         began = clock()
         ready.model(**inputs)
         seconds = passed()
-    samples = len(next(iter(batch.values())))
+    samples = ready.inputs.count(batch)
     return TimedPass(samples, max(seconds, 1e-9), tuple(before), tuple(after), shapes), seen
 
 
 def first_samples(ready: Opened, count: int) -> Batch:
     """Return the first calibration samples, at most a batch of them."""
-    return {name: x[:count] for name, x in ready.batches()[0].items()}
+    return ready.inputs.rows(ready.batches()[0], 0, count)
 
 
 def probed_samples(ready: Opened, one: TimedPass) -> int:
     """Return how many samples to run: few of all, unless they are quickly run."""
-    batch = len(next(iter(ready.batches()[0].values())))
+    batch = ready.inputs.count(ready.batches()[0])
     few = -(-ready.inputs.samples // 32)
     return max(1, min(batch, max(few, int(_CHEAP_SECONDS / one.seconds))))

@@ -28,7 +28,7 @@ from osscar.capture.targets import Target
 from osscar.capture.walk import add_call
 from osscar.core.modules import device_of
 from osscar.core.phases import Clock, Phase, spending
-from osscar.data.batches import TokenInputs
+from osscar.data.batches import TensorInputs
 from osscar.pruning.certify import EXACT_UNITS
 from osscar.pruning.curves import curve_samples, elimination_curve
 from osscar.pruning.forward_probe import Seen, TimedPass
@@ -341,7 +341,7 @@ def backward_seconds(
         What time is.
     """
     [batch, *_] = small_batches(ready, curve_samples(ready))
-    batch = {name: x[:samples] for name, x in batch.items()}
+    batch = ready.inputs.rows(batch, 0, samples)
     factors = [_factors(ready, one) for one in sort.maps]
     generator = torch.Generator(device_of(ready.model)).manual_seed(0)
     with warnings.catch_warnings():
@@ -349,13 +349,13 @@ def backward_seconds(
         began = clock()
         one_pass(ready, batch, factors, generator)
         seconds = clock() - began
-    count = len(next(iter(batch.values())))
+    count = ready.inputs.count(batch)
     return max(seconds / count - factor_seconds, 0.0)
 
 
 def _factors(ready: Opened, one: LinearMap) -> Factors:
     found = Factors.of(one)
-    found.axis = None if isinstance(ready.inputs, TokenInputs) else 0
+    found.axis = 0 if isinstance(ready.inputs, TensorInputs) else None
     return found
 
 

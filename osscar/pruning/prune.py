@@ -64,7 +64,8 @@ def prune_as_asked(
         A language model that takes ``input_ids``, or any model whose inputs are tensors.
     calibration
         Token windows, (samples, seqlen) int64, or a `CalibrationSet`; an `ImageSet`; or tensors
-        whose first dimension is the sample: one, a tuple, or a mapping by argument name.
+        whose first dimension is the sample: one, a tuple, or a mapping by argument name.  Where it
+        is not, as of graphs, a list of such tuples or mappings, one for each sample.
     request
         What is asked for.  `osscar.prune` takes its fields as keywords: `PruningRequest` describes
         them.

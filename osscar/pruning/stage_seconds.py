@@ -10,7 +10,6 @@ from osscar.capture.opened import Opened
 from osscar.capture.targets import Target
 from osscar.core.phases import Clock, Phase
 from osscar.core.timing import WORTHWHILE_SECONDS
-from osscar.data.batches import ModelInputs, TensorInputs, TokenInputs
 from osscar.pruning.batch_norm import BatchNormMode, batch_norms, dense_statistics
 from osscar.pruning.curves import curve_samples
 from osscar.pruning.fluctuation import measure_fluctuations
@@ -95,12 +94,10 @@ class Seconds:
     def _fluctuations(self) -> float:
         """Return what the scores of FLAP take."""
         ready, few = self.ready, first_samples(self.ready, self.plan.seen)
-        tokens = isinstance(ready.inputs, TokenInputs)
-        fewer: ModelInputs
-        fewer = TokenInputs(few["input_ids"]) if tokens else TensorInputs(few, ready.inputs.classes)
         began = self.clock()
         measure_fluctuations(
-            dataclasses.replace(ready, inputs=fewer), asked_groups(ready, self.request)[2]
+            dataclasses.replace(ready, inputs=ready.inputs.only(few)),
+            asked_groups(ready, self.request)[2],
         )
         return (self.clock() - began) * ready.inputs.samples / self.plan.seen
 

@@ -9,7 +9,7 @@ outputs have to be those of the masked model.
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -153,11 +153,9 @@ class DenseProgram:
     @property
     def shapes(self) -> dict[str, tuple[int | None, ...]]:
         """The sizes of its inputs; None for those that may vary."""
-        standalone = self.traced.standalone
-        arguments = [node for node in standalone.program.nodes if node.op == "placeholder"]
         return {
-            name: tuple(None if varies(size) else concrete(size) for size in node.meta["val"].shape)
-            for name, node in zip(standalone.names, arguments, strict=True)
+            name: tuple(None if varies(size) else concrete(size) for size in sizes)
+            for name, sizes in self._sizes()
         }
 
     def resized(self, numerator: int, denominator: int) -> dict[str, list[int]]:
@@ -168,16 +166,20 @@ class DenseProgram:
         numerator, denominator
             How many times as large.
         """
-        standalone = self.traced.standalone
-        arguments = [node for node in standalone.program.nodes if node.op == "placeholder"]
-        shapes = {}
-        for name, node in zip(standalone.names, arguments, strict=True):
-            first, *others = node.meta["val"].shape
-            shapes[name] = [1 if varies(first) else first]
+        shapes: dict[str, list[int]] = {}
+        for name, (first, *others) in self._sizes():
+            shapes[name] = [1 if varies(first) else concrete(first) or 1]
             for size in others:
                 was = concrete(size) or 1
                 shapes[name].append(was * numerator // denominator if varies(size) else was)
         return shapes
+
+    def _sizes(self) -> Iterator[tuple[str, Sequence[int | torch.SymInt]]]:
+        """Yield the names of its inputs, and their sizes in the trace."""
+        standalone = self.traced.standalone
+        arguments = (node for node in standalone.program.nodes if node.op == "placeholder")
+        for name, node in zip(standalone.names, arguments, strict=True):
+            yield name, node.meta["val"].shape
 
     def shrunk(self, plan: PruningPlan) -> ProgramModule:
         """Return a smaller program, in evaluation mode; this one is not changed.

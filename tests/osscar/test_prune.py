@@ -13,6 +13,7 @@ import graph
 import osscar
 import solvers
 from graph.groups import CouplingGroup, Role, Slot, UnitKind
+from osscar.capture.curvature import curvature, held_batches, small_batches
 from osscar.capture.opened import opened
 from osscar.capture.regularization import DEFAULT_DAMP
 from osscar.core.errors import (
@@ -28,6 +29,7 @@ from osscar.pruning.request import PruningRequest
 from osscar.pruning.sweep import BudgetKind, jobs, sweep
 from osscar.shrinking.lineage import lineage_of
 from tests.osscar.families import FAMILIES, logits, tiny, tokens
+from tests.osscar.programs import without_units
 
 CHEAP = {"backend": "magnitude", "device": "cpu"}
 
@@ -316,10 +318,83 @@ def test_wrapped_models_are_refused_with_a_way_out(wrap, message, named):
         osscar.prune(wrap(two_layers()), {"input": x} if named else x, neurons=0.5, device="cpu")
 
 
-@pytest.mark.parametrize(("data", "message"), [([], "a tuple in the order"), ({}, "empty mapping")])
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (set(), "a tuple in the order"),
+        ({}, "empty mapping"),
+        ([], "empty list"),
+        ([torch.zeros(2, 6)], "on a list with a Tensor in it .* give .* a list with such a tuple"),
+        ([{"input": torch.zeros(2, 6)}, {}], "sample 1 .* is nothing, and sample 0 is input torch"),
+        ([{"other": torch.zeros(2, 6)}], "sample 0: .* takes no 'other'"),
+        ([{"input": torch.full((2, 6), torch.nan)}], "sample 0: .* 'input' have NaN"),
+        ({"input": torch.zeros(2, 6), "edges": torch.zeros(3, 2)}, r"takes no 'edges'"),
+    ],
+)
 def test_data_of_other_forms_are_refused_with_those_that_are_not(data, message):
     with pytest.raises(OsscarError, match=message):
         osscar.prune(two_layers(), data, neurons=0.5, device="cpu")
+
+
+class Messages(nn.Module):
+    """A graph network: nodes read the nodes to which edges lead; with one output for the graph."""
+
+    def __init__(self):
+        super().__init__()
+        self.send, self.keep, self.read = nn.Linear(6, 16), nn.Linear(6, 16), nn.Linear(16, 3)
+
+    def forward(self, x, edges):
+        source, target = edges
+        sent = self.send(x)
+        received = torch.zeros_like(sent).index_add(0, target, sent[source])
+        return self.read(torch.relu(self.keep(x) + received)).mean(0, keepdim=True)
+
+
+def nodes_and_edges(nodes):
+    return {"x": torch.randn(nodes, 6), "edges": torch.randint(nodes, (2, 2 * nodes))}
+
+
+@pytest.mark.parametrize(
+    ("form", "asked"), [("module", {"neurons": 0.5}), ("graph", {"flops": 0.6})]
+)
+def test_graphs_are_samples_of_sizes_of_their_own(form, asked):
+    torch.manual_seed(0)
+    model, data = Messages().eval(), [nodes_and_edges(nodes) for nodes in range(4, 20)]
+    with pytest.raises(
+        CalibrationError, match=r"one dict of arguments for each .*\{'x': \.\.\., 'ed"
+    ):
+        osscar.prune(model, data[0], **asked, device="cpu")
+    result = osscar.prune(model, data, **asked, form=form, device="cpu")
+    assert result.form == form
+    assert result.held_out == 2
+    assert result.calibration["shapes"] == {"x": [None, 6], "edges": [2, None]}
+    [layer] = result.layers
+    assert layer.kept < 16
+    larger = nodes_and_edges(50)
+    dropped = without_units(model, result.plan)
+    dense = model(**larger)
+    assert (result.model(**larger) - dense).norm() < (dropped(**larger) - dense).norm()
+    as_tuples = [tuple(sample.values()) for sample in data]
+    again = osscar.prune(model, as_tuples, **asked, form=form, device="cpu")
+    assert torch.equal(again.model(**larger), result.model(**larger))
+    assert len(osscar.prune(model, data[:1], **asked, device="cpu").layers) == 1
+
+
+def test_samples_apart_come_to_what_samples_together_do():
+    model, x = two_layers(), torch.randn(64, 6)
+    apart = [{"input": row[None]} for row in x]
+    for asked in ({"neurons": 0.5}, {"neurons": 0.5, "target": "residual"}):
+        one, other = (osscar.prune(model, data, **asked, device="cpu") for data in (x, apart))
+        assert one.plan == other.plan
+        assert one.held_out == other.held_out
+        torch.testing.assert_close(one.model(x), other.model(x))
+    with opened(model, x) as together, opened(model, apart) as alone:
+        for ready in (together, alone):
+            [found] = curvature(ready, [g for g in ready.groups if g.prunable], samples=64, seed=0)
+            assert found.reached
+        assert held_batches(alone, small_batches(alone, 64)) == 16
+    estimated = osscar.estimate(model, apart, sparsity=0.3, device="cpu")
+    assert estimated.seconds > 0
 
 
 def test_widths_are_chosen_alike_where_gradients_are_off():
