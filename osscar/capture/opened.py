@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -33,9 +33,17 @@ from osscar.core.modules import (
 from osscar.core.on_disk import shapes_only
 from osscar.core.ranks import ALONE, Ranks
 from osscar.data.batches import Batch, ModelInputs, as_inputs
-from osscar.shrinking.attention import expose_attention
+from osscar.shrinking.alibi import PREPARED
+from osscar.shrinking.attention import changed, expose_attention, exposed
 from osscar.shrinking.dense import remember_dense
-from osscar.shrinking.equivalence import call, comparable, proof_outputs, prove_equal
+from osscar.shrinking.equivalence import (
+    call,
+    comparable,
+    finer_precision,
+    in_format_of,
+    proof_outputs,
+    prove_equal,
+)
 from osscar.shrinking.fold import Folded, fold
 from osscar.shrinking.follow import prepare
 from osscar.shrinking.kernels import followed_mixtures
@@ -231,14 +239,34 @@ def _prepare(model: nn.Module, example: Batch, expected: list[Tensor], heads: bo
     EquivalenceError
         If it computes something else.
     """
-    before = [type(module) for module in model.modules()]
     folded = _fold(model, example, expected)
-    prepare(model)
-    if heads:
-        expose_attention(model)
-    if expected and before != [type(module) for module in model.modules()]:
-        prove_equal(expected, _outputs(model, example))
+    new = [*changed(model, PREPARED), *(exposed(model) if heads else ())]
+    # In a coarse number format, sums in another order would differ.
+    with finer_precision(model, example) if new else nullcontext():
+        finer = in_format_of(example, model)
+        as_before = _outputs(model, finer) if new and expected else []
+        prepare(model)
+        if heads:
+            expose_attention(model)
+        if as_before:
+            _check_rewritten(as_before, _outputs(model, finer), new)
     return folded
+
+
+def _check_rewritten(expected: list[Tensor], found: list[Tensor], new: Sequence[str]) -> None:
+    """Refuse modules that compute something else with forward passes that can be followed."""
+    try:
+        prove_equal(expected, found, names=("the model", "the model with forward passes of OSSCAR"))
+    except EquivalenceError as error:
+        more = f" and {len(new) - _MOST_NAMED} more" if len(new) > _MOST_NAMED else ""
+        raise EquivalenceError(
+            f"{error}: {', '.join(map(repr, new[:_MOST_NAMED]))}{more} cannot be followed; leave "
+            "heads out of what is asked (neurons= or channels= alone), or give these modules a "
+            "class with a forward of its own, which stays as it is"
+        ) from error
+
+
+_MOST_NAMED = 4
 
 
 def _fold(model: nn.Module, example: Batch, expected: list[Tensor]) -> list[Folded]:

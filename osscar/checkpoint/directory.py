@@ -65,6 +65,7 @@ from osscar.checkpoint.streamed import (
     write_weights,
 )
 from osscar.core.errors import (
+    AdapterError,
     CheckpointError,
     EquivalenceError,
     OptionError,
@@ -88,7 +89,7 @@ from osscar.shrinking.dense import dense_of, remember_dense, without_values
 from osscar.shrinking.equivalence import Inputs, in_format_of, proof_outputs, prove_equal, runs
 from osscar.shrinking.fold import fold, is_normalized
 from osscar.shrinking.lineage import FORMATS, LINEAGE, Lineage, lineage_of, stored_dtype
-from osscar.shrinking.plan import Form
+from osscar.shrinking.plan import Form, PruningPlan
 from osscar.shrinking.program import ProgramModule
 from osscar.shrinking.shrink_program import replayed
 
@@ -345,7 +346,7 @@ def load(
             model = _dense(builder, stored or {}, path, dtype)
         fold(model, stored or {})  # what the pruned model has as a plain weight
         for plan in manifest.lineage.plans:
-            model = replayed(model, plan)
+            model = _carried_out(model, plan, path)
         check_tensors(model, stored or {}, path)
     except DESCRIPTION_ERRORS as error:
         raise CheckpointError(
@@ -358,6 +359,17 @@ def load(
     except (OSError, RuntimeError, safetensors.SafetensorError) as error:
         raise CheckpointError(f"the weights in {path} do not fit its plan: {error}") from error
     return _checked(model.eval(), manifest, path)
+
+
+def _carried_out(model: nn.Module, plan: PruningPlan, path: Path) -> nn.Module:
+    """Return a model without what a plan removes."""
+    try:
+        return replayed(model, plan)
+    except AdapterError as error:
+        raise CheckpointError(
+            f"{path} cannot be made again of {type(model).__name__}: {error}; give the dense model "
+            "that it was made of (dense=), with the code and the torch of that time"
+        ) from error
 
 
 def _check_form(model: nn.Module, file: Path) -> None:
@@ -557,7 +569,8 @@ def _prove_same(model: nn.Module, again: nn.Module, example_inputs: Inputs | Non
             inputs = _drawn_inputs(model, device)
         if inputs is not None:
             expected = proof_outputs(model, [inputs])
-            prove_equal(expected, _outputs_again(again.to(device), inputs))
+            found = _outputs_again(again.to(device), inputs)
+            prove_equal(expected, found, names=("the model", "the model that was read back"))
 
 
 def _outputs_again(again: nn.Module, inputs: Inputs) -> list[torch.Tensor]:

@@ -89,7 +89,7 @@ def export_pt2(
         with partial.open("rb") as file, torch.no_grad():
             again = torch.export.load(file).module()
             found = pytree.tree_leaves(again(**example))
-        prove_equal(expected, found)
+        prove_equal(expected, found, names=("the program", "the archive that was read back"))
     return ExportedArchive(target, target.stat().st_size, _input_shapes(program, example))
 
 

@@ -139,7 +139,7 @@ def what_follows(ready: Opened, request: PruningRequest) -> Followed:
     refused = tuple(group for group in left if form is Form.GRAPH or not _only(ready, group.name))
     if (refused and request.strict) or len(left) == len(groups):
         raise (AdapterError if trial.of_modules else EquivalenceError)(
-            _refusal(left, len(groups), request.strict)
+            _refusal(left, len(groups), request)
         )
     if form is Form.MODULE:
         going = [group for group in groups if group.name not in trial.reasons]
@@ -328,15 +328,17 @@ def _listed(said: Sequence[str]) -> str:
     return "; ".join([*said[:_MOST_TOLD], *more])
 
 
-def _refusal(left: Sequence[LeftAlone], tried: int, strict: bool) -> str:
-    """Say why nothing is pruned."""
+def _refusal(left: Sequence[LeftAlone], tried: int, request: PruningRequest) -> str:
+    """Say why nothing is pruned, and what to do."""
     none = tried == len(left)
     count = f"{'none' if none else len(left)} of {counted(tried, 'group')}"
     verb = "cannot" if tried > len(left) else "can"
-    them = (
-        f"; leave them out (--skip {left[0].name!r}), or let all others go without --strict"
-        if strict and tried > len(left)
-        else ""
-    )
+    if none:
+        them = "let the code take these sizes from its weights, or write -1 for them, or register "
+        them += "what has to change with @osscar.adapter"
+        if FormChoice(request.form) is FormChoice.MODULE:
+            them += "; or let the exported program lose them (form='graph', --form graph)"
+    else:
+        them = f"leave them out (--skip {left[0].name!r}), or let all others go without --strict"
     reasons = _listed([f"{group.name!r}: {group.reason}" for group in left])
-    return f"nothing was pruned, and nothing was written: {count} {verb} follow: {reasons}{them}"
+    return f"nothing was pruned, and nothing was written: {count} {verb} follow: {reasons}; {them}"

@@ -312,13 +312,22 @@ def rewritten(module: nn.Module, classes: Mapping[str, type[AnyHeads]]) -> None:
     classes
         Which classes to replace, and what to mix into them.
     """
-    kind = type(module)
-    mixin = _mixin(kind, classes)
-    if mixin is None or not mixin.wanted(module):
-        return
-    module.__class__ = _mixed(mixin, kind)
-    assert isinstance(module, AnyHeads)
-    module.adopt()
+    mixin = _wanted(module, classes)
+    if mixin is not None:
+        module.__class__ = _mixed(mixin, type(module))
+        assert isinstance(module, AnyHeads)
+        module.adopt()
+
+
+def changed(model: nn.Module, classes: Mapping[str, type[AnyHeads]]) -> list[str]:
+    """Return the names of the modules that `rewritten` changes."""
+    return [name for name, module in model.named_modules() if _wanted(module, classes)]
+
+
+def _wanted(module: nn.Module, classes: Mapping[str, type[AnyHeads]]) -> type[AnyHeads] | None:
+    """Return what is mixed into the class of a module, if it needs another one."""
+    mixin = _mixin(type(module), classes)
+    return mixin if mixin is not None and mixin.wanted(module) else None
 
 
 def _mixin(kind: type[nn.Module], classes: Mapping[str, type[AnyHeads]]) -> type[AnyHeads] | None:
@@ -345,9 +354,14 @@ def expose_attention(model: nn.Module) -> None:
     model
         Changed in place; what it computes stays the same.
     """
-    for module in model.modules():
-        if not is_extended(module):  # those cannot lose heads
-            rewritten(module, REWRITTEN)
+    for name in exposed(model):
+        rewritten(model.get_submodule(name), REWRITTEN)
+
+
+def exposed(model: nn.Module) -> list[str]:
+    """Return the names of the modules that `expose_attention` changes."""
+    names = changed(model, REWRITTEN)
+    return [name for name in names if not is_extended(model.get_submodule(name))]  # keep all heads
 
 
 def rewrite_cut(module: nn.Module, group: GroupPlan) -> None:

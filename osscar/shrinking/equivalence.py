@@ -149,10 +149,17 @@ def _tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
     return [*model.named_parameters(), *model.named_buffers()]
 
 
+_NAMES = ("the masked one", "the shrunk model")
+
+
 def prove_equal(
-    masked: Iterable[Tensor], shrunk: Iterable[Tensor], *, tolerance: float | None = None
+    masked: Iterable[Tensor],
+    shrunk: Iterable[Tensor],
+    *,
+    tolerance: float | None = None,
+    names: tuple[str, str] = _NAMES,
 ) -> float:
-    """Compare the outputs of the masked and of the shrunk model.
+    """Compare the outputs of two models, mostly of the masked and of the shrunk one.
 
     Parameters
     ----------
@@ -161,6 +168,8 @@ def prove_equal(
     tolerance
         Largest difference allowed, relative to the largest output; by default that of the number
         format.
+    names
+        What both are in an error.
 
     Returns
     -------
@@ -173,21 +182,21 @@ def prove_equal(
         If they differ by more than rounding.
     """
     worst, compared = 0.0, False
+    one, other = names
     for a, b in zip(masked, shrunk, strict=True):
         if a.shape != b.shape:
             raise EquivalenceError(
-                f"the shrunk model puts out {tuple(b.shape)}, the masked one {tuple(a.shape)}; "
-                "a module keeps a size that did not follow: please report the architecture"
+                f"{other} puts out {tuple(b.shape)}, {one} {tuple(a.shape)}, so that a size is "
+                "kept that did not follow"
             )
         allowed = _TOLERANCE.get(a.dtype, 1e-4) if tolerance is None else tolerance
-        error = _difference(a, b)
+        error = _difference(a, b, names)
         if error is None:
             continue
         if not error <= allowed:
             raise EquivalenceError(
-                f"the shrunk model's output differs from the masked one's by {error:.2e} of its "
-                f"largest value (tolerance {allowed:.0e}): please report "
-                "the architecture"
+                f"{other}'s output differs from {one}'s by {error:.2e} of its largest value "
+                f"(tolerance {allowed:.0e})"
             )
         worst, compared = max(worst, error), True
     if not compared:
@@ -222,16 +231,17 @@ def rounding(outputs: Sequence[Tensor]) -> float:
     return max((torch.finfo(kind).eps ** 0.5 for kind in kinds), default=0.0)
 
 
-def _difference(a: Tensor, b: Tensor) -> float | None:
+def _difference(a: Tensor, b: Tensor, names: tuple[str, str] = _NAMES) -> float | None:
     """Return the largest difference, relative to the largest value; None if there is no value."""
+    one, other = names
     if not a.numel():
         return None
     if not _is_number(a):
         if not torch.equal(a, b):
             share = float((a != b).double().mean())
             raise EquivalenceError(
-                f"the shrunk model's output is another one than the masked one's at {share:.1%} of "
-                f"its {a.dtype} entries, which have to be equal"
+                f"{other}'s output is another one than {one}'s at {share:.1%} of its {a.dtype} "
+                "entries, which have to be equal"
             )
         return 0.0
     worst = largest = 0.0
@@ -244,8 +254,7 @@ def _difference(a: Tensor, b: Tensor) -> float | None:
         same = torch.equal(finite, torch.isfinite(y))
         if not same or not torch.equal(x[~finite].nan_to_num(), y[~finite].nan_to_num()):
             raise EquivalenceError(
-                "the shrunk model's output is infinite, or not a number, at other places than the "
-                "masked one's: please report the architecture"
+                f"{other}'s output is infinite, or not a number, at other places than {one}'s"
             )
         if bool(finite.any()):
             x, y, some = x[finite], y[finite], True

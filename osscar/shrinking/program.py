@@ -96,7 +96,10 @@ def exported(program: ProgramModule) -> torch.export.ExportedProgram:
 def _traced(program: ProgramModule) -> tuple[TracedInput, ...]:
     plans = [plan for plan in lineage_of(program).plans if plan.traced]
     if not plans:
-        raise ModelError("the program does not know the inputs that it was traced with")
+        raise ModelError(
+            "the program does not know the inputs that it was traced with; give one that "
+            "osscar.prune, osscar.shrink_program or osscar.load returned"
+        )
     return plans[-1].traced
 
 

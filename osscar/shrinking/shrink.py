@@ -185,7 +185,14 @@ def fold_named(model: nn.Module, plan: PruningPlan, inputs: Sequence[Inputs]) ->
         found = outputs_before(model, inputs)
         for one in folded:
             one.undo()
-        prove_equal(outputs_before(model, inputs), found)
+        names = ("the model", "the model with plain weights where they were normalized")
+        try:
+            prove_equal(outputs_before(model, inputs), found, names=names)
+        except EquivalenceError as error:
+            raise EquivalenceError(
+                f"{error}: code of its own reads {folded[0].tensor!r}; leave what cuts it out, or "
+                "prune the model with plain weights (remove_parametrizations of torch)"
+            ) from error
         fold(model, plan.tensors)
 
 

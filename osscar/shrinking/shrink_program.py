@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from graph.preserve import preserved
-from osscar.core.errors import AdapterError, OptionError, first_line
+from osscar.core.errors import AdapterError, EquivalenceError, OptionError, first_line
 from osscar.core.inputs import shown
 from osscar.core.memory import let_shortage_pass
 from osscar.core.modules import evaluating, number_format, restored
@@ -114,7 +114,10 @@ def shrink_program(
         with preserved(model):  # what passes keep for the next would be traced as numbers
             finer = _proved_finer(model, plan, inputs, example, tolerance)
         trial = ProgramTrial(model, example, inputs)
-        program, error = trial.proved(plan, tolerance)
+        try:
+            program, error = trial.proved(plan, tolerance)
+        except EquivalenceError as failure:
+            raise type(failure)(f"{failure}; {_WAY_OUT}") from failure
         plan = dataclasses.replace(plan, traced=trial.traced)
         fixed = fixed_in_words(map(dataclasses.asdict, plan.traced))
         if fixed:
@@ -126,6 +129,12 @@ def shrink_program(
                 stacklevel=2,
             )
         return ShrunkProgram(_noted(program, model, plan), Proof(plan, max(error, finer)))
+
+
+_WAY_OUT = (
+    "leave groups out (a plan or groups= without them in Python, --skip on the command line), or "
+    "shrink the modules (form='module', --form module), where @osscar.adapter teaches one to follow"
+)
 
 
 def dense_program(

@@ -226,8 +226,11 @@ def test_a_program_of_an_encoder_that_lost_heads_is_read_back(tmp_path):
     net = nn.TransformerEncoderLayer(8, 4, 12, batch_first=True, norm_first=True).eval()
     data = torch.randn(24, 5, 8)
     result = osscar.prune(net, data, groups={"self_attn.heads": 2}, form="graph", **OFTEN)
-    again = osscar.load(result.save(tmp_path / "small").path, dense=net)
-    assert torch.equal(again(data), result.model(data))
+    path = result.save(tmp_path / "small").path
+    assert torch.equal(osscar.load(path, dense=net)(data), result.model(data))
+    other = nn.TransformerEncoderLayer(8, 2, 12, batch_first=True).eval()
+    with pytest.raises(CheckpointError, match=r"cannot be made again of .*give the dense model"):
+        osscar.load(path, dense=other)
 
 
 def test_a_program_of_an_attention_as_it_was_traced_is_read_back(tmp_path):

@@ -27,6 +27,7 @@ from osscar.core.errors import (
 )
 from osscar.pruning.request import PruningRequest
 from osscar.pruning.sweep import BudgetKind, jobs, sweep
+from osscar.shrinking.attention import MultiheadAttention
 from osscar.shrinking.lineage import lineage_of
 from tests.osscar.families import FAMILIES, logits, tiny, tokens
 from tests.osscar.programs import without_units
@@ -886,3 +887,24 @@ def test_linear_layers_of_timm_are_plain():
     result = osscar.prune(net, torch.randn(64, 8), neurons=0.5)
     assert result.model[2].in_features == 6
     assert isinstance(result.model[2], layers.Linear)
+
+
+def test_attention_of_torch_in_bfloat16_is_no_other_model():
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(16, 4, 12, batch_first=True, norm_first=True)
+    model, data = layer.eval().bfloat16(), torch.randn(24, 5, 16)
+    result = osscar.prune(model, data, heads=0.5, **CHEAP)
+    assert [layer.kept for layer in result.layers] == [2]
+    assert {p.dtype for p in result.model.parameters()} == {torch.bfloat16}
+
+
+def test_attention_that_cannot_be_followed_is_named_with_a_way_out(monkeypatch):
+    def double(self, query, *_args, **_kwargs):
+        return 2 * query, None
+
+    monkeypatch.setattr(MultiheadAttention, "forward", double)
+    model = nn.TransformerEncoderLayer(16, 4, 12, batch_first=True).eval()
+    words = r"forward passes of OSSCAR's output differs.*'self_attn' cannot .* leave heads out"
+    with pytest.raises(EquivalenceError, match=words):
+        osscar.prune(model, torch.randn(24, 5, 16), heads=0.5, **CHEAP)
+    assert osscar.prune(model, torch.randn(24, 5, 16), neurons=0.5, **CHEAP).layers
