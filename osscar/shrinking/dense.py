@@ -75,7 +75,8 @@ def remember_dense(model: nn.Module, inputs: Inputs | None = None) -> None:
         Some that it takes; of them the form is kept, and no value.
     """
     known = dense_of(model)
-    if known is None and not lineage_of(model).plans and not is_on_disk(model):
+    is_dense = not lineage_of(model).plans and any(True for _ in model.parameters())
+    if known is None and is_dense and not is_on_disk(model):
         with suppress(ModelError):
             known = DenseStructure(_with_zeros(model, torch.device("meta")), device_of(model))
     if known is not None:

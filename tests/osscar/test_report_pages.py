@@ -128,6 +128,13 @@ def test_what_was_left_alone_fits_the_page_with_its_reason(document, tmp_path, w
     assert line in text
 
 
+def test_sizes_that_a_program_takes_no_others_of_are_a_remark(document):
+    given = {"name": "x", "shape": [2, 9, 6], "dtype": "float32", "varies": [0, 1, 2]}
+    words = "The exported program takes 9 alone along dimension 1 of x, where the dense model takes"
+    assert words in prune_page({**document, "inputs": [{**given, "fixed": [1]}]})
+    assert words not in prune_page({**document, "inputs": [{**given, "fixed": []}]})
+
+
 def test_a_budget_of_time_is_a_share_of_the_dense_time(document):
     budget = {**document["budget"], "cost": "time", "dense": 1.0, "limit": 0.5, "reached": 0.51}
     budget["frontier"] = {"cost": [0.25, 0.5, 1.0], "nats": [2.0, 0.5, 0.0]}
