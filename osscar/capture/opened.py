@@ -35,7 +35,6 @@ from osscar.core.ranks import ALONE, Ranks
 from osscar.data.batches import Batch, ModelInputs, as_inputs
 from osscar.shrinking.alibi import PREPARED
 from osscar.shrinking.attention import changed, expose_attention, exposed
-from osscar.shrinking.dense import remember_dense
 from osscar.shrinking.equivalence import (
     call,
     comparable,
@@ -47,6 +46,7 @@ from osscar.shrinking.equivalence import (
 from osscar.shrinking.fold import Folded, fold
 from osscar.shrinking.follow import prepare
 from osscar.shrinking.kernels import followed_mixtures
+from osscar.shrinking.structure import remember_structure
 
 
 @dataclass(frozen=True, eq=False)
@@ -161,7 +161,7 @@ def opened(
     # What a model draws at random is nobody else's matter.
     with torch.random.fork_rng(graphics_cards(work)), without_cache(work), torch.no_grad():
         example = inputs.example(work)
-        remember_dense(work, example)
+        remember_structure(work, example)
         with untouched.observing(work):
             expected = _outputs(work, example)
         folded = _prepare(work, example, expected, heads)

@@ -85,13 +85,13 @@ from osscar.core.modules import (
     number_format,
 )
 from osscar.core.on_disk import is_on_disk, shelf_of, values_of
-from osscar.shrinking.dense import dense_of, remember_dense, without_values
 from osscar.shrinking.equivalence import Inputs, in_format_of, proof_outputs, prove_equal, runs
 from osscar.shrinking.fold import fold, is_normalized
 from osscar.shrinking.lineage import FORMATS, LINEAGE, Lineage, lineage_of, stored_dtype
 from osscar.shrinking.plan import Form, PruningPlan
 from osscar.shrinking.program import ProgramModule
 from osscar.shrinking.shrink_program import replayed
+from osscar.shrinking.structure import remember_structure, structure_of, without_values
 
 __all__ = ["SavedCheckpoint", "adopt_config", "check_output", "load", "save", "stock_config"]
 
@@ -340,7 +340,7 @@ def load(
         # Converted before plans are carried out, since the trace of a program holds number formats.
         if dense is not None:
             model = copied(dense) if dtype is None else cast(copied(dense), dtype)
-            remember_dense(model)
+            remember_structure(model)
         else:
             builder = read_builder(manifest.lineage.origin, path)
             model = _dense(builder, stored or {}, path, dtype)
@@ -543,7 +543,7 @@ def _read_again(model: nn.Module, path: Path) -> nn.Module:
 
 def _dense_of(model: nn.Module) -> nn.Module:
     """Build the dense model of code of somebody's own, with any weights."""
-    known = dense_of(model)
+    known = structure_of(model)
     if known is not None:
         return known.built()
     if lineage_of(model).plans:
@@ -586,7 +586,7 @@ def _outputs_again(again: nn.Module, inputs: Inputs) -> list[torch.Tensor]:
 
 def _drawn_inputs(model: nn.Module, device: torch.device) -> Inputs | None:
     """Return inputs of the form that the dense model took, if the model takes them."""
-    known = dense_of(model)
+    known = structure_of(model)
     drawn = None if known is None else known.drawn()
     if drawn is None:
         return None

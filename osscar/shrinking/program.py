@@ -29,12 +29,12 @@ from osscar.core.fake import on_shapes
 from osscar.core.memory import let_shortage_pass
 from osscar.core.modules import restored
 from osscar.shrinking.attention import expose_attention
-from osscar.shrinking.dense import hand_on_dense
 from osscar.shrinking.input_sizes import InputSizes
 from osscar.shrinking.kernels import followed_mixtures
 from osscar.shrinking.lineage import LINEAGE, lineage_of
 from osscar.shrinking.literals import Sizes, refusal, rewrite
 from osscar.shrinking.plan import GroupPlan, PruningPlan, TracedInput
+from osscar.shrinking.structure import hand_on_structure
 
 _GUARDS = "_guards_fn"
 """The module in a program that checks the sizes of its inputs."""
@@ -59,7 +59,7 @@ class ProgramModule(GraphModule):
         copy: ProgramModule = super().__deepcopy__(memo)  # type: ignore[assignment]
         if hasattr(self, LINEAGE):  # which torch leaves behind
             setattr(copy, LINEAGE, lineage_of(self))
-        hand_on_dense(self, copy)
+        hand_on_structure(self, copy)
         copy.built_by = self.built_by
         return copy
 

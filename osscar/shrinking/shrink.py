@@ -14,7 +14,6 @@ from osscar.core.errors import EquivalenceError, ModelError, OptionError, Osscar
 from osscar.core.inputs import shown
 from osscar.core.memory import let_shortage_pass
 from osscar.core.modules import evaluating, restored, restored_on_error
-from osscar.shrinking.dense import remember_dense
 from osscar.shrinking.equivalence import (
     Inputs,
     proof_outputs,
@@ -27,6 +26,7 @@ from osscar.shrinking.lineage import lineage_of, note
 from osscar.shrinking.mask import masked
 from osscar.shrinking.plan import GroupPlan, PruningPlan, check_plan
 from osscar.shrinking.slice import slice_units
+from osscar.shrinking.structure import remember_structure
 from osscar.shrinking.training import failure_in_training
 
 
@@ -81,7 +81,7 @@ def shrink(
     check_inputs(inputs)
     check_tolerance(tolerance)
     with evaluating(model), restored_on_error(model):
-        remember_dense(model, inputs[0])
+        remember_structure(model, inputs[0])
         proof = _Attempt(model, plan, inputs, tolerance)
         try:
             return proof.run()

@@ -19,7 +19,6 @@ from osscar.core.errors import AdapterError, EquivalenceError, OptionError, firs
 from osscar.core.inputs import shown
 from osscar.core.memory import let_shortage_pass
 from osscar.core.modules import evaluating, number_format, restored
-from osscar.shrinking.dense import hand_on_dense, remember_dense
 from osscar.shrinking.equivalence import (
     Inputs,
     finer_precision,
@@ -43,6 +42,7 @@ from osscar.shrinking.shrink import (
     outputs_before,
 )
 from osscar.shrinking.slice import slice_units
+from osscar.shrinking.structure import hand_on_structure, remember_structure
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,7 +108,7 @@ def shrink_program(
     check_tolerance(tolerance)
     check_example(example)
     with evaluating(model), restored(model):
-        remember_dense(model, inputs[0])
+        remember_structure(model, inputs[0])
         fold_named(model, plan, inputs)
         prepare(model)
         with preserved(model):  # what passes keep for the next would be traced as numbers
@@ -176,7 +176,7 @@ def replayed(model: nn.Module, plan: PruningPlan) -> nn.Module:
     if plan.form is Form.MODULE:
         slice_units(model, plan)
         return model
-    remember_dense(model)
+    remember_structure(model)
     fold(model, plan.tensors)
     prepare(model)
     example = in_format_of({given.name: given.example() for given in plan.traced}, model)
@@ -190,7 +190,7 @@ def _noted(program: ProgramModule, model: nn.Module, plan: PruningPlan) -> Progr
     """Let a program know what is known of the model that it was made of."""
     before = lineage_of(model)
     note(program, **{**vars(before), "plans": (*before.plans, plan)})
-    hand_on_dense(model, program)
+    hand_on_structure(model, program)
     if isinstance(model, PreTrainedModel):
         program.built_by = type(model), copy.deepcopy(model.config)
     return program

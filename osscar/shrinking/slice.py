@@ -17,11 +17,11 @@ from graph.preserve import forget_derived
 from osscar.core.errors import ModelError
 from osscar.core.modules import check_module, restored_on_error
 from osscar.core.on_disk import OnDisk
-from osscar.shrinking.dense import remember_dense
 from osscar.shrinking.fold import fold
 from osscar.shrinking.follow import mend, prepare, refresh
 from osscar.shrinking.lineage import lineage_of, note
 from osscar.shrinking.plan import Form, GroupPlan, Integer, PruningPlan, check_plan
+from osscar.shrinking.structure import remember_structure
 
 
 def slice_units(model: nn.Module, plan: PruningPlan) -> None:
@@ -53,7 +53,7 @@ def slice_units(model: nn.Module, plan: PruningPlan) -> None:
             "able to follow; osscar.load replays it"
         )
     with restored_on_error(model):
-        remember_dense(model)
+        remember_structure(model)
         fold(model, plan.tensors)
         prepare(model)
         cuts = _merged_cuts(model, plan)

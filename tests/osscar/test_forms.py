@@ -27,8 +27,8 @@ from osscar.core.errors import (
 from osscar.pruning import trial
 from osscar.pruning.request import PruningRequest
 from osscar.shrinking import follow, program
-from osscar.shrinking.dense import dense_of as dense_of_model
 from osscar.shrinking.plan import Form, GroupPlan, PruningPlan
+from osscar.shrinking.structure import structure_of
 from tests.osscar.families import tiny, tokens
 from tests.osscar.networks import images, small_net
 from tests.osscar.programs import CASES, far_apart, without_units
@@ -285,7 +285,7 @@ def test_a_program_that_cannot_be_made_again_is_not_kept(tmp_path, monkeypatch):
     with pytest.raises(CheckpointError, match=r"cannot be read, and was not kept: .*no program"):
         osscar.save(made, tmp_path / "small")
     assert not list(tmp_path.iterdir())
-    monkeypatch.delattr(made, "osscar_dense")
+    monkeypatch.delattr(made, "osscar_structure")
     with pytest.raises(CheckpointError, match="is not known any more"):
         osscar.save(made, tmp_path / "small")
     assert not list(tmp_path.iterdir())
@@ -293,15 +293,15 @@ def test_a_program_that_cannot_be_made_again_is_not_kept(tmp_path, monkeypatch):
 
 def test_what_is_known_of_the_dense_model_takes_no_memory_and_goes_along(tmp_path):
     net, data, result = prune("generator")
-    known = dense_of_model(result.model)
+    known = structure_of(result.model)
     assert all(parameter.is_meta for parameter in known.model.parameters())
     assert known.inputs["z"].is_meta
     assert known.inputs["z"].shape == (2, *data.shape[1:])
     kept = copy.deepcopy(result.model)
-    assert dense_of_model(kept) is known
+    assert structure_of(kept) is known
     path = osscar.save(kept, tmp_path / "small").path
     read = osscar.load(path, dense=dense_of("generator", seed=3)[0])
-    assert {p.device.type for p in dense_of_model(read).model.parameters()} == {"meta"}
+    assert {p.device.type for p in structure_of(read).model.parameters()} == {"meta"}
     assert not any(parameter.is_meta for parameter in net.parameters())
 
 

@@ -325,7 +325,7 @@ def test_wrapped_models_are_refused_with_a_way_out(wrap, message, named):
         (set(), "a tuple in the order"),
         ({}, "empty mapping"),
         ([], "empty list"),
-        ([torch.zeros(2, 6)], "on a list with a Tensor in it .* give .* a list with such a tuple"),
+        ([torch.zeros(2, 6)], "on a list with a Tensor in it; give .* a list with such a tuple"),
         ([{"input": torch.zeros(2, 6)}, {}], "sample 1 .* is nothing, and sample 0 is input torch"),
         ([{"other": torch.zeros(2, 6)}], "sample 0: .* takes no 'other'"),
         ([{"input": torch.full((2, 6), torch.nan)}], "sample 0: .* 'input' have NaN"),

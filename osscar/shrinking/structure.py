@@ -22,7 +22,7 @@ from osscar.core.on_disk import is_on_disk
 from osscar.shrinking.equivalence import Inputs
 from osscar.shrinking.lineage import lineage_of
 
-_DENSE = "osscar_dense"
+_STRUCTURE = "osscar_structure"
 """The attribute of a model that holds its `DenseStructure`."""
 
 
@@ -63,7 +63,7 @@ class DenseStructure:
         return self  # nobody changes it
 
 
-def remember_dense(model: nn.Module, inputs: Inputs | None = None) -> None:
+def remember_structure(model: nn.Module, inputs: Inputs | None = None) -> None:
     """Note the structure of a dense model, which is about to be changed.
 
     Parameters
@@ -74,7 +74,7 @@ def remember_dense(model: nn.Module, inputs: Inputs | None = None) -> None:
     inputs
         Some that it takes; of them the form is kept, and no value.
     """
-    known = dense_of(model)
+    known = structure_of(model)
     is_dense = not lineage_of(model).plans and any(True for _ in model.parameters())
     if known is None and is_dense and not is_on_disk(model):
         with suppress(ModelError):
@@ -83,12 +83,12 @@ def remember_dense(model: nn.Module, inputs: Inputs | None = None) -> None:
         if known.inputs is None and inputs is not None:
             forms = pytree.tree_map_only(Tensor, _on_meta, inputs)
             known = dataclasses.replace(known, inputs=forms)
-        setattr(model, _DENSE, known)
+        setattr(model, _STRUCTURE, known)
 
 
-def dense_of(model: nn.Module) -> DenseStructure | None:
+def structure_of(model: nn.Module) -> DenseStructure | None:
     """Return what is known of the dense model that a model was made of."""
-    found = getattr(model, _DENSE, None)
+    found = getattr(model, _STRUCTURE, None)
     return found if isinstance(found, DenseStructure) else None
 
 
@@ -97,11 +97,11 @@ def without_values(model: nn.Module) -> nn.Module:
     return _with_zeros(model, device_of(model))
 
 
-def hand_on_dense(model: nn.Module, made: nn.Module) -> None:
+def hand_on_structure(model: nn.Module, made: nn.Module) -> None:
     """Let a model that was made of another one know what is known of that one's dense model."""
-    known = dense_of(model)
+    known = structure_of(model)
     if known is not None:
-        setattr(made, _DENSE, known)
+        setattr(made, _STRUCTURE, known)
 
 
 def _on_meta(tensor: Tensor) -> Tensor:
