@@ -225,10 +225,7 @@ class TensorInputs:
     def settings(self) -> dict[str, Any]:
         """Samples, their shapes and number formats."""
         shapes = {name: list(tensor.shape[1:]) for name, tensor in self.tensors.items()}
-        dtypes = {
-            name: str(tensor.dtype).removeprefix("torch.") for name, tensor in self.tensors.items()
-        }
-        return {"samples": self.samples, "shapes": shapes, "dtypes": dtypes}
+        return {"samples": self.samples, "shapes": shapes, "dtypes": _formats(self.tensors)}
 
     @property
     def samples(self) -> int:
@@ -315,7 +312,7 @@ class SeparateInputs:
         for name in self.each[0]:
             sizes = zip(*(sample[name].shape for sample in self.each), strict=True)
             shapes[name] = [one[0] if len(set(one)) == 1 else None for one in sizes]
-        return {"samples": self.samples, "shapes": shapes}
+        return {"samples": self.samples, "shapes": shapes, "dtypes": _formats(self.each[0])}
 
     @property
     def samples(self) -> int:
@@ -439,6 +436,10 @@ def cast_like(tensor: Tensor, reference: Tensor) -> Tensor:
     """Return a tensor on the device of another, and in its number format if it has fractions."""
     same_kind = tensor.is_floating_point() and reference.is_floating_point()
     return tensor.to(reference) if same_kind else tensor.to(reference.device)
+
+
+def _formats(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    return {name: str(tensor.dtype).removeprefix("torch.") for name, tensor in tensors.items()}
 
 
 def _vocabulary(model: nn.Module) -> int:

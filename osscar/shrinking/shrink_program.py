@@ -123,7 +123,8 @@ def shrink_program(
         if fixed:
             warnings.warn(
                 f"{fixed}: its code makes numbers "
-                "of them, as int, math.sqrt and loops do, or torch does not leave them open; "
+                "of them, as int, math.sqrt and loops do, or they are the resolution of images "
+                "for attention, which is not left open; "
                 "calibrate on the sizes that it will meet, or keep to the modules (form='module' "
                 "in Python, --form module on the command line)",
                 stacklevel=2,

@@ -15,7 +15,6 @@ import osscar
 from osscar.checkpoint.builders import TorchvisionOrigin
 from osscar.checkpoint.manifest import MANIFEST_FILE
 from osscar.cli import main
-from osscar.cli.prune_screen import print_result
 from osscar.core.errors import (
     CheckpointError,
     EquivalenceError,
@@ -353,16 +352,6 @@ def test_a_program_says_which_sizes_it_takes_no_others_of(tmp_path):
             one(**graphs(7))
     with pytest.raises(ModelError, match=r"x is of \(5, 4\)"):
         result.model(graphs(5)["x"][0], graphs(5)["adjacency"][0])
-
-
-@pytest.mark.filterwarnings("ignore:the exported program takes")
-def test_the_command_prints_which_sizes_a_program_takes_no_others_of(tmp_path, capsys):
-    torch.manual_seed(0)
-    net, data = Neighbours(by_number=True).eval(), graphs(5, count=24)
-    result = osscar.prune(net, data, neurons=0.5, form="graph", backend="magnitude", **OFTEN)
-    print_result(result, result.save(tmp_path / "small"))
-    printed = " ".join(capsys.readouterr().out.split())
-    assert "inputs: the exported program takes 5 alone along dimension 1 of x and dim" in printed
 
 
 @pytest.mark.filterwarnings("error:the exported program takes")

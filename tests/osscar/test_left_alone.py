@@ -643,6 +643,19 @@ def test_a_sweep_says_what_is_left_alone_too(run, tmp_path):
     assert "2 of 4 groups cannot follow" in err
 
 
+def test_the_command_says_which_sizes_a_program_takes_no_others_of(run, tmp_path):
+    status, out, err = run("--form", "graph", "--json", "run.json")
+    assert status == 0, err
+    words = "takes 8 alone along dimension 2 of x and dimension 3 of x, where the dense model takes"
+    assert f"inputs: the exported program {words}" in " ".join(out.split())
+    assert words in " ".join(err.split())
+    document = json.loads((tmp_path / "run.json").read_text())
+    manifest = json.loads((tmp_path / "small" / "osscar.json").read_text())
+    assert [given["fixed"] for given in document["inputs"]] == [[2, 3]]
+    assert document["inputs"] == manifest["lineage"]["plans"][0]["traced"]
+    assert words in (tmp_path / "small" / "report.html").read_text()
+
+
 def test_nothing_is_said_where_nothing_is_left(run, tmp_path):
     status, out, err = run("--skip", "*.heads")
     assert status == 0, err
