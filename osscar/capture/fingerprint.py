@@ -62,7 +62,7 @@ class DenseOutputs:
         EquivalenceError
             If it puts out no tensor.
         """
-        untouched, sample = Untouched(model), inputs.some(model, 1)
+        untouched, sample = Untouched(model), inputs.batches(model, 1)[0]
         with (
             evaluating(model),
             untouched.observing(model),

@@ -307,12 +307,12 @@ class SeparateInputs:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Samples and their shapes; None stands for a size in which they differ."""
-        shapes = {}
+        """Samples, their number formats and sizes; None stands for one in which they differ."""
+        sizes: dict[str, list[int | None]] = {}
         for name in self.each[0]:
-            sizes = zip(*(sample[name].shape for sample in self.each), strict=True)
-            shapes[name] = [one[0] if len(set(one)) == 1 else None for one in sizes]
-        return {"samples": self.samples, "shapes": shapes, "dtypes": _formats(self.each[0])}
+            along = zip(*(sample[name].shape for sample in self.each), strict=True)
+            sizes[name] = [one[0] if len(set(one)) == 1 else None for one in along]
+        return {"samples": self.samples, "sizes": sizes, "dtypes": _formats(self.each[0])}
 
     @property
     def samples(self) -> int:

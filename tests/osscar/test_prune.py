@@ -358,7 +358,7 @@ def nodes_and_edges(nodes):
 @pytest.mark.parametrize(
     ("form", "asked"), [("module", {"neurons": 0.5}), ("graph", {"flops": 0.6})]
 )
-def test_graphs_are_samples_of_sizes_of_their_own(form, asked):
+def test_graphs_are_samples_of_sizes_of_their_own(form, asked, tmp_path):
     torch.manual_seed(0)
     model, data = Messages().eval(), [nodes_and_edges(nodes) for nodes in range(4, 20)]
     with pytest.raises(
@@ -368,13 +368,15 @@ def test_graphs_are_samples_of_sizes_of_their_own(form, asked):
     result = osscar.prune(model, data, **asked, form=form, device="cpu")
     assert result.form == form
     assert result.held_out == 2
-    assert result.calibration["shapes"] == {"x": [None, 6], "edges": [2, None]}
+    assert result.calibration["sizes"] == {"x": [None, 6], "edges": [2, None]}
     [layer] = result.layers
     assert layer.kept < 16
     larger = nodes_and_edges(50)
     dropped = without_units(model, result.plan)
     dense = model(**larger)
     assert (result.model(**larger) - dense).norm() < (dropped(**larger) - dense).norm()
+    again = osscar.load(result.save(tmp_path / "small").path, dense=Messages().eval())
+    assert torch.equal(again(**larger), result.model(**larger))
     as_tuples = [tuple(sample.values()) for sample in data]
     again = osscar.prune(model, as_tuples, **asked, form=form, device="cpu")
     assert torch.equal(again.model(**larger), result.model(**larger))
