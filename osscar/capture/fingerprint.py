@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, ClassVar
 
 import torch
@@ -152,9 +153,11 @@ class Fingerprint:
             If it puts out no tensor.
         """
         batches = enumerate(inputs.batches(model, batch_size))
+        data = ((f"{i}.{name}", x) for i, batch in batches for name, x in batch.items())
+        classes = torch.tensor(inputs.classes)  # of which a divergence is measured
         return cls(
             sha256_of([*model.named_buffers(), *model.named_parameters()]),
-            sha256_of((f"{i}.{name}", x) for i, batch in batches for name, x in batch.items()),
+            sha256_of(chain([("classes", classes)], data)),
             DenseOutputs.of(model, inputs),
         )
 

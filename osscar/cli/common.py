@@ -20,7 +20,10 @@ import osscar
 from osscar.core.printable import counted, printable
 
 if TYPE_CHECKING:
+    from osscar.data.batches import CalibrationData
     from osscar.data.preprocessing import Preprocessing
+    from osscar.models.language import LoadedModel
+    from osscar.models.vision import VisionModel
     from osscar.pruning.request import PruningRequest
 
 _PIPE_WIDTH = 140
@@ -195,7 +198,7 @@ def stated_preprocessing(
     if image_size is not None:
         *channels, height, width = _size(image_size)
         known["channels"] = channels[0] if channels else None
-        return Preprocessing.to_size(height, width, **known)
+        known["crop"] = height, width
     return Preprocessing(**known)
 
 
@@ -222,24 +225,46 @@ def _numbers(
         raise OptionError(f"{option} {text!r:.60} is not numbers such as {example}") from None
 
 
-def say_preprocessing(data: Any, stated: Preprocessing | None) -> None:
-    """Print what is done to an image, where data are images.
+def opened(
+    model: str,
+    calibration: Mapping[str, Any],
+    check: Callable[[Any], None] = lambda loaded: None,
+    says: bool = True,
+    **options: Any,
+) -> tuple[LoadedModel | VisionModel, CalibrationData]:
+    """Open a model and draw what it is calibrated on; what there is to warn of comes before work.
+
+    Parameters
+    ----------
+    model
+        As of `osscar.models.open.open_model`, which takes the options.
+    calibration
+        What is drawn, as the model's `calibration` takes it.
+    check
+        What else to refuse of the model, before data are read.
+    says
+        Whether to print what that is, and how it is prepared.
 
     Raises
     ------
-    OptionError
-        If that is stated, and data are tensors.
+    OsscarError
+        What these raise.
     """
-    from osscar.core.errors import OptionError
-    from osscar.data.images import ImageSet
-    from osscar.data.preprocessing import OPTIONS
-    from osscar.data.tensors import TensorSet
+    from osscar.models.open import open_model
 
-    if stated is not None and isinstance(data, TensorSet):
-        raise OptionError(
-            f"{data.source} holds tensors, which are fed as they are, and no pictures; leave "
-            f"{OPTIONS} away"
-        )
+    with quiet():
+        loaded = open_model(model, **options)
+        check(loaded)
+        data = loaded.calibration(**calibration)
+    if says:
+        say_preprocessing(data)
+        say_calibration(loaded, data)
+    return loaded, data
+
+
+def say_preprocessing(data: Any) -> None:
+    """Print what is done to an image, where data are images."""
+    from osscar.data.images import ImageSet
 
     if isinstance(data, ImageSet):
         say(f"images: {data.preprocessing.sentence()}")

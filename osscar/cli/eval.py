@@ -32,6 +32,9 @@ from osscar.cli.common import (
 )
 from osscar.core.printable import counted
 
+_NO_MODEL = 0.5
+"""Share of a dense model's parameters beyond which, drawn anew, they are compared with nothing."""
+
 if TYPE_CHECKING:
     from torch import nn
 
@@ -227,7 +230,7 @@ def _samples(
         evaluate: Any = evaluate_tensors
         compare: Any = compare_tensors
         data: Any = loaded.held_out(pictures, tensors)
-        say_preprocessing(data, stated)
+        say_preprocessing(data)
         if pictures is not None:
             options["classes"] = loaded.classes
             evaluate, compare = evaluate_images, compare_images
@@ -239,7 +242,7 @@ def _samples(
         else:
             own = weights if against in filled else None
             dense = load_vision_model(against, weights=own, **load)
-            if dense.drawn:  # the numbers beside it would be those of no model
+            if dense.drawn > _NO_MODEL:  # numbers beside it would say nothing
                 evaluation = evaluate(loaded.model, data, **options)
                 warnings.warn(
                     f"no comparison: {against} without weights is no dense model, and numbers "
@@ -252,8 +255,8 @@ def _samples(
                 comparison = compare(loaded.model, dense.model, data, **options)
                 evaluation = comparison.model
     labels = "" if data.labels is not None else " without labels"
-    noun = data.noun if labels else f"labelled {data.noun}"
-    how_much = f"{counted(len(data), noun)}{labels} scored"
+    name = data.sample_name if labels else f"labelled {data.sample_name}"
+    how_much = f"{counted(len(data), name)}{labels} scored"
     computed = Computed.of(loaded.model)
     if pictures is not None:
         source = {"images": pictures, "preprocessing": data.preprocessing.record()}

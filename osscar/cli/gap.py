@@ -26,11 +26,10 @@ from osscar.cli.common import (
     check_input,
     check_json_path,
     document,
+    opened,
     out,
     quiet,
     say,
-    say_calibration,
-    say_preprocessing,
     stated_preprocessing,
     way_back,
     write_json,
@@ -172,8 +171,6 @@ def command(
         }
         if stated is not None:
             source["preprocessing"] = stated.record()
-        if calibration is not None and Path(calibration).is_file():
-            source["calibration_sha256"] = _fingerprint(Path(calibration))["sha256"]
     study = Study(directory, source)
     with way_back(lambda: study.kept):
         with (
@@ -224,26 +221,18 @@ def _capture_model(
     """Capture the problems of a model; of a study that goes on, check that they are its own."""
     from osscar.capture.fingerprint import Fingerprint
     from osscar.data.batches import as_inputs
-    from osscar.models.open import open_model
 
     source = study.source
-    with quiet():  # so that warnings come before the work
-        loaded = open_model(
-            source["model"],
-            weights=source["weights"],
-            device=device,
-            trust_remote_code=trust_remote_code,
-            preprocessing=stated,
-        )
     given = source["calibration"]
-    data = loaded.calibration(
-        None if given == "built-in text" else given,
-        samples=source["samples"],
-        seqlen=source["seqlen"],
-        seed=source["seed"],
+    drawn = {name: source[name] for name in ("samples", "seqlen", "seed")}
+    loaded, data = opened(
+        source["model"],
+        {**drawn, "spec": None if given == "built-in text" else given},
+        weights=source["weights"],
+        device=device,
+        trust_remote_code=trust_remote_code,
+        preprocessing=stated,
     )
-    say_preprocessing(data, stated)
-    say_calibration(loaded, data)
     inputs = as_inputs(loaded.model, data)
     dense = Fingerprint.of(loaded.model, inputs, inputs.batch_size)
     if study.instances:

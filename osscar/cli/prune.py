@@ -38,12 +38,11 @@ from osscar.cli.common import (
     check_json_path,
     given_options,
     limit_of,
+    opened,
     parse_options,
     quiet,
     say,
-    say_calibration,
     say_next,
-    say_preprocessing,
     stated_preprocessing,
     way_back,
     write_json,
@@ -263,7 +262,6 @@ def command(
         from osscar.core.errors import OptionError
         from osscar.core.files import resolved
         from osscar.core.on_disk import is_on_disk
-        from osscar.models.open import open_model
         from osscar.models.vision import VisionModel
         from osscar.pruning.prune import prune_as_asked
         from osscar.pruning.request import PruningRequest
@@ -315,9 +313,17 @@ def command(
     )
 
     def loading(path: Path | None) -> tuple[LoadedModel | VisionModel, CalibrationData]:
-        with phase(Phase.LOAD), quiet():  # so that warnings come before the work
-            loaded = open_model(
+        def room(loaded: LoadedModel | VisionModel) -> None:
+            if path is not None and ranks.first:
+                needed = weight_bytes(loaded.model, loaded.stored_dtype)
+                check_output(path, overwrite=overwrite, needed_bytes=needed)
+
+        with phase(Phase.LOAD):
+            return opened(
                 model,
+                {"spec": calibration, "samples": samples, "seqlen": seqlen, "seed": seed},
+                room,
+                says=ranks.first,
                 weights=weights,
                 dense=against,
                 device=device,
@@ -326,14 +332,6 @@ def command(
                 max_memory=limit_of(max_memory, model, dtype, device, request),
                 preprocessing=stated,
             )
-            if path is not None and ranks.first:
-                needed = weight_bytes(loaded.model, loaded.stored_dtype)
-                check_output(path, overwrite=overwrite, needed_bytes=needed)
-            data = loaded.calibration(calibration, samples=samples, seqlen=seqlen, seed=seed)
-        say_preprocessing(data, stated)
-        if ranks.first:
-            say_calibration(loaded, data)
-        return loaded, data
 
     if directory is None or dry:
         with quiet():
@@ -395,10 +393,7 @@ def command(
     say_next(_to_evaluate(context, _to_score(data), fits))
 
 
-_AS_OPENED = (
-    *("weights", "mean", "std", "image_size", "no_normalize"),
-    *("seqlen", "device", "dtype", "trust_remote_code"),
-)
+_AS_OPENED = ("weights", "seqlen", "device", "dtype", "trust_remote_code")
 """Options of `osscar prune` without which `osscar eval` would open or score another model."""
 
 

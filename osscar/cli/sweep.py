@@ -34,11 +34,10 @@ from osscar.cli.common import (
     check_json_path,
     document,
     limit_of,
+    opened,
     out,
     quiet,
     say,
-    say_calibration,
-    say_preprocessing,
     stated_preprocessing,
     way_back,
     write_json,
@@ -147,7 +146,6 @@ def command(
     from osscar.capture.repeatable import check_repeatable
     from osscar.core.files import write_text
     from osscar.data.batches import as_inputs
-    from osscar.models.open import open_model
     from osscar.pruning.memory import check_can_stream
     from osscar.pruning.request import PruningRequest
     from osscar.pruning.run_log import RunManifest
@@ -177,22 +175,23 @@ def command(
         strict=strict,
     )
     place = SweepDirectory(directory)
-    with quiet():
-        with quiet():  # so that warnings come before the work
-            loaded = open_model(
-                model,
-                weights=weights,
-                device=device,
-                dtype=dtype,
-                trust_remote_code=trust_remote_code,
-                max_memory=limit_of(max_memory, model, dtype, device, base),
-                preprocessing=stated,
-            )
+
+    def can_stream(loaded: LoadedModel | VisionModel) -> None:
         for job in points:
             check_can_stream(loaded.model, job.request(base))
-        data = loaded.calibration(calibration, samples=samples, seqlen=seqlen, seed=seed)
-        say_preprocessing(data, stated)
-        say_calibration(loaded, data)
+
+    with quiet():
+        loaded, data = opened(
+            model,
+            {"spec": calibration, "samples": samples, "seqlen": seqlen, "seed": seed},
+            can_stream,
+            weights=weights,
+            device=device,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+            max_memory=limit_of(max_memory, model, dtype, device, base),
+            preprocessing=stated,
+        )
         scorer = _Scorer.of(
             loaded, data, text=text, images=images, inputs=inputs, windows=windows, seqlen=seqlen
         )

@@ -32,15 +32,20 @@ def known_prediction(result: Any) -> Tensor | None:
     result
         What the model returned.
     """
+    return known_output(result)[1]
+
+
+def known_output(result: Any) -> tuple[str, Tensor | None]:
+    """Return the same with its name, which is empty where there are several."""
     named = named_logits(result)
     if named is not None:
-        return named
+        return LOGITS, named
     fractions = _fractions(result)
-    return next(iter(fractions.values())) if len(fractions) == 1 else None
+    return next(iter(fractions.items())) if len(fractions) == 1 else ("", None)
 
 
-def scored_prediction(result: Any, samples: int, model: str) -> Tensor:
-    """Return the output that is scored, and warn where it had to be chosen.
+def scored_output(result: Any, samples: int, model: str) -> tuple[str, Tensor]:
+    """Return the output that is scored, with its name, and warn where it had to be chosen.
 
     It is the one called `logits`, or the only floating-point one; the first of a tuple; of a
     mapping the only one that is a matrix with a row for each sample.
@@ -59,9 +64,9 @@ def scored_prediction(result: Any, samples: int, model: str) -> Tensor:
     ModelError
         If it returned no floating-point tensor, or a mapping in which several or none could be it.
     """
-    known = known_prediction(result)
+    name, known = known_output(result)
     if known is not None:
-        return known
+        return name, known
     fractions = _fractions(result)
     there = ", ".join(f"{name!r} {tuple(one.shape)}" for name, one in fractions.items())
     if not there:
@@ -84,7 +89,7 @@ def scored_prediction(result: Any, samples: int, model: str) -> Tensor:
         f"{LOGITS!r}",
         stacklevel=2,
     )
-    return fractions[chosen]
+    return chosen, fractions[chosen]
 
 
 def named_tensors(result: Any, place: str = "") -> Iterator[tuple[str, Tensor]]:

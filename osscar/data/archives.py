@@ -98,8 +98,14 @@ def read_npz(
 
 
 def npz_headers(path: Path) -> dict[str, Header]:
-    """Return what the arrays of an ``.npz`` file say of themselves, by name."""
-    with zipfile.ZipFile(path) as archive:
+    """Return what the arrays of an ``.npz`` file say of themselves, by name.
+
+    Raises
+    ------
+    FileError
+        If the file is damaged.
+    """
+    with _readable(path), zipfile.ZipFile(path) as archive:
         members = [name for name in archive.namelist() if name.endswith(".npy")]
         return {name.removesuffix(".npy"): _header(archive, name) for name in members}
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, TypeAlias
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from osscar.core.errors import CalibrationError, ModelError
 from osscar.core.modules import context_length, device_of
 from osscar.data.images import ImageSet
-from osscar.data.tensors import TensorSet, check_arguments, check_tensors
+from osscar.data.tensors import TensorSet, check_arguments, check_tensors, named_inputs
 from osscar.data.tokens import CalibrationSet
 
 Batch: TypeAlias = dict[str, Tensor]
@@ -177,8 +177,7 @@ class TensorInputs:
     classes: bool = False
 
     def check(self, model: nn.Module) -> None:
-        """Refuse arguments that the model does not have, and data that are not finite."""
-        check_tensors(self.tensors)
+        """Refuse arguments that the model does not have."""
         check_arguments(model, self.tensors)
 
     def example(self, model: nn.Module) -> Batch:
@@ -376,21 +375,22 @@ def _wrapped(model: nn.Module, calibration: Any) -> ModelInputs:
     if isinstance(calibration, CalibrationSet):
         return TokenInputs(calibration.tokens)
     if isinstance(calibration, ImageSet):
-        return TensorInputs(named_inputs(model, (calibration.tensor(),)))
+        images = named_inputs(model, (calibration.tensor(),))
+        return _checked(images, calibration.labels is not None)
     if isinstance(calibration, TensorSet):
         labels = calibration.labels
         return TensorInputs(calibration.tensors, labels is not None and labels.ndim == 1)
     if isinstance(calibration, Tensor):
-        images = calibration.is_floating_point() and calibration.ndim > 2
-        if hasattr(model, "get_input_embeddings") and not images:
+        fractions = calibration.is_floating_point() and calibration.ndim > 2
+        if hasattr(model, "get_input_embeddings") and not fractions:
             return TokenInputs(calibration)
-        return TensorInputs(named_inputs(model, (calibration,)))
+        return _checked(named_inputs(model, (calibration,)))
     if isinstance(calibration, Mapping) and all(
         isinstance(t, Tensor) for t in calibration.values()
     ):
-        return TensorInputs(calibration)
+        return _checked(calibration)
     if isinstance(calibration, tuple) and all(isinstance(t, Tensor) for t in calibration):
-        return TensorInputs(named_inputs(model, calibration))
+        return _checked(named_inputs(model, calibration))
     if isinstance(calibration, list):
         return SeparateInputs(tuple(_sample(model, one) for one in calibration))
     raise CalibrationError(f"cannot calibrate on a {type(calibration).__name__}; {_FORMS}")
@@ -413,23 +413,10 @@ def _sample(model: nn.Module, sample: Any) -> Mapping[str, Tensor]:
     return sample if isinstance(sample, Mapping) else named_inputs(model, sample)
 
 
-def named_inputs(model: nn.Module, args: Sequence[Tensor]) -> Batch:
-    """Return positional arguments under the names that the model's forward pass gives them.
-
-    Raises
-    ------
-    CalibrationError
-        If it takes fewer.
-    """
-    try:
-        bound = inspect.signature(model.forward).bind(*args).arguments
-    except TypeError as error:
-        raise CalibrationError(f"{type(model).__name__}.forward: {error}") from error
-    if not all(isinstance(value, Tensor) for value in bound.values()):
-        raise CalibrationError(
-            f"{type(model).__name__}.forward gives its arguments no names; give it named ones"
-        )
-    return dict(bound)
+def _checked(tensors: Mapping[str, Tensor], classes: bool = False) -> TensorInputs:
+    """Return tensors that any model can read; those of a `TensorSet` are."""
+    check_tensors(tensors)
+    return TensorInputs(tensors, classes)
 
 
 def cast_like(tensor: Tensor, reference: Tensor) -> Tensor:

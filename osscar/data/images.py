@@ -16,8 +16,13 @@ from osscar.core.files import digest
 from osscar.core.inputs import file_name, shown, whole_number
 from osscar.core.printable import counted
 from osscar.data.archives import Header, file_and_part, read_npz
-from osscar.data.preprocessing import AnyPreprocessing, as_preprocessing, check_stated
-from osscar.data.tensors import TensorSet
+from osscar.data.preprocessing import (
+    AnyPreprocessing,
+    OwnTransform,
+    as_preprocessing,
+    check_stated,
+)
+from osscar.data.tensors import IMAGES, LABELS, TensorSet
 from osscar.data.tokens import named_generator
 from osscar.shrinking.lineage import Calibration
 
@@ -50,7 +55,7 @@ class ImageSet:
         The names of classes in the order of the labels; empty where they are numbers.
     """
 
-    noun: ClassVar[str] = "image"
+    sample_name: ClassVar[str] = "image"
     """What one of them is called."""
 
     source: str
@@ -182,7 +187,7 @@ def _stored(item: Path | np.ndarray[Any, np.dtype[np.uint8]]) -> bytes:
         raise ImageError(f"cannot read {str(item)!r}: {error.strerror}") from error
 
 
-def load_images(spec: str | Path, preprocessing: Any) -> ImageSet:
+def load_images(spec: str | Path, preprocessing: Any, *, reader: str = "a model") -> ImageSet:
     """Find images by path.
 
     Parameters
@@ -194,18 +199,29 @@ def load_images(spec: str | Path, preprocessing: Any) -> ImageSet:
         models that read one channel images may be (n, height, width) or (n, height, width, 1).
     preprocessing
         What is done to an image: an `osscar.Preprocessing`, such as that of a loaded model, a
-        classification preset of torchvision, or a function from a PIL image to a tensor.
+        classification preset of torchvision, or a function from a PIL image to a tensor, which is
+        called twice on the first image.
+    reader
+        What will read them, as messages call it.
 
     Raises
     ------
     ImageError
-        If there is nothing of the kind, or no image in it.
+        If there is nothing of the kind, or no image in it; or a function fails on the first one, or
+        makes another tensor of it each time.
     OptionError
         If the preprocessing is none, or not stated in full.
     """
     text = file_name(spec, "the place of the images", "a directory or an .npz file")
     preprocessing = as_preprocessing(preprocessing, "the caller")
-    check_stated(preprocessing)
+    check_stated(preprocessing, reader)
+    images = _found(text, preprocessing)
+    if isinstance(preprocessing, OwnTransform):
+        preprocessing.check(images.decoded(0))
+    return images
+
+
+def _found(text: str, preprocessing: AnyPreprocessing) -> ImageSet:
     try:
         path, part = file_and_part(text)
         if text and path.is_dir():
@@ -236,7 +252,7 @@ def _from_directory(path: Path, preprocessing: AnyPreprocessing) -> ImageSet:
 
 
 def _from_archive(path: Path, part: str, preprocessing: AnyPreprocessing) -> ImageSet:
-    images, labels = (f"{part}_{name}" if part else name for name in ("images", "labels"))
+    images, labels = (f"{part}_{name}" if part else name for name in (IMAGES, LABELS))
 
     def wanted(headers: Mapping[str, Header]) -> list[str]:
         _check_headers(path, headers, images, labels, gray=preprocessing.mode == "L")
@@ -293,12 +309,13 @@ def refuse_overlap(data: ImageSet | TensorSet, calibration: Iterable[Calibration
     ImageError, CalibrationError
         If a sample is one of those that calibrated the model.
     """
-    for known in calibration:
-        used = frozenset((*known.images, *known.fingerprints))
-        shared = sum(mine in used for mine in data.fingerprints()) if used else 0
+    used = [(known.source, {*known.images, *known.fingerprints}) for known in calibration]
+    mine = data.fingerprints() if any(theirs for _, theirs in used) else []
+    for source, theirs in used:
+        shared = sum(one in theirs for one in mine)
         if shared:
             kind = ImageError if isinstance(data, ImageSet) else CalibrationError
             raise kind(
-                f"{shared} of {counted(len(data), data.noun)} calibrated this model "
-                f"({known.source}); score others"
+                f"{shared} of {counted(len(data), data.sample_name)} calibrated this model "
+                f"({source}); score others"
             )

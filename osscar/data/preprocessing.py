@@ -26,9 +26,6 @@ _LARGEST_SIDE = 2**14
 _FURTHER = 16
 """How many times larger than any pixel an example may be: noise is, and other units are more."""
 
-_DRAWS = 8
-"""How often an own transform sees one image, to tell whether it draws anything."""
-
 Size: TypeAlias = int | tuple[int, int]
 """A side in pixels, or a height and a width."""
 
@@ -58,10 +55,11 @@ class Preprocessing:
         The shorter side after resizing, in pixels; or height and width, whatever they were.  By
         default as `crop`.
     crop
-        The side of the square that is cut from the centre, or height and width.
+        The side of the square that is cut from the centre, or height and width.  Alone it leads to
+        the centre of an image whose shorter side has that length, or to the whole image, stretched.
     mean, std
-        Of values in [0, 1]: one number a channel, or one for all.  0 and 1 leave pixels / 255 as
-        they are.
+        Of values in [0, 1]: one number a channel, or one for all, as which three equal ones are
+        kept.  0 and 1 leave pixels / 255 as they are.
     interpolation
         As torchvision calls it; by default ``"bilinear"``.
     channels
@@ -86,6 +84,8 @@ class Preprocessing:
     dtype: str | None = None
 
     def __post_init__(self) -> None:
+        if isinstance(self.crop, tuple) and len(set(self.crop)) == 1:
+            object.__setattr__(self, "crop", self.crop[0])
         if self.resize is None:
             object.__setattr__(self, "resize", self.crop)
         for name in ("resize", "crop"):
@@ -127,7 +127,8 @@ class Preprocessing:
                 raise ImageError(
                     f"mean is {shown(value)}; give that of pixels / 255, which lie from 0 to 1"
                 )
-            object.__setattr__(self, name, tuple(map(float, numbers)))
+            alike = numbers[:1] if len(set(numbers)) == 1 else numbers
+            object.__setattr__(self, name, tuple(map(float, alike)))
             if len(numbers) == 3 and self.channels is None:
                 object.__setattr__(self, "channels", 3)
             if self.channels == 1 and len(numbers) == 3:
@@ -143,16 +144,6 @@ class Preprocessing:
             std=tuple(map(float, transforms.std)),
             interpolation=transforms.interpolation.value,
         )
-
-    @classmethod
-    def to_size(cls, height: int, width: int | None = None, **known: Any) -> Preprocessing:
-        """Lead to images of one size.
-
-        A square of side `height` is the centre of an image whose shorter side has that length; a
-        rectangle is the whole image, stretched.
-        """
-        size: Size = height if width in (None, height) else (height, int(width or 0))
-        return cls(resize=size, crop=size, **known)
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Preprocessing:
@@ -196,7 +187,8 @@ class Preprocessing:
             return dataclasses.replace(self, interpolation=interpolation, dtype=dtype)
         dtype = "uint8" if example.dtype is torch.uint8 else "float32"
         self._check_example(example, dtype, source)
-        own = Preprocessing.to_size(*example.shape[-2:])
+        height, width = example.shape[-2:]
+        own = Preprocessing(crop=(height, width))
         return dataclasses.replace(
             self,
             resize=self.resize or own.resize,
@@ -275,17 +267,21 @@ class Preprocessing:
     def sentence(self) -> str:
         """Say what is done to an image."""
         kind = "grayscale" if self.channels == 1 else "RGB"
-        resized, cut = self.resize, self.crop
-        steps = [f"{kind}, resized to {_in_words(resized)} ({self.interpolation})"]
-        if cut != resized or isinstance(cut, int):
-            steps.append(f"{_in_words(_pair(cut or 0))} cut from the centre")
+        resized, cut, missing = self.resize, self.crop, self.missing()
+        steps = [kind]
+        if resized is not None:
+            steps[0] += f", resized to {_in_words(resized)} ({self.interpolation or 'bilinear'})"
+        if cut is not None and (cut != resized or isinstance(cut, int)):
+            steps.append(f"{_in_words(_pair(cut))} cut from the centre")
+        if missing:
+            steps.append(f"the {' and '.join(missing)} not stated")
         if self.dtype == "uint8":
             steps.append("pixels from 0 to 255 as they are (uint8)")
-        elif not self.normalizes:
-            steps.append("pixels / 255, not normalized")
-        else:
+        elif self.normalizes:
             mean, std = (", ".join(f"{n:.4g}" for n in numbers) for numbers in self._numbers())
             steps.append(f"pixels / 255, mean {mean}, std {std}")
+        elif self.mean is not None:
+            steps.append("pixels / 255, not normalized")
         return "; ".join(steps)
 
     def transform(self) -> Callable[[Any], Tensor]:
@@ -377,8 +373,7 @@ class OwnTransform:
         ImageError
             Saying which.
         """
-        first, *others = (self._checked(image) for _ in range(_DRAWS))
-        if any(first.shape != other.shape or not first.equal(other) for other in others):
+        if not self._checked(image).equal(self._checked(image)):
             raise ImageError(
                 f"the transform of {self.source} makes another tensor of one image each time; give "
                 "the one for evaluation, which draws nothing"
@@ -486,7 +481,7 @@ def _pair(size: Size) -> tuple[int, int]:
     return size if isinstance(size, tuple) else (size, size)
 
 
-def _in_words(size: Size | None) -> str:
+def _in_words(size: Size) -> str:
     if isinstance(size, tuple):
         return f"{size[0]} x {size[1]}"
     return f"a shorter side of {size}"

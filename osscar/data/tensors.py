@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -16,6 +16,12 @@ from osscar.core.files import digest, reason_of
 from osscar.core.inputs import file_name, shown, whole_number
 from osscar.data.archives import SUFFIXES, file_and_part, npz_headers, read_tensors
 from osscar.data.tokens import named_generator
+
+IGNORED = -100
+"""The label of what is not scored, as `torch.nn.functional.cross_entropy` has it."""
+
+IMAGES = "images"
+"""The entry of a file that holds pictures, unless a model reads it as it is."""
 
 LABELS = "labels"
 """The entry of a file that holds the class of each sample, unless a model reads it."""
@@ -33,16 +39,17 @@ class TensorSet:
         By the names of the arguments that read them; the first dimension of each is the sample.
     labels
         The right class of each sample, (n,) of whole numbers, or of each of its predictions,
-        (n, ...); None where they are not known.
+        (n, d1, ...), which (n, classes, d1, ...) are scores of, or else (n, d1, ..., classes); -100
+        is not scored.  They become int64.  None where they are not known.
 
     Raises
     ------
     CalibrationError
-        If a tensor is empty, has NaN or infinite entries or no plain values, or the numbers of
-        samples differ.
+        If they are no mapping of tensors, one is empty, has NaN or infinite entries or no plain
+        values, or the numbers of samples differ.
     """
 
-    noun: ClassVar[str] = "sample"
+    sample_name: ClassVar[str] = "sample"
     """What one of them is called."""
 
     source: str
@@ -63,6 +70,7 @@ class TensorSet:
             raise CalibrationError(
                 f"the labels must be {len(self)} whole numbers, one a sample, not {given}"
             )
+        object.__setattr__(self, "labels", labels.to(torch.int64))
 
     def __len__(self) -> int:
         return len(next(iter(self.tensors.values())))
@@ -131,9 +139,20 @@ def check_tensors(tensors: Mapping[str, Tensor]) -> None:
     Raises
     ------
     CalibrationError
-        If there are none, or one is empty or not finite, or they disagree on how many they are.
+        If there are none, or one is no tensor, empty or not finite, or they disagree on how many
+        they are.
     """
+    if not isinstance(tensors, Mapping):
+        raise CalibrationError(
+            f"the data are a {type(tensors).__name__}; give a mapping of tensors by the names of "
+            "the arguments that read them"
+        )
     for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise CalibrationError(
+                f"the data {name!r} are a {type(tensor).__name__}; give a tensor, such as "
+                "torch.as_tensor makes of an array or a list"
+            )
         if tensor.ndim == 0 or tensor.numel() == 0:
             raise CalibrationError(f"the data {name!r} are empty")
         odd = tensor.layout is not torch.strided or tensor.is_nested or tensor.is_quantized
@@ -142,8 +161,10 @@ def check_tensors(tensors: Mapping[str, Tensor]) -> None:
                 f"the data {name!r} are sparse, nested, quantized or on the device 'meta'; give "
                 "plain tensors with values"
             )
-        if not bool(torch.isfinite(tensor).all()):
-            bad = tensor.numel() - int(torch.isfinite(tensor).sum())
+        eighth = tensor.is_floating_point() and tensor.element_size() == 1
+        finite = torch.isfinite(tensor.float() if eighth else tensor)
+        if not bool(finite.all()):
+            bad = tensor.numel() - int(finite.sum())
             raise CalibrationError(
                 f"the data {name!r} have NaN or infinite entries, {bad:,} of {tensor.numel():,}; "
                 "leave those samples out"
@@ -192,6 +213,46 @@ def check_arguments(
             )
 
 
+def named_inputs(model: nn.Module, args: Sequence[Tensor]) -> dict[str, Tensor]:
+    """Return positional arguments under the names that the model's forward pass gives them.
+
+    Raises
+    ------
+    CalibrationError
+        If it takes fewer.
+    """
+    try:
+        bound = inspect.signature(model.forward).bind(*args).arguments
+    except TypeError as error:
+        raise CalibrationError(f"{type(model).__name__}.forward: {error}") from error
+    if not all(isinstance(value, Tensor) for value in bound.values()):
+        raise CalibrationError(
+            f"{type(model).__name__}.forward gives its arguments no names; give it named ones"
+        )
+    return dict(bound)
+
+
+def named_example(model: nn.Module, example: Any) -> dict[str, Tensor]:
+    """Return example inputs, a tensor or a tuple or mapping of tensors, by argument name.
+
+    Raises
+    ------
+    CalibrationError
+        If they are something else, or the model takes fewer.
+    """
+    args = (example,) if isinstance(example, Tensor) else example
+    values = args.values() if isinstance(args, Mapping) else args
+    if not isinstance(args, Mapping | tuple | list) or not args:
+        raise CalibrationError(
+            f"{shown(example)} ({type(example).__name__}) are no example inputs; give a tensor, a "
+            "tuple of tensors, or a mapping of their names to tensors"
+        )
+    if not all(isinstance(tensor, Tensor) for tensor in values):
+        kinds = ", ".join(type(tensor).__name__ for tensor in values)
+        raise CalibrationError(f"the example inputs are not all tensors, but {kinds}")
+    return dict(args) if isinstance(args, Mapping) else named_inputs(model, args)
+
+
 def needed_arguments(
     model: nn.Module, example: Mapping[str, Tensor] | None = None
 ) -> dict[str, None]:
@@ -205,12 +266,13 @@ def needed_arguments(
 # ---- files -------------------------------------------------------------------------------
 
 
-def holds_pictures(spec: str | Path, model: nn.Module) -> bool:
+def holds_pictures(
+    spec: str | Path, model: nn.Module, example: Mapping[str, Tensor] | None = None
+) -> bool:
     """Tell whether a name stands for pictures rather than tensors; no data are read.
 
-    An ``.npz`` file holds pictures if it has `images`, unless that is an argument of the model and
-    what is there is no picture, or not all that the model needs.  What is no file of arrays is left
-    to whoever looks for pictures.
+    Pictures are a directory, and uint8 `images` of 3 or 4 dimensions in an ``.npz`` file, unless
+    the model has an argument of that name that takes other data, or more beside it.
 
     Parameters
     ----------
@@ -218,29 +280,44 @@ def holds_pictures(spec: str | Path, model: nn.Module) -> bool:
         A directory, or ``FILE`` or ``FILE:PART`` of an archive.
     model
         What will read them.
+    example
+        Inputs that it is known to take.
+
+    Raises
+    ------
+    FileError
+        If it cannot be looked for, or is a damaged archive.
     """
+    _, path, part = _located(spec, "the data", "a directory or a file")
+    if path.is_dir():
+        return True
+    if path.suffix != ".npz" or not path.is_file():
+        return False
+    images = npz_headers(path).get(f"{part}_{IMAGES}" if part else IMAGES)
+    if images is None or images.dtype.name != "uint8" or len(images.shape) not in (3, 4):
+        return False
+    if IMAGES not in inspect.signature(model.forward).parameters:
+        return True
+    known = (example or {}).get(IMAGES)
+    as_they_are = known is not None and known.shape[1:] == images.shape[1:]
+    return len(needed_arguments(model, example)) == 1 and not as_they_are
+
+
+def _located(spec: str | Path, what: str, give: str) -> tuple[str, Path, str]:
+    """Return a name as text, and the path and the part of an archive that it stands for."""
+    text = file_name(spec, what, give)
     try:
-        path, part = file_and_part(str(spec))
-        if path.suffix == ".safetensors":
-            return False
-        if path.suffix != ".npz" or not path.is_file():
-            return True
-        headers = npz_headers(path)
-    except Exception:  # whoever reads it says what is wrong with it
-        return True
-    prefix, takes = f"{part}_" if part else "", inspect.signature(model.forward).parameters
-    images = headers.get(f"{prefix}images")
-    if images is None:  # perhaps those of another part
-        named = any(prefix + name in headers for name in takes)
-        return not named and any(name.endswith("_images") for name in headers)
-    if "images" not in takes:
-        return True
-    gray, color = len(images.shape) == 3, len(images.shape) == 4 and images.shape[-1] in (1, 3)
-    return images.dtype.name == "uint8" and (gray or color) and len(needed_arguments(model)) == 1
+        path, part = file_and_part(text)
+        path.is_file()
+    except (OSError, RuntimeError, ValueError) as error:
+        raise FileError(text, f"it cannot be looked for: {reason_of(error)}") from error
+    return text, path, part
 
 
 def load_tensors(
-    spec: str | Path, model: nn.Module, example: Mapping[str, Tensor] | None = None
+    spec: str | Path,
+    model: nn.Module,
+    example: Tensor | Sequence[Tensor] | Mapping[str, Tensor] | None = None,
 ) -> TensorSet:
     """Read the samples in a file for a model, to be fed to it as they are.
 
@@ -253,30 +330,29 @@ def load_tensors(
     model
         What will read them.
     example
-        Inputs that the model is known to take: an entry of another shape (but for the number of
-        samples) or of another kind of number is refused.  None checks names alone.
+        Inputs that the model is known to take, one tensor, several in the order of the arguments,
+        or by name: an entry of another shape (but for the number of samples) or of another kind of
+        number is refused.  None checks names alone.
 
     Raises
     ------
+    CalibrationError
+        If the example inputs are none of the model's.
     FileError
         If there is no such file, it is damaged, or its entries do not fit the model.
     """
-    text = file_name(spec, "the file of tensors", "an .npz or .safetensors file")
-    try:
-        path, part = file_and_part(text)
-        found = path.suffix in SUFFIXES and path.is_file()
-    except (OSError, RuntimeError, ValueError) as error:
-        raise FileError(text, f"it cannot be looked for: {reason_of(error)}") from error
-    if not found:
+    text, path, part = _located(spec, "the file of tensors", "an .npz or .safetensors file")
+    if path.suffix not in SUFFIXES or not path.is_file():
         raise FileError(text, "there is no .npz or .safetensors file of that name; give another")
+    known = None if example is None else named_example(model, example)
     prefix = f"{part}_" if part else ""
     entries = read_tensors(path, lambda names: [n for n in names if n.startswith(prefix)])
     tensors = {name.removeprefix(prefix): tensor for name, tensor in entries.items()}
-    needed = needed_arguments(model, example)
+    needed = needed_arguments(model, known)
     labels = None if LABELS in needed else tensors.pop(LABELS, None)
     try:
-        check_arguments(model, tensors, example)
-        fitted = {name: _like(name, t, (example or {}).get(name)) for name, t in tensors.items()}
+        check_arguments(model, tensors, known)
+        fitted = {name: _like(name, t, (known or {}).get(name)) for name, t in tensors.items()}
         return TensorSet(text, fitted, labels)
     except CalibrationError as error:
         raise FileError(path, f"{error}{_hint_at_parts(text, tensors, needed)}") from error

@@ -14,7 +14,7 @@ from osscar.core.modules import check_usable, evaluating
 from osscar.core.on_disk import is_on_disk
 from osscar.data.batches import as_inputs
 from osscar.data.images import ImageSet
-from osscar.data.tensors import TensorSet
+from osscar.data.tensors import IGNORED, TensorSet
 from osscar.data.tokens import CalibrationSet
 from osscar.evaluation.images import score_images
 from osscar.evaluation.language import score_windows
@@ -49,18 +49,18 @@ class DenseScore:
         Whether the model is not significantly better than that.
     reason
         Why there is no value; empty if there is one.
-    noun
-        What a labelled sample is called: ``"image"`` or ``"sample"``.
+    sample
+        What one of them is: ``"window"``, ``"image"`` or ``"sample"``.
     """
 
     measure: str
     value: float | None
+    sample: str
     samples: int
     seqlen: int | None = None
     chance: float | None = None
     near_chance: bool = False
     reason: str = ""
-    noun: str = "image"
 
 
 def score_dense(
@@ -106,11 +106,12 @@ def score_dense(
 
 def _score_labelled(
     model: nn.Module, data: ImageSet | TensorSet, classes: Sequence[str]
-) -> DenseScore:
+) -> DenseScore | None:
     if len(data) > _SAMPLES:
         data = data.sample(_SAMPLES, seed=0)
     assert data.labels is not None
-    n, predictions = len(data), data.labels.numel()
+    known, n = data.labels[data.labels != IGNORED], len(data)
+    predictions = len(known)
     try:
         if isinstance(data, ImageSet):
             top1 = score_images([model], data, classes=classes)[0].top1
@@ -118,13 +119,14 @@ def _score_labelled(
             top1 = score_tensors([model], data)[0].top1
     except (ImageError, ModelError, CalibrationError) as error:
         # labels may mean something else than its classes
-        return DenseScore("top1", None, n, reason=str(error), noun=data.noun)
-    assert top1 is not None
-    most = int(data.labels.flatten().bincount().max()) / predictions
+        return DenseScore("top1", None, data.sample_name, n, reason=str(error))
+    if top1 is None:
+        return None
+    most = int(known.bincount().max()) / predictions
     by_chance = float(stats.binom.sf(round(top1 * predictions) - 1, predictions, most))
     # Of so few that even getting all of them right would be no proof, nothing is said.
     near = by_chance > _SIGNIFICANCE >= most**predictions
-    return DenseScore("top1", top1, n, chance=most, near_chance=near, noun=data.noun)
+    return DenseScore("top1", top1, data.sample_name, n, chance=most, near_chance=near)
 
 
 def _score_windows(model: Any, calibration: CalibrationSet) -> DenseScore:
@@ -135,6 +137,7 @@ def _score_windows(model: Any, calibration: CalibrationSet) -> DenseScore:
     return DenseScore(
         "perplexity",
         quality.perplexity,
+        "window",
         len(windows),
         seqlen=quality.seqlen,
         chance=vocabulary,

@@ -14,10 +14,11 @@ from osscar.capture.repeatable import check_repeatable
 from osscar.core.errors import ImageError, ModelError, NonFiniteError, OsscarError
 from osscar.core.inputs import whole_number
 from osscar.core.modules import check_usable
-from osscar.core.predictions import scored_prediction
+from osscar.core.predictions import scored_output
 from osscar.core.printable import counted
-from osscar.data.batches import Batch, cast_like, named_inputs
+from osscar.data.batches import Batch, cast_like
 from osscar.data.images import ImageSet
+from osscar.data.tensors import named_inputs
 from osscar.evaluation.result import Comparison, Evaluation
 from osscar.evaluation.samples import Tally, measured
 from osscar.shrinking.equivalence import call
@@ -323,7 +324,7 @@ def _logits(model: nn.Module, batch: Tensor) -> Tensor:
     """Return logits in float64, on the CPU."""
     with _failures_named(model, batch):
         result = call(model, _arguments(model, batch))
-    logits = scored_prediction(result, len(batch), type(model).__name__)
+    _, logits = scored_output(result, len(batch), type(model).__name__)
     if logits.ndim != 2 or len(logits) != len(batch):
         raise ModelError(
             f"a classifier returns logits (images, classes); {type(model).__name__} returned "

@@ -17,6 +17,7 @@ from osscar.core.inputs import whole_number
 from osscar.core.modules import check_usable, device_of, evaluating
 from osscar.core.timing import take_turns
 from osscar.data.batches import Batch
+from osscar.data.tensors import IGNORED
 from osscar.evaluation.result import Evaluation
 from osscar.evaluation.size import measure_footprint, read_peak_memory, reset_peak_memory
 
@@ -43,13 +44,15 @@ class Tally:
             Scores of classes, (predictions, classes) float64, or their probabilities; `dense`
             alike, or None.
         labels
-            The right classes, (predictions,), or None.
+            The right classes, (predictions,), or None; -100 is not counted.
         """
         self.count += len(logits)
         self.outputs = logits.shape[1]
         if labels is not None:
-            best = logits.topk(min(_TOP, self.outputs)).indices
-            self.labelled += len(logits)
+            known = labels != IGNORED
+            labels = labels[known]
+            best = logits[known].topk(min(_TOP, self.outputs)).indices
+            self.labelled += len(labels)
             self.first += int((best[:, 0] == labels).sum())
             self.among += int((best == labels[:, None]).any(1).sum())
         if dense is not None:

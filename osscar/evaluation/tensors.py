@@ -14,10 +14,10 @@ from osscar.capture.repeatable import check_repeatable
 from osscar.core.errors import CalibrationError, ModelError, NonFiniteError, OsscarError
 from osscar.core.memory import let_shortage_pass
 from osscar.core.modules import check_usable
-from osscar.core.predictions import LOGITS, named_tensors
+from osscar.core.predictions import LOGITS, known_output, named_tensors, scored_output
 from osscar.core.printable import counted
 from osscar.data.batches import Batch, as_inputs, cast_like
-from osscar.data.tensors import TensorSet
+from osscar.data.tensors import IGNORED, TensorSet
 from osscar.evaluation.result import Comparison, Evaluation
 from osscar.evaluation.samples import Tally, measured
 
@@ -34,9 +34,10 @@ class TensorQuality:
     samples
         Number of samples scored.
     classes_in
-        The output whose last dimension is taken as scores of classes, which the next four are of:
-        `logits`, or the only one, if there are labels for it or it is a matrix. None if there is no
-        such output.
+        The output that is taken as scores of classes, which the next four are of: `logits`, or the
+        only one. With labels it is chosen among others as `osscar.evaluate_images` does it, and the
+        classes are the dimension that the labels lack, the second where it may be more than one;
+        without, it has to be a matrix. None if there is no such output.
     top1, top5
         Share of the predictions whose label is the first, or among the first five, of the classes;
         None without labels, and top5 also where there are no more than five classes.
@@ -214,7 +215,7 @@ def score_tensors(
                     _check_repeatable(model, {name: t[:_FEW] for name, t in batch.items()})
             rows = slice(start, start := start + len(next(iter(batch.values()))))
             labels = None if data.labels is None else data.labels[rows]
-            found = {id(model): _outputs(model, batch) for model in everyone}
+            found = {id(model): _outputs(model, batch, labels) for model in everyone}
             for own, model in zip(sums, models, strict=True):
                 theirs = None if dense is None or dense is model else found[id(dense)]
                 own.add(type(model).__name__, found[id(model)], theirs, labels)
@@ -242,6 +243,23 @@ def _measure(
     )
 
 
+@dataclass(frozen=True)
+class _Outputs:
+    """What a model puts out of fractions, by name, in double precision on the CPU.
+
+    Parameters
+    ----------
+    named
+        All of them.
+    classes_in, classes_at
+        The one that is taken as scores of classes, and their dimension; None if there is none.
+    """
+
+    named: Mapping[str, Tensor]
+    classes_in: str | None
+    classes_at: int = -1
+
+
 class _Sums:
     """What one model comes to, summed over batches."""
 
@@ -252,36 +270,34 @@ class _Sums:
         self.size: dict[str, float] = {}
 
     def add(
-        self,
-        model: str,
-        outputs: Mapping[str, Tensor],
-        dense: Mapping[str, Tensor] | None,
-        labels: Tensor | None,
+        self, model: str, outputs: _Outputs, dense: _Outputs | None, labels: Tensor | None
     ) -> None:
         """Count a batch."""
         _check_alike(model, outputs, dense)
-        for name, known in (dense or {}).items():
-            difference = float((outputs[name] - known).abs().square().sum())
+        for name, known in ({} if dense is None else dense.named).items():
+            difference = float((outputs.named[name] - known).abs().square().sum())
             self.apart[name] = self.apart.get(name, 0.0) + difference
             self.size[name] = self.size.get(name, 0.0) + float(known.abs().square().sum())
-        self.classes_in = _scores_of_classes(model, outputs, labels)
+        self.classes_in, place = outputs.classes_in, outputs.classes_at
         if self.classes_in is None:
             return
-        mine = outputs[self.classes_in].flatten(0, -2)
-        theirs = None if dense is None else dense[self.classes_in].flatten(0, -2)
+        mine, theirs = (
+            None if one is None else one.named[self.classes_in].movedim(place, -1).flatten(0, -2)
+            for one in (outputs, dense)
+        )
+        assert mine is not None
         if labels is not None:
             self._check_labels(mine.shape[1])
-            labels = labels.long().flatten()
+            labels = labels.flatten()
         self.tally.add(mine, labels, theirs)
 
     def _check_labels(self, classes: int) -> None:
-        labels = self.data.labels
-        assert labels is not None
-        low, high = int(labels.min()), int(labels.max())
-        if low < 0 or high >= classes:
+        assert self.data.labels is not None
+        labels = self.data.labels[self.data.labels != IGNORED]
+        if len(labels) and (int(labels.min()) < 0 or int(labels.max()) >= classes):
             raise CalibrationError(
-                f"{self.data.source} has labels from {low} to {high} and the model "
-                f"{counted(classes, 'class', 'classes')}; give samples of its classes"
+                f"{self.data.source} has labels from {int(labels.min())} to {int(labels.max())} "
+                f"and the model {counted(classes, 'class', 'classes')}; give samples of its classes"
             )
 
     def quality(self) -> TensorQuality:
@@ -293,39 +309,20 @@ class _Sums:
         return TensorQuality(len(self.data), self.classes_in, **scores, errors=errors)
 
 
-def _scores_of_classes(
-    model: str, outputs: Mapping[str, Tensor], labels: Tensor | None
-) -> str | None:
-    """Return the output whose last dimension is of classes, or None if that is not known.
-
-    Raises
-    ------
-    ModelError
-        If there are labels, and no output that they are of.
-    """
-    alone = next(iter(outputs)) if len(outputs) == 1 else None
-    name = LOGITS if LOGITS in outputs else alone
-    real = name is not None and not outputs[name].is_complex()
-    shape = tuple(outputs[name].shape) if name is not None and real else ()
-    if labels is None:
-        return name if len(shape) == 2 and shape[1] > 1 else None
-    if name is not None and shape[:-1] == tuple(labels.shape) and shape[-1] > 1:
-        return name
-    there = ", ".join(f"{key!r} {tuple(one.shape)}" for key, one in outputs.items())
-    raise ModelError(
-        f"{model} puts out {there}, and the labels are {tuple(labels.shape)}: scores of classes "
-        f"would be {(*labels.shape, 'classes')}, named {LOGITS!r} where there are other outputs; "
-        "let the model put out these, or leave the labels out"
-    )
+def _place_of_classes(shape: Sequence[int], labels: Tensor) -> int | None:
+    """Return the dimension of an output that its labels lack: torch's, or else the last."""
+    for place in (1, len(shape) - 1):
+        rest = (*shape[:place], *shape[place + 1 :])
+        if len(shape) > place and shape[place] > 1 and rest == tuple(labels.shape):
+            return place
+    return None
 
 
-def _check_alike(
-    model: str, outputs: Mapping[str, Tensor], dense: Mapping[str, Tensor] | None
-) -> None:
+def _check_alike(model: str, outputs: _Outputs, dense: _Outputs | None) -> None:
     if dense is None:
         return
     mine, theirs = (
-        {name: tuple(one.shape) for name, one in each.items()} for each in (outputs, dense)
+        {name: tuple(one.shape) for name, one in each.named.items()} for each in (outputs, dense)
     )
     if mine != theirs:
         raise ModelError(
@@ -361,8 +358,16 @@ def _failures_named(model: nn.Module, batch: Batch) -> Iterator[None]:
         ) from error
 
 
-def _outputs(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
-    """Return what a model puts out of fractions, by name, in double precision on the CPU."""
+def _outputs(model: nn.Module, batch: Batch, labels: Tensor | None) -> _Outputs:
+    """Return what a model puts out, and which of it the labels, if there are any, are of.
+
+    Raises
+    ------
+    ModelError
+        If it fails, puts out no fractions, or nothing that the labels are of.
+    NonFiniteError
+        If something is NaN or infinite.
+    """
     kind = type(model).__name__
     with _failures_named(model, batch):
         result = model(**_arguments(model, batch))
@@ -379,7 +384,21 @@ def _outputs(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
     for name, one in found.items():
         if not bool(torch.isfinite(one).all()):
             raise NonFiniteError(f"{name!r} of {kind} is NaN or infinite; its weights are damaged")
-    return {
+    exact = {
         name: one.to("cpu", torch.complex128 if one.is_complex() else torch.float64)
         for name, one in found.items()
     }
+    if labels is None:
+        name, known = known_output(result)
+        matrix = known is not None and known.ndim == 2 and known.shape[1] > 1
+        return _Outputs(exact, name if matrix else None)
+    name, scored = scored_output(result, len(labels), kind)
+    place = _place_of_classes(scored.shape, labels)
+    if place is None:
+        there = ", ".join(f"{key!r} {tuple(one.shape)}" for key, one in found.items())
+        raise ModelError(
+            f"{kind} puts out {there}, and the labels are {tuple(labels.shape)}: scores of classes "
+            f"would be {(len(labels), 'classes', *labels.shape[1:])}, named {LOGITS!r} where there "
+            "are other outputs; let the model put out these, or leave the labels out"
+        )
+    return _Outputs(exact, name, place)

@@ -7,18 +7,19 @@ import importlib.util
 import sys
 import sysconfig
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
-from torch import Tensor, nn
+from torch import nn
 
 from osscar.core.errors import CalibrationError, ModelError, ModelNotFound, OptionError
 from osscar.core.modules import in_evaluation
-from osscar.data.batches import Batch, named_inputs
+from osscar.data.batches import Batch
 from osscar.data.preprocessing import AnyPreprocessing, as_preprocessing
+from osscar.data.tensors import named_example
 
 
 class Built(NamedTuple):
@@ -85,31 +86,13 @@ def build(name: str) -> Built:
 
 
 def _named(model: nn.Module, example: Any, name: str) -> Batch:
-    args = (example,) if isinstance(example, Tensor) else example
-    tensors = _values(args)
-    if not tensors:
-        shown = " ".join(repr(example).split())
-        raise ModelError(
-            f"{name} returned {shown:.60} ({type(example).__name__}) as example inputs; "
-            "return a tensor, a tuple of tensors, or a mapping of their names to tensors (and what "
-            "is done to an image as the third value)"
-        )
-    if not all(isinstance(tensor, Tensor) for tensor in tensors):
-        kinds = ", ".join(type(tensor).__name__ for tensor in tensors)
-        raise ModelError(f"the example inputs of {name} are not all tensors, but {kinds}")
-    if isinstance(args, Mapping):
-        return dict(args)
     try:
-        return named_inputs(model, args)
+        return named_example(model, example)
     except CalibrationError as error:
-        raise ModelError(f"the example inputs of {name} do not fit: {error}") from error
-
-
-def _values(args: Any) -> list[Any]:
-    """Return the example inputs one by one; nothing of what cannot hold any."""
-    if isinstance(args, Mapping):
-        return list(args.values())
-    return list(args) if isinstance(args, tuple | list) else []
+        raise ModelError(
+            f"{name} returned example inputs that do not fit: {error} (what is done to an image is "
+            "its third value)"
+        ) from error
 
 
 def _module(place: str, function: str) -> ModuleType:

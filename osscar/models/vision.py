@@ -21,7 +21,7 @@ from osscar.core.devices import resolve_device, resolve_dtype
 from osscar.core.errors import CheckpointError, ImageError, ModelError, ModelNotFound, OptionError
 from osscar.core.inputs import file_name, shown
 from osscar.core.modules import check_finite_weights, check_usable, in_evaluation
-from osscar.data.batches import Batch, cast_like, named_inputs
+from osscar.data.batches import Batch, cast_like
 from osscar.data.images import ImageSet, load_images
 from osscar.data.preprocessing import (
     OPTIONS,
@@ -29,23 +29,25 @@ from osscar.data.preprocessing import (
     OwnTransform,
     Preprocessing,
     as_preprocessing,
-    check_stated,
     import_torchvision,
 )
-from osscar.data.tensors import TensorSet, holds_pictures, load_tensors, needed_arguments
+from osscar.data.tensors import (
+    TensorSet,
+    holds_pictures,
+    load_tensors,
+    named_inputs,
+    needed_arguments,
+)
 from osscar.models import user_code
 from osscar.models.chance import told_share
 from osscar.models.names import PREFIX, Sort, check_no_program, sort_of
 from osscar.models.weights import fill, read_state, renamed
-from osscar.shrinking.lineage import FORMATS, Input, Lineage, lineage_of, note, stored_dtype
+from osscar.shrinking.lineage import Input, Lineage, lineage_of, note, stored_dtype
 
 DEFAULT_SAMPLES = 256
 
 _LARGEST_EXAMPLE = 2**28
 """Entries of an example that is made from what a directory records."""
-
-_INPUTS = ("bool", "uint8", "int8", "int16", "int32", "int64", *FORMATS)
-"""The number formats that it may have."""
 
 _OPTIONS: dict[str, dict[str, bool]] = {
     "googlenet": {"transform_input": True, "aux_logits": False, "init_weights": False},
@@ -81,6 +83,8 @@ class VisionModel:
     stated
         The example inputs that code of the user's own gave, which data have to be like; None where
         there are none.
+    states_images
+        Whether the caller stated what is done to an image.
     """
 
     model: nn.Module
@@ -93,6 +97,7 @@ class VisionModel:
     drawn: float = 0.0
     tokenizer: None = None
     stated: Batch | None = None
+    states_images: bool = False
 
     def calibration(
         self, spec: str | None, *, samples: int | None, seqlen: int | None, seed: int
@@ -118,7 +123,8 @@ class VisionModel:
         FileError
             If tensors cannot be read, or do not fit the model.
         OptionError
-            If a length is given, or nothing states what is done to an image.
+            If a length is given, nothing states what is done to an image, or something does and the
+            data are tensors.
         """
         if seqlen is not None:
             raise OptionError(f"{self.source} reads no text, which --seqlen is for; leave it away")
@@ -129,9 +135,9 @@ class VisionModel:
                 f"{', '.join(needed_arguments(self.model, self.stated))}"
             )
         drawn = DEFAULT_SAMPLES if samples is None else samples
-        if holds_pictures(spec, self.model):
-            return self.images(spec).sample(drawn, seed)
-        return load_tensors(spec, self.model, self.stated).sample(drawn, seed)
+        pictures = holds_pictures(spec, self.model, self.stated)
+        data = self.images(spec) if pictures else self.tensors(spec)
+        return data.sample(drawn, seed)
 
     def held_out(self, images: str | None, inputs: str | None) -> ImageSet | TensorSet | None:
         """Find what the model is scored on; None if nothing is given.
@@ -150,15 +156,36 @@ class VisionModel:
         FileError
             If tensors cannot be read, or do not fit the model.
         OptionError
-            If both are given, or one for the other.
+            If both are given; or nothing states what is done to an image, or something does and the
+            data are tensors.
         """
         if images is not None and inputs is not None:
             raise OptionError("--images are pictures and --inputs any other data; give one of them")
         if images is not None:
-            if not holds_pictures(images, self.model):
-                raise OptionError(f"{images!r} holds tensors, not pictures; give it as --inputs")
             return self.images(images)
-        return None if inputs is None else load_tensors(inputs, self.model, self.stated)
+        return None if inputs is None else self.tensors(inputs)
+
+    def tensors(self, spec: str | Path) -> TensorSet:
+        """Read samples that are fed as they are.
+
+        Parameters
+        ----------
+        spec
+            As for `osscar.load_tensors`.
+
+        Raises
+        ------
+        FileError
+            If they cannot be read, or do not fit the model.
+        OptionError
+            If the caller stated what is done to an image.
+        """
+        if self.states_images:
+            raise OptionError(
+                f"{spec} is for tensors, which are fed as they are, and no pictures; leave "
+                f"{OPTIONS} away (preprocessing= in Python)"
+            )
+        return load_tensors(spec, self.model, self.stated)
 
     def images(self, spec: str | Path) -> ImageSet:
         """Find images, which become what the model reads.
@@ -179,12 +206,7 @@ class VisionModel:
         own = isinstance(preprocessing, OwnTransform)
         if self.example is not None and not own and image_of(self.example) is None:
             raise _no_images(self.example, self.source)
-        preprocessing = preprocessing or Preprocessing()
-        check_stated(preprocessing, self.source)
-        images = load_images(spec, preprocessing)
-        if isinstance(preprocessing, OwnTransform):
-            preprocessing.check(images.decoded(0))
-        return images
+        return load_images(spec, preprocessing or Preprocessing(), reader=self.source)
 
 
 def load_vision_model(
@@ -281,7 +303,9 @@ def load_vision_model(
         preprocessing=None if known is None else known.record(),
         stored_dtype=str(loaded.stored_dtype).removeprefix("torch."),
     )
-    return dataclasses.replace(loaded, model=model, example=example)
+    return dataclasses.replace(
+        loaded, model=model, example=example, states_images=stated is not None
+    )
 
 
 # ---- images ------------------------------------------------------------------------------
@@ -328,12 +352,15 @@ def _with_stated(loaded: VisionModel, stated: AnyPreprocessing | None) -> AnyPre
 def _warn_of_difference(used: Preprocessing, how: str, other: Preprocessing, whose: str) -> None:
     """Say which numbers are used in the place of others."""
     theirs = other.record()
-    for name, value in used.record().items():
-        if name in theirs and theirs[name] != value:
-            warnings.warn(
-                f"{name} of images is {shown(value)} {how}, where {whose} {shown(theirs[name])}",
-                stacklevel=5,
-            )
+    differing = {n: v for n, v in used.record().items() if n in theirs and theirs[n] != v}
+    if differing:
+        mine, others = (
+            ", ".join(f"{name} {shown(each[name])}" for name in differing)
+            for each in (used.record(), theirs)
+        )
+        warnings.warn(
+            f"what is done to images is {how}, {mine}, where {whose} {others}", stacklevel=5
+        )
 
 
 def image_of(example: Batch) -> Tensor | None:
@@ -548,7 +575,8 @@ def _of_the_run(
     if image is None or isinstance(known, OwnTransform):
         return known
     known = known or Preprocessing()
-    size = Preprocessing.to_size(*image.shape[-2:])
+    height, width = image.shape[-2:]
+    size = Preprocessing(crop=(height, width))
     return known if known.shows(image) else known.with_stated(size)
 
 
@@ -566,17 +594,19 @@ def _recorded_preprocessing(path: Path, lineage: Lineage) -> AnyPreprocessing | 
 
 def _recorded_example(path: Path, lineage: Lineage) -> Batch | None:
     """Return inputs like those that a model was pruned with; None if they are not known."""
+    example = {}
     for name, kind in lineage.inputs.items():
-        if (
-            kind.dtype not in _INPUTS
-            or min(kind.shape, default=1) < 1
-            or math.prod(kind.shape) > _LARGEST_EXAMPLE
-        ):
-            raise CheckpointError(
-                f"the input {shown(name)} in {path} makes no sense: {shown(kind.dtype)} of "
-                f"{shown(kind.shape)}; get the checkpoint anew"
-            )
-    return {name: _noise(kind) for name, kind in lineage.inputs.items()} or None
+        nonsense = CheckpointError(
+            f"the input {shown(name)} in {path} makes no sense: {shown(kind.dtype)} of "
+            f"{shown(kind.shape)}; get the checkpoint anew"
+        )
+        if min(kind.shape, default=1) < 1 or math.prod(kind.shape) > _LARGEST_EXAMPLE:
+            raise nonsense
+        try:
+            example[name] = _noise(kind)
+        except (AttributeError, TypeError, RuntimeError) as error:  # no number format of torch
+            raise nonsense from error
+    return example or None
 
 
 def _dtype(model: nn.Module) -> torch.dtype:

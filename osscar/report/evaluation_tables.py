@@ -87,9 +87,9 @@ def dense_sentence(score: Mapping[str, Any]) -> str:
         A `DenseScore` as JSON-able data.
     """
     if score["value"] is None:
-        return f"dense model: not scored on the calibration {score['noun']}s: {score['reason']}"
+        return f"dense model: not scored on the calibration {score['sample']}s: {score['reason']}"
     if score["measure"] == "top1":
-        samples = counted(score["samples"], f"labelled calibration {score['noun']}")
+        samples = counted(score["samples"], f"labelled calibration {score['sample']}")
         return f"dense model: top-1 {score['value']:.1%} of {samples}"
     windows = counted(score["samples"], "calibration window")
     return f"dense model: perplexity {score['value']:,.1f} on {windows} of {score['seqlen']} tokens"
@@ -97,16 +97,16 @@ def dense_sentence(score: Mapping[str, Any]) -> str:
 
 def dense_warning(score: Mapping[str, Any]) -> str:
     """Say what to look for where the dense model is near chance; empty where it is not."""
-    noun = score["noun"]
+    sample = score["sample"]
     if not score["near_chance"]:
         return ""
     if score["measure"] == "top1":
+        samples = counted(score["samples"], f"labelled calibration {sample}")
         return (
-            f"the dense model is right on {score['value']:.1%} of "
-            f"{counted(score['samples'], f'labelled calibration {noun}')}, where always naming the "
-            f"most frequent class is right on {score['chance']:.1%}: check that its weights are "
-            f"loaded, that {noun}s are preprocessed as in its training, and that its classes are "
-            "in the order of the labels"
+            f"the dense model is right on {score['value']:.1%} of {samples}, where always naming "
+            f"the most frequent class is right on {score['chance']:.1%}: check that its weights "
+            f"are loaded, that {sample}s are preprocessed as in its training, and that its "
+            "classes are in the order of the labels"
         )
     return (
         f"the dense model has a perplexity of {score['value']:,.0f} on calibration text, where "

@@ -20,7 +20,7 @@ import graph
 from graph import CouplingGroup, DependencyGraph
 from osscar.capture.opened import Opened, opened
 from osscar.core.errors import OsscarError, first_line
-from osscar.data.batches import named_inputs
+from osscar.data.tensors import named_inputs
 from osscar.pruning.request import PruningRequest
 from osscar.pruning.shrunk import shrunk
 from osscar.pruning.trial import LeftAlone, what_follows

@@ -15,7 +15,7 @@ import osscar
 from graph import CouplingGroup, GraphError
 from graph.preserve import without_cache
 from osscar.core.operations import _by_expert as by_expert
-from osscar.data.batches import named_inputs
+from osscar.data.tensors import named_inputs
 from osscar.evaluation.size import count_flops
 from osscar.pruning.costs import Cost, CountedCost, count
 from osscar.shrinking.follow import prepare

@@ -15,7 +15,7 @@ IMAGENET = Preprocessing(
 
 def plain(side: int) -> Preprocessing:
     """Return what leads to color images of one size, pixels / 255."""
-    return Preprocessing.to_size(side, mean=0.0, std=1.0, channels=3)
+    return Preprocessing(crop=side, mean=0.0, std=1.0, channels=3)
 
 
 class Block(nn.Module):

@@ -2,6 +2,7 @@
 
 import json
 import sys
+import warnings
 
 import numpy as np
 import pytest
@@ -11,7 +12,8 @@ from torch import nn
 import osscar
 from osscar.cli import main
 from osscar.core.errors import ImageError, ModelError, OptionError
-from osscar.data.images import load_images
+from osscar.data.batches import as_inputs
+from osscar.data.images import ImageSet, load_images
 from osscar.data.preprocessing import OwnTransform, Preprocessing, import_torchvision
 from osscar.models.vision import load_vision_model
 from osscar.shrinking.lineage import lineage_of
@@ -191,12 +193,14 @@ def test_what_is_stated_is_printed_recorded_and_used_again(run, place):
     again = ("prune", "small", "--against", "net.py:build", *prune("build", out="smaller")[2:])
     status, out, err = run(*again)
     assert (status, said in out) == (0, True), err
-    stated = Preprocessing.to_size(8, 10, mean=0, std=1)
-    with pytest.warns(UserWarning, match="where directory small brings") as caught:
+    stated = Preprocessing(crop=(8, 10), mean=0, std=1)
+    with pytest.warns(UserWarning, match=r"as stated, .*mean \(0.0,\).* small brings") as caught:
         loaded = load_vision_model("small", dense="net.py:build", preprocessing=stated)
-    texts = [str(warning.message) for warning in caught]
-    assert any(text.startswith("mean of images is (0.0,) as stated, where") for text in texts)
-    assert any(text.startswith("crop of images is (8, 10) as stated, where") for text in texts)
+    assert [str(warning.message) for warning in caught] == [
+        "what is done to images is as stated, resize (8, 10), crop (8, 10), mean (0.0,), "
+        "std (1.0,), where directory small brings resize 12, crop 12, mean (0.5, 0.4, 0.3), "
+        "std (0.25,)"
+    ]
     assert loaded.preprocessing.sentence() == (
         "RGB, resized to 8 x 10 (bilinear); pixels / 255, not normalized"
     )
@@ -236,12 +240,52 @@ def test_models_of_text_have_no_images_to_state_anything_of(run):
 
 def test_what_is_stated_of_a_model_of_torchvision_takes_the_place_of_its_own():
     name, load = "torchvision:squeezenet1_1", {"pretrained": False, "device": "cpu"}
-    with pytest.warns(UserWarning, match=r"crop of images is 64 as stated, .* brings 224"):
+    with pytest.warns(UserWarning, match=r"crop 64, where .* brings resize 2\d\d, crop 224"):
         loaded = load_vision_model(name, preprocessing=Preprocessing(crop=64), **load)
     own = load_vision_model(name, **load).preprocessing
     assert loaded.preprocessing == own.with_stated(Preprocessing(crop=64))
     assert loaded.preprocessing.resize == 64
     assert loaded.example["x"].shape == (2, 3, 64, 64)
+
+
+def test_numbers_that_are_equal_are_no_difference(place):
+    """Three equal ones are one for all, and a square is its side."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        stated = Preprocessing(crop=(12, 12), mean=(0.5,) * 3, std=(0.25,) * 3)
+        loaded = load_vision_model("net.py:stating", preprocessing=stated)
+    assert loaded.preprocessing == Preprocessing(
+        crop=12, mean=0.5, std=0.25, channels=3, interpolation="bilinear", dtype="float32"
+    )
+
+
+def test_what_is_not_stated_is_said_not_to_be():
+    assert Preprocessing(channels=1).sentence() == "grayscale; the mean and std and size not stated"
+    assert Preprocessing(crop=8, channels=3).sentence() == (
+        "RGB, resized to a shorter side of 8 (bilinear); 8 x 8 cut from the centre; "
+        "the mean and std not stated"
+    )
+
+
+def test_tensors_are_refused_where_something_is_stated_of_images(place):
+    loaded = load_vision_model("net.py:build", preprocessing=Preprocessing(mean=0, std=1))
+    np.savez("tensors.npz", input=np.zeros((4, 3, 12, 12), np.float32))
+    for read in (
+        lambda: loaded.calibration("tensors.npz", samples=None, seqlen=None, seed=0),
+        lambda: loaded.held_out(None, "tensors.npz"),
+    ):
+        with pytest.raises(OptionError, match=r"fed as they are, and no pictures; leave --mean"):
+            read()
+
+
+def test_labels_of_images_say_that_any_model_of_them_tells_classes_apart():
+    """As one whose own transform makes rows of images, in which no image is seen."""
+    pixels = np.zeros((4, 6, 6, 3), np.uint8)
+    rows = OwnTransform.of(lambda image: torch.zeros(108), "rows")
+    for labels in (None, torch.arange(4)):
+        images = ImageSet("pixels", pixels, rows, labels)
+        net = nn.Sequential(nn.Linear(108, 5))
+        assert as_inputs(net, images).classes is (labels is not None)
 
 
 # ---- brought by code ---------------------------------------------------------------------
@@ -291,8 +335,12 @@ def test_a_function_is_taken_from_the_code_again_and_refused_without_it(run, pla
 )
 def test_a_function_that_makes_no_image_for_the_model_is_refused(function, message, place):
     loaded = load_vision_model(f"net.py:{function}")
-    with pytest.raises(ImageError, match=message):
-        loaded.calibration("images.npz:train", samples=4, seqlen=None, seed=0)
+    for read in (
+        lambda: loaded.calibration("images.npz:train", samples=4, seqlen=None, seed=0),
+        lambda: load_images("images.npz:train", loaded.preprocessing),
+    ):
+        with pytest.raises(ImageError, match=message):
+            read()
 
 
 def test_what_is_no_transform_is_refused(place):
@@ -364,7 +412,7 @@ def test_a_model_of_one_channel_gets_grayscale_images(run, place):
     assert torch.equal(loaded.images("files").tensor(), found[:1])
     status, out, err = run(*prune("gray", "--mean", "0.5", "--std", "0.5"))
     assert (status, "images: grayscale, " in out, "mean 0.5, std 0.5" in out) == (0, True, True)
-    three = ("--mean", "0.5,0.5,0.5", "--std", "0.5")
+    three = ("--mean", "0.5,0.4,0.5", "--std", "0.5")
     status, out, err = run(*prune("gray", *three, out="other"))
     assert (status, "have 3 channels (mean has 3 numbers), and the" in err) == (2, True), err
 

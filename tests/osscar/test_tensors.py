@@ -11,8 +11,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 import osscar
+from osscar.capture.fingerprint import Fingerprint
 from osscar.cli import main
-from osscar.core.errors import CalibrationError, FileError, ModelError, OptionError
+from osscar.core.errors import CalibrationError, CheckpointError, FileError, ModelError, OptionError
 from osscar.data.batches import as_inputs
 from osscar.data.tensors import holds_pictures
 from osscar.evaluation.tensors import score_tensors
@@ -154,7 +155,7 @@ def test_a_model_that_reads_sound_is_pruned_scored_and_swept(run, code, tmp_path
     status, _, err = run("eval", *scored, "--inputs", "data.npz:cal")
     assert (status, "50 of 60 samples calibrated this model" in err) == (2, True)
     status, _, err = run("eval", *scored, "--images", "data.npz:test")
-    assert (status, "holds tensors, not pictures; give it as --inputs" in err) == (2, True)
+    assert (status, "torch.float32 of (2, 1, 80), and images are float or" in err) == (2, True)
     status, _, err = run("eval", *scored, "--inputs", "data.npz:test", "--no-normalize")
     assert status == 2
     swept = (*asked, "--inputs", "data.npz:test", "--sparsity", "0.4", "--out", "sweep")
@@ -241,7 +242,7 @@ def test_outputs_of_a_dictionary_are_scored_by_name(run, code, tmp_path):
     )
     assert status == 2
     assert (
-        "puts out 'raw' (30, 5), 'boxes' (30, 4), 'scores' (30, 3), and the labels are (30,)" in err
+        "'raw' (30, 5), 'boxes' (30, 4), 'scores' (30, 3), and it is not known which of them" in err
     )
 
 
@@ -350,10 +351,15 @@ def test_an_archive_holds_pictures_unless_the_model_calls_something_else_so(tmp_
         for kind, model in (("one", one), ("two", two), ("mixed", Mixed()))
     }
     assert {key for key, pictures in told.items() if pictures} == {
-        ("pixels.npz", "one"), ("pixels.npz", "mixed"), ("pixels.npz:test", "one"),
-        ("pixels.npz:test", "mixed"), ("floats.npz", "mixed"),
-        ("", "one"), ("", "two"), ("", "mixed"),
-    }  # fmt: skip
+        *(("pixels.npz", "one"), ("pixels.npz", "mixed"), ("pixels.npz:test", "one")),
+        *(("pixels.npz:test", "mixed"), ("", "one"), ("", "two"), ("", "mixed")),
+    }
+    same, other = ({"images": torch.zeros(shape)} for shape in ((2, 4, 4, 3), (2, 3, 4, 4)))
+    assert not holds_pictures(tmp_path / "pixels.npz", one, same)
+    assert holds_pictures(tmp_path / "pixels.npz", one, other)
+    (tmp_path / "bad.npz").write_bytes(b"PK no archive")
+    with pytest.raises(FileError, match=r"cannot be read as \.npz"):
+        holds_pictures(tmp_path / "bad.npz", one)
 
 
 # ---- from Python -------------------------------------------------------------------------
@@ -409,7 +415,7 @@ def test_the_dense_model_is_scored_on_labels_that_are_its_classes():
     with torch.no_grad():
         right = dense(samples().tensors["input"]).argmax(1)
     told = [osscar.score_dense(dense, samples(labels=labels)) for labels in (right, right + 3)]
-    assert (told[0].value, told[0].near_chance, told[0].noun) == (1.0, False, "sample")
+    assert (told[0].value, told[0].near_chance, told[0].sample) == (1.0, False, "sample")
     assert told[1].value is None
     assert "the model 4 classes" in told[1].reason
     assert osscar.score_dense(dense, samples()) is None
@@ -433,3 +439,135 @@ def test_data_and_labels_that_a_model_has_no_use_for_are_refused():
         osscar.evaluate_tensors(model, samples(), batch_size=0)
     with pytest.raises(ModelError, match="cannot be compared"):
         osscar.compare_tensors(model, nn.Sequential(nn.Linear(5, 3)).eval(), samples())
+
+
+def test_labels_are_whole_numbers_of_any_width_and_those_of_minus_100_are_not_scored():
+    model = network()
+    right = model(samples().tensors["input"]).argmax(1)
+    some = torch.where(torch.arange(48) < 12, right, -100)
+    scores = {}
+    for name, labels in {
+        "all": right.to(torch.uint16),
+        "some": some,
+        "none": some - some - 100,
+    }.items():
+        data = samples(labels=labels).sample(48, seed=0)
+        scores[name] = [one(data) for one in (lambda d: score_tensors([model], d)[0].top1,
+                                              lambda d: osscar.score_dense(model, d))]  # fmt: skip
+    assert [top1 for top1, _ in scores.values()] == [1.0, 1.0, None]
+    assert scores["some"][1].chance == int(right[:12].bincount().max()) / 12
+    assert scores["none"][1] is None
+
+
+class Segments(nn.Module):
+    """Scores of 3 classes at each of 5 places, where torch has them, or last."""
+
+    def __init__(self, last=False):
+        super().__init__()
+        self.layer, self.last = nn.Linear(5, 15), last
+
+    def forward(self, input):
+        scores = self.layer(input).unflatten(1, (3, 5))
+        return scores.mT if self.last else scores
+
+
+def test_the_classes_of_predictions_at_several_places_are_found_as_torch_has_them():
+    torch.manual_seed(0)
+    first, last = Segments(), Segments(last=True)
+    last.load_state_dict(first.state_dict())
+    scores = first(samples().tensors["input"])
+    labels = torch.where(torch.rand(48, 5) < 0.5, scores.argmax(1), -100)
+    labels[:9] = 0
+    expected = (scores.argmax(1) == labels)[labels >= 0].double().mean()
+    for model in (first, last):
+        assert score_tensors([model], samples(labels=labels))[0].top1 == pytest.approx(expected)
+    with pytest.raises(ModelError, match=r"scores of classes would be \(32, 'classes', 4\)"):
+        score_tensors([first], samples(labels=labels[:, :4]))
+
+
+class Several(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = network()
+
+    def forward(self, input):
+        return self.net(input), input
+
+
+def test_the_first_of_several_outputs_is_scored_by_labels_with_a_warning_as_of_images():
+    labels = torch.arange(48) % 4
+    with pytest.warns(UserWarning, match=r"scored is '0', the first; to score another, call it"):
+        several = score_tensors([Several()], samples(labels=labels))[0]
+    assert several.classes_in == "0"
+    assert several.top1 == score_tensors([network()], samples(labels=labels))[0].top1
+    assert score_tensors([Several()], samples())[0].classes_in is None
+
+
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        ({"wave": GOOD["features"]}, "'wave' are a ndarray; give a tensor, such as torch.as_ten"),
+        ({"wave": [1, 2]}, "'wave' are a list; give a tensor"),
+        (torch.zeros(2, 3), "the data are a Tensor; give a mapping of tensors by the names"),
+        (None, "the data are a NoneType; give a mapping"),
+    ],
+)
+def test_what_is_no_mapping_of_tensors_is_refused(tensors, message):
+    with pytest.raises(CalibrationError, match=message):
+        osscar.TensorSet("x", tensors)
+
+
+def test_the_example_of_a_file_may_be_a_tensor_or_several(tmp_path):
+    np.savez(tmp_path / "x.npz", **GOOD)
+    np.savez(tmp_path / "y.npz", input=GOOD["features"])
+    several = osscar.load_tensors(tmp_path / "x.npz", Mixed(), tuple(EXAMPLE.values()))
+    assert set(several.tensors) == {"tokens", "features"}
+    net = nn.Sequential(nn.Linear(4, 3))
+    assert len(osscar.load_tensors(tmp_path / "y.npz", net, torch.zeros(2, 4))) == 8
+    with pytest.raises(FileError, match=r"in the example inputs float32 of \(2, 5\)"):
+        osscar.load_tensors(tmp_path / "y.npz", net, torch.zeros(2, 5))
+    with pytest.raises(CalibrationError, match=r"3 \(int\) are no example inputs; give a tensor"):
+        osscar.load_tensors(tmp_path / "y.npz", net, 3)
+
+
+def test_labels_added_before_a_run_goes_on_are_other_data():
+    model, labels = network(), torch.arange(48) % 4
+    told = [
+        Fingerprint.of(model, as_inputs(model, samples(labels=each)), 8) for each in (None, labels)
+    ]
+    assert told[0].difference(told[1]) == "the calibration data are others"
+
+
+ANY_NUMBER = """
+import torch
+from tests.osscar.test_tensors import AnyNumber
+
+def build():
+    return AnyNumber()
+"""
+
+
+class AnyNumber(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
+
+    def forward(self, z):
+        return self.net(torch.view_as_real(z).flatten(1) if z.is_complex() else z.float())
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.uint16, torch.float8_e5m2])
+def test_a_model_of_any_number_format_is_opened_again(dtype, tmp_path):
+    (tmp_path / "mine.py").write_text(ANY_NUMBER)
+    data = (torch.rand(24, 3 if dtype.is_complex else 6) * 8).to(dtype)
+    pruned = osscar.prune(AnyNumber().eval(), {"z": data}, neurons=0.5, backend="magnitude")
+    pruned.save(tmp_path / "small")
+    again = load_vision_model(tmp_path / "small", dense=f"{tmp_path / 'mine.py'}:build")
+    assert again.example["z"].shape[1:] == data.shape[1:]
+    file = tmp_path / "small" / "osscar.json"
+    name = str(dtype).removeprefix("torch.")
+    for other in ("zeros", "no_such", "float4_e2m1fn_x2"):
+        file.write_text(file.read_text().replace(f'"{name}"', f'"{other}"'))
+        name = other
+        with pytest.raises(CheckpointError, match=f"the input 'z' in .* no sense: '{other}'"):
+            load_vision_model(tmp_path / "small", dense=f"{tmp_path / 'mine.py'}:build")

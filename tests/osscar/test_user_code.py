@@ -115,8 +115,8 @@ def test_a_failing_import_shows_the_users_error_and_line(suffix, place):
 @pytest.mark.parametrize(
     ("function", "message"),
     [
-        ("side", r"returned 224 \(int\) as example inputs; return a tensor"),
-        ("empty", r"returned \(\) \(tuple\) as example inputs"),
+        ("side", r"that do not fit: 224 \(int\) are no example inputs; give a tensor"),
+        ("empty", r"\(\) \(tuple\) are no example inputs"),
         ("nested", "not all tensors, but dict"),
         ("leaves", r"SystemExit: 3 \(line \d+ of .*sys\.exit\(3\)"),
         ("raises", r"AttributeError: .*no_such_thing"),

@@ -67,11 +67,18 @@ def broken():
 def wrong():
     return "a model"
 
+def spare():
+    net, *rest = stating()
+    torch.seed()
+    net.spare = torch.nn.Parameter(torch.rand(2))
+    return net, *rest
+
 def drawn():
     net = small_net()
-    net.head.reset_parameters()
     torch.seed()
-    net.stem[0].reset_parameters()
+    for module in net.modules():
+        if isinstance(module, torch.nn.Conv2d | torch.nn.Linear):
+            module.reset_parameters()
     return net, torch.zeros(2, 3, 12, 12), osscar.Preprocessing(mean=0, std=1)
 """
 
@@ -210,13 +217,23 @@ def test_code_that_draws_weights_is_told_from_code_that_loads_them(own):
     torch.manual_seed(3)
     with pytest.warns(UserWarning, match=r"initialized weights: \d+% of its parameters differ"):
         found = osscar.load_vision_model(own, device="cpu")
-    drawn = sum(p.numel() for p in found.model.stem[0].parameters())
+    layers = [m for m in found.model.modules() if isinstance(m, torch.nn.Conv2d | torch.nn.Linear)]
+    drawn = sum(p.numel() for layer in layers for p in layer.parameters())
     assert found.drawn == drawn / sum(p.numel() for p in found.model.parameters())
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for name, weights in ((own, "my weights.pt"), (own.replace("drawn", "build"), None)):
             assert osscar.load_vision_model(name, weights=weights, device="cpu").drawn == 0
         osscar.load_vision_model(own, pretrained=False, device="cpu")
+
+
+def test_a_dense_model_of_which_little_is_drawn_is_compared_with(run, own):
+    """Such as a parameter that nothing reads."""
+    mine = own.replace("drawn", "stating")
+    status, out, err = run("eval", mine, "--against", own.replace("drawn", "spare"),
+                           "--images", "my images.npz:test", "--device", "cpu")  # fmt: skip
+    assert (status, "agreement with dense" in out) == (0, True), err
+    assert "returns freshly initialized weights: less than 1%" in err
 
 
 def test_labels_that_are_not_the_models_classes_are_no_obstacle(own):
