@@ -343,10 +343,19 @@ def load_tensors(
     """
     text, path, part = _located(spec, "the file of tensors", "an .npz or .safetensors file")
     if path.suffix not in SUFFIXES or not path.is_file():
-        raise FileError(text, "there is no .npz or .safetensors file of that name; give another")
+        raise FileError(
+            text, f"there is no {' or '.join(SUFFIXES)} file of that name; {_OR_IMAGES}"
+        )
     known = None if example is None else named_example(model, example)
     prefix = f"{part}_" if part else ""
-    entries = read_tensors(path, lambda names: [n for n in names if n.startswith(prefix)])
+
+    def wanted(names: Iterable[str]) -> list[str]:
+        of_part = [name for name in names if name.startswith(prefix)]
+        if not of_part:
+            raise FileError(path, f"it has no entries {prefix}..., only {', '.join(names)}")
+        return of_part
+
+    entries = read_tensors(path, wanted)
     tensors = {name.removeprefix(prefix): tensor for name, tensor in entries.items()}
     needed = needed_arguments(model, known)
     labels = None if LABELS in needed else tensors.pop(LABELS, None)
@@ -355,7 +364,11 @@ def load_tensors(
         fitted = {name: _like(name, t, (known or {}).get(name)) for name, t in tensors.items()}
         return TensorSet(text, fitted, labels)
     except CalibrationError as error:
-        raise FileError(path, f"{error}{_hint_at_parts(text, tensors, needed)}") from error
+        hint = f"; {_OR_IMAGES}" if IMAGES in tensors else _hint_at_parts(text, tensors, needed)
+        raise FileError(path, f"{error}{hint}") from error
+
+
+_OR_IMAGES = "images are a directory, or uint8 `images` of (n, height, width, 3) in an .npz file"
 
 
 def _hint_at_parts(spec: str, names: Iterable[str], needed: Iterable[str]) -> str:

@@ -376,8 +376,8 @@ def test_bad_input_ends_in_one_line_before_anything_is_written(run, code, archiv
     prune = ("prune", code, "--out", tmp_path / "out", "--sparsity", "0.5")
     for arguments, message in (
         ((), "give --calibration a directory of images, an .npz file"),
-        (("--calibration", tmp_path / "nowhere"), "no images at"),
-        (("--calibration", f"{archive}:valid"), "has no 'valid_images', only train_images"),
+        (("--calibration", tmp_path / "nowhere"), "file of that name; images are a directory, or"),
+        (("--calibration", f"{archive}:valid"), "it has no entries valid_..., only train_images"),
         (("--calibration", f"{archive}:train", "--seqlen", 8), "reads no text, which --seqlen"),
         (("--calibration", f"{archive}:train", "--weights", archive), "cannot be read"),
         (("--calibration", f"{archive}:train", "--samples", 0), "cannot draw 0 images"),
