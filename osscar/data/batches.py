@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from osscar.core.errors import CalibrationError, ModelError
 from osscar.core.modules import context_length, device_of
 from osscar.data.images import ImageSet
-from osscar.data.tensors import TensorSet, check_arguments, check_tensors, named_inputs
+from osscar.data.tensors import TensorSet, check_arguments, check_tensors, in_order, named_inputs
 from osscar.data.tokens import CalibrationSet
 
 Batch: TypeAlias = dict[str, Tensor]
@@ -379,7 +379,8 @@ def _wrapped(model: nn.Module, calibration: Any) -> ModelInputs:
         return _checked(images, calibration.labels is not None)
     if isinstance(calibration, TensorSet):
         labels = calibration.labels
-        return TensorInputs(calibration.tensors, labels is not None and labels.ndim == 1)
+        tensors = in_order(model, calibration.tensors)
+        return TensorInputs(tensors, labels is not None and labels.ndim == 1)
     if isinstance(calibration, Tensor):
         fractions = calibration.is_floating_point() and calibration.ndim > 2
         if hasattr(model, "get_input_embeddings") and not fractions:
@@ -388,7 +389,7 @@ def _wrapped(model: nn.Module, calibration: Any) -> ModelInputs:
     if isinstance(calibration, Mapping) and all(
         isinstance(t, Tensor) for t in calibration.values()
     ):
-        return _checked(calibration)
+        return _checked(in_order(model, calibration))
     if isinstance(calibration, tuple) and all(isinstance(t, Tensor) for t in calibration):
         return _checked(named_inputs(model, calibration))
     if isinstance(calibration, list):

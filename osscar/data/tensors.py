@@ -250,7 +250,13 @@ def named_example(model: nn.Module, example: Any) -> dict[str, Tensor]:
     if not all(isinstance(tensor, Tensor) for tensor in values):
         kinds = ", ".join(type(tensor).__name__ for tensor in values)
         raise CalibrationError(f"the example inputs are not all tensors, but {kinds}")
-    return dict(args) if isinstance(args, Mapping) else named_inputs(model, args)
+    return in_order(model, args) if isinstance(args, Mapping) else named_inputs(model, args)
+
+
+def in_order(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return tensors in the order of the model's arguments, as programs are traced with them."""
+    takes = [name for name in inspect.signature(model.forward).parameters if name in tensors]
+    return {name: tensors[name] for name in dict.fromkeys([*takes, *tensors])}
 
 
 def needed_arguments(

@@ -13,13 +13,21 @@ from torch import nn
 import osscar
 from osscar.capture.fingerprint import Fingerprint
 from osscar.cli import main
-from osscar.core.errors import CalibrationError, CheckpointError, FileError, ModelError, OptionError
+from osscar.core.errors import (
+    CalibrationError,
+    CheckpointError,
+    FileError,
+    ImageError,
+    ModelError,
+    OptionError,
+)
 from osscar.data.batches import as_inputs
 from osscar.data.tensors import holds_pictures
 from osscar.evaluation.tensors import score_tensors
 from osscar.models.vision import load_vision_model
 from osscar.shrinking.lineage import lineage_of
 
+FAST = ("--neurons", "0.5", "--backend", "magnitude")
 CODE = """
 import torch
 from torch import nn
@@ -161,8 +169,13 @@ def test_a_model_that_reads_sound_is_pruned_scored_and_swept(run, code, tmp_path
     swept = (*asked, "--inputs", "data.npz:test", "--sparsity", "0.4", "--out", "sweep")
     status, out, err = run("sweep", *swept)
     assert status == 0, err
-    assert "squared error of output" in (tmp_path / "sweep" / "report.html").read_text()
-    points = json.loads((tmp_path / "sweep" / "sweep.json").read_text())["points"]
+    page = (tmp_path / "sweep" / "report.html").read_text()
+    assert "squared error of output" in page
+    swept = json.loads((tmp_path / "sweep" / "sweep.json").read_text())
+    assert swept["dense"] == report["dense"]
+    assert f"dense model: top-1 {swept['dense']['value']:.1%} of 50" in out
+    assert f"Dense model: top-1 {swept['dense']['value']:.1%}" in page
+    points = swept["points"]
     assert points[1]["quality"]["errors"]["output"] == pytest.approx(error, rel=1e-3)
 
 
@@ -170,14 +183,13 @@ def test_two_inputs_are_fed_by_name_from_either_kind_of_file(run, code, tmp_path
     data = pairs(64, 0)
     np.savez("data.npz", **data)
     save_file({name: torch.from_numpy(array) for name, array in data.items()}, "data.safetensors")
-    weights = []
-    for index, file in enumerate(("data.npz", "data.safetensors")):
-        asked = ("--calibration", file, "--neurons", "0.5", "--form", "graph", "--out", f"s{index}")
-        status, out, err = run("prune", code("two"), *asked)
-        assert status == 0, err
-        assert "not measured, as no output is known to be scores of classes" in out
-        weights.append((tmp_path / f"s{index}" / "model.safetensors").read_bytes())
-    assert weights[0] == weights[1]
+    loaded = load_vision_model(code("two"))
+    found, same = (loaded.tensors(file) for file in ("data.npz", "data.safetensors"))
+    assert all(torch.equal(tensor, same.tensors[name]) for name, tensor in found.tensors.items())
+    asked = ("--calibration", "data.safetensors", "--form", "graph", *FAST, "--out", "s0")
+    status, out, err = run("prune", code("two"), *asked)
+    assert status == 0, err
+    assert "not measured, as no output is known to be scores of classes" in out
     np.savez("test.npz", **pairs(40, 1))
     status, out, err = run("eval", "s0", "--inputs", "test.npz", "--against", code("two"))
     assert status == 0, err
@@ -194,23 +206,20 @@ def test_two_inputs_are_fed_by_name_from_either_kind_of_file(run, code, tmp_path
 def test_nothing_is_written_where_data_do_not_fit(run, code, tmp_path):
     data = pairs(8, 0)
     np.savez("swapped.npz", tokens=data["features"], features=data["tokens"])
-    asked = ("--neurons", "0.5", "--out", "small")
-    status, _, err = run("prune", code("two"), "--calibration", "swapped.npz", *asked)
+    asked = ("--calibration", "swapped.npz", "--neurons", "0.5", "--out", "small")
+    status, _, err = run("prune", code("two"), *asked)
     assert status == 2
     assert "'tokens' is float32 of (8, 4), and in the example inputs int64 of (2, 6)" in err
-    status, _, err = run("prune", code("two"), *asked)
-    assert (status, "tensors for tokens, features" in err) == (2, True)
-    status, _, err = run("prune", code("alone"), "--calibration", "swapped.npz", *asked)
-    assert (status, "its model reads tokens, features; return the model, and" in err) == (2, True)
-    status, _, err = run("eval", code("two"), "--inputs", "swapped.npz", "--images", "x.npz")
-    assert (status, "give one of them" in err) == (2, True)
-    np.savez("good.npz", **data)
-    stated = ("--calibration", "good.npz", "--no-normalize", *asked)
-    status, _, err = run("prune", code("two"), *stated)
-    assert status == 2
-    assert {path.name for path in tmp_path.iterdir()} <= {
-        *("mine.py", "swapped.npz", "good.npz", "__pycache__")
-    }
+    assert {path.name for path in tmp_path.iterdir()} <= {"mine.py", "swapped.npz", "__pycache__"}
+    loaded = load_vision_model(code("two"))
+    with pytest.raises(ImageError, match="tensors for tokens, features"):
+        loaded.calibration(None, samples=None, seqlen=None, seed=0)
+    with pytest.raises(OptionError, match="give one of them"):
+        loaded.held_out("x.npz", "swapped.npz")
+    with pytest.raises(ModelError, match="its model reads tokens, features; return the model, and"):
+        load_vision_model(code("alone"))
+    with pytest.raises(ImageError, match="reads 2 inputs"):
+        load_vision_model(code("two"), preprocessing=osscar.Preprocessing(mean=0, std=1))
 
 
 def test_outputs_of_a_dictionary_are_scored_by_name(run, code, tmp_path):
@@ -223,7 +232,7 @@ def test_outputs_of_a_dictionary_are_scored_by_name(run, code, tmp_path):
     found = {}
     for name in ("named", "unnamed"):
         status, _, err = run("prune", code(name), "--calibration", "calibration.npz",
-                             "--neurons", "0.5", "--out", name)  # fmt: skip
+                             *FAST, "--form", "module", "--out", name)  # fmt: skip
         assert status == 0, err
         status, out, err = run("eval", name, "--inputs", "plain.npz", "--against", code(name),
                                "--json", "out.json")  # fmt: skip
