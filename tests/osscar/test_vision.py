@@ -278,7 +278,7 @@ def test_prune_eval_inspect_and_load_a_model_of_the_users_own(run, code, archive
     status, out, err = run("eval", out_dir, "--images", f"{archive}:test")
     assert status == 2
     assert "--against module:function" in err
-    again = ("--calibration", f"{archive}:train", "--sparsity", "0.5", "--device", "cpu")
+    again = ("--calibration", f"{archive}:train", *FAST, "--device", "cpu")
     status, _, err = run("prune", out_dir, "--out", tmp_path / "smaller", *again)
     assert (status, "--against module:function" in err) == (2, True)
     again = (*again, "--against", code, "--json", report)
@@ -344,7 +344,8 @@ def test_what_is_no_dense_model_of_images_is_refused_by_its_sort(run, code, arch
         assert (status, message in err.replace("\n", " ")) == (2, True), err
     status, _, err = run("eval", "demo", "--windows", 1, "--against", "torchvision:resnet18")
     assert (status, "'torchvision:resnet18' is a model of torchvision, and a" in err) == (2, True)
-    result = osscar.prune(small_net(), torch.rand(60, 3, SIDE, SIDE), sparsity=0.5, device="cpu")
+    data = torch.rand(60, 3, SIDE, SIDE)
+    result = osscar.prune(small_net(), data, channels=0.5, backend="magnitude", form="module")
     result.save(tmp_path / "small")
     evaluate = ("eval", tmp_path / "small", "--images", f"{archive}:test", "--device", "cpu")
     status, _, err = run(*evaluate, "--against", "torchvision:resnet18")
