@@ -200,7 +200,7 @@ def load_images(spec: str | Path, preprocessing: Any, *, reader: str = "a model"
     preprocessing
         What is done to an image: an `osscar.Preprocessing`, such as that of a loaded model, a
         classification preset of torchvision, or a function from a PIL image to a tensor, which is
-        called twice on the first image.
+        called several times on the first image.
     reader
         What will read them, as messages call it.
 

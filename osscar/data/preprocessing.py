@@ -19,6 +19,9 @@ from osscar.core.inputs import shown
 from osscar.core.json_files import STRICT, validated
 from osscar.core.printable import counted
 
+_DRAWS = 8
+"""Times that a transform is called once more: one that flips half of all images is seen."""
+
 _INTERPOLATIONS = ("nearest", "nearest-exact", "bilinear", "bicubic", "box", "hamming", "lanczos")
 """The values of torchvision's InterpolationMode."""
 
@@ -373,7 +376,8 @@ class OwnTransform:
         ImageError
             Saying which.
         """
-        if not self._checked(image).equal(self._checked(image)):
+        first = self._checked(image)
+        if not all(self._checked(image).equal(first) for _ in range(_DRAWS)):
             raise ImageError(
                 f"the transform of {self.source} makes another tensor of one image each time; give "
                 "the one for evaluation, which draws nothing"
