@@ -105,8 +105,9 @@ def _where_it_begins(first: Sequence[_Call], second: Sequence[_Call], model: nn.
         if one.module is not other.module:
             return ""
         if _alike(one.read, other.read) and not _alike(one.made, other.made):
-            kind = type(one.module).__name__
-            return f", which begins in module {names[one.module] or 'the model'!r} ({kind})"
+            name = names[one.module]
+            where = f"module {name!r}" if name else "the code of the model itself"
+            return f", which begins in {where} ({type(one.module).__name__})"
     return ""
 
 

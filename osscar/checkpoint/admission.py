@@ -154,7 +154,7 @@ def _wrong(name: str, value: Any, *, whole: bool) -> str | None:
 
 _NO_MATTER = re.compile(
     r"^_|^(transformers_version|architectures|auto_map|torch_dtype|dtype|use_cache)$"
-    rf"|^{SHAPES}$|initializer|^init_|label|drop"
+    rf"|^{SHAPES}$|initializer|^init_|label|drop|^(bos|eos|sep|decoder_start)_token_id$"
 )
 """Fields that nothing which a model computes rests on, or that libraries write as they please."""
 

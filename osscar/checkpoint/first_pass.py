@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from osscar.core.errors import CheckpointError, ModelError, NonFiniteError, first_line
 from osscar.core.memory import let_shortage_pass
@@ -19,8 +20,10 @@ from osscar.shrinking.equivalence import call
 def vocabulary_of(model: nn.Module) -> int | None:
     """Return how many tokens a causal language model of transformers knows; None of others."""
     named = type(model).__name__.endswith(("ForCausalLM", "LMHeadModel"))
-    size = getattr(getattr(model, "config", None), "vocab_size", None)
-    return size if named and isinstance(size, int) else None
+    if not (named and isinstance(model, PreTrainedModel)):
+        return None
+    size = getattr(model.config, "vocab_size", None)
+    return size if isinstance(size, int) else None
 
 
 def check_runs(model: nn.Module, source: str) -> None:

@@ -237,7 +237,11 @@ def _found(text: str, preprocessing: AnyPreprocessing) -> ImageSet:
 def _from_directory(path: Path, preprocessing: AnyPreprocessing) -> ImageSet:
     # Not `make_dataset` of torchvision, which walks in circles through links, and opens pipes.
     files = sorted(
-        file for file in path.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file()
+        file
+        for file in path.rglob("*")
+        if file.suffix.lower() in IMAGE_SUFFIXES
+        and not file.relative_to(path).parts[0].startswith(".")
+        and file.is_file()
     )
     if not files:
         raise ImageError(
@@ -246,7 +250,8 @@ def _from_directory(path: Path, preprocessing: AnyPreprocessing) -> ImageSet:
     folders = [file.relative_to(path).parts[0] for file in files if file.parent != path]
     if len(folders) < len(files):
         return ImageSet(str(path), files, preprocessing)
-    classes = tuple(sorted({*folders, *(child.name for child in path.iterdir() if child.is_dir())}))
+    empty = (c.name for c in path.iterdir() if c.is_dir() and not c.name.startswith("."))
+    classes = tuple(sorted({*folders, *empty}))
     labels = torch.tensor([classes.index(folder) for folder in folders])
     return ImageSet(str(path), files, preprocessing, labels, classes)
 

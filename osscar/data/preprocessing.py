@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import math
+import random
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeAlias
 
+import numpy as np
 import torch
 from pydantic import ConfigDict
 from torch import Tensor
@@ -20,7 +22,7 @@ from osscar.core.json_files import STRICT, validated
 from osscar.core.printable import counted
 
 _DRAWS = 8
-"""Times that a transform is called once more: one that flips half of all images is seen."""
+"""Times that a transform is called once more, as it may draw from a generator of its own."""
 
 _INTERPOLATIONS = ("nearest", "nearest-exact", "bilinear", "bicubic", "box", "hamming", "lanczos")
 """The values of torchvision's InterpolationMode."""
@@ -312,6 +314,12 @@ class Preprocessing:
         return steps.Compose(chain)  # type: ignore[no-any-return]
 
 
+def _generators() -> tuple[Any, ...]:
+    """Return the states of what transforms draw from."""
+    kind, keys, *rest = np.random.get_state()
+    return random.getstate(), torch.get_rng_state().tolist(), kind, np.asarray(keys).tolist(), rest
+
+
 @dataclass(frozen=True)
 class OwnTransform:
     """A function of the user's own from an image to a tensor; only where it comes from is recorded.
@@ -376,8 +384,10 @@ class OwnTransform:
         ImageError
             Saying which.
         """
+        before = _generators()
         first = self._checked(image)
-        if not all(self._checked(image).equal(first) for _ in range(_DRAWS)):
+        drawn = _generators() != before
+        if drawn or not all(self._checked(image).equal(first) for _ in range(_DRAWS)):
             raise ImageError(
                 f"the transform of {self.source} makes another tensor of one image each time; give "
                 "the one for evaluation, which draws nothing"

@@ -9,7 +9,7 @@ from typing import Any
 from scipy import stats
 from torch import nn
 
-from osscar.core.errors import CalibrationError, ImageError, ModelError
+from osscar.core.errors import CalibrationError, ImageError, ModelError, NonFiniteError
 from osscar.core.modules import check_usable, evaluating
 from osscar.core.on_disk import is_on_disk
 from osscar.data.batches import as_inputs
@@ -117,8 +117,8 @@ def _score_labelled(
             top1 = score_images([model], data, classes=classes)[0].top1
         else:
             top1 = score_tensors([model], data)[0].top1
-    except (ImageError, ModelError, CalibrationError) as error:
-        # labels may mean something else than its classes
+    except (ImageError, ModelError, CalibrationError, NonFiniteError) as error:
+        # Labels may mean something else than its classes, and some classes be shut off by infinity.
         return DenseScore("top1", None, data.sample_name, n, reason=str(error))
     if top1 is None:
         return None

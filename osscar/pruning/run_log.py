@@ -268,6 +268,7 @@ class RunLog:
                         f"{self.directory} is the log of another run: {difference}; ask for the "
                         "same to go on, or begin anew with --restart"
                     )
+                manifest = before  # to the bit, as records bear its digest
             elif self.committed:
                 raise RunError(f"{self.directory} has lost {MANIFEST}; remove it, or change --out")
             else:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from osscar.core.json_files import STRICT
 from osscar.core.modules import device_of, number_format
-from osscar.core.on_disk import is_on_disk
+from osscar.core.on_disk import values_of
 from osscar.shrinking.plan import PruningPlan
 
 LINEAGE = "osscar_lineage"
@@ -191,15 +191,17 @@ _ENTRIES = 64
 def weights_digest(model: nn.Module) -> str:
     """Return what tells a model's weights from others, whatever format and device they are in.
 
-    Empty where they are not what is stored: rounded to a coarser format, or not in memory.
+    Empty where they are not what is stored, but rounded to a coarser format.  Weights that stay on
+    disk are read once, one after the other.
     """
-    if is_on_disk(model) or number_format(model) not in (torch.float32, stored_dtype(model)):
+    if number_format(model) not in (torch.float32, stored_dtype(model)):
         return ""
     sample = hashlib.sha256()
-    for tensor in model.state_dict().values():
+    for tensor in model.state_dict(keep_vars=True).values():
         plain = isinstance(tensor, Tensor) and tensor.layout is torch.strided
         if plain and tensor.is_floating_point():
-            entries = tensor.flatten()[:: tensor.numel() // _ENTRIES | 1]  # odd: of all columns
+            step = tensor.numel() // _ENTRIES | 1  # odd: of all columns
+            entries = values_of(tensor).flatten()[::step]
             sample.update(
                 str(tuple(tensor.shape)).encode() + entries.float().cpu().numpy().tobytes()
             )

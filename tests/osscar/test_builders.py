@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -97,6 +98,23 @@ def test_a_model_of_ones_own_is_read_into_a_dense_one(tmp_path: Path) -> None:
     assert torch.equal(*proof_outputs(again, inputs), *proof_outputs(model, inputs))
     assert dense.enter.out_features == 12
     assert not lineage_of(dense).plans
+
+
+class SoundForCausalLM(Own):
+    """A model that is named as transformers names its own, and reads something else."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = SimpleNamespace(vocab_size=3)
+
+
+def test_a_name_does_not_make_a_language_model(tmp_path: Path) -> None:
+    inputs = [(torch.randn(3, 4),)]
+    model = SoundForCausalLM().eval()
+    shrink_by_half(model, inputs)
+    save(model, tmp_path / "small", example_inputs=inputs[0])
+    again = osscar.load(tmp_path / "small", dense=SoundForCausalLM())
+    assert torch.equal(*proof_outputs(again, inputs), *proof_outputs(model, inputs))
 
 
 def test_what_was_written_wrongly_is_noticed_without_inputs(

@@ -136,6 +136,17 @@ def test_outputs_that_another_device_rounds_otherwise_are_the_same(elsewhere, fa
     assert found.differs(before) == (not elsewhere or factor > 1.001)
 
 
+def test_a_run_that_goes_on_in_other_threads_keeps_what_was_committed(begun, tmp_path):
+    """Its records bear the digest of the manifest that it was begun with."""
+    now = manifest_of(*built(tmp_path))
+    outputs = now.dense.outputs
+    other = {**outputs.device, "threads": "64"}
+    outputs = dataclasses.replace(outputs, device=other, sha256="0" * 64)
+    now = dataclasses.replace(now, dense=dataclasses.replace(now.dense, outputs=outputs))
+    with RunLog(begun / "log").begun(now) as records:
+        assert len(records) == 1
+
+
 # ---- as a person runs it -----------------------------------------------------------------
 
 

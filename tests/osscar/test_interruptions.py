@@ -120,6 +120,13 @@ def _kill_and_go_on(case: Case, seed: int, root: Path, victims: tuple[Victim, ..
     assert case.wrong(root) == []
 
 
+def _last_word(ended: Ended) -> str:
+    """Return the one line that is said of an end; a warning before it is of random weights."""
+    *before, line = ended.err.strip().splitlines()
+    assert all(one.startswith("warning: the dense model has a perplexity") for one in before)
+    return line
+
+
 def _check_end(case: Case, root: Path, ended: Ended, victim: Victim, number: int) -> None:
     expected = {signal.SIGKILL: -signal.SIGKILL, signal.SIGTERM: 143, signal.SIGINT: 130}[number]
     assert ended.status == (2 if victim == Victim.WORKER else expected), ended.err
@@ -127,7 +134,7 @@ def _check_end(case: Case, root: Path, ended: Ended, victim: Victim, number: int
         assert case.is_whole(root)
     if ended.status == -signal.SIGKILL:
         return
-    (line,) = ended.err.strip().splitlines()
+    line = _last_word(ended)
     assert "same command again" in line
     assert hidden(root, case.shown) == []
 
@@ -214,7 +221,7 @@ def _check_refusal(case: Case, root: Path, ended: Ended) -> None:
     if ended.status == 0:
         return  # what failed was not needed: the number of the process in a lock
     assert ended.status == 2, ended.err
-    (line,) = ended.err.strip().splitlines()
+    line = _last_word(ended)
     assert line.startswith("error: cannot write")
     assert str(root) in line
     assert "make room" in line or "ulimit" in line

@@ -17,6 +17,7 @@ from osscar.capture.regularization import DAMPS, DEFAULT_DAMP, best_regularizati
 from osscar.capture.residual import streams
 from osscar.capture.targets import Target
 from osscar.capture.walk import _parted, walk
+from osscar.data.batches import TensorInputs
 from tests.osscar.families import tiny, tokens
 from tests.osscar.networks import Concat
 
@@ -149,7 +150,7 @@ def test_a_stream_that_nobody_knows_is_left_out_of_the_target():
 def test_the_last_samples_are_held_out(sizes, held, parts, fitted):
     whole = torch.arange(sum(sizes))
     batches = [{"x": part} for part in torch.split(whole, sizes)]
-    found, first = _parted(batches, held)
+    found, first = _parted(TensorInputs(batches[0]), batches, held)
     assert [len(batch["x"]) for batch in found] == parts
     assert first == fitted
     assert torch.equal(torch.cat([batch["x"] for batch in found]), whole)

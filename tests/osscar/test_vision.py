@@ -231,6 +231,23 @@ def test_a_dense_model_of_which_little_is_drawn_is_compared_with(run, own):
     assert "returns freshly initialized weights: less than 1%" in err
 
 
+def test_a_hidden_folder_is_no_class(folders):
+    (folders / ".ipynb_checkpoints").mkdir()
+    (folders / ".ipynb_checkpoints" / "0.png").write_bytes(b"of an editor")
+    found = load_images(folders, plain(SIDE))
+    assert found.classes == tuple("abcde")
+    assert len(found) == 10
+
+
+def test_classes_that_a_model_shuts_off_are_no_obstacle():
+    model = small_net()
+    model.head.register_forward_hook(
+        lambda _, __, y: y.masked_fill(torch.arange(5) == 4, -torch.inf)
+    )
+    some = ImageSet("pixels", pixels(4), plain(SIDE), torch.tensor([0, 1, 2, 3]))
+    assert "NaN or infinite" in score_dense(model, some).reason
+
+
 def test_labels_that_are_not_the_models_classes_are_no_obstacle(own):
     model = small_net()
     some = ImageSet("pixels", pixels(4), plain(SIDE), torch.tensor([0, 1, 2, 9]))
