@@ -128,9 +128,9 @@ class Preprocessing:
                 )
             if name == "std" and min(numbers) <= 0:
                 raise ImageError(f"std is {shown(value)}; give numbers above 0")
-            if name == "mean" and max(numbers) > 1:
+            if max(numbers) > 1:
                 raise ImageError(
-                    f"mean is {shown(value)}; give that of pixels / 255, which lie from 0 to 1"
+                    f"{name} is {shown(value)}; give that of pixels / 255, which lie from 0 to 1"
                 )
             alike = numbers[:1] if len(set(numbers)) == 1 else numbers
             object.__setattr__(self, name, tuple(map(float, alike)))

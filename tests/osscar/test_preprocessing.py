@@ -218,6 +218,7 @@ def test_what_is_stated_is_printed_recorded_and_used_again(run, place):
         (("--mean", "0.5", "--std", "0"), "std is (0.0,); give numbers above 0"),
         (("--mean", "nan", "--std", "1"), "mean is (nan,)"),
         (("--mean", "127.5", "--std", "127.5"), "give that of pixels / 255"),
+        (("--mean", "0.5", "--std", "127.5"), "std is (127.5,); give that of pixels"),
         (("--mean", "a", "--std", "1"), "--mean 'a' is not numbers such as"),
         (("--mean", "0", "--std", "1", "--no-normalize"), "give one or the other"),
         (("--no-normalize", "--image-size", "0"), "--image-size is '0'; give pixels"),
