@@ -118,10 +118,13 @@ def vision(place: Path) -> None:
     torch.save(runpy.run_path(str(place / "net.py"))["build"]()[0].state_dict(), place / "net.pt")
 
 
+OWN = "docs/howto/own-model.md"
+
+
 @pytest.fixture
 def own(place: Path) -> None:
     """The network of one's own that a page builds, its weights and its data."""
-    network, data, *_ = blocks("docs/howto/own-model.md", "python")
+    network, data, *_ = blocks(OWN, "python")
     (place / "net.py").write_text(network)
     exec(compile(f"{network}\n{data}", "net.py", "exec"), {"__name__": "net"})
 
@@ -155,12 +158,10 @@ def test_the_commands_of_a_page_run(
 ) -> None:  # fmt: skip
     for command in TO_RUN[page]:
         signs = ("torchvision:resnet50", "net.py:build", "--images")
-        of_images = any(word in command.words for word in signs)
-        if of_images:
-            request.getfixturevalue("vision")
-        of_own = "net.py:build" in command.words
-        if of_own and not (place / "net.py").exists():
-            request.getfixturevalue("own")
+        of_own = page == OWN
+        of_images = not of_own and any(word in command.words for word in signs)
+        if of_own or of_images:
+            request.getfixturevalue("own" if of_own else "vision")
         words = list(smaller(command.words, not (of_images or of_own)))
         if "--out" in words:  # pages give one name to several results
             _clear(place / words[words.index("--out") + 1])
