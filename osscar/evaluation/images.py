@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from osscar.capture.repeatable import check_repeatable
-from osscar.core.errors import ImageError, ModelError, NonFiniteError, OsscarError
+from osscar.core.errors import ImageError, ModelError, NonFiniteError
 from osscar.core.inputs import whole_number
 from osscar.core.modules import check_usable
 from osscar.core.predictions import scored_output
@@ -20,11 +19,8 @@ from osscar.data.batches import Batch, cast_like
 from osscar.data.images import ImageSet
 from osscar.data.tensors import named_inputs
 from osscar.evaluation.result import Comparison, Evaluation
-from osscar.evaluation.samples import Tally, measured
+from osscar.evaluation.samples import FEW, Tally, failures_named, measured
 from osscar.shrinking.equivalence import call
-
-_FEW = 2
-"""Images that tell whether two passes are alike."""
 
 
 @dataclass(frozen=True)
@@ -213,7 +209,8 @@ def score_images(
         for number, batch in enumerate(images.batches(batch_size)):
             if number == 0:
                 for model in everyone:
-                    _check_repeatable(model, batch[:_FEW])
+                    with failures_named(model, _in_words(batch[:FEW])):
+                        check_repeatable(model, _arguments(model, batch[:FEW]))
             logits = [_logits(model, batch) for model in models]
             theirs = None if dense is None else _dense_logits(dense, models, logits, batch)
             if number == 0:
@@ -302,27 +299,9 @@ def _measure(
     )
 
 
-def _check_repeatable(model: nn.Module, batch: Tensor) -> None:
-    with _failures_named(model, batch):
-        check_repeatable(model, _arguments(model, batch))
-
-
-@contextmanager
-def _failures_named(model: nn.Module, batch: Tensor) -> Iterator[None]:
-    try:
-        yield
-    except OsscarError:
-        raise
-    except Exception as error:  # the model may be anyone's code
-        raise ModelError(
-            f"{type(model).__name__} fails on images {tuple(batch.shape)}: "
-            f"{type(error).__name__}: {error}; give a model that reads such images"
-        ) from error
-
-
 def _logits(model: nn.Module, batch: Tensor) -> Tensor:
     """Return logits in float64, on the CPU."""
-    with _failures_named(model, batch):
+    with failures_named(model, _in_words(batch)):
         result = call(model, _arguments(model, batch))
     _, logits = scored_output(result, len(batch), type(model).__name__)
     if logits.ndim != 2 or len(logits) != len(batch):
@@ -339,6 +318,10 @@ def _check_same_classes(logits: Sequence[Tensor]) -> None:
     if len({one.shape[1] for one in logits}) > 1:
         counts = " and ".join(str(one.shape[1]) for one in logits)
         raise ModelError(f"the two models have {counts} classes and cannot be compared")
+
+
+def _in_words(batch: Tensor) -> str:
+    return f"images {tuple(batch.shape)}"
 
 
 def _arguments(model: nn.Module, batch: Tensor) -> Batch:

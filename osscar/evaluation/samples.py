@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
@@ -13,13 +14,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from osscar.capture.curvature import as_logits
+from osscar.core.errors import ModelError, OsscarError
 from osscar.core.inputs import whole_number
+from osscar.core.memory import let_shortage_pass
 from osscar.core.modules import check_usable, device_of, evaluating
 from osscar.core.timing import take_turns
 from osscar.data.batches import Batch
 from osscar.data.tensors import IGNORED
 from osscar.evaluation.result import Evaluation
 from osscar.evaluation.size import measure_footprint, read_peak_memory, reset_peak_memory
+
+FEW = 2
+"""Samples that tell whether two passes are alike."""
 
 Q = TypeVar("Q")
 S = TypeVar("S")
@@ -70,6 +76,27 @@ class Tally:
             "agreement": self.agreeing / compared if compared else None,
             "kl": self.kl / compared if compared else None,
         }
+
+
+@contextmanager
+def failures_named(model: nn.Module, what: str) -> Iterator[None]:
+    """Say so where a model fails in the block, on what is to be scored.
+
+    Raises
+    ------
+    ModelError
+        If it does.
+    """
+    try:
+        yield
+    except OsscarError:
+        raise
+    except Exception as error:  # the model may be anyone's code
+        let_shortage_pass(error)
+        raise ModelError(
+            f"{type(model).__name__} fails on {what}: {type(error).__name__}: {error}; give data "
+            "that it reads"
+        ) from error
 
 
 def measured(

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,18 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from osscar.capture.repeatable import check_repeatable
-from osscar.core.errors import CalibrationError, ModelError, NonFiniteError, OsscarError
-from osscar.core.memory import let_shortage_pass
+from osscar.core.errors import CalibrationError, ModelError, NonFiniteError
 from osscar.core.modules import check_usable
 from osscar.core.predictions import LOGITS, known_output, named_tensors, scored_output
 from osscar.core.printable import counted
 from osscar.data.batches import Batch, as_inputs, cast_like
 from osscar.data.tensors import IGNORED, TensorSet
 from osscar.evaluation.result import Comparison, Evaluation
-from osscar.evaluation.samples import Tally, measured
-
-_FEW = 2
-"""Samples that tell whether two passes are alike."""
+from osscar.evaluation.samples import FEW, Tally, failures_named, measured
 
 
 @dataclass(frozen=True)
@@ -211,8 +206,10 @@ def score_tensors(
         start = 0
         for batch in data.batches(batch_size):
             if not start:
+                few = {name: tensor[:FEW] for name, tensor in batch.items()}
                 for model in everyone:
-                    _check_repeatable(model, {name: t[:_FEW] for name, t in batch.items()})
+                    with failures_named(model, _in_words(few)):
+                        check_repeatable(model, _arguments(model, few))
             rows = slice(start, start := start + len(next(iter(batch.values()))))
             labels = None if data.labels is None else data.labels[rows]
             found = {id(model): _outputs(model, batch, labels) for model in everyone}
@@ -338,24 +335,8 @@ def _arguments(model: nn.Module, batch: Batch) -> Batch:
     return {name: cast_like(tensor, reference) for name, tensor in batch.items()}
 
 
-def _check_repeatable(model: nn.Module, batch: Batch) -> None:
-    with _failures_named(model, batch):
-        check_repeatable(model, _arguments(model, batch))
-
-
-@contextmanager
-def _failures_named(model: nn.Module, batch: Batch) -> Iterator[None]:
-    try:
-        yield
-    except OsscarError:
-        raise
-    except Exception as error:  # the model may be anyone's code
-        let_shortage_pass(error)
-        shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in batch.items())
-        raise ModelError(
-            f"{type(model).__name__} fails on {shapes}: {type(error).__name__}: {error}; give data "
-            "that it reads"
-        ) from error
+def _in_words(batch: Batch) -> str:
+    return ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in batch.items())
 
 
 def _outputs(model: nn.Module, batch: Batch, labels: Tensor | None) -> _Outputs:
@@ -369,7 +350,7 @@ def _outputs(model: nn.Module, batch: Batch, labels: Tensor | None) -> _Outputs:
         If something is NaN or infinite.
     """
     kind = type(model).__name__
-    with _failures_named(model, batch):
+    with failures_named(model, _in_words(batch)):
         result = model(**_arguments(model, batch))
     found = {
         name: one
