@@ -390,6 +390,8 @@ def command(
     say(f"report: {saved.path / PAGE_FILE}")
     if result.form == "graph" and not of_images:
         return  # a program cannot generate, which is part of what text is scored with
+    if score is not None and score.reason:
+        return  # what keeps the dense model from being scored would keep the smaller one
     say_next(_to_evaluate(context, _to_score(data), fits))
 
 

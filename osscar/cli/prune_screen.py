@@ -187,7 +187,7 @@ def _quality_lines(result: PruningResult) -> list[str]:
     else:
         lines.append(
             "divergence from the dense predictions: not measured, as no output is known to be "
-            "scores of classes (the name `logits`, or labels beside the data, would say so)"
+            "scores of classes (the name `logits` says so, or labels, where it is the only output)"
         )
     return lines
 

@@ -193,6 +193,24 @@ def several():
 """
 
 
+def test_a_model_that_cannot_be_scored_is_pruned_without_a_word_of_scoring(
+    tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "net.py").write_text(CODE)
+    pixels = _pictures().items
+    np.savez(tmp_path / "images.npz", images=pixels, labels=np.arange(len(pixels)) % 5)
+    words = ("prune", "net.py:several", "--no-normalize", "--sparsity", "0.5", "--device", "cpu")
+    more = ("--calibration", "images.npz", "--backend", "magnitude", "--out", "out")
+    monkeypatch.setattr(sys, "argv", ["osscar", *words, *more])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    out, err = capsys.readouterr()
+    assert not stop.value.code, err
+    assert "not scored" in out
+    assert "next:" not in out
+
+
 @pytest.mark.parametrize(
     "command",
     [
