@@ -197,7 +197,7 @@ def _language(
 
 def _samples(
     model: str,
-    pictures: str | None,
+    images: str | None,
     tensors: str | None,
     samples: int | None,
     against: str | None,
@@ -215,9 +215,9 @@ def _samples(
     from osscar.models.vision import load_vision_model
     from osscar.shrinking.lineage import Computed, lineage_of
 
-    if pictures is None and tensors is None:
+    if images is None and tensors is None:
         raise ImageError(
-            f"{model} reads no text: give --images a directory or an .npz file of pictures, or "
+            f"{model} reads no text: give --images a directory or an .npz file of images, or "
             "--inputs a file of whatever else it reads"
         )
     filled = {name for name in (model, against) if name and sort_of(name).takes_weights}
@@ -229,9 +229,9 @@ def _samples(
         options: dict[str, Any] = {"batch_size": batch_size, "path": loaded.path}
         evaluate: Any = evaluate_tensors
         compare: Any = compare_tensors
-        data: Any = loaded.held_out(pictures, tensors)
+        data: Any = loaded.held_out(images, tensors)
         say_preprocessing(data)
-        if pictures is not None:
+        if images is not None:
             options["classes"] = loaded.classes
             evaluate, compare = evaluate_images, compare_images
         data = data if samples is None else data.sample(samples, seed=0)
@@ -258,8 +258,8 @@ def _samples(
     name = data.sample_name if labels else f"labelled {data.sample_name}"
     how_much = f"{counted(len(data), name)}{labels} scored"
     computed = Computed.of(loaded.model)
-    if pictures is not None:
-        source = {"images": pictures, "preprocessing": data.preprocessing.record()}
+    if images is not None:
+        source = {"images": images, "preprocessing": data.preprocessing.record()}
         return _Found(evaluation, comparison, source, how_much, computed)
     how_much = f"{how_much}, {_as_what(evaluation)}"
     return _Found(evaluation, comparison, {"inputs": tensors}, how_much, computed)

@@ -425,8 +425,8 @@ class _Scorer:
 
         def score(model: nn.Module) -> dict[str, Any]:
             if isinstance(data, ImageSet):
-                pictures = score_images([model], data, dense=loaded.model, classes=loaded.classes)
-                return dataclasses.asdict(pictures[0])
+                scored = score_images([model], data, dense=loaded.model, classes=loaded.classes)
+                return dataclasses.asdict(scored[0])
             return dataclasses.asdict(score_tensors([model], data, dense=loaded.model)[0])
 
         given = {"images": images} if inputs is None else {"inputs": inputs}

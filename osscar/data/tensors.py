@@ -1,4 +1,4 @@
-"""Data of any other kind than text and pictures: tensors, fed to a model as they are."""
+"""Data of any other kind than text and images: tensors, fed to a model as they are."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ IGNORED = -100
 """The label of what is not scored, as `torch.nn.functional.cross_entropy` has it."""
 
 IMAGES = "images"
-"""The entry of a file that holds pictures, unless a model reads it as it is."""
+"""The entry of a file that holds images, unless a model reads it as it is."""
 
 LABELS = "labels"
 """The entry of a file that holds the class of each sample, unless a model reads it."""
@@ -272,12 +272,12 @@ def needed_arguments(
 # ---- files -------------------------------------------------------------------------------
 
 
-def holds_pictures(
+def holds_images(
     spec: str | Path, model: nn.Module, example: Mapping[str, Tensor] | None = None
 ) -> bool:
-    """Tell whether a name stands for pictures rather than tensors; no data are read.
+    """Tell whether a name stands for images rather than tensors; no data are read.
 
-    Pictures are a directory, and uint8 `images` of 3 or 4 dimensions in an ``.npz`` file, unless
+    Images are a directory, and uint8 `images` of 3 or 4 dimensions in an ``.npz`` file, unless
     the model has an argument of that name that takes other data, or more beside it.
 
     Parameters

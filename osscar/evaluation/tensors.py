@@ -1,4 +1,4 @@
-"""What a model that reads neither text nor pictures is worth: quality, speed and size."""
+"""What a model that reads neither text nor images is worth: quality, speed and size."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ from osscar.data.preprocessing import (
 )
 from osscar.data.tensors import (
     TensorSet,
-    holds_pictures,
+    holds_images,
     load_tensors,
     named_inputs,
     needed_arguments,
@@ -135,8 +135,8 @@ class VisionModel:
                 f"{', '.join(needed_arguments(self.model, self.stated))}"
             )
         drawn = DEFAULT_SAMPLES if samples is None else samples
-        pictures = holds_pictures(spec, self.model, self.stated)
-        data = self.images(spec) if pictures else self.tensors(spec)
+        images = holds_images(spec, self.model, self.stated)
+        data = self.images(spec) if images else self.tensors(spec)
         return data.sample(drawn, seed)
 
     def held_out(self, images: str | None, inputs: str | None) -> ImageSet | TensorSet | None:
@@ -145,7 +145,7 @@ class VisionModel:
         Parameters
         ----------
         images
-            Pictures, as `osscar.load_images` takes them.
+            Images, as `osscar.load_images` takes them.
         inputs
             A file of tensors, as `osscar.load_tensors` takes it.
 
@@ -160,7 +160,7 @@ class VisionModel:
             data are tensors.
         """
         if images is not None and inputs is not None:
-            raise OptionError("--images are pictures and --inputs any other data; give one of them")
+            raise OptionError("--images and --inputs are both given; give one of them")
         if images is not None:
             return self.images(images)
         return None if inputs is None else self.tensors(inputs)
@@ -182,7 +182,7 @@ class VisionModel:
         """
         if self.states_images:
             raise OptionError(
-                f"{spec} is for tensors, which are fed as they are, and no pictures; leave "
+                f"{spec} is for tensors, which are fed as they are, and no images; leave "
                 f"{OPTIONS} away (preprocessing= in Python)"
             )
         return load_tensors(spec, self.model, self.stated)

@@ -278,7 +278,7 @@ def test_tensors_are_refused_where_something_is_stated_of_images(place):
         lambda: loaded.calibration("tensors.npz", samples=None, seqlen=None, seed=0),
         lambda: loaded.held_out(None, "tensors.npz"),
     ):
-        with pytest.raises(OptionError, match=r"fed as they are, and no pictures; leave --mean"):
+        with pytest.raises(OptionError, match=r"fed as they are, and no images; leave --mean"):
             read()
 
 

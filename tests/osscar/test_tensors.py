@@ -22,7 +22,7 @@ from osscar.core.errors import (
     OptionError,
 )
 from osscar.data.batches import as_inputs
-from osscar.data.tensors import holds_pictures
+from osscar.data.tensors import holds_images
 from osscar.evaluation.tensors import score_tensors
 from osscar.models.vision import load_vision_model
 from osscar.shrinking.lineage import lineage_of
@@ -341,14 +341,14 @@ class Pictured(nn.Module):
         self.forward = {1: lambda images: images, 2: lambda images, features: images}[len(names)]
 
 
-def test_an_archive_holds_pictures_unless_the_model_calls_something_else_so(tmp_path):
+def test_an_archive_holds_images_unless_the_model_calls_something_else_so(tmp_path):
     pixels = np.zeros((2, 4, 4, 3), np.uint8)
     np.savez(tmp_path / "pixels.npz", images=pixels, test_images=pixels)
     np.savez(tmp_path / "floats.npz", images=pixels.astype(np.float32))
     np.savez(tmp_path / "other.npz", tokens=pixels)
     one, two = Pictured("images"), Pictured("images", "features")
     told = {
-        (file, kind): holds_pictures(tmp_path / file, model)
+        (file, kind): holds_images(tmp_path / file, model)
         for file in (
             "pixels.npz",
             "pixels.npz:test",
@@ -364,11 +364,11 @@ def test_an_archive_holds_pictures_unless_the_model_calls_something_else_so(tmp_
         *(("pixels.npz:test", "mixed"), ("", "one"), ("", "two"), ("", "mixed")),
     }
     same, other = ({"images": torch.zeros(shape)} for shape in ((2, 4, 4, 3), (2, 3, 4, 4)))
-    assert not holds_pictures(tmp_path / "pixels.npz", one, same)
-    assert holds_pictures(tmp_path / "pixels.npz", one, other)
+    assert not holds_images(tmp_path / "pixels.npz", one, same)
+    assert holds_images(tmp_path / "pixels.npz", one, other)
     (tmp_path / "bad.npz").write_bytes(b"PK no archive")
     with pytest.raises(FileError, match=r"cannot be read as \.npz"):
-        holds_pictures(tmp_path / "bad.npz", one)
+        holds_images(tmp_path / "bad.npz", one)
 
 
 # ---- from Python -------------------------------------------------------------------------
