@@ -22,13 +22,13 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks.resnet20 import ResNet20
 from benchmarks.streaming import SHAPES, write_model
-from osscar.core.memory import peak_memory
-from osscar.core.phases import Phase, spending
+from osscar.base.memory import peak_memory
+from osscar.base.phases import Phase, spending
 from osscar.data.tokens import load_calibration
+from osscar.estimation.estimate import estimate_as_asked
 from osscar.models.language import load_model
-from osscar.pruning.estimate import estimate_as_asked
 from osscar.pruning.prune import prune_as_asked
-from osscar.pruning.request import PruningRequest
+from osscar.request import PruningRequest
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ import safetensors.torch
 import torch
 
 from solvers import BackendError, Status, SubsetProblem, solve
-from solvers.windows import borderline_window, window_problem
+from solvers.closed_forms.windows import borderline_window, window_problem
 
 SIZES = (12, 16, 20, 24, 28, 32, 36, 40, 48, 56, 64)
 BACKENDS = ("enumerate", "branch_and_bound", "highs", "gurobi")

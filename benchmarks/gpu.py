@@ -22,15 +22,15 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import solvers
 from benchmarks.scale import layer
-from osscar.core.memory import available_memory
-from osscar.core.phases import Phase, spending
+from osscar.base.memory import available_memory
+from osscar.base.phases import Phase, spending
 from osscar.data.tokens import load_calibration
+from osscar.estimation.forward_probe import clock_of
+from osscar.estimation.scaled import Scaled
 from osscar.models.language import load_model
-from osscar.pruning.forward_probe import clock_of
 from osscar.pruning.prune import prune_as_asked
-from osscar.pruning.request import PruningRequest
-from osscar.pruning.scaled import Scaled
-from solvers.hessian import moved
+from osscar.request import PruningRequest
+from solvers.linalg.hessian import moved
 
 CPU = torch.device("cpu")
 

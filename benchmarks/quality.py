@@ -32,14 +32,14 @@ from typing import Any, Protocol
 import torch
 
 import osscar
-from osscar.capture.opened import opened
-from osscar.core.files import write_json
+from osscar.allocation.allocate import allocate
+from osscar.allocation.costs import Cost, count
+from osscar.base.files import write_json
 from osscar.evaluation.images import score_images
 from osscar.evaluation.language import measure_quality
 from osscar.models.vision import load_vision_model
-from osscar.pruning.allocation import allocate
-from osscar.pruning.costs import Cost, count
-from osscar.pruning.request import PruningRequest
+from osscar.preparation.opened import opened
+from osscar.request import PruningRequest
 
 UNIFORM = {"allocation": "uniform", "target": "weights", "damp": 0.01}
 FLAP = {**UNIFORM, "allocation": "fluctuation", "backend": "flap"}

@@ -29,8 +29,8 @@ from matplotlib.figure import Figure
 
 import solvers
 from benchmarks.measuring import Clock, measured
-from osscar.core.files import write_json
-from solvers.symmetric import Symmetric
+from osscar.base.files import write_json
+from solvers.linalg.symmetric import Symmetric
 
 Report = dict[str, Any]
 
@@ -41,14 +41,14 @@ PHASES = (
     ("solvers.problem", "Consumer.from_gram", "problem"),
     ("solvers.heuristics.local_search", "eliminate", "elimination"),
     ("solvers.heuristics.greedy", "eliminate", "elimination"),
-    ("solvers.pivot", "PivotState.on_support", "factorization"),
-    ("solvers.pivot", "PivotState.sweep", "sweeps"),
+    ("solvers.closed_forms.pivot", "PivotState.on_support", "factorization"),
+    ("solvers.closed_forms.pivot", "PivotState.sweep", "sweeps"),
     ("solvers.heuristics.local_search", "best_swap", "exchanges"),
-    ("solvers.pivot", "PivotState.hold_products", "exchanges"),
+    ("solvers.closed_forms.pivot", "PivotState.hold_products", "exchanges"),
     ("solvers.heuristics.local_search", "possible_gain", "proof"),
     ("solvers.heuristics.local_search", "refit_loss", "refit"),
     ("solvers.heuristics.local_search", "refit_loss_and_rounding", "refit"),
-    ("solvers.pivot", "PivotState.loss", "refit"),
+    ("solvers.closed_forms.pivot", "PivotState.loss", "refit"),
     ("solvers.heuristics.multistage", "refit_loss", "refit"),
     ("solvers.solve", "refit", "refit"),
     ("solvers.solution", "verify", "verification"),

@@ -32,29 +32,29 @@ import torch
 import osscar
 from benchmarks.measuring import Clock, measured
 from benchmarks.random_models import SHAPES, write_model
-from osscar.core.files import write_json
+from osscar.base.files import write_json
 from osscar.data.batches import as_inputs
 
 PHASES = (
-    ("osscar.core.places", "Place.read", "input"),
-    ("osscar.core.sources", "Scratch.append", "output"),
+    ("osscar.offload.places", "Place.read", "input"),
+    ("osscar.offload.sources", "Scratch.append", "output"),
     ("osscar.checkpoint.directory", "write_weights", "output"),
     ("osscar.pruning.run_log", "RunLog.append", "output"),
-    ("osscar.capture.away", "Away.put", "waiting"),
-    ("osscar.capture.away", "Away.fetch", "waiting"),
-    ("osscar.capture.gram", "GramAccumulator.add", "gram"),
-    ("osscar.capture.site", "Site.regularization", "damping"),
-    ("osscar.capture.site", "Site.problem", "problem"),
-    ("osscar.capture.walk", "Walk._measure", "forward"),
+    ("osscar.offload.away", "Away.put", "waiting"),
+    ("osscar.offload.away", "Away.fetch", "waiting"),
+    ("osscar.walk.gram", "GramAccumulator.add", "gram"),
+    ("osscar.walk.site", "Site.regularization", "damping"),
+    ("osscar.walk.site", "Site.problem", "problem"),
+    ("osscar.walk.walk", "Walk._measure", "forward"),
     ("solvers", "solve", "solver"),
     ("osscar.models.language", "load_model", "opening"),
     ("graph", "trace", "opening"),
-    ("osscar.capture.opened", "_outputs", "opening"),
-    ("osscar.capture.opened", "_check_runs", "opening"),
-    ("osscar.capture.walk", "Walk._schedule", "opening"),
+    ("osscar.preparation.opened", "_outputs", "opening"),
+    ("osscar.preparation.opened", "_check_runs", "opening"),
+    ("osscar.walk.walk", "Walk._schedule", "opening"),
     ("osscar.pruning.prune", "what_follows", "trial"),
-    ("osscar.pruning.divergence", "Reference.of", "predictions"),
-    ("osscar.pruning.divergence", "Reference.divergence", "predictions"),
+    ("osscar.allocation.divergence", "Reference.of", "predictions"),
+    ("osscar.allocation.divergence", "Reference.divergence", "predictions"),
     ("osscar.pruning.prune", "shrunk", "proof"),
     ("osscar.pruning.result", "PruningResult.save", "saving"),
 )
@@ -169,8 +169,8 @@ def watching() -> Clock:
     clock = Clock()
     for entry in PHASES:
         clock.watch(*entry)
-    clock.watch("osscar.core.places", "Slice._pass", "input", lambda one, *_: one.nbytes)
-    clock.watch("osscar.core.places", "Slice.read_rows", "input", _bytes_of_rows)
+    clock.watch("osscar.offload.places", "Slice._pass", "input", lambda one, *_: one.nbytes)
+    clock.watch("osscar.offload.places", "Slice.read_rows", "input", _bytes_of_rows)
     return clock
 
 

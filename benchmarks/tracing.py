@@ -23,10 +23,10 @@ import transformers
 from torch import nn
 
 from graph.dependency import DependencyGraph
-from graph.export import export_model
 from graph.grouping import build_groups
 from graph.propagate import propagate
 from graph.rules import DEFAULT
+from graph.tracing.export import export_model
 
 ROWS = ("opt-30b", "resnet50", "layers-12", "layers-24", "layers-48", "layers-96")
 REPEAT = 3

@@ -24,14 +24,14 @@ from typing import Any
 from torch import nn
 
 import osscar
-from osscar.core.modules import count_parameters
 from osscar.data.batches import as_inputs
 from osscar.data.images import ImageSet
 from osscar.evaluation.images import score_images
 from osscar.evaluation.size import count_flops
 from osscar.models.vision import VisionModel, load_vision_model
-from osscar.pruning.batch_norm import BatchNormMode, renew_statistics
+from osscar.network.modules import count_parameters
 from osscar.shrinking.plan import PruningPlan
+from osscar.walk.batch_norm import BatchNormMode, renew_statistics
 
 BACKENDS = ("magnitude", "multistage", "local_search")
 MODES = (BatchNormMode.KEEP, BatchNormMode.ESTIMATE, BatchNormMode.CORRECT)

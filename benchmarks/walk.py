@@ -28,9 +28,9 @@ import torch
 from torch import nn
 
 import osscar
-from osscar.capture import walk as module
-from osscar.capture.opened import Opened, opened
-from osscar.capture.walk import walk
+from osscar.preparation.opened import Opened, opened
+from osscar.walk import walk as module
+from osscar.walk.walk import walk
 
 
 def main() -> None:

@@ -13,11 +13,11 @@ import torch
 
 from graph.draw import render
 from graph.errors import ArgumentError, DrawingError, ExampleInputError, UnknownGroupError
-from graph.export import ExampleInputs, export_model
 from graph.grouping import build_groups
 from graph.groups import CouplingGroup, Role
 from graph.propagate import Operator, propagate
 from graph.rules import DEFAULT, RuleTable
+from graph.tracing.export import ExampleInputs, export_model
 from graph.training import followed_in_training
 
 

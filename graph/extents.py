@@ -16,12 +16,12 @@ from torch.fx import Node
 from graph.axes import Axes, Layout
 from graph.call import Value
 from graph.errors import UnknownGroupError
-from graph.export import varies
 from graph.grouping import NESTED, groups_by_axis
 from graph.groups import CouplingGroup, Slot
 from graph.propagate import propagate
 from graph.rules import PROGRAM
-from graph.standalone import Standalone, export_standalone
+from graph.tracing.export import varies
+from graph.tracing.standalone import Standalone, export_standalone
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,10 +9,10 @@ from dataclasses import dataclass, replace
 
 from graph.axes import Axes, Layout, Segment
 from graph.call import Use
-from graph.export import TensorInfo
 from graph.groups import CouplingGroup, Freeze, Role, Slot
 from graph.naming import Factor, Naming
 from graph.propagate import Propagation
+from graph.tracing.export import TensorInfo
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,9 @@ import torch
 from graph.axes import Axes, Layout
 from graph.call import Call, Findings, HeadUse, Result, Shape, Use, Value
 from graph.errors import RuleError, TraceError
-from graph.export import Program, concrete, module_of
 from graph.groups import Freeze
 from graph.rules.table import CONSTANT, RuleTable, aten
+from graph.tracing.export import Program, concrete, module_of
 
 
 @dataclass(frozen=True)

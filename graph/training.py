@@ -12,11 +12,11 @@ import numpy as np
 import torch
 
 from graph.errors import RuleError, TraceError
-from graph.export import ExampleInputs, TensorInfo, export_model
 from graph.grouping import build_groups, removable
 from graph.groups import CouplingGroup, Role, Slot
 from graph.propagate import propagate
 from graph.rules import RuleTable
+from graph.tracing.export import ExampleInputs, TensorInfo, export_model
 
 
 def followed_in_training(

@@ -13,7 +13,7 @@ lists them.
 
 from lazy_loader import attach_stub
 
-from osscar.core.version import VERSION
+from osscar.base.version import VERSION
 
 __version__ = VERSION
 

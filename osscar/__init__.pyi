@@ -1,9 +1,9 @@
 """The public names, each with the module from which it is imported on first use."""
 
 from .checkpoint.directory import SavedCheckpoint as SavedCheckpoint, load as load, save as save
-from .checkpoint.gguf import Exported as Exported, export_gguf as export_gguf
-from .checkpoint.pt2 import ExportedArchive as ExportedArchive, export_pt2 as export_pt2
-from .core.errors import OsscarError as OsscarError
+from .export.gguf import Exported as Exported, export_gguf as export_gguf
+from .export.pt2 import ExportedArchive as ExportedArchive, export_pt2 as export_pt2
+from .base.errors import OsscarError as OsscarError
 from .data.images import ImageSet as ImageSet, load_images as load_images
 from .data.preprocessing import Preprocessing as Preprocessing
 from .data.tensors import TensorSet as TensorSet, load_tensors as load_tensors
@@ -22,16 +22,16 @@ from .evaluation.tensors import (
 )
 from .models.language import LoadedModel as LoadedModel, load_model as load_model
 from .models.vision import VisionModel as VisionModel, load_vision_model as load_vision_model
-from .pruning.estimate import Estimate as Estimate, estimate as estimate
+from .estimation.estimate import Estimate as Estimate, estimate as estimate
 from .pruning.prune import prune as prune
-from .pruning.request import PruningRequest as PruningRequest
+from .request import PruningRequest as PruningRequest
 from .pruning.result import LayerReport as LayerReport, PruningResult as PruningResult
 from .pruning.trial import LeftAlone as LeftAlone
 from .shrinking.follow import adapter as adapter, prepare as prepare
 from .shrinking.plan import PruningPlan as PruningPlan
-from .shrinking.program import ProgramModule as ProgramModule
+from .shrinking.program.program import ProgramModule as ProgramModule
 from .shrinking.shrink import Proof as Proof, shrink as shrink
-from .shrinking.shrink_program import (
+from .shrinking.program.shrink_program import (
     ShrunkProgram as ShrunkProgram,
     shrink_program as shrink_program,
 )

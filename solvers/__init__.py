@@ -11,6 +11,7 @@ refitted least-squares problem loses least.
 True
 """
 
+from solvers.closed_forms.refit import quadratic_loss, refit, refit_loss
 from solvers.errors import BackendError, ProblemError, SolverError, VerificationError
 from solvers.problem import Consumer, SubsetProblem
 from solvers.protocol import (
@@ -21,7 +22,6 @@ from solvers.protocol import (
     Status,
     WindowCertificate,
 )
-from solvers.refit import quadratic_loss, refit, refit_loss
 from solvers.registry import (
     BackendInfo,
     backend_class,

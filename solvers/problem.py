@@ -27,9 +27,18 @@ from torch import Tensor
 
 from solvers import storage
 from solvers.errors import ProblemError
-from solvers.gram import consistency, damp_terms, definite_factor, inconsistency, unexplained
-from solvers.hessian import Hessian, coupled, divided, moved, pieces, skew, whole, why_not_plain
-from solvers.values import (
+from solvers.linalg.gram import consistency, damp_terms, definite_factor, inconsistency, unexplained
+from solvers.linalg.hessian import (
+    Hessian,
+    coupled,
+    divided,
+    moved,
+    pieces,
+    skew,
+    whole,
+    why_not_plain,
+)
+from solvers.linalg.values import (
     as_device,
     as_number,
     as_owned_tensor,
@@ -219,13 +228,13 @@ class Consumer:
         variance: Tensor | None = None,
         overwrite: bool = False,
     ) -> Consumer:
-        """Damp the statistics of one linear map (`solvers.gram.damp_terms`) and take its units.
+        """Damp the statistics of one linear map (`gram.damp_terms`) and take its units.
 
         Parameters
         ----------
         H, W0, G, e, damp
             Undamped Gram matrix, dense weights, target and relative damping.  H may be the lower
-            half of one (`solvers.symmetric.Symmetric`), which is then all that is held of it.
+            half of one (`solvers.linalg.Symmetric`), which is then all that is held of it.
         units
             What each unit owns; by default every row is a unit.
         variance

@@ -12,9 +12,9 @@ from typing import ClassVar, Protocol
 
 from torch import Tensor
 
-from solvers.certificate import Certificate
+from solvers.certificates.certificate import Certificate
+from solvers.certificates.tree_certificate import TreeCertificate
 from solvers.problem import SubsetProblem
-from solvers.tree_certificate import TreeCertificate
 
 DEFAULT_GAP_TOLERANCE = 1e-4
 """Relative gap up to which an answer may be called optimal, unless a backend says otherwise."""
@@ -45,7 +45,7 @@ class WindowCertificate:
     units
         The window, (N,) int64.
     certificate
-        Bounds the losses of all choices within it (`solvers.windows.window_problem`).
+        Bounds the losses of all choices within it (`solvers.closed_forms.windows.window_problem`).
     """
 
     units: Tensor

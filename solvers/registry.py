@@ -17,8 +17,8 @@ from importlib.metadata import EntryPoint, entry_points
 from typing import Any, cast
 
 from solvers.errors import BackendError, ProblemError
+from solvers.linalg.values import as_number, as_whole
 from solvers.protocol import Backend, Capabilities
-from solvers.values import as_number, as_whole
 
 ENTRY_POINTS = "osscar.backends"
 

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from solvers.bounds.perspective import BOUND_FROM, Perspective
+from solvers.closed_forms.refit import refit
 from solvers.errors import BackendError, ProblemError, SolverError
+from solvers.linalg.values import as_number, as_tensor, as_whole
 from solvers.problem import SubsetProblem
 from solvers.protocol import Backend, Capabilities, Selection, Status
-from solvers.refit import refit
 from solvers.registry import backends, configured
 from solvers.solution import Solution
-from solvers.values import as_number, as_tensor, as_whole
 
 
 def solve(

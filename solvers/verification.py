@@ -32,18 +32,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from solvers.certificate import Certificate, EnumerationCertificate, MultiplierCertificate
+from solvers.certificates.certificate import (
+    Certificate,
+    EnumerationCertificate,
+    MultiplierCertificate,
+)
+from solvers.certificates.tree_certificate import TreeCertificate
+from solvers.closed_forms.pivot import PivotState
+from solvers.closed_forms.refit import (
+    loss_rounding,
+    quadratic_loss,
+    refit_loss,
+    refit_loss_and_rounding,
+)
+from solvers.closed_forms.swaps import best_swap, possible_gain
+from solvers.closed_forms.windows import window_problem
 from solvers.errors import ProblemError, VerificationError
-from solvers.gram import TILE_ROWS
-from solvers.hessian import entries
-from solvers.pivot import PivotState
+from solvers.linalg.gram import TILE_ROWS
+from solvers.linalg.hessian import entries
+from solvers.linalg.values import is_plain
 from solvers.problem import SubsetProblem
 from solvers.protocol import Status, WindowCertificate
-from solvers.refit import loss_rounding, quadratic_loss, refit_loss, refit_loss_and_rounding
-from solvers.swaps import best_swap, possible_gain
-from solvers.tree_certificate import TreeCertificate
-from solvers.values import is_plain
-from solvers.windows import window_problem
 
 _EPS = torch.finfo(torch.float64).eps
 

@@ -30,7 +30,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def timed_briefly() -> Iterator[None]:
     """Take no more turns than are asked for: no test depends on how fast a machine is."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("osscar.core.timing.WORTHWHILE_SECONDS", 0.0)
+        patch.setattr("osscar.base.timing.WORTHWHILE_SECONDS", 0.0)
         patch.setattr("osscar.evaluation.forward._SECONDS", 0.0)
         yield
 

@@ -173,7 +173,7 @@ def _attack(attack: Attack, directory: Path, end: int) -> None:
 
 def _outcome(attack: Attack, work: Path) -> str:
     from graph.errors import GraphError
-    from osscar.core.errors import OsscarError
+    from osscar.base.errors import OsscarError
     from solvers.errors import SolverError
 
     try:

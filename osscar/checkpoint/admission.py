@@ -22,11 +22,11 @@ from torch import Tensor, nn
 from torch.nn.modules import module as registration
 from torch.overrides import TorchFunctionMode
 
+from osscar.base.errors import CheckpointError, FileError
+from osscar.base.json_files import read_object
 from osscar.checkpoint.hf_config import COUNTS, SHAPES
 from osscar.checkpoint.manifest import CONFIG_FILE
 from osscar.checkpoint.stored import INDEX_FILE, WEIGHTS_FILE, Stored, read_stored
-from osscar.core.errors import CheckpointError, FileError
-from osscar.core.json_files import read_object
 from osscar.shrinking.lineage import Origin, Scalar
 
 # ---- the numbers in a config -------------------------------------------------------------

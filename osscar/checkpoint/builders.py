@@ -24,11 +24,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 from transformers.core_model_loading import build_glob_alternation
 from transformers.initialization import no_init_weights
 
+from osscar.base.errors import CheckpointError, MissingDependency
 from osscar.checkpoint.admission import check_config, check_size, check_tensors, stored_in
 from osscar.checkpoint.hf_config import dense_config, is_any_shape
-from osscar.core.errors import CheckpointError, MissingDependency
 from osscar.shrinking.lineage import Origin, Scalar, lineage_of, note
-from osscar.shrinking.program import ProgramModule
+from osscar.shrinking.program.program import ProgramModule
 
 DESCRIPTION_ERRORS = (
     *(OSError, ValueError, TypeError, AttributeError, StrictDataclassError, SafetensorError),

@@ -25,6 +25,17 @@ from torch import nn
 from torch.utils import _pytree as pytree
 from transformers import PreTrainedModel
 
+from osscar.base.errors import (
+    AdapterError,
+    CheckpointError,
+    EquivalenceError,
+    OptionError,
+    OsscarError,
+    first_line,
+)
+from osscar.base.files import system_errors, write_json, write_text
+from osscar.base.inputs import file_name, shown
+from osscar.base.memory import let_shortage_pass
 from osscar.checkpoint.admission import (
     check_size,
     check_tensors,
@@ -64,18 +75,7 @@ from osscar.checkpoint.streamed import (
     read_streamed,
     write_weights,
 )
-from osscar.core.errors import (
-    AdapterError,
-    CheckpointError,
-    EquivalenceError,
-    OptionError,
-    OsscarError,
-    first_line,
-)
-from osscar.core.files import system_errors, write_json, write_text
-from osscar.core.inputs import file_name, shown
-from osscar.core.memory import let_shortage_pass
-from osscar.core.modules import (
+from osscar.network.modules import (
     check_finite_weights,
     check_usable,
     context_length,
@@ -84,13 +84,13 @@ from osscar.core.modules import (
     give_own_storage,
     number_format,
 )
-from osscar.core.on_disk import is_on_disk, shelf_of, values_of
+from osscar.offload.on_disk import is_on_disk, shelf_of, values_of
 from osscar.shrinking.equivalence import Inputs, in_format_of, proof_outputs, prove_equal, runs
 from osscar.shrinking.fold import fold, is_normalized
 from osscar.shrinking.lineage import FORMATS, LINEAGE, Lineage, lineage_of, stored_dtype
 from osscar.shrinking.plan import Form, PruningPlan
-from osscar.shrinking.program import ProgramModule
-from osscar.shrinking.shrink_program import replayed
+from osscar.shrinking.program.program import ProgramModule
+from osscar.shrinking.program.shrink_program import replayed
 from osscar.shrinking.structure import remember_structure, structure_of, without_values
 
 __all__ = ["SavedCheckpoint", "adopt_config", "check_output", "load", "save", "stock_config"]

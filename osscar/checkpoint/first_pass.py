@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from osscar.core.errors import CheckpointError, ModelError, NonFiniteError, first_line
-from osscar.core.memory import let_shortage_pass
-from osscar.core.modules import context_length, device_of
-from osscar.core.on_disk import is_on_disk
-from osscar.core.predictions import named_logits
+from osscar.base.errors import CheckpointError, ModelError, NonFiniteError, first_line
+from osscar.base.memory import let_shortage_pass
+from osscar.network.modules import context_length, device_of
+from osscar.network.predictions import named_logits
+from osscar.offload.on_disk import is_on_disk
 from osscar.shrinking.equivalence import call
 
 

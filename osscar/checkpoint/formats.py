@@ -17,9 +17,9 @@ from transformers import PreTrainedModel
 
 from osscar.checkpoint.admission import EmptyOnMeta
 from osscar.checkpoint.builders import DESCRIPTION_ERRORS, TransformersOrigin, builder_of
-from osscar.core.modules import number_format
+from osscar.network.modules import number_format
 from osscar.shrinking.lineage import stored_dtype
-from osscar.shrinking.program import ProgramModule
+from osscar.shrinking.program.program import ProgramModule
 
 M = TypeVar("M", bound=nn.Module)
 

@@ -14,10 +14,10 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import ConfigDict
 
-from osscar.core.errors import CheckpointError, FileError
-from osscar.core.files import write_json
-from osscar.core.json_files import MEGABYTE, STRICT, read_json
-from osscar.core.version import VERSION
+from osscar.base.errors import CheckpointError, FileError
+from osscar.base.files import write_json
+from osscar.base.json_files import MEGABYTE, STRICT, read_json
+from osscar.base.version import VERSION
 from osscar.shrinking.lineage import Calibration, Lineage, Origin
 from osscar.shrinking.plan import PruningPlan
 

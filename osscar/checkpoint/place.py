@@ -11,6 +11,9 @@ from contextlib import contextmanager, suppress
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+from osscar.base.errors import CheckpointError, OutputError
+from osscar.base.files import reason_of, remedy, resolved
+from osscar.base.signals import ends_tidily, uninterrupted
 from osscar.checkpoint.manifest import (
     CONFIG_FILE,
     MANIFEST_FILE,
@@ -19,9 +22,6 @@ from osscar.checkpoint.manifest import (
     read_manifest,
 )
 from osscar.checkpoint.runs import entries, prefix, recover, refuse_earlier, run_for, stays
-from osscar.core.errors import CheckpointError, OutputError
-from osscar.core.files import reason_of, remedy, resolved
-from osscar.core.signals import ends_tidily, uninterrupted
 
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 _CHECKPOINT_FILES = (

@@ -26,11 +26,11 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import ConfigDict
 
-from osscar.core.errors import BusyError, FileError, OutputError
-from osscar.core.files import PARTIAL, reason_of, settle, write_json
-from osscar.core.json_files import STRICT, read_json
-from osscar.core.locks import LOCK_FILE, hold
-from osscar.core.signals import uninterrupted
+from osscar.base.errors import BusyError, FileError, OutputError
+from osscar.base.files import PARTIAL, reason_of, settle, write_json
+from osscar.base.json_files import STRICT, read_json
+from osscar.base.locks import LOCK_FILE, hold
+from osscar.base.signals import uninterrupted
 
 _MARK_FILE = "run.json"
 

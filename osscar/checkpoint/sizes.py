@@ -9,12 +9,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
+from osscar.base.errors import ModelError, first_line
+from osscar.base.memory import let_shortage_pass
 from osscar.checkpoint.formats import Saving
 from osscar.checkpoint.streamed import header_of
-from osscar.core.errors import ModelError, first_line
-from osscar.core.memory import let_shortage_pass
 from osscar.shrinking.plan import Form
-from osscar.shrinking.program import ProgramModule
+from osscar.shrinking.program.program import ProgramModule
 
 _SHARD = 50 * 10**9
 """Bytes after which transformers begins another file."""

@@ -10,10 +10,10 @@ from typing import Annotated, Any, ClassVar, TypeAlias, cast
 
 from pydantic import ConfigDict, Field
 
-from osscar.core.errors import FileError
-from osscar.core.files import reason_of
-from osscar.core.inputs import check_regular
-from osscar.core.json_files import MEGABYTE, STRICT, parse_json, read_json
+from osscar.base.errors import FileError
+from osscar.base.files import reason_of
+from osscar.base.inputs import check_regular
+from osscar.base.json_files import MEGABYTE, STRICT, parse_json, read_json
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"

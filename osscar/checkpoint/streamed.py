@@ -1,7 +1,7 @@
 """Checkpoints larger than memory: models of which only the structure is built, and their files.
 
-What is read gives a model whose parameters lie on disk (see `osscar.core.on_disk`); what is written
-goes to its file tensor by tensor, with the bytes that the library would write.
+What is read gives a model whose parameters lie on disk (see `osscar.offload.on_disk`); what is
+written goes to its file tensor by tensor, with the bytes that the library would write.
 """
 
 from __future__ import annotations
@@ -16,6 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from osscar.base.errors import (
+    CheckpointError,
+    EquivalenceError,
+    NonFiniteError,
+    OsscarError,
+    first_line,
+)
 from osscar.checkpoint import modeling_pruned
 from osscar.checkpoint.admission import (
     check_tensors,
@@ -27,17 +34,10 @@ from osscar.checkpoint.admission import (
 from osscar.checkpoint.builders import DESCRIPTION_ERRORS, TransformersOrigin, read_builder
 from osscar.checkpoint.manifest import Manifest, read_manifest
 from osscar.checkpoint.stored import Stored, read_stored
-from osscar.core.errors import (
-    CheckpointError,
-    EquivalenceError,
-    NonFiniteError,
-    OsscarError,
-    first_line,
-)
-from osscar.core.on_disk import OnDisk, values_of
-from osscar.core.places import Place, Slice
-from osscar.core.shelf import Shelf
-from osscar.core.sources import Source, as_bytes
+from osscar.offload.on_disk import OnDisk, values_of
+from osscar.offload.places import Place, Slice
+from osscar.offload.shelf import Shelf
+from osscar.offload.sources import Source, as_bytes
 from osscar.shrinking.lineage import LINEAGE
 from osscar.shrinking.slice import slice_units
 

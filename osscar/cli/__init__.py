@@ -12,11 +12,11 @@ from typing import Annotated, NoReturn
 
 import typer
 
+from osscar.base.errors import OptionError, RanksError
+from osscar.base.files import is_text
+from osscar.base.launch import launched
+from osscar.base.version import VERSION
 from osscar.cli.common import err, guard, out
-from osscar.core.errors import OptionError, RanksError
-from osscar.core.files import is_text
-from osscar.core.launch import launched
-from osscar.core.version import VERSION
 
 _COMMANDS = ("demo", "prune", "sweep", "eval", "inspect", "export", "gap", "solve", "backends")
 

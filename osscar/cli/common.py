@@ -17,14 +17,14 @@ from rich.console import Console
 from rich.text import Text
 
 import osscar
-from osscar.core.printable import counted, printable
+from osscar.base.printable import counted, printable
 
 if TYPE_CHECKING:
     from osscar.data.batches import CalibrationData
     from osscar.data.preprocessing import Preprocessing
     from osscar.models.language import LoadedModel
     from osscar.models.vision import VisionModel
-    from osscar.pruning.request import PruningRequest
+    from osscar.request import PruningRequest
 
 _PIPE_WIDTH = 140
 """Columns where the output is not a terminal, which has no width of its own."""
@@ -184,7 +184,7 @@ def stated_preprocessing(
     ImageError
         If a number makes no sense.
     """
-    from osscar.core.errors import OptionError
+    from osscar.base.errors import OptionError
     from osscar.data.preprocessing import Preprocessing
 
     if mean is None and std is None and image_size is None and not no_normalize:
@@ -204,7 +204,7 @@ def stated_preprocessing(
 
 def _size(text: str) -> tuple[int, ...]:
     """Return height and width, and channels before them where they are given."""
-    from osscar.core.errors import OptionError
+    from osscar.base.errors import OptionError
 
     found = _numbers(text, "--image-size", int, "x", "32, 24x32 or 1x28x28")
     if len(found) > 3 or min(found) < 1:
@@ -217,7 +217,7 @@ def _size(text: str) -> tuple[int, ...]:
 def _numbers(
     text: str, option: str, kind: type[Any], separator: str, example: str
 ) -> tuple[Any, ...]:
-    from osscar.core.errors import OptionError
+    from osscar.base.errors import OptionError
 
     try:
         return tuple(map(kind, text.split(separator)))
@@ -274,7 +274,7 @@ def limit_of(
     given: str | None, model: str, dtype: str, device: str, request: PruningRequest
 ) -> str | int | None:
     """Return the memory to stay within: what is given, or what there is if the model is larger."""
-    from osscar.core.memory import in_words
+    from osscar.base.memory import in_words
     from osscar.models.language import fitting_memory
     from osscar.models.open import is_vision
     from osscar.pruning.memory import needs_memory
@@ -349,7 +349,7 @@ def say_aside(label: str, message: str, style: str) -> None:
 
 def _expected_errors() -> tuple[type[Exception], ...]:
     # Imported late: an error of a package can only come once it is loaded.
-    trees = {"osscar.core.errors": "OsscarError", "solvers.errors": "SolverError"}
+    trees = {"osscar.base.errors": "OsscarError", "solvers.errors": "SolverError"}
     trees["graph.errors"] = "GraphError"
     return tuple(
         getattr(sys.modules[module], name)
@@ -396,7 +396,7 @@ def write_json(path: Path | None, content: Mapping[str, Any]) -> None:
     OutputError
         If the file cannot be written.
     """
-    from osscar.core import files
+    from osscar.base import files
 
     if path is not None:
         files.write_json(path, content)
@@ -428,8 +428,8 @@ def check_json_path(
         command reads or writes, or if a file of another sort is there; as of a name that is not
         UTF-8, or a link that leads nowhere.
     """
-    from osscar.core.errors import OutputError
-    from osscar.core.files import resolved
+    from osscar.base.errors import OutputError
+    from osscar.base.files import resolved
 
     if path is None:
         return
@@ -460,8 +460,8 @@ def check_input(file: Path) -> None:
     OptionError
         If it is a pipe or a device; whoever reads it will say what else is wrong.
     """
-    from osscar.core.errors import OptionError
-    from osscar.core.inputs import check_regular
+    from osscar.base.errors import OptionError
+    from osscar.base.inputs import check_regular
 
     try:
         check_regular(file)
@@ -488,7 +488,7 @@ def way_back(kept: Callable[[], str]) -> Iterator[None]:
     kept
         Says what is kept by then, and where.
     """
-    from osscar.core.errors import BusyError, OutputError, RanksError
+    from osscar.base.errors import BusyError, OutputError, RanksError
 
     try:
         yield
@@ -515,8 +515,8 @@ def parse_options(pairs: list[str]) -> dict[str, Any]:
     OptionError
         If a pair has no ``=``, or a value is nested too deeply to be read.
     """
-    from osscar.core.errors import OptionError
-    from osscar.core.inputs import shown
+    from osscar.base.errors import OptionError
+    from osscar.base.inputs import shown
 
     options: dict[str, Any] = {}
     for pair in pairs:
@@ -535,6 +535,6 @@ def parse_options(pairs: list[str]) -> dict[str, Any]:
 
 
 def _refuse_constant(text: str) -> Any:
-    from osscar.core.errors import OptionError
+    from osscar.base.errors import OptionError
 
     raise OptionError(f"--option cannot be {text}; give a finite number")

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from osscar.base.printable import command_line
 from osscar.cli.common import (
     BackendOption,
     JsonOption,
@@ -20,7 +21,6 @@ from osscar.cli.common import (
     write_json,
 )
 from osscar.cli.prune_screen import print_result, report_document
-from osscar.core.printable import command_line
 
 _HEADS, _NEURONS = "3/4", "1/2"
 _SAMPLES, _SEQLEN = 64, 256
@@ -38,9 +38,9 @@ def command(
     """Prune a small trained OPT model that ships with the package, and show what it did."""
     import torch
 
+    from osscar.base.files import write_text
     from osscar.checkpoint.directory import check_output, load
     from osscar.checkpoint.manifest import PAGE_FILE
-    from osscar.core.files import write_text
     from osscar.data.prose import Part, builtin_text
     from osscar.data.tokens import load_calibration
     from osscar.evaluation.language import compare
@@ -91,8 +91,8 @@ def command(
 
 
 def _made_by_demo(directory: Path) -> bool:
+    from osscar.base.errors import CheckpointError
     from osscar.checkpoint.manifest import read_manifest
-    from osscar.core.errors import CheckpointError
 
     try:
         manifest = read_manifest(directory)

@@ -8,18 +8,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import osscar
+from osscar.base.phases import Phase
 from osscar.cli.common import out, say, write_json
-from osscar.core.phases import Phase
 
 if TYPE_CHECKING:
     from torch import nn
 
     from osscar.data.batches import CalibrationData
+    from osscar.estimation.estimate import Estimate, EstimateDocument
+    from osscar.estimation.stages import StageEstimate
     from osscar.models.language import LoadedModel
     from osscar.models.vision import VisionModel
-    from osscar.pruning.estimate import Estimate, EstimateDocument
-    from osscar.pruning.request import PruningRequest
-    from osscar.pruning.stages import StageEstimate
+    from osscar.request import PruningRequest
 
 _LARGEST = 1 << 24
 """Bytes of an estimate's file."""
@@ -45,8 +45,8 @@ def dry_run(
     json
         Where to write the same.
     """
-    from osscar.core.memory import in_words
-    from osscar.pruning.estimate import estimate_as_asked
+    from osscar.base.memory import in_words
+    from osscar.estimation.estimate import estimate_as_asked
     from osscar.report.estimate_tables import estimate_table
 
     found = estimate_as_asked(loaded.model, data, request)
@@ -68,8 +68,8 @@ def where_it_runs(model: nn.Module, device: str) -> dict[str, Any]:
     """Return what the time of a run depends on besides what is asked for."""
     import torch
 
-    from osscar.core.devices import resolve_device
-    from osscar.core.modules import number_format
+    from osscar.base.devices import resolve_device
+    from osscar.network.modules import number_format
 
     return {
         "device": str(resolve_device(device)),
@@ -82,7 +82,7 @@ def document_of(
     found: Estimate, loaded: LoadedModel | VisionModel, data: CalibrationData
 ) -> EstimateDocument:
     """Return an estimate as ``docs/json.md`` describes it."""
-    from osscar.pruning.estimate import EstimateDocument
+    from osscar.estimation.estimate import EstimateDocument
 
     return EstimateDocument(
         schema="osscar.estimate/1",
@@ -115,10 +115,10 @@ def read_estimate(file: Path | None) -> EstimateDocument | None:
     FileError
         If it is no such file.
     """
+    from osscar.base.errors import FileError
+    from osscar.base.json_files import read_json
     from osscar.cli.common import check_input
-    from osscar.core.errors import FileError
-    from osscar.core.json_files import read_json
-    from osscar.pruning.estimate import EstimateDocument
+    from osscar.estimation.estimate import EstimateDocument
 
     if file is None:
         return None
@@ -135,10 +135,10 @@ def _around(
 ) -> list[StageEstimate]:
     """Return what the command does besides: it loads, measures both models, and saves."""
     from osscar.checkpoint.directory import weight_bytes
-    from osscar.core.on_disk import is_on_disk
+    from osscar.estimation.scaled import Scaled
+    from osscar.estimation.stages import StageEstimate
     from osscar.evaluation.forward import measuring_seconds
-    from osscar.pruning.scaled import Scaled
-    from osscar.pruning.stages import StageEstimate
+    from osscar.offload.on_disk import is_on_disk
 
     stored = weight_bytes(loaded.model, loaded.stored_dtype)
     on_disk, kept = is_on_disk(loaded.model), found.kept_share

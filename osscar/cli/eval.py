@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from osscar.base.printable import counted
 from osscar.cli.common import (
     DeviceOption,
     DtypeOption,
@@ -30,7 +31,6 @@ from osscar.cli.common import (
     stated_preprocessing,
     write_json,
 )
-from osscar.core.printable import counted
 
 _NO_MODEL = 0.5
 """Share of a dense model's parameters beyond which, drawn anew, they are compared with nothing."""
@@ -101,7 +101,7 @@ def command(
     anything else: the same where they put out scores of classes, and how far each output is from
     the dense model's.
     """
-    from osscar.core.errors import OptionError
+    from osscar.base.errors import OptionError
     from osscar.data.preprocessing import OPTIONS
     from osscar.models.open import check_directory, is_vision
 
@@ -207,7 +207,7 @@ def _samples(
     load: dict[str, Any],
 ) -> _Found:
     """Measure a model that reads no text; weights are for whichever model brings none."""
-    from osscar.core.errors import ImageError, OptionError
+    from osscar.base.errors import ImageError, OptionError
     from osscar.data.images import refuse_overlap
     from osscar.evaluation.images import compare_images, evaluate_images
     from osscar.evaluation.tensors import compare_tensors, evaluate_tensors

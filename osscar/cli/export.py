@@ -50,14 +50,14 @@ def command(
     whose exported program was pruned (--form graph). The file is read back and compared with the
     model before it takes its place.
     """
-    from osscar.checkpoint.gguf import export_gguf
-    from osscar.core.errors import OptionError
+    from osscar.base.errors import OptionError
+    from osscar.export.gguf import export_gguf
 
     check_json_path(json, inputs=(directory,), written=(out,))
     if format not in _FORMATS:
         raise OptionError(f"--format is {format!r:.60}; give {' or '.join(_FORMATS)}")
     if format == "pt2":
-        from osscar.checkpoint.pt2 import export_pt2
+        from osscar.export.pt2 import export_pt2
         from osscar.models import user_code
 
         with quiet():

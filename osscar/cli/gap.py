@@ -136,7 +136,7 @@ def command(
     again to go on with a study that was interrupted, or with more sparsities or backends to extend
     it.
     """
-    from osscar.core.errors import OptionError
+    from osscar.base.errors import OptionError
     from osscar.report.html import write_report
     from osscar.report.summary import summarize
     from osscar.study.cluster import connected
@@ -219,8 +219,8 @@ def _capture_model(
     trust_remote_code: bool,
 ) -> None:
     """Capture the problems of a model; of a study that goes on, check that they are its own."""
-    from osscar.capture.fingerprint import Fingerprint
     from osscar.data.batches import as_inputs
+    from osscar.preparation.fingerprint import Fingerprint
 
     source = study.source
     given = source["calibration"]
@@ -258,7 +258,7 @@ def _model_problems(
 
 
 def _refuse_options_of_models(context: typer.Context) -> None:
-    from osscar.core.errors import OptionError
+    from osscar.base.errors import OptionError
 
     for name in _OF_MODELS:
         given = context.get_parameter_source(name)
@@ -271,7 +271,7 @@ def _refuse_options_of_models(context: typer.Context) -> None:
 
 
 def _are_problems(sources: list[str]) -> bool:
-    from osscar.core.errors import OptionError
+    from osscar.base.errors import OptionError
 
     files = [source.endswith(_PROBLEM_SUFFIXES) for source in sources]
     if any(files) and not all(files):
@@ -292,14 +292,14 @@ def _file_problems(sources: list[str]) -> Iterator[tuple[str, SubsetProblem]]:
 
 def _fingerprint(file: Path) -> dict[str, str]:
     """Return a problem file's name and what tells whether it is still the same."""
-    from osscar.core.files import file_digest
+    from osscar.base.files import file_digest
 
     check_input(file)
     return {"file": file.name, "sha256": file_digest(file)}
 
 
 def _numbers(text: str) -> tuple[float, ...]:
-    from osscar.core.errors import OptionError
+    from osscar.base.errors import OptionError
 
     try:
         return tuple(dict.fromkeys(float(part) for part in _names(text)))

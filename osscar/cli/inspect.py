@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from osscar.base.printable import are, counted
 from osscar.cli.common import (
     ImageSizeOption,
     JsonOption,
@@ -21,7 +22,6 @@ from osscar.cli.common import (
     stated_preprocessing,
     write_json,
 )
-from osscar.core.printable import are, counted
 
 
 def command(
@@ -43,11 +43,11 @@ def command(
 ) -> None:
     """Show the coupling groups of a model as a table."""
     from graph.groups import UnitKind
-    from osscar.capture.opened import opened
-    from osscar.core.errors import OptionError
-    from osscar.core.modules import count_parameters
+    from osscar.base.errors import OptionError
     from osscar.evaluation.size import count_owned
     from osscar.models.open import open_model
+    from osscar.network.modules import count_parameters
+    from osscar.preparation.opened import opened
     from osscar.report.run_tables import groups_table
 
     stated = stated_preprocessing(None, None, image_size, False)

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from osscar.base.phases import Phase, Spent, phase, spending
+from osscar.base.printable import command_line
 from osscar.cli.common import (
     AllocationOption,
     AtLeastOption,
@@ -49,12 +51,10 @@ from osscar.cli.common import (
 )
 from osscar.cli.estimates import dry_run, read_estimate, where_it_runs
 from osscar.cli.prune_screen import print_result, report_document, tell_dense
-from osscar.core.phases import Phase, Spent, phase, spending
-from osscar.core.printable import command_line
 
 if TYPE_CHECKING:
+    from osscar.base.ranks import Ranks
     from osscar.checkpoint.directory import SavedCheckpoint
-    from osscar.core.ranks import Ranks
     from osscar.data.batches import CalibrationData
     from osscar.models.language import LoadedModel
     from osscar.models.vision import VisionModel
@@ -68,7 +68,7 @@ def _with_ranks(command: Callable[..., None]) -> Callable[..., None]:
     def on_each_rank(context: typer.Context, **options: Any) -> None:
         with spending() as spent:
             with phase(Phase.START):
-                from osscar.core.ranks import together
+                from osscar.base.ranks import together
             with together() as ranks:
                 context.obj = Asked(ranks, spent)
                 command(context, **options)
@@ -255,19 +255,19 @@ def command(
     model is saved: a run that was killed goes on when the same command is given again.
     """
     with phase(Phase.START):
+        from osscar.base.devices import resolve_device
+        from osscar.base.errors import OptionError
+        from osscar.base.files import resolved
         from osscar.checkpoint.directory import check_output, weight_bytes
         from osscar.checkpoint.manifest import PAGE_FILE
-        from osscar.core.device_memory import memory_of
-        from osscar.core.devices import resolve_device
-        from osscar.core.errors import OptionError
-        from osscar.core.files import resolved
-        from osscar.core.on_disk import is_on_disk
         from osscar.models.vision import VisionModel
+        from osscar.offload.device_memory import memory_of
+        from osscar.offload.on_disk import is_on_disk
         from osscar.pruning.prune import prune_as_asked
-        from osscar.pruning.request import PruningRequest
         from osscar.pruning.run_log import RunLog
         from osscar.report.estimate_tables import comparison_line
         from osscar.report.prune_page import prune_page
+        from osscar.request import PruningRequest
 
     if directory is None and not dry:
         raise typer.BadParameter(
@@ -436,7 +436,7 @@ def _write_copies(
     content: Mapping[str, Any], saved: SavedCheckpoint, json: Path | None, report: Path | None
 ) -> None:
     """Write what a run is asked to write beside its output."""
-    from osscar.core.files import write_text
+    from osscar.base.files import write_text
     from osscar.report.prune_page import prune_page
 
     write_json(json, {**content, "saved": _saved(saved)})

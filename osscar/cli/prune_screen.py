@@ -5,18 +5,18 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
+from osscar.base.printable import are, counted
 from osscar.cli.common import document, out, say, say_aside
-from osscar.core.printable import are, counted
 
 if TYPE_CHECKING:
     from torch import nn
 
+    from osscar.allocation.budget import Budget
     from osscar.checkpoint.directory import SavedCheckpoint
     from osscar.data.batches import CalibrationData
     from osscar.evaluation.dense import DenseScore
     from osscar.models.language import LoadedModel
     from osscar.models.vision import VisionModel
-    from osscar.pruning.budget import Budget
     from osscar.pruning.result import PruningResult
 
 
@@ -33,7 +33,7 @@ def report_document(
     score: DenseScore | None = None,
 ) -> dict[str, Any]:
     """Return what is known of a run, as ``docs/json.md`` describes it; runs both models for it."""
-    from osscar.pruning.budget import described
+    from osscar.allocation.budget import described
     from osscar.shrinking.lineage import Computed
 
     return document(
@@ -67,7 +67,7 @@ def report_document(
 
 def tell_dense(loaded: LoadedModel | VisionModel, data: CalibrationData) -> DenseScore | None:
     """Print what the dense model is worth on its calibration data, and what is wrong with that."""
-    from osscar.core.phases import Phase, phase
+    from osscar.base.phases import Phase, phase
     from osscar.evaluation.dense import score_dense
     from osscar.report.evaluation_tables import dense_sentence, dense_warning
 
@@ -83,10 +83,10 @@ def tell_dense(loaded: LoadedModel | VisionModel, data: CalibrationData) -> Dens
 
 def _forward(dense: nn.Module, pruned: nn.Module, data: CalibrationData) -> dict[str, Any] | None:
     """Measure a forward pass of both models; None where time is that of reading weights."""
-    from osscar.core.modules import device_of
-    from osscar.core.on_disk import is_on_disk
     from osscar.data.batches import as_inputs
     from osscar.evaluation.forward import measure_forward
+    from osscar.network.modules import device_of
+    from osscar.offload.on_disk import is_on_disk
 
     if is_on_disk(dense):
         return None
@@ -106,7 +106,7 @@ def print_result(result: PruningResult, saved: SavedCheckpoint) -> None:
     """Print the table of layers and what became of the model."""
     from osscar.report.proofs import proofs_in_words
     from osscar.report.run_tables import layers_table, left_alone_table
-    from osscar.shrinking.input_sizes import fixed_in_words
+    from osscar.shrinking.program.input_sizes import fixed_in_words
     from osscar.study.records import Proof
 
     out.print(layers_table(result.layers))

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from osscar.base.printable import are, counted
 from osscar.cli.common import (
     BackendOption,
     BackendOptionsOption,
@@ -23,7 +24,6 @@ from osscar.cli.common import (
     say,
     write_json,
 )
-from osscar.core.printable import are, counted
 
 if TYPE_CHECKING:
     from solvers import Solution, SubsetProblem, Verification
@@ -48,8 +48,8 @@ def command(
 ) -> None:
     """Solve one problem, verify the answer from the problem alone, and show both."""
     import solvers
-    from osscar.core.devices import resolve_device
-    from osscar.core.errors import OptionError
+    from osscar.base.devices import resolve_device
+    from osscar.base.errors import OptionError
 
     check_json_path(json, inputs=(file,))
     target = resolve_device(device)

@@ -50,10 +50,10 @@ if TYPE_CHECKING:
     from osscar.data.batches import Batch, CalibrationData
     from osscar.models.language import LoadedModel
     from osscar.models.vision import VisionModel
-    from osscar.pruning.request import PruningRequest
     from osscar.pruning.result import PruningResult
     from osscar.pruning.sweep import BudgetKind, Job
     from osscar.pruning.sweep_points import Point, SweepDirectory
+    from osscar.request import PruningRequest
 
 PAGE_FILE, DOCUMENT_FILE = "report.html", "sweep.json"
 
@@ -143,16 +143,16 @@ def command(
     measured of the dense model serves all of them.  Each point is kept once it is done: the same
     command goes on where it was stopped, and more budgets, or --baselines, extend it.
     """
-    from osscar.capture.repeatable import check_repeatable
-    from osscar.core.files import write_text
+    from osscar.base.files import write_text
     from osscar.data.batches import as_inputs
+    from osscar.preparation.repeatable import check_repeatable
     from osscar.pruning.memory import check_can_stream
-    from osscar.pruning.request import PruningRequest
     from osscar.pruning.run_log import RunManifest
     from osscar.pruning.sweep import jobs
     from osscar.pruning.sweep_points import SweepDirectory, SweepManifest
     from osscar.report.run_tables import left_alone_table
     from osscar.report.sweep_page import sweep_page, sweep_table
+    from osscar.request import PruningRequest
 
     read = (model, calibration, weights, text, images, inputs)
     check_json_path(json, inputs=read, written=(directory,))
@@ -239,7 +239,7 @@ def _asked(**lists: str | None) -> tuple[BudgetKind, tuple[float | int, ...]]:
     OptionError
         If there is none or another, or it is no list of numbers.
     """
-    from osscar.core.errors import OptionError
+    from osscar.base.errors import OptionError
     from osscar.pruning.sweep import EXAMPLES, BudgetKind
 
     given = {BudgetKind(name): text for name, text in lists.items() if text is not None}
@@ -370,7 +370,7 @@ class _Scorer:
         seqlen: int | None,
     ) -> _Scorer:
         """Take what the model reads; what calibrated it scores nothing."""
-        from osscar.core.errors import OptionError
+        from osscar.base.errors import OptionError
         from osscar.models.vision import VisionModel
 
         if isinstance(loaded, VisionModel):
@@ -392,7 +392,7 @@ class _Scorer:
         windows: int | None,
         seqlen: int | None,
     ) -> _Scorer:
-        from osscar.core.files import digest
+        from osscar.base.files import digest
         from osscar.data.prose import Part, builtin_text
         from osscar.data.text import read_text, refuse_overlap
         from osscar.evaluation.language import measure_quality
@@ -413,7 +413,7 @@ class _Scorer:
     def _samples(
         cls, loaded: VisionModel, calibration: Any, images: str | None, inputs: str | None
     ) -> _Scorer:
-        from osscar.core.files import digest
+        from osscar.base.files import digest
         from osscar.data.images import ImageSet, refuse_overlap
         from osscar.evaluation.images import score_images
         from osscar.evaluation.tensors import score_tensors

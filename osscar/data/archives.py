@@ -15,8 +15,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from osscar.core.errors import FileError, OsscarError, first_line
-from osscar.core.inputs import check_regular
+from osscar.base.errors import FileError, OsscarError, first_line
+from osscar.base.inputs import check_regular
 
 ARCHIVE_LIMIT = 2**33
 """Bytes of arrays that are held in memory at once."""

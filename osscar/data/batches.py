@@ -11,11 +11,11 @@ from typing import Any, ClassVar, Protocol, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from osscar.core.errors import CalibrationError, ModelError
-from osscar.core.modules import context_length, device_of
+from osscar.base.errors import CalibrationError, ModelError
 from osscar.data.images import ImageSet
 from osscar.data.tensors import TensorSet, check_arguments, check_tensors, in_order, named_inputs
 from osscar.data.tokens import CalibrationSet
+from osscar.network.modules import context_length, device_of
 
 Batch: TypeAlias = dict[str, Tensor]
 """Keyword arguments of a model's forward pass."""

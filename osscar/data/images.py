@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from osscar.core.errors import CalibrationError, FileError, ImageError, first_line
-from osscar.core.files import digest
-from osscar.core.inputs import file_name, shown, whole_number
-from osscar.core.printable import counted
+from osscar.base.errors import CalibrationError, FileError, ImageError, first_line
+from osscar.base.files import digest
+from osscar.base.inputs import file_name, shown, whole_number
+from osscar.base.printable import counted
 from osscar.data.archives import Header, file_and_part, read_npz
 from osscar.data.preprocessing import (
     AnyPreprocessing,

@@ -16,10 +16,10 @@ import torch
 from pydantic import ConfigDict
 from torch import Tensor
 
-from osscar.core.errors import FileError, ImageError, MissingDependency, OptionError, first_line
-from osscar.core.inputs import shown
-from osscar.core.json_files import STRICT, validated
-from osscar.core.printable import counted
+from osscar.base.errors import FileError, ImageError, MissingDependency, OptionError, first_line
+from osscar.base.inputs import shown
+from osscar.base.json_files import STRICT, validated
+from osscar.base.printable import counted
 
 _DRAWS = 8
 """Times that a transform is called once more, as it may draw from a generator of its own."""

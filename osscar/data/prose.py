@@ -20,8 +20,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from osscar.core.errors import TextError
-from osscar.core.files import digest
+from osscar.base.errors import TextError
+from osscar.base.files import digest
 
 SHINGLE_WORDS = 8
 """Two paragraphs are taken to share prose when they share this many words in a row."""

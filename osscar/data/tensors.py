@@ -11,9 +11,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from osscar.core.errors import CalibrationError, FileError
-from osscar.core.files import digest, reason_of
-from osscar.core.inputs import file_name, shown, whole_number
+from osscar.base.errors import CalibrationError, FileError
+from osscar.base.files import digest, reason_of
+from osscar.base.inputs import file_name, shown, whole_number
 from osscar.data.archives import SUFFIXES, file_and_part, npz_headers, read_tensors
 from osscar.data.tokens import named_generator
 

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from osscar.core.errors import ModelError, TextError
-from osscar.core.files import digest
-from osscar.core.inputs import TEXT_LIMIT, file_name, panics_are_errors, read_bytes
-from osscar.core.printable import counted
+from osscar.base.errors import ModelError, TextError
+from osscar.base.files import digest
+from osscar.base.inputs import TEXT_LIMIT, file_name, panics_are_errors, read_bytes
+from osscar.base.printable import counted
 from osscar.shrinking.lineage import Calibration
 
 _UNKNOWN = 0.01

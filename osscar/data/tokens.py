@@ -12,16 +12,16 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from osscar.core.errors import (
+from osscar.base.errors import (
     CalibrationError,
     MissingDependency,
     OptionError,
     TextError,
     first_line,
 )
-from osscar.core.files import digest
-from osscar.core.inputs import file_name, shown
-from osscar.core.printable import counted
+from osscar.base.files import digest
+from osscar.base.inputs import file_name, shown
+from osscar.base.printable import counted
 from osscar.data.prose import Part, builtin_text
 from osscar.data.text import as_words, encode, read_text, special_tokens, text_digest
 

@@ -9,9 +9,7 @@ from typing import Any
 from scipy import stats
 from torch import nn
 
-from osscar.core.errors import CalibrationError, ImageError, ModelError, NonFiniteError
-from osscar.core.modules import check_usable, evaluating
-from osscar.core.on_disk import is_on_disk
+from osscar.base.errors import CalibrationError, ImageError, ModelError, NonFiniteError
 from osscar.data.batches import as_inputs
 from osscar.data.images import ImageSet
 from osscar.data.tensors import IGNORED, TensorSet
@@ -19,6 +17,8 @@ from osscar.data.tokens import CalibrationSet
 from osscar.evaluation.images import score_images
 from osscar.evaluation.language import score_windows
 from osscar.evaluation.tensors import score_tensors
+from osscar.network.modules import check_usable, evaluating
+from osscar.offload.on_disk import is_on_disk
 
 _SAMPLES, _WINDOWS = 512, 4
 """That are scored at most: a pass over them takes next to nothing of a run."""

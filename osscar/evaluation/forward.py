@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from graph.preserve import without_cache
-from osscar.core.modules import count_parameters, device_of, evaluating, fresh
-from osscar.core.on_disk import room_for_pass
-from osscar.core.timing import take_turns
+from graph.tracing.preserve import without_cache
+from osscar.base.timing import take_turns
 from osscar.evaluation.size import count_flops, count_parameter_bytes
+from osscar.network.modules import count_parameters, device_of, evaluating, fresh
+from osscar.offload.on_disk import room_for_pass
 
 _REPETITIONS = 5
 _SECONDS = 0.5

@@ -9,17 +9,17 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from osscar.capture.repeatable import check_repeatable
-from osscar.core.errors import ImageError, ModelError, NonFiniteError
-from osscar.core.inputs import whole_number
-from osscar.core.modules import check_usable
-from osscar.core.predictions import scored_output
-from osscar.core.printable import counted
+from osscar.base.errors import ImageError, ModelError, NonFiniteError
+from osscar.base.inputs import whole_number
+from osscar.base.printable import counted
 from osscar.data.batches import Batch, cast_like
 from osscar.data.images import ImageSet
 from osscar.data.tensors import named_inputs
 from osscar.evaluation.result import Comparison, Evaluation
 from osscar.evaluation.samples import FEW, Tally, failures_named, measured
+from osscar.network.modules import check_usable
+from osscar.network.predictions import scored_output
+from osscar.preparation.repeatable import check_repeatable
 from osscar.shrinking.equivalence import call
 
 

@@ -13,15 +13,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from osscar.capture.repeatable import check_repeatable
+from osscar.base.errors import ModelError, NonFiniteError, OptionError, TextError
+from osscar.base.inputs import shown, whole_number
+from osscar.base.printable import counted
+from osscar.base.progress import track
 from osscar.checkpoint.first_pass import check_causal
-from osscar.core.errors import ModelError, NonFiniteError, OptionError, TextError
-from osscar.core.inputs import shown, whole_number
-from osscar.core.modules import check_usable, context_length, evaluating
-from osscar.core.on_disk import room_for_pass
-from osscar.core.predictions import named_logits
-from osscar.core.printable import counted
-from osscar.core.progress import track
 from osscar.data.text import encode, special_tokens
 from osscar.evaluation.result import Comparison, Evaluation
 from osscar.evaluation.size import (
@@ -31,6 +27,10 @@ from osscar.evaluation.size import (
     reset_peak_memory,
 )
 from osscar.evaluation.speed import Speed, measure_speed
+from osscar.network.modules import check_usable, context_length, evaluating
+from osscar.network.predictions import named_logits
+from osscar.offload.on_disk import room_for_pass
+from osscar.preparation.repeatable import check_repeatable
 
 DEFAULT_SEQLEN = 512
 

@@ -13,16 +13,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from osscar.capture.curvature import as_logits
-from osscar.core.errors import ModelError, OsscarError
-from osscar.core.inputs import whole_number
-from osscar.core.memory import let_shortage_pass
-from osscar.core.modules import check_usable, device_of, evaluating
-from osscar.core.timing import take_turns
+from osscar.allocation.curvature import as_logits
+from osscar.base.errors import ModelError, OsscarError
+from osscar.base.inputs import whole_number
+from osscar.base.memory import let_shortage_pass
+from osscar.base.timing import take_turns
 from osscar.data.batches import Batch
 from osscar.data.tensors import IGNORED
 from osscar.evaluation.result import Evaluation
 from osscar.evaluation.size import measure_footprint, read_peak_memory, reset_peak_memory
+from osscar.network.modules import check_usable, device_of, evaluating
 
 FEW = 2
 """Samples that tell whether two passes are alike."""

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from graph.groups import CouplingGroup
-from osscar.core.inputs import file_name
-from osscar.core.modules import count_parameters
-from osscar.core.operations import count_operations
+from osscar.base.inputs import file_name
+from osscar.network.modules import count_parameters
+from osscar.network.operations import count_operations
 
 
 @dataclass(frozen=True)
@@ -106,8 +106,9 @@ def count_owned(model: nn.Module, groups: Iterable[CouplingGroup]) -> int:
 def count_flops(model: nn.Module, inputs: Tensor | Mapping[str, Tensor]) -> int:
     """Count the floating-point operations of one forward pass, by running it.
 
-    Counted are matrix products and convolutions, as `osscar.core.operations` has them, the output
-    layer at every position. Look-ups, normalization and other element-wise work are not counted.
+    Counted are matrix products and convolutions, as `osscar.network.operations` has them, the
+    output layer at every position. Look-ups, normalization and other element-wise work are not
+    counted.
 
     Parameters
     ----------

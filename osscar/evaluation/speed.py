@@ -1,4 +1,4 @@
-"""How fast language models are, timed side by side (`osscar.core.timing`).
+"""How fast language models are, timed side by side (`osscar.base.timing`).
 
 Medians are over the repetitions for prefill, over every single token for decoding.
 """
@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from osscar.core.errors import ModelError, OptionError
-from osscar.core.timing import take_turns
+from osscar.base.errors import ModelError, OptionError
+from osscar.base.timing import take_turns
 
 CACHE_NAMES = ("cache", "past_key_values")
 """What transformers calls the key-value cache, newest name first."""

@@ -9,15 +9,15 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from osscar.capture.repeatable import check_repeatable
-from osscar.core.errors import CalibrationError, ModelError, NonFiniteError
-from osscar.core.modules import check_usable
-from osscar.core.predictions import LOGITS, known_output, named_tensors, scored_output
-from osscar.core.printable import counted
+from osscar.base.errors import CalibrationError, ModelError, NonFiniteError
+from osscar.base.printable import counted
 from osscar.data.batches import Batch, as_inputs, cast_like
 from osscar.data.tensors import IGNORED, TensorSet
 from osscar.evaluation.result import Comparison, Evaluation
 from osscar.evaluation.samples import FEW, Tally, failures_named, measured
+from osscar.network.modules import check_usable
+from osscar.network.predictions import LOGITS, known_output, named_tensors, scored_output
+from osscar.preparation.repeatable import check_repeatable
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from osscar.core.errors import ModelError
+from osscar.base.errors import ModelError
 from osscar.models import user_code
 
 

@@ -24,16 +24,8 @@ import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from osscar.checkpoint.admission import check_config, check_unchanged, stored_in
-from osscar.checkpoint.builders import TransformersOrigin
-from osscar.checkpoint.directory import load
-from osscar.checkpoint.first_pass import OTHERS, check_causal, check_runs
-from osscar.checkpoint.formats import cast
-from osscar.checkpoint.manifest import CONFIG_FILE, is_checkpoint, read_manifest
-from osscar.checkpoint.streamed import number_format_of, read_streamed
-from osscar.core.device_memory import memory_of
-from osscar.core.devices import resolve_device, resolve_dtype
-from osscar.core.errors import (
+from osscar.base.devices import resolve_device, resolve_dtype
+from osscar.base.errors import (
     CheckpointError,
     ModelError,
     ModelNotFound,
@@ -41,20 +33,28 @@ from osscar.core.errors import (
     OsscarError,
     first_line,
 )
-from osscar.core.inputs import check_regular, file_name, panics_are_errors
-from osscar.core.memory import (
+from osscar.base.inputs import check_regular, file_name, panics_are_errors
+from osscar.base.memory import (
     FOR_BATCHES,
     let_shortage_pass,
     memory_for,
     parse_size,
 )
-from osscar.core.modules import check_finite_weights, check_usable, context_length
-from osscar.core.printable import counted
-from osscar.core.shelf import Shelf
+from osscar.base.printable import counted
+from osscar.checkpoint.admission import check_config, check_unchanged, stored_in
+from osscar.checkpoint.builders import TransformersOrigin
+from osscar.checkpoint.directory import load
+from osscar.checkpoint.first_pass import OTHERS, check_causal, check_runs
+from osscar.checkpoint.formats import cast
+from osscar.checkpoint.manifest import CONFIG_FILE, is_checkpoint, read_manifest
+from osscar.checkpoint.streamed import number_format_of, read_streamed
 from osscar.data.tokens import CalibrationSet, load_calibration
 from osscar.models.names import Sort, check_no_program, sort_of
 from osscar.models.trial import check_other_files, check_tokenizer
 from osscar.models.wheels import PACKAGED_MODELS, fetch
+from osscar.network.modules import check_finite_weights, check_usable, context_length
+from osscar.offload.device_memory import memory_of
+from osscar.offload.shelf import Shelf
 from osscar.shrinking.lineage import LINEAGE, lineage_of, note
 
 DEMO = "demo"

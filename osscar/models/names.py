@@ -5,8 +5,8 @@ from __future__ import annotations
 from enum import Enum
 from pathlib import Path
 
+from osscar.base.errors import CheckpointError, ModelError
 from osscar.checkpoint.manifest import read_manifest
-from osscar.core.errors import CheckpointError, ModelError
 
 PREFIX = "torchvision:"
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
+from osscar.base.errors import CheckpointError, OptionError
+from osscar.base.inputs import file_name
 from osscar.checkpoint.manifest import is_checkpoint, read_manifest
-from osscar.core.errors import CheckpointError, OptionError
-from osscar.core.inputs import file_name
 from osscar.data.preprocessing import OPTIONS
 from osscar.models.language import LoadedModel, load_model
 from osscar.models.names import Sort, check_no_program, sort_of

@@ -12,10 +12,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-from osscar.core.errors import FileError, ModelError
-from osscar.core.files import reason_of
-from osscar.core.inputs import check_regular
-from osscar.core.json_files import MEGABYTE, read_object
+from osscar.base.errors import FileError, ModelError
+from osscar.base.files import reason_of
+from osscar.base.inputs import check_regular
+from osscar.base.json_files import MEGABYTE, read_object
 
 TOKENIZER_FILE = "tokenizer.json"
 

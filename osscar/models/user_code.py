@@ -15,11 +15,11 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from osscar.core.errors import CalibrationError, ModelError, ModelNotFound, OptionError
-from osscar.core.modules import in_evaluation
+from osscar.base.errors import CalibrationError, ModelError, ModelNotFound, OptionError
 from osscar.data.batches import Batch
 from osscar.data.preprocessing import AnyPreprocessing, as_preprocessing
 from osscar.data.tensors import named_example
+from osscar.network.modules import in_evaluation
 
 
 class Built(NamedTuple):

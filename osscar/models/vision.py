@@ -14,13 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from osscar.base.devices import resolve_device, resolve_dtype
+from osscar.base.errors import CheckpointError, ImageError, ModelError, ModelNotFound, OptionError
+from osscar.base.inputs import file_name, shown
 from osscar.checkpoint import directory as checkpoint
 from osscar.checkpoint.builders import TorchvisionOrigin, builder_of
 from osscar.checkpoint.formats import cast
-from osscar.core.devices import resolve_device, resolve_dtype
-from osscar.core.errors import CheckpointError, ImageError, ModelError, ModelNotFound, OptionError
-from osscar.core.inputs import file_name, shown
-from osscar.core.modules import check_finite_weights, check_usable, in_evaluation
 from osscar.data.batches import Batch, cast_like
 from osscar.data.images import ImageSet, load_images
 from osscar.data.preprocessing import (
@@ -42,6 +41,7 @@ from osscar.models import user_code
 from osscar.models.chance import told_share
 from osscar.models.names import PREFIX, Sort, check_no_program, sort_of
 from osscar.models.weights import fill, read_state, renamed
+from osscar.network.modules import check_finite_weights, check_usable, in_evaluation
 from osscar.shrinking.lineage import Input, Lineage, lineage_of, note, stored_dtype
 
 DEFAULT_SAMPLES = 256

@@ -13,9 +13,9 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from osscar.core.errors import ModelError
-from osscar.core.inputs import check_regular, file_name
-from osscar.core.printable import counted
+from osscar.base.errors import ModelError
+from osscar.base.inputs import check_regular, file_name
+from osscar.base.printable import counted
 
 _OLD_DENSENET_NAME = re.compile(
     r"^(.*denselayer\d+\.(?:norm|relu|conv))\.((?:[12])\.(?:weight|bias|running_.*))$"

@@ -26,9 +26,9 @@ import torch
 import transformers
 from safetensors import SafetensorError
 
-from osscar.core import progress
-from osscar.core.errors import DownloadError, MissingDependency, ModelError, first_line
-from osscar.core.files import cache_directory
+from osscar.base import progress
+from osscar.base.errors import DownloadError, MissingDependency, ModelError, first_line
+from osscar.base.files import cache_directory
 
 
 @dataclass(frozen=True)

@@ -10,26 +10,26 @@ from torch import Tensor, nn
 
 import solvers
 from graph import CouplingGroup
-from osscar.capture.consumer import LinearMap
-from osscar.capture.linear_maps import linear_maps
-from osscar.capture.opened import Opened
-from osscar.capture.site import GROWN, DenseTensors, Site, dense_tensors, listed
-from osscar.capture.targets import Target
-from osscar.capture.walk import Walk, walk
-from osscar.core.errors import NonFiniteError, RunError
-from osscar.core.memory import FOR_MATRICES, memory_for
-from osscar.core.on_disk import room_for
-from osscar.core.phases import Phase, phase
-from osscar.core.printable import counted
-from osscar.core.progress import stage
-from osscar.core.ranks import Ranks
+from osscar.base.errors import NonFiniteError, RunError
+from osscar.base.memory import FOR_MATRICES, memory_for
+from osscar.base.phases import Phase, phase
+from osscar.base.printable import counted
+from osscar.base.progress import stage
+from osscar.base.ranks import Ranks
+from osscar.offload.on_disk import room_for
+from osscar.preparation.consumer import LinearMap
+from osscar.preparation.linear_maps import linear_maps
+from osscar.preparation.opened import Opened
 from osscar.pruning.certify import certified
 from osscar.pruning.memory import Room
-from osscar.pruning.request import PruningRequest
 from osscar.pruning.result import LayerReport
 from osscar.pruning.run_log import RunLog, SiteRecord
 from osscar.pruning.together import told_record
+from osscar.request import PruningRequest
 from osscar.shrinking.plan import GroupPlan, PruningPlan
+from osscar.walk.site import GROWN, DenseTensors, Site, dense_tensors, listed
+from osscar.walk.targets import Target
+from osscar.walk.walk import Walk, walk
 
 _HELD_OUT = 8
 """One in so many samples chooses what a layer's refit is held back by, and is not fitted to."""

@@ -15,18 +15,18 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from graph import CouplingGroup
-from osscar.capture.linear_maps import linear_maps
-from osscar.capture.opened import Opened
-from osscar.capture.targets import Target
-from osscar.core.errors import RequestError
-from osscar.core.memory import in_words
-from osscar.core.modules import fresh
-from osscar.core.on_disk import shelf_of
-from osscar.core.shelf import Shelf
+from osscar.allocation.allocate import provisional
+from osscar.allocation.divergence import MOST_BYTES
+from osscar.base.errors import RequestError
+from osscar.base.memory import in_words
 from osscar.data.batches import TokenInputs
-from osscar.pruning.allocation import provisional
-from osscar.pruning.divergence import MOST_BYTES
-from osscar.pruning.request import Allocation, FormChoice, PruningRequest
+from osscar.network.modules import fresh
+from osscar.offload.on_disk import shelf_of
+from osscar.offload.shelf import Shelf
+from osscar.preparation.linear_maps import linear_maps
+from osscar.preparation.opened import Opened
+from osscar.request import Allocation, FormChoice, PruningRequest
+from osscar.walk.targets import Target
 
 _SOLVING = (1.25, 0.0, 3.5)
 """Numbers of float64 that solving one layer holds at once, in p^2, r^2 and p m: p inputs of which r

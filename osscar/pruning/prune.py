@@ -20,33 +20,33 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from graph import UnitKind
-from graph.preserve import cache_as
-from osscar.capture.opened import Opened, opened
+from graph.tracing.preserve import cache_as
+from osscar.allocation import latency
+from osscar.allocation.allocate import allocate, shared_curves
+from osscar.allocation.budget import Allocated, Budget
+from osscar.allocation.costs import Cost
+from osscar.allocation.curves import Curve
+from osscar.allocation.divergence import Reference
+from osscar.base.devices import resolve_device
+from osscar.base.errors import RequestError, RunError
+from osscar.base.memory import FOR_BATCHES, memory_for
+from osscar.base.phases import Phase, phase
+from osscar.base.printable import counted
+from osscar.base.ranks import ALONE, Ranks
 from osscar.checkpoint.hf_config import adopt_config
-from osscar.core.devices import resolve_device
-from osscar.core.errors import RequestError, RunError
-from osscar.core.memory import FOR_BATCHES, memory_for
-from osscar.core.modules import copied, count_parameters, device_of
-from osscar.core.phases import Phase, phase
-from osscar.core.printable import counted
-from osscar.core.ranks import ALONE, Ranks
-from osscar.pruning import latency
-from osscar.pruning.allocation import allocate, shared_curves
-from osscar.pruning.batch_norm import DenseStatistics, dense_statistics
-from osscar.pruning.budget import Allocated, Budget
-from osscar.pruning.costs import Cost
-from osscar.pruning.curves import Curve
-from osscar.pruning.divergence import Reference
+from osscar.network.modules import copied, count_parameters, device_of
+from osscar.preparation.opened import Opened, opened
 from osscar.pruning.groups import held_out, prune_groups
 from osscar.pruning.memory import Room, check_streamed
-from osscar.pruning.request import Allocation, PruningRequest
 from osscar.pruning.result import PruningResult
 from osscar.pruning.run_log import RunLog, RunManifest, SiteRecord
 from osscar.pruning.shrunk import put_back, shrunk
 from osscar.pruning.together import check_alike, told_records
 from osscar.pruning.trial import Followed, LeftAlone, named, reaches_further, what_follows
+from osscar.request import Allocation, PruningRequest
 from osscar.shrinking.lineage import note_calibration, note_dense
 from osscar.shrinking.plan import Form
+from osscar.walk.batch_norm import DenseStatistics, dense_statistics
 
 
 def prune_as_asked(
@@ -133,7 +133,7 @@ def prune_as_asked(
 def opened_for(
     model: nn.Module, calibration: Any, request: PruningRequest, ranks: Ranks = ALONE
 ) -> AbstractContextManager[Opened]:
-    """Open a model as a request needs it; see `osscar.capture.opened.opened`."""
+    """Open a model as a request needs it; see `osscar.preparation.opened.opened`."""
     return opened(
         model,
         calibration,
@@ -154,7 +154,7 @@ class DenseFacts:
     reference
         What it predicts; None if it puts out no logits.
     statistics
-        Of its batch-norm layers; see `osscar.pruning.batch_norm`.
+        Of its batch-norm layers; see `osscar.walk.batch_norm`.
     form
         What of it is to be shrunk.
     left

@@ -13,13 +13,13 @@ from torch import nn
 
 import solvers
 from graph import CouplingGroup
-from osscar.capture.site import Refits
+from osscar.allocation.budget import Budget
 from osscar.checkpoint import directory as checkpoint
 from osscar.checkpoint.directory import SavedCheckpoint
-from osscar.pruning.budget import Budget
-from osscar.pruning.request import PruningRequest
 from osscar.pruning.trial import LeftAlone
+from osscar.request import PruningRequest
 from osscar.shrinking.plan import Form, PruningPlan
+from osscar.walk.site import Refits
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ class PruningResult:
     ----------
     model
         The shrunk model, in evaluation mode, on the device it was pruned on: the user's own, or an
-        `osscar.shrinking.program.ProgramModule`, as `form` says.
+        `osscar.shrinking.program.program.ProgramModule`, as `form` says.
     plan
         What stays of each group.
     layers

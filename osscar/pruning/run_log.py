@@ -25,19 +25,19 @@ import safetensors.torch
 from pydantic import ConfigDict
 from torch import Tensor, nn
 
-from osscar.capture.fingerprint import Fingerprint, sha256_of
-from osscar.core.errors import FileError, OutputError, RunError
-from osscar.core.files import PARTIAL, digest, reason_of, remedy, whole, write_json
-from osscar.core.json_files import MEGABYTE, STRICT, parse_json, read_json
-from osscar.core.locks import LOCK_FILE, hold
-from osscar.core.on_disk import values_of
-from osscar.core.printable import are, counted
-from osscar.core.signals import uninterrupted
-from osscar.core.version import VERSION
+from osscar.allocation.budget import Allocated, Budget
+from osscar.base.errors import FileError, OutputError, RunError
+from osscar.base.files import PARTIAL, digest, reason_of, remedy, whole, write_json
+from osscar.base.json_files import MEGABYTE, STRICT, parse_json, read_json
+from osscar.base.locks import LOCK_FILE, hold
+from osscar.base.printable import are, counted
+from osscar.base.signals import uninterrupted
+from osscar.base.version import VERSION
 from osscar.data.batches import ModelInputs
-from osscar.pruning.budget import Allocated, Budget
-from osscar.pruning.request import PruningRequest
+from osscar.offload.on_disk import values_of
+from osscar.preparation.fingerprint import Fingerprint, sha256_of
 from osscar.pruning.result import LayerReport
+from osscar.request import PruningRequest
 from osscar.shrinking.plan import GroupPlan
 
 MANIFEST = "log.json"

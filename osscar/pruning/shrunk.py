@@ -6,14 +6,14 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from osscar.capture.opened import Opened
-from osscar.core.phases import Phase, phase
-from osscar.pruning.batch_norm import DenseStatistics, renew_statistics
-from osscar.pruning.request import PruningRequest
+from osscar.base.phases import Phase, phase
+from osscar.preparation.opened import Opened
+from osscar.request import PruningRequest
 from osscar.shrinking.equivalence import finer_precision
 from osscar.shrinking.plan import Form, PruningPlan
+from osscar.shrinking.program.shrink_program import shrink_program
 from osscar.shrinking.shrink import Proof, shrink
-from osscar.shrinking.shrink_program import shrink_program
+from osscar.walk.batch_norm import DenseStatistics, renew_statistics
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,18 +11,18 @@ from typing import Any
 
 from torch import nn
 
-from graph.preserve import cache_as
-from osscar.capture.opened import Opened
-from osscar.capture.targets import Target
-from osscar.core.errors import OptionError
-from osscar.core.modules import copied
-from osscar.pruning.allocation import shared_curves
+from graph.tracing.preserve import cache_as
+from osscar.allocation.allocate import shared_curves
+from osscar.base.errors import OptionError
+from osscar.network.modules import copied
+from osscar.preparation.opened import Opened
 from osscar.pruning.groups import held_out
 from osscar.pruning.memory import check_streamed
 from osscar.pruning.prune import DenseFacts, opened_for, prune_opened, timed_again
-from osscar.pruning.request import Allocation, PruningRequest
 from osscar.pruning.result import PruningResult
+from osscar.request import Allocation, PruningRequest
 from osscar.shrinking.lineage import note_calibration, note_dense
+from osscar.walk.targets import Target
 
 METHODS = MappingProxyType(
     {

@@ -11,11 +11,11 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import ConfigDict
 
-from osscar.capture.fingerprint import Fingerprint
-from osscar.core.errors import FileError, OutputError, RunError
-from osscar.core.files import reason_of, resolved, write_json
-from osscar.core.json_files import STRICT, read_json
-from osscar.core.locks import LOCK_FILE, hold
+from osscar.base.errors import FileError, OutputError, RunError
+from osscar.base.files import reason_of, resolved, write_json
+from osscar.base.json_files import STRICT, read_json
+from osscar.base.locks import LOCK_FILE, hold
+from osscar.preparation.fingerprint import Fingerprint
 from osscar.pruning.run_log import RunManifest
 from osscar.pruning.sweep import BudgetKind, Job
 from osscar.pruning.trial import LeftAlone

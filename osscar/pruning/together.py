@@ -11,9 +11,9 @@ from typing import ClassVar
 
 from pydantic import ConfigDict
 
-from osscar.core.errors import RanksError
-from osscar.core.json_files import STRICT, parse_json
-from osscar.core.ranks import Message, Ranks
+from osscar.base.errors import RanksError
+from osscar.base.json_files import STRICT, parse_json
+from osscar.base.ranks import Message, Ranks
 from osscar.pruning.result import LayerReport
 from osscar.pruning.run_log import RunManifest, SiteRecord
 from osscar.shrinking.plan import GroupPlan

@@ -21,19 +21,19 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from graph import CouplingGroup
-from osscar.capture.opened import Opened
-from osscar.capture.scratch import Untouched
-from osscar.core.errors import AdapterError, EquivalenceError, ModelError, first_line
-from osscar.core.json_files import STRICT
-from osscar.core.printable import counted
-from osscar.core.progress import stage
-from osscar.pruning.allocation import provisional
-from osscar.pruning.request import FormChoice, PruningRequest
+from osscar.allocation.allocate import provisional
+from osscar.base.errors import AdapterError, EquivalenceError, ModelError, first_line
+from osscar.base.json_files import STRICT
+from osscar.base.printable import counted
+from osscar.base.progress import stage
+from osscar.preparation.opened import Opened
+from osscar.preparation.scratch import Untouched
 from osscar.pruning.unread import warn_of_unread
+from osscar.request import FormChoice, PruningRequest
 from osscar.shrinking.equivalence import Inputs, finer_precision
 from osscar.shrinking.plan import Form, GroupPlan, PruningPlan
+from osscar.shrinking.program.shrink_program import ProgramTrial
 from osscar.shrinking.shrink import rehearse
-from osscar.shrinking.shrink_program import ProgramTrial
 from osscar.shrinking.training import could_fail_in_training
 
 _MOST_TOLD = 8

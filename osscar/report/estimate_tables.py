@@ -11,7 +11,7 @@ from osscar.report.numbers import in_bytes
 from osscar.report.tables import new_table
 
 if TYPE_CHECKING:
-    from osscar.pruning.estimate import Estimate
+    from osscar.estimation.estimate import Estimate
 
 
 def estimate_table(estimate: Estimate) -> Table:

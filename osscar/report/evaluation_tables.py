@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from osscar.core.printable import counted
+from osscar.base.printable import counted
 from osscar.report.numbers import engineering, in_bytes
 from osscar.report.tables import new_table
 

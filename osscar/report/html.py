@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from osscar.core.files import write_text
+from osscar.base.files import write_text
 from osscar.report.numbers import share
 from osscar.report.page import Picture, render
 from osscar.report.plots import draw_plots

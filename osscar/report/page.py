@@ -19,7 +19,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 import osscar
-from osscar.core.printable import printable
+from osscar.base.printable import printable
 from osscar.report.numbers import share
 
 STYLE: Any = {
@@ -86,7 +86,7 @@ def render(template: str, **content: Any) -> str:
 @cache
 def _environment() -> jinja2.Environment:
     def read(name: str) -> str:
-        return files("osscar.report").joinpath(name).read_text(encoding="utf-8")
+        return files("osscar.report").joinpath("templates", name).read_text(encoding="utf-8")
 
     environment = jinja2.Environment(
         loader=jinja2.FunctionLoader(read),

@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 import solvers
-from osscar.core.files import whole
+from osscar.base.files import whole
 from osscar.report.numbers import share
 from osscar.report.page import COLORS, STYLE
 from osscar.report.summary import HIT, Case, Summary, excess

@@ -6,14 +6,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from osscar.capture.site import GROWN
-from osscar.core.printable import counted
+from osscar.base.printable import counted
 from osscar.report.estimate_tables import comparison_line
 from osscar.report.evaluation_tables import dense_remarks, shown_numbers
 from osscar.report.numbers import engineering, in_bytes, share
 from osscar.report.page import Picture, render
 from osscar.report.prune_plots import Bar, Frontier, frontier_figure, kept_figure, loss_figure
-from osscar.shrinking.input_sizes import fixed_in_words
+from osscar.shrinking.program.input_sizes import fixed_in_words
+from osscar.walk.site import GROWN
 
 _KEEPS = ("heads", "neurons", "channels", "residual")
 _BUDGETS: dict[str, Callable[[Any], str]] = {

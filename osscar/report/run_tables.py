@@ -9,8 +9,8 @@ from rich.table import Table
 from rich.text import Text
 
 from graph.groups import CouplingGroup, Slot
-from osscar.capture.site import GROWN
 from osscar.report.tables import new_table
+from osscar.walk.site import GROWN
 
 if TYPE_CHECKING:
     from osscar.pruning.result import LayerReport

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import solvers
-from osscar.core.printable import are, counted
+from osscar.base.printable import are, counted
 from osscar.report.numbers import share
 from osscar.report.proofs import proofs_in_words
 from osscar.study.records import WINDOW, Instance, Proof, Record, window_layer

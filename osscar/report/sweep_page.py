@@ -9,7 +9,7 @@ from typing import Any
 from matplotlib.figure import Figure
 from rich.table import Table
 
-from osscar.pruning.costs import ROUNDING
+from osscar.allocation.costs import ROUNDING
 from osscar.pruning.sweep import BASELINES, METHODS
 from osscar.report.evaluation_tables import dense_remarks
 from osscar.report.numbers import engineering, share

@@ -11,7 +11,7 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
-from osscar.core.printable import printable
+from osscar.base.printable import printable
 
 _AIRY, _TIGHT = (0, 1, 0, 1), (0, 1, 0, 0)
 """Paddings: top, right, bottom, left."""

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from graph.groups import UnitKind
-from osscar.core.errors import ModelError
+from osscar.base.errors import ModelError
 from osscar.shrinking.plan import GroupPlan
 
 

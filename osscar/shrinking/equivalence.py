@@ -21,13 +21,13 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.pytorch_utils import Conv1D
 
-from graph.export import failing_module
-from graph.preserve import forget_derived
-from osscar.core.abreast import abreast
-from osscar.core.errors import AdapterError, EquivalenceError
-from osscar.core.memory import let_shortage_pass
-from osscar.core.modules import fresh, graphics_cards, number_format
-from osscar.core.predictions import known_prediction
+from graph.tracing.export import failing_module
+from graph.tracing.preserve import forget_derived
+from osscar.base.errors import AdapterError, EquivalenceError
+from osscar.base.memory import let_shortage_pass
+from osscar.network.modules import fresh, graphics_cards, number_format
+from osscar.network.predictions import known_prediction
+from osscar.offload.abreast import abreast
 from osscar.shrinking.attention import AnyHeads
 
 Inputs: TypeAlias = tuple[Any, ...] | Mapping[str, Any]

@@ -22,7 +22,7 @@ from torch.nn.utils.spectral_norm import (
 )
 from torch.nn.utils.weight_norm import WeightNorm
 
-from osscar.core.modules import evaluating
+from osscar.network.modules import evaluating
 
 _WEIGHT = "weight"
 _PARTS = {WeightNorm: ("_g", "_v"), SpectralNorm: ("_orig", "_u", "_v")}

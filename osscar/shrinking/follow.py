@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from graph.groups import Role, UnitKind
-from osscar.core.errors import OptionError
-from osscar.core.inputs import shown
-from osscar.core.modules import check_module
+from osscar.base.errors import OptionError
+from osscar.base.inputs import shown
+from osscar.network.modules import check_module
 from osscar.shrinking.alibi import PREPARED
 from osscar.shrinking.attention import leave_nested_tensors, rewrite_cut, rewritten
 from osscar.shrinking.plan import GroupPlan

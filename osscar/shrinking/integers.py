@@ -19,9 +19,9 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from graph.export import failing_module
-from osscar.core.errors import EquivalenceError
-from osscar.core.memory import let_shortage_pass
+from graph.tracing.export import failing_module
+from osscar.base.errors import EquivalenceError
+from osscar.base.memory import let_shortage_pass
 from osscar.shrinking.equivalence import ROWS_OF_16_BYTES, explained
 from osscar.shrinking.follow import nearby
 from osscar.shrinking.plan import GroupPlan, Integer, PruningPlan

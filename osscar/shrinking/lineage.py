@@ -12,9 +12,9 @@ import torch
 from pydantic import ConfigDict
 from torch import Tensor, nn
 
-from osscar.core.json_files import STRICT
-from osscar.core.modules import device_of, number_format
-from osscar.core.on_disk import values_of
+from osscar.base.json_files import STRICT
+from osscar.network.modules import device_of, number_format
+from osscar.offload.on_disk import values_of
 from osscar.shrinking.plan import PruningPlan
 
 LINEAGE = "osscar_lineage"

@@ -8,8 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from osscar.core.on_disk import OnDisk
-from osscar.core.places import Filled, Place
+from osscar.offload.on_disk import OnDisk
+from osscar.offload.places import Filled, Place
 from osscar.shrinking.plan import PruningPlan
 
 

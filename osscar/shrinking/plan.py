@@ -15,8 +15,8 @@ from pydantic import AfterValidator, ConfigDict
 from torch import Tensor, nn
 
 from graph.groups import CouplingGroup, Role, Slot, UnitKind
-from osscar.core.errors import AdapterError, CheckpointError, FileError, OptionError
-from osscar.core.json_files import STRICT, validated
+from osscar.base.errors import AdapterError, CheckpointError, FileError, OptionError
+from osscar.base.json_files import STRICT, validated
 
 _MOST = 2**31
 """No dimension of a tensor has as many entries."""

@@ -9,11 +9,11 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
-from graph.export import failing_module
-from osscar.core.errors import EquivalenceError, ModelError, OptionError, OsscarError, first_line
-from osscar.core.inputs import shown
-from osscar.core.memory import let_shortage_pass
-from osscar.core.modules import evaluating, restored, restored_on_error
+from graph.tracing.export import failing_module
+from osscar.base.errors import EquivalenceError, ModelError, OptionError, OsscarError, first_line
+from osscar.base.inputs import shown
+from osscar.base.memory import let_shortage_pass
+from osscar.network.modules import evaluating, restored, restored_on_error
 from osscar.shrinking.equivalence import (
     Inputs,
     proof_outputs,

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from graph.groups import Role, Slot
-from graph.preserve import forget_derived
-from osscar.core.errors import ModelError
-from osscar.core.modules import check_module, restored_on_error
-from osscar.core.on_disk import OnDisk
+from graph.tracing.preserve import forget_derived
+from osscar.base.errors import ModelError
+from osscar.network.modules import check_module, restored_on_error
+from osscar.offload.on_disk import OnDisk
 from osscar.shrinking.fold import fold
 from osscar.shrinking.follow import mend, prepare, refresh
 from osscar.shrinking.lineage import lineage_of, note

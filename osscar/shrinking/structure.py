@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from osscar.core.errors import ModelError
-from osscar.core.modules import copied, device_of
-from osscar.core.on_disk import is_on_disk
+from osscar.base.errors import ModelError
+from osscar.network.modules import copied, device_of
+from osscar.offload.on_disk import is_on_disk
 from osscar.shrinking.equivalence import Inputs
 from osscar.shrinking.lineage import lineage_of
 

@@ -6,12 +6,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from graph.export import in_mode
-from graph.preserve import preserved
+from graph.tracing.export import in_mode
+from graph.tracing.preserve import preserved
 from graph.training import decides_by_training, same_draws
-from osscar.core.fake import on_shapes
-from osscar.core.memory import let_shortage_pass
-from osscar.core.on_disk import OnDisk
+from osscar.base.memory import let_shortage_pass
+from osscar.network.fake import on_shapes
+from osscar.offload.on_disk import OnDisk
 from osscar.shrinking.equivalence import Inputs, call, explained
 from osscar.shrinking.kernels import computable_mixtures
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 import solvers
-from osscar.core.errors import StudyError
+from osscar.base.errors import StudyError
 from osscar.study.certificates import Evidence, load_evidence
 from osscar.study.records import Proof, Record
 from solvers.protocol import DEFAULT_GAP_TOLERANCE

@@ -10,13 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from osscar.core.errors import StudyError
-from osscar.core.files import file_digest, stored
+from osscar.base.errors import StudyError
+from osscar.base.files import file_digest, stored
 from solvers import ProblemError, Solution
-from solvers.certificate import Certificate, EnumerationCertificate, MultiplierCertificate
+from solvers.certificates.certificate import (
+    Certificate,
+    EnumerationCertificate,
+    MultiplierCertificate,
+)
+from solvers.certificates.tree_certificate import TreeCertificate
 from solvers.protocol import WindowCertificate
 from solvers.storage import read, write
-from solvers.tree_certificate import TreeCertificate
 
 _KIND, _WINDOWS = "certificate", "windows"
 _KINDS: dict[type, str] = {

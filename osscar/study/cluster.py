@@ -28,10 +28,10 @@ import torch
 from pydantic import ConfigDict
 
 import solvers
-from osscar.core.errors import MissingDependency, OsscarError, StudyError
-from osscar.core.files import file_digest, whole
-from osscar.core.json_files import STRICT, parse_json
-from osscar.core.version import VERSION
+from osscar.base.errors import MissingDependency, OsscarError, StudyError
+from osscar.base.files import file_digest, whole
+from osscar.base.json_files import STRICT, parse_json
+from osscar.base.version import VERSION
 from osscar.study.jobs import RECORDS, Task, check_asked, memory_of, solve_task
 from osscar.study.records import Instance, Options, Record
 

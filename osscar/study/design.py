@@ -6,8 +6,8 @@ import math
 from dataclasses import dataclass
 
 import solvers
-from osscar.core.errors import OptionError
-from osscar.core.inputs import shown
+from osscar.base.errors import OptionError
+from osscar.base.inputs import shown
 
 HEURISTICS = ("magnitude", "wanda", "greedy", "multistage", "local_search")
 DEFAULT_BACKENDS = (*HEURISTICS, "perspective", "branch_and_bound")

@@ -21,9 +21,8 @@ import torch
 from pydantic import ConfigDict, JsonValue
 
 import solvers
-from osscar.capture.fingerprint import Fingerprint
-from osscar.core.errors import FileError, OptionError, OutputError, StudyError
-from osscar.core.files import (
+from osscar.base.errors import FileError, OptionError, OutputError, StudyError
+from osscar.base.files import (
     PARTIAL,
     digest,
     file_digest,
@@ -33,11 +32,12 @@ from osscar.core.files import (
     stored,
     write_json,
 )
-from osscar.core.inputs import file_name
-from osscar.core.json_files import MEGABYTE, STRICT, read_json
-from osscar.core.locks import LOCK_FILE, hold
-from osscar.core.progress import stage
-from osscar.core.signals import uninterrupted
+from osscar.base.inputs import file_name
+from osscar.base.json_files import MEGABYTE, STRICT, read_json
+from osscar.base.locks import LOCK_FILE, hold
+from osscar.base.progress import stage
+from osscar.base.signals import uninterrupted
+from osscar.preparation.fingerprint import Fingerprint
 from osscar.study.design import StudyDesign, is_count
 from osscar.study.jobs import (
     RECORDS,
@@ -49,7 +49,7 @@ from osscar.study.jobs import (
     solve_task,
 )
 from osscar.study.records import WINDOW, Instance, Record, window_name, write_csv
-from solvers.windows import borderline_window, random_window, window_problem
+from solvers.closed_forms.windows import borderline_window, random_window, window_problem
 
 SETTINGS_FILE = "study.json"
 RESULTS_FILE = "results.csv"
@@ -95,7 +95,7 @@ class Study:
     StudyError
         If the directory holds something else, or a study of other problems.
     OutputError
-        If its name is none that can be written; see `osscar.core.files.resolved`.
+        If its name is none that can be written; see `osscar.base.files.resolved`.
     """
 
     def __init__(self, directory: Path, source: Mapping[str, Any]) -> None:

@@ -26,8 +26,8 @@ from typing import Protocol
 import torch
 
 import solvers
-from osscar.core.errors import FileError, StudyError
-from osscar.core.files import digest, file_digest, write_json
+from osscar.base.errors import FileError, StudyError
+from osscar.base.files import digest, file_digest, write_json
 from osscar.study.answers import answered, claimed
 from osscar.study.certificates import save_evidence
 from osscar.study.records import Instance, Options, Proof, Record, read_record

@@ -10,11 +10,11 @@ import torch
 from torch import nn
 
 from graph import CouplingGroup, UnitKind
-from osscar.capture.opened import opened
-from osscar.capture.regularization import check_damp
-from osscar.capture.walk import walk
-from osscar.core.errors import FrozenGroupError, ModelError
-from osscar.core.progress import stage
+from osscar.base.errors import FrozenGroupError, ModelError
+from osscar.base.progress import stage
+from osscar.preparation.opened import opened
+from osscar.walk.regularization import check_damp
+from osscar.walk.walk import walk
 from solvers import Consumer, SubsetProblem
 
 

@@ -14,10 +14,10 @@ from typing import ClassVar, TypeAlias
 
 from pydantic import ConfigDict
 
-from osscar.core.errors import FileError, StudyError
-from osscar.core.files import whole
-from osscar.core.json_files import STRICT, read_json
-from osscar.core.printable import command_line
+from osscar.base.errors import FileError, StudyError
+from osscar.base.files import whole
+from osscar.base.json_files import STRICT, read_json
+from osscar.base.printable import command_line
 
 WINDOW = "window"
 """The kind of a problem that is a part of a larger one."""

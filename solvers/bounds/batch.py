@@ -15,12 +15,12 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
-from solvers.aligned import unit_rows
 from solvers.bounds.quadratic import QuadraticBound
 from solvers.bounds.removal import ConsumerRemoval, RemovalTerms
-from solvers.certificate import LEAST_DIAGONAL
-from solvers.rounding import Rounding
-from solvers.tree_certificate import FREE, REMOVED
+from solvers.certificates.certificate import LEAST_DIAGONAL
+from solvers.certificates.tree_certificate import FREE, REMOVED
+from solvers.closed_forms.aligned import unit_rows
+from solvers.linalg.rounding import Rounding
 
 _SQUARINGS = 6
 _MARGIN = 1e-7

@@ -25,11 +25,11 @@ from torch import Tensor
 from solvers.bounds.quadratic import QuadraticBound
 from solvers.bounds.relaxation import Effort, Relaxation, Start, relax
 from solvers.bounds.removal import RemovalTerms
-from solvers.certificate import MultiplierCertificate
+from solvers.certificates.certificate import MultiplierCertificate
+from solvers.closed_forms.refit import refit_loss
 from solvers.errors import BackendError
 from solvers.problem import SubsetProblem
 from solvers.protocol import BackendKind, Capabilities, Selection, Status
-from solvers.refit import refit_loss
 
 _RELAXATIONS = ("semidefinite", "second_order")
 _EFFORT = Effort(rounds=6, steps=200, tighten=False)

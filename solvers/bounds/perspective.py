@@ -9,12 +9,12 @@ import torch
 
 from solvers.bounds.relaxation import Effort, Relaxation, Start, relax
 from solvers.bounds.removal import RemovalTerms
-from solvers.certificate import MultiplierCertificate
+from solvers.certificates.certificate import MultiplierCertificate
+from solvers.closed_forms.refit import refit_loss
 from solvers.errors import BackendError
 from solvers.heuristics.local_search import LocalSearch
 from solvers.problem import SubsetProblem
 from solvers.protocol import BackendKind, Capabilities, Selection, Status
-from solvers.refit import refit_loss
 
 BOUND_FROM = "perspective relaxation with common multipliers"
 

@@ -24,8 +24,8 @@ from numpy.typing import NDArray
 from scipy.sparse.linalg import ArpackNoConvergence, eigsh
 from torch import Tensor
 
-from solvers.certificate import LEAST_DIAGONAL
-from solvers.rounding import Sizes
+from solvers.certificates.certificate import LEAST_DIAGONAL
+from solvers.linalg.rounding import Sizes
 
 Array = NDArray[np.float64]
 

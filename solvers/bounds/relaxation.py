@@ -15,7 +15,7 @@ from solvers.bounds.quadratic import (
     tighten,
 )
 from solvers.bounds.removal import RemovalTerms
-from solvers.certificate import LEAST_SHARE, MultiplierCertificate
+from solvers.certificates.certificate import LEAST_SHARE, MultiplierCertificate
 
 _FIRST_SHAPE = 1.25
 

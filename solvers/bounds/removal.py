@@ -24,10 +24,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from solvers.aligned import equal_width, narrowed, unit_rows
-from solvers.certificate import LEAST_SHARE
+from solvers.certificates.certificate import LEAST_SHARE
+from solvers.closed_forms.aligned import equal_width, narrowed, unit_rows
+from solvers.linalg.rounding import Rounding, Sizes
 from solvers.problem import Consumer, SubsetProblem
-from solvers.rounding import Rounding, Sizes
 
 
 @dataclass(frozen=True, eq=False)

@@ -23,14 +23,14 @@ from torch import Tensor
 from solvers.bounds.batch import BoundBatch, TermsBatch, bound_nodes
 from solvers.bounds.relaxation import Effort, Start, relax
 from solvers.bounds.removal import RemovalTerms
+from solvers.certificates.tree_certificate import KEPT, REMOVED, TreeCertificate
+from solvers.closed_forms.refit import refit_loss, refit_loss_and_rounding
 from solvers.errors import BackendError
 from solvers.exact.frontier import Frontier, Nodes
 from solvers.exact.tree import TreeRecord
 from solvers.heuristics.local_search import LocalSearch
 from solvers.problem import SubsetProblem
 from solvers.protocol import DEFAULT_GAP_TOLERANCE, BackendKind, Capabilities, Selection, Status
-from solvers.refit import refit_loss, refit_loss_and_rounding
-from solvers.tree_certificate import KEPT, REMOVED, TreeCertificate
 
 _LEAF_SUPPORTS = 10
 _ROOT_EFFORT = Effort(rounds=6, steps=200, repeat=True, progress=1e-3)

@@ -11,11 +11,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from solvers.aligned import narrowed
-from solvers.certificate import EnumerationCertificate, Inverses
+from solvers.certificates.certificate import EnumerationCertificate, Inverses
+from solvers.closed_forms.aligned import narrowed
+from solvers.closed_forms.refit import refit_loss_and_rounding
 from solvers.problem import NO_ROW, Consumer, SubsetProblem
 from solvers.protocol import DEFAULT_GAP_TOLERANCE, BackendKind, Capabilities, Selection, Status
-from solvers.refit import refit_loss_and_rounding
 
 _EPS = torch.finfo(torch.float64).eps
 

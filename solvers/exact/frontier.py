@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from solvers.tree_certificate import FREE
+from solvers.certificates.tree_certificate import FREE
 
 _FIRST_CAPACITY = 1024
 

@@ -21,16 +21,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from solvers.aligned import unit_rows
 from solvers.bounds.quadratic import QuadraticBound, is_definite, scaled_diagonal
 from solvers.bounds.relaxation import Effort, Relaxation, Start, relax
 from solvers.bounds.removal import ConsumerRemoval, RemovalTerms
+from solvers.closed_forms.aligned import unit_rows
+from solvers.closed_forms.pivot import solve_spd
+from solvers.closed_forms.refit import refit_loss, refit_loss_and_rounding
 from solvers.errors import BackendError
 from solvers.heuristics.local_search import LocalSearch
-from solvers.pivot import solve_spd
 from solvers.problem import SubsetProblem
 from solvers.protocol import Selection, Status
-from solvers.refit import refit_loss, refit_loss_and_rounding
 
 Array = NDArray[np.float64]
 

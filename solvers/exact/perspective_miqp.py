@@ -49,8 +49,8 @@ from torch import Tensor
 
 from solvers.bounds.removal import ConsumerRemoval, RemovalTerms
 from solvers.exact.outer_approximation import TOLERANCE, Array, Search
+from solvers.linalg.symmetric import diagonal_blocks
 from solvers.problem import NO_ROW
-from solvers.symmetric import diagonal_blocks
 
 REACH = 1 + 1e-6
 """What an entry of y may reach: 1, and room for rounding."""

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from solvers.certificate import MultiplierCertificate
+from solvers.certificates.certificate import MultiplierCertificate
+from solvers.certificates.tree_certificate import TreeCertificate
 from solvers.exact.frontier import Nodes
-from solvers.tree_certificate import TreeCertificate
 
 MOST_ENTRIES = 1 << 25
 """Nodes times units that a record holds; each takes 7 bytes here, and 24 where it is checked."""

@@ -8,15 +8,20 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from solvers.certificates.tree_certificate import TreeCertificate
+from solvers.closed_forms.refit import refit_loss
+from solvers.closed_forms.windows import (
+    apply_window,
+    borderline_window,
+    random_window,
+    window_problem,
+)
 from solvers.errors import BackendError
 from solvers.exact.branch_and_bound import BranchAndBound
 from solvers.heuristics.local_search import LocalSearch
 from solvers.heuristics.scores import check_seed
 from solvers.problem import SubsetProblem
 from solvers.protocol import BackendKind, Capabilities, Selection, Status, WindowCertificate
-from solvers.refit import refit_loss
-from solvers.tree_certificate import TreeCertificate
-from solvers.windows import apply_window, borderline_window, random_window, window_problem
 
 
 @dataclass(frozen=True)

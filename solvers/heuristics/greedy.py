@@ -7,10 +7,10 @@ from typing import ClassVar
 
 import torch
 
-from solvers.elimination import eliminate, support_after
+from solvers.closed_forms.elimination import eliminate, support_after
+from solvers.closed_forms.refit import refit_loss
 from solvers.problem import SubsetProblem
 from solvers.protocol import BackendKind, Capabilities, Selection, Status
-from solvers.refit import refit_loss
 
 
 @dataclass(frozen=True)

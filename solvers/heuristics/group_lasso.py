@@ -9,11 +9,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from solvers.aligned import equal_width
+from solvers.closed_forms.aligned import equal_width
+from solvers.closed_forms.refit import refit_loss
 from solvers.errors import BackendError
 from solvers.problem import Consumer, SubsetProblem
 from solvers.protocol import BackendKind, Capabilities, Selection, Status
-from solvers.refit import refit_loss
 
 
 @dataclass(frozen=True)

@@ -9,13 +9,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from solvers.elimination import eliminate, support_after
+from solvers.closed_forms.elimination import eliminate, support_after
+from solvers.closed_forms.pivot import PivotState
+from solvers.closed_forms.refit import refit_loss, refit_loss_and_rounding
+from solvers.closed_forms.swaps import Promising, Swap, best_swap, possible_gain, promising
 from solvers.errors import BackendError
-from solvers.pivot import PivotState
 from solvers.problem import SubsetProblem
 from solvers.protocol import BackendKind, Capabilities, Selection, Status
-from solvers.refit import refit_loss, refit_loss_and_rounding
-from solvers.swaps import Promising, Swap, best_swap, possible_gain, promising
 
 _DRIFT_TOLERANCE = 1e-12
 """A state that has drifted by less is as good as one that was factorized anew."""
@@ -41,7 +41,7 @@ class LocalSearch:
     """Start from greedy elimination, then make the best exchanges until none helps.
 
     Of small problems that is the best one at a time; of large ones the units of the best exchanges
-    are exchanged among themselves before all pairs are scored again (`solvers.swaps.promising`).
+    are exchanged among themselves before all pairs are scored again (`swaps.promising`).
     The gain of every one of the k (n - k) exchanges is computed, at last on a sound factorization,
     with what rounding can have hidden of it.  So the search ends with a proof that no exchange
     lowers the loss, or says that H is too close to singular for one.

@@ -8,11 +8,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from solvers.closed_forms.pivot import PivotState
+from solvers.closed_forms.refit import refit_loss
 from solvers.errors import BackendError
-from solvers.pivot import PivotState
 from solvers.problem import SubsetProblem
 from solvers.protocol import BackendKind, Capabilities, Selection, Status
-from solvers.refit import refit_loss
 
 
 @dataclass(frozen=True)

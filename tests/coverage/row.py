@@ -18,12 +18,12 @@ from torch.utils import _pytree as pytree
 
 import graph
 from graph import CouplingGroup, DependencyGraph
-from osscar.capture.opened import Opened, opened
-from osscar.core.errors import OsscarError, first_line
+from osscar.base.errors import OsscarError, first_line
 from osscar.data.tensors import named_inputs
-from osscar.pruning.request import PruningRequest
+from osscar.preparation.opened import Opened, opened
 from osscar.pruning.shrunk import shrunk
 from osscar.pruning.trial import LeftAlone, what_follows
+from osscar.request import PruningRequest
 from osscar.shrinking.plan import Form, GroupPlan, PruningPlan
 from tests.osscar.programs import without_units
 

@@ -13,11 +13,11 @@ from torch.utils.flop_counter import FlopCounterMode
 import graph
 import osscar
 from graph import CouplingGroup, GraphError
-from graph.preserve import without_cache
-from osscar.core.operations import _by_expert as by_expert
+from graph.tracing.preserve import without_cache
+from osscar.allocation.costs import Cost, CountedCost, count
 from osscar.data.tensors import named_inputs
 from osscar.evaluation.size import count_flops
-from osscar.pruning.costs import Cost, CountedCost, count
+from osscar.network.operations import _by_expert as by_expert
 from osscar.shrinking.follow import prepare
 
 from .case import Inputs, NotBuilt

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import graph
 from graph import CouplingGroup, DependencyGraph
-from graph.export import run_export
+from graph.tracing.export import run_export
 
 from .families import GQA, MHA, build, token_inputs
 from .topologies import PRUNABLE

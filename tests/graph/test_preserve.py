@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import graph
-from graph.preserve import caching, without_cache
+from graph.tracing.preserve import caching, without_cache
 
 
 class Caching(nn.Module):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import graph
-import graph.export as graph_export
+import graph.tracing.export as graph_export
 from graph import Role
 
 

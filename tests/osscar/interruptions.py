@@ -29,7 +29,7 @@ import safetensors.torch
 import torch
 
 import solvers
-from osscar.core.locks import LOCK_FILE
+from osscar.base.locks import LOCK_FILE
 
 _COUNTER, PLAN, _RUN = "OSSCAR_TEST_COUNTER", "OSSCAR_TESTPLAN", "OSSCAR_TEST_RUN"
 _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
@@ -248,11 +248,11 @@ def _callers() -> Iterator[tuple[Any, str, bool]]:
         return  # workers do no more
     import transformers
 
-    from osscar.capture.coroutines import Coroutine
-    from osscar.capture.site import Site
     from osscar.checkpoint import directory, runs
     from osscar.pruning import shrunk
     from osscar.study import jobs
+    from osscar.walk.coroutines import Coroutine
+    from osscar.walk.site import Site
 
     yield runs, "_exchanged", False
     yield transformers.PreTrainedTokenizerFast, "_save_pretrained", False

@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from osscar.core.on_disk import OnDisk
+from osscar.offload.on_disk import OnDisk
 
 HOST, CARD = "host", "card"
 

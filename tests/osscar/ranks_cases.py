@@ -14,10 +14,10 @@ import torch
 from torch import nn
 
 import osscar
-from osscar.core.ranks import ALONE, Ranks, together
+from osscar.base.ranks import ALONE, Ranks, together
 from osscar.pruning.prune import prune_as_asked
-from osscar.pruning.request import PruningRequest
 from osscar.pruning.result import PruningResult
+from osscar.request import PruningRequest
 from tests.osscar.families import tiny, tokens
 from tests.osscar.mixtures import mixture
 from tests.osscar.networks import images, small_net

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from osscar.base.ranks import Message, together
 from osscar.cli.common import guard
-from osscar.core.ranks import Message, together
 
 
 def apart(_: Path) -> None:

@@ -13,10 +13,10 @@ import torch
 from transformers import GPTJConfig, GPTJForCausalLM, MixtralConfig, MixtralForCausalLM
 
 import osscar
+from osscar.base.errors import CheckpointError, FileError, ModelError, NonFiniteError
 from osscar.checkpoint.admission import check_size
 from osscar.checkpoint.builders import TorchvisionOrigin
 from osscar.checkpoint.stored import Stored, read_header, read_stored
-from osscar.core.errors import CheckpointError, FileError, ModelError, NonFiniteError
 from osscar.models.language import DEMO_DIRECTORY, load_model
 from tests.osscar.families import tiny
 from tests.osscar.networks import small_net

@@ -9,7 +9,7 @@ import transformers as hf
 from torch import nn
 
 import osscar
-from osscar.core.errors import FrozenGroupError
+from osscar.base.errors import FrozenGroupError
 from osscar.shrinking.equivalence import proof_outputs
 from tests.osscar.programs import far_apart
 

@@ -12,13 +12,13 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import osscar
+from osscar.base.errors import CheckpointError
 from osscar.checkpoint import directory as checkpoint
 from osscar.checkpoint import modeling_pruned
 from osscar.checkpoint.any_shape import MODELLING_FILE
 from osscar.checkpoint.manifest import read_manifest
 from osscar.checkpoint.streamed import read_streamed
-from osscar.core.errors import CheckpointError
-from osscar.core.shelf import Shelf
+from osscar.offload.shelf import Shelf
 from tests.osscar.families import FAMILIES, logits, tiny, tokens
 
 IDS = tokens(2, 16, seed=9)

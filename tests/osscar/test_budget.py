@@ -12,22 +12,23 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
 
 import osscar
-from osscar.capture.curvature import curvature, logits_of
-from osscar.capture.opened import opened
-from osscar.capture.regularization import DEFAULT_DAMP
-from osscar.core.errors import NonFiniteError, RequestError
-from osscar.core.modules import count_parameters
+from osscar.allocation import knapsack
+from osscar.allocation.allocate import allocate
+from osscar.allocation.costs import Cost, count
+from osscar.allocation.curvature import curvature, logits_of
+from osscar.allocation.curves import curve_samples, elimination_curve, measure_curves
+from osscar.allocation.divergence import Reference
+from osscar.allocation.knapsack import BudgetError, choose
+from osscar.base.errors import NonFiniteError, RequestError
 from osscar.data.batches import TensorInputs
 from osscar.evaluation.size import count_flops
-from osscar.pruning import knapsack
-from osscar.pruning.allocation import allocate
-from osscar.pruning.costs import Cost, count
-from osscar.pruning.curves import curve_samples, elimination_curve, measure_curves
-from osscar.pruning.divergence import Reference
-from osscar.pruning.knapsack import BudgetError, choose
-from osscar.pruning.request import PruningRequest as Asked
-from solvers import SubsetProblem, refit
-from solvers.elimination import eliminate, support_after
+from osscar.network.modules import count_parameters
+from osscar.preparation.opened import opened
+from osscar.request import PruningRequest as Asked
+from osscar.walk.regularization import DEFAULT_DAMP
+from solvers import SubsetProblem
+from solvers.closed_forms import refit
+from solvers.closed_forms.elimination import eliminate, support_after
 from tests.osscar.families import tiny, tokens
 
 # ---- the knapsack ------------------------------------------------------------------------

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 import graph
 import osscar
+from osscar.base.errors import CheckpointError, EquivalenceError
 from osscar.checkpoint.builders import TorchvisionOrigin
 from osscar.checkpoint.directory import save
 from osscar.checkpoint.manifest import MANIFEST_FILE
-from osscar.core.errors import CheckpointError, EquivalenceError
 from osscar.shrinking.equivalence import proof_outputs
 from osscar.shrinking.lineage import lineage_of
 from tests.coverage.measure import half_of, shrink_by_half

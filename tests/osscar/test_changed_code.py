@@ -7,15 +7,15 @@ import numpy as np
 import pytest
 
 import osscar
-from osscar.capture.fingerprint import DenseOutputs
+from osscar.base.errors import RunError, StudyError
 from osscar.cli import main
-from osscar.core.errors import RunError, StudyError
 from osscar.data.batches import as_inputs
 from osscar.models.user_code import build
-from osscar.pruning.request import PruningRequest
+from osscar.preparation.fingerprint import DenseOutputs
 from osscar.pruning.run_log import RunLog, RunManifest, SiteRecord
 from osscar.pruning.sweep import BudgetKind
 from osscar.pruning.sweep_points import SweepDirectory, SweepManifest
+from osscar.request import PruningRequest
 from osscar.study.directory import Study
 from osscar.study.problems import model_problems
 from tests.osscar.networks import images

@@ -10,14 +10,14 @@ import torch
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
 import osscar
+from osscar.base.errors import CheckpointError, EquivalenceError, OutputError, TextError
 from osscar.checkpoint import directory as checkpoint
 from osscar.checkpoint.manifest import MANIFEST_FILE, read_manifest
 from osscar.checkpoint.runs import Run
-from osscar.core.errors import CheckpointError, EquivalenceError, OutputError, TextError
-from osscar.core.modules import copied
 from osscar.data.prose import Part, builtin_text
 from osscar.data.text import refuse_overlap
 from osscar.models.language import DEMO_DIRECTORY
+from osscar.network.modules import copied
 from osscar.shrinking.lineage import Calibration, lineage_of
 from tests.osscar.families import FAMILIES, logits, tiny, tokens
 

@@ -125,7 +125,7 @@ def test_prune_then_eval_then_inspect(run, text, tmp_path):
 
 
 def test_what_text_results_rest_on_is_printed_and_kept(run, text, tmp_path, monkeypatch):
-    monkeypatch.setattr("osscar.core.timing.WORTHWHILE_SECONDS", 0.0)
+    monkeypatch.setattr("osscar.base.timing.WORTHWHILE_SECONDS", 0.0)
     dense, small = tmp_path / "dense", tmp_path / "small"
     model = GPT2LMHeadModel(GPT2Config(vocab_size=2048, n_embd=16, n_layer=1, n_head=2))
     model.half().save_pretrained(dense)

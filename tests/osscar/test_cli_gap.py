@@ -12,9 +12,9 @@ import pytest
 import torch
 
 import solvers
-from osscar.capture.gram import damped_by_input
 from osscar.cli import main
 from osscar.report.proofs import not_recomputed_in_words
+from osscar.walk.gram import damped_by_input
 from solvers import storage
 
 

@@ -20,7 +20,7 @@ import pytest
 
 import osscar.cli
 import solvers
-from osscar.core.errors import MissingDependency, StudyError
+from osscar.base.errors import MissingDependency, StudyError
 from osscar.study import cluster
 from osscar.study.design import StudyDesign
 from osscar.study.directory import Study

@@ -6,10 +6,10 @@ from torch import nn
 from torch.nn import functional as F
 
 import graph
-import osscar.capture.convolutions
+import osscar.preparation.convolutions
 import solvers
-from osscar.capture.gram import GramAccumulator, pose
-from osscar.capture.linear_maps import ConvolutionMap, freeze_unreadable, linear_maps
+from osscar.preparation.linear_maps import ConvolutionMap, freeze_unreadable, linear_maps
+from osscar.walk.gram import GramAccumulator, pose
 
 C = 6
 """Channels between producer and consumer."""
@@ -106,7 +106,7 @@ def test_the_windows_are_those_of_torch_unfold():
 def test_memory_is_bounded_and_the_gram_matrix_stays_the_same(pair, limit, monkeypatch):
     model, _, (accumulator,), x = pair
     hidden = torch.relu(model.first(x)).detach()
-    monkeypatch.setattr(osscar.capture.convolutions, "UNFOLDED_BYTES", limit)
+    monkeypatch.setattr(osscar.preparation.convolutions, "UNFOLDED_BYTES", limit)
     pieces = list(accumulator.linear_map.read_inputs(hidden))
     whole = accumulator.linear_map.windows.view(hidden)
     row = whole[0, 0].numel() * 8

@@ -14,18 +14,18 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import osscar
-from osscar.capture.opened import opened
-from osscar.core.errors import ModelError, RequestError
-from osscar.core.modules import copied, count_parameters
+from osscar.allocation.allocate import _checked as checked
+from osscar.allocation.allocate import allocate, shared_curves
+from osscar.allocation.costs import Cost, CountedCost, _Weight, count
+from osscar.allocation.curves import Curve
+from osscar.allocation.rules import ByCurves
+from osscar.allocation.widths import asked_groups, possible_widths
+from osscar.base.errors import ModelError, RequestError
 from osscar.evaluation.size import count_flops
 from osscar.models.language import DEMO_DIRECTORY
-from osscar.pruning.allocation import _checked as checked
-from osscar.pruning.allocation import allocate, shared_curves
-from osscar.pruning.costs import Cost, CountedCost, _Weight, count
-from osscar.pruning.curves import Curve
-from osscar.pruning.request import PruningRequest as Asked
-from osscar.pruning.rules import ByCurves
-from osscar.pruning.widths import asked_groups, possible_widths
+from osscar.network.modules import copied, count_parameters
+from osscar.preparation.opened import opened
+from osscar.request import PruningRequest as Asked
 from osscar.shrinking.plan import GroupPlan, PruningPlan
 from osscar.shrinking.shrink import shrink
 from tests.osscar.families import tiny, tokens

@@ -15,23 +15,22 @@ import graph
 import osscar
 import solvers
 from benchmarks import gpu
-from osscar.capture import away
-from osscar.capture import opened as opening
-from osscar.capture.targets import Target
-from osscar.capture.walk import walk
+from osscar.base.errors import OptionError, RequestError
 from osscar.checkpoint.streamed import read_streamed
-from osscar.core import on_disk, places, sources
-from osscar.core.device_memory import ProcessMemory, memory_of
-from osscar.core.errors import OptionError, RequestError
-from osscar.core.modules import device_of
-from osscar.core.on_disk import OnDisk, is_on_disk, shelf_of
-from osscar.core.pieces import PinnedPieces, pieces_to
-from osscar.core.places import Filled, Place
-from osscar.core.shelf import Shelf
 from osscar.models import language
+from osscar.network.modules import device_of
+from osscar.offload import away, on_disk, places, sources
+from osscar.offload.device_memory import ProcessMemory, memory_of
+from osscar.offload.on_disk import OnDisk, is_on_disk, shelf_of
+from osscar.offload.pieces import PinnedPieces, pieces_to
+from osscar.offload.places import Filled, Place
+from osscar.offload.shelf import Shelf
+from osscar.preparation import opened as opening
 from osscar.pruning.prune import prune_as_asked
-from osscar.pruning.request import PruningRequest
 from osscar.pruning.run_log import RunLog
+from osscar.request import PruningRequest
+from osscar.walk.targets import Target
+from osscar.walk.walk import walk
 from tests.osscar.families import tiny, tokens
 from tests.osscar.networks import images, small_net
 from tests.osscar.other_device import Card, WrongDevice
@@ -126,8 +125,10 @@ def test_a_language_model_is_pruned_where_it_is(family, asked, card):
 )
 def test_a_network_is_pruned_where_it_is(asked, card, monkeypatch):
     model, data = small_net(), images(12)
-    monkeypatch.setattr("osscar.pruning.allocation.aimed", aimed_at_once)
-    monkeypatch.setattr("osscar.pruning.latency._WIDEST_SPREAD", 1e9)  # others use the cores, too
+    monkeypatch.setattr("osscar.allocation.allocate.aimed", aimed_at_once)
+    monkeypatch.setattr(
+        "osscar.allocation.latency._WIDEST_SPREAD", 1e9
+    )  # others use the cores, too
     with card.watched():
         result = prune_as_asked(on(card, model), data, PruningRequest(**asked))
     assert {card.place(p) for p in result.model.parameters()} == {"card"}

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import graph
 import osscar
-from osscar.core.errors import AdapterError, EquivalenceError
+from osscar.base.errors import AdapterError, EquivalenceError
 from osscar.shrinking import shrink as shrinking
 from osscar.shrinking.equivalence import proof_outputs, prove_equal
 from osscar.shrinking.integers import IntegerSearch

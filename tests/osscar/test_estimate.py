@@ -10,20 +10,20 @@ from torch import nn
 
 import graph
 import osscar
-from osscar.capture.linear_maps import linear_maps
-from osscar.capture.opened import opened
-from osscar.capture.routing import Mixture
-from osscar.capture.targets import Target
-from osscar.capture.walk import Walk, walk
-from osscar.core.errors import FrozenGroupError, OptionError, RequestError
-from osscar.core.phases import Phase, Spent, phase, spending
-from osscar.pruning.estimate import estimate_as_asked
-from osscar.pruning.forward_probe import first_samples, timed_pass
-from osscar.pruning.layer_probe import Sort, _gram_seconds
-from osscar.pruning.probed import expected_keep
+from osscar.base.errors import FrozenGroupError, OptionError, RequestError
+from osscar.base.phases import Phase, Spent, phase, spending
+from osscar.estimation.estimate import estimate_as_asked
+from osscar.estimation.forward_probe import first_samples, timed_pass
+from osscar.estimation.layer_probe import Sort, _gram_seconds
+from osscar.estimation.probed import expected_keep
+from osscar.estimation.scaled import Scaled
+from osscar.preparation.linear_maps import linear_maps
+from osscar.preparation.opened import opened
+from osscar.preparation.routing import Mixture
 from osscar.pruning.prune import prune_as_asked
-from osscar.pruning.request import PruningRequest
-from osscar.pruning.scaled import Scaled
+from osscar.request import PruningRequest
+from osscar.walk.targets import Target
+from osscar.walk.walk import Walk, walk
 from tests.osscar.families import tokens
 from tests.osscar.networks import images, small_net
 from tests.osscar.test_experts import mixture
@@ -161,7 +161,7 @@ def test_about_as_many_units_are_expected_to_leave_as_do(asked, allocation, demo
 
 
 def test_a_speedup_is_expected_before_anything_is_timed(demo, monkeypatch):
-    monkeypatch.setattr("osscar.pruning.latency.parts_in_turn", None)
+    monkeypatch.setattr("osscar.allocation.latency.parts_in_turn", None)
     found = estimate_as_asked(demo.model, windows(demo, 4), PruningRequest(speedup=1.3), ticking())
     [allocation] = [one for one in found.stages if one.stage == Phase.ALLOCATION]
     assert allocation.low < allocation.seconds < allocation.high

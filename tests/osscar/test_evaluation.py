@@ -24,9 +24,8 @@ from transformers import (
     OPTForCausalLM,
 )
 
-from osscar.core import timing as timing_room
-from osscar.core.errors import ModelError, NonFiniteError, OptionError, TextError
-from osscar.core.modules import count_parameters
+from osscar.base import timing as timing_room
+from osscar.base.errors import ModelError, NonFiniteError, OptionError, TextError
 from osscar.data.prose import Part, builtin_text
 from osscar.data.text import encode
 from osscar.data.tokens import load_calibration
@@ -37,6 +36,7 @@ from osscar.evaluation.language import compare, evaluate, measure_quality
 from osscar.evaluation.size import count_disk_bytes, count_flops, count_parameter_bytes
 from osscar.evaluation.speed import measure_speed
 from osscar.models.language import DEMO_DIRECTORY, load_model
+from osscar.network.modules import count_parameters
 from tests.osscar.families import framing_tokenizer
 
 TEXT = "The import statement binds names. " * 12

@@ -10,18 +10,18 @@ from torch import nn
 
 import osscar
 import solvers
-from osscar.capture.curvature import Factors, curvature
-from osscar.capture.linear_maps import ExpertMap, linear_maps
-from osscar.capture.opened import opened
-from osscar.capture.residual import streams
-from osscar.capture.routing import Mixture, Routed
-from osscar.capture.walk import walk
-from osscar.core.errors import FrozenGroupError, NonFiniteError
+from osscar.allocation.curvature import Factors, curvature
+from osscar.base.errors import FrozenGroupError, NonFiniteError
+from osscar.preparation.linear_maps import ExpertMap, linear_maps
+from osscar.preparation.opened import opened
+from osscar.preparation.routing import Mixture, Routed
 from osscar.pruning.prune import prune_as_asked
-from osscar.pruning.request import PruningRequest
 from osscar.pruning.run_log import RunLog
+from osscar.request import PruningRequest
 from osscar.shrinking.mask import masked
 from osscar.shrinking.training import could_fail_in_training, failure_in_training
+from osscar.walk.residual import streams
+from osscar.walk.walk import walk
 from tests.osscar.families import tokens
 from tests.osscar.interruptions import TIMES
 from tests.osscar.mixtures import MIXTURES, mixture

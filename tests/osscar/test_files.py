@@ -17,12 +17,12 @@ import filelock
 import pytest
 from pydantic import ConfigDict
 
-from osscar.core import files, locks
-from osscar.core.errors import BusyError, FileError, OutputError
-from osscar.core.files import digest, file_digest, resolved, whole, write_json, write_text
-from osscar.core.json_files import STRICT, read_json, validated
-from osscar.core.locks import hold
-from osscar.core.signals import ends_tidily, uninterrupted
+from osscar.base import files, locks
+from osscar.base.errors import BusyError, FileError, OutputError
+from osscar.base.files import digest, file_digest, resolved, whole, write_json, write_text
+from osscar.base.json_files import STRICT, read_json, validated
+from osscar.base.locks import hold
+from osscar.base.signals import ends_tidily, uninterrupted
 
 
 @dataclass(frozen=True)

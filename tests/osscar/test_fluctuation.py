@@ -6,16 +6,16 @@ import torch
 from torch import nn
 
 import osscar
-from osscar.capture.gram import GramAccumulator, pose
-from osscar.capture.linear_maps import linear_maps
-from osscar.capture.opened import Opened, opened
-from osscar.core.errors import CalibrationError, ModelError, NonFiniteError
-from osscar.pruning import fluctuation
-from osscar.pruning.allocation import allocate
-from osscar.pruning.fluctuation import measure_fluctuations
-from osscar.pruning.request import PruningRequest as Asked
-from osscar.pruning.request import Widths
-from osscar.pruning.rules import ByScores
+from osscar.allocation import fluctuation
+from osscar.allocation.allocate import allocate
+from osscar.allocation.fluctuation import measure_fluctuations
+from osscar.allocation.rules import ByScores
+from osscar.base.errors import CalibrationError, ModelError, NonFiniteError
+from osscar.preparation.linear_maps import linear_maps
+from osscar.preparation.opened import Opened, opened
+from osscar.request import PruningRequest as Asked
+from osscar.request import Widths
+from osscar.walk.gram import GramAccumulator, pose
 from tests.osscar.families import tiny, tokens
 
 # ---- scores ------------------------------------------------------------------------------

@@ -12,10 +12,7 @@ from transformers import TimesformerConfig, TimesformerForVideoClassification
 
 import graph
 import osscar
-from osscar.checkpoint.builders import TorchvisionOrigin
-from osscar.checkpoint.manifest import MANIFEST_FILE
-from osscar.cli import main
-from osscar.core.errors import (
+from osscar.base.errors import (
     CheckpointError,
     EquivalenceError,
     ModelError,
@@ -23,10 +20,14 @@ from osscar.core.errors import (
     OutputError,
     RequestError,
 )
+from osscar.checkpoint.builders import TorchvisionOrigin
+from osscar.checkpoint.manifest import MANIFEST_FILE
+from osscar.cli import main
 from osscar.pruning import trial
-from osscar.pruning.request import PruningRequest
-from osscar.shrinking import follow, program
+from osscar.request import PruningRequest
+from osscar.shrinking import follow
 from osscar.shrinking.plan import Form, GroupPlan, PruningPlan
+from osscar.shrinking.program import program
 from osscar.shrinking.structure import structure_of
 from tests.osscar.families import tiny, tokens
 from tests.osscar.networks import images, small_net

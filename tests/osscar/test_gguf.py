@@ -33,10 +33,7 @@ from transformers import (
 
 import osscar
 import osscar.cli
-from osscar.checkpoint.directory import save
-from osscar.checkpoint.gguf import export_gguf
-from osscar.checkpoint.gguf_tokens import _LLAMA_3
-from osscar.core.errors import (
+from osscar.base.errors import (
     CheckpointError,
     EquivalenceError,
     MissingDependency,
@@ -44,6 +41,9 @@ from osscar.core.errors import (
     OptionError,
     OutputError,
 )
+from osscar.checkpoint.directory import save
+from osscar.export.gguf import export_gguf
+from osscar.export.gguf_tokens import _LLAMA_3
 from osscar.models.language import DEMO_DIRECTORY
 from tests.docs.json_schema import missing, undescribed
 from tests.osscar.llama_cpp import Engine

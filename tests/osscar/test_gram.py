@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import nn
 
-from osscar.capture.gram import GramAccumulator, gram_error, pose
-from osscar.capture.linear_maps import linear_maps
-from osscar.capture.opened import opened
-from osscar.core.errors import ModelError
-from solvers import symmetric
+from osscar.base.errors import ModelError
+from osscar.preparation.linear_maps import linear_maps
+from osscar.preparation.opened import opened
+from osscar.walk.gram import GramAccumulator, gram_error, pose
+from solvers.linalg import symmetric
 
 P, TOKENS = 24, 100_000
 

@@ -19,12 +19,12 @@ from hypothesis import strategies as st
 import graph
 import osscar
 import solvers
+from osscar.base.errors import CheckpointError, FileError, ModelError, OsscarError, OutputError
+from osscar.base.files import file_digest
+from osscar.base.inputs import panics_are_errors
+from osscar.base.json_files import read_object
 from osscar.checkpoint.manifest import MANIFEST_FILE, OLD_PLAN_FILE, REPORT_FILE
 from osscar.cli.common import check_json_path
-from osscar.core.errors import CheckpointError, FileError, ModelError, OsscarError, OutputError
-from osscar.core.files import file_digest
-from osscar.core.inputs import panics_are_errors
-from osscar.core.json_files import read_object
 from osscar.data.images import ImageSet, load_images
 from osscar.data.text import encode, read_text
 from osscar.evaluation.language import compare, evaluate

@@ -13,16 +13,16 @@ import torch
 from torch import nn
 
 import osscar
-from osscar.core import timing
-from osscar.core.errors import RequestError
-from osscar.pruning import latency, parts
-from osscar.pruning.latency import Latency
-from osscar.pruning.latency_table import Part, tabulated
-from osscar.pruning.parts import Event, Pass, groups_between, timed_pass
+from osscar.allocation import latency, parts
+from osscar.allocation.latency import Latency
+from osscar.allocation.latency_table import Part, tabulated
+from osscar.allocation.parts import Event, Pass, groups_between, timed_pass
+from osscar.allocation.widths import asked_groups
+from osscar.base import timing
+from osscar.base.errors import RequestError
 from osscar.pruning.prune import opened_for
-from osscar.pruning.request import PruningRequest, Widths
 from osscar.pruning.sweep import BudgetKind, jobs, sweep
-from osscar.pruning.widths import asked_groups
+from osscar.request import PruningRequest, Widths
 from tests.osscar.families import tiny, tokens
 from tests.osscar.networks import images, small_net
 

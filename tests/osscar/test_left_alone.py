@@ -11,19 +11,19 @@ import torch.nn.functional as F
 from torch import nn
 
 import osscar
+from osscar.allocation import allocate as allocation
+from osscar.allocation.allocate import provisional
+from osscar.allocation.curves import measure_curves
+from osscar.base.errors import AdapterError, EquivalenceError, RequestError, RunError
 from osscar.cli import main
-from osscar.core.errors import AdapterError, EquivalenceError, RequestError, RunError
-from osscar.pruning import allocation
 from osscar.pruning import groups as solving
 from osscar.pruning import prune as pruning_room
 from osscar.pruning import trial as trial_room
-from osscar.pruning.allocation import provisional
-from osscar.pruning.curves import measure_curves
 from osscar.pruning.prune import opened_for, prune_as_asked
-from osscar.pruning.request import FormChoice, PruningRequest
 from osscar.pruning.run_log import RunLog
 from osscar.pruning.sweep import BudgetKind, Job, jobs, sweep
 from osscar.pruning.trial import Followed, what_follows
+from osscar.request import FormChoice, PruningRequest
 from osscar.shrinking.plan import Form
 from tests.osscar.families import tiny, tokens
 from tests.osscar.networks import images, small_net

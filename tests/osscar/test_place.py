@@ -14,12 +14,12 @@ import pytest
 import torch
 from torch import nn
 
+from osscar.base.errors import BusyError, OutputError
 from osscar.checkpoint import directory as checkpoint
 from osscar.checkpoint import runs
 from osscar.checkpoint.manifest import MANIFEST_FILE, Manifest
 from osscar.checkpoint.place import check_output, replacing
 from osscar.checkpoint.runs import Run
-from osscar.core.errors import BusyError, OutputError
 from osscar.shrinking.lineage import Lineage
 
 PRELUDE = """

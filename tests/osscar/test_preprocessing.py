@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 import osscar
+from osscar.base.errors import ImageError, ModelError, OptionError
 from osscar.cli import main
-from osscar.core.errors import ImageError, ModelError, OptionError
 from osscar.data.batches import as_inputs
 from osscar.data.images import ImageSet, load_images
 from osscar.data.preprocessing import OwnTransform, Preprocessing, import_torchvision

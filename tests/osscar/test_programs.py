@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 import graph
-from osscar.core.errors import AdapterError, EquivalenceError, ModelError, OptionError
-from osscar.shrinking import literals
+from osscar.base.errors import AdapterError, EquivalenceError, ModelError, OptionError
 from osscar.shrinking.plan import Form, PruningPlan
-from osscar.shrinking.shrink_program import ProgramTrial, shrink_program
+from osscar.shrinking.program import literals
+from osscar.shrinking.program.shrink_program import ProgramTrial, shrink_program
 from osscar.shrinking.slice import slice_units
 from tests.graph.test_random_networks import random_network
 from tests.osscar.programs import (

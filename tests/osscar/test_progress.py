@@ -7,7 +7,7 @@ import io
 import pytest
 from rich.console import Console
 
-from osscar.core import progress
+from osscar.base import progress
 
 
 @pytest.fixture

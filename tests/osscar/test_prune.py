@@ -13,10 +13,8 @@ import graph
 import osscar
 import solvers
 from graph.groups import CouplingGroup, Role, Slot, UnitKind
-from osscar.capture.curvature import curvature, held_batches, small_batches
-from osscar.capture.opened import opened
-from osscar.capture.regularization import DEFAULT_DAMP
-from osscar.core.errors import (
+from osscar.allocation.curvature import curvature, held_batches, small_batches
+from osscar.base.errors import (
     AdapterError,
     CalibrationError,
     EquivalenceError,
@@ -25,10 +23,12 @@ from osscar.core.errors import (
     OsscarError,
     RequestError,
 )
-from osscar.pruning.request import PruningRequest
+from osscar.preparation.opened import opened
 from osscar.pruning.sweep import BudgetKind, jobs, sweep
+from osscar.request import PruningRequest
 from osscar.shrinking.attention import MultiheadAttention
 from osscar.shrinking.lineage import lineage_of
+from osscar.walk.regularization import DEFAULT_DAMP
 from tests.osscar.families import FAMILIES, logits, tiny, tokens
 from tests.osscar.programs import without_units
 

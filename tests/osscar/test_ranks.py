@@ -22,11 +22,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import osscar.cli
-from osscar.capture.fingerprint import DenseOutputs, Fingerprint
-from osscar.core.errors import RanksError
-from osscar.core.launch import launched
-from osscar.core.ranks import ALONE, Message, Ranks
+from osscar.base.errors import RanksError
+from osscar.base.launch import launched
+from osscar.base.ranks import ALONE, Message, Ranks
 from osscar.data.tokens import named_generator
+from osscar.preparation.fingerprint import DenseOutputs, Fingerprint
 from osscar.pruning.run_log import RunManifest
 from osscar.pruning.together import check_alike
 from tests import collected

@@ -8,10 +8,10 @@ from torch import nn
 
 import graph
 import osscar
-from osscar.capture.linear_maps import RecurrentMap, linear_maps
-from osscar.capture.recurrent import gates_shown, input_gates
-from osscar.capture.targets import Target
-from osscar.core.errors import FrozenGroupError
+from osscar.base.errors import FrozenGroupError
+from osscar.preparation.linear_maps import RecurrentMap, linear_maps
+from osscar.preparation.recurrent import gates_shown, input_gates
+from osscar.walk.targets import Target
 from tests.osscar.programs import far_apart
 
 KINDS = {

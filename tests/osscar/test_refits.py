@@ -8,12 +8,12 @@ from torch import nn
 
 import osscar
 import solvers
-from osscar.capture.gram import GramAccumulator, damped_by_input, pulls
-from osscar.capture.linear_maps import linear_maps
-from osscar.capture.opened import opened
-from osscar.capture.site import GROWN, Site
-from osscar.core.errors import NonFiniteError
+from osscar.base.errors import NonFiniteError
+from osscar.preparation.linear_maps import linear_maps
+from osscar.preparation.opened import opened
 from osscar.report.run_tables import layers_table
+from osscar.walk.gram import GramAccumulator, damped_by_input, pulls
+from osscar.walk.site import GROWN, Site
 from tests.osscar.detector import detector, noise
 from tests.osscar.families import tiny, tokens
 
@@ -45,7 +45,10 @@ def test_an_input_that_is_nearly_zero_keeps_its_weights(size):
     )
     problem = solvers.SubsetProblem((consumer,), 5)
     support = torch.tensor([0, 1, 2, 3, 5])
-    W, loss = solvers.refit(problem, support)[0][0], solvers.refit(problem, support)[1]
+    W, loss = (
+        solvers.refit(problem, support)[0][0],
+        solvers.refit(problem, support)[1],
+    )
     floor = 0.1 * float(H.diagonal().mean()) / n
     added = damp * H.diagonal().clamp(min=floor)
     part = (H + torch.diag(added))[support][:, support]

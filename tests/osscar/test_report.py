@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
+from osscar.base.printable import counted
 from osscar.cli.common import _PlainConsole, out
-from osscar.core.printable import counted
 from osscar.evaluation.images import ImageQuality, ImageSpeed
 from osscar.evaluation.language import Quality
 from osscar.evaluation.result import Comparison, Evaluation

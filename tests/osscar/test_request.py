@@ -12,10 +12,10 @@ from torch import nn
 
 import osscar
 from graph.groups import CouplingGroup, Freeze, Role, Slot, UnitKind
-from osscar.core.errors import FrozenGroupError, OptionError, RequestError
-from osscar.pruning import allocation
-from osscar.pruning.request import PruningRequest as Asked
-from osscar.pruning.request import parse_keep
+from osscar.allocation import allocate as allocation
+from osscar.base.errors import FrozenGroupError, OptionError, RequestError
+from osscar.request import PruningRequest as Asked
+from osscar.request import parse_keep
 from tests.osscar.families import tiny, tokens
 
 

@@ -9,12 +9,12 @@ import safetensors.torch
 import torch
 
 import osscar
-from osscar.capture.fingerprint import sha256_of
-from osscar.core.errors import BusyError, RunError
-from osscar.core.locks import LOCK_FILE, hold
+from osscar.base.errors import BusyError, RunError
+from osscar.base.locks import LOCK_FILE, hold
+from osscar.preparation.fingerprint import sha256_of
 from osscar.pruning.prune import prune_as_asked
-from osscar.pruning.request import PruningRequest
 from osscar.pruning.run_log import MANIFEST, RunLog
+from osscar.request import PruningRequest
 from tests.osscar.families import tiny, tokens
 from tests.osscar.networks import Concat, images, small_net
 

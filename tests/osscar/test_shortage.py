@@ -7,12 +7,12 @@ import pytest
 import torch
 
 import osscar
-from osscar.capture import walk
+from osscar.base.errors import NoMemoryError
 from osscar.cli import main
-from osscar.core.errors import NoMemoryError
-from osscar.core.places import Slice
 from osscar.models import language
+from osscar.offload.places import Slice
 from osscar.pruning import prune
+from osscar.walk import walk
 from solvers.heuristics import greedy
 from tests.osscar.families import tiny, tokens
 from tests.osscar.test_streamed import written

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 import graph
 import osscar
-from osscar.core.errors import AdapterError, EquivalenceError, ModelError
+from osscar.base.errors import AdapterError, EquivalenceError, ModelError
 from osscar.shrinking.equivalence import proof_outputs
 from osscar.shrinking.follow import adapter, prepare
 from osscar.shrinking.lineage import lineage_of

@@ -17,16 +17,8 @@ from transformers import AutoModelForCausalLM, BloomConfig
 import osscar
 from benchmarks.measuring import measured
 from benchmarks.random_models import SHAPES, write_model
-from osscar.capture.away import Away
-from osscar.capture.gram import _Sums
-from osscar.capture.opened import opened
-from osscar.capture.targets import Target
-from osscar.capture.walk import walk
-from osscar.checkpoint.streamed import check_written, write_weights
-from osscar.core import memory as system_memory
-from osscar.core import sources
-from osscar.core.abreast import abreast
-from osscar.core.errors import (
+from osscar.base import memory as system_memory
+from osscar.base.errors import (
     CheckpointError,
     EquivalenceError,
     FileError,
@@ -35,23 +27,31 @@ from osscar.core.errors import (
     OptionError,
     RequestError,
 )
-from osscar.core.memory import available_memory, parse_size, resident_memory
-from osscar.core.on_disk import OnDisk, is_on_disk, shelf_of
-from osscar.core.places import Cast, Place, Selected, Slice
-from osscar.core.shelf import Shelf
-from osscar.core.sources import Source
+from osscar.base.memory import available_memory, parse_size, resident_memory
+from osscar.checkpoint.streamed import check_written, write_weights
 from osscar.evaluation.forward import measure_forward
 from osscar.evaluation.language import measure_quality
 from osscar.models import language
 from osscar.models.language import DEMO_DIRECTORY, fitting_memory
 from osscar.models.open import open_model
+from osscar.offload import sources
+from osscar.offload.abreast import abreast
+from osscar.offload.away import Away
+from osscar.offload.on_disk import OnDisk, is_on_disk, shelf_of
+from osscar.offload.places import Cast, Place, Selected, Slice
+from osscar.offload.shelf import Shelf
+from osscar.offload.sources import Source
+from osscar.preparation.opened import opened
 from osscar.pruning.memory import _LEAST, Room
 from osscar.pruning.prune import DenseFacts, opened_for, prune_as_asked
-from osscar.pruning.request import PruningRequest
 from osscar.pruning.run_log import RunLog
 from osscar.pruning.sweep import BudgetKind, Job, sweep
+from osscar.request import PruningRequest
 from osscar.shrinking.equivalence import proof_outputs
-from solvers.symmetric import Symmetric
+from osscar.walk.gram import _Sums
+from osscar.walk.targets import Target
+from osscar.walk.walk import walk
+from solvers.linalg.symmetric import Symmetric
 from tests.osscar.families import VOCABULARY, tiny
 
 PLENTY = "64GB"
@@ -259,7 +259,7 @@ from transformers import AutoModelForCausalLM, OPTConfig
 from osscar.pruning.groups import prune_groups
 from osscar.pruning.memory import _LEAST, Room
 from osscar.pruning.prune import opened_for
-from osscar.pruning.request import PruningRequest
+from osscar.request import PruningRequest
 
 kind, width, ffn, backend, target, what = sys.argv[1:]
 shape = {"hidden_size": int(width), "word_embed_proj_dim": int(width), "ffn_dim": int(ffn)}

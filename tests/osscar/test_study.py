@@ -18,8 +18,8 @@ import torch
 
 import osscar
 import solvers
+from osscar.base.errors import BusyError, FrozenGroupError, OptionError, OutputError, StudyError
 from osscar.cli import main
-from osscar.core.errors import BusyError, FrozenGroupError, OptionError, OutputError, StudyError
 from osscar.report.html import write_report
 from osscar.report.plots import _spread
 from osscar.report.summary import summarize

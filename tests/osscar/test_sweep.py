@@ -10,18 +10,18 @@ from torch import nn
 
 import osscar
 import osscar.pruning.sweep as sweep_room
-from osscar.capture.fingerprint import DenseOutputs, Fingerprint
+from osscar.allocation.allocate import allocate
+from osscar.allocation.budget import described
+from osscar.base.errors import OsscarError, OutputError, RunError
 from osscar.cli import main
-from osscar.core.errors import OsscarError, OutputError, RunError
 from osscar.models.language import DEMO_DIRECTORY
-from osscar.pruning.allocation import allocate
-from osscar.pruning.budget import described
+from osscar.preparation.fingerprint import DenseOutputs, Fingerprint
 from osscar.pruning.prune import opened_for, prune_as_asked
-from osscar.pruning.request import PruningRequest
 from osscar.pruning.sweep import BASELINES, METHODS, BudgetKind, Job, jobs, sweep
 from osscar.pruning.sweep_points import Point, SweepDirectory, SweepManifest
 from osscar.pruning.trial import LeftAlone
 from osscar.report.sweep_page import sweep_page, sweep_table
+from osscar.request import PruningRequest
 from osscar.shrinking.plan import Form
 from tests.osscar.browser import DESK, PHONE, seen
 from tests.osscar.families import tiny, tokens

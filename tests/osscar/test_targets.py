@@ -9,15 +9,15 @@ from torch import nn
 
 import osscar
 import solvers
-from osscar.capture import regularization
-from osscar.capture.gram import GramAccumulator, pose
-from osscar.capture.linear_maps import linear_maps
-from osscar.capture.opened import opened
-from osscar.capture.regularization import DAMPS, DEFAULT_DAMP, best_regularization
-from osscar.capture.residual import streams
-from osscar.capture.targets import Target
-from osscar.capture.walk import _parted, walk
 from osscar.data.batches import TensorInputs
+from osscar.preparation.linear_maps import linear_maps
+from osscar.preparation.opened import opened
+from osscar.walk import regularization
+from osscar.walk.gram import GramAccumulator, pose
+from osscar.walk.regularization import DAMPS, DEFAULT_DAMP, best_regularization
+from osscar.walk.residual import streams
+from osscar.walk.targets import Target
+from osscar.walk.walk import _parted, walk
 from tests.osscar.families import tiny, tokens
 from tests.osscar.networks import Concat
 

@@ -11,9 +11,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import osscar
-from osscar.capture.fingerprint import Fingerprint
-from osscar.cli import main
-from osscar.core.errors import (
+from osscar.base.errors import (
     CalibrationError,
     CheckpointError,
     FileError,
@@ -21,10 +19,12 @@ from osscar.core.errors import (
     ModelError,
     OptionError,
 )
+from osscar.cli import main
 from osscar.data.batches import as_inputs
 from osscar.data.tensors import holds_images
 from osscar.evaluation.tensors import score_tensors
 from osscar.models.vision import load_vision_model
+from osscar.preparation.fingerprint import Fingerprint
 from osscar.shrinking.lineage import lineage_of
 
 FAST = ("--neurons", "0.5", "--backend", "magnitude")

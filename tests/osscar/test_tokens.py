@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import BertTokenizerFast
 
-from osscar.core.errors import CalibrationError, MissingDependency, TextError
+from osscar.base.errors import CalibrationError, MissingDependency, TextError
 from osscar.data import prose as topics
 from osscar.data.prose import Part, builtin_text, split_paragraphs, topic_part
 from osscar.data.text import encode, read_text

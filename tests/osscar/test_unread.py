@@ -14,7 +14,7 @@ from torch.ao.quantization import FakeQuantize
 
 import osscar
 from graph import Role
-from osscar.core.modules import count_parameters
+from osscar.network.modules import count_parameters
 from tests.graph.test_training import Auxiliary, Drawn, Paired, Regrouped
 
 

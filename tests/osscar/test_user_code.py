@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import osscar
-from osscar.core.errors import ModelError, ModelNotFound
+from osscar.base.errors import ModelError, ModelNotFound
 from osscar.models.vision import load_vision_model
 
 NET = """

@@ -17,16 +17,16 @@ import torch
 from safetensors.torch import save_file
 
 import osscar
-from osscar.checkpoint.builders import TorchvisionOrigin
-from osscar.checkpoint.directory import save
-from osscar.cli import main
-from osscar.core.errors import (
+from osscar.base.errors import (
     CheckpointError,
     ImageError,
     ModelError,
     ModelNotFound,
     OptionError,
 )
+from osscar.checkpoint.builders import TorchvisionOrigin
+from osscar.checkpoint.directory import save
+from osscar.cli import main
 from osscar.data.images import (
     ImageSet,
     load_images,

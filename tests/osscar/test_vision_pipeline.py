@@ -9,7 +9,7 @@ from torch import nn
 import graph
 import osscar
 from graph.groups import Role, UnitKind
-from osscar.core.errors import (
+from osscar.base.errors import (
     CalibrationError,
     FrozenGroupError,
     NonFiniteError,
@@ -17,13 +17,13 @@ from osscar.core.errors import (
     RequestError,
 )
 from osscar.data.batches import as_inputs
-from osscar.pruning.batch_norm import (
+from osscar.shrinking.plan import PruningPlan
+from osscar.walk.batch_norm import (
     BatchNormMode,
     batch_norms,
     dense_statistics,
     renew_statistics,
 )
-from osscar.shrinking.plan import PruningPlan
 from tests.osscar.families import tiny, tokens
 from tests.osscar.networks import images, small_net
 

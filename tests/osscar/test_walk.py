@@ -18,14 +18,14 @@ from transformers import (
 
 import osscar
 import solvers
-from osscar.capture.coroutines import Coroutine
-from osscar.capture.linear_maps import linear_maps
-from osscar.capture.opened import opened
-from osscar.capture.targets import Target
-from osscar.capture.walk import walk
-from osscar.core.errors import CalibrationError, ModelError, NonFiniteError
+from osscar.base.errors import CalibrationError, ModelError, NonFiniteError
 from osscar.data.batches import TensorInputs
+from osscar.preparation.linear_maps import linear_maps
+from osscar.preparation.opened import opened
 from osscar.study.problems import model_problems
+from osscar.walk.coroutines import Coroutine
+from osscar.walk.targets import Target
+from osscar.walk.walk import walk
 from tests.osscar.families import tiny, tokens
 from tests.osscar.networks import images, small_net
 

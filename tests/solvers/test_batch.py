@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from solvers import SubsetProblem
 from solvers.bounds.batch import TermsBatch, bound_nodes
 from solvers.bounds.removal import RemovalTerms
+from solvers.certificates.tree_certificate import FREE, KEPT, REMOVED
 from solvers.exact.frontier import Frontier, Nodes
-from solvers.tree_certificate import FREE, KEPT, REMOVED
 from tests.solvers.test_perspective import random_problem
 
 

@@ -20,11 +20,11 @@ from solvers import (
     backend_names,
     make_backend,
     solve,
-    symmetric,
 )
+from solvers.closed_forms.pivot import PivotState
+from solvers.closed_forms.swaps import Swap, best_swap, promising, swap_gains
 from solvers.heuristics import local_search
-from solvers.pivot import PivotState
-from solvers.swaps import Swap, best_swap, promising, swap_gains
+from solvers.linalg import symmetric
 from tests.solvers.instances import INSTANCES, exact_optimum
 
 TOLERANCE = 1e-8

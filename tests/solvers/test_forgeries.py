@@ -26,8 +26,8 @@ from solvers import (
     refit,
     solve,
 )
-from solvers.certificate import EnumerationCertificate, MultiplierCertificate
-from solvers.tree_certificate import FREE, KEPT, REMOVED, TreeCertificate
+from solvers.certificates.certificate import EnumerationCertificate, MultiplierCertificate
+from solvers.certificates.tree_certificate import FREE, KEPT, REMOVED, TreeCertificate
 from tests.solvers.instances import INSTANCES, exact_loss, exact_optimum
 from tests.solvers.test_perspective import random_problem
 

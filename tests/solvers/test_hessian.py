@@ -16,11 +16,20 @@ from solvers import (
     backend_class,
     backends,
     solve,
-    symmetric,
 )
 from solvers.errors import VerificationError
-from solvers.hessian import coupled, entries, half, product, rows_of, skew, whole, why_not_plain
-from solvers.symmetric import Symmetric
+from solvers.linalg import symmetric
+from solvers.linalg.hessian import (
+    coupled,
+    entries,
+    half,
+    product,
+    rows_of,
+    skew,
+    whole,
+    why_not_plain,
+)
+from solvers.linalg.symmetric import Symmetric
 from tests.solvers.instances import random_data, shuffled_units
 
 WIDTHS = [2, 1, 3, 2, 1, 2]

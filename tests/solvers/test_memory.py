@@ -10,15 +10,17 @@ import pytest
 import torch
 
 from benchmarks.measuring import measured
-from solvers import Consumer, Status, SubsetProblem, elimination, solve, symmetric
-from solvers import gram as gram_module
-from solvers.aligned import Aligned, equal_width
-from solvers.elimination import eliminate, support_after
-from solvers.gram import definite_factor, magnitudes, quadratic, quadratic_on, unexplained
-from solvers.pivot import PivotState
-from solvers.refit import refit
-from solvers.swaps import swap_gains
-from solvers.symmetric import Symmetric
+from solvers import Consumer, Status, SubsetProblem, solve
+from solvers.closed_forms import elimination
+from solvers.closed_forms.aligned import Aligned, equal_width
+from solvers.closed_forms.elimination import eliminate, support_after
+from solvers.closed_forms.pivot import PivotState
+from solvers.closed_forms.refit import refit
+from solvers.closed_forms.swaps import swap_gains
+from solvers.linalg import gram as gram_module
+from solvers.linalg import symmetric
+from solvers.linalg.gram import definite_factor, magnitudes, quadratic, quadratic_on, unexplained
+from solvers.linalg.symmetric import Symmetric
 from tests.solvers.instances import random_data, shuffled_units
 
 CLOSE = {"rtol": 1e-10, "atol": 1e-10}
@@ -189,7 +191,7 @@ def problem(request):
 
 
 def plain_state(consumer, kept):
-    """N and K by the formulas of `solvers.pivot`."""
+    """N and K by the formulas of `solvers.closed_forms.pivot`."""
     H, G = equal_width(consumer)
     inside = kept.repeat_interleave(consumer.width)
     A = torch.linalg.inv(H[inside][:, inside])
@@ -458,7 +460,7 @@ H = inputs @ inputs.T
 H.diagonal().add_(32.0 if of != "rectified" else 0.01 * float(H.diagonal().mean()))
 del inputs
 if of == "half":
-    H = solvers.symmetric.Symmetric.of(H)
+    H = solvers.linalg.symmetric.Symmetric.of(H)
 if backend != "nothing":
     problem = solvers.SubsetProblem.from_gram(H, W0, keep=p // 2, overwrite=True)
     del H, W0

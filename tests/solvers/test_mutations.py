@@ -17,8 +17,8 @@ import pytest
 import torch
 
 from solvers import Solution, Status, SubsetProblem, VerificationError, solve
-from solvers.certificate import MultiplierCertificate
-from solvers.tree_certificate import TreeCertificate
+from solvers.certificates.certificate import MultiplierCertificate
+from solvers.certificates.tree_certificate import TreeCertificate
 from tests.solvers.test_perspective import random_problem
 
 CHANGES = 150

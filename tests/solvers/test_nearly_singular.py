@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from solvers import Consumer, Status, SubsetProblem, VerificationError, solve
-from solvers.aligned import equal_width
-from solvers.gram import DEFINITE_MARGIN
-from solvers.pivot import PivotState
-from solvers.swaps import best_swap, possible_gain
+from solvers.closed_forms.aligned import equal_width
+from solvers.closed_forms.pivot import PivotState
+from solvers.closed_forms.swaps import best_swap, possible_gain
+from solvers.linalg.gram import DEFINITE_MARGIN
 from tests.solvers.instances import exact_loss
 
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from solvers import BackendError, Status, SubsetProblem, VerificationError, solve
 from solvers.bounds.quadratic import is_definite, project, scaled_diagonal
 from solvers.bounds.removal import RemovalTerms
-from solvers.certificate import EnumerationCertificate, MultiplierCertificate
+from solvers.certificates.certificate import EnumerationCertificate, MultiplierCertificate
 from solvers.problem import Consumer
 from tests.solvers.instances import INSTANCES
 

@@ -23,7 +23,7 @@ from solvers import (
     solve,
 )
 from solvers import problem as problem_module
-from solvers.gram import DEFINITE_MARGIN, definite_factor, is_definite
+from solvers.linalg.gram import DEFINITE_MARGIN, definite_factor, is_definite
 from tests.solvers.instances import INSTANCES, exact_loss, random_data
 
 

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from solvers import Status, VerificationError, solve
+from solvers.certificates.tree_certificate import KEPT, REMOVED, TreeCertificate
 from solvers.exact import tree
-from solvers.tree_certificate import KEPT, REMOVED, TreeCertificate
 from tests.solvers.instances import INSTANCES
 from tests.solvers.test_perspective import random_problem
 

@@ -1,0 +1,443 @@
+"""From a PyTorch model to a graph of ATen operators, without touching the model."""
+
+from __future__ import annotations
+
+import builtins
+import inspect
+import io
+import logging
+import re
+import sys
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, redirect_stderr
+from dataclasses import dataclass
+from traceback import walk_tb
+from types import TracebackType
+from typing import Any, TypeAlias
+
+import torch
+from torch.export.graph_signature import InputKind
+from torch.fx import config
+from torch.utils import _pytree as pytree
+
+from graph.errors import ExampleInputError, TraceError
+from graph.tracing.inline import inlined
+from graph.tracing.preserve import forget_derived, preserved, without_cache
+
+ExampleInputs: TypeAlias = tuple[Any, ...] | Mapping[str, Any]
+
+
+_LONGEST_LIST = 64
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """A parameter or buffer of the model, tied ones known by the first of their names."""
+
+    name: str
+    shape: tuple[int, ...]
+    is_parameter: bool
+
+
+@dataclass(frozen=True)
+class Program:
+    """An exported model.
+
+    Parameters
+    ----------
+    nodes
+        The nodes of the graph in execution order.
+    tensors
+        Parameters and buffers by name.
+    holders
+        For each placeholder that stands for one of them, its name.
+    written
+        The placeholders that stand for a tensor in the code.
+    constants
+        For those of them that are a short list of integers, that list.
+    """
+
+    nodes: tuple[torch.fx.Node, ...]
+    tensors: Mapping[str, TensorInfo]
+    holders: Mapping[str, str]
+    written: frozenset[str]
+    constants: Mapping[str, tuple[int, ...]]
+
+
+def export_model(
+    model: torch.nn.Module, example_inputs: ExampleInputs, *, training: bool = False
+) -> Program:
+    """Export a model in eval mode, on whatever device its parameters are (`meta` included).
+
+    Parameters
+    ----------
+    model
+        Left exactly as it was, training flags and attributes included.
+    example_inputs
+        Positional arguments as a tuple, or keyword arguments as a mapping.
+    training
+        Whether modules of the model's own code are in training; layers of torch never are, which
+        would draw numbers and keep averages.
+
+    Raises
+    ------
+    ExampleInputError
+        If the inputs do not fit the signature of ``model.forward``.
+    TraceError
+        If the model cannot be exported.
+    """
+    args, kwargs = _bind(model, example_inputs)
+    exported = run_export(model, args, kwargs, training=training)
+    names = canonical_names(model)
+    kinds = (InputKind.PARAMETER, InputKind.BUFFER)
+    holders = {
+        spec.arg.name: names[spec.target]
+        for spec in exported.graph_signature.input_specs
+        if spec.kind in kinds and spec.target in names
+    }
+    return Program(
+        tuple(inlined(exported.graph_module).nodes),
+        tensors_of(model),
+        holders,
+        frozenset(
+            spec.arg.name
+            for spec in exported.graph_signature.input_specs
+            if spec.kind is InputKind.CONSTANT_TENSOR
+        ),
+        dict(integer_lists(exported)),
+    )
+
+
+def run_export(
+    model: torch.nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    dynamic: Any = None,
+    *,
+    training: bool = False,
+) -> torch.export.ExportedProgram:
+    """Call `torch.export` on a model in eval mode, which is left as it was.
+
+    Parameters
+    ----------
+    model, args, kwargs
+        What is called.
+    dynamic
+        Which sizes of the inputs may differ from those of the example, as `torch.export` has it.
+    training
+        As of `export_model`.
+
+    Raises
+    ------
+    TraceError
+        If the model cannot be exported.
+    """
+    with (
+        preserved(model),
+        without_cache(model),
+        in_mode(model, training),
+        _without_idle_casts(),
+        _symbolic_lengths(),
+        _without_stack_traces(),
+        _silenced(),
+        torch.no_grad(),
+    ):
+        try:
+            forget_derived(model)  # which would be constants
+            return torch.export.export(
+                model, args, dict(kwargs), dynamic_shapes=dynamic, strict=False
+            )
+        except Exception as error:  # anything the user's forward may raise
+            raise _explained(error, model) from error
+
+
+def tensors_of(model: torch.nn.Module) -> dict[str, TensorInfo]:
+    """Describe the parameters and buffers of a model, by the first of their names."""
+    names = canonical_names(model)
+    return {
+        names[name]: TensorInfo(names[name], tuple(tensor.shape), is_parameter)
+        for name, tensor, is_parameter in _named_tensors(model)
+    }
+
+
+def integer_lists(exported: torch.export.ExportedProgram) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Yield the short lists of integers in the code: the name of each, and what it holds."""
+    for spec in exported.graph_signature.input_specs:
+        constant = exported.constants.get(spec.target or "")
+        if spec.kind is not InputKind.CONSTANT_TENSOR or not isinstance(constant, torch.Tensor):
+            continue
+        short = constant.dim() == 1 and constant.numel() <= _LONGEST_LIST
+        if short and constant.dtype is torch.int64 and constant.device.type != "meta":
+            yield spec.arg.name, tuple(constant.tolist())
+
+
+def module_of(node: torch.fx.Node) -> str:
+    """Return the qualified name of the innermost module in which a node was traced."""
+    stack = list((node.meta.get("nn_module_stack") or {}).values())
+    # A module called again is recorded as ``name@1``.
+    return re.sub(r"@\d+", "", stack[-1][0]) if stack else ""
+
+
+def concrete(size: int | torch.SymInt) -> int | None:
+    """Return what a size is for the example inputs; None if it depends on their values."""
+    if not isinstance(size, torch.SymInt):
+        return size
+    known = size.node.hint
+    return known if isinstance(known, int) else None
+
+
+def varies(size: int | torch.SymInt) -> bool:
+    """Whether a size in a trace is another one for other inputs."""
+    return isinstance(size, torch.SymInt) and size.node.maybe_as_int() is None
+
+
+# ---- inputs ------------------------------------------------------------------------------
+
+
+def _bind(
+    model: torch.nn.Module, example_inputs: ExampleInputs
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if isinstance(example_inputs, Mapping):
+        args, kwargs = (), dict(example_inputs)
+    elif isinstance(example_inputs, tuple):
+        args, kwargs = example_inputs, {}
+    else:
+        raise ExampleInputError(
+            f"example_inputs is a {type(example_inputs).__name__}; pass a tuple of positional "
+            "arguments or a dict of keyword arguments"
+        )
+    try:
+        signature = inspect.signature(model.forward)
+    except ValueError as error:
+        raise ExampleInputError(
+            f"{type(model).__name__}.forward does not tell what it takes, as of a TorchScript "
+            "model; give the model that it was made of"
+        ) from error
+    try:
+        bound = signature.bind(*args, **kwargs)
+    except TypeError as error:
+        raise ExampleInputError(
+            f"the example inputs do not fit {type(model).__name__}.forward{signature}: {error}"
+        ) from error
+    if "use_cache" in signature.parameters and "use_cache" not in bound.arguments:
+        # A cache would make keys and values outputs of the model.
+        kwargs["use_cache"] = False
+    device = next((tensor.device for _, tensor, _ in _named_tensors(model)), None)
+    return pytree.tree_map_only(torch.Tensor, lambda t: t.to(device), (args, kwargs))  # type: ignore[no-any-return]
+
+
+@contextmanager
+def in_mode(model: torch.nn.Module, training: bool) -> Iterator[None]:
+    """Put a model into evaluation mode, or its own modules, but no layers of torch, in training."""
+    flags = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        for module in model.modules() if training else ():
+            module.training = not _is_layer(module)
+        yield
+    finally:
+        for module, training in flags:
+            module.training = training
+
+
+_CONTAINERS = "torch.nn.modules.container"
+
+
+def _is_layer(module: torch.nn.Module) -> bool:
+    """Whether a module is a layer of torch, or of a class that is derived from one."""
+    kinds = (kind.__module__ for kind in type(module).__mro__ if kind is not torch.nn.Module)
+    return any(kind.startswith("torch.nn.") and kind != _CONTAINERS for kind in kinds)
+
+
+_LOGGERS = (
+    "torch._subclasses.fake_tensor",
+    "torch._export",
+    "torch.export",
+    "torch.fx.experimental.proxy_tensor",
+    "torch.fx.experimental.symbolic_shapes",
+)
+
+
+@contextmanager
+def _silenced() -> Iterator[None]:
+    """Keep the exporter from printing the error that `TraceError` is about to explain."""
+    loggers = [logging.getLogger(name) for name in _LOGGERS]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    try:
+        with _without_dump(), warnings.catch_warnings():
+            # It is put back: see `preserved`.
+            warnings.filterwarnings("ignore", "The tensor attribute")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+@contextmanager
+def _without_idle_casts() -> Iterator[None]:
+    """Let modules that cast others in their forward pass be, where that changes nothing.
+
+    `torch.export` stands in for their parameters meanwhile, and these cannot be replaced.
+    """
+    original = torch.nn.Module.to
+
+    def to(self: torch.nn.Module, *args: Any, **kwargs: Any) -> torch.nn.Module:
+        device, dtype, _, memory_format = torch._C._nn._parse_to(*args, **kwargs)
+        idle = memory_format is None and all(
+            device in (None, tensor.device)
+            and (dtype in (None, tensor.dtype) or not tensor.is_floating_point())
+            for tensor in (*self.parameters(), *self.buffers())
+        )
+        return self if idle else original(self, *args, **kwargs)
+
+    torch.nn.Module.to = to  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        torch.nn.Module.to = original  # type: ignore[method-assign]
+
+
+@contextmanager
+def _symbolic_lengths() -> Iterator[None]:
+    """Let `len` of a tensor be a size that may vary.
+
+    Python makes a number of whatever `__len__` returns, and a program that has seen one holds for
+    that number of samples alone.
+    """
+    original = builtins.len
+
+    def length(value: Any, /) -> Any:
+        plain = isinstance(value, torch.Tensor) and not value.is_nested and value.dim() > 0
+        return value.shape[0] if plain else original(value)
+
+    builtins.len = length
+    try:
+        yield
+    finally:
+        builtins.len = original
+
+
+@contextmanager
+def _without_stack_traces() -> Iterator[None]:
+    """Do not note which lines of Python called each operator: nobody reads them here."""
+    switch = "do_not_emit_stack_traces"
+    before = getattr(config, switch, None)
+    if before is None:  # an older torch notes them in any case
+        yield
+        return
+    setattr(config, switch, True)
+    try:
+        yield
+    finally:
+        setattr(config, switch, before)
+
+
+@contextmanager
+def _without_dump() -> Iterator[None]:
+    """Hold back, of what is written to the standard error, the graph of a failed export."""
+    written, dump = io.StringIO(), None
+    try:
+        with redirect_stderr(written):
+            yield
+    except TraceError as error:
+        dump = getattr(error.__cause__, "partial_fx_graph", None)
+        raise
+    finally:
+        text = written.getvalue()
+        sys.stderr.write(text if dump is None else text.replace(f"{dump}\n", ""))
+
+
+# ---- names -------------------------------------------------------------------------------
+
+
+def _named_tensors(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor, bool]]:
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        yield name, parameter, True
+    for name, buffer in model.named_buffers(remove_duplicate=False):
+        yield name, buffer, False
+
+
+def canonical_names(model: torch.nn.Module) -> dict[str, str]:
+    """Map every name of a tensor to the first one."""
+    first: dict[int, str] = {}
+    return {name: first.setdefault(id(tensor), name) for name, tensor, _ in _named_tensors(model)}
+
+
+# ---- errors ------------------------------------------------------------------------------
+
+_HINTS = (
+    (
+        r"register_dataclass|register a pytree|not a known type|Unsupported input type",
+        "Only tensors, numbers, tuples, lists and dicts can be followed through inputs and "
+        "outputs. Register a dataclass of yours with torch.export.register_dataclass, any other "
+        "class with torch.utils._pytree.register_pytree_node.",
+    ),
+    (
+        r"ScriptModule",
+        "TorchScript cannot be read: pass the Python module from which it was made.",
+    ),
+    (
+        r"quantized|PackedParams|__obj_flatten__",
+        "The packed weights of quantized layers cannot be cut: prune the floating-point model, "
+        "then quantize what is left of it.",
+    ),
+    (
+        r"data-dependent|DataDependent|GuardOnDataDependent",
+        "Its control flow depends on the values in a tensor. Move the decision out of `forward`, "
+        "or give example inputs and options with which it is not taken.",
+    ),
+    (
+        r"mat1 and mat2|reduction dim|must match|size mismatch|[Ee]xpected|invalid for input|"
+        r"out of range",
+        "Its forward pass rejects the example inputs: check their shapes and types, and that the "
+        "model runs on them.",
+    ),
+)
+_DEFAULT_HINT = (
+    "Check that the model runs on the example inputs; what most often helps is to avoid Python "
+    "side effects and calls into other libraries inside `forward`."
+)
+CAPTURE_HINT = (
+    "What torch.cond, torch.while_loop and the like call has to be captured whole: without side "
+    "effects, with results of the same form in every branch, and without modules where the model "
+    "is to be pruned. Move the modules or the decision out of it."
+)
+
+
+def _explained(error: Exception, model: torch.nn.Module) -> TraceError:
+    text = f"{type(error).__name__} {error}"
+    hint = next((hint for pattern, hint in _HINTS if re.search(pattern, text)), _DEFAULT_HINT)
+    if is_of_capture(error):
+        hint = CAPTURE_HINT
+    return TraceError(reason_of(error), failing_module(error.__traceback__, model), hint)
+
+
+def is_of_capture(error: BaseException) -> bool:
+    """Tell whether an operator such as `torch.cond` could not capture what it calls.
+
+    `torch._dynamo` is what captures it, and nothing here imports that.
+    """
+    from_capture = any(kind.__module__.startswith("torch._dynamo") for kind in type(error).__mro__)
+    called = (frame.f_globals.get("__name__", "") for frame, _ in walk_tb(error.__traceback__))
+    return from_capture and any(name.startswith("torch._higher_order_ops") for name in called)
+
+
+def reason_of(error: BaseException) -> str:
+    """Return the first line of what an error says, and the next one if it ends with a colon."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    announced = 2 if lines and lines[0].endswith(":") else 1
+    return " ".join(lines[:announced]) or type(error).__name__
+
+
+def failing_module(trace: TracebackType | None, model: torch.nn.Module) -> str:
+    """Return the name of the innermost module whose method ran when an error was raised."""
+    names = {id(module): name for name, module in model.named_modules()}
+    found = ""
+    while trace is not None:
+        owner = trace.tb_frame.f_locals.get("self")
+        found = names.get(id(owner), found)
+        trace = trace.tb_next
+    return found

@@ -1,0 +1,121 @@
+"""One budget that groups share, and what it came to."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import numpy as np
+from pydantic import ConfigDict
+
+from osscar.allocation.costs import Cost
+from osscar.base.json_files import STRICT
+
+_POINTS = 33
+"""Of each curve, in what is saved."""
+
+
+@dataclass(frozen=True)
+class Width:
+    """What a group that shares a budget keeps.
+
+    Parameters
+    ----------
+    kind, units, kept
+        The group, and how many of its units stay.
+    predicted
+        Its part of the predicted divergence, in nats; None where nothing predicts it.
+    """
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    kind: str
+    units: int
+    kept: int
+    predicted: float | None = None
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What the groups that share a budget came to.
+
+    Parameters
+    ----------
+    cost
+        What it is counted in.
+    limit
+        What the whole model may cost.
+    dense, reached
+        What it costs, and what it will; bytes of the dense model are those of its modules, also
+        where a program is saved.
+    predicted
+        The predicted divergence of the pruned model's predictions from the dense ones, in nats a
+        prediction; None where nothing predicts it.
+    lower_bound
+        No choice of widths within the limit has a smaller prediction; None where costs of groups
+        multiply, so that nothing was proved, or nothing is predicted.
+    comparable
+        Whether gradients reached all groups; if not, those that none reached count by their own
+        relative loss.
+    curves
+        The predicted divergence of each group over the units kept.
+    widths
+        What each group keeps, in the order of the model.
+    frontier
+        Costs of the whole model, ascending, and the least predicted divergence at each: what other
+        limits would have come to.
+    """
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    cost: Cost
+    limit: float
+    dense: float
+    reached: float
+    predicted: float | None = None
+    lower_bound: float | None = None
+    comparable: bool = True
+    curves: dict[str, tuple[float, ...]] = field(default_factory=dict, repr=False)
+    widths: dict[str, Width] = field(default_factory=dict, repr=False)
+    frontier: tuple[tuple[float, float], ...] = field(default=(), repr=False)
+
+    @property
+    def short(self) -> float:
+        """How far it stays below the limit, relative to that: widths move in whole units."""
+        return 1 - self.reached / self.limit
+
+    @property
+    def gap(self) -> float | None:
+        """How far the prediction can be above the least one within the limit, relative to it."""
+        if self.predicted is None or self.lower_bound is None:
+            return None
+        above = max(self.predicted - self.lower_bound, 0.0)
+        return above / self.predicted if self.predicted else 0.0
+
+
+@dataclass(frozen=True)
+class Allocated:
+    """How many units groups keep, only those that lose some, and the budget that some share."""
+
+    keep: Mapping[str, int]
+    budget: Budget | None = None
+
+
+def described(budget: Budget) -> dict[str, object]:
+    """Return a budget as JSON-able data, with its gap, and each curve at some of its points."""
+    data = {f.name: getattr(budget, f.name) for f in dataclasses.fields(budget)}
+    curves: dict[str, dict[str, list[float]]] = {}
+    for name, losses in budget.curves.items():
+        kept = np.unique(np.linspace(0, len(losses) - 1, _POINTS).round().astype(int)).tolist()
+        curves[name] = {"kept": kept, "nats": [float(f"{losses[k]:.6g}") for k in kept]}
+    cost, nats = ([float(f"{point[i]:.6g}") for point in budget.frontier] for i in (0, 1))
+    return {
+        **data,
+        "cost": str(budget.cost),
+        "curves": curves,
+        "widths": {name: dataclasses.asdict(width) for name, width in budget.widths.items()},
+        "frontier": {"cost": cost, "nats": nats},
+        "gap": budget.gap,
+    }

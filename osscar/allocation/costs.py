@@ -1,0 +1,323 @@
+"""What a model costs, in parameters, bytes or operations, as a function of the units it keeps.
+
+A weight has as many entries as the product of its dimensions, each of which loses what units of
+groups take along.  In a transformer no weight loses along two dimensions that a budget may touch,
+so that costs add up over groups; channels of a convolution are read by the next one's filters,
+whose size is a product of two groups' widths.  Where a layer reads the units that it makes, as in
+a recurrent cell, the cost is a product of one group's width with itself: costs of groups still add
+up, but a unit's depends on how many others stay.
+"""
+
+from __future__ import annotations
+
+import enum
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import zip_longest
+from typing import Protocol
+
+import numpy as np
+from numpy.polynomial.polynomial import polyval
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from graph import CouplingGroup, UnitKind
+from osscar.checkpoint.formats import Saving
+from osscar.checkpoint.sizes import header_bytes, written_tensors
+from osscar.data.batches import Batch
+from osscar.network.operations import products
+from osscar.offload.on_disk import OnDisk
+from osscar.shrinking.plan import Form
+
+
+class Cost(enum.StrEnum):
+    """What a budget is counted in."""
+
+    PARAMETERS = "parameters"
+    BYTES = "bytes"
+    """Of the weights, as the model is saved."""
+    FLOPS = "flops"
+    TIME = "time"
+    """Of a forward pass, relative to the dense model's."""
+
+
+ROUNDING = 1e-12
+"""Of costs, relative: sums of operations are no whole numbers, parameters and bytes are."""
+
+
+@dataclass(frozen=True)
+class _Weight:
+    """One tensor: its cost is `price` times the product of its dimensions that are left."""
+
+    price: float
+    shape: tuple[int, ...]
+    taken: tuple[tuple[int, str, int], ...]
+    """Dimension, group, and how many indices along it one unit takes along."""
+
+    def of(self, kept: Mapping[str, int], units: Mapping[str, int]) -> float:
+        left = list(self.shape)
+        for dim, name, width in self.taken:
+            left[dim] -= width * (units[name] - kept.get(name, units[name]))
+        return self.price * math.prod(left)
+
+    def polynomial(
+        self, name: str, kept: Mapping[str, int], units: Mapping[str, int]
+    ) -> list[float]:
+        """Return the cost as a polynomial in what one group keeps, the constant term first.
+
+        A group that lies in two dimensions makes it quadratic.
+        """
+        left, each = list(self.shape), [0] * len(self.shape)
+        for dim, taker, width in self.taken:
+            stays = 0 if taker == name else kept.get(taker, units[taker])
+            left[dim] -= width * (units[taker] - stays)
+            each[dim] += width if taker == name else 0
+        found = [self.price]
+        for rest, slope in zip(left, each, strict=True):
+            if slope:
+                shifted = zip([*found, 0.0], [0.0, *found], strict=True)
+                found = [rest * same + slope * lower for same, lower in shifted]
+            else:
+                found = [rest * same for same in found]
+        return found
+
+
+class CostModel(Protocol):
+    """The cost of a model whose groups keep some of their units."""
+
+    @property
+    def dense(self) -> float:
+        """The cost of the model as it is."""
+
+    def of(self, kept: Mapping[str, int]) -> float:
+        """Return the cost where groups keep so many units; those not named keep all."""
+
+    def over(
+        self, name: str, counts: NDArray[np.int64], kept: Mapping[str, int]
+    ) -> NDArray[np.float64]:
+        """Return the cost with each of some counts of one group, the others as they are kept.
+
+        It is up to a constant: what does not depend on the group may be left out.
+        """
+
+    def separable(self, names: Iterable[str]) -> bool:
+        """Whether the costs of these groups add up."""
+
+
+@dataclass(frozen=True)
+class CountedCost:
+    """A cost that is counted, weight by weight.
+
+    Parameters
+    ----------
+    weights
+        Every tensor that groups own a part of.
+    fixed
+        What does not depend on them.
+    each
+        What one unit of a group costs besides, such as its attention scores.
+    units
+        How many each group has.
+    """
+
+    weights: tuple[_Weight, ...] = field(repr=False)
+    fixed: float
+    each: Mapping[str, float] = field(repr=False)
+    units: Mapping[str, int] = field(repr=False)
+
+    def of(self, kept: Mapping[str, int]) -> float:
+        """Return the cost where groups keep so many units; those not named keep all."""
+        each = (price * kept.get(name, self.units[name]) for name, price in self.each.items())
+        return self.fixed + sum(each) + sum(w.of(kept, self.units) for w in self.weights)
+
+    @property
+    def dense(self) -> float:
+        """The cost of the model as it is."""
+        return self.of({})
+
+    def over(
+        self, name: str, counts: NDArray[np.int64], kept: Mapping[str, int]
+    ) -> NDArray[np.float64]:
+        """Return what so many units of a group cost while the others keep as many as they do."""
+        parts = [[0.0, self.each.get(name, 0.0)]]
+        parts += [w.polynomial(name, kept, self.units) for w in self._by_group.get(name, ())]
+        whole = [sum(terms) for terms in zip_longest(*parts, fillvalue=0.0)]
+        return np.asarray(polyval(counts.astype(np.float64), whole))
+
+    @cached_property
+    def _by_group(self) -> dict[str, list[_Weight]]:
+        found: dict[str, list[_Weight]] = {}
+        for weight in self.weights:
+            for name in {name for _, name, _ in weight.taken}:
+                found.setdefault(name, []).append(weight)
+        return found
+
+    def separable(self, names: Iterable[str]) -> bool:
+        """Whether the costs of these groups add up: no weight loses by two, along two dimensions.
+
+        One group may lose along two by itself, or two along the same.
+        """
+        chosen = set(names)
+
+        def adds_up(weight: _Weight) -> bool:
+            taken = [(dim, name) for dim, name, _ in weight.taken if name in chosen]
+            return any(len(set(of)) == 1 for of in zip(*taken, strict=True)) or not taken
+
+        return all(map(adds_up, self.weights))
+
+
+def count(
+    cost: Cost,
+    model: nn.Module,
+    groups: Sequence[CouplingGroup],
+    example: Batch,
+    program: nn.Module | None = None,
+) -> CountedCost:
+    """Count what a model costs.
+
+    Parameters
+    ----------
+    cost
+        In what.
+    model
+        The dense model.
+    groups
+        All its groups.
+    example
+        Inputs to count the operations of.
+    program
+        Its exported program, on its own tensors, if that is what becomes smaller and is saved.
+    """
+    tensors = dict([*model.named_parameters(), *model.named_buffers()])
+    names = {id(tensor): name for name, tensor in tensors.items()}
+    taken = _taken(model, groups, names)
+    prices: Mapping[str, float] = dict.fromkeys(dict(model.named_parameters()), 1.0)
+    each: Mapping[str, float] = {}
+    rest = 0.0
+    if cost is Cost.BYTES:
+        prices, rest = _stored_bytes(model, names, program)
+    elif cost is Cost.FLOPS:
+        found = _Operations.of(model, tensors, groups, example)
+        prices, each, rest = found.prices, found.each, found.fixed
+    owned = {name: tuple(of) for name, of in taken.items() if name in prices}
+    others = [name for name in prices if name not in owned]
+    return CountedCost(
+        tuple(_Weight(prices[n], tuple(tensors[n].shape), of) for n, of in owned.items()),
+        fixed=rest + sum(prices[name] * tensors[name].numel() for name in others),
+        each=each,
+        units={group.name: group.units for group in groups},
+    )
+
+
+def _stored_bytes(
+    model: nn.Module, names: Mapping[int, str], program: nn.Module | None
+) -> tuple[dict[str, float], float]:
+    """Return the bytes of an entry of each tensor as `save` writes it, and those of the rest.
+
+    These are the numbers in the code of a program, and what the file says of tensors.
+    """
+    saving, saved = Saving.of(model), model if program is None else program
+    written = [
+        (t, saving.format_of(name, t).itemsize) for name, t in written_tensors(saved).items()
+    ]
+    prices = {names[id(t)]: float(size) for t, size in written if id(t) in names}
+    rest = sum(t.numel() * size for t, size in written if id(t) not in names)
+    form = Form.MODULE if program is None else Form.GRAPH
+    return prices, float(rest + header_bytes(saved, form, saving))
+
+
+def _taken(
+    model: nn.Module, groups: Sequence[CouplingGroup], names: Mapping[int, str]
+) -> dict[str, list[tuple[int, str, int]]]:
+    """Return what units take along, by tensor."""
+    taken: dict[str, list[tuple[int, str, int]]] = {}
+    for group in groups:
+        for slot in group.slots:
+            name = names.get(id(_attribute(model, slot.tensor)))
+            if name is not None:
+                # Two slots along one dimension are two parts of it, as in a fused projection.
+                taken.setdefault(name, []).append((slot.dim, group.name, slot.width))
+    return taken
+
+
+def _attribute(model: nn.Module, name: str) -> object:
+    module, _, attribute = name.rpartition(".")
+    return getattr(model.get_submodule(module), attribute, None)
+
+
+# ---- operations --------------------------------------------------------------------------
+
+
+@dataclass
+class _Operations:
+    """What the operations of a model depend on; added up, they are all that a pass takes.
+
+    Parameters
+    ----------
+    prices
+        Of each entry of weights, by name.
+    each
+        Of each unit of a group, such as scores and weighted sums of a head.
+    fixed
+        The rest.
+    """
+
+    prices: Counter[str] = field(default_factory=Counter)
+    each: Counter[str] = field(default_factory=Counter)
+    fixed: float = 0.0
+
+    @classmethod
+    def of(
+        cls,
+        model: nn.Module,
+        tensors: Mapping[str, Tensor],
+        groups: Sequence[CouplingGroup],
+        example: Batch,
+    ) -> _Operations:
+        """Share out each product among the weights that it takes, or the heads that it is of.
+
+        One with a weight that lies on disk, and cannot be told, is shared by all weights on disk of
+        the module that was running.
+        """
+        names = {id(tensor): name for name, tensor in tensors.items() if tensor.ndim > 1}
+        heads = _heads_by_module(groups)
+        found = cls()
+        for product in products(model, names, example):
+            weights = product.weights
+            if product.constant and not weights:
+                weights = _on_disk(model.get_submodule(product.module), names)
+            if weights:
+                entries = sum(tensors[name].numel() for name in weights)
+                found.prices.update(dict.fromkeys(weights, product.operations / entries))
+                continue
+            several = _nearest(heads, product.module)
+            units = sum(group.units for group in several)
+            found.each.update({group.name: product.operations / units for group in several})
+            found.fixed += 0 if several else product.operations
+        return found
+
+
+def _on_disk(module: nn.Module, names: Mapping[int, str]) -> frozenset[str]:
+    """Return the weights of a module that lie on disk."""
+    own = module._parameters.values()
+    return frozenset(names[id(p)] for p in own if isinstance(p, OnDisk) and id(p) in names)
+
+
+def _heads_by_module(groups: Sequence[CouplingGroup]) -> dict[str, list[CouplingGroup]]:
+    """Return the groups of heads by the modules around the layers that make or read them."""
+    found: dict[str, list[CouplingGroup]] = {}
+    for group in groups:
+        if group.kind is UnitKind.HEADS:
+            for module in {slot.module.rpartition(".")[0] for slot in group.slots}:
+                found.setdefault(module, []).append(group)
+    return found
+
+
+def _nearest(heads: Mapping[str, list[CouplingGroup]], module: str) -> list[CouplingGroup]:
+    """Return the groups of heads whose scores a module may take: its own, or those around it."""
+    while module and module not in heads:
+        module = module.rpartition(".")[0]
+    return heads.get(module, [])

@@ -1,0 +1,166 @@
+"""What keeping k of a group's units costs in the outputs of the whole model, for every k."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from graph import CouplingGroup
+from osscar.allocation.curvature import GroupCurvature, curvature
+from osscar.base.json_files import parse_json
+from osscar.base.phases import Phase, phase
+from osscar.base.ranks import Message, Ranks
+from osscar.preparation.opened import Opened
+from osscar.walk.regularization import DAMPS, DEFAULT_DAMP
+from solvers import SubsetProblem
+from solvers.closed_forms.elimination import Removal, eliminate, support_after
+from solvers.closed_forms.refit import refit
+
+_TOKENS = 8192
+_SAMPLES = 128
+"""Tokens of a language model, or samples of any other, that curvature is measured on at most."""
+
+_LEAST_DAMP = 1e-4
+"""Of refits that held-out samples look at, so that none is singular."""
+
+
+@dataclass(frozen=True, eq=False)
+class Curve:
+    """The predicted divergence of a model of which one group has lost units.
+
+    Parameters
+    ----------
+    name
+        The group.
+    losses
+        (units + 1,): with k units left, the Kullback-Leibler divergence of the model's predictions
+        from the dense ones, in nats a prediction; does not increase with k, and ends with 0.
+    comparable
+        Whether it is that, or, as no gradient reaches the group, the loss of its consumers relative
+        to their own outputs.
+    """
+
+    name: str
+    losses: NDArray[np.float64] = field(repr=False)
+    comparable: bool = True
+
+
+def measure_curves(
+    ready: Opened, groups: Sequence[CouplingGroup], *, damp: float | None, seed: int
+) -> Iterator[Curve]:
+    """Yield a curve for each group; see `osscar.allocation.curvature`.
+
+    Parameters
+    ----------
+    ready
+        The dense model with its data.
+    groups
+        The groups.
+    damp
+        Weight of the proximal term, relative to each entry on the Gram matrix's diagonal.  None:
+        for each group, what serves held-out samples best, or the default where there are none.
+    seed
+        Of the labels that are sampled.
+
+    Raises
+    ------
+    NonFiniteError
+        If gradients are not finite.
+    """
+    measured = curvature(ready, groups, samples=curve_samples(ready), seed=seed)
+    while True:
+        with phase(Phase.CURVATURE):  # not while others look at what is yielded
+            found = next(measured, None)
+        if found is None:
+            return
+        with phase(Phase.CURVES):
+            losses = _losses(found, damp)
+        yield Curve(found.group.name, losses, found.reached)
+
+
+def curve_samples(ready: Opened) -> int:
+    """Return on how many samples curvature is measured at most."""
+    length = ready.inputs.settings.get("seqlen")
+    return _SAMPLES if length is None else max(1, _TOKENS // length)
+
+
+def told_curves(ranks: Ranks, mine: Sequence[Curve]) -> dict[str, Curve]:
+    """Return the curves of all ranks, by group.
+
+    Parameters
+    ----------
+    ranks
+        Among which the groups are shared out.
+    mine
+        Those of this rank's groups.
+    """
+    words = json.dumps({curve.name: curve.comparable for curve in mine})
+    losses = {curve.name: torch.from_numpy(curve.losses) for curve in mine}
+    return {
+        name: Curve(name, told.tensors[name].numpy(), comparable)
+        for told in ranks.from_all("curves", Message(words, losses))
+        for name, comparable in parse_json(told.text, dict[str, bool], "curves").items()
+    }
+
+
+def elimination_curve(problem: SubsetProblem) -> NDArray[np.float64]:
+    """Return the loss with k units left, (units + 1,), as units leave one by one.
+
+    Each step takes the unit that costs least; the last of them costs what is left.
+    """
+    return _summed(problem, _eliminated(problem))
+
+
+def _eliminated(problem: SubsetProblem) -> list[Removal]:
+    return eliminate(problem, problem.units - 1) if problem.units > 1 else []
+
+
+def _summed(problem: SubsetProblem, removals: Sequence[Removal]) -> NDArray[np.float64]:
+    risen = np.maximum([removal.loss for removal in removals], 0.0)
+    losses = np.concatenate([[0.0], np.cumsum(risen)])
+    whole = max(problem.scale, float(losses[-1]))
+    return np.concatenate([[whole], losses[::-1]])
+
+
+# ---- on samples that were held out -------------------------------------------------------
+
+
+def _losses(found: GroupCurvature, damp: float | None) -> NDArray[np.float64]:
+    """Return the curve of a group: where samples were held out, it goes through what they tell.
+
+    Damping counts as a loss on a curve, as if nothing made up for a unit, and samples that weights
+    are fitted to are fitted the better the fewer they are: one errs where a layer reads samples at
+    many positions, the other where at few.  So the damping is what serves held-out samples best,
+    with half of the units, and the curve is scaled to what they lose then.
+    """
+    half = found.group.units // 2
+    if not found.holds_out or not half:
+        return elimination_curve(found.problem(DEFAULT_DAMP if damp is None else damp))
+    if damp is None:
+        damp = _best_damp(found, half)
+    problem = found.problem(damp)
+    removals = _eliminated(problem)
+    losses = _summed(problem, removals)
+    held = _held_loss(found, damp, support_after(removals[: found.group.units - half], problem))
+    return losses * (held / losses[half]) if held > 0 and losses[half] > 0 else losses
+
+
+def _best_damp(found: GroupCurvature, keep: int) -> float:
+    """Return the damping whose refit serves held-out samples best.
+
+    The units kept are those that the default leaves: what is best hardly depends on them.
+    """
+    problem = found.problem(DEFAULT_DAMP)
+    kept = support_after(eliminate(problem, found.group.units - keep), problem)
+    return min(DAMPS, key=lambda damp: _held_loss(found, damp, kept))
+
+
+def _held_loss(found: GroupCurvature, damp: float, kept: Tensor) -> float:
+    weights, _ = refit(found.problem(max(damp, _LEAST_DAMP)), kept)
+    return found.held_loss(weights)

@@ -1,0 +1,105 @@
+"""How far the pruned model's predictions are from the dense ones, measured."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from graph.tracing.preserve import without_cache
+from osscar.allocation.curvature import logits_of
+from osscar.base.errors import NonFiniteError
+from osscar.base.ranks import ALONE, Ranks
+from osscar.data.batches import Batch, ModelInputs
+from osscar.network.modules import fresh
+from osscar.preparation.failures import batch_named
+from osscar.preparation.opened import Opened
+
+MOST_BYTES = 256 << 20
+"""Memory of the dense predictions that are kept; of more, evenly spread ones are taken."""
+
+
+@dataclass(frozen=True, eq=False)
+class Reference:
+    """What the dense model predicts on some samples.
+
+    Parameters
+    ----------
+    batches
+        Samples, one a batch.
+    logarithms
+        Log-probabilities of the dense model, (predictions, classes), for each of them.
+    rows
+        Which of its predictions these are.
+    inputs
+        What the samples are of.
+    ranks
+        Among which the samples are shared out; those here are this one's.
+    """
+
+    batches: Sequence[Batch] = field(repr=False)
+    logarithms: Sequence[Tensor] = field(repr=False)
+    rows: Sequence[Tensor] = field(repr=False)
+    inputs: ModelInputs = field(repr=False)
+    ranks: Ranks = ALONE
+
+    @classmethod
+    def of(cls, ready: Opened, samples: int) -> Reference | None:
+        """Run the dense model on the last samples; None if it puts out no logits.
+
+        Raises
+        ------
+        CalibrationError
+            If it fails on them.
+        """
+        batches = ready.inputs.batches(ready.model, 1)[-samples:]
+        mine = [batches[i] for i in ready.ranks.share([1.0] * len(batches))]
+        logarithms: list[Tensor] = []
+        rows: list[Tensor] = []
+        for index, batch in enumerate(mine):
+            found = _logarithms(ready.model, batch, ready.inputs, index)
+            if found is None:
+                break
+            most = max(1, MOST_BYTES // (len(batches) * found.shape[-1] * 4))
+            step = -(-len(found) // most)
+            rows.append(torch.arange(step // 2, len(found), step, device=found.device))
+            logarithms.append(found[rows[-1]].clone())
+        if ready.ranks.any("the dense predictions", len(logarithms) < len(mine)):
+            return None
+        return cls(mine, logarithms, rows, ready.inputs, ready.ranks)
+
+    def divergence(self, model: nn.Module) -> float:
+        """Return the mean Kullback-Leibler divergence from the dense predictions, in nats.
+
+        Parameters
+        ----------
+        model
+            The pruned model, on the same device.
+        """
+        total, count = 0.0, 0
+        kept = zip(self.batches, self.logarithms, self.rows, strict=True)
+        for index, (batch, dense, rows) in enumerate(kept):
+            found = _logarithms(model, batch, self.inputs, index)
+            assert found is not None
+            impossible = dense == -torch.inf  # which counts nothing, whatever the other says
+            terms = torch.where(impossible, 0.0, dense.exp() * (dense - found[rows]))
+            total += float(terms.sum(-1).double().sum())
+            count += len(rows)
+        sums = torch.tensor([total, count], dtype=torch.float64)
+        self.ranks.add_up("the divergence", [sums])
+        total, count = float(sums[0]), int(sums[1])
+        if not math.isfinite(total):
+            raise NonFiniteError(
+                "the pruned model's logits are NaN or infinite where the dense model's are not; "
+                "use --dtype float32, or a higher --damp"
+            )
+        return max(total / count, 0.0)
+
+
+def _logarithms(model: nn.Module, batch: Batch, inputs: ModelInputs, index: int) -> Tensor | None:
+    with torch.no_grad(), without_cache(model), batch_named(model, index):
+        logits = logits_of(model(**fresh(batch)), batch, inputs)
+    return None if logits is None else logits.flatten(0, -2).float().log_softmax(-1)

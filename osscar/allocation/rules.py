@@ -1,0 +1,359 @@
+"""How a budget is shared out: evenly, by what each group loses, or by scores of all units."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from graph import CouplingGroup
+from osscar.allocation.budget import Budget, Width
+from osscar.allocation.costs import ROUNDING, Cost, CostModel
+from osscar.allocation.curves import Curve
+from osscar.allocation.knapsack import BudgetError, choose
+from osscar.allocation.widths import possible_widths
+from osscar.base.errors import RequestError
+from osscar.request import PruningRequest, Widths
+
+_HALVINGS = 40
+"""Of the interval in which a share is looked for."""
+
+_ROUNDS = 60
+_SWEEPS = 30
+_PRICES = 96
+_FRONTIER = 24
+"""Points of the frontier that are kept at most."""
+
+
+class Rule(Protocol):
+    """How a budget is shared out."""
+
+    def choose(self, cost: CostModel, limit: float) -> dict[str, int]:
+        """Return what groups keep so that the model costs at most the limit."""
+
+    def budget(self, kind: Cost, cost: CostModel, limit: float, found: dict[str, int]) -> Budget:
+        """Report on a choice."""
+
+
+@dataclass(frozen=True, eq=False)
+class Uniform:
+    """The same share of the units of every group, as large as the limit allows.
+
+    Shares are rounded to widths that groups may have, those of the coarsest groups first: the
+    others, which move in finer steps, make up for it.  Groups of the same widths stay alike.
+
+    Parameters
+    ----------
+    shared
+        The groups.
+    widths, keep
+        As the request has them, and what other groups keep.
+    """
+
+    shared: Sequence[CouplingGroup]
+    widths: Widths
+    keep: Mapping[str, int]
+
+    def choose(self, cost: CostModel, limit: float) -> dict[str, int]:
+        """Return the counts of the largest share within the limit, or the least ones."""
+        alike: dict[tuple[int, ...], list[str]] = {}
+        for group in self.shared:
+            options = possible_widths(group, self.widths)
+            alike.setdefault(tuple(options.tolist()), []).append(group.name)
+        finer = [_Alike(names, np.array(options)) for options, names in alike.items()]
+        finer.sort(key=lambda some: len(some.options))
+        kept = dict(self.keep)
+        while finer:
+            coarsest = finer.pop(0)
+            kept.update(coarsest.rounded(finer, cost, limit * (1 + ROUNDING), kept))
+        return {group.name: kept[group.name] for group in self.shared}
+
+    def budget(self, kind: Cost, cost: CostModel, limit: float, found: dict[str, int]) -> Budget:
+        """Report without a prediction."""
+        return _unpredicted(self.shared, kind, cost, limit, {**self.keep, **found})
+
+
+@dataclass(frozen=True, eq=False)
+class _Alike:
+    """Groups that keep the same number of units, and what numbers that may be."""
+
+    names: Sequence[str]
+    options: NDArray[np.int64]
+
+    def keeping(self, count: float) -> dict[str, int]:
+        return dict.fromkeys(self.names, int(count))
+
+    def nearest(self, share: float) -> int:
+        """Return the place of the option that is nearest to a share of all, the larger of two."""
+        middles = (self.options[1:] + self.options[:-1]) / 2
+        return int(np.searchsorted(middles, share * self.options[-1], side="right"))
+
+    def rounded(
+        self, finer: Sequence[_Alike], cost: CostModel, limit: float, kept: Mapping[str, int]
+    ) -> dict[str, int]:
+        """Return what these keep at the share that comes to the limit, rounded.
+
+        Parameters
+        ----------
+        finer
+            Groups that have the same share, and yet are to be rounded.
+        cost, limit
+            What all may come to.
+        kept
+            What other groups keep.
+        """
+
+        def between(share: float) -> float:
+            """Return the cost at a share, straight between that of two options of these groups."""
+            place = share * self.options[-1]
+            above = int(np.searchsorted(self.options, place))
+            around = self.options[max(above - 1, 0) : above + 1]
+            others = {
+                k: v for f in finer for k, v in f.keeping(f.options[f.nearest(share)]).items()
+            }
+            costs = [cost.of({**kept, **others, **self.keeping(count)}) for count in around]
+            return float(np.interp(place, around, costs))
+
+        low, high = 0.0, 1.0
+        for _ in range(_HALVINGS):
+            middle = (low + high) / 2
+            low, high = (middle, high) if between(middle) <= limit else (low, middle)
+        least = {k: v for f in finer for k, v in f.keeping(f.options[0]).items()}
+        place = self.nearest(low)
+        while place and cost.of({**kept, **least, **self.keeping(self.options[place])}) > limit:
+            place -= 1
+        return self.keeping(self.options[place])
+
+
+@dataclass(frozen=True, eq=False)
+class ByScores:
+    """The units with the highest scores, wherever they are: one threshold for all groups.
+
+    Parameters
+    ----------
+    shared
+        The groups.
+    scores
+        Of the units of each group, (units,), by its name; see `osscar.allocation.fluctuation`.
+    widths, keep
+        As the request has them, and what other groups keep.
+    """
+
+    shared: Sequence[CouplingGroup]
+    scores: Mapping[str, NDArray[np.float64]]
+    widths: Widths
+    keep: Mapping[str, int]
+
+    def choose(self, cost: CostModel, limit: float) -> dict[str, int]:
+        """Return the counts at the lowest threshold within the limit, or the least ones."""
+        scores = np.concatenate([self.scores[group.name] for group in self.shared])
+        groups = np.repeat(np.arange(len(self.shared)), [group.units for group in self.shared])
+        order = groups[np.argsort(-scores, kind="stable")]
+        low, high = 0, len(order)
+        while low < high:
+            middle = (low + high + 1) // 2
+            within = cost.of({**self.keep, **self._at(order[:middle])}) <= limit
+            low, high = (middle, high) if within else (low, middle - 1)
+        return self._at(order[:low])
+
+    def _at(self, kept: NDArray[np.int64]) -> dict[str, int]:
+        """Return the counts if these units stay, each given by its group, at widths allowed."""
+        counts = np.bincount(kept, minlength=len(self.shared))
+        found = {}
+        for group, count in zip(self.shared, counts, strict=True):
+            allowed = possible_widths(group, self.widths)
+            found[group.name] = int(max(allowed[allowed <= count], default=allowed[0]))
+        return found
+
+    def budget(self, kind: Cost, cost: CostModel, limit: float, found: dict[str, int]) -> Budget:
+        """Report without a prediction."""
+        return _unpredicted(self.shared, kind, cost, limit, {**self.keep, **found})
+
+
+def _unpredicted(
+    shared: Sequence[CouplingGroup], kind: Cost, cost: CostModel, limit: float, keep: dict[str, int]
+) -> Budget:
+    """Report on what groups keep where nothing predicts what that loses."""
+    widths = {group.name: Width(str(group.kind), group.units, keep[group.name]) for group in shared}
+    return Budget(kind, limit, cost.dense, cost.of(keep), widths=widths)
+
+
+@dataclass(frozen=True, eq=False)
+class ByCurves:
+    """The widths of least predicted divergence."""
+
+    curves: Mapping[str, Curve]
+    options: Mapping[str, NDArray[np.int64]]
+    keep: Mapping[str, int]
+    kinds: Mapping[str, str]
+
+    @classmethod
+    def of(
+        cls,
+        shared: Sequence[CouplingGroup],
+        request: PruningRequest,
+        keep: Mapping[str, int],
+        curves: Mapping[str, Curve],
+    ) -> ByCurves:
+        """Take the curve of each group, and the widths that it may have."""
+        options = {group.name: possible_widths(group, request.widths) for group in shared}
+        kinds = {group.name: str(group.kind) for group in shared}
+        return cls({name: curves[name] for name in options}, options, keep, kinds)
+
+    def choose(self, cost: CostModel, limit: float) -> dict[str, int]:
+        """Return the widths of least predicted divergence within the limit, or the least ones."""
+        least = {name: int(some[0]) for name, some in self.options.items()}
+        if not cost.of({**self.keep, **least}) <= limit * (1 + ROUNDING):
+            return least
+        problem = self._problem(cost, limit)
+        return problem.exact()[0] if cost.separable(self.options) else problem.alternating()
+
+    def _problem(self, cost: CostModel, limit: float) -> _Shared:
+        losses = {name: self.curves[name].losses[some] for name, some in self.options.items()}
+        return _Shared(cost, limit, self.keep, self.options, losses)
+
+    def budget(self, kind: Cost, cost: CostModel, limit: float, found: dict[str, int]) -> Budget:
+        """Report with the prediction, and a bound on it where costs add up."""
+        proved = cost.separable(self.options)
+        problem = self._problem(cost, limit)
+        parts = {name: float(self.curves[name].losses[kept]) for name, kept in found.items()}
+        return Budget(
+            kind,
+            limit,
+            dense=cost.dense,
+            reached=cost.of({**self.keep, **found}),
+            predicted=sum(parts.values()),
+            lower_bound=problem.exact()[1] if proved else None,
+            comparable=all(curve.comparable for curve in self.curves.values()),
+            curves={name: tuple(c.losses.tolist()) for name, c in self.curves.items()},
+            widths={
+                name: Width(self.kinds[name], len(c.losses) - 1, found[name], parts[name])
+                for name, c in self.curves.items()
+            },
+            frontier=problem.frontier(),
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class _Shared:
+    """Groups that share a budget: their options, what these lose, and what they cost together."""
+
+    cost: CostModel
+    limit: float
+    others: Mapping[str, int]
+    options: Mapping[str, NDArray[np.int64]]
+    losses: Mapping[str, NDArray[np.float64]]
+
+    def exact(self) -> tuple[dict[str, int], float]:
+        """Solve the knapsack: costs of groups add up."""
+        names, least = list(self.options), self._least()
+        costs = [self._over(name, least) for name in names]
+        costs = [over - over[0] for over in costs]
+        try:
+            room = self.limit - self.cost.of(least)
+            choice = choose([self.losses[n] for n in names], costs, room)
+        except BudgetError as error:  # by less than rounding, as the least widths were checked
+            raise RequestError(f"the budget cannot be met: {error}") from error
+        chosen = zip(names, choice.options, strict=True)
+        return {name: int(self.options[name][i]) for name, i in chosen}, choice.lower_bound
+
+    def alternating(self) -> dict[str, int]:
+        """Choose widths whose costs multiply: one group after the other, at one price for all.
+
+        At a price for the cost, each group in turn takes its best width given the others', until
+        none changes; the price is the least that comes within the limit, and what is left of that
+        is spent.
+        """
+        low, high = 0.0, 1e-12
+        kept = self._at(high, self._all())
+        while self.cost.of(kept) > self.limit and high < 1e300:
+            low, high = high, 10 * high
+            kept = self._at(high, kept)
+        for _ in range(_ROUNDS):
+            middle = math.sqrt(max(low, 1e-3 * high) * high)
+            found = self._at(middle, self._all())
+            if self.cost.of(found) > self.limit:
+                low = middle
+            else:
+                high, kept = middle, found
+        return self._spent({name: kept[name] for name in self.options})
+
+    def _all(self) -> dict[str, int]:
+        return {**self.others, **{name: int(some[-1]) for name, some in self.options.items()}}
+
+    def _least(self) -> dict[str, int]:
+        return {**self.others, **{name: int(some[0]) for name, some in self.options.items()}}
+
+    def _over(self, name: str, kept: Mapping[str, int]) -> NDArray[np.float64]:
+        """Return what the options of a group cost, up to a constant."""
+        return self.cost.over(name, self.options[name], kept)
+
+    def _at(self, price: float, start: Mapping[str, int]) -> dict[str, int]:
+        kept = dict(start)
+        for _ in range(_SWEEPS):
+            before = dict(kept)
+            for name, some in self.options.items():
+                paid = self.losses[name] + price * self._over(name, kept)
+                kept[name] = int(some[paid.argmin()])
+            if kept == before:
+                break
+        return kept
+
+    def frontier(self) -> tuple[tuple[float, float], ...]:
+        """Return costs of the whole model with the least loss at each, whatever the limit.
+
+        They are the choices at one price of the cost each, from that at which nothing leaves to
+        that at which all leaves that may: no choice of the same cost has a smaller loss where costs
+        of groups add up.  Where they multiply, some are worse than others that cost less, and left
+        out.
+        """
+        low, high = self._prices()
+        prices = np.geomspace(low, high, _PRICES).tolist() if high > 0 else []
+        choices = [self._all(), *(self._at(price, self._all()) for price in prices)]
+        found: list[tuple[float, float]] = []
+        for cost, loss in sorted({(self.cost.of(kept), self._loss(kept)) for kept in choices}):
+            if not found or loss <= found[-1][1]:  # to the dense model, which others may equal
+                found.append((cost, loss))
+        chosen = np.unique(np.linspace(0, len(found) - 1, _FRONTIER).round().astype(int))
+        return tuple(found[i] for i in chosen)
+
+    def _prices(self) -> tuple[float, float]:
+        """Return a price below which nothing leaves, and one above which all leaves that may."""
+        every, least = self._all(), self._least()
+        low, high = math.inf, 0.0
+        for name, losses in self.losses.items():
+            costs = self._over(name, every)
+            lost, spared = losses[:-1] - losses[-1], costs[-1] - costs[:-1]
+            some = (lost > 0) & (spared > 0)
+            low = min([low, *(lost[some] / spared[some])])
+            costs = self._over(name, least)
+            gained, paid = losses[0] - losses[1:], costs[1:] - costs[0]
+            high = max([high, *(gained[paid > 0] / paid[paid > 0])])
+        return (0.9 * low, 1.1 * high) if math.isfinite(low) else (0.0, 0.0)
+
+    def _loss(self, kept: Mapping[str, int]) -> float:
+        indices = {name: np.searchsorted(some, kept[name]) for name, some in self.options.items()}
+        return sum(float(self.losses[name][index]) for name, index in indices.items())
+
+    def _spent(self, kept: dict[str, int]) -> dict[str, int]:
+        """Widen groups, the one that gains most by its cost first, as far as the limit allows."""
+        while True:
+            room = self.limit - self.cost.of({**self.others, **kept})
+            best: tuple[float, str, int] | None = None
+            for name, some in self.options.items():
+                now = int(np.searchsorted(some, kept[name]))
+                costs = self._over(name, {**self.others, **kept})
+                fits = np.flatnonzero(costs[now + 1 :] - costs[now] <= room)
+                if len(fits):
+                    widest = now + 1 + int(fits[-1])
+                    gain = float(self.losses[name][now] - self.losses[name][widest])
+                    rate = gain / max(float(costs[widest] - costs[now]), 1e-300)
+                    if gain > 0 and (best is None or rate > best[0]):
+                        best = rate, name, int(some[widest])
+            if best is None:
+                return kept
+            kept = {**kept, best[1]: best[2]}

@@ -1,0 +1,236 @@
+"""Which groups a request reaches, and what each may keep by itself."""
+
+from __future__ import annotations
+
+import fnmatch
+import math
+import re
+from collections.abc import Collection, Sequence
+from fractions import Fraction
+
+import numpy as np
+from numpy.typing import NDArray
+
+from graph import CouplingGroup
+from osscar.base.errors import FrozenGroupError, RequestError
+from osscar.base.printable import counted
+from osscar.preparation.opened import Opened
+from osscar.request import PRUNED_KINDS, PruningRequest, Widths, parse_keep
+
+_MOST_TOLD = 4
+
+# ---- which groups ------------------------------------------------------------------------
+
+
+def asked_groups(
+    ready: Opened, request: PruningRequest, left: Collection[str] = ()
+) -> tuple[list[CouplingGroup], dict[str, int], list[CouplingGroup]]:
+    """Return the groups within reach, what some keep by name or kind, and those with a budget."""
+    residual = ready.residual
+    groups = reachable(ready.groups, request, residual, left)
+    shared = [group for group in groups if shares(group, request, residual)]
+    return groups, kept_by_name(groups, request, residual), shared
+
+
+def reachable(
+    groups: Sequence[CouplingGroup],
+    request: PruningRequest,
+    residual: Collection[str] = (),
+    left: Collection[str] = (),
+) -> list[CouplingGroup]:
+    """Return the groups that the request does not skip, nor are left; what it names has to exist.
+
+    Raises
+    ------
+    RequestError
+        If a named group does not exist, or a pattern to skip matches none.
+    FrozenGroupError
+        If what was asked for is frozen everywhere, or a frozen group was named.
+    """
+    by_name = {group.name: group for group in groups}
+    for name in request.groups:
+        if name not in by_name:
+            raise RequestError(f"there is no group {name!r}; `osscar inspect` lists the groups")
+        if by_name[name].frozen:
+            raise FrozenGroupError(frozen_message(by_name[name]))
+    _check_kinds(groups, request, residual)
+    skipped = _skipped(by_name, request.skip) | set(left)
+    return [group for group in groups if group.name not in skipped]
+
+
+def shares(group: CouplingGroup, request: PruningRequest, residual: Collection[str]) -> bool:
+    """Whether a group shares the budget: nobody has said what it keeps."""
+    return (
+        group.prunable
+        and group.units > 1
+        and group.kind in PRUNED_KINDS
+        and group.name not in residual
+        and group.name not in request.groups
+        and request.of_kind(group.kind) is None
+    )
+
+
+def kept_by_name(
+    groups: Sequence[CouplingGroup], request: PruningRequest, residual: Collection[str] = ()
+) -> dict[str, int]:
+    """Return what those groups keep of which the request says so, by name or by kind.
+
+    Raises
+    ------
+    RequestError
+        If a count exceeds what exists, or a fraction keeps nothing.
+    """
+    kept: dict[str, int] = {}
+    for group in groups:
+        asked = (
+            parse_keep(request.groups[group.name])
+            if group.name in request.groups
+            else request.fraction_or_count(group.kind, group.name in residual)
+        )
+        if asked is not None and group.prunable and group.units > 1:
+            kept[group.name] = count_kept(group, asked, request.round_to)
+    return kept
+
+
+def _skipped(names: Collection[str], patterns: Sequence[str]) -> set[str]:
+    """Return the names that a pattern matches; each has to match one."""
+    skipped: set[str] = set()
+    for pattern in patterns:
+        matched = [name for name in names if fnmatch.fnmatchcase(name, pattern)]
+        if not matched:
+            raise RequestError(
+                f"no group is called {pattern!r}, which --skip names; `osscar inspect` lists the "
+                "groups"
+            )
+        skipped.update(matched)
+    return skipped
+
+
+def _check_kinds(
+    groups: Sequence[CouplingGroup], request: PruningRequest, residual: Collection[str]
+) -> None:
+    streams = [group for group in groups if group.name in residual]
+    if request.residual is not None:
+        _check_some("residual channels", streams)
+    for kind in PRUNED_KINDS:
+        if request.of_kind(kind) is not None:
+            _check_some(kind, [g for g in groups if g.kind is kind and g not in streams])
+
+
+def _check_some(what: str, groups: Sequence[CouplingGroup]) -> None:
+    if not groups:
+        raise RequestError(f"this model has no group of {what}; `osscar inspect` lists the groups")
+    if not any(group.prunable for group in groups):
+        raise FrozenGroupError(frozen_message(groups[0]))
+
+
+def frozen_message(group: CouplingGroup) -> str:
+    """Say why a group cannot be pruned."""
+    freeze = group.frozen[0]
+    return (
+        f"group {group.name!r} cannot be pruned: {freeze.reason} "
+        f"({freeze.operator or 'graph'} in {freeze.module or 'the model'})"
+    )
+
+
+# ---- a count or a fraction of each group -------------------------------------------------
+
+
+def count_kept(group: CouplingGroup, asked: Fraction | int, round_to: int) -> int:
+    """Return the units that a group keeps of a count or a share, at a width that is rounded."""
+    if isinstance(asked, int):
+        if asked > group.units:
+            raise RequestError(
+                f"cannot keep {counted(asked, 'unit')} of {group.name!r}, which has "
+                f"{group.units} {group.kind}"
+            )
+        exact = Fraction(asked)
+    else:
+        exact = asked * group.units
+    # Half a unit rounds up: rather keep one more than one less.
+    count = math.floor(exact + Fraction(1, 2))
+    if count < 1:
+        raise RequestError(
+            f"keeping {float(asked):g} of the {group.units} {group.kind} of {group.name!r} "
+            "keeps none; ask for a lower sparsity"
+        )
+    if count == group.units:
+        return count
+    step, largest = _steps(group, round_to)
+    if step == 1:
+        return count
+    return min(max(step, math.floor(exact / step + Fraction(1, 2)) * step), largest)
+
+
+def _steps(group: CouplingGroup, round_to: int) -> tuple[int, int]:
+    """Return by how many units the width moves to stay a multiple of `round_to`, and the most.
+
+    Kernels may ask for longer steps.
+    """
+    width = min((slot.width for slot in group.slots), default=1)
+    step = math.lcm(round_to // math.gcd(round_to, width), group.step)
+    largest = group.units // step * step
+    if largest == 0:
+        raise RequestError(
+            f"round-to {round_to} cannot be met by {group.name!r}: "
+            f"its {group.units} {group.kind} are {group.units * width} wide; give a smaller one"
+        )
+    return step, largest
+
+
+def possible_widths(group: CouplingGroup, widths: Widths) -> NDArray[np.int64]:
+    """Return the counts that a group may keep: all of its units, or a width that is round."""
+    step, largest = _steps(group, widths.round_to)
+    least = -(-widths.least(group.units) // step) * step
+    return np.unique([*range(least, largest + 1, step), group.units])
+
+
+def about_half(group: CouplingGroup, widths: Widths, place: int = 0) -> int:
+    """Return a width near half, of those that the group may have, that divides it least.
+
+    A number in the code that stands for all units is hidden by what divides it: `view(-1, 64)`
+    takes 32 channels of two samples for those of one.  `place` counts down the next best, so that
+    one number does not serve two groups.
+    """
+    units = group.units
+    fewer = [int(kept) for kept in possible_widths(group, widths) if kept < units]
+    fewer.sort(key=lambda kept: (math.gcd(kept, units), abs(2 * kept - units), -kept))
+    return fewer[min(place, len(fewer) - 1)] if fewer else units
+
+
+def why_out_of_reach(
+    groups: Sequence[CouplingGroup], request: PruningRequest, residual: Collection[str]
+) -> str:
+    """Say why a budget reaches none of the groups."""
+    others = [group for group in groups if group.prunable and group.units > 1]
+    named = kept_by_name(groups, request, residual)
+    if any(group.name in named for group in others):
+        return (
+            f"{request.budget_in_words} is shared by what nothing else names, and nothing is left "
+            "for it: what to keep of heads, neurons, channels or single groups is given for all "
+            "of them; leave one of these away, or the budget"
+        )
+    if not others:
+        return why_frozen(groups) or (
+            "nothing can be removed: the model has no coupling group with units that may leave; "
+            "`osscar inspect` shows what its layers are coupled by"
+        )
+    told = [f"{g.name!r} ({counted(g.units, 'unit')})" for g in others[:_MOST_TOLD]]
+    more = f" and {len(others) - _MOST_TOLD} more" if len(others) > _MOST_TOLD else ""
+    streams = any(group.name in residual for group in others)
+    return (
+        "a budget reaches heads, neurons and channels that nothing else names, and there are none; "
+        f"what may be pruned is {', '.join(told)}{more}: name what to keep of it, such as by "
+        f"{'residual=0.5, or ' if streams else ''}groups={{{others[0].name!r}: 0.5}} in Python"
+    )
+
+
+def why_frozen(groups: Sequence[CouplingGroup]) -> str:
+    """Say why groups cannot be pruned, if none can; those of repeated blocks once."""
+    if any(group.prunable and group.units > 1 for group in groups):
+        return ""
+    frozen = {re.sub(r"\d+", "", g.name): frozen_message(g) for g in reversed(groups) if g.frozen}
+    if not frozen:
+        return ""
+    told = "; ".join([*frozen.values()][::-1][:_MOST_TOLD])
+    return f"no group of this model can be pruned; `osscar inspect` lists them: {told}"

@@ -1,0 +1,102 @@
+"""Where models run and in which number format."""
+
+from __future__ import annotations
+
+import platform
+from pathlib import Path
+
+import torch
+
+from osscar.base.errors import DeviceError
+from osscar.base.inputs import shown
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def resolve_device(device: str | torch.device = "auto") -> torch.device:
+    """Turn ``"auto"``, ``"cpu"`` or ``"cuda"`` (or ``"cuda:1"``) into a device that exists.
+
+    Raises
+    ------
+    DeviceError
+        If the name is unknown or there is no such device.
+    """
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        resolved = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise DeviceError(
+            f"unknown device {shown(device)}; give 'auto', 'cpu' or 'cuda'"
+        ) from error
+    if resolved.type not in ("cpu", "cuda") or (resolved.type == "cpu" and resolved.index):
+        raise DeviceError(f"cannot run on {str(device)!r}; give 'auto', 'cpu' or 'cuda'")
+    if resolved.type == "cuda" and (resolved.index or 0) >= torch.cuda.device_count():
+        raise DeviceError(
+            f"no device {str(device)!r}: PyTorch sees {torch.cuda.device_count()} CUDA devices; "
+            "give 'cpu' or 'auto'"
+        )
+    return resolved
+
+
+def is_host(device: torch.device) -> bool:
+    """Whether files can be read straight into tensors that lie on a device."""
+    return device.type == "cpu"
+
+
+def resolve_dtype(
+    dtype: str | torch.dtype | None, device: torch.device | None = None
+) -> torch.dtype | None:
+    """Turn the name of a number format into a dtype.
+
+    Parameters
+    ----------
+    dtype
+        ``"float32"``, ``"bfloat16"``, ``"float16"``, one of these dtypes, or ``"auto"`` (also
+        None): as stored on a GPU, float32 on a CPU, where half precision is slow and inexact.
+    device
+        Where the model will run; the CPU by default.
+
+    Returns
+    -------
+    torch.dtype or None
+        None stands for "as stored".
+
+    Raises
+    ------
+    DeviceError
+        If the format is none of these.
+    """
+    if dtype is None or dtype == "auto":
+        return torch.float32 if device is None or device.type == "cpu" else None
+    resolved = next(
+        (
+            kind
+            for name, kind in DTYPES.items()
+            if dtype is kind or dtype in (name, f"torch.{name}")
+        ),
+        None,
+    )
+    if resolved is None:
+        raise DeviceError(f"unknown number format {shown(dtype)}; give auto, {', '.join(DTYPES)}")
+    return resolved
+
+
+def this_device(device: torch.device) -> dict[str, str]:
+    """Return what decides how fast kernels run here, and how they round, besides their inputs."""
+    on_card = device.type == "cuda"
+    return {
+        "device": torch.cuda.get_device_name(device) if on_card else _processor(),
+        "threads": "" if on_card else str(torch.get_num_threads()),
+        "torch": torch.__version__,
+    }
+
+
+def _processor() -> str:
+    """Return the name of the processor, which Python knows on some systems only."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        lines = []
+    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(named, platform.processor() or platform.machine())

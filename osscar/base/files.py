@@ -1,0 +1,241 @@
+"""Files: written whole or not at all, and recognized by what they hold."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from osscar.base.errors import FileError, OutputError
+from osscar.base.inputs import check_regular, file_name
+
+PARTIAL = ".partial"
+"""How the names of files end that are being written."""
+
+_LONGEST_PATH = 4096
+"""Bytes, as Linux has it; other systems refuse earlier."""
+
+_DEEPEST = 256
+"""Directories in one another; Python makes each in the call that makes the next."""
+
+
+def cache_directory() -> Path:
+    """Give the place of what is kept between runs: ``$OSSCAR_CACHE``, else ``~/.cache/osscar``."""
+    configured = os.environ.get("OSSCAR_CACHE")
+    return Path(configured) if configured else Path.home() / ".cache" / "osscar"
+
+
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """Give a place beside `path` to write to; once the block has ended, it becomes `path`.
+
+    The place bears the number of the process, so that two never write to the same.  It is on the
+    disk before it becomes `path`: what survives a loss of power is either whole or not there.  A
+    pipe or a device is written to itself, since it cannot be replaced.
+
+    Raises
+    ------
+    OutputError
+        If it cannot be written; what was there is left as it was.
+    """
+    target = resolved(path)
+    partial = target.with_name(f".{target.name}.{os.getpid()}{PARTIAL}")
+    try:
+        if target.exists() and not target.is_file():
+            yield target
+            return
+        with system_errors():
+            yield partial
+        settle(partial)
+        partial.replace(target)
+        with suppress(OSError):  # it is there, whatever a loss of power may undo
+            settle(target.parent)
+    except OSError as error:
+        raise OutputError(f"cannot write {path}: {reason_of(error)}{remedy(error)}") from error
+    finally:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+
+
+def resolved(path: str | os.PathLike[str]) -> Path:
+    """Return a path that is to be written without links in it.
+
+    Raises
+    ------
+    OutputError
+        If it cannot be a path: links that lead nowhere or in a circle, a user without a home, NUL,
+        bytes that are not UTF-8, more than a system takes.
+    OptionError
+        If it is neither text nor a path.
+    """
+    name = file_name(path, "the output", "the name of a file or directory")
+    try:
+        given = Path(name).expanduser().absolute()
+        found = given.resolve()
+        _check_text(found)
+        _check_links(given)
+        if len(os.fsencode(found)) >= _LONGEST_PATH or len(found.parts) > _DEEPEST:
+            raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
+    except (OSError, RuntimeError, ValueError) as error:
+        raise OutputError(f"cannot write {name[:300]!r}: {reason_of(error)}") from error
+    return found
+
+
+def _check_text(path: Path) -> None:
+    """Refuse a name that pages, JSON and the writers of tokenizers could not hold.
+
+    Raises
+    ------
+    OutputError
+        If its bytes are not UTF-8.
+    """
+    if not is_text(str(path)):
+        raise OutputError(f"cannot write {str(path)[:300]!a}: the name is not UTF-8; give another")
+
+
+def is_text(name: str) -> bool:
+    """Tell whether a name is Unicode: what Python makes of other bytes cannot be encoded again."""
+    return not any("\ud800" <= c <= "\udfff" for c in name)
+
+
+def _check_links(path: Path) -> None:
+    """Refuse a path through a link to nothing: whoever follows it makes that, somewhere else.
+
+    Raises
+    ------
+    OutputError
+        Naming the link, and where it leads.
+    """
+    for place in (path, *path.parents):
+        if place.is_symlink() and not place.exists():
+            raise OutputError(
+                f"cannot write {path}: {place} is a link to {str(place.readlink())!r}, where there "
+                "is nothing; make that, remove the link, or give another"
+            )
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text; the file appears whole or not at all.
+
+    Raises
+    ------
+    OutputError
+        If it cannot be written.
+    """
+    with whole(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, content: Any, *, indent: int | None = 2) -> None:
+    """Write JSON; the file appears whole or not at all.
+
+    Raises
+    ------
+    OutputError
+        If it cannot be written.
+    ValueError
+        If a number in it is not finite, which JSON cannot say.
+    """
+    write_text(path, json.dumps(content, indent=indent, allow_nan=False) + "\n")
+
+
+@contextmanager
+def stored(path: Path) -> Iterator[None]:
+    """Let the block write a file by means that make it whole, and wait until it is on the disk.
+
+    Raises
+    ------
+    OutputError
+        If the system refuses.
+    """
+    try:
+        with system_errors():
+            yield
+        settle(path)
+    except OSError as error:
+        raise OutputError(f"cannot write {path}: {reason_of(error)}{remedy(error)}") from error
+
+
+def settle(path: Path) -> None:
+    """Wait until a file, or the names in a directory, are on the disk.
+
+    Raises
+    ------
+    OSError
+        If they cannot get there.
+    """
+    if os.name != "posix" and path.is_dir():
+        return  # directories cannot be opened there
+    descriptor = os.open(path, os.O_RDONLY if os.name == "posix" else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _CANNOT_SYNC:
+            raise
+    finally:
+        os.close(descriptor)
+
+
+_CANNOT_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)
+"""What file systems answer that know no such thing, as some networks do not of directories."""
+
+
+def reason_of(error: BaseException) -> str:
+    """Return what the system says of an error, without number and path."""
+    return getattr(error, "strerror", None) or str(error) or type(error).__name__
+
+
+def remedy(error: OSError) -> str:
+    """Return what to do about an error, as the end of a message; empty where that is not known."""
+    return _REMEDIES.get(error.errno or 0, "")
+
+
+_REMEDIES = {
+    errno.ENOSPC: "; make room there",
+    errno.EDQUOT: "; make room there",
+    errno.EFBIG: "; allow larger files (ulimit -f)",
+}
+
+
+@contextmanager
+def system_errors() -> Iterator[None]:
+    """Raise what the system refuses as an OSError, also where a library says so in its own way.
+
+    safetensors, tokenizers and `solvers` raise other exceptions, with the number in the text.
+    """
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:
+        number = re.search(r"\b(?:os error|Errno) (\d+)\b", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
+
+
+def digest(data: bytes | str) -> str:
+    """Return the SHA-256 of some bytes, or of a text in UTF-8, as 64 hexadecimal digits."""
+    return hashlib.sha256(data.encode() if isinstance(data, str) else data).hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    """Return the SHA-256 of a file, read piece by piece.
+
+    Raises
+    ------
+    FileError
+        If it cannot be read.
+    """
+    try:
+        check_regular(path)
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise FileError(path, f"cannot be read: {reason_of(error)}") from error

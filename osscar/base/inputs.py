@@ -1,0 +1,128 @@
+"""What comes from outside: names of files, and files that may be anything."""
+
+from __future__ import annotations
+
+import errno
+import os
+import reprlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from osscar.base.errors import ModelError, OptionError
+
+TEXT_LIMIT = 2**30
+
+
+_SHOWN = reprlib.Repr()
+_SHOWN.maxstring = _SHOWN.maxother = _SHOWN.maxlong = 60
+
+
+def shown(value: object) -> str:
+    """Return an argument as a message shows it: short, whatever it is, and if it has no text."""
+    try:
+        return _SHOWN.repr(value)
+    except Exception:  # anyone's code may run here
+        return f"an object of {type(value).__qualname__}"
+
+
+def file_name(value: object, what: str, example: str) -> str:
+    """Return a name of a file or model as text.
+
+    Parameters
+    ----------
+    value
+        What the caller gave.
+    what
+        What it names, such as ``"the model"``.
+    example
+        What would have served.
+
+    Raises
+    ------
+    OptionError
+        If it is neither text nor a path.
+    """
+    if isinstance(value, str | os.PathLike):
+        name = os.fspath(value)
+        if isinstance(name, str):
+            return name
+    raise OptionError(f"{what} is {shown(value)} ({type(value).__name__}); give {example}")
+
+
+def whole_number(value: object, what: str, least: int) -> int:
+    """Return a number that counts something.
+
+    Parameters
+    ----------
+    value
+        What the caller gave.
+    what
+        What it counts, and by which option it is given.
+    least
+        The smallest that makes sense.
+
+    Raises
+    ------
+    OptionError
+        If it is no whole number, or too small.
+    """
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise OptionError(
+            f"{what} is {shown(value)} ({type(value).__name__}); give a whole number from {least}"
+        )
+    if value < least:
+        raise OptionError(f"{what} must be at least {least}, not {shown(value)}")
+    return value
+
+
+def check_regular(path: Path) -> None:
+    """Refuse pipes, sockets and devices, reading which may never end.
+
+    Raises
+    ------
+    OSError
+        With a reason as ``strerror``.
+    """
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise OSError(errno.EINVAL, "it is a pipe or a device, not a file", str(path))
+
+
+def read_bytes(path: Path, limit: int) -> bytes:
+    """Read a regular file of at most so many bytes.
+
+    Raises
+    ------
+    OSError
+        If it cannot be read, is no regular file, or is larger; with a reason as ``strerror``.
+    """
+    check_regular(path)
+    with path.open("rb") as file:
+        if os.fstat(file.fileno()).st_size > limit:
+            raise OSError(errno.EFBIG, f"it has more than {limit:,} bytes", str(path))
+        data = file.read(limit + 1)  # files of the kernel do not tell their size
+    if len(data) > limit:
+        raise OSError(errno.EFBIG, f"it has more than {limit:,} bytes", str(path))
+    return data
+
+
+@contextmanager
+def panics_are_errors(what: str) -> Iterator[None]:
+    """Turn a panic of the library of tokenizers, which is no `Exception`, into an error of ours.
+
+    Parameters
+    ----------
+    what
+        What the block does.
+
+    Raises
+    ------
+    ModelError
+        If the library panics.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise ModelError(f"the tokenizer fails on {what}: {error}; get its files anew") from error

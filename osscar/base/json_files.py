@@ -1,0 +1,213 @@
+"""JSON from outside: read without being believed."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from osscar.base.errors import FileError
+from osscar.base.files import reason_of
+from osscar.base.inputs import read_bytes
+
+T = TypeVar("T")
+
+STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+"""For the ``__pydantic_config__`` of a dataclass that `read_json` reads; what it contains follows.
+
+Of the types that JSON has, none is taken for another; no field is missing or left over.
+"""
+
+MEGABYTE = 2**20
+
+_LARGEST = 2**63
+"""Whole numbers lie below it and above its negative: tensors hold no others."""
+
+_MOST_DIGITS = 40
+"""Of a whole number in a file that is not ours."""
+
+_SHOWN = 60
+"""Characters of an offending value that a message shows."""
+
+
+def read_json(path: Path, schema: type[T], *, limit: int = 16 * MEGABYTE) -> T:
+    """Read a JSON file that anyone may have written.
+
+    Parameters
+    ----------
+    path
+        The file.
+    schema
+        What it has to hold: a dataclass whose ``__pydantic_config__`` is `STRICT`.
+    limit
+        Bytes that it may have at most.
+
+    Raises
+    ------
+    FileError
+        If it is missing, too large, no JSON (as RFC 8259 has it: no NaN; no key twice), nested too
+        deeply, or does not hold what the schema says; the message names the field.
+    """
+    return parse_json(_read_text(path, limit), schema, path)
+
+
+def validated(content: Any, schema: type[T], name: str) -> T:
+    """Check JSON-able data that came some other way, as `read_json` does.
+
+    Raises
+    ------
+    FileError
+        If it is not JSON-able, or does not hold what the schema says.
+    """
+    try:
+        text = json.dumps(content)
+    except RecursionError as error:
+        raise FileError(name, "it is nested too deeply") from error
+    except (TypeError, ValueError) as error:
+        raise FileError(name, str(error)) from error
+    return parse_json(text, schema, name)
+
+
+def read_object(path: Path, *, limit: int = 64 * MEGABYTE) -> dict[str, Any]:
+    """Read a JSON object of another project's, whose fields nobody here can list.
+
+    It comes in on the same way as with `read_json`, less the schema.  Infinity is let through,
+    since some families write it (``time_step_limit`` of Mamba), and so are large numbers
+    (``model_max_length`` of tokenizers is 1e30).
+
+    Parameters
+    ----------
+    path
+        The file.
+    limit
+        Bytes that it may have at most.
+
+    Raises
+    ------
+    FileError
+        If it is missing, too large, no JSON object, holds NaN or one key twice, or is nested too
+        deeply.
+    """
+    text = _read_text(path, limit)
+    try:
+        with _syntax_named():
+            found = json.loads(
+                text, parse_constant=_infinite, parse_int=_short, object_pairs_hook=_distinct
+            )
+    except RecursionError as error:
+        raise FileError(path, "it is nested too deeply") from error
+    except ValueError as error:
+        raise FileError(path, str(error)) from error
+    if not isinstance(found, dict):
+        raise FileError(path, f"it holds a {type(found).__name__}, not an object")
+    return found
+
+
+def parse_json(text: str, schema: type[T], path: str | os.PathLike[str]) -> T:
+    """Check and parse the text of a JSON file, as `read_json` does.
+
+    Raises
+    ------
+    FileError
+        As there.
+    """
+    try:
+        _refuse_oddities(text)
+        return cast(T, _adapter(cast(Any, schema)).validate_json(text))
+    except ValidationError as error:
+        raise FileError(path, _first(error)) from error
+    except RecursionError as error:
+        raise FileError(path, "it is nested too deeply") from error
+    except ValueError as error:
+        raise FileError(path, str(error)) from error
+
+
+def _read_text(path: Path, limit: int) -> str:
+    try:
+        return read_bytes(path, limit).decode("utf-8")
+    except OSError as error:
+        raise FileError(path, f"it cannot be read: {reason_of(error)}") from error
+    except UnicodeDecodeError as error:
+        raise FileError(path, f"it is not UTF-8 (byte {error.start})") from error
+
+
+@cache
+def _adapter(schema: type[Any]) -> TypeAdapter[Any]:
+    return TypeAdapter(schema)
+
+
+def _refuse_oddities(text: str) -> None:
+    """Refuse what parsers of JSON differ about: they would not all read the same."""
+    with _syntax_named():
+        json.loads(
+            text,
+            parse_constant=_refused,
+            parse_float=_finite,
+            parse_int=_moderate,
+            object_pairs_hook=_distinct,
+        )
+
+
+@contextmanager
+def _syntax_named() -> Iterator[None]:
+    """Say of a text that is no JSON that it is none, and not only which sign was expected where."""
+    try:
+        yield
+    except json.JSONDecodeError as error:
+        raise ValueError(f"it is not JSON: {error}") from error
+
+
+def _refused(text: str) -> float:
+    raise ValueError(f"{text} is not JSON; give a finite number")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text:.{_SHOWN}} is not a finite number")
+    return value
+
+
+def _infinite(text: str) -> float:
+    return float(text) if text != "NaN" else _refused(text)
+
+
+def _short(text: str) -> int:
+    if len(text) > _MOST_DIGITS:
+        raise ValueError(f"{text:.{_SHOWN}} has {len(text)} digits")
+    return int(text)
+
+
+def _moderate(text: str) -> int:
+    if len(text) > 20 or not -_LARGEST < int(text) < _LARGEST:
+        raise ValueError(f"{text:.{_SHOWN}} is not a number below 2^63")
+    return int(text)
+
+
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the key {twice!r:.{_SHOWN}} stands there twice")
+    return found
+
+
+def _first(error: ValidationError) -> str:
+    """Say the first thing that is wrong: where, what, and the value."""
+    found = error.errors(include_url=False)[0]
+    place = ".".join(str(part) for part in found["loc"])
+    complete = found["type"] in ("json_invalid", "missing", "value_error")
+    shown = "" if complete else f", not {found['input']!r}"
+    if len(shown) > _SHOWN:
+        shown = shown[:_SHOWN] + "..."
+    message = found["msg"].removeprefix("Value error, ")
+    message = message[:1].lower() + message[1:]
+    return f"{place or 'it'}: {message}{shown}"

@@ -1,0 +1,183 @@
+"""How much memory there is, and how much of it this process has."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from osscar.base.errors import NoMemoryError, OptionError, first_line
+from osscar.base.inputs import shown
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None  # type: ignore[assignment]
+
+_STATM = Path("/proc/self/statm")
+_MEMINFO = Path("/proc/meminfo")
+_CGROUP = Path("/sys/fs/cgroup")
+_PAGE = os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 4096
+
+_SIZE = re.compile(r"(\d{1,15}(?:\.\d{1,6})?)\s*([KMGT]?)(i?)B?", re.IGNORECASE)
+_POWERS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
+
+
+def parse_size(value: object) -> int:
+    """Read a size of memory: ``"8GB"``, ``"512MiB"``, or a number of bytes.
+
+    Raises
+    ------
+    OptionError
+        If it is none.
+    """
+    text = str(value).strip()
+    found = _SIZE.fullmatch(text)
+    if isinstance(value, bool) or not isinstance(value, str | int) or found is None:
+        raise OptionError(f"{shown(value)} is no size of memory; give one such as 8GB or 512MiB")
+    number, unit, binary = found.groups()
+    size = int(float(number) * (1024 if binary else 1000) ** _POWERS[unit.upper()])
+    if size < 1:
+        raise OptionError(f"{shown(value)} is no memory at all; give a size such as 8GB")
+    return size
+
+
+def in_words(size: int) -> str:
+    """Return a size in words, rounded up, such as `parse_size` reads it."""
+    if size < 10**6:
+        return f"{size}B"  # to two digits of a GB it would be another one than was given
+    return f"{-(-size // 10**7) / 100:.2f}GB"
+
+
+def resident_memory() -> int:
+    """Return how many bytes this process has in memory.
+
+    Raises
+    ------
+    OptionError
+        If the system does not tell.
+    """
+    try:
+        return int(_STATM.read_text().split()[1]) * _PAGE
+    except (OSError, ValueError, IndexError):
+        raise OptionError(
+            "this system does not tell how much memory a process has, so that no limit can be "
+            "kept; leave --max-memory away"
+        ) from None
+
+
+def peak_memory() -> int | None:
+    """Return the most bytes this process has had in memory; None where the system does not tell."""
+    if resource is None:
+        return None
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else most * 1024
+
+
+def available_memory() -> int | None:
+    """Return how many bytes this process may take, or None where the system does not tell."""
+    found = []
+    try:
+        line = next(x for x in _MEMINFO.read_text().splitlines() if x.startswith("MemAvailable:"))
+        found.append(int(line.split()[1]) * 1024)
+    except (OSError, ValueError, IndexError, StopIteration):
+        pass
+    for group, limit, usage in (
+        (_CGROUP, "memory.max", "memory.current"),
+        (_CGROUP / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
+    ):
+        try:
+            most, used = (int((group / file).read_text()) for file in (limit, usage))
+            # Of what files are cached, a group is given back as much as it needs.
+            cached = re.findall(
+                r"^(?:in)?active_file (\d+)$", (group / "memory.stat").read_text(), re.M
+            )
+            found.append(max(0, most - used + sum(map(int, cached))))
+        except (OSError, ValueError):  # no such group, or "max"
+            continue
+    return min(found, default=None)
+
+
+def give_back() -> None:
+    """Give memory that was freed back to the system, where the allocator keeps it."""
+    trim = _trim()
+    if trim is not None:
+        trim(0)
+
+
+@cache
+def _trim() -> Callable[[int], int] | None:
+    try:
+        found: Callable[[int], int] = ctypes.CDLL("libc.so.6").malloc_trim
+    except (OSError, AttributeError):
+        return None
+    return found
+
+
+# ---- memory that is not there ------------------------------------------------------------
+
+_ON_DISK = "(where they do already, a smaller one keeps fewer of them in memory)"
+
+FOR_BATCHES = (
+    "give smaller batches (--batch-size), shorter or fewer windows (--seqlen, --samples), --device "
+    f"cpu where that has more memory, or --max-memory, with which weights stay on disk {_ON_DISK}"
+)
+"""What helps where data run through a model."""
+
+FOR_MATRICES = (
+    "that depends on the layer alone: give --device cpu where that has more memory, --max-memory, "
+    "with which weights stay on disk and need not be beside it, or leave the group alone (--skip)"
+)
+"""What helps where a layer is measured and solved."""
+
+FOR_WEIGHTS = (
+    "give a smaller --max-memory, so that fewer others are kept beside it, smaller batches "
+    "(--batch-size), or --device cpu where that has more memory"
+)
+"""What helps where a weight is read that lies on disk."""
+
+
+def is_shortage(error: BaseException) -> bool:
+    """Whether an error says that a device has no memory left."""
+    of_cpu = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    return of_cpu or isinstance(error, torch.OutOfMemoryError | MemoryError | NoMemoryError)
+
+
+def let_shortage_pass(error: BaseException) -> None:
+    """Raise an error again that says so, which is no fault of the code that met it."""
+    if is_shortage(error):
+        raise error
+
+
+def shortage(error: BaseException, what: str, advice: str) -> NoMemoryError:
+    """Return the error that says what there was no memory for, and what helps."""
+    return NoMemoryError(f"there is no memory for {what} ({first_line(error):.200}); {advice}")
+
+
+@contextmanager
+def memory_for(what: str, advice: str) -> Iterator[None]:
+    """Say what there was no memory for in the block, and what helps.
+
+    Parameters
+    ----------
+    what, advice
+        In words.
+
+    Raises
+    ------
+    NoMemoryError
+        If there was none.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_shortage(error):
+            raise
+        raise shortage(error, what, advice) from error

@@ -1,0 +1,391 @@
+"""GGUF, the file format of llama.cpp, for models of the LLaMA graph with layers of any width.
+
+llama.cpp has one width for all layers in its architecture ``llama``, and one for each in ``deci``,
+which computes the same: there ``attention.head_count``, ``attention.head_count_kv`` and
+``feed_forward_length`` are arrays over the layers.  Everything else of the format is in
+https://github.com/ggml-org/ggml/blob/master/docs/gguf.md.
+
+Both rotate neighbouring features of a head together, transformers those half a head apart, so that
+the rows of the query and key projections are put in another order.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from osscar.base.errors import (
+    CheckpointError,
+    EquivalenceError,
+    MissingDependency,
+    ModelError,
+    OptionError,
+    OutputError,
+)
+from osscar.base.files import reason_of, resolved, whole
+from osscar.base.inputs import file_name
+from osscar.checkpoint.directory import load
+from osscar.checkpoint.manifest import is_checkpoint
+from osscar.export.gguf_tokens import Vocabulary, add_value, read_vocabulary
+
+FORMATS = ("f32", "f16", "bf16")
+"""Number formats of the matrices; vectors are float32 always, as llama.cpp wants them."""
+
+_FAMILIES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM")
+"""Whose graph, up to biases, is that of LLaMA."""
+
+_MAGIC = b"GGUF"
+
+_TELLING = ("phi-3", "phi3", "modern-bert")
+"""Names of models, in lower case, from which llama.cpp concludes how special tokens are found."""
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written.
+
+    Parameters
+    ----------
+    path
+        The file.
+    architecture
+        Of llama.cpp: ``llama``, or ``deci`` where layers differ.
+    dtype
+        Number format of the matrices.
+    bytes
+        Size of the file.
+    """
+
+    path: Path
+    architecture: str
+    dtype: str
+    bytes: int
+
+
+def export_gguf(
+    directory: str | os.PathLike[str],
+    out: str | os.PathLike[str] | None = None,
+    *,
+    dtype: str = "f16",
+    overwrite: bool = False,
+) -> Exported:
+    """Write a checkpoint as one GGUF file, read it back, compare, and put it in its place.
+
+    Parameters
+    ----------
+    directory
+        A checkpoint of a language model, pruned or not, with its tokenizer.
+    out
+        The file; by default beside the directory, such as ``smaller-f16.gguf`` for ``smaller``.
+    dtype
+        ``f32``, ``f16`` or ``bf16``; vectors, of which there are few, are float32 always.
+    overwrite
+        Replace a GGUF file; nothing else is ever replaced.
+
+    Raises
+    ------
+    CheckpointError
+        If the directory holds none that can be read.
+    ModelError
+        If llama.cpp has no graph for the model or no name for its tokenizer, with the reason.
+    OutputError
+        If the file is there already or cannot be written.
+    EquivalenceError
+        If what was read back is not what was written; the file is not there then.
+    OptionError
+        If the number format is not known, or the directory is no name of one.
+    MissingDependency
+        If the package ``gguf`` is not installed.
+    """
+    if dtype not in FORMATS:
+        raise OptionError(f"the number format is {dtype!r:.60}; give one of {', '.join(FORMATS)}")
+    library = _library()
+    source = Path(_named(directory)).expanduser()
+    if not source.is_dir() or not is_checkpoint(source):
+        raise CheckpointError(
+            f"{str(directory)!r} is no directory with a checkpoint; give one that `osscar prune` "
+            "wrote, or one of a model of transformers"
+        )
+    name = source.resolve().name
+    target = source.resolve().with_name(f"{name}-{dtype}.gguf") if out is None else resolved(out)
+    _check_target(target, overwrite)
+    graph = Graph(load(source), dtype, library)
+    vocabulary = read_vocabulary(source, graph.config.vocab_size)
+    with whole(target) as partial:
+        _write(partial, name, graph, vocabulary)
+        _check_written(partial, graph, vocabulary)
+    return Exported(target, graph.architecture, dtype, target.stat().st_size)
+
+
+def _named(directory: object) -> str:
+    """Return the name of the directory; a model has to be saved before it can be exported."""
+    example = "the directory of a checkpoint, such as result.save(directory).path"
+    return file_name(directory, "the checkpoint", example)
+
+
+def _library() -> Any:
+    try:
+        return importlib.import_module("gguf")
+    except ImportError as error:
+        raise MissingDependency(
+            "writing GGUF needs the package 'gguf'; install it with "
+            "`python3 -m pip install 'osscar[gguf]'`"
+        ) from error
+
+
+def _check_target(target: Path, overwrite: bool) -> None:
+    """Refuse a file that must not be replaced or cannot be written, before any work is done."""
+    try:
+        if target.is_dir():
+            raise OutputError(f"{target} is a directory; give a file")
+        if not target.parent.is_dir():
+            raise OutputError(f"cannot write {target}: {target.parent} is no directory")
+        if target.exists():
+            if not overwrite:
+                raise OutputError(
+                    f"{target} is there already; give another, or --overwrite "
+                    "(overwrite=True in Python)"
+                )
+            with target.open("rb") as file:
+                if file.read(len(_MAGIC)) != _MAGIC:
+                    raise OutputError(f"{target} is no GGUF file, and would be lost; give another")
+    except OSError as error:
+        raise OutputError(f"cannot write {target}: {reason_of(error)}") from error
+
+
+# ---- the graph ---------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Graph:
+    """A model as llama.cpp computes it, or a refusal.
+
+    Parameters
+    ----------
+    model
+        Of transformers.
+    dtype
+        Number format of its matrices in the file.
+    library
+        The package ``gguf``.
+    """
+
+    model: Any
+    dtype: str
+    library: Any
+
+    def __post_init__(self) -> None:
+        reason = _why_not(self.model)
+        if reason is not None:
+            raise ModelError(f"llama.cpp cannot run the model: {reason}")
+
+    @property
+    def config(self) -> Any:
+        """Of the model."""
+        return self.model.config
+
+    @property
+    def head_width(self) -> int:
+        """Features of a head."""
+        width: int = self.model.model.layers[0].self_attn.head_dim
+        return width
+
+    @cached_property
+    def heads(self) -> list[int]:
+        """Query heads of each layer."""
+        return [layer.self_attn.q_proj.out_features // self.head_width for layer in self._layers]
+
+    @cached_property
+    def key_heads(self) -> list[int]:
+        """Heads of keys and values of each layer."""
+        return [layer.self_attn.k_proj.out_features // self.head_width for layer in self._layers]
+
+    @cached_property
+    def neurons(self) -> list[int]:
+        """Neurons of each layer."""
+        return [layer.mlp.down_proj.in_features for layer in self._layers]
+
+    @property
+    def architecture(self) -> str:
+        """What llama.cpp calls it."""
+        alike = all(len(set(of)) == 1 for of in (self.heads, self.key_heads, self.neurons))
+        return "llama" if alike else "deci"
+
+    @property
+    def context(self) -> int:
+        """Tokens at once: no more than a sliding window, since neither architecture has one."""
+        longest: int = self.config.max_position_embeddings
+        window = getattr(self.config, "sliding_window", None)
+        return longest if window is None else min(longest, window)
+
+    @property
+    def _layers(self) -> Any:
+        return self.model.model.layers
+
+    def fields(self) -> dict[str, int | float | list[int]]:
+        """Return the sizes that the file names, by key without the architecture."""
+        config, widths = self.config, (self.heads, self.key_heads, self.neurons)
+        shown = [of if self.architecture == "deci" else of[0] for of in widths]
+        return {
+            "block_count": len(self._layers),
+            "context_length": self.context,
+            "embedding_length": config.hidden_size,
+            "feed_forward_length": shown[2],
+            "attention.head_count": shown[0],
+            "attention.head_count_kv": shown[1],
+            "attention.key_length": self.head_width,
+            "attention.value_length": self.head_width,
+            "attention.layer_norm_rms_epsilon": float(config.rms_norm_eps),
+            "rope.dimension_count": self.head_width,
+            "rope.freq_base": float(config.rope_parameters["rope_theta"]),
+            "vocab_size": config.vocab_size,
+        }
+
+    def tensors(self) -> Iterator[tuple[str, Tensor, int]]:
+        """Yield each tensor with its name in the file, and how many rotated heads it has, or 0."""
+        architecture = self.library.MODEL_ARCH[self.architecture.upper()]
+        names = self.library.get_tensor_name_map(architecture, len(self._layers))
+        tied = self.model.lm_head.weight is self.model.model.embed_tokens.weight
+        for name, tensor in self.model.state_dict().items():
+            if tied and name == "lm_head.weight":
+                continue
+            found = names.get_name(name, try_suffixes=(".weight", ".bias"))
+            if found is None:
+                raise ModelError(f"llama.cpp cannot run the model: it has no place for {name!r}")
+            rotated = ".q_proj." in name or ".k_proj." in name
+            yield found, tensor, tensor.shape[0] // self.head_width if rotated else 0
+        factors = _rotary_factors(self.model)
+        if factors is not None:
+            yield "rope_freqs.weight", factors, 0
+
+
+def _why_not(model: Any) -> str | None:
+    """Say what about a model is not in the graph of LLaMA; None if nothing."""
+    kind = type(model).__name__
+    if kind not in _FAMILIES:
+        return (
+            f"it is a {kind}, and its architectures 'llama' and 'deci' are the graph of "
+            f"{', '.join(_FAMILIES)}"
+        )
+    if model.config.hidden_act != "silu":
+        return f"its neurons have the activation {model.config.hidden_act!r} and not 'silu'"
+    rotary = model.model.rotary_emb
+    scaled = float(rotary.attention_scaling)
+    if rotary.rope_type not in ("default", "linear", "llama3") or scaled != 1:
+        return f"its rotary positions are of the type {rotary.rope_type!r}"
+    widths = {layer.self_attn.head_dim for layer in model.model.layers}
+    if len(widths) > 1 or any(
+        layer.self_attn.scaling != layer.self_attn.head_dim**-0.5 for layer in model.model.layers
+    ):
+        return (
+            f"its heads are {sorted(widths)} features wide, or scaled in another way than by that"
+        )
+    return None
+
+
+def _rotary_factors(model: Any) -> Tensor | None:
+    """Return by what each frequency is divided, (head width / 2,) float32; None where by nothing.
+
+    That is how llama.cpp takes frequencies other than theta to the power of -2 i / width.
+    """
+    rotary = model.model.rotary_emb
+    if rotary.rope_type == "default":
+        return None
+    found: Tensor = rotary.inv_freq.double()
+    exponents = torch.arange(len(found), dtype=torch.float64) / len(found)
+    plain = float(model.config.rope_parameters["rope_theta"]) ** -exponents
+    return (plain / found).float()
+
+
+def _neighbours(rows: Tensor, heads: int) -> Tensor:
+    """Put the rows of each head in an order in which those that rotate together are neighbours."""
+    halves = torch.unflatten(rows, 0, (heads, 2, -1))
+    return halves.transpose(1, 2).flatten(0, 2)
+
+
+def _halves(rows: Tensor, heads: int) -> Tensor:
+    """Undo `_neighbours`."""
+    pairs = torch.unflatten(rows, 0, (heads, -1, 2))
+    return pairs.transpose(1, 2).flatten(0, 2)
+
+
+# ---- the file ----------------------------------------------------------------------------
+
+_TYPES = {"f32": "F32", "f16": "F16", "bf16": "BF16"}
+_TORCH = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+def _type_of(tensor: Tensor, dtype: str) -> str:
+    return _TYPES[dtype] if tensor.dim() > 1 else "F32"
+
+
+def _write(path: Path, name: str, graph: Graph, vocabulary: Vocabulary) -> None:
+    library = graph.library
+    writer = library.GGUFWriter(path, graph.architecture)
+    try:
+        if not any(word in name.lower() for word in _TELLING):
+            writer.add_name(name)
+        writer.add_file_type(library.LlamaFileType[_file_type(graph.dtype)])
+        for key, value in graph.fields().items():
+            add_value(writer, f"{graph.architecture}.{key}", value)
+        vocabulary.write(writer)
+        for key, tensor, _ in graph.tensors():
+            kind = _type_of(tensor, graph.dtype)
+            size = tensor.numel() * _TORCH[kind].itemsize
+            of = library.GGMLQuantizationType[kind]
+            writer.add_tensor_info(key, tensor.shape, np.dtype(np.float32), size, of)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for key, tensor, heads in graph.tensors():
+            ordered = _neighbours(tensor, heads) if heads else tensor
+            stored = ordered.to(_TORCH[_type_of(tensor, graph.dtype)]).contiguous()
+            if not bool(stored.isfinite().all()):
+                raise ModelError(
+                    f"{key!r} holds numbers that {graph.dtype} does not; give bf16 or f32"
+                )
+            writer.write_tensor_data(_bits(stored))
+    finally:
+        writer.close()
+
+
+def _file_type(dtype: str) -> str:
+    return "ALL_F32" if dtype == "f32" else f"MOSTLY_{dtype.upper()}"
+
+
+def _bits(tensor: Tensor) -> np.ndarray[Any, Any]:
+    """Return a tensor for writing; numpy has no bfloat16."""
+    if tensor.dtype is torch.bfloat16:
+        tensor = tensor.view(torch.int16)
+    array: np.ndarray[Any, Any] = tensor.cpu().numpy()
+    return array
+
+
+def _check_written(path: Path, graph: Graph, vocabulary: Vocabulary) -> None:
+    """Read a file as any reader of GGUF does, and compare it with the model."""
+    reader = graph.library.GGUFReader(path)
+    expected: dict[str, Any] = {f"{graph.architecture}.{k}": of for k, of in graph.fields().items()}
+    for key, value in (expected | vocabulary.fields()).items():
+        field = reader.get_field(key)
+        found = None if field is None else field.contents()
+        if found != (float(np.float32(value)) if isinstance(value, float) else value):
+            raise EquivalenceError(f"{key!r} was not read back as it was written")
+    read = {tensor.name: tensor for tensor in reader.tensors}
+    for key, tensor, heads in graph.tensors():
+        found = read.pop(key)
+        values = torch.from_numpy(graph.library.dequantize(found.data, found.tensor_type).copy())
+        rows = _halves(values, heads) if heads else values
+        kind = _TORCH[_type_of(tensor, graph.dtype)]
+        if not torch.equal(rows, tensor.to(kind).float().cpu()):
+            raise EquivalenceError(f"{key!r} was not read back as it was written")
+    if read:
+        raise EquivalenceError(f"{next(iter(read))!r} is in the file, and not in the model")

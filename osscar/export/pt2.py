@@ -1,0 +1,130 @@
+"""A shrunk program as ``.pt2``, the archive of `torch.export`, for engines that read it.
+
+Nothing here reads such a file but the one that was just written: an archive may hold pickled parts.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from graph.tracing.export import varies
+from osscar.base.errors import CheckpointError, ModelError, OutputError
+from osscar.base.files import resolved, whole
+from osscar.checkpoint.directory import load
+from osscar.network.modules import check_module
+from osscar.shrinking.equivalence import prove_equal
+from osscar.shrinking.program.program import ProgramModule, example_of, exported
+
+
+@dataclass(frozen=True)
+class ExportedArchive:
+    """What was written.
+
+    Parameters
+    ----------
+    path, bytes
+        The file.
+    inputs
+        The shape of each input by its name; -1 stands for a size that may vary.
+    """
+
+    path: Path
+    bytes: int
+    inputs: dict[str, tuple[int, ...]]
+
+
+def export_pt2(
+    model: nn.Module | str | os.PathLike[str],
+    out: str | os.PathLike[str] | None = None,
+    *,
+    dense: nn.Module | None = None,
+    overwrite: bool = False,
+) -> ExportedArchive:
+    """Write a shrunk program as an archive of `torch.export`, and compare what was written.
+
+    Parameters
+    ----------
+    model
+        A `ProgramModule`, or a directory that holds one and names what builds its dense model.
+    out
+        The file; by default beside the directory, such as ``smaller.pt2`` for ``smaller``.
+    dense
+        The dense model of a directory whose model is of your own code, as `osscar.load` takes it.
+    overwrite
+        Replace a file that ends in ``.pt2``; nothing else is ever replaced.
+
+    Raises
+    ------
+    CheckpointError
+        If the directory holds none that can be read.
+    ModelError
+        If its modules were shrunk, not its program.
+    OutputError
+        If the file is there already or cannot be written.
+    EquivalenceError
+        If what was read back does not compute the same; the file is not there then.
+    """
+    target = _target(model, out)
+    _check_target(target, overwrite)
+    read = model if isinstance(model, nn.Module) else load(model, dense=dense)
+    check_module(read)
+    if not isinstance(read, ProgramModule):
+        raise ModelError(
+            f"it is a {type(read).__name__}, whose modules are its form; call torch.export on it "
+            "yourself, with inputs of your own, or prune it with form='graph' (--form graph)"
+        )
+    program, example = exported(read), example_of(read)
+    with torch.no_grad():
+        expected = pytree.tree_leaves(read(**example))
+    with whole(target) as partial:
+        with partial.open("wb") as file:
+            torch.export.save(program, file)
+        with partial.open("rb") as file, torch.no_grad():
+            again = torch.export.load(file).module()
+            found = pytree.tree_leaves(again(**example))
+        prove_equal(expected, found, names=("the program", "the archive that was read back"))
+    return ExportedArchive(target, target.stat().st_size, _input_shapes(program, example))
+
+
+def _input_shapes(
+    program: torch.export.ExportedProgram, names: Iterable[str]
+) -> dict[str, tuple[int, ...]]:
+    arguments = program.graph.find_nodes(op="placeholder")
+    shapes = {node.name: node.meta["val"].shape for node in arguments}
+    pairs = zip(names, program.graph_signature.user_inputs, strict=True)
+    return {
+        name: tuple(-1 if varies(size) else int(size) for size in shapes[str(given)])
+        for name, given in pairs
+    }
+
+
+def _target(model: nn.Module | str | os.PathLike[str], out: str | os.PathLike[str] | None) -> Path:
+    if out is not None:
+        return resolved(out)
+    if isinstance(model, nn.Module):
+        raise OutputError("a model in memory has no place of its own; give the file (out=)")
+    source = Path(model).expanduser()
+    if not source.is_dir():
+        raise CheckpointError(f"{str(model)!r} is no directory with a checkpoint")
+    return source.resolve().with_name(f"{source.resolve().name}.pt2")
+
+
+def _check_target(target: Path, overwrite: bool) -> None:
+    """Refuse a file that must not be replaced, before any work is done."""
+    if target.is_dir():
+        raise OutputError(f"{target} is a directory; give a file")
+    if not target.parent.is_dir():
+        raise OutputError(f"cannot write {target}: {target.parent} is no directory")
+    if target.exists() and not overwrite:
+        raise OutputError(
+            f"{target} is there already; give another, or --overwrite (overwrite=True in Python)"
+        )
+    if target.exists() and target.suffix != ".pt2":
+        raise OutputError(f"{target} is no .pt2 file, and would be lost; give another")

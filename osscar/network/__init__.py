@@ -1,0 +1,1 @@
+"""What any network has: modules, operations, predictions."""

@@ -1,0 +1,291 @@
+"""Models of any sort: checked, copied, put into evaluation mode, and put back as they were."""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, TypeAlias, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.utils import _pytree as pytree
+
+from osscar.base.errors import ModelError, NonFiniteError, first_line
+from osscar.offload.on_disk import OnDisk
+
+M = TypeVar("M", bound=nn.Module)
+T = TypeVar("T")
+
+
+_FAULT = {
+    torch.float16: "float16 ends at 65,504: give bfloat16 or float32, or get the checkpoint anew"
+}
+"""What may have happened to numbers of a format."""
+
+
+def check_finite_weights(model: nn.Module, *, buffers: bool = True) -> None:
+    """Refuse a model whose weights are not all numbers.
+
+    Parameters
+    ----------
+    model
+        The model.
+    buffers
+        Whether its buffers count, too, in which infinity is a value like others: masks hold it, and
+        observers of quantization that have seen nothing.  Statistics of normalizations are weights
+        in all but their name.
+
+    Raises
+    ------
+    NonFiniteError
+        Naming the first parameter with NaN or infinity in it, or buffer with NaN.
+    """
+    weights = {id(tensor) for tensor in (*model.parameters(), *_statistics(model))}
+    others = model.named_buffers() if buffers else ()
+    for name, tensor in [*model.named_parameters(), *others]:
+        real = tensor.is_floating_point() and tensor.layout is torch.strided
+        if isinstance(tensor, OnDisk) or tensor.is_meta or not real or not tensor.numel():
+            continue  # what lies on disk is checked when it is first read
+        low, high = tensor.aminmax()  # NaN comes through; ten times faster than isfinite
+        allowed = Tensor.isfinite if id(tensor) in weights else _is_no_nan
+        if not (allowed(low) and allowed(high)):
+            bad = tensor.numel() - int(allowed(tensor).sum())
+            raise NonFiniteError(
+                f"{bad} of {tensor.numel()} values of {name!r} are NaN or infinite; "
+                f"{_FAULT.get(tensor.dtype, 'the checkpoint is damaged, get it anew')}"
+            )
+
+
+def _statistics(model: nn.Module) -> Iterator[Tensor]:
+    for module in model.modules():
+        if isinstance(module, _NormBase):
+            yield from module.buffers(recurse=False)
+
+
+def _is_no_nan(tensor: Tensor) -> Tensor:
+    return ~tensor.isnan()
+
+
+def check_module(model: object) -> None:
+    """Refuse what is no module.
+
+    Raises
+    ------
+    ModelError
+        Saying what it is.
+    """
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"the model is a {type(model).__name__}; give a torch.nn.Module")
+
+
+def check_usable(model: nn.Module) -> None:
+    """Refuse what has no weights that could be read.
+
+    Raises
+    ------
+    ModelError
+        If it is no module, has no parameters, or has one without values.
+    """
+    check_module(model)
+    parameters = dict(model.named_parameters())
+    if not parameters:
+        raise ModelError(f"{type(model).__name__} has no parameters, so nothing can be pruned")
+    for name, parameter in parameters.items():
+        if nn.parameter.is_lazy(parameter):
+            raise ModelError(
+                f"{name!r} of {type(model).__name__} has no shape yet; run the model once first"
+            )
+        if parameter.is_meta:
+            raise ModelError(
+                f"{name!r} of {type(model).__name__} is on the device 'meta', where tensors have "
+                "no values; build the model on the CPU"
+            )
+
+
+def copied(model: M, instead: Mapping[int, Any] | None = None) -> M:
+    """Return a deep copy, in which activations that a module keeps are plain values.
+
+    A forward pass with gradients may leave tensors behind that hang on a graph, such as an
+    attribute with the last features or the weight under `torch.nn.utils.weight_norm`; torch
+    refuses to copy these.
+
+    Parameters
+    ----------
+    model
+        Left as it was.
+    instead
+        What the copy is to hold in the place of objects, such as parameters, by their `id`.
+
+    Raises
+    ------
+    ModelError
+        If something else in it cannot be copied.
+    """
+    memo: dict[int, Any] = dict(instead or {})
+    for module in model.modules():
+        for tensor in _on_graphs(vars(module), set()):
+            memo[id(tensor)] = tensor.detach().clone()
+    try:
+        return copy.deepcopy(model, memo)
+    except (RuntimeError, TypeError) as error:
+        raise ModelError(
+            f"{type(model).__name__} cannot be copied: {first_line(error)}; take what is no "
+            "parameter, buffer or plain value out of its attributes"
+        ) from error
+
+
+def give_own_storage(model: nn.Module) -> None:
+    """Copy tensors that are parts of a larger storage which no other tensor of the model shares.
+
+    `torch.hann_window` returns such a part, and safetensors neither writes nor fills one.
+    """
+    tensors = [t for t in model.state_dict(keep_vars=True).values() if isinstance(t, Tensor)]
+    strided = [
+        tensor
+        for tensor in tensors
+        if tensor.layout is torch.strided and not (isinstance(tensor, OnDisk) or tensor.is_meta)
+    ]
+    storages = Counter(tensor.untyped_storage().data_ptr() for tensor in strided)
+    for tensor in strided:
+        storage = tensor.untyped_storage()
+        if storage.nbytes() > tensor.nbytes and storages[storage.data_ptr()] == 1:
+            tensor.data = tensor.data.clone()
+
+
+def _on_graphs(value: Any, seen: set[int]) -> Iterator[Tensor]:
+    """Yield the tensors in containers that are the results of differentiable operations."""
+    if isinstance(value, Tensor):
+        if not value.is_leaf:
+            yield value
+    elif isinstance(value, Mapping | list | tuple | set) and id(value) not in seen:
+        seen.add(id(value))
+        for member in value.values() if isinstance(value, Mapping) else value:
+            yield from _on_graphs(member, seen)
+
+
+def number_format(model: nn.Module) -> torch.dtype | None:
+    """Return the number format of a model's weights, that of the first; None if it has none."""
+    return next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Return where a model's parameters are."""
+    return next(model.parameters()).device
+
+
+def graphics_cards(model: nn.Module) -> list[torch.device]:
+    """Return the devices besides the CPU whose random numbers a model may draw."""
+    return sorted({p.device for p in model.parameters() if p.device.type == "cuda"}, key=str)
+
+
+def fresh(inputs: T) -> T:
+    """Return inputs of a forward pass that it may write to: their tensors are copies."""
+    copies: T = pytree.tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, inputs)
+    return copies
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Count parameters, tied ones once."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def context_length(model: nn.Module) -> int | None:
+    """Return the most tokens that a model takes at once, or None where its config tells nothing."""
+    config = getattr(model, "config", None)
+    length = getattr(config, "max_position_embeddings", None)
+    # A class, not a checkpoint, that answers -1 takes any number (XLNet, Transformer-XL).
+    own = isinstance(getattr(type(config), "max_position_embeddings", None), property)
+    return length if isinstance(length, int) and not (own and length < 1) else None
+
+
+def in_evaluation(model: M) -> M:
+    """Set a model to evaluation mode, and return it, whatever its own ``train`` does.
+
+    Raises
+    ------
+    ModelError
+        Naming a normalization that keeps to training mode, in which its outputs depend on the rest
+        of the batch.
+    """
+    try:
+        model.eval()
+    except Exception as error:  # the model may be anyone's code
+        raise ModelError(
+            f"{type(model).__name__} cannot be set to evaluation mode: {first_line(error)}"
+        ) from error
+    for name, module in model.named_modules():
+        if isinstance(module, _NormBase) and module.training:
+            raise ModelError(
+                f"module {name or 'the model'!r} ({type(module).__name__}) stays in training mode "
+                "after eval(), so that its outputs depend on the rest of the batch; let "
+                "train(False) of every module around it reach it"
+            )
+    return model
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Set a model to evaluation mode, and each module back to its own mode afterwards.
+
+    Raises
+    ------
+    ModelError
+        As `in_evaluation`.
+    """
+    check_module(model)
+    flags = [(module, module.training) for module in model.modules()]
+    try:
+        in_evaluation(model)
+        yield
+    finally:
+        for module, training in flags:
+            module.training = training
+
+
+@contextmanager
+def restored_on_error(model: nn.Module) -> Iterator[None]:
+    """Give every module of a model its class, attributes and tensors back if the block fails."""
+    before = _snapshot(model)
+    try:
+        yield
+    except BaseException:
+        _restore(before)
+        raise
+
+
+@contextmanager
+def restored(model: nn.Module) -> Iterator[None]:
+    """Give every module of a model its class, attributes and tensors back after the block."""
+    before = _snapshot(model)
+    try:
+        yield
+    finally:
+        _restore(before)
+
+
+_Snapshot: TypeAlias = list[tuple[nn.Module, type[nn.Module], dict[str, Any]]]
+
+
+def _snapshot(model: nn.Module) -> _Snapshot:
+    return [
+        (module, type(module), {name: _kept(name, value) for name, value in vars(module).items()})
+        for module in model.modules()
+    ]
+
+
+def _restore(before: _Snapshot) -> None:
+    for module, kind, attributes in before:
+        module.__class__ = kind
+        vars(module).clear()
+        vars(module).update(attributes)
+
+
+_TABLES = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
+"""What a module keeps tensors and modules in, and changes in place."""
+
+
+def _kept(name: str, value: Any) -> Any:
+    return value.copy() if name in _TABLES else value

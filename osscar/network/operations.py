@@ -1,0 +1,287 @@
+"""The floating-point operations of a forward pass, counted by running it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from graph.tracing.preserve import without_cache
+from osscar.network.modules import fresh
+from osscar.offload.on_disk import OnDisk
+
+aten = torch.ops.aten
+
+
+def count_operations(model: nn.Module, inputs: Mapping[str, Tensor]) -> int:
+    """Count the operations of one forward pass.
+
+    Counted are the matrix products and convolutions with the shapes that they really have: linear
+    layers, experts for the rows that are sent to them, and attention (scores and weighted sums, as
+    full squares: a causal mask is not discounted).  A multiplication with its addition counts as
+    two.
+
+    Parameters
+    ----------
+    model
+        The model.
+    inputs
+        Keyword arguments of its forward pass, on its device.
+    """
+    counter = _counter()
+    _run(model, fresh(inputs), counter)
+    return counter.get_total_flops()
+
+
+def _counter() -> FlopCounterMode:
+    counter = FlopCounterMode(display=False, custom_mapping=_by_expert())
+    counter.mod_tracker = _Untracked()  # type: ignore[assignment]
+    return counter
+
+
+class _Untracked(nullcontext[None]):
+    """In the place of what tells the counter of modules.
+
+    That asks for gradients of what a module reads, and fails where it is given a parameter while
+    there are none.
+    """
+
+    parents: ClassVar = {"Global"}
+
+
+def _run(model: nn.Module, inputs: Mapping[str, Tensor], *modes: Any) -> None:
+    """Run a model once under some modes, the last of which sees each operator first."""
+    with ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(without_cache(model))
+        # Fused kernels hide their products from the counter; the plain ones do not.
+        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        stack.enter_context(_layer_by_layer())
+        for mode in modes:
+            stack.enter_context(mode)
+        model(**inputs)
+
+
+@contextmanager
+def _layer_by_layer() -> Iterator[None]:
+    """Let no layer of `nn.TransformerEncoder` or `nn.MultiheadAttention` run as one operator."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
+def _by_expert() -> dict[Any, Callable[..., int]]:
+    """Return how to count the products of all experts at once, which torch's counter passes over.
+
+    The second operator is that of transformers where torch's own does not take a number format; it
+    exists once a model with experts is loaded.
+    """
+    operators = (("aten", "_grouped_mm"), ("transformers", "grouped_mm_fallback"))
+    packets = (getattr(getattr(torch.ops, space), name, None) for space, name in operators)
+    return {packet: _grouped for packet in packets if packet is not None}
+
+
+def _grouped(first: Sequence[int], second: Sequence[int], *_: Any, **__: Any) -> int:
+    """Count products of rows with the matrix of their group: (rows, in) by (groups, in, out).
+
+    With both in three dimensions, groups are multiplied one by one; with the second in two, its
+    columns are what is divided among groups, and with both in two, what is summed over.
+    """
+    rows = first[0] * first[1] if len(first) == len(second) == 3 else first[-2]
+    return 2 * rows * first[-1] * second[-1]
+
+
+# ---- what is multiplied with what --------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Product:
+    """A matrix product or convolution of a forward pass.
+
+    Parameters
+    ----------
+    operations
+        How many it takes.
+    module
+        The innermost module that was running.
+    weights
+        The tensors of the model that one of its factors is, is a part of, or was copied from; empty
+        where there is none.
+    constant
+        Whether a factor depends on nothing that the model reads, whatever it was made from.
+    """
+
+    operations: int
+    module: str
+    weights: frozenset[str]
+    constant: bool
+
+
+def products(
+    model: nn.Module, names: Mapping[int, str], inputs: Mapping[str, Tensor]
+) -> list[Product]:
+    """Return all products of one forward pass, which `count_operations` adds up.
+
+    Parameters
+    ----------
+    model
+        The model.
+    names
+        Those of its tensors that products are told of by, by their `id`.
+    inputs
+        As `count_operations` takes them.
+    """
+    found: list[Product] = []
+    given = fresh(inputs)
+    origins, counter = _Origins(model, names, given.values()), _counter()
+    with _running(model) as running:
+
+        def noting(packet: Any, formula: Callable[..., int]) -> Callable[..., int]:
+            factors = slice(1, 3) if packet in _ADDING else slice(0, 2)
+
+            def noted(*args: Any, **kwargs: Any) -> int:
+                taken = formula(*args, **kwargs)
+                module = running[-1] if running else ""
+                found.append(Product(taken, module, *origins.weights(args[factors], module)))
+                return taken
+
+            return noted
+
+        counter.flop_registry = {op: noting(op, f) for op, f in counter.flop_registry.items()}
+        _run(model, given, origins, counter)
+    return found
+
+
+_ADDING = (aten.addmm, aten.baddbmm)
+"""Operators whose first argument is added to the product."""
+
+_JOINING = (aten.cat, aten.stack)
+"""Operators whose output is as large as all that they read together."""
+
+_PICKING = (aten.index, aten.index_select, aten.gather)
+"""Operators that pick, by numbers that may depend on inputs, such as the matrices of experts."""
+
+_MATRICES = 3
+"""Dimensions of a stack of them: what is picked from fewer are rows, such as of tokens."""
+
+_Origin = frozenset[str] | None
+"""The tensors of the model that values were copied from; None where they depend on its inputs."""
+
+_CONSTANT: frozenset[str] = frozenset()
+
+
+class _Origins(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Follows which values are a model's own, by where they lie, until a product takes them.
+
+    Whatever memory an operator writes is noted again, so that what is freed misleads nobody.
+    """
+
+    def __init__(
+        self, model: nn.Module, names: Mapping[int, str], inputs: Iterable[Tensor]
+    ) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._found: dict[int, _Origin] = {}
+        tensors = [t for t in (*model.parameters(), *model.buffers()) if id(t) in names]
+        self._parameters = {names[id(p)] for p in model.parameters() if id(p) in names}
+        self._owned = {
+            name: {names[id(t)] for t in module._parameters.values() if id(t) in names}
+            for name, module in model.named_modules()
+        }
+        for tensor in tensors:
+            before = self._found.get(_storage(tensor)) or _CONSTANT
+            self._note(tensor, before | {names[id(tensor)]})
+        for tensor in inputs:
+            self._note(tensor, None)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        origin = self._of_output(getattr(func, "overloadpacket", func), args, kwargs or {})
+        for tensor in _tensors(out):
+            self._note(tensor, origin)
+        return out
+
+    def _of_output(self, packet: Any, args: Any, kwargs: Mapping[str, Any]) -> _Origin:
+        read = _tensors((args, kwargs))
+        if packet in _PICKING and read and read[0].ndim >= _MATRICES:
+            read = read[:1]
+        origins = [self._of(tensor) for tensor in read]
+        if packet in _PRODUCTS or packet is aten.embedding or None in origins:
+            return None
+        most = max((tensor.numel() for tensor in read), default=0)
+        return _CONSTANT.union(
+            *(
+                origin
+                for tensor, origin in zip(read, origins, strict=True)
+                # What is smaller is applied to the others, such as a scale.
+                if origin and (packet in _JOINING or tensor.numel() == most)
+            )
+        )
+
+    def _of(self, tensor: Tensor) -> _Origin:
+        return self._found.get(_storage(tensor), _CONSTANT)
+
+    def _note(self, tensor: Tensor, origin: _Origin) -> None:
+        place = _storage(tensor)
+        if place:
+            self._found[place] = origin
+
+    def weights(self, factors: Sequence[Any], module: str) -> tuple[frozenset[str], bool]:
+        """Return which weights a product takes, and whether a factor is constant.
+
+        Of two that are, the weights are what the running module owns, or else parameters, or else
+        the second.
+        """
+        origins = [self._of(factor) for factor in factors if isinstance(factor, Tensor)]
+        known = [origin for origin in origins if origin is not None]
+        owned = self._owned.get(module, set())
+        known.sort(key=lambda o: (bool(o & owned), bool(o & self._parameters), bool(o)))
+        return known[-1] if known else _CONSTANT, bool(known)
+
+
+_PRODUCTS = frozenset(_counter().flop_registry)
+
+
+def _storage(tensor: Tensor) -> int:
+    """Return where in memory a tensor lies; 0 if it does not, or, as sparse ones, in several."""
+    if isinstance(tensor, OnDisk) or tensor.layout is not torch.strided:
+        return 0
+    return tensor.untyped_storage().data_ptr()
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+@contextmanager
+def _running(model: nn.Module) -> Iterator[list[str]]:
+    """Keep, while the block runs, a list of the modules that are running, the innermost last."""
+    running: list[str] = []
+
+    def enter(name: str) -> Callable[..., None]:
+        return lambda *_: running.append(name)
+
+    def leave(*_: Any) -> None:
+        running.pop()
+
+    handles = []
+    try:
+        for name, module in model.named_modules():
+            handles.append(module.register_forward_pre_hook(enter(name)))
+            handles.append(module.register_forward_hook(leave, always_call=True))
+        yield running
+    finally:
+        for handle in handles:
+            handle.remove()

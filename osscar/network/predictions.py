@@ -1,0 +1,107 @@
+"""Which of a model's outputs is its prediction."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from osscar.base.errors import ModelError
+
+ALONE = "output"
+"""How an output is called that has no name, since there is no other."""
+
+LOGITS = "logits"
+"""How the output is called that is the prediction, whatever else there is."""
+
+
+def named_logits(result: Any) -> Tensor | None:
+    """Return the output that is called `logits`, an attribute or an entry; None without one."""
+    entry = result.get(LOGITS) if isinstance(result, Mapping) else None
+    found = getattr(result, LOGITS, entry)
+    return found if isinstance(found, Tensor) else None
+
+
+def known_prediction(result: Any) -> Tensor | None:
+    """Return the logits, or the only floating-point output; None where there are several.
+
+    Parameters
+    ----------
+    result
+        What the model returned.
+    """
+    return known_output(result)[1]
+
+
+def known_output(result: Any) -> tuple[str, Tensor | None]:
+    """Return the same with its name, which is empty where there are several."""
+    named = named_logits(result)
+    if named is not None:
+        return LOGITS, named
+    fractions = _fractions(result)
+    return next(iter(fractions.items())) if len(fractions) == 1 else ("", None)
+
+
+def scored_output(result: Any, samples: int, model: str) -> tuple[str, Tensor]:
+    """Return the output that is scored, with its name, and warn where it had to be chosen.
+
+    It is the one called `logits`, or the only floating-point one; the first of a tuple; of a
+    mapping the only one that is a matrix with a row for each sample.
+
+    Parameters
+    ----------
+    result
+        What the model returned.
+    samples
+        How many samples it was given.
+    model
+        What messages call it.
+
+    Raises
+    ------
+    ModelError
+        If it returned no floating-point tensor, or a mapping in which several or none could be it.
+    """
+    name, known = known_output(result)
+    if known is not None:
+        return name, known
+    fractions = _fractions(result)
+    there = ", ".join(f"{name!r} {tuple(one.shape)}" for name, one in fractions.items())
+    if not there:
+        raise ModelError(
+            f"{model} returned a {type(result).__name__} without a floating-point tensor; let its "
+            "forward return logits"
+        )
+    rows = [name for name, one in fractions.items() if one.ndim == 2 and len(one) == samples]
+    if isinstance(result, Mapping):
+        chosen, why = rows[0] if len(rows) == 1 else None, "the only matrix with a row a sample"
+    else:
+        chosen, why = next(iter(fractions)), "the first"
+    if chosen is None:
+        raise ModelError(
+            f"{model} returned {there}, and it is not known which of them is to be scored; call "
+            f"that one {LOGITS!r}, or wrap the model in one that returns it alone"
+        )
+    warnings.warn(
+        f"{model} returned {there}; scored is {chosen!r}, {why}; to score another, call it "
+        f"{LOGITS!r}",
+        stacklevel=2,
+    )
+    return chosen, fractions[chosen]
+
+
+def named_tensors(result: Any, place: str = "") -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors in what a model returned, with where they are."""
+    if isinstance(result, Tensor):
+        yield place or ALONE, result
+    elif isinstance(result, Mapping | list | tuple):
+        names = getattr(result, "_fields", range(len(result)))
+        members = result.items() if isinstance(result, Mapping) else zip(names, result, strict=True)
+        for name, member in members:
+            yield from named_tensors(member, f"{place}.{name}" if place else str(name))
+
+
+def _fractions(result: Any) -> dict[str, Tensor]:
+    return {name: one for name, one in named_tensors(result) if one.is_floating_point()}

@@ -1,0 +1,365 @@
+"""Parameters whose values lie in files, and are on a device only while an operator reads them.
+
+A model that is larger than memory has its structure, and an `OnDisk` in the place of each
+parameter.  Where an operator of torch meets one, it gets the values: read from the file, checked
+against what they were when they were first read, moved to the device, changed as pruning says
+(`osscar.offload.places`), and kept on a `Shelf` there for the next batch as long as there is room.
+Whatever runs the model need not know of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils import _pytree as pytree
+
+from osscar.base.errors import ModelError
+from osscar.offload.places import Place, Selected
+from osscar.offload.shelf import Shelf
+
+# ---- parameters --------------------------------------------------------------------------
+
+
+class OnDisk(nn.Parameter):
+    """A parameter that is read whenever an operator needs its values.
+
+    To the code of a model it is a parameter on the device of its shelf.  `detach`, `clone`, `to`,
+    `index_select` and the like read nothing; nothing may write to it in place (see `written`).
+
+    Parameters
+    ----------
+    place
+        Where its values are; assigning it gives the parameter other ones.
+    shelf
+        Which keeps them, on the device that operators find them on.
+    """
+
+    place: Place
+    shelf: Shelf
+
+    def __new__(cls, place: Place, shelf: Shelf) -> OnDisk:
+        """Make a tensor that has a shape and a number format, and no memory."""
+        made: OnDisk = torch.Tensor._make_wrapper_subclass(
+            cls, place.shape, dtype=place.dtype, device=shelf.device
+        )
+        made.place, made.shelf = place, shelf
+        return made
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        """Do nothing: torch calls this with arguments of its own."""
+
+    def values(self) -> Tensor:
+        """Return the values, for reading; without values where shapes are all that counts."""
+        if not _values_count():
+            return torch.empty(self.place.shape, dtype=self.place.dtype, device=self.shelf.device)
+        return self.shelf.values(self.place)
+
+    def like(self, place: Place) -> OnDisk:
+        """Return another parameter with values of the same shelf."""
+        return OnDisk(place, self.shelf)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> OnDisk:
+        copy: OnDisk = memo.setdefault(id(self), self.like(self.place))
+        return copy
+
+    def __reduce_ex__(self, _: Any) -> Any:
+        raise ModelError(f"{self.place.slice.name!r} lies on disk, and cannot be pickled")
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        options = dict(kwargs or {})
+        lazy = _LAZY.get(func)
+        if lazy is not None and isinstance(args[0], OnDisk):
+            return lazy(*args, **options)
+        if func is F.embedding and _reads_rows(*args, **options):
+            return _embedding(args[0], args[1])
+        if func in _DESCRIBING:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **options)
+        if _writes_to(func, args, options):
+            name = getattr(func, "__name__", func)
+            raise ModelError(
+                f"code of the model writes to a weight ({name!r}), which is read from disk; leave "
+                "--max-memory away"
+            )
+        return func(*_with_values(args), **_with_values(options))
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        return func(*_with_values(args), **_with_values(dict(kwargs or {})))
+
+
+def _values_count() -> bool:
+    """Whether values count now, and not shapes alone."""
+    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is None
+
+
+def _reads_rows(
+    tokens: Any, table: Any, padding_idx: Any = None, max_norm: Any = None, *_: Any, **__: Any
+) -> bool:
+    """Whether looking tokens up reads some rows of a table, and changes none."""
+    return isinstance(table, OnDisk) and max_norm is None and _values_count()
+
+
+def _embedding(tokens: Tensor, table: OnDisk) -> Tensor:
+    """Look tokens up in a table of which only their rows are read."""
+    rows, places = torch.unique(tokens, return_inverse=True)
+    if not (len(rows) and int(rows[0]) >= 0 and int(rows[-1]) < len(table)):
+        return F.embedding(tokens, table.values())  # which says so
+    return F.embedding(places, table.shelf.rows(table.place, rows))
+
+
+def _with_values(tree: Any) -> Any:
+    return pytree.tree_map_only(OnDisk, lambda tensor: tensor.values(), tree)
+
+
+def _writes_to(func: Any, args: Any, options: Mapping[str, Any]) -> bool:
+    """Whether a function would change a parameter itself, not the values that are read of it."""
+    name = getattr(func, "__name__", "")
+    in_place = (name.endswith("_") and not name.endswith("__")) or name in (
+        "__set__",
+        "__setitem__",
+        *(f"__i{operator}__" for operator in ("add", "sub", "mul", "truediv", "and", "or", "xor")),
+    )
+    out = pytree.tree_leaves(options.get("out"))
+    return (in_place and isinstance(args[0], OnDisk)) or any(isinstance(t, OnDisk) for t in out)
+
+
+# ---- what needs no values ----------------------------------------------------------------
+
+
+def _same(tensor: OnDisk, *_: Any, **__: Any) -> OnDisk:
+    return tensor.like(tensor.place)
+
+
+def _itself(tensor: OnDisk, *_: Any, **__: Any) -> OnDisk:
+    return tensor
+
+
+def _to(tensor: OnDisk, *args: Any, **options: Any) -> OnDisk:
+    options.pop("copy", None)
+    given = [a for a in args if not isinstance(a, bool)]
+    if given and isinstance(given[0], Tensor):
+        device, dtype = given[0].device, given[0].dtype
+    else:
+        options = {key: value for key, value in options.items() if value is not None}
+        device, dtype, *_ = torch._C._nn._parse_to(*given, **options)
+    place = tensor.place if dtype is None else tensor.place.cast(dtype)
+    return OnDisk(place, tensor.shelf if device is None else tensor.shelf.on(device))
+
+
+def _to_card(tensor: OnDisk, device: Any = None, *_: Any, **__: Any) -> OnDisk:
+    card = torch.device("cuda", device) if isinstance(device, int) else device
+    return _to(tensor, torch.device("cuda" if card is None else card))
+
+
+def _cast_to(dtype: torch.dtype) -> Callable[..., OnDisk]:
+    return lambda tensor: tensor.like(tensor.place.cast(dtype))
+
+
+def _select(tensor: OnDisk, dim: int, index: Tensor) -> OnDisk:
+    return tensor.like(tensor.place.then(Selected(dim, index)))
+
+
+def _assign(tensor: OnDisk, data: Tensor) -> None:
+    if data.shape != tensor.shape:
+        raise ModelError(
+            f"{tensor.place.slice.name!r} of {tuple(tensor.shape)} is given values of "
+            f"{tuple(data.shape)}; that needs another parameter"
+        )
+    if isinstance(data, OnDisk):
+        tensor.place, tensor.shelf = data.place, data.shelf
+    else:
+        tensor.place = tensor.shelf.put(data, tensor.place.slice.name)
+
+
+def _number_of_card(tensor: OnDisk) -> int:
+    index = tensor.shelf.device.index
+    return -1 if index is None else index
+
+
+_CPU = torch.device("cpu")
+
+_Function: TypeAlias = Any
+
+_LAZY: Mapping[_Function, Callable[..., Any]] = {
+    Tensor.detach: _same,
+    Tensor.clone: _same,
+    Tensor.contiguous: _itself,
+    Tensor.cpu: lambda tensor, *_, **__: _to(tensor, _CPU),
+    Tensor.cuda: _to_card,
+    Tensor.requires_grad_: _itself,
+    Tensor.requires_grad.__set__: lambda *_: None,  # type: ignore[attr-defined]
+    Tensor.data.__get__: _same,  # type: ignore[attr-defined]
+    Tensor.data.__set__: _assign,  # type: ignore[attr-defined]
+    torch._has_compatible_shallow_copy_type: lambda *tensors: all(
+        isinstance(tensor, OnDisk) for tensor in tensors
+    ),
+    Tensor.to: _to,
+    Tensor.index_select: _select,
+    Tensor.float: _cast_to(torch.float32),
+    Tensor.double: _cast_to(torch.float64),
+    Tensor.half: _cast_to(torch.float16),
+    Tensor.bfloat16: _cast_to(torch.bfloat16),
+    # What it was made with may be another number format and device than it has now.
+    Tensor.device.__get__: lambda tensor: tensor.shelf.device,
+    Tensor.is_cpu.__get__: lambda tensor: tensor.shelf.device.type == "cpu",  # type: ignore[attr-defined]
+    Tensor.is_cuda.__get__: lambda tensor: tensor.shelf.device.type == "cuda",  # type: ignore[attr-defined]
+    Tensor.get_device: _number_of_card,
+    Tensor.dtype.__get__: lambda tensor: tensor.place.dtype,  # type: ignore[attr-defined]
+    Tensor.element_size: lambda tensor: tensor.place.dtype.itemsize,
+    Tensor.itemsize.__get__: lambda tensor: tensor.place.dtype.itemsize,  # type: ignore[attr-defined]
+    Tensor.nbytes.__get__: lambda tensor: tensor.place.nbytes,  # type: ignore[attr-defined]
+}
+
+_DESCRIBING = frozenset(
+    {
+        *(
+            getattr(Tensor, name).__get__
+            for name in (
+                *("shape", "layout", "ndim", "is_leaf", "requires_grad"),
+                *("grad", "_grad", "grad_fn", "_version", "_base", "is_nested", "is_sparse"),
+                *("is_meta", "is_quantized", "is_mkldnn", "is_sparse_csr"),
+                "_backward_hooks",
+            )
+        ),
+        *(Tensor.size, Tensor.dim, Tensor.numel, Tensor.nelement, Tensor.stride, Tensor.__len__),
+        *(Tensor.is_floating_point, Tensor.is_complex, Tensor.is_contiguous, Tensor.is_inference),
+        *(Tensor.storage_offset, Tensor.__hash__, Tensor.untyped_storage),
+        *(torch.is_floating_point, torch.is_complex, torch.numel, torch.is_inference),
+    }
+)
+
+
+# ---- models ------------------------------------------------------------------------------
+
+
+def is_on_disk(model: nn.Module) -> bool:
+    """Whether parameters of a model are read from disk."""
+    return any(isinstance(parameter, OnDisk) for parameter in model.parameters())
+
+
+def shelf_of(model: nn.Module) -> Shelf | None:
+    """Return what keeps the values of a model's parameters, or None if they are in memory."""
+    return next((p.shelf for p in model.parameters() if isinstance(p, OnDisk)), None)
+
+
+def values_of(tensor: Tensor) -> Tensor:
+    """Return the values of any tensor outside of autograd, for reading, on its device.
+
+    Whoever copies a weight to the CPU asks for these first: ``cpu()`` alone would give a parameter
+    whose values are read from disk once more, and kept on a shelf there.
+    """
+    return tensor.values() if isinstance(tensor, OnDisk) else tensor.detach()
+
+
+@contextmanager
+def room_for(model: nn.Module, needed: int) -> Iterator[None]:
+    """Leave room for other things than weights while the block runs, if these lie on disk."""
+    shelf = shelf_of(model)
+    if shelf is None:
+        yield
+        return
+    with shelf.leaving(needed):
+        yield
+
+
+_WIDE = 3
+"""Tensors as wide as the widest weight that a forward pass holds at once: logits, most often."""
+
+_SMALL = 128 << 20
+"""Bytes for all else."""
+
+
+@contextmanager
+def room_for_pass(model: nn.Module, positions: int) -> Iterator[None]:
+    """Leave room for a forward pass of so many positions, as `room_for` does."""
+    widest = max((size for p in model.parameters() for size in p.shape), default=0)
+    with room_for(model, 4 * _WIDE * positions * widest + _SMALL):
+        yield
+
+
+@contextmanager
+def room_beside(model: nn.Module, needed: int) -> Iterator[None]:
+    """Leave room for something that lies beside a forward pass, as `room_for` does."""
+    shelf = shelf_of(model)
+    if shelf is None or not needed:
+        yield
+        return
+    with shelf.leaving(shelf.left_free + needed):
+        yield
+
+
+@contextmanager
+def written(module: nn.Module, name: str) -> Iterator[Tensor]:
+    """Yield a parameter outside of autograd, to be written to in place.
+
+    One that lies on disk is read, and what the block makes of it is written to disk.
+    """
+    parameter = getattr(module, name)
+    if not isinstance(parameter, OnDisk):
+        yield parameter.detach()
+        return
+    values = parameter.shelf.read(parameter.place)
+    yield values
+    parameter.place = parameter.shelf.put(values, parameter.place.slice.name)
+
+
+@contextmanager
+def shapes_only(model: nn.Module, example: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
+    """Put plain parameters of the same shapes in the place of those on disk, for tracing.
+
+    They lie on the CPU, where nobody reads or writes their values, so that the system gives them no
+    memory; on a card they would take theirs.  Buffers are on the CPU meanwhile, too.
+
+    Parameters
+    ----------
+    model
+        As it was after the block; one in memory stays as it is.
+    example
+        What it is traced with.
+
+    Yields
+    ------
+    dict of str to Tensor
+        That, beside the parameters.
+    """
+    if not is_on_disk(model):
+        yield dict(example)
+        return
+    tables: list[dict[str, Any]] = [
+        table for module in model.modules() for table in (module._parameters, module._buffers)
+    ]
+    before = [
+        (table, name, tensor)
+        for table in tables
+        for name, tensor in table.items()
+        if tensor is not None
+    ]
+    plain: dict[int, Tensor] = {}
+    try:
+        for table, name, tensor in before:
+            if id(tensor) not in plain:
+                plain[id(tensor)] = _shape_of(tensor)
+            table[name] = plain[id(tensor)]
+        yield {name: tensor.cpu() for name, tensor in example.items()}
+    finally:
+        for table, name, tensor in before:
+            table[name] = tensor
+
+
+def _shape_of(tensor: Tensor) -> Tensor:
+    """Return what stands for a parameter or buffer while shapes are all that counts."""
+    if isinstance(tensor, OnDisk):
+        return nn.Parameter(torch.empty(tensor.shape, dtype=tensor.dtype))
+    there = tensor.detach().cpu()
+    return nn.Parameter(there, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else there

@@ -1,0 +1,118 @@
+"""Files that values are read from, or written to while the process runs.
+
+Files are read, not mapped into memory: a mapped file that is cut off ends the process.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from osscar.base.errors import FileError, OutputError
+
+PIECE = 16 << 20
+"""Bytes that are read at once."""
+
+_SETTLED = 2 * 10**9
+"""Nanoseconds after which a file that is changed again shows another time, on any file system."""
+
+Stamp: TypeAlias = tuple[int, ...]
+"""What the system says of a file, and changes with whatever is written to it."""
+
+
+class Source:
+    """A file that stays open, so that nobody takes it away between two reads.
+
+    Parameters
+    ----------
+    path
+        The file.
+
+    Raises
+    ------
+    FileError
+        If it cannot be opened.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self._file: Any = path.open("rb", buffering=0)
+        except OSError as error:
+            raise FileError(path, f"it cannot be read: {error.strerror}") from error
+
+    def __del__(self) -> None:
+        """Close the file."""
+        if hasattr(self, "_file"):
+            self._file.close()
+
+    def stamp(self) -> Stamp | None:
+        """Return what is another after any write to the file; None if it has changed just now."""
+        status = os.fstat(self._file.fileno())
+        if time.time_ns() - max(status.st_mtime_ns, status.st_ctime_ns) < _SETTLED:
+            return None
+        return status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
+    def read_into(self, buffer: memoryview, offset: int) -> None:
+        """Fill a buffer with the bytes from an offset on.
+
+        Raises
+        ------
+        FileError
+            If the file ends before, or the disk refuses.
+        """
+        done = 0
+        while done < len(buffer):
+            try:
+                self._file.seek(offset + done)
+                got = self._file.readinto(buffer[done:])
+            except OSError as error:
+                raise FileError(self.path, f"it cannot be read: {error.strerror}") from error
+            if not got:
+                raise FileError(self.path, "it is cut off; get the checkpoint anew")
+            done += got
+
+
+class Scratch(Source):
+    """A file without a name, for values that are written while the process runs."""
+
+    def __init__(self) -> None:
+        self.path = Path(tempfile.gettempdir())
+        try:
+            self._file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115
+        except OSError as error:
+            raise self._no_room(error) from error
+        self.end = 0
+
+    def _no_room(self, error: OSError) -> OutputError:
+        return OutputError(
+            f"cannot write to a file in {self.path}: {error.strerror}; let the environment "
+            "variable TMPDIR name a directory with room for the model"
+        )
+
+    def stamp(self) -> Stamp:
+        """Return the same always: nobody else can write to a file without a name."""
+        return ()
+
+    def append(self, rest: memoryview) -> int:
+        """Write bytes at the end; return where that was."""
+        begin = self.end
+        while rest:
+            try:
+                self._file.seek(self.end)
+                written = self._file.write(rest[:PIECE])
+            except OSError as error:
+                raise self._no_room(error) from error
+            self.end, rest = self.end + written, rest[written:]
+        return begin
+
+
+def as_bytes(values: Tensor) -> memoryview:
+    """Return the memory of a contiguous tensor."""
+    return values.reshape(-1).view(torch.uint8).numpy().data

@@ -1,0 +1,183 @@
+"""What tells whether a model and its data are still those that something was begun with.
+
+The code of a model cannot be compared: what it does may lie in a helper, a constant, a default, a
+hook.  What it puts out on given inputs can be, to the bit, where the same device rounds alike.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any, ClassVar
+
+import torch
+from pydantic import ConfigDict
+from torch import Tensor, nn
+
+from osscar.base.devices import this_device
+from osscar.base.json_files import STRICT
+from osscar.data.batches import ModelInputs
+from osscar.network.modules import device_of, evaluating
+from osscar.offload.on_disk import room_for_pass, values_of
+from osscar.preparation.failures import failures_named
+from osscar.preparation.scratch import Untouched
+from osscar.shrinking.equivalence import proof_outputs, rounding
+
+_VALUES = 256
+"""Numbers of the outputs that are kept."""
+
+
+@dataclass(frozen=True)
+class DenseOutputs:
+    """What a dense model puts out on its first calibration sample, and on its example inputs.
+
+    Parameters
+    ----------
+    device
+        What it ran on, as `osscar.base.devices.this_device` tells it.
+    sha256
+        Of all its outputs.
+    values
+        Some of them, evenly spread, in hexadecimal.
+    rounding
+        How far another device may be off, relative to the largest of these.
+    """
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    device: dict[str, str]
+    sha256: str
+    values: tuple[str, ...]
+    rounding: float
+
+    @classmethod
+    def of(cls, model: nn.Module, inputs: ModelInputs) -> DenseOutputs:
+        """Run a model, which is left as it was.
+
+        Raises
+        ------
+        CalibrationError
+            If it fails on the data.
+        EquivalenceError
+            If it puts out no tensor.
+        """
+        untouched, sample = Untouched(model), inputs.batches(model, 1)[0]
+        with (
+            evaluating(model),
+            untouched.observing(model),
+            failures_named(model, sample),
+            room_for_pass(model, max(x.numel() for x in sample.values())),
+        ):
+            found = proof_outputs(model, [sample, inputs.example(model)])
+        untouched.put_back(model)
+        return cls(
+            this_device(device_of(model)),
+            sha256_of((str(index), one) for index, one in enumerate(found)),
+            tuple(value.hex() for value in _spread(found)),
+            rounding(found),
+        )
+
+    def differs(self, before: DenseOutputs) -> bool:
+        """Whether another model put out what was there before.
+
+        To the bit where the same processor computed both, in as many threads; elsewhere, and on
+        graphics cards, which add up in any order, but for rounding.
+        """
+        if self.sha256 == before.sha256:
+            return False
+        on_card = not self.device["threads"]
+        if not on_card and self.device == before.device:
+            return True
+        mine, theirs = (
+            torch.tensor([float.fromhex(value) for value in one.values], dtype=torch.float64)
+            for one in (self, before)
+        )
+        if len(mine) != len(theirs) or not len(mine):
+            return True
+        largest = torch.where(theirs.isfinite(), theirs.abs(), 0.0).max()
+        allowed = self.rounding * float(largest)
+        return not torch.allclose(mine, theirs, rtol=0.0, atol=allowed, equal_nan=True)
+
+
+def _spread(outputs: Sequence[Tensor]) -> Iterator[float]:
+    """Yield values evenly spread over all outputs, of complex numbers the real and other parts."""
+    flat = [
+        (torch.view_as_real(one.resolve_conj()) if one.is_complex() else one).flatten()
+        for one in outputs
+    ]
+    each = max(1, _VALUES // max(1, len(flat)))
+    for one in flat:
+        count = min(each, len(one))
+        places = torch.arange(count, device=one.device) * len(one) // max(1, count)
+        yield from one[places].double().tolist()
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """What something is made of, so that it goes on only with the same.
+
+    Parameters
+    ----------
+    weights, calibration
+        SHA-256 of all tensors of the model, and of the calibration data.
+    outputs
+        What it puts out, dense.
+    """
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    weights: str
+    calibration: str
+    outputs: DenseOutputs
+
+    @classmethod
+    def of(cls, model: nn.Module, inputs: ModelInputs, batch_size: int) -> Fingerprint:
+        """Read a dense model and its data, and run it on a few samples.
+
+        Parameters
+        ----------
+        model
+            It is left as it was.
+        inputs
+            The calibration data.
+        batch_size
+            Samples in a batch.
+
+        Raises
+        ------
+        CalibrationError
+            If the model fails on the data.
+        EquivalenceError
+            If it puts out no tensor.
+        """
+        batches = enumerate(inputs.batches(model, batch_size))
+        data = ((f"{i}.{name}", x) for i, batch in batches for name, x in batch.items())
+        classes = torch.tensor(inputs.classes)  # of which a divergence is measured
+        return cls(
+            sha256_of([*model.named_buffers(), *model.named_parameters()]),
+            sha256_of(chain([("classes", classes)], data)),
+            DenseOutputs.of(model, inputs),
+        )
+
+    def difference(self, before: Fingerprint) -> str | None:
+        """Say in what it differs from an earlier one, or None."""
+        if self.weights != before.weights:
+            return "the model's weights are others"
+        if self.calibration != before.calibration:
+            return "the calibration data are others"
+        if self.outputs.differs(before.outputs):
+            return "the dense model puts out other values on the same inputs: its code has changed"
+        return None
+
+
+def sha256_of(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """Return the SHA-256 of named tensors: their names, formats, shapes and bytes."""
+    found = hashlib.sha256()
+    for name, tensor in tensors:
+        found.update(repr((name, str(tensor.dtype), tuple(tensor.shape))).encode())
+        flat = values_of(tensor).cpu().contiguous().reshape(-1)
+        bytes_: Any = flat.view(torch.uint8).numpy() if flat.numel() else b""
+        found.update(bytes_)
+    return found.hexdigest()

@@ -1,0 +1,299 @@
+"""Mixtures of experts: modules that send each token to some of the matrices of one parameter.
+
+A mixture is called with tokens, the experts that each of them is sent to, and a weight for each of
+these, and puts out for every token the sum of what the experts make of it, times the weights:
+
+    y_t = sum over the experts e of token t of   w_te (x_te W_e + b_e)
+
+W_e is a slice of a three-dimensional parameter, and x_te what expert e computes before it.  Most
+mixtures of transformers are of this form, whatever code multiplies the matrices.  No module is
+called with x_te, and it is read off the outputs: they are linear in W, so that a W which picks
+neurons puts these out.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from osscar.base.errors import NonFiniteError, OsscarError
+from osscar.network.modules import fresh
+
+_TOLERANCE = 0.5
+"""Power of the rounding unit up to which a mixture's output is the sum above: its code may add up
+in any order, and code that computes something else is off by much more."""
+
+
+@dataclass(frozen=True, eq=False)
+class Routed:
+    """What a mixture is called with.
+
+    Parameters
+    ----------
+    hidden
+        Tokens, (tokens, d).
+    experts
+        Which experts each of them is sent to, (tokens, k); other numbers than those of experts say
+        that a place is not taken.
+    weights
+        Of these experts in the sum, (tokens, k).
+    """
+
+    hidden: Tensor
+    experts: Tensor
+    weights: Tensor
+    _read: dict[str, Visits] = field(default_factory=dict, repr=False)
+
+    @classmethod
+    def of(cls, module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Routed | None:
+        """Take the arguments of a call; None where they are others."""
+        try:
+            given = inspect.signature(module.forward).bind(*args, **kwargs).arguments
+        except TypeError:  # a call that fails anyway
+            return None
+        values = tuple(given.values())
+        if len(values) != 3 or not all(isinstance(value, Tensor) for value in values):
+            return None
+        hidden, experts, weights = values
+        fits = (
+            hidden.ndim == experts.ndim == 2
+            and len(hidden) == len(experts)
+            and experts.shape == weights.shape
+            and hidden.is_floating_point()
+            and weights.is_floating_point()
+            and experts.dtype in (torch.int64, torch.int32)
+        )
+        return cls(hidden, experts, weights) if fits else None
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The arguments in their order."""
+        return self.hidden, self.experts, self.weights
+
+    def afresh(self) -> Routed:
+        """Return the same call; what is read of it lives as long as the one that is returned."""
+        return dataclasses.replace(self, _read={})
+
+
+@dataclass(frozen=True, eq=False)
+class Visits:
+    """What the experts of a mixture read in one call: a row for each token at each of its experts.
+
+    Parameters
+    ----------
+    X
+        Inputs times weights, (visits, p): what enters the sum over experts.
+    expert, token
+        Of each visit, (visits,) int64.
+    share
+        How much of a correction to the output of the token falls to this expert, (visits,).  The
+        shares of a token are in proportion to its squared weights: of all ways to split a
+        correction, that one asks the experts themselves for the least change.
+    """
+
+    X: Tensor
+    expert: Tensor
+    token: Tensor
+    share: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Mixture:
+    """A module that sends tokens to experts.
+
+    Parameters
+    ----------
+    name, module
+        The module, and its qualified name.
+    parameter
+        The name of its parameter that holds the last matrix of every expert.
+    dim
+        The dimension of that in which inputs lie; the experts lie in the first.
+    """
+
+    name: str
+    module: nn.Module
+    parameter: str
+    dim: int
+
+    @property
+    def weight(self) -> Tensor:
+        """The parameter, outside of autograd."""
+        found: Tensor = getattr(self.module, self.parameter)
+        return found.detach()
+
+    @property
+    def _bias(self) -> str:
+        return f"{self.parameter}_bias"
+
+    def visits(self, x: Routed) -> Visits:
+        """Return what the experts read in a call; computed once for all of them.
+
+        Raises
+        ------
+        NonFiniteError
+            If one reads NaN or infinity; names it.
+        """
+        if self.parameter not in x._read:
+            x._read[self.parameter] = self._visits(x)
+        return x._read[self.parameter]
+
+    @torch.no_grad()
+    def _visits(self, x: Routed) -> Visits:
+        taken = (x.experts >= 0) & (x.experts < len(self.weight))
+        token, _ = taken.nonzero(as_tuple=True)
+        expert, weight = x.experts[taken], x.weights.detach()[taken]
+        X = self._inputs(x.hidden.detach()[token], expert[:, None], torch.ones_like(weight))
+        if not bool(torch.isfinite(X).all()):
+            first = int(expert[~torch.isfinite(X).all(1)][0])
+            raise NonFiniteError(
+                f"the inputs of '{self.name}[{first}]' have NaN or infinite entries",
+                "check the weights before it, or use --dtype float32",
+            )
+        squares = weight.double().square()
+        total = squares.new_zeros(len(x.hidden)).index_add_(0, token, squares)[token]
+        share = torch.where(total > 0, squares / total, 0.0)
+        return Visits(X * weight[:, None], expert.long(), token, share)
+
+    def _inputs(self, hidden: Tensor, experts: Tensor, ones: Tensor) -> Tensor:
+        """Return what each expert's last matrix is multiplied with, (visits, p)."""
+        outputs, p = self.weight.shape[3 - self.dim], self.weight.shape[self.dim]
+        found = []
+        for start in range(0, p, outputs):
+            some = torch.arange(min(outputs, p - start))
+            picking = torch.zeros_like(self.weight)
+            picking.movedim(self.dim, 1)[:, start + some, some] = 1
+            with self._replaced(picking):
+                found.append(self.module.forward(hidden, experts, ones[:, None])[:, : len(some)])
+        return torch.cat(found, 1) if found else hidden.new_zeros(len(hidden), 0)
+
+    @contextmanager
+    def _replaced(self, weight: Tensor) -> Iterator[None]:
+        """Let the module compute with another weight, and without a bias, while the block runs."""
+        own: dict[str, Any] = self.module._parameters
+        before = dict(own)
+        own[self.parameter] = weight
+        if own.get(self._bias) is not None:
+            own[self._bias] = torch.zeros_like(before[self._bias])
+        try:
+            yield
+        finally:
+            own.update(before)
+
+    def explains(self, x: Routed, y: Tensor) -> bool:
+        """Whether a call has put out the sum over experts of what they are found to read.
+
+        It has to on tokens and weights that are drawn, too: those of the model may be zero.
+        """
+        if y.shape != (len(x.hidden), self.weight.shape[3 - self.dim]):
+            return False
+        bias = self.module._parameters.get(self._bias)
+        without_bias = y.double()
+        if bias is not None:
+            taken = (x.experts >= 0) & (x.experts < len(self.weight))
+            token, _ = taken.nonzero(as_tuple=True)
+            rows = x.weights[taken].double()[:, None] * bias.double()[x.experts[taken].long()]
+            without_bias = without_bias.index_add(0, token, rows, alpha=-1)
+        generator = torch.Generator().manual_seed(0)
+        drawn, hidden = (
+            torch.randn(own.shape, generator=generator).to(own) for own in (self.weight, x.hidden)
+        )
+        elsewhere = Routed(hidden, x.experts, x.weights)
+        with self._replaced(drawn):
+            other = self.module.forward(*elsewhere.tensors)
+        size, any_size = (torch.linalg.vector_norm(found.double()) for found in (y, other))
+        return (
+            bool(any_size > 0)
+            and self._is_sum(x, self.weight, without_bias, size)
+            and self._is_sum(elsewhere, drawn, other.double(), any_size)
+        )
+
+    def _is_sum(self, x: Routed, weight: Tensor, y: Tensor, size: Tensor) -> bool:
+        """Whether the experts add up to y, (tokens, m), to what rounding leaves of a size."""
+        visits, W = self.visits(x), weight.movedim(self.dim, 1).double()
+        expected = torch.zeros_like(y)
+        for expert in set(visits.expert.tolist()):
+            here = visits.expert == expert
+            expected.index_add_(0, visits.token[here], visits.X[here].double() @ W[expert])
+        error = torch.linalg.vector_norm(y - expected)
+        return bool(error <= torch.finfo(x.hidden.dtype).eps ** _TOLERANCE * size)
+
+
+@torch.no_grad()
+def sound_mixtures(
+    model: nn.Module, example: Mapping[str, Any], mixtures: Mapping[str, Mixture]
+) -> frozenset[str]:
+    """Run the model, and return the tensors that really are the last matrices of a mixture.
+
+    Parameters
+    ----------
+    model, example
+        The model, and what it is run on.
+    mixtures
+        What may be one, by the name of its tensor.
+    """
+    found: dict[str, bool] = {}
+
+    def watch(name: str, mixture: Mixture) -> Any:
+        def hook(module: nn.Module, args: Any, kwargs: Mapping[str, Any], y: Any) -> None:
+            x = Routed.of(module, args, kwargs)
+            found[name] = found.get(name, True) and _sound(mixture, x, y)
+
+        return hook
+
+    handles = [
+        mixture.module.register_forward_hook(watch(name, mixture), with_kwargs=True)
+        for name, mixture in mixtures.items()
+    ]
+    try:
+        if mixtures:
+            model(**fresh(example))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return frozenset(name for name, sound in found.items() if sound)
+
+
+def _sound(mixture: Mixture, x: Routed | None, y: Any) -> bool:
+    if x is None or not isinstance(y, Tensor):
+        return False
+    try:
+        return mixture.explains(x, y)
+    except (OsscarError, torch.OutOfMemoryError):
+        raise
+    except Exception:  # code of anyone's, which may not take single experts
+        return False
+
+
+def argument(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """Return what a module reads: what is `Routed`, its only argument, or that beside states."""
+    if len(args) + len(kwargs) > 1:
+        routed = Routed.of(module, args, kwargs)
+        if routed is not None:
+            return routed
+    return args[0] if args else kwargs.get("input", next(iter(kwargs.values())))
+
+
+def output_of(module: nn.Module, x: Any) -> Any:
+    """Return what a module puts out on its `argument`, without its hooks."""
+    return module.forward(*x.tensors) if isinstance(x, Routed) else module.forward(x)
+
+
+def copied_call(x: Any) -> Any:
+    """Return a copy of an `argument`, which what the model does later leaves as it is."""
+    if isinstance(x, Routed):
+        hidden, experts, weights = (tensor.detach().clone() for tensor in x.tensors)
+        return Routed(hidden, experts, weights)
+    return x.detach().clone()
+
+
+def afresh(x: Any) -> Any:
+    """Return an `argument` as it came: see `Routed.afresh`."""
+    return x.afresh() if isinstance(x, Routed) else x

@@ -1,0 +1,1 @@
+"""The exported form of a model, and how it is cut."""

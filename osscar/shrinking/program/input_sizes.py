@@ -1,0 +1,158 @@
+"""The sizes of inputs that a program takes: those that it was traced with, or any.
+
+A trace leaves a size open as long as the code computes with it as a tensor would.  What makes a
+number of it, such as `int`, `math.sqrt` or a loop, writes that number into the program.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, TypeAlias
+
+from torch import Tensor, nn
+
+from osscar.base.errors import ModelError, first_line
+
+Shapes: TypeAlias = Mapping[str, Sequence[int | None]]
+"""By the names of the inputs, their sizes; None for one that may be any."""
+
+_OTHERWISE = (
+    "give inputs of such sizes; where the dense model takes others, so do its modules "
+    "(form='module' in Python, --form module on the command line)"
+)
+
+
+class InputSizes(nn.Module):
+    """Refuses inputs of sizes that a program does not take, before it computes anything.
+
+    Parameters
+    ----------
+    shapes
+        What the program takes.
+    guards
+        What `torch.export` found that it relies on besides; None where there is no such thing.
+    """
+
+    _is_impure = True
+    """Lets torch keep it in a graph in which nobody reads what it returns."""
+
+    def __init__(self, shapes: Shapes, guards: nn.Module | None) -> None:
+        super().__init__()
+        self.shapes = {name: tuple(shape) for name, shape in shapes.items()}
+        self.guards = guards
+
+    def forward(self, *inputs: Tensor) -> None:
+        """Check the inputs of the program.
+
+        Raises
+        ------
+        ModelError
+            Naming the input, its sizes and those that it must have.
+        """
+        for (name, due), given in zip(self.shapes.items(), inputs, strict=True):
+            if not _fits(given.shape, due):
+                raise ModelError(
+                    f"{name} is of {_written(given.shape)}, and the exported program takes "
+                    f"{_written(due)}, since it was traced with these sizes; {_OTHERWISE}"
+                )
+        if self.guards is None:
+            return
+        try:
+            self.guards(*inputs)
+        except AssertionError as error:
+            those = zip(self.shapes, inputs, strict=True)
+            sizes = ", ".join(f"{name} of {_written(given.shape)}" for name, given in those)
+            condition = first_line(error).removeprefix("Guard failed: ")
+            raise ModelError(
+                f"the exported program does not hold for {sizes}, but where {condition}; "
+                f"{_OTHERWISE}"
+            ) from error
+
+
+def _fits(shape: Sequence[int], due: Sequence[int | None]) -> bool:
+    if len(shape) != len(due):
+        return False
+    return all(size is None or size == is_ for size, is_ in zip(due, shape, strict=True))
+
+
+def _written(shape: Sequence[int | None]) -> str:
+    return f"({', '.join('any' if size is None else str(size) for size in shape)})"
+
+
+_Place: TypeAlias = tuple[str, int]
+"""The name of an input, and a dimension of it."""
+
+_MOST_ALIKE = 4
+"""Of dimensions of the same size, as of a matrix of neighbours, so many are tried together."""
+
+
+def sizes_given_up(
+    shapes: Shapes,
+    example: Mapping[str, Tensor],
+    runs: Callable[[Mapping[str, Sequence[int]]], bool],
+) -> dict[str, tuple[int, ...]]:
+    """Return the dimensions of which a model takes other sizes, and its program does not.
+
+    Parameters
+    ----------
+    shapes
+        What the program takes.
+    example
+        What it was traced with.
+    runs
+        Tells whether the model takes inputs of some shapes.
+
+    Returns
+    -------
+    dict of str to tuple of int
+        By the names of the inputs; those without any are left out.
+    """
+    sizes: dict[int, list[_Place]] = {}
+    for name, shape in shapes.items():
+        for dim, size in enumerate(shape):
+            if dim and size is not None:
+                sizes.setdefault(size, []).append((name, dim))
+    found: set[_Place] = set()
+    for size, places in sizes.items():
+        for some in _together(places):
+            if found.issuperset(some):
+                continue
+            for other in (2 * size, size // 2) if size > 3 else (2 * size,):
+                tried = {
+                    name: [other if (name, d) in some else n for d, n in enumerate(t.shape)]
+                    for name, t in example.items()
+                }
+                if runs(tried):
+                    found.update(some)
+                    break
+    return {
+        name: dims
+        for name in shapes
+        if (dims := tuple(sorted(dim for of, dim in found if of == name)))
+    }
+
+
+def _together(places: Sequence[_Place]) -> Iterator[Sequence[_Place]]:
+    """Yield dimensions that may have to be alike: all of them first, each alone last."""
+    yield places
+    for count in range(min(len(places) - 1, _MOST_ALIKE - 1), 0, -1):
+        yield from itertools.islice(itertools.combinations(places, count), 2**_MOST_ALIKE)
+
+
+def fixed_in_words(traced: Iterable[Mapping[str, Any]]) -> str:
+    """Say which sizes a program takes no others of; nothing if it takes all that its model does.
+
+    Parameters
+    ----------
+    traced
+        The fields of each `TracedInput`.
+    """
+    places: dict[int, list[str]] = {}
+    for given in traced:
+        for dim in given["fixed"]:
+            places.setdefault(given["shape"][dim], []).append(f"dimension {dim} of {given['name']}")
+    said = [f"{size} alone along {' and '.join(where)}" for size, where in places.items()]
+    if not said:
+        return ""
+    return f"the exported program takes {', '.join(said)}, where the dense model takes other sizes"

@@ -1,0 +1,436 @@
+"""The sizes that are written in a traced program, and what they become when units leave.
+
+A trace writes down every size that the code has computed, as in ``view(x, [b, 49, 6, 32])``.  What
+such a number means is told by the dimension that it makes, cuts or repeats: a table says which, for
+each operator, and the number becomes the count of those of its positions that stay.  An operator
+without an entry has no numbers that count positions (or its dimensions are frozen); a number that
+cannot be told refuses the plan.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from operator import floordiv, mul
+from types import BuiltinFunctionType, FunctionType
+from typing import Any, TypeAlias, cast
+
+import torch
+from torch.fx import Node
+
+from graph.extents import Extent, Extents, Staying
+from graph.rules.table import aten
+from graph.tracing.export import module_of
+from osscar.base.errors import AdapterError
+
+Number: TypeAlias = int | Node
+"""A size in a program: written down, or computed from the sizes of the inputs."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What becomes of the sizes in a copy of a traced program.
+
+    Parameters
+    ----------
+    staying
+        What stays of every value.
+    origins
+        For each node of the copy, that of the program.
+    computed
+        What numbers that the program computes become for the example inputs.
+    """
+
+    staying: Staying
+    origins: dict[Node, Node]
+    computed: dict[Node, Any] = field(default_factory=dict)
+
+    def of(self, node: Node) -> tuple[Extents, ...]:
+        """Return the dimensions of each tensor that a node puts out, as they were."""
+        return self.staying.of(self.origins[node])
+
+    def cut(self, node: Node) -> None:
+        """Let what reads numbers that the code makes have those of the positions that stay.
+
+        Raises
+        ------
+        AdapterError
+            If their positions vary with the inputs.
+        """
+        origin, readers, cut = self.origins[node], set(node.users), node
+        for dim, extent in enumerate(self.of(node)[0]):
+            if extent.stays is None:
+                continue
+            if extent.varies or any(isinstance(argument, Node) for argument in node.args):
+                raise refusal(node, "it makes numbers for positions that vary with the inputs")
+            kept = extent.stays.nonzero().flatten().tolist()
+            device = {"device": origin.meta["val"].device}
+            with node.graph.inserting_after(cut):
+                index = node.graph.call_function(torch.tensor, (kept,), device)
+            with node.graph.inserting_after(index):
+                select = torch.ops.aten.index_select.default
+                cut = node.graph.call_function(select, (cut, dim, index))
+        if cut is not node:
+            node.replace_all_uses_with(cut, delete_user_cb=readers.__contains__)
+            self.origins[cut] = self.origins.pop(node)
+
+    def compute(self, node: Node) -> None:
+        """Note what a number becomes that the program computes; nothing for other nodes.
+
+        Raises
+        ------
+        AdapterError
+            If it changes, and it is not known how.
+        """
+        value = self.origins[node].meta.get("val")
+        if not isinstance(value, _NUMBERS):
+            return
+        if node.target in _OF_TENSORS:
+            tensor, *dim = cast(tuple[Any, ...], node.args)
+            extents = self.of(tensor)[0]
+            self.computed[node] = math.prod(e.kept for e in ([extents[d] for d in dim] or extents))
+        elif any(self._changes(source) for source in node.all_input_nodes):
+            if not isinstance(node.target, FunctionType | BuiltinFunctionType):
+                raise refusal(node, "it computes a size in a way that is not known")
+            numbers: Any = torch.fx.map_arg((node.args, node.kwargs), self.computed.__getitem__)
+            self.computed[node] = node.target(*numbers[0], **numbers[1])
+        else:
+            self.computed[node] = _before(value)
+
+    def _changes(self, node: Node) -> bool:
+        known = node in self.computed
+        return known and self.computed[node] != _before(self.origins[node].meta["val"])
+
+
+_NUMBERS = (int, float, torch.SymInt, torch.SymFloat, torch.SymBool)
+_OF_TENSORS = (torch.ops.aten.sym_size.int, torch.ops.aten.sym_numel.default)
+
+
+def _before(value: Any) -> Any:
+    """Return a number as it is for the example inputs."""
+    return value if isinstance(value, int | float) else value.node.hint
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of an operator whose numbers are to follow.
+
+    Parameters
+    ----------
+    node
+        The call, whose arguments are rewritten in place.
+    sizes
+        What becomes of all sizes.
+    """
+
+    node: Node
+    sizes: Sizes
+
+    @property
+    def outputs(self) -> tuple[Extents, ...]:
+        """The dimensions of each tensor that it puts out."""
+        return self.sizes.of(self.node)
+
+    def argument(self, name: str) -> Any:
+        """Return an argument by the name that the operator's schema has for it, or its default."""
+        place, default = self._schema(name)
+        if name in self.node.kwargs:
+            return self.node.kwargs[name]
+        return self.node.args[place] if place < len(self.node.args) else default
+
+    def replace(self, name: str, value: Any) -> None:
+        """Put a value in the place of an argument."""
+        place, _ = self._schema(name)
+        if name not in self.node.kwargs and place < len(self.node.args):
+            self.node.update_arg(place, value)
+        else:
+            self.node.update_kwarg(name, value)
+
+    def _schema(self, name: str) -> tuple[int, Any]:
+        arguments = cast(Any, self.node.target)._schema.arguments
+        place = next(i for i, argument in enumerate(arguments) if argument.name == name)
+        known = arguments[place].has_default_value()
+        return place, arguments[place].default_value if known else None
+
+    def input(self, name: str) -> Extents:
+        """Return the dimensions of a tensor argument."""
+        return self.sizes.of(self.argument(name))[0]
+
+    def refuse(self, why: str) -> AdapterError:
+        """Return an error that says why this call cannot follow."""
+        return refusal(self.node, why)
+
+    def resized(self, number: Number, extent: Extent) -> Number:
+        """Return what becomes of a number that is the size of a dimension."""
+        if number == -1:
+            return number
+        found = self.sizes.computed[number] if isinstance(number, Node) else number
+        if found == extent.kept:
+            return number
+        if found != extent.size:
+            raise self.refuse(f"it has {found} where {extent.size} positions are")
+        return self._scaled(number, extent) if isinstance(number, Node) else extent.kept
+
+    def _scaled(self, number: Node, extent: Extent) -> Node:
+        if extent.ratio is None:
+            raise self.refuse("it computes a size of which a part that varies would leave")
+        with self.node.graph.inserting_before(self.node):
+            scaled = self.node.graph.call_function(mul, (number, extent.ratio.numerator))
+            return self.node.graph.call_function(floordiv, (scaled, extent.ratio.denominator))
+
+    def fixed(self, number: object, extent: Extent) -> int:
+        """Return a number that counts some of the positions of a dimension.
+
+        Neither may vary with the sizes of the inputs.
+        """
+        if not isinstance(number, int) or extent.varies:
+            raise self.refuse("it counts positions along a dimension that varies with the inputs")
+        return number
+
+
+def refusal(node: Node, why: str) -> AdapterError:
+    """Return an error that says why a call of a program cannot follow."""
+    return AdapterError(
+        f"the exported program cannot follow in module {module_of(node) or 'the model'!r}: {why}, "
+        f"in {node.target}"
+    )
+
+
+# ---- rules -------------------------------------------------------------------------------
+
+Rule: TypeAlias = Callable[[Call], None]
+
+
+def _sized(name: str) -> Rule:
+    """Make a rule for an argument that lists the sizes of the output."""
+
+    def follow(call: Call) -> None:
+        numbers: Sequence[Number] = call.argument(name)
+        pairs = zip(numbers, call.outputs[0], strict=True)
+        call.replace(name, [call.resized(number, extent) for number, extent in pairs])
+
+    return follow
+
+
+def _unflattened(call: Call) -> None:
+    numbers: Sequence[Number] = call.argument("sizes")
+    first = call.argument("dim") % len(call.input("self"))
+    made = call.outputs[0][first : first + len(numbers)]
+    call.replace("sizes", [call.resized(n, e) for n, e in zip(numbers, made, strict=True)])
+
+
+def _repeated(name: str) -> Rule:
+    """Make a rule for an argument that says how often each dimension is repeated."""
+
+    def follow(call: Call) -> None:
+        numbers: list[Number] = list(call.argument(name))
+        made, before = call.outputs[0], call.input("self")
+        for back in range(1, len(numbers) + 1):
+            old = before[-back] if back <= len(before) else Extent(1)
+            numbers[-back] = _times(call, numbers[-back], old, made[-back])
+        call.replace(name, numbers)
+
+    return follow
+
+
+def _repeated_inside(call: Call) -> None:
+    dim = call.argument("dim")
+    if dim is not None:
+        before, made = call.input("self")[dim], call.outputs[0][dim]
+        call.replace("repeats", _times(call, call.argument("repeats"), before, made))
+
+
+def _times(call: Call, count: Number, before: Extent, made: Extent) -> Number:
+    """Return how often a dimension is repeated: as the share of it changes that stays."""
+    if made.whole and before.whole:
+        return count
+    if made.ratio is None or before.ratio is None:
+        raise call.refuse("it repeats a dimension of which a part leaves")
+    if made.ratio == before.ratio:
+        return count
+    times = made.ratio / before.ratio * call.fixed(count, Extent(1))
+    if times.denominator != 1:
+        raise call.refuse("it repeats a part of a dimension")
+    return int(times)
+
+
+def _split_evenly(call: Call) -> None:
+    dim = call.argument("dim")
+    parts = [dims[dim] for dims in call.outputs]
+    if all(part.whole for part in parts):
+        return
+    if len({part.kept for part in parts}) > 1:
+        raise call.refuse("it cuts into equal parts what does not stay in equal parts")
+    call.replace("split_size", call.resized(call.argument("split_size"), parts[0]))
+
+
+def _split_by_sizes(call: Call) -> None:
+    dim = call.argument("dim")
+    numbers: Sequence[Number] = call.argument("split_sizes")
+    pairs = zip(numbers, call.outputs, strict=True)
+    call.replace("split_sizes", [call.resized(number, dims[dim]) for number, dims in pairs])
+
+
+def _split_at(call: Call) -> None:
+    extent = call.input("self")[call.argument("dim")]
+    if not extent.whole:
+        places = [call.fixed(place, extent) for place in call.argument("indices")]
+        call.replace("indices", [_moved(place, extent) for place in places])
+
+
+def _chunked(call: Call) -> None:
+    kept = {dims[call.argument("dim")].kept for dims in call.outputs}
+    if not call.input("self")[call.argument("dim")].whole and len(kept) > 1:
+        raise call.refuse("it cuts into equal parts what does not stay in equal parts")
+
+
+def _moved(place: int, extent: Extent) -> int:
+    """Return where a place between positions, counted from either end, comes to lie."""
+    if place >= extent.size:
+        return place
+    return extent.before(max(place + extent.size if place < 0 else place, 0))
+
+
+def _sliced(call: Call) -> None:
+    extent = call.input("self")[call.argument("dim")]
+    if extent.whole:
+        return
+    start, end, step = call.argument("start"), call.argument("end"), call.argument("step")
+    if step != 1:
+        # One of `step` positions that lie side by side, which stay or leave together.
+        first = start is None or (isinstance(start, int) and 0 <= start < step)
+        last = end is None or (isinstance(end, int) and end >= extent.size)
+        if not (first and last):
+            raise call.refuse("it takes every n-th position of a part")
+        return
+    if start is not None:
+        call.replace("start", _moved(call.fixed(start, extent), extent))
+    if end is not None:
+        call.replace("end", _moved(call.fixed(end, extent), extent))
+
+
+def _narrowed(call: Call) -> None:
+    extent = call.input("self")[call.argument("dim")]
+    if not extent.whole:
+        start = call.fixed(call.argument("start"), extent) % extent.size
+        end = start + call.fixed(call.argument("length"), extent)
+        call.replace("start", extent.before(start))
+        call.replace("length", extent.before(end) - extent.before(start))
+
+
+def _padded(call: Call) -> None:
+    numbers = list(call.argument("pad"))
+    before, made = call.input("self"), call.outputs[0]
+    for pair in range(len(numbers) // 2):
+        old, new = before[-1 - pair], made[-1 - pair]
+        if old.whole and new.whole:
+            continue
+        left, right = (call.fixed(number, new) for number in numbers[2 * pair : 2 * pair + 2])
+        numbers[2 * pair] = new.before(left) if left >= 0 else -old.before(-left)
+        numbers[2 * pair + 1] = (
+            new.kept - new.before(new.size - right)
+            if right >= 0
+            else old.before(old.size + right) - old.kept
+        )
+    call.replace("pad", numbers)
+
+
+def _convolved(call: Call) -> None:
+    """Count the groups of channels that stay: all channels, over those of a group."""
+    weight, channels = call.input("weight"), call.input("input")
+    space = len(weight) - 2
+    name = str(call.node.target)
+    transposed = "transpose" in name or (".convolution." in name and call.argument("transposed"))
+    many = (call.outputs[0] if transposed else channels)[-space - 1]
+    if not (many.whole and weight[1].whole):
+        if many.kept % weight[1].kept:
+            raise call.refuse("it keeps a part of a group of channels")
+        call.replace("groups", many.kept // weight[1].kept)
+
+
+def _normalized_by_group(call: Call) -> None:
+    channels, groups = call.input("input")[1], call.argument("num_groups")
+    if not channels.whole:
+        members = channels.size // groups
+        if channels.kept % members:
+            raise call.refuse("it keeps a part of a group of channels")
+        call.replace("num_groups", channels.kept // members)
+
+
+def _numbered(call: Call) -> None:
+    call.sizes.cut(call.node)
+
+
+def _looked_up(call: Call) -> None:
+    for extent, index in zip(call.input("self"), call.argument("indices"), strict=False):
+        if index is not None and not extent.whole:
+            raise call.refuse("it lists positions by number")
+
+
+def _in_memory(call: Call) -> None:
+    if not all(extent.whole for dims in call.outputs for extent in dims):
+        raise call.refuse("it says where in memory positions lie")
+
+
+_RULES: Mapping[str, Rule] = {
+    **dict.fromkeys(
+        aten(
+            "view _unsafe_view expand broadcast_to full zeros ones empty rand randn new_zeros "
+            "new_ones new_empty new_full"
+        ),
+        _sized("size"),
+    ),
+    "aten.reshape": _sized("shape"),
+    "aten.repeat": _repeated("repeats"),
+    "aten.tile": _repeated("dims"),
+    "aten.repeat_interleave.self_int": _repeated_inside,
+    "aten.unflatten": _unflattened,
+    **dict.fromkeys(aten("split unsafe_split"), _split_evenly),
+    **dict.fromkeys(aten("split.sizes split_with_sizes unsafe_split_with_sizes"), _split_by_sizes),
+    "aten.tensor_split.indices": _split_at,
+    **dict.fromkeys(aten("chunk unsafe_chunk tensor_split.sections"), _chunked),
+    "aten.slice": _sliced,
+    "aten.narrow": _narrowed,
+    **dict.fromkeys(aten("pad constant_pad_nd"), _padded),
+    **dict.fromkeys(
+        aten("conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d convolution"),
+        _convolved,
+    ),
+    "aten.group_norm": _normalized_by_group,
+    "aten.index": _looked_up,
+    **dict.fromkeys(aten("arange eye linspace logspace"), _numbered),
+    **dict.fromkeys(
+        aten(
+            "as_strided empty_strided new_empty_strided _reshape_alias native_group_norm view.dtype"
+        ),
+        _in_memory,
+    ),
+}
+"""By the name of an ATen operator, with its overload where that matters."""
+
+
+def rewrite(node: Node, sizes: Sizes) -> None:
+    """Let the numbers in one call follow; those that it reads have to be computed before.
+
+    Parameters
+    ----------
+    node
+        Of a copy of the program; changed in place.
+    sizes
+        What becomes of all sizes.
+
+    Raises
+    ------
+    AdapterError
+        If a number cannot be told.
+    """
+    sizes.compute(node)
+    if sizes.staying.is_written(sizes.origins[node]):
+        sizes.cut(node)
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return
+    name = str(node.target)
+    rule = _RULES.get(name, _RULES.get(name.rpartition(".")[0]))
+    if rule is not None:
+        rule(Call(node, sizes))

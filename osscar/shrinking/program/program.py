@@ -1,0 +1,348 @@
+"""The exported program of a model, shrunk where the code of its modules cannot follow.
+
+What is traced has no code left: parameters, and operators with numbers in them.  The axes of all of
+its values say which of those numbers are sizes, and what becomes of them (see
+`osscar.shrinking.program.literals`).  Every value then has to have the shape that the axes tell,
+and the outputs have to be those of the masked model.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
+from torch.fx import Graph, GraphModule, Interpreter, Node
+from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
+from torch.utils import _pytree as pytree
+from transformers import PreTrainedConfig, PreTrainedModel
+
+import graph
+from graph.extents import Staying, TracedProgram, trace_program
+from graph.tracing.export import concrete, run_export, varies
+from graph.tracing.preserve import without_cache
+from osscar.base.errors import AdapterError, ModelError, first_line
+from osscar.base.memory import let_shortage_pass
+from osscar.network.fake import on_shapes
+from osscar.network.modules import restored
+from osscar.shrinking.attention import expose_attention
+from osscar.shrinking.kernels import followed_mixtures
+from osscar.shrinking.lineage import LINEAGE, lineage_of
+from osscar.shrinking.plan import GroupPlan, PruningPlan, TracedInput
+from osscar.shrinking.program.input_sizes import InputSizes
+from osscar.shrinking.program.literals import Sizes, refusal, rewrite
+from osscar.shrinking.structure import hand_on_structure
+
+_GUARDS = "_guards_fn"
+"""The module in a program that checks the sizes of its inputs."""
+
+
+class ProgramModule(GraphModule):
+    """A model in the form of a program: parameters and operators, without the code they come from.
+
+    It takes the tensors that the model was traced with, by position or by name; parameters and
+    buffers have the names that they had there.  Modes of modules were settled when it was traced:
+    it computes what the model does in evaluation mode, also while it is trained.
+
+    Attributes
+    ----------
+    built_by
+        The class of transformers and the config that build the dense model; None for others.
+    """
+
+    built_by: tuple[type[PreTrainedModel], PreTrainedConfig] | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ProgramModule:
+        copy: ProgramModule = super().__deepcopy__(memo)  # type: ignore[assignment]
+        if hasattr(self, LINEAGE):  # which torch leaves behind
+            setattr(copy, LINEAGE, lineage_of(self))
+        hand_on_structure(self, copy)
+        copy.built_by = self.built_by
+        return copy
+
+
+def example_of(program: ProgramModule) -> dict[str, Tensor]:
+    """Return zeros like the inputs that a program was traced with, by name.
+
+    Raises
+    ------
+    ModelError
+        If it was not made by OSSCAR, so that they are not known.
+    """
+    reference = next(program.parameters())
+    made = {given.name: given.example().to(reference.device) for given in _traced(program)}
+    return {
+        name: tensor.to(reference.dtype) if tensor.is_floating_point() else tensor
+        for name, tensor in made.items()
+    }
+
+
+def exported(program: ProgramModule) -> torch.export.ExportedProgram:
+    """Return a program as `torch.export` has it, every size left open that it leaves open.
+
+    Raises
+    ------
+    ModelError
+        If it was not made by OSSCAR, so that its inputs are not known.
+    """
+    auto: Any = torch.export.Dim.AUTO
+    sizes = {given.name: dict.fromkeys(given.varies, auto) for given in _traced(program)}
+    return run_export(program, (), example_of(program), sizes)
+
+
+def _traced(program: ProgramModule) -> tuple[TracedInput, ...]:
+    plans = [plan for plan in lineage_of(program).plans if plan.traced]
+    if not plans:
+        raise ModelError(
+            "the program does not know the inputs that it was traced with; give one that "
+            "osscar.prune, osscar.shrink_program or osscar.load returned"
+        )
+    return plans[-1].traced
+
+
+class DenseProgram:
+    """The program of a dense model, of which smaller ones can be made.
+
+    Parameters
+    ----------
+    traced
+        The program with its axes.
+    """
+
+    def __init__(self, traced: TracedProgram) -> None:
+        self.traced = traced
+
+    @classmethod
+    def of(
+        cls,
+        model: nn.Module,
+        example: Mapping[str, Tensor],
+        left_open: Mapping[str, Collection[int]],
+    ) -> DenseProgram:
+        """Trace a model.
+
+        Parameters
+        ----------
+        model
+            In evaluation mode; left as it was.
+        example
+            Keyword arguments of its forward pass, tensors with two samples or more.
+        left_open
+            Dimensions of the inputs whose sizes are left open where the model does so, 0 too.
+
+        Raises
+        ------
+        AdapterError
+            If it has no program that takes any number of samples.
+        """
+        try:
+            with without_cache(model), followed_mixtures(model), restored(model):
+                expose_attention(model)  # a plan may name the heads that it has then
+                return cls(trace_program(model, example, left_open))
+        except Exception as error:  # the model may be anyone's code, and torch puts it together
+            let_shortage_pass(error)
+            raise AdapterError(
+                f"there is no exported program to shrink: {first_line(error)}"
+            ) from error
+
+    @property
+    def dense(self) -> GraphModule:
+        """The program as it was traced, on the model's own tensors."""
+        return self.traced.standalone.module
+
+    @property
+    def shapes(self) -> dict[str, tuple[int | None, ...]]:
+        """The sizes of its inputs; None for those that may vary."""
+        return {
+            name: tuple(None if varies(size) else concrete(size) for size in sizes)
+            for name, sizes in self._sizes()
+        }
+
+    def resized(self, numerator: int, denominator: int) -> dict[str, list[int]]:
+        """Return shapes of one sample in which the sizes that may vary are others.
+
+        Parameters
+        ----------
+        numerator, denominator
+            How many times as large.
+        """
+        shapes: dict[str, list[int]] = {}
+        for name, (first, *others) in self._sizes():
+            shapes[name] = [1 if varies(first) else concrete(first) or 1]
+            for size in others:
+                was = concrete(size) or 1
+                shapes[name].append(was * numerator // denominator if varies(size) else was)
+        return shapes
+
+    def _sizes(self) -> Iterator[tuple[str, Sequence[int | torch.SymInt]]]:
+        """Yield the names of its inputs, and their sizes in the trace."""
+        standalone = self.traced.standalone
+        arguments = (node for node in standalone.program.nodes if node.op == "placeholder")
+        for name, node in zip(standalone.names, arguments, strict=True):
+            yield name, node.meta["val"].shape
+
+    def shrunk(self, plan: PruningPlan) -> ProgramModule:
+        """Return a smaller program, in evaluation mode; this one is not changed.
+
+        Parameters
+        ----------
+        plan
+            What stays.
+
+        Raises
+        ------
+        AdapterError
+            If something in the program cannot follow, naming the module that it comes from.
+        """
+        kept = {self._axis_of(group): group.kept for group in plan.groups}
+        staying = self.traced.staying(kept, self._unread(plan))
+        program, origins = self._copied()
+        sizes = Sizes(staying, origins)
+        for node in list(origins):
+            rewrite(node, sizes)
+        self._finish(program)
+        made = ProgramModule(self._attributes(program, staying), program)
+        _ShapeCheck(
+            made, staying, {node.name: origin for node, origin in origins.items()}
+        ).run_all()
+        for node in made.graph.nodes:
+            node.meta = {k: v for k, v in node.meta.items() if k == "nn_module_stack"}
+        made.eval()
+        return made
+
+    def _axis_of(self, group: GroupPlan) -> int:
+        try:
+            return self.traced.axis_of(group.slots)
+        except graph.GraphError as error:
+            raise AdapterError(f"group {group.name!r} cannot leave the program: {error}") from error
+
+    def _unread(self, plan: PruningPlan) -> dict[str, dict[int, Tensor]]:
+        """Return what stays of tensors that belong to units, but that the program does not read."""
+        stays: dict[str, dict[int, Tensor]] = {}
+        for group in plan.groups:
+            gone = set(range(group.units)) - set(group.kept)
+            for slot in group.slots:
+                if slot.tensor not in self.traced.unread:
+                    continue
+                shape = self.traced.standalone.program.tensors[slot.tensor].shape
+                fits = slot.dim < len(shape) and slot.units == group.units
+                if not fits or slot.offset + slot.units * slot.width > shape[slot.dim]:
+                    raise AdapterError(
+                        f"group {group.name!r} cannot leave the program: {slot.tensor!r} of shape "
+                        f"{shape} has no such units along dimension {slot.dim}"
+                    )
+                dims = stays.setdefault(slot.tensor, {})
+                whole = torch.ones(shape[slot.dim], dtype=torch.bool)
+                dims.setdefault(slot.dim, whole)[slot.indices(gone)] = False
+        return stays
+
+    def _copied(self) -> tuple[Graph, dict[Node, Node]]:
+        """Return a copy of the graph, and for each of its nodes the original."""
+        copy = Graph()
+        copies: dict[Node, Node] = {}
+        output = copy.graph_copy(self.traced.standalone.module.graph, copies)
+        copy.output(output)
+        return copy, {node: origin for origin, node in copies.items()}
+
+    def _finish(self, program: Graph) -> None:
+        """Let the program take its arguments by position or name, and put its outputs together.
+
+        They are checked first.
+        """
+        arguments = program.find_nodes(op="placeholder")
+        if not program.find_nodes(op="call_module", target=_GUARDS):
+            with program.inserting_after(arguments[-1]):
+                program.call_module(_GUARDS, tuple(arguments))
+        names = self.traced.standalone.names
+        _, inputs = pytree.tree_flatten((tuple(names), {}))
+        structure = self.traced.standalone.structure
+        program.set_codegen(_PyTreeCodeGen(_PyTreeInfo(list(names), inputs, structure)))
+        program.lint()
+
+    def _attributes(self, program: Graph, staying: Staying) -> dict[str, Any]:
+        """Return copies of what the program reads, cut to what stays; tied tensors stay tied."""
+        module, holders = self.traced.standalone.module, self.traced.standalone.program.holders
+        once: dict[int, Any] = {}
+        attributes: dict[str, Any] = {}
+        for node in program.nodes:
+            if node.op not in ("get_attr", "call_module"):
+                continue
+            target = str(node.target)
+            if target == _GUARDS:
+                guards = getattr(module, _GUARDS, None)
+                attributes[target] = InputSizes(self.shapes, copy.deepcopy(guards))
+                continue
+            held = _attribute(module, target)
+            if isinstance(held, Tensor):
+                name = holders.get(node.name)
+                held = once.setdefault(id(held), _cut(held, staying, name))
+            attributes[target] = held
+        return attributes
+
+
+def _attribute(module: nn.Module, name: str) -> Any:
+    path, _, attribute = name.rpartition(".")
+    return getattr(module.get_submodule(path), attribute)
+
+
+def _cut(tensor: Tensor, staying: Staying, name: str | None) -> Tensor:
+    """Return a copy of a tensor, without what leaves of it."""
+    new = tensor.detach()
+    for dim, extent in enumerate(() if name is None else staying.of_tensor(name)):
+        if extent.stays is not None:
+            new = new.index_select(dim, extent.stays.nonzero().flatten().to(new.device))
+    new = new.clone(memory_format=torch.contiguous_format)
+    is_parameter = isinstance(tensor, nn.Parameter)
+    return nn.Parameter(new, requires_grad=tensor.requires_grad) if is_parameter else new
+
+
+class _ShapeCheck(Interpreter):
+    """Runs a program without values, and compares every shape with what the axes tell."""
+
+    def __init__(self, module: GraphModule, staying: Staying, origins: Mapping[str, Node]) -> None:
+        super().__init__(module)
+        self.extra_traceback = False
+        self.staying, self.origins = staying, origins
+        self.mode = FakeTensorMode(allow_non_fake_inputs=True)
+
+    def run_all(self) -> None:
+        """Run the program on the shapes of the example.
+
+        Raises
+        ------
+        AdapterError
+            Naming the first operator that fails, or makes another shape.
+        """
+        arguments = [node for node in self.origins.values() if node.op == "placeholder"]
+        self.run(*map(self._example, arguments), enable_io_processing=False)
+
+    def _example(self, origin: Node) -> Tensor:
+        traced = origin.meta["val"]
+        shape = [extent.size for extent in self.staying.of(origin)[0]]
+        with self.mode:
+            return torch.empty(shape, dtype=traced.dtype, device=traced.device)
+
+    def run_node(self, n: Node) -> Any:
+        """Run one node."""
+        if n.target == _GUARDS or n.op == "output":
+            return None
+        try:
+            with on_shapes(self.mode), torch.no_grad():
+                result = super().run_node(n)
+        except Exception as error:  # whatever an operator raises when sizes do not fit
+            let_shortage_pass(error)
+            raise refusal(n, first_line(error)) from error
+        origin = self.origins.get(n.name)
+        if origin is not None:
+            self._compare(n, result, origin)
+        return result
+
+    def _compare(self, node: Node, result: Any, origin: Node) -> None:
+        tensors = result if isinstance(result, tuple | list) else (result,)
+        shapes = [tuple(tensor.shape) for tensor in tensors if isinstance(tensor, Tensor)]
+        due = [tuple(extent.kept for extent in dims) for dims in self.staying.of(origin)]
+        if shapes != due:
+            raise refusal(node, f"it makes {shapes} where {due} is due")

@@ -1,0 +1,371 @@
+"""Shrink the exported program of a model, and prove it as a shrunk model is proved."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import inspect
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from graph.tracing.preserve import preserved
+from osscar.base.errors import AdapterError, EquivalenceError, OptionError, first_line
+from osscar.base.inputs import shown
+from osscar.base.memory import let_shortage_pass
+from osscar.network.modules import evaluating, number_format, restored
+from osscar.shrinking.equivalence import (
+    Inputs,
+    finer_precision,
+    in_format_of,
+    proof_outputs,
+    prove_equal,
+    runs,
+)
+from osscar.shrinking.fold import fold
+from osscar.shrinking.follow import prepare
+from osscar.shrinking.lineage import lineage_of, note
+from osscar.shrinking.mask import masked
+from osscar.shrinking.plan import Form, PruningPlan, TracedInput, check_plan, check_traced
+from osscar.shrinking.program.input_sizes import fixed_in_words, sizes_given_up
+from osscar.shrinking.program.program import DenseProgram, ProgramModule
+from osscar.shrinking.shrink import (
+    Proof,
+    check_inputs,
+    check_tolerance,
+    fold_named,
+    outputs_before,
+)
+from osscar.shrinking.slice import slice_units
+from osscar.shrinking.structure import hand_on_structure, remember_structure
+
+
+@dataclass(frozen=True, eq=False)
+class ShrunkProgram:
+    """A smaller program and its proof.
+
+    Parameters
+    ----------
+    model
+        The program, as a module in evaluation mode.
+    proof
+        What was removed, with the form of the inputs that the model was traced with, and how far
+        its outputs are from those of the masked model.
+    """
+
+    model: ProgramModule
+    proof: Proof
+
+
+def shrink_program(
+    model: nn.Module,
+    plan: PruningPlan,
+    inputs: Sequence[Inputs],
+    example: Mapping[str, Tensor],
+    *,
+    tolerance: float | None = None,
+) -> ShrunkProgram:
+    """Make a smaller model of a model's exported program, and prove that nothing else has changed.
+
+    It works where the code of modules cannot follow: whatever sizes that code computes are numbers
+    in the program, and these follow their axes.  The proof is that of `osscar.shrink`, in the
+    model's number format and in the next finer one.
+
+    Parameters
+    ----------
+    model
+        As it was afterwards; the program shares no tensor with it.
+    plan
+        What stays.
+    inputs
+        On which both are compared, best of more than one number of samples.  Where the program
+        takes inputs of other sizes than those of the example, half and twice that size are tried,
+        too.
+    example
+        What the model is traced with: keyword arguments of its forward pass, tensors of two samples
+        or more.
+    tolerance
+        Largest difference allowed, relative to the largest output; by default that of the number
+        format.
+
+    Raises
+    ------
+    ModelError
+        If the plan does not fit the model, or the model cannot run on the inputs.
+    OptionError
+        If plan, inputs, example or tolerance are none.
+    EquivalenceError
+        If the outputs differ; `AdapterError` if there is no such program, or something in it cannot
+        follow.
+    """
+    check_plan(plan)
+    check_inputs(inputs)
+    check_tolerance(tolerance)
+    check_example(example)
+    with evaluating(model), restored(model):
+        remember_structure(model, inputs[0])
+        fold_named(model, plan, inputs)
+        prepare(model)
+        with preserved(model):  # what passes keep for the next would be traced as numbers
+            finer = _proved_finer(model, plan, inputs, example, tolerance)
+        trial = ProgramTrial(model, example, inputs)
+        try:
+            program, error = trial.proved(plan, tolerance)
+        except EquivalenceError as failure:
+            raise type(failure)(f"{failure}; {_WAY_OUT}") from failure
+        plan = dataclasses.replace(plan, traced=trial.traced)
+        fixed = fixed_in_words(map(dataclasses.asdict, plan.traced))
+        if fixed:
+            warnings.warn(
+                f"{fixed}: its code makes numbers "
+                "of them, as int, math.sqrt and loops do, or they are the resolution of images "
+                "for attention, which is not left open; "
+                "calibrate on the sizes that it will meet, or keep to the modules (form='module' "
+                "in Python, --form module on the command line)",
+                stacklevel=2,
+            )
+        return ShrunkProgram(_noted(program, model, plan), Proof(plan, max(error, finer)))
+
+
+_WAY_OUT = (
+    "leave groups out (a plan or groups= without them in Python, --skip on the command line), or "
+    "shrink the modules (form='module', --form module), where @osscar.adapter teaches one to follow"
+)
+
+
+def dense_program(
+    model: nn.Module, inputs: Sequence[Inputs], example: Mapping[str, Tensor]
+) -> nn.Module:
+    """Return the program of which `shrink_program` makes a smaller one, on the model's own tensors.
+
+    Parameters
+    ----------
+    model, inputs, example
+        As that takes them.
+
+    Raises
+    ------
+    AdapterError
+        If there is no such program.
+    """
+    with evaluating(model), restored(model):
+        prepare(model)
+        return ProgramTrial(model, example, inputs).program.dense
+
+
+def replayed(model: nn.Module, plan: PruningPlan) -> nn.Module:
+    """Carry out a plan again, on modules or on the exported program; proved it was before.
+
+    Parameters
+    ----------
+    model
+        Dense, with any weights; modules are changed in place.
+    plan
+        What stays.
+
+    Raises
+    ------
+    ModelError
+        If the plan does not fit the model; `AdapterError` if its program does not follow.
+    """
+    check_plan(plan)
+    if plan.form is Form.MODULE:
+        slice_units(model, plan)
+        return model
+    remember_structure(model)
+    fold(model, plan.tensors)
+    prepare(model)
+    example = in_format_of({given.name: given.example() for given in plan.traced}, model)
+    varies = {given.name: given.varies for given in plan.traced}
+    with evaluating(model):
+        program = DenseProgram.of(model, example, varies).shrunk(plan)
+    return _noted(program, model, plan)
+
+
+def _noted(program: ProgramModule, model: nn.Module, plan: PruningPlan) -> ProgramModule:
+    """Let a program know what is known of the model that it was made of."""
+    before = lineage_of(model)
+    note(program, **{**vars(before), "plans": (*before.plans, plan)})
+    hand_on_structure(model, program)
+    if isinstance(model, PreTrainedModel):
+        program.built_by = type(model), copy.deepcopy(model.config)
+    return program
+
+
+def check_example(example: object) -> None:
+    """Refuse what a program cannot be traced with.
+
+    Raises
+    ------
+    OptionError
+        Saying what it is.
+    """
+    tensors = isinstance(example, Mapping) and all(
+        isinstance(name, str) and isinstance(value, Tensor) and value.dim() and len(value) > 1
+        for name, value in example.items()
+    )
+    if not tensors or not example:
+        raise OptionError(
+            f"the example is {shown(example)}; give a dict of tensors by argument name, each with "
+            "two samples or more"
+        )
+
+
+def _proved_finer(
+    model: nn.Module,
+    plan: PruningPlan,
+    inputs: Sequence[Inputs],
+    example: Mapping[str, Tensor],
+    tolerance: float | None,
+) -> float:
+    """Prove the same on a trace in the next finer number format, if the model runs in it.
+
+    Numbers of a format are written into a trace, so that it cannot be run in another one.
+    """
+    own = number_format(model)
+    with finer_precision(model):
+        with preserved(model):
+            if number_format(model) == own or not runs(model, in_format_of(example, model)):
+                return 0.0
+        return ProgramTrial(model, example, inputs).proved(plan, tolerance)[1]
+
+
+class ProgramTrial:
+    """The program of a model, and what it is proved on, for one plan after another.
+
+    Parameters
+    ----------
+    model
+        In evaluation mode; left as it was.
+    example
+        What it is traced with.
+    inputs
+        On which a program is compared with the masked model.
+
+    Raises
+    ------
+    AdapterError
+        If there is no program, or none that a checkpoint could hold.
+    """
+
+    def __init__(
+        self, model: nn.Module, example: Mapping[str, Tensor], inputs: Sequence[Inputs]
+    ) -> None:
+        self.model = model
+        self.example = in_format_of(example, model)
+        self.inputs = [in_format_of(one, model) for one in inputs]
+        check_traced(self._form({}, {}))
+        self.varies, self.program = self._traced()
+        self.inputs += self._of_other_size()
+
+    @property
+    def traced(self) -> tuple[TracedInput, ...]:
+        """The form of the inputs that the model was traced with."""
+        return self._form(self.varies, self.fixed)
+
+    @cached_property
+    def fixed(self) -> dict[str, tuple[int, ...]]:
+        """Dimensions of inputs of which the model takes other sizes, and the program does not."""
+        example = self.example
+
+        def taken(shapes: Mapping[str, Sequence[int]]) -> bool:
+            return runs(self.model, {n: _drawn(example[n], shape) for n, shape in shapes.items()})
+
+        return sizes_given_up(self.program.shapes, example, taken)
+
+    def _form(
+        self, varies: Mapping[str, Iterable[int]], fixed: Mapping[str, Iterable[int]]
+    ) -> tuple[TracedInput, ...]:
+        return tuple(
+            TracedInput.of(name, tensor, varies.get(name, ()), fixed.get(name, ()))
+            for name, tensor in self.example.items()
+        )
+
+    def _traced(self) -> tuple[Mapping[str, range], DenseProgram]:
+        """Trace with every size left open, or else the number of samples alone.
+
+        Where attention looks at images, what is computed from an open resolution (windows, padding)
+        takes minutes to trace, so that it is not left open.
+        """
+        images = any(tensor.dim() > 3 for tensor in self.example.values())
+        found: tuple[Mapping[str, range], DenseProgram] | None = None
+        failure: Exception | None = None
+        for most in (1, None) if images else (None, 1):
+            if found is not None and (not images or _attends(found[1])):
+                break
+            varies = {name: range(t.dim())[:most] for name, t in self.example.items()}
+            try:
+                program = DenseProgram.of(self.model, self.example, varies)
+            except AdapterError as error:
+                failure = error
+                continue
+            if all(runs(program.dense, _named(self.model, one)) for one in self.inputs):
+                found = varies, program
+        if found is None:
+            raise failure or AdapterError(
+                "the exported program does not take the inputs of the proof, but only those of the "
+                "sizes of the example"
+            )
+        return found
+
+    def _of_other_size(self) -> list[Mapping[str, Tensor]]:
+        """Return a sample of half or twice the size, if model and program take that."""
+        example = self.example
+        for numerator, denominator in ((1, 2), (2, 1)):
+            shapes = self.program.resized(numerator, denominator)
+            one = {name: _drawn(example[name], shape) for name, shape in shapes.items()}
+            changed = any(t.shape[1:] != example[name].shape[1:] for name, t in one.items())
+            if changed and runs(self.model, one) and runs(self.program.dense, one):
+                return [one]
+        return []
+
+    def proved(
+        self, plan: PruningPlan, tolerance: float | None = None
+    ) -> tuple[ProgramModule, float]:
+        """Return the smaller program, and how far its outputs are from those of the masked model.
+
+        Raises
+        ------
+        EquivalenceError
+            If they differ; `AdapterError` if something cannot follow.
+        """
+        made = self.program.shrunk(plan)
+        with masked(self.model, plan):
+            expected = outputs_before(self.model, self.inputs)
+        try:
+            found = proof_outputs(made, self.inputs)
+        except Exception as error:  # whatever an operator or a guard raises
+            let_shortage_pass(error)
+            raise AdapterError(
+                f"the exported program fails on the inputs of the proof: {first_line(error)}"
+            ) from error
+        return made, prove_equal(expected, found, tolerance=tolerance)
+
+
+def _attends(program: DenseProgram) -> bool:
+    """Whether there is attention in a program."""
+    names = [str(node.target) for node in program.dense.graph.nodes]
+    return any("softmax" in name or "scaled_dot_product" in name for name in names)
+
+
+def _named(model: nn.Module, inputs: Inputs) -> Inputs:
+    """Return inputs by the names of a model's arguments."""
+    if isinstance(inputs, Mapping):
+        return inputs
+    return inspect.signature(model.forward).bind(*inputs).arguments
+
+
+def _drawn(example: Tensor, shape: Sequence[int]) -> Tensor:
+    """Draw a tensor of another shape from the values of an example, or noise around them."""
+    generator = torch.Generator().manual_seed(0)
+    values = example.flatten()
+    places = torch.randint(len(values), tuple(shape), generator=generator)
+    drawn = values[places.to(values.device)]
+    if drawn.is_floating_point():
+        drawn = drawn + torch.randn(drawn.shape, generator=generator).to(drawn)
+    return drawn

@@ -1,0 +1,1 @@
+"""The walk: calibration layer by layer, in which each layer is measured, solved and refitted."""

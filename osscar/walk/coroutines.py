@@ -1,0 +1,238 @@
+"""Forward passes that stop inside a module and go on later, one coroutine a batch.
+
+A pass is suspended in the middle of the model's own code, whatever that code is.  Two things of it
+must not be seen by the passes that run meanwhile: what torch keeps for the whole thread (gradient
+mode, autocast, modes that intercept operators), and what modules write on themselves while they
+run.  Both are taken off when a pass is suspended and put back when it goes on.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import enum
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from greenlet import GreenletExit, getcurrent, greenlet
+from torch import Tensor
+
+from osscar.offload.away import Away
+from osscar.preparation.routing import Routed
+from osscar.preparation.scratch import Scratch
+from osscar.walk.residual import Keeper
+
+_AUTOCAST_DEVICES = ("cpu", "cuda")
+_CUDA = torch.backends.cuda
+_KERNELS = (
+    *(
+        (getattr(_CUDA, f"{name}_sdp_enabled"), getattr(_CUDA, f"enable_{name}_sdp"))
+        for name in ("flash", "mem_efficient", "math", "cudnn")
+    ),
+    (torch._C._get_mkldnn_enabled, torch._C._set_mkldnn_enabled),
+    (torch.backends.mha.get_fastpath_enabled, torch.backends.mha.set_fastpath_enabled),
+)
+"""Which kernels operators may take: how to read and to set each switch."""
+
+
+class Stream(enum.StrEnum):
+    """Through which weights a pass runs."""
+
+    PRUNED = "pruned"
+    """Those that are committed so far."""
+    DENSE = "dense"
+    """Those of the model as it came."""
+
+
+@dataclass(frozen=True, eq=False)
+class Arrival:
+    """A pass has reached a module that is watched.
+
+    Parameters
+    ----------
+    module
+        Its qualified name.
+    x
+        What it is called with: a tensor, or what is `osscar.preparation.routing.Routed`.
+    output
+        What it puts out; None where nobody asks.
+    stream
+        What will be added to that; None where nobody asks, or knows.
+    """
+
+    module: str
+    x: Any
+    output: Tensor | None = None
+    stream: Tensor | None = None
+
+
+class Coroutine:
+    """One batch on its way through the model.
+
+    Parameters
+    ----------
+    index
+        Which batch, from 0.
+    stream
+        Through which weights it runs.
+    run
+        The forward pass.
+    scratch
+        What modules write on themselves meanwhile.
+    keeper
+        Keeps what will be added to the outputs of consumers.
+    away
+        Keeps what the pass holds while it waits; None: that stays in memory.
+    """
+
+    def __init__(
+        self,
+        index: int,
+        stream: Stream,
+        run: Callable[[], object],
+        scratch: Scratch,
+        keeper: Keeper,
+        away: Away | None = None,
+    ) -> None:
+        self.index, self.stream, self.keeper, self.away = index, stream, keeper, away
+        self.arrived: Arrival | None = None
+        self.reached = -1
+        """The watched call at which it stands, counted from 0."""
+        self.read: dict[int, weakref.ref[Tensor]] = {}
+        """What some of the calls were given, by call."""
+        self._scratch = scratch
+        self._left: _Left | None = None
+        self._ending = False
+        self._greenlet = _Pass(run)
+        self._greenlet.coroutine = self
+        self._greenlet.gr_context = contextvars.copy_context()
+
+    def advance(self) -> Arrival | None:
+        """Run on to the next watched module; None if the pass has come to its end."""
+        self.arrived = self._switch(self._greenlet.switch)
+        self.reached += 1
+        return self.arrived
+
+    @contextmanager
+    def present(self) -> Iterator[None]:
+        """Have in memory, while the block runs, what the pass holds."""
+        if self.away is not None:
+            self.away.fetch()
+        yield
+        arrived = self.arrived
+        if self.away is not None and arrived is not None:
+            x = arrived.x.tensors if isinstance(arrived.x, Routed) else arrived.x
+            self.away.put(self._greenlet.gr_frame, x, arrived.output, arrived.stream)
+
+    def end(self) -> None:
+        """Give up the pass: its context managers are left, and nothing of it stays alive."""
+        self._ending = True
+        self.arrived = None
+        if self._greenlet and not self._greenlet.dead:
+            with suppress(GreenletExit):
+                self._switch(lambda: self._greenlet.throw(GreenletExit))
+
+    def _switch(self, switch: Callable[[], Any]) -> Arrival | None:
+        self._greenlet.parent = getcurrent()
+        around = Surroundings()
+        if self._left is not None:
+            self._left.put_back(around)
+            self._left = None
+        try:
+            found = switch()
+        finally:
+            if not self._greenlet.dead:
+                self._left = _Left(around, self._scratch)
+            around.restore()
+        return found if isinstance(found, Arrival) and not self._greenlet.dead else None
+
+
+class _Pass(greenlet):
+    coroutine: Coroutine
+
+
+def running() -> Coroutine | None:
+    """Return whose pass is calling, or None if none of a walk is."""
+    current = getcurrent()
+    return current.coroutine if isinstance(current, _Pass) else None
+
+
+def suspend(arrival: Arrival) -> None:
+    """Stop the pass that is calling; to be called by a hook of a module."""
+    current = getcurrent()
+    assert isinstance(current, _Pass)
+    if current.coroutine._ending:  # its code caught what ended it
+        raise GreenletExit
+    parent = current.parent
+    assert parent is not None
+    parent.switch(arrival)
+
+
+# ---- what torch keeps for the thread -----------------------------------------------------
+
+
+class Surroundings:
+    """What torch keeps for the whole thread, as it is when this is made."""
+
+    def __init__(self) -> None:
+        self.gradients = torch.is_grad_enabled()
+        self.inference = torch.is_inference_mode_enabled()
+        self.number_format = torch.get_default_dtype()
+        self.cache = torch.is_autocast_cache_enabled()
+        self.autocast = {
+            device: (torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
+            for device in _AUTOCAST_DEVICES
+        }
+        self.kernels = {enable: enabled() for enabled, enable in _KERNELS}
+        self.precision = torch.get_float32_matmul_precision()
+        self.function_modes = torch._C._len_torch_function_stack()
+        self.dispatch_modes = torch._C._len_torch_dispatch_stack()
+
+    def restore(self) -> None:
+        """Make them so again."""
+        torch.set_grad_enabled(self.gradients)
+        torch.set_default_dtype(self.number_format)
+        torch.set_autocast_cache_enabled(self.cache)
+        torch.set_float32_matmul_precision(self.precision)
+        for enable, enabled in self.kernels.items():
+            enable(enabled)
+        for device, (enabled, number_format) in self.autocast.items():
+            torch.set_autocast_enabled(device, enabled)
+            torch.set_autocast_dtype(device, number_format)
+
+
+class _Left:
+    """What a suspended pass has taken along.
+
+    Making this takes it off: the stacks of modes are emptied down to where `around` has them.
+    """
+
+    def __init__(self, around: Surroundings, scratch: Scratch) -> None:
+        self._own = Surroundings()
+        self._scratch, self._written = scratch, scratch.take()
+        self._function_modes = [
+            torch._C._pop_torch_function_stack()
+            for _ in range(self._own.function_modes - around.function_modes)
+        ]
+        self._dispatch_modes = [
+            torch._C._pop_torch_dispatch_stack()
+            for _ in range(self._own.dispatch_modes - around.dispatch_modes)
+        ]
+        # The state of inference mode has no setter, only guards.
+        self._guard = self._inference(around.inference)
+
+    def _inference(self, wanted: bool) -> object:
+        return None if self._own.inference == wanted else torch._C._InferenceMode(wanted)
+
+    def put_back(self, around: Surroundings) -> None:
+        """Put everything back for the pass to go on."""
+        self._guard = None
+        for mode in reversed(self._dispatch_modes):
+            torch._C._push_on_torch_dispatch_stack(mode)
+        for mode in reversed(self._function_modes):
+            torch._C._push_on_torch_function_stack(mode)
+        self._scratch.put(self._written)
+        self._own.restore()

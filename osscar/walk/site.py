@@ -1,0 +1,274 @@
+"""Where a walk stops: a group whose consumers all batches have reached."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from graph import CouplingGroup
+from osscar.base.errors import ModelError
+from osscar.network.modules import device_of
+from osscar.preparation.consumer import LinearMap
+from osscar.walk.gram import GramAccumulator, pose
+from osscar.walk.regularization import DAMPS, DEFAULT_DAMP, Regularization, best_regularization
+from solvers import SubsetProblem
+
+_MOST_TOLD = 8
+
+GROWN = 100.0
+"""How many times as large as the largest dense weight of a layer that of a refit may be, without
+anybody being told: 26 times are seen where all is well."""
+
+DenseTensors: TypeAlias = Mapping[str, Tensor]
+"""Parameters of one module as the dense model has them, by name."""
+
+
+def dense_tensors(consumers: Iterable[LinearMap]) -> dict[str, DenseTensors]:
+    """Return copies of what commits of these consumers change, by module."""
+    found: dict[str, dict[str, Tensor]] = {}
+    for one in consumers:
+        own = found.setdefault(one.name, {})
+        for name, tensor in one.module.named_parameters(recurse=False):
+            if name in one.parameters and name not in own:
+                own[name] = tensor.detach().clone()
+    return dict(found)
+
+
+@dataclass(frozen=True)
+class Refits:
+    """The weights that a group's consumers get, each found no worse than to leave it unrefitted.
+
+    Parameters
+    ----------
+    weights
+        One matrix (p, m) for each consumer that is `known`.
+    unrefitted
+        The consumers, as messages call them, whose dense weights did better on what was held out:
+        they keep those of the units that stay.
+    growth
+        The largest weight over the largest dense one, of the consumer of which it is most.
+    held
+        At how many positions that were held out this was seen; at the consumer with the fewest.
+    """
+
+    weights: tuple[Tensor, ...] = field(repr=False)
+    unrefitted: tuple[str, ...]
+    growth: float
+    held: int
+
+
+@dataclass(eq=False)
+class Site:
+    """A group whose consumers all batches have reached: it can be solved, and committed.
+
+    Parameters
+    ----------
+    group
+        The coupling group.
+    grams
+        What its consumers read, summed over the batches of all ranks.
+    final
+        Whether weights cannot be committed, since the other groups of the walk are measured on the
+        model as it is.
+    share
+        Of the corrections in the targets.
+    """
+
+    group: CouplingGroup
+    grams: tuple[GramAccumulator, ...] = field(repr=False)
+    final: bool = False
+    share: float = 1.0
+    committed: bool = False
+    _committing: Callable[[Site], None] = field(default=lambda site: None, repr=False)
+
+    @property
+    def consumers(self) -> tuple[LinearMap, ...]:
+        """What reads the group, as matrices."""
+        return tuple(gram.linear_map for gram in self.grams)
+
+    @property
+    def known(self) -> tuple[GramAccumulator, ...]:
+        """Of the consumers that read anything: an expert to which no token is sent keeps its rows.
+
+        All of them where none did.
+        """
+        return tuple(gram for gram in self.grams if not gram.unread) or self.grams
+
+    @property
+    def unread(self) -> tuple[str, ...]:
+        """The other consumers, as messages call them."""
+        return tuple(gram.linear_map.label for gram in self.grams if gram not in self.known)
+
+    @property
+    def positions(self) -> int:
+        """At how many positions weights are fitted, of the consumer that reads at the fewest."""
+        return min(gram.rows for gram in self.known)
+
+    def problem(self, keep: int, damp: float) -> SubsetProblem:
+        """Pose the group's problem; the sums become its matrices, so that this is done once.
+
+        Parameters
+        ----------
+        keep
+            How many units stay.
+        damp
+            Weight of the proximal term, relative to each entry on the Gram matrix's diagonal.
+
+        Warns
+        -----
+        UserWarning
+            If consumers read nothing, or too little: see `osscar.walk.gram.pose`.
+        """
+        if self.unread:
+            warnings.warn(
+                f"no calibration token is sent to {listed(self.unread)}, whose weights stay as "
+                "they are, but for the units that leave; give more samples",
+                stacklevel=2,
+            )
+        return pose(self.known, keep, self.group.name, damp, self.share, last=True)
+
+    def regularization(
+        self, keep: int, damp: float | None = None, share: float | None = None
+    ) -> Regularization:
+        """Return what is asked for; for the rest, what serves held-out samples best.
+
+        Where none were held out, nothing tells how much of the corrections is noise, and there are
+        none then.
+
+        Parameters
+        ----------
+        keep
+            How many units stay.
+        damp, share
+            What is asked for, if it is.
+        """
+        if not any(gram.holds_out for gram in self.known):
+            return Regularization(DEFAULT_DAMP if damp is None else damp, share or 0.0)
+        damps = DAMPS if damp is None else (damp,)
+        return best_regularization(self.known, keep, damps, share)
+
+    def refits(self, weights: Sequence[Tensor], kept: Sequence[int]) -> Refits:
+        """Return what to commit: refits, where these do no worse than dense weights of what stays.
+
+        Damping and floor are chosen beforehand, by samples that are few; this looks at the weights
+        themselves.  A layer of which nothing was held out gets its refit.
+
+        Parameters
+        ----------
+        weights
+            One matrix (p, m) for each consumer that is `known`.
+        kept
+            The units that stay.
+        """
+        chosen: list[Tensor] = []
+        unrefitted: list[str] = []
+        gone = set(range(self.group.units)) - set(kept)
+        growth, held = 0.0, min(gram.held_rows for gram in self.known)
+        for gram, refitted in zip(self.known, weights, strict=True):
+            dense = gram.linear_map.read_weight()
+            W = _with_silent_rows(gram.linear_map, refitted, kept)
+            plain = dense.clone()
+            plain[_rows(gram.linear_map, gone)] = 0
+            # What is no number is no improvement.
+            if gram.held_rows and not gram.held_rise(dense, plain, W) <= 0:
+                unrefitted.append(gram.linear_map.label)
+                W = plain
+            largest = float(dense.abs().max())
+            growth = max(growth, float(W.abs().max()) / largest if largest else 0.0)
+            chosen.append(W)
+            gram.let_go()
+        return Refits(tuple(chosen), tuple(unrefitted), growth, held)
+
+    def commit(self, weights: Sequence[Tensor], kept: Iterable[int] = ()) -> None:
+        """Write the refitted weights; the batches go on through them.
+
+        Where a consumer has a bias, that takes up what changes in the means.  What reads an input
+        that never varied keeps its dense weights, if its unit stays: the data say nothing of it.
+
+        Parameters
+        ----------
+        weights
+            One matrix (p, m) for each consumer that is `known`.
+        kept
+            The units that stay.
+
+        Raises
+        ------
+        NonFiniteError
+            If they overflow the model's number format.
+        ModelError
+            If the groups are not measured in turn.
+        """
+        kept = list(kept)
+        with self._written():
+            for gram, refitted in zip(self.known, weights, strict=True):
+                W = _with_silent_rows(gram.linear_map, refitted, kept)
+                change = gram.bias(W)
+                gram.linear_map.write_weight(W)
+                if change is not None:
+                    gram.linear_map.write_bias(gram.linear_map.read_bias() + change)
+
+    def leave_out(self, units: Iterable[int]) -> None:
+        """Take units away from the consumers of which nothing is known, too."""
+        units = list(units)
+        for consumer in (gram.linear_map for gram in self.grams if gram not in self.known):
+            W = consumer.read_weight()
+            W[_rows(consumer, units)] = 0
+            with self._written():
+                consumer.write_weight(W)
+
+    def adopt(self, written: Iterable[Tensor]) -> None:
+        """Write what another rank has committed, so that all run through the same weights.
+
+        Parameters
+        ----------
+        written
+            Of each consumer its matrix (p, m) and, if it has one, its bias (m,).
+        """
+        with self._written():
+            tensors = iter(written)
+            for consumer in self.consumers:
+                consumer.write_weight(next(tensors).double())
+                if consumer.has_bias:
+                    consumer.write_bias(next(tensors).double())
+
+    @contextmanager
+    def _written(self) -> Iterator[None]:
+        if self.final:
+            raise ModelError(
+                f"{self.group.name!r} cannot be committed: the groups of this walk are measured on "
+                "the model as it is; walk in turn"
+            )
+        self._committing(self)
+        yield
+        torch.clear_autocast_cache()  # which may hold the old weight in half precision
+        self.committed = True
+
+
+def _rows(consumer: LinearMap, units: Iterable[int]) -> Tensor:
+    """Return the rows, (r,) int64, that units own."""
+    owned, device = consumer.unit_rows, device_of(consumer.module)
+    return torch.tensor(
+        [row for unit in units for row in owned[unit]], dtype=torch.int64, device=device
+    )
+
+
+def _with_silent_rows(consumer: LinearMap, W: Tensor, kept: Sequence[int]) -> Tensor:
+    """Return weights whose rows of units that stay are dense where they are zero throughout."""
+    rows = _rows(consumer, kept)
+    silent = rows[(W[rows] == 0).all(1)] if len(rows) else rows
+    if not len(silent):
+        return W
+    return W.index_copy(0, silent, consumer.read_weight()[silent])
+
+
+def listed(names: Sequence[str]) -> str:
+    """Return the first of some names, and how many more there are."""
+    more = f" and {len(names) - _MOST_TOLD} more" if len(names) > _MOST_TOLD else ""
+    return ", ".join(names[:_MOST_TOLD]) + more

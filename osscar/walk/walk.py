@@ -1,0 +1,570 @@
+"""One walk of the calibration data through the model, which stops where a group can be solved.
+
+Each batch runs the model's own forward pass in a coroutine, which is suspended at every consumer.
+Once all batches have arrived, the inputs of the consumers are measured, the caller solves the group
+and commits the refitted weights, and the batches go on *through the new weights*.  Nothing is
+computed twice, and no structure of the model has to be known.
+
+A coroutine cannot go back.  Where a group is read in several calls (several consumers, or a module
+that is called more than once) the batches have passed the first of them, through weights that are
+no longer, when the last is reached.  They then start again: one more pass for each such group.  If
+all its consumers read one and the same tensor, as a block and its shortcut do, the group is solved
+at the first of them, and none is needed.
+"""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from graph import CouplingGroup
+from osscar.base.errors import CalibrationError, ModelError
+from osscar.base.memory import FOR_MATRICES, memory_for
+from osscar.base.phases import Phase, phase
+from osscar.data.batches import Batch, ModelInputs
+from osscar.network.fake import on_shapes
+from osscar.network.modules import fresh
+from osscar.offload.away import Away
+from osscar.offload.on_disk import room_beside
+from osscar.preparation.failures import batch_named
+from osscar.preparation.linear_maps import linear_maps
+from osscar.preparation.opened import Opened
+from osscar.preparation.recurrent import RECURRENT, input_gates
+from osscar.preparation.routing import Routed, afresh, argument, output_of
+from osscar.preparation.scratch import Scratch, recorded_writes
+from osscar.walk.coroutines import (
+    Arrival,
+    Coroutine,
+    Stream,
+    Surroundings,
+    running,
+    suspend,
+)
+from osscar.walk.gram import GramAccumulator, add_up, gram_numbers
+from osscar.walk.residual import Keeper, kept_streams, streams
+from osscar.walk.site import DenseTensors, Site, dense_tensors
+from osscar.walk.targets import Target
+
+
+class Walk:
+    """An iterator over the sites of a model; see `walk`.
+
+    Attributes
+    ----------
+    passes
+        How many times the batches have set out from the start of the model.
+    """
+
+    def __init__(
+        self,
+        opened: Opened,
+        groups: Sequence[CouplingGroup],
+        in_turn: bool,
+        target: Target,
+        held: int,
+        committed: Mapping[str, DenseTensors],
+        waiting_on_disk: bool,
+    ) -> None:
+        self.passes = 0
+        self._waiting_on_disk = waiting_on_disk
+        self._opened, self._in_turn, self._target = opened, in_turn, target
+        self._batches, self._held_from = _parted(opened.inputs, opened.batches(), held)
+        self._mine = opened.ranks.share([len(next(iter(b.values()))) for b in self._batches])
+        self._consumers = {group.name: linear_maps(opened.model, group) for group in groups}
+        self._places = (
+            streams(opened.model, opened.example, sorted(self._names - self._recurrent))
+            if target is Target.RESIDUAL
+            else {}
+        )
+        self._calls, self._scratch = self._schedule()
+        self._tours = self._in_order(groups)
+        self._first_reader = self._readers(groups)
+        self._starts_again_after = self._later_starts()
+        self._runs: list[Coroutine] = []
+        self._dense: list[Coroutine] = []
+        # Where several groups share a consumer, the first that was committed found it dense.
+        self._originals: dict[str, dict[str, Tensor]] = {
+            name: dict(dense) for name, dense in committed.items()
+        }
+        self._exchanged: set[str] = set()
+        self._at = -1
+        """The call before which all batches stand."""
+
+    def __iter__(self) -> Iterator[Site]:
+        with torch.no_grad(), self._watched():
+            around = Surroundings()
+            try:
+                for tour in self._tours:
+                    yield from self._sites_of(tour)
+            finally:
+                self._end()
+                around.restore()
+
+    # ---- when consumers are called -------------------------------------------------------
+
+    def _schedule(self) -> tuple[tuple[str, ...], Scratch]:
+        """Return the modules to watch in the order of their calls, and what passes write.
+
+        How often a module is called may depend on the data's shape, so that the order of the calls
+        is that of the first batch; the small example tells what passes write on modules.
+        """
+        with recorded_writes(self._opened.model) as written:
+            self._called(self._opened.example)
+        before = Scratch.of(self._opened.model, written)
+        with recorded_writes(self._opened.model) as on_shapes:
+            seen = self._called_on_shapes(self._batches[0])
+        # Tensors without values may have been written, also where the example wrote nothing.
+        on_shapes.undo()
+        before.reset()
+        written.attributes |= on_shapes.attributes
+        scratch = Scratch.of(self._opened.model, written)
+        calls = [name for name, _, _ in seen]
+        self._inputs = [(id(x), version) for _, x, version in seen]
+        for maps in self._consumers.values():
+            for consumer in maps:
+                if consumer.name not in calls:
+                    raise ModelError(
+                        f"{consumer.name!r} was never called on the calibration data, so that it "
+                        "cannot be refitted; give inputs that reach it"
+                    )
+        return tuple(calls), scratch
+
+    def _called_on_shapes(self, batch: Batch) -> list[tuple[str, Tensor, int]]:
+        """Return the calls on a batch of this shape, computing nothing where that is possible."""
+        try:
+            with on_shapes() as fake:
+                return self._called({name: fake.from_tensor(x) for name, x in batch.items()})
+        except Exception:  # code that looks at values, or that has no shape function
+            with batch_named(self._opened.model, 0):
+                return self._called(batch)
+
+    def _called(self, batch: Batch) -> list[tuple[str, Tensor, int]]:
+        """Return each call with the tensor that it reads, and how often that was written to."""
+        calls: list[tuple[str, Tensor, int]] = []
+
+        def see(name: str, argument: Any) -> None:
+            x = argument.hidden if isinstance(argument, Routed) else argument
+            # Nobody counts the writes to tensors of inference mode: no two of them are the same.
+            calls.append((name, x, -len(calls) - 1 if x.is_inference() else x._version))
+
+        with torch.no_grad(), _hooked(self._opened.model, self._names, see):
+            self._opened.model(**fresh(batch))
+        return calls
+
+    @property
+    def _recurrent(self) -> set[str]:
+        """Consumers whose gates' inputs nothing is added to that anybody could see."""
+        consumers = (consumer for maps in self._consumers.values() for consumer in maps)
+        return {one.name for one in consumers if isinstance(one.module, RECURRENT)}
+
+    @property
+    def _names(self) -> set[str]:
+        return {consumer.name for maps in self._consumers.values() for consumer in maps}
+
+    def _calls_of(self, group: CouplingGroup) -> list[int]:
+        """Return at which calls a group is measured; one will do where all read the same tensor."""
+        names = {consumer.name for consumer in self._consumers[group.name]}
+        calls = [call for call, name in enumerate(self._calls) if name in names]
+        return calls[:1] if self._in_one_breath(calls) else calls
+
+    def _readers(self, groups: Sequence[CouplingGroup]) -> dict[int, int]:
+        """Return, for each call of a group that is measured at its first call alone, that call."""
+        found: dict[int, int] = {}
+        for group in groups:
+            names = {consumer.name for consumer in self._consumers[group.name]}
+            calls = [call for call, name in enumerate(self._calls) if name in names]
+            if self._in_one_breath(calls):
+                found.update(dict.fromkeys(calls, calls[0]))
+        return found
+
+    def _in_one_breath(self, calls: Sequence[int]) -> bool:
+        """Whether several modules, each called once, read one tensor that nothing writes to."""
+        if self._target.needs_dense:
+            return False  # what each of them puts out is needed, too
+        names = {self._calls[call] for call in calls}
+        return len(names) == len(calls) > 1 and len({self._inputs[call] for call in calls}) == 1
+
+    def _in_order(self, groups: Sequence[CouplingGroup]) -> list[tuple[CouplingGroup, ...]]:
+        """Return the groups in the order in which they are first read; together, or one by one."""
+        order = sorted(groups, key=lambda group: self._calls_of(group)[0])
+        return [(group,) for group in order] if self._in_turn else [tuple(order)]
+
+    def _later_starts(self) -> dict[str, bool]:
+        """Tell for each group whether the batches set out again after it, should all be committed.
+
+        A walk that starts anew after a group needs its dense weights for the dense stream.
+        """
+        starts: list[bool] = []
+        at = -1
+        for tour in self._tours:
+            calls = sorted(call for group in tour for call in self._calls_of(group))
+            starts.append(0 <= calls[0] < at)
+            at = len(self._calls) if self._in_turn and len(calls) > 1 else calls[-1]
+        return {
+            group.name: any(starts[index + 1 :])
+            for index, tour in enumerate(self._tours)
+            for group in tour
+        }
+
+    @property
+    def calls(self) -> tuple[str, ...]:
+        """The modules that are watched, in the order of their calls."""
+        return self._calls
+
+    @property
+    def itinerary(self) -> tuple[int, ...]:
+        """The last call that each pass of the batches reaches, should all groups be committed."""
+        lasts: list[int] = []
+        at = -1
+        for tour in self._tours:
+            calls = {group.name: self._calls_of(group) for group in tour}
+            if at < 0 or min(map(min, calls.values())) < at:
+                lasts.append(0)
+            lasts[-1] = max(map(max, calls.values()))
+            ends = self._in_turn and any(len(own) > 1 for own in calls.values())
+            at = -1 if ends else lasts[-1]
+        return tuple(lasts)
+
+    # ---- the walk ------------------------------------------------------------------------
+
+    def _sites_of(self, tour: tuple[CouplingGroup, ...]) -> Iterator[Site]:
+        """Walk from the first call that reads one of these groups to the last one."""
+        calls = {group.name: self._calls_of(group) for group in tour}
+        grams: dict[str, tuple[GramAccumulator, ...]] = {}
+        if self._at < 0 or min(map(min, calls.values())) < self._at:
+            self._start()
+        for call in sorted(set(itertools.chain(*calls.values()))):
+            here = [group for group in tour if call in calls[group.name]]
+            for group in here:
+                if group.name not in grams:
+                    grams[group.name] = self._empty_sums(group)
+            self._measure(
+                call,
+                [
+                    gram
+                    for group in here
+                    for gram in grams[group.name]
+                    if len(calls[group.name]) == 1 or gram.linear_map.name == self._calls[call]
+                ],
+            )
+            for group in here:
+                if call != calls[group.name][-1]:
+                    continue
+                self._add_up(grams[group.name], group)
+                site = Site(
+                    group,
+                    grams.pop(group.name),
+                    final=not self._in_turn,
+                    _committing=self._committing,
+                )
+                yield site
+                if site.committed and len(calls[group.name]) > 1:
+                    self._end()  # the batches have passed calls through weights that are no longer
+
+    def _add_up(self, grams: tuple[GramAccumulator, ...], group: CouplingGroup) -> None:
+        """Add up over the ranks; this one may have had no batch of some sort."""
+        ranks, corrections = self._opened.ranks, self._target.needs_dense
+        lacking = (
+            gram.lacking_bytes(held=held, corrections=corrections)
+            for gram in grams
+            for held in (False, True)
+        )
+        with room_beside(self._opened.model, 0 if ranks.alone else sum(lacking)):
+            add_up(grams, ranks, group.name)
+
+    def _empty_sums(self, group: CouplingGroup) -> tuple[GramAccumulator, ...]:
+        maps = self._consumers[group.name]
+        inputs = " and ".join(str(consumer.rows) for consumer in maps)
+        needed = sum(8 * gram_numbers(consumer.rows) for consumer in maps)
+        with (
+            memory_for(f"Gram matrices of {group.name!r} with {inputs} inputs", FOR_MATRICES),
+            room_beside(self._opened.model, needed),
+        ):
+            return tuple(GramAccumulator(consumer) for consumer in maps)
+
+    def _start(self) -> None:
+        self._end()
+        self.passes += 1
+        self._at = 0
+        self._runs = [self._coroutine(index, Stream.PRUNED) for index in self._mine]
+        if self._target.needs_dense:
+            self._dense = [self._coroutine(index, Stream.DENSE) for index in self._mine]
+
+    def _coroutine(self, index: int, stream: Stream) -> Coroutine:
+        batch, model = self._batches[index], self._opened.model
+
+        def run() -> object:
+            return model(**fresh(batch))
+
+        away = Away(model, batch) if self._waiting_on_disk else None
+        return Coroutine(index, stream, run, self._scratch, Keeper(self._places), away)
+
+    def _measure(self, call: int, grams: Sequence[GramAccumulator]) -> None:
+        """Let each batch arrive at a call, and add up what it brings."""
+        for place, run in enumerate(self._runs):
+            dense = self._dense[place] if self._target.needs_dense else None
+            held, corrections = run.index >= self._held_from, dense is not None
+            needed = sum(g.lacking_bytes(held=held, corrections=corrections) for g in grams)
+            with ExitStack() as present:
+                present.enter_context(room_beside(self._opened.model, needed))
+                present.enter_context(phase(Phase.WALK))
+                for one in (run,) if dense is None else (run, dense):
+                    present.enter_context(one.present())
+                self._measure_batch(run, dense, call, grams)
+        self._at = call
+
+    def _measure_batch(
+        self, run: Coroutine, beside: Coroutine | None, call: int, grams: Sequence[GramAccumulator]
+    ) -> None:
+        """Let one batch arrive at a call, in the dense stream, too, and add up what it brings."""
+        stood_there = run.reached == call
+        arrival = self._bring(run, call)
+        D = None
+        if beside is not None:
+            dense = self._bring(beside, call)
+            # Another group that the same consumer reads may have been committed meanwhile.
+            output = self._output(arrival.module, arrival.x) if stood_there else arrival.output
+            assert dense.output is not None
+            assert output is not None
+            D = self._target.correction(dense.output, output, dense.stream, arrival.stream)
+        x = afresh(arrival.x)
+        with phase(Phase.GRAM):
+            for gram in grams:
+                add_call(gram, x, D, held=run.index >= self._held_from)
+
+    def _bring(self, run: Coroutine, call: int) -> Arrival:
+        """Let a batch run on to a call: it stands before it then, in the dense stream after."""
+        while run.reached < call:
+            expected = self._calls[run.reached + 1]
+            with batch_named(self._opened.model, run.index):
+                arrival = run.advance()
+            if arrival is None or arrival.module != expected:
+                raise CalibrationError(self._astray(run, expected))
+            self._check_same_tensor(run, arrival)
+        assert run.arrived is not None
+        return run.arrived
+
+    def _check_same_tensor(self, run: Coroutine, arrival: Arrival) -> None:
+        """Hold each batch to what the order of the calls was learned from."""
+        first = self._first_reader.get(run.reached)
+        if first is None:
+            return
+        if first == run.reached:
+            run.read[first] = weakref.ref(arrival.x)
+        elif run.read[first]() is not arrival.x:
+            raise CalibrationError(
+                f"calibration batch {run.index} calls {arrival.module!r} with another tensor than "
+                f"{self._calls[first]!r}, which read the same one on other data; give batches that "
+                "run alike"
+            )
+
+    def _astray(self, run: Coroutine, expected: str) -> str:
+        """Say how a batch takes another way than the first one."""
+        way = (
+            f"never reaches {expected!r}"
+            if run.arrived is None
+            else f"calls {run.arrived.module!r} where others call {expected!r}"
+        )
+        return (
+            f"calibration batch {run.index} {way}: what it runs depends on the data or on an "
+            "earlier pass, and cannot be measured; give batches that run alike"
+        )
+
+    def _end(self) -> None:
+        """End all passes; the next group starts new ones."""
+        runs, self._runs, self._dense, self._at = [*self._runs, *self._dense], [], [], -1
+        # The last to enter a context manager leaves it first, should it change the whole process.
+        for run in reversed(runs):
+            run.end()
+        for name in list(self._exchanged):  # of a pass that failed inside a consumer
+            self._exchange(name)
+
+    def _committing(self, site: Site) -> None:
+        """Keep dense weights that batches of the dense stream will run through once more."""
+        if self._target.needs_dense and self._starts_again_after[site.group.name]:
+            for name, dense in dense_tensors(site.consumers).items():
+                self._originals.setdefault(name, dict(dense))
+
+    @contextmanager
+    def _watched(self) -> Iterator[None]:
+        """Suspend passes of the pruned stream before each consumer, dense ones after it."""
+
+        def before(name: str, x: Any) -> None:
+            run = running()
+            if run is not None and run.stream is Stream.PRUNED:
+                suspend(Arrival(name, x, self._output(name, x), run.keeper.take(name)))
+            elif run is not None:
+                self._exchange(name)
+
+        def after(name: str, x: Any, y: Tensor) -> None:
+            run = running()
+            if run is not None and run.stream is Stream.DENSE:
+                output = self._recurrent_output(name, x)
+                self._exchange(name)
+                suspend(Arrival(name, x, y if output is None else output, run.keeper.take(name)))
+
+        def exchange(name: str, _: Any) -> None:
+            run = running()
+            if run is not None and run.stream is Stream.DENSE:
+                self._exchange(name)
+
+        def keeper() -> Keeper | None:
+            run = running()
+            return None if run is None else run.keeper
+
+        model = self._opened.model
+        watched = {place.module for places in self._places.values() for place in places}
+        before_walk = set(self._originals) - self._names if self._target.needs_dense else set()
+        with (
+            kept_streams(model, watched, keeper),
+            _hooked(model, self._names, before, after),
+            _hooked(model, before_walk, exchange, lambda name, x, _: exchange(name, x)),
+        ):
+            yield
+
+    def _output(self, name: str, x: Any) -> Tensor | None:
+        """Return what a consumer makes of its inputs as long as nothing new is committed.
+
+        Called by the pass itself, so that autocast holds as it does for the module.
+        """
+        if not self._target.needs_dense:
+            return None
+        found = self._recurrent_output(name, x)
+        if found is None:
+            found = output_of(self._opened.model.get_submodule(name), x)
+        assert isinstance(found, Tensor)
+        return found
+
+    def _recurrent_output(self, name: str, x: Tensor) -> Tensor | None:
+        """Return what the gates of a recurrent layer take from its inputs; None of other layers."""
+        module = self._opened.model.get_submodule(name)
+        return input_gates(module, x) if isinstance(module, RECURRENT) else None
+
+    def _exchange(self, name: str) -> None:
+        """Put the dense tensors of a committed consumer in the place of the new ones, or back."""
+        originals = self._originals.get(name, {})
+        if originals:
+            self._exchanged ^= {name}
+        for key, tensor in self._opened.model.get_submodule(name).named_parameters(recurse=False):
+            if key in originals:
+                tensor.data, originals[key] = originals[key], tensor.data
+
+
+def _parted(inputs: ModelInputs, batches: Sequence[Batch], held: int) -> tuple[list[Batch], int]:
+    """Return batches none of which is held out in part, and how many of them are not at all."""
+    fitted: list[Batch] = []
+    rest: list[Batch] = []
+    left = sum(map(inputs.count, batches)) - held
+    for batch in batches:
+        count = inputs.count(batch)
+        if left > 0:
+            fitted.append(inputs.rows(batch, 0, left))
+        if left < count:
+            rest.append(inputs.rows(batch, max(left, 0), None))
+        left -= count
+    return [*fitted, *rest], len(fitted)
+
+
+def add_call(gram: GramAccumulator, x: Any, D: Tensor | None, *, held: bool) -> None:
+    """Add what a consumer reads in a call, with corrections in the form of its output."""
+    corrections = None if D is None else gram.linear_map.read_corrections(D, x)
+    gram.pass_over(gram.linear_map.passed_over(x), held=held)
+    done = 0
+    for X in gram.linear_map.read_inputs(x):
+        D_part = None if corrections is None else corrections[done : done + len(X)]
+        gram.add(X, D_part, held=held)
+        done += len(X)
+
+
+@contextmanager
+def _hooked(
+    model: nn.Module,
+    names: Iterable[str],
+    before: Callable[[str, Any], None],
+    after: Callable[[str, Any, Tensor], None] | None = None,
+) -> Iterator[None]:
+    """Show what modules are called with, before they run, and what they put out."""
+
+    def reading(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            before(name, argument(module, args, kwargs))
+
+        return hook
+
+    def writing(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+            assert after is not None
+            after(name, argument(module, args, kwargs), output)
+
+        return hook
+
+    handles = []
+    try:
+        for name in names:
+            module = model.get_submodule(name)
+            handles.append(module.register_forward_pre_hook(reading(name), with_kwargs=True))
+            if after is not None:
+                handles.append(module.register_forward_hook(writing(name), with_kwargs=True))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def walk(
+    opened: Opened,
+    groups: Sequence[CouplingGroup],
+    *,
+    in_turn: bool = True,
+    target: Target = Target.WEIGHTS,
+    held: int = 0,
+    committed: Mapping[str, DenseTensors] | None = None,
+    waiting_on_disk: bool = False,
+) -> Walk:
+    """Walk the calibration data through a model, and stop wherever a group can be solved.
+
+    Parameters
+    ----------
+    opened
+        The model with its data.
+    groups
+        What to stop for; prunable, in any order.
+    in_turn
+        Whether each group is measured on what was committed before it, as pruning does.  If not,
+        all groups are measured on the model as it is, in a single pass, and none can be committed.
+    target
+        What consumers are to reproduce.  Where that depends on what the dense model computes, each
+        batch also runs through the dense weights: it passes a consumer before new weights are
+        committed, so that no second model is held.
+    held
+        How many samples, the last ones, no weight is fitted to: they choose how much of the
+        corrections targets have (`Site.regularization`).
+    committed
+        The dense tensors of modules to which an earlier walk has committed, by name.
+    waiting_on_disk
+        Whether what a suspended batch holds is kept in a file; only for models of transformers,
+        whose hidden states have a row for each token (`osscar.offload.away`).
+
+    Returns
+    -------
+    Walk
+        To be iterated over once; it yields a `Site` for each group, in the order in which the
+        model reads them.
+
+    Raises
+    ------
+    ModelError
+        If a consumer cannot be refitted, or is never called.
+    CalibrationError
+        If a batch fails, or takes another way through the model than the others; it names the
+        batch and the module.
+    NonFiniteError
+        If what a consumer reads is not finite.
+    """
+    return Walk(opened, groups, in_turn, target, held, committed or {}, waiting_on_disk)

@@ -1,0 +1,1 @@
+"""What proves a bound, checked without the search that found it."""

@@ -1,0 +1,422 @@
+"""A lower bound as numbers that anyone can check against the problem alone.
+
+For any matrix Y with the rows of the weights, any q, and any x, write ``A = inv(H)``,
+``a_i = tr(Y_i' (A G)_i)``, and ``Q_ij`` for the sum over the block ij of the element-wise product
+of A and Y Y' (all summed over the consumers),
+
+    E(S)  >=  e - tr(G' A G)  -  x'(Diag(q) - Q) x  +  the n - k least entries of g,
+              g = 2 a - q + 2 (Diag(q) - Q) x
+
+for every support S of k units, provided that ``Diag(q) - Q`` is positive semidefinite; what is
+added to ``e - tr(G'AG)`` may be raised to zero, as removing units never lowers the loss.  Proof:
+the loss is ``e - tr(G'AG)`` plus ``max over Y_R of 2 tr(Y_R'(AG)_R) - tr(Y_R' A_RR Y_R)``, R being
+the removed units; one Y for all R makes that ``2 a'x - x'Q x`` on indicators x of R, where
+``x_j = x_j^2``; the rest is the tangent of a convex function.  So it does not matter how Y, q and x
+were found, and the code below shares nothing with the code that finds them but the analysis of
+rounding (`solvers.linalg.rounding`).
+
+Large multipliers cancel: what rounding can have done to each of these sums is taken off it, in
+proportion to the magnitudes that were summed up, so that no q makes a bound of rounding.
+
+The same holds among the supports that remove some units and keep others, with A and ``A G``
+conditioned on both (`Inverses.given`), and g tells more than the bound: by how much it rises for
+the supports in which one unit goes, or stays.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from itertools import combinations, islice
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from solvers.errors import VerificationError
+from solvers.linalg.rounding import Rounding, Sizes
+from solvers.linalg.values import is_plain
+from solvers.problem import NO_ROW, Consumer, SubsetProblem
+
+LEAST_SHARE = 1e-3
+"""Multipliers are computed as if every unit were removed with at least this probability."""
+
+LEAST_DIAGONAL = 1e-10
+"""Diagonal entries of Q below this share of the largest count as that."""
+
+_MOST_SUPPORTS = 20_000
+"""As many as 16 units have, and some more."""
+
+_BATCH_ELEMENTS = 1 << 20
+"""Elements of the blocks of one batch of supports."""
+
+_EPS = torch.finfo(torch.float64).eps
+
+
+class Certificate(Protocol):
+    """Evidence for a lower bound."""
+
+    def bound(self, problem: SubsetProblem) -> float:
+        """Recompute the lower bound from the problem.
+
+        Raises
+        ------
+        VerificationError
+            If the evidence does not prove any bound.
+        """
+
+
+@dataclass(frozen=True, eq=False)
+class EnumerationCertificate:
+    """The evidence that there are few enough supports to compute the loss of each."""
+
+    def bound(self, problem: SubsetProblem) -> float:
+        """Return the least loss of all supports, in float64; takes as long as the search did.
+
+        Raises
+        ------
+        VerificationError
+            If there are more than 20,000 supports.
+        """
+        n, removals = problem.units, problem.units - problem.keep
+        if not math.comb(n, removals) <= _MOST_SUPPORTS:
+            raise VerificationError(
+                f"{math.comb(n, removals)} supports are to be enumerated: at most {_MOST_SUPPORTS} "
+                "are"
+            )
+        inverses = Inverses.of(problem)
+        nodes = inverses.unconditioned()
+        rows = max((removals * width) ** 2 for _, _, width in inverses.consumers)
+        choices = iter(combinations(range(n), removals))
+        least = math.inf
+        while batch := list(islice(choices, max(_BATCH_ELEMENTS // max(rows, 1), 1))):
+            some = torch.tensor(batch, dtype=torch.int64, device=problem.device)
+            least = min(least, float(nodes.cheapest(some.view(len(batch), removals))))
+        return inverses.proved(least)
+
+
+@dataclass(frozen=True, eq=False)
+class MultiplierCertificate:
+    """A point of the relaxation, from which the bound of the module's text follows.
+
+    Parameters
+    ----------
+    share, shape
+        (n,) in (0, 1] and (n,) positive; they stand for ``Y = inv(A + shape (1/share - 1) o
+        blockdiag(A)) A G / share``.
+    q
+        Diagonal, (n,), positive.
+    point
+        x, (n,), in [0, 1].
+    """
+
+    share: Tensor
+    shape: Tensor
+    q: Tensor
+    point: Tensor
+
+    def bound(self, problem: SubsetProblem) -> float:
+        """Recompute the lower bound from the problem, in float64.
+
+        Raises
+        ------
+        VerificationError
+            If a number is out of its range, or ``Diag(q) - Q`` is not positive semidefinite.
+        """
+        inverses = Inverses.of(problem)
+        return inverses.proved(float(self.linearization(inverses, problem.keep).value))
+
+    def linearization(self, inverses: Inverses, keep: int) -> Linearization:
+        """Return the bound with its slopes, of one node that leaves all units free."""
+        removals = inverses.units - keep
+        self._check(inverses)
+        if not removals > 0:
+            raise VerificationError("nothing is removed, so there is nothing to certify")
+        nodes = inverses.unconditioned()
+        terms = nodes.aggregate(self.share[None], self.shape[None])
+        return nodes.linearize(terms, self.q[None], self.point[None], removals)
+
+    def _check(self, inverses: Inverses) -> None:
+        for name in ("share", "shape", "q", "point"):
+            value = getattr(self, name)
+            check_numbers(f"certificate's {name}", value, (inverses.units,), inverses.device)
+            if value.dtype != torch.float64:
+                raise VerificationError(f"the certificate's {name} must be float64 numbers")
+        if not (float(self.share.min()) > 0 and float(self.share.max()) <= 1):
+            raise VerificationError("the certificate's share must be in (0, 1]")
+        if not (float(self.q.min()) > 0 and float(self.shape.min()) > 0):
+            raise VerificationError("the certificate's q and shape must be positive")
+        check_point("certificate", self.point)
+
+
+def check_numbers(name: str, value: Any, size: tuple[int, ...], device: torch.device) -> None:
+    """Refuse what is no plain tensor of finite numbers of this size and device.
+
+    Raises
+    ------
+    VerificationError
+        Naming the field.
+    """
+    if not is_plain(value) or value.device != device:
+        raise VerificationError(f"the {name} must be a plain tensor on {device}")
+    if tuple(value.shape) != size or not bool(torch.isfinite(value).all()):
+        raise VerificationError(f"the {name} must be {_spelled(size)} finite numbers")
+
+
+def check_point(owner: str, point: Tensor) -> None:
+    """Refuse a point outside of the unit cube: far away, a tangent is all rounding.
+
+    Raises
+    ------
+    VerificationError
+        Naming whose point it is.
+    """
+    if not (float(point.min()) >= 0 and float(point.max()) <= 1):
+        raise VerificationError(f"the {owner}'s point must be in [0, 1]")
+
+
+def _spelled(size: tuple[int, ...]) -> str:
+    return " x ".join(map(str, size))
+
+
+@dataclass(frozen=True, eq=False)
+class Inverses:
+    """``A`` and ``A G`` of every consumer, the rows ordered by unit.
+
+    Parameters
+    ----------
+    consumers
+        A, (n w, n w), and A G, (n w, m), of each, with the rows w of its units; short units are
+        filled up with rows of the unit matrix and of zeros, which add nothing anywhere, and more
+        than n w responses are rotated into n w.
+    constant
+        ``e - tr(G' A G)``, summed over the consumers: the loss with all units kept.
+    units
+        Their number n.
+    rounding
+        How far A, A G and the constant can be from the exact ones.
+    """
+
+    consumers: tuple[tuple[Tensor, Tensor, int], ...]
+    constant: float
+    units: int
+    rounding: Rounding
+
+    @classmethod
+    def of(cls, problem: SubsetProblem) -> Inverses:
+        """Invert every Hessian of a problem."""
+        A_W, constants, roundings = zip(*map(_inverse, problem.consumers), strict=True)
+        widths = [consumer.width for consumer in problem.consumers]
+        return cls(
+            tuple((A, W, width) for (A, W), width in zip(A_W, widths, strict=True)),
+            sum(constants),
+            problem.units,
+            sum(roundings[1:], roundings[0]),
+        )
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tensors are."""
+        return self.consumers[0][0].device
+
+    @property
+    def unit(self) -> float:
+        """Rounding of the sums that evaluate a bound, relative to the sum of their magnitudes."""
+        return max(Sizes.unit_of(W.shape[1], w, self.units) for _, W, w in self.consumers)
+
+    def proved(self, loss: float) -> float:
+        """Turn a lower bound of the losses that A and A G give into one of the exact losses.
+
+        Raises
+        ------
+        VerificationError
+            If it is no finite number.
+        """
+        if not (math.isfinite(loss) and math.isfinite(self.constant)):
+            raise VerificationError(f"the certificate proves {loss}, which is no bound")
+        cost = torch.tensor(loss - self.constant, dtype=torch.float64)
+        return float(self.rounding.certified(self.constant, cost))
+
+    def unconditioned(self) -> ConditionedNodes:
+        """Return the node that leaves all units free."""
+        parts = tuple((A[None], W[None], width) for A, W, width in self.consumers)
+        spent = torch.full((1,), self.constant, dtype=torch.float64, device=self.device)
+        return ConditionedNodes(parts, spent, self.unit)
+
+    def given(self, removed: Tensor, free: Tensor) -> ConditionedNodes:
+        """Condition on units that go, (b, r), and on those that stay: all but the `free`, (b, f).
+
+        Removing R costs ``tr(W_R' inv(A_RR) W_R)`` with W = A G, and leaves for the free units F
+        ``A_FF - A_FR inv(A_RR) A_RF`` and ``W_F - A_FR inv(A_RR) W_R``.
+        """
+        parts, spent = [], torch.zeros(len(free), dtype=torch.float64, device=free.device)
+        for A, W, width in self.consumers:
+            f, r = _rows(free, width), _rows(removed, width)
+            A_f, W_f = A[f[:, :, None], f[:, None, :]], W[f]
+            if r.shape[1]:
+                A_fr = A[f[:, :, None], r[:, None, :]]
+                A_rr = A[r[:, :, None], r[:, None, :]]
+                solved = torch.linalg.solve(A_rr, torch.cat([A_fr.mT, W[r]], 2))
+                spent = spent + (W[r] * solved[:, :, A_f.shape[2] :]).sum((1, 2))
+                A_f = A_f - A_fr @ solved[:, :, : A_f.shape[2]]
+                W_f = W_f - A_fr @ solved[:, :, A_f.shape[2] :]
+            parts.append((A_f, W_f, width))
+        return ConditionedNodes(tuple(parts), self.constant + spent, self.unit)
+
+
+@dataclass(frozen=True, eq=False)
+class ConditionedNodes:
+    """What is left of a problem in b nodes that each leave f units free.
+
+    Parameters
+    ----------
+    consumers
+        Conditioned A, (b, f w, f w), and A G, (b, f w, m), of each, and w.
+    spent
+        Loss of the units that go, with all free ones kept, (b,).
+    unit
+        Rounding of the sums that evaluate a bound, relative to the sum of their magnitudes.
+    """
+
+    consumers: tuple[tuple[Tensor, Tensor, int], ...]
+    spent: Tensor
+    unit: float
+
+    def aggregate(self, share: Tensor, shape: Tensor) -> Aggregate:
+        """Sum up a and Q of the multipliers of `share` and `shape`, (b, f)."""
+        x = share.clamp(LEAST_SHARE, 1.0)
+        b, f = x.shape
+        a, a_size, Q_size = torch.zeros(3, b, f, dtype=x.dtype, device=x.device)
+        Q = x.new_zeros(b, f, f)
+        for A, W, w in self.consumers:
+            M = A.clone()
+            blocks = M.view(b, f, w, f, w).diagonal(dim1=1, dim2=3)
+            blocks.mul_((1 + shape * (1 / x - 1))[:, None, None, :])
+            Y = torch.cholesky_solve(W, torch.linalg.cholesky(M, out=M))
+            Y /= x.repeat_interleave(w, 1)[:, :, None]
+            del M, blocks
+            terms = Y * W
+            a += terms.reshape(b, f, -1).sum(2)
+            a_size += terms.abs_().reshape(b, f, -1).sum(2)
+            Q += (Y @ Y.mT).mul_(A).view(b, f, w, f, w).sum((2, 4))
+            # |A_rs| <= sqrt(A_rr A_ss) bounds every term of Q_ij by a product of two numbers.
+            rows = Y.norm(dim=2) * A.diagonal(dim1=1, dim2=2).sqrt()
+            Q_size = torch.hypot(Q_size, rows.view(b, f, w).sum(2))
+        return Aggregate(a, (Q + Q.mT) / 2, Sizes(a_size, Q_size, self.unit))
+
+    def linearize(self, terms: Aggregate, q: Tensor, point: Tensor, removals: int) -> Linearization:
+        """Evaluate the bound of the module's text in every node.
+
+        Raises
+        ------
+        VerificationError
+            If ``Diag(q) - Q`` is not positive semidefinite in some node, or numbers overflow.
+        """
+        a, Q = terms.a, terms.Q
+        P = -Q
+        P.diagonal(dim1=1, dim2=2).add_(q)
+        _check_dominates(P, q)
+        Px = (P @ point[:, :, None])[:, :, 0]
+        g = 2 * a - q + 2 * Px
+        lost = terms.sizes.lost(q, point)
+        ordered = g.sort(1).values
+        cost = ordered[:, :removals].sum(1) - (point * Px).sum(1) - lost
+        last, following = ordered[:, removals - 1, None], ordered[:, removals : removals + 1]
+        base = cost[:, None]
+        bounds = Linearization(
+            self.spent + cost.clamp(min=0.0),
+            self.spent[:, None] + (base + (g - last).clamp(min=0.0)).clamp(min=0.0),
+            self.spent[:, None] + (base + (following - g).clamp(min=0.0)).clamp(min=0.0),
+        )
+        if not all(bool(torch.isfinite(part).all()) for part in bounds.parts):
+            raise VerificationError("the certificate's numbers overflow: no bound follows")
+        return bounds
+
+    def cheapest(self, choices: Tensor) -> Tensor:
+        """Return the least loss of removing the units at one of c choices of r places, (b,)."""
+        loss = self.spent[:, None].expand(-1, len(choices))
+        for A, W, width in self.consumers:
+            rows = _rows(choices, width)
+            A_r, W_r = A[:, rows[:, :, None], rows[:, None, :]], W[:, rows]
+            loss = loss + (W_r * torch.linalg.solve(A_r, W_r)).sum((2, 3))
+        return loss.min(1).values
+
+
+@dataclass(frozen=True, eq=False)
+class Aggregate:
+    """The function ``2 a'x - x'Q x`` of b nodes, and how large the numbers are that it sums up.
+
+    Parameters
+    ----------
+    a, Q
+        (b, f) and (b, f, f).
+    sizes
+        Of what was summed up, (b, f) each.
+    """
+
+    a: Tensor
+    Q: Tensor
+    sizes: Sizes
+
+
+@dataclass(frozen=True, eq=False)
+class Linearization:
+    """Lower bounds of the loss in b nodes.
+
+    Parameters
+    ----------
+    value
+        Of every support below the node, (b,).
+    goes, stays
+        Of those in which one free unit goes, or stays, (b, f) each.
+    """
+
+    value: Tensor
+    goes: Tensor
+    stays: Tensor
+
+    @property
+    def parts(self) -> tuple[Tensor, Tensor, Tensor]:
+        """All three."""
+        return self.value, self.goes, self.stays
+
+
+def _check_dominates(P: Tensor, q: Tensor) -> None:
+    """Refuse ``P = Diag(q) - Q`` unless it is certainly positive definite, rounding included.
+
+    Scaled to entries of at most 1, and less ``2 n (n + 2) eps`` on its diagonal, it has to have a
+    Cholesky factor (Rump, "Verification of positive definiteness", BIT 46, 2006).
+    """
+    n = q.shape[1]
+    scale = q.rsqrt()
+    scaled = (P * scale[:, :, None]).mul_(scale[:, None, :])
+    scaled.diagonal(dim1=1, dim2=2).sub_(2 * n * (n + 2) * _EPS)
+    finite = bool(torch.isfinite(scaled).all())
+    if not (finite and bool((torch.linalg.cholesky_ex(scaled).info == 0).all())):
+        raise VerificationError("the certificate's q does not dominate Q: no bound follows")
+
+
+def _inverse(consumer: Consumer) -> tuple[tuple[Tensor, Tensor], float, Rounding]:
+    """Return A and A G with the rows ordered by unit, ``e - tr(G' A G)``, and their rounding."""
+    H = consumer.H
+    factor = torch.linalg.cholesky(H)
+    A = torch.cholesky_inverse(factor)
+    W = torch.cholesky_solve(consumer.G, factor)
+    del factor  # a matrix, which the next line has need of
+    responses = W.shape[1]
+    rounding, constant = Rounding.of(H, A, consumer.G, W, consumer.e, responses)
+    order = consumer.rows.flatten()
+    place = torch.nonzero(order != NO_ROW).flatten()
+    ordered = torch.eye(len(order), dtype=A.dtype, device=A.device)
+    ordered[place[:, None], place] = A[order[place][:, None], order[place]]
+    weights = W.new_zeros(len(order), responses)
+    weights[place] = W[order[place]]
+    if responses > len(order):  # only W W' matters
+        weights = torch.linalg.qr(weights.T, mode="r").R.T
+    return (ordered, weights), constant, rounding
+
+
+def _rows(units: Tensor, width: int) -> Tensor:
+    """Return the rows, (b, u w), of some units, (b, u)."""
+    offsets = torch.arange(width, device=units.device)
+    return (units[:, :, None] * width + offsets).flatten(1)

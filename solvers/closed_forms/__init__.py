@@ -1,0 +1,1 @@
+"""Closed forms of removal, addition, exchange and refit."""

@@ -1,0 +1,367 @@
+"""Symmetric sweeps: the one place where inverses are updated.
+
+For a support S, with ``A = inv(H_SS)``, refit ``W = A G_S`` and residual ``R = G - H_:S W``, one
+consumer's state is a symmetric p x p matrix and a p x m one,
+
+    N = [ -A       A H_SR          ]        U = [ W ]
+        [ H_RS A   H_RR - H_RS A H_SR ]         [ R ]
+
+the sweeps of H and of G.  Everything that a search needs to know can be read off N and the products
+``K = U U'``, and moving rows in or out of S updates both by low-rank terms.  (Sweep: Goodnight, "A
+tutorial on the SWEEP operator", The American Statistician 33(3), 1979.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from solvers.closed_forms.aligned import Aligned, narrowed, unit_rows
+from solvers.linalg.gram import TILE_ROWS, quadratic_on
+from solvers.linalg.symmetric import Symmetric
+from solvers.problem import Consumer, SubsetProblem
+
+_PROBES = 16
+_ELEMENTS = 1 << 18
+"""Of rows that are read at a time."""
+
+
+class ConsumerState:
+    """N and U of one consumer, `Aligned`; changed in place by `sweep`.
+
+    Each unit has its place in them.  Those in S came first when they were factorized, and still do
+    as long as every exchange lets as many enter as leave.
+
+    Parameters
+    ----------
+    consumer
+        The consumer.
+    kept
+        (n,) bool, the units in S.
+
+    Attributes
+    ----------
+    N, U
+        As in the text above, (n w, n w) and (n w, m) float64 or narrower, rows by place.
+    width
+        Rows w of each unit.
+    kept
+        (n,) bool, the units in S.
+    N_blocks, K_blocks
+        Diagonal blocks of N and K, (n, w, w), by unit.
+    """
+
+    N_blocks: Tensor
+    K_blocks: Tensor
+
+    def __init__(self, consumer: Consumer, kept: Tensor) -> None:
+        self.width = w = consumer.width
+        self._terms = Aligned(consumer)
+        units = torch.cat([torch.nonzero(kept).flatten(), torch.nonzero(~kept).flatten()])
+        self._place = units.argsort()
+        self.kept = kept.clone()
+        self._leading: int | None = int(kept.sum()) * w
+        """How many places those in S take, where they come first."""
+        self._factorize(unit_rows(units, w), self._leading)
+        self._cross: Tensor | None = None
+        self._read_blocks()
+
+    def _factorize(self, rows: Tensor, k: int) -> None:
+        # With H_SS = L L', C = inv(L) H_SR and h = inv(L) G_S: what is left of the removed rows is
+        # H_RR - C'C and G_R - C'h, which round as H does.  H_RS A H_SR rounds as A does, near a
+        # singular H by more than what is left: that would then not even be positive definite.
+        self.N, self.U = self._terms.gram(rows, cut=k), self._terms.responses(rows)
+        self.N.factorize(k)
+        self.N.forward(self.U, k)
+        self.N.backward(self.U, k)
+        self.N.divide(k)
+        self.N.invert(k)
+        for start, panel in self.N.spans():
+            if start < k:
+                panel.neg_()
+
+    def _read_blocks(self) -> None:
+        w = self.width
+        # Some rows at a time: their squares are as many as U.
+        parts = torch.split(self.U.view(len(self._place), w, -1), max(1, TILE_ROWS // w))
+        K = torch.cat([U.square().sum(2, keepdim=True) if w == 1 else U @ U.mT for U in parts])
+        self.N_blocks, self.K_blocks = self.N.diagonal_blocks(w)[self._place], K[self._place]
+
+    def part(self, units: Tensor) -> ConsumerState:
+        """Return the state of some units alone, while no other is moved.
+
+        A sweep of units changes the rows and columns of others by what these have in common with
+        it, so that a principal block follows from itself.  Losses cannot be asked of it.
+
+        Parameters
+        ----------
+        units
+            (u,) int64, numbered in this order; products can be kept where those in S come first.
+        """
+        made = object.__new__(ConsumerState)
+        at = self._at(units)
+        made.width, made.kept, made._terms = self.width, self.kept[units], self._terms
+        made.N = Symmetric.of(self.N.entries(at, at), width=self.width)
+        made.U = narrowed(self.U[at])
+        made._place = torch.arange(len(units), device=units.device)
+        count = int(made.kept.sum())
+        made._leading = count * self.width if bool(made.kept[:count].all()) else None
+        made._cross = None
+        made._read_blocks()
+        return made
+
+    def N_rows(self, units: Tensor) -> Tensor:
+        """Return the rows of N of some units, (u w, n w), columns by unit."""
+        return self.N.rows(self._at(units))[:, unit_rows(self._place, self.width)]
+
+    def K_rows(self, units: Tensor) -> Tensor:
+        """Return the rows of K of some units, (u w, n w), columns by unit."""
+        return (self.U[self._at(units)] @ self.U.T)[:, unit_rows(self._place, self.width)]
+
+    def pairs(self, leave: Tensor, enter: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the entries of N and of K of all pairs of units, (l w, e w) each."""
+        some, others = self._at(leave), self._at(enter)
+        first = self._leading or 0
+        N = self.N.rows(some, first)[:, others - first]
+        if self._cross is not None:
+            return N, self._cross[some[:, None], others - first]
+        # Only a few rows are copied; all of those that enter would be as many as U has.
+        return N, (self.U[some] @ self.U[first:].T)[:, others - first]
+
+    def hold_products(self) -> None:
+        """Keep K of all pairs at hand, as long as as many units leave as enter."""
+        k = self._leading
+        if self._cross is None and k is not None:
+            self._cross = self.U[:k] @ self.U[k:].T
+
+    def release_products(self) -> None:
+        """Let go of what `hold_products` keeps."""
+        self._cross = None
+
+    def _at(self, units: Tensor) -> Tensor:
+        return unit_rows(self._place[units], self.width)
+
+    def sweep(self, units: Tensor) -> None:
+        """Move the given units to the other side of the support.
+
+        Parameters
+        ----------
+        units
+            (u,) int64; those inside leave and those outside enter.
+        """
+        at, inside = self._at(units), self.kept[units]
+        sign = torch.where(inside, -1.0, 1.0).to(self.U).repeat_interleave(self.width)
+        columns, own = self.N.rows(at).T, self.U[at]
+        pivot = _inverse(columns[at])
+        Z = columns @ pivot
+        self.N.subtract(Z, columns.T)
+        self._subtract_products(Z, own)
+        self.U.addmm_(Z, own, alpha=-1)
+        self._exchange_places(units[inside], units[~inside])
+        self.kept[units] = ~inside
+        at, signed = self._at(units), pivot * sign
+        Z *= sign
+        Z[at] = -sign[:, None] * signed
+        self.N.set_rows(at, Z.T)
+        self.U[at] = signed.T @ own
+        self._renew_products(at)
+        self._read_blocks()
+
+    def _exchange_places(self, leaving: Tensor, entering: Tensor) -> None:
+        """Let units that enter take the places of those that leave."""
+        if len(leaving) == len(entering):
+            places = self._place[leaving]
+            self._place[leaving], self._place[entering] = self._place[entering], places
+        else:
+            self._leading = self._cross = None
+
+    def _subtract_products(self, Z: Tensor, own: Tensor) -> None:
+        # As U falls by Z U_J, K = U U' falls by Z Q' + Q Z', where Q = U U_J' - Z U_J U_J' / 2.
+        if self._cross is not None:
+            k = self._leading
+            Q = self.U @ own.T - Z @ (own @ own.T / 2)
+            self._cross.addmm_(
+                torch.cat([Z[:k], Q[:k]], 1), torch.cat([Q[k:], Z[k:]], 1).T, alpha=-1
+            )
+
+    def _renew_products(self, at: Tensor) -> None:
+        k = self._leading
+        if self._cross is not None and k is not None:
+            ours, theirs = at[at < k], at[at >= k]
+            self._cross[ours] = self.U[ours] @ self.U[k:].T
+            self._cross[:, theirs - k] = self.U[:k] @ self.U[theirs].T
+
+    def column_sizes(self, D: Tensor) -> Tensor:
+        """Return the blocks of ``N_:S D D N_S:``, (n, w, w), by unit.
+
+        Parameters
+        ----------
+        D
+            A number for each row, (n w,), by unit; zero for those not in S.
+        """
+        n, w = len(self._place), self.width
+        weights = torch.empty_like(D)
+        weights[unit_rows(self._place, w)] = D
+        if w == 1:
+            return self.N.row_sizes(weights.square())[self._place].view(n, 1, 1)
+        blocks = self.U.new_empty(n, w, w)
+        for some in torch.split(torch.arange(n, device=D.device), max(1, _ELEMENTS // (n * w * w))):
+            part = (self.N.rows(self._at(some)) * weights).view(len(some), w, -1)
+            blocks[some] = part @ part.mT
+        return blocks
+
+    def loss(self) -> float | None:
+        """Return the loss of the refit W; None where U has fewer columns than that."""
+        consumer, units = self._terms.consumer, torch.nonzero(self.kept).flatten()
+        if self.U.shape[1] < consumer.G.shape[1]:
+            return None
+        own, rows = self._terms.owned(unit_rows(units, self.width))
+        return quadratic_on(
+            consumer.hessian, consumer.G, consumer.e, rows, self.U[self._at(units)[own]]
+        )
+
+    def drift(self) -> float:
+        """Return the error of ``H_SS A = I`` on a few rows."""
+        S = unit_rows(torch.nonzero(self.kept).flatten(), self.width)
+        some = S[torch.linspace(0, len(S) - 1, _PROBES, device=S.device).long()]
+        place = unit_rows(self._place, self.width)
+        error = self._terms.H(some, S) @ self.N.rows(place[some])[:, place[S]].T
+        error += (some[:, None] == some).to(error)
+        return float(error.abs().max())
+
+
+def _inverse(A: Tensor) -> Tensor:
+    """Return the inverse of a symmetric matrix of any signs and scales of rows.
+
+    Units that leave have the scale of ``1 / H`` and those that enter that of ``H``: elimination
+    with row exchanges alone would lose the digits of the one among those of the other.
+    """
+    size = A.diagonal().abs()
+    scale = torch.where(size > 0, size, 1.0).rsqrt()
+    inverse: Tensor = torch.linalg.inv(scale[:, None] * A * scale)
+    return (inverse + inverse.T) * (scale[:, None] * scale / 2)
+
+
+@dataclass(eq=False)
+class PivotState:
+    """The states of all consumers of a problem, on one support.
+
+    Parameters
+    ----------
+    problem
+        The problem that is being solved.
+    consumers
+        One state for each of its consumers.
+    kept
+        (n,) bool, the units in the support.
+    """
+
+    problem: SubsetProblem
+    consumers: tuple[ConsumerState, ...]
+    kept: Tensor
+
+    @classmethod
+    def full(cls, problem: SubsetProblem) -> PivotState:
+        """Factorize with every unit kept."""
+        return cls.on_support(problem, torch.arange(problem.units, device=problem.device))
+
+    @classmethod
+    def on_support(cls, problem: SubsetProblem, support: Tensor) -> PivotState:
+        """Factorize on a support, (k,) int64.
+
+        Costs one Cholesky factorization of the kept rows and a few products; N, in half of the
+        memory of a p x p matrix, and U stay.
+        """
+        kept = torch.zeros(problem.units, dtype=torch.bool, device=problem.device)
+        kept[support] = True
+        return cls(problem, tuple(ConsumerState(c, kept) for c in problem.consumers), kept)
+
+    @property
+    def support(self) -> Tensor:
+        """The kept units, (k,) int64, sorted."""
+        return torch.nonzero(self.kept).flatten()
+
+    @property
+    def removed(self) -> Tensor:
+        """The removed units, (n - k,) int64, sorted."""
+        return torch.nonzero(~self.kept).flatten()
+
+    def sweep(self, units: Tensor | Sequence[int]) -> None:
+        """Move the given units to the other side of the support, all at once."""
+        moved = torch.as_tensor(units, dtype=torch.int64, device=self.kept.device)
+        for consumer in self.consumers:
+            consumer.sweep(moved)
+        self.kept[moved] = ~self.kept[moved]
+
+    def part(self, units: Tensor) -> PivotState:
+        """Return the state of some units alone, in which these may be exchanged.
+
+        Parameters
+        ----------
+        units
+            (u,) int64; products can be kept where those in the support come first.
+        """
+        parts = tuple(state.part(units) for state in self.consumers)
+        return PivotState(self.problem, parts, self.kept[units])
+
+    def drift(self) -> float:
+        """Return the error of ``H_SS A = I`` on a few rows: rounding, as long as sweeps are few."""
+        return max(state.drift() for state in self.consumers)
+
+    def loss(self) -> float | None:
+        """Return the loss of the refit that the state holds, where it holds that of all columns.
+
+        Where the state is sound it is that of `solvers.closed_forms.refit.refit`.
+        """
+        losses = [state.loss() for state in self.consumers]
+        known = [loss for loss in losses if loss is not None]
+        return max(sum(known), 0.0) if len(known) == len(losses) else None
+
+    def hold_products(self) -> None:
+        """Keep K of all pairs at hand, where many exchanges are to be scored."""
+        for state in self.consumers:
+            state.hold_products()
+
+    def release_products(self) -> None:
+        """Let go of what `hold_products` keeps, where there has to be room for something else."""
+        for state in self.consumers:
+            state.release_products()
+
+    def removal_losses(self) -> Tensor:
+        """Return by how much the loss rises when one unit leaves, (n,); inf for removed units.
+
+        ``tr(W_i' inv(A_ii) W_i) = tr(inv(A_ii) K_ii)`` for each unit.
+        """
+        return torch.where(self.kept, self._one_unit_scores(-1.0), torch.inf)
+
+    def addition_gains(self) -> Tensor:
+        """Return by how much the loss falls when one unit enters, (n,); -inf for kept units.
+
+        ``tr(R_j' inv(s_j) R_j) = tr(inv(N_jj) K_jj)`` for each unit.
+        """
+        return torch.where(self.kept, -torch.inf, self._one_unit_scores(1.0))
+
+    def _one_unit_scores(self, sign: float) -> Tensor:
+        side = self.kept if sign < 0 else ~self.kept
+        total = torch.zeros(len(self.kept), dtype=torch.float64, device=self.kept.device)
+        for state in self.consumers:
+            total[side] += block_scores(sign * state.N_blocks[side], state.K_blocks[side])
+        return total
+
+
+def block_scores(A: Tensor, K: Tensor) -> Tensor:
+    """Return ``tr(inv(A) K)`` for batches of positive definite (w, w) blocks; shape (...)."""
+    if A.shape[-1] == 1:
+        return (K / A)[..., 0, 0]
+    solved = torch.cholesky_solve(K, torch.linalg.cholesky(A))
+    return solved.diagonal(dim1=-2, dim2=-1).sum(-1)
+
+
+def solve_spd(A: Tensor, B: Tensor) -> Tensor:
+    """Return ``inv(A) B`` for a small positive definite A."""
+    if len(A) == 1:
+        return B / A
+    return torch.cholesky_solve(B, torch.linalg.cholesky(A))

@@ -1,0 +1,171 @@
+"""A few units of a large layer as a problem of their own, the others held where they are.
+
+Let F be the units outside the window that are kept.  Minimizing over their weights leaves, for the
+window's rows V,
+
+    H' = H_VV - H_VF inv(H_FF) H_FV,    G' = G_V - H_VF inv(H_FF) G_F,
+    e' = e - tr(G_F' inv(H_FF) G_F)
+
+so that the window's loss of a choice is the whole layer's loss of that choice together with F.
+Units outside that are removed are dropped.  A consumer of which the window owns no row is left as
+a constant: e', with one row that nothing correlates with.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from solvers.closed_forms.pivot import PivotState
+from solvers.errors import ProblemError
+from solvers.linalg.gram import is_definite, unexplained
+from solvers.linalg.hessian import entries
+from solvers.problem import NO_ROW, Consumer, SubsetProblem
+
+
+def borderline_window(problem: SubsetProblem, support: Tensor, size: int) -> Tensor:
+    """Return the units closest to changing sides, about half of them kept.
+
+    Parameters
+    ----------
+    problem
+        The whole problem.
+    support
+        A feasible choice, (k,) int64.
+    size
+        Units wanted, at most those of the problem.
+
+    Returns
+    -------
+    Tensor
+        Kept units that cost least to remove and removed ones that gain most if added, (size,).
+    """
+    state = PivotState.on_support(problem, support)
+    kept = state.support[state.removal_losses()[state.support].argsort()]
+    removed = state.removed[state.addition_gains()[state.removed].argsort(descending=True)]
+    return _first_of_each(kept, removed, size)
+
+
+def random_window(
+    problem: SubsetProblem, support: Tensor, size: int, generator: torch.Generator
+) -> Tensor:
+    """Return units drawn at random, about half of them kept.
+
+    Parameters
+    ----------
+    problem
+        The whole problem.
+    support
+        A feasible choice, (k,) int64.
+    size
+        Units wanted, at most those of the problem.
+    generator
+        Draws on the CPU, so that devices agree.
+    """
+    order = torch.randperm(problem.units, generator=generator).to(support.device)
+    inside = torch.isin(order, support)
+    return _first_of_each(order[inside], order[~inside], size)
+
+
+def _first_of_each(kept: Tensor, removed: Tensor, size: int) -> Tensor:
+    goes = min(max(size // 2, size - len(kept)), len(removed))
+    return torch.cat([kept[: size - goes], removed[:goes]])
+
+
+def window_problem(problem: SubsetProblem, support: Tensor, units: Tensor) -> SubsetProblem:
+    """Return the problem of choosing among `units` only, the others as in `support`.
+
+    Parameters
+    ----------
+    problem
+        The whole problem.
+    support
+        A feasible choice, (k,) int64.
+    units
+        The window, (N,) int64, distinct; it must hold at least one unit of `support`.
+
+    Returns
+    -------
+    SubsetProblem
+        N units, of which as many stay as `support` keeps of them; unit i is ``units[i]``.
+
+    Raises
+    ------
+    ProblemError
+        If the window is empty, names a unit twice or out of range, or keeps none of its units.
+    """
+    inside = _mask(problem, units, "units")
+    kept = _mask(problem, support, "support")
+    keep = int((inside & kept).sum())
+    if keep == 0:
+        raise ProblemError("the window holds no kept unit: there is nothing to choose")
+    outside = torch.nonzero(kept & ~inside).flatten()
+    consumers = tuple(_condition(c, outside, units) for c in problem.consumers)
+    return SubsetProblem(consumers, keep, f"{problem.name}[{len(units)} units]")
+
+
+def apply_window(support: Tensor, units: Tensor, chosen: Tensor) -> Tensor:
+    """Return `support` with its part inside the window replaced.
+
+    Parameters
+    ----------
+    support
+        A feasible choice of the whole problem, (k,) int64.
+    units
+        The window, (N,) int64.
+    chosen
+        A support of the window's problem: positions in `units`.
+    """
+    outside = support[~torch.isin(support, units)]
+    return torch.cat([outside, units[chosen]]).sort().values
+
+
+def _mask(problem: SubsetProblem, units: Tensor, name: str) -> Tensor:
+    mask = torch.zeros(problem.units, dtype=torch.bool, device=problem.device)
+    in_range = bool(((units >= 0) & (units < problem.units)).all())
+    if not units.numel() or not in_range:
+        raise ProblemError(f"{name} must name units from 0 to {problem.units - 1}")
+    mask[units] = True
+    if int(mask.sum()) != len(units):
+        raise ProblemError(f"{name} names a unit twice")
+    return mask
+
+
+def _condition(consumer: Consumer, outside: Tensor, units: Tensor) -> Consumer:
+    """Return one consumer on the rows of `units`, minimized over those of `outside`."""
+    owned = consumer.rows[units]
+    present = owned != NO_ROW
+    v, f = owned[present], consumer.support_rows(outside)
+    H, G, e = entries(consumer.hessian, v, v), consumer.G[v], consumer.e
+    W0 = consumer.W0[v]
+    if len(f):
+        factor = torch.linalg.cholesky(entries(consumer.hessian, f, f))
+        columns = torch.linalg.solve_triangular(
+            factor, entries(consumer.hessian, f, v), upper=False
+        )
+        half = torch.linalg.solve_triangular(factor, consumer.G[f], upper=False)
+        H = H.addmm_(columns.T, columns, alpha=-1)
+        G = G.addmm_(columns.T, half, alpha=-1)
+        e = max(e - float(half.square().sum()), 0.0)
+    if not len(v):
+        return _constant(consumer, e, len(units))
+    rows = torch.full_like(owned, NO_ROW)
+    rows[present] = torch.arange(len(v), device=v.device)
+    H = (H + H.T) / 2
+    if is_definite(H):
+        # What is left of e may be all rounding, and must not be less than what G' explains.
+        e -= min(unexplained(H, G, e)[0], 0.0)
+    return replace(consumer, H=H, G=G, e=e, W0=W0, rows=rows, variance=None)
+
+
+def _constant(consumer: Consumer, e: float, units: int) -> Consumer:
+    """Return a consumer whose loss is e whatever stays: the first unit owns its only row."""
+    rows = consumer.rows.new_full((units, 1), NO_ROW)
+    rows[0] = 0
+    nothing = torch.zeros_like(consumer.W0[:1])
+    one = torch.ones_like(consumer.G[:1, :1])
+    return replace(
+        consumer, H=one, G=nothing, e=e, W0=nothing, rows=rows, damping=0.0, variance=None
+    )

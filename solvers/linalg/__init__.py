@@ -1,0 +1,1 @@
+"""Symmetric matrices, Gram matrices, and how numbers are checked and rounded."""

@@ -1,0 +1,415 @@
+"""From the statistics of a layer to the damped quadratic terms of the objective."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from solvers.errors import ProblemError
+from solvers.linalg.hessian import (
+    Hessian,
+    add_to_diagonal,
+    entries,
+    half,
+    pieces,
+    product,
+    rows_of,
+    skew,
+    why_not_plain,
+)
+from solvers.linalg.symmetric import Symmetric, is_sealed
+from solvers.linalg.values import as_number, as_tensor, check_energy, check_entries
+
+DEFINITE_MARGIN = 1e-8
+"""The least eigenvalue that H, scaled to a unit diagonal, has in a problem that is well posed.
+
+Searches, bounds and certificates factorize blocks of the inverse of H again, which squares its
+condition: below the square root of the machine's precision, even the signs of what they find are
+rounding.  At 1e-9, one certificate in twenty did not survive being recomputed.
+"""
+
+_ROOM = 2.0
+"""Damping exceeds the margin by this factor, so that no other computer refuses what it gave."""
+
+_DAMP_LADDER = (1e-10, 1e-8, 1e-6, 1e-4)
+_ASYMMETRY = 1e-2
+"""Relative to the largest diagonal entry: what a product in bfloat16 can leave is averaged away."""
+
+_EPS = torch.finfo(torch.float64).eps
+
+TILE_ROWS = 512
+"""Of a p x p matrix that are worked on at a time, where a whole one would be too much."""
+
+
+@dataclass(frozen=True, eq=False)
+class DampedTerms:
+    """``H + lambda I``, ``G + lambda W0``, ``e + lambda |W0|^2``, and lambda itself."""
+
+    H: Hessian
+    G: Tensor
+    e: float
+    W0: Tensor
+    damping: float
+
+
+# ---- the quadratic loss ------------------------------------------------------------------------
+
+
+def quadratic(H: Hessian, G: Tensor, e: float, W: Tensor) -> float:
+    """Return ``tr(W'HW) - 2 tr(W'G) + e``.
+
+    Parameters
+    ----------
+    H, G, e
+        Quadratic terms.
+    W
+        Any weights, (p, m).
+    """
+    return quadratic_on(H, G, e, *_used(W))
+
+
+def quadratic_on(H: Hessian, G: Tensor, e: float, place: Tensor, used: Tensor) -> float:
+    """Return what `quadratic` does for weights that are zero but for some rows.
+
+    Parameters
+    ----------
+    H, G, e
+        Quadratic terms.
+    place, used
+        Which rows, (k,) int64, and the weights there, (k, m).
+    """
+    # Row by row: rounding grows with p + m, not with p m.
+    tiles = _tiles(H, place, used)
+    sums = [(own * (tile @ used).sub_(G[rows], alpha=2)).sum(1) for rows, own, tile in tiles]
+    return float(torch.cat(sums).sum()) + e if sums else e
+
+
+def _used(W: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the rows of W that are not zero: which, (k,) int64, and themselves, (k, m)."""
+    place = torch.nonzero(W.any(1)).flatten()
+    return place, W if len(place) == len(W) else W[place]
+
+
+def _tiles(H: Hessian, place: Tensor, used: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Yield some of the rows at a time, with what ``H W`` there is made of.
+
+    Yields
+    ------
+    rows
+        (r,) int64.
+    own
+        W there, (r, m).
+    tile
+        Its product with `used` is ``H W`` there; a copy.
+    """
+    whole = len(place) == len(H) and bool((place.diff() > 0).all())
+    for rows, own in zip(torch.split(place, TILE_ROWS), torch.split(used, TILE_ROWS), strict=True):
+        yield rows, own, rows_of(H, rows) if whole else entries(H, rows, place)
+
+
+def magnitudes(H: Hessian, G: Tensor, e: float, W: Tensor) -> float:
+    """Return the sum of magnitudes of the products that `quadratic` sums up."""
+    return _magnitudes_on(H, G, e, *_used(W))
+
+
+def _magnitudes_on(H: Hessian, G: Tensor, e: float, place: Tensor, used: Tensor) -> float:
+    size, used_sizes = e, used.abs()
+    for rows, own, tile in _tiles(H, place, used):
+        size += float((own.abs() * (tile.abs_() @ used_sizes + 2 * G[rows].abs())).sum())
+    return size
+
+
+def quadratic_rounding(
+    H: Hessian, G: Tensor, e: float, W: Tensor, responses: int | None = None
+) -> float:
+    """Return by how much rounding can have changed what `quadratic` returns.
+
+    The sums of products of p, of m, and of p numbers again: at most ``2 p + m`` roundings, each
+    relative to the sum of magnitudes (Higham, "Accuracy and Stability of Numerical Algorithms",
+    2002, section 3.1).
+
+    Parameters
+    ----------
+    H, G, e
+        Quadratic terms.
+    W
+        Any weights, (p, m).
+    responses
+        How many columns G had before it was rotated into fewer; by default as many as now.
+    """
+    return quadratic_rounding_on(H, G, e, *_used(W), responses)
+
+
+def quadratic_rounding_on(
+    H: Hessian, G: Tensor, e: float, place: Tensor, used: Tensor, responses: int | None = None
+) -> float:
+    """Return what `quadratic_rounding` does for weights that are zero but for some rows.
+
+    Parameters
+    ----------
+    H, G, e
+        Quadratic terms.
+    place, used
+        Which rows, (k,) int64, and the weights there, (k, m).
+    responses
+        How many columns G had before it was rotated into fewer; by default as many as now.
+    """
+    p, m = G.shape
+    return _EPS * (2 * p + (responses or m) + 8) * _magnitudes_on(H, G, e, place, used)
+
+
+def is_definite(H: Hessian, margin: float = DEFINITE_MARGIN) -> bool:
+    """Return whether H, scaled to a unit diagonal, has no eigenvalue below a margin.
+
+    The scale of single inputs is no matter of conditioning: refits and bounds do not depend on it.
+    """
+    return definite_factor(H, margin) is not None
+
+
+def definite_factor(H: Hessian, margin: float = DEFINITE_MARGIN) -> DefiniteFactor | None:
+    """Return the factor that proves `is_definite`, or None where there is none."""
+    scale = H.diagonal().rsqrt()
+    scaled = half(H)
+    scaled.rescale(scale)
+    for start, panel in scaled.spans():
+        panel.diagonal(start).fill_(1.0 - margin)
+    try:
+        scaled.factorize()
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+        return None
+    return DefiniteFactor(scaled, scale)
+
+
+@dataclass(frozen=True, eq=False)
+class DefiniteFactor:
+    """The Cholesky factor of ``D H D - margin``, whose D gives H a unit diagonal.
+
+    Parameters
+    ----------
+    factor, scale
+        The factor, and D as (p,) numbers.
+    """
+
+    factor: Symmetric
+    scale: Tensor
+
+    def explains_at_most(self, G: Tensor) -> float:
+        """Return a number that ``tr(G' inv(H) G)`` does not exceed.
+
+        What was factorized lies below ``D H D`` by the margin, which rounding does not use up; so
+        its inverse lies above.
+        """
+        scaled = G * self.scale[:, None]
+        self.factor.forward(scaled)
+        return float(torch.linalg.vector_norm(scaled)) ** 2
+
+
+def unexplained(H: Hessian, G: Tensor, e: float) -> tuple[float, float]:
+    """Return the least loss of any weights, and the sum of magnitudes that it is the rest of.
+
+    Parameters
+    ----------
+    H
+        Positive definite, (p, p).
+    G, e
+        Quadratic terms.
+    """
+    W = solve_definite(half(H), G.clone())
+    return quadratic(H, G, e, W), magnitudes(H, G, e, W)
+
+
+def solve_definite(A: Symmetric, B: Tensor) -> Tensor:
+    """Return ``inv(A) B``, in the place of B; A is factorized in its place, too."""
+    A.factorize()
+    A.forward(B)
+    A.backward(B)
+    return B
+
+
+def consistency(dtype: torch.dtype = torch.float64) -> float:
+    """Return how far e may lie below what G explains, relative to the sum of magnitudes.
+
+    Two thirds of the digits of statistics are believed; the others went in summing up many samples.
+    """
+    return float((torch.finfo(dtype).eps if dtype.is_floating_point else _EPS) ** (2 / 3))
+
+
+def inconsistency(e: float, least: float) -> str:
+    """Return the sentence that refuses an e with a negative least loss."""
+    return (
+        f"e is {e:.6g}, with which the best weights have a loss of {least:.3g}, and no loss is "
+        f"negative: e = |Y|^2/N must be at least {e - least:.6g} for these G and H"
+    )
+
+
+# ---- damping -----------------------------------------------------------------------------------
+
+
+def damp_terms(
+    H: Hessian,
+    W0: Tensor,
+    *,
+    G: Tensor | None,
+    e: float | None,
+    damp: float,
+    overwrite: bool = False,
+) -> DampedTerms:
+    """Validate undamped statistics and add the proximal term.
+
+    An input that was always zero (a dead neuron) has no effect on the layer: its weights are taken
+    as zero, so that removing it is free.
+
+    Parameters
+    ----------
+    H
+        Gram matrix ``X'X/N``, (p, p), or half of one: the terms hold it as it is given.
+    W0
+        Dense weights, (p, m).
+    G, e
+        ``X'Y/N``, (p, m), and ``|Y|^2/N``; by default those of the target ``Y = X W0``.  Where e is
+        less than G explains, by no more than the rounding of their format, it is raised to that.
+    damp
+        lambda relative to the mean of the diagonal of `H`.  Raised, with a warning, where `H` is so
+        close to singular that hardly a digit of its inverse is left (`DEFINITE_MARGIN`).
+    overwrite
+        Whether the terms may take the place of `H`, `W0` and `G`, where these are in float64.
+
+    Raises
+    ------
+    ProblemError
+        If the input is not finite, has a wrong shape or type, is far from positive semidefinite, or
+        if e is less than G explains.
+    """
+    H, W0, given, digits = _matrices(H, W0, G, overwrite)
+    damp = as_number("damp", damp)
+    if not math.isfinite(damp) or damp < 0:
+        raise ProblemError(f"damp is {damp}; it must be finite and not negative")
+    if (given is None) != (e is None):
+        raise ProblemError("G and e describe one target: give both, or neither")
+    _average(H)
+    dead = H.diagonal() == 0
+    W0[dead] = 0.0
+    if given is None or e is None:
+        target = product(H, W0)
+        # A mean squared norm up to rounding.
+        energy = max(float(torch.einsum("ij,ij->i", W0, target).sum()), 0.0)
+    else:
+        target = given
+        target[dead] = 0.0
+        energy = as_number("e", e)
+    check_energy(energy)
+    # A dead row is decoupled from all others; any positive diagonal keeps it so.
+    mean = float(H.diagonal().mean())
+    add_to_diagonal(H, dead.to(W0) * (mean or 1.0))
+    damping, factor = _damp_until_definite(H, damp, mean)
+    target.add_(W0, alpha=damping)
+    energy += damping * float(torch.linalg.vector_norm(W0)) ** 2
+    check_energy(energy)
+    if given is not None and not factor.explains_at_most(target) <= energy:
+        del factor  # half a matrix, as large as the one that comes next
+        energy = _raised(H, target, energy, digits)
+    return DampedTerms(H, target, energy, W0, damping)
+
+
+def _matrices(
+    H: Any, W0: Any, G: Any, overwrite: bool
+) -> tuple[Hessian, Tensor, Tensor | None, float]:
+    """Return the matrices in float64, their shapes and entries checked, and `consistency`.
+
+    They are copies, unless those given may be overwritten.
+    """
+    H = _copied(H, overwrite) if isinstance(H, Symmetric) else as_tensor("H", H)
+    matrices = {"H": H, "W0": as_tensor("W0", W0)}
+    W0 = matrices["W0"]
+    if len(H.shape) != 2 or W0.ndim != 2 or H.shape != (len(W0), len(W0)) or W0.numel() == 0:
+        raise ProblemError(
+            f"H must be (p, p) and W0 (p, m), neither empty, not {tuple(H.shape)} and "
+            f"{tuple(W0.shape)}"
+        )
+    if G is not None:
+        matrices["G"] = as_tensor("G", G)
+        if matrices["G"].shape != W0.shape:
+            raise ProblemError(
+                f"G must have the shape of W0, {tuple(W0.shape)}, not {tuple(matrices['G'].shape)}"
+            )
+    digits = max(consistency(matrices[name].dtype) for name in ("H", "W0" if G is None else "G"))
+    for name, value in matrices.items():
+        if value.device != H.device:
+            raise ProblemError(f"H is on {H.device}, and {name} on {value.device}; move them")
+        if isinstance(value, Tensor):
+            copy = not overwrite or is_sealed(value)
+            matrices[name] = value.to(torch.float64, copy=copy).contiguous()
+        for piece in pieces(matrices[name]):
+            check_entries(name, piece)
+    return matrices["H"], matrices["W0"], matrices.get("G"), digits
+
+
+def _copied(H: Symmetric, overwrite: bool) -> Symmetric:
+    """Return half a matrix that may be written to."""
+    why = why_not_plain(H)
+    if why is not None or H.dtype != torch.float64:
+        raise ProblemError(f"H is {why or f'half a matrix of {H.dtype}, where float64 is due'}")
+    if overwrite:
+        H.settle()
+        return H
+    with torch.no_grad():
+        return H.copy()
+
+
+def _average(H: Hessian) -> None:
+    """Make a matrix symmetric, in place, that is a Gram matrix up to rounding."""
+    least = float(H.diagonal().min())
+    if least < 0:
+        raise ProblemError(f"H has {least:.3g} on its diagonal; a Gram matrix has nothing negative")
+    difference = skew(H)
+    if difference > _ASYMMETRY:
+        raise ProblemError(
+            f"H is not symmetric: entries differ by up to {difference:.3g} of the largest on the "
+            "diagonal; check that it is X'X/N"
+        )
+    if isinstance(H, Symmetric):
+        for start, panel in H.spans() if difference else ():
+            square = panel[:, start:]
+            square.copy_((square + square.T).div_(2))
+        return
+    for start in range(0, len(H) if difference else 0, TILE_ROWS):
+        rows, rest = H[start : start + TILE_ROWS, start:], H[start:, start : start + TILE_ROWS]
+        mean = (rows + rest.T).div_(2)
+        rows.copy_(mean)
+        rest.copy_(mean.T)
+
+
+def _damp_until_definite(H: Hessian, damp: float, mean: float) -> tuple[float, DefiniteFactor]:
+    """Add the damping to the diagonal of `H` in place; return how much, and a factor after it."""
+    added = 0.0
+    for level in (damp, *(step for step in _DAMP_LADDER if step > damp)):
+        add_to_diagonal(H, torch.full_like(H.diagonal(), level * mean - added))
+        added = level * mean
+        check_entries("H with its damping", H.diagonal())
+        factor = definite_factor(H, _ROOM * DEFINITE_MARGIN)
+        if factor is not None:
+            if level > damp:
+                warnings.warn(
+                    f"H is singular with damp={damp:g}; going on with damp={level:g}. "
+                    "Use more calibration tokens than the layer has inputs, or raise damp.",
+                    stacklevel=4,
+                )
+            return added, factor
+    raise ProblemError(
+        f"H is not positive semidefinite: damp={max(damp, _DAMP_LADDER[-1]):g} does not make it "
+        "definite; check that it is X'X/N"
+    )
+
+
+def _raised(H: Hessian, G: Tensor, e: float, digits: float) -> float:
+    """Return e, raised to what G explains where only rounding makes it less."""
+    least, size = unexplained(H, G, e)
+    if least < -digits * size:
+        raise ProblemError(inconsistency(e, least))
+    return e - min(least, 0.0)
