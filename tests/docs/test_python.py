@@ -11,7 +11,6 @@ import torch
 import graph
 import osscar
 import osscar.shrinking.follow
-import solvers
 from tests.docs.pages import PAGES, blocks
 
 SMALL = {'"smollm2-135m"': '"demo"', "samples=32, seqlen=512": "samples=4, seqlen=64"}
@@ -53,13 +52,6 @@ def test_the_python_of_a_page_runs(page: str) -> None:
 def check_readme(names: dict[str, Any]) -> None:
     assert names["result"].parameters_after < names["result"].parameters_before
     assert Path("smaller").is_dir()
-    problem = solvers.SubsetProblem.from_gram(
-        torch.diag(torch.arange(1.0, 7.0)).double(), torch.ones(6, 2).double(), keep=2
-    )
-    solution = solvers.solve(problem, names["LargestInput"]())
-    assert solution.support.tolist() == [4, 5]
-    assert graph.DEFAULT_RULES.find("aten.special_entr.default") is names["entropy"]
-    assert osscar.shrinking.follow._ADAPTERS["mylib.blocks.Attention"] is names["follow"]
 
 
 def check_start(names: dict[str, Any]) -> None:
