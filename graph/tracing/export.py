@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
-import builtins
 import inspect
-import io
-import logging
 import re
-import sys
-import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, redirect_stderr
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from traceback import walk_tb
 from types import TracebackType
 from typing import Any, TypeAlias
 
 import torch
 from torch.export.graph_signature import InputKind
-from torch.fx import config
 from torch.utils import _pytree as pytree
 
 from graph.errors import ExampleInputError, TraceError
 from graph.tracing.inline import inlined
-from graph.tracing.preserve import forget_derived, preserved, without_cache
+from graph.tracing.patches import exporting
+from graph.tracing.preserve import asked_of_to, forget_derived, preserved, without_cache
 
 ExampleInputs: TypeAlias = tuple[Any, ...] | Mapping[str, Any]
 
@@ -137,10 +133,8 @@ def run_export(
         preserved(model),
         without_cache(model),
         in_mode(model, training),
-        _without_idle_casts(),
-        _symbolic_lengths(),
-        _without_stack_traces(),
-        _silenced(),
+        _without_idle_casts(model),
+        exporting(),
         torch.no_grad(),
     ):
         try:
@@ -250,104 +244,28 @@ def _is_layer(module: torch.nn.Module) -> bool:
     return any(kind.startswith("torch.nn.") and kind != _CONTAINERS for kind in kinds)
 
 
-_LOGGERS = (
-    "torch._subclasses.fake_tensor",
-    "torch._export",
-    "torch.export",
-    "torch.fx.experimental.proxy_tensor",
-    "torch.fx.experimental.symbolic_shapes",
-)
-
-
 @contextmanager
-def _silenced() -> Iterator[None]:
-    """Keep the exporter from printing the error that `TraceError` is about to explain."""
-    loggers = [logging.getLogger(name) for name in _LOGGERS]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.CRITICAL)
-    try:
-        with _without_dump(), warnings.catch_warnings():
-            # It is put back: see `preserved`.
-            warnings.filterwarnings("ignore", "The tensor attribute")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
-
-
-@contextmanager
-def _without_idle_casts() -> Iterator[None]:
+def _without_idle_casts(model: torch.nn.Module) -> Iterator[None]:
     """Let modules that cast others in their forward pass be, where that changes nothing.
 
-    `torch.export` stands in for their parameters meanwhile, and these cannot be replaced.
+    `torch.export` stands in for their parameters meanwhile, and these cannot be replaced.  Each
+    module has a ``to`` of its own while the block runs, within `preserved`, which takes it away.
     """
-    original = torch.nn.Module.to
-
-    def to(self: torch.nn.Module, *args: Any, **kwargs: Any) -> torch.nn.Module:
-        device, dtype, _, memory_format = torch._C._nn._parse_to(*args, **kwargs)
-        idle = memory_format is None and all(
-            device in (None, tensor.device)
-            and (dtype in (None, tensor.dtype) or not tensor.is_floating_point())
-            for tensor in (*self.parameters(), *self.buffers())
-        )
-        return self if idle else original(self, *args, **kwargs)
-
-    torch.nn.Module.to = to  # type: ignore[method-assign, assignment]
-    try:
-        yield
-    finally:
-        torch.nn.Module.to = original  # type: ignore[method-assign]
+    for module in model.modules():
+        vars(module)["to"] = partial(_cast, module, module.to)
+    yield
 
 
-@contextmanager
-def _symbolic_lengths() -> Iterator[None]:
-    """Let `len` of a tensor be a size that may vary.
-
-    Python makes a number of whatever `__len__` returns, and a program that has seen one holds for
-    that number of samples alone.
-    """
-    original = builtins.len
-
-    def length(value: Any, /) -> Any:
-        plain = isinstance(value, torch.Tensor) and not value.is_nested and value.dim() > 0
-        return value.shape[0] if plain else original(value)
-
-    builtins.len = length
-    try:
-        yield
-    finally:
-        builtins.len = original
-
-
-@contextmanager
-def _without_stack_traces() -> Iterator[None]:
-    """Do not note which lines of Python called each operator: nobody reads them here."""
-    switch = "do_not_emit_stack_traces"
-    before = getattr(config, switch, None)
-    if before is None:  # an older torch notes them in any case
-        yield
-        return
-    setattr(config, switch, True)
-    try:
-        yield
-    finally:
-        setattr(config, switch, before)
-
-
-@contextmanager
-def _without_dump() -> Iterator[None]:
-    """Hold back, of what is written to the standard error, the graph of a failed export."""
-    written, dump = io.StringIO(), None
-    try:
-        with redirect_stderr(written):
-            yield
-    except TraceError as error:
-        dump = getattr(error.__cause__, "partial_fx_graph", None)
-        raise
-    finally:
-        text = written.getvalue()
-        sys.stderr.write(text if dump is None else text.replace(f"{dump}\n", ""))
+def _cast(
+    module: torch.nn.Module, to: Callable[..., torch.nn.Module], *args: Any, **options: Any
+) -> torch.nn.Module:
+    device, dtype, memory_format = asked_of_to(*args, **options)
+    idle = memory_format is None and all(
+        device in (None, tensor.device)
+        and (dtype in (None, tensor.dtype) or not tensor.is_floating_point())
+        for tensor in (*module.parameters(), *module.buffers())
+    )
+    return module if idle else to(*args, **options)
 
 
 # ---- names -------------------------------------------------------------------------------

@@ -165,3 +165,22 @@ def cache_as(pruned: torch.nn.Module, model: torch.nn.Module) -> None:
     for name, mine in caching(pruned).items():
         if name in theirs and mine.use_cache != theirs[name].use_cache:
             mine.use_cache = theirs[name].use_cache
+
+
+def asked_of_to(
+    *args: Any, **options: Any
+) -> tuple[torch.device | None, torch.dtype | None, torch.memory_format | None]:
+    """Return what a call of ``to``, of a module or tensor, asks for; None for what it leaves."""
+    device: torch.device | None = None
+    dtype: torch.dtype | None = None
+    layout: torch.memory_format | None = None
+    for given in (*args, *options.values()):
+        if isinstance(given, torch.Tensor):
+            device, dtype = given.device, given.dtype
+        elif isinstance(given, torch.dtype):
+            dtype = given
+        elif isinstance(given, torch.memory_format):
+            layout = given
+        elif isinstance(given, str | torch.device | int) and not isinstance(given, bool):
+            device = torch.device(given)
+    return device, dtype, layout

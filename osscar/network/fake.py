@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-_LOGGER = logging.getLogger("torch._subclasses.fake_tensor")
+from graph.tracing.patches import shapes_alone
 
 
 @contextmanager
@@ -23,9 +22,5 @@ def on_shapes(mode: FakeTensorMode | None = None) -> Iterator[FakeTensorMode]:
     mode
         The mode to be in; by default a new one.
     """
-    before, _LOGGER.disabled = _LOGGER.disabled, True
-    try:
-        with mode or FakeTensorMode(allow_non_fake_inputs=True) as fake:
-            yield fake
-    finally:
-        _LOGGER.disabled = before
+    with shapes_alone(mode or FakeTensorMode(allow_non_fake_inputs=True)) as fake:
+        yield fake

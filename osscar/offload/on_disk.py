@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
+from graph.tracing.patches import computes_shapes_alone
+from graph.tracing.preserve import asked_of_to
 from osscar.base.errors import ModelError
 from osscar.offload.places import Place, Selected
 from osscar.offload.shelf import Shelf
@@ -55,7 +57,7 @@ class OnDisk(nn.Parameter):
 
     def values(self) -> Tensor:
         """Return the values, for reading; without values where shapes are all that counts."""
-        if not _values_count():
+        if computes_shapes_alone():
             return torch.empty(self.place.shape, dtype=self.place.dtype, device=self.shelf.device)
         return self.shelf.values(self.place)
 
@@ -98,16 +100,11 @@ class OnDisk(nn.Parameter):
         return func(*_with_values(args), **_with_values(dict(kwargs or {})))
 
 
-def _values_count() -> bool:
-    """Whether values count now, and not shapes alone."""
-    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is None
-
-
 def _reads_rows(
     tokens: Any, table: Any, padding_idx: Any = None, max_norm: Any = None, *_: Any, **__: Any
 ) -> bool:
     """Whether looking tokens up reads some rows of a table, and changes none."""
-    return isinstance(table, OnDisk) and max_norm is None and _values_count()
+    return isinstance(table, OnDisk) and max_norm is None and not computes_shapes_alone()
 
 
 def _embedding(tokens: Tensor, table: OnDisk) -> Tensor:
@@ -146,13 +143,7 @@ def _itself(tensor: OnDisk, *_: Any, **__: Any) -> OnDisk:
 
 
 def _to(tensor: OnDisk, *args: Any, **options: Any) -> OnDisk:
-    options.pop("copy", None)
-    given = [a for a in args if not isinstance(a, bool)]
-    if given and isinstance(given[0], Tensor):
-        device, dtype = given[0].device, given[0].dtype
-    else:
-        options = {key: value for key, value in options.items() if value is not None}
-        device, dtype, *_ = torch._C._nn._parse_to(*given, **options)
+    device, dtype, _ = asked_of_to(*args, **options)
     place = tensor.place if dtype is None else tensor.place.cast(dtype)
     return OnDisk(place, tensor.shelf if device is None else tensor.shelf.on(device))
 

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from graph.tracing.patches import assignments_told
+
 _MISSING = object()
 
 _CONTAINERS = (dict, list, set)
@@ -240,16 +242,11 @@ def recorded_writes(model: nn.Module) -> Iterator[Writes]:
     versions = [(t, 0 if t.is_inference() else t._version) for t in model.buffers()]
     written = Writes(versions=versions)
     own = set(model.modules())
-    original = nn.Module.__setattr__
 
-    def note(module: nn.Module, name: str, value: Any) -> None:
+    def note(module: nn.Module, name: str) -> None:
         if module in own and name != "training" and (module, name) not in written.attributes:
             written.attributes.add((module, name))
             written.before[module, name] = _store(module, name).get(name, _MISSING)
-        original(module, name, value)
 
-    nn.Module.__setattr__ = note  # type: ignore[method-assign, assignment]
-    try:
+    with assignments_told(note):
         yield written
-    finally:
-        nn.Module.__setattr__ = original  # type: ignore[method-assign]

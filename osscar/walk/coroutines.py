@@ -12,27 +12,29 @@ import contextvars
 import enum
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from greenlet import GreenletExit, getcurrent, greenlet
 from torch import Tensor
 
+from graph.tracing.patches import ModeDepths, enter_again
 from osscar.offload.away import Away
 from osscar.preparation.routing import Routed
 from osscar.preparation.scratch import Scratch
 from osscar.walk.residual import Keeper
 
 _AUTOCAST_DEVICES = ("cpu", "cuda")
-_CUDA = torch.backends.cuda
+_CUDA, _MKLDNN = torch.backends.cuda, torch.backends.mkldnn
 _KERNELS = (
     *(
         (getattr(_CUDA, f"{name}_sdp_enabled"), getattr(_CUDA, f"enable_{name}_sdp"))
         for name in ("flash", "mem_efficient", "math", "cudnn")
     ),
-    (torch._C._get_mkldnn_enabled, torch._C._set_mkldnn_enabled),
+    (partial(getattr, _MKLDNN, "enabled"), partial(setattr, _MKLDNN, "enabled")),
     (torch.backends.mha.get_fastpath_enabled, torch.backends.mha.set_fastpath_enabled),
 )
 """Which kernels operators may take: how to read and to set each switch."""
@@ -188,8 +190,7 @@ class Surroundings:
         }
         self.kernels = {enable: enabled() for enabled, enable in _KERNELS}
         self.precision = torch.get_float32_matmul_precision()
-        self.function_modes = torch._C._len_torch_function_stack()
-        self.dispatch_modes = torch._C._len_torch_dispatch_stack()
+        self.modes = ModeDepths.now()
 
     def restore(self) -> None:
         """Make them so again."""
@@ -213,26 +214,15 @@ class _Left:
     def __init__(self, around: Surroundings, scratch: Scratch) -> None:
         self._own = Surroundings()
         self._scratch, self._written = scratch, scratch.take()
-        self._function_modes = [
-            torch._C._pop_torch_function_stack()
-            for _ in range(self._own.function_modes - around.function_modes)
-        ]
-        self._dispatch_modes = [
-            torch._C._pop_torch_dispatch_stack()
-            for _ in range(self._own.dispatch_modes - around.dispatch_modes)
-        ]
+        self._modes = around.modes.leave_others()
         # The state of inference mode has no setter, only guards.
-        self._guard = self._inference(around.inference)
-
-    def _inference(self, wanted: bool) -> object:
-        return None if self._own.inference == wanted else torch._C._InferenceMode(wanted)
+        self._guard = ExitStack()
+        if self._own.inference != around.inference:
+            self._guard.enter_context(torch.inference_mode(around.inference))
 
     def put_back(self, around: Surroundings) -> None:
         """Put everything back for the pass to go on."""
-        self._guard = None
-        for mode in reversed(self._dispatch_modes):
-            torch._C._push_on_torch_dispatch_stack(mode)
-        for mode in reversed(self._function_modes):
-            torch._C._push_on_torch_function_stack(mode)
+        self._guard.close()
+        enter_again(self._modes)
         self._scratch.put(self._written)
         self._own.restore()

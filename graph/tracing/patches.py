@@ -1,0 +1,226 @@
+"""All that is replaced for the whole process, and what has only a private name in torch.
+
+Each has its reason here, and a test in ``tests/graph/test_patches.py`` that fails once it is needed
+no longer.  Locks see to it that nothing stays replaced, however many threads there are.
+"""
+
+from __future__ import annotations
+
+import builtins
+import io
+import logging
+import sys
+import threading
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, redirect_stderr
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+from torch import nn
+from torch.fx import config
+
+_EXPORT = threading.RLock()
+"""Held during an export: torch replaces functions of Python and of its own meanwhile, too."""
+
+_ASSIGNMENTS = threading.RLock()
+"""Held while it changes who is told of assignments."""
+
+
+@contextmanager
+def exporting() -> Iterator[None]:
+    """Replace what an export needs replaced, one export of the process at a time."""
+    with _EXPORT, ExitStack() as stack:
+        for replaced in (symbolic_lengths, _no_stack_traces, _no_warnings, _no_logs, _no_dump):
+            stack.enter_context(replaced())
+        yield
+
+
+@contextmanager
+def symbolic_lengths() -> Iterator[None]:
+    """Let `len` of a tensor be a size that may vary.
+
+    Python makes a number of whatever `__len__` returns, and a program that has seen one holds for
+    that number of samples alone.
+    """
+    original = builtins.len
+
+    def length(value: Any, /) -> Any:
+        plain = isinstance(value, torch.Tensor) and not value.is_nested and value.dim() > 0
+        return value.shape[0] if plain else original(value)
+
+    builtins.len = length
+    try:
+        yield
+    finally:
+        builtins.len = original
+
+
+# ---- what the exporter says --------------------------------------------------------------
+
+
+@contextmanager
+def _no_stack_traces() -> Iterator[None]:
+    """Do not note which lines of Python called each operator: nobody reads them here."""
+    switch = "do_not_emit_stack_traces"
+    before = getattr(config, switch, None)
+    if before is None:  # an older torch notes them in any case
+        yield
+        return
+    setattr(config, switch, True)
+    try:
+        yield
+    finally:
+        setattr(config, switch, before)
+
+
+@contextmanager
+def _no_warnings() -> Iterator[None]:
+    """Keep quiet about attributes that a forward pass assigns: `preserved` puts them back."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The tensor attribute")
+        yield
+
+
+_LOGGERS = (
+    "torch._subclasses.fake_tensor",
+    "torch._export",
+    "torch.export",
+    "torch.fx.experimental.proxy_tensor",
+    "torch.fx.experimental.symbolic_shapes",
+)
+
+
+@contextmanager
+def _no_logs() -> Iterator[None]:
+    """Keep the exporter from printing the error that is raised besides."""
+    loggers = [logging.getLogger(name) for name in _LOGGERS]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+@contextmanager
+def _no_dump() -> Iterator[None]:
+    """Hold back, of what is written to the standard error, the graph of a failed export."""
+    written, dump = io.StringIO(), None
+    try:
+        with redirect_stderr(written):
+            yield
+    except Exception as error:
+        dump = getattr(error.__cause__ or error, "partial_fx_graph", None)
+        raise
+    finally:
+        text = written.getvalue()
+        sys.stderr.write(text if dump is None else text.replace(f"{dump}\n", ""))
+
+
+@contextmanager
+def shapes_alone(mode: Any) -> Iterator[Any]:
+    """Be in a mode in which torch computes shapes, whose logger prints no errors meanwhile.
+
+    Parameters
+    ----------
+    mode
+        A `FakeTensorMode`.
+    """
+    logger, thread = logging.getLogger("torch._subclasses.fake_tensor"), threading.get_ident()
+
+    def is_of_others(record: logging.LogRecord) -> bool:
+        return record.thread != thread
+
+    logger.addFilter(is_of_others)
+    try:
+        with mode as fake:
+            yield fake
+    finally:
+        logger.removeFilter(is_of_others)
+
+
+def computes_shapes_alone() -> bool:
+    """Whether a mode is on in which tensors have shapes and no values."""
+    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
+
+
+# ---- modules -----------------------------------------------------------------------------
+
+_Listener: TypeAlias = Callable[[nn.Module, str], None]
+
+_listeners: list[_Listener] = []
+_assign = nn.Module.__setattr__
+
+
+def _telling(module: nn.Module, name: str, value: Any) -> None:
+    for listener in tuple(_listeners):
+        listener(module, name)
+    _assign(module, name, value)
+
+
+@contextmanager
+def assignments_told(listener: _Listener) -> Iterator[None]:
+    """Tell, while the block runs, of each attribute that is about to be assigned to any module.
+
+    What a module keeps for a moment, while modules inside it run, is seen in no comparison of
+    before and after; Python looks `__setattr__` up in the class, and a class of its own for each
+    module would be seen by code that compares classes.
+
+    Parameters
+    ----------
+    listener
+        Called with the module and the name of the attribute.
+    """
+    with _ASSIGNMENTS:
+        _listeners.append(listener)
+        nn.Module.__setattr__ = _telling  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        with _ASSIGNMENTS:
+            _listeners.remove(listener)
+            if not _listeners:
+                nn.Module.__setattr__ = _assign  # type: ignore[method-assign]
+
+
+# ---- modes that intercept operators ------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ModeDepths:
+    """How many modes of each kind a thread is in: those that intercept functions, and operators.
+
+    A suspended pass may be inside of some (``with torch.device("cuda")`` in a forward is one),
+    which must not see the operators of the passes that run meanwhile.
+    """
+
+    functions: int
+    operators: int
+
+    @classmethod
+    def now(cls) -> ModeDepths:
+        """Count them."""
+        return cls(torch._C._len_torch_function_stack(), torch._C._len_torch_dispatch_stack())
+
+    def leave_others(self) -> tuple[Sequence[Any], Sequence[Any]]:
+        """Leave modes until there are as many, and return those left, the innermost first."""
+        now = ModeDepths.now()
+        functions = range(now.functions - self.functions)
+        operators = range(now.operators - self.operators)
+        return (
+            [torch._C._pop_torch_function_stack() for _ in functions],
+            [torch._C._pop_torch_dispatch_stack() for _ in operators],
+        )
+
+
+def enter_again(left: tuple[Sequence[Any], Sequence[Any]]) -> None:
+    """Enter the modes that `ModeDepths.leave_others` returned."""
+    functions, operators = left
+    for mode in reversed(operators):
+        torch._C._push_on_torch_dispatch_stack(mode)
+    for mode in reversed(functions):
+        torch._C._push_on_torch_function_stack(mode)
