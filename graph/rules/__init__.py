@@ -21,12 +21,10 @@ from graph.rules import (
     convolution,
     elementwise,
     factory,
-    fourier,
     indexing,
     normalization,
     recurrent,
     reduction,
-    scattering,
     shape,
 )
 from graph.rules.table import DEFAULT, PROGRAM, RuleTable, rule
@@ -41,12 +39,10 @@ __all__ = [
     "convolution",
     "elementwise",
     "factory",
-    "fourier",
     "indexing",
     "normalization",
     "recurrent",
     "reduction",
     "rule",
-    "scattering",
     "shape",
 ]

@@ -19,6 +19,7 @@ from osscar.base.errors import EquivalenceError, FileError
 from osscar.base.memory import let_shortage_pass
 from osscar.base.ranks import ALONE, Ranks
 from osscar.data.batches import Batch, ModelInputs, as_inputs
+from osscar.network.kernels import followed_mixtures
 from osscar.network.modules import (
     check_finite_weights,
     check_usable,
@@ -45,7 +46,6 @@ from osscar.shrinking.equivalence import (
 )
 from osscar.shrinking.fold import Folded, fold
 from osscar.shrinking.follow import prepare
-from osscar.shrinking.kernels import followed_mixtures
 from osscar.shrinking.structure import remember_structure
 
 

@@ -11,9 +11,9 @@ from graph.tracing.preserve import preserved
 from graph.training import decides_by_training, same_draws
 from osscar.base.memory import let_shortage_pass
 from osscar.network.fake import on_shapes
+from osscar.network.kernels import computable_mixtures
 from osscar.offload.on_disk import OnDisk
 from osscar.shrinking.equivalence import Inputs, call, explained
-from osscar.shrinking.kernels import computable_mixtures
 
 
 def failure_in_training(model: nn.Module, inputs: Inputs) -> str:

@@ -27,9 +27,9 @@ from graph.tracing.preserve import without_cache
 from osscar.base.errors import AdapterError, ModelError, first_line
 from osscar.base.memory import let_shortage_pass
 from osscar.network.fake import on_shapes
+from osscar.network.kernels import followed_mixtures
 from osscar.network.modules import restored
 from osscar.shrinking.attention import expose_attention
-from osscar.shrinking.kernels import followed_mixtures
 from osscar.shrinking.lineage import LINEAGE, lineage_of
 from osscar.shrinking.plan import GroupPlan, PruningPlan, TracedInput
 from osscar.shrinking.program.input_sizes import InputSizes
