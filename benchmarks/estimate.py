@@ -23,7 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from benchmarks.resnet20 import ResNet20
 from benchmarks.streaming import SHAPES, write_model
 from osscar.base.memory import peak_memory
-from osscar.base.phases import Phase, spending
+from osscar.base.timing import Stage, profiled
 from osscar.data.tokens import load_calibration
 from osscar.estimation.estimate import estimate_as_asked
 from osscar.models.language import load_model
@@ -108,11 +108,11 @@ def measured(name: str) -> list[str]:
         began = clock()
         told = estimate_as_asked(model, data, request, clock)
         telling = clock() - began
-        with spending(clock) as spent:
+        with profiled(clock) as spent:
             began = clock()
             prune_as_asked(model, data, request)
             total = clock() - began
-    real = {one.stage: spent.seconds.get(Phase(one.stage), 0.0) for one in told.stages}
+    real = {one.stage: spent.seconds.get(Stage(one.stage), 0.0) for one in told.stages}
     rows = [
         f"| {name} | {one.stage} | {one.seconds:.2f} | {real[one.stage]:.2f} | | | |"
         for one in told.stages

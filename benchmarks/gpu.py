@@ -22,10 +22,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import solvers
 from benchmarks.scale import layer
+from osscar.base.devices import clock_of
 from osscar.base.memory import available_memory
-from osscar.base.phases import Phase, spending
+from osscar.base.timing import Stage, profiled
 from osscar.data.tokens import load_calibration
-from osscar.estimation.forward_probe import clock_of
 from osscar.estimation.scaled import Scaled
 from osscar.models.language import load_model
 from osscar.pruning.prune import prune_as_asked
@@ -163,12 +163,12 @@ class Pruned:
     Parameters
     ----------
     seconds
-        By phase.
+        By stage.
     supports
         The units kept, of each layer.
     """
 
-    seconds: Mapping[Phase, float]
+    seconds: Mapping[Stage, float]
     supports: Sequence[Sequence[int]] = field(repr=False)
 
     @property
@@ -181,7 +181,7 @@ def pruned(task: Task, device: torch.device) -> Pruned:
     """Run one task on one device."""
     model, data = task.make()
     request = PruningRequest(**task.asked, device=str(device))
-    with spending(clock_of(device)) as spent:
+    with profiled(clock_of(device)) as spent:
         result = prune_as_asked(model.to(device), data, request)
     return Pruned(spent.seconds, [layer.support for layer in result.layers])
 
@@ -240,14 +240,14 @@ def possible(known: Mapping[Any, Sequence[tuple[int, float]]], device: torch.dev
 
 
 def pipeline_table(names: Sequence[str], device: torch.device) -> list[str]:
-    """Prune models on both; return Markdown, a row for each phase of each."""
-    rows = [["model", "phase", "CPU, s", f"{device.type}, s", "ratio"]]
+    """Prune models on both; return Markdown, a row for each stage of each."""
+    rows = [["model", "stage", "CPU, s", f"{device.type}, s", "ratio"]]
     for name in names:
         slow, fast = pruned(TASKS[name], CPU), pruned(TASKS[name], device)
-        for phase in Phase:
-            if phase in slow.seconds or phase in fast.seconds:
-                pair = slow.seconds.get(phase, 0.0), fast.seconds.get(phase, 0.0)
-                rows.append([name, str(phase), *_compared(*pair)])
+        for stage in Stage:
+            if stage in slow.seconds or stage in fast.seconds:
+                pair = slow.seconds.get(stage, 0.0), fast.seconds.get(stage, 0.0)
+                rows.append([name, str(stage), *_compared(*pair)])
         same = "the same units" if slow.supports == fast.supports else "other units"
         rows.append([name, f"all ({same})", *_compared(slow.total, fast.total)])
     return markdown(rows)

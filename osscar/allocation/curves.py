@@ -14,8 +14,8 @@ from torch import Tensor
 from graph import CouplingGroup
 from osscar.allocation.curvature import GroupCurvature, curvature
 from osscar.base.json_files import parse_json
-from osscar.base.phases import Phase, phase
 from osscar.base.ranks import Message, Ranks
+from osscar.base.timing import Stage, timed
 from osscar.preparation.opened import Opened
 from osscar.walk.regularization import DAMPS, DEFAULT_DAMP
 from solvers import SubsetProblem
@@ -75,11 +75,11 @@ def measure_curves(
     """
     measured = curvature(ready, groups, samples=curve_samples(ready), seed=seed)
     while True:
-        with phase(Phase.CURVATURE):  # not while others look at what is yielded
+        with timed(Stage.CURVATURE):  # not while others look at what is yielded
             found = next(measured, None)
         if found is None:
             return
-        with phase(Phase.CURVES):
+        with timed(Stage.CURVES):
             losses = _losses(found, damp)
         yield Curve(found.group.name, losses, found.reached)
 

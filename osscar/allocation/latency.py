@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import itertools
 import statistics
-import time
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
@@ -37,12 +37,12 @@ from osscar.allocation.parts import (
     parts_in_turn,
 )
 from osscar.allocation.widths import possible_widths
-from osscar.base.devices import this_device
+from osscar.base.devices import clock_of, this_device
 from osscar.base.errors import EquivalenceError, RequestError
 from osscar.base.progress import stage
-from osscar.base.timing import take_turns
+from osscar.base.timing import interleaved, seconds_of
 from osscar.data.batches import Batch
-from osscar.network.modules import copied, device_of, fresh
+from osscar.network.modules import copied, device_of, forward
 from osscar.preparation.opened import Opened
 from osscar.request import Widths
 from osscar.shrinking.plan import GroupPlan, PruningPlan
@@ -100,19 +100,10 @@ def time_against(dense: nn.Module, other: nn.Module, batch: Batch) -> Timed:
     RequestError
         If the device is too noisy to tell.
     """
-
-    def timing(model: nn.Module) -> Callable[[], list[float]]:
-        def run() -> list[float]:
-            _synchronize(batch)
-            began = time.perf_counter()
-            model(**fresh(batch))
-            _synchronize(batch)
-            return [time.perf_counter() - began]
-
-        return run
-
+    clock = clock_of(device_of(dense))
+    timings = [seconds_of(partial(forward, model, batch), clock) for model in (dense, other)]
     with torch.no_grad(), without_cache(dense), without_cache(other):
-        slow, fast = take_turns([timing(dense), timing(other)], _REPETITIONS, "timing")
+        slow, fast = interleaved(timings, _REPETITIONS, "timing")
     return _ratio(slow, fast)
 
 
@@ -133,11 +124,6 @@ def _ratio(slow: Sequence[float], fast: Sequence[float]) -> Timed:
             f"{spread:.0%}; end what else runs on it, or ask for a share of the --flops"
         )
     return Timed(statistics.median(slow) / statistics.median(fast), spread)
-
-
-def _synchronize(batch: Batch) -> None:
-    for card in {tensor.device for tensor in batch.values() if tensor.is_cuda}:
-        torch.cuda.synchronize(card)
 
 
 class Latency:

@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 
 from graph.tracing.preserve import without_cache
 from osscar.base.errors import RequestError
-from osscar.base.timing import take_turns
+from osscar.base.timing import interleaved
 from osscar.data.batches import Batch
 from osscar.network.modules import fresh
 
@@ -244,7 +244,7 @@ def parts_in_turn(
         return run
 
     with torch.no_grad(), without_cache(dense), without_cache(smaller):
-        take_turns([timing(dense, passes[0]), timing(smaller, passes[1])], turns, "timing")
+        interleaved([timing(dense, passes[0]), timing(smaller, passes[1])], turns, "timing")
     check_alike([one.events for one in (*passes[0], *passes[1])])
     # The first pass of each is a warm-up.
     first, second = (np.array([one.seconds for one in found[1:]]) for found in passes)

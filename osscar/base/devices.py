@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import platform
+import time
 from pathlib import Path
 
 import torch
 
 from osscar.base.errors import DeviceError
 from osscar.base.inputs import shown
+from osscar.base.timing import Clock
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -100,3 +102,15 @@ def _processor() -> str:
         lines = []
     named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     return next(named, platform.processor() or platform.machine())
+
+
+def clock_of(device: torch.device) -> Clock:
+    """Return a clock that waits for what a device has been given to do."""
+    if device.type != "cuda":
+        return time.perf_counter
+
+    def clock() -> float:
+        torch.cuda.synchronize(device)
+        return time.perf_counter()
+
+    return clock

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import osscar
-from osscar.base.phases import Phase
+from osscar.base.timing import Stage
 from osscar.cli.common import out, say, write_json
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ def dry_run(
     loaded: LoadedModel | VisionModel,
     data: CalibrationData,
     request: PruningRequest,
-    spent: Mapping[Phase, float],
+    spent: Mapping[Stage, float],
     json: Path | None,
 ) -> None:
     """Print what a run will take; write nothing but that.
@@ -131,7 +131,7 @@ def read_estimate(file: Path | None) -> EstimateDocument | None:
 
 
 def _around(
-    loaded: LoadedModel | VisionModel, found: Estimate, spent: Mapping[Phase, float]
+    loaded: LoadedModel | VisionModel, found: Estimate, spent: Mapping[Stage, float]
 ) -> list[StageEstimate]:
     """Return what the command does besides: it loads, measures both models, and saves."""
     from osscar.checkpoint.directory import weight_bytes
@@ -142,17 +142,17 @@ def _around(
 
     stored = weight_bytes(loaded.model, loaded.stored_dtype)
     on_disk, kept = is_on_disk(loaded.model), found.kept_share
-    opened = next(one for one in found.stages if one.stage == str(Phase.OPEN)).peak_bytes
+    opened = next(one for one in found.stages if one.stage == str(Stage.OPEN)).peak_bytes
     one = found.sample_seconds
     measuring = 0.0 if on_disk else measuring_seconds([one, kept * one])
     smaller = round(kept * stored)
     held = weight_bytes(loaded.model)
     peak = opened if on_disk else opened - held + round(2 * kept * held) + smaller
-    loading = spent[Phase.LOAD]
+    loading = spent[Stage.LOAD]
     saving = Scaled(kept * loading, 0.3 * kept * loading, 4 * kept * loading + 2 * one)
     return [
-        StageEstimate.of(Phase.START, Scaled.certain(spent[Phase.START], 0.5)),
-        StageEstimate.of(Phase.LOAD, Scaled.certain(loading, 0.5), opened, read=stored),
-        StageEstimate.of(Phase.REPORT, Scaled.certain(measuring, 0.3), opened),
-        StageEstimate.of(Phase.SAVE, saving, peak, read=smaller, written=smaller),
+        StageEstimate.of(Stage.START, Scaled.certain(spent[Stage.START], 0.5)),
+        StageEstimate.of(Stage.LOAD, Scaled.certain(loading, 0.5), opened, read=stored),
+        StageEstimate.of(Stage.REPORT, Scaled.certain(measuring, 0.3), opened),
+        StageEstimate.of(Stage.SAVE, saving, peak, read=smaller, written=smaller),
     ]

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from osscar.base.phases import Phase, Spent, phase, spending
 from osscar.base.printable import command_line
+from osscar.base.timing import Profile, Stage, profiled, timed
 from osscar.cli.common import (
     AllocationOption,
     AtLeastOption,
@@ -66,8 +66,8 @@ def _with_ranks(command: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(command)
     def on_each_rank(context: typer.Context, **options: Any) -> None:
-        with spending() as spent:
-            with phase(Phase.START):
+        with profiled() as spent:
+            with timed(Stage.START):
                 from osscar.base.ranks import together
             with together() as ranks:
                 context.obj = Asked(ranks, spent)
@@ -89,7 +89,7 @@ class Asked:
     """
 
     ranks: Ranks
-    spent: Spent
+    spent: Profile
 
 
 @_with_ranks
@@ -254,7 +254,7 @@ def command(
     is a key-value head with its query heads.  What is done is kept in OUT.run until the smaller
     model is saved: a run that was killed goes on when the same command is given again.
     """
-    with phase(Phase.START):
+    with timed(Stage.START):
         from osscar.base.devices import resolve_device
         from osscar.base.errors import OptionError
         from osscar.base.files import resolved
@@ -318,7 +318,7 @@ def command(
                 needed = weight_bytes(loaded.model, loaded.stored_dtype)
                 check_output(path, overwrite=overwrite, needed_bytes=needed)
 
-        with phase(Phase.LOAD):
+        with timed(Stage.LOAD):
             return opened(
                 model,
                 {"spec": calibration, "samples": samples, "seqlen": seqlen, "seed": seed},
@@ -362,7 +362,7 @@ def command(
         result = prune_as_asked(loaded.model, data, request, own_log, ranks)
         if not ranks.first:
             return  # the first alone writes and prints
-        with phase(Phase.REPORT):
+        with timed(Stage.REPORT):
             content = report_document(
                 result, loaded.model, loaded.source, data, loaded.classes, score
             )
@@ -373,7 +373,7 @@ def command(
         tokenizer, of_images = loaded.tokenizer, isinstance(loaded, VisionModel)
         fits = not is_on_disk(loaded.model)
         del loaded  # saving holds the smaller model twice, and needs no dense one beside
-        with phase(Phase.SAVE):
+        with timed(Stage.SAVE):
             saved = result.save(
                 path,
                 tokenizer=tokenizer,

@@ -67,11 +67,11 @@ def report_document(
 
 def tell_dense(loaded: LoadedModel | VisionModel, data: CalibrationData) -> DenseScore | None:
     """Print what the dense model is worth on its calibration data, and what is wrong with that."""
-    from osscar.base.phases import Phase, phase
+    from osscar.base.timing import Stage, timed
     from osscar.evaluation.dense import score_dense
     from osscar.report.evaluation_tables import dense_sentence, dense_warning
 
-    with phase(Phase.DENSE):
+    with timed(Stage.DENSE):
         score = score_dense(loaded.model, data, classes=loaded.classes)
     if score is not None:
         told = dataclasses.asdict(score)

@@ -18,12 +18,11 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import AfterValidator, ConfigDict
 from torch import nn
 
-from osscar.base.devices import resolve_device
+from osscar.base.devices import clock_of, resolve_device
 from osscar.base.errors import RequestError
 from osscar.base.inputs import shown
 from osscar.base.json_files import STRICT
-from osscar.base.phases import Clock, Phase
-from osscar.estimation.forward_probe import clock_of
+from osscar.base.timing import Clock, Stage
 from osscar.estimation.scaled import Scaled
 from osscar.estimation.stages import StageEstimate, expected
 from osscar.pruning.prune import opened_for, prune
@@ -87,7 +86,7 @@ class Estimate:
 
     def with_stages(self, stages: Sequence[StageEstimate]) -> Estimate:
         """Return an estimate that has other stages, too, in their order."""
-        order = [str(name) for name in Phase]
+        order = [str(name) for name in Stage]
         every = sorted((*self.stages, *stages), key=lambda stage: order.index(stage.stage))
         return dataclasses.replace(self, stages=tuple(every))
 
@@ -134,7 +133,7 @@ def estimate_as_asked(
         ready = stack.enter_context(opened_for(model, calibration, request))
         opening = clock() - began
         found = expected(ready, request, clock)
-        opened = StageEstimate.of(Phase.OPEN, Scaled.certain(opening), found.opened_bytes)
+        opened = StageEstimate.of(Stage.OPEN, Scaled.certain(opening), found.opened_bytes)
         return Estimate(
             stages=(opened, *found.stages),
             settings=json.loads(json.dumps(request.to_json())),
@@ -168,7 +167,7 @@ def _checked_stages(stages: tuple[StageEstimate, ...]) -> tuple[StageEstimate, .
     """Refuse stages that no dry run tells of."""
     names = [one.stage for one in stages]
     for one in stages:
-        if one.stage not in set(Phase):
+        if one.stage not in set(Stage):
             raise ValueError(f"{one.stage!r:.60} is no stage of a run")
         if names.count(one.stage) > 1:
             raise ValueError(f"the stage {one.stage!r} is told twice")
@@ -235,7 +234,7 @@ class EstimateDocument:
                     "--dry-run, or leave --estimate away"
                 )
 
-    def against(self, spent: Mapping[Phase, float], peak: int | None) -> dict[str, Any]:
+    def against(self, spent: Mapping[Stage, float], peak: int | None) -> dict[str, Any]:
         """Return what was estimated beside what a run has taken so far, as JSON-able data.
 
         Parameters

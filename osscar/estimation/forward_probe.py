@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -11,7 +10,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from osscar.base.phases import Clock
+from osscar.base.timing import Clock
 from osscar.data.batches import Batch
 from osscar.network.modules import fresh
 from osscar.preparation.failures import batch_named
@@ -21,18 +20,6 @@ from osscar.preparation.routing import Routed, argument, copied_call
 
 _CHEAP_SECONDS = 0.5
 """For so long, more samples than are needed may run."""
-
-
-def clock_of(device: torch.device) -> Clock:
-    """Return a clock that waits for what a device has been given to do."""
-    if device.type != "cuda":
-        return time.perf_counter
-
-    def clock() -> float:
-        torch.cuda.synchronize(device)
-        return time.perf_counter()
-
-    return clock
 
 
 @dataclass(frozen=True)

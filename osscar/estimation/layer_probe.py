@@ -19,7 +19,7 @@ import solvers
 from graph import CouplingGroup, Role, Slot
 from osscar.allocation.curvature import Factors, one_pass, small_batches
 from osscar.allocation.curves import curve_samples, elimination_curve
-from osscar.base.phases import Clock, Phase, spending
+from osscar.base.timing import Clock, Stage, profiled
 from osscar.data.batches import TensorInputs
 from osscar.estimation.forward_probe import Seen, TimedPass
 from osscar.estimation.scaled import Scaled
@@ -176,7 +176,7 @@ def layer_costs(
         for scale in scales
     ]
     exact = request.chosen_backend().kind is solvers.BackendKind.EXACT
-    solver = _along(sort.rows, [(rows, s.get(Phase.SOLVER, 0.0)) for rows, s in found])
+    solver = _along(sort.rows, [(rows, s.get(Stage.SOLVER, 0.0)) for rows, s in found])
     if exact and scales[-1] < 1:  # no power of p bounds it
         solver = Scaled(solver.seconds, 0.0, float("inf"))
     factors, curve = 0.0, Scaled.certain(0.0)
@@ -184,7 +184,7 @@ def layer_costs(
         factors = _factor_seconds(ready, sort, seen, samples, clock)
         of_curve = [_curve(layers, sort, scale, clock) for scale in scales]
         curve = _along(sort.rows, of_curve)
-    damping = _along(sort.rows, [(rows, s.get(Phase.DAMPING, 0.0)) for rows, s in found])
+    damping = _along(sort.rows, [(rows, s.get(Stage.DAMPING, 0.0)) for rows, s in found])
     return LayerCosts(gram, damping, solver, factors, curve)
 
 
@@ -299,7 +299,7 @@ def _solve(
     corrected: bool,
     held: bool,
     clock: Clock,
-) -> tuple[int, dict[Phase, float]]:
+) -> tuple[int, dict[Stage, float]]:
     """Solve a part of a layer; return its rows, and the seconds by phase."""
     units, keep = _part(sort, scale)
     grams = []
@@ -313,7 +313,7 @@ def _solve(
             gram.add(X[fitted:], None if D is None else D[fitted:], held=True)
         grams.append(gram)
     group = CouplingGroup("probe", sort.groups[0].kind, units, grams[0].linear_map.slots, 0)
-    with warnings.catch_warnings(), spending(clock) as spent:
+    with warnings.catch_warnings(), profiled(clock) as spent:
         warnings.simplefilter("ignore", UserWarning)
         solved(Site(group, tuple(grams)), keep, request, 0.0)
     return max(gram.linear_map.rows for gram in grams), spent.seconds

@@ -14,7 +14,7 @@ from osscar.allocation.costs import Cost
 from osscar.allocation.costs import count as count_cost
 from osscar.allocation.curves import Curve
 from osscar.allocation.widths import asked_groups
-from osscar.base.phases import Clock
+from osscar.base.timing import Clock
 from osscar.estimation.forward_probe import ForwardCosts, first_samples, probed_samples, timed_pass
 from osscar.estimation.layer_probe import LayerCosts, Sort, layer_costs, sorts
 from osscar.preparation.opened import Opened

@@ -10,8 +10,7 @@ from osscar.allocation.curves import curve_samples
 from osscar.allocation.fluctuation import measure_fluctuations
 from osscar.allocation.latency import MOST_ROUNDS, round_passes, table_passes
 from osscar.allocation.widths import asked_groups
-from osscar.base.phases import Clock, Phase
-from osscar.base.timing import WORTHWHILE_SECONDS
+from osscar.base.timing import WORTHWHILE_SECONDS, Clock, Stage
 from osscar.estimation.forward_probe import first_samples
 from osscar.estimation.layer_probe import Sort, backward_seconds
 from osscar.estimation.probed import Probed
@@ -63,16 +62,16 @@ class Seconds:
             found = found.plus(one.times(len(sort.groups)))
         return found
 
-    def budget(self, allocating: float) -> dict[Phase, Scaled]:
+    def budget(self, allocating: float) -> dict[Stage, Scaled]:
         """Return what it takes to share a budget out."""
         ready, request = self.ready, self.request
         if not request.has_budget:
             return {}
-        takes = {Phase.ALLOCATION: Scaled.certain(allocating, 0.3)}
+        takes = {Stage.ALLOCATION: Scaled.certain(allocating, 0.3)}
         if request.allocation == Allocation.FLUCTUATION:
-            takes[Phase.ALLOCATION] = Scaled.certain(allocating + self._fluctuations(), 0.3)
+            takes[Stage.ALLOCATION] = Scaled.certain(allocating + self._fluctuations(), 0.3)
         if request.speedup is not None:
-            takes[Phase.ALLOCATION] = takes[Phase.ALLOCATION].plus(self._timings())
+            takes[Stage.ALLOCATION] = takes[Stage.ALLOCATION].plus(self._timings())
         if not self.plan.shared:
             return takes
         samples = min(ready.inputs.samples, curve_samples(ready))
@@ -82,9 +81,9 @@ class Seconds:
         back = backward_seconds(ready, sort, few, first.factors, self.clock)
         apart = held_batches(ready, small_batches(ready, samples))
         rounds = len(list(parts(ready.model, self.plan.shared, copies=2 if apart else 1)))
-        takes[Phase.CURVATURE] = Scaled.certain(samples * (rounds * back + sums), 0.25)
+        takes[Stage.CURVATURE] = Scaled.certain(samples * (rounds * back + sums), 0.25)
         curves = self.layers("curve")
-        takes[Phase.CURVES] = curves.times(2) if apart else curves  # once more for the damping
+        takes[Stage.CURVES] = curves.times(2) if apart else curves  # once more for the damping
         return takes
 
     def _order(self, sort: Sort) -> int:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from graph import CouplingGroup
 from osscar.allocation.curvature import held_batches, parts, small_batches
 from osscar.allocation.curves import curve_samples
-from osscar.base.phases import Phase
+from osscar.base.timing import Stage
 from osscar.data.batches import TokenInputs
 from osscar.estimation.probed import Probed
 from osscar.offload.on_disk import shelf_of
@@ -24,8 +24,8 @@ class Space:
     base: int
     weights: int
     kept: float
-    needs: Mapping[Phase, int]
-    reads: Mapping[Phase, int]
+    needs: Mapping[Stage, int]
+    reads: Mapping[Stage, int]
     ceiling: int | None
     log: int
 
@@ -45,27 +45,27 @@ class Space:
         found = Room.of(ready, request, held) if room is None else room
         copies = 0 if shelf is not None else weights
         needs = {
-            Phase.TRIAL: 2 * copies + found.proof,
-            Phase.DENSE: found.logits,
-            Phase.ALLOCATION: found.forward,
-            Phase.WALK: found.batches + found.forward,
-            Phase.GRAM: found.batches + found.forward + found.sums,
-            Phase.DAMPING: found.batches + found.matrices,
-            Phase.SOLVER: found.batches + found.matrices,
-            Phase.PROOF: round((1 + plan.kept) * copies) + found.proof,
-            Phase.PRUNED: found.logits,
+            Stage.TRIAL: 2 * copies + found.proof,
+            Stage.DENSE: found.logits,
+            Stage.ALLOCATION: found.forward,
+            Stage.WALK: found.batches + found.forward,
+            Stage.GRAM: found.batches + found.forward + found.sums,
+            Stage.DAMPING: found.batches + found.matrices,
+            Stage.SOLVER: found.batches + found.matrices,
+            Stage.PROOF: round((1 + plan.kept) * copies) + found.proof,
+            Stage.PRUNED: found.logits,
         }
         if plan.shared:
             factors, largest = _factor_bytes(ready, plan.shared)
-            needs[Phase.CURVATURE] = factors + _saved_bytes(ready) + found.logits
-            needs[Phase.CURVES] = factors + largest
+            needs[Stage.CURVATURE] = factors + _saved_bytes(ready) + found.logits
+            needs[Stage.CURVES] = factors + largest
         passes = {
-            Phase.TRIAL: 6,
-            Phase.DENSE: held,
-            Phase.ALLOCATION: 2 if request.allocation == Allocation.FLUCTUATION else 0,
-            Phase.WALK: len(plan.walk.itinerary),
-            Phase.PROOF: 8,
-            Phase.PRUNED: held,
+            Stage.TRIAL: 6,
+            Stage.DENSE: held,
+            Stage.ALLOCATION: 2 if request.allocation == Allocation.FLUCTUATION else 0,
+            Stage.WALK: len(plan.walk.itinerary),
+            Stage.PROOF: 8,
+            Stage.PRUNED: held,
         }
         fits = shelf is None or opened_bytes + weights + max(needs.values()) <= shelf.ceiling
         reads = {} if fits else {phase: count * weights for phase, count in passes.items()}
@@ -73,18 +73,18 @@ class Space:
         ceiling = None if shelf is None else shelf.ceiling
         return cls(opened_bytes, weights, plan.kept, needs, reads, ceiling, log)
 
-    def peak(self, phase: Phase) -> int:
+    def peak(self, phase: Stage) -> int:
         """Return the most memory of a stage."""
         most = self.base + self.needs.get(phase, 0)
         return most if self.ceiling is None else min(most + self.weights, self.ceiling)
 
-    def read(self, phase: Phase) -> int:
+    def read(self, phase: Stage) -> int:
         """Return what a stage reads."""
         return self.reads.get(phase, 0)
 
-    def written(self, phase: Phase) -> int:
+    def written(self, phase: Stage) -> int:
         """Return what a stage writes."""
-        return self.log if phase is Phase.SOLVER else 0
+        return self.log if phase is Stage.SOLVER else 0
 
 
 def _weight_bytes(ready: Opened) -> int:

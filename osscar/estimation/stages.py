@@ -10,7 +10,7 @@ from pydantic import ConfigDict
 
 from osscar.base.errors import OptionError
 from osscar.base.json_files import STRICT
-from osscar.base.phases import Clock, Phase
+from osscar.base.timing import Clock, Stage
 from osscar.estimation.probed import Probed, expected_keep
 from osscar.estimation.scaled import Scaled
 from osscar.estimation.stage_seconds import Seconds
@@ -31,7 +31,7 @@ class StageEstimate:
     Parameters
     ----------
     stage
-        Its name, of `osscar.base.phases.Phase`.
+        Its name, of `osscar.base.timing.Stage`.
     seconds, low, high
         Wall time, and between which it should be; `high` is None where nothing bounds it.
     peak_bytes
@@ -53,7 +53,7 @@ class StageEstimate:
 
     @classmethod
     def of(
-        cls, phase: Phase, takes: Scaled, peak: int = 0, read: int = 0, written: int = 0
+        cls, phase: Stage, takes: Scaled, peak: int = 0, read: int = 0, written: int = 0
     ) -> StageEstimate:
         """Return what a stage takes."""
         high = takes.high if math.isfinite(takes.high) else None
@@ -106,15 +106,15 @@ def expected(ready: Opened, request: PruningRequest, clock: Clock) -> Expected:
     plan = Probed.of(ready, request, keep, held, clock)
     time = Seconds(ready, request, plan, clock)
     takes = {
-        Phase.TRIAL: time.trial(),
-        Phase.DENSE: time.dense(),
+        Stage.TRIAL: time.trial(),
+        Stage.DENSE: time.dense(),
         **time.budget(allocating),
-        Phase.WALK: time.walk(),
-        Phase.GRAM: time.layers("gram"),
-        Phase.DAMPING: time.layers("damping"),
-        Phase.SOLVER: time.layers("solver"),
-        Phase.PROOF: time.proof(),
-        Phase.PRUNED: time.pruned(),
+        Stage.WALK: time.walk(),
+        Stage.GRAM: time.layers("gram"),
+        Stage.DAMPING: time.layers("damping"),
+        Stage.SOLVER: time.layers("solver"),
+        Stage.PROOF: time.proof(),
+        Stage.PRUNED: time.pruned(),
     }
     space = Space.of(ready, request, plan, room, opened_bytes)
     stages = [

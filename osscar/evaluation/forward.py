@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import statistics
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from graph.tracing.preserve import without_cache
-from osscar.base.timing import take_turns
+from osscar.base.devices import clock_of
+from osscar.base.timing import interleaved, seconds_of
 from osscar.evaluation.size import count_flops, count_parameter_bytes
-from osscar.network.modules import count_parameters, device_of, evaluating, fresh
+from osscar.network.modules import count_parameters, device_of, evaluating, forward, fresh
 from osscar.offload.on_disk import room_for_pass
 
 _REPETITIONS = 5
@@ -57,24 +58,15 @@ def measure_forward(models: Sequence[nn.Module], batch: Mapping[str, Tensor]) ->
     list of Forward
         In the order of the models.
     """
-
-    def timing(model: nn.Module) -> Callable[[], list[float]]:
-        def run() -> list[float]:
-            inputs = fresh(batch)
-            _synchronize(model)
-            began = time.perf_counter()
-            model(**inputs)
-            _synchronize(model)
-            return [time.perf_counter() - began]
-
-        return run
-
     given = [leaf for leaf in pytree.tree_leaves(dict(batch)) if isinstance(leaf, Tensor)]
     positions = max((leaf.numel() for leaf in given), default=0)
     with _ready(models, positions):
         flops = [count_flops(model, fresh(batch)) for model in models]
-        timings = [timing(model) for model in models]
-        seconds = take_turns(timings, _REPETITIONS, "timing", worthwhile=_SECONDS)
+        timings = [
+            seconds_of(partial(forward, model, batch), clock_of(device_of(model)))
+            for model in models
+        ]
+        seconds = interleaved(timings, _REPETITIONS, "timing", worthwhile=_SECONDS)
     return [
         Forward(
             count_parameters(model), count_parameter_bytes(model), n, statistics.median(of_model)
@@ -99,8 +91,3 @@ def _ready(models: Sequence[nn.Module], positions: int) -> Iterator[None]:
             stack.enter_context(without_cache(model))
             stack.enter_context(room_for_pass(model, positions))
         yield
-
-
-def _synchronize(model: nn.Module) -> None:
-    if device_of(model).type == "cuda":
-        torch.cuda.synchronize(device_of(model))

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -14,10 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from osscar.allocation.curvature import as_logits
+from osscar.base.devices import clock_of
 from osscar.base.errors import ModelError, OsscarError
 from osscar.base.inputs import whole_number
 from osscar.base.memory import let_shortage_pass
-from osscar.base.timing import take_turns
+from osscar.base.timing import interleaved, seconds_of
 from osscar.data.batches import Batch
 from osscar.data.tensors import IGNORED
 from osscar.evaluation.result import Evaluation
@@ -153,15 +154,8 @@ def measured(
 def _speeds(
     models: Sequence[nn.Module], batches: Sequence[Batch], rows: int, repetitions: int
 ) -> list[float]:
-    def timing(model: nn.Module, batch: Batch) -> Callable[[], list[float]]:
-        def run() -> list[float]:
-            began = time.perf_counter()
-            model(**batch)
-            if device_of(model).type == "cuda":
-                torch.cuda.synchronize(device_of(model))
-            return [time.perf_counter() - began]
-
-        return run
-
-    timings = [timing(*pair) for pair in zip(models, batches, strict=True)]
-    return [rows / statistics.median(one) for one in take_turns(timings, repetitions, "Timing")]
+    timings = [
+        seconds_of(partial(model, **batch), clock_of(device_of(model)))
+        for model, batch in zip(models, batches, strict=True)
+    ]
+    return [rows / statistics.median(one) for one in interleaved(timings, repetitions, "Timing")]

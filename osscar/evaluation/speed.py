@@ -6,18 +6,20 @@ Medians are over the repetitions for prefill, over every single token for decodi
 from __future__ import annotations
 
 import inspect
+import itertools
 import statistics
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from osscar.base.devices import clock_of
 from osscar.base.errors import ModelError, OptionError
-from osscar.base.timing import take_turns
+from osscar.base.timing import Clock, interleaved, seconds_of
 
 CACHE_NAMES = ("cache", "past_key_values")
 """What transformers calls the key-value cache, newest name first."""
@@ -55,7 +57,7 @@ def measure_speed(
     new_tokens: int = 32,
     repetitions: int = 5,
 ) -> list[Speed]:
-    """Time models on the same prompt, taking turns, after a warm-up of each.
+    """Time models on the same prompt, interleaved, after a warm-up of each.
 
     Parameters
     ----------
@@ -88,8 +90,8 @@ def measure_speed(
         )
     new_tokens = min(new_tokens, len(prompt) // 2)
     runs = [_Run(model, prompt[None].to(model.device), new_tokens) for model in models]
-    prefill = take_turns([run.time_prefill for run in runs], repetitions, "Timing prefill")
-    decode = take_turns([run.time_decode for run in runs], repetitions, "Timing decode")
+    prefill = interleaved([run.time_prefill for run in runs], repetitions, "Timing prefill")
+    decode = interleaved([run.time_decode for run in runs], repetitions, "Timing decode")
     return [
         Speed(
             prefill_tokens_per_second=len(prompt) / statistics.median(read),
@@ -112,17 +114,20 @@ class _Run:
 
     @torch.inference_mode()
     def time_prefill(self) -> list[float]:
-        seconds, _ = self._timed(self._read, self.prompt)
-        return [seconds]
+        return seconds_of(partial(self._read, self.prompt), self._clock)()
 
     @torch.inference_mode()
     def time_decode(self) -> list[float]:
         output = self._read(self.prompt[:, : self.prompt.shape[1] - self.new_tokens])
-        steps: list[float] = []
+        ends = [self._clock()]
         for _ in range(self.new_tokens):
-            seconds, output = self._timed(self._write, output)
-            steps.append(seconds)
-        return steps
+            output = self._write(output)
+            ends.append(self._clock())
+        return [end - began for began, end in itertools.pairwise(ends)]
+
+    @property
+    def _clock(self) -> Clock:
+        return clock_of(self.prompt.device)
 
     def _read(self, prompt: Tensor) -> Any:
         # like generation, skip the output layer at all positions but the last
@@ -137,14 +142,3 @@ class _Run:
                 cache = {name: getattr(output, name)}
                 return self.model(input_ids=token, use_cache=True, **cache)
         raise ModelError(f"{type(self.model).__name__} has no key-value cache to decode with")
-
-    def _timed(self, work: Callable[[Any], Any], argument: Any) -> tuple[float, Any]:
-        self._synchronize()
-        began = time.perf_counter()
-        result = work(argument)
-        self._synchronize()
-        return time.perf_counter() - began, result
-
-    def _synchronize(self) -> None:
-        if self.prompt.is_cuda:
-            torch.cuda.synchronize(self.prompt.device)

@@ -187,6 +187,11 @@ def fresh(inputs: T) -> T:
     return copies
 
 
+def forward(model: nn.Module, batch: Mapping[str, Tensor]) -> Any:
+    """Run a model once on keyword arguments, which it may write to; return what it puts out."""
+    return model(**fresh(batch))
+
+
 def count_parameters(model: nn.Module) -> int:
     """Count parameters, tied ones once."""
     return sum(parameter.numel() for parameter in model.parameters())

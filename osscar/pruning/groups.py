@@ -12,10 +12,10 @@ import solvers
 from graph import CouplingGroup
 from osscar.base.errors import NonFiniteError, RunError
 from osscar.base.memory import FOR_MATRICES, memory_for
-from osscar.base.phases import Phase, phase
 from osscar.base.printable import counted
 from osscar.base.progress import stage
 from osscar.base.ranks import Ranks
+from osscar.base.timing import Stage, timed
 from osscar.offload.on_disk import room_for
 from osscar.preparation.consumer import LinearMap
 from osscar.preparation.linear_maps import linear_maps
@@ -112,7 +112,7 @@ def _walk(
     dense: Mapping[str, DenseTensors],
     waiting_on_disk: bool,
 ) -> Walk:
-    with phase(Phase.WALK):
+    with timed(Stage.WALK):
         return walk(
             ready,
             groups,
@@ -216,10 +216,10 @@ def solved(site: Site, keep: int, request: PruningRequest, began: float) -> Site
     """Solve one group, and commit the refitted weights."""
     group, backend = site.group, request.chosen_backend()
     corrected = Target(request.target).needs_dense
-    with phase(Phase.DAMPING):
+    with timed(Stage.DAMPING):
         chosen = site.regularization(keep, request.damp, request.blend if corrected else 0.0)
         site.share = chosen.share
-    with phase(Phase.SOLVER):
+    with timed(Stage.SOLVER):
         problem = site.problem(keep, chosen.damp)
         measured = time.perf_counter()
         if request.certify:

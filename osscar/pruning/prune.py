@@ -30,9 +30,9 @@ from osscar.allocation.divergence import Reference
 from osscar.base.devices import resolve_device
 from osscar.base.errors import RequestError, RunError
 from osscar.base.memory import FOR_BATCHES, memory_for
-from osscar.base.phases import Phase, phase
 from osscar.base.printable import counted
 from osscar.base.ranks import ALONE, Ranks
+from osscar.base.timing import Stage, timed
 from osscar.checkpoint.hf_config import adopt_config
 from osscar.network.modules import copied, count_parameters, device_of
 from osscar.preparation.opened import Opened, opened
@@ -114,7 +114,7 @@ def prune_as_asked(
         stack.enter_context(torch.inference_mode(False))  # in which there are no gradients
         what = f"{type(model).__name__}, of which pruning makes copies"
         stack.enter_context(memory_for(what, FOR_BATCHES))
-        with phase(Phase.OPEN):
+        with timed(Stage.OPEN):
             ready = stack.enter_context(opened_for(model, calibration, request, ranks))
         room = check_streamed(ready, request, max(1, held_out(ready, request)))
         with _begun(log, ready, request) as records:
@@ -177,11 +177,11 @@ class DenseFacts:
     @classmethod
     def of(cls, ready: Opened, request: PruningRequest) -> DenseFacts:
         """Try what can follow, and run the dense model."""
-        with phase(Phase.TRIAL):
+        with timed(Stage.TRIAL):
             followed = ready.ranks.decided(
                 "what can follow", lambda: what_follows(ready, request), Followed
             )
-        with phase(Phase.DENSE):
+        with timed(Stage.DENSE):
             return cls(
                 Reference.of(ready, max(1, held_out(ready, request))),
                 dense_statistics(ready.model, ready.batches(), request.batch_norm, ready.ranks),
@@ -218,7 +218,7 @@ def prune_opened(
     start = time.perf_counter()
     work, held = ready.model, held_out(ready, request)
     before = count_parameters(work)
-    with phase(Phase.ALLOCATION):
+    with timed(Stage.ALLOCATION):
         allocated = _allocated(ready, request, facts, log)
     plan, layers = prune_groups(ready, allocated.keep, request, records, log, room)
     smaller = shrunk(ready, plan, request, facts.form, facts.statistics)
@@ -226,7 +226,7 @@ def prune_opened(
     if isinstance(work, PreTrainedModel):
         adopt_config(work)
     reference = facts.reference
-    with phase(Phase.PRUNED):
+    with timed(Stage.PRUNED):
         divergence = None if reference is None else reference.divergence(work)
     put_back(ready, work, proof.plan)
     return PruningResult(

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from osscar.base.phases import Phase, phase
+from osscar.base.timing import Stage, timed
 from osscar.preparation.opened import Opened
 from osscar.request import PruningRequest
 from osscar.shrinking.equivalence import finer_precision
@@ -69,9 +69,9 @@ def _modules(
     ready: Opened, plan: PruningPlan, request: PruningRequest, dense: DenseStatistics
 ) -> Shrunk:
     work = ready.model
-    with phase(Phase.PROOF), finer_precision(work, ready.example):
+    with timed(Stage.PROOF), finer_precision(work, ready.example):
         proof = shrink(work, plan, ready.inputs.proofs(work, request.seed))
-    with phase(Phase.PRUNED):
+    with timed(Stage.PRUNED):
         renewed = renew_statistics(
             work, proof.plan, ready.batches(), request.batch_norm, dense, ready.ranks
         )
@@ -87,12 +87,12 @@ def _program(
     nothing reads the removed units any more, computes the same.
     """
     work, nothing = ready.model, PruningPlan(())
-    with phase(Phase.PRUNED):
+    with timed(Stage.PRUNED):
         renewed = renew_statistics(
             work, nothing, ready.batches(), request.batch_norm, dense, ready.ranks
         )
     ready.untouched.put_back(work)
-    with phase(Phase.PROOF):
+    with timed(Stage.PROOF):
         made = shrink_program(work, plan, ready.inputs.proofs(work, request.seed), ready.example)
     return Shrunk(made.model, made.proof, renewed)
 

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from graph import CouplingGroup
 from osscar.base.errors import CalibrationError, ModelError
 from osscar.base.memory import FOR_MATRICES, memory_for
-from osscar.base.phases import Phase, phase
+from osscar.base.timing import Stage, timed
 from osscar.data.batches import Batch, ModelInputs
 from osscar.network.fake import on_shapes
 from osscar.network.modules import fresh
@@ -313,7 +313,7 @@ class Walk:
             needed = sum(g.lacking_bytes(held=held, corrections=corrections) for g in grams)
             with ExitStack() as present:
                 present.enter_context(room_beside(self._opened.model, needed))
-                present.enter_context(phase(Phase.WALK))
+                present.enter_context(timed(Stage.WALK))
                 for one in (run,) if dense is None else (run, dense):
                     present.enter_context(one.present())
                 self._measure_batch(run, dense, call, grams)
@@ -334,7 +334,7 @@ class Walk:
             assert output is not None
             D = self._target.correction(dense.output, output, dense.stream, arrival.stream)
         x = afresh(arrival.x)
-        with phase(Phase.GRAM):
+        with timed(Stage.GRAM):
             for gram in grams:
                 add_call(gram, x, D, held=run.index >= self._held_from)
 

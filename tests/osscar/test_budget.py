@@ -27,8 +27,8 @@ from osscar.preparation.opened import opened
 from osscar.request import PruningRequest as Asked
 from osscar.walk.regularization import DEFAULT_DAMP
 from solvers import SubsetProblem
-from solvers.closed_forms import refit
 from solvers.closed_forms.elimination import eliminate, support_after
+from solvers.closed_forms.refit import refit
 from tests.osscar.families import tiny, tokens
 
 # ---- the knapsack ------------------------------------------------------------------------

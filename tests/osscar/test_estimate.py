@@ -11,7 +11,7 @@ from torch import nn
 import graph
 import osscar
 from osscar.base.errors import FrozenGroupError, OptionError, RequestError
-from osscar.base.phases import Phase, Spent, phase, spending
+from osscar.base.timing import Profile, Stage, profiled, timed
 from osscar.estimation.estimate import estimate_as_asked
 from osscar.estimation.forward_probe import first_samples, timed_pass
 from osscar.estimation.layer_probe import Sort, _gram_seconds
@@ -163,7 +163,7 @@ def test_about_as_many_units_are_expected_to_leave_as_do(asked, allocation, demo
 def test_a_speedup_is_expected_before_anything_is_timed(demo, monkeypatch):
     monkeypatch.setattr("osscar.allocation.latency.parts_in_turn", None)
     found = estimate_as_asked(demo.model, windows(demo, 4), PruningRequest(speedup=1.3), ticking())
-    [allocation] = [one for one in found.stages if one.stage == Phase.ALLOCATION]
+    [allocation] = [one for one in found.stages if one.stage == Stage.ALLOCATION]
     assert allocation.low < allocation.seconds < allocation.high
 
 
@@ -183,9 +183,9 @@ def test_more_samples_take_longer_and_more_memory(asked, demo):
         for samples in (8, 32, 128)
     ]
     for few, many in itertools.pairwise(found):
-        for stage in (Phase.WALK, Phase.GRAM):
+        for stage in (Stage.WALK, Stage.GRAM):
             assert by_stage(many)[stage] > by_stage(few)[stage]
-        assert by_stage(many)[Phase.SOLVER] == by_stage(few)[Phase.SOLVER]
+        assert by_stage(many)[Stage.SOLVER] == by_stage(few)[Stage.SOLVER]
     assert found[2].peak_bytes > found[0].peak_bytes
 
 
@@ -196,19 +196,19 @@ def test_every_restart_of_the_batches_is_paid_for():
         for asked in ({"channels": 0.5, "skip": ["blocks.*"]}, {"channels": 0.5, "residual": 0.5})
     ]
     assert found[0].passes < found[1].passes
-    assert by_stage(found[0])[Phase.WALK] < by_stage(found[1])[Phase.WALK]
+    assert by_stage(found[0])[Stage.WALK] < by_stage(found[1])[Stage.WALK]
 
 
 def test_what_is_not_asked_for_takes_nothing(demo):
     plain = by_stage(estimate_as_asked(demo.model, windows(demo, 4), PruningRequest(neurons=0.5)))
     shared = by_stage(estimate_as_asked(demo.model, windows(demo, 4), PruningRequest(sparsity=0.3)))
-    assert set(shared) - set(plain) == {Phase.ALLOCATION, Phase.CURVATURE, Phase.CURVES}
+    assert set(shared) - set(plain) == {Stage.ALLOCATION, Stage.CURVATURE, Stage.CURVES}
     fixed = PruningRequest(neurons=0.5, damp=0.1, target="weights")
     found = [
         by_stage(estimate_as_asked(demo.model, windows(demo, 4), request, clock=ticking()))
         for request in (PruningRequest(neurons=0.5), fixed)
     ]
-    assert found[1][Phase.DAMPING] <= found[0][Phase.DAMPING]
+    assert found[1][Stage.DAMPING] <= found[0][Stage.DAMPING]
 
 
 # ---- the fit -----------------------------------------------------------------------------
@@ -232,26 +232,26 @@ def test_overhead_of_small_sizes_is_not_blown_up():
 
 
 def test_phases_within_others_are_counted_once():
-    with spending(ticking()) as spent:
-        with phase(Phase.WALK):
-            with phase(Phase.GRAM):
+    with profiled(ticking()) as spent:
+        with timed(Stage.WALK):
+            with timed(Stage.GRAM):
                 pass
-            with phase(Phase.GRAM):
+            with timed(Stage.GRAM):
                 pass
-        with phase(Phase.WALK):
+        with timed(Stage.WALK):
             pass
-    assert spent.seconds == {Phase.WALK: 4, Phase.GRAM: 2}
-    with phase(Phase.WALK):
+    assert spent.seconds == {Stage.WALK: 4, Stage.GRAM: 2}
+    with timed(Stage.WALK):
         pass
-    assert spent.seconds[Phase.WALK] == 4
-    assert Spent(ticking()).seconds == {}
+    assert spent.seconds[Stage.WALK] == 4
+    assert Profile(ticking()).seconds == {}
 
 
 def test_a_run_says_what_it_spends_on_each_stage(demo):
-    with spending() as spent:
+    with profiled() as spent:
         prune_as_asked(demo.model, windows(demo, 8), PruningRequest(sparsity=0.3))
     told = estimate_as_asked(demo.model, windows(demo, 8), PruningRequest(sparsity=0.3))
-    assert set(spent.seconds) == {Phase(one.stage) for one in told.stages}
+    assert set(spent.seconds) == {Stage(one.stage) for one in told.stages}
 
 
 # ---- without a trace ---------------------------------------------------------------------
@@ -291,7 +291,7 @@ def test_a_dry_run_writes_nothing_but_its_json(osscar_command, tmp_path):
     document = json.loads((tmp_path / "told.json").read_text())
     assert document["schema"] == "osscar.estimate/1"
     stages = [one["stage"] for one in document["stages"]]
-    assert stages == [str(one) for one in Phase if str(one) in stages]
+    assert stages == [str(one) for one in Stage if str(one) in stages]
     assert document["seconds"] == pytest.approx(sum(one["seconds"] for one in document["stages"]))
     assert document["peak_bytes"] == max(one["peak_bytes"] for one in document["stages"])
     assert document["written_bytes"] > 0
@@ -317,7 +317,7 @@ def test_a_run_says_how_far_off_its_estimate_was(osscar_command, tmp_path):
     assert found["seconds"] > 0
     assert found["peak_bytes"] > 0
     unended = [one["stage"] for one in found["stages"] if one["seconds"] is None]
-    assert unended == [str(Phase.SAVE)]
+    assert unended == [str(Stage.SAVE)]
     assert "estimated" in (tmp_path / "compared" / "report.html").read_text()
     assert "estimate" not in json.loads((tmp_path / "plain" / "osscar_report.json").read_text())
 

@@ -325,13 +325,13 @@ class TestSpeed:
 
             return run
 
-        found = timing_room.take_turns([timing("a", 1.0), timing("b", 2.0)], 3, "x")
+        found = timing_room.interleaved([timing("a", 1.0), timing("b", 2.0)], 3, "x")
         assert calls == ["a", "b", *"abbaab"]
         assert found == [[1.0] * 3, [2.0] * 3]
 
     def test_fast_models_are_timed_more_often(self, monkeypatch):
         monkeypatch.setattr(timing_room, "WORTHWHILE_SECONDS", 0.05)
-        found = timing_room.take_turns([lambda: [0.0]], 2, "x")
+        found = timing_room.interleaved([lambda: [0.0]], 2, "x")
         assert len(found[0]) > 10
 
     def test_medians_are_taken_without_the_warm_up(self, model, monkeypatch):
