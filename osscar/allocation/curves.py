@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from graph import CouplingGroup
 from osscar.allocation.curvature import GroupCurvature, curvature
-from osscar.base.json_files import parse_json
-from osscar.base.ranks import Message, Ranks
+from osscar.base.ranks import Ranks
 from osscar.base.timing import Stage, timed
 from osscar.preparation.opened import Opened
 from osscar.walk.regularization import DAMPS, DEFAULT_DAMP
@@ -100,13 +97,8 @@ def told_curves(ranks: Ranks, mine: Sequence[Curve]) -> dict[str, Curve]:
     mine
         Those of this rank's groups.
     """
-    words = json.dumps({curve.name: curve.comparable for curve in mine})
-    losses = {curve.name: torch.from_numpy(curve.losses) for curve in mine}
-    return {
-        name: Curve(name, told.tensors[name].numpy(), comparable)
-        for told in ranks.from_all("curves", Message(words, losses))
-        for name, comparable in parse_json(told.text, dict[str, bool], "curves").items()
-    }
+    told = ranks.all_gather("curves", list(mine))
+    return {curve.name: curve for curves in told for curve in curves}
 
 
 def elimination_curve(problem: SubsetProblem) -> NDArray[np.float64]:

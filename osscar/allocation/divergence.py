@@ -89,7 +89,7 @@ class Reference:
             total += float(terms.sum(-1).double().sum())
             count += len(rows)
         sums = torch.tensor([total, count], dtype=torch.float64)
-        self.ranks.add_up("the divergence", [sums])
+        self.ranks.all_reduce("the divergence", [sums])
         total, count = float(sums[0]), int(sums[1])
         if not math.isfinite(total):
             raise NonFiniteError(

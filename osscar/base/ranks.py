@@ -7,32 +7,30 @@ same place ever start to exchange anything.  None can wait for another that will
 was killed is known by its closed connection.  (Once all have come together: of one that ends
 before, the launcher knows, which ends the others.)
 
-What is exchanged is JSON and safetensors: nothing is pickled.  A single process is the only rank,
-for which all of this does nothing, so that nobody has to ask.
+A single process is the only rank, for which all of this does nothing, so that nobody has to ask.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
-import safetensors.torch
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from osscar.base.errors import OsscarError, RanksError, first_line
-from osscar.base.json_files import parse_json
 from osscar.base.launch import launched, neighbours
 from osscar.base.printable import counted
 
 T = TypeVar("T")
+
+_Said: TypeAlias = tuple[str, str | None, Any]
+"""What one rank sends another: where it stands, what has failed if something has, and a value."""
 
 _MEETING = timedelta(days=2)
 """Others may solve, or measure, for long; whoever is killed is known at once."""
@@ -42,35 +40,12 @@ _ADDING = timedelta(minutes=10)
 
 
 @dataclass(frozen=True)
-class Message:
-    """What a rank tells: words, and tensors by name."""
-
-    text: str = ""
-    tensors: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
-
-
-@dataclass(frozen=True)
-class _Word:
-    """The part of a message that is no tensor.
-
-    Parameters
-    ----------
-    place
-        Where in the code it is sent, by which ranks know that they are at the same.
-    failed
-        What has failed, if something has; nothing else counts then.
-    text
-        The words.
-    """
-
-    place: str
-    failed: str | None = None
-    text: str = ""
-
-
-@dataclass(frozen=True)
 class Ranks:
     """The processes of a run, seen by one of them.
+
+    All methods that exchange something take a `place`: what that is, in words, by which ranks know
+    that they are at the same.  All raise `RanksError` if another rank has failed, was killed, or is
+    elsewhere.
 
     Parameters
     ----------
@@ -112,106 +87,54 @@ class Ranks:
                 mine.append(piece)
         return sorted(mine)
 
-    def add_up(self, place: str, tensors: Sequence[Tensor]) -> None:
-        """Replace tensors by their sums over all ranks.
-
-        Parameters
-        ----------
-        place
-            What they are, in words.
-        tensors
-            Of the same shapes and number formats on all ranks.
-
-        Raises
-        ------
-        RanksError
-            As all methods here do: if another rank has failed, was killed, or is elsewhere.
-        """
+    def all_reduce(self, place: str, tensors: Sequence[Tensor]) -> None:
+        """Replace tensors, of the same shapes and number formats on all ranks, by their sums."""
         if self.alone:
             return
         forms = ", ".join(f"{tensor.dtype} {list(tensor.shape)}" for tensor in tensors)
-        self._meet(f"{place} ({forms})", Message(), lambda _: Message())
+        self._meet(f"{place} ({forms})")
         try:
             for tensor in tensors:
                 dist.all_reduce(tensor)
         except RuntimeError as error:
-            self._lost(None, error)
+            raise _lost("another rank", error) from error
+
+    def broadcast(self, place: str, make: Callable[[], T]) -> T:
+        """Return, on every rank, what rank 0 makes; `make` is called on rank 0 alone."""
+        made: Any = make() if self.first else None
+        found: T = made if self.alone else self._meet(place, answer=lambda _: made)
+        return found
+
+    def all_gather(self, place: str, mine: T) -> list[T]:
+        """Return, on every rank, what each has to tell, in the order of the ranks."""
+        told: list[T] = [mine] if self.alone else self._meet(place, mine, list)
+        return told
 
     def any(self, place: str, mine: bool) -> bool:
         """Tell whether it is so on any rank."""
-        count = torch.tensor(float(mine))
-        self.add_up(place, [count])
-        return bool(count > 0)
-
-    def from_first(self, place: str, make: Callable[[], Message]) -> Message:
-        """Return, on every rank, what rank 0 makes.
-
-        Parameters
-        ----------
-        place
-            What it is, in words.
-        make
-            Called on rank 0 alone.
-        """
-        made = make() if self.first else Message()
-        return made if self.alone else self._meet(place, Message(), lambda _: made)
-
-    def from_all(self, place: str, mine: Message) -> list[Message]:
-        """Return, on every rank, what each has to tell, in the order of the ranks."""
-        if self.alone:
-            return [mine]
-        told = self._meet(place, mine, _joined)
-        texts = parse_json(told.text, list[str], place)
-        return [Message(text, _part(told.tensors, f"{i}/")) for i, text in enumerate(texts)]
-
-    def decided(self, place: str, decide: Callable[[], T], schema: Any) -> T:
-        """Return, on every rank, what rank 0 decides.
-
-        Parameters
-        ----------
-        place
-            What it is, in words.
-        decide
-            Called on rank 0 alone.
-        schema
-            Its type, of which JSON can be read.
-        """
-        made: list[T] = []
-
-        def make() -> Message:
-            made.append(decide())
-            return Message("" if self.alone else _json(made[0]))
-
-        told = self.from_first(place, make)
-        return made[0] if made else parse_json(told.text, schema, place)
-
-    # ---- meetings ------------------------------------------------------------------------
+        return any(self.all_gather(place, mine))
 
     def _meet(
-        self, place: str, mine: Message, answer: Callable[[Sequence[Message]], Message]
-    ) -> Message:
-        """Let rank 0 hear all, and return what it answers."""
+        self, place: str, mine: Any = None, answer: Callable[[Sequence[Any]], Any] = lambda _: None
+    ) -> Any:
+        """Let rank 0 hear all, and return what it answers.
+
+        Tensors among it are on the CPU, as another rank may have no such card.
+        """
         if not self.first:
-            self._send(0, _Word(place, text=mine.text), mine.tensors)
-            return self._heard()
-        brought = [mine]
-        failed = None
-        for rank in range(1, self.size):
-            word, message = self._receive(rank)
-            brought.append(message)
-            failed = failed or _failure(rank, word, place)
-        told = Message() if failed else answer(brought)
-        for rank in range(1, self.size):
-            self._send(rank, _Word(place, failed, told.text), told.tensors)
+            self._send(0, (place, None, mine))
+            _, failed, told = self._receive(0)
+        else:
+            others = range(1, self.size)
+            said = [(place, None, mine), *map(self._receive, others)]
+            failures = (_failure(rank, *said[rank][:2], place) for rank in others)
+            failed = next(filter(None, failures), None)
+            told = None if failed else answer([value for _, _, value in said])
+            for rank in others:
+                self._send(rank, (place, failed, told))
         if failed:
             raise RanksError(failed)
         return told
-
-    def _heard(self) -> Message:
-        word, message = self._receive(0)
-        if word.failed is not None:
-            raise RanksError(word.failed)
-        return message
 
     def report(self, error: Exception) -> None:
         """Tell rank 0 what has failed here, and wait until it has ended.
@@ -222,73 +145,47 @@ class Ranks:
         if self.first or isinstance(error, RanksError):
             return
         kind = "" if isinstance(error, OsscarError) else f"{type(error).__name__}: "
-        try:
-            self._send(0, _Word("a failure", failed=f"{kind}{first_line(error)}"), {})
+        with suppress(RanksError):
+            self._send(0, ("a failure", f"{kind}{first_line(error)}", None))
             for _ in range(2):  # what all are told; then it says nothing any more
                 self._receive(0)
-        except RanksError:
-            return
 
-    def _send(self, to: int, word: _Word, tensors: Mapping[str, Tensor]) -> None:
-        plain = {name: x.detach().cpu().contiguous() for name, x in tensors.items()}
-        parts = [_json(word).encode(), safetensors.torch.save(plain) if plain else b""]
+    def _send(self, to: int, said: _Said) -> None:
         try:
-            dist.send(torch.tensor([len(part) for part in parts]), to, group=self._meeting)
-            for part in filter(None, parts):
-                dist.send(torch.frombuffer(bytearray(part), dtype=torch.uint8), to, self._meeting)
+            dist.send_object_list([said], to, self._meeting)
         except RuntimeError as error:
-            self._lost(to, error)
+            raise _lost(f"rank {to}", error) from error
 
-    def _receive(self, source: int) -> tuple[_Word, Message]:
-        lengths = torch.zeros(2, dtype=torch.int64)
+    def _receive(self, source: int) -> _Said:
+        said: list[Any] = [None]
         try:
-            dist.recv(lengths, source, group=self._meeting)
-            parts = [torch.empty(int(length), dtype=torch.uint8) for length in lengths]
-            for part in parts:
-                if len(part):
-                    dist.recv(part, source, group=self._meeting)
+            dist.recv_object_list(said, source, self._meeting)
         except RuntimeError as error:
-            self._lost(source, error)
-        text, data = (part.numpy().tobytes() for part in parts)
-        word: _Word = parse_json(text.decode(), _Word, f"what rank {source} says")
-        return word, Message(word.text, safetensors.torch.load(data) if data else {})
-
-    def _lost(self, rank: int | None, error: RuntimeError) -> NoReturn:
-        who = "another rank" if rank is None else f"rank {rank}"
-        raise RanksError(
-            f"{who} has ended without a word, perhaps killed for want of memory, or cannot be "
-            f"reached ({first_line(error):.120})"
-        ) from error
+            raise _lost(f"rank {source}", error) from error
+        found: _Said = said[0]
+        return found
 
 
 ALONE = Ranks()
 """A single process."""
 
 
-def _json(value: Any) -> str:
-    return json.dumps(value, default=dataclasses.asdict, allow_nan=False)
-
-
-def _failure(rank: int, word: _Word, place: str) -> str | None:
-    if word.failed is not None:
-        return f"rank {rank}: {word.failed}"
-    if word.place != place:
+def _failure(rank: int, there: str, failed: str | None, place: str) -> str | None:
+    if failed is not None:
+        return f"rank {rank}: {failed}"
+    if there != place:
         return (
-            f"rank {rank} is at {word.place!r} and rank 0 at {place!r}: they do not run alike, "
+            f"rank {rank} is at {there!r} and rank 0 at {place!r}: they do not run alike, "
             "perhaps as the model's code depends on the data or on chance"
         )
     return None
 
 
-def _joined(messages: Sequence[Message]) -> Message:
-    return Message(
-        json.dumps([message.text for message in messages]),
-        {f"{i}/{name}": x for i, m in enumerate(messages) for name, x in m.tensors.items()},
+def _lost(who: str, error: RuntimeError) -> RanksError:
+    return RanksError(
+        f"{who} has ended without a word, perhaps killed for want of memory, or cannot be "
+        f"reached ({first_line(error):.120})"
     )
-
-
-def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {n.removeprefix(prefix): x for n, x in tensors.items() if n.startswith(prefix)}
 
 
 # ---- how they come together --------------------------------------------------------------
@@ -321,7 +218,7 @@ def together() -> Iterator[Ranks]:
         ) from error
     # A rank comes out of new_group while others still ask rank 0's store who is there: if rank 0
     # failed now, they would say that they could not reach it.
-    ranks.from_first("the beginning", Message)
+    ranks.all_gather("the beginning", None)
     try:
         yield ranks
     except Exception as error:

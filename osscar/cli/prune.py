@@ -340,10 +340,9 @@ def command(
     told = read_estimate(estimate)
     path = resolved(directory)
     log, words = RunLog(_beside(path)), _asked(context)
-    if ranks.decided(
+    if ranks.broadcast(
         "whether it is saved already",
         lambda: not (overwrite or restart) and _is_saved(path, log, words, json, report),
-        bool,
     ):
         return
     if ranks.first:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,7 +17,7 @@ from osscar.base.printable import counted
 from osscar.base.progress import stage
 from osscar.base.ranks import Ranks
 from osscar.base.timing import Stage, timed
-from osscar.offload.on_disk import room_for
+from osscar.offload.on_disk import room_for, values_of
 from osscar.preparation.consumer import LinearMap
 from osscar.preparation.linear_maps import linear_maps
 from osscar.preparation.opened import Opened
@@ -24,7 +25,6 @@ from osscar.pruning.certify import certified
 from osscar.pruning.memory import Room
 from osscar.pruning.result import LayerReport
 from osscar.pruning.run_log import RunLog, SiteRecord
-from osscar.pruning.together import told_record
 from osscar.request import PruningRequest
 from osscar.shrinking.plan import GroupPlan, PruningPlan
 from osscar.walk.site import GROWN, DenseTensors, Site, dense_tensors, listed
@@ -204,9 +204,17 @@ def _prune_group(
     site: Site, keep: int, request: PruningRequest, began: float, ranks: Ranks
 ) -> SiteRecord:
     """Have the first rank solve one group, and commit the refitted weights on all."""
+
+    def make() -> SiteRecord:
+        record = solved(site, keep, request, began)
+        if ranks.alone:
+            return record
+        there = tuple(values_of(weight).cpu() for weight in record.weights)
+        return dataclasses.replace(record, weights=there)
+
     inputs = " and ".join(str(consumer.rows) for consumer in site.consumers)
     with memory_for(f"the problem of {site.group.name!r} with {inputs} inputs", FOR_MATRICES):
-        record = told_record(ranks, lambda: solved(site, keep, request, began))
+        record = ranks.broadcast("what became of a group", make)
     if not site.committed:
         site.adopt(record.weights)
     return record

@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ from osscar.allocation.costs import Cost
 from osscar.allocation.curves import Curve
 from osscar.allocation.divergence import Reference
 from osscar.base.devices import resolve_device
-from osscar.base.errors import RequestError, RunError
+from osscar.base.errors import RanksError, RequestError, RunError
 from osscar.base.memory import FOR_BATCHES, memory_for
 from osscar.base.printable import counted
 from osscar.base.ranks import ALONE, Ranks
@@ -41,8 +42,7 @@ from osscar.pruning.memory import Room, check_streamed
 from osscar.pruning.result import PruningResult
 from osscar.pruning.run_log import RunLog, RunManifest, SiteRecord
 from osscar.pruning.shrunk import put_back, shrunk
-from osscar.pruning.together import check_alike, told_records
-from osscar.pruning.trial import Followed, LeftAlone, named, reaches_further, what_follows
+from osscar.pruning.trial import LeftAlone, named, reaches_further, what_follows
 from osscar.request import Allocation, PruningRequest
 from osscar.shrinking.lineage import note_calibration, note_dense
 from osscar.shrinking.plan import Form
@@ -178,8 +178,8 @@ class DenseFacts:
     def of(cls, ready: Opened, request: PruningRequest) -> DenseFacts:
         """Try what can follow, and run the dense model."""
         with timed(Stage.TRIAL):
-            followed = ready.ranks.decided(
-                "what can follow", lambda: what_follows(ready, request), Followed
+            followed = ready.ranks.broadcast(
+                "what can follow", lambda: what_follows(ready, request)
             )
         with timed(Stage.DENSE):
             return cls(
@@ -268,16 +268,15 @@ def _allocated(
     ready: Opened, request: PruningRequest, facts: DenseFacts, log: RunLog | None
 ) -> Allocated:
     """Decide what groups keep; a run that goes on has decided it."""
-    known: Allocated | None = ready.ranks.decided(
-        "what was allocated", lambda: None if log is None else log.allocation(), Allocated | None
+    known = ready.ranks.broadcast(
+        "what was allocated", lambda: None if log is None else log.allocation()
     )
     if known is None:
         try:
             measured = _curves(ready, request, facts)
-            known = ready.ranks.decided(
+            known = ready.ranks.broadcast(
                 "widths",
                 lambda: allocate(ready, request, measured, facts.left_names, facts.form),
-                Allocated,
             )
         except RequestError as error:
             raise type(error)(f"{error}{_and_left(facts.left)}") from error
@@ -348,4 +347,26 @@ def _begun(
             stacklevel=2,
         )
     with nullcontext(()) if log is None else log.begun(manifest) as records:
-        yield told_records(ranks, records)
+        done = ranks.broadcast("how many groups are done", lambda: len(records))
+        yield tuple(
+            ranks.broadcast("a group that is done", partial(records.__getitem__, index))
+            for index in range(done)
+        )
+
+
+def check_alike(ranks: Ranks, manifest: RunManifest) -> None:
+    """Refuse ranks that make something else, or of something else.
+
+    Raises
+    ------
+    RanksError
+        If options, versions, model or calibration data differ; it names the rank and the option.
+    """
+    first, *others = ranks.all_gather("what each is asked", manifest)
+    for rank, other in enumerate(others, 1):
+        difference = other.difference(first)
+        if difference is not None:
+            raise RanksError(
+                f"rank {rank} is not asked for the same as rank 0, where {difference} there; give "
+                "all the same options, files and versions"
+            )

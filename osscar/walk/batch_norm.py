@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from osscar.base.errors import CalibrationError, NonFiniteError
-from osscar.base.ranks import ALONE, Message, Ranks
+from osscar.base.ranks import ALONE, Ranks
 from osscar.network.modules import fresh
 from osscar.preparation.failures import batch_named
 from osscar.shrinking.plan import PruningPlan
@@ -228,22 +228,20 @@ def _several(name: str, count: int) -> int:
 
 def _of_all(parts: Mapping[str, Sequence[_Part]], ranks: Ranks) -> dict[str, list[_Part]]:
     """Return what all ranks have seen, by layer, in the order in which one process would see it."""
-    own: dict[str, Tensor] = {}
-    for name, seen in parts.items():
-        if seen:
-            own[f"{name}/of"] = torch.tensor([(part.batch, part.count) for part in seen])
-            own[f"{name}/mean"] = torch.stack([part.statistics[0] for part in seen])
-            own[f"{name}/var"] = torch.stack([part.statistics[1] for part in seen])
-    everyone: dict[str, list[_Part]] = {name: [] for name in parts}
-    for told in ranks.from_all("batch-norm statistics", Message(tensors=own)):
-        for name, found in everyone.items():
-            if f"{name}/of" in told.tensors:
-                columns = (told.tensors[f"{name}/{key}"] for key in ("of", "mean", "var"))
-                found += [
-                    _Part(int(of[0]), int(of[1]), (mean, var))
-                    for of, mean, var in zip(*columns, strict=True)
-                ]
-    return {name: sorted(found, key=lambda part: part.batch) for name, found in everyone.items()}
+    if ranks.alone:
+        return {name: list(seen) for name, seen in parts.items()}
+    mine = {
+        name: [
+            _Part(part.batch, part.count, (part.statistics[0].cpu(), part.statistics[1].cpu()))
+            for part in seen
+        ]
+        for name, seen in parts.items()
+    }
+    everyone = ranks.all_gather("batch-norm statistics", mine)
+    return {
+        name: sorted((part for told in everyone for part in told[name]), key=lambda p: p.batch)
+        for name in parts
+    }
 
 
 def _average(parts: Sequence[_Part]) -> Statistics:

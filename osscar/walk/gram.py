@@ -465,12 +465,14 @@ def add_up(accumulators: Sequence[GramAccumulator], ranks: Ranks, name: str) -> 
         [[a._held is not None, any(p.cross is not None for p in a._parts())] for a in accumulators],
         dtype=torch.float64,
     )
-    ranks.add_up(f"the sums of {name!r}", [seen])
+    ranks.all_reduce(f"the sums of {name!r}", [seen])
     for accumulator, (held, corrections) in zip(accumulators, seen.tolist(), strict=True):
         accumulator._expect(held=held > 0, corrections=corrections > 0)
     parts = [part for accumulator in accumulators for part in accumulator._parts()]
     scalars = torch.tensor([[p.positions, p.rows, p.energy] for p in parts], dtype=torch.float64)
-    ranks.add_up(f"Gram matrices of {name!r}", [scalars, *(x for p in parts for x in p.tensors)])
+    ranks.all_reduce(
+        f"Gram matrices of {name!r}", [scalars, *(x for p in parts for x in p.tensors)]
+    )
     for part, (positions, rows, energy) in zip(parts, scalars.tolist(), strict=True):
         part.positions, part.rows, part.energy = int(positions), int(rows), energy
 

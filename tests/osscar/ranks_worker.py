@@ -11,35 +11,37 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from osscar.base.ranks import Message, together
+from osscar.base.ranks import together
 from osscar.cli.common import guard
 
 
 def apart(_: Path) -> None:
     """Do different things on different ranks."""
     with guard(), together() as ranks:
-        ranks.add_up("apples" if ranks.first else "pears", [torch.ones(2)])
+        ranks.all_reduce("apples" if ranks.first else "pears", [torch.ones(2)])
 
 
 def formats(_: Path) -> None:
     """Add up numbers that do not have the same format."""
     with guard(), together() as ranks:
-        ranks.add_up("ones", [torch.ones(2, dtype=torch.float32 if ranks.first else torch.float64)])
+        ranks.all_reduce(
+            "ones", [torch.ones(2, dtype=torch.float32 if ranks.first else torch.float64)]
+        )
 
 
 def defect(_: Path) -> None:
     """Fail on rank 1 by a defect, while the others add up."""
     with guard(), together() as ranks:
-        ranks.add_up("ones", [torch.ones(2)])
+        ranks.all_reduce("ones", [torch.ones(2)])
         if ranks.rank == 1:
             raise ZeroDivisionError("of rank 1")
-        ranks.add_up("more ones", [torch.ones(2)])
+        ranks.all_reduce("more ones", [torch.ones(2)])
 
 
 def refused_first(_: Path) -> None:
     """Fail on rank 0, while the others wait for what it decides."""
     with guard(), together() as ranks:
-        ranks.decided("what to do", lambda: [][0], int)
+        ranks.broadcast("what to do", lambda: [][0])
 
 
 def refused_before_all_are_there(directory: Path) -> None:
@@ -60,23 +62,22 @@ def refused_before_all_are_there(directory: Path) -> None:
             dist.new_group = slowly
         with together() as ranks:
             failed.touch()
-            ranks.decided("what to do", lambda: [][0], int)
+            ranks.broadcast("what to do", lambda: [][0])
 
 
 def told(directory: Path) -> None:
     """Tell each other words and tensors, which arrive as they were."""
     with together() as ranks:
-        mine = Message(f"of {ranks.rank}", {"x": torch.full((2, 3), ranks.rank + 0.5).bfloat16()})
-        all_of_them = ranks.from_all("greetings", mine)
-        first = ranks.from_first("the first", lambda: mine)
+        mine = f"of {ranks.rank}", torch.full((2, 3), ranks.rank + 0.5).bfloat16()
+        everyone = ranks.all_gather("greetings", mine)
+        text, x = ranks.broadcast("the first", lambda: mine)
         sums = [torch.tensor(ranks.rank), torch.full((3,), 2.0**ranks.rank, dtype=torch.float64)]
-        ranks.add_up("sums", sums)
+        ranks.all_reduce("sums", sums)
         said = {
-            "texts": [message.text for message in all_of_them],
-            "tensors": [message.tensors["x"].tolist() for message in all_of_them],
-            "first": [first.text, str(first.tensors["x"].dtype)],
+            "texts": [words for words, _ in everyone],
+            "tensors": [tensor.tolist() for _, tensor in everyone],
+            "first": [text, str(x.dtype)],
             "sums": [x.tolist() for x in sums],
             "any": [ranks.any("one", ranks.rank == 2), ranks.any("none", False)],
-            "decided": ranks.decided("a number", lambda: ranks.rank + 7, int),
         }
         (directory / f"{ranks.rank}.json").write_text(json.dumps(said))

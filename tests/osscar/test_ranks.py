@@ -24,11 +24,11 @@ from hypothesis import strategies as st
 import osscar.cli
 from osscar.base.errors import RanksError
 from osscar.base.launch import launched
-from osscar.base.ranks import ALONE, Message, Ranks
+from osscar.base.ranks import ALONE, Ranks
 from osscar.data.tokens import named_generator
 from osscar.preparation.fingerprint import DenseOutputs, Fingerprint
+from osscar.pruning.prune import check_alike
 from osscar.pruning.run_log import RunManifest
-from osscar.pruning.together import check_alike
 from tests import collected
 from tests.osscar import ranks_worker
 from tests.osscar.forked import PATIENCE, Forked, forked
@@ -158,7 +158,6 @@ def test_words_and_tensors_arrive_as_they_were(tmp_path):
         "first": ["of 0", "torch.bfloat16"],
         "sums": [3, [7.0] * 3],
         "any": [True, False],
-        "decided": 7,
     }
 
 
@@ -173,11 +172,11 @@ def test_work_is_shared_out_whole_and_evenly(costs, size):
 
 def test_a_process_by_itself_has_all_the_work_and_the_last_word():
     x = torch.ones(2)
-    ALONE.add_up("ones", [x])
+    ALONE.all_reduce("ones", [x])
     assert x.tolist() == [1, 1]
     assert ALONE.share([1, 5, 2]) == [0, 1, 2]
-    assert ALONE.from_all("it", Message("self")) == [Message("self")]
-    assert ALONE.decided("it", lambda: {1, 2}, None) == {1, 2}
+    assert ALONE.all_gather("it", "self") == ["self"]
+    assert ALONE.broadcast("it", lambda: {1, 2}) == {1, 2}
 
 
 # ---- what goes wrong ---------------------------------------------------------------------
@@ -244,8 +243,8 @@ def test_a_rank_that_differs_is_named_with_what_differs(field, value, difference
     other = dataclasses.replace(own, **{field: value})
 
     class Three(Ranks):
-        def from_all(self, what, mine):
-            return [mine, mine, Message(json.dumps(dataclasses.asdict(other)))]
+        def all_gather(self, place, mine):
+            return [mine, mine, other]
 
     with pytest.raises(RanksError, match=f"rank 2 is not asked .*{re.escape(difference)}"):
         check_alike(Three(), own)
