@@ -28,12 +28,28 @@ def preserved(model: torch.nn.Module) -> Iterator[None]:
     model
         The model, and all modules that its modules hold, registered or not.
     """
-    contents = list(_contents(model))
+    contents = Contents.of(model)
     try:
         yield
     finally:
-        for content in contents:
-            content.restore()
+        contents.restore()
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What the modules of a model hold, as it is when this is made."""
+
+    _parts: tuple[_Content, ...]
+
+    @classmethod
+    def of(cls, model: torch.nn.Module) -> Contents:
+        """Look at all modules, and at the containers in their attributes."""
+        return cls(tuple(_contents(model)))
+
+    def restore(self) -> None:
+        """Put it back."""
+        for part in self._parts:
+            part.restore()
 
 
 @dataclass(frozen=True)

@@ -26,10 +26,10 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -41,13 +41,14 @@ from osscar.base.errors import NonFiniteError, OsscarError, first_line
 from osscar.base.memory import let_shortage_pass
 from osscar.base.progress import stage
 from osscar.data.batches import Batch, ModelInputs, SeparateInputs, TensorInputs, TokenInputs
+from osscar.network.model_state import frozen_weights
 from osscar.network.modules import device_of, fresh
 from osscar.network.predictions import known_prediction, named_logits
 from osscar.preparation.consumer import LinearMap
 from osscar.preparation.linear_maps import linear_maps
 from osscar.preparation.opened import Opened
 from osscar.preparation.recurrent import RECURRENT, gates_shown
-from osscar.preparation.routing import Routed, afresh, argument
+from osscar.preparation.routing import Routed, afresh, reads
 from osscar.walk.gram import damped_by_input
 from solvers import Consumer, SubsetProblem
 
@@ -356,31 +357,16 @@ def _find_axes(opened: Opened, factors: Sequence[Factors]) -> None:
         return
     shapes: list[dict[str, list[torch.Size]]] = []
     for count in (2, 3):
-        seen: dict[str, list[torch.Size]] = {}
+        seen: dict[str, list[torch.Size]] = {one.linear_map.name: [] for one in factors}
 
-        def watch(name: str, seen: dict[str, list[torch.Size]] = seen) -> Callable[..., None]:
-            def hook(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-                x = argument(module, args, kwargs)
-                seen.setdefault(name, []).append(torch.Size() if isinstance(x, Routed) else x.shape)
+        def see(name: str, x: Any, seen: dict[str, list[torch.Size]] = seen) -> None:
+            seen[name].append(torch.Size() if isinstance(x, Routed) else x.shape)
 
-            return hook
-
-        names = {one.linear_map.name for one in factors}
-        handles = [
-            opened.model.get_submodule(name).register_forward_pre_hook(
-                watch(name), with_kwargs=True
-            )
-            for name in names
-        ]
-        try:
-            with torch.no_grad():
-                opened.model(**fresh(inputs.some(opened.model, count)))
-        finally:
-            for handle in handles:
-                handle.remove()
+        with torch.no_grad(), reads(opened.model, seen, see):
+            opened.model(**fresh(inputs.some(opened.model, count)))
         shapes.append(seen)
     for one in factors:
-        one.axis = _sample_axis(*(seen.get(one.linear_map.name, []) for seen in shapes))
+        one.axis = _sample_axis(*(seen[one.linear_map.name] for seen in shapes))
 
 
 def _sample_axis(two: Sequence[torch.Size], three: Sequence[torch.Size]) -> int | None:
@@ -432,7 +418,7 @@ def one_pass(
     """
     model, samples = opened.model, opened.inputs.count(batch)
     with (
-        _no_weight_gradients(model),
+        frozen_weights(model),  # a third of a backward pass that nobody needs
         torch.enable_grad(),
         torch.backends.cudnn.flags(
             enabled=False
@@ -458,19 +444,6 @@ def one_pass(
     return predictions
 
 
-@contextmanager
-def _no_weight_gradients(model: nn.Module) -> Iterator[None]:
-    """Spare the third of a backward pass that nobody needs."""
-    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    for parameter, _ in flags:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
-
-
 @dataclass(eq=False)
 class _Seen:
     """How many samples a batch has, with one prediction each; None where positions have them."""
@@ -486,45 +459,33 @@ def _observed(model: nn.Module, factors: Sequence[Factors]) -> Iterator[_Seen]:
         by_module.setdefault(one.linear_map.name, []).append(one)
     seen = _Seen()
 
-    def watch(own: list[Factors]) -> Callable[..., Tensor]:
-        def hook(
-            module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], y: Any
-        ) -> Any:
-            x = argument(module, args, kwargs)
-            read = x.hidden if isinstance(x, Routed) else x
-            version = None if read.is_inference() else read._version
-            leaf = not y.requires_grad
-            if leaf:
-                y = y.detach().requires_grad_()
+    def watch(name: str, x: Any, y: Any) -> Any:
+        read = x.hidden if isinstance(x, Routed) else x
+        version = None if read.is_inference() else read._version
+        leaf = not y.requires_grad
+        if leaf:
+            y = y.detach().requires_grad_()
 
-            def receive(g: Tensor) -> None:
-                if version is not None and read._version != version:
-                    return  # overwritten since: the layer is left without gradients
-                with torch.no_grad():
-                    once = afresh(x)
-                    for one in own:
-                        one.add(once, g, seen.samples)
+        def receive(g: Tensor) -> None:
+            if version is not None and read._version != version:
+                return  # overwritten since: the layer is left without gradients
+            with torch.no_grad():
+                once = afresh(x)
+                for one in by_module[name]:
+                    one.add(once, g, seen.samples)
 
-            y.register_hook(receive)
-            # What comes next may write to it, which no leaf of a graph allows.
-            return y.clone() if leaf else y
+        y.register_hook(receive)
+        # What comes next may write to it, which no leaf of a graph allows.
+        return y.clone() if leaf else y
 
-        return hook
-
+    modules = {name: model.get_submodule(name) for name in by_module}
+    plain = [name for name, module in modules.items() if not isinstance(module, RECURRENT)]
     with ExitStack() as watching:
-        for name, own in by_module.items():
-            module = model.get_submodule(name)
+        watching.enter_context(reads(model, plain, after=watch))
+        for name, module in modules.items():
             if isinstance(module, RECURRENT):
-                watching.enter_context(gates_shown(module, _on_gates(module, watch(own))))
-            else:
-                handle = module.register_forward_hook(watch(own), with_kwargs=True)
-                watching.callback(handle.remove)
+                watching.enter_context(gates_shown(module, partial(watch, name)))
         yield seen
-
-
-def _on_gates(module: nn.Module, hook: Callable[..., Any]) -> Callable[[Tensor, Tensor], Tensor]:
-    """Return what shows a hook what the gates of a recurrent layer take from its inputs."""
-    return lambda x, gates: hook(module, (x,), {}, gates)
 
 
 def _sampled(
@@ -623,27 +584,15 @@ def _own_currency(
     for one in found:
         by_module.setdefault(one.linear_map.name, []).append(one)
 
-    def watch(own: Sequence[Factors]) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-            x = argument(module, args, kwargs)
-            for one in own:
-                for X in one.linear_map.read_inputs(x):
-                    one.rows += len(X)
-                    one.inputs.addmm_(X.float().T, X.float())
+    def see(name: str, x: Any) -> None:
+        for one in by_module[name]:
+            for X in one.linear_map.read_inputs(x):
+                one.rows += len(X)
+                one.inputs.addmm_(X.float().T, X.float())
 
-        return hook
-
-    handles = [
-        opened.model.get_submodule(name).register_forward_pre_hook(watch(own), with_kwargs=True)
-        for name, own in by_module.items()
-    ]
-    try:
-        with torch.no_grad():
-            for batch in batches:
-                opened.model(**fresh(batch))
-    finally:
-        for handle in handles:
-            handle.remove()
+    with torch.no_grad(), reads(opened.model, by_module, see):
+        for batch in batches:
+            opened.model(**fresh(batch))
     for own in by_module.values():
         size = 0.0
         for one in own:

@@ -8,14 +8,14 @@ the mean over its inputs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from graph import CouplingGroup
 from osscar.base.errors import ModelError, NonFiniteError
@@ -25,7 +25,7 @@ from osscar.preparation.consumer import LinearMap
 from osscar.preparation.failures import batch_named
 from osscar.preparation.linear_maps import linear_maps
 from osscar.preparation.opened import Opened
-from osscar.preparation.routing import afresh, argument
+from osscar.preparation.routing import afresh, reads
 
 _ROUNDING = 1e-12
 """Of scores: what sums over all of them lose."""
@@ -136,25 +136,15 @@ def _run(ready: Opened, every: Sequence[_Inputs]) -> None:
     for inputs in every:
         by_module.setdefault(inputs.linear_map.name, []).append(inputs)
 
-    def watch(several: Sequence[_Inputs]) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-            x = afresh(argument(module, args, kwargs))
-            for inputs in several:
-                inputs.add(x)
-
-        return hook
+    def see(name: str, x: Any) -> None:
+        once = afresh(x)
+        for inputs in by_module[name]:
+            inputs.add(once)
 
     batches = ready.batches()
-    handles = [
-        ready.model.get_submodule(name).register_forward_pre_hook(watch(several), with_kwargs=True)
-        for name, several in by_module.items()
-    ]
-    try:
-        with stage("fluctuation", total=len(batches)) as bar:
-            for index, batch in enumerate(batches):
-                with batch_named(ready.model, index):
-                    ready.model(**fresh(batch))
-                bar.advance()
-    finally:
-        for handle in handles:
-            handle.remove()
+    total = len(batches)
+    with reads(ready.model, by_module, see), stage("fluctuation", total=total) as bar:
+        for index, batch in enumerate(batches):
+            with batch_named(ready.model, index):
+                ready.model(**fresh(batch))
+            bar.advance()

@@ -1,4 +1,4 @@
-"""Models of any sort: checked, copied, put into evaluation mode, and put back as they were."""
+"""Models of any sort: checked, copied, counted, and put into evaluation mode."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import copy
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -248,49 +248,3 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in flags:
             module.training = training
-
-
-@contextmanager
-def restored_on_error(model: nn.Module) -> Iterator[None]:
-    """Give every module of a model its class, attributes and tensors back if the block fails."""
-    before = _snapshot(model)
-    try:
-        yield
-    except BaseException:
-        _restore(before)
-        raise
-
-
-@contextmanager
-def restored(model: nn.Module) -> Iterator[None]:
-    """Give every module of a model its class, attributes and tensors back after the block."""
-    before = _snapshot(model)
-    try:
-        yield
-    finally:
-        _restore(before)
-
-
-_Snapshot: TypeAlias = list[tuple[nn.Module, type[nn.Module], dict[str, Any]]]
-
-
-def _snapshot(model: nn.Module) -> _Snapshot:
-    return [
-        (module, type(module), {name: _kept(name, value) for name, value in vars(module).items()})
-        for module in model.modules()
-    ]
-
-
-def _restore(before: _Snapshot) -> None:
-    for module, kind, attributes in before:
-        module.__class__ = kind
-        vars(module).clear()
-        vars(module).update(attributes)
-
-
-_TABLES = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
-"""What a module keeps tensors and modules in, and changes in place."""
-
-
-def _kept(name: str, value: Any) -> Any:
-    return value.copy() if name in _TABLES else value

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from graph.tracing.preserve import without_cache
+from osscar.network.hooks import hooks
 from osscar.network.modules import fresh
 from osscar.offload.on_disk import OnDisk
 
@@ -270,18 +271,11 @@ def _running(model: nn.Module) -> Iterator[list[str]]:
     """Keep, while the block runs, a list of the modules that are running, the innermost last."""
     running: list[str] = []
 
-    def enter(name: str) -> Callable[..., None]:
-        return lambda *_: running.append(name)
+    def enter(name: str, *_: Any) -> None:
+        running.append(name)
 
     def leave(*_: Any) -> None:
         running.pop()
 
-    handles = []
-    try:
-        for name, module in model.named_modules():
-            handles.append(module.register_forward_pre_hook(enter(name)))
-            handles.append(module.register_forward_hook(leave, always_call=True))
+    with hooks(model, before=enter, after=leave, always=True):
         yield running
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from osscar.base.devices import this_device
 from osscar.base.json_files import STRICT
 from osscar.data.batches import ModelInputs
-from osscar.network.modules import device_of, evaluating
+from osscar.network.model_state import model_state
+from osscar.network.modules import device_of
 from osscar.offload.on_disk import room_for_pass, values_of
 from osscar.preparation.failures import failures_named
-from osscar.preparation.scratch import Untouched
 from osscar.shrinking.equivalence import proof_outputs, rounding
 
 _VALUES = 256
@@ -63,15 +63,13 @@ class DenseOutputs:
         EquivalenceError
             If it puts out no tensor.
         """
-        untouched, sample = Untouched(model), inputs.batches(model, 1)[0]
+        sample = inputs.batches(model, 1)[0]
         with (
-            evaluating(model),
-            untouched.observing(model),
+            model_state(model),
             failures_named(model, sample),
             room_for_pass(model, max(x.numel() for x in sample.values())),
         ):
             found = proof_outputs(model, [sample, inputs.example(model)])
-        untouched.put_back(model)
         return cls(
             this_device(device_of(model)),
             sha256_of((str(index), one) for index, one in enumerate(found)),

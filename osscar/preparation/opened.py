@@ -20,6 +20,7 @@ from osscar.base.memory import let_shortage_pass
 from osscar.base.ranks import ALONE, Ranks
 from osscar.data.batches import Batch, ModelInputs, as_inputs
 from osscar.network.kernels import followed_mixtures
+from osscar.network.model_state import ModelState
 from osscar.network.modules import (
     check_finite_weights,
     check_usable,
@@ -33,7 +34,6 @@ from osscar.preparation.linear_maps import freeze_unreadable, mixtures_of
 from osscar.preparation.readers import weights_read_elsewhere
 from osscar.preparation.repeatable import refuse_chance
 from osscar.preparation.routing import sound_mixtures
-from osscar.preparation.scratch import Untouched
 from osscar.shrinking.alibi import PREPARED
 from osscar.shrinking.attention import changed, expose_attention, exposed
 from osscar.shrinking.equivalence import (
@@ -84,7 +84,7 @@ class Opened:
     groups: tuple[CouplingGroup, ...]
     example: Batch = field(repr=False)
     batch_size: int
-    untouched: Untouched = field(repr=False)
+    untouched: ModelState = field(repr=False)
     in_programs: Mapping[str, str] = field(default_factory=dict)
     ranks: Ranks = ALONE
 
@@ -157,21 +157,21 @@ def opened(
     if device is not None:
         work = work.to(device)
     in_evaluation(work)
-    untouched = Untouched(work)
+    untouched = ModelState(work)
     # What a model draws at random is nobody else's matter.
     with torch.random.fork_rng(graphics_cards(work)), without_cache(work), torch.no_grad():
         example = inputs.example(work)
         remember_structure(work, example)
-        with untouched.observing(work):
+        with untouched.watching():
             expected = _outputs(work, example)
         folded = _prepare(work, example, expected, heads)
         # What passes keep for the next would be traced as numbers of the code.
-        untouched.put_back(work)
+        untouched.put_back()
         with shapes_only(work, example) as small, followed_mixtures(work):
             traced, in_programs = _traced(work, small, programs)
-        with weights_read_elsewhere(work) as elsewhere, untouched.observing(work):
+        with weights_read_elsewhere(work) as elsewhere, untouched.watching():
             _check_runs(work, example, expected)
-        with untouched.observing(work):
+        with untouched.watching():
             mixtures = sound_mixtures(work, example, mixtures_of(work, traced.groups))
         groups = freeze_unreadable(work, traced.groups, elsewhere, mixtures)
         _unfold_whole(folded, groups)

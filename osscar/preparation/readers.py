@@ -7,13 +7,15 @@ measured, so that a refit would change what it makes of these.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
+
+from osscar.network.hooks import hooks
 
 _ONLY_THE_FORMAT = frozenset(
     {Tensor.new_empty, Tensor.new_full, Tensor.new_ones, Tensor.new_tensor, Tensor.new_zeros}
@@ -29,11 +31,8 @@ class _Watch(TorchFunctionMode):
         self.owners, self.found = owners, found
         self.running: list[str] = []
 
-    def entered(self, name: str) -> Callable[..., None]:
-        def hook(*_: Any) -> None:
-            self.running.append(name)
-
-        return hook
+    def entered(self, name: str, *_: Any) -> None:
+        self.running.append(name)
 
     def left(self, *_: Any) -> None:
         self.running.pop()
@@ -68,13 +67,5 @@ def weights_read_elsewhere(model: nn.Module) -> Iterator[set[str]]:
     }
     found: set[str] = set()
     watch = _Watch(owners, found)
-    handles = []
-    try:
-        for name, module in model.named_modules():
-            handles.append(module.register_forward_pre_hook(watch.entered(name)))
-            handles.append(module.register_forward_hook(watch.left, always_call=True))
-        with watch:
-            yield found
-    finally:
-        for handle in handles:
-            handle.remove()
+    with hooks(model, before=watch.entered, after=watch.left, always=True), watch:
+        yield found

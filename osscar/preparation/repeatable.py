@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from osscar.base.errors import ModelError
-from osscar.network.modules import graphics_cards
-from osscar.preparation.scratch import Untouched
+from osscar.network.hooks import hooks
+from osscar.network.model_state import model_state
 from osscar.shrinking.equivalence import Inputs, call, comparable, distance, rounding
 
 _ROUNDING = 1e-3
@@ -39,13 +37,12 @@ def check_repeatable(model: nn.Module, inputs: Inputs) -> None:
     EquivalenceError
         If it puts out no tensor.
     """
-    untouched = Untouched(model)
-    with torch.random.fork_rng(graphics_cards(model)):
-        with untouched.observing(model):
+    with model_state(model) as state:
+        with state.watching():
             first = comparable(call(model, inputs))
-        untouched.put_back(model)
+        state.put_back()
         second = comparable(call(model, inputs))
-        untouched.put_back(model)
+        state.put_back()
         refuse_chance(model, inputs, first, second)
 
 
@@ -116,16 +113,13 @@ def _watched(model: nn.Module, inputs: Inputs) -> tuple[Sequence[_Call], list[Te
     begun: list[Sequence[Tensor]] = []
     ended: list[_Call] = []
 
-    def begin(_: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
+    def begin(_: str, __: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
         begun.append(_copies((args, kwargs)))
 
-    def end(module: nn.Module, _: Any, __: Mapping[str, Any], result: Any) -> None:
+    def end(_: str, module: nn.Module, __: Any, ___: Any, result: Any) -> None:
         ended.append(_Call(module, begun.pop(), _copies(result)))
 
-    with ExitStack() as hooks:
-        for module in model.modules():
-            hooks.enter_context(module.register_forward_pre_hook(begin, with_kwargs=True))
-            hooks.enter_context(module.register_forward_hook(end, with_kwargs=True))
+    with hooks(model, before=begin, after=end):
         return ended, comparable(call(model, inputs))
 
 

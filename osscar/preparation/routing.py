@@ -15,8 +15,8 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from osscar.base.errors import NonFiniteError, OsscarError
+from osscar.network.hooks import hooks
 from osscar.network.modules import fresh
 
 _TOLERANCE = 0.5
@@ -239,25 +240,18 @@ def sound_mixtures(
     mixtures
         What may be one, by the name of its tensor.
     """
+    if not mixtures:
+        return frozenset()
     found: dict[str, bool] = {}
 
-    def watch(name: str, mixture: Mixture) -> Any:
-        def hook(module: nn.Module, args: Any, kwargs: Mapping[str, Any], y: Any) -> None:
-            x = Routed.of(module, args, kwargs)
-            found[name] = found.get(name, True) and _sound(mixture, x, y)
+    def look(called: str, module: nn.Module, args: Any, kwargs: Any, y: Any) -> None:
+        x = Routed.of(module, args, kwargs)
+        for name, mixture in mixtures.items():
+            if mixture.name == called:
+                found[name] = found.get(name, True) and _sound(mixture, x, y)
 
-        return hook
-
-    handles = [
-        mixture.module.register_forward_hook(watch(name, mixture), with_kwargs=True)
-        for name, mixture in mixtures.items()
-    ]
-    try:
-        if mixtures:
-            model(**fresh(example))
-    finally:
-        for handle in handles:
-            handle.remove()
+    with hooks(model, {mixture.name for mixture in mixtures.values()}, after=look):
+        model(**fresh(example))
     return frozenset(name for name, sound in found.items() if sound)
 
 
@@ -279,6 +273,35 @@ def argument(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) 
         if routed is not None:
             return routed
     return args[0] if args else kwargs.get("input", next(iter(kwargs.values())))
+
+
+def reads(
+    model: nn.Module,
+    names: Iterable[str],
+    before: Callable[[str, Any], Any] | None = None,
+    after: Callable[[str, Any, Any], Any] | None = None,
+) -> AbstractContextManager[None]:
+    """Show what modules read, as `argument` has it, while the block runs.
+
+    Parameters
+    ----------
+    model, names
+        The model, and which of its modules to watch.
+    before
+        Told the name and what is read, before the module runs.
+    after
+        Told also what the module puts out; what it returns, if anything, goes on instead.
+    """
+
+    def reading(name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
+        assert before is not None
+        before(name, argument(module, args, kwargs))
+
+    def read(name: str, module: nn.Module, args: Any, kwargs: Any, y: Any) -> Any:
+        assert after is not None
+        return after(name, argument(module, args, kwargs), y)
+
+    return hooks(model, names, None if before is None else reading, None if after is None else read)
 
 
 def output_of(module: nn.Module, x: Any) -> Any:

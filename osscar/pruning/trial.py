@@ -26,8 +26,8 @@ from osscar.base.errors import AdapterError, EquivalenceError, ModelError, first
 from osscar.base.json_files import STRICT
 from osscar.base.printable import counted
 from osscar.base.progress import stage
+from osscar.network.model_state import model_state
 from osscar.preparation.opened import Opened
-from osscar.preparation.scratch import Untouched
 from osscar.pruning.unread import warn_of_unread
 from osscar.request import FormChoice, PruningRequest
 from osscar.shrinking.equivalence import Inputs, finer_precision
@@ -193,15 +193,13 @@ def reaches_further(model: nn.Module, request: PruningRequest) -> bool:
 def _trying(ready: Opened, request: PruningRequest, form: Form) -> Iterator[_Trial]:
     """Let groups be tried in one form; the model is as it was afterwards."""
     model = ready.model
-    before = Untouched(model)
     with (
         stage("trying what can follow"),
-        before.observing(model),
+        model_state(model),
         finer_precision(model, ready.example),
     ):
         inputs = ready.inputs.proofs(model, request.seed)
         yield _Trial(_rehearsal(model, form, inputs, ready.example))
-    before.put_back(model)
 
 
 def _rehearsal(

@@ -13,7 +13,8 @@ from graph.tracing.export import failing_module
 from osscar.base.errors import EquivalenceError, ModelError, OptionError, OsscarError, first_line
 from osscar.base.inputs import shown
 from osscar.base.memory import let_shortage_pass
-from osscar.network.modules import evaluating, restored, restored_on_error
+from osscar.network.model_state import restored
+from osscar.network.modules import evaluating
 from osscar.shrinking.equivalence import (
     Inputs,
     proof_outputs,
@@ -80,7 +81,7 @@ def shrink(
     check_plan(plan)
     check_inputs(inputs)
     check_tolerance(tolerance)
-    with evaluating(model), restored_on_error(model):
+    with evaluating(model), restored(model, on_error=True):
         remember_structure(model, inputs[0])
         proof = _Attempt(model, plan, inputs, tolerance)
         try:
@@ -160,7 +161,7 @@ class _Attempt:
 
     def run(self) -> Proof:
         """Shrink and prove; if that fails, the model is as it was when this was made."""
-        with restored_on_error(self.model):
+        with restored(self.model, on_error=True):
             slice_units(self.model, self.plan)
             error, found = IntegerSearch(self.model, self.plan, self._check).run()
             plan = replace(self.plan, integers=self.plan.integers + found)

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from graph.groups import Role, Slot
 from graph.tracing.preserve import forget_derived
 from osscar.base.errors import ModelError
-from osscar.network.modules import check_module, restored_on_error
+from osscar.network.model_state import restored
+from osscar.network.modules import check_module
 from osscar.offload.on_disk import OnDisk
 from osscar.shrinking.fold import fold
 from osscar.shrinking.follow import mend, prepare, refresh
@@ -52,7 +53,7 @@ def slice_units(model: nn.Module, plan: PruningPlan) -> None:
             "the plan was carried out on the exported program of a model, whose modules may not be "
             "able to follow; osscar.load replays it"
         )
-    with restored_on_error(model):
+    with restored(model, on_error=True):
         remember_structure(model)
         fold(model, plan.tensors)
         prepare(model)

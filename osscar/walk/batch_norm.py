@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -16,6 +15,7 @@ from osscar.base.errors import CalibrationError, NonFiniteError
 from osscar.base.ranks import ALONE, Ranks
 from osscar.network.modules import fresh
 from osscar.preparation.failures import batch_named
+from osscar.preparation.routing import reads
 from osscar.shrinking.plan import PruningPlan
 
 Statistics: TypeAlias = tuple[Tensor, Tensor]
@@ -92,7 +92,7 @@ def _shared_out(batches: Sequence[Mapping[str, Any]], ranks: Ranks) -> list[int]
 def _seen(model: nn.Module, batch: Mapping[str, Any]) -> Mapping[str, Sequence[Statistics]]:
     """Run one batch, and return the statistics of each batch-norm layer's inputs."""
     seen: dict[str, list[Statistics]] = {name: [] for name in batch_norms(model)}
-    with _watched(model, lambda name, x: seen[name].append(_measured(x))):
+    with reads(model, seen, lambda name, x: seen[name].append(_measured(x))):
         model(**fresh(batch))
     return seen
 
@@ -164,7 +164,7 @@ def renew_statistics(
 
     averages: dict[str, Statistics] = {}
     try:
-        with _watched(model, renew):
+        with reads(model, layers, renew):
             for index in _shared_out(batches, ranks):
                 model(**fresh(batches[index]))
         parts = _of_all(parts, ranks)
@@ -191,23 +191,6 @@ def _kept_statistics(name: str, dense: DenseStatistics, plan: PruningPlan) -> It
         for mean, var in batch.get(name, ()):
             stay = torch.tensor([i for i in range(len(mean)) if i not in gone], device=mean.device)
             yield mean[stay], var[stay]
-
-
-@contextmanager
-def _watched(model: nn.Module, see: Callable[[str, Tensor], None]) -> Iterator[None]:
-    """Show what each batch-norm layer is called with."""
-    handles = [
-        layer.register_forward_pre_hook(
-            lambda _, args, kwargs, name=name: see(name, args[0] if args else kwargs["input"]),
-            with_kwargs=True,
-        )
-        for name, layer in batch_norms(model).items()
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _measured(x: Tensor) -> Statistics:

@@ -22,9 +22,9 @@ from greenlet import GreenletExit, getcurrent, greenlet
 from torch import Tensor
 
 from graph.tracing.patches import ModeDepths, enter_again
+from osscar.network.model_state import PassState
 from osscar.offload.away import Away
 from osscar.preparation.routing import Routed
-from osscar.preparation.scratch import Scratch
 from osscar.walk.residual import Keeper
 
 _AUTOCAST_DEVICES = ("cpu", "cuda")
@@ -95,7 +95,7 @@ class Coroutine:
         index: int,
         stream: Stream,
         run: Callable[[], object],
-        scratch: Scratch,
+        scratch: PassState,
         keeper: Keeper,
         away: Away | None = None,
     ) -> None:
@@ -211,7 +211,7 @@ class _Left:
     Making this takes it off: the stacks of modes are emptied down to where `around` has them.
     """
 
-    def __init__(self, around: Surroundings, scratch: Scratch) -> None:
+    def __init__(self, around: Surroundings, scratch: PassState) -> None:
         self._own = Surroundings()
         self._scratch, self._written = scratch, scratch.take()
         self._modes = around.modes.leave_others()

@@ -7,8 +7,8 @@ before), which tells it from all other tensors whatever the model's code looks l
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from osscar.network.hooks import hooks
 from osscar.network.modules import fresh
 
 _ADDITIONS = frozenset(
@@ -75,20 +76,9 @@ def streams(
         that has passed a module before, unchanged since.  That may have other leading dimensions.
     """
     watch = _Watch(set(names))
-    handles = []
-    try:
-        for name, module in model.named_modules():
-            if name:
-                for register, hook in (
-                    (module.register_forward_pre_hook, watch.before(name)),
-                    (module.register_forward_hook, watch.after(name)),
-                ):
-                    handles.append(register(hook, with_kwargs=True))
-        with torch.no_grad(), watch:
-            model(**fresh(example))
-    finally:
-        for handle in handles:
-            handle.remove()
+    inner = [name for name, _ in model.named_modules() if name]
+    with torch.no_grad(), hooks(model, inner, watch.before, watch.after), watch:
+        model(**fresh(example))
     return {
         name: tuple(sum.added)
         for name, sum in watch.sums.items()
@@ -124,24 +114,18 @@ class _Watch(TorchFunctionMode):
         self._seen: dict[int, _Sighting] = {}
         self._parts: dict[int, set[str]] = {}
 
-    def before(self, name: str) -> Callable[..., None]:
-        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-            for key, value in _inputs(args, kwargs):
-                self._see(Place(name, self.calls.get(name, 0), key), value)
-            if name in self.names:
-                self.sums[name] = _Sum(len(self._alive))
+    def before(self, name: str, _: nn.Module, args: Any, kwargs: Any) -> None:
+        for key, value in _inputs(args, kwargs):
+            self._see(Place(name, self.calls.get(name, 0), key), value)
+        if name in self.names:
+            self.sums[name] = _Sum(len(self._alive))
 
-        return hook
-
-    def after(self, name: str) -> Callable[..., None]:
-        def hook(_: nn.Module, args: Any, kwargs: Any, result: Any) -> None:
-            for key, value in _outputs(result):
-                self._see(Place(name, self.calls.get(name, 0), key), value)
-            if name in self.names and isinstance(result, Tensor):
-                self._parts.setdefault(id(result), set()).add(name)
-            self.calls[name] = self.calls.get(name, 0) + 1
-
-        return hook
+    def after(self, name: str, _: nn.Module, args: Any, kwargs: Any, result: Any) -> None:
+        for key, value in _outputs(result):
+            self._see(Place(name, self.calls.get(name, 0), key), value)
+        if name in self.names and isinstance(result, Tensor):
+            self._parts.setdefault(id(result), set()).add(name)
+        self.calls[name] = self.calls.get(name, 0) + 1
 
     def _see(self, place: Place, tensor: Tensor) -> None:
         known = self._seen.get(id(tensor))
@@ -241,10 +225,9 @@ class Keeper:
         return total
 
 
-@contextmanager
 def kept_streams(
     model: nn.Module, modules: Iterable[str], keeper: Callable[[], Keeper | None]
-) -> Iterator[None]:
+) -> AbstractContextManager[None]:
     """Show the keeper of the pass that is running what modules read and put out.
 
     Parameters
@@ -257,29 +240,14 @@ def kept_streams(
         Returns it; None if nobody keeps anything.
     """
 
-    def before(name: str) -> Callable[..., None]:
-        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-            own = keeper()
-            if own is not None:
-                own.note_inputs(name, args, kwargs)
+    def before(name: str, _: nn.Module, args: Any, kwargs: Any) -> None:
+        own = keeper()
+        if own is not None:
+            own.note_inputs(name, args, kwargs)
 
-        return hook
+    def after(name: str, _: nn.Module, args: Any, kwargs: Any, result: Any) -> None:
+        own = keeper()
+        if own is not None:
+            own.note_outputs(name, result)
 
-    def after(name: str) -> Callable[..., None]:
-        def hook(_: nn.Module, args: Any, kwargs: Any, result: Any) -> None:
-            own = keeper()
-            if own is not None:
-                own.note_outputs(name, result)
-
-        return hook
-
-    handles = []
-    try:
-        for name in modules:
-            module = model.get_submodule(name)
-            handles.append(module.register_forward_pre_hook(before(name), with_kwargs=True))
-            handles.append(module.register_forward_hook(after(name), with_kwargs=True))
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    return hooks(model, modules, before, after)

@@ -16,19 +16,21 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from graph import CouplingGroup
+from graph.tracing.preserve import preserved
 from osscar.base.errors import CalibrationError, ModelError
 from osscar.base.memory import FOR_MATRICES, memory_for
 from osscar.base.timing import Stage, timed
 from osscar.data.batches import Batch, ModelInputs
 from osscar.network.fake import on_shapes
+from osscar.network.model_state import ModelState, PassState
 from osscar.network.modules import fresh
 from osscar.offload.away import Away
 from osscar.offload.on_disk import room_beside
@@ -36,8 +38,7 @@ from osscar.preparation.failures import batch_named
 from osscar.preparation.linear_maps import linear_maps
 from osscar.preparation.opened import Opened
 from osscar.preparation.recurrent import RECURRENT, input_gates
-from osscar.preparation.routing import Routed, afresh, argument, output_of
-from osscar.preparation.scratch import Scratch, recorded_writes
+from osscar.preparation.routing import Routed, afresh, output_of, reads
 from osscar.walk.coroutines import (
     Arrival,
     Coroutine,
@@ -108,22 +109,21 @@ class Walk:
 
     # ---- when consumers are called -------------------------------------------------------
 
-    def _schedule(self) -> tuple[tuple[str, ...], Scratch]:
+    def _schedule(self) -> tuple[tuple[str, ...], PassState]:
         """Return the modules to watch in the order of their calls, and what passes write.
 
         How often a module is called may depend on the data's shape, so that the order of the calls
         is that of the first batch; the small example tells what passes write on modules.
         """
-        with recorded_writes(self._opened.model) as written:
+        model = self._opened.model
+        first = ModelState(model)
+        with first.watching():
             self._called(self._opened.example)
-        before = Scratch.of(self._opened.model, written)
-        with recorded_writes(self._opened.model) as on_shapes:
+        state = ModelState(model, first.written)
+        # Tensors without values may be written, also where the example writes nothing.
+        with state.watching(), preserved(model):
             seen = self._called_on_shapes(self._batches[0])
-        # Tensors without values may have been written, also where the example wrote nothing.
-        on_shapes.undo()
-        before.reset()
-        written.attributes |= on_shapes.attributes
-        scratch = Scratch.of(self._opened.model, written)
+        state.put_back()
         calls = [name for name, _, _ in seen]
         self._inputs = [(id(x), version) for _, x, version in seen]
         for maps in self._consumers.values():
@@ -133,7 +133,7 @@ class Walk:
                         f"{consumer.name!r} was never called on the calibration data, so that it "
                         "cannot be refitted; give inputs that reach it"
                     )
-        return tuple(calls), scratch
+        return tuple(calls), state.passing()
 
     def _called_on_shapes(self, batch: Batch) -> list[tuple[str, Tensor, int]]:
         """Return the calls on a batch of this shape, computing nothing where that is possible."""
@@ -153,7 +153,7 @@ class Walk:
             # Nobody counts the writes to tensors of inference mode: no two of them are the same.
             calls.append((name, x, -len(calls) - 1 if x.is_inference() else x._version))
 
-        with torch.no_grad(), _hooked(self._opened.model, self._names, see):
+        with torch.no_grad(), reads(self._opened.model, self._names, see):
             self._opened.model(**fresh(batch))
         return calls
 
@@ -409,7 +409,7 @@ class Walk:
                 self._exchange(name)
                 suspend(Arrival(name, x, y if output is None else output, run.keeper.take(name)))
 
-        def exchange(name: str, _: Any) -> None:
+        def exchange(name: str, *_: Any) -> None:
             run = running()
             if run is not None and run.stream is Stream.DENSE:
                 self._exchange(name)
@@ -423,8 +423,8 @@ class Walk:
         before_walk = set(self._originals) - self._names if self._target.needs_dense else set()
         with (
             kept_streams(model, watched, keeper),
-            _hooked(model, self._names, before, after),
-            _hooked(model, before_walk, exchange, lambda name, x, _: exchange(name, x)),
+            reads(model, self._names, before, after),
+            reads(model, before_walk, exchange, exchange),
         ):
             yield
 
@@ -480,41 +480,6 @@ def add_call(gram: GramAccumulator, x: Any, D: Tensor | None, *, held: bool) -> 
         D_part = None if corrections is None else corrections[done : done + len(X)]
         gram.add(X, D_part, held=held)
         done += len(X)
-
-
-@contextmanager
-def _hooked(
-    model: nn.Module,
-    names: Iterable[str],
-    before: Callable[[str, Any], None],
-    after: Callable[[str, Any, Tensor], None] | None = None,
-) -> Iterator[None]:
-    """Show what modules are called with, before they run, and what they put out."""
-
-    def reading(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            before(name, argument(module, args, kwargs))
-
-        return hook
-
-    def writing(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-            assert after is not None
-            after(name, argument(module, args, kwargs), output)
-
-        return hook
-
-    handles = []
-    try:
-        for name in names:
-            module = model.get_submodule(name)
-            handles.append(module.register_forward_pre_hook(reading(name), with_kwargs=True))
-            if after is not None:
-                handles.append(module.register_forward_hook(writing(name), with_kwargs=True))
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def walk(

@@ -28,7 +28,7 @@ from osscar.base.errors import AdapterError, ModelError, first_line
 from osscar.base.memory import let_shortage_pass
 from osscar.network.fake import on_shapes
 from osscar.network.kernels import followed_mixtures
-from osscar.network.modules import restored
+from osscar.network.model_state import restored
 from osscar.shrinking.attention import expose_attention
 from osscar.shrinking.lineage import LINEAGE, lineage_of
 from osscar.shrinking.plan import GroupPlan, PruningPlan, TracedInput

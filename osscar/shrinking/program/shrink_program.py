@@ -18,7 +18,8 @@ from graph.tracing.preserve import preserved
 from osscar.base.errors import AdapterError, EquivalenceError, OptionError, first_line
 from osscar.base.inputs import shown
 from osscar.base.memory import let_shortage_pass
-from osscar.network.modules import evaluating, number_format, restored
+from osscar.network.model_state import restored
+from osscar.network.modules import evaluating, number_format
 from osscar.shrinking.equivalence import (
     Inputs,
     finer_precision,

@@ -1,0 +1,54 @@
+"""Functions that are told of the calls of modules, for as long as a block lasts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any, TypeAlias
+
+from torch import nn
+
+Before: TypeAlias = Callable[[str, nn.Module, tuple[Any, ...], dict[str, Any]], Any]
+"""Told the name of a module, the module, and what it is called with."""
+
+After: TypeAlias = Callable[[str, nn.Module, tuple[Any, ...], dict[str, Any], Any], Any]
+"""Told the same, and what the call returns."""
+
+
+@contextmanager
+def hooks(
+    model: nn.Module,
+    names: Iterable[str] | None = None,
+    before: Before | None = None,
+    after: After | None = None,
+    *,
+    always: bool = False,
+) -> Iterator[None]:
+    """Call functions before and after modules run while the block does.
+
+    Parameters
+    ----------
+    model
+        The model.
+    names
+        Which of its modules to watch; by default all of them, itself included.
+    before, after
+        What to call; where `after` returns something, that is what the call of the module returns.
+    always
+        Whether `after` is called where the module fails, too.
+    """
+    if names is None:
+        names = [name for name, _ in model.named_modules()]
+    with ExitStack() as registered:
+        for name in names:
+            module = model.get_submodule(name)
+            if before is not None:
+                handle = module.register_forward_pre_hook(partial(before, name), with_kwargs=True)
+                registered.enter_context(handle)
+            if after is not None:
+                handle = module.register_forward_hook(
+                    partial(after, name), with_kwargs=True, always_call=always
+                )
+                registered.enter_context(handle)
+        yield

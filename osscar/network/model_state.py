@@ -1,0 +1,291 @@
+"""What a run changes on a model, and how it is put back.
+
+Three things change: the mode of modules; what forward passes write on them (counters, caches,
+buffers); and what code of OSSCAR does to them, such as removing units.  `model_state` is for the
+first two, `restored` for all that modules hold.
+"""
+
+from __future__ import annotations
+
+import copy
+import operator
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from graph.tracing.patches import assignments_told
+from graph.tracing.preserve import Contents
+from osscar.network.modules import evaluating, graphics_cards
+
+Attribute: TypeAlias = tuple[str, str]
+"""The name of a module, and of one of its attributes or buffers."""
+
+_MISSING = object()
+_CONTAINERS = (dict, list, set)
+_OWN = frozenset(vars(nn.Module()))
+"""What every module has, such as its tables of parameters and hooks."""
+
+
+class ModelState:
+    """What the modules of a model hold, as it is when this is made, and what of it passes write.
+
+    It is known by names, so that it can be put back in copies of the model, too.
+
+    Parameters
+    ----------
+    model
+        The model.
+    written
+        What its passes are known to write.
+
+    Attributes
+    ----------
+    written
+        What they are known to write by now.
+    """
+
+    def __init__(self, model: nn.Module, written: Collection[Attribute] = ()) -> None:
+        self._modules = dict(model.named_modules())
+        self._held = {
+            (name, key): (value, _copied(value))
+            for name, module in self._modules.items()
+            for key, value in {**vars(module), **module._buffers}.items()
+            if key not in _OWN
+        }
+        self.written = set(written)
+
+    @contextmanager
+    def watching(self, model: nn.Module | None = None) -> Iterator[None]:
+        """Learn what passes write from those that run in this block.
+
+        The first pass of a model is to be among them: some things are written once.
+
+        Parameters
+        ----------
+        model
+            The model that runs, if it is a copy.
+        """
+        modules = self._modules if model is None else dict(model.named_modules())
+        names = {module: name for name, module in modules.items()}
+        containers = [
+            (attribute, value, copy.copy(value))
+            for attribute, (value, _) in self._held.items()
+            if isinstance(value, _CONTAINERS)
+        ]
+        versions = {id(buffer): _version(buffer) for module in names for buffer in _buffers(module)}
+
+        def note(module: nn.Module, key: str) -> None:
+            if module in names and key != "training":
+                self.written.add((names[module], key))
+
+        with assignments_told(note):
+            yield
+        self.written |= {
+            attribute for attribute, value, members in containers if not _same(value, members)
+        }
+        self.written |= {
+            (name, key)
+            for module, name in names.items()
+            for key, buffer in module._buffers.items()
+            if buffer is not None and _version(buffer) != versions.get(id(buffer), _version(buffer))
+        }
+
+    def put_back(self, model: nn.Module | None = None, kept: Collection[Attribute] = ()) -> None:
+        """Write what was there before, so that nothing tells of the passes since.
+
+        Parameters
+        ----------
+        model
+            The copy of the model, if it is one; either may have been pruned.
+        kept
+            What has other values now for a reason.
+        """
+        modules = self._modules if model is None else dict(model.named_modules())
+        for name, key in sorted(self.written - set(kept)):
+            module = modules.get(name)
+            if module is None or key in {*module._parameters, *module._modules}:
+                continue
+            store = _store(module, key)
+            if (name, key) not in self._held:
+                store.pop(key, None)
+                continue
+            _, first = self._held[name, key]
+            now = store.get(key)
+            if isinstance(now, Tensor) and isinstance(first, Tensor) and now.shape == first.shape:
+                with torch.no_grad():
+                    now.copy_(first)
+            elif isinstance(now, _CONTAINERS) and type(now) is type(first):
+                _refill(now, first)  # others may hold the same one
+            else:
+                store[key] = _copied(first)
+
+    def passing(self) -> PassState:
+        """Return what lets passes that take turns each have values of their own."""
+        return PassState(self._modules, self.written)
+
+
+class PassState:
+    """What a forward pass writes on modules; each of several passes has its own values of it.
+
+    All dictionaries, lists and sets of modules count, whose members may change for a moment.
+
+    Parameters
+    ----------
+    modules
+        The modules, by name; as they are now, each pass finds them.
+    written
+        What passes write.
+    """
+
+    def __init__(self, modules: Mapping[str, nn.Module], written: Collection[Attribute]) -> None:
+        attributes = [(modules[name], key) for name, key in written if name in modules]
+        self._buffers = [
+            buffer
+            for module, key in attributes
+            if isinstance(buffer := module._buffers.get(key), Tensor) and not buffer.is_inference()
+        ]
+        self._attributes = attributes
+        self._containers = [
+            value
+            for module in modules.values()
+            for key, value in vars(module).items()
+            if key not in _OWN and isinstance(value, _CONTAINERS)
+        ]
+        self._initial = self._read()
+
+    def take(self) -> list[Any]:
+        """Return what the running pass has written, and write what was there before it."""
+        written = self._read()
+        self.put(self._initial)
+        return written
+
+    def put(self, values: list[Any]) -> None:
+        """Write values, as `take` returned them."""
+        rest = iter(values)
+        for module, key in self._attributes:
+            _assign(module, key, next(rest))
+        for container in self._containers:
+            _refill(container, next(rest))
+        for buffer in self._buffers:
+            value = next(rest)
+            buffer.resize_(value.shape).copy_(value)
+
+    def _read(self) -> list[Any]:
+        return [
+            *(_store(module, key).get(key, _MISSING) for module, key in self._attributes),
+            *(copy.copy(container) for container in self._containers),
+            *(buffer.clone() for buffer in self._buffers),
+        ]
+
+
+def _store(module: nn.Module, key: str) -> dict[str, Any]:
+    """Return which of a module's tables holds an attribute."""
+    tables: tuple[dict[str, Any], ...] = (module._parameters, module._buffers, module._modules)
+    return next((table for table in tables if key in table), vars(module))
+
+
+def _assign(module: nn.Module, key: str, value: Any) -> None:
+    store = _store(module, key)
+    if value is _MISSING:
+        store.pop(key, None)
+    else:
+        store[key] = value
+
+
+def _refill(container: Any, members: Any) -> None:
+    """Give a dictionary, list or set other members."""
+    container.clear()
+    if isinstance(container, list):
+        container.extend(members)
+    else:
+        container.update(members)
+
+
+def _copied(value: Any) -> Any:
+    """Return what a value is now, should something be written to it."""
+    if isinstance(value, Tensor):
+        return value if value.is_inference() else value.detach().clone()
+    return copy.copy(value) if isinstance(value, _CONTAINERS) else value
+
+
+def _same(container: Any, members: Any) -> bool:
+    """Whether two containers hold the very same things; values may be tensors."""
+    if isinstance(container, set):
+        return bool(container == members)
+    if isinstance(container, dict):
+        return list(container) == list(members) and all(
+            container[key] is members[key] for key in members
+        )
+    return len(container) == len(members) and all(map(operator.is_, container, members))
+
+
+def _buffers(module: nn.Module) -> Iterator[Tensor]:
+    return module.buffers(recurse=False)
+
+
+def _version(tensor: Tensor) -> int:
+    """Return how often a tensor was written to; nobody counts that of tensors of inference mode."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
+# ---- around a block ----------------------------------------------------------------------
+
+
+@contextmanager
+def model_state(model: nn.Module) -> Iterator[ModelState]:
+    """Run a model in evaluation mode, and leave it as it was.
+
+    Put back are the mode of each module, what passes in the block write on modules, and random
+    numbers.
+
+    Raises
+    ------
+    ModelError
+        As `osscar.network.modules.in_evaluation`.
+    """
+    with torch.random.fork_rng(graphics_cards(model)), evaluating(model):
+        state = ModelState(model)
+        try:
+            with state.watching():
+                yield state
+        finally:
+            state.put_back()
+
+
+@contextmanager
+def frozen_weights(model: nn.Module) -> Iterator[None]:
+    """Let no parameter ask for gradients while the block runs."""
+    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    try:
+        for parameter in learning:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in learning:
+            parameter.requires_grad_()
+
+
+@contextmanager
+def restored(model: nn.Module, *, on_error: bool = False) -> Iterator[None]:
+    """Give every module of a model its class, attributes and tensors back after the block.
+
+    Parameters
+    ----------
+    model
+        Its tensors are not copied: what is written to them stays.
+    on_error
+        Whether that is done only where the block fails.
+    """
+    kinds = [(module, type(module)) for module in model.modules()]
+    contents, failed = Contents.of(model), True
+    try:
+        yield
+        failed = False
+    finally:
+        if failed or not on_error:
+            for module, kind in kinds:
+                module.__class__ = kind
+            contents.restore()
