@@ -30,7 +30,8 @@ from .pruning.trial import LeftAlone as LeftAlone
 from .shrinking.follow import adapter as adapter, prepare as prepare
 from .shrinking.plan import PruningPlan as PruningPlan
 from .shrinking.program.program import ProgramModule as ProgramModule
-from .shrinking.shrink import Proof as Proof, shrink as shrink
+from .shrinking.proof import Proof as Proof
+from .shrinking.shrink import shrink as shrink
 from .shrinking.program.shrink_program import (
     ShrunkProgram as ShrunkProgram,
     shrink_program as shrink_program,

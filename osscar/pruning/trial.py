@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 
 from graph import CouplingGroup
 from osscar.allocation.allocate import provisional
-from osscar.base.errors import AdapterError, EquivalenceError, ModelError, first_line
+from osscar.base.errors import AdapterError, EquivalenceError
 from osscar.base.json_files import STRICT
 from osscar.base.printable import counted
 from osscar.base.progress import stage
@@ -33,7 +33,7 @@ from osscar.request import FormChoice, PruningRequest
 from osscar.shrinking.equivalence import Inputs, finer_precision
 from osscar.shrinking.plan import Form, GroupPlan, PruningPlan
 from osscar.shrinking.program.shrink_program import ProgramTrial
-from osscar.shrinking.shrink import rehearse
+from osscar.shrinking.shrink import Feasibility, rehearse
 from osscar.shrinking.training import could_fail_in_training
 
 _MOST_TOLD = 8
@@ -123,7 +123,7 @@ def what_follows(ready: Opened, request: PruningRequest) -> Followed:
     for form in forms:
         possible = _possible(ready, plans, form)
         with _trying(ready, request, form) as trials[form]:
-            trials[form].leave(
+            trials[form].leave_all(
                 {p.name: ready.in_programs[p.name] for p in plans if p not in possible}
             )
             if together[form] is not None:
@@ -241,7 +241,7 @@ def _alike_together(plans: Sequence[GroupPlan]) -> list[GroupPlan]:
     return sorted(plans, key=lambda plan: re.sub(r"\d+", "", plan.name))
 
 
-class _Trial:
+class _Trial(Feasibility):
     """Finds, by halving, groups that can go together.
 
     Parameters
@@ -252,56 +252,25 @@ class _Trial:
     """
 
     def __init__(self, rehearse: Callable[[PruningPlan], str]) -> None:
+        super().__init__(self._attempted)
         self.rehearse = rehearse
         self.in_training = ""
         """How the largest model that went so far fails in training."""
-        self.reasons: dict[str, str] = {}
-        """Why groups cannot go, by name."""
         self.of_modules = False
         """Whether a module could not follow, rather than outputs differ."""
 
-    def leave(self, reasons: dict[str, str]) -> None:
+    def leave_all(self, reasons: dict[str, str]) -> None:
         """Leave groups alone that modules are known not to follow."""
         self.reasons.update(reasons)
         self.of_modules = self.of_modules or bool(reasons)
 
-    def grown(
-        self, going: list[GroupPlan], more: list[GroupPlan], failure: Exception | None = None
-    ) -> list[GroupPlan]:
-        """Return groups that can go together: some that can already, with as many more as can.
-
-        Parameters
-        ----------
-        going
-            These can.
-        more
-            To be added where they can.
-        failure
-            How all of them together fail, if that is known.
-        """
-        failure = failure or self.failure([*going, *more])
-        if failure is None:
-            return [*going, *more]
-        if len(more) == 1:
-            self._note(more[0], failure)
-            return going
-        middle = len(more) // 2
-        grown = self.grown(going, more[:middle])
-        all_went = len(grown) == len(going) + middle
-        return self.grown(grown, more[middle:], failure if all_went else None)
-
-    def failure(self, plans: list[GroupPlan]) -> Exception | None:
-        """Return how groups fail together, or None if they can go."""
-        try:
-            self.in_training = self.rehearse(PruningPlan(tuple(plans)))
-        except (EquivalenceError, ModelError) as error:
-            # Without the frames that raised it, which hold on to the shrunk model.
-            return error.with_traceback(None)
-        return None
-
-    def _note(self, plan: GroupPlan, failure: Exception) -> None:
-        self.reasons[plan.name] = first_line(failure)
+    def leave(self, plan: GroupPlan, failure: Exception) -> None:
+        """Note that a group cannot go."""
+        super().leave(plan, failure)
         self.of_modules = self.of_modules or isinstance(failure, AdapterError)
+
+    def _attempted(self, plan: PruningPlan) -> None:
+        self.in_training = self.rehearse(plan)
 
 
 # ---- in words ----------------------------------------------------------------------------

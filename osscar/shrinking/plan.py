@@ -95,6 +95,11 @@ class GroupPlan:
         return cls(group.name, group.kind, group.units, kept, group.slots)
 
     @property
+    def gone(self) -> tuple[int, ...]:
+        """The units that leave, in ascending order."""
+        return tuple(sorted(set(range(self.units)) - set(self.kept)))
+
+    @property
     def consumers(self) -> tuple[Slot, ...]:
         """The slots that read the units."""
         return tuple(slot for slot in self.slots if slot.role is Role.CONSUMER)

@@ -176,8 +176,7 @@ _UNDECIDED, _STAYS, _GOES = -1, 1, 0
 
 def _decide(fate: Tensor, group: GroupPlan, slot: Slot) -> None:
     """Note which indices of a dimension stay and which go, or refuse two opinions."""
-    gone = set(range(group.units)) - set(group.kept)
-    for units, decision in ((group.kept, _STAYS), (gone, _GOES)):
+    for units, decision in ((group.kept, _STAYS), (group.gone, _GOES)):
         index = torch.tensor(slot.indices(units), dtype=torch.int64)
         if bool((fate[index] == (_STAYS + _GOES - decision)).any()):
             raise ModelError(

@@ -14,8 +14,8 @@ import graph
 from graph import DependencyGraph
 from osscar.shrinking.equivalence import proof_outputs
 from osscar.shrinking.follow import prepare
-from osscar.shrinking.mask import masked
-from osscar.shrinking.shrink import Proof, shrink
+from osscar.shrinking.proof import Proof, masked
+from osscar.shrinking.shrink import shrink
 
 from .case import Inputs
 from .row import half_of, owned

@@ -223,7 +223,6 @@ class DenseProgram:
         """Return what stays of tensors that belong to units, but that the program does not read."""
         stays: dict[str, dict[int, Tensor]] = {}
         for group in plan.groups:
-            gone = set(range(group.units)) - set(group.kept)
             for slot in group.slots:
                 if slot.tensor not in self.traced.unread:
                     continue
@@ -236,7 +235,7 @@ class DenseProgram:
                     )
                 dims = stays.setdefault(slot.tensor, {})
                 whole = torch.ones(shape[slot.dim], dtype=torch.bool)
-                dims.setdefault(slot.dim, whole)[slot.indices(gone)] = False
+                dims.setdefault(slot.dim, whole)[slot.indices(group.gone)] = False
         return stays
 
     def _copied(self) -> tuple[Graph, dict[Node, Node]]:

@@ -24,24 +24,15 @@ from osscar.shrinking.equivalence import (
     Inputs,
     finer_precision,
     in_format_of,
-    proof_outputs,
-    prove_equal,
     runs,
 )
 from osscar.shrinking.fold import fold
 from osscar.shrinking.follow import prepare
 from osscar.shrinking.lineage import lineage_of, note
-from osscar.shrinking.mask import masked
 from osscar.shrinking.plan import Form, PruningPlan, TracedInput, check_plan, check_traced
 from osscar.shrinking.program.input_sizes import fixed_in_words, sizes_given_up
 from osscar.shrinking.program.program import DenseProgram, ProgramModule
-from osscar.shrinking.shrink import (
-    Proof,
-    check_inputs,
-    check_tolerance,
-    fold_named,
-    outputs_before,
-)
+from osscar.shrinking.proof import MaskedOutputs, Proof, check_request, fold_named
 from osscar.shrinking.slice import slice_units
 from osscar.shrinking.structure import hand_on_structure, remember_structure
 
@@ -104,9 +95,7 @@ def shrink_program(
         If the outputs differ; `AdapterError` if there is no such program, or something in it cannot
         follow.
     """
-    check_plan(plan)
-    check_inputs(inputs)
-    check_tolerance(tolerance)
+    check_request(plan, inputs, tolerance)
     check_example(example)
     with evaluating(model), restored(model):
         remember_structure(model, inputs[0])
@@ -336,16 +325,16 @@ class ProgramTrial:
             If they differ; `AdapterError` if something cannot follow.
         """
         made = self.program.shrunk(plan)
-        with masked(self.model, plan):
-            expected = outputs_before(self.model, self.inputs)
+        expected = MaskedOutputs.of(self.model, plan, self.inputs, keeping=False)
         try:
-            found = proof_outputs(made, self.inputs)
+            return made, expected.distance(made, tolerance)
+        except EquivalenceError:
+            raise
         except Exception as error:  # whatever an operator or a guard raises
             let_shortage_pass(error)
             raise AdapterError(
                 f"the exported program fails on the inputs of the proof: {first_line(error)}"
             ) from error
-        return made, prove_equal(expected, found, tolerance=tolerance)
 
 
 def _attends(program: DenseProgram) -> bool:
