@@ -1,0 +1,119 @@
+"""The structure of a network, found once for each architecture in a session.
+
+To trace a small network takes longer than to prune it, and what the trace finds depends on neither
+weights nor numbers in inputs.  `once` lets `graph.trace`, and the trial of whether the code around
+groups works without units, answer from memory where the same was asked of the same architecture:
+the same classes, attributes, shapes and formats.  All tests of ``tests/osscar`` run so but those
+about just that (``tests/osscar/conftest.py`` lists them), and in tests of anything else
+``with once():`` does it.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from contextlib import contextmanager
+from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import graph
+from osscar.shrinking import follow
+from osscar.shrinking.shrink import rehearse
+from osscar.shrinking.training import could_fail_in_training
+
+_TABLES = ("_parameters", "_buffers", "_modules")
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks")
+_FEW = 64
+
+_known: dict[Hashable, Any] = {}
+_alive: list[object] = []
+"""What keys name by its `id`."""
+
+
+class _Unknown(Exception):
+    """Something cannot be told from another."""
+
+
+def _told(value: Any, around: tuple[int, ...] = ()) -> Hashable:
+    """Return what tells a value from others that a network may behave differently with."""
+    if isinstance(value, Tensor):
+        few = value.numel() <= _FEW and not (value.is_meta or isinstance(value, nn.Parameter))
+        numbers = tuple(value.flatten().tolist()) if few and not value.is_floating_point() else ()
+        return tuple(value.shape), value.dtype, value.device.type, value.requires_grad, numbers
+    if isinstance(value, Mapping):
+        return type(value), tuple((k, _told(v, around)) for k, v in value.items())
+    if isinstance(value, list | tuple | set | frozenset):
+        return type(value), tuple(_told(member, around) for member in value)
+    if isinstance(value, MethodType):
+        raise _Unknown
+    if isinstance(value, type | FunctionType | BuiltinFunctionType | ModuleType | torch.dtype):
+        _alive.append(value)
+        return id(value)
+    if isinstance(value, int | float | str | bytes | torch.device | None):
+        return type(value), str(value)
+    if id(value) in around or len(around) > _FEW or not hasattr(value, "__dict__"):
+        raise _Unknown
+    return type(value), _told(vars(value), (*around, id(value)))
+
+
+def _architecture(model: nn.Module) -> Hashable:
+    """Return what tells a network from those of other structure; weights do not."""
+    tensors = [*model.named_parameters(remove_duplicate=False)]
+    tensors += [*model.named_buffers(remove_duplicate=False)]
+    first: dict[int, str] = {}
+    modules: dict[int, str] = {}
+    told: list[Hashable] = []
+    for name, module in model.named_modules(remove_duplicate=False):
+        if any(getattr(module, hooks) for hooks in _HOOKS):
+            raise _Unknown
+        if modules.setdefault(id(module), name) != name:
+            told.append((name, modules[id(module)]))
+            continue
+        own = {k: v for k, v in vars(module).items() if k not in _TABLES}
+        held = {k: modules.get(id(v), v) for k, v in own.items()}
+        told.append((name, type(module), _told({k: v for k, v in held.items()})))
+    return (
+        tuple(told),
+        tuple((name, first.setdefault(id(t), name), _told(t)) for name, t in tensors),
+        tuple(follow._ADAPTERS.items()),
+    )
+
+
+def _remembered(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function of a model that answers the same question once."""
+
+    def answered(model: Any, *given: Any, **options: Any) -> Any:
+        try:
+            key = (function, _architecture(model), _told(given), _told(options))
+            hash(key)
+        except (_Unknown, AttributeError, TypeError, RuntimeError):
+            return function(model, *given, **options)
+        if key not in _known:
+            with warnings.catch_warnings(record=True) as said:
+                found = function(model, *given, **options)
+            for one in said:
+                warnings.warn_explicit(one.message, one.category, one.filename, one.lineno)
+            if said:
+                return found
+            _known[key] = found
+        return _known[key]
+
+    return answered
+
+
+@contextmanager
+def once() -> Iterator[None]:
+    """Find the structure of each architecture once, while the block runs."""
+    with pytest.MonkeyPatch.context() as patch:
+        for function in (graph.trace, rehearse, could_fail_in_training):
+            name, remembered = function.__name__, _remembered(function)
+            for module in [*sys.modules.values()]:
+                inside = getattr(module, "__name__", "").partition(".")[0] in ("graph", "osscar")
+                if inside and vars(module).get(name) is function:
+                    patch.setattr(module, name, remembered)
+        yield
