@@ -74,9 +74,9 @@ def _architecture(model: nn.Module) -> Hashable:
         if modules.setdefault(id(module), name) != name:
             told.append((name, modules[id(module)]))
             continue
-        own = {k: v for k, v in vars(module).items() if k not in _TABLES}
-        held = {k: modules.get(id(v), v) for k, v in own.items()}
-        told.append((name, type(module), _told({k: v for k, v in held.items()})))
+        held = {k: v for k, v in vars(module).items() if k not in _TABLES}
+        own = {k: modules.get(id(v), v) for k, v in held.items()}  # which may be a module
+        told.append((name, type(module), _told(own)))
     return (
         tuple(told),
         tuple((name, first.setdefault(id(t), name), _told(t)) for name, t in tensors),
