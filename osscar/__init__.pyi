@@ -22,7 +22,8 @@ from .evaluation.tensors import (
 )
 from .models.language import LoadedModel as LoadedModel, load_model as load_model
 from .models.vision import VisionModel as VisionModel, load_vision_model as load_vision_model
-from .estimation.estimate import Estimate as Estimate, estimate as estimate
+from .estimation.estimate import estimate as estimate
+from .estimation.values import Estimate as Estimate
 from .pruning.prune import prune as prune
 from .request import PruningRequest as PruningRequest
 from .pruning.result import LayerReport as LayerReport, PruningResult as PruningResult

@@ -1,8 +1,8 @@
 """What a pruning run will take, told before it begins: seconds, memory and disk, stage by stage.
 
-The model is opened as the run opens it, and two probes are made on it (`osscar.estimation.probed`).
-All else is counting: how often which samples pass how much of the model, how many layers of which
-sort are summed up and solved.  Nothing is written, and the model is not changed.
+The model is opened as the run opens it, and the stations of the run are timed on little of it
+(`osscar.estimation.stations`).  Memory and files are counted.  Nothing is written, and the model is
+not changed.
 """
 
 from __future__ import annotations
@@ -10,85 +10,34 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import json
+import math
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, field
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any
 
-from pydantic import AfterValidator, ConfigDict
 from torch import nn
 
+from graph import CouplingGroup
+from osscar.allocation.curvature import held_batches, parts, small_batches
+from osscar.allocation.curves import curve_samples
 from osscar.base.devices import clock_of, resolve_device
-from osscar.base.errors import RequestError
-from osscar.base.inputs import shown
-from osscar.base.json_files import STRICT
+from osscar.base.errors import OptionError
 from osscar.base.timing import Clock, Stage
-from osscar.estimation.scaled import Scaled
-from osscar.estimation.stages import StageEstimate, expected
+from osscar.checkpoint.directory import weight_bytes
+from osscar.data.batches import TokenInputs
+from osscar.estimation.stations import Span, Timed, timed_stations
+from osscar.estimation.values import Estimate, StageEstimate, summed
+from osscar.evaluation.forward import measuring_seconds
+from osscar.models.language import LoadedModel
+from osscar.models.vision import VisionModel
+from osscar.network.modules import device_of
+from osscar.offload.device_memory import DeviceMemory, memory_of
+from osscar.offload.on_disk import is_on_disk, shelf_of
+from osscar.preparation.linear_maps import linear_maps
+from osscar.preparation.opened import Opened
+from osscar.pruning.groups import held_out
+from osscar.pruning.memory import Room, check_streamed, least_memory, put_out
 from osscar.pruning.prune import opened_for, prune
-from osscar.request import PruningRequest
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """What a run will take.
-
-    Parameters
-    ----------
-    stages
-        In the order in which they come.
-    settings
-        What is asked for, as `PruningRequest.to_json` has it.
-    calibration
-        How many samples of what shape there are.
-    passes
-        How often the calibration data set out through the model for the walk.
-    limit_bytes, least_bytes
-        The most memory that the run may take, and the least that would do, where the weights stay
-        on disk; else None.
-    sample_seconds, kept_share
-        A forward pass of one sample through the dense model, and about which share of the model
-        stays.
-    probe_seconds
-        What telling this took, once the model was open.
-    """
-
-    stages: tuple[StageEstimate, ...]
-    settings: Mapping[str, Any] = field(repr=False)
-    calibration: Mapping[str, Any]
-    passes: int
-    limit_bytes: int | None
-    least_bytes: int | None
-    sample_seconds: float
-    kept_share: float
-    probe_seconds: float
-
-    @property
-    def seconds(self) -> float:
-        """Wall time of the run."""
-        return sum(stage.seconds for stage in self.stages)
-
-    @property
-    def low(self) -> float:
-        """What it takes at least."""
-        return sum(stage.low for stage in self.stages)
-
-    @property
-    def high(self) -> float | None:
-        """What it takes at most; None where nothing bounds it."""
-        highs = [stage.high for stage in self.stages if stage.high is not None]
-        return sum(highs) if len(highs) == len(self.stages) else None
-
-    @property
-    def peak_bytes(self) -> int:
-        """The most memory of the process, or of the card that it runs on."""
-        return max((stage.peak_bytes for stage in self.stages), default=0)
-
-    def with_stages(self, stages: Sequence[StageEstimate]) -> Estimate:
-        """Return an estimate that has other stages, too, in their order."""
-        order = [str(name) for name in Stage]
-        every = sorted((*self.stages, *stages), key=lambda stage: order.index(stage.stage))
-        return dataclasses.replace(self, stages=tuple(every))
+from osscar.request import Allocation, PruningRequest
 
 
 def estimate_as_asked(
@@ -129,20 +78,32 @@ def estimate_as_asked(
     """
     clock = clock_of(resolve_device(request.device)) if clock is None else clock
     began = clock()
-    with ExitStack() as stack:
-        ready = stack.enter_context(opened_for(model, calibration, request))
+    with opened_for(model, calibration, request) as ready:
         opening = clock() - began
-        found = expected(ready, request, clock)
-        opened = StageEstimate.of(Stage.OPEN, Scaled.certain(opening), found.opened_bytes)
+        held = held_out(ready, request)
+        room = check_streamed(ready, request, max(1, held))
+        base = _held_bytes(memory_of(device_of(ready.model)))
+        timed = timed_stations(ready, request, held, room, clock)
+        needed = _needed_bytes(ready, request, held, room, timed)
+        read = _read_bytes(ready, request, held, timed, base + max(needed.values()))
+        shelf = shelf_of(ready.model)
+        stages = [_told(Stage.OPEN, Span.about(opening), base)]
+        for stage, span in timed.stages.items():
+            peak = base + needed.get(stage, 0)
+            if shelf is not None:
+                peak = min(peak + weight_bytes(ready.model), shelf.ceiling)
+            written = _log_bytes(ready, timed) if stage is Stage.SOLVER else 0
+            stages.append(_told(stage, span, peak, read.get(stage, 0), written))
         return Estimate(
-            stages=(opened, *found.stages),
+            **summed(stages),
+            classes=timed.classes,
             settings=json.loads(json.dumps(request.to_json())),
             calibration=ready.inputs.settings,
-            passes=found.passes,
-            limit_bytes=found.limit,
-            least_bytes=found.least,
-            sample_seconds=found.sample_seconds,
-            kept_share=found.kept,
+            passes=timed.passes,
+            limit_bytes=None if shelf is None else shelf.ceiling,
+            least_bytes=None if room is None else least_memory(ready, request, max(1, held)),
+            sample_seconds=timed.sample_seconds,
+            kept_share=timed.kept_share,
             probe_seconds=clock() - began - opening,
         )
 
@@ -156,104 +117,118 @@ estimate.__doc__ = estimate_as_asked.__doc__
 estimate.__signature__ = inspect.signature(prune)  # type: ignore[attr-defined]
 
 
-# ---- beside the run ----------------------------------------------------------------------
+def of_command(
+    found: Estimate, loaded: LoadedModel | VisionModel, seconds: Mapping[Stage, float]
+) -> Estimate:
+    """Add what the command does besides: it starts, loads, measures both models, and saves.
+
+    Parameters
+    ----------
+    found
+        The estimate of the pruning itself.
+    loaded
+        The model.
+    seconds
+        By stage, what starting and loading have taken.
+    """
+    stored, held = weight_bytes(loaded.model, loaded.stored_dtype), weight_bytes(loaded.model)
+    on_disk, kept, one = is_on_disk(loaded.model), found.kept_share, found.sample_seconds
+    opened = next(stage for stage in found.stages if stage.stage == Stage.OPEN).peak_bytes
+    measuring = 0.0 if on_disk else measuring_seconds([one, kept * one])
+    smaller, loading = round(kept * stored), seconds[Stage.LOAD]
+    peak = opened if on_disk else opened - held + round(2 * kept * held) + smaller
+    saving = Span(0.3 * kept * loading, kept * loading, 4 * kept * loading + 2 * one)
+    stages = [
+        _told(Stage.START, Span.about(seconds[Stage.START], 0.5)),
+        _told(Stage.LOAD, Span.about(loading, 0.5), opened, read=stored),
+        _told(Stage.REPORT, Span.about(measuring, 0.3), opened),
+        _told(Stage.SAVE, saving, peak, read=smaller, written=smaller),
+    ]
+    return dataclasses.replace(found, **summed([*found.stages, *stages]))
 
 
-_LONGEST = 1e10
-"""Seconds, three hundred years."""
+def _told(
+    stage: Stage, span: Span, peak: int = 0, read: int = 0, written: int = 0
+) -> StageEstimate:
+    high = span.high if math.isfinite(span.high) else None
+    return StageEstimate(str(stage), span.seconds, span.low, high, peak, read, written)
 
 
-def _checked_stages(stages: tuple[StageEstimate, ...]) -> tuple[StageEstimate, ...]:
-    """Refuse stages that no dry run tells of."""
-    names = [one.stage for one in stages]
-    for one in stages:
-        if one.stage not in set(Stage):
-            raise ValueError(f"{one.stage!r:.60} is no stage of a run")
-        if names.count(one.stage) > 1:
-            raise ValueError(f"the stage {one.stage!r} is told twice")
-        if not 0 <= one.low <= one.seconds <= (_LONGEST if one.high is None else one.high):
-            raise ValueError(f"the stage {one.stage!r} does not take from its least to its most")
-        if not one.seconds <= _LONGEST:
-            raise ValueError(f"the stage {one.stage!r} takes {one.seconds:g} seconds")
-        if min(one.peak_bytes, one.read_bytes, one.written_bytes) < 0:
-            raise ValueError(f"the stage {one.stage!r} takes less than no memory or disk")
-    if not stages:
-        raise ValueError("it tells of no stage")
-    return stages
+# ---- memory and files --------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class EstimateDocument:
-    """An estimate as a file holds it; ``docs/json.md`` describes its fields."""
+def _held_bytes(memory: DeviceMemory) -> int:
+    """Return what this process has in memory, or on the card."""
+    try:
+        return memory.held()
+    except OptionError:  # a system that does not tell
+        return memory.peak() or 0
 
-    __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
-    schema: Literal["osscar.estimate/1"]
-    osscar_version: str
-    model: str
-    calibration: dict[str, Any]
-    settings: dict[str, Any]
-    device: str
-    threads: int
-    dtype: str
-    stages: Annotated[tuple[StageEstimate, ...], AfterValidator(_checked_stages)]
-    seconds: float
-    low: float
-    high: float | None
-    peak_bytes: int
-    read_bytes: int
-    written_bytes: int
-    passes: int
-    limit_bytes: int | None
-    least_bytes: int | None
-    sample_seconds: float
-    kept_share: float
-    probe_seconds: float
+def _needed_bytes(
+    ready: Opened, request: PruningRequest, held: int, room: Room | None, timed: Timed
+) -> dict[Stage, int]:
+    """Return the bytes of memory that each stage needs beside what is held before."""
+    found = Room.of(ready, request, max(1, held)) if room is None else room
+    copies = 0 if is_on_disk(ready.model) else weight_bytes(ready.model)
+    needed = {
+        Stage.TRIAL: 2 * copies + found.proof,
+        Stage.DENSE: found.logits,
+        Stage.ALLOCATION: found.forward,
+        Stage.WALK: found.batches + found.forward,
+        Stage.GRAM: found.batches + found.forward + found.sums,
+        Stage.DAMPING: found.batches + found.matrices,
+        Stage.SOLVER: found.batches + found.matrices,
+        Stage.PROOF: round((1 + timed.kept_share) * copies) + found.proof,
+        Stage.PRUNED: found.logits,
+    }
+    if timed.shared:
+        factors, largest = _factor_bytes(ready, timed.shared)
+        needed[Stage.CURVATURE] = factors + _saved_bytes(ready) + found.logits
+        needed[Stage.CURVES] = factors + largest
+    return needed
 
-    def check_for(self, asked: Mapping[str, Any]) -> None:
-        """Refuse to be compared with another run than the one that was asked about.
 
-        Parameters
-        ----------
-        asked
-            The run's model, settings, calibration data, and where it runs, each under its name.
+def _factor_bytes(ready: Opened, groups: Sequence[CouplingGroup]) -> tuple[int, int]:
+    """Return the bytes of the factors that are held at once, and of the largest problem of them."""
+    held = largest = 0
+    apart = held_batches(ready, small_batches(ready, curve_samples(ready)))
+    copies = 2 if apart else 1  # one of the samples that are held out
+    for part in parts(ready.model, groups, copies):
+        shapes = [one.read_weight().shape for _, maps in part for one in maps]
+        held = max(held, sum(4 * copies * (p * p + m * m) for p, m in shapes))
+        largest = max(largest, *(8 * (4 * p * p + 2 * m * m) for p, m in shapes))
+    return held, largest
 
-        Raises
-        ------
-        RequestError
-            Saying what differs.
-        """
-        now = json.loads(json.dumps(dict(asked)))
-        own = {name: getattr(self, name) for name in ("model", "device", "threads", "dtype")}
-        told = {**self.settings, **self.calibration, **own}
-        for name in sorted(now):
-            if now[name] != told.get(name):
-                raise RequestError(
-                    f"the estimate is of another run: {name.replace('_', '-')} was "
-                    f"{shown(told.get(name))} and is {shown(now[name])}; make it anew with "
-                    "--dry-run, or leave --estimate away"
-                )
 
-    def against(self, spent: Mapping[Stage, float], peak: int | None) -> dict[str, Any]:
-        """Return what was estimated beside what a run has taken so far, as JSON-able data.
+def _saved_bytes(ready: Opened) -> int:
+    """Return the bytes of what a forward pass keeps for the backward pass."""
+    [batch, *_] = small_batches(ready, curve_samples(ready))
+    first = next(iter(batch.values()))
+    positions = first.numel() if isinstance(ready.inputs, TokenInputs) else len(first)
+    return 4 * positions * sum(put_out(ready)[0])
 
-        Parameters
-        ----------
-        spent
-            Seconds by phase, of those that have ended.
-        peak
-            The most memory of the process, or of the card that it runs on.
-        """
-        took = {str(name): seconds for name, seconds in spent.items()}
-        stages = [
-            {"stage": one.stage, "estimated": one.seconds, "seconds": took.get(one.stage)}
-            for one in self.stages
-        ]
-        ended = [one for one in stages if one["seconds"] is not None]
-        return {
-            "stages": stages,
-            "estimated_seconds": sum(one["estimated"] for one in ended),
-            "seconds": sum(one["seconds"] for one in ended),
-            "estimated_peak_bytes": self.peak_bytes,
-            "peak_bytes": peak,
-        }
+
+def _read_bytes(
+    ready: Opened, request: PruningRequest, held: int, timed: Timed, most: int
+) -> dict[Stage, int]:
+    """Return the bytes of weights on disk that stages read; none if they stay in memory."""
+    shelf, weights = shelf_of(ready.model), weight_bytes(ready.model)
+    if shelf is None or most + weights <= shelf.ceiling:
+        return {}
+    passes = {
+        Stage.TRIAL: 6,
+        Stage.DENSE: max(1, held),
+        Stage.ALLOCATION: 2 if request.allocation == Allocation.FLUCTUATION else 0,
+        Stage.WALK: timed.passes,
+        Stage.PROOF: 8,
+        Stage.PRUNED: max(1, held),
+    }
+    return {stage: count * weights for stage, count in passes.items()}
+
+
+def _log_bytes(ready: Opened, timed: Timed) -> int:
+    """Return the bytes of refitted weights, which the log of a run keeps."""
+    losing = (g for g in ready.groups if timed.keep.get(g.name, g.units) < g.units)
+    maps = (one for group in losing for one in linear_maps(ready.model, group))
+    return sum(one.read_weight().numel() * one.number_format.itemsize for one in maps)

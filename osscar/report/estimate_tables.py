@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
+from osscar.base.printable import counted
 from osscar.report.numbers import in_bytes
 from osscar.report.tables import new_table
 
 if TYPE_CHECKING:
-    from osscar.estimation.estimate import Estimate
+    from osscar.estimation.values import Estimate, StageEstimate
 
 
 def estimate_table(estimate: Estimate) -> Table:
@@ -27,21 +28,34 @@ def estimate_table(estimate: Estimate) -> Table:
             *(in_bytes(size) if size else "" for size in _sizes(one)),
         )
     table.add_section()
-    read, written = (sum(getattr(one, f"{n}_bytes") for one in estimate.stages) for n in _FILES)
     table.add_row(
         "all",
         _seconds(estimate.seconds),
         between(estimate.low, estimate.high),
-        *(in_bytes(size) for size in (estimate.peak_bytes, read, written)),
+        *map(in_bytes, _sizes(estimate)),
     )
     return table
 
 
-_FILES = ("read", "written")
-
-
-def _sizes(one: Any) -> tuple[int, int, int]:
+def _sizes(one: StageEstimate | Estimate) -> tuple[int, int, int]:
     return one.peak_bytes, one.read_bytes, one.written_bytes
+
+
+def extrapolated(estimate: Estimate) -> str:
+    """Say which layers were solved, and for how many others each stands."""
+    told = [
+        f"{counted(one.extrapolated, 'group')} with {one.rows:,} inputs from layer {one.source!r}"
+        for one in estimate.classes
+        if one.extrapolated
+    ]
+    solved = len({one.source for one in estimate.classes})
+    if not told:
+        return f"layers: all {solved} were solved"
+    more = f" and {len(told) - _MOST_TOLD} more" if len(told) > _MOST_TOLD else ""
+    return f"layers: {solved} solved; extrapolated {', '.join(told[:_MOST_TOLD])}{more}"
+
+
+_MOST_TOLD = 4
 
 
 def between(low: float, high: float | None) -> str:

@@ -1,0 +1,354 @@
+"""What each stage of a run takes, timed by running it: on few samples, and on one layer of a class.
+
+The stations of the run are called on the opened model with some of the calibration samples: the
+trial, the passes of the dense model, curvature, the walk, and for one group of each layer class its
+problem, from the damping to the commit.  What all samples and all groups take follows by counting.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+import solvers
+from graph import CouplingGroup
+from osscar.allocation.allocate import allocate
+from osscar.allocation.costs import Cost, count
+from osscar.allocation.curvature import curvature, held_batches, small_batches
+from osscar.allocation.curves import Curve, curve_samples, elimination_curve
+from osscar.allocation.fluctuation import measure_fluctuations
+from osscar.allocation.latency import MOST_ROUNDS, round_passes, table_passes
+from osscar.allocation.widths import asked_groups
+from osscar.base.memory import FOR_MATRICES, memory_for
+from osscar.base.timing import WORTHWHILE_SECONDS, Clock, Stage, profiled, timed
+from osscar.data.batches import SeparateInputs
+from osscar.estimation.values import LayerClass
+from osscar.network.modules import forward
+from osscar.offload.on_disk import room_for
+from osscar.preparation.linear_maps import linear_maps
+from osscar.preparation.opened import Opened
+from osscar.pruning.groups import held_out, solved
+from osscar.pruning.memory import Room
+from osscar.pruning.prune import DenseFacts
+from osscar.request import Allocation, PruningRequest
+from osscar.walk.batch_norm import batch_norms
+from osscar.walk.regularization import DEFAULT_DAMP
+from osscar.walk.targets import Target
+from osscar.walk.walk import walk
+
+_CHEAP_SECONDS = 0.5
+"""For so long, more samples than are needed may run."""
+
+_SHARE = 32
+"""One in so many samples is needed."""
+
+_MOST_ROWS = 2048
+"""Inputs of a layer that is solved whatever its class; larger ones are where a class has many."""
+
+_MANY = 10
+
+
+class Span(NamedTuple):
+    """Seconds that are expected, and between which they should be; the most may be infinite."""
+
+    low: float
+    seconds: float
+    high: float
+
+    @classmethod
+    def about(cls, seconds: float, spread: float = 0.1) -> Span:
+        """Return what was measured, give or take a share of it."""
+        return cls(seconds * (1 - spread), seconds, seconds * (1 + spread))
+
+
+def together(*spans: Span) -> Span:
+    """Return what several take, one after the other."""
+    return Span(*map(sum, zip(*spans, strict=True))) if spans else Span(0.0, 0.0, 0.0)
+
+
+class Timed(NamedTuple):
+    """What the stations have told.
+
+    Parameters
+    ----------
+    stages
+        Seconds of each stage of the run, but for its opening.
+    classes
+        The layer classes, and which group was solved for each.
+    keep
+        What groups keep, as far as that is known.
+    shared
+        The groups that share a budget by curvature.
+    passes
+        How often the calibration data set out through the model.
+    sample_seconds
+        A forward pass of one sample.
+    kept_share
+        About what share of the parameters stays.
+    """
+
+    stages: dict[Stage, Span]
+    classes: tuple[LayerClass, ...]
+    keep: Mapping[str, int]
+    shared: tuple[CouplingGroup, ...]
+    passes: int
+    sample_seconds: float
+    kept_share: float
+
+
+def timed_stations(
+    ready: Opened, request: PruningRequest, held: int, room: Room | None, clock: Clock
+) -> Timed:
+    """Run each station on little, and tell what the run takes in seconds.
+
+    Parameters
+    ----------
+    ready, request
+        The model with its data, and what is asked for.
+    held
+        How many samples the run holds out.
+    room
+        What is to be left free in memory, where the model is read from disk.
+    clock
+        What tells the time.
+    """
+    sample = ready.sample
+    one = min(_seconds(lambda: forward(ready.model, sample), clock) for _ in range(2))
+    few = _few(ready, one)
+    with profiled(clock) as profile:
+        facts = DenseFacts.of(few, request)
+        with timed(Stage.ALLOCATION):
+            keep = expected_keep(ready, request, facts)
+    trial, allocating = (profile.seconds[stage] for stage in (Stage.TRIAL, Stage.ALLOCATION))
+    cost = count(Cost.PARAMETERS, ready.model, ready.groups, sample)
+    kept = cost.of(keep) / cost.dense
+    if batch_norms(ready.model):  # whose statistics all samples pass for; else a few are held out
+        dense = profile.seconds[Stage.DENSE] * ready.inputs.samples / few.inputs.samples
+        pruned = dense
+    else:
+        dense = profile.seconds[Stage.DENSE] * max(1, held) / max(1, held_out(few, request))
+        pruned = kept * dense
+    stages = {
+        Stage.TRIAL: Span.about(trial),
+        Stage.DENSE: Span.about(dense, 0.3),
+        Stage.PROOF: Span(0.3 * trial, 0.8 * trial, 1.5 * trial),  # shrinks and compares as it does
+        Stage.PRUNED: Span.about(pruned, 0.4),
+    }
+    shared: tuple[CouplingGroup, ...] = ()
+    if request.has_budget:
+        shared = tuple(asked_groups(ready, request, facts.left_names)[2])
+        stages |= _of_budget(ready, few, request, shared, allocating, one, clock)
+    groups = [g for g in ready.groups if keep.get(g.name, g.units) < g.units]
+    classes = layer_classes(ready, groups)
+    walked, passes = _of_walk(ready, few, request, keep, groups, classes, min(held, 1), room, clock)
+    by_curvature = shared if Stage.CURVES in stages else ()
+    return Timed(stages | walked, classes, keep, by_curvature, passes, one, kept)
+
+
+def _seconds(function: Any, clock: Clock) -> float:
+    began = clock()
+    with torch.no_grad():
+        function()
+    return clock() - began
+
+
+def _few(ready: Opened, one: float) -> Opened:
+    """Return the model with a few of its samples: two at least, more if they are quickly run."""
+    inputs, most = ready.inputs, max(2, ready.batch_size)
+    needed = max(2, -(-inputs.samples // _SHARE), int(_CHEAP_SECONDS / max(one, 1e-9)))
+    number = min(needed, most, inputs.samples)
+    if isinstance(inputs, SeparateInputs):
+        return dataclasses.replace(ready, inputs=SeparateInputs(inputs.each[:number]))
+    first = inputs.batches(ready.model, number)[0]
+    return dataclasses.replace(ready, inputs=inputs.only(first))
+
+
+def expected_keep(ready: Opened, request: PruningRequest, facts: DenseFacts) -> dict[str, int]:
+    """Return what groups keep, as far as that is known before anything is measured.
+
+    Curves are not known yet.  Each is taken to be the square of the share of units that leave, so
+    that groups which cost most lose most: small ones in front of a network often keep all.
+
+    Raises
+    ------
+    RequestError, FrozenGroupError
+        As the run does.
+    """
+    left, form = facts.left_names, facts.form
+    if not request.has_budget:
+        return dict(allocate(ready, request, None, left, form).keep)
+    told = request
+    if request.allocation == Allocation.FLUCTUATION:
+        told = dataclasses.replace(told, allocation=str(Allocation.CURVATURE))
+    if request.speedup is not None:
+        told = dataclasses.replace(told, speedup=None, sparsity=1 - 1 / request.speedup)
+    _, _, shared = asked_groups(ready, told, left)
+    gone = {group.name: np.linspace(1.0, 0.0, group.units + 1) for group in shared}
+    curves = {name: Curve(name, share**2) for name, share in gone.items()}
+    return dict(allocate(ready, told, curves, left, form).keep)
+
+
+# ---- one layer of each class -------------------------------------------------------------
+
+
+def layer_classes(ready: Opened, groups: Sequence[CouplingGroup]) -> tuple[LayerClass, ...]:
+    """Part groups by the size of their problem; choose for each class the group to be solved.
+
+    That is the first of them, or, where they are large and few, the one that was chosen for the
+    next smaller class: it would take too large a share of the run.
+    """
+    found: dict[tuple[Any, ...], list[CouplingGroup]] = {}
+    for group in groups:
+        maps = linear_maps(ready.model, group)
+        forms = tuple((type(m.module), m.rows, m.outputs, m.number_format) for m in maps)
+        found.setdefault((max(m.rows for m in maps), group.units, forms), []).append(group)
+    classes: list[LayerClass] = []
+    for (rows, *_), some in sorted(found.items(), key=lambda item: item[0][:2]):
+        names = tuple(group.name for group in some)
+        solve = not classes or rows <= _MOST_ROWS or len(some) >= _MANY
+        source, size = (names[0], rows) if solve else (classes[-1].source, classes[-1].source_rows)
+        classes.append(LayerClass(names, rows, source, size))
+    return tuple(classes)
+
+
+def over_classes(classes: Sequence[LayerClass], seconds: Mapping[str, float]) -> Span:
+    """Return what all groups take, of the seconds of those that were solved.
+
+    A problem with p inputs takes between p^2 and p^3: all of it is products, factorizations and
+    sweeps of matrices with p rows.
+    """
+    spans = []
+    for one in classes:
+        growth, took = one.rows / one.source_rows, seconds.get(one.source, 0.0)
+        spread = 0.2 if growth == 1 else 0.3
+        low, middle, high = (took * growth**power for power in (2, 2.5, 3))
+        number = len(one.groups)
+        spans.append(
+            Span(number * low * (1 - spread), number * middle, number * high * (1 + spread))
+        )
+    return together(*spans)
+
+
+def _of_walk(
+    ready: Opened,
+    few: Opened,
+    request: PruningRequest,
+    keep: Mapping[str, int],
+    groups: Sequence[CouplingGroup],
+    classes: Sequence[LayerClass],
+    held: int,
+    room: Room | None,
+    clock: Clock,
+) -> tuple[dict[Stage, Span], int]:
+    """Walk a few samples past all groups in one pass, and solve one group of each class.
+
+    Returns
+    -------
+    dict of Stage to Span
+        What walk, Gram matrices, damping and solver take in the run, whose passes end at calls of
+        layers that are counted.
+    int
+        How many passes the run makes.
+    """
+    target = Target(request.target)
+    began = clock()
+    planned = walk(few, groups, target=target, held=held)
+    planning = clock() - began
+    solve = {one.source: one.groups for one in classes}
+    damping: dict[str, float] = {}
+    solving: dict[str, float] = {}
+    with profiled(clock) as profile, _silent():
+        for site in walk(few, groups, in_turn=False, target=target, held=held):
+            name = site.group.name
+            if name not in solve:
+                continue
+            site.final = False  # nobody measures what comes after the commit
+            stays = round(sum(keep[g] for g in solve[name]) / len(solve[name]))
+            with (
+                profiled(clock) as own,
+                room_for(few.model, 0 if room is None else room.matrices),
+                memory_for(f"the problem of {name!r}", FOR_MATRICES),
+            ):
+                solved(site, min(stays, site.group.units - 1), request, 0.0)
+            site.committed = False  # else batches that have passed it would end
+            damping[name] = own.seconds[Stage.DAMPING]
+            solving[name] = own.seconds[Stage.SOLVER]
+    times, took = ready.inputs.samples / few.inputs.samples, profile.seconds
+    reach = sum((last + 1) / len(planned.calls) for last in planned.itinerary)
+    solver = over_classes(classes, solving)
+    exact = request.certify or request.chosen_backend().kind is solvers.BackendKind.EXACT
+    if exact and any(one.extrapolated for one in classes):  # layers have searches of their own
+        solver = Span(0.0, solver.seconds, math.inf)
+    stages = {
+        Stage.WALK: Span.about(planning + reach * times * took[Stage.WALK], 0.2),
+        Stage.GRAM: Span.about(times * took[Stage.GRAM], 0.2),
+        Stage.DAMPING: over_classes(classes, damping),
+        Stage.SOLVER: solver,
+    }
+    return stages, len(planned.itinerary)
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Leave out the warnings that few samples alone give rise to."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        yield
+
+
+# ---- a budget ----------------------------------------------------------------------------
+
+
+def _of_budget(
+    ready: Opened,
+    few: Opened,
+    request: PruningRequest,
+    shared: Sequence[CouplingGroup],
+    allocating: float,
+    one: float,
+    clock: Clock,
+) -> dict[Stage, Span]:
+    """Return what it takes to share a budget out."""
+    samples = few.inputs.samples
+    allocation = Span.about(allocating, 0.3)
+    if request.allocation == Allocation.FLUCTUATION:
+        scores = _seconds(lambda: measure_fluctuations(few, shared), clock)
+        of_all = scores * ready.inputs.samples / samples
+        allocation = together(allocation, Span.about(of_all, 0.3))
+    if request.speedup is not None:  # a table that is kept spares the first part
+        one *= min(ready.batch_size, ready.inputs.samples)
+        table, again = table_passes() * one, max(WORTHWHILE_SECONDS, round_passes() * one)
+        timing = Span(again, table + 2 * again, table + MOST_ROUNDS * again)
+        allocation = together(allocation, timing)
+    stages = {Stage.ALLOCATION: allocation}
+    if request.allocation != Allocation.CURVATURE:
+        return stages
+    most = min(ready.inputs.samples, curve_samples(ready))
+    classes = layer_classes(ready, shared)
+    solve = {one.source for one in classes}
+    curves: dict[str, float] = {}
+    with profiled(clock) as profile, _silent():
+        measured = curvature(few, shared, samples=samples, seed=request.seed)
+        while True:
+            with timed(Stage.CURVATURE):
+                found = next(measured, None)
+            if found is None:
+                break
+            if found.group.name in solve:
+                began = clock()
+                elimination_curve(found.problem(DEFAULT_DAMP))
+                curves[found.group.name] = clock() - began
+    if held_batches(ready, small_batches(ready, most)):  # once more, for the damping
+        curves = {name: 2 * seconds for name, seconds in curves.items()}
+    passes = profile.seconds[Stage.CURVATURE] * most / min(samples, most)
+    return stages | {
+        Stage.CURVATURE: Span.about(passes, 0.25),
+        Stage.CURVES: over_classes(classes, curves),
+    }
