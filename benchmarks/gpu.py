@@ -26,7 +26,6 @@ from osscar.base.devices import clock_of
 from osscar.base.memory import available_memory
 from osscar.base.timing import Stage, profiled
 from osscar.data.tokens import load_calibration
-from osscar.estimation.scaled import Scaled
 from osscar.models.language import load_model
 from osscar.pruning.prune import prune_as_asked
 from osscar.request import PruningRequest
@@ -94,7 +93,12 @@ def predicted(p: int, found: Sequence[tuple[int, float]]) -> float | None:
     """Return the seconds for p inputs, told from two smaller sizes; None without these."""
     if len(found) < 2:
         return None
-    return Scaled.along(max(p, found[-1][0]), found[-2:], spread=0.0).seconds
+    size, seconds = found[-1]
+    growth = max(p, size) / size
+    ratio, less = found[-2][0] / size, found[-2][1]
+    # a + b = seconds and a ratio^2 + b ratio^3 = less, for sizes relative to the larger one.
+    b = min(max((seconds * ratio**2 - less) / (ratio**2 - ratio**3), 0.0), seconds)
+    return (seconds - b) * growth**2 + b * growth**3
 
 
 def in_an_hour(found: Sequence[tuple[int, float]]) -> int:
