@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic_core import SchemaValidator
 
 from osscar.base.errors import FileError
 from osscar.base.files import reason_of
@@ -19,7 +20,7 @@ from osscar.base.inputs import read_bytes
 
 T = TypeVar("T")
 
-STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 """For the ``__pydantic_config__`` of a dataclass that `read_json` reads; what it contains follows.
 
 Of the types that JSON has, none is taken for another; no field is missing or left over.
@@ -32,6 +33,9 @@ _LARGEST = 2**63
 
 _MOST_DIGITS = 40
 """Of a whole number in a file that is not ours."""
+
+_DEEPEST = 200
+"""Objects and lists in one another."""
 
 _SHOWN = 60
 """Characters of an offending value that a message shows."""
@@ -58,21 +62,16 @@ def read_json(path: Path, schema: type[T], *, limit: int = 16 * MEGABYTE) -> T:
     return parse_json(_read_text(path, limit), schema, path)
 
 
-def validated(content: Any, schema: type[T], name: str) -> T:
-    """Check JSON-able data that came some other way, as `read_json` does.
+def validated(content: Any, schema: type[T], name: str | os.PathLike[str]) -> T:
+    """Check what JSON was parsed to against a schema.
 
     Raises
     ------
     FileError
-        If it is not JSON-able, or does not hold what the schema says.
+        If it does not hold what the schema says; the message names the field.
     """
-    try:
-        text = json.dumps(content)
-    except RecursionError as error:
-        raise FileError(name, "it is nested too deeply") from error
-    except (TypeError, ValueError) as error:
-        raise FileError(name, str(error)) from error
-    return parse_json(text, schema, name)
+    with _named(name):
+        return cast(T, _validator(cast(Any, schema)).validate_python(content))
 
 
 def read_object(path: Path, *, limit: int = 64 * MEGABYTE) -> dict[str, Any]:
@@ -95,38 +94,22 @@ def read_object(path: Path, *, limit: int = 64 * MEGABYTE) -> dict[str, Any]:
         If it is missing, too large, no JSON object, holds NaN or one key twice, or is nested too
         deeply.
     """
-    text = _read_text(path, limit)
-    try:
-        with _syntax_named():
-            found = json.loads(
-                text, parse_constant=_infinite, parse_int=_short, object_pairs_hook=_distinct
-            )
-    except RecursionError as error:
-        raise FileError(path, "it is nested too deeply") from error
-    except ValueError as error:
-        raise FileError(path, str(error)) from error
+    found = _parsed(_read_text(path, limit), path, parse_constant=_infinite, parse_int=_short)
     if not isinstance(found, dict):
         raise FileError(path, f"it holds a {type(found).__name__}, not an object")
     return found
 
 
 def parse_json(text: str, schema: type[T], path: str | os.PathLike[str]) -> T:
-    """Check and parse the text of a JSON file, as `read_json` does.
+    """Parse and check the text of a JSON file, as `read_json` does.
 
     Raises
     ------
     FileError
         As there.
     """
-    try:
-        _refuse_oddities(text)
-        return cast(T, _adapter(cast(Any, schema)).validate_json(text))
-    except ValidationError as error:
-        raise FileError(path, _first(error)) from error
-    except RecursionError as error:
-        raise FileError(path, "it is nested too deeply") from error
-    except ValueError as error:
-        raise FileError(path, str(error)) from error
+    numbers = {"parse_constant": _refused, "parse_float": _finite, "parse_int": _moderate}
+    return validated(_parsed(text, path, **numbers), schema, path)
 
 
 def _read_text(path: Path, limit: int) -> str:
@@ -138,30 +121,63 @@ def _read_text(path: Path, limit: int) -> str:
         raise FileError(path, f"it is not UTF-8 (byte {error.start})") from error
 
 
-@cache
-def _adapter(schema: type[Any]) -> TypeAdapter[Any]:
-    return TypeAdapter(schema)
+def _parsed(text: str, path: str | os.PathLike[str], **numbers: Callable[[str], Any]) -> Any:
+    """Parse a text, and refuse what parsers of JSON differ about: not all would read the same.
 
-
-def _refuse_oddities(text: str) -> None:
-    """Refuse what parsers of JSON differ about: they would not all read the same."""
-    with _syntax_named():
-        json.loads(
-            text,
-            parse_constant=_refused,
-            parse_float=_finite,
-            parse_int=_moderate,
-            object_pairs_hook=_distinct,
-        )
+    Raises
+    ------
+    FileError
+        If it is no JSON, has a key twice, is nested too deeply, or escapes what is no Unicode.
+    """
+    with _named(path):
+        found = json.loads(text, object_pairs_hook=_distinct, **numbers)
+        if "\\u" in text:
+            json.dumps(found, ensure_ascii=False).encode()
+        _check_depth(found)
+        return found
 
 
 @contextmanager
-def _syntax_named() -> Iterator[None]:
-    """Say of a text that is no JSON that it is none, and not only which sign was expected where."""
+def _named(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Raise what is wrong with a file as a `FileError`."""
     try:
         yield
+    except ValidationError as error:
+        raise FileError(path, _first(error)) from error
+    except RecursionError as error:
+        raise FileError(path, "it is nested too deeply") from error
     except json.JSONDecodeError as error:
-        raise ValueError(f"it is not JSON: {error}") from error
+        raise FileError(path, f"it is not JSON: {error}") from error
+    except UnicodeEncodeError as error:
+        raise FileError(path, "it is not JSON: it escapes half of a surrogate pair") from error
+    except ValueError as error:
+        raise FileError(path, str(error)) from error
+
+
+def _check_depth(found: Any) -> None:
+    level = [[found]]
+    for _ in range(_DEEPEST):
+        inside = (x.values() if isinstance(x, dict) else x for x in level)
+        level = [x for values in inside for x in values if isinstance(x, dict | list)]
+        if not level:
+            return
+    raise RecursionError
+
+
+@cache
+def _validator(schema: type[Any]) -> SchemaValidator:
+    return SchemaValidator(_strict(TypeAdapter(schema).core_schema))
+
+
+def _strict(schema: Any) -> Any:
+    """Make the scalars of a schema strict.
+
+    Pydantic's own strict mode asks for tuples and members of enumerations, which JSON has not.
+    """
+    if isinstance(schema, dict):
+        strict = {"strict": True} if schema.get("type") in ("bool", "float", "int", "str") else {}
+        return {key: _strict(value) for key, value in schema.items()} | strict
+    return [*map(_strict, schema)] if isinstance(schema, list) else schema
 
 
 def _refused(text: str) -> float:
@@ -204,10 +220,12 @@ def _first(error: ValidationError) -> str:
     """Say the first thing that is wrong: where, what, and the value."""
     found = error.errors(include_url=False)[0]
     place = ".".join(str(part) for part in found["loc"])
-    complete = found["type"] in ("json_invalid", "missing", "value_error")
+    complete = found["type"] in ("missing", "value_error")
     shown = "" if complete else f", not {found['input']!r}"
     if len(shown) > _SHOWN:
         shown = shown[:_SHOWN] + "..."
     message = found["msg"].removeprefix("Value error, ")
+    if found["type"] in ("dataclass_type", "dict_type"):
+        message = "input should be an object"
     message = message[:1].lower() + message[1:]
     return f"{place or 'it'}: {message}{shown}"
