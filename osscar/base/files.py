@@ -32,7 +32,7 @@ def cache_directory() -> Path:
 
 
 @contextmanager
-def whole(path: Path) -> Iterator[Path]:
+def atomic_write(path: Path) -> Iterator[Path]:
     """Give a place beside `path` to write to; once the block has ended, it becomes `path`.
 
     The place bears the number of the process, so that two never write to the same.  It is on the
@@ -52,10 +52,10 @@ def whole(path: Path) -> Iterator[Path]:
             return
         with system_errors():
             yield partial
-        settle(partial)
+        fsync(partial)
         partial.replace(target)
         with suppress(OSError):  # it is there, whatever a loss of power may undo
-            settle(target.parent)
+            fsync(target.parent)
     except OSError as error:
         raise OutputError(f"cannot write {path}: {reason_of(error)}{remedy(error)}") from error
     finally:
@@ -128,7 +128,7 @@ def write_text(path: Path, text: str) -> None:
     OutputError
         If it cannot be written.
     """
-    with whole(path) as partial:
+    with atomic_write(path) as partial:
         partial.write_text(text, encoding="utf-8")
 
 
@@ -157,12 +157,12 @@ def stored(path: Path) -> Iterator[None]:
     try:
         with system_errors():
             yield
-        settle(path)
+        fsync(path)
     except OSError as error:
         raise OutputError(f"cannot write {path}: {reason_of(error)}{remedy(error)}") from error
 
 
-def settle(path: Path) -> None:
+def fsync(path: Path) -> None:
     """Wait until a file, or the names in a directory, are on the disk.
 
     Raises

@@ -21,7 +21,7 @@ LOCK_FILE = ".osscar.lock"
 
 
 @contextmanager
-def hold(place: Path, work: Path) -> Iterator[bool]:
+def file_lock(place: Path, work: Path) -> Iterator[bool]:
     """Hold a lock file; the system releases it when the process ends, however.
 
     It says who holds it, for those who find it held.

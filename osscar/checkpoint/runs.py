@@ -27,9 +27,9 @@ from typing import Any, ClassVar, Literal
 from pydantic import ConfigDict
 
 from osscar.base.errors import BusyError, FileError, OutputError
-from osscar.base.files import PARTIAL, reason_of, settle, write_json
+from osscar.base.files import PARTIAL, fsync, reason_of, write_json
 from osscar.base.json_files import STRICT, read_json
-from osscar.base.locks import LOCK_FILE, hold
+from osscar.base.locks import LOCK_FILE, file_lock
 from osscar.base.signals import uninterrupted
 
 _MARK_FILE = "run.json"
@@ -130,10 +130,10 @@ class Run:
         What is new is on the disk before it takes the place of what is old.
         """
         for written in (*self.new.rglob("*"), self.new):
-            settle(written)
+            fsync(written)
         self._swap()
         with suppress(OSError):  # it is done, whatever a loss of power may undo
-            settle(self.target.parent)
+            fsync(self.target.parent)
 
     def _swap(self) -> None:
         if self.work.parent == self.target:
@@ -173,7 +173,7 @@ def run_for(path: Path, place: Path) -> Iterator[Run]:
     """Make the directory of a run, and remove it in the end."""
     run = Run(path, Path(tempfile.mkdtemp(prefix=_maker(path), dir=place)))
     try:
-        with hold(run.work / LOCK_FILE, path):
+        with file_lock(run.work / LOCK_FILE, path):
             try:
                 now, host = time.time_ns(), socket.gethostname()
                 mark = Mark("osscar.run/1", path.name, os.getpid(), host, now)
@@ -220,7 +220,7 @@ def recover(path: Path) -> None:
         if mark is None:
             _remove_unmarked(run.work)
             continue
-        with suppress(OutputError), hold(run.work / LOCK_FILE, path) as held, uninterrupted():
+        with suppress(OutputError), file_lock(run.work / LOCK_FILE, path) as held, uninterrupted():
             if held or not _may_live(mark):
                 _remove(run)
 
@@ -262,7 +262,7 @@ def _remove_unmarked(work: Path) -> None:
         partial = {n for n in names if n.startswith(f".{_MARK_FILE}.") and n.endswith(PARTIAL)}
         if names - partial - {LOCK_FILE} or not (idle or LOCK_FILE in names):
             return
-        with hold(work / LOCK_FILE, work) as held:
+        with file_lock(work / LOCK_FILE, work) as held:
             if held or idle:
                 for name in (*partial, LOCK_FILE):
                     (work / name).unlink(missing_ok=True)

@@ -31,7 +31,7 @@ from osscar.base.errors import (
     OptionError,
     OutputError,
 )
-from osscar.base.files import reason_of, resolved, whole
+from osscar.base.files import atomic_write, reason_of, resolved
 from osscar.base.inputs import file_name
 from osscar.checkpoint.directory import load
 from osscar.checkpoint.manifest import is_checkpoint
@@ -120,7 +120,7 @@ def export_gguf(
     _check_target(target, overwrite)
     graph = Graph(load(source), dtype, library)
     vocabulary = read_vocabulary(source, graph.config.vocab_size)
-    with whole(target) as partial:
+    with atomic_write(target) as partial:
         _write(partial, name, graph, vocabulary)
         _check_written(partial, graph, vocabulary)
     return Exported(target, graph.architecture, dtype, target.stat().st_size)

@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 
 from graph.tracing.export import varies
 from osscar.base.errors import CheckpointError, ModelError, OutputError
-from osscar.base.files import resolved, whole
+from osscar.base.files import atomic_write, resolved
 from osscar.checkpoint.directory import load
 from osscar.network.modules import check_module
 from osscar.shrinking.equivalence import prove_equal
@@ -83,7 +83,7 @@ def export_pt2(
     program, example = exported(read), example_of(read)
     with torch.no_grad():
         expected = pytree.tree_leaves(read(**example))
-    with whole(target) as partial:
+    with atomic_write(target) as partial:
         with partial.open("wb") as file:
             torch.export.save(program, file)
         with partial.open("rb") as file, torch.no_grad():

@@ -27,9 +27,9 @@ from torch import Tensor, nn
 
 from osscar.allocation.budget import Allocated, Budget
 from osscar.base.errors import FileError, OutputError, RunError
-from osscar.base.files import PARTIAL, digest, reason_of, remedy, whole, write_json
+from osscar.base.files import PARTIAL, atomic_write, digest, reason_of, remedy, write_json
 from osscar.base.json_files import MEGABYTE, STRICT, parse_json, read_json
-from osscar.base.locks import LOCK_FILE, hold
+from osscar.base.locks import LOCK_FILE, file_lock
 from osscar.base.printable import are, counted
 from osscar.base.signals import uninterrupted
 from osscar.base.version import VERSION
@@ -206,7 +206,7 @@ class RunLog:
             except OSError as error:
                 reason = f"{reason_of(error)}{remedy(error)}"
                 raise OutputError(f"cannot write {self.directory}: {reason}") from error
-            with hold(self.directory / LOCK_FILE, self.directory):
+            with file_lock(self.directory / LOCK_FILE, self.directory):
                 self._held = True
                 try:
                     self._clear()
@@ -415,7 +415,7 @@ class RunLog:
             "digest": sha256_of((str(i), W) for i, W in enumerate(record.weights)),
         }
         tensors = {str(i): values_of(W).contiguous().cpu() for i, W in enumerate(record.weights)}
-        with whole(self._place(index)) as partial:
+        with atomic_write(self._place(index)) as partial:
             safetensors.torch.save_file(tensors, partial, {_RECORD: json.dumps(words)})
 
     def _read(self, index: int) -> SiteRecord:

@@ -14,7 +14,7 @@ from pydantic import ConfigDict
 from osscar.base.errors import FileError, OutputError, RunError
 from osscar.base.files import reason_of, resolved, write_json
 from osscar.base.json_files import STRICT, read_json
-from osscar.base.locks import LOCK_FILE, hold
+from osscar.base.locks import LOCK_FILE, file_lock
 from osscar.preparation.fingerprint import Fingerprint
 from osscar.pruning.run_log import RunManifest
 from osscar.pruning.sweep import BudgetKind, Job
@@ -173,7 +173,7 @@ class SweepDirectory:
             (self.path / _POINTS).mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise OutputError(f"cannot write {self.path}: {reason_of(error)}") from error
-        with hold(self.path / LOCK_FILE, self.path):
+        with file_lock(self.path / LOCK_FILE, self.path):
             file = self.path / _MANIFEST
             if file.exists():
                 difference = manifest.difference(self._read(file, SweepManifest))

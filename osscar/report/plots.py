@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 import solvers
-from osscar.base.files import whole
+from osscar.base.files import atomic_write
 from osscar.report.numbers import share
 from osscar.report.page import COLORS, STYLE
 from osscar.report.summary import HIT, Case, Summary, excess
@@ -81,9 +81,9 @@ def draw_plots(summary: Summary, directory: Path) -> dict[str, Drawn]:
                 figure.set_layout_engine(None)
                 file = directory / f"{name}.svg"
                 written[name] = Drawn(file, figure.get_figwidth())
-                with whole(file.with_suffix(".png")) as png:
+                with atomic_write(file.with_suffix(".png")) as png:
                     figure.savefig(png, format="png", dpi=150)
-                with whole(file) as svg:
+                with atomic_write(file) as svg:
                     figure.savefig(svg, format="svg", metadata={"Date": None})
     return written
 

@@ -29,7 +29,7 @@ from pydantic import ConfigDict
 
 import solvers
 from osscar.base.errors import MissingDependency, OsscarError, StudyError
-from osscar.base.files import file_digest, whole
+from osscar.base.files import atomic_write, file_digest
 from osscar.base.json_files import STRICT, parse_json
 from osscar.base.version import VERSION
 from osscar.study.jobs import RECORDS, Task, check_asked, memory_of, solve_task
@@ -188,7 +188,7 @@ def _kept(task: Task, text: str, written: bytes, certificate: bytes) -> Record:
     check_asked(task, answer.record)
     for file, data in ((task.certificate_file, certificate), (task.file, written)):
         if data:
-            with whole(file) as partial:
+            with atomic_write(file) as partial:
                 partial.write_bytes(data)
     if written:
         task.read()  # which refuses what is no record

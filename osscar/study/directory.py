@@ -34,7 +34,7 @@ from osscar.base.files import (
 )
 from osscar.base.inputs import file_name
 from osscar.base.json_files import MEGABYTE, STRICT, read_json
-from osscar.base.locks import LOCK_FILE, hold
+from osscar.base.locks import LOCK_FILE, file_lock
 from osscar.base.progress import stage
 from osscar.base.signals import uninterrupted
 from osscar.preparation.fingerprint import Fingerprint
@@ -159,7 +159,7 @@ class Study:
             return
         self._make_directory()
         try:
-            with hold(self.directory / LOCK_FILE, self.directory):
+            with file_lock(self.directory / LOCK_FILE, self.directory):
                 self._held = True
                 try:
                     if self._settings.exists():

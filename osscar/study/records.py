@@ -15,7 +15,7 @@ from typing import ClassVar, TypeAlias
 from pydantic import ConfigDict
 
 from osscar.base.errors import FileError, StudyError
-from osscar.base.files import whole
+from osscar.base.files import atomic_write
 from osscar.base.json_files import STRICT, read_json
 from osscar.base.printable import command_line
 
@@ -174,7 +174,7 @@ def write_csv(path: Path, records: Sequence[Record]) -> None:
         If it cannot be written.
     """
     names = [f.name for f in dataclasses.fields(Record)]
-    with whole(path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
+    with atomic_write(path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow([*names, "command"])
         for record in records:

@@ -19,9 +19,9 @@ from pydantic import ConfigDict
 
 from osscar.base import files, locks
 from osscar.base.errors import BusyError, FileError, OutputError
-from osscar.base.files import digest, file_digest, resolved, whole, write_json, write_text
+from osscar.base.files import atomic_write, digest, file_digest, resolved, write_json, write_text
 from osscar.base.json_files import STRICT, read_json, validated
-from osscar.base.locks import hold
+from osscar.base.locks import file_lock
 from osscar.base.signals import ends_tidily, uninterrupted
 
 
@@ -112,7 +112,7 @@ def test_what_is_being_written_bears_the_process_and_goes_if_it_fails(tmp_path: 
         partial.write_text("new")
         raise ZeroDivisionError
 
-    with pytest.raises(ZeroDivisionError), whole(tmp_path / "x.csv") as partial:
+    with pytest.raises(ZeroDivisionError), atomic_write(tmp_path / "x.csv") as partial:
         fail(partial)
     assert [file.name for file in tmp_path.iterdir()] == ["x.csv"]
     assert (tmp_path / "x.csv").read_text() == "old"
@@ -155,14 +155,14 @@ def test_digests_are_sha256(tmp_path: Path) -> None:
 
 def test_a_lock_is_held_by_one(tmp_path: Path) -> None:
     place = tmp_path / ".lock"
-    with hold(place, tmp_path) as held:
+    with file_lock(place, tmp_path) as held:
         assert held
         with pytest.raises(BusyError, match=f"another process is at work in {tmp_path}"):
-            hold(place, tmp_path).__enter__()
-    with hold(place, tmp_path):
+            file_lock(place, tmp_path).__enter__()
+    with file_lock(place, tmp_path):
         pass
     with pytest.raises(OutputError, match="cannot write"):
-        hold(place / ".lock", tmp_path).__enter__()
+        file_lock(place / ".lock", tmp_path).__enter__()
 
 
 @pytest.mark.parametrize("error", [NotImplementedError(), OSError(38, "Function not implemented")])
@@ -173,7 +173,7 @@ def test_a_file_system_without_locks_is_better_unguarded_than_unusable(
         raise error
 
     monkeypatch.setattr(filelock.FileLock, "acquire", refuse)
-    with hold(tmp_path / ".lock", tmp_path) as held:
+    with file_lock(tmp_path / ".lock", tmp_path) as held:
         assert not held
 
 
@@ -217,16 +217,16 @@ def _tidied(file: str) -> None:
 def test_what_libraries_in_rust_say_of_the_system_is_an_error_of_the_system(tmp_path):
     for text in ("I/O error: No space left on device (os error 28)", "[Errno 28] No space left"):
         full = pytest.raises(OutputError, match=r"new\.txt: No space left on device; make room")
-        with full, files.whole(tmp_path / "new.txt"):
+        with full, files.atomic_write(tmp_path / "new.txt"):
             raise Exception(text)
-    with pytest.raises(ValueError, match="another"), files.whole(tmp_path / "new.txt"):
+    with pytest.raises(ValueError, match="another"), files.atomic_write(tmp_path / "new.txt"):
         raise ValueError("another")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_file_is_on_the_disk_before_it_takes_its_name(tmp_path, monkeypatch):
     path, synced = tmp_path / "new.txt", []
-    monkeypatch.setattr(files, "settle", lambda place: synced.append((place, path.exists())))
+    monkeypatch.setattr(files, "fsync", lambda place: synced.append((place, path.exists())))
     files.write_text(path, "text")
     (part, was_there), (directory, is_there) = synced
     assert part.name.endswith(files.PARTIAL)
@@ -236,12 +236,16 @@ def test_a_file_is_on_the_disk_before_it_takes_its_name(tmp_path, monkeypatch):
 def test_a_lock_says_who_holds_it(tmp_path):
     place = tmp_path / "lock"
     with (
-        locks.hold(place, tmp_path),
+        locks.file_lock(place, tmp_path),
         pytest.raises(BusyError, match=rf"\(process {os.getpid()} on .*\); wait for it"),
-        locks.hold(place, tmp_path),
+        locks.file_lock(place, tmp_path),
     ):
         pass
     place.write_text("\x1b[2J no process\n")
-    with filelock.FileLock(place), pytest.raises(BusyError) as caught, locks.hold(place, tmp_path):
+    with (
+        filelock.FileLock(place),
+        pytest.raises(BusyError) as caught,
+        locks.file_lock(place, tmp_path),
+    ):
         pass
     assert "\x1b" not in str(caught.value)

@@ -10,7 +10,7 @@ import torch
 
 import osscar
 from osscar.base.errors import BusyError, RunError
-from osscar.base.locks import LOCK_FILE, hold
+from osscar.base.locks import LOCK_FILE, file_lock
 from osscar.preparation.fingerprint import sha256_of
 from osscar.pruning.prune import prune_as_asked
 from osscar.pruning.run_log import MANIFEST, RunLog
@@ -159,7 +159,7 @@ def test_foreign_files_in_a_log_survive_its_removal(tmp_path):
 def test_a_log_in_use_and_a_directory_of_someone_else_are_not_removed(tmp_path):
     log = RunLog(tmp_path / "log")
     prune_as_asked(tiny("opt"), tokens(), REQUEST, log)
-    with hold(log.directory / LOCK_FILE, log.directory), pytest.raises(BusyError):
+    with file_lock(log.directory / LOCK_FILE, log.directory), pytest.raises(BusyError):
         log.remove()
     assert log.committed > 0
     foreign = RunLog(tmp_path / "mine")
