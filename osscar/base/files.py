@@ -146,7 +146,7 @@ def write_json(path: Path, content: Any, *, indent: int | None = 2) -> None:
 
 
 @contextmanager
-def stored(path: Path) -> Iterator[None]:
+def fsynced(path: Path) -> Iterator[None]:
     """Let the block write a file by means that make it whole, and wait until it is on the disk.
 
     Raises

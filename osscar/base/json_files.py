@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -121,7 +121,7 @@ def _read_text(path: Path, limit: int) -> str:
         raise FileError(path, f"it is not UTF-8 (byte {error.start})") from error
 
 
-def _parsed(text: str, path: str | os.PathLike[str], **numbers: Callable[[str], Any]) -> Any:
+def _parsed(text: str, path: str | os.PathLike[str], **numbers: Any) -> Any:
     """Parse a text, and refuse what parsers of JSON differ about: not all would read the same.
 
     Raises
@@ -155,7 +155,7 @@ def _named(path: str | os.PathLike[str]) -> Iterator[None]:
 
 
 def _check_depth(found: Any) -> None:
-    level = [[found]]
+    level: list[Any] = [[found]]
     for _ in range(_DEEPEST):
         inside = (x.values() if isinstance(x, dict) else x for x in level)
         level = [x for values in inside for x in values if isinstance(x, dict | list)]

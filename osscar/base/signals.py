@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
 
 
 @contextmanager
@@ -14,7 +15,7 @@ def uninterrupted() -> Iterator[None]:
     """Let interrupts and requests to end wait until the block is done; keep it short."""
     waiting: list[int] = []
     try:
-        with _handled(lambda number, _: waiting.append(number)):
+        with handling(lambda number, _: waiting.append(number)):
             yield
     finally:
         for number in dict.fromkeys(waiting):
@@ -38,7 +39,7 @@ def ends_tidily() -> Iterator[None]:
         raise SystemExit(128 + number)
 
     try:
-        with _handled(unwind, (signal.SIGTERM,)):
+        with handling(unwind, (signal.SIGTERM,)):
             yield
     finally:
         if ended:
@@ -46,8 +47,8 @@ def ends_tidily() -> Iterator[None]:
 
 
 @contextmanager
-def _handled(
-    handler: Callable[[int, FrameType | None], object],
+def handling(
+    handler: signal.Handlers | Callable[[int, FrameType | None], Any] | int | None,
     numbers: tuple[signal.Signals, ...] = (signal.SIGINT, signal.SIGTERM),
 ) -> Iterator[None]:
     """Handle signals in this way, which only the main thread can say."""

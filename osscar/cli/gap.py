@@ -185,7 +185,7 @@ def command(
             elif not study.instances:
                 study.capture(_file_problems(sources))
             jobs = cluster.workers if cluster else jobs or study.affordable_jobs()
-            records = study.run(design, jobs, cluster=cluster)
+            records = study.run(design, jobs, executor=cluster)
             summary = summarize(records, study.trivial)
             report = write_report(study, design, records, summary, jobs=jobs)
         _print(summary)

@@ -147,9 +147,9 @@ def command(
     from osscar.data.batches import as_inputs
     from osscar.preparation.repeatable import check_repeatable
     from osscar.pruning.memory import check_can_stream
-    from osscar.pruning.run_log import RunManifest
+    from osscar.pruning.run_log import run_manifest
     from osscar.pruning.sweep import jobs
-    from osscar.pruning.sweep_points import SweepDirectory, SweepManifest
+    from osscar.pruning.sweep_points import SweepDirectory, sweep_manifest
     from osscar.report.run_tables import left_alone_table
     from osscar.report.sweep_page import sweep_page, sweep_table
     from osscar.request import PruningRequest
@@ -197,11 +197,14 @@ def command(
         )
         wrapped = as_inputs(loaded.model, data)
         rows = wrapped.batch_size if batch_size is None else batch_size
-        run = RunManifest.of(base, loaded.model, wrapped, rows)
+        run = run_manifest(base, loaded.model, wrapped, rows)
         check_repeatable(loaded.model, wrapped.example(loaded.model))
-        manifest = SweepManifest.of(run, budget, scorer.scored)
+        manifest = sweep_manifest(run, budget, scorer.scored)
         sample = wrapped.batches(loaded.model, 1)[0]
-        with place.begun(manifest), way_back(lambda: f"finished points are kept in {place.path}"):
+        with (
+            place.begun(manifest),
+            way_back(lambda: f"finished points are kept in {place.directory}"),
+        ):
             dense = tell_dense(loaded, data)
             found = _measured(place, loaded.model, data, base, points, scorer, sample)
             content = {
@@ -216,12 +219,12 @@ def command(
                 "left_alone": [dataclasses.asdict(group) for group in found[-1].left_alone],
             }
             content = document("sweep", 3, content)
-            write_json(place.path / DOCUMENT_FILE, content)
-            write_text(place.path / PAGE_FILE, sweep_page(content))
+            write_json(place.directory / DOCUMENT_FILE, content)
+            write_text(place.directory / PAGE_FILE, sweep_page(content))
     out.print(sweep_table(content))
     if found[-1].left_alone:
         out.print(left_alone_table(found[-1].left_alone))
-    say(f"report: {place.path / PAGE_FILE}")
+    say(f"report: {place.directory / PAGE_FILE}")
     write_json(json, content)
 
 
@@ -278,10 +281,10 @@ def _measured(
 
     unpruned = dense_job(points[0].budget)
     if place.point(unpruned) is None:
-        place.write(_dense_point(unpruned, dense, scorer, sample))
+        place.keep(_dense_point(unpruned, dense, scorer, sample))
     todo = [job for job in points if place.point(job) is None]
     for number, (job, result) in enumerate(sweep(dense, data, base, todo), 1):
-        place.write(_point(job, result, dense, scorer, sample))
+        place.keep(_point(job, result, dense, scorer, sample))
         say(f"{job}: done, {number} of {len(todo)}")
         if result.budget is not None:
             say(budget_line(result.budget))

@@ -13,7 +13,7 @@ from itertools import chain
 from typing import Any, ClassVar
 
 import torch
-from pydantic import ConfigDict
+from pydantic import ConfigDict, JsonValue
 from torch import Tensor, nn
 
 from osscar.base.devices import this_device
@@ -168,6 +168,40 @@ class Fingerprint:
         if self.outputs.differs(before.outputs):
             return "the dense model puts out other values on the same inputs: its code has changed"
         return None
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a command makes of what; it goes on only where all of it is the same.
+
+    Parameters
+    ----------
+    schema
+        What this is, and in which version.
+    asked
+        Options, versions, files: whatever decides the result, by name.
+    dense
+        What tells the dense model and the calibration data from others; None where there is no
+        model, or it has not been read yet.
+    """
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    schema: str
+    asked: dict[str, JsonValue]
+    dense: Fingerprint | None
+
+    def difference(self, before: Manifest) -> str | None:
+        """Say in what it differs from an earlier one, or None."""
+        if self.schema != before.schema:
+            return f"it is {before.schema!r:.80}, and this version writes {self.schema!r}"
+        for name in sorted(self.asked | before.asked):
+            mine, theirs = self.asked.get(name), before.asked.get(name)
+            if mine != theirs:
+                return f"{name.replace('_', '-')} was {theirs!r:.80} and is {mine!r:.80}"
+        if self.dense is None or before.dense is None:
+            return None
+        return self.dense.difference(before.dense)
 
 
 def sha256_of(tensors: Iterable[tuple[str, Tensor]]) -> str:

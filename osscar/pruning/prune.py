@@ -36,11 +36,12 @@ from osscar.base.ranks import ALONE, Ranks
 from osscar.base.timing import Stage, timed
 from osscar.checkpoint.hf_config import adopt_config
 from osscar.network.modules import copied, count_parameters, device_of
+from osscar.preparation.fingerprint import Manifest
 from osscar.preparation.opened import Opened, opened
 from osscar.pruning.groups import held_out, prune_groups
 from osscar.pruning.memory import Room, check_streamed
 from osscar.pruning.result import PruningResult
-from osscar.pruning.run_log import RunLog, RunManifest, SiteRecord
+from osscar.pruning.run_log import RunLog, SiteRecord, run_manifest
 from osscar.pruning.shrunk import put_back, shrunk
 from osscar.pruning.trial import LeftAlone, named, reaches_further, what_follows
 from osscar.request import Allocation, PruningRequest
@@ -337,7 +338,7 @@ def _begun(
     if log is None and ranks.alone:
         yield ()
         return
-    manifest = RunManifest.of(request, ready.model, ready.inputs, ready.batch_size)
+    manifest = run_manifest(request, ready.model, ready.inputs, ready.batch_size)
     check_alike(ranks, manifest)
     batches = len(ready.batches())
     if batches < ranks.size:
@@ -354,7 +355,7 @@ def _begun(
         )
 
 
-def check_alike(ranks: Ranks, manifest: RunManifest) -> None:
+def check_alike(ranks: Ranks, manifest: Manifest) -> None:
     """Refuse ranks that make something else, or of something else.
 
     Raises

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,12 +10,11 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import ConfigDict
 
-from osscar.base.errors import FileError, OutputError, RunError
-from osscar.base.files import reason_of, resolved, write_json
-from osscar.base.json_files import STRICT, read_json
-from osscar.base.locks import LOCK_FILE, file_lock
-from osscar.preparation.fingerprint import Fingerprint
-from osscar.pruning.run_log import RunManifest
+from osscar.base.errors import RunError
+from osscar.base.files import resolved
+from osscar.base.journal import Journal, JournalKind
+from osscar.base.json_files import STRICT
+from osscar.preparation.fingerprint import Manifest
 from osscar.pruning.sweep import BudgetKind, Job
 from osscar.pruning.trial import LeftAlone
 from osscar.shrinking.plan import Form
@@ -24,10 +22,17 @@ from osscar.shrinking.plan import Form
 DENSE = "dense"
 """The method that stands for the model as it is."""
 
-_MANIFEST = "asked.json"
 _POINTS = "points"
-_VARIED = frozenset(map(str, BudgetKind))
-"""Of the request, what differs from point to point."""
+
+_SWEEP = JournalKind(
+    what="sweep",
+    manifest="asked.json",
+    schema=Manifest,
+    done=(f"{_POINTS}/*.json",),
+    others=(_POINTS,),
+    error=RunError,
+    otherwise="give another --out",
+)
 
 
 def dense_job(budget: BudgetKind) -> Job:
@@ -35,40 +40,21 @@ def dense_job(budget: BudgetKind) -> Job:
     return Job(DENSE, budget, budget.dense)
 
 
-@dataclass(frozen=True)
-class SweepManifest:
-    """What all points of a sweep share; they go together only where all of it is the same.
+def sweep_manifest(run: Manifest, budget: BudgetKind, scored: Mapping[str, Any]) -> Manifest:
+    """Describe what all points of a sweep share.
 
     Parameters
     ----------
-    schema
-        What this is, and in which version.
-    asked
-        The request without its budget, which budget that is, the versions, and what is scored.
-    dense
-        What tells the dense model and the calibration data from others.
+    run
+        That of one of its runs.
+    budget
+        In what the points differ.
+    scored
+        What quality is measured on.
     """
-
-    __pydantic_config__: ClassVar[ConfigDict] = STRICT
-
-    schema: Literal["osscar.sweep-asked/2"]
-    asked: dict[str, Any]
-    dense: Fingerprint
-
-    @classmethod
-    def of(cls, run: RunManifest, budget: BudgetKind, scored: Mapping[str, Any]) -> SweepManifest:
-        """Describe a sweep by the manifest of one of its runs, its budget, and what is scored."""
-        request = {name: value for name, value in run.request.items() if name not in _VARIED}
-        asked = {**request, "budget": str(budget), **run.versions, **scored}
-        return cls("osscar.sweep-asked/2", asked, run.dense)
-
-    def difference(self, before: SweepManifest) -> str | None:
-        """Say in what it differs from an earlier one, or None."""
-        for name in sorted(self.asked | before.asked):
-            mine, theirs = self.asked.get(name), before.asked.get(name)
-            if mine != theirs:
-                return f"{name.replace('_', ' ')} was {theirs!r:.80} and is {mine!r:.80}"
-        return self.dense.difference(before.dense)
+    varied = {str(kind) for kind in BudgetKind}
+    shared = {name: value for name, value in run.asked.items() if name not in varied}
+    return Manifest("osscar.sweep-asked/3", {**shared, "budget": str(budget), **scored}, run.dense)
 
 
 @dataclass(frozen=True)
@@ -128,36 +114,26 @@ class Point:
     left_alone: tuple[LeftAlone, ...]
 
 
-class SweepDirectory:
-    """Where a sweep lies.
+class SweepDirectory(Journal[Manifest]):
+    """The points of a sweep.
 
     Parameters
     ----------
     directory
-        It exists and was written by a sweep, or is empty, or does not exist.
+        It was written by a sweep, or is empty, or does not exist.
 
     Raises
     ------
-    OutputError
+    RunError
         If it is a file, or holds something else.
     """
 
     def __init__(self, directory: Path) -> None:
-        self.path = resolved(directory)
-        try:
-            if self.path.exists() and not self.path.is_dir():
-                raise OutputError(f"{self.path} is a file; give a directory")
-            names = [file.name for file in self.path.iterdir()] if self.path.is_dir() else []
-        except OSError as error:
-            raise OutputError(f"cannot read {self.path}: {reason_of(error)}") from error
-        if set(names) - {LOCK_FILE} and _MANIFEST not in names:
-            raise OutputError(
-                f"{self.path} holds something other than a sweep ({sorted(names)[0]!r}); give "
-                "another directory"
-            )
+        super().__init__(resolved(directory), _SWEEP)
+        self.refuse_foreign()
 
     @contextmanager
-    def begun(self, manifest: SweepManifest) -> Iterator[None]:
+    def begun(self, manifest: Manifest) -> Iterator[None]:
         """Begin a sweep, or go on with one, and hold its lock while the block runs.
 
         Raises
@@ -169,21 +145,9 @@ class SweepDirectory:
         OutputError
             If it cannot be written.
         """
-        try:
-            (self.path / _POINTS).mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise OutputError(f"cannot write {self.path}: {reason_of(error)}") from error
-        with file_lock(self.path / LOCK_FILE, self.path):
-            file = self.path / _MANIFEST
-            if file.exists():
-                difference = manifest.difference(self._read(file, SweepManifest))
-                if difference is not None:
-                    raise RunError(
-                        f"{self.path} holds another sweep: {difference}; ask for the same to go "
-                        "on, or give another directory"
-                    )
-            else:
-                write_json(file, dataclasses.asdict(manifest))
+        with self.held():
+            self.begin(manifest)
+            self.make(_POINTS)
             yield
 
     def point(self, job: Job) -> Point | None:
@@ -194,15 +158,15 @@ class SweepDirectory:
         RunError
             If its file cannot be read, or is of another point.
         """
-        file = self._file(job)
-        if not file.exists():
-            return None
-        point: Point = self._read(file, Point)
-        if (point.method, point.budget, point.value) != (job.method, job.budget, job.value):
-            raise RunError(f"{file} holds another point; remove it, and it is measured again")
+        again = "remove it, and it is measured again"
+        point = self.read(_file(job), Point, otherwise=again)
+        if point is not None and (point.method, point.budget, point.value) != (
+            (job.method, job.budget, job.value)
+        ):
+            raise RunError(f"{self.directory / _file(job)} holds another point; {again}")
         return point
 
-    def write(self, point: Point) -> None:
+    def keep(self, point: Point) -> None:
         """Keep a point.
 
         Raises
@@ -210,14 +174,8 @@ class SweepDirectory:
         OutputError
             If it cannot be written.
         """
-        job = Job(point.method, BudgetKind(point.budget), point.value)
-        write_json(self._file(job), dataclasses.asdict(point))
+        self.write(_file(Job(point.method, BudgetKind(point.budget), point.value)), point)
 
-    def _file(self, job: Job) -> Path:
-        return self.path / _POINTS / f"{job.method}-{job.budget}-{job.value!r}.json"
 
-    def _read(self, file: Path, schema: type[Any]) -> Any:
-        try:
-            return read_json(file, schema)
-        except FileError as error:
-            raise RunError(f"{error}; remove it, or give another directory") from error
+def _file(job: Job) -> str:
+    return f"{_POINTS}/{job.method}-{job.budget}-{job.value!r}.json"

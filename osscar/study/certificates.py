@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from osscar.base.errors import StudyError
-from osscar.base.files import file_digest, stored
+from osscar.base.files import file_digest, fsynced
 from solvers import ProblemError, Solution
 from solvers.certificates.certificate import (
     Certificate,
@@ -74,7 +74,7 @@ def save_evidence(path: Path, solution: Solution) -> str:
     for index, window in enumerate(solution.windows):
         tensors[f"{index}.{_UNITS}"] = window.units
         tensors |= _tensors(window.certificate, f"{index}.")
-    with stored(path):
+    with fsynced(path):
         write(path, {_KIND: kind, _WINDOWS: len(solution.windows)}, tensors)
     return file_digest(path)
 

@@ -1,6 +1,6 @@
 """The optimality-gap study: every problem, at every sparsity, by every backend, one record each.
 
-A study is a directory.  Problems lie in it as files that anyone can solve again, and each answer is
+A study is a journal.  Problems lie in it as files that anyone can solve again, and each answer is
 written as a small file of its own as soon as it is known, so that a killed study loses no more than
 the solves in flight and goes on where it stopped.
 """
@@ -10,50 +10,39 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from concurrent.futures import Executor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, cast
 
 import torch
-from pydantic import ConfigDict, JsonValue
+from pydantic import ConfigDict
 
 import solvers
-from osscar.base.errors import FileError, OptionError, OutputError, StudyError
-from osscar.base.files import (
-    PARTIAL,
-    digest,
-    file_digest,
-    reason_of,
-    remedy,
-    resolved,
-    stored,
-    write_json,
-)
+from osscar.base.errors import OptionError, StudyError
+from osscar.base.files import digest, file_digest, fsynced, resolved
 from osscar.base.inputs import file_name
-from osscar.base.json_files import MEGABYTE, STRICT, read_json
-from osscar.base.locks import LOCK_FILE, file_lock
+from osscar.base.journal import Journal, JournalKind
+from osscar.base.json_files import MEGABYTE, STRICT
 from osscar.base.progress import stage
-from osscar.base.signals import uninterrupted
-from osscar.preparation.fingerprint import Fingerprint
+from osscar.preparation.fingerprint import Fingerprint, Manifest
 from osscar.study.design import StudyDesign, is_count
 from osscar.study.jobs import (
     RECORDS,
-    Executor,
-    Processes,
     Task,
     affordable_jobs,
     load_problem,
+    solve_all,
     solve_task,
 )
 from osscar.study.records import WINDOW, Instance, Record, window_name, write_csv
 from solvers.closed_forms.windows import borderline_window, random_window, window_problem
 
-SETTINGS_FILE = "study.json"
 RESULTS_FILE = "results.csv"
 _PROBLEMS = "problems"
+_INDEX = "problems.json"
 _SUFFIX = ".safetensors"
 _READABLE_NAME = 80
 """Characters of a problem's name that go into the name of its file."""
@@ -61,23 +50,31 @@ _READABLE_NAME = 80
 _INCUMBENT = "local_search"
 """Whose answer the units outside a window are held at."""
 
+_STUDY = JournalKind(
+    what="study",
+    manifest="study.json",
+    schema=Manifest,
+    done=(_INDEX, f"{RECORDS}/*.json"),
+    others=(f"{_PROBLEMS}/*{_SUFFIX}", _PROBLEMS, RECORDS),
+    error=StudyError,
+    otherwise="give another --out",
+)
+
 
 @dataclass(frozen=True)
-class _Settings:
-    """``study.json``: where the problems come from, of which model, and which there are."""
+class _Problems:
+    """``problems.json``: the problems that were captured, and the windows that were drawn."""
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
-    schema: Literal["osscar.study/3"]
-    source: dict[str, JsonValue]
-    dense: Fingerprint | None
-    instances: tuple[Instance, ...]
+    schema: Literal["osscar.study-problems/1"]
+    captured: tuple[Instance, ...]
     windows: tuple[Instance, ...]
 
 
-_SCHEMA: Literal["osscar.study/3"] = "osscar.study/3"
+_SCHEMA: Literal["osscar.study-problems/1"] = "osscar.study-problems/1"
 
-_LONGEST_SETTINGS = 64 * MEGABYTE
+_LONGEST_INDEX = 64 * MEGABYTE
 
 
 class Study:
@@ -99,28 +96,23 @@ class Study:
     """
 
     def __init__(self, directory: Path, source: Mapping[str, Any]) -> None:
-        self.directory = directory = Path(file_name(directory, "the study", "its directory"))
+        self.directory = Path(file_name(directory, "the study", "its directory"))
         if not isinstance(source, Mapping):
             raise OptionError(f"the source is a {type(source).__name__}; give a mapping")
         self.source = dict(source)
-        self._settings = directory / SETTINGS_FILE
-        self._made = self._held = False
-        try:
-            if directory.is_file():
-                raise StudyError(f"{directory} is a file and holds no study; give another --out")
-            there = {path.name for path in directory.iterdir()} if directory.exists() else set()
-        except OSError as error:
-            raise StudyError(f"cannot look into {directory}: {error.strerror}") from error
-        if SETTINGS_FILE in there:
-            self._check_same()
-        elif there - {LOCK_FILE} and LOCK_FILE not in there:
-            raise StudyError(f"{directory} is not empty and holds no study; give another --out")
-        resolved(directory)
+        self._journal = Journal(self.directory, _STUDY)
+        self._journal.refuse_foreign()
+        self._journal.check(self._manifest(None))
+        resolved(self.directory)
+
+    def _manifest(self, dense: Fingerprint | None) -> Manifest:
+        # Through JSON, as it will be read back.
+        return Manifest("osscar.study/4", json.loads(json.dumps(self.source)), dense)
 
     @property
     def instances(self) -> tuple[Instance, ...]:
         """The captured problems, none before `capture` has finished; windows are not listed."""
-        return self._read_settings().instances if self._settings.exists() else ()
+        return self._problems().captured
 
     @property
     def trivial(self) -> tuple[Instance, ...]:
@@ -147,43 +139,16 @@ class Study:
         """Keep all other processes from writing to the directory while the block runs.
 
         `capture` and `run` lock for themselves; lock around them to do several things as one.  A
-        directory that was made for this, and into which nothing was captured, goes again.
+        directory into which nothing was captured goes again.
 
         Raises
         ------
         OutputError
             If another process is at work there, or the directory cannot be written.
         """
-        if self._held:
+        with self._journal.held():
+            self._journal.check(self._manifest(None))
             yield
-            return
-        self._make_directory()
-        try:
-            with file_lock(self.directory / LOCK_FILE, self.directory):
-                self._held = True
-                try:
-                    if self._settings.exists():
-                        self._check_same()
-                    yield
-                finally:
-                    self._held = False
-                    with uninterrupted():
-                        self._tidy()
-        except OutputError:
-            if self._made:  # where not even a lock can be written
-                with suppress(OSError):
-                    self.directory.rmdir()
-            raise
-
-    def _tidy(self) -> None:
-        """Remove what was being written, and a directory into which nothing was captured."""
-        if self._made and not self._settings.exists():
-            shutil.rmtree(self.directory, ignore_errors=True)
-            return
-        for place in (self.directory, self.directory / _PROBLEMS, self.directory / RECORDS):
-            for partial in place.glob(f"*{PARTIAL}"):
-                with suppress(OSError):
-                    partial.unlink()
 
     def capture(
         self,
@@ -205,13 +170,22 @@ class Study:
             If there is none, or two have one name, or none leaves a choice.
         """
         with self.locked():
-            self._write_settings((), (), dense)
-            try:
-                self._capture(problems)
-            except BaseException:
-                if self._made:
-                    self._settings.unlink()  # so that the directory goes
-                raise
+            (self.directory / _INDEX).unlink(missing_ok=True)
+            self._journal.begin(self._manifest(dense), anew=True)
+            self._journal.make(_PROBLEMS)
+            instances: dict[str, Instance] = {}
+            for kind, problem in problems:
+                if problem.name in instances:
+                    raise StudyError(f"two problems are called {problem.name!r}; rename one")
+                instances[problem.name] = self._write_problem(kind, problem)
+            if not instances:
+                raise StudyError("there is no problem to study")
+            if all(instance.units == 1 for instance in instances.values()):
+                raise StudyError(
+                    f"there is nothing to choose in {', '.join(instances)}: a problem of one unit "
+                    "has one support; give problems of at least 2 units"
+                )
+            self._journal.write(_INDEX, _Problems(_SCHEMA, tuple(instances.values()), ()))
 
     def check_dense(self, dense: Fingerprint) -> None:
         """Refuse a model or data that are not those which the problems were posed on.
@@ -221,54 +195,10 @@ class Study:
         StudyError
             Saying in what they differ.
         """
-        before = self._read_settings().dense
-        difference = None if before is None else dense.difference(before)
-        if difference is not None:
-            raise StudyError(
-                f"{self.directory} holds problems of another model: {difference}; ask for the "
-                "same, or give another --out"
-            )
-
-    def _capture(self, problems: Iterable[tuple[str, solvers.SubsetProblem]]) -> None:
-        self._make_parts()
-        instances: dict[str, Instance] = {}
-        for kind, problem in problems:
-            if problem.name in instances:
-                raise StudyError(f"two problems are called {problem.name!r}; rename one")
-            instances[problem.name] = self._write_problem(kind, problem)
-        if not instances:
-            raise StudyError("there is no problem to study")
-        if all(instance.units == 1 for instance in instances.values()):
-            raise StudyError(
-                f"there is nothing to choose in {', '.join(instances)}: a problem of one unit has "
-                "one support; give problems of at least 2 units"
-            )
-        self._write_settings(tuple(instances.values()), (), self._read_settings().dense)
-
-    def _make_directory(self) -> None:
-        try:
-            self.directory.mkdir(parents=True)
-            self._made = True
-        except FileExistsError:
-            return  # what it holds has been looked at
-        except OSError as error:
-            reason = f"{reason_of(error)}{remedy(error)}"
-            raise OutputError(f"cannot write {self.directory}: {reason}") from error
-
-    def _make_parts(self) -> None:
-        """Make the directories in the directory, and remove what a killed study was writing."""
-        try:
-            for name in (_PROBLEMS, RECORDS):
-                (self.directory / name).mkdir(exist_ok=True)
-        except OSError as error:
-            reason = f"{reason_of(error)}{remedy(error)}"
-            raise OutputError(
-                f"cannot write {error.filename or self.directory}: {reason}"
-            ) from error
-        self._tidy()
+        self._journal.check(self._manifest(dense))
 
     def run(
-        self, design: StudyDesign, jobs: int = 1, *, cluster: Executor | None = None
+        self, design: StudyDesign, jobs: int = 1, *, executor: Executor | None = None
     ) -> tuple[Record, ...]:
         """Solve what has not been solved yet, and return all records of the design.
 
@@ -280,10 +210,10 @@ class Study:
         design
             What to solve.
         jobs
-            Processes at once; the cores are shared out evenly among them.
-        cluster
-            Who solves instead of processes of this machine, such as
-            `osscar.study.cluster.RayCluster`.
+            Solves at once; processes of this machine share out its cores evenly.
+        executor
+            Whose workers solve instead of processes of this machine, such as those of a Ray cluster
+            (`osscar.study.cluster.connected`); they see the directory under the same name.
 
         Raises
         ------
@@ -300,18 +230,25 @@ class Study:
             raise OptionError(f"the design is a {type(design).__name__}; give a StudyDesign")
         if not is_count(jobs, 1):
             raise OptionError(f"jobs is {jobs!r}; give at least 1")
-        executor = Processes(jobs) if cluster is None else cluster
+
+        def solved(tasks: Sequence[Task]) -> list[Record]:
+            records: dict[Path, Record] = {}
+            with stage("solving", total=len(tasks)) as bar:
+                for task, record in solve_all(tasks, jobs, executor):
+                    records[task.file] = record
+                    bar.advance()
+            return [records[task.file] for task in tasks]
+
         with self.locked():
             layers = [instance for instance in self.instances if instance.units > 1]
             if not layers:
                 raise StudyError(f"{self.directory} holds no problem yet; capture some first")
-            self._make_parts()
-            tasks = [task for layer in layers for task in self._tasks(design, layer)]
-            records = self._solve_all(tasks, executor)
+            self._journal.make(RECORDS)
+            records = solved([task for layer in layers for task in self._tasks(design, layer)])
             if design.window_units is not None:
                 large = [layer for layer in layers if layer.units > design.window_units]
                 tasks = [task for layer in large for task in self._window_tasks(design, layer)]
-                records += self._solve_all(tasks, executor)
+                records += solved(tasks)
             write_csv(self.directory / RESULTS_FILE, records)
         return tuple(records)
 
@@ -333,7 +270,7 @@ class Study:
             }
             exact = backend.kind is solvers.BackendKind.EXACT
             options = {k: v for k, v in limits.items() if exact and k in known}
-            yield Task(self.directory, instance, keep, sparsities, name, options)
+            yield Task(self.directory.absolute(), instance, keep, sparsities, name, options)
 
     def _window_tasks(self, design: StudyDesign, layer: Instance) -> Iterator[Task]:
         """Draw windows around the incumbent of each sparsity; the first holds its borderline."""
@@ -357,13 +294,12 @@ class Study:
 
     def _window(self, problem: solvers.SubsetProblem) -> Instance:
         """Return a window of the study, which is written when it is drawn for the first time."""
-        windows = self._read_settings().windows
-        for window in windows:
+        known = self._problems()
+        for window in known.windows:
             if window.name == problem.name:
                 return window
         window = self._write_problem(WINDOW, problem)
-        settings = self._read_settings()
-        self._write_settings(settings.instances, (*settings.windows, window), settings.dense)
+        self._journal.write(_INDEX, dataclasses.replace(known, windows=(*known.windows, window)))
         return window
 
     def _write_problem(self, kind: str, problem: solvers.SubsetProblem) -> Instance:
@@ -371,56 +307,23 @@ class Study:
             raise StudyError(f"a problem is called {problem.name!r}; give it a name in plain text")
         file = f"{_PROBLEMS}/{_file_name(problem.name)}{_SUFFIX}"
         path = self.directory / file
-        with stored(path):
+        with fsynced(path):
             problem.save(path)
         return Instance(problem.name, kind, file, problem.units, problem.width, file_digest(path))
 
-    def _solve_all(self, tasks: Sequence[Task], executor: Executor) -> list[Record]:
-        records: dict[Path, Record] = {}
-        with stage("solving", total=len(tasks)) as bar:
-            for task, record in executor.solve_all(tasks):
-                records[task.file] = record
-                bar.advance()
-        return [records[task.file] for task in tasks]
-
-    def _check_same(self) -> None:
-        before = self._read_settings().source
-        if before == json.loads(json.dumps(self.source)):
-            return
-        changed = sorted(k for k in before | self.source if before.get(k) != self.source.get(k))
-        raise StudyError(
-            f"{self.directory} holds a study of other problems ({', '.join(changed)} differ); "
-            "ask for the same, or give another --out"
-        )
-
-    def _read_settings(self) -> _Settings:
-        try:
-            settings = read_json(self._settings, _Settings, limit=_LONGEST_SETTINGS)
-            for instance in (*settings.instances, *settings.windows):
-                _check_instance(instance, self._settings)
-        except FileError as error:
-            raise StudyError(
-                f"{self._settings} is not a study's settings, or those of a study that another "
-                f"version made: {error.reason}; give another --out"
-            ) from error
-        return settings
-
-    def _write_settings(
-        self,
-        instances: Sequence[Instance],
-        windows: Sequence[Instance],
-        dense: Fingerprint | None,
-    ) -> None:
-        settings = _Settings(_SCHEMA, self.source, dense, tuple(instances), tuple(windows))
-        write_json(self._settings, dataclasses.asdict(settings), indent=1)
-
-
-def _check_instance(instance: Instance, file: Path) -> None:
-    """Refuse a problem that this study cannot have written."""
-    named = instance.name.isprintable() and instance.kind.isprintable()
-    place = f"{_PROBLEMS}/{_file_name(instance.name)}{_SUFFIX}"
-    if not named or instance.file != place or not 1 <= instance.units < 2**31:
-        raise FileError(file, f"{instance.name!r} is not a problem of it")
+    def _problems(self) -> _Problems:
+        found = self._journal.read(_INDEX, _Problems, limit=_LONGEST_INDEX)
+        if found is None:
+            return _Problems(_SCHEMA, (), ())
+        for one in (*found.captured, *found.windows):
+            named = one.name.isprintable() and one.kind.isprintable()
+            file = f"{_PROBLEMS}/{_file_name(one.name)}{_SUFFIX}"
+            if not named or one.file != file or not 1 <= one.units < 2**31:
+                raise StudyError(
+                    f"{self.directory / _INDEX}: {one.name!r} is not a problem of this study; "
+                    "give another --out"
+                )
+        return found
 
 
 def _file_name(name: str) -> str:

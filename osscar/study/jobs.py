@@ -1,7 +1,7 @@
-"""The solves of a study: what one is, and processes that make them.
+"""The solves of a study: what one is, and who makes them.
 
-Each answer is written as soon as it is known.  Who makes them is an `Executor`: processes of this
-machine, here, or a cluster (`osscar.study.cluster`).
+Whoever solves writes the answer into the study's directory as soon as it is known: this process,
+others of this machine, or the workers of any `concurrent.futures.Executor`.
 """
 
 from __future__ import annotations
@@ -14,20 +14,26 @@ import signal
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import (
+    FIRST_COMPLETED,
+    BrokenExecutor,
+    Executor,
+    Future,
+    ProcessPoolExecutor,
+    wait,
+)
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
-from multiprocessing.connection import Connection, wait
+from multiprocessing import connection
 from pathlib import Path
-from typing import Protocol
 
 import torch
 
 import solvers
 from osscar.base.errors import FileError, StudyError
 from osscar.base.files import digest, file_digest, write_json
+from osscar.base.signals import handling
 from osscar.study.answers import answered, claimed
 from osscar.study.certificates import save_evidence
 from osscar.study.records import Instance, Options, Proof, Record, read_record
@@ -48,6 +54,9 @@ _SMALL_UNITS = 16
 _START_SECONDS = 3.0
 """Problems of so few units are solved in this process for about as long as it takes to start
 others: many a study ends before they would be there."""
+
+_AHEAD = 2
+"""Tasks that are handed out for each worker, so that none waits for the next."""
 
 
 @dataclass(frozen=True)
@@ -118,6 +127,11 @@ class Task:
         # The shares are those asked for today: the same `keep` may have come from another then.
         return dataclasses.replace(record, sparsity=asked.sparsity, sparsities=asked.sparsities)
 
+    @property
+    def memory(self) -> int:
+        """How many bytes a process takes that solves it."""
+        return _memory_of((self.directory / self.instance.file).stat().st_size)
+
 
 def check_asked(task: Task, record: Record) -> None:
     """Refuse the record of another task.
@@ -136,7 +150,7 @@ def check_asked(task: Task, record: Record) -> None:
             )
 
 
-def memory_of(problem: int) -> int:
+def _memory_of(problem: int) -> int:
     """Return how many bytes a process takes that solves a problem with a file of so many."""
     return _PROCESS_BYTES + _COPIES * problem
 
@@ -156,7 +170,7 @@ def affordable_jobs(largest: int) -> int:
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):  # not on every platform
         return 1
-    fitting = memory // 2 // memory_of(largest)
+    fitting = memory // 2 // _memory_of(largest)
     return max(1, min(cores(), fitting))
 
 
@@ -167,54 +181,73 @@ def cores() -> int:
     return os.cpu_count() or 1
 
 
-class Executor(Protocol):
-    """Who solves the tasks of a study."""
-
-    @property
-    def workers(self) -> int:
-        """How many tasks are solved at once."""
-
-    def solve_all(self, tasks: Sequence[Task]) -> Iterator[tuple[Task, Record]]:
-        """Solve all tasks and give the records as they come, each written by then.
-
-        Raises
-        ------
-        StudyError
-            If a worker was lost, or a problem file is not what it was.
-        BackendError
-            If a backend cannot run there.
-        """
+# ---- who solves --------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Processes:
-    """Processes of this machine, among which the cores are shared out evenly.
+def solve_all(
+    tasks: Sequence[Task], jobs: int, executor: Executor | None
+) -> Iterator[tuple[Task, Record]]:
+    """Solve all tasks and give the records as they come, each written by then.
 
     Parameters
     ----------
-    workers
-        Processes at once; 1 is this one.
+    tasks
+        What to solve.
+    jobs
+        Solves at once; 1 is this process, where there is no executor.
+    executor
+        Whose workers solve, which see the directory; None for processes of this machine.
+
+    Raises
+    ------
+    StudyError
+        If a worker was lost, or a problem file is not what it was.
+    BackendError
+        If a backend cannot run there.
     """
+    if executor is not None:
+        yield from _completed(tasks, executor, _AHEAD * jobs)
+        return
+    if jobs == 1:
+        for task in tasks:
+            yield task, solve_task(task)
+        return
+    threads = max(1, cores() // jobs)
+    left = list(tasks)
+    end = time.monotonic() + _START_SECONDS
+    for task in [task for task in tasks if task.instance.units <= _SMALL_UNITS]:
+        if time.monotonic() < end:
+            with _threads(threads):
+                record = solve_task(task)
+            left.remove(task)
+            yield task, record
+    if left:
+        with _processes(min(jobs, len(left)), threads) as pool:
+            yield from _completed(left, pool, len(left))
 
-    workers: int
 
-    def solve_all(self, tasks: Sequence[Task]) -> Iterator[tuple[Task, Record]]:
-        """Solve all tasks and give the records as they come."""
-        if self.workers == 1:
-            for task in tasks:
-                yield task, solve_task(task)
-            return
-        threads = max(1, cores() // self.workers)
-        left = list(tasks)
-        end = time.monotonic() + _START_SECONDS
-        for task in [task for task in tasks if task.instance.units <= _SMALL_UNITS]:
-            if time.monotonic() < end:
-                with _threads(threads):
-                    record = solve_task(task)
-                left.remove(task)
-                yield task, record
-        if left:
-            yield from _solve_in_pool(left, min(self.workers, len(left)), threads)
+def _completed(
+    tasks: Sequence[Task], executor: Executor, ahead: int
+) -> Iterator[tuple[Task, Record]]:
+    """Yield the records of all tasks, as they come; so many are handed out at a time."""
+    running: dict[Future[Record], Task] = {}
+    left = list(tasks)
+    try:
+        while left or running:
+            room = ahead - len(running)
+            with handling(signal.SIG_IGN, (signal.SIGINT,)):  # processes that start inherit it
+                running |= {executor.submit(solve_task, task): task for task in left[:room]}
+            left = left[room:]
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                yield running.pop(future), future.result()
+    except BrokenExecutor as error:
+        raise StudyError(
+            "a worker was killed, perhaps for want of memory; what was solved is kept: give the "
+            "same command again, with fewer --jobs, or on machines with more memory"
+        ) from error
+    finally:
+        for future in running:
+            future.cancel()
 
 
 @contextmanager
@@ -228,52 +261,39 @@ def _threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _solve_in_pool(tasks: Sequence[Task], jobs: int, threads: int) -> Iterator[tuple[Task, Record]]:
+# ---- processes of this machine -----------------------------------------------------------
+
+
+@contextmanager
+def _processes(jobs: int, threads: int) -> Iterator[Executor]:
+    """Give processes that end with the block, whatever they are at, and with this process."""
     context = multiprocessing.get_context("spawn")
     last_word, alive = context.Pipe(duplex=False)
     pool = ProcessPoolExecutor(
         jobs, context, initializer=_start_worker, initargs=(threads, last_word)
     )
     try:
-        with _interrupts_are_ours():
-            futures: dict[Future[Record], Task] = {pool.submit(solve_task, t): t for t in tasks}
-        for future in as_completed(futures):
-            yield futures[future], future.result()
-    except BrokenProcessPool as error:
-        raise StudyError(
-            "a worker was killed, perhaps for want of memory; what it had solved is kept: "
-            "give the same command again, with fewer --jobs"
-        ) from error
+        yield pool
     finally:
-        alive.close()  # workers end at once, whatever they are at
+        alive.close()
         pool.shutdown(cancel_futures=True)
         last_word.close()
 
 
-@contextmanager
-def _interrupts_are_ours() -> Iterator[None]:
-    """Let the processes that start here ignore Ctrl-C, which a terminal sends to them as well."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-def _start_worker(threads: int, last_word: Connection) -> None:
+def _start_worker(threads: int, last_word: connection.Connection) -> None:
     """Share out the cores, and end with the pool, even where the parent could not say goodbye."""
     torch.set_num_threads(threads)
     parent = multiprocessing.parent_process()
     assert parent is not None
 
     def follow() -> None:
-        wait([parent.sentinel, last_word])
+        connection.wait([parent.sentinel, last_word])
         os._exit(1)
 
     threading.Thread(target=follow, daemon=True).start()
+
+
+# ---- one solve ---------------------------------------------------------------------------
 
 
 def solve_task(task: Task) -> Record:

@@ -12,13 +12,14 @@ from osscar.cli import main
 from osscar.data.batches import as_inputs
 from osscar.models.user_code import build
 from osscar.preparation.fingerprint import DenseOutputs
-from osscar.pruning.run_log import RunLog, RunManifest, SiteRecord
+from osscar.pruning.run_log import RunLog, SiteRecord, run_manifest
 from osscar.pruning.sweep import BudgetKind
-from osscar.pruning.sweep_points import SweepDirectory, SweepManifest
+from osscar.pruning.sweep_points import SweepDirectory, sweep_manifest
 from osscar.request import PruningRequest
 from osscar.study.directory import Study
 from osscar.study.problems import model_problems
 from tests.osscar.networks import images
+from tests.osscar.test_sweep import point
 
 NET = """
 import torch
@@ -80,7 +81,7 @@ def built(place, edit=("", "")):
 
 
 def manifest_of(model, data):
-    return RunManifest.of(REQUEST, model, as_inputs(model, data), 8)
+    return run_manifest(REQUEST, model, as_inputs(model, data), 8)
 
 
 @pytest.fixture(scope="module")
@@ -94,8 +95,9 @@ def begun(tmp_path_factory):
     group, layer = result.plan.groups[0], result.layers[0]
     with log.begun(manifest):
         log.append(0, SiteRecord(group, layer, ()))
-    with SweepDirectory(place / "sweep").begun(SweepManifest.of(manifest, BudgetKind.FLOPS, {})):
-        pass
+    sweep = SweepDirectory(place / "sweep")
+    with sweep.begun(sweep_manifest(manifest, BudgetKind.FLOPS, {})):
+        sweep.keep(point())
     posed = ((str(group.kind), problem) for group, problem in model_problems(model, data))
     Study(place / "study", {}).capture(posed, manifest.dense)
     return place
@@ -103,7 +105,7 @@ def begun(tmp_path_factory):
 
 def go_on(place, manifest):
     """Yield what happens where a log, a sweep and a study go on."""
-    sweep = SweepManifest.of(manifest, BudgetKind.FLOPS, {})
+    sweep = sweep_manifest(manifest, BudgetKind.FLOPS, {})
     yield RunError, lambda: RunLog(place / "log").begun(manifest).__enter__()
     yield RunError, lambda: SweepDirectory(place / "sweep").begun(sweep).__enter__()
     yield StudyError, lambda: Study(place / "study", {}).check_dense(manifest.dense)
@@ -186,7 +188,7 @@ def interrupted(method, after):
     ("command", "begun_by", "elsewhere"),
     [
         (("prune", "--sparsity", "0.5"), (RunLog, "append"), "--restart"),
-        (("sweep", "--flops", "0.8,0.6"), (SweepDirectory, "write"), "give another directory"),
+        (("sweep", "--flops", "0.8,0.6"), (SweepDirectory, "keep"), "give another --out"),
         (("gap", "--backends", "greedy"), (Study, "affordable_jobs"), "give another --out"),
     ],
     ids=["prune", "sweep", "gap"],

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.util
-import json
 import os
 import shutil
 import signal
@@ -14,17 +12,17 @@ import sys
 import tempfile
 import threading
 import time
+import types
+from concurrent.futures import BrokenExecutor, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 
 import pytest
 
 import osscar.cli
-import solvers
 from osscar.base.errors import MissingDependency, StudyError
 from osscar.study import cluster
 from osscar.study.design import StudyDesign
 from osscar.study.directory import Study
-from osscar.study.jobs import Task
 from tests.osscar.interrupted_cases import _problem
 from tests.osscar.interruptions import content
 
@@ -38,91 +36,81 @@ DESIGN = StudyDesign(
 UNITS = (18, 22, 26)
 
 
-@pytest.fixture
-def tasks(tmp_path):
-    """The tasks of a small study that lies in a directory."""
-    study = _study(tmp_path / "here")
-    return [t for layer in study.instances for t in study._tasks(DESIGN, layer)]
-
-
 def _study(place: Path) -> Study:
     study = Study(place, {"of": "tests"})
     study.capture(("units", _problem(units)) for units in UNITS[:2])
-    study._make_parts()
     return study
 
 
-def _sent(task: Task, **changed: object) -> tuple[str, bytes, bytes]:
-    """Let this process be the worker."""
-    asked = {**dataclasses.asdict(cluster._Asked.of(task)), **changed}
-    files = (task.file, task.certificate_file)
-    known = (file.read_bytes() if file.exists() else b"" for file in files)
-    return cluster._solve(
-        json.dumps(asked), (task.directory / task.instance.file).read_bytes(), *known
-    )
+def test_any_executor_solves_a_study_to_the_same_files(tmp_path, monkeypatch):
+    study, alone = _study(tmp_path / "here"), _study(tmp_path / "there")
+    monkeypatch.chdir(tmp_path)
+    with ThreadPoolExecutor(1) as executor:
+        records = Study(Path("here"), study.source).run(DESIGN, 2, executor=executor)
+    alone.run(DESIGN)
+    assert content(study.directory) == content(alone.directory)
+    assert not [record.error for record in records if record.error]
 
 
-def test_a_worker_writes_what_this_process_would(tasks, tmp_path):
-    other = _study(tmp_path / "there")
-    for task in tasks:
-        record = cluster._kept(task, *_sent(task))
-        assert record == task.read()
-        assert not record.error
-    other.run(DESIGN)
-    assert content(tasks[0].directory / "records") == content(tmp_path / "there" / "records")
+def test_a_worker_that_is_lost_ends_the_study_and_what_was_solved_is_kept(tmp_path):
+    class Lossy(ThreadPoolExecutor):
+        def submit(self, function, /, *arguments, **options):
+            future = super().submit(function, *arguments, **options)
+            if arguments[0].backend != "greedy":
+                wait([future])
+                future = Future()
+                future.set_exception(BrokenExecutor())
+            return future
+
+    study = _study(tmp_path / "study")
+    with Lossy(1) as executor, pytest.raises(StudyError, match=r"a worker was killed.*is kept"):
+        study.run(DESIGN, executor=executor)
+    assert list((study.directory / "records").glob("*.json"))
+    assert all(not record.error for record in study.run(DESIGN))
 
 
-def test_what_is_known_already_is_recomputed_and_not_written_again(tasks):
-    [task] = [t for t in tasks if t.backend == "branch_and_bound"][:1]
-    first = cluster._kept(task, *_sent(task))
-    text, written, certificate = _sent(task)
-    assert (written, certificate) == (b"", b"")
-    assert cluster._kept(task, text, written, certificate) == first
+def test_a_call_on_ray_is_a_future():
+    """What it returned or raised, or that its worker was lost; with the memory that it takes."""
 
+    class RayError(Exception):
+        pass
 
-def test_an_answer_that_is_not_true_is_refused(tasks):
-    task = tasks[0]
-    text, written, certificate = _sent(task)
-    record = json.loads(written)
-    cluster._kept(task, text, written, certificate)
-    task.file.write_text(json.dumps({**record, "loss": record["loss"] / 2}))
-    with pytest.raises(StudyError, match="an answer that is not true"):
-        cluster._kept(task, *_sent(task))
-
-
-@pytest.mark.parametrize(
-    ("changed", "message"),
-    [
-        ({"versions": {"osscar": "0.0.1"}}, "a worker has osscar .*, and 0.0.1 asks"),
-        ({"keep": 0}, "keep"),
-        ({"backend": "nobody"}, "nobody"),
-    ],
-)
-def test_a_worker_that_cannot_says_why(changed, message, tasks):
-    with pytest.raises((StudyError, solvers.SolverError), match=message):
-        cluster._kept(tasks[0], *_sent(tasks[0], **changed))
-    assert not tasks[0].file.exists()
-
-
-def test_another_problem_or_another_answer_is_refused(tasks):
-    first, *_, last = tasks
-    with pytest.raises(StudyError, match="record of another solve"):
-        cluster._kept(last, *_sent(first))
-    assert not last.file.exists()
-    (first.directory / first.instance.file).write_bytes(b"something else")
-    with pytest.raises(StudyError, match="not the problem that the study was made with"):
-        cluster._kept(first, *_sent(first))
-
-
-def test_what_no_machine_holds_is_refused(tasks):
     class Ray:
-        @staticmethod
-        def put(data: bytes) -> bytes:
-            return data
+        exceptions = types.SimpleNamespace(RayError=RayError)
 
-    small = cluster.RayCluster(1, 1e6, Ray())
-    with pytest.raises(StudyError, match="the largest machine of the cluster has"):
-        cluster._Problems(small).of(tasks[0])
+        @staticmethod
+        def nodes():
+            resources = ({"CPU": 3.0, "memory": 10.0}, {"CPU": 1.0, "memory": 7.0}, {"CPU": 8.0})
+            alive = (True, True, False)
+            return [{"Resources": r, "Alive": a} for r, a in zip(resources, alive, strict=True)]
+
+        def remote(self, **options):
+            asked.append(options)
+            return lambda function: Remote(function)
+
+    class Remote:
+        def __init__(self, function):
+            self.function = function
+
+        def options(self, **options):
+            asked.append(options)
+            return self
+
+        def remote(self, *arguments):
+            done = Future()
+            if arguments[0] is os._exit:
+                done.set_exception(RayError())
+            else:
+                done.set_result(self.function(*arguments))
+            return types.SimpleNamespace(future=lambda: done)
+
+    asked = []
+    executor = cluster.RayExecutor(Ray())
+    assert executor.workers == 4
+    assert executor.submit(divmod, 7, 2).result() == (3, 1)
+    assert isinstance(executor.submit(divmod, 7, 0).exception(), ZeroDivisionError)
+    assert isinstance(executor.submit(os._exit, 1).exception(), BrokenExecutor)
+    assert asked[:2] == [{"num_cpus": 1, "max_retries": 3}, {"memory": 0}]
 
 
 def test_without_ray_the_error_says_how_to_get_it(monkeypatch):
@@ -225,7 +213,7 @@ def _kill(pid: int) -> None:
 
 def _at_work(pid: int) -> bool:
     try:
-        return Path(f"/proc/{pid}/cmdline").read_bytes().startswith(b"ray::_solve")
+        return Path(f"/proc/{pid}/cmdline").read_bytes().startswith(b"ray::_outcome")
     except OSError:
         return False
 

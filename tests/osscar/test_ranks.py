@@ -26,9 +26,8 @@ from osscar.base.errors import RanksError
 from osscar.base.launch import launched
 from osscar.base.ranks import ALONE, Ranks
 from osscar.data.tokens import named_generator
-from osscar.preparation.fingerprint import DenseOutputs, Fingerprint
+from osscar.preparation.fingerprint import DenseOutputs, Fingerprint, Manifest
 from osscar.pruning.prune import check_alike
-from osscar.pruning.run_log import RunManifest
 from tests import collected
 from tests.osscar import ranks_worker
 from tests.osscar.forked import PATIENCE, Forked, forked
@@ -231,15 +230,15 @@ OUTPUTS = DenseOutputs({"device": "x", "threads": "1", "torch": "2.9"}, "s", ("0
 @pytest.mark.parametrize(
     ("field", "value", "difference"),
     [
-        ("versions", {"torch": "1.0", "osscar": "0"}, "torch was '2.9' and is '1.0' there"),
-        ("request", {"damp": 0.1}, "damp was None and is 0.1 there"),
+        ("asked", {"torch": "1.0", "damp": None}, "torch was '2.9' and is '1.0' there"),
+        ("asked", {"torch": "2.9", "damp": 0.1}, "damp was None and is 0.1 there"),
         ("dense", Fingerprint("w", "d", OUTPUTS), "the model's weights are others there"),
         ("dense", Fingerprint("v", "e", OUTPUTS), "the calibration data are others there"),
     ],
 )
 def test_a_rank_that_differs_is_named_with_what_differs(field, value, difference):
-    versions, dense = {"torch": "2.9", "osscar": "0"}, Fingerprint("v", "d", OUTPUTS)
-    own = RunManifest("osscar.run-log/2", {"damp": None}, versions, dense)
+    asked, dense = {"torch": "2.9", "damp": None}, Fingerprint("v", "d", OUTPUTS)
+    own = Manifest("osscar.run-log/3", asked, dense)
     other = dataclasses.replace(own, **{field: value})
 
     class Three(Ranks):

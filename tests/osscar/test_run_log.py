@@ -13,7 +13,7 @@ from osscar.base.errors import BusyError, RunError
 from osscar.base.locks import LOCK_FILE, file_lock
 from osscar.preparation.fingerprint import sha256_of
 from osscar.pruning.prune import prune_as_asked
-from osscar.pruning.run_log import MANIFEST, RunLog
+from osscar.pruning.run_log import RunLog
 from osscar.request import PruningRequest
 from tests.osscar.families import tiny, tokens
 from tests.osscar.networks import Concat, images, small_net
@@ -136,7 +136,7 @@ def swapped(log):
 
 
 def unreadable_manifest(log):
-    (log.directory / MANIFEST).write_text("[" * 10**5)
+    (log.directory / "log.json").write_text("[" * 10**5)
 
 
 @pytest.mark.parametrize("damage", [cut, forged, swapped, unreadable_manifest])
@@ -165,7 +165,7 @@ def test_a_log_in_use_and_a_directory_of_someone_else_are_not_removed(tmp_path):
     foreign = RunLog(tmp_path / "mine")
     foreign.directory.mkdir()
     (foreign.directory / "00001.safetensors").write_bytes(b"weights of someone else")
-    with pytest.raises(RunError, match="no log of a run"):
+    with pytest.raises(RunError, match="and no run; move that away"):
         foreign.remove()
     assert (foreign.directory / "00001.safetensors").exists()
 
@@ -227,10 +227,10 @@ def test_a_log_in_which_nothing_is_recorded_goes_again(tmp_path):
     assert list(tmp_path.iterdir()) == []
     foreign = tmp_path / "mine"
     foreign.mkdir()
-    (foreign / MANIFEST).write_text("notes of someone else")
+    (foreign / "log.json").write_text("notes of someone else")
     with RunLog(foreign).held():
         pass
-    assert [path.name for path in foreign.iterdir()] == [MANIFEST]
+    assert [path.name for path in foreign.iterdir()] == ["log.json"]
 
 
 def test_groups_that_share_a_consumer_go_on_to_the_same_bits(tmp_path):
@@ -272,7 +272,10 @@ def test_what_a_log_says_that_groups_keep_is_not_believed(key, value, tmp_path):
     prune_as_asked(tiny("opt"), tokens(), request, log)
     file = log.directory / "allocation.json"
     content = json.loads(file.read_text())
-    place = content["budget"] if key.startswith("budget.") else content
+    allocated = content["allocated"]
+    place = {"budget": allocated["budget"], "keep": allocated, "run": content}[
+        key.partition(".")[0]
+    ]
     place[key.rpartition(".")[2]] = value
     file.write_text(json.dumps(content))
     with pytest.raises(RunError, match=r"begin anew with --restart"):

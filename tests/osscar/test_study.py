@@ -344,13 +344,13 @@ def test_an_unknown_backend_is_refused_before_anything_is_written(tmp_path):
 
 
 def test_other_problems_in_the_same_directory_are_refused(study):
-    with pytest.raises(StudyError, match="model differ"):
+    with pytest.raises(StudyError, match="model was 'made up' and is 'another'"):
         Study(study.directory, {"model": "another"})
 
 
 def test_a_directory_of_something_else_is_left_alone(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(StudyError, match="holds no study"):
+    with pytest.raises(StudyError, match=r"holds 'notes\.txt' and no study"):
         Study(tmp_path, {"model": "x"})
     assert [file.name for file in tmp_path.iterdir()] == ["notes.txt"]
     with pytest.raises(StudyError, match="holds no study"):
@@ -522,34 +522,42 @@ def test_a_study_without_a_choice_is_refused(tmp_path):
     assert not (tmp_path / "study").exists()
 
 
-def settings(**change):
-    content = {"schema": "osscar.study/3", "source": {}, "dense": None}
-    content |= {"instances": [], "windows": []}
+def manifest(**change):
+    return json.dumps({"schema": "osscar.study/4", "asked": {}, "dense": None, **change})
+
+
+def index(**change):
+    content = {"schema": "osscar.study-problems/1", "captured": [], "windows": []}
     return json.dumps({**content, **change})
 
 
 INSTANCE = {"name": "p", "kind": "u", "file": "x", "units": 4, "width": 1, "sha256": "0"}
-SETTINGS = (
+MANIFESTS = (
     *("", "5", "[]", "[" * 100000, '{"source": {}, "instances": [], "windows": []}'),
-    *(settings(source=[]), settings(instances=5), settings(instances=[{"x": 1}])),
-    settings(schema="osscar.study/99"),
-    settings(source={"deep": json.loads("[" * 500 + "]" * 500)}),
-    settings(source={"large": float("inf")}),
-    settings(source={"large": 10**400}),
-    settings(source={"torn": "\ud800"}),
-    settings()[:-1] + ', "windows": []}',
-    settings(instances=[{**INSTANCE, "file": "../../etc/passwd"}]),
-    settings(instances=[{**INSTANCE, "name": 5}]),
-    settings(instances=[{**INSTANCE, "name": "\x1b[31m"}]),
-    settings(instances=[{**INSTANCE, "units": True}]),
+    *(manifest(asked=[]), manifest(dense=5), manifest(schema="osscar.study/99")),
+    manifest(asked={"deep": json.loads("[" * 500 + "]" * 500)}),
+    *(manifest(asked={"large": float("inf")}), manifest(asked={"large": 10**400})),
+    manifest(asked={"torn": "\ud800"}),
+    manifest()[:-1] + ', "asked": {}}',
+)
+INDEXES = (
+    *("", "{}", index(captured=5), index(captured=[{"x": 1}]), index(schema="another")),
+    index(captured=[{**INSTANCE, "file": "../../etc/passwd"}]),
+    index(windows=[{**INSTANCE, "name": 5}]),
+    index(captured=[{**INSTANCE, "name": "\x1b[31m"}]),
+    index(captured=[{**INSTANCE, "units": True}]),
 )
 
 
-@pytest.mark.parametrize("text", SETTINGS)
-def test_settings_that_are_none_are_refused(tmp_path, text):
-    (tmp_path / "study.json").write_text(text)
-    with pytest.raises(StudyError, match=re.escape(f"{tmp_path / 'study.json'} is not a study's")):
-        Study(tmp_path, {}).run(QUICK)
+def test_a_study_whose_files_are_none_is_refused(tmp_path):
+    (tmp_path / "study.json").write_text(manifest())
+    study = Study(tmp_path, {})
+    for name, texts in (("problems.json", INDEXES), ("study.json", MANIFESTS)):
+        for text in texts:
+            (tmp_path / name).write_text(text)
+            with pytest.raises(StudyError, match="give another --out") as caught:
+                study.run(QUICK)
+            assert str(tmp_path) in str(caught.value)
 
 
 @pytest.mark.parametrize(

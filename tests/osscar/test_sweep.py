@@ -12,13 +12,13 @@ import osscar
 import osscar.pruning.sweep as sweep_room
 from osscar.allocation.allocate import allocate
 from osscar.allocation.budget import described
-from osscar.base.errors import OsscarError, OutputError, RunError
+from osscar.base.errors import OsscarError, RunError
 from osscar.cli import main
 from osscar.models.language import DEMO_DIRECTORY
-from osscar.preparation.fingerprint import DenseOutputs, Fingerprint
+from osscar.preparation.fingerprint import DenseOutputs, Fingerprint, Manifest
 from osscar.pruning.prune import opened_for, prune_as_asked
 from osscar.pruning.sweep import BASELINES, METHODS, BudgetKind, Job, jobs, sweep
-from osscar.pruning.sweep_points import Point, SweepDirectory, SweepManifest
+from osscar.pruning.sweep_points import Point, SweepDirectory
 from osscar.pruning.trial import LeftAlone
 from osscar.report.sweep_page import sweep_page, sweep_table
 from osscar.request import PruningRequest
@@ -173,7 +173,7 @@ def test_uniform_shares_report_their_widths_without_a_prediction():
 def manifest(**more):
     outputs = DenseOutputs({"device": "x", "threads": "1"}, "s", ("0x0.0p+0",), 1e-4)
     asked = {"backend": "greedy", "text": "builtin", **more}
-    return SweepManifest("osscar.sweep-asked/2", asked, Fingerprint("w", "d", outputs))
+    return Manifest("osscar.sweep-asked/3", asked, Fingerprint("w", "d", outputs))
 
 
 def point(method=CURVATURE, value=0.5):
@@ -190,7 +190,7 @@ def test_points_are_kept_and_a_sweep_of_something_else_is_refused(tmp_path):
     place = SweepDirectory(tmp_path / "sweep")
     with place.begun(manifest()):
         assert place.point(Job(CURVATURE, SPARSITY, 0.5)) is None
-        place.write(point())
+        place.keep(point())
     again = SweepDirectory(tmp_path / "sweep")
     with again.begun(manifest()):
         assert again.point(Job(CURVATURE, SPARSITY, 0.5)) == point()
@@ -215,7 +215,7 @@ def test_points_are_kept_and_a_sweep_of_something_else_is_refused(tmp_path):
 def test_a_damaged_point_is_refused_by_name(tmp_path, damage):
     place = SweepDirectory(tmp_path / "sweep")
     with place.begun(manifest()):
-        place.write(point())
+        place.keep(point())
         file = tmp_path / "sweep" / "points" / "curvature-sparsity-0.5.json"
         file.write_text(damage(file.read_text()))
         with pytest.raises(RunError, match=r"curvature-sparsity-0\.5\.json"):
@@ -224,9 +224,9 @@ def test_a_damaged_point_is_refused_by_name(tmp_path, damage):
 
 def test_a_directory_of_something_else_is_left_alone(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(OutputError, match=r"notes\.txt"):
+    with pytest.raises(RunError, match=r"notes\.txt"):
         SweepDirectory(tmp_path)
-    with pytest.raises(OutputError, match="is a file"):
+    with pytest.raises(RunError, match="is a file"):
         SweepDirectory(tmp_path / "notes.txt")
     assert [file.name for file in tmp_path.iterdir()] == ["notes.txt"]
 
@@ -302,7 +302,7 @@ def test_a_sweep_goes_on_and_its_page_shows_every_number(run, text, tmp_path):
     text.write_text("another text, in which other words stand in another order. " * 60)
     status, _, err = run(*small_sweep(out, "0.3", text))
     assert status == 2
-    assert "scored sha256 was" in err
+    assert "scored-sha256 was" in err
 
 
 @pytest.mark.slow
