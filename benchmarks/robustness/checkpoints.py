@@ -19,7 +19,7 @@ from benchmarks.robustness.damage import VALUES, change, damage, replace, wreck
 from benchmarks.robustness.good import EVIL_CODE, Evil, good, taken
 from osscar.models.language import load_model
 from osscar.models.open import open_model
-from tests.osscar.networks import IMAGENET, small_net
+from tests.osscar.networks import small_net
 
 
 def opened(path: Path, choice: random.Random) -> str | None:
@@ -233,13 +233,7 @@ def manifest(work: Path, choice: random.Random) -> str | None:
     dense = small_net() if name == "planned" else None
     file = path / "osscar.json"
     what = choice.random()
-    if what < 0.2:  # as version 0.1.0 wrote it
-        lineage = json.loads(file.read_text())["lineage"]
-        old = {"format": "osscar-plan/1", "origin": lineage["origin"], "plans": lineage["plans"]}
-        file.unlink()
-        file = path / "osscar_plan.json"
-        file.write_text(json.dumps(old))
-    elif what < 0.4:
+    if what < 0.4:
         added = choice.choice(
             [{"library": "torchvision", "name": "resnet18", "options": {"num_classes": 10**12}},
              {"library": "torchvision", "name": "regnet_y_400mf", "options": {"stem_width": 0}},
@@ -259,25 +253,3 @@ def manifest(work: Path, choice: random.Random) -> str | None:
     else:
         return opened(path, choice)
     return unlike_file(model, path)
-
-
-def report(work: Path, choice: random.Random) -> str | None:
-    path = taken("planned", work)
-    whole = json.loads((path / "osscar.json").read_text())
-    (path / "osscar.json").unlink()
-    plan = {"format": "osscar-plan/1", "origin": None, "plans": whole["lineage"]["plans"]}
-    (path / "osscar_plan.json").write_text(json.dumps(plan))
-    told = {
-        "schema": "osscar.prune/1",
-        "model": "x",
-        "classes": ["a"],
-        "calibration": {
-            "source": "s",
-            "preprocessing": IMAGENET.record(),
-            "images": ["x"],
-            "seed": 0,
-        },
-    }
-    (path / "osscar_report.json").write_text(json.dumps(told, default=list))
-    wreck(path / "osscar_report.json", choice)
-    return unlike_file(osscar.load(path, dense=small_net()), path)

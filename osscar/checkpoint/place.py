@@ -17,7 +17,6 @@ from osscar.base.signals import ends_tidily, uninterrupted
 from osscar.checkpoint.manifest import (
     CONFIG_FILE,
     MANIFEST_FILE,
-    OLD_PLAN_FILE,
     REPORT_FILE,
     read_manifest,
 )
@@ -27,7 +26,7 @@ _WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 _CHECKPOINT_FILES = (
     *_WEIGHTS,
     *("*.safetensors.index.json", "pytorch_model.bin.index.json"),
-    *(CONFIG_FILE, "generation_config.json", MANIFEST_FILE, OLD_PLAN_FILE, REPORT_FILE),
+    *(CONFIG_FILE, "generation_config.json", MANIFEST_FILE, REPORT_FILE),
     *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json"),
     *("added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "spiece.model"),
     *("sentencepiece.bpe.model", "chat_template.jinja", "chat_template.json"),
@@ -113,7 +112,7 @@ def _check_replaceable(path: Path, overwrite: bool) -> None:
             f"{path} is not empty: it holds something other than a checkpoint, which would be "
             f"lost: {', '.join(foreign[:_NAMED])}{more}; give another directory, or move that away"
         )
-    ours = any((path / name).is_file() for name in (MANIFEST_FILE, OLD_PLAN_FILE))
+    ours = (path / MANIFEST_FILE).is_file()
     weights = any(fnmatchcase(entry.name, kind) for entry in there for kind in _WEIGHTS)
     if not ours and not (weights and (path / CONFIG_FILE).is_file()):
         raise OutputError(

@@ -12,10 +12,10 @@ from typing import Annotated, NoReturn
 
 import typer
 
+from osscar import __version__
 from osscar.base.errors import OptionError, RanksError
 from osscar.base.files import is_text
 from osscar.base.launch import launched
-from osscar.base.version import VERSION
 from osscar.cli.common import err, guard, out
 
 _COMMANDS = ("demo", "prune", "sweep", "eval", "inspect", "export", "gap", "solve", "backends")
@@ -48,7 +48,7 @@ def build() -> typer.Typer:
 def _told_version(wanted: bool) -> None:
     """Say which versions run, and end."""
     if wanted:
-        typer.echo(f"osscar {VERSION} (torch {metadata.version('torch')})")
+        typer.echo(f"osscar {__version__} (torch {metadata.version('torch')})")
         raise typer.Exit
 
 

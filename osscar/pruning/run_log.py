@@ -23,13 +23,13 @@ import safetensors.torch
 from pydantic import ConfigDict
 from torch import Tensor, nn
 
+from osscar import __version__
 from osscar.allocation.budget import Allocated
 from osscar.base.errors import FileError, RunError
 from osscar.base.files import atomic_write, digest
 from osscar.base.journal import Journal, JournalKind
 from osscar.base.json_files import MEGABYTE, STRICT, parse_json, read_json
 from osscar.base.printable import are, counted
-from osscar.base.version import VERSION
 from osscar.data.batches import ModelInputs
 from osscar.offload.on_disk import values_of
 from osscar.preparation.fingerprint import Fingerprint, Manifest, sha256_of
@@ -69,7 +69,7 @@ def run_manifest(
         If it puts out no tensor.
     """
     versions = {name: version(name) for name in ("torch", "transformers")}
-    asked = {**request.to_json(), **versions, "osscar": VERSION}
+    asked = {**request.to_json(), **versions, "osscar": __version__}
     # Through JSON, as it will be read back.
     asked = json.loads(json.dumps(asked))
     return Manifest("osscar.run-log/3", asked, Fingerprint.of(model, inputs, batch_size))

@@ -364,35 +364,6 @@ def test_everything_that_has_to_be_known_is_written_and_read_again(keep, tmp_pat
     refuse_overlap(builtin_text(Part.HELD_OUT), lineage.calibration)
 
 
-@pytest.mark.parametrize("keep", [{"neurons": "0.5"}, {"heads": "0.5"}], ids=["stock", "planned"])
-def test_directories_of_version_0_1_0_are_read(keep, tmp_path):
-    model = pruned("opt", **keep)
-    directory = tmp_path / "old"
-    saved = checkpoint.save(model, directory)
-    written = read_manifest(directory).lineage
-    (directory / MANIFEST_FILE).unlink()
-    if not saved.stock:
-        (directory / "modeling_pruned.py").unlink()
-        plans = [json.loads(json.dumps(plan.to_json())) for plan in written.plans]
-        content = {"format": "osscar-plan/1", "origin": {"library": "transformers"}}
-        (directory / "osscar_plan.json").write_text(json.dumps({**content, "plans": plans}))
-    calibration = {"source": "a text", "sha256": "ab" * 32, "samples": 4, "seqlen": 8, "seed": 0}
-    report = {"schema": "osscar.prune/1", "osscar_version": "0.1.0", "model": "somewhere"}
-    report |= {"classes": ["x"], "calibration": calibration, "settings": {}, "layers": []}
-    (directory / "osscar_report.json").write_text(json.dumps(report))
-    again = osscar.load(directory)
-    torch.testing.assert_close(logits(again, IDS), logits(model, IDS), rtol=1e-5, atol=1e-5)
-    lineage = lineage_of(again)
-    assert (lineage.source, lineage.classes) == ("somewhere", ("x",))
-    assert lineage.calibration == (Calibration(**calibration),)
-    assert lineage.plans == written.plans
-    checkpoint.save(again, directory, overwrite=True)  # it is ours, so that it may be replaced
-    assert {path.name for path in directory.iterdir()} & {MANIFEST_FILE, "osscar_plan.json"} == {
-        MANIFEST_FILE
-    }
-    assert lineage_of(osscar.load(directory)).calibration == lineage.calibration
-
-
 def test_nothing_of_a_report_is_believed_where_there_is_a_manifest(planned, tmp_path):
     directory = tmp_path / "model"
     shutil.copytree(planned, directory)

@@ -23,7 +23,7 @@ from osscar.base.errors import CheckpointError, FileError, ModelError, OsscarErr
 from osscar.base.files import file_digest
 from osscar.base.inputs import panics_are_errors
 from osscar.base.json_files import read_object
-from osscar.checkpoint.manifest import MANIFEST_FILE, OLD_PLAN_FILE, REPORT_FILE
+from osscar.checkpoint.manifest import MANIFEST_FILE
 from osscar.cli.common import check_json_path
 from osscar.data.images import ImageSet, load_images
 from osscar.data.text import encode, read_text
@@ -282,12 +282,12 @@ def test_what_lies_beside_the_weights(checkpoint, name):
             load_model(checkpoint)
 
 
-def test_plans_and_reports(tmp_path):
+def test_manifests(tmp_path):
     result = osscar.prune(small_net(), torch.rand(60, 3, 12, 12), sparsity=0.5, device="cpu")
     path = tmp_path / "small"
     result.save(path, report={"calibration": {"preprocessing": IMAGENET.record()}, "classes": []})
-    manifest, plan, report = (path / name for name in (MANIFEST_FILE, OLD_PLAN_FILE, REPORT_FILE))
-    good, told = json.loads(manifest.read_text()), json.loads(report.read_text())
+    manifest = path / MANIFEST_FILE
+    good = json.loads(manifest.read_text())
     assert sort_of(path) is Sort.CODE_DIRECTORY
 
     @MANY
@@ -300,29 +300,6 @@ def test_plans_and_reports(tmp_path):
     check_manifest()
     for content in NO_OBJECTS:
         manifest.write_bytes(content)
-        sort_of(path)
-        survives(osscar.load, path)
-    # As version 0.1.0 wrote it.
-    manifest.unlink()
-    good = {"format": "osscar-plan/1", "origin": None, "plans": good["lineage"]["plans"]}
-
-    @MANY
-    @given(changed(good))
-    def check_plan(data):
-        plan.write_text(json.dumps(data))
-        sort_of(path)
-        survives(osscar.load, path)
-
-    @MANY
-    @given(changed(told))
-    def check_report(data):
-        report.write_text(json.dumps(data))
-        survives(load_vision_model, path)
-
-    check_report()
-    check_plan()
-    for content in NO_OBJECTS:
-        plan.write_bytes(content)
         sort_of(path)
         survives(osscar.load, path)
 

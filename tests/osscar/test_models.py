@@ -39,6 +39,7 @@ from osscar.base.errors import (
     NonFiniteError,
 )
 from osscar.base.files import cache_directory
+from osscar.checkpoint.manifest import Manifest
 from osscar.models import wheels
 from osscar.models.language import DEMO_DIRECTORY, load_model
 from osscar.models.open import open_model
@@ -49,6 +50,7 @@ from osscar.models.wheels import (
     pip_download,
 )
 from osscar.network.modules import check_finite_weights
+from osscar.shrinking.lineage import Lineage, Origin
 
 
 @pytest.fixture(autouse=True)
@@ -110,7 +112,7 @@ class TestDirectories:
         assert load_model("./demo").path == Path("demo")
 
     def test_a_pruned_directory_goes_to_the_checkpoint_module(self, checkpoint, monkeypatch):
-        (checkpoint / "osscar_plan.json").write_text('{"format": "osscar-plan/1", "plans": []}')
+        Manifest.of(False, Lineage(origin=Origin("transformers"))).write(checkpoint)
         model = AutoModelForCausalLM.from_pretrained(DEMO_DIRECTORY)
         asked = []
         monkeypatch.setattr(
@@ -175,9 +177,7 @@ class TestDirectories:
         for answer in (False, None, "no"):
             with pytest.raises(ModelError, match="brings its own code"):
                 load_model(checkpoint, trust_remote_code=answer)
-        (checkpoint / "osscar_plan.json").write_text(
-            json.dumps({"format": "osscar-plan/1", "plans": []})
-        )
+        Manifest.of(False, Lineage(origin=Origin("transformers"))).write(checkpoint)
         for open_ in (load_model, osscar.load, lambda path: open_model(str(path))):
             with pytest.raises(CheckpointError, match="names code that the checkpoint brings"):
                 open_(checkpoint)

@@ -406,7 +406,7 @@ def test_bad_input_ends_in_one_line_before_anything_is_written(run, code, archiv
     assert (status, "reads text, not images" in err) == (2, True)
     (tmp_path / "empty").mkdir()
     (tmp_path / "bad").mkdir()
-    (tmp_path / "bad" / "osscar_plan.json").write_text("{ 3")
+    (tmp_path / "bad" / "osscar.json").write_text("{ 3")
     for name, message in (
         ("empty", "not a checkpoint"),
         ("bad", "is not the description of a checkpoint"),
