@@ -1,13 +1,14 @@
-"""What a run costs that was killed and goes on: seconds by phase, beside an uninterrupted run.
+"""What a run costs that was killed and goes on: seconds by stage, beside an uninterrupted run.
 
 For example, with a calibration text at hand:
 
     python benchmarks/resume.py smollm2-135m --calibration wikitext2-valid.txt --samples 16
 
 Runs ``osscar prune`` once as a whole; then, for each share, kills it with SIGKILL when so many of
-its groups are committed, and gives the same command again.  Prints the seconds of each phase, how
+its groups are committed, and gives the same command again.  Prints the seconds of each stage, how
 the resumed run compares with the whole one, and whether every file but the report has the same
-bytes.  Seconds are those of the processor, so that others on the machine do not count.
+bytes.  What belongs to no stage is mostly fingerprints, records, and weights that are written into
+the model.  Seconds are those of the processor, so that others on the machine do not count.
 """
 
 from __future__ import annotations
@@ -24,10 +25,6 @@ import tempfile
 import time
 from pathlib import Path
 from typing import Any
-
-PHASES = ("opening", "tracing", "replay", "walk", "solve", "commit", "proof", "save")
-"""In order: read the model and the calibration data; find its groups; fingerprint both, read the
-log and write its weights; run the model and measure; solve; record; shrink and compare; save."""
 
 _PART = "OSSCAR_RESUME_PART"
 
@@ -64,10 +61,10 @@ def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
 def run(
     out: Path, arguments: argparse.Namespace, rest: list[str], kill_at: int = 0
 ) -> dict[str, Any]:
-    """Run the command in a process of its own; return the seconds of its phases."""
+    """Run the command in a process of its own; return the seconds of its stages."""
     asked = ["prune", arguments.model, "--sparsity", arguments.sparsity, *rest, "--out", str(out)]
-    phases = out.with_name(f"{out.name}-phases.json")
-    part = json.dumps({"arguments": asked, "kill_at": kill_at, "phases": str(phases)})
+    stages = out.with_name(f"{out.name}-stages.json")
+    part = json.dumps({"arguments": asked, "kill_at": kill_at, "stages": str(stages)})
     before = used()
     ended = subprocess.run(
         [sys.executable, __file__], env={**os.environ, _PART: part}, check=False,
@@ -77,7 +74,7 @@ def run(
     if ended.returncode != (-signal.SIGKILL if kill_at else 0):
         raise SystemExit(f"the command ended with {ended.returncode}")
     return (
-        {"seconds": seconds} if kill_at else {"seconds": seconds, **json.loads(phases.read_text())}
+        {"seconds": seconds} if kill_at else {"seconds": seconds, **json.loads(stages.read_text())}
     )
 
 
@@ -89,86 +86,47 @@ def used() -> float:
 
 def content(directory: Path) -> dict[str, bytes]:
     files = {path.name: path.read_bytes() for path in directory.iterdir()}
-    files.pop("osscar_report.json")  # it tells seconds
+    for name in ("osscar_report.json", "report.html"):  # they tell seconds
+        files.pop(name)
     return files
 
 
 def print_row(name: str, row: dict[str, Any], whole: dict[str, Any]) -> None:
-    phases = "  ".join(f"{phase} {row[phase]:.1f}" for phase in PHASES)
+    stages = "  ".join(f"{stage} {seconds:.1f}" for stage, seconds in row["stages"].items())
     share = f"{row['seconds'] / whole['seconds']:.2f} of the whole"
     same = "" if "same_bytes" not in row else f"  same bytes: {row['same_bytes']}"
-    print(f"{name}: {row['seconds']:.1f} s ({share})  {phases}{same}", flush=True)
+    print(f"{name}: {row['seconds']:.1f} s ({share})  {stages}{same}", flush=True)
 
 
-# ---- the command, with a watch on its phases -------------------------------------------------
+# ---- the command, with a watch on its stages -------------------------------------------------
 
 
-def command(arguments: list[str], kill_at: int, phases: str) -> None:
+def command(arguments: list[str], kill_at: int, stages: str) -> None:
+    """Run the command in this process, and end it when so many groups are committed."""
+    from osscar.base.timing import profiled
     from osscar.cli import main as osscar_main
-    from osscar.pruning import prune
-    from osscar.pruning.result import PruningResult
-    from osscar.pruning.run_log import RunLog, RunManifest
-
-    spent = dict.fromkeys((*PHASES, "pruning"), 0.0)
-
-    def timed(owner: Any, name: str, phase: str) -> None:
-        """Add the time in a function to a phase."""
-        function = getattr(owner, name)
-
-        def call(*given: Any, **options: Any) -> Any:
-            start = time.process_time()
-            try:
-                return function(*given, **options)
-            finally:
-                spent[phase] += time.process_time() - start
-
-        setattr(owner, name, staticmethod(call) if name == "of" else call)
-
-    def ending(owner: Any, name: str, phase: str) -> None:
-        """Let a phase end where a function begins, and no other before it has been counted."""
-        function = getattr(owner, name)
-
-        def call(*given: Any, **options: Any) -> Any:
-            spent[phase] = time.process_time() - spent["opening"]
-            return function(*given, **options)
-
-        setattr(owner, name, call)
-
-    def records(log: RunLog) -> Any:
-        start = time.process_time()
-        found = tuple(read(log))
-        spent["replay"] += time.process_time() - start
-        return found
+    from osscar.pruning.run_log import RunLog
 
     append, committed = RunLog.append, [-1]
 
     def recorded(log: RunLog, index: int, record: Any) -> None:
-        start = time.process_time()
         append(log, index, record)
-        spent["commit"] += time.process_time() - start
         committed.append(index)
         if index + 1 == kill_at:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    read, RunLog._records = RunLog._records, records
     RunLog.append = recorded
-    timed(prune, "_prune_groups", "pruning")
-    ending(prune, "opened", "opening")
-    ending(prune, "_prune_groups", "tracing")
-    timed(RunManifest, "of", "replay")
-    timed(prune, "_replay", "replay")
-    timed(prune.solvers, "solve", "solve")
-    timed(prune, "shrink", "proof")
-    timed(PruningResult, "save", "save")
     sys.argv = ["osscar", *arguments]
-    try:
-        osscar_main()
-    except SystemExit as ended:
-        if ended.code:
-            raise
-    inside = sum(spent[phase] for phase in ("replay", "solve", "commit"))
-    spent["walk"] = spent.pop("pruning") - inside
-    Path(phases).write_text(json.dumps({**spent, "groups": committed[-1] + 1}))
+    began = time.process_time()
+    with profiled(time.process_time) as profile:
+        try:
+            osscar_main()
+        except SystemExit as ended:
+            if ended.code:
+                raise
+    rest = time.process_time() - began - sum(profile.seconds.values())
+    found = {"stages": {**profile.seconds, "no stage": rest}, "groups": committed[-1] + 1}
+    Path(stages).write_text(json.dumps(found))
 
 
 if __name__ == "__main__":

@@ -1,19 +1,22 @@
-"""Runs that are killed go on, and end with the same bits."""
+"""Runs that are killed go on, and end with the same bits; nothing that a log says is believed."""
 
+import copy
+import dataclasses
 import json
 import shutil
-from pathlib import Path
 
 import pytest
 import safetensors.torch
 import torch
 
 import osscar
-from osscar.base.errors import BusyError, RunError
-from osscar.base.locks import LOCK_FILE, file_lock
-from osscar.preparation.fingerprint import sha256_of
+from osscar.base.errors import RunError
+from osscar.base.files import digest
+from osscar.base.json_files import read_json
+from osscar.data.batches import as_inputs
+from osscar.preparation.fingerprint import Manifest, sha256_of
 from osscar.pruning.prune import prune_as_asked
-from osscar.pruning.run_log import RunLog
+from osscar.pruning.run_log import RunLog, run_manifest
 from osscar.request import PruningRequest
 from tests.osscar.families import tiny, tokens
 from tests.osscar.networks import Concat, images, small_net
@@ -60,7 +63,15 @@ def test_a_run_that_was_killed_ends_with_the_same_bits(name, count, killing, tmp
         prune_as_asked(build_model(), data(), REQUEST, log)
     monkeypatch.undo()
     assert log.committed == count
+    solved, prune_group = [], osscar.pruning.groups._prune_group
+
+    def spy(site, *rest):
+        solved.append(site.group.name)
+        return prune_group(site, *rest)
+
+    monkeypatch.setattr(osscar.pruning.groups, "_prune_group", spy)
     again = prune_as_asked(build_model(), data(), REQUEST, log)
+    assert solved == [layer.name for layer in whole.layers][count:]
     assert again.plan == whole.plan
     assert [layer.name for layer in again.layers] == [layer.name for layer in whole.layers]
     assert [layer.loss for layer in again.layers] == [layer.loss for layer in whole.layers]
@@ -69,168 +80,119 @@ def test_a_run_that_was_killed_ends_with_the_same_bits(name, count, killing, tmp
         assert torch.equal(value, found[key]), key
 
 
-def test_what_is_recorded_is_not_solved_again(killing, tmp_path, monkeypatch):
-    killing(3)
-    log = RunLog(tmp_path / "log")
-    with pytest.raises(Killed):
-        prune_as_asked(tiny("opt"), tokens(), REQUEST, log)
-    monkeypatch.undo()
-    solved = []
-    original = osscar.pruning.groups._prune_group
+# ---- a log of a whole run ----------------------------------------------------------------
 
-    def spy(site, *rest):
-        solved.append(site.group.name)
-        return original(site, *rest)
-
-    monkeypatch.setattr(osscar.pruning.groups, "_prune_group", spy)
-    result = prune_as_asked(tiny("opt"), tokens(), REQUEST, log)
-    assert solved == [layer.name for layer in result.layers][3:]
+OPT = PruningRequest(sparsity=0.5, backend="wanda", device="cpu")
 
 
-def other_model():
-    return tiny("opt", seed=1), tokens(), REQUEST
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The directory of a log in which everything is done."""
+    log = RunLog(tmp_path_factory.mktemp("finished") / "log")
+    prune_as_asked(tiny("opt"), tokens(), OPT, log)
+    return log.directory
 
 
-def other_data():
-    return tiny("opt"), tokens(seed=2), REQUEST
+@pytest.fixture
+def log(finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "log")
+    return RunLog(tmp_path / "log")
 
 
-def other_request():
-    return tiny("opt"), tokens(), PruningRequest(sparsity=0.5, damp=0.02, device="cpu")
+@pytest.fixture
+def manifest(finished):
+    return read_json(finished / "log.json", Manifest)
 
 
-@pytest.mark.sampled(1)
-@pytest.mark.parametrize(
-    ("changed", "message"),
-    [
-        (other_model, "the model's weights are others"),
-        (other_data, "the calibration data are others"),
-        (other_request, "damp was None and is 0.02"),
-    ],
-)
-def test_another_run_is_refused_with_the_difference(changed, message, tmp_path):
-    log = RunLog(tmp_path / "log")
-    prune_as_asked(tiny("opt"), tokens(), REQUEST, log)
-    with pytest.raises(RunError, match=f"{message}.*--restart"):
-        prune_as_asked(*changed(), log)
+def test_another_run_is_refused_with_the_difference(log, manifest):
+    for model, data, request, message in (
+        (tiny("opt", seed=1), tokens(), OPT, "the model's weights are others"),
+        (tiny("opt"), tokens(seed=2), OPT, "the calibration data are others"),
+        (tiny("opt"), tokens(), dataclasses.replace(OPT, damp=0.02), "damp was None and is 0.02"),
+    ):
+        inputs = as_inputs(model, data)
+        other = run_manifest(request, model, inputs, inputs.batch_size)
+        with pytest.raises(RunError, match=f"{message}.*--restart"):
+            log.begun(other).__enter__()
+    with log.begun(manifest) as records:
+        assert len(records) == log.committed > 2
     log.remove()
     assert not log.directory.exists()
-    prune_as_asked(*changed(), log)
 
 
-def cut(log):
-    file = log.directory / "00001.safetensors"
-    file.write_bytes(file.read_bytes()[:-40])
+def opened(file):
+    """Return the words and the tensors of a record."""
+    with safetensors.safe_open(file, "pt") as found:
+        tensors = {name: found.get_tensor(name) for name in found.keys()}  # noqa: SIM118
+        return json.loads(found.metadata()["record"]), tensors
 
 
-def forged(log):
-    file = log.directory / "00000.safetensors"
-    tensors = safetensors.torch.load_file(file)
-    words = {"index": 0, "plan": {"name": "x"}, "report": {}, "weights": 10**9}
+def rewrite(file, words, tensors):
     safetensors.torch.save_file(tensors, file, {"record": json.dumps(words)})
 
 
-def swapped(log):
-    first, second = (log.directory / f"0000{i}.safetensors" for i in range(2))
-    first.write_bytes(second.read_bytes())
+def test_a_record_that_was_damaged_is_refused(log, manifest):
+    first, second = (log.directory / f"0000{index}.safetensors" for index in range(2))
+    good = first.read_bytes()
+    words, tensors = opened(first)
+    damages = (
+        lambda: first.write_bytes(good[:-40]),
+        lambda: first.write_bytes(second.read_bytes()),
+        lambda: rewrite(first, {"index": 0, "plan": {"name": "x"}, "weights": 10**9}, tensors),
+        lambda: rewrite(first, {**words, "run": "0" * 64}, tensors),
+        lambda: rewrite(first, words, {**tensors, "0": tensors["0"] + 1}),
+        lambda: rewrite(first, {**words, "weights": 1}, tensors),
+        first.unlink,
+    )
+    for damage in damages:
+        damage()
+        with pytest.raises(RunError, match=r"00000\.safetensors cannot be read.*--restart"):
+            log.begun(manifest).__enter__()
+        first.write_bytes(good)
+    with log.begun(manifest) as records:
+        assert len(records) == log.committed
 
 
-def unreadable_manifest(log):
-    (log.directory / "log.json").write_text("[" * 10**5)
-
-
-@pytest.mark.parametrize("damage", [cut, forged, swapped, unreadable_manifest])
-def test_a_damaged_log_is_refused(damage, tmp_path):
-    log = RunLog(tmp_path / "log")
-    prune_as_asked(tiny("opt"), tokens(), REQUEST, log)
-    damage(log)
-    with pytest.raises(RunError, match="--restart"):
-        prune_as_asked(tiny("opt"), tokens(), REQUEST, log)
-
-
-def test_foreign_files_in_a_log_survive_its_removal(tmp_path):
-    log = RunLog(tmp_path / "log")
-    prune_as_asked(tiny("opt"), tokens(), REQUEST, log)
-    (log.directory / "thesis.tex").write_text("years of work")
-    log.remove()
-    assert [path.name for path in log.directory.iterdir()] == ["thesis.tex"]
-
-
-def test_a_log_in_use_and_a_directory_of_someone_else_are_not_removed(tmp_path):
-    log = RunLog(tmp_path / "log")
-    prune_as_asked(tiny("opt"), tokens(), REQUEST, log)
-    with file_lock(log.directory / LOCK_FILE, log.directory), pytest.raises(BusyError):
-        log.remove()
-    assert log.committed > 0
-    foreign = RunLog(tmp_path / "mine")
-    foreign.directory.mkdir()
-    (foreign.directory / "00001.safetensors").write_bytes(b"weights of someone else")
-    with pytest.raises(RunError, match="and no run; move that away"):
-        foreign.remove()
-    assert (foreign.directory / "00001.safetensors").exists()
-
-
-def test_weights_that_were_changed_are_refused(tmp_path):
-    log = RunLog(tmp_path / "log")
-    prune_as_asked(tiny("opt"), tokens(), REQUEST, log)
+def test_weights_of_another_form_are_refused(log):
     file = log.directory / "00000.safetensors"
-    with safetensors.safe_open(file, "pt") as opened:
-        words = opened.metadata()
-        tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-    tensors["0"] = tensors["0"] + 1
-    safetensors.torch.save_file(tensors, file, words)
-    with pytest.raises(RunError, match=r"not those that were written.*--restart"):
-        prune_as_asked(tiny("opt"), tokens(), REQUEST, log)
-
-
-def test_weights_of_another_form_are_refused(tmp_path):
-    log = RunLog(tmp_path / "log")
-    prune_as_asked(tiny("opt"), tokens(), REQUEST, log)
-    file = log.directory / "00000.safetensors"
-    with safetensors.safe_open(file, "pt") as opened:
-        words = opened.metadata()
-        tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    words, tensors = opened(file)
     tensors["0"] = tensors["0"][:1].contiguous()
-    record = json.loads(words["record"])
-    record["digest"] = sha256_of(sorted(tensors.items()))
-    safetensors.torch.save_file(tensors, file, {**words, "record": json.dumps(record)})
+    rewrite(file, {**words, "digest": sha256_of(sorted(tensors.items()))}, tensors)
     with pytest.raises(RunError, match=r"of another form.*--restart"):
-        prune_as_asked(tiny("opt"), tokens(), REQUEST, log)
+        prune_as_asked(tiny("opt"), tokens(), OPT, log)
 
 
-def test_a_removal_that_was_interrupted_leaves_what_a_run_goes_on_from(tmp_path, monkeypatch):
-    log = RunLog(tmp_path / "log")
-    result = prune_as_asked(tiny("opt"), tokens(), REQUEST, log)
-    unlink, left = Path.unlink, [2]
-
-    def some(self, **options):
-        left[0] -= 1
-        if left[0] < 0:
-            raise Killed
-        unlink(self, **options)
-
-    monkeypatch.setattr(Path, "unlink", some)
-    with pytest.raises(Killed):
-        log.remove()
-    monkeypatch.undo()
-    assert log.committed == len(result.layers) - 2
-    again = prune_as_asked(tiny("opt"), tokens(), REQUEST, RunLog(log.directory))
-    assert again.plan == result.plan
-    RunLog(log.directory).remove()
-    assert list(tmp_path.iterdir()) == []
+NEURONS = "model.decoder.layers.0.neurons"
 
 
-def test_a_log_in_which_nothing_is_recorded_goes_again(tmp_path):
-    log = RunLog(tmp_path / "deep" / "log")
-    with log.held():
-        assert (log.directory / LOCK_FILE).exists()
-    assert list(tmp_path.iterdir()) == []
-    foreign = tmp_path / "mine"
-    foreign.mkdir()
-    (foreign / "log.json").write_text("notes of someone else")
-    with RunLog(foreign).held():
-        pass
-    assert [path.name for path in foreign.iterdir()] == ["log.json"]
+def test_what_a_log_says_that_groups_keep_is_not_believed(log, manifest):
+    file = log.directory / "allocation.json"
+    good = json.loads(file.read_text())
+    for part, key, value in (
+        *(("keep", NEURONS, 10**6), ("keep", "nowhere", 1), ("budget", "reached", -1.0)),
+        *(("budget", "curves", {"nowhere": [1.0, 0.0]}), ("budget", "predicted", 1e-9)),
+    ):
+        content = copy.deepcopy(good)
+        content["allocated"][part][key] = value
+        for forged in (content, {**good, "run": "0" * 64}, {**good, "digest": "0" * 64}):
+            file.write_text(json.dumps(forged))
+            with log.begun(manifest), pytest.raises(RunError, match=r"was changed.*--restart"):
+                log.allocation()
+    file.write_text(json.dumps(good))
+    with log.begun(manifest):
+        assert log.allocation().keep == good["allocated"]["keep"]
+
+
+@pytest.mark.parametrize("change", [{NEURONS: 10**6}, {NEURONS: 0}, {"nowhere": 1}], ids=str)
+def test_widths_that_a_model_does_not_have_are_refused(change, log):
+    """Also where the digest is that of what stands there."""
+    file = log.directory / "allocation.json"
+    content = json.loads(file.read_text())
+    content["allocated"]["keep"] |= change
+    content["digest"] = digest(json.dumps(content["allocated"], sort_keys=True))
+    file.write_text(json.dumps(content))
+    with pytest.raises(RunError, match=r"that this model does not have, or not fewer.*--restart"):
+        prune_as_asked(tiny("opt"), tokens(), OPT, log)
 
 
 def test_groups_that_share_a_consumer_go_on_to_the_same_bits(tmp_path):
@@ -249,34 +211,3 @@ def test_groups_that_share_a_consumer_go_on_to_the_same_bits(tmp_path):
         again = prune_as_asked(model, x, request, log)
         for a, b in zip(whole.model.parameters(), again.model.parameters(), strict=True):
             assert torch.equal(a, b)
-
-
-@pytest.mark.sampled(3)
-@pytest.mark.parametrize(
-    ("key", "value"),
-    [
-        ("keep", {"model.decoder.layers.0.neurons": 10**6}),
-        ("keep", {"model.decoder.layers.0.neurons": 0}),
-        ("keep", {"nowhere": 1}),
-        ("budget.curves", {"nowhere": [1.0, 0.0]}),
-        ("budget.curves", {"model.decoder.layers.0.neurons": []}),
-        ("budget.reached", -1.0),
-        ("budget.dense", 0.0),
-        ("budget.predicted", 1e-9),
-        ("run", "0" * 64),
-    ],
-)
-def test_what_a_log_says_that_groups_keep_is_not_believed(key, value, tmp_path):
-    log = RunLog(tmp_path / "log")
-    request = PruningRequest(sparsity=0.5, backend="wanda")
-    prune_as_asked(tiny("opt"), tokens(), request, log)
-    file = log.directory / "allocation.json"
-    content = json.loads(file.read_text())
-    allocated = content["allocated"]
-    place = {"budget": allocated["budget"], "keep": allocated, "run": content}[
-        key.partition(".")[0]
-    ]
-    place[key.rpartition(".")[2]] = value
-    file.write_text(json.dumps(content))
-    with pytest.raises(RunError, match=r"begin anew with --restart"):
-        prune_as_asked(tiny("opt"), tokens(), request, log)

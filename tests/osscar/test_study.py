@@ -46,10 +46,13 @@ def problem(units, seed=0, *, width=1, name="layer"):
     return solvers.SubsetProblem.from_gram(X.T @ X / 400, W0, units=units, keep=units, name=name)
 
 
+PROBLEMS = (("heads", problem(7, width=2, name="a")), ("neurons", problem(30, 1, name="b")))
+
+
 @pytest.fixture
 def study(tmp_path):
     study = Study(tmp_path / "study", {"model": "made up"})
-    study.capture([("heads", problem(7, width=2, name="a")), ("neurons", problem(30, 1, name="b"))])
+    study.capture(PROBLEMS)
     return study
 
 
@@ -57,6 +60,21 @@ DESIGN = StudyDesign(
     sparsities=(0.3, 0.6), backends=("magnitude", "local_search", "perspective", *EXACT),
     exact_units=10, window_units=8, windows=2, time_limit=30.0,
 )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def solved(tmp_path_factory):
+    """A study that is done, and its records; for tests that change nothing in it."""
+    study = Study(tmp_path_factory.mktemp("solved") / "study", {"model": "made up"})
+    study.capture(PROBLEMS)
+    return study, study.run(DESIGN)
+
+
+@pytest.fixture
+def done(solved, tmp_path):
+    """A copy of it."""
+    shutil.copytree(solved[0].directory, tmp_path / "done")
+    return Study(tmp_path / "done", solved[0].source)
 
 
 def optimum(instance):
@@ -67,8 +85,8 @@ def optimum(instance):
     )
 
 
-def test_rows_hold_true_optima_and_valid_bounds(study):
-    records = study.run(DESIGN)
+def test_rows_hold_true_optima_and_valid_bounds(solved):
+    study, records = solved
     assert {record.kind for record in records} == {"heads", "neurons", WINDOW}
     assert not [record.error for record in records if record.error]
     for record in records:
@@ -84,8 +102,8 @@ def test_rows_hold_true_optima_and_valid_bounds(study):
             assert record.loss == pytest.approx(best, rel=1e-6)
 
 
-def test_a_window_has_the_loss_of_its_layer(study):
-    records = study.run(DESIGN)
+def test_a_window_has_the_loss_of_its_layer(solved):
+    study, records = solved
     incumbents = {
         (r.instance, r.keep): r for r in records if r.kind != WINDOW and r.backend == "local_search"
     }
@@ -103,8 +121,8 @@ def test_a_window_has_the_loss_of_its_layer(study):
         )  # relative to the window's own
 
 
-def test_the_summary_counts_hits_and_compares_solvers(study):
-    summary = summarize(study.run(DESIGN))
+def test_the_summary_counts_hits_and_compares_solvers(solved):
+    summary = summarize(solved[1])
     closed = [case for case in summary.cases if case.closed]
     assert all(case.best.units <= 10 for case in closed)
     assert len(closed) == 2 + len(DESIGN.sparsities) * DESIGN.windows
@@ -158,26 +176,25 @@ def test_what_a_backend_cannot_take_is_a_row_with_its_reason(study):
     assert summarize(records).refused == tuple(refused)
 
 
-def test_the_command_of_a_row_solves_it_again(study, monkeypatch):
-    records = study.run(dataclasses.replace(DESIGN, window_units=None))
+def test_the_command_of_a_row_solves_it_again(solved, tmp_path, monkeypatch):
+    study, records = solved
     chosen = next(r for r in records if r.backend == "branch_and_bound")
     command = shlex.split(chosen.command)
     assert command[0] == "osscar"
     monkeypatch.chdir(study.directory)
-    monkeypatch.setattr(sys, "argv", [*command, "--json", "solve.json"])
+    monkeypatch.setattr(sys, "argv", [*command, "--json", str(tmp_path / "solve.json")])
     with pytest.raises(SystemExit) as stop:
         main()
     assert not stop.value.code
-    answer = json.loads((study.directory / "solve.json").read_text())
+    answer = json.loads((tmp_path / "solve.json").read_text())
     assert answer["loss"] == pytest.approx(chosen.loss, rel=1e-9)
     assert answer["support"] == list(chosen.support)
 
 
-def test_it_resumes_without_solving_again(study, monkeypatch):
-    before = study.run(DESIGN)
-    again = Study(study.directory, {"model": "made up"})
+def test_it_resumes_without_solving_again(solved, done, monkeypatch):
+    before = solved[1]
     monkeypatch.setattr(solvers, "solve", None)  # any solve would fail
-    after = again.run(DESIGN)
+    after = done.run(DESIGN)
     assert [dataclasses.replace(record, proof=Proof.NONE) for record in after] == [
         dataclasses.replace(record, proof=Proof.NONE) for record in before
     ]
@@ -185,7 +202,7 @@ def test_it_resumes_without_solving_again(study, monkeypatch):
         certified = record.certificate != ""
         assert (record.proof is Proof.RECOMPUTED) == certified == (record.backend in CERTIFIED)
         assert (record.proof is Proof.RECORDED) == (record.backend == "highs")
-    with (study.directory / "results.csv").open() as file:
+    with (done.directory / "results.csv").open() as file:
         lines = list(csv.DictReader(file))
     assert [line["backend"] for line in lines] == [record.backend for record in before]
     assert float(lines[0]["loss"]) == before[0].loss
@@ -199,11 +216,8 @@ def test_more_can_be_asked_of_a_study_later(study):
     assert all(record in more for record in first)
 
 
-def test_several_processes_give_the_same_rows(study, tmp_path):
-    alone = study.run(DESIGN)
-    other = Study(tmp_path / "other", {"model": "made up"})
-    other.capture([("heads", problem(7, width=2, name="a")), ("neurons", problem(30, 1, name="b"))])
-    together = other.run(DESIGN, jobs=2)
+def test_several_processes_give_the_same_rows(solved, study):
+    alone, together = solved[1], study.run(DESIGN, jobs=2)
     strip = [dataclasses.replace(r, seconds=None, iterations=0) for r in alone]
     assert [dataclasses.replace(r, seconds=None, iterations=0) for r in together] == strip
 
@@ -237,8 +251,8 @@ def test_a_killed_study_goes_on(tmp_path):
     assert all(after[name] == content for name, content in kept.items())
 
 
-def test_the_report_is_one_page_with_everything_in_it(study):
-    records = study.run(DESIGN)
+def test_the_report_is_one_page_with_everything_in_it(solved):
+    study, records = solved
     page = write_report(study, DESIGN, records, summarize(records)).read_text()
     assert not re.findall(r"""(?:src|href)=["'](?!data:)""", page)  # nothing is fetched
     for expected in (
@@ -357,14 +371,6 @@ def test_a_directory_of_something_else_is_left_alone(tmp_path):
         Study(tmp_path / "notes.txt", {"model": "x"})
 
 
-def test_a_damaged_study_says_so(study):
-    study.run(StudyDesign(sparsities=(0.5,), backends=("greedy",)))
-    broken = next((study.directory / "records").glob("*.json"))
-    broken.write_text("{")
-    with pytest.raises(StudyError, match="delete it"):
-        study.run(StudyDesign(sparsities=(0.5,), backends=("greedy",)))
-
-
 def test_two_problems_of_one_name_are_refused(tmp_path):
     study = Study(tmp_path / "study", {})
     with pytest.raises(StudyError, match="two problems are called 'same'"):
@@ -407,22 +413,21 @@ def test_a_problem_that_was_replaced_is_read_again(tmp_path):
         assert found == pytest.approx(best, rel=1e-9)
 
 
-def test_rows_of_two_problems_are_never_mixed(study):
-    study.run(DESIGN)
+def test_rows_of_two_problems_are_never_mixed(solved, done):
     extended = dataclasses.replace(DESIGN, backends=(*DESIGN.backends, "wanda"))
-    layer = study.instances[0]
-    window = next(r for r in study.run(DESIGN) if r.kind == WINDOW)
+    layer = done.instances[0]
+    window = next(r for r in solved[1] if r.kind == WINDOW)
     for file, units, name in ((layer.file, 7, layer.name), (window.file, 8, window.instance)):
-        path = study.directory / file
+        path = done.directory / file
         before = path.read_bytes()
         problem(units, 5, width=2 if units == 7 else 1, name=name).save(path)
         with pytest.raises(StudyError, match=re.escape(f"{path} is not the problem that")):
-            study.run(extended)
+            done.run(extended)
         path.unlink()
         with pytest.raises(StudyError, match=re.escape(f"cannot read the problem file {path}")):
-            study.run(extended)
+            done.run(extended)
         path.write_bytes(before)
-    assert study.run(extended)
+    assert done.run(extended)
 
 
 def test_one_process_at_a_time_writes_to_a_study(study):
@@ -462,16 +467,17 @@ def test_a_backend_that_cannot_run_is_refused_at_once(monkeypatch):
         StudyDesign(backends=("greedy", "highs"))
 
 
-@pytest.mark.parametrize("error", [solvers.BackendError, solvers.VerificationError])
-def test_what_went_wrong_is_a_row_and_is_tried_again(study, monkeypatch, error):
-    def fail(*arguments, **options):
-        raise error("no licence today")
+def test_what_went_wrong_is_a_row_and_is_tried_again(study, monkeypatch):
+    for error in (solvers.BackendError, solvers.VerificationError):
 
-    monkeypatch.setattr(solvers, "solve", fail)
-    records = study.run(QUICK)
-    assert {(record.status, record.loss) for record in records} == {("", None)}
-    assert any(record.error == "no licence today" for record in records)
-    monkeypatch.undo()
+        def fail(*arguments, error=error, **options):
+            raise error("no licence today")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(solvers, "solve", fail)
+            records = study.run(QUICK)
+        assert {(record.status, record.loss) for record in records} == {("", None)}
+        assert any(record.error == "no licence today" for record in records)
     again = study.run(QUICK)
     assert [record.error for record in again if record.instance == "a"] == ["", ""]
 
@@ -522,24 +528,12 @@ def test_a_study_without_a_choice_is_refused(tmp_path):
     assert not (tmp_path / "study").exists()
 
 
-def manifest(**change):
-    return json.dumps({"schema": "osscar.study/4", "asked": {}, "dense": None, **change})
-
-
 def index(**change):
     content = {"schema": "osscar.study-problems/1", "captured": [], "windows": []}
     return json.dumps({**content, **change})
 
 
 INSTANCE = {"name": "p", "kind": "u", "file": "x", "units": 4, "width": 1, "sha256": "0"}
-MANIFESTS = (
-    *("", "5", "[]", "[" * 100000, '{"source": {}, "instances": [], "windows": []}'),
-    *(manifest(asked=[]), manifest(dense=5), manifest(schema="osscar.study/99")),
-    manifest(asked={"deep": json.loads("[" * 500 + "]" * 500)}),
-    *(manifest(asked={"large": float("inf")}), manifest(asked={"large": 10**400})),
-    manifest(asked={"torn": "\ud800"}),
-    manifest()[:-1] + ', "asked": {}}',
-)
 INDEXES = (
     *("", "{}", index(captured=5), index(captured=[{"x": 1}]), index(schema="another")),
     index(captured=[{**INSTANCE, "file": "../../etc/passwd"}]),
@@ -549,30 +543,30 @@ INDEXES = (
 )
 
 
-def test_a_study_whose_files_are_none_is_refused(tmp_path):
-    (tmp_path / "study.json").write_text(manifest())
-    study = Study(tmp_path, {})
-    for name, texts in (("problems.json", INDEXES), ("study.json", MANIFESTS)):
-        for text in texts:
-            (tmp_path / name).write_text(text)
-            with pytest.raises(StudyError, match="give another --out") as caught:
-                study.run(QUICK)
-            assert str(tmp_path) in str(caught.value)
+def test_a_list_of_problems_that_is_none_is_refused(study):
+    for text in INDEXES:
+        (study.directory / "problems.json").write_text(text)
+        with pytest.raises(StudyError, match=r"problems\.json: .*give another --out"):
+            study.run(QUICK)
+    (study.directory / "study.json").write_text("{}")
+    with pytest.raises(StudyError, match=r"study\.json is not the manifest of a study"):
+        Study(study.directory, study.source)
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"loss": "abc"}, {"loss": None}, {"support": ["x"]}, {"support": 5}, {"units": True},
-        {"backend": "nope"}, {"keep": 1}, {"seconds": float("nan")}, {"unknown": 1},
-        {"support": [10**30]}, {"iterations": 1e300}, {"support": [1e999]}, {"error": "\ud800"},
-    ],
-)  # fmt: skip
-def test_rows_that_are_none_are_refused(study, change):
+def test_rows_that_are_none_are_refused(study):
     study.run(QUICK)
     file = next((study.directory / "records").glob("*.json"))
-    file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
-    with pytest.raises(StudyError, match=re.escape(str(file))):
+    good = json.loads(file.read_text())
+    for change in (
+        *({"loss": "abc"}, {"loss": None}, {"support": ["x"]}, {"support": 5}, {"units": True}),
+        *({"backend": "nope"}, {"keep": 1}, {"seconds": float("nan")}, {"unknown": 1}),
+        *({"support": [10**30]}, {"iterations": 1e300}, {"support": [1e999]}, {"error": "\ud800"}),
+    ):
+        file.write_text(json.dumps({**good, **change}))
+        with pytest.raises(StudyError, match=re.escape(str(file))):
+            study.run(QUICK)
+    file.write_text("{")
+    with pytest.raises(StudyError, match="delete it"):
         study.run(QUICK)
 
 
@@ -593,12 +587,9 @@ def test_places_that_are_taken_are_named(study):
         Study(study.directory / ("x" * 300), {})
 
 
-@pytest.mark.sampled(2)
-@pytest.mark.parametrize(
-    "name", ["a" * 300, "$\\oops{$", "[bold]x[/bold] [/oops]", ":smile:", "日本"]
-)
-def test_any_name_can_be_reported(tmp_path, name):
-    study = captured(tmp_path / "study", problem(6, name=name))
+def test_any_name_can_be_reported(tmp_path):
+    names = ["a" * 300, "$\\oops{$", "[bold]x[/bold] [/oops]", ":smile:", "日本"]
+    study = captured(tmp_path / "study", *(problem(6, name=name) for name in names))
     records = study.run(QUICK)
     assert write_report(study, QUICK, records, summarize(records)).stat().st_size
 
@@ -638,46 +629,39 @@ def test_optima_that_agree_are_said_to_agree():
 
 
 def edit(study, backend, **change):
-    """Change the record of a backend's answer to the first problem, and return its file."""
+    """Change the record of a backend's answer to the first problem; return its file, as it was."""
     for file in (study.directory / "records").glob("*.json"):
-        content = json.loads(file.read_text())
+        text = file.read_text()
+        content = json.loads(text)
         if (content["instance"], content["backend"]) == ("a", backend):
             file.write_text(json.dumps({**content, **change}))
-            return file
+            return file, text
     raise AssertionError(f"no record of {backend}")
 
 
 LIE = {"loss": 1e-9, "status": "OPTIMAL", "lower_bound": 1e-9, "relative_loss": 1e-9}
 
 
-@pytest.mark.sampled(2)
-@pytest.mark.parametrize(
-    ("backend", "change", "words"),
-    [
+def test_what_a_record_claims_is_recomputed_when_a_study_goes_on(study):
+    design = dataclasses.replace(QUICK, backends=("greedy", "branch_and_bound"), sparsities=(0.4,))
+    study.run(design)
+    for backend, change, words in (
         ("greedy", {**LIE, "support": [0, 0, 99, -5]}, "it keeps (0, 0, 99, -5)"),
-        ("greedy", LIE, "loss is"),
         ("greedy", {"support": [4, 5, 6]}, "it keeps (4, 5, 6), not 4 of 7 units"),
         ("greedy", {"support": [3, 4, 5, 6]}, "loss is"),
         ("greedy", {"status": "PERFECT"}, "its status is 'PERFECT'"),
         ("greedy", {"status": "OPTIMAL"}, "optimality is claimed without a bound"),
         ("branch_and_bound", {"lower_bound": 1e3}, "lies above the loss"),
         ("branch_and_bound", {"gap_tolerance": 1e9}, "its gap tolerance is"),
-        (
-            "branch_and_bound",
-            {"certificate": "0" * 64},
-            "not the certificate that its record names",
-        ),
-    ],
-)
-def test_what_a_record_claims_is_recomputed_when_a_study_goes_on(study, backend, change, words):
-    design = dataclasses.replace(QUICK, backends=("greedy", "branch_and_bound"), sparsities=(0.4,))
-    study.run(design)
-    file = edit(study, backend, **change)
-    for jobs in (1, 2):
+        ("branch_and_bound", {"certificate": "0" * 64}, "not the certificate that its record"),
+        ("greedy", LIE, "loss is"),
+    ):
+        file, good = edit(study, backend, **change)
         with pytest.raises(StudyError, match=re.escape(words)) as caught:
-            study.run(design, jobs)
-        assert str(file) in str(caught.value)
+            study.run(design, jobs=2 if change is LIE else 1)
+        assert f"{file} is the record of" in str(caught.value)
         assert "delete it" in str(caught.value)
+        file.write_text(good)
     file.unlink()
     assert all(not record.error for record in study.run(design))
 
@@ -691,18 +675,18 @@ def test_a_bound_is_that_of_its_certificate(study):
         study.run(design)
 
 
-@pytest.mark.parametrize("damage", [b"", b"\0" * 100, b"\xff" * 8])
-def test_a_damaged_certificate_is_an_error_of_ours(study, damage):
+def test_a_damaged_certificate_is_an_error_of_ours(study):
     design = dataclasses.replace(QUICK, backends=("perspective",))
     study.run(design)
     file = next((study.directory / "records").glob("*.safetensors"))
-    file.write_bytes(damage)
-    sha256 = hashlib.sha256(damage).hexdigest()
-    for record in (study.directory / "records").glob("*.json"):
-        content = json.loads(record.read_text())
-        record.write_text(json.dumps({**content, "certificate": sha256}))
-    with pytest.raises(StudyError, match="certificate"):
-        study.run(design)
+    for damage in (b"", b"\0" * 100, b"\xff" * 8):
+        file.write_bytes(damage)
+        sha256 = hashlib.sha256(damage).hexdigest()
+        for record in (study.directory / "records").glob("*.json"):
+            content = json.loads(record.read_text())
+            record.write_text(json.dumps({**content, "certificate": sha256}))
+        with pytest.raises(StudyError, match="certificate"):
+            study.run(design)
 
 
 def test_without_its_certificate_a_proof_is_only_as_recorded(study):

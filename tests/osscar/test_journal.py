@@ -1,0 +1,169 @@
+"""Journals: of one sort and one process at a time, gone where nothing is done, never believed."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from osscar.base.errors import BusyError, OutputError, RunError
+from osscar.base.journal import Journal, JournalKind
+from osscar.base.locks import LOCK_FILE
+from osscar.preparation.fingerprint import Manifest
+
+KIND = JournalKind(
+    what="thing",
+    manifest="thing.json",
+    schema=Manifest,
+    done=("done/*.txt",),
+    others=("note", "done"),
+    error=RunError,
+    otherwise="give another --out",
+)
+ASKED = Manifest("osscar.thing/1", {"batch_size": 4, "files": ["a"]}, None)
+
+
+class Killed(BaseException):
+    """Stands for a kill: nothing may catch it."""
+
+
+@pytest.fixture
+def journal(tmp_path):
+    """A journal in which three things are done."""
+    journal = Journal(tmp_path / "deep" / "out", KIND)
+    with journal.held():
+        journal.begin(ASKED)
+        journal.make("done")
+        for number in range(3):
+            (journal.directory / "done" / f"{number}.txt").write_text("done")
+        (journal.directory / "note").write_text("a note")
+    return journal
+
+
+def names(place: Path) -> set[str]:
+    return {str(path.relative_to(place)) for path in place.rglob("*")}
+
+
+def test_what_is_done_stays_and_goes_on_only_with_the_same(journal):
+    again = Journal(journal.directory, KIND)
+    with again.held(), again.held():
+        assert again.begin(ASKED) == ASKED
+        assert [path.name for path in again.done] == ["0.txt", "1.txt", "2.txt"]
+    for manifest, message in (
+        (Manifest("osscar.thing/2", ASKED.asked, None), "it is 'osscar.thing/1', and this version"),
+        (Manifest("osscar.thing/1", {"files": ["a"]}, None), "batch-size was 4 and is None"),
+        (Manifest("osscar.thing/1", {**ASKED.asked, "more": 1}, None), "more was None and is 1"),
+    ):
+        with pytest.raises(RunError, match=f"holds another thing: {message}.* or give another --"):
+            again.begin(manifest)
+    assert again.begin(Manifest("osscar.thing/1", {}, None), anew=True).asked == {}
+
+
+def test_where_nothing_is_done_nothing_stays(tmp_path, journal):
+    for path in journal.done:
+        path.unlink()
+    fresh = Journal(tmp_path / "also" / "deep", KIND)
+    for one in (journal, fresh):
+        with one.held():
+            one.begin(ASKED)
+            assert (one.directory / LOCK_FILE).exists()
+        assert not one.directory.exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["deep"]  # which was there before
+
+
+def test_what_a_killed_command_left_is_no_foreign_file(tmp_path, journal):
+    for place, partial in ((journal.directory / "done", "x.txt"), (tmp_path / "new", "thing.json")):
+        place.mkdir(exist_ok=True)
+        (place / f".{partial}.4711.partial").write_text("half")
+        (place / "mine.partial").write_text("mine")
+    with pytest.raises(RunError, match=r"holds 'mine\.partial' and no thing"):
+        Journal(tmp_path / "new", KIND).held().__enter__()
+    (tmp_path / "new" / "mine.partial").unlink()
+    (tmp_path / "new" / LOCK_FILE).touch()
+    for place in (journal.directory, tmp_path / "new"):
+        with Journal(place, KIND).held():
+            pass
+    assert "done/mine.partial" in names(journal.directory)
+    assert not [name for name in names(tmp_path) if name.endswith("4711.partial")]
+    assert not (tmp_path / "new").exists()
+
+
+def test_another_process_and_other_files_are_left_alone(tmp_path, journal):
+    with journal.held():
+        before = names(tmp_path)
+        other = Journal(journal.directory, KIND)
+        for step in (other.remove, other.held().__enter__):
+            with pytest.raises(BusyError, match=rf"\(process {os.getpid()} on "):
+                step()
+        assert names(tmp_path) == before
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "0.txt").write_text("mine")
+    (tmp_path / "file").touch()
+    for place, message in (
+        ("mine", "holds '0.txt' and no thing; move that away, or give another --out"),
+        ("file", "is a file and holds no thing"),
+        ("x" * 300, "cannot look into .*: File name too long"),
+    ):
+        other = Journal(tmp_path / place, KIND)
+        for step in (other.refuse_foreign, other.held().__enter__):
+            with pytest.raises(RunError, match=message):
+                step()
+    with pytest.raises(OutputError, match=r"cannot write .*: Not a dir"):
+        Journal(tmp_path / "file" / "deep", KIND).make("x")
+    (tmp_path / "mine" / "0.txt").rename(tmp_path / "mine" / "thing.json")
+    with Journal(tmp_path / "mine", KIND).held():
+        pass
+    assert names(tmp_path / "mine") >= {"thing.json"}
+
+
+def test_a_removal_that_is_killed_leaves_what_goes_on_or_can_be_removed(
+    tmp_path, journal, monkeypatch
+):
+    (journal.directory / "thesis.tex").write_text("mine")
+    unlink = Path.unlink
+    for killed_at in range(6):
+        copy = Journal(tmp_path / f"{killed_at}", KIND)
+        shutil.copytree(journal.directory, copy.directory)
+        left = [killed_at]
+
+        def some(self: Path, left: list[int] = left, **options: bool) -> None:
+            left[0] -= 1
+            if left[0] < 0:
+                raise Killed
+            unlink(self, **options)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "unlink", some)
+            with pytest.raises(Killed):
+                copy.remove()
+        assert len(copy.done) == max(0, 3 - killed_at)
+        assert [path.stem for path in copy.done] == [str(n) for n in range(len(copy.done))]
+        if (copy.directory / "thing.json").exists():
+            assert copy.begin(ASKED) == ASKED
+            Journal(copy.directory, KIND).remove()
+        assert names(copy.directory) <= {"thesis.tex", LOCK_FILE}
+
+
+def manifest(**change: object) -> str:
+    return json.dumps({"schema": "x", "asked": {}, "dense": None, **change})
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("", "5", "[]", "[" * 10**5, "{}", manifest()[:-1], manifest()[:-1] + ', "asked": {}}'),
+        *(manifest(asked=asked) for asked in (5, [], {"large": 1e999}, {"torn": "\ud800"})),
+        manifest(asked={"deep": json.loads("[" * 500 + "]" * 500)}),
+        *(manifest(dense={"weights": 5}), manifest(more=1), manifest(asked={"large": 10**400})),
+    ],
+)
+def test_a_manifest_that_is_none_is_one_error(text, journal):
+    (journal.directory / "thing.json").write_text(text)
+    with pytest.raises(RunError, match=r"thing\.json is not the manifest of a thing: .*; give ano"):
+        journal.begin(ASKED)
+    (journal.directory / "note").write_text(text)
+    with pytest.raises(RunError, match=r"note: .*; remove it"):
+        journal.read("note", Manifest, otherwise="remove it")
