@@ -27,7 +27,7 @@ _PARTIAL_FILE = re.compile(rf".+\.\d+{re.escape(PARTIAL)}")
 """What `atomic_write` and the solvers call a file that is being written; it has the process."""
 
 
-class Manifest(Protocol):
+class _Manifest(Protocol):
     """What is being made of what: a dataclass, in JSON."""
 
     __dataclass_fields__: ClassVar[dict[str, Any]]
@@ -36,7 +36,7 @@ class Manifest(Protocol):
         """Say in what it differs from an earlier one, or None."""
 
 
-M = TypeVar("M", bound=Manifest)
+M = TypeVar("M", bound=_Manifest)
 
 
 @dataclass(frozen=True)

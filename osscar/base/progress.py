@@ -32,7 +32,7 @@ _display: Progress | None = None
 
 
 @dataclass(frozen=True)
-class Stage:
+class _Bar:
     """A running bar, handed out by :func:`stage`."""
 
     _progress: Progress
@@ -48,7 +48,7 @@ class Stage:
 
 
 @contextmanager
-def stage(description: str, total: float | None = None) -> Iterator[Stage]:
+def stage(description: str, total: float | None = None) -> Iterator[_Bar]:
     """Show a bar while the block runs; stages opened inside it appear below.
 
     Parameters
@@ -61,7 +61,7 @@ def stage(description: str, total: float | None = None) -> Iterator[Stage]:
     with _shared_display() as display:
         task = display.add_task(printable(description), total=total)
         try:
-            yield Stage(display, task)
+            yield _Bar(display, task)
         finally:
             display.remove_task(task)
 

@@ -20,7 +20,7 @@ from osscar.checkpoint.manifest import (
     REPORT_FILE,
     read_manifest,
 )
-from osscar.checkpoint.runs import entries, prefix, recover, refuse_earlier, run_for, stays
+from osscar.checkpoint.runs import cannot_move, entries, prefix, recover, refuse_earlier, run_for
 
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 _CHECKPOINT_FILES = (
@@ -142,7 +142,7 @@ def _is_known(entry: Path, known: frozenset[str]) -> bool:
 
 def _check_writable(path: Path, needed_bytes: int) -> None:
     """Make a directory where the run will make its own, and compare room with need."""
-    place = path if stays(path) else path.parent
+    place = path if cannot_move(path) else path.parent
     while not place.exists():
         place = place.parent
     if not place.is_dir():
@@ -178,7 +178,7 @@ def replacing(path: Path, *, overwrite: bool) -> Iterator[Path]:
     with contextlib.ExitStack() as stack:
         try:
             stack.enter_context(ends_tidily())
-            place = path if stays(path) else path.parent
+            place = path if cannot_move(path) else path.parent
             place.mkdir(parents=True, exist_ok=True)
             with uninterrupted():
                 run = stack.enter_context(run_for(path, place))

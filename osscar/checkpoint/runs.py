@@ -51,7 +51,7 @@ def entries(path: Path) -> list[Path]:
     return [entry for entry in path.iterdir() if not entry.name.startswith(prefix(path))]
 
 
-def stays(path: Path) -> bool:
+def cannot_move(path: Path) -> bool:
     """Whether a directory cannot be renamed, so that what is in it has to change."""
     try:
         return path.is_dir() and (_is_mounted(path) or not os.access(path.parent, os.W_OK))
@@ -74,7 +74,7 @@ def _is_mounted(path: Path) -> bool:
 
 
 @dataclass(frozen=True)
-class Mark:
+class _Mark:
     """Says that a directory is a run's, which run's, and what for."""
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
@@ -116,10 +116,10 @@ class Run:
         """What has been written and goes into a target that stays, from when it is empty."""
         return self.work / "going"
 
-    def mark(self) -> Mark | None:
+    def mark(self) -> _Mark | None:
         """Return the mark; None if there is none of ours."""
         try:
-            mark = read_json(self.work / _MARK_FILE, Mark)
+            mark = read_json(self.work / _MARK_FILE, _Mark)
         except FileError:
             return None
         return mark if mark.target == self.target.name else None
@@ -176,7 +176,7 @@ def run_for(path: Path, place: Path) -> Iterator[Run]:
         with file_lock(run.work / LOCK_FILE, path):
             try:
                 now, host = time.time_ns(), socket.gethostname()
-                mark = Mark("osscar.run/1", path.name, os.getpid(), host, now)
+                mark = _Mark("osscar.run/1", path.name, os.getpid(), host, now)
                 write_json(run.work / _MARK_FILE, dataclasses.asdict(mark))
                 run.new.mkdir()
                 yield run
@@ -269,17 +269,10 @@ def _remove_unmarked(work: Path) -> None:
                 work.rmdir()
 
 
-def _may_live(mark: Mark) -> bool:
+def _may_live(mark: _Mark) -> bool:
     """Whether a run may go on, as far as can be told without a lock."""
-    if mark.host != socket.gethostname():
-        return True
-    try:
-        os.kill(mark.pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        return True
-    return mark.pid != os.getpid()
+    here = mark.host == socket.gethostname()
+    return not here or (mark.pid != os.getpid() and _is_alive(mark.pid))
 
 
 def refuse_earlier(own: Run) -> None:

@@ -467,9 +467,9 @@ def _is_saved(
 
 def _beside(path: Path) -> Path:
     """Return where the log of a run lies: beside its output, or in it if nothing can be there."""
-    from osscar.checkpoint.runs import prefix, stays
+    from osscar.checkpoint.runs import cannot_move, prefix
 
-    return path / f"{prefix(path)}log" if stays(path) else path.with_name(f"{path.name}.run")
+    return path / f"{prefix(path)}log" if cannot_move(path) else path.with_name(f"{path.name}.run")
 
 
 def _saved(saved: SavedCheckpoint) -> dict[str, Any]:
