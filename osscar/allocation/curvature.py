@@ -46,7 +46,7 @@ from osscar.network.modules import device_of, fresh
 from osscar.network.predictions import known_prediction, named_logits
 from osscar.preparation.consumer import LinearMap
 from osscar.preparation.linear_maps import linear_maps
-from osscar.preparation.opened import Opened
+from osscar.preparation.prepare import Prepared
 from osscar.preparation.recurrent import RECURRENT, gates_shown
 from osscar.preparation.routing import Routed, afresh, reads
 from osscar.walk.gram import damped_by_input
@@ -267,13 +267,13 @@ class GroupCurvature:
 
 
 def curvature(
-    opened: Opened, groups: Sequence[CouplingGroup], *, samples: int, seed: int
+    prepared: Prepared, groups: Sequence[CouplingGroup], *, samples: int, seed: int
 ) -> Iterator[GroupCurvature]:
     """Run the dense model forward and backward, and yield what each group's consumers matter.
 
     Parameters
     ----------
-    opened
+    prepared
         The model with its data, still dense.
     groups
         The groups; where their factors take more than two gigabytes, the data pass several times.
@@ -287,15 +287,15 @@ def curvature(
     NonFiniteError
         If gradients are not finite; names the module.
     """
-    batches = small_batches(opened, samples)
-    held = held_batches(opened, batches)
-    rounds = list(parts(opened.model, groups, copies=2 if held else 1))
+    batches = small_batches(prepared, samples)
+    held = held_batches(prepared, batches)
+    rounds = list(parts(prepared.model, groups, copies=2 if held else 1))
     with stage("curvature", total=len(rounds) * len(batches)) as bar:
         for part in rounds:
             factors = {g.name: [Factors.of(map) for map in maps] for g, maps in part}
             every = [f for found in factors.values() for f in found]
-            generator = torch.Generator(device_of(opened.model)).manual_seed(seed)
-            _find_axes(opened, every)
+            generator = torch.Generator(device_of(prepared.model)).manual_seed(seed)
+            _find_axes(prepared, every)
             if held:
                 for one in every:
                     one.held = dataclasses.replace(Factors.of(one.linear_map), axis=one.axis)
@@ -303,7 +303,7 @@ def curvature(
             fitted = rest = 0
             for index, batch in enumerate(batches):
                 fits = index < len(batches) - held
-                made = one_pass(opened, batch, every if fits else apart, generator)
+                made = one_pass(prepared, batch, every if fits else apart, generator)
                 bar.advance()
                 if made is None:
                     fitted = 0
@@ -313,7 +313,7 @@ def curvature(
                 found = _without_idle(factors.pop(group.name))
                 reached = bool(fitted) and all(f.energy > 0 for f in found)
                 if not reached:
-                    found = tuple(_own_currency(opened, batches, found))
+                    found = tuple(_own_currency(prepared, batches, found))
                 yield GroupCurvature(
                     group,
                     found,
@@ -323,13 +323,13 @@ def curvature(
                 )
 
 
-def held_batches(opened: Opened, batches: Sequence[Batch]) -> int:
+def held_batches(prepared: Prepared, batches: Sequence[Batch]) -> int:
     """Return how many of the batches that curvature is measured on, the last, are held out.
 
     None are of tokens, of which all layers of a language model read as many, so that none is
     fitted much better than another.
     """
-    return 0 if isinstance(opened.inputs, TokenInputs) else len(batches) // _HELD_OUT
+    return 0 if isinstance(prepared.inputs, TokenInputs) else len(batches) // _HELD_OUT
 
 
 def _without_idle(factors: Sequence[Factors]) -> tuple[Factors, ...]:
@@ -338,21 +338,21 @@ def _without_idle(factors: Sequence[Factors]) -> tuple[Factors, ...]:
     return tuple(one for one in factors if one.rows or one.linear_map.name not in read)
 
 
-def small_batches(opened: Opened, samples: int) -> list[Batch]:
+def small_batches(prepared: Prepared, samples: int) -> list[Batch]:
     """Return the first samples, few at a time."""
-    inputs = opened.inputs
+    inputs = prepared.inputs
     if isinstance(inputs, SeparateInputs):
-        return inputs.batches(opened.model, 1)[:samples]
-    first = inputs.batches(opened.model, samples)[0]
+        return inputs.batches(prepared.model, 1)[:samples]
+    first = inputs.batches(prepared.model, samples)[0]
     length = inputs.settings.get("seqlen")
     rows = _SAMPLES_AT_ONCE if length is None else max(1, _POSITIONS_AT_ONCE // length)
     starts = range(0, inputs.count(first), rows)
     return [inputs.rows(first, start, start + rows) for start in starts]
 
 
-def _find_axes(opened: Opened, factors: Sequence[Factors]) -> None:
+def _find_axes(prepared: Prepared, factors: Sequence[Factors]) -> None:
     """Find the dimension in which samples lie, in front or not, by running two numbers of them."""
-    inputs = opened.inputs
+    inputs = prepared.inputs
     if not isinstance(inputs, TensorInputs):  # whose positions, or whole calls, count
         return
     shapes: list[dict[str, list[torch.Size]]] = []
@@ -362,8 +362,8 @@ def _find_axes(opened: Opened, factors: Sequence[Factors]) -> None:
         def see(name: str, x: Any, seen: dict[str, list[torch.Size]] = seen) -> None:
             seen[name].append(torch.Size() if isinstance(x, Routed) else x.shape)
 
-        with torch.no_grad(), reads(opened.model, seen, see):
-            opened.model(**fresh(inputs.some(opened.model, count)))
+        with torch.no_grad(), reads(prepared.model, seen, see):
+            prepared.model(**fresh(inputs.some(prepared.model, count)))
         shapes.append(seen)
     for one in factors:
         one.axis = _sample_axis(*(seen[one.linear_map.name] for seen in shapes))
@@ -409,14 +409,14 @@ def parts(
 
 
 def one_pass(
-    opened: Opened, batch: Batch, factors: Sequence[Factors], generator: torch.Generator
+    prepared: Prepared, batch: Batch, factors: Sequence[Factors], generator: torch.Generator
 ) -> int | None:
     """Add what one batch shows, and return how many predictions it made; None if that fails.
 
     Code without a derivative, or that only runs without gradients, may be anywhere in anyone's
     model; what fails without them, too, is found on the walk.
     """
-    model, samples = opened.model, opened.inputs.count(batch)
+    model, samples = prepared.model, prepared.inputs.count(batch)
     with (
         frozen_weights(model),  # a third of a backward pass that nobody needs
         torch.enable_grad(),
@@ -427,7 +427,7 @@ def one_pass(
     ):
         try:
             result = model(**fresh(batch))
-            outputs, gradients, predictions = _sampled(result, batch, opened.inputs, generator)
+            outputs, gradients, predictions = _sampled(result, batch, prepared.inputs, generator)
             if outputs:
                 seen.samples = samples if predictions == samples else None
                 torch.autograd.backward(outputs, gradients)
@@ -576,7 +576,7 @@ def _projection(output: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _own_currency(
-    opened: Opened, batches: Sequence[Batch], factors: Sequence[Factors]
+    prepared: Prepared, batches: Sequence[Batch], factors: Sequence[Factors]
 ) -> Iterator[Factors]:
     """Return factors that count the relative loss of each layer, as no gradient reaches it."""
     found = [Factors.of(one.linear_map) for one in factors]
@@ -590,9 +590,9 @@ def _own_currency(
                 one.rows += len(X)
                 one.inputs.addmm_(X.float().T, X.float())
 
-    with torch.no_grad(), reads(opened.model, by_module, see):
+    with torch.no_grad(), reads(prepared.model, by_module, see):
         for batch in batches:
-            opened.model(**fresh(batch))
+            prepared.model(**fresh(batch))
     for own in by_module.values():
         size = 0.0
         for one in own:

@@ -13,7 +13,7 @@ from graph import CouplingGroup
 from osscar.allocation.curvature import GroupCurvature, curvature
 from osscar.base.ranks import Ranks
 from osscar.base.timing import Stage, timed
-from osscar.preparation.opened import Opened
+from osscar.preparation.prepare import Prepared
 from osscar.walk.regularization import DAMPS, DEFAULT_DAMP
 from solvers import SubsetProblem
 from solvers.closed_forms.elimination import Removal, eliminate, support_after
@@ -49,13 +49,13 @@ class Curve:
 
 
 def measure_curves(
-    ready: Opened, groups: Sequence[CouplingGroup], *, damp: float | None, seed: int
+    prepared: Prepared, groups: Sequence[CouplingGroup], *, damp: float | None, seed: int
 ) -> Iterator[Curve]:
     """Yield a curve for each group; see `osscar.allocation.curvature`.
 
     Parameters
     ----------
-    ready
+    prepared
         The dense model with its data.
     groups
         The groups.
@@ -70,7 +70,7 @@ def measure_curves(
     NonFiniteError
         If gradients are not finite.
     """
-    measured = curvature(ready, groups, samples=curve_samples(ready), seed=seed)
+    measured = curvature(prepared, groups, samples=curve_samples(prepared), seed=seed)
     while True:
         with timed(Stage.CURVATURE):  # not while others look at what is yielded
             found = next(measured, None)
@@ -81,9 +81,9 @@ def measure_curves(
         yield Curve(found.group.name, losses, found.reached)
 
 
-def curve_samples(ready: Opened) -> int:
+def curve_samples(prepared: Prepared) -> int:
     """Return on how many samples curvature is measured at most."""
-    length = ready.inputs.settings.get("seqlen")
+    length = prepared.inputs.settings.get("seqlen")
     return _SAMPLES if length is None else max(1, _TOKENS // length)
 
 

@@ -16,7 +16,7 @@ from osscar.base.ranks import ALONE, Ranks
 from osscar.data.batches import Batch, ModelInputs
 from osscar.network.modules import fresh
 from osscar.preparation.failures import batch_named
-from osscar.preparation.opened import Opened
+from osscar.preparation.prepare import Prepared
 
 MOST_BYTES = 256 << 20
 """Memory of the dense predictions that are kept; of more, evenly spread ones are taken."""
@@ -47,7 +47,7 @@ class Reference:
     ranks: Ranks = ALONE
 
     @classmethod
-    def of(cls, ready: Opened, samples: int) -> Reference | None:
+    def of(cls, prepared: Prepared, samples: int) -> Reference | None:
         """Run the dense model on the last samples; None if it puts out no logits.
 
         Raises
@@ -55,21 +55,21 @@ class Reference:
         CalibrationError
             If it fails on them.
         """
-        batches = ready.inputs.batches(ready.model, 1)[-samples:]
-        mine = [batches[i] for i in ready.ranks.share([1.0] * len(batches))]
+        batches = prepared.inputs.batches(prepared.model, 1)[-samples:]
+        mine = [batches[i] for i in prepared.ranks.share([1.0] * len(batches))]
         logarithms: list[Tensor] = []
         rows: list[Tensor] = []
         for index, batch in enumerate(mine):
-            found = _logarithms(ready.model, batch, ready.inputs, index)
+            found = _logarithms(prepared.model, batch, prepared.inputs, index)
             if found is None:
                 break
             most = max(1, MOST_BYTES // (len(batches) * found.shape[-1] * 4))
             step = -(-len(found) // most)
             rows.append(torch.arange(step // 2, len(found), step, device=found.device))
             logarithms.append(found[rows[-1]].clone())
-        if ready.ranks.any("the dense predictions", len(logarithms) < len(mine)):
+        if prepared.ranks.any("the dense predictions", len(logarithms) < len(mine)):
             return None
-        return cls(mine, logarithms, rows, ready.inputs, ready.ranks)
+        return cls(mine, logarithms, rows, prepared.inputs, prepared.ranks)
 
     def divergence(self, model: nn.Module) -> float:
         """Return the mean Kullback-Leibler divergence from the dense predictions, in nats.

@@ -24,7 +24,7 @@ from osscar.network.modules import device_of, fresh
 from osscar.preparation.consumer import LinearMap
 from osscar.preparation.failures import batch_named
 from osscar.preparation.linear_maps import linear_maps
-from osscar.preparation.opened import Opened
+from osscar.preparation.prepare import Prepared
 from osscar.preparation.routing import afresh, reads
 
 _ROUNDING = 1e-12
@@ -33,7 +33,7 @@ _ROUNDING = 1e-12
 
 @torch.no_grad()
 def measure_fluctuations(
-    ready: Opened, groups: Sequence[CouplingGroup]
+    prepared: Prepared, groups: Sequence[CouplingGroup]
 ) -> dict[str, NDArray[np.float64]]:
     """Run the dense model, and return the standardized score of each unit, (units,), by group.
 
@@ -41,7 +41,7 @@ def measure_fluctuations(
 
     Parameters
     ----------
-    ready
+    prepared
         The dense model with its data, all of which are used.
     groups
         The groups.
@@ -55,8 +55,8 @@ def measure_fluctuations(
     NonFiniteError
         If what a consumer reads is not finite.
     """
-    found = {g.name: [_Inputs.of(one) for one in linear_maps(ready.model, g)] for g in groups}
-    _run(ready, [inputs for several in found.values() for inputs in several])
+    found = {g.name: [_Inputs.of(one) for one in linear_maps(prepared.model, g)] for g in groups}
+    _run(prepared, [inputs for several in found.values() for inputs in several])
     return {
         name: torch.stack([inputs.unit_scores() for inputs in _read(several)]).mean(0).numpy()
         for name, several in found.items()
@@ -130,7 +130,7 @@ def _read(several: Sequence[_Inputs]) -> Sequence[_Inputs]:
     return [one for one in several if one.positions or one.linear_map.name not in read]
 
 
-def _run(ready: Opened, every: Sequence[_Inputs]) -> None:
+def _run(prepared: Prepared, every: Sequence[_Inputs]) -> None:
     """Show each consumer's inputs to what sums them up."""
     by_module: dict[str, list[_Inputs]] = {}
     for inputs in every:
@@ -141,10 +141,10 @@ def _run(ready: Opened, every: Sequence[_Inputs]) -> None:
         for inputs in by_module[name]:
             inputs.add(once)
 
-    batches = ready.batches()
+    batches = prepared.batches()
     total = len(batches)
-    with reads(ready.model, by_module, see), stage("fluctuation", total=total) as bar:
+    with reads(prepared.model, by_module, see), stage("fluctuation", total=total) as bar:
         for index, batch in enumerate(batches):
-            with batch_named(ready.model, index):
-                ready.model(**fresh(batch))
+            with batch_named(prepared.model, index):
+                prepared.model(**fresh(batch))
             bar.advance()

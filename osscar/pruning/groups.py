@@ -20,9 +20,8 @@ from osscar.base.timing import Stage, timed
 from osscar.offload.on_disk import room_for, values_of
 from osscar.preparation.consumer import LinearMap
 from osscar.preparation.linear_maps import linear_maps
-from osscar.preparation.opened import Opened
+from osscar.preparation.prepare import Prepared
 from osscar.pruning.certify import certified
-from osscar.pruning.memory import Room
 from osscar.pruning.result import LayerReport
 from osscar.pruning.run_log import RunLog, SiteRecord
 from osscar.request import PruningRequest
@@ -40,18 +39,17 @@ _FEWEST = 4
 
 
 def prune_groups(
-    ready: Opened,
+    prepared: Prepared,
     keep: Mapping[str, int],
     request: PruningRequest,
     records: Sequence[SiteRecord],
     log: RunLog | None,
-    room: Room | None,
 ) -> tuple[PruningPlan, tuple[LayerReport, ...]]:
     """Solve and refit each group where the walk stops; the model keeps its shape.
 
     Parameters
     ----------
-    ready
+    prepared
         The dense model with its data.
     keep
         How many units stay, of the groups that lose some.
@@ -61,30 +59,34 @@ def prune_groups(
         What was committed before, which is written again.
     log
         Keeps what is committed.
-    room
-        What is to be left free in memory, where the model is read from disk.
 
     Raises
     ------
     RunError
         If the records are not of this model and request.
     """
-    groups = {group.name: group for group in ready.groups if group.name in keep}
+    groups = {group.name: group for group in prepared.groups if group.name in keep}
     done = list(records)
     dense: dict[str, DenseTensors] = {}
     with stage("pruning", total=len(groups)) as bar:
         for record in done:
             group = groups.pop(record.plan.name, None)
-            for module, tensors in _replay(ready.model, group, record, keep).items():
+            for module, tensors in _replay(prepared.model, group, record, keep).items():
                 dense.setdefault(module, tensors)  # of a consumer of two groups, the first
             bar.advance()
         began = time.perf_counter()
-        waiting_on_disk = room is not None and room.waiting_on_disk
-        walked = _walk(ready, list(groups.values()), request, dense, waiting_on_disk)
+        with timed(Stage.WALK):
+            walked = walk(
+                prepared,
+                list(groups.values()),
+                target=Target(request.target),
+                held=held_out(prepared, request),
+                committed=dense,
+            )
         for site in _blaming_refits(walked, done):
             bar.describe(f"pruning {site.group.name}")
-            with room_for(ready.model, 0 if room is None else room.matrices):
-                record = _prune_group(site, keep[site.group.name], request, began, ready.ranks)
+            with room_for(prepared.model, prepared.matrix_bytes):
+                record = _prune_group(site, keep[site.group.name], request, began, prepared.ranks)
             done.append(record)
             if log is not None:
                 log.append(len(done) - 1, done[-1])
@@ -92,35 +94,17 @@ def prune_groups(
             began = time.perf_counter()
     plan = PruningPlan(tuple(record.plan for record in done))
     reports = tuple(record.report for record in done)
-    if ready.ranks.first:
+    if prepared.ranks.first:
         _warn_of_refits(reports)
     return plan, reports
 
 
-def held_out(ready: Opened, request: PruningRequest) -> int:
+def held_out(prepared: Prepared, request: PruningRequest) -> int:
     """Return how many samples no weight is fitted to."""
-    samples = ready.inputs.samples
+    samples = prepared.inputs.samples
     if samples < _FEWEST or not request.holds_out:
         return 0
     return max(1, samples // _HELD_OUT)
-
-
-def _walk(
-    ready: Opened,
-    groups: Sequence[CouplingGroup],
-    request: PruningRequest,
-    dense: Mapping[str, DenseTensors],
-    waiting_on_disk: bool,
-) -> Walk:
-    with timed(Stage.WALK):
-        return walk(
-            ready,
-            groups,
-            target=Target(request.target),
-            held=held_out(ready, request),
-            committed=dense,
-            waiting_on_disk=waiting_on_disk,
-        )
 
 
 def _blaming_refits(walked: Walk, done: Sequence[SiteRecord]) -> Iterator[Site]:

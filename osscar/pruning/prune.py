@@ -11,14 +11,13 @@ import inspect
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
 from graph import UnitKind
 from graph.tracing.preserve import cache_as
@@ -34,12 +33,11 @@ from osscar.base.memory import FOR_BATCHES, memory_for
 from osscar.base.printable import counted
 from osscar.base.ranks import ALONE, Ranks
 from osscar.base.timing import Stage, timed
-from osscar.checkpoint.hf_config import adopt_config
 from osscar.network.modules import copied, count_parameters, device_of
 from osscar.preparation.fingerprint import Manifest
-from osscar.preparation.opened import Opened, opened
+from osscar.preparation.prepare import Prepared, prepare
 from osscar.pruning.groups import held_out, prune_groups
-from osscar.pruning.memory import Room, check_streamed
+from osscar.pruning.memory import check_streamed
 from osscar.pruning.result import PruningResult
 from osscar.pruning.run_log import RunLog, SiteRecord, run_manifest
 from osscar.pruning.shrunk import put_back, shrunk
@@ -111,31 +109,25 @@ def prune_as_asked(
     True
     """
     start = time.perf_counter()
-    with ExitStack() as stack:
-        stack.enter_context(torch.inference_mode(False))  # in which there are no gradients
-        what = f"{type(model).__name__}, of which pruning makes copies"
-        stack.enter_context(memory_for(what, FOR_BATCHES))
-        with timed(Stage.OPEN):
-            ready = stack.enter_context(opened_for(model, calibration, request, ranks))
-        room = check_streamed(ready, request, max(1, held_out(ready, request)))
-        with _begun(log, ready, request) as records:
-            facts = DenseFacts.of(ready, request)
-            result = prune_opened(ready, request, facts, log, records, room)
-    note_calibration(result.model, calibration, result.calibration)
-    note_dense(result.model, model)
-    budget = result.budget
-    if ranks.first:
-        budget = timed_again(model, result.model, ready, budget)
-    put_back(ready, result.model, result.plan)
-    cache_as(result.model, model)
-    return dataclasses.replace(result, budget=budget, seconds=time.perf_counter() - start)
+    what = f"{type(model).__name__}, of which pruning makes copies"
+    with (
+        torch.inference_mode(False),  # in which there are no gradients
+        memory_for(what, FOR_BATCHES),
+        opened_for(model, calibration, request, ranks) as prepared,
+    ):
+        prepared = within_memory(prepared, request)
+        with _begun(log, prepared, request) as records:
+            facts = DenseFacts.of(prepared, request)
+            result = prune_opened(prepared, request, facts, log, records)
+    result = finished(result, model, calibration, prepared)
+    return dataclasses.replace(result, seconds=time.perf_counter() - start)
 
 
 def opened_for(
     model: nn.Module, calibration: Any, request: PruningRequest, ranks: Ranks = ALONE
-) -> AbstractContextManager[Opened]:
-    """Open a model as a request needs it; see `osscar.preparation.opened.opened`."""
-    return opened(
+) -> AbstractContextManager[Prepared]:
+    """Prepare a model as a request needs it; see `osscar.preparation.prepare.prepare`."""
+    return prepare(
         model,
         calibration,
         device=resolve_device(request.device),
@@ -143,6 +135,22 @@ def opened_for(
         heads=request.reach(UnitKind.HEADS),
         programs=reaches_further(model, request),
         ranks=ranks,
+    )
+
+
+def within_memory(prepared: Prepared, request: PruningRequest) -> Prepared:
+    """Return the same with what is to be left free in memory, should its weights lie on disk.
+
+    Raises
+    ------
+    RequestError
+        As `osscar.pruning.memory.check_streamed`.
+    """
+    room = check_streamed(prepared, request, max(1, held_out(prepared, request)))
+    if room is None:
+        return prepared
+    return dataclasses.replace(
+        prepared, matrix_bytes=room.matrices, waiting_on_disk=room.waiting_on_disk
     )
 
 
@@ -176,34 +184,35 @@ class DenseFacts:
         return frozenset(group.name for group in self.left)
 
     @classmethod
-    def of(cls, ready: Opened, request: PruningRequest) -> DenseFacts:
+    def of(cls, prepared: Prepared, request: PruningRequest) -> DenseFacts:
         """Try what can follow, and run the dense model."""
         with timed(Stage.TRIAL):
-            followed = ready.ranks.broadcast(
-                "what can follow", lambda: what_follows(ready, request)
+            followed = prepared.ranks.broadcast(
+                "what can follow", lambda: what_follows(prepared, request)
             )
         with timed(Stage.DENSE):
             return cls(
-                Reference.of(ready, max(1, held_out(ready, request))),
-                dense_statistics(ready.model, ready.batches(), request.batch_norm, ready.ranks),
+                Reference.of(prepared, max(1, held_out(prepared, request))),
+                dense_statistics(
+                    prepared.model, prepared.batches(), request.batch_norm, prepared.ranks
+                ),
                 followed.form,
                 followed.left,
             )
 
 
 def prune_opened(
-    ready: Opened,
+    prepared: Prepared,
     request: PruningRequest,
     facts: DenseFacts,
     log: RunLog | None = None,
     records: Sequence[SiteRecord] = (),
-    room: Room | None = None,
 ) -> PruningResult:
-    """Prune a model that is open, which becomes the smaller one; as `prune_as_asked` does.
+    """Prune a prepared model, which becomes the smaller one; as `prune_as_asked` does.
 
     Parameters
     ----------
-    ready
+    prepared
         The dense model with its data, which nothing else needs any more.
     request
         What is asked for.
@@ -213,39 +222,54 @@ def prune_opened(
         Keeps what is committed.
     records
         What was committed before.
-    room
-        What is to be left free in memory, where the model is read from disk.
     """
-    start = time.perf_counter()
-    work, held = ready.model, held_out(ready, request)
-    before = count_parameters(work)
-    with timed(Stage.ALLOCATION):
-        allocated = _allocated(ready, request, facts, log)
-    plan, layers = prune_groups(ready, allocated.keep, request, records, log, room)
-    smaller = shrunk(ready, plan, request, facts.form, facts.statistics)
-    work, proof = smaller.model, smaller.proof
-    if isinstance(work, PreTrainedModel):
-        adopt_config(work)
-    reference = facts.reference
+    start, before = time.perf_counter(), count_parameters(prepared.model)
+    widths = _widths(prepared, request, facts, log)
+    plan, layers = prune_groups(prepared, widths.keep, request, records, log)
+    smaller = shrunk(prepared, plan, request, facts.form, facts.statistics)
     with timed(Stage.PRUNED):
-        divergence = None if reference is None else reference.divergence(work)
-    put_back(ready, work, proof.plan)
+        reference = facts.reference
+        divergence = None if reference is None else reference.divergence(smaller.model)
     return PruningResult(
-        model=work,
-        plan=proof.plan,
+        model=smaller.model,
+        plan=smaller.proof.plan,
         layers=layers,
         parameters_before=before,
-        parameters_after=count_parameters(work),
-        equivalence_error=proof.error,
+        parameters_after=count_parameters(smaller.model),
+        equivalence_error=smaller.proof.error,
         batch_norms=smaller.batch_norms,
-        budget=allocated.budget,
+        budget=widths.budget,
         divergence=divergence,
-        held_out=held,
+        held_out=held_out(prepared, request),
         seconds=time.perf_counter() - start,
         request=request,
-        calibration=ready.inputs.settings,
+        calibration=prepared.inputs.settings,
         left_alone=facts.left,
     )
+
+
+def finished(
+    result: PruningResult, model: nn.Module, calibration: Any, prepared: Prepared
+) -> PruningResult:
+    """Return a result whose model is as its user would have it: timed, noted down, put back.
+
+    Parameters
+    ----------
+    result
+        What was made.
+    model, calibration
+        What the user gave.
+    prepared
+        The same, prepared.
+    """
+    note_calibration(result.model, calibration, result.calibration)
+    note_dense(result.model, model)
+    budget = result.budget
+    if prepared.ranks.first:
+        budget = _timed_again(model, result.model, prepared, budget)
+    put_back(prepared, result.model, result.plan)
+    cache_as(result.model, model)
+    return dataclasses.replace(result, budget=budget)
 
 
 def prune(model: nn.Module, calibration: Any, **asked: Any) -> PruningResult:
@@ -265,19 +289,20 @@ prune.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
 )
 
 
-def _allocated(
-    ready: Opened, request: PruningRequest, facts: DenseFacts, log: RunLog | None
+@timed(Stage.ALLOCATION)
+def _widths(
+    prepared: Prepared, request: PruningRequest, facts: DenseFacts, log: RunLog | None
 ) -> Allocated:
     """Decide what groups keep; a run that goes on has decided it."""
-    known = ready.ranks.broadcast(
+    known = prepared.ranks.broadcast(
         "what was allocated", lambda: None if log is None else log.allocation()
     )
     if known is None:
         try:
-            measured = _curves(ready, request, facts)
-            known = ready.ranks.broadcast(
+            measured = _curves(prepared, request, facts)
+            known = prepared.ranks.broadcast(
                 "widths",
-                lambda: allocate(ready, request, measured, facts.left_names, facts.form),
+                lambda: allocate(prepared, request, measured, facts.left_names, facts.form),
             )
         except RequestError as error:
             raise type(error)(f"{error}{_and_left(facts.left)}") from error
@@ -285,7 +310,7 @@ def _allocated(
             log.note_allocation(known)
     units = {
         group.name: group.units
-        for group in ready.groups
+        for group in prepared.groups
         if group.prunable and group.name not in facts.left_names
     }
     curves = {} if known.budget is None else known.budget.curves
@@ -301,28 +326,28 @@ def _allocated(
 
 
 def _curves(
-    ready: Opened, request: PruningRequest, facts: DenseFacts
+    prepared: Prepared, request: PruningRequest, facts: DenseFacts
 ) -> Mapping[str, Curve] | None:
     """Return the curves that a budget needs, which all ranks measure together."""
     needed = request.has_budget and request.allocation is Allocation.CURVATURE
     if not needed or facts.curves is not None:
         return facts.curves
-    return shared_curves(ready, request, facts.left_names)
+    return shared_curves(prepared, request, facts.left_names)
 
 
 def _and_left(left: Sequence[LeftAlone]) -> str:
     return f"; {named(left)}" if left else ""
 
 
-def timed_again(
-    model: nn.Module, pruned: nn.Module, ready: Opened, budget: Budget | None
+def _timed_again(
+    model: nn.Module, pruned: nn.Module, prepared: Prepared, budget: Budget | None
 ) -> Budget | None:
     """Say how fast the model has really become, where that was asked for."""
     if budget is None or budget.cost is not Cost.TIME:
         return budget
     dense = copied(model).to(device_of(pruned)).eval()
     try:
-        timed = latency.time_against(dense, pruned, ready.batches()[0])
+        timed = latency.time_against(dense, pruned, prepared.batches()[0])
     except RequestError as error:  # what was solved is worth more than a number
         warnings.warn(f"the result was not timed: {error}", stacklevel=4)
         return budget
@@ -331,16 +356,16 @@ def timed_again(
 
 @contextmanager
 def _begun(
-    log: RunLog | None, ready: Opened, request: PruningRequest
+    log: RunLog | None, prepared: Prepared, request: PruningRequest
 ) -> Iterator[tuple[SiteRecord, ...]]:
     """Begin the run, or go on with one, on all ranks."""
-    ranks = ready.ranks
+    ranks = prepared.ranks
     if log is None and ranks.alone:
         yield ()
         return
-    manifest = run_manifest(request, ready.model, ready.inputs, ready.batch_size)
+    manifest = run_manifest(request, prepared.model, prepared.inputs, prepared.batch_size)
     check_alike(ranks, manifest)
-    batches = len(ready.batches())
+    batches = len(prepared.batches())
     if batches < ranks.size:
         warnings.warn(
             f"{ranks.size} ranks share out {counted(batches, 'batch', 'batches')}, and some "

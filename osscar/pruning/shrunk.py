@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from osscar.base.timing import Stage, timed
-from osscar.preparation.opened import Opened
+from osscar.checkpoint.hf_config import adopt_config
+from osscar.preparation.prepare import Prepared
 from osscar.request import PruningRequest
 from osscar.shrinking.equivalence import finer_precision
 from osscar.shrinking.plan import Form, PruningPlan
@@ -37,7 +39,7 @@ class Shrunk:
 
 
 def shrunk(
-    ready: Opened,
+    prepared: Prepared,
     plan: PruningPlan,
     request: PruningRequest,
     form: Form,
@@ -47,7 +49,7 @@ def shrunk(
 
     Parameters
     ----------
-    ready
+    prepared
         The model; its modules are changed in place.
     plan
         What leaves.
@@ -63,43 +65,47 @@ def shrunk(
     EquivalenceError
         If the smaller model computes something else.
     """
-    return (_program if form is Form.GRAPH else _modules)(ready, plan, request, statistics)
+    return (_program if form is Form.GRAPH else _modules)(prepared, plan, request, statistics)
 
 
 def _modules(
-    ready: Opened, plan: PruningPlan, request: PruningRequest, dense: DenseStatistics
+    prepared: Prepared, plan: PruningPlan, request: PruningRequest, dense: DenseStatistics
 ) -> Shrunk:
-    work = ready.model
-    with timed(Stage.PROOF), finer_precision(work, ready.example):
-        proof = shrink(work, plan, ready.inputs.proofs(work, request.seed))
+    work = prepared.model
+    with timed(Stage.PROOF), finer_precision(work, prepared.example):
+        proof = shrink(work, plan, prepared.inputs.proofs(work, request.seed))
     with timed(Stage.PRUNED):
         renewed = renew_statistics(
-            work, proof.plan, ready.batches(), request.batch_norm, dense, ready.ranks
+            work, proof.plan, prepared.batches(), request.batch_norm, dense, prepared.ranks
         )
+    if isinstance(work, PreTrainedModel):
+        adopt_config(work)
     return Shrunk(work, proof, renewed)
 
 
 def _program(
-    ready: Opened, plan: PruningPlan, request: PruningRequest, dense: DenseStatistics
+    prepared: Prepared, plan: PruningPlan, request: PruningRequest, dense: DenseStatistics
 ) -> Shrunk:
     """Shrink the model's exported program.
 
     A program has no batch-norm layers that could be asked for their inputs; the model, in which
     nothing reads the removed units any more, computes the same.
     """
-    work, nothing = ready.model, PruningPlan(())
+    work, nothing = prepared.model, PruningPlan(())
     with timed(Stage.PRUNED):
         renewed = renew_statistics(
-            work, nothing, ready.batches(), request.batch_norm, dense, ready.ranks
+            work, nothing, prepared.batches(), request.batch_norm, dense, prepared.ranks
         )
-    ready.untouched.put_back(work)
+    prepared.untouched.put_back(work)
     with timed(Stage.PROOF):
-        made = shrink_program(work, plan, ready.inputs.proofs(work, request.seed), ready.example)
+        made = shrink_program(
+            work, plan, prepared.inputs.proofs(work, request.seed), prepared.example
+        )
     return Shrunk(made.model, made.proof, renewed)
 
 
-def put_back(ready: Opened, model: nn.Module, plan: PruningPlan) -> None:
+def put_back(prepared: Prepared, model: nn.Module, plan: PruningPlan) -> None:
     """Take away what forward passes have written; a program writes nothing."""
     if plan.form is Form.MODULE:
         numbers = {(number.module, number.attribute) for number in plan.integers}
-        ready.untouched.put_back(model, numbers)
+        prepared.untouched.put_back(model, numbers)

@@ -11,17 +11,19 @@ from typing import Any
 
 from torch import nn
 
-from graph.tracing.preserve import cache_as
 from osscar.allocation.allocate import shared_curves
 from osscar.base.errors import OptionError
 from osscar.network.modules import copied
 from osscar.preparation.opened import Opened
-from osscar.pruning.groups import held_out
-from osscar.pruning.memory import check_streamed
-from osscar.pruning.prune import DenseFacts, opened_for, prune_opened, timed_again
+from osscar.pruning.prune import (
+    DenseFacts,
+    finished,
+    opened_for,
+    prune_opened,
+    within_memory,
+)
 from osscar.pruning.result import PruningResult
 from osscar.request import Allocation, PruningRequest
-from osscar.shrinking.lineage import note_calibration, note_dense
 from osscar.walk.targets import Target
 
 METHODS = MappingProxyType(
@@ -212,23 +214,14 @@ def sweep(
         return
     with opened_for(model, calibration, points[0].request(base)) as ready:
         requests = {job: job.request(base) for job in points}
-        rooms = {
-            job: check_streamed(ready, request, max(1, held_out(ready, request)))
-            for job, request in requests.items()
-        }
+        each = {job: within_memory(ready, request) for job, request in requests.items()}
         facts = DenseFacts.of(ready, base)
         if any(request.allocation is Allocation.CURVATURE for request in requests.values()):
             curves = shared_curves(ready, base, facts.left_names)
             facts = dataclasses.replace(facts, curves=curves)
         for job in points:
-            result = prune_opened(_again(ready), requests[job], facts, room=rooms[job])
-            result = dataclasses.replace(
-                result, budget=timed_again(model, result.model, ready, result.budget)
-            )
-            cache_as(result.model, model)
-            note_calibration(result.model, calibration, result.calibration)
-            note_dense(result.model, model)
-            yield job, result
+            result = prune_opened(_again(each[job]), requests[job], facts)
+            yield job, finished(result, model, calibration, ready)
 
 
 def _again(ready: Opened) -> Opened:

@@ -27,7 +27,7 @@ from osscar.base.json_files import STRICT
 from osscar.base.printable import counted
 from osscar.base.progress import stage
 from osscar.network.model_state import model_state
-from osscar.preparation.opened import Opened
+from osscar.preparation.prepare import Prepared
 from osscar.pruning.unread import warn_of_unread
 from osscar.request import FormChoice, PruningRequest
 from osscar.shrinking.equivalence import Inputs, finer_precision
@@ -77,14 +77,14 @@ class Followed:
     left: tuple[LeftAlone, ...] = ()
 
 
-def what_follows(ready: Opened, request: PruningRequest) -> Followed:
+def what_follows(prepared: Prepared, request: PruningRequest) -> Followed:
     """Find the groups that a request would prune and that cannot follow.
 
     The same model and request come to the same answer, so that a run which goes on asks again.
 
     Parameters
     ----------
-    ready
+    prepared
         The dense model with its data; as it was afterwards.
     request
         What is asked for.
@@ -103,28 +103,28 @@ def what_follows(ready: Opened, request: PruningRequest) -> Followed:
         If no group can follow, or the request is strict and one cannot; `AdapterError` where it is
         modules that cannot.
     """
-    keep = provisional(ready, request)
-    groups = [group for group in ready.groups if keep.get(group.name, group.units) < group.units]
-    forms = forms_to_try(ready.model, request)
+    keep = provisional(prepared, request)
+    groups = [group for group in prepared.groups if keep.get(group.name, group.units) < group.units]
+    forms = forms_to_try(prepared.model, request)
     if not groups:
         return Followed(forms[0])
     plans = _alike_together(_arbitrary(groups, [keep[group.name] for group in groups]))
     together: dict[Form, Exception | None] = {}
     for form in forms:  # whose failures are only looked into where no form does for all groups
-        possible = _possible(ready, plans, form)
-        with _trying(ready, request, form) as trial:
+        possible = _possible(prepared, plans, form)
+        with _trying(prepared, request, form) as trial:
             together[form] = trial.failure(possible) if possible else None
         if together[form] is None and len(possible) == len(plans):
             if form is Form.MODULE:
-                warn_of_unread(ready.model, ready.traced, ready.groups, groups)
+                warn_of_unread(prepared.model, prepared.traced, prepared.groups, groups)
             _warn_of_training(trial)
             return Followed(form)
     trials: dict[Form, _Trial] = {}
     for form in forms:
-        possible = _possible(ready, plans, form)
-        with _trying(ready, request, form) as trials[form]:
+        possible = _possible(prepared, plans, form)
+        with _trying(prepared, request, form) as trials[form]:
             trials[form].leave_all(
-                {p.name: ready.in_programs[p.name] for p in plans if p not in possible}
+                {p.name: prepared.in_programs[p.name] for p in plans if p not in possible}
             )
             if together[form] is not None:
                 trials[form].grown([], possible, together[form])
@@ -136,14 +136,16 @@ def what_follows(ready: Opened, request: PruningRequest) -> Followed:
         if group.name in trial.reasons
     )
     # Of modules nobody expects to lose what only programs can.
-    refused = tuple(group for group in left if form is Form.GRAPH or not _only(ready, group.name))
+    refused = tuple(
+        group for group in left if form is Form.GRAPH or not _only(prepared, group.name)
+    )
     if (refused and request.strict) or len(left) == len(groups):
         raise (AdapterError if trial.of_modules else EquivalenceError)(
             _refusal(left, len(groups), request)
         )
     if form is Form.MODULE:
         going = [group for group in groups if group.name not in trial.reasons]
-        warn_of_unread(ready.model, ready.traced, ready.groups, going)
+        warn_of_unread(prepared.model, prepared.traced, prepared.groups, going)
     _warn_of_training(trial)
     if refused:
         warnings.warn(
@@ -152,14 +154,14 @@ def what_follows(ready: Opened, request: PruningRequest) -> Followed:
     return Followed(form, left)
 
 
-def _only(ready: Opened, name: str) -> bool:
+def _only(prepared: Prepared, name: str) -> bool:
     """Whether only a program can lose units of a group."""
-    return name in ready.in_programs
+    return name in prepared.in_programs
 
 
-def _possible(ready: Opened, plans: Sequence[GroupPlan], form: Form) -> list[GroupPlan]:
+def _possible(prepared: Prepared, plans: Sequence[GroupPlan], form: Form) -> list[GroupPlan]:
     """Return the groups that can go in a form, for all that is known without trying."""
-    return [plan for plan in plans if form is Form.GRAPH or not _only(ready, plan.name)]
+    return [plan for plan in plans if form is Form.GRAPH or not _only(prepared, plan.name)]
 
 
 FORMS: dict[FormChoice, tuple[Form, ...]] = {
@@ -190,16 +192,16 @@ def reaches_further(model: nn.Module, request: PruningRequest) -> bool:
 
 
 @contextmanager
-def _trying(ready: Opened, request: PruningRequest, form: Form) -> Iterator[_Trial]:
+def _trying(prepared: Prepared, request: PruningRequest, form: Form) -> Iterator[_Trial]:
     """Let groups be tried in one form; the model is as it was afterwards."""
-    model = ready.model
+    model = prepared.model
     with (
         stage("trying what can follow"),
         model_state(model),
-        finer_precision(model, ready.example),
+        finer_precision(model, prepared.example),
     ):
-        inputs = ready.inputs.proofs(model, request.seed)
-        yield _Trial(_rehearsal(model, form, inputs, ready.example))
+        inputs = prepared.inputs.proofs(model, request.seed)
+        yield _Trial(_rehearsal(model, form, inputs, prepared.example))
 
 
 def _rehearsal(

@@ -36,7 +36,7 @@ from osscar.offload.away import Away
 from osscar.offload.on_disk import room_beside
 from osscar.preparation.failures import batch_named
 from osscar.preparation.linear_maps import linear_maps
-from osscar.preparation.opened import Opened
+from osscar.preparation.prepare import Prepared
 from osscar.preparation.recurrent import RECURRENT, input_gates
 from osscar.preparation.routing import Routed, afresh, output_of, reads
 from osscar.walk.coroutines import (
@@ -64,22 +64,20 @@ class Walk:
 
     def __init__(
         self,
-        opened: Opened,
+        prepared: Prepared,
         groups: Sequence[CouplingGroup],
         in_turn: bool,
         target: Target,
         held: int,
         committed: Mapping[str, DenseTensors],
-        waiting_on_disk: bool,
     ) -> None:
         self.passes = 0
-        self._waiting_on_disk = waiting_on_disk
-        self._opened, self._in_turn, self._target = opened, in_turn, target
-        self._batches, self._held_from = _parted(opened.inputs, opened.batches(), held)
-        self._mine = opened.ranks.share([len(next(iter(b.values()))) for b in self._batches])
-        self._consumers = {group.name: linear_maps(opened.model, group) for group in groups}
+        self._prepared, self._in_turn, self._target = prepared, in_turn, target
+        self._batches, self._held_from = _parted(prepared.inputs, prepared.batches(), held)
+        self._mine = prepared.ranks.share([len(next(iter(b.values()))) for b in self._batches])
+        self._consumers = {group.name: linear_maps(prepared.model, group) for group in groups}
         self._places = (
-            streams(opened.model, opened.example, sorted(self._names - self._recurrent))
+            streams(prepared.model, prepared.example, sorted(self._names - self._recurrent))
             if target is Target.RESIDUAL
             else {}
         )
@@ -115,10 +113,10 @@ class Walk:
         How often a module is called may depend on the data's shape, so that the order of the calls
         is that of the first batch; the small example tells what passes write on modules.
         """
-        model = self._opened.model
+        model = self._prepared.model
         first = ModelState(model)
         with first.watching():
-            self._called(self._opened.example)
+            self._called(self._prepared.example)
         state = ModelState(model, first.written)
         # Tensors without values may be written, also where the example writes nothing.
         with state.watching(), preserved(model):
@@ -141,7 +139,7 @@ class Walk:
             with on_shapes() as fake:
                 return self._called({name: fake.from_tensor(x) for name, x in batch.items()})
         except Exception:  # code that looks at values, or that has no shape function
-            with batch_named(self._opened.model, 0):
+            with batch_named(self._prepared.model, 0):
                 return self._called(batch)
 
     def _called(self, batch: Batch) -> list[tuple[str, Tensor, int]]:
@@ -153,8 +151,8 @@ class Walk:
             # Nobody counts the writes to tensors of inference mode: no two of them are the same.
             calls.append((name, x, -len(calls) - 1 if x.is_inference() else x._version))
 
-        with torch.no_grad(), reads(self._opened.model, self._names, see):
-            self._opened.model(**fresh(batch))
+        with torch.no_grad(), reads(self._prepared.model, self._names, see):
+            self._prepared.model(**fresh(batch))
         return calls
 
     @property
@@ -269,13 +267,13 @@ class Walk:
 
     def _add_up(self, grams: tuple[GramAccumulator, ...], group: CouplingGroup) -> None:
         """Add up over the ranks; this one may have had no batch of some sort."""
-        ranks, corrections = self._opened.ranks, self._target.needs_dense
+        ranks, corrections = self._prepared.ranks, self._target.needs_dense
         lacking = (
             gram.lacking_bytes(held=held, corrections=corrections)
             for gram in grams
             for held in (False, True)
         )
-        with room_beside(self._opened.model, 0 if ranks.alone else sum(lacking)):
+        with room_beside(self._prepared.model, 0 if ranks.alone else sum(lacking)):
             add_up(grams, ranks, group.name)
 
     def _empty_sums(self, group: CouplingGroup) -> tuple[GramAccumulator, ...]:
@@ -284,7 +282,7 @@ class Walk:
         needed = sum(8 * gram_numbers(consumer.rows) for consumer in maps)
         with (
             memory_for(f"Gram matrices of {group.name!r} with {inputs} inputs", FOR_MATRICES),
-            room_beside(self._opened.model, needed),
+            room_beside(self._prepared.model, needed),
         ):
             return tuple(GramAccumulator(consumer) for consumer in maps)
 
@@ -297,12 +295,12 @@ class Walk:
             self._dense = [self._coroutine(index, Stream.DENSE) for index in self._mine]
 
     def _coroutine(self, index: int, stream: Stream) -> Coroutine:
-        batch, model = self._batches[index], self._opened.model
+        batch, model = self._batches[index], self._prepared.model
 
         def run() -> object:
             return model(**fresh(batch))
 
-        away = Away(model, batch) if self._waiting_on_disk else None
+        away = Away(model, batch) if self._prepared.waiting_on_disk else None
         return Coroutine(index, stream, run, self._scratch, Keeper(self._places), away)
 
     def _measure(self, call: int, grams: Sequence[GramAccumulator]) -> None:
@@ -312,7 +310,7 @@ class Walk:
             held, corrections = run.index >= self._held_from, dense is not None
             needed = sum(g.lacking_bytes(held=held, corrections=corrections) for g in grams)
             with ExitStack() as present:
-                present.enter_context(room_beside(self._opened.model, needed))
+                present.enter_context(room_beside(self._prepared.model, needed))
                 present.enter_context(timed(Stage.WALK))
                 for one in (run,) if dense is None else (run, dense):
                     present.enter_context(one.present())
@@ -342,7 +340,7 @@ class Walk:
         """Let a batch run on to a call: it stands before it then, in the dense stream after."""
         while run.reached < call:
             expected = self._calls[run.reached + 1]
-            with batch_named(self._opened.model, run.index):
+            with batch_named(self._prepared.model, run.index):
                 arrival = run.advance()
             if arrival is None or arrival.module != expected:
                 raise CalibrationError(self._astray(run, expected))
@@ -418,7 +416,7 @@ class Walk:
             run = running()
             return None if run is None else run.keeper
 
-        model = self._opened.model
+        model = self._prepared.model
         watched = {place.module for places in self._places.values() for place in places}
         before_walk = set(self._originals) - self._names if self._target.needs_dense else set()
         with (
@@ -437,13 +435,13 @@ class Walk:
             return None
         found = self._recurrent_output(name, x)
         if found is None:
-            found = output_of(self._opened.model.get_submodule(name), x)
+            found = output_of(self._prepared.model.get_submodule(name), x)
         assert isinstance(found, Tensor)
         return found
 
     def _recurrent_output(self, name: str, x: Tensor) -> Tensor | None:
         """Return what the gates of a recurrent layer take from its inputs; None of other layers."""
-        module = self._opened.model.get_submodule(name)
+        module = self._prepared.model.get_submodule(name)
         return input_gates(module, x) if isinstance(module, RECURRENT) else None
 
     def _exchange(self, name: str) -> None:
@@ -451,7 +449,7 @@ class Walk:
         originals = self._originals.get(name, {})
         if originals:
             self._exchanged ^= {name}
-        for key, tensor in self._opened.model.get_submodule(name).named_parameters(recurse=False):
+        for key, tensor in self._prepared.model.get_submodule(name).named_parameters(recurse=False):
             if key in originals:
                 tensor.data, originals[key] = originals[key], tensor.data
 
@@ -483,20 +481,19 @@ def add_call(gram: GramAccumulator, x: Any, D: Tensor | None, *, held: bool) -> 
 
 
 def walk(
-    opened: Opened,
+    prepared: Prepared,
     groups: Sequence[CouplingGroup],
     *,
     in_turn: bool = True,
     target: Target = Target.WEIGHTS,
     held: int = 0,
     committed: Mapping[str, DenseTensors] | None = None,
-    waiting_on_disk: bool = False,
 ) -> Walk:
     """Walk the calibration data through a model, and stop wherever a group can be solved.
 
     Parameters
     ----------
-    opened
+    prepared
         The model with its data.
     groups
         What to stop for; prunable, in any order.
@@ -512,9 +509,6 @@ def walk(
         corrections targets have (`Site.regularization`).
     committed
         The dense tensors of modules to which an earlier walk has committed, by name.
-    waiting_on_disk
-        Whether what a suspended batch holds is kept in a file; only for models of transformers,
-        whose hidden states have a row for each token (`osscar.offload.away`).
 
     Returns
     -------
@@ -532,4 +526,4 @@ def walk(
     NonFiniteError
         If what a consumer reads is not finite.
     """
-    return Walk(opened, groups, in_turn, target, held, committed or {}, waiting_on_disk)
+    return Walk(prepared, groups, in_turn, target, held, committed or {})

@@ -1,0 +1,228 @@
+"""A model prepared for a run: copied, folded, adapted, traced, frozen; once, for every command."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import nn
+
+import graph
+from graph import CouplingGroup
+from graph.tracing.preserve import without_cache
+from osscar.base.ranks import ALONE, Ranks
+from osscar.base.timing import Stage, timed
+from osscar.data.batches import Batch, ModelInputs, as_inputs
+from osscar.network.kernels import followed_mixtures
+from osscar.network.model_state import ModelState
+from osscar.network.modules import (
+    check_finite_weights,
+    check_usable,
+    copied,
+    graphics_cards,
+    in_evaluation,
+)
+from osscar.offload.on_disk import shapes_only
+from osscar.preparation.failures import failures_named
+from osscar.preparation.followable import make_followable, outputs_or_none, unfold
+from osscar.preparation.linear_maps import freeze_unreadable, mixtures_of
+from osscar.preparation.readers import weights_read_elsewhere
+from osscar.preparation.repeatable import refuse_chance
+from osscar.preparation.routing import sound_mixtures
+from osscar.shrinking.equivalence import call, comparable
+from osscar.shrinking.structure import remember_structure
+
+
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """A model with its calibration data, prepared for a run.
+
+    Parameters
+    ----------
+    model
+        A copy in evaluation mode, on its device; it computes what the user's model does.  Where a
+        prunable group has a part of a weight that is normalized at every call, the weight is a
+        plain one; see `osscar.shrinking.fold`.
+    inputs
+        The calibration data in the form that it reads.
+    traced
+        Its dependency graph.
+    groups
+        The coupling groups; those that cannot be refitted are frozen and say why.
+    example
+        Small inputs with which it was traced.
+    batch_size
+        Samples in a batch.
+    untouched
+        What its modules held before it ran.
+    in_programs
+        Of the prunable groups, those that only the exported program can lose units of, by name,
+        and why: their units meet numbers that the code makes.
+    ranks
+        The processes among which work on the data is shared out; all of them hold all data.
+    matrix_bytes
+        What the problem of a layer needs beside weights that lie on disk.
+    waiting_on_disk
+        Whether what a suspended batch holds is kept in a file; only for models of transformers,
+        whose hidden states have a row for each token (`osscar.offload`).
+    """
+
+    model: nn.Module
+    inputs: ModelInputs
+    traced: graph.DependencyGraph
+    groups: tuple[CouplingGroup, ...]
+    example: Batch = field(repr=False)
+    batch_size: int
+    untouched: ModelState = field(repr=False)
+    in_programs: Mapping[str, str] = field(default_factory=dict)
+    ranks: Ranks = ALONE
+    matrix_bytes: int = 0
+    waiting_on_disk: bool = False
+
+    @cached_property
+    def residual(self) -> frozenset[str]:
+        """Names of the groups that are residual streams."""
+        return graph.residual_groups(self.traced)
+
+    @property
+    def sample(self) -> Batch:
+        """The first sample of the calibration data."""
+        return self.inputs.batches(self.model, 1)[0]
+
+    def batches(self) -> list[Batch]:
+        """Return the calibration data, keyword arguments of the model, on its device."""
+        return self.inputs.batches(self.model, self.batch_size)
+
+
+@contextmanager
+def prepare(
+    model: nn.Module,
+    calibration: Any,
+    *,
+    device: torch.device | None = None,
+    batch_size: int | None = None,
+    heads: bool = True,
+    copy: bool = True,
+    programs: bool = False,
+    ranks: Ranks = ALONE,
+) -> Iterator[Prepared]:
+    """Prepare a model for pruning, for a study, or to be looked at; without gradients meanwhile.
+
+    Parameters
+    ----------
+    model
+        Any model; not changed, unless it is not copied.
+    calibration
+        Windows of tokens, images or tensors, in any of the forms that `osscar.prune` takes.
+    device
+        Where it is to run; by default where it is.
+    batch_size
+        Samples in a batch; by default 8 windows of tokens, or 64 of anything else.
+    heads
+        Whether fused attention is to call its output layer as a module, so that heads can be
+        refitted.
+    copy
+        Whether to work on a copy; a model that nobody else needs spares the memory.
+    programs
+        Whether it may become an exported program, which can lose more units than modules can.
+    ranks
+        The processes that have prepared the same, and share out the work.
+
+    Raises
+    ------
+    ModelError
+        If the model has no weights, cannot be copied, or two passes over the same inputs differ.
+    NonFiniteError
+        If a weight is not finite.
+    CalibrationError
+        If the model cannot read the calibration data.
+    EquivalenceError
+        If it puts out no tensor.
+    graph.GraphError
+        If it cannot be traced.
+    """
+    check_usable(model)
+    check_finite_weights(model)
+    inputs = as_inputs(model, calibration)
+    work = copied(model) if copy else model
+    if device is not None:
+        work = work.to(device)
+    in_evaluation(work)
+    # What a model draws at random is nobody else's matter.
+    with torch.random.fork_rng(graphics_cards(work)), without_cache(work), torch.no_grad():
+        with timed(Stage.OPEN):
+            prepared = _prepared(work, inputs, batch_size, heads, programs, ranks)
+        yield prepared
+
+
+def _prepared(
+    model: nn.Module,
+    inputs: ModelInputs,
+    batch_size: int | None,
+    heads: bool,
+    programs: bool,
+    ranks: Ranks,
+) -> Prepared:
+    """Prepare a model in evaluation mode, in place."""
+    untouched, example = ModelState(model), inputs.example(model)
+    remember_structure(model, example)
+    with untouched.watching():
+        expected = outputs_or_none(model, example)
+    folded = make_followable(model, example, expected, heads=heads)
+    # What passes keep for the next would be traced as numbers of the code.
+    untouched.put_back()
+    with shapes_only(model, example) as small, followed_mixtures(model):
+        traced, in_programs = _traced(model, small, programs)
+    with untouched.watching():
+        # Once more: tracing looks at shapes, and lets through what kernels refuse.
+        with weights_read_elsewhere(model) as elsewhere, failures_named(model, example):
+            found = comparable(call(model, example))
+        if expected:
+            refuse_chance(model, example, expected, found)
+        mixtures = sound_mixtures(model, example, mixtures_of(model, traced.groups))
+    groups = freeze_unreadable(model, traced.groups, elsewhere, mixtures)
+    unfold(folded, groups)
+    return Prepared(
+        model=model,
+        inputs=inputs,
+        traced=traced,
+        groups=groups,
+        example=example,
+        batch_size=inputs.batch_size if batch_size is None else batch_size,
+        untouched=untouched,
+        in_programs=in_programs,
+        ranks=ranks,
+    )
+
+
+def _traced(
+    model: nn.Module, example: Batch, programs: bool
+) -> tuple[graph.DependencyGraph, dict[str, str]]:
+    """Find the groups, and those that only a program can lose units of, by name with the reason."""
+    traced = graph.trace(model, example)
+    wide, narrow = graph.PROGRAM_RULES, graph.DEFAULT_RULES
+    frozen = (freeze for group in traced.groups for freeze in group.frozen)
+    made = [f for f in frozen if wide.find(f.operator) is not narrow.find(f.operator)]
+    if not programs or not made:
+        return traced, {}
+    wider = graph.trace(model, example, rules=wide)
+    in_modules = {_places(group): group for group in traced.groups}
+    known = {places for places, group in in_modules.items() if group.prunable}
+    only = {_places(group): group.name for group in wider.prunable}
+    if not only.keys() > known:  # modules would lose what they can
+        return traced, {}
+    reasons = {
+        name: next(iter(in_modules[places].frozen if places in in_modules else made)).reason
+        for places, name in only.items()
+        if places not in known
+    }
+    return wider, reasons
+
+
+def _places(group: CouplingGroup) -> frozenset[tuple[str, int, int, int, int]]:
+    """Return where a group's units lie."""
+    return frozenset((s.tensor, s.dim, s.offset, s.outer, s.inner) for s in group.slots)
