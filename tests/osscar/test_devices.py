@@ -25,7 +25,7 @@ from osscar.offload.on_disk import OnDisk, is_on_disk, shelf_of
 from osscar.offload.pieces import PinnedPieces, pieces_to
 from osscar.offload.places import Filled, Place
 from osscar.offload.shelf import Shelf
-from osscar.preparation import opened as opening
+from osscar.preparation import prepare as opening
 from osscar.pruning.prune import prune_as_asked
 from osscar.pruning.run_log import RunLog
 from osscar.request import PruningRequest
@@ -227,10 +227,10 @@ def test_batches_that_wait_on_disk_come_back_to_where_they_were(target, card, mo
     monkeypatch.setattr(away.Away, "put", counted)
     with card.watched():
         model = on(card, tiny("qwen2"))
-        with opening.opened(model, tokens(), batch_size=3) as ready:
+        with opening.prepare(model, tokens(), batch_size=3) as ready:
             groups = [group for group in ready.groups if group.prunable]
-            options = {"target": Target(target), "held": 2, "waiting_on_disk": True}
-            for site in walk(ready, groups, **options):
+            ready = dataclasses.replace(ready, waiting_on_disk=True)
+            for site in walk(ready, groups, target=Target(target), held=2):
                 problem = site.problem(site.group.units // 2, 1e-2)
                 assert {card.place(c.H) for c in problem.consumers} == {"card"}
                 site.commit([gram.linear_map.read_weight() * 0.9 for gram in site.grams])

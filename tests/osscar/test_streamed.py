@@ -1,5 +1,6 @@
 """Models whose weights stay on disk: pruned to the same bytes, refused where they cannot be."""
 
+import dataclasses
 import hashlib
 import itertools
 import os
@@ -272,7 +273,7 @@ with opened_for(model, torch.randint(500, (8, 64)), request) as ready:
     room = Room.of(ready, request, 1)
     if what == "solved":
         (group,) = (g for g in ready.groups if g.prunable and g.kind == kind)
-        prune_groups(ready, {group.name: group.units // 2}, request, (), None, None)
+        prune_groups(ready, {group.name: group.units // 2}, request, (), None)
 print(room.matrices)
 """
 
@@ -372,8 +373,8 @@ def test_batches_that_wait_on_disk_bring_the_same(family, target, monkeypatch):
     def walked(waiting_on_disk):
         with opened(tiny(family), windows(), batch_size=3) as ready:
             groups = [group for group in ready.groups if group.prunable]
-            options = {"target": target, "held": 2, "waiting_on_disk": waiting_on_disk}
-            for site in walk(ready, groups, **options):
+            ready = dataclasses.replace(ready, waiting_on_disk=waiting_on_disk)
+            for site in walk(ready, groups, target=target, held=2):
                 problem = site.problem(site.group.units // 2, 1e-2)
                 yield [(c.H, c.G) for c in problem.consumers]
                 site.commit([gram.linear_map.read_weight() * 0.9 for gram in site.grams])
