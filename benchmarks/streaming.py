@@ -51,7 +51,7 @@ PHASES = (
     ("graph", "trace", "opening"),
     ("osscar.preparation.followable", "outputs_or_none", "opening"),
     ("osscar.preparation.prepare", "refuse_chance", "opening"),
-    ("osscar.walk.walk", "Walk._schedule", "opening"),
+    ("osscar.walk.walk", "Walk._learned", "opening"),
     ("osscar.pruning.prune", "what_follows", "trial"),
     ("osscar.allocation.divergence", "Reference.of", "predictions"),
     ("osscar.allocation.divergence", "Reference.divergence", "predictions"),

@@ -222,11 +222,6 @@ class GramAccumulator:
         return self._fitted.moments()
 
     @property
-    def held(self) -> Moments | None:
-        """What was held out, about the means of what weights are fitted to; None if nothing."""
-        return None if self._held is None else self._held.moments(about=self._fitted)
-
-    @property
     def holds_out(self) -> bool:
         """Whether some positions were held out."""
         return self._held is not None
@@ -386,9 +381,16 @@ class _Sums:
         return x, self.corrections / self.positions
 
     def centred(self, about: _Sums | None = None) -> Centred:
-        """Return the same as `moments`, as half a matrix of sums and what is taken off it."""
-        (x, d), (own, own_d) = (about or self).means(), self.means()
-        both = self.corrections is not None and (about or self).corrections is not None
+        """Return the same as `moments`, as half a matrix of sums and what is taken off it.
+
+        Parameters
+        ----------
+        about
+            About whose means; by default their own.
+        """
+        about = about or self
+        (x, d), (own, own_d) = about.means(), self.means()
+        both = self.corrections is not None and about.corrections is not None
         return Centred(
             self._sums(),
             self.cross,
@@ -399,13 +401,11 @@ class _Sums:
             corrections_about=d if self.centered and both else None,
         )
 
-    def moments(self, about: _Sums | None = None, *, last: bool = False) -> Moments:
-        """Return means, about the means of these or of other sums where the layer has a bias.
+    def moments(self, *, last: bool = False) -> Moments:
+        """Return means, about those of X and D where the layer has a bias.
 
         Parameters
         ----------
-        about
-            The other sums.
         last
             Whether the matrices of sums may be given up on the way.
         """
@@ -419,24 +419,20 @@ class _Sums:
             panel.div_(n)
         if C is not None:
             C = C.div_(n) if last else C / n
-        (x, d), (own, own_d) = (about or self).means(), self.means()
-        if self.corrections is None or (about or self).corrections is None:
-            d = own_d = torch.zeros((), dtype=torch.float64, device=x.device)
+        x, d = self.means()
         if self.centered:
-            # mean (x - c)(x - c)' = H - m c' - c m' + c c', with m the own mean
             for start, panel in H.spans():
                 rows, columns = slice(start, start + len(panel)), slice(start + len(panel))
-                panel.addr_(own[rows], x[columns], alpha=-1).addr_(x[rows], own[columns], alpha=-1)
-                panel.addr_(x[rows], x[columns])
+                panel.addr_(x[rows], x[columns], alpha=-1)
             # An input that is constant has nothing left but rounding, and is dead.
             constant = H.diagonal() <= CONSTANT * energies
             H.clear(constant)
             if C is not None:
-                C.addr_(own, d, alpha=-1).addr_(x, own_d, alpha=-1).addr_(x, d)
+                C.addr_(x, d, alpha=-1)
                 C[constant] = 0
-                energy = max(energy - 2 * float(own_d @ d) + float(d @ d), 0.0)
+                energy = max(energy - float(d @ d), 0.0)
             return Moments(H, C, energy, x, d, H.diagonal())
-        variance = energies - own.square()
+        variance = energies - x.square()
         variance[variance <= CONSTANT * energies] = 0
         return Moments(H, C, energy, torch.zeros_like(x), torch.zeros_like(d), variance)
 

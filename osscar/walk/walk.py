@@ -25,7 +25,7 @@ from torch import Tensor
 
 from graph import CouplingGroup
 from graph.tracing.preserve import preserved
-from osscar.base.errors import CalibrationError, ModelError
+from osscar.base.errors import CalibrationError
 from osscar.base.memory import FOR_MATRICES, memory_for
 from osscar.base.timing import Stage, timed
 from osscar.data.batches import Batch, ModelInputs
@@ -49,6 +49,7 @@ from osscar.walk.coroutines import (
 )
 from osscar.walk.gram import GramAccumulator, add_up, gram_numbers
 from osscar.walk.residual import Keeper, kept_streams, streams
+from osscar.walk.schedule import Call, Schedule
 from osscar.walk.site import DenseTensors, Site, dense_tensors
 from osscar.walk.targets import Target
 
@@ -81,10 +82,14 @@ class Walk:
             if target is Target.RESIDUAL
             else {}
         )
-        self._calls, self._scratch = self._schedule()
-        self._tours = self._in_order(groups)
-        self._first_reader = self._readers(groups)
-        self._starts_again_after = self._later_starts()
+        calls, self._scratch = self._learned()
+        self._schedule = Schedule.of(
+            groups,
+            {name: [one.name for one in maps] for name, maps in self._consumers.items()},
+            calls,
+            in_turn=in_turn,
+            outputs=target.needs_dense,
+        )
         self._runs: list[Coroutine] = []
         self._dense: list[Coroutine] = []
         # Where several groups share a consumer, the first that was committed found it dense.
@@ -99,16 +104,16 @@ class Walk:
         with torch.no_grad(), self._watched():
             around = Surroundings()
             try:
-                for tour in self._tours:
-                    yield from self._sites_of(tour)
+                for groups in self._schedule.rounds:
+                    yield from self._sites_of(groups)
             finally:
                 self._end()
                 around.restore()
 
     # ---- when consumers are called -------------------------------------------------------
 
-    def _schedule(self) -> tuple[tuple[str, ...], PassState]:
-        """Return the modules to watch in the order of their calls, and what passes write.
+    def _learned(self) -> tuple[list[Call], PassState]:
+        """Return the calls of consumers in a pass, and what passes write.
 
         How often a module is called may depend on the data's shape, so that the order of the calls
         is that of the first batch; the small example tells what passes write on modules.
@@ -122,16 +127,7 @@ class Walk:
         with state.watching(), preserved(model):
             seen = self._called_on_shapes(self._batches[0])
         state.put_back()
-        calls = [name for name, _, _ in seen]
-        self._inputs = [(id(x), version) for _, x, version in seen]
-        for maps in self._consumers.values():
-            for consumer in maps:
-                if consumer.name not in calls:
-                    raise ModelError(
-                        f"{consumer.name!r} was never called on the calibration data, so that it "
-                        "cannot be refitted; give inputs that reach it"
-                    )
-        return tuple(calls), state.passing()
+        return [Call(name, (id(x), version)) for name, x, version in seen], state.passing()
 
     def _called_on_shapes(self, batch: Batch) -> list[tuple[str, Tensor, int]]:
         """Return the calls on a batch of this shape, computing nothing where that is possible."""
@@ -165,80 +161,26 @@ class Walk:
     def _names(self) -> set[str]:
         return {consumer.name for maps in self._consumers.values() for consumer in maps}
 
-    def _calls_of(self, group: CouplingGroup) -> list[int]:
-        """Return at which calls a group is measured; one will do where all read the same tensor."""
-        names = {consumer.name for consumer in self._consumers[group.name]}
-        calls = [call for call, name in enumerate(self._calls) if name in names]
-        return calls[:1] if self._in_one_breath(calls) else calls
-
-    def _readers(self, groups: Sequence[CouplingGroup]) -> dict[int, int]:
-        """Return, for each call of a group that is measured at its first call alone, that call."""
-        found: dict[int, int] = {}
-        for group in groups:
-            names = {consumer.name for consumer in self._consumers[group.name]}
-            calls = [call for call, name in enumerate(self._calls) if name in names]
-            if self._in_one_breath(calls):
-                found.update(dict.fromkeys(calls, calls[0]))
-        return found
-
-    def _in_one_breath(self, calls: Sequence[int]) -> bool:
-        """Whether several modules, each called once, read one tensor that nothing writes to."""
-        if self._target.needs_dense:
-            return False  # what each of them puts out is needed, too
-        names = {self._calls[call] for call in calls}
-        return len(names) == len(calls) > 1 and len({self._inputs[call] for call in calls}) == 1
-
-    def _in_order(self, groups: Sequence[CouplingGroup]) -> list[tuple[CouplingGroup, ...]]:
-        """Return the groups in the order in which they are first read; together, or one by one."""
-        order = sorted(groups, key=lambda group: self._calls_of(group)[0])
-        return [(group,) for group in order] if self._in_turn else [tuple(order)]
-
-    def _later_starts(self) -> dict[str, bool]:
-        """Tell for each group whether the batches set out again after it, should all be committed.
-
-        A walk that starts anew after a group needs its dense weights for the dense stream.
-        """
-        starts: list[bool] = []
-        at = -1
-        for tour in self._tours:
-            calls = sorted(call for group in tour for call in self._calls_of(group))
-            starts.append(0 <= calls[0] < at)
-            at = len(self._calls) if self._in_turn and len(calls) > 1 else calls[-1]
-        return {
-            group.name: any(starts[index + 1 :])
-            for index, tour in enumerate(self._tours)
-            for group in tour
-        }
-
     @property
     def calls(self) -> tuple[str, ...]:
         """The modules that are watched, in the order of their calls."""
-        return self._calls
+        return self._schedule.calls
 
     @property
     def itinerary(self) -> tuple[int, ...]:
         """The last call that each pass of the batches reaches, should all groups be committed."""
-        lasts: list[int] = []
-        at = -1
-        for tour in self._tours:
-            calls = {group.name: self._calls_of(group) for group in tour}
-            if at < 0 or min(map(min, calls.values())) < at:
-                lasts.append(0)
-            lasts[-1] = max(map(max, calls.values()))
-            ends = self._in_turn and any(len(own) > 1 for own in calls.values())
-            at = -1 if ends else lasts[-1]
-        return tuple(lasts)
+        return tuple(last for _, last in self._schedule.passes)
 
     # ---- the walk ------------------------------------------------------------------------
 
-    def _sites_of(self, tour: tuple[CouplingGroup, ...]) -> Iterator[Site]:
+    def _sites_of(self, groups: tuple[CouplingGroup, ...]) -> Iterator[Site]:
         """Walk from the first call that reads one of these groups to the last one."""
-        calls = {group.name: self._calls_of(group) for group in tour}
+        calls = {group.name: self._schedule.measured[group.name] for group in groups}
         grams: dict[str, tuple[GramAccumulator, ...]] = {}
         if self._at < 0 or min(map(min, calls.values())) < self._at:
             self._start()
         for call in sorted(set(itertools.chain(*calls.values()))):
-            here = [group for group in tour if call in calls[group.name]]
+            here = [group for group in groups if call in calls[group.name]]
             for group in here:
                 if group.name not in grams:
                     grams[group.name] = self._empty_sums(group)
@@ -248,7 +190,7 @@ class Walk:
                     gram
                     for group in here
                     for gram in grams[group.name]
-                    if len(calls[group.name]) == 1 or gram.linear_map.name == self._calls[call]
+                    if len(calls[group.name]) == 1 or gram.linear_map.name == self.calls[call]
                 ],
             )
             for group in here:
@@ -339,7 +281,7 @@ class Walk:
     def _bring(self, run: Coroutine, call: int) -> Arrival:
         """Let a batch run on to a call: it stands before it then, in the dense stream after."""
         while run.reached < call:
-            expected = self._calls[run.reached + 1]
+            expected = self.calls[run.reached + 1]
             with batch_named(self._prepared.model, run.index):
                 arrival = run.advance()
             if arrival is None or arrival.module != expected:
@@ -350,7 +292,7 @@ class Walk:
 
     def _check_same_tensor(self, run: Coroutine, arrival: Arrival) -> None:
         """Hold each batch to what the order of the calls was learned from."""
-        first = self._first_reader.get(run.reached)
+        first = self._schedule.same_tensor.get(run.reached)
         if first is None:
             return
         if first == run.reached:
@@ -358,7 +300,7 @@ class Walk:
         elif run.read[first]() is not arrival.x:
             raise CalibrationError(
                 f"calibration batch {run.index} calls {arrival.module!r} with another tensor than "
-                f"{self._calls[first]!r}, which read the same one on other data; give batches that "
+                f"{self.calls[first]!r}, which read the same one on other data; give batches that "
                 "run alike"
             )
 
@@ -385,7 +327,7 @@ class Walk:
 
     def _committing(self, site: Site) -> None:
         """Keep dense weights that batches of the dense stream will run through once more."""
-        if self._target.needs_dense and self._starts_again_after[site.group.name]:
+        if self._target.needs_dense and self._schedule.sets_out_after(site.group):
             for name, dense in dense_tensors(site.consumers).items():
                 self._originals.setdefault(name, dict(dense))
 
