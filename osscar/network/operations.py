@@ -107,7 +107,7 @@ def _grouped(first: Sequence[int], second: Sequence[int], *_: Any, **__: Any) ->
 
 
 @dataclass(frozen=True)
-class Product:
+class _Product:
     """A matrix product or convolution of a forward pass.
 
     Parameters
@@ -131,7 +131,7 @@ class Product:
 
 def products(
     model: nn.Module, names: Mapping[int, str], inputs: Mapping[str, Tensor]
-) -> list[Product]:
+) -> list[_Product]:
     """Return all products of one forward pass, which `count_operations` adds up.
 
     Parameters
@@ -143,7 +143,7 @@ def products(
     inputs
         As `count_operations` takes them.
     """
-    found: list[Product] = []
+    found: list[_Product] = []
     given = fresh(inputs)
     origins, counter = _Origins(model, names, given.values()), _counter()
     with _running(model) as running:
@@ -154,7 +154,7 @@ def products(
             def noted(*args: Any, **kwargs: Any) -> int:
                 taken = formula(*args, **kwargs)
                 module = running[-1] if running else ""
-                found.append(Product(taken, module, *origins.weights(args[factors], module)))
+                found.append(_Product(taken, module, *origins.weights(args[factors], module)))
                 return taken
 
             return noted

@@ -66,7 +66,7 @@ def _positions(x: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True, eq=False)
-class RecurrentMap(FeatureMap):
+class _RecurrentMap(FeatureMap):
     """The gates of a recurrent layer in one direction, which read the last dimension.
 
     Parameters
@@ -89,7 +89,7 @@ class RecurrentMap(FeatureMap):
 
 
 @dataclass(frozen=True, eq=False)
-class ConvolutionMap(LinearMap):
+class _ConvolutionMap(LinearMap):
     """The channels that one group of a convolution reads, with all taps of the kernel.
 
     A dense convolution has one group.  Of a grouped one, each group is a linear map of its own: its
@@ -162,7 +162,7 @@ class ConvolutionMap(LinearMap):
 
 
 @dataclass(frozen=True, eq=False)
-class ExpertMap(LinearMap):
+class _ExpertMap(LinearMap):
     """What one expert adds to the output of a mixture.
 
     Its inputs are multiplied with the weight of the token at this expert, so that what it puts out
@@ -424,7 +424,7 @@ def _maps(model: nn.Module, module: nn.Module, slots: tuple[Slot, ...]) -> Itera
         end = slots[0].tensor.rpartition(".")[2].removeprefix(WEIGHT)
         has_bias = _has_bias(model, module, BIAS + end)
         place = directions(module).index(end)
-        yield RecurrentMap(name, module, slots, torch.tensor(indices), has_bias, place)
+        yield _RecurrentMap(name, module, slots, torch.tensor(indices), has_bias, place)
         return
     windows, has_bias = windows_of(module), _has_bias(model, module, "bias")
     if windows is None:
@@ -434,13 +434,13 @@ def _maps(model: nn.Module, module: nn.Module, slots: tuple[Slot, ...]) -> Itera
     for part in range(int(module.groups)):  # type: ignore[arg-type]
         own = _channels_of_part(slots[0], channels, part, indices)
         if own:
-            yield ConvolutionMap(name, module, slots, torch.tensor(own), has_bias, windows, part)
+            yield _ConvolutionMap(name, module, slots, torch.tensor(own), has_bias, windows, part)
 
 
 def _experts(mixture: Mixture, slots: tuple[Slot, ...]) -> Iterator[LinearMap]:
     indices = sorted(i for slot in slots for i in slot.indices(range(slot.units)))
     for expert in range(len(mixture.weight)):
-        yield ExpertMap(
+        yield _ExpertMap(
             slots[0].module, mixture.module, slots, torch.tensor(indices), False, mixture, expert
         )
 

@@ -50,7 +50,7 @@ class Routed:
     hidden: Tensor
     experts: Tensor
     weights: Tensor
-    _read: dict[str, Visits] = field(default_factory=dict, repr=False)
+    _read: dict[str, _Visits] = field(default_factory=dict, repr=False)
 
     @classmethod
     def of(cls, module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Routed | None:
@@ -84,7 +84,7 @@ class Routed:
 
 
 @dataclass(frozen=True, eq=False)
-class Visits:
+class _Visits:
     """What the experts of a mixture read in one call: a row for each token at each of its experts.
 
     Parameters
@@ -134,7 +134,7 @@ class Mixture:
     def _bias(self) -> str:
         return f"{self.parameter}_bias"
 
-    def visits(self, x: Routed) -> Visits:
+    def visits(self, x: Routed) -> _Visits:
         """Return what the experts read in a call; computed once for all of them.
 
         Raises
@@ -147,7 +147,7 @@ class Mixture:
         return x._read[self.parameter]
 
     @torch.no_grad()
-    def _visits(self, x: Routed) -> Visits:
+    def _visits(self, x: Routed) -> _Visits:
         taken = (x.experts >= 0) & (x.experts < len(self.weight))
         token, _ = taken.nonzero(as_tuple=True)
         expert, weight = x.experts[taken], x.weights.detach()[taken]
@@ -161,7 +161,7 @@ class Mixture:
         squares = weight.double().square()
         total = squares.new_zeros(len(x.hidden)).index_add_(0, token, squares)[token]
         share = torch.where(total > 0, squares / total, 0.0)
-        return Visits(X * weight[:, None], expert.long(), token, share)
+        return _Visits(X * weight[:, None], expert.long(), token, share)
 
     def _inputs(self, hidden: Tensor, experts: Tensor, ones: Tensor) -> Tensor:
         """Return what each expert's last matrix is multiplied with, (visits, p)."""

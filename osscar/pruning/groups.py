@@ -209,10 +209,10 @@ def solved(site: Site, keep: int, request: PruningRequest, began: float) -> Site
     group, backend = site.group, request.chosen_backend()
     corrected = Target(request.target).needs_dense
     with timed(Stage.DAMPING):
-        chosen = site.regularization(keep, request.damp, request.blend if corrected else 0.0)
-        site.share = chosen.share
+        blend = request.blend if corrected else 0.0
+        damp, site.share = site.regularization(keep, request.damp, blend)
     with timed(Stage.SOLVER):
-        problem = site.problem(keep, chosen.damp)
+        problem = site.problem(keep, damp)
         measured = time.perf_counter()
         if request.certify:
             solution, verification = certified(problem, backend)
@@ -226,8 +226,8 @@ def solved(site: Site, keep: int, request: PruningRequest, began: float) -> Site
         group,
         problem,
         solution.record(verification),
-        damp=chosen.damp,
-        blend=chosen.share,
+        damp=damp,
+        blend=site.share,
         positions=site.positions,
         unread=len(site.unread),
         refits=refits,

@@ -9,7 +9,6 @@ run.  Both are taken off when a pass is suspended and put back when it goes on.
 from __future__ import annotations
 
 import contextvars
-import enum
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -38,15 +37,6 @@ _KERNELS = (
     (torch.backends.mha.get_fastpath_enabled, torch.backends.mha.set_fastpath_enabled),
 )
 """Which kernels operators may take: how to read and to set each switch."""
-
-
-class Stream(enum.StrEnum):
-    """Through which weights a pass runs."""
-
-    PRUNED = "pruned"
-    """Those that are committed so far."""
-    DENSE = "dense"
-    """Those of the model as it came."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,8 +68,8 @@ class Coroutine:
     ----------
     index
         Which batch, from 0.
-    stream
-        Through which weights it runs.
+    dense
+        Whether it runs through the weights of the model as it came, not those committed so far.
     run
         The forward pass.
     scratch
@@ -93,13 +83,13 @@ class Coroutine:
     def __init__(
         self,
         index: int,
-        stream: Stream,
+        dense: bool,
         run: Callable[[], object],
         scratch: PassState,
         keeper: Keeper,
         away: Away | None = None,
     ) -> None:
-        self.index, self.stream, self.keeper, self.away = index, stream, keeper, away
+        self.index, self.dense, self.keeper, self.away = index, dense, keeper, away
         self.arrived: Arrival | None = None
         self.reached = -1
         """The watched call at which it stands, counted from 0."""

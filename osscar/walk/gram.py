@@ -39,7 +39,7 @@ from solvers.linalg.symmetric import PANEL_ROWS, Symmetric
 
 
 @dataclass(frozen=True, eq=False)
-class Moments:
+class _Moments:
     """Means over positions: what least squares with these inputs and targets comes to.
 
     Parameters
@@ -217,7 +217,7 @@ class GramAccumulator:
                 part.expect_corrections()
 
     @property
-    def fitted(self) -> Moments:
+    def fitted(self) -> _Moments:
         """What weights are fitted to."""
         return self._fitted.moments()
 
@@ -401,7 +401,7 @@ class _Sums:
             corrections_about=d if self.centered and both else None,
         )
 
-    def moments(self, *, last: bool = False) -> Moments:
+    def moments(self, *, last: bool = False) -> _Moments:
         """Return means, about those of X and D where the layer has a bias.
 
         Parameters
@@ -431,10 +431,10 @@ class _Sums:
                 C.addr_(x, d, alpha=-1)
                 C[constant] = 0
                 energy = max(energy - float(d @ d), 0.0)
-            return Moments(H, C, energy, x, d, H.diagonal())
+            return _Moments(H, C, energy, x, d, H.diagonal())
         variance = energies - x.square()
         variance[variance <= CONSTANT * energies] = 0
-        return Moments(H, C, energy, torch.zeros_like(x), torch.zeros_like(d), variance)
+        return _Moments(H, C, energy, torch.zeros_like(x), torch.zeros_like(d), variance)
 
 
 def add_up(accumulators: Sequence[GramAccumulator], ranks: Ranks, name: str) -> None:

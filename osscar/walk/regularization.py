@@ -61,28 +61,12 @@ def check_damp(damp: Any) -> None:
         )
 
 
-@dataclass(frozen=True)
-class Regularization:
-    """What holds a refit back.
-
-    Parameters
-    ----------
-    damp
-        Weight of the proximal term, as of `osscar.walk.gram.damped_by_input`.
-    share
-        Of the corrections in the targets.
-    """
-
-    damp: float
-    share: float
-
-
 def best_regularization(
     accumulators: Sequence[GramAccumulator],
     keep: int,
     damps: Sequence[float] = DAMPS,
     share: float | None = None,
-) -> Regularization:
+) -> tuple[float, float]:
     """Return the damping and the share whose refit serves the held-out samples best.
 
     The units kept are those that weights and inputs of the largest norm belong to: what is best
@@ -108,7 +92,7 @@ def best_regularization(
         if layer.held is not None
     ]
     default = DEFAULT_DAMP if DEFAULT_DAMP in damps else damps[0]
-    best, least = Regularization(default, share or 0.0), math.inf
+    best, least = (default, share or 0.0), math.inf
     # In this order: where they say nothing, such as of inputs that are always zero, none is better.
     for damp in sorted(damps, key=lambda damp: damp != default):
         terms = [part.errors(damp) for part in parts]
@@ -119,7 +103,7 @@ def best_regularization(
             chosen = share
         error += chosen * (chosen * curve - 2 * slope)
         if error < least:
-            best, least = Regularization(damp, chosen), error
+            best, least = (damp, chosen), error
     return best
 
 

@@ -5,25 +5,14 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TypeAlias
 
 from graph import CouplingGroup
 from osscar.base.errors import ModelError
 
-
-@dataclass(frozen=True)
-class Call:
-    """A call of a consumer.
-
-    Parameters
-    ----------
-    module
-        Its qualified name.
-    tensor
-        What tells the tensor that it reads from others, and from itself after a write.
-    """
-
-    module: str
-    tensor: tuple[int, int]
+Call: TypeAlias = tuple[str, tuple[int, int]]
+"""The name of a module, and what tells the tensor that it reads from others, and from itself after
+a write."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,7 +68,7 @@ class Schedule:
         ModelError
             If a consumer is never called.
         """
-        called = {call.module for call in calls}
+        called = {name for name, _ in calls}
         for name in (name for names in consumers.values() for name in names):
             if name not in called:
                 raise ModelError(
@@ -89,16 +78,15 @@ class Schedule:
         measured: dict[str, tuple[int, ...]] = {}
         same_tensor: dict[int, int] = {}
         for group in groups:
-            own = [i for i, call in enumerate(calls) if call.module in consumers[group.name]]
-            once = len({calls[i].module for i in own}) == len(own) > 1
-            if once and not outputs and len({calls[i].tensor for i in own}) == 1:
+            own = [i for i, (name, _) in enumerate(calls) if name in consumers[group.name]]
+            names, tensors = ({calls[i][part] for i in own} for part in (0, 1))
+            if not outputs and len(names) == len(own) > 1 and len(tensors) == 1:
                 same_tensor.update(dict.fromkeys(own, own[0]))
                 own = own[:1]
             measured[group.name] = tuple(own)
         order = tuple(sorted(groups, key=lambda group: measured[group.name][0]))
         rounds = tuple((group,) for group in order) if in_turn else (order,)
-        names = tuple(call.module for call in calls)
-        return cls(names, measured, rounds, same_tensor, in_turn)
+        return cls(tuple(name for name, _ in calls), measured, rounds, same_tensor, in_turn)
 
     @cached_property
     def passes(self) -> tuple[tuple[int, int], ...]:

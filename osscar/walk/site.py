@@ -16,7 +16,7 @@ from osscar.base.errors import ModelError
 from osscar.network.modules import device_of
 from osscar.preparation.consumer import LinearMap
 from osscar.walk.gram import GramAccumulator, pose
-from osscar.walk.regularization import DAMPS, DEFAULT_DAMP, Regularization, best_regularization
+from osscar.walk.regularization import DAMPS, DEFAULT_DAMP, best_regularization
 from solvers import SubsetProblem
 
 _MOST_TOLD = 8
@@ -135,8 +135,8 @@ class Site:
 
     def regularization(
         self, keep: int, damp: float | None = None, share: float | None = None
-    ) -> Regularization:
-        """Return what is asked for; for the rest, what serves held-out samples best.
+    ) -> tuple[float, float]:
+        """Return damping and share as asked for; for the rest, what serves held-out samples best.
 
         Where none were held out, nothing tells how much of the corrections is noise, and there are
         none then.
@@ -149,7 +149,7 @@ class Site:
             What is asked for, if it is.
         """
         if not any(gram.holds_out for gram in self.known):
-            return Regularization(DEFAULT_DAMP if damp is None else damp, share or 0.0)
+            return DEFAULT_DAMP if damp is None else damp, share or 0.0
         damps = DAMPS if damp is None else (damp,)
         return best_regularization(self.known, keep, damps, share)
 

@@ -42,7 +42,6 @@ from osscar.preparation.routing import Routed, afresh, output_of, reads
 from osscar.walk.coroutines import (
     Arrival,
     Coroutine,
-    Stream,
     Surroundings,
     running,
     suspend,
@@ -127,7 +126,7 @@ class Walk:
         with state.watching(), preserved(model):
             seen = self._called_on_shapes(self._batches[0])
         state.put_back()
-        return [Call(name, (id(x), version)) for name, x, version in seen], state.passing()
+        return [(name, (id(x), version)) for name, x, version in seen], state.passing()
 
     def _called_on_shapes(self, batch: Batch) -> list[tuple[str, Tensor, int]]:
         """Return the calls on a batch of this shape, computing nothing where that is possible."""
@@ -232,18 +231,18 @@ class Walk:
         self._end()
         self.passes += 1
         self._at = 0
-        self._runs = [self._coroutine(index, Stream.PRUNED) for index in self._mine]
+        self._runs = [self._coroutine(index, dense=False) for index in self._mine]
         if self._target.needs_dense:
-            self._dense = [self._coroutine(index, Stream.DENSE) for index in self._mine]
+            self._dense = [self._coroutine(index, dense=True) for index in self._mine]
 
-    def _coroutine(self, index: int, stream: Stream) -> Coroutine:
+    def _coroutine(self, index: int, *, dense: bool) -> Coroutine:
         batch, model = self._batches[index], self._prepared.model
 
         def run() -> object:
             return model(**fresh(batch))
 
         away = Away(model, batch) if self._prepared.waiting_on_disk else None
-        return Coroutine(index, stream, run, self._scratch, Keeper(self._places), away)
+        return Coroutine(index, dense, run, self._scratch, Keeper(self._places), away)
 
     def _measure(self, call: int, grams: Sequence[GramAccumulator]) -> None:
         """Let each batch arrive at a call, and add up what it brings."""
@@ -337,21 +336,21 @@ class Walk:
 
         def before(name: str, x: Any) -> None:
             run = running()
-            if run is not None and run.stream is Stream.PRUNED:
+            if run is not None and not run.dense:
                 suspend(Arrival(name, x, self._output(name, x), run.keeper.take(name)))
             elif run is not None:
                 self._exchange(name)
 
         def after(name: str, x: Any, y: Tensor) -> None:
             run = running()
-            if run is not None and run.stream is Stream.DENSE:
+            if run is not None and run.dense:
                 output = self._recurrent_output(name, x)
                 self._exchange(name)
                 suspend(Arrival(name, x, y if output is None else output, run.keeper.take(name)))
 
         def exchange(name: str, *_: Any) -> None:
             run = running()
-            if run is not None and run.stream is Stream.DENSE:
+            if run is not None and run.dense:
                 self._exchange(name)
 
         def keeper() -> Keeper | None:

@@ -12,7 +12,7 @@ import osscar
 import solvers
 from osscar.allocation.curvature import Factors, curvature
 from osscar.base.errors import FrozenGroupError, NonFiniteError
-from osscar.preparation.linear_maps import ExpertMap, linear_maps
+from osscar.preparation.linear_maps import linear_maps
 from osscar.preparation.opened import opened
 from osscar.preparation.routing import Mixture, Routed
 from osscar.pruning.prune import prune_as_asked
@@ -36,7 +36,7 @@ def of_experts(ready):
     return [
         group
         for group in ready.groups
-        if group.prunable and isinstance(linear_maps(ready.model, group)[0], ExpertMap)
+        if group.prunable and hasattr(linear_maps(ready.model, group)[0], "mixture")
     ]
 
 

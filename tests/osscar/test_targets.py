@@ -181,7 +181,7 @@ def held_out_error(gram, damp, share):
 
 def test_the_share_is_the_one_that_a_search_over_shares_finds():
     gram = accumulated(40, 20.0)
-    chosen = best_regularization([gram], 8, (0.01,)).share
+    _, chosen = best_regularization([gram], 8, (0.01,))
     assert 0 < chosen < 1
     grid = np.linspace(0, 1, 101)
     errors = [held_out_error(gram, 0.01, share) for share in grid]
@@ -193,22 +193,21 @@ def test_the_share_is_the_one_that_a_search_over_shares_finds():
 @pytest.mark.parametrize(("positions", "noise"), [(16, 3.0), (40, 1.0), (300, 0.3)])
 def test_damping_is_what_exact_refits_find_on_held_out_samples(positions, noise, share):
     gram = accumulated(positions, noise)
-    chosen = best_regularization([gram], 8, share=share)
+    damp, chosen = best_regularization([gram], 8, share=share)
     shares = np.linspace(0, 1, 201) if share is None else [share]
     errors = {damp: min(held_out_error(gram, damp, share) for share in shares) for damp in DAMPS}
-    assert chosen.damp == min(errors, key=errors.get)
-    if share is not None:
-        assert chosen.share == share
+    assert damp == min(errors, key=errors.get)
+    assert share in (None, chosen)
 
 
 def test_random_directions_choose_nearly_as_all_outputs_do(monkeypatch):
     gram = accumulated(30, 2.0, outputs=300)
-    some = best_regularization([gram], 8)
+    damp, share = best_regularization([gram], 8)
     monkeypatch.setattr(regularization, "_DIRECTIONS", 300)
-    every = best_regularization([gram], 8)
-    assert some.share == pytest.approx(every.share, abs=0.1)
-    best = held_out_error(gram, every.damp, every.share)
-    assert held_out_error(gram, some.damp, every.share) <= best + 0.02 * abs(best)
+    all_damp, all_share = best_regularization([gram], 8)
+    assert share == pytest.approx(all_share, abs=0.1)
+    best = held_out_error(gram, all_damp, all_share)
+    assert held_out_error(gram, damp, all_share) <= best + 0.02 * abs(best)
 
 
 def test_more_data_and_less_noise_hold_a_refit_back_less():
@@ -216,7 +215,7 @@ def test_more_data_and_less_noise_hold_a_refit_back_less():
         best_regularization([accumulated(n, noise)], 8)
         for n, noise in ((14, 30.0), (60, 10.0), (4000, 0.1))
     ]
-    shares, damps = [c.share for c in chosen], [c.damp for c in chosen]
+    damps, shares = map(list, zip(*chosen, strict=True))
     assert shares == sorted(shares)
     assert shares[0] < 0.6 < 0.95 < shares[-1]
     assert damps == sorted(damps, reverse=True)
