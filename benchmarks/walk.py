@@ -28,7 +28,7 @@ import torch
 from torch import nn
 
 import osscar
-from osscar.preparation.opened import Opened, opened
+from osscar.preparation.prepare import Prepared, prepare
 from osscar.walk import walk as module
 from osscar.walk.walk import walk
 
@@ -38,13 +38,13 @@ def main() -> None:
     for name in arguments.models:
         torch.manual_seed(0)
         model, calibration, kind = MODELS[name](arguments)
-        with opened(model, calibration, heads=kind == "neurons") as ready:
+        with prepare(model, calibration, heads=kind == "neurons") as prepared:
             groups = [
                 g
-                for g in ready.groups
-                if g.prunable and g.name not in ready.residual and g.kind in arguments.kinds
+                for g in prepared.groups
+                if g.prunable and g.name not in prepared.residual and g.kind in arguments.kinds
             ]
-            rows = [measure(ready, groups) for _ in range(arguments.repetitions)]
+            rows = [measure(prepared, groups) for _ in range(arguments.repetitions)]
         dense, walked, gram = (
             statistics.median(column) for column in list(zip(*rows, strict=True))[:3]
         )
@@ -63,16 +63,16 @@ def main() -> None:
         print(line, flush=True)
 
 
-def measure(ready: Opened, groups: list[Any]) -> tuple[float, float, float, int]:
+def measure(prepared: Prepared, groups: list[Any]) -> tuple[float, float, float, int]:
     """Return seconds of a dense pass, of a walk, of its Gram matrices, and its passes."""
     start = time.perf_counter()
     with torch.no_grad():
-        for batch in ready.batches():
-            ready.model(**batch)
+        for batch in prepared.batches():
+            prepared.model(**batch)
     dense = time.perf_counter() - start
     with timed_gram_matrices() as spent:
         start = time.perf_counter()
-        way = walk(ready, groups)
+        way = walk(prepared, groups)
         for site in way:
             site.commit([consumer.read_weight() for consumer in site.consumers])
         walked = time.perf_counter() - start
@@ -82,18 +82,18 @@ def measure(ready: Opened, groups: list[Any]) -> tuple[float, float, float, int]
 @contextmanager
 def timed_gram_matrices() -> Iterator[list[float]]:
     """Add up the seconds that Gram matrices take, windows of convolutions included."""
-    spent, original = [0.0], module._add
+    spent, original = [0.0], module.add_call
 
-    def add(*arguments: Any) -> None:
+    def add(*arguments: Any, **options: Any) -> None:
         start = time.perf_counter()
-        original(*arguments)
+        original(*arguments, **options)
         spent[0] += time.perf_counter() - start
 
-    module._add = add
+    module.add_call = add
     try:
         yield spent
     finally:
-        module._add = original
+        module.add_call = original
 
 
 def smollm2(arguments: argparse.Namespace) -> tuple[nn.Module, Any, str]:

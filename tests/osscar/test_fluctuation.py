@@ -12,7 +12,7 @@ from osscar.allocation.fluctuation import measure_fluctuations
 from osscar.allocation.rules import ByScores
 from osscar.base.errors import CalibrationError, ModelError, NonFiniteError
 from osscar.preparation.linear_maps import linear_maps
-from osscar.preparation.opened import Opened, opened
+from osscar.preparation.opened import Prepared
 from osscar.request import PruningRequest as Asked
 from osscar.request import Widths
 from osscar.walk.gram import GramAccumulator, pose
@@ -45,7 +45,7 @@ def standardized(scores):
 @pytest.mark.parametrize("family", ["opt", "llama-gqa"])
 @pytest.mark.parametrize("size", [3, 8])
 def test_scores_are_those_of_the_paper(family, size):
-    with opened(tiny(family), tokens(8, 24), batch_size=size) as ready:
+    with prepare(tiny(family), tokens(8, 24), batch_size=size) as ready:
         groups = [group for group in ready.groups if group.prunable]
         found = measure_fluctuations(ready, groups)
         maps = {group.name: linear_maps(ready.model, group) for group in groups}
@@ -75,7 +75,7 @@ class Branches(nn.Module):
 def test_several_consumers_count_alike_and_all_taps_of_a_kernel():
     torch.manual_seed(0)
     model, x = Branches().eval(), torch.randn(6, 3, 9, 9)
-    with opened(model, (x,), batch_size=4) as ready:
+    with prepare(model, (x,), batch_size=4) as ready:
         groups = [group for group in ready.groups if group.units == 8]
         (found,) = measure_fluctuations(ready, groups).values()
     hidden = torch.sigmoid(model.first(x)).double()
@@ -94,7 +94,7 @@ def test_variances_survive_means_that_are_large():
     with torch.no_grad():
         model[0].bias += 1e8
     x = torch.randn(300, 6, dtype=torch.float64)
-    with opened(model, (x,), batch_size=64) as ready:
+    with prepare(model, (x,), batch_size=64) as ready:
         [group] = [group for group in ready.groups if group.units == 10]
         found = measure_fluctuations(ready, [group])[group.name]
     with torch.no_grad():
@@ -105,7 +105,7 @@ def test_variances_survive_means_that_are_large():
 
 def test_inputs_that_say_nothing_are_refused(monkeypatch):
     model = nn.Sequential(nn.Linear(6, 10), nn.Softplus(), nn.Linear(10, 4))
-    with opened(model, (torch.randn(20, 6),)) as ready:
+    with prepare(model, (torch.randn(20, 6),)) as ready:
         groups = [group for group in ready.groups if group.units == 10]
         batch = ready.batches()[0]
         for batches, error, message in [
@@ -113,7 +113,7 @@ def test_inputs_that_say_nothing_are_refused(monkeypatch):
             ([{k: x * torch.nan for k, x in batch.items()}], NonFiniteError, "inputs of '2' have"),
             ([batch, {k: x[:, :5] for k, x in batch.items()}], CalibrationError, "batch 1 fails"),
         ]:
-            monkeypatch.setattr(Opened, "batches", lambda self, batches=batches: batches)
+            monkeypatch.setattr(Prepared, "batches", lambda self, batches=batches: batches)
             with pytest.raises(error, match=message):
                 measure_fluctuations(ready, groups)
             assert not any(module._forward_pre_hooks for module in ready.model.modules())
@@ -123,7 +123,7 @@ def test_equal_scores_say_nothing():
     model = nn.Sequential(nn.Linear(6, 10), nn.ReLU(), nn.Linear(10, 4))
     with torch.no_grad():
         model[2].weight.zero_()
-    with opened(model, (torch.randn(20, 6),)) as ready:
+    with prepare(model, (torch.randn(20, 6),)) as ready:
         groups = [group for group in ready.groups if group.units == 10]
         assert not measure_fluctuations(ready, groups)[groups[0].name].any()
 
@@ -138,7 +138,7 @@ def test_the_units_that_stay_are_the_highest_that_fit(sparsity, round_to):
     model = tiny("opt")
     with torch.no_grad():  # few units of one layer stand out
         model.model.decoder.layers[0].fc2.weight[:, :6] *= 9
-    with opened(model, tokens(8, 24)) as ready:
+    with prepare(model, tokens(8, 24)) as ready:
         groups = {group.name: group for group in ready.groups if group.prunable}
         scores = measure_fluctuations(ready, list(groups.values()))
         allocated = allocate(ready, asked)
@@ -179,7 +179,7 @@ def test_the_scale_of_a_layer_is_no_matter():
 
 
 def test_at_least_the_least_width_stays():
-    with opened(tiny("opt"), tokens(4, 12)) as ready:
+    with prepare(tiny("opt"), tokens(4, 12)) as ready:
         groups = [group for group in ready.groups if group.prunable]
         low = {g.name: np.full(g.units, -9.0) for g in groups}
         low[groups[0].name] = np.full(groups[0].units, 9.0)
@@ -202,7 +202,7 @@ def test_a_problem_has_the_variances_of_its_inputs(bias):
     model = nn.Sequential(nn.Linear(6, 10), nn.Sigmoid(), nn.Linear(10, 4, bias=bias))
     X = torch.rand(50, 10) + torch.arange(10.0)
     X[:, 3] = 7.0
-    with opened(model, (torch.randn(20, 6),)) as ready:
+    with prepare(model, (torch.randn(20, 6),)) as ready:
         [group] = [group for group in ready.groups if group.units == 10]
         [consumer] = linear_maps(ready.model, group)
         gram = GramAccumulator(consumer)
@@ -216,7 +216,7 @@ def test_a_problem_has_the_variances_of_its_inputs(bias):
 
 def test_variances_follow_the_weight_of_each_layer():
     torch.manual_seed(0)
-    with opened(Branches().eval(), (torch.randn(6, 3, 9, 9),)) as ready:
+    with prepare(Branches().eval(), (torch.randn(6, 3, 9, 9),)) as ready:
         [group] = [group for group in ready.groups if group.units == 8]
         grams = [GramAccumulator(one) for one in linear_maps(ready.model, group)]
         for gram in grams:

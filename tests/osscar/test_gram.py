@@ -8,7 +8,7 @@ from torch import nn
 
 from osscar.base.errors import ModelError
 from osscar.preparation.linear_maps import linear_maps
-from osscar.preparation.opened import opened
+from osscar.preparation.prepare import prepare
 from osscar.walk.gram import GramAccumulator, gram_error, pose
 from solvers.linalg import symmetric
 
@@ -26,7 +26,7 @@ class Layer(nn.Module):
 
 def accumulator(bias=False) -> GramAccumulator:
     torch.manual_seed(0)
-    with opened(Layer(bias).eval(), (torch.randn(4, 8),)) as ready:
+    with prepare(Layer(bias).eval(), (torch.randn(4, 8),)) as ready:
         (group,) = (group for group in ready.groups if group.prunable)
         (consumer,) = linear_maps(ready.model, group)
         return GramAccumulator(consumer)

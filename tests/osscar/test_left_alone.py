@@ -14,9 +14,10 @@ import osscar
 from osscar.allocation import allocate as allocation
 from osscar.allocation.allocate import provisional
 from osscar.allocation.curves import measure_curves
+from osscar.allocation.widths import asked_groups
 from osscar.base.errors import AdapterError, EquivalenceError, RequestError, RunError
 from osscar.cli import main
-from osscar.pruning import groups as solving
+from osscar.preparation.prepare import prepare
 from osscar.pruning import prune as pruning_room
 from osscar.pruning import trial as trial_room
 from osscar.pruning.prune import opened_for, prune_as_asked
@@ -226,14 +227,15 @@ def left(result):
     return [group.name for group in result.left_alone]
 
 
-@pytest.fixture
-def unsolved(monkeypatch):
-    """Let nothing be solved."""
+def left_of(followed):
+    return [group.name for group in followed.left]
 
-    def never(*_):
-        raise AssertionError("a group was solved")
 
-    monkeypatch.setattr(solving, "_prune_group", never)
+def tried(network, data, **asked):
+    """Return what can follow of a network, which is solved by nobody."""
+    request = PruningRequest(**asked, device="cpu")
+    with opened_for(network, data, request) as prepared:
+        return what_follows(prepared, request)
 
 
 @pytest.fixture
@@ -291,7 +293,7 @@ def test_what_cannot_follow_is_left_alone_and_all_else_is_pruned(name):
     assert all(torch.equal(value, before[key]) for key, value in dense.state_dict().items())
 
 
-@pytest.mark.sampled(6)
+@pytest.mark.sampled(3)
 @pytest.mark.filterwarnings("ignore:left alone")
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("allocation", ["curvature", "uniform"])
@@ -317,7 +319,7 @@ def test_a_budget_does_not_count_what_is_left_alone(name, allocation):
 
 def test_users_are_warned_by_name():
     with pytest.warns(UserWarning, match=r"left alone.*'blocks\.0\.attn\.heads'; 'blocks\.1"):
-        osscar.prune(built(Transformer), words(), sparsity=0.5, device="cpu")
+        tried(built(Transformer), words(), sparsity=0.5)
 
 
 @pytest.mark.filterwarnings("ignore:left alone")
@@ -333,7 +335,7 @@ def test_groups_that_go_alone_but_not_together(tries):
     dense, data = built(Pair), rows(48, 8)
     for one in ("one", "other"):  # each can go by itself
         named = {f"{one}.neurons": 8, "join.neurons": 6}
-        assert not osscar.prune(dense, data, groups=named, device="cpu").left_alone
+        assert not tried(dense, data, groups=named).left
     tries.clear()
     result = osscar.prune(dense, data, neurons="1/2", device="cpu")
     join, one, other = "join.neurons", "one.neurons", "other.neurons"
@@ -346,19 +348,18 @@ def test_groups_that_go_alone_but_not_together(tries):
 
 @pytest.mark.filterwarnings("ignore:left alone")
 def test_a_group_is_tried_together_with_all_that_go():
-    result = osscar.prune(built(Quartet), rows(48, 8), neurons="1/2", device="cpu")
-    assert left(result) == ["two.neurons", "bad.neurons"]
-    assert [layer.name for layer in result.layers] == ["one.neurons", "plain.neurons"]
+    found = tried(built(Quartet), rows(48, 8), neurons="1/2")
+    assert left_of(found) == ["two.neurons", "bad.neurons"]
 
 
 @pytest.mark.filterwarnings("ignore:left alone")
-def test_a_budget_that_cannot_be_met_says_what_is_left_alone(unsolved):
+def test_a_budget_that_cannot_be_met_says_what_is_left_alone():
     with pytest.raises(RequestError, match=r"cannot be met.*left alone.*blocks\.1\.attn\.heads"):
         osscar.prune(built(Transformer), words(), params=0.4, device="cpu")
 
 
 @pytest.mark.filterwarnings("ignore:left alone")
-def test_a_budget_that_only_what_is_left_alone_would_share_is_refused(unsolved):
+def test_a_budget_that_only_what_is_left_alone_would_share_is_refused():
     with pytest.raises(RequestError, match=r"nothing is left for it.*left alone.*attn\.heads"):
         osscar.prune(built(Transformer), words(), neurons=0.5, sparsity=0.3, device="cpu")
 
@@ -366,30 +367,26 @@ def test_a_budget_that_only_what_is_left_alone_would_share_is_refused(unsolved):
 # ---- errors ------------------------------------------------------------------------------
 
 
-def test_a_model_in_which_nothing_can_follow_is_refused_with_all_reasons(unsolved):
-    with pytest.raises(
-        AdapterError, match=r"none of 2 groups can follow.*@osscar\.adapter"
-    ) as caught:
-        osscar.prune(built(Stubborn), rows(48, 8), sparsity=0.5, device="cpu")
+def test_a_model_in_which_nothing_can_follow_is_refused_with_all_reasons():
+    refused = pytest.raises(AdapterError, match=r"none of 2 groups can follow.*@osscar\.adapter")
+    with refused as caught:
+        tried(built(Stubborn), rows(48, 8), sparsity=0.5)
     for said in ("'one.neurons': module", "view(-1, 16)", "'two.neurons': module", "view(-1, 12)"):
         assert said in str(caught.value)
 
 
-def test_a_strict_request_is_refused_before_anything_is_solved(unsolved):
+def test_a_strict_request_is_refused_before_anything_is_solved():
     with pytest.raises(AdapterError, match=r"2 of 4 groups cannot follow.*--skip") as caught:
-        osscar.prune(built(Transformer), words(), sparsity=0.5, strict=True, device="cpu")
+        tried(built(Transformer), words(), sparsity=0.5, strict=True)
     for said in (*HEADS, "C // self.num_heads"):
         assert said in str(caught.value)
 
 
 def test_a_strict_request_that_can_be_met_is():
-    asked = {"neurons": "1/2", "device": "cpu"}
-    result = osscar.prune(built(Transformer), words(), **asked, strict=True)
-    assert not result.left_alone
-    assert result.settings["strict"] is True
+    assert not tried(built(Transformer), words(), neurons="1/2", strict=True).left
 
 
-def test_outputs_that_differ_are_a_reason(unsolved):
+def test_outputs_that_differ_are_a_reason():
     """Code that runs with fewer units, and computes something else."""
 
     class Scaled(nn.Module):
@@ -402,7 +399,7 @@ def test_outputs_that_differ_are_a_reason(unsolved):
             return self.leave(y * y.shape[-1] ** -0.5)
 
     with pytest.raises(EquivalenceError, match="'neurons': the shrunk model's output differs"):
-        osscar.prune(built(Scaled), rows(48, 8), sparsity=0.5, device="cpu")
+        tried(built(Scaled), rows(48, 8), sparsity=0.5)
 
 
 # ---- the search --------------------------------------------------------------------------
@@ -411,22 +408,21 @@ def test_outputs_that_differ_are_a_reason(unsolved):
 @pytest.mark.parametrize("kind", ["llama-gqa", "images"])
 def test_one_trial_is_enough_where_all_can_follow(kind, tries):
     model, data = (small_net(), images()) if kind == "images" else (tiny(kind), tokens())
-    result = osscar.prune(model, data, sparsity=0.5, device="cpu")
-    assert not result.left_alone
-    assert [set(names) for names in tries] == [set(result.budget.widths)]
+    assert not tried(model, data, sparsity=0.5).left
+    assert len(tries) == 1
+    with prepare(model, data) as prepared:
+        shared = asked_groups(prepared, PruningRequest(sparsity=0.5))[2]
+    assert set(tries[0]) == {group.name for group in shared}
 
 
 @pytest.mark.filterwarnings("ignore:left alone")
 def test_few_trials_find_what_cannot_follow(tries):
     depth = 8
-    result = osscar.prune(
-        built(lambda: Transformer(depth)), words(), sparsity=0.5, backend="magnitude", device="cpu"
-    )
-    assert len(result.left_alone) == len(result.layers) == depth
+    found = tried(built(lambda: Transformer(depth)), words(), sparsity=0.5)
+    assert left_of(found) == [f"blocks.{i}.attn.heads" for i in range(depth)]
     assert len(tries) <= 2 * depth + 1
-    assert {name for name in tries[-1] if name.endswith("neurons")} == {
-        layer.name for layer in result.layers
-    }
+    neurons = {f"blocks.{i}.mlp.neurons" for i in range(depth)}
+    assert {name for name in tries[-1] if name.endswith("neurons")} == neurons
 
 
 @pytest.mark.filterwarnings("ignore:left alone")
@@ -617,15 +613,6 @@ def test_the_command_says_what_is_left_alone_and_why(run, tmp_path):
     assert table.count("4 heads") == 2
     assert page.replace("<wbr>", "").count("self.num_heads, C // self.num_heads)") == 2
     assert {layer["name"] for layer in document["layers"]} == {f"rest.{name}" for name in NEURONS}
-
-
-def test_the_command_refuses_it_when_it_is_strict(run, tmp_path):
-    status, _, err = run("--strict")
-    assert status == 2
-    assert "2 of 4 groups cannot follow" in err
-    assert "C // self.num_heads" in err
-    assert not (tmp_path / "small").exists()
-    assert not (tmp_path / "small.run").exists()
 
 
 def test_a_sweep_says_what_is_left_alone_too(run, tmp_path):

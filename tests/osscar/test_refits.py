@@ -10,7 +10,7 @@ import osscar
 import solvers
 from osscar.base.errors import NonFiniteError
 from osscar.preparation.linear_maps import linear_maps
-from osscar.preparation.opened import opened
+from osscar.preparation.prepare import prepare
 from osscar.report.run_tables import layers_table
 from osscar.walk.gram import GramAccumulator, damped_by_input, pulls
 from osscar.walk.site import GROWN, Site
@@ -89,7 +89,7 @@ def measured(bias, positions, noisy, seed):
     """A site with one consumer, and what was held out: inputs and targets."""
     torch.manual_seed(seed)
     model = nn.Sequential(nn.Linear(5, 12), nn.ReLU(), nn.Linear(12, 4, bias=bias)).double()
-    with opened(model, torch.randn(8, 5).double()) as ready:
+    with prepare(model, torch.randn(8, 5).double()) as ready:
         (group,) = [g for g in ready.groups if g.prunable and g.units == 12]
         (consumer,) = linear_maps(ready.model, group)
     gram, mixed = GramAccumulator(consumer), torch.randn(12, 12).double()

@@ -11,7 +11,7 @@ import osscar
 import solvers
 from osscar.data.batches import TensorInputs
 from osscar.preparation.linear_maps import linear_maps
-from osscar.preparation.opened import opened
+from osscar.preparation.prepare import prepare
 from osscar.walk import regularization
 from osscar.walk.gram import GramAccumulator, pose
 from osscar.walk.regularization import DAMPS, DEFAULT_DAMP, best_regularization
@@ -80,7 +80,7 @@ def test_what_is_added_to_a_consumer_is_found_in_the_models_own_code(form):
 
 @pytest.mark.parametrize("family", ["opt", "gpt2", "llama-gqa"])
 def test_transformers_have_a_stream_beside_every_consumer(family):
-    with opened(tiny(family), tokens(4, 12)) as ready:
+    with prepare(tiny(family), tokens(4, 12)) as ready:
         names = [c.name for g in ready.groups if g.prunable for c in linear_maps(ready.model, g)]
         assert set(streams(ready.model, ready.example, names)) == set(names)
 
@@ -90,7 +90,7 @@ def test_transformers_have_a_stream_beside_every_consumer(family):
 def test_the_residual_target_is_what_the_dense_stream_holds_behind_the_block(form):
     torch.manual_seed(0)
     model, x = Stack(form).eval(), torch.randn(64, 8)
-    with opened(model, (x,), batch_size=16) as ready:
+    with prepare(model, (x,), batch_size=16) as ready:
         dense = copy.deepcopy(ready.model)
         groups = [g for g in ready.groups if g.prunable and "up" in g.slots[0].module]
         assert len(groups) == 3
@@ -161,7 +161,7 @@ def accumulated(positions, noise, *, outputs=4, seed=0):
     """Sums of one layer whose corrections are explained in part by its inputs."""
     torch.manual_seed(seed)
     model = nn.Sequential(nn.Linear(5, 12), nn.ReLU(), nn.Linear(12, outputs))
-    with opened(model, torch.randn(8, 5)) as ready:
+    with prepare(model, torch.randn(8, 5)) as ready:
         (group,) = [g for g in ready.groups if g.prunable and g.units == 12]
         (consumer,) = linear_maps(ready.model, group)
     gram, M, mixed = GramAccumulator(consumer), torch.randn(12, outputs), torch.randn(12, 12)
@@ -194,7 +194,7 @@ def test_the_share_is_the_one_that_a_search_over_shares_finds():
 def test_damping_is_what_exact_refits_find_on_held_out_samples(positions, noise, share):
     gram = accumulated(positions, noise)
     damp, chosen = best_regularization([gram], 8, share=share)
-    shares = np.linspace(0, 1, 201) if share is None else [share]
+    shares = np.linspace(0, 1, 51) if share is None else [share]
     errors = {damp: min(held_out_error(gram, damp, share) for share in shares) for damp in DAMPS}
     assert damp == min(errors, key=errors.get)
     assert share in (None, chosen)
@@ -242,7 +242,7 @@ def test_the_report_says_how_refits_were_held_back():
 
 def half_of_ten(model, x):
     """Ask for five units of the group that has ten."""
-    with opened(model, x) as ready:
+    with prepare(model, x) as ready:
         return {group.name: 5 for group in ready.groups if group.units == 10}
 
 
@@ -303,7 +303,7 @@ def test_an_input_that_never_changes_is_dead_to_a_layer_with_a_bias():
 def test_groups_of_one_consumer_correct_what_is_left_of_its_error():
     torch.manual_seed(0)
     model, x = Concat().eval(), torch.randn(256, 6)
-    with opened(model, (x,), batch_size=64) as ready:
+    with prepare(model, (x,), batch_size=64) as ready:
         dense = copy.deepcopy(ready.model)
         groups = [g for g in ready.groups if g.prunable and g.consumers[0].module == "join"]
         assert len(groups) == 4
