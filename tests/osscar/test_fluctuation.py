@@ -12,7 +12,7 @@ from osscar.allocation.fluctuation import measure_fluctuations
 from osscar.allocation.rules import ByScores
 from osscar.base.errors import CalibrationError, ModelError, NonFiniteError
 from osscar.preparation.linear_maps import linear_maps
-from osscar.preparation.opened import Prepared
+from osscar.preparation.prepare import Prepared, prepare
 from osscar.request import PruningRequest as Asked
 from osscar.request import Widths
 from osscar.walk.gram import GramAccumulator, pose

@@ -93,7 +93,7 @@ def test_the_group_is_read_by_the_weights_of_inputs_alone(name):
         assert far_apart(one.read_outputs(input_gates(module, x), x), found.float()) < 1e-5
 
 
-@pytest.mark.sampled(6)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("target", Target)
 @pytest.mark.parametrize("name", NETS)
 def test_pruned_and_refitted(name, target, tmp_path):
@@ -118,6 +118,7 @@ def test_pruned_and_refitted(name, target, tmp_path):
     assert torch.equal(again(x), smaller(x))
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", NETS)
 def test_the_refit_is_least_squares_on_the_gates(name):
     """Against `torch.linalg.lstsq`, with inputs and a constant."""
