@@ -41,10 +41,9 @@ from osscar.pruning.memory import check_streamed
 from osscar.pruning.result import PruningResult
 from osscar.pruning.run_log import RunLog, SiteRecord, run_manifest
 from osscar.pruning.shrunk import put_back, shrunk
-from osscar.pruning.trial import LeftAlone, named, reaches_further, what_follows
+from osscar.pruning.trial import Followed, named, reaches_further, what_follows
 from osscar.request import Allocation, PruningRequest
 from osscar.shrinking.lineage import note_calibration, note_dense
-from osscar.shrinking.plan import Form
 from osscar.walk.batch_norm import DenseStatistics, dense_statistics
 
 
@@ -160,28 +159,20 @@ class DenseFacts:
 
     Parameters
     ----------
+    followed
+        What of it is to be shrunk, and which groups cannot follow.
     reference
         What it predicts; None if it puts out no logits.
     statistics
         Of its batch-norm layers; see `osscar.walk.batch_norm`.
-    form
-        What of it is to be shrunk.
-    left
-        The groups that cannot follow.
     curves
         Of the groups that share a budget, by name; None: measured when they are needed.
     """
 
+    followed: Followed
     reference: Reference | None
     statistics: DenseStatistics
-    form: Form = Form.MODULE
-    left: tuple[LeftAlone, ...] = ()
     curves: Mapping[str, Curve] | None = None
-
-    @property
-    def left_names(self) -> frozenset[str]:
-        """The names of the groups that cannot follow."""
-        return frozenset(group.name for group in self.left)
 
     @classmethod
     def of(cls, prepared: Prepared, request: PruningRequest) -> DenseFacts:
@@ -192,12 +183,11 @@ class DenseFacts:
             )
         with timed(Stage.DENSE):
             return cls(
+                followed,
                 Reference.of(prepared, max(1, held_out(prepared, request))),
                 dense_statistics(
                     prepared.model, prepared.batches(), request.batch_norm, prepared.ranks
                 ),
-                followed.form,
-                followed.left,
             )
 
 
@@ -226,7 +216,7 @@ def prune_opened(
     start, before = time.perf_counter(), count_parameters(prepared.model)
     widths = _widths(prepared, request, facts, log)
     plan, layers = prune_groups(prepared, widths.keep, request, records, log)
-    smaller = shrunk(prepared, plan, request, facts.form, facts.statistics)
+    smaller = shrunk(prepared, plan, request, facts.followed.form, facts.statistics)
     with timed(Stage.PRUNED):
         reference = facts.reference
         divergence = None if reference is None else reference.divergence(smaller.model)
@@ -244,7 +234,7 @@ def prune_opened(
         seconds=time.perf_counter() - start,
         request=request,
         calibration=prepared.inputs.settings,
-        left_alone=facts.left,
+        left_alone=facts.followed.left,
     )
 
 
@@ -302,16 +292,18 @@ def _widths(
             measured = _curves(prepared, request, facts)
             known = prepared.ranks.broadcast(
                 "widths",
-                lambda: allocate(prepared, request, measured, facts.left_names, facts.form),
+                lambda: allocate(
+                    prepared, request, measured, facts.followed.left_names, facts.followed.form
+                ),
             )
         except RequestError as error:
-            raise type(error)(f"{error}{_and_left(facts.left)}") from error
+            raise type(error)(f"{error}{_and_left(facts.followed)}") from error
         if log is not None:
             log.note_allocation(known)
     units = {
         group.name: group.units
         for group in prepared.groups
-        if group.prunable and group.name not in facts.left_names
+        if group.prunable and group.name not in facts.followed.left_names
     }
     curves = {} if known.budget is None else known.budget.curves
     sound = all(0 < kept < units.get(name, 0) for name, kept in known.keep.items()) and all(
@@ -332,11 +324,11 @@ def _curves(
     needed = request.has_budget and request.allocation is Allocation.CURVATURE
     if not needed or facts.curves is not None:
         return facts.curves
-    return shared_curves(prepared, request, facts.left_names)
+    return shared_curves(prepared, request, facts.followed.left_names)
 
 
-def _and_left(left: Sequence[LeftAlone]) -> str:
-    return f"; {named(left)}" if left else ""
+def _and_left(followed: Followed) -> str:
+    return f"; {named(followed.left)}" if followed.left else ""
 
 
 def _timed_again(

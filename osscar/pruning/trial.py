@@ -71,10 +71,13 @@ class Followed:
         Groups that keep all their units, in the order of the model.
     """
 
-    __pydantic_config__: ClassVar[ConfigDict] = STRICT
-
-    form: Form
+    form: Form = Form.MODULE
     left: tuple[LeftAlone, ...] = ()
+
+    @property
+    def left_names(self) -> frozenset[str]:
+        """The names of the groups that cannot follow."""
+        return frozenset(group.name for group in self.left)
 
 
 def what_follows(prepared: Prepared, request: PruningRequest) -> Followed:
@@ -109,25 +112,23 @@ def what_follows(prepared: Prepared, request: PruningRequest) -> Followed:
     if not groups:
         return Followed(forms[0])
     plans = _alike_together(_arbitrary(groups, [keep[group.name] for group in groups]))
+    possible = {
+        form: [plan for plan in plans if form is Form.GRAPH or not _only(prepared, plan.name)]
+        for form in forms
+    }
     together: dict[Form, Exception | None] = {}
     for form in forms:  # whose failures are only looked into where no form does for all groups
-        possible = _possible(prepared, plans, form)
         with _trying(prepared, request, form) as trial:
-            together[form] = trial.failure(possible) if possible else None
-        if together[form] is None and len(possible) == len(plans):
-            if form is Form.MODULE:
-                warn_of_unread(prepared.model, prepared.traced, prepared.groups, groups)
-            _warn_of_training(trial)
-            return Followed(form)
+            together[form] = trial.failure(possible[form]) if possible[form] else None
+        if together[form] is None and len(possible[form]) == len(plans):
+            return _chosen(prepared, form, trial, groups)
     trials: dict[Form, _Trial] = {}
     for form in forms:
-        possible = _possible(prepared, plans, form)
         with _trying(prepared, request, form) as trials[form]:
-            trials[form].leave_all(
-                {p.name: prepared.in_programs[p.name] for p in plans if p not in possible}
-            )
+            others = (plan.name for plan in plans if plan not in possible[form])
+            trials[form].leave_all({name: prepared.in_programs[name] for name in others})
             if together[form] is not None:
-                trials[form].grown([], possible, together[form])
+                trials[form].grown([], possible[form], together[form])
     form = min(trials, key=lambda form: len(trials[form].reasons))
     trial = trials[form]
     left = tuple(
@@ -136,32 +137,36 @@ def what_follows(prepared: Prepared, request: PruningRequest) -> Followed:
         if group.name in trial.reasons
     )
     # Of modules nobody expects to lose what only programs can.
-    refused = tuple(
-        group for group in left if form is Form.GRAPH or not _only(prepared, group.name)
-    )
+    refused = tuple(g for g in left if form is Form.GRAPH or not _only(prepared, g.name))
     if (refused and request.strict) or len(left) == len(groups):
         raise (AdapterError if trial.of_modules else EquivalenceError)(
             _refusal(left, len(groups), request)
         )
-    if form is Form.MODULE:
-        going = [group for group in groups if group.name not in trial.reasons]
-        warn_of_unread(prepared.model, prepared.traced, prepared.groups, going)
-    _warn_of_training(trial)
     if refused:
         warnings.warn(
             f"{named(refused)}; the report, or left_alone of the result, says why", stacklevel=2
         )
+    return _chosen(prepared, form, trial, groups, left)
+
+
+def _chosen(
+    prepared: Prepared,
+    form: Form,
+    trial: _Trial,
+    groups: Sequence[CouplingGroup],
+    left: tuple[LeftAlone, ...] = (),
+) -> Followed:
+    """Warn of what the smaller model may not be used for."""
+    if form is Form.MODULE:
+        going = [group for group in groups if group.name not in trial.reasons]
+        warn_of_unread(prepared.model, prepared.traced, prepared.groups, going)
+    _warn_of_training(trial)
     return Followed(form, left)
 
 
 def _only(prepared: Prepared, name: str) -> bool:
     """Whether only a program can lose units of a group."""
     return name in prepared.in_programs
-
-
-def _possible(prepared: Prepared, plans: Sequence[GroupPlan], form: Form) -> list[GroupPlan]:
-    """Return the groups that can go in a form, for all that is known without trying."""
-    return [plan for plan in plans if form is Form.GRAPH or not _only(prepared, plan.name)]
 
 
 FORMS: dict[FormChoice, tuple[Form, ...]] = {
