@@ -166,6 +166,16 @@ class LinearMap(abc.ABC):
                 )
             view.copy_(bias)
 
+    def read(self) -> list[Tensor]:
+        """Return the weight and, where it `has_bias`, the bias, float64 copies."""
+        return [self.read_weight(), *([self.read_bias()] if self.has_bias else [])]
+
+    def write(self, tensors: Sequence[Tensor]) -> None:
+        """Replace what `read` returns."""
+        self.write_weight(tensors[0].double())
+        if self.has_bias:
+            self.write_bias(tensors[1].double())
+
     def _bias_view(self, bias: Tensor) -> Tensor:
         """Return a view of the part of a bias that belongs to the outputs."""
         return bias

@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
-from torch import Tensor, nn
+from torch import nn
 
 import solvers
 from graph import CouplingGroup
@@ -18,7 +18,6 @@ from osscar.base.progress import stage
 from osscar.base.ranks import Ranks
 from osscar.base.timing import Stage, timed
 from osscar.offload.on_disk import room_for, values_of
-from osscar.preparation.consumer import LinearMap
 from osscar.preparation.linear_maps import linear_maps
 from osscar.preparation.prepare import Prepared
 from osscar.pruning.certify import certified
@@ -160,28 +159,16 @@ def _replay(
             "what this model and request come to; begin anew with --restart"
         )
     consumers = linear_maps(model, group)
-    places = [place for consumer in consumers for place in _places(consumer)]
-    forms = [(consumer.number_format, read().shape) for consumer, read, _ in places]
+    forms = [(each.number_format, one.shape) for each in consumers for one in each.read()]
     if [(tensor.dtype, tensor.shape) for tensor in record.weights] != forms:
         raise RunError(
             f"the log of the run holds weights of another form for {name!r}; begin anew with "
             "--restart"
         )
-    dense = dense_tensors(consumers)
-    for (_, _, write), tensor in zip(places, record.weights, strict=True):
-        write(tensor.double())
+    dense, written = dense_tensors(consumers), iter(record.weights)
+    for consumer in consumers:
+        consumer.write([next(written) for _ in range(1 + consumer.has_bias)])
     return dense
-
-
-def _places(
-    consumer: LinearMap,
-) -> list[tuple[LinearMap, Callable[[], Tensor], Callable[[Tensor], None]]]:
-    """Return how to read and to write what a commit changes of a consumer."""
-    places: list[tuple[LinearMap, Callable[[], Tensor], Callable[[Tensor], None]]]
-    places = [(consumer, consumer.read_weight, consumer.write_weight)]
-    if consumer.has_bias:
-        places.append((consumer, consumer.read_bias, consumer.write_bias))
-    return places
 
 
 def _prune_group(
@@ -221,7 +208,6 @@ def solved(site: Site, keep: int, request: PruningRequest, began: float) -> Site
         kept = solution.support.tolist()
         refits = site.refits(solution.weights, kept)
         site.commit(refits.weights, kept)
-        site.leave_out(set(range(group.units)) - set(kept))
     report = LayerReport.of(
         group,
         problem,
@@ -241,6 +227,5 @@ def solved(site: Site, keep: int, request: PruningRequest, began: float) -> Site
             stacklevel=2,
         )
     plan = GroupPlan.of(group, tuple(kept))
-    places = [place for consumer in site.consumers for place in _places(consumer)]
-    written = tuple(read().to(consumer.number_format) for consumer, read, _ in places)
-    return SiteRecord(plan, report, written)
+    written = (one.to(each.number_format) for each in site.consumers for one in each.read())
+    return SiteRecord(plan, report, tuple(written))

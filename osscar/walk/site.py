@@ -156,8 +156,9 @@ class Site:
     def refits(self, weights: Sequence[Tensor], kept: Sequence[int]) -> Refits:
         """Return what to commit: refits, where these do no worse than dense weights of what stays.
 
-        Damping and floor are chosen beforehand, by samples that are few; this looks at the weights
-        themselves.  A layer of which nothing was held out gets its refit.
+        What reads an input that never varied keeps its dense weights, if its unit stays: the data
+        say nothing of it.  Damping and floor are chosen beforehand, by samples that are few; this
+        looks at the weights themselves.  A layer of which nothing was held out gets its refit.
 
         Parameters
         ----------
@@ -185,18 +186,17 @@ class Site:
             gram.let_go()
         return Refits(tuple(chosen), tuple(unrefitted), growth, held)
 
-    def commit(self, weights: Sequence[Tensor], kept: Iterable[int] = ()) -> None:
+    def commit(self, weights: Sequence[Tensor], kept: Sequence[int] | None = None) -> None:
         """Write the refitted weights; the batches go on through them.
 
-        Where a consumer has a bias, that takes up what changes in the means.  What reads an input
-        that never varied keeps its dense weights, if its unit stays: the data say nothing of it.
+        Where a consumer has a bias, that takes up what changes in the means.
 
         Parameters
         ----------
         weights
             One matrix (p, m) for each consumer that is `known`.
         kept
-            The units that stay.
+            The units that stay: the others leave consumers of which nothing is known, too.
 
         Raises
         ------
@@ -205,23 +205,17 @@ class Site:
         ModelError
             If the groups are not measured in turn.
         """
-        kept = list(kept)
+        gone = () if kept is None else sorted(set(range(self.group.units)) - set(kept))
         with self._written():
-            for gram, refitted in zip(self.known, weights, strict=True):
-                W = _with_silent_rows(gram.linear_map, refitted, kept)
+            for gram, W in zip(self.known, weights, strict=True):
                 change = gram.bias(W)
                 gram.linear_map.write_weight(W)
                 if change is not None:
                     gram.linear_map.write_bias(gram.linear_map.read_bias() + change)
-
-    def leave_out(self, units: Iterable[int]) -> None:
-        """Take units away from the consumers of which nothing is known, too."""
-        units = list(units)
-        for consumer in (gram.linear_map for gram in self.grams if gram not in self.known):
-            W = consumer.read_weight()
-            W[_rows(consumer, units)] = 0
-            with self._written():
-                consumer.write_weight(W)
+            for gram in (gram for gram in self.grams if gone and gram not in self.known):
+                W = gram.linear_map.read_weight()
+                W[_rows(gram.linear_map, gone)] = 0
+                gram.linear_map.write_weight(W)
 
     def adopt(self, written: Iterable[Tensor]) -> None:
         """Write what another rank has committed, so that all run through the same weights.
@@ -231,12 +225,10 @@ class Site:
         written
             Of each consumer its matrix (p, m) and, if it has one, its bias (m,).
         """
+        tensors = iter(written)
         with self._written():
-            tensors = iter(written)
             for consumer in self.consumers:
-                consumer.write_weight(next(tensors).double())
-                if consumer.has_bias:
-                    consumer.write_bias(next(tensors).double())
+                consumer.write([next(tensors) for _ in range(1 + consumer.has_bias)])
 
     @contextmanager
     def _written(self) -> Iterator[None]:
