@@ -73,8 +73,8 @@ def measure(prepared: Prepared, groups: list[Any]) -> tuple[float, float, float,
     with timed_gram_matrices() as spent:
         start = time.perf_counter()
         way = walk(prepared, groups)
-        for site in way:
-            site.commit([consumer.read_weight() for consumer in site.consumers])
+        for step in way:
+            step.commit([consumer.read_weight() for consumer in step.consumers])
         walked = time.perf_counter() - start
     return dense, walked - spent[0], spent[0], way.passes
 

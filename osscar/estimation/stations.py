@@ -143,7 +143,7 @@ def timed_stations(
     }
     shared: tuple[CouplingGroup, ...] = ()
     if request.has_budget:
-        shared = tuple(asked_groups(ready, request, facts.left_names)[2])
+        shared = tuple(asked_groups(ready, request, facts.feasible.left_names)[2])
         stages |= _of_budget(ready, few, request, shared, allocating, one, clock)
     groups = [g for g in ready.groups if keep.get(g.name, g.units) < g.units]
     classes = layer_classes(ready, groups)
@@ -181,7 +181,7 @@ def expected_keep(ready: Opened, request: PruningRequest, facts: DenseFacts) -> 
     RequestError, FrozenGroupError
         As the run does.
     """
-    left, form = facts.left_names, facts.form
+    left, form = facts.feasible.left_names, facts.feasible.form
     if not request.has_budget:
         return dict(allocate(ready, request, None, left, form).keep)
     told = request

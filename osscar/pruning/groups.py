@@ -25,7 +25,7 @@ from osscar.pruning.result import LayerReport
 from osscar.pruning.run_log import RunLog, SiteRecord
 from osscar.request import PruningRequest
 from osscar.shrinking.plan import GroupPlan, PruningPlan
-from osscar.walk.site import GROWN, DenseTensors, Site, dense_tensors, listed
+from osscar.walk.layer_step import GROWN, DenseTensors, LayerStep, dense_tensors, listed
 from osscar.walk.targets import Target
 from osscar.walk.walk import Walk, walk
 
@@ -82,10 +82,10 @@ def prune_groups(
                 held=held_out(prepared, request),
                 committed=dense,
             )
-        for site in _blaming_refits(walked, done):
-            bar.describe(f"pruning {site.group.name}")
+        for step in _blaming_refits(walked, done):
+            bar.describe(f"pruning {step.group.name}")
             with room_for(prepared.model, prepared.matrix_bytes):
-                record = _prune_group(site, keep[site.group.name], request, began, prepared.ranks)
+                record = _prune_group(step, keep[step.group.name], request, began, prepared.ranks)
             done.append(record)
             if log is not None:
                 log.append(len(done) - 1, done[-1])
@@ -106,8 +106,8 @@ def held_out(prepared: Prepared, request: PruningRequest) -> int:
     return max(1, samples // _HELD_OUT)
 
 
-def _blaming_refits(walked: Walk, done: Sequence[SiteRecord]) -> Iterator[Site]:
-    """Yield the sites of a walk; where it meets NaN behind refits, these are named."""
+def _blaming_refits(walked: Walk, done: Sequence[SiteRecord]) -> Iterator[LayerStep]:
+    """Yield the steps of a walk; where it meets NaN behind refits, these are named."""
     try:
         yield from walked
     except NonFiniteError as error:
@@ -172,50 +172,50 @@ def _replay(
 
 
 def _prune_group(
-    site: Site, keep: int, request: PruningRequest, began: float, ranks: Ranks
+    step: LayerStep, keep: int, request: PruningRequest, began: float, ranks: Ranks
 ) -> SiteRecord:
     """Have the first rank solve one group, and commit the refitted weights on all."""
 
     def make() -> SiteRecord:
-        record = solved(site, keep, request, began)
+        record = solved(step, keep, request, began)
         if ranks.alone:
             return record
         there = tuple(values_of(weight).cpu() for weight in record.weights)
         return dataclasses.replace(record, weights=there)
 
-    inputs = " and ".join(str(consumer.rows) for consumer in site.consumers)
-    with memory_for(f"the problem of {site.group.name!r} with {inputs} inputs", FOR_MATRICES):
+    inputs = " and ".join(str(consumer.rows) for consumer in step.consumers)
+    with memory_for(f"the problem of {step.group.name!r} with {inputs} inputs", FOR_MATRICES):
         record = ranks.broadcast("what became of a group", make)
-    if not site.committed:
-        site.adopt(record.weights)
+    if not step.committed:
+        step.adopt(record.weights)
     return record
 
 
-def solved(site: Site, keep: int, request: PruningRequest, began: float) -> SiteRecord:
+def solved(step: LayerStep, keep: int, request: PruningRequest, began: float) -> SiteRecord:
     """Solve one group, and commit the refitted weights."""
-    group, backend = site.group, request.chosen_backend()
+    group, backend = step.group, request.chosen_backend()
     corrected = Target(request.target).needs_dense
     with timed(Stage.DAMPING):
         blend = request.blend if corrected else 0.0
-        damp, site.share = site.regularization(keep, request.damp, blend)
+        damp, step.share = step.regularization(keep, request.damp, blend)
     with timed(Stage.SOLVER):
-        problem = site.problem(keep, damp)
+        problem = step.problem(keep, damp)
         measured = time.perf_counter()
         if request.certify:
             solution, verification = certified(problem, backend)
         else:
             solution, verification = solvers.solve(problem, backend), None
         kept = solution.support.tolist()
-        refits = site.refits(solution.weights, kept)
-        site.commit(refits.weights, kept)
+        refits = step.refits(solution.weights, kept)
+        step.commit(refits.weights, kept)
     report = LayerReport.of(
         group,
         problem,
         solution.record(verification),
         damp=damp,
-        blend=site.share,
-        positions=site.positions,
-        unread=len(site.unread),
+        blend=step.share,
+        positions=step.positions,
+        unread=len(step.unread),
         refits=refits,
         measure_seconds=measured - began,
         solve_seconds=time.perf_counter() - measured,
@@ -227,5 +227,5 @@ def solved(site: Site, keep: int, request: PruningRequest, began: float) -> Site
             stacklevel=2,
         )
     plan = GroupPlan.of(group, tuple(kept))
-    written = (one.to(each.number_format) for each in site.consumers for one in each.read())
+    written = (one.to(each.number_format) for each in step.consumers for one in each.read())
     return SiteRecord(plan, report, tuple(written))

@@ -41,7 +41,7 @@ from osscar.pruning.memory import check_streamed
 from osscar.pruning.result import PruningResult
 from osscar.pruning.run_log import RunLog, SiteRecord, run_manifest
 from osscar.pruning.shrunk import put_back, shrunk
-from osscar.pruning.trial import Followed, named, reaches_further, what_follows
+from osscar.pruning.trial import Feasible, feasible_groups, named, reaches_further
 from osscar.request import Allocation, PruningRequest
 from osscar.shrinking.lineage import note_calibration, note_dense
 from osscar.walk.batch_norm import DenseStatistics, dense_statistics
@@ -159,7 +159,7 @@ class DenseFacts:
 
     Parameters
     ----------
-    followed
+    feasible
         What of it is to be shrunk, and which groups cannot follow.
     reference
         What it predicts; None if it puts out no logits.
@@ -169,7 +169,7 @@ class DenseFacts:
         Of the groups that share a budget, by name; None: measured when they are needed.
     """
 
-    followed: Followed
+    feasible: Feasible
     reference: Reference | None
     statistics: DenseStatistics
     curves: Mapping[str, Curve] | None = None
@@ -178,12 +178,12 @@ class DenseFacts:
     def of(cls, prepared: Prepared, request: PruningRequest) -> DenseFacts:
         """Try what can follow, and run the dense model."""
         with timed(Stage.TRIAL):
-            followed = prepared.ranks.broadcast(
-                "what can follow", lambda: what_follows(prepared, request)
+            found = prepared.ranks.broadcast(
+                "what can follow", lambda: feasible_groups(prepared, request)
             )
         with timed(Stage.DENSE):
             return cls(
-                followed,
+                found,
                 Reference.of(prepared, max(1, held_out(prepared, request))),
                 dense_statistics(
                     prepared.model, prepared.batches(), request.batch_norm, prepared.ranks
@@ -216,7 +216,7 @@ def prune_opened(
     start, before = time.perf_counter(), count_parameters(prepared.model)
     widths = _widths(prepared, request, facts, log)
     plan, layers = prune_groups(prepared, widths.keep, request, records, log)
-    smaller = shrunk(prepared, plan, request, facts.followed.form, facts.statistics)
+    smaller = shrunk(prepared, plan, request, facts.feasible.form, facts.statistics)
     with timed(Stage.PRUNED):
         reference = facts.reference
         divergence = None if reference is None else reference.divergence(smaller.model)
@@ -234,7 +234,7 @@ def prune_opened(
         seconds=time.perf_counter() - start,
         request=request,
         calibration=prepared.inputs.settings,
-        left_alone=facts.followed.left,
+        left_alone=facts.feasible.left,
     )
 
 
@@ -293,17 +293,21 @@ def _widths(
             known = prepared.ranks.broadcast(
                 "widths",
                 lambda: allocate(
-                    prepared, request, measured, facts.followed.left_names, facts.followed.form
+                    prepared,
+                    request,
+                    measured,
+                    facts.feasible.left_names,
+                    facts.feasible.form,
                 ),
             )
         except RequestError as error:
-            raise type(error)(f"{error}{_and_left(facts.followed)}") from error
+            raise type(error)(f"{error}{_and_left(facts.feasible)}") from error
         if log is not None:
             log.note_allocation(known)
     units = {
         group.name: group.units
         for group in prepared.groups
-        if group.prunable and group.name not in facts.followed.left_names
+        if group.prunable and group.name not in facts.feasible.left_names
     }
     curves = {} if known.budget is None else known.budget.curves
     sound = all(0 < kept < units.get(name, 0) for name, kept in known.keep.items()) and all(
@@ -324,11 +328,11 @@ def _curves(
     needed = request.has_budget and request.allocation is Allocation.CURVATURE
     if not needed or facts.curves is not None:
         return facts.curves
-    return shared_curves(prepared, request, facts.followed.left_names)
+    return shared_curves(prepared, request, facts.feasible.left_names)
 
 
-def _and_left(followed: Followed) -> str:
-    return f"; {named(followed.left)}" if followed.left else ""
+def _and_left(found: Feasible) -> str:
+    return f"; {named(found.left)}" if found.left else ""
 
 
 def _timed_again(

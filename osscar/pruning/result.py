@@ -19,7 +19,7 @@ from osscar.checkpoint.directory import SavedCheckpoint
 from osscar.pruning.trial import LeftAlone
 from osscar.request import PruningRequest
 from osscar.shrinking.plan import Form, PruningPlan
-from osscar.walk.site import Refits
+from osscar.walk.layer_step import Refits
 
 
 @dataclass(frozen=True)

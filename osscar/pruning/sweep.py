@@ -217,7 +217,7 @@ def sweep(
         each = {job: within_memory(ready, request) for job, request in requests.items()}
         facts = DenseFacts.of(ready, base)
         if any(request.allocation is Allocation.CURVATURE for request in requests.values()):
-            curves = shared_curves(ready, base, facts.followed.left_names)
+            curves = shared_curves(ready, base, facts.feasible.left_names)
             facts = dataclasses.replace(facts, curves=curves)
         for job in points:
             result = prune_opened(_again(each[job]), requests[job], facts)

@@ -60,7 +60,7 @@ class LeftAlone:
 
 
 @dataclass(frozen=True)
-class Followed:
+class Feasible:
     """What of a model is to be shrunk, and what cannot follow then.
 
     Parameters
@@ -80,7 +80,7 @@ class Followed:
         return frozenset(group.name for group in self.left)
 
 
-def what_follows(prepared: Prepared, request: PruningRequest) -> Followed:
+def feasible_groups(prepared: Prepared, request: PruningRequest) -> Feasible:
     """Find the groups that a request would prune and that cannot follow.
 
     The same model and request come to the same answer, so that a run which goes on asks again.
@@ -94,7 +94,7 @@ def what_follows(prepared: Prepared, request: PruningRequest) -> Followed:
 
     Returns
     -------
-    Followed
+    Feasible
         As few groups as halving finds, so that all others can go together; of several forms the
         first in which the fewest are left.
 
@@ -110,7 +110,7 @@ def what_follows(prepared: Prepared, request: PruningRequest) -> Followed:
     groups = [group for group in prepared.groups if keep.get(group.name, group.units) < group.units]
     forms = forms_to_try(prepared.model, request)
     if not groups:
-        return Followed(forms[0])
+        return Feasible(forms[0])
     plans = _alike_together(_arbitrary(groups, [keep[group.name] for group in groups]))
     possible = {
         form: [plan for plan in plans if form is Form.GRAPH or not _only(prepared, plan.name)]
@@ -155,13 +155,13 @@ def _chosen(
     trial: _Trial,
     groups: Sequence[CouplingGroup],
     left: tuple[LeftAlone, ...] = (),
-) -> Followed:
+) -> Feasible:
     """Warn of what the smaller model may not be used for."""
     if form is Form.MODULE:
         going = [group for group in groups if group.name not in trial.reasons]
         warn_of_unread(prepared.model, prepared.traced, prepared.groups, going)
     _warn_of_training(trial)
-    return Followed(form, left)
+    return Feasible(form, left)
 
 
 def _only(prepared: Prepared, name: str) -> bool:

@@ -13,7 +13,7 @@ from osscar.report.numbers import engineering, in_bytes, share
 from osscar.report.page import Picture, render
 from osscar.report.prune_plots import Bar, Frontier, frontier_figure, kept_figure, loss_figure
 from osscar.shrinking.program.input_sizes import fixed_in_words
-from osscar.walk.site import GROWN
+from osscar.walk.layer_step import GROWN
 
 _KEEPS = ("heads", "neurons", "channels", "residual")
 _BUDGETS: dict[str, Callable[[Any], str]] = {

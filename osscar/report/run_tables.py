@@ -10,7 +10,7 @@ from rich.text import Text
 
 from graph.groups import CouplingGroup, Slot
 from osscar.report.tables import new_table
-from osscar.walk.site import GROWN
+from osscar.walk.layer_step import GROWN
 
 if TYPE_CHECKING:
     from osscar.pruning.result import LayerReport

@@ -13,8 +13,8 @@ Some samples may be held out: their sums are kept apart, no weight is fitted to 
 choose the share.
 
 Where the data are shared out among processes, their sums are added up once a group is measured
-(`add_up`).  They are those of one process but for the order of addition, which changes the last of
-53 bits.
+(`all_reduce`).  They are those of one process but for the order of addition, which changes the last
+of 53 bits.
 """
 
 from __future__ import annotations
@@ -437,7 +437,7 @@ class _Sums:
         return _Moments(H, C, energy, torch.zeros_like(x), torch.zeros_like(d), variance)
 
 
-def add_up(accumulators: Sequence[GramAccumulator], ranks: Ranks, name: str) -> None:
+def all_reduce(accumulators: Sequence[GramAccumulator], ranks: Ranks, name: str) -> None:
     """Add up over the ranks what each has measured of one group, in place.
 
     Parameters

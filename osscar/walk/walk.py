@@ -46,15 +46,15 @@ from osscar.walk.coroutines import (
     running,
     suspend,
 )
-from osscar.walk.gram import GramAccumulator, add_up, gram_numbers
+from osscar.walk.gram import GramAccumulator, all_reduce, gram_numbers
+from osscar.walk.layer_step import DenseTensors, LayerStep, dense_tensors
 from osscar.walk.residual import Keeper, kept_streams, streams
 from osscar.walk.schedule import Call, Schedule
-from osscar.walk.site import DenseTensors, Site, dense_tensors
 from osscar.walk.targets import Target
 
 
 class Walk:
-    """An iterator over the sites of a model; see `walk`.
+    """An iterator over the steps of a model; see `walk`.
 
     Attributes
     ----------
@@ -99,12 +99,12 @@ class Walk:
         self._at = -1
         """The call before which all batches stand."""
 
-    def __iter__(self) -> Iterator[Site]:
+    def __iter__(self) -> Iterator[LayerStep]:
         with torch.no_grad(), self._watched():
             around = Surroundings()
             try:
                 for groups in self._schedule.rounds:
-                    yield from self._sites_of(groups)
+                    yield from self._steps_of(groups)
             finally:
                 self._end()
                 around.restore()
@@ -172,7 +172,7 @@ class Walk:
 
     # ---- the walk ------------------------------------------------------------------------
 
-    def _sites_of(self, groups: tuple[CouplingGroup, ...]) -> Iterator[Site]:
+    def _steps_of(self, groups: tuple[CouplingGroup, ...]) -> Iterator[LayerStep]:
         """Walk from the first call that reads one of these groups to the last one."""
         calls = {group.name: self._schedule.measured[group.name] for group in groups}
         grams: dict[str, tuple[GramAccumulator, ...]] = {}
@@ -195,18 +195,18 @@ class Walk:
             for group in here:
                 if call != calls[group.name][-1]:
                     continue
-                self._add_up(grams[group.name], group)
-                site = Site(
+                self._all_reduce(grams[group.name], group)
+                step = LayerStep(
                     group,
                     grams.pop(group.name),
                     final=not self._in_turn,
                     _committing=self._committing,
                 )
-                yield site
-                if site.committed and len(calls[group.name]) > 1:
+                yield step
+                if step.committed and len(calls[group.name]) > 1:
                     self._end()  # the batches have passed calls through weights that are no longer
 
-    def _add_up(self, grams: tuple[GramAccumulator, ...], group: CouplingGroup) -> None:
+    def _all_reduce(self, grams: tuple[GramAccumulator, ...], group: CouplingGroup) -> None:
         """Add up over the ranks; this one may have had no batch of some sort."""
         ranks, corrections = self._prepared.ranks, self._target.needs_dense
         lacking = (
@@ -215,7 +215,7 @@ class Walk:
             for held in (False, True)
         )
         with room_beside(self._prepared.model, 0 if ranks.alone else sum(lacking)):
-            add_up(grams, ranks, group.name)
+            all_reduce(grams, ranks, group.name)
 
     def _empty_sums(self, group: CouplingGroup) -> tuple[GramAccumulator, ...]:
         maps = self._consumers[group.name]
@@ -284,7 +284,7 @@ class Walk:
             with batch_named(self._prepared.model, run.index):
                 arrival = run.advance()
             if arrival is None or arrival.module != expected:
-                raise CalibrationError(self._astray(run, expected))
+                raise CalibrationError(self._diverged(run, expected))
             self._check_same_tensor(run, arrival)
         assert run.arrived is not None
         return run.arrived
@@ -303,7 +303,7 @@ class Walk:
                 "run alike"
             )
 
-    def _astray(self, run: Coroutine, expected: str) -> str:
+    def _diverged(self, run: Coroutine, expected: str) -> str:
         """Say how a batch takes another way than the first one."""
         way = (
             f"never reaches {expected!r}"
@@ -324,10 +324,10 @@ class Walk:
         for name in list(self._exchanged):  # of a pass that failed inside a consumer
             self._exchange(name)
 
-    def _committing(self, site: Site) -> None:
+    def _committing(self, step: LayerStep) -> None:
         """Keep dense weights that batches of the dense stream will run through once more."""
-        if self._target.needs_dense and self._schedule.sets_out_after(site.group):
-            for name, dense in dense_tensors(site.consumers).items():
+        if self._target.needs_dense and self._schedule.sets_out_after(step.group):
+            for name, dense in dense_tensors(step.consumers).items():
                 self._originals.setdefault(name, dict(dense))
 
     @contextmanager
@@ -447,14 +447,14 @@ def walk(
         committed, so that no second model is held.
     held
         How many samples, the last ones, no weight is fitted to: they choose how much of the
-        corrections targets have (`Site.regularization`).
+        corrections targets have (`LayerStep.regularization`).
     committed
         The dense tensors of modules to which an earlier walk has committed, by name.
 
     Returns
     -------
     Walk
-        To be iterated over once; it yields a `Site` for each group, in the order in which the
+        To be iterated over once; it yields a `LayerStep` for each group, in the order in which the
         model reads them.
 
     Raises

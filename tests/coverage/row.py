@@ -22,7 +22,7 @@ from osscar.base.errors import OsscarError, first_line
 from osscar.data.tensors import named_inputs
 from osscar.preparation.opened import Opened, opened
 from osscar.pruning.shrunk import shrunk
-from osscar.pruning.trial import LeftAlone, what_follows
+from osscar.pruning.trial import LeftAlone, feasible_groups
 from osscar.request import PruningRequest
 from osscar.shrinking.plan import Form, GroupPlan, PruningPlan
 from tests.osscar.programs import without_units
@@ -143,7 +143,7 @@ def _shrunk(row: Row, ready: Opened, made: Made, start: float) -> Row:
     if not halves:
         return row
     request = PruningRequest(groups=halves, device="cpu", batch_norm="keep")
-    followed = what_follows(ready, request)
+    followed = feasible_groups(ready, request)
     left = {group.name for group in followed.left}
     plan = half_of(g for g in ready.traced.prunable if g.name not in left)
     row = dataclasses.replace(row, form=str(followed.form), left=_counted(followed.left))

@@ -252,12 +252,12 @@ def _callers() -> Iterator[tuple[Any, str, bool]]:
     from osscar.pruning import shrunk
     from osscar.study import jobs
     from osscar.walk.coroutines import Coroutine
-    from osscar.walk.site import Site
+    from osscar.walk.layer_step import LayerStep
 
     yield runs, "_exchanged", False
     yield transformers.PreTrainedTokenizerFast, "_save_pretrained", False
     yield Coroutine, "advance", True
-    yield Site, "commit", True
+    yield LayerStep, "commit", True
     yield shrunk, "shrink", True
     yield directory, "prove_equal", True
     yield jobs, "answered", True

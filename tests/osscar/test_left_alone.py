@@ -23,7 +23,7 @@ from osscar.pruning import trial as trial_room
 from osscar.pruning.prune import opened_for, prune_as_asked
 from osscar.pruning.run_log import RunLog
 from osscar.pruning.sweep import BudgetKind, Job, jobs, sweep
-from osscar.pruning.trial import Followed, what_follows
+from osscar.pruning.trial import Feasible, feasible_groups
 from osscar.request import FormChoice, PruningRequest
 from osscar.shrinking.plan import Form
 from tests.osscar.families import tiny, tokens
@@ -235,7 +235,7 @@ def tried(network, data, **asked):
     """Return what can follow of a network, which is solved by nobody."""
     request = PruningRequest(**asked, device="cpu")
     with opened_for(network, data, request) as prepared:
-        return what_follows(prepared, request)
+        return feasible_groups(prepared, request)
 
 
 @pytest.fixture
@@ -446,7 +446,7 @@ def test_a_trial_leaves_the_model_as_it_was():
         values = {key: value.clone() for key, value in ready.model.state_dict().items()}
         seen = (list(ready.model.tables), ready.model.calls)
         kept = {id(parameter) for parameter in ready.model.parameters()}
-        assert what_follows(ready, request).left
+        assert feasible_groups(ready, request).left
         for module, kind, attributes in held:
             assert type(module) is kind
             assert vars(module).keys() == attributes.keys()
@@ -515,7 +515,7 @@ def test_a_run_that_goes_on_leaves_the_same_alone(tmp_path, monkeypatch):
 def test_a_log_that_prunes_what_is_left_alone_is_refused(tmp_path, monkeypatch):
     request, log = PruningRequest(sparsity=0.5, device="cpu"), RunLog(tmp_path / "log")
     with monkeypatch.context() as patch:
-        patch.setattr(pruning_room, "what_follows", lambda *_: Followed(Form.MODULE))
+        patch.setattr(pruning_room, "feasible_groups", lambda *_: Feasible(Form.MODULE))
         killed(log, request, patch)
     with pytest.raises(RunError, match="begin anew with --restart"):
         prune_as_asked(built(Transformer), words(), request, log)

@@ -13,7 +13,7 @@ from osscar.preparation.linear_maps import linear_maps
 from osscar.preparation.prepare import prepare
 from osscar.report.run_tables import layers_table
 from osscar.walk.gram import GramAccumulator, damped_by_input, pulls
-from osscar.walk.site import GROWN, Site
+from osscar.walk.layer_step import GROWN, LayerStep
 from tests.osscar.detector import detector, noise
 from tests.osscar.families import tiny, tokens
 
@@ -100,7 +100,7 @@ def measured(bias, positions, noisy, seed):
         D = 0.1 + X @ M + noisy * torch.randn(count, 4).double()
         gram.add(X, D, held=held)
         parts.append((X, D))
-    return Site(group, (gram,)), parts
+    return LayerStep(group, (gram,)), parts
 
 
 def error(W, bias, X, D, W0):
@@ -188,14 +188,14 @@ def test_activations_that_a_refit_broke_are_not_laid_to_the_dense_weights(monkey
     layers = [nn.Linear(6, 12), nn.ReLU(), nn.Linear(12, 6, bias=False)]
     layers += [nn.Linear(6, 12), nn.ReLU(), nn.Linear(12, 3)]
     model, x = nn.Sequential(*layers).eval(), 100 * torch.randn(64, 6)
-    sound = Site.refits
+    sound = LayerStep.refits
 
     def huge(site, weights, kept):
         found = sound(site, weights, kept)
         grown = tuple(1e38 * W for W in found.weights)
         return dataclasses.replace(found, weights=grown, growth=1e38)
 
-    monkeypatch.setattr(Site, "refits", huge)
+    monkeypatch.setattr(LayerStep, "refits", huge)
     with pytest.raises(NonFiniteError) as caught:
         osscar.prune(model, x, groups={"0.neurons": 6, "3.neurons": 6})
     said = str(caught.value)

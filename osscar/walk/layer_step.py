@@ -64,7 +64,7 @@ class Refits:
 
 
 @dataclass(eq=False)
-class Site:
+class LayerStep:
     """A group whose consumers all batches have reached: it can be solved, and committed.
 
     Parameters
@@ -85,7 +85,7 @@ class Site:
     final: bool = False
     share: float = 1.0
     committed: bool = False
-    _committing: Callable[[Site], None] = field(default=lambda site: None, repr=False)
+    _committing: Callable[[LayerStep], None] = field(default=lambda step: None, repr=False)
 
     @property
     def consumers(self) -> tuple[LinearMap, ...]:
