@@ -166,7 +166,9 @@ def test_a_budget_that_reaches_nothing_says_what_would():
 
 def widths(prepared, **asked):
     """Return what groups keep, without a run."""
-    return allocate(prepared, PruningRequest(**asked, allocation="uniform")).keep
+    budget = asked.keys() & {"sparsity", "params", "size"}
+    shared = {"allocation": "uniform"} if budget else {}
+    return allocate(prepared, PruningRequest(**asked, **shared)).keep
 
 
 def two_layers():
