@@ -12,7 +12,7 @@ import torch
 import transformers as hf
 from torch import Tensor, nn
 
-from .case import Inputs
+from .case import Inputs, alive
 
 
 @dataclass(frozen=True)
@@ -440,15 +440,8 @@ def transformers_case(name: str, attention: str | None = None) -> Case:
         if attention is not None:
             config._attn_implementation = attention
         model = kind.from_config(config) if kind is _CAUSAL else kind(config)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                if parameter.dim() < 2:
-                    parameter.add_(0.2 * torch.randn_like(parameter))
-                elif parameter.abs().max() == 0:
-                    parameter.normal_(std=0.1)
-                else:
-                    parameter.mul_(4)
-        return model.eval()
+        alive(model)
+        return model.eval()  # type: ignore[no-any-return]
 
     first, second = sizes
     return Case(name, build, (lambda: inputs(*first), lambda: inputs(*second)))

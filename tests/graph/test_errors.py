@@ -2,87 +2,23 @@
 
 from __future__ import annotations
 
-import logging
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import graph
+import graph.tracing.export as graph_export
 
 from .families import MHA, build
 
 
-class DataDependent(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.inner = _Branching()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.inner(x)
-
-
-class _Branching(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        return x + 1 if x.sum() > 0 else x - 1
-
-
-def test_data_dependent_control_flow_names_the_module_and_the_remedy() -> None:
-    with pytest.raises(graph.TraceError, match="depends on the values") as caught:
-        graph.trace(DataDependent(), (torch.randn(3, 4),))
-    assert caught.value.module == "inner"
-    assert caught.value.reason
-    assert caught.value.__cause__ is not None
-
-
-class Masked(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        return x[x > 0]
-
-
-def test_sizes_that_depend_on_data_are_explained() -> None:
-    with pytest.raises(graph.TraceError, match="products with the mask") as caught:
-        graph.trace(nn.Sequential(Masked()), (torch.randn(3, 4),))
-    assert caught.value.module == "0"
-
-
-def test_inputs_of_the_wrong_shape_name_the_layer() -> None:
-    model = nn.Sequential(nn.Linear(4, 5), nn.Linear(6, 2))
-    with pytest.raises(graph.TraceError, match="check their shapes") as caught:
-        graph.trace(model, (torch.randn(3, 4),))
-    assert caught.value.module == "1"
-
-
-def test_inputs_of_the_wrong_type_are_explained() -> None:
-    model = build("opt", MHA, "sdpa")
-    with pytest.raises(graph.TraceError, match="check their shapes and types"):
-        graph.trace(model, {"input_ids": torch.randn(2, 7)})
-
-
-@pytest.mark.parametrize("inputs", [(), (1, 2), {"y": 1}], ids=str)
-def test_inputs_that_do_not_fit_the_signature_are_refused(inputs: tuple[object, ...]) -> None:
-    with pytest.raises(graph.ExampleInputError, match=r"Linear\.forward"):
-        graph.trace(nn.Linear(4, 5), inputs)
-
-
-def test_inputs_that_are_no_arguments_are_refused() -> None:
-    with pytest.raises(graph.ExampleInputError, match="pass a tuple"):
-        graph.trace(nn.Linear(4, 5), torch.randn(3, 4))  # type: ignore[arg-type]
-
-
-def test_a_model_that_fails_is_left_as_it_was() -> None:
-    model = DataDependent().train()
-    with pytest.raises(graph.TraceError):
-        graph.trace(model, (torch.randn(3, 4),))
-    assert model.training
-    assert model.inner.training
-
-
-class _Writing(nn.Module):
-    """Keeps a tensor, and counts in a list, before it branches on numbers."""
+class Branching(nn.Module):
+    """Keeps a tensor, counts in a list and prints, before it branches on numbers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -90,35 +26,70 @@ class _Writing(nn.Module):
         self.calls: list[int] = []
 
     def forward(self, x: Tensor) -> Tensor:
+        print("said by the model", file=sys.stderr)
         self.calls.append(1)
         self.kept = self.linear(x)
         return self.kept + 1 if self.kept.sum() > 0 else self.kept
 
 
-def test_a_failing_trace_leaves_no_fake_tensors_behind() -> None:
-    model = nn.Sequential(_Writing())
-    with pytest.raises(graph.TraceError):
+def test_a_decision_on_data_is_explained_and_leaves_nothing_behind(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    model = nn.Sequential(Branching()).train()
+    with pytest.raises(graph.TraceError, match="depends on the values") as caught:
         graph.trace(model, (torch.randn(3, 4),))
+    assert caught.value.module == "0"
+    assert caught.value.reason
+    assert caught.value.__cause__ is not None
+    assert all(module.training for module in model.modules())
     assert not hasattr(model[0], "kept")
     assert model[0].calls == []
-
-
-def test_a_failing_trace_prints_nothing_of_its_own(capfd: pytest.CaptureFixture[str]) -> None:
-    class Talking(_Writing):
-        def forward(self, x: Tensor) -> Tensor:
-            print("said by the model", file=sys.stderr)
-            return super().forward(x)
-
-    levels = {name: logger.level for name, logger in _loggers().items()}
-    with pytest.raises(graph.TraceError):
-        graph.trace(Talking(), (torch.randn(3, 4),))
     assert set(capfd.readouterr().err.splitlines()) == {"said by the model"}
-    assert {name: logger.level for name, logger in _loggers().items()} == levels
 
 
-def _loggers() -> dict[str, logging.Logger]:
-    names = [name for name in logging.root.manager.loggerDict if name.startswith("torch")]
-    return {name: logging.getLogger(name) for name in names}
+class Masked(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x[x > 0]
+
+
+_NARROW = nn.Sequential(nn.Linear(4, 5), nn.Linear(6, 2))
+
+
+@pytest.mark.parametrize(
+    ("build", "inputs", "said", "module"),
+    [
+        (lambda: nn.Sequential(Masked()), (torch.randn(3, 4),), "products with the mask", "0"),
+        (lambda: _NARROW, (torch.randn(3, 4),), "check their shapes", "1"),
+        (
+            lambda: build("opt", MHA, "sdpa"),
+            {"input_ids": torch.randn(2, 7)},
+            "check their shapes and types",
+            None,
+        ),
+    ],
+    ids=["sizes of data", "shapes", "types"],
+)
+def test_inputs_that_a_model_cannot_read_name_the_module(
+    build: Callable[[], nn.Module], inputs: graph_export.ExampleInputs, said: str, module: str
+) -> None:
+    with pytest.raises(graph.TraceError, match=said) as caught:
+        graph.trace(build(), inputs)
+    assert module in (None, caught.value.module)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "said"),
+    [
+        ((), r"Linear\.forward"),
+        ((1, 2), r"Linear\.forward"),
+        ({"y": 1}, r"Linear\.forward"),
+        (torch.ones(3), "a tuple"),
+    ],
+    ids=str,
+)
+def test_inputs_that_do_not_fit_the_signature_are_refused(inputs: Any, said: str) -> None:
+    with pytest.raises(graph.ExampleInputError, match=said):
+        graph.trace(nn.Linear(4, 5), inputs)
 
 
 @dataclass
