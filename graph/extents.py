@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from functools import cached_property
 from typing import Any, TypeAlias
@@ -96,9 +95,9 @@ class TracedProgram:
         UnknownGroupError
             If there is none, or it must not be pruned.
         """
-        wanted = _places(slot for slot in slots if slot.tensor not in self.unread)
+        wanted = _locations(slot for slot in slots if slot.tensor not in self.unread)
         for axis, group in self.groups.items():
-            if _places(group.slots) == wanted:
+            if _locations(group.slots) == wanted:
                 # What lies inside other units, or around them, may go in their place.
                 if set(group.frozen) - {NESTED}:
                     raise UnknownGroupError(
@@ -130,13 +129,10 @@ class TracedProgram:
         return Staying(self, kept, unread)
 
 
-_Place: TypeAlias = tuple[str, int, int, int, int]
-
-
-def _places(slots: Iterable[Slot]) -> set[_Place]:
+def _locations(slots: Iterable[Slot]) -> set[tuple[object, ...]]:
     """Return where units lie, whether they do so several times in one slot or in several."""
     return {
-        (s.tensor, s.dim, s.units, s.inner, s.offset + copy * s.units * s.inner)
+        replace(s, outer=1, offset=s.offset + copy * s.units * s.inner).location
         for s in slots
         for copy in range(s.outer)
     }
@@ -233,7 +229,7 @@ class Staying:
 
 def _marked(extent: Extent, size: int | torch.SymInt) -> Extent:
     """Say of a dimension whether it varies with the sizes of the inputs."""
-    return dataclasses.replace(extent, varies=True) if varies(size) else extent
+    return replace(extent, varies=True) if varies(size) else extent
 
 
 def trace_program(

@@ -16,11 +16,11 @@ from graph.tracing.export import TensorInfo
 
 
 @dataclass(frozen=True)
-class Place:
+class Occurrence:
     """Where a factor of a product lies in a dimension of a tensor, in the terms of `Slot`.
 
-    `segment` holds all factors, the given one among them, and in the place of other factors that
-    are concatenations what these consist of.
+    `segment` holds all factors, the given one among them, and for other factors that are
+    concatenations what these consist of.
     """
 
     tensor: str
@@ -54,15 +54,15 @@ def groups_by_axis(
     Every free axis that some parameter produces or consumes becomes a group.
     """
     axes = propagation.axes
-    places, uneven = _locate(propagation)
-    slots = _all_slots(propagation, places)
+    occurrences, uneven = _locate(propagation)
+    slots = _all_slots(propagation, occurrences)
     freezes = {
         axis: [*axes.freezes(axis), *uneven.get(axis, ())] or list(_unusable(slots[axis]))
         for axis in slots
     }
     heads = frozenset().union(*(axes.leaves(use.layout) for use in propagation.heads))
     written = frozenset().union(*(axes.leaves(layout) for layout in propagation.written))
-    factors = _beside(axes, places, freezes, heads, written)
+    factors = _beside(axes, occurrences, freezes, heads, written)
     for axis in factors:
         freezes[axis] = freezes[axis] or [NESTED]
     naming = Naming(propagation, slots, factors)
@@ -79,27 +79,27 @@ def groups_by_axis(
     }
 
 
-# ---- places ------------------------------------------------------------------------------
+# ---- occurrences ------------------------------------------------------------------------
 
 
 def _locate(
     propagation: Propagation,
-) -> tuple[dict[int, list[Place]], dict[int, list[Freeze]]]:
+) -> tuple[dict[int, list[Occurrence]], dict[int, list[Freeze]]]:
     """Find every free axis in every tensor dimension, and those that no slot can describe."""
     axes = propagation.axes
-    places: dict[int, list[Place]] = defaultdict(list)
+    occurrences: dict[int, list[Occurrence]] = defaultdict(list)
     uneven: dict[int, list[Freeze]] = defaultdict(list)
     for tensor, dims in propagation.tensors.items():
         for dim, layout in enumerate(dims):
-            for factor, place in _factors(axes, Place(tensor, dim, (), 1, 1, 0), layout):
-                if axes.parts(factor) is None and place.segment.count(factor) == 1:
-                    places[factor].append(place)
+            for factor, occurrence in _factors(axes, Occurrence(tensor, dim, (), 1, 1, 0), layout):
+                if axes.parts(factor) is None and occurrence.segment.count(factor) == 1:
+                    occurrences[factor].append(occurrence)
                     continue
                 where = f"dimension {dim} of {tensor}"
                 for axis in axes.leaves(((factor,),)):
                     reason = f"its units are not evenly spaced in {where}"
                     uneven[axis].append(Freeze(reason, "", ""))
-    return places, uneven
+    return occurrences, uneven
 
 
 _MOST_COPIES = 16
@@ -107,8 +107,8 @@ _MOST_COPIES = 16
 
 
 def _factors(
-    axes: Axes, around: Place, layout: Layout, after: Segment = ()
-) -> Iterator[tuple[int, Place]]:
+    axes: Axes, around: Occurrence, layout: Layout, after: Segment = ()
+) -> Iterator[tuple[int, Occurrence]]:
     """Find the factors of a layout that lies in a dimension.
 
     Parameters
@@ -157,7 +157,7 @@ def _flat(axes: Axes, factor: int) -> Segment:
 
 def _beside(
     axes: Axes,
-    places: Mapping[int, list[Place]],
+    occurrences: Mapping[int, list[Occurrence]],
     freezes: Mapping[int, list[Freeze]],
     heads: frozenset[int],
     written: frozenset[int],
@@ -175,7 +175,7 @@ def _beside(
     """
 
     def rank(axis: int) -> tuple[bool, bool, int, int]:
-        depth = max(place.segment.index(axis) for place in places[axis])
+        depth = max(occurrence.segment.index(axis) for occurrence in occurrences[axis])
         if axis in heads:
             return False, False, 0, depth
         return True, axis in written, -axes.axis_size(axis), depth
@@ -184,9 +184,9 @@ def _beside(
     beside: dict[int, Factor] = {}
     for axis in sorted(freezes, key=rank):
         leads = (
-            Factor(lead, outer=place.segment.index(axis) < place.segment.index(lead))
-            for place in places[axis]
-            for lead in place.segment
+            Factor(lead, outer=occurrence.segment.index(axis) < occurrence.segment.index(lead))
+            for occurrence in occurrences[axis]
+            for lead in occurrence.segment
             if lead in chosen
         )
         lead = next(leads, None)
@@ -201,7 +201,7 @@ def _beside(
 
 
 def _all_slots(
-    propagation: Propagation, places: Mapping[int, list[Place]]
+    propagation: Propagation, occurrences: Mapping[int, list[Occurrence]]
 ) -> dict[int, tuple[Slot, ...]]:
     """Draw up the slots of every axis that a parameter computes, axes in execution order."""
     roles = _roles(propagation)
@@ -211,11 +211,11 @@ def _all_slots(
         for tensor in operator.tensors
     }
     slots: dict[int, tuple[Slot, ...]] = {}
-    for axis, found in places.items():
+    for axis, found in occurrences.items():
         drawn = [
             slot
-            for place in found
-            for slot in _slots(propagation.axes, axis, place, roles, readers)
+            for occurrence in found
+            for slot in _slots(propagation.axes, axis, occurrence, roles, readers)
         ]
         if any(slot.role is not Role.PASS_THROUGH for slot in drawn):
             slots[axis] = tuple(sorted(drawn, key=_position))
@@ -238,28 +238,30 @@ def _roles(propagation: Propagation) -> dict[tuple[str, int, int], dict[Role, Us
 def _slots(
     axes: Axes,
     axis: int,
-    place: Place,
+    occurrence: Occurrence,
     roles: Mapping[tuple[str, int, int], dict[Role, Use]],
     readers: Mapping[str, int],
 ) -> Iterator[Slot]:
     """One slot for each role; passing through is no role beside another one."""
-    if place.tensor not in readers:
+    if occurrence.tensor not in readers:
         return
-    seen = dict(roles.get((place.tensor, place.dim, axis), {}))
+    seen = dict(roles.get((occurrence.tensor, occurrence.dim, axis), {}))
     if len(seen) > 1:
         seen.pop(Role.PASS_THROUGH, None)
-    home = place.tensor.rpartition(".")[0]
-    default = Use(place.tensor, place.dim, (), Role.PASS_THROUGH, home, readers[place.tensor])
+    home = occurrence.tensor.rpartition(".")[0]
+    default = Use(
+        occurrence.tensor, occurrence.dim, (), Role.PASS_THROUGH, home, readers[occurrence.tensor]
+    )
     for role, use in (seen or {Role.PASS_THROUGH: default}).items():
         yield Slot(
-            tensor=place.tensor,
-            dim=place.dim,
+            tensor=occurrence.tensor,
+            dim=occurrence.dim,
             role=role,
             module=use.module,
             units=axes.axis_size(axis),
-            outer=place.outer,
-            inner=place.inner,
-            offset=place.offset,
+            outer=occurrence.outer,
+            inner=occurrence.inner,
+            offset=occurrence.offset,
             order=use.order,
         )
 

@@ -73,6 +73,11 @@ class Slot:
     order: int = 0
 
     @property
+    def location(self) -> tuple[object, ...]:
+        """What tells the indices that units own from others."""
+        return self.tensor, self.dim, self.units, self.outer, self.inner, self.offset
+
+    @property
     def width(self) -> int:
         """How many indices along `dim` one unit owns."""
         return self.outer * self.inner

@@ -165,7 +165,7 @@ class _Walk:
             return result[index] if isinstance(result, tuple) else result
         if isinstance(node.meta.get("val"), int | torch.SymInt):
             return concrete(node.meta["val"])
-        call = self._described(node, order)
+        call = self._call_of(node, order)
         if not call.shapes:
             return None
         self._note(node, call)
@@ -182,7 +182,7 @@ class _Walk:
         _freeze_overwritten(call)
         return _applied(rule, call)
 
-    def _described(self, node: torch.fx.Node, order: int) -> Call:
+    def _call_of(self, node: torch.fx.Node, order: int) -> Call:
         return Call(
             operator=_target_name(node),
             module=module_of(node),

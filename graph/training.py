@@ -13,7 +13,7 @@ import torch
 
 from graph.errors import RuleError, TraceError
 from graph.grouping import build_groups, removable
-from graph.groups import CouplingGroup, Role, Slot
+from graph.groups import CouplingGroup, Role
 from graph.propagate import propagate
 from graph.rules import RuleTable
 from graph.tracing.export import ExampleInputs, TensorInfo, export_model
@@ -60,10 +60,10 @@ def followed_in_training(
     except (TraceError, RuleError):  # code for training may want labels, or decide by what it draws
         return tuple(groups), parameters, frozenset()
     found = build_groups(propagation, program.tensors)
-    owner = {_place(slot): group.name for group in groups for slot in group.slots}
+    owner = {slot.location: group.name for group in groups for slot in group.slots}
     following: dict[str, list[CouplingGroup]] = {}
     for group in found:
-        owners = {owner[place] for place in map(_place, group.slots) if place in owner}
+        owners = {owner[s.location] for s in group.slots if s.location in owner}
         if group.prunable and len(owners) == 1:
             following.setdefault(owners.pop(), []).append(group)
     joined = tuple(
@@ -83,7 +83,7 @@ def _joined(
 ) -> CouplingGroup:
     """Return a group with what is read in training alone of the groups that it is there."""
     slots = (slot for other in following for slot in other.slots if slot.tensor in unread)
-    more = {_place(slot): slot for slot in slots}
+    more = {slot.location: slot for slot in slots}
     if not more or not group.prunable:
         return group
     last = max(slot.order for slot in group.slots)
@@ -101,13 +101,9 @@ def _joined(
 
 def _beside(groups: Sequence[CouplingGroup], found: Sequence[CouplingGroup]) -> set[str]:
     """Return the tensors of groups in training that lie where units may leave, as whatever."""
-    places = {(s.tensor, s.dim) for group in groups if group.prunable for s in group.slots}
-    there = (g for g in found if not places.isdisjoint((s.tensor, s.dim) for s in g.slots))
+    dims = {(s.tensor, s.dim) for group in groups if group.prunable for s in group.slots}
+    there = (g for g in found if not dims.isdisjoint((s.tensor, s.dim) for s in g.slots))
     return {slot.tensor for group in there for slot in group.slots}
-
-
-def _place(slot: Slot) -> tuple[object, ...]:
-    return slot.tensor, slot.dim, slot.units, slot.outer, slot.inner, slot.offset
 
 
 @contextmanager

@@ -330,7 +330,7 @@ def _explained(error: Exception, model: torch.nn.Module) -> TraceError:
     hint = next((hint for pattern, hint in _HINTS if re.search(pattern, text)), _DEFAULT_HINT)
     if is_of_capture(error):
         hint = CAPTURE_HINT
-    return TraceError(reason_of(error), failing_module(error.__traceback__, model), hint)
+    return TraceError(first_lines(error), failing_module(error.__traceback__, model), hint)
 
 
 def is_of_capture(error: BaseException) -> bool:
@@ -343,7 +343,7 @@ def is_of_capture(error: BaseException) -> bool:
     return from_capture and any(name.startswith("torch._higher_order_ops") for name in called)
 
 
-def reason_of(error: BaseException) -> str:
+def first_lines(error: BaseException) -> str:
     """Return the first line of what an error says, and the next one if it ends with a colon."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     announced = 2 if lines and lines[0].endswith(":") else 1

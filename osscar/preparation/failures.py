@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 from torch import Tensor, nn
 
-from graph.tracing.export import CAPTURE_HINT, failing_module, is_of_capture, reason_of
+from graph.tracing.export import CAPTURE_HINT, failing_module, first_lines, is_of_capture
 from osscar.base.errors import CalibrationError, ModelError, OsscarError
 from osscar.base.memory import FOR_BATCHES, is_shortage, let_shortage_pass, shortage
 
@@ -78,5 +78,5 @@ def refuse_capture(error: Exception, model: nn.Module) -> None:
     """
     if is_of_capture(error):
         raise ModelError(
-            f"{type(model).__name__} cannot be measured: {reason_of(error)}. {CAPTURE_HINT}"
+            f"{type(model).__name__} cannot be measured: {first_lines(error)}. {CAPTURE_HINT}"
         ) from error

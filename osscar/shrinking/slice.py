@@ -5,7 +5,7 @@ That the result is right is proved, not assumed: see `osscar.shrinking.equivalen
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -60,7 +60,7 @@ def slice_units(model: nn.Module, plan: PruningPlan) -> None:
         cuts = _merged_cuts(model, plan)
         for cut in cuts:
             cut.apply()
-        refresh(dict.fromkeys(module for cut in cuts for module in cut.holders))
+        refresh(dict.fromkeys(module for cut in cuts for module, _, _ in cut.holders))
         for group in plan.groups:
             mend(model, group)
         forget_derived(model)
@@ -89,6 +89,7 @@ def _set_number(model: nn.Module, integer: Integer) -> None:
 # ---- tensors -----------------------------------------------------------------------------
 
 _Storage: TypeAlias = tuple[Any, ...]
+_Holder: TypeAlias = tuple[nn.Module, dict[str, Any], str]
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,19 +105,15 @@ class _Cut:
     passing
         Which rows of the tensor stay as far as units pass through them, (rows,) bool; None if none
         do.
-    places
-        Where modules hold this tensor, or one that shares its memory.
+    holders
+        Where modules hold this tensor, or one that shares its memory: the module, which of its
+        tables, and the name there.
     """
 
     tensor: Tensor
     keep: Mapping[int, Tensor]
     passing: Tensor | None
-    places: tuple[tuple[nn.Module, dict[str, Any], str], ...]
-
-    @property
-    def holders(self) -> list[nn.Module]:
-        """The modules that hold the tensor."""
-        return [module for module, _, _ in self.places]
+    holders: Sequence[_Holder]
 
     def apply(self) -> None:
         """Put the smaller tensor wherever the old one was; tied ones become one."""
@@ -126,7 +123,7 @@ class _Cut:
         new = new.contiguous()
         if isinstance(self.tensor, nn.Parameter):
             new = nn.Parameter(new, requires_grad=self.tensor.requires_grad)
-        for module, store, attribute in self.places:
+        for module, store, attribute in self.holders:
             store[attribute] = new
             if attribute == "weight" and isinstance(module, nn.modules.conv._ConvNd):
                 self._leave_groups(module)
@@ -144,7 +141,7 @@ class _Cut:
 
 def _merged_cuts(model: nn.Module, plan: PruningPlan) -> list[_Cut]:
     """Check a plan against a model, and collect what happens to each tensor."""
-    places = _places(model)
+    holders = _holders(model)
     stays: dict[_Storage, dict[int, Tensor]] = {}
     passing: dict[_Storage, Tensor] = {}
     tensors: dict[_Storage, Tensor] = {}
@@ -165,7 +162,7 @@ def _merged_cuts(model: nn.Module, plan: PruningPlan) -> list[_Cut]:
             tensor,
             {dim: (fate != _GOES).nonzero().flatten() for dim, fate in stays[key].items()},
             passing[key] != _GOES if key in passing else None,
-            tuple(places[key]),
+            holders[key],
         )
         for key, tensor in tensors.items()
     ]
@@ -187,8 +184,8 @@ def _decide(fate: Tensor, group: GroupPlan, slot: Slot) -> None:
         fate[index] = decision
 
 
-def _places(model: nn.Module) -> dict[_Storage, list[tuple[nn.Module, dict[str, Any], str]]]:
-    found: dict[_Storage, list[tuple[nn.Module, dict[str, Any], str]]] = {}
+def _holders(model: nn.Module) -> dict[_Storage, list[_Holder]]:
+    found: dict[_Storage, list[_Holder]] = {}
     for module in model.modules():
         stores: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
         for store in stores:

@@ -80,7 +80,7 @@ def _written(shape: Sequence[int | None]) -> str:
     return f"({', '.join('any' if size is None else str(size) for size in shape)})"
 
 
-_Place: TypeAlias = tuple[str, int]
+_Dimension: TypeAlias = tuple[str, int]
 """The name of an input, and a dimension of it."""
 
 _MOST_ALIKE = 4
@@ -108,14 +108,14 @@ def sizes_given_up(
     dict of str to tuple of int
         By the names of the inputs; those without any are left out.
     """
-    sizes: dict[int, list[_Place]] = {}
+    sizes: dict[int, list[_Dimension]] = {}
     for name, shape in shapes.items():
         for dim, size in enumerate(shape):
             if dim and size is not None:
                 sizes.setdefault(size, []).append((name, dim))
-    found: set[_Place] = set()
-    for size, places in sizes.items():
-        for some in _together(places):
+    found: set[_Dimension] = set()
+    for size, dims in sizes.items():
+        for some in _together(dims):
             if found.issuperset(some):
                 continue
             for other in (2 * size, size // 2) if size > 3 else (2 * size,):
@@ -127,17 +127,17 @@ def sizes_given_up(
                     found.update(some)
                     break
     return {
-        name: dims
+        name: those
         for name in shapes
-        if (dims := tuple(sorted(dim for of, dim in found if of == name)))
+        if (those := tuple(sorted(dim for of, dim in found if of == name)))
     }
 
 
-def _together(places: Sequence[_Place]) -> Iterator[Sequence[_Place]]:
+def _together(dims: Sequence[_Dimension]) -> Iterator[Sequence[_Dimension]]:
     """Yield dimensions that may have to be alike: all of them first, each alone last."""
-    yield places
-    for count in range(min(len(places) - 1, _MOST_ALIKE - 1), 0, -1):
-        yield from itertools.islice(itertools.combinations(places, count), 2**_MOST_ALIKE)
+    yield dims
+    for count in range(min(len(dims) - 1, _MOST_ALIKE - 1), 0, -1):
+        yield from itertools.islice(itertools.combinations(dims, count), 2**_MOST_ALIKE)
 
 
 def fixed_in_words(traced: Iterable[Mapping[str, Any]]) -> str:
@@ -148,11 +148,11 @@ def fixed_in_words(traced: Iterable[Mapping[str, Any]]) -> str:
     traced
         The fields of each `TracedInput`.
     """
-    places: dict[int, list[str]] = {}
+    dims: dict[int, list[str]] = {}
     for given in traced:
         for dim in given["fixed"]:
-            places.setdefault(given["shape"][dim], []).append(f"dimension {dim} of {given['name']}")
-    said = [f"{size} alone along {' and '.join(where)}" for size, where in places.items()]
+            dims.setdefault(given["shape"][dim], []).append(f"dimension {dim} of {given['name']}")
+    said = [f"{size} alone along {' and '.join(where)}" for size, where in dims.items()]
     if not said:
         return ""
     return f"the exported program takes {', '.join(said)}, where the dense model takes other sizes"

@@ -134,24 +134,24 @@ class Call:
 
     def argument(self, name: str) -> Any:
         """Return an argument by the name that the operator's schema has for it, or its default."""
-        place, default = self._schema(name)
+        position, default = self._schema(name)
         if name in self.node.kwargs:
             return self.node.kwargs[name]
-        return self.node.args[place] if place < len(self.node.args) else default
+        return self.node.args[position] if position < len(self.node.args) else default
 
     def replace(self, name: str, value: Any) -> None:
         """Put a value in the place of an argument."""
-        place, _ = self._schema(name)
-        if name not in self.node.kwargs and place < len(self.node.args):
-            self.node.update_arg(place, value)
+        position, _ = self._schema(name)
+        if name not in self.node.kwargs and position < len(self.node.args):
+            self.node.update_arg(position, value)
         else:
             self.node.update_kwarg(name, value)
 
     def _schema(self, name: str) -> tuple[int, Any]:
         arguments = cast(Any, self.node.target)._schema.arguments
-        place = next(i for i, argument in enumerate(arguments) if argument.name == name)
-        known = arguments[place].has_default_value()
-        return place, arguments[place].default_value if known else None
+        position = next(i for i, argument in enumerate(arguments) if argument.name == name)
+        known = arguments[position].has_default_value()
+        return position, arguments[position].default_value if known else None
 
     def input(self, name: str) -> Extents:
         """Return the dimensions of a tensor argument."""
@@ -275,8 +275,8 @@ def _split_by_sizes(call: Call) -> None:
 def _split_at(call: Call) -> None:
     extent = call.input("self")[call.argument("dim")]
     if not extent.whole:
-        places = [call.fixed(place, extent) for place in call.argument("indices")]
-        call.replace("indices", [_moved(place, extent) for place in places])
+        cuts = [call.fixed(cut, extent) for cut in call.argument("indices")]
+        call.replace("indices", [_moved(cut, extent) for cut in cuts])
 
 
 def _chunked(call: Call) -> None:
@@ -285,11 +285,11 @@ def _chunked(call: Call) -> None:
         raise call.refuse("it cuts into equal parts what does not stay in equal parts")
 
 
-def _moved(place: int, extent: Extent) -> int:
+def _moved(position: int, extent: Extent) -> int:
     """Return where a place between positions, counted from either end, comes to lie."""
-    if place >= extent.size:
-        return place
-    return extent.before(max(place + extent.size if place < 0 else place, 0))
+    if position >= extent.size:
+        return position
+    return extent.before(max(position + extent.size if position < 0 else position, 0))
 
 
 def _sliced(call: Call) -> None:
