@@ -26,7 +26,7 @@ from osscar.base.memory import peak_memory
 from osscar.base.timing import Stage, profiled
 from osscar.data.tokens import load_calibration
 from osscar.estimation.estimate import estimate_as_asked
-from osscar.models.language import load_model
+from osscar.models.load import load_model
 from osscar.pruning.prune import prune_as_asked
 from osscar.request import PruningRequest
 

@@ -26,8 +26,7 @@ from typing import Any, ClassVar
 
 import osscar
 import solvers
-from osscar.data.text import read_text
-from osscar.evaluation.language import measure_quality
+from osscar.evaluation.quality import score
 
 HEURISTICS = ("random", "magnitude", "wanda", "greedy", "multistage", "local_search")
 
@@ -35,7 +34,7 @@ HEURISTICS = ("random", "magnitude", "wanda", "greedy", "multistage", "local_sea
 def main() -> None:
     arguments = parse_arguments()
     loaded = osscar.load_model(arguments.model, device=arguments.device)
-    text = read_text(arguments.text)
+    text = osscar.load_text(arguments.text, loaded.tokenizer, windows=arguments.windows)
     calibration = osscar.load_calibration(
         arguments.calibration,
         loaded.tokenizer,
@@ -48,11 +47,10 @@ def main() -> None:
         compare_on_the_same_problems(loaded, calibration, arguments)
         return
 
-    def score(model: Any) -> float:
-        quality = measure_quality(model, loaded.tokenizer, text, windows=arguments.windows)
-        return quality.perplexity
+    def perplexity(model: Any) -> float:
+        return float(score([model], text)[0].perplexity)
 
-    rows: list[dict[str, Any]] = [{"backend": "dense", "perplexity": score(loaded.model)}]
+    rows: list[dict[str, Any]] = [{"backend": "dense", "perplexity": perplexity(loaded.model)}]
     print_row(rows[0])
     for backend in arguments.backends:
         result = osscar.prune(
@@ -68,7 +66,7 @@ def main() -> None:
         rows.append(
             {
                 "backend": backend,
-                "perplexity": score(result.model),
+                "perplexity": perplexity(result.model),
                 "summed_relative_loss": result.loss,
                 "summed_loss": sum(layer.loss for layer in result.layers),
                 "solve_seconds": result.solve_seconds,

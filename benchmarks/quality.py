@@ -35,9 +35,8 @@ import osscar
 from osscar.allocation.allocate import allocate
 from osscar.allocation.costs import Cost, count
 from osscar.base.files import write_json
-from osscar.evaluation.images import score_images
-from osscar.evaluation.language import measure_quality
-from osscar.models.vision import load_vision_model
+from osscar.evaluation.quality import score
+from osscar.models.load import load_model
 from osscar.preparation.opened import opened
 from osscar.request import PruningRequest
 
@@ -113,12 +112,13 @@ class Text(Subject):
 
     def __init__(self, name: str, arguments: argparse.Namespace) -> None:
         self.loaded = osscar.load_model(name, device=arguments.device)
-        self.model, self.windows = self.loaded.model, arguments.windows
+        self.model = self.loaded.model
         whole = (arguments.data / "wikitext2-raw-test.txt").read_text(encoding="utf-8")
         half = whole.rfind("\n", 0, len(whole) // 2)
         self.first = arguments.directory / "first-half.txt"
         self.first.write_text(whole[:half], encoding="utf-8")
-        self.second = whole[half:]
+        second = whole[half:]
+        self.scored = osscar.TextSet.of(self.loaded.tokenizer, second, windows=arguments.windows)
         self.shifted = arguments.data / "wikitext2-valid.txt"
         self.dense = self.score(self.model)
 
@@ -130,8 +130,7 @@ class Text(Subject):
         )
 
     def score(self, model: Any) -> dict[str, float]:
-        quality = measure_quality(model, self.loaded.tokenizer, self.second, windows=self.windows)
-        return {"perplexity": quality.perplexity}
+        return {"perplexity": score([model], self.scored)[0].perplexity}
 
 
 class Images(Subject):
@@ -146,7 +145,7 @@ class Images(Subject):
         arguments: argparse.Namespace,
         labels: bool = True,
     ) -> None:
-        self.loaded = load_vision_model(model, weights=weights, device=arguments.device)
+        self.loaded = load_model(model, weights=weights, device=arguments.device)
         self.model, self.train = self.loaded.model, train
         images = self.loaded.images(test).sample(arguments.images, 0)
         self.images = images if labels else dataclasses.replace(images, labels=None)
@@ -156,7 +155,7 @@ class Images(Subject):
         return self.loaded.calibration(self.train, samples=samples or 256, seqlen=None, seed=seed)
 
     def score(self, model: Any) -> dict[str, float]:
-        (found,) = score_images([model], self.images, dense=self.model, classes=self.loaded.classes)
+        (found,) = score([model], self.images, dense=self.model, classes=self.loaded.classes)
         top1 = {} if found.top1 is None else {"top1": found.top1}
         return {**top1, "agreement": found.agreement, "kl": found.kl}
 

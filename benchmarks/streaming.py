@@ -47,7 +47,7 @@ PHASES = (
     ("osscar.walk.layer_step", "LayerStep.problem", "problem"),
     ("osscar.walk.walk", "Walk._measure", "forward"),
     ("solvers", "solve", "solver"),
-    ("osscar.models.language", "load_model", "opening"),
+    ("osscar.models.load", "load_language_model", "opening"),
     ("graph", "trace", "opening"),
     ("osscar.preparation.followable", "outputs_or_none", "opening"),
     ("osscar.preparation.prepare", "refuse_chance", "opening"),

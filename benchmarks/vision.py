@@ -26,9 +26,10 @@ from torch import nn
 import osscar
 from osscar.data.batches import as_inputs
 from osscar.data.images import ImageSet
-from osscar.evaluation.images import score_images
+from osscar.evaluation.quality import score
 from osscar.evaluation.size import count_flops
-from osscar.models.vision import VisionModel, load_vision_model
+from osscar.models.load import load_model
+from osscar.models.loaded import LoadedModel
 from osscar.network.modules import count_parameters
 from osscar.shrinking.plan import PruningPlan
 from osscar.walk.batch_norm import BatchNormMode, renew_statistics
@@ -39,7 +40,7 @@ MODES = (BatchNormMode.KEEP, BatchNormMode.ESTIMATE, BatchNormMode.CORRECT)
 
 def main() -> None:
     arguments = parse_arguments()
-    loaded = load_vision_model(arguments.model, weights=arguments.weights, device=arguments.device)
+    loaded = load_model(arguments.model, weights=arguments.weights, device=arguments.device)
     calibration = loaded.calibration(
         arguments.calibration, samples=arguments.samples, seqlen=None, seed=arguments.seed
     )
@@ -80,7 +81,7 @@ def parse_arguments() -> argparse.Namespace:
 class Bench:
     """What all runs share."""
 
-    loaded: VisionModel
+    loaded: LoadedModel
     calibration: ImageSet
     images: ImageSet
     arguments: argparse.Namespace
@@ -125,9 +126,7 @@ class Bench:
         images = self.images
         if self.arguments.without_labels:
             images = dataclasses.replace(images, labels=None)
-        qualities = score_images(
-            list(models.values()), images, dense=dense, classes=self.loaded.classes
-        )
+        qualities = score(list(models.values()), images, dense=dense, classes=self.loaded.classes)
         example = {name: tensor[:1] for name, tensor in self.loaded.example.items()}
         size = {"parameters": count_parameters(model), "flops": count_flops(model, example)}
         rows = [

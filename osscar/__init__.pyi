@@ -7,21 +7,22 @@ from .base.errors import OsscarError as OsscarError
 from .data.images import ImageSet as ImageSet, load_images as load_images
 from .data.preprocessing import Preprocessing as Preprocessing
 from .data.tensors import TensorSet as TensorSet, load_tensors as load_tensors
+from .data.text import TextSet as TextSet, load_text as load_text
 from .data.tokens import (
     CalibrationSet as CalibrationSet,
     load_calibration as load_calibration,
     text_windows as text_windows,
 )
 from .evaluation.dense import DenseScore as DenseScore, score_dense as score_dense
-from .evaluation.images import compare_images as compare_images, evaluate_images as evaluate_images
-from .evaluation.language import compare as compare, evaluate as evaluate
-from .evaluation.result import Comparison as Comparison, Evaluation as Evaluation
-from .evaluation.tensors import (
-    compare_tensors as compare_tensors,
-    evaluate_tensors as evaluate_tensors,
+from .evaluation.evaluate import (
+    Comparison as Comparison,
+    Evaluation as Evaluation,
+    compare as compare,
+    evaluate as evaluate,
 )
-from .models.language import LoadedModel as LoadedModel, load_model as load_model
-from .models.vision import VisionModel as VisionModel, load_vision_model as load_vision_model
+from .evaluation.quality import SampleQuality as SampleQuality, TextQuality as TextQuality
+from .models.load import load_model as load_model
+from .models.loaded import LoadedModel as LoadedModel
 from .estimation.estimate import estimate as estimate
 from .estimation.values import Estimate as Estimate
 from .pruning.prune import prune as prune

@@ -20,7 +20,7 @@ from benchmarks.robustness.damage import VALUES
 from benchmarks.robustness.good import DESIGN, SOURCE, good, taken
 from osscar.data.images import load_images
 from osscar.data.text import read_text
-from osscar.models.language import load_model
+from osscar.models.load import load_model
 from osscar.models.weights import read_state
 from osscar.study.design import StudyDesign
 from osscar.study.directory import Study
@@ -89,7 +89,8 @@ def honest_calls() -> dict[str, tuple[Callable[..., Any], dict[str, Any]]]:
     group = next(iter(traced.prunable))
     plan = osscar.PruningPlan(())
     words = (good() / "text.txt").read_text()
-    small = {"windows": 1, "seqlen": 8, "new_tokens": 2, "repetitions": 1}
+    scored = osscar.TextSet.of(known.tokenizer, words, windows=1, seqlen=8)
+    small = {"batch_size": 2, "new_tokens": 2, "repetitions": 1, "path": None}
     held = solvers.SubsetProblem.load(good() / "problem.npz")
     magnitude = {"sparsity": 0.5, "backend": "magnitude", "device": "cpu"}
     return {
@@ -98,8 +99,8 @@ def honest_calls() -> dict[str, tuple[Callable[..., Any], dict[str, Any]]]:
             load_model,
             {"name": "demo", "dtype": None, "device": "cpu", "trust_remote_code": False},
         ),
-        "load_vision_model": (
-            osscar.load_vision_model,
+        "load_model of torchvision": (
+            osscar.load_model,
             {
                 "name": "torchvision:resnet18",
                 "weights": None,
@@ -129,6 +130,10 @@ def honest_calls() -> dict[str, tuple[Callable[..., Any], dict[str, Any]]]:
             osscar.load_calibration,
             {"spec": None, "tokenizer": known.tokenizer, "samples": 2, "seqlen": 8, "seed": 0},
         ),
+        "load_text": (
+            osscar.load_text,
+            {"spec": good() / "text.txt", "tokenizer": known.tokenizer, "windows": 1, "seqlen": 8},
+        ),
         "text_windows": (
             osscar.text_windows,
             {
@@ -142,40 +147,15 @@ def honest_calls() -> dict[str, tuple[Callable[..., Any], dict[str, Any]]]:
         ),
         "evaluate": (
             osscar.evaluate,
-            {"model": known.model, "tokenizer": known.tokenizer, "text": words, **small},
+            {"model": known.model, "data": scored, **small},
         ),
         "compare": (
             osscar.compare,
-            {
-                "model": known.model,
-                "dense": known.model,
-                "tokenizer": known.tokenizer,
-                "text": words,
-                **small,
-            },
+            {"model": known.model, "dense": known.model, "data": scored, **small},
         ),
-        "evaluate_images": (
-            osscar.evaluate_images,
-            {
-                "model": net,
-                "images": pixels,
-                "classes": (),
-                "batch_size": 2,
-                "repetitions": 1,
-                "path": None,
-            },
-        ),
-        "compare_images": (
-            osscar.compare_images,
-            {
-                "model": net,
-                "dense": net,
-                "images": pixels,
-                "classes": (),
-                "batch_size": 2,
-                "repetitions": 1,
-                "path": None,
-            },
+        "evaluate images": (
+            osscar.evaluate,
+            {"model": net, "data": pixels, "classes": (), **small},
         ),
         "prune": (
             osscar.prune,

@@ -17,8 +17,7 @@ import osscar
 from benchmarks.robustness.command_line import command
 from benchmarks.robustness.damage import VALUES, change, damage, replace, wreck
 from benchmarks.robustness.good import EVIL_CODE, Evil, good, taken
-from osscar.models.language import load_model
-from osscar.models.open import open_model
+from osscar.models.load import load_model
 from tests.osscar.networks import small_net
 
 
@@ -30,7 +29,7 @@ def opened(path: Path, choice: random.Random) -> str | None:
     elif way == 1:
         model = load_model(path, dtype="auto", device="cpu").model
     elif way == 2:
-        loaded = open_model(path, device="cpu")
+        loaded = load_model(path, device="cpu")
         model = loaded.model
         model(**loaded.example)
     else:

@@ -22,7 +22,7 @@ from benchmarks.robustness.command_line import command
 from benchmarks.robustness.damage import FLOATS, NUMBERS, change, damage, replace, wreck
 from benchmarks.robustness.good import DESIGN, SOURCE, Evil, good, taken
 from osscar.data.images import load_images
-from osscar.models.language import load_model
+from osscar.models.load import load_model
 from osscar.models.weights import read_state
 from osscar.models.wheels import PackagedModel, fetch
 from osscar.study.directory import Study

@@ -22,8 +22,7 @@ from osscar.base.printable import counted, printable
 if TYPE_CHECKING:
     from osscar.data.batches import CalibrationData
     from osscar.data.preprocessing import Preprocessing
-    from osscar.models.language import LoadedModel
-    from osscar.models.vision import VisionModel
+    from osscar.models.loaded import LoadedModel
     from osscar.request import PruningRequest
 
 _PIPE_WIDTH = 140
@@ -231,13 +230,13 @@ def opened(
     check: Callable[[Any], None] = lambda loaded: None,
     says: bool = True,
     **options: Any,
-) -> tuple[LoadedModel | VisionModel, CalibrationData]:
+) -> tuple[LoadedModel, CalibrationData]:
     """Open a model and draw what it is calibrated on; what there is to warn of comes before work.
 
     Parameters
     ----------
     model
-        As of `osscar.models.open.open_model`, which takes the options.
+        As of `osscar.load_model`, which takes the options.
     calibration
         What is drawn, as the model's `calibration` takes it.
     check
@@ -250,10 +249,10 @@ def opened(
     OsscarError
         What these raise.
     """
-    from osscar.models.open import open_model
+    from osscar.models.load import load_model
 
     with quiet():
-        loaded = open_model(model, **options)
+        loaded = load_model(model, **options)
         check(loaded)
         data = loaded.calibration(**calibration)
     if says:
@@ -275,13 +274,13 @@ def limit_of(
 ) -> str | int | None:
     """Return the memory to stay within: what is given, or what there is if the model is larger."""
     from osscar.base.memory import in_words
-    from osscar.models.language import fitting_memory
-    from osscar.models.open import is_vision
+    from osscar.models.load import fitting_memory
+    from osscar.models.names import Sort, sort_of
     from osscar.pruning.memory import needs_memory
 
     if given is not None:
         return given
-    if is_vision(model) or needs_memory(request) is not None:
+    if sort_of(model) is not Sort.LANGUAGE or needs_memory(request) is not None:
         return None
     limit = fitting_memory(model, dtype, device)
     if limit is not None:

@@ -41,10 +41,10 @@ def command(
     from osscar.base.files import write_text
     from osscar.checkpoint.directory import check_output, load
     from osscar.checkpoint.manifest import PAGE_FILE
-    from osscar.data.prose import Part, builtin_text
+    from osscar.data.text import load_text
     from osscar.data.tokens import load_calibration
-    from osscar.evaluation.language import compare
-    from osscar.models.language import load_model
+    from osscar.evaluation.evaluate import compare
+    from osscar.models.load import load_model
     from osscar.pruning.prune import prune
     from osscar.report.evaluation_tables import comparison_table
     from osscar.report.prune_page import prune_page
@@ -68,8 +68,8 @@ def command(
         )
         comparison = compare(
             load(saved.path, dtype=torch.float32), dense.model,
-            dense.tokenizer, builtin_text(Part.HELD_OUT),
-            seqlen=_SEQLEN, path=saved.path, dense_path=dense.path,
+            load_text(None, dense.tokenizer, seqlen=_SEQLEN),
+            path=saved.path, dense_path=dense.path,
         )  # fmt: skip
     out.print(
         f"pruned the embedded OPT model: {_HEADS} of the heads and {_NEURONS} of "
@@ -83,7 +83,7 @@ def command(
         command_line("osscar", "inspect", directory),
         "osscar prune smollm2-135m --neurons 0.7 --out smaller",
     )
-    evaluation = document("eval", 2, dataclasses.asdict(comparison))
+    evaluation = document("eval", 3, dataclasses.asdict(comparison))
     content = {**report, "evaluation": evaluation}
     write_text(saved.path / PAGE_FILE, prune_page(content))
     say(f"report: {directory / PAGE_FILE}")

@@ -16,8 +16,7 @@ if TYPE_CHECKING:
 
     from osscar.data.batches import CalibrationData
     from osscar.estimation.values import Estimate, EstimateDocument
-    from osscar.models.language import LoadedModel
-    from osscar.models.vision import VisionModel
+    from osscar.models.loaded import LoadedModel
     from osscar.request import PruningRequest
 
 _LARGEST = 1 << 24
@@ -25,7 +24,7 @@ _LARGEST = 1 << 24
 
 
 def dry_run(
-    loaded: LoadedModel | VisionModel,
+    loaded: LoadedModel,
     data: CalibrationData,
     request: PruningRequest,
     seconds: Mapping[Stage, float],
@@ -75,9 +74,7 @@ def where_it_runs(model: nn.Module, device: str) -> dict[str, Any]:
     }
 
 
-def document_of(
-    found: Estimate, loaded: LoadedModel | VisionModel, data: CalibrationData
-) -> EstimateDocument:
+def document_of(found: Estimate, loaded: LoadedModel, data: CalibrationData) -> EstimateDocument:
     """Return an estimate as ``docs/json.md`` describes it."""
     from osscar.estimation.values import EstimateDocument
 

@@ -36,12 +36,10 @@ _NO_MODEL = 0.5
 """Share of a dense model's parameters beyond which, drawn anew, they are compared with nothing."""
 
 if TYPE_CHECKING:
-    from torch import nn
-
-    from osscar.data.preprocessing import Preprocessing
-    from osscar.evaluation.result import Comparison, Evaluation
-    from osscar.evaluation.tensors import TensorQuality
-    from osscar.shrinking.lineage import Computed
+    from osscar.data.samples import SampleSet
+    from osscar.data.text import TextSet
+    from osscar.evaluation.evaluate import Comparison, Evaluation
+    from osscar.models.loaded import LoadedModel
 
 
 def command(
@@ -101,198 +99,157 @@ def command(
     anything else: the same where they put out scores of classes, and how far each output is from
     the dense model's.
     """
-    from osscar.base.errors import OptionError
-    from osscar.data.preprocessing import OPTIONS
-    from osscar.models.open import check_directory, is_vision
+    from osscar.base.errors import ImageError, OptionError
+    from osscar.data.text import TextSet
+    from osscar.evaluation.evaluate import Evaluation, evaluate
+    from osscar.models.load import load_model
+    from osscar.models.names import Sort, sort_of
+    from osscar.shrinking.lineage import Computed, lineage_of
 
     check_json_path(json, inputs=(model, against, text, images, inputs, weights))
     stated = stated_preprocessing(mean, std, image_size, no_normalize)
-    check_directory(model)
-    load: dict[str, Any] = {"device": device, "dtype": dtype}
-    if is_vision(model):
-        if text is not None or windows is not None or seqlen is not None:
-            raise OptionError(f"{model} reads no text: leave --text, --windows and --seqlen away")
-        batch = 32 if batch_size is None else batch_size
-        found = _samples(model, images, inputs, samples, against, weights, batch, stated, load)
-    else:
-        if any(one is not None for one in (images, inputs, samples, weights, stated)):
-            raise OptionError(
-                f"{model} reads text, not images: leave --images, --inputs, --samples, --weights, "
-                f"{OPTIONS} away"
-            )
-        batch = 4 if batch_size is None else batch_size
-        options = {"windows": windows, "seqlen": seqlen, "batch_size": batch}
-        load["trust_remote_code"] = trust_remote_code
-        found = _language(model, text, against, options, load)
-    _print(found, model)
-    compared = None if found.comparison is None else against
-    content = {
-        **{"name": model, "against": compared, **found.source},
-        **{"computed": dataclasses.asdict(found.computed), **found.numbers()},
+    load: dict[str, Any] = {
+        "device": device,
+        "dtype": dtype,
+        "trust_remote_code": trust_remote_code,
     }
-    write_json(json, document("eval", 2, content))
-
-
-@dataclasses.dataclass(frozen=True)
-class _Found:
-    """What was measured, on what and how, and how much that was in words."""
-
-    evaluation: Evaluation[Any, Any]
-    comparison: Comparison[Any, Any] | None
-    source: dict[str, Any]
-    scored: str
-    computed: Computed
-
-    def numbers(self) -> dict[str, Any]:
-        """Return `model`, and `dense` and `ratios` if there is a dense model."""
-        if self.comparison is not None:
-            return dataclasses.asdict(self.comparison)
-        return {"model": dataclasses.asdict(self.evaluation)}
-
-
-def _language(
-    model: str, text: str | None, against: str | None, options: dict[str, Any], load: dict[str, Any]
-) -> _Found:
-    """Measure a language model."""
-    from osscar.data.prose import Part, builtin_text
-    from osscar.data.text import (
-        as_words,
-        check_same_tokens,
-        read_text,
-        refuse_overlap,
-        special_tokens,
-    )
-    from osscar.evaluation.language import compare, evaluate
-    from osscar.models.language import load_model
-    from osscar.shrinking.lineage import Computed, lineage_of
-
+    sort = sort_of(model)
+    elsewhere = against is not None and sort_of(against).takes_weights and not sort.takes_weights
     with quiet():
-        content = builtin_text(Part.HELD_OUT) if text is None else read_text(text)
-        loaded = load_model(model, **load)
-        refuse_overlap(content, lineage_of(loaded.model).calibration)
-        scored = (loaded.tokenizer, content)
-        options = {**options, "path": loaded.path}
-        comparison = None
-        if against is None:
-            evaluation = evaluate(loaded.model, *scored, **options)
-        else:
-            dense = load_model(against, **load)
-            _warn_of_another(loaded.model, dense.model, against)
-            check_same_tokens(loaded.tokenizer, dense.tokenizer, content)
-            options["dense_path"] = dense.path
-            comparison = compare(loaded.model, dense.model, *scored, **options)
-            evaluation = comparison.model
-    quality = evaluation.quality
-    windows = f"{counted(quality.windows, 'window')} of {quality.seqlen}"
-    before = as_words(loaded.tokenizer, special_tokens(loaded.tokenizer)[0])
-    special = f"each begins with {before}" if before else "without special tokens"
-    scored_text = "built-in held-out text" if text is None else text
-    how_much = (
-        f"{counted(quality.tokens, 'token')} of {scored_text} scored in {windows}, {special}"
-        f"{chat_template_unused(loaded.tokenizer)}"
-    )
-    source = {"text": text or "builtin"}
-    return _Found(evaluation, comparison, source, how_much, Computed.of(loaded.model))
-
-
-def _samples(
-    model: str,
-    images: str | None,
-    tensors: str | None,
-    samples: int | None,
-    against: str | None,
-    weights: Path | None,
-    batch_size: int,
-    stated: Preprocessing | None,
-    load: dict[str, Any],
-) -> _Found:
-    """Measure a model that reads no text; weights are for whichever model brings none."""
-    from osscar.base.errors import ImageError, OptionError
-    from osscar.data.images import refuse_overlap
-    from osscar.evaluation.images import compare_images, evaluate_images
-    from osscar.evaluation.tensors import compare_tensors, evaluate_tensors
-    from osscar.models.names import sort_of
-    from osscar.models.vision import load_vision_model
-    from osscar.shrinking.lineage import Computed, lineage_of
-
-    if images is None and tensors is None:
-        raise ImageError(
-            f"{model} reads no text: give --images a directory or an .npz file of images, or "
-            "--inputs a file of whatever else it reads"
+        loaded = load_model(
+            model,
+            weights=None if elsewhere else weights,
+            dense=against if sort is Sort.CODE_DIRECTORY else None,
+            preprocessing=stated,
+            **load,
         )
-    filled = {name for name in (model, against) if name and sort_of(name).takes_weights}
-    if weights is not None and not filled:
-        raise OptionError(f"{model} has weights of its own; leave --weights away")
-    with quiet():
-        own = weights if model in filled else None
-        loaded = load_vision_model(model, weights=own, dense=against, preprocessing=stated, **load)
-        options: dict[str, Any] = {"batch_size": batch_size, "path": loaded.path}
-        evaluate: Any = evaluate_tensors
-        compare: Any = compare_tensors
-        data: Any = loaded.held_out(images, tensors)
+        data = loaded.held_out(
+            text=text, images=images, inputs=inputs, windows=windows, seqlen=seqlen
+        )
+        if data is None:
+            raise ImageError(
+                f"{model} reads no text: give --images a directory or an .npz file of images, or "
+                "--inputs a file of whatever else it reads"
+            )
         say_preprocessing(data)
-        if images is not None:
-            options["classes"] = loaded.classes
-            evaluate, compare = evaluate_images, compare_images
-        data = data if samples is None else data.sample(samples, seed=0)
-        refuse_overlap(data, lineage_of(loaded.model).calibration)
+        if samples is not None:
+            if isinstance(data, TextSet):
+                raise OptionError(f"{model} reads text, not images: leave --samples away")
+            data = data.sample(samples, seed=0)
+        data.refuse_overlap(lineage_of(loaded.model).calibration)
+        options: dict[str, Any] = {
+            "classes": loaded.classes,
+            "batch_size": batch_size,
+            "path": loaded.path,
+        }
         comparison = None
-        if against is None:
-            evaluation = evaluate(loaded.model, data, **options)
-        else:
-            own = weights if against in filled else None
-            dense = load_vision_model(against, weights=own, **load)
-            if dense.drawn > _NO_MODEL:  # numbers beside it would say nothing
-                evaluation = evaluate(loaded.model, data, **options)
-                warnings.warn(
-                    f"no comparison: {against} without weights is no dense model, and numbers "
-                    "beside its own would say nothing",
-                    stacklevel=2,
-                )
-            else:
-                _warn_of_another(loaded.model, dense.model, against)
-                options["dense_path"] = dense.path
-                comparison = compare(loaded.model, dense.model, data, **options)
-                evaluation = comparison.model
-    labels = "" if data.labels is not None else " without labels"
-    name = data.sample_name if labels else f"labelled {data.sample_name}"
-    how_much = f"{counted(len(data), name)}{labels} scored"
+        if against is not None:
+            comparison = _comparison(loaded, against, data, weights, load, options)
+        evaluation = (
+            evaluate(loaded.model, data, **options) if comparison is None else comparison.model
+        )
     computed = Computed.of(loaded.model)
-    if images is not None:
-        source = {"images": images, "preprocessing": data.preprocessing.record()}
-        return _Found(evaluation, comparison, source, how_much, computed)
-    how_much = f"{how_much}, {_as_what(evaluation)}"
-    return _Found(evaluation, comparison, {"inputs": tensors}, how_much, computed)
+    _print(evaluation, comparison, model)
+    say(f"{_scored(data, evaluation, loaded)}; {computed.sentence()}")
+    numbers = evaluation.numbers()
+    if comparison is None and numbers.get("top1", numbers.get("perplexity")) is None:
+        say("nothing is known of its quality: that takes labels, or --against the dense model")
+    found = {"model": evaluation} if comparison is None else vars(comparison)
+    content = {
+        "name": model,
+        "against": None if comparison is None else against,
+        **_source(data, text, images, inputs),
+        "computed": computed,
+        **found,
+    }
+    plain = {
+        key: dataclasses.asdict(value) if isinstance(value, Computed | Evaluation) else value
+        for key, value in content.items()
+    }
+    write_json(json, document("eval", 3, plain))
 
 
-def _as_what(evaluation: Evaluation[TensorQuality, Any]) -> str:
-    """Say what the outputs were taken for."""
-    found = evaluation.quality.classes_in
-    return "no output as scores of classes" if found is None else f"{found!r} as scores of classes"
-
-
-def _warn_of_another(model: nn.Module, dense: nn.Module, against: str) -> None:
-    """Warn where the weights that a model was pruned from are known, and are others."""
+def _comparison(
+    loaded: LoadedModel,
+    against: str,
+    data: TextSet | SampleSet,
+    weights: Path | None,
+    load: dict[str, Any],
+    options: dict[str, Any],
+) -> Comparison | None:
+    """Measure a model beside its dense one; None, with a warning, where that has no weights."""
+    from osscar.base.errors import ModelError
+    from osscar.data.text import TextSet
+    from osscar.evaluation.evaluate import compare
+    from osscar.models.load import load_model
+    from osscar.models.names import Sort, sort_of
     from osscar.shrinking.lineage import may_come_from
 
-    if not may_come_from(model, dense):
+    sort = sort_of(against)
+    if (sort is Sort.LANGUAGE) != isinstance(data, TextSet):
+        reads = "text" if isinstance(data, TextSet) else "no text"
+        raise ModelError(
+            f"{against!r} is {sort.value}, and {loaded.source} reads {reads}; give the dense model "
+            "that it was pruned from"
+        )
+    dense = load_model(against, weights=weights if sort.takes_weights else None, **load)
+    if dense.drawn > _NO_MODEL:
+        warnings.warn(
+            f"no comparison: {against} without weights is no dense model, and numbers beside its "
+            "own would say nothing",
+            stacklevel=2,
+        )
+        return None
+    if not may_come_from(loaded.model, dense.model):
         warnings.warn(
             f"{against} is not the dense model that this one was pruned from: its weights are "
             "others; give the same weights to measure what pruning changed",
             stacklevel=2,
         )
+    if isinstance(data, TextSet):
+        data.check_same_tokens(dense.tokenizer)
+    return compare(loaded.model, dense.model, data, dense_path=dense.path, **options)
 
 
-def _print(found: _Found, name: str) -> None:
+def _scored(data: TextSet | SampleSet, evaluation: Evaluation, loaded: LoadedModel) -> str:
+    """Say what was scored, how much of it, and what outputs were taken for."""
+    from osscar.data.images import ImageSet
+    from osscar.data.text import TextSet
+
+    quality = evaluation.quality
+    if isinstance(data, TextSet):
+        windows = f"{counted(quality.windows, 'window')} of {quality.seqlen}"
+        begin = data.begins_with
+        special = f"each begins with {begin}" if begin else "without special tokens"
+        return (
+            f"{counted(quality.tokens, 'token')} of {data.source} scored in {windows}, {special}"
+            f"{chat_template_unused(loaded.tokenizer)}"
+        )
+    labels = "" if data.labels is not None else " without labels"
+    name = data.sample_name if labels else f"labelled {data.sample_name}"
+    how_much = f"{counted(len(data), name)}{labels} scored"
+    if isinstance(data, ImageSet):
+        return how_much
+    scores = "no output" if quality.classes_in is None else repr(quality.classes_in)
+    return f"{how_much}, {scores} as scores of classes"
+
+
+def _source(
+    data: TextSet | SampleSet, text: str | None, images: str | None, inputs: str | None
+) -> dict[str, Any]:
+    """Return what was scored as it was given, and what was done to images."""
+    from osscar.data.images import ImageSet
+
+    if isinstance(data, ImageSet):
+        return {"images": images, "preprocessing": data.preprocessing.record()}
+    return {"text": text or "builtin"} if inputs is None else {"inputs": inputs}
+
+
+def _print(evaluation: Evaluation, comparison: Comparison | None, name: str) -> None:
     """Print the numbers of a model, beside those of the dense one if there is one."""
     from osscar.report.evaluation_tables import comparison_table, evaluation_table
 
-    evaluation = found.evaluation
-    if found.comparison is None:
+    if comparison is None:
         out.print(evaluation_table(evaluation, name))
     else:
-        out.print(comparison_table(found.comparison, Path(name).name))
-    say(f"{found.scored}; {found.computed.sentence()}")
-    numbers = evaluation.numbers()
-    if found.comparison is None and numbers.get("top1", numbers.get("perplexity")) is None:
-        say("nothing is known of its quality: that takes labels, or --against the dense model")
+        out.print(comparison_table(comparison, Path(name).name))

@@ -45,7 +45,7 @@ def command(
     from graph.groups import UnitKind
     from osscar.base.errors import OptionError
     from osscar.evaluation.size import count_owned
-    from osscar.models.open import open_model
+    from osscar.models.load import load_model
     from osscar.network.modules import count_parameters
     from osscar.preparation.opened import opened
     from osscar.report.run_tables import groups_table
@@ -54,7 +54,7 @@ def command(
     check_json_path(json, inputs=(model,))
     check_json_path(svg, inputs=(model,), written=(json,), option="--svg")
     with quiet():
-        loaded = open_model(
+        loaded = load_model(
             model,
             pretrained=False,
             dense=against,

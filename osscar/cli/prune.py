@@ -56,8 +56,7 @@ if TYPE_CHECKING:
     from osscar.base.ranks import Ranks
     from osscar.checkpoint.directory import SavedCheckpoint
     from osscar.data.batches import CalibrationData
-    from osscar.models.language import LoadedModel
-    from osscar.models.vision import VisionModel
+    from osscar.models.loaded import LoadedModel
     from osscar.pruning.run_log import RunLog
 
 
@@ -260,7 +259,6 @@ def command(
         from osscar.base.files import resolved
         from osscar.checkpoint.directory import check_output, weight_bytes
         from osscar.checkpoint.manifest import PAGE_FILE
-        from osscar.models.vision import VisionModel
         from osscar.offload.device_memory import memory_of
         from osscar.offload.on_disk import is_on_disk
         from osscar.pruning.prune import prune_as_asked
@@ -312,8 +310,8 @@ def command(
         strict=strict,
     )
 
-    def loading(path: Path | None) -> tuple[LoadedModel | VisionModel, CalibrationData]:
-        def room(loaded: LoadedModel | VisionModel) -> None:
+    def loading(path: Path | None) -> tuple[LoadedModel, CalibrationData]:
+        def room(loaded: LoadedModel) -> None:
             if path is not None and ranks.first:
                 needed = weight_bytes(loaded.model, loaded.stored_dtype)
                 check_output(path, overwrite=overwrite, needed_bytes=needed)
@@ -369,7 +367,7 @@ def command(
             peak = memory_of(resolve_device(device)).peak()
             content["estimate"] = told.against(spent.seconds, peak)
         log.note(words, content)
-        tokenizer, of_images = loaded.tokenizer, isinstance(loaded, VisionModel)
+        tokenizer = loaded.tokenizer
         fits = not is_on_disk(loaded.model)
         del loaded  # saving holds the smaller model twice, and needs no dense one beside
         with timed(Stage.SAVE):
@@ -387,7 +385,7 @@ def command(
         peak = memory_of(resolve_device(device)).peak()
         say(comparison_line(told.against(spent.seconds, peak)))
     say(f"report: {saved.path / PAGE_FILE}")
-    if result.form == "graph" and not of_images:
+    if result.form == "graph" and tokenizer is not None:
         return  # a program cannot generate, which is part of what text is scored with
     if score is not None and score.reason:
         return  # what keeps the dense model from being scored would keep the smaller one

@@ -15,8 +15,7 @@ if TYPE_CHECKING:
     from osscar.checkpoint.directory import SavedCheckpoint
     from osscar.data.batches import CalibrationData
     from osscar.evaluation.dense import DenseScore
-    from osscar.models.language import LoadedModel
-    from osscar.models.vision import VisionModel
+    from osscar.models.loaded import LoadedModel
     from osscar.pruning.result import PruningResult
 
 
@@ -65,7 +64,7 @@ def report_document(
     )
 
 
-def tell_dense(loaded: LoadedModel | VisionModel, data: CalibrationData) -> DenseScore | None:
+def tell_dense(loaded: LoadedModel, data: CalibrationData) -> DenseScore | None:
     """Print what the dense model is worth on its calibration data, and what is wrong with that."""
     from osscar.base.timing import Stage, timed
     from osscar.evaluation.dense import score_dense

@@ -48,8 +48,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from osscar.data.batches import Batch, CalibrationData
-    from osscar.models.language import LoadedModel
-    from osscar.models.vision import VisionModel
+    from osscar.models.loaded import LoadedModel
     from osscar.pruning.result import PruningResult
     from osscar.pruning.sweep import BudgetKind, Job
     from osscar.pruning.sweep_points import Point, SweepDirectory
@@ -176,7 +175,7 @@ def command(
     )
     place = SweepDirectory(directory)
 
-    def can_stream(loaded: LoadedModel | VisionModel) -> None:
+    def can_stream(loaded: LoadedModel) -> None:
         for job in points:
             check_can_stream(loaded.model, job.request(base))
 
@@ -363,7 +362,7 @@ class _Scorer:
     @classmethod
     def of(
         cls,
-        loaded: LoadedModel | VisionModel,
+        loaded: LoadedModel,
         data: CalibrationData,
         *,
         text: str | None,
@@ -373,67 +372,27 @@ class _Scorer:
         seqlen: int | None,
     ) -> _Scorer:
         """Take what the model reads; what calibrated it scores nothing."""
-        from osscar.base.errors import OptionError
-        from osscar.models.vision import VisionModel
-
-        if isinstance(loaded, VisionModel):
-            if text is not None or windows is not None:
-                raise OptionError(f"{loaded.source} reads no text: leave --text and --windows away")
-            return cls._samples(loaded, data, images, inputs)
-        if images is not None or inputs is not None:
-            raise OptionError(
-                f"{loaded.source} reads text, not images: leave --images and --inputs away"
-            )
-        return cls._text(loaded, data, text, windows, seqlen)
-
-    @classmethod
-    def _text(
-        cls,
-        loaded: LoadedModel,
-        data: Any,
-        text: str | None,
-        windows: int | None,
-        seqlen: int | None,
-    ) -> _Scorer:
         from osscar.base.files import digest
-        from osscar.data.prose import Part, builtin_text
-        from osscar.data.text import read_text, refuse_overlap
-        from osscar.evaluation.language import measure_quality
+        from osscar.data.text import TextSet
+        from osscar.evaluation.quality import score
 
-        content = builtin_text(Part.HELD_OUT) if text is None else read_text(text)
-        refuse_overlap(content, _calibrations(loaded.model, data))
-
-        def score(model: Any) -> dict[str, Any]:
-            found = measure_quality(
-                model, loaded.tokenizer, content, windows=windows, seqlen=seqlen
-            )
-            return dataclasses.asdict(found)
-
-        scored = {"text": text or "builtin", "scored_sha256": digest(content), "windows": windows}
-        return cls(scored, score)
-
-    @classmethod
-    def _samples(
-        cls, loaded: VisionModel, calibration: Any, images: str | None, inputs: str | None
-    ) -> _Scorer:
-        from osscar.base.files import digest
-        from osscar.data.images import ImageSet, refuse_overlap
-        from osscar.evaluation.images import score_images
-        from osscar.evaluation.tensors import score_tensors
-
-        data = loaded.held_out(images, inputs)
-        if data is None:
+        found = loaded.held_out(
+            text=text, images=images, inputs=inputs, windows=windows, seqlen=seqlen
+        )
+        if found is None:
             return cls({"images": None}, lambda _: {})
-        refuse_overlap(data, _calibrations(loaded.model, calibration))
+        found.refuse_overlap(_calibrations(loaded.model, data))
 
-        def score(model: nn.Module) -> dict[str, Any]:
-            if isinstance(data, ImageSet):
-                scored = score_images([model], data, dense=loaded.model, classes=loaded.classes)
-                return dataclasses.asdict(scored[0])
-            return dataclasses.asdict(score_tensors([model], data, dense=loaded.model)[0])
+        def numbers(model: nn.Module) -> dict[str, Any]:
+            return dataclasses.asdict(
+                score([model], found, dense=loaded.model, classes=loaded.classes)[0]
+            )
 
+        if isinstance(found, TextSet):
+            given = {"text": text or "builtin", "windows": windows}
+            return cls({**given, "scored_sha256": found.text_digest}, numbers)
         given = {"images": images} if inputs is None else {"inputs": inputs}
-        return cls({**given, "scored_sha256": digest("".join(data.fingerprints()))}, score)
+        return cls({**given, "scored_sha256": digest("".join(found.fingerprints()))}, numbers)
 
 
 def _calibrations(model: nn.Module, data: Any) -> Iterator[Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import zipfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +16,8 @@ from safetensors import safe_open
 from torch import Tensor
 
 from osscar.base.errors import FileError, OsscarError, first_line
-from osscar.base.inputs import check_regular
+from osscar.base.files import reason_of
+from osscar.base.inputs import check_regular, file_name
 
 ARCHIVE_LIMIT = 2**33
 """Bytes of arrays that are held in memory at once."""
@@ -28,19 +29,35 @@ _NUMBERS = "biufc"
 SUFFIXES = (".npz", ".safetensors")
 
 
-def file_and_part(text: str) -> tuple[Path, str]:
-    """Return the file that a name stands for, and the part of it: ``FILE.npz:PART`` has one.
+def located(spec: str | Path, what: str, give: str) -> tuple[str, Path, str]:
+    """Return a name as text, and the file and the part of it that it stands for.
+
+    Parameters
+    ----------
+    spec
+        ``FILE``, or ``FILE.npz:PART`` for a part of one; what exists by that name has no part.
+    what, give
+        What it names, and what would have served, in words.
 
     Raises
     ------
-    OSError, RuntimeError
+    OptionError
+        If it is neither text nor a path.
+    FileError
         If there can be no such place.
     """
-    path = Path(text).expanduser()
-    file, colon, part = text.rpartition(":")
-    if not colon or path.exists() or not file.endswith(SUFFIXES):
-        return path, ""
-    return Path(file).expanduser(), part
+    text = file_name(spec, what, give)
+    try:
+        path = Path(text).expanduser()
+        file, colon, part = text.rpartition(":")
+        if colon and file.endswith(SUFFIXES) and not path.exists():
+            path = Path(file).expanduser()
+        else:
+            part = ""
+        path.is_file()
+    except (OSError, RuntimeError, ValueError) as error:
+        raise FileError(text, f"it cannot be looked for: {reason_of(error)}") from error
+    return text, path, part
 
 
 @dataclass(frozen=True)
@@ -62,39 +79,6 @@ class Header:
     def nbytes(self) -> int:
         """What it would take in memory."""
         return math.prod(self.shape) * self.dtype.itemsize
-
-
-def read_npz(
-    path: Path, wanted: Callable[[dict[str, Header]], Iterable[str]]
-) -> dict[str, np.ndarray[Any, Any]]:
-    """Read arrays of an ``.npz`` file; nothing is unpickled.
-
-    Parameters
-    ----------
-    path
-        The file.
-    wanted
-        Names the arrays to read, by what all of them say of themselves; it may refuse them.
-
-    Raises
-    ------
-    FileError
-        If the file is damaged, or what is wanted is no numbers or too large.
-    OsscarError
-        What `wanted` raises.
-    """
-    with _readable(path):
-        check_regular(path)
-        headers = npz_headers(path)
-        names = list(wanted(headers))
-        for name in names:
-            if headers[name].dtype.kind not in _NUMBERS:
-                raise FileError(path, f"{name} holds {headers[name].dtype}; give numbers")
-        needed = sum(headers[name].nbytes for name in names)
-        if needed > ARCHIVE_LIMIT:
-            raise FileError(path, _too_large(", ".join(names), needed))
-        with np.load(path, allow_pickle=False) as arrays:
-            return {name: arrays[name] for name in names}
 
 
 def npz_headers(path: Path) -> dict[str, Header]:
@@ -120,7 +104,9 @@ def _header(archive: zipfile.ZipFile, member: str) -> Header:
     return Header(shape, dtype)
 
 
-def read_tensors(path: Path, wanted: Callable[[Iterable[str]], Iterable[str]]) -> dict[str, Tensor]:
+def read_tensors(
+    path: Path, wanted: Callable[[Mapping[str, Header | None]], Iterable[str]]
+) -> dict[str, Tensor]:
     """Read tensors of an ``.npz`` or ``.safetensors`` file; nothing is unpickled.
 
     Parameters
@@ -128,7 +114,8 @@ def read_tensors(path: Path, wanted: Callable[[Iterable[str]], Iterable[str]]) -
     path
         The file.
     wanted
-        Names the tensors to read, by the names of all; it may refuse them.
+        Names the tensors to read, by the names of all and, of an ``.npz`` file, what each says of
+        itself; it may refuse them.
 
     Raises
     ------
@@ -137,16 +124,21 @@ def read_tensors(path: Path, wanted: Callable[[Iterable[str]], Iterable[str]]) -
     OsscarError
         What `wanted` raises.
     """
-    if path.suffix != ".safetensors":
-        with _readable(path):
-            return {name: _tensor(array) for name, array in read_npz(path, wanted).items()}
     with _readable(path):
         check_regular(path)
-        size = path.stat().st_size
-        if size > ARCHIVE_LIMIT:
-            raise FileError(path, _too_large("it", size))
-        with safe_open(path, "pt") as file:
-            return {name: file.get_tensor(name) for name in wanted(list(file.keys()))}
+        if path.suffix == ".safetensors":
+            _check_size(path, "it", path.stat().st_size)
+            with safe_open(path, "pt") as file:
+                names = wanted(dict.fromkeys(file.keys()))
+                return {name: file.get_tensor(name) for name in names}
+        headers = npz_headers(path)
+        chosen = list(wanted(headers))
+        for name in chosen:
+            if headers[name].dtype.kind not in _NUMBERS:
+                raise FileError(path, f"{name} holds {headers[name].dtype}; give numbers")
+        _check_size(path, ", ".join(chosen), sum(headers[name].nbytes for name in chosen))
+        with np.load(path, allow_pickle=False) as arrays:
+            return {name: _tensor(arrays[name]) for name in chosen}
 
 
 def _tensor(array: np.ndarray[Any, Any]) -> Tensor:
@@ -154,8 +146,11 @@ def _tensor(array: np.ndarray[Any, Any]) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(native)).reshape(array.shape)
 
 
-def _too_large(what: str, size: int) -> str:
-    return f"{what} would take {size:,} bytes of memory; give at most {ARCHIVE_LIMIT:,}"
+def _check_size(path: Path, what: str, size: int) -> None:
+    if size > ARCHIVE_LIMIT:
+        raise FileError(
+            path, f"{what} would take {size:,} bytes of memory; give at most {ARCHIVE_LIMIT:,}"
+        )
 
 
 @contextmanager

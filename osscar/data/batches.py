@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from osscar.base.errors import CalibrationError, ModelError
 from osscar.data.images import ImageSet
+from osscar.data.samples import SampleSet
 from osscar.data.tensors import TensorSet, check_arguments, check_tensors, in_order, named_inputs
 from osscar.data.tokens import CalibrationSet
 from osscar.network.modules import context_length, device_of
@@ -20,7 +22,7 @@ from osscar.network.modules import context_length, device_of
 Batch: TypeAlias = dict[str, Tensor]
 """Keyword arguments of a model's forward pass."""
 
-CalibrationData: TypeAlias = CalibrationSet | ImageSet | TensorSet
+CalibrationData: TypeAlias = CalibrationSet | SampleSet
 """What `osscar.load_calibration`, `osscar.load_images` and `osscar.load_tensors` return."""
 
 _EXAMPLE_TOKENS = 16
@@ -29,16 +31,28 @@ _PROOF_TOKENS = 64
 """Units do not depend on the length, so that a short window proves as much as a long one."""
 
 
-class ModelInputs(Protocol):
-    """Calibration data in the form that one sort of model reads."""
+class ModelInputs(ABC):
+    """Calibration data in the form that one kind of model reads."""
 
     batch_size: ClassVar[int]
     """How many samples run at once unless the caller says otherwise."""
 
     @property
+    @abstractmethod
     def classes(self) -> bool:
         """Whether the model is known to tell classes apart, such as the tokens of a vocabulary."""
 
+    @property
+    @abstractmethod
+    def samples(self) -> int:
+        """How many there are."""
+
+    @property
+    @abstractmethod
+    def settings(self) -> dict[str, Any]:
+        """What reports say about the data."""
+
+    @abstractmethod
     def check(self, model: nn.Module) -> None:
         """Refuse data that the model cannot read.
 
@@ -48,35 +62,33 @@ class ModelInputs(Protocol):
             If they have a wrong form.
         """
 
+    @abstractmethod
     def example(self, model: nn.Module) -> Batch:
         """Return inputs to trace the model with."""
 
+    @abstractmethod
     def batches(self, model: nn.Module, batch_size: int) -> list[Batch]:
-        """Return the calibration data, on the model's device."""
+        """Return the calibration data, at most so many samples at a time, on the model's device."""
 
-    def count(self, batch: Batch) -> int:
-        """Return how many samples there are in a batch."""
-
-    def rows(self, batch: Batch, start: int, stop: int | None) -> Batch:
-        """Return some of the samples in a batch."""
-
+    @abstractmethod
     def only(self, batch: Batch) -> ModelInputs:
-        """Return data of the same sort that are one batch."""
+        """Return data of the same kind that are one batch."""
 
+    @abstractmethod
     def proofs(self, model: nn.Module, seed: int) -> list[Batch]:
         """Return random inputs of two different sizes, on the model's device."""
 
-    @property
-    def settings(self) -> dict[str, Any]:
-        """What reports say about the data."""
+    def count(self, batch: Batch) -> int:
+        """Return how many samples there are in a batch."""
+        return len(next(iter(batch.values())))
 
-    @property
-    def samples(self) -> int:
-        """How many there are."""
+    def rows(self, batch: Batch, start: int, stop: int | None) -> Batch:
+        """Return some of the samples in a batch."""
+        return {name: tensor[start:stop] for name, tensor in batch.items()}
 
 
 @dataclass(frozen=True, eq=False)
-class TokenInputs:
+class TokenInputs(ModelInputs):
     """Windows of tokens for a language model.
 
     Parameters
@@ -89,6 +101,14 @@ class TokenInputs:
     classes: ClassVar[bool] = True
 
     windows: Tensor
+
+    @property
+    def samples(self) -> int:  # noqa: D102
+        return self.windows.shape[0]
+
+    @property
+    def settings(self) -> dict[str, Any]:  # noqa: D102
+        return {"samples": self.samples, "seqlen": self.windows.shape[1]}
 
     def check(self, model: nn.Module) -> None:
         """Refuse windows of a wrong form, too long, or with tokens that the model lacks."""
@@ -116,51 +136,26 @@ class TokenInputs:
         length = min(_EXAMPLE_TOKENS, context_length(model) or _EXAMPLE_TOKENS)
         return {"input_ids": torch.zeros(2, length, dtype=torch.int64, device=device_of(model))}
 
-    def batches(self, model: nn.Module, batch_size: int) -> list[Batch]:
-        """Return at most `batch_size` windows at a time."""
-        rows = min(batch_size, len(self.windows))
-        pieces = torch.split(self.windows, rows)
+    def batches(self, model: nn.Module, batch_size: int) -> list[Batch]:  # noqa: D102
+        pieces = torch.split(self.windows, min(batch_size, self.samples))
         return [{"input_ids": ids.to(device_of(model))} for ids in pieces]
 
-    def count(self, batch: Batch) -> int:
-        """Return how many windows there are."""
-        return len(batch["input_ids"])
-
-    def rows(self, batch: Batch, start: int, stop: int | None) -> Batch:
-        """Return some of the windows."""
-        return {"input_ids": batch["input_ids"][start:stop]}
-
-    def only(self, batch: Batch) -> TokenInputs:
-        """Return these windows."""
+    def only(self, batch: Batch) -> TokenInputs:  # noqa: D102
         return TokenInputs(batch["input_ids"])
 
     def proofs(self, model: nn.Module, seed: int) -> list[Batch]:
         """Return random tokens: two short windows, and one of half the length."""
         generator = torch.Generator().manual_seed(seed)
-        vocabulary = _vocabulary(model)
+        vocabulary, device = _vocabulary(model), device_of(model)
         seqlen = min(self.windows.shape[1], _PROOF_TOKENS)
         return [
-            {
-                "input_ids": torch.randint(vocabulary, shape, generator=generator).to(
-                    device_of(model)
-                )
-            }
+            {"input_ids": torch.randint(vocabulary, shape, generator=generator).to(device)}
             for shape in ((2, seqlen), (1, max(2, seqlen // 2)))
         ]
 
-    @property
-    def samples(self) -> int:
-        """How many windows there are."""
-        return self.windows.shape[0]
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """Samples and their length."""
-        return {"samples": self.samples, "seqlen": self.windows.shape[1]}
-
 
 @dataclass(frozen=True, eq=False)
-class TensorInputs:
+class TensorInputs(ModelInputs):
     """Tensors for any other model, such as images.
 
     Parameters
@@ -176,35 +171,34 @@ class TensorInputs:
     tensors: Mapping[str, Tensor]
     classes: bool = False
 
+    @property
+    def samples(self) -> int:  # noqa: D102
+        return len(next(iter(self.tensors.values())))
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Samples, their shapes and number formats."""
+        shapes = {name: list(tensor.shape[1:]) for name, tensor in self.tensors.items()}
+        return {"samples": self.samples, "shapes": shapes, "dtypes": _formats(self.tensors)}
+
     def check(self, model: nn.Module) -> None:
         """Refuse arguments that the model does not have."""
         check_arguments(model, self.tensors)
 
     def example(self, model: nn.Module) -> Batch:
         """Return two samples (a single one is repeated)."""
-        return self._on(model, torch.arange(2) % self.samples)
-
-    def batches(self, model: nn.Module, batch_size: int) -> list[Batch]:
-        """Return at most `batch_size` samples at a time."""
-        return [
-            self._on(model, rows) for rows in torch.split(torch.arange(self.samples), batch_size)
-        ]
-
-    def count(self, batch: Batch) -> int:
-        """Return how many samples there are in a batch."""
-        return len(next(iter(batch.values())))
-
-    def rows(self, batch: Batch, start: int, stop: int | None) -> Batch:
-        """Return some of the samples in a batch."""
-        return {name: tensor[start:stop] for name, tensor in batch.items()}
-
-    def only(self, batch: Batch) -> TensorInputs:
-        """Return these samples."""
-        return dataclasses.replace(self, tensors=batch)
+        return self.some(model, 2)
 
     def some(self, model: nn.Module, count: int) -> Batch:
         """Return so many samples, the first ones, again and again if there are fewer."""
-        return self._on(model, torch.arange(count) % self.samples)
+        return self._at(model, torch.arange(count) % self.samples)
+
+    def batches(self, model: nn.Module, batch_size: int) -> list[Batch]:  # noqa: D102
+        order = torch.arange(self.samples)
+        return [self._at(model, rows) for rows in torch.split(order, batch_size)]
+
+    def only(self, batch: Batch) -> TensorInputs:  # noqa: D102
+        return dataclasses.replace(self, tensors=batch)
 
     def proofs(self, model: nn.Module, seed: int) -> list[Batch]:
         """Return noise with the mean and spread of the data: three samples, and one.
@@ -215,29 +209,15 @@ class TensorInputs:
         proofs = []
         for count in (3, 1):
             rows = torch.randint(self.samples, (count,), generator=generator)
-            proofs.append(
-                {name: _noise_like(t, generator) for name, t in self._on(model, rows).items()}
-            )
+            proofs.append(_noise_like(self._at(model, rows), generator))
         return proofs
 
-    @property
-    def settings(self) -> dict[str, Any]:
-        """Samples, their shapes and number formats."""
-        shapes = {name: list(tensor.shape[1:]) for name, tensor in self.tensors.items()}
-        return {"samples": self.samples, "shapes": shapes, "dtypes": _formats(self.tensors)}
-
-    @property
-    def samples(self) -> int:
-        """How many there are."""
-        return len(next(iter(self.tensors.values())))
-
-    def _on(self, model: nn.Module, rows: Tensor) -> Batch:
-        reference = next(model.parameters())
-        return {name: cast_like(tensor[rows], reference) for name, tensor in self.tensors.items()}
+    def _at(self, model: nn.Module, rows: Tensor) -> Batch:
+        return to_model({name: tensor[rows] for name, tensor in self.tensors.items()}, model)
 
 
 @dataclass(frozen=True, eq=False)
-class SeparateInputs:
+class SeparateInputs(ModelInputs):
     """Samples of sizes of their own, such as graphs, each of which the model is given alone.
 
     Parameters
@@ -250,6 +230,19 @@ class SeparateInputs:
     classes: ClassVar[bool] = False
 
     each: tuple[Mapping[str, Tensor], ...]
+
+    @property
+    def samples(self) -> int:  # noqa: D102
+        return len(self.each)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Samples, their number formats and sizes; None stands for one in which they differ."""
+        sizes: dict[str, list[int | None]] = {}
+        for name in self.each[0]:
+            along = zip(*(sample[name].shape for sample in self.each), strict=True)
+            sizes[name] = [one[0] if len(set(one)) == 1 else None for one in along]
+        return {"samples": self.samples, "sizes": sizes, "dtypes": _formats(self.each[0])}
 
     def check(self, model: nn.Module) -> None:
         """Refuse arguments that the model does not have, and samples that are not of one form."""
@@ -275,22 +268,13 @@ class SeparateInputs:
 
     def example(self, model: nn.Module) -> Batch:
         """Return the first sample."""
-        return self._on(model, self.each[0])
+        return to_model(self.each[0], model)
 
     def batches(self, model: nn.Module, batch_size: int) -> list[Batch]:
         """Return the samples, each in a batch of its own."""
-        return [self._on(model, sample) for sample in self.each]
+        return [to_model(sample, model) for sample in self.each]
 
-    def count(self, batch: Batch) -> int:
-        """Return that there is one."""
-        return 1
-
-    def rows(self, batch: Batch, start: int, stop: int | None) -> Batch:
-        """Return the sample, which has no parts."""
-        return batch
-
-    def only(self, batch: Batch) -> SeparateInputs:
-        """Return this sample."""
+    def only(self, batch: Batch) -> SeparateInputs:  # noqa: D102
         return SeparateInputs((batch,))
 
     def proofs(self, model: nn.Module, seed: int) -> list[Batch]:
@@ -299,28 +283,15 @@ class SeparateInputs:
         What is not a floating-point tensor, such as the edges of a graph, is as it is.
         """
         generator = torch.Generator().manual_seed(seed)
-        return [
-            {name: _noise_like(t, generator) for name, t in self._on(model, sample).items()}
-            for sample in self.each[:2]
-        ]
+        return [_noise_like(to_model(one, model), generator) for one in self.each[:2]]
 
-    @property
-    def settings(self) -> dict[str, Any]:
-        """Samples, their number formats and sizes; None stands for one in which they differ."""
-        sizes: dict[str, list[int | None]] = {}
-        for name in self.each[0]:
-            along = zip(*(sample[name].shape for sample in self.each), strict=True)
-            sizes[name] = [one[0] if len(set(one)) == 1 else None for one in along]
-        return {"samples": self.samples, "sizes": sizes, "dtypes": _formats(self.each[0])}
+    def count(self, batch: Batch) -> int:
+        """Return that there is one."""
+        return 1
 
-    @property
-    def samples(self) -> int:
-        """How many there are."""
-        return len(self.each)
-
-    def _on(self, model: nn.Module, sample: Mapping[str, Tensor]) -> Batch:
-        reference = next(model.parameters())
-        return {name: cast_like(tensor, reference) for name, tensor in sample.items()}
+    def rows(self, batch: Batch, start: int, stop: int | None) -> Batch:
+        """Return the sample, which has no parts."""
+        return batch
 
 
 def as_inputs(model: nn.Module, calibration: Any) -> ModelInputs:
@@ -420,10 +391,15 @@ def _checked(tensors: Mapping[str, Tensor], classes: bool = False) -> TensorInpu
     return TensorInputs(tensors, classes)
 
 
-def cast_like(tensor: Tensor, reference: Tensor) -> Tensor:
-    """Return a tensor on the device of another, and in its number format if it has fractions."""
-    same_kind = tensor.is_floating_point() and reference.is_floating_point()
-    return tensor.to(reference) if same_kind else tensor.to(reference.device)
+def to_model(batch: Mapping[str, Tensor], model: nn.Module) -> Batch:
+    """Return tensors on a model's device, and in its number format if they have fractions."""
+    reference = next(model.parameters())
+    return {
+        name: tensor.to(reference)
+        if tensor.is_floating_point() and reference.is_floating_point()
+        else tensor.to(reference.device)
+        for name, tensor in batch.items()
+    }
 
 
 def _formats(tensors: Mapping[str, Tensor]) -> dict[str, str]:
@@ -434,8 +410,11 @@ def _vocabulary(model: nn.Module) -> int:
     return int(model.get_input_embeddings().weight.shape[0])  # type: ignore[operator]
 
 
-def _noise_like(tensor: Tensor, generator: torch.Generator) -> Tensor:
-    if not tensor.is_floating_point():
-        return tensor
-    noise = torch.randn(tensor.shape, generator=generator).to(tensor)
-    return noise * tensor.std(correction=0) + tensor.mean()
+def _noise_like(batch: Batch, generator: torch.Generator) -> Batch:
+    """Return noise with the mean and spread of tensors, where these are floating-point."""
+
+    def noise(tensor: Tensor) -> Tensor:
+        drawn = torch.randn(tensor.shape, generator=generator).to(tensor)
+        return drawn * tensor.std(correction=0) + tensor.mean()
+
+    return {n: noise(t) if t.is_floating_point() else t for n, t in batch.items()}

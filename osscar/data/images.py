@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -11,20 +11,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from osscar.base.errors import CalibrationError, FileError, ImageError, first_line
+from osscar.base.errors import FileError, ImageError, OsscarError, first_line
 from osscar.base.files import digest
-from osscar.base.inputs import file_name, shown, whole_number
+from osscar.base.inputs import whole_number
 from osscar.base.printable import counted
-from osscar.data.archives import Header, file_and_part, read_npz
+from osscar.data.archives import Header, located, read_tensors
 from osscar.data.preprocessing import (
     AnyPreprocessing,
     OwnTransform,
     as_preprocessing,
     check_stated,
 )
-from osscar.data.tensors import IMAGES, LABELS, TensorSet
-from osscar.data.tokens import named_generator
-from osscar.shrinking.lineage import Calibration
+from osscar.data.samples import IMAGES, LABELS, SampleSet
 
 IMAGE_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 """What a file may hold, whatever its name: pixels alone, no program such as PostScript."""
@@ -38,7 +36,7 @@ _LONGEST = 200
 
 
 @dataclass(frozen=True, eq=False)
-class ImageSet:
+class ImageSet(SampleSet):
     """Images, decoded and preprocessed when asked for.
 
     Parameters
@@ -56,7 +54,7 @@ class ImageSet:
     """
 
     sample_name: ClassVar[str] = "image"
-    """What one of them is called."""
+    error: ClassVar[type[OsscarError]] = ImageError
 
     source: str
     items: Sequence[Path] | np.ndarray[Any, np.dtype[np.uint8]] = field(repr=False)
@@ -67,26 +65,30 @@ class ImageSet:
     def __len__(self) -> int:
         return len(self.items)
 
-    def sample(self, count: int, seed: int) -> ImageSet:
-        """Draw `count` images at random, or all in random order where there are no more.
-
-        Raises
-        ------
-        ImageError
-            If `count` is not positive.
-        """
-        if not isinstance(count, int) or count < 1:
-            raise ImageError(f"cannot draw {shown(count)} images; give at least 1 (--samples)")
-        order = torch.randperm(len(self), generator=named_generator("images", seed))[:count]
-        return self._select(order)
-
-    def _select(self, rows: Tensor) -> ImageSet:
+    def _rows(self, rows: Tensor) -> ImageSet:
         if isinstance(self.items, np.ndarray):
             items: Any = self.items[rows.numpy()]
         else:
             items = [self.items[row] for row in rows.tolist()]
         labels = None if self.labels is None else self.labels[rows]
         return replace(self, items=items, labels=labels)
+
+    def _named_labels(self, classes: Sequence[str], outputs: int) -> Tensor | None:
+        """Match folders with classes: by name, by number, or in order if there are as many."""
+        labels, names = self.labels, self.classes
+        if labels is None or not names:
+            return labels
+        if set(names) <= set(classes):
+            return torch.tensor([classes.index(name) for name in names])[labels]
+        if all(name.isdecimal() and len(name) < 10 for name in names):
+            return torch.tensor([int(name) for name in names])[labels]
+        if len(names) != outputs:
+            raise ImageError(
+                f"{self.source} has {counted(len(names), 'class folder')} and the model "
+                f"{counted(outputs, 'class', 'classes')}; name the folders by class or by number, "
+                "or give as many as there are classes"
+            )
+        return labels
 
     def batches(self, size: int) -> Iterator[Tensor]:
         """Yield preprocessed images, (at most size, channels, height, width) float32 or uint8.
@@ -212,25 +214,25 @@ def load_images(spec: str | Path, preprocessing: Any, *, reader: str = "a model"
     OptionError
         If the preprocessing is none, or not stated in full.
     """
-    text = file_name(spec, "the place of the images", "a directory or an .npz file")
     preprocessing = as_preprocessing(preprocessing, "the caller")
     check_stated(preprocessing, reader)
-    images = _found(text, preprocessing)
+    images = _found(spec, preprocessing)
     if isinstance(preprocessing, OwnTransform):
         preprocessing.check(images.decoded(0))
     return images
 
 
-def _found(text: str, preprocessing: AnyPreprocessing) -> ImageSet:
+def _found(spec: str | Path, preprocessing: AnyPreprocessing) -> ImageSet:
+    what, give = "the place of the images", "a directory or an .npz file"
     try:
-        path, part = file_and_part(text)
+        text, path, part = located(spec, what, give)
         if text and path.is_dir():
             return _from_directory(path, preprocessing)
         if path.suffix == ".npz" and path.is_file():
             return _from_archive(path, part, preprocessing)
-    except (OSError, RuntimeError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise ImageError(f"cannot look for images at {text!r}: {reason}; give another") from error
+    except (OSError, FileError) as error:
+        reason = error.reason if isinstance(error, FileError) else error.strerror
+        raise ImageError(f"cannot look for images at {spec!r}: {reason}; give another") from error
     raise ImageError(f"no images at {text!r}; give a directory of images or an .npz file")
 
 
@@ -259,18 +261,18 @@ def _from_directory(path: Path, preprocessing: AnyPreprocessing) -> ImageSet:
 def _from_archive(path: Path, part: str, preprocessing: AnyPreprocessing) -> ImageSet:
     images, labels = (f"{part}_{name}" if part else name for name in (IMAGES, LABELS))
 
-    def wanted(headers: Mapping[str, Header]) -> list[str]:
+    def wanted(headers: Mapping[str, Any]) -> list[str]:
         _check_headers(path, headers, images, labels, gray=preprocessing.mode == "L")
         return [name for name in (images, labels) if name in headers]
 
     try:
-        arrays = read_npz(path, wanted)
+        arrays = read_tensors(path, wanted)
     except FileError as error:
         raise ImageError(f"{str(path)!r} is not an .npz file of images: {error.reason}") from error
-    pixels, classes = arrays[images], arrays.get(labels)
+    pixels, classes = arrays[images].numpy(), arrays.get(labels)
     if pixels.shape[-1] == 1 and pixels.ndim == 4:
         pixels = pixels[..., 0]
-    found = None if classes is None else torch.from_numpy(classes.astype(np.int64))
+    found = None if classes is None else classes.to(torch.int64)
     return ImageSet(f"{path}:{part}" if part else str(path), pixels, preprocessing, found)
 
 
@@ -297,30 +299,3 @@ def _check_headers(
             f"{labels} in {str(path)!r} must be {shape[0]} whole numbers, not {found.dtype} of "
             f"{found.shape}"
         )
-
-
-def refuse_overlap(data: ImageSet | TensorSet, calibration: Iterable[Calibration]) -> None:
-    """Refuse to score samples that a model was calibrated on.
-
-    Parameters
-    ----------
-    data
-        What is to be scored.
-    calibration
-        From the lineage of the model.
-
-    Raises
-    ------
-    ImageError, CalibrationError
-        If a sample is one of those that calibrated the model.
-    """
-    used = [(known.source, {*known.images, *known.fingerprints}) for known in calibration]
-    mine = data.fingerprints() if any(theirs for _, theirs in used) else []
-    for source, theirs in used:
-        shared = sum(one in theirs for one in mine)
-        if shared:
-            kind = ImageError if isinstance(data, ImageSet) else CalibrationError
-            raise kind(
-                f"{shared} of {counted(len(data), data.sample_name)} calibrated this model "
-                f"({source}); score others"
-            )

@@ -51,7 +51,7 @@ _OR_BRING = (
 class Preprocessing:
     """What is done to an image before the model sees it, as torchvision's presets do it.
 
-    What is None is not stated.  `load_vision_model` takes size, channels and number format from the
+    What is None is not stated.  `osscar.load_model` takes size, channels and number format from the
     example inputs then; mean and deviation have to be stated.
 
     Parameters

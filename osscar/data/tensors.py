@@ -11,24 +11,15 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from osscar.base.errors import CalibrationError, FileError
-from osscar.base.files import digest, reason_of
-from osscar.base.inputs import file_name, shown, whole_number
-from osscar.data.archives import SUFFIXES, file_and_part, npz_headers, read_tensors
-from osscar.data.tokens import named_generator
-
-IGNORED = -100
-"""The label of what is not scored, as `torch.nn.functional.cross_entropy` has it."""
-
-IMAGES = "images"
-"""The entry of a file that holds images, unless a model reads it as it is."""
-
-LABELS = "labels"
-"""The entry of a file that holds the class of each sample, unless a model reads it."""
+from osscar.base.errors import CalibrationError, FileError, OsscarError
+from osscar.base.files import digest
+from osscar.base.inputs import shown, whole_number
+from osscar.data.archives import SUFFIXES, located, npz_headers, read_tensors
+from osscar.data.samples import IMAGES, LABELS, SampleSet
 
 
 @dataclass(frozen=True, eq=False)
-class TensorSet:
+class TensorSet(SampleSet):
     """Samples that a model reads as they are: sound, features, tokens, several of these.
 
     Parameters
@@ -50,7 +41,7 @@ class TensorSet:
     """
 
     sample_name: ClassVar[str] = "sample"
-    """What one of them is called."""
+    error: ClassVar[type[OsscarError]] = CalibrationError
 
     source: str
     tensors: Mapping[str, Tensor] = field(repr=False)
@@ -75,19 +66,7 @@ class TensorSet:
     def __len__(self) -> int:
         return len(next(iter(self.tensors.values())))
 
-    def sample(self, count: int, seed: int) -> TensorSet:
-        """Draw `count` samples at random, or all in random order where there are no more.
-
-        Raises
-        ------
-        CalibrationError
-            If `count` is not positive.
-        """
-        if not isinstance(count, int) or count < 1:
-            raise CalibrationError(
-                f"cannot draw {shown(count)} samples; give at least 1 (--samples)"
-            )
-        rows = torch.randperm(len(self), generator=named_generator("samples", seed))[:count]
+    def _rows(self, rows: Tensor) -> TensorSet:
         labels = None if self.labels is None else self.labels[rows]
         drawn = {name: tensor[rows] for name, tensor in self.tensors.items()}
         return replace(self, tensors=drawn, labels=labels)
@@ -294,7 +273,7 @@ def holds_images(
     FileError
         If it cannot be looked for, or is a damaged archive.
     """
-    _, path, part = _located(spec, "the data", "a directory or a file")
+    _, path, part = located(spec, "the data", "a directory or a file")
     if path.is_dir():
         return True
     if path.suffix != ".npz" or not path.is_file():
@@ -307,17 +286,6 @@ def holds_images(
     known = (example or {}).get(IMAGES)
     as_they_are = known is not None and known.shape[1:] == images.shape[1:]
     return len(needed_arguments(model, example)) == 1 and not as_they_are
-
-
-def _located(spec: str | Path, what: str, give: str) -> tuple[str, Path, str]:
-    """Return a name as text, and the path and the part of an archive that it stands for."""
-    text = file_name(spec, what, give)
-    try:
-        path, part = file_and_part(text)
-        path.is_file()
-    except (OSError, RuntimeError, ValueError) as error:
-        raise FileError(text, f"it cannot be looked for: {reason_of(error)}") from error
-    return text, path, part
 
 
 def load_tensors(
@@ -347,7 +315,7 @@ def load_tensors(
     FileError
         If there is no such file, it is damaged, or its entries do not fit the model.
     """
-    text, path, part = _located(spec, "the file of tensors", "an .npz or .safetensors file")
+    text, path, part = located(spec, "the file of tensors", "an .npz or .safetensors file")
     if path.suffix not in SUFFIXES or not path.is_file():
         raise FileError(
             text, f"there is no {' or '.join(SUFFIXES)} file of that name; {_OR_IMAGES}"

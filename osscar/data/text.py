@@ -1,20 +1,33 @@
-"""Plain text: read from files, tokenized whole, and cut into parts that do not overlap."""
+"""Plain text: read from files, tokenized whole, and cut into windows that do not overlap."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from osscar.base.errors import ModelError, TextError
+from osscar.base.errors import ModelError, OptionError, TextError
 from osscar.base.files import digest
-from osscar.base.inputs import TEXT_LIMIT, file_name, panics_are_errors, read_bytes
+from osscar.base.inputs import (
+    TEXT_LIMIT,
+    file_name,
+    panics_are_errors,
+    read_bytes,
+    shown,
+    whole_number,
+)
 from osscar.base.printable import counted
+from osscar.data.prose import Part, builtin_text
+from osscar.network.modules import context_length
 from osscar.shrinking.lineage import Calibration
+
+DEFAULT_SEQLEN = 512
 
 _UNKNOWN = 0.01
 """The share of unknown tokens up to which a text is one that the tokenizer knows."""
@@ -59,11 +72,6 @@ def read_text(path: str | Path) -> str:
     if not text.strip():
         raise TextError(f"{str(path)!r} is empty; give a file with text in it")
     return text.replace("\r\n", "\n").replace("\r", "\n")
-
-
-def text_digest(text: str) -> str:
-    """Return the SHA-256 of a text, by which the one that calibrated a model is recognized."""
-    return digest(text)
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> Tensor:
@@ -136,45 +144,195 @@ def _ids(tokenizer: PreTrainedTokenizerBase, text: str, *, special: bool) -> lis
     return ids
 
 
-def check_same_tokens(
-    tokenizer: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase, text: str
-) -> None:
-    """Refuse to compare two models that read other tokens.
+@dataclass(frozen=True, eq=False)
+class TextSet:
+    """A text that is scored in windows which do not overlap; `osscar.load_text` makes one.
 
-    Raises
-    ------
-    ModelError
-        If the tokenizers make other tokens of the text, or put others around it.
+    Each window begins with the special tokens that the tokenizer puts before a text, if it does.
+    These, or else its first token, are context only; every other token is scored once.  What is
+    left at the end is a shorter window, scored too if it has a token to score.
+
+    Attributes
+    ----------
+    source
+        Where it comes from, in words.
+    text
+        The text itself.
+    tokens
+        Token ids of all of it, (tokens,) int64.
+    before, after
+        Token ids that the tokenizer puts before and after a text.
+    begins_with
+        Those before it as they are written, such as ``<s>``.
+    windows
+        Score only so many windows from the start; None scores the text in full.
+    seqlen
+        Tokens per window; None is 512, or as many as the model can take if those are fewer.
     """
-    mine, theirs = (
-        torch.cat([encode(one, text), *special_tokens(one)]) for one in (tokenizer, other)
-    )
-    if not torch.equal(mine, theirs):
-        raise ModelError(
-            f"the two models have other tokenizers ({counted(len(mine), 'token')} and "
-            f"{counted(len(theirs), 'token')} of this text), so that their perplexities are not "
-            "comparable; give the dense model that the first one was pruned from"
-        )
+
+    source: str
+    text: str = field(repr=False)
+    tokens: Tensor = field(repr=False)
+    before: Tensor = field(repr=False)
+    after: Tensor = field(repr=False)
+    begins_with: str
+    windows: int | None = None
+    seqlen: int | None = None
+
+    @classmethod
+    def of(
+        cls,
+        tokenizer: PreTrainedTokenizerBase,
+        text: str,
+        *,
+        windows: int | None = None,
+        seqlen: int | None = None,
+        source: str = "text",
+    ) -> TextSet:
+        """Return a text in tokens.
+
+        Parameters
+        ----------
+        tokenizer
+            That of the models that are scored.
+        text
+            Text that they were neither trained nor calibrated on.
+        windows, seqlen, source
+            As of the attributes.
+
+        Raises
+        ------
+        OptionError
+            If the tokenizer is none of transformers, or a number is out of range.
+        TextError
+            If the text has fewer than two tokens.
+        """
+        check_tokenizer(tokenizer)
+        if windows is not None:
+            whole_number(windows, "the number of windows to score (--windows)", 1)
+        tokens, (before, after) = encode(tokenizer, text), special_tokens(tokenizer)
+        if len(tokens) < 2:
+            raise TextError(
+                f"the text has {counted(len(tokens), 'token')}; scoring needs at least 2"
+            )
+        written = as_words(tokenizer, before)
+        return cls(source, text, tokens, before, after, written, windows, seqlen)
+
+    @property
+    def text_digest(self) -> str:
+        """SHA-256 of the text, by which the one that calibrated a model is recognized."""
+        return digest(self.text)
+
+    def cut(self, models: Sequence[nn.Module]) -> tuple[Tensor, ...]:
+        """Return the windows, (at most seqlen,) int64 each, that fit all of the models.
+
+        Raises
+        ------
+        OptionError
+            If a window of the length asked for is too long, or has no room for the text.
+        """
+        limit = min(context_length(model) or DEFAULT_SEQLEN for model in models)
+        length = min(limit, DEFAULT_SEQLEN) if self.seqlen is None else self.seqlen
+        if not isinstance(length, int) or not 2 <= length <= limit:
+            raise OptionError(
+                f"a window of {shown(length)} tokens does not fit this model; give from 2 to "
+                f"{limit}, which is its context (--seqlen)"
+            )
+        room = length - len(self.before)
+        if room < 1:
+            raise OptionError(
+                f"a window of {length} tokens has room for none of the text, since the tokenizer "
+                f"puts {len(self.before)} before it; give longer ones (--seqlen)"
+            )
+        pieces = [torch.cat([self.before, piece]) for piece in torch.split(self.tokens, room)]
+        return tuple(piece for piece in pieces[: self.windows] if len(piece) > 1)
+
+    def check_same_tokens(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Refuse to compare with a model that reads other tokens.
+
+        Parameters
+        ----------
+        tokenizer
+            The other model's.
+
+        Raises
+        ------
+        ModelError
+            If it makes other tokens of the text, or puts others around it.
+        """
+        mine = torch.cat([self.tokens, self.before, self.after])
+        theirs = torch.cat([encode(tokenizer, self.text), *special_tokens(tokenizer)])
+        if not torch.equal(mine, theirs):
+            raise ModelError(
+                f"the two models have other tokenizers ({counted(len(mine), 'token')} and "
+                f"{counted(len(theirs), 'token')} of this text), so that their perplexities are "
+                "not comparable; give the dense model that the first one was pruned from"
+            )
+
+    def refuse_overlap(self, calibration: Iterable[Calibration]) -> None:
+        """Refuse to score the text that a model was calibrated on.
+
+        Parameters
+        ----------
+        calibration
+            From the lineage of the model.
+
+        Raises
+        ------
+        TextError
+            If it is one that calibrated the model.
+        """
+        for known in calibration:
+            if known.sha256 == self.text_digest:
+                raise TextError(
+                    f"this model was calibrated on this very text ({known.source}); score another "
+                    "one"
+                )
 
 
-def refuse_overlap(text: str, calibration: Iterable[Calibration]) -> None:
-    """Refuse to score the text that a model was calibrated on.
+def load_text(
+    spec: str | Path | None,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    windows: int | None = None,
+    seqlen: int | None = None,
+) -> TextSet:
+    """Read a text to be scored.
 
     Parameters
     ----------
-    text
-        What is to be scored.
-    calibration
-        From the lineage of the model.
+    spec
+        A file of plain text; None is the held-out part of the text that ships with Python, which
+        neither trained the demo model nor calibrates anything.
+    tokenizer
+        That of the models that are scored.
+    windows
+        Score only so many windows from the start; None scores the text in full.
+    seqlen
+        Tokens per window; by default 512, or as many as the model can take if those are fewer.
 
     Raises
     ------
     TextError
-        If it is one that calibrated the model.
+        If the text is missing, unreadable, or has fewer than two tokens.
+    OptionError
+        If the tokenizer is none of transformers, or a number is out of range.
     """
-    scored = text_digest(text)
-    for known in calibration:
-        if known.sha256 == scored:
-            raise TextError(
-                f"this model was calibrated on this very text ({known.source}); score another one"
-            )
+    text = builtin_text(Part.HELD_OUT) if spec is None else read_text(spec)
+    source = "built-in held-out text" if spec is None else str(spec)
+    return TextSet.of(tokenizer, text, windows=windows, seqlen=seqlen, source=source)
+
+
+def check_tokenizer(tokenizer: Any) -> None:
+    """Refuse what is no tokenizer.
+
+    Raises
+    ------
+    OptionError
+        Saying what it is.
+    """
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise OptionError(
+            f"the tokenizer is a {type(tokenizer).__name__}; give that of transformers which "
+            "belongs to the model"
+        )

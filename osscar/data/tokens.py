@@ -23,7 +23,8 @@ from osscar.base.files import digest
 from osscar.base.inputs import file_name, shown
 from osscar.base.printable import counted
 from osscar.data.prose import Part, builtin_text
-from osscar.data.text import as_words, encode, read_text, special_tokens, text_digest
+from osscar.data.samples import named_generator
+from osscar.data.text import as_words, check_tokenizer, encode, read_text, special_tokens
 
 BUILTIN = "builtin"
 
@@ -200,14 +201,11 @@ def text_windows(
     cut = tokens[starts[:, None] + torch.arange(length)]
     windows = torch.cat([before.expand(samples, -1), cut, after.expand(samples, -1)], dim=1)
     written = (as_words(tokenizer, before), as_words(tokenizer, after))
-    return CalibrationSet(windows, source, seed, text_digest(text), *written)
+    return CalibrationSet(windows, source, seed, digest(text), *written)
 
 
 def _check(tokenizer: Any, samples: Any, seqlen: Any, seed: Any) -> None:
-    if not isinstance(tokenizer, PreTrainedTokenizerBase):
-        raise OptionError(
-            f"the tokenizer is a {type(tokenizer).__name__}; give that of the model to calibrate"
-        )
+    check_tokenizer(tokenizer)
     if not all(isinstance(number, int) for number in (samples, seqlen, seed)):
         raise OptionError(
             f"samples is {shown(samples)}, seqlen {shown(seqlen)} and seed {shown(seed)}; give "
@@ -223,12 +221,6 @@ def _check(tokenizer: Any, samples: Any, seqlen: Any, seed: Any) -> None:
             f"the {TOKENS_LIMIT:,} tokens that can be held; give fewer (--samples), or shorter "
             "ones (--seqlen)"
         )
-
-
-def named_generator(name: str, seed: int) -> torch.Generator:
-    """Derive a random stream from a purpose and a seed, so that streams do not disturb another."""
-    drawn = int(digest(f"{name}/{seed}")[:16], 16)
-    return torch.Generator().manual_seed(drawn >> 1)
 
 
 def _window_starts(tokens: int, samples: int, seqlen: int, seed: int) -> Tensor:

@@ -27,8 +27,7 @@ from osscar.data.batches import TokenInputs
 from osscar.estimation.stations import Span, Timed, timed_stations
 from osscar.estimation.values import Estimate, StageEstimate, summed
 from osscar.evaluation.forward import measuring_seconds
-from osscar.models.language import LoadedModel
-from osscar.models.vision import VisionModel
+from osscar.models.loaded import LoadedModel
 from osscar.network.modules import device_of
 from osscar.offload.device_memory import DeviceMemory, memory_of
 from osscar.offload.on_disk import is_on_disk, shelf_of
@@ -117,9 +116,7 @@ estimate.__doc__ = estimate_as_asked.__doc__
 estimate.__signature__ = inspect.signature(prune)  # type: ignore[attr-defined]
 
 
-def of_command(
-    found: Estimate, loaded: LoadedModel | VisionModel, seconds: Mapping[Stage, float]
-) -> Estimate:
+def of_command(found: Estimate, loaded: LoadedModel, seconds: Mapping[Stage, float]) -> Estimate:
     """Add what the command does besides: it starts, loads, measures both models, and saves.
 
     Parameters

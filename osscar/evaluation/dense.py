@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,14 +11,10 @@ from scipy import stats
 from torch import nn
 
 from osscar.base.errors import CalibrationError, ImageError, ModelError, NonFiniteError
-from osscar.data.batches import as_inputs
-from osscar.data.images import ImageSet
-from osscar.data.tensors import IGNORED, TensorSet
+from osscar.data.samples import IGNORED, SampleSet
 from osscar.data.tokens import CalibrationSet
-from osscar.evaluation.images import score_images
-from osscar.evaluation.language import score_windows
-from osscar.evaluation.tensors import score_tensors
-from osscar.network.modules import check_usable, evaluating
+from osscar.evaluation.quality import score
+from osscar.network.modules import check_usable
 from osscar.offload.on_disk import is_on_disk
 
 _SAMPLES, _WINDOWS = 512, 4
@@ -96,27 +93,21 @@ def score_dense(
     check_usable(model)
     if is_on_disk(model):
         return None
-    with evaluating(model):
-        if isinstance(calibration, ImageSet | TensorSet) and calibration.labels is not None:
-            return _score_labelled(model, calibration, classes)
-        if isinstance(calibration, CalibrationSet) and calibration.tokens.shape[1] > 1:
-            return _score_windows(model, calibration)
+    if isinstance(calibration, SampleSet) and calibration.labels is not None:
+        return _score_labelled(model, calibration, classes)
+    if isinstance(calibration, CalibrationSet) and calibration.seqlen > 1:
+        return _score_windows(model, calibration)
     return None
 
 
-def _score_labelled(
-    model: nn.Module, data: ImageSet | TensorSet, classes: Sequence[str]
-) -> DenseScore | None:
+def _score_labelled(model: nn.Module, data: SampleSet, classes: Sequence[str]) -> DenseScore | None:
     if len(data) > _SAMPLES:
         data = data.sample(_SAMPLES, seed=0)
     assert data.labels is not None
     known, n = data.labels[data.labels != IGNORED], len(data)
     predictions = len(known)
     try:
-        if isinstance(data, ImageSet):
-            top1 = score_images([model], data, classes=classes)[0].top1
-        else:
-            top1 = score_tensors([model], data)[0].top1
+        top1 = score([model], data, classes=classes)[0].top1
     except (ImageError, ModelError, CalibrationError, NonFiniteError) as error:
         # Labels may mean something else than its classes, and some classes be shut off by infinity.
         return DenseScore("top1", None, data.sample_name, n, reason=str(error))
@@ -130,15 +121,14 @@ def _score_labelled(
 
 
 def _score_windows(model: Any, calibration: CalibrationSet) -> DenseScore:
-    as_inputs(model, calibration)  # refuses what the model cannot read
-    windows = calibration.tokens[:_WINDOWS]
-    quality = score_windows(model, tuple(windows))
+    few = dataclasses.replace(calibration, tokens=calibration.tokens[:_WINDOWS])
+    (quality,) = score([model], few)
     vocabulary = int(model.get_input_embeddings().weight.shape[0])
     return DenseScore(
         "perplexity",
         quality.perplexity,
         "window",
-        len(windows),
+        quality.windows,
         seqlen=quality.seqlen,
         chance=vocabulary,
         near_chance=quality.perplexity > _CHANCE_SHARE * vocabulary,

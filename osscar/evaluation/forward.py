@@ -62,17 +62,36 @@ def measure_forward(models: Sequence[nn.Module], batch: Mapping[str, Tensor]) ->
     positions = max((leaf.numel() for leaf in given), default=0)
     with _ready(models, positions):
         flops = [count_flops(model, fresh(batch)) for model in models]
-        timings = [
-            seconds_of(partial(forward, model, batch), clock_of(device_of(model)))
-            for model in models
-        ]
-        seconds = interleaved(timings, _REPETITIONS, "timing", worthwhile=_SECONDS)
+        seconds = forward_seconds(models, [batch] * len(models), _REPETITIONS, _SECONDS)
     return [
-        Forward(
-            count_parameters(model), count_parameter_bytes(model), n, statistics.median(of_model)
-        )
+        Forward(count_parameters(model), count_parameter_bytes(model), n, of_model)
         for model, n, of_model in zip(models, flops, seconds, strict=True)
     ]
+
+
+def forward_seconds(
+    models: Sequence[nn.Module],
+    batches: Sequence[Mapping[str, Tensor]],
+    repetitions: int,
+    worthwhile: float | None = None,
+) -> list[float]:
+    """Return the median seconds of a forward pass of each model, interleaved.
+
+    Parameters
+    ----------
+    models
+        In evaluation mode.
+    batches
+        Keyword arguments of each, on its device.
+    repetitions, worthwhile
+        As of `osscar.base.timing.interleaved`.
+    """
+    timings = [
+        seconds_of(partial(forward, model, batch), clock_of(device_of(model)))
+        for model, batch in zip(models, batches, strict=True)
+    ]
+    taken = interleaved(timings, repetitions, "Timing", worthwhile=worthwhile)
+    return [statistics.median(seconds) for seconds in taken]
 
 
 def measuring_seconds(passes: Sequence[float]) -> float:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from graph.groups import CouplingGroup
 from osscar.base.inputs import file_name
+from osscar.base.memory import peak_memory
 from osscar.network.modules import count_parameters
 from osscar.network.operations import count_operations
 
@@ -142,12 +143,7 @@ def read_peak_memory(device: torch.device) -> int | None:
             lines = Path("/proc/self/status").read_text().splitlines()
             peak = next(line for line in lines if line.startswith("VmHWM:"))
             return int(peak.split()[1]) * 1024
-    try:
-        import resource
-    except ImportError:  # Windows
-        return None
-    size = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return size if sys.platform == "darwin" else size * 1024
+    return peak_memory()
 
 
 def count_disk_bytes(path: str | Path | None) -> int | None:

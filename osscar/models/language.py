@@ -21,19 +21,17 @@ from urllib.parse import urlsplit
 
 import torch
 import transformers
-from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from torch import nn
+from transformers import PreTrainedModel
 
-from osscar.base.devices import resolve_device, resolve_dtype
 from osscar.base.errors import (
-    CheckpointError,
     ModelError,
     ModelNotFound,
     OptionError,
     OsscarError,
     first_line,
 )
-from osscar.base.inputs import check_regular, file_name, panics_are_errors
+from osscar.base.inputs import check_regular, panics_are_errors
 from osscar.base.memory import (
     FOR_BATCHES,
     let_shortage_pass,
@@ -46,161 +44,56 @@ from osscar.checkpoint.builders import TransformersOrigin
 from osscar.checkpoint.directory import load
 from osscar.checkpoint.first_pass import OTHERS, check_causal, check_runs
 from osscar.checkpoint.formats import cast
-from osscar.checkpoint.manifest import CONFIG_FILE, is_checkpoint, read_manifest
+from osscar.checkpoint.manifest import CONFIG_FILE, read_manifest
 from osscar.checkpoint.streamed import number_format_of, read_streamed
-from osscar.data.tokens import CalibrationSet, load_calibration
-from osscar.models.names import Sort, check_no_program, sort_of
-from osscar.models.trial import check_other_files, check_tokenizer
+from osscar.models.loaded import LoadedModel
+from osscar.models.names import DEMO, REGISTERED
+from osscar.models.trial import check_other_files, check_tokenizer, no_tokenizer
 from osscar.models.wheels import PACKAGED_MODELS, fetch
 from osscar.network.modules import check_finite_weights, check_usable, context_length
-from osscar.offload.device_memory import memory_of
 from osscar.offload.shelf import Shelf
 from osscar.shrinking.lineage import LINEAGE, lineage_of, note
 
-DEMO = "demo"
 DEMO_DIRECTORY = Path(__file__).parents[1] / "data" / "demo"
 
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
-@dataclass(frozen=True)
-class LoadedModel:
-    """A language model, ready to run.
-
-    Attributes
-    ----------
-    model
-        In evaluation mode, on its device.
-    tokenizer
-        The tokenizer that it was trained with.
-    source
-        Where it comes from, in words.
-    path
-        Its directory, or None for a model from the hub.
-    stored_dtype
-        Number format of its weights on disk.
-    classes
-        Empty: a language model has a vocabulary instead.
-    """
-
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
-    source: str
-    path: Path | None
-    stored_dtype: torch.dtype
-    classes: tuple[str, ...] = ()
-
-    @property
-    def example(self) -> dict[str, Tensor]:
-        """Inputs to trace the model with."""
-        length = min(16, context_length(self.model) or 16)
-        return {"input_ids": torch.zeros(2, length, dtype=torch.int64, device=self.model.device)}
-
-    def calibration(
-        self, spec: str | Path | None, *, samples: int | None, seqlen: int | None, seed: int
-    ) -> CalibrationSet:
-        """Draw calibration windows from text, as `osscar.load_calibration` finds it by name.
-
-        Parameters
-        ----------
-        spec
-            None for the built-in text, a file of plain text, or a Hugging Face dataset.
-        samples
-            How many windows; by default 32.
-        seqlen
-            Tokens in each; by default 512, or as many as the model can take if those are fewer.
-        seed
-            Of the draw.
-
-        Raises
-        ------
-        CalibrationError
-            If the text is missing, unreadable, or shorter than one window.
-        TextError
-            If this Python lacks the built-in text.
-        MissingDependency
-            If a dataset is asked for and ``datasets`` is not installed.
-        """
-        return load_calibration(
-            spec,
-            self.tokenizer,
-            samples=32 if samples is None else samples,
-            seqlen=min(512, context_length(self.model) or 512) if seqlen is None else seqlen,
-            seed=seed,
-        )
-
-
-def load_model(
-    name: str | Path,
+def load_language_model(
+    text: str,
     *,
-    dtype: str | torch.dtype | None = None,
-    device: str | torch.device = "auto",
-    trust_remote_code: bool = False,
-    max_memory: str | int | None = None,
+    dtype: torch.dtype | None,
+    device: torch.device,
+    trust_remote_code: bool,
+    max_memory: str | int | None,
 ) -> LoadedModel:
     """Load a causal language model and its tokenizer.
 
     Parameters
     ----------
-    name
-        ``"demo"``, the embedded model; a packaged model such as ``"smollm2-135m"``; a local
-        directory with a checkpoint, pruned by OSSCAR or not; or a Hugging Face id. The first that
-        fits is taken (write ``./demo`` for a directory of that name).
-    dtype
-        ``"float32"``, ``"bfloat16"``, ``"float16"``, one of these dtypes, or ``"auto"`` (also
-        None): as stored on a GPU, float32 on a CPU.
-    device
-        ``"auto"``, ``"cpu"`` or ``"cuda"`` (or ``"cuda:1"``).
-    trust_remote_code
-        Run the code that a checkpoint brings along. Off by default.
-    max_memory
-        Most memory that the process may have, such as ``"8GB"``, for a model that is larger: only
-        its structure is built then, and each parameter is read from the files of the directory
-        whenever it is needed.  `osscar.prune` and `PruningResult.save` keep to the limit, too.  On
-        a GPU it is the GPU's memory that counts, as far as torch has reserved it for this process.
+    text
+        Its name.
+    dtype, device, trust_remote_code, max_memory
+        As of `osscar.load_model`; a dtype of None is the one stored.
 
     Raises
     ------
-    ModelNotFound
-        If nothing answers to the name.
-    ModelError
-        If the checkpoint is unsafe, or not a causal language model.
-    CheckpointError
-        If the directory's config, plan or weights cannot be read, or do not fit one another, or
-        the model cannot run.
-    NonFiniteError
-        If a parameter holds NaN or infinity, or what the model makes of two tokens is NaN.
-    DeviceError
-        If the device or number format is not available.
-    OptionError
-        If `max_memory` is no size, or does not go with the rest.
-    FileError
-        If a file of a model that stays on disk is cut off.
-    DownloadError, MissingDependency
-        If a packaged model cannot be fetched.
-
-    Warns
-    -----
-    UserWarning
-        If weights are left out, the config was edited since OSSCAR saved the model, or the
-        tokenizer has far fewer tokens than the model.
+    OsscarError
+        What `osscar.load_model` raises.
     """
-    text = file_name(name, "the model", "its name or directory")
-    target = resolve_device(device)
-    number_format = resolve_dtype(dtype, target)
-    shelf = None if max_memory is None else Shelf(parse_size(max_memory), target)
+    shelf = None if max_memory is None else Shelf(parse_size(max_memory), device)
     with _quiet_unless_terminal(), memory_for(f"the weights of {text}", FOR_BATCHES):
         found = _find(text)
         manifest = None if found.path is None else read_manifest(found.path)
         if shelf is not None:
-            model: Any = _streamed(found, trust_remote_code, shelf, number_format)
+            model: Any = _streamed(found, trust_remote_code, shelf, dtype)
             stored = _stored_format(found)
         elif found.path is not None and manifest is not None and not manifest.stock:
-            model, stored = load(found.path, dtype=number_format), _stored_format(found)
+            model, stored = load(found.path, dtype=dtype), _stored_format(found)
         else:
             if found.path is not None and manifest is not None:
                 check_unchanged(found.path, manifest.lineage.origin)
-            model, stored = _load_stock(found, trust_remote_code is True, number_format)
+            model, stored = _load_stock(found, trust_remote_code is True, dtype)
             if manifest is not None:
                 setattr(model, LINEAGE, manifest.lineage)
         # True alone: of anything but an answer transformers makes a question to standard input.
@@ -213,12 +106,14 @@ def load_model(
         source=lineage_of(model).source or found.source,
         stored_dtype=str(stored).removeprefix("torch."),
     )
-    with memory_for(f"the weights of {text} on {target}", FOR_BATCHES):
-        model = model.to(target).eval()
+    with memory_for(f"the weights of {text} on {device}", FOR_BATCHES):
+        model = model.to(device).eval()
         check_runs(model, found.source)
         check_causal(model, found.source)
     _check_vocabulary(model, tokenizer, found.source)
-    return LoadedModel(model, tokenizer, found.source, found.path, stored)
+    length = min(16, context_length(model) or 16)
+    example = {"input_ids": torch.zeros(2, length, dtype=torch.int64, device=model.device)}
+    return LoadedModel(model, found.source, found.path, stored, tokenizer, example)
 
 
 @dataclass(frozen=True)
@@ -263,13 +158,6 @@ def _find(name: str) -> _Found:
         return _Found(str(path), f"{name} ({packaged.requirement} on PyPI)", path)
     if not name:
         raise ModelNotFound(f"the model has no name. {_names_that_exist(name)}")
-    check_no_program(name)
-    sort = sort_of(name)
-    if sort is not Sort.LANGUAGE:
-        raise ModelNotFound(
-            f"{name!r} is {sort.value}, and a language model was asked for; "
-            f"osscar.load_vision_model opens it. {_names_that_exist(name)}"
-        )
     try:
         path = Path(name).expanduser()
         exists = path.exists()
@@ -277,8 +165,6 @@ def _find(name: str) -> _Found:
         reason = getattr(error, "strerror", None) or error
         raise ModelNotFound(f"cannot look for {name!r}: {reason}") from error
     if path.is_dir():
-        if not is_checkpoint(path):
-            raise ModelNotFound(f"the directory {name!r} has no config.json: not a checkpoint")
         _check_files(path)
         if (path / CONFIG_FILE).exists():
             check_config(path)
@@ -315,53 +201,6 @@ def _streamed(
             "leave --trust-remote-code or --max-memory away"
         )
     return read_streamed(found.path, shelf, dtype)
-
-
-_COPIES = 4
-"""Of the weights that pruning a model in memory holds: as it came, as it is pruned, and the proof
-in double precision."""
-
-
-def fitting_memory(
-    name: str | Path,
-    dtype: str | torch.dtype | None = None,
-    device: str | torch.device = "auto",
-) -> int | None:
-    """Return the memory to prune a model within, if it is larger than that; None if it fits.
-
-    That is nine tenths of what is free where the model would run: on this machine for the CPU, on
-    the card for CUDA.
-
-    Parameters
-    ----------
-    name, dtype, device
-        As `load_model` takes them.
-
-    Returns
-    -------
-    int or None
-        None also where nothing is known, or the model is no directory.
-
-    Raises
-    ------
-    DeviceError
-        If the device or number format is not available.
-    """
-    target = resolve_device(device)
-    available = memory_of(target).available()
-    if available is None:
-        return None
-    try:
-        path = Path(name).expanduser()
-        stored = (stored_in(path) if path.is_dir() else None) or {}
-    except (OSError, RuntimeError, ValueError, CheckpointError):
-        return None  # whoever loads the model will say so
-    kept_as = resolve_dtype(dtype, target)  # None: as stored
-    needed = _COPIES * sum(
-        tensor.nbytes if kept_as is None else tensor.elements * kept_as.itemsize
-        for tensor in stored.values()
-    )
-    return None if needed <= available else available * 9 // 10
 
 
 def _stored_format(found: _Found) -> torch.dtype:
@@ -439,10 +278,7 @@ def _load_tokenizer(found: _Found, trust_remote_code: bool) -> Any:
                 return tokenizer
     except Exception as error:  # the library of tokenizers raises plain exceptions
         reason = first_line(error)
-    raise ModelError(
-        f"{found.source} has no tokenizer that transformers can read: {reason}. Copy the "
-        "tokenizer's files of the original model into its directory"
-    )
+    raise no_tokenizer(found.source, reason)
 
 
 def _explain(found: _Found, error: Exception) -> ModelNotFound | ModelError:
@@ -478,10 +314,9 @@ def _explain(found: _Found, error: Exception) -> ModelNotFound | ModelError:
 
 
 def _names_that_exist(name: str) -> str:
-    known = [DEMO, *PACKAGED_MODELS]
-    close = difflib.get_close_matches(name.lower(), known, n=1)
+    close = difflib.get_close_matches(name.lower(), REGISTERED, n=1)
     hint = f"Did you mean {close[0]!r}? " if close else ""
-    return f"{hint}Give a directory, a Hugging Face id, or one of {', '.join(known)}"
+    return f"{hint}Give a directory, a Hugging Face id, or one of {', '.join(REGISTERED)}"
 
 
 def _hub_is_reachable() -> bool:

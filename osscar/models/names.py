@@ -7,8 +7,14 @@ from pathlib import Path
 
 from osscar.base.errors import CheckpointError, ModelError
 from osscar.checkpoint.manifest import read_manifest
+from osscar.models.wheels import PACKAGED_MODELS
 
 PREFIX = "torchvision:"
+
+DEMO = "demo"
+
+REGISTERED = (DEMO, *PACKAGED_MODELS)
+"""Names that stand for what comes with OSSCAR, whatever directories there are."""
 
 
 class Sort(Enum):
@@ -50,6 +56,8 @@ def sort_of(name: str | Path) -> Sort:
     (<Sort.TORCHVISION: 'a model of torchvision'>, True)
     """
     text = str(name)
+    if not text or text in REGISTERED:
+        return Sort.LANGUAGE
     if text.startswith(PREFIX):
         return Sort.TORCHVISION
     place, colon, function = text.rpartition(":")

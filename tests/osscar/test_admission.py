@@ -17,7 +17,8 @@ from osscar.base.errors import CheckpointError, FileError, ModelError, NonFinite
 from osscar.checkpoint.admission import check_size
 from osscar.checkpoint.builders import TorchvisionOrigin
 from osscar.checkpoint.stored import Stored, read_header, read_stored
-from osscar.models.language import DEMO_DIRECTORY, load_model
+from osscar.models.language import DEMO_DIRECTORY
+from osscar.models.load import load_model
 from tests.osscar.families import tiny
 from tests.osscar.networks import small_net
 

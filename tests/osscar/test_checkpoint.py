@@ -15,7 +15,6 @@ from osscar.checkpoint import directory as checkpoint
 from osscar.checkpoint.manifest import MANIFEST_FILE, read_manifest
 from osscar.checkpoint.runs import Run
 from osscar.data.prose import Part, builtin_text
-from osscar.data.text import refuse_overlap
 from osscar.models.language import DEMO_DIRECTORY
 from osscar.network.modules import copied
 from osscar.shrinking.lineage import Calibration, lineage_of
@@ -360,8 +359,10 @@ def test_everything_that_has_to_be_known_is_written_and_read_again(keep, tmp_pat
     twice = osscar.prune(again.model, windows, neurons="0.7", backend="magnitude", device="cpu")
     assert len(lineage_of(twice.model).calibration) == 2  # neither is ever scored
     with pytest.raises(TextError, match="calibrated on this very text"):
-        refuse_overlap(builtin_text(Part.CALIBRATION), lineage.calibration)
-    refuse_overlap(builtin_text(Part.HELD_OUT), lineage.calibration)
+        osscar.TextSet.of(loaded.tokenizer, builtin_text(Part.CALIBRATION)).refuse_overlap(
+            lineage.calibration
+        )
+    osscar.load_text(None, loaded.tokenizer).refuse_overlap(lineage.calibration)
 
 
 def test_nothing_of_a_report_is_believed_where_there_is_a_manifest(planned, tmp_path):

@@ -63,7 +63,7 @@ def test_demo_does_the_whole_job(run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with monkeypatch.context() as patch:
         patch.setattr("osscar.cli.demo._SAMPLES", 2)
-        patch.setattr("osscar.data.prose.builtin_text", lambda part: builtin_text(part)[:3000])
+        patch.setattr("osscar.data.text.builtin_text", lambda part: builtin_text(part)[:3000])
         status, out, err = run("demo", "--backend", "magnitude")
         assert status == 0, err
         assert "nothing was held out" in out
@@ -105,7 +105,7 @@ def test_prune_then_eval_then_inspect(run, text, tmp_path):
     status, out, err = run(*evaluate, "--text", other, "--json", tmp_path / "e")
     assert status == 0, err
     document = json.loads((tmp_path / "e").read_text())
-    assert document["schema"] == "osscar.eval/2"
+    assert document["schema"] == "osscar.eval/3"
     assert document["ratios"]["parameters"] < 1
     assert document["model"]["quality"]["windows"] == 2
 

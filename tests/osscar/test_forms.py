@@ -531,10 +531,9 @@ def test_no_command_scores_or_prunes_a_program_of_transformers(
     assert not (tmp_path / "other").exists()
 
 
-@pytest.mark.parametrize("loads", [osscar.load_model, osscar.load_vision_model])
-def test_a_program_of_transformers_is_no_model_of_a_command(loads, saved_program):
+def test_a_program_of_transformers_is_no_model_of_a_command(saved_program):
     with pytest.raises(ModelError, match=r"osscar\.load runs it in Python"):
-        loads(saved_program)
+        osscar.load_model(saved_program)
 
 
 def test_a_plan_that_forgets_that_it_is_a_program_is_refused(tmp_path):

@@ -27,11 +27,9 @@ from osscar.checkpoint.manifest import MANIFEST_FILE
 from osscar.cli.common import check_json_path
 from osscar.data.images import ImageSet, load_images
 from osscar.data.text import encode, read_text
-from osscar.evaluation.language import compare, evaluate
-from osscar.models.language import DEMO_DIRECTORY, load_model
+from osscar.models.language import DEMO_DIRECTORY
+from osscar.models.load import load_model
 from osscar.models.names import Sort, sort_of
-from osscar.models.open import open_model
-from osscar.models.vision import load_vision_model
 from osscar.models.weights import read_state
 from tests.osscar.families import tiny
 from tests.osscar.networks import IMAGENET, plain, small_net
@@ -197,7 +195,7 @@ def test_configs(checkpoint):
     @given(changed(whole))
     def check(data):
         file.write_text(json.dumps(data))
-        survives(lambda: open_model(checkpoint, device="cpu").example)
+        survives(lambda: load_model(checkpoint, device="cpu").example)
         survives(osscar.load, checkpoint)
 
     check()
@@ -315,8 +313,6 @@ def test_manifests(tmp_path):
 )
 def test_names(text):
     survives(load_model, text)
-    survives(load_vision_model, text)
-    survives(open_model, text)
     survives(load_images, text, IMAGENET)
     survives(read_text, text)
 
@@ -328,7 +324,6 @@ def calls(wrong, number):
     yield lambda: load_model(wrong)
     yield lambda: load_model("demo", device=wrong)
     yield lambda: load_model("demo", dtype=wrong)
-    yield lambda: load_vision_model(wrong)
     yield lambda: load_images(wrong, IMAGENET)
     yield lambda: load_images("images", wrong)
     yield lambda: read_state(wrong)
@@ -338,19 +333,20 @@ def calls(wrong, number):
     yield lambda: osscar.load_calibration(None, tokenizer, samples=number)
     yield lambda: osscar.load_calibration(None, tokenizer, seqlen=number)
     yield lambda: osscar.load_calibration(None, tokenizer, seed=number)
-    yield lambda: evaluate(wrong, tokenizer, text)
-    yield lambda: evaluate(model, wrong, text)
-    yield lambda: evaluate(model, tokenizer, wrong)
-    yield lambda: evaluate(model, tokenizer, text, seqlen=number)
-    yield lambda: evaluate(model, tokenizer, text, windows=number)
-    yield lambda: evaluate(model, tokenizer, text, batch_size=number)
-    yield lambda: evaluate(model, tokenizer, text, new_tokens=number)
-    yield lambda: evaluate(model, tokenizer, text, repetitions=number)
-    yield lambda: compare(model, wrong, tokenizer, text)
-    yield lambda: osscar.evaluate_images(wrong, data)
-    yield lambda: osscar.evaluate_images(small_net(), wrong)
-    yield lambda: osscar.evaluate_images(small_net(), data, batch_size=number)
-    yield lambda: osscar.compare_images(small_net(), wrong, data)
+    yield lambda: osscar.TextSet.of(wrong, text)
+    yield lambda: osscar.TextSet.of(tokenizer, wrong)
+    yield lambda: osscar.TextSet.of(tokenizer, text, windows=number)
+    words = osscar.TextSet.of(tokenizer, text)
+    yield lambda: osscar.evaluate(model, osscar.TextSet.of(tokenizer, text, seqlen=number))
+    yield lambda: osscar.evaluate(wrong, words)
+    yield lambda: osscar.evaluate(model, wrong)
+    yield lambda: osscar.evaluate(model, words, batch_size=number)
+    yield lambda: osscar.evaluate(model, words, new_tokens=number)
+    yield lambda: osscar.evaluate(model, words, repetitions=number)
+    yield lambda: osscar.compare(model, wrong, words)
+    yield lambda: osscar.evaluate(wrong, data)
+    yield lambda: osscar.evaluate(small_net(), data, batch_size=number)
+    yield lambda: osscar.compare(small_net(), wrong, data)
     yield lambda: data.sample(number, 0)
 
 

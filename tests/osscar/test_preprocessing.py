@@ -15,7 +15,7 @@ from osscar.cli import main
 from osscar.data.batches import as_inputs
 from osscar.data.images import ImageSet, load_images
 from osscar.data.preprocessing import OwnTransform, Preprocessing, import_torchvision
-from osscar.models.vision import load_vision_model
+from osscar.models.load import load_model
 from osscar.shrinking.lineage import lineage_of
 from tests.osscar.networks import plain
 
@@ -198,7 +198,7 @@ def test_what_is_stated_is_printed_recorded_and_used_again(run, place):
     assert (status, said in out) == (0, True), err
     stated = Preprocessing(crop=(8, 10), mean=0, std=1)
     with pytest.warns(UserWarning, match=r"as stated, .*mean \(0.0,\).* small brings") as caught:
-        loaded = load_vision_model("small", dense="net.py:build", preprocessing=stated)
+        loaded = load_model("small", dense="net.py:build", preprocessing=stated)
     assert [str(warning.message) for warning in caught] == [
         "what is done to images is as stated, resize (8, 10), crop (8, 10), mean (0.0,), "
         "std (1.0,), where directory small brings resize 12, crop 12, mean (0.5, 0.4, 0.3), "
@@ -245,8 +245,8 @@ def test_models_of_text_have_no_images_to_state_anything_of(run):
 def test_what_is_stated_of_a_model_of_torchvision_takes_the_place_of_its_own():
     name, load = "torchvision:squeezenet1_1", {"pretrained": False, "device": "cpu"}
     with pytest.warns(UserWarning, match=r"crop 64, where .* brings resize 2\d\d, crop 224"):
-        loaded = load_vision_model(name, preprocessing=Preprocessing(crop=64), **load)
-    own = load_vision_model(name, **load).preprocessing
+        loaded = load_model(name, preprocessing=Preprocessing(crop=64), **load)
+    own = load_model(name, **load).preprocessing
     assert loaded.preprocessing == own.with_stated(Preprocessing(crop=64))
     assert loaded.preprocessing.resize == 64
     assert loaded.example["x"].shape == (2, 3, 64, 64)
@@ -257,7 +257,7 @@ def test_numbers_that_are_equal_are_no_difference(place):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         stated = Preprocessing(crop=(12, 12), mean=(0.5,) * 3, std=(0.25,) * 3)
-        loaded = load_vision_model("net.py:stating", preprocessing=stated)
+        loaded = load_model("net.py:stating", preprocessing=stated)
     assert loaded.preprocessing == Preprocessing(
         crop=12, mean=0.5, std=0.25, channels=3, interpolation="bilinear", dtype="float32"
     )
@@ -272,11 +272,11 @@ def test_what_is_not_stated_is_said_not_to_be():
 
 
 def test_tensors_are_refused_where_something_is_stated_of_images(place):
-    loaded = load_vision_model("net.py:build", preprocessing=Preprocessing(mean=0, std=1))
+    loaded = load_model("net.py:build", preprocessing=Preprocessing(mean=0, std=1))
     np.savez("tensors.npz", input=np.zeros((4, 3, 12, 12), np.float32))
     for read in (
         lambda: loaded.calibration("tensors.npz", samples=None, seqlen=None, seed=0),
-        lambda: loaded.held_out(None, "tensors.npz"),
+        lambda: loaded.held_out(inputs="tensors.npz"),
     ):
         with pytest.raises(OptionError, match=r"fed as they are, and no images; leave --mean"):
             read()
@@ -296,9 +296,9 @@ def test_labels_of_images_say_that_any_model_of_them_tells_classes_apart():
 
 
 def test_code_brings_a_preprocessing_or_a_preset(place):
-    images = load_vision_model("net.py:stating").images("images.npz:test").tensor()
+    images = load_model("net.py:stating").images("images.npz:test").tensor()
     torch.testing.assert_close(images, (pixels() - 0.5) / 0.25)
-    loaded = load_vision_model("net.py:preset")
+    loaded = load_model("net.py:preset")
     weights = import_torchvision("models").ResNet18_Weights.DEFAULT
     preset = weights.transforms(crop_size=8, resize_size=10)
     expected = Preprocessing.of(preset)
@@ -313,19 +313,21 @@ def test_a_function_is_taken_from_the_code_again_and_refused_without_it(run, pla
     assert lineage["preprocessing"] == {"transform": "net.py:own", "steps": "<function function>"}
     status, out, err = run(*evaluate("own"))
     assert (status, "by the transform of net.py:own" in out) == (0, True), err
-    loaded = load_vision_model("small", dense="net.py:own")
+    loaded = load_model("small", dense="net.py:own")
     assert torch.equal(loaded.images("images.npz:test").tensor(), pixels() * 255 / 127.5 - 1)
 
     status, _, err = run(*evaluate("build"))
     assert (status, "(<function function>), which nothing brings" in err) == (2, True), err
     stated = Preprocessing(mean=0, std=1)
     with pytest.raises(OptionError, match="leave --mean, --std, --image-size"):
-        load_vision_model("small", dense="net.py:own", preprocessing=stated)
-    with pytest.warns(UserWarning, match="by another transform than is stated now"):
-        load_vision_model("small", dense="net.py:build", preprocessing=stated)
+        load_model("small", dense="net.py:own", preprocessing=stated)
+    with pytest.warns(UserWarning, match="by another transform than directory small brings"):
+        load_model("small", dense="net.py:build", preprocessing=stated)
     (place / "net.py").write_text(CODE.replace("IMAGES, function", "IMAGES, Bytes.__init__"))
-    with pytest.warns(UserWarning, match=r"by <function function>, and .* now brings <function B"):
-        load_vision_model("small", dense="net.py:own")
+    with pytest.warns(
+        UserWarning, match=r"records <function function>, where its code now brings <function B"
+    ):
+        load_model("small", dense="net.py:own")
 
 
 @pytest.mark.parametrize(
@@ -338,7 +340,7 @@ def test_a_function_is_taken_from_the_code_again_and_refused_without_it(run, pla
     ],
 )
 def test_a_function_that_makes_no_image_for_the_model_is_refused(function, message, place):
-    loaded = load_vision_model(f"net.py:{function}")
+    loaded = load_model(f"net.py:{function}")
     for read in (
         lambda: loaded.calibration("images.npz:train", samples=4, seqlen=None, seed=0),
         lambda: load_images("images.npz:train", loaded.preprocessing),
@@ -349,9 +351,9 @@ def test_a_function_that_makes_no_image_for_the_model_is_refused(function, messa
 
 def test_what_is_no_transform_is_refused(place):
     with pytest.raises(ModelError, match=r"gives 3 \(int\) as what is done to an image"):
-        load_vision_model("net.py:nothing")
+        load_model("net.py:nothing")
     with pytest.raises(OptionError, match=r"the caller gives 'x' \(str\) as what is done"):
-        load_vision_model("net.py:build", preprocessing="x")
+        load_model("net.py:build", preprocessing="x")
 
 
 # ---- followed from the example -----------------------------------------------------------
@@ -371,20 +373,20 @@ def test_what_is_no_transform_is_refused(place):
 )
 def test_an_example_of_another_layout_is_refused(function, message, place):
     with pytest.raises(ImageError, match=message):
-        load_vision_model(f"net.py:{function}", preprocessing=Preprocessing(mean=0, std=1))
+        load_model(f"net.py:{function}", preprocessing=Preprocessing(mean=0, std=1))
 
 
 def test_images_for_an_example_of_another_layout_are_refused_before_any_work(run, place):
     status, _, err = run(*prune("last", "--no-normalize"))
     assert (status, "permute its dimensions itself" in err) == (2, True), err
     assert not (place / "small").exists()
-    loaded = load_vision_model("net.py:last")
+    loaded = load_model("net.py:last")
     with pytest.raises(ImageError, match=r"permute its dimensions itself"):
         loaded.images("images.npz:test")
 
 
 def test_a_model_of_uint8_gets_pixels_as_they_are(run, place):
-    loaded = load_vision_model("net.py:bytes_", device="cpu")
+    loaded = load_model("net.py:bytes_", device="cpu")
     assert torch.equal(loaded.images("images.npz:test").tensor(), (pixels() * 255).round().byte())
     status, out, err = run(*prune("bytes_"))
     assert (status, "pixels from 0 to 255 as they are (uint8)" in out) == (0, True), err
@@ -393,7 +395,7 @@ def test_a_model_of_uint8_gets_pixels_as_they_are(run, place):
     assert (status, "uint8" in out) == (0, True), err
     status, _, err = run(*prune("bytes_", "--mean", "0.5", "--std", "0.5", out="other"))
     assert (status, "takes pixels from 0 to 255 as they are; leave --mean" in err) == (2, True), err
-    scaled = load_vision_model("net.py:scaled", preprocessing=Preprocessing(mean=0, std=1 / 255))
+    scaled = load_model("net.py:scaled", preprocessing=Preprocessing(mean=0, std=1 / 255))
     torch.testing.assert_close(scaled.images("images.npz:test").tensor(), pixels() * 255)
 
 
@@ -401,7 +403,7 @@ def test_a_model_of_one_channel_gets_grayscale_images(run, place):
     from PIL import Image
 
     stated = Preprocessing(mean=0, std=1)
-    loaded = load_vision_model("net.py:gray", preprocessing=stated)
+    loaded = load_model("net.py:gray", preprocessing=stated)
     found = loaded.images("images.npz:test").tensor()
     images = [Image.fromarray(image) for image in np.load("images.npz")["test_images"]]
     gray = np.stack([np.array(image.convert("L")) for image in images])
@@ -438,7 +440,7 @@ def test_the_size_of_images_is_never_assumed(run, place):
 
 def test_a_model_is_scored_in_the_shape_that_it_was_pruned_with(run, place):
     """Of a plain tensor its shape is known, and how it was normalized is not."""
-    dense = load_vision_model("net.py:build").model
+    dense = load_model("net.py:build").model
     net = nn.Sequential(*dense)  # of which nothing is noted
     osscar.prune(net, torch.rand(12, 3, 16, 18), **SPARSITY).save("small")
     torch.save(net.state_dict(), "net.pt")
@@ -457,15 +459,15 @@ def test_a_model_is_scored_in_the_shape_that_it_was_pruned_with(run, place):
 
 
 def test_python_records_what_its_own_images_went_through(place):
-    loaded = load_vision_model("net.py:build", preprocessing=plain(12))
+    loaded = load_model("net.py:build", preprocessing=plain(12))
     other = Preprocessing(crop=10, mean=0.25, std=0.5, channels=3)
     result = osscar.prune(loaded.model, load_images("images.npz:train", other), **SPARSITY)
     result.save("small")
-    again = load_vision_model("small", dense="net.py:build")
+    again = load_model("small", dense="net.py:build")
     assert again.preprocessing.record().items() >= other.record().items()
     assert again.example["input"].shape == (2, 3, 10, 10)
     assert lineage_of(again.model).inputs == lineage_of(result.model).inputs
-    own = load_vision_model("net.py:build", preprocessing=lambda image: image)
+    own = load_model("net.py:build", preprocessing=lambda image: image)
     assert isinstance(own.preprocessing, OwnTransform)
     assert own.preprocessing.source == "the caller"
     with pytest.raises(OptionError, match="nothing states the mean and std"):

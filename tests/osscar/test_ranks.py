@@ -25,7 +25,7 @@ import osscar.cli
 from osscar.base.errors import RanksError
 from osscar.base.launch import launched
 from osscar.base.ranks import ALONE, Ranks
-from osscar.data.tokens import named_generator
+from osscar.data.samples import named_generator
 from osscar.preparation.fingerprint import DenseOutputs, Fingerprint, Manifest
 from osscar.pruning.prune import check_alike
 from tests import collected

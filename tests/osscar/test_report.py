@@ -9,9 +9,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from osscar.base.printable import counted
 from osscar.cli.common import _PlainConsole, out
-from osscar.evaluation.images import ImageQuality, ImageSpeed
-from osscar.evaluation.language import Quality
-from osscar.evaluation.result import Comparison, Evaluation
+from osscar.evaluation.evaluate import Comparison, Evaluation
+from osscar.evaluation.quality import SampleQuality, SampleSpeed, TextQuality
 from osscar.evaluation.size import Footprint
 from osscar.evaluation.speed import Speed
 from osscar.report import plots, prune_page, prune_plots
@@ -155,11 +154,11 @@ def test_numbers_have_the_digits_that_count():
 
 
 TEXT = Evaluation(
-    "token", Quality(20.0, 511, 1, 512), Speed(1e4, 100.0, 512, 32, 5),
+    "token", TextQuality(20.0, 511, 1, 512), Speed(1e4, 100.0, 512, 32, 5),
     Footprint(2_000_000, 8_000_000, 4e6, None, None), "cpu", "float32",
 )  # fmt: skip
 IMAGES = Evaluation(
-    "image", ImageQuality(40, None, None, 0.5, 0.1), ImageSpeed(200.0, 32, 5),
+    "image", SampleQuality(40, "output", None, None, 0.5, 0.1, {}), SampleSpeed(200.0, 32, 5),
     Footprint(1_000_000, 4_000_000, 2e9, 10**9, 4_000_000), "cpu", "float32",
 )  # fmt: skip
 

@@ -231,7 +231,7 @@ def test_a_report_that_cannot_be_written_is_refused_before_the_work(
     def never(*_):
         raise AssertionError("work was begun")
 
-    monkeypatch.setattr("osscar.models.open.open_model", never)
+    monkeypatch.setattr("osscar.models.load.load_model", never)
     monkeypatch.chdir(tmp_path)
     status, _, err = run(*small_prune("small", "text.txt", "--report", place))
     assert status == 2

@@ -31,10 +31,10 @@ from osscar.base.errors import (
 from osscar.base.memory import available_memory, parse_size, resident_memory
 from osscar.checkpoint.streamed import check_written, write_weights
 from osscar.evaluation.forward import measure_forward
-from osscar.evaluation.language import measure_quality
+from osscar.evaluation.quality import score
 from osscar.models import language
-from osscar.models.language import DEMO_DIRECTORY, fitting_memory
-from osscar.models.open import open_model
+from osscar.models.language import DEMO_DIRECTORY
+from osscar.models.load import fitting_memory
 from osscar.offload import sources
 from osscar.offload.abreast import abreast
 from osscar.offload.away import Away
@@ -351,7 +351,8 @@ def test_room_is_made_for_what_is_scored():
     model, free = loaded.model, []
     shelf, before = shelf_of(model), shelf_of(model).left_free
     model.lm_head.register_forward_pre_hook(lambda *_: free.append(shelf.left_free))
-    measure_quality(model, loaded.tokenizer, "the quick brown fox " * 200, windows=4, seqlen=64)
+    text = "the quick brown fox " * 200
+    score([model], osscar.TextSet.of(loaded.tokenizer, text, windows=4, seqlen=64))
     measure_forward([model], {"input_ids": torch.zeros(4, 64, dtype=torch.int64)})
     assert min(free) >= 4 * 4 * 64 * model.config.vocab_size
     assert shelf.left_free == before
@@ -602,7 +603,7 @@ def test_sizes(size, bytes_):
 
 def test_a_model_that_is_no_directory_of_transformers_is_refused():
     with pytest.raises(OptionError, match="--max-memory"):
-        open_model("torchvision:resnet18", max_memory=PLENTY)
+        osscar.load_model("torchvision:resnet18", max_memory=PLENTY)
 
 
 # ---- parameters on disk ------------------------------------------------------------------

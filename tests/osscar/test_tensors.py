@@ -22,8 +22,8 @@ from osscar.base.errors import (
 from osscar.cli import main
 from osscar.data.batches import as_inputs
 from osscar.data.tensors import holds_images
-from osscar.evaluation.tensors import score_tensors
-from osscar.models.vision import load_vision_model
+from osscar.evaluation.quality import score
+from osscar.models.load import load_model
 from osscar.preparation.fingerprint import Fingerprint
 from osscar.shrinking.lineage import lineage_of
 
@@ -144,8 +144,8 @@ def test_a_model_that_reads_sound_is_pruned_scored_and_swept(run, code, tmp_path
     assert "60 labelled samples scored, 'output' as scores of classes" in out
     found = json.loads((tmp_path / "eval.json").read_text())
     assert found["inputs"] == "data.npz:test"
-    dense = load_vision_model(code("sound")).model
-    pruned = load_vision_model("small", dense=code("sound")).model
+    dense = load_model(code("sound")).model
+    pruned = load_model("small", dense=code("sound")).model
     data = waves(60, 1)
     with torch.no_grad():
         mine, theirs = (m(torch.from_numpy(data["wave"])).double() for m in (pruned, dense))
@@ -183,7 +183,7 @@ def test_two_inputs_are_fed_by_name_from_either_kind_of_file(run, code, tmp_path
     data = pairs(64, 0)
     np.savez("data.npz", **data)
     save_file({name: torch.from_numpy(array) for name, array in data.items()}, "data.safetensors")
-    loaded = load_vision_model(code("two"))
+    loaded = load_model(code("two"))
     found, same = (loaded.tensors(file) for file in ("data.npz", "data.safetensors"))
     assert all(torch.equal(tensor, same.tensors[name]) for name, tensor in found.tensors.items())
     asked = ("--calibration", "data.safetensors", "--form", "graph", *FAST, "--out", "s0")
@@ -211,15 +211,15 @@ def test_nothing_is_written_where_data_do_not_fit(run, code, tmp_path):
     assert status == 2
     assert "'tokens' is float32 of (8, 4), and in the example inputs int64 of (2, 6)" in err
     assert {path.name for path in tmp_path.iterdir()} <= {"mine.py", "swapped.npz", "__pycache__"}
-    loaded = load_vision_model(code("two"))
+    loaded = load_model(code("two"))
     with pytest.raises(ImageError, match="tensors for tokens, features"):
         loaded.calibration(None, samples=None, seqlen=None, seed=0)
     with pytest.raises(OptionError, match="give one of them"):
-        loaded.held_out("x.npz", "swapped.npz")
+        loaded.held_out(images="x.npz", inputs="swapped.npz")
     with pytest.raises(ModelError, match="its model reads tokens, features; return the model, and"):
-        load_vision_model(code("alone"))
+        load_model(code("alone"))
     with pytest.raises(ImageError, match="reads 2 inputs"):
-        load_vision_model(code("two"), preprocessing=osscar.Preprocessing(mean=0, std=1))
+        load_model(code("two"), preprocessing=osscar.Preprocessing(mean=0, std=1))
 
 
 def test_outputs_of_a_dictionary_are_scored_by_name(run, code, tmp_path):
@@ -401,10 +401,10 @@ def test_what_calibrated_a_model_is_known_and_its_evaluation_is_of_python_too():
     (known,) = lineage_of(pruned).calibration
     assert known.fingerprints == tuple(data.fingerprints())
     labelled = samples(1, torch.arange(48) % 4)
-    found = osscar.compare_tensors(pruned, dense, labelled, repetitions=1)
+    found = osscar.compare(pruned, dense, labelled, repetitions=1)
     assert found.model.quality.top1 is not None
     assert found.dense.quality.errors == {}
-    alone = osscar.evaluate_tensors(pruned, labelled, batch_size=7, repetitions=1)
+    alone = osscar.evaluate(pruned, labelled, batch_size=7, repetitions=1)
     assert alone.quality.top1 == found.model.quality.top1
     assert alone.sample == "sample"
 
@@ -414,8 +414,8 @@ def test_probabilities_diverge_as_their_logits_do():
     with torch.no_grad():
         pruned[2].weight.mul_(1.1)
     chances = [nn.Sequential(*model, nn.Softmax(1)).eval() for model in (pruned, dense)]
-    of_logits = score_tensors([pruned], samples(), dense=dense)[0]
-    of_chances = score_tensors(chances[:1], samples(), dense=chances[1])[0]
+    of_logits = score([pruned], samples(), dense=dense)[0]
+    of_chances = score(chances[:1], samples(), dense=chances[1])[0]
     assert of_logits.kl == pytest.approx(of_chances.kl, rel=1e-3)
 
 
@@ -433,21 +433,21 @@ def test_the_dense_model_is_scored_on_labels_that_are_its_classes():
 def test_data_and_labels_that_a_model_has_no_use_for_are_refused():
     model = network()
     with pytest.raises(CalibrationError, match="labels from 0 to 4 and the model 4 classes"):
-        osscar.evaluate_tensors(model, samples(labels=torch.arange(48) % 5))
+        osscar.evaluate(model, samples(labels=torch.arange(48) % 5))
     with pytest.raises(ModelError, match=r"the labels are \(48, 2\)"):
-        score_tensors([model], samples(labels=torch.zeros(48, 2, dtype=int)), batch_size=48)
+        score([model], samples(labels=torch.zeros(48, 2, dtype=int)), batch_size=48)
     with pytest.raises(CalibrationError, match="takes no 'x'; it takes input"):
-        osscar.evaluate_tensors(model, osscar.TensorSet("x", {"x": torch.zeros(2, 5)}))
+        osscar.evaluate(model, osscar.TensorSet("x", {"x": torch.zeros(2, 5)}))
     with pytest.raises(ModelError, match=r"Sequential fails on input \(2, 3\)"):
-        osscar.evaluate_tensors(model, osscar.TensorSet("x", {"input": torch.zeros(2, 3)}))
-    with pytest.raises(CalibrationError, match="the data are a dict; give a TensorSet"):
-        osscar.evaluate_tensors(model, {"input": torch.zeros(2, 5)})
+        osscar.evaluate(model, osscar.TensorSet("x", {"input": torch.zeros(2, 3)}))
+    with pytest.raises(CalibrationError, match="the data are a dict; give what osscar"):
+        osscar.evaluate(model, {"input": torch.zeros(2, 5)})
     with pytest.raises(CalibrationError, match="cannot draw 0 samples"):
         samples().sample(0, seed=0)
     with pytest.raises(OptionError, match="batch size"):
-        osscar.evaluate_tensors(model, samples(), batch_size=0)
+        osscar.evaluate(model, samples(), batch_size=0)
     with pytest.raises(ModelError, match="cannot be compared"):
-        osscar.compare_tensors(model, nn.Sequential(nn.Linear(5, 3)).eval(), samples())
+        osscar.compare(model, nn.Sequential(nn.Linear(5, 3)).eval(), samples())
 
 
 def test_labels_are_whole_numbers_of_any_width_and_those_of_minus_100_are_not_scored():
@@ -461,7 +461,7 @@ def test_labels_are_whole_numbers_of_any_width_and_those_of_minus_100_are_not_sc
         "none": some - some - 100,
     }.items():
         data = samples(labels=labels).sample(48, seed=0)
-        scores[name] = [one(data) for one in (lambda d: score_tensors([model], d)[0].top1,
+        scores[name] = [one(data) for one in (lambda d: score([model], d)[0].top1,
                                               lambda d: osscar.score_dense(model, d))]  # fmt: skip
     assert [top1 for top1, _ in scores.values()] == [1.0, 1.0, None]
     assert scores["some"][1].chance == int(right[:12].bincount().max()) / 12
@@ -489,9 +489,9 @@ def test_the_classes_of_predictions_at_several_places_are_found_as_torch_has_the
     labels[:9] = 0
     expected = (scores.argmax(1) == labels)[labels >= 0].double().mean()
     for model in (first, last):
-        assert score_tensors([model], samples(labels=labels))[0].top1 == pytest.approx(expected)
+        assert score([model], samples(labels=labels))[0].top1 == pytest.approx(expected)
     with pytest.raises(ModelError, match=r"scores of classes would be \(32, 'classes', 4\)"):
-        score_tensors([first], samples(labels=labels[:, :4]))
+        score([first], samples(labels=labels[:, :4]))
 
 
 class Several(nn.Module):
@@ -506,10 +506,10 @@ class Several(nn.Module):
 def test_the_first_of_several_outputs_is_scored_by_labels_with_a_warning_as_of_images():
     labels = torch.arange(48) % 4
     with pytest.warns(UserWarning, match=r"scored is '0', the first; to score another, call it"):
-        several = score_tensors([Several()], samples(labels=labels))[0]
+        several = score([Several()], samples(labels=labels))[0]
     assert several.classes_in == "0"
-    assert several.top1 == score_tensors([network()], samples(labels=labels))[0].top1
-    assert score_tensors([Several()], samples())[0].classes_in is None
+    assert several.top1 == score([network()], samples(labels=labels))[0].top1
+    assert score([Several()], samples())[0].classes_in is None
 
 
 @pytest.mark.parametrize(
@@ -571,7 +571,7 @@ def test_a_model_of_any_number_format_is_opened_again(dtype, tmp_path):
     data = (torch.rand(24, 3 if dtype.is_complex else 6) * 8).to(dtype)
     pruned = osscar.prune(AnyNumber().eval(), {"z": data}, neurons=0.5, backend="magnitude")
     pruned.save(tmp_path / "small")
-    again = load_vision_model(tmp_path / "small", dense=f"{tmp_path / 'mine.py'}:build")
+    again = load_model(tmp_path / "small", dense=f"{tmp_path / 'mine.py'}:build")
     assert again.example["z"].shape[1:] == data.shape[1:]
     file = tmp_path / "small" / "osscar.json"
     name = str(dtype).removeprefix("torch.")
@@ -579,4 +579,4 @@ def test_a_model_of_any_number_format_is_opened_again(dtype, tmp_path):
         file.write_text(file.read_text().replace(f'"{name}"', f'"{other}"'))
         name = other
         with pytest.raises(CheckpointError, match=f"the input 'z' in .* no sense: '{other}'"):
-            load_vision_model(tmp_path / "small", dense=f"{tmp_path / 'mine.py'}:build")
+            load_model(tmp_path / "small", dense=f"{tmp_path / 'mine.py'}:build")

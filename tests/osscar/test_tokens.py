@@ -12,6 +12,7 @@ import pytest
 import torch
 from transformers import BertTokenizerFast
 
+import osscar
 from osscar.base.errors import CalibrationError, MissingDependency, TextError
 from osscar.data import prose as topics
 from osscar.data.prose import Part, builtin_text, split_paragraphs, topic_part
@@ -50,34 +51,28 @@ def test_a_text_that_the_tokenizer_does_not_know_is_told(recwarn):
 
 
 class TestWindows:
-    def test_seed_decides_the_windows(self, tokenizer):
+    def test_seed_decides_the_windows_and_no_random_state(self, tokenizer):
         text = words(3000)
+        torch.manual_seed(0)
         first = text_windows(tokenizer, text, samples=4, seqlen=32, seed=1)
+        drawn = torch.rand(3)
+        torch.manual_seed(0)
+        assert torch.equal(torch.rand(3), drawn)
         again = text_windows(tokenizer, text, samples=4, seqlen=32, seed=1)
         other = text_windows(tokenizer, text, samples=4, seqlen=32, seed=2)
         assert torch.equal(first.tokens, again.tokens)
         assert not torch.equal(first.tokens, other.tokens)
 
-    def test_global_random_state_is_neither_used_nor_touched(self, tokenizer):
-        torch.manual_seed(0)
-        first = text_windows(tokenizer, words(900), samples=4, seqlen=32, seed=1)
-        drawn = torch.rand(3)
-        torch.manual_seed(0)
-        assert torch.equal(torch.rand(3), drawn)
-        again = text_windows(tokenizer, words(900), samples=4, seqlen=32, seed=1)
-        assert torch.equal(first.tokens, again.tokens)
-
-    @pytest.mark.parametrize("seed", range(20))
-    def test_windows_are_cut_from_the_text_in_order_and_apart(self, tokenizer, seed):
+    def test_windows_are_cut_from_the_text_in_order_and_apart(self, tokenizer):
         text = words(400)
         tokens = encode(tokenizer, text)
-        samples = len(tokens) // 40
-        found = text_windows(tokenizer, text, samples=samples, seqlen=40, seed=seed)
-        assert (found.samples, found.seqlen) == (samples, 40)
-        windows = tokens.unfold(0, 40, 1)
-        starts = [int((windows == w).all(1).nonzero()[0, 0]) for w in found.tokens]
-        assert all(later - earlier >= 40 for earlier, later in pairwise(starts))
-        assert "overlapping" not in found.source
+        samples, windows = len(tokens) // 40, tokens.unfold(0, 40, 1)
+        for seed in range(20):
+            found = text_windows(tokenizer, text, samples=samples, seqlen=40, seed=seed)
+            assert (found.samples, found.seqlen) == (samples, 40)
+            starts = [int((windows == w).all(1).nonzero()[0, 0]) for w in found.tokens]
+            assert all(later - earlier >= 40 for earlier, later in pairwise(starts))
+            assert "overlapping" not in found.source
 
     def test_windows_begin_and_end_as_the_tokenizer_says(self, tokenizer):
         framing = framing_tokenizer()
@@ -110,21 +105,17 @@ class TestWindows:
         assert len(set(found.tokens[:, 0].tolist())) > 1
         assert set(found.tokens.flatten().tolist()) <= set(tokens.tolist())
 
-    def test_one_window_fits_exactly(self, tokenizer):
+    def test_a_text_shorter_than_a_window_is_refused(self, tokenizer):
         tokens = encode(tokenizer, words(60))
-        found = text_windows(tokenizer, words(60), samples=1, seqlen=len(tokens), seed=0)
+        held = len(tokens)
+        found = text_windows(tokenizer, words(60), samples=1, seqlen=held, seed=0)
         assert torch.equal(found.tokens[0], tokens)
-
-    def test_too_short_a_text_names_both_numbers(self, tokenizer):
-        held = len(encode(tokenizer, words(60)))
         message = rf"{held} tokens, fewer than one window of {held + 1}.*--seqlen"
         with pytest.raises(CalibrationError, match=message):
             text_windows(tokenizer, words(60), samples=1, seqlen=held + 1, seed=0)
-
-    @pytest.mark.parametrize(("samples", "seqlen"), [(0, 8), (-1, 8), (8, 0)])
-    def test_no_windows_are_refused(self, tokenizer, samples, seqlen):
-        with pytest.raises(CalibrationError, match=f"not {samples} of {seqlen}"):
-            text_windows(tokenizer, words(60), samples=samples, seqlen=seqlen, seed=0)
+        for samples, seqlen in ((0, 8), (-1, 8), (8, 0)):
+            with pytest.raises(CalibrationError, match=f"not {samples} of {seqlen}"):
+                text_windows(tokenizer, words(60), samples=samples, seqlen=seqlen, seed=0)
 
     def test_long_text_is_tokenized_without_a_warning(self, tokenizer, caplog):
         import logging
@@ -154,34 +145,32 @@ class TestSources:
         assert torch.equal(found.tokens, direct.tokens)
         assert found.source == str(file)
 
-    @pytest.mark.parametrize(
-        ("content", "complaint"),
-        [
+    def test_bad_files_are_refused(self, tokenizer, tmp_path):
+        file = tmp_path / "bad.txt"
+        for content, complaint in (
             (b"", "is empty"),
             (b" \n\t\n", "is empty"),
             (b"PK\x03\x04\x00\x00", "is binary"),
             ("na\xefve".encode("latin-1"), "not UTF-8 .byte 2: 0xef"),
-        ],
-    )
-    def test_bad_files_are_refused(self, tokenizer, tmp_path, content, complaint):
-        file = tmp_path / "bad.txt"
-        file.write_bytes(content)
-        with pytest.raises(CalibrationError, match=rf"bad\.txt.*{complaint}"):
-            load_calibration(str(file), tokenizer)
-
-    @pytest.mark.parametrize("spec", ["missing.txt", "/nowhere/text", "./text"])
-    def test_missing_file(self, tokenizer, spec):
-        with pytest.raises(CalibrationError, match=rf"no text file at .*{Path(spec).name}"):
-            load_calibration(spec, tokenizer)
-
-    def test_directory_is_not_a_text_file(self, tokenizer, tmp_path):
+        ):
+            file.write_bytes(content)
+            with pytest.raises(CalibrationError, match=rf"bad\.txt.*{complaint}"):
+                load_calibration(str(file), tokenizer)
+        for spec in ("missing.txt", "/nowhere/text", "./text"):
+            with pytest.raises(CalibrationError, match=rf"no text file at .*{Path(spec).name}"):
+                load_calibration(spec, tokenizer)
         with pytest.raises(CalibrationError, match="cannot read"):
             load_calibration(tmp_path, tokenizer)
+        for read in (read_text, lambda path: osscar.load_text(path, tokenizer)):
+            with pytest.raises(TextError) as caught:
+                read(tmp_path / "missing.txt")
+            assert not isinstance(caught.value, CalibrationError)
 
-    def test_reading_for_other_purposes_raises_the_general_error(self, tmp_path):
-        with pytest.raises(TextError) as caught:
-            read_text(tmp_path / "missing.txt")
-        assert not isinstance(caught.value, CalibrationError)
+    def test_paths_and_names_are_told_apart(self, tokenizer, tmp_path, monkeypatch):
+        """A file without a suffix is still a file when it exists."""
+        monkeypatch.chdir(tmp_path)
+        Path("corpus").write_text(words(300), encoding="utf-8")
+        assert load_calibration("corpus", tokenizer, samples=1, seqlen=16).source == "corpus"
 
 
 class TestDatasets:
@@ -191,11 +180,11 @@ class TestDatasets:
         module.load_dataset = load_dataset
         monkeypatch.setitem(sys.modules, "datasets", module)
 
-    @pytest.mark.parametrize("name", ["org/name-v1.1", "org/name:20231101.en", "c4"])
-    def test_names_with_dots_are_not_taken_for_files(self, tokenizer, monkeypatch, name):
+    def test_names_with_dots_are_not_taken_for_files(self, tokenizer, monkeypatch):
         self.install(monkeypatch, lambda *_, **__: [{"text": words(300)}])
-        found = load_calibration(name, tokenizer, samples=1, seqlen=16)
-        assert found.source == f"dataset {name}"
+        for name in ("org/name-v1.1", "org/name:20231101.en", "c4"):
+            found = load_calibration(name, tokenizer, samples=1, seqlen=16)
+            assert found.source == f"dataset {name}"
 
     def test_rows_are_streamed_until_there_are_enough(self, tokenizer, monkeypatch):
         seen = []
@@ -228,15 +217,15 @@ class TestDatasets:
             load_calibration("org/name", tokenizer)
         assert "more" not in str(caught.value)
 
-    def test_no_text_column(self, tokenizer, monkeypatch):
-        self.install(monkeypatch, lambda *_, **__: [{"label": 1, "image": 2}])
-        with pytest.raises(CalibrationError, match="no column 'text', only image, label"):
-            load_calibration("org/name", tokenizer)
-
-    def test_no_rows(self, tokenizer, monkeypatch):
-        self.install(monkeypatch, lambda *_, **__: [])
-        with pytest.raises(CalibrationError, match="has no text"):
-            load_calibration("org/name", tokenizer)
+    def test_rows_without_text_are_refused(self, tokenizer, monkeypatch):
+        for rows, message in (
+            ([{"label": 1, "image": 2}], "no column 'text', only image, label"),
+            ([{"text": 3}], "the column 'text' of .* holds a int"),
+            ([], "has no text"),
+        ):
+            self.install(monkeypatch, lambda *_, rows=rows, **__: rows)
+            with pytest.raises(CalibrationError, match=message):
+                load_calibration("org/name", tokenizer)
 
 
 class TestBuiltinText:
@@ -289,10 +278,3 @@ class TestBuiltinText:
                 load_calibration(None, tokenizer)
         finally:
             topics._split_topics.cache_clear()
-
-
-def test_paths_and_names_are_told_apart(tokenizer, tmp_path, monkeypatch):
-    """A file without a suffix is still a file when it exists."""
-    monkeypatch.chdir(tmp_path)
-    Path("corpus").write_text(words(300), encoding="utf-8")
-    assert load_calibration("corpus", tokenizer, samples=1, seqlen=16).source == "corpus"

@@ -8,7 +8,7 @@ from torch import nn
 
 import osscar
 from osscar.base.errors import ModelError, ModelNotFound
-from osscar.models.vision import load_vision_model
+from osscar.models.load import load_model
 
 NET = """
 import torch
@@ -79,13 +79,13 @@ def place(tmp_path, monkeypatch):
 @pytest.mark.parametrize("file", ["osscar_test_mine", "osscar_test_mine.py"])
 def test_code_finds_what_lies_in_the_current_directory(file, place):
     before = list(sys.path)
-    assert load_vision_model(f"{file}:build").example["input"].shape == (2, 3, 12, 12)
+    assert load_model(f"{file}:build").example["input"].shape == (2, 3, 12, 12)
     assert sys.path == before
 
 
 def test_code_finds_what_lies_beside_its_file(place):
     (place / "blocks.py").unlink()
-    assert load_vision_model("sub/osscar_test_mine.py:build").source.startswith("sub/")
+    assert load_model("sub/osscar_test_mine.py:build").source.startswith("sub/")
 
 
 @pytest.mark.parametrize(
@@ -98,7 +98,7 @@ def test_code_finds_what_lies_beside_its_file(place):
 )
 def test_a_file_without_its_suffix_is_told_what_to_write(name, file):
     with pytest.raises(ModelNotFound, match=f"for a file give {file}$"):
-        load_vision_model(name)
+        load_model(name)
 
 
 @pytest.mark.parametrize("suffix", ["", ".py"])
@@ -109,7 +109,7 @@ def test_a_failing_import_shows_the_users_error_and_line(suffix, place):
         ("broken_import", r"ModuleNotFoundError: No module named 'no_such_package' \(line 1"),
     ):
         with pytest.raises(ModelError, match=message):
-            load_vision_model(f"{module}{suffix}:build")
+            load_model(f"{module}{suffix}:build")
 
 
 @pytest.mark.parametrize(
@@ -126,12 +126,12 @@ def test_a_failing_import_shows_the_users_error_and_line(suffix, place):
 )
 def test_what_cannot_be_used_is_refused(function, message, place):
     with pytest.raises(ModelError, match=message):
-        load_vision_model(f"osscar_test_mine.py:{function}")
+        load_model(f"osscar_test_mine.py:{function}")
 
 
 def test_the_example_is_cast_as_the_model_is(place):
     for dtype in ("float32", "float16"):
-        loaded = load_vision_model("osscar_test_mine.py:half", dtype=dtype, device="cpu")
+        loaded = load_model("osscar_test_mine.py:half", dtype=dtype, device="cpu")
         assert loaded.example["input"].dtype is next(loaded.model.parameters()).dtype
 
 
@@ -142,7 +142,7 @@ def test_images_get_the_size_of_a_rectangular_example(place):
 
     stated = Preprocessing(mean=0, std=1)
     name = "osscar_test_mine.py:rectangle"
-    preprocessing = load_vision_model(name, preprocessing=stated).preprocessing
+    preprocessing = load_model(name, preprocessing=stated).preprocessing
     assert Preprocessing.from_json({**preprocessing.record(), "crop": [8, 12]}) == preprocessing
     pixels = torch.randint(256, (2, 20, 20, 3), dtype=torch.uint8).numpy()
     assert ImageSet("noise", pixels, preprocessing).tensor().shape == (2, 3, 8, 12)

@@ -1,0 +1,128 @@
+"""Sets of samples, images or tensors alike: drawn from, described, and recognized again."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from osscar.base.errors import OsscarError
+from osscar.base.files import digest
+from osscar.base.inputs import shown
+from osscar.base.printable import counted
+from osscar.shrinking.lineage import Calibration
+
+IGNORED = -100
+"""The label of what is not scored, as `torch.nn.functional.cross_entropy` has it."""
+
+IMAGES = "images"
+"""The entry of a file that holds images, unless a model reads it as it is."""
+
+LABELS = "labels"
+"""The entry of a file that holds the class of each sample, unless a model reads it."""
+
+
+class SampleSet(ABC):
+    """Samples of one kind, with labels or without."""
+
+    sample_name: ClassVar[str]
+    """What one of them is called."""
+
+    error: ClassVar[type[OsscarError]]
+    """What is raised where one does not fit."""
+
+    source: str
+    labels: Tensor | None
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Return how many there are."""
+
+    @abstractmethod
+    def fingerprints(self) -> list[str]:
+        """Return a short hash of each sample, to recognize it by."""
+
+    @abstractmethod
+    def describe(self) -> dict[str, Any]:
+        """Return what reports say: where they come from, and by what they are recognized."""
+
+    @abstractmethod
+    def batches(self, size: int) -> Iterator[Any]:
+        """Yield at most `size` samples at a time."""
+
+    @abstractmethod
+    def _rows(self, rows: Tensor) -> Self:
+        """Return the samples at these positions, (n,) int64."""
+
+    def sample(self, count: int, seed: int) -> Self:
+        """Return `count` samples drawn at random, or all in random order where there are no more.
+
+        Raises
+        ------
+        ImageError, CalibrationError
+            If `count` is not positive.
+        """
+        name = f"{self.sample_name}s"
+        if not isinstance(count, int) or count < 1:
+            raise self.error(f"cannot draw {shown(count)} {name}; give at least 1 (--samples)")
+        return self._rows(torch.randperm(len(self), generator=named_generator(name, seed))[:count])
+
+    def class_labels(self, classes: Sequence[str], outputs: int) -> Tensor | None:
+        """Return the labels as numbers of a model's outputs, or None without labels.
+
+        Parameters
+        ----------
+        classes
+            The names of the model's classes; empty where they are not known.
+        outputs
+            How many it has.
+
+        Raises
+        ------
+        ImageError, CalibrationError
+            If a label is none of its classes.
+        """
+        labels = self._named_labels(classes, outputs)
+        known = torch.empty(0) if labels is None else labels[labels != IGNORED]
+        if len(known) and not (int(known.min()) >= 0 and int(known.max()) < outputs):
+            raise self.error(
+                f"{self.source} has labels from {int(known.min())} to {int(known.max())} and the "
+                f"model {counted(outputs, 'class', 'classes')}; give {self.sample_name}s of its "
+                "classes"
+            )
+        return labels
+
+    def _named_labels(self, classes: Sequence[str], outputs: int) -> Tensor | None:
+        return self.labels
+
+    def refuse_overlap(self, calibration: Iterable[Calibration]) -> None:
+        """Refuse to score what a model was calibrated on.
+
+        Parameters
+        ----------
+        calibration
+            From the lineage of the model.
+
+        Raises
+        ------
+        ImageError, CalibrationError
+            If a sample is one that calibrated the model.
+        """
+        used = [(one.source, {*one.images, *one.fingerprints}) for one in calibration]
+        mine = self.fingerprints() if any(theirs for _, theirs in used) else []
+        for source, theirs in used:
+            shared = sum(one in theirs for one in mine)
+            if shared:
+                raise self.error(
+                    f"{shared} of {counted(len(self), self.sample_name)} calibrated this model "
+                    f"({source}); score others"
+                )
+
+
+def named_generator(name: str, seed: int) -> torch.Generator:
+    """Return a random stream of its own for a purpose, so that streams do not disturb another."""
+    drawn = int(digest(f"{name}/{seed}")[:16], 16)
+    return torch.Generator().manual_seed(drawn >> 1)

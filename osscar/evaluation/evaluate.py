@@ -1,0 +1,216 @@
+"""What a model is worth, alone or beside its dense original: quality, speed and size."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from osscar.base.inputs import whole_number
+from osscar.evaluation.quality import evaluating_all, task_of
+from osscar.evaluation.size import (
+    Footprint,
+    measure_footprint,
+    read_peak_memory,
+    reset_peak_memory,
+)
+from osscar.network.modules import device_of
+
+COMPARED = (
+    *("parameters", "perplexity", "top1", "top5"),
+    *("prefill_tokens_per_second", "decode_tokens_per_second", "samples_per_second"),
+    *("flops", "parameter_bytes", "disk_bytes"),
+)
+"""The numbers whose ratio says something; what the settings were, and what both share, is not."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Quality, speed and size of one model; ``dataclasses.asdict`` makes it JSON.
+
+    Attributes
+    ----------
+    sample
+        What its floating-point operations are counted for: ``"token"``, ``"image"`` or
+        ``"sample"``.
+    quality
+        How well it does: a `TextQuality`, or a `SampleQuality` of images and tensors.
+    speed
+        How fast it is, and with how much at once: a `Speed` of text, or a `SampleSpeed`.
+    footprint
+        How large it is.
+    device, dtype
+        Where and in which number format this was measured.
+    """
+
+    sample: str
+    quality: Any
+    speed: Any
+    footprint: Footprint
+    device: str
+    dtype: str
+
+    def numbers(self) -> dict[str, Any]:
+        """Return all that was measured by its name."""
+        parts: tuple[Any, ...] = (self.quality, self.speed, self.footprint)
+        return {
+            field.name: getattr(part, field.name)
+            for part in parts
+            for field in dataclasses.fields(part)
+        }
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A model beside its dense original.
+
+    Attributes
+    ----------
+    model, dense
+        What was measured of each.
+    ratios
+        The model's numbers divided by those of the dense one, by name; more speed is above 1. None
+        where either is not known, or the dense one is zero.
+    """
+
+    model: Evaluation
+    dense: Evaluation
+    ratios: Mapping[str, float | None]
+
+    @classmethod
+    def of(cls, model: Evaluation, dense: Evaluation) -> Comparison:
+        """Divide one evaluation by another."""
+        mine, theirs = model.numbers(), dense.numbers()
+        ratios = {name: _ratio(mine[name], theirs[name]) for name in COMPARED if name in mine}
+        return cls(model, dense, ratios)
+
+
+def _ratio(mine: float | None, dense: float | None) -> float | None:
+    return mine / dense if mine is not None and dense else None
+
+
+def evaluate(
+    model: nn.Module,
+    data: Any,
+    *,
+    classes: Sequence[str] = (),
+    batch_size: int | None = None,
+    new_tokens: int = 32,
+    repetitions: int = 5,
+    path: str | Path | None = None,
+) -> Evaluation:
+    """Measure quality, speed and size of a model.
+
+    Parameters
+    ----------
+    model
+        A causal language model for text; for anything else any model.  Of its outputs that one is
+        scored which is called `logits`, or is the only floating-point one (see `docs/vision.md`).
+    data
+        What neither trained nor calibrated it: a `TextSet`, or a `CalibrationSet` whose windows are
+        scored as they are; an `ImageSet` or a `TensorSet`, with or without labels.
+    classes
+        The names of the model's classes, by which folders of images are recognized.
+    batch_size
+        Samples at once; by default 4 windows, or 32 images or samples.
+    new_tokens
+        Of text: tokens to write when speed is measured; the prompt is the first window, and at most
+        half of its length is written.
+    repetitions
+        Times that the model is timed, at the least.
+    path
+        The model's directory, whose size is reported.
+
+    Raises
+    ------
+    CalibrationError, ImageError
+        If the model does not take the data, an image cannot be decoded, or the labels are not its
+        classes.
+    ModelError
+        If the model fails on the data, puts out nothing that could be scored, or two passes over
+        the same data differ; or if it is asked about text and is no causal language model, has no
+        key-value cache, or lacks tokens of it.
+    NonFiniteError
+        If an output is NaN or infinite; of text the message says in which window.
+    OptionError
+        If a number is out of range.
+    """
+    return _evaluate_all([(model, path)], data, classes, batch_size, new_tokens, repetitions)[0]
+
+
+def compare(
+    model: nn.Module,
+    dense: nn.Module,
+    data: Any,
+    *,
+    classes: Sequence[str] = (),
+    batch_size: int | None = None,
+    new_tokens: int = 32,
+    repetitions: int = 5,
+    path: str | Path | None = None,
+    dense_path: str | Path | None = None,
+) -> Comparison:
+    """Measure a model and its dense original on the same data, and time them in turns.
+
+    Both are in memory at the time, so that the peak memory of each includes the other.
+
+    Parameters
+    ----------
+    model, dense
+        Two models with the same outputs; of text, with the same tokenizer.
+    data, classes, batch_size, new_tokens, repetitions
+        As `evaluate` takes them; windows of text fit both models.
+    path, dense_path
+        The directories of the models, whose sizes are reported.
+
+    Raises
+    ------
+    OsscarError
+        As `evaluate`; and a ModelError if the two put out other tensors.
+    """
+    pair = [(model, path), (dense, dense_path)]
+    mine, theirs = _evaluate_all(pair, data, classes, batch_size, new_tokens, repetitions)
+    return Comparison.of(mine, theirs)
+
+
+def _evaluate_all(
+    candidates: Sequence[tuple[nn.Module, str | Path | None]],
+    data: Any,
+    classes: Sequence[str],
+    batch_size: int | None,
+    new_tokens: int,
+    repetitions: int,
+) -> list[Evaluation]:
+    whole_number(new_tokens, "the number of new tokens", 1)
+    whole_number(repetitions, "the number of repetitions", 1)
+    models = [model for model, _ in candidates]
+    task = task_of(models, data, classes, batch_size)
+    measured: list[tuple[Any, int | None]] = []
+    with evaluating_all(models), torch.no_grad():
+        for some in [models] if task.together else [[model] for model in models]:
+            device = device_of(some[0])
+            reset_peak_memory(device)
+            qualities = task.score(some, models[-1] if len(models) > 1 else None)
+            peak = read_peak_memory(device)
+            measured += [(quality, peak) for quality in qualities]
+        sizes = [
+            measure_footprint(model, *task.example(model), peak, path)
+            for (model, path), (_, peak) in zip(candidates, measured, strict=True)
+        ]
+        speeds = task.speeds(models, repetitions, new_tokens)
+    return [
+        Evaluation(
+            sample=task.sample,
+            quality=quality,
+            speed=speed,
+            footprint=size,
+            device=str(device_of(model)),
+            dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
+        )
+        for model, (quality, _), speed, size in zip(models, measured, speeds, sizes, strict=True)
+    ]

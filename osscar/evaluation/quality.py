@@ -1,0 +1,574 @@
+"""How well models do on data: the perplexity of text, and the outputs of anything else."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from osscar.allocation.curvature import as_logits
+from osscar.base.errors import CalibrationError, ModelError, NonFiniteError, OsscarError
+from osscar.base.inputs import whole_number
+from osscar.base.memory import let_shortage_pass
+from osscar.base.progress import track
+from osscar.checkpoint.first_pass import check_causal
+from osscar.data.batches import Batch, as_inputs, to_model
+from osscar.data.images import ImageSet
+from osscar.data.samples import IGNORED, SampleSet
+from osscar.data.tensors import TensorSet, named_inputs
+from osscar.data.text import TextSet
+from osscar.data.tokens import CalibrationSet
+from osscar.evaluation.forward import forward_seconds
+from osscar.evaluation.speed import Speed, measure_speed
+from osscar.network.modules import check_usable, evaluating
+from osscar.network.predictions import (
+    LOGITS,
+    known_output,
+    named_logits,
+    named_tensors,
+    scored_output,
+)
+from osscar.offload.on_disk import room_for_pass
+from osscar.preparation.repeatable import check_repeatable
+from osscar.shrinking.equivalence import call
+
+ROWS_AT_ONCE = 128
+"""Positions whose logits are float32 at a time: 25 MB with a vocabulary of 49,152."""
+
+_FEW_TOKENS, _FEW_SAMPLES = 32, 2
+"""That tell whether two passes are alike."""
+
+_TOP = 5
+
+
+@dataclass(frozen=True)
+class TextQuality:
+    """How well a model predicts a text.
+
+    Attributes
+    ----------
+    perplexity
+        Exponential of the mean negative log-likelihood per scored token.
+    tokens
+        Number of tokens scored.
+    windows
+        Number of windows they lie in.
+    seqlen
+        Tokens per window; the last may be shorter.
+    special_tokens
+        How many of them, at the beginning of each, the tokenizer puts before a text.
+    """
+
+    perplexity: float
+    tokens: int
+    windows: int
+    seqlen: int
+    special_tokens: int = 0
+
+
+@dataclass(frozen=True)
+class SampleQuality:
+    """How well a model does on images, or on samples of any other kind.
+
+    Attributes
+    ----------
+    samples
+        Number of samples scored.
+    classes_in
+        The output that is taken as scores of classes, which the next four are of: `logits`, or the
+        only one; of several the first of a tuple, and of a mapping the only matrix with a row for
+        each sample, with a warning.  The classes are the dimension that the labels lack, the second
+        where it may be more than one.  Tensors without labels need no such output: None if there is
+        none.
+    top1, top5
+        Share of the predictions whose label is the first, or among the first five, of the classes;
+        None without labels, and top5 also where there are no more than five classes.
+    agreement
+        Share of the predictions whose first class is the dense model's; None without one.
+    kl
+        Mean Kullback-Leibler divergence of the classes from the dense model's, in nats a
+        prediction; None without one.
+    errors
+        How far each output is from the dense model's, by name: the sum of squared differences over
+        the sum of squares, 0 if they are equal and 1 if it were all zeros. Empty without a dense
+        model; None where that one's are all zero.
+    """
+
+    samples: int
+    classes_in: str | None
+    top1: float | None
+    top5: float | None
+    agreement: float | None
+    kl: float | None
+    errors: Mapping[str, float | None]
+
+
+@dataclass(frozen=True)
+class SampleSpeed:
+    """Samples per second of one model.
+
+    Attributes
+    ----------
+    samples_per_second
+        Forward passes over one batch.
+    batch_size
+        Samples in that batch.
+    repetitions
+        Times that it was asked to pass, at the least.
+    """
+
+    samples_per_second: float
+    batch_size: int
+    repetitions: int
+
+
+def score(
+    models: Sequence[nn.Module],
+    data: Any,
+    *,
+    dense: nn.Module | None = None,
+    classes: Sequence[str] = (),
+    batch_size: int | None = None,
+) -> list[Any]:
+    """Measure how well several models do on the same data.
+
+    Parameters
+    ----------
+    models
+        The models, which are put into evaluation mode and back.
+    data
+        A `TextSet`, or a `CalibrationSet` whose windows are scored as they are; an `ImageSet`; or a
+        `TensorSet`.
+    dense
+        What outputs are compared with; one of the models, or another.  Not used of text.
+    classes
+        The names of the models' classes, by which folders of images are recognized.
+    batch_size
+        Samples at once; by default 4 windows, or 32 images or samples.
+
+    Returns
+    -------
+    list of TextQuality or SampleQuality
+        In the order of the models.
+
+    Raises
+    ------
+    CalibrationError, ImageError
+        If a model does not take the data, an image cannot be decoded, or the labels are not its
+        classes.
+    ModelError
+        If a model fails on the data, puts out nothing that could be scored, or other tensors than
+        the dense one, or two passes over the same data differ; or if it is asked about text and is
+        no causal language model, or lacks tokens of it.
+    NonFiniteError
+        If an output is NaN or infinite; of text the message says in which window.
+    OptionError
+        If a number is out of range.
+    """
+    everyone = [*models, *(() if dense is None or dense in models else (dense,))]
+    return task_of(everyone, data, classes, batch_size).score(models, dense)
+
+
+def task_of(
+    models: Sequence[nn.Module], data: Any, classes: Sequence[str], batch_size: int | None
+) -> Task:
+    """Return what models are asked about data, which they have been found to read.
+
+    Raises
+    ------
+    OsscarError
+        As `score`.
+    """
+    for model in models:
+        check_usable(model)
+    for kind, task in _TASKS.items():
+        if isinstance(data, kind):
+            size = task.batch_size if batch_size is None else batch_size
+            return task(
+                models, data, classes, whole_number(size, "the batch size (--batch-size)", 1)
+            )
+    raise CalibrationError(
+        f"the data are a {type(data).__name__}; give what osscar.load_text, osscar.load_images, "
+        "osscar.load_tensors or osscar.load_calibration returns"
+    )
+
+
+# ---- text --------------------------------------------------------------------------------
+
+
+class _Text:
+    """Windows of text, which are scored by each model alone."""
+
+    batch_size = 4
+    sample = "token"
+    together = False
+
+    def __init__(
+        self, models: Sequence[nn.Module], data: Any, classes: Sequence[str], batch_size: int
+    ) -> None:
+        for model in models:
+            if not isinstance(model, PreTrainedModel) or model.get_input_embeddings() is None:
+                raise ModelError(
+                    f"{type(model).__name__} is no language model of transformers; score it on "
+                    "what osscar.load_images or osscar.load_tensors returns"
+                )
+        self.rows, self.special_tokens = batch_size, 0
+        if isinstance(data, CalibrationSet):
+            self.windows = tuple(data.tokens)
+            for model in models:
+                as_inputs(model, data)
+        else:
+            self.windows, self.special_tokens = data.cut(models), len(data.before)
+            for model in models:
+                self._check_vocabulary(model, int(data.tokens.max()))
+
+    @staticmethod
+    def _check_vocabulary(model: Any, largest: int) -> None:
+        known = model.get_input_embeddings().num_embeddings
+        if largest >= known:
+            raise ModelError(
+                f"the tokenizer gives token {largest} but the model knows only {known}; "
+                "use the tokenizer that belongs to the model"
+            )
+
+    def score(self, models: Sequence[nn.Module], dense: nn.Module | None) -> list[TextQuality]:
+        return [self._score(model) for model in models]
+
+    def _score(self, model: Any) -> TextQuality:
+        windows, context = self.windows, max(1, self.special_tokens)
+        whole = [one for one in windows if len(one) == len(windows[0])]
+        batches = [
+            *torch.split(torch.stack(whole), self.rows),
+            *(one[None] for one in windows[len(whole) :]),
+        ]
+        total, done = 0.0, 0
+        with evaluating(model), torch.inference_mode():
+            check_repeatable(model, {"input_ids": windows[0][None, :_FEW_TOKENS].to(model.device)})
+            check_causal(model, "the model")
+            for batch in track(batches, "Scoring"):
+                batch = batch.to(model.device)
+                with room_for_pass(model, batch.numel()):
+                    logits = named_logits(model(input_ids=batch, use_cache=False))
+                    if logits is None:
+                        raise ModelError(
+                            f"{type(model).__name__} returns no logits; give a model that predicts "
+                            "the next token"
+                        )
+                    for window, of_window in zip(batch, logits, strict=True):
+                        place = f"window {done}"
+                        total += _negative_log_likelihood(of_window, window, context, place)
+                        done += 1
+        tokens = sum(len(one) - context for one in windows)
+        perplexity = _exponential(total / tokens)
+        return TextQuality(perplexity, tokens, done, len(windows[0]), self.special_tokens)
+
+    def example(self, model: nn.Module) -> tuple[Batch, int]:
+        first = self.windows[0]
+        return {"input_ids": first[None].to(next(model.parameters()).device)}, len(first)
+
+    def speeds(self, models: Sequence[Any], repetitions: int, new_tokens: int) -> Sequence[Speed]:
+        return measure_speed(
+            models, self.windows[0], new_tokens=new_tokens, repetitions=repetitions
+        )
+
+
+def _negative_log_likelihood(logits: Tensor, window: Tensor, context: int, place: str) -> float:
+    """Return the sum over the tokens but the first ones, a few positions at a time in float32."""
+    total = 0.0
+    for start in range(context - 1, len(window) - 1, ROWS_AT_ONCE):
+        targets = window[start + 1 : start + 1 + ROWS_AT_ONCE]
+        rows = logits[start : start + len(targets)].float()
+        loss = F.cross_entropy(rows, targets, reduction="sum").item()
+        if not math.isfinite(loss):
+            raise NonFiniteError(
+                f"the model's logits are NaN or infinite in {place}, tokens {start} to "
+                f"{start + len(targets) - 1}; try dtype float32, else its weights are damaged"
+            )
+        total += loss
+    return total
+
+
+def _exponential(mean: float) -> float:
+    try:
+        return math.exp(mean)
+    except OverflowError:
+        raise NonFiniteError(
+            f"the mean negative log-likelihood is {mean:.3g}, so the perplexity overflows; "
+            "the model's weights are damaged"
+        ) from None
+
+
+# ---- images and tensors ------------------------------------------------------------------
+
+
+class _Samples:
+    """Images or tensors, on which outputs are compared with the dense model's."""
+
+    batch_size = 32
+    together = True
+
+    def __init__(
+        self, models: Sequence[nn.Module], data: Any, classes: Sequence[str], batch_size: int
+    ) -> None:
+        self.models, self.data, self.classes, self.rows = models, data, classes, batch_size
+        self.sample = data.sample_name
+        if isinstance(data, TensorSet):
+            for model in models:
+                as_inputs(model, data)
+
+    def score(self, models: Sequence[nn.Module], dense: nn.Module | None) -> list[SampleQuality]:
+        tallies = [_Tally() for _ in models]
+        labels: Tensor | None = None
+        done = 0
+        with evaluating_all(self.models), torch.inference_mode():
+            for batch in self.data.batches(self.rows):
+                if not done:
+                    self._check_repeatable(batch)
+                count = len(batch if isinstance(batch, Tensor) else next(iter(batch.values())))
+                rows = slice(done, done + count)
+                raw = None if self.data.labels is None else self.data.labels[rows]
+                found = {id(m): self._outputs(m, batch, count, raw) for m in self.models}
+                if not done:
+                    outputs = found[id(models[0])].classes
+                    labels = self.data.class_labels(self.classes, outputs) if outputs else None
+                known = None if labels is None else labels[rows]
+                for tally, model in zip(tallies, models, strict=True):
+                    theirs = None if dense is None or dense is model else found[id(dense)]
+                    tally.add(found[id(model)], theirs, known)
+                done += count
+        return [tally.quality(done) for tally in tallies]
+
+    def _check_repeatable(self, batch: Any) -> None:
+        first = slice(_FEW_SAMPLES)
+        few = batch[first] if isinstance(batch, Tensor) else {n: t[first] for n, t in batch.items()}
+        for model in self.models:
+            given = _arguments(model, few)
+            with _failures_named(model, given):
+                check_repeatable(model, given)
+
+    def _outputs(self, model: nn.Module, batch: Any, count: int, labels: Tensor | None) -> _Outputs:
+        given = _arguments(model, batch)
+        with _failures_named(model, given):
+            result = call(model, given)
+        if labels is None and isinstance(self.data, ImageSet):
+            labels = torch.zeros(count)  # whoever reads images has a class for each
+        return _Outputs.of(model, result, count, labels)
+
+    def example(self, model: nn.Module) -> tuple[Batch, int]:
+        batch = _arguments(model, next(self.data.batches(1)))
+        return batch, 1
+
+    def speeds(
+        self, models: Sequence[nn.Module], repetitions: int, new_tokens: int
+    ) -> Sequence[SampleSpeed]:
+        batches = [_arguments(model, next(self.data.batches(self.rows))) for model in models]
+        rows = min(self.rows, len(self.data))
+        return [
+            SampleSpeed(rows / seconds, rows, repetitions)
+            for seconds in forward_seconds(models, batches, repetitions)
+        ]
+
+
+Task: TypeAlias = _Text | _Samples
+"""What models are asked about data of one kind: a `score`, an `example` and `speeds`.
+
+`sample` is what operations are counted for, and `together` whether models run side by side.
+"""
+
+_TASKS: dict[type, type[Task]] = {TextSet: _Text, CalibrationSet: _Text, SampleSet: _Samples}
+"""By the type of data."""
+
+
+@contextmanager
+def evaluating_all(models: Sequence[nn.Module]) -> Iterator[None]:
+    """Put models into evaluation mode, and back."""
+    if not models:
+        yield
+        return
+    with evaluating(models[0]), evaluating_all(models[1:]):
+        yield
+
+
+def _arguments(model: nn.Module, batch: Tensor | Batch) -> Batch:
+    """Return a batch by the names of a model's arguments, as its weights are."""
+    named = named_inputs(model, (batch,)) if isinstance(batch, Tensor) else batch
+    return to_model(named, model)
+
+
+@contextmanager
+def _failures_named(model: nn.Module, given: Batch) -> Iterator[None]:
+    """Say so where a model fails in the block, on what is to be scored."""
+    try:
+        yield
+    except OsscarError:
+        raise
+    except Exception as error:  # the model may be anyone's code
+        let_shortage_pass(error)
+        what = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in given.items())
+        raise ModelError(
+            f"{type(model).__name__} fails on {what}: {type(error).__name__}: {error}; give data "
+            "that it reads"
+        ) from error
+
+
+@dataclass(frozen=True)
+class _Outputs:
+    """What a model puts out of numbers with fractions, in double precision on the CPU.
+
+    Parameters
+    ----------
+    model
+        The name of its class.
+    named
+        All of them by name.
+    classes_in, classes_at
+        The one that is taken as scores of classes, and their dimension; None if there is none.
+    """
+
+    model: str
+    named: Mapping[str, Tensor]
+    classes_in: str | None
+    classes_at: int
+
+    @classmethod
+    def of(cls, model: nn.Module, result: Any, count: int, labels: Tensor | None) -> _Outputs:
+        """Take what a model returned for some samples, of which labels are known or not.
+
+        Raises
+        ------
+        ModelError
+            If there is none, or nothing that the labels are of.
+        NonFiniteError
+            If something is NaN or infinite.
+        """
+        kind = type(model).__name__
+        found = {
+            name: one
+            for name, one in named_tensors(result)
+            if one.is_floating_point() or one.is_complex()
+        }
+        if not found:
+            raise ModelError(
+                f"{kind} returned a {type(result).__name__} without a floating-point tensor; let "
+                "its forward return one, or a dictionary or tuple of them"
+            )
+        for name, one in found.items():
+            if not bool(torch.isfinite(one).all()):
+                raise NonFiniteError(
+                    f"{name!r} of {kind} is NaN or infinite; its weights are damaged"
+                )
+        exact = {
+            name: one.to("cpu", torch.complex128 if one.is_complex() else torch.float64)
+            for name, one in found.items()
+        }
+        if labels is None:
+            name, known = known_output(result)
+            matrix = known is not None and known.ndim == 2 and known.shape[1] > 1
+            return cls(kind, exact, name if matrix else None, 1)
+        name, scored = scored_output(result, count, kind)
+        place = _place_of_classes(scored.shape, labels)
+        if place is None:
+            there = ", ".join(f"{key!r} {tuple(one.shape)}" for key, one in found.items())
+            raise ModelError(
+                f"{kind} returned {there}, and the labels are {tuple(labels.shape)}: scores of "
+                f"classes would be {(count, 'classes', *labels.shape[1:])}, named {LOGITS!r} where "
+                "there are other outputs; let the model put out these, or score it on a TensorSet "
+                "without labels"
+            )
+        return cls(kind, exact, name, place)
+
+    @property
+    def classes(self) -> int:
+        """How many classes are told apart; 0 if none are."""
+        if self.classes_in is None:
+            return 0
+        return self.named[self.classes_in].shape[self.classes_at]
+
+    def scores(self, name: str, place: int) -> Tensor:
+        """Return an output as scores of classes, (predictions, classes)."""
+        return self.named[name].movedim(place, -1).flatten(0, -2)
+
+
+def _place_of_classes(shape: Sequence[int], labels: Tensor) -> int | None:
+    """Return the dimension of an output that its labels lack: torch's, or else the last."""
+    for place in (1, len(shape) - 1):
+        rest = (*shape[:place], *shape[place + 1 :])
+        if len(shape) > place and shape[place] > 1 and rest == tuple(labels.shape):
+            return place
+    return None
+
+
+class _Tally:
+    """What one model comes to, summed over batches."""
+
+    def __init__(self) -> None:
+        self.classes_in: str | None = None
+        self.classes = self.labelled = self.first = self.among = self.compared = self.agreeing = 0
+        self.kl = 0.0
+        self.apart: dict[str, float] = {}
+        self.size: dict[str, float] = {}
+
+    def add(self, mine: _Outputs, dense: _Outputs | None, labels: Tensor | None) -> None:
+        """Count a batch; labels of -100 are left out."""
+        if dense is not None:
+            self._compare(mine, dense)
+        self.classes_in, self.classes, place = mine.classes_in, mine.classes, mine.classes_at
+        if self.classes_in is None:
+            return
+        logits = mine.scores(self.classes_in, place)
+        if labels is not None:
+            labels = labels.flatten()
+            known = labels != IGNORED
+            labels = labels[known]
+            best = logits[known].topk(min(_TOP, self.classes)).indices
+            self.labelled += len(labels)
+            self.first += int((best[:, 0] == labels).sum())
+            self.among += int((best == labels[:, None]).any(1).sum())
+        if dense is not None:
+            theirs = dense.scores(self.classes_in, place)
+            self.compared += len(logits)
+            self.agreeing += int((logits.argmax(1) == theirs.argmax(1)).sum())
+            p, q = (as_logits(one).log_softmax(1) for one in (logits, theirs))
+            self.kl += float(F.kl_div(p, q, reduction="sum", log_target=True))
+
+    def _compare(self, mine: _Outputs, dense: _Outputs) -> None:
+        """Add up how far outputs are apart.
+
+        Raises
+        ------
+        ModelError
+            If the two put out other tensors.
+        """
+        shapes, others = ({n: tuple(t.shape) for n, t in o.named.items()} for o in (mine, dense))
+        if shapes != others:
+            raise ModelError(
+                f"the models cannot be compared: {mine.model} puts out {shapes}, and the dense one "
+                f"{others}"
+            )
+        for name, known in dense.named.items():
+            apart = float((mine.named[name] - known).abs().square().sum())
+            self.apart[name] = self.apart.get(name, 0.0) + apart
+            self.size[name] = self.size.get(name, 0.0) + float(known.abs().square().sum())
+
+    def quality(self, samples: int) -> SampleQuality:
+        """Return what it comes to."""
+        labelled, compared = self.labelled, self.compared
+        return SampleQuality(
+            samples=samples,
+            classes_in=self.classes_in,
+            top1=self.first / labelled if labelled else None,
+            top5=self.among / labelled if labelled and self.classes > _TOP else None,
+            agreement=self.agreeing / compared if compared else None,
+            kl=self.kl / compared if compared else None,
+            errors={
+                name: apart / self.size[name] if self.size[name] else None if apart else 0.0
+                for name, apart in self.apart.items()
+            },
+        )

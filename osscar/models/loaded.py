@@ -1,0 +1,216 @@
+"""A model with what is known of it: what it reads, where it comes from, and data for it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from osscar.base.errors import ImageError, OptionError
+from osscar.data.batches import Batch
+from osscar.data.images import ImageSet, load_images
+from osscar.data.preprocessing import OPTIONS, AnyPreprocessing, OwnTransform, Preprocessing
+from osscar.data.samples import SampleSet
+from osscar.data.tensors import TensorSet, holds_images, load_tensors, needed_arguments
+from osscar.data.text import DEFAULT_SEQLEN, TextSet, load_text
+from osscar.data.tokens import CalibrationSet, load_calibration
+from osscar.models.preprocessing import image_of, no_images
+from osscar.network.modules import context_length
+
+_WINDOWS, _SAMPLES = 32, 256
+"""That calibrate a model unless the caller says otherwise."""
+
+
+@dataclass(frozen=True, eq=False)
+class LoadedModel:
+    """A model, ready to run.
+
+    Attributes
+    ----------
+    model
+        In evaluation mode, on its device.
+    source
+        Where it comes from, in words.
+    path
+        Its directory, or None.
+    stored_dtype
+        Number format of its weights on disk.
+    tokenizer
+        The tokenizer that a language model was trained with; None of any other model.
+    example
+        Inputs to trace it with; None where nothing tells what they look like.
+    stated
+        The example inputs that code of the user's own gave, which data have to be like; None where
+        there are none.
+    preprocessing
+        What is done to an image before the model sees it, as far as it is stated; None of a model
+        whose inputs are no images.
+    states_images
+        Whether the caller stated what is done to an image.
+    classes
+        The names of its classes; empty where they are not known, and of a language model.
+    drawn
+        The share of its parameters that its code draws anew in each call, so that nothing has
+        trained them; 0 where they come from a file.
+    """
+
+    model: nn.Module
+    source: str
+    path: Path | None
+    stored_dtype: torch.dtype
+    tokenizer: Any = None
+    example: Batch | None = None
+    stated: Batch | None = None
+    preprocessing: AnyPreprocessing | None = None
+    states_images: bool = False
+    classes: tuple[str, ...] = ()
+    drawn: float = 0.0
+
+    def calibration(
+        self, spec: str | Path | None, *, samples: int | None, seqlen: int | None, seed: int
+    ) -> CalibrationSet | SampleSet:
+        """Draw what calibrates the model: windows of text, images, or samples of tensors.
+
+        Parameters
+        ----------
+        spec
+            For a language model as `osscar.load_calibration` takes it, None being the built-in
+            text.  For any other a directory of images, or an ``.npz`` file, or ``FILE.npz:PART``
+            for a part of one; or a file of tensors, as `osscar.load_tensors` takes it.
+        samples
+            How many; by default 32 windows, or 256 images or samples.
+        seqlen
+            Tokens in each window; by default 512, or as many as the model can take if those are
+            fewer.  None for a model that reads no text.
+        seed
+            Of the draw.
+
+        Raises
+        ------
+        CalibrationError
+            If text is missing, unreadable, or shorter than one window.
+        ImageError
+            If there are no images, or one of them cannot be decoded.
+        FileError
+            If tensors cannot be read, or do not fit the model.
+        OptionError
+            If a length is given for what is no text, nothing states what is done to an image, or
+            something does and the data are tensors.
+        TextError, MissingDependency
+            If this Python lacks the built-in text, or ``datasets`` is needed and not installed.
+        """
+        if self.tokenizer is not None:
+            return load_calibration(
+                spec,
+                self.tokenizer,
+                samples=_WINDOWS if samples is None else samples,
+                seqlen=min(DEFAULT_SEQLEN, context_length(self.model) or DEFAULT_SEQLEN)
+                if seqlen is None
+                else seqlen,
+                seed=seed,
+            )
+        if seqlen is not None:
+            raise OptionError(f"{self.source} reads no text, which --seqlen is for; leave it away")
+        if spec is None:
+            raise ImageError(
+                f"{self.source} reads no text: give --calibration a directory of images, an .npz "
+                "file of them, or an .npz or .safetensors file of tensors for "
+                f"{', '.join(needed_arguments(self.model, self.stated))}"
+            )
+        images = holds_images(spec, self.model, self.stated)
+        data: SampleSet = self.images(spec) if images else self.tensors(spec)
+        return data.sample(_SAMPLES if samples is None else samples, seed)
+
+    def held_out(
+        self,
+        *,
+        text: str | Path | None = None,
+        images: str | Path | None = None,
+        inputs: str | Path | None = None,
+        windows: int | None = None,
+        seqlen: int | None = None,
+    ) -> TextSet | SampleSet | None:
+        """Find what the model is scored on; None if it reads no text and nothing is given.
+
+        Parameters
+        ----------
+        text, windows, seqlen
+            As `osscar.load_text` takes them, for a language model.
+        images
+            Images, as `osscar.load_images` takes them.
+        inputs
+            A file of tensors, as `osscar.load_tensors` takes it.
+
+        Raises
+        ------
+        TextError
+            If the text is missing, unreadable, or too short.
+        ImageError
+            If there are no images, or one of them cannot be decoded.
+        FileError
+            If tensors cannot be read, or do not fit the model.
+        OptionError
+            If something is given that the model does not read, or two things are; or nothing states
+            what is done to an image, or something does and the data are tensors.
+        """
+        if self.tokenizer is not None:
+            if images is not None or inputs is not None:
+                raise OptionError(
+                    f"{self.source} reads text, not images: leave --images and --inputs away"
+                )
+            return load_text(text, self.tokenizer, windows=windows, seqlen=seqlen)
+        if text is not None or windows is not None or seqlen is not None:
+            raise OptionError(
+                f"{self.source} reads no text: leave --text, --windows and --seqlen away"
+            )
+        if images is not None and inputs is not None:
+            raise OptionError("--images and --inputs are both given; give one of them")
+        if images is not None:
+            return self.images(images)
+        return None if inputs is None else self.tensors(inputs)
+
+    def tensors(self, spec: str | Path) -> TensorSet:
+        """Read samples that are fed as they are.
+
+        Parameters
+        ----------
+        spec
+            As for `osscar.load_tensors`.
+
+        Raises
+        ------
+        FileError
+            If they cannot be read, or do not fit the model.
+        OptionError
+            If the caller stated what is done to an image.
+        """
+        if self.states_images:
+            raise OptionError(
+                f"{spec} is for tensors, which are fed as they are, and no images; leave "
+                f"{OPTIONS} away (preprocessing= in Python)"
+            )
+        return load_tensors(spec, self.model, self.stated)
+
+    def images(self, spec: str | Path) -> ImageSet:
+        """Find images, which become what the model reads.
+
+        Parameters
+        ----------
+        spec
+            As for `osscar.load_images`.
+
+        Raises
+        ------
+        ImageError
+            If there are none; or the model, by its example, reads no images.
+        OptionError
+            If nothing states what is done to an image.
+        """
+        preprocessing = self.preprocessing
+        own = isinstance(preprocessing, OwnTransform)
+        if self.example is not None and not own and image_of(self.example) is None:
+            raise no_images(self.example, self.source)
+        return load_images(spec, preprocessing or Preprocessing(), reader=self.source)
