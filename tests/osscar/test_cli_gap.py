@@ -67,7 +67,7 @@ def test_gap_on_a_model_writes_a_study(run, tmp_path):
     changed = [*arguments[:-4], "--damp", "0.1"]
     status, _, err = run(*changed)
     assert status == 2
-    assert "damp differ" in err
+    assert "damp was 0.01 and is 0.1" in err
 
 
 def test_solve_shows_loss_bound_and_proof(run, file, tmp_path):
@@ -395,7 +395,7 @@ def test_a_model_that_reads_images_is_studied_as_well(run, tmp_path):
     )  # fmt: skip
     assert status == 0, shown
     assert "images: RGB, resized to a shorter side of 12 (bilinear)" in shown
-    source = json.loads((tmp_path / "study/study.json").read_text())["source"]
+    source = json.loads((tmp_path / "study/study.json").read_text())["asked"]
     assert source["preprocessing"]["crop"] == 12
     kinds = {json.loads(f.read_text())["kind"] for f in (tmp_path / "study/records").glob("*.json")}
     assert kinds == {"channels"}
