@@ -20,7 +20,7 @@ from osscar.checkpoint.manifest import (
     REPORT_FILE,
     read_manifest,
 )
-from osscar.checkpoint.runs import cannot_move, entries, prefix, recover, refuse_earlier, run_for
+from osscar.checkpoint.runs import cannot_move, entries, prefix, recover, run_for
 
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 _CHECKPOINT_FILES = (
@@ -183,7 +183,6 @@ def replacing(path: Path, *, overwrite: bool) -> Iterator[Path]:
             with uninterrupted():
                 run = stack.enter_context(run_for(path, place))
             recover(path)
-            refuse_earlier(run)
             yield run.new
             _check_replaceable(path, overwrite)
             with uninterrupted():

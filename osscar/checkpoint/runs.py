@@ -1,42 +1,27 @@
-"""The directories that runs are at work in: marked, locked, and put in order after a kill.
+"""The directories that saves are at work in: locked, and put in order after a kill.
 
-A run writes into a directory of its own beside the target, which bears a mark and holds a lock.
-So a later run can tell what a killed one has left behind from what a live one is writing, and from
-what is none of ours.
+A save writes into a directory of its own beside the target, and holds a lock in it.  So a later one
+can tell what a killed one has left behind from what a live one is writing, and one that comes at
+the same time is refused.
 """
 
 from __future__ import annotations
 
 import ctypes
-import dataclasses
 import errno
 import os
-import re
 import shutil
-import socket
 import sys
-import tempfile
-import time
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any
 
-from pydantic import ConfigDict
-
-from osscar.base.errors import BusyError, FileError, OutputError
-from osscar.base.files import PARTIAL, fsync, reason_of, write_json
-from osscar.base.json_files import STRICT, read_json
+from osscar.base.errors import OutputError
+from osscar.base.files import fsync, reason_of
 from osscar.base.locks import LOCK_FILE, file_lock
 from osscar.base.signals import uninterrupted
-
-_MARK_FILE = "run.json"
-
-_MAKING_SECONDS = 60.0
-"""A directory of a run without a mark is not in the making any more after so long."""
-
 
 # ---- places ---------------------------------------------------------------------------------
 
@@ -74,32 +59,24 @@ def _is_mounted(path: Path) -> bool:
 
 
 @dataclass(frozen=True)
-class _Mark:
-    """Says that a directory is a run's, which run's, and what for."""
-
-    __pydantic_config__: ClassVar[ConfigDict] = STRICT
-
-    schema: Literal["osscar.run/1"]
-    target: str
-    pid: int
-    host: str
-    started_ns: int
-
-
-@dataclass(frozen=True)
 class Run:
-    """What a run is at work on.
+    """What a save is at work on.
 
     Parameters
     ----------
     target
         Where the checkpoint goes.
-    work
-        The run's own directory, beside the target or in it.
+    place
+        What its own directory lies in: the target's parent, or the target.
     """
 
     target: Path
-    work: Path
+    place: Path
+
+    @property
+    def work(self) -> Path:
+        """Its own directory."""
+        return self.place / f"{prefix(self.target)}save"
 
     @property
     def new(self) -> Path:
@@ -116,13 +93,14 @@ class Run:
         """What has been written and goes into a target that stays, from when it is empty."""
         return self.work / "going"
 
-    def mark(self) -> _Mark | None:
-        """Return the mark; None if there is none of ours."""
-        try:
-            mark = read_json(self.work / _MARK_FILE, _Mark)
-        except FileError:
-            return None
-        return mark if mark.target == self.target.name else None
+    @property
+    def parts(self) -> tuple[Path, ...]:
+        """All that lies in its directory, but for the lock."""
+        return self.new, self.old, self.going
+
+    def holds_more(self) -> bool:
+        """Whether there is something else in its directory, which is then someone else's."""
+        return bool({*self.work.iterdir()} - {*self.parts, self.work / LOCK_FILE})
 
     def swap(self) -> None:
         """Put what was written in its place; at every moment either that or the old is whole.
@@ -170,26 +148,48 @@ class Run:
 
 @contextmanager
 def run_for(path: Path, place: Path) -> Iterator[Run]:
-    """Make the directory of a run, and remove it in the end."""
-    run = Run(path, Path(tempfile.mkdtemp(prefix=_maker(path), dir=place)))
-    try:
-        with file_lock(run.work / LOCK_FILE, path):
-            try:
-                now, host = time.time_ns(), socket.gethostname()
-                mark = _Mark("osscar.run/1", path.name, os.getpid(), host, now)
-                write_json(run.work / _MARK_FILE, dataclasses.asdict(mark))
-                run.new.mkdir()
-                yield run
-            finally:
-                with uninterrupted():
+    """Make the directory of a save, and remove it in the end.
+
+    Raises
+    ------
+    BusyError
+        If another process is writing to the same target.
+    OutputError
+        If the directory is someone else's.
+    """
+    run = Run(path, place)
+    run.work.mkdir(exist_ok=True)
+    if run.holds_more():
+        raise OutputError(f"{run.work} holds something else; move that away")
+    with file_lock(run.work / LOCK_FILE, path):
+        _clear(run)
+        try:
+            run.new.mkdir()
+            yield run
+        finally:
+            with uninterrupted():
+                _remove(run)
+
+
+def recover(path: Path) -> None:
+    """Finish or remove what killed saves have left; what is someone else's is left alone."""
+    for place in dict.fromkeys((path.parent, path)):
+        run = Run(path, place)
+        with suppress(OutputError):
+            if run.work.is_dir() and not run.holds_more():
+                with file_lock(run.work / LOCK_FILE, path), uninterrupted():
                     _remove(run)
-    finally:
-        if run.mark() is None:  # where a file that is locked cannot be removed, it can be now
-            shutil.rmtree(run.work, ignore_errors=True)
 
 
 def _remove(run: Run) -> None:
-    """Remove the directory of a run whose target is settled; the mark goes last."""
+    _clear(run)
+    with suppress(OSError):
+        (run.work / LOCK_FILE).unlink(missing_ok=True)
+        run.work.rmdir()
+
+
+def _clear(run: Run) -> None:
+    """Settle the target of a save, and remove what it was at work on."""
     try:
         run.finish()
     except OSError as error:
@@ -197,96 +197,8 @@ def _remove(run: Run) -> None:
             f"{run.target} could not be put in order: {reason_of(error)}; what belongs there lies "
             f"in {run.work}"
         ) from error
-    for part in (run.new, run.old, run.going, run.work):
+    for part in run.parts:
         shutil.rmtree(part, ignore_errors=True)
-
-
-def _others(path: Path) -> Iterator[Run]:
-    """Yield what looks like the directories of runs for this target."""
-    for place in dict.fromkeys((path.parent, path)):
-        if place.is_dir():
-            for work in sorted(place.glob(f"{_globbed(prefix(path))}*")):
-                yield Run(path, work)
-
-
-def _globbed(name: str) -> str:
-    return "".join(f"[{c}]" if c in "*?[" else c for c in name)
-
-
-def recover(path: Path) -> None:
-    """Finish or remove what killed runs have left; what is not marked is left alone."""
-    for run in _others(path):
-        mark = run.mark()
-        if mark is None:
-            _remove_unmarked(run.work)
-            continue
-        with suppress(OutputError), file_lock(run.work / LOCK_FILE, path) as held, uninterrupted():
-            if held or not _may_live(mark):
-                _remove(run)
-
-
-def _host() -> str:
-    """Return 8 hexadecimal digits that tell this host from others."""
-    return f"{zlib.crc32(socket.gethostname().encode()):08x}"
-
-
-def _maker(path: Path) -> str:
-    """Return how the name of this process's directory begins, which tells of whom it is."""
-    return f"{prefix(path)}{_host()}-{os.getpid()}-"
-
-
-def _maker_is_gone(work: Path) -> bool:
-    """Whether the name is that of a process of this host that has ended."""
-    found = re.search(r"\.osscar-([0-9a-f]{8})-(\d+)-\w+$", work.name)
-    return found is not None and found[1] == _host() and not _is_alive(int(found[2]))
-
-
-def _is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except (OSError, OverflowError):
-        return True
-    return True
-
-
-def _remove_unmarked(work: Path) -> None:
-    """Remove what a run was killed in before it had written anything.
-
-    A run takes the lock before it writes its mark: where the lock is free, the run is gone.
-    """
-    with suppress(OSError, OutputError):
-        idle = time.time() - work.stat().st_mtime > _MAKING_SECONDS or _maker_is_gone(work)
-        names = {entry.name for entry in work.iterdir()}
-        partial = {n for n in names if n.startswith(f".{_MARK_FILE}.") and n.endswith(PARTIAL)}
-        if names - partial - {LOCK_FILE} or not (idle or LOCK_FILE in names):
-            return
-        with file_lock(work / LOCK_FILE, work) as held:
-            if held or idle:
-                for name in (*partial, LOCK_FILE):
-                    (work / name).unlink(missing_ok=True)
-                work.rmdir()
-
-
-def _may_live(mark: _Mark) -> bool:
-    """Whether a run may go on, as far as can be told without a lock."""
-    here = mark.host == socket.gethostname()
-    return not here or (mark.pid != os.getpid() and _is_alive(mark.pid))
-
-
-def refuse_earlier(own: Run) -> None:
-    """Give way to another live run that writes to the same place and began before this one."""
-    mine = own.mark()
-    for run in _others(own.target):
-        mark = run.mark()
-        if run.work == own.work or mark is None or mine is None:
-            continue
-        if (mark.started_ns, run.work.name) < (mine.started_ns, own.work.name):
-            raise BusyError(
-                f"process {mark.pid} on {mark.host} is writing {own.target}; wait for it, give "
-                f"another directory, or delete {run.work} if that process is gone"
-            )
 
 
 # ---- one step ----------------------------------------------------------------------------

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import signal
@@ -116,7 +115,7 @@ def test_of_two_runs_to_one_place_the_second_fails_at_once(tmp_path: Path) -> No
     with replacing(target, overwrite=False) as first:
         write(first, "first")
         second = replacing(target, overwrite=False)
-        with pytest.raises(BusyError, match=rf"process {os.getpid()} on .* is writing .*model"):
+        with pytest.raises(BusyError, match=rf"at work in .*model \(process {os.getpid()} on "):
             second.__enter__()
     assert (target / "model.safetensors").read_text() == "first"
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
@@ -167,7 +166,13 @@ Path.rename = lambda self, to: die() if to == target else rename(self, to)
 """
 AFTER_THE_SWAP = "runs._remove = die\n"
 MOUNTED = "runs._is_mounted = lambda path: path == target\n"
-EMPTIED = MOUNTED + "runs.Run.finish = die\n"
+EMPTIED = (
+    MOUNTED
+    + """
+finish = runs.Run.finish
+runs.Run.finish = lambda run: die() if run.going.is_dir() else finish(run)
+"""
+)
 HALF_EMPTIED = """
 runs._is_mounted = lambda path: path == target
 rename = Path.rename
@@ -359,7 +364,7 @@ def test_all_files_get_the_mode_that_the_umask_says(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("place", ["proved", "place.recover", "place.refuse_earlier"])
+@pytest.mark.parametrize("place", ["proved", "place.recover", "place._check_replaceable"])
 def test_a_signal_in_the_middle_of_a_save_leaves_nothing(
     number: signal.Signals, place: str, tmp_path: Path
 ) -> None:
@@ -382,20 +387,22 @@ def test_cleaning_up_is_not_interrupted(tmp_path: Path, monkeypatch: pytest.Monk
         signal.raise_signal(signal.SIGINT)
         rmtree(path, **options)
 
-    monkeypatch.setattr(runs.shutil, "rmtree", impatient)
     run = replacing(tmp_path / "model", overwrite=False)
     write(run.__enter__())
+    monkeypatch.setattr(runs.shutil, "rmtree", impatient)
     with pytest.raises(KeyboardInterrupt):
         run.__exit__(ZeroDivisionError, ZeroDivisionError(), None)
     assert list(tmp_path.iterdir()) == []
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-def test_the_mark_says_which_run_it_is(tmp_path: Path) -> None:
-    with replacing(tmp_path / "model", overwrite=False) as new:
-        mark = json.loads((new.parent / "run.json").read_text())
-        assert (mark["target"], mark["pid"]) == ("model", os.getpid())
-        write(new)
+def test_a_directory_of_someone_else_is_not_worked_in(tmp_path: Path) -> None:
+    (tmp_path / ".model.osscar-save").mkdir()
+    (tmp_path / ".model.osscar-save" / "thesis.tex").write_text("mine")
+    check_output(tmp_path / "model", overwrite=False)
+    with pytest.raises(OutputError, match=r"osscar-save holds something else; move that away"):
+        replacing(tmp_path / "model", overwrite=False).__enter__()
+    assert (tmp_path / ".model.osscar-save" / "thesis.tex").exists()
 
 
 def test_overwriting_is_named_only_where_it_would_help(tmp_path):
