@@ -29,7 +29,6 @@ from osscar.data.tokens import load_calibration
 from osscar.models.load import load_model
 from osscar.pruning.prune import prune_as_asked
 from osscar.request import PruningRequest
-from solvers.linalg.hessian import moved
 
 CPU = torch.device("cpu")
 
@@ -64,7 +63,7 @@ class Solved:
 def solved(p: int, device: torch.device, backend: str, seed: int = 0) -> Solved:
     """Solve one made-up layer of p inputs and p / 4 outputs, half of the inputs to go."""
     clock = clock_of(device)
-    H, W0 = (moved(matrix, device) for matrix in layer(p, max(1, p // 4), seed))
+    H, W0 = (matrix.to(device) for matrix in layer(p, max(1, p // 4), seed))
     on_card = device.type == "cuda"
     if on_card:
         torch.cuda.reset_peak_memory_stats(device)

@@ -17,7 +17,7 @@ import math
 import os
 import reprlib
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -27,21 +27,21 @@ from torch import Tensor
 
 from solvers import storage
 from solvers.errors import ProblemError
-from solvers.linalg.gram import consistency, damp_terms, definite_factor, inconsistency, unexplained
-from solvers.linalg.hessian import (
-    Hessian,
-    coupled,
-    divided,
-    moved,
-    pieces,
-    skew,
-    whole,
-    why_not_plain,
+from solvers.linalg.gram import (
+    asymmetry,
+    consistency,
+    damp_terms,
+    definite_factor,
+    inconsistency,
+    symmetric_part,
+    unexplained,
 )
+from solvers.linalg.symmetric import Symmetric
 from solvers.linalg.values import (
     as_device,
     as_number,
     as_owned_tensor,
+    as_tensor,
     as_whole,
     check_diagonal,
     check_energy,
@@ -61,15 +61,15 @@ Units = int | Sequence[Sequence[int]] | Tensor
 """A number of equally wide units of consecutive rows, or the rows of each unit."""
 
 
-class _Whole:
-    """`Consumer.H`: a whole matrix, however it is held."""
+class _Dense:
+    """`Consumer.H`: the dense matrix, made of `Consumer.hessian` each time."""
 
     def __get__(self, consumer: Consumer | None, owner: type[Consumer]) -> Tensor:
         if consumer is None:
             raise AttributeError("H")  # a field without a default, as dataclasses ask for it
-        return whole(consumer.hessian)
+        return consumer.hessian.dense()
 
-    def __set__(self, consumer: Consumer, H: Hessian) -> None:
+    def __set__(self, consumer: Consumer, H: Tensor | Symmetric) -> None:
         vars(consumer)["H"] = H
 
 
@@ -83,8 +83,8 @@ class Consumer:
     Parameters
     ----------
     H
-        Hessian, damping included, (p, p) float64, positive definite (`flaw`).  Where only half of
-        it is held (`from_gram`), it is made of that each time; `hessian` is what is held.
+        Hessian, damping included, (p, p) float64, positive definite (`flaw`).  It is held in half
+        of its memory (`hessian`), and made of that each time.
     G
         Correlation of inputs and targets, damping included, (p, m) float64.
     e
@@ -111,7 +111,7 @@ class Consumer:
     if TYPE_CHECKING:
         H: Tensor
     else:
-        H: Tensor = _Whole()
+        H: Tensor = _Dense()
     G: Tensor
     e: float
     W0: Tensor
@@ -120,8 +120,9 @@ class Consumer:
     variance: Tensor | None = None
 
     def __post_init__(self) -> None:
-        for name, given in self._held.items():
-            object.__setattr__(self, name, as_owned_tensor(name, given))
+        for name, given in self._tensors.items():
+            owned = as_tensor(name, given) if name == "H" else as_owned_tensor(name, given)
+            object.__setattr__(self, name, owned)
         for name in ("e", "damping"):
             object.__setattr__(self, name, as_number(name, getattr(self, name)))
         self._check()
@@ -131,21 +132,21 @@ class Consumer:
         return f"Consumer(units={len(self.rows)}, inputs={p}, outputs={m}, e={self.e:.6g})"
 
     @property
-    def hessian(self) -> Hessian:
-        """H as it is held: the matrix, or the lower half of it."""
-        held: Hessian = vars(self)["H"]
+    def hessian(self) -> Symmetric:
+        """H in half of its memory, as it is held."""
+        held: Symmetric = vars(self)["H"]
         return held
 
     @property
-    def _held(self) -> dict[str, Any]:
-        """What is held by name, of what is given."""
+    def _tensors(self) -> dict[str, Any]:
+        """The tensors by name, H as it is held."""
         names = _TENSORS if self.variance is None else (*_TENSORS, "variance")
         return {name: vars(self)[name] for name in names}
 
     @classmethod
     def _owning(
         cls,
-        H: Hessian,
+        H: Tensor | Symmetric,
         G: Tensor,
         e: Any,
         W0: Tensor,
@@ -160,36 +161,24 @@ class Consumer:
         made._check()
         return made
 
-    def rechecked(self) -> Consumer:
-        """Return the same consumer, its tensors shared, with all of its checks made again.
-
-        Raises
-        ------
-        ProblemError
-            If a field is not what construction would have made of it.
-        """
-        kept = {field.name: vars(self)[field.name] for field in fields(Consumer)}
-        for name, held in self._held.items():
-            why = why_not_plain(held, may_be_half=name == "H")
-            if why is not None:
-                raise ProblemError(f"{name} is {why}")
-        return Consumer._owning(**kept)
-
     def _check(self) -> None:
         p = self._check_shapes()
-        for name in ("H", "G", "W0"):
-            for piece in pieces(vars(self)[name]):
-                check_entries(name, piece)
+        given, difference = vars(self)["H"], 0.0
+        if isinstance(given, Tensor):
+            given, difference = symmetric_part(given)
+            object.__setattr__(self, "H", given)
+        for name, matrix in [
+            *(("H", panel) for panel in given.panels),
+            ("G", self.G),
+            ("W0", self.W0),
+        ]:
+            check_entries(name, matrix)
         check_energy(self.e)
         if not math.isfinite(self.damping) or self.damping < 0:
             raise ProblemError(f"damping is {self.damping}; it must be finite and not negative")
         check_diagonal(self.hessian.diagonal())
-        difference = skew(self.hessian)
-        if difference > _SYMMETRY_TOLERANCE:
-            raise ProblemError(
-                f"H is not symmetric: entries differ by up to {difference:.3g} of the largest on "
-                "the diagonal"
-            )
+        if not difference <= _SYMMETRY_TOLERANCE:
+            raise ProblemError(asymmetry(difference))
         self._check_variance()
         owned = self.rows[self.rows != NO_ROW].sort().values
         if not torch.equal(owned, torch.arange(p, device=owned.device)):
@@ -218,7 +207,7 @@ class Consumer:
     @classmethod
     def from_gram(
         cls,
-        H: Hessian,
+        H: Tensor | Symmetric,
         W0: Tensor,
         *,
         G: Tensor | None = None,
@@ -233,15 +222,14 @@ class Consumer:
         Parameters
         ----------
         H, W0, G, e, damp
-            Undamped Gram matrix, dense weights, target and relative damping.  H may be the lower
-            half of one (`solvers.linalg.Symmetric`), which is then all that is held of it.
+            Undamped Gram matrix, dense weights, target and relative damping.
         units
             What each unit owns; by default every row is a unit.
         variance
             Variances of the inputs, (p,); by default the diagonal of `H`, as of centred inputs.
         overwrite
-            Whether to take over `H`, `W0` and `G`, where they are in float64, instead of copying
-            them: they are written to, and the caller gives them up.
+            Whether to take over `W0`, `G` and a `Symmetric` H, where they are in float64, instead
+            of copying them: they are written to, and the caller gives them up.
 
         Raises
         ------
@@ -288,7 +276,7 @@ class Consumer:
                 f"variance must be ({p},) in float64, not {variance.dtype} of "
                 f"{tuple(variance.shape)}"
             )
-        for name, tensor in self._held.items():
+        for name, tensor in self._tensors.items():
             if tensor.device != held.device:
                 raise ProblemError(
                     f"H is on {held.device}, and {name} on {tensor.device}; move them"
@@ -311,7 +299,7 @@ class Consumer:
             )
         if factor.explains_at_most(self.G) <= self.e:
             return None
-        del factor  # half a matrix, as large as the one that comes next
+        del factor  # as large as the one that comes next
         least, size = unexplained(self.hessian, self.G, self.e)
         return inconsistency(self.e, least) if least < -consistency() * size else None
 
@@ -340,7 +328,7 @@ class Consumer:
     def divided(self, number: float) -> Consumer:
         """Return the same least-squares problem with its loss divided by a positive number."""
         made = Consumer._owning(
-            divided(self.hessian, number),
+            self.hessian / number,
             self.G / number,
             self.e / number,
             self.W0,
@@ -359,8 +347,8 @@ class Consumer:
         ProblemError
             If `device` is none that holds numbers.
         """
-        before, device = self._held, as_device(device)
-        after: dict[str, Any] = {name: moved(held, device) for name, held in before.items()}
+        before, device = self._tensors, as_device(device)
+        after: dict[str, Any] = {name: held.to(device) for name, held in before.items()}
         if all(held is before[name] for name, held in after.items()):
             return self
         made = Consumer._owning(**after, e=self.e, damping=self.damping)
@@ -435,7 +423,7 @@ class SubsetProblem:
     @classmethod
     def from_gram(
         cls,
-        H: Hessian,
+        H: Tensor | Symmetric,
         W0: Tensor,
         *,
         keep: int,
@@ -452,8 +440,7 @@ class SubsetProblem:
         Parameters
         ----------
         H, W0
-            Undamped Gram matrix ``X'X/N``, (p, p) or half of it, as of `Consumer.from_gram`, and
-            dense weights, (p, m).
+            Undamped Gram matrix ``X'X/N``, (p, p), and dense weights, (p, m).
         keep
             How many units stay.
         G, e
@@ -467,7 +454,7 @@ class SubsetProblem:
         name
             What the problem is called in reports.
         overwrite
-            Whether `H`, `W0` and `G` may be taken over and written to, as of `Consumer.from_gram`.
+            Whether matrices may be taken over and written to, as of `Consumer.from_gram`.
         """
         consumer = Consumer.from_gram(
             H, W0, G=G, e=e, units=units, damp=damp, variance=variance, overwrite=overwrite
@@ -500,7 +487,7 @@ class SubsetProblem:
         alive = torch.zeros(self.units, dtype=torch.bool, device=self.device)
         for consumer in self.consumers:
             # A dead row has no correlation with any other row, nor with the target.
-            active = consumer.G.any(1) | coupled(consumer.hessian)
+            active = consumer.G.any(1) | consumer.hessian.coupled()
             alive |= (active[consumer.rows] & (consumer.rows != NO_ROW)).any(1)
         return torch.nonzero(~alive).flatten()
 
@@ -518,26 +505,6 @@ class SubsetProblem:
         for index, consumer in enumerate(self.consumers):
             if consumer.flaw is not None:
                 raise ProblemError(f"consumer {index}: {consumer.flaw}")
-
-    def rechecked(self) -> SubsetProblem:
-        """Return the same problem, its tensors shared, with all checks made again, `flaw` included.
-
-        For those who cannot know what has been written to a problem since it was made.
-
-        Raises
-        ------
-        ProblemError
-            If it is not well posed, or of another class.
-        """
-        if type(self) is not SubsetProblem or type(self.consumers) is not tuple:
-            raise ProblemError(f"a {type(self).__name__} is no SubsetProblem of a tuple")
-        for consumer in self.consumers:
-            if type(consumer) is not Consumer:
-                raise ProblemError(f"a {type(consumer).__name__} is no Consumer")
-        consumers = tuple(Consumer.rechecked(consumer) for consumer in self.consumers)
-        fresh = SubsetProblem(consumers, self.keep, self.name)
-        fresh.check_definite()
-        return fresh
 
     def to(self, device: torch.device | str) -> SubsetProblem:
         """Return this problem with its tensors on `device`.
@@ -573,9 +540,9 @@ class SubsetProblem:
             "consumers": [{"e": c.e, "damping": c.damping} for c in self.consumers],
         }
         tensors = {
-            f"{i}.{name}": whole(held)
+            f"{i}.{name}": held.dense() if isinstance(held, Symmetric) else held
             for i, consumer in enumerate(self.consumers)
-            for name, held in consumer._held.items()
+            for name, held in consumer._tensors.items()
         }
         storage.write(path, header, tensors)
 

@@ -10,16 +10,16 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from solvers.bounds.perspective import BOUND_FROM, Perspective
 from solvers.closed_forms.refit import refit
-from solvers.errors import BackendError, ProblemError, SolverError
+from solvers.errors import BackendError, ProblemError, SolverError, VerificationError
 from solvers.linalg.values import as_number, as_tensor, as_whole
 from solvers.problem import SubsetProblem
-from solvers.protocol import Backend, Capabilities, Selection, Status
+from solvers.protocol import Backend, Capabilities, Selection
 from solvers.registry import backends, configured
 from solvers.solution import Solution
+from solvers.verification import check_fields, check_support
 
 
 def solve(
@@ -83,8 +83,7 @@ def solve(
     start = time.perf_counter()
     try:
         selection = _checked(name, _selected(name, chosen, problem), problem)
-        support = selection.support.sort().values
-        weights, loss = refit(problem, support)
+        weights, loss = refit(problem, selection.support)
         if bound and math.isinf(selection.lower_bound):
             selection = _with_bound(problem, selection)
     except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
@@ -95,19 +94,10 @@ def solve(
     return Solution(
         problem=problem,
         backend=name,
-        support=support,
         weights=weights,
         loss=loss,
-        status=selection.status,
-        lower_bound=selection.lower_bound,
-        bound_from=selection.bound_from,
-        iterations=selection.iterations,
-        history=selection.history,
-        path=selection.path,
-        gap_tolerance=selection.gap_tolerance,
-        certificate=selection.certificate,
-        windows=selection.windows,
         seconds=time.perf_counter() - start,
+        **{field.name: getattr(selection, field.name) for field in dataclasses.fields(Selection)},
     )
 
 
@@ -179,54 +169,26 @@ def _checked(name: str, selection: Any, problem: SubsetProblem) -> Selection:
             f"backend {name!r} answered with {reprlib.repr(selection)}; it must be a Selection"
         )
     try:
-        support = as_tensor("support", selection.support)
-        bound = as_number("lower_bound", selection.lower_bound)
-        tolerance = as_number("gap_tolerance", selection.gap_tolerance)
-        history, path = (
-            tuple(as_number(part, value) for value in getattr(selection, part))
-            for part in ("history", "path")
+        iterations = as_whole(selection.iterations)
+        if iterations is None:
+            raise ProblemError(f"iterations is {reprlib.repr(selection.iterations)}")
+        checked = dataclasses.replace(
+            selection,
+            support=as_tensor("support", selection.support).sort().values,
+            lower_bound=as_number("lower_bound", selection.lower_bound),
+            gap_tolerance=as_number("gap_tolerance", selection.gap_tolerance),
+            iterations=iterations,
+            history=tuple(as_number("history", value) for value in selection.history),
+            path=tuple(as_number("path", value) for value in selection.path),
+            windows=tuple(selection.windows),
         )
-    except (ProblemError, TypeError) as error:
-        raise BackendError(f"backend {name!r} answered with what is no number: {error}") from error
-    iterations = as_whole(selection.iterations)
-    if not isinstance(selection.status, Status) or iterations is None:
+        check_fields(checked, [field.name for field in dataclasses.fields(Selection)])
+        check_support(problem, checked.support)
+    except (ProblemError, VerificationError, TypeError) as error:
         raise BackendError(
-            f"backend {name!r} answered with status {reprlib.repr(selection.status)} and "
-            f"iterations {reprlib.repr(selection.iterations)}; they must be a Status and an int"
-        )
-    if not bound < math.inf or not 0 <= tolerance < 1:
-        raise BackendError(
-            f"backend {name!r} answered with lower_bound {bound} and gap_tolerance {tolerance}; "
-            "the bound must be a number, -inf for none, and the tolerance lie in [0, 1)"
-        )
-    _check_support(name, support, problem)
-    return dataclasses.replace(
-        selection,
-        support=support,
-        lower_bound=bound,
-        gap_tolerance=tolerance,
-        iterations=iterations,
-        history=history,
-        path=path,
-        windows=tuple(selection.windows),
-    )
-
-
-def _check_support(name: str, support: Tensor, problem: SubsetProblem) -> None:
-    whole = support.dtype == torch.int64 and support.ndim == 1
-    units = set(support.tolist()) if whole else set()
-    if not (whole and len(support) == len(units) == problem.keep) or not units <= set(
-        range(problem.units)
-    ):
-        raise BackendError(
-            f"backend {name!r} answered with support {reprlib.repr(support.tolist())}; it must be "
-            f"{problem.keep} distinct units below {problem.units}, in int64"
-        )
-    if support.device != problem.device:
-        raise BackendError(
-            f"backend {name!r} answered with a support on {support.device}; the problem is on "
-            f"{problem.device}"
-        )
+            f"backend {name!r} answered with what is no selection: {error}"
+        ) from error
+    return checked
 
 
 def _damping(problem: SubsetProblem) -> str:

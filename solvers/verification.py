@@ -17,26 +17,22 @@ What `verify` recomputes, and what it can only fail to refute:
 That a limit was met, and how a backend got to its answer (its iterations, history, path and
 seconds), is not recomputed: nothing about the problem follows from it.
 
-Every number is checked for its type, for being finite and for its range before it is compared, and
-compared such that NaN fails; nothing is read through methods or caches that a caller could replace.
+Claims may come from files.  Every number is checked for its type, for being finite and for its
+range before it is compared, and compared such that NaN fails.
 """
 
 from __future__ import annotations
 
 import math
 import reprlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from solvers.certificates.certificate import (
-    Certificate,
-    EnumerationCertificate,
-    MultiplierCertificate,
-)
+from solvers.certificates.certificate import EnumerationCertificate, MultiplierCertificate
 from solvers.certificates.tree_certificate import TreeCertificate
 from solvers.closed_forms.pivot import PivotState
 from solvers.closed_forms.refit import (
@@ -49,8 +45,6 @@ from solvers.closed_forms.swaps import best_swap, possible_gain
 from solvers.closed_forms.windows import window_problem
 from solvers.errors import ProblemError, VerificationError
 from solvers.linalg.gram import TILE_ROWS
-from solvers.linalg.hessian import entries
-from solvers.linalg.values import is_plain
 from solvers.problem import SubsetProblem
 from solvers.protocol import Status, WindowCertificate
 
@@ -68,7 +62,6 @@ _BOUND_TOLERANCE = 1e-9
 rounding can do to both, but no two computers round alike."""
 
 _CERTIFICATES = (MultiplierCertificate, TreeCertificate, EnumerationCertificate)
-"""Only these are evidence: another class could answer what it wants to."""
 
 
 @dataclass(frozen=True)
@@ -108,183 +101,75 @@ class Verification:
     not_recomputed: tuple[str, ...] = ()
 
 
-def verify(solution: Any) -> Verification:
-    """Recompute in float64, from the problem alone, what a solution claims.
-
-    Parameters
-    ----------
-    solution
-        Anything with the fields of `solvers.Solution`.
-
-    Returns
-    -------
-    Verification
-        The recomputed numbers, and which claims were not recomputed.
-
-    Raises
-    ------
-    VerificationError
-        If a field has a wrong type or range, the problem is ill posed, the support is not feasible,
-        the weights are not the refit on it, the loss is not what they give, the bound lies above
-        the loss or above what its certificate proves, or the status claims more than that.
-    """
-    claim = _read(solution)
-    try:
-        with torch.no_grad():  # whatever has been made of the tensors
-            return _recomputed(claim)
-    except ProblemError as error:
-        raise VerificationError(f"the problem is ill posed: {error}") from error
-    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
-        raise VerificationError(
-            f"the claims cannot be recomputed, H is too close to singular: {error}"
-        ) from error
-
-
-@dataclass(frozen=True, eq=False)
-class _Claim:
-    """The fields of a solution, each read once, and of the type and in the range that it must be.
-
-    The problem and the certificates are checked where they are used.
-    """
-
-    problem: Any
-    support: Tensor
-    weights: tuple[Tensor, ...]
-    loss: float
-    status: Status
-    lower_bound: float
-    gap_tolerance: float
-    certificate: Certificate | None
-    windows: tuple[WindowCertificate, ...]
-    history: tuple[float, ...]
-    path: tuple[float, ...]
-    iterations: int
-    seconds: float
-    backend: str
-    bound_from: str
-
-    @property
-    def has_bound(self) -> bool:
-        """Whether a lower bound is claimed."""
-        return self.lower_bound > -math.inf
+# ---- fields --------------------------------------------------------------------------------------
 
 
 def _is_number(value: Any) -> bool:
-    # Not isinstance: a subclass can compare as it likes.
-    return type(value) is float and math.isfinite(value)
+    return isinstance(value, float) and math.isfinite(value)
 
 
 def _are_numbers(values: Any) -> bool:
-    return type(values) is tuple and all(map(_is_number, values))
+    return isinstance(values, tuple) and all(map(_is_number, values))
 
 
-def _is_matrix(value: Any) -> bool:
-    return is_plain(value) and value.dtype == torch.float64 and value.ndim == 2
+def _is_tensor(value: Any, dtype: torch.dtype, ndim: int) -> bool:
+    return isinstance(value, Tensor) and value.dtype == dtype and value.ndim == ndim
 
 
 _FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "problem": (lambda v: type(v) is SubsetProblem, "a SubsetProblem"),
-    "support": (
-        lambda v: is_plain(v) and v.dtype == torch.int64 and v.ndim == 1,
-        "a plain int64 tensor of one dimension",
-    ),
+    "problem": (lambda v: isinstance(v, SubsetProblem), "a SubsetProblem"),
+    "support": (lambda v: _is_tensor(v, torch.int64, 1), "an int64 tensor of one dimension"),
     "weights": (
-        lambda v: type(v) is tuple and all(map(_is_matrix, v)),
-        "a tuple of plain float64 matrices",
+        lambda v: isinstance(v, tuple) and all(_is_tensor(W, torch.float64, 2) for W in v),
+        "a tuple of float64 matrices",
     ),
     "loss": (lambda v: _is_number(v) and v >= 0, "a finite float, and not negative"),
-    "status": (lambda v: type(v) is Status, "a Status"),
+    "status": (lambda v: isinstance(v, Status), "a Status"),
     "lower_bound": (
-        lambda v: _is_number(v) or (type(v) is float and v == -math.inf),
+        lambda v: _is_number(v) or (isinstance(v, float) and v == -math.inf),
         "a finite float, or -inf where there is none",
     ),
     "gap_tolerance": (lambda v: _is_number(v) and 0 <= v < 1, "a float in [0, 1)"),
-    "certificate": (lambda v: v is None or type(v) in _CERTIFICATES, "None or a known certificate"),
+    "certificate": (
+        lambda v: v is None or isinstance(v, _CERTIFICATES),
+        "None or a known certificate",
+    ),
     "windows": (
-        lambda v: type(v) is tuple and all(type(w) is WindowCertificate for w in v),
+        lambda v: isinstance(v, tuple) and all(isinstance(w, WindowCertificate) for w in v),
         "a tuple of WindowCertificate",
     ),
     "history": (_are_numbers, "a tuple of finite floats"),
     "path": (_are_numbers, "a tuple of finite floats"),
-    "iterations": (lambda v: type(v) is int and v >= 0, "an int, and not negative"),
+    "iterations": (lambda v: isinstance(v, int) and v >= 0, "an int, and not negative"),
     "seconds": (lambda v: _is_number(v) and v >= 0, "a finite float, and not negative"),
-    "backend": (lambda v: type(v) is str, "a string"),
-    "bound_from": (lambda v: type(v) is str, "a string"),
+    "backend": (lambda v: isinstance(v, str), "a string"),
+    "bound_from": (lambda v: isinstance(v, str), "a string"),
 }
 
 
-def _read(solution: Any) -> _Claim:
-    """Read every field once, and refuse what is of another type or out of its range."""
-    values: dict[str, Any] = {}
-    for name, (is_right, expected) in _FIELDS.items():
-        value = values[name] = getattr(solution, name, None)
+def check_fields(claim: Any, names: Iterable[str] = tuple(_FIELDS)) -> None:
+    """Refuse fields of a solution, or of a selection, of another type or out of their range.
+
+    Raises
+    ------
+    VerificationError
+        Naming the field, its value, and what it must be.
+    """
+    for name in names:
+        is_right, expected = _FIELDS[name]
+        value = getattr(claim, name, None)
         if not is_right(value):
             raise VerificationError(f"{name} is {reprlib.repr(value)}; it must be {expected}")
-    return _Claim(**values)
 
 
-def _require(condition: bool, otherwise: str) -> None:
-    """Refuse the solution unless a condition holds; with NaN none does."""
-    if not condition:
-        raise VerificationError(otherwise)
+def check_support(problem: SubsetProblem, support: Tensor) -> None:
+    """Refuse a support, (k,) int64, that is not sorted or no choice of `keep` units.
 
-
-def _recomputed(claim: _Claim) -> Verification:
-    """Check one claim after the other; each rests on those above it."""
-    problem = SubsetProblem.rechecked(claim.problem)
-    _check_support(problem, claim.support)
-    _check_weights(problem, claim)
-    loss = quadratic_loss(problem, claim.weights)
-    slack = _ROUNDINGS * loss_rounding(problem, claim.weights)
-    _require(
-        abs(loss - claim.loss) <= slack,
-        f"loss is {loss:.9g} when recomputed, claimed {claim.loss:.9g}",
-    )
-    stationarity = _stationarity(problem, claim)
-    _require(
-        stationarity <= _STATIONARITY_TOLERANCE,
-        f"weights are not the refit on the support: gradient {stationarity:.3g}",
-    )
-    known = _Known(problem, claim, loss, slack)
-    gain, swap_proved = _check_exchanges(known)
-    bound = _check_bound(known)
-    _check_status(known)
-    scale = problem.scale or 1.0
-    return Verification(
-        loss=loss,
-        loss_error=abs(loss - claim.loss) / scale,
-        stationarity=stationarity,
-        swap_gain=gain / scale,
-        lower_bound=bound,
-        tolerance=known.tolerance if claim.has_bound else slack,
-        not_recomputed=_not_recomputed(claim, bound, swap_proved=swap_proved),
-    )
-
-
-@dataclass(frozen=True, eq=False)
-class _Known:
-    """What the checks of bound and status rest on.
-
-    Parameters
-    ----------
-    problem, claim
-        The problem, checked anew, and what is claimed.
-    loss, slack
-        The loss of the claimed support, and what rounding can have done to it.
+    Raises
+    ------
+    VerificationError
+        Saying why.
     """
-
-    problem: SubsetProblem
-    claim: _Claim
-    loss: float
-    slack: float
-
-    @property
-    def tolerance(self) -> float:
-        """By how much a bound may exceed what is proved of it."""
-        return self.slack + _BOUND_TOLERANCE * self.loss
-
-
-def _check_support(problem: SubsetProblem, support: Tensor) -> None:
     _require(
         support.device == problem.device,
         f"support is on {support.device}, the problem on {problem.device}",
@@ -301,7 +186,84 @@ def _check_support(problem: SubsetProblem, support: Tensor) -> None:
     _require(bool((support.diff() > 0).all()), "support is not sorted")
 
 
-def _check_weights(problem: SubsetProblem, claim: _Claim) -> None:
+def _require(condition: bool, otherwise: str) -> None:
+    """Refuse the solution unless a condition holds; with NaN none does."""
+    if not condition:
+        raise VerificationError(otherwise)
+
+
+# ---- claims --------------------------------------------------------------------------------------
+
+
+def verify(solution: Any) -> Verification:
+    """Recompute in float64, from the problem alone, what a solution claims.
+
+    Parameters
+    ----------
+    solution
+        A `solvers.Solution`.
+
+    Returns
+    -------
+    Verification
+        The recomputed numbers, and which claims were not recomputed.
+
+    Raises
+    ------
+    VerificationError
+        If a field has a wrong type or range, the problem is ill posed, the support is not feasible,
+        the weights are not the refit on it, the loss is not what they give, the bound lies above
+        the loss or above what its certificate proves, or the status claims more than that.
+    """
+    check_fields(solution)
+    try:
+        with torch.no_grad():
+            return _recomputed(solution)
+    except ProblemError as error:
+        raise VerificationError(f"the problem is ill posed: {error}") from error
+    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
+        raise VerificationError(
+            f"the claims cannot be recomputed, H is too close to singular: {error}"
+        ) from error
+
+
+def _recomputed(claim: Any) -> Verification:
+    """Check one claim after the other; each rests on those above it."""
+    problem: SubsetProblem = claim.problem
+    problem.check_definite()
+    check_support(problem, claim.support)
+    _check_weights(problem, claim)
+    loss = quadratic_loss(problem, claim.weights)
+    slack = _ROUNDINGS * loss_rounding(problem, claim.weights)
+    _require(
+        abs(loss - claim.loss) <= slack,
+        f"loss is {loss:.9g} when recomputed, claimed {claim.loss:.9g}",
+    )
+    stationarity = _stationarity(problem, claim)
+    _require(
+        stationarity <= _STATIONARITY_TOLERANCE,
+        f"weights are not the refit on the support: gradient {stationarity:.3g}",
+    )
+    gain, swap_proved = _check_exchanges(problem, claim, loss, slack)
+    bound = _check_bound(problem, claim)
+    _check_status(problem, claim, loss, slack)
+    scale = problem.scale or 1.0
+    return Verification(
+        loss=loss,
+        loss_error=abs(loss - claim.loss) / scale,
+        stationarity=stationarity,
+        swap_gain=gain / scale,
+        lower_bound=bound,
+        tolerance=slack + (_BOUND_TOLERANCE * loss if _has_bound(claim) else 0.0),
+        not_recomputed=_not_recomputed(claim, bound, swap_proved=swap_proved),
+    )
+
+
+def _has_bound(claim: Any) -> bool:
+    return bool(claim.lower_bound > -math.inf)
+
+
+def _check_weights(problem: SubsetProblem, claim: Any) -> None:
     _require(
         len(claim.weights) == len(problem.consumers),
         f"weights for {len(claim.weights)} of {len(problem.consumers)} consumers",
@@ -318,7 +280,7 @@ def _check_weights(problem: SubsetProblem, claim: _Claim) -> None:
         _require(not bool(W[outside].any()), "weights are not zero on the rows of removed units")
 
 
-def _stationarity(problem: SubsetProblem, claim: _Claim) -> float:
+def _stationarity(problem: SubsetProblem, claim: Any) -> float:
     worst = 0.0
     for consumer, W in zip(problem.consumers, claim.weights, strict=True):
         kept = consumer.support_rows(claim.support)
@@ -327,14 +289,16 @@ def _stationarity(problem: SubsetProblem, claim: _Claim) -> float:
         fitted = W[kept]  # the other rows are zero, as was checked
         largest = max(map(abs, map(float, torch.aminmax(consumer.G)))) or 1.0
         for rows in torch.split(kept, TILE_ROWS):
-            residual = entries(consumer.hessian, rows, kept) @ fitted - consumer.G[rows]
+            residual = consumer.hessian.entries(rows, kept) @ fitted - consumer.G[rows]
             gradient = float(residual.abs().max())
             _require(math.isfinite(gradient), "weights overflow: their gradient is not finite")
             worst = max(worst, gradient / largest)
     return worst
 
 
-def _check_exchanges(known: _Known) -> tuple[float, bool]:
+def _check_exchanges(
+    problem: SubsetProblem, claim: Any, loss: float, slack: float
+) -> tuple[float, bool]:
     """Return what the most promising exchange gains; refuse what it refutes.
 
     The search's own formula proposes it, and a refit confirms it: near a singular H that formula
@@ -347,27 +311,24 @@ def _check_exchanges(known: _Known) -> tuple[float, bool]:
     proved
         Whether no exchange gains, whatever rounding can hide; False if that is not claimed.
     """
-    problem, claim, loss = known.problem, known.claim, known.loss
-    if claim.status is not Status.SWAP_OPTIMAL and not claim.has_bound:
+    if claim.status is not Status.SWAP_OPTIMAL and not _has_bound(claim):
         return math.nan, False
     _require(
-        not claim.has_bound or claim.lower_bound <= loss + known.slack,
+        not _has_bound(claim) or claim.lower_bound <= loss + slack,
         f"bound {claim.lower_bound:.9g} lies above the loss {loss:.9g}",
     )
-    allowed = _SWAP_TOLERANCE * loss + known.slack
+    allowed = _SWAP_TOLERANCE * loss + slack
     try:
         state = PivotState.on_support(problem, claim.support)
         swap, proved = best_swap(state), False
         if claim.status is Status.SWAP_OPTIMAL:
             # No loss is negative.
-            proved = min(possible_gain(state), loss + known.slack / _ROUNDINGS) <= allowed
+            proved = min(possible_gain(state), loss + slack / _ROUNDINGS) <= allowed
     except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
         if claim.status is Status.SWAP_OPTIMAL or claim.certificate is None:
             raise
-        return (
-            math.nan,
-            False,
-        )  # What rounding hides here, the certificate has to prove all the same.
+        # What rounding hides here, the certificate has to prove all the same.
+        return math.nan, False
     gain = swap.gain
     del state  # a refit takes its room
     if swap.leave >= 0:
@@ -379,17 +340,16 @@ def _check_exchanges(known: _Known) -> tuple[float, bool]:
         f"not a swap optimum: an exchange lowers the loss {loss:.9g} by {gain:.3g}",
     )
     _require(
-        not claim.has_bound or claim.lower_bound <= loss - gain + known.slack,
+        not _has_bound(claim) or claim.lower_bound <= loss - gain + slack,
         f"bound {claim.lower_bound:.9g} is refuted by an exchange that lowers the loss to "
         f"{loss - gain:.9g}",
     )
     return gain, proved
 
 
-def _check_bound(known: _Known) -> float:
+def _check_bound(problem: SubsetProblem, claim: Any) -> float:
     """Return what is proved of the claimed bound, NaN if nothing; refuse what proves less."""
-    problem, claim = known.problem, known.claim
-    if not claim.has_bound:
+    if not _has_bound(claim):
         return math.nan
     if claim.certificate is None:
         # Removing units never lowers the loss: that is a bound which needs no evidence.
@@ -398,7 +358,7 @@ def _check_bound(known: _Known) -> float:
         least = max(least - rounding, 0.0)
         allowed = _BOUND_TOLERANCE * least + _EPS * problem.scale
         return least if claim.lower_bound <= least + allowed else math.nan
-    proved = type(claim.certificate).bound(claim.certificate, problem)
+    proved: float = claim.certificate.bound(problem)
     # Nothing of the loss here: whoever makes a claim chooses that, by a bad support.
     allowed = _BOUND_TOLERANCE * max(proved, 0.0) + _EPS * problem.scale
     _require(
@@ -408,51 +368,52 @@ def _check_bound(known: _Known) -> float:
     return proved
 
 
-def _check_status(known: _Known) -> None:
+def _check_status(problem: SubsetProblem, claim: Any, loss: float, slack: float) -> None:
     """Refuse a status that claims more than the bound, or the windows, say."""
-    claim, loss = known.claim, known.loss
     if claim.status is Status.BOUNDED:
-        _require(claim.has_bound, "a bound is claimed, and there is none")
+        _require(_has_bound(claim), "a bound is claimed, and there is none")
     if claim.status is Status.OPTIMAL:
-        _require(claim.has_bound, "optimality is claimed without a bound")
+        _require(_has_bound(claim), "optimality is claimed without a bound")
         left = loss - claim.lower_bound
         _require(
-            left <= claim.gap_tolerance * loss + known.slack,
+            left <= claim.gap_tolerance * loss + slack,
             f"optimality is claimed with a gap of {left:.3g} at a loss of {loss:.3g}; the "
             f"tolerance is {claim.gap_tolerance:.3g} of it",
         )
     if claim.status is Status.WINDOW_OPTIMAL:
         _require(len(claim.windows) > 0, "window optimality is claimed without a window")
         for window in claim.windows:
-            _check_window(known, window)
+            _check_window(problem, claim, loss, slack, window)
 
 
-def _check_window(known: _Known, window: WindowCertificate) -> None:
+def _check_window(
+    problem: SubsetProblem, claim: Any, loss: float, slack: float, window: WindowCertificate
+) -> None:
     """Refuse a window in which a better choice may exist, all other units held where they are."""
-    problem, claim, loss = known.problem, known.claim, known.loss
     units = window.units
     _require(
-        is_plain(units) and units.dtype == torch.int64 and units.device == problem.device,
-        "the units of a window must be a plain int64 tensor beside the problem",
+        _is_tensor(units, torch.int64, 1) and units.device == problem.device,
+        "the units of a window must be an int64 tensor beside the problem",
     )
     _require(
-        type(window.certificate) is TreeCertificate, "a window is certified by a TreeCertificate"
+        isinstance(window.certificate, TreeCertificate),
+        "a window is certified by a TreeCertificate",
     )
     try:
         inside = window_problem(problem, claim.support, units)
     except ProblemError as error:
         raise VerificationError(f"a window is none of this problem: {error}") from error
-    proved = TreeCertificate.bound(window.certificate, inside)
+    proved = window.certificate.bound(inside)
     _require(
-        loss - proved <= claim.gap_tolerance * loss + known.tolerance,
+        loss - proved <= claim.gap_tolerance * loss + slack + _BOUND_TOLERANCE * loss,
         f"a window of {len(units)} units is proved to {proved:.9g} only, and the loss is "
         f"{loss:.9g}",
     )
 
 
-def _not_recomputed(claim: _Claim, bound: float, *, swap_proved: bool) -> tuple[str, ...]:
+def _not_recomputed(claim: Any, bound: float, *, swap_proved: bool) -> tuple[str, ...]:
     """Return which claims nobody here has recomputed, nor what they rest on."""
-    open_bound = claim.has_bound and not math.isfinite(bound)
+    open_bound = _has_bound(claim) and not math.isfinite(bound)
     rests = open_bound and claim.status in (Status.OPTIMAL, Status.BOUNDED)
     hidden = claim.status is Status.SWAP_OPTIMAL and not swap_proved
     names = {"lower_bound": open_bound, "status": rests or hidden}

@@ -51,6 +51,7 @@ from osscar.preparation.recurrent import RECURRENT, gates_shown
 from osscar.preparation.routing import Routed, afresh, reads
 from osscar.walk.gram import damped_by_input
 from solvers import Consumer, SubsetProblem
+from solvers.linalg.gram import symmetric_part
 
 _POSITIONS_AT_ONCE = 1024
 """Tokens in a batch: a backward pass keeps the logits of all of them, in several copies."""
@@ -201,7 +202,7 @@ class Factors:
         damp
             Weight of the proximal term, as of `damped_by_input`.
         """
-        A = self.inputs.to(torch.float64, copy=True)
+        A, _ = symmetric_part(self.inputs)
         units = self.linear_map.unit_rows
         return damped_by_input(A, weights.clone(), units=units, damp=damp, positions=self.rows)
 

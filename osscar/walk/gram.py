@@ -34,7 +34,6 @@ from osscar.network.modules import device_of
 from osscar.preparation.consumer import LinearMap
 from osscar.walk.centred import CONSTANT, Centred, inner
 from solvers import Consumer, SubsetProblem
-from solvers.linalg.hessian import Hessian, add_to_diagonal
 from solvers.linalg.symmetric import PANEL_ROWS, Symmetric
 
 
@@ -495,7 +494,7 @@ def pulls(energies: Tensor, positions: int) -> Tensor:
 
 
 def damped_by_input(
-    H: Hessian,
+    H: Symmetric,
     W0: Tensor,
     *,
     targets: tuple[Tensor, float] | None = None,
@@ -514,7 +513,7 @@ def damped_by_input(
     Parameters
     ----------
     H, W0
-        Undamped Gram matrix or half of it, and dense weights.
+        Undamped Gram matrix, and dense weights.
     targets
         G and e of targets that are not what these weights put out.
     units
@@ -531,7 +530,7 @@ def damped_by_input(
     if targets is not None:
         G = targets[0].addcmul_(added[:, None], W0)
         e = targets[1] + float(added @ torch.linalg.vector_norm(W0, dim=1).square())
-    add_to_diagonal(H, added)
+    H.add_diagonal(added)
     return Consumer.from_gram(
         H, W0, G=G, e=e, units=units, damp=0.0, variance=variance, overwrite=True
     )

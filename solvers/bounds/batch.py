@@ -19,7 +19,7 @@ from solvers.bounds.quadratic import QuadraticBound
 from solvers.bounds.removal import ConsumerRemoval, RemovalTerms
 from solvers.certificates.certificate import LEAST_DIAGONAL
 from solvers.certificates.tree_certificate import FREE, REMOVED
-from solvers.closed_forms.aligned import unit_rows
+from solvers.linalg.descent import accelerated, project
 from solvers.linalg.rounding import Rounding
 
 _SQUARINGS = 6
@@ -110,13 +110,7 @@ class TermsBatch:
 
     def costs(self, chosen: Tensor) -> Tensor:
         """Return what removing the units at c choices of r places costs, (c, r) -> (b, c)."""
-        total = self.spent.new_zeros(len(self.spent), len(chosen))
-        for c in self.consumers:
-            rows = unit_rows(chosen.flatten(), c.width).view(len(chosen), -1)
-            factor = torch.linalg.cholesky(c.A[:, rows[:, :, None], rows[:, None, :]])
-            half = torch.linalg.solve_triangular(factor, c.W[:, rows], upper=False)
-            total += half.square().sum((2, 3))
-        return total
+        return torch.stack([c.costs(chosen) for c in self.consumers]).sum(0)
 
     def cheapest(self, free: int, removals: int) -> tuple[Tensor, Tensor]:
         """Return the least cost, (b,), and the places that give it, (b, r), by enumeration.
@@ -266,7 +260,13 @@ def bound_nodes(terms: TermsBatch, share: Tensor, shape: Tensor, steps: int) -> 
     q = torch.where(free, q, q.amax(1, keepdim=True))
     start = torch.where(free, share, 0.0)
     start = (start * (r / start.sum(1))[:, None]).clamp_(max=1.0)
-    x = _minimize(a, Q, q, start, r, free, steps).float().double()
+
+    def step(y: Tensor) -> Tensor:
+        # As in `solvers.bounds.quadratic.minimize`.
+        target = torch.where(free, (_times(Q, y) - a) / q + 0.5, _NEVER)
+        return project(target, 1 / q, r)
+
+    x = accelerated(start, step, q, steps, _TOLERANCE).float().double()
     Px = q * x - _times(Q, x)
     slopes = torch.where(free, 2 * (a + Px) - q, torch.inf)
     ordered = slopes.sort(1).values
@@ -296,41 +296,3 @@ def _dominating(Q: Tensor, shape: Tensor, margin: float) -> tuple[Tensor, Tensor
 
 def _times(Q: Tensor, x: Tensor) -> Tensor:
     return (Q @ x[:, :, None])[:, :, 0]
-
-
-def _minimize(
-    a: Tensor, Q: Tensor, q: Tensor, start: Tensor, removals: Tensor, free: Tensor, steps: int
-) -> Tensor:
-    """Return points near the minimizers, as `solvers.bounds.quadratic.minimize` does."""
-    x = y = start
-    weight, momentum = 1 / q, torch.ones_like(a[:, :1])
-    for _ in range(steps):
-        # y - gradient(y) / (2 q), where the gradient is 2 (a + q y - Q y) - q: q y cancels.
-        target = torch.where(free, (_times(Q, y) - a) * weight + 0.5, _NEVER)
-        new = _project(target, weight, removals)
-        change = new - x
-        # Momentum that points uphill is dropped (O'Donoghue and Candes, 2015).
-        restart = (((y - new) * q) * change).sum(1, keepdim=True) > 0
-        following = (1 + (1 + 4 * momentum.square()).sqrt()) / 2
-        y = torch.where(restart, new, new + change * ((momentum - 1) / following))
-        momentum = torch.where(restart, 1.0, following)
-        x = new
-        if float(change.abs().max()) < _TOLERANCE:
-            break
-    return x
-
-
-def _project(target: Tensor, weight: Tensor, total: Tensor) -> Tensor:
-    """Project as `solvers.bounds.quadratic.project` does, row by row."""
-    # The sum of clip(target - tau weight, 0, 1) falls from n to 0 in tau, and bends where an entry
-    # leaves 1, at (target - 1) / weight, or reaches 0, at target / weight.
-    n = target.shape[1]
-    points, order = torch.cat([(target - 1) / weight, target / weight], 1).sort(1)
-    slopes = torch.cat([weight, -weight], 1).gather(1, order).cumsum(1)
-    falls = (slopes[:, :-1] * points.diff(dim=1)).cumsum(1)
-    sums = n - torch.nn.functional.pad(falls, (1, 0))
-    index = ((sums > total[:, None]).sum(1, keepdim=True) - 1).clamp(0, 2 * n - 2)
-    slope = slopes.gather(1, index)
-    step = (sums.gather(1, index) - total[:, None]) / slope
-    tau = points.gather(1, index) + torch.where(slope > 0, step, 0.0)
-    return (target - tau * weight).clamp(0.0, 1.0)

@@ -22,8 +22,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from solvers.bounds.quadratic import QuadraticBound
-from solvers.bounds.relaxation import Effort, Relaxation, Start, relax
+from solvers.bounds.quadratic import QuadraticBound, made_dominating
+from solvers.bounds.relaxation import Effort, Relaxation, relax
 from solvers.bounds.removal import RemovalTerms
 from solvers.certificates.certificate import MultiplierCertificate
 from solvers.closed_forms.refit import refit_loss
@@ -84,25 +84,27 @@ class Conic:
         terms = RemovalTerms.of(problem)
         if terms.removals == 0:
             support = torch.arange(problem.units, device=problem.device)
-            whole = _refitted(problem, support)
-            return self._selection(terms.certified(0.0), None, [whole])
-        best = current = relax(terms, _EFFORT, Start.cold(terms))
-        found = [_rounded(problem, current)]
+            return self._selection(problem, terms.certified(0.0), None, [support])
+        best = current = relax(terms, _EFFORT)
+        found = [current.support]
         for _ in range(self.rounds):
             solved = self._solve(current)
-            found.append(_rounded(problem, solved))
+            found.append(solved.support)
             best = solved if solved.value > best.value else best
-            start = Start((solved.share + solved.bound.point) / 2, solved.bound.shape)
+            start = (solved.share + solved.bound.point) / 2, solved.bound.shape
             current = relax(terms, Effort(rounds=1, steps=200, tighten=False), start)
-        return self._selection(*best.claim, found)
+        return self._selection(problem, *best.claim, found)
 
     def _selection(
         self,
+        problem: SubsetProblem,
         bound: float,
         certificate: MultiplierCertificate | None,
-        found: list[tuple[float, Tensor]],
+        found: list[Tensor],
     ) -> Selection:
-        loss, support = min(found, key=lambda pair: pair[0])
+        losses = [refit_loss(problem, support) for support in found]
+        loss = min(losses)
+        support = found[losses.index(loss)]
         return Selection(
             support,
             Status.BOUNDED,
@@ -164,21 +166,9 @@ def _run(problem: Any, solver: str) -> None:
 
 
 def _made_definite(bound: QuadraticBound) -> QuadraticBound:
-    """Raise q, in growing steps, until it dominates Q."""
+    """Raise q until it dominates Q."""
     Q = bound.Q
     q = torch.maximum(bound.q, Q.diagonal())
     scale = q.rsqrt()
     largest = float(torch.linalg.eigvalsh(Q * scale[:, None] * scale)[-1])
-    bound, step = replace(bound, q=q * max(largest, 1e-3)), bound.margin
-    while not bound.dominates:
-        bound, step = replace(bound, q=bound.q * (1 + step)), 2 * step
-    return bound
-
-
-def _rounded(problem: SubsetProblem, relaxation: Relaxation) -> tuple[float, Tensor]:
-    kept = relaxation.bound.point.argsort(stable=True)[: problem.keep]
-    return _refitted(problem, kept.sort().values)
-
-
-def _refitted(problem: SubsetProblem, support: Tensor) -> tuple[float, Tensor]:
-    return refit_loss(problem, support), support
+    return made_dominating(replace(bound, q=q * max(largest, 1e-3)))

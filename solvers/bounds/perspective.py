@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import torch
 
-from solvers.bounds.relaxation import Effort, Relaxation, Start, relax
+from solvers.bounds.relaxation import Effort, Relaxation, relax
 from solvers.bounds.removal import RemovalTerms
 from solvers.certificates.certificate import MultiplierCertificate
 from solvers.closed_forms.refit import refit_loss
@@ -68,7 +68,7 @@ class Perspective:
         if relaxation is None:
             support = torch.arange(problem.units, device=problem.device)
         else:
-            support = relaxation.bound.point.argsort()[: problem.keep].sort().values
+            support = relaxation.support
         if self.polish and relaxation is not None:
             support = LocalSearch(start=tuple(support.tolist())).support(problem)
         return Selection(
@@ -88,5 +88,5 @@ class Perspective:
         terms = RemovalTerms.of(problem)
         if terms.removals == 0:
             return terms.certified(0.0), None, None
-        relaxation = relax(terms, Effort(self.rounds, self.steps, self.tighten), Start.cold(terms))
+        relaxation = relax(terms, Effort(self.rounds, self.steps, self.tighten))
         return *relaxation.claim, relaxation

@@ -15,19 +15,16 @@ the Hessian of ``log det(Diag(q) - Q)`` is the element-wise square of the invers
 from __future__ import annotations
 
 import contextlib
-import math
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from scipy.sparse.linalg import ArpackNoConvergence, eigsh
 from torch import Tensor
 
 from solvers.certificates.certificate import LEAST_DIAGONAL
+from solvers.linalg.descent import accelerated, project
 from solvers.linalg.rounding import Sizes
-
-Array = NDArray[np.float64]
 
 LEAST_MARGIN = 1e-8
 """By which share q dominates at least: what an eigenvalue computed otherwise can differ by."""
@@ -36,8 +33,7 @@ _LEAST_WEIGHT = 3e-3
 _BARRIERS = (0.3, 0.1, 0.03)
 _NEWTON_STEPS = 3
 _LANCZOS_FROM = 300
-_CHECKED = 10
-"""Steps between looks at whether the bound is enough."""
+_POINT_TOLERANCE = 1e-4
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,14 +114,8 @@ def largest_eigenvalue(matrix: Tensor) -> float:
     return float(torch.linalg.eigvalsh(matrix)[-1])
 
 
-def minimize(
-    bound: QuadraticBound, steps: int, *, tolerance: float = 1e-4, enough: float = math.inf
-) -> QuadraticBound:
+def minimize(bound: QuadraticBound, steps: int) -> QuadraticBound:
     """Move `point` towards the minimizer of the convex function.
-
-    Accelerated projected gradients with restarts (O'Donoghue and Candes, 2015) in the metric
-    Diag(q), which majorizes the curvature.  In numpy: thousands of small problems are solved in a
-    branch and bound, where the overhead of a call is what counts.
 
     Parameters
     ----------
@@ -133,53 +123,15 @@ def minimize(
         Where to start.
     steps
         The most steps; one costs a product with Q.
-    tolerance
-        Stop when a step moves no entry of the point by more than this.
-    enough
-        Stop as soon as the bound reaches this value.
     """
-    a, Q, q = (tensor.cpu().numpy() for tensor in (bound.a, bound.Q, bound.q))
-    x = y = bound.point.cpu().numpy()
-    momentum, weight = 1.0, 1 / q
-    for step in range(1, steps + 1):
-        # y - gradient(y) / (2 q), written without the difference of large terms
-        new = project((Q @ y - a) * weight + 0.5, weight, bound.removals)
-        change = new - x
-        if ((y - new) * q) @ change > 0:
-            momentum, y = 1.0, new
-        else:
-            following = (1 + math.sqrt(1 + 4 * momentum**2)) / 2
-            y = new + change * ((momentum - 1) / following)
-            momentum = following
-        x = new
-        if np.abs(change).max() < tolerance:
-            break
-        if step % _CHECKED == 0 and enough < math.inf:
-            moved = replace(bound, point=torch.from_numpy(x).to(bound.q.device))
-            if moved.value >= enough:
-                return moved
-    return replace(bound, point=torch.from_numpy(x).to(bound.q.device))
+    weight, total = 1 / bound.q[None], bound.q.new_tensor([bound.removals])
 
+    def step(y: Tensor) -> Tensor:
+        # y - gradient(y) / (2 q), where the gradient is 2 (a + q y - Q y) - q: q y cancels.
+        return project(((bound.Q @ y[0] - bound.a) * weight).add_(0.5), weight, total)
 
-def project(target: Array, weight: Array, total: int) -> Array:
-    """Return the x in the polytope with the least ``sum (x_j - target_j)^2 / weight_j``.
-
-    ``x = clip(target - tau * weight, 0, 1)`` with tau where the entries sum up to `total`: found
-    exactly among the breakpoints, at which the sum, piecewise linear in tau, changes its slope.
-    """
-    points = np.concatenate([(target - 1) / weight, target / weight])
-    order = points.argsort()
-    points = points[order]
-    slopes = np.concatenate([weight, -weight])[order].cumsum()
-    sums = np.empty_like(points)
-    sums[0] = len(target)
-    np.subtract(len(target), (slopes[:-1] * np.diff(points)).cumsum(), out=sums[1:])
-    index = int(np.searchsorted(-sums, -total)) - 1
-    index = min(max(index, 0), len(points) - 2)
-    slope = slopes[index]
-    tau = points[index] + ((sums[index] - total) / slope if slope > 0 else 0.0)
-    x: Array = np.clip(target - tau * weight, 0.0, 1.0)
-    return x
+    x = accelerated(bound.point[None], step, bound.q, steps, _POINT_TOLERANCE)
+    return replace(bound, point=x[0])
 
 
 def tighten(bound: QuadraticBound, steps: int) -> QuadraticBound:
@@ -203,8 +155,16 @@ def tighten(bound: QuadraticBound, steps: int) -> QuadraticBound:
 
 
 def _newton_step(bound: QuadraticBound, barrier: float) -> Tensor:
-    """Return q after a Newton step on ``sum w q - mu log det(Diag(q) - Q)``, w = x (1 - x)."""
+    """Return q after a Newton step on ``sum w q - mu log det(Diag(q) - Q)``, w = x (1 - x).
+
+    With x the minimizer for q, the value is ``2 a'x - x'Q x - sum q_j x_j (1 - x_j)``; as x is
+    optimal, its derivative in q_j is ``-x_j (1 - x_j)`` alone.  So w is what each q_j costs, and
+    the best q has the least ``sum w q`` of all with ``Diag(q) >= Q``, which the barrier enforces.
+    """
+    # Where x is binary, q costs nothing; it would grow without end.
     weight = (bound.point * (1 - bound.point)).clamp_(min=_LEAST_WEIGHT)
+    # At the minimizer for this mu, w_j = mu M_jj with M = inv(Diag(q) - Q): in units of w q, the
+    # barrier is a share of the objective.
     mu = barrier * float((weight * bound.q).mean())
     # A step inwards first: on the boundary the inverse is useless.
     q = bound.q * (1 + 0.1 * barrier)
@@ -213,19 +173,32 @@ def _newton_step(bound: QuadraticBound, barrier: float) -> Tensor:
     while length > 1e-3:
         moved = q + length * step
         if replace(bound, q=moved).dominates:
+            # Where a full step would leave the cone, stay a tenth of what is left inside of it.
             return moved if length == 1.0 else q + 0.9 * length * step
         length /= 2
     return bound.q
 
 
 def _newton_direction(q: Tensor, Q: Tensor, price: Tensor) -> Tensor:
-    """Return ``inv(M o M) (diag(M) - price)`` with ``M = inv(Diag(q) - Q)``, in two matrices."""
+    """Return ``inv(M o M) (diag(M) - price)`` with ``M = inv(Diag(q) - Q)``, in two matrices.
+
+    Divided by mu, the gradient of the barrier's objective is ``price - diag(M)``, as the derivative
+    of log det is the inverse; and its Hessian is ``M o M``, as that of M_ii in q_j is ``-M_ij^2``.
+    """
     matrix = -Q
     matrix.diagonal().add_(q)
     M = torch.cholesky_inverse(torch.linalg.cholesky(matrix, out=matrix))
     slope = M.diagonal() - price
-    factor = torch.linalg.cholesky(M.square_(), out=matrix)
+    factor = torch.linalg.cholesky(M.square_(), out=matrix)  # definite, by Schur's product theorem
     return torch.cholesky_solve(slope[:, None], factor)[:, 0]
+
+
+def made_dominating(bound: QuadraticBound) -> QuadraticBound:
+    """Raise q, in growing steps, until it dominates Q by the margin."""
+    step = bound.margin
+    while not bound.dominates:
+        bound, step = replace(bound, q=bound.q * (1 + step)), 2 * step
+    return bound
 
 
 def is_definite(q: Tensor, Q: Tensor) -> bool:

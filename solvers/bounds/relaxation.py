@@ -8,12 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from solvers.bounds.quadratic import (
-    QuadraticBound,
-    minimize,
-    scaled_diagonal,
-    tighten,
-)
+from solvers.bounds.quadratic import QuadraticBound, minimize, scaled_diagonal, tighten
 from solvers.bounds.removal import RemovalTerms
 from solvers.certificates.certificate import LEAST_SHARE, MultiplierCertificate
 
@@ -55,9 +50,10 @@ class Relaxation:
     terms
         What was relaxed.
     share, shape
-        What the multipliers were computed from, (n,) each.
+        What the multipliers were computed from, (n,) each: how likely each free unit is removed,
+        and the diagonal q relative to that of Q.
     bound
-        The bound of the cost of removing ``terms.removals`` free units; None if that is forced.
+        The bound of the cost of removing ``terms.removals`` free units.
     """
 
     terms: RemovalTerms
@@ -73,9 +69,10 @@ class Relaxation:
         return self.terms.certified(self.bound.value)
 
     @property
-    def restart(self) -> Start:
-        """Where a similar relaxation may start from."""
-        return Start(self.bound.point, self.bound.shape)
+    def support(self) -> Tensor:
+        """The places of the units that the minimizer removes least, sorted."""
+        keep = len(self.bound.point) - self.terms.removals
+        return self.bound.point.argsort(stable=True)[:keep].sort().values
 
     @property
     def certificate(self) -> MultiplierCertificate:
@@ -90,32 +87,12 @@ class Relaxation:
         return (value, self.certificate) if math.isfinite(value) else (0.0, None)
 
 
-@dataclass(frozen=True, eq=False)
-class Start:
-    """Where a relaxation starts from: what a similar one ended with.
-
-    Parameters
-    ----------
-    share
-        For each free unit, how likely it is removed, (n,).
-    shape
-        The diagonal q relative to that of Q, (n,).
-    """
-
-    share: Tensor
-    shape: Tensor
-
-    @classmethod
-    def cold(cls, terms: RemovalTerms) -> Start:
-        """Favour the removal of units that cost least if they alone are removed."""
-        n, r = len(terms.units), terms.removals
-        share = torch.full((n,), r / n, dtype=torch.float64, device=terms.units.device)
-        share[terms.single_costs().argsort()[:r]] += 1.0
-        return cls(share.div_(2), torch.full_like(share, _FIRST_SHAPE))
-
-
 def relax(
-    terms: RemovalTerms, effort: Effort, start: Start, *, cutoff: float = math.inf
+    terms: RemovalTerms,
+    effort: Effort,
+    start: tuple[Tensor, Tensor] | None = None,
+    *,
+    cutoff: float = math.inf,
 ) -> Relaxation:
     """Bound the loss of every support that `terms` leave open.
 
@@ -126,51 +103,53 @@ def relax(
     effort
         How hard to try.
     start
-        Where to start.
+        The share and shape of a `Relaxation` to start from; by default those units are favoured
+        that cost least if they alone are removed.
     cutoff
         Stop as soon as the bound reaches this loss.
     """
-    best = _alternate(terms, effort, start, cutoff)
+    best = _alternate(terms, effort, *(start or _cold_start(terms)), cutoff)
     if effort.tighten and best.value < cutoff:
         best = _tightened(best, effort)
         if effort.repeat and best.value < cutoff:
-            again = _alternate(terms, effort, best.restart, cutoff)
+            again = _alternate(terms, effort, best.bound.point, best.bound.shape, cutoff)
             best = _better(_better(best, again), _tightened(again, effort))
     return best
 
 
-def _alternate(terms: RemovalTerms, effort: Effort, start: Start, cutoff: float) -> Relaxation:
+def _cold_start(terms: RemovalTerms) -> tuple[Tensor, Tensor]:
+    n, r = len(terms.units), terms.removals
+    share = torch.full((n,), r / n, dtype=torch.float64, device=terms.units.device)
+    share[terms.single_costs().argsort()[:r]] += 1.0
+    return share.div_(2), torch.full_like(share, _FIRST_SHAPE)
+
+
+def _alternate(
+    terms: RemovalTerms, effort: Effort, share: Tensor, shape: Tensor, cutoff: float
+) -> Relaxation:
     """Update the multipliers for the minimizer, and the minimizer for the multipliers."""
     best: Relaxation | None = None
     value = -math.inf
     for _ in range(effort.rounds):
-        current = _update(terms, start, effort.steps, cutoff)
+        current = _update(terms, share, shape, effort.steps)
         best = current if best is None else _better(best, current)
-        start = Start((start.share + current.bound.point) / 2, current.bound.shape)
+        share, shape = (share + current.bound.point) / 2, current.bound.shape
         del current  # it holds a matrix
         before, value = value, best.value
-        if value >= cutoff or value - before < effort.progress * (
-            value - terms.constant - terms.spent
-        ):
+        if value >= cutoff or value - before < effort.progress * (value - terms.constant):
             break
     assert best is not None
     return best
 
 
-def _update(terms: RemovalTerms, start: Start, steps: int, cutoff: float) -> Relaxation:
-    a, Q, sizes = terms.aggregate(start.share, start.shape)
+def _update(terms: RemovalTerms, share: Tensor, shape: Tensor, steps: int) -> Relaxation:
+    a, Q, sizes = terms.aggregate(share, shape)
     Q = (Q + Q.T).div_(2)
     margin = terms.rounding.margin(len(terms.units))
-    q = scaled_diagonal(Q, start.shape, margin)
-    point = start.share * (terms.removals / float(start.share.sum()))
-    first = Relaxation(
-        terms,
-        start.share,
-        start.shape,
-        QuadraticBound(a, Q, terms.removals, q, point.clamp_(0.0, 1.0), sizes, margin),
-    )
-    enough = terms.cost_reaching(cutoff) if cutoff < math.inf else math.inf
-    return replace(first, bound=minimize(first.bound, steps, enough=enough))
+    q = scaled_diagonal(Q, shape, margin)
+    point = (share * (terms.removals / float(share.sum()))).clamp_(0.0, 1.0)
+    first = QuadraticBound(a, Q, terms.removals, q, point, sizes, margin)
+    return Relaxation(terms, share, shape, minimize(first, steps))
 
 
 def _tightened(relaxation: Relaxation, effort: Effort) -> Relaxation:

@@ -68,24 +68,6 @@ class ConsumerRemoval:
         unit = Sizes.unit_of(G.shape[1], consumer.width, len(consumer.rows))
         return cls(A, W, consumer.width, unit), constant, rounding
 
-    def restrict(self, removed: Tensor, free: Tensor) -> tuple[ConsumerRemoval, float]:
-        """Return the terms of the `free` units given that `removed` ones go, and what those cost.
-
-        The units in neither stay.
-        """
-        # Block elimination: with A_RR = L L', C = inv(L) A_RF and h = inv(L) W_R, what is left is
-        # A_FF - C'C and W_F - C'h, and the removed rows cost |h|^2.
-        f, r = unit_rows(free, self.width), unit_rows(removed, self.width)
-        A, W = self.A[f[:, None], f], self.W[f]
-        if not len(r):
-            return replace(self, A=A, W=W), 0.0
-        factor = torch.linalg.cholesky(self.A[r[:, None], r])
-        columns = torch.linalg.solve_triangular(factor, self.A[r[:, None], f], upper=False)
-        half = torch.linalg.solve_triangular(factor, self.W[r], upper=False)
-        A = A.addmm_(columns.T, columns, alpha=-1)
-        W = W.addmm_(columns.T, half, alpha=-1)
-        return replace(self, A=A, W=W), float(half.square().sum())
-
     def multipliers(self, share: Tensor, shape: Tensor | float) -> Tensor:
         """Return the Y, (..., n w, m), that suits a random R, unit j being in it with ``share[j]``.
 
@@ -123,11 +105,12 @@ class ConsumerRemoval:
         return matrix.view(*matrix.shape[:-2], n, self.width, n, self.width)
 
     def costs(self, removed: Tensor) -> Tensor:
-        """Return c(R) for a batch of R, (b, r) -> (b,)."""
+        """Return c(R) for c choices of R, (c, r) -> (..., c)."""
         rows = unit_rows(removed.flatten(), self.width).view(len(removed), -1)
-        factor = torch.linalg.cholesky(self.A[rows[:, :, None], rows[:, None, :]])
-        half: Tensor = torch.linalg.solve_triangular(factor, self.W[rows], upper=False)
-        return half.square().sum((1, 2))
+        factor = torch.linalg.cholesky(self.A[..., rows[:, :, None], rows[:, None, :]])
+        W = self.W[..., rows, :]
+        solved: Tensor = torch.linalg.solve_triangular(factor, W, upper=False)
+        return solved.square().sum((-2, -1))
 
 
 @dataclass(frozen=True, eq=False)
@@ -140,8 +123,6 @@ class RemovalTerms:
         A and W of each.
     constant
         Loss with all units kept.
-    spent
-        What the units that were removed already cost.
     removals
         How many of the free units have to be removed.
     units
@@ -152,7 +133,6 @@ class RemovalTerms:
 
     consumers: tuple[ConsumerRemoval, ...]
     constant: float
-    spent: float
     removals: int
     units: Tensor
     rounding: Rounding
@@ -166,42 +146,36 @@ class RemovalTerms:
         return cls(
             consumers,
             sum(constants),
-            0.0,
             problem.units - problem.keep,
             torch.arange(problem.units, device=problem.device),
             sum(roundings[1:], roundings[0]).twice,
         )
 
-    def restrict(self, removed: Tensor, kept: Tensor) -> RemovalTerms:
-        """Return the terms of the units in neither list; both name positions in `units`."""
+    def keeping(self, kept: Tensor) -> RemovalTerms:
+        """Return the terms of the other units where some, (k,) int64 places, stay."""
         free = torch.ones(len(self.units), dtype=torch.bool, device=self.units.device)
-        free[removed] = False
         free[kept] = False
-        positions = torch.nonzero(free).flatten()
-        parts = [c.restrict(removed, positions) for c in self.consumers]
-        return replace(
-            self,
-            consumers=tuple(part for part, _ in parts),
-            spent=self.spent + sum(cost for _, cost in parts),
-            removals=self.removals - len(removed),
-            units=self.units[positions],
-        )
+        places = torch.nonzero(free).flatten()
+        parts = []
+        for c in self.consumers:
+            rows = unit_rows(places, c.width)
+            parts.append(replace(c, A=c.A[rows[:, None], rows], W=c.W[rows]))
+        return replace(self, consumers=tuple(parts), units=self.units[places])
 
     def certified(self, cost: float) -> float:
-        """Turn a lower bound of the cost of the free units into one of the exact loss.
+        """Turn a lower bound of the cost into one of the exact loss.
 
         Parameters
         ----------
         cost
-            Bound of the cost of removing the free units that have to go, as computed, less what
-            `Sizes.lost` says.
+            As computed, less what `Sizes.lost` says.
         """
-        whole = torch.tensor(self.spent + cost, dtype=torch.float64)
-        return float(self.rounding.certified(self.constant, whole))
+        computed = torch.tensor(cost, dtype=torch.float64)
+        return float(self.rounding.certified(self.constant, computed))
 
     def cost_reaching(self, loss: float) -> float:
         """Return the least cost for which `certified` gives at least this loss."""
-        return self.rounding.cost_reaching(loss, self.constant) - self.spent
+        return self.rounding.cost_reaching(loss, self.constant)
 
     def aggregate(self, share: Tensor, shape: Tensor | float) -> tuple[Tensor, Tensor, Sizes]:
         """Return a, Q and their sizes for the multipliers of `share` and `shape`, summed up."""

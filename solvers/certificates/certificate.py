@@ -35,7 +35,6 @@ from torch import Tensor
 
 from solvers.errors import VerificationError
 from solvers.linalg.rounding import Rounding, Sizes
-from solvers.linalg.values import is_plain
 from solvers.problem import NO_ROW, Consumer, SubsetProblem
 
 LEAST_SHARE = 1e-3
@@ -150,15 +149,15 @@ class MultiplierCertificate:
 
 
 def check_numbers(name: str, value: Any, size: tuple[int, ...], device: torch.device) -> None:
-    """Refuse what is no plain tensor of finite numbers of this size and device.
+    """Refuse what is no tensor of finite numbers of this size and device.
 
     Raises
     ------
     VerificationError
         Naming the field.
     """
-    if not is_plain(value) or value.device != device:
-        raise VerificationError(f"the {name} must be a plain tensor on {device}")
+    if not isinstance(value, Tensor) or value.device != device:
+        raise VerificationError(f"the {name} must be a tensor on {device}")
     if tuple(value.shape) != size or not bool(torch.isfinite(value).all()):
         raise VerificationError(f"the {name} must be {_spelled(size)} finite numbers")
 

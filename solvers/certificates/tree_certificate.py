@@ -34,7 +34,6 @@ from solvers.certificates.certificate import (
     check_point,
 )
 from solvers.errors import VerificationError
-from solvers.linalg.values import is_plain
 from solvers.problem import SubsetProblem
 
 FREE, REMOVED, KEPT = 0, 1, 2
@@ -101,7 +100,7 @@ class TreeCertificate:
 
     def _check_nodes(self, problem: SubsetProblem) -> None:
         """Refuse what is no array of nodes: types, sizes, and the range of every number."""
-        if not is_plain(self.sides) or self.sides.ndim != 2 or not len(self.sides) > 0:
+        if not isinstance(self.sides, Tensor) or self.sides.ndim != 2 or not len(self.sides) > 0:
             raise VerificationError("the tree's sides must be a matrix of at least one node")
         t, n = self.sides.shape
         sizes = {"shape": (n,), "parent": (t,), "growth": (t,), "share": (t, n), "point": (t, n)}
@@ -124,7 +123,7 @@ class TreeCertificate:
         if not (float(self.share.min()) >= 0 and float(self.share.max()) <= 1):
             raise VerificationError("the tree's share must be in [0, 1]")
         check_point("tree", self.point)
-        if self.root is not None and type(self.root) is not MultiplierCertificate:
+        if not isinstance(self.root, MultiplierCertificate | None):
             raise VerificationError(f"the root of the tree is a {type(self.root).__name__}")
         place = torch.arange(t, device=self.parent.device)
         follows = (self.parent >= 0) & (self.parent < place)
@@ -178,7 +177,7 @@ class TreeCertificate:
             *torch.full((2, t, n), -torch.inf, dtype=torch.float64, device=problem.device),
         )
         if self.root is not None:
-            whole = MultiplierCertificate.linearization(self.root, inverses, problem.keep)
+            whole = self.root.linearization(inverses, problem.keep)
             for into, values in zip(bounds.parts, whole.parts, strict=True):
                 into[:1] = values
         for nodes in self._batches(problem):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from solvers.linalg.hessian import entries, whole
 from solvers.linalg.symmetric import Symmetric
 from solvers.problem import NO_ROW, Consumer
 
@@ -38,7 +37,7 @@ class Aligned:
 
     def H(self, rows: Tensor, columns: Tensor) -> Tensor:
         """Return the entries in some rows and columns, (r, c)."""
-        found = entries(self.consumer.hessian, self._order[rows], self._order[columns])
+        found = self.consumer.hessian.entries(self._order[rows], self._order[columns])
         if self._fills:
             found[self._filler[rows]] = 0
             found[:, self._filler[columns]] = 0
@@ -91,7 +90,7 @@ def equal_width(consumer: Consumer) -> tuple[Tensor, Tensor]:
     terms = Aligned(consumer)
     rows = torch.arange(len(terms), device=consumer.G.device)
     if torch.equal(consumer.rows.flatten(), rows):
-        return whole(consumer.hessian), consumer.G
+        return consumer.H, consumer.G
     return terms.H(rows, rows), terms.G(rows)
 
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from solvers.closed_forms.aligned import Aligned, narrowed, unit_rows
-from solvers.linalg.gram import TILE_ROWS, quadratic_on
+from solvers.linalg.gram import TILE_ROWS, quadratic
 from solvers.linalg.symmetric import Symmetric
 from solvers.problem import Consumer, SubsetProblem
 
@@ -219,9 +219,8 @@ class ConsumerState:
         if self.U.shape[1] < consumer.G.shape[1]:
             return None
         own, rows = self._terms.owned(unit_rows(units, self.width))
-        return quadratic_on(
-            consumer.hessian, consumer.G, consumer.e, rows, self.U[self._at(units)[own]]
-        )
+        W = self.U[self._at(units)[own]]
+        return quadratic(consumer.hessian, consumer.G, consumer.e, W, rows)
 
     def drift(self) -> float:
         """Return the error of ``H_SS A = I`` on a few rows."""

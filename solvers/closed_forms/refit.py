@@ -7,14 +7,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from solvers.linalg.gram import (
-    quadratic,
-    quadratic_on,
-    quadratic_rounding,
-    quadratic_rounding_on,
-    solve_definite,
-)
-from solvers.linalg.hessian import half
+from solvers.linalg.gram import quadratic, quadratic_rounding, solve_definite
 from solvers.problem import Consumer, SubsetProblem
 
 
@@ -35,8 +28,12 @@ def refit(problem: SubsetProblem, support: Tensor) -> tuple[tuple[Tensor, ...], 
     loss
         ``E(S)``, summed over the consumers.
     """
-    fits = [_weights_and_loss(consumer, support) for consumer in problem.consumers]
-    return tuple(W for W, _ in fits), _total(loss for _, loss in fits)
+    weights, losses = [], []
+    for consumer in problem.consumers:
+        W, rows = _fitted(consumer, support)
+        losses.append(quadratic(consumer.hessian, consumer.G, consumer.e, W, rows))
+        weights.append(torch.zeros_like(consumer.W0).index_copy_(0, rows, W))
+    return tuple(weights), _total(losses)
 
 
 def refit_loss(problem: SubsetProblem, support: Tensor) -> float:
@@ -49,21 +46,18 @@ def refit_loss(problem: SubsetProblem, support: Tensor) -> float:
     support
         The units that stay, (k,) int64.
     """
-    return _total(_loss(consumer, support) for consumer in problem.consumers)
+    return _total(quadratic(c.hessian, c.G, c.e, *_fitted(c, support)) for c in problem.consumers)
 
 
 def refit_loss_and_rounding(problem: SubsetProblem, support: Tensor) -> tuple[float, float]:
-    """Return what `refit_loss` does, and by how much rounding can have changed it.
-
-    Parameters
-    ----------
-    problem
-        The problem.
-    support
-        The units that stay, (k,) int64.
-    """
-    found = [_loss_and_rounding(consumer, support) for consumer in problem.consumers]
-    return _total(loss for loss, _ in found), sum(rounding for _, rounding in found)
+    """Return what `refit_loss` does, and by how much rounding can have changed it."""
+    losses, rounding = [], 0.0
+    for c in problem.consumers:
+        terms = c.hessian, c.G, c.e, *_fitted(c, support)
+        losses.append(quadratic(*terms))
+        rounding += quadratic_rounding(*terms)
+        del terms  # nothing of it is held while the next is factorized
+    return _total(losses), rounding
 
 
 def quadratic_loss(problem: SubsetProblem, weights: Sequence[Tensor]) -> float:
@@ -81,15 +75,7 @@ def quadratic_loss(problem: SubsetProblem, weights: Sequence[Tensor]) -> float:
 
 
 def loss_rounding(problem: SubsetProblem, weights: Sequence[Tensor]) -> float:
-    """Return by how much rounding can have changed what `quadratic_loss` returns.
-
-    Parameters
-    ----------
-    problem
-        The problem.
-    weights
-        For each consumer, (p, m) float64.
-    """
+    """Return by how much rounding can have changed what `quadratic_loss` returns."""
     pairs = zip(problem.consumers, weights, strict=True)
     return sum(quadratic_rounding(c.hessian, c.G, c.e, W) for c, W in pairs)
 
@@ -99,25 +85,7 @@ def _total(losses: Iterable[float]) -> float:
     return max(sum(losses), 0.0)
 
 
-# ---- one consumer at a time: nothing of it is held while the next is factorized ------------------
-
-
 def _fitted(consumer: Consumer, support: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the rows of a support, (r,) int64, and the optimal weights there, (r, m)."""
+    """Return the optimal weights on the rows of a support, (r, m), and these rows, (r,) int64."""
     rows = consumer.support_rows(support)
-    return rows, solve_definite(half(consumer.hessian, rows), consumer.G[rows])
-
-
-def _weights_and_loss(consumer: Consumer, support: Tensor) -> tuple[Tensor, float]:
-    rows, fitted = _fitted(consumer, support)
-    loss = quadratic_on(consumer.hessian, consumer.G, consumer.e, rows, fitted)
-    return torch.zeros_like(consumer.W0).index_copy_(0, rows, fitted), loss
-
-
-def _loss(consumer: Consumer, support: Tensor) -> float:
-    return quadratic_on(consumer.hessian, consumer.G, consumer.e, *_fitted(consumer, support))
-
-
-def _loss_and_rounding(consumer: Consumer, support: Tensor) -> tuple[float, float]:
-    terms = consumer.hessian, consumer.G, consumer.e, *_fitted(consumer, support)
-    return quadratic_on(*terms), quadratic_rounding_on(*terms)
+    return solve_definite(consumer.hessian.part(rows), consumer.G[rows]), rows

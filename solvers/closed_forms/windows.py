@@ -21,7 +21,7 @@ from torch import Tensor
 from solvers.closed_forms.pivot import PivotState
 from solvers.errors import ProblemError
 from solvers.linalg.gram import is_definite, unexplained
-from solvers.linalg.hessian import entries
+from solvers.linalg.symmetric import Symmetric
 from solvers.problem import NO_ROW, Consumer, SubsetProblem
 
 
@@ -138,25 +138,26 @@ def _condition(consumer: Consumer, outside: Tensor, units: Tensor) -> Consumer:
     owned = consumer.rows[units]
     present = owned != NO_ROW
     v, f = owned[present], consumer.support_rows(outside)
-    H, G, e = entries(consumer.hessian, v, v), consumer.G[v], consumer.e
+    H, G, e = consumer.hessian.entries(v, v), consumer.G[v], consumer.e
     W0 = consumer.W0[v]
     if len(f):
-        factor = torch.linalg.cholesky(entries(consumer.hessian, f, f))
-        columns = torch.linalg.solve_triangular(
-            factor, entries(consumer.hessian, f, v), upper=False
-        )
-        half = torch.linalg.solve_triangular(factor, consumer.G[f], upper=False)
+        factor = consumer.hessian.part(f)
+        factor.factorize()
+        columns, fitted = consumer.hessian.entries(f, v), consumer.G[f]
+        factor.forward(columns)
+        factor.forward(fitted)
         H = H.addmm_(columns.T, columns, alpha=-1)
-        G = G.addmm_(columns.T, half, alpha=-1)
-        e = max(e - float(half.square().sum()), 0.0)
+        G = G.addmm_(columns.T, fitted, alpha=-1)
+        e = max(e - float(fitted.square().sum()), 0.0)
     if not len(v):
         return _constant(consumer, e, len(units))
     rows = torch.full_like(owned, NO_ROW)
     rows[present] = torch.arange(len(v), device=v.device)
     H = (H + H.T) / 2
-    if is_definite(H):
+    held = Symmetric.of(H)
+    if is_definite(held):
         # What is left of e may be all rounding, and must not be less than what G' explains.
-        e -= min(unexplained(H, G, e)[0], 0.0)
+        e -= min(unexplained(held, G, e)[0], 0.0)
     return replace(consumer, H=H, G=G, e=e, W0=W0, rows=rows, variance=None)
 
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from solvers.bounds.batch import BoundBatch, TermsBatch, bound_nodes
-from solvers.bounds.relaxation import Effort, Start, relax
+from solvers.bounds.relaxation import Effort, relax
 from solvers.bounds.removal import RemovalTerms
 from solvers.certificates.tree_certificate import KEPT, REMOVED, TreeCertificate
 from solvers.closed_forms.refit import refit_loss, refit_loss_and_rounding
@@ -185,8 +185,8 @@ class _Search:
             self._record = TreeRecord(None, self._shape)
             self._enumerate(whole, terms)
             return
-        relaxation = relax(self.terms, _ROOT_EFFORT, Start.cold(self.terms), cutoff=self.cutoff)
-        self._shape = relaxation.restart.shape
+        relaxation = relax(self.terms, _ROOT_EFFORT, cutoff=self.cutoff)
+        self._shape = relaxation.bound.shape
         self._record = TreeRecord(relaxation.certificate, self._shape)
         self._divide(whole, terms, BoundBatch.single(relaxation.bound), relaxation.share[None])
 

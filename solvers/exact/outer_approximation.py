@@ -21,8 +21,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from solvers.bounds.quadratic import QuadraticBound, is_definite, scaled_diagonal
-from solvers.bounds.relaxation import Effort, Relaxation, Start, relax
+from solvers.bounds.quadratic import QuadraticBound, made_dominating, scaled_diagonal
+from solvers.bounds.relaxation import Effort, Relaxation, relax
 from solvers.bounds.removal import ConsumerRemoval, RemovalTerms
 from solvers.closed_forms.aligned import unit_rows
 from solvers.closed_forms.pivot import solve_spd
@@ -115,7 +115,7 @@ class Search:
         self.support = LocalSearch(start=start).support(problem)
         self.history = [refit_loss(problem, self.support)]
         self.terms = RemovalTerms.of(problem)
-        self.root: Relaxation = relax(self.terms, Effort(), Start.cold(self.terms))
+        self.root: Relaxation = relax(self.terms, Effort())
         self.unit = max(self.loss - self.terms.constant, 1e-9 * problem.scale) or 1.0
 
     @property
@@ -223,11 +223,9 @@ class Master(Search):
         parts = [c.aggregate(_multipliers(c, x)) for c in self.terms.consumers]
         a, Q, sizes = (sum(sums[1:], sums[0]) for sums in zip(*parts, strict=True))
         Q = (Q + Q.T) / 2
-        q, step = scaled_diagonal(Q, torch.ones_like(a)), 1e-9
-        while not is_definite(q, Q):
-            q, step = q * (1 + step), 10 * step
+        q = scaled_diagonal(Q, torch.ones_like(a))
         self.cuts += 1
-        return self._as_cut(QuadraticBound(a, Q, self.removals, q, x, sizes))
+        return self._as_cut(made_dominating(QuadraticBound(a, Q, self.removals, q, x, sizes)))
 
     def _as_cut(self, bound: QuadraticBound) -> Cut:
         return Cut(bound.slopes.cpu().numpy() / self.unit, bound.offset / self.unit)

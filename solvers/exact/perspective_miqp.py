@@ -172,7 +172,7 @@ class PerspectiveProgram:
         """Leave out the units that nothing better than the incumbent removes."""
         single = search.terms.single_costs()[search.support]
         kept = search.support[single > REACH**2 * search.unit]
-        terms = search.terms.restrict(kept[:0], kept)
+        terms = search.terms.keeping(kept)
         owned = tuple(c.rows[terms.units] != NO_ROW for c in search.problem.consumers)
         return cls(terms, owned, search.unit)
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from solvers.closed_forms.aligned import equal_width
 from solvers.closed_forms.refit import refit_loss
 from solvers.errors import BackendError
+from solvers.linalg.descent import accelerated
 from solvers.problem import Consumer, SubsetProblem
 from solvers.protocol import BackendKind, Capabilities, Selection, Status
 
@@ -94,31 +95,29 @@ class _Path:
 
     def ranking(self) -> Tensor:
         """Return scores, (n,): the norm after one more unpenalized step."""
-        gradients = [H @ W - G for W, (H, G) in zip(self._weights, self._terms, strict=True)]
-        moved = [W - self._step * g for W, g in zip(self._weights, gradients, strict=True)]
-        return self._unit_norms(moved) + self.norms()
+        return self._unit_norms(self._moved(self._weights)) + self.norms()
 
     def descend(self, penalty: float, iterations: int) -> None:
         """Minimize with this penalty, from where the last one ended."""
-        ahead, momentum = self._weights, 1.0
-        for _ in range(iterations):
-            moved = [
-                Y - self._step * (H @ Y - G) for Y, (H, G) in zip(ahead, self._terms, strict=True)
-            ]
+
+        def step(point: Tensor) -> Tensor:
+            moved = self._moved(self._split(point))
             norms = self._unit_norms(moved).clamp(min=1e-300)
             shrink = (1 - self._step * penalty / norms).clamp(min=0.0)
-            new = [
-                W * shrink.repeat_interleave(w)[:, None]
-                for W, w in zip(moved, self._widths, strict=True)
-            ]
-            change = [W - old for W, old in zip(new, self._weights, strict=True)]
-            uphill = sum(
-                float(((Y - W) * d).sum()) for Y, W, d in zip(ahead, new, change, strict=True)
-            )
-            following = 1.0 if uphill > 0 else (1 + math.sqrt(1 + 4 * momentum**2)) / 2
-            weight = 0.0 if uphill > 0 else (momentum - 1) / following
-            ahead = [W + weight * d for W, d in zip(new, change, strict=True)]
-            self._weights, momentum = new, following
+            parts = zip(moved, self._widths, strict=True)
+            return _joined([W * shrink.repeat_interleave(w)[:, None] for W, w in parts])
+
+        self._weights = self._split(accelerated(_joined(self._weights), step, 1.0, iterations))
+
+    def _moved(self, weights: list[Tensor]) -> list[Tensor]:
+        """Return the weights after a gradient step without a penalty."""
+        terms = zip(weights, self._terms, strict=True)
+        return [W - self._step * (H @ W - G) for W, (H, G) in terms]
+
+    def _split(self, point: Tensor) -> list[Tensor]:
+        sizes = [G.numel() for _, G in self._terms]
+        parts = zip(torch.split(point[0], sizes), self._terms, strict=True)
+        return [part.view_as(G) for part, (_, G) in parts]
 
     def _unit_norms(self, matrices: list[Tensor]) -> Tensor:
         squares = [
@@ -126,6 +125,11 @@ class _Path:
             for M, w in zip(matrices, self._widths, strict=True)
         ]
         return torch.stack(squares).sum(0).sqrt()
+
+
+def _joined(weights: list[Tensor]) -> Tensor:
+    """Return the entries of all matrices in one row."""
+    return torch.cat([W.flatten() for W in weights])[None]
 
 
 def _scaled(consumer: Consumer) -> tuple[Tensor, Tensor]:

@@ -12,18 +12,7 @@ import torch
 from torch import Tensor
 
 from solvers.errors import ProblemError
-from solvers.linalg.hessian import (
-    Hessian,
-    add_to_diagonal,
-    entries,
-    half,
-    pieces,
-    product,
-    rows_of,
-    skew,
-    why_not_plain,
-)
-from solvers.linalg.symmetric import Symmetric, is_sealed
+from solvers.linalg.symmetric import Symmetric
 from solvers.linalg.values import as_number, as_tensor, check_energy, check_entries
 
 DEFINITE_MARGIN = 1e-8
@@ -44,14 +33,14 @@ _ASYMMETRY = 1e-2
 _EPS = torch.finfo(torch.float64).eps
 
 TILE_ROWS = 512
-"""Of a p x p matrix that are worked on at a time, where a whole one would be too much."""
+"""Of a p x p matrix that are worked on at a time, where all at once would be too much."""
 
 
 @dataclass(frozen=True, eq=False)
 class DampedTerms:
     """``H + lambda I``, ``G + lambda W0``, ``e + lambda |W0|^2``, and lambda itself."""
 
-    H: Hessian
+    H: Symmetric
     G: Tensor
     e: float
     W0: Tensor
@@ -61,7 +50,7 @@ class DampedTerms:
 # ---- the quadratic loss ------------------------------------------------------------------------
 
 
-def quadratic(H: Hessian, G: Tensor, e: float, W: Tensor) -> float:
+def quadratic(H: Symmetric, G: Tensor, e: float, W: Tensor, rows: Tensor | None = None) -> float:
     """Return ``tr(W'HW) - 2 tr(W'G) + e``.
 
     Parameters
@@ -70,101 +59,59 @@ def quadratic(H: Hessian, G: Tensor, e: float, W: Tensor) -> float:
         Quadratic terms.
     W
         Any weights, (p, m).
-    """
-    return quadratic_on(H, G, e, *_used(W))
-
-
-def quadratic_on(H: Hessian, G: Tensor, e: float, place: Tensor, used: Tensor) -> float:
-    """Return what `quadratic` does for weights that are zero but for some rows.
-
-    Parameters
-    ----------
-    H, G, e
-        Quadratic terms.
-    place, used
-        Which rows, (k,) int64, and the weights there, (k, m).
+    rows
+        Where given, (k,) int64, W holds these rows of the weights, (k, m); the others are zero.
     """
     # Row by row: rounding grows with p + m, not with p m.
-    tiles = _tiles(H, place, used)
-    sums = [(own * (tile @ used).sub_(G[rows], alpha=2)).sum(1) for rows, own, tile in tiles]
+    tiles = _tiles(H, W, rows)
+    sums = [(own * (tile @ used).sub_(G[at], alpha=2)).sum(1) for at, own, tile, used in tiles]
     return float(torch.cat(sums).sum()) + e if sums else e
 
 
-def _used(W: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the rows of W that are not zero: which, (k,) int64, and themselves, (k, m)."""
-    place = torch.nonzero(W.any(1)).flatten()
-    return place, W if len(place) == len(W) else W[place]
-
-
-def _tiles(H: Hessian, place: Tensor, used: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Yield some of the rows at a time, with what ``H W`` there is made of.
-
-    Yields
-    ------
-    rows
-        (r,) int64.
-    own
-        W there, (r, m).
-    tile
-        Its product with `used` is ``H W`` there; a copy.
-    """
-    whole = len(place) == len(H) and bool((place.diff() > 0).all())
-    for rows, own in zip(torch.split(place, TILE_ROWS), torch.split(used, TILE_ROWS), strict=True):
-        yield rows, own, rows_of(H, rows) if whole else entries(H, rows, place)
-
-
-def magnitudes(H: Hessian, G: Tensor, e: float, W: Tensor) -> float:
+def magnitudes(H: Symmetric, G: Tensor, e: float, W: Tensor, rows: Tensor | None = None) -> float:
     """Return the sum of magnitudes of the products that `quadratic` sums up."""
-    return _magnitudes_on(H, G, e, *_used(W))
-
-
-def _magnitudes_on(H: Hessian, G: Tensor, e: float, place: Tensor, used: Tensor) -> float:
-    size, used_sizes = e, used.abs()
-    for rows, own, tile in _tiles(H, place, used):
-        size += float((own.abs() * (tile.abs_() @ used_sizes + 2 * G[rows].abs())).sum())
+    size = e
+    for at, own, tile, used in _tiles(H, W, rows):
+        size += float((own.abs() * (tile.abs_() @ used.abs() + 2 * G[at].abs())).sum())
     return size
 
 
 def quadratic_rounding(
-    H: Hessian, G: Tensor, e: float, W: Tensor, responses: int | None = None
+    H: Symmetric, G: Tensor, e: float, W: Tensor, rows: Tensor | None = None
 ) -> float:
     """Return by how much rounding can have changed what `quadratic` returns.
 
     The sums of products of p, of m, and of p numbers again: at most ``2 p + m`` roundings, each
     relative to the sum of magnitudes (Higham, "Accuracy and Stability of Numerical Algorithms",
     2002, section 3.1).
-
-    Parameters
-    ----------
-    H, G, e
-        Quadratic terms.
-    W
-        Any weights, (p, m).
-    responses
-        How many columns G had before it was rotated into fewer; by default as many as now.
-    """
-    return quadratic_rounding_on(H, G, e, *_used(W), responses)
-
-
-def quadratic_rounding_on(
-    H: Hessian, G: Tensor, e: float, place: Tensor, used: Tensor, responses: int | None = None
-) -> float:
-    """Return what `quadratic_rounding` does for weights that are zero but for some rows.
-
-    Parameters
-    ----------
-    H, G, e
-        Quadratic terms.
-    place, used
-        Which rows, (k,) int64, and the weights there, (k, m).
-    responses
-        How many columns G had before it was rotated into fewer; by default as many as now.
     """
     p, m = G.shape
-    return _EPS * (2 * p + (responses or m) + 8) * _magnitudes_on(H, G, e, place, used)
+    return _EPS * (2 * p + m + 8) * magnitudes(H, G, e, W, rows)
 
 
-def is_definite(H: Hessian, margin: float = DEFINITE_MARGIN) -> bool:
+def _tiles(
+    H: Symmetric, W: Tensor, rows: Tensor | None
+) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """Yield some rows of W that are not zero at a time, with what ``H W`` there is made of.
+
+    Yields
+    ------
+    at
+        Which rows, (r,) int64.
+    own
+        W there, (r, m).
+    tile, used
+        Their product is ``H W`` there; the tile is a copy.
+    """
+    if rows is None:
+        rows = torch.nonzero(W.any(1)).flatten()
+        W = W if len(rows) == len(W) else W[rows]
+    all_in_order = len(rows) == len(H) and bool((rows.diff() > 0).all())
+    for at, own in zip(torch.split(rows, TILE_ROWS), torch.split(W, TILE_ROWS), strict=True):
+        yield at, own, H.rows(at) if all_in_order else H.entries(at, rows), W
+
+
+def is_definite(H: Symmetric, margin: float = DEFINITE_MARGIN) -> bool:
     """Return whether H, scaled to a unit diagonal, has no eigenvalue below a margin.
 
     The scale of single inputs is no matter of conditioning: refits and bounds do not depend on it.
@@ -172,10 +119,10 @@ def is_definite(H: Hessian, margin: float = DEFINITE_MARGIN) -> bool:
     return definite_factor(H, margin) is not None
 
 
-def definite_factor(H: Hessian, margin: float = DEFINITE_MARGIN) -> DefiniteFactor | None:
+def definite_factor(H: Symmetric, margin: float = DEFINITE_MARGIN) -> DefiniteFactor | None:
     """Return the factor that proves `is_definite`, or None where there is none."""
     scale = H.diagonal().rsqrt()
-    scaled = half(H)
+    scaled = H.copy()
     scaled.rescale(scale)
     for start, panel in scaled.spans():
         panel.diagonal(start).fill_(1.0 - margin)
@@ -210,7 +157,7 @@ class DefiniteFactor:
         return float(torch.linalg.vector_norm(scaled)) ** 2
 
 
-def unexplained(H: Hessian, G: Tensor, e: float) -> tuple[float, float]:
+def unexplained(H: Symmetric, G: Tensor, e: float) -> tuple[float, float]:
     """Return the least loss of any weights, and the sum of magnitudes that it is the rest of.
 
     Parameters
@@ -220,7 +167,7 @@ def unexplained(H: Hessian, G: Tensor, e: float) -> tuple[float, float]:
     G, e
         Quadratic terms.
     """
-    W = solve_definite(half(H), G.clone())
+    W = solve_definite(H.copy(), G.clone())
     return quadratic(H, G, e, W), magnitudes(H, G, e, W)
 
 
@@ -252,7 +199,7 @@ def inconsistency(e: float, least: float) -> str:
 
 
 def damp_terms(
-    H: Hessian,
+    H: Tensor | Symmetric,
     W0: Tensor,
     *,
     G: Tensor | None,
@@ -268,7 +215,7 @@ def damp_terms(
     Parameters
     ----------
     H
-        Gram matrix ``X'X/N``, (p, p), or half of one: the terms hold it as it is given.
+        Gram matrix ``X'X/N``, (p, p).
     W0
         Dense weights, (p, m).
     G, e
@@ -278,7 +225,8 @@ def damp_terms(
         lambda relative to the mean of the diagonal of `H`.  Raised, with a warning, where `H` is so
         close to singular that hardly a digit of its inverse is left (`DEFINITE_MARGIN`).
     overwrite
-        Whether the terms may take the place of `H`, `W0` and `G`, where these are in float64.
+        Whether the terms may take the place of `W0`, `G` and a symmetric `H`, where these are in
+        float64.
 
     Raises
     ------
@@ -292,11 +240,10 @@ def damp_terms(
         raise ProblemError(f"damp is {damp}; it must be finite and not negative")
     if (given is None) != (e is None):
         raise ProblemError("G and e describe one target: give both, or neither")
-    _average(H)
     dead = H.diagonal() == 0
     W0[dead] = 0.0
     if given is None or e is None:
-        target = product(H, W0)
+        target = H.product(W0)
         # A mean squared norm up to rounding.
         energy = max(float(torch.einsum("ij,ij->i", W0, target).sum()), 0.0)
     else:
@@ -306,90 +253,93 @@ def damp_terms(
     check_energy(energy)
     # A dead row is decoupled from all others; any positive diagonal keeps it so.
     mean = float(H.diagonal().mean())
-    add_to_diagonal(H, dead.to(W0) * (mean or 1.0))
+    H.add_diagonal(dead.to(W0) * (mean or 1.0))
     damping, factor = _damp_until_definite(H, damp, mean)
     target.add_(W0, alpha=damping)
     energy += damping * float(torch.linalg.vector_norm(W0)) ** 2
     check_energy(energy)
     if given is not None and not factor.explains_at_most(target) <= energy:
-        del factor  # half a matrix, as large as the one that comes next
+        del factor  # as large as the one that comes next
         energy = _raised(H, target, energy, digits)
     return DampedTerms(H, target, energy, W0, damping)
 
 
 def _matrices(
     H: Any, W0: Any, G: Any, overwrite: bool
-) -> tuple[Hessian, Tensor, Tensor | None, float]:
+) -> tuple[Symmetric, Tensor, Tensor | None, float]:
     """Return the matrices in float64, their shapes and entries checked, and `consistency`.
 
     They are copies, unless those given may be overwritten.
     """
-    H = _copied(H, overwrite) if isinstance(H, Symmetric) else as_tensor("H", H)
-    matrices = {"H": H, "W0": as_tensor("W0", W0)}
-    W0 = matrices["W0"]
+    H = H if isinstance(H, Symmetric) else as_tensor("H", H)
+    W0 = as_tensor("W0", W0)
     if len(H.shape) != 2 or W0.ndim != 2 or H.shape != (len(W0), len(W0)) or W0.numel() == 0:
         raise ProblemError(
             f"H must be (p, p) and W0 (p, m), neither empty, not {tuple(H.shape)} and "
             f"{tuple(W0.shape)}"
         )
+    matrices = {"W0": W0}
     if G is not None:
         matrices["G"] = as_tensor("G", G)
         if matrices["G"].shape != W0.shape:
             raise ProblemError(
                 f"G must have the shape of W0, {tuple(W0.shape)}, not {tuple(matrices['G'].shape)}"
             )
-    digits = max(consistency(matrices[name].dtype) for name in ("H", "W0" if G is None else "G"))
+    digits = max(consistency(H.dtype), consistency(matrices.get("G", W0).dtype))
     for name, value in matrices.items():
         if value.device != H.device:
             raise ProblemError(f"H is on {H.device}, and {name} on {value.device}; move them")
-        if isinstance(value, Tensor):
-            copy = not overwrite or is_sealed(value)
-            matrices[name] = value.to(torch.float64, copy=copy).contiguous()
-        for piece in pieces(matrices[name]):
-            check_entries(name, piece)
-    return matrices["H"], matrices["W0"], matrices.get("G"), digits
+        matrices[name] = value.to(torch.float64, copy=not overwrite).contiguous()
+        check_entries(name, matrices[name])
+    return _averaged(H, overwrite), matrices["W0"], matrices.get("G"), digits
 
 
-def _copied(H: Symmetric, overwrite: bool) -> Symmetric:
-    """Return half a matrix that may be written to."""
-    why = why_not_plain(H)
-    if why is not None or H.dtype != torch.float64:
-        raise ProblemError(f"H is {why or f'half a matrix of {H.dtype}, where float64 is due'}")
-    if overwrite:
-        H.settle()
-        return H
-    with torch.no_grad():
-        return H.copy()
-
-
-def _average(H: Hessian) -> None:
-    """Make a matrix symmetric, in place, that is a Gram matrix up to rounding."""
-    least = float(H.diagonal().min())
-    if least < 0:
-        raise ProblemError(f"H has {least:.3g} on its diagonal; a Gram matrix has nothing negative")
-    difference = skew(H)
-    if difference > _ASYMMETRY:
-        raise ProblemError(
-            f"H is not symmetric: entries differ by up to {difference:.3g} of the largest on the "
-            "diagonal; check that it is X'X/N"
-        )
-    if isinstance(H, Symmetric):
-        for start, panel in H.spans() if difference else ():
+def _averaged(H: Tensor | Symmetric, overwrite: bool) -> Symmetric:
+    """Return a Gram matrix in float64, symmetric and not only so up to rounding."""
+    if isinstance(H, Tensor):
+        made, difference = symmetric_part(H)
+    else:
+        made, difference = H if overwrite else H.copy(), 0.0
+        for start, panel in made.spans():
             square = panel[:, start:]
             square.copy_((square + square.T).div_(2))
-        return
-    for start in range(0, len(H) if difference else 0, TILE_ROWS):
-        rows, rest = H[start : start + TILE_ROWS, start:], H[start:, start : start + TILE_ROWS]
-        mean = (rows + rest.T).div_(2)
-        rows.copy_(mean)
-        rest.copy_(mean.T)
+    for panel in made.panels:
+        check_entries("H", panel)
+    least = float(made.diagonal().min())
+    if least < 0:
+        raise ProblemError(f"H has {least:.3g} on its diagonal; a Gram matrix has nothing negative")
+    if not difference <= _ASYMMETRY:
+        raise ProblemError(f"{asymmetry(difference)}; check that it is X'X/N")
+    return made
 
 
-def _damp_until_definite(H: Hessian, damp: float, mean: float) -> tuple[float, DefiniteFactor]:
+def symmetric_part(H: Tensor) -> tuple[Symmetric, float]:
+    """Return ``(H + H') / 2`` in float64, and the largest ``|H - H'|`` relative to the diagonal."""
+    made = Symmetric.empty(len(H), H.new_empty(0, dtype=torch.float64))
+    differences = []
+    for start, panel in made.spans():
+        stop = start + len(panel)
+        panel.copy_(H[start:stop, :stop])
+        across = H[:stop, start:stop].T.to(torch.float64)
+        differences.append((panel - across).abs_().max())
+        panel.add_(across).div_(2)
+    difference = float(torch.stack(differences).max())
+    return made, difference / (float(made.diagonal().max()) or 1.0) if difference else 0.0
+
+
+def asymmetry(difference: float) -> str:
+    """Return the sentence that refuses what `symmetric_part` found."""
+    return (
+        f"H is not symmetric: entries differ by up to {difference:.3g} of the largest on the "
+        "diagonal"
+    )
+
+
+def _damp_until_definite(H: Symmetric, damp: float, mean: float) -> tuple[float, DefiniteFactor]:
     """Add the damping to the diagonal of `H` in place; return how much, and a factor after it."""
     added = 0.0
     for level in (damp, *(step for step in _DAMP_LADDER if step > damp)):
-        add_to_diagonal(H, torch.full_like(H.diagonal(), level * mean - added))
+        H.add_diagonal(torch.full_like(H.diagonal(), level * mean - added))
         added = level * mean
         check_entries("H with its damping", H.diagonal())
         factor = definite_factor(H, _ROOM * DEFINITE_MARGIN)
@@ -407,7 +357,7 @@ def _damp_until_definite(H: Hessian, damp: float, mean: float) -> tuple[float, D
     )
 
 
-def _raised(H: Hessian, G: Tensor, e: float, digits: float) -> float:
+def _raised(H: Symmetric, G: Tensor, e: float, digits: float) -> float:
     """Return e, raised to what G explains where only rounding makes it less."""
     least, size = unexplained(H, G, e)
     if least < -digits * size:

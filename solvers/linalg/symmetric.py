@@ -80,14 +80,14 @@ class Symmetric:
         """Return a copy."""
         return Symmetric([panel.clone() for panel in self._panels])
 
-    def settle(self) -> None:
-        """Leave gradients behind, and copy panels of which numbers share memory.
+    def to(self, device: torch.device | str) -> Symmetric:
+        """Return the matrix on a device; itself, if it is there."""
+        moved = [panel.to(device) for panel in self._panels]
+        return self if moved[0] is self._panels[0] else Symmetric(moved)
 
-        Panels of `torch.inference_mode` are copied outside of it, where none may write to them.
-        """
-        for place, panel in enumerate(self._panels):
-            plain = panel.detach()
-            self._panels[place] = plain.clone() if is_sealed(plain) else plain.contiguous()
+    def __truediv__(self, number: float) -> Symmetric:
+        """Return the matrix divided by a number."""
+        return Symmetric([panel / number for panel in self._panels])
 
     def __len__(self) -> int:
         return sum(map(len, self._panels))
@@ -113,6 +113,11 @@ class Symmetric:
     def device(self) -> torch.device:
         """Where it is."""
         return self._panels[0].device
+
+    @property
+    def panels(self) -> tuple[Tensor, ...]:
+        """The tensors that hold it, from the top to the bottom."""
+        return tuple(self._panels)
 
     # ---- reading and writing -----------------------------------------------------------------
 
@@ -221,6 +226,16 @@ class Symmetric:
             made[:start].addmm_(panel[:, :start].T, B[start:stop])
         return made
 
+    def coupled(self) -> Tensor:
+        """Return which rows have entries beside the diagonal, (p,) bool."""
+        found = torch.zeros(len(self), dtype=torch.bool, device=self.device)
+        for start, panel in self.spans():
+            beside, stop = panel != 0, start + len(panel)
+            beside.diagonal(start).fill_(False)
+            found[start:stop] |= beside.any(1)
+            found[:start] |= beside[:, :start].any(0)
+        return found
+
     def row_sizes(self, weights: Tensor) -> Tensor:
         """Return the sums over each row of squares times weights, (p,) both."""
         sizes = torch.zeros_like(weights)
@@ -325,11 +340,6 @@ class Symmetric:
             panel.copy_(panel[:, own].T @ panel)
             for _, below in leading[number + 1 :]:
                 panel.addmm_(below[:, own].T, below[:, :stop])
-
-
-def is_sealed(x: Tensor) -> bool:
-    """Return whether a tensor was made in `torch.inference_mode`, and may not be written to now."""
-    return x.is_inference() and not torch.is_inference_mode_enabled()
 
 
 def _within(index: Tensor, start: int, stop: int) -> Tensor:

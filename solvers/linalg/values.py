@@ -17,8 +17,6 @@ from solvers.errors import ProblemError
 _LARGEST, _SMALLEST = 1e100, 1e-100
 """Products of two numbers within these stay far from overflow and from underflow."""
 
-_TILE = 256
-
 _NO_DEVICE = (RuntimeError, TypeError, ValueError, AssertionError, ImportError)
 """What torch ends with where a device is unknown, not there, or not built in."""
 
@@ -68,19 +66,6 @@ def as_owned_tensor(name: str, value: Any) -> Tensor:
     tensor = as_tensor(name, value)
     shared = isinstance(value, Tensor) and value.layout is torch.strided
     return tensor.clone(memory_format=torch.contiguous_format) if shared else tensor
-
-
-def is_plain(value: Any) -> bool:
-    """Return whether a value is a dense tensor whose methods are those of every tensor.
-
-    A subclass, or an attribute of its own, could answer `shape` or a comparison as it likes.
-    """
-    return (
-        type(value) is Tensor
-        and value.layout is torch.strided
-        and not (value.is_meta or value.is_quantized or value.is_nested)
-        and not vars(value)
-    )
 
 
 def as_number(name: str, value: Any) -> float:
@@ -161,15 +146,3 @@ def check_diagonal(diagonal: Tensor) -> None:
             f"positive definite, with no less than {_SMALLEST:g} there: build it with from_gram "
             "and damp > 0, or scale the data"
         )
-
-
-def asymmetry(H: Tensor) -> float:
-    """Return by how much entries and their transposed ones differ, relative to the diagonal."""
-    # Tile by tile: a whole H - H' would cost another p^2 doubles, and columns are slow to read.
-    starts = range(0, len(H), _TILE)
-    difference = max(
-        float((H[i : i + _TILE, j : j + _TILE] - H[j : j + _TILE, i : i + _TILE].T).abs_().max())
-        for i in starts
-        for j in starts[: i // _TILE + 1]
-    )
-    return difference / (float(H.diagonal().max()) or 1.0) if difference else 0.0

@@ -16,6 +16,7 @@ from osscar.cli import main
 from osscar.report.proofs import not_recomputed_in_words
 from osscar.walk.gram import damped_by_input
 from solvers import storage
+from solvers.linalg.symmetric import Symmetric
 
 
 @pytest.fixture
@@ -147,7 +148,7 @@ def test_list_problem_tells_damping_of_all_inputs_from_that_in_the_matrix(run, t
     alike = solvers.SubsetProblem.from_gram(H, W0, keep=5, damp=0.1)
     damping = 0.1 * float(H.diagonal().mean())
     units = [[row] for row in range(9)]
-    consumer = damped_by_input(H, W0, units=units, damp=0.1, positions=60)
+    consumer = damped_by_input(Symmetric.of(H), W0, units=units, damp=0.1, positions=60)
     by_input = solvers.SubsetProblem((consumer,), 5)
     alike.save(tmp_path / "alike.npz")
     by_input.save(tmp_path / "by-input.npz")

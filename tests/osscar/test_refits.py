@@ -14,6 +14,7 @@ from osscar.preparation.prepare import prepare
 from osscar.report.run_tables import layers_table
 from osscar.walk.gram import GramAccumulator, damped_by_input, pulls
 from osscar.walk.layer_step import GROWN, LayerStep
+from solvers.linalg.symmetric import Symmetric
 from tests.osscar.detector import detector, noise
 from tests.osscar.families import tiny, tokens
 
@@ -41,7 +42,7 @@ def test_an_input_that_is_nearly_zero_keeps_its_weights(size):
     W0 = torch.randn(6, 3, dtype=torch.float64)
     H = X.T @ X / n
     consumer = damped_by_input(
-        H.clone(), W0.clone(), units=[[j] for j in range(6)], damp=damp, positions=n
+        Symmetric.of(H), W0.clone(), units=[[j] for j in range(6)], damp=damp, positions=n
     )
     problem = solvers.SubsetProblem((consumer,), 5)
     support = torch.tensor([0, 1, 2, 3, 5])

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from solvers import SubsetProblem
+from solvers import SubsetProblem, refit_loss
 from solvers.bounds.batch import TermsBatch, bound_nodes
 from solvers.bounds.removal import RemovalTerms
 from solvers.certificates.tree_certificate import FREE, KEPT, REMOVED
@@ -30,9 +30,17 @@ def random_sides(seed, n, removals, nodes):
     return sides
 
 
-def node(root, sides):
-    """Condition on one node by the code for one node."""
-    return root.restrict(*(torch.nonzero(sides == side).flatten() for side in (REMOVED, KEPT)))
+def losses(problem, row):
+    """Return the free units of a node, their choices, (c, r), and the losses of these."""
+    gone, free = ([u for u, side in enumerate(row.tolist()) if side == s] for s in (REMOVED, FREE))
+    choices = list(combinations(free, problem.units - problem.keep - len(gone)))
+    found = [left(problem, {*gone, *choice}) for choice in choices]
+    return free, choices, torch.tensor(found, dtype=torch.float64)
+
+
+def left(problem, gone) -> float:
+    support = [unit for unit in range(problem.units) if unit not in gone]
+    return refit_loss(problem, torch.tensor(support))
 
 
 @given(
@@ -55,21 +63,20 @@ def test_bounds_of_unequal_nodes_hold(seed, n, width, responses, spread, consume
     bound = bound_nodes(terms, share, torch.full_like(share, 1.25), steps=8)
     values = terms.certified(bound.cost)
     rises = {REMOVED: bound.if_removed(terms), KEPT: bound.if_kept(terms)}
+    slack = 1e-9 * problem.scale
     for index, row in enumerate(sides):
-        alone = node(root, row)
-        assert terms.units[index][terms.free[index]].tolist() == alone.units.tolist()
-        assert int(terms.removals[index]) == alone.removals
-        assert float(terms.spent[index]) == pytest.approx(alone.spent, rel=1e-9, abs=1e-12)
-        choices = list(combinations(range(len(alone.units)), alone.removals))
-        costs = alone.costs(torch.tensor(choices))
-        losses = alone.constant + alone.spent + costs
-        slack = 1e-9 * problem.scale
-        assert float(values[index]) <= float(losses.min()) + slack
-        for place in range(len(alone.units)):
-            inside = torch.tensor([place in choice for choice in choices])
+        free, choices, found = losses(problem, row)
+        spent = terms.constant + float(terms.spent[index])
+        assert terms.units[index][terms.free[index]].tolist() == free
+        assert int(terms.removals[index]) == len(choices[0])
+        gone = torch.nonzero(row == REMOVED).flatten().tolist()
+        assert spent == pytest.approx(left(problem, gone), abs=slack)
+        assert float(values[index]) <= float(found.min()) + slack
+        for place, unit in enumerate(free):
+            inside = torch.tensor([unit in choice for choice in choices])
             for side, some in ((REMOVED, inside), (KEPT, ~inside)):
                 rise = max(float(rises[side][index, place]), 0.0)
-                assert float(bound.cost[index]) + rise <= float(costs[some].min()) + slack
+                assert spent + float(bound.cost[index]) + rise <= float(found[some].min()) + slack
 
 
 def test_leaves_are_enumerated():
@@ -82,11 +89,11 @@ def test_leaves_are_enumerated():
     terms = TermsBatch.of(root, sides)
     costs, places = terms.cheapest(5, 2)
     for index, row in enumerate(sides):
-        alone = node(root, row)
-        all_costs = alone.costs(torch.tensor(list(combinations(range(5), 2))))
-        assert float(costs[index]) == pytest.approx(float(all_costs.min()), rel=1e-9)
-        own = alone.costs(places[index][None])
-        assert float(own) == pytest.approx(float(costs[index]), rel=1e-9)
+        free, choices, found = losses(problem, row)
+        loss = terms.constant + float(terms.spent[index] + costs[index])
+        assert loss == pytest.approx(float(found.min()), rel=1e-9)
+        best = tuple(free[place] for place in places[index].tolist())
+        assert float(found[choices.index(best)]) == pytest.approx(loss, rel=1e-9)
 
 
 def test_units_that_cost_nothing_give_a_finite_bound():

@@ -11,8 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from solvers import Consumer, SubsetProblem, solve
-from solvers.closed_forms import refit
+from solvers import Consumer, SubsetProblem, refit, solve
 from solvers.closed_forms.elimination import eliminate, support_after
 from solvers.closed_forms.pivot import PivotState
 from solvers.closed_forms.swaps import best_swap, promising, swap_gains

@@ -22,7 +22,7 @@ from solvers import (
     solve,
 )
 from solvers.closed_forms.pivot import PivotState
-from solvers.closed_forms.swaps import Swap, best_swap, promising, swap_gains
+from solvers.closed_forms.swaps import best_swap, promising, swap_gains
 from solvers.heuristics import local_search
 from solvers.linalg import symmetric
 from tests.solvers.instances import INSTANCES, exact_optimum
@@ -34,20 +34,10 @@ BOUND_TOLERANCE = 1e-11
 CERTIFIED = ("branch_and_bound", "enumerate", "perspective")
 """Backends of this package that account for rounding: their bounds are compared exactly."""
 
-backend = pytest.mark.parametrize("backend", backend_names())
-instance = pytest.mark.parametrize("instance", INSTANCES.values(), ids=INSTANCES.keys())
+DETERMINISTIC = ("scalar", "ties", "ragged", "ragged_consumers")
+"""Instances that are solved a second time."""
 
-
-def runnable(name, instance):
-    """Skip, with its reason, a backend that is missing or that declares it cannot take this."""
-    cls = backend_class(name)
-    reason = cls.available()
-    if reason is not None:
-        pytest.skip(f"{name}: {reason}")
-    refusal = cls.capabilities.refusal(instance.problem)
-    if refusal is not None:
-        pytest.skip(f"{name} {refusal}")
-    return cls
+instances = pytest.mark.parametrize("instance", INSTANCES.values(), ids=INSTANCES.keys())
 
 
 @cache
@@ -56,44 +46,35 @@ def solution_of(name, instance_name):
     return solve(INSTANCES[instance_name].problem, name)
 
 
-@backend
-@instance
-def test_refuses_what_it_cannot_take(backend, instance):
-    cls = backend_class(backend)
-    refusal = cls.capabilities.refusal(instance.problem)
+@cache
+def _exact_optimum(name):
+    return exact_optimum(INSTANCES[name].problem)
+
+
+@pytest.mark.parametrize("backend", backend_names())
+@instances
+def test_keeps_its_promises(backend, instance):
+    """It refuses what it cannot take; else support, loss, bound and status are what they say."""
+    cls, problem = backend_class(backend), instance.problem
     if cls.available() is not None:
         pytest.skip(f"{backend}: {cls.available()}")
-    if refusal is None:
-        assert solution_of(backend, instance.name).backend == backend
-    else:
-        with pytest.raises(BackendError) as error:
-            solve(instance.problem, backend)
+    refusal = cls.capabilities.refusal(problem)
+    if refusal is not None:
+        with pytest.raises(BackendError, match="choose another") as error:
+            solve(problem, backend)
         assert refusal in str(error.value)
-        assert "choose another" in str(error.value)
-
-
-@backend
-@instance
-def test_support_is_feasible_and_the_loss_is_that_of_a_refit(backend, instance):
-    runnable(backend, instance)
+        return
     solution = solution_of(backend, instance.name)
-    problem = instance.problem
-    support = solution.support.tolist()
+    slack, certain = TOLERANCE * problem.scale, BOUND_TOLERANCE * problem.scale
+    support, removed = solution.support.tolist(), solution.removed.tolist()
+    # The support is feasible, and the loss that of a refit.
+    assert solution.backend == backend
     assert support == sorted(set(support))
     assert len(support) == problem.keep
-    assert set(support) <= set(range(problem.units))
-    assert set(support) | set(solution.removed.tolist()) == set(range(problem.units))
-    assert solution.loss == pytest.approx(instance.loss(support), abs=TOLERANCE * problem.scale)
+    assert sorted(support + removed) == list(range(problem.units))
+    assert solution.loss == pytest.approx(instance.loss(support), abs=slack)
     assert 0 <= solution.relative_loss <= 1 + TOLERANCE
-
-
-@backend
-@instance
-def test_never_beats_the_optimum_and_the_bound_never_lies_above_it(backend, instance):
-    cls = runnable(backend, instance)
-    solution = solution_of(backend, instance.name)
-    slack = TOLERANCE * instance.problem.scale
-    certain = BOUND_TOLERANCE * instance.problem.scale
+    # No loss lies below the optimum, and no bound above it.
     assert solution.loss >= instance.optimum() - certain
     assert solution.lower_bound <= instance.optimum() + certain
     if math.isfinite(solution.lower_bound):
@@ -104,56 +85,39 @@ def test_never_beats_the_optimum_and_the_bound_never_lies_above_it(backend, inst
         assert solution.loss == pytest.approx(instance.optimum(), abs=slack)
     if cls.kind is BackendKind.BOUND:
         assert math.isfinite(solution.lower_bound)
-
-
-@pytest.mark.parametrize("backend", CERTIFIED)
-@instance
-def test_certified_bounds_hold_in_exact_arithmetic(backend, instance):
-    bound = Fraction(solution_of(backend, instance.name).lower_bound)
-    assert bound <= _exact_optimum(instance.name)
-
-
-@cache
-def _exact_optimum(name):
-    return exact_optimum(INSTANCES[name].problem)
-
-
-@backend
-@instance
-def test_verifies_itself(backend, instance):
-    runnable(backend, instance)
-    solution = solution_of(backend, instance.name)
+    if backend in CERTIFIED:
+        assert Fraction(solution.lower_bound) <= _exact_optimum(instance.name)
+    # It verifies itself.
     report = solution.verify()
-    assert report.loss == pytest.approx(solution.loss, abs=TOLERANCE * instance.problem.scale)
+    assert report.loss == pytest.approx(solution.loss, abs=slack)
     assert solution.seconds > 0
+    if instance.name in DETERMINISTIC:
+        assert_solved_alike(solution, backend)
 
 
-@backend
-@pytest.mark.parametrize("name", ["scalar", "ties", "ragged", "ragged_consumers"])
-def test_is_deterministic_and_leaves_the_problem_alone(backend, name):
-    instance = INSTANCES[name]
-    runnable(backend, instance)
-    tensors = [(c.H, c.G, c.W0, c.rows) for c in instance.problem.consumers]
-    before = [[tensor.clone() for tensor in group] for group in tensors]
+def assert_solved_alike(solution, backend):
+    """Solve again: the answer is the same, and problem and threads are left alone."""
+    problem = solution.problem
+    tensors = [
+        tensor for c in problem.consumers for tensor in (*c.hessian.panels, c.G, c.W0, c.rows)
+    ]
+    before = [tensor.clone() for tensor in tensors]
     threads = torch.get_num_threads()
-    first = solution_of(backend, name)
-    again = solve(instance.problem, make_backend(backend))
-    assert torch.equal(first.support, again.support)
-    assert first.loss == again.loss
-    assert first.status is again.status
-    assert first.lower_bound == pytest.approx(again.lower_bound, rel=1e-9)
-    for group, copies in zip(tensors, before, strict=True):
-        assert all(torch.equal(a, b) for a, b in zip(group, copies, strict=True))
+    again = solve(problem, make_backend(backend))
+    assert torch.equal(solution.support, again.support)
+    assert solution.loss == again.loss
+    assert solution.status is again.status
+    assert solution.lower_bound == pytest.approx(again.lower_bound, rel=1e-9)
+    assert all(map(torch.equal, tensors, before))
     assert torch.get_num_threads() == threads
 
 
-@instance
-@pytest.mark.parametrize(("count", "panel"), [(2, 256), (5, 4), (64, 256)])
-def test_exchanges_of_many_units_end_where_none_helps(instance, count, panel, monkeypatch):
+@instances
+def test_exchanges_of_many_units_end_where_none_helps(instance, monkeypatch):
     """Also where units of several rows do not fit into panels of a power of two."""
-    monkeypatch.setattr(symmetric, "PANEL_ROWS", panel)
+    monkeypatch.setattr(symmetric, "PANEL_ROWS", 4)
     monkeypatch.setattr(local_search, "_FEW_PAIRS", 0)
-    monkeypatch.setattr(local_search, "_AT_ONCE", count)
+    monkeypatch.setattr(local_search, "_AT_ONCE", 5)
     start = tuple(range(instance.problem.keep))  # far from the best
     for options in ({}, {"start": start}, {"start": start, "max_swaps": 2}):
         found = solve(instance.problem, "local_search", options=options)
@@ -167,25 +131,11 @@ def test_exchanges_of_many_units_end_where_none_helps(instance, count, panel, mo
             assert best_swap(state).gain <= 1e-6 * found.loss + 1e-12 * instance.problem.scale
 
 
-def test_units_of_any_width_are_exchanged_at_once(monkeypatch):
-    monkeypatch.setattr(local_search, "_FEW_PAIRS", 0)
-    monkeypatch.setattr(symmetric, "PANEL_ROWS", 4)  # no whole number of units
-    generator = torch.Generator().manual_seed(0)
-    X = torch.randn(90, 30, generator=generator).double()
-    W0 = torch.randn(30, 4, generator=generator).double()
-    problem = SubsetProblem.from_gram(X.T @ X / 90, W0, keep=5, units=10)
-    found = solve(problem, "local_search", start=tuple(range(5)))
-    assert found.iterations > 0
-    assert found.status is Status.SWAP_OPTIMAL
-    found.verify()
-
-
 @pytest.mark.parametrize("few", [0, 1 << 18])
-@pytest.mark.parametrize("seed", range(4))
-def test_exchanges_end_where_nothing_is_left_to_lose(seed, few, monkeypatch):
+def test_exchanges_end_where_nothing_is_left_to_lose(few, monkeypatch):
     """Gains are then rounding, by which the same units would come and go."""
     monkeypatch.setattr(local_search, "_FEW_PAIRS", few)
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     X = torch.randn(64, 8, generator=generator).double()
     W0 = torch.randn(8, 5, generator=generator).double()
     W0[3:] = 0
@@ -205,22 +155,6 @@ def test_a_consumer_may_read_none_of_what_is_kept(backend):
     found = solve(SubsetProblem((Consumer.from_gram(H, W0), other), 1), backend)
     assert found.support.tolist() == [3]
     found.verify()
-
-
-def test_products_of_units_that_are_exchanged_at_once_are_multiplied_out_once(monkeypatch):
-    monkeypatch.setattr(local_search, "_FEW_PAIRS", 0)
-    scored, score = [], local_search._best_swap
-
-    def watched(state):
-        scored.append([consumer._cross is not None for consumer in state.consumers])
-        assert all(consumer.U.shape[1] <= len(consumer.U) for consumer in state.consumers)
-        return score(state)
-
-    monkeypatch.setattr(local_search, "_best_swap", watched)
-    problem = pairs_of_inputs(6)
-    solve(problem, "local_search", start=tuple(range(6)))
-    assert len(scored) > 3
-    assert all(map(all, scored))
 
 
 def pairs_of_inputs(pairs):
@@ -249,7 +183,7 @@ def test_many_exchanges_that_gain_the_same_find_their_partners(monkeypatch):
     assert found.status is Status.SWAP_OPTIMAL
 
 
-@pytest.mark.parametrize("scale", [1e-60, 1e-20, 1e20, 1e60])
+@pytest.mark.parametrize("scale", [1e-60, 1e60])
 def test_exchanges_do_not_depend_on_the_scale_of_the_inputs(scale):
     for seed in (10, 17):
         generator = torch.Generator().manual_seed(seed)
@@ -268,18 +202,7 @@ def test_exchanges_do_not_depend_on_the_scale_of_the_inputs(scale):
         assert found.status is expected.status is Status.SWAP_OPTIMAL
 
 
-@instance
-def test_where_no_unit_is_the_partner_of_another_the_best_is_exchanged(instance, monkeypatch):
-    start = {"start": tuple(range(instance.problem.keep))}
-    expected = solve(instance.problem, "local_search", options=start)
-    monkeypatch.setattr(local_search, "_FEW_PAIRS", 0)
-    monkeypatch.setattr(local_search, "_best_swap", lambda part: Swap(-1, -1, -math.inf))
-    found = solve(instance.problem, "local_search", options=start)
-    assert found.support.tolist() == expected.support.tolist()
-    assert (found.iterations, found.status) == (expected.iterations, expected.status)
-
-
-@instance
+@instances
 def test_local_search_is_no_worse_than_its_start(instance):
     greedy, local = (solution_of(name, instance.name) for name in ("greedy", "local_search"))
     assert local.loss <= greedy.loss + TOLERANCE * instance.problem.scale

@@ -19,7 +19,7 @@ from solvers.closed_forms.refit import refit
 from solvers.closed_forms.swaps import swap_gains
 from solvers.linalg import gram as gram_module
 from solvers.linalg import symmetric
-from solvers.linalg.gram import definite_factor, magnitudes, quadratic, quadratic_on, unexplained
+from solvers.linalg.gram import definite_factor, magnitudes, quadratic, unexplained
 from solvers.linalg.symmetric import Symmetric
 from tests.solvers.instances import random_data, shuffled_units
 
@@ -368,30 +368,31 @@ def test_weights_that_fit_are_not_solved_for(monkeypatch):
 def test_what_a_factor_explains_is_no_less_than_what_is(problem):
     for consumer in problem.consumers:
         H, G = consumer.H, consumer.G
-        factor = definite_factor(H, 1e-9)
+        factor = definite_factor(consumer.hessian, 1e-9)
         exact = float((G * torch.linalg.solve(H, G)).sum())
         scale = H.diagonal().rsqrt()
         least = float(torch.linalg.eigvalsh(scale[:, None] * H * scale)[0])
         assert exact * (1 - 1e-9) <= factor.explains_at_most(G)
         assert factor.explains_at_most(G) <= exact * (1 + 1e-7 + 2e-9 / least)
-    assert definite_factor(H, 1.0) is None
+    assert definite_factor(consumer.hessian, 1.0) is None
 
 
 def test_losses_in_tiles(panels, problem):
     support = torch.arange(problem.units)[::2]
     for consumer, W in zip(problem.consumers, refit(problem, support)[0], strict=True):
         H, G, e = consumer.H, consumer.G, consumer.e
+        terms = consumer.hessian, G, e
         for weights in (W, consumer.W0, torch.zeros_like(W)):
             plain = float((weights * (H @ weights - 2 * G)).sum()) + e
             size = e + float((weights.abs() * (H.abs() @ weights.abs() + 2 * G.abs())).sum())
-            assert quadratic(H, G, e, weights) == pytest.approx(plain, abs=1e-12 * size)
+            assert quadratic(*terms, weights) == pytest.approx(plain, abs=1e-12 * size)
             order = torch.randperm(len(H), generator=torch.Generator().manual_seed(0))
             part = order[weights[order].any(1)]
-            found = quadratic_on(H, G, e, part, weights[part])
+            found = quadratic(*terms, weights[part], part)
             assert found == pytest.approx(plain, abs=1e-12 * size)
-            assert magnitudes(H, G, e, weights) == pytest.approx(size, rel=1e-12)
+            assert magnitudes(*terms, weights) == pytest.approx(size, rel=1e-12)
         best = torch.linalg.solve(H, G)
-        least, size = unexplained(H, G, e)
+        least, size = unexplained(*terms)
         assert least == pytest.approx(e - float((best * G).sum()), abs=1e-10 * size)
 
 
@@ -425,7 +426,6 @@ def test_what_is_given_away_is_not_copied_and_comes_to_the_same():
     assert torch.equal(H, before)
     assert torch.equal(W0, weights)
     taken = Consumer.from_gram(H, W0, overwrite=True)
-    assert taken.H.data_ptr() == H.data_ptr()
     assert taken.W0.data_ptr() == W0.data_ptr()
     for name in ("H", "G", "W0"):
         assert torch.equal(getattr(kept, name), getattr(taken, name))
@@ -490,9 +490,9 @@ def frugal(monkeypatch):
 def test_a_solve_holds_little_beside_its_problem(backend, most, frugal):
     """In p^2 numbers, G included; with N and K as whole matrices it was 6.1 and 4.1."""
     p = 2048
-    whole = peak(backend, p, p // 4)
-    assert whole - peak("nothing", p, p // 4) < most * 8 * p * p
-    assert peak(backend, p, p // 4, "half") < whole - 0.3 * 8 * p * p
+    grown = peak(backend, p, p // 4) - peak("nothing", p, p // 4)
+    print(grown / (8 * p * p))
+    assert grown < most * 8 * p * p
 
 
 @pytest.mark.slow

@@ -10,11 +10,19 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from solvers import BackendError, Status, SubsetProblem, VerificationError, solve
-from solvers.bounds.quadratic import is_definite, project, scaled_diagonal
+from solvers import (
+    BackendError,
+    Consumer,
+    Status,
+    SubsetProblem,
+    VerificationError,
+    refit_loss,
+    solve,
+)
+from solvers.bounds.quadratic import is_definite, scaled_diagonal
 from solvers.bounds.removal import RemovalTerms
 from solvers.certificates.certificate import EnumerationCertificate, MultiplierCertificate
-from solvers.problem import Consumer
+from solvers.linalg.descent import project
 from tests.solvers.instances import INSTANCES
 
 SLACK = 1e-12
@@ -143,29 +151,25 @@ def test_bound_is_attached_to_heuristics_on_request():
     assert exact.status is Status.OPTIMAL
 
 
-def test_removal_terms_condition_exactly():
+def test_units_that_stay_leave_the_terms():
     problem = random_problem(4, 7, 2, 3, 4, consumers=2)
-    terms = RemovalTerms.of(problem)
-    node = terms.restrict(torch.tensor([2]), torch.tensor([5, 0]))
-    assert node.units.tolist() == [1, 3, 4, 6]
-    assert node.removals == 2
-    cost = float(node.costs(torch.tensor([[0, 3]]))[0])
-    loss = node.constant + node.spent + cost
-    support = torch.tensor([0, 3, 4, 5])
-    start = tuple(support.tolist())
-    direct = solve(problem, "local_search", start=start, max_swaps=0)
-    assert direct.support.tolist() == support.tolist()
-    assert loss == pytest.approx(direct.loss, rel=1e-10)
+    node = RemovalTerms.of(problem).keeping(torch.tensor([5, 0]))
+    assert node.units.tolist() == [1, 2, 3, 4, 6]
+    cost = float(node.costs(torch.tensor([[0, 1, 4]]))[0])
+    loss = refit_loss(problem, torch.tensor([0, 3, 4, 5]))
+    assert node.constant + cost == pytest.approx(loss, rel=1e-10)
 
 
 @given(seed=st.integers(0, 2**31), n=st.integers(2, 30), share=st.floats(0.01, 0.99))
 @settings(max_examples=60, deadline=None)
 def test_projection_is_optimal(seed, n, share):
     generator = torch.Generator().manual_seed(seed)
-    target = torch.randn(n, generator=generator).double().numpy()
-    weight = (0.1 + torch.rand(n, generator=generator)).double().numpy()
+    target = torch.randn(2, n, generator=generator).double()
+    weight = 0.1 + torch.rand(2, n, generator=generator).double()
     total = min(max(1, round(share * n)), n - 1)
-    x = project(target, weight, total)
+    both = project(target, weight, torch.tensor([1, total]))
+    assert both[0].sum() == pytest.approx(1, abs=1e-9)
+    target, weight, x = (rows[1].numpy() for rows in (target, weight, both))
     assert x.sum() == pytest.approx(total, abs=1e-9)
     assert ((x >= 0) & (x <= 1)).all()
     force = (target - x) / weight

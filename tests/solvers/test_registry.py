@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import re
 import sys
 from dataclasses import dataclass
@@ -342,3 +343,75 @@ def test_other_arguments_of_a_wrong_type():
     for options in (5, "seed=3", [("seed", 3)]):
         with pytest.raises(BackendError, match=r"^options is .*; it must map names to values$"):
             solve(PROBLEM, "random", options=options)
+
+
+# ---- what backends answer ------------------------------------------------------------------------
+
+
+def test_what_a_backend_answers_is_checked_before_it_is_a_solution():
+    """`solve` refuses it in the backend's name; nothing ends in a raw error."""
+
+    @dataclass(frozen=True)
+    class Answers:
+        answer: object
+        kind = BackendKind.HEURISTIC
+        summary = "whatever"
+        capabilities = Capabilities()
+
+        def select(self, problem):
+            return self.answer
+
+    good = torch.tensor([0, 1, 2, 3])
+    for answer in [
+        None,
+        good,
+        Selection([0, 1, 2, 9], Status.FEASIBLE),
+        Selection([0, 1], Status.FEASIBLE),
+        Selection(None, Status.FEASIBLE),
+        Selection(good.double(), Status.FEASIBLE),
+        Selection(torch.tensor([0, 1, 1, 2]), Status.FEASIBLE),
+        Selection(good, "OPTIMAL"),
+        Selection(good, Status.OPTIMAL, lower_bound=math.nan),
+        Selection(good, Status.OPTIMAL, lower_bound=math.inf),
+        Selection(good, Status.OPTIMAL, lower_bound="low"),
+        Selection(good, Status.OPTIMAL, lower_bound=None),
+        Selection(good, Status.OPTIMAL, gap_tolerance=math.nan),
+        Selection(good, Status.OPTIMAL, gap_tolerance=1.0),
+        Selection(good, Status.FEASIBLE, iterations="many"),
+        Selection(good, Status.FEASIBLE, history=("a",)),
+        Selection(good, Status.FEASIBLE, history=None),
+    ]:
+        with pytest.raises(BackendError, match="backend 'Answers' answered with"):
+            solve(PROBLEM, Answers(answer))
+    taken = solve(PROBLEM, Answers(Selection([2, 0, 1, 3], Status.FEASIBLE, history=[1])))
+    assert taken.support.tolist() == [0, 1, 2, 3]
+    taken.verify()
+
+
+@pytest.mark.parametrize(
+    "error", [ValueError("no luck"), KeyError("H"), RuntimeError(), OSError(5)]
+)
+def test_a_backend_that_fails_is_named(error):
+    """It was a bare error, which told nobody which backend it came from."""
+    with pytest.raises(BackendError, match="backend 'Fails' failed with") as caught:
+        solve(PROBLEM, Fails(error))
+    assert f"{type(error).__name__}: {error}" in str(caught.value)
+    assert caught.value.__cause__ is error
+
+
+def test_what_a_backend_says_on_purpose_and_interrupts_pass():
+    for error in (BackendError("asked for too much"), KeyboardInterrupt(), SystemExit(3)):
+        with pytest.raises(type(error)) as caught:
+            solve(PROBLEM, Fails(error))
+        assert caught.value is error
+
+
+@dataclass(frozen=True)
+class Fails:
+    error: BaseException
+    kind = BackendKind.HEURISTIC
+    summary = "raises what it is given"
+    capabilities = Capabilities()
+
+    def select(self, problem):
+        raise self.error

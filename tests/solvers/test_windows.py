@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from solvers import BackendError, ProblemError, Status, solve
-from solvers.closed_forms import refit
+from solvers import BackendError, ProblemError, Status, refit, solve
 from solvers.closed_forms.windows import apply_window, window_problem
 from tests.solvers.instances import INSTANCES
 from tests.solvers.test_perspective import random_problem
