@@ -66,14 +66,15 @@ def project(target: Tensor, weight: Tensor, total: Tensor) -> Tensor:
         (b,), each from 0 to n.
     """
     # The sum falls from n to 0 in tau, and bends where an entry leaves 1, at (target - 1) / weight,
-    # or reaches 0, at target / weight.
-    n = target.shape[1]
-    points, order = torch.cat([(target - 1) / weight, target / weight], 1).sort(1)
+    # or reaches 0, at target / weight.  With `fell` as far as it has come at each bend, tau lies
+    # between the last at which too much is left and the next.
+    n, due = target.shape[1], target.shape[1] - total[:, None]
+    zero = target / weight
+    bends, order = torch.cat([zero - 1 / weight, zero], 1).sort(1)
     slopes = torch.cat([weight, -weight], 1).gather(1, order).cumsum(1)
-    falls = (slopes[:, :-1] * points.diff(dim=1)).cumsum(1)
-    sums = n - torch.nn.functional.pad(falls, (1, 0))
-    index = ((sums > total[:, None]).sum(1, keepdim=True) - 1).clamp(0, 2 * n - 2)
-    slope = slopes.gather(1, index)
-    step = (sums.gather(1, index) - total[:, None]) / slope
-    tau = points.gather(1, index) + torch.where(slope > 0, step, 0.0)
+    fell = torch.nn.functional.pad((slopes[:, :-1] * bends.diff(dim=1)).cumsum(1), (1, 0))
+    last = ((fell < due).sum(1, keepdim=True) - 1).clamp(0, 2 * n - 2)
+    slope = slopes.gather(1, last)
+    step = (due - fell.gather(1, last)) / slope
+    tau = bends.gather(1, last) + torch.where(slope > 0, step, 0.0)
     return (target - tau * weight).clamp(0.0, 1.0)
