@@ -237,11 +237,13 @@ class Consumer:
             If the input is not finite, has a wrong shape or type, is far from positive
             semidefinite, or if `e` is less than `G` explains, or `H` than `variance`.
         """
-        terms = damp_terms(H, W0, G=G, e=e, damp=damp, overwrite=overwrite)
-        rows = _unit_rows(units, len(terms.H)).to(terms.H.device)
+        damped, target, energy, weights, damping = damp_terms(
+            H, W0, G=G, e=e, damp=damp, overwrite=overwrite
+        )
+        rows = _unit_rows(units, len(damped)).to(damped.device)
         if variance is not None:
             variance = as_owned_tensor("variance", variance).to(torch.float64)
-        consumer = cls._owning(terms.H, terms.G, terms.e, terms.W0, rows, terms.damping, variance)
+        consumer = cls._owning(damped, target, energy, weights, rows, damping, variance)
         # Damping has just made sure of the one, and made G of W0 or not.
         vars(consumer).update(flaw=None, fits=G is None)
         return consumer

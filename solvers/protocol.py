@@ -8,6 +8,7 @@ from __future__ import annotations
 import enum
 import math
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import ClassVar, Protocol
 
 from torch import Tensor
@@ -139,15 +140,26 @@ class Capabilities:
 
 
 class Backend(Protocol):
-    """A way to choose a support; implemented by a frozen dataclass whose fields are its options."""
+    """A way to choose a support; implemented by a frozen dataclass whose fields are its options.
+
+    Those that inherit from it take any problem and need no other package, unless they say so.
+    """
 
     kind: ClassVar[BackendKind]
     summary: ClassVar[str]
-    capabilities: ClassVar[Capabilities]
+    capabilities: ClassVar[Capabilities] = Capabilities()
 
     @classmethod
     def available(cls) -> str | None:
         """Return None, or why the backend cannot run here and how to mend that."""
+        return None
 
     def select(self, problem: SubsetProblem) -> Selection:
         """Choose ``problem.keep`` units."""
+
+
+def missing(package: str) -> str | None:
+    """Return None, or that an optional package is not installed, without importing it."""
+    if find_spec(package) is None:
+        return f"{package} is not installed; pip install 'osscar[exact]'"
+    return None

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass, replace
-from importlib.util import find_spec
 from typing import Any, ClassVar
 
 import numpy as np
@@ -29,7 +28,7 @@ from solvers.certificates.certificate import MultiplierCertificate
 from solvers.closed_forms.refit import refit_loss
 from solvers.errors import BackendError
 from solvers.problem import SubsetProblem
-from solvers.protocol import BackendKind, Capabilities, Selection, Status
+from solvers.protocol import Backend, BackendKind, Capabilities, Selection, Status, missing
 
 _RELAXATIONS = ("semidefinite", "second_order")
 _EFFORT = Effort(rounds=6, steps=200, tighten=False)
@@ -37,7 +36,7 @@ _SOLVED = ("optimal", "optimal_inaccurate")
 
 
 @dataclass(frozen=True)
-class Conic:
+class Conic(Backend):
     """Bound small layers by convex relaxations, and round them to a support.
 
     Parameters
@@ -68,9 +67,7 @@ class Conic:
     @classmethod
     def available(cls) -> str | None:
         """Return None, or that cvxpy is missing."""
-        if find_spec("cvxpy") is None:
-            return "cvxpy is not installed; pip install 'osscar[exact]'"
-        return None
+        return missing("cvxpy")
 
     def select(self, problem: SubsetProblem) -> Selection:
         """Relax, certify, and round; keep the best support of all rounds."""

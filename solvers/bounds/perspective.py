@@ -14,13 +14,13 @@ from solvers.closed_forms.refit import refit_loss
 from solvers.errors import BackendError
 from solvers.heuristics.local_search import LocalSearch
 from solvers.problem import SubsetProblem
-from solvers.protocol import BackendKind, Capabilities, Selection, Status
+from solvers.protocol import Backend, BackendKind, Selection, Status
 
 BOUND_FROM = "perspective relaxation with common multipliers"
 
 
 @dataclass(frozen=True)
-class Perspective:
+class Perspective(Backend):
     """Bound the loss of every support from below, and return the best support known.
 
     Perspective relaxations (Dong, Chen and Linderoth, 2015; Atamturk and Gomez, 2020) split a
@@ -45,7 +45,6 @@ class Perspective:
 
     kind: ClassVar[BackendKind] = BackendKind.BOUND
     summary: ClassVar[str] = "certified lower bound for layers of any size, with a rounded support"
-    capabilities: ClassVar[Capabilities] = Capabilities()
     rounds: int = 6
     steps: int = 100
     tighten: bool = True
@@ -56,11 +55,6 @@ class Perspective:
             raise BackendError(
                 f"perspective: rounds is {self.rounds} and steps {self.steps}; use 1 or more"
             )
-
-    @classmethod
-    def available(cls) -> str | None:
-        """Return None: it needs nothing but torch."""
-        return None
 
     def select(self, problem: SubsetProblem) -> Selection:
         """Bound, round, and improve what rounding gives."""

@@ -236,13 +236,13 @@ class Inverses:
         cost = torch.tensor(loss - self.constant, dtype=torch.float64)
         return float(self.rounding.certified(self.constant, cost))
 
-    def unconditioned(self) -> ConditionedNodes:
+    def unconditioned(self) -> _ConditionedNodes:
         """Return the node that leaves all units free."""
         parts = tuple((A[None], W[None], width) for A, W, width in self.consumers)
         spent = torch.full((1,), self.constant, dtype=torch.float64, device=self.device)
-        return ConditionedNodes(parts, spent, self.unit)
+        return _ConditionedNodes(parts, spent, self.unit)
 
-    def given(self, removed: Tensor, free: Tensor) -> ConditionedNodes:
+    def given(self, removed: Tensor, free: Tensor) -> _ConditionedNodes:
         """Condition on units that go, (b, r), and on those that stay: all but the `free`, (b, f).
 
         Removing R costs ``tr(W_R' inv(A_RR) W_R)`` with W = A G, and leaves for the free units F
@@ -260,11 +260,11 @@ class Inverses:
                 A_f = A_f - A_fr @ solved[:, :, : A_f.shape[2]]
                 W_f = W_f - A_fr @ solved[:, :, A_f.shape[2] :]
             parts.append((A_f, W_f, width))
-        return ConditionedNodes(tuple(parts), self.constant + spent, self.unit)
+        return _ConditionedNodes(tuple(parts), self.constant + spent, self.unit)
 
 
 @dataclass(frozen=True, eq=False)
-class ConditionedNodes:
+class _ConditionedNodes:
     """What is left of a problem in b nodes that each leave f units free.
 
     Parameters
@@ -281,8 +281,8 @@ class ConditionedNodes:
     spent: Tensor
     unit: float
 
-    def aggregate(self, share: Tensor, shape: Tensor) -> Aggregate:
-        """Sum up a and Q of the multipliers of `share` and `shape`, (b, f)."""
+    def aggregate(self, share: Tensor, shape: Tensor) -> tuple[Tensor, Tensor, Sizes]:
+        """Return a, (b, f), Q, (b, f, f), and their sizes, for multipliers of share and shape."""
         x = share.clamp(LEAST_SHARE, 1.0)
         b, f = x.shape
         a, a_size, Q_size = torch.zeros(3, b, f, dtype=x.dtype, device=x.device)
@@ -301,9 +301,11 @@ class ConditionedNodes:
             # |A_rs| <= sqrt(A_rr A_ss) bounds every term of Q_ij by a product of two numbers.
             rows = Y.norm(dim=2) * A.diagonal(dim1=1, dim2=2).sqrt()
             Q_size = torch.hypot(Q_size, rows.view(b, f, w).sum(2))
-        return Aggregate(a, (Q + Q.mT) / 2, Sizes(a_size, Q_size, self.unit))
+        return a, (Q + Q.mT) / 2, Sizes(a_size, Q_size, self.unit)
 
-    def linearize(self, terms: Aggregate, q: Tensor, point: Tensor, removals: int) -> Linearization:
+    def linearize(
+        self, terms: tuple[Tensor, Tensor, Sizes], q: Tensor, point: Tensor, removals: int
+    ) -> Linearization:
         """Evaluate the bound of the module's text in every node.
 
         Raises
@@ -311,13 +313,13 @@ class ConditionedNodes:
         VerificationError
             If ``Diag(q) - Q`` is not positive semidefinite in some node, or numbers overflow.
         """
-        a, Q = terms.a, terms.Q
+        a, Q, sizes = terms
         P = -Q
         P.diagonal(dim1=1, dim2=2).add_(q)
         _check_dominates(P, q)
         Px = (P @ point[:, :, None])[:, :, 0]
         g = 2 * a - q + 2 * Px
-        lost = terms.sizes.lost(q, point)
+        lost = sizes.lost(q, point)
         ordered = g.sort(1).values
         cost = ordered[:, :removals].sum(1) - (point * Px).sum(1) - lost
         last, following = ordered[:, removals - 1, None], ordered[:, removals : removals + 1]
@@ -339,23 +341,6 @@ class ConditionedNodes:
             A_r, W_r = A[:, rows[:, :, None], rows[:, None, :]], W[:, rows]
             loss = loss + (W_r * torch.linalg.solve(A_r, W_r)).sum((2, 3))
         return loss.min(1).values
-
-
-@dataclass(frozen=True, eq=False)
-class Aggregate:
-    """The function ``2 a'x - x'Q x`` of b nodes, and how large the numbers are that it sums up.
-
-    Parameters
-    ----------
-    a, Q
-        (b, f) and (b, f, f).
-    sizes
-        Of what was summed up, (b, f) each.
-    """
-
-    a: Tensor
-    Q: Tensor
-    sizes: Sizes
 
 
 @dataclass(frozen=True, eq=False)

@@ -214,7 +214,7 @@ class TreeCertificate:
         )
         shape = self.shape[free]
         terms = given.aggregate(share, shape)
-        d = terms.Q.diagonal(dim1=1, dim2=2)
+        d = terms[1].diagonal(dim1=1, dim2=2)
         largest = d.amax(1, keepdim=True)
         d = d.clamp(min=torch.where(largest > 0, LEAST_DIAGONAL * largest, 1.0))
         own = given.linearize(terms, growth * shape * d, point, removals)

@@ -187,8 +187,18 @@ def _serial(small: bool) -> Iterator[None]:
 class _Part:
     """A and W of one consumer on the units that are left, and removals that they lack.
 
-    With one w-row block of `Z`, `Q`, `a` and `V` for each pending removal, the current matrices are
-    ``A - Z'a``, ``K - Z'Q - Q'Z`` and ``W - Z'V``.
+    When unit J leaves, block elimination on ``A = inv(H_SS)``, ``W = A G_S`` and ``K = W W'`` gives
+
+        Z = inv(A_JJ) A_J:,    A -= A_:J Z,    W -= Z' W_J,    K -= Z' Q + Q' Z,
+        Q = K_J: - K_JJ Z / 2,
+
+    Q holding half of the square term ``Z' K_JJ Z`` of ``(W - Z' W_J)(W - Z' W_J)'``.  None of these
+    products is made at once.  The blocks Z, Q, ``a = A_J:`` and ``V = W_J`` are written below those
+    of the removals before, as *pending rows*, t of them; the matrices that are held are *stale*,
+    and the current ones are ``A - Z'a``, ``K - Z'Q - Q'Z`` and ``W - Z'V``.  To choose a unit takes
+    the diagonal blocks alone, which are kept current; to remove it takes its rows of A and K, which
+    are its stale rows less those of three thin products, (w, t) by (t, n w).  `apply` then makes
+    the pending products of a whole batch in one pass, at the speed of a matrix product.
     """
 
     def __init__(self, consumer: Consumer, units: Tensor) -> None:
@@ -284,11 +294,10 @@ class _Part:
         own, new = slice(index * w, (index + 1) * w), slice(t, t + w)
         Z, Q, a, V = self.Z[:t], self.Q[:t], self.a[:t], self.V[:t]
         A_rows, K_rows = self._stale_rows(index)
+        # Bring the unit's own rows up to date: A_J - (Z'a)_J, and K_J - (Z'Q)_J - (Q'Z)_J.
         A_rows = torch.addmm(A_rows, a[:, own].T, Z, alpha=-1)
         K_rows = torch.addmm(K_rows, Z[:, own].T, Q, alpha=-1)
         K_rows.addmm_(Q[:, own].T, Z, alpha=-1)
-        # With J the unit that leaves: A falls by A_J' inv(A_JJ) A_J = Z'A_J; and as the refit falls
-        # by Z' W_J, K = W W' falls by Z'Q + Q'Z, where Q = K_J - K_JJ Z / 2 has half of the square.
         Z_new = solve_spd(A_rows[:, own], A_rows)
         Q_new = K_rows.addmm_(K_rows[:, own].clone(), Z_new, alpha=-0.5)
         torch.addmm(self.W[own], Z[:, own].T, V, alpha=-1, out=self.V[new])
@@ -318,6 +327,8 @@ class _Part:
         Z, Q, a, V = (x[: self.filled] for x in (self.Z, self.Q, self.a, self.V))
         self.A.subtract(Z.T, a)
         self.W.addmm_(Z.T, V, alpha=-1)
+        # Rows at hand stay so for the next batch, but those whose K has cancelled: what is left of
+        # them is the rounding of what was there.
         waiting = torch.tensor([*self.place.values()], dtype=torch.int64, device=self.W.device)
         sizes = self._sizes()[self.ahead.units]
         largest = torch.maximum(self.ahead.sizes, sizes)
@@ -346,6 +357,12 @@ class _Part:
 
     def drift(self, units: Tensor) -> float:
         """Return the error of ``H A = I``, ``W = A G`` and ``K = W W'``, on rows of some units.
+
+        Updates subtract what A and K had of the units that left; near a singular H most of both is
+        subtracted, and the rounding of what was there stays.  A residual with H, which never
+        changes, tells how much: of A one row of each unit probed, (16, n w), which is independent
+        of all updates; of W the same rows in 4 random directions of its columns, instead of all m;
+        and of K the first 4 units at hand, as its rows are held nowhere else.
 
         Rows of W that are nothing but rounding, as those of weights that are zero, have no digits
         to lose.

@@ -7,7 +7,7 @@ reduced costs; they fix units whose other choice cannot beat the incumbent, and 
 the children.  Nodes are taken best-first, hundreds at a time (`solvers.bounds.batch`): as every
 node whose bound is below the optimum has to be opened anyway, that costs hardly any node.
 
-Every node that was bounded is recorded (`solvers.exact.tree`), so that anyone can check the tree.
+Every node that was bounded is recorded (`TreeRecord`), so that anyone can check the tree.
 """
 
 from __future__ import annotations
@@ -24,13 +24,14 @@ from solvers.bounds.batch import BoundBatch, TermsBatch, bound_nodes
 from solvers.bounds.relaxation import Effort, relax
 from solvers.bounds.removal import RemovalTerms
 from solvers.certificates.tree_certificate import KEPT, REMOVED, TreeCertificate
-from solvers.closed_forms.refit import refit_loss, refit_loss_and_rounding
+from solvers.closed_forms.refit import refit_loss_and_rounding
 from solvers.errors import BackendError
-from solvers.exact.frontier import Frontier, Nodes
-from solvers.exact.tree import TreeRecord
+from solvers.exact.frontier import Frontier, Nodes, TreeRecord
+from solvers.exact.outer_approximation import Limits
+from solvers.heuristics.incumbent import Incumbent
 from solvers.heuristics.local_search import LocalSearch
 from solvers.problem import SubsetProblem
-from solvers.protocol import DEFAULT_GAP_TOLERANCE, BackendKind, Capabilities, Selection, Status
+from solvers.protocol import DEFAULT_GAP_TOLERANCE, Backend, BackendKind, Selection, Status
 
 _LEAF_SUPPORTS = 10
 _ROOT_EFFORT = Effort(rounds=6, steps=200, repeat=True, progress=1e-3)
@@ -47,7 +48,7 @@ _THREADED_ROWS = 256
 
 
 @dataclass(frozen=True)
-class BranchAndBound:
+class BranchAndBound(Backend):
     """Prove which support is best, or how far the best one known can be from it.
 
     Parameters
@@ -64,24 +65,15 @@ class BranchAndBound:
 
     kind: ClassVar[BackendKind] = BackendKind.EXACT
     summary: ClassVar[str] = "own branch and bound on the perspective relaxation; needs no licence"
-    capabilities: ClassVar[Capabilities] = Capabilities()
     time_limit: float = 60.0
     gap_tolerance: float = DEFAULT_GAP_TOLERANCE
     node_limit: int = 10_000_000
     start: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
-        if not self.time_limit >= 0 or not 0 <= self.gap_tolerance < 1 or self.node_limit < 0:
-            raise BackendError(
-                f"branch_and_bound: time_limit is {self.time_limit}, node_limit "
-                f"{self.node_limit}, gap_tolerance {self.gap_tolerance}; limits must not be "
-                "negative, and the tolerance lies in [0, 1)"
-            )
-
-    @classmethod
-    def available(cls) -> str | None:
-        """Return None: it needs nothing but torch."""
-        return None
+        Limits(self.time_limit, self.gap_tolerance)
+        if self.node_limit < 0:
+            raise BackendError(f"node_limit is {self.node_limit}; limits must not be negative")
 
     def select(self, problem: SubsetProblem) -> Selection:
         """Search best-first from the swap optimum."""
@@ -121,14 +113,12 @@ class BranchAndBound:
         )
 
 
-class _Search:
+class _Search(Incumbent):
     """The open nodes, the incumbent, and what has been proved."""
 
     def __init__(self, problem: SubsetProblem, support: Tensor, gap_tolerance: float) -> None:
-        self.problem = problem
+        super().__init__(problem, support)
         self.gap_tolerance = gap_tolerance
-        self.support = support
-        self.history = [refit_loss(problem, support)]
         self.terms = RemovalTerms.of(problem)
         self.nodes = 0
         self.closed = math.inf
@@ -142,7 +132,7 @@ class _Search:
     @property
     def cutoff(self) -> float:
         """A node whose bound reaches this cannot hold anything better enough."""
-        return self.history[-1] * (1 - self.gap_tolerance)
+        return self.loss * (1 - self.gap_tolerance)
 
     @property
     def is_open(self) -> bool:
@@ -154,7 +144,7 @@ class _Search:
         """What no support's loss can be below."""
         open_bound = -math.inf if self._shape is None else self._frontier.least
         # The incumbent's own loss is an upper limit to what can be claimed.
-        return min(open_bound, self.closed, self.history[-1])
+        return min(open_bound, self.closed, self.loss)
 
     @property
     def certificate(self) -> TreeCertificate | None:
@@ -201,7 +191,7 @@ class _Search:
             values = torch.maximum(within.certified(costs), group.bound)
             self.closed = min(self.closed, float(values.min()))
             best = int((within.spent + costs).argmin())
-            self._offer(group, within, best, places[best], float(costs[best]))
+            self._offer_places(group, within, best, places[best], float(costs[best]))
 
     def _branch(self, nodes: Nodes, terms: TermsBatch) -> None:
         """Bound nodes, and divide those that remain."""
@@ -236,21 +226,17 @@ class _Search:
         places = bound.point[index].argsort(descending=True)[:removals]
         some = torch.tensor([index], device=places.device)
         cost = terms[some].costs(places[None])
-        self._offer(nodes, terms, index, places, float(cost))
+        self._offer_places(nodes, terms, index, places, float(cost))
 
-    def _offer(
+    def _offer_places(
         self, nodes: Nodes, terms: TermsBatch, index: int, places: Tensor, cost: float
     ) -> None:
         """Take the support that removes the free units at some `places` if it is the best."""
-        if terms.constant + float(terms.spent[index]) + cost >= self.history[-1]:
+        if terms.constant + float(terms.spent[index]) + cost >= self.loss:
             return
         stays = nodes.sides[index] != REMOVED
         stays[terms.units[index, places]] = False
-        support = torch.nonzero(stays).flatten()
-        loss = refit_loss(self.problem, support)
-        if loss < self.history[-1]:
-            self.support = support
-            self.history.append(loss)
+        self.offer(torch.nonzero(stays).flatten())
 
     def _fix(self, nodes: Nodes, terms: TermsBatch, bound: BoundBatch) -> tuple[Nodes, Tensor]:
         """Decide on free units whose other side cannot beat the incumbent; return which are left.

@@ -15,7 +15,14 @@ from solvers.certificates.certificate import EnumerationCertificate, Inverses
 from solvers.closed_forms.aligned import narrowed
 from solvers.closed_forms.refit import refit_loss_and_rounding
 from solvers.problem import NO_ROW, Consumer, SubsetProblem
-from solvers.protocol import DEFAULT_GAP_TOLERANCE, BackendKind, Capabilities, Selection, Status
+from solvers.protocol import (
+    DEFAULT_GAP_TOLERANCE,
+    Backend,
+    BackendKind,
+    Capabilities,
+    Selection,
+    Status,
+)
 
 _EPS = torch.finfo(torch.float64).eps
 
@@ -24,17 +31,12 @@ _BATCH_ELEMENTS = 1 << 22
 
 
 @dataclass(frozen=True)
-class Enumerate:
+class Enumerate(Backend):
     """Compute the loss of all ``C(n, k)`` supports, in batches, and return the best."""
 
     kind: ClassVar[BackendKind] = BackendKind.EXACT
     summary: ClassVar[str] = "every support, in batches; the ground truth for small problems"
     capabilities: ClassVar[Capabilities] = Capabilities(max_units=16)
-
-    @classmethod
-    def available(cls) -> str | None:
-        """Return None: it needs nothing but torch."""
-        return None
 
     def select(self, problem: SubsetProblem) -> Selection:
         """Return the best support; the first in lexicographic order among equals."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.util import find_spec
 from typing import Any, ClassVar
 
 import numpy as np
@@ -16,13 +15,19 @@ from solvers.exact.outer_approximation import (
     Array,
     Cut,
     Limits,
-    Master,
     Search,
     keep_everything,
 )
 from solvers.exact.perspective_miqp import REACH, PerspectiveConsumer, PerspectiveProgram
 from solvers.problem import SubsetProblem
-from solvers.protocol import DEFAULT_GAP_TOLERANCE, BackendKind, Capabilities, Selection
+from solvers.protocol import (
+    DEFAULT_GAP_TOLERANCE,
+    Backend,
+    BackendKind,
+    Capabilities,
+    Selection,
+    missing,
+)
 
 _FORMULATIONS = ("auto", "perspective", "outer_approximation")
 _FREE_QUADRATIC_VARIABLES = 200
@@ -38,7 +43,7 @@ _ROOT_CUTS = 40
 
 
 @dataclass(frozen=True)
-class Gurobi:
+class Gurobi(Backend):
     """Prove which support is best with Gurobi, started from the swap optimum.
 
     Two formulations of the same problem are offered.
@@ -88,29 +93,27 @@ class Gurobi:
     @classmethod
     def available(cls) -> str | None:
         """Return None, or that gurobipy is missing."""
-        if find_spec("gurobipy") is None:
-            return "gurobipy is not installed; pip install 'osscar[exact]'"
-        return None
+        return missing("gurobipy")
 
     def select(self, problem: SubsetProblem) -> Selection:
         """Search one tree of the chosen formulation."""
         if problem.keep == problem.units:
             return keep_everything(problem)
-        master = Master(
+        search = Search(
             problem, Limits(self.time_limit, self.gap_tolerance, self.threads), self.start
         )
         if self.formulation == "outer_approximation":
-            return self._approximate(master)
-        program = PerspectiveProgram.of(master)
-        if self.formulation == "perspective" or _suits(program, master):
-            return self._solve_program(master, program)
-        return self._approximate(master)
+            return self._approximate(search)
+        program = PerspectiveProgram.of(search)
+        if self.formulation == "perspective" or _suits(program, search):
+            return self._solve_program(search, program)
+        return self._approximate(search)
 
-    def _approximate(self, master: Master) -> Selection:
-        model = f"outer approximation of {master.problem.units} units"
-        with licence_errors(model, _FREE_SIZE, _OTHERS), _Tree(master, self.threads) as tree:
+    def _approximate(self, search: Search) -> Selection:
+        model = f"outer approximation of {search.problem.units} units"
+        with licence_errors(model, _FREE_SIZE, _OTHERS), _Tree(search, self.threads) as tree:
             tree.run()
-            return master.answer(tree.bound, "Gurobi", timed_out=tree.timed_out)
+            return search.answer_by_cuts(tree.bound, "Gurobi", timed_out=tree.timed_out)
 
     def _solve_program(self, search: Search, program: PerspectiveProgram) -> Selection:
         model = f"perspective program of {program.variables} variables"
@@ -124,7 +127,7 @@ class Gurobi:
             proof = f"perspective program by Gurobi, {solver.nodes} nodes"
             # What the program leaves out costs a unit or more.
             bound = min(solver.bound, 1.0) - program.slack
-            return search.selection(bound, proof, solver.nodes, timed_out=solver.timed_out)
+            return search.answer(bound, proof, solver.nodes, timed_out=solver.timed_out)
 
 
 def _suits(program: PerspectiveProgram, search: Search) -> bool:
@@ -233,7 +236,7 @@ class _Program(_Model):
     def __init__(self, search: Search, program: PerspectiveProgram, threads: int) -> None:
         self._search = search
         self._units = program.terms.units.numpy()
-        removed = search.incumbent()[self._units]
+        removed = search.removed()[self._units]
         super().__init__(search, removed, threads)
         self._s: Any = self._model.addMVar(len(removed), ub=REACH**2)
         cones: list[Any] = [0.0] * len(removed)
@@ -286,18 +289,18 @@ class _Program(_Model):
         if self._model.SolCount:
             point = np.zeros(self._search.problem.units)
             point[self._units] = self._x.X
-            self._search.offer(point)
+            self._search.offer_point(point)
 
 
 class _Tree(_Model):
     """Gurobi's model of the master problem, to which cuts are added while it is searched."""
 
-    def __init__(self, master: Master, threads: int) -> None:
-        super().__init__(master, master.incumbent(), threads)
-        self._master = master
+    def __init__(self, search: Search, threads: int) -> None:
+        super().__init__(search, search.removed(), threads)
+        self._search = search
         self._root_cuts = 0
         self._cost: Any = self._model.addVar(obj=1.0)
-        for cut in (master.root_cut(), *master.cuts_at(master.incumbent())):
+        for cut in (search.root_cut(), *search.cuts_at(search.removed())):
             self._model.addConstr(self._expression(cut) >= -cut.constant)
         self._set(LazyConstraints=1)
 
@@ -313,15 +316,15 @@ class _Tree(_Model):
         if where == codes.MIPSOL:
             point = np.round(model.cbGetSolution(self._x))
             cost = model.cbGetSolution(self._cost)
-            self._master.offer(point)
-            self._add_violated(model, self._master.cuts_at(point), point, cost)
+            self._search.offer_point(point)
+            self._add_violated(model, self._search.cuts_at(point), point, cost)
         elif where == codes.MIPNODE and self._root_cuts < _ROOT_CUTS:
             optimal = model.cbGet(codes.MIPNODE_STATUS) == self._gurobi.GRB.OPTIMAL
             if optimal and model.cbGet(codes.MIPNODE_NODCNT) == 0:
                 self._root_cuts += 1
                 point = np.clip(model.cbGetNodeRel(self._x), 0.0, 1.0)
                 cost = model.cbGetNodeRel(self._cost)
-                self._add_violated(model, (self._master.cut(point),), point, cost)
+                self._add_violated(model, (self._search.cut(point),), point, cost)
 
     def _add_violated(self, model: Any, cuts: tuple[Cut, ...], point: Array, cost: float) -> None:
         for cut in cuts:

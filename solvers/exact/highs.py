@@ -8,7 +8,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.util import find_spec
 from typing import Any, ClassVar
 
 import numpy as np
@@ -18,21 +17,28 @@ from solvers.exact.outer_approximation import (
     Array,
     Cut,
     Limits,
-    Master,
+    Search,
     keep_everything,
 )
 from solvers.problem import SubsetProblem
-from solvers.protocol import DEFAULT_GAP_TOLERANCE, BackendKind, Capabilities, Selection
+from solvers.protocol import (
+    DEFAULT_GAP_TOLERANCE,
+    Backend,
+    BackendKind,
+    Capabilities,
+    Selection,
+    missing,
+)
 
 _FRACTIONAL_ROUNDS = 40
 _ROUND_PROGRESS = 1e-4
 
 
 @dataclass(frozen=True)
-class Highs:
+class Highs(Backend):
     """Prove which support is best with an open-source solver.
 
-    The linear relaxation is tightened by cuts at its own optima first.  Then the integer master is
+    The linear relaxation is tightened by cuts at its own optima first.  Then the integer search is
     solved again and again, each time with a cut at what it found: its bound rises to the optimum.
 
     Parameters
@@ -61,40 +67,38 @@ class Highs:
     @classmethod
     def available(cls) -> str | None:
         """Return None, or that highspy is missing."""
-        if find_spec("highspy") is None:
-            return "highspy is not installed; pip install 'osscar[exact]'"
-        return None
+        return missing("highspy")
 
     def select(self, problem: SubsetProblem) -> Selection:
         """Alternate between the master problem and cuts at its solutions."""
         deadline = time.perf_counter() + self.time_limit
         if problem.keep == problem.units:
             return keep_everything(problem)
-        master = Master(
+        search = Search(
             problem, Limits(self.time_limit, self.gap_tolerance, self.threads), self.start
         )
-        model = _Model(problem.units, master.removals, self.threads)
-        for cut in (master.root_cut(), master.cut(master.incumbent())):
+        model = _Model(problem.units, search.removals, self.threads)
+        for cut in (search.root_cut(), search.cut(search.removed())):
             model.add(cut)
-        bound = _tighten_relaxation(model, master, deadline)
+        bound = _tighten_relaxation(model, search, deadline)
         model.make_integer()
         seen = set[bytes]()
-        while bound < master.cutoff and (left := deadline - time.perf_counter()) > 0:
+        while bound < search.cutoff and (left := deadline - time.perf_counter()) > 0:
             proved, point = model.solve(left)
             bound = max(bound, proved)
             if point is None:
                 break
             point = np.round(point)
-            master.offer(point)
+            search.offer_point(point)
             if point.tobytes() in seen:
                 break
             seen.add(point.tobytes())
-            for cut in master.cuts_at(point):
+            for cut in search.cuts_at(point):
                 model.add(cut)
-        return master.answer(bound, "HiGHS", timed_out=time.perf_counter() >= deadline)
+        return search.answer_by_cuts(bound, "HiGHS", timed_out=time.perf_counter() >= deadline)
 
 
-def _tighten_relaxation(model: _Model, master: Master, deadline: float) -> float:
+def _tighten_relaxation(model: _Model, search: Search, deadline: float) -> float:
     """Add cuts at fractional optima while they raise the bound; return the bound."""
     bound = 0.0
     for _ in range(_FRACTIONAL_ROUNDS):
@@ -105,9 +109,9 @@ def _tighten_relaxation(model: _Model, master: Master, deadline: float) -> float
         if point is None:
             break
         progress, bound = value - bound, max(bound, value)
-        if bound >= master.cutoff or progress < _ROUND_PROGRESS:
+        if bound >= search.cutoff or progress < _ROUND_PROGRESS:
             break
-        model.add(master.cut(point))
+        model.add(search.cut(point))
     return bound
 
 

@@ -26,8 +26,9 @@ from solvers.bounds.relaxation import Effort, Relaxation, relax
 from solvers.bounds.removal import ConsumerRemoval, RemovalTerms
 from solvers.closed_forms.aligned import unit_rows
 from solvers.closed_forms.pivot import solve_spd
-from solvers.closed_forms.refit import refit_loss, refit_loss_and_rounding
+from solvers.closed_forms.refit import refit_loss_and_rounding
 from solvers.errors import BackendError
+from solvers.heuristics.incumbent import Incumbent
 from solvers.heuristics.local_search import LocalSearch
 from solvers.problem import SubsetProblem
 from solvers.protocol import Selection, Status
@@ -57,7 +58,7 @@ class Cut:
     Parameters
     ----------
     slopes, constant
-        In units of `Master.unit`.
+        In units of `Search.unit`.
     """
 
     slopes: Array
@@ -89,13 +90,13 @@ class Limits:
             )
         if not self.time_limit >= 0 or not 0 <= self.gap_tolerance < 1:
             raise BackendError(
-                f"time_limit is {self.time_limit} and gap_tolerance {self.gap_tolerance}; the "
-                "limit must not be negative, and the tolerance lies in [0, 1)"
+                f"time_limit is {self.time_limit} and gap_tolerance {self.gap_tolerance}; limits "
+                "must not be negative, and the tolerance lies in [0, 1)"
             )
 
 
-class Search:
-    """The incumbent, the root relaxation, and what a solver's bound of the cost proves.
+class Search(Incumbent):
+    """The incumbent, an oracle of cuts, and what a solver's bound of the cost proves.
 
     Parameters
     ----------
@@ -110,18 +111,12 @@ class Search:
     def __init__(
         self, problem: SubsetProblem, limits: Limits, start: tuple[int, ...] | None = None
     ) -> None:
-        self.problem = problem
+        super().__init__(problem, LocalSearch(start=start).support(problem))
         self.limits = limits
-        self.support = LocalSearch(start=start).support(problem)
-        self.history = [refit_loss(problem, self.support)]
         self.terms = RemovalTerms.of(problem)
         self.root: Relaxation = relax(self.terms, Effort())
         self.unit = max(self.loss - self.terms.constant, 1e-9 * problem.scale) or 1.0
-
-    @property
-    def loss(self) -> float:
-        """Loss of the incumbent."""
-        return self.history[-1]
+        self.cuts = 0
 
     @property
     def removals(self) -> int:
@@ -134,37 +129,30 @@ class Search:
         target = self.loss * (1 - self.limits.gap_tolerance)
         return self.terms.cost_reaching(target) / self.unit + SOLVER_SLACK
 
-    def incumbent(self) -> Array:
+    def removed(self) -> Array:
         """Return the indicator of the units that the incumbent removes."""
         x = np.ones(self.problem.units)
         x[self.support.cpu().numpy()] = 0.0
         return x
 
-    def offer(self, point: Array) -> None:
+    def offer_point(self, point: Array) -> None:
         """Take a binary point as the incumbent if its refit is better."""
         kept = np.sort(np.argsort(point, kind="stable")[: self.problem.keep])
-        support: Tensor = torch.from_numpy(kept).to(self.problem.device)
-        loss = refit_loss(self.problem, support)
-        if loss < self.loss:
-            self.support = support
-            self.history.append(loss)
+        self.offer(torch.from_numpy(kept).to(self.problem.device))
 
-    def selection(
-        self, cost_bound: float, proof: str, iterations: int, *, timed_out: bool
-    ) -> Selection:
+    def answer(self, cost: float, proof: str, iterations: int, *, timed_out: bool) -> Selection:
         """Turn a solver's bound of the cost into an answer with a bound of the loss.
 
         Parameters
         ----------
-        cost_bound
+        cost
             In units of `Search.unit`.
         proof, iterations
             What proved it, and what it took.
         timed_out
             Whether the time limit ended the search; if not, and a gap is left, rounding hides it.
         """
-        cost = (cost_bound - SOLVER_SLACK) * self.unit
-        lower, certificate = self.terms.certified(cost), None
+        lower, certificate = self.terms.certified((cost - SOLVER_SLACK) * self.unit), None
         if not lower > self.root.value:
             lower, certificate = self.root.claim
         lower = min(lower, self.loss)
@@ -182,20 +170,10 @@ class Search:
             certificate=certificate,
         )
 
-
-class Master(Search):
-    """A search with an oracle of cuts; the parameters are those of `Search`."""
-
-    def __init__(
-        self, problem: SubsetProblem, limits: Limits, start: tuple[int, ...] | None = None
-    ) -> None:
-        super().__init__(problem, limits, start)
-        self.cuts = 0
-
-    def answer(self, cost_bound: float, solver: str, *, timed_out: bool) -> Selection:
+    def answer_by_cuts(self, cost: float, solver: str, *, timed_out: bool) -> Selection:
         """Turn the bound of a master problem that a solver solved into an answer."""
         proof = f"outer approximation by {solver}, {self.cuts} cuts"
-        return self.selection(cost_bound, proof, self.cuts, timed_out=timed_out)
+        return self.answer(cost, proof, self.cuts, timed_out=timed_out)
 
     def root_cut(self) -> Cut:
         """Return the cut of the root relaxation."""

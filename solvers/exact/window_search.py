@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from solvers.certificates.tree_certificate import TreeCertificate
-from solvers.closed_forms.refit import refit_loss
 from solvers.closed_forms.windows import (
     apply_window,
     borderline_window,
@@ -18,14 +17,15 @@ from solvers.closed_forms.windows import (
 )
 from solvers.errors import BackendError
 from solvers.exact.branch_and_bound import BranchAndBound
+from solvers.heuristics.incumbent import Incumbent
 from solvers.heuristics.local_search import LocalSearch
 from solvers.heuristics.scores import check_seed
 from solvers.problem import SubsetProblem
-from solvers.protocol import BackendKind, Capabilities, Selection, Status, WindowCertificate
+from solvers.protocol import Backend, BackendKind, Selection, Status, WindowCertificate
 
 
 @dataclass(frozen=True)
-class WindowSearch:
+class WindowSearch(Backend):
     """Start from the swap optimum, then choose anew within windows of units, exactly.
 
     The first window holds the units closest to changing sides: kept ones that cost least to remove,
@@ -49,7 +49,6 @@ class WindowSearch:
 
     kind: ClassVar[BackendKind] = BackendKind.HEURISTIC
     summary: ClassVar[str] = "swap optimum, then improved exactly within windows of units"
-    capabilities: ClassVar[Capabilities] = Capabilities()
     units: int = 24
     windows: int = 8
     time_limit: float = 10.0
@@ -64,15 +63,9 @@ class WindowSearch:
             )
         check_seed("window_search", self.seed)
 
-    @classmethod
-    def available(cls) -> str | None:
-        """Return None: it needs nothing but torch."""
-        return None
-
     def select(self, problem: SubsetProblem) -> Selection:
         """Improve the swap optimum, one window after the other."""
-        support = LocalSearch().support(problem)
-        history = [refit_loss(problem, support)]
+        best = Incumbent(problem, LocalSearch().support(problem))
         generator = torch.Generator().manual_seed(self.seed)
         size = min(self.units, problem.units)
         count = 0 if problem.keep == problem.units else self.windows
@@ -81,25 +74,21 @@ class WindowSearch:
         proofs: list[WindowCertificate | None] = []
         for index in range(count):
             units = (
-                random_window(problem, support, size, generator)
+                random_window(problem, best.support, size, generator)
                 if index
-                else borderline_window(problem, support, size)
+                else borderline_window(problem, best.support, size)
             )
-            found = self._solve(problem, support, units)
-            better = apply_window(support, units, found.support)
-            loss = refit_loss(problem, better)
-            if loss < history[-1]:
-                support = better
-                history.append(loss)
+            found = self._solve(problem, best.support, units)
+            if best.offer(apply_window(best.support, units, found.support)):
                 proofs.clear()
             proofs.append(_proof(units, found))
         windows = tuple(proof for proof in proofs if proof is not None)
         solved = 0 < len(windows) == len(proofs)
         return Selection(
-            support,
+            best.support,
             Status.WINDOW_OPTIMAL if solved else Status.FEASIBLE,
             iterations=count,
-            history=tuple(history),
+            history=tuple(best.history),
             gap_tolerance=self.gap_tolerance,
             windows=windows if solved else (),
         )

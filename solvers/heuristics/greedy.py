@@ -10,11 +10,11 @@ import torch
 from solvers.closed_forms.elimination import eliminate, support_after
 from solvers.closed_forms.refit import refit_loss
 from solvers.problem import SubsetProblem
-from solvers.protocol import BackendKind, Capabilities, Selection, Status
+from solvers.protocol import Backend, BackendKind, Selection, Status
 
 
 @dataclass(frozen=True)
-class Greedy:
+class Greedy(Backend):
     """Remove the unit that raises the loss least, refit exactly, repeat.
 
     The order of ZipLM (Kurtic et al., NeurIPS 2023), with the losses of all support sizes as a
@@ -23,12 +23,6 @@ class Greedy:
 
     kind: ClassVar[BackendKind] = BackendKind.HEURISTIC
     summary: ClassVar[str] = "exact one-at-a-time backward elimination (ZipLM order), whole path"
-    capabilities: ClassVar[Capabilities] = Capabilities()
-
-    @classmethod
-    def available(cls) -> str | None:
-        """Return None: it needs nothing but torch."""
-        return None
 
     def select(self, problem: SubsetProblem) -> Selection:
         """Eliminate down to `keep` units, then on to one, for the path."""

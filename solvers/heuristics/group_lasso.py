@@ -10,15 +10,15 @@ import torch
 from torch import Tensor
 
 from solvers.closed_forms.aligned import equal_width
-from solvers.closed_forms.refit import refit_loss
 from solvers.errors import BackendError
+from solvers.heuristics.incumbent import Incumbent
 from solvers.linalg.descent import accelerated
 from solvers.problem import Consumer, SubsetProblem
-from solvers.protocol import BackendKind, Capabilities, Selection, Status
+from solvers.protocol import Backend, BackendKind, Selection, Status
 
 
 @dataclass(frozen=True)
-class GroupLasso:
+class GroupLasso(Backend):
     """Minimize the loss plus a penalty on ``sum_j |W_j|``, and keep the last units to vanish.
 
     Yuan and Lin, "Model selection and estimation in regression with grouped variables" (JRSS B
@@ -36,7 +36,6 @@ class GroupLasso:
 
     kind: ClassVar[BackendKind] = BackendKind.HEURISTIC
     summary: ClassVar[str] = "penalty on the norm of each unit, raised until k are left; refit"
-    capabilities: ClassVar[Capabilities] = Capabilities()
     bisections: int = 24
     iterations: int = 60
 
@@ -47,31 +46,25 @@ class GroupLasso:
                 "use 1 or more"
             )
 
-    @classmethod
-    def available(cls) -> str | None:
-        """Return None: it needs nothing but torch."""
-        return None
-
     def select(self, problem: SubsetProblem) -> Selection:
         """Bisect the penalty; rank by norm, then by what shrinkage hid, where it jumps past k."""
         path = _Path(problem)
         low, high = 0.0, path.largest_penalty()
-        best = path.ranking().topk(problem.keep).indices
-        best_loss = refit_loss(problem, best)
-        history = [best_loss]
+        best = Incumbent(problem, path.ranking().topk(problem.keep).indices)
         for _ in range(self.bisections):
             penalty = math.sqrt(max(low, 1e-6 * high) * high)
             path.descend(penalty, self.iterations)
-            support = path.ranking().topk(problem.keep).indices
-            loss = refit_loss(problem, support)
-            if loss < best_loss:
-                best, best_loss = support, loss
-                history.append(loss)
+            best.offer(path.ranking().topk(problem.keep).indices)
             alive = int((path.norms() > 0).sum())
             if alive == problem.keep:
                 break
             low, high = (penalty, high) if alive > problem.keep else (low, penalty)
-        return Selection(best, Status.FEASIBLE, iterations=self.bisections, history=tuple(history))
+        return Selection(
+            best.support,
+            Status.FEASIBLE,
+            iterations=self.bisections,
+            history=tuple(best.history),
+        )
 
 
 class _Path:

@@ -15,7 +15,7 @@ from solvers.closed_forms.refit import refit_loss, refit_loss_and_rounding
 from solvers.closed_forms.swaps import Promising, Swap, best_swap, possible_gain, promising
 from solvers.errors import BackendError
 from solvers.problem import SubsetProblem
-from solvers.protocol import BackendKind, Capabilities, Selection, Status
+from solvers.protocol import Backend, BackendKind, Selection, Status
 
 _DRIFT_TOLERANCE = 1e-12
 """A state that has drifted by less is as good as one that was factorized anew."""
@@ -37,7 +37,7 @@ half of what `Solution.verify` allows, as no two computers round alike."""
 
 
 @dataclass(frozen=True)
-class LocalSearch:
+class LocalSearch(Backend):
     """Start from greedy elimination, then make the best exchanges until none helps.
 
     Of small problems that is the best one at a time; of large ones the units of the best exchanges
@@ -58,7 +58,6 @@ class LocalSearch:
 
     kind: ClassVar[BackendKind] = BackendKind.HEURISTIC
     summary: ClassVar[str] = "greedy start, then the exactly best swaps to a certified optimum"
-    capabilities: ClassVar[Capabilities] = Capabilities()
     start: tuple[int, ...] | None = None
     max_swaps: int = 10_000
     tolerance: float = 1e-9
@@ -69,11 +68,6 @@ class LocalSearch:
                 f"local_search: max_swaps is {self.max_swaps} and tolerance {self.tolerance}; "
                 "exchanges cannot be negative in number, and the tolerance lies in [0, 1)"
             )
-
-    @classmethod
-    def available(cls) -> str | None:
-        """Return None: it needs nothing but torch."""
-        return None
 
     def select(self, problem: SubsetProblem) -> Selection:
         """Search until a sound factorization confirms that no exchange helps."""

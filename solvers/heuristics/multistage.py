@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from solvers.closed_forms.pivot import PivotState
-from solvers.closed_forms.refit import refit_loss
 from solvers.errors import BackendError
+from solvers.heuristics.incumbent import Incumbent
 from solvers.problem import SubsetProblem
-from solvers.protocol import BackendKind, Capabilities, Selection, Status
+from solvers.protocol import Backend, BackendKind, Selection, Status
 
 
 @dataclass(frozen=True)
-class Multistage:
+class Multistage(Backend):
     """Remove t units a stage, then exchange batches of units while that lowers the loss.
 
     Meng et al., OSSCAR, ICML 2024: in each stage all units are scored exactly as if they left
@@ -36,7 +36,6 @@ class Multistage:
 
     kind: ClassVar[BackendKind] = BackendKind.HEURISTIC
     summary: ClassVar[str] = "the paper's: t units removed a stage, then batches of swaps"
-    capabilities: ClassVar[Capabilities] = Capabilities()
     stage_size: int | None = None
     batch_size: int | None = None
     max_batches: int = 20
@@ -49,31 +48,22 @@ class Multistage:
         if self.max_batches < 0:
             raise BackendError(f"multistage: max_batches is {self.max_batches}; use 0 or more")
 
-    @classmethod
-    def available(cls) -> str | None:
-        """Return None: it needs nothing but torch."""
-        return None
-
     def select(self, problem: SubsetProblem) -> Selection:
         """Remove in stages, then exchange in batches."""
         scalar = problem.width == 1
         state = PivotState.full(problem)
         stages = self._remove(state, self.stage_size or (10 if scalar else 2))
-        support, loss = state.support, refit_loss(problem, state.support)
-        history = [loss]
+        best = Incumbent(problem, state.support)
         batch = min(self.batch_size or (10 if scalar else 5), problem.keep, len(state.removed))
         for _ in range(self.max_batches if batch else 0):
             _exchange(state, batch)
-            loss = refit_loss(problem, state.support)
-            if not loss < history[-1]:
+            if not best.offer(state.support):
                 break
-            support = state.support
-            history.append(loss)
         return Selection(
-            support,
+            best.support,
             Status.FEASIBLE,
-            iterations=stages + len(history) - 1,
-            history=tuple(history),
+            iterations=stages + len(best.history) - 1,
+            history=tuple(best.history),
         )
 
     @staticmethod

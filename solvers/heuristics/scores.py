@@ -10,7 +10,7 @@ from torch import Tensor
 
 from solvers.errors import BackendError
 from solvers.problem import NO_ROW, Consumer, SubsetProblem
-from solvers.protocol import BackendKind, Capabilities, Selection, Status
+from solvers.protocol import Backend, BackendKind, Selection, Status
 
 
 def check_seed(backend: str, seed: int) -> None:
@@ -25,15 +25,10 @@ def check_seed(backend: str, seed: int) -> None:
         raise BackendError(f"{backend}: seed is {seed}; it must lie in [0, 2^63)")
 
 
-class _Scored:
+class _Scored(Backend):
     """Keep the `keep` units with the highest score; the first of equals stays."""
 
     kind: ClassVar[BackendKind] = BackendKind.HEURISTIC
-    capabilities: ClassVar[Capabilities] = Capabilities()
-
-    @classmethod
-    def available(cls) -> str | None:
-        return None
 
     def scores(self, problem: SubsetProblem) -> Tensor:
         """Return one score a unit, (n,) float64."""

@@ -36,17 +36,6 @@ TILE_ROWS = 512
 """Of a p x p matrix that are worked on at a time, where all at once would be too much."""
 
 
-@dataclass(frozen=True, eq=False)
-class DampedTerms:
-    """``H + lambda I``, ``G + lambda W0``, ``e + lambda |W0|^2``, and lambda itself."""
-
-    H: Symmetric
-    G: Tensor
-    e: float
-    W0: Tensor
-    damping: float
-
-
 # ---- the quadratic loss ------------------------------------------------------------------------
 
 
@@ -119,7 +108,7 @@ def is_definite(H: Symmetric, margin: float = DEFINITE_MARGIN) -> bool:
     return definite_factor(H, margin) is not None
 
 
-def definite_factor(H: Symmetric, margin: float = DEFINITE_MARGIN) -> DefiniteFactor | None:
+def definite_factor(H: Symmetric, margin: float = DEFINITE_MARGIN) -> _DefiniteFactor | None:
     """Return the factor that proves `is_definite`, or None where there is none."""
     scale = H.diagonal().rsqrt()
     scaled = H.copy()
@@ -130,11 +119,11 @@ def definite_factor(H: Symmetric, margin: float = DEFINITE_MARGIN) -> DefiniteFa
         scaled.factorize()
     except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
         return None
-    return DefiniteFactor(scaled, scale)
+    return _DefiniteFactor(scaled, scale)
 
 
 @dataclass(frozen=True, eq=False)
-class DefiniteFactor:
+class _DefiniteFactor:
     """The Cholesky factor of ``D H D - margin``, whose D gives H a unit diagonal.
 
     Parameters
@@ -206,7 +195,7 @@ def damp_terms(
     e: float | None,
     damp: float,
     overwrite: bool = False,
-) -> DampedTerms:
+) -> tuple[Symmetric, Tensor, float, Tensor, float]:
     """Validate undamped statistics and add the proximal term.
 
     An input that was always zero (a dead neuron) has no effect on the layer: its weights are taken
@@ -227,6 +216,15 @@ def damp_terms(
     overwrite
         Whether the terms may take the place of `W0`, `G` and a symmetric `H`, where these are in
         float64.
+
+    Returns
+    -------
+    H, G, e
+        ``H + lambda I``, ``G + lambda W0`` and ``e + lambda |W0|^2``.
+    W0
+        Dense weights, zero for dead inputs.
+    damping
+        lambda.
 
     Raises
     ------
@@ -261,7 +259,7 @@ def damp_terms(
     if given is not None and not factor.explains_at_most(target) <= energy:
         del factor  # as large as the one that comes next
         energy = _raised(H, target, energy, digits)
-    return DampedTerms(H, target, energy, W0, damping)
+    return H, target, energy, W0, damping
 
 
 def _matrices(
@@ -335,7 +333,7 @@ def asymmetry(difference: float) -> str:
     )
 
 
-def _damp_until_definite(H: Symmetric, damp: float, mean: float) -> tuple[float, DefiniteFactor]:
+def _damp_until_definite(H: Symmetric, damp: float, mean: float) -> tuple[float, _DefiniteFactor]:
     """Add the damping to the diagonal of `H` in place; return how much, and a factor after it."""
     added = 0.0
     for level in (damp, *(step for step in _DAMP_LADDER if step > damp)):

@@ -49,23 +49,12 @@ class Symmetric:
         return cls([like.new_empty(b - a, b) for a, b in _edges(rows, cut, width)])
 
     @classmethod
-    def of(cls, matrix: Tensor, rows: Tensor | None = None, *, width: int = 1) -> Symmetric:
-        """Return a copy of a dense matrix, or of its rows and columns `rows`.
-
-        Parameters
-        ----------
-        matrix, rows
-            The matrix, and which of its rows; by default all.
-        width
-            Rows that stay in one panel, as of `empty`.
-        """
-        made = cls.empty(len(matrix) if rows is None else len(rows), matrix, width=width)
+    def of(cls, matrix: Tensor, *, width: int = 1) -> Symmetric:
+        """Return a copy of a dense matrix; `width` rows stay in one panel, as of `empty`."""
+        made = cls.empty(len(matrix), matrix, width=width)
         for start, panel in made.spans():
             stop = start + len(panel)
-            if rows is None:
-                panel.copy_(matrix[start:stop, :stop])
-            else:
-                panel.copy_(matrix[rows[start:stop, None], rows[:stop]])
+            panel.copy_(matrix[start:stop, :stop])
         return made
 
     @classmethod

@@ -71,31 +71,19 @@ def test_refit(case):
 
 @properties
 @given(cases())
-def test_removal_losses(case):
+def test_removal_losses_and_addition_gains(case):
     instance, support = case
-    losses = state_of(instance, support).removal_losses()
-    scale = instance.problem.scale
+    state, loss = state_of(instance, support), instance.loss(support)
+    losses, gains = state.removal_losses(), state.addition_gains()
+    slack = 1e-8 * instance.problem.scale
     for unit in range(instance.problem.units):
+        exchanged = instance.loss({*support} ^ {unit})
         if unit in support:
-            rest = [other for other in support if other != unit]
-            expected = instance.loss(rest) - instance.loss(support)
-            assert float(losses[unit]) == pytest.approx(expected, abs=1e-8 * scale)
-        else:
-            assert losses[unit] == torch.inf
-
-
-@properties
-@given(cases())
-def test_addition_gains(case):
-    instance, support = case
-    gains = state_of(instance, support).addition_gains()
-    scale = instance.problem.scale
-    for unit in range(instance.problem.units):
-        if unit in support:
+            assert float(losses[unit]) == pytest.approx(exchanged - loss, abs=slack)
             assert gains[unit] == -torch.inf
         else:
-            expected = instance.loss(support) - instance.loss([*support, unit])
-            assert float(gains[unit]) == pytest.approx(expected, abs=1e-8 * scale)
+            assert float(gains[unit]) == pytest.approx(loss - exchanged, abs=slack)
+            assert losses[unit] == torch.inf
 
 
 @properties
@@ -261,7 +249,7 @@ def test_elimination_is_honest_on_a_nearly_singular_hessian(width):
         kept.remove(removal.unit)
 
 
-@pytest.mark.parametrize("seed", [17, 22, 26, 40, 56])
+@pytest.mark.parametrize("seed", [17, 40])
 def test_enumeration_is_no_more_certain_than_its_arithmetic(seed):
     """Near a singular H its bound lay above the exact optimum, by less than its own rounding."""
     generator = torch.Generator().manual_seed(seed)

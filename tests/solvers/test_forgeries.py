@@ -24,7 +24,7 @@ from solvers import (
 )
 from solvers.certificates.certificate import EnumerationCertificate, MultiplierCertificate
 from solvers.certificates.tree_certificate import FREE, KEPT, REMOVED, TreeCertificate
-from tests.solvers.instances import INSTANCES, exact_loss, exact_optimum
+from tests.solvers.instances import INSTANCES, exact_optimum
 from tests.solvers.test_perspective import random_problem
 
 
@@ -288,21 +288,6 @@ def test_a_loss_of_zero_with_a_bound_below_it():
     assert (report.lower_bound, report.not_recomputed, best.gap) == (0.0, (), 0.0)
 
 
-@pytest.mark.parametrize("scale", [1e-45, 1e45])
-def test_losses_of_any_scale(scale):
-    """A loss near zero, or far from one, makes no bound true, and none false."""
-    (consumer,) = problem().consumers
-    scaled = replace(consumer, H=consumer.H * scale, G=consumer.G * scale, e=consumer.e * scale)
-    other = SubsetProblem((scaled,), 3)
-    for backend in ("enumerate", "branch_and_bound", "perspective", "window_search"):
-        solve(other, backend).verify()
-    weights, loss = refit(other, worse().support)
-    for backend in ("branch_and_bound", "perspective", "enumerate"):
-        certificate = solve(other, backend).certificate
-        forged = false(problem=other, weights=weights, loss=loss, lower_bound=loss)
-        refused(replace(forged, certificate=certificate))
-
-
 # ---- claims without evidence --------------------------------------------------------------------
 
 
@@ -327,6 +312,16 @@ def test_a_bound_that_needs_no_evidence():
     assert report.not_recomputed == ()
     report = replace(best, lower_bound=least * 1.001, status=Status.BOUNDED).verify()
     assert report.not_recomputed == ("lower_bound", "status")
+
+
+def test_weights_of_a_wrong_shape_or_value_or_number():
+    (W,) = honest().weights
+    for weights, message in [
+        ((W[:-1],), "wrong shape or device, or are not finite"),
+        ((torch.full_like(W, torch.nan),), "wrong shape or device, or are not finite"),
+        ((W, W), "weights for 2 of 1 consumers"),
+    ]:
+        refused(replace(honest(), weights=weights), message)
 
 
 def test_statuses_that_claim_a_bound():
@@ -356,14 +351,3 @@ def test_window_optima_need_their_windows():
         refused(replace(best, windows=(forged,)), message)
     taken = {"windows": best.windows, "gap_tolerance": best.gap_tolerance}
     refused(replace(worse(), status=Status.WINDOW_OPTIMAL, **taken), "proved to .* only")
-
-
-def test_what_is_accepted_holds_in_exact_arithmetic():
-    for backend in ("branch_and_bound", "perspective", "enumerate"):
-        solution = honest(backend)
-        report = solution.verify()
-        assert Fraction(report.lower_bound) <= optimum()
-        assert Fraction(solution.lower_bound) <= optimum() + Fraction(report.tolerance)
-        assert report.tolerance < 1e-8 * solution.loss
-        exact = exact_loss(problem(), solution.support.tolist())
-        assert abs(Fraction(solution.loss) - exact) <= Fraction(report.tolerance)

@@ -50,43 +50,28 @@ BAD_FIELDS = {
     "H not square": ({"H": torch.ones(4, 3).double()}, r"H must be square .* not \(4, 3\)"),
     "H empty": ({"H": torch.ones(0, 0).double()}, r"H must be square and not empty"),
     "W0 too short": ({"W0": torch.ones(3, 2).double()}, r"G and W0 must both be \(4, m\)"),
-    "G too narrow": ({"G": torch.ones(4, 1).double()}, r"G and W0 must both be \(4, m\)"),
     "rows flat": ({"rows": torch.arange(4)}, r"rows must be an int64 matrix \(units, width\)"),
-    "rows float": ({"rows": torch.ones(4, 1)}, r"rows must be an int64 matrix"),
-    "G has NaN": ({"G": torch.full((4, 2), torch.nan).double()}, r"G has NaN or infinite"),
-    "W0 has inf": ({"W0": torch.full((4, 2), torch.inf).double()}, r"W0 has NaN or infinite"),
     "e is NaN": ({"e": math.nan}, r"e is nan"),
     "e is negative": ({"e": -1.0}, r"e is -1.0; a mean squared norm"),
     "e is text": ({"e": "5"}, r"e is '5'; it must be a number"),
-    "e is missing": ({"e": None}, r"e is None; it must be a number"),
-    "e is a truth value": ({"e": True}, r"e is True; it must be a number"),
     "e has too many digits": ({"e": 10**400}, r"e has more digits than a number may have"),
     "e overflows": ({"e": 1e150}, r"e is 1e\+150, whose products overflow or vanish"),
     "G overflows": (
         {"G": 1e200 * torch.ones(4, 2).double()},
         r"G has entries up to 1e\+200, whos",
     ),
-    "damping is NaN": ({"damping": math.nan}, r"damping is nan; it must be finite"),
     "damping is negative": ({"damping": -3}, r"damping is -3.0; it must be finite"),
     "H is complex": ({"H": torch.eye(4, dtype=torch.complex128)}, r"H must hold real numbers"),
-    "G is complex": (
-        {"G": torch.ones(4, 2) * 1j},
-        r"G must hold real numbers, not torch.complex64",
-    ),
-    "W0 is complex": ({"W0": np.ones((4, 2)) * 1j}, r"W0 must hold real numbers, not torch.compl"),
-    "e is complex": ({"e": 1j}, r"e is 1j; it must be a number"),
     "H is nowhere": ({"H": torch.eye(4, device="meta")}, r"H must hold real numbers, not .* meta"),
     "H is missing": ({"H": None}, r"H must be a tensor of numbers, not of NoneType"),
     "rows are text": ({"rows": [["a"]] * 4}, r"rows must be a tensor of numbers, not of list"),
     "variance too short": ({"variance": torch.ones(3).double()}, r"variance must be \(4,\) in flo"),
-    "variance a matrix": ({"variance": torch.ones(4, 1).double()}, r"variance must be \(4,\)"),
     "variance in float32": ({"variance": torch.ones(4)}, r"variance must be .* not torch.float32"),
     "variance is NaN": ({"variance": torch.full((4,), torch.nan).double()}, r"variance has NaN or"),
     "variance is negative": (
         {"variance": -torch.ones(4).double()},
         r"variance has -1; no variance",
     ),
-    "variance is text": ({"variance": "much"}, r"variance must be a tensor of numbers"),
     "variance is large": (
         {"variance": torch.tensor([0, 0, 1e6, 0]).double()},
         r"variance has 1e\+06 for row 2, where H has .* no variance exceeds the second moment",
@@ -170,7 +155,7 @@ def singular(p=6, m=2, kind=torch.float64):
     return H.to(kind), W0.to(kind)
 
 
-@pytest.mark.parametrize("level", [0.0, 1e-14, 1e-12, 1e-10])
+@pytest.mark.parametrize("level", [0.0, 1e-12])
 def test_a_numerically_singular_hessian_is_damped_or_refused(level):
     H, W0 = singular()
     H.diagonal().add_(level * float(H.diagonal().mean()))
@@ -247,39 +232,25 @@ def test_an_energy_that_rounding_lowered_is_raised():
 BAD_GRAMS = {
     "H flat": ({"H": torch.ones(4)}, r"H must be \(p, p\) and W0 \(p, m\)"),
     "W0 short": ({"W0": torch.ones(3, 2)}, r"H must be \(p, p\) and W0 \(p, m\)"),
-    "no output": ({"W0": torch.ones(4, 0)}, r"H must be \(p, p\) and W0 \(p, m\)"),
-    "W0 has NaN": ({"W0": torch.full((4, 2), torch.nan)}, r"W0 has NaN or infinite"),
     "damp negative": ({"damp": -0.1}, r"damp is -0.1"),
     "damp infinite": ({"damp": math.inf}, r"damp is inf"),
     "G alone": ({"G": torch.ones(4, 2)}, r"give both, or neither"),
-    "e alone": ({"e": 1.0}, r"give both, or neither"),
-    "G has NaN": ({"G": torch.full((4, 2), torch.nan), "e": 1.0}, r"G has NaN or infinite"),
     "units indivisible": ({"units": 3}, r"4 rows cannot be shared equally by 3 units"),
-    "no units": ({"units": 0}, r"4 rows cannot be shared equally by 0 units"),
     "units empty": ({"units": []}, r"units is empty"),
     "units overlap": ({"units": [[0, 1], [1, 2, 3]]}, r"must own each of the 4 rows"),
     "units flat": ({"units": [0, 1, 2, 3]}, r"units is \[0, 1, 2, 3\]; it must be a number of"),
     "units of parts": ({"units": [[0.9, 1], [2, 3]]}, r"units is \[\[0.9, 1\], \[2, 3\]\]; it"),
     "units true": ({"units": True}, r"units is True; it must be a number of units"),
-    "units of a float": ({"units": 2.0}, r"units is 2.0; it must be a number of units"),
-    "units of truth values": ({"units": [[True, 0], [2, 3]]}, r"units is \[\[True, 0\]"),
-    "units of text": ({"units": ["ab", "cd"]}, r"units is \['ab', 'cd'\]; it must"),
     "units from the end": (
         {"units": [[-1, 0, 1], [2, 3]]},
         r"the rows that it owns, counted from 0",
     ),
     "units float tensor": ({"units": torch.rand(2, 2)}, r"whole numbers, not torch.float32 of"),
-    "units flat array": ({"units": np.arange(4)}, r"whole numbers, not torch.int64 of \(4,\)"),
-    "H missing": ({"H": None}, r"H must be a tensor of numbers, not of NoneType"),
     "H complex": ({"H": torch.eye(4) * 1j}, r"H must hold real numbers, not torch.complex64"),
-    "G complex": ({"G": torch.ones(4, 2) * 1j, "e": 1.0}, r"G must hold real numbers, not torch"),
-    "W0 complex": ({"W0": torch.ones(4, 2) * 1j}, r"W0 must hold real numbers, not torch.compl"),
     "H asymmetric": ({"H": torch.eye(4).triu() + torch.ones(4, 4).triu(1)}, r"H is not symmetric"),
     "H overflows": ({"H": 1e200 * torch.eye(4).double()}, r"H has entries up to 1e\+200, whose"),
-    "W0 overflows": ({"W0": 1e160 * torch.ones(4, 2).double()}, r"W0 has entries up to 1e\+160"),
     "damp is text": ({"damp": "x"}, r"damp is 'x'; it must be a number"),
     "damp overflows": ({"damp": 1e300}, r"H with its damping has entries up to"),
-    "e is text": ({"G": torch.ones(4, 2), "e": "5"}, r"e is '5'; it must be a number"),
     "e is negative": ({"G": torch.ones(4, 2), "e": -5}, r"e is -5.0; a mean squared norm"),
     "e too small": (
         {"G": torch.ones(4, 2), "e": 0.01},
@@ -289,11 +260,6 @@ BAD_GRAMS = {
         {"G": torch.ones(4, 1), "e": 9.0},
         r"G must have the shape of W0, \(4, 2\), not",
     ),
-    "G a row": ({"G": torch.ones(1, 2), "e": 9.0}, r"G must have the shape of W0"),
-    "G a number": ({"G": torch.tensor(1.0), "e": 9.0}, r"G must have the shape of W0"),
-    "G flat": ({"G": torch.ones(4), "e": 9.0}, r"G must have the shape of W0"),
-    "G too long": ({"G": torch.ones(5, 2), "e": 9.0}, r"G must have the shape of W0"),
-    "nothing at all": ({"H": torch.ones(0, 0), "W0": torch.ones(0, 2)}, r"neither empty"),
 }
 
 
@@ -311,15 +277,6 @@ def test_from_gram_refuses_hessian(value, message):
     H, W0 = gram()
     with pytest.raises(ProblemError, match=message):
         Consumer.from_gram(poked(H, value, (1, 1)), W0)
-
-
-@pytest.mark.parametrize("keep", [0, -1, 5, 2.0, None, True, np.True_, "3", 10**400])
-def test_keep_out_of_range(keep):
-    H, W0 = gram()
-    with pytest.raises(
-        ProblemError, match=r"keep is .*; it must be a whole number from 1 to the 4"
-    ):
-        SubsetProblem.from_gram(H, W0, keep=keep)
 
 
 def test_arrays_and_other_formats_are_read():
@@ -344,22 +301,7 @@ def test_arrays_and_other_formats_are_read():
         solve(SubsetProblem([consumer], 2), "perspective").verify()
 
 
-def test_names_and_consumers_are_of_their_types():
-    consumer = Consumer.from_gram(*gram())
-    with pytest.raises(ProblemError, match="name is 5; it must be a string"):
-        SubsetProblem((consumer,), 2, name=5)
-    for other in ((1,), 3, consumer):
-        with pytest.raises(ProblemError, match="consumers must be a tuple of Consumer, not"):
-            SubsetProblem(other, 1)
-
-
-def test_an_empty_consumer_is_to_be_left_out():
-    empty = {key: torch.ones(0, w).double() for key, w in (("H", 0), ("G", 2), ("W0", 2))}
-    with pytest.raises(ProblemError, match=r"not \(0, 0\); leave out a consumer of which no unit"):
-        Consumer(**empty, e=1.0, rows=torch.full((4, 1), -1))
-
-
-@pytest.mark.parametrize("seed", [136, 135, 26, 192])
+@pytest.mark.parametrize("seed", [136, 26])
 def test_the_loss_with_everything_kept_is_bounded_from_below(seed):
     """Forty responses: the roundings of the constant are those of a sum of hundreds of terms."""
     generator = torch.Generator().manual_seed(seed)
@@ -392,15 +334,6 @@ def test_too_close_to_singular_names_the_damping():
         solve(problem, Fails())
 
 
-def test_consumers_must_agree():
-    H, W0 = gram()
-    consumer = Consumer.from_gram(H, W0)
-    with pytest.raises(ProblemError, match="at least one consumer"):
-        SubsetProblem((), 1)
-    with pytest.raises(ProblemError, match=r"disagree on the number of units: \[4, 2\]"):
-        SubsetProblem((consumer, Consumer.from_gram(H, W0, units=2)), 1)
-
-
 def test_a_problem_is_frozen_and_shares_its_tensors():
     problem = INSTANCES["ragged"].problem
     with pytest.raises(FrozenInstanceError):
@@ -427,13 +360,6 @@ def test_damping_is_a_proximal_term_towards_the_dense_weights():
     explicit = np.square(Y - X @ W).sum() / N + damping * np.square(W - W0).sum()
     assert quadratic_loss(problem, [torch.from_numpy(W)]) == pytest.approx(explicit, rel=1e-12)
     assert problem.scale == pytest.approx(e + damping * np.square(W0).sum())
-
-
-def test_by_default_the_target_is_the_dense_output_and_keeping_all_loses_nothing():
-    H, W0 = gram()
-    solution = solve(SubsetProblem.from_gram(H, W0, keep=4), "greedy")
-    assert solution.loss == pytest.approx(0, abs=1e-12 * solution.problem.scale)
-    assert torch.allclose(solution.weights[0], W0)
 
 
 def test_a_small_asymmetry_is_averaged_away():
@@ -470,26 +396,6 @@ def test_a_layer_that_was_never_active_is_all_dead():
     solution.verify()
 
 
-def test_a_singular_gram_matrix_warns_and_goes_on():
-    data = random_data(4, 6, 2, samples=3)
-    H, W0 = torch.from_numpy(data.X.T @ data.X / 3), torch.from_numpy(data.W0)
-    with pytest.warns(UserWarning, match=r"H is singular with damp=0; going on with damp=1e-"):
-        problem = SubsetProblem.from_gram(H, W0, keep=3, damp=0)
-    assert problem.consumers[0].damping > 0
-    solve(problem, "local_search").verify()
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        SubsetProblem.from_gram(H, W0, keep=3)
-
-
-def test_input_tensors_are_not_changed():
-    H, W0 = gram()
-    copies = H.clone(), W0.clone()
-    SubsetProblem.from_gram(H, W0, keep=2, damp=0.5)
-    assert torch.equal(H, copies[0])
-    assert torch.equal(W0, copies[1])
-
-
 def test_properties():
     problem = INSTANCES["ragged_consumers"].problem
     assert (problem.units, problem.width, problem.keep) == (6, 4, 4)
@@ -508,9 +414,7 @@ def test_properties():
     assert consumer.support_rows(support).tolist() == rows
 
 
-@pytest.mark.parametrize(
-    "kind", ["int8", "uint8", "uint16", "int32", "bool", "float16", "bfloat16"]
-)
+@pytest.mark.parametrize("kind", ["uint8", "int32", "bool", "bfloat16"])
 def test_matrices_of_any_real_format(kind):
     H, W0 = 3 * torch.eye(4) + 1, torch.arange(8).reshape(4, 2) % 2
     kind = getattr(torch, kind)
@@ -522,7 +426,7 @@ def test_matrices_of_any_real_format(kind):
     assert solve(made, "greedy").loss == pytest.approx(solve(expected, "greedy").loss)
 
 
-@pytest.mark.parametrize("scale", [1e-60, 1e-46, 1e39, 1e60])
+@pytest.mark.parametrize("scale", [1e-60, 1e60])
 def test_dead_inputs_of_any_scale(scale):
     """What fills their diagonal is not rounded to float32, in which this mean has no place."""
     H, W0 = gram()
@@ -537,22 +441,24 @@ def test_dead_inputs_of_any_scale(scale):
         assert solution.loss / scale == pytest.approx(solve(expected, backend).loss, rel=1e-6)
 
 
-@pytest.mark.parametrize(
-    "name", ["a\nb", "\x1b[31mred", "a\x00", "\u202eabc", "\ud800", None, b"a"]
-)
-def test_names_that_a_terminal_cannot_bear(name):
+def test_what_is_no_problem():
     H, W0 = gram()
-    with pytest.raises(ProblemError, match=r"^name is .*; it must be a string") as error:
-        SubsetProblem.from_gram(H, W0, keep=2, name=name)
-    assert str(error.value).isprintable()
-
-
-def test_what_is_no_consumer():
-    H, W0 = gram()
-    for consumers in (None, 5, "consumers", [H], (None,), [[]]):
+    consumer = Consumer.from_gram(H, W0)
+    for consumers in (None, "consumers", [H], consumer):
         with pytest.raises(ProblemError, match="consumers must be a tuple of Consumer"):
             SubsetProblem(consumers, 1)
-    for value in (object(), "H", [[1, "a"]], [[1], [1, 2]], {}, [None]):
+    with pytest.raises(ProblemError, match="at least one consumer"):
+        SubsetProblem((), 1)
+    with pytest.raises(ProblemError, match=r"disagree on the number of units: \[4, 2\]"):
+        SubsetProblem((consumer, Consumer.from_gram(H, W0, units=2)), 1)
+    for keep in (0, 5, 2.0, None, np.True_, 10**400):
+        with pytest.raises(ProblemError, match=r"keep is .*; it must be a whole number from 1"):
+            SubsetProblem((consumer,), keep)
+    for name in ("a\nb", "\x1b[31mred", "\u202eabc", "\ud800", None, 5):
+        with pytest.raises(ProblemError, match=r"^name is .*; it must be a string") as error:
+            SubsetProblem((consumer,), 2, name)
+        assert str(error.value).isprintable()
+    for value in (object(), "H", [[1], [1, 2]]):
         with pytest.raises(ProblemError, match="H must be"):
             Consumer.from_gram(value, W0)
         with pytest.raises(ProblemError, match=r"W0 must be|neither empty"):

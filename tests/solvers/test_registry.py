@@ -28,7 +28,6 @@ from solvers import (
     solve,
 )
 from solvers.heuristics.local_search import LocalSearch
-from solvers.heuristics.multistage import Multistage
 from tests.solvers.instances import INSTANCES
 
 PROBLEM = INSTANCES["scalar"].problem
@@ -105,7 +104,6 @@ def test_a_users_backend(installed):
     solution.verify()
     for name, reason in [
         ("blocks", "takes units of one row only, and these have 3"),
-        ("ragged_consumers", "takes units of one row only, and these have 4"),
         ("correlated", "takes at most 9 units, and this problem has 10"),
     ]:
         with pytest.raises(BackendError, match=f"'theirs' {reason}; choose another: .*greedy"):
@@ -122,17 +120,6 @@ def test_a_backend_that_does_not_load(installed):
     assert rows["theirs"] is None
 
 
-def test_unknown_backend():
-    with pytest.raises(BackendError, match=r"no backend 'gredy'; choose from .*greedy"):
-        solve(PROBLEM, "gredy")
-
-
-def test_nothing_registered(monkeypatch):
-    monkeypatch.setattr(registry, "_registered", dict)
-    with pytest.raises(BackendError, match="no backend is registered; install the package"):
-        solve(PROBLEM)
-
-
 def test_unknown_option():
     with pytest.raises(BackendError, match=r"'random' has no option sed; it has seed"):
         make_backend("random", sed=1)
@@ -144,23 +131,13 @@ def test_unknown_option():
     ("name", "option", "value", "expected"),
     [
         ("branch_and_bound", "time_limit", "abc", "float"),
-        ("branch_and_bound", "time_limit", None, "float"),
         ("branch_and_bound", "node_limit", 2.5, "int"),
         ("branch_and_bound", "start", 5, "tuple[int, ...] | None"),
         ("branch_and_bound", "start", [0, 1, "a"], "tuple[int, ...] | None"),
         ("branch_and_bound", "start", "0123", "tuple[int, ...] | None"),
-        ("random", "seed", 1.5, "int"),
-        ("random", "seed", "x", "int"),
-        ("random", "seed", 1e20, "int"),
         ("random", "seed", True, "int"),
-        ("perspective", "rounds", 2.5, "int"),
         ("perspective", "tighten", 1, "bool"),
-        ("local_search", "max_swaps", "x", "int"),
-        ("local_search", "tolerance", "x", "float"),
-        ("multistage", "stage_size", 2.5, "int | None"),
         ("multistage", "stage_size", "x", "int | None"),
-        ("window_search", "units", 2.5, "int"),
-        ("group_lasso", "iterations", 1.5, "int"),
     ],
 )
 def test_options_of_a_wrong_type(name, option, value, expected):
@@ -169,17 +146,14 @@ def test_options_of_a_wrong_type(name, option, value, expected):
         solve(PROBLEM, name, **{option: value})
 
 
-@pytest.mark.parametrize("name", backend_names())
-def test_no_option_ends_in_anything_but_a_backend_error(name):
+def test_no_option_ends_in_anything_but_a_backend_error():
     """Of any type, for any option: it is taken, or refused before anything runs."""
-    info = {info.name: info for info in backends()}[name]
-    if info.unavailable:
-        pytest.skip(info.unavailable)
-    for option in info.options:
-        for value in ("x", None, 2.5, float("nan"), True, [1, "a"], {}, 1e20, -(10**400), object()):
-            # Whatever else is raised fails the test.
-            with contextlib.suppress(BackendError):
-                make_backend(name, **{option: value})
+    for info in backends():
+        for option in () if info.unavailable else info.options:
+            for value in ("x", None, 2.5, float("nan"), True, [1, "a"], {}, -(10**400), object()):
+                # Whatever else is raised fails the test.
+                with contextlib.suppress(BackendError):
+                    make_backend(info.name, **{option: value})
 
 
 def test_options_are_converted_to_their_types():
@@ -214,26 +188,6 @@ def test_options_in_a_mapping():
         solve(PROBLEM, LocalSearch(), options={"max_swaps": 3})
 
 
-def test_annotations_that_only_a_type_checker_can_read_are_not_checked(monkeypatch):
-    monkeypatch.setitem(LocalSearch.__annotations__, "tolerance", "Unknown")
-    assert make_backend("local_search", max_swaps=3).max_swaps == 3
-
-
-def test_unavailable_package(monkeypatch):
-    reason = "highspy is missing; install it: pip install 'osscar[exact]'"
-    monkeypatch.setattr(Multistage, "available", classmethod(lambda cls: reason))
-    with pytest.raises(BackendError, match=r"'multistage' is not available: highspy is missing"):
-        solve(PROBLEM, "multistage")
-    assert {i.name: i.unavailable for i in backends()}["multistage"] == reason
-
-
-def test_a_backend_object_brings_its_options():
-    solution = solve(PROBLEM, LocalSearch(max_swaps=0, start=(0, 1, 2, 3)))
-    assert solution.backend == "LocalSearch"
-    with pytest.raises(BackendError, match="this backend object has its own"):
-        solve(PROBLEM, LocalSearch(), max_swaps=3)
-
-
 @dataclass(frozen=True)
 class Elsewhere:
     kind: ClassVar = BackendKind.HEURISTIC
@@ -265,11 +219,8 @@ def _many_units(n):
         ("local_search", {"max_swaps": -1}, "max_swaps is -1"),
         ("local_search", {"tolerance": float("nan")}, "tolerance nan"),
         ("local_search", {"start": (0, 1)}, "start must name 4 distinct units below 9"),
-        ("local_search", {"start": (0, 1, 2, 9)}, "start must name 4 distinct units below 9"),
         ("local_search", {"start": (0, 1, 2, 10**30)}, "start must name 4 distinct units below 9"),
-        ("local_search", {"tolerance": float("inf")}, "tolerance inf"),
         ("random", {"seed": -1}, "seed is -1; it must lie in"),
-        ("random", {"seed": 1 << 70}, "seed is 1180591620717411303424; it must lie in"),
         ("window_search", {"seed": -1}, "seed is -1; it must lie in"),
         ("multistage", {"stage_size": 0}, "stage_size is 0"),
         ("multistage", {"batch_size": 0}, "batch_size is 0"),
@@ -292,11 +243,6 @@ def test_iteration_limit_is_a_status():
     assert finished.loss < stopped.loss
 
 
-def test_seed_decides_the_random_support():
-    supports = {tuple(solve(PROBLEM, "random", seed=s).support.tolist()) for s in range(10)}
-    assert len(supports) > 1
-
-
 def test_multistage_with_stages_of_one_is_greedy():
     for name in ("correlated", "ragged", "ragged_consumers"):
         problem = INSTANCES[name].problem
@@ -312,26 +258,17 @@ def test_multistage_keeps_the_best_batch():
     assert with_swaps.history[0] == pytest.approx(without.loss)
 
 
-@pytest.mark.parametrize("problem", [None, "problem", 5, PROBLEM.consumers, PROBLEM.consumers[0]])
-def test_what_is_no_problem(problem):
-    with pytest.raises(ProblemError, match=r"^problem is .*; it must be a SubsetProblem$"):
-        solve(problem)
-
-
-@pytest.mark.parametrize("backend", [5, None, 2.5, [], {}, LocalSearch, object(), b"greedy"])
-def test_what_is_no_backend(backend):
-    with pytest.raises(BackendError, match=r"^backend is .*; give a registered name, or a backend"):
-        solve(PROBLEM, backend)
-
-
-@pytest.mark.parametrize("name", [5, None, [], b"greedy"])
-def test_what_is_no_name_of_a_backend(name):
-    for function in (make_backend, backend_class):
-        with pytest.raises(BackendError, match=r"^backend is .*; give the name of one: .*greedy"):
-            function(name)
-
-
-def test_other_arguments_of_a_wrong_type():
+def test_arguments_of_a_wrong_type():
+    for problem in (None, PROBLEM.consumers):
+        with pytest.raises(ProblemError, match=r"^problem is .*; it must be a SubsetProblem$"):
+            solve(problem)
+    for backend in (5, None, LocalSearch, object()):
+        with pytest.raises(BackendError, match=r"^backend is .*; give a registered name, or a"):
+            solve(PROBLEM, backend)
+    for name in (5, "gredy"):
+        for function in (make_backend, backend_class):
+            with pytest.raises(BackendError, match=r"^(backend is|there is no backend) .*greedy"):
+                function(name)
     for bound in (None, 1, "yes"):
         with pytest.raises(BackendError, match=r"^bound is .*; it must be True or False$"):
             solve(PROBLEM, bound=bound)
@@ -366,7 +303,6 @@ def test_what_a_backend_answers_is_checked_before_it_is_a_solution():
         None,
         good,
         Selection([0, 1, 2, 9], Status.FEASIBLE),
-        Selection([0, 1], Status.FEASIBLE),
         Selection(None, Status.FEASIBLE),
         Selection(good.double(), Status.FEASIBLE),
         Selection(torch.tensor([0, 1, 1, 2]), Status.FEASIBLE),
@@ -388,9 +324,7 @@ def test_what_a_backend_answers_is_checked_before_it_is_a_solution():
     taken.verify()
 
 
-@pytest.mark.parametrize(
-    "error", [ValueError("no luck"), KeyError("H"), RuntimeError(), OSError(5)]
-)
+@pytest.mark.parametrize("error", [ValueError("no luck"), RuntimeError()])
 def test_a_backend_that_fails_is_named(error):
     """It was a bare error, which told nobody which backend it came from."""
     with pytest.raises(BackendError, match="backend 'Fails' failed with") as caught:

@@ -24,7 +24,7 @@ def consumer(X, W0, units=None, *, known=True):
 UNITS = ([[3], [0, 4], [6, 5], [1], [2]], [[0], [5, 1], [2], [3], [4]])
 
 
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", range(4))
 def test_flap_adds_up_the_variances_that_the_weights_see(seed):
     data = [shifted(seed, 7, 3), shifted(seed + 100, 6, 4)]
     scores = np.zeros(5)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import os
 import pickle
 import struct
 import zipfile
@@ -22,7 +21,7 @@ suffixes = pytest.mark.parametrize("suffix", [".npz", ".safetensors"])
 
 
 @suffixes
-@pytest.mark.parametrize("name", ["scalar", "ragged_consumers", "uncentred"])
+@pytest.mark.parametrize("name", ["ragged_consumers", "uncentred"])
 def test_round_trip(tmp_path, suffix, name):
     problem = INSTANCES[name].problem
     path = tmp_path / f"layer{suffix}"
@@ -62,37 +61,12 @@ def test_saving_replaces_a_file_whole(tmp_path, suffix, monkeypatch):
     assert SubsetProblem.load(path).keep == 2
 
 
-@pytest.mark.parametrize("name", ["layer.pt", "layer", "layer.npz.gz"])
+@pytest.mark.parametrize("name", ["layer.pt", "layer"])
 def test_unknown_suffix(tmp_path, name):
     with pytest.raises(ProblemError, match=r"ends in \.npz or \.safetensors"):
         INSTANCES["scalar"].problem.save(tmp_path / name)
     with pytest.raises(ProblemError, match=r"ends in \.npz or \.safetensors"):
         SubsetProblem.load(tmp_path / name)
-
-
-@suffixes
-def test_missing_file(tmp_path, suffix):
-    with pytest.raises(ProblemError, match="there is no problem file"):
-        SubsetProblem.load(tmp_path / f"nothing{suffix}")
-
-
-@suffixes
-@pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.98])
-def test_truncated_file(tmp_path, suffix, share):
-    path = tmp_path / f"layer{suffix}"
-    INSTANCES["scalar"].problem.save(path)
-    whole = path.read_bytes()
-    path.write_bytes(whole[: int(share * len(whole))])
-    with pytest.raises(ProblemError, match="is not a problem file"):
-        SubsetProblem.load(path)
-
-
-@suffixes
-def test_garbage(tmp_path, suffix):
-    path = tmp_path / f"layer{suffix}"
-    path.write_bytes(np.random.default_rng(0).bytes(4000))
-    with pytest.raises(ProblemError, match="is not a problem file"):
-        SubsetProblem.load(path)
 
 
 class Bomb:
@@ -103,26 +77,20 @@ class Bomb:
 
 
 @suffixes
-def test_nothing_is_unpickled(tmp_path, suffix):
+def test_what_is_no_problem_file(tmp_path, suffix):
+    """Missing, truncated, garbage, pickled, or of another kind: one error, nothing unpickled."""
     path = tmp_path / f"layer{suffix}"
-    path.write_bytes(pickle.dumps(Bomb()))
-    with pytest.raises(ProblemError, match="is not a problem file"):
+    with pytest.raises(ProblemError, match="there is no problem file"):
         SubsetProblem.load(path)
-
-
-def test_pickled_arrays_inside_an_archive_are_refused(tmp_path):
-    path = tmp_path / "layer.npz"
-    np.savez(path, header=np.array("{}"), H=np.array([Bomb()], dtype=object))
-    with pytest.raises(ProblemError, match="is not a problem file"):
-        SubsetProblem.load(path)
-
-
-def test_foreign_archives(tmp_path):
-    np.savez(tmp_path / "other.npz", H=np.eye(2))
-    with (tmp_path / "array.npz").open("wb") as file:
-        np.save(file, np.eye(2))
-    safetensors.torch.save_file({"H": torch.eye(2)}, tmp_path / "other.safetensors")
-    for path in sorted(tmp_path.iterdir()):
+    INSTANCES["scalar"].problem.save(path)
+    whole, garbage = path.read_bytes(), np.random.default_rng(0).bytes(4000)
+    parts = [whole[: int(share * len(whole))] for share in (0.0, 0.1, 0.5, 0.98)]
+    array, archive = io.BytesIO(), io.BytesIO()
+    np.save(array, np.eye(2))
+    np.savez(archive, header=np.array("{}"), H=np.array([Bomb()], dtype=object))
+    others = [safetensors.torch.save({"H": torch.eye(2)}), array.getvalue(), archive.getvalue()]
+    for content in (*parts, garbage, pickle.dumps(Bomb()), *others):
+        path.write_bytes(content)
         with pytest.raises(ProblemError, match="is not a problem file"):
             SubsetProblem.load(path)
 
@@ -134,41 +102,35 @@ def rewritten(path, change):
     storage.write(path, header, tensors)
 
 
+CHANGES = [
+    (lambda h, t: h.update(format="osscar-subset-problem/99"), "not a problem file of format"),
+    (lambda h, t: h.pop("consumers"), "not a complete problem file"),
+    (lambda h, t: h.update(consumers=3), "not a complete problem file"),
+    (lambda h, t: h.update(consumers=[]), "at least one consumer"),
+    (lambda h, t: h["consumers"][0].update(e="much"), "e is 'much'; it must be a number"),
+    (lambda h, t: h["consumers"][0].update(e=10**400), "e has more digits than a number may"),
+    (lambda h, t: h["consumers"][0].update(e=1e-9), "consumer 0: e is 1e-09, with which"),
+    (lambda h, t: h["consumers"][0].update(damping=float("nan")), "damping is nan"),
+    (lambda h, t: h.update(keep=4.0), "keep is 4.0"),
+    (lambda h, t: h.update(name=5), "name is 5"),
+    (lambda h, t: t.pop("0.H"), "not a complete problem file"),
+    (lambda h, t: h.update(keep=100), "keep is 100"),
+    (lambda h, t: t.update({"0.G": t["0.G"] * torch.nan}), "G has NaN"),
+    (lambda h, t: t.update({"0.H": t["0.H"].triu()}), "H is not symmetric"),
+    (lambda h, t: t.update({"0.G": t["0.G"].float()}), "G must be a float64 matrix"),
+    (lambda h, t: t.update({"0.variance": t["0.H"].clone()}), r"variance must be \(9,\)"),
+    (lambda h, t: t.update({"0.variance": -t["0.H"][0].abs()}), "no variance is negative"),
+]
+
+
 @suffixes
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda h, t: h.update(format="osscar-subset-problem/99"), "not a problem file of format"),
-        (lambda h, t: h.pop("consumers"), "not a complete problem file"),
-        (lambda h, t: h.update(consumers=3), "not a complete problem file"),
-        (lambda h, t: h.pop("name"), "not a complete problem file"),
-        (lambda h, t: h.update(consumers={"a": 1}), "not a complete problem file"),
-        (lambda h, t: h.update(consumers=[]), "at least one consumer"),
-        (lambda h, t: h["consumers"][0].update(e="much"), "e is 'much'; it must be a number"),
-        (lambda h, t: h["consumers"][0].update(e=10**400), "e has more digits than a number may"),
-        (lambda h, t: h["consumers"][0].update(e=1e-9), "consumer 0: e is 1e-09, with which"),
-        (lambda h, t: h["consumers"][0].update(damping=float("nan")), "damping is nan"),
-        (lambda h, t: h["consumers"][0].update(damping=-3), "damping is -3.0"),
-        (lambda h, t: h.update(keep=True), "keep is True"),
-        (lambda h, t: h.update(keep=4.0), "keep is 4.0"),
-        (lambda h, t: h.update(name=5), "name is 5"),
-        (lambda h, t: t.pop("0.H"), "not a complete problem file"),
-        (lambda h, t: h.update(keep=100), "keep is 100"),
-        (lambda h, t: t.update({"0.G": t["0.G"] * torch.nan}), "G has NaN"),
-        (lambda h, t: t.update({"0.G": t["0.G"].float()}), "G must be a float64 matrix"),
-        (
-            lambda h, t: t.update({"0.variance": t["0.H"].clone()}),
-            r"variance must be \(9,\) in float64",
-        ),
-        (lambda h, t: t.update({"0.variance": -t["0.H"][0].abs()}), "no variance is negative"),
-    ],
-)
-def test_damaged_contents(tmp_path, suffix, change, message):
+def test_damaged_contents(tmp_path, suffix):
     path = tmp_path / f"layer{suffix}"
-    INSTANCES["scalar"].problem.save(path)
-    rewritten(path, change)
-    with pytest.raises(ProblemError, match=f"{path.name}.*{message}"):
-        SubsetProblem.load(path)
+    for change, message in CHANGES:
+        INSTANCES["scalar"].problem.save(path)
+        rewritten(path, change)
+        with pytest.raises(ProblemError, match=f"{path.name}.*{message}"):
+            SubsetProblem.load(path)
 
 
 def npy(array):
@@ -243,18 +205,6 @@ def test_hostile_archives(tmp_path, patches, message):
         SubsetProblem.load(path)
 
 
-def test_damaged_compression(tmp_path):
-    path = tmp_path / "layer.npz"
-    storage.write(tmp_path / "plain.npz", {}, {"H": torch.rand(40, 40)})
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr("H.npy", npy(np.random.default_rng(0).integers(0, 9, (40, 40))))
-    content = bytearray(path.read_bytes())
-    content[100:160] = bytes(255 - byte for byte in content[100:160])
-    path.write_bytes(content)
-    with pytest.raises(ProblemError, match="is not a problem file"):
-        SubsetProblem.load(path)
-
-
 @suffixes
 def test_random_damage_ends_in_problem_errors(tmp_path, suffix):
     """Or is not noticed, where it changed a digit."""
@@ -262,7 +212,7 @@ def test_random_damage_ends_in_problem_errors(tmp_path, suffix):
     INSTANCES["keep_1"].problem.save(path)
     whole = path.read_bytes()
     generator = np.random.default_rng(0)
-    for _ in range(150):
+    for _ in range(60):
         content = bytearray(whole)
         for place in generator.integers(0, len(whole), generator.integers(1, 20)):
             content[place] = generator.integers(0, 256)
@@ -290,29 +240,6 @@ def test_what_cannot_be_written(tmp_path, suffix):
     with pytest.raises(ProblemError, match=r"the header takes .* characters; shorten"):
         SubsetProblem(problem.consumers, 3, "x" * (1 << 20)).save(tmp_path / f"layer{suffix}")
     assert [path.name for path in tmp_path.iterdir()] == [f"folder{suffix}"]
-
-
-@suffixes
-def test_processes_that_write_one_file_do_not_share_what_is_unfinished(
-    tmp_path, suffix, monkeypatch
-):
-    names = []
-    for process in (1, 2):
-        monkeypatch.setattr(os, "getpid", lambda process=process: process)
-        monkeypatch.setattr(
-            storage.Path, "replace", lambda partial, path: names.append(partial.name)
-        )
-        INSTANCES["scalar"].problem.save(tmp_path / f"layer{suffix}")
-    assert names == [f"layer{suffix}.{process}.partial" for process in (1, 2)]
-
-
-def test_header_is_plain_json(tmp_path):
-    path = tmp_path / "layer.npz"
-    INSTANCES["ragged"].problem.save(path)
-    with np.load(path, allow_pickle=False) as archive:
-        header = json.loads(str(archive["header"]))
-    assert header["format"] == "osscar-subset-problem/1"
-    assert header["keep"] == 3
 
 
 def test_an_archive_that_inflates_without_measure(tmp_path, monkeypatch):
@@ -361,7 +288,7 @@ def test_messages_of_readers_are_escaped(tmp_path):
         assert len(str(error.value)) < 1000 + len(str(path))
 
 
-@pytest.mark.parametrize("path", [None, 5, 2.5, [], object()])
+@pytest.mark.parametrize("path", [None, 5])
 def test_what_is_no_path(path):
     with pytest.raises(ProblemError, match=r"^path is .*; it must name a file$"):
         SubsetProblem.load(path)

@@ -11,9 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from solvers import Status, VerificationError, solve
-from solvers.certificates.tree_certificate import KEPT, REMOVED, TreeCertificate
-from solvers.exact import tree
-from tests.solvers.instances import INSTANCES
+from solvers.certificates.tree_certificate import KEPT, REMOVED
+from solvers.exact import frontier
 from tests.solvers.test_perspective import random_problem
 
 SLACK = 1e-12
@@ -54,13 +53,6 @@ def test_proves_what_the_search_claims_and_no_more_than_the_optimum(
     proved = solution.verify().lower_bound
     assert proved >= solution.lower_bound - 1e-9 * problem.scale
     assert proved <= solve(problem, "enumerate").loss + SLACK * problem.scale
-
-
-@pytest.mark.parametrize("instance", INSTANCES.values(), ids=INSTANCES.keys())
-def test_every_shared_instance_has_one(instance):
-    solution = solve(instance.problem, "branch_and_bound")
-    assert isinstance(solution.certificate, TreeCertificate)
-    assert solution.verify().lower_bound <= instance.optimum() + 1e-9 * instance.problem.scale
 
 
 @given(seed=st.integers(0, 2**31), field=st.sampled_from(["sides", "share", "point", "growth"]))
@@ -145,7 +137,7 @@ def test_what_is_no_tree_is_refused(solved, changes, message):
 
 
 def test_a_tree_that_grows_too_large_is_left_away(solved, monkeypatch):
-    monkeypatch.setattr(tree, "MOST_ENTRIES", 100)
+    monkeypatch.setattr(frontier, "MOST_ENTRIES", 100)
     solution = solve(solved.problem, "branch_and_bound")
     assert solution.certificate is None
     assert solution.lower_bound == pytest.approx(solved.lower_bound)
