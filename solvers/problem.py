@@ -39,10 +39,10 @@ from solvers.linalg.gram import (
 from solvers.linalg.symmetric import Symmetric
 from solvers.linalg.values import (
     as_device,
+    as_integer,
     as_number,
     as_owned_tensor,
     as_tensor,
-    as_whole,
     check_diagonal,
     check_energy,
     check_entries,
@@ -392,7 +392,7 @@ class SubsetProblem:
 
     def __post_init__(self) -> None:
         self._check_consumers()
-        keep = as_whole(self.keep)
+        keep = as_integer(self.keep)
         if keep is None or not 0 < keep <= self.units:
             raise ProblemError(
                 f"keep is {reprlib.repr(self.keep)}; it must be a whole number from 1 to the "
@@ -587,7 +587,7 @@ class SubsetProblem:
 
 def _unit_rows(units: Any, p: int) -> Tensor:
     """Return the (n, w) rows of each unit."""
-    count = p if units is None else as_whole(units)
+    count = p if units is None else as_integer(units)
     if count is not None:
         if count <= 0 or p % count:
             raise ProblemError(f"{p} rows cannot be shared equally by {count} units")
@@ -611,7 +611,7 @@ def _unit_rows(units: Any, p: int) -> Tensor:
 def _listed(units: Any) -> list[list[int]]:
     """Return the rows of each unit as plain lists."""
     try:
-        listed = [[as_whole(row) for row in rows] for rows in units]
+        listed = [[as_integer(row) for row in rows] for rows in units]
     except TypeError:
         listed = [[None]]
     checked = [[row for row in rows if row is not None and row >= 0] for rows in listed]

@@ -17,7 +17,7 @@ from importlib.metadata import EntryPoint, entry_points
 from typing import Any, cast
 
 from solvers.errors import BackendError, ProblemError
-from solvers.linalg.values import as_number, as_whole
+from solvers.linalg.values import as_integer, as_number
 from solvers.protocol import Backend, Capabilities
 
 ENTRY_POINTS = "osscar.backends"
@@ -156,7 +156,7 @@ def _annotations(cls: type[Backend]) -> dict[str, Any]:
 def _converted(value: Any, annotation: Any) -> Any:
     """Return an option's value as its annotation wants it, or `_REFUSED`."""
     if annotation is int:
-        whole = as_whole(value)
+        whole = as_integer(value)
         return _REFUSED if whole is None else whole
     if annotation is float:
         try:

@@ -14,7 +14,7 @@ import torch
 from solvers.bounds.perspective import BOUND_FROM, Perspective
 from solvers.closed_forms.refit import refit
 from solvers.errors import BackendError, ProblemError, SolverError, VerificationError
-from solvers.linalg.values import as_number, as_tensor, as_whole
+from solvers.linalg.values import as_integer, as_number, as_tensor
 from solvers.problem import SubsetProblem
 from solvers.protocol import Backend, Capabilities, Selection
 from solvers.registry import backends, configured
@@ -169,7 +169,7 @@ def _checked(name: str, selection: Any, problem: SubsetProblem) -> Selection:
             f"backend {name!r} answered with {reprlib.repr(selection)}; it must be a Selection"
         )
     try:
-        iterations = as_whole(selection.iterations)
+        iterations = as_integer(selection.iterations)
         if iterations is None:
             raise ProblemError(f"iterations is {reprlib.repr(selection.iterations)}")
         checked = dataclasses.replace(

@@ -2,7 +2,7 @@
 
 The mathematics is that of `solvers.bounds.removal` and `solvers.bounds.quadratic`; the difference
 is that one call of the linear algebra serves hundreds of nodes, so that what a node costs is
-arithmetic and not overhead.  Nodes with fewer free units than others are filled up with units that
+arithmetic and not overhead.  Nodes with fewer free units than others are padded with units that
 are decoupled from all others, cost nothing, and never go.
 """
 
@@ -32,7 +32,7 @@ _TOLERANCE = 1e-3
 
 @dataclass(frozen=True, eq=False)
 class TermsBatch:
-    """The terms of the free units of b nodes; fillers come last.
+    """The terms of the free units of b nodes; padding comes last.
 
     Parameters
     ----------
@@ -43,9 +43,9 @@ class TermsBatch:
     rounding
         What rounding can have done, here and where a claim is checked.
     units
-        The free units as the problem numbers them, (b, n) int64; arbitrary for fillers.
+        The free units as the problem numbers them, (b, n) int64; arbitrary for padding.
     free
-        Which are no fillers, (b, n) bool.
+        Which are no padding, (b, n) bool.
     spent
         What the units that were removed already cost, (b,).
     removals
@@ -71,16 +71,16 @@ class TermsBatch:
         sides
             (b, n), `FREE`, `REMOVED` or `KEPT`.
         """
-        free, removed = _Places.of(sides == FREE), _Places.of(sides == REMOVED)
+        free, removed = _Positions.of(sides == FREE), _Positions.of(sides == REMOVED)
         parts = [_condition(consumer, removed, free) for consumer in root.consumers]
         return cls(
             tuple(part for part, _ in parts),
             root.constant,
             root.rounding,
             free.index,
-            free.filled,
+            free.valid,
             torch.stack([spent for _, spent in parts]).sum(0),
-            root.removals - removed.filled.sum(1),
+            root.removals - removed.valid.sum(1),
         )
 
     def __getitem__(self, some: Tensor) -> TermsBatch:
@@ -129,40 +129,40 @@ class TermsBatch:
 
 
 @dataclass(frozen=True, eq=False)
-class _Places:
-    """The places of the true entries of each row of a mask, filled up to the same number.
+class _Positions:
+    """The places of the true entries of each row of a mask, padded to the same number.
 
     Parameters
     ----------
     index
         (b, c) int64.
-    filled
-        (b, c) bool; false for fillers.
+    valid
+        (b, c) bool; false for padding.
     """
 
     index: Tensor
-    filled: Tensor
+    valid: Tensor
 
     @classmethod
-    def of(cls, mask: Tensor) -> _Places:
+    def of(cls, mask: Tensor) -> _Positions:
         count = int(mask.sum(1).max())
         index = (~mask).to(torch.int8).argsort(dim=1, stable=True)[:, :count]
         return cls(index, mask.gather(1, index))
 
-    def rows(self, width: int) -> _Places:
+    def rows(self, width: int) -> _Positions:
         """Return the places of the rows of units that are `width` rows each."""
         if width == 1:
             return self
         rows = self.index[..., None] * width + torch.arange(width, device=self.index.device)
-        return _Places(rows.flatten(1), self.filled.repeat_interleave(width, 1))
+        return _Positions(rows.flatten(1), self.valid.repeat_interleave(width, 1))
 
 
 def _condition(
-    consumer: ConsumerRemoval, removed: _Places, free: _Places
+    consumer: ConsumerRemoval, removed: _Positions, free: _Positions
 ) -> tuple[ConsumerRemoval, Tensor]:
     """Return the terms of the free units of each node, and what its removed units cost, (b,)."""
     f, r = free.rows(consumer.width), removed.rows(consumer.width)
-    A, W = _square(consumer.A, f), _entries(consumer.W[f.index], f.filled[:, :, None])
+    A, W = _square(consumer.A, f), _entries(consumer.W[f.index], f.valid[:, :, None])
     if r.index.shape[1] == 0:
         return replace(consumer, A=A, W=W), A.new_zeros(len(A))
     # With A_RR = L L': what is left is A_FF - C'C and W_F - C'h for C = inv(L) A_RF and
@@ -170,27 +170,27 @@ def _condition(
     factor = torch.linalg.cholesky(_square(consumer.A, r))
     cross = consumer.A[r.index[:, :, None], f.index[:, None, :]]
     right = torch.cat([cross, consumer.W[r.index]], 2)
-    right = _entries(right, r.filled[:, :, None])
+    right = _entries(right, r.valid[:, :, None])
     solved = torch.linalg.solve_triangular(factor, right, upper=False)
     columns, half = solved.split([A.shape[2], W.shape[2]], 2)
-    columns = _entries(columns, f.filled[:, None, :])
+    columns = _entries(columns, f.valid[:, None, :])
     A = A.baddbmm_(columns.mT, columns, alpha=-1)
     W = W.baddbmm_(columns.mT, half, alpha=-1)
     return replace(consumer, A=A, W=W), half.square().sum((1, 2))
 
 
-def _square(matrix: Tensor, places: _Places) -> Tensor:
-    """Return the principal blocks, with those of the unit matrix for fillers."""
-    index, filled = places.index, places.filled
+def _square(matrix: Tensor, places: _Positions) -> Tensor:
+    """Return the principal blocks, with those of the unit matrix for padding."""
+    index, valid = places.index, places.valid
     blocks = matrix[index[:, :, None], index[:, None, :]]
-    if not bool(filled.all()):
-        blocks *= filled[:, :, None] & filled[:, None, :]
-        blocks.diagonal(dim1=1, dim2=2).add_((~filled).to(blocks))
+    if not bool(valid.all()):
+        blocks *= valid[:, :, None] & valid[:, None, :]
+        blocks.diagonal(dim1=1, dim2=2).add_((~valid).to(blocks))
     return blocks
 
 
-def _entries(values: Tensor, filled: Tensor) -> Tensor:
-    return values if bool(filled.all()) else values * filled
+def _entries(values: Tensor, valid: Tensor) -> Tensor:
+    return values if bool(valid.all()) else values * valid
 
 
 @dataclass(frozen=True, eq=False)
@@ -202,7 +202,7 @@ class BoundBatch:
     cost
         The bounds, with what rounding can have done to them taken off, (b,).
     slopes, ordered
-        Reduced costs of the units and the same in order, (b, n); infinite for fillers.
+        Reduced costs of the units and the same in order, (b, n); infinite for padding.
     q, point
         Diagonal and point of the linearization, (b, n); points are float32 numbers, which is how a
         certificate keeps them.
@@ -247,15 +247,15 @@ def bound_nodes(terms: TermsBatch, share: Tensor, shape: Tensor, steps: int) -> 
     terms
         Nodes in which at least one unit is free to go and one to stay.
     share, shape
-        What the multipliers are computed from, (b, n); arbitrary for fillers.
+        What the multipliers are computed from, (b, n); arbitrary for padding.
     steps
         The most gradient steps in the minimization over the polytope.
     """
     free, r = terms.free, terms.removals
     share, shape = torch.where(free, share, 1.0), torch.where(free, shape, 1.0)
     parts = [c.aggregate(c.multipliers(share, shape)) for c in terms.consumers]
-    a, Q, sizes = (sum(sums[1:], sums[0]) for sums in zip(*parts, strict=True))
-    # Fillers get the largest q, so that they bend no step; their x stays 0, their slope infinite.
+    a, Q, magnitudes = (sum(sums[1:], sums[0]) for sums in zip(*parts, strict=True))
+    # Padding get the largest q, so that they bend no step; their x stays 0, their slope infinite.
     growth, q = _dominating(Q, shape, max(_MARGIN, terms.rounding.margin(Q.shape[-1])))
     q = torch.where(free, q, q.amax(1, keepdim=True))
     start = torch.where(free, share, 0.0)
@@ -271,7 +271,7 @@ def bound_nodes(terms: TermsBatch, share: Tensor, shape: Tensor, steps: int) -> 
     slopes = torch.where(free, 2 * (a + Px) - q, torch.inf)
     ordered = slopes.sort(1).values
     cost = ordered.cumsum(1).gather(1, r[:, None] - 1)[:, 0] - (x * Px).sum(1)
-    cost -= sizes.lost(torch.where(free, q, 0.0), x)
+    cost -= magnitudes.lost(torch.where(free, q, 0.0), x)
     return BoundBatch(cost, slopes, ordered, q, x, growth)
 
 

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from solvers.certificates.certificate import LEAST_DIAGONAL
 from solvers.linalg.descent import accelerated, project
-from solvers.linalg.rounding import Sizes
+from solvers.linalg.rounding import Magnitudes
 
 LEAST_MARGIN = 1e-8
 """By which share q dominates at least: what an eigenvalue computed otherwise can differ by."""
@@ -50,7 +50,7 @@ class QuadraticBound:
         Diagonal with ``Diag(q) >= Q``.
     point
         Where the convex function is linearized, (n,), in the polytope.
-    sizes
+    magnitudes
         Of what a and Q were summed up of.
     margin
         By which share q has to dominate, so that it does in anyone's arithmetic.
@@ -61,7 +61,7 @@ class QuadraticBound:
     removals: int
     q: Tensor
     point: Tensor
-    sizes: Sizes
+    magnitudes: Magnitudes
     margin: float = LEAST_MARGIN
 
     @property
@@ -84,7 +84,7 @@ class QuadraticBound:
         """What the bound is below the sum of its least slopes; rounding is taken off here."""
         x = self.point
         curvature = float((self.q * x * x).sum() - x @ (self.Q @ x))
-        return curvature + float(self.sizes.lost(self.q, x))
+        return curvature + float(self.magnitudes.lost(self.q, x))
 
     @property
     def value(self) -> float:

@@ -143,12 +143,12 @@ def _alternate(
 
 
 def _update(terms: RemovalTerms, share: Tensor, shape: Tensor, steps: int) -> Relaxation:
-    a, Q, sizes = terms.aggregate(share, shape)
+    a, Q, magnitudes = terms.aggregate(share, shape)
     Q = (Q + Q.T).div_(2)
     margin = terms.rounding.margin(len(terms.units))
     q = scaled_diagonal(Q, shape, margin)
     point = (share * (terms.removals / float(share.sum()))).clamp_(0.0, 1.0)
-    first = QuadraticBound(a, Q, terms.removals, q, point, sizes, margin)
+    first = QuadraticBound(a, Q, terms.removals, q, point, magnitudes, margin)
     return Relaxation(terms, share, shape, minimize(first, steps))
 
 

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from solvers.certificates.certificate import LEAST_SHARE
 from solvers.closed_forms.aligned import equal_width, narrowed, unit_rows
-from solvers.linalg.rounding import Rounding, Sizes
+from solvers.linalg.rounding import Magnitudes, Rounding
 from solvers.problem import Consumer, SubsetProblem
 
 
@@ -65,7 +65,7 @@ class ConsumerRemoval:
         W = torch.cholesky_solve(G, factor)
         del factor  # a matrix, which `Rounding.of` has need of
         rounding, constant = Rounding.of(H, A, G, W, consumer.e, responses)
-        unit = Sizes.unit_of(G.shape[1], consumer.width, len(consumer.rows))
+        unit = Magnitudes.unit_of(G.shape[1], consumer.width, len(consumer.rows))
         return cls(A, W, consumer.width, unit), constant, rounding
 
     def multipliers(self, share: Tensor, shape: Tensor | float) -> Tensor:
@@ -84,16 +84,18 @@ class ConsumerRemoval:
         Y = torch.cholesky_solve(self.W, torch.linalg.cholesky(M, out=M))
         return Y.div_(x.repeat_interleave(self.width, -1)[..., None])
 
-    def aggregate(self, Y: Tensor) -> tuple[Tensor, Tensor, Sizes]:
-        """Return this consumer's share of a, (..., n), and of Q, (..., n, n), and their sizes."""
+    def aggregate(self, Y: Tensor) -> tuple[Tensor, Tensor, Magnitudes]:
+        """Return this consumer's share of a, (..., n), and of Q, (..., n, n), and magnitudes."""
         terms = Y * self.W
         a = self._per_unit(terms.sum(-1))
         # |A_rs| <= sqrt(A_rr A_ss) bounds every term of Q_ij by a product of two numbers.
         rows = Y.norm(dim=-1) * self.A.diagonal(dim1=-2, dim2=-1).sqrt()
-        sizes = Sizes(self._per_unit(terms.abs_().sum(-1)), self._per_unit(rows), self.unit)
+        magnitudes = Magnitudes(
+            self._per_unit(terms.abs_().sum(-1)), self._per_unit(rows), self.unit
+        )
         del terms  # as large as Y
         Q = (Y @ Y.mT).mul_(self.A)
-        return a, Q if self.width == 1 else self._blocks(Q).sum((-3, -1)), sizes
+        return a, Q if self.width == 1 else self._blocks(Q).sum((-3, -1)), magnitudes
 
     def _per_unit(self, rows: Tensor) -> Tensor:
         """Sum a (..., n w) vector up to (..., n)."""
@@ -168,7 +170,7 @@ class RemovalTerms:
         Parameters
         ----------
         cost
-            As computed, less what `Sizes.lost` says.
+            As computed, less what `Magnitudes.lost` says.
         """
         computed = torch.tensor(cost, dtype=torch.float64)
         return float(self.rounding.certified(self.constant, computed))
@@ -177,14 +179,14 @@ class RemovalTerms:
         """Return the least cost for which `certified` gives at least this loss."""
         return self.rounding.cost_reaching(loss, self.constant)
 
-    def aggregate(self, share: Tensor, shape: Tensor | float) -> tuple[Tensor, Tensor, Sizes]:
-        """Return a, Q and their sizes for the multipliers of `share` and `shape`, summed up."""
+    def aggregate(self, share: Tensor, shape: Tensor | float) -> tuple[Tensor, Tensor, Magnitudes]:
+        """Return a, Q and their magnitudes, summed up, for multipliers of `share` and `shape`."""
         first, *others = self.consumers
-        a, Q, sizes = first.aggregate(first.multipliers(share, shape))
+        a, Q, magnitudes = first.aggregate(first.multipliers(share, shape))
         for c in others:
-            a_c, Q_c, sizes_c = c.aggregate(c.multipliers(share, shape))
-            a, Q, sizes = a.add_(a_c), Q.add_(Q_c), sizes + sizes_c
-        return a, Q, sizes
+            a_c, Q_c, magnitudes_c = c.aggregate(c.multipliers(share, shape))
+            a, Q, magnitudes = a.add_(a_c), Q.add_(Q_c), magnitudes + magnitudes_c
+        return a, Q, magnitudes
 
     def single_costs(self) -> Tensor:
         """Return what each unit costs if it alone is removed, (n,)."""

@@ -34,7 +34,7 @@ import torch
 from torch import Tensor
 
 from solvers.errors import VerificationError
-from solvers.linalg.rounding import Rounding, Sizes
+from solvers.linalg.rounding import Magnitudes, Rounding
 from solvers.problem import NO_ROW, Consumer, SubsetProblem
 
 LEAST_SHARE = 1e-3
@@ -221,7 +221,7 @@ class Inverses:
     @property
     def unit(self) -> float:
         """Rounding of the sums that evaluate a bound, relative to the sum of their magnitudes."""
-        return max(Sizes.unit_of(W.shape[1], w, self.units) for _, W, w in self.consumers)
+        return max(Magnitudes.unit_of(W.shape[1], w, self.units) for _, W, w in self.consumers)
 
     def proved(self, loss: float) -> float:
         """Turn a lower bound of the losses that A and A G give into one of the exact losses.
@@ -281,8 +281,8 @@ class _ConditionedNodes:
     spent: Tensor
     unit: float
 
-    def aggregate(self, share: Tensor, shape: Tensor) -> tuple[Tensor, Tensor, Sizes]:
-        """Return a, (b, f), Q, (b, f, f), and their sizes, for multipliers of share and shape."""
+    def aggregate(self, share: Tensor, shape: Tensor) -> tuple[Tensor, Tensor, Magnitudes]:
+        """Return a, (b, f), Q, (b, f, f), and magnitudes for multipliers of `share` and `shape`."""
         x = share.clamp(LEAST_SHARE, 1.0)
         b, f = x.shape
         a, a_size, Q_size = torch.zeros(3, b, f, dtype=x.dtype, device=x.device)
@@ -301,10 +301,10 @@ class _ConditionedNodes:
             # |A_rs| <= sqrt(A_rr A_ss) bounds every term of Q_ij by a product of two numbers.
             rows = Y.norm(dim=2) * A.diagonal(dim1=1, dim2=2).sqrt()
             Q_size = torch.hypot(Q_size, rows.view(b, f, w).sum(2))
-        return a, (Q + Q.mT) / 2, Sizes(a_size, Q_size, self.unit)
+        return a, (Q + Q.mT) / 2, Magnitudes(a_size, Q_size, self.unit)
 
     def linearize(
-        self, terms: tuple[Tensor, Tensor, Sizes], q: Tensor, point: Tensor, removals: int
+        self, terms: tuple[Tensor, Tensor, Magnitudes], q: Tensor, point: Tensor, removals: int
     ) -> Linearization:
         """Evaluate the bound of the module's text in every node.
 
@@ -313,13 +313,13 @@ class _ConditionedNodes:
         VerificationError
             If ``Diag(q) - Q`` is not positive semidefinite in some node, or numbers overflow.
         """
-        a, Q, sizes = terms
+        a, Q, magnitudes = terms
         P = -Q
         P.diagonal(dim1=1, dim2=2).add_(q)
         _check_dominates(P, q)
         Px = (P @ point[:, :, None])[:, :, 0]
         g = 2 * a - q + 2 * Px
-        lost = sizes.lost(q, point)
+        lost = magnitudes.lost(q, point)
         ordered = g.sort(1).values
         cost = ordered[:, :removals].sum(1) - (point * Px).sum(1) - lost
         last, following = ordered[:, removals - 1, None], ordered[:, removals : removals + 1]

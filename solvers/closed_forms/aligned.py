@@ -26,11 +26,11 @@ class Aligned:
         self.consumer = consumer
         order = consumer.rows.flatten()
         self._order = order.clamp(min=0)
-        self._filler = order == NO_ROW
-        self._fills = bool(self._filler.any())
+        self._padding = order == NO_ROW
+        self._is_padded = bool(self._padding.any())
         diagonal = consumer.hessian.diagonal()
         self._diagonal = diagonal[self._order]
-        self._diagonal[self._filler] = float(diagonal.mean())
+        self._diagonal[self._padding] = float(diagonal.mean())
 
     def __len__(self) -> int:
         return len(self._order)
@@ -38,10 +38,10 @@ class Aligned:
     def H(self, rows: Tensor, columns: Tensor) -> Tensor:
         """Return the entries in some rows and columns, (r, c)."""
         found = self.consumer.hessian.entries(self._order[rows], self._order[columns])
-        if self._fills:
-            found[self._filler[rows]] = 0
-            found[:, self._filler[columns]] = 0
-            found += (rows[:, None] == columns) * (self._diagonal * self._filler)[columns]
+        if self._is_padded:
+            found[self._padding[rows]] = 0
+            found[:, self._padding[columns]] = 0
+            found += (rows[:, None] == columns) * (self._diagonal * self._padding)[columns]
         return found
 
     def G(self, rows: Tensor) -> Tensor:
@@ -54,13 +54,13 @@ class Aligned:
 
     def _rows_of(self, matrix: Tensor, rows: Tensor, out: Tensor | None) -> Tensor:
         found = torch.index_select(matrix, 0, self._order[rows], out=out)
-        if self._fills:
-            found[self._filler[rows]] = 0
+        if self._is_padded:
+            found[self._padding[rows]] = 0
         return found
 
     def owned(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Return which of some rows are no filler, (r,) bool, and those rows in the consumer."""
-        own = ~self._filler[rows]
+        """Return which of some rows are no padding, (r,) bool, and those rows in the consumer."""
+        own = ~self._padding[rows]
         return own, self._order[rows[own]]
 
     def diagonal(self) -> Tensor:

@@ -29,7 +29,7 @@ _PENDING_ROWS = 64
 _SERIAL_ELEMENTS = 1 << 20
 """Below this size of the pending terms, waking threads costs more than they save."""
 
-_AHEAD = 2
+_CACHED = 2
 """Units whose rows are at hand for a batch of removals, relative to those that will leave."""
 
 _MORE = 16
@@ -79,7 +79,7 @@ def eliminate(problem: SubsetProblem, count: int) -> list[Removal]:
         How many units to remove; less than all.
     """
     removals: list[Removal] = []
-    front = _Front(problem, torch.arange(problem.units, device=problem.device))
+    front = _Elimination(problem, torch.arange(problem.units, device=problem.device))
     most = batch = max(1, _PENDING_ROWS // problem.width)
     while len(removals) < count:
         steps, before = min(batch, count - len(removals)), front.units
@@ -92,11 +92,11 @@ def eliminate(problem: SubsetProblem, count: int) -> list[Removal]:
         if not lost:
             batch = min(2 * batch, most)
         elif steps > 1:
-            front, batch = _Front(problem, before), max(1, steps // 8)
+            front, batch = _Elimination(problem, before), max(1, steps // 8)
             continue
         else:
             # One step from a sound state is as good as arithmetic gets; the next starts afresh.
-            front = _Front(problem, front.units)
+            front = _Elimination(problem, front.units)
         removals += removed
     return removals
 
@@ -108,14 +108,14 @@ def support_after(removals: list[Removal], problem: SubsetProblem) -> Tensor:
     return torch.nonzero(kept).flatten()
 
 
-class _Front:
+class _Elimination:
     """The units that are left, and what a removal costs."""
 
     def __init__(self, problem: SubsetProblem, units: Tensor) -> None:
         self._units = units
         # Added to the losses: infinite for units that left since the rows were last compacted.
         self._penalty = torch.zeros(len(units), dtype=torch.float64, device=units.device)
-        self._parts = [_Part(consumer, units) for consumer in problem.consumers]
+        self._parts = [_ConsumerElimination(consumer, units) for consumer in problem.consumers]
         self._tolerance = max(_DRIFT_TOLERANCE, 100 * self._drift())
 
     @property
@@ -128,18 +128,18 @@ class _Front:
         removed: list[Removal] = []
         for part in self._parts:
             part.begin(steps, self._penalty > 0)
-        count = min(_AHEAD * steps, int((self._penalty == 0).sum()))
+        count = min(_CACHED * steps, int((self._penalty == 0).sum()))
         likely = self._losses().topk(count, largest=False, sorted=False).indices
         for part in self._parts:
-            part.read_ahead(likely)
+            part.cache_rows(likely)
         with _serial(max(part.elements for part in self._parts) < _SERIAL_ELEMENTS):
             for _ in range(steps):
                 losses = self._losses()
                 index = int(losses.argmin())
                 removed.append(Removal(int(self._units[index]), float(losses[index])))
                 for part in self._parts:
-                    if not part.has_read(index):
-                        part.read_also([index, *self._cheapest(losses, min(_MORE, count))])
+                    if not part.is_cached(index):
+                        part.cache_more([index, *self._cheapest(losses, min(_MORE, count))])
                     part.remove(index)
                 self._penalty[index] = torch.inf
         for part in self._parts:
@@ -184,7 +184,7 @@ def _serial(small: bool) -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-class _Part:
+class _ConsumerElimination:
     """A and W of one consumer on the units that are left, and removals that they lack.
 
     When unit J leaves, block elimination on ``A = inv(H_SS)``, ``W = A G_S`` and ``K = W W'`` gives
@@ -212,8 +212,8 @@ class _Part:
         self.W = self._refit(G)
         self.A.invert()
         self.K_blocks = self._diagonal()
-        self.ahead = self._read(units[:0])
-        self.place: dict[int, int] = {}
+        self.cache = self._read(units[:0])
+        self.slot: dict[int, int] = {}
 
     def _refit(self, G: Tensor) -> Tensor:
         """Return the refit, in the place of G; A holds its factor."""
@@ -252,30 +252,30 @@ class _Part:
         blocks = self.W.view(len(self.W) // self.width, self.width, -1)
         return blocks @ blocks.mT
 
-    def read_ahead(self, units: Tensor) -> None:
+    def cache_rows(self, units: Tensor) -> None:
         """Have the rows, pending removals left out, of units that are likely to leave."""
-        known = torch.nonzero(torch.isin(self.ahead.units, units)).flatten()
-        new = units[~torch.isin(units, self.ahead.units)].sort().values
-        self.ahead = self.ahead.only(known, self.width).joined(self._read(new))
-        self.place = {unit: place for place, unit in enumerate(self.ahead.units.tolist())}
+        known = torch.nonzero(torch.isin(self.cache.units, units)).flatten()
+        new = units[~torch.isin(units, self.cache.units)].sort().values
+        self.cache = self.cache.only(known, self.width).joined(self._read(new))
+        self.slot = {unit: place for place, unit in enumerate(self.cache.units.tolist())}
 
-    def has_read(self, unit: int) -> bool:
+    def is_cached(self, unit: int) -> bool:
         """Return whether the rows of a unit are at hand."""
-        return unit in self.place
+        return unit in self.slot
 
-    def read_also(self, units: Sequence[int]) -> None:
+    def cache_more(self, units: Sequence[int]) -> None:
         """Have the rows of some more units, since to read them W is gone through once."""
-        new = [unit for unit in dict.fromkeys(units) if not self.has_read(unit)]
-        first = len(self.ahead.units)
-        self.ahead = self.ahead.joined(self._read(self.ahead.units.new_tensor(new)))
-        self.place |= {unit: first + place for place, unit in enumerate(new)}
+        new = [unit for unit in dict.fromkeys(units) if not self.is_cached(unit)]
+        first = len(self.cache.units)
+        self.cache = self.cache.joined(self._read(self.cache.units.new_tensor(new)))
+        self.slot |= {unit: first + place for place, unit in enumerate(new)}
 
-    def _read(self, units: Tensor) -> _Ahead:
+    def _read(self, units: Tensor) -> _RowCache:
         """Return the rows of some units."""
         rows = unit_rows(units, self.width)
         W = self.W[rows]
         sizes = W.square().sum(1).view(-1, self.width).sum(1)
-        return _Ahead(units, sizes, self.A.rows(rows), W @ self.W.T)
+        return _RowCache(units, sizes, self.A.rows(rows), W @ self.W.T)
 
     def losses(self) -> Tensor:
         """Return the loss of removing each unit, (units,); meaningless for those removed.
@@ -307,8 +307,8 @@ class _Part:
         self.A_blocks[index] = self.unscored
 
     def _stale_rows(self, index: int) -> tuple[Tensor, Tensor]:
-        place, w = self.place.pop(index), self.width
-        return self.ahead.A[place * w : (place + 1) * w], self.ahead.K[place * w : (place + 1) * w]
+        place, w = self.slot.pop(index), self.width
+        return self.cache.A[place * w : (place + 1) * w], self.cache.K[place * w : (place + 1) * w]
 
     def _update_blocks(self, Z: Tensor, Q: Tensor, a: Tensor) -> None:
         w = self.width
@@ -329,14 +329,14 @@ class _Part:
         self.W.addmm_(Z.T, V, alpha=-1)
         # Rows at hand stay so for the next batch, but those whose K has cancelled: what is left of
         # them is the rounding of what was there.
-        waiting = torch.tensor([*self.place.values()], dtype=torch.int64, device=self.W.device)
-        sizes = self._sizes()[self.ahead.units]
-        largest = torch.maximum(self.ahead.sizes, sizes)
+        waiting = torch.tensor([*self.slot.values()], dtype=torch.int64, device=self.W.device)
+        sizes = self._sizes()[self.cache.units]
+        largest = torch.maximum(self.cache.sizes, sizes)
         sound = sizes >= _CANCELS_AT * largest
-        self.ahead = replace(self.ahead, sizes=largest).only(waiting[sound[waiting]], w)
-        own = unit_rows(self.ahead.units, w)
-        self.ahead.A.addmm_(a[:, own].T, Z, alpha=-1)
-        self.ahead.K.addmm_(Z[:, own].T, Q, alpha=-1).addmm_(Q[:, own].T, Z, alpha=-1)
+        self.cache = replace(self.cache, sizes=largest).only(waiting[sound[waiting]], w)
+        own = unit_rows(self.cache.units, w)
+        self.cache.A.addmm_(a[:, own].T, Z, alpha=-1)
+        self.cache.K.addmm_(Z[:, own].T, Q, alpha=-1).addmm_(Q[:, own].T, Z, alpha=-1)
 
     def _sizes(self) -> Tensor:
         """Return the traces of the blocks of K, (n,)."""
@@ -350,9 +350,9 @@ class _Part:
         self.A.keep_only(rows, width=self.width)
         self.W, self.rows, self.K_blocks = self.W[rows], self.rows[rows], self.K_blocks[left]
         self.G_signs = self.G_signs[rows]
-        ahead = self.ahead
-        self.ahead = _Ahead(
-            torch.searchsorted(left, ahead.units), ahead.sizes, ahead.A[:, rows], ahead.K[:, rows]
+        cache = self.cache
+        self.cache = _RowCache(
+            torch.searchsorted(left, cache.units), cache.sizes, cache.A[:, rows], cache.K[:, rows]
         )
 
     def drift(self, units: Tensor) -> float:
@@ -375,17 +375,17 @@ class _Part:
         sizes = sizes.clamp(min=float(_NO_DIGITS * sizes.max()) or 1e-150)
         lost = torch.linalg.vector_norm(W @ self.signs - A @ self.G_signs, dim=1) / _DIRECTIONS**0.5
         worst = [error.abs().max(), (lost / sizes[units]).max()]
-        ahead = self.ahead.units[:_DIRECTIONS]
-        if len(ahead):
-            found = self.ahead.K[: self.width * len(ahead) : self.width]
-            scale = sizes[ahead][:, None] * sizes.repeat_interleave(self.width)
-            exact = self.W[ahead * self.width] @ self.W.T
+        cached = self.cache.units[:_DIRECTIONS]
+        if len(cached):
+            found = self.cache.K[: self.width * len(cached) : self.width]
+            scale = sizes[cached][:, None] * sizes.repeat_interleave(self.width)
+            exact = self.W[cached * self.width] @ self.W.T
             worst.append(((found - exact) / scale).abs().max())
         return float(torch.stack(worst).max())
 
 
 @dataclass(frozen=True, eq=False)
-class _Ahead:
+class _RowCache:
     """Rows of A and of K, pending removals left out, of some units.
 
     Parameters
@@ -403,14 +403,14 @@ class _Ahead:
     A: Tensor
     K: Tensor
 
-    def only(self, places: Tensor, width: int) -> _Ahead:
+    def only(self, places: Tensor, width: int) -> _RowCache:
         """Return those at some places."""
         rows = unit_rows(places, width)
-        return _Ahead(self.units[places], self.sizes[places], self.A[rows], self.K[rows])
+        return _RowCache(self.units[places], self.sizes[places], self.A[rows], self.K[rows])
 
-    def joined(self, other: _Ahead) -> _Ahead:
+    def joined(self, other: _RowCache) -> _RowCache:
         """Return these and others."""
-        return _Ahead(
+        return _RowCache(
             torch.cat([self.units, other.units]),
             torch.cat([self.sizes, other.sizes]),
             torch.cat([self.A, other.A]),

@@ -67,7 +67,7 @@ def best_swap(state: PivotState) -> Swap:
 
 
 @dataclass(frozen=True, eq=False)
-class Promising:
+class Candidates:
     """Units whose exchanges gain most.
 
     Parameters
@@ -83,7 +83,7 @@ class Promising:
     gain: float
 
 
-def promising(state: PivotState, count: int) -> Promising:
+def candidates(state: PivotState, count: int) -> Candidates:
     """Return the units whose best exchanges, of all pairs, gain most.
 
     Parameters
@@ -98,7 +98,7 @@ def promising(state: PivotState, count: int) -> Promising:
     if count == 1 or not len(removed):
         swap = best_swap(state)
         units = torch.tensor([swap.leave, swap.enter], device=removed.device)
-        return Promising(units, swap.gain)
+        return Candidates(units, swap.gain)
     leave = torch.full_like(state.kept, -torch.inf, dtype=torch.float64)
     enter = leave.clone()
     partner = torch.empty_like(state.kept, dtype=torch.int64)
@@ -112,7 +112,7 @@ def promising(state: PivotState, count: int) -> Promising:
     count = min(count, len(removed), len(state.support))
     sides = (state.support, leave), (removed, enter)
     units = torch.cat([side[gains[side].topk(count).indices] for side, gains in sides])
-    return Promising(units, gain)
+    return Candidates(units, gain)
 
 
 def possible_gain(state: PivotState) -> float:

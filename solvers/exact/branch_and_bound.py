@@ -168,17 +168,17 @@ class _Search(Incumbent):
 
     def _open_root(self) -> None:
         self.nodes = 1
-        whole = self._frontier.whole()
-        terms = TermsBatch.of(self.terms, whole.sides)
+        root = self._frontier.root()
+        terms = TermsBatch.of(self.terms, root.sides)
         if self.terms.removals == 0:
-            self._shape = whole.share[0]
+            self._shape = root.share[0]
             self._record = TreeRecord(None, self._shape)
-            self._enumerate(whole, terms)
+            self._enumerate(root, terms)
             return
         relaxation = relax(self.terms, _ROOT_EFFORT, cutoff=self.cutoff)
         self._shape = relaxation.bound.shape
         self._record = TreeRecord(relaxation.certificate, self._shape)
-        self._divide(whole, terms, BoundBatch.single(relaxation.bound), relaxation.share[None])
+        self._divide(root, terms, BoundBatch.single(relaxation.bound), relaxation.share[None])
 
     def _enumerate(self, nodes: Nodes, terms: TermsBatch) -> None:
         """Close nodes that leave few supports open."""

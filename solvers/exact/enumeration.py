@@ -98,15 +98,15 @@ def _explained(
     a share of its rows.
     """
     rows = consumer.rows[supports].flatten(1)
-    filler = rows == NO_ROW
+    padding = rows == NO_ROW
     H = whole[rows[:, :, None], rows[:, None, :]]
-    H = torch.where(filler[:, :, None] | filler[:, None, :], 0.0, H)
-    H.diagonal(dim1=1, dim2=2).add_(filler.to(H))
-    G_S = torch.where(filler[:, :, None], 0.0, G[rows])
+    H = torch.where(padding[:, :, None] | padding[:, None, :], 0.0, H)
+    H.diagonal(dim1=1, dim2=2).add_(padding.to(H))
+    G_S = torch.where(padding[:, :, None], 0.0, G[rows])
     factor = torch.linalg.cholesky(H)
     half: Tensor = torch.linalg.solve_triangular(factor, G_S, upper=False)
     W = torch.linalg.solve_triangular(factor.mT, half, upper=True).norm(dim=2)
-    root = torch.where(filler, 0.0, whole.diagonal()[rows].sqrt())
+    root = torch.where(padding, 0.0, whole.diagonal()[rows].sqrt())
     size = (root * W).sum(1).square() + 2 * (W * G_S.norm(dim=2)).sum(1) + consumer.e
     roundings = 4 * _EPS * (rows.shape[1] + consumer.G.shape[1])
     return half.square().sum(2).sum(1), roundings * size

@@ -66,7 +66,7 @@ class Frontier:
             torch.empty(_FIRST_CAPACITY, dtype=torch.int64, device=device),
         )
 
-    def whole(self) -> Nodes:
+    def root(self) -> Nodes:
         """Return the node that leaves everything open; it is not in the frontier."""
         sides = torch.full_like(self._held.sides[:1], FREE)
         share = torch.full_like(self._held.share[:1], 0.5, dtype=torch.float64)
@@ -154,7 +154,7 @@ class TreeRecord:
         """
         places = self._size + torch.arange(len(nodes), device=nodes.parent.device)
         self._size += len(nodes)
-        if self.is_whole:
+        if self.is_complete:
             part = (nodes.parent, nodes.sides, nodes.share.half(), point.float(), growth)
             self._parts.append(part)
         else:
@@ -162,13 +162,13 @@ class TreeRecord:
         return places
 
     @property
-    def is_whole(self) -> bool:
+    def is_complete(self) -> bool:
         """Whether every node is still here."""
         return self._size * len(self._shape) <= MOST_ENTRIES
 
     def certificate(self) -> TreeCertificate | None:
         """Return the evidence for what the search has proved, or None if it grew too large."""
-        if not self.is_whole:
+        if not self.is_complete:
             return None
         parent, sides, share, point, growth = (
             torch.cat(parts) for parts in zip(*self._parts, strict=True)

@@ -199,11 +199,11 @@ class Search(Incumbent):
         """Return a cut at a point of the polytope, tight if it is binary."""
         x = torch.from_numpy(point).to(self.problem.device).clamp(0.0, 1.0)
         parts = [c.aggregate(_multipliers(c, x)) for c in self.terms.consumers]
-        a, Q, sizes = (sum(sums[1:], sums[0]) for sums in zip(*parts, strict=True))
+        a, Q, magnitudes = (sum(sums[1:], sums[0]) for sums in zip(*parts, strict=True))
         Q = (Q + Q.T) / 2
         q = scaled_diagonal(Q, torch.ones_like(a))
         self.cuts += 1
-        return self._as_cut(made_dominating(QuadraticBound(a, Q, self.removals, q, x, sizes)))
+        return self._as_cut(made_dominating(QuadraticBound(a, Q, self.removals, q, x, magnitudes)))
 
     def _as_cut(self, bound: QuadraticBound) -> Cut:
         return Cut(bound.slopes.cpu().numpy() / self.unit, bound.offset / self.unit)

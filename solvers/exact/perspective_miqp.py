@@ -100,7 +100,7 @@ class PerspectiveConsumer:
         terms
             Its A and W, for the units that may go.
         owned
-            Which rows are not fillers of a short unit, (f, w) bool.
+            Which rows are no padding of a short unit, (f, w) bool.
         scale
             The cost's unit.
         """
@@ -158,7 +158,7 @@ class PerspectiveProgram:
     terms
         A and W for the f units that may go.
     owned
-        For each consumer, which rows of these units are not fillers, (f, w) bool.
+        For each consumer, which rows of these units are no padding, (f, w) bool.
     scale
         The cost's unit.
     """

@@ -12,7 +12,7 @@ from torch import Tensor
 from solvers.closed_forms.elimination import eliminate, support_after
 from solvers.closed_forms.pivot import PivotState
 from solvers.closed_forms.refit import refit_loss, refit_loss_and_rounding
-from solvers.closed_forms.swaps import Promising, Swap, best_swap, possible_gain, promising
+from solvers.closed_forms.swaps import Candidates, Swap, best_swap, candidates, possible_gain
 from solvers.errors import BackendError
 from solvers.problem import SubsetProblem
 from solvers.protocol import Backend, BackendKind, Selection, Status
@@ -41,7 +41,7 @@ class LocalSearch(Backend):
     """Start from greedy elimination, then make the best exchanges until none helps.
 
     Of small problems that is the best one at a time; of large ones the units of the best exchanges
-    are exchanged among themselves before all pairs are scored again (`swaps.promising`).
+    are exchanged among themselves before all pairs are scored again (`swaps.candidates`).
     The gain of every one of the k (n - k) exchanges is computed, at last on a sound factorization,
     with what rounding can have hidden of it.  So the search ends with a proof that no exchange
     lowers the loss, or says that H is too close to singular for one.
@@ -135,13 +135,13 @@ class LocalSearch(Backend):
     def _descend(self, state: PivotState, loss: float, limit: int) -> tuple[int, bool]:
         """Make at most `limit` improving exchanges; return how many, and whether none is left."""
         state.hold_products()
-        made, best = 0, _promising(state)
+        made, best = 0, _candidates(state)
         while made < limit and best.gain > (least := self._least(state, loss)):
             moved, gains = _exchanged(state, best, least, limit - made)
             state.sweep(moved)
             loss -= sum(gains)
             made += len(gains)
-            best = _promising(state)
+            best = _candidates(state)
         return made, not best.gain > self._least(state, loss)
 
     def _least(self, state: PivotState, loss: float) -> float:
@@ -187,17 +187,17 @@ def _loss(state: PivotState) -> float:
     return refit_loss(state.problem, state.support) if loss is None else loss
 
 
-def _promising(state: PivotState) -> Promising:
+def _candidates(state: PivotState) -> Candidates:
     """Return the units with the best exchanges; none where too many digits are lost to tell."""
     few = len(state.support) * len(state.removed) < _FEW_PAIRS
     try:
-        return promising(state, 1 if few else _AT_ONCE)
+        return candidates(state, 1 if few else _AT_ONCE)
     except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
-        return Promising(state.support[:0], -math.inf)
+        return Candidates(state.support[:0], -math.inf)
 
 
 def _exchanged(
-    state: PivotState, best: Promising, least: float, limit: int
+    state: PivotState, best: Candidates, least: float, limit: int
 ) -> tuple[Tensor, list[float]]:
     """Make the best exchange, then others among the same units, until none of them gains.
 

@@ -97,7 +97,7 @@ class Rounding:
         constant
             Loss with all units kept, as computed.
         cost
-            Bounds of c(R), as computed; of a linearization, less what `Sizes.lost` says.
+            Bounds of c(R), as computed; of a linearization, less what `Magnitudes.lost` says.
         """
         computed = (cost * (1 - self.unit)).clamp(min=0.0)
         root = ((computed * max(1 - self.inverse, 0.0)).sqrt() - self.refit).clamp(min=0.0)
@@ -139,7 +139,7 @@ class Rounding:
 
 
 @dataclass(frozen=True, eq=False)
-class Sizes:
+class Magnitudes:
     """How large the numbers are that the function ``2 a'x - x'Q x`` was summed up of.
 
     Parameters
@@ -173,6 +173,8 @@ class Sizes:
         row_sums = q * point + self.Q * (self.Q * point).sum(-1, keepdim=True)
         return self.unit * (2 * self.a + q + (2 + point) * row_sums).sum(-1)
 
-    def __add__(self, other: Sizes) -> Sizes:
+    def __add__(self, other: Magnitudes) -> Magnitudes:
         """Return what holds for the sum of two consumers."""
-        return Sizes(self.a + other.a, torch.hypot(self.Q, other.Q), max(self.unit, other.unit))
+        return Magnitudes(
+            self.a + other.a, torch.hypot(self.Q, other.Q), max(self.unit, other.unit)
+        )

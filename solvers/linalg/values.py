@@ -86,7 +86,7 @@ def as_number(name: str, value: Any) -> float:
         raise ProblemError(f"{name} has more digits than a number may have: {error}") from error
 
 
-def as_whole(value: Any) -> int | None:
+def as_integer(value: Any) -> int | None:
     """Return a whole number of any type but bool as an int, or None if it is none."""
     if isinstance(value, bool | np.bool_) or (
         isinstance(value, Tensor) and value.dtype is torch.bool

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from solvers import Consumer, SubsetProblem, refit, solve
 from solvers.closed_forms.elimination import eliminate, support_after
 from solvers.closed_forms.pivot import PivotState
-from solvers.closed_forms.swaps import best_swap, promising, swap_gains
+from solvers.closed_forms.swaps import best_swap, candidates, swap_gains
 from solvers.exact.enumeration import Enumerate
 from tests.solvers.instances import (
     INSTANCES,
@@ -113,7 +113,7 @@ def test_some_units_are_exchanged_among_themselves_as_among_all(case, data):
     instance, support = case
     state = state_of(instance, support)
     count = data.draw(st.integers(1, 4))
-    found = promising(state, count)
+    found = candidates(state, count)
     assert found.gain == pytest.approx(best_swap(state).gain, rel=1e-9, abs=1e-300)
     leave, enter = (found.units[state.kept[found.units] == kept] for kept in (True, False))
     assert len(leave) == len(enter) == min(count, len(state.support), len(state.removed))

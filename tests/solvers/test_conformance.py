@@ -22,7 +22,7 @@ from solvers import (
     solve,
 )
 from solvers.closed_forms.pivot import PivotState
-from solvers.closed_forms.swaps import best_swap, promising, swap_gains
+from solvers.closed_forms.swaps import best_swap, candidates, swap_gains
 from solvers.heuristics import local_search
 from solvers.linalg import symmetric
 from tests.solvers.instances import INSTANCES, exact_optimum
@@ -175,7 +175,7 @@ def test_many_exchanges_that_gain_the_same_find_their_partners(monkeypatch):
     monkeypatch.setattr(local_search, "_AT_ONCE", 4)
     problem = pairs_of_inputs(40)
     state = PivotState.on_support(problem, torch.arange(40))
-    best = promising(state, 4)
+    best = candidates(state, 4)
     pair = best.units[[0]], best.units[[4]]
     assert float(swap_gains(state, *pair)) == best.gain == best_swap(state).gain
     found = solve(problem, "local_search", start=tuple(range(40)), max_swaps=40)

@@ -235,7 +235,7 @@ def test_elimination_takes_the_cheapest_each_time(problem, panel, pending, ahead
     """In one batch or many, with rows at hand that stay for some or are not enough."""
     monkeypatch.setattr(symmetric, "PANEL_ROWS", panel)
     monkeypatch.setattr(elimination, "_PENDING_ROWS", pending)
-    monkeypatch.setattr(elimination, "_AHEAD", ahead)
+    monkeypatch.setattr(elimination, "_CACHED", ahead)
     removals = eliminate(problem, problem.units - problem.keep)
     kept = torch.arange(problem.units)
     loss = refit(problem, kept)[1]
@@ -276,15 +276,15 @@ def test_rows_of_units_that_left_are_not_read_again(order):
 @pytest.mark.parametrize("name", ["A", "W", "K"])
 def test_lost_digits_are_noticed(name):
     problem = problem_of([1] * 30)
-    front = elimination._Front(problem, torch.arange(30))
+    front = elimination._Elimination(problem, torch.arange(30))
     assert not front.drifted()
     (part,) = front._parts
     if name == "A":
         part.A.add_diagonal(1e-5 * part.A.diagonal())
     elif name == "K":
         part.begin(1, front._penalty > 0)
-        part.read_ahead(torch.arange(30))
-        part.ahead.K.mul_(1 + 1e-5)
+        part.cache_rows(torch.arange(30))
+        part.cache.K.mul_(1 + 1e-5)
     else:
         part.W.mul_(1 + 1e-5)
     assert front.drifted()
