@@ -144,19 +144,10 @@ class Consumer:
         return {name: vars(self)[name] for name in names}
 
     @classmethod
-    def _owning(
-        cls,
-        H: Tensor | Symmetric,
-        G: Tensor,
-        e: Any,
-        W0: Tensor,
-        rows: Tensor,
-        damping: Any,
-        variance: Tensor | None = None,
-    ) -> Consumer:
+    def _owning(cls, *, e: Any, damping: Any, **tensors: Any) -> Consumer:
         """Return a consumer of tensors that nobody else holds, and that need no copy."""
         made = object.__new__(cls)
-        vars(made).update(H=H, G=G, W0=W0, rows=rows, variance=variance)
+        vars(made).update({"variance": None, **tensors})
         vars(made).update(e=as_number("e", e), damping=as_number("damping", damping))
         made._check()
         return made
@@ -237,13 +228,11 @@ class Consumer:
             If the input is not finite, has a wrong shape or type, is far from positive
             semidefinite, or if `e` is less than `G` explains, or `H` than `variance`.
         """
-        damped, target, energy, weights, damping = damp_terms(
-            H, W0, G=G, e=e, damp=damp, overwrite=overwrite
-        )
-        rows = _unit_rows(units, len(damped)).to(damped.device)
+        terms = damp_terms(H, W0, G=G, e=e, damp=damp, overwrite=overwrite)
+        tensors = {"rows": _unit_rows(units, len(terms["H"])).to(terms["H"].device)}
         if variance is not None:
-            variance = as_owned_tensor("variance", variance).to(torch.float64)
-        consumer = cls._owning(damped, target, energy, weights, rows, damping, variance)
+            tensors["variance"] = as_owned_tensor("variance", variance).to(torch.float64)
+        consumer = cls._owning(**terms, **tensors)
         # Damping has just made sure of the one, and made G of W0 or not.
         vars(consumer).update(flaw=None, fits=G is None)
         return consumer
@@ -330,13 +319,13 @@ class Consumer:
     def divided(self, number: float) -> Consumer:
         """Return the same least-squares problem with its loss divided by a positive number."""
         made = Consumer._owning(
-            self.hessian / number,
-            self.G / number,
-            self.e / number,
-            self.W0,
-            self.rows,
-            self.damping / number,
-            None if self.variance is None else self.variance / number,
+            H=self.hessian / number,
+            G=self.G / number,
+            e=self.e / number,
+            W0=self.W0,
+            rows=self.rows,
+            damping=self.damping / number,
+            variance=None if self.variance is None else self.variance / number,
         )
         vars(made).update(self._known())  # which is relative to the size of the terms
         return made

@@ -194,11 +194,5 @@ def _converted_tuple(value: Any, annotation: Any) -> Any:
 
 def _spelled(annotation: Any) -> str:
     """Return a type as its annotation is written."""
-    if annotation is types.NoneType:
-        return "None"
-    arguments = typing.get_args(annotation)
-    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
-        return " | ".join(_spelled(argument) for argument in arguments)
-    return (
-        annotation.__name__ if isinstance(annotation, type) and not arguments else str(annotation)
-    )
+    plain = isinstance(annotation, type) and not typing.get_args(annotation)
+    return annotation.__name__ if plain else str(annotation)

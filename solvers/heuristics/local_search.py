@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -71,17 +71,17 @@ class LocalSearch(Backend):
 
     def select(self, problem: SubsetProblem) -> Selection:
         """Search until a sound factorization confirms that no exchange helps."""
-        found = self._search(problem)
-        status = self._certainty(found) if found.converged else Status.ITERATION_LIMIT
-        return Selection(
-            found.support, status, iterations=found.swaps, history=tuple(found.history)
-        )
+        state, found = self._search(problem)
+        if found.status is Status.ITERATION_LIMIT:
+            return found
+        return replace(found, status=self._certainty(state, found.history[-1]))
 
     def support(self, problem: SubsetProblem) -> Tensor:
         """Return what `select` chooses, (k,) int64, without the work to prove anything of it."""
-        return self._search(problem).support
+        return self._search(problem)[1].support
 
-    def _search(self, problem: SubsetProblem) -> _Found:
+    def _search(self, problem: SubsetProblem) -> tuple[PivotState, Selection]:
+        """Return a state on the best support, and the answer before anything is proved of it."""
         state = self._initial_state(problem)
         loss = _loss(state)
         support, history, swaps = state.support, [loss], 0
@@ -99,17 +99,17 @@ class LocalSearch(Backend):
                 state = PivotState.on_support(problem, support)
             # Exchanges that gained only by the account of a swept state are within its rounding.
             if sound or not gained or not converged:
-                return _Found(state, support, history, swaps, converged)
+                status = Status.FEASIBLE if converged else Status.ITERATION_LIMIT
+                return state, Selection(support, status, iterations=swaps, history=tuple(history))
 
-    def _certainty(self, found: _Found) -> Status:
+    def _certainty(self, state: PivotState, lost: float) -> Status:
         """Return what a sound state, in which no exchange seems to gain, says of its support."""
-        state = found.state
         state.hold_products()
         try:
             possible = possible_gain(state)
         except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
             possible = math.inf
-        if possible <= _CERTAIN * found.history[-1]:
+        if possible <= _CERTAIN * lost:
             return Status.SWAP_OPTIMAL
         state.release_products()
         loss, rounding = refit_loss_and_rounding(state.problem, state.support)
@@ -149,31 +149,6 @@ class LocalSearch(Backend):
         if loss <= 0:
             return math.inf
         return max(self.tolerance * loss, _ROUNDING * state.problem.scale)
-
-
-@dataclass(frozen=True, eq=False)
-class _Found:
-    """Where a search has come to.
-
-    Parameters
-    ----------
-    state
-        On the support.
-    support
-        The best one, (k,) int64.
-    history
-        Loss after each improvement.
-    swaps
-        How many exchanges were made.
-    converged
-        Whether no exchange seems to gain.
-    """
-
-    state: PivotState
-    support: Tensor
-    history: list[float]
-    swaps: int
-    converged: bool
 
 
 def _is_sound(state: PivotState) -> bool:

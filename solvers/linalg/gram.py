@@ -195,7 +195,7 @@ def damp_terms(
     e: float | None,
     damp: float,
     overwrite: bool = False,
-) -> tuple[Symmetric, Tensor, float, Tensor, float]:
+) -> dict[str, Any]:
     """Validate undamped statistics and add the proximal term.
 
     An input that was always zero (a dead neuron) has no effect on the layer: its weights are taken
@@ -219,12 +219,9 @@ def damp_terms(
 
     Returns
     -------
-    H, G, e
-        ``H + lambda I``, ``G + lambda W0`` and ``e + lambda |W0|^2``.
-    W0
-        Dense weights, zero for dead inputs.
-    damping
-        lambda.
+    dict
+        The fields of a `Consumer`: ``H + lambda I``, ``G + lambda W0``, ``e + lambda |W0|^2``, W0
+        with zeros for dead inputs, and lambda as `damping`.
 
     Raises
     ------
@@ -259,7 +256,7 @@ def damp_terms(
     if given is not None and not factor.explains_at_most(target) <= energy:
         del factor  # as large as the one that comes next
         energy = _raised(H, target, energy, digits)
-    return H, target, energy, W0, damping
+    return {"H": H, "G": target, "e": energy, "W0": W0, "damping": damping}
 
 
 def _matrices(
