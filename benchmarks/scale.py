@@ -49,7 +49,7 @@ PHASES = (
     ("solvers.heuristics.local_search", "refit_loss", "refit"),
     ("solvers.heuristics.local_search", "refit_loss_and_rounding", "refit"),
     ("solvers.closed_forms.pivot", "PivotState.loss", "refit"),
-    ("solvers.heuristics.multistage", "refit_loss", "refit"),
+    ("solvers.heuristics.incumbent", "refit_loss", "refit"),
     ("solvers.solve", "refit", "refit"),
     ("solvers.solution", "verify", "verification"),
 )
