@@ -53,7 +53,7 @@ def random_problem(seed, n, width, responses, keep, *, spread=1.0, damp=0.01, co
     damp=st.sampled_from([1e-9, 1e-2, 1.0]),
     consumers=st.integers(1, 2),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 def test_never_above_enumeration(seed, n, width, responses, share, spread, damp, consumers):
     keep = 1 + round(share * (n - 2))
     problem = random_problem(

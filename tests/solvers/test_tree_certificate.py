@@ -42,7 +42,7 @@ def planted(solved, **changes):
     consumers=st.integers(1, 2),
     node_limit=st.sampled_from([1, 2, 5, 1000]),
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=15, deadline=None)
 def test_proves_what_the_search_claims_and_no_more_than_the_optimum(
     seed, n, width, responses, share, spread, consumers, node_limit
 ):
@@ -74,7 +74,7 @@ def test_whatever_a_tree_says_it_proves_nothing_false(solved, optimum, seed, fie
 
 
 @given(seed=st.integers(0, 2**31), some=st.integers(1, 30))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=8, deadline=None)
 def test_a_tree_without_some_of_its_nodes_proves_nothing_false(solved, optimum, seed, some):
     """A subtree is cut off: what it closed is open again."""
     certificate = solved.certificate
