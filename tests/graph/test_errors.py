@@ -35,15 +35,15 @@ class Branching(nn.Module):
 def test_a_decision_on_data_is_explained_and_leaves_nothing_behind(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    model = nn.Sequential(Branching()).train()
+    model = nn.Sequential(nn.Sequential(Branching())).train()
     with pytest.raises(graph.TraceError, match="depends on the values") as caught:
         graph.trace(model, (torch.randn(3, 4),))
-    assert caught.value.module == "0"
+    assert caught.value.module == "0.0"  # the innermost
     assert caught.value.reason
     assert caught.value.__cause__ is not None
     assert all(module.training for module in model.modules())
-    assert not hasattr(model[0], "kept")
-    assert model[0].calls == []
+    assert not hasattr(model[0][0], "kept")
+    assert model[0][0].calls == []
     assert set(capfd.readouterr().err.splitlines()) == {"said by the model"}
 
 

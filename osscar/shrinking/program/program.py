@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -199,15 +200,15 @@ class DenseProgram:
         """
         kept = {self._axis_of(group): group.kept for group in plan.groups}
         staying = self.traced.staying(kept, self._unread(plan))
-        program, origins = self._copied()
+        program, copies = Graph(), dict[Node, Node]()
+        program.output(program.graph_copy(self.dense.graph, copies))
+        origins = {node: origin for origin, node in copies.items()}
         sizes = Sizes(staying, origins)
         for node in list(origins):
             rewrite(node, sizes)
         self._finish(program)
         made = ProgramModule(self._attributes(program, staying), program)
-        _ShapeCheck(
-            made, staying, {node.name: origin for node, origin in origins.items()}
-        ).run_all()
+        _ShapeCheck(made, staying, {node.name: origin for node, origin in origins.items()}).check()
         for node in made.graph.nodes:
             node.meta = {k: v for k, v in node.meta.items() if k == "nn_module_stack"}
         made.eval()
@@ -238,14 +239,6 @@ class DenseProgram:
                 dims.setdefault(slot.dim, whole)[slot.indices(group.gone)] = False
         return stays
 
-    def _copied(self) -> tuple[Graph, dict[Node, Node]]:
-        """Return a copy of the graph, and for each of its nodes the original."""
-        copy = Graph()
-        copies: dict[Node, Node] = {}
-        output = copy.graph_copy(self.traced.standalone.module.graph, copies)
-        copy.output(output)
-        return copy, {node: origin for origin, node in copies.items()}
-
     def _finish(self, program: Graph) -> None:
         """Let the program take its arguments by position or name, and put its outputs together.
 
@@ -255,15 +248,14 @@ class DenseProgram:
         if not program.find_nodes(op="call_module", target=_GUARDS):
             with program.inserting_after(arguments[-1]):
                 program.call_module(_GUARDS, tuple(arguments))
-        names = self.traced.standalone.names
-        _, inputs = pytree.tree_flatten((tuple(names), {}))
-        structure = self.traced.standalone.structure
+        names, structure = self.traced.standalone.names, self.traced.standalone.structure
+        _, inputs = pytree.tree_flatten((names, {}))
         program.set_codegen(_PyTreeCodeGen(_PyTreeInfo(list(names), inputs, structure)))
         program.lint()
 
     def _attributes(self, program: Graph, staying: Staying) -> dict[str, Any]:
         """Return copies of what the program reads, cut to what stays; tied tensors stay tied."""
-        module, holders = self.traced.standalone.module, self.traced.standalone.program.holders
+        module, holders = self.dense, self.traced.standalone.program.holders
         once: dict[int, Any] = {}
         attributes: dict[str, Any] = {}
         for node in program.nodes:
@@ -274,17 +266,12 @@ class DenseProgram:
                 guards = getattr(module, _GUARDS, None)
                 attributes[target] = InputSizes(self.shapes, copy.deepcopy(guards))
                 continue
-            held = _attribute(module, target)
+            held = attrgetter(target)(module)
             if isinstance(held, Tensor):
                 name = holders.get(node.name)
                 held = once.setdefault(id(held), _cut(held, staying, name))
             attributes[target] = held
         return attributes
-
-
-def _attribute(module: nn.Module, name: str) -> Any:
-    path, _, attribute = name.rpartition(".")
-    return getattr(module.get_submodule(path), attribute)
 
 
 def _cut(tensor: Tensor, staying: Staying, name: str | None) -> Tensor:
@@ -307,7 +294,7 @@ class _ShapeCheck(Interpreter):
         self.staying, self.origins = staying, origins
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
 
-    def run_all(self) -> None:
+    def check(self) -> None:
         """Run the program on the shapes of the example.
 
         Raises
