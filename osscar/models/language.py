@@ -48,7 +48,7 @@ from osscar.checkpoint.manifest import CONFIG_FILE, read_manifest
 from osscar.checkpoint.streamed import number_format_of, read_streamed
 from osscar.models.loaded import LoadedModel
 from osscar.models.names import DEMO, REGISTERED
-from osscar.models.trial import check_other_files, check_tokenizer, no_tokenizer
+from osscar.models.tokenizer_files import check_other_files, check_tokenizer, no_tokenizer
 from osscar.models.wheels import PACKAGED_MODELS, fetch
 from osscar.network.modules import check_finite_weights, check_usable, context_length
 from osscar.offload.shelf import Shelf

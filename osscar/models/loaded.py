@@ -1,4 +1,4 @@
-"""A model with what is known of it: what it reads, where it comes from, and data for it."""
+"""A loaded model: what it reads, where it comes from, and data for it."""
 
 from __future__ import annotations
 

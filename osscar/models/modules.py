@@ -19,7 +19,7 @@ from osscar.data.batches import to_model
 from osscar.data.preprocessing import AnyPreprocessing, Preprocessing, import_torchvision
 from osscar.data.tensors import needed_arguments
 from osscar.models import user_code
-from osscar.models.chance import told_share
+from osscar.models.drawn import drawn_share
 from osscar.models.loaded import LoadedModel
 from osscar.models.names import PREFIX, Sort, sort_of
 from osscar.models.preprocessing import image_of, of_the_run, recorded_example, resolved
@@ -69,8 +69,8 @@ def load_module(
         loaded = _from_directory(Path(name).expanduser(), sort, dense, dtype)
     check_usable(loaded.model)
     check_finite_weights(loaded.model)
-    untold = sort is Sort.CODE and weights is None and pretrained
-    drawn = told_share(name, loaded.model) if untold else 0.0
+    unfilled = sort is Sort.CODE and weights is None and pretrained
+    drawn = drawn_share(name, loaded.model) if unfilled else 0.0
     known, example = resolved(
         loaded.model, loaded.example, loaded.preprocessing, preprocessing, loaded.source
     )

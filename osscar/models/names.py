@@ -1,4 +1,4 @@
-"""What a model's name stands for, told in one place for all who open, build or refuse it."""
+"""What a model's name stands for."""
 
 from __future__ import annotations
 

@@ -104,7 +104,7 @@ def merged(
     Parameters
     ----------
     first, second
-        Either may be None, and a function that is recorded alone is nothing that could be called.
+        Either may be None.  A function that is only recorded cannot be called.
     how, whose
         What they are, in words.
 

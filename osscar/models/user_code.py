@@ -22,7 +22,7 @@ from osscar.data.tensors import named_example
 from osscar.network.modules import in_evaluation
 
 
-class Built(NamedTuple):
+class _Built(NamedTuple):
     """What a user's function returned.
 
     Attributes
@@ -45,7 +45,7 @@ _RETURNS = (
 )
 
 
-def build(name: str) -> Built:
+def build(name: str) -> _Built:
     """Import a function, call it, and return the model with what else it may give.
 
     Parameters
@@ -78,7 +78,7 @@ def build(name: str) -> Built:
         preprocessing = None if transform is None else as_preprocessing(transform, name)
     except OptionError as error:
         raise ModelError(str(error)) from error
-    return Built(
+    return _Built(
         in_evaluation(model),
         None if example is None else _named(model, example, name),
         preprocessing,

@@ -118,7 +118,7 @@ def fill(model: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
 
 
 def _kind(tensor: Tensor) -> str:
-    """Return what sort of number a tensor holds: formats of one sort differ in precision only."""
+    """Return what kind of number a tensor holds: formats of one kind differ in precision only."""
     if tensor.is_complex():
         return "complex"
     return "real" if tensor.is_floating_point() else "whole"

@@ -15,8 +15,8 @@ from osscar.base.errors import ModelError
 from osscar.models import user_code
 
 
-def told_share(name: str, model: nn.Module) -> float:
-    """Return the share of a model's parameters that its code draws, from 0 to 1; warn if there are.
+def drawn_share(name: str, model: nn.Module) -> float:
+    """Return the share of a model's parameters that its code draws, from 0 to 1; warn of any.
 
     The code is called once more: what it loads is the same again, and what it draws is not.
 

@@ -1,8 +1,8 @@
-"""Tokenizers of strangers, tried out in a process of their own.
+"""Files of a tokenizer, which are read in a process of their own before this one reads them.
 
-The library that reads them aborts the whole process, panics, or fills the memory on files that are
-damaged in the right place: a prefix of subwords longer than a token, a table of characters cut off.
-What a process of 40 milliseconds has read, this one can read.
+On some damaged files, such as a prefix of subwords that is longer than a token, or a table of
+characters that is cut off, the library that reads them aborts the process, panics, or fills the
+memory.  A process of 40 milliseconds tells.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _LARGEST = 512 * MEGABYTE
 _SECONDS = 60
 _MEMORY = 16 * 2**30
 
-_TRIAL = """
+_READ_IT = """
 import json, sys
 sys.path[:] = json.loads(sys.argv[2])
 try:
@@ -67,7 +67,7 @@ def check_tokenizer(directory: Path) -> None:
         # Isolated: no module beside the user's files is taken for one of the library's.
         options = (json.dumps(sys.path[1:] if sys.path[:1] == [""] else sys.path), str(_MEMORY))
         done = subprocess.run(
-            [sys.executable, "-I", "-c", _TRIAL, str(file.absolute()), *options],
+            [sys.executable, "-I", "-c", _READ_IT, str(file.absolute()), *options],
             stdin=subprocess.DEVNULL,
             capture_output=True,
             timeout=_SECONDS,
