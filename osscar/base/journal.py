@@ -16,9 +16,8 @@ from pathlib import Path
 from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 from osscar.base.errors import FileError, OsscarError, OutputError
-from osscar.base.files import PARTIAL, reason_of, remedy, write_json
+from osscar.base.files import LOCK_FILE, PARTIAL, file_lock, reason_of, remedy, write_json
 from osscar.base.json_files import MEGABYTE, read_json
-from osscar.base.locks import LOCK_FILE, file_lock
 from osscar.base.signals import uninterrupted
 
 T = TypeVar("T")

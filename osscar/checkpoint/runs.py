@@ -19,8 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from osscar.base.errors import OutputError
-from osscar.base.files import fsync, reason_of
-from osscar.base.locks import LOCK_FILE, file_lock
+from osscar.base.files import LOCK_FILE, file_lock, fsync, reason_of
 from osscar.base.signals import uninterrupted
 
 # ---- places ---------------------------------------------------------------------------------

@@ -29,7 +29,7 @@ import safetensors.torch
 import torch
 
 import solvers
-from osscar.base.locks import LOCK_FILE
+from osscar.base.files import LOCK_FILE
 
 _COUNTER, PLAN, _RUN = "OSSCAR_TEST_COUNTER", "OSSCAR_TESTPLAN", "OSSCAR_TEST_RUN"
 _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT

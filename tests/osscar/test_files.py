@@ -17,11 +17,18 @@ import filelock
 import pytest
 from pydantic import ConfigDict
 
-from osscar.base import files, locks
+from osscar.base import files
 from osscar.base.errors import BusyError, FileError, OutputError
-from osscar.base.files import atomic_write, digest, file_digest, resolved, write_json, write_text
+from osscar.base.files import (
+    atomic_write,
+    digest,
+    file_digest,
+    file_lock,
+    resolved,
+    write_json,
+    write_text,
+)
 from osscar.base.json_files import STRICT, read_json, validated
-from osscar.base.locks import file_lock
 from osscar.base.signals import ends_tidily, uninterrupted
 
 
@@ -236,16 +243,16 @@ def test_a_file_is_on_the_disk_before_it_takes_its_name(tmp_path, monkeypatch):
 def test_a_lock_says_who_holds_it(tmp_path):
     place = tmp_path / "lock"
     with (
-        locks.file_lock(place, tmp_path),
+        file_lock(place, tmp_path),
         pytest.raises(BusyError, match=rf"\(process {os.getpid()} on .*\); wait for it"),
-        locks.file_lock(place, tmp_path),
+        file_lock(place, tmp_path),
     ):
         pass
     place.write_text("\x1b[2J no process\n")
     with (
         filelock.FileLock(place),
         pytest.raises(BusyError) as caught,
-        locks.file_lock(place, tmp_path),
+        file_lock(place, tmp_path),
     ):
         pass
     assert "\x1b" not in str(caught.value)

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from osscar.base.errors import BusyError, OutputError, RunError
+from osscar.base.files import LOCK_FILE
 from osscar.base.journal import Journal, JournalKind
-from osscar.base.locks import LOCK_FILE
 from osscar.preparation.fingerprint import Manifest
 
 KIND = JournalKind(
