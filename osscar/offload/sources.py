@@ -1,10 +1,11 @@
 """Files that values are read from, or written to while the process runs.
 
-Files are read, not mapped into memory: a mapped file that is cut off ends the process.
+Files of others are read, not mapped into memory: a mapped file that is cut off ends the process.
 """
 
 from __future__ import annotations
 
+import mmap
 import os
 import tempfile
 import time
@@ -111,6 +112,10 @@ class Scratch(Source):
                 raise self._no_room(error) from error
             self.end, rest = self.end + written, rest[written:]
         return begin
+
+    def mapped(self) -> mmap.mmap:
+        """Return all of it as memory, which the system reads and lets go as it needs."""
+        return mmap.mmap(self._file.fileno(), 0)
 
 
 def as_bytes(values: Tensor) -> memoryview:

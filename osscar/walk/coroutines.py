@@ -22,8 +22,7 @@ from torch import Tensor
 
 from graph.tracing.patches import ModeDepths, enter_again
 from osscar.network.model_state import PassState
-from osscar.offload.away import Away
-from osscar.preparation.routing import Routed
+from osscar.offload.activation_offload import ActivationOffload
 from osscar.walk.residual import Keeper
 
 _AUTOCAST_DEVICES = ("cpu", "cuda")
@@ -76,7 +75,7 @@ class Coroutine:
         What modules write on themselves meanwhile.
     keeper
         Keeps what will be added to the outputs of consumers.
-    away
+    offload
         Keeps what the pass holds while it waits; None: that stays in memory.
     """
 
@@ -87,9 +86,9 @@ class Coroutine:
         run: Callable[[], object],
         scratch: PassState,
         keeper: Keeper,
-        away: Away | None = None,
+        offload: ActivationOffload | None = None,
     ) -> None:
-        self.index, self.dense, self.keeper, self.away = index, dense, keeper, away
+        self.index, self.dense, self.keeper, self.offload = index, dense, keeper, offload
         self.arrived: Arrival | None = None
         self.reached = -1
         """The watched call at which it stands, counted from 0."""
@@ -111,13 +110,11 @@ class Coroutine:
     @contextmanager
     def present(self) -> Iterator[None]:
         """Have in memory, while the block runs, what the pass holds."""
-        if self.away is not None:
-            self.away.fetch()
+        if self.offload is not None:
+            self.offload.fetch()
         yield
-        arrived = self.arrived
-        if self.away is not None and arrived is not None:
-            x = arrived.x.tensors if isinstance(arrived.x, Routed) else arrived.x
-            self.away.put(self._greenlet.gr_frame, x, arrived.output, arrived.stream)
+        if self.offload is not None and self.arrived is not None:
+            self.offload.put()
 
     def end(self) -> None:
         """Give up the pass: its context managers are left, and nothing of it stays alive."""

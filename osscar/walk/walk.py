@@ -17,7 +17,7 @@ from __future__ import annotations
 import itertools
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -32,7 +32,7 @@ from osscar.data.batches import Batch, ModelInputs
 from osscar.network.fake import on_shapes
 from osscar.network.model_state import ModelState, PassState
 from osscar.network.modules import fresh
-from osscar.offload.away import Away
+from osscar.offload.activation_offload import ActivationOffload
 from osscar.offload.on_disk import room_beside
 from osscar.preparation.failures import batch_named
 from osscar.preparation.linear_maps import linear_maps
@@ -238,11 +238,13 @@ class Walk:
     def _coroutine(self, index: int, *, dense: bool) -> Coroutine:
         batch, model = self._batches[index], self._prepared.model
 
-        def run() -> object:
-            return model(**fresh(batch))
+        offload = ActivationOffload(batch) if self._prepared.waiting_on_disk else None
 
-        away = Away(model, batch) if self._prepared.waiting_on_disk else None
-        return Coroutine(index, dense, run, self._scratch, Keeper(self._places), away)
+        def run() -> object:
+            with offload or nullcontext():
+                return model(**fresh(batch))
+
+        return Coroutine(index, dense, run, self._scratch, Keeper(self._places), offload)
 
     def _measure(self, call: int, grams: Sequence[GramAccumulator]) -> None:
         """Let each batch arrive at a call, and add up what it brings."""

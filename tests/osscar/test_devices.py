@@ -19,7 +19,8 @@ from osscar.base.errors import OptionError, RequestError
 from osscar.checkpoint.streamed import read_streamed
 from osscar.models import language
 from osscar.network.modules import device_of
-from osscar.offload import away, on_disk, places, sources
+from osscar.offload import activation_offload, on_disk, places, sources
+from osscar.offload.activation_offload import ActivationOffload
 from osscar.offload.device_memory import ProcessMemory, memory_of
 from osscar.offload.on_disk import OnDisk, is_on_disk, shelf_of
 from osscar.offload.pieces import PinnedPieces, pieces_to
@@ -48,7 +49,7 @@ def card(monkeypatch):
             return trace(*args, **options)
 
     monkeypatch.setattr(opening.graph, "trace", apart)
-    for reader in (places, away):
+    for reader in (places, activation_offload):
         monkeypatch.setattr(reader, "is_host", lambda device: False)
     return card
 
@@ -218,13 +219,13 @@ def test_what_is_done_to_values_on_disk_is_done_on_the_card(card, tmp_path):
 
 @pytest.mark.parametrize("target", ["weights", "residual"])
 def test_batches_that_wait_on_disk_come_back_to_where_they_were(target, card, monkeypatch):
-    written, put = [], away.Away.put
+    written, put = [], ActivationOffload.put
 
-    def counted(self, *args):
-        put(self, *args)
+    def counted(self):
+        put(self)
         written.append(self.written_bytes)
 
-    monkeypatch.setattr(away.Away, "put", counted)
+    monkeypatch.setattr(ActivationOffload, "put", counted)
     with card.watched():
         model = on(card, tiny("qwen2"))
         with opening.prepare(model, tokens(), batch_size=3) as ready:

@@ -37,7 +37,7 @@ from osscar.models.language import DEMO_DIRECTORY
 from osscar.models.load import fitting_memory
 from osscar.offload import sources
 from osscar.offload.abreast import abreast
-from osscar.offload.away import Away
+from osscar.offload.activation_offload import ActivationOffload
 from osscar.offload.on_disk import OnDisk, is_on_disk, shelf_of
 from osscar.offload.places import Cast, Place, Selected, Slice
 from osscar.offload.shelf import Shelf
@@ -362,13 +362,13 @@ def test_room_is_made_for_what_is_scored():
 @pytest.mark.parametrize("family", ["opt", "llama-gqa", "gpt2", "qwen3"])
 @pytest.mark.parametrize("target", list(Target))
 def test_batches_that_wait_on_disk_bring_the_same(family, target, monkeypatch):
-    written, put = [], Away.put
+    written, put = [], ActivationOffload.put
 
-    def counted(self, *args):
-        put(self, *args)
+    def counted(self):
+        put(self)
         written.append(self.written_bytes)
 
-    monkeypatch.setattr(Away, "put", counted)
+    monkeypatch.setattr(ActivationOffload, "put", counted)
     batch, width, floats = 3 * 24, 48, 4
 
     def walked(waiting_on_disk):
