@@ -7,7 +7,6 @@ the run is on, and need not know which it is.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 
@@ -16,12 +15,14 @@ from osscar.base.errors import OptionError
 from osscar.base.launch import neighbours
 
 
-class DeviceMemory(Protocol):
-    """The memory that a limit is about."""
+@dataclass(frozen=True)
+class DeviceMemory:
+    """The memory that a limit is about: that of the process, for what runs on the CPU."""
 
     @property
     def other_holders(self) -> str:
         """What has memory there besides the run's weights, in words that follow "for"."""
+        return "the program"
 
     def held(self) -> int:
         """Return how many bytes this process has.
@@ -31,15 +32,19 @@ class DeviceMemory(Protocol):
         OptionError
             If the system does not tell.
         """
+        return memory.resident_memory()
 
     def peak(self) -> int | None:
         """Return the most bytes it has had; None where the system does not tell."""
+        return memory.peak_memory()
 
     def available(self) -> int | None:
         """Return how many bytes are there for this process, or None where the system does not tell.
 
         What is free is shared out among the processes of this launch that use the same memory.
         """
+        found = memory.available_memory()
+        return None if found is None else found // neighbours()
 
     def excess(self, needed: int, ceiling: int) -> int:
         """Return by how many bytes a limit would be exceeded with so many more; below 0 if it fits.
@@ -49,44 +54,15 @@ class DeviceMemory(Protocol):
         OptionError
             If the system does not tell.
         """
-
-    def give_back(self) -> None:
-        """Give memory that was freed back, where the allocator keeps it."""
-
-
-@dataclass(frozen=True)
-class ProcessMemory:
-    """That of the process, for what runs on the CPU."""
-
-    @property
-    def other_holders(self) -> str:
-        """Python and torch, above all."""
-        return "the program"
-
-    def held(self) -> int:
-        """Return how many bytes the process has in memory."""
-        return memory.resident_memory()
-
-    def peak(self) -> int | None:
-        """Return the most it has had."""
-        return memory.peak_memory()
-
-    def available(self) -> int | None:
-        """Return its share of what is free on this machine."""
-        found = memory.available_memory()
-        return None if found is None else found // neighbours()
-
-    def excess(self, needed: int, ceiling: int) -> int:
-        """Return by how many bytes the process would exceed a limit."""
         return self.held() + needed - ceiling
 
     def give_back(self) -> None:
-        """Give back what the C library keeps."""
+        """Give memory that was freed back, where the allocator keeps it."""
         memory.give_back()
 
 
 @dataclass(frozen=True)
-class CardMemory:
+class CardMemory(DeviceMemory):
     """That of a graphics card, as far as this process has reserved it.
 
     What CUDA itself takes for a process, some hundred MB, is not reserved by torch, nor counted.
@@ -146,7 +122,7 @@ def memory_of(device: torch.device) -> DeviceMemory:
         If nothing is known of such a device.
     """
     if device.type == "cpu":
-        return ProcessMemory()
+        return DeviceMemory()
     if device.type == "cuda":
         return CardMemory(numbered(device))
     raise OptionError(

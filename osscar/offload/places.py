@@ -6,27 +6,16 @@ import hashlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from osscar.base.devices import is_host
 from osscar.base.errors import FileError, NonFiniteError
-from osscar.offload.pieces import pieces_to
 from osscar.offload.sources import PIECE, Source, Stamp, as_bytes
 
 # ---- where values are, and what becomes of them ------------------------------------------
-
-
-class Step(Protocol):
-    """Something that is done to values after they are read."""
-
-    def shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Return the shape of what is made of values of a shape."""
-
-    def apply(self, values: Tensor) -> Tensor:
-        """Return what is made of values, which may be written to."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +64,48 @@ class Filled:
     def apply(self, values: Tensor) -> Tensor:
         """Return the values, zero there."""
         return values.index_fill_(self.dim, self.index.to(values.device), 0.0)
+
+
+Step: TypeAlias = Cast | Selected | Filled
+"""What is done to values after they are read; they may be written to."""
+
+
+class StagingBuffers:
+    """Memory of the host that the pieces of a file pass through on their way to a device.
+
+    Of those to a card, one is read while the last is still being copied: two are enough, and no
+    more are held, however much the card has to do before it copies them.
+
+    Parameters
+    ----------
+    numbers
+        The most of a piece.
+    dtype
+        Their number format.
+    device
+        Where they go.
+    """
+
+    def __init__(self, numbers: int, dtype: torch.dtype, device: torch.device) -> None:
+        self._device, self._turn, pinned = device, 0, device.type == "cuda"
+        self._buffers = [
+            torch.empty(numbers, dtype=dtype, pin_memory=pinned) for _ in range(1 + pinned)
+        ]
+        self._copied = [torch.cuda.Event() for _ in range(2 * pinned)]  # type: ignore[no-untyped-call]
+
+    def next(self, count: int) -> Tensor:
+        """Return where the next piece, of so many numbers, is to be read to."""
+        self._turn = (self._turn + 1) % len(self._buffers)
+        if self._copied:
+            self._copied[self._turn].synchronize()
+        return self._buffers[self._turn][:count]
+
+    def sent(self, piece: Tensor) -> Tensor:
+        """Return a piece that was read, on the device, where its copy comes before all else."""
+        there = piece.to(self._device, non_blocking=True)
+        if self._copied:
+            self._copied[self._turn].record(torch.cuda.current_stream(self._device))
+        return there
 
 
 @dataclass(eq=False)
@@ -138,16 +169,16 @@ class Slice:
         if is_host(device) and not casts:
             self._pass(lambda begin, count: into[begin : begin + count], lambda *_: None)
             return values
-        pieces = pieces_to(self._step, self.stored, device)
+        buffers = StagingBuffers(self._step, self.stored, device)
 
         def store(begin: int, piece: Tensor) -> None:
             count = len(piece)
-            piece = pieces.sent(piece)
+            piece = buffers.sent(piece)
             for cast in casts:
                 piece = cast.apply(piece)
             into[begin : begin + count] = piece
 
-        self._pass(lambda _, count: pieces.room(count), store)
+        self._pass(lambda _, count: buffers.next(count), store)
         return values
 
     def read_rows(self, rows: Tensor, casts: Sequence[Cast], device: torch.device) -> Tensor | None:

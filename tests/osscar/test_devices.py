@@ -21,10 +21,9 @@ from osscar.models import language
 from osscar.network.modules import device_of
 from osscar.offload import activation_offload, on_disk, places, sources
 from osscar.offload.activation_offload import ActivationOffload
-from osscar.offload.device_memory import ProcessMemory, memory_of
+from osscar.offload.device_memory import DeviceMemory, memory_of
 from osscar.offload.on_disk import OnDisk, is_on_disk, shelf_of
-from osscar.offload.pieces import PinnedPieces, pieces_to
-from osscar.offload.places import Filled, Place
+from osscar.offload.places import Filled, Place, StagingBuffers
 from osscar.offload.shelf import Shelf
 from osscar.preparation import prepare as opening
 from osscar.pruning.prune import prune_as_asked
@@ -155,7 +154,7 @@ STREAMED = [
 ]
 
 
-class Full(ProcessMemory):
+class Full(DeviceMemory):
     """Memory in which nothing can be kept."""
 
     def excess(self, needed, ceiling):
@@ -325,12 +324,11 @@ def test_no_piece_is_written_over_before_it_has_been_copied(monkeypatch):
     monkeypatch.setattr(torch, "empty", pinned)
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
-    pieces = pieces_to(4, torch.float32, CARD)
-    assert isinstance(pieces, PinnedPieces)
+    pieces = StagingBuffers(4, torch.float32, CARD)
     pieces._device = torch.device("cpu")
     rooms = []
     for _ in range(3):
-        rooms.append(pieces.room(3).data_ptr())
+        rooms.append(pieces.next(3).data_ptr())
         pieces.sent(pieces._buffers[pieces._turn])
     assert rooms[0] == rooms[2] != rooms[1]
     one, other = [("waited for", 1), ("copied", 1)], [("waited for", 0), ("copied", 0)]
