@@ -32,7 +32,6 @@ from benchmarks.robustness.checkpoints import (
     header,
     index,
     manifest,
-    report,
     tokenizer,
     weights,
 )
@@ -54,7 +53,6 @@ KINDS: dict[str, tuple[str, Act]] = {
     "weights": ("tensors of other shapes and numbers", weights),
     "index": ("index of several weight files", index),
     "manifest": ("osscar.json and plans", manifest),
-    "report": ("osscar_report.json of 0.1.0", report),
     "study": ("directories of studies", study),
     "problem": ("problem files", problem),
     "pictures": ("images and .npz", pictures),

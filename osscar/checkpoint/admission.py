@@ -12,7 +12,7 @@ import re
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -351,10 +351,15 @@ def stored_in(path: Path) -> dict[str, Stored] | None:
         raise CheckpointError(f"the weights cannot be read: {error}; get them anew") from error
 
 
-def check_size(
-    build: Callable[[], nn.Module], stored: Mapping[str, Stored], path: Path, *, pruned: bool
+def structure(
+    build: Callable[[], nn.Module],
+    stored: Mapping[str, Stored],
+    path: Path,
+    *,
+    pruned: bool,
+    computed: bool = False,
 ) -> nn.Module:
-    """Build a model without memory, and refuse one that is much more than its weights.
+    """Build a model without memory for its weights, and refuse one that is much more than these.
 
     Parameters
     ----------
@@ -366,11 +371,13 @@ def check_size(
         Of the checkpoint.
     pruned
         Whether the weights are those of a smaller model than this.
+    computed
+        Whether what the model computes, such as rotary frequencies, has values.
 
     Returns
     -------
     nn.Module
-        The model, on the device 'meta'.
+        The model; what waits for weights is on the device 'meta', or all of it.
 
     Raises
     ------
@@ -379,37 +386,11 @@ def check_size(
     """
     times = _MOST_CUT if pruned else 1
     try:
-        try:
-            model = _Budget(stored, times).built(build, torch.device("meta"))
-        except NotImplementedError:  # RegNet computes its widths with tensors, which need values
-            model = _Budget(stored, times).built(build, EmptyOnMeta())
-    except _TooMuchError as error:
-        raise CheckpointError(f"{path} is not a checkpoint that can be read: {error}") from error
-    return model
-
-
-def structure(
-    build: Callable[[], nn.Module], stored: Mapping[str, Stored], path: Path, *, pruned: bool
-) -> nn.Module:
-    """Build a model of which only what is computed has values, as `check_size` does.
-
-    Parameters
-    ----------
-    build, stored, path, pruned
-        As `check_size` takes them.
-
-    Returns
-    -------
-    nn.Module
-        The model; what waits for weights is on the device 'meta'.
-
-    Raises
-    ------
-    CheckpointError
-        If it is too much, saying of what.
-    """
-    try:
-        return _Budget(stored, _MOST_CUT if pruned else 1).built(build, EmptyOnMeta())
+        if not computed:
+            # RegNet computes its widths with tensors, which need values.
+            with suppress(NotImplementedError):
+                return _Budget(stored, times).built(build, torch.device("meta"))
+        return _Budget(stored, times).built(build, EmptyOnMeta())
     except _TooMuchError as error:
         raise CheckpointError(f"{path} is not a checkpoint that can be read: {error}") from error
 

@@ -22,15 +22,17 @@ from transformers.models.auto import modeling_auto
 
 from graph.groups import UnitKind
 from osscar.checkpoint import modeling_pruned
-from osscar.checkpoint.builders import DESCRIPTION_ERRORS
 from osscar.checkpoint.hf_config import (
     CODE,
     COUNTS,
+    DESCRIPTION_ERRORS,
     HEAD_FIELDS,
     LENIENT,
     SHAPES,
     WIDTH_FIELDS,
     WIDTHS,
+    built,
+    shapes_of,
 )
 from osscar.shrinking.plan import GroupPlan, PruningPlan
 
@@ -86,16 +88,6 @@ def read_any_shape(path: Path, name: str) -> nn.Module:
         path, dtype=torch.float32, use_safetensors=True, local_files_only=True
     )
     return model.eval()
-
-
-def built(kind: Any, config: Any) -> nn.Module | None:
-    """Build a model without memory for its weights; None if the library does not."""
-    try:
-        with torch.device("meta"):
-            model: nn.Module = kind(copy.deepcopy(config))
-    except DESCRIPTION_ERRORS:
-        return None
-    return model
 
 
 def _auto_map(model: PreTrainedModel) -> Iterator[tuple[str, str]]:
@@ -225,11 +217,10 @@ def _widths(
             return {}
         own = widths.setdefault(index, {})
         own.update(_narrower(config, group, own))
-    built = [_layer(type(old), config, widths.get(i, {}), i) for i, old in enumerate(layers)]
-    if any(
-        new is None or _shapes(new) != _shapes(old) for new, old in zip(built, layers, strict=True)
-    ):
-        return {}
+    for index, old in enumerate(layers):
+        new = _layer(type(old), config, widths.get(index, {}), index)
+        if new is None or shapes_of(new) != shapes_of(old):
+            return {}
     return {str(index): own for index, own in sorted(widths.items()) if own}
 
 
@@ -285,13 +276,4 @@ def _layer(kind: Any, config: Any, own: Mapping[str, int], index: int) -> nn.Mod
     config = copy.deepcopy(config)
     for name, value in own.items():
         setattr(config, name, value)
-    try:
-        with torch.device("meta"):
-            layer: nn.Module = kind(config, layer_idx=index)
-    except DESCRIPTION_ERRORS:
-        return None
-    return layer
-
-
-def _shapes(module: nn.Module) -> dict[str, torch.Size]:
-    return {name: tensor.shape for name, tensor in module.state_dict().items()}
+    return built(kind, config, layer_idx=index)

@@ -13,48 +13,20 @@ import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, TypeAlias
 
 import torch
 import transformers
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.core_model_loading import build_glob_alternation
 from transformers.initialization import no_init_weights
 
 from osscar.base.errors import CheckpointError, MissingDependency
-from osscar.checkpoint.admission import check_config, check_size, check_tensors, stored_in
+from osscar.checkpoint.admission import check_config, check_tensors, stored_in, structure
 from osscar.checkpoint.hf_config import dense_config, is_any_shape
 from osscar.shrinking.lineage import Origin, Scalar, lineage_of, note
 from osscar.shrinking.program.program import ProgramModule
-
-DESCRIPTION_ERRORS = (
-    *(OSError, ValueError, TypeError, AttributeError, StrictDataclassError, SafetensorError),
-    *(ArithmeticError, LookupError, AssertionError, ImportError, RuntimeError, MemoryError),
-)
-"""What libraries raise when a description of a model makes no sense to them."""
-
-
-class Builder(Protocol):
-    """Builds a dense model."""
-
-    def build(self, dtype: torch.dtype | None = None) -> nn.Module:
-        """Return the dense model; what its weights are does not matter.
-
-        Parameters
-        ----------
-        dtype
-            Number format; by default that of the description.
-        """
-
-    def write(self, model: nn.Module, path: Path) -> None:
-        """Write what `origin` does not hold into the directory of a checkpoint."""
-
-    @property
-    def origin(self) -> Origin:
-        """A description that `read_builder` understands."""
 
 
 @dataclass(frozen=True)
@@ -151,7 +123,7 @@ class TransformersOrigin:
         stored = stored_in(path)
         if stored is not None:  # else whoever loads them will say so
             own = dataclasses.replace(self, config=copy.deepcopy(self.config))
-            check_tensors(check_size(own.build, stored, path, pruned=False), stored, path)
+            check_tensors(structure(own.build, stored, path, pruned=False), stored, path)
 
     def build(self, dtype: torch.dtype | None = None) -> PreTrainedModel:
         """Build the model without filling its weights.
@@ -254,6 +226,10 @@ class TorchvisionOrigin:
     def origin(self) -> Origin:
         """Library, name and options."""
         return Origin(self.library, self.name, self.options)
+
+
+Builder: TypeAlias = TransformersOrigin | TorchvisionOrigin
+"""Builds a dense model, and writes what its `origin` does not hold into a checkpoint."""
 
 
 def builder_of(model: nn.Module) -> Builder | None:

@@ -37,20 +37,18 @@ from osscar.base.files import system_errors, write_json, write_text
 from osscar.base.inputs import file_name, shown
 from osscar.base.memory import let_shortage_pass
 from osscar.checkpoint.admission import (
-    check_size,
     check_tensors,
     check_unchanged,
     config_fields,
     stored_in,
+    structure,
 )
 from osscar.checkpoint.any_shape import (
     MODELLING_FILE,
     any_shape_config,
-    built,
     read_any_shape,
 )
 from osscar.checkpoint.builders import (
-    DESCRIPTION_ERRORS,
     Builder,
     TransformersOrigin,
     builder_of,
@@ -58,7 +56,13 @@ from osscar.checkpoint.builders import (
 )
 from osscar.checkpoint.first_pass import check_runs, vocabulary_of
 from osscar.checkpoint.formats import Saving, cast
-from osscar.checkpoint.hf_config import adopt_config, is_any_shape, stock_config
+from osscar.checkpoint.hf_config import (
+    DESCRIPTION_ERRORS,
+    adopt_config,
+    built,
+    is_any_shape,
+    stock_config,
+)
 from osscar.checkpoint.manifest import (
     MANIFEST_FILE,
     PAGE_FILE,
@@ -424,7 +428,7 @@ def _dense(
             "it: osscar.load(directory, dense=model)"
         )
     try:
-        check_size(origin.build, stored, path, pruned=True)
+        structure(origin.build, stored, path, pruned=True)
         return origin.build(dtype)
     except OsscarError:
         raise

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from osscar.checkpoint.admission import EmptyOnMeta
-from osscar.checkpoint.builders import DESCRIPTION_ERRORS, TransformersOrigin, builder_of
+from osscar.checkpoint.builders import TransformersOrigin, builder_of
+from osscar.checkpoint.hf_config import DESCRIPTION_ERRORS
 from osscar.network.modules import number_format
 from osscar.shrinking.lineage import stored_dtype
 from osscar.shrinking.program.program import ProgramModule

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -45,6 +46,28 @@ CODE = "auto_map"
 """What `osscar.checkpoint.any_shape` adds to the config of a dense model."""
 
 
+DESCRIPTION_ERRORS = (
+    *(OSError, ValueError, TypeError, AttributeError, StrictDataclassError, SafetensorError),
+    *(ArithmeticError, LookupError, AssertionError, ImportError, RuntimeError, MemoryError),
+)
+"""What libraries raise when a description of a model makes no sense to them."""
+
+
+def built(kind: Any, config: Any, **options: Any) -> nn.Module | None:
+    """Build a model, or a layer, without memory for its weights; None if the library does not."""
+    try:
+        with torch.device("meta"):
+            model: nn.Module = kind(copy.deepcopy(config), **options)
+    except DESCRIPTION_ERRORS:
+        return None
+    return model
+
+
+def shapes_of(model: nn.Module) -> dict[str, torch.Size]:
+    """Return the shape of each tensor of a model's state, by name."""
+    return {name: tensor.shape for name, tensor in model.state_dict().items()}
+
+
 def is_any_shape(config: Any) -> bool:
     """Tell whether a config holds a table of shapes, for `modeling_pruned`."""
     return SHAPES in getattr(config, "__dict__", ())
@@ -72,11 +95,11 @@ def stock_config(model: PreTrainedModel, plans: Sequence[PruningPlan]) -> Any:
         return None
     try:
         config = type(model.config).from_dict({**model.config.to_dict(), **changes})
-        with torch.device("meta"):
-            candidate = type(model)(copy.deepcopy(config))
-    except (StrictDataclassError, ValueError, TypeError, AttributeError, RuntimeError):
+    except DESCRIPTION_ERRORS:
         return None  # the family says itself that it cannot express these sizes
-    return config if _shapes(candidate) == _shapes(model) else None
+    candidate = built(type(model), config)
+    expressed = candidate is not None and shapes_of(candidate) == shapes_of(model)
+    return config if expressed else None
 
 
 def adopt_config(model: PreTrainedModel) -> None:
@@ -151,7 +174,3 @@ def _change_widths(config: Any, neurons: Sequence[GroupPlan], changes: dict[str,
     if len(widths) == 1 and getattr(config, "n_inner", 0) is None:
         (changes["n_inner"],) = widths.values()  # GPT-2 derives its width where none is given
     return True
-
-
-def _shapes(model: nn.Module) -> dict[str, torch.Size]:
-    return {name: tensor.shape for name, tensor in model.state_dict().items()}

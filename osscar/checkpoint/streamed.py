@@ -31,7 +31,8 @@ from osscar.checkpoint.admission import (
     stored_in,
     structure,
 )
-from osscar.checkpoint.builders import DESCRIPTION_ERRORS, TransformersOrigin, read_builder
+from osscar.checkpoint.builders import TransformersOrigin, read_builder
+from osscar.checkpoint.hf_config import DESCRIPTION_ERRORS
 from osscar.checkpoint.manifest import Manifest, read_manifest
 from osscar.checkpoint.stored import Stored, read_stored
 from osscar.offload.on_disk import OnDisk, values_of
@@ -118,14 +119,14 @@ def _structure(
         origin = TransformersOrigin.of_directory(path)
         origin.check_stock(path)
         build = partial(origin.build, dtype or number_format_of(origin.config, stored))
-        return structure(build, stored, path, pruned=False)
+        return structure(build, stored, path, pruned=False, computed=True)
     builder = read_builder(manifest.lineage.origin, path)
     if not isinstance(builder, TransformersOrigin):
         raise CheckpointError(
             f"{path} holds no model of transformers, and no other is read from disk; {_ELSEWHERE}"
         )
     build = partial(builder.build, dtype or number_format_of(builder.config, stored))
-    model = structure(build, stored, path, pruned=True)
+    model = structure(build, stored, path, pruned=True, computed=True)
     for plan in manifest.lineage.plans:
         slice_units(model, plan)
     return model
@@ -143,7 +144,7 @@ def read_any_shape_streamed(path: Path, name: str, shelf: Shelf) -> nn.Module:
     config = kind.config_class.from_pretrained(path, local_files_only=True)
     stored = read_stored(path)
     build = partial(TransformersOrigin(kind, config).build, torch.float32)
-    model = structure(build, stored, path, pruned=True)
+    model = structure(build, stored, path, pruned=True, computed=True)
     check_tensors(model, stored, path)
     fill_from_disk(model, stored, path, shelf)
     return model.to(shelf.device).eval()

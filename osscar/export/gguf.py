@@ -24,18 +24,15 @@ import torch
 from torch import Tensor
 
 from osscar.base.errors import (
-    CheckpointError,
     EquivalenceError,
     MissingDependency,
     ModelError,
     OptionError,
-    OutputError,
 )
-from osscar.base.files import atomic_write, reason_of, resolved
-from osscar.base.inputs import file_name
+from osscar.base.files import atomic_write
 from osscar.checkpoint.directory import load
-from osscar.checkpoint.manifest import is_checkpoint
 from osscar.export.gguf_tokens import Vocabulary, add_value, read_vocabulary
+from osscar.export.target import checked_target, checkpoint_directory
 
 FORMATS = ("f32", "f16", "bf16")
 """Number formats of the matrices; vectors are float32 always, as llama.cpp wants them."""
@@ -109,27 +106,15 @@ def export_gguf(
     if dtype not in FORMATS:
         raise OptionError(f"the number format is {dtype!r:.60}; give one of {', '.join(FORMATS)}")
     library = _library()
-    source = Path(_named(directory)).expanduser()
-    if not source.is_dir() or not is_checkpoint(source):
-        raise CheckpointError(
-            f"{str(directory)!r} is no directory with a checkpoint; give one that `osscar prune` "
-            "wrote, or one of a model of transformers"
-        )
-    name = source.resolve().name
-    target = source.resolve().with_name(f"{name}-{dtype}.gguf") if out is None else resolved(out)
-    _check_target(target, overwrite)
+    source = checkpoint_directory(directory)
+    given = source.with_name(f"{source.name}-{dtype}.gguf") if out is None else out
+    target = checked_target(given, "GGUF", _is_gguf, overwrite=overwrite)
     graph = Graph(load(source), dtype, library)
     vocabulary = read_vocabulary(source, graph.config.vocab_size)
     with atomic_write(target) as partial:
-        _write(partial, name, graph, vocabulary)
+        _write(partial, source.name, graph, vocabulary)
         _check_written(partial, graph, vocabulary)
     return Exported(target, graph.architecture, dtype, target.stat().st_size)
-
-
-def _named(directory: object) -> str:
-    """Return the name of the directory; a model has to be saved before it can be exported."""
-    example = "the directory of a checkpoint, such as result.save(directory).path"
-    return file_name(directory, "the checkpoint", example)
 
 
 def _library() -> Any:
@@ -142,24 +127,9 @@ def _library() -> Any:
         ) from error
 
 
-def _check_target(target: Path, overwrite: bool) -> None:
-    """Refuse a file that must not be replaced or cannot be written, before any work is done."""
-    try:
-        if target.is_dir():
-            raise OutputError(f"{target} is a directory; give a file")
-        if not target.parent.is_dir():
-            raise OutputError(f"cannot write {target}: {target.parent} is no directory")
-        if target.exists():
-            if not overwrite:
-                raise OutputError(
-                    f"{target} is there already; give another, or --overwrite "
-                    "(overwrite=True in Python)"
-                )
-            with target.open("rb") as file:
-                if file.read(len(_MAGIC)) != _MAGIC:
-                    raise OutputError(f"{target} is no GGUF file, and would be lost; give another")
-    except OSError as error:
-        raise OutputError(f"cannot write {target}: {reason_of(error)}") from error
+def _is_gguf(file: Path) -> bool:
+    with file.open("rb") as opened:
+        return opened.read(len(_MAGIC)) == _MAGIC
 
 
 # ---- the graph ---------------------------------------------------------------------------

@@ -15,9 +15,10 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from graph.tracing.export import varies
-from osscar.base.errors import CheckpointError, ModelError, OutputError
-from osscar.base.files import atomic_write, resolved
+from osscar.base.errors import ModelError, OutputError
+from osscar.base.files import atomic_write
 from osscar.checkpoint.directory import load
+from osscar.export.target import checked_target, checkpoint_directory
 from osscar.network.modules import check_module
 from osscar.shrinking.equivalence import prove_equal
 from osscar.shrinking.program.program import ProgramModule, example_of, exported
@@ -71,8 +72,12 @@ def export_pt2(
     EquivalenceError
         If what was read back does not compute the same; the file is not there then.
     """
-    target = _target(model, out)
-    _check_target(target, overwrite)
+    if out is None and isinstance(model, nn.Module):
+        raise OutputError("a model in memory has no place of its own; give the file (out=)")
+    if out is None:
+        source = checkpoint_directory(model)
+        out = source.with_name(f"{source.name}.pt2")
+    target = checked_target(out, ".pt2", lambda file: file.suffix == ".pt2", overwrite=overwrite)
     read = model if isinstance(model, nn.Module) else load(model, dense=dense)
     check_module(read)
     if not isinstance(read, ProgramModule):
@@ -84,10 +89,10 @@ def export_pt2(
     with torch.no_grad():
         expected = pytree.tree_leaves(read(**example))
     with atomic_write(target) as partial:
-        with partial.open("wb") as file:
-            torch.export.save(program, file)
-        with partial.open("rb") as file, torch.no_grad():
-            again = torch.export.load(file).module()
+        with partial.open("wb") as archive:
+            torch.export.save(program, archive)
+        with partial.open("rb") as written, torch.no_grad():
+            again = torch.export.load(written).module()
             found = pytree.tree_leaves(again(**example))
         prove_equal(expected, found, names=("the program", "the archive that was read back"))
     return ExportedArchive(target, target.stat().st_size, _input_shapes(program, example))
@@ -103,28 +108,3 @@ def _input_shapes(
         name: tuple(-1 if varies(size) else int(size) for size in shapes[str(given)])
         for name, given in pairs
     }
-
-
-def _target(model: nn.Module | str | os.PathLike[str], out: str | os.PathLike[str] | None) -> Path:
-    if out is not None:
-        return resolved(out)
-    if isinstance(model, nn.Module):
-        raise OutputError("a model in memory has no place of its own; give the file (out=)")
-    source = Path(model).expanduser()
-    if not source.is_dir():
-        raise CheckpointError(f"{str(model)!r} is no directory with a checkpoint")
-    return source.resolve().with_name(f"{source.resolve().name}.pt2")
-
-
-def _check_target(target: Path, overwrite: bool) -> None:
-    """Refuse a file that must not be replaced, before any work is done."""
-    if target.is_dir():
-        raise OutputError(f"{target} is a directory; give a file")
-    if not target.parent.is_dir():
-        raise OutputError(f"cannot write {target}: {target.parent} is no directory")
-    if target.exists() and not overwrite:
-        raise OutputError(
-            f"{target} is there already; give another, or --overwrite (overwrite=True in Python)"
-        )
-    if target.exists() and target.suffix != ".pt2":
-        raise OutputError(f"{target} is no .pt2 file, and would be lost; give another")

@@ -14,7 +14,7 @@ from transformers import GPTJConfig, GPTJForCausalLM, MixtralConfig, MixtralForC
 
 import osscar
 from osscar.base.errors import CheckpointError, FileError, ModelError, NonFiniteError
-from osscar.checkpoint.admission import check_size
+from osscar.checkpoint.admission import structure
 from osscar.checkpoint.builders import TorchvisionOrigin
 from osscar.checkpoint.stored import Stored, read_header, read_stored
 from osscar.models.language import DEMO_DIRECTORY
@@ -165,10 +165,10 @@ def test_a_model_that_nobody_could_hold(tmp_path, name):
     pytest.importorskip("torchvision", reason="needs the extra osscar[vision]")
     weights = {"a": Stored("F32", (1000, 1000))}
     built = TorchvisionOrigin(name)
-    assert check_size(built.build, weights, tmp_path, pruned=True).training
+    assert structure(built.build, weights, tmp_path, pruned=True).training
     built = TorchvisionOrigin(name, {"num_classes": 10**11})
     with pytest.raises(CheckpointError, match=r"a 'weight' of \w+ of \(100000000000,"):
-        check_size(built.build, weights, tmp_path, pruned=True)
+        structure(built.build, weights, tmp_path, pruned=True)
 
 
 # ---- sorts of numbers ----------------------------------------------------------------------------

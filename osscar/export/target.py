@@ -1,0 +1,68 @@
+"""Where an exported file goes, and what may be replaced there."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from osscar.base.errors import CheckpointError, OutputError
+from osscar.base.files import reason_of, resolved
+from osscar.base.inputs import file_name
+
+
+def checkpoint_directory(directory: object) -> Path:
+    """Return the directory of a checkpoint; a model has to be saved before it can be exported.
+
+    Raises
+    ------
+    OptionError, CheckpointError
+        If it is no name, or there is no such directory.
+    """
+    example = "the directory of a checkpoint, such as result.save(directory).path"
+    source = Path(file_name(directory, "the checkpoint", example)).expanduser()
+    if not source.is_dir():
+        raise CheckpointError(
+            f"{str(directory)!r} is no directory with a checkpoint; give one that `osscar prune` "
+            "wrote, or one of a model of transformers"
+        )
+    return source.resolve()
+
+
+def checked_target(
+    out: str | os.PathLike[str], sort: str, is_one: Callable[[Path], bool], *, overwrite: bool
+) -> Path:
+    """Return the file to write, before any work is done.
+
+    Parameters
+    ----------
+    out
+        Its name.
+    sort
+        What files are called that may be replaced, such as ``GGUF``.
+    is_one
+        Whether a file is one of them.
+    overwrite
+        Whether to replace one.
+
+    Raises
+    ------
+    OutputError
+        If it must not be replaced or cannot be written.
+    """
+    target = resolved(out)
+    try:
+        if target.is_dir():
+            raise OutputError(f"{target} is a directory; give a file")
+        if not target.parent.is_dir():
+            raise OutputError(f"cannot write {target}: {target.parent} is no directory")
+        if target.exists() and not overwrite:
+            raise OutputError(
+                f"{target} is there already; give another, or --overwrite (overwrite=True in "
+                "Python)"
+            )
+        if target.exists() and not is_one(target):
+            raise OutputError(f"{target} is no {sort} file, and would be lost; give another")
+    except OSError as error:
+        raise OutputError(f"cannot write {target}: {reason_of(error)}") from error
+    return target
