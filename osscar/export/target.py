@@ -9,6 +9,7 @@ from pathlib import Path
 from osscar.base.errors import CheckpointError, OutputError
 from osscar.base.files import reason_of, resolved
 from osscar.base.inputs import file_name
+from osscar.checkpoint.manifest import is_checkpoint
 
 
 def checkpoint_directory(directory: object) -> Path:
@@ -21,7 +22,7 @@ def checkpoint_directory(directory: object) -> Path:
     """
     example = "the directory of a checkpoint, such as result.save(directory).path"
     source = Path(file_name(directory, "the checkpoint", example)).expanduser()
-    if not source.is_dir():
+    if not source.is_dir() or not is_checkpoint(source):
         raise CheckpointError(
             f"{str(directory)!r} is no directory with a checkpoint; give one that `osscar prune` "
             "wrote, or one of a model of transformers"

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -42,9 +44,8 @@ from osscar.base.errors import (
     OutputError,
 )
 from osscar.checkpoint.directory import save
-from osscar.export.gguf import export_gguf
-from osscar.export.gguf_tokens import _LLAMA_3
-from osscar.models.language import DEMO_DIRECTORY
+from osscar.export.gguf import Graph, export_gguf
+from osscar.export.gguf_tokens import _LLAMA_3, read_vocabulary
 from tests.docs.json_schema import missing, undescribed
 from tests.osscar.llama_cpp import Engine
 
@@ -149,6 +150,18 @@ def uneven(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return checkpoint(place, built(CONFIGS["llama"], GROUPS["deci"]))
 
 
+@pytest.fixture(scope="module")
+def even(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model whose layers are alike, with no tokenizer."""
+    return save(built(CONFIGS["llama"], {}), tmp_path_factory.mktemp("even") / "small").path
+
+
+def with_tokenizer(place: Path, directory: Path, words: Any) -> Path:
+    there = Path(shutil.copytree(directory, place / "small"))
+    words.save_pretrained(there)
+    return there
+
+
 @pytest.mark.sampled(4)
 @pytest.mark.parametrize("architecture", GROUPS)
 @pytest.mark.parametrize("name", CONFIGS)
@@ -178,17 +191,6 @@ def test_half_precision_is_close(dtype: str, uneven: Path, tmp_path: Path) -> No
     torch.testing.assert_close(found, expected, rtol=0, atol=0.1)
 
 
-@pytest.mark.parametrize("begins", [False, True])
-@pytest.mark.parametrize("name", SPLITS)
-def test_llama_cpp_splits_text_as_the_tokenizer_does(
-    name: str, begins: bool, tmp_path: Path
-) -> None:
-    words = tokenizer(SPLITS[name], begins=begins, ignore_merges=name == "llama-bpe")
-    written = export_gguf(checkpoint(tmp_path, built(CONFIGS["llama"], {}), words), dtype="f32")
-    assert field(written.path, "tokenizer.ggml.pre") == name
-    assert Engine(written.path).tokenize(TEXT) == words(TEXT).input_ids
-
-
 def around(*templates: str) -> Any:
     """What puts tokens around a text."""
     ids = [("<s>", 0), ("</s>", 1)]
@@ -196,30 +198,50 @@ def around(*templates: str) -> Any:
     return processors.Sequence([processors.ByteLevel(trim_offsets=False), *steps])
 
 
-@pytest.mark.parametrize("template", ["$A </s>", "<s> $A </s>"])
-def test_llama_cpp_puts_the_same_tokens_around_a_text(template: str, tmp_path: Path) -> None:
+def ending(template: str) -> PreTrainedTokenizerFast:
     words = tokenizer()
     words.backend_tokenizer.post_processor = around(template)
-    written = export_gguf(checkpoint(tmp_path, built(CONFIGS["llama"], {}), words), dtype="f32")
-    assert words(TEXT).input_ids[-1] == 1
-    assert Engine(written.path).tokenize(TEXT) == words(TEXT).input_ids
+    return words
 
 
-def test_llama_cpp_finds_the_same_added_tokens(tmp_path: Path) -> None:
+def adding(*tokens: Any) -> PreTrainedTokenizerFast:
     words = tokenizer()
-    words.add_tokens(["<toy>", "<toy> ca", "aaa", AddedToken("the", normalized=False)])
-    text = "the cat <toy> cat<toy> dog aaaaa  then <toy>the"
-    written = export_gguf(checkpoint(tmp_path, built(CONFIGS["llama"], {}), words), dtype="f32")
+    words.add_tokens(list(tokens))
+    return words
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        *((tokenizer(s, ignore_merges=n == "llama-bpe"), TEXT) for n, s in SPLITS.items()),
+        (tokenizer(begins=True), TEXT),
+        (ending("$A </s>"), TEXT),
+        (ending("<s> $A </s>"), TEXT),
+        (
+            adding("<toy>", "<toy> ca", "aaa", AddedToken("the", normalized=False)),
+            "the cat <toy> cat<toy> dog aaaaa  then <toy>the",
+        ),
+    ],
+    ids=[*SPLITS, "beginning", "end", "both", "added"],
+)
+def test_llama_cpp_makes_the_same_tokens(words: Any, text: str, even: Path, tmp_path: Path) -> None:
+    written = export_gguf(with_tokenizer(tmp_path, even, words), dtype="f32")
     assert Engine(written.path).tokenize(text) == words(text).input_ids
+
+
+@pytest.mark.parametrize("name", SPLITS)
+def test_ways_of_splitting_have_the_names_of_llama_cpp(name: str, tmp_path: Path) -> None:
+    tokenizer(SPLITS[name], ignore_merges=name == "llama-bpe").save_pretrained(tmp_path)
+    assert read_vocabulary(tmp_path, VOCABULARY).pre == name
 
 
 @pytest.mark.parametrize("name", ["Phi-3-mini", "phi3", "modern-bert"])
 def test_the_name_of_a_directory_does_not_change_how_special_tokens_are_found(
-    name: str, tmp_path: Path
+    name: str, even: Path, tmp_path: Path
 ) -> None:
     words, text = tokenizer(), "a</s>  b<s>  a"
-    saved = save(built(CONFIGS["llama"], {}), tmp_path / name, tokenizer=words)
-    assert Engine(export_gguf(saved.path).path).tokenize(text) == words(text).input_ids
+    directory = with_tokenizer(tmp_path, even, words).rename(tmp_path / name)
+    assert Engine(export_gguf(directory).path).tokenize(text) == words(text).input_ids
 
 
 def field(file: Path, key: str) -> Any:
@@ -249,13 +271,12 @@ def test_what_the_file_says(uneven: Path, tmp_path: Path) -> None:
 def test_of_several_chat_templates_the_file_has_the_default(tmp_path: Path) -> None:
     words = tokenizer()
     words.chat_template = {"default": "{{ messages }}", "tools": "{{ tools }}"}
-    written = export_gguf(checkpoint(tmp_path, built(CONFIGS["llama"], {}), words))
-    assert field(written.path, "tokenizer.chat_template") == "{{ messages }}"
+    words.save_pretrained(tmp_path)
+    assert read_vocabulary(tmp_path, VOCABULARY).template == "{{ messages }}"
 
 
-def test_a_sliding_window_bounds_the_context(tmp_path: Path) -> None:
-    written = export_gguf(checkpoint(tmp_path, built(CONFIGS["mistral"], {})))
-    assert field(written.path, "llama.context_length") == 64
+def test_a_sliding_window_bounds_the_context() -> None:
+    assert Graph(built(CONFIGS["mistral"], {}), "f16", gguf).fields()["context_length"] == 64
 
 
 # ---- refusals ----------------------------------------------------------------------------
@@ -284,124 +305,110 @@ def refused(place: Path, error: type[Exception], match: str, **options: Any) -> 
         ),
     ],
 )
-def test_other_graphs_are_refused_with_the_reason(config: Any, reason: str, tmp_path: Path) -> None:
-    checkpoint(tmp_path, AutoModelForCausalLM.from_config(config))
-    refused(tmp_path, ModelError, reason)
+def test_other_graphs_are_refused_with_the_reason(config: Any, reason: str) -> None:
+    with pytest.raises(ModelError, match=f"llama.cpp cannot run the model: .*{reason}"):
+        Graph(AutoModelForCausalLM.from_config(config), "f16", gguf)
 
 
-def test_the_demo_is_refused() -> None:
-    with pytest.raises(ModelError, match="it is a OPTForCausalLM"):
-        export_gguf(DEMO_DIRECTORY, "demo.gguf")
-
-
-@pytest.mark.parametrize(
-    ("words", "reason"),
-    [
-        (tokenizer([pre_tokenizers.Whitespace()]), "no name for how the tokenizer splits"),
-        (tokenizer([pre_tokenizers.ByteLevel(add_prefix_space=True)]), "no name for how"),
-        (tokenizer(ignore_merges=True), "no name for how"),
-    ],
-)
-def test_tokenizers_without_a_name_are_refused(words: Any, reason: str, tmp_path: Path) -> None:
-    checkpoint(tmp_path, built(CONFIGS["llama"], {}), words)
-    refused(tmp_path, ModelError, reason)
-
-
-def changed(place: Path, words: Any, **changes: Any) -> None:
-    """Save a model with a tokenizer whose file says something else of the merges."""
-    file = checkpoint(place, built(CONFIGS["llama"], {}), words) / "tokenizer.json"
-    content = json.loads(file.read_text())
+def changed(**changes: Any) -> PreTrainedTokenizerFast:
+    """A tokenizer whose file says something else of the merges."""
+    content = json.loads(tokenizer().backend_tokenizer.to_str())
     content["model"].update(changes)
-    file.write_text(json.dumps(content))
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(content)), bos_token="<s>", eos_token="</s>"
+    )
 
 
-@pytest.mark.parametrize(
-    ("changes", "reason"),
-    [
-        ({"end_of_word_suffix": "e"}, "end_of_word_suffix = 'e'"),
-        ({"continuing_subword_prefix": "##", "merges": []}, "continuing_subword_prefix = '##'"),
-        ({"dropout": 0.5}, r"dropout = 0\.5"),
-        ({"unk_token": "<s>"}, "unk_token = '<s>'"),
-        ({"fuse_unk": True}, "fuse_unk = True"),
-        ({"merges": []}, "no merges"),
-    ],
-)
-def test_merges_made_in_other_ways_are_refused_by_name(
-    changes: dict[str, Any], reason: str, tmp_path: Path
-) -> None:
-    changed(tmp_path, tokenizer(), **changes)
-    refused(tmp_path, ModelError, reason)
-
-
-def test_a_tokenizer_that_leaves_characters_out(tmp_path: Path) -> None:
+def lacking(character: str) -> PreTrainedTokenizerFast:
     content = json.loads(tokenizer().backend_tokenizer.to_str())["model"]
-    vocabulary = {"z!" if token == "X" else token: of for token, of in content["vocab"].items()}
-    merges = [pair for pair in content["merges"] if "X" not in "".join(pair)]
-    changed(tmp_path, tokenizer(), vocab=vocabulary, merges=merges)
-    refused(tmp_path, ModelError, "no token 'X'")
+    named = content["vocab"].items()
+    vocabulary = {"z!" if token == character else token: of for token, of in named}
+    merges = [pair for pair in content["merges"] if character not in "".join(pair)]
+    return changed(vocab=vocabulary, merges=merges)
 
 
-@pytest.mark.parametrize(
-    ("processor", "reason"),
-    [
-        (around("<s> <s> $A"), r"\[\[0\], \[0\], 'text'\] around"),
-        (around("</s> $A"), r"\[\[1\], 'text'\] around"),
-        (around("$A <s>"), r"\['text', \[0\]\] around"),
-        (around("$A </s>", "$A </s>"), "twice"),
-        (processors.RobertaProcessing(("</s>", 1), ("<s>", 0)), "RobertaProcessing"),
-    ],
-)
-def test_other_tokens_around_a_text_are_refused(
-    processor: Any, reason: str, tmp_path: Path
-) -> None:
+def processed(processor: Any) -> PreTrainedTokenizerFast:
     words = tokenizer()
     words.backend_tokenizer.post_processor = processor
-    checkpoint(tmp_path, built(CONFIGS["llama"], {}), words)
-    refused(tmp_path, ModelError, reason)
+    return words
+
+
+def normalized(*tokens: Any) -> PreTrainedTokenizerFast:
+    words = tokenizer()
+    words.backend_tokenizer.normalizer = normalizers.NFC()
+    words.add_tokens(list(tokens))
+    return words
 
 
 @pytest.mark.parametrize(
-    ("tokens", "reason"),
+    ("make", "reason"),
     [
-        ([AddedToken("<m>", lstrip=True, rstrip=True)], "'<m>' is lstrip, rstrip"),
-        ([AddedToken("foo", single_word=True)], "'foo' is single_word"),
-        ([AddedToken("e\u0301")], "is normalized"),
-        (["ab", "bcd"], "'ab' and 'bcd' overlap"),
-        ([AddedToken("foo", normalized=False), "a foo"], "'foo' and 'a foo' overlap"),
-        ([AddedToken("oof", normalized=False), "foo"], "'oof' and 'foo' overlap"),
+        (lambda: tokenizer([pre_tokenizers.Whitespace()]), "no name for how the tokenizer splits"),
+        (lambda: tokenizer([pre_tokenizers.ByteLevel(add_prefix_space=True)]), "no name for how"),
+        (lambda: tokenizer(ignore_merges=True), "no name for how"),
+        (
+            lambda: tokenizer(
+                [pre_tokenizers.Split(_LLAMA_3, "isolated"), SPLITS["llama-bpe"][1]],
+                ignore_merges=True,
+            ),
+            "no name for how",  # a pattern that is no expression
+        ),
+        (lambda: changed(end_of_word_suffix="e"), "end_of_word_suffix = 'e'"),
+        (
+            lambda: changed(continuing_subword_prefix="##", merges=[]),
+            "continuing_subword_prefix = '##'",
+        ),
+        (lambda: changed(dropout=0.5), r"dropout = 0\.5"),
+        (lambda: changed(unk_token="<s>"), "unk_token = '<s>'"),
+        (lambda: changed(fuse_unk=True), "fuse_unk = True"),
+        (lambda: changed(merges=[]), "no merges"),
+        (lambda: lacking("X"), "no token 'X'"),
+        (lambda: processed(around("<s> <s> $A")), r"\[\[0\], \[0\], 'text'\] around"),
+        (lambda: processed(around("</s> $A")), r"\[\[1\], 'text'\] around"),
+        (lambda: processed(around("$A <s>")), r"\['text', \[0\]\] around"),
+        (lambda: processed(around("$A </s>", "$A </s>")), "twice"),
+        (
+            lambda: processed(processors.RobertaProcessing(("</s>", 1), ("<s>", 0))),
+            "RobertaProcessing",
+        ),
+        (
+            lambda: normalized(AddedToken("<m>", lstrip=True, rstrip=True)),
+            "'<m>' is lstrip, rstrip",
+        ),
+        (lambda: normalized(AddedToken("foo", single_word=True)), "'foo' is single_word"),
+        (lambda: normalized(AddedToken("e\u0301")), "is normalized"),
+        (lambda: normalized("ab", "bcd"), "'ab' and 'bcd' overlap"),
+        (
+            lambda: normalized(AddedToken("foo", normalized=False), "a foo"),
+            "'foo' and 'a foo' overlap",
+        ),
+        (
+            lambda: normalized(AddedToken("oof", normalized=False), "foo"),
+            "'oof' and 'foo' overlap",
+        ),
     ],
 )
-def test_added_tokens_that_llama_cpp_finds_elsewhere(
-    tokens: list[Any], reason: str, tmp_path: Path
+def test_tokenizers_of_which_llama_cpp_would_make_others_are_refused(
+    make: Callable[[], PreTrainedTokenizerFast], reason: str, tmp_path: Path
 ) -> None:
-    words = tokenizer()
-    words.backend_tokenizer.normalizer = normalizers.NFC()
-    words.add_tokens(tokens)
-    checkpoint(tmp_path, built(CONFIGS["llama"], {}), words)
-    refused(tmp_path, ModelError, reason)
-
-
-def test_a_pattern_that_is_no_expression(tmp_path: Path) -> None:
-    steps = [pre_tokenizers.Split(_LLAMA_3, "isolated"), SPLITS["llama-bpe"][1]]
-    checkpoint(tmp_path, built(CONFIGS["llama"], {}), tokenizer(steps, ignore_merges=True))
-    refused(tmp_path, ModelError, "no name for how")
+    make().save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=reason):
+        read_vocabulary(tmp_path, VOCABULARY)
 
 
 def test_a_chat_template_that_is_no_text(tmp_path: Path) -> None:
-    file = checkpoint(tmp_path, built(CONFIGS["llama"], {})) / "tokenizer_config.json"
+    tokenizer().save_pretrained(tmp_path)
+    file = tmp_path / "tokenizer_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"chat_template": "a\ud800"}))
-    refused(tmp_path, ModelError, "chat template holds '.*ud800', half of a character, at 1")
+    with pytest.raises(ModelError, match=r"chat template holds '.*ud800', half of a character"):
+        read_vocabulary(tmp_path, VOCABULARY)
 
 
-def test_a_directory_without_a_tokenizer(tmp_path: Path) -> None:
-    save(built(CONFIGS["llama"], {}), tmp_path / "small")
-    refused(tmp_path, ModelError, "tokenizer")
-
-
-def test_more_tokens_than_embeddings(tmp_path: Path) -> None:
-    config = LlamaConfig(**{**_SIZES, "vocab_size": 300})
-    checkpoint(tmp_path, AutoModelForCausalLM.from_config(config))
-    refused(tmp_path, ModelError, "300 embeddings")
+def test_no_tokenizer_and_too_many_tokens(even: Path, tmp_path: Path) -> None:
+    refused(even.parent, ModelError, "tokenizer")
+    tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="300 embeddings"):
+        read_vocabulary(tmp_path, 300)
 
 
 def test_numbers_that_a_format_does_not_hold(tmp_path: Path) -> None:
