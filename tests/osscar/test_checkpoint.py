@@ -1,6 +1,7 @@
 """Saving and loading: stock where it can be, a plan elsewhere, never a half-written directory."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -38,8 +39,16 @@ PLANNED = [
 ]
 
 
+_PRUNED = {}
+
+
 def pruned(family, **keep):
-    return osscar.prune(tiny(family), tokens(), backend="magnitude", device="cpu", **keep).model
+    """A model that is pruned once for all tests, none of which writes to it."""
+    key = family, str(keep)
+    if key not in _PRUNED:
+        result = osscar.prune(tiny(family), tokens(), backend="magnitude", device="cpu", **keep)
+        _PRUNED[key] = result.model
+    return _PRUNED[key]
 
 
 READER = """
@@ -140,18 +149,16 @@ def test_models_stored_in_half_precision_that_look_closely_can_be_saved(
     assert all(layer.mlp.down_proj.in_features == 48 for layer in again.model.layers)
 
 
-def test_a_full_directory_is_not_touched_without_overwrite(tmp_path):
+def test_places_that_must_not_be_replaced_or_cannot_be_written(tmp_path):
     (tmp_path / "precious").write_text("keep me")
-    with pytest.raises(OutputError, match="not empty"):
-        checkpoint.save(pruned("opt", neurons="0.5"), tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["precious"]
-
-
-def test_a_file_in_the_way_is_refused(tmp_path):
-    target = tmp_path / "file"
-    target.write_text("x")
-    with pytest.raises(OutputError, match="is a file"):
-        checkpoint.check_output(target, overwrite=True)
+    for place, match in (
+        (tmp_path, "not empty"),
+        (tmp_path / "precious", "is a file"),
+        (tmp_path / "precious" / "model", "cannot write"),
+    ):
+        with pytest.raises(OutputError, match=match):
+            checkpoint.save(pruned("opt", neurons="0.5"), place)
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"precious": "keep me"}
 
 
 @pytest.mark.sampled(3)
@@ -194,12 +201,6 @@ def test_overwrite_replaces_everything(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
-def test_a_directory_that_cannot_be_written_is_an_output_error(tmp_path):
-    (tmp_path / "file").write_text("x")
-    with pytest.raises(OutputError, match="cannot write"):
-        checkpoint.save(pruned("opt", neurons="0.5"), tmp_path / "file" / "model")
-
-
 def test_a_checkpoint_that_does_not_compute_the_same_is_not_put_in_place(tmp_path, monkeypatch):
     model = pruned("opt", heads="0.5")
     write = checkpoint.safetensors.torch.save_file
@@ -214,88 +215,50 @@ def test_a_checkpoint_that_does_not_compute_the_same_is_not_put_in_place(tmp_pat
     assert list(tmp_path.iterdir()) == []
 
 
-class TestDamagedDirectories:
-    @pytest.fixture
-    def directory(self, tmp_path):
-        checkpoint.save(pruned("opt", heads="0.5"), tmp_path / "model")
-        return tmp_path / "model"
-
-    def edit(self, directory, change):
-        file = directory / MANIFEST_FILE
-        data = json.loads(file.read_text())
-        change(data["lineage"])
-        file.write_text(json.dumps(data))
-
-    def test_no_config(self, directory):
-        (directory / "config.json").unlink()
-        with pytest.raises(CheckpointError, match=r"config\.json"):
-            osscar.load(directory)
-
-    def test_no_json(self, directory):
-        (directory / MANIFEST_FILE).write_text("{")
-        with pytest.raises(CheckpointError, match="not the description of a checkpoint"):
-            osscar.load(directory)
-
-    def test_another_version(self, directory):
-        file = directory / MANIFEST_FILE
-        file.write_text(file.read_text().replace("osscar.checkpoint/2", "osscar.checkpoint/99"))
-        with pytest.raises(CheckpointError, match=r"schema.*osscar\.checkpoint/99"):
-            osscar.load(directory)
-
-    def test_units_that_do_not_exist(self, directory):
-        self.edit(directory, lambda data: data["plans"][0]["groups"][0].update(kept=[0, 99]))
-        with pytest.raises(CheckpointError, match="does not have"):
-            osscar.load(directory)
-
-    def test_other_units_than_the_weights(self, directory):
-        self.edit(directory, lambda data: data["plans"][0]["groups"][0].update(kept=[0]))
-        with pytest.raises(CheckpointError, match="do not fit"):
-            osscar.load(directory)
-
-    @pytest.mark.parametrize("change", [{"inner": 0}, {"offset": -1}, {"dim": "0"}, {"tensor": 3}])
-    def test_slots_that_are_no_slots(self, directory, change):
-        self.edit(directory, lambda data: data["plans"][0]["groups"][0]["slots"][0].update(change))
-        with pytest.raises(CheckpointError, match=rf"slots\.0.*{next(iter(change))}"):
-            osscar.load(directory)
-
-    def test_a_config_that_is_no_config(self, directory):
-        (directory / "config.json").write_text("{")
-        with pytest.raises(CheckpointError, match="not a checkpoint that can be read"):
-            osscar.load(directory)
-
-    def test_truncated_weights(self, directory):
-        file = directory / "model.safetensors"
-        file.write_bytes(file.read_bytes()[:1000])
-        with pytest.raises(CheckpointError, match="cut off"):
-            osscar.load(directory)
-
-    def test_a_plan_for_another_model(self, directory):
-        def rename(data):
-            data["plans"][0]["groups"][0]["slots"][0]["tensor"] = "nowhere.weight"
-
-        self.edit(directory, rename)
-        with pytest.raises(osscar.OsscarError, match=r"nowhere\.weight"):
-            osscar.load(directory)
+@pytest.fixture(scope="module")
+def planned(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("planned") / "model"
+    checkpoint.save(pruned("opt", heads="0.5"), directory)
+    return directory
 
 
+@pytest.fixture
+def directory(planned, tmp_path):
+    return shutil.copytree(planned, tmp_path / "model")
+
+
+def group(**change):
+    return lambda lineage: lineage["plans"][0]["groups"][0].update(change)
+
+
+def slot(**change):
+    return lambda lineage: lineage["plans"][0]["groups"][0]["slots"][0].update(change)
+
+
+def integer(module, attribute):
+    found = {"module": module, "attribute": attribute, "value": 3}
+    return lambda lineage: lineage["plans"][0].update(integers=[found])
+
+
+NAMED = [
+    (group(kept=[0, 99]), "does not have"),
+    (group(kept=[0]), "do not fit"),
+    (slot(inner=0), r"slots\.0.*inner"),
+    (slot(offset=-1), r"slots\.0.*offset"),
+    (slot(dim="0"), r"slots\.0.*dim"),
+    (slot(tensor=3), r"slots\.0.*tensor"),
+    (slot(tensor="nowhere.weight"), r"nowhere\.weight"),
+]
 HOSTILE = [
     lambda lineage: lineage.update(plans=json.loads("[" * 500 + "]" * 500)),
-    lambda lineage: lineage["plans"][0]["groups"][0].update(kept=[float("inf")]),
-    lambda lineage: lineage["plans"][0]["groups"][0].update(kept=[10**30]),
-    lambda lineage: lineage["plans"][0]["groups"][0].update(kept=["0"]),
-    lambda lineage: lineage["plans"][0]["groups"][0].update(kept=[True]),
-    lambda lineage: lineage["plans"][0]["groups"][0].update(units=10**6),
-    lambda lineage: lineage["plans"][0]["groups"][0].update(name="\ud800"),
-    lambda lineage: lineage["plans"][0]["groups"][0].update(more=1),
-    lambda lineage: lineage["plans"][0]["groups"][0]["slots"][0].update(tensor="a._modules"),
-    lambda lineage: lineage["plans"][0]["groups"][0]["slots"][0].update(tensor="__class__.x"),
-    lambda lineage: lineage["plans"][0]["groups"][0]["slots"][0].update(dim=2**31 - 1),
-    lambda lineage: lineage["plans"][0].update(integers=[integer("", "_modules")]),
-    lambda lineage: lineage["plans"][0].update(integers=[integer("", "__class__")]),
-    lambda lineage: lineage["plans"][0].update(integers=[integer("_modules", "x")]),
-    lambda lineage: lineage["plans"][0].update(integers=[integer("model.decoder", "training")]),
-    lambda lineage: lineage["plans"][0].update(integers=[integer("", "config")]),
-    lambda lineage: lineage["plans"][0].update(integers=[integer("no.where", "x")]),
+    *(group(kept=[kept]) for kept in (float("inf"), 10**30, "0", True)),
+    *(group(**change) for change in ({"units": 10**6}, {"name": "\ud800"}, {"more": 1})),
+    *(slot(tensor=name) for name in ("a._modules", "__class__.x")),
+    slot(dim=2**31 - 1),
+    *(integer("", name) for name in ("_modules", "__class__", "config")),
+    integer("_modules", "x"),
+    integer("model.decoder", "training"),
+    integer("no.where", "x"),
     lambda lineage: lineage["origin"].update(library="pickle"),
     lambda lineage: lineage["origin"].update(options={"a": [1]}),
     lambda lineage: lineage.update(calibration=[{"source": 5}]),
@@ -304,35 +267,39 @@ HOSTILE = [
 ]
 
 
-def integer(module, attribute):
-    return {"module": module, "attribute": attribute, "value": 3}
-
-
-@pytest.fixture(scope="module")
-def planned(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("planned") / "model"
-    checkpoint.save(pruned("opt", heads="0.5"), directory)
-    return directory
-
-
-@pytest.mark.parametrize("change", range(len(HOSTILE)))
-def test_a_hostile_manifest_is_an_error_of_ours(planned, change, tmp_path):
-    directory = tmp_path / "model"
-    shutil.copytree(planned, directory)
+def test_a_hostile_manifest_is_an_error_of_ours(directory):
     file = directory / MANIFEST_FILE
-    content = json.loads(file.read_text())
-    HOSTILE[change](content["lineage"])
-    file.write_text(json.dumps(content))
-    with pytest.raises(osscar.OsscarError):
+    whole = file.read_text()
+    for change, match in [*NAMED, *((change, None) for change in HOSTILE)]:
+        content = json.loads(whole)
+        change(content["lineage"])
+        file.write_text(json.dumps(content))
+        with pytest.raises(osscar.OsscarError, match=match):
+            pytest.fail(f"{content['lineage']} was read: {osscar.load(directory)}")
+
+
+def test_a_manifest_that_is_none_is_an_error_of_ours(directory):
+    file = directory / MANIFEST_FILE
+    later = file.read_text().replace("osscar.checkpoint/2", "osscar.checkpoint/99")
+    for text in ("", "5", "{", "[" * 10**5, '{"a": 1, "a": 2}', "\x00", "NaN", later):
+        file.write_text(text)
+        with pytest.raises(CheckpointError, match=r"osscar\.json is not the description") as error:
+            osscar.load(directory)
+    assert re.search(r"schema.*osscar\.checkpoint/99", str(error.value))
+
+
+def test_damaged_files_beside_it_are_errors_of_ours(directory):
+    weights, config = directory / "model.safetensors", directory / "config.json"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:1000])
+    with pytest.raises(CheckpointError, match="cut off"):
         osscar.load(directory)
-
-
-@pytest.mark.parametrize("text", ["", "5", "[" * 10**5, '{"a": 1, "a": 2}', "\x00", "NaN"])
-def test_a_manifest_that_is_none_is_an_error_of_ours(planned, text, tmp_path):
-    directory = tmp_path / "model"
-    shutil.copytree(planned, directory)
-    (directory / MANIFEST_FILE).write_text(text)
-    with pytest.raises(CheckpointError, match=r"osscar\.json is not the description"):
+    weights.write_bytes(whole)
+    config.write_text("{")
+    with pytest.raises(CheckpointError, match="not a checkpoint that can be read"):
+        osscar.load(directory)
+    config.unlink()
+    with pytest.raises(CheckpointError, match=r"config\.json"):
         osscar.load(directory)
 
 
@@ -365,9 +332,7 @@ def test_everything_that_has_to_be_known_is_written_and_read_again(keep, tmp_pat
     osscar.load_text(None, loaded.tokenizer).refuse_overlap(lineage.calibration)
 
 
-def test_nothing_of_a_report_is_believed_where_there_is_a_manifest(planned, tmp_path):
-    directory = tmp_path / "model"
-    shutil.copytree(planned, directory)
+def test_nothing_of_a_report_is_believed(planned, directory):
     (directory / "osscar_report.json").write_text('{"schema": "osscar.prune/1", "classes": ["z"]}')
     assert lineage_of(osscar.load(directory)) == read_manifest(planned).lineage
 
