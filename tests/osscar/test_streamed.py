@@ -36,8 +36,8 @@ from osscar.models import language
 from osscar.models.language import DEMO_DIRECTORY
 from osscar.models.load import fitting_memory
 from osscar.offload import sources
-from osscar.offload.abreast import abreast
 from osscar.offload.activation_offload import ActivationOffload
+from osscar.offload.interleaved import interleaved
 from osscar.offload.on_disk import OnDisk, is_on_disk, shelf_of
 from osscar.offload.places import Cast, Place, Selected, Slice
 from osscar.offload.shelf import Shelf
@@ -186,11 +186,11 @@ def test_a_pass_that_fails_ends_the_others(tmp_path):
             raise
 
     with pytest.raises(ZeroDivisionError):
-        abreast(model, [whole, lambda: 1 // 0])
+        interleaved(model, [whole, lambda: 1 // 0])
     assert ended == ["before its end"]
     assert torch.is_grad_enabled()
     assert not any(module._forward_pre_hooks for module in model.modules())
-    assert [out.logits.shape[0] for out in abreast(model, [whole, whole])] == [1, 1]
+    assert [out.logits.shape[0] for out in interleaved(model, [whole, whole])] == [1, 1]
 
 
 def test_saving_leaves_room_for_the_passes_that_compare(tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""Passes through a model that go on together, so that weights on disk are read once for all.
+"""Interleaved passes through a model, so that weights on disk are read once for all.
 
 A model whose weights lie on disk reads all of them in every pass.  Several passes that stop at each
 block, and go on in turn, find what the first of them has read.
@@ -20,7 +20,7 @@ from osscar.offload.on_disk import is_on_disk
 T = TypeVar("T")
 
 
-def abreast(model: nn.Module, passes: Sequence[Callable[[], T]]) -> list[T]:
+def interleaved(model: nn.Module, passes: Sequence[Callable[[], T]]) -> list[T]:
     """Run passes through a model without gradients, and return what each returns, in their order.
 
     Parameters
