@@ -175,16 +175,16 @@ COUNTS = [
 """Counts that cut weights of the same shapes in another way, or none of them does."""
 
 
-@pytest.mark.parametrize(("family", "changes", "named"), COUNTS)
-def test_a_count_that_contradicts_the_shapes_is_refused(family, changes, named, written, tmp_path):
-    model, path = written[family]
-    directory = edited(path, tmp_path / "model", **changes)
-    with pytest.raises(CheckpointError, match=named):
-        osscar.load(directory)
-    with pytest.raises(CheckpointError, match=named):
-        read_streamed(directory, Shelf(10**9, torch.device("cpu")))
-    with pytest.raises(ValueError, match=named):
-        getattr(modeling_pruned, type(model).__name__).from_pretrained(directory)
+def test_a_count_that_contradicts_the_shapes_is_refused(written, tmp_path):
+    for number, (family, changes, named) in enumerate(COUNTS):
+        model, path = written[family]
+        directory = edited(path, tmp_path / str(number), **changes)
+        with pytest.raises(CheckpointError, match=named):
+            osscar.load(directory)
+        with pytest.raises(CheckpointError, match=named):
+            read_streamed(directory, Shelf(10**9, torch.device("cpu")))
+        with pytest.raises(ValueError, match=named):
+            getattr(modeling_pruned, type(model).__name__).from_pretrained(directory)
 
 
 def test_a_count_that_is_replaced_throughout_the_file_is_refused(written, tmp_path):
@@ -207,28 +207,24 @@ def test_a_count_that_contradicts_a_stock_checkpoint_is_refused(tmp_path):
         osscar.load(edited(saved.path, tmp_path / "other", **other))
 
 
-@pytest.mark.parametrize(
-    ("family", "changes", "told"),
-    [
-        ("llama-gqa", {"hidden_act": "relu"}, "hidden_act 'relu' where 'silu' was saved"),
-        ("llama-gqa", {"rms_norm_eps": 0.1}, "rms_norm_eps 0.1 where 1e-06"),
-        (
-            "llama-gqa",
-            {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}},
-            "rope_parameters.rope_theta 500.0 where 10000.0",
-        ),
-        ("gpt2", {"scale_attn_weights": False}, "scale_attn_weights False where True"),
-        ("qwen3", {"sliding_window": 2}, "sliding_window 2 where none"),
-    ],
-)
-def test_an_edit_that_may_be_meant_is_told(family, changes, told, written, tmp_path):
-    _, path = written[family]
-    directory = edited(path, tmp_path / "model", **changes)
-    with pytest.warns(UserWarning, match=told):
-        osscar.load(directory)
+EDITS = [
+    ("llama-gqa", {"hidden_act": "relu"}, "hidden_act 'relu' where 'silu' was saved"),
+    ("llama-gqa", {"rms_norm_eps": 0.1}, "rms_norm_eps 0.1 where 1e-06"),
+    (
+        "llama-gqa",
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}},
+        "rope_parameters.rope_theta 500.0 where 10000.0",
+    ),
+    ("gpt2", {"scale_attn_weights": False}, "scale_attn_weights False where True"),
+    ("qwen3", {"sliding_window": 2}, "sliding_window 2 where none"),
+]
 
 
-def test_what_changes_no_output_is_not_told(written, tmp_path):
+def test_an_edit_that_may_be_meant_is_told_and_no_other(written, tmp_path):
+    for number, (family, changes, told) in enumerate(EDITS):
+        directory = edited(written[family][1], tmp_path / str(number), **changes)
+        with pytest.warns(UserWarning, match=told):
+            osscar.load(directory)
     _, path = written["opt"]
     changes = {"dropout": 0.3, "transformers_version": "9", "use_cache": False, "init_std": 1.0}
     directory = edited(path, tmp_path / "model", **changes)
@@ -246,38 +242,33 @@ def test_the_file_is_small_and_needs_torch_and_transformers_alone():
     assert len(source.splitlines()) < 140
 
 
-@pytest.mark.parametrize("name", ["BertTokenizer", "torch", "no_such_thing", "_LazyModule"])
-def test_nothing_but_architectures_is_made(name):
-    with pytest.raises(AttributeError, match=name):
-        getattr(modeling_pruned, name)
+def test_nothing_but_architectures_is_made():
+    for name in ("BertTokenizer", "torch", "no_such_thing", "_LazyModule"):
+        with pytest.raises(AttributeError, match=name):
+            getattr(modeling_pruned, name)
 
 
-@pytest.mark.parametrize(
-    ("path", "numbers", "named"),
-    [
-        ("model.layers.0.self_attn", {"scaling": 9.0}, r"scaling = 9\.0"),
-        ("model.layers.0.self_attn", {"scaling": 9}, "scaling = 9;"),
-        ("model.layers.0.self_attn", {"forward": 3}, "forward = 3"),
-        ("model.layers.0.self_attn", {"is_causal": 3}, "is_causal = 3"),
-        ("model.layers.0.self_attn", {"layer_idx": True}, "layer_idx = True"),
-        ("model.layers.0.self_attn", {"layer_idx": [1]}, r"layer_idx = \[1\]"),
-        ("model.layers.0.self_attn", {"config": 3}, "config = 3"),
-        ("model.layers.0.self_attn", {"config": {"hidden_act": 3}}, "hidden_act = 3"),
-        ("model.layers.0.mlp", {"config": {"new": 3}}, "new = 3"),
-    ],
-)
-def test_nothing_but_whole_numbers_that_are_there_is_changed(path, numbers, named):
-    model = tiny("llama-gqa")
-    with pytest.raises(ValueError, match=named):
-        modeling_pruned.resize(model, {"tensors": {}, "numbers": {path: numbers}})
+NO_NUMBERS = [
+    ({"scaling": 9.0}, r"scaling = 9\.0"),
+    ({"scaling": 9}, "scaling = 9;"),
+    ({"forward": 3}, "forward = 3"),
+    ({"is_causal": 3}, "is_causal = 3"),
+    ({"layer_idx": True}, "layer_idx = True"),
+    ({"layer_idx": [1]}, r"layer_idx = \[1\]"),
+    ({"config": 3}, "config = 3"),
+    ({"config": {"hidden_act": 3}}, "hidden_act = 3"),
+    ({"config": {"new": 3}}, "new = 3"),
+]
 
 
-def test_whole_numbers_are_changed():
-    model = tiny("llama-gqa")
+def test_nothing_but_whole_numbers_that_are_there_is_changed():
+    model, path = tiny("llama-gqa"), "model.layers.0.self_attn"
     module = model.model.layers[0].self_attn
+    for numbers, named in NO_NUMBERS:
+        with pytest.raises(ValueError, match=named):
+            modeling_pruned.resize(model, {"tensors": {}, "numbers": {path: numbers}})
     numbers = {"layer_idx": 7, "config": {"hidden_size": 5}}
-    shapes = {"tensors": {}, "numbers": {"model.layers.0.self_attn": numbers}}
-    modeling_pruned.resize(model, shapes)
+    modeling_pruned.resize(model, {"tensors": {}, "numbers": {path: numbers}})
     assert (module.layer_idx, module.config.hidden_size) == (7, 5)
     assert model.config.hidden_size != 5
 

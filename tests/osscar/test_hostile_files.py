@@ -207,16 +207,15 @@ def test_configs(checkpoint):
 
 
 @pytest.mark.parametrize("checkpoint", ["opt"], indirect=True)
-@pytest.mark.parametrize("size", [0, -1, 10**9, 10**30])
-@pytest.mark.parametrize(
-    "field", ["hidden_size", "num_attention_heads", "vocab_size", "max_position_embeddings",
-              "num_hidden_layers"],
-)  # fmt: skip
-def test_sizes_that_no_model_has(checkpoint, field, size):
+def test_sizes_that_no_model_has(checkpoint):
     file = checkpoint / "config.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), field: size}))
-    for reader in (load_model, osscar.load):
-        survives(reader, checkpoint)
+    whole = json.loads(file.read_text())
+    counts = ("num_attention_heads", "max_position_embeddings", "num_hidden_layers")
+    for field in ("hidden_size", "vocab_size", *counts):
+        for size in (0, -1, 10**9, 10**30):
+            file.write_text(json.dumps({**whole, field: size}))
+            for reader in (load_model, osscar.load):
+                survives(reader, checkpoint)
 
 
 @pytest.mark.sampled(1)
