@@ -13,13 +13,7 @@ from osscar.checkpoint.manifest import is_checkpoint
 
 
 def checkpoint_directory(directory: object) -> Path:
-    """Return the directory of a checkpoint; a model has to be saved before it can be exported.
-
-    Raises
-    ------
-    OptionError, CheckpointError
-        If it is no name, or there is no such directory.
-    """
+    """Return the directory of a checkpoint: a model has to be saved before it is exported."""
     example = "the directory of a checkpoint, such as result.save(directory).path"
     source = Path(file_name(directory, "the checkpoint", example)).expanduser()
     if not source.is_dir() or not is_checkpoint(source):
@@ -33,18 +27,7 @@ def checkpoint_directory(directory: object) -> Path:
 def checked_target(
     out: str | os.PathLike[str], sort: str, is_one: Callable[[Path], bool], *, overwrite: bool
 ) -> Path:
-    """Return the file to write, before any work is done.
-
-    Parameters
-    ----------
-    out
-        Its name.
-    sort
-        What files are called that may be replaced, such as ``GGUF``.
-    is_one
-        Whether a file is one of them.
-    overwrite
-        Whether to replace one.
+    """Return the file to write, before any work is done; what is no file of the sort stays.
 
     Raises
     ------
