@@ -167,6 +167,8 @@ def test_work_is_shared_out_whole_and_evenly(costs, size):
     assert all(share == sorted(share) for share in shares)
     loads = [sum(costs[piece] for piece in share) for share in shares]
     assert max(loads) - min(loads) <= max(costs, default=0.0) + 1e-9
+    # One large piece weighs as much as many small ones.
+    assert [Ranks(rank, 2).share([1, 1, 5, 1, 1]) for rank in (0, 1)] == [[2], [0, 1, 3, 4]]
 
 
 def test_a_process_by_itself_has_all_the_work_and_the_last_word():
