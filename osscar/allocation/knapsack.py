@@ -122,12 +122,19 @@ def _relaxed(
     options = [int(np.lexsort((c, f))[0]) for f, c in zip(losses, costs, strict=True)]
     if _sum(costs, options) <= budget:
         return 0.0, options
+    # The cost of `at` falls as the multiplier grows, in steps: where an option of a class gives way
+    # to a cheaper one.  The dual function, max over the multiplier of the least reduced loss minus
+    # multiplier times budget, is concave, and its slope is that cost minus the budget: the best
+    # bound is at the step that passes the budget.  It lies between `low`, whose choice costs too
+    # much, and `high`, whose choice fits; nothing is known of its magnitude but for that.
     low, high = 0.0, 1e-30
     while _sum(costs, options := at(high)) > budget:
         low, high = high, 10 * high
         if high > 1e300:  # all that is left is to be as cheap as can be
             return high, [int(c.argmin()) for c in costs]
     for _ in range(_BISECTIONS):
+        # Halves the exponent as long as the ends are further apart than a factor of ten, then the
+        # interval, until no number lies between them.
         middle = (low + high) / 2 if low > 0.1 * high else (low or high * 1e-6) ** 0.5 * high**0.5
         if not low < middle < high:
             break

@@ -118,6 +118,9 @@ class _Alike:
             costs = [cost.of({**kept, **others, **self.keeping(count)}) for count in around]
             return float(np.interp(place, around, costs))
 
+        # The cost at a share is not quite monotone, as finer groups jump between their options:
+        # any share that comes to the limit will do, and it is rounded.  Rounding up may exceed the
+        # limit by more than the finer groups can make up for; then the next lower option is taken.
         low, high = 0.0, 1.0
         for _ in range(_HALVINGS):
             middle = (low + high) / 2
@@ -268,13 +271,16 @@ class _Shared:
         none changes; the price is the least that comes within the limit, and what is left of that
         is spent.
         """
+        # As in the knapsack, the price is bracketed: at `low` the choice costs too much, at `high`
+        # it fits.  Costs multiply, so that a choice at a price is a local one: each bisection
+        # starts from all units anew, for the same price always to come to the same choice.
         low, high = 0.0, 1e-12
         kept = self._at(high, self._all())
         while self.cost.of(kept) > self.limit and high < 1e300:
             low, high = high, 10 * high
             kept = self._at(high, kept)
         for _ in range(_ROUNDS):
-            middle = math.sqrt(max(low, 1e-3 * high) * high)
+            middle = math.sqrt(max(low, 1e-3 * high) * high)  # prices differ by magnitudes
             found = self._at(middle, self._all())
             if self.cost.of(found) > self.limit:
                 low = middle

@@ -54,7 +54,7 @@ def costs(draw, outside=0):
 
 
 @given(costs(), st.data())
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_a_cost_over_one_group_differs_from_that_of_the_model_by_a_constant(cost, data):
     kept = {name: data.draw(st.integers(0, units)) for name, units in cost.units.items()}
     for name, units in cost.units.items():
@@ -65,7 +65,7 @@ def test_a_cost_over_one_group_differs_from_that_of_the_model_by_a_constant(cost
 
 
 @given(costs(outside=1), st.sets(st.sampled_from(NAMES)))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_costs_are_separable_where_no_mixed_difference_is_anything(cost, names):
     mixed = (
         cost.of({}) - cost.of({a: 0}) - cost.of({b: 0}) + cost.of({a: 0, b: 0})
@@ -87,7 +87,7 @@ def shared(draw):
 
 
 @given(shared(), st.floats(0, 1))
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_any_costs_are_kept_within_any_limit_that_some_widths_meet(problem, share):
     cost, rule = problem
     choices = [
