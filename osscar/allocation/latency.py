@@ -9,11 +9,12 @@ widths by this table is then built and timed whole, and the limit moved should i
 from __future__ import annotations
 
 import itertools
+import json
 import statistics
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -22,23 +23,22 @@ from graph import CouplingGroup, Slot
 from graph.tracing.preserve import without_cache
 from osscar.allocation.latency_table import (
     LatencyTable,
-    described,
     keep_table,
     kept_table,
     tabulated,
 )
 from osscar.allocation.parts import (
-    Event,
+    Turns,
+    alike,
     check_alike,
     groups_between,
-    input_shapes,
-    likeness,
     medians,
     parts_in_turn,
 )
 from osscar.allocation.widths import possible_widths
 from osscar.base.devices import clock_of, this_device
 from osscar.base.errors import EquivalenceError, RequestError
+from osscar.base.files import digest
 from osscar.base.progress import stage
 from osscar.base.timing import interleaved, seconds_of
 from osscar.data.batches import Batch
@@ -75,25 +75,8 @@ def round_passes() -> int:
     return 2 * (_REPETITIONS + 1)
 
 
-@dataclass(frozen=True)
-class Timed:
-    """How much faster than the dense model another one is.
-
-    Parameters
-    ----------
-    speedup
-        Ratio of the median times.
-    spread
-        Half of the interquartile range of the ratios of single turns, over the root of their
-        number, relative to the speed-up: about how far this median may be off.
-    """
-
-    speedup: float
-    spread: float
-
-
-def time_against(dense: nn.Module, other: nn.Module, batch: Batch) -> Timed:
-    """Time two models on the same batch, taking turns.
+def time_against(dense: nn.Module, other: nn.Module, batch: Batch) -> float:
+    """Return how much faster than the dense model another one is on a batch: of median times.
 
     Raises
     ------
@@ -107,13 +90,16 @@ def time_against(dense: nn.Module, other: nn.Module, batch: Batch) -> Timed:
     return _ratio(slow, fast)
 
 
-def _ratio(slow: Sequence[float], fast: Sequence[float]) -> Timed:
-    """Return the speed-up that turns tell.
+def _ratio(slow: Sequence[float], fast: Sequence[float]) -> float:
+    """Return the ratio of two median times that were interleaved.
+
+    About how far it may be off is half of the interquartile range of the single ratios, over the
+    root of their number.
 
     Raises
     ------
     RequestError
-        If they differ too much.
+        If that is too much.
     """
     ratios = sorted(a / b for a, b in zip(slow, fast, strict=True))
     low, middle, high = statistics.quantiles(ratios, n=4)
@@ -123,7 +109,7 @@ def _ratio(slow: Sequence[float], fast: Sequence[float]) -> Timed:
             f"this device is too noisy to time: a speed-up of {middle:.2f} is only known to "
             f"{spread:.0%}; end what else runs on it, or ask for a share of the --flops"
         )
-    return Timed(statistics.median(slow) / statistics.median(fast), spread)
+    return statistics.median(slow) / statistics.median(fast)
 
 
 class Latency:
@@ -169,7 +155,7 @@ class Latency:
     def speedup(self, kept: Mapping[str, int]) -> float:
         """Build a model of these widths, and time it against the dense one."""
         with self._built({**self._fixed, **kept}) as trial:
-            return time_against(self._ready.model, trial, self._batch).speedup
+            return time_against(self._ready.model, trial, self._batch)
 
     def _measured_on(self, trials: Sequence[Mapping[str, int]]) -> dict[str, str]:
         """Return all that a table depends on."""
@@ -178,44 +164,30 @@ class Latency:
         attention = getattr(getattr(model, "config", None), "_attn_implementation", None)
         return {
             **this_device(device_of(model)),
-            "model": f"{type(model).__name__} {described([str(model), forms, str(attention)])}",
+            "model": f"{type(model).__name__} {_digest([str(model), forms, str(attention)])}",
             "data": ", ".join(f"{n} {t.dtype} {[*t.shape]}" for n, t in self._batch.items()),
-            "widths": described([self._fixed, list(trials)]),
+            "widths": _digest([self._fixed, list(trials)]),
         }
 
     def _measured(self, trials: Sequence[Mapping[str, int]]) -> LatencyTable:
         """Time parts of trial models, each in turns with the dense model."""
-        dense, owners = self._ready.model, self._owners()
-        modules, timed = list(owners), []
+        dense, owners, taken = self._ready.model, self._owners(), self._taken()
+        timed: list[Turns] = []
         with stage("timing", total=len(trials)) as bar:
             for trial in trials:
                 with self._built({**self._fixed, **trial}) as smaller:
-                    timed.append(parts_in_turn(dense, smaller, modules, self._batch, _TURNS))
+                    timed.append(parts_in_turn(dense, smaller, list(owners), self._batch, _TURNS))
                 _ratio(timed[-1].dense.sum(1), timed[-1].smaller.sum(1))
                 bar.advance()
         check_alike([one.events for one in timed])
-        steps = list(itertools.pairwise(timed[0].events))
-        whole, parts = medians(timed, self._alike(steps, owners))
+        events = timed[0].events
+        whole, parts = medians(timed, alike(dense, events, self._batch, taken))
         kept = list(trials)
         if not self._fixed:
             kept, parts = [{}, *kept], [whole, *parts]
+        steps = itertools.pairwise(events)
         groups = [groups_between(*step, owners) & set(self._units) for step in steps]
         return tabulated(groups, kept, parts, float(whole.sum()), self._units)
-
-    def _alike(
-        self, steps: Sequence[tuple[Event, Event]], owners: Mapping[str, frozenset[str]]
-    ) -> list[Hashable]:
-        """Return for each part what it has in common with those that do the same work."""
-        model, taken = self._ready.model, self._taken()
-        with torch.no_grad(), without_cache(model):
-            shapes = input_shapes(model, list(owners), self._batch)
-
-        def like(event: Event) -> Hashable:
-            return likeness(
-                model, event, shapes.get(event.module), sorted(taken.get(event.module, ()))
-            )
-
-        return [(like(before), like(after)) for before, after in steps]
 
     def _owners(self) -> dict[str, frozenset[str]]:
         """Return the groups that modules have a part of, of those that may lose units."""
@@ -224,9 +196,9 @@ class Latency:
             owners[module] = owners.get(module, frozenset()) | {group.name}
         return owners
 
-    def _taken(self) -> dict[str, list[tuple[str, int, int, int, int]]]:
+    def _taken(self) -> dict[str, list[tuple[Hashable, ...]]]:
         """Return what units take along of the tensors of modules, and how many units there are."""
-        taken: dict[str, list[tuple[str, int, int, int, int]]] = {}
+        taken: dict[str, list[tuple[Hashable, ...]]] = {}
         for module, group, slot in self._slots():
             most = self._fixed.get(group.name, group.units)
             form = slot.tensor.rpartition(".")[2], slot.dim, slot.width, group.units, most
@@ -256,6 +228,11 @@ class Latency:
         except EquivalenceError as error:
             raise RequestError(f"no trial model can be built to time: {error}") from error
         yield trial
+
+
+def _digest(values: Any) -> str:
+    """Return a digest of JSON-able data."""
+    return digest(json.dumps(values, sort_keys=True))
 
 
 def _trials(shared: Sequence[CouplingGroup], allowed: Widths) -> list[dict[str, int]]:

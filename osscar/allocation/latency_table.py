@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -226,8 +226,3 @@ def keep_table(measured: Mapping[str, str], table: LatencyTable) -> None:
 def _file(measured: Mapping[str, str]) -> Path:
     name = digest(json.dumps(dict(measured), sort_keys=True))[:32]
     return cache_directory() / "latency" / f"{name}.json"
-
-
-def described(values: Any) -> str:
-    """Return a digest of JSON-able data."""
-    return digest(json.dumps(values, sort_keys=True))

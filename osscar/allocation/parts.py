@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -24,74 +23,21 @@ from graph.tracing.preserve import without_cache
 from osscar.base.errors import RequestError
 from osscar.base.timing import interleaved
 from osscar.data.batches import Batch
-from osscar.network.modules import fresh
+from osscar.network.hooks import hooks
+from osscar.network.modules import forward
 
 
-@dataclass(frozen=True)
-class Event:
-    """A pass enters or leaves a module.
-
-    Parameters
-    ----------
-    module
-        Its name; empty at the beginning and the end of the pass.
-    enters
-        Whether it enters.
-    """
+class Event(NamedTuple):
+    """A pass enters or leaves a module, whose name is empty where the pass begins and ends."""
 
     module: str
     enters: bool
 
 
-@dataclass(frozen=True)
-class Pass:
-    """What a pass came by, and the seconds from each event to the next."""
-
-    events: tuple[Event, ...]
-    seconds: tuple[float, ...]
-
-
-class _Clock(Protocol):
-    """Takes the time of events, and tells what lies between them once all have happened."""
-
-    def mark(self) -> None: ...
-
-    def seconds(self) -> tuple[float, ...]: ...
-
-
-class _HostClock:
-    """Kernels have ended when a call returns."""
-
-    def __init__(self) -> None:
-        self._marks: list[float] = []
-
-    def mark(self) -> None:
-        self._marks.append(time.perf_counter())
-
-    def seconds(self) -> tuple[float, ...]:
-        return tuple(b - a for a, b in itertools.pairwise(self._marks))
-
-
-class _CardClock:
-    """Kernels run behind the code that calls them: the card itself takes the time."""
-
-    def __init__(self, card: torch.device) -> None:
-        torch.cuda.synchronize(card)
-        self._card = card
-        self._marks: list[torch.cuda.Event] = []
-
-    def mark(self) -> None:
-        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-        event.record(torch.cuda.current_stream(self._card))
-        self._marks.append(event)
-
-    def seconds(self) -> tuple[float, ...]:
-        torch.cuda.synchronize(self._card)
-        return tuple(a.elapsed_time(b) / 1e3 for a, b in itertools.pairwise(self._marks))
-
-
-def timed_pass(model: nn.Module, modules: Sequence[str], batch: Batch) -> Pass:
-    """Run a model once, and time what lies between the calls of some modules.
+def timed_pass(
+    model: nn.Module, modules: Sequence[str], batch: Batch
+) -> tuple[tuple[Event, ...], tuple[float, ...]]:
+    """Return what a pass of a model comes by, and the seconds from each event to the next.
 
     Parameters
     ----------
@@ -103,60 +49,48 @@ def timed_pass(model: nn.Module, modules: Sequence[str], batch: Batch) -> Pass:
         What it runs on.
     """
     card = next((tensor.device for tensor in batch.values() if tensor.is_cuda), None)
-    clock: _Clock = _HostClock() if card is None else _CardClock(card)
+    mark, seconds = _stopwatch(card)
     events = [Event("", True)]
 
-    def note(event: Event) -> None:
-        events.append(event)
-        clock.mark()
+    def note(module: str, enters: bool) -> None:
+        events.append(Event(module, enters))
+        mark()
 
-    with _hooked(model, modules, note):
-        clock.mark()
-        model(**fresh(batch))
-    note(Event("", False))
-    return Pass(tuple(events), clock.seconds())
-
-
-def input_shapes(model: nn.Module, modules: Sequence[str], batch: Batch) -> dict[str, Any]:
-    """Return the shapes of the tensors that modules read at their last call."""
-    shapes: dict[str, Any] = {}
-
-    def reader(name: str) -> Callable[[nn.Module, Any, Any], None]:
-        def read(module: nn.Module, args: Any, kwargs: Any) -> None:
-            tensors = (x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor))
-            shapes[name] = tuple(tuple(x.shape) for x in tensors)
-
-        return read
-
-    handles = [
-        model.get_submodule(name).register_forward_pre_hook(reader(name), with_kwargs=True)
-        for name in modules
-    ]
-    try:
-        model(**fresh(batch))
-    finally:
-        for handle in handles:
-            handle.remove()
-    return shapes
+    with hooks(
+        model, modules, lambda name, *_: note(name, True), lambda name, *_: note(name, False)
+    ):
+        mark()
+        forward(model, batch)
+    note("", False)
+    return tuple(events), seconds()
 
 
-@contextmanager
-def _hooked(
-    model: nn.Module, modules: Sequence[str], note: Callable[[Event], None]
-) -> Iterator[None]:
-    def noting(event: Event) -> Callable[..., None]:
-        return lambda *_: note(event)
+def _stopwatch(
+    card: torch.device | None,
+) -> tuple[Callable[[], None], Callable[[], tuple[float, ...]]]:
+    """Return what marks a moment, and what returns the seconds between all that were marked.
 
-    handles = []
-    try:
-        for name in modules:
-            module = model.get_submodule(name)
-            handles.append(module.register_forward_pre_hook(noting(Event(name, True))))
-            handles.append(module.register_forward_hook(noting(Event(name, False))))
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    Kernels on a card run behind the code that calls them: the card itself takes the time.
+    """
+    if card is None:
+        moments: list[float] = []
+        return (
+            lambda: moments.append(time.perf_counter()),
+            lambda: tuple(b - a for a, b in itertools.pairwise(moments)),
+        )
+    torch.cuda.synchronize(card)
+    marks: list[torch.cuda.Event] = []
+
+    def mark() -> None:
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        event.record(torch.cuda.current_stream(card))
+        marks.append(event)
+
+    def seconds() -> tuple[float, ...]:
+        torch.cuda.synchronize(card)
+        return tuple(a.elapsed_time(b) / 1e3 for a, b in itertools.pairwise(marks))
+
+    return mark, seconds
 
 
 # ---- what parts have to do with ----------------------------------------------------------
@@ -181,27 +115,44 @@ def groups_between(
     return mine & theirs
 
 
-def likeness(
-    model: nn.Module, event: Event, shape: Hashable, taken: Iterable[Hashable]
-) -> Hashable:
-    """Return what events have in common behind which modules do the same work.
+def alike(
+    model: nn.Module,
+    events: Sequence[Event],
+    batch: Batch,
+    taken: Mapping[str, Sequence[tuple[Hashable, ...]]],
+) -> list[Hashable]:
+    """Return for each part what it has in common with those that do the same work.
 
     Parameters
     ----------
     model
         The dense model.
-    event
-        One of its passes.
-    shape
-        Of what the module reads.
+    events
+        What its passes come by.
+    batch
+        What it runs on.
     taken
-        What units take along of its tensors.
+        What units take along of the tensors of each module that is watched.
     """
-    if not event.module:
-        return event
-    module = model.get_submodule(event.module)
-    forms = tuple((tuple(p.shape), str(p.dtype)) for p in module.parameters(recurse=False))
-    return event.enters, str(module), forms, shape, tuple(taken)
+    shapes: dict[str, Hashable] = {}
+
+    def read(name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
+        tensors = (x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor))
+        shapes[name] = tuple(tuple(x.shape) for x in tensors)
+
+    with torch.no_grad(), without_cache(model), hooks(model, list(taken), read):
+        forward(model, batch)
+
+    def like(event: Event) -> Hashable:
+        name = event.module
+        if not name:
+            return event
+        module = model.get_submodule(name)
+        forms = tuple((tuple(p.shape), str(p.dtype)) for p in module.parameters(recurse=False))
+        units = tuple(sorted(taken[name], key=str))
+        return event.enters, str(module), forms, shapes.get(name), units
+
+    return [(like(before), like(after)) for before, after in itertools.pairwise(events)]
 
 
 # ---- many passes -------------------------------------------------------------------------
@@ -234,21 +185,23 @@ def parts_in_turn(
     RequestError
         If passes take different ways.
     """
-    passes: tuple[list[Pass], list[Pass]] = ([], [])
+    passes: tuple[list[tuple[float, ...]], list[tuple[float, ...]]] = ([], [])
+    ways: list[tuple[Event, ...]] = []
 
-    def timing(model: nn.Module, into: list[Pass]) -> Callable[[], list[float]]:
+    def timing(model: nn.Module, into: list[tuple[float, ...]]) -> Callable[[], list[float]]:
         def run() -> list[float]:
-            into.append(timed_pass(model, modules, batch))
+            events, seconds = timed_pass(model, modules, batch)
+            ways.append(events)
+            into.append(seconds)
             return []
 
         return run
 
     with torch.no_grad(), without_cache(dense), without_cache(smaller):
         interleaved([timing(dense, passes[0]), timing(smaller, passes[1])], turns, "timing")
-    check_alike([one.events for one in (*passes[0], *passes[1])])
+    check_alike(ways)
     # The first pass of each is a warm-up.
-    first, second = (np.array([one.seconds for one in found[1:]]) for found in passes)
-    return Turns(passes[0][0].events, first, second)
+    return Turns(ways[0], *(np.array(found[1:]) for found in passes))
 
 
 def check_alike(events: Sequence[tuple[Event, ...]]) -> None:

@@ -343,11 +343,11 @@ def _timed_again(
         return budget
     dense = copied(model).to(device_of(pruned)).eval()
     try:
-        timed = latency.time_against(dense, pruned, prepared.batches()[0])
+        speedup = latency.time_against(dense, pruned, prepared.batches()[0])
     except RequestError as error:  # what was solved is worth more than a number
         warnings.warn(f"the result was not timed: {error}", stacklevel=4)
         return budget
-    return dataclasses.replace(budget, reached=1 / timed.speedup)
+    return dataclasses.replace(budget, reached=1 / speedup)
 
 
 @contextmanager
