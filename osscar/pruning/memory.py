@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,8 @@ from osscar.allocation.divergence import MOST_BYTES
 from osscar.base.errors import RequestError
 from osscar.base.memory import in_words
 from osscar.data.batches import TokenInputs
-from osscar.network.modules import fresh
+from osscar.network.hooks import hooks
+from osscar.network.modules import forward
 from osscar.offload.on_disk import shelf_of
 from osscar.offload.shelf import Shelf
 from osscar.preparation.linear_maps import linear_maps
@@ -69,18 +70,15 @@ _LEAST = 128 << 20
 """Bytes for all that is small."""
 
 
-@dataclass(frozen=True)
-class Flow:
+class _Flow(NamedTuple):
     """How many numbers pass through a model on its calibration data.
 
     Parameters
     ----------
     rows
         Positions of each batch: tokens, or samples of anything else.
-    width
-        Numbers a position that go from layer to layer.
-    wide
-        The same where a layer puts out most of them.
+    width, wide
+        Numbers a position that go from layer to layer, and where a layer puts out most of them.
     window
         Positions of one sample.
     outputs
@@ -93,41 +91,32 @@ class Flow:
     window: int
     outputs: int
 
-    @classmethod
-    def of(cls, ready: Opened) -> Flow:
-        """Look at the sizes of a model; one that reads no tokens runs on its small example."""
-        if not isinstance(ready.inputs, TokenInputs):
-            sizes, outputs = put_out(ready)
-            rows = tuple(len(next(iter(batch.values()))) for batch in ready.batches())
-            wide = max(sizes, default=0)
-            return cls(rows, wide // 2, wide, 1, outputs)
-        width, vocabulary = _widths(ready.model)
-        wide = max(
-            size
-            for parameter in ready.model.parameters()
-            for size in parameter.shape
-            if size != vocabulary
-        )
-        rows = tuple(int(math.prod(batch["input_ids"].shape)) for batch in ready.batches())
-        window = ready.inputs.settings["seqlen"]
-        return cls(rows, width, wide, window, vocabulary)
+
+def _flow(ready: Opened) -> _Flow:
+    """Look at the sizes of a model; one that reads no tokens runs on its small example."""
+    if not isinstance(ready.inputs, TokenInputs):
+        sizes, outputs = put_out(ready)
+        rows = tuple(len(next(iter(batch.values()))) for batch in ready.batches())
+        wide = max(sizes, default=0)
+        return _Flow(rows, wide // 2, wide, 1, outputs)
+    table = ready.model.get_input_embeddings().weight  # type: ignore[operator]
+    vocabulary, width = map(int, table.shape)
+    sizes = [size for parameter in ready.model.parameters() for size in parameter.shape]
+    rows = tuple(int(math.prod(batch["input_ids"].shape)) for batch in ready.batches())
+    wide = max(size for size in sizes if size != vocabulary)
+    return _Flow(rows, width, wide, ready.inputs.settings["seqlen"], vocabulary)
 
 
 def put_out(ready: Opened) -> tuple[list[int], int]:
     """Return how many numbers a position the innermost modules put out, and the whole model."""
     sizes: list[int] = []
 
-    def see(_: nn.Module, args: Any, result: Any) -> None:
+    def see(name: str, module: nn.Module, args: Any, kwargs: Any, result: Any) -> None:
         sizes.append(_numbers(result))
 
-    leaves = [module for module in ready.model.modules() if not any(module.children())]
-    handles = [module.register_forward_hook(see) for module in leaves]
-    try:
-        with torch.no_grad():
-            result = ready.model(**fresh(ready.example))
-    finally:
-        for handle in handles:
-            handle.remove()
+    leaves = [name for name, module in ready.model.named_modules() if not any(module.children())]
+    with torch.no_grad(), hooks(ready.model, leaves, after=see):
+        result = forward(ready.model, ready.example)
     first = next(iter(ready.example.values()))
     tokens = isinstance(ready.inputs, TokenInputs)
     positions = max(1, first.numel() if tokens else len(first))
@@ -204,7 +193,7 @@ class Room:
             key=lambda found: found[2],
             default=("", 0, 0, 0),
         )
-        flow = Flow.of(ready)
+        flow = _flow(ready)
         streams = 2 if Target(request.target).needs_dense else 1
         kept = min(MOST_BYTES, 4 * held_out * flow.window * flow.outputs)
         present = max(flow.rows) if waiting_on_disk else sum(flow.rows)
@@ -253,12 +242,6 @@ def _peaks(request: PruningRequest) -> list[tuple[float, float, float]]:
         peaks = [(a + 0.5, b, c + corrections / 2) for a, b, c in peaks]
         peaks.append((squares, parts, sides + corrections))
     return peaks
-
-
-def _widths(model: nn.Module) -> tuple[int, int]:
-    """Return the width of a language model, and the size of its vocabulary."""
-    table = model.get_input_embeddings().weight  # type: ignore[operator]
-    return int(table.shape[1]), int(table.shape[0])
 
 
 def needs_memory(request: PruningRequest) -> str | None:
@@ -322,7 +305,7 @@ def check_streamed(ready: Opened, request: PruningRequest, held_out: int) -> Roo
     base = _base(shelf)
     for waiting_on_disk in (False, True):
         room = Room.of(ready, request, held_out, waiting_on_disk=waiting_on_disk)
-        what, most = most_needed(ready.model, room)
+        what, most = _most_needed(ready.model, room)
         if base + most <= shelf.ceiling:
             break
     else:
@@ -342,7 +325,7 @@ def least_memory(ready: Opened, request: PruningRequest, held_out: int) -> int:
     shelf = shelf_of(ready.model)
     assert shelf is not None
     room = Room.of(ready, request, held_out, waiting_on_disk=True)
-    return _base(shelf) + most_needed(ready.model, room)[1]
+    return _base(shelf) + _most_needed(ready.model, room)[1]
 
 
 def _base(shelf: Shelf) -> int:
@@ -350,15 +333,10 @@ def _base(shelf: Shelf) -> int:
     return shelf.memory.held() - shelf.held_bytes
 
 
-def most_needed(model: nn.Module, room: Room) -> tuple[str, int]:
-    """Return which part of a run of a model on disk needs most, and how many bytes."""
-    return max(_needs(model, room).items(), key=lambda need: need[1])
-
-
-def _needs(model: nn.Module, room: Room) -> dict[str, int]:
-    """Return the bytes that each part of a run needs, with the largest weight where it runs."""
+def _most_needed(model: nn.Module, room: Room) -> tuple[str, int]:
+    """Return which part of a run needs most, with the largest weight where it runs, in bytes."""
     name, weight = max(model.named_parameters(), key=lambda named: named[1].nbytes)
-    return {
+    needs = {
         f"the problem of {room.layer!r} with its {room.inputs} inputs": room.batches
         + room.matrices,
         f"a batch on its way through {room.layer!r}": room.batches
@@ -368,3 +346,4 @@ def _needs(model: nn.Module, room: Room) -> dict[str, int]:
         f"the predictions of one window, and {name!r}": room.logits + weight.nbytes,
         f"the proof, with {name!r} in double precision": room.proof + 2 * weight.nbytes,
     }
+    return max(needs.items(), key=lambda need: need[1])
