@@ -21,14 +21,14 @@ from osscar.allocation.widths import (
     why_out_of_reach,
 )
 from osscar.base.errors import RequestError
-from osscar.preparation.opened import Opened
+from osscar.preparation.prepare import Prepared
 from osscar.request import Allocation, PruningRequest, parse_keep, parse_size_kept
 from osscar.shrinking.plan import Form
 from osscar.shrinking.program.shrink_program import dense_program
 
 
 def allocate(
-    ready: Opened,
+    prepared: Prepared,
     request: PruningRequest,
     curves: Mapping[str, Curve] | None = None,
     left: Collection[str] = (),
@@ -38,7 +38,7 @@ def allocate(
 
     Parameters
     ----------
-    ready
+    prepared
         The dense model with its data.
     request
         What the user asked for.
@@ -60,29 +60,29 @@ def allocate(
     NonFiniteError
         If the gradients that a budget needs are not finite.
     """
-    groups, keep, shared = asked_groups(ready, request, left)
+    groups, keep, shared = asked_groups(prepared, request, left)
     budget = None
     if request.has_budget and not shared and (keep or not (request.skip or left)):
-        raise RequestError(why_out_of_reach(groups, request, ready.residual))
+        raise RequestError(why_out_of_reach(groups, request, prepared.residual))
     if request.has_budget and shared:
         rule: Rule
         match request.allocation:
             case Allocation.UNIFORM:
                 rule = Uniform(shared, request.widths, keep)
             case Allocation.FLUCTUATION:
-                scores = measure_fluctuations(ready, shared)
+                scores = measure_fluctuations(prepared, shared)
                 rule = ByScores(shared, scores, request.widths, keep)
             case _:
-                known = shared_curves(ready, request, left) if curves is None else curves
+                known = shared_curves(prepared, request, left) if curves is None else curves
                 rule = ByCurves.of(shared, request, keep, known)
-        found, budget = _met(ready, request, shared, rule, keep, form)
+        found, budget = _met(prepared, request, shared, rule, keep, form)
         keep = {**keep, **found}
     keep = {g.name: keep[g.name] for g in groups if keep.get(g.name, g.units) < g.units}
     if not keep:
-        skipped = len(ready.groups) - len(groups)
+        skipped = len(prepared.groups) - len(groups)
         rest = f" but the {skipped} that are skipped or left alone" if skipped else ""
         raise RequestError(
-            why_frozen(ready.groups)
+            why_frozen(prepared.groups)
             or f"nothing would be removed: every group{rest} keeps all its units; ask for "
             f"{'a higher sparsity' if request.sparsity else 'more to be removed'}"
             f"{', or skip less' if request.skip else ''}"
@@ -91,7 +91,7 @@ def allocate(
 
 
 def shared_curves(
-    ready: Opened, request: PruningRequest, left: Collection[str] = ()
+    prepared: Prepared, request: PruningRequest, left: Collection[str] = ()
 ) -> dict[str, Curve]:
     """Measure the curves of all groups that share a request's budget, however large that is.
 
@@ -100,7 +100,7 @@ def shared_curves(
 
     Parameters
     ----------
-    ready, request, left
+    prepared, request, left
         As `allocate` takes them.
 
     Raises
@@ -108,14 +108,15 @@ def shared_curves(
     RequestError, FrozenGroupError, NonFiniteError
         As `allocate` does.
     """
-    _, _, shared = asked_groups(ready, request, left)
-    mine = ready.ranks.share([group.units * group.removable for group in shared])
-    found = measure_curves(ready, [shared[i] for i in mine], damp=request.damp, seed=request.seed)
-    curves = told_curves(ready.ranks, list(found))
+    _, _, shared = asked_groups(prepared, request, left)
+    mine = prepared.ranks.share([group.units * group.removable for group in shared])
+    own = [shared[i] for i in mine]
+    found = measure_curves(prepared, own, damp=request.damp, seed=request.seed)
+    curves = told_curves(prepared.ranks, list(found))
     return {group.name: curves[group.name] for group in shared}
 
 
-def provisional(ready: Opened, request: PruningRequest) -> dict[str, int]:
+def provisional(prepared: Prepared, request: PruningRequest) -> dict[str, int]:
     """Return what groups may come to keep, before anything is measured.
 
     It is what the request says of them where it does; about half of those that share a budget.
@@ -125,7 +126,7 @@ def provisional(ready: Opened, request: PruningRequest) -> dict[str, int]:
     RequestError, FrozenGroupError
         As `allocate` does.
     """
-    _, keep, shared = asked_groups(ready, request)
+    _, keep, shared = asked_groups(prepared, request)
     if not request.has_budget:
         return keep
     before: Counter[int] = Counter()
@@ -136,7 +137,7 @@ def provisional(ready: Opened, request: PruningRequest) -> dict[str, int]:
 
 
 def _met(
-    ready: Opened,
+    prepared: Prepared,
     request: PruningRequest,
     shared: Sequence[CouplingGroup],
     rule: Rule,
@@ -146,7 +147,7 @@ def _met(
     """Choose what groups keep within what was asked for."""
     asked = request.budget_in_words
     if request.speedup is not None:
-        latency = Latency(ready, shared, keep, request.widths)
+        latency = Latency(prepared, shared, keep, request.widths)
         table = latency.table
         found, speedup = aimed(
             latency,
@@ -162,12 +163,12 @@ def _met(
         kind = Cost.FLOPS
     elif request.size is not None:
         kind = Cost.BYTES
-    cost = count(kind, ready.model, ready.groups, ready.sample)
+    cost = count(kind, prepared.model, prepared.groups, prepared.sample)
     dense = cost.dense
     if kind is Cost.BYTES and form is Form.GRAPH:  # a share is of what one has: the modules' file
-        proofs = ready.inputs.proofs(ready.model, request.seed)
-        program = dense_program(ready.model, proofs, ready.example)
-        cost = count(kind, ready.model, ready.groups, ready.sample, program)
+        proofs = prepared.inputs.proofs(prepared.model, request.seed)
+        program = dense_program(prepared.model, proofs, prepared.example)
+        cost = count(kind, prepared.model, prepared.groups, prepared.sample, program)
     if request.sparsity is not None:
         # Of the parameters that the shared groups own, as the others are.
         all_gone = cost.of({**keep, **dict.fromkeys((g.name for g in shared), 0)})

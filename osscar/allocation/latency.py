@@ -43,7 +43,7 @@ from osscar.base.progress import stage
 from osscar.base.timing import interleaved, seconds_of
 from osscar.data.batches import Batch
 from osscar.network.modules import copied, device_of, forward
-from osscar.preparation.opened import Opened
+from osscar.preparation.prepare import Prepared
 from osscar.request import Widths
 from osscar.shrinking.plan import GroupPlan, PruningPlan
 from osscar.shrinking.shrink import shrink
@@ -117,7 +117,7 @@ class Latency:
 
     Parameters
     ----------
-    ready
+    prepared
         The dense model with its data.
     shared
         The groups whose widths are to be chosen.
@@ -134,13 +134,13 @@ class Latency:
 
     def __init__(
         self,
-        ready: Opened,
+        prepared: Prepared,
         shared: Sequence[CouplingGroup],
         fixed: Mapping[str, int],
         widths: Widths = Widths(),  # noqa: B008, as it is frozen
     ) -> None:
-        self._ready, self._batch = ready, ready.batches()[0]
-        units = {group.name: group.units for group in ready.groups}
+        self._prepared, self._batch = prepared, prepared.batches()[0]
+        units = {group.name: group.units for group in prepared.groups}
         self._fixed = {name: kept for name, kept in fixed.items() if kept < units[name]}
         self._units = {group.name: group.units for group in shared}
         trials = _trials(shared, widths)
@@ -155,11 +155,11 @@ class Latency:
     def speedup(self, kept: Mapping[str, int]) -> float:
         """Build a model of these widths, and time it against the dense one."""
         with self._built({**self._fixed, **kept}) as trial:
-            return time_against(self._ready.model, trial, self._batch)
+            return time_against(self._prepared.model, trial, self._batch)
 
     def _measured_on(self, trials: Sequence[Mapping[str, int]]) -> dict[str, str]:
         """Return all that a table depends on."""
-        model, tensors = self._ready.model, self._ready.model.state_dict()
+        model, tensors = self._prepared.model, self._prepared.model.state_dict()
         forms = {name: [str(t.dtype), list(t.shape)] for name, t in tensors.items()}
         attention = getattr(getattr(model, "config", None), "_attn_implementation", None)
         return {
@@ -171,7 +171,7 @@ class Latency:
 
     def _measured(self, trials: Sequence[Mapping[str, int]]) -> LatencyTable:
         """Time parts of trial models, each in turns with the dense model."""
-        dense, owners, taken = self._ready.model, self._owners(), self._taken()
+        dense, owners, taken = self._prepared.model, self._owners(), self._taken()
         timed: list[Turns] = []
         with stage("timing", total=len(trials)) as bar:
             for trial in trials:
@@ -206,7 +206,7 @@ class Latency:
         return taken
 
     def _slots(self) -> Iterator[tuple[str, CouplingGroup, Slot]]:
-        for group in self._ready.groups:
+        for group in self._prepared.groups:
             if group.name in self._units or group.name in self._fixed:
                 for slot in group.slots:
                     yield slot.tensor.rpartition(".")[0], group, slot
@@ -214,7 +214,7 @@ class Latency:
     @contextmanager
     def _built(self, kept: Mapping[str, int]) -> Iterator[nn.Module]:
         """Yield a model that keeps the first units of each group."""
-        groups = {group.name: group for group in self._ready.groups}
+        groups = {group.name: group for group in self._prepared.groups}
         plan = PruningPlan(
             tuple(
                 GroupPlan.of(groups[name], tuple(range(k)))
@@ -222,9 +222,9 @@ class Latency:
                 if k < groups[name].units
             )
         )
-        trial = copied(self._ready.model)
+        trial = copied(self._prepared.model)
         try:
-            shrink(trial, plan, [self._ready.example])
+            shrink(trial, plan, [self._prepared.example])
         except EquivalenceError as error:
             raise RequestError(f"no trial model can be built to time: {error}") from error
         yield trial

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from graph import CouplingGroup
 from osscar.base.errors import FrozenGroupError, RequestError
 from osscar.base.printable import counted
-from osscar.preparation.opened import Opened
+from osscar.preparation.prepare import Prepared
 from osscar.request import PRUNED_KINDS, PruningRequest, Widths, parse_keep
 
 _MOST_TOLD = 4
@@ -23,11 +23,11 @@ _MOST_TOLD = 4
 
 
 def asked_groups(
-    ready: Opened, request: PruningRequest, left: Collection[str] = ()
+    prepared: Prepared, request: PruningRequest, left: Collection[str] = ()
 ) -> tuple[list[CouplingGroup], dict[str, int], list[CouplingGroup]]:
     """Return the groups within reach, what some keep by name or kind, and those with a budget."""
-    residual = ready.residual
-    groups = reachable(ready.groups, request, residual, left)
+    residual = prepared.residual
+    groups = reachable(prepared.groups, request, residual, left)
     shared = [group for group in groups if shares(group, request, residual)]
     return groups, kept_by_name(groups, request, residual), shared
 

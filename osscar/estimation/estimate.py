@@ -32,7 +32,7 @@ from osscar.network.modules import device_of
 from osscar.offload.device_memory import DeviceMemory, memory_of
 from osscar.offload.on_disk import is_on_disk, shelf_of
 from osscar.preparation.linear_maps import linear_maps
-from osscar.preparation.opened import Opened
+from osscar.preparation.prepare import Prepared
 from osscar.pruning.groups import held_out
 from osscar.pruning.memory import Room, check_streamed, least_memory, put_out
 from osscar.pruning.prune import opened_for, prune
@@ -77,30 +77,30 @@ def estimate_as_asked(
     """
     clock = clock_of(resolve_device(request.device)) if clock is None else clock
     began = clock()
-    with opened_for(model, calibration, request) as ready:
+    with opened_for(model, calibration, request) as prepared:
         opening = clock() - began
-        held = held_out(ready, request)
-        room = check_streamed(ready, request, max(1, held))
-        base = _held_bytes(memory_of(device_of(ready.model)))
-        timed = timed_stations(ready, request, held, room, clock)
-        needed = _needed_bytes(ready, request, held, room, timed)
-        read = _read_bytes(ready, request, held, timed, base + max(needed.values()))
-        shelf = shelf_of(ready.model)
+        held = held_out(prepared, request)
+        room = check_streamed(prepared, request, max(1, held))
+        base = _held_bytes(memory_of(device_of(prepared.model)))
+        timed = timed_stations(prepared, request, held, room, clock)
+        needed = _needed_bytes(prepared, request, held, room, timed)
+        read = _read_bytes(prepared, request, held, timed, base + max(needed.values()))
+        shelf = shelf_of(prepared.model)
         stages = [_told(Stage.OPEN, Span.about(opening), base)]
         for stage, span in timed.stages.items():
             peak = base + needed.get(stage, 0)
             if shelf is not None:
-                peak = min(peak + weight_bytes(ready.model), shelf.ceiling)
-            written = _log_bytes(ready, timed) if stage is Stage.SOLVER else 0
+                peak = min(peak + weight_bytes(prepared.model), shelf.ceiling)
+            written = _log_bytes(prepared, timed) if stage is Stage.SOLVER else 0
             stages.append(_told(stage, span, peak, read.get(stage, 0), written))
         return Estimate(
             **summed(stages),
             classes=timed.classes,
             settings=json.loads(json.dumps(request.to_json())),
-            calibration=ready.inputs.settings,
+            calibration=prepared.inputs.settings,
             passes=timed.passes,
             limit_bytes=None if shelf is None else shelf.ceiling,
-            least_bytes=None if room is None else least_memory(ready, request, max(1, held)),
+            least_bytes=None if room is None else least_memory(prepared, request, max(1, held)),
             sample_seconds=timed.sample_seconds,
             kept_share=timed.kept_share,
             probe_seconds=clock() - began - opening,
@@ -163,11 +163,11 @@ def _held_bytes(memory: DeviceMemory) -> int:
 
 
 def _needed_bytes(
-    ready: Opened, request: PruningRequest, held: int, room: Room | None, timed: Timed
+    prepared: Prepared, request: PruningRequest, held: int, room: Room | None, timed: Timed
 ) -> dict[Stage, int]:
     """Return the bytes of memory that each stage needs beside what is held before."""
-    found = Room.of(ready, request, max(1, held)) if room is None else room
-    copies = 0 if is_on_disk(ready.model) else weight_bytes(ready.model)
+    found = Room.of(prepared, request, max(1, held)) if room is None else room
+    copies = 0 if is_on_disk(prepared.model) else weight_bytes(prepared.model)
     needed = {
         Stage.TRIAL: 2 * copies + found.proof,
         Stage.DENSE: found.logits,
@@ -180,37 +180,37 @@ def _needed_bytes(
         Stage.PRUNED: found.logits,
     }
     if timed.shared:
-        factors, largest = _factor_bytes(ready, timed.shared)
-        needed[Stage.CURVATURE] = factors + _saved_bytes(ready) + found.logits
+        factors, largest = _factor_bytes(prepared, timed.shared)
+        needed[Stage.CURVATURE] = factors + _saved_bytes(prepared) + found.logits
         needed[Stage.CURVES] = factors + largest
     return needed
 
 
-def _factor_bytes(ready: Opened, groups: Sequence[CouplingGroup]) -> tuple[int, int]:
+def _factor_bytes(prepared: Prepared, groups: Sequence[CouplingGroup]) -> tuple[int, int]:
     """Return the bytes of the factors that are held at once, and of the largest problem of them."""
     held = largest = 0
-    apart = held_batches(ready, small_batches(ready, curve_samples(ready)))
+    apart = held_batches(prepared, small_batches(prepared, curve_samples(prepared)))
     copies = 2 if apart else 1  # one of the samples that are held out
-    for part in parts(ready.model, groups, copies):
+    for part in parts(prepared.model, groups, copies):
         shapes = [one.read_weight().shape for _, maps in part for one in maps]
         held = max(held, sum(4 * copies * (p * p + m * m) for p, m in shapes))
         largest = max(largest, *(8 * (4 * p * p + 2 * m * m) for p, m in shapes))
     return held, largest
 
 
-def _saved_bytes(ready: Opened) -> int:
+def _saved_bytes(prepared: Prepared) -> int:
     """Return the bytes of what a forward pass keeps for the backward pass."""
-    [batch, *_] = small_batches(ready, curve_samples(ready))
+    [batch, *_] = small_batches(prepared, curve_samples(prepared))
     first = next(iter(batch.values()))
-    positions = first.numel() if isinstance(ready.inputs, TokenInputs) else len(first)
-    return 4 * positions * sum(put_out(ready)[0])
+    positions = first.numel() if isinstance(prepared.inputs, TokenInputs) else len(first)
+    return 4 * positions * sum(put_out(prepared)[0])
 
 
 def _read_bytes(
-    ready: Opened, request: PruningRequest, held: int, timed: Timed, most: int
+    prepared: Prepared, request: PruningRequest, held: int, timed: Timed, most: int
 ) -> dict[Stage, int]:
     """Return the bytes of weights on disk that stages read; none if they stay in memory."""
-    shelf, weights = shelf_of(ready.model), weight_bytes(ready.model)
+    shelf, weights = shelf_of(prepared.model), weight_bytes(prepared.model)
     if shelf is None or most + weights <= shelf.ceiling:
         return {}
     passes = {
@@ -224,8 +224,8 @@ def _read_bytes(
     return {stage: count * weights for stage, count in passes.items()}
 
 
-def _log_bytes(ready: Opened, timed: Timed) -> int:
+def _log_bytes(prepared: Prepared, timed: Timed) -> int:
     """Return the bytes of refitted weights, which the log of a run keeps."""
-    losing = (g for g in ready.groups if timed.keep.get(g.name, g.units) < g.units)
-    maps = (one for group in losing for one in linear_maps(ready.model, group))
+    losing = (g for g in prepared.groups if timed.keep.get(g.name, g.units) < g.units)
+    maps = (one for group in losing for one in linear_maps(prepared.model, group))
     return sum(one.read_weight().numel() * one.number_format.itemsize for one in maps)

@@ -33,10 +33,11 @@ from osscar.estimation.values import LayerClass
 from osscar.network.modules import forward
 from osscar.offload.on_disk import room_for
 from osscar.preparation.linear_maps import linear_maps
-from osscar.preparation.opened import Opened
+from osscar.preparation.prepare import Prepared
 from osscar.pruning.groups import held_out, solved
 from osscar.pruning.memory import Room
 from osscar.pruning.prune import DenseFacts
+from osscar.pruning.trial import Feasible
 from osscar.request import Allocation, PruningRequest
 from osscar.walk.batch_norm import batch_norms
 from osscar.walk.regularization import DEFAULT_DAMP
@@ -104,13 +105,13 @@ class Timed(NamedTuple):
 
 
 def timed_stations(
-    ready: Opened, request: PruningRequest, held: int, room: Room | None, clock: Clock
+    prepared: Prepared, request: PruningRequest, held: int, room: Room | None, clock: Clock
 ) -> Timed:
     """Run each station on little, and tell what the run takes in seconds.
 
     Parameters
     ----------
-    ready, request
+    prepared, request
         The model with its data, and what is asked for.
     held
         How many samples the run holds out.
@@ -119,18 +120,18 @@ def timed_stations(
     clock
         What tells the time.
     """
-    sample = ready.sample
-    one = min(_seconds(lambda: forward(ready.model, sample), clock) for _ in range(2))
-    few = _few(ready, one)
+    sample = prepared.sample
+    one = min(_seconds(lambda: forward(prepared.model, sample), clock) for _ in range(2))
+    few = _few(prepared, one)
     with profiled(clock) as profile:
         facts = DenseFacts.of(few, request)
         with timed(Stage.ALLOCATION):
-            keep = expected_keep(ready, request, facts)
+            keep = expected_keep(prepared, request, facts.feasible)
     trial, allocating = (profile.seconds[stage] for stage in (Stage.TRIAL, Stage.ALLOCATION))
-    cost = count(Cost.PARAMETERS, ready.model, ready.groups, sample)
+    cost = count(Cost.PARAMETERS, prepared.model, prepared.groups, sample)
     kept = cost.of(keep) / cost.dense
-    if batch_norms(ready.model):  # whose statistics all samples pass for; else a few are held out
-        dense = profile.seconds[Stage.DENSE] * ready.inputs.samples / few.inputs.samples
+    if batch_norms(prepared.model):  # all samples pass, for their statistics
+        dense = profile.seconds[Stage.DENSE] * prepared.inputs.samples / few.inputs.samples
         pruned = dense
     else:
         dense = profile.seconds[Stage.DENSE] * max(1, held) / max(1, held_out(few, request))
@@ -143,11 +144,13 @@ def timed_stations(
     }
     shared: tuple[CouplingGroup, ...] = ()
     if request.has_budget:
-        shared = tuple(asked_groups(ready, request, facts.feasible.left_names)[2])
-        stages |= _of_budget(ready, few, request, shared, allocating, one, clock)
-    groups = [g for g in ready.groups if keep.get(g.name, g.units) < g.units]
-    classes = layer_classes(ready, groups)
-    walked, passes = _of_walk(ready, few, request, keep, groups, classes, min(held, 1), room, clock)
+        shared = tuple(asked_groups(prepared, request, facts.feasible.left_names)[2])
+        stages |= _of_budget(prepared, few, request, shared, allocating, one, clock)
+    groups = [g for g in prepared.groups if keep.get(g.name, g.units) < g.units]
+    classes = layer_classes(prepared, groups)
+    walked, passes = _of_walk(
+        prepared, few, request, keep, groups, classes, min(held, 1), room, clock
+    )
     by_curvature = shared if Stage.CURVES in stages else ()
     return Timed(stages | walked, classes, keep, by_curvature, passes, one, kept)
 
@@ -159,18 +162,20 @@ def _seconds(function: Any, clock: Clock) -> float:
     return clock() - began
 
 
-def _few(ready: Opened, one: float) -> Opened:
+def _few(prepared: Prepared, one: float) -> Prepared:
     """Return the model with a few of its samples: two at least, more if they are quickly run."""
-    inputs, most = ready.inputs, max(2, ready.batch_size)
+    inputs, most = prepared.inputs, max(2, prepared.batch_size)
     needed = max(2, -(-inputs.samples // _SHARE), int(_CHEAP_SECONDS / max(one, 1e-9)))
     number = min(needed, most, inputs.samples)
     if isinstance(inputs, SeparateInputs):
-        return dataclasses.replace(ready, inputs=SeparateInputs(inputs.each[:number]))
-    first = inputs.batches(ready.model, number)[0]
-    return dataclasses.replace(ready, inputs=inputs.only(first))
+        return dataclasses.replace(prepared, inputs=SeparateInputs(inputs.each[:number]))
+    first = inputs.batches(prepared.model, number)[0]
+    return dataclasses.replace(prepared, inputs=inputs.only(first))
 
 
-def expected_keep(ready: Opened, request: PruningRequest, facts: DenseFacts) -> dict[str, int]:
+def expected_keep(
+    prepared: Prepared, request: PruningRequest, feasible: Feasible
+) -> dict[str, int]:
     """Return what groups keep, as far as that is known before anything is measured.
 
     Curves are not known yet.  Each is taken to be the square of the share of units that leave, so
@@ -181,24 +186,24 @@ def expected_keep(ready: Opened, request: PruningRequest, facts: DenseFacts) -> 
     RequestError, FrozenGroupError
         As the run does.
     """
-    left, form = facts.feasible.left_names, facts.feasible.form
+    left, form = feasible.left_names, feasible.form
     if not request.has_budget:
-        return dict(allocate(ready, request, None, left, form).keep)
+        return dict(allocate(prepared, request, None, left, form).keep)
     told = request
     if request.allocation == Allocation.FLUCTUATION:
         told = dataclasses.replace(told, allocation=str(Allocation.CURVATURE))
     if request.speedup is not None:
         told = dataclasses.replace(told, speedup=None, sparsity=1 - 1 / request.speedup)
-    _, _, shared = asked_groups(ready, told, left)
+    _, _, shared = asked_groups(prepared, told, left)
     gone = {group.name: np.linspace(1.0, 0.0, group.units + 1) for group in shared}
     curves = {name: Curve(name, share**2) for name, share in gone.items()}
-    return dict(allocate(ready, told, curves, left, form).keep)
+    return dict(allocate(prepared, told, curves, left, form).keep)
 
 
 # ---- one layer of each class -------------------------------------------------------------
 
 
-def layer_classes(ready: Opened, groups: Sequence[CouplingGroup]) -> tuple[LayerClass, ...]:
+def layer_classes(prepared: Prepared, groups: Sequence[CouplingGroup]) -> tuple[LayerClass, ...]:
     """Part groups by the size of their problem; choose for each class the group to be solved.
 
     That is the first of them, or, where they are large and few, the one that was chosen for the
@@ -206,7 +211,7 @@ def layer_classes(ready: Opened, groups: Sequence[CouplingGroup]) -> tuple[Layer
     """
     found: dict[tuple[Any, ...], list[CouplingGroup]] = {}
     for group in groups:
-        maps = linear_maps(ready.model, group)
+        maps = linear_maps(prepared.model, group)
         forms = tuple((type(m.module), m.rows, m.outputs, m.number_format) for m in maps)
         found.setdefault((max(m.rows for m in maps), group.units, forms), []).append(group)
     classes: list[LayerClass] = []
@@ -222,23 +227,33 @@ def over_classes(classes: Sequence[LayerClass], seconds: Mapping[str, float]) ->
     """Return what all groups take, of the seconds of those that were solved.
 
     A problem with p inputs takes between p^2 and p^3: all of it is products, factorizations and
-    sweeps of matrices with p rows.
+    sweeps of matrices with p rows.  Which power is expected, the two largest that were solved tell.
     """
+    expected = _power(classes, seconds)
     spans = []
     for one in classes:
         growth, took = one.rows / one.source_rows, seconds.get(one.source, 0.0)
         spread = 0.2 if growth == 1 else 0.3
-        low, middle, high = (took * growth**power for power in (2, 2.5, 3))
-        number = len(one.groups)
-        spans.append(
-            Span(number * low * (1 - spread), number * middle, number * high * (1 + spread))
-        )
+        low, middle, high = (took * growth**power for power in (2, expected, 3))
+        span = low * (1 - spread), middle, high * (1 + spread)
+        spans.append(Span(*(len(one.groups) * each for each in span)))
     return together(*spans)
 
 
+def _power(classes: Sequence[LayerClass], seconds: Mapping[str, float]) -> float:
+    """Return the power of p between the two largest problems that were solved, from 2 to 3."""
+    found = {one.source_rows: seconds.get(one.source, 0.0) for one in classes}
+    sizes = sorted(size for size, took in found.items() if took > 0)[-2:]
+    if len(sizes) < 2:
+        return 2.5
+    small, large = sizes
+    slope = math.log(found[large] / found[small]) / math.log(large / small)
+    return min(max(slope, 2.0), 3.0)
+
+
 def _of_walk(
-    ready: Opened,
-    few: Opened,
+    prepared: Prepared,
+    few: Prepared,
     request: PruningRequest,
     keep: Mapping[str, int],
     groups: Sequence[CouplingGroup],
@@ -265,22 +280,22 @@ def _of_walk(
     damping: dict[str, float] = {}
     solving: dict[str, float] = {}
     with profiled(clock) as profile, _silent():
-        for site in walk(few, groups, in_turn=False, target=target, held=held):
-            name = site.group.name
+        for step in walk(few, groups, in_turn=False, target=target, held=held):
+            name = step.group.name
             if name not in solve:
                 continue
-            site.final = False  # nobody measures what comes after the commit
+            step.final = False  # nobody measures what comes after the commit
             stays = round(sum(keep[g] for g in solve[name]) / len(solve[name]))
             with (
                 profiled(clock) as own,
                 room_for(few.model, 0 if room is None else room.matrices),
                 memory_for(f"the problem of {name!r}", FOR_MATRICES),
             ):
-                solved(site, min(stays, site.group.units - 1), request, 0.0)
-            site.committed = False  # else batches that have passed it would end
+                solved(step, min(stays, step.group.units - 1), request, 0.0)
+            step.committed = False  # else batches that have passed it would end
             damping[name] = own.seconds[Stage.DAMPING]
             solving[name] = own.seconds[Stage.SOLVER]
-    times, took = ready.inputs.samples / few.inputs.samples, profile.seconds
+    times, took = prepared.inputs.samples / few.inputs.samples, profile.seconds
     reach = sum((last + 1) / len(planned.calls) for last in planned.itinerary)
     solver = over_classes(classes, solving)
     exact = request.certify or request.chosen_backend().kind is solvers.BackendKind.EXACT
@@ -307,8 +322,8 @@ def _silent() -> Iterator[None]:
 
 
 def _of_budget(
-    ready: Opened,
-    few: Opened,
+    prepared: Prepared,
+    few: Prepared,
     request: PruningRequest,
     shared: Sequence[CouplingGroup],
     allocating: float,
@@ -320,18 +335,18 @@ def _of_budget(
     allocation = Span.about(allocating, 0.3)
     if request.allocation == Allocation.FLUCTUATION:
         scores = _seconds(lambda: measure_fluctuations(few, shared), clock)
-        of_all = scores * ready.inputs.samples / samples
+        of_all = scores * prepared.inputs.samples / samples
         allocation = together(allocation, Span.about(of_all, 0.3))
     if request.speedup is not None:  # a table that is kept spares the first part
-        one *= min(ready.batch_size, ready.inputs.samples)
+        one *= min(prepared.batch_size, prepared.inputs.samples)
         table, again = table_passes() * one, max(WORTHWHILE_SECONDS, round_passes() * one)
         timing = Span(again, table + 2 * again, table + MOST_ROUNDS * again)
         allocation = together(allocation, timing)
     stages = {Stage.ALLOCATION: allocation}
     if request.allocation != Allocation.CURVATURE:
         return stages
-    most = min(ready.inputs.samples, curve_samples(ready))
-    classes = layer_classes(ready, shared)
+    most = min(prepared.inputs.samples, curve_samples(prepared))
+    classes = layer_classes(prepared, shared)
     solve = {one.source for one in classes}
     curves: dict[str, float] = {}
     with profiled(clock) as profile, _silent():
@@ -345,7 +360,7 @@ def _of_budget(
                 began = clock()
                 elimination_curve(found.problem(DEFAULT_DAMP))
                 curves[found.group.name] = clock() - began
-    if held_batches(ready, small_batches(ready, most)):  # once more, for the damping
+    if held_batches(prepared, small_batches(prepared, most)):  # once more, for the damping
         curves = {name: 2 * seconds for name, seconds in curves.items()}
     passes = profile.seconds[Stage.CURVATURE] * most / min(samples, most)
     return stages | {

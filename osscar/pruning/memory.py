@@ -25,7 +25,7 @@ from osscar.network.modules import forward
 from osscar.offload.on_disk import shelf_of
 from osscar.offload.shelf import Shelf
 from osscar.preparation.linear_maps import linear_maps
-from osscar.preparation.opened import Opened
+from osscar.preparation.prepare import Prepared
 from osscar.request import Allocation, FormChoice, PruningRequest
 from osscar.walk.targets import Target
 
@@ -92,33 +92,33 @@ class _Flow(NamedTuple):
     outputs: int
 
 
-def _flow(ready: Opened) -> _Flow:
+def _flow(prepared: Prepared) -> _Flow:
     """Look at the sizes of a model; one that reads no tokens runs on its small example."""
-    if not isinstance(ready.inputs, TokenInputs):
-        sizes, outputs = put_out(ready)
-        rows = tuple(len(next(iter(batch.values()))) for batch in ready.batches())
+    if not isinstance(prepared.inputs, TokenInputs):
+        sizes, outputs = put_out(prepared)
+        rows = tuple(len(next(iter(batch.values()))) for batch in prepared.batches())
         wide = max(sizes, default=0)
         return _Flow(rows, wide // 2, wide, 1, outputs)
-    table = ready.model.get_input_embeddings().weight  # type: ignore[operator]
+    table = prepared.model.get_input_embeddings().weight  # type: ignore[operator]
     vocabulary, width = map(int, table.shape)
-    sizes = [size for parameter in ready.model.parameters() for size in parameter.shape]
-    rows = tuple(int(math.prod(batch["input_ids"].shape)) for batch in ready.batches())
+    sizes = [size for parameter in prepared.model.parameters() for size in parameter.shape]
+    rows = tuple(int(math.prod(batch["input_ids"].shape)) for batch in prepared.batches())
     wide = max(size for size in sizes if size != vocabulary)
-    return _Flow(rows, width, wide, ready.inputs.settings["seqlen"], vocabulary)
+    return _Flow(rows, width, wide, prepared.inputs.settings["seqlen"], vocabulary)
 
 
-def put_out(ready: Opened) -> tuple[list[int], int]:
+def put_out(prepared: Prepared) -> tuple[list[int], int]:
     """Return how many numbers a position the innermost modules put out, and the whole model."""
     sizes: list[int] = []
 
     def see(name: str, module: nn.Module, args: Any, kwargs: Any, result: Any) -> None:
         sizes.append(_numbers(result))
 
-    leaves = [name for name, module in ready.model.named_modules() if not any(module.children())]
-    with torch.no_grad(), hooks(ready.model, leaves, after=see):
-        result = forward(ready.model, ready.example)
-    first = next(iter(ready.example.values()))
-    tokens = isinstance(ready.inputs, TokenInputs)
+    leaves = [name for name, module in prepared.model.named_modules() if not any(module.children())]
+    with torch.no_grad(), hooks(prepared.model, leaves, after=see):
+        result = forward(prepared.model, prepared.example)
+    first = next(iter(prepared.example.values()))
+    tokens = isinstance(prepared.inputs, TokenInputs)
     positions = max(1, first.numel() if tokens else len(first))
     return [size // positions for size in sizes], _numbers(result) // positions
 
@@ -168,13 +168,18 @@ class Room:
 
     @classmethod
     def of(
-        cls, ready: Opened, request: PruningRequest, held_out: int, *, waiting_on_disk: bool = False
+        cls,
+        prepared: Prepared,
+        request: PruningRequest,
+        held_out: int,
+        *,
+        waiting_on_disk: bool = False,
     ) -> Room:
         """Estimate what a run needs.
 
         Parameters
         ----------
-        ready, request
+        prepared, request
             The model with its data, and what is asked for.
         held_out
             How many windows the predictions of the dense model are kept of.
@@ -186,18 +191,18 @@ class Room:
         RequestError, FrozenGroupError
             If what to keep makes no sense for this model.
         """
-        keep = provisional(ready, request)
-        groups = [g for g in ready.groups if keep.get(g.name, g.units) < g.units]
+        keep = provisional(prepared, request)
+        groups = [g for g in prepared.groups if keep.get(g.name, g.units) < g.units]
         layer, inputs, matrices, sums = max(
-            (_matrices(ready.model, group, keep[group.name], request) for group in groups),
+            (_matrices(prepared.model, group, keep[group.name], request) for group in groups),
             key=lambda found: found[2],
             default=("", 0, 0, 0),
         )
-        flow = _flow(ready)
+        flow = _flow(prepared)
         streams = 2 if Target(request.target).needs_dense else 1
         kept = min(MOST_BYTES, 4 * held_out * flow.window * flow.outputs)
         present = max(flow.rows) if waiting_on_disk else sum(flow.rows)
-        tokens = isinstance(ready.inputs, TokenInputs)
+        tokens = isinstance(prepared.inputs, TokenInputs)
         suspended = _SUSPENDED * flow.width + (inputs if tokens else 0)
         proved = min(_PROOF_TOKENS, 2 * flow.window) * flow.outputs
         return cls(
@@ -278,12 +283,12 @@ def check_can_stream(model: nn.Module, request: PruningRequest) -> None:
         raise RequestError(reason)
 
 
-def check_streamed(ready: Opened, request: PruningRequest, held_out: int) -> Room | None:
+def check_streamed(prepared: Prepared, request: PruningRequest, held_out: int) -> Room | None:
     """Refuse what a model that is read from disk cannot do, or not within its memory.
 
     Parameters
     ----------
-    ready, request
+    prepared, request
         The model with its data, and what is asked for.
     held_out
         How many windows the predictions of the dense model are kept of.
@@ -298,14 +303,14 @@ def check_streamed(ready: Opened, request: PruningRequest, held_out: int) -> Roo
     RequestError
         If the run needs the whole model in memory, or the limit is too small.
     """
-    shelf = shelf_of(ready.model)
+    shelf = shelf_of(prepared.model)
     if shelf is None:
         return None
-    check_can_stream(ready.model, request)
+    check_can_stream(prepared.model, request)
     base = _base(shelf)
     for waiting_on_disk in (False, True):
-        room = Room.of(ready, request, held_out, waiting_on_disk=waiting_on_disk)
-        what, most = _most_needed(ready.model, room)
+        room = Room.of(prepared, request, held_out, waiting_on_disk=waiting_on_disk)
+        what, most = _most_needed(prepared.model, room)
         if base + most <= shelf.ceiling:
             break
     else:
@@ -320,12 +325,12 @@ def check_streamed(ready: Opened, request: PruningRequest, held_out: int) -> Roo
     return room
 
 
-def least_memory(ready: Opened, request: PruningRequest, held_out: int) -> int:
+def least_memory(prepared: Prepared, request: PruningRequest, held_out: int) -> int:
     """Return the least limit within which a model that lies on disk can be pruned, in bytes."""
-    shelf = shelf_of(ready.model)
+    shelf = shelf_of(prepared.model)
     assert shelf is not None
-    room = Room.of(ready, request, held_out, waiting_on_disk=True)
-    return _base(shelf) + _most_needed(ready.model, room)[1]
+    room = Room.of(prepared, request, held_out, waiting_on_disk=True)
+    return _base(shelf) + _most_needed(prepared.model, room)[1]
 
 
 def _base(shelf: Shelf) -> int:

@@ -22,7 +22,8 @@ from osscar.estimation.estimate import estimate_as_asked
 from osscar.estimation.stations import expected_keep, layer_classes, over_classes
 from osscar.estimation.values import EstimateDocument, LayerClass
 from osscar.preparation.opened import opened
-from osscar.pruning.prune import DenseFacts, prune_as_asked
+from osscar.pruning.prune import prune_as_asked
+from osscar.pruning.trial import Feasible
 from osscar.report.estimate_tables import extrapolated
 from osscar.request import PruningRequest
 from osscar.walk.targets import Target
@@ -128,7 +129,7 @@ def test_about_as_many_units_are_expected_to_leave_as_do(asked, allocation, read
     gone = [
         sum(1 - kept / units[name] for name, kept in keep.items())
         for keep in (
-            expected_keep(ready, request, DenseFacts(None, {})),
+            expected_keep(ready, request, Feasible()),
             allocate(ready, request).keep,
         )
     ]
