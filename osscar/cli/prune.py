@@ -232,7 +232,7 @@ def command(
         typer.Option(
             "--dry-run",
             help="Tell what the run will take, stage by stage, and write nothing but --json FILE: "
-            "time, memory and disk, from two quick probes.",
+            "time, memory and disk, from few samples and one layer of each class.",
         ),
     ] = False,
     estimate: Annotated[
