@@ -70,9 +70,12 @@ def project(target: Tensor, weight: Tensor, total: Tensor) -> Tensor:
     # between the last at which too much is left and the next.
     n, due = target.shape[1], target.shape[1] - total[:, None]
     zero = target / weight
-    bends, order = torch.cat([zero - 1 / weight, zero], 1).sort(1)
+    bends = torch.cat([zero - 1 / weight, zero], 1)
+    # Of few thousand numbers, torch's sort takes three times as long as numpy's.
+    order = torch.from_numpy(bends.numpy().argsort(1)) if bends.is_cpu else bends.argsort(1)
+    bends = bends.gather(1, order)
     slopes = torch.cat([weight, -weight], 1).gather(1, order).cumsum(1)
-    fell = torch.nn.functional.pad((slopes[:, :-1] * bends.diff(dim=1)).cumsum(1), (1, 0))
+    fell = torch.nn.functional.pad(bends.diff(dim=1).mul_(slopes[:, :-1]).cumsum(1), (1, 0))
     last = ((fell < due).sum(1, keepdim=True) - 1).clamp(0, 2 * n - 2)
     slope = slopes.gather(1, last)
     step = (due - fell.gather(1, last)) / slope
