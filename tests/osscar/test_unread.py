@@ -15,6 +15,9 @@ from torch.ao.quantization import FakeQuantize
 import osscar
 from graph import Role
 from osscar.network.modules import count_parameters
+from osscar.pruning.prune import opened_for
+from osscar.pruning.trial import feasible_groups
+from osscar.request import PruningRequest
 from tests.graph.test_training import Auxiliary, Drawn, Paired, Regrouped
 
 
@@ -112,12 +115,19 @@ def test_an_observer_that_has_seen_nothing_is_no_damage(tmp_path: Path) -> None:
     assert back.train()(torch.ones(2, 6)).shape == (2, 4)
 
 
+def tried(model: nn.Module, data: Tensor, **asked: Any) -> None:
+    """Find what can follow, before anything is solved."""
+    request = PruningRequest(**asked)
+    with opened_for(model, data, request) as prepared:
+        feasible_groups(prepared, request)
+
+
 def told(width: int, kind: type[Optional] = Optional, **asked: Any) -> list[str]:
     torch.manual_seed(0)
     data = torch.randn(64, 5, generator=torch.Generator().manual_seed(1))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        osscar.prune(kind(width), data, **asked)
+        tried(kind(width), data, **asked)
     return [str(one.message) for one in caught if "do not reach" in str(one.message)]
 
 
@@ -179,8 +189,8 @@ def test_what_fails_in_training_is_told_before_anything_is_solved(kind: type[Aux
 @pytest.mark.filterwarnings("error:.*in training")
 def test_code_for_training_that_follows_or_cannot_be_tried_is_not_blamed() -> None:
     torch.manual_seed(0)
-    osscar.prune(Auxiliary(), images(), sparsity=0.5, form="module")
-    osscar.prune(Drawn(), images(), sparsity=0.5, form="module")
+    tried(Auxiliary(), images(), sparsity=0.5, form="module")
+    tried(Drawn(), images(), sparsity=0.5, form="module")
 
 
 def test_what_an_optional_input_leads_to_is_named() -> None:
