@@ -15,6 +15,7 @@ from osscar.cli import main
 from osscar.data.batches import as_inputs
 from osscar.data.images import ImageSet, load_images
 from osscar.data.preprocessing import OwnTransform, Preprocessing, import_torchvision
+from osscar.evaluation.quality import score
 from osscar.models.load import load_model
 from osscar.shrinking.lineage import lineage_of
 from tests.osscar.networks import plain
@@ -209,9 +210,9 @@ def test_what_is_stated_is_printed_recorded_and_used_again(run, place):
     )
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
+def test_what_makes_no_sense_is_refused_before_any_work(run, place):
+    none = ("--no-normalize",)
+    for options, message in (
         (("--mean", "0.5,0.5", "--std", "1"), "mean is (0.5, 0.5); give one number for all"),
         (("--mean", "0.5"), "mean is given without std; give both"),
         (("--std", "0.5"), "std is given without mean; give both"),
@@ -220,17 +221,15 @@ def test_what_is_stated_is_printed_recorded_and_used_again(run, place):
         (("--mean", "127.5", "--std", "127.5"), "give that of pixels / 255"),
         (("--mean", "0.5", "--std", "127.5"), "std is (127.5,); give that of pixels"),
         (("--mean", "a", "--std", "1"), "--mean 'a' is not numbers such as"),
-        (("--mean", "0", "--std", "1", "--no-normalize"), "give one or the other"),
-        (("--no-normalize", "--image-size", "0"), "--image-size is '0'; give pixels"),
-        (("--no-normalize", "--image-size", "1x2x3x4"), "--image-size is '1x2x3x4'"),
-        (("--no-normalize", "--image-size", "large"), "--image-size 'large' is not numbers"),
-        (("--no-normalize", "--image-size", "2x8x8"), "channels is 2; give one of 1, 3"),
-        (("--no-normalize", "--image-size", "1x8x8"), "stated to have 1 channel, and the example"),
-    ],
-)
-def test_what_makes_no_sense_is_refused_before_any_work(options, message, run, place):
-    status, _, err = run(*prune("build", *options))
-    assert (status, message in err) == (2, True), err
+        (("--mean", "0", "--std", "1", *none), "give one or the other"),
+        ((*none, "--image-size", "0"), "--image-size is '0'; give pixels"),
+        ((*none, "--image-size", "1x2x3x4"), "--image-size is '1x2x3x4'"),
+        ((*none, "--image-size", "large"), "--image-size 'large' is not numbers"),
+        ((*none, "--image-size", "2x8x8"), "channels is 2; give one of 1, 3"),
+        ((*none, "--image-size", "1x8x8"), "stated to have 1 channel, and the example"),
+    ):
+        status, _, err = run(*prune("build", *options))
+        assert (status, message in err) == (2, True), err
     assert not (place / "small").exists()
 
 
@@ -330,23 +329,22 @@ def test_a_function_is_taken_from_the_code_again_and_refused_without_it(run, pla
         load_model("small", dense="net.py:own")
 
 
-@pytest.mark.parametrize(
-    ("function", "message"),
-    [
+def test_a_function_that_makes_no_image_for_the_model_is_refused(place):
+    for function, message in (
         ("drawing", "makes another tensor of one image each time"),
         ("untensor", "returns a Image; return a tensor"),
         ("failing", "fails on an image: AttributeError"),
         ("other", r"returns torch.float32 of \(1, 12, 12\), and the example is torch.float32 of"),
-    ],
-)
-def test_a_function_that_makes_no_image_for_the_model_is_refused(function, message, place):
-    loaded = load_model(f"net.py:{function}")
-    for read in (
-        lambda: loaded.calibration("images.npz:train", samples=4, seqlen=None, seed=0),
-        lambda: load_images("images.npz:train", loaded.preprocessing),
     ):
-        with pytest.raises(ImageError, match=message):
-            read()
+        loaded = load_model(f"net.py:{function}")
+        for read in (
+            lambda loaded=loaded: loaded.calibration(
+                "images.npz:train", samples=4, seqlen=None, seed=0
+            ),
+            lambda loaded=loaded: load_images("images.npz:train", loaded.preprocessing),
+        ):
+            with pytest.raises(ImageError, match=message):
+                read()
 
 
 def test_what_is_no_transform_is_refused(place):
@@ -359,9 +357,8 @@ def test_what_is_no_transform_is_refused(place):
 # ---- followed from the example -----------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("function", "message"),
-    [
+def test_an_example_of_another_layout_is_refused(run, place):
+    for function, message in (
         ("last", r"torch.float32 of \(2, 12, 12, 3\), .*\(n, channels, height, width\)"),
         ("single", r"torch.float32 of \(3, 12, 12\), and images are float or uint8 of \(n, ch"),
         ("film", r"of \(2, 3, 4, 12, 12\)"),
@@ -369,37 +366,31 @@ def test_what_is_no_transform_is_refused(place):
         ("whole", r"torch.int64 of \(2, 3, 12, 12\), and images are float or uint8"),
         ("pair", r"reads 2 inputs \(x, y\), and images are one"),
         ("scaled", r"has values up to 255, and images would reach 1 as stated"),
-    ],
-)
-def test_an_example_of_another_layout_is_refused(function, message, place):
-    with pytest.raises(ImageError, match=message):
-        load_model(f"net.py:{function}", preprocessing=Preprocessing(mean=0, std=1))
-
-
-def test_images_for_an_example_of_another_layout_are_refused_before_any_work(run, place):
+    ):
+        with pytest.raises(ImageError, match=message):
+            load_model(f"net.py:{function}", preprocessing=Preprocessing(mean=0, std=1))
     status, _, err = run(*prune("last", "--no-normalize"))
     assert (status, "permute its dimensions itself" in err) == (2, True), err
     assert not (place / "small").exists()
-    loaded = load_model("net.py:last")
     with pytest.raises(ImageError, match=r"permute its dimensions itself"):
-        loaded.images("images.npz:test")
+        load_model("net.py:last").images("images.npz:test")
 
 
-def test_a_model_of_uint8_gets_pixels_as_they_are(run, place):
+def test_a_model_of_uint8_gets_pixels_as_they_are(place):
     loaded = load_model("net.py:bytes_", device="cpu")
     assert torch.equal(loaded.images("images.npz:test").tensor(), (pixels() * 255).round().byte())
-    status, out, err = run(*prune("bytes_"))
-    assert (status, "pixels from 0 to 255 as they are (uint8)" in out) == (0, True), err
-    assert "divergence from the dense predictions: measured" in out
-    status, out, err = run(*evaluate("bytes_"))
-    assert (status, "uint8" in out) == (0, True), err
-    status, _, err = run(*prune("bytes_", "--mean", "0.5", "--std", "0.5", out="other"))
-    assert (status, "takes pixels from 0 to 255 as they are; leave --mean" in err) == (2, True), err
+    assert "pixels from 0 to 255 as they are (uint8)" in loaded.preprocessing.sentence()
+    images = loaded.calibration("images.npz:train", samples=8, seqlen=None, seed=0)
+    assert as_inputs(loaded.model, images).example(loaded.model)["x"].dtype is torch.uint8
+    (found,) = score([loaded.model], loaded.images("images.npz:test"))
+    assert found.top1 is not None
+    with pytest.raises(ImageError, match="pixels from 0 to 255 as they are; leave --mean"):
+        load_model("net.py:bytes_", preprocessing=Preprocessing(mean=0.5, std=0.5))
     scaled = load_model("net.py:scaled", preprocessing=Preprocessing(mean=0, std=1 / 255))
     torch.testing.assert_close(scaled.images("images.npz:test").tensor(), pixels() * 255)
 
 
-def test_a_model_of_one_channel_gets_grayscale_images(run, place):
+def test_a_model_of_one_channel_gets_grayscale_images(place):
     from PIL import Image
 
     stated = Preprocessing(mean=0, std=1)
@@ -416,11 +407,10 @@ def test_a_model_of_one_channel_gets_grayscale_images(run, place):
     (place / "files").mkdir()
     images[0].save("files/a.png")
     assert torch.equal(loaded.images("files").tensor(), found[:1])
-    status, out, err = run(*prune("gray", "--mean", "0.5", "--std", "0.5"))
-    assert (status, "images: grayscale, " in out, "mean 0.5, std 0.5" in out) == (0, True, True)
-    three = ("--mean", "0.5,0.4,0.5", "--std", "0.5")
-    status, out, err = run(*prune("gray", *three, out="other"))
-    assert (status, "have 3 channels (mean has 3 numbers), and the" in err) == (2, True), err
+    sentence = loaded.preprocessing.sentence()
+    assert sentence.startswith("grayscale, ")
+    with pytest.raises(ImageError, match=r"have 3 channels \(mean has 3 numbers\), and the"):
+        load_model("net.py:gray", preprocessing=Preprocessing(mean=(0.5, 0.4, 0.5), std=0.5))
 
 
 def test_the_size_of_images_is_never_assumed(run, place):
@@ -428,11 +418,15 @@ def test_the_size_of_images_is_never_assumed(run, place):
     assert (status, "nothing states the size and number of channels" in err) == (2, True), err
     status, _, err = run("inspect", "net.py:alone")
     assert (status, "give --image-size CxHxW" in err) == (2, True), err
-    for name, *options in (("build",), ("alone", "--image-size", "3x12x12")):
-        status, out, err = run("inspect", f"net.py:{name}", *options)
-        assert (status, "channels" in out) == (0, True), err
-    status, out, err = run(*prune("alone", "--no-normalize", "--image-size", "3x8x10"))
-    assert (status, "resized to 8 x 10" in out) == (0, True), err
+    status, out, err = run("inspect", "net.py:alone", "--image-size", "3x12x12")
+    assert (status, "channels" in out) == (0, True), err
+    stated = Preprocessing(crop=(8, 10), channels=3, mean=0, std=1)
+    assert (
+        "resized to 8 x 10"
+        in load_model("net.py:alone", preprocessing=stated)
+        .images("images.npz:test")
+        .preprocessing.sentence()
+    )
 
 
 # ---- pruned from Python with tensors -----------------------------------------------------

@@ -272,13 +272,24 @@ GOOD = pairs(8, 0)
 SPOILT = np.where(np.arange(32).reshape(8, 4) == 5, np.nan, GOOD["features"])
 
 
-@pytest.mark.parametrize(
-    ("arrays", "message"),
-    [
-        ({"tokens": GOOD["features"], "features": GOOD["tokens"]}, "'tokens' is float32 of .8, 4"),
-        ({"tokens": GOOD["tokens"]}, "takes tokens, features, scale, and there is no 'features'"),
-        ({**GOOD, "feature": GOOD["features"]}, "takes no 'feature'; it takes tokens, features"),
-        ({**GOOD, "features": GOOD["features"].T[:, :4].T[..., None]}, r"float32 of \(4, 4, 1\)"),
+def test_files_that_do_not_fit_the_model_are_refused(tmp_path):
+    for arrays, message in (
+        (
+            {"tokens": GOOD["features"], "features": GOOD["tokens"]},
+            "'tokens' is float32 of .8, 4",
+        ),
+        (
+            {"tokens": GOOD["tokens"]},
+            "takes tokens, features, scale, and there is no 'features'",
+        ),
+        (
+            {**GOOD, "feature": GOOD["features"]},
+            "takes no 'feature'; it takes tokens, features",
+        ),
+        (
+            {**GOOD, "features": GOOD["features"].T[:, :4].T[..., None]},
+            r"float32 of \(4, 4, 1\)",
+        ),
         ({**GOOD, "features": GOOD["features"].astype(np.uint8)}, "'features' is uint8"),
         ({**GOOD, "tokens": GOOD["tokens"] > 3}, "'tokens' is bool"),
         ({**GOOD, "features": SPOILT}, "'features' have NaN or infinite entries, 1 of 32"),
@@ -288,21 +299,19 @@ SPOILT = np.where(np.arange(32).reshape(8, 4) == 5, np.nan, GOOD["features"])
         ({**GOOD, "features": np.array(["a"] * 8)}, "features holds <U1; give numbers"),
         ({**GOOD, "labels": np.zeros(8)}, "labels must be 8 whole numbers, .* not torch.float64"),
         ({**GOOD, "labels": np.zeros(3, int)}, r"not torch.int64 of \(3,\)"),
-        ({f"test_{name}": array for name, array in GOOD.items()}, "x.npz:test reads the entries"),
-    ],
-)  # fmt: skip
-def test_files_that_do_not_fit_the_model_are_refused(arrays, message, tmp_path):
-    np.savez(tmp_path / "x.npz", **arrays)
-    with pytest.raises(FileError, match=message):
-        osscar.load_tensors(tmp_path / "x.npz", Mixed(), EXAMPLE)
-
-
-@pytest.mark.parametrize("name", ["x.npz", "x.safetensors", "none.npz", "none.safetensors", "x.pt"])
-def test_files_that_cannot_be_read_are_refused(name, tmp_path):
-    if name.startswith("x"):
-        (tmp_path / name).write_bytes(b"PK\3\4" + bytes(60))
-    with pytest.raises(FileError):
-        osscar.load_tensors(tmp_path / name, Mixed(), EXAMPLE)
+        (
+            {f"test_{name}": array for name, array in GOOD.items()},
+            "x.npz:test reads the entries",
+        ),
+    ):
+        np.savez(tmp_path / "x.npz", **arrays)
+        with pytest.raises(FileError, match=message):
+            osscar.load_tensors(tmp_path / "x.npz", Mixed(), EXAMPLE)
+    for name in ("x.npz", "x.safetensors", "none.npz", "none.safetensors", "x.pt"):
+        if name.startswith("x"):
+            (tmp_path / name).write_bytes(b"PK\3\4" + bytes(60))
+        with pytest.raises(FileError):
+            osscar.load_tensors(tmp_path / name, Mixed(), EXAMPLE)
 
 
 def test_an_archive_is_refused_before_it_fills_the_memory(tmp_path, monkeypatch):

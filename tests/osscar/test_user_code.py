@@ -76,45 +76,35 @@ def place(tmp_path, monkeypatch):
         sys.modules.pop(name, None)
 
 
-@pytest.mark.parametrize("file", ["osscar_test_mine", "osscar_test_mine.py"])
-def test_code_finds_what_lies_in_the_current_directory(file, place):
+def test_code_finds_what_lies_around_it(place):
     before = list(sys.path)
-    assert load_model(f"{file}:build").example["input"].shape == (2, 3, 12, 12)
-    assert sys.path == before
-
-
-def test_code_finds_what_lies_beside_its_file(place):
-    (place / "blocks.py").unlink()
+    for file in ("osscar_test_mine", "osscar_test_mine.py"):  # in the current directory
+        assert load_model(f"{file}:build").example["input"].shape == (2, 3, 12, 12)
+    (place / "blocks.py").unlink()  # and beside its file
     assert load_model("sub/osscar_test_mine.py:build").source.startswith("sub/")
-
-
-@pytest.mark.parametrize(
-    ("name", "file"),
-    [
+    assert sys.path == before
+    for name, file in (
         ("./mine:build", "./mine.py:build"),
         (".mine:build", "mine.py:build"),
         ("a/mine:build", "a/mine.py:build"),
-    ],
-)
-def test_a_file_without_its_suffix_is_told_what_to_write(name, file):
-    with pytest.raises(ModelNotFound, match=f"for a file give {file}$"):
-        load_model(name)
+    ):
+        with pytest.raises(ModelNotFound, match=f"for a file give {file}$"):
+            load_model(name)
 
 
-@pytest.mark.parametrize("suffix", ["", ".py"])
-def test_a_failing_import_shows_the_users_error_and_line(suffix, place):
+def test_a_failing_import_shows_the_users_error_and_line(place):
     for module, message in (
         ("broken_syntax", r"SyntaxError: .*broken_syntax\.py, line 1"),
         ("broken_name", r"NameError: .*\(line 2 of .*broken_name\.py: x = undefined_name\)"),
         ("broken_import", r"ModuleNotFoundError: No module named 'no_such_package' \(line 1"),
     ):
-        with pytest.raises(ModelError, match=message):
-            load_model(f"{module}{suffix}:build")
+        for suffix in ("", ".py"):
+            with pytest.raises(ModelError, match=message):
+                load_model(f"{module}{suffix}:build")
 
 
-@pytest.mark.parametrize(
-    ("function", "message"),
-    [
+def test_what_cannot_be_used_is_refused(place):
+    for function, message in (
         ("side", r"that do not fit: 224 \(int\) are no example inputs; give a tensor"),
         ("empty", r"\(\) \(tuple\) are no example inputs"),
         ("nested", "not all tensors, but dict"),
@@ -122,11 +112,9 @@ def test_a_failing_import_shows_the_users_error_and_line(suffix, place):
         ("raises", r"AttributeError: .*no_such_thing"),
         ("meta", r"'0\.weight' of Sequential is on the device 'meta'"),
         ("bare", "Sequential has no parameters"),
-    ],
-)
-def test_what_cannot_be_used_is_refused(function, message, place):
-    with pytest.raises(ModelError, match=message):
-        load_model(f"osscar_test_mine.py:{function}")
+    ):
+        with pytest.raises(ModelError, match=message):
+            load_model(f"osscar_test_mine.py:{function}")
 
 
 def test_the_example_is_cast_as_the_model_is(place):
@@ -226,10 +214,10 @@ class Neighbours(nn.Module):
         return self.last((self.edges @ x.reshape(4, -1)).reshape(x.shape))
 
 
-@pytest.mark.parametrize("budget", [{"sparsity": 0.3}, {"flops": 0.8}])
-def test_sparse_matrices_are_no_obstacle(budget):
+def test_sparse_matrices_are_no_obstacle():
     torch.manual_seed(0)
-    result = osscar.prune(Neighbours().eval(), torch.randn(32, 4, 5), device="cpu", **budget)
+    data = torch.randn(32, 4, 5)
+    result = osscar.prune(Neighbours().eval(), data, flops=0.8, backend="magnitude", device="cpu")
     assert result.parameters_after < result.parameters_before
 
 
