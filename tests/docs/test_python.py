@@ -68,9 +68,9 @@ def check_estimate(names: dict[str, Any]) -> None:
 
 
 def check_walk(names: dict[str, Any]) -> None:
-    weights = names["ready"].model.get_submodule("model.decoder.layers.0.fc2").weight
+    weights = names["prepared"].model.get_submodule("model.decoder.layers.0.fc2").weight
     assert int((weights == 0).all(0).sum()) == 320
-    assert names["steps"].passes == 1
+    assert names["way"].passes == 1
 
 
 def check_vision(names: dict[str, Any]) -> None:
