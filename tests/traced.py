@@ -112,8 +112,8 @@ def once() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         for function in (graph.trace, rehearse, could_fail_in_training):
             name, remembered = function.__name__, _remembered(function)
-            for module in [*sys.modules.values()]:
-                inside = getattr(module, "__name__", "").partition(".")[0] in ("graph", "osscar")
+            for path, module in [*sys.modules.items()]:
+                inside = path.partition(".")[0] in ("graph", "osscar")
                 if inside and vars(module).get(name) is function:
                     patch.setattr(module, name, remembered)
         yield
