@@ -17,7 +17,7 @@ import solvers
 from benchmarks import gpu
 from osscar.base.errors import OptionError, RequestError
 from osscar.checkpoint.streamed import read_streamed
-from osscar.models import language
+from osscar.models import load as loading
 from osscar.network.modules import device_of
 from osscar.offload import activation_offload, on_disk, places, sources
 from osscar.offload.activation_offload import ActivationOffload
@@ -403,10 +403,10 @@ def test_a_limit_that_a_card_cannot_keep_is_refused(tmp_path, monkeypatch):
 def test_what_does_not_fit_on_the_card_stays_on_disk_by_default(tmp_path, monkeypatch, dtype):
     dense = written(tmp_path / "dense", "opt", dtype=dtype)
     size = 4 * sum(t.nbytes for t in load_file(dense / "model.safetensors").values())
-    monkeypatch.setattr(language, "resolve_device", lambda _: CARD)
+    monkeypatch.setattr(loading, "resolve_device", lambda _: CARD)
     for total, expected in ((size, None), (size - 10, (size - 10) * 9 // 10)):
         Counted(monkeypatch, total=total)
-        assert language.fitting_memory(dense, device="cuda") == expected
+        assert loading.fitting_memory(dense, device="cuda") == expected
 
 
 # ---- the solvers -------------------------------------------------------------------------

@@ -32,7 +32,7 @@ from osscar.base.memory import available_memory, parse_size, resident_memory
 from osscar.checkpoint.streamed import check_written, write_weights
 from osscar.evaluation.forward import measure_forward
 from osscar.evaluation.quality import score
-from osscar.models import language
+from osscar.models import load as loading
 from osscar.models.language import DEMO_DIRECTORY
 from osscar.models.load import fitting_memory
 from osscar.offload import sources
@@ -581,7 +581,7 @@ def test_what_does_not_fit_stays_on_disk_by_default(tmp_path, monkeypatch):
     size = 2 * (dense / "model.safetensors").stat().st_size  # in float32
     for available, expected in ((5 * size, None), (3 * size, 3 * size * 9 // 10), (None, None)):
         monkeypatch.setattr(system_memory, "available_memory", lambda found=available: found)
-        monkeypatch.setattr(language, "resolve_device", lambda _: torch.device("cpu"))
+        monkeypatch.setattr(loading, "resolve_device", lambda _: torch.device("cpu"))
         assert fitting_memory(dense) == expected
     for name, value in {
         "RANK": 0,
