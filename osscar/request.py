@@ -1,65 +1,166 @@
-"""What a pruning run is asked: one value, made by keywords, by the command line, by a report."""
+"""What a pruning run is asked: one declaration, of which all else is made.
 
-from __future__ import annotations
+The fields of `PruningRequest`, with their types, ranges, choices and docstring, are the keywords of
+`osscar.prune` and `osscar.estimate`, the options of the command line, and the settings of reports.
+"""
 
 import dataclasses
 import enum
+import inspect
 import math
 import numbers
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
-from typing import Any, TypeAlias
+from types import MappingProxyType
+from typing import (
+    TYPE_CHECKING,
+    Annotated,
+    Any,
+    Literal,
+    ParamSpec,
+    Protocol,
+    TypeAlias,
+    TypeVar,
+    cast,
+    get_args,
+    get_origin,
+)
 
-import solvers
-from graph import UnitKind
-from osscar.base.errors import OptionError, RequestError
-from osscar.base.inputs import shown
-from osscar.base.memory import parse_size
-from osscar.walk.batch_norm import BatchNormMode
-from osscar.walk.regularization import check_damp
-from osscar.walk.targets import Target
+import lazy_loader
 
-PRUNED_KINDS = (UnitKind.HEADS, UnitKind.NEURONS, UnitKind.CHANNELS)
+from osscar.base.errors import OptionError, OsscarError, RequestError
+from osscar.base.inputs import parse_size, shown
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    import solvers
+    from graph import UnitKind
+else:  # the command line reads this module before it loads torch
+    solvers = lazy_loader.load("solvers")
+
+P = ParamSpec("P")
+R = TypeVar("R")
+R_co = TypeVar("R_co", covariant=True)
+
+PRUNED_KINDS = ("heads", "neurons", "channels")
 """What a budget applies to, residual channels left out."""
-
-_BUDGETS = ("sparsity", "params", "size", "flops", "speedup")
 
 _NUMBER = re.compile(
     r"[+-]?(\d{1,18}/\d{1,18}|(\d{1,18}\.?\d{0,18}|\.\d{1,18})([eE][+-]?\d{1,3})?)"
 )
 _LARGEST_COUNT = 10**18
 _LARGEST = sys.float_info.max
-
-
-class Allocation(enum.StrEnum):
-    """How a budget is shared out."""
-
-    CURVATURE = "curvature"
-    UNIFORM = "uniform"
-    FLUCTUATION = "fluctuation"
-
-
-class FormChoice(enum.StrEnum):
-    """What of a model may be shrunk."""
-
-    AUTO = "auto"
-    """Its modules; where code cannot follow, its exported program if more follows there."""
-    MODULE = "module"
-    GRAPH = "graph"
-
-
-_CHOICES: Mapping[str, type[enum.StrEnum]] = {
-    "allocation": Allocation,
-    "batch_norm": BatchNormMode,
-    "form": FormChoice,
-    "target": Target,
-}
+_LARGEST_DAMP = 1e9
+"""Refits are the dense weights to nine digits then, as FLAP leaves them; far beyond it products
+overflow."""
 
 Keep: TypeAlias = str | int | float | Fraction
 """A count of units (an int, or a string such as ``"512"``) or the fraction of them to keep."""
+
+Allocation: TypeAlias = Literal["curvature", "uniform", "fluctuation"]
+"""How a budget is shared out."""
+
+METHODS = MappingProxyType(
+    {
+        "curvature": "widths of least predicted divergence; layers make up for one "
+        "another's errors",
+        "uniform": "the same share of every group, the largest within the budget; "
+        "layers make up for one another's errors",
+        "fluctuation": "widths by the scores of FLAP (An et al., 2024); layers make "
+        "up for one another's errors",
+    }
+)
+"""What the request itself may be called, by how it shares a budget; all others are baselines."""
+
+BASELINES = MappingProxyType(
+    {
+        "multistage": "the choice of OSSCAR (Meng et al., 2024)",
+        "greedy": "the choice of ZipLM (Kurtic et al., 2023)",
+        "wanda": "magnitude times the norm of the inputs (Sun et al., 2023)",
+        "magnitude": "the norm of the weights",
+    }
+)
+"""Backends with which uniform shares are pruned, each layer by itself, and what they stand for.
+
+All are refitted in the same way, biases too, on the paper's target.
+"""
+
+
+class BudgetKind(enum.StrEnum):
+    """What a run may be given as a budget: the name of the field, and how people are told of it."""
+
+    SPARSITY = (
+        "sparsity",
+        "0.1,0.2,0.3",
+        "remove {} of the parameters of heads, neurons and channels",
+        "removed",
+        "the removed share of the parameters of units",
+        "{} removed",
+    )
+    PARAMS = (
+        "params",
+        "0.9,0.8,0.7",
+        "keep {} of the parameters",
+        "parameters asked",
+        "the parameters that were asked for",
+        "{} of parameters",
+    )
+    SIZE = (
+        "size",
+        "0.9,0.8,0.7",
+        "let the weights take {} on disk",
+        "size asked",
+        "the size on disk that was asked for",
+        "{} of the size",
+    )
+    FLOPS = (
+        "flops",
+        "0.9,0.8,0.7",
+        "keep {} of the floating-point operations",
+        "FLOPs asked",
+        "the share of FLOPs that was asked for",
+        "{} of the FLOPs",
+    )
+    SPEEDUP = (
+        "speedup",
+        "1.2,1.5,2",
+        "{} times the speed",
+        "asked",
+        "the speed-up that was asked for",
+        "{} asked for",
+    )
+
+    examples: str
+    """A list of it, for messages."""
+    asks: str
+    """What a run with it is asked, of the value as text."""
+    column: str
+    """The heading of a table's column."""
+    axis: str
+    """What points of a sweep lie along."""
+    told: str
+    """What a point of a sweep has, of the value as text."""
+
+    def __new__(cls, value: str, *words: str) -> "BudgetKind":
+        """Make a member of its name and words."""
+        kind = str.__new__(cls, value)
+        kind._value_ = value
+        kind.examples, kind.asks, kind.column, kind.axis, kind.told = words
+        return kind
+
+    @property
+    def dense(self) -> float:
+        """Where the dense model lies on it."""
+        return 0.0 if self is BudgetKind.SPARSITY else 1.0
+
+    @property
+    def rises(self) -> bool:
+        """Whether more of it is a smaller model."""
+        return self in (BudgetKind.SPARSITY, BudgetKind.SPEEDUP)
 
 
 @dataclass(frozen=True)
@@ -87,25 +188,136 @@ class Widths:
 
 
 @dataclass(frozen=True)
+class _Range:
+    """Which numbers a field takes, beside its type.
+
+    Parameters
+    ----------
+    kind
+        What they are made: of numpy, or fractions, there are others.
+    takes
+        Whether one is within the range; NaN is in none.
+    advice
+        What to give instead.
+    error
+        What is raised.
+    """
+
+    kind: type[float] | type[int]
+    takes: Callable[[Any], bool]
+    advice: str
+    error: type[OsscarError] = OptionError
+
+    def __call__(self, name: str, value: Any) -> Any:
+        """Return a value of the field; refuse what is out of range, or no number."""
+        number = numbers.Integral if self.kind is int else numbers.Real
+        if not (isinstance(value, number) and not isinstance(value, bool) and self.takes(value)):
+            raise self.error(f"{name.replace('_', '-')} is {shown(value)}; give {self.advice}")
+        return self.kind(value)  # type: ignore[call-overload]
+
+
+_DAMP = _Range(
+    float,
+    lambda damp: 0 <= damp <= _LARGEST_DAMP,
+    f"a number from 0 to {_LARGEST_DAMP:g}, such as 0.01 or 1",
+)
+
+
+def check_damp(damp: Any) -> None:
+    """Refuse a damping that no refit can have.
+
+    Raises
+    ------
+    OptionError
+        If it is no number, negative, or so large that nothing could be computed with it.
+    """
+    _DAMP("damp", damp)
+
+
+def _keep(name: str, value: Any) -> Any:
+    """Read what to keep, as `parse_keep` does, or a size."""
+    try:
+        (parse_size_kept if name == "size" else parse_keep)(value)
+    except RequestError as error:
+        if name != "at_least":
+            raise
+        raise RequestError(f"at-least: {error}") from error
+    return value
+
+
+def _groups(name: str, value: Any) -> Any:
+    """Read what to keep of groups by name."""
+    if not isinstance(value, Mapping):
+        raise RequestError(
+            f"groups is {shown(value)}; give a mapping of names to what to keep, such as "
+            "{'h.0.neurons': 0.5}"
+        )
+    if not all(isinstance(group, str) for group in value):
+        raise RequestError(f"groups is {shown(value)}; its keys are names of groups")
+    for keep in value.values():
+        parse_keep(keep)
+    return value
+
+
+def _patterns(name: str, value: Any) -> tuple[str, ...]:
+    """Read patterns for the names of groups."""
+    if not isinstance(value, list | tuple) or not all(isinstance(p, str) and p for p in value):
+        raise RequestError(
+            f"skip is {shown(value)}; give a list of patterns for names of groups, such as "
+            "['h.0.*']"
+        )
+    return tuple(value)
+
+
+def _mapping(name: str, value: Any) -> Any:
+    if not isinstance(value, Mapping):
+        raise OptionError(f"{name} is {shown(value)}; give a mapping")
+    return value
+
+
+def _text(name: str, value: Any) -> str:
+    return str(value)  # such as a torch.device
+
+
+def _read(taken: Any, name: str, value: Any) -> Any:
+    """Return the value of a field as it is kept; refuse what its type does not hold."""
+    if get_origin(taken) is Annotated:
+        read: Callable[[str, Any], Any] = get_args(taken)[1]
+        return read(name, value)
+    if get_origin(taken) is Literal:
+        if not (isinstance(value, str) and value in get_args(taken)):
+            choices = ", ".join(get_args(taken))
+            raise OptionError(f"{name} is {shown(value)}; give one of {choices}")
+        return str(value)
+    if taken is bool and not isinstance(value, bool):
+        raise OptionError(f"{name} is {shown(value)}; give True or False")
+    return value
+
+
+KeepOption: TypeAlias = Annotated[Keep | None, _keep]
+"""What to keep, or None."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class PruningRequest:
     """What a user asks of a pruning run.
 
     Parameters
     ----------
     sparsity
-        A budget: the share to remove, in (0, 1), of the parameters that heads, neurons and channels
+        Budget: the share to *remove*, in (0, 1), of the parameters that heads, neurons and channels
         own.
     params
-        Another budget: what to keep of the model's parameters, a fraction or a count.
+        Budget: what to *keep* of the model's parameters, a fraction or a count.
     size
-        Another one: what the weights of the model take on disk, as it is saved: a fraction of what
-        those of the dense model would as modules, whatever the form, a size such as ``"200MB"``, or
-        a number of bytes.
+        Budget: what the weights of the model take on disk, as it is saved: a fraction of what those
+        of the dense model would as modules, whatever the form, a size such as ``"200MB"``, or a
+        number of bytes.
     flops
-        Another one: the share to keep, in (0, 1), of its floating-point operations on one sample.
+        Budget: the share to *keep*, in (0, 1), of its floating-point operations on one sample.
     speedup
-        Another one: how many times as fast as the dense model, above 1, a forward pass of a
-        calibration batch shall be; timed on this device, where nothing else should run meanwhile.
+        Budget: how many times as fast as the dense model, above 1, a forward pass of a calibration
+        batch shall be; timed on this device, where nothing else should run meanwhile.
     allocation
         How a budget is shared out; another than ``curvature`` is refused where there is none.
         ``curvature`` chooses the widths with the least predicted divergence of the model's outputs;
@@ -113,10 +325,10 @@ class PruningRequest:
         within the budget; ``fluctuation`` keeps the units with the highest of FLAP's scores
         anywhere.
     heads, neurons, channels
-        What to keep of each group of a kind, whatever the budget: a fraction such as ``"2/3"``, or
-        a count.  A kind that neither this nor a budget reaches is left alone.
+        What to *keep* of each group of a kind, whatever the budget: a fraction such as ``"2/3"``,
+        or a count.  A kind that neither this nor a budget reaches is left alone.
     residual
-        What to keep of residual streams, such as the channels that shortcuts add up.  They run
+        What to *keep* of residual streams, such as the channels that shortcuts add up.  They run
         through many layers, and nothing else touches them.
     groups
         What to keep of single groups, by name; takes precedence over the others.
@@ -176,150 +388,99 @@ class PruningRequest:
     Fraction(2, 3)
     """
 
-    sparsity: float | None = None
-    params: Keep | None = None
-    size: Keep | None = None
-    flops: float | None = None
-    speedup: float | None = None
-    allocation: str = "curvature"
-    heads: Keep | None = None
-    neurons: Keep | None = None
-    channels: Keep | None = None
-    residual: Keep | None = None
-    groups: Mapping[str, Keep] = field(default_factory=dict)
-    round_to: int = 1
-    at_least: Keep | None = None
-    skip: Sequence[str] = ()
-    backend: str | solvers.Backend = "local_search"
-    backend_options: Mapping[str, Any] = field(default_factory=dict)
+    sparsity: Annotated[
+        float | None,
+        _Range(
+            float,
+            lambda share: 0 < share < 1,
+            "the share to remove, a number above 0 and below 1",
+            RequestError,
+        ),
+    ] = None
+    params: KeepOption = None
+    size: KeepOption = None
+    flops: Annotated[
+        float | None,
+        _Range(
+            float,
+            lambda share: 0 < share < 1,
+            "the share to keep, a number above 0 and below 1",
+            RequestError,
+        ),
+    ] = None
+    speedup: Annotated[
+        float | None,
+        _Range(float, lambda ratio: 1 < ratio <= _LARGEST, "a finite number above 1", RequestError),
+    ] = None
+    allocation: Allocation = "curvature"
+    heads: KeepOption = None
+    neurons: KeepOption = None
+    channels: KeepOption = None
+    residual: KeepOption = None
+    groups: Annotated[Mapping[str, Keep], _groups] = field(default_factory=dict)
+    round_to: Annotated[
+        int, _Range(int, lambda width: width >= 1, "a whole number from 1", RequestError)
+    ] = 1
+    at_least: KeepOption = None
+    skip: Annotated[Sequence[str], _patterns] = ()
+    backend: "str | solvers.Backend" = "local_search"
+    backend_options: Annotated[Mapping[str, Any], _mapping] = field(default_factory=dict)
     certify: bool = False
-    damp: float | None = None
-    target: str = Target.RESIDUAL
-    blend: float | None = None
-    batch_norm: str = BatchNormMode.CORRECT
-    device: str = "auto"
-    batch_size: int | None = None
-    seed: int = 0
-    form: str = FormChoice.AUTO
+    damp: Annotated[float | None, _DAMP] = None
+    target: Literal["weights", "outputs", "residual"] = "residual"
+    blend: Annotated[
+        float | None, _Range(float, lambda share: 0 <= share <= 1, "a share from 0 to 1")
+    ] = None
+    batch_norm: Literal["correct", "estimate", "keep"] = "correct"
+    device: Annotated[str, _text] = "auto"
+    batch_size: Annotated[
+        int | None,
+        _Range(int, lambda size: 1 <= size < 2**63, "a whole number, at least 1"),
+    ] = None
+    seed: Annotated[
+        int, _Range(int, lambda seed: 0 <= seed < 2**63, "a whole number from 0 to 2^63 - 1")
+    ] = 0
+    form: Literal["auto", "module", "graph"] = "auto"
     strict: bool = False
 
     def __post_init__(self) -> None:
+        for one in dataclasses.fields(self):
+            value = getattr(self, one.name)
+            if value is not None or one.default is not None:
+                object.__setattr__(self, one.name, _read(one.type, one.name, value))
         self._check_what_to_keep()
-        self._check_names()
-        self._check_numbers()
-        self._check_form()
         self.chosen_backend()
-        for name, choices in _CHOICES.items():
-            value = getattr(self, name)
-            if value not in list(choices):
-                raise OptionError(f"{name} is {shown(value)}; give one of {', '.join(choices)}")
-            object.__setattr__(self, name, choices(value))
-        if self.allocation != Allocation.CURVATURE and not self.has_budget:
-            raise RequestError(
-                f"allocation {self.allocation} says how a budget is shared out, and there is none; "
-                "give one, such as --sparsity, or leave --allocation away"
-            )
 
     def _check_what_to_keep(self) -> None:
-        sparsity, round_to = self.sparsity, self.round_to
-        if sparsity is not None and not (_is(sparsity, numbers.Real) and 0 < sparsity < 1):
-            raise RequestError(
-                f"sparsity is {shown(sparsity)}; give the share to remove, a number above 0 and "
-                "below 1"
-            )
-        if not (_is(round_to, numbers.Integral) and round_to >= 1):
-            raise RequestError(f"round-to is {shown(round_to)}; give a whole number from 1")
-        if not isinstance(self.groups, Mapping):
-            raise RequestError(
-                f"groups is {shown(self.groups)}; give a mapping of names to what to keep, such as "
-                "{'h.0.neurons': 0.5}"
-            )
-        flops = self.flops
-        if flops is not None and not (_is(flops, numbers.Real) and 0 < flops < 1):
-            raise RequestError(
-                f"flops is {shown(flops)}; give the share to keep, a number above 0 and below 1"
-            )
-        speedup = self.speedup
-        if speedup is not None and not (_is(speedup, numbers.Real) and 1 < speedup <= _LARGEST):
-            raise RequestError(f"speedup is {shown(speedup)}; give a finite number above 1")
-        budgets = [n for n in _BUDGETS if getattr(self, n) is not None]
+        """Refuse what each field may say, but not beside the others."""
+        budgets = [name for name in BudgetKind if getattr(self, name) is not None]
         if len(budgets) > 1:
             raise RequestError(
                 f"{' and '.join(budgets)} are budgets, of which a run has one; give one of them"
             )
-        asked = [keep for keep in (*self._asked, self.params) if keep is not None]
-        if not budgets and not asked and not self.groups:
+        named = (self.heads, self.neurons, self.channels, self.residual)
+        if not budgets and not self.groups and all(keep is None for keep in named):
             raise RequestError(
                 "nothing to prune: give a budget (--sparsity, --params, --size, --flops or "
                 "--speedup), or what to keep with --heads, --neurons, --channels or --residual"
             )
-        for keep in (*asked, *self.groups.values()):
-            parse_keep(keep)
-        if self.size is not None:
-            parse_size_kept(self.size)
-        if self.at_least is not None:
-            try:
-                parse_keep(self.at_least)
-            except RequestError as error:
-                raise RequestError(f"at-least: {error}") from error
-            if not budgets:
-                raise RequestError(
-                    f"at least {self.at_least} of each group stays within a budget, and there is "
-                    "none; give one, such as --sparsity"
-                )
-
-    def _check_names(self) -> None:
-        skip = self.skip
-        if not isinstance(skip, list | tuple) or not all(isinstance(p, str) and p for p in skip):
+        if self.at_least is not None and not budgets:
             raise RequestError(
-                f"skip is {shown(self.skip)}; give a list of patterns for names of groups, such as "
-                "['h.0.*']"
+                f"at least {self.at_least} of each group stays within a budget, and there is "
+                "none; give one, such as --sparsity"
             )
-        if not all(isinstance(name, str) for name in self.groups):
-            raise RequestError(f"groups is {shown(self.groups)}; its keys are names of groups")
-        object.__setattr__(self, "skip", tuple(skip))
-
-    def _check_numbers(self) -> None:
-        size, damp, seed, blend = self.batch_size, self.damp, self.seed, self.blend
-        if blend is not None and not (_is(blend, numbers.Real) and 0 <= blend <= 1):
-            raise OptionError(f"blend is {shown(blend)}; give a share from 0 to 1")
-        if size is not None and not (_is(size, numbers.Integral) and 1 <= size < 2**63):
-            raise OptionError(f"batch size is {shown(size)}; give a whole number, at least 1")
-        if damp is not None:
-            check_damp(damp)
-        if not (_is(seed, numbers.Integral) and 0 <= seed < 2**63):
-            raise OptionError(f"seed is {shown(seed)}; give a whole number from 0 to 2^63 - 1")
-        for name, kind in (
-            ("sparsity", float),
-            ("flops", float),
-            ("speedup", float),
-            ("damp", float),
-            ("blend", float),
-            ("round_to", int),
-            ("batch_size", int),
-            ("seed", int),
-        ):  # of numpy, or fractions
-            value = getattr(self, name)
-            object.__setattr__(self, name, None if value is None else kind(value))
-        for name in ("certify", "strict"):
-            value = getattr(self, name)
-            if not isinstance(value, bool):
-                raise OptionError(f"{name} is {shown(value)}; give True or False")
-        if not isinstance(self.device, str):
-            object.__setattr__(self, "device", str(self.device))  # such as a torch.device
-
-    @property
-    def _asked(self) -> tuple[Keep | None, ...]:
-        return self.heads, self.neurons, self.channels, self.residual
-
-    def _check_form(self) -> None:
-        if self.form == FormChoice.GRAPH and self.speedup is not None:
+        if self.allocation != "curvature" and not budgets:
+            raise RequestError(
+                f"allocation {self.allocation} says how a budget is shared out, and there is none; "
+                "give one, such as --sparsity, or leave --allocation away"
+            )
+        if self.form == "graph" and self.speedup is not None:
             raise RequestError(
                 "a speedup is timed on modules, so that it does not go with form 'graph': give "
                 "flops, params or sparsity as the budget"
             )
 
-    def chosen_backend(self) -> solvers.Backend:
+    def chosen_backend(self) -> "solvers.Backend":
         """Return the backend with its options.
 
         Raises
@@ -329,8 +490,6 @@ class PruningRequest:
         BackendError
             If there is none of that name, or it has no such option.
         """
-        if not isinstance(self.backend_options, Mapping):
-            raise OptionError(f"backend_options is {shown(self.backend_options)}; give a mapping")
         if isinstance(self.backend, str):
             return solvers.make_backend(self.backend, **dict(self.backend_options))
         if not _has_method(self.backend, "select"):
@@ -344,16 +503,11 @@ class PruningRequest:
     @property
     def holds_out(self) -> bool:
         """Whether samples that no weight is fitted to choose what refits are held back by."""
-        return self.damp is None or (self.blend is None and Target(self.target).needs_dense)
+        return self.damp is None or (self.blend is None and self.target != "weights")
 
-    def of_kind(self, kind: UnitKind) -> Keep | None:
+    def of_kind(self, kind: str) -> Keep | None:
         """Return what was asked for one kind by name."""
-        named = {
-            UnitKind.HEADS: self.heads,
-            UnitKind.NEURONS: self.neurons,
-            UnitKind.CHANNELS: self.channels,
-        }
-        return named.get(kind)
+        return getattr(self, kind) if kind in PRUNED_KINDS else None
 
     @property
     def widths(self) -> Widths:
@@ -363,23 +517,23 @@ class PruningRequest:
     @property
     def has_budget(self) -> bool:
         """Whether groups share a budget."""
-        return any(getattr(self, name) is not None for name in _BUDGETS)
+        return any(getattr(self, name) is not None for name in BudgetKind)
 
     @property
     def budget_in_words(self) -> str:
         """The budget as the command line has it."""
         return " ".join(
             f"--{n} {v:g}" if isinstance(v := getattr(self, n), float) else f"--{n} {v}"
-            for n in _BUDGETS
+            for n in BudgetKind
             if getattr(self, n) is not None
         )
 
-    def reach(self, kind: UnitKind) -> bool:
+    def reach(self, kind: "UnitKind") -> bool:
         """Tell whether groups of a kind may lose units."""
         budgeted = self.has_budget and kind in PRUNED_KINDS
         return bool(self.groups) or budgeted or self.fraction_or_count(kind) is not None
 
-    def fraction_or_count(self, kind: UnitKind, residual: bool = False) -> Fraction | int | None:
+    def fraction_or_count(self, kind: "UnitKind", residual: bool = False) -> Fraction | int | None:
         """Return what is asked of a kind by name: a fraction, a count, or None."""
         own = self.residual if residual else self.of_kind(kind)
         return None if own is None else parse_keep(own)
@@ -389,13 +543,12 @@ class PruningRequest:
 
         A backend object is named after its class, and cannot be made of that name again.
         """
-        data = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        for name in ("params", "size", "at_least", "heads", "neurons", "channels", "residual"):
-            data[name] = None if data[name] is None else str(data[name])
+        data = {one.name: getattr(self, one.name) for one in dataclasses.fields(self)}
+        for one in dataclasses.fields(self):
+            if one.type == KeepOption and data[one.name] is not None:
+                data[one.name] = str(data[one.name])
         data["groups"] = {name: str(keep) for name, keep in self.groups.items()}
         data["skip"] = list(self.skip)
-        for name in _CHOICES:
-            data[name] = str(data[name])
         if isinstance(self.backend, str):
             data["backend_options"] = dict(self.backend_options)
         else:
@@ -407,7 +560,7 @@ class PruningRequest:
         return data
 
     @classmethod
-    def from_json(cls, data: object) -> PruningRequest:
+    def from_json(cls, data: object) -> "PruningRequest":
         """Read what `to_json` returned, such as the settings of a saved report.
 
         Raises
@@ -422,15 +575,66 @@ class PruningRequest:
         return cls(**data)
 
 
+# ---- as keywords -------------------------------------------------------------------------
+
+
+class TakesRequest(Protocol[P, R_co]):
+    """A function of a model and calibration data that takes the fields of a request as keywords."""
+
+    def __call__(
+        self, model: "nn.Module", calibration: Any, *args: P.args, **asked: P.kwargs
+    ) -> R_co:
+        """Make a request of the keywords, and run."""
+
+
+def by_keywords(
+    request: Callable[P, PruningRequest],
+    run: Callable[["nn.Module", Any, PruningRequest], R],
+) -> TakesRequest[P, R]:
+    """Return a function that takes the fields of a request in the place of the request.
+
+    Type checkers see its keywords, as `help` does, which describes them in the request's words.
+
+    Parameters
+    ----------
+    request
+        The class of requests.
+    run
+        Takes a request; its name ends in ``_as_asked``, and its docstring describes the request.
+    """
+
+    def keywords(model: "nn.Module", calibration: Any, **asked: Any) -> R:
+        return run(model, calibration, PruningRequest(**asked))
+
+    parameters = list(inspect.signature(run).parameters.values())[:2]
+    for one in inspect.signature(request).parameters.values():
+        ranged = get_origin(one.annotation) is Annotated
+        bare = get_args(one.annotation)[0] if ranged else one.annotation
+        parameters.append(one.replace(annotation=bare))
+    keywords.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    keywords.__name__ = keywords.__qualname__ = run.__name__.removesuffix("_as_asked")
+    keywords.__module__ = run.__module__
+    keywords.__doc__ = re.sub(
+        r"(?<=\n)    request\n.*?(?=\n\n    Returns\n)",
+        lambda _: _described(inspect.getdoc(request) or ""),
+        run.__doc__ or "",
+        flags=re.DOTALL,
+    )
+    return cast("TakesRequest[P, R]", keywords)
+
+
+def _described(doc: str) -> str:
+    """Return the section of a numpydoc text that describes parameters, as in a function's text."""
+    found = re.search(r"Parameters\n-+\n(.*?)\n\n\w+\n---", doc, re.DOTALL)
+    lines = found[1].splitlines() if found else []
+    return "\n".join(f"    {line}".rstrip() for line in lines)
+
+
 def _has_method(value: object, name: str) -> bool:
     try:
         return callable(getattr(value, name, None))
     except Exception:  # anyone's code may run here
         return False
-
-
-def _is(value: object, kind: type) -> bool:
-    return isinstance(value, kind) and not isinstance(value, bool)
 
 
 def parse_keep(value: Keep) -> Fraction | int:

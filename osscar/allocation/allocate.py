@@ -22,7 +22,7 @@ from osscar.allocation.widths import (
 )
 from osscar.base.errors import RequestError
 from osscar.preparation.prepare import Prepared
-from osscar.request import Allocation, PruningRequest, parse_keep, parse_size_kept
+from osscar.request import PruningRequest, parse_keep, parse_size_kept
 from osscar.shrinking.plan import Form
 from osscar.shrinking.program.shrink_program import dense_program
 
@@ -67,9 +67,9 @@ def allocate(
     if request.has_budget and shared:
         rule: Rule
         match request.allocation:
-            case Allocation.UNIFORM:
+            case "uniform":
                 rule = Uniform(shared, request.widths, keep)
-            case Allocation.FLUCTUATION:
+            case "fluctuation":
                 scores = measure_fluctuations(prepared, shared)
                 rule = ByScores(shared, scores, request.widths, keep)
             case _:

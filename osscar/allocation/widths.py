@@ -114,7 +114,7 @@ def _check_kinds(
         _check_some("residual channels", streams)
     for kind in PRUNED_KINDS:
         if request.of_kind(kind) is not None:
-            _check_some(kind, [g for g in groups if g.kind is kind and g not in streams])
+            _check_some(kind, [g for g in groups if g.kind == kind and g not in streams])
 
 
 def _check_some(what: str, groups: Sequence[CouplingGroup]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import reprlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +17,9 @@ TEXT_LIMIT = 2**30
 
 _SHOWN = reprlib.Repr()
 _SHOWN.maxstring = _SHOWN.maxother = _SHOWN.maxlong = 60
+
+_SIZE = re.compile(r"(\d{1,15}(?:\.\d{1,6})?)\s*([KMGT]?)(i?)B?", re.IGNORECASE)
+_POWERS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
 
 
 def shown(value: object) -> str:
@@ -104,6 +108,25 @@ def read_bytes(path: Path, limit: int) -> bytes:
     if len(data) > limit:
         raise OSError(errno.EFBIG, f"it has more than {limit:,} bytes", str(path))
     return data
+
+
+def parse_size(value: object) -> int:
+    """Read a size of memory: ``"8GB"``, ``"512MiB"``, or a number of bytes.
+
+    Raises
+    ------
+    OptionError
+        If it is none.
+    """
+    text = str(value).strip()
+    found = _SIZE.fullmatch(text)
+    if isinstance(value, bool) or not isinstance(value, str | int) or found is None:
+        raise OptionError(f"{shown(value)} is no size of memory; give one such as 8GB or 512MiB")
+    number, unit, binary = found.groups()
+    size = int(float(number) * (1024 if binary else 1000) ** _POWERS[unit.upper()])
+    if size < 1:
+        raise OptionError(f"{shown(value)} is no memory at all; give a size such as 8GB")
+    return size
 
 
 @contextmanager

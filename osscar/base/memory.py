@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from osscar.base.errors import NoMemoryError, OptionError, first_line
-from osscar.base.inputs import shown
+from osscar.base.inputs import parse_size as parse_size
 
 try:
     import resource
@@ -25,28 +25,6 @@ _STATM = Path("/proc/self/statm")
 _MEMINFO = Path("/proc/meminfo")
 _CGROUP = Path("/sys/fs/cgroup")
 _PAGE = os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 4096
-
-_SIZE = re.compile(r"(\d{1,15}(?:\.\d{1,6})?)\s*([KMGT]?)(i?)B?", re.IGNORECASE)
-_POWERS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
-
-
-def parse_size(value: object) -> int:
-    """Read a size of memory: ``"8GB"``, ``"512MiB"``, or a number of bytes.
-
-    Raises
-    ------
-    OptionError
-        If it is none.
-    """
-    text = str(value).strip()
-    found = _SIZE.fullmatch(text)
-    if isinstance(value, bool) or not isinstance(value, str | int) or found is None:
-        raise OptionError(f"{shown(value)} is no size of memory; give one such as 8GB or 512MiB")
-    number, unit, binary = found.groups()
-    size = int(float(number) * (1024 if binary else 1000) ** _POWERS[unit.upper()])
-    if size < 1:
-        raise OptionError(f"{shown(value)} is no memory at all; give a size such as 8GB")
-    return size
 
 
 def in_words(size: int) -> str:

@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated
 
-import typer
+import torch
 
+from osscar.base.errors import CheckpointError
+from osscar.base.files import write_text
 from osscar.base.printable import command_line
-from osscar.cli.common import (
-    BackendOption,
-    JsonOption,
-    check_json_path,
-    document,
-    out,
-    quiet,
-    say,
-    say_next,
-    write_json,
-)
-from osscar.cli.prune_screen import print_result, report_document
+from osscar.checkpoint.directory import check_output, load
+from osscar.checkpoint.manifest import PAGE_FILE, read_manifest
+from osscar.cli.common import check_json_path, document, out, say, say_next, write_json
+from osscar.cli.opening import quiet
+from osscar.cli.prune import saved_line
+from osscar.data.text import load_text
+from osscar.data.tokens import load_calibration
+from osscar.evaluation.evaluate import compare
+from osscar.models.load import load_model
+from osscar.pruning.prune import prune
+from osscar.report.evaluation_tables import comparison_table
+from osscar.report.prune_page import prune_page, run_lines
+from osscar.report.run_tables import layers_table
+from osscar.shrinking.lineage import note
 
 _HEADS, _NEURONS = "3/4", "1/2"
 _SAMPLES, _SEQLEN = 64, 256
@@ -28,28 +31,8 @@ _SOURCE = "osscar demo"
 """Stands as source in a directory that the demo wrote, and may replace."""
 
 
-def command(
-    directory: Annotated[Path, typer.Option("--out", help="Where the smaller model goes.")] = Path(
-        "osscar-demo"
-    ),
-    backend: BackendOption = "local_search",
-    json: JsonOption = None,
-) -> None:
-    """Prune a small trained OPT model that ships with the package, and show what it did."""
-    import torch
-
-    from osscar.base.files import write_text
-    from osscar.checkpoint.directory import check_output, load
-    from osscar.checkpoint.manifest import PAGE_FILE
-    from osscar.data.text import load_text
-    from osscar.data.tokens import load_calibration
-    from osscar.evaluation.evaluate import compare
-    from osscar.models.load import load_model
-    from osscar.pruning.prune import prune
-    from osscar.report.evaluation_tables import comparison_table
-    from osscar.report.prune_page import prune_page
-    from osscar.shrinking.lineage import note
-
+def run(directory: Path, backend: str, json: Path | None) -> None:
+    """Prune the embedded model, and compare it with itself."""
     check_json_path(json)
     # A directory that an earlier demo made may go; anything else may not.
     ours = _made_by_demo(directory)
@@ -61,11 +44,8 @@ def command(
         result = prune(
             dense.model, windows, heads=_HEADS, neurons=_NEURONS, backend=backend, device="cpu"
         )
-        report = report_document(result, dense.model, dense.source, windows)
-        page = prune_page(report)
-        saved = result.save(
-            path, tokenizer=dense.tokenizer, report=report, page=page, overwrite=ours
-        )
+        report = result.document(dense.model, windows, source=dense.source)
+        saved = result.save(path, tokenizer=dense.tokenizer, report=report, overwrite=ours)
         comparison = compare(
             load(saved.path, dtype=torch.float32), dense.model,
             load_text(None, dense.tokenizer, seqlen=_SEQLEN),
@@ -75,7 +55,9 @@ def command(
         f"pruned the embedded OPT model: {_HEADS} of the heads and {_NEURONS} of "
         f"the neurons stay, chosen by {backend} on {_SAMPLES} x {_SEQLEN} calibration tokens"
     )
-    print_result(result, saved)
+    out.print(layers_table(result.layers))
+    for line in (*run_lines(report), saved_line(saved)):
+        out.print(line)
     out.print(comparison_table(comparison))
     tokens = comparison.model.quality.tokens
     out.print(f"perplexity is on {tokens:,} tokens that neither trained nor calibrated the model")
@@ -91,9 +73,6 @@ def command(
 
 
 def _made_by_demo(directory: Path) -> bool:
-    from osscar.base.errors import CheckpointError
-    from osscar.checkpoint.manifest import read_manifest
-
     try:
         manifest = read_manifest(directory)
     except CheckpointError:

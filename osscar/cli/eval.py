@@ -5,113 +5,37 @@ from __future__ import annotations
 import dataclasses
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Any
 
-import typer
-
+from osscar.base.errors import ImageError, ModelError, OptionError
 from osscar.base.printable import counted
-from osscar.cli.common import (
-    DeviceOption,
-    DtypeOption,
-    ImageSizeOption,
-    JsonOption,
-    MeanOption,
-    ModelArgument,
-    NoNormalizeOption,
-    StdOption,
-    TrustOption,
-    WeightsOption,
-    chat_template_unused,
-    check_json_path,
-    document,
-    out,
-    quiet,
-    say,
-    say_preprocessing,
-    stated_preprocessing,
-    write_json,
-)
+from osscar.cli.common import check_json_path, document, out, say, write_json
+from osscar.cli.opening import chat_template_unused, quiet, say_preprocessing, stated_preprocessing
+from osscar.cli.options import EvalOptions
+from osscar.data.images import ImageSet
+from osscar.data.samples import SampleSet
+from osscar.data.text import TextSet
+from osscar.evaluation.evaluate import Comparison, Evaluation, compare, evaluate
+from osscar.models.load import load_model
+from osscar.models.loaded import LoadedModel
+from osscar.models.names import Sort, sort_of
+from osscar.report.evaluation_tables import comparison_table, evaluation_table
+from osscar.shrinking.lineage import Computed, lineage_of, may_come_from
 
 _NO_MODEL = 0.5
 """Share of a dense model's parameters beyond which, drawn anew, they are compared with nothing."""
 
-if TYPE_CHECKING:
-    from osscar.data.samples import SampleSet
-    from osscar.data.text import TextSet
-    from osscar.evaluation.evaluate import Comparison, Evaluation
-    from osscar.models.loaded import LoadedModel
 
-
-def command(
-    model: ModelArgument,
-    text: Annotated[
-        str | None, typer.Option(help="Plain text to score; by default the built-in held-out text.")
-    ] = None,
-    images: Annotated[
-        str | None,
-        typer.Option(
-            help="Images to score: a directory, with a folder for each class if they have labels, "
-            "or FILE.npz with `images` and `labels` (FILE.npz:test for `test_images`)."
-        ),
-    ] = None,
-    inputs: Annotated[
-        str | None,
-        typer.Option(
-            help="Samples to score of any other kind, fed as they are: FILE.npz or "
-            "FILE.safetensors, with an entry for each argument of the model's `forward`, and "
-            "perhaps `labels`."
-        ),
-    ] = None,
-    samples: Annotated[
-        int | None, typer.Option(min=1, help="Score only so many of these, drawn at random.")
-    ] = None,
-    against: Annotated[
-        str | None,
-        typer.Option(
-            help="The dense model, to be measured side by side; code of your own also rebuilds "
-            "the pruned one."
-        ),
-    ] = None,
-    weights: WeightsOption = None,
-    mean: MeanOption = None,
-    std: StdOption = None,
-    image_size: ImageSizeOption = None,
-    no_normalize: NoNormalizeOption = False,
-    windows: Annotated[
-        int | None, typer.Option(help="Score only the first N windows; by default the full text.")
-    ] = None,
-    seqlen: Annotated[int | None, typer.Option(help="Tokens in a window.")] = None,
-    batch_size: Annotated[
-        int | None,
-        typer.Option(help="Windows (default 4), images or samples (default 32) at once."),
-    ] = None,
-    device: DeviceOption = "auto",
-    dtype: DtypeOption = "auto",
-    json: JsonOption = None,
-    trust_remote_code: TrustOption = False,
-) -> None:
-    """Measure quality, speed, size and memory.
-
-    Language models: perplexity over non-overlapping windows of the text; speed is told apart for
-    reading a prompt (prefill) and writing token by token (decode).  Models that read images: top-1
-    and top-5 where there are labels, and images per second.  With --against the models take turns,
-    and for images agreement and divergence are measured, which need no labels.  Models that read
-    anything else: the same where they put out scores of classes, and how far each output is from
-    the dense model's.
-    """
-    from osscar.base.errors import ImageError, OptionError
-    from osscar.data.text import TextSet
-    from osscar.evaluation.evaluate import Evaluation, evaluate
-    from osscar.models.load import load_model
-    from osscar.models.names import Sort, sort_of
-    from osscar.shrinking.lineage import Computed, lineage_of
-
-    check_json_path(json, inputs=(model, against, text, images, inputs, weights))
-    stated = stated_preprocessing(mean, std, image_size, no_normalize)
+def run(model: str, options: EvalOptions) -> None:
+    """Measure quality, speed, size and memory."""
+    text, images, inputs = options.text, options.images, options.inputs
+    against, weights = options.against, options.weights
+    check_json_path(options.json, inputs=(model, against, text, images, inputs, weights))
+    stated = stated_preprocessing(options)
     load: dict[str, Any] = {
-        "device": device,
-        "dtype": dtype,
-        "trust_remote_code": trust_remote_code,
+        "device": options.device,
+        "dtype": options.dtype,
+        "trust_remote_code": options.trust_remote_code,
     }
     sort = sort_of(model)
     elsewhere = against is not None and sort_of(against).takes_weights and not sort.takes_weights
@@ -124,7 +48,7 @@ def command(
             **load,
         )
         data = loaded.held_out(
-            text=text, images=images, inputs=inputs, windows=windows, seqlen=seqlen
+            text=text, images=images, inputs=inputs, windows=options.windows, seqlen=options.seqlen
         )
         if data is None:
             raise ImageError(
@@ -132,22 +56,20 @@ def command(
                 "--inputs a file of whatever else it reads"
             )
         say_preprocessing(data)
-        if samples is not None:
+        if options.samples is not None:
             if isinstance(data, TextSet):
                 raise OptionError(f"{model} reads text, not images: leave --samples away")
-            data = data.sample(samples, seed=0)
+            data = data.sample(options.samples, seed=0)
         data.refuse_overlap(lineage_of(loaded.model).calibration)
-        options: dict[str, Any] = {
+        how: dict[str, Any] = {
             "classes": loaded.classes,
-            "batch_size": batch_size,
+            "batch_size": options.batch_size,
             "path": loaded.path,
         }
         comparison = None
         if against is not None:
-            comparison = _comparison(loaded, against, data, weights, load, options)
-        evaluation = (
-            evaluate(loaded.model, data, **options) if comparison is None else comparison.model
-        )
+            comparison = _comparison(loaded, against, data, weights, load, how)
+        evaluation = evaluate(loaded.model, data, **how) if comparison is None else comparison.model
     computed = Computed.of(loaded.model)
     _print(evaluation, comparison, model)
     say(f"{_scored(data, evaluation, loaded)}; {computed.sentence()}")
@@ -166,7 +88,7 @@ def command(
         key: dataclasses.asdict(value) if isinstance(value, Computed | Evaluation) else value
         for key, value in content.items()
     }
-    write_json(json, document("eval", 3, plain))
+    write_json(options.json, document("eval", 3, plain))
 
 
 def _comparison(
@@ -178,13 +100,6 @@ def _comparison(
     options: dict[str, Any],
 ) -> Comparison | None:
     """Measure a model beside its dense one; None, with a warning, where that has no weights."""
-    from osscar.base.errors import ModelError
-    from osscar.data.text import TextSet
-    from osscar.evaluation.evaluate import compare
-    from osscar.models.load import load_model
-    from osscar.models.names import Sort, sort_of
-    from osscar.shrinking.lineage import may_come_from
-
     sort = sort_of(against)
     if (sort is Sort.LANGUAGE) != isinstance(data, TextSet):
         reads = "text" if isinstance(data, TextSet) else "no text"
@@ -213,9 +128,6 @@ def _comparison(
 
 def _scored(data: TextSet | SampleSet, evaluation: Evaluation, loaded: LoadedModel) -> str:
     """Say what was scored, how much of it, and what outputs were taken for."""
-    from osscar.data.images import ImageSet
-    from osscar.data.text import TextSet
-
     quality = evaluation.quality
     if isinstance(data, TextSet):
         windows = f"{counted(quality.windows, 'window')} of {quality.seqlen}"
@@ -238,8 +150,6 @@ def _source(
     data: TextSet | SampleSet, text: str | None, images: str | None, inputs: str | None
 ) -> dict[str, Any]:
     """Return what was scored as it was given, and what was done to images."""
-    from osscar.data.images import ImageSet
-
     if isinstance(data, ImageSet):
         return {"images": images, "preprocessing": data.preprocessing.record()}
     return {"text": text or "builtin"} if inputs is None else {"inputs": inputs}
@@ -247,8 +157,6 @@ def _source(
 
 def _print(evaluation: Evaluation, comparison: Comparison | None, name: str) -> None:
     """Print the numbers of a model, beside those of the dense one if there is one."""
-    from osscar.report.evaluation_tables import comparison_table, evaluation_table
-
     if comparison is None:
         out.print(evaluation_table(evaluation, name))
     else:

@@ -4,53 +4,31 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated
 
-import typer
-
+from graph import UnitKind
+from osscar.base.errors import OptionError
 from osscar.base.printable import are, counted
-from osscar.cli.common import (
-    ImageSizeOption,
-    JsonOption,
-    ModelArgument,
-    TrustOption,
-    check_json_path,
-    document,
-    out,
-    quiet,
-    say,
-    stated_preprocessing,
-    write_json,
-)
+from osscar.cli.common import check_json_path, document, out, say, write_json
+from osscar.cli.opening import quiet, stated_preprocessing
+from osscar.cli.options import ImageOptions
+from osscar.evaluation.size import count_owned
+from osscar.models.load import load_model
+from osscar.network.modules import count_parameters
+from osscar.preparation.opened import opened
+from osscar.report.run_tables import groups_table
 
 
-def command(
-    model: ModelArgument,
-    svg: Annotated[Path | None, typer.Option(help="Draw the groups to this SVG file.")] = None,
-    all_groups: Annotated[
-        bool, typer.Option("--all", help="Also list frozen groups inside the units of others.")
-    ] = False,
-    against: Annotated[
-        str | None,
-        typer.Option(
-            help="Code that builds the dense model, where MODEL is a directory that holds a pruned "
-            "model of your own code."
-        ),
-    ] = None,
-    image_size: ImageSizeOption = None,
-    json: JsonOption = None,
-    trust_remote_code: TrustOption = False,
+def run(
+    model: str,
+    svg: Path | None,
+    all_groups: bool,
+    against: str | None,
+    image_size: str | None,
+    json: Path | None,
+    trust_remote_code: bool,
 ) -> None:
-    """Show the coupling groups of a model as a table."""
-    from graph.groups import UnitKind
-    from osscar.base.errors import OptionError
-    from osscar.evaluation.size import count_owned
-    from osscar.models.load import load_model
-    from osscar.network.modules import count_parameters
-    from osscar.preparation.opened import opened
-    from osscar.report.run_tables import groups_table
-
-    stated = stated_preprocessing(None, None, image_size, False)
+    """Show the coupling groups of a model."""
+    stated = stated_preprocessing(ImageOptions(image_size=image_size))
     check_json_path(json, inputs=(model,))
     check_json_path(svg, inputs=(model,), written=(json,), option="--svg")
     with quiet():

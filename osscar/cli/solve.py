@@ -1,67 +1,53 @@
-"""``osscar solve``: one problem file, one backend."""
+"""``osscar solve`` and ``osscar backends``: one problem file, one backend; and what there are."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Any
 
-import typer
+import torch
 
+import solvers
+from osscar.base.devices import resolve_device
+from osscar.base.errors import OptionError
 from osscar.base.printable import are, counted
-from osscar.cli.common import (
-    BackendOption,
-    BackendOptionsOption,
-    DeviceOption,
-    JsonOption,
-    check_input,
-    check_json_path,
-    document,
-    out,
-    parse_options,
-    quiet,
-    say,
-    write_json,
-)
-
-if TYPE_CHECKING:
-    from solvers import Solution, SubsetProblem, Verification
+from osscar.cli.common import check_input, check_json_path, document, out, say, write_json
+from osscar.cli.opening import quiet
+from osscar.cli.options import parse_options
+from osscar.report.backend_tables import backends_table, takers_table
+from osscar.report.proofs import not_recomputed_in_words
+from solvers import Solution, SubsetProblem, Verification
 
 
-def command(
-    file: Annotated[Path, typer.Argument(help="A problem file (.npz or .safetensors).")],
-    backend: BackendOption = "local_search",
-    keep: Annotated[
-        int | None, typer.Option(help="How many units stay, instead of what the file says.")
-    ] = None,
-    option: BackendOptionsOption = None,
-    bound: Annotated[
-        bool, typer.Option("--bound", help="Add a lower bound where the backend gives none.")
-    ] = False,
-    list_problem: Annotated[
-        bool,
-        typer.Option("--list-problem", help="Show what the file holds and who can take it."),
-    ] = False,
-    device: DeviceOption = "auto",
-    json: JsonOption = None,
+def list_backends(json: Path | None) -> None:
+    """Show all backends."""
+    check_json_path(json)
+    infos = solvers.backends()
+    out.print(backends_table(infos))
+    rows = [dataclasses.asdict(info) for info in infos]
+    write_json(json, document("backends", 1, {"backends": rows}))
+
+
+def list_problem(file: Path, keep: int | None, device: str, json: Path | None) -> None:
+    """Show what a file holds, and who can take it."""
+    problem, _ = _opened(file, keep, device, json)
+    _print_problem(problem, file)
+    write_json(json, document("problem", 1, {"file": str(file), **describe(problem)}))
+
+
+def run(
+    file: Path,
+    backend: str,
+    keep: int | None,
+    option: list[str],
+    bound: bool,
+    device: str,
+    json: Path | None,
 ) -> None:
     """Solve one problem, verify the answer from the problem alone, and show both."""
-    import solvers
-    from osscar.base.devices import resolve_device
-    from osscar.base.errors import OptionError
-
-    check_json_path(json, inputs=(file,))
-    target = resolve_device(device)
-    check_input(file)
-    problem = solvers.SubsetProblem.load(file)
-    if keep is not None:
-        problem = problem.with_keep(keep)
-    if list_problem:
-        content = describe(problem)
-        _print_problem(problem, file)
-        write_json(json, document("problem", 1, {"file": str(file), **content}))
-        return
+    problem, target = _opened(file, keep, device, json)
     if keep is None and problem.keep == problem.units:
         raise OptionError(
             f"{file} keeps all of its {counted(problem.units, 'unit')}, as problems of studies do, "
@@ -69,12 +55,23 @@ def command(
         )
     with quiet():
         solution = solvers.solve(
-            problem, backend, device=target, bound=bound, options=parse_options(option or [])
+            problem, backend, device=target, bound=bound, options=parse_options(option)
         )
         verification = solution.verify()
     _print_solution(solution, verification)
     content = {"file": str(file), "problem": describe(problem), **_content(solution, verification)}
     write_json(json, document("solve", 2, content))
+
+
+def _opened(
+    file: Path, keep: int | None, device: str, json: Path | None
+) -> tuple[SubsetProblem, torch.device]:
+    """Return a file's problem, and where it is to be solved."""
+    check_json_path(json, inputs=(file,))
+    target = resolve_device(device)
+    check_input(file)
+    problem = SubsetProblem.load(file)
+    return problem if keep is None else problem.with_keep(keep), target
 
 
 def describe(problem: SubsetProblem) -> dict[str, Any]:
@@ -99,9 +96,6 @@ def describe(problem: SubsetProblem) -> dict[str, Any]:
 
 
 def _print_problem(problem: SubsetProblem, file: Path) -> None:
-    import solvers
-    from osscar.report.backend_tables import takers_table
-
     supports = math.comb(problem.units, problem.keep)
     size = f"{supports:,}" if supports < 10**9 else f"about 10^{int(math.log10(supports))}"
     size += " support; " if supports == 1 else " supports; "
@@ -129,8 +123,6 @@ def _print_problem(problem: SubsetProblem, file: Path) -> None:
 
 
 def _print_solution(solution: Solution, verification: Verification) -> None:
-    from osscar.report.proofs import not_recomputed_in_words
-
     problem = solution.problem
     say(
         f"{problem.name}: {solution.backend} keeps {problem.keep} of "

@@ -3,177 +3,45 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
-import typer
+from torch import nn
 
-from osscar.cli.common import (
-    AllocationOption,
-    AtLeastOption,
-    BackendOption,
-    BatchSizeOption,
-    CalibrationOption,
-    DampOption,
-    DeviceOption,
-    DtypeOption,
-    ImageSizeOption,
-    JsonOption,
-    MaxMemoryOption,
-    MeanOption,
-    ModelArgument,
-    NoNormalizeOption,
-    RoundToOption,
-    SamplesOption,
-    SeedOption,
-    StdOption,
-    StrictOption,
-    TrustOption,
-    WeightsOption,
-    check_json_path,
-    document,
-    limit_of,
-    opened,
-    out,
-    quiet,
-    say,
-    stated_preprocessing,
-    way_back,
-    write_json,
-)
-from osscar.cli.prune_screen import budget_line, tell_dense
-
-if TYPE_CHECKING:
-    from torch import nn
-
-    from osscar.data.batches import Batch, CalibrationData
-    from osscar.models.loaded import LoadedModel
-    from osscar.pruning.result import PruningResult
-    from osscar.pruning.sweep import BudgetKind, Job
-    from osscar.pruning.sweep_points import Point, SweepDirectory
-    from osscar.request import PruningRequest
+from osscar.base.errors import OptionError
+from osscar.base.files import digest, write_text
+from osscar.cli.common import check_json_path, document, out, say, way_back, write_json
+from osscar.cli.opening import limit_of, opened, quiet, tell_dense
+from osscar.cli.options import SweepOptions, asked_with
+from osscar.data.batches import Batch, CalibrationData, as_inputs
+from osscar.data.text import TextSet
+from osscar.evaluation.forward import measure_forward
+from osscar.evaluation.quality import score
+from osscar.models.loaded import LoadedModel
+from osscar.preparation.repeatable import check_repeatable
+from osscar.pruning.memory import check_can_stream
+from osscar.pruning.result import PruningResult
+from osscar.pruning.run_log import run_manifest
+from osscar.pruning.sweep import Job, jobs, sweep
+from osscar.pruning.sweep_points import Point, SweepDirectory, dense_job, sweep_manifest
+from osscar.report.prune_page import budget_line
+from osscar.report.run_tables import left_alone_table
+from osscar.report.sweep_page import sweep_page, sweep_table
+from osscar.request import BudgetKind, PruningRequest
+from osscar.shrinking.lineage import Calibration, lineage_of
+from osscar.shrinking.plan import Form
 
 PAGE_FILE, DOCUMENT_FILE = "report.html", "sweep.json"
 
 
-def command(
-    model: ModelArgument,
-    sparsity: Annotated[
-        str | None,
-        typer.Option(
-            help="Shares to *remove* of the parameters that heads, neurons and channels own, "
-            "separated by commas."
-        ),
-    ] = None,
-    params: Annotated[
-        str | None,
-        typer.Option(
-            help="Or parameters of the model to *keep*: fractions, or counts, separated by commas."
-        ),
-    ] = None,
-    size: Annotated[
-        str | None,
-        typer.Option(help="Or shares to *keep* of what its weights take on disk."),
-    ] = None,
-    flops: Annotated[
-        str | None,
-        typer.Option(help="Or shares of its floating-point operations to *keep*."),
-    ] = None,
-    speedup: Annotated[
-        str | None,
-        typer.Option(
-            help="Or how many times as fast as the dense model a forward pass of a calibration "
-            "batch shall be, timed on this device."
-        ),
-    ] = None,
-    directory: Annotated[
-        Path, typer.Option("--out", help="Where the sweep lies, or goes on.")
-    ] = Path("osscar-sweep"),
-    text: Annotated[
-        str | None, typer.Option(help="Plain text to score; by default the built-in held-out text.")
-    ] = None,
-    images: Annotated[
-        str | None,
-        typer.Option(help="Images to score, as for `osscar eval`; without, only divergence is."),
-    ] = None,
-    inputs: Annotated[
-        str | None,
-        typer.Option(help="Samples of any other kind to score, as for `osscar eval`."),
-    ] = None,
-    windows: Annotated[
-        int | None, typer.Option(help="Score only the first N windows; by default the full text.")
-    ] = None,
-    baselines: Annotated[
-        bool,
-        typer.Option(
-            "--baselines",
-            help="Also prune with equal shares of every group, each layer by itself, by "
-            "`multistage` (the choice of OSSCAR as published), `greedy`, `wanda` and `magnitude`.",
-        ),
-    ] = False,
-    allocation: AllocationOption = "curvature",
-    weights: WeightsOption = None,
-    calibration: CalibrationOption = None,
-    mean: MeanOption = None,
-    std: StdOption = None,
-    image_size: ImageSizeOption = None,
-    no_normalize: NoNormalizeOption = False,
-    samples: SamplesOption = None,
-    seqlen: Annotated[
-        int | None, typer.Option(help="Tokens in a window, of calibration and scoring.")
-    ] = None,
-    seed: SeedOption = 0,
-    batch_size: BatchSizeOption = None,
-    round_to: RoundToOption = 1,
-    at_least: AtLeastOption = None,
-    backend: BackendOption = "local_search",
-    damp: DampOption = None,
-    strict: StrictOption = False,
-    device: DeviceOption = "auto",
-    dtype: DtypeOption = "auto",
-    max_memory: MaxMemoryOption = None,
-    json: JsonOption = None,
-    trust_remote_code: TrustOption = False,
-) -> None:
-    """Prune to several budgets in one run, and show quality against speed.
-
-    Give a list of one sort of budget: --sparsity, --params, --size, --flops or --speedup.  What is
-    measured of the dense model serves all of them.  Each point is kept once it is done: the same
-    command goes on where it was stopped, and more budgets, or --baselines, extend it.
-    """
-    from osscar.base.files import write_text
-    from osscar.data.batches import as_inputs
-    from osscar.preparation.repeatable import check_repeatable
-    from osscar.pruning.memory import check_can_stream
-    from osscar.pruning.run_log import run_manifest
-    from osscar.pruning.sweep import jobs
-    from osscar.pruning.sweep_points import SweepDirectory, sweep_manifest
-    from osscar.report.run_tables import left_alone_table
-    from osscar.report.sweep_page import sweep_page, sweep_table
-    from osscar.request import PruningRequest
-
-    read = (model, calibration, weights, text, images, inputs)
-    check_json_path(json, inputs=read, written=(directory,))
-    budget, values = _asked(
-        sparsity=sparsity, params=params, size=size, flops=flops, speedup=speedup
-    )
-    stated = stated_preprocessing(mean, std, image_size, no_normalize)
-    points = jobs(budget, values, baselines=baselines, allocation=allocation)
-    first: dict[str, Any] = {str(budget): points[0].value}
-    base = PruningRequest(
-        **first,
-        allocation=allocation,
-        round_to=round_to,
-        at_least=at_least,
-        backend=backend,
-        damp=damp,
-        device=device,
-        batch_size=batch_size,
-        seed=seed,
-        strict=strict,
-    )
-    place = SweepDirectory(directory)
+def run(model: str, options: SweepOptions, shared: Any) -> None:
+    """Prune to several budgets, and show quality against speed."""
+    read = (model, options.calibration, options.weights, options.text, options.images)
+    check_json_path(options.json, inputs=(*read, options.inputs), written=(options.out,))
+    budget, values = _asked(options)
+    points = jobs(budget, values, baselines=options.baselines, allocation=shared.allocation)
+    base = asked_with(shared, **{str(budget): points[0].value})
+    place = SweepDirectory(options.out)
 
     def can_stream(loaded: LoadedModel) -> None:
         for job in points:
@@ -182,28 +50,21 @@ def command(
     with quiet():
         loaded, data = opened(
             model,
-            {"spec": calibration, "samples": samples, "seqlen": seqlen, "seed": seed},
+            options,
+            base.seed,
             can_stream,
-            weights=weights,
-            device=device,
-            dtype=dtype,
-            trust_remote_code=trust_remote_code,
-            max_memory=limit_of(max_memory, model, dtype, device, base),
-            preprocessing=stated,
+            device=base.device,
+            dtype=options.dtype,
+            max_memory=limit_of(model, options, base),
         )
-        scorer = _Scorer.of(
-            loaded, data, text=text, images=images, inputs=inputs, windows=windows, seqlen=seqlen
-        )
+        scorer = _Scorer.of(loaded, data, options)
         wrapped = as_inputs(loaded.model, data)
-        rows = wrapped.batch_size if batch_size is None else batch_size
-        run = run_manifest(base, loaded.model, wrapped, rows)
+        rows = wrapped.batch_size if base.batch_size is None else base.batch_size
+        manifest = run_manifest(base, loaded.model, wrapped, rows)
         check_repeatable(loaded.model, wrapped.example(loaded.model))
-        manifest = sweep_manifest(run, budget, scorer.scored)
         sample = wrapped.batches(loaded.model, 1)[0]
-        with (
-            place.begun(manifest),
-            way_back(lambda: f"finished points are kept in {place.directory}"),
-        ):
+        kept = way_back(lambda: f"finished points are kept in {place.directory}")
+        with place.begun(sweep_manifest(manifest, budget, scorer.scored)), kept:
             dense = tell_dense(loaded, data)
             found = _measured(place, loaded.model, data, base, points, scorer, sample)
             content = {
@@ -224,7 +85,7 @@ def command(
     if found[-1].left_alone:
         out.print(left_alone_table(found[-1].left_alone))
     say(f"report: {place.directory / PAGE_FILE}")
-    write_json(json, content)
+    write_json(options.json, content)
 
 
 def _entry(point: Point) -> dict[str, Any]:
@@ -233,7 +94,7 @@ def _entry(point: Point) -> dict[str, Any]:
     return entry
 
 
-def _asked(**lists: str | None) -> tuple[BudgetKind, tuple[float | int, ...]]:
+def _asked(options: SweepOptions) -> tuple[BudgetKind, tuple[float | int, ...]]:
     """Return the one budget that is given a list, and what is in that.
 
     Raises
@@ -241,10 +102,8 @@ def _asked(**lists: str | None) -> tuple[BudgetKind, tuple[float | int, ...]]:
     OptionError
         If there is none or another, or it is no list of numbers.
     """
-    from osscar.base.errors import OptionError
-    from osscar.pruning.sweep import EXAMPLES, BudgetKind
-
-    given = {BudgetKind(name): text for name, text in lists.items() if text is not None}
+    lists = {budget: getattr(options, budget) for budget in BudgetKind}
+    given = {budget: text for budget, text in lists.items() if text is not None}
     if len(given) != 1:
         named = [f"--{budget}" for budget in given or BudgetKind]
         raise OptionError(
@@ -258,7 +117,7 @@ def _asked(**lists: str | None) -> tuple[BudgetKind, tuple[float | int, ...]]:
         return budget, tuple(map(int if counts else float, parts))
     except ValueError:
         raise OptionError(
-            f"--{budget} {text!r:.80} is not a list such as {EXAMPLES[budget]}"
+            f"--{budget} {text!r:.80} is not a list such as {budget.examples}"
         ) from None
 
 
@@ -275,72 +134,44 @@ def _measured(
     sample: Batch,
 ) -> list[Point]:
     """Return all points, the dense model first; those that were not finished are measured."""
-    from osscar.pruning.sweep import sweep
-    from osscar.pruning.sweep_points import dense_job
-
     unpruned = dense_job(points[0].budget)
     if place.point(unpruned) is None:
-        place.keep(_dense_point(unpruned, dense, scorer, sample))
+        place.keep(_point(unpruned, None, dense, scorer, sample))
     todo = [job for job in points if place.point(job) is None]
     for number, (job, result) in enumerate(sweep(dense, data, base, todo), 1):
         place.keep(_point(job, result, dense, scorer, sample))
         say(f"{job}: done, {number} of {len(todo)}")
         if result.budget is not None:
-            say(budget_line(result.budget))
+            say(": ".join(budget_line(vars(result.budget))))
     found = (place.point(job) for job in (unpruned, *points))
     return [point for point in found if point is not None]
 
 
-def _dense_point(job: Job, dense: nn.Module, scorer: _Scorer, sample: Batch) -> Point:
-    from osscar.evaluation.forward import measure_forward
-    from osscar.pruning.sweep_points import Point
-    from osscar.shrinking.plan import Form
-
-    (forward,) = measure_forward([dense], sample)
-    return Point(
-        "osscar.sweep-point/4",
-        job.method,
-        str(job.budget),
-        job.value,
-        limit=None,
-        reached=None,
-        **dataclasses.asdict(forward),
-        form=Form.MODULE,
-        speedup=1.0,
-        quality=scorer.score(dense),
-        divergence=0.0,
-        predicted=None,
-        loss=0.0,
-        prune_seconds=0.0,
-        widths={},
-        left_alone=(),
-    )
-
-
 def _point(
-    job: Job, result: PruningResult, dense: nn.Module, scorer: _Scorer, sample: Batch
+    job: Job, result: PruningResult | None, dense: nn.Module, scorer: _Scorer, sample: Batch
 ) -> Point:
-    from osscar.evaluation.forward import measure_forward
-    from osscar.pruning.sweep_points import Point
-
-    before, after = measure_forward([dense, result.model], sample)
+    """Measure the model of a job; without a result, the dense one."""
+    model = dense if result is None else result.model
+    forwards = measure_forward([dense] if result is None else [dense, model], sample)
+    before, after = forwards[0], forwards[-1]
+    budget = None if result is None else result.budget
     return Point(
         "osscar.sweep-point/4",
         job.method,
         str(job.budget),
         job.value,
-        limit=None if result.budget is None else result.budget.limit,
-        reached=None if result.budget is None else result.budget.reached,
+        limit=None if budget is None else budget.limit,
+        reached=None if budget is None else budget.reached,
         **dataclasses.asdict(after),
-        form=result.form,
+        form=Form.MODULE if result is None else result.form,
         speedup=before.seconds / after.seconds,
-        quality=scorer.score(result.model),
-        divergence=result.divergence,
-        predicted=None if result.budget is None else result.budget.predicted,
-        loss=result.loss,
-        prune_seconds=result.seconds,
-        widths={layer.name: layer.kept for layer in result.layers},
-        left_alone=result.left_alone,
+        quality=scorer.score(model),
+        divergence=0.0 if result is None else result.divergence,
+        predicted=None if budget is None else budget.predicted,
+        loss=0.0 if result is None else result.loss,
+        prune_seconds=0.0 if result is None else result.seconds,
+        widths={} if result is None else {one.name: one.kept for one in result.layers},
+        left_alone=() if result is None else result.left_alone,
     )
 
 
@@ -352,52 +183,32 @@ class _Scorer:
     ----------
     scored
         On what, as JSON-able data.
-    score
-        Returns the numbers of a model by name.
+    measure
+        Returns the numbers of a model, as a dataclass; None where there is nothing to score.
     """
 
     scored: Mapping[str, Any]
-    score: Callable[[nn.Module], dict[str, Any]]
+    measure: Callable[[Any], Any] | None
+
+    def score(self, model: nn.Module) -> dict[str, Any]:
+        """Return the numbers of a model by name."""
+        return {} if self.measure is None else dataclasses.asdict(self.measure(model))
 
     @classmethod
-    def of(
-        cls,
-        loaded: LoadedModel,
-        data: CalibrationData,
-        *,
-        text: str | None,
-        images: str | None,
-        inputs: str | None,
-        windows: int | None,
-        seqlen: int | None,
-    ) -> _Scorer:
+    def of(cls, loaded: LoadedModel, data: CalibrationData, options: SweepOptions) -> _Scorer:
         """Take what the model reads; what calibrated it scores nothing."""
-        from osscar.base.files import digest
-        from osscar.data.text import TextSet
-        from osscar.evaluation.quality import score
-
-        found = loaded.held_out(
-            text=text, images=images, inputs=inputs, windows=windows, seqlen=seqlen
-        )
+        calibrated = [*lineage_of(loaded.model).calibration, Calibration.of(data.describe())]
+        text, images, inputs = options.text, options.images, options.inputs
+        how: dict[str, Any] = {"windows": options.windows, "seqlen": options.seqlen}
+        found = loaded.held_out(text=text, images=images, inputs=inputs, **how)
         if found is None:
-            return cls({"images": None}, lambda _: {})
-        found.refuse_overlap(_calibrations(loaded.model, data))
-
-        def numbers(model: nn.Module) -> dict[str, Any]:
-            return dataclasses.asdict(
-                score([model], found, dense=loaded.model, classes=loaded.classes)[0]
-            )
-
+            return cls({"images": None}, None)
+        found.refuse_overlap(calibrated)
         if isinstance(found, TextSet):
-            given = {"text": text or "builtin", "windows": windows}
-            return cls({**given, "scored_sha256": found.text_digest}, numbers)
-        given = {"images": images} if inputs is None else {"inputs": inputs}
-        return cls({**given, "scored_sha256": digest("".join(found.fingerprints()))}, numbers)
-
-
-def _calibrations(model: nn.Module, data: Any) -> Iterator[Any]:
-    """Yield all that the pruned models will have been calibrated on."""
-    from osscar.shrinking.lineage import Calibration, lineage_of
-
-    yield from lineage_of(model).calibration
-    yield Calibration.of(data.describe())
+            given: dict[str, Any] = {"text": text or "builtin", "windows": options.windows}
+            given["scored_sha256"] = found.text_digest
+        else:
+            given = {"images": images} if inputs is None else {"inputs": inputs}
+            given["scored_sha256"] = digest("".join(found.fingerprints()))
+        dense, classes = loaded.model, loaded.classes
+        return cls(given, lambda model: score([model], found, dense=dense, classes=classes)[0])

@@ -8,7 +8,6 @@ not changed.
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -35,8 +34,8 @@ from osscar.preparation.linear_maps import linear_maps
 from osscar.preparation.prepare import Prepared
 from osscar.pruning.groups import held_out
 from osscar.pruning.memory import Room, check_streamed, least_memory, put_out
-from osscar.pruning.prune import opened_for, prune
-from osscar.request import Allocation, PruningRequest
+from osscar.pruning.prune import opened_for
+from osscar.request import PruningRequest, by_keywords
 
 
 def estimate_as_asked(
@@ -107,13 +106,7 @@ def estimate_as_asked(
         )
 
 
-def estimate(model: nn.Module, calibration: Any, **asked: Any) -> Estimate:
-    """Tell what `osscar.prune` will take: `estimate_as_asked`, with the request as keywords."""
-    return estimate_as_asked(model, calibration, PruningRequest(**asked))
-
-
-estimate.__doc__ = estimate_as_asked.__doc__
-estimate.__signature__ = inspect.signature(prune)  # type: ignore[attr-defined]
+estimate = by_keywords(PruningRequest, estimate_as_asked)
 
 
 def of_command(found: Estimate, loaded: LoadedModel, seconds: Mapping[Stage, float]) -> Estimate:
@@ -216,7 +209,7 @@ def _read_bytes(
     passes = {
         Stage.TRIAL: 6,
         Stage.DENSE: max(1, held),
-        Stage.ALLOCATION: 2 if request.allocation == Allocation.FLUCTUATION else 0,
+        Stage.ALLOCATION: 2 if request.allocation == "fluctuation" else 0,
         Stage.WALK: timed.passes,
         Stage.PROOF: 8,
         Stage.PRUNED: max(1, held),

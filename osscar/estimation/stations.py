@@ -38,7 +38,7 @@ from osscar.pruning.groups import held_out, solved
 from osscar.pruning.memory import Room
 from osscar.pruning.prune import DenseFacts
 from osscar.pruning.trial import Feasible
-from osscar.request import Allocation, PruningRequest
+from osscar.request import PruningRequest
 from osscar.walk.batch_norm import batch_norms
 from osscar.walk.regularization import DEFAULT_DAMP
 from osscar.walk.targets import Target
@@ -190,8 +190,8 @@ def expected_keep(
     if not request.has_budget:
         return dict(allocate(prepared, request, None, left, form).keep)
     told = request
-    if request.allocation == Allocation.FLUCTUATION:
-        told = dataclasses.replace(told, allocation=str(Allocation.CURVATURE))
+    if request.allocation == "fluctuation":
+        told = dataclasses.replace(told, allocation="curvature")
     if request.speedup is not None:
         told = dataclasses.replace(told, speedup=None, sparsity=1 - 1 / request.speedup)
     _, _, shared = asked_groups(prepared, told, left)
@@ -333,7 +333,7 @@ def _of_budget(
     """Return what it takes to share a budget out."""
     samples = few.inputs.samples
     allocation = Span.about(allocating, 0.3)
-    if request.allocation == Allocation.FLUCTUATION:
+    if request.allocation == "fluctuation":
         scores = _seconds(lambda: measure_fluctuations(few, shared), clock)
         of_all = scores * prepared.inputs.samples / samples
         allocation = together(allocation, Span.about(of_all, 0.3))
@@ -343,7 +343,7 @@ def _of_budget(
         timing = Span(again, table + 2 * again, table + MOST_ROUNDS * again)
         allocation = together(allocation, timing)
     stages = {Stage.ALLOCATION: allocation}
-    if request.allocation != Allocation.CURVATURE:
+    if request.allocation != "curvature":
         return stages
     most = min(prepared.inputs.samples, curve_samples(prepared))
     classes = layer_classes(prepared, shared)

@@ -26,7 +26,7 @@ from osscar.offload.on_disk import shelf_of
 from osscar.offload.shelf import Shelf
 from osscar.preparation.linear_maps import linear_maps
 from osscar.preparation.prepare import Prepared
-from osscar.request import Allocation, FormChoice, PruningRequest
+from osscar.request import PruningRequest
 from osscar.walk.targets import Target
 
 _SOLVING = (1.25, 0.0, 3.5)
@@ -256,13 +256,13 @@ def needs_memory(request: PruningRequest) -> str | None:
             "--speedup times the model in memory, and this one is read from disk; give another "
             "budget, or leave --max-memory away"
         )
-    if request.has_budget and request.allocation is Allocation.CURVATURE:
+    if request.has_budget and request.allocation == "curvature":
         return (
             "a budget that is shared by curvature needs a backward pass through the dense model, "
             "and this one is read from disk; give --allocation uniform or fluctuation, leave "
             "--max-memory away, or prune with --heads and --neurons"
         )
-    if request.form == FormChoice.GRAPH:
+    if request.form == "graph":
         return (
             "the exported program of a model is shrunk in memory, and this model is read from "
             "disk; leave --form graph or --max-memory away"

@@ -7,7 +7,6 @@ is measured on the stream that everything pruned before it has shaped.
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -42,7 +41,7 @@ from osscar.pruning.result import PruningResult
 from osscar.pruning.run_log import RunLog, SiteRecord, run_manifest
 from osscar.pruning.shrunk import put_back, shrunk
 from osscar.pruning.trial import Feasible, feasible_groups, named, reaches_further
-from osscar.request import Allocation, PruningRequest
+from osscar.request import PruningRequest, by_keywords
 from osscar.shrinking.lineage import note_calibration, note_dense
 from osscar.walk.batch_norm import DenseStatistics, dense_statistics
 
@@ -262,21 +261,7 @@ def finished(
     return dataclasses.replace(result, budget=budget)
 
 
-def prune(model: nn.Module, calibration: Any, **asked: Any) -> PruningResult:
-    """Prune a model in one shot: `prune_as_asked`, with the fields of the request as keywords."""
-    return prune_as_asked(model, calibration, PruningRequest(**asked))
-
-
-prune.__doc__ = prune_as_asked.__doc__
-prune.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
-    [
-        *list(inspect.signature(prune).parameters.values())[:2],
-        *(
-            field.replace(kind=inspect.Parameter.KEYWORD_ONLY)
-            for field in inspect.signature(PruningRequest).parameters.values()
-        ),
-    ]
-)
+prune = by_keywords(PruningRequest, prune_as_asked)
 
 
 @timed(Stage.ALLOCATION)
@@ -325,7 +310,7 @@ def _curves(
     prepared: Prepared, request: PruningRequest, facts: DenseFacts
 ) -> Mapping[str, Curve] | None:
     """Return the curves that a budget needs, which all ranks measure together."""
-    needed = request.has_budget and request.allocation is Allocation.CURVATURE
+    needed = request.has_budget and request.allocation == "curvature"
     if not needed or facts.curves is not None:
         return facts.curves
     return shared_curves(prepared, request, facts.feasible.left_names)

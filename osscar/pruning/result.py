@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,11 +13,19 @@ from torch import nn
 
 import solvers
 from graph import CouplingGroup
-from osscar.allocation.budget import Budget
+from osscar import __version__
+from osscar.allocation.budget import Budget, described
 from osscar.checkpoint import directory as checkpoint
 from osscar.checkpoint.directory import SavedCheckpoint
+from osscar.data.batches import as_inputs
+from osscar.evaluation.dense import DenseScore
+from osscar.evaluation.forward import measure_forward
+from osscar.network.modules import device_of
+from osscar.offload.on_disk import is_on_disk
 from osscar.pruning.trial import LeftAlone
+from osscar.report.prune_page import prune_page
 from osscar.request import PruningRequest
+from osscar.shrinking.lineage import Computed, lineage_of
 from osscar.shrinking.plan import Form, PruningPlan
 from osscar.walk.layer_step import Refits
 
@@ -180,23 +188,91 @@ class PruningResult:
         """What was asked for, as JSON-able data."""
         return self.request.to_json()
 
+    def document(
+        self,
+        dense: nn.Module,
+        calibration: Any,
+        *,
+        source: str | None = None,
+        classes: Sequence[str] = (),
+        score: DenseScore | None = None,
+    ) -> dict[str, Any]:
+        """Return what is known of the run, as ``docs/json.md`` describes it; runs both models.
+
+        Parameters
+        ----------
+        dense, calibration
+            What was pruned, and on what.
+        source
+            The name of the dense model; by default the one by which it was loaded.
+        classes
+            What the classes are called that it tells apart.
+        score
+            What it is worth on the calibration data.
+        """
+        known = lineage_of(dense).source or type(dense).__name__
+        described_data = calibration.describe() if hasattr(calibration, "describe") else {}
+        return {
+            "schema": "osscar.prune/3",
+            "osscar_version": __version__,
+            "model": known if source is None else source,
+            "classes": list(classes),
+            "calibration": {**self.calibration, **described_data},
+            "dense": None if score is None else dataclasses.asdict(score),
+            "computed": dataclasses.asdict(Computed.of(dense)),
+            "settings": self.settings,
+            "parameters_before": self.parameters_before,
+            "parameters_after": self.parameters_after,
+            "budget": None if self.budget is None else described(self.budget),
+            "divergence": self.divergence,
+            "held_out": self.held_out,
+            "forward": _forward(dense, self.model, calibration),
+            "equivalence_error": self.equivalence_error,
+            "batch_norms": self.batch_norms,
+            "summed_relative_loss": self.loss,
+            "seconds": self.seconds,
+            "solve_seconds": self.solve_seconds,
+            "layers": [dataclasses.asdict(layer) for layer in self.layers],
+            "form": str(self.form),
+            "inputs": [dataclasses.asdict(given) for given in self.plan.traced],
+            "left_alone": [dataclasses.asdict(group) for group in self.left_alone],
+        }
+
     def save(
         self,
         directory: str | os.PathLike[str],
         *,
         tokenizer: Any = None,
         report: Mapping[str, Any] | None = None,
-        page: str | None = None,
         dtype: torch.dtype | None = None,
         overwrite: bool = False,
     ) -> SavedCheckpoint:
-        """Write the smaller model; see `osscar.checkpoint.directory.save`."""
+        """Write the smaller model; see `osscar.save`.
+
+        A report, such as `document` returns, is written beside it, as JSON and as a page.
+        """
         return checkpoint.save(
             self.model,
             directory,
             tokenizer=tokenizer,
             report=report,
-            page=page,
+            page=None if report is None else prune_page(report),
             dtype=dtype,
             overwrite=overwrite,
         )
+
+
+def _forward(dense: nn.Module, pruned: nn.Module, calibration: Any) -> dict[str, Any] | None:
+    """Measure a forward pass of both models; None where time is that of reading weights."""
+    if is_on_disk(dense):
+        return None
+    # Of the dense model, since a program knows nothing of tokens; on the device of the pruned one.
+    first = as_inputs(dense, calibration).batches(dense, 1)[0]
+    sample = {name: tensor.to(device_of(pruned)) for name, tensor in first.items()}
+    before, after = measure_forward([dense, pruned], sample)
+    return {
+        "shapes": {name: list(tensor.shape) for name, tensor in sample.items()},
+        "device": device_of(pruned).type,
+        "dense": dataclasses.asdict(before),
+        "pruned": dataclasses.asdict(after),
+    }

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import enum
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Any
 
 from torch import nn
@@ -23,65 +21,7 @@ from osscar.pruning.prune import (
     within_memory,
 )
 from osscar.pruning.result import PruningResult
-from osscar.request import Allocation, PruningRequest
-from osscar.walk.targets import Target
-
-METHODS = MappingProxyType(
-    {
-        str(Allocation.CURVATURE): "widths of least predicted divergence; layers make up for one "
-        "another's errors",
-        str(Allocation.UNIFORM): "the same share of every group, the largest within the budget; "
-        "layers make up for one another's errors",
-        str(Allocation.FLUCTUATION): "widths by the scores of FLAP (An et al., 2024); layers make "
-        "up for one another's errors",
-    }
-)
-"""What the request itself may be called, by how it shares a budget; all others are baselines."""
-
-BASELINES = MappingProxyType(
-    {
-        "multistage": "the choice of OSSCAR (Meng et al., 2024)",
-        "greedy": "the choice of ZipLM (Kurtic et al., 2023)",
-        "wanda": "magnitude times the norm of the inputs (Sun et al., 2023)",
-        "magnitude": "the norm of the weights",
-    }
-)
-"""Backends with which uniform shares are pruned, each layer by itself, and what they stand for.
-
-All are refitted in the same way, biases too, on the paper's target.
-"""
-
-
-class BudgetKind(enum.StrEnum):
-    """What a sweep varies: a budget, by the name of its field in the request."""
-
-    SPARSITY = "sparsity"
-    PARAMS = "params"
-    SIZE = "size"
-    FLOPS = "flops"
-    SPEEDUP = "speedup"
-
-    @property
-    def dense(self) -> float:
-        """Where the dense model lies on it."""
-        return 0.0 if self is BudgetKind.SPARSITY else 1.0
-
-    @property
-    def rises(self) -> bool:
-        """Whether more of it is a smaller model."""
-        return self in (BudgetKind.SPARSITY, BudgetKind.SPEEDUP)
-
-
-EXAMPLES = MappingProxyType(
-    {
-        BudgetKind.SPARSITY: "0.1,0.2,0.3",
-        BudgetKind.PARAMS: "0.9,0.8,0.7",
-        BudgetKind.SIZE: "0.9,0.8,0.7",
-        BudgetKind.FLOPS: "0.9,0.8,0.7",
-        BudgetKind.SPEEDUP: "1.2,1.5,2",
-    }
-)
-"""Lists of each budget, for messages."""
+from osscar.request import BASELINES, METHODS, Allocation, BudgetKind, PruningRequest
 
 
 @dataclass(frozen=True)
@@ -118,12 +58,13 @@ class Job:
         asked: dict[str, Any] = dict.fromkeys(map(str, BudgetKind))
         asked[self.budget] = self.value
         if self.method in METHODS:
-            return dataclasses.replace(base, **asked, allocation=self.method)
+            asked["allocation"] = self.method
+            return dataclasses.replace(base, **asked)
         return dataclasses.replace(
             base,
             **asked,
-            allocation=Allocation.UNIFORM,
-            target=Target.WEIGHTS,
+            allocation="uniform",
+            target="weights",
             blend=None,
             backend=self.method,
             backend_options={},
@@ -138,7 +79,7 @@ def jobs(
     values: Sequence[float | int],
     *,
     baselines: bool = False,
-    allocation: str = Allocation.CURVATURE,
+    allocation: Allocation = "curvature",
 ) -> tuple[Job, ...]:
     """Return the points of a sweep, the method itself first, the largest model first.
 
@@ -162,7 +103,7 @@ def jobs(
     """
     if not values:
         raise OptionError(
-            f"a sweep needs budgets; give a list such as --{budget} {EXAMPLES[budget]}"
+            f"a sweep needs budgets; give a list such as --{budget} {budget.examples}"
         )
     if len({isinstance(value, int) for value in values}) > 1:
         raise OptionError(
@@ -171,12 +112,12 @@ def jobs(
     if budget is BudgetKind.SIZE and any(isinstance(value, int) for value in values):
         raise OptionError(
             f"a sweep takes sizes as shares of the dense model's, not {values[0]}; give a list "
-            f"such as --size {EXAMPLES[budget]}"
+            f"such as --size {budget.examples}"
         )
     for value in values:
         asked: dict[str, Any] = {str(budget): value}
         PruningRequest(**asked, allocation=allocation)
-    methods = (str(Allocation(allocation)), *(BASELINES if baselines else ()))
+    methods = (allocation, *(BASELINES if baselines else ()))
     ordered = sorted(set(values), reverse=not budget.rises)
     return tuple(Job(method, budget, value) for method in methods for value in ordered)
 
@@ -216,7 +157,7 @@ def sweep(
         requests = {job: job.request(base) for job in points}
         each = {job: within_memory(ready, request) for job, request in requests.items()}
         facts = DenseFacts.of(ready, base)
-        if any(request.allocation is Allocation.CURVATURE for request in requests.values()):
+        if any(request.allocation == "curvature" for request in requests.values()):
             curves = shared_curves(ready, base, facts.feasible.left_names)
             facts = dataclasses.replace(facts, curves=curves)
         for job in points:

@@ -15,8 +15,9 @@ from osscar.base.files import resolved
 from osscar.base.journal import Journal, JournalKind
 from osscar.base.json_files import STRICT
 from osscar.preparation.fingerprint import Manifest
-from osscar.pruning.sweep import BudgetKind, Job
+from osscar.pruning.sweep import Job
 from osscar.pruning.trial import LeftAlone
+from osscar.request import BudgetKind
 from osscar.shrinking.plan import Form
 
 DENSE = "dense"

@@ -29,7 +29,7 @@ from osscar.base.progress import stage
 from osscar.network.model_state import model_state
 from osscar.preparation.prepare import Prepared
 from osscar.pruning.unread import warn_of_unread
-from osscar.request import FormChoice, PruningRequest
+from osscar.request import PruningRequest
 from osscar.shrinking.equivalence import Inputs, finer_precision
 from osscar.shrinking.plan import Form, GroupPlan, PruningPlan
 from osscar.shrinking.program.shrink_program import ProgramTrial
@@ -169,20 +169,20 @@ def _only(prepared: Prepared, name: str) -> bool:
     return name in prepared.in_programs
 
 
-FORMS: dict[FormChoice, tuple[Form, ...]] = {
-    FormChoice.AUTO: (Form.MODULE, Form.GRAPH),
-    FormChoice.MODULE: (Form.MODULE,),
-    FormChoice.GRAPH: (Form.GRAPH,),
+FORMS: dict[str, tuple[Form, ...]] = {
+    "auto": (Form.MODULE, Form.GRAPH),
+    "module": (Form.MODULE,),
+    "graph": (Form.GRAPH,),
 }
 """What is tried, in this order."""
 
 
 def forms_to_try(model: nn.Module, request: PruningRequest) -> tuple[Form, ...]:
     """Return the forms to try; a program cannot generate text, and nobody would time it."""
-    choice = FormChoice(request.form)
+    choice = request.form
     generates = isinstance(model, PreTrainedModel) and model.can_generate()
     stays = generates or request.speedup is not None
-    return FORMS[FormChoice.MODULE if choice is FormChoice.AUTO and stays else choice]
+    return FORMS["module" if choice == "auto" and stays else choice]
 
 
 def reaches_further(model: nn.Module, request: PruningRequest) -> bool:
@@ -191,7 +191,7 @@ def reaches_further(model: nn.Module, request: PruningRequest) -> bool:
     A class of transformers, which so much else can read, is given up for what its code cannot do,
     not for these.
     """
-    asked = FormChoice(request.form) is FormChoice.GRAPH
+    asked = request.form == "graph"
     plain = not isinstance(model, PreTrainedModel)
     return Form.GRAPH in forms_to_try(model, request) and (asked or plain)
 
@@ -310,7 +310,7 @@ def _refusal(left: Sequence[LeftAlone], tried: int, request: PruningRequest) -> 
     if none:
         them = "let the code take these sizes from its weights, or write -1 for them, or register "
         them += "what has to change with @osscar.adapter"
-        if FormChoice(request.form) is FormChoice.MODULE:
+        if request.form == "module":
             them += "; or let the exported program lose them (form='graph', --form graph)"
     else:
         them = f"leave them out (--skip {left[0].name!r}), or let all others go without --strict"

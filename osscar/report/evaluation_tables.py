@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rich.table import Table
 
@@ -32,10 +33,19 @@ _ROWS: dict[str, tuple[str, Callable[[Any], str]]] = {
 """What a table shows of an evaluation, in this order: by name, how it is called and written."""
 
 
+class Row(NamedTuple):
+    """A number of the dense model beside that of another one, as text."""
+
+    label: str
+    dense: str
+    pruned: str
+    ratio: str = ""
+
+
 def evaluation_table(evaluation: Evaluation, name: str) -> Table:
     """Return the numbers of one model."""
     table = new_table("", "", f"{name} >")
-    for _, label, value in _shown(evaluation):
+    for _, label, value in _shown(dataclasses.asdict(evaluation)):
         table.add_row(label, value)
     return table
 
@@ -43,28 +53,23 @@ def evaluation_table(evaluation: Evaluation, name: str) -> Table:
 def comparison_table(comparison: Comparison, name: str = "pruned") -> Table:
     """Return a model beside its dense original, with ratios."""
     table = new_table("", "", "dense >", f"{name} >", "ratio >")
-    dense = {key: value for key, _, value in _shown(comparison.dense)}
-    for key, label, value in _shown(comparison.model):
-        ratio = comparison.ratios.get(key)
-        table.add_row(label, dense.get(key, ""), value, "" if ratio is None else f"{ratio:.2f}x")
+    for row in comparison_rows(dataclasses.asdict(comparison)):
+        table.add_row(*row)
     return table
 
 
-def _shown(evaluation: Evaluation) -> Iterator[tuple[str, str, str]]:
-    """Yield name, label and text of each number that is known."""
-    return shown_numbers(evaluation.numbers(), evaluation.sample)
+def comparison_rows(comparison: Mapping[str, Any]) -> Iterator[Row]:
+    """Yield the numbers of a model beside those of the dense one, of a `Comparison` as JSON."""
+    dense = {name: text for name, _, text in _shown(comparison["dense"])}
+    for name, label, text in _shown(comparison["model"]):
+        ratio = comparison["ratios"].get(name)
+        yield Row(label, dense.get(name, ""), text, "" if ratio is None else f"{ratio:.2f}x")
 
 
-def shown_numbers(numbers: Mapping[str, Any], sample: str) -> Iterator[tuple[str, str, str]]:
-    """Yield name, label and text of each number that is known.
-
-    Parameters
-    ----------
-    numbers
-        What was measured, by the names that evaluations have for it.
-    sample
-        What operations are counted for.
-    """
+def _shown(evaluation: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
+    """Yield name, label and text of each number that is known of an `Evaluation` as JSON."""
+    numbers = {**evaluation["quality"], **evaluation["speed"], **evaluation["footprint"]}
+    sample = evaluation["sample"]
     errors = numbers.get("errors") or {}
     article = "an" if sample[:1] in tuple("aeiou") else "a"
     for name, (label, written) in _ROWS.items():

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from osscar.base.files import write_text
 from osscar.report.numbers import share
-from osscar.report.page import Picture, render
+from osscar.report.page import Picture, asked_rows, render
 from osscar.report.plots import draw_plots
 from osscar.report.summary import Case, Summary
 from osscar.study.records import WINDOW, Record
@@ -93,11 +93,7 @@ def _asked(study: Study, design: StudyDesign, jobs: int) -> dict[str, str]:
             "sparsity, the other units held as local_search left them"
         )
     asked["processes at once"] = str(jobs)
-    return {
-        key.replace("_", " "): str(value)
-        for key, value in asked.items()
-        if value is not None and value is not False
-    }
+    return asked_rows(asked)
 
 
 def _file_names(problems: object) -> list[str]:

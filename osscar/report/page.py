@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
@@ -18,7 +18,7 @@ from markupsafe import Markup, escape
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-import osscar
+from osscar import __version__
 from osscar.base.printable import printable
 from osscar.report.numbers import share
 
@@ -80,7 +80,36 @@ class Picture:
 
 def render(template: str, **content: Any) -> str:
     """Return a page; all text in it is escaped, and control characters are shown as such."""
-    return _environment().get_template(template).render(version=osscar.__version__, **content)
+    return _environment().get_template(template).render(version=__version__, **content)
+
+
+def asked_rows(
+    asked: Mapping[str, Any], calibration: Mapping[str, Any] | None = None
+) -> dict[str, str]:
+    """Return what was asked by name, as text, without what was not.
+
+    Parameters
+    ----------
+    asked
+        By name.
+    calibration
+        What the calibration data are, of whose samples only the number is told.
+    """
+    data = {
+        f"calibration {key}": len(value) if key in ("images", "fingerprints") else value
+        for key, value in (calibration or {}).items()
+    }
+    return {
+        key.replace("_", " "): _as_text(value)
+        for key, value in {**asked, **data}.items()
+        if value is not None and value is not False and value not in ("", [], {})
+    }
+
+
+def _as_text(value: object) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key}: {_as_text(inner)}" for key, inner in value.items())
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 @cache

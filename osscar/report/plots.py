@@ -15,13 +15,14 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from matplotlib.ticker import LogLocator, NullFormatter
 
 import solvers
 from osscar.base.files import atomic_write
 from osscar.report.numbers import share
 from osscar.report.page import COLORS, STYLE
-from osscar.report.summary import HIT, Case, Summary, excess
+from osscar.report.prune_plots import ROOM_ABOVE, SHARES
+from osscar.report.summary import HIT, Case, Summary, excess, is_exact
 from osscar.study.records import WINDOW, Record
 from solvers import Status
 
@@ -30,11 +31,9 @@ _NARROW = 4.8
 """Inches: as wide as a phone shows it without being moved."""
 
 _TICKS = 5
-_ROOM_ABOVE = 1.08
 _LEGEND_ENTRY = 1.7
 """Inches that an entry of a legend takes."""
 
-_SHARES = FuncFormatter(lambda value, _: share(value))
 _LONGEST_NAME = 40
 _FLOOR = 1e-7
 """Where excesses that count as zero are drawn on a logarithmic axis."""
@@ -166,7 +165,7 @@ def _gaps(cases: Sequence[Case]) -> Figure | None:
     axes.set_xticks(
         range(len(names)), [short_name(n) for n in names], rotation=90, fontsize=7, parse_math=False
     )
-    axes.yaxis.set_major_formatter(_SHARES)
+    axes.yaxis.set_major_formatter(SHARES)
     axes.set_ylabel("gap to the lower bound")
     axes.grid(axis="x", visible=False)
     axes.margins(x=0.01)
@@ -221,7 +220,7 @@ def _ratios(closed: Sequence[Case]) -> Figure | None:
 def _times(cases: Sequence[Case]) -> Figure | None:
     """Draw the time of exact solves against the number of units, hollow where not closed."""
     records = [
-        record for case in cases for record in case.records if _is_exact(record) and record.seconds
+        record for case in cases for record in case.records if is_exact(record) and record.seconds
     ]
     if not records:
         return None
@@ -264,10 +263,6 @@ def _points(records: Sequence[Record], shift: float) -> tuple[list[float], list[
     ]
 
 
-def _is_exact(record: Record) -> bool:
-    return solvers.backend_class(record.backend).kind is solvers.BackendKind.EXACT
-
-
 def _or_zero(value: float | None) -> float:
     return 0.0 if value is None else value
 
@@ -287,6 +282,6 @@ def _panel(axes: Axes, title: str) -> Iterator[None]:
     axes.set_title(title, fontsize=7, loc="left", parse_math=False)
     # From zero, with room above: markers of a flat curve would be cut in half.
     top = axes.dataLim.ymax
-    axes.set_ylim(0, _ROOM_ABOVE * top if top > 0 else 1)
+    axes.set_ylim(0, ROOM_ABOVE * top if top > 0 else 1)
     axes.tick_params(labelsize=6)
-    axes.xaxis.set_major_formatter(_SHARES)
+    axes.xaxis.set_major_formatter(SHARES)

@@ -3,28 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
-from osscar.base.printable import counted
+from osscar.base.printable import are, counted
 from osscar.report.estimate_tables import comparison_line
-from osscar.report.evaluation_tables import dense_remarks, shown_numbers
+from osscar.report.evaluation_tables import Row, comparison_rows, dense_remarks
 from osscar.report.numbers import engineering, in_bytes, share
-from osscar.report.page import Picture, render
+from osscar.report.page import Picture, asked_rows, render
+from osscar.report.proofs import proofs_in_words
 from osscar.report.prune_plots import Bar, Frontier, frontier_figure, kept_figure, loss_figure
+from osscar.request import BudgetKind
 from osscar.shrinking.program.input_sizes import fixed_in_words
+from osscar.study.records import Proof
 from osscar.walk.layer_step import GROWN
 
 _KEEPS = ("heads", "neurons", "channels", "residual")
-_BUDGETS: dict[str, Callable[[Any], str]] = {
-    "sparsity": lambda v: f"remove {share(v)} of the parameters of heads, neurons and channels",
-    "params": lambda v: f"keep {v} of the parameters",
-    "size": lambda v: f"let the weights take {v} on disk",
-    "flops": lambda v: f"keep {share(v)} of the floating-point operations",
-    "speedup": lambda v: f"{v:g} times the speed",
-}
-"""What a budget asks for, in words."""
-
 _COSTS = {
     "parameters": "parameters",
     "bytes": "bytes of weights",
@@ -33,23 +26,17 @@ _COSTS = {
 }
 
 
+_WORTH_TELLING = 0.01
+"""Of a budget: what is left of it that a line tells of."""
+
+_BARE = ("dead", "held out", "proofs", "size", "gradients")
+"""Kinds of lines that a terminal shows without their kind in front."""
+
+_REMARKED = ("held out", "proof", "inputs", "batch norm")
+"""Kinds of lines that a page repeats; what the others say is in its tables."""
+
 _QUALITY = ("perplexity", "top-1")
 """Rows of an evaluation that the sentence at the top repeats."""
-
-
-@dataclass(frozen=True)
-class _Row:
-    """A number of the dense model beside that of the pruned one, as text."""
-
-    label: str
-    dense: str
-    pruned: str
-    ratio: str = ""
-
-    @classmethod
-    def of(cls, label: str, dense: float, pruned: float, written: Any) -> _Row:
-        ratio = f"{pruned / dense:.2f}x" if dense else ""
-        return cls(label, written(dense), written(pruned), ratio)
 
 
 def prune_page(document: Mapping[str, Any]) -> str:
@@ -79,7 +66,13 @@ def prune_page(document: Mapping[str, Any]) -> str:
         comparable=budget is None or budget["comparable"],
         bounded=any(layer["lower_bound"] is not None for layer in document["layers"]),
         document=document,
-        asked=_asked(document),
+        asked=asked_rows(
+            {
+                **{"model": document["model"], **document["settings"]},
+                **{f"computed: {key}": v for key, v in document.get("computed", {}).items()},
+            },
+            document["calibration"],
+        ),
     )
 
 
@@ -114,7 +107,9 @@ def _answer(document: Mapping[str, Any]) -> str:
 def _in_words(settings: Mapping[str, Any]) -> str:
     """Say in one line what was asked."""
     said = [
-        write(settings[name]) for name, write in _BUDGETS.items() if settings.get(name) is not None
+        kind.asks.format(_asked_for(kind, settings[kind]))
+        for kind in BudgetKind
+        if settings.get(kind) is not None
     ]
     if said:
         said.append(f"shared out by {settings.get('allocation', 'curvature')}")
@@ -126,40 +121,113 @@ def _in_words(settings: Mapping[str, Any]) -> str:
     return f"{', '.join(said)}; backend {settings['backend']}"
 
 
-def _asked(document: Mapping[str, Any]) -> dict[str, str]:
-    """Return what was asked by name, without what was not."""
-    data = {f"calibration {key}": value for key, value in document["calibration"].items()}
-    for kind in ("calibration images", "calibration fingerprints"):
-        if kind in data:
-            data[kind] = len(data[kind])
-    computed = {f"computed: {key}": v for key, v in document.get("computed", {}).items()}
-    asked = {"model": document["model"], **document["settings"], **data, **computed}
-    return {
-        key.replace("_", " "): _as_text(value)
-        for key, value in asked.items()
-        if value is not None and value is not False and value not in ("", [], {})
-    }
+def _asked_for(kind: BudgetKind, value: Any) -> str:
+    """Write what a budget asks for; what was given as text stays so."""
+    if isinstance(value, str):
+        return value
+    return f"{value:g}" if kind is BudgetKind.SPEEDUP else share(value)
 
 
-def _as_text(value: object) -> str:
-    if isinstance(value, Mapping):
-        return ", ".join(f"{key}: {_as_text(inner)}" for key, inner in value.items())
-    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+def run_lines(document: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what a terminal is told of a run, below the table of its layers."""
+    for kind, line in _lines(document):
+        yield line if kind in _BARE else f"{kind}: {line}"
+
+
+def _lines(document: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield what became of the model, each line with its kind."""
+    layers, settings = document["layers"], document["settings"]
+    dead = sum(layer["dead"] for layer in layers)
+    if dead:
+        were = "was" if dead == 1 else "were"
+        units = f"{counted(dead, 'unit')} {were} dead"
+        yield "dead", f"{units} (zero on all calibration data) and went first"
+    if layers and not document["held_out"]:
+        yield (
+            "held out",
+            "nothing was held out, so that no refit was compared with none on fresh samples",
+        )
+    if any(layer["lower_bound"] is not None for layer in layers):
+        proofs = [
+            Proof.WORD if layer["recomputed_bound"] is None else Proof.RECOMPUTED
+            for layer in layers
+            if layer["proved_optimal"]
+        ]
+        rests = f"; {proofs_in_words(proofs)}" if proofs else ""
+        choices = counted(len(layers), "choice")
+        yield "proofs", f"{len(proofs)} of {choices} {are(len(proofs))} proved optimal{rests}"
+    before, after = document["parameters_before"], document["parameters_after"]
+    yield (
+        "size",
+        f"{before:,} parameters became {after:,} ({1 - after / before:.1%} fewer) in "
+        f"{document['seconds']:.1f} s, {document['solve_seconds']:.1f} s of them in the solver; "
+        f"summed relative loss {document['summed_relative_loss']:.4f}",
+    )
+    budget = document.get("budget")
+    if budget is not None:
+        yield budget_line(budget)
+        if not budget["comparable"]:
+            yield (
+                "gradients",
+                "no gradient reaches some groups, whose widths were chosen by their own relative "
+                "loss",
+            )
+    yield "divergence from the dense predictions", _divergence(document)
+    error = document["equivalence_error"]
+    yield (
+        "proof",
+        f"the smaller model's outputs equal the masked model's to {error:.1e} of the largest",
+    )
+    if document.get("form") == "graph":
+        chosen = settings["form"] == "auto"
+        why = ", since more of it could follow than of the modules" if chosen else ""
+        yield "form", f"the exported program{why}"
+    fixed = fixed_in_words(document.get("inputs", ()))
+    if fixed:
+        yield "inputs", fixed
+    if document["batch_norms"]:
+        norms = counted(document["batch_norms"], "layer")
+        yield "batch norm", f"the statistics of {norms} are new ({settings['batch_norm']})"
+
+
+def budget_line(budget: Mapping[str, Any]) -> tuple[str, str]:
+    """Say what was asked for, and what it came to, with a label."""
+    limit, reached, dense = budget["limit"], budget["reached"], budget["dense"]
+    if budget["cost"] == "time":
+        return "timed", (
+            f"{1 / reached:.2f} times as fast as the dense model on a calibration batch; "
+            f"{1 / limit:g} was asked for"
+        )
+    short = 1 - reached / limit
+    below = f"; it is {short:.1%} below, as widths move in steps" if short > _WORTH_TELLING else ""
+    return "budget", (
+        f"{reached:,.0f} of {dense:,.0f} {budget['cost']} ({reached / dense:.1%}), at most "
+        f"{limit:,.0f} were asked for{below}"
+    )
+
+
+def _divergence(document: Mapping[str, Any]) -> str:
+    """Say what was predicted and measured of the outputs."""
+    measured, budget = document.get("divergence"), document.get("budget") or {}
+    if measured is None:
+        return (
+            "not measured, as no output is known to be scores of classes (the name `logits` says "
+            "so, or labels, where it is the only output)"
+        )
+    predicted, gap = budget.get("predicted"), budget.get("gap")
+    within = "" if gap is None else f" (within {gap:.1e} of the least)"
+    said = "" if predicted is None else f"predicted {predicted:.4f} nats{within}, "
+    data = "held-out" if document["held_out"] else "the last"
+    return f"{said}measured {measured:.4f} nats on {data} calibration samples"
 
 
 def _remarks(document: Mapping[str, Any]) -> Iterator[str]:
     """Yield what has to be known of the numbers."""
     yield from dense_remarks(document)
-    error = document["equivalence_error"]
-    yield f"The smaller model's outputs equal the masked model's to {error:.1e} of the largest."
+    for kind, line in _lines(document):
+        if kind in _REMARKED:
+            yield f"{line[0].upper()}{line[1:]}."
     yield from _of_refits(document)
-    fixed = fixed_in_words(document.get("inputs", ()))
-    if fixed:
-        yield f"{fixed[0].upper()}{fixed[1:]}."
-    if document["batch_norms"]:
-        mode = document["settings"]["batch_norm"]
-        layers = counted(document["batch_norms"], "batch-norm layer")
-        yield f"The statistics of {layers} are new ({mode})."
     if document.get("forward") is not None:
         yield "Times are medians of a few turns, and as rough as that."
     if document.get("estimate") is not None:
@@ -183,8 +251,6 @@ def _of_refits(document: Mapping[str, Any]) -> Iterator[str]:
                 f"The refit made the largest weight that reads {layer['name']} "
                 f"{layer['growth']:.3g} times as large as the largest dense one."
             )
-    if layers and document.get("held_out") == 0:
-        yield "Nothing was held out, so that no refit was compared with none on fresh samples."
 
 
 # ---- in numbers --------------------------------------------------------------------------
@@ -196,21 +262,21 @@ def _nats(value: float) -> str:
     return f"{value:.6f}" if value >= 1e-5 else f"{value:.1e}"
 
 
-def _rows(document: Mapping[str, Any]) -> Iterator[_Row]:
+def _rows(document: Mapping[str, Any]) -> Iterator[Row]:
     """Yield what is known of the dense and of the pruned model."""
     evaluation, forward = document.get("evaluation"), document.get("forward")
     if evaluation is not None:
-        yield from _evaluated(evaluation)
+        yield from comparison_rows(evaluation)
     else:
         before, after = document["parameters_before"], document["parameters_after"]
-        yield _Row.of("parameters", before, after, "{:,}".format)
+        yield _ratio_row("parameters", before, after, "{:,}".format)
     if forward is not None and evaluation is None:
         yield from _passed(forward)
     if document.get("divergence") is not None:
-        yield _Row("divergence from dense, nats", "0", _nats(document["divergence"]))
+        yield Row("divergence from dense, nats", "0", _nats(document["divergence"]))
 
 
-def _passed(forward: Mapping[str, Any]) -> Iterator[_Row]:
+def _passed(forward: Mapping[str, Any]) -> Iterator[Row]:
     """Yield the rows of a forward pass of one sample."""
     dense, pruned = forward["dense"], forward["pruned"]
     shapes = ", ".join("x".join(map(str, shape)) for shape in forward["shapes"].values())
@@ -219,24 +285,15 @@ def _passed(forward: Mapping[str, Any]) -> Iterator[_Row]:
         ("flops", f"FLOPs of one sample ({shapes})", engineering),
         ("seconds", f"time of one sample ({forward['device']})", _milliseconds),
     ):
-        yield _Row.of(label, dense[name], pruned[name], written)
+        yield _ratio_row(label, dense[name], pruned[name], written)
 
 
 def _milliseconds(seconds: float) -> str:
     return f"{1000 * seconds:,.1f} ms"
 
 
-def _evaluated(evaluation: Mapping[str, Any]) -> Iterator[_Row]:
-    """Yield the rows of an evaluation beside that of the dense model."""
-
-    def shown(one: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
-        numbers = {**one["quality"], **one["speed"], **one["footprint"]}
-        return shown_numbers(numbers, one["sample"])
-
-    dense = {name: text for name, _, text in shown(evaluation["dense"])}
-    for name, label, text in shown(evaluation["model"]):
-        ratio = evaluation["ratios"].get(name)
-        yield _Row(label, dense.get(name, ""), text, "" if ratio is None else f"{ratio:.2f}x")
+def _ratio_row(label: str, dense: float, pruned: float, written: Callable[[Any], str]) -> Row:
+    return Row(label, written(dense), written(pruned), f"{pruned / dense:.2f}x" if dense else "")
 
 
 def _predictions(document: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

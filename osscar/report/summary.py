@@ -251,7 +251,7 @@ def summarize(records: Sequence[Record], trivial: Sequence[Instance] = ()) -> Su
         trivial=tuple(trivial),
         answer=_answer(cases),
         overviews=tuple(_overviews(cases)),
-        headline=tuple(_headline(cases, scores, disagreement, trivial)),
+        headline=tuple(_headline(cases, disagreement, trivial)),
     )
 
 
@@ -318,7 +318,7 @@ def _disagreement(cases: Sequence[Case]) -> tuple[float, int]:
 
 def _why_open(records: Sequence[Record]) -> str:
     """Say of each exact backend how it ended, and of the others why they gave nothing."""
-    exact = [record for record in records if _kind(record) is solvers.BackendKind.EXACT]
+    exact = [record for record in records if is_exact(record)]
     ends = {f"{r.backend}: {r.status.lower().replace('_', ' ')}" for r in exact if not r.error}
     ends |= {_said(record) for record in records if record.error}
     if not exact:
@@ -337,7 +337,6 @@ def _said(record: Record) -> str:
 
 def _headline(
     cases: Sequence[Case],
-    scores: Sequence[Score],
     disagreement: tuple[float, int],
     trivial: Sequence[Instance],
 ) -> Iterable[str]:
@@ -347,9 +346,6 @@ def _headline(
         yield from _kind_headline(kind, [case for case in layers if case.best.kind == kind])
     if windows:
         yield _window_headline(windows, layers)
-    for score in scores:
-        if _kind_of(score.backend) is solvers.BackendKind.HEURISTIC:
-            yield _score_headline(score)
     largest, several = disagreement
     if several:
         agree = "are the same" if largest <= SAME else f"differ by at most {largest:.1e}"
@@ -366,17 +362,6 @@ def _proofs(closed: Sequence[Case]) -> str:
     return proofs_in_words(case.proof for case in closed)
 
 
-def _score_headline(score: Score) -> str:
-    what = f"{counted(score.cases, f'{score.kind} problem')} that {are(score.cases)} closed"
-    if score.hits == score.cases:
-        every = "the" if score.cases == 1 else "all"
-        return f"{score.backend} found the optimum in {every} {what}"
-    return (
-        f"{score.backend} found the optimum in {score.hits} of {what}; on average it lies "
-        f"{share(score.mean_excess, 2)} above it, at worst {share(score.worst_excess, 2)}"
-    )
-
-
 def _kind_headline(kind: str, cases: Sequence[Case]) -> Iterable[str]:
     closed = [case for case in cases if case.closed]
     if closed:
@@ -386,21 +371,6 @@ def _kind_headline(kind: str, cases: Sequence[Case]) -> Iterable[str]:
             f"{are(len(closed))} solved to proven optimality, the slowest in {slowest:.2g} s; "
             f"{_proofs(closed)}"
         )
-    still = [case for case in cases if not case.closed and case.gap is not None]
-    for sparsity in sorted({sparsity for case in still for sparsity in case.sparsities}):
-        gaps = [c.gap for c in still if sparsity in c.sparsities if c.gap is not None]
-        yield f"{kind} at {share(sparsity)} removed: {_open_gaps(gaps)}"
-
-
-def _open_gaps(gaps: Sequence[float]) -> str:
-    if len(gaps) == 1:
-        return (
-            f"the answer is within {gaps[0]:.1%} of the optimum in the problem that is not closed"
-        )
-    return (
-        f"the answer is within {min(gaps):.1%} to {max(gaps):.1%} (median "
-        f"{statistics.median(gaps):.1%}) of the optimum in {len(gaps)} problems that are not closed"
-    )
 
 
 def _window_headline(windows: Sequence[Case], layers: Sequence[Case]) -> str:
@@ -441,9 +411,6 @@ def _loss(record: Record) -> float:
     return record.loss
 
 
-def _kind(record: Record) -> solvers.BackendKind:
-    return _kind_of(record.backend)
-
-
-def _kind_of(backend: str) -> solvers.BackendKind:
-    return solvers.backend_class(backend).kind
+def is_exact(record: Record) -> bool:
+    """Tell whether a record is of an exact backend."""
+    return solvers.backend_class(record.backend).kind is solvers.BackendKind.EXACT

@@ -10,12 +10,12 @@ from matplotlib.figure import Figure
 from rich.table import Table
 
 from osscar.allocation.costs import ROUNDING
-from osscar.pruning.sweep import BASELINES, METHODS
 from osscar.report.evaluation_tables import dense_remarks
 from osscar.report.numbers import engineering, share
-from osscar.report.page import COLORS, Picture, render
+from osscar.report.page import COLORS, Picture, asked_rows, render
 from osscar.report.prune_plots import SHARES, legend, small_figure
 from osscar.report.tables import new_table
+from osscar.request import BASELINES, METHODS, BudgetKind
 
 _DENSE = "dense"
 _METHODS = {
@@ -77,28 +77,20 @@ class _Varied:
 
     Parameters
     ----------
-    name
-        The field of the request.
-    column, words
-        How it is called in a table, and in a sentence after "against".
-    told
-        What a point has, as a sentence goes on.
+    kind
+        The budget.
     counts
         Whether it is counted, rather than a share or a ratio.
     """
 
-    name: str
-    column: str
-    words: str
-    told: str
+    kind: BudgetKind
     counts: bool = False
 
     @classmethod
     def of(cls, document: Mapping[str, Any]) -> _Varied:
         """Return that of a sweep."""
-        name = document["budget"]
         counts = any(isinstance(point["value"], int) for point in document["points"][1:])
-        return cls(name, *_AXES[name], counts=counts)
+        return cls(BudgetKind(document["budget"]), counts)
 
     def at(self, point: Mapping[str, Any]) -> float:
         """Return where a point lies; the dense model is not asked for, but has its place."""
@@ -110,16 +102,7 @@ class _Varied:
         if self.counts:
             return f"{self.at(point):,.0f}"
         value = self.at(point)
-        return f"{value:g}x" if self.name == "speedup" else share(value)
-
-
-_AXES = {
-    "sparsity": ("removed", "the removed share of the parameters of units", "{} removed"),
-    "params": ("parameters asked", "the parameters that were asked for", "{} of parameters"),
-    "size": ("size asked", "the size on disk that was asked for", "{} of the size"),
-    "flops": ("FLOPs asked", "the share of FLOPs that was asked for", "{} of the FLOPs"),
-    "speedup": ("asked", "the speed-up that was asked for", "{} asked for"),
-}
+        return f"{value:g}x" if self.kind is BudgetKind.SPEEDUP else share(value)
 
 
 def _known(points: Sequence[Mapping[str, Any]]) -> list[_Measure]:
@@ -155,7 +138,7 @@ def _table(
     measures = _known(points)
     columns = [
         "method",
-        f"{varied.column} >",
+        f"{varied.kind.column} >",
         "speed >",
         *(f"{measure.label} >" for measure in measures),
     ]
@@ -204,7 +187,10 @@ def sweep_page(document: Mapping[str, Any]) -> str:
         methods={name: _METHODS.get(name, "") for name in methods},
         pictures=list(_pictures(points, varied)),
         left_alone=document["left_alone"],
-        asked=_asked(document),
+        asked=asked_rows(
+            {"model": document["model"], **document["scored"], **document["settings"]},
+            document["calibration"],
+        ),
         shapes=", ".join("x".join(map(str, shape)) for shape in document["shapes"].values()),
     )
 
@@ -219,7 +205,7 @@ def _answer(points: Sequence[Mapping[str, Any]], varied: _Varied) -> str:
     measure, last = known[0], mine[-1]
     told = [mine[0], mine[len(mine) // 2], last] if len(mine) > _TOLD else mine
     said = [
-        f"{measure.text(point)} with {varied.told.format(varied.text(point))}, at "
+        f"{measure.text(point)} with {varied.kind.told.format(varied.text(point))}, at "
         f"{point['speedup']:.2f} times the speed"
         for point in told
     ]
@@ -239,20 +225,6 @@ def _answer(points: Sequence[Mapping[str, Any]], varied: _Varied) -> str:
     begins = measure.text(dense)  # nothing where a number is that of a comparison with it
     goes = f"goes from {begins} to" if begins else "comes to"
     return f"{measure.title} {goes} {listed}.{against}"
-
-
-def _asked(document: Mapping[str, Any]) -> dict[str, str]:
-    calibration = {**document["calibration"]}
-    for kind in ("images", "fingerprints"):
-        if found := calibration.pop(kind, None):
-            calibration[f"number of {kind}"] = len(found)
-    named = {f"calibration {key}": value for key, value in calibration.items()}
-    asked = {"model": document["model"], **named, **document["scored"], **document["settings"]}
-    return {
-        key.replace("_", " "): str(value)
-        for key, value in asked.items()
-        if value is not None and value is not False and value not in ("", [], {})
-    }
 
 
 # ---- in pictures -------------------------------------------------------------------------
@@ -275,9 +247,9 @@ def _pictures(points: Sequence[Mapping[str, Any]], varied: _Varied) -> Iterator[
     for measure in (*known[:1], *(m for m in known[1:] if m.name == "divergence")):
         dashed = "; dashed what was predicted" if measure.name == "divergence" else ""
         yield Picture.of(
-            f"{measure.label} against {varied.words}",
-            f"{measure.title} against {varied.words}{dashed}.",
-            _quality_figure(points, measure, varied.at, varied.column, varied),
+            f"{measure.label} against {varied.kind.axis}",
+            f"{measure.title} against {varied.kind.axis}{dashed}.",
+            _quality_figure(points, measure, varied.at, varied.kind.column, varied),
         )
 
 
@@ -312,7 +284,7 @@ def _quality_figure(
     if not measure.more_is_better and values and max(values) > 10 * min(values):
         axes.set_yscale("log")
     axes.margins(x=0.06, y=0.08)
-    if varied is not None and not varied.counts and varied.name != "speedup":
+    if varied is not None and not varied.counts and varied.kind is not BudgetKind.SPEEDUP:
         axes.xaxis.set_major_formatter(SHARES)
     if measure.written.endswith("%"):
         axes.yaxis.set_major_formatter(SHARES)

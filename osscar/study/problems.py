@@ -13,7 +13,7 @@ from graph import CouplingGroup, UnitKind
 from osscar.base.errors import FrozenGroupError, ModelError
 from osscar.base.progress import stage
 from osscar.preparation.opened import opened
-from osscar.walk.regularization import check_damp
+from osscar.request import check_damp
 from osscar.walk.walk import walk
 from solvers import Consumer, SubsetProblem
 

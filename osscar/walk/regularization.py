@@ -11,16 +11,12 @@ have the corrections in full, is a parabola in the share.
 from __future__ import annotations
 
 import math
-import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from osscar.base.errors import OptionError
-from osscar.base.inputs import shown
 from osscar.preparation.consumer import LinearMap
 from osscar.walk.centred import Centred
 from osscar.walk.gram import GramAccumulator, pulls
@@ -33,10 +29,6 @@ DEFAULT_DAMP = 0.3
 """Where no samples are held out, and of curves then: what they predict of SmolLM2-135M with it,
 0.78 nats at 64 % of its size, is nearest to what was measured, 0.91; with 0.1 it was 0.53."""
 
-_LARGEST_DAMP = 1e9
-"""Refits are the dense weights to nine digits then, as FLAP leaves them; far beyond it products
-overflow."""
-
 _LEAST_DAMP = 1e-4
 """Of these refits, so that none is singular: weights of inputs that are hardly seen matter less
 here than that there is an answer."""
@@ -44,21 +36,6 @@ here than that there is an answer."""
 _DIRECTIONS = 128
 """Of a layer's outputs that are looked at: random ones keep squared errors on average (Johnson and
 Lindenstrauss), and the same ones serve all that is compared."""
-
-
-def check_damp(damp: Any) -> None:
-    """Refuse a damping that no refit can have.
-
-    Raises
-    ------
-    OptionError
-        If it is no number, negative, or so large that nothing could be computed with it.
-    """
-    number = isinstance(damp, numbers.Real) and not isinstance(damp, bool)
-    if not number or not 0 <= damp <= _LARGEST_DAMP:
-        raise OptionError(
-            f"damp is {shown(damp)}; give a number from 0 to {_LARGEST_DAMP:g}, such as 0.01 or 1"
-        )
 
 
 def best_regularization(

@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import typer
 
 import osscar.cli
+from osscar.cli.commands import app
 from tests.docs.json_schema import missing, undescribed
 from tests.docs.pages import PAGES, ROOT, Command, blocks, commands, mentions
 from tests.osscar.interrupted_cases import tiny_model
@@ -190,8 +190,7 @@ class Parsed(Exception):
 def test_a_command_is_understood(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     program, *words = command.words
     if program == "osscar":
-        name, *arguments = words
-        osscar_command(name).make_context(name, list(arguments))
+        app.parse_args(words)
     elif program.startswith("python") and words[0].endswith(".py"):
         assert parse_script(words[0], words[1:], monkeypatch)
     else:
@@ -217,11 +216,7 @@ def test_what_the_text_mentions_exists(command: Command) -> None:
 
 
 def osscar_options(name: str) -> set[str]:
-    return {option for parameter in osscar_command(name).params for option in parameter.opts}
-
-
-def osscar_command(name: str) -> Any:
-    return typer.main.get_command(osscar.cli.build()).commands[name]  # type: ignore[attr-defined]
+    return {option for one in app[name].assemble_argument_collection() for option in one.names}
 
 
 def parse_script(script: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> bool:

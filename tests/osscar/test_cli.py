@@ -235,7 +235,7 @@ BAD = [
     (["--neurons", "0.5", "--option", "stages=3"], "has no option stages"),
     (["--neurons", "0.5", "--option", "stages"], "is not NAME=VALUE"),
     (["--neurons", "0.5", "--damp", "-1"], "damp is -1"),
-    (["--neurons", "0.5", "--batch-size", "0"], "batch size is 0"),
+    (["--neurons", "0.5", "--batch-size", "0"], "batch-size is 0"),
     (["--neurons", "0.5", "--samples", "0"], "not 0 of 64"),
     (["--neurons", "0.5", "--seqlen", "100000"], "100000"),
     (["--neurons", "0.5", "--seqlen", "513"], "the model takes 512"),
@@ -576,7 +576,7 @@ def test_two_files_of_one_name_are_refused_as_what_is_written(run, tmp_path):
 
 def test_an_estimate_that_is_none_says_what_would_be_one(run, tmp_path):
     file = tmp_path / "estimate"
-    for text, reason in (("hello", "it is not JSON: "), ('{"a": 1}', "schema: field required")):
+    for text, reason in (("hello", "it is not JSON: "), ('{"a": 1}', "stages: field required")):
         file.write_text(text)
         status, _, err = run(
             *("prune", "demo", "--neurons", 0.5, "--out", tmp_path / "out", "--estimate", file)

@@ -24,7 +24,7 @@ from osscar.pruning.prune import opened_for, prune_as_asked
 from osscar.pruning.run_log import RunLog
 from osscar.pruning.sweep import BudgetKind, Job, jobs, sweep
 from osscar.pruning.trial import Feasible, feasible_groups
-from osscar.request import FormChoice, PruningRequest
+from osscar.request import PruningRequest
 from osscar.shrinking.plan import Form
 from tests.osscar.families import tiny, tokens
 from tests.osscar.networks import images, small_net
@@ -35,7 +35,7 @@ WIDTH = 16
 @pytest.fixture(autouse=True)
 def modules_alone(monkeypatch):
     """Most of these networks follow as programs, which is another matter: see `test_forms`."""
-    monkeypatch.setitem(trial_room.FORMS, FormChoice.AUTO, (Form.MODULE,))
+    monkeypatch.setitem(trial_room.FORMS, "auto", (Form.MODULE,))
 
 
 class Attention(nn.Module):

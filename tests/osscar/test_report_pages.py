@@ -11,7 +11,6 @@ import torch
 import osscar
 import solvers
 from osscar.cli import main
-from osscar.cli.prune_screen import report_document
 from osscar.report.html import write_report
 from osscar.report.prune_page import prune_page
 from osscar.report.summary import summarize
@@ -29,7 +28,7 @@ def document():
     result = osscar.prune(
         loaded.model, calibration, sparsity=0.6, certify=True, backend="greedy", device="cpu"
     )
-    return json.loads(json.dumps(report_document(result, loaded.model, "demo", calibration)))
+    return json.loads(json.dumps(result.document(loaded.model, calibration, source="demo")))
 
 
 @pytest.fixture
@@ -231,7 +230,7 @@ def test_a_report_that_cannot_be_written_is_refused_before_the_work(
     def never(*_):
         raise AssertionError("work was begun")
 
-    monkeypatch.setattr("osscar.models.load.load_model", never)
+    monkeypatch.setattr("osscar.cli.opening.load_model", never)
     monkeypatch.chdir(tmp_path)
     status, _, err = run(*small_prune("small", "text.txt", "--report", place))
     assert status == 2

@@ -1,7 +1,10 @@
 import dataclasses
 import inspect
 import json
+import os
 import re
+import shutil
+import subprocess
 from fractions import Fraction
 from types import SimpleNamespace
 
@@ -14,6 +17,7 @@ import osscar
 from graph.groups import CouplingGroup, Freeze, Role, Slot, UnitKind
 from osscar.allocation import allocate as allocation
 from osscar.base.errors import FrozenGroupError, OptionError, RequestError
+from osscar.cli.commands import app
 from osscar.request import PruningRequest as Asked
 from osscar.request import parse_keep
 from tests.osscar.families import tiny, tokens
@@ -78,16 +82,16 @@ def test_numbers_that_nobody_could_compute_with_are_refused_at_once(value):
 @pytest.mark.parametrize(
     ("asked", "kept"),
     [
-        (Asked(0.3), {"0.heads": 6, "0.neurons": 1094}),
+        (Asked(sparsity=0.3), {"0.heads": 6, "0.neurons": 1094}),
         (Asked(heads="2/3"), {"0.heads": 6}),
         (Asked(neurons="0.7"), {"0.neurons": 1075}),
         (Asked(neurons=512, heads=9), {"0.neurons": 512}),
-        (Asked(0.5, heads="1/3"), {"0.heads": 3, "0.neurons": 768}),
-        (Asked(0.3, round_to=128), {"0.heads": 6, "0.neurons": 1024}),
-        (Asked(0.4, round_to=256), {"0.heads": 4, "0.neurons": 768}),
-        (Asked(0.3, neurons="1.0", round_to=128), {"0.heads": 6}),
+        (Asked(sparsity=0.5, heads="1/3"), {"0.heads": 3, "0.neurons": 768}),
+        (Asked(sparsity=0.3, round_to=128), {"0.heads": 6, "0.neurons": 1024}),
+        (Asked(sparsity=0.4, round_to=256), {"0.heads": 4, "0.neurons": 768}),
+        (Asked(sparsity=0.3, neurons="1.0", round_to=128), {"0.heads": 6}),
         (Asked(groups={"0.neurons": 7}), {"0.neurons": 7}),
-        (Asked(0.5, groups={"0.neurons": 7}), {"0.heads": 4, "0.neurons": 7}),
+        (Asked(sparsity=0.5, groups={"0.neurons": 7}), {"0.heads": 4, "0.neurons": 7}),
     ],
 )
 def test_allocation(asked, kept):
@@ -96,7 +100,7 @@ def test_allocation(asked, kept):
 
 @pytest.mark.parametrize("sparsity", [0.03, 0.1, 0.3, 0.45, 0.5, 0.8])
 def test_equal_shares_spend_a_sparsity_to_the_last_neuron(sparsity):
-    kept = allocate(GROUPS, Asked(sparsity))
+    kept = allocate(GROUPS, Asked(sparsity=sparsity))
     heads, neurons = (kept.get(group.name, group.units) for group in GROUPS[1:])
     left = (1 - sparsity) * (9 * 128 + 1536 * 2) - (heads * 128 + neurons * 2)
     assert 0 <= left < 2
@@ -106,34 +110,34 @@ def test_equal_shares_spend_a_sparsity_to_the_last_neuron(sparsity):
 @pytest.mark.parametrize("sparsity", [0.0, 1.0, -0.1, 1.2, float("nan")])
 def test_sparsity_outside_of_the_open_interval_is_refused(sparsity):
     with pytest.raises(RequestError, match="sparsity is"):
-        Asked(sparsity)
+        Asked(sparsity=sparsity)
 
 
 @pytest.mark.parametrize(
     ("asked", "message"),
     [
         (lambda: Asked(), "nothing to prune"),
-        (lambda: Asked(0.5, round_to=0), "round-to is 0"),
+        (lambda: Asked(sparsity=0.5, round_to=0), "round-to is 0"),
         (lambda: Asked(speedup=10**400), "speedup is 1000"),
         (lambda: Asked(heads=0.01), "keeps none"),
         (lambda: Asked(heads=10), "cannot keep 10 units of '0.heads', which has 9"),
         (lambda: Asked(groups={"nowhere": 1}), "no group 'nowhere'"),
         (lambda: Asked(heads="0.99"), "nothing would be removed"),
-        (lambda: Asked("0.5"), "sparsity is '0.5'; give the share to remove, a number"),
-        (lambda: Asked(0.5, round_to=1.5), "round-to is 1.5; give a whole number"),
+        (lambda: Asked(sparsity="0.5"), "sparsity is '0.5'; give the share to remove, a number"),
+        (lambda: Asked(sparsity=0.5, round_to=1.5), "round-to is 1.5; give a whole number"),
         (
-            lambda: Asked(0.5, groups=["0.heads"]),
+            lambda: Asked(sparsity=0.5, groups=["0.heads"]),
             r"groups is \['0.heads'\]; give a mapping",
         ),
         (lambda: Asked(groups={"0.heads": True}), "cannot read True as what to keep"),
         (lambda: Asked(groups={"0.heads": None}), "cannot read None as what to keep"),
-        (lambda: Asked(0.5, skip="0.*"), r"skip is '0\.\*'; give a list of patterns"),
+        (lambda: Asked(sparsity=0.5, skip="0.*"), r"skip is '0\.\*'; give a list of patterns"),
         (
-            lambda: Asked(0.5, skip=["7.*"]),
+            lambda: Asked(sparsity=0.5, skip=["7.*"]),
             r"no group is called '7\.\*', which --skip names",
         ),
-        (lambda: Asked(0.5, skip=["*"]), "nothing would be removed.*skip less"),
-        (lambda: Asked(0.5, round_to=1000), "round-to 1000 cannot be met by '0.heads'"),
+        (lambda: Asked(sparsity=0.5, skip=["*"]), "nothing would be removed.*skip less"),
+        (lambda: Asked(sparsity=0.5, round_to=1000), "round-to 1000 cannot be met by '0.heads'"),
     ],
 )
 def test_requests_that_make_no_sense_are_refused(asked, message):
@@ -147,7 +151,7 @@ def test_a_frozen_group_that_is_asked_for_says_what_froze_it():
     frozen = (group("0.heads", UnitKind.HEADS, 9, frozen=(FREEZE,)), GROUPS[2])
     with pytest.raises(FrozenGroupError, match=r"0\.heads"):
         allocate(frozen, Asked(heads="0.5"))
-    assert allocate(frozen, Asked(0.5)) == {"0.neurons": 768}
+    assert allocate(frozen, Asked(sparsity=0.5)) == {"0.neurons": 768}
 
 
 def test_a_kind_that_does_not_exist_is_refused_when_it_is_named():
@@ -156,8 +160,8 @@ def test_a_kind_that_does_not_exist_is_refused_when_it_is_named():
 
 
 def test_what_is_skipped_is_left_alone_whatever_else_is_asked():
-    assert allocate(GROUPS, Asked(0.5)).keys() == {"0.heads", "0.neurons"}
-    skipped = Asked(0.5, groups={"0.heads": 3}, skip=["0.h*"])
+    assert allocate(GROUPS, Asked(sparsity=0.5)).keys() == {"0.heads", "0.neurons"}
+    skipped = Asked(sparsity=0.5, groups={"0.heads": 3}, skip=["0.h*"])
     assert allocate(GROUPS, skipped) == {"0.neurons": 768}
 
 
@@ -174,8 +178,52 @@ def test_fields_are_keywords_and_models_may_be():
         osscar.prune(model, tokens(), 0.5)
     result = osscar.prune(model=model, calibration=tokens(), sparsity=0.5, backend="magnitude")
     assert result.request.sparsity == 0.5
-    names = list(inspect.signature(osscar.prune).parameters)
-    assert names[:3] == ["model", "calibration", "sparsity"]
+
+
+RIGHT = (
+    'nn.Linear(2, 2), None, sparsity=0.3, target="outputs", heads="2/3", skip=["a"]',
+    'model=nn.Linear(2, 2), calibration=None, speedup=2, form="graph"',
+)
+WRONG = (
+    "nn.Linear(2, 2), None, sparsty=0.3",
+    'nn.Linear(2, 2), None, sparsity="a lot"',
+    'nn.Linear(2, 2), None, target="residuals"',
+    'nn.Linear(2, 2), None, allocation="fair"',
+    "nn.Linear(2, 2), None, 0.3",
+)
+
+
+@pytest.mark.slow  # they read all of torch
+@pytest.mark.parametrize("checker", ["mypy", "pyright"])
+def test_type_checkers_see_the_keywords(tmp_path, checker):
+    if not shutil.which(checker):
+        pytest.skip(f"needs {checker}")
+    calls = [f"osscar.{name}({given})" for name in ("prune", "estimate") for given in RIGHT + WRONG]
+    (tmp_path / "calls.py").write_text("\n".join(["import osscar; from torch import nn", *calls]))
+    paths = {"MYPYPATH": os.getcwd(), "PYTHONPATH": os.getcwd()}
+    ran = subprocess.run(
+        [checker, "calls.py"], cwd=tmp_path, env={**os.environ, **paths}, capture_output=True,
+        text=True,
+    )  # fmt: skip
+    refused = {int(line) for line in re.findall(r"calls\.py:(\d+):.*error", ran.stdout)}
+    wrong = {n for n, call in enumerate(calls, 2) if call.partition("(")[2][:-1] in WRONG}
+    assert refused == wrong, ran.stdout
+
+
+def test_help_and_signature_name_every_field():
+    fields = [field.name for field in dataclasses.fields(Asked)]
+    for function in (osscar.prune, osscar.estimate):
+        parameters = inspect.signature(function).parameters
+        assert list(parameters) == ["model", "calibration", *fields]
+        assert all(parameters[name].kind is inspect.Parameter.KEYWORD_ONLY for name in fields)
+        entries = re.findall(r"^(\w[\w, ]*)$", inspect.getdoc(function), re.MULTILINE)
+        described = {name for names in entries for name in names.split(", ")}
+        assert described >= {"model", "calibration", *fields}
+        assert "request" not in described
+    options = {name for one in app["prune"].assemble_argument_collection() for name in one.names}
+    renamed = {"backend_options": "option"}
+    for name in set(fields) - {"groups"}:
+        assert f"--{renamed.get(name, name).replace('_', '-')}" in options
 
 
 def test_an_allocation_without_a_budget_is_refused_and_not_passed_over():
@@ -206,5 +254,5 @@ def test_what_to_keep_is_shown_where_it_is_no_number_of_units(keep):
 
 
 def test_a_batch_that_no_count_of_samples_fills_is_refused():
-    with pytest.raises(OptionError, match="batch size is 1000"):
-        Asked(0.5, batch_size=10**20)
+    with pytest.raises(OptionError, match="batch-size is 1000"):
+        Asked(sparsity=0.5, batch_size=10**20)

@@ -1,0 +1,250 @@
+"""The commands, as the command line reads them; what each does is loaded when it runs.
+
+Nothing here loads torch, so that help comes at once.
+"""
+
+from __future__ import annotations
+
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
+
+from cyclopts import App, Parameter
+
+import osscar.cli as rooms
+from osscar import __version__
+from osscar.base.timing import Stage, profiled, timed
+from osscar.cli.common import out as screen
+from osscar.cli.options import (
+    Against,
+    Backend,
+    BackendOptions,
+    Device,
+    EvalOptions,
+    ImageSize,
+    Json,
+    Model,
+    PosedOptions,
+    PruneOptions,
+    StudyOptions,
+    SweepOptions,
+    Trust,
+    request_options,
+)
+from osscar.request import PruningRequest
+
+if TYPE_CHECKING:
+    Asked: TypeAlias = Any
+    Shared: TypeAlias = Any
+else:
+    Asked = request_options(*{*PruningRequest.__dataclass_fields__} - {"groups"})
+    Shared = request_options(
+        *("allocation", "seed", "batch_size", "round_to", "at_least", "backend", "damp"),
+        *("strict", "device"),
+    )
+
+_ALL = Parameter(name="*")
+"""Spreads a group of options out among those of the command."""
+
+
+def _version() -> str:
+    return f"osscar {__version__} (torch {metadata.version('torch')})"
+
+
+app = App(
+    name="osscar",
+    help="Prune a network in one shot, and know how good the result is.\n\nStart with `osscar "
+    "demo`; then `osscar prune MODEL --sparsity 0.3 --out DIR`.",
+    help_format="markdown",
+    help_flags=("-h", "--help"),
+    version=_version,
+    default_parameter=Parameter(
+        negative=(),
+        allow_repeating=True,
+        json_dict=False,
+        json_list=False,
+        show_default=lambda default: default or None,
+    ),
+    console=screen,
+    exit_on_error=False,
+    print_error=False,
+    result_action="return_value",
+)
+
+
+@app.command
+def demo(
+    *,
+    out: Annotated[Path, Parameter(help="Where the smaller model goes.")] = Path("osscar-demo"),
+    backend: Backend = "local_search",
+    json: Json = None,
+) -> None:
+    """Prune a small trained OPT model that ships with the package, and show what it did."""
+    rooms.demo.run(out, backend, json)
+
+
+@app.command
+def prune(
+    model: Model,
+    /,
+    *,
+    asked: Annotated[Asked, _ALL] = Asked(),
+    options: Annotated[PruneOptions, _ALL] = PruneOptions(),
+) -> None:
+    """Prune a model in one shot, prove the result, and save it.
+
+    Give a budget (--sparsity, --params, --size, --flops or --speedup), which heads, neurons and
+    channels of all layers share so that the model's outputs change least, or say with --heads,
+    --neurons and --channels what every layer keeps of each.  Under grouped-query attention a head
+    is a key-value head with its query heads.  What is done is kept in OUT.run until the smaller
+    model is saved: a run that was killed goes on when the same command is given again.
+    """
+    with profiled() as spent:
+        with timed(Stage.START):
+            run = rooms.prune.run  # loads torch
+        run(model, options, asked, spent)
+
+
+@app.command
+def sweep(
+    model: Model,
+    /,
+    *,
+    options: Annotated[SweepOptions, _ALL] = SweepOptions(),
+    shared: Annotated[Shared, _ALL] = Shared(),
+) -> None:
+    """Prune to several budgets in one run, and show quality against speed.
+
+    Give a list of one sort of budget: --sparsity, --params, --size, --flops or --speedup.  What is
+    measured of the dense model serves all of them.  Each point is kept once it is done: the same
+    command goes on where it was stopped, and more budgets, or --baselines, extend it.
+    """
+    rooms.sweep.run(model, options, shared)
+
+
+@app.command(name="eval")
+def evaluate(model: Model, /, *, options: Annotated[EvalOptions, _ALL] = EvalOptions()) -> None:
+    """Measure quality, speed, size and memory.
+
+    Language models: perplexity over non-overlapping windows of the text; speed is told apart for
+    reading a prompt (prefill) and writing token by token (decode).  Models that read images: top-1
+    and top-5 where there are labels, and images per second.  With --against the models take turns,
+    and for images agreement and divergence are measured, which need no labels.  Models that read
+    anything else: the same where they put out scores of classes, and how far each output is from
+    the dense model's.
+    """
+    rooms.eval.run(model, options)
+
+
+@app.command
+def inspect(
+    model: Model,
+    /,
+    *,
+    svg: Annotated[Path | None, Parameter(help="Draw the groups to this SVG file.")] = None,
+    all_groups: Annotated[
+        bool,
+        Parameter(name="--all", help="Also list frozen groups inside the units of others."),
+    ] = False,
+    against: Against = None,
+    image_size: ImageSize = None,
+    json: Json = None,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Show the coupling groups of a model as a table."""
+    rooms.inspect.run(model, svg, all_groups, against, image_size, json, trust_remote_code)
+
+
+@app.command
+def export(
+    directory: Annotated[
+        Path, Parameter(help="A checkpoint: for gguf of a language model, with its tokenizer.")
+    ],
+    /,
+    *,
+    format: Annotated[str, Parameter(help="gguf, of llama.cpp, or pt2, of torch.export.")] = "gguf",
+    out: Annotated[
+        Path | None,
+        Parameter(help="The file; by default beside the directory, such as smaller-f16.gguf."),
+    ] = None,
+    dtype: Annotated[
+        str, Parameter(help="Number format of the matrices in gguf: f32, f16 or bf16.")
+    ] = "f16",
+    against: Annotated[
+        str | None,
+        Parameter(
+            help="For pt2: code that builds the dense model, where the directory holds a pruned "
+            "model of your own code."
+        ),
+    ] = None,
+    overwrite: Annotated[bool, Parameter(help="Replace a file of that format.")] = False,
+    json: Json = None,
+) -> None:
+    """Write a model for llama.cpp, whatever the widths of its layers, or for torch.export.
+
+    To gguf models of the LLaMA graph are written: LLaMA, Mistral, SmolLM2, Qwen2; to pt2 those
+    whose exported program was pruned (--form graph). The file is read back and compared with the
+    model before it takes its place.
+    """
+    rooms.export.run(directory, format, out, dtype, against, overwrite, json)
+
+
+@app.command
+def gap(
+    *sources: Annotated[
+        str,
+        Parameter(
+            name="MODEL_OR_PROBLEM",
+            help="One model as for `osscar prune`, or problem files (.npz, .safetensors).",
+        ),
+    ],
+    out: Annotated[Path, Parameter(help="Where the study lies, or goes on.")],
+    options: Annotated[StudyOptions, _ALL] = StudyOptions(),
+    posed: Annotated[PosedOptions, _ALL] = PosedOptions(),
+    json: Json = None,
+) -> None:
+    """Solve, bound and verify every problem with every backend, and report the gaps.
+
+    The problems of a model are posed on its dense activations, group by group. Run the same command
+    again to go on with a study that was interrupted, or with more sparsities or backends to extend
+    it.
+    """
+    rooms.gap.run(sources, out, options, posed, json)
+
+
+@app.command
+def solve(
+    file: Annotated[Path, Parameter(help="A problem file (.npz or .safetensors).")],
+    /,
+    *,
+    backend: Backend = "local_search",
+    keep: Annotated[
+        int | None, Parameter(help="How many units stay, instead of what the file says.")
+    ] = None,
+    option: BackendOptions = (),  # type: ignore[assignment]
+    bound: Annotated[
+        bool, Parameter(help="Add a lower bound where the backend gives none.")
+    ] = False,
+    list_problem: Annotated[
+        bool, Parameter(help="Show what the file holds and who can take it.")
+    ] = False,
+    device: Device = "auto",
+    json: Json = None,
+) -> None:
+    """Solve one problem, verify the answer from the problem alone, and show both."""
+    if list_problem:
+        rooms.solve.list_problem(file, keep, device, json)
+    else:
+        rooms.solve.run(file, backend, keep, list(option), bound, device, json)
+
+
+@app.command
+def backends(*, json: Json = None) -> None:
+    """List every backend: its kind, what it can take, and whether it is available here."""
+    rooms.solve.list_backends(json)
+
+
+for _place, _name in enumerate(
+    ("demo", "prune", "sweep", "eval", "inspect", "export", "gap", "solve", "backends")
+):
+    app[_name].sort_key = _place

@@ -1,0 +1,179 @@
+"""How commands open models and draw data, and what people are told of both."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from transformers.utils import logging as transformers_logging
+
+from osscar.base.errors import OptionError
+from osscar.base.memory import in_words
+from osscar.base.printable import counted
+from osscar.base.timing import Stage, timed
+from osscar.cli.common import err, say, say_aside
+from osscar.cli.options import ImageOptions, PosedOptions, RunOptions
+from osscar.data.batches import CalibrationData
+from osscar.data.images import ImageSet
+from osscar.data.preprocessing import Preprocessing
+from osscar.data.tokens import CalibrationSet
+from osscar.evaluation.dense import DenseScore, score_dense
+from osscar.models.load import fitting_memory, load_model
+from osscar.models.loaded import LoadedModel
+from osscar.models.names import Sort, sort_of
+from osscar.pruning.memory import needs_memory
+from osscar.report.evaluation_tables import dense_sentence, dense_warning
+from osscar.request import PruningRequest
+from osscar.shrinking.lineage import Computed
+
+_SHOWN_WARNINGS = 3
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Silence the chatter of libraries, and sum up warnings once the block has ended."""
+    transformers_logging.set_verbosity_error()
+    if not err.is_terminal:
+        transformers_logging.disable_progress_bar()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")
+        yield
+    messages = list(
+        dict.fromkeys(str(w.message) for w in caught if issubclass(w.category, UserWarning))
+    )
+    for message in messages[:_SHOWN_WARNINGS]:
+        say_aside("warning", message, "yellow")
+    if len(messages) > _SHOWN_WARNINGS:
+        more = counted(len(messages) - _SHOWN_WARNINGS, "warning")
+        err.print(f"... and {more} more", style="yellow")
+
+
+def stated_preprocessing(options: ImageOptions) -> Preprocessing | None:
+    """Return what options state of images; None if they state nothing.
+
+    Raises
+    ------
+    OptionError
+        If they contradict each other, or cannot be read.
+    ImageError
+        If a number makes no sense.
+    """
+    mean, std, image_size = options.mean, options.std, options.image_size
+    if mean is None and std is None and image_size is None and not options.no_normalize:
+        return None
+    if options.no_normalize and (mean, std) != (None, None):
+        raise OptionError("--no-normalize is given with --mean or --std; give one or the other")
+    known: dict[str, Any] = {"mean": (0.0,), "std": (1.0,)} if options.no_normalize else {}
+    for name, text in (("mean", mean), ("std", std)):
+        if text is not None:
+            known[name] = _numbers(text, f"--{name}", float, ",", "0.5 or 0.49,0.48,0.45")
+    if image_size is not None:
+        *channels, height, width = _size(image_size)
+        known["channels"] = channels[0] if channels else None
+        known["crop"] = height, width
+    return Preprocessing(**known)
+
+
+def _size(text: str) -> tuple[int, ...]:
+    """Return height and width, and channels before them where they are given."""
+    found = _numbers(text, "--image-size", int, "x", "32, 24x32 or 1x28x28")
+    if len(found) > 3 or min(found) < 1:
+        raise OptionError(
+            f"--image-size is {text!r:.60}; give pixels, such as 32, 24x32 or 1x28x28"
+        )
+    return found * 2 if len(found) == 1 else found
+
+
+def _numbers(
+    text: str, option: str, kind: type[Any], separator: str, example: str
+) -> tuple[Any, ...]:
+    try:
+        return tuple(map(kind, text.split(separator)))
+    except ValueError:
+        raise OptionError(f"{option} {text!r:.60} is not numbers such as {example}") from None
+
+
+def opened(
+    model: str,
+    options: RunOptions | PosedOptions,
+    seed: int,
+    check: Callable[[Any], None] = lambda loaded: None,
+    says: bool = True,
+    **more: Any,
+) -> tuple[LoadedModel, CalibrationData]:
+    """Open a model and draw what it is calibrated on; what there is to warn of comes before work.
+
+    Parameters
+    ----------
+    model, options
+        What is asked for.
+    seed
+        Of the draw.
+    check
+        What else to refuse of the model, before data are read.
+    says
+        Whether to print what the data are, and how they are prepared.
+    more
+        What else `osscar.load_model` takes.
+
+    Raises
+    ------
+    OsscarError
+        What these raise.
+    """
+    with quiet():
+        loaded = load_model(
+            model,
+            weights=options.weights,
+            trust_remote_code=options.trust_remote_code,
+            preprocessing=stated_preprocessing(options),
+            **more,
+        )
+        check(loaded)
+        data = loaded.calibration(
+            spec=options.calibration, samples=options.samples, seqlen=options.seqlen, seed=seed
+        )
+    if says:
+        say_preprocessing(data)
+        if isinstance(data, CalibrationSet):
+            plain = chat_template_unused(loaded.tokenizer)
+            computed = Computed.of(loaded.model).sentence()
+            say(f"calibration: {data.sentence()}{plain}; {computed}")
+    return loaded, data
+
+
+def say_preprocessing(data: Any) -> None:
+    """Print what is done to an image, where data are images."""
+    if isinstance(data, ImageSet):
+        say(f"images: {data.preprocessing.sentence()}")
+
+
+def limit_of(model: str, options: RunOptions, request: PruningRequest) -> str | int | None:
+    """Return the memory to stay within: what is given, or what there is if the model is larger."""
+    of_text = sort_of(model) is Sort.LANGUAGE
+    if options.max_memory is not None or not of_text or needs_memory(request) is not None:
+        return options.max_memory
+    limit = fitting_memory(model, options.dtype, request.device)
+    if limit is not None:
+        say(f"the weights stay on disk, since they do not fit: --max-memory {in_words(limit)}")
+    return limit
+
+
+def chat_template_unused(tokenizer: Any) -> str:
+    """Say, at the end of a sentence, that a chat template is not used, where there is one."""
+    return ", no chat template" if getattr(tokenizer, "chat_template", None) else ""
+
+
+def tell_dense(loaded: LoadedModel, data: CalibrationData) -> DenseScore | None:
+    """Print what the dense model is worth on its calibration data, and what is wrong with that."""
+    with timed(Stage.DENSE):
+        score = score_dense(loaded.model, data, classes=loaded.classes)
+    if score is not None:
+        told = dataclasses.asdict(score)
+        say(dense_sentence(told))
+        if score.near_chance:
+            say_aside("warning", dense_warning(told), "bold yellow")
+    return score

@@ -1,0 +1,398 @@
+"""What commands are given: groups of options, which the command line reads, and commands take."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from cyclopts import Parameter, validators
+
+from osscar.base.errors import OptionError
+from osscar.base.inputs import shown
+from osscar.request import KeepOption, PruningRequest
+
+Model = Annotated[
+    str,
+    Parameter(
+        help="Model id, directory, `demo`, `smollm2-135m`, `torchvision:NAME`, or code of your own "
+        "that is imported and called: `module:function` or `file.py:function`."
+    ),
+]
+Json = Annotated[Path | None, Parameter(help="Also write what is printed, as JSON, to this file.")]
+Against = Annotated[
+    str | None,
+    Parameter(
+        help="Code that builds the dense model, where MODEL is a directory that holds a pruned "
+        "model of your own code."
+    ),
+]
+Trust = Annotated[bool, Parameter(help="Run the code that a checkpoint brings along.")]
+Device = Annotated[str, Parameter(help="auto, cpu or cuda.")]
+Backend = Annotated[str, Parameter(help="`osscar backends` lists them.")]
+BackendOptions = Annotated[
+    list[str],
+    Parameter(name="--option", help="Option of the backend, as NAME=VALUE; repeatable."),
+]
+ImageSize = Annotated[
+    str | None,
+    Parameter(
+        help="Size of images: pixels of a square, HxW, or CxHxW.  [default: what the model brings, "
+        "or the size of its example]"
+    ),
+]
+Count = Annotated[int | None, Parameter(validator=validators.Number(gte=1))]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageOptions:
+    """What is done to images.
+
+    Parameters
+    ----------
+    mean
+        Mean of pixels / 255 that is subtracted from images: one number a channel, separated by
+        commas, or one for all.  [default: what the model brings]
+    std
+        Deviation of pixels / 255 by which images are divided, alike.
+    no_normalize
+        Images are pixels / 255 as they are.
+    """
+
+    mean: str | None = None
+    std: str | None = None
+    image_size: ImageSize = None
+    no_normalize: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions(ImageOptions):
+    """How a model is opened.
+
+    Parameters
+    ----------
+    weights
+        Weights for a torchvision model or code of your own: .safetensors, or a state dict.
+    dtype
+        auto (float32 on a CPU), float32, bfloat16 or float16.
+    """
+
+    weights: Path | None = None
+    dtype: str = "auto"
+    json: Json = None
+    trust_remote_code: Trust = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions(ModelOptions):
+    """How a model is opened and calibrated.
+
+    Parameters
+    ----------
+    calibration
+        Plain text file or Hugging Face dataset (by default built-in text); for images a directory
+        or an .npz file; for anything else FILE.npz or FILE.safetensors, with an entry for each
+        argument of the model's `forward`.
+    samples
+        Calibration windows (default 32), images or samples (default 256).
+    seqlen
+        Tokens in a calibration window (default 512, or the context if less); of a sweep also in a
+        window that is scored.
+    max_memory
+        Most memory of a run, such as 8GB, for a language model in a directory that is larger: its
+        weights stay on disk, and each is read when it is needed.  With --device cuda it is the
+        card's memory.  [default: what is free there, if the model does not fit in it]
+    """
+
+    calibration: str | None = None
+    samples: Annotated[int | None, Parameter(validator=validators.Number(lte=10**6))] = None
+    seqlen: int | None = None
+    max_memory: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class PruneOptions(RunOptions):
+    """What `osscar prune` takes beside the request.
+
+    Parameters
+    ----------
+    out
+        Where the smaller model goes.  [required]
+    overwrite
+        Replace the checkpoint that is there.
+    restart
+        Begin anew where a run that was killed would go on.
+    report
+        Also write the page that lies in the output directory as `report.html` here.
+    dry_run
+        Tell what the run will take, stage by stage, and write nothing but --json FILE: time,
+        memory and disk, from few samples and one layer of each class.
+    estimate
+        What --dry-run --json wrote of this run: say in the end how far off it was.
+    """
+
+    out: Path | None = None
+    against: Against = None
+    overwrite: bool = False
+    restart: bool = False
+    report: Path | None = None
+    dry_run: bool = False
+    estimate: Path | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepOptions(RunOptions):
+    """What `osscar sweep` takes beside what its points share.
+
+    Parameters
+    ----------
+    sparsity
+        Shares to *remove* of the parameters that heads, neurons and channels own, separated by
+        commas.
+    params
+        Or parameters of the model to *keep*: fractions, or counts, separated by commas.
+    size
+        Or shares to *keep* of what its weights take on disk.
+    flops
+        Or shares of its floating-point operations to *keep*.
+    speedup
+        Or how many times as fast as the dense model a forward pass of a calibration batch shall be,
+        timed on this device.
+    out
+        Where the sweep lies, or goes on.
+    text
+        Plain text to score; by default the built-in held-out text.
+    images
+        Images to score, as for `osscar eval`; without, only divergence is.
+    inputs
+        Samples of any other kind to score, as for `osscar eval`.
+    windows
+        Score only the first N windows; by default the full text.
+    baselines
+        Also prune with equal shares of every group, each layer by itself, by `multistage` (the
+        choice of OSSCAR as published), `greedy`, `wanda` and `magnitude`.
+    """
+
+    sparsity: str | None = None
+    params: str | None = None
+    size: str | None = None
+    flops: str | None = None
+    speedup: str | None = None
+    out: Path = Path("osscar-sweep")
+    text: str | None = None
+    images: str | None = None
+    inputs: str | None = None
+    windows: int | None = None
+    baselines: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalOptions(ModelOptions):
+    """What `osscar eval` takes.
+
+    Parameters
+    ----------
+    text
+        Plain text to score; by default the built-in held-out text.
+    images
+        Images to score: a directory, with a folder for each class if they have labels, or FILE.npz
+        with `images` and `labels` (FILE.npz:test for `test_images`).
+    inputs
+        Samples to score of any other kind, fed as they are: FILE.npz or FILE.safetensors, with an
+        entry for each argument of the model's `forward`, and perhaps `labels`.
+    samples
+        Score only so many of these, drawn at random.
+    against
+        The dense model, to be measured side by side; code of your own also rebuilds the pruned one.
+    windows
+        Score only the first N windows; by default the full text.
+    seqlen
+        Tokens in a window.
+    batch_size
+        Windows (default 4), images or samples (default 32) at once.
+    """
+
+    text: str | None = None
+    images: str | None = None
+    inputs: str | None = None
+    samples: Count = None
+    against: str | None = None
+    windows: int | None = None
+    seqlen: int | None = None
+    batch_size: int | None = None
+    device: Device = "auto"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PosedOptions(ImageOptions):
+    """How the problems of a model are posed; they mean nothing to problem files.
+
+    Parameters
+    ----------
+    groups
+        Only groups of the model that match one of these patterns (`*.heads`).
+    query_heads
+        Let single query heads be units, where only groups of them can be removed.
+    calibration
+        Data as for `osscar prune`.
+    samples
+        Calibration windows (default 32), images or samples (default 256).
+    seqlen
+        Tokens in a calibration window (default 512, or the context if less).
+    weights
+        Weights for a torchvision model or code of your own: .safetensors, or a state dict.
+    damp
+        Pull towards the dense weights, relative to diag(H).
+    device
+        Where the model runs: auto, cpu or cuda. Solves run on the CPU.
+    """
+
+    groups: str | None = None
+    query_heads: bool = False
+    calibration: str | None = None
+    samples: Annotated[int | None, Parameter(validator=validators.Number(lte=10**6))] = None
+    seqlen: int | None = None
+    weights: Path | None = None
+    damp: float = 0.01
+    device: str = "auto"
+    trust_remote_code: Trust = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudyOptions:
+    """What `osscar gap` does with each problem.
+
+    Parameters
+    ----------
+    sparsity
+        Shares of the units to remove, separated by commas.
+    backends
+        Backends, separated by commas; by default the heuristics, the root bound and
+        `branch_and_bound`.
+    exact_units
+        Give problems of at most this many units to exact backends.
+    units
+        Draw windows of this many units from larger problems, the rest held.
+    windows
+        Windows for each problem and sparsity.
+    time_limit
+        Seconds for one exact solve.
+    gap_tolerance
+        Relative gap at which an exact solve may stop.
+    seed
+        Seed of everything that is drawn.
+    jobs
+        Processes that solve at once; by default one for each core, fewer where problems are so
+        large that half of the memory would not hold them.
+    ray
+        Solve on a Ray cluster: `auto` for the one that this machine belongs to, HOST:PORT, or
+        `local`.  [default: processes of this machine]
+    """
+
+    sparsity: str = "0.25,0.5,0.75"
+    backends: str | None = None
+    exact_units: int = 64
+    units: int | None = None
+    windows: int = 3
+    time_limit: float = 60.0
+    gap_tolerance: float = 1e-6
+    seed: Annotated[int, Parameter(validator=validators.Number(gte=0, lt=2**63))] = 0
+    jobs: Count = None
+    ray: str | None = None
+
+
+def given(options: Any) -> dict[str, Any]:
+    """Return those of a group of options that are not as by default."""
+    return {
+        one.name: value
+        for one in dataclasses.fields(options)
+        if (value := getattr(options, one.name)) != one.default
+    }
+
+
+# ---- of a request ------------------------------------------------------------------------
+
+
+def request_options(*names: str) -> type[Any]:
+    """Return a class of options for fields of a request, with their types, defaults and words.
+
+    Nothing in it is checked: `asked_with` does that.
+    """
+    said = _help(PruningRequest)
+    changed: dict[str, tuple[Any, Any]] = {
+        "backend": (Backend, "local_search"),
+        "backend_options": (BackendOptions, ()),
+        "skip": (Annotated[list[str], Parameter(help=f"{said['skip']}  Repeatable.")], ()),
+    }
+    options = dataclasses.make_dataclass(
+        "RequestOptions",
+        [
+            (one.name, *changed.get(one.name, (_option(one, said[one.name]), one.default)))
+            for one in dataclasses.fields(PruningRequest)
+            if one.name in names
+        ],
+        frozen=True,
+        kw_only=True,
+    )
+    options.__module__ = __name__  # for Python 3.11, which names the module of dataclasses
+    return options
+
+
+def asked_with(options: Any, **more: Any) -> PruningRequest:
+    """Return the request that options of `request_options` ask for.
+
+    Raises
+    ------
+    OsscarError
+        As `PruningRequest`; OptionError, if an option of the backend cannot be read.
+    """
+    asked = {**vars(options), **more}
+    if "skip" in asked:
+        asked["skip"] = [part.strip() for text in asked["skip"] for part in text.split(",")]
+    if "backend_options" in asked:
+        asked["backend_options"] = parse_options(asked["backend_options"])
+    return PruningRequest(**asked)
+
+
+def _option(one: dataclasses.Field[Any], words: str) -> Any:
+    kept = one.type == KeepOption  # text says whether a number is a count
+    return Annotated[str | None if kept else one.type, Parameter(help=words)]
+
+
+def _help(documented: type) -> dict[str, str]:
+    """Return what the docstring of a class says of each parameter."""
+    _, _, text = (inspect.getdoc(documented) or "").partition("Parameters\n----------\n")
+    entries = re.findall(r"^(\w[\w, ]*)\n((?:    .*\n|\n(?=    ))+)", text, re.MULTILINE)
+    return {name: " ".join(words.split()) for names, words in entries for name in names.split(", ")}
+
+
+def parse_options(pairs: list[str]) -> dict[str, Any]:
+    """Read ``NAME=VALUE`` pairs; a value is JSON where it can be, else text.
+
+    Raises
+    ------
+    OptionError
+        If a pair has no ``=``, or a value is nested too deeply to be read.
+    """
+    options: dict[str, Any] = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not equals or not name:
+            raise OptionError(f"--option {shown(pair)} is not NAME=VALUE")
+        try:
+            options[name.strip()] = json.loads(value, parse_constant=_refuse_constant)
+        except RecursionError as error:
+            raise OptionError(
+                f"--option {shown(pair)} is nested too deeply; give a number, a text, or a list"
+            ) from error
+        except ValueError:
+            options[name.strip()] = value
+    return options
+
+
+def _refuse_constant(text: str) -> Any:
+    raise OptionError(f"--option cannot be {text}; give a finite number")
