@@ -85,9 +85,7 @@ _Header: TypeAlias = dict[str, _Entry | dict[str, str]]
 
 @dataclass(frozen=True)
 class _Index:
-    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(
-        strict=True, extra="ignore", allow_inf_nan=False
-    )
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="ignore", allow_inf_nan=False)
 
     weight_map: dict[str, str]
 
