@@ -25,8 +25,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from graph import CouplingGroup, UnitKind
-from osscar.checkpoint.formats import Saving
-from osscar.checkpoint.sizes import header_bytes, written_tensors
+from osscar.checkpoint.formats import Saving, header_bytes, written_tensors
 from osscar.data.batches import Batch
 from osscar.network.operations import products
 from osscar.offload.on_disk import OnDisk

@@ -55,7 +55,7 @@ from osscar.checkpoint.builders import (
     read_builder,
 )
 from osscar.checkpoint.first_pass import check_runs, vocabulary_of
-from osscar.checkpoint.formats import Saving, cast
+from osscar.checkpoint.formats import Saving, cast, written_tensors
 from osscar.checkpoint.hf_config import (
     DESCRIPTION_ERRORS,
     adopt_config,
@@ -71,7 +71,6 @@ from osscar.checkpoint.manifest import (
     read_manifest,
 )
 from osscar.checkpoint.place import check_output, replacing
-from osscar.checkpoint.sizes import written_tensors
 from osscar.checkpoint.stored import WEIGHTS_FILE, Stored
 from osscar.checkpoint.streamed import (
     check_written,

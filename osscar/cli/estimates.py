@@ -5,19 +5,25 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+from torch import nn
 
 import osscar
+from osscar.base.devices import resolve_device
+from osscar.base.errors import FileError
+from osscar.base.json_files import read_json
+from osscar.base.memory import in_words
 from osscar.base.timing import Stage
-from osscar.cli.common import out, say, write_json
-
-if TYPE_CHECKING:
-    from torch import nn
-
-    from osscar.data.batches import CalibrationData
-    from osscar.estimation.values import Estimate, EstimateDocument
-    from osscar.models.loaded import LoadedModel
-    from osscar.request import PruningRequest
+from osscar.cli.common import check_input, out, say, write_json
+from osscar.data.batches import CalibrationData
+from osscar.estimation.estimate import estimate_as_asked, of_command
+from osscar.estimation.values import Estimate, EstimateDocument
+from osscar.models.loaded import LoadedModel
+from osscar.network.modules import number_format
+from osscar.report.estimate_tables import estimate_table, extrapolated
+from osscar.request import PruningRequest
 
 _LARGEST = 1 << 24
 """Bytes of an estimate's file."""
@@ -43,10 +49,6 @@ def dry_run(
     json
         Where to write the same.
     """
-    from osscar.base.memory import in_words
-    from osscar.estimation.estimate import estimate_as_asked, of_command
-    from osscar.report.estimate_tables import estimate_table, extrapolated
-
     found = of_command(estimate_as_asked(loaded.model, data, request), loaded, seconds)
     out.print(estimate_table(found))
     say(extrapolated(found))
@@ -62,11 +64,6 @@ def dry_run(
 
 def where_it_runs(model: nn.Module, device: str) -> dict[str, Any]:
     """Return what the time of a run depends on besides what is asked for."""
-    import torch
-
-    from osscar.base.devices import resolve_device
-    from osscar.network.modules import number_format
-
     return {
         "device": str(resolve_device(device)),
         "threads": torch.get_num_threads(),
@@ -76,8 +73,6 @@ def where_it_runs(model: nn.Module, device: str) -> dict[str, Any]:
 
 def document_of(found: Estimate, loaded: LoadedModel, data: CalibrationData) -> EstimateDocument:
     """Return an estimate as ``docs/json.md`` describes it."""
-    from osscar.estimation.values import EstimateDocument
-
     own = {one.name: getattr(found, one.name) for one in dataclasses.fields(found)}
     return EstimateDocument(
         **{**own, "calibration": {**found.calibration, **data.describe()}},
@@ -96,11 +91,6 @@ def read_estimate(file: Path | None) -> EstimateDocument | None:
     FileError
         If it is no such file.
     """
-    from osscar.base.errors import FileError
-    from osscar.base.json_files import read_json
-    from osscar.cli.common import check_input
-    from osscar.estimation.values import EstimateDocument
-
     if file is None:
         return None
     check_input(file)

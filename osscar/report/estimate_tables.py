@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 
 from osscar.base.printable import counted
-from osscar.report.numbers import in_bytes
-from osscar.report.tables import new_table
+from osscar.report.tables import in_bytes, new_table
 
 if TYPE_CHECKING:
     from osscar.estimation.values import Estimate, StageEstimate

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from rich.table import Table
 
 from osscar.base.printable import counted
-from osscar.report.numbers import engineering, in_bytes
-from osscar.report.tables import new_table
+from osscar.report.tables import engineering, in_bytes, new_table
 
 if TYPE_CHECKING:
     from osscar.evaluation.evaluate import Comparison, Evaluation

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from osscar.base.files import write_text
-from osscar.report.numbers import share
 from osscar.report.page import Picture, asked_rows, render
 from osscar.report.plots import draw_plots
 from osscar.report.summary import Case, Summary
+from osscar.report.tables import share
 from osscar.study.records import WINDOW, Record
 
 if TYPE_CHECKING:

@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 
 from osscar import __version__
 from osscar.base.printable import printable
-from osscar.report.numbers import share
+from osscar.report.tables import share
 
 STYLE: Any = {
     "font.size": 9,

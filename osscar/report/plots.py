@@ -19,10 +19,10 @@ from matplotlib.ticker import LogLocator, NullFormatter
 
 import solvers
 from osscar.base.files import atomic_write
-from osscar.report.numbers import share
 from osscar.report.page import COLORS, STYLE
 from osscar.report.prune_plots import ROOM_ABOVE, SHARES
 from osscar.report.summary import HIT, Case, Summary, excess, is_exact
+from osscar.report.tables import share
 from osscar.study.records import WINDOW, Record
 from solvers import Status
 

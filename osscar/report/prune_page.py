@@ -8,10 +8,10 @@ from typing import Any
 from osscar.base.printable import are, counted
 from osscar.report.estimate_tables import comparison_line
 from osscar.report.evaluation_tables import Row, comparison_rows, dense_remarks
-from osscar.report.numbers import engineering, in_bytes, share
 from osscar.report.page import Picture, asked_rows, render
 from osscar.report.proofs import proofs_in_words
 from osscar.report.prune_plots import Bar, Frontier, frontier_figure, kept_figure, loss_figure
+from osscar.report.tables import engineering, in_bytes, share
 from osscar.request import BudgetKind
 from osscar.shrinking.program.input_sizes import fixed_in_words
 from osscar.study.records import Proof

@@ -11,8 +11,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from osscar.report.numbers import share
 from osscar.report.page import COLORS, STYLE
+from osscar.report.tables import share
 
 SIZE = (4.4, 2.9)
 """Inches."""

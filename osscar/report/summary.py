@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import solvers
 from osscar.base.printable import are, counted
-from osscar.report.numbers import share
 from osscar.report.proofs import proofs_in_words
+from osscar.report.tables import share
 from osscar.study.records import WINDOW, Instance, Proof, Record, window_layer
 from solvers import Status
 

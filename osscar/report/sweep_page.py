@@ -11,10 +11,9 @@ from rich.table import Table
 
 from osscar.allocation.costs import ROUNDING
 from osscar.report.evaluation_tables import dense_remarks
-from osscar.report.numbers import engineering, share
 from osscar.report.page import COLORS, Picture, asked_rows, render
 from osscar.report.prune_plots import SHARES, legend, small_figure
-from osscar.report.tables import new_table
+from osscar.report.tables import engineering, new_table, share
 from osscar.request import BASELINES, METHODS, BudgetKind
 
 _DENSE = "dense"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -114,3 +115,34 @@ def _plain(cell: RenderableType | None) -> RenderableType | None:
     if isinstance(cell, Text):
         return Text(printable(cell.plain), style=cell.style)
     return Text(printable(cell)) if isinstance(cell, str) else cell
+
+
+# ---- numbers as people read them ---------------------------------------------------------
+
+_PREFIXES = ("", "k", "M", "G", "T")
+
+
+def share(value: float, digits: int = 3) -> str:
+    """Return a share in per cent, with so many digits and no more than it has.
+
+    Examples
+    --------
+    >>> share(0.025), share(0.5), share(1 / 3)
+    ('2.5%', '50%', '33.3%')
+    """
+    return f"{float(f'{100 * value:.{digits}g}'):g}%"
+
+
+def in_bytes(count: int | None) -> str:
+    """Return a size in MB or GB; nothing for one that is not known."""
+    if count is None:
+        return ""
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
+
+
+def engineering(value: float) -> str:
+    """Return a large number with a prefix, such as ``"3.77 M"``."""
+    if value <= 0:
+        return "0"
+    power = max(0, min(int(math.log10(value)) // 3, len(_PREFIXES) - 1))
+    return f"{value / 1000**power:.2f} {_PREFIXES[power]}"

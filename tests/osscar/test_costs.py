@@ -379,7 +379,7 @@ def test_what_cannot_be_counted_is_promised_to_nobody(monkeypatch):
     def fails(*_):
         raise ValueError("no such operation")
 
-    monkeypatch.setattr("osscar.checkpoint.sizes.revert_weight_conversion", fails)
+    monkeypatch.setattr("osscar.checkpoint.formats.revert_weight_conversion", fails)
     with pytest.raises(ModelError, match=r"LlamaForCausalLM.* no such operation; give a budget of"):
         osscar.prune(tiny("llama-gqa"), tokens(8, 24), size=0.8)
 

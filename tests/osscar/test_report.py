@@ -15,10 +15,9 @@ from osscar.evaluation.size import Footprint
 from osscar.evaluation.speed import Speed
 from osscar.report import plots, prune_page, prune_plots
 from osscar.report.evaluation_tables import comparison_table, evaluation_table
-from osscar.report.numbers import engineering, in_bytes, share
 from osscar.report.run_tables import layers_table
 from osscar.report.summary import Case
-from osscar.report.tables import new_table
+from osscar.report.tables import engineering, in_bytes, new_table, share
 from osscar.study.records import Record
 
 FINE = (0.025, 0.05, 0.075, 0.1, 0.125)
