@@ -156,7 +156,7 @@ def _point(
     before, after = forwards[0], forwards[-1]
     budget = None if result is None else result.budget
     return Point(
-        "osscar.sweep-point/4",
+        "osscar.sweep-point/5",
         job.method,
         str(job.budget),
         job.value,

@@ -94,7 +94,7 @@ class Point:
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
-    schema: Literal["osscar.sweep-point/4"]
+    schema: Literal["osscar.sweep-point/5"]
     method: str
     budget: str
     value: float | int

@@ -122,7 +122,7 @@ def sweep_table(document: Mapping[str, Any]) -> Table:
     Parameters
     ----------
     document
-        An ``osscar.sweep/3``, as ``docs/json.md`` describes it.
+        An ``osscar.sweep/4``, as ``docs/json.md`` describes it.
     """
     columns, rows = _table(document["points"], _Varied.of(document))
     table = new_table("", *columns)
@@ -171,7 +171,7 @@ def sweep_page(document: Mapping[str, Any]) -> str:
     Parameters
     ----------
     document
-        An ``osscar.sweep/3``, as ``docs/json.md`` describes it.
+        An ``osscar.sweep/4``, as ``docs/json.md`` describes it.
     """
     points, varied = document["points"], _Varied.of(document)
     columns, rows = _table(points, varied)

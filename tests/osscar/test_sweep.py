@@ -178,7 +178,7 @@ def manifest(**more):
 
 def point(method=CURVATURE, value=0.5):
     return Point(
-        schema="osscar.sweep-point/4", method=method, budget="sparsity", value=value, limit=12.0,
+        schema="osscar.sweep-point/5", method=method, budget="sparsity", value=value, limit=12.0,
         reached=11.0, parameters=10, parameter_bytes=40, flops=100, form=Form.GRAPH, seconds=0.5,
         speedup=2.0, quality={"perplexity": 3.5},
         divergence=None, predicted=None, loss=0.25, prune_seconds=1.0, widths={"a": 3},
@@ -278,7 +278,7 @@ def test_a_sweep_goes_on_and_its_page_shows_every_number(run, text, tmp_path):
     assert (out / "points" / "curvature-sparsity-0.6.json").read_text() == kept
     document = json.loads((out / "sweep.json").read_text())
     assert document == json.loads((tmp_path / "sweep.json").read_text())
-    assert document["schema"] == "osscar.sweep/3"
+    assert document["schema"] == "osscar.sweep/4"
     points = document["points"]
     assert len(points) == 11
     assert points[0]["method"] == "dense"
