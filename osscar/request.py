@@ -384,6 +384,7 @@ class PruningRequest:
 
     Examples
     --------
+    >>> from graph import UnitKind
     >>> PruningRequest(neurons="2/3").fraction_or_count(UnitKind.NEURONS)
     Fraction(2, 3)
     """

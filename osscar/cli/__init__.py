@@ -13,6 +13,7 @@ import lazy_loader
 from osscar.base.errors import OptionError, RanksError
 from osscar.base.files import is_text
 from osscar.base.launch import launched
+from osscar.base.signals import handling
 from osscar.cli import commands
 from osscar.cli.common import err, guard, out
 
@@ -26,11 +27,10 @@ __getattr__, _, _ = lazy_loader.attach(
 
 def main() -> None:
     """Run the command line; errors that a user can cause end in one line and status 2."""
-    signal.signal(signal.SIGTERM, _terminated)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # better an escape than no output at all
             stream.reconfigure(errors="backslashreplace")
-    with guard():
+    with handling(_terminated, (signal.SIGTERM,)), guard():
         arguments = sys.argv[1:]
         _check_arguments(arguments)
         _check_launch(arguments)

@@ -29,6 +29,9 @@ from osscar.shrinking.lineage import Computed, lineage_of
 from osscar.shrinking.plan import Form, PruningPlan
 from osscar.walk.layer_step import Refits
 
+SCHEMA = "osscar.prune/3"
+"""Of the document of a run, as ``docs/json.md`` describes it."""
+
 
 @dataclass(frozen=True)
 class LayerReport(solvers.SolutionRecord):
@@ -213,7 +216,7 @@ class PruningResult:
         known = lineage_of(dense).source or type(dense).__name__
         described_data = calibration.describe() if hasattr(calibration, "describe") else {}
         return {
-            "schema": "osscar.prune/3",
+            "schema": SCHEMA,
             "osscar_version": __version__,
             "model": known if source is None else source,
             "classes": list(classes),
@@ -249,14 +252,15 @@ class PruningResult:
     ) -> SavedCheckpoint:
         """Write the smaller model; see `osscar.save`.
 
-        A report, such as `document` returns, is written beside it, as JSON and as a page.
+        A report is written beside it as JSON; of one that `document` returned, also as a page.
         """
+        document = {} if report is None else report
         return checkpoint.save(
             self.model,
             directory,
             tokenizer=tokenizer,
             report=report,
-            page=None if report is None else prune_page(report),
+            page=prune_page(document) if document.get("schema") == SCHEMA else None,
             dtype=dtype,
             overwrite=overwrite,
         )
