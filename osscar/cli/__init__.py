@@ -35,7 +35,7 @@ def main() -> None:
         _check_arguments(arguments)
         _check_launch(arguments)
         commands.app(arguments)
-    sys.exit()
+    sys.exit(0)
 
 
 def _check_arguments(arguments: Sequence[str]) -> None:

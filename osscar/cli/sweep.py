@@ -78,7 +78,7 @@ def run(model: str, options: SweepOptions, shared: Any) -> None:
                 "points": [_entry(point) for point in found],
                 "left_alone": [dataclasses.asdict(group) for group in found[-1].left_alone],
             }
-            content = document("sweep", 3, content)
+            content = document("sweep", 4, content)
             write_json(place.directory / DOCUMENT_FILE, content)
             write_text(place.directory / PAGE_FILE, sweep_page(content))
     out.print(sweep_table(content))
