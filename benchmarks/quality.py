@@ -37,7 +37,7 @@ from osscar.allocation.costs import Cost, count
 from osscar.base.files import write_json
 from osscar.evaluation.quality import score
 from osscar.models.load import load_model
-from osscar.preparation.opened import opened
+from osscar.preparation.prepare import prepare
 from osscar.request import PruningRequest
 
 UNIFORM = {"allocation": "uniform", "target": "weights", "damp": 0.01}
@@ -332,10 +332,10 @@ def measure(row: Row, task: Task, subject: Any, arguments: argparse.Namespace) -
 def same_size(model: Any, data: Any, setting: Setting) -> dict[str, Any]:
     """Return the budget that equal shares, whose counts are rounded, really come to."""
     asked = setting.units or {**setting.asked, "allocation": "uniform"}
-    with opened(model, data) as ready:
-        allocated = allocate(ready, PruningRequest(**asked))
+    with prepare(model, data) as prepared:
+        allocated = allocate(prepared, PruningRequest(**asked))
         if setting.units:
-            cost = count(Cost.PARAMETERS, ready.model, ready.groups, ready.sample)
+            cost = count(Cost.PARAMETERS, prepared.model, prepared.groups, prepared.sample)
             return {"sparsity": None, "params": int(cost.of(allocated.keep))}
     budget = allocated.budget
     assert budget is not None

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from cyclopts import CycloptsError
+from cyclopts.exceptions import UnusedCliTokensError
 from rich.console import Console
 from rich.text import Text
 
@@ -65,7 +66,11 @@ def guard() -> Iterator[None]:
 def _refuse(error: Exception) -> NoReturn:
     if isinstance(error, CycloptsError):
         error.verbose = False  # which shows code
-    say_aside("error", str(error), "bold red")
+    message = str(error)
+    if isinstance(error, UnusedCliTokensError):
+        tokens = " ".join(map(repr, error.unused_tokens or ()))
+        message = f"unexpected argument {tokens}; --help lists what the command takes"
+    say_aside("error", message, "bold red")
     sys.exit(2)
 
 

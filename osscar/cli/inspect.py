@@ -14,7 +14,7 @@ from osscar.cli.options import ImageOptions
 from osscar.evaluation.size import count_owned
 from osscar.models.load import load_model
 from osscar.network.modules import count_parameters
-from osscar.preparation.opened import opened
+from osscar.preparation.prepare import prepare
 from osscar.report.run_tables import groups_table
 
 
@@ -45,8 +45,8 @@ def run(
                 f"nothing tells what {loaded.source} reads: let the code return (model, example "
                 "inputs), or give --image-size CxHxW, such as 3x32x32"
             )
-        with opened(loaded.model, loaded.example, copy=False) as ready:
-            groups, residual = ready.groups, ready.residual
+        with prepare(loaded.model, loaded.example, copy=False) as prepared:
+            groups, residual = prepared.groups, prepared.residual
     shown = [g for g in groups if all_groups or g.prunable or g.kind is not UnitKind.OTHER]
     out.print(groups_table(shown, residual))
     for group in shown:
@@ -62,7 +62,7 @@ def run(
     prunable, total = count_owned(loaded.model, groups), count_parameters(loaded.model)
     say(f"{prunable / total:.1%} of {total:,} parameters lie in prunable groups")
     if svg is not None:
-        say(f"drawing: {ready.traced.draw(svg)}")
+        say(f"drawing: {prepared.traced.draw(svg)}")
     content = {
         "model": loaded.source,
         "parameters": total,

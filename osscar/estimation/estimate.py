@@ -34,7 +34,7 @@ from osscar.preparation.linear_maps import linear_maps
 from osscar.preparation.prepare import Prepared
 from osscar.pruning.groups import held_out
 from osscar.pruning.memory import Room, check_streamed, least_memory, put_out
-from osscar.pruning.prune import opened_for
+from osscar.pruning.prune import prepare_for
 from osscar.request import PruningRequest, by_keywords
 
 
@@ -76,7 +76,7 @@ def estimate_as_asked(
     """
     clock = clock_of(resolve_device(request.device)) if clock is None else clock
     began = clock()
-    with opened_for(model, calibration, request) as prepared:
+    with prepare_for(model, calibration, request) as prepared:
         opening = clock() - began
         held = held_out(prepared, request)
         room = check_streamed(prepared, request, max(1, held))

@@ -1,6 +1,6 @@
 """What each stage of a run takes, timed by running it: on few samples, and on one layer of a class.
 
-The stations of the run are called on the opened model with some of the calibration samples: the
+The stations of the run are called on the prepared model with some of the calibration samples: the
 trial, the passes of the dense model, curvature, the walk, and for one group of each layer class its
 problem, from the damping to the commit.  What all samples and all groups take follows by counting.
 """

@@ -111,17 +111,17 @@ def prune_as_asked(
     with (
         torch.inference_mode(False),  # in which there are no gradients
         memory_for(what, FOR_BATCHES),
-        opened_for(model, calibration, request, ranks) as prepared,
+        prepare_for(model, calibration, request, ranks) as prepared,
     ):
         prepared = within_memory(prepared, request)
         with _begun(log, prepared, request) as records:
             facts = DenseFacts.of(prepared, request)
-            result = prune_opened(prepared, request, facts, log, records)
+            result = prune_prepared(prepared, request, facts, log, records)
     result = finished(result, model, calibration, prepared)
     return dataclasses.replace(result, seconds=time.perf_counter() - start)
 
 
-def opened_for(
+def prepare_for(
     model: nn.Module, calibration: Any, request: PruningRequest, ranks: Ranks = ALONE
 ) -> AbstractContextManager[Prepared]:
     """Prepare a model as a request needs it; see `osscar.preparation.prepare.prepare`."""
@@ -190,7 +190,7 @@ class DenseFacts:
             )
 
 
-def prune_opened(
+def prune_prepared(
     prepared: Prepared,
     request: PruningRequest,
     facts: DenseFacts,

@@ -12,12 +12,12 @@ from torch import nn
 from osscar.allocation.allocate import shared_curves
 from osscar.base.errors import OptionError
 from osscar.network.modules import copied
-from osscar.preparation.opened import Opened
+from osscar.preparation.prepare import Prepared
 from osscar.pruning.prune import (
     DenseFacts,
     finished,
-    opened_for,
-    prune_opened,
+    prepare_for,
+    prune_prepared,
     within_memory,
 )
 from osscar.pruning.result import PruningResult
@@ -153,18 +153,18 @@ def sweep(
     """
     if not points:
         return
-    with opened_for(model, calibration, points[0].request(base)) as ready:
+    with prepare_for(model, calibration, points[0].request(base)) as prepared:
         requests = {job: job.request(base) for job in points}
-        each = {job: within_memory(ready, request) for job, request in requests.items()}
-        facts = DenseFacts.of(ready, base)
+        each = {job: within_memory(prepared, request) for job, request in requests.items()}
+        facts = DenseFacts.of(prepared, base)
         if any(request.allocation == "curvature" for request in requests.values()):
-            curves = shared_curves(ready, base, facts.feasible.left_names)
+            curves = shared_curves(prepared, base, facts.feasible.left_names)
             facts = dataclasses.replace(facts, curves=curves)
         for job in points:
-            result = prune_opened(_again(each[job]), requests[job], facts)
-            yield job, finished(result, model, calibration, ready)
+            result = prune_prepared(_again(each[job]), requests[job], facts)
+            yield job, finished(result, model, calibration, prepared)
 
 
-def _again(ready: Opened) -> Opened:
-    """Return the opened model with a copy that may be changed."""
-    return dataclasses.replace(ready, model=copied(ready.model))
+def _again(prepared: Prepared) -> Prepared:
+    """Return the prepared model with a copy that may be changed."""
+    return dataclasses.replace(prepared, model=copied(prepared.model))

@@ -12,7 +12,7 @@ from torch import nn
 from graph import CouplingGroup, UnitKind
 from osscar.base.errors import FrozenGroupError, ModelError
 from osscar.base.progress import stage
-from osscar.preparation.opened import opened
+from osscar.preparation.prepare import prepare
 from osscar.request import check_damp
 from osscar.walk.walk import walk
 from solvers import Consumer, SubsetProblem
@@ -65,17 +65,17 @@ def model_problems(
         If the damping makes no sense.
     """
     check_damp(damp)
-    with opened(model, calibration, device=device) as ready:
-        groups = [group for group in ready.groups if group.prunable and wanted(group.name)]
+    with prepare(model, calibration, device=device) as prepared:
+        groups = [group for group in prepared.groups if group.prunable and wanted(group.name)]
         if not groups:
             raise FrozenGroupError(
                 "no group that can be pruned has a name as asked; `osscar inspect` lists them"
             )
         with stage("measuring", total=len(groups)) as bar:
-            for site in walk(ready, groups, in_turn=False):
+            for site in walk(prepared, groups, in_turn=False):
                 problem = site.problem(site.group.units, damp)
                 if query_heads and site.group.kind is UnitKind.HEADS:
-                    consumers = tuple(_split_heads(ready.model, c) for c in problem.consumers)
+                    consumers = tuple(_split_heads(prepared.model, c) for c in problem.consumers)
                     problem = SubsetProblem(consumers, len(consumers[0].rows), problem.name)
                 yield site.group, problem
                 bar.advance()

@@ -20,7 +20,7 @@ import graph
 from graph import CouplingGroup, DependencyGraph
 from osscar.base.errors import OsscarError, first_line
 from osscar.data.tensors import named_inputs
-from osscar.preparation.opened import Opened, opened
+from osscar.preparation.prepare import Prepared, prepare
 from osscar.pruning.shrunk import shrunk
 from osscar.pruning.trial import LeftAlone, feasible_groups
 from osscar.request import PruningRequest
@@ -105,9 +105,9 @@ def measured(made: Made) -> Row:
         example = by_name(model, made.inputs[0])
         with warnings.catch_warnings(), torch.random.fork_rng():
             warnings.simplefilter("ignore")
-            with opened(model, example) as ready:
-                row = _traced(row, ready)
-                row = _shrunk(row, ready, made, start)
+            with prepare(model, example) as prepared:
+                row = _traced(row, prepared)
+                row = _shrunk(row, prepared, made, start)
     except (OsscarError, graph.GraphError) as error:
         row = dataclasses.replace(row, failure=f"{type(error).__name__}: {first_line(error):.400}")
     return dataclasses.replace(row, seconds=row.seconds or time.process_time() - start)
@@ -118,12 +118,12 @@ def by_name(model: nn.Module, inputs: Inputs) -> dict[str, Tensor]:
     return dict(inputs) if isinstance(inputs, dict) else named_inputs(model, inputs)
 
 
-def _traced(row: Row, ready: Opened) -> Row:
+def _traced(row: Row, prepared: Prepared) -> Row:
     """Add what the dependency graph tells."""
-    dependencies = ready.traced
+    dependencies = prepared.traced
     prunable = dependencies.prunable
-    shapes = {name: parameter.shape for name, parameter in ready.model.named_parameters()}
-    refused = [g for g in ready.groups if g.frozen and g.name in {p.name for p in prunable}]
+    shapes = {name: parameter.shape for name, parameter in prepared.model.named_parameters()}
+    refused = [g for g in prepared.groups if g.frozen and g.name in {p.name for p in prunable}]
     return dataclasses.replace(
         row,
         traced=True,
@@ -136,19 +136,19 @@ def _traced(row: Row, ready: Opened) -> Row:
     )
 
 
-def _shrunk(row: Row, ready: Opened, made: Made, start: float) -> Row:
+def _shrunk(row: Row, prepared: Prepared, made: Made, start: float) -> Row:
     """Add what came of removing half of every prunable group."""
-    ready = dataclasses.replace(ready, groups=ready.traced.groups)
-    halves = {g.name: math.ceil(g.units / 2) for g in ready.groups if g.prunable and g.units > 1}
+    prepared = dataclasses.replace(prepared, groups=prepared.traced.groups)
+    halves = {g.name: math.ceil(g.units / 2) for g in prepared.groups if g.prunable and g.units > 1}
     if not halves:
         return row
     request = PruningRequest(groups=halves, device="cpu", batch_norm="keep")
-    followed = feasible_groups(ready, request)
+    followed = feasible_groups(prepared, request)
     left = {group.name for group in followed.left}
-    plan = half_of(g for g in ready.traced.prunable if g.name not in left)
+    plan = half_of(g for g in prepared.traced.prunable if g.name not in left)
     row = dataclasses.replace(row, form=str(followed.form), left=_counted(followed.left))
-    dense = copy.deepcopy(ready.model)
-    found = shrunk(ready, plan, request, followed.form, ())
+    dense = copy.deepcopy(prepared.model)
+    found = shrunk(prepared, plan, request, followed.form, ())
     row = dataclasses.replace(
         row,
         parameters_after=sum(p.numel() for p in found.model.parameters()),

@@ -24,7 +24,7 @@ from osscar.base.errors import ModelError, RequestError
 from osscar.evaluation.size import count_flops
 from osscar.models.language import DEMO_DIRECTORY
 from osscar.network.modules import copied, count_parameters
-from osscar.preparation.opened import opened
+from osscar.preparation.prepare import prepare
 from osscar.request import PruningRequest as Asked
 from osscar.shrinking.plan import GroupPlan, PruningPlan
 from osscar.shrinking.shrink import shrink
@@ -213,9 +213,9 @@ def built(name):
     return build().eval(), torch.randn(shape), asked
 
 
-def every_choice(ready, request):
+def every_choice(prepared, request):
     """Yield all widths that a budget may choose, with what other groups keep."""
-    _, keep, shared = asked_groups(ready, request)
+    _, keep, shared = asked_groups(prepared, request)
     options = [possible_widths(group, request.widths).tolist() for group in shared]
     for widths in itertools.product(*options):
         yield {**keep, **dict(zip([g.name for g in shared], widths, strict=True))}
@@ -231,17 +231,17 @@ BUDGETS = {Cost.PARAMETERS: "params", Cost.FLOPS: "flops", Cost.BYTES: "size"}
 def test_every_budget_that_some_widths_meet_is_met_and_no_other(name, widths, kind):
     model, data, asked = built(name)
     asked = {**asked, **WIDTHS[widths]}
-    with opened(model, data) as ready:
-        cost = count(kind, ready.model, ready.groups, ready.sample)
+    with prepare(model, data) as prepared:
+        cost = count(kind, prepared.model, prepared.groups, prepared.sample)
         request = Asked(params=0.5, **asked)
-        curves = shared_curves(ready, request)
-        found = best_at_each_cost(cost, curves, every_choice(ready, request))
+        curves = shared_curves(prepared, request)
+        found = best_at_each_cost(cost, curves, every_choice(prepared, request))
         least, *others = found
         assert others
 
         def reached(limit):
             limit = limit / cost.dense if kind is Cost.FLOPS else int(limit)
-            budget = allocate(ready, Asked(**asked, **{BUDGETS[kind]: limit}), curves).budget
+            budget = allocate(prepared, Asked(**asked, **{BUDGETS[kind]: limit}), curves).budget
             return budget.reached, budget
 
         tight = 1 + 1e-12 if kind is Cost.FLOPS else 1
@@ -280,9 +280,9 @@ def check_bound(budget, found, limit):
 @pytest.mark.parametrize("name", NETWORKS)
 def test_costs_of_a_group_that_meets_itself_add_up(name):
     model, data, asked = built(name)
-    with opened(model, data) as ready:
-        _, _, shared = asked_groups(ready, Asked(params=0.5, **asked))
-        cost = count(Cost.PARAMETERS, ready.model, ready.groups, ready.sample)
+    with prepare(model, data) as prepared:
+        _, _, shared = asked_groups(prepared, Asked(params=0.5, **asked))
+        cost = count(Cost.PARAMETERS, prepared.model, prepared.groups, prepared.sample)
         names = [group.name for group in shared]
         assert cost.separable(names) == (name not in ("stacked", "twice"))
 
@@ -292,9 +292,9 @@ def test_costs_of_a_group_that_meets_itself_add_up(name):
 @pytest.mark.parametrize("allocation", ["curvature", "uniform", "fluctuation"])
 def test_models_have_no_more_than_the_parameters_that_were_asked_for(name, allocation):
     model, data, asked = built(name)
-    with opened(model, data) as ready:
-        cost = count(Cost.PARAMETERS, ready.model, ready.groups, ready.sample)
-        some = sorted({cost.of(k) for k in every_choice(ready, Asked(params=0.5, **asked))})
+    with prepare(model, data) as prepared:
+        cost = count(Cost.PARAMETERS, prepared.model, prepared.groups, prepared.sample)
+        some = sorted({cost.of(k) for k in every_choice(prepared, Asked(params=0.5, **asked))})
     for limit in (some[0], some[len(some) // 3]):
         result = osscar.prune(
             model, data, params=int(limit), allocation=allocation, backend="wanda", **asked
@@ -536,9 +536,9 @@ def test_operations_are_those_of_the_model_that_is_really_smaller(case):
     build, shape = CALLED[case]
     model, data = build().eval(), torch.randn(shape)
     model(data)
-    with opened(model, data) as ready:
-        cost = count(Cost.FLOPS, ready.model, ready.groups, ready.sample)
-        groups = [group for group in ready.groups if group.prunable and group.units > 1]
+    with prepare(model, data) as prepared:
+        cost = count(Cost.FLOPS, prepared.model, prepared.groups, prepared.sample)
+        groups = [group for group in prepared.groups if group.prunable and group.units > 1]
         some = [{1, (group.units + 1) // 2, group.units} for group in groups]
         assert groups
         assert cost.fixed == pytest.approx(0.0, abs=1e-6)
@@ -547,10 +547,10 @@ def test_operations_are_those_of_the_model_that_is_really_smaller(case):
             kept = dict(zip([group.name for group in groups], widths, strict=True))
             plan = [GroupPlan.of(g, tuple(range(kept[g.name]))) for g in groups]
             plan = PruningPlan(tuple(p for p in plan if len(p.kept) < p.units))
-            smaller = copied(ready.model)
+            smaller = copied(prepared.model)
             if plan.groups:
-                shrink(smaller, plan, [ready.example])
-            assert cost.of(kept) == pytest.approx(count_flops(smaller, ready.sample), rel=1e-12)
+                shrink(smaller, plan, [prepared.example])
+            assert cost.of(kept) == pytest.approx(count_flops(smaller, prepared.sample), rel=1e-12)
 
 
 def test_layers_that_torch_runs_as_one_operator_are_counted():
@@ -565,9 +565,9 @@ def test_layers_that_torch_runs_as_one_operator_are_counted():
 
 def dense_and_halved(model, data):
     """Return the operations of a model, and those with half of all units."""
-    with opened(model, data) as ready:
-        cost = count(Cost.FLOPS, ready.model, ready.groups, ready.sample)
-        return cost.dense, cost.of({g.name: (g.units + 1) // 2 for g in ready.groups})
+    with prepare(model, data) as prepared:
+        cost = count(Cost.FLOPS, prepared.model, prepared.groups, prepared.sample)
+        return cost.dense, cost.of({g.name: (g.units + 1) // 2 for g in prepared.groups})
 
 
 def test_operations_of_weights_on_disk_are_those_of_the_same_in_memory():

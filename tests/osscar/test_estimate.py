@@ -21,7 +21,7 @@ from osscar.cli import main
 from osscar.estimation.estimate import estimate_as_asked
 from osscar.estimation.stations import expected_keep, layer_classes, over_classes
 from osscar.estimation.values import EstimateDocument, LayerClass
-from osscar.preparation.opened import opened
+from osscar.preparation.prepare import prepare
 from osscar.pruning.prune import prune_as_asked
 from osscar.pruning.trial import Feasible
 from osscar.report.estimate_tables import extrapolated
@@ -60,8 +60,8 @@ def windows(demo, samples, seqlen=32):
 
 
 @pytest.fixture(scope="module")
-def ready(demo):
-    with opened(demo.model, windows(demo, 4)) as found:
+def prepared(demo):
+    with prepare(demo.model, windows(demo, 4)) as found:
         yield found
 
 
@@ -95,9 +95,9 @@ def test_the_walk_goes_where_its_itinerary_says(model, data, target, demo, monke
         seen.append((self.passes, call))
 
     monkeypatch.setattr(Walk, "_measure", watched)
-    with opened(network, given, batch_size=2) as ready:
-        groups = [group for group in ready.groups if group.prunable and group.units > 2]
-        planned = walk(ready, groups, target=target)
+    with prepare(network, given, batch_size=2) as prepared:
+        groups = [group for group in prepared.groups if group.prunable and group.units > 2]
+        planned = walk(prepared, groups, target=target)
         itinerary = planned.itinerary
         for site in planned:
             problem = site.problem(keep=site.group.units - 1, damp=0.1)
@@ -108,9 +108,9 @@ def test_the_walk_goes_where_its_itinerary_says(model, data, target, demo, monke
 
 
 def test_a_walk_in_one_go_has_one_pass():
-    with opened(small_net(), images(6), batch_size=2) as ready:
-        groups = [group for group in ready.groups if group.prunable]
-        planned = walk(ready, groups, in_turn=False)
+    with prepare(small_net(), images(6), batch_size=2) as prepared:
+        groups = [group for group in prepared.groups if group.prunable]
+        planned = walk(prepared, groups, in_turn=False)
         assert planned.itinerary == (len(planned.calls) - 1,)
 
 
@@ -123,14 +123,14 @@ def test_a_walk_in_one_go_has_one_pass():
     ],
     ids=str,
 )
-def test_about_as_many_units_are_expected_to_leave_as_do(asked, allocation, ready):
+def test_about_as_many_units_are_expected_to_leave_as_do(asked, allocation, prepared):
     request = PruningRequest(**asked, allocation=allocation)
-    units = {group.name: group.units for group in ready.groups}
+    units = {group.name: group.units for group in prepared.groups}
     gone = [
         sum(1 - kept / units[name] for name, kept in keep.items())
         for keep in (
-            expected_keep(ready, request, Feasible()),
-            allocate(ready, request).keep,
+            expected_keep(prepared, request, Feasible()),
+            allocate(prepared, request).keep,
         )
     ]
     assert gone[0] == pytest.approx(gone[1], rel=0.5)
@@ -202,9 +202,11 @@ def test_a_layer_stands_for_others_by_their_number_and_size(classes, size, secon
 def test_layers_of_one_size_are_a_class_and_large_ones_that_are_few_are_not_solved():
     sizes = [40, 40, 64, 3000, 3000]
     layers = [nn.Sequential(nn.Linear(6, size), nn.ReLU(), nn.Linear(size, 6)) for size in sizes]
-    with opened(nn.Sequential(*layers), torch.randn(8, 6)) as ready:
-        groups = {group.units: group.name for group in ready.groups if group.units in sizes}
-        found = layer_classes(ready, [group for group in ready.groups if group.units in sizes])
+    with prepare(nn.Sequential(*layers), torch.randn(8, 6)) as prepared:
+        groups = {group.units: group.name for group in prepared.groups if group.units in sizes}
+        found = layer_classes(
+            prepared, [group for group in prepared.groups if group.units in sizes]
+        )
     assert [(one.rows, len(one.groups)) for one in found] == [(40, 2), (64, 1), (3000, 2)]
     assert [one.source for one in found[1:]] == [groups[64]] * 2
     assert [one.extrapolated for one in found] == [1, 0, 2]
@@ -394,8 +396,8 @@ def test_what_the_run_refuses_is_refused(demo):
         osscar.estimate(demo.model, data, neurons=0.5, damp=-1)
     with pytest.raises(TypeError, match="unexpected"):
         osscar.estimate(demo.model, data, neuron=0.5)
-    with opened(demo.model, data) as ready:
-        frozen = next(group.name for group in ready.groups if group.frozen)
+    with prepare(demo.model, data) as prepared:
+        frozen = next(group.name for group in prepared.groups if group.frozen)
     with pytest.raises(FrozenGroupError):
         osscar.estimate(demo.model, data, groups={frozen: 1})
 

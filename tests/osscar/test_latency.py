@@ -20,7 +20,7 @@ from osscar.allocation.parts import Event, groups_between, timed_pass
 from osscar.allocation.widths import asked_groups
 from osscar.base import timing
 from osscar.base.errors import RequestError
-from osscar.pruning.prune import opened_for
+from osscar.pruning.prune import prepare_for
 from osscar.pruning.sweep import BudgetKind, jobs, sweep
 from osscar.request import PruningRequest, Widths
 from tests.osscar.families import tiny, tokens
@@ -76,7 +76,7 @@ def clock(monkeypatch):
 def asked(model, data, **more):
     """Open a model, and return it with the groups that a speed-up reaches, and what others keep."""
     request = PruningRequest(speedup=1.5, device="cpu", **more)
-    ready = opened_for(model, data, request)
+    ready = prepare_for(model, data, request)
     opened = ready.__enter__()
     _, keep, shared = asked_groups(opened, request)
     return ready, opened, shared, keep

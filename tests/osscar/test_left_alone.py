@@ -20,7 +20,7 @@ from osscar.cli import main
 from osscar.preparation.prepare import prepare
 from osscar.pruning import prune as pruning_room
 from osscar.pruning import trial as trial_room
-from osscar.pruning.prune import opened_for, prune_as_asked
+from osscar.pruning.prune import prepare_for, prune_as_asked
 from osscar.pruning.run_log import RunLog
 from osscar.pruning.sweep import BudgetKind, Job, jobs, sweep
 from osscar.pruning.trial import Feasible, feasible_groups
@@ -234,7 +234,7 @@ def left_of(followed):
 def tried(network, data, **asked):
     """Return what can follow of a network, which is solved by nobody."""
     request = PruningRequest(**asked, device="cpu")
-    with opened_for(network, data, request) as prepared:
+    with prepare_for(network, data, request) as prepared:
         return feasible_groups(prepared, request)
 
 
@@ -441,7 +441,7 @@ def test_a_trial_leaves_the_model_as_it_was():
             return super().forward(x) * self.tables[len(x)]
 
     request = PruningRequest(sparsity=0.5, device="cpu")
-    with opened_for(built(Counting), rows(9, 8), request) as ready:
+    with prepare_for(built(Counting), rows(9, 8), request) as ready:
         held = [(module, type(module), dict(vars(module))) for module in ready.model.modules()]
         values = {key: value.clone() for key, value in ready.model.state_dict().items()}
         seen = (list(ready.model.tables), ready.model.calls)
@@ -467,7 +467,7 @@ def test_a_trial_leaves_the_model_as_it_was():
 )
 def test_the_widths_that_are_tried(asked, kept):
     request = PruningRequest(device="cpu", **asked)
-    with opened_for(built(Transformer), words(), request) as ready:
+    with prepare_for(built(Transformer), words(), request) as ready:
         found = provisional(ready, request)
     assert found == {
         f"blocks.{i}.{'attn' if kind == 'heads' else 'mlp'}.{kind}": count[i]

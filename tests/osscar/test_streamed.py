@@ -42,9 +42,9 @@ from osscar.offload.on_disk import OnDisk, is_on_disk, shelf_of
 from osscar.offload.places import Cast, Place, Selected, Slice
 from osscar.offload.shelf import Shelf
 from osscar.offload.sources import Source
-from osscar.preparation.opened import opened
+from osscar.preparation.prepare import prepare
 from osscar.pruning.memory import _LEAST, Room
-from osscar.pruning.prune import DenseFacts, opened_for, prune_as_asked
+from osscar.pruning.prune import DenseFacts, prepare_for, prune_as_asked
 from osscar.pruning.run_log import RunLog
 from osscar.pruning.sweep import BudgetKind, Job, sweep
 from osscar.request import PruningRequest
@@ -259,7 +259,7 @@ import sys, torch
 from transformers import AutoModelForCausalLM, OPTConfig
 from osscar.pruning.groups import prune_groups
 from osscar.pruning.memory import _LEAST, Room
-from osscar.pruning.prune import opened_for
+from osscar.pruning.prune import prepare_for
 from osscar.request import PruningRequest
 
 kind, width, ffn, backend, target, what = sys.argv[1:]
@@ -267,13 +267,13 @@ shape = {"hidden_size": int(width), "word_embed_proj_dim": int(width), "ffn_dim"
 shape |= {"num_attention_heads": int(width) // 64, "num_hidden_layers": 1, "vocab_size": 500}
 model = AutoModelForCausalLM.from_config(OPTConfig(**shape)).eval()
 request = PruningRequest(**{kind: 0.5}, backend=backend, target=target, batch_size=4)
-with opened_for(model, torch.randint(500, (8, 64)), request) as ready:
-    for batch in ready.batches():
-        ready.model(**batch)
-    room = Room.of(ready, request, 1)
+with prepare_for(model, torch.randint(500, (8, 64)), request) as prepared:
+    for batch in prepared.batches():
+        prepared.model(**batch)
+    room = Room.of(prepared, request, 1)
     if what == "solved":
-        (group,) = (g for g in ready.groups if g.prunable and g.kind == kind)
-        prune_groups(ready, {group.name: group.units // 2}, request, (), None)
+        (group,) = (g for g in prepared.groups if g.prunable and g.kind == kind)
+        prune_groups(prepared, {group.name: group.units // 2}, request, (), None)
 print(room.matrices)
 """
 
@@ -372,10 +372,10 @@ def test_batches_that_wait_on_disk_bring_the_same(family, target, monkeypatch):
     batch, width, floats = 3 * 24, 48, 4
 
     def walked(waiting_on_disk):
-        with opened(tiny(family), windows(), batch_size=3) as ready:
-            groups = [group for group in ready.groups if group.prunable]
-            ready = dataclasses.replace(ready, waiting_on_disk=waiting_on_disk)
-            for site in walk(ready, groups, target=target, held=2):
+        with prepare(tiny(family), windows(), batch_size=3) as prepared:
+            groups = [group for group in prepared.groups if group.prunable]
+            prepared = dataclasses.replace(prepared, waiting_on_disk=waiting_on_disk)
+            for site in walk(prepared, groups, target=target, held=2):
                 problem = site.problem(site.group.units // 2, 1e-2)
                 yield [(c.H, c.G) for c in problem.consumers]
                 site.commit([gram.linear_map.read_weight() * 0.9 for gram in site.grams])
@@ -727,10 +727,10 @@ def test_assigned_values_are_kept_on_disk(parameter):
 def test_room_counts_what_a_layer_reads(tmp_path):
     loaded = osscar.load_model(written(tmp_path / "d", "opt"), device="cpu", max_memory=PLENTY)
     request = osscar.PruningRequest(neurons=0.5)
-    with opened_for(loaded.model, windows(), request) as ready:
-        few = Room.of(ready, request, 1)
-    with opened_for(loaded.model, windows(16), request) as ready:
-        many = Room.of(ready, request, 1)
+    with prepare_for(loaded.model, windows(), request) as prepared:
+        few = Room.of(prepared, request, 1)
+    with prepare_for(loaded.model, windows(16), request) as prepared:
+        many = Room.of(prepared, request, 1)
     assert few.inputs == 40
     assert many.batches > few.batches
     assert many.matrices == few.matrices

@@ -16,7 +16,7 @@ from osscar.base.errors import OsscarError, RunError
 from osscar.cli import main
 from osscar.models.language import DEMO_DIRECTORY
 from osscar.preparation.fingerprint import DenseOutputs, Fingerprint, Manifest
-from osscar.pruning.prune import opened_for, prune_as_asked
+from osscar.pruning.prune import prepare_for, prune_as_asked
 from osscar.pruning.sweep import BASELINES, METHODS, BudgetKind, Job, jobs, sweep
 from osscar.pruning.sweep_points import Point, SweepDirectory
 from osscar.pruning.trial import LeftAlone
@@ -131,7 +131,7 @@ def test_budgets_that_make_no_sense_are_refused(budget, values, message):
 @pytest.mark.parametrize("kind", ["opt", "images"])
 def test_no_run_is_predicted_to_lie_below_the_frontier(kind):
     model, data = (tiny("opt"), tokens()) if kind == "opt" else (small_net(), images())
-    with opened_for(model, data, BASE) as ready:
+    with prepare_for(model, data, BASE) as ready:
         curves = sweep_room.shared_curves(ready, BASE)
         budgets = [
             allocate(ready, Job(CURVATURE, SPARSITY, s).request(BASE), curves).budget
@@ -377,7 +377,7 @@ NETS = {
 @pytest.mark.parametrize("net", NETS)
 def test_every_method_meets_every_budget_and_is_asked_for_the_same(net):
     model, data = (make() for make in NETS[net])
-    with opened_for(model, data, BASE) as ready:
+    with prepare_for(model, data, BASE) as ready:
         curves = sweep_room.shared_curves(ready, BASE)
         for kind, value in ((SPARSITY, 0.3), ("params", 0.8), ("size", 0.8), (FLOPS, 0.7)):
             asked = [Job(m, BudgetKind(kind), value).request(BASE) for m in (*METHODS, "wanda")]

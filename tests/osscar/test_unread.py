@@ -15,7 +15,7 @@ from torch.ao.quantization import FakeQuantize
 import osscar
 from graph import Role
 from osscar.network.modules import count_parameters
-from osscar.pruning.prune import opened_for
+from osscar.pruning.prune import prepare_for
 from osscar.pruning.trial import feasible_groups
 from osscar.request import PruningRequest
 from tests.graph.test_training import Auxiliary, Drawn, Paired, Regrouped
@@ -118,7 +118,7 @@ def test_an_observer_that_has_seen_nothing_is_no_damage(tmp_path: Path) -> None:
 def tried(model: nn.Module, data: Tensor, **asked: Any) -> None:
     """Find what can follow, before anything is solved."""
     request = PruningRequest(**asked)
-    with opened_for(model, data, request) as prepared:
+    with prepare_for(model, data, request) as prepared:
         feasible_groups(prepared, request)
 
 
