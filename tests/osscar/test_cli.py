@@ -444,6 +444,25 @@ def test_demo_does_not_replace_what_it_did_not_make(run, tmp_path):
     assert "not empty" in err
 
 
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("prun", "demo"), "prune"),
+        (("prune", "--out", "small"), "MODEL"),
+        (("prune", "demo", "--sparsty", 0.3, "--out", "small"), "--sparsty.*--sparsity"),
+        (("prune", "demo", "--samples", "1e9", "--out", "small"), "--samples.*1e9"),
+        (("prune", "demo", "more", "--out", "small"), "unexpected argument 'more'; --help"),
+    ],
+)
+def test_what_no_command_takes_is_refused_in_one_line(run, tmp_path, monkeypatch, arguments, words):
+    monkeypatch.chdir(tmp_path)
+    status, _, message = run(*arguments)
+    assert status == 2
+    assert re.match(rf"error: .*{words}", message)
+    assert message.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("command", ["eval", "inspect"])
 def test_unknown_models_are_refused(run, command):
     status, _, err = run(command, "no-such-directory/at-all/here")
