@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from graph import CouplingGroup
 from osscar.base.errors import FrozenGroupError, RequestError
-from osscar.base.printable import counted
+from osscar.base.printable import counted, listed
 from osscar.preparation.prepare import Prepared
 from osscar.request import PRUNED_KINDS, PruningRequest, Widths, parse_keep
 
@@ -215,12 +215,11 @@ def why_out_of_reach(
             "nothing can be removed: the model has no coupling group with units that may leave; "
             "`osscar inspect` shows what its layers are coupled by"
         )
-    told = [f"{g.name!r} ({counted(g.units, 'unit')})" for g in others[:_MOST_TOLD]]
-    more = f" and {len(others) - _MOST_TOLD} more" if len(others) > _MOST_TOLD else ""
+    told = [f"{g.name!r} ({counted(g.units, 'unit')})" for g in others]
     streams = any(group.name in residual for group in others)
     return (
         "a budget reaches heads, neurons and channels that nothing else names, and there are none; "
-        f"what may be pruned is {', '.join(told)}{more}: name what to keep of it, such as by "
+        f"what may be pruned is {listed(told)}: name what to keep of it, such as by "
         f"{'residual=0.5, or ' if streams else ''}groups={{{others[0].name!r}: 0.5}} in Python"
     )
 

@@ -24,6 +24,7 @@ from torch.overrides import TorchFunctionMode
 
 from osscar.base.errors import CheckpointError, FileError
 from osscar.base.json_files import read_object
+from osscar.base.printable import listed
 from osscar.checkpoint.hf_config import COUNTS, SHAPES
 from osscar.checkpoint.manifest import CONFIG_FILE
 from osscar.checkpoint.stored import INDEX_FILE, WEIGHTS_FILE, Stored, read_stored
@@ -158,9 +159,6 @@ _NO_MATTER = re.compile(
 )
 """Fields that nothing which a model computes rests on, or that libraries write as they please."""
 
-_TOLD = 4
-"""Edits that a warning lists."""
-
 
 def config_fields(path: Path) -> dict[str, Scalar]:
     """Return what a directory's ``config.json`` says of how its model computes.
@@ -220,10 +218,9 @@ def check_unchanged(path: Path, origin: Origin | None) -> None:
             )
         edits.append(told)
     if edits:
-        more = f", and {len(edits) - _TOLD} more" if len(edits) > _TOLD else ""
         warnings.warn(
             f"{path / CONFIG_FILE} was edited since the model was saved, which may now compute "
-            f"something else: it has {', '.join(edits[:_TOLD])}{more}",
+            f"something else: it has {listed(edits)}",
             stacklevel=2,
         )
 

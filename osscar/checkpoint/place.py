@@ -13,6 +13,7 @@ from pathlib import Path
 
 from osscar.base.errors import CheckpointError, OutputError
 from osscar.base.files import reason_of, remedy, resolved
+from osscar.base.printable import listed
 from osscar.base.signals import ends_tidily, uninterrupted
 from osscar.checkpoint.manifest import (
     CONFIG_FILE,
@@ -107,10 +108,9 @@ def _check_replaceable(path: Path, overwrite: bool) -> None:
     known = _known_names(path)
     foreign = sorted(entry.name for entry in there if not _is_known(entry, known))
     if foreign:
-        more = f" and {len(foreign) - _NAMED} more" if len(foreign) > _NAMED else ""
         raise OutputError(
             f"{path} is not empty: it holds something other than a checkpoint, which would be "
-            f"lost: {', '.join(foreign[:_NAMED])}{more}; give another directory, or move that away"
+            f"lost: {listed(foreign, _NAMED)}; give another directory, or move that away"
         )
     ours = (path / MANIFEST_FILE).is_file()
     weights = any(fnmatchcase(entry.name, kind) for entry in there for kind in _WEIGHTS)

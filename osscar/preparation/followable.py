@@ -11,14 +11,13 @@ from torch import Tensor, nn
 from graph import CouplingGroup
 from osscar.base.errors import EquivalenceError, FileError
 from osscar.base.memory import let_shortage_pass
+from osscar.base.printable import listed
 from osscar.data.batches import Batch
 from osscar.shrinking.alibi import PREPARED
 from osscar.shrinking.attention import changed, expose_attention, exposed
 from osscar.shrinking.equivalence import finer_precision, in_format_of, proof_outputs, prove_equal
 from osscar.shrinking.fold import Folded, fold
 from osscar.shrinking.follow import prepare as replace_modules
-
-_MOST_NAMED = 4
 
 
 def outputs_or_none(model: nn.Module, example: Batch) -> list[Tensor]:
@@ -103,9 +102,8 @@ def _check_replaced(expected: list[Tensor], found: list[Tensor], new: Sequence[s
     try:
         prove_equal(expected, found, names=("the model", "the model with forward passes of OSSCAR"))
     except EquivalenceError as error:
-        more = f" and {len(new) - _MOST_NAMED} more" if len(new) > _MOST_NAMED else ""
         raise EquivalenceError(
-            f"{error}: {', '.join(map(repr, new[:_MOST_NAMED]))}{more} cannot be followed; leave "
+            f"{error}: {listed([*map(repr, new)])} cannot be followed; leave "
             "heads out of what is asked (neurons= or channels= alone), or give these modules a "
             "class with a forward of its own, which stays as it is"
         ) from error

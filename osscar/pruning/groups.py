@@ -13,7 +13,7 @@ import solvers
 from graph import CouplingGroup
 from osscar.base.errors import NonFiniteError, RunError
 from osscar.base.memory import FOR_MATRICES, memory_for
-from osscar.base.printable import counted
+from osscar.base.printable import counted, listed
 from osscar.base.progress import stage
 from osscar.base.ranks import Ranks
 from osscar.base.timing import Stage, timed
@@ -25,7 +25,7 @@ from osscar.pruning.result import LayerReport
 from osscar.pruning.run_log import RunLog, SiteRecord
 from osscar.request import PruningRequest
 from osscar.shrinking.plan import GroupPlan, PruningPlan
-from osscar.walk.layer_step import GROWN, DenseTensors, LayerStep, dense_tensors, listed
+from osscar.walk.layer_step import GROWN, DenseTensors, LayerStep, dense_tensors
 from osscar.walk.targets import Target
 from osscar.walk.walk import Walk, walk
 
@@ -129,8 +129,8 @@ def _warn_of_refits(reports: Sequence[LayerReport]) -> None:
         keep = "keeps its" if len(dense) == 1 else "keep their"
         warnings.warn(
             f"{counted(len(dense), 'layer')} {keep} dense weights, but for the units that leave, "
-            f"since a refit did worse on held-out samples: {listed(dense)}; give more calibration "
-            "data",
+            f"since a refit did worse on held-out samples: {listed(dense, 8)}; give more "
+            "calibration data",
             stacklevel=3,
         )
     grown = sorted(
@@ -140,7 +140,7 @@ def _warn_of_refits(reports: Sequence[LayerReport]) -> None:
         named = [f"{report.name} ({report.growth:.3g} times)" for report in grown]
         warnings.warn(
             f"refits grew beyond reason: the largest weight that reads a group is more than "
-            f"{GROWN:g} times the largest dense one of {listed(named)}; give more calibration "
+            f"{GROWN:g} times the largest dense one of {listed(named, 8)}; give more calibration "
             "data, raise --damp, or leave such groups alone with --skip",
             stacklevel=3,
         )

@@ -24,7 +24,7 @@ from graph import CouplingGroup
 from osscar.allocation.allocate import provisional
 from osscar.base.errors import AdapterError, EquivalenceError
 from osscar.base.json_files import STRICT
-from osscar.base.printable import counted
+from osscar.base.printable import counted, listed
 from osscar.base.progress import stage
 from osscar.network.model_state import model_state
 from osscar.preparation.prepare import Prepared
@@ -294,12 +294,8 @@ def _warn_of_training(trial: _Trial) -> None:
 
 def named(left: Sequence[LeftAlone]) -> str:
     """Say which groups are left alone."""
-    return f"left alone, since they cannot follow: {_listed([repr(group.name) for group in left])}"
-
-
-def _listed(said: Sequence[str]) -> str:
-    more = [f"and {len(said) - _MOST_TOLD} more"] if len(said) > _MOST_TOLD else []
-    return "; ".join([*said[:_MOST_TOLD], *more])
+    said = listed([repr(group.name) for group in left], _MOST_TOLD, "; ")
+    return f"left alone, since they cannot follow: {said}"
 
 
 def _refusal(left: Sequence[LeftAlone], tried: int, request: PruningRequest) -> str:
@@ -314,5 +310,5 @@ def _refusal(left: Sequence[LeftAlone], tried: int, request: PruningRequest) -> 
             them += "; or let the exported program lose them (form='graph', --form graph)"
     else:
         them = f"leave them out (--skip {left[0].name!r}), or let all others go without --strict"
-    reasons = _listed([f"{group.name!r}: {group.reason}" for group in left])
+    reasons = listed([f"{group.name!r}: {group.reason}" for group in left], _MOST_TOLD, "; ")
     return f"nothing was pruned, and nothing was written: {count} {verb} follow: {reasons}; {them}"

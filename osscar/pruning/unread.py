@@ -8,8 +8,7 @@ from collections.abc import Sequence
 from torch import nn
 
 from graph import CouplingGroup, DependencyGraph
-
-_MOST_NAMED = 4
+from osscar.base.printable import listed
 
 
 def warn_of_unread(
@@ -49,12 +48,10 @@ def warn_of_unread(
     ]
     if not found:
         return
-    more = f" and {len(found) - _MOST_NAMED} more" if len(found) > _MOST_NAMED else ""
-    names = ", ".join(map(repr, found[:_MOST_NAMED]))
     warnings.warn(
-        f"the calibration data do not reach {names}{more}, which may read layers that are pruned: "
-        "kept as it is, this may not fit calls that do reach it; leave the layers before it out "
-        "(--skip), or give data that take that way",
+        f"the calibration data do not reach {listed([*map(repr, found)])}, which may read layers "
+        "that are pruned: kept as it is, this may not fit calls that do reach it; leave the layers "
+        "before it out (--skip), or give data that take that way",
         stacklevel=2,
     )
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from osscar.base.printable import counted
+from osscar.base.printable import counted, listed
 from osscar.report.tables import in_bytes, new_table
 
 if TYPE_CHECKING:
@@ -50,11 +50,7 @@ def extrapolated(estimate: Estimate) -> str:
     solved = len({one.source for one in estimate.classes})
     if not told:
         return f"layers: all {solved} were solved"
-    more = f" and {len(told) - _MOST_TOLD} more" if len(told) > _MOST_TOLD else ""
-    return f"layers: {solved} solved; extrapolated {', '.join(told[:_MOST_TOLD])}{more}"
-
-
-_MOST_TOLD = 4
+    return f"layers: {solved} solved; extrapolated {listed(told)}"
 
 
 def between(low: float, high: float | None) -> str:

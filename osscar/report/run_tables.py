@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from graph.groups import CouplingGroup, Slot
+from osscar.base.printable import listed
 from osscar.report.tables import new_table
 from osscar.walk.layer_step import GROWN
 
@@ -85,7 +86,7 @@ def groups_table(groups: Sequence[CouplingGroup], residual: Collection[str] = ()
 
 def _modules(slots: Sequence[Slot]) -> str:
     names = list(dict.fromkeys(_short(slot) for slot in slots))
-    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+    return listed(names)
 
 
 def _short(slot: Slot) -> str:

@@ -11,6 +11,7 @@ from functools import partial
 from torch import nn
 
 from osscar.base.errors import EquivalenceError, ModelError, first_line
+from osscar.base.printable import listed
 from osscar.network.model_state import restored
 from osscar.network.modules import evaluating
 from osscar.shrinking.equivalence import Inputs, prove_equal
@@ -199,17 +200,15 @@ class Feasibility:
 
 _MOST_TRIALS = 64
 _MOST_SECONDS = 120.0
-_MOST_NAMED = 8
 
 
 def _blamed(found: Feasibility) -> str:
     """Say which groups of a refused plan cannot go, and what to do."""
     names = list(found.reasons)
-    shown = ", ".join(map(repr, names[:_MOST_NAMED]))
-    more = f" and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else ""
+    shown = listed([*map(repr, names)], 8)
     them = "them" if len(names) > 1 else "it"
     return (
-        f"What fails is {'among ' if found.spent else ''}the pruning of {shown}{more}: leave "
+        f"What fails is {'among ' if found.spent else ''}the pruning of {shown}: leave "
         f"{them} out (a plan or groups= without {them} in Python, --skip {names[0]!r} on the "
         "command line)"
     )

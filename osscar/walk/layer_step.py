@@ -13,13 +13,12 @@ from torch import Tensor
 
 from graph import CouplingGroup
 from osscar.base.errors import ModelError
+from osscar.base.printable import listed
 from osscar.network.modules import device_of
 from osscar.preparation.consumer import LinearMap
 from osscar.walk.gram import GramAccumulator, pose
 from osscar.walk.regularization import DAMPS, DEFAULT_DAMP, best_regularization
 from solvers import SubsetProblem
-
-_MOST_TOLD = 8
 
 GROWN = 100.0
 """How many times as large as the largest dense weight of a layer that of a refit may be, without
@@ -127,7 +126,7 @@ class LayerStep:
         """
         if self.unread:
             warnings.warn(
-                f"no calibration token is sent to {listed(self.unread)}, whose weights stay as "
+                f"no calibration token is sent to {listed(self.unread, 8)}, whose weights stay as "
                 "they are, but for the units that leave; give more samples",
                 stacklevel=2,
             )
@@ -258,9 +257,3 @@ def _with_silent_rows(consumer: LinearMap, W: Tensor, kept: Sequence[int]) -> Te
     if not len(silent):
         return W
     return W.index_copy(0, silent, consumer.read_weight()[silent])
-
-
-def listed(names: Sequence[str]) -> str:
-    """Return the first of some names, and how many more there are."""
-    more = f" and {len(names) - _MOST_TOLD} more" if len(names) > _MOST_TOLD else ""
-    return ", ".join(names[:_MOST_TOLD]) + more
