@@ -106,10 +106,7 @@ class Axes:
     def unify(self, a: Layout, b: Layout) -> bool:
         """Make two layouts equal, position by position.
 
-        Returns
-        -------
-        bool
-            False if their sizes differ or their boundaries do not align; some of their axes may
+        False if their sizes differ or their boundaries do not align; some of their axes may
             have been related by then, so the caller should freeze both.
         """
         a, b = self.resolve(a), self.resolve(b)
@@ -131,10 +128,7 @@ class Axes:
 
         Axes are factored where a boundary of the new shape falls inside them.
 
-        Returns
-        -------
-        list of Layout or None
-            None if a boundary falls where no axis can be factored.
+        None if a boundary falls where no axis can be factored.
         """
         rest = self.product(layouts)[0]
         if 0 in sizes or self._length(rest) != math.prod(sizes):
@@ -151,10 +145,7 @@ class Axes:
     def cut(self, layout: Layout, position: int) -> tuple[Layout, Layout] | None:
         """Cut a layout in two: the first `position` positions, and the others.
 
-        Returns
-        -------
-        tuple of Layout or None
-            None if the position lies inside an interleaved product.
+        None if the position lies inside an interleaved product.
         """
         before: list[Segment] = []
         after = list(self.resolve(layout))

@@ -27,16 +27,10 @@ from graph.tracing.standalone import Standalone, export_standalone
 class Extent:
     """A dimension of a value, and what stays of it.
 
-    Parameters
-    ----------
-    size
-        How many positions it has in the example.
-    stays
-        Which of them stay, (size,) bool; None if all do.
-    ratio
-        The share that stays, if it is the same whatever the sizes of the inputs are; else None.
-    varies
-        Whether it varies with the sizes of the inputs.
+    size: How many positions it has in the example.
+    stays: Which of them stay, (size,) bool; None if all do.
+    ratio: The share that stays, if it is the same whatever the sizes of the inputs are; else None.
+    varies: Whether it varies with the sizes of the inputs.
     """
 
     size: int
@@ -67,16 +61,9 @@ Extents: TypeAlias = tuple[Extent, ...]
 class TracedProgram:
     """A program with the axes of all of its values.
 
-    Parameters
-    ----------
-    standalone
-        The program.
-    axes, values
-        The layouts, by node.
-    tensors
-        Those of the model's tensors, by name.
-    groups
-        The coupling groups, by their axes.
+    axes, values: The layouts, by node.
+    tensors: Those of the model's tensors, by name.
+    groups: The coupling groups, by their axes.
     """
 
     standalone: Standalone
@@ -90,10 +77,7 @@ class TracedProgram:
 
         Slots of tensors that the program does not read, but code for training does, are nobody's.
 
-        Raises
-        ------
-        UnknownGroupError
-            If there is none, or it must not be pruned.
+        Raises UnknownGroupError if there is none, or it must not be pruned.
         """
         wanted = _locations(slot for slot in slots if slot.tensor not in self.unread)
         for axis, group in self.groups.items():
@@ -118,13 +102,9 @@ class TracedProgram:
     ) -> Staying:
         """Return what stays of every value.
 
-        Parameters
-        ----------
-        kept
-            For the axis of each group that loses units, those that stay.
-        unread
-            Of tensors that the program does not read, which positions of a dimension stay, (size,)
-            bool: no axis tells.
+        kept: For the axis of each group that loses units, those that stay.
+        unread: Of tensors that the program does not read, which positions of a dimension stay,
+            (size,) bool: no axis tells.
         """
         return Staying(self, kept, unread)
 
@@ -141,12 +121,7 @@ def _locations(slots: Iterable[Slot]) -> set[tuple[object, ...]]:
 class Staying:
     """What stays of every value of a program.
 
-    Parameters
-    ----------
-    program
-        The program.
-    kept, unread
-        As `TracedProgram.staying` takes them.
+    kept, unread: As `TracedProgram.staying` takes them.
     """
 
     def __init__(
@@ -237,23 +212,13 @@ def trace_program(
 ) -> TracedProgram:
     """Trace a model as a program of its own, and find the axes of all of its values.
 
-    Parameters
-    ----------
-    model
-        In evaluation mode; left as it was.
-    example
-        Keyword arguments of its forward pass, tensors with two samples or more.
-    left_open
-        Dimensions of the inputs whose sizes are left open where the model does so, 0 among them.
-
-    Raises
-    ------
-    ExampleInputError
-        If an argument is no tensor, or none of that name is taken.
-    TraceError
-        If it cannot be exported, or only for the number of samples in the example.
-    RuleError
-        If a propagation rule is wrong.
+    model: In evaluation mode; left as it was.
+    example: Keyword arguments of its forward pass, tensors with two samples or more.
+    left_open: Dimensions of the inputs whose sizes are left open where the model does so, 0 among
+        them.
+    Raises ExampleInputError if an argument is no tensor, or none of that name is taken.
+    Raises TraceError if it cannot be exported, or only for the number of samples in the example.
+    Raises RuleError if a propagation rule is wrong.
     """
     standalone = export_standalone(model, example, left_open)
     found = propagate(standalone.program, PROGRAM)

@@ -111,17 +111,9 @@ def _factors(
 ) -> Iterator[tuple[int, Occurrence]]:
     """Find the factors of a layout that lies in a dimension.
 
-    Parameters
-    ----------
-    axes
-        The axes.
-    around
-        Where it lies: its offset, the distance of its positions (`inner`), and the factors before
-        it in a product.
-    layout
-        The layout.
-    after
-        The factors after it in that product.
+    around: Where it lies: its offset, the distance of its positions (`inner`), and the factors
+        before it in a product.
+    after: The factors after it in that product.
     """
     offset = around.offset
     for segment in axes.resolve(layout):
@@ -168,10 +160,7 @@ def _beside(
     width, even where the heads themselves must stay.  Otherwise an axis whose size the code infers
     goes before one whose size is written in it, and then the axis with most units wins.
 
-    Returns
-    -------
-    dict of int to Factor
-        For every other axis, how it stands to the chosen one.
+    Returns for every other axis, how it stands to the chosen one.
     """
 
     def rank(axis: int) -> tuple[bool, bool, int, int]:

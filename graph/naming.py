@@ -14,12 +14,8 @@ from graph.propagate import Propagation
 class Factor:
     """How an axis stands to the prunable one with which it makes up a dimension.
 
-    Parameters
-    ----------
-    lead
-        The prunable axis.
-    outer
-        Whether the units of `lead` lie inside this axis, not the other way round.
+    lead: The prunable axis.
+    outer: Whether the units of `lead` lie inside this axis, not the other way round.
     """
 
     lead: int
@@ -32,14 +28,9 @@ class Naming:
     A group is called after the innermost module that holds all of it (``mlp.neurons``).  Where
     several groups would get the same name, each is called after the owner of its first producer.
 
-    Parameters
-    ----------
-    propagation
-        Tells which axes attention runs over, and which operators were called.
-    slots
-        The slots of each group, by axis.
-    factors
-        How an axis stands to another one that was preferred to it.
+    propagation: Tells which axes attention runs over, and which operators were called.
+    slots: The slots of each group, by axis.
+    factors: How an axis stands to another one that was preferred to it.
     """
 
     def __init__(

@@ -65,20 +65,10 @@ def propagate(
 ) -> Propagation:
     """Relate the axes of all tensors of a program.
 
-    Parameters
-    ----------
-    program
-        An exported model.
-    table
-        The rule of each operator.
-    opaque
-        Modules, by qualified name or by class, inside which nothing is related: all that
+    table: The rule of each operator.
+    opaque: Modules, by qualified name or by class, inside which nothing is related: all that
         touches them is frozen.
-
-    Raises
-    ------
-    RuleError
-        If a rule fails, or returns layouts that do not have the shapes of its outputs.
+    Raises RuleError if a rule fails, or returns layouts that do not have the shapes of its outputs.
     """
     return _Walk(program, table, opaque).run()
 

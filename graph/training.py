@@ -29,25 +29,15 @@ def followed_in_training(
 ) -> tuple[tuple[CouplingGroup, ...], frozenset[str], frozenset[str]]:
     """Add to groups the slots of weights that only code for training reads.
 
-    Parameters
-    ----------
-    model, example_inputs, rules, opaque
-        As `graph.trace` takes them.
-    groups
-        The model's groups in evaluation.
-    unread
-        The tensors that evaluation does not read, by name.
-
-    Returns
-    -------
-    tuple of CouplingGroup
-        The same groups.  What reads units in training alone is `Role.ASIDE`, since no example
-        tells what it reads.  Groups that are frozen in training, or whose units are others there
-        or go together with those of another group, are as they were.
-    frozenset of str
-        The parameters of which it remains unknown whether they would have to follow.
-    frozenset of str
-        Of these, what code for training reads beside units, in a way that cannot follow.
+    model, example_inputs, rules, opaque: As `graph.trace` takes them.
+    groups: The model's groups in evaluation.
+    unread: The tensors that evaluation does not read, by name.
+    tuple of CouplingGroup: The same groups.  What reads units in training alone is `Role.ASIDE`,
+        since no example tells what it reads.  Groups that are frozen in training, or whose units
+        are others there or go together with those of another group, are as they were.
+    frozenset of str: The parameters of which it remains unknown whether they would have to follow.
+    frozenset of str: Of these, what code for training reads beside units, in a way that cannot
+        follow.
     """
     # Counters and tables are buffers that most models do not read, and no reason to trace again.
     parameters = frozenset(name for name, tensor in unread.items() if tensor.is_parameter)

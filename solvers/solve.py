@@ -159,10 +159,7 @@ def _moved(problem: SubsetProblem, device: Any) -> SubsetProblem:
 def _checked(name: str, selection: Any, problem: SubsetProblem) -> Selection:
     """Return what a backend answered with, in plain types; `Solution.verify` believes none of it.
 
-    Raises
-    ------
-    BackendError
-        If the answer is none, or not well formed.
+    Raises BackendError if the answer is none, or not well formed.
     """
     if not isinstance(selection, Selection):
         raise BackendError(

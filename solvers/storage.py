@@ -52,11 +52,8 @@ def write(path: str | os.PathLike[str], header: dict[str, Any], tensors: dict[st
 
     The file appears whole or not at all.
 
-    Raises
-    ------
-    ProblemError
-        If the suffix is neither ``.npz`` nor ``.safetensors``, the header is too long, or the file
-        cannot be written.
+    Raises ProblemError if the suffix is neither ``.npz`` nor ``.safetensors``, the header is too
+        long, or the file cannot be written.
     """
     suffix = _known_suffix(path)
     text = json.dumps(header)
@@ -92,10 +89,7 @@ def _remove(partial: Path) -> None:
 def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Read the header and the tensors of a file that `write` wrote.
 
-    Raises
-    ------
-    ProblemError
-        If the file is missing, has another suffix, or is not in that format.
+    Raises ProblemError if the file is missing, has another suffix, or is not in that format.
     """
     suffix = _known_suffix(path)
     try:
@@ -139,12 +133,7 @@ def _read_npz(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, T
 def _read_array(archive: zipfile.ZipFile, info: zipfile.ZipInfo, size: int) -> np.ndarray[Any, Any]:
     """Read one member, having checked that it holds as much as it is about to make us allocate.
 
-    Parameters
-    ----------
-    archive, info
-        The member.
-    size
-        Of the whole file, in bytes.
+    size: Of the whole file, in bytes.
     """
     stored = info.file_size if info.compress_type == zipfile.ZIP_STORED else info.compress_size
     if max(stored, info.compress_size) > size:

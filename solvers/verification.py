@@ -148,13 +148,7 @@ _FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
 
 
 def check_fields(claim: Any, names: Iterable[str] = tuple(_FIELDS)) -> None:
-    """Refuse fields of a solution, or of a selection, of another type or out of their range.
-
-    Raises
-    ------
-    VerificationError
-        Naming the field, its value, and what it must be.
-    """
+    """Refuse fields of a solution, or of a selection, of another type or out of their range."""
     for name in names:
         is_right, expected = _FIELDS[name]
         value = getattr(claim, name, None)
@@ -163,13 +157,7 @@ def check_fields(claim: Any, names: Iterable[str] = tuple(_FIELDS)) -> None:
 
 
 def check_support(problem: SubsetProblem, support: Tensor) -> None:
-    """Refuse a support, (k,) int64, that is not sorted or no choice of `keep` units.
-
-    Raises
-    ------
-    VerificationError
-        Saying why.
-    """
+    """Refuse a support, (k,) int64, that is not sorted or no choice of `keep` units."""
     _require(
         support.device == problem.device,
         f"support is on {support.device}, the problem on {problem.device}",
@@ -198,22 +186,11 @@ def _require(condition: bool, otherwise: str) -> None:
 def verify(solution: Any) -> Verification:
     """Recompute in float64, from the problem alone, what a solution claims.
 
-    Parameters
-    ----------
-    solution
-        A `solvers.Solution`.
-
-    Returns
-    -------
-    Verification
-        The recomputed numbers, and which claims were not recomputed.
-
-    Raises
-    ------
-    VerificationError
-        If a field has a wrong type or range, the problem is ill posed, the support is not feasible,
-        the weights are not the refit on it, the loss is not what they give, the bound lies above
-        the loss or above what its certificate proves, or the status claims more than that.
+    Returns the recomputed numbers, and which claims were not recomputed.
+    Raises VerificationError if a field has a wrong type or range, the problem is ill posed, the
+        support is not feasible, the weights are not the refit on it, the loss is not what they
+        give, the bound lies above the loss or above what its certificate proves, or the status
+        claims more than that.
     """
     check_fields(solution)
     try:
@@ -304,12 +281,8 @@ def _check_exchanges(
     The search's own formula proposes it, and a refit confirms it: near a singular H that formula
     alone would refute honest optima.
 
-    Returns
-    -------
-    gain
-        NaN where no claim could be refuted.
-    proved
-        Whether no exchange gains, whatever rounding can hide; False if that is not claimed.
+    gain: NaN where no claim could be refuted.
+    proved: Whether no exchange gains, whatever rounding can hide; False if that is not claimed.
     """
     if claim.status is not Status.SWAP_OPTIMAL and not _has_bound(claim):
         return math.nan, False

@@ -40,18 +40,11 @@ class TensorInfo:
 class Program:
     """An exported model.
 
-    Parameters
-    ----------
-    nodes
-        The nodes of the graph in execution order.
-    tensors
-        Parameters and buffers by name.
-    holders
-        For each placeholder that stands for one of them, its name.
-    written
-        The placeholders that stand for a tensor in the code.
-    constants
-        For those of them that are a short list of integers, that list.
+    nodes: The nodes of the graph in execution order.
+    tensors: Parameters and buffers by name.
+    holders: For each placeholder that stands for one of them, its name.
+    written: The placeholders that stand for a tensor in the code.
+    constants: For those of them that are a short list of integers, that list.
     """
 
     nodes: tuple[torch.fx.Node, ...]
@@ -66,22 +59,12 @@ def export_model(
 ) -> Program:
     """Export a model in eval mode, on whatever device its parameters are (`meta` included).
 
-    Parameters
-    ----------
-    model
-        Left exactly as it was, training flags and attributes included.
-    example_inputs
-        Positional arguments as a tuple, or keyword arguments as a mapping.
-    training
-        Whether modules of the model's own code are in training; layers of torch never are, which
-        would draw numbers and keep averages.
-
-    Raises
-    ------
-    ExampleInputError
-        If the inputs do not fit the signature of ``model.forward``.
-    TraceError
-        If the model cannot be exported.
+    model: Left exactly as it was, training flags and attributes included.
+    example_inputs: Positional arguments as a tuple, or keyword arguments as a mapping.
+    training: Whether modules of the model's own code are in training; layers of torch never are,
+        which would draw numbers and keep averages.
+    Raises ExampleInputError if the inputs do not fit the signature of ``model.forward``.
+    Raises TraceError if the model cannot be exported.
     """
     args, kwargs = _bind(model, example_inputs)
     exported = run_export(model, args, kwargs, training=training)
@@ -115,19 +98,11 @@ def run_export(
 ) -> torch.export.ExportedProgram:
     """Call `torch.export` on a model in eval mode, which is left as it was.
 
-    Parameters
-    ----------
-    model, args, kwargs
-        What is called.
-    dynamic
-        Which sizes of the inputs may differ from those of the example, as `torch.export` has it.
-    training
-        As of `export_model`.
-
-    Raises
-    ------
-    TraceError
-        If the model cannot be exported.
+    model, args, kwargs: What is called.
+    dynamic: Which sizes of the inputs may differ from those of the example, as `torch.export` has
+        it.
+    training: As of `export_model`.
+    Raises TraceError if the model cannot be exported.
     """
     with (
         preserved(model),

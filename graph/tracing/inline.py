@@ -15,10 +15,7 @@ _WRAPPERS = ("wrap_with_autocast", "wrap_with_set_grad_enabled")
 def inlined(module: GraphModule) -> Graph:
     """Return the graph of a module with the graphs called under a mode in place of their calls.
 
-    Parameters
-    ----------
-    module
-        As exported; it is not changed.
+    module: As exported; it is not changed.
     """
     if not any(_is_wrapper(node) for node in module.graph.nodes):
         return module.graph

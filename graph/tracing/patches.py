@@ -125,10 +125,7 @@ def _no_dump() -> Iterator[None]:
 def shapes_alone(mode: Any) -> Iterator[Any]:
     """Be in a mode in which torch computes shapes, whose logger prints no errors meanwhile.
 
-    Parameters
-    ----------
-    mode
-        A `FakeTensorMode`.
+    mode: A `FakeTensorMode`.
     """
     logger, thread = logging.getLogger("torch._subclasses.fake_tensor"), threading.get_ident()
 
@@ -170,10 +167,7 @@ def assignments_told(listener: _Listener) -> Iterator[None]:
     before and after; Python looks `__setattr__` up in the class, and a class of its own for each
     module would be seen by code that compares classes.
 
-    Parameters
-    ----------
-    listener
-        Called with the module and the name of the attribute.
+    listener: Called with the module and the name of the attribute.
     """
     with _ASSIGNMENTS:
         _listeners.append(listener)

@@ -23,10 +23,7 @@ def preserved(model: torch.nn.Module) -> Iterator[None]:
     attributes are restored by identity, and the contents of containers in them, however nested.
     Tensors are not copied.
 
-    Parameters
-    ----------
-    model
-        The model, and all modules that its modules hold, registered or not.
+    model: The model, and all modules that its modules hold, registered or not.
     """
     contents = Contents.of(model)
     try:
@@ -105,10 +102,7 @@ def forget_derived(model: torch.nn.Module) -> None:
     A module that keeps such values, as position biases of attention by device, drops them when it
     is moved or converted, which it learns of by its `_apply`.
 
-    Warns
-    -----
-    UserWarning
-        If a module refuses, which then keeps them.
+    Warns UserWarning if a module refuses, which then keeps them.
     """
     for name, module in model.named_modules():
         if type(module)._apply is torch.nn.Module._apply or not _keeps_tensors(module):
@@ -170,12 +164,8 @@ def caching(model: torch.nn.Module) -> dict[str, Any]:
 def cache_as(pruned: torch.nn.Module, model: torch.nn.Module) -> None:
     """Let a model that was made while caches were off use them as another one does.
 
-    Parameters
-    ----------
-    pruned
-        Changed in place.
-    model
-        With modules of the same names.
+    pruned: Changed in place.
+    model: With modules of the same names.
     """
     theirs = caching(model)
     for name, mine in caching(pruned).items():

@@ -35,17 +35,11 @@ _NO_CHANGE = ("_assert_tensor_metadata",)
 class Standalone:
     """A traced model that runs without the code it was traced from.
 
-    Parameters
-    ----------
-    module
-        Holds every tensor that the graph reads under the name that it has in the model, the
+    module: Holds every tensor that the graph reads under the name that it has in the model, the
         model's own tensors and not copies; its nodes are those of the program.
-    program
-        The same as the rules read it, sizes as in the example.
-    names
-        Of its arguments, in order.
-    structure
-        What its outputs, a flat list in the graph, are put together to.
+    program: The same as the rules read it, sizes as in the example.
+    names: Of its arguments, in order.
+    structure: What its outputs, a flat list in the graph, are put together to.
     """
 
     module: GraphModule
@@ -59,21 +53,12 @@ def export_standalone(
 ) -> Standalone:
     """Trace a model for any number of samples, and for other sizes where it is made for them.
 
-    Parameters
-    ----------
-    model
-        In evaluation mode; left as it was.
-    example
-        Keyword arguments of its forward pass, tensors with two samples or more.
-    left_open
-        Dimensions of the inputs whose sizes are left open where the model does so, 0 among them.
-
-    Raises
-    ------
-    ExampleInputError
-        If an argument is no tensor, or none of that name is taken.
-    TraceError
-        If it cannot be exported, or only for the number of samples in the example.
+    model: In evaluation mode; left as it was.
+    example: Keyword arguments of its forward pass, tensors with two samples or more.
+    left_open: Dimensions of the inputs whose sizes are left open where the model does so, 0 among
+        them.
+    Raises ExampleInputError if an argument is no tensor, or none of that name is taken.
+    Raises TraceError if it cannot be exported, or only for the number of samples in the example.
     """
     inputs = _in_order(model, example)
     auto: Any = Dim.AUTO

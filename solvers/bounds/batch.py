@@ -34,22 +34,13 @@ _TOLERANCE = 1e-3
 class TermsBatch:
     """The terms of the free units of b nodes; padding comes last.
 
-    Parameters
-    ----------
-    consumers
-        A, (b, n w, n w), and W, (b, n w, m), of each.
-    constant
-        Loss with all units kept.
-    rounding
-        What rounding can have done, here and where a claim is checked.
-    units
-        The free units as the problem numbers them, (b, n) int64; arbitrary for padding.
-    free
-        Which are no padding, (b, n) bool.
-    spent
-        What the units that were removed already cost, (b,).
-    removals
-        How many of the free units have to go, (b,) int64.
+    consumers: A, (b, n w, n w), and W, (b, n w, m), of each.
+    constant: Loss with all units kept.
+    rounding: What rounding can have done, here and where a claim is checked.
+    units: The free units as the problem numbers them, (b, n) int64; arbitrary for padding.
+    free: Which are no padding, (b, n) bool.
+    spent: What the units that were removed already cost, (b,).
+    removals: How many of the free units have to go, (b,) int64.
     """
 
     consumers: tuple[ConsumerRemoval, ...]
@@ -64,12 +55,8 @@ class TermsBatch:
     def of(cls, root: RemovalTerms, sides: Tensor) -> TermsBatch:
         """Condition the terms of a whole problem on what each node has decided.
 
-        Parameters
-        ----------
-        root
-            All n units of the problem.
-        sides
-            (b, n), `FREE`, `REMOVED` or `KEPT`.
+        root: All n units of the problem.
+        sides: (b, n), `FREE`, `REMOVED` or `KEPT`.
         """
         free, removed = _Positions.of(sides == FREE), _Positions.of(sides == REMOVED)
         parts = [_condition(consumer, removed, free) for consumer in root.consumers]
@@ -115,10 +102,7 @@ class TermsBatch:
     def cheapest(self, free: int, removals: int) -> tuple[Tensor, Tensor]:
         """Return the least cost, (b,), and the places that give it, (b, r), by enumeration.
 
-        Parameters
-        ----------
-        free, removals
-            The same number of free units, and of those that have to go, in every node.
+        free, removals: The same number of free units, and of those that have to go, in every node.
         """
         choices = torch.tensor(list(combinations(range(free), removals)), dtype=torch.int64)
         choices = choices.view(math.comb(free, removals), removals).to(self.units.device)
@@ -132,12 +116,8 @@ class TermsBatch:
 class _Positions:
     """The places of the true entries of each row of a mask, padded to the same number.
 
-    Parameters
-    ----------
-    index
-        (b, c) int64.
-    valid
-        (b, c) bool; false for padding.
+    index: (b, c) int64.
+    valid: (b, c) bool; false for padding.
     """
 
     index: Tensor
@@ -197,17 +177,11 @@ def _entries(values: Tensor, valid: Tensor) -> Tensor:
 class BoundBatch:
     """Certified bounds of ``2 a'x - x'Q x`` in b nodes, as `QuadraticBound` has one.
 
-    Parameters
-    ----------
-    cost
-        The bounds, with what rounding can have done to them taken off, (b,).
-    slopes, ordered
-        Reduced costs of the units and the same in order, (b, n); infinite for padding.
-    q, point
-        Diagonal and point of the linearization, (b, n); points are float32 numbers, which is how a
-        certificate keeps them.
-    growth
-        q relative to ``shape * diag(Q)``, (b,); 1 where it is no multiple of that.
+    cost: The bounds, with what rounding can have done to them taken off, (b,).
+    slopes, ordered: Reduced costs of the units and the same in order, (b, n); infinite for padding.
+    q, point: Diagonal and point of the linearization, (b, n); points are float32 numbers, which is
+        how a certificate keeps them.
+    growth: q relative to ``shape * diag(Q)``, (b,); 1 where it is no multiple of that.
     """
 
     cost: Tensor
@@ -242,14 +216,9 @@ class BoundBatch:
 def bound_nodes(terms: TermsBatch, share: Tensor, shape: Tensor, steps: int) -> BoundBatch:
     """Bound the cost of the free units of every node by common multipliers.
 
-    Parameters
-    ----------
-    terms
-        Nodes in which at least one unit is free to go and one to stay.
-    share, shape
-        What the multipliers are computed from, (b, n); arbitrary for padding.
-    steps
-        The most gradient steps in the minimization over the polytope.
+    terms: Nodes in which at least one unit is free to go and one to stay.
+    share, shape: What the multipliers are computed from, (b, n); arbitrary for padding.
+    steps: The most gradient steps in the minimization over the polytope.
     """
     free, r = terms.free, terms.removals
     share, shape = torch.where(free, share, 1.0), torch.where(free, shape, 1.0)

@@ -40,20 +40,12 @@ _POINT_TOLERANCE = 1e-4
 class QuadraticBound:
     """A certified bound: linearization at `point` with the diagonal `q`.
 
-    Parameters
-    ----------
-    a, Q
-        The function ``2 a'x - x'Q x``.
-    removals
-        r, the number of ones.
-    q
-        Diagonal with ``Diag(q) >= Q``.
-    point
-        Where the convex function is linearized, (n,), in the polytope.
-    magnitudes
-        Of what a and Q were summed up of.
-    margin
-        By which share q has to dominate, so that it does in anyone's arithmetic.
+    a, Q: The function ``2 a'x - x'Q x``.
+    removals: r, the number of ones.
+    q: Diagonal with ``Diag(q) >= Q``.
+    point: Where the convex function is linearized, (n,), in the polytope.
+    magnitudes: Of what a and Q were summed up of.
+    margin: By which share q has to dominate, so that it does in anyone's arithmetic.
     """
 
     a: Tensor
@@ -117,12 +109,8 @@ def largest_eigenvalue(matrix: Tensor) -> float:
 def minimize(bound: QuadraticBound, steps: int) -> QuadraticBound:
     """Move `point` towards the minimizer of the convex function.
 
-    Parameters
-    ----------
-    bound
-        Where to start.
-    steps
-        The most steps; one costs a product with Q.
+    bound: Where to start.
+    steps: The most steps; one costs a product with Q.
     """
     weight, total = 1 / bound.q[None], bound.q.new_tensor([bound.removals])
 
@@ -137,12 +125,8 @@ def minimize(bound: QuadraticBound, steps: int) -> QuadraticBound:
 def tighten(bound: QuadraticBound, steps: int) -> QuadraticBound:
     """Improve q and `point` together, by barrier steps for q between minimizations over x.
 
-    Parameters
-    ----------
-    bound
-        Where to start; the better of it and of what is found is returned.
-    steps
-        The most steps of each minimization.
+    bound: Where to start; the better of it and of what is found is returned.
+    steps: The most steps of each minimization.
     """
     best, current = bound, bound
     for barrier in _BARRIERS:

@@ -19,19 +19,12 @@ _FIRST_SHAPE = 1.25
 class Effort:
     """How hard to try.
 
-    Parameters
-    ----------
-    rounds
-        The most updates of the multipliers; each costs a Cholesky factorization and p^2 m.
-    steps
-        The most gradient steps in each minimization over the polytope.
-    tighten
-        Whether to optimize the diagonal as well, by barrier steps that cost n^3 each.
-    repeat
-        Whether to update the multipliers for the optimized diagonal, and optimize it again: pays
-        for few units, and doubles the time.
-    progress
-        Stop updating when a round raises the bound of the cost by less than this share of it.
+    rounds: The most updates of the multipliers; each costs a Cholesky factorization and p^2 m.
+    steps: The most gradient steps in each minimization over the polytope.
+    tighten: Whether to optimize the diagonal as well, by barrier steps that cost n^3 each.
+    repeat: Whether to update the multipliers for the optimized diagonal, and optimize it again:
+        pays for few units, and doubles the time.
+    progress: Stop updating when a round raises the bound of the cost by less than this share of it.
     """
 
     rounds: int = 6
@@ -45,15 +38,9 @@ class Effort:
 class Relaxation:
     """A bound for the supports that the terms leave open.
 
-    Parameters
-    ----------
-    terms
-        What was relaxed.
-    share, shape
-        What the multipliers were computed from, (n,) each: how likely each free unit is removed,
-        and the diagonal q relative to that of Q.
-    bound
-        The bound of the cost of removing ``terms.removals`` free units.
+    share, shape: What the multipliers were computed from, (n,) each: how likely each free unit is
+        removed, and the diagonal q relative to that of Q.
+    bound: The bound of the cost of removing ``terms.removals`` free units.
     """
 
     terms: RemovalTerms
@@ -96,17 +83,10 @@ def relax(
 ) -> Relaxation:
     """Bound the loss of every support that `terms` leave open.
 
-    Parameters
-    ----------
-    terms
-        At least one unit is free to go and one to stay.
-    effort
-        How hard to try.
-    start
-        The share and shape of a `Relaxation` to start from; by default those units are favoured
+    terms: At least one unit is free to go and one to stay.
+    start: The share and shape of a `Relaxation` to start from; by default those units are favoured
         that cost least if they alone are removed.
-    cutoff
-        Stop as soon as the bound reaches this loss.
+    cutoff: Stop as soon as the bound reaches this loss.
     """
     best = _alternate(terms, effort, *(start or _cold_start(terms)), cutoff)
     if effort.tighten and best.value < cutoff:

@@ -34,16 +34,10 @@ from solvers.problem import Consumer, SubsetProblem
 class ConsumerRemoval:
     """One consumer's A and W; `multipliers` and `aggregate` take batches of them as well.
 
-    Parameters
-    ----------
-    A
-        Inverse Hessian, (..., n w, n w), units in order.
-    W
-        Refit with all units kept, (..., n w, m).
-    width
-        Rows w of each unit.
-    unit
-        Rounding of the sums in `aggregate`, relative to the sums of magnitudes.
+    A: Inverse Hessian, (..., n w, n w), units in order.
+    W: Refit with all units kept, (..., n w, m).
+    width: Rows w of each unit.
+    unit: Rounding of the sums in `aggregate`, relative to the sums of magnitudes.
     """
 
     A: Tensor
@@ -119,18 +113,11 @@ class ConsumerRemoval:
 class RemovalTerms:
     """The terms of all consumers, for the units that are still free.
 
-    Parameters
-    ----------
-    consumers
-        A and W of each.
-    constant
-        Loss with all units kept.
-    removals
-        How many of the free units have to be removed.
-    units
-        The free units as the problem numbers them, (n,) int64.
-    rounding
-        What rounding can have done, here and where a claim is checked.
+    consumers: A and W of each.
+    constant: Loss with all units kept.
+    removals: How many of the free units have to be removed.
+    units: The free units as the problem numbers them, (n,) int64.
+    rounding: What rounding can have done, here and where a claim is checked.
     """
 
     consumers: tuple[ConsumerRemoval, ...]
@@ -167,10 +154,7 @@ class RemovalTerms:
     def certified(self, cost: float) -> float:
         """Turn a lower bound of the cost into one of the exact loss.
 
-        Parameters
-        ----------
-        cost
-            As computed, less what `Magnitudes.lost` says.
+        cost: As computed, less what `Magnitudes.lost` says.
         """
         computed = torch.tensor(cost, dtype=torch.float64)
         return float(self.rounding.certified(self.constant, computed))

@@ -58,10 +58,7 @@ class Certificate(Protocol):
     def bound(self, problem: SubsetProblem) -> float:
         """Recompute the lower bound from the problem.
 
-        Raises
-        ------
-        VerificationError
-            If the evidence does not prove any bound.
+        Raises VerificationError if the evidence does not prove any bound.
         """
 
 
@@ -72,10 +69,7 @@ class EnumerationCertificate:
     def bound(self, problem: SubsetProblem) -> float:
         """Return the least loss of all supports, in float64; takes as long as the search did.
 
-        Raises
-        ------
-        VerificationError
-            If there are more than 20,000 supports.
+        Raises VerificationError if there are more than 20,000 supports.
         """
         n, removals = problem.units, problem.units - problem.keep
         if not math.comb(n, removals) <= _MOST_SUPPORTS:
@@ -98,15 +92,10 @@ class EnumerationCertificate:
 class MultiplierCertificate:
     """A point of the relaxation, from which the bound of the module's text follows.
 
-    Parameters
-    ----------
-    share, shape
-        (n,) in (0, 1] and (n,) positive; they stand for ``Y = inv(A + shape (1/share - 1) o
-        blockdiag(A)) A G / share``.
-    q
-        Diagonal, (n,), positive.
-    point
-        x, (n,), in [0, 1].
+    share, shape: (n,) in (0, 1] and (n,) positive; they stand for ``Y = inv(A + shape (1/share - 1)
+        o blockdiag(A)) A G / share``.
+    q: Diagonal, (n,), positive.
+    point: x, (n,), in [0, 1].
     """
 
     share: Tensor
@@ -117,10 +106,8 @@ class MultiplierCertificate:
     def bound(self, problem: SubsetProblem) -> float:
         """Recompute the lower bound from the problem, in float64.
 
-        Raises
-        ------
-        VerificationError
-            If a number is out of its range, or ``Diag(q) - Q`` is not positive semidefinite.
+        Raises VerificationError if a number is out of its range, or ``Diag(q) - Q`` is not positive
+            semidefinite.
         """
         inverses = Inverses.of(problem)
         return inverses.proved(float(self.linearization(inverses, problem.keep).value))
@@ -149,13 +136,7 @@ class MultiplierCertificate:
 
 
 def check_numbers(name: str, value: Any, size: tuple[int, ...], device: torch.device) -> None:
-    """Refuse what is no tensor of finite numbers of this size and device.
-
-    Raises
-    ------
-    VerificationError
-        Naming the field.
-    """
+    """Refuse what is no tensor of finite numbers of this size and device."""
     if not isinstance(value, Tensor) or value.device != device:
         raise VerificationError(f"the {name} must be a tensor on {device}")
     if tuple(value.shape) != size or not bool(torch.isfinite(value).all()):
@@ -163,13 +144,7 @@ def check_numbers(name: str, value: Any, size: tuple[int, ...], device: torch.de
 
 
 def check_point(owner: str, point: Tensor) -> None:
-    """Refuse a point outside of the unit cube: far away, a tangent is all rounding.
-
-    Raises
-    ------
-    VerificationError
-        Naming whose point it is.
-    """
+    """Refuse a point outside of the unit cube: far away, a tangent is all rounding."""
     if not (float(point.min()) >= 0 and float(point.max()) <= 1):
         raise VerificationError(f"the {owner}'s point must be in [0, 1]")
 
@@ -182,18 +157,12 @@ def _spelled(size: tuple[int, ...]) -> str:
 class Inverses:
     """``A`` and ``A G`` of every consumer, the rows ordered by unit.
 
-    Parameters
-    ----------
-    consumers
-        A, (n w, n w), and A G, (n w, m), of each, with the rows w of its units; short units are
-        filled up with rows of the unit matrix and of zeros, which add nothing anywhere, and more
-        than n w responses are rotated into n w.
-    constant
-        ``e - tr(G' A G)``, summed over the consumers: the loss with all units kept.
-    units
-        Their number n.
-    rounding
-        How far A, A G and the constant can be from the exact ones.
+    consumers: A, (n w, n w), and A G, (n w, m), of each, with the rows w of its units; short units
+        are filled up with rows of the unit matrix and of zeros, which add nothing anywhere, and
+        more than n w responses are rotated into n w.
+    constant: ``e - tr(G' A G)``, summed over the consumers: the loss with all units kept.
+    units: Their number n.
+    rounding: How far A, A G and the constant can be from the exact ones.
     """
 
     consumers: tuple[tuple[Tensor, Tensor, int], ...]
@@ -226,10 +195,7 @@ class Inverses:
     def proved(self, loss: float) -> float:
         """Turn a lower bound of the losses that A and A G give into one of the exact losses.
 
-        Raises
-        ------
-        VerificationError
-            If it is no finite number.
+        Raises VerificationError if it is no finite number.
         """
         if not (math.isfinite(loss) and math.isfinite(self.constant)):
             raise VerificationError(f"the certificate proves {loss}, which is no bound")
@@ -267,14 +233,9 @@ class Inverses:
 class _ConditionedNodes:
     """What is left of a problem in b nodes that each leave f units free.
 
-    Parameters
-    ----------
-    consumers
-        Conditioned A, (b, f w, f w), and A G, (b, f w, m), of each, and w.
-    spent
-        Loss of the units that go, with all free ones kept, (b,).
-    unit
-        Rounding of the sums that evaluate a bound, relative to the sum of their magnitudes.
+    consumers: Conditioned A, (b, f w, f w), and A G, (b, f w, m), of each, and w.
+    spent: Loss of the units that go, with all free ones kept, (b,).
+    unit: Rounding of the sums that evaluate a bound, relative to the sum of their magnitudes.
     """
 
     consumers: tuple[tuple[Tensor, Tensor, int], ...]
@@ -308,10 +269,8 @@ class _ConditionedNodes:
     ) -> Linearization:
         """Evaluate the bound of the module's text in every node.
 
-        Raises
-        ------
-        VerificationError
-            If ``Diag(q) - Q`` is not positive semidefinite in some node, or numbers overflow.
+        Raises VerificationError if ``Diag(q) - Q`` is not positive semidefinite in some node, or
+            numbers overflow.
         """
         a, Q, magnitudes = terms
         P = -Q
@@ -347,12 +306,8 @@ class _ConditionedNodes:
 class Linearization:
     """Lower bounds of the loss in b nodes.
 
-    Parameters
-    ----------
-    value
-        Of every support below the node, (b,).
-    goes, stays
-        Of those in which one free unit goes, or stays, (b, f) each.
+    value: Of every support below the node, (b,).
+    goes, stays: Of those in which one free unit goes, or stays, (b, f) each.
     """
 
     value: Tensor

@@ -50,22 +50,14 @@ _MOST_SUPPORTS = 1000
 class TreeCertificate:
     """The t nodes that a search has bounded; parents come before their children.
 
-    Parameters
-    ----------
-    root
-        The linearization of the first node, or None if that is enumerated.
-    shape
-        (n,), positive: what the multipliers and q of all nodes but the root are scaled by.
-    parent
-        The place of each node's parent, (t,) int64; -1 for the first.
-    sides
-        `FREE`, `REMOVED` or `KEPT`, (t, n) int8.
-    share, point
-        What each node's multipliers are computed from, and where it is linearized
+    root: The linearization of the first node, or None if that is enumerated.
+    shape: (n,), positive: what the multipliers and q of all nodes but the root are scaled by.
+    parent: The place of each node's parent, (t,) int64; -1 for the first.
+    sides: `FREE`, `REMOVED` or `KEPT`, (t, n) int8.
+    share, point: What each node's multipliers are computed from, and where it is linearized
         (`MultiplierCertificate`): (t, n) in [0, 1], of any floating format; of no effect where
         units are not free.
-    growth
-        (t,): a node's q is ``growth * shape * diag(Q)``; 0 if it is to be enumerated.
+    growth: (t,): a node's q is ``growth * shape * diag(Q)``; 0 if it is to be enumerated.
     """
 
     root: MultiplierCertificate | None
@@ -79,10 +71,8 @@ class TreeCertificate:
     def bound(self, problem: SubsetProblem) -> float:
         """Recompute the lower bound from the problem, in float64; takes as long as the search did.
 
-        Raises
-        ------
-        VerificationError
-            If this is not a tree of nodes of this problem, or a node's q does not dominate.
+        Raises VerificationError if this is not a tree of nodes of this problem, or a node's q does
+            not dominate.
         """
         self._check_nodes(problem)
         self._check_children()

@@ -15,11 +15,6 @@ class Aligned:
     A unit with fewer rows than the widest is filled up with rows that are decoupled from all
     others and have no correlation with the target, which changes no loss.  Nothing is copied but
     what is asked for.
-
-    Parameters
-    ----------
-    consumer
-        The consumer.
     """
 
     def __init__(self, consumer: Consumer) -> None:

@@ -54,12 +54,8 @@ _NO_DIGITS = 1e-4
 class Removal:
     """One step of an elimination.
 
-    Parameters
-    ----------
-    unit
-        The unit that left.
-    loss
-        By how much the loss rose.
+    unit: The unit that left.
+    loss: By how much the loss rose.
     """
 
     unit: int
@@ -71,12 +67,8 @@ def eliminate(problem: SubsetProblem, count: int) -> list[Removal]:
 
     The order and the losses are exact: those of a fresh factorization after each removal.
 
-    Parameters
-    ----------
-    problem
-        The problem; what it wants to keep plays no role.
-    count
-        How many units to remove; less than all.
+    problem: The problem; what it wants to keep plays no role.
+    count: How many units to remove; less than all.
     """
     removals: list[Removal] = []
     front = _Elimination(problem, torch.arange(problem.units, device=problem.device))
@@ -388,14 +380,9 @@ class _ConsumerElimination:
 class _RowCache:
     """Rows of A and of K, pending removals left out, of some units.
 
-    Parameters
-    ----------
-    units
-        (u,) int64.
-    sizes
-        The traces of their blocks of K when these were multiplied out, (u,).
-    A, K
-        Their rows, (u w, n w).
+    units: (u,) int64.
+    sizes: The traces of their blocks of K when these were multiplied out, (u,).
+    A, K: Their rows, (u w, n w).
     """
 
     units: Tensor

@@ -35,23 +35,11 @@ class ConsumerState:
     Each unit has its place in them.  Those in S came first when they were factorized, and still do
     as long as every exchange lets as many enter as leave.
 
-    Parameters
-    ----------
-    consumer
-        The consumer.
-    kept
-        (n,) bool, the units in S.
-
-    Attributes
-    ----------
-    N, U
-        As in the text above, (n w, n w) and (n w, m) float64 or narrower, rows by place.
-    width
-        Rows w of each unit.
-    kept
-        (n,) bool, the units in S.
-    N_blocks, K_blocks
-        Diagonal blocks of N and K, (n, w, w), by unit.
+    kept: (n,) bool, the units in S.
+    N, U: As in the text above, (n w, n w) and (n w, m) float64 or narrower, rows by place.
+    width: Rows w of each unit.
+    kept: (n,) bool, the units in S.
+    N_blocks, K_blocks: Diagonal blocks of N and K, (n, w, w), by unit.
     """
 
     N_blocks: Tensor
@@ -96,10 +84,7 @@ class ConsumerState:
         A sweep of units changes the rows and columns of others by what these have in common with
         it, so that a principal block follows from itself.  Losses cannot be asked of it.
 
-        Parameters
-        ----------
-        units
-            (u,) int64, numbered in this order; products can be kept where those in S come first.
+        units: (u,) int64, numbered in this order; products can be kept where those in S come first.
         """
         made = object.__new__(ConsumerState)
         at = self._at(units)
@@ -147,10 +132,7 @@ class ConsumerState:
     def sweep(self, units: Tensor) -> None:
         """Move the given units to the other side of the support.
 
-        Parameters
-        ----------
-        units
-            (u,) int64; those inside leave and those outside enter.
+        units: (u,) int64; those inside leave and those outside enter.
         """
         at, inside = self._at(units), self.kept[units]
         sign = torch.where(inside, -1.0, 1.0).to(self.U).repeat_interleave(self.width)
@@ -197,10 +179,7 @@ class ConsumerState:
     def column_sizes(self, D: Tensor) -> Tensor:
         """Return the blocks of ``N_:S D D N_S:``, (n, w, w), by unit.
 
-        Parameters
-        ----------
-        D
-            A number for each row, (n w,), by unit; zero for those not in S.
+        D: A number for each row, (n w,), by unit; zero for those not in S.
         """
         n, w = len(self._place), self.width
         weights = torch.empty_like(D)
@@ -248,14 +227,8 @@ def _inverse(A: Tensor) -> Tensor:
 class PivotState:
     """The states of all consumers of a problem, on one support.
 
-    Parameters
-    ----------
-    problem
-        The problem that is being solved.
-    consumers
-        One state for each of its consumers.
-    kept
-        (n,) bool, the units in the support.
+    consumers: One state for each of its consumers.
+    kept: (n,) bool, the units in the support.
     """
 
     problem: SubsetProblem
@@ -298,10 +271,7 @@ class PivotState:
     def part(self, units: Tensor) -> PivotState:
         """Return the state of some units alone, in which these may be exchanged.
 
-        Parameters
-        ----------
-        units
-            (u,) int64; products can be kept where those in the support come first.
+        units: (u,) int64; products can be kept where those in the support come first.
         """
         parts = tuple(state.part(units) for state in self.consumers)
         return PivotState(self.problem, parts, self.kept[units])

@@ -42,12 +42,9 @@ _PASS_ROWS = 64
 class Swap:
     """An exchange and what it gains.
 
-    Parameters
-    ----------
-    leave, enter
-        The unit that leaves the support and the one that enters; -1 where there is no pair.
-    gain
-        By how much the loss falls; negative if it rises.
+    leave, enter: The unit that leaves the support and the one that enters; -1 where there is no
+        pair.
+    gain: By how much the loss falls; negative if it rises.
     """
 
     leave: int
@@ -56,13 +53,7 @@ class Swap:
 
 
 def best_swap(state: PivotState) -> Swap:
-    """Return the exchange that lowers the loss most, over all pairs.
-
-    Parameters
-    ----------
-    state
-        A state; not changed.
-    """
+    """Return the exchange that lowers the loss most, over all pairs."""
     return _most(state, lambda leave, enter: swap_gains(state, leave, enter))
 
 
@@ -70,13 +61,9 @@ def best_swap(state: PivotState) -> Swap:
 class Candidates:
     """Units whose exchanges gain most.
 
-    Parameters
-    ----------
-    units
-        Those that may leave and as many that may enter, (u,) int64, the best of each side first:
+    units: Those that may leave and as many that may enter, (u,) int64, the best of each side first:
         these two are the best exchange of all.
-    gain
-        What that gains.
+    gain: What that gains.
     """
 
     units: Tensor
@@ -86,12 +73,7 @@ class Candidates:
 def candidates(state: PivotState, count: int) -> Candidates:
     """Return the units whose best exchanges, of all pairs, gain most.
 
-    Parameters
-    ----------
-    state
-        A state; not changed.
-    count
-        How many of those that may leave, and as many of those that may enter; one each are those
+    count: How many of those that may leave, and as many of those that may enter; one each are those
         of `best_swap`.
     """
     removed = state.removed
@@ -118,10 +100,7 @@ def candidates(state: PivotState, count: int) -> Candidates:
 def possible_gain(state: PivotState) -> float:
     """Return by how much some exchange may lower the loss, with what rounding can hide of it.
 
-    Parameters
-    ----------
-    state
-        A state as sound as one just factorized on its support; not changed.
+    state: A state as sound as one just factorized on its support; not changed.
     """
     reaches = [
         _Reach.of(part, consumer)
@@ -160,12 +139,7 @@ def _tiles(
 def swap_gains(state: PivotState, leave: Tensor, enter: Tensor) -> Tensor:
     """Return the gain of each pair, (len(leave), len(enter)).
 
-    Parameters
-    ----------
-    state
-        A state; not changed.
-    leave, enter
-        Units inside and outside of its support, int64.
+    leave, enter: Units inside and outside of its support, int64.
     """
     return _total(
         (_scalar_gains if consumer.width == 1 else _block_gains)(consumer, leave, enter)
@@ -198,16 +172,10 @@ def _block_gains(state: ConsumerState, leave: Tensor, enter: Tensor) -> Tensor:
 class _Pairs:
     """The blocks of the text above, for l units that leave and e that enter.
 
-    Parameters
-    ----------
-    Schur, residual
-        ``s + F A_ii F'`` and ``(R_j + F W_i)(R_j + F W_i)'``, (l, e, w, w) each.
-    half
-        ``B N_ij``, (l, e, w, w), for an ``inv(A_ii) = B'B``.
-    inverse
-        ``inv(A_ii)``, (l, w, w).
-    loss
-        What it costs that each unit leaves, (l,).
+    Schur, residual: ``s + F A_ii F'`` and ``(R_j + F W_i)(R_j + F W_i)'``, (l, e, w, w) each.
+    half: ``B N_ij``, (l, e, w, w), for an ``inv(A_ii) = B'B``.
+    inverse: ``inv(A_ii)``, (l, w, w).
+    loss: What it costs that each unit leaves, (l,).
     """
 
     Schur: Tensor
@@ -237,20 +205,12 @@ class _Pairs:
 class _Reach:
     """How large an exchange can make the refit W of one consumer, each row scaled by D.
 
-    Parameters
-    ----------
-    state
-        N and K.
-    size
-        ``|D W|`` before the exchange.
-    columns
-        Blocks of ``N_:S D D N_S:``, (n, w, w): what a unit's column of N moves.
-    own
-        The largest entry of D in the rows of each unit, (n,).
-    root
-        Root of the loss of the empty support, which no ``|G_i|`` exceeds, scaled by D.
-    unit
-        Rounding, relative to squares of the size.
+    state: N and K.
+    size: ``|D W|`` before the exchange.
+    columns: Blocks of ``N_:S D D N_S:``, (n, w, w): what a unit's column of N moves.
+    own: The largest entry of D in the rows of each unit, (n,).
+    root: Root of the loss of the empty support, which no ``|G_i|`` exceeds, scaled by D.
+    unit: Rounding, relative to squares of the size.
     """
 
     state: ConsumerState

@@ -28,19 +28,9 @@ from solvers.problem import NO_ROW, Consumer, SubsetProblem
 def borderline_window(problem: SubsetProblem, support: Tensor, size: int) -> Tensor:
     """Return the units closest to changing sides, about half of them kept.
 
-    Parameters
-    ----------
-    problem
-        The whole problem.
-    support
-        A feasible choice, (k,) int64.
-    size
-        Units wanted, at most those of the problem.
-
-    Returns
-    -------
-    Tensor
-        Kept units that cost least to remove and removed ones that gain most if added, (size,).
+    support: A feasible choice, (k,) int64.
+    size: Units wanted, at most those of the problem.
+    Returns kept units that cost least to remove and removed ones that gain most if added, (size,).
     """
     state = PivotState.on_support(problem, support)
     kept = state.support[state.removal_losses()[state.support].argsort()]
@@ -53,16 +43,9 @@ def random_window(
 ) -> Tensor:
     """Return units drawn at random, about half of them kept.
 
-    Parameters
-    ----------
-    problem
-        The whole problem.
-    support
-        A feasible choice, (k,) int64.
-    size
-        Units wanted, at most those of the problem.
-    generator
-        Draws on the CPU, so that devices agree.
+    support: A feasible choice, (k,) int64.
+    size: Units wanted, at most those of the problem.
+    generator: Draws on the CPU, so that devices agree.
     """
     order = torch.randperm(problem.units, generator=generator).to(support.device)
     inside = torch.isin(order, support)
@@ -77,24 +60,11 @@ def _first_of_each(kept: Tensor, removed: Tensor, size: int) -> Tensor:
 def window_problem(problem: SubsetProblem, support: Tensor, units: Tensor) -> SubsetProblem:
     """Return the problem of choosing among `units` only, the others as in `support`.
 
-    Parameters
-    ----------
-    problem
-        The whole problem.
-    support
-        A feasible choice, (k,) int64.
-    units
-        The window, (N,) int64, distinct; it must hold at least one unit of `support`.
-
-    Returns
-    -------
-    SubsetProblem
-        N units, of which as many stay as `support` keeps of them; unit i is ``units[i]``.
-
-    Raises
-    ------
-    ProblemError
-        If the window is empty, names a unit twice or out of range, or keeps none of its units.
+    support: A feasible choice, (k,) int64.
+    units: The window, (N,) int64, distinct; it must hold at least one unit of `support`.
+    Returns N units, of which as many stay as `support` keeps of them; unit i is ``units[i]``.
+    Raises ProblemError if the window is empty, names a unit twice or out of range, or keeps none of
+        its units.
     """
     inside = _mask(problem, units, "units")
     kept = _mask(problem, support, "support")
@@ -109,14 +79,9 @@ def window_problem(problem: SubsetProblem, support: Tensor, units: Tensor) -> Su
 def apply_window(support: Tensor, units: Tensor, chosen: Tensor) -> Tensor:
     """Return `support` with its part inside the window replaced.
 
-    Parameters
-    ----------
-    support
-        A feasible choice of the whole problem, (k,) int64.
-    units
-        The window, (N,) int64.
-    chosen
-        A support of the window's problem: positions in `units`.
+    support: A feasible choice of the whole problem, (k,) int64.
+    units: The window, (N,) int64.
+    chosen: A support of the window's problem: positions in `units`.
     """
     outside = support[~torch.isin(support, units)]
     return torch.cat([outside, units[chosen]]).sort().values

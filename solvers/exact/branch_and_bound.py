@@ -241,12 +241,8 @@ class _Search(Incumbent):
     def _fix(self, nodes: Nodes, terms: TermsBatch, bound: BoundBatch) -> tuple[Nodes, Tensor]:
         """Decide on free units whose other side cannot beat the incumbent; return which are left.
 
-        Returns
-        -------
-        nodes
-            With these units on their sides.
-        open
-            The places that are still free, (b, n) bool.
+        nodes: With these units on their sides.
+        open: The places that are still free, (b, n) bool.
         """
         slack = (terms.cost_reaching(self.cutoff) - bound.cost)[:, None]
         go = (bound.if_kept(terms) > slack) & terms.free

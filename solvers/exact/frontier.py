@@ -21,16 +21,10 @@ MOST_ENTRIES = 1 << 25
 class Nodes:
     """Some nodes of a search over n units.
 
-    Parameters
-    ----------
-    bound
-        A loss that no support below the node beats, (b,) float64.
-    sides
-        On which side each unit is, (b, n) int8: `FREE`, `REMOVED` or `KEPT`.
-    share
-        For each unit, how likely it is removed; where the relaxation starts, (b, n).
-    parent
-        The places of the nodes that they come from in the record of the search, (b,) int64.
+    bound: A loss that no support below the node beats, (b,) float64.
+    sides: On which side each unit is, (b, n) int8: `FREE`, `REMOVED` or `KEPT`.
+    share: For each unit, how likely it is removed; where the relaxation starts, (b, n).
+    parent: The places of the nodes that they come from in the record of the search, (b,) int64.
     """
 
     bound: Tensor
@@ -49,12 +43,8 @@ class Nodes:
 class Frontier:
     """Open nodes, of which those of the least bounds are taken first.
 
-    Parameters
-    ----------
-    units
-        The number n of units.
-    device
-        Where the nodes are held.
+    units: The number n of units.
+    device: Where the nodes are held.
     """
 
     def __init__(self, units: int, device: torch.device) -> None:
@@ -126,12 +116,8 @@ class TreeRecord:
 
     A tree that grows past `MOST_ENTRIES` is not kept: there is no certificate then.
 
-    Parameters
-    ----------
-    root
-        The linearization of the first node, or None if that is enumerated.
-    shape
-        What the multipliers and q of all nodes but the root are scaled by, (n,).
+    root: The linearization of the first node, or None if that is enumerated.
+    shape: What the multipliers and q of all nodes but the root are scaled by, (n,).
     """
 
     def __init__(self, root: MultiplierCertificate | None, shape: Tensor) -> None:
@@ -143,14 +129,9 @@ class TreeRecord:
     def add(self, nodes: Nodes, point: Tensor, growth: Tensor) -> Tensor:
         """Add nodes; return the places by which their children refer to them, (b,).
 
-        Parameters
-        ----------
-        nodes
-            As they were bounded.
-        point
-            Where each node is linearized, (b, n).
-        growth
-            Its q relative to ``shape * diag(Q)``, (b,); 0 if it was enumerated.
+        nodes: As they were bounded.
+        point: Where each node is linearized, (b, n).
+        growth: Its q relative to ``shape * diag(Q)``, (b,); 0 if it was enumerated.
         """
         places = self._size + torch.arange(len(nodes), device=nodes.parent.device)
         self._size += len(nodes)

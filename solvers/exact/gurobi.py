@@ -142,14 +142,9 @@ def _suits(program: PerspectiveProgram, search: Search) -> bool:
 def licence_errors(model: str, limit: str, others: str) -> Iterator[None]:
     """Turn Gurobi's licence errors into ones that name the limit and what to use instead.
 
-    Parameters
-    ----------
-    model
-        What is being solved, and its size.
-    limit
-        What the licence of the pip wheel takes.
-    others
-        What to use instead.
+    model: What is being solved, and its size.
+    limit: What the licence of the pip wheel takes.
+    others: What to use instead.
     """
     import gurobipy
 
@@ -169,14 +164,9 @@ def licence_errors(model: str, limit: str, others: str) -> Iterator[None]:
 class _Model:
     """What both formulations share: the indicators of removed units, limits and tolerances.
 
-    Parameters
-    ----------
-    search
-        Incumbent and limits.
-    removed
-        The incumbent: which of the units of the model it removes.
-    threads
-        Threads of the solver.
+    search: Incumbent and limits.
+    removed: The incumbent: which of the units of the model it removes.
+    threads: Threads of the solver.
     """
 
     def __init__(self, search: Search, removed: Array, threads: int) -> None:

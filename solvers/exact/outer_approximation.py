@@ -55,10 +55,7 @@ SOLVER_SLACK = 2e-7
 class Cut:
     """``cost >= slopes @ x - constant`` for the indicator x of removed units.
 
-    Parameters
-    ----------
-    slopes, constant
-        In units of `Search.unit`.
+    slopes, constant: In units of `Search.unit`.
     """
 
     slopes: Array
@@ -69,14 +66,9 @@ class Cut:
 class Limits:
     """When a search may stop.
 
-    Parameters
-    ----------
-    time_limit
-        Seconds.
-    gap_tolerance
-        Relative gap at which the answer counts as optimal.
-    threads
-        Threads of the solver; 0 leaves the choice to it.
+    time_limit: Seconds.
+    gap_tolerance: Relative gap at which the answer counts as optimal.
+    threads: Threads of the solver; 0 leaves the choice to it.
     """
 
     time_limit: float
@@ -98,14 +90,9 @@ class Limits:
 class Search(Incumbent):
     """The incumbent, an oracle of cuts, and what a solver's bound of the cost proves.
 
-    Parameters
-    ----------
-    problem
-        A problem that removes at least one unit.
-    limits
-        When to stop.
-    start
-        Units to start the warm-starting local search from; by default it starts from greedy.
+    problem: A problem that removes at least one unit.
+    limits: When to stop.
+    start: Units to start the warm-starting local search from; by default it starts from greedy.
     """
 
     def __init__(
@@ -143,14 +130,10 @@ class Search(Incumbent):
     def answer(self, cost: float, proof: str, iterations: int, *, timed_out: bool) -> Selection:
         """Turn a solver's bound of the cost into an answer with a bound of the loss.
 
-        Parameters
-        ----------
-        cost
-            In units of `Search.unit`.
-        proof, iterations
-            What proved it, and what it took.
-        timed_out
-            Whether the time limit ended the search; if not, and a gap is left, rounding hides it.
+        cost: In units of `Search.unit`.
+        proof, iterations: What proved it, and what it took.
+        timed_out: Whether the time limit ended the search; if not, and a gap is left, rounding
+            hides it.
         """
         lower, certificate = self.terms.certified((cost - SOLVER_SLACK) * self.unit), None
         if not lower > self.root.value:

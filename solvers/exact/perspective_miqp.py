@@ -65,22 +65,13 @@ _EPS = float(np.finfo(np.float64).eps)
 class PerspectiveConsumer:
     """One consumer's part of the program, for the rows of the units that may go.
 
-    Parameters
-    ----------
-    K
-        Hessian in the program's coordinates, (p, p).
-    V
-        Refit with all units kept, in these coordinates and in roots of the cost's unit, (p, r).
-    split
-        Diagonal that is split off K, (p,).
-    reach
-        The most that an entry of y can be where the incumbent is improved, (p,).
-    unit
-        The unit of each row, by its place in the program, (p,) int64.
-    condition
-        Norm of K where its inverse has a unit diagonal.
-    rounding
-        By which share rounding can have changed a cost.
+    K: Hessian in the program's coordinates, (p, p).
+    V: Refit with all units kept, in these coordinates and in roots of the cost's unit, (p, r).
+    split: Diagonal that is split off K, (p,).
+    reach: The most that an entry of y can be where the incumbent is improved, (p,).
+    unit: The unit of each row, by its place in the program, (p,) int64.
+    condition: Norm of K where its inverse has a unit diagonal.
+    rounding: By which share rounding can have changed a cost.
     """
 
     K: Array
@@ -95,14 +86,9 @@ class PerspectiveConsumer:
     def of(cls, terms: ConsumerRemoval, owned: Tensor, scale: float) -> PerspectiveConsumer:
         """Change the coordinates of one consumer.
 
-        Parameters
-        ----------
-        terms
-            Its A and W, for the units that may go.
-        owned
-            Which rows are no padding of a short unit, (f, w) bool.
-        scale
-            The cost's unit.
+        terms: Its A and W, for the units that may go.
+        owned: Which rows are no padding of a short unit, (f, w) bool.
+        scale: The cost's unit.
         """
         rows = owned.flatten()
         factors = torch.linalg.cholesky(diagonal_blocks(terms.A, terms.width))
@@ -153,14 +139,9 @@ class PerspectiveConsumer:
 class PerspectiveProgram:
     """The data of the program; `solvers.exact.gurobi` hands them to a solver.
 
-    Parameters
-    ----------
-    terms
-        A and W for the f units that may go.
-    owned
-        For each consumer, which rows of these units are no padding, (f, w) bool.
-    scale
-        The cost's unit.
+    terms: A and W for the f units that may go.
+    owned: For each consumer, which rows of these units are no padding, (f, w) bool.
+    scale: The cost's unit.
     """
 
     terms: RemovalTerms

@@ -11,12 +11,7 @@ from solvers.problem import SubsetProblem
 class Incumbent:
     """The best support that was offered, and how its loss fell.
 
-    Parameters
-    ----------
-    problem
-        What is being solved.
-    support
-        The first support, (k,) int64.
+    support: The first support, (k,) int64.
     """
 
     def __init__(self, problem: SubsetProblem, support: Tensor) -> None:

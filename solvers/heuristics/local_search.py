@@ -176,12 +176,9 @@ def _exchanged(
 ) -> tuple[Tensor, list[float]]:
     """Make the best exchange, then others among the same units, until none of them gains.
 
-    Returns
-    -------
-    moved
-        The units that change sides, int64.
-    gains
-        What each exchange gains: the first, and at most `limit` in all of more than `least` each.
+    moved: The units that change sides, int64.
+    gains: What each exchange gains: the first, and at most `limit` in all of more than `least`
+        each.
     """
     gains = [best.gain]
     if len(best.units) == 2:

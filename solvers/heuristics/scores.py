@@ -14,13 +14,7 @@ from solvers.protocol import Backend, BackendKind, Selection, Status
 
 
 def check_seed(backend: str, seed: int) -> None:
-    """Refuse what a generator does not take.
-
-    Raises
-    ------
-    BackendError
-        Naming the backend and the seed.
-    """
+    """Refuse what a generator does not take."""
     if not 0 <= seed < 1 << 63:
         raise BackendError(f"{backend}: seed is {seed}; it must lie in [0, 2^63)")
 

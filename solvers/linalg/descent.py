@@ -21,18 +21,11 @@ def accelerated(
     where it points uphill (O'Donoghue and Candes, "Adaptive restart for accelerated gradient
     schemes", Foundations of Computational Mathematics 15, 2015).
 
-    Parameters
-    ----------
-    start
-        (b, n), each row a problem of its own.
-    step
-        Makes one proximal gradient step from a point, (b, n).
-    metric
-        Diagonal of the quadratic that `step` majorizes the function with, up to a factor.
-    steps
-        The most steps.
-    tolerance
-        Stop when a step moves no entry by this much.
+    start: (b, n), each row a problem of its own.
+    step: Makes one proximal gradient step from a point, (b, n).
+    metric: Diagonal of the quadratic that `step` majorizes the function with, up to a factor.
+    steps: The most steps.
+    tolerance: Stop when a step moves no entry by this much.
     """
     x = y = start
     momentum = torch.ones_like(start[:, :1])
@@ -58,12 +51,8 @@ def project(target: Tensor, weight: Tensor, total: Tensor) -> Tensor:
     ``x = clip(target - tau * weight, 0, 1)`` with tau where the entries sum up to `total`: found
     exactly among the breakpoints, at which the sum, piecewise linear in tau, changes its slope.
 
-    Parameters
-    ----------
-    target, weight
-        (b, n), each row a problem of its own; weights are positive.
-    total
-        (b,), each from 0 to n.
+    target, weight: (b, n), each row a problem of its own; weights are positive.
+    total: (b,), each from 0 to n.
     """
     # The sum falls from n to 0 in tau, and bends where an entry leaves 1, at (target - 1) / weight,
     # or reaches 0, at target / weight.  With `fell` as far as it has come at each bend, tau lies

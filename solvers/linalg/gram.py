@@ -42,14 +42,7 @@ TILE_ROWS = 512
 def quadratic(H: Symmetric, G: Tensor, e: float, W: Tensor, rows: Tensor | None = None) -> float:
     """Return ``tr(W'HW) - 2 tr(W'G) + e``.
 
-    Parameters
-    ----------
-    H, G, e
-        Quadratic terms.
-    W
-        Any weights, (p, m).
-    rows
-        Where given, (k,) int64, W holds these rows of the weights, (k, m); the others are zero.
+    rows: Where given, (k,) int64, W holds these rows of the weights, (k, m); the others are zero.
     """
     # Row by row: rounding grows with p + m, not with p m.
     tiles = _tiles(H, W, rows)
@@ -83,14 +76,9 @@ def _tiles(
 ) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
     """Yield some rows of W that are not zero at a time, with what ``H W`` there is made of.
 
-    Yields
-    ------
-    at
-        Which rows, (r,) int64.
-    own
-        W there, (r, m).
-    tile, used
-        Their product is ``H W`` there; the tile is a copy.
+    at: Which rows, (r,) int64.
+    own: W there, (r, m).
+    tile, used: Their product is ``H W`` there; the tile is a copy.
     """
     if rows is None:
         rows = torch.nonzero(W.any(1)).flatten()
@@ -126,10 +114,7 @@ def definite_factor(H: Symmetric, margin: float = DEFINITE_MARGIN) -> _DefiniteF
 class _DefiniteFactor:
     """The Cholesky factor of ``D H D - margin``, whose D gives H a unit diagonal.
 
-    Parameters
-    ----------
-    factor, scale
-        The factor, and D as (p,) numbers.
+    factor, scale: The factor, and D as (p,) numbers.
     """
 
     factor: Symmetric
@@ -149,12 +134,7 @@ class _DefiniteFactor:
 def unexplained(H: Symmetric, G: Tensor, e: float) -> tuple[float, float]:
     """Return the least loss of any weights, and the sum of magnitudes that it is the rest of.
 
-    Parameters
-    ----------
-    H
-        Positive definite, (p, p).
-    G, e
-        Quadratic terms.
+    H: Positive definite, (p, p).
     """
     W = solve_definite(H.copy(), G.clone())
     return quadratic(H, G, e, W), magnitudes(H, G, e, W)
@@ -201,33 +181,18 @@ def damp_terms(
     An input that was always zero (a dead neuron) has no effect on the layer: its weights are taken
     as zero, so that removing it is free.
 
-    Parameters
-    ----------
-    H
-        Gram matrix ``X'X/N``, (p, p).
-    W0
-        Dense weights, (p, m).
-    G, e
-        ``X'Y/N``, (p, m), and ``|Y|^2/N``; by default those of the target ``Y = X W0``.  Where e is
-        less than G explains, by no more than the rounding of their format, it is raised to that.
-    damp
-        lambda relative to the mean of the diagonal of `H`.  Raised, with a warning, where `H` is so
-        close to singular that hardly a digit of its inverse is left (`DEFINITE_MARGIN`).
-    overwrite
-        Whether the terms may take the place of `W0`, `G` and a symmetric `H`, where these are in
-        float64.
-
-    Returns
-    -------
-    dict
-        The fields of a `Consumer`: ``H + lambda I``, ``G + lambda W0``, ``e + lambda |W0|^2``, W0
-        with zeros for dead inputs, and lambda as `damping`.
-
-    Raises
-    ------
-    ProblemError
-        If the input is not finite, has a wrong shape or type, is far from positive semidefinite, or
-        if e is less than G explains.
+    H: Gram matrix ``X'X/N``, (p, p).
+    W0: Dense weights, (p, m).
+    G, e: ``X'Y/N``, (p, m), and ``|Y|^2/N``; by default those of the target ``Y = X W0``.  Where e
+        is less than G explains, by no more than the rounding of their format, it is raised to that.
+    damp: lambda relative to the mean of the diagonal of `H`.  Raised, with a warning, where `H` is
+        so close to singular that hardly a digit of its inverse is left (`DEFINITE_MARGIN`).
+    overwrite: Whether the terms may take the place of `W0`, `G` and a symmetric `H`, where these
+        are in float64.
+    Returns the fields of a `Consumer`: ``H + lambda I``, ``G + lambda W0``, ``e + lambda |W0|^2``,
+        W0 with zeros for dead inputs, and lambda as `damping`.
+    Raises ProblemError if the input is not finite, has a wrong shape or type, is far from positive
+        semidefinite, or if e is less than G explains.
     """
     H, W0, given, digits = _matrices(H, W0, G, overwrite)
     damp = as_number("damp", damp)

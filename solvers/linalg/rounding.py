@@ -35,18 +35,12 @@ _MARGIN = 16.0
 class Rounding:
     """How far exact losses can be from those that the computed A and W give.
 
-    Parameters
-    ----------
-    inverse
-        Any norm of ``I - H A`` bounds the eigenvalues of ``inv(H)^-1 A - I``, hence the relative
-        change of every c(R).
-    refit
-        Square root of ``tr(F' inv(H) F)`` with ``F = G - H W``: by how much ``sqrt(c(R))`` can
+    inverse: Any norm of ``I - H A`` bounds the eigenvalues of ``inv(H)^-1 A - I``, hence the
+        relative change of every c(R).
+    refit: Square root of ``tr(F' inv(H) F)`` with ``F = G - H W``: by how much ``sqrt(c(R))`` can
         change.
-    unit
-        Rounding of the sum that is c(R), relative to it.
-    offset
-        Rounding of the constant, as `solvers.linalg.gram.quadratic_rounding` has it.
+    unit: Rounding of the sum that is c(R), relative to it.
+    offset: Rounding of the constant, as `solvers.linalg.gram.quadratic_rounding` has it.
     """
 
     inverse: float
@@ -60,14 +54,8 @@ class Rounding:
     ) -> tuple[Rounding, float]:
         """Measure them, in units that give H a unit diagonal; return the constant as well.
 
-        Parameters
-        ----------
-        H, G, e
-            Quadratic terms.
-        A, W
-            Inverse and refit, as computed.
-        responses
-            How many columns G had before it was rotated into at most p.
+        A, W: Inverse and refit, as computed.
+        responses: How many columns G had before it was rotated into at most p.
         """
         p, m = W.shape
         scale = H.diagonal().rsqrt()
@@ -92,12 +80,8 @@ class Rounding:
     def certified(self, constant: float, cost: Tensor) -> Tensor:
         """Turn lower bounds of costs into ones of exact losses, element by element.
 
-        Parameters
-        ----------
-        constant
-            Loss with all units kept, as computed.
-        cost
-            Bounds of c(R), as computed; of a linearization, less what `Magnitudes.lost` says.
+        constant: Loss with all units kept, as computed.
+        cost: Bounds of c(R), as computed; of a linearization, less what `Magnitudes.lost` says.
         """
         computed = (cost * (1 - self.unit)).clamp(min=0.0)
         root = ((computed * max(1 - self.inverse, 0.0)).sqrt() - self.refit).clamp(min=0.0)
@@ -121,10 +105,7 @@ class Rounding:
         error of the order of that of A itself; and the factorization that shows it dominates takes
         ``2 n (n + 2) eps`` (Rump, "Verification of positive definiteness", BIT 46, 2006).
 
-        Parameters
-        ----------
-        units
-            n, the entries of the diagonal.
+        units: n, the entries of the diagonal.
         """
         return max(_LEAST_MARGIN, 8 * units * (units + 2) * _EPS, _MARGIN * self.inverse)
 
@@ -142,14 +123,9 @@ class Rounding:
 class Magnitudes:
     """How large the numbers are that the function ``2 a'x - x'Q x`` was summed up of.
 
-    Parameters
-    ----------
-    a
-        Magnitudes summed up in ``a_i``, (..., n).
-    Q
-        Numbers s with no more than ``s_i s_j`` summed up in ``Q_ij``, (..., n).
-    unit
-        Rounding of these sums, relative to the sums of magnitudes.
+    a: Magnitudes summed up in ``a_i``, (..., n).
+    Q: Numbers s with no more than ``s_i s_j`` summed up in ``Q_ij``, (..., n).
+    unit: Rounding of these sums, relative to the sums of magnitudes.
     """
 
     a: Tensor
@@ -164,10 +140,7 @@ class Magnitudes:
     def lost(self, q: Tensor, point: Tensor) -> Tensor:
         """Return by how much rounding can have raised the linearization at a point with Diag(q).
 
-        Parameters
-        ----------
-        q, point
-            (..., n) each.
+        q, point: (..., n) each.
         """
         # The terms of g and of x'Px with their magnitudes, P being Diag(q) - Q.
         row_sums = q * point + self.Q * (self.Q * point).sum(-1, keepdim=True)

@@ -22,10 +22,7 @@ PANEL_ROWS = 256
 class Symmetric:
     """A symmetric matrix, or the lower triangle that a factorization leaves in its place.
 
-    Parameters
-    ----------
-    panels
-        The panel of rows ``a .. b`` is (b - a, b); the square on the diagonal is held whole.
+    panels: The panel of rows ``a .. b`` is (b - a, b); the square on the diagonal is held whole.
     """
 
     def __init__(self, panels: list[Tensor]) -> None:
@@ -35,16 +32,9 @@ class Symmetric:
     def empty(cls, rows: int, like: Tensor, *, cut: int = 0, width: int = 1) -> Symmetric:
         """Return a matrix of any numbers.
 
-        Parameters
-        ----------
-        rows
-            Its order p.
-        like
-            Tells type and device.
-        cut
-            A row at which a panel starts: where a part ends that is factorized alone.
-        width
-            Rows that stay in one panel; divides `cut` and `rows`.
+        rows: Its order p.
+        cut: A row at which a panel starts: where a part ends that is factorized alone.
+        width: Rows that stay in one panel; divides `cut` and `rows`.
         """
         return cls([like.new_empty(b - a, b) for a, b in _edges(rows, cut, width)])
 
@@ -252,15 +242,8 @@ class Symmetric:
 
         Of the rows that follow, ``[B, D]`` becomes ``[B inv(L'), D - B inv(L L') B']``.
 
-        Parameters
-        ----------
-        count
-            A row at which a panel starts, or all.
-
-        Raises
-        ------
-        torch.linalg.LinAlgError
-            If the first `count` rows are not positive definite.
+        count: A row at which a panel starts, or all.
+        Raises torch.linalg.LinAlgError if the first `count` rows are not positive definite.
         """
         count = len(self) if count is None else count
         for start, panel in self.spans():
@@ -339,14 +322,7 @@ def _within(index: Tensor, start: int, stop: int) -> Tensor:
 def _picked(sources: list[tuple[int, Tensor]], rows: Tensor, start: int, stop: int) -> Tensor:
     """Return the panel ``start .. stop`` of some rows, sorted, of a matrix.
 
-    Parameters
-    ----------
-    sources
-        The first row of each panel of the matrix that has such a row, and the panel.
-    rows
-        Which rows.
-    start, stop
-        Of them.
+    sources: The first row of each panel of the matrix that has such a row, and the panel.
     """
     own, columns = rows[start:stop], rows[:stop]
     panel = sources[0][1].new_empty(stop - start, stop)

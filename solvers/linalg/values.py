@@ -24,10 +24,7 @@ _NO_DEVICE = (RuntimeError, TypeError, ValueError, AssertionError, ImportError)
 def as_tensor(name: str, value: Any) -> Tensor:
     """Return numbers as a dense tensor without gradient; arrays are copied, tensors are not.
 
-    Raises
-    ------
-    ProblemError
-        If they are no numbers, are complex, or are on a device that holds none.
+    Raises ProblemError if they are no numbers, are complex, or are on a device that holds none.
     """
     if not isinstance(value, Tensor):
         try:
@@ -44,10 +41,7 @@ def as_tensor(name: str, value: Any) -> Tensor:
 def as_device(value: Any) -> torch.device:
     """Return the device that a value names.
 
-    Raises
-    ------
-    ProblemError
-        If it names none that is there and holds numbers.
+    Raises ProblemError if it names none that is there and holds numbers.
     """
     try:
         device = torch.device(value)
@@ -71,10 +65,7 @@ def as_owned_tensor(name: str, value: Any) -> Tensor:
 def as_number(name: str, value: Any) -> float:
     """Return a real number, also of an array or tensor without dimensions, as a float.
 
-    Raises
-    ------
-    ProblemError
-        If it is none.
+    Raises ProblemError if it is none.
     """
     if isinstance(value, Tensor | np.ndarray) and value.ndim == 0:
         value = value.item()
@@ -99,13 +90,7 @@ def as_integer(value: Any) -> int | None:
 
 
 def check_entries(name: str, matrix: Tensor) -> None:
-    """Refuse entries that are not finite, or whose products would not be.
-
-    Raises
-    ------
-    ProblemError
-        Naming the matrix.
-    """
+    """Refuse entries that are not finite, or whose products would not be."""
     # One pass without a copy; NaN comes out of it as NaN.
     low, high = (float(end) for end in torch.aminmax(matrix))
     largest = max(abs(low), abs(high))
@@ -118,13 +103,7 @@ def check_entries(name: str, matrix: Tensor) -> None:
 
 
 def check_energy(e: float) -> None:
-    """Refuse a mean squared norm that cannot be one.
-
-    Raises
-    ------
-    ProblemError
-        If it is not finite, negative, or about to overflow or underflow.
-    """
+    """Refuse a mean squared norm that cannot be one."""
     if not math.isfinite(e) or e < 0:
         raise ProblemError(f"e is {e}; a mean squared norm is finite and not negative")
     if e > _LARGEST or 0 < e < _SMALLEST:
@@ -132,13 +111,7 @@ def check_energy(e: float) -> None:
 
 
 def check_diagonal(diagonal: Tensor) -> None:
-    """Refuse a diagonal of H, (p,), that is not positive.
-
-    Raises
-    ------
-    ProblemError
-        Naming the value and the row.
-    """
+    """Refuse a diagonal of H, (p,), that is not positive."""
     least = float(diagonal.min())
     if least < _SMALLEST:
         raise ProblemError(
