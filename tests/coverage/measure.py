@@ -11,14 +11,13 @@ import torch
 from torch import Tensor, nn
 
 import graph
+from benchmarks.coverage.case import Inputs
+from benchmarks.coverage.row import half_of, owned
 from graph import DependencyGraph
 from osscar.shrinking.equivalence import proof_outputs
 from osscar.shrinking.follow import prepare
 from osscar.shrinking.proof import Proof, masked
 from osscar.shrinking.shrink import shrink
-
-from .case import Inputs
-from .row import half_of, owned
 
 TOLERANCE = 1e-4
 """Of the largest output, in float32."""

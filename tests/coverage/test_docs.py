@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from .lists import LISTS
-from .page import Entry, Outcome, models_by_title, page
-from .peer import Peer
-from .row import Row
+from benchmarks.coverage.lists import LISTS
+from benchmarks.coverage.page import Entry, Outcome, models_by_title, page
+from benchmarks.coverage.peer import Peer
+from benchmarks.coverage.row import Row
+
 from .zoo import FAMILIES
 
 _PAGE = Path(__file__).parents[2] / "docs" / "coverage.md"

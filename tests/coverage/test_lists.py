@@ -10,11 +10,11 @@ import torch
 import transformers as hf
 from torch import nn
 
-from . import row as rows
-from . import shrunken
-from .case import Made, NotBuilt, first_that_runs
-from .lists import LISTS
-from .page import Entry, Outcome
+from benchmarks.coverage import row as rows
+from benchmarks.coverage import shrunken
+from benchmarks.coverage.case import Made, NotBuilt, first_that_runs
+from benchmarks.coverage.lists import LISTS
+from benchmarks.coverage.page import Entry, Outcome
 
 
 def _outcome(listed: str, name: str) -> tuple[Outcome, rows.Row]:

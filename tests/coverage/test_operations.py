@@ -12,6 +12,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import graph
 import osscar
+from benchmarks.coverage.case import Inputs, NotBuilt
+from benchmarks.coverage.images import make_timm
+from benchmarks.coverage.lists import LISTS
+from benchmarks.coverage.page import models_by_title
 from graph import CouplingGroup, GraphError
 from graph.tracing.preserve import without_cache
 from osscar.allocation.costs import Cost, CountedCost, count
@@ -20,11 +24,7 @@ from osscar.evaluation.size import count_flops
 from osscar.network.operations import _by_expert as by_expert
 from osscar.shrinking.follow import prepare
 
-from .case import Inputs, NotBuilt
-from .images import make_timm
-from .lists import LISTS
 from .measure import shrink_by_half
-from .page import models_by_title
 from .zoo import FAMILIES, transformers_case
 
 _PAGE = Path(__file__).parents[2] / "docs" / "coverage.md"

@@ -2,33 +2,24 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
-import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
 import transformers as hf
 from torch import Tensor, nn
 
-from .case import Inputs, alive
+from benchmarks.coverage.case import Inputs, alive
+from benchmarks.coverage.images import make_torchvision
 
 
 @dataclass(frozen=True)
 class Case:
-    """One architecture.
-
-    Parameters
-    ----------
-    name
-        Unique among the cases of its library.
-    build
-        Returns the model with random weights that all matter, in evaluation mode.
-    inputs
-        Return random inputs; the second differ in batch, and in length or resolution where the
-        model allows.
-    """
+    """One architecture: a model with random weights that all matter, and two sizes of inputs."""
 
     name: str
     build: Callable[[], nn.Module]
@@ -41,40 +32,6 @@ class Case:
 
 # ---- torchvision -------------------------------------------------------------------------
 
-_SIZES: Mapping[str, tuple[int, int]] = {
-    "inception_v3": (96, 128),
-    "maxvit_t": (224, 224),
-    "vit_b_16": (224, 224),
-    "vit_b_32": (224, 224),
-    "vit_h_14": (224, 224),
-    "vit_l_16": (224, 224),
-    "vit_l_32": (224, 224),
-}
-"""Where a model takes one size only, or cannot take small ones."""
-
-REPRESENTATIVES = (
-    "alexnet",
-    "convnext_tiny",
-    "densenet121",
-    "efficientnet_b0",
-    "googlenet",
-    "inception_v3",
-    "maxvit_t",
-    "mnasnet0_5",
-    "mobilenet_v2",
-    "mobilenet_v3_small",
-    "regnet_x_400mf",
-    "regnet_y_400mf",
-    "resnet18",
-    "shufflenet_v2_x0_5",
-    "squeezenet1_1",
-    "swin_t",
-    "swin_v2_t",
-    "vgg11_bn",
-    "vit_b_32",
-)
-"""One or two small models of each family of torchvision."""
-
 
 def torchvision_names() -> list[str]:
     """Return the names of all classification models of torchvision."""
@@ -83,57 +40,14 @@ def torchvision_names() -> list[str]:
     return names
 
 
-_SMALL_IMAGES: Mapping[str, int] = {
-    **dict.fromkeys(("vit_b_16", "vit_b_32", "vit_l_16", "vit_l_32"), 64),
-    "vit_h_14": 56,
-}
-"""Images that a model can be built for, in place of those of its weights."""
-
-
-def torchvision_case(name: str, *, small: bool = False) -> Case:
-    """Return a model of torchvision by name.
-
-    Parameters
-    ----------
-    name
-        As torchvision spells it.
-    small
-        Build transformers that take images of one size for smaller ones; only their table of
-        positions differs.
-    """
-    sizes, options = _SIZES.get(name, (64, 96)), {}
-    if small and name in _SMALL_IMAGES:
-        size = _SMALL_IMAGES[name]
-        sizes, options = (size, size), {"image_size": size}
-
-    def build() -> nn.Module:
-        torch.manual_seed(0)
-        models = importlib.import_module("torchvision.models")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return _alive_images(models.get_model(name, weights=None, **options), name)
-
-    def images(batch: int, size: int) -> Callable[[], Inputs]:
-        return lambda: (torch.randn(batch, 3, size, size),)
-
-    return Case(name, build, (images(2, sizes[0]), images(1, sizes[1])))
-
-
-def _alive_images(model: nn.Module, name: str) -> nn.Module:
-    """Let every layer matter: parameters away from zero, statistics that fit the weights."""
-    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.abs().max() < 1e-3 or parameter.dim() == 1:
-                parameter.add_(0.1 * torch.randn_like(parameter))
-        if norms:
-            for norm in norms:
-                norm.reset_running_stats()
-                norm.momentum = None
-            size = 299 if name == "inception_v3" else 96  # its auxiliary head needs the size
-            size = 224 if name == "maxvit_t" else size
-            model.train()(torch.randn(4 if size < 100 else 2, 3, size, size))
-    return model.eval()
+def torchvision_case(name: str) -> Case:
+    """Return a model of torchvision by name, as docs/coverage.md has it."""
+    made = cache(lambda: make_torchvision(name))
+    return Case(
+        name,
+        lambda: copy.deepcopy(made().model),
+        (lambda: made().inputs[0], lambda: made().inputs[1]),
+    )
 
 
 # ---- transformers ------------------------------------------------------------------------
@@ -185,10 +99,7 @@ def _text(batch: int, length: int) -> Inputs:
 
 
 def _pair(batch: int, length: int) -> Inputs:
-    return {
-        "input_ids": _tokens(batch, length),
-        "decoder_input_ids": _tokens(batch, length - 2),
-    }
+    return {"input_ids": _tokens(batch, length), "decoder_input_ids": _tokens(batch, length - 2)}
 
 
 def _speech(batch: int, length: int) -> Inputs:
@@ -207,10 +118,7 @@ def _image(batch: int, size: int) -> Inputs:
 
 
 def _text_and_image(batch: int, length: int) -> Inputs:
-    return {
-        "input_ids": _tokens(batch, length),
-        "pixel_values": torch.randn(batch, 3, 32, 32),
-    }
+    return {"input_ids": _tokens(batch, length), "pixel_values": torch.randn(batch, 3, 32, 32)}
 
 
 _Sizes = tuple[tuple[int, int], tuple[int, int]]
@@ -219,26 +127,15 @@ _FIXED: _Sizes = ((2, 32), (3, 32))
 _FREE: _Sizes = ((2, 64), (1, 96))
 
 _CAUSAL = hf.AutoModelForCausalLM
-_Row = tuple[Any, Callable[[], Any], Callable[[int, int], Inputs], _Sizes]
-_FAMILIES: dict[str, _Row] = {
-    "llama": (_CAUSAL, lambda: hf.LlamaConfig(**_GROUPED), _text, _LENGTHS),
-    "llama-multi-query": (
-        _CAUSAL,
-        lambda: hf.LlamaConfig(**{**_TEXT, "num_key_value_heads": 1}),
-        _text,
-        _LENGTHS,
-    ),
-    "mistral": (_CAUSAL, lambda: hf.MistralConfig(**_GROUPED), _text, _LENGTHS),
-    "qwen2": (
-        _CAUSAL,
-        lambda: hf.Qwen2Config(**_GROUPED, tie_word_embeddings=True),
-        _text,
-        _LENGTHS,
-    ),
-    "qwen3": (_CAUSAL, lambda: hf.Qwen3Config(**_GROUPED, head_dim=8), _text, _LENGTHS),
-    "gemma2": (_CAUSAL, lambda: hf.Gemma2Config(**_GROUPED, head_dim=8), _text, _LENGTHS),
-    "gemma3": (_CAUSAL, lambda: hf.Gemma3TextConfig(**_GROUPED, head_dim=8), _text, _LENGTHS),
-    "phi3": (_CAUSAL, lambda: hf.Phi3Config(**_GROUPED), _text, _LENGTHS),
+_FAMILIES: dict[str, tuple[Any, ...]] = {
+    "llama": (_CAUSAL, lambda: hf.LlamaConfig(**_GROUPED)),
+    "llama-multi-query": (_CAUSAL, lambda: hf.LlamaConfig(**{**_TEXT, "num_key_value_heads": 1})),
+    "mistral": (_CAUSAL, lambda: hf.MistralConfig(**_GROUPED)),
+    "qwen2": (_CAUSAL, lambda: hf.Qwen2Config(**_GROUPED, tie_word_embeddings=True)),
+    "qwen3": (_CAUSAL, lambda: hf.Qwen3Config(**_GROUPED, head_dim=8)),
+    "gemma2": (_CAUSAL, lambda: hf.Gemma2Config(**_GROUPED, head_dim=8)),
+    "gemma3": (_CAUSAL, lambda: hf.Gemma3TextConfig(**_GROUPED, head_dim=8)),
+    "phi3": (_CAUSAL, lambda: hf.Phi3Config(**_GROUPED)),
     "opt": (
         _CAUSAL,
         lambda: hf.OPTConfig(
@@ -251,49 +148,29 @@ _FAMILIES: dict[str, _Row] = {
             word_embed_proj_dim=48,
             **_IDS,
         ),
-        _text,
-        _LENGTHS,
     ),
-    "gpt2": (_CAUSAL, lambda: hf.GPT2Config(**_GPT2, n_positions=64), _text, _LENGTHS),
-    "gpt-neox": (_CAUSAL, lambda: hf.GPTNeoXConfig(**_TEXT), _text, _LENGTHS),
-    "gpt-j": (
-        _CAUSAL,
-        lambda: hf.GPTJConfig(**_GPT2, n_positions=64, rotary_dim=4),
-        _text,
-        _LENGTHS,
-    ),
+    "gpt2": (_CAUSAL, lambda: hf.GPT2Config(**_GPT2, n_positions=64)),
+    "gpt-neox": (_CAUSAL, lambda: hf.GPTNeoXConfig(**_TEXT)),
+    "gpt-j": (_CAUSAL, lambda: hf.GPTJConfig(**_GPT2, n_positions=64, rotary_dim=4)),
     "bloom": (
         _CAUSAL,
         lambda: hf.BloomConfig(vocab_size=_VOCABULARY, hidden_size=48, n_layer=2, n_head=6, **_IDS),
-        _text,
-        _LENGTHS,
     ),
     "falcon": (
         _CAUSAL,
         lambda: hf.FalconConfig(**_FALCON, multi_query=False, new_decoder_architecture=False),
-        _text,
-        _LENGTHS,
     ),
     "falcon-multi-query": (
         _CAUSAL,
         lambda: hf.FalconConfig(**_FALCON, multi_query=True, new_decoder_architecture=False),
-        _text,
-        _LENGTHS,
     ),
     "falcon-grouped": (
         _CAUSAL,
         lambda: hf.FalconConfig(**_FALCON, num_kv_heads=2, new_decoder_architecture=True),
-        _text,
-        _LENGTHS,
     ),
-    "mixtral": (
-        _CAUSAL,
-        lambda: hf.MixtralConfig(**_GROUPED, num_local_experts=4),
-        _text,
-        _LENGTHS,
-    ),
-    "bert": (hf.BertForMaskedLM, lambda: hf.BertConfig(**_TEXT), _text, _LENGTHS),
-    "roberta": (hf.RobertaForMaskedLM, lambda: hf.RobertaConfig(**_TEXT), _text, _LENGTHS),
+    "mixtral": (_CAUSAL, lambda: hf.MixtralConfig(**_GROUPED, num_local_experts=4)),
+    "bert": (hf.BertForMaskedLM, lambda: hf.BertConfig(**_TEXT)),
+    "roberta": (hf.RobertaForMaskedLM, lambda: hf.RobertaConfig(**_TEXT)),
     "distilbert": (
         hf.DistilBertForMaskedLM,
         lambda: hf.DistilBertConfig(
@@ -305,17 +182,13 @@ _FAMILIES: dict[str, _Row] = {
             max_position_embeddings=64,
             pad_token_id=2,
         ),
-        _text,
-        _LENGTHS,
     ),
-    "deberta": (hf.DebertaForMaskedLM, lambda: hf.DebertaConfig(**_DEBERTA), _text, _LENGTHS),
+    "deberta": (hf.DebertaForMaskedLM, lambda: hf.DebertaConfig(**_DEBERTA)),
     "deberta-v2": (
         hf.DebertaV2ForMaskedLM,
         lambda: hf.DebertaV2Config(
             **_DEBERTA, position_buckets=4, share_att_key=True, norm_rel_ebd="layer_norm"
         ),
-        _text,
-        _LENGTHS,
     ),
     "t5": (hf.T5ForConditionalGeneration, lambda: hf.T5Config(**_T5), _pair, _LENGTHS),
     "t5-gated": (
@@ -416,7 +289,7 @@ _FAMILIES: dict[str, _Row] = {
         _FREE,
     ),
 }
-"""Class, configuration, kind of inputs, and two sizes of them."""
+"""Class, configuration, and kind and two sizes of inputs; by default text."""
 
 FAMILIES = tuple(_FAMILIES)
 """The names of the covered families of transformers."""
@@ -432,7 +305,8 @@ def transformers_case(name: str, attention: str | None = None) -> Case:
     attention
         Implementation of attention; by default the family's.
     """
-    kind, configure, inputs, sizes = _FAMILIES[name]
+    kind, configure, *given = _FAMILIES[name]
+    inputs, (first, second) = given or (_text, _LENGTHS)
 
     def build() -> nn.Module:
         torch.manual_seed(0)
@@ -443,5 +317,4 @@ def transformers_case(name: str, attention: str | None = None) -> Case:
         alive(model)
         return model.eval()  # type: ignore[no-any-return]
 
-    first, second = sizes
     return Case(name, build, (lambda: inputs(*first), lambda: inputs(*second)))

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 import graph
+from benchmarks.coverage.case import Inputs, Made
 from graph import CouplingGroup, DependencyGraph
 from osscar.base.errors import OsscarError, first_line
 from osscar.data.tensors import named_inputs
@@ -26,8 +27,6 @@ from osscar.pruning.trial import LeftAlone, feasible_groups
 from osscar.request import PruningRequest
 from osscar.shrinking.plan import Form, GroupPlan, PruningPlan
 from tests.osscar.programs import without_units
-
-from .case import Inputs, Made
 
 ALLOWED = {"float64": 1e-4, "float32": 1e-3}
 """Largest difference in the comparison, as a share of the largest output; models round to float32

@@ -9,12 +9,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from benchmarks.coverage import images, shrunken
+from benchmarks.coverage.case import Inputs, Made, first_that_runs
+from tests.coverage import zoo
 from tests.graph import blocks, topologies
 from tests.osscar import programs
 from tests.osscar.networks import small_net
-
-from . import images, shrunken, zoo
-from .case import Inputs, Made, first_that_runs
 
 
 @dataclass(frozen=True)
@@ -82,9 +82,7 @@ LISTS: Mapping[str, Listed] = {
         images.make_torchvision,
     ),
     "timm": Listed(
-        "timm",
-        lambda place: images.timm_names(place and place / "timm.json"),
-        images.make_timm,
+        "timm", lambda place: images.timm_names(place and place / "timm.json"), images.make_timm
     ),
     "transformers": Listed("transformers", lambda place: list(shrunken.families()), shrunken.make),
     "families": Listed(

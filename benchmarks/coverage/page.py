@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from .lists import LISTS
-from .peer import Peer
-from .row import Row
+from benchmarks.coverage.lists import LISTS
+from benchmarks.coverage.peer import Peer
+from benchmarks.coverage.row import Row
 
 
 class Outcome(enum.IntEnum):
@@ -115,8 +115,8 @@ runs, puts out the shapes it did, and has fewer parameters; what it computes is 
 nothing is promised there. Both tools have two minutes of CPU time and 5 GiB for each model; what
 says that it was not done within 30 s had half a minute.
 
-    python benchmarks/coverage.py run DIR     # goes on where it was stopped; an hour of CPU time
-    python benchmarks/coverage.py page DIR    # writes this page
+    python -m benchmarks.coverage run DIR     # goes on where it was stopped; an hour of CPU time
+    python -m benchmarks.coverage page DIR    # writes this page
 
 """
 

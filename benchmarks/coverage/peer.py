@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from .case import Inputs, Made
-from .row import by_name
+from benchmarks.coverage.case import Inputs, Made
+from benchmarks.coverage.row import by_name
 
 
 @dataclass(frozen=True)

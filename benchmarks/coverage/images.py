@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from .case import Inputs, Made, NotBuilt, check_size, first_that_runs
+from benchmarks.coverage.case import Inputs, Made, NotBuilt, check_size, first_that_runs
 
 _SIZES = (
     (64, 96),

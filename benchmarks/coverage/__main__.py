@@ -1,10 +1,10 @@
 """Write docs/coverage.md: which architectures are pruned, how much of them, and what is left alone.
 
-    python benchmarks/coverage.py run DIR                     # everything; goes on where it stopped
-    python benchmarks/coverage.py run DIR --lists timm,nets --seconds 500
-    python benchmarks/coverage.py run DIR --models resnet,llama --again
-    python benchmarks/coverage.py run DIR --alone             # a quarter of the time
-    python benchmarks/coverage.py page DIR                    # docs/coverage.md from what DIR holds
+    python -m benchmarks.coverage run DIR                     # everything; goes on where it stopped
+    python -m benchmarks.coverage run DIR --lists timm,nets --seconds 500
+    python -m benchmarks.coverage run DIR --models resnet,llama --again
+    python -m benchmarks.coverage run DIR --alone             # a quarter of the time
+    python -m benchmarks.coverage page DIR                    # docs/coverage.md from what DIR holds
 
 Each model has two processes of its own, one for OSSCAR and one for Torch-Pruning, with a limit of
 time and one of memory; what came of it is a file of JSON in DIR.  Names in DIR that end in .json
@@ -20,7 +20,6 @@ import multiprocessing
 import os
 import resource
 import signal
-import sys
 import time
 import traceback
 import warnings
@@ -30,18 +29,15 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+import torch
+import transformers
 
-import torch  # noqa: E402
-import transformers  # noqa: E402
+from benchmarks.coverage import peer, row
+from benchmarks.coverage.case import Made, NotBuilt
+from benchmarks.coverage.lists import DEFAULT, LISTS
+from benchmarks.coverage.page import Entry, page
 
-from tests.coverage import peer, row  # noqa: E402
-from tests.coverage.case import Made, NotBuilt  # noqa: E402
-from tests.coverage.lists import DEFAULT, LISTS  # noqa: E402
-from tests.coverage.page import Entry, page  # noqa: E402
-
-TARGET = ROOT / "docs" / "coverage.md"
+TARGET = Path(__file__).resolve().parents[2] / "docs" / "coverage.md"
 
 SECONDS = 120
 """CPU time that either tool has for one model, after it is built, unless `--limit` says another."""
