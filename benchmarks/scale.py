@@ -43,7 +43,7 @@ PHASES = (
     ("solvers.heuristics.greedy", "eliminate", "elimination"),
     ("solvers.closed_forms.pivot", "PivotState.on_support", "factorization"),
     ("solvers.closed_forms.pivot", "PivotState.sweep", "sweeps"),
-    ("solvers.heuristics.local_search", "best_swap", "exchanges"),
+    ("solvers.heuristics.local_search", "candidates", "exchanges"),
     ("solvers.closed_forms.pivot", "PivotState.hold_products", "exchanges"),
     ("solvers.heuristics.local_search", "possible_gain", "proof"),
     ("solvers.heuristics.local_search", "refit_loss", "refit"),

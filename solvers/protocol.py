@@ -13,8 +13,7 @@ from typing import ClassVar, Protocol
 
 from torch import Tensor
 
-from solvers.certificates.certificate import Certificate
-from solvers.certificates.tree_certificate import TreeCertificate
+from solvers.certificates.tree_certificate import Certificate, TreeCertificate
 from solvers.problem import SubsetProblem
 
 DEFAULT_GAP_TOLERANCE = 1e-4

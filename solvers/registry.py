@@ -10,7 +10,7 @@ import math
 import reprlib
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
@@ -107,11 +107,6 @@ def make_backend(name: str, /, **options: Any) -> Backend:
     BackendError
         If it is unknown, not available here, has no such option, or the option takes no such value.
     """
-    return configured(name, options)
-
-
-def configured(name: str, options: Mapping[str, Any]) -> Backend:
-    """Do what `make_backend` does, with options whose names may be anything."""
     cls = backend_class(name)
     reason = cls.available()
     if reason is not None:
@@ -124,12 +119,11 @@ def configured(name: str, options: Mapping[str, Any]) -> Backend:
             f"it has {', '.join(known) or 'none'}"
         )
     expected = _annotations(cls)
-    values = {}
-    for key, value in options.items():
-        values[key] = _converted(value, expected.get(key, Any))
-        if values[key] is _REFUSED:
+    values = {key: _converted(value, expected.get(key, Any)) for key, value in options.items()}
+    for key, value in values.items():
+        if value is _REFUSED:
             raise BackendError(
-                f"backend {name!r}: {key} is {reprlib.repr(value)}; it must be "
+                f"backend {name!r}: {key} is {reprlib.repr(options[key])}; it must be "
                 f"{_spelled(expected[key])}"
             )
     chosen = cls(**values)
@@ -167,29 +161,14 @@ def _converted(value: Any, annotation: Any) -> Any:
         return value if isinstance(value, annotation) else _REFUSED
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if origin in (typing.Union, types.UnionType):
-        return _first_converted(value, arguments)
+        found = (_converted(value, argument) for argument in arguments)
+        return next((one for one in found if one is not _REFUSED), _REFUSED)
     if origin is tuple and arguments[1:] == (...,):
-        return _converted_tuple(value, arguments[0])
+        if isinstance(value, str | bytes | Mapping) or not isinstance(value, Iterable):
+            return _REFUSED
+        members = tuple(_converted(member, arguments[0]) for member in value)
+        return _REFUSED if any(member is _REFUSED for member in members) else members
     return value
-
-
-def _first_converted(value: Any, annotations: tuple[Any, ...]) -> Any:
-    for annotation in annotations:
-        converted = _converted(value, annotation)
-        if converted is not _REFUSED:
-            return converted
-    return _REFUSED
-
-
-def _converted_tuple(value: Any, annotation: Any) -> Any:
-    if isinstance(value, str | bytes | Mapping):
-        return _REFUSED
-    try:
-        members = tuple(_converted(member, annotation) for member in value)
-    except TypeError:
-        return _REFUSED
-    refused = any(member is _REFUSED for member in members)
-    return _REFUSED if refused else members
 
 
 def _spelled(annotation: Any) -> str:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from solvers.certificates.certificate import Certificate
+from solvers.certificates.tree_certificate import Certificate
 from solvers.problem import SubsetProblem
 from solvers.protocol import DEFAULT_GAP_TOLERANCE, Status, WindowCertificate
 from solvers.verification import Verification, verify

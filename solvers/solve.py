@@ -17,7 +17,7 @@ from solvers.errors import BackendError, ProblemError, SolverError, Verification
 from solvers.linalg.values import as_integer, as_number, as_tensor
 from solvers.problem import SubsetProblem
 from solvers.protocol import Backend, Capabilities, Selection
-from solvers.registry import backends, configured
+from solvers.registry import backends, make_backend
 from solvers.solution import Solution
 from solvers.verification import check_fields, check_support
 
@@ -125,12 +125,14 @@ def _chosen(backend: Any, options: Any, more_options: Mapping[str, Any]) -> tupl
     """Return the name of a backend and the backend, its options set."""
     if not isinstance(options, Mapping | None):
         raise BackendError(f"options is {reprlib.repr(options)}; it must map names to values")
+    if any(not isinstance(name, str) for name in options or ()):
+        raise BackendError(f"options are {reprlib.repr(options)}; their names must be strings")
     twice = sorted(set(options or {}) & set(more_options))
     if twice:
         raise BackendError(f"options {', '.join(twice)} are given twice, by name and in a mapping")
     given = {**(options or {}), **more_options}
     if isinstance(backend, str):
-        return backend, configured(backend, given)
+        return backend, make_backend(backend, **given)
     able = callable(getattr(backend, "select", None))
     if isinstance(backend, type) or not (
         able and isinstance(getattr(backend, "capabilities", None), Capabilities)

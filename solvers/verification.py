@@ -32,8 +32,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from solvers.certificates.certificate import EnumerationCertificate, MultiplierCertificate
-from solvers.certificates.tree_certificate import TreeCertificate
+from solvers.certificates.tree_certificate import Certificate, TreeCertificate
 from solvers.closed_forms.pivot import PivotState
 from solvers.closed_forms.refit import (
     loss_rounding,
@@ -60,8 +59,6 @@ _SWAP_TOLERANCE = 1e-6
 _BOUND_TOLERANCE = 1e-9
 """A bound may exceed what its certificate proves by this share of the loss: searches take off what
 rounding can do to both, but no two computers round alike."""
-
-_CERTIFICATES = (MultiplierCertificate, TreeCertificate, EnumerationCertificate)
 
 
 @dataclass(frozen=True)
@@ -131,7 +128,7 @@ _FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     ),
     "gap_tolerance": (lambda v: _is_number(v) and 0 <= v < 1, "a float in [0, 1)"),
     "certificate": (
-        lambda v: v is None or isinstance(v, _CERTIFICATES),
+        lambda v: v is None or isinstance(v, Certificate),
         "None or a known certificate",
     ),
     "windows": (
@@ -304,9 +301,9 @@ def _check_exchanges(
         return math.nan, False
     gain = swap.gain
     del state  # a refit takes its room
-    if swap.leave >= 0:
-        stays = claim.support[claim.support != swap.leave]
-        exchanged = torch.cat([stays, stays.new_tensor([swap.enter])])
+    if len(swap.units):
+        leave, enter = swap.units
+        exchanged = torch.cat([claim.support[claim.support != leave], enter[None]])
         gain = min(gain, loss - refit_loss(problem, exchanged))
     _require(
         claim.status is not Status.SWAP_OPTIMAL or gain <= allowed,

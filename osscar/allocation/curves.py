@@ -16,7 +16,7 @@ from osscar.base.timing import Stage, timed
 from osscar.preparation.prepare import Prepared
 from osscar.walk.regularization import DAMPS, DEFAULT_DAMP
 from solvers import SubsetProblem
-from solvers.closed_forms.elimination import Removal, eliminate, support_after
+from solvers.closed_forms.elimination import Removals, eliminate, support_after
 from solvers.closed_forms.refit import refit
 
 _TOKENS = 8192
@@ -109,12 +109,12 @@ def elimination_curve(problem: SubsetProblem) -> NDArray[np.float64]:
     return _summed(problem, _eliminated(problem))
 
 
-def _eliminated(problem: SubsetProblem) -> list[Removal]:
+def _eliminated(problem: SubsetProblem) -> Removals:
     return eliminate(problem, problem.units - 1) if problem.units > 1 else []
 
 
-def _summed(problem: SubsetProblem, removals: Sequence[Removal]) -> NDArray[np.float64]:
-    risen = np.maximum([removal.loss for removal in removals], 0.0)
+def _summed(problem: SubsetProblem, removals: Removals) -> NDArray[np.float64]:
+    risen = np.maximum([risen for _, risen in removals], 0.0)
     losses = np.concatenate([[0.0], np.cumsum(risen)])
     whole = max(problem.scale, float(losses[-1]))
     return np.concatenate([[whole], losses[::-1]])

@@ -14,11 +14,10 @@ from osscar.base.errors import StudyError
 from osscar.base.files import file_digest, fsynced
 from solvers import ProblemError, Solution
 from solvers.certificates.certificate import (
-    Certificate,
     EnumerationCertificate,
     MultiplierCertificate,
 )
-from solvers.certificates.tree_certificate import TreeCertificate
+from solvers.certificates.tree_certificate import Certificate, TreeCertificate
 from solvers.protocol import WindowCertificate
 from solvers.storage import read, write
 

@@ -28,7 +28,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from itertools import combinations, islice
-from typing import Any, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -50,16 +50,6 @@ _BATCH_ELEMENTS = 1 << 20
 """Elements of the blocks of one batch of supports."""
 
 _EPS = torch.finfo(torch.float64).eps
-
-
-class Certificate(Protocol):
-    """Evidence for a lower bound."""
-
-    def bound(self, problem: SubsetProblem) -> float:
-        """Recompute the lower bound from the problem.
-
-        Raises VerificationError if the evidence does not prove any bound.
-        """
 
 
 @dataclass(frozen=True, eq=False)
@@ -288,7 +278,7 @@ class _ConditionedNodes:
             self.spent[:, None] + (base + (g - last).clamp(min=0.0)).clamp(min=0.0),
             self.spent[:, None] + (base + (following - g).clamp(min=0.0)).clamp(min=0.0),
         )
-        if not all(bool(torch.isfinite(part).all()) for part in bounds.parts):
+        if not all(bool(torch.isfinite(part).all()) for part in bounds):
             raise VerificationError("the certificate's numbers overflow: no bound follows")
         return bounds
 
@@ -302,8 +292,7 @@ class _ConditionedNodes:
         return loss.min(1).values
 
 
-@dataclass(frozen=True, eq=False)
-class Linearization:
+class Linearization(NamedTuple):
     """Lower bounds of the loss in b nodes.
 
     value: Of every support below the node, (b,).
@@ -313,11 +302,6 @@ class Linearization:
     value: Tensor
     goes: Tensor
     stays: Tensor
-
-    @property
-    def parts(self) -> tuple[Tensor, Tensor, Tensor]:
-        """All three."""
-        return self.value, self.goes, self.stays
 
 
 def _check_dominates(P: Tensor, q: Tensor) -> None:

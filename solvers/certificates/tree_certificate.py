@@ -27,6 +27,7 @@ from torch import Tensor
 
 from solvers.certificates.certificate import (
     LEAST_DIAGONAL,
+    EnumerationCertificate,
     Inverses,
     Linearization,
     MultiplierCertificate,
@@ -168,7 +169,7 @@ class TreeCertificate:
         )
         if self.root is not None:
             whole = self.root.linearization(inverses, problem.keep)
-            for into, values in zip(bounds.parts, whole.parts, strict=True):
+            for into, values in zip(bounds, whole, strict=True):
                 into[:1] = values
         for nodes in self._batches(problem):
             self._linearize(nodes, inverses, problem, bounds)
@@ -289,3 +290,7 @@ def _ranked(values: Tensor, rank: Tensor) -> Tensor:
     ordered = values.sort(1, descending=True).values
     padded = torch.nn.functional.pad(ordered, (0, 1), value=-torch.inf)
     return padded.gather(1, rank[:, None])[:, 0]
+
+
+Certificate = EnumerationCertificate | MultiplierCertificate | TreeCertificate
+"""Evidence for a lower bound: ``bound(problem)`` recomputes it, or raises VerificationError."""

@@ -50,19 +50,11 @@ _NO_DIGITS = 1e-4
 """Of the largest row of W: errors of smaller rows count as if they were so large."""
 
 
-@dataclass(frozen=True)
-class Removal:
-    """One step of an elimination.
-
-    unit: The unit that left.
-    loss: By how much the loss rose.
-    """
-
-    unit: int
-    loss: float
+Removals = list[tuple[int, float]]
+"""The units that left, one after the other, and by how much the loss rose with each."""
 
 
-def eliminate(problem: SubsetProblem, count: int) -> list[Removal]:
+def eliminate(problem: SubsetProblem, count: int) -> Removals:
     """Remove `count` units from the full support, one at a time, each the cheapest.
 
     The order and the losses are exact: those of a fresh factorization after each removal.
@@ -70,7 +62,7 @@ def eliminate(problem: SubsetProblem, count: int) -> list[Removal]:
     problem: The problem; what it wants to keep plays no role.
     count: How many units to remove; less than all.
     """
-    removals: list[Removal] = []
+    removals: Removals = []
     front = _Elimination(problem, torch.arange(problem.units, device=problem.device))
     most = batch = max(1, _PENDING_ROWS // problem.width)
     while len(removals) < count:
@@ -93,10 +85,10 @@ def eliminate(problem: SubsetProblem, count: int) -> list[Removal]:
     return removals
 
 
-def support_after(removals: list[Removal], problem: SubsetProblem) -> Tensor:
+def support_after(removals: Removals, problem: SubsetProblem) -> Tensor:
     """Return the units that are left after some removals from the full support, sorted."""
     kept = torch.ones(problem.units, dtype=torch.bool, device=problem.device)
-    kept[[removal.unit for removal in removals]] = False
+    kept[[unit for unit, _ in removals]] = False
     return torch.nonzero(kept).flatten()
 
 
@@ -115,9 +107,9 @@ class _Elimination:
         """The units that are left, sorted."""
         return self._units[self._penalty == 0]
 
-    def remove(self, steps: int) -> list[Removal]:
+    def remove(self, steps: int) -> Removals:
         """Let the cheapest units leave, one after the other."""
-        removed: list[Removal] = []
+        removed: Removals = []
         for part in self._parts:
             part.begin(steps, self._penalty > 0)
         count = min(_CACHED * steps, int((self._penalty == 0).sum()))
@@ -128,7 +120,7 @@ class _Elimination:
             for _ in range(steps):
                 losses = self._losses()
                 index = int(losses.argmin())
-                removed.append(Removal(int(self._units[index]), float(losses[index])))
+                removed.append((int(self._units[index]), float(losses[index])))
                 for part in self._parts:
                     if not part.is_cached(index):
                         part.cache_more([index, *self._cheapest(losses, min(_MORE, count))])

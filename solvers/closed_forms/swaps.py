@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -38,49 +38,29 @@ _PASS_ROWS = 64
 """But no fewer rows: products of few of them are slow."""
 
 
-@dataclass(frozen=True)
-class Swap:
-    """An exchange and what it gains.
-
-    leave, enter: The unit that leaves the support and the one that enters; -1 where there is no
-        pair.
-    gain: By how much the loss falls; negative if it rises.
-    """
-
-    leave: int
-    enter: int
-    gain: float
-
-
-def best_swap(state: PivotState) -> Swap:
-    """Return the exchange that lowers the loss most, over all pairs."""
-    return _most(state, lambda leave, enter: swap_gains(state, leave, enter))
-
-
 @dataclass(frozen=True, eq=False)
-class Candidates:
-    """Units whose exchanges gain most.
+class Exchange:
+    """Units whose exchanges gain most, and what the best exchange gains.
 
     units: Those that may leave and as many that may enter, (u,) int64, the best of each side first:
-        these two are the best exchange of all.
-    gain: What that gains.
+        these two are the best exchange of all.  None where there is no pair.
+    gain: By how much the loss falls; negative if it rises.
     """
 
     units: Tensor
     gain: float
 
 
-def candidates(state: PivotState, count: int) -> Candidates:
-    """Return the units whose best exchanges, of all pairs, gain most.
+def best_swap(state: PivotState) -> Exchange:
+    """Return the exchange that lowers the loss most, over all pairs."""
+    return _most(state, lambda leave, enter: swap_gains(state, leave, enter))
 
-    count: How many of those that may leave, and as many of those that may enter; one each are those
-        of `best_swap`.
-    """
+
+def candidates(state: PivotState, count: int) -> Exchange:
+    """Return the units whose best exchanges, of all pairs, gain most: at most `count` a side."""
     removed = state.removed
     if count == 1 or not len(removed):
-        swap = best_swap(state)
-        units = torch.tensor([swap.leave, swap.enter], device=removed.device)
-        return Candidates(units, swap.gain)
+        return best_swap(state)
     leave = torch.full_like(state.kept, -torch.inf, dtype=torch.float64)
     enter = leave.clone()
     partner = torch.empty_like(state.kept, dtype=torch.int64)
@@ -94,7 +74,7 @@ def candidates(state: PivotState, count: int) -> Candidates:
     count = min(count, len(removed), len(state.support))
     sides = (state.support, leave), (removed, enter)
     units = torch.cat([side[gains[side].topk(count).indices] for side, gains in sides])
-    return Candidates(units, gain)
+    return Exchange(units, gain)
 
 
 def possible_gain(state: PivotState) -> float:
@@ -109,17 +89,18 @@ def possible_gain(state: PivotState) -> float:
     return _most(state, lambda leave, enter: _total(r.gains(leave, enter) for r in reaches)).gain
 
 
-def _most(state: PivotState, gains_of: Callable[[Tensor, Tensor], Tensor]) -> Swap:
+def _most(state: PivotState, gains_of: Callable[[Tensor, Tensor], Tensor]) -> Exchange:
     """Return the exchange of the largest gain, computed for some units that leave at a time."""
-    removed, best = state.removed, Swap(-1, -1, -torch.inf)
+    removed = state.removed
+    best = none = Exchange(removed[:0], -torch.inf)
     for some, gains in _tiles(state, gains_of):
         index = int(gains.argmax())
         gain = float(gains.view(-1)[index])
         if gain != gain:  # NaN of one block must not be passed over by another's number
-            return Swap(-1, -1, gain)
+            return replace(none, gain=gain)
         if gain > best.gain:
             row, column = divmod(index, len(removed))
-            best = Swap(int(some[row]), int(removed[column]), gain)
+            best = Exchange(torch.stack([some[row], removed[column]]), gain)
     return best
 
 

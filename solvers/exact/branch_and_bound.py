@@ -27,7 +27,7 @@ from solvers.certificates.tree_certificate import KEPT, REMOVED, TreeCertificate
 from solvers.closed_forms.refit import refit_loss_and_rounding
 from solvers.errors import BackendError
 from solvers.exact.frontier import Frontier, Nodes, TreeRecord
-from solvers.exact.outer_approximation import Limits
+from solvers.exact.outer_approximation import check_limits
 from solvers.heuristics.incumbent import Incumbent
 from solvers.heuristics.local_search import LocalSearch
 from solvers.problem import SubsetProblem
@@ -71,7 +71,7 @@ class BranchAndBound(Backend):
     start: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
-        Limits(self.time_limit, self.gap_tolerance)
+        check_limits(self.time_limit, self.gap_tolerance)
         if self.node_limit < 0:
             raise BackendError(f"node_limit is {self.node_limit}; limits must not be negative")
 

@@ -10,24 +10,9 @@ from typing import Any, ClassVar
 import numpy as np
 
 from solvers.errors import BackendError
-from solvers.exact.outer_approximation import (
-    TOLERANCE,
-    Array,
-    Cut,
-    Limits,
-    Search,
-    keep_everything,
-)
+from solvers.exact.outer_approximation import TOLERANCE, Array, Cut, MixedInteger, Search
 from solvers.exact.perspective_miqp import REACH, PerspectiveConsumer, PerspectiveProgram
-from solvers.problem import SubsetProblem
-from solvers.protocol import (
-    DEFAULT_GAP_TOLERANCE,
-    Backend,
-    BackendKind,
-    Capabilities,
-    Selection,
-    missing,
-)
+from solvers.protocol import Capabilities, Selection, missing
 
 _FORMULATIONS = ("auto", "perspective", "outer_approximation")
 _FREE_QUADRATIC_VARIABLES = 200
@@ -43,7 +28,7 @@ _ROOT_CUTS = 40
 
 
 @dataclass(frozen=True)
-class Gurobi(Backend):
+class Gurobi(MixedInteger):
     """Prove which support is best with Gurobi, started from the swap optimum.
 
     Two formulations of the same problem are offered.
@@ -73,17 +58,12 @@ class Gurobi(Backend):
         Units to start the warm-starting local search from; by default it starts from greedy.
     """
 
-    kind: ClassVar[BackendKind] = BackendKind.EXACT
     summary: ClassVar[str] = "perspective program, or lazy cuts; the free licence suffices"
     capabilities: ClassVar[Capabilities] = Capabilities(max_units=1999, devices=("cpu",))
-    time_limit: float = 60.0
-    gap_tolerance: float = DEFAULT_GAP_TOLERANCE
-    threads: int = 1
     formulation: str = "auto"
-    start: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
-        Limits(self.time_limit, self.gap_tolerance, self.threads)
+        super().__post_init__()
         if self.formulation not in _FORMULATIONS:
             raise BackendError(
                 f"gurobi: formulation is {self.formulation!r}; "
@@ -95,13 +75,8 @@ class Gurobi(Backend):
         """Return None, or that gurobipy is missing."""
         return missing("gurobipy")
 
-    def select(self, problem: SubsetProblem) -> Selection:
+    def solve(self, search: Search) -> Selection:
         """Search one tree of the chosen formulation."""
-        if problem.keep == problem.units:
-            return keep_everything(problem)
-        search = Search(
-            problem, Limits(self.time_limit, self.gap_tolerance, self.threads), self.start
-        )
         if self.formulation == "outer_approximation":
             return self._approximate(search)
         program = PerspectiveProgram.of(search)
@@ -111,7 +86,7 @@ class Gurobi(Backend):
 
     def _approximate(self, search: Search) -> Selection:
         model = f"outer approximation of {search.problem.units} units"
-        with licence_errors(model, _FREE_SIZE, _OTHERS), _Tree(search, self.threads) as tree:
+        with licence_errors(model, _FREE_SIZE, _OTHERS), _Tree(search) as tree:
             tree.run()
             return search.answer_by_cuts(tree.bound, "Gurobi", timed_out=tree.timed_out)
 
@@ -121,7 +96,7 @@ class Gurobi(Backend):
         others = f"formulation='outer_approximation', {_OTHERS}"
         with (
             licence_errors(model, limit, others),
-            _Program(search, program, self.threads) as solver,
+            _Program(search, program) as solver,
         ):
             solver.run()
             proof = f"perspective program by Gurobi, {solver.nodes} nodes"
@@ -166,10 +141,9 @@ class _Model:
 
     search: Incumbent and limits.
     removed: The incumbent: which of the units of the model it removes.
-    threads: Threads of the solver.
     """
 
-    def __init__(self, search: Search, removed: Array, threads: int) -> None:
+    def __init__(self, search: Search, removed: Array) -> None:
         import gurobipy
 
         self._gurobi: Any = gurobipy
@@ -182,7 +156,7 @@ class _Model:
             TimeLimit=search.limits.time_limit,
             BestBdStop=search.cutoff,
             MIPGap=1e-7,
-            Threads=threads,
+            Threads=search.limits.threads,
             # Slopes are steep near a singular H: an almost integral point would slip under its cut.
             IntFeasTol=TOLERANCE,
             FeasibilityTol=TOLERANCE,
@@ -223,11 +197,11 @@ class _Model:
 class _Program(_Model):
     """Gurobi's model of the perspective program."""
 
-    def __init__(self, search: Search, program: PerspectiveProgram, threads: int) -> None:
+    def __init__(self, search: Search, program: PerspectiveProgram) -> None:
         self._search = search
         self._units = program.terms.units.numpy()
         removed = search.removed()[self._units]
-        super().__init__(search, removed, threads)
+        super().__init__(search, removed)
         self._s: Any = self._model.addMVar(len(removed), ub=REACH**2)
         cones: list[Any] = [0.0] * len(removed)
         objective, start = self._s.sum(), np.zeros(len(removed))
@@ -285,13 +259,13 @@ class _Program(_Model):
 class _Tree(_Model):
     """Gurobi's model of the master problem, to which cuts are added while it is searched."""
 
-    def __init__(self, search: Search, threads: int) -> None:
-        super().__init__(search, search.removed(), threads)
+    def __init__(self, search: Search) -> None:
+        super().__init__(search, search.removed())
         self._search = search
         self._root_cuts = 0
         self._cost: Any = self._model.addVar(obj=1.0)
         for cut in (search.root_cut(), *search.cuts_at(search.removed())):
-            self._model.addConstr(self._expression(cut) >= -cut.constant)
+            self._model.addConstr(self._expression(cut) >= -cut[1])
         self._set(LazyConstraints=1)
 
     def run(self) -> None:
@@ -299,7 +273,7 @@ class _Tree(_Model):
         self._model.optimize(self._callback)
 
     def _expression(self, cut: Cut) -> Any:
-        return self._cost - cut.slopes @ self._x
+        return self._cost - cut[0] @ self._x
 
     def _callback(self, model: Any, where: int) -> None:
         codes = self._gurobi.GRB.Callback
@@ -318,5 +292,5 @@ class _Tree(_Model):
 
     def _add_violated(self, model: Any, cuts: tuple[Cut, ...], point: Array, cost: float) -> None:
         for cut in cuts:
-            if cut.slopes @ point - cut.constant > cost + _VIOLATION:
-                model.cbLazy(self._expression(cut) >= -cut.constant)
+            if cut[0] @ point - cut[1] > cost + _VIOLATION:
+                model.cbLazy(self._expression(cut) >= -cut[1])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,30 +11,15 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from solvers.exact.outer_approximation import (
-    TOLERANCE,
-    Array,
-    Cut,
-    Limits,
-    Search,
-    keep_everything,
-)
-from solvers.problem import SubsetProblem
-from solvers.protocol import (
-    DEFAULT_GAP_TOLERANCE,
-    Backend,
-    BackendKind,
-    Capabilities,
-    Selection,
-    missing,
-)
+from solvers.exact.outer_approximation import TOLERANCE, Array, Cut, MixedInteger, Search
+from solvers.protocol import Capabilities, Selection, missing
 
 _FRACTIONAL_ROUNDS = 40
 _ROUND_PROGRESS = 1e-4
 
 
 @dataclass(frozen=True)
-class Highs(Backend):
+class Highs(MixedInteger):
     """Prove which support is best with an open-source solver.
 
     The linear relaxation is tightened by cuts at its own optima first.  Then the integer search is
@@ -53,37 +37,23 @@ class Highs(Backend):
         Units to start the warm-starting local search from; by default it starts from greedy.
     """
 
-    kind: ClassVar[BackendKind] = BackendKind.EXACT
     summary: ClassVar[str] = "outer approximation as a linear integer program, without a licence"
     capabilities: ClassVar[Capabilities] = Capabilities(max_units=200, devices=("cpu",))
-    time_limit: float = 60.0
-    gap_tolerance: float = DEFAULT_GAP_TOLERANCE
-    threads: int = 1
-    start: tuple[int, ...] | None = None
-
-    def __post_init__(self) -> None:
-        Limits(self.time_limit, self.gap_tolerance, self.threads)
 
     @classmethod
     def available(cls) -> str | None:
         """Return None, or that highspy is missing."""
         return missing("highspy")
 
-    def select(self, problem: SubsetProblem) -> Selection:
+    def solve(self, search: Search) -> Selection:
         """Alternate between the master problem and cuts at its solutions."""
-        deadline = time.perf_counter() + self.time_limit
-        if problem.keep == problem.units:
-            return keep_everything(problem)
-        search = Search(
-            problem, Limits(self.time_limit, self.gap_tolerance, self.threads), self.start
-        )
-        model = _Model(problem.units, search.removals, self.threads)
+        model = _Model(search.problem.units, search.removals, self.threads)
         for cut in (search.root_cut(), search.cut(search.removed())):
             model.add(cut)
-        bound = _tighten_relaxation(model, search, deadline)
+        bound = _tighten_relaxation(model, search)
         model.make_integer()
         seen = set[bytes]()
-        while bound < search.cutoff and (left := deadline - time.perf_counter()) > 0:
+        while bound < search.cutoff and (left := search.seconds_left) > 0:
             proved, point = model.solve(left)
             bound = max(bound, proved)
             if point is None:
@@ -95,14 +65,14 @@ class Highs(Backend):
             seen.add(point.tobytes())
             for cut in search.cuts_at(point):
                 model.add(cut)
-        return search.answer_by_cuts(bound, "HiGHS", timed_out=time.perf_counter() >= deadline)
+        return search.answer_by_cuts(bound, "HiGHS", timed_out=search.seconds_left <= 0)
 
 
-def _tighten_relaxation(model: _Model, search: Search, deadline: float) -> float:
+def _tighten_relaxation(model: _Model, search: Search) -> float:
     """Add cuts at fractional optima while they raise the bound; return the bound."""
     bound = 0.0
     for _ in range(_FRACTIONAL_ROUNDS):
-        left = deadline - time.perf_counter()
+        left = search.seconds_left
         if left <= 0:
             break
         value, point = model.solve(left)
@@ -153,8 +123,8 @@ class _Model:
 
     def add(self, cut: Cut) -> None:
         """Add ``cost - slopes @ x >= -constant``."""
-        infinity = self._highspy.kHighsInf
-        self._add_row(-cut.constant, infinity, np.r_[-cut.slopes, 1.0])
+        slopes, constant = cut
+        self._add_row(-constant, self._highspy.kHighsInf, np.r_[-slopes, 1.0])
 
     def _add_row(self, lower: float, upper: float, values: Array) -> None:
         index = np.flatnonzero(values).astype(np.int32)

@@ -14,7 +14,9 @@ Mathematical Programming 36, 1986).  Consumers are summed up inside a and Q: one
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -31,7 +33,7 @@ from solvers.errors import BackendError
 from solvers.heuristics.incumbent import Incumbent
 from solvers.heuristics.local_search import LocalSearch
 from solvers.problem import SubsetProblem
-from solvers.protocol import Selection, Status
+from solvers.protocol import DEFAULT_GAP_TOLERANCE, Backend, BackendKind, Selection, Status
 
 Array = NDArray[np.float64]
 
@@ -51,59 +53,66 @@ SOLVER_SLACK = 2e-7
 """What a bound gives up for them, in the cost's unit: one for each of 200 units."""
 
 
-@dataclass(frozen=True, eq=False)
-class Cut:
-    """``cost >= slopes @ x - constant`` for the indicator x of removed units.
+Cut = tuple[Array, float]
+"""``cost >= slopes @ x - constant``, for the indicator x of removed units and in `Search.unit`."""
 
-    slopes, constant: In units of `Search.unit`.
-    """
 
-    slopes: Array
-    constant: float
+def check_limits(time_limit: float, gap_tolerance: float, threads: int = 1) -> None:
+    """Refuse limits of a search that are none."""
+    if not 0 <= threads <= _MOST_THREADS:
+        raise BackendError(
+            f"threads is {threads}; give 1 to {_MOST_THREADS}, or 0 for its own choice"
+        )
+    if not time_limit >= 0 or not 0 <= gap_tolerance < 1:
+        raise BackendError(
+            f"time_limit is {time_limit} and gap_tolerance {gap_tolerance}; limits must not be "
+            "negative, and the tolerance lies in [0, 1)"
+        )
 
 
 @dataclass(frozen=True)
-class Limits:
-    """When a search may stop.
+class MixedInteger(Backend):
+    """A search by a mixed-integer solver, which starts from the swap optimum."""
 
-    time_limit: Seconds.
-    gap_tolerance: Relative gap at which the answer counts as optimal.
-    threads: Threads of the solver; 0 leaves the choice to it.
-    """
-
-    time_limit: float
-    gap_tolerance: float
+    kind: ClassVar[BackendKind] = BackendKind.EXACT
+    time_limit: float = 60.0
+    gap_tolerance: float = DEFAULT_GAP_TOLERANCE
     threads: int = 1
+    start: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
-        if not 0 <= self.threads <= _MOST_THREADS:
-            raise BackendError(
-                f"threads is {self.threads}; give 1 to {_MOST_THREADS}, or 0 for its own choice"
-            )
-        if not self.time_limit >= 0 or not 0 <= self.gap_tolerance < 1:
-            raise BackendError(
-                f"time_limit is {self.time_limit} and gap_tolerance {self.gap_tolerance}; limits "
-                "must not be negative, and the tolerance lies in [0, 1)"
-            )
+        check_limits(self.time_limit, self.gap_tolerance, self.threads)
+
+    def select(self, problem: SubsetProblem) -> Selection:
+        """Search, unless there is no choice."""
+        if problem.keep == problem.units:
+            return keep_everything(problem)
+        return self.solve(Search(problem, self))
+
+    def solve(self, search: Search) -> Selection:
+        """Close the gap of a search."""
+        raise NotImplementedError
 
 
 class Search(Incumbent):
     """The incumbent, an oracle of cuts, and what a solver's bound of the cost proves.
 
-    problem: A problem that removes at least one unit.
-    limits: When to stop.
-    start: Units to start the warm-starting local search from; by default it starts from greedy.
+    problem: One that removes at least one unit.
     """
 
-    def __init__(
-        self, problem: SubsetProblem, limits: Limits, start: tuple[int, ...] | None = None
-    ) -> None:
-        super().__init__(problem, LocalSearch(start=start).support(problem))
+    def __init__(self, problem: SubsetProblem, limits: MixedInteger) -> None:
+        self.deadline = time.perf_counter() + limits.time_limit
+        super().__init__(problem, LocalSearch(start=limits.start).support(problem))
         self.limits = limits
         self.terms = RemovalTerms.of(problem)
         self.root: Relaxation = relax(self.terms, Effort())
         self.unit = max(self.loss - self.terms.constant, 1e-9 * problem.scale) or 1.0
         self.cuts = 0
+
+    @property
+    def seconds_left(self) -> float:
+        """Until the deadline."""
+        return self.deadline - time.perf_counter()
 
     @property
     def removals(self) -> int:
@@ -173,10 +182,10 @@ class Search(Incumbent):
         """
         core = self.root.bound.point.cpu().numpy()
         tight = self.cut(point)
-        cost = min(float(tight.slopes @ point) - tight.constant, _COST_CAP)
-        mild = Cut(cost * point, cost * (self.removals - 1))
+        cost = min(float(tight[0] @ point) - tight[1], _COST_CAP)
+        mild = cost * point, cost * (self.removals - 1)
         steep = (tight, self.cut(point + _TOWARDS_CORE * (core - point)))
-        return (mild, *(cut for cut in steep if np.abs(cut.slopes).max() < _STEEPEST))
+        return (mild, *(cut for cut in steep if np.abs(cut[0]).max() < _STEEPEST))
 
     def cut(self, point: Array) -> Cut:
         """Return a cut at a point of the polytope, tight if it is binary."""
@@ -189,7 +198,7 @@ class Search(Incumbent):
         return self._as_cut(made_dominating(QuadraticBound(a, Q, self.removals, q, x, magnitudes)))
 
     def _as_cut(self, bound: QuadraticBound) -> Cut:
-        return Cut(bound.slopes.cpu().numpy() / self.unit, bound.offset / self.unit)
+        return bound.slopes.cpu().numpy() / self.unit, bound.offset / self.unit
 
 
 def _multipliers(consumer: ConsumerRemoval, x: Tensor) -> Tensor:

@@ -30,8 +30,8 @@ class Greedy(Backend):
         everything = torch.arange(n, device=problem.device)
         removals = eliminate(problem, n - 1)
         path = [refit_loss(problem, everything)]
-        for removal in removals:
-            path.append(path[-1] + removal.loss)
+        for _, risen in removals:
+            path.append(path[-1] + risen)
         path.append(problem.scale)
         return Selection(
             support_after(removals[: n - k], problem),

@@ -12,7 +12,7 @@ from torch import Tensor
 from solvers.closed_forms.elimination import eliminate, support_after
 from solvers.closed_forms.pivot import PivotState
 from solvers.closed_forms.refit import refit_loss, refit_loss_and_rounding
-from solvers.closed_forms.swaps import Candidates, Swap, best_swap, candidates, possible_gain
+from solvers.closed_forms.swaps import Exchange, candidates, possible_gain
 from solvers.errors import BackendError
 from solvers.problem import SubsetProblem
 from solvers.protocol import Backend, BackendKind, Selection, Status
@@ -135,13 +135,15 @@ class LocalSearch(Backend):
     def _descend(self, state: PivotState, loss: float, limit: int) -> tuple[int, bool]:
         """Make at most `limit` improving exchanges; return how many, and whether none is left."""
         state.hold_products()
-        made, best = 0, _candidates(state)
+        few = len(state.support) * len(state.removed) < _FEW_PAIRS
+        count = 1 if few else _AT_ONCE
+        made, best = 0, _best(state, count)
         while made < limit and best.gain > (least := self._least(state, loss)):
             moved, gains = _exchanged(state, best, least, limit - made)
             state.sweep(moved)
             loss -= sum(gains)
             made += len(gains)
-            best = _candidates(state)
+            best = _best(state, count)
         return made, not best.gain > self._least(state, loss)
 
     def _least(self, state: PivotState, loss: float) -> float:
@@ -162,17 +164,16 @@ def _loss(state: PivotState) -> float:
     return refit_loss(state.problem, state.support) if loss is None else loss
 
 
-def _candidates(state: PivotState) -> Candidates:
+def _best(state: PivotState, count: int) -> Exchange:
     """Return the units with the best exchanges; none where too many digits are lost to tell."""
-    few = len(state.support) * len(state.removed) < _FEW_PAIRS
     try:
-        return candidates(state, 1 if few else _AT_ONCE)
+        return candidates(state, count)
     except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
-        return Candidates(state.support[:0], -math.inf)
+        return Exchange(state.support[:0], -math.inf)
 
 
 def _exchanged(
-    state: PivotState, best: Candidates, least: float, limit: int
+    state: PivotState, best: Exchange, least: float, limit: int
 ) -> tuple[Tensor, list[float]]:
     """Make the best exchange, then others among the same units, until none of them gains.
 
@@ -186,15 +187,7 @@ def _exchanged(
     part = state.part(best.units)
     part.hold_products()
     part.sweep([0, len(best.units) // 2])
-    while len(gains) < limit and (swap := _best_swap(part)).gain > least:
-        part.sweep([swap.leave, swap.enter])
+    while len(gains) < limit and (swap := _best(part, 1)).gain > least:
+        part.sweep(swap.units)
         gains.append(swap.gain)
     return best.units[part.kept != state.kept[best.units]], gains
-
-
-def _best_swap(state: PivotState) -> Swap:
-    """Return the best exchange; none where too many digits are lost to tell."""
-    try:
-        return best_swap(state)
-    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
-        return Swap(-1, -1, -math.inf)

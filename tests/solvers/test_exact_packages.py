@@ -13,7 +13,7 @@ import torch
 from solvers import BackendError, Status, backend_class, solve
 from solvers.bounds.conic import Conic
 from solvers.exact.gurobi import licence_errors
-from solvers.exact.outer_approximation import Limits, Search
+from solvers.exact.outer_approximation import MixedInteger, Search
 from solvers.exact.perspective_miqp import PerspectiveProgram
 from tests.solvers.instances import INSTANCES, Data, build, random_data
 
@@ -48,7 +48,7 @@ def hard():
 def test_cuts_are_valid_at_every_support_and_tight_at_their_own(name):
     instance = INSTANCES[name]
     problem = instance.problem
-    master = Search(problem, Limits(10.0, 1e-4))
+    master = Search(problem, MixedInteger(10.0))
     n, r = problem.units, master.removals
     supports = list(combinations(range(n), r))
     points = np.array([[float(j in removed) for j in range(n)] for removed in supports])
@@ -69,7 +69,7 @@ def test_cuts_are_valid_at_every_support_and_tight_at_their_own(name):
 def test_the_perspective_program_has_the_cost_of_every_support_worth_a_look(name):
     instance = INSTANCES[name]
     problem = instance.problem
-    search = Search(problem, Limits(10.0, 1e-4))
+    search = Search(problem, MixedInteger(10.0))
     program = PerspectiveProgram.of(search)
     free = program.terms.units.tolist()
     everything = set(range(problem.units))

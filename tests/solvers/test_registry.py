@@ -175,9 +175,11 @@ def test_options_in_a_mapping():
     """Names of options cannot collide with the parameters of `solve` there."""
     expected = solve(PROBLEM, "random", seed=3).support
     assert torch.equal(solve(PROBLEM, "random", options={"seed": 3}).support, expected)
-    for name in ("bound", "device", "backend", "problem", "name", "options", 5):
+    for name in ("bound", "device", "backend", "problem", "name", "options"):
         with pytest.raises(BackendError, match=f"'random' has no option {name}; it has seed"):
             solve(PROBLEM, "random", options={name: 1})
+    with pytest.raises(BackendError, match="their names must be strings"):
+        solve(PROBLEM, "random", options={5: 1})
     with pytest.raises(BackendError, match="seed are given twice"):
         solve(PROBLEM, "random", options={"seed": 3}, seed=3)
     with pytest.raises(BackendError, match=r"options is \[1\]; it must map names to values"):
