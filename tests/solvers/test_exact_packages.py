@@ -56,11 +56,11 @@ def test_cuts_are_valid_at_every_support_and_tight_at_their_own(name):
     costs = (losses - master.terms.constant) / master.unit
     fractional = np.random.default_rng(0).dirichlet(np.ones(n), size=3) * r
     for point in [*points[:: max(1, len(points) // 7)], *np.minimum(fractional, 1.0)]:
-        for cut in (master.root_cut(), *master.cuts_at(point)):
-            assert (points @ cut.slopes - cut.constant <= costs + 1e-8).all()
+        for slopes, constant in (master.root_cut(), *master.cuts_at(point)):
+            assert (points @ slopes - constant <= costs + 1e-8).all()
     for point, cost in zip(points, costs, strict=True):
-        cut = master.cut(point)
-        assert point @ cut.slopes - cut.constant == pytest.approx(cost, abs=1e-8 * costs.max())
+        slopes, constant = master.cut(point)
+        assert point @ slopes - constant == pytest.approx(cost, abs=1e-8 * costs.max())
 
 
 @pytest.mark.parametrize(
