@@ -1,9 +1,14 @@
-"""Accelerated proximal gradients, and the projection on the capped simplex."""
+"""Accelerated proximal gradients, and the projection on the capped simplex.
+
+Their many operations on few numbers are those of numpy, which begins each in a tenth of the time
+that torch takes.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -27,20 +32,21 @@ def accelerated(
     steps: The most steps.
     tolerance: Stop when a step moves no entry by this much.
     """
-    x = y = start
-    momentum = torch.ones_like(start[:, :1])
+    x = y = start.cpu().numpy()
+    scale = metric.cpu().numpy() if isinstance(metric, Tensor) else metric
+    momentum = np.ones((len(x), 1))
     for _ in range(steps):
-        new = step(y)
+        new = step(torch.from_numpy(y).to(start.device)).cpu().numpy()
         change = new - x
-        # (y - new) * metric is the gradient that the step followed.
-        uphill = ((y - new).mul_(metric) * change).sum(1, keepdim=True) > 0
-        following = (1 + (1 + 4 * momentum.square()).sqrt()) / 2
-        y = torch.where(uphill, new, new + change * ((momentum - 1) / following))
-        momentum = torch.where(uphill, 1.0, following)
+        # (y - new) * scale is the gradient that the step followed.
+        uphill = ((y - new) * scale * change).sum(1, keepdims=True) > 0
+        following = (1 + np.sqrt(1 + 4 * momentum**2)) / 2
+        y = np.where(uphill, new, new + change * ((momentum - 1) / following))
+        momentum = np.where(uphill, 1.0, following)
         x = new
-        if tolerance and float(change.abs_().max()) < tolerance:
+        if tolerance and np.abs(change).max() < tolerance:
             break
-    return x
+    return torch.from_numpy(x).to(start.device)
 
 
 def project(target: Tensor, weight: Tensor, total: Tensor) -> Tensor:
@@ -57,14 +63,17 @@ def project(target: Tensor, weight: Tensor, total: Tensor) -> Tensor:
     # The sum falls from n to 0 in tau, and bends where an entry leaves 1, at (target - 1) / weight,
     # or reaches 0, at target / weight.  With `fell` as far as it has come at each bend, tau lies
     # between the last at which too much is left and the next.
-    n, due = target.shape[1], target.shape[1] - total[:, None]
-    zero = target / weight
-    bends = torch.cat([zero - 1 / weight, zero], 1)
-    bends, order = bends.sort(1)
-    slopes = torch.cat([weight, -weight], 1).gather(1, order).cumsum(1)
-    fell = torch.nn.functional.pad(bends.diff(dim=1).mul_(slopes[:, :-1]).cumsum(1), (1, 0))
-    last = ((fell < due).sum(1, keepdim=True) - 1).clamp(0, 2 * n - 2)
-    slope = slopes.gather(1, last)
-    step = (due - fell.gather(1, last)) / slope
-    tau = bends.gather(1, last) + torch.where(slope > 0, step, 0.0)
-    return (target - tau * weight).clamp(0.0, 1.0)
+    t, w = target.cpu().numpy(), weight.cpu().numpy()
+    n, due = t.shape[1], t.shape[1] - total.cpu().numpy()[:, None]
+    zero = t / w
+    bends = np.concatenate([zero - 1 / w, zero], 1)
+    order = bends.argsort(1)
+    bends = np.take_along_axis(bends, order, 1)
+    slopes = np.take_along_axis(np.concatenate([w, -w], 1), order, 1).cumsum(1)
+    fell = np.zeros_like(bends)
+    np.cumsum(np.diff(bends) * slopes[:, :-1], axis=1, out=fell[:, 1:])
+    last = ((fell < due).sum(1, keepdims=True) - 1).clip(0, 2 * n - 2)
+    before, slope, reached = (np.take_along_axis(a, last, 1) for a in (fell, slopes, bends))
+    with np.errstate(divide="ignore", invalid="ignore"):  # where the sum does not fall
+        tau = reached + np.where(slope > 0, (due - before) / slope, 0.0)
+    return torch.from_numpy((t - tau * w).clip(0.0, 1.0)).to(target.device)
