@@ -20,7 +20,7 @@ import graph
 from benchmarks.coverage.case import Inputs, Made
 from graph import CouplingGroup, DependencyGraph
 from osscar.base.errors import OsscarError, first_line
-from osscar.data.tensors import named_inputs
+from osscar.data.batches import named_inputs
 from osscar.preparation.prepare import Prepared, prepare
 from osscar.pruning.shrunk import shrunk
 from osscar.pruning.trial import LeftAlone, feasible_groups

@@ -40,7 +40,7 @@ from graph import CouplingGroup
 from osscar.base.errors import NonFiniteError, OsscarError, first_line
 from osscar.base.memory import let_shortage_pass
 from osscar.base.progress import stage
-from osscar.data.batches import Batch, ModelInputs, SeparateInputs, TensorInputs, TokenInputs
+from osscar.data.batches import Batch, ModelInputs
 from osscar.network.model_state import frozen_weights
 from osscar.network.modules import device_of, fresh
 from osscar.network.predictions import known_prediction, named_logits
@@ -330,7 +330,7 @@ def held_batches(prepared: Prepared, batches: Sequence[Batch]) -> int:
     None are of tokens, of which all layers of a language model read as many, so that none is
     fitted much better than another.
     """
-    return 0 if isinstance(prepared.inputs, TokenInputs) else len(batches) // _HELD_OUT
+    return 0 if prepared.inputs.tokens else len(batches) // _HELD_OUT
 
 
 def _without_idle(factors: Sequence[Factors]) -> tuple[Factors, ...]:
@@ -342,7 +342,7 @@ def _without_idle(factors: Sequence[Factors]) -> tuple[Factors, ...]:
 def small_batches(prepared: Prepared, samples: int) -> list[Batch]:
     """Return the first samples, few at a time."""
     inputs = prepared.inputs
-    if isinstance(inputs, SeparateInputs):
+    if inputs.apart:
         return inputs.batches(prepared.model, 1)[:samples]
     first = inputs.batches(prepared.model, samples)[0]
     length = inputs.settings.get("seqlen")
@@ -354,7 +354,7 @@ def small_batches(prepared: Prepared, samples: int) -> list[Batch]:
 def _find_axes(prepared: Prepared, factors: Sequence[Factors]) -> None:
     """Find the dimension in which samples lie, in front or not, by running two numbers of them."""
     inputs = prepared.inputs
-    if not isinstance(inputs, TensorInputs):  # whose positions, or whole calls, count
+    if inputs.tokens or inputs.apart:  # whose positions, or whole calls, count
         return
     shapes: list[dict[str, list[torch.Size]]] = []
     for count in (2, 3):
@@ -541,7 +541,7 @@ def logits_of(result: Any, batch: Batch, inputs: ModelInputs) -> Tensor | None:
     inputs
         All that it is calibrated on: tokens are of a language model, and labels of a classifier.
     """
-    tokens = isinstance(inputs, TokenInputs)
+    tokens = inputs.tokens
     named = named_logits(result)
     alone = result if tokens else known_prediction(result)
     found = alone if named is None else named

@@ -6,9 +6,8 @@ import math
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -25,19 +24,17 @@ ARCHIVE_LIMIT = 2**33
 _NUMBERS = "biufc"
 """Kinds of numpy's formats that are numbers, or true or false; objects and texts are none."""
 
-
 SUFFIXES = (".npz", ".safetensors")
+
+Header: TypeAlias = tuple[tuple[int, ...], np.dtype[Any]]
+"""What an array in a file says of itself: its shape and number format."""
 
 
 def located(spec: str | Path, what: str, give: str) -> tuple[str, Path, str]:
     """Return a name as text, and the file and the part of it that it stands for.
 
-    Parameters
-    ----------
-    spec
-        ``FILE``, or ``FILE.npz:PART`` for a part of one; what exists by that name has no part.
-    what, give
-        What it names, and what would have served, in words.
+    ``FILE.npz:PART`` is a part of a file; what exists by that name has no part.  `what` it names,
+    and what to `give`, are words for messages.
 
     Raises
     ------
@@ -60,27 +57,6 @@ def located(spec: str | Path, what: str, give: str) -> tuple[str, Path, str]:
     return text, path, part
 
 
-@dataclass(frozen=True)
-class Header:
-    """What an array in a file says of itself.
-
-    Attributes
-    ----------
-    shape
-        Its sizes.
-    dtype
-        Its number format, as numpy calls it.
-    """
-
-    shape: tuple[int, ...]
-    dtype: np.dtype[Any]
-
-    @property
-    def nbytes(self) -> int:
-        """What it would take in memory."""
-        return math.prod(self.shape) * self.dtype.itemsize
-
-
 def npz_headers(path: Path) -> dict[str, Header]:
     """Return what the arrays of an ``.npz`` file say of themselves, by name.
 
@@ -96,12 +72,10 @@ def npz_headers(path: Path) -> dict[str, Header]:
 
 def _header(archive: zipfile.ZipFile, member: str) -> Header:
     with archive.open(member) as file:
-        version = np.lib.format.read_magic(file)
-        read = np.lib.format.read_array_header_1_0
-        if version != (1, 0):
-            read = np.lib.format.read_array_header_2_0
+        first = np.lib.format.read_magic(file) == (1, 0)
+        read = np.lib.format.read_array_header_1_0 if first else np.lib.format.read_array_header_2_0
         shape, _, dtype = read(file)
-    return Header(shape, dtype)
+    return shape, dtype
 
 
 def read_tensors(
@@ -109,20 +83,13 @@ def read_tensors(
 ) -> dict[str, Tensor]:
     """Read tensors of an ``.npz`` or ``.safetensors`` file; nothing is unpickled.
 
-    Parameters
-    ----------
-    path
-        The file.
-    wanted
-        Names the tensors to read, by the names of all and, of an ``.npz`` file, what each says of
-        itself; it may refuse them.
+    `wanted` names those to read, or refuses them, by the names of all and, of an ``.npz`` file,
+    what each says of itself.
 
     Raises
     ------
     FileError
         If the file is damaged, or what is wanted is no numbers or too large.
-    OsscarError
-        What `wanted` raises.
     """
     with _readable(path):
         check_regular(path)
@@ -132,11 +99,12 @@ def read_tensors(
                 names = wanted(dict.fromkeys(file.keys()))
                 return {name: file.get_tensor(name) for name in names}
         headers = npz_headers(path)
-        chosen = list(wanted(headers))
-        for name in chosen:
-            if headers[name].dtype.kind not in _NUMBERS:
-                raise FileError(path, f"{name} holds {headers[name].dtype}; give numbers")
-        _check_size(path, ", ".join(chosen), sum(headers[name].nbytes for name in chosen))
+        chosen = {name: headers[name] for name in wanted(headers)}
+        for name, (_, dtype) in chosen.items():
+            if dtype.kind not in _NUMBERS:
+                raise FileError(path, f"{name} holds {dtype}; give numbers")
+        size = sum(math.prod(shape) * dtype.itemsize for shape, dtype in chosen.values())
+        _check_size(path, ", ".join(chosen), size)
         with np.load(path, allow_pickle=False) as arrays:
             return {name: _tensor(arrays[name]) for name in chosen}
 

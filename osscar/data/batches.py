@@ -1,21 +1,19 @@
-"""What a model is calibrated with, and what it is traced and proved with."""
+"""What a model is calibrated, traced and proved with: tensors by the names of its arguments."""
 
 from __future__ import annotations
 
 import dataclasses
 import inspect
-from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from osscar.base.errors import CalibrationError, ModelError
-from osscar.data.images import ImageSet
+from osscar.base.inputs import shown
 from osscar.data.samples import SampleSet
-from osscar.data.tensors import TensorSet, check_arguments, check_tensors, in_order, named_inputs
 from osscar.data.tokens import CalibrationSet
 from osscar.network.modules import context_length, device_of
 
@@ -31,267 +29,151 @@ _PROOF_TOKENS = 64
 """Units do not depend on the length, so that a short window proves as much as a long one."""
 
 
-class ModelInputs(ABC):
-    """Calibration data in the form that one kind of model reads."""
-
-    batch_size: ClassVar[int]
-    """How many samples run at once unless the caller says otherwise."""
-
-    @property
-    @abstractmethod
-    def classes(self) -> bool:
-        """Whether the model is known to tell classes apart, such as the tokens of a vocabulary."""
-
-    @property
-    @abstractmethod
-    def samples(self) -> int:
-        """How many there are."""
-
-    @property
-    @abstractmethod
-    def settings(self) -> dict[str, Any]:
-        """What reports say about the data."""
-
-    @abstractmethod
-    def check(self, model: nn.Module) -> None:
-        """Refuse data that the model cannot read.
-
-        Raises
-        ------
-        CalibrationError
-            If they have a wrong form.
-        """
-
-    @abstractmethod
-    def example(self, model: nn.Module) -> Batch:
-        """Return inputs to trace the model with."""
-
-    @abstractmethod
-    def batches(self, model: nn.Module, batch_size: int) -> list[Batch]:
-        """Return the calibration data, at most so many samples at a time, on the model's device."""
-
-    @abstractmethod
-    def only(self, batch: Batch) -> ModelInputs:
-        """Return data of the same kind that are one batch."""
-
-    @abstractmethod
-    def proofs(self, model: nn.Module, seed: int) -> list[Batch]:
-        """Return random inputs of two different sizes, on the model's device."""
-
-    def count(self, batch: Batch) -> int:
-        """Return how many samples there are in a batch."""
-        return len(next(iter(batch.values())))
-
-    def rows(self, batch: Batch, start: int, stop: int | None) -> Batch:
-        """Return some of the samples in a batch."""
-        return {name: tensor[start:stop] for name, tensor in batch.items()}
-
-
 @dataclass(frozen=True, eq=False)
-class TokenInputs(ModelInputs):
-    """Windows of tokens for a language model.
-
-    Parameters
-    ----------
-    windows
-        (samples, seqlen) int64.
-    """
-
-    batch_size: ClassVar[int] = 8
-    classes: ClassVar[bool] = True
-
-    windows: Tensor
-
-    @property
-    def samples(self) -> int:  # noqa: D102
-        return self.windows.shape[0]
-
-    @property
-    def settings(self) -> dict[str, Any]:  # noqa: D102
-        return {"samples": self.samples, "seqlen": self.windows.shape[1]}
-
-    def check(self, model: nn.Module) -> None:
-        """Refuse windows of a wrong form, too long, or with tokens that the model lacks."""
-        windows = self.windows
-        if windows.ndim != 2 or windows.dtype != torch.int64 or windows.numel() == 0:
-            raise CalibrationError(
-                f"calibration windows must be int64 (samples, seqlen) and not empty, not "
-                f"{windows.dtype} of {tuple(windows.shape)}"
-            )
-        context = context_length(model)
-        if context is not None and windows.shape[1] > context:
-            raise CalibrationError(
-                f"calibration windows have {windows.shape[1]} tokens and the model takes "
-                f"{context}; give a smaller window length (--seqlen)"
-            )
-        known = _vocabulary(model)
-        if int(windows.min()) < 0 or int(windows.max()) >= known:
-            raise CalibrationError(
-                f"calibration tokens run from {int(windows.min())} to {int(windows.max())} and the "
-                f"model knows 0 to {known - 1}; use the tokenizer that belongs to it"
-            )
-
-    def example(self, model: nn.Module) -> Batch:
-        """Return two short windows."""
-        length = min(_EXAMPLE_TOKENS, context_length(model) or _EXAMPLE_TOKENS)
-        return {"input_ids": torch.zeros(2, length, dtype=torch.int64, device=device_of(model))}
-
-    def batches(self, model: nn.Module, batch_size: int) -> list[Batch]:  # noqa: D102
-        pieces = torch.split(self.windows, min(batch_size, self.samples))
-        return [{"input_ids": ids.to(device_of(model))} for ids in pieces]
-
-    def only(self, batch: Batch) -> TokenInputs:  # noqa: D102
-        return TokenInputs(batch["input_ids"])
-
-    def proofs(self, model: nn.Module, seed: int) -> list[Batch]:
-        """Return random tokens: two short windows, and one of half the length."""
-        generator = torch.Generator().manual_seed(seed)
-        vocabulary, device = _vocabulary(model), device_of(model)
-        seqlen = min(self.windows.shape[1], _PROOF_TOKENS)
-        return [
-            {"input_ids": torch.randint(vocabulary, shape, generator=generator).to(device)}
-            for shape in ((2, seqlen), (1, max(2, seqlen // 2)))
-        ]
-
-
-@dataclass(frozen=True, eq=False)
-class TensorInputs(ModelInputs):
-    """Tensors for any other model, such as images.
+class ModelInputs:
+    """Calibration data as one model reads them.
 
     Parameters
     ----------
     tensors
         By the name of the argument; the first dimension of each is the sample.
+    tokens
+        Whether they are the windows of a language model: `input_ids`, (samples, seqlen) int64.
     classes
-        Whether each sample has a right class, so that the model is a classifier.
+        Whether the model is known to tell classes apart, such as the tokens of a vocabulary.
+    apart
+        In the place of `tensors`, samples of sizes of their own, such as graphs, each of which the
+        model is given alone.
     """
 
-    batch_size: ClassVar[int] = 64
-
     tensors: Mapping[str, Tensor]
+    tokens: bool = False
     classes: bool = False
+    apart: tuple[Mapping[str, Tensor], ...] = ()
 
     @property
-    def samples(self) -> int:  # noqa: D102
-        return len(next(iter(self.tensors.values())))
+    def batch_size(self) -> int:
+        """How many samples run at once unless the caller says otherwise."""
+        if self.apart:
+            return 1
+        return 8 if self.tokens else 64
+
+    @property
+    def samples(self) -> int:
+        """How many there are."""
+        return len(self.apart) or len(next(iter(self.tensors.values())))
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Samples, their shapes and number formats."""
-        shapes = {name: list(tensor.shape[1:]) for name, tensor in self.tensors.items()}
-        return {"samples": self.samples, "shapes": shapes, "dtypes": _formats(self.tensors)}
+        """What reports say: samples, and their shapes and number formats.
 
-    def check(self, model: nn.Module) -> None:
-        """Refuse arguments that the model does not have."""
-        check_arguments(model, self.tensors)
+        Of samples apart, None stands for a size in which they differ.
+        """
+        if self.tokens:
+            return {"samples": self.samples, "seqlen": self.tensors["input_ids"].shape[1]}
+        first = self.apart[0] if self.apart else self.tensors
+        dtypes = {name: str(x.dtype).removeprefix("torch.") for name, x in first.items()}
+        if not self.apart:
+            shapes = {name: list(tensor.shape[1:]) for name, tensor in self.tensors.items()}
+            return {"samples": self.samples, "shapes": shapes, "dtypes": dtypes}
+        sizes: dict[str, list[int | None]] = {}
+        for name in first:
+            along = zip(*(sample[name].shape for sample in self.apart), strict=True)
+            sizes[name] = [one[0] if len(set(one)) == 1 else None for one in along]
+        return {"samples": self.samples, "sizes": sizes, "dtypes": dtypes}
 
     def example(self, model: nn.Module) -> Batch:
-        """Return two samples (a single one is repeated)."""
-        return self.some(model, 2)
+        """Return inputs to trace the model with: two samples, or one of those that run alone."""
+        if self.tokens:
+            length = min(_EXAMPLE_TOKENS, context_length(model) or _EXAMPLE_TOKENS)
+            return {"input_ids": torch.zeros(2, length, dtype=torch.int64, device=device_of(model))}
+        return to_model(self.apart[0], model) if self.apart else self.some(model, 2)
 
     def some(self, model: nn.Module, count: int) -> Batch:
         """Return so many samples, the first ones, again and again if there are fewer."""
         return self._at(model, torch.arange(count) % self.samples)
 
-    def batches(self, model: nn.Module, batch_size: int) -> list[Batch]:  # noqa: D102
+    def batches(self, model: nn.Module, batch_size: int) -> list[Batch]:
+        """Return the calibration data, at most so many samples at a time, on the model's device."""
+        if self.apart:
+            return [to_model(sample, model) for sample in self.apart]
         order = torch.arange(self.samples)
         return [self._at(model, rows) for rows in torch.split(order, batch_size)]
 
-    def only(self, batch: Batch) -> TensorInputs:  # noqa: D102
+    def only(self, batch: Batch) -> ModelInputs:
+        """Return data of the same kind that are one batch."""
+        if self.apart:
+            return dataclasses.replace(self, apart=(batch,))
         return dataclasses.replace(self, tensors=batch)
 
     def proofs(self, model: nn.Module, seed: int) -> list[Batch]:
-        """Return noise with the mean and spread of the data: three samples, and one.
+        """Return random inputs of two different sizes, on the model's device.
 
-        What is not a floating-point tensor is drawn from the data.
+        Tokens are drawn from the vocabulary.  Other tensors become noise with the mean and spread
+        of the data where they are floating-point, and stay samples of the data where they are not.
         """
         generator = torch.Generator().manual_seed(seed)
+        if self.tokens:
+            vocabulary, device = _vocabulary(model), device_of(model)
+            seqlen = min(self.tensors["input_ids"].shape[1], _PROOF_TOKENS)
+            return [
+                {"input_ids": torch.randint(vocabulary, shape, generator=generator).to(device)}
+                for shape in ((2, seqlen), (1, max(2, seqlen // 2)))
+            ]
+        if self.apart:
+            return [_noise_like(to_model(one, model), generator) for one in self.apart[:2]]
         proofs = []
         for count in (3, 1):
             rows = torch.randint(self.samples, (count,), generator=generator)
             proofs.append(_noise_like(self._at(model, rows), generator))
         return proofs
 
+    def count(self, batch: Batch) -> int:
+        """Return how many samples there are in a batch."""
+        return 1 if self.apart else len(next(iter(batch.values())))
+
+    def rows(self, batch: Batch, start: int, stop: int | None) -> Batch:
+        """Return some of the samples in a batch; one that runs alone has no parts."""
+        if self.apart:
+            return batch
+        return {name: tensor[start:stop] for name, tensor in batch.items()}
+
     def _at(self, model: nn.Module, rows: Tensor) -> Batch:
         return to_model({name: tensor[rows] for name, tensor in self.tensors.items()}, model)
 
 
-@dataclass(frozen=True, eq=False)
-class SeparateInputs(ModelInputs):
-    """Samples of sizes of their own, such as graphs, each of which the model is given alone.
+def to_model(batch: Mapping[str, Tensor], model: nn.Module) -> Batch:
+    """Return tensors on a model's device, and in its number format if they have fractions."""
+    reference = next(model.parameters())
+    return {
+        name: tensor.to(reference)
+        if tensor.is_floating_point() and reference.is_floating_point()
+        else tensor.to(reference.device)
+        for name, tensor in batch.items()
+    }
 
-    Parameters
-    ----------
-    each
-        For each sample, tensors by the name of the argument, of any dimensions.
-    """
 
-    batch_size: ClassVar[int] = 1
-    classes: ClassVar[bool] = False
+def _vocabulary(model: nn.Module) -> int:
+    return int(model.get_input_embeddings().weight.shape[0])  # type: ignore[operator]
 
-    each: tuple[Mapping[str, Tensor], ...]
 
-    @property
-    def samples(self) -> int:  # noqa: D102
-        return len(self.each)
+def _noise_like(batch: Batch, generator: torch.Generator) -> Batch:
+    """Return noise with the mean and spread of tensors, where these are floating-point."""
 
-    @property
-    def settings(self) -> dict[str, Any]:
-        """Samples, their number formats and sizes; None stands for one in which they differ."""
-        sizes: dict[str, list[int | None]] = {}
-        for name in self.each[0]:
-            along = zip(*(sample[name].shape for sample in self.each), strict=True)
-            sizes[name] = [one[0] if len(set(one)) == 1 else None for one in along]
-        return {"samples": self.samples, "sizes": sizes, "dtypes": _formats(self.each[0])}
+    def noise(tensor: Tensor) -> Tensor:
+        drawn = torch.randn(tensor.shape, generator=generator).to(tensor)
+        return drawn * tensor.std(correction=0) + tensor.mean()
 
-    def check(self, model: nn.Module) -> None:
-        """Refuse arguments that the model does not have, and samples that are not of one form."""
-        if not self.each:
-            raise CalibrationError("the calibration data are an empty list; give samples")
-        forms = [
-            {name: f"{name} {t.dtype} with {t.ndim} dimensions" for name, t in sample.items()}
-            for sample in self.each
-        ]
-        for index, sample in enumerate(self.each):
-            if forms[index] != forms[0]:
-                has, due = (", ".join(forms[i].values()) or "nothing" for i in (index, 0))
-                raise CalibrationError(
-                    f"sample {index} of the calibration data is {has}, and sample 0 is {due}; give "
-                    "all of them in the same form"
-                )
-            try:
-                for one in [{name: t} for name, t in sample.items()] or [{}]:
-                    check_tensors(one)  # each alone, since samples are no entries
-                check_arguments(model, sample)
-            except CalibrationError as error:
-                raise CalibrationError(f"sample {index}: {error}") from error
+    return {n: noise(t) if t.is_floating_point() else t for n, t in batch.items()}
 
-    def example(self, model: nn.Module) -> Batch:
-        """Return the first sample."""
-        return to_model(self.each[0], model)
 
-    def batches(self, model: nn.Module, batch_size: int) -> list[Batch]:
-        """Return the samples, each in a batch of its own."""
-        return [to_model(sample, model) for sample in self.each]
+# ---- what a model can read ---------------------------------------------------------------
 
-    def only(self, batch: Batch) -> SeparateInputs:  # noqa: D102
-        return SeparateInputs((batch,))
-
-    def proofs(self, model: nn.Module, seed: int) -> list[Batch]:
-        """Return noise with the mean and spread of the first two samples.
-
-        What is not a floating-point tensor, such as the edges of a graph, is as it is.
-        """
-        generator = torch.Generator().manual_seed(seed)
-        return [_noise_like(to_model(one, model), generator) for one in self.each[:2]]
-
-    def count(self, batch: Batch) -> int:
-        """Return that there is one."""
-        return 1
-
-    def rows(self, batch: Batch, start: int, stop: int | None) -> Batch:
-        """Return the sample, which has no parts."""
-        return batch
+_FORMS = (
+    "give token windows, images, or tensors with one sample for each entry of their first "
+    "dimension: one, a tuple in the order of the model's arguments, or a mapping by their names; "
+    "where samples are no entries, as of graphs, a list with such a tuple or mapping for each"
+)
 
 
 def as_inputs(model: nn.Module, calibration: Any) -> ModelInputs:
@@ -311,11 +193,25 @@ def as_inputs(model: nn.Module, calibration: Any) -> ModelInputs:
     ------
     CalibrationError
         If it is none of these, or the model cannot read it.
+    ModelError
+        If the model does not tell what it takes.
     """
     _check_signature(model)
-    inputs = _wrapped(model, calibration)
-    inputs.check(model)
-    return inputs
+    if isinstance(calibration, CalibrationSet):
+        return _windows(model, calibration.tokens)
+    alone = isinstance(calibration, Tensor)
+    fractions = alone and calibration.is_floating_point() and calibration.ndim > 2
+    if alone and hasattr(model, "get_input_embeddings") and not fractions:
+        return _windows(model, calibration)
+    if isinstance(calibration, list):
+        return _apart(model, calibration)
+    of_set = isinstance(calibration, SampleSet)
+    tensors = _by_name(model, calibration.arguments() if of_set else calibration)
+    if tensors is None:
+        raise CalibrationError(f"cannot calibrate on a {type(calibration).__name__}; {_FORMS}")
+    check_tensors(tensors)
+    check_arguments(model, tensors)
+    return ModelInputs(tensors, classes=of_set and calibration.classifies)
 
 
 _WRAPPED = ("_orig_mod", "module")
@@ -342,79 +238,186 @@ def _check_signature(model: nn.Module) -> None:
         )
 
 
-def _wrapped(model: nn.Module, calibration: Any) -> ModelInputs:
-    if isinstance(calibration, CalibrationSet):
-        return TokenInputs(calibration.tokens)
-    if isinstance(calibration, ImageSet):
-        images = named_inputs(model, (calibration.tensor(),))
-        return _checked(images, calibration.labels is not None)
-    if isinstance(calibration, TensorSet):
-        labels = calibration.labels
-        tensors = in_order(model, calibration.tensors)
-        return TensorInputs(tensors, labels is not None and labels.ndim == 1)
-    if isinstance(calibration, Tensor):
-        fractions = calibration.is_floating_point() and calibration.ndim > 2
-        if hasattr(model, "get_input_embeddings") and not fractions:
-            return TokenInputs(calibration)
-        return _checked(named_inputs(model, (calibration,)))
-    if isinstance(calibration, Mapping) and all(
-        isinstance(t, Tensor) for t in calibration.values()
-    ):
-        return _checked(in_order(model, calibration))
-    if isinstance(calibration, tuple) and all(isinstance(t, Tensor) for t in calibration):
-        return _checked(named_inputs(model, calibration))
-    if isinstance(calibration, list):
-        return SeparateInputs(tuple(_sample(model, one) for one in calibration))
-    raise CalibrationError(f"cannot calibrate on a {type(calibration).__name__}; {_FORMS}")
-
-
-_FORMS = (
-    "give token windows, images, or tensors with one sample for each entry of their first "
-    "dimension: one, a tuple in the order of the model's arguments, or a mapping by their names; "
-    "where samples are no entries, as of graphs, a list with such a tuple or mapping for each"
-)
-
-
-def _sample(model: nn.Module, sample: Any) -> Mapping[str, Tensor]:
-    """Return the arguments that are one sample."""
-    values = sample.values() if isinstance(sample, Mapping) else sample
-    if not isinstance(sample, Mapping | tuple) or not all(isinstance(t, Tensor) for t in values):
+def _windows(model: nn.Module, windows: Tensor) -> ModelInputs:
+    """Refuse windows of a wrong form, too long, or with tokens that the model lacks."""
+    if windows.ndim != 2 or windows.dtype != torch.int64 or windows.numel() == 0:
         raise CalibrationError(
-            f"cannot calibrate on a list with a {type(sample).__name__} in it; {_FORMS}"
+            f"calibration windows must be int64 (samples, seqlen) and not empty, not "
+            f"{windows.dtype} of {tuple(windows.shape)}"
         )
-    return sample if isinstance(sample, Mapping) else named_inputs(model, sample)
+    context = context_length(model)
+    if context is not None and windows.shape[1] > context:
+        raise CalibrationError(
+            f"calibration windows have {windows.shape[1]} tokens and the model takes "
+            f"{context}; give a smaller window length (--seqlen)"
+        )
+    known = _vocabulary(model)
+    if int(windows.min()) < 0 or int(windows.max()) >= known:
+        raise CalibrationError(
+            f"calibration tokens run from {int(windows.min())} to {int(windows.max())} and the "
+            f"model knows 0 to {known - 1}; use the tokenizer that belongs to it"
+        )
+    return ModelInputs({"input_ids": windows}, tokens=True, classes=True)
 
 
-def _checked(tensors: Mapping[str, Tensor], classes: bool = False) -> TensorInputs:
-    """Return tensors that any model can read; those of a `TensorSet` are."""
-    check_tensors(tensors)
-    return TensorInputs(tensors, classes)
+def _apart(model: nn.Module, samples: Sequence[Any]) -> ModelInputs:
+    """Refuse samples with arguments that the model does not have, or that are not of one form."""
+    if not samples:
+        raise CalibrationError("the calibration data are an empty list; give samples")
+    named = []
+    for one in samples:
+        sample = None if isinstance(one, Tensor) else _by_name(model, one)
+        if sample is None:
+            raise CalibrationError(
+                f"cannot calibrate on a list with a {type(one).__name__} in it; {_FORMS}"
+            )
+        named.append(sample)
+    forms = [
+        {name: f"{name} {t.dtype} with {t.ndim} dimensions" for name, t in sample.items()}
+        for sample in named
+    ]
+    for index, sample in enumerate(named):
+        if forms[index] != forms[0]:
+            has, due = (", ".join(forms[i].values()) or "nothing" for i in (index, 0))
+            raise CalibrationError(
+                f"sample {index} of the calibration data is {has}, and sample 0 is {due}; give "
+                "all of them in the same form"
+            )
+        try:
+            for tensors in [{name: t} for name, t in sample.items()] or [{}]:
+                check_tensors(tensors)  # each alone, since samples are no entries
+            check_arguments(model, sample)
+        except CalibrationError as error:
+            raise CalibrationError(f"sample {index}: {error}") from error
+    return ModelInputs({}, apart=tuple(named))
 
 
-def to_model(batch: Mapping[str, Tensor], model: nn.Module) -> Batch:
-    """Return tensors on a model's device, and in its number format if they have fractions."""
-    reference = next(model.parameters())
-    return {
-        name: tensor.to(reference)
-        if tensor.is_floating_point() and reference.is_floating_point()
-        else tensor.to(reference.device)
-        for name, tensor in batch.items()
-    }
+def check_tensors(tensors: Mapping[str, Tensor]) -> None:
+    """Refuse samples that no model can read.
+
+    Raises
+    ------
+    CalibrationError
+        If there are none, or one is no tensor, empty or not finite, or they disagree on how many
+        they are.
+    """
+    if not isinstance(tensors, Mapping):
+        raise CalibrationError(
+            f"the data are a {type(tensors).__name__}; give a mapping of tensors by the names of "
+            "the arguments that read them"
+        )
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise CalibrationError(
+                f"the data {name!r} are a {type(tensor).__name__}; give a tensor, such as "
+                "torch.as_tensor makes of an array or a list"
+            )
+        if tensor.ndim == 0 or tensor.numel() == 0:
+            raise CalibrationError(f"the data {name!r} are empty")
+        odd = tensor.layout is not torch.strided or tensor.is_nested or tensor.is_quantized
+        if odd or tensor.is_meta:
+            raise CalibrationError(
+                f"the data {name!r} are sparse, nested, quantized or on the device 'meta'; give "
+                "plain tensors with values"
+            )
+        eighth = tensor.is_floating_point() and tensor.element_size() == 1
+        finite = torch.isfinite(tensor.float() if eighth else tensor)
+        if not bool(finite.all()):
+            bad = tensor.numel() - int(finite.sum())
+            raise CalibrationError(
+                f"the data {name!r} have NaN or infinite entries, {bad:,} of {tensor.numel():,}; "
+                "leave those samples out"
+            )
+    if not tensors:
+        raise CalibrationError("the data are an empty mapping; give tensors by name")
+    if len({len(tensor) for tensor in tensors.values()}) != 1:
+        counts = {name: len(tensor) for name, tensor in tensors.items()}
+        each = ", ".join(f"{name!r}: ..." for name in counts)
+        raise CalibrationError(
+            f"the data disagree on the number of samples: {counts}; where the first dimension is "
+            "not the sample, as of the nodes and edges of a graph, calibrate from Python on a list "
+            f"with one dict of arguments for each sample: [{{{each}}}, ...]"
+        )
 
 
-def _formats(tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    return {name: str(tensor.dtype).removeprefix("torch.") for name, tensor in tensors.items()}
+# ---- the arguments of a forward pass -----------------------------------------------------
 
 
-def _vocabulary(model: nn.Module) -> int:
-    return int(model.get_input_embeddings().weight.shape[0])  # type: ignore[operator]
+def check_arguments(
+    model: nn.Module, names: Iterable[str], example: Mapping[str, Tensor] | None = None
+) -> None:
+    """Refuse data under names that a model does not take, and data that lack what it needs.
+
+    The model is known to take the example inputs, and to need all of them.
+    """
+    code, given = f"{type(model).__name__}.forward", list(names)
+    takes = inspect.signature(model.forward).parameters
+    for name in given:
+        if name not in takes:
+            raise CalibrationError(f"{code} takes no {name!r}; it takes {', '.join(takes)}")
+    for name in needed_arguments(model, example):
+        if name not in given:
+            raise CalibrationError(
+                f"{code} takes {', '.join(takes)}, and there is no {name!r} among the data "
+                f"({', '.join(given) or 'none'}); name them after the arguments that read them"
+            )
 
 
-def _noise_like(batch: Batch, generator: torch.Generator) -> Batch:
-    """Return noise with the mean and spread of tensors, where these are floating-point."""
+def needed_arguments(
+    model: nn.Module, example: Mapping[str, Tensor] | None = None
+) -> dict[str, None]:
+    """Return the names of the arguments that a model cannot do without, or that an example has."""
+    takes = inspect.signature(model.forward).parameters.values()
+    needed = (p.name for p in takes if p.default is p.empty and p.kind not in _ANYTHING)
+    return dict.fromkeys((*needed, *(example or ())))
 
-    def noise(tensor: Tensor) -> Tensor:
-        drawn = torch.randn(tensor.shape, generator=generator).to(tensor)
-        return drawn * tensor.std(correction=0) + tensor.mean()
 
-    return {n: noise(t) if t.is_floating_point() else t for n, t in batch.items()}
+def named_inputs(model: nn.Module, args: Sequence[Tensor]) -> dict[str, Tensor]:
+    """Return positional arguments under the names that the model's forward pass gives them.
+
+    Raises
+    ------
+    CalibrationError
+        If it takes fewer, or names none.
+    """
+    try:
+        bound = inspect.signature(model.forward).bind(*args).arguments
+    except TypeError as error:
+        raise CalibrationError(f"{type(model).__name__}.forward: {error}") from error
+    if not all(isinstance(value, Tensor) for value in bound.values()):
+        raise CalibrationError(
+            f"{type(model).__name__}.forward gives its arguments no names; give it named ones"
+        )
+    return dict(bound)
+
+
+def named_example(model: nn.Module, example: Any) -> dict[str, Tensor]:
+    """Return example inputs, a tensor or a tuple or mapping of tensors, by argument name.
+
+    Raises
+    ------
+    CalibrationError
+        If they are something else, or the model takes fewer.
+    """
+    args = tuple(example) if isinstance(example, list) else example
+    named = _by_name(model, args) if isinstance(args, Tensor) or args else None
+    if named is None:
+        raise CalibrationError(
+            f"{shown(example)} ({type(example).__name__}) are no example inputs; give a tensor, a "
+            "tuple of tensors, or a mapping of their names to tensors"
+        )
+    return named
+
+
+def _by_name(model: nn.Module, given: Any) -> dict[str, Tensor] | None:
+    """Return tensors in the order of the model's arguments, in which programs are traced.
+
+    They are given as a tensor, or as a tuple or mapping of tensors; None of anything else.
+    """
+    if isinstance(given, Mapping) and all(isinstance(t, Tensor) for t in given.values()):
+        takes = [name for name in inspect.signature(model.forward).parameters if name in given]
+        return {name: given[name] for name in dict.fromkeys([*takes, *given])}
+    args = (given,) if isinstance(given, Tensor) else given
+    if isinstance(args, tuple) and all(isinstance(t, Tensor) for t in args):
+        return named_inputs(model, args)
+    return None

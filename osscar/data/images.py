@@ -124,6 +124,10 @@ class ImageSet(SampleSet):
         """
         return torch.cat(list(self.batches(64)))
 
+    def arguments(self) -> tuple[Tensor, ...]:
+        """Return all images at once, a model's only argument."""
+        return (self.tensor(),)
+
     def describe(self) -> dict[str, Any]:
         """Return what reports say: the source, each image's fingerprint, and the preprocessing."""
         return {
@@ -285,7 +289,7 @@ def _check_headers(
             f"{str(path)!r} has no {images!r}, only {', '.join(headers)}; give FILE.npz, or "
             "FILE.npz:PART for PART_images"
         )
-    shape, dtype = headers[images].shape, headers[images].dtype
+    shape, dtype = headers[images]
     color = len(shape) == 4 and shape[-1] == 3
     fits = color or (gray and (len(shape) == 3 or (len(shape) == 4 and shape[-1] == 1)))
     if not fits or dtype != np.uint8 or min(shape) < 1:
@@ -294,8 +298,8 @@ def _check_headers(
             f"{images} in {str(path)!r} must be uint8 {form} and not empty, not {dtype} of {shape}"
         )
     found = headers.get(labels)
-    if found is not None and (found.shape != shape[:1] or found.dtype.kind not in "iu"):
+    if found is not None and (found[0] != shape[:1] or found[1].kind not in "iu"):
         raise ImageError(
-            f"{labels} in {str(path)!r} must be {shape[0]} whole numbers, not {found.dtype} of "
-            f"{found.shape}"
+            f"{labels} in {str(path)!r} must be {shape[0]} whole numbers, not {found[1]} of "
+            f"{found[0]}"
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Self
 
 import torch
@@ -42,6 +42,10 @@ class SampleSet(ABC):
         """Return how many there are."""
 
     @abstractmethod
+    def arguments(self) -> tuple[Tensor, ...] | Mapping[str, Tensor]:
+        """Return all of them as a model reads them, by position or by name."""
+
+    @abstractmethod
     def fingerprints(self) -> list[str]:
         """Return a short hash of each sample, to recognize it by."""
 
@@ -56,6 +60,11 @@ class SampleSet(ABC):
     @abstractmethod
     def _rows(self, rows: Tensor) -> Self:
         """Return the samples at these positions, (n,) int64."""
+
+    @property
+    def classifies(self) -> bool:
+        """Whether each sample has a right class, so that its model is a classifier."""
+        return self.labels is not None and self.labels.ndim == 1
 
     def sample(self, count: int, seed: int) -> Self:
         """Return `count` samples drawn at random, or all in random order where there are no more.
@@ -73,12 +82,7 @@ class SampleSet(ABC):
     def class_labels(self, classes: Sequence[str], outputs: int) -> Tensor | None:
         """Return the labels as numbers of a model's outputs, or None without labels.
 
-        Parameters
-        ----------
-        classes
-            The names of the model's classes; empty where they are not known.
-        outputs
-            How many it has.
+        `classes` are the names of the model's classes, empty where they are not known.
 
         Raises
         ------
@@ -99,17 +103,12 @@ class SampleSet(ABC):
         return self.labels
 
     def refuse_overlap(self, calibration: Iterable[Calibration]) -> None:
-        """Refuse to score what a model was calibrated on.
-
-        Parameters
-        ----------
-        calibration
-            From the lineage of the model.
+        """Refuse to score samples that calibrated a model, as its lineage tells.
 
         Raises
         ------
         ImageError, CalibrationError
-            If a sample is one that calibrated the model.
+            If a sample is one of them.
         """
         used = [(one.source, {*one.images, *one.fingerprints}) for one in calibration]
         mine = self.fingerprints() if any(theirs for _, theirs in used) else []

@@ -15,6 +15,7 @@ from osscar.base.errors import CalibrationError, FileError, OsscarError
 from osscar.base.files import digest
 from osscar.base.inputs import shown, whole_number
 from osscar.data.archives import SUFFIXES, located, npz_headers, read_tensors
+from osscar.data.batches import check_arguments, check_tensors, named_example, needed_arguments
 from osscar.data.samples import IMAGES, LABELS, SampleSet
 
 
@@ -52,9 +53,7 @@ class TensorSet(SampleSet):
         labels = self.labels
         if labels is None:
             return
-        whole = isinstance(labels, Tensor) and not (
-            labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool
-        )
+        whole = isinstance(labels, Tensor) and _kind(labels) == "whole"
         if not whole or labels.shape[:1] != (len(self),):
             tensor = isinstance(labels, Tensor)
             given = f"{labels.dtype} of {tuple(labels.shape)}" if tensor else shown(labels)
@@ -65,6 +64,10 @@ class TensorSet(SampleSet):
 
     def __len__(self) -> int:
         return len(next(iter(self.tensors.values())))
+
+    def arguments(self) -> Mapping[str, Tensor]:
+        """Return the tensors."""
+        return self.tensors
 
     def _rows(self, rows: Tensor) -> TensorSet:
         labels = None if self.labels is None else self.labels[rows]
@@ -85,11 +88,8 @@ class TensorSet(SampleSet):
 
     def describe(self) -> dict[str, Any]:
         """Return what reports say: the source, and each sample's fingerprint."""
-        return {
-            "source": self.source,
-            "fingerprints": self.fingerprints(),
-            "samples": len(self),
-        }
+        found = self.fingerprints()
+        return {"source": self.source, "fingerprints": found, "samples": len(self)}
 
     def fingerprints(self) -> list[str]:
         """Return a short hash of each sample, whatever its number format, to recognize it by."""
@@ -112,142 +112,6 @@ def _bytes(name: str, values: Tensor) -> bytes:
     return shape.encode() + values.contiguous().numpy().tobytes()
 
 
-def check_tensors(tensors: Mapping[str, Tensor]) -> None:
-    """Refuse samples that no model can read.
-
-    Raises
-    ------
-    CalibrationError
-        If there are none, or one is no tensor, empty or not finite, or they disagree on how many
-        they are.
-    """
-    if not isinstance(tensors, Mapping):
-        raise CalibrationError(
-            f"the data are a {type(tensors).__name__}; give a mapping of tensors by the names of "
-            "the arguments that read them"
-        )
-    for name, tensor in tensors.items():
-        if not isinstance(tensor, Tensor):
-            raise CalibrationError(
-                f"the data {name!r} are a {type(tensor).__name__}; give a tensor, such as "
-                "torch.as_tensor makes of an array or a list"
-            )
-        if tensor.ndim == 0 or tensor.numel() == 0:
-            raise CalibrationError(f"the data {name!r} are empty")
-        odd = tensor.layout is not torch.strided or tensor.is_nested or tensor.is_quantized
-        if odd or tensor.is_meta:
-            raise CalibrationError(
-                f"the data {name!r} are sparse, nested, quantized or on the device 'meta'; give "
-                "plain tensors with values"
-            )
-        eighth = tensor.is_floating_point() and tensor.element_size() == 1
-        finite = torch.isfinite(tensor.float() if eighth else tensor)
-        if not bool(finite.all()):
-            bad = tensor.numel() - int(finite.sum())
-            raise CalibrationError(
-                f"the data {name!r} have NaN or infinite entries, {bad:,} of {tensor.numel():,}; "
-                "leave those samples out"
-            )
-    if not tensors:
-        raise CalibrationError("the data are an empty mapping; give tensors by name")
-    if len({len(tensor) for tensor in tensors.values()}) != 1:
-        counts = {name: len(tensor) for name, tensor in tensors.items()}
-        each = ", ".join(f"{name!r}: ..." for name in counts)
-        raise CalibrationError(
-            f"the data disagree on the number of samples: {counts}; where the first dimension is "
-            "not the sample, as of the nodes and edges of a graph, calibrate from Python on a list "
-            f"with one dict of arguments for each sample: [{{{each}}}, ...]"
-        )
-
-
-def check_arguments(
-    model: nn.Module, names: Iterable[str], example: Mapping[str, Tensor] | None = None
-) -> None:
-    """Refuse data under names that a model does not take, and data that lack what it needs.
-
-    Parameters
-    ----------
-    model
-        The model.
-    names
-        Under which there are data.
-    example
-        Inputs that it is known to take, all of which it needs.
-
-    Raises
-    ------
-    CalibrationError
-        If a name is unknown, or one is missing.
-    """
-    code, given = f"{type(model).__name__}.forward", list(names)
-    takes = inspect.signature(model.forward).parameters
-    for name in given:
-        if name not in takes:
-            raise CalibrationError(f"{code} takes no {name!r}; it takes {', '.join(takes)}")
-    for name in needed_arguments(model, example):
-        if name not in given:
-            raise CalibrationError(
-                f"{code} takes {', '.join(takes)}, and there is no {name!r} among the data "
-                f"({', '.join(given) or 'none'}); name them after the arguments that read them"
-            )
-
-
-def named_inputs(model: nn.Module, args: Sequence[Tensor]) -> dict[str, Tensor]:
-    """Return positional arguments under the names that the model's forward pass gives them.
-
-    Raises
-    ------
-    CalibrationError
-        If it takes fewer.
-    """
-    try:
-        bound = inspect.signature(model.forward).bind(*args).arguments
-    except TypeError as error:
-        raise CalibrationError(f"{type(model).__name__}.forward: {error}") from error
-    if not all(isinstance(value, Tensor) for value in bound.values()):
-        raise CalibrationError(
-            f"{type(model).__name__}.forward gives its arguments no names; give it named ones"
-        )
-    return dict(bound)
-
-
-def named_example(model: nn.Module, example: Any) -> dict[str, Tensor]:
-    """Return example inputs, a tensor or a tuple or mapping of tensors, by argument name.
-
-    Raises
-    ------
-    CalibrationError
-        If they are something else, or the model takes fewer.
-    """
-    args = (example,) if isinstance(example, Tensor) else example
-    values = args.values() if isinstance(args, Mapping) else args
-    if not isinstance(args, Mapping | tuple | list) or not args:
-        raise CalibrationError(
-            f"{shown(example)} ({type(example).__name__}) are no example inputs; give a tensor, a "
-            "tuple of tensors, or a mapping of their names to tensors"
-        )
-    if not all(isinstance(tensor, Tensor) for tensor in values):
-        kinds = ", ".join(type(tensor).__name__ for tensor in values)
-        raise CalibrationError(f"the example inputs are not all tensors, but {kinds}")
-    return in_order(model, args) if isinstance(args, Mapping) else named_inputs(model, args)
-
-
-def in_order(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return tensors in the order of the model's arguments, as programs are traced with them."""
-    takes = [name for name in inspect.signature(model.forward).parameters if name in tensors]
-    return {name: tensors[name] for name in dict.fromkeys([*takes, *tensors])}
-
-
-def needed_arguments(
-    model: nn.Module, example: Mapping[str, Tensor] | None = None
-) -> dict[str, None]:
-    """Return the names of the arguments that a model cannot do without, or that an example has."""
-    several = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    takes = inspect.signature(model.forward).parameters.values()
-    needed = (p.name for p in takes if p.default is p.empty and p.kind not in several)
-    return dict.fromkeys((*needed, *(example or ())))
-
-
 # ---- files -------------------------------------------------------------------------------
 
 
@@ -257,16 +121,8 @@ def holds_images(
     """Tell whether a name stands for images rather than tensors; no data are read.
 
     Images are a directory, and uint8 `images` of 3 or 4 dimensions in an ``.npz`` file, unless
-    the model has an argument of that name that takes other data, or more beside it.
-
-    Parameters
-    ----------
-    spec
-        A directory, or ``FILE`` or ``FILE:PART`` of an archive.
-    model
-        What will read them.
-    example
-        Inputs that it is known to take.
+    the model has an argument of that name that takes other data, or more beside it.  `example` are
+    inputs that it is known to take.
 
     Raises
     ------
@@ -278,13 +134,13 @@ def holds_images(
         return True
     if path.suffix != ".npz" or not path.is_file():
         return False
-    images = npz_headers(path).get(f"{part}_{IMAGES}" if part else IMAGES)
-    if images is None or images.dtype.name != "uint8" or len(images.shape) not in (3, 4):
+    shape, dtype = npz_headers(path).get(f"{part}_{IMAGES}" if part else IMAGES, ((), None))
+    if str(dtype) != "uint8" or len(shape) not in (3, 4):
         return False
     if IMAGES not in inspect.signature(model.forward).parameters:
         return True
     known = (example or {}).get(IMAGES)
-    as_they_are = known is not None and known.shape[1:] == images.shape[1:]
+    as_they_are = known is not None and known.shape[1:] == shape[1:]
     return len(needed_arguments(model, example)) == 1 and not as_they_are
 
 

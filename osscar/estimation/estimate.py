@@ -22,7 +22,6 @@ from osscar.base.devices import clock_of, resolve_device
 from osscar.base.errors import OptionError
 from osscar.base.timing import Clock, Stage
 from osscar.checkpoint.directory import weight_bytes
-from osscar.data.batches import TokenInputs
 from osscar.estimation.stations import Span, Timed, timed_stations
 from osscar.estimation.values import Estimate, StageEstimate, summed
 from osscar.evaluation.forward import measuring_seconds
@@ -195,7 +194,7 @@ def _saved_bytes(prepared: Prepared) -> int:
     """Return the bytes of what a forward pass keeps for the backward pass."""
     [batch, *_] = small_batches(prepared, curve_samples(prepared))
     first = next(iter(batch.values()))
-    positions = first.numel() if isinstance(prepared.inputs, TokenInputs) else len(first)
+    positions = first.numel() if prepared.inputs.tokens else len(first)
     return 4 * positions * sum(put_out(prepared)[0])
 
 

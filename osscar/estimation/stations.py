@@ -28,7 +28,6 @@ from osscar.allocation.latency import MOST_ROUNDS, round_passes, table_passes
 from osscar.allocation.widths import asked_groups
 from osscar.base.memory import FOR_MATRICES, memory_for
 from osscar.base.timing import WORTHWHILE_SECONDS, Clock, Stage, profiled, timed
-from osscar.data.batches import SeparateInputs
 from osscar.estimation.values import LayerClass
 from osscar.network.modules import forward
 from osscar.offload.on_disk import room_for
@@ -167,8 +166,10 @@ def _few(prepared: Prepared, one: float) -> Prepared:
     inputs, most = prepared.inputs, max(2, prepared.batch_size)
     needed = max(2, -(-inputs.samples // _SHARE), int(_CHEAP_SECONDS / max(one, 1e-9)))
     number = min(needed, most, inputs.samples)
-    if isinstance(inputs, SeparateInputs):
-        return dataclasses.replace(prepared, inputs=SeparateInputs(inputs.each[:number]))
+    if inputs.apart:
+        return dataclasses.replace(
+            prepared, inputs=dataclasses.replace(inputs, apart=inputs.apart[:number])
+        )
     first = inputs.batches(prepared.model, number)[0]
     return dataclasses.replace(prepared, inputs=inputs.only(first))
 

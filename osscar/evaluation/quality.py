@@ -19,10 +19,10 @@ from osscar.base.inputs import whole_number
 from osscar.base.memory import let_shortage_pass
 from osscar.base.progress import track
 from osscar.checkpoint.first_pass import check_causal
-from osscar.data.batches import Batch, as_inputs, to_model
+from osscar.data.batches import Batch, as_inputs, named_inputs, to_model
 from osscar.data.images import ImageSet
 from osscar.data.samples import IGNORED, SampleSet
-from osscar.data.tensors import TensorSet, named_inputs
+from osscar.data.tensors import TensorSet
 from osscar.data.text import TextSet
 from osscar.data.tokens import CalibrationSet
 from osscar.evaluation.forward import forward_seconds

@@ -10,11 +10,11 @@ import torch
 from torch import nn
 
 from osscar.base.errors import ImageError, OptionError
-from osscar.data.batches import Batch
+from osscar.data.batches import Batch, needed_arguments
 from osscar.data.images import ImageSet, load_images
 from osscar.data.preprocessing import OPTIONS, AnyPreprocessing, OwnTransform, Preprocessing
 from osscar.data.samples import SampleSet
-from osscar.data.tensors import TensorSet, holds_images, load_tensors, needed_arguments
+from osscar.data.tensors import TensorSet, holds_images, load_tensors
 from osscar.data.text import DEFAULT_SEQLEN, TextSet, load_text
 from osscar.data.tokens import CalibrationSet, load_calibration
 from osscar.models.preprocessing import image_of, no_images

@@ -15,9 +15,8 @@ from osscar.base.errors import ModelError, ModelNotFound
 from osscar.checkpoint import directory as checkpoint
 from osscar.checkpoint.builders import TorchvisionOrigin, builder_of
 from osscar.checkpoint.formats import cast
-from osscar.data.batches import to_model
+from osscar.data.batches import needed_arguments, to_model
 from osscar.data.preprocessing import AnyPreprocessing, Preprocessing, import_torchvision
-from osscar.data.tensors import needed_arguments
 from osscar.models import user_code
 from osscar.models.drawn import drawn_share
 from osscar.models.loaded import LoadedModel

@@ -12,9 +12,8 @@ from torch import Tensor, nn
 
 from osscar.base.errors import CheckpointError, ImageError, OptionError
 from osscar.base.inputs import shown
-from osscar.data.batches import Batch
+from osscar.data.batches import Batch, named_inputs
 from osscar.data.preprocessing import OPTIONS, AnyPreprocessing, OwnTransform, Preprocessing
-from osscar.data.tensors import named_inputs
 from osscar.shrinking.lineage import Input, Lineage
 
 _LARGEST_EXAMPLE = 2**28

@@ -16,9 +16,8 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from osscar.base.errors import CalibrationError, ModelError, ModelNotFound, OptionError
-from osscar.data.batches import Batch
+from osscar.data.batches import Batch, named_example
 from osscar.data.preprocessing import AnyPreprocessing, as_preprocessing
-from osscar.data.tensors import named_example
 from osscar.network.modules import in_evaluation
 
 

@@ -19,7 +19,6 @@ from osscar.allocation.allocate import provisional
 from osscar.allocation.divergence import MOST_BYTES
 from osscar.base.errors import RequestError
 from osscar.base.memory import in_words
-from osscar.data.batches import TokenInputs
 from osscar.network.hooks import hooks
 from osscar.network.modules import forward
 from osscar.offload.on_disk import shelf_of
@@ -94,7 +93,7 @@ class _Flow(NamedTuple):
 
 def _flow(prepared: Prepared) -> _Flow:
     """Look at the sizes of a model; one that reads no tokens runs on its small example."""
-    if not isinstance(prepared.inputs, TokenInputs):
+    if not prepared.inputs.tokens:
         sizes, outputs = put_out(prepared)
         rows = tuple(len(next(iter(batch.values()))) for batch in prepared.batches())
         wide = max(sizes, default=0)
@@ -118,7 +117,7 @@ def put_out(prepared: Prepared) -> tuple[list[int], int]:
     with torch.no_grad(), hooks(prepared.model, leaves, after=see):
         result = forward(prepared.model, prepared.example)
     first = next(iter(prepared.example.values()))
-    tokens = isinstance(prepared.inputs, TokenInputs)
+    tokens = prepared.inputs.tokens
     positions = max(1, first.numel() if tokens else len(first))
     return [size // positions for size in sizes], _numbers(result) // positions
 
@@ -202,7 +201,7 @@ class Room:
         streams = 2 if Target(request.target).needs_dense else 1
         kept = min(MOST_BYTES, 4 * held_out * flow.window * flow.outputs)
         present = max(flow.rows) if waiting_on_disk else sum(flow.rows)
-        tokens = isinstance(prepared.inputs, TokenInputs)
+        tokens = prepared.inputs.tokens
         suspended = _SUSPENDED * flow.width + (inputs if tokens else 0)
         proved = min(_PROOF_TOKENS, 2 * flow.window) * flow.outputs
         return cls(

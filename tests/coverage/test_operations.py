@@ -19,7 +19,7 @@ from benchmarks.coverage.page import models_by_title
 from graph import CouplingGroup, GraphError
 from graph.tracing.preserve import without_cache
 from osscar.allocation.costs import Cost, CountedCost, count
-from osscar.data.tensors import named_inputs
+from osscar.data.batches import named_inputs
 from osscar.evaluation.size import count_flops
 from osscar.network.operations import _by_expert as by_expert
 from osscar.shrinking.follow import prepare

@@ -22,7 +22,7 @@ from osscar.allocation.curves import curve_samples, elimination_curve, measure_c
 from osscar.allocation.divergence import Reference
 from osscar.allocation.knapsack import BudgetError, choose
 from osscar.base.errors import NonFiniteError, RequestError
-from osscar.data.batches import TensorInputs
+from osscar.data.batches import ModelInputs
 from osscar.evaluation.size import count_flops
 from osscar.network.modules import count_parameters
 from osscar.preparation.prepare import prepare
@@ -683,14 +683,14 @@ def test_operations_outside_of_layers_are_no_groups(build, share):
 )
 def test_what_is_taken_for_logits(shape, x, expected):
     batch = {"x": torch.randn(x)}
-    found = logits_of(torch.randn(shape), batch, TensorInputs(batch))
+    found = logits_of(torch.randn(shape), batch, ModelInputs(batch))
     assert (found is not None) == expected
 
 
 def test_probabilities_are_taken_for_what_they_are():
     logits = torch.randn(8, 5)
     batch = {"x": torch.randn(8, 3, 6, 6)}
-    found = logits_of(logits.softmax(-1), batch, TensorInputs(batch))
+    found = logits_of(logits.softmax(-1), batch, ModelInputs(batch))
     torch.testing.assert_close(found.softmax(-1), logits.softmax(-1))
 
 
@@ -707,7 +707,7 @@ def test_a_divergence_from_nothing_finite_is_an_error():
         def forward(self, x):
             return self.out
 
-    reference = Reference([batch], [dense], [torch.arange(4)], TensorInputs(batch))
+    reference = Reference([batch], [dense], [torch.arange(4)], ModelInputs(batch))
     assert reference.divergence(Puts(dense)) == pytest.approx(0.0, abs=1e-6)
     with pytest.raises(NonFiniteError, match="logits are NaN"):
         reference.divergence(Puts(dense * torch.nan))

@@ -9,7 +9,7 @@ from torch import nn
 
 import osscar
 import solvers
-from osscar.data.batches import TensorInputs
+from osscar.data.batches import ModelInputs
 from osscar.preparation.linear_maps import linear_maps
 from osscar.preparation.prepare import prepare
 from osscar.walk import regularization
@@ -150,7 +150,7 @@ def test_a_stream_that_nobody_knows_is_left_out_of_the_target():
 def test_the_last_samples_are_held_out(sizes, held, parts, fitted):
     whole = torch.arange(sum(sizes))
     batches = [{"x": part} for part in torch.split(whole, sizes)]
-    found, first = _parted(TensorInputs(batches[0]), batches, held)
+    found, first = _parted(ModelInputs(batches[0]), batches, held)
     assert [len(batch["x"]) for batch in found] == parts
     assert first == fitted
     assert torch.equal(torch.cat([batch["x"] for batch in found]), whole)
