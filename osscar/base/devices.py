@@ -16,13 +16,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def resolve_device(device: str | torch.device = "auto") -> torch.device:
-    """Turn ``"auto"``, ``"cpu"`` or ``"cuda"`` (or ``"cuda:1"``) into a device that exists.
-
-    Raises
-    ------
-    DeviceError
-        If the name is unknown or there is no such device.
-    """
+    """Turn ``"auto"``, ``"cpu"`` or ``"cuda"`` (or ``"cuda:1"``) into a device that exists."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -49,25 +43,11 @@ def is_host(device: torch.device) -> bool:
 def resolve_dtype(
     dtype: str | torch.dtype | None, device: torch.device | None = None
 ) -> torch.dtype | None:
-    """Turn the name of a number format into a dtype.
+    """Turn the name of a number format into a dtype; None stands for "as stored".
 
-    Parameters
-    ----------
-    dtype
-        ``"float32"``, ``"bfloat16"``, ``"float16"``, one of these dtypes, or ``"auto"`` (also
-        None): as stored on a GPU, float32 on a CPU, where half precision is slow and inexact.
-    device
-        Where the model will run; the CPU by default.
-
-    Returns
-    -------
-    torch.dtype or None
-        None stands for "as stored".
-
-    Raises
-    ------
-    DeviceError
-        If the format is none of these.
+    It is ``"float32"``, ``"bfloat16"``, ``"float16"``, one of these dtypes, or ``"auto"`` (also
+    None): as stored on a GPU, float32 on a CPU (the default), where half precision is slow and
+    inexact.
     """
     if dtype is None or dtype == "auto":
         return torch.float32 if device is None or device.type == "cpu" else None

@@ -42,14 +42,10 @@ def cache_directory() -> Path:
 def atomic_write(path: Path) -> Iterator[Path]:
     """Give a place beside `path` to write to; once the block has ended, it becomes `path`.
 
-    The place bears the number of the process, so that two never write to the same.  It is on the
-    disk before it becomes `path`: what survives a loss of power is either whole or not there.  A
-    pipe or a device is written to itself, since it cannot be replaced.
-
-    Raises
-    ------
-    OutputError
-        If it cannot be written; what was there is left as it was.
+    The place bears the number of the process, so that two never write to the same. It is on the
+    disk before it becomes `path`: what survives a loss of power is either whole or not there. A
+    pipe or a device is written to itself, since it cannot be replaced. Where it cannot be written,
+    an OutputError is raised, and what was there is left as it was.
     """
     target = resolved(path)
     partial = target.with_name(f".{target.name}.{os.getpid()}{PARTIAL}")
@@ -95,13 +91,7 @@ def resolved(path: str | os.PathLike[str]) -> Path:
 
 
 def _check_text(path: Path) -> None:
-    """Refuse a name that pages, JSON and the writers of tokenizers could not hold.
-
-    Raises
-    ------
-    OutputError
-        If its bytes are not UTF-8.
-    """
+    """Refuse a name that pages, JSON and the writers of tokenizers could not hold."""
     if not is_text(str(path)):
         raise OutputError(f"cannot write {str(path)[:300]!a}: the name is not UTF-8; give another")
 
@@ -112,13 +102,7 @@ def is_text(name: str) -> bool:
 
 
 def _check_links(path: Path) -> None:
-    """Refuse a path through a link to nothing: whoever follows it makes that, somewhere else.
-
-    Raises
-    ------
-    OutputError
-        Naming the link, and where it leads.
-    """
+    """Refuse a path through a link to nothing: whoever follows it makes that, somewhere else."""
     for place in (path, *path.parents):
         if place.is_symlink() and not place.exists():
             raise OutputError(
@@ -128,26 +112,15 @@ def _check_links(path: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text; the file appears whole or not at all.
-
-    Raises
-    ------
-    OutputError
-        If it cannot be written.
-    """
+    """Write a text; the file appears whole or not at all (OutputError)."""
     with atomic_write(path) as partial:
         partial.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, content: Any, *, indent: int | None = 2) -> None:
-    """Write JSON; the file appears whole or not at all.
+    """Write JSON; the file appears whole or not at all (OutputError).
 
-    Raises
-    ------
-    OutputError
-        If it cannot be written.
-    ValueError
-        If a number in it is not finite, which JSON cannot say.
+    A number that is not finite, which JSON cannot say, is a ValueError.
     """
     write_text(path, json.dumps(content, indent=indent, allow_nan=False) + "\n")
 
@@ -156,10 +129,7 @@ def write_json(path: Path, content: Any, *, indent: int | None = 2) -> None:
 def fsynced(path: Path) -> Iterator[None]:
     """Let the block write a file by means that make it whole, and wait until it is on the disk.
 
-    Raises
-    ------
-    OutputError
-        If the system refuses.
+    What the system refuses is raised as an OutputError.
     """
     try:
         with system_errors():
@@ -170,13 +140,7 @@ def fsynced(path: Path) -> Iterator[None]:
 
 
 def fsync(path: Path) -> None:
-    """Wait until a file, or the names in a directory, are on the disk.
-
-    Raises
-    ------
-    OSError
-        If they cannot get there.
-    """
+    """Wait until a file, or the names in a directory, are on the disk (OSError)."""
     if os.name != "posix" and path.is_dir():
         return  # directories cannot be opened there
     descriptor = os.open(path, os.O_RDONLY if os.name == "posix" else os.O_RDWR)
@@ -234,19 +198,9 @@ def system_errors() -> Iterator[None]:
 def file_lock(place: Path, work: Path) -> Iterator[bool]:
     """Hold a lock file; the system releases it when the process ends, however.
 
-    It says who holds it, for those who find it held.
-
-    Parameters
-    ----------
-    place
-        The file, which stays where it is.
-    work
-        What it guards.
-
-    Yields
-    ------
-    bool
-        Whether it is held: on a file system without locks, unguarded is better than not at all.
+    It says who holds it, for those who find it held, and stays where it is when it is released.
+    `work` is what it guards. Whether it is held is yielded: on a file system without locks,
+    unguarded is better than not at all.
 
     Raises
     ------
@@ -300,13 +254,7 @@ def digest(data: bytes | str) -> str:
 
 
 def file_digest(path: Path) -> str:
-    """Return the SHA-256 of a file, read piece by piece.
-
-    Raises
-    ------
-    FileError
-        If it cannot be read.
-    """
+    """Return the SHA-256 of a file, read piece by piece (FileError if it cannot be read)."""
     try:
         check_regular(path)
         with path.open("rb") as file:

@@ -31,21 +31,10 @@ def shown(value: object) -> str:
 
 
 def file_name(value: object, what: str, example: str) -> str:
-    """Return a name of a file or model as text.
+    """Return a name of a file or model as text; an OptionError if it is neither text nor a path.
 
-    Parameters
-    ----------
-    value
-        What the caller gave.
-    what
-        What it names, such as ``"the model"``.
-    example
-        What would have served.
-
-    Raises
-    ------
-    OptionError
-        If it is neither text nor a path.
+    `what` it names, such as ``"the model"``, and an example of what would have served, are for the
+    message.
     """
     if isinstance(value, str | os.PathLike):
         name = os.fspath(value)
@@ -55,21 +44,9 @@ def file_name(value: object, what: str, example: str) -> str:
 
 
 def whole_number(value: object, what: str, least: int) -> int:
-    """Return a number that counts something.
+    """Return a number that counts something; an OptionError if it is none, or too small.
 
-    Parameters
-    ----------
-    value
-        What the caller gave.
-    what
-        What it counts, and by which option it is given.
-    least
-        The smallest that makes sense.
-
-    Raises
-    ------
-    OptionError
-        If it is no whole number, or too small.
+    `what` it counts says also by which option it is given.
     """
     if isinstance(value, bool) or not isinstance(value, int):
         raise OptionError(
@@ -81,13 +58,7 @@ def whole_number(value: object, what: str, least: int) -> int:
 
 
 def check_regular(path: Path) -> None:
-    """Refuse pipes, sockets and devices, reading which may never end.
-
-    Raises
-    ------
-    OSError
-        With a reason as ``strerror``.
-    """
+    """Refuse pipes, sockets and devices, reading which may never end, as an OSError."""
     if path.exists() and not path.is_file() and not path.is_dir():
         raise OSError(errno.EINVAL, "it is a pipe or a device, not a file", str(path))
 
@@ -95,10 +66,7 @@ def check_regular(path: Path) -> None:
 def read_bytes(path: Path, limit: int) -> bytes:
     """Read a regular file of at most so many bytes.
 
-    Raises
-    ------
-    OSError
-        If it cannot be read, is no regular file, or is larger; with a reason as ``strerror``.
+    Anything else is an OSError with the reason as ``strerror``.
     """
     check_regular(path)
     with path.open("rb") as file:
@@ -111,13 +79,7 @@ def read_bytes(path: Path, limit: int) -> bytes:
 
 
 def parse_size(value: object) -> int:
-    """Read a size of memory: ``"8GB"``, ``"512MiB"``, or a number of bytes.
-
-    Raises
-    ------
-    OptionError
-        If it is none.
-    """
+    """Read a size of memory: ``"8GB"``, ``"512MiB"``, or a number of bytes (OptionError)."""
     text = str(value).strip()
     found = _SIZE.fullmatch(text)
     if isinstance(value, bool) or not isinstance(value, str | int) or found is None:
@@ -131,17 +93,9 @@ def parse_size(value: object) -> int:
 
 @contextmanager
 def panics_are_errors(what: str) -> Iterator[None]:
-    """Turn a panic of the library of tokenizers, which is no `Exception`, into an error of ours.
+    """Turn a panic of the library of tokenizers, which is no `Exception`, into a ModelError.
 
-    Parameters
-    ----------
-    what
-        What the block does.
-
-    Raises
-    ------
-    ModelError
-        If the library panics.
+    `what` is what the block does.
     """
     try:
         yield

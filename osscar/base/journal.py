@@ -11,7 +11,6 @@ import dataclasses
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
@@ -38,75 +37,53 @@ class _Manifest(Protocol):
 M = TypeVar("M", bound=_Manifest)
 
 
-@dataclass(frozen=True)
-class JournalKind(Generic[M]):
-    """What all journals of one command have in common.
-
-    Parameters
-    ----------
-    what
-        What is kept: ``"run"``.
-    manifest, schema
-        The name of the manifest's file, and what it holds.
-    done
-        Which files each say of something that it is done, as patterns.
-    others
-        Patterns of all else that the command writes there, in the order in which it can go.
-    error
-        What is raised about a journal of something else, or one that cannot be read.
-    otherwise
-        What to do instead of going on.
-    """
-
-    what: str
-    manifest: str
-    schema: type[M]
-    done: tuple[str, ...]
-    others: tuple[str, ...]
-    error: type[OsscarError]
-    otherwise: str
-
-
 class Journal(Generic[M]):
-    """What a command has done, in a directory.
+    """What a command has done, in a directory, which need not exist yet.
 
-    Parameters
-    ----------
-    directory
-        Where it lies, or will.
-    kind
-        Whose it is.
+    Each command has a subclass, that says what all its journals have in common.  Whatever is wrong
+    with a journal is raised as its `error`; what cannot be written, as an `OutputError`.
     """
 
-    def __init__(self, directory: Path, kind: JournalKind[M]) -> None:
-        self.directory, self.kind = directory, kind
+    what: ClassVar[str]
+    """What is kept: ``"run"``."""
+
+    manifest_file: ClassVar[str]
+    schema: ClassVar[type[Any]]
+    """What the manifest's file holds."""
+
+    done_files: ClassVar[tuple[str, ...]]
+    """Which files each say of something that it is done, as patterns."""
+
+    other_files: ClassVar[tuple[str, ...]]
+    """Patterns of all else that the command writes there, in the order in which it can go."""
+
+    error: ClassVar[type[OsscarError]]
+    otherwise: ClassVar[str]
+    """What to do instead of going on."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
         self._held = self._known = False
 
     @property
     def done(self) -> list[Path]:
         """The files of what is done, in order."""
-        return sorted(path for pattern in self.kind.done for path in self.directory.glob(pattern))
+        return sorted(path for pattern in self.done_files for path in self.directory.glob(pattern))
 
     def refuse_foreign(self) -> None:
-        """Refuse a place that holds something else; what a killed command leaves is none.
-
-        Raises
-        ------
-        OsscarError
-            Of this kind.
-        """
-        what, place = self.kind.what, self.directory
+        """Refuse a place that holds something else; what a killed command leaves is none."""
+        what, place = self.what, self.directory
         try:
             names = sorted(path.name for path in place.iterdir()) if place.exists() else []
         except NotADirectoryError as error:
-            raise self.kind.error(
+            raise self.error(
                 f"{place} is a file and holds no {what}; give another --out"
             ) from error
         except OSError as error:
-            raise self.kind.error(f"cannot look into {place}: {reason_of(error)}") from error
+            raise self.error(f"cannot look into {place}: {reason_of(error)}") from error
         foreign = [n for n in names if n != LOCK_FILE and not _PARTIAL_FILE.fullmatch(n)]
-        if foreign and self.kind.manifest not in names:
-            raise self.kind.error(
+        if foreign and self.manifest_file not in names:
+            raise self.error(
                 f"{place} holds {foreign[0]!r} and no {what}; move that away, or give another --out"
             )
 
@@ -116,12 +93,8 @@ class Journal(Generic[M]):
 
         Raises
         ------
-        OsscarError
-            Of this kind, if the directory holds something else.
         BusyError
             If another process is at work in it.
-        OutputError
-            If it cannot be written.
         """
         if self._held:
             yield
@@ -145,13 +118,7 @@ class Journal(Generic[M]):
                     path.rmdir()
 
     def make(self, name: str) -> None:
-        """Make the directory, or one in it.
-
-        Raises
-        ------
-        OutputError
-            If it cannot be made.
-        """
+        """Make the directory, or one in it."""
         try:
             (self.directory / name).mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -159,38 +126,26 @@ class Journal(Generic[M]):
             raise OutputError(f"cannot write {self.directory / name}: {reason}") from error
 
     def manifest(self) -> M | None:
-        """Return what is kept here; None if nothing is yet.
-
-        Raises
-        ------
-        OsscarError
-            Of this kind, if it cannot be read.
-        """
-        file = self.directory / self.kind.manifest
+        """Return what is kept here; None if nothing is yet."""
+        file = self.directory / self.manifest_file
         if not file.exists():
             return None
         try:
-            return read_json(file, self.kind.schema)
+            found: M = read_json(file, self.schema)
         except FileError as error:
-            raise self.kind.error(
-                f"{file} is not the manifest of a {self.kind.what}: {error.reason}; "
-                f"{self.kind.otherwise}"
+            raise self.error(
+                f"{file} is not the manifest of a {self.what}: {error.reason}; {self.otherwise}"
             ) from error
+        return found
 
     def check(self, manifest: M) -> M | None:
-        """Refuse to go on with something else; return what is kept here, None if nothing is yet.
-
-        Raises
-        ------
-        OsscarError
-            Of this kind, saying in what they differ; or if that cannot be read.
-        """
+        """Refuse to go on with something else; return what is kept here, None if nothing is yet."""
         before = self.manifest()
         difference = None if before is None else manifest.difference(before)
         if difference is not None:
-            raise self.kind.error(
-                f"{self.directory} holds another {self.kind.what}: {difference}; ask for the same "
-                f"to go on, or {self.kind.otherwise}"
+            raise self.error(
+                f"{self.directory} holds another {self.what}: {difference}; ask for the same "
+                f"to go on, or {self.otherwise}"
             )
         self._known = self._known or before is not None
         return before
@@ -198,46 +153,20 @@ class Journal(Generic[M]):
     def begin(self, manifest: M, *, anew: bool = False) -> M:
         """Say what is kept here, or check that it is the same; return it as it was first written.
 
-        Parameters
-        ----------
-        manifest
-            What is asked for.
-        anew
-            Whether it takes the place of what stands there, unseen.
-
-        Raises
-        ------
-        OsscarError
-            As `check` does.
-        OutputError
-            If it cannot be written.
+        `anew` puts it in the place of what stands there, unseen.
         """
         before = None if anew else self.check(manifest)
         if before is None:
-            self.write(self.kind.manifest, manifest)
+            self.write(self.manifest_file, manifest)
             self._known = True
         return manifest if before is None else before
 
     def read(
         self, name: str, schema: type[T], *, limit: int = 16 * MEGABYTE, otherwise: str = ""
     ) -> T | None:
-        """Return what a file holds; None if there is none.
+        """Return what a file holds, as `read_json` does; None if there is none.
 
-        Parameters
-        ----------
-        name
-            Of the file.
-        schema
-            What it has to hold, as for `read_json`.
-        limit
-            Bytes that it may have at most.
-        otherwise
-            What to do about a file that cannot be read.
-
-        Raises
-        ------
-        OsscarError
-            Of this kind, if it cannot be read.
+        `otherwise` is what to do about one that cannot be read.
         """
         file = self.directory / name
         if not file.exists():
@@ -245,16 +174,10 @@ class Journal(Generic[M]):
         try:
             return read_json(file, schema, limit=limit)
         except FileError as error:
-            raise self.kind.error(f"{error}; {otherwise or self.kind.otherwise}") from error
+            raise self.error(f"{error}; {otherwise or self.otherwise}") from error
 
     def write(self, name: str, content: Any) -> None:
-        """Write a dataclass; once this returns, it is on the disk.
-
-        Raises
-        ------
-        OutputError
-            If it cannot be written.
-        """
+        """Write a dataclass; once this returns, it is on the disk."""
         write_json(self.directory / name, dataclasses.asdict(content), indent=1)
 
     def remove(self) -> None:
@@ -265,8 +188,6 @@ class Journal(Generic[M]):
 
         Raises
         ------
-        OsscarError
-            Of this kind, if the directory holds something else.
         BusyError
             If another process is at work in it.
         """
@@ -290,7 +211,7 @@ class Journal(Generic[M]):
 
     def _remove_rest(self) -> None:
         """Remove what is left when all that was done is gone; what is none of ours stays."""
-        for pattern in (*self.kind.others, self.kind.manifest):
+        for pattern in (*self.other_files, self.manifest_file):
             for path in self.directory.glob(pattern):
                 with suppress(OSError):
                     path.rmdir() if path.is_dir() else path.unlink(missing_ok=True)

@@ -42,16 +42,9 @@ _SHOWN = 60
 
 
 def read_json(path: Path, schema: type[T], *, limit: int = 16 * MEGABYTE) -> T:
-    """Read a JSON file that anyone may have written.
+    """Read a JSON file that anyone may have written, of at most `limit` bytes.
 
-    Parameters
-    ----------
-    path
-        The file.
-    schema
-        What it has to hold: a dataclass whose ``__pydantic_config__`` is `STRICT`.
-    limit
-        Bytes that it may have at most.
+    `schema` is what it has to hold: a dataclass whose ``__pydantic_config__`` is `STRICT`.
 
     Raises
     ------
@@ -63,13 +56,7 @@ def read_json(path: Path, schema: type[T], *, limit: int = 16 * MEGABYTE) -> T:
 
 
 def validated(content: Any, schema: type[T], name: str | os.PathLike[str]) -> T:
-    """Check what JSON was parsed to against a schema.
-
-    Raises
-    ------
-    FileError
-        If it does not hold what the schema says; the message names the field.
-    """
+    """Check what JSON was parsed to against a schema; a FileError names the field."""
     with _named(name):
         return cast(T, _validator(cast(Any, schema)).validate_python(content))
 
@@ -77,22 +64,9 @@ def validated(content: Any, schema: type[T], name: str | os.PathLike[str]) -> T:
 def read_object(path: Path, *, limit: int = 64 * MEGABYTE) -> dict[str, Any]:
     """Read a JSON object of another project's, whose fields nobody here can list.
 
-    It comes in on the same way as with `read_json`, less the schema.  Infinity is let through,
-    since some families write it (``time_step_limit`` of Mamba), and so are large numbers
-    (``model_max_length`` of tokenizers is 1e30).
-
-    Parameters
-    ----------
-    path
-        The file.
-    limit
-        Bytes that it may have at most.
-
-    Raises
-    ------
-    FileError
-        If it is missing, too large, no JSON object, holds NaN or one key twice, or is nested too
-        deeply.
+    It comes in on the same way as with `read_json`, less the schema. Infinity is let through, since
+    some families write it (``time_step_limit`` of Mamba), and so are large numbers
+    (``model_max_length`` of tokenizers is 1e30). NaN and a key that stands there twice are refused.
     """
     found = _parsed(_read_text(path, limit), path, parse_constant=_infinite, parse_int=_short)
     if not isinstance(found, dict):
@@ -101,13 +75,7 @@ def read_object(path: Path, *, limit: int = 64 * MEGABYTE) -> dict[str, Any]:
 
 
 def parse_json(text: str, schema: type[T], path: str | os.PathLike[str]) -> T:
-    """Parse and check the text of a JSON file, as `read_json` does.
-
-    Raises
-    ------
-    FileError
-        As there.
-    """
+    """Parse and check the text of a JSON file, as `read_json` does."""
     numbers = {"parse_constant": _refused, "parse_float": _finite, "parse_int": _moderate}
     return validated(_parsed(text, path, **numbers), schema, path)
 
@@ -124,10 +92,7 @@ def _read_text(path: Path, limit: int) -> str:
 def _parsed(text: str, path: str | os.PathLike[str], **numbers: Any) -> Any:
     """Parse a text, and refuse what parsers of JSON differ about: not all would read the same.
 
-    Raises
-    ------
-    FileError
-        If it is no JSON, has a key twice, is nested too deeply, or escapes what is no Unicode.
+    That is a key that stands there twice, and half of a surrogate pair.
     """
     with _named(path):
         found = json.loads(text, object_pairs_hook=_distinct, **numbers)

@@ -19,10 +19,7 @@ _MOST = 2**31
 def launched() -> tuple[int, int]:
     """Return which rank this process was launched as, and how many there are: (0, 1) if none.
 
-    Raises
-    ------
-    RanksError
-        If what the launcher says is no such thing.
+    What a launcher says that is no such thing is a RanksError.
     """
     if any(name not in os.environ for name in _LAUNCHED):
         return 0, 1

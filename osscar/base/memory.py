@@ -35,13 +35,7 @@ def in_words(size: int) -> str:
 
 
 def resident_memory() -> int:
-    """Return how many bytes this process has in memory.
-
-    Raises
-    ------
-    OptionError
-        If the system does not tell.
-    """
+    """Return how many bytes this process has in memory (OptionError if nothing tells)."""
     try:
         return int(_STATM.read_text().split()[1]) * _PAGE
     except (OSError, ValueError, IndexError):
@@ -141,18 +135,7 @@ def shortage(error: BaseException, what: str, advice: str) -> NoMemoryError:
 
 @contextmanager
 def memory_for(what: str, advice: str) -> Iterator[None]:
-    """Say what there was no memory for in the block, and what helps.
-
-    Parameters
-    ----------
-    what, advice
-        In words.
-
-    Raises
-    ------
-    NoMemoryError
-        If there was none.
-    """
+    """Say what there was no memory for in the block, and what helps, as a NoMemoryError."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:

@@ -10,13 +10,6 @@ from typing import Any
 def counted(count: int, noun: str, several: str = "") -> str:
     """Return how many there are of something, in the form that goes with the number.
 
-    Parameters
-    ----------
-    count, noun
-        How many, and what one is called.
-    several
-        What several are called, if not by an ``s`` at its end.
-
     Examples
     --------
     >>> counted(1, "sample"), counted(2000, "sample"), counted(2, "batch", "batches")

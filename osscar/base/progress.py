@@ -51,12 +51,7 @@ class _Bar:
 def stage(description: str, total: float | None = None) -> Iterator[_Bar]:
     """Show a bar while the block runs; stages opened inside it appear below.
 
-    Parameters
-    ----------
-    description
-        What is going on, in a few words.
-    total
-        Number of steps, or None when unknown (the bar then pulses).
+    The total is the number of steps, or None when unknown (the bar then pulses).
     """
     with _shared_display() as display:
         task = display.add_task(printable(description), total=total)
@@ -67,17 +62,7 @@ def stage(description: str, total: float | None = None) -> Iterator[_Bar]:
 
 
 def track(iterable: Iterable[T], description: str, total: float | None = None) -> Iterator[T]:
-    """Iterate with a bar.
-
-    Parameters
-    ----------
-    iterable
-        What to go through, lazily and in order.
-    description
-        What is going on, in a few words.
-    total
-        Number of items; taken from ``len(iterable)`` where it has one.
-    """
+    """Iterate with a bar, of as many steps as there are items, where that is known."""
     if total is None and isinstance(iterable, Sized):
         total = len(iterable)
     with stage(description, total) as bar:

@@ -73,10 +73,7 @@ class Ranks:
     def share(self, costs: Sequence[float]) -> list[int]:
         """Return which of several pieces of work are this rank's, in ascending order.
 
-        Parameters
-        ----------
-        costs
-            Of each piece: the largest go first, each to the rank that has least to do.
+        The most costly go first, each to the rank that has least to do.
         """
         loads = [0.0] * self.size
         mine = []
@@ -195,13 +192,9 @@ def _lost(who: str, error: RuntimeError) -> RanksError:
 def together() -> Iterator[Ranks]:
     """Join the other ranks of this launch while the block runs; a process by itself joins none.
 
-    Each rank has a GPU of its own where the machine has as many.  If the block fails on any, it
-    fails on all, with that rank's message on rank 0.
-
-    Raises
-    ------
-    RanksError
-        If they do not come together, or another of them fails.
+    Each rank has a GPU of its own where the machine has as many. If the block fails on any, it
+    fails on all, with that rank's message on rank 0. Ranks that do not come together are a
+    RanksError.
     """
     rank, size = launched()
     if size == 1:

@@ -44,13 +44,7 @@ class Stage(enum.StrEnum):
 
 @dataclass(eq=False)
 class Profile:
-    """Seconds by stage; those of a stage within another count for the inner one alone.
-
-    Parameters
-    ----------
-    clock
-        What tells the time.
-    """
+    """Seconds by stage; those of a stage within another count for the inner one alone."""
 
     clock: Clock = time.perf_counter
     seconds: dict[Stage, float] = field(default_factory=dict)
@@ -127,21 +121,9 @@ def interleaved(
 ) -> list[list[float]]:
     """Collect the seconds that each timing reports, over as many repetitions as are worth it.
 
-    Parameters
-    ----------
-    timings
-        Each does once what is timed, and returns the seconds of the steps that it took.
-    repetitions
-        The least number of repetitions.
-    description
-        What a progress bar says.
-    worthwhile
-        Seconds over which they are repeated at the least; by default `WORTHWHILE_SECONDS`.
-
-    Returns
-    -------
-    list of list of float
-        Seconds, in the order of the timings.
+    A timing does once what is timed, and returns the seconds of the steps that it took. They are
+    repeated so often at the least, and for so many seconds (`WORTHWHILE_SECONDS` by default) at the
+    least. The description is what a progress bar says.
     """
     seconds: list[list[float]] = [[] for _ in timings]
     for timing in timings:

@@ -7,7 +7,7 @@ import importlib
 import math
 import random
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeAlias
 
@@ -16,9 +16,9 @@ import torch
 from pydantic import ConfigDict
 from torch import Tensor
 
-from osscar.base.errors import FileError, ImageError, MissingDependency, OptionError, first_line
+from osscar.base.errors import ImageError, MissingDependency, OptionError, first_line
 from osscar.base.inputs import shown
-from osscar.base.json_files import STRICT, validated
+from osscar.base.json_files import STRICT
 from osscar.base.printable import counted
 
 _DRAWS = 8
@@ -93,51 +93,44 @@ class Preprocessing:
             object.__setattr__(self, "crop", self.crop[0])
         if self.resize is None:
             object.__setattr__(self, "resize", self.crop)
-        for name in ("resize", "crop"):
-            value = getattr(self, name)
-            if value is not None and not _is_size(value):
-                raise ImageError(
-                    f"{name} is {shown(value)}; give pixels, from 1 to {_LARGEST_SIDE}"
-                )
-        self._check_normalization()
-        for name, known in (
-            ("interpolation", _INTERPOLATIONS),
-            ("channels", (1, 3)),
-            ("dtype", ("float32", "uint8")),
+        pixels = f"pixels, from 1 to {_LARGEST_SIDE}"
+        for name, fits, give in (
+            ("resize", _is_size, pixels),
+            ("crop", _is_size, pixels),
+            ("interpolation", _INTERPOLATIONS.__contains__, f"one of {', '.join(_INTERPOLATIONS)}"),
+            ("channels", (1, 3).__contains__, "one of 1, 3"),
+            ("dtype", ("float32", "uint8").__contains__, "one of float32, uint8"),
         ):
             value = getattr(self, name)
-            if value is not None and value not in known:
-                raise ImageError(
-                    f"{name} is {shown(value)}; give one of {', '.join(map(str, known))}"
-                )
+            if value is not None and not fits(value):
+                raise ImageError(f"{name} is {shown(value)}; give {give}")
+        if (self.mean is None) != (self.std is None):
+            there, missing = ("mean", "std") if self.std is None else ("std", "mean")
+            raise ImageError(f"{there} is given without {missing}; give both")
+        if self.mean is not None:
+            self._check_normalization("mean")
+            self._check_normalization("std")
 
-    def _check_normalization(self) -> None:
-        given = {name: getattr(self, name) for name in ("mean", "std")}
-        missing = [name for name, value in given.items() if value is None]
-        if len(missing) == 2:
-            return
-        if missing:
-            other = "mean" if missing == ["std"] else "std"
-            raise ImageError(f"{other} is given without {missing[0]}; give both")
-        for name, value in given.items():
-            numbers = tuple(value) if isinstance(value, list | tuple) else (value,)
-            if not all(_is_finite(n) for n in numbers) or len(numbers) not in (1, 3):
-                raise ImageError(
-                    f"{name} is {shown(value)}; give one number for all channels, or one for each "
-                    "of three"
-                )
-            if name == "std" and min(numbers) <= 0:
-                raise ImageError(f"std is {shown(value)}; give numbers above 0")
-            if max(numbers) > 1:
-                raise ImageError(
-                    f"{name} is {shown(value)}; give that of pixels / 255, which lie from 0 to 1"
-                )
-            alike = numbers[:1] if len(set(numbers)) == 1 else numbers
-            object.__setattr__(self, name, tuple(map(float, alike)))
-            if len(numbers) == 3 and self.channels is None:
-                object.__setattr__(self, "channels", 3)
-            if self.channels == 1 and len(numbers) == 3:
-                raise ImageError(f"{name} has 3 numbers and images 1 channel; give one number")
+    def _check_normalization(self, name: str) -> None:
+        value = getattr(self, name)
+        numbers = tuple(value) if isinstance(value, list | tuple) else (value,)
+        if not all(_is_finite(n) for n in numbers) or len(numbers) not in (1, 3):
+            raise ImageError(
+                f"{name} is {shown(value)}; give one number for all channels, or one for each "
+                "of three"
+            )
+        if name == "std" and min(numbers) <= 0:
+            raise ImageError(f"std is {shown(value)}; give numbers above 0")
+        if max(numbers) > 1:
+            raise ImageError(
+                f"{name} is {shown(value)}; give that of pixels / 255, which lie from 0 to 1"
+            )
+        alike = numbers[:1] if len(set(numbers)) == 1 else numbers
+        object.__setattr__(self, name, tuple(map(float, alike)))
+        if len(numbers) == 3 and self.channels is None:
+            object.__setattr__(self, "channels", 3)
+        if self.channels == 1 and len(numbers) == 3:
+            raise ImageError(f"{name} has 3 numbers and images 1 channel; give one number")
 
     @classmethod
     def of(cls, transforms: Any) -> Preprocessing:
@@ -150,20 +143,6 @@ class Preprocessing:
             interpolation=transforms.interpolation.value,
         )
 
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> Preprocessing:
-        """Read what `record` returned.
-
-        Raises
-        ------
-        ImageError
-            If a field is unknown or makes no sense.
-        """
-        try:
-            return validated(dict(data), cls, "the preprocessing")
-        except FileError as error:
-            raise ImageError(error.reason) from error
-
     def record(self) -> dict[str, Any]:
         """Return what is stated, as JSON-able data."""
         return {name: value for name, value in vars(self).items() if value is not None}
@@ -173,14 +152,7 @@ class Preprocessing:
         return dataclasses.replace(self, **other.record())
 
     def fitted(self, example: Tensor | None, source: str) -> Preprocessing:
-        """Take from an example what is not stated.
-
-        Parameters
-        ----------
-        example
-            Images as the model takes them, (n, channels, height, width); or None.
-        source
-            Whose example it is, in words.
+        """Take what is not stated from an example, (n, channels, height, width), of a source.
 
         Raises
         ------
@@ -192,12 +164,11 @@ class Preprocessing:
             return dataclasses.replace(self, interpolation=interpolation, dtype=dtype)
         dtype = "uint8" if example.dtype is torch.uint8 else "float32"
         self._check_example(example, dtype, source)
-        height, width = example.shape[-2:]
-        own = Preprocessing(crop=(height, width))
+        size = Preprocessing(crop=(example.shape[-2], example.shape[-1])).crop
         return dataclasses.replace(
             self,
-            resize=self.resize or own.resize,
-            crop=self.crop or own.crop,
+            resize=self.resize or size,
+            crop=self.crop or size,
             interpolation=interpolation,
             channels=example.shape[1],
             dtype=dtype,
@@ -314,26 +285,12 @@ class Preprocessing:
         return steps.Compose(chain)  # type: ignore[no-any-return]
 
 
-def _generators() -> tuple[Any, ...]:
-    """Return the states of what transforms draw from."""
-    kind, keys, *rest = np.random.get_state()
-    return random.getstate(), torch.get_rng_state().tolist(), kind, np.asarray(keys).tolist(), rest
-
-
 @dataclass(frozen=True)
 class OwnTransform:
-    """A function of the user's own from an image to a tensor; only where it comes from is recorded.
+    """A function of the user's own from a PIL image to a tensor; only its source is recorded.
 
-    Parameters
-    ----------
-    function
-        From a PIL image to a tensor; None where it is recorded alone and nothing brought it again.
-    source
-        What it comes from, in words.
-    steps
-        What it says of itself.
-    example
-        What comes out must look like one of these, (n, ...), but for height and width.
+    `function` is None where it was recorded and nothing brings it again; `steps` is what it says of
+    itself.  What comes out must look like one of the `example`, (n, ...), but for height and width.
     """
 
     function: Callable[[Any], Any] | None
@@ -366,27 +323,18 @@ class OwnTransform:
         return dataclasses.replace(self, example=example)
 
     def transform(self) -> Callable[[Any], Tensor]:
-        """Return the function, with a check of what it returns.
-
-        Raises
-        ------
-        OptionError
-            If nothing brought it.
-        """
+        """Return the function, with a check of what it returns, if anything brings it."""
         check_stated(self)
         return self._checked
 
     def check(self, image: Any) -> None:
-        """Refuse a transform that fails on an image, or that draws something.
-
-        Raises
-        ------
-        ImageError
-            Saying which.
-        """
-        before = _generators()
+        """Refuse a transform that fails on an image, or that draws something (ImageError)."""
+        before = torch.get_rng_state(), random.getstate(), str(np.random.get_state())
         first = self._checked(image)
-        drawn = _generators() != before
+        drawn = not before[0].equal(torch.get_rng_state()) or before[1:] != (
+            random.getstate(),
+            str(np.random.get_state()),
+        )
         if drawn or not all(self._checked(image).equal(first) for _ in range(_DRAWS)):
             raise ImageError(
                 f"the transform of {self.source} makes another tensor of one image each time; give "
@@ -424,15 +372,10 @@ AnyPreprocessing: TypeAlias = Preprocessing | OwnTransform
 
 
 def as_preprocessing(given: Any, source: str) -> AnyPreprocessing:
-    """Read what a user gives as what is done to an image.
+    """Read what a source, in words, gives as what is done to an image.
 
-    Parameters
-    ----------
-    given
-        A `Preprocessing`, a classification preset of torchvision, or a function from a PIL image to
-        a tensor.
-    source
-        What gives it, in words.
+    That is a `Preprocessing`, a classification preset of torchvision, or a function from a PIL
+    image to a tensor.
 
     Raises
     ------
@@ -454,13 +397,7 @@ def as_preprocessing(given: Any, source: str) -> AnyPreprocessing:
 
 
 def check_stated(preprocessing: AnyPreprocessing, source: str = "a model") -> None:
-    """Refuse to guess what is done to an image.
-
-    Raises
-    ------
-    OptionError
-        Saying what is not stated, and how to state it.
-    """
+    """Refuse to guess what is done to an image: an OptionError says how to state it."""
     if isinstance(preprocessing, OwnTransform):
         if preprocessing.function is None:
             raise OptionError(
@@ -496,19 +433,11 @@ def _pair(size: Size) -> tuple[int, int]:
 
 
 def _in_words(size: Size) -> str:
-    if isinstance(size, tuple):
-        return f"{size[0]} x {size[1]}"
-    return f"a shorter side of {size}"
+    return f"{size[0]} x {size[1]}" if isinstance(size, tuple) else f"a shorter side of {size}"
 
 
 def import_torchvision(module: str) -> Any:
-    """Import a module of torchvision.
-
-    Raises
-    ------
-    MissingDependency
-        If it is not installed.
-    """
+    """Import a module of torchvision; MissingDependency if it is not installed."""
     try:
         return importlib.import_module(f"torchvision.{module}")
     except ImportError as error:

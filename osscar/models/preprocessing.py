@@ -10,8 +10,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from osscar.base.errors import CheckpointError, ImageError, OptionError
+from osscar.base.errors import CheckpointError, FileError, ImageError, OptionError
 from osscar.base.inputs import shown
+from osscar.base.json_files import validated
 from osscar.data.batches import Batch, named_inputs
 from osscar.data.preprocessing import OPTIONS, AnyPreprocessing, OwnTransform, Preprocessing
 from osscar.shrinking.lineage import Input, Lineage
@@ -29,18 +30,8 @@ def resolved(
 ) -> tuple[AnyPreprocessing | None, Batch | None]:
     """Return all that is known of a model's images, and an example of their size.
 
-    Parameters
-    ----------
-    model
-        The model.
-    example
-        Its example inputs, or None.
-    brought
-        What comes with the model.
-    stated
-        What the caller states, which takes the place of that.
-    source
-        Where the model comes from, in words.
+    What the caller has stated takes the place of what is brought with the model, with a warning
+    where these differ.
 
     Raises
     ------
@@ -48,11 +39,6 @@ def resolved(
         If what is stated contradicts the example, or the example is no image.
     OptionError
         If something is stated and the model brings a function of its own.
-
-    Warns
-    -----
-    UserWarning
-        If what is stated is something else than what the model brings.
     """
     image = None if example is None else image_of(example)
     if example is not None and image is None:
@@ -65,10 +51,10 @@ def resolved(
             f"{source} brings what is done to an image, the transform of {brought.source}; "
             f"leave {OPTIONS} away"
         )
-    known = merged(stated, "as stated", brought, f"{source} brings") or Preprocessing()
+    known = _merged(stated, "as stated", brought, f"{source} brings") or Preprocessing()
     known = known.fitted(image, source)
     if isinstance(known, Preprocessing) and not known.shows(image):
-        example = image_example(model, known)
+        example = _image_example(model, known)
     return known, example
 
 
@@ -85,66 +71,49 @@ def of_the_run(
     CheckpointError
         If what it records makes no sense.
     """
-    known = merged(_recorded(path, lineage), f"as {path} records", brought, "its code now brings")
+    known = _merged(_recorded(path, lineage), f"as {path} records", brought, "its code now brings")
     image = None if pruned_with is None else image_of(pruned_with)
     if image is None or isinstance(known, OwnTransform):
         return known
     known = known or Preprocessing()
-    height, width = image.shape[-2:]
-    size = Preprocessing(crop=(height, width))
+    size = Preprocessing(crop=(image.shape[-2], image.shape[-1]))
     return known if known.shows(image) else known.with_stated(size)
 
 
-def merged(
+def _merged(
     first: AnyPreprocessing | None, how: str, second: AnyPreprocessing | None, whose: str
 ) -> AnyPreprocessing | None:
     """Return what one says of images, and where it says nothing what another says.
 
-    Parameters
-    ----------
-    first, second
-        Either may be None.  A function that is only recorded cannot be called.
-    how, whose
-        What they are, in words.
-
-    Warns
-    -----
-    UserWarning
-        If they say different things.
+    Warn where they say different things.  A function that is only recorded cannot be called, so
+    that one that is brought takes its place.
     """
     if first is None or second is None:
         return first or second
     if isinstance(first, Preprocessing) and isinstance(second, Preprocessing):
-        _warn_of_difference(first, how, second, whose)
+        mine, theirs = first.record(), second.record()
+        differing = [name for name in mine if name in theirs and mine[name] != theirs[name]]
+        if differing:
+            used, others = (
+                ", ".join(f"{name} {shown(each[name])}" for name in differing)
+                for each in (mine, theirs)
+            )
+            _warn(f"{how}, {used}, where {whose} {others}")
         return second.with_stated(first)
     if isinstance(first, OwnTransform) and first.function is None:
-        if isinstance(second, OwnTransform) and first.steps != second.steps:
-            warnings.warn(
-                f"what is done to images is {how} {first.steps}, where {whose} {second.steps}",
-                stacklevel=4,
-            )
-        return second if isinstance(second, OwnTransform) else first
+        if not isinstance(second, OwnTransform):
+            return first
+        if first.steps != second.steps:
+            _warn(f"{how} {first.steps}, where {whose} {second.steps}")
+        return second
     if isinstance(second, OwnTransform) and second.function is not None:
         return second if isinstance(first, Preprocessing) and first.missing() else first
-    warnings.warn(
-        f"what is done to images is {how}, by another transform than {whose}: {second.sentence()}",
-        stacklevel=4,
-    )
+    _warn(f"{how}, by another transform than {whose}: {second.sentence()}")
     return first
 
 
-def _warn_of_difference(used: Preprocessing, how: str, other: Preprocessing, whose: str) -> None:
-    """Say which numbers are used in the place of others."""
-    theirs = other.record()
-    differing = {n: v for n, v in used.record().items() if n in theirs and theirs[n] != v}
-    if differing:
-        mine, others = (
-            ", ".join(f"{name} {shown(each[name])}" for name in differing)
-            for each in (used.record(), theirs)
-        )
-        warnings.warn(
-            f"what is done to images is {how}, {mine}, where {whose} {others}", stacklevel=5
-        )
+def _warn(difference: str) -> None:
+    warnings.warn(f"what is done to images is {difference}", stacklevel=5)
 
 
 def _recorded(path: Path, lineage: Lineage) -> AnyPreprocessing | None:
@@ -154,9 +123,10 @@ def _recorded(path: Path, lineage: Lineage) -> AnyPreprocessing | None:
     if "transform" in recorded:
         return OwnTransform(None, str(recorded["transform"]), str(recorded.get("steps", "")))
     try:
-        return Preprocessing.from_json(recorded)
-    except ImageError as error:
-        raise CheckpointError(f"the preprocessing in {path} makes no sense: {error}") from error
+        return validated(dict(recorded), Preprocessing, "the preprocessing")
+    except (FileError, ImageError) as error:
+        reason = error.reason if isinstance(error, FileError) else error
+        raise CheckpointError(f"the preprocessing in {path} makes no sense: {reason}") from error
 
 
 # ---- examples ----------------------------------------------------------------------------
@@ -193,7 +163,7 @@ def no_images(example: Batch, source: str) -> ImageError:
     )
 
 
-def image_example(model: nn.Module, preprocessing: Preprocessing) -> Batch | None:
+def _image_example(model: nn.Module, preprocessing: Preprocessing) -> Batch | None:
     """Return two images of noise as named arguments; None where their size is not known."""
     crop, channels = preprocessing.crop, preprocessing.channels
     if crop is None or channels is None:

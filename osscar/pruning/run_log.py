@@ -27,7 +27,7 @@ from osscar import __version__
 from osscar.allocation.budget import Allocated
 from osscar.base.errors import FileError, RunError
 from osscar.base.files import atomic_write, digest
-from osscar.base.journal import Journal, JournalKind
+from osscar.base.journal import Journal
 from osscar.base.json_files import MEGABYTE, STRICT, parse_json, read_json
 from osscar.base.printable import are, counted
 from osscar.data.batches import ModelInputs
@@ -44,16 +44,6 @@ REPORT = "report.json"
 """What a run is about to save, and how it was asked for."""
 _RECORD = "record"
 """The key under which a record file keeps everything but its tensors."""
-
-_LOG = JournalKind(
-    what="run",
-    manifest="log.json",
-    schema=Manifest,
-    done=("[0-9][0-9][0-9][0-9][0-9].safetensors",),
-    others=(REPORT, ALLOCATION),
-    error=RunError,
-    otherwise="begin anew with --restart",
-)
 
 
 def run_manifest(
@@ -144,8 +134,16 @@ class RunLog(Journal[Manifest]):
         Where they lie.
     """
 
+    what = "run"
+    manifest_file = "log.json"
+    schema = Manifest
+    done_files = ("[0-9][0-9][0-9][0-9][0-9].safetensors",)
+    other_files = (REPORT, ALLOCATION)
+    error = RunError
+    otherwise = "begin anew with --restart"
+
     def __init__(self, directory: Path) -> None:
-        super().__init__(directory, _LOG)
+        super().__init__(directory)
         self._run = ""
         """Digest of the manifest, which each record bears."""
 

@@ -12,7 +12,7 @@ from pydantic import ConfigDict
 
 from osscar.base.errors import RunError
 from osscar.base.files import resolved
-from osscar.base.journal import Journal, JournalKind
+from osscar.base.journal import Journal
 from osscar.base.json_files import STRICT
 from osscar.preparation.fingerprint import Manifest
 from osscar.pruning.sweep import Job
@@ -24,16 +24,6 @@ DENSE = "dense"
 """The method that stands for the model as it is."""
 
 _POINTS = "points"
-
-_SWEEP = JournalKind(
-    what="sweep",
-    manifest="asked.json",
-    schema=Manifest,
-    done=(f"{_POINTS}/*.json",),
-    others=(_POINTS,),
-    error=RunError,
-    otherwise="give another --out",
-)
 
 
 def dense_job(budget: BudgetKind) -> Job:
@@ -129,8 +119,16 @@ class SweepDirectory(Journal[Manifest]):
         If it is a file, or holds something else.
     """
 
+    what = "sweep"
+    manifest_file = "asked.json"
+    schema = Manifest
+    done_files = (f"{_POINTS}/*.json",)
+    other_files = (_POINTS,)
+    error = RunError
+    otherwise = "give another --out"
+
     def __init__(self, directory: Path) -> None:
-        super().__init__(resolved(directory), _SWEEP)
+        super().__init__(resolved(directory))
         self.refuse_foreign()
 
     @contextmanager

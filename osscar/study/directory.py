@@ -24,7 +24,7 @@ import solvers
 from osscar.base.errors import OptionError, StudyError
 from osscar.base.files import digest, file_digest, fsynced, resolved
 from osscar.base.inputs import file_name
-from osscar.base.journal import Journal, JournalKind
+from osscar.base.journal import Journal
 from osscar.base.json_files import MEGABYTE, STRICT
 from osscar.base.progress import stage
 from osscar.preparation.fingerprint import Fingerprint, Manifest
@@ -50,15 +50,15 @@ _READABLE_NAME = 80
 _INCUMBENT = "local_search"
 """Whose answer the units outside a window are held at."""
 
-_STUDY = JournalKind(
-    what="study",
-    manifest="study.json",
-    schema=Manifest,
-    done=(_INDEX, f"{RECORDS}/*.json"),
-    others=(f"{_PROBLEMS}/*{_SUFFIX}", _PROBLEMS, RECORDS),
-    error=StudyError,
-    otherwise="give another --out",
-)
+
+class _StudyJournal(Journal[Manifest]):
+    what = "study"
+    manifest_file = "study.json"
+    schema = Manifest
+    done_files = (_INDEX, f"{RECORDS}/*.json")
+    other_files = (f"{_PROBLEMS}/*{_SUFFIX}", _PROBLEMS, RECORDS)
+    error = StudyError
+    otherwise = "give another --out"
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ class Study:
         if not isinstance(source, Mapping):
             raise OptionError(f"the source is a {type(source).__name__}; give a mapping")
         self.source = dict(source)
-        self._journal = Journal(self.directory, _STUDY)
+        self._journal = _StudyJournal(self.directory)
         self._journal.refuse_foreign()
         self._journal.check(self._manifest(None))
         resolved(self.directory)

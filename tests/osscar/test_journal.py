@@ -11,18 +11,20 @@ import pytest
 
 from osscar.base.errors import BusyError, OutputError, RunError
 from osscar.base.files import LOCK_FILE
-from osscar.base.journal import Journal, JournalKind
+from osscar.base.journal import Journal
 from osscar.preparation.fingerprint import Manifest
 
-KIND = JournalKind(
-    what="thing",
-    manifest="thing.json",
-    schema=Manifest,
-    done=("done/*.txt",),
-    others=("note", "done"),
-    error=RunError,
-    otherwise="give another --out",
-)
+
+class Things(Journal[Manifest]):
+    what = "thing"
+    manifest_file = "thing.json"
+    schema = Manifest
+    done_files = ("done/*.txt",)
+    other_files = ("note", "done")
+    error = RunError
+    otherwise = "give another --out"
+
+
 ASKED = Manifest("osscar.thing/1", {"batch_size": 4, "files": ["a"]}, None)
 
 
@@ -33,7 +35,7 @@ class Killed(BaseException):
 @pytest.fixture
 def journal(tmp_path):
     """A journal in which three things are done."""
-    journal = Journal(tmp_path / "deep" / "out", KIND)
+    journal = Things(tmp_path / "deep" / "out")
     with journal.held():
         journal.begin(ASKED)
         journal.make("done")
@@ -48,7 +50,7 @@ def names(place: Path) -> set[str]:
 
 
 def test_what_is_done_stays_and_goes_on_only_with_the_same(journal):
-    again = Journal(journal.directory, KIND)
+    again = Things(journal.directory)
     with again.held(), again.held():
         assert again.begin(ASKED) == ASKED
         assert [path.name for path in again.done] == ["0.txt", "1.txt", "2.txt"]
@@ -65,7 +67,7 @@ def test_what_is_done_stays_and_goes_on_only_with_the_same(journal):
 def test_where_nothing_is_done_nothing_stays(tmp_path, journal):
     for path in journal.done:
         path.unlink()
-    fresh = Journal(tmp_path / "also" / "deep", KIND)
+    fresh = Things(tmp_path / "also" / "deep")
     for one in (journal, fresh):
         with one.held():
             one.begin(ASKED)
@@ -80,11 +82,11 @@ def test_what_a_killed_command_left_is_no_foreign_file(tmp_path, journal):
         (place / f".{partial}.4711.partial").write_text("half")
         (place / "mine.partial").write_text("mine")
     with pytest.raises(RunError, match=r"holds 'mine\.partial' and no thing"):
-        Journal(tmp_path / "new", KIND).held().__enter__()
+        Things(tmp_path / "new").held().__enter__()
     (tmp_path / "new" / "mine.partial").unlink()
     (tmp_path / "new" / LOCK_FILE).touch()
     for place in (journal.directory, tmp_path / "new"):
-        with Journal(place, KIND).held():
+        with Things(place).held():
             pass
     assert "done/mine.partial" in names(journal.directory)
     assert not [name for name in names(tmp_path) if name.endswith("4711.partial")]
@@ -94,7 +96,7 @@ def test_what_a_killed_command_left_is_no_foreign_file(tmp_path, journal):
 def test_another_process_and_other_files_are_left_alone(tmp_path, journal):
     with journal.held():
         before = names(tmp_path)
-        other = Journal(journal.directory, KIND)
+        other = Things(journal.directory)
         for step in (other.remove, other.held().__enter__):
             with pytest.raises(BusyError, match=rf"\(process {os.getpid()} on "):
                 step()
@@ -107,14 +109,14 @@ def test_another_process_and_other_files_are_left_alone(tmp_path, journal):
         ("file", "is a file and holds no thing"),
         ("x" * 300, "cannot look into .*: File name too long"),
     ):
-        other = Journal(tmp_path / place, KIND)
+        other = Things(tmp_path / place)
         for step in (other.refuse_foreign, other.held().__enter__):
             with pytest.raises(RunError, match=message):
                 step()
     with pytest.raises(OutputError, match=r"cannot write .*: Not a dir"):
-        Journal(tmp_path / "file" / "deep", KIND).make("x")
+        Things(tmp_path / "file" / "deep").make("x")
     (tmp_path / "mine" / "0.txt").rename(tmp_path / "mine" / "thing.json")
-    with Journal(tmp_path / "mine", KIND).held():
+    with Things(tmp_path / "mine").held():
         pass
     assert names(tmp_path / "mine") >= {"thing.json"}
 
@@ -125,7 +127,7 @@ def test_a_removal_that_is_killed_leaves_what_goes_on_or_can_be_removed(
     (journal.directory / "thesis.tex").write_text("mine")
     unlink = Path.unlink
     for killed_at in range(6):
-        copy = Journal(tmp_path / f"{killed_at}", KIND)
+        copy = Things(tmp_path / f"{killed_at}")
         shutil.copytree(journal.directory, copy.directory)
         left = [killed_at]
 
@@ -143,7 +145,7 @@ def test_a_removal_that_is_killed_leaves_what_goes_on_or_can_be_removed(
         assert [path.stem for path in copy.done] == [str(n) for n in range(len(copy.done))]
         if (copy.directory / "thing.json").exists():
             assert copy.begin(ASKED) == ASKED
-            Journal(copy.directory, KIND).remove()
+            Things(copy.directory).remove()
         assert names(copy.directory) <= {"thesis.tex", LOCK_FILE}
 
 
