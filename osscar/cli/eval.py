@@ -18,7 +18,7 @@ from osscar.data.text import TextSet
 from osscar.evaluation.evaluate import Comparison, Evaluation, compare, evaluate
 from osscar.models.load import load_model
 from osscar.models.loaded import LoadedModel
-from osscar.models.names import Sort, sort_of
+from osscar.models.names import ModelKind, kind_of
 from osscar.report.evaluation_tables import comparison_table, evaluation_table
 from osscar.shrinking.lineage import Computed, lineage_of, may_come_from
 
@@ -37,13 +37,13 @@ def run(model: str, options: EvalOptions) -> None:
         "dtype": options.dtype,
         "trust_remote_code": options.trust_remote_code,
     }
-    sort = sort_of(model)
-    elsewhere = against is not None and sort_of(against).takes_weights and not sort.takes_weights
+    sort = kind_of(model)
+    elsewhere = against is not None and kind_of(against).takes_weights and not sort.takes_weights
     with quiet():
         loaded = load_model(
             model,
             weights=None if elsewhere else weights,
-            dense=against if sort is Sort.CODE_DIRECTORY else None,
+            dense=against if sort is ModelKind.CODE_DIRECTORY else None,
             preprocessing=stated,
             **load,
         )
@@ -100,8 +100,8 @@ def _comparison(
     options: dict[str, Any],
 ) -> Comparison | None:
     """Measure a model beside its dense one; None, with a warning, where that has no weights."""
-    sort = sort_of(against)
-    if (sort is Sort.LANGUAGE) != isinstance(data, TextSet):
+    sort = kind_of(against)
+    if (sort is ModelKind.LANGUAGE) != isinstance(data, TextSet):
         reads = "text" if isinstance(data, TextSet) else "no text"
         raise ModelError(
             f"{against!r} is {sort.value}, and {loaded.source} reads {reads}; give the dense model "

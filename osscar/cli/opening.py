@@ -23,7 +23,7 @@ from osscar.data.tokens import CalibrationSet
 from osscar.evaluation.dense import DenseScore, score_dense
 from osscar.models.load import fitting_memory, load_model
 from osscar.models.loaded import LoadedModel
-from osscar.models.names import Sort, sort_of
+from osscar.models.names import ModelKind, kind_of
 from osscar.pruning.memory import needs_memory
 from osscar.report.evaluation_tables import dense_sentence, dense_warning
 from osscar.request import PruningRequest
@@ -153,7 +153,7 @@ def say_preprocessing(data: Any) -> None:
 
 def limit_of(model: str, options: RunOptions, request: PruningRequest) -> str | int | None:
     """Return the memory to stay within: what is given, or what there is if the model is larger."""
-    of_text = sort_of(model) is Sort.LANGUAGE
+    of_text = kind_of(model) is ModelKind.LANGUAGE
     if options.max_memory is not None or not of_text or needs_memory(request) is not None:
         return options.max_memory
     limit = fitting_memory(model, options.dtype, request.device)

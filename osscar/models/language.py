@@ -67,19 +67,9 @@ def load_language_model(
     trust_remote_code: bool,
     max_memory: str | int | None,
 ) -> LoadedModel:
-    """Load a causal language model and its tokenizer.
+    """Load a causal language model and its tokenizer, as `osscar.load_model` does.
 
-    Parameters
-    ----------
-    text
-        Its name.
-    dtype, device, trust_remote_code, max_memory
-        As of `osscar.load_model`; a dtype of None is the one stored.
-
-    Raises
-    ------
-    OsscarError
-        What `osscar.load_model` raises.
+    A dtype of None is the one stored.
     """
     shelf = None if max_memory is None else Shelf(parse_size(max_memory), device)
     with _quiet_unless_terminal(), memory_for(f"the weights of {text}", FOR_BATCHES):

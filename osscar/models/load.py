@@ -16,7 +16,7 @@ from osscar.data.preprocessing import OPTIONS, as_preprocessing
 from osscar.models.language import load_language_model
 from osscar.models.loaded import LoadedModel
 from osscar.models.modules import load_module
-from osscar.models.names import REGISTERED, Sort, check_no_program, sort_of
+from osscar.models.names import REGISTERED, ModelKind, check_no_program, kind_of
 from osscar.offload.device_memory import memory_of
 
 
@@ -107,12 +107,13 @@ def load_model(
     target = resolve_device(device)
     number_format = resolve_dtype(dtype, target)
     _check_directory(text)
-    sort = sort_of(text)
-    of_text = sort is Sort.LANGUAGE
+    kind = kind_of(text)
+    of_text = kind is ModelKind.LANGUAGE
+    own_code = kind is ModelKind.CODE_DIRECTORY
     for given, fits, why in (
-        (dense, sort is Sort.CODE_DIRECTORY, "is no pruned model of your own code, so nothing else "
-         "builds it; leave --against away"),
-        (weights, sort.takes_weights, "has weights of its own; leave --weights away"),
+        (dense, own_code, "is no pruned model of your own code, so nothing else builds it; leave "
+         "--against away"),
+        (weights, kind.takes_weights, "has weights of its own; leave --weights away"),
         (stated, not of_text, f"reads text, not images; leave {OPTIONS} away"),
         (max_memory, of_text, "is no language model of transformers, and no other is read from "
          "disk; leave --max-memory away"),
@@ -129,7 +130,7 @@ def load_model(
         )
     return load_module(
         text,
-        sort,
+        kind,
         weights=weights,
         pretrained=pretrained,
         dense=dense,
@@ -142,12 +143,7 @@ def load_model(
 def _check_directory(name: str) -> None:
     """Refuse a directory that holds no model, or one whose plan nobody can read.
 
-    Raises
-    ------
-    CheckpointError
-        Saying what is missing or damaged; names that are no directories pass.
-    ModelError
-        If it holds a program of transformers, which no command opens.
+    Names that are no directories pass; a directory with a program of transformers is a ModelError.
     """
     try:
         path = Path(name).expanduser()
@@ -176,22 +172,7 @@ def fitting_memory(
     """Return the memory to prune a model within, if it is larger than that; None if it fits.
 
     That is nine tenths of what is free where the model would run: on this machine for the CPU, on
-    the card for CUDA.
-
-    Parameters
-    ----------
-    name, dtype, device
-        As `load_model` takes them.
-
-    Returns
-    -------
-    int or None
-        None also where nothing is known, or the model is no directory.
-
-    Raises
-    ------
-    DeviceError
-        If the device or number format is not available.
+    the card for CUDA. None also where nothing is known, or the model is no directory.
     """
     target = resolve_device(device)
     available = memory_of(target).available()

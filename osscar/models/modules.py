@@ -18,9 +18,8 @@ from osscar.checkpoint.formats import cast
 from osscar.data.batches import needed_arguments, to_model
 from osscar.data.preprocessing import AnyPreprocessing, Preprocessing, import_torchvision
 from osscar.models import user_code
-from osscar.models.drawn import drawn_share
 from osscar.models.loaded import LoadedModel
-from osscar.models.names import PREFIX, Sort, sort_of
+from osscar.models.names import PREFIX, ModelKind, kind_of
 from osscar.models.preprocessing import image_of, of_the_run, recorded_example, resolved
 from osscar.models.weights import fill, read_state, renamed
 from osscar.network.modules import check_finite_weights, check_usable, in_evaluation
@@ -35,7 +34,7 @@ _OPTIONS: dict[str, dict[str, bool]] = {
 
 def load_module(
     name: str,
-    sort: Sort,
+    kind: ModelKind,
     *,
     weights: str | Path | None,
     pretrained: bool,
@@ -44,32 +43,20 @@ def load_module(
     device: torch.device,
     preprocessing: AnyPreprocessing | None,
 ) -> LoadedModel:
-    """Load a model that is not of transformers.
+    """Load a model that is not of transformers, as `osscar.load_model` does.
 
-    Parameters
-    ----------
-    name
-        What it is called.
-    sort
-        What that stands for.
-    weights, pretrained, dense, dtype, device, preprocessing
-        As of `osscar.load_model`; a dtype of None is the one stored.
-
-    Raises
-    ------
-    OsscarError
-        What `osscar.load_model` raises.
+    `kind` is what its name stands for; a dtype of None is the one stored.
     """
-    if sort is Sort.TORCHVISION:
+    if kind is ModelKind.TORCHVISION:
         loaded = _from_torchvision(name.removeprefix(PREFIX), weights, pretrained)
-    elif sort is Sort.CODE:
+    elif kind is ModelKind.CODE:
         loaded = _from_code(name, weights)
     else:
-        loaded = _from_directory(Path(name).expanduser(), sort, dense, dtype)
+        loaded = _from_directory(Path(name).expanduser(), kind, dense, dtype)
     check_usable(loaded.model)
     check_finite_weights(loaded.model)
-    unfilled = sort is Sort.CODE and weights is None and pretrained
-    drawn = drawn_share(name, loaded.model) if unfilled else 0.0
+    unfilled = kind is ModelKind.CODE and weights is None and pretrained
+    drawn = user_code.drawn_share(name, loaded.model) if unfilled else 0.0
     known, example = resolved(
         loaded.model, loaded.example, loaded.preprocessing, preprocessing, loaded.source
     )
@@ -109,23 +96,17 @@ def _from_torchvision(name: str, weights: str | Path | None, pretrained: bool) -
     elif pretrained:
         state = _fetched(name, preset)
     model = _filled(name, state, str(weights or preset))
-    preprocessing = Preprocessing.of(preset.transforms())
-    classes = tuple(preset.meta["categories"])
+    # Weights of the same name for other classes have the number of these in their options.
+    origin = lineage_of(model).origin
+    of_preset = origin is None or "num_classes" not in origin.options
     return LoadedModel(
         model=model,
-        example=None,
-        preprocessing=preprocessing,
         source=f"torchvision {name}",
         path=None,
         stored_dtype=_dtype(model),
-        classes=() if _has_own_classes(model) else classes,
+        preprocessing=Preprocessing.of(preset.transforms()),
+        classes=tuple(preset.meta["categories"]) if of_preset else (),
     )
-
-
-def _has_own_classes(model: nn.Module) -> bool:
-    """Whether a model of torchvision tells other classes apart than its weights of the name."""
-    origin = lineage_of(model).origin
-    return origin is not None and "num_classes" in origin.options
 
 
 def _fetched(name: str, preset: Any) -> dict[str, Tensor]:
@@ -192,11 +173,11 @@ def _from_code(name: str, weights: str | Path | None) -> LoadedModel:
 
 
 def _from_directory(
-    path: Path, sort: Sort, dense: str | None, dtype: torch.dtype | None
+    path: Path, kind: ModelKind, dense: str | None, dtype: torch.dtype | None
 ) -> LoadedModel:
     built, example, brought = None, None, None
-    if sort is Sort.CODE_DIRECTORY:
-        if dense is None or sort_of(dense) is not Sort.CODE:
+    if kind is ModelKind.CODE_DIRECTORY:
+        if dense is None or kind_of(dense) is not ModelKind.CODE:
             given = "" if dense is None else f", not {dense!r}"
             raise ModelError(
                 f"{path} holds a model of your own code, which a checkpoint does not contain: say "

@@ -17,7 +17,7 @@ REGISTERED = (DEMO, *PACKAGED_MODELS)
 """Names that stand for what comes with OSSCAR, whatever directories there are."""
 
 
-class Sort(Enum):
+class ModelKind(Enum):
     """What a name stands for; the value says it in words.
 
     `LANGUAGE` is whatever is left: the names of language models, their directories, ids of a hub,
@@ -34,61 +34,50 @@ class Sort(Enum):
     @property
     def takes_weights(self) -> bool:
         """Whether a file of weights can fill it; all others bring their own."""
-        return self in (Sort.TORCHVISION, Sort.CODE)
+        return self in (ModelKind.TORCHVISION, ModelKind.CODE)
 
 
-_DIRECTORIES = {"torchvision": Sort.TORCHVISION_DIRECTORY}
-"""By the library that a plan names."""
-
-
-def sort_of(name: str | Path) -> Sort:
+def kind_of(name: str | Path) -> ModelKind:
     """Tell what a name stands for; nothing is imported, fetched or built.
 
-    Parameters
-    ----------
-    name
-        ``torchvision:NAME``, ``module:function``, ``file.py:function``, a directory, or the name of
-        a language model. What exists as a file or directory is no code.
+    What exists as a file or directory is no code.
 
     Examples
     --------
-    >>> sort_of("torchvision:resnet18"), sort_of("net.py:build").takes_weights
-    (<Sort.TORCHVISION: 'a model of torchvision'>, True)
+    >>> kind_of("torchvision:resnet18"), kind_of("net.py:build").takes_weights
+    (<ModelKind.TORCHVISION: 'a model of torchvision'>, True)
     """
     text = str(name)
     if not text or text in REGISTERED:
-        return Sort.LANGUAGE
+        return ModelKind.LANGUAGE
     if text.startswith(PREFIX):
-        return Sort.TORCHVISION
+        return ModelKind.TORCHVISION
     place, colon, function = text.rpartition(":")
     try:
         path = Path(text).expanduser()
         if colon and place and function.isidentifier() and not path.exists():
-            return Sort.CODE
+            return ModelKind.CODE
         manifest = read_manifest(path)
     except (OSError, RuntimeError, ValueError, CheckpointError):
-        return Sort.LANGUAGE  # whoever opens it will say what is wrong
+        return ModelKind.LANGUAGE  # whoever opens it will say what is wrong
     if manifest is None or manifest.stock:
-        return Sort.LANGUAGE
+        return ModelKind.LANGUAGE
     origin = manifest.lineage.origin
     if origin is None:
-        return Sort.CODE_DIRECTORY
+        return ModelKind.CODE_DIRECTORY
     if origin.library == "transformers" and any(p.traced for p in manifest.lineage.plans):
-        return Sort.PROGRAM_DIRECTORY
-    return _DIRECTORIES.get(origin.library, Sort.LANGUAGE)
+        return ModelKind.PROGRAM_DIRECTORY
+    if origin.library == "torchvision":
+        return ModelKind.TORCHVISION_DIRECTORY
+    return ModelKind.LANGUAGE
 
 
 def check_no_program(name: str | Path) -> None:
-    """Refuse what is neither scored nor pruned again, nor generates.
-
-    Raises
-    ------
-    ModelError
-        If the name is that of a directory with a program of transformers.
-    """
-    if sort_of(name) is Sort.PROGRAM_DIRECTORY:
+    """Refuse a directory with a program of transformers, as a ModelError."""
+    kind = kind_of(name)
+    if kind is ModelKind.PROGRAM_DIRECTORY:
         raise ModelError(
-            f"{str(name)!r} is {Sort.PROGRAM_DIRECTORY.value}: it has no code that could generate, "
+            f"{str(name)!r} is {kind.value}: it has no code that could generate, "
             "and no modules that could be refitted, so that no command scores or prunes it; "
             "osscar.load runs it in Python, `osscar export --format pt2` hands it on, and "
             "`osscar prune --form module` makes a model of the same family instead"

@@ -50,13 +50,7 @@ _OTHER_FILES = (
 
 
 def check_tokenizer(directory: Path) -> None:
-    """Refuse a tokenizer that the library cannot read, or not without ending the process.
-
-    Raises
-    ------
-    ModelError
-        Saying why.
-    """
+    """Refuse a tokenizer that the library cannot read, or not without ending the process."""
     file = directory / TOKENIZER_FILE
     try:
         check_regular(file)
@@ -87,13 +81,7 @@ def check_tokenizer(directory: Path) -> None:
 
 
 def check_other_files(directory: Path) -> None:
-    """Refuse files beside the weights, which libraries read whole, that are no JSON objects.
-
-    Raises
-    ------
-    ModelError
-        Naming the file.
-    """
+    """Refuse files beside the weights, which libraries read whole, that are no JSON objects."""
     for name in _OTHER_FILES:
         if (directory / name).exists():
             try:

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import random
 import sys
 import sysconfig
 import traceback
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import TypeAlias
 
+import numpy as np
+import torch
 from torch import nn
 
 from osscar.base.errors import CalibrationError, ModelError, ModelNotFound, OptionError
@@ -20,24 +24,8 @@ from osscar.data.batches import Batch, named_example
 from osscar.data.preprocessing import AnyPreprocessing, as_preprocessing
 from osscar.network.modules import in_evaluation
 
-
-class _Built(NamedTuple):
-    """What a user's function returned.
-
-    Attributes
-    ----------
-    model
-        In evaluation mode.
-    example
-        Its example inputs by name; None if there are none.
-    preprocessing
-        What is done to an image before the model sees it; None if the code does not say.
-    """
-
-    model: nn.Module
-    example: Batch | None
-    preprocessing: AnyPreprocessing | None
-
+_Built: TypeAlias = tuple[nn.Module, Batch | None, AnyPreprocessing | None]
+"""A model in evaluation mode; its example inputs, and what is done to an image, if code says so."""
 
 _RETURNS = (
     "return a torch.nn.Module, or (model, example inputs), or (model, example inputs, transform)"
@@ -47,13 +35,9 @@ _RETURNS = (
 def build(name: str) -> _Built:
     """Import a function, call it, and return the model with what else it may give.
 
-    Parameters
-    ----------
-    name
-        ``package.module:function`` or ``path/file.py:function``.  The function takes no arguments
-        and returns a model; or a model and example inputs (a tensor, a tuple, or a mapping); or
-        these and what is done to an image (see `osscar.data.preprocessing.as_preprocessing`), where
-        the example inputs may be None.
+    The function of ``package.module:function`` or ``path/file.py:function`` takes no arguments and
+    returns a model; or a model and example inputs (a tensor, a tuple, or a mapping); or these and
+    what is done to an image (see `as_preprocessing`), where the example inputs may be None.
 
     Raises
     ------
@@ -77,16 +61,9 @@ def build(name: str) -> _Built:
         preprocessing = None if transform is None else as_preprocessing(transform, name)
     except OptionError as error:
         raise ModelError(str(error)) from error
-    return _Built(
-        in_evaluation(model),
-        None if example is None else _named(model, example, name),
-        preprocessing,
-    )
-
-
-def _named(model: nn.Module, example: Any, name: str) -> Batch:
+    model = in_evaluation(model)
     try:
-        return named_example(model, example)
+        return model, None if example is None else named_example(model, example), preprocessing
     except CalibrationError as error:
         raise ModelError(
             f"{name} returned example inputs that do not fit: {error} (what is done to an image is "
@@ -167,3 +144,44 @@ def _where(error: BaseException) -> str:
         if not frame.filename.startswith(libraries) and "site-packages" not in frame.filename
     ]
     return f" (line {own[-1].lineno} of {own[-1].filename}: {own[-1].line})" if own else ""
+
+
+# ---- whether it loads its weights --------------------------------------------------------
+
+
+def drawn_share(name: str, model: nn.Module) -> float:
+    """Return the share of a model's parameters that its code draws, from 0 to 1; warn of any.
+
+    The code is called once more: what it loads is the same again, and what it draws is not.  The
+    generators of this process stay as they were.
+    """
+    states = torch.get_rng_state(), np.random.get_state(), random.getstate()
+    try:
+        others = dict(build(name)[0].named_parameters())
+    except ModelError as error:
+        warnings.warn(
+            f"whether {name} loads its weights cannot be told, since it cannot be called again: "
+            f"{error}",
+            stacklevel=3,
+        )
+        return 0.0
+    finally:
+        torch.set_rng_state(states[0])
+        np.random.set_state(states[1])
+        random.setstate(states[2])
+    total = drawn = 0
+    for key, mine in model.named_parameters():
+        other, number = others.get(key), mine.numel()
+        alike = other is not None and other.shape == mine.shape
+        total += number
+        drawn += int(torch.ne(mine, other).sum()) if alike and other is not None else number
+    share = drawn / total if total else 0.0
+    if share:
+        percent = f"{share:.0%}" if share >= 0.01 else "less than 1%"
+        warnings.warn(
+            f"{name} returns freshly initialized weights: {percent} of its parameters "
+            "differ from one call to the next; give --weights FILE (weights= in Python), or load "
+            "them in the function",
+            stacklevel=3,
+        )
+    return share

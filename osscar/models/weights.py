@@ -25,16 +25,8 @@ _OLD_DENSENET_NAME = re.compile(
 def read_state(path: str | Path) -> dict[str, Tensor]:
     """Read a file of weights without unpickling anything but tensors.
 
-    Parameters
-    ----------
-    path
-        ``.safetensors``, or a state dict that ``torch.save`` wrote, alone or as ``state_dict`` or
-        ``model`` in a dictionary.
-
-    Raises
-    ------
-    ModelError
-        If it is missing or holds something else.
+    It is ``.safetensors``, or a state dict that ``torch.save`` wrote, alone or as ``state_dict`` or
+    ``model`` in a dictionary. A ModelError says that it is missing or holds something else.
     """
     name = file_name(path, "the file of weights", "its path")
     try:
@@ -80,16 +72,7 @@ def renamed(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def fill(model: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
-    """Give a model its weights.
-
-    Parameters
-    ----------
-    model
-        The model, changed in place.
-    state
-        Tensors by the names of the model's parameters and buffers.
-    source
-        Where they come from, in words.
+    """Give a model its weights, by the names of its parameters and buffers.
 
     Raises
     ------

