@@ -71,19 +71,7 @@ _REFUSED = {
 
 
 def check_config(path: Path) -> None:
-    """Refuse a directory whose ``config.json`` libraries would choke on.
-
-    Parameters
-    ----------
-    path
-        The directory.
-
-    Raises
-    ------
-    CheckpointError
-        If there is none, it is no JSON object, has a size that no model has, is quantized, or would
-        have code fetched.
-    """
+    """Refuse a directory whose ``config.json`` libraries would choke on."""
     file, config = path / CONFIG_FILE, _read_config(path)
     if (path / "adapter_config.json").exists():
         raise CheckpointError(f"{path} holds an adapter; merge it into its model first")
@@ -163,15 +151,7 @@ _NO_MATTER = re.compile(
 def config_fields(path: Path) -> dict[str, Scalar]:
     """Return what a directory's ``config.json`` says of how its model computes.
 
-    Returns
-    -------
-    dict of str to Scalar
-        Numbers and names by where they stand, such as ``rope_parameters.rope_theta``.
-
-    Raises
-    ------
-    CheckpointError
-        If there is none, or it is no JSON object.
+    They are by where they stand, such as ``rope_parameters.rope_theta``.
     """
     fields: dict[str, Scalar] = {}
     for place, name, value in _scalars(_read_config(path), ""):
@@ -187,21 +167,10 @@ def config_fields(path: Path) -> dict[str, Scalar]:
 def check_unchanged(path: Path, origin: Origin | None) -> None:
     """Compare a directory's ``config.json`` with what it said when the model was saved.
 
-    Other counts of heads or layers than those of the weights are refused, and of other edits,
-    which may be meant, a warning says that outputs are no longer those of the model that was saved.
-
-    Parameters
-    ----------
-    path
-        The directory.
-    origin
-        Whose options are the fields, as `config_fields` returned them then; nothing is compared
-        with none.
-
-    Raises
-    ------
-    CheckpointError
-        Naming a count, and both numbers.
+    Other counts of heads or layers than those of the weights are refused, and of other edits, which
+    may be meant, a warning says that outputs are no longer those of the model that was saved.
+    Nothing is compared where the origin has no options, which are the fields as `config_fields`
+    returned them then.
     """
     if origin is None or origin.library != "transformers" or not origin.options:
         return
@@ -245,12 +214,7 @@ _MOST_CUT = 64
 class _Budget:
     """How much a model may become while it is built.
 
-    Parameters
-    ----------
-    stored
-        The tensors that it is going to be filled with.
-    times
-        How many times as many numbers it may have.
+    It may have `times` as many numbers as are stored.
     """
 
     stored: Mapping[str, Stored]
@@ -333,13 +297,7 @@ class _TooMuchError(Exception):
 
 
 def stored_in(path: Path) -> dict[str, Stored] | None:
-    """Return what weights a directory holds; None if none are in safetensors.
-
-    Raises
-    ------
-    CheckpointError
-        If a header, or the index of several files, makes no sense.
-    """
+    """Return what weights a directory holds; None if none are in safetensors."""
     if not (path / WEIGHTS_FILE).exists() and not (path / INDEX_FILE).exists():
         return None
     try:
@@ -358,28 +316,9 @@ def structure(
 ) -> nn.Module:
     """Build a model without memory for its weights, and refuse one that is much more than these.
 
-    Parameters
-    ----------
-    build
-        Builds the model.
-    stored
-        Its weights, or those of the smaller one.
-    path
-        Of the checkpoint.
-    pruned
-        Whether the weights are those of a smaller model than this.
-    computed
-        Whether what the model computes, such as rotary frequencies, has values.
-
-    Returns
-    -------
-    nn.Module
-        The model; what waits for weights is on the device 'meta', or all of it.
-
-    Raises
-    ------
-    CheckpointError
-        If it is too much, saying of what.
+    `pruned` tells whether the weights are those of a smaller model than this, `computed` whether
+    what the model computes, such as rotary frequencies, has values: what waits for weights is on
+    the device 'meta', or all of it.
     """
     times = _MOST_CUT if pruned else 1
     try:
@@ -395,20 +334,8 @@ def structure(
 def check_tensors(model: nn.Module, stored: Mapping[str, Stored], path: Path) -> None:
     """Refuse weights that are of other shapes than a model's, or of another sort of number.
 
-    Parameters
-    ----------
-    model
-        What is to be filled; it may be on the device 'meta'.
-    stored
-        What it is to be filled with.  Names that the model does not know are no matter here: who
-        fills it will miss what they should be.
-    path
-        Of the checkpoint.
-
-    Raises
-    ------
-    CheckpointError
-        Naming a tensor.
+    The model may be on 'meta'. Names that it does not know are no matter here: who fills it will
+    miss what they should be.
     """
     prefix = getattr(model, "base_model_prefix", "")
     own = {name: t for name, t in model.state_dict().items() if isinstance(t, Tensor)}

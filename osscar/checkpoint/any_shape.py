@@ -121,13 +121,7 @@ _PLAIN = (bool, int, float, str, type(None))
 
 
 def _numbers(dense: nn.Module, model: nn.Module) -> dict[str, dict[str, Any]]:
-    """Return the attributes that differ, by module.
-
-    Raises
-    ------
-    _Inexpressible
-        If a module is of another class, or something else than numbers differs.
-    """
+    """Return the attributes that differ, by module."""
     found: dict[str, dict[str, Any]] = {}
     modules = dict(model.named_modules())
     for name, old in dense.named_modules():

@@ -33,12 +33,7 @@ from osscar.shrinking.program.program import ProgramModule
 class TransformersOrigin:
     """A class of transformers and its config, which lies beside the weights.
 
-    Parameters
-    ----------
-    kind
-        The class, or an automatic one that finds it by the config.
-    config
-        The config of the dense model.
+    `kind` is the class, or an automatic one; `config` that of the dense model.
     """
 
     library: ClassVar = "transformers"
@@ -48,13 +43,7 @@ class TransformersOrigin:
 
     @classmethod
     def of_directory(cls, path: Path) -> TransformersOrigin:
-        """Read the config in a directory.
-
-        Raises
-        ------
-        CheckpointError
-            If there is none, or it needs code that the checkpoint brings along.
-        """
+        """Read the config in a directory."""
         check_config(path)
         try:
             # False, not None: without an answer transformers asks standard input for one.
@@ -80,13 +69,7 @@ class TransformersOrigin:
         return TransformersOrigin(self.kind, dense_config(self.config))
 
     def read_stock(self, path: Path, dtype: torch.dtype | None) -> nn.Module:
-        """Read a checkpoint that needs no plan, in evaluation mode.
-
-        Raises
-        ------
-        CheckpointError
-            If the weights are not what the config asks for.
-        """
+        """Read a checkpoint that needs no plan, in evaluation mode."""
         self.check_stock(path)
         model, loading = self.kind.from_pretrained(
             path,
@@ -106,14 +89,7 @@ class TransformersOrigin:
         return read
 
     def check_stock(self, path: Path) -> None:
-        """Compare what the config asks for with the weights, before any of it is allocated.
-
-        Raises
-        ------
-        CheckpointError
-            If the config asks for more, or for tensors of other shapes or sorts; or lists those of
-            a pruned model.
-        """
+        """Compare what the config asks for with the weights, before any of it is allocated."""
         if is_any_shape(self.config):
             raise CheckpointError(
                 f"{path} lacks osscar.json, by which a pruned model of this shape is read; the "
@@ -172,18 +148,7 @@ def _keep_formats(model: PreTrainedModel) -> None:
 class TorchvisionOrigin:
     """A model of torchvision by name.
 
-    Parameters
-    ----------
-    name
-        One of those that `torchvision.models.list_models` returns.
-    options
-        Keyword arguments of its builder, such as ``num_classes``; no weights.
-
-    Examples
-    --------
-    >>> origin = TorchvisionOrigin("resnet18", {"num_classes": 10})
-    >>> origin.options["num_classes"]
-    10
+    `options` are keyword arguments of its builder, such as ``num_classes``; no weights.
     """
 
     library: ClassVar = "torchvision"
@@ -198,13 +163,7 @@ class TorchvisionOrigin:
                 raise ValueError(f"torchvision model {self.name!r} has option {key} = {value!r}")
 
     def build(self, dtype: torch.dtype | None = None) -> nn.Module:
-        """Build the model with random weights; none are fetched.
-
-        Raises
-        ------
-        MissingDependency
-            If torchvision is not installed.
-        """
+        """Build the model with random weights; none are fetched."""
         try:
             models = importlib.import_module("torchvision.models")
         except ImportError as error:
@@ -252,20 +211,7 @@ def _is_known(kind: type) -> bool:
 
 
 def read_builder(origin: Origin | None, path: Path) -> Builder | None:
-    """Return what builds the dense model of a checkpoint.
-
-    Parameters
-    ----------
-    origin
-        What the checkpoint names; None where a model has no origin.
-    path
-        Directory of the checkpoint.
-
-    Raises
-    ------
-    CheckpointError
-        If the library is unknown, or the directory lacks what it needs.
-    """
+    """Return what builds the dense model of a checkpoint."""
     if origin is None:
         return None
     if origin.library == TransformersOrigin.library:

@@ -208,13 +208,7 @@ def _as_its_class_builds_it(model: nn.Module) -> nn.Module:
 
 
 def describe(path: Path) -> SavedCheckpoint:
-    """Return what `save` has returned of a directory that it wrote.
-
-    Raises
-    ------
-    CheckpointError
-        If it has written no such thing.
-    """
+    """Return what `save` has returned of a directory that it wrote."""
     manifest = read_manifest(path)
     if manifest is None:
         raise CheckpointError(f"{path} holds no {MANIFEST_FILE}")

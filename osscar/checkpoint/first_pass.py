@@ -30,20 +30,7 @@ def check_runs(model: nn.Module, source: str) -> None:
     """Let a language model read a few tokens, and refuse one that cannot.
 
     Where its weights stay on disk it is not tried: a pass takes as long as reading them all.
-
-    Parameters
-    ----------
-    model
-        In evaluation mode.
-    source
-        Where it comes from, in words.
-
-    Raises
-    ------
-    CheckpointError
-        If the pass fails.
-    NonFiniteError
-        If logits are NaN.
+    `source` says in words where it comes from.
     """
     if is_on_disk(model):
         return
@@ -65,18 +52,7 @@ def check_runs(model: nn.Module, source: str) -> None:
 def check_causal(model: nn.Module, source: str) -> None:
     """Refuse a model that reads ahead, whose next tokens are no predictions.
 
-    Parameters
-    ----------
-    model
-        In evaluation mode; it takes ``input_ids`` and returns logits.  Nothing is checked where its
-        weights stay on disk.
-    source
-        Where it comes from, in words.
-
-    Raises
-    ------
-    ModelError
-        If what it says of a token rests on the next one.
+    It takes ``input_ids`` and returns logits. Nothing is checked where its weights stay on disk.
     """
     if is_on_disk(model):
         return

@@ -35,18 +35,8 @@ M = TypeVar("M", bound=nn.Module)
 def cast(model: M, dtype: torch.dtype) -> M:
     """Convert a model, in place, to a number format, as its library has it in that.
 
-    Parameters
-    ----------
-    model
-        Of any sort.  One that is not of transformers is converted as a whole.
-    dtype
-        The number format.
-
-    Returns
-    -------
-    nn.Module
-        The model.  What its class computes is what that computes in this format, and not what is
-        left of it in the one before.
+    What its class computes is what that computes in this format, and not what is left of it in the
+    one before. One that is not of transformers is converted as a whole.
     """
     like = _as_built(model, dtype)
     own = {} if like is None else dict(_formats(like))
@@ -71,12 +61,8 @@ def cast(model: M, dtype: torch.dtype) -> M:
 class Saving:
     """Which number formats the tensors of a model have when it is saved.
 
-    Parameters
-    ----------
-    dtype
-        What floating-point numbers are converted to; None where they stay as they are.
-    kept
-        The formats that its class gives them, by name; what it does not know is converted.
+    `dtype` is None where all tensors stay as they are; `kept` are the formats that its class gives
+    them, by name: what it does not know is converted.
     """
 
     dtype: torch.dtype | None = None
@@ -164,22 +150,9 @@ def written_tensors(model: nn.Module) -> dict[str, Tensor]:
 def header_bytes(model: nn.Module, form: Form, saving: Saving) -> int:
     """Return how many bytes a file of a model's weights takes at most besides these.
 
-    It is what the file says of the tensors of this model.  A smaller one has as many, and no more
-    digits in shapes and offsets: mostly the same, and at most a few bytes a tensor fewer.
-
-    Parameters
-    ----------
-    model
-        What is written when it has become smaller: modules, or a program.
-    form
-        Which of them.
-    saving
-        Which number formats it is written in.
-
-    Raises
-    ------
-    ModelError
-        If transformers cannot tell what it would write of the model.
+    It is what the file says of the tensors of this model. A smaller one has as many, and no more
+    digits in shapes and offsets: mostly the same, and at most a few bytes a tensor fewer. `model`
+    is what is written when it has become smaller: modules, or a program.
     """
     named = [(n, _shape_of(t, saving.format_of(n[0], t))) for n, t in _tensors_of(model)]
     metadata = {"format": "pt"}

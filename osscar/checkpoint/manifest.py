@@ -32,18 +32,7 @@ _LONGEST = 512 * MEGABYTE
 class Manifest:
     """What a checkpoint is.
 
-    Parameters
-    ----------
-    osscar_version
-        That wrote it.
-    stock
-        Whether plain transformers reads it.
-    files
-        What else was written into the directory.
-    lineage
-        Of the model.
-    schema
-        Of the file.
+    `stock` tells whether plain transformers reads it; `files` are the others in the directory.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
@@ -60,13 +49,7 @@ class Manifest:
         return cls("osscar.checkpoint/2", __version__, stock, files, lineage)
 
     def write(self, directory: Path) -> None:
-        """Write it into a checkpoint's directory.
-
-        Raises
-        ------
-        OutputError
-            If it cannot be written.
-        """
+        """Write it into a checkpoint's directory."""
         write_json(directory / MANIFEST_FILE, dataclasses.asdict(self), indent=1)
 
 
@@ -77,13 +60,7 @@ def is_checkpoint(directory: Path) -> bool:
 
 
 def read_manifest(directory: Path) -> Manifest | None:
-    """Return what a directory says of its checkpoint; None if we did not write it.
-
-    Raises
-    ------
-    CheckpointError
-        If what it says cannot be read, or makes no sense.
-    """
+    """Return what a directory says of its checkpoint; None if we did not write it."""
     file = directory / MANIFEST_FILE
     try:
         return read_json(file, Manifest, limit=_LONGEST) if file.is_file() else None

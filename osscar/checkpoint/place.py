@@ -51,25 +51,9 @@ def check_output(
 ) -> Path:
     """Return the output directory as a path, if it may and can be written.
 
-    What killed runs have left beside it is put in order first.
-
-    Parameters
-    ----------
-    directory
-        Where a checkpoint is to go.
-    overwrite
-        Whether a checkpoint that is there may be replaced.
-    inputs
-        Files and directories that the run needs; names that are no paths do no harm.
-    needed_bytes
-        How much is going to be written, at most.
-
-    Raises
-    ------
-    OutputError
-        If it is a file or cannot be written; if it is not empty and `overwrite` is not set, or
-        holds something other than a checkpoint; if it is or contains the current directory or one
-        of the inputs; if the disk has less room.
+    What killed runs have left beside it is put in order first. `inputs` are files and directories
+    that the run needs (names that are no paths do no harm), and `needed_bytes` is how much is going
+    to be written, at most.
     """
     path = resolved(directory)
     try:
@@ -95,13 +79,7 @@ def _existing(inputs: Sequence[str | os.PathLike[str] | None]) -> Iterator[Path]
 
 
 def _check_replaceable(path: Path, overwrite: bool) -> None:
-    """Refuse a directory that holds anything, or anything that must not go.
-
-    Raises
-    ------
-    OutputError
-        Naming what is foreign.
-    """
+    """Refuse a directory that holds anything, or anything that must not go."""
     there = entries(path) if path.is_dir() else []
     if not there:
         return
@@ -169,11 +147,6 @@ def replacing(path: Path, *, overwrite: bool) -> Iterator[Path]:
     """Give an empty directory, which takes the place of `path` once the block has succeeded.
 
     What was at `path` stays whole until then; if the block fails, nothing is left behind.
-
-    Raises
-    ------
-    OutputError
-        If another run is writing to `path` or has done so meanwhile, or the disk refuses.
     """
     with contextlib.ExitStack() as stack:
         try:

@@ -61,12 +61,7 @@ def _is_mounted(path: Path) -> bool:
 class Run:
     """What a save is at work on.
 
-    Parameters
-    ----------
-    target
-        Where the checkpoint goes.
-    place
-        What its own directory lies in: the target's parent, or the target.
+    `place` is what its own directory lies in: the target's parent, or the target.
     """
 
     target: Path
@@ -147,15 +142,7 @@ class Run:
 
 @contextmanager
 def run_for(path: Path, place: Path) -> Iterator[Run]:
-    """Make the directory of a save, and remove it in the end.
-
-    Raises
-    ------
-    BusyError
-        If another process is writing to the same target.
-    OutputError
-        If the directory is someone else's.
-    """
+    """Make the directory of a save, and remove it in the end."""
     run = Run(path, place)
     run.work.mkdir(exist_ok=True)
     if run.holds_more():

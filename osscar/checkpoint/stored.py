@@ -35,14 +35,7 @@ _BITS = {
 class Stored:
     """A tensor in a file of weights.
 
-    Parameters
-    ----------
-    dtype
-        Number format, as safetensors names it.
-    shape
-        Of the tensor.
-    file, offset
-        Where it lies, and at which byte.
+    It begins at the byte `offset` of `file`.
     """
 
     dtype: str
@@ -91,19 +84,7 @@ class _Index:
 
 
 def read_stored(directory: Path) -> dict[str, Stored]:
-    """Return the tensors in a checkpoint's directory by name, without their values.
-
-    Parameters
-    ----------
-    directory
-        Holds ``model.safetensors``, or its index and the files that this names.
-
-    Raises
-    ------
-    FileError
-        If there is neither; if the index names a file elsewhere; or if a header is too long, no
-        JSON, or speaks of other bytes than those in its file.
-    """
+    """Return the tensors in a checkpoint's directory by name, without their values."""
     if (directory / WEIGHTS_FILE).exists():
         return read_header(directory / WEIGHTS_FILE)
     index = directory / INDEX_FILE
@@ -122,14 +103,7 @@ def read_stored(directory: Path) -> dict[str, Stored]:
 
 
 def read_header(path: Path) -> dict[str, Stored]:
-    """Return the tensors in a safetensors file by name, without their values.
-
-    Raises
-    ------
-    FileError
-        If it cannot be read, or its header is too long, no JSON, or does not divide the rest of the
-        file among the tensors.
-    """
+    """Return the tensors in a safetensors file by name, without their values."""
     try:
         check_regular(path)
         with path.open("rb") as file:

@@ -71,24 +71,8 @@ _ELSEWHERE = "leave --max-memory away to read it whole"
 def read_streamed(path: Path, shelf: Shelf, dtype: torch.dtype | None = None) -> nn.Module:
     """Return a model of transformers whose parameters lie in the files of a directory.
 
-    All files are read once, so that a damaged one is refused here.
-
-    Parameters
-    ----------
-    path
-        A checkpoint of safetensors: a stock one, or one that `osscar.prune` wrote.
-    shelf
-        Keeps what is read; the model runs on its device.
-    dtype
-        Number format, as `TransformersOrigin.build` takes it; by default as the config says.
-
-    Raises
-    ------
-    CheckpointError
-        If the config or the weights cannot be read, do not fit each other, or lie in the files in
-        another form than in the model.
-    FileError, NonFiniteError
-        If a file is cut off, or holds NaN or infinity.
+    All files are read once, so that a damaged one is refused here. `dtype` is by default as the
+    config says.
     """
     manifest = read_manifest(path)
     if manifest is not None:
@@ -133,13 +117,7 @@ def _structure(
 
 
 def read_any_shape_streamed(path: Path, name: str, shelf: Shelf) -> nn.Module:
-    """Read a directory as `osscar.checkpoint.any_shape.read_any_shape` does, its weights on disk.
-
-    Raises
-    ------
-    CheckpointError
-        If the code makes another model of it.
-    """
+    """Read a directory as `any_shape.read_any_shape` does, its weights on disk."""
     kind = getattr(modeling_pruned, name)
     config = kind.config_class.from_pretrained(path, local_files_only=True)
     stored = read_stored(path)
@@ -155,24 +133,7 @@ def fill_from_disk(
 ) -> None:
     """Let the parameters of a model without values be read from files.
 
-    Parameters
-    ----------
-    model
-        Its parameters are on the device ``meta``, each in the number format in which it is read;
-        changed in place.
-    stored
-        What the files hold.
-    path
-        Of the checkpoint.
-    shelf
-        Keeps what is read.
-
-    Raises
-    ------
-    CheckpointError
-        If a tensor of the model is not in the files, or two are tied and differ there.
-    FileError, NonFiniteError
-        If a file is cut off, or holds NaN or infinity.
+    The parameters are on 'meta', each in the number format in which it is read.
     """
     places = dict(_places(stored))
     prefix = getattr(model, "base_model_prefix", "")
@@ -203,13 +164,7 @@ def _check_range(values: Slice, dtype: torch.dtype) -> None:
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[list[str], Tensor | None]]:
-    """Yield each parameter and each persistent buffer with all its names; None if it is computed.
-
-    Raises
-    ------
-    CheckpointError
-        If a buffer that no file holds has no value.
-    """
+    """Yield each parameter and persistent buffer with all its names; None if it is computed."""
     names: dict[int, list[str]] = {}
     tensors: dict[int, Tensor] = {}
     persistent = model.state_dict(keep_vars=True).keys()
@@ -269,19 +224,7 @@ def write_weights(
 ) -> dict[str, bytes]:
     """Write a file of safetensors with the bytes that the library writes, tensor by tensor.
 
-    Parameters
-    ----------
-    tensors
-        By name.
-    file
-        Where to.
-    metadata
-        What the file says of itself.
-
-    Returns
-    -------
-    dict of str to bytes
-        The SHA-256 of each tensor's bytes, by name.
+    Return the SHA-256 of each tensor's bytes, by name.
     """
     order, text = header_of(tensors, metadata)
     digests: dict[str, bytes] = {}
@@ -298,15 +241,7 @@ def write_weights(
 def header_of(
     tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
 ) -> tuple[list[str], bytes]:
-    """Return the names of tensors in the order of a file, and what that says of them first.
-
-    Parameters
-    ----------
-    tensors
-        By name; their values do not matter.
-    metadata
-        What the file says of itself.
-    """
+    """Return the names of tensors in the order of a file, and what that says of them first."""
     kinds = {kind: (rank, name) for rank, (name, kind) in enumerate(_FORMATS.items())}
     # What safetensors has no name for, it refuses when it comes to writing.
     told = {name: kinds.get(t.dtype, (len(kinds), str(t.dtype))) for name, t in tensors.items()}
@@ -326,13 +261,7 @@ def header_of(
 
 
 def check_written(digests: Mapping[str, bytes], file: Path) -> None:
-    """Read a file that was written back, tensor by tensor, and compare.
-
-    Raises
-    ------
-    EquivalenceError
-        Naming a tensor that is another one in the file.
-    """
+    """Read a file that was written back, tensor by tensor, and compare."""
     for name, place in _places(read_stored(file.parent)):
         if place.slice.digest != digests[name]:
             raise EquivalenceError(f"{name!r} was not read back as it was written")

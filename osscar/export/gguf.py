@@ -139,14 +139,7 @@ def _is_gguf(file: Path) -> bool:
 class Graph:
     """A model as llama.cpp computes it, or a refusal.
 
-    Parameters
-    ----------
-    model
-        Of transformers.
-    dtype
-        Number format of its matrices in the file.
-    library
-        The package ``gguf``.
+    `library` is the package ``gguf``, `dtype` the number format of the matrices.
     """
 
     model: Any

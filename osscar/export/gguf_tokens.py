@@ -39,21 +39,9 @@ _NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5
 class Vocabulary:
     """The tokens of a model, as GGUF has them.
 
-    Parameters
-    ----------
-    pre
-        How a text is split before merging.
-    tokens, types
-        By token id.
-    merges
-        In the order in which they are made.
-    special
-        Ids of special tokens, by their names in GGUF.
-    begins, ends
-        Whether the tokenizer puts the token of the beginning before a text, and that of the end
-        after it.
-    template
-        Of chats; empty if there is none.
+    `tokens` and `types` are by token id, `merges` in the order in which they are made, `special`
+    the ids by their names in GGUF. The tokenizer may put the token of the beginning before a text,
+    and that of the end after it.
     """
 
     pre: str
@@ -97,17 +85,7 @@ def add_value(writer: Any, key: str, value: Any) -> None:
 def read_vocabulary(directory: Path, size: int) -> Vocabulary:
     """Read the tokenizer in a directory.
 
-    Parameters
-    ----------
-    directory
-        Of the checkpoint.
-    size
-        Rows of the model's embedding; ids that no token has are filled up.
-
-    Raises
-    ------
-    ModelError
-        If there is none, or llama.cpp does not make the same tokens of a text.
+    `size` is the rows of the model's embedding; ids that no token has are filled up.
     """
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(
@@ -217,15 +195,7 @@ def _steps(pre: Any) -> list[str]:
 
 
 def _ends(processor: Any, special: dict[str, Any]) -> tuple[bool, bool]:
-    """Return whether the first and the last token of a text are put there, or refuse others.
-
-    Parameters
-    ----------
-    processor
-        What the tokenizer does once a text is split.
-    special
-        Ids of special tokens, by their names in GGUF.
-    """
+    """Return whether the first and the last token of a text are put there, or refuse others."""
     templates = list(_templates(processor))
     if len(templates) > 1:
         raise ModelError("the tokenizer puts tokens around a text twice; llama.cpp does so once")

@@ -27,13 +27,7 @@ def checkpoint_directory(directory: object) -> Path:
 def checked_target(
     out: str | os.PathLike[str], sort: str, is_one: Callable[[Path], bool], *, overwrite: bool
 ) -> Path:
-    """Return the file to write, before any work is done; what is no file of the sort stays.
-
-    Raises
-    ------
-    OutputError
-        If it must not be replaced or cannot be written.
-    """
+    """Return the file to write, before any work is done; what is no file of the sort stays."""
     target = resolved(out)
     try:
         if target.is_dir():

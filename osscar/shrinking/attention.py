@@ -303,15 +303,7 @@ REWRITTEN: Mapping[str, type[AnyHeads]] = {
 
 
 def rewritten(module: nn.Module, classes: Mapping[str, type[AnyHeads]]) -> None:
-    """Change the class of a module, in place, if it is among those that need another one.
-
-    Parameters
-    ----------
-    module
-        Any module.
-    classes
-        Which classes to replace, and what to mix into them.
-    """
+    """Change the class of a module, in place, if it is among those that need another one."""
     mixin = _wanted(module, classes)
     if mixin is not None:
         module.__class__ = _mixed(mixin, type(module))
@@ -347,13 +339,7 @@ def is_extended(module: object) -> bool:
 
 
 def expose_attention(model: nn.Module) -> None:
-    """Let fused attention call its output layer as a module, so that what it reads can be observed.
-
-    Parameters
-    ----------
-    model
-        Changed in place; what it computes stays the same.
-    """
+    """Let fused attention call its output layer as a module, which can be observed then."""
     for name in exposed(model):
         rewritten(model.get_submodule(name), REWRITTEN)
 
@@ -367,20 +353,8 @@ def exposed(model: nn.Module) -> list[str]:
 def rewrite_cut(module: nn.Module, group: GroupPlan) -> None:
     """Change the class of an attention, in place, whose own weights a group has cut.
 
-    Whatever it has lost: the originals take the widths of heads from that of the stream, and
-    some insist on the one that they were built with.
-
-    Parameters
-    ----------
-    module
-        One that holds tensors of the group, or a layer that does.
-    group
-        One of the groups that were cut.
-
-    Raises
-    ------
-    ModelError
-        If it has lost heads and there is no other forward pass for it.
+    Whatever it has lost: the originals take the widths of heads from that of the stream, and some
+    insist on the one that they were built with.
     """
     if group.kind is UnitKind.HEADS or not is_extended(module):
         rewritten(module, REWRITTEN)
@@ -390,13 +364,6 @@ def leave_nested_tensors(model: nn.Module, group: GroupPlan) -> None:
     """Keep torch's encoders around attention that loses something from packing padded sequences.
 
     Only the fused path of full width reads what they pack.
-
-    Parameters
-    ----------
-    model
-        Changed in place.
-    group
-        One of the groups that are cut.
     """
     for name in {slot.module for slot in group.slots}:
         within = group.kind is UnitKind.HEADS

@@ -68,13 +68,7 @@ def has_cache(model: nn.Module) -> bool:
 
 
 def comparable(result: Any) -> list[Tensor]:
-    """Return the outputs that are real or complex numbers; where there are none, all of them.
-
-    Raises
-    ------
-    EquivalenceError
-        If there is no tensor.
-    """
+    """Return the outputs that are real or complex numbers; where there are none, all of them."""
     tensors = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
     if not tensors:
         raise EquivalenceError(
@@ -92,15 +86,9 @@ def _is_number(tensor: Tensor) -> bool:
 def finer_precision(model: nn.Module, example: Inputs | None = None) -> Iterator[None]:
     """Compute in the next finer number format, in which rounding cannot hide a wrong slice.
 
-    A deep network that was pruned badly amplifies rounding a thousandfold.  Every tensor returns
-    to its own format, with the same value.
-
-    Parameters
-    ----------
-    model
-        Changed while the block runs.
-    example
-        Inputs to try it on: a model whose code or kernels know only its own format keeps that.
+    A deep network that was pruned badly amplifies rounding a thousandfold. Every tensor returns to
+    its own format, with the same value. A model whose code or kernels know only its own format
+    keeps that, if an `example` to try it on is given.
     """
     formats = {name: tensor.dtype for name, tensor in _tensors(model)}
     own = number_format(model)
@@ -161,25 +149,8 @@ def prove_equal(
 ) -> float:
     """Compare the outputs of two models, mostly of the masked and of the shrunk one.
 
-    Parameters
-    ----------
-    masked, shrunk
-        Outputs on the same inputs.
-    tolerance
-        Largest difference allowed, relative to the largest output; by default that of the number
-        format.
-    names
-        What both are in an error.
-
-    Returns
-    -------
-    float
-        Largest difference, relative to the largest output.
-
-    Raises
-    ------
-    EquivalenceError
-        If they differ by more than rounding.
+    Return the largest difference, relative to the largest output; by default the tolerance is that
+    of the number format, and `names` are what both are in an error.
     """
     worst, compared = 0.0, False
     one, other = names
@@ -210,11 +181,7 @@ def prove_equal(
 def distance(first: Sequence[Tensor], second: Sequence[Tensor]) -> float:
     """Return how far two passes are apart, relative to the largest output of each kind.
 
-    Parameters
-    ----------
-    first, second
-        What they put out; infinitely far apart where shapes, whole numbers, or the places of
-        infinities differ.
+    It is infinite where shapes, whole numbers, or the places of infinities differ.
     """
     if [one.shape for one in first] != [one.shape for one in second]:
         return math.inf
@@ -267,15 +234,7 @@ def _difference(a: Tensor, b: Tensor, names: tuple[str, str] = _NAMES) -> float 
 
 
 def explained(error: Exception, model: nn.Module) -> AdapterError:
-    """Say which module of a shrunk model failed, in which line, and what it keeps.
-
-    Parameters
-    ----------
-    error
-        What the forward pass of the shrunk model raised.
-    model
-        That model.
-    """
+    """Say which module of a shrunk model failed, in which line, and what it keeps."""
     name = failing_module(error.__traceback__, model)
     while name and _is_stock_layer(model.get_submodule(name)):
         name = name.rpartition(".")[0]
@@ -334,22 +293,11 @@ def proof_outputs(
 ) -> list[Tensor]:
     """Return every output that can be compared, on every input, one after another.
 
-    These are those of floating-point or complex numbers, and where a model has none, all.  A model
-    that draws random numbers draws the same ones each time.
-
-    Parameters
-    ----------
-    model, inputs
-        The model, and what it runs on.
-    keeping
-        Whether to add the logits on the first input of a model that keeps keys and values, or a
-        state, and has just begun; unless it keeps none, or its inputs say whether it does.  What it
-        keeps is no output: it changes with the heads, as it should.
-
-    Raises
-    ------
-    EquivalenceError
-        If the model puts out no tensor.
+    These are those of floating-point or complex numbers, and where a model has none, all. A model
+    that draws random numbers draws the same ones each time. With `keeping`, the logits on the first
+    input come last, of a pass that keeps keys and values, or a state, and has just begun: of models
+    that keep some, and whose inputs do not say so themselves. What is kept is no output: it changes
+    with the heads, as it should.
     """
     first = inputs[0] if inputs else ()
     once_more = (

@@ -38,14 +38,7 @@ _TENSOR_TABLES = ("_parameters", "_buffers", "_modules")
 class Folded:
     """A module whose normalized weight has become a plain one.
 
-    Parameters
-    ----------
-    tensor
-        Qualified name of the weight.
-    module
-        The module.
-    kind, attributes
-        Its class, and what it held before.
+    `attributes` is what it held before.
     """
 
     tensor: str
@@ -64,21 +57,9 @@ def fold(model: nn.Module, tensors: Collection[str] | None = None) -> list[Folde
     """Replace, in place, weights that are normalized at every call by what they are.
 
     Known are weight and spectral normalization of `torch.nn.utils`, as hooks and as
-    parametrizations, of a tensor called ``weight``, as it is in evaluation mode.  Where the tensors
+    parametrizations, of a tensor called ``weight``, as it is in evaluation mode. Where the tensors
     that it is computed from belong to several modules, or another tensor of the module is computed,
-    too, it stays.
-
-    Parameters
-    ----------
-    model
-        Changed in place; what it computes in evaluation mode stays the same.
-    tensors
-        Qualified names of the weights to fold; by default all.
-
-    Returns
-    -------
-    list of Folded
-        What was folded, each of which can be undone.
+    too, it stays. `tensors` names the weights to fold, by default all.
     """
     names: dict[nn.Module, list[str]] = {}
     for path, module in model.named_modules(remove_duplicate=False):

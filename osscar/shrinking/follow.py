@@ -96,15 +96,7 @@ def prepare(model: nn.Module) -> None:
 
 
 def mend(model: nn.Module, group: GroupPlan) -> None:
-    """Let every module near a group follow; the tensors are sliced already.
-
-    Parameters
-    ----------
-    model
-        Changed in place.
-    group
-        One of the groups that were sliced.
-    """
+    """Let every module near a group follow; the tensors are sliced already."""
     leave_nested_tensors(model, group)
     for name in nearby(model, group):
         module = model.get_submodule(name)

@@ -51,14 +51,7 @@ _Number: TypeAlias = tuple[str, int | None]
 class IntegerSearch:
     """Lets numbers of modules follow until a check of the shrunk model passes.
 
-    Parameters
-    ----------
-    model
-        Already sliced; changed in place.
-    plan
-        What was removed.
-    check
-        Proves the model, and returns how far it is off.
+    `check` proves the model, which is sliced already, and returns how far it is off.
     """
 
     model: nn.Module
@@ -77,15 +70,7 @@ class IntegerSearch:
     def run(self) -> tuple[float, tuple[Integer, ...]]:
         """Prove, and as long as a module fails, let its numbers follow.
 
-        Returns
-        -------
-        tuple of float and tuple of Integer
-            What `check` returned in the end, and the numbers that had to be found.
-
-        Raises
-        ------
-        EquivalenceError
-            If no numbers help; `AdapterError` if a module cannot follow.
+        Return what `check` returned in the end, and the numbers that had to be found.
         """
         outcome = self._attempt()
         for _ in range(_MOST_STEPS):

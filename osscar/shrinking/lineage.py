@@ -27,12 +27,7 @@ Scalar: TypeAlias = int | float | str | bool | None
 class Origin:
     """What builds the dense model, without any code from a checkpoint.
 
-    Parameters
-    ----------
-    library
-        ``transformers``, where ``config.json`` says the rest, or ``torchvision``.
-    name, options
-        Of the model in its library, and the keyword arguments of its builder.
+    `library` is ``transformers``, where ``config.json`` says the rest, or ``torchvision``.
     """
 
     library: str
@@ -44,16 +39,7 @@ class Origin:
 class Calibration:
     """What a model was calibrated on, so that it is recognized and never scored.
 
-    Parameters
-    ----------
-    source
-        Where it comes from, in words.
-    sha256
-        Of the text; empty for other data, and where it is not known.
-    images, fingerprints
-        A fingerprint of each image, or of each sample of tensors.
-    samples, seqlen, seed
-        How much was drawn, and how; None where there is no such thing.
+    `sha256` is that of a text, where it is known; `fingerprints` are those of samples of tensors.
     """
 
     source: str
@@ -80,12 +66,7 @@ class Calibration:
 class Input:
     """What a model was pruned with: one argument of its forward pass.
 
-    Parameters
-    ----------
-    shape
-        Of one sample.
-    dtype
-        Number format, such as ``float32``.
+    `shape` is that of one sample.
     """
 
     shape: tuple[int, ...]
@@ -147,14 +128,7 @@ def note(model: nn.Module, **known: Any) -> None:
 def note_calibration(model: nn.Module, calibration: Any, settings: Mapping[str, Any]) -> None:
     """Note what a model was calibrated on, where that can be recognized, and its inputs.
 
-    Parameters
-    ----------
-    model
-        The smaller model.
-    calibration
-        What the caller gave.
-    settings
-        What reports say of it: `shapes` and `dtypes` by name, if these are tensors.
+    `settings` are what reports say of it: `shapes` and `dtypes` by name, if it is tensors.
     """
     shapes, dtypes = settings.get("shapes", {}), settings.get("dtypes", {})
     inputs = {name: Input(tuple(shape), dtypes[name]) for name, shape in shapes.items()}
@@ -226,14 +200,7 @@ def stored_dtype(model: nn.Module) -> torch.dtype:
 class Computed:
     """In which number format a model computes, and by which kernels of attention.
 
-    Parameters
-    ----------
-    dtype, stored_dtype
-        Number format of its weights now, and on disk.
-    device
-        Where they are.
-    attention
-        The implementation that transformers runs; None of other models.
+    `stored_dtype` is that of the weights on disk; `attention` is None but for transformers.
     """
 
     dtype: str

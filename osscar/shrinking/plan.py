@@ -111,17 +111,7 @@ class GroupPlan:
 
 @dataclass(frozen=True)
 class Integer:
-    """A number, or a tuple of them, that a module keeps and that follows a group.
-
-    Parameters
-    ----------
-    module
-        Qualified name of the module.
-    attribute
-        Name of the number.
-    value
-        What it is in the shrunk model.
-    """
+    """A number, or a tuple of them, that a module keeps and that follows a group."""
 
     module: str
     attribute: str
@@ -156,17 +146,8 @@ def _checked_input(given: TracedInput) -> TracedInput:
 class TracedInput:
     """The form of a tensor that a program was traced with.
 
-    Parameters
-    ----------
-    name
-        Of the argument of the model.
-    shape, dtype
-        Of the tensor, as ``float32`` and the like.
-    varies
-        The dimensions whose sizes were left open where the model does so.
-    fixed
-        The dimensions of which the program takes no other size than this one, where the dense model
-        does.
+    The sizes of `varies` were left open where the model does so; of the dimensions `fixed` the
+    program takes no other size, where the dense model does.
     """
 
     name: str
@@ -198,13 +179,7 @@ def _checked_inputs(traced: tuple[TracedInput, ...]) -> tuple[TracedInput, ...]:
 
 
 def check_traced(traced: tuple[TracedInput, ...]) -> None:
-    """Refuse inputs with which a program can be traced, but of which no plan can tell.
-
-    Raises
-    ------
-    AdapterError
-        Saying why.
-    """
+    """Refuse inputs with which a program can be traced, but of which no plan can tell."""
     try:
         for given in _checked_inputs(traced):
             _checked_input(given)
@@ -271,13 +246,7 @@ class PruningPlan:
 
 
 def check_plan(plan: object) -> None:
-    """Refuse what is no plan.
-
-    Raises
-    ------
-    OptionError
-        Saying what it is.
-    """
+    """Refuse what is no plan."""
     if not isinstance(plan, PruningPlan):
         raise OptionError(
             f"the plan is a {type(plan).__name__}; give a PruningPlan, which "

@@ -41,13 +41,7 @@ class Proof:
 
 
 def check_request(plan: object, inputs: Sequence[Inputs], tolerance: float | None) -> None:
-    """Refuse what no model can be shrunk by, or proved on.
-
-    Raises
-    ------
-    OptionError
-        Saying what it is.
-    """
+    """Refuse what no model can be shrunk by, or proved on."""
     check_plan(plan)
     are_inputs = isinstance(inputs, list | tuple) and all(
         isinstance(one, tuple | Mapping) for one in inputs
@@ -92,14 +86,7 @@ def masked(model: nn.Module, plan: PruningPlan) -> Iterator[None]:
 class MaskedOutputs:
     """What a model puts out without the units that a plan removes.
 
-    Parameters
-    ----------
-    inputs
-        What it runs on.
-    outputs
-        All that can be compared.
-    keeping
-        Whether those of a pass that keeps its state are among them.
+    `keeping` tells whether those of a pass that keeps its state are among them.
     """
 
     inputs: Sequence[Inputs]
@@ -110,24 +97,7 @@ class MaskedOutputs:
     def of(
         cls, model: nn.Module, plan: PruningPlan, inputs: Sequence[Inputs], *, keeping: bool
     ) -> MaskedOutputs:
-        """Run a model in evaluation mode without some units.
-
-        Parameters
-        ----------
-        model
-            Left as it was.
-        plan
-            What stays.
-        inputs
-            What it runs on.
-        keeping
-            Whether to run a pass that keeps its state, too, if the model can.
-
-        Raises
-        ------
-        ModelError
-            If the model cannot run on the inputs, naming the module that failed.
-        """
+        """Run a model in evaluation mode without some units."""
         with masked(model, plan):
             try:
                 return cls(inputs, proof_outputs(model, inputs, keeping=keeping), keeping)
@@ -136,14 +106,7 @@ class MaskedOutputs:
                 return cls(inputs, _outputs_before(model, inputs))
 
     def distance(self, smaller: nn.Module, tolerance: float | None) -> float:
-        """Return how far a smaller model is from this, relative to the largest output.
-
-        Raises
-        ------
-        EquivalenceError
-            If it is further than the tolerance, or there is nothing to compare; whatever its
-            forward pass raises.
-        """
+        """Return how far a smaller model is from this, relative to the largest output."""
         found = proof_outputs(smaller, self.inputs, keeping=self.keeping)
         return prove_equal(self.outputs, found, tolerance=tolerance)
 
@@ -164,13 +127,7 @@ def _outputs_before(model: nn.Module, inputs: Sequence[Inputs]) -> list[Tensor]:
 
 
 def fold_named(model: nn.Module, plan: PruningPlan, inputs: Sequence[Inputs]) -> None:
-    """Fold the normalized weights that a plan cuts as plain ones, and prove that nothing changes.
-
-    Raises
-    ------
-    EquivalenceError
-        If something does.
-    """
+    """Fold the normalized weights that a plan cuts, and prove that nothing changes."""
     folded = fold(model, plan.tensors)
     if folded:
         found = _outputs_before(model, inputs)

@@ -79,22 +79,8 @@ def rehearse(
 ) -> str:
     """Shrink a model in evaluation mode and prove it, as `shrink` does, and put everything back.
 
-    Parameters
-    ----------
-    model, plan, inputs, tolerance
-        As `shrink` takes them.
-    training
-        Whether to run it in training, too, as far as shapes tell.
-
-    Returns
-    -------
-    str
-        How the smaller model fails in training; nothing if it does not, or was not run.
-
-    Raises
-    ------
-    ModelError, EquivalenceError
-        As `shrink`, without looking for the groups that are to blame.
+    Return how the smaller model fails in training, as far as shapes tell; nothing if it does not,
+    or was not run.
     """
     with restored(model):
         _proved(model, plan, _expected(model, plan, inputs), tolerance)
@@ -130,12 +116,8 @@ def _proved(
 class Feasibility:
     """Finds, by halving, groups that can go together.
 
-    Parameters
-    ----------
-    attempt
-        Shrinks and proves a model, and puts it back; raises where that fails.
-    trials, seconds
-        How many of these to make, and for how long: groups that are not cleared then stay.
+    `attempt` shrinks and proves a model, and puts it back; it raises where that fails. After so
+    many trials or seconds, groups that are not cleared stay.
     """
 
     def __init__(
@@ -162,14 +144,7 @@ class Feasibility:
     ) -> list[GroupPlan]:
         """Return groups that can go together: some that can already, with as many more as can.
 
-        Parameters
-        ----------
-        going
-            These can.
-        more
-            To be added where they can.
-        failure
-            How all of them together fail, if that is known.
+        `failure` is how all of them together fail, if that is known.
         """
         failure = failure or self.failure([*going, *more])
         if failure is None:

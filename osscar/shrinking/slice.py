@@ -96,18 +96,9 @@ _Holder: TypeAlias = tuple[nn.Module, dict[str, Any], str]
 class _Cut:
     """One tensor and what stays of it.
 
-    Parameters
-    ----------
-    tensor
-        The tensor before.
-    keep
-        For each dimension that is cut, the indices that stay, (n,) int64 in ascending order.
-    passing
-        Which rows of the tensor stay as far as units pass through them, (rows,) bool; None if none
-        do.
-    holders
-        Where modules hold this tensor, or one that shares its memory: the module, which of its
-        tables, and the name there.
+    `keep` are the indices that stay, ascending, by dimension; `passing` tells which rows stay as
+    far as units pass through them, None if none do; `holders` hold this tensor, or one that shares
+    its memory.
     """
 
     tensor: Tensor

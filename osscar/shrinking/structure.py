@@ -30,14 +30,8 @@ _STRUCTURE = "osscar_structure"
 class DenseStructure:
     """A dense model without the values of its parameters.
 
-    Parameters
-    ----------
-    model
-        As its user would build it; parameters are on the device 'meta'.
-    device
-        Where these were.
-    inputs
-        The form of inputs that it takes, with tensors on 'meta'; None where nobody has told.
+    `model` is as its user would build it, with parameters on 'meta', and `device` is where these
+    were; `inputs` are the form of some that it takes, on 'meta', None where nobody has told.
     """
 
     model: nn.Module
@@ -66,13 +60,9 @@ class DenseStructure:
 def remember_structure(model: nn.Module, inputs: Inputs | None = None) -> None:
     """Note the structure of a dense model, which is about to be changed.
 
-    Parameters
-    ----------
-    model
-        One from which units were removed already is left with what is known of it; so is one that
-        cannot be copied, and one on disk, whose library builds it.
-    inputs
-        Some that it takes; of them the form is kept, and no value.
+    A model from which units were removed already is left with what is known of it; so is one that
+    cannot be copied, and one on disk, whose library builds it. Of `inputs` the form is kept, and no
+    value.
     """
     known = structure_of(model)
     is_dense = not lineage_of(model).plans and any(True for _ in model.parameters())

@@ -19,15 +19,8 @@ from osscar.shrinking.equivalence import Inputs, call, explained
 def failure_in_training(model: nn.Module, inputs: Inputs) -> str:
     """Say how a model fails in training; nothing if it does not.
 
-    Its own modules are in training, and layers of torch in evaluation.  Nothing is computed, so
-    that code which changes weights or keeps averages changes none.
-
-    Parameters
-    ----------
-    model
-        Left as it was.
-    inputs
-        What it is called with.
+    Its own modules are in training, and layers of torch in evaluation. Nothing is computed, so that
+    code which changes weights or keeps averages changes none.
     """
     with (
         preserved(model),

@@ -26,12 +26,7 @@ _OTHERWISE = (
 class InputSizes(nn.Module):
     """Refuses inputs of sizes that a program does not take, before it computes anything.
 
-    Parameters
-    ----------
-    shapes
-        What the program takes.
-    guards
-        What `torch.export` found that it relies on besides; None where there is no such thing.
+    `guards` check what `torch.export` found that the program relies on besides.
     """
 
     _is_impure = True
@@ -43,13 +38,7 @@ class InputSizes(nn.Module):
         self.guards = guards
 
     def forward(self, *inputs: Tensor) -> None:
-        """Check the inputs of the program.
-
-        Raises
-        ------
-        ModelError
-            Naming the input, its sizes and those that it must have.
-        """
+        """Check the inputs of the program."""
         for (name, due), given in zip(self.shapes.items(), inputs, strict=True):
             if not _fits(given.shape, due):
                 raise ModelError(
@@ -94,19 +83,8 @@ def sizes_given_up(
 ) -> dict[str, tuple[int, ...]]:
     """Return the dimensions of which a model takes other sizes, and its program does not.
 
-    Parameters
-    ----------
-    shapes
-        What the program takes.
-    example
-        What it was traced with.
-    runs
-        Tells whether the model takes inputs of some shapes.
-
-    Returns
-    -------
-    dict of str to tuple of int
-        By the names of the inputs; those without any are left out.
+    They are by the names of the inputs; `example` is what the program was traced with, and `runs`
+    tells whether the model takes inputs of some shapes.
     """
     sizes: dict[int, list[_Dimension]] = {}
     for name, shape in shapes.items():
@@ -143,10 +121,7 @@ def _together(dims: Sequence[_Dimension]) -> Iterator[Sequence[_Dimension]]:
 def fixed_in_words(traced: Iterable[Mapping[str, Any]]) -> str:
     """Say which sizes a program takes no others of; nothing if it takes all that its model does.
 
-    Parameters
-    ----------
-    traced
-        The fields of each `TracedInput`.
+    `traced` are the fields of each `TracedInput`.
     """
     dims: dict[int, list[str]] = {}
     for given in traced:

@@ -32,14 +32,8 @@ Number: TypeAlias = int | Node
 class Sizes:
     """What becomes of the sizes in a copy of a traced program.
 
-    Parameters
-    ----------
-    staying
-        What stays of every value.
-    origins
-        For each node of the copy, that of the program.
-    computed
-        What numbers that the program computes become for the example inputs.
+    `origins` has for each node of the copy that of the program; `computed` what numbers that the
+    program computes become for the example inputs.
     """
 
     staying: Staying
@@ -51,13 +45,7 @@ class Sizes:
         return self.staying.of(self.origins[node])
 
     def cut(self, node: Node) -> None:
-        """Let what reads numbers that the code makes have those of the positions that stay.
-
-        Raises
-        ------
-        AdapterError
-            If their positions vary with the inputs.
-        """
+        """Let what reads numbers that the code makes have those of the positions that stay."""
         origin, readers, cut = self.origins[node], set(node.users), node
         for dim, extent in enumerate(self.of(node)[0]):
             if extent.stays is None:
@@ -76,13 +64,7 @@ class Sizes:
             self.origins[cut] = self.origins.pop(node)
 
     def compute(self, node: Node) -> None:
-        """Note what a number becomes that the program computes; nothing for other nodes.
-
-        Raises
-        ------
-        AdapterError
-            If it changes, and it is not known how.
-        """
+        """Note what a number becomes that the program computes; nothing for other nodes."""
         value = self.origins[node].meta.get("val")
         if not isinstance(value, _NUMBERS):
             return
@@ -116,12 +98,7 @@ def _before(value: Any) -> Any:
 class Call:
     """One call of an operator whose numbers are to follow.
 
-    Parameters
-    ----------
-    node
-        The call, whose arguments are rewritten in place.
-    sizes
-        What becomes of all sizes.
+    Its arguments are rewritten in place.
     """
 
     node: Node
@@ -411,20 +388,7 @@ _RULES: Mapping[str, Rule] = {
 
 
 def rewrite(node: Node, sizes: Sizes) -> None:
-    """Let the numbers in one call follow; those that it reads have to be computed before.
-
-    Parameters
-    ----------
-    node
-        Of a copy of the program; changed in place.
-    sizes
-        What becomes of all sizes.
-
-    Raises
-    ------
-    AdapterError
-        If a number cannot be told.
-    """
+    """Let the numbers in one call follow; those that it reads have to be computed before."""
     sizes.compute(node)
     if sizes.staying.is_written(sizes.origins[node]):
         sizes.cut(node)

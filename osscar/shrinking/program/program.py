@@ -66,13 +66,7 @@ class ProgramModule(GraphModule):
 
 
 def example_of(program: ProgramModule) -> dict[str, Tensor]:
-    """Return zeros like the inputs that a program was traced with, by name.
-
-    Raises
-    ------
-    ModelError
-        If it was not made by OSSCAR, so that they are not known.
-    """
+    """Return zeros like the inputs that a program was traced with, by name."""
     reference = next(program.parameters())
     made = {given.name: given.example().to(reference.device) for given in _traced(program)}
     return {
@@ -82,13 +76,7 @@ def example_of(program: ProgramModule) -> dict[str, Tensor]:
 
 
 def exported(program: ProgramModule) -> torch.export.ExportedProgram:
-    """Return a program as `torch.export` has it, every size left open that it leaves open.
-
-    Raises
-    ------
-    ModelError
-        If it was not made by OSSCAR, so that its inputs are not known.
-    """
+    """Return a program as `torch.export` has it, every size left open that it leaves open."""
     auto: Any = torch.export.Dim.AUTO
     sizes = {given.name: dict.fromkeys(given.varies, auto) for given in _traced(program)}
     return run_export(program, (), example_of(program), sizes)
@@ -105,13 +93,7 @@ def _traced(program: ProgramModule) -> tuple[TracedInput, ...]:
 
 
 class DenseProgram:
-    """The program of a dense model, of which smaller ones can be made.
-
-    Parameters
-    ----------
-    traced
-        The program with its axes.
-    """
+    """The program of a dense model, of which smaller ones can be made."""
 
     def __init__(self, traced: TracedProgram) -> None:
         self.traced = traced
@@ -125,19 +107,8 @@ class DenseProgram:
     ) -> DenseProgram:
         """Trace a model.
 
-        Parameters
-        ----------
-        model
-            In evaluation mode; left as it was.
-        example
-            Keyword arguments of its forward pass, tensors with two samples or more.
-        left_open
-            Dimensions of the inputs whose sizes are left open where the model does so, 0 too.
-
-        Raises
-        ------
-        AdapterError
-            If it has no program that takes any number of samples.
+        `left_open` are the dimensions of the inputs, 0 too, whose sizes are left open where the
+        model does so.
         """
         try:
             with without_cache(model), followed_mixtures(model), restored(model):
@@ -165,10 +136,7 @@ class DenseProgram:
     def resized(self, numerator: int, denominator: int) -> dict[str, list[int]]:
         """Return shapes of one sample in which the sizes that may vary are others.
 
-        Parameters
-        ----------
-        numerator, denominator
-            How many times as large.
+        Those that may vary are numerator / denominator times as large.
         """
         shapes: dict[str, list[int]] = {}
         for name, (first, *others) in self._sizes():
@@ -186,18 +154,7 @@ class DenseProgram:
             yield name, node.meta["val"].shape
 
     def shrunk(self, plan: PruningPlan) -> ProgramModule:
-        """Return a smaller program, in evaluation mode; this one is not changed.
-
-        Parameters
-        ----------
-        plan
-            What stays.
-
-        Raises
-        ------
-        AdapterError
-            If something in the program cannot follow, naming the module that it comes from.
-        """
+        """Return a smaller program, in evaluation mode; this one is not changed."""
         kept = {self._axis_of(group): group.kept for group in plan.groups}
         staying = self.traced.staying(kept, self._unread(plan))
         program, copies = Graph(), dict[Node, Node]()
@@ -295,13 +252,7 @@ class _ShapeCheck(Interpreter):
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
 
     def check(self) -> None:
-        """Run the program on the shapes of the example.
-
-        Raises
-        ------
-        AdapterError
-            Naming the first operator that fails, or makes another shape.
-        """
+        """Run the program on the shapes of the example."""
         arguments = [node for node in self.origins.values() if node.op == "placeholder"]
         self.run(*map(self._example, arguments), enable_io_processing=False)
 

@@ -131,38 +131,14 @@ _WAY_OUT = (
 def dense_program(
     model: nn.Module, inputs: Sequence[Inputs], example: Mapping[str, Tensor]
 ) -> nn.Module:
-    """Return the program of which `shrink_program` makes a smaller one, on the model's own tensors.
-
-    Parameters
-    ----------
-    model, inputs, example
-        As that takes them.
-
-    Raises
-    ------
-    AdapterError
-        If there is no such program.
-    """
+    """Return the program that `shrink_program` makes smaller, on the model's own tensors."""
     with evaluating(model), restored(model):
         prepare(model)
         return ProgramTrial(model, example, inputs).program.dense
 
 
 def replayed(model: nn.Module, plan: PruningPlan) -> nn.Module:
-    """Carry out a plan again, on modules or on the exported program; proved it was before.
-
-    Parameters
-    ----------
-    model
-        Dense, with any weights; modules are changed in place.
-    plan
-        What stays.
-
-    Raises
-    ------
-    ModelError
-        If the plan does not fit the model; `AdapterError` if its program does not follow.
-    """
+    """Carry out a plan again, on modules or on the exported program; proved it was before."""
     check_plan(plan)
     if plan.form is Form.MODULE:
         slice_units(model, plan)
@@ -188,13 +164,7 @@ def _noted(program: ProgramModule, model: nn.Module, plan: PruningPlan) -> Progr
 
 
 def check_example(example: object) -> None:
-    """Refuse what a program cannot be traced with.
-
-    Raises
-    ------
-    OptionError
-        Saying what it is.
-    """
+    """Refuse what a program cannot be traced with."""
     tensors = isinstance(example, Mapping) and all(
         isinstance(name, str) and isinstance(value, Tensor) and value.dim() and len(value) > 1
         for name, value in example.items()
@@ -228,19 +198,7 @@ def _proved_finer(
 class ProgramTrial:
     """The program of a model, and what it is proved on, for one plan after another.
 
-    Parameters
-    ----------
-    model
-        In evaluation mode; left as it was.
-    example
-        What it is traced with.
-    inputs
-        On which a program is compared with the masked model.
-
-    Raises
-    ------
-    AdapterError
-        If there is no program, or none that a checkpoint could hold.
+    `inputs` are those on which a program is compared with the masked model.
     """
 
     def __init__(
@@ -317,13 +275,7 @@ class ProgramTrial:
     def proved(
         self, plan: PruningPlan, tolerance: float | None = None
     ) -> tuple[ProgramModule, float]:
-        """Return the smaller program, and how far its outputs are from those of the masked model.
-
-        Raises
-        ------
-        EquivalenceError
-            If they differ; `AdapterError` if something cannot follow.
-        """
+        """Return the smaller program, and how far it is from the masked model."""
         made = self.program.shrunk(plan)
         expected = MaskedOutputs.of(self.model, plan, self.inputs, keeping=False)
         try:
