@@ -13,9 +13,8 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +30,7 @@ from osscar.base.errors import (
 )
 from osscar.base.files import atomic_write
 from osscar.checkpoint.directory import load
-from osscar.export.gguf_tokens import Vocabulary, add_value, read_vocabulary
+from osscar.export.gguf_tokens import add_value, vocabulary_fields
 from osscar.export.target import checked_target, checkpoint_directory
 
 FORMATS = ("f32", "f16", "bf16")
@@ -110,10 +109,10 @@ def export_gguf(
     given = source.with_name(f"{source.name}-{dtype}.gguf") if out is None else out
     target = checked_target(given, "GGUF", _is_gguf, overwrite=overwrite)
     graph = Graph(load(source), dtype, library)
-    vocabulary = read_vocabulary(source, graph.config.vocab_size)
+    fields = graph.fields() | vocabulary_fields(source, graph.config.vocab_size)
     with atomic_write(target) as partial:
-        _write(partial, source.name, graph, vocabulary)
-        _check_written(partial, graph, vocabulary)
+        _write(partial, source.name, graph, fields)
+        _check_written(partial, graph, fields)
     return Exported(target, graph.architecture, dtype, target.stat().st_size)
 
 
@@ -135,76 +134,39 @@ def _is_gguf(file: Path) -> bool:
 # ---- the graph ---------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
 class Graph:
     """A model as llama.cpp computes it, or a refusal.
 
     `library` is the package ``gguf``, `dtype` the number format of the matrices.
     """
 
-    model: Any
-    dtype: str
-    library: Any
-
-    def __post_init__(self) -> None:
-        reason = _why_not(self.model)
+    def __init__(self, model: Any, dtype: str, library: Any) -> None:
+        reason = _why_not(model)
         if reason is not None:
             raise ModelError(f"llama.cpp cannot run the model: {reason}")
-
-    @property
-    def config(self) -> Any:
-        """Of the model."""
-        return self.model.config
-
-    @property
-    def head_width(self) -> int:
-        """Features of a head."""
-        width: int = self.model.model.layers[0].self_attn.head_dim
-        return width
-
-    @cached_property
-    def heads(self) -> list[int]:
-        """Query heads of each layer."""
-        return [layer.self_attn.q_proj.out_features // self.head_width for layer in self._layers]
-
-    @cached_property
-    def key_heads(self) -> list[int]:
-        """Heads of keys and values of each layer."""
-        return [layer.self_attn.k_proj.out_features // self.head_width for layer in self._layers]
-
-    @cached_property
-    def neurons(self) -> list[int]:
-        """Neurons of each layer."""
-        return [layer.mlp.down_proj.in_features for layer in self._layers]
-
-    @property
-    def architecture(self) -> str:
-        """What llama.cpp calls it."""
+        self.model, self.dtype, self.library = model, dtype, library
+        self.config, self.layers = model.config, model.model.layers
+        attentions = [layer.self_attn for layer in self.layers]
+        self.head_width = width = attentions[0].head_dim
+        self.heads = [one.q_proj.out_features // width for one in attentions]
+        self.key_heads = [one.k_proj.out_features // width for one in attentions]
+        self.neurons = [layer.mlp.down_proj.in_features for layer in self.layers]
         alike = all(len(set(of)) == 1 for of in (self.heads, self.key_heads, self.neurons))
-        return "llama" if alike else "deci"
+        self.architecture = "llama" if alike else "deci"
 
-    @property
-    def context(self) -> int:
-        """Tokens at once: no more than a sliding window, since neither architecture has one."""
-        longest: int = self.config.max_position_embeddings
-        window = getattr(self.config, "sliding_window", None)
-        return longest if window is None else min(longest, window)
-
-    @property
-    def _layers(self) -> Any:
-        return self.model.model.layers
-
-    def fields(self) -> dict[str, int | float | list[int]]:
-        """Return the sizes that the file names, by key without the architecture."""
+    def fields(self) -> dict[str, Any]:
+        """Return the sizes that the file names, by key."""
         config, widths = self.config, (self.heads, self.key_heads, self.neurons)
-        shown = [of if self.architecture == "deci" else of[0] for of in widths]
-        return {
-            "block_count": len(self._layers),
-            "context_length": self.context,
+        heads, key_heads, neurons = (of if self.architecture == "deci" else of[0] for of in widths)
+        longest, window = config.max_position_embeddings, getattr(config, "sliding_window", None)
+        sizes = {
+            "block_count": len(self.layers),
+            # No more than a sliding window, since neither architecture has one.
+            "context_length": longest if window is None else min(longest, window),
             "embedding_length": config.hidden_size,
-            "feed_forward_length": shown[2],
-            "attention.head_count": shown[0],
-            "attention.head_count_kv": shown[1],
+            "feed_forward_length": neurons,
+            "attention.head_count": heads,
+            "attention.head_count_kv": key_heads,
             "attention.key_length": self.head_width,
             "attention.value_length": self.head_width,
             "attention.layer_norm_rms_epsilon": float(config.rms_norm_eps),
@@ -212,11 +174,12 @@ class Graph:
             "rope.freq_base": float(config.rope_parameters["rope_theta"]),
             "vocab_size": config.vocab_size,
         }
+        return {f"{self.architecture}.{key}": size for key, size in sizes.items()}
 
     def tensors(self) -> Iterator[tuple[str, Tensor, int]]:
         """Yield each tensor with its name in the file, and how many rotated heads it has, or 0."""
         architecture = self.library.MODEL_ARCH[self.architecture.upper()]
-        names = self.library.get_tensor_name_map(architecture, len(self._layers))
+        names = self.library.get_tensor_name_map(architecture, len(self.layers))
         tied = self.model.lm_head.weight is self.model.model.embed_tokens.weight
         for name, tensor in self.model.state_dict().items():
             if tied and name == "lm_head.weight":
@@ -291,16 +254,15 @@ def _type_of(tensor: Tensor, dtype: str) -> str:
     return _TYPES[dtype] if tensor.dim() > 1 else "F32"
 
 
-def _write(path: Path, name: str, graph: Graph, vocabulary: Vocabulary) -> None:
+def _write(path: Path, name: str, graph: Graph, fields: Mapping[str, Any]) -> None:
     library = graph.library
     writer = library.GGUFWriter(path, graph.architecture)
     try:
         if not any(word in name.lower() for word in _TELLING):
             writer.add_name(name)
         writer.add_file_type(library.LlamaFileType[_file_type(graph.dtype)])
-        for key, value in graph.fields().items():
-            add_value(writer, f"{graph.architecture}.{key}", value)
-        vocabulary.write(writer)
+        for key, value in fields.items():
+            add_value(writer, key, value)
         for key, tensor, _ in graph.tensors():
             kind = _type_of(tensor, graph.dtype)
             size = tensor.numel() * _TORCH[kind].itemsize
@@ -333,11 +295,10 @@ def _bits(tensor: Tensor) -> np.ndarray[Any, Any]:
     return array
 
 
-def _check_written(path: Path, graph: Graph, vocabulary: Vocabulary) -> None:
+def _check_written(path: Path, graph: Graph, fields: Mapping[str, Any]) -> None:
     """Read a file as any reader of GGUF does, and compare it with the model."""
     reader = graph.library.GGUFReader(path)
-    expected: dict[str, Any] = {f"{graph.architecture}.{k}": of for k, of in graph.fields().items()}
-    for key, value in (expected | vocabulary.fields()).items():
+    for key, value in fields.items():
         field = reader.get_field(key)
         found = None if field is None else field.contents()
         if found != (float(np.float32(value)) if isinstance(value, float) else value):

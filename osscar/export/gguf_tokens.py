@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import unicodedata
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -35,46 +34,6 @@ _NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5
 """Types of tokens in GGUF."""
 
 
-@dataclass(frozen=True)
-class Vocabulary:
-    """The tokens of a model, as GGUF has them.
-
-    `tokens` and `types` are by token id, `merges` in the order in which they are made, `special`
-    the ids by their names in GGUF. The tokenizer may put the token of the beginning before a text,
-    and that of the end after it.
-    """
-
-    pre: str
-    tokens: tuple[str, ...]
-    types: tuple[int, ...]
-    merges: tuple[str, ...]
-    special: dict[str, int]
-    begins: bool
-    ends: bool
-    template: str = ""
-
-    def fields(self) -> dict[str, Any]:
-        """Return what the file says, by key."""
-        fields: dict[str, Any] = {
-            "tokenizer.ggml.model": "gpt2",
-            "tokenizer.ggml.pre": self.pre,
-            "tokenizer.ggml.tokens": list(self.tokens),
-            "tokenizer.ggml.token_type": list(self.types),
-            "tokenizer.ggml.merges": list(self.merges),
-            "tokenizer.ggml.add_bos_token": self.begins,
-            "tokenizer.ggml.add_eos_token": self.ends,
-            **{f"tokenizer.ggml.{name}_token_id": of for name, of in self.special.items()},
-        }
-        if self.template:
-            fields["tokenizer.chat_template"] = self.template
-        return fields
-
-    def write(self, writer: Any) -> None:
-        """Write it with a `gguf.GGUFWriter`."""
-        for key, value in self.fields().items():
-            add_value(writer, key, value)
-
-
 def add_value(writer: Any, key: str, value: Any) -> None:
     """Write one value in the type that GGUF has for it."""
     names = {"str": "string", "list": "array", "int": "uint32", "float": "float32"}
@@ -82,8 +41,8 @@ def add_value(writer: Any, key: str, value: Any) -> None:
     getattr(writer, f"add_{names.get(name, name)}")(key, value)
 
 
-def read_vocabulary(directory: Path, size: int) -> Vocabulary:
-    """Read the tokenizer in a directory.
+def vocabulary_fields(directory: Path, size: int) -> dict[str, Any]:
+    """Read the tokenizer in a directory, and return what a GGUF file says of it, by key.
 
     `size` is the rows of the model's embedding; ids that no token has are filled up.
     """
@@ -106,25 +65,28 @@ def read_vocabulary(directory: Path, size: int) -> Vocabulary:
             f"model has {size} embeddings; copy the original model's tokenizer there"
         )
     named = {of: token for token, of in known.items()}
-    added = {token["id"]: token["special"] for token in content["added_tokens"]}
-    kinds = [
-        (_CONTROL if added[of] else _USER_DEFINED) if of in added else _NORMAL for of in range(size)
-    ]
-    merges = (
-        pair if isinstance(pair, str) else " ".join(pair) for pair in content["model"]["merges"]
-    )
+    types = dict.fromkeys(named, _NORMAL)
+    for token in content["added_tokens"]:
+        types[token["id"]] = _CONTROL if token["special"] else _USER_DEFINED
+    merges = content["model"]["merges"]
     special = {name: getattr(tokenizer, f"{of}_token_id") for name, of in _SPECIAL.items()}
     begins, ends = _ends(content["post_processor"], special)
-    return Vocabulary(
-        pre,
-        tuple(named.get(of, f"[PAD{of}]") for of in range(size)),
-        tuple(kind if of in named else _UNUSED for of, kind in enumerate(kinds)),
-        tuple(merges),
-        {name: of for name, of in special.items() if isinstance(of, int)},
-        begins,
-        ends,
-        _template(tokenizer.chat_template),
-    )
+    template = _template(tokenizer.chat_template)
+    return {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": pre,
+        "tokenizer.ggml.tokens": [named.get(of, f"[PAD{of}]") for of in range(size)],
+        "tokenizer.ggml.token_type": [types.get(of, _UNUSED) for of in range(size)],
+        "tokenizer.ggml.merges": [m if isinstance(m, str) else " ".join(m) for m in merges],
+        "tokenizer.ggml.add_bos_token": begins,
+        "tokenizer.ggml.add_eos_token": ends,
+        **{
+            f"tokenizer.ggml.{name}_token_id": of
+            for name, of in special.items()
+            if isinstance(of, int)
+        },
+        **({"tokenizer.chat_template": template} if template else {}),
+    }
 
 
 _SPECIAL = {"bos": "bos", "eos": "eos", "unknown": "unk", "padding": "pad"}

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,9 +18,9 @@ from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 from torch.nn.utils.spectral_norm import (
     SpectralNorm,
     SpectralNormLoadStateDictPreHook,
-    SpectralNormStateDictHook,
+    remove_spectral_norm,
 )
-from torch.nn.utils.weight_norm import WeightNorm
+from torch.nn.utils.weight_norm import WeightNorm, remove_weight_norm
 
 from osscar.network.modules import evaluating
 
@@ -29,9 +29,10 @@ _PARTS = {WeightNorm: ("_g", "_v"), SpectralNorm: ("_orig", "_u", "_v")}
 """What the hooks of `torch.nn.utils` compute a weight from, by the ends of their names."""
 
 _PARAMETRIZATIONS = (parametrizations._WeightNorm, parametrizations._SpectralNorm)
-_HOOKS = (WeightNorm, SpectralNorm, SpectralNormStateDictHook, SpectralNormLoadStateDictPreHook)
-_HOOK_TABLES = ("_forward_pre_hooks", "_state_dict_hooks", "_load_state_dict_pre_hooks")
-_TENSOR_TABLES = ("_parameters", "_buffers", "_modules")
+_TABLES = (
+    *("_parameters", "_buffers", "_modules"),
+    *("_forward_pre_hooks", "_state_dict_hooks", "_load_state_dict_pre_hooks"),
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,44 +99,25 @@ def _parts(module: nn.Module) -> Iterator[Tensor]:
 
 def _folded(module: nn.Module, tensor: str) -> Folded:
     held = {
-        name: value.copy() if name in _TENSOR_TABLES else value
-        for name, value in vars(module).items()
+        name: value.copy() if name in _TABLES else value for name, value in vars(module).items()
     }
     before = Folded(tensor, module, type(module), held)
     learns = any(part.requires_grad for part in _parts(module))
-    with torch.no_grad():
-        weight = _computed(module).detach().clone()
     if is_parametrized(module):
         # By hand: torch would take the weight off the class, which copies of the module share.
+        assert isinstance(module.parametrizations, nn.ModuleDict)
+        with torch.no_grad(), evaluating(module.parametrizations):
+            weight = cast(Tensor, module.weight).detach().clone()
         module.__class__ = type(module).__bases__[0]
         del module._modules["parametrizations"]
+        module.register_parameter(_WEIGHT, nn.Parameter(weight))
+    elif any(isinstance(hook, WeightNorm) for hook in module._forward_pre_hooks.values()):
+        remove_weight_norm(module)
     else:
-        vars(module).pop(_WEIGHT, None)
-        for part in (f"{_WEIGHT}{end}" for ends in _PARTS.values() for end in ends):
-            module._parameters.pop(part, None)
-            module._buffers.pop(part, None)
-        for table in _HOOK_TABLES:
-            hooks = getattr(module, table)
-            kept = {key: hook for key, hook in hooks.items() if not _belongs(hook)}
-            setattr(module, table, type(hooks)(kept))
-    module.register_parameter(_WEIGHT, nn.Parameter(weight, requires_grad=learns))
+        remove_spectral_norm(module)
+        hooks = module._load_state_dict_pre_hooks
+        for key, hook in list(hooks.items()):  # which torch leaves behind
+            if isinstance(getattr(hook, "hook", hook), SpectralNormLoadStateDictPreHook):
+                del hooks[key]
+    module.get_parameter(_WEIGHT).requires_grad_(learns)
     return before
-
-
-def _computed(module: nn.Module) -> Tensor:
-    """Return what the weight is in evaluation mode; the attribute itself may be of another time."""
-    for hook in module._forward_pre_hooks.values():
-        if isinstance(hook, WeightNorm):
-            found: Tensor = hook.compute_weight(module)
-            return found
-        if isinstance(hook, SpectralNorm):
-            return hook.compute_weight(module, do_power_iteration=False)
-    assert isinstance(module.parametrizations, nn.ModuleDict)
-    with evaluating(module.parametrizations):
-        weight = module.weight
-    assert isinstance(weight, Tensor)
-    return weight
-
-
-def _belongs(hook: Any) -> bool:
-    return isinstance(getattr(hook, "hook", hook), _HOOKS)

@@ -6,7 +6,7 @@ Masking zeroes what reads the removed units, and the model keeps its shape.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -82,33 +82,27 @@ def masked(model: nn.Module, plan: PruningPlan) -> Iterator[None]:
             parameter.place = place
 
 
-@dataclass(frozen=True, eq=False)
-class MaskedOutputs:
-    """What a model puts out without the units that a plan removes.
+def distance_from_masked(
+    model: nn.Module, plan: PruningPlan, inputs: Sequence[Inputs], *, keeping: bool
+) -> Callable[[nn.Module, float | None], float]:
+    """Run a model without the units that a plan removes, and return what tells how far others are.
 
-    `keeping` tells whether those of a pass that keeps its state are among them.
+    That takes a smaller model and a tolerance, as `prove_equal` does.  With `keeping`, a pass that
+    keeps its state is compared, too, if the model can run one.
     """
+    with masked(model, plan):
+        try:
+            outputs = proof_outputs(model, inputs, keeping=keeping)
+        except Exception as error:  # of the user's forward: not the shrunk model's fault
+            let_shortage_pass(error)
+            keeping, outputs = False, _outputs_before(model, inputs)
+    prove_equal(outputs, outputs)  # that there is something to compare
 
-    inputs: Sequence[Inputs]
-    outputs: Sequence[Tensor]
-    keeping: bool = False
+    def distance(smaller: nn.Module, tolerance: float | None) -> float:
+        found = proof_outputs(smaller, inputs, keeping=keeping)
+        return prove_equal(outputs, found, tolerance=tolerance)
 
-    @classmethod
-    def of(
-        cls, model: nn.Module, plan: PruningPlan, inputs: Sequence[Inputs], *, keeping: bool
-    ) -> MaskedOutputs:
-        """Run a model in evaluation mode without some units."""
-        with masked(model, plan):
-            try:
-                return cls(inputs, proof_outputs(model, inputs, keeping=keeping), keeping)
-            except Exception as error:  # of the user's forward: not the shrunk model's fault
-                let_shortage_pass(error)
-                return cls(inputs, _outputs_before(model, inputs))
-
-    def distance(self, smaller: nn.Module, tolerance: float | None) -> float:
-        """Return how far a smaller model is from this, relative to the largest output."""
-        found = proof_outputs(smaller, self.inputs, keeping=self.keeping)
-        return prove_equal(self.outputs, found, tolerance=tolerance)
+    return distance
 
 
 def _outputs_before(model: nn.Module, inputs: Sequence[Inputs]) -> list[Tensor]:

@@ -225,7 +225,6 @@ EIGHT = b"\0" * 8
         safetensors_file({"a": entry(0, 8), "b": entry(0, 8)}, EIGHT),
         safetensors_file({"a": entry(0, 8)}, EIGHT + b"more"),
         safetensors_file({"a": entry(4, 12)}, EIGHT + b"more"),
-        safetensors_file(b'{"a": %s, "a": %s}' % ((json.dumps(entry(0, 8)).encode(),) * 2), EIGHT),
         safetensors_file({"a": {"x": "y"}}),
         safetensors_file({"__metadata__": {"a": 3}}),
     ],

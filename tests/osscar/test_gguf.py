@@ -45,7 +45,7 @@ from osscar.base.errors import (
 )
 from osscar.checkpoint.directory import save
 from osscar.export.gguf import Graph, export_gguf
-from osscar.export.gguf_tokens import _LLAMA_3, read_vocabulary
+from osscar.export.gguf_tokens import _LLAMA_3, vocabulary_fields
 from tests.docs.json_schema import missing, undescribed
 from tests.osscar.llama_cpp import Engine
 
@@ -232,7 +232,7 @@ def test_llama_cpp_makes_the_same_tokens(words: Any, text: str, even: Path, tmp_
 @pytest.mark.parametrize("name", SPLITS)
 def test_ways_of_splitting_have_the_names_of_llama_cpp(name: str, tmp_path: Path) -> None:
     tokenizer(SPLITS[name], ignore_merges=name == "llama-bpe").save_pretrained(tmp_path)
-    assert read_vocabulary(tmp_path, VOCABULARY).pre == name
+    assert vocabulary_fields(tmp_path, VOCABULARY)["tokenizer.ggml.pre"] == name
 
 
 @pytest.mark.parametrize("name", ["Phi-3-mini", "phi3", "modern-bert"])
@@ -272,11 +272,11 @@ def test_of_several_chat_templates_the_file_has_the_default(tmp_path: Path) -> N
     words = tokenizer()
     words.chat_template = {"default": "{{ messages }}", "tools": "{{ tools }}"}
     words.save_pretrained(tmp_path)
-    assert read_vocabulary(tmp_path, VOCABULARY).template == "{{ messages }}"
+    assert vocabulary_fields(tmp_path, VOCABULARY)["tokenizer.chat_template"] == "{{ messages }}"
 
 
 def test_a_sliding_window_bounds_the_context() -> None:
-    assert Graph(built(CONFIGS["mistral"], {}), "f16", gguf).fields()["context_length"] == 64
+    assert Graph(built(CONFIGS["mistral"], {}), "f16", gguf).fields()["llama.context_length"] == 64
 
 
 # ---- refusals ----------------------------------------------------------------------------
@@ -393,7 +393,7 @@ def test_tokenizers_of_which_llama_cpp_would_make_others_are_refused(
 ) -> None:
     make().save_pretrained(tmp_path)
     with pytest.raises(ModelError, match=reason):
-        read_vocabulary(tmp_path, VOCABULARY)
+        vocabulary_fields(tmp_path, VOCABULARY)
 
 
 def test_a_chat_template_that_is_no_text(tmp_path: Path) -> None:
@@ -401,14 +401,14 @@ def test_a_chat_template_that_is_no_text(tmp_path: Path) -> None:
     file = tmp_path / "tokenizer_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"chat_template": "a\ud800"}))
     with pytest.raises(ModelError, match=r"chat template holds '.*ud800', half of a character"):
-        read_vocabulary(tmp_path, VOCABULARY)
+        vocabulary_fields(tmp_path, VOCABULARY)
 
 
 def test_no_tokenizer_and_too_many_tokens(even: Path, tmp_path: Path) -> None:
     refused(even.parent, ModelError, "tokenizer")
     tokenizer().save_pretrained(tmp_path)
     with pytest.raises(ModelError, match="300 embeddings"):
-        read_vocabulary(tmp_path, 300)
+        vocabulary_fields(tmp_path, 300)
 
 
 def test_numbers_that_a_format_does_not_hold(tmp_path: Path) -> None:

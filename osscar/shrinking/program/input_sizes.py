@@ -6,8 +6,7 @@ number of it, such as `int`, `math.sqrt` or a loop, writes that number into the 
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 from torch import Tensor, nn
@@ -69,13 +68,6 @@ def _written(shape: Sequence[int | None]) -> str:
     return f"({', '.join('any' if size is None else str(size) for size in shape)})"
 
 
-_Dimension: TypeAlias = tuple[str, int]
-"""The name of an input, and a dimension of it."""
-
-_MOST_ALIKE = 4
-"""Of dimensions of the same size, as of a matrix of neighbours, so many are tried together."""
-
-
 def sizes_given_up(
     shapes: Shapes,
     example: Mapping[str, Tensor],
@@ -84,38 +76,29 @@ def sizes_given_up(
     """Return the dimensions of which a model takes other sizes, and its program does not.
 
     They are by the names of the inputs; `example` is what the program was traced with, and `runs`
-    tells whether the model takes inputs of some shapes.
+    tells whether the model takes inputs of some shapes.  Dimensions of one size may have to be
+    alike, so that all of them are tried together, and then each alone.
     """
-    sizes: dict[int, list[_Dimension]] = {}
+    sizes: dict[int, list[tuple[str, int]]] = {}
     for name, shape in shapes.items():
         for dim, size in enumerate(shape):
             if dim and size is not None:
                 sizes.setdefault(size, []).append((name, dim))
-    found: set[_Dimension] = set()
+    found: set[tuple[str, int]] = set()
     for size, dims in sizes.items():
-        for some in _together(dims):
-            if found.issuperset(some):
-                continue
+        for some in (dims, *([dim] for dim in dims)):
             for other in (2 * size, size // 2) if size > 3 else (2 * size,):
                 tried = {
                     name: [other if (name, d) in some else n for d, n in enumerate(t.shape)]
                     for name, t in example.items()
                 }
-                if runs(tried):
+                if not found.issuperset(some) and runs(tried):
                     found.update(some)
-                    break
     return {
         name: those
         for name in shapes
         if (those := tuple(sorted(dim for of, dim in found if of == name)))
     }
-
-
-def _together(dims: Sequence[_Dimension]) -> Iterator[Sequence[_Dimension]]:
-    """Yield dimensions that may have to be alike: all of them first, each alone last."""
-    yield dims
-    for count in range(min(len(dims) - 1, _MOST_ALIKE - 1), 0, -1):
-        yield from itertools.islice(itertools.combinations(dims, count), 2**_MOST_ALIKE)
 
 
 def fixed_in_words(traced: Iterable[Mapping[str, Any]]) -> str:

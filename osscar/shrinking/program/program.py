@@ -9,7 +9,7 @@ and the outputs have to be those of the masked model.
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from operator import attrgetter
 from typing import Any
 
@@ -92,143 +92,113 @@ def _traced(program: ProgramModule) -> tuple[TracedInput, ...]:
     return plans[-1].traced
 
 
-class DenseProgram:
-    """The program of a dense model, of which smaller ones can be made."""
+def trace_dense(
+    model: nn.Module, example: Mapping[str, Tensor], left_open: Mapping[str, Collection[int]]
+) -> TracedProgram:
+    """Trace a model in evaluation mode, which is then as it was, with the axes of all values.
 
-    def __init__(self, traced: TracedProgram) -> None:
-        self.traced = traced
+    `left_open` are the dimensions of the inputs, 0 too, whose sizes are left open where the model
+    does so; the example has two samples or more.
+    """
+    try:
+        with without_cache(model), followed_mixtures(model), restored(model):
+            expose_attention(model)  # a plan may name the heads that it has then
+            return trace_program(model, example, left_open)
+    except Exception as error:  # the model may be anyone's code, and torch puts it together
+        let_shortage_pass(error)
+        raise AdapterError(
+            f"there is no exported program to shrink: {first_line(error)}"
+        ) from error
 
-    @classmethod
-    def of(
-        cls,
-        model: nn.Module,
-        example: Mapping[str, Tensor],
-        left_open: Mapping[str, Collection[int]],
-    ) -> DenseProgram:
-        """Trace a model.
 
-        `left_open` are the dimensions of the inputs, 0 too, whose sizes are left open where the
-        model does so.
-        """
-        try:
-            with without_cache(model), followed_mixtures(model), restored(model):
-                expose_attention(model)  # a plan may name the heads that it has then
-                return cls(trace_program(model, example, left_open))
-        except Exception as error:  # the model may be anyone's code, and torch puts it together
-            let_shortage_pass(error)
-            raise AdapterError(
-                f"there is no exported program to shrink: {first_line(error)}"
-            ) from error
+def input_shapes(traced: TracedProgram) -> dict[str, tuple[int | None, ...]]:
+    """Return the sizes of a program's inputs; None for those that may vary."""
+    arguments = (node for node in traced.standalone.program.nodes if node.op == "placeholder")
+    return {
+        name: tuple(None if varies(size) else concrete(size) for size in node.meta["val"].shape)
+        for name, node in zip(traced.standalone.names, arguments, strict=True)
+    }
 
-    @property
-    def dense(self) -> GraphModule:
-        """The program as it was traced, on the model's own tensors."""
-        return self.traced.standalone.module
 
-    @property
-    def shapes(self) -> dict[str, tuple[int | None, ...]]:
-        """The sizes of its inputs; None for those that may vary."""
-        return {
-            name: tuple(None if varies(size) else concrete(size) for size in sizes)
-            for name, sizes in self._sizes()
-        }
+def smaller(traced: TracedProgram, plan: PruningPlan) -> ProgramModule:
+    """Return a smaller program, in evaluation mode; it shares no tensor with the traced one."""
+    kept = {_axis_of(traced, group): group.kept for group in plan.groups}
+    staying = traced.staying(kept, _unread(traced, plan))
+    program, copies = Graph(), dict[Node, Node]()
+    program.output(program.graph_copy(traced.standalone.module.graph, copies))
+    origins = {node: origin for origin, node in copies.items()}
+    sizes = Sizes(staying, origins)
+    for node in list(origins):
+        rewrite(node, sizes)
+    _finish(program, traced)
+    made = ProgramModule(_attributes(program, traced, staying), program)
+    _ShapeCheck(made, staying, {node.name: origin for node, origin in origins.items()}).check()
+    for node in made.graph.nodes:
+        node.meta = {k: v for k, v in node.meta.items() if k == "nn_module_stack"}
+    made.eval()
+    return made
 
-    def resized(self, numerator: int, denominator: int) -> dict[str, list[int]]:
-        """Return shapes of one sample in which the sizes that may vary are others.
 
-        Those that may vary are numerator / denominator times as large.
-        """
-        shapes: dict[str, list[int]] = {}
-        for name, (first, *others) in self._sizes():
-            shapes[name] = [1 if varies(first) else concrete(first) or 1]
-            for size in others:
-                was = concrete(size) or 1
-                shapes[name].append(was * numerator // denominator if varies(size) else was)
-        return shapes
+def _axis_of(traced: TracedProgram, group: GroupPlan) -> int:
+    try:
+        return traced.axis_of(group.slots)
+    except graph.GraphError as error:
+        raise AdapterError(f"group {group.name!r} cannot leave the program: {error}") from error
 
-    def _sizes(self) -> Iterator[tuple[str, Sequence[int | torch.SymInt]]]:
-        """Yield the names of its inputs, and their sizes in the trace."""
-        standalone = self.traced.standalone
-        arguments = (node for node in standalone.program.nodes if node.op == "placeholder")
-        for name, node in zip(standalone.names, arguments, strict=True):
-            yield name, node.meta["val"].shape
 
-    def shrunk(self, plan: PruningPlan) -> ProgramModule:
-        """Return a smaller program, in evaluation mode; this one is not changed."""
-        kept = {self._axis_of(group): group.kept for group in plan.groups}
-        staying = self.traced.staying(kept, self._unread(plan))
-        program, copies = Graph(), dict[Node, Node]()
-        program.output(program.graph_copy(self.dense.graph, copies))
-        origins = {node: origin for origin, node in copies.items()}
-        sizes = Sizes(staying, origins)
-        for node in list(origins):
-            rewrite(node, sizes)
-        self._finish(program)
-        made = ProgramModule(self._attributes(program, staying), program)
-        _ShapeCheck(made, staying, {node.name: origin for node, origin in origins.items()}).check()
-        for node in made.graph.nodes:
-            node.meta = {k: v for k, v in node.meta.items() if k == "nn_module_stack"}
-        made.eval()
-        return made
-
-    def _axis_of(self, group: GroupPlan) -> int:
-        try:
-            return self.traced.axis_of(group.slots)
-        except graph.GraphError as error:
-            raise AdapterError(f"group {group.name!r} cannot leave the program: {error}") from error
-
-    def _unread(self, plan: PruningPlan) -> dict[str, dict[int, Tensor]]:
-        """Return what stays of tensors that belong to units, but that the program does not read."""
-        stays: dict[str, dict[int, Tensor]] = {}
-        for group in plan.groups:
-            for slot in group.slots:
-                if slot.tensor not in self.traced.unread:
-                    continue
-                shape = self.traced.standalone.program.tensors[slot.tensor].shape
-                fits = slot.dim < len(shape) and slot.units == group.units
-                if not fits or slot.offset + slot.units * slot.width > shape[slot.dim]:
-                    raise AdapterError(
-                        f"group {group.name!r} cannot leave the program: {slot.tensor!r} of shape "
-                        f"{shape} has no such units along dimension {slot.dim}"
-                    )
-                dims = stays.setdefault(slot.tensor, {})
-                whole = torch.ones(shape[slot.dim], dtype=torch.bool)
-                dims.setdefault(slot.dim, whole)[slot.indices(group.gone)] = False
-        return stays
-
-    def _finish(self, program: Graph) -> None:
-        """Let the program take its arguments by position or name, and put its outputs together.
-
-        They are checked first.
-        """
-        arguments = program.find_nodes(op="placeholder")
-        if not program.find_nodes(op="call_module", target=_GUARDS):
-            with program.inserting_after(arguments[-1]):
-                program.call_module(_GUARDS, tuple(arguments))
-        names, structure = self.traced.standalone.names, self.traced.standalone.structure
-        _, inputs = pytree.tree_flatten((names, {}))
-        program.set_codegen(_PyTreeCodeGen(_PyTreeInfo(list(names), inputs, structure)))
-        program.lint()
-
-    def _attributes(self, program: Graph, staying: Staying) -> dict[str, Any]:
-        """Return copies of what the program reads, cut to what stays; tied tensors stay tied."""
-        module, holders = self.dense, self.traced.standalone.program.holders
-        once: dict[int, Any] = {}
-        attributes: dict[str, Any] = {}
-        for node in program.nodes:
-            if node.op not in ("get_attr", "call_module"):
+def _unread(traced: TracedProgram, plan: PruningPlan) -> dict[str, dict[int, Tensor]]:
+    """Return what stays of tensors that belong to units, but that the program does not read."""
+    stays: dict[str, dict[int, Tensor]] = {}
+    for group in plan.groups:
+        for slot in group.slots:
+            if slot.tensor not in traced.unread:
                 continue
-            target = str(node.target)
-            if target == _GUARDS:
-                guards = getattr(module, _GUARDS, None)
-                attributes[target] = InputSizes(self.shapes, copy.deepcopy(guards))
-                continue
-            held = attrgetter(target)(module)
-            if isinstance(held, Tensor):
-                name = holders.get(node.name)
-                held = once.setdefault(id(held), _cut(held, staying, name))
-            attributes[target] = held
-        return attributes
+            shape = traced.standalone.program.tensors[slot.tensor].shape
+            fits = slot.dim < len(shape) and slot.units == group.units
+            if not fits or slot.offset + slot.units * slot.width > shape[slot.dim]:
+                raise AdapterError(
+                    f"group {group.name!r} cannot leave the program: {slot.tensor!r} of shape "
+                    f"{shape} has no such units along dimension {slot.dim}"
+                )
+            dims = stays.setdefault(slot.tensor, {})
+            whole = torch.ones(shape[slot.dim], dtype=torch.bool)
+            dims.setdefault(slot.dim, whole)[slot.indices(group.gone)] = False
+    return stays
+
+
+def _finish(program: Graph, traced: TracedProgram) -> None:
+    """Let a program take its arguments by position or name, and put its outputs together.
+
+    They are checked first.
+    """
+    arguments = program.find_nodes(op="placeholder")
+    if not program.find_nodes(op="call_module", target=_GUARDS):
+        with program.inserting_after(arguments[-1]):
+            program.call_module(_GUARDS, tuple(arguments))
+    names, structure = traced.standalone.names, traced.standalone.structure
+    _, inputs = pytree.tree_flatten((names, {}))
+    program.set_codegen(_PyTreeCodeGen(_PyTreeInfo(list(names), inputs, structure)))
+    program.lint()
+
+
+def _attributes(program: Graph, traced: TracedProgram, staying: Staying) -> dict[str, Any]:
+    """Return copies of what a program reads, cut to what stays; tied tensors stay tied."""
+    module, holders = traced.standalone.module, traced.standalone.program.holders
+    once: dict[int, Any] = {}
+    attributes: dict[str, Any] = {}
+    for node in program.nodes:
+        if node.op not in ("get_attr", "call_module"):
+            continue
+        target = str(node.target)
+        if target == _GUARDS:
+            guards = copy.deepcopy(getattr(module, _GUARDS, None))
+            attributes[target] = InputSizes(input_shapes(traced), guards)
+            continue
+        held = attrgetter(target)(module)
+        if isinstance(held, Tensor):
+            held = once.setdefault(id(held), _cut(held, staying, holders.get(node.name)))
+        attributes[target] = held
+    return attributes
 
 
 def _cut(tensor: Tensor, staying: Staying, name: str | None) -> Tensor:

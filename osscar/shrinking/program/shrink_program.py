@@ -14,25 +14,26 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from graph.extents import TracedProgram
 from graph.tracing.preserve import preserved
 from osscar.base.errors import AdapterError, EquivalenceError, OptionError, first_line
 from osscar.base.inputs import shown
 from osscar.base.memory import let_shortage_pass
 from osscar.network.model_state import restored
 from osscar.network.modules import evaluating, number_format
-from osscar.shrinking.equivalence import (
-    Inputs,
-    finer_precision,
-    in_format_of,
-    runs,
-)
+from osscar.shrinking.equivalence import Inputs, finer_precision, in_format_of, runs
 from osscar.shrinking.fold import fold
 from osscar.shrinking.follow import prepare
 from osscar.shrinking.lineage import lineage_of, note
 from osscar.shrinking.plan import Form, PruningPlan, TracedInput, check_plan, check_traced
 from osscar.shrinking.program.input_sizes import fixed_in_words, sizes_given_up
-from osscar.shrinking.program.program import DenseProgram, ProgramModule
-from osscar.shrinking.proof import MaskedOutputs, Proof, check_request, fold_named
+from osscar.shrinking.program.program import (
+    ProgramModule,
+    input_shapes,
+    smaller,
+    trace_dense,
+)
+from osscar.shrinking.proof import Proof, check_request, distance_from_masked, fold_named
 from osscar.shrinking.slice import slice_units
 from osscar.shrinking.structure import hand_on_structure, remember_structure
 
@@ -134,7 +135,7 @@ def dense_program(
     """Return the program that `shrink_program` makes smaller, on the model's own tensors."""
     with evaluating(model), restored(model):
         prepare(model)
-        return ProgramTrial(model, example, inputs).program.dense
+        return ProgramTrial(model, example, inputs).dense
 
 
 def replayed(model: nn.Module, plan: PruningPlan) -> nn.Module:
@@ -149,7 +150,7 @@ def replayed(model: nn.Module, plan: PruningPlan) -> nn.Module:
     example = in_format_of({given.name: given.example() for given in plan.traced}, model)
     varies = {given.name: given.varies for given in plan.traced}
     with evaluating(model):
-        program = DenseProgram.of(model, example, varies).shrunk(plan)
+        program = smaller(trace_dense(model, example, varies), plan)
     return _noted(program, model, plan)
 
 
@@ -198,7 +199,8 @@ def _proved_finer(
 class ProgramTrial:
     """The program of a model, and what it is proved on, for one plan after another.
 
-    `inputs` are those on which a program is compared with the masked model.
+    `inputs` are those on which a program is compared with the masked model, which is in evaluation
+    mode, and stays as it is.
     """
 
     def __init__(
@@ -212,19 +214,23 @@ class ProgramTrial:
         self.inputs += self._of_other_size()
 
     @property
+    def dense(self) -> nn.Module:
+        """The program as it was traced, on the model's own tensors."""
+        return self.program.standalone.module
+
+    @property
     def traced(self) -> tuple[TracedInput, ...]:
         """The form of the inputs that the model was traced with."""
-        return self._form(self.varies, self.fixed)
+        return self._form(self.varies, self._fixed)
 
     @cached_property
-    def fixed(self) -> dict[str, tuple[int, ...]]:
+    def _fixed(self) -> dict[str, tuple[int, ...]]:
         """Dimensions of inputs of which the model takes other sizes, and the program does not."""
-        example = self.example
 
         def taken(shapes: Mapping[str, Sequence[int]]) -> bool:
-            return runs(self.model, {n: _drawn(example[n], shape) for n, shape in shapes.items()})
+            return runs(self.model, self._of_shapes(shapes))
 
-        return sizes_given_up(self.program.shapes, example, taken)
+        return sizes_given_up(input_shapes(self.program), self.example, taken)
 
     def _form(
         self, varies: Mapping[str, Iterable[int]], fixed: Mapping[str, Iterable[int]]
@@ -234,25 +240,26 @@ class ProgramTrial:
             for name, tensor in self.example.items()
         )
 
-    def _traced(self) -> tuple[Mapping[str, range], DenseProgram]:
+    def _traced(self) -> tuple[Mapping[str, range], TracedProgram]:
         """Trace with every size left open, or else the number of samples alone.
 
         Where attention looks at images, what is computed from an open resolution (windows, padding)
         takes minutes to trace, so that it is not left open.
         """
         images = any(tensor.dim() > 3 for tensor in self.example.values())
-        found: tuple[Mapping[str, range], DenseProgram] | None = None
+        found: tuple[Mapping[str, range], TracedProgram] | None = None
         failure: Exception | None = None
         for most in (1, None) if images else (None, 1):
             if found is not None and (not images or _attends(found[1])):
                 break
             varies = {name: range(t.dim())[:most] for name, t in self.example.items()}
             try:
-                program = DenseProgram.of(self.model, self.example, varies)
+                program = trace_dense(self.model, self.example, varies)
             except AdapterError as error:
                 failure = error
                 continue
-            if all(runs(program.dense, _named(self.model, one)) for one in self.inputs):
+            dense = program.standalone.module
+            if all(runs(dense, _named(self.model, one)) for one in self.inputs):
                 found = varies, program
         if found is None:
             raise failure or AdapterError(
@@ -263,23 +270,36 @@ class ProgramTrial:
 
     def _of_other_size(self) -> list[Mapping[str, Tensor]]:
         """Return a sample of half or twice the size, if model and program take that."""
-        example = self.example
+        open_sizes = input_shapes(self.program)
+        if all(size is not None for sizes in open_sizes.values() for size in sizes[1:]):
+            return []
         for numerator, denominator in ((1, 2), (2, 1)):
-            shapes = self.program.resized(numerator, denominator)
-            one = {name: _drawn(example[name], shape) for name, shape in shapes.items()}
-            changed = any(t.shape[1:] != example[name].shape[1:] for name, t in one.items())
-            if changed and runs(self.model, one) and runs(self.program.dense, one):
+            shapes = {
+                name: [
+                    *([1] if sizes[0] is None else sizes[:1]),
+                    *(
+                        n * numerator // denominator if size is None else n
+                        for size, n in zip(sizes[1:], self.example[name].shape[1:], strict=True)
+                    ),
+                ]
+                for name, sizes in open_sizes.items()
+            }
+            one = self._of_shapes(shapes)
+            if runs(self.model, one) and runs(self.dense, one):
                 return [one]
         return []
+
+    def _of_shapes(self, shapes: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
+        return {name: _drawn(self.example[name], shape) for name, shape in shapes.items()}
 
     def proved(
         self, plan: PruningPlan, tolerance: float | None = None
     ) -> tuple[ProgramModule, float]:
         """Return the smaller program, and how far it is from the masked model."""
-        made = self.program.shrunk(plan)
-        expected = MaskedOutputs.of(self.model, plan, self.inputs, keeping=False)
+        made = smaller(self.program, plan)
+        expected = distance_from_masked(self.model, plan, self.inputs, keeping=False)
         try:
-            return made, expected.distance(made, tolerance)
+            return made, expected(made, tolerance)
         except EquivalenceError:
             raise
         except Exception as error:  # whatever an operator or a guard raises
@@ -289,9 +309,9 @@ class ProgramTrial:
             ) from error
 
 
-def _attends(program: DenseProgram) -> bool:
+def _attends(program: TracedProgram) -> bool:
     """Whether there is attention in a program."""
-    names = [str(node.target) for node in program.dense.graph.nodes]
+    names = [str(node.target) for node in program.standalone.module.graph.nodes]
     return any("softmax" in name or "scaled_dot_product" in name for name in names)
 
 
