@@ -23,8 +23,7 @@ from torch import Tensor, nn
 
 import graph
 from osscar.shrinking import follow
-from osscar.shrinking.shrink import rehearse
-from osscar.shrinking.training import could_fail_in_training
+from osscar.shrinking.shrink import could_fail_in_training, rehearse
 
 _TABLES = ("_parameters", "_buffers", "_modules")
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks")

@@ -7,13 +7,13 @@ much it becomes, and its tensors are compared with those that the headers of the
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, suppress
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -210,76 +210,6 @@ _MOST_CUT = 64
 """How many times smaller a pruned model may be than the dense one, which has to be built."""
 
 
-@dataclass
-class _Budget:
-    """How much a model may become while it is built.
-
-    It may have `times` as many numbers as are stored.
-    """
-
-    stored: Mapping[str, Stored]
-    times: int
-    left: int = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.left = 1000 + 20 * len(self.stored)
-        self.elements = sum(tensor.elements for tensor in self.stored.values())
-        self.most = self.times * max(self.elements, _SPARE)
-        self.bytes = self.times * (_SPARE_BYTES + 8 * self.elements)
-
-    def registered(self, module: nn.Module, name: str, value: Any) -> None:
-        """Count what a module is given."""
-        if threading.get_ident() != self.thread or value is None:
-            return
-        self.left -= 1
-        if self.left < 0:
-            raise _TooMuchError(
-                f"its config asks for more than {1000 + 20 * len(self.stored):,} modules and "
-                f"tensors, and the weights hold {len(self.stored):,} tensors"
-            )
-        if isinstance(value, nn.Parameter) and value.numel() > self.most:
-            raise _TooMuchError(
-                f"its config asks for a {name!r} of {type(module).__name__} of "
-                f"{tuple(value.shape)}, and all weights together are {self.elements:,} numbers"
-            )
-
-    @contextmanager
-    def watched(self, place: AbstractContextManager[object]) -> Iterator[None]:
-        """Count what this thread builds in the block, in a place without memory."""
-        self.thread = threading.get_ident()
-        hooks = [
-            registration.register_module_parameter_registration_hook(self.registered),
-            registration.register_module_buffer_registration_hook(self.registered),
-            registration.register_module_module_registration_hook(self.registered),
-        ]
-        try:
-            with place:
-                yield
-        finally:
-            for hook in hooks:
-                hook.remove()
-
-    def built(
-        self, build: Callable[[], nn.Module], place: AbstractContextManager[object]
-    ) -> nn.Module:
-        """Build a model, and refuse one that is much more than its weights."""
-        with self.watched(place):
-            model = build()
-        numbers = sum(parameter.numel() for parameter in model.parameters())
-        if not numbers <= 2 * self.most:
-            raise _TooMuchError(
-                f"its config asks for {numbers:,} parameters, and the weights are "
-                f"{self.elements:,} numbers"
-            )
-        for name, buffer in model.named_buffers():
-            if not buffer.numel() * buffer.element_size() <= self.bytes:
-                raise _TooMuchError(
-                    f"its config asks for a table {name!r} of {tuple(buffer.shape)}, and the "
-                    f"weights are {self.elements:,} numbers"
-                )
-        return model
-
-
 class EmptyOnMeta(TorchFunctionMode):
     """Give tensors that wait for weights no memory, and compute with all others."""
 
@@ -290,10 +220,6 @@ class EmptyOnMeta(TorchFunctionMode):
     ) -> Any:
         options = dict(kwargs or {})
         return func(*args, **(options | {"device": "meta"} if func in self._WAITING else options))
-
-
-class _TooMuchError(Exception):
-    """A config asks for more than the weights are."""
 
 
 def stored_in(path: Path) -> dict[str, Stored] | None:
@@ -320,15 +246,64 @@ def structure(
     what the model computes, such as rotary frequencies, has values: what waits for weights is on
     the device 'meta', or all of it.
     """
+    elements = sum(tensor.elements for tensor in stored.values())
     times = _MOST_CUT if pruned else 1
-    try:
-        if not computed:
-            # RegNet computes its widths with tensors, which need values.
-            with suppress(NotImplementedError):
-                return _Budget(stored, times).built(build, torch.device("meta"))
-        return _Budget(stored, times).built(build, EmptyOnMeta())
-    except _TooMuchError as error:
-        raise CheckpointError(f"{path} is not a checkpoint that can be read: {error}") from error
+    most = times * max(elements, _SPARE)
+
+    def too_much(of: str) -> CheckpointError:
+        return CheckpointError(
+            f"{path} is not a checkpoint that can be read: its config asks for {of}, and the "
+            f"weights are {elements:,} numbers in {len(stored):,} tensors"
+        )
+
+    def check(module: nn.Module, name: str, value: Any) -> None:
+        if isinstance(value, nn.Parameter) and value.numel() > most:
+            raise too_much(f"a {name!r} of {type(module).__name__} of {tuple(value.shape)}")
+
+    def built(place: AbstractContextManager[object]) -> nn.Module:
+        allowed = 1000 + 20 * len(stored)
+        with _watched(check, allowed, too_much), place:
+            return build()
+
+    if computed:
+        model = built(EmptyOnMeta())
+    else:
+        try:
+            model = built(torch.device("meta"))
+        except NotImplementedError:  # RegNet computes its widths with tensors, which need values
+            model = built(EmptyOnMeta())
+    numbers = sum(parameter.numel() for parameter in model.parameters())
+    if not numbers <= 2 * most:
+        raise too_much(f"{numbers:,} parameters")
+    for name, buffer in model.named_buffers():
+        if not buffer.numel() * buffer.element_size() <= times * (_SPARE_BYTES + 8 * elements):
+            raise too_much(f"a table {name!r} of {tuple(buffer.shape)}")
+    return model
+
+
+@contextmanager
+def _watched(
+    check: Callable[[nn.Module, str, Any], None],
+    allowed: int,
+    too_much: Callable[[str], CheckpointError],
+) -> Iterator[None]:
+    """Check what this thread gives to modules in the block, of which so many are allowed."""
+    thread, registered = threading.get_ident(), itertools.count(1)
+
+    def given(module: nn.Module, name: str, value: Any) -> None:
+        if threading.get_ident() == thread and value is not None:
+            if next(registered) > allowed:
+                raise too_much(f"more than {allowed:,} modules and tensors")
+            check(module, name, value)
+
+    with ExitStack() as hooks:
+        for register in (
+            registration.register_module_parameter_registration_hook,
+            registration.register_module_buffer_registration_hook,
+            registration.register_module_module_registration_hook,
+        ):
+            hooks.callback(register(given).remove)
+        yield
 
 
 def check_tensors(model: nn.Module, stored: Mapping[str, Stored], path: Path) -> None:

@@ -4,7 +4,7 @@ Where the family's config can express the new shapes, the directory is a stock t
 checkpoint.  Elsewhere it holds what builds the dense model (see `osscar.checkpoint.builders`), the
 small weights, and the plans that turn the one into the shape of the other; and for models of
 transformers a file of code, by which it reads them without this project (see
-`osscar.checkpoint.any_shape`).  Here that code is never run.
+`osscar.checkpoint.hf_config`).  Here that code is never run.
 """
 
 from __future__ import annotations
@@ -43,24 +43,16 @@ from osscar.checkpoint.admission import (
     stored_in,
     structure,
 )
-from osscar.checkpoint.any_shape import (
-    MODELLING_FILE,
-    any_shape_config,
-    read_any_shape,
-)
-from osscar.checkpoint.builders import (
-    Builder,
-    TransformersOrigin,
-    builder_of,
-    read_builder,
-)
+from osscar.checkpoint.builders import Builder, TransformersOrigin, builder_of, read_builder
 from osscar.checkpoint.first_pass import check_runs, vocabulary_of
 from osscar.checkpoint.formats import Saving, cast, written_tensors
 from osscar.checkpoint.hf_config import (
     DESCRIPTION_ERRORS,
-    adopt_config,
+    MODELLING_FILE,
+    any_shape_config,
     built,
     is_any_shape,
+    read_any_shape,
     stock_config,
 )
 from osscar.checkpoint.manifest import (
@@ -95,8 +87,6 @@ from osscar.shrinking.plan import Form, PruningPlan
 from osscar.shrinking.program.program import ProgramModule
 from osscar.shrinking.program.shrink_program import replayed
 from osscar.shrinking.structure import remember_structure, structure_of, without_values
-
-__all__ = ["SavedCheckpoint", "adopt_config", "check_output", "load", "save", "stock_config"]
 
 _FORM = "form"
 """What a file of weights says of a program: that it is one."""
@@ -187,15 +177,14 @@ def save(
     lineage = dataclasses.replace(lineage, stored_dtype=str(dtype).removeprefix("torch."))
     with replacing(path, overwrite=overwrite) as new:
         with system_errors():
-            stock = _write(
+            _write(
                 model, lineage, new, example_inputs, tokenizer=tokenizer, report=report, page=page
             )
         try:
             _prove_same(model, _read_again(model, new), example_inputs)
         except EquivalenceError as error:
             raise EquivalenceError(f"the checkpoint was not kept: {error}") from error
-        written, with_code = _written(new), _with_code(new)
-    return SavedCheckpoint(path, stock, written, with_code)
+    return describe(path)
 
 
 def _as_its_class_builds_it(model: nn.Module) -> nn.Module:
@@ -212,17 +201,8 @@ def describe(path: Path) -> SavedCheckpoint:
     manifest = read_manifest(path)
     if manifest is None:
         raise CheckpointError(f"{path} holds no {MANIFEST_FILE}")
-    return SavedCheckpoint(path, manifest.stock, _written(path), _with_code(path))
-
-
-def _written(path: Path) -> int:
-    """Return the bytes of the weights in a directory."""
-    return sum(file.stat().st_size for file in path.glob("*.safetensors"))
-
-
-def _with_code(path: Path) -> bool:
-    """Tell whether a directory that `save` wrote brings the code for transformers."""
-    return (path / MODELLING_FILE.name).is_file()
+    written = sum(file.stat().st_size for file in path.glob("*.safetensors"))
+    return SavedCheckpoint(path, manifest.stock, written, (path / MODELLING_FILE.name).is_file())
 
 
 def weight_bytes(model: nn.Module, dtype: torch.dtype | None = None) -> int:
@@ -241,8 +221,8 @@ def _write(
     tokenizer: Any,
     report: Mapping[str, Any] | None,
     page: str | None,
-) -> bool:
-    """Write all files of a checkpoint; return whether it is stock."""
+) -> None:
+    """Write all files of a checkpoint."""
     config = None
     if isinstance(model, PreTrainedModel):
         config = stock_config(model, lineage.plans)
@@ -266,17 +246,9 @@ def _write(
     lineage = dataclasses.replace(lineage, origin=origin)
     files = tuple(sorted(file.name for file in path.iterdir()))
     Manifest.of(config is not None, lineage, files).write(path)
-    _as_readable_as(path / MANIFEST_FILE, path)
-    return config is not None
-
-
-def _as_readable_as(file: Path, directory: Path) -> None:
-    """Let everybody read all files who can read one that was written as the umask says.
-
-    The writer of safetensors keeps what it writes to its user.
-    """
-    mode = file.stat().st_mode
-    for other in directory.rglob("*"):
+    # As the umask says: the writer of safetensors keeps what it writes to its user.
+    mode = (path / MANIFEST_FILE).stat().st_mode
+    for other in path.rglob("*"):
         if other.is_file():
             other.chmod(mode)
 

@@ -117,7 +117,7 @@ def _structure(
 
 
 def read_any_shape_streamed(path: Path, name: str, shelf: Shelf) -> nn.Module:
-    """Read a directory as `any_shape.read_any_shape` does, its weights on disk."""
+    """Read a directory as `hf_config.read_any_shape` does, its weights on disk."""
     kind = getattr(modeling_pruned, name)
     config = kind.config_class.from_pretrained(path, local_files_only=True)
     stored = read_stored(path)

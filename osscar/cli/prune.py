@@ -14,9 +14,9 @@ from osscar.base.files import resolved, write_text
 from osscar.base.printable import command_line
 from osscar.base.ranks import Ranks, together
 from osscar.base.timing import Profile, Stage, timed
-from osscar.checkpoint.directory import SavedCheckpoint, check_output, describe, weight_bytes
+from osscar.checkpoint.directory import SavedCheckpoint, describe, weight_bytes
 from osscar.checkpoint.manifest import PAGE_FILE, REPORT_FILE
-from osscar.checkpoint.runs import cannot_move, prefix, recover
+from osscar.checkpoint.place import cannot_move, check_output, prefix, recover
 from osscar.cli.common import check_json_path, out, say, say_next, way_back, write_json
 from osscar.cli.estimates import dry_run, read_estimate, where_it_runs
 from osscar.cli.opening import limit_of, opened, quiet, tell_dense

@@ -33,8 +33,7 @@ from osscar.request import PruningRequest
 from osscar.shrinking.equivalence import Inputs, finer_precision
 from osscar.shrinking.plan import Form, GroupPlan, PruningPlan
 from osscar.shrinking.program.shrink_program import ProgramTrial
-from osscar.shrinking.shrink import Feasibility, rehearse
-from osscar.shrinking.training import could_fail_in_training
+from osscar.shrinking.shrink import Feasibility, could_fail_in_training, rehearse
 
 _MOST_TOLD = 8
 

@@ -7,8 +7,10 @@ stays a subclass of its own.
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -187,14 +189,10 @@ class WindowAttention(AnyHeads):
     num_heads: int
     window_size: list[int]
     shift_size: list[int]
+    get_relative_position_bias: Callable[[], Tensor]
     attention_dropout: float
     dropout: float
     training: bool
-
-    def get_relative_position_bias(self) -> Tensor:
-        """Return the bias of every head, (1, heads, positions, positions)."""
-        # Resolved to the original class, which comes later in the method resolution order.
-        return super().get_relative_position_bias()  # type: ignore[misc, no-any-return]
 
     def forward(self, x: Tensor) -> Tensor:
         """Attend within windows of a feature map, (batch, height, width, features)."""
@@ -275,10 +273,7 @@ class RelativePositionAttention(AnyHeads):
     n_heads: int
     head_dim: int
     scale_factor: float
-
-    def get_relative_positional_bias(self) -> Tensor:
-        """Return the bias of every head, (1, heads, positions, positions)."""
-        return super().get_relative_positional_bias()  # type: ignore[misc, no-any-return]
+    get_relative_positional_bias: Callable[[], Tensor]
 
     def forward(self, x: Tensor) -> Tensor:
         """Attend within each partition, (batch, partitions, positions, features)."""
@@ -304,31 +299,33 @@ REWRITTEN: Mapping[str, type[AnyHeads]] = {
 
 def rewritten(module: nn.Module, classes: Mapping[str, type[AnyHeads]]) -> None:
     """Change the class of a module, in place, if it is among those that need another one."""
-    mixin = _wanted(module, classes)
+    mixin = _mixin(module, classes)
     if mixin is not None:
-        module.__class__ = _mixed(mixin, type(module))
+        module.__class__ = _mixed(mixin, type(module))  # type: ignore[arg-type]  # can be hashed
         assert isinstance(module, AnyHeads)
         module.adopt()
 
 
 def changed(model: nn.Module, classes: Mapping[str, type[AnyHeads]]) -> list[str]:
     """Return the names of the modules that `rewritten` changes."""
-    return [name for name, module in model.named_modules() if _wanted(module, classes)]
+    return [name for name, module in model.named_modules() if _mixin(module, classes)]
 
 
-def _wanted(module: nn.Module, classes: Mapping[str, type[AnyHeads]]) -> type[AnyHeads] | None:
-    """Return what is mixed into the class of a module, if it needs another one."""
-    mixin = _mixin(type(module), classes)
-    return mixin if mixin is not None and mixin.wanted(module) else None
-
-
-def _mixin(kind: type[nn.Module], classes: Mapping[str, type[AnyHeads]]) -> type[AnyHeads] | None:
-    """Look up a class, or the one whose forward pass it inherits."""
+def _mixin(module: nn.Module, classes: Mapping[str, type[AnyHeads]]) -> type[AnyHeads] | None:
+    """Return what is mixed into a module's class, if that is listed, or inherits its forward."""
+    kind: Any = type(module)
     for base in kind.__mro__:
         found = classes.get(f"{base.__module__}.{base.__qualname__}")
         if found is not None:
-            return found if kind.forward is base.forward else None  # type: ignore[attr-defined]
+            return found if kind.forward is base.forward and found.wanted(module) else None
     return None
+
+
+@functools.cache
+def _mixed(mixin: type[AnyHeads], original: type[nn.Module]) -> type[nn.Module]:
+    """Return one class for each original, so that modules of one class stay of one class."""
+    name = f"AnyHeads{original.__name__}"
+    return type(name, (mixin, original), {"__doc__": mixin.__doc__})
 
 
 def is_extended(module: object) -> bool:
@@ -373,14 +370,3 @@ def leave_nested_tensors(model: nn.Module, group: GroupPlan) -> None:
             around = model.get_submodule(name)
             if isinstance(around, nn.TransformerEncoder) and within:
                 rewritten(around, REWRITTEN)
-
-
-_MIXED: dict[type[nn.Module], type[nn.Module]] = {}
-
-
-def _mixed(mixin: type[AnyHeads], original: type[nn.Module]) -> type[nn.Module]:
-    """Return one class for each original, so that modules of one class stay of one class."""
-    if original not in _MIXED:
-        name = f"AnyHeads{original.__name__}"
-        _MIXED[original] = type(name, (mixin, original), {"__doc__": mixin.__doc__})
-    return _MIXED[original]

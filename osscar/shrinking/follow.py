@@ -10,12 +10,11 @@ from __future__ import annotations
 
 import copy
 import dis
-import enum
 import functools
 import inspect
 import itertools
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from typing import Any, TypeAlias, TypeVar
 
@@ -131,68 +130,63 @@ def _full_name(kind: type) -> str:
 # ---- counts of heads and neurons ---------------------------------------------------------
 
 
-class _Meaning(enum.Enum):
-    """What an integer of a module counts."""
-
-    HEADS = "query heads, or heads of any sort"
-    KEY_HEADS = "heads of keys and values"
-    SHARING = "query heads that share a key head"
-    WIDTH = "features of all heads together"
-    NEURONS = "neurons"
+def _is_multiple(value: int, group: GroupPlan) -> bool:
+    return value % group.units == 0
 
 
-_NAMES = {
-    _Meaning.HEADS: r"(num_|n_)?(attention_|attn_|query_|q_)?heads?|nhead|num_(local_)?heads",
-    _Meaning.KEY_HEADS: r"(num_|n_)?(key_value|kv)(_heads?)?|num_(local_)?key_value_heads",
-    _Meaning.SHARING: r"num_key_value_groups|num_queries_per_kv|n_rep|kv_groups",
-    _Meaning.WIDTH: r"all_head_size|inner_dim|split_size|attn_dim|qkv_dim",
-    _Meaning.NEURONS: r"(moe_)?intermediate_(size|dim)|ffn_(dim|hidden_size)|d_ff|inner_dim|"
-    r"mlp_dim|expert_dim|dim_feedforward|hidden_features",
+def _is_sharing(value: int, group: GroupPlan) -> bool:
+    """Whether so many query heads share a key head; where units are key heads, each keeps them."""
+    widths = {slot.inner for slot in group.slots if slot.role is Role.PRODUCER}
+    queries = max(widths, default=1) // min(widths, default=1)
+    return value == group.units and queries != value
+
+
+def _is_width(value: int, group: GroupPlan) -> bool:
+    return value in {slot.units * slot.width for slot in group.slots}
+
+
+def _is_count(value: int, group: GroupPlan) -> bool:
+    return value == group.units
+
+
+_COUNTS: dict[UnitKind, dict[str, Callable[[int, GroupPlan], bool]]] = {
+    UnitKind.HEADS: {
+        r"(num_|n_)?(attention_|attn_|query_|q_)?heads?|nhead|num_(local_)?heads": _is_multiple,
+        r"(num_|n_)?(key_value|kv)(_heads?)?|num_(local_)?key_value_heads": _is_multiple,
+        r"num_key_value_groups|num_queries_per_kv|n_rep|kv_groups": _is_sharing,
+        r"all_head_size|inner_dim|split_size|attn_dim|qkv_dim": _is_width,
+    },
+    UnitKind.NEURONS: {
+        r"(moe_)?intermediate_(size|dim)|ffn_(dim|hidden_size)|d_ff|inner_dim|"
+        r"mlp_dim|expert_dim|dim_feedforward|hidden_features": _is_count,
+    },
 }
-"""The names by which model families know them.  A name alone decides nothing: the value has to be
-what the group says that it was."""
+"""The names by which model families know counts of units, and of features of all heads together.
+A name alone decides nothing: the value has to be what the group says that it was."""
 
-_OF_KIND = {
-    UnitKind.HEADS: (_Meaning.HEADS, _Meaning.KEY_HEADS, _Meaning.SHARING, _Meaning.WIDTH),
-    UnitKind.NEURONS: (_Meaning.NEURONS,),
-}
+
+def _counts(values: Mapping[str, Any], group: GroupPlan) -> dict[str, int]:
+    """Return what becomes of those values that count the units of a group."""
+    rules = _COUNTS.get(group.kind, {})
+    return {
+        name: group.scaled(value)
+        for name, value in values.items()
+        if type(value) is int
+        and any(re.fullmatch(names, name) and fits(value, group) for names, fits in rules.items())
+    }
 
 
 def follow(module: object, group: GroupPlan) -> None:
     """Update the integers of a module, or of a config, that count the units of a group."""
-    for name, value in list(vars(module).items()):
-        if type(value) is int:
-            for meaning in _OF_KIND.get(group.kind, ()):
-                if _is_called(meaning, name) and _fits(meaning, value, group):
-                    setattr(module, name, group.scaled(value))
-                    break
-
-
-def _fits(meaning: _Meaning, value: int, group: GroupPlan) -> bool:
-    """Whether a value is what the group would call it, and changes with the group."""
-    sizes = {slot.units * slot.width for slot in group.slots}
-    if meaning is _Meaning.WIDTH:
-        return value in sizes
-    if meaning is _Meaning.NEURONS:
-        return value == group.units
-    widths = {slot.inner for slot in group.slots if slot.role is Role.PRODUCER}
-    queries = max(widths, default=1) // min(widths, default=1)
-    if meaning is _Meaning.SHARING:
-        # Where units are key heads, each keeps its query heads.
-        return value == group.units and queries != value
-    return value % group.units == 0
+    for name, value in _counts(vars(module), group).items():
+        setattr(module, name, value)
 
 
 def _follow_in_config(module: nn.Module, group: GroupPlan) -> None:
     """Give a module that reads counts from the model's config, in its code, one of its own."""
     config, kind = getattr(module, "config", None), type(module)
-    counts: dict[str, int] = {}
-    for name in _read_of_config(kind):  # type: ignore[arg-type]  # classes can be hashed
-        value = getattr(config, name, None)
-        for meaning in _OF_KIND.get(group.kind, ()):
-            if type(value) is int and _is_called(meaning, name) and _fits(meaning, value, group):
-                counts[name] = group.scaled(value)
-                break
+    read = _read_of_config(kind)  # type: ignore[arg-type]  # classes can be hashed
+    counts = _counts({name: getattr(config, name, None) for name in read}, group)
     if counts:
         # What refuses to be changed stays, and is found out by trial.
         with suppress(AttributeError, TypeError):
@@ -214,10 +208,6 @@ def _read_of_config(kind: type[nn.Module]) -> tuple[str, ...]:
         for before, after in itertools.pairwise(read)
         if before.opname == after.opname == "LOAD_ATTR" and before.argval == "config"
     )
-
-
-def _is_called(meaning: _Meaning, name: str) -> bool:
-    return re.fullmatch(_NAMES[meaning], name) is not None
 
 
 # ---- layers ------------------------------------------------------------------------------

@@ -9,13 +9,22 @@ from dataclasses import replace
 from functools import partial
 from typing import TypeAlias
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
+from graph.tracing.export import in_mode
+from graph.tracing.preserve import preserved
+from graph.training import decides_by_training, same_draws
 from osscar.base.errors import EquivalenceError, ModelError, first_line
+from osscar.base.memory import let_shortage_pass
 from osscar.base.printable import listed
+from osscar.network.fake import on_shapes
+from osscar.network.kernels import computable_mixtures
 from osscar.network.model_state import restored
 from osscar.network.modules import evaluating
-from osscar.shrinking.equivalence import Inputs
+from osscar.offload.on_disk import OnDisk
+from osscar.shrinking.equivalence import Inputs, call, explained
 from osscar.shrinking.follow import prepare
 from osscar.shrinking.integers import IntegerSearch
 from osscar.shrinking.lineage import lineage_of, note
@@ -23,7 +32,6 @@ from osscar.shrinking.plan import GroupPlan, PruningPlan
 from osscar.shrinking.proof import Proof, check_request, distance_from_masked, fold_named
 from osscar.shrinking.slice import slice_units
 from osscar.shrinking.structure import remember_structure
-from osscar.shrinking.training import failure_in_training
 
 
 def shrink(
@@ -111,6 +119,40 @@ def _proved(
         plan = replace(plan, integers=plan.integers + found)
         note(model, plans=(*lineage_of(model).plans[:-1], plan))
         return Proof(plan, error)
+
+
+# ---- in training -------------------------------------------------------------------------
+
+
+def failure_in_training(model: nn.Module, inputs: Inputs) -> str:
+    """Say how a model fails in training; nothing if it does not.
+
+    Its own modules are in training, and layers of torch in evaluation. Nothing is computed, so that
+    code which changes weights or keeps averages changes none.
+    """
+    with (
+        preserved(model),
+        in_mode(model, training=True),
+        computable_mixtures(model),
+        same_draws(),
+        torch.no_grad(),
+        on_shapes() as fake,
+    ):
+        try:
+            call(model, pytree.tree_map_only(Tensor, fake.from_tensor, inputs))
+        except Exception as error:  # the model may be anyone's code
+            let_shortage_pass(error)
+            return str(explained(error, model))
+    return ""
+
+
+def could_fail_in_training(model: nn.Module, inputs: Inputs) -> bool:
+    """Whether there is code for training that runs now, and can be tried once more.
+
+    Models that are read from disk cannot: they are those of families whose code is known.
+    """
+    on_disk = any(isinstance(parameter, OnDisk) for parameter in model.parameters())
+    return not on_disk and decides_by_training(model) and not failure_in_training(model, inputs)
 
 
 # ---- which groups can go -----------------------------------------------------------------

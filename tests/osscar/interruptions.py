@@ -248,7 +248,8 @@ def _callers() -> Iterator[tuple[Any, str, bool]]:
         return  # workers do no more
     import transformers
 
-    from osscar.checkpoint import directory, runs
+    from osscar.checkpoint import directory
+    from osscar.checkpoint import place as runs
     from osscar.pruning import shrunk
     from osscar.study import jobs
     from osscar.walk.coroutines import Coroutine

@@ -15,7 +15,7 @@ import osscar
 from osscar.base.errors import CheckpointError
 from osscar.checkpoint import directory as checkpoint
 from osscar.checkpoint import modeling_pruned
-from osscar.checkpoint.any_shape import MODELLING_FILE
+from osscar.checkpoint.hf_config import MODELLING_FILE
 from osscar.checkpoint.manifest import read_manifest
 from osscar.checkpoint.streamed import read_streamed
 from osscar.offload.shelf import Shelf

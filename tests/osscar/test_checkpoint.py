@@ -14,7 +14,7 @@ import osscar
 from osscar.base.errors import CheckpointError, EquivalenceError, OutputError, TextError
 from osscar.checkpoint import directory as checkpoint
 from osscar.checkpoint.manifest import MANIFEST_FILE, read_manifest
-from osscar.checkpoint.runs import Run
+from osscar.checkpoint.place import Run
 from osscar.data.prose import Part, builtin_text
 from osscar.models.language import DEMO_DIRECTORY
 from osscar.network.modules import copied

@@ -1,9 +1,11 @@
 """Pruning in the form of modules or of the exported program, from request to checkpoint."""
 
 import copy
+import functools
 import inspect
 import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -30,7 +32,6 @@ from osscar.shrinking.plan import Form, GroupPlan, PruningPlan
 from osscar.shrinking.program import program
 from osscar.shrinking.structure import structure_of
 from tests.osscar.families import tiny, tokens
-from tests.osscar.networks import images, small_net
 from tests.osscar.programs import CASES, far_apart, without_units
 
 OFTEN = {"device": "cpu", "damp": 1e-3, "blend": 1.0}
@@ -49,21 +50,23 @@ def prune(case, **asked):
     return net, data, osscar.prune(net, data, **{"sparsity": 0.4, **OFTEN, **asked})
 
 
-@pytest.mark.sampled(1)
-@pytest.mark.parametrize("case", ["heads", "generator", "option A"])
-def test_auto_takes_the_program_where_code_cannot_follow(case):
-    net, data, result = prune(case)
-    assert result.form is Form.GRAPH
-    assert not result.left_alone
-    assert isinstance(result.model, osscar.ProgramModule)
-    assert result.parameters_after < result.parameters_before
-    refitted = copy.deepcopy(net)
-    small = dict(result.model.named_parameters())
-    tensors = dict(refitted.named_parameters())
-    for group in result.plan.groups:  # the refitted weights, at the places where they were
-        for slot in group.consumers:
-            assert small[slot.tensor].shape[slot.dim] < tensors[slot.tensor].shape[slot.dim]
-    assert far_apart(result.model(data), without_units(net, result.plan)(data)) < 2.0
+pruned = functools.cache(prune)
+"""The same, once for all tests that change nothing."""
+
+
+@pytest.fixture(scope="module")
+def generator(tmp_path_factory):
+    """The directory of a smaller program."""
+    return pruned("generator")[2].save(tmp_path_factory.mktemp("generator") / "small").path
+
+
+def smaller_program(net, data, *names, units=None):
+    """Return a program without half of the units of some groups, or with those that are given."""
+    example = {next(iter(inspect.signature(net.forward).parameters)): data[:2]}
+    found = graph.trace(net, example)
+    groups = [found.group(name) for name in names] or found.prunable
+    plan = PruningPlan(tuple(GroupPlan.of(g, units or tuple(range(0, g.units, 2))) for g in groups))
+    return osscar.shrink_program(net, plan, [(data[:3],)], example)
 
 
 def test_a_form_that_fails_is_not_looked_into_where_another_does(monkeypatch):
@@ -75,27 +78,14 @@ def test_a_form_that_fails_is_not_looked_into_where_another_does(monkeypatch):
         "rehearse",
         lambda *given, **others: (tried.append(given[1]), rehearsed(*given, **others))[1],
     )
-    _, _, result = prune("option A")
+    net, data, result = prune("option A")
     assert result.form is Form.GRAPH
+    assert not result.left_alone
+    assert isinstance(result.model, osscar.ProgramModule)
+    assert result.parameters_after < result.parameters_before
+    assert far_apart(result.model(data), without_units(net, result.plan)(data)) < 2.0
     assert len(tried) == 1
     assert len(tried[0].groups) > 1
-
-
-def test_auto_keeps_modules_where_they_follow():
-    torch.manual_seed(0)
-    net = nn.Sequential(nn.Linear(8, 24), nn.ReLU(), nn.Linear(24, 3)).eval()
-    result = osscar.prune(net, torch.randn(24, 8), sparsity=0.5, **OFTEN)
-    assert result.form is Form.MODULE
-    assert type(result.model) is nn.Sequential
-
-
-@pytest.mark.sampled(1)
-@pytest.mark.parametrize("form", ["module", "graph"])
-def test_what_reads_fractions_is_proved_in_the_finer_format_too(form):
-    """In float32 a wrong slice of little effect would pass for rounding."""
-    result = osscar.prune(small_net(), images(24), sparsity=0.4, form=form, **OFTEN)
-    assert result.equivalence_error < (1e-12 if form == "module" else 1e-5)  # graph: in both
-    assert next(result.model.parameters()).dtype is torch.float32
 
 
 def test_both_forms_compute_the_same_where_both_follow():
@@ -105,12 +95,15 @@ def test_both_forms_compute_the_same_where_both_follow():
         net[1].running_mean.normal_()
         net[1].running_var.uniform_(0.5, 2.0)
     data, asked = torch.randn(64, 8), {"sparsity": 0.5, "target": "weights", **OFTEN}
-    one = osscar.prune(net, data, form="module", **asked)
+    one = osscar.prune(net, data, **asked)
     other = osscar.prune(net, data, form="graph", **asked)
     assert (one.form, other.form) == (Form.MODULE, Form.GRAPH)
     assert [g.kept for g in one.plan.groups] == [g.kept for g in other.plan.groups]
     assert one.parameters_after == other.parameters_after
     assert far_apart(one.model(data), other.model(data)) < 1e-5
+    # In float32 a wrong slice of little effect would pass for rounding.
+    assert one.equivalence_error < 1e-12
+    assert {p.dtype for m in (one.model, other.model) for p in m.parameters()} == {torch.float32}
 
 
 def test_modules_alone_leave_them_alone():
@@ -181,10 +174,10 @@ def test_a_program_is_not_timed():
 # ---- checkpoints -------------------------------------------------------------------------
 
 
-@pytest.mark.sampled(2)
-@pytest.mark.parametrize("case", ["heads", "generator", "option A", "points"])
+@pytest.mark.sampled(1)
+@pytest.mark.parametrize("case", ["heads", "option A", "points"])
 def test_a_program_is_written_and_read_again(case, tmp_path):
-    _, data, result = prune(case)
+    _, data, result = pruned(case)
     saved = result.save(tmp_path / "small")
     other, _ = dense_of(case, seed=9)
     again = osscar.load(saved.path, dense=other)
@@ -229,21 +222,14 @@ def test_a_program_of_an_encoder_that_lost_heads_is_read_back(tmp_path):
     result = osscar.prune(net, data, groups={"self_attn.heads": 2}, form="graph", **OFTEN)
     path = result.save(tmp_path / "small").path
     assert torch.equal(osscar.load(path, dense=net)(data), result.model(data))
+    # As it was traced, queries, keys and values lie in one slot.
+    assert {s.outer for s in graph.trace(net, (data,)).group("self_attn.heads").producers} == {3}
+    made = smaller_program(net, data, "self_attn.heads")
+    again = osscar.load(osscar.save(made.model, tmp_path / "traced").path, dense=net)
+    assert torch.equal(again(data), made.model(data))
     other = nn.TransformerEncoderLayer(8, 2, 12, batch_first=True).eval()
     with pytest.raises(CheckpointError, match=r"cannot be made again of .*give the dense model"):
         osscar.load(path, dense=other)
-
-
-def test_a_program_of_an_attention_as_it_was_traced_is_read_back(tmp_path):
-    torch.manual_seed(0)
-    net = nn.TransformerEncoderLayer(8, 4, 12, batch_first=True, norm_first=True).eval()
-    data = torch.randn(4, 5, 8)
-    group = graph.trace(net, (data,)).group("self_attn.heads")
-    assert {slot.outer for slot in group.producers} == {3}  # queries, keys and values in one slot
-    plan = PruningPlan((GroupPlan.of(group, (0, 2)),))
-    made = osscar.shrink_program(net, plan, [(data,)], {"src": data})
-    path = osscar.save(made.model, tmp_path / "small").path
-    assert torch.equal(osscar.load(path, dense=net)(data), made.model(data))
 
 
 class Stubborn(nn.Module):
@@ -274,9 +260,7 @@ def test_a_checkpoint_that_nobody_could_read_is_not_kept(tmp_path, monkeypatch):
 
 def test_a_program_that_cannot_be_made_again_is_not_kept(tmp_path, monkeypatch):
     net, data = dense_of("generator")
-    group = graph.trace(net, (data[:2],)).group("up.channels")
-    plan = PruningPlan((GroupPlan.of(group, (0, 2, 3)),))
-    made = osscar.shrink_program(net, plan, [(data[:3],)], {"z": data[:2]}).model
+    made = smaller_program(net, data, "up.channels").model
 
     def fail(*_args):
         raise graph.TraceError("no program", "", "")
@@ -291,16 +275,14 @@ def test_a_program_that_cannot_be_made_again_is_not_kept(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_what_is_known_of_the_dense_model_takes_no_memory_and_goes_along(tmp_path):
-    net, data, result = prune("generator")
+def test_what_is_known_of_the_dense_model_takes_no_memory_and_goes_along(generator):
+    net, data, result = pruned("generator")
     known = structure_of(result.model)
     assert all(parameter.is_meta for parameter in known.model.parameters())
     assert known.inputs["z"].is_meta
     assert known.inputs["z"].shape == (2, *data.shape[1:])
-    kept = copy.deepcopy(result.model)
-    assert structure_of(kept) is known
-    path = osscar.save(kept, tmp_path / "small").path
-    read = osscar.load(path, dense=dense_of("generator", seed=3)[0])
+    assert structure_of(copy.deepcopy(result.model)) is known
+    read = osscar.load(generator, dense=dense_of("generator", seed=3)[0])
     assert {p.device.type for p in structure_of(read).model.parameters()} == {"meta"}
     assert not any(parameter.is_meta for parameter in net.parameters())
 
@@ -373,10 +355,8 @@ def test_a_program_says_what_torch_found_that_it_relies_on():
             return super().forward(x if x.shape[1] > 5 else x * 2)
 
     torch.manual_seed(0)
-    net, x = Longer(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)).eval(), torch.randn(2, 7, 4)
-    group = graph.trace(net, (x,)).group("neurons")
-    plan = PruningPlan((GroupPlan.of(group, (1, 2, 5)),))
-    model = osscar.shrink_program(net, plan, [(x,)], {"x": x}).model
+    net, x = Longer(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)).eval(), torch.randn(3, 7, 4)
+    model = smaller_program(net, x).model
     assert model(torch.randn(3, 6, 4)).shape == (3, 6, 3)
     with pytest.raises(ModelError, match=r"does not hold for x of \(3, 4, 4\), but where x"):
         model(torch.randn(3, 4, 4))
@@ -399,7 +379,7 @@ def test_a_program_of_torchvision_needs_no_dense_model(tmp_path, monkeypatch):
 
 
 def test_a_program_is_an_archive_of_torch_export(tmp_path):
-    _, data, result = prune("heads")
+    _, data, result = pruned("heads")
     written = osscar.export_pt2(result.model, tmp_path / "net.pt2")
     assert written.bytes == (tmp_path / "net.pt2").stat().st_size
     assert written.inputs == {"x": (-1, -1, 16)}
@@ -413,45 +393,42 @@ def test_a_program_is_an_archive_of_torch_export(tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["net.pt2"]
 
 
-@pytest.mark.sampled(3)
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"dtype": "object"},
-        {"name": "not a name"},
-        {"shape": [2**20, 2**20]},
-        {"shape": []},
-        {"shape": [0, 8]},
-        {"varies": [7]},
-        {"name": "other"},
-        {"shape": [2, 9]},
-        {"shape": [2] + [1] * 20_000, "varies": []},  # traced for minutes, without an end
-    ],
+DAMAGES = (
+    *({"dtype": "object"}, {"name": "not a name"}, {"name": "other"}),
+    *({"shape": [2**20, 2**20]}, {"shape": []}, {"shape": [0, 8]}, {"shape": [2, 9]}),
+    *({"varies": [7]}, {"shape": [2] + [1] * 20_000, "varies": []}),  # traced without an end
 )
-def test_a_damaged_description_of_inputs_is_refused(change, tmp_path):
-    _, _, result = prune("generator")
-    path = result.save(tmp_path / "small").path
-    manifest = json.loads((path / MANIFEST_FILE).read_text())
-    manifest["lineage"]["plans"][0]["traced"][0].update(change)
+
+
+def test_a_damaged_description_of_inputs_is_refused(generator, tmp_path):
+    path = shutil.copytree(generator, tmp_path / "small")
+    dense, written = dense_of("generator")[0], (generator / MANIFEST_FILE).read_text()
+    for change in DAMAGES:
+        manifest = json.loads(written)
+        manifest["lineage"]["plans"][0]["traced"][0].update(change)
+        (path / MANIFEST_FILE).write_text(json.dumps(manifest))
+        with pytest.raises(osscar.OsscarError):
+            osscar.load(path, dense=dense)
+    manifest = json.loads(written)
+    manifest["lineage"]["plans"][0]["traced"] = []  # a plan that forgets that it is a program
     (path / MANIFEST_FILE).write_text(json.dumps(manifest))
-    with pytest.raises((CheckpointError, osscar.OsscarError)):
-        osscar.load(path, dense=dense_of("generator")[0])
+    with pytest.raises(CheckpointError, match="holds the weights of an exported program"):
+        osscar.load(path, dense=dense)
 
 
 def test_a_program_is_shrunk_again(tmp_path):
-    _, data, first = prune("generator")
-    group = graph.trace(first.model, (data[:2],)).group("up.channels")
-    plan = PruningPlan((GroupPlan.of(group, (0, 2, 3)),))
-    second = osscar.shrink_program(first.model, plan, [(data[:3],)], {"z": data[:2]})
+    _, data, first = pruned("generator")
+    second = smaller_program(first.model, data, "up.channels", units=(0, 2, 3))
     path = osscar.save(second.model, tmp_path / "small").path
     again = osscar.load(path, dense=dense_of("generator")[0])
     assert torch.equal(again(data), second.model(data))
+    plan = second.proof.plan
     assert far_apart(without_units(first.model, plan)(data), again(data)) < 1e-5
 
 
 def test_a_program_is_not_refitted():
     """Its weights are read by operators, not by modules that could be asked for their inputs."""
-    _, data, first = prune("generator")
+    _, data, first = pruned("generator")
     with pytest.raises(RequestError, match="no group of this model can be pruned"):
         osscar.prune(first.model, data, sparsity=0.3, **OFTEN)
 
@@ -488,62 +465,43 @@ def test_a_model_of_images_whose_code_cannot_follow_becomes_a_program(tmp_path):
     assert result.equivalence_error < 1e-12
     again = osscar.load(result.save(tmp_path / "program").path)
     assert torch.equal(logits(again(data)), logits(result.model(data)))
-    modules = osscar.prune(dense, data, neurons=0.5, **OFTEN)  # which can follow
-    assert isinstance(modules.model, TimesformerForVideoClassification)
 
 
 def logits(output):
     return output["logits"] if isinstance(output, dict) else output.logits
 
 
-def test_a_program_of_code_that_transformers_lacks_needs_its_dense_model(tmp_path):
-    model, windows = tiny("llama-gqa", layers=1), tokens(6, 24)
-    model.__class__ = type("Own", (type(model),), {})  # a name that no directory leads to
-    result = osscar.prune(model, windows, neurons="1/2", form="graph", **OFTEN)
-    path = result.save(tmp_path / "small").path
+@pytest.fixture(scope="module")
+def of_transformers():
+    return smaller_program(tiny("llama-gqa", layers=1), tokens(6, 24)).model
+
+
+def test_a_program_of_code_that_transformers_lacks_needs_its_dense_model(of_transformers, tmp_path):
+    own = copy.deepcopy(of_transformers)
+    kind, config = own.built_by
+    own.built_by = type("Own", (kind,), {}), config  # a name that no directory leads to
+    path = osscar.save(own, tmp_path / "small").path
     with pytest.raises(CheckpointError, match=r"build the dense model and give it: osscar\.load"):
         osscar.load(path)
     again = osscar.load(path, dense=tiny("llama-gqa", seed=3, layers=1))
-    assert torch.equal(again(input_ids=windows).logits, result.model(input_ids=windows).logits)
+    windows = tokens(2, 24)
+    assert torch.equal(again(input_ids=windows).logits, own(input_ids=windows).logits)
 
 
-@pytest.fixture(scope="module")
-def saved_program(tmp_path_factory):
-    asked = {"neurons": "1/2", "form": "graph", "backend": "magnitude", **OFTEN}
-    result = osscar.prune(tiny("llama-gqa", layers=1), tokens(6, 24), **asked)
-    return result.save(tmp_path_factory.mktemp("program") / "small").path
-
-
-@pytest.mark.parametrize(
-    "command", [["eval"], ["inspect"], ["prune", "--sparsity", "0.2", "--out", "other"]]
-)
 def test_no_command_scores_or_prunes_a_program_of_transformers(
-    command, saved_program, tmp_path, monkeypatch, capsys
+    of_transformers, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sys.argv", ["osscar", command[0], str(saved_program), *command[1:]])
-    with pytest.raises(SystemExit) as stop:
-        main()
-    assert stop.value.code
-    told = " ".join(capsys.readouterr().err.split())
-    assert "the exported program of a model of transformers" in told
-    assert "osscar.load runs it in Python" in told
+    path = osscar.save(of_transformers, tmp_path / "small").path
+    for name, *rest in (["eval"], ["inspect"], ["prune", "--sparsity", "0.2", "--out", "other"]):
+        monkeypatch.setattr("sys.argv", ["osscar", name, str(path), *rest])
+        with pytest.raises(SystemExit) as stop:
+            main()
+        assert stop.value.code
+        told = " ".join(capsys.readouterr().err.split())
+        assert "the exported program of a model of transformers" in told
+        assert "osscar.load runs it in Python" in told
     assert not (tmp_path / "other").exists()
-
-
-def test_a_program_of_transformers_is_no_model_of_a_command(saved_program):
-    with pytest.raises(ModelError, match=r"osscar\.load runs it in Python"):
-        osscar.load_model(saved_program)
-
-
-def test_a_plan_that_forgets_that_it_is_a_program_is_refused(tmp_path):
-    _, _, result = prune("generator")
-    path = result.save(tmp_path / "small").path
-    manifest = json.loads((path / MANIFEST_FILE).read_text())
-    manifest["lineage"]["plans"][0]["traced"] = []
-    (path / MANIFEST_FILE).write_text(json.dumps(manifest))
-    with pytest.raises(CheckpointError, match="holds the weights of an exported program"):
-        osscar.load(path, dense=dense_of("generator")[0])
 
 
 def test_samples_that_no_plan_could_tell_of_are_refused_before_anything_is_solved(monkeypatch):
@@ -553,6 +511,7 @@ def test_samples_that_no_plan_could_tell_of_are_refused_before_anything_is_solve
         prune("generator", form="graph")
 
 
+@pytest.mark.slow
 def test_the_command_line_prunes_a_language_model_as_a_program(tmp_path, monkeypatch, capsys):
     options = ["--neurons", "0.7", "--samples", "4", "--seqlen", "32", "--device", "cpu"]
     asked = ["prune", "demo", "--out", str(tmp_path / "small"), "--form", "graph", *options]
@@ -612,12 +571,10 @@ class LazyMask(nn.Module):
 
 def test_what_a_model_keeps_for_its_next_call_is_no_part_of_its_program(tmp_path):
     torch.manual_seed(0)
-    model, x = LazyMask().eval(), torch.randn(24, 6, 5)
-    result = osscar.prune(model, x, heads=0.5, device="cpu")
-    assert result.form == "graph"
+    model, x = LazyMask().eval(), torch.randn(3, 6, 5)
+    small = smaller_program(model, x, "heads").model
     assert model.mask is None
-    saved = result.save(tmp_path / "smaller")
-    again = osscar.load(saved.path, dense=LazyMask().eval())
+    again = osscar.load(osscar.save(small, tmp_path / "small").path, dense=LazyMask().eval())
     longer = torch.randn(2, 9, 5)
-    assert torch.equal(again(x), result.model(x))
-    assert torch.equal(again(longer), result.model(longer))
+    assert torch.equal(again(x), small(x))
+    assert torch.equal(again(longer), small(longer))

@@ -15,10 +15,9 @@ from torch import nn
 
 from osscar.base.errors import BusyError, OutputError
 from osscar.checkpoint import directory as checkpoint
-from osscar.checkpoint import runs
+from osscar.checkpoint import place as runs
 from osscar.checkpoint.manifest import MANIFEST_FILE, Manifest
-from osscar.checkpoint.place import check_output, replacing
-from osscar.checkpoint.runs import Run
+from osscar.checkpoint.place import Run, check_output, replacing
 from osscar.shrinking.lineage import Lineage
 from tests.osscar.forked import forked
 
@@ -26,7 +25,7 @@ PRELUDE = """
 import os, signal
 from pathlib import Path
 
-from osscar.checkpoint import place, runs
+from osscar.checkpoint import place, place as runs
 from osscar.checkpoint.manifest import Manifest
 from osscar.shrinking.lineage import Lineage
 
