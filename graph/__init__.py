@@ -4,7 +4,6 @@ from graph.call import Call, Value
 from graph.dependency import DependencyGraph, trace
 from graph.errors import (
     ArgumentError,
-    DrawingError,
     ExampleInputError,
     GraphError,
     RuleError,
@@ -25,7 +24,6 @@ __all__ = [
     "Call",
     "CouplingGroup",
     "DependencyGraph",
-    "DrawingError",
     "ExampleInputError",
     "Freeze",
     "GraphError",

@@ -53,21 +53,15 @@ class Use:
     order: int
 
 
-@dataclass(frozen=True)
-class HeadUse:
-    """Axes over which an attention runs side by side."""
-
-    layout: Layout
-    module: str
-    order: int
-
-
 @dataclass
 class Findings:
-    """What the rules report besides layouts."""
+    """What the rules report besides layouts: `Call.record` and the like have them.
+
+    heads: The layouts, each with the module of the attention.
+    """
 
     uses: list[Use] = field(default_factory=list)
-    heads: list[HeadUse] = field(default_factory=list)
+    heads: list[tuple[Layout, str]] = field(default_factory=list)
     written: list[Layout] = field(default_factory=list)
 
 
@@ -202,9 +196,7 @@ class Call:
 
     def record_heads(self, layouts: Iterable[Layout]) -> None:
         """Note that an attention runs side by side over the axes of some layouts."""
-        self.findings.heads.extend(
-            HeadUse(layout, self.module, self.order) for layout in layouts if layout != ONE
-        )
+        self.findings.heads.extend((layout, self.module) for layout in layouts if layout != ONE)
 
     def record_written(self, layouts: Iterable[Layout]) -> None:
         """Note that the code writes down the sizes of some layouts and infers that of another."""

@@ -12,7 +12,7 @@ import networkx as nx
 import torch
 
 from graph.draw import render
-from graph.errors import ArgumentError, DrawingError, ExampleInputError, UnknownGroupError
+from graph.errors import ArgumentError, ExampleInputError, GraphError, UnknownGroupError
 from graph.grouping import build_groups
 from graph.groups import CouplingGroup, Role
 from graph.propagate import Operator, propagate
@@ -106,7 +106,7 @@ class DependencyGraph:
         ------
         ArgumentError
             If it is no path.
-        DrawingError
+        GraphError
             If it cannot be written.
         """
         if not isinstance(path, str | Path):
@@ -118,7 +118,7 @@ class DependencyGraph:
             target.write_text(render(self.groups), encoding="utf-8")
         except (OSError, ValueError) as error:  # a NUL in its name
             reason = getattr(error, "strerror", None) or error
-            raise DrawingError(f"cannot write {str(path)[:300]!r}: {reason}") from error
+            raise GraphError(f"cannot write {str(path)[:300]!r}: {reason}") from error
         return target
 
 

@@ -11,10 +11,6 @@ class ArgumentError(GraphError, TypeError):
     """An argument is of another type than what was asked for."""
 
 
-class DrawingError(GraphError):
-    """A drawing cannot be written."""
-
-
 class ExampleInputError(GraphError):
     """What was asked for does not fit the model: example inputs, or a module's name."""
 

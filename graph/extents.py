@@ -6,18 +6,18 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from functools import cached_property
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 from torch.fx import Node
 
-from graph.axes import Axes, Layout
+from graph.axes import Layout
 from graph.call import Value
 from graph.errors import UnknownGroupError
 from graph.grouping import NESTED, groups_by_axis
 from graph.groups import CouplingGroup, Slot
-from graph.propagate import propagate
+from graph.propagate import Propagation, propagate
 from graph.rules import PROGRAM
 from graph.tracing.export import varies
 from graph.tracing.standalone import Standalone, export_standalone
@@ -61,15 +61,12 @@ Extents: TypeAlias = tuple[Extent, ...]
 class TracedProgram:
     """A program with the axes of all of its values.
 
-    axes, values: The layouts, by node.
-    tensors: Those of the model's tensors, by name.
+    found: The layouts of all values.
     groups: The coupling groups, by their axes.
     """
 
     standalone: Standalone
-    axes: Axes = field(repr=False)
-    values: Mapping[Node, Any] = field(repr=False)
-    tensors: Mapping[str, tuple[Layout, ...]] = field(repr=False)
+    found: Propagation = field(repr=False)
     groups: Mapping[int, CouplingGroup] = field(repr=False)
 
     def axis_of(self, slots: Iterable[Slot]) -> int:
@@ -95,18 +92,7 @@ class TracedProgram:
         """Names of the model's tensors that the program does not read."""
         program = self.standalone.program
         read = (program.holders.get(node.name) for node in program.nodes if node.users)
-        return frozenset(self.tensors) - frozenset(name for name in read if name is not None)
-
-    def staying(
-        self, kept: Mapping[int, Collection[int]], unread: Mapping[str, Mapping[int, Tensor]]
-    ) -> Staying:
-        """Return what stays of every value.
-
-        kept: For the axis of each group that loses units, those that stay.
-        unread: Of tensors that the program does not read, which positions of a dimension stay,
-            (size,) bool: no axis tells.
-        """
-        return Staying(self, kept, unread)
+        return frozenset(self.found.tensors) - frozenset(name for name in read if name is not None)
 
 
 def _locations(slots: Iterable[Slot]) -> set[tuple[object, ...]]:
@@ -121,7 +107,9 @@ def _locations(slots: Iterable[Slot]) -> set[tuple[object, ...]]:
 class Staying:
     """What stays of every value of a program.
 
-    kept, unread: As `TracedProgram.staying` takes them.
+    kept: For the axis of each group that loses units, those that stay.
+    unread: Of tensors that the program does not read, which positions of a dimension stay, (size,)
+        bool: no axis tells.
     """
 
     def __init__(
@@ -130,7 +118,7 @@ class Staying:
         kept: Mapping[int, Collection[int]],
         unread: Mapping[str, Mapping[int, Tensor]],
     ) -> None:
-        self._program, self._axes, self._unread = program, program.axes, unread
+        self._program, self._axes, self._unread = program, program.found.axes, unread
         self._masks = {axis: self._mask_of(axis, units) for axis, units in kept.items()}
         self._known: dict[Layout, Extent] = {}
 
@@ -144,7 +132,7 @@ class Staying:
         held = self._program.standalone.program.holders.get(node.name)
         if held is not None and held in self._unread:
             return (self.of_tensor(held),)
-        result, traced = self._program.values.get(node), node.meta.get("val")
+        result, traced = self._program.found.values.get(node), node.meta.get("val")
         values = result if isinstance(result, tuple | list) else (result,)
         tensors = traced if isinstance(traced, tuple | list) else (traced,)
         return tuple(
@@ -162,7 +150,7 @@ class Staying:
     def of_tensor(self, name: str) -> Extents:
         """Return the dimensions of a parameter or buffer."""
         stays = self._unread.get(name, {})
-        extents = self._of_dims(self._program.tensors[name])
+        extents = self._of_dims(self._program.found.tensors[name])
         return tuple(
             Extent(extent.size, stays[dim]) if dim in stays else extent
             for dim, extent in enumerate(extents)
@@ -222,10 +210,5 @@ def trace_program(
     """
     standalone = export_standalone(model, example, left_open)
     found = propagate(standalone.program, PROGRAM)
-    return TracedProgram(
-        standalone,
-        found.axes,
-        found.values,
-        found.tensors,
-        groups_by_axis(found, standalone.program.tensors),
-    )
+    groups = groups_by_axis(found, standalone.program.tensors)
+    return TracedProgram(standalone, found, groups)

@@ -60,8 +60,8 @@ def groups_by_axis(
         axis: [*axes.freezes(axis), *uneven.get(axis, ())] or list(_unusable(slots[axis]))
         for axis in slots
     }
-    heads = frozenset().union(*(axes.leaves(use.layout) for use in propagation.heads))
-    written = frozenset().union(*(axes.leaves(layout) for layout in propagation.written))
+    heads = frozenset().union(*(axes.leaves(layout) for layout, _ in propagation.findings.heads))
+    written = frozenset().union(*(axes.leaves(layout) for layout in propagation.findings.written))
     factors = _beside(axes, occurrences, freezes, heads, written)
     for axis in factors:
         freezes[axis] = freezes[axis] or [NESTED]
@@ -218,7 +218,7 @@ def _position(slot: Slot) -> tuple[int, str, int, int, int]:
 def _roles(propagation: Propagation) -> dict[tuple[str, int, int], dict[Role, Use]]:
     """Find the first use in each role of every axis of every tensor dimension."""
     roles: dict[tuple[str, int, int], dict[Role, Use]] = defaultdict(dict)
-    for use in propagation.uses:
+    for use in propagation.findings.uses:
         for axis in propagation.axes.leaves(use.layout):
             roles[use.tensor, use.dim, axis].setdefault(use.role, use)
     return roles

@@ -43,9 +43,9 @@ class Naming:
         self._factors = factors
         self._targets = {operator.order: operator.target for operator in propagation.operators}
         self._heads: dict[int, str] = {}
-        for use in propagation.heads:
-            for axis in propagation.axes.leaves(use.layout):
-                self._heads.setdefault(axis, use.module)
+        for layout, module in propagation.findings.heads:
+            for axis in propagation.axes.leaves(layout):
+                self._heads.setdefault(axis, module)
         self.kinds = {axis: self._kind(axis) for axis in slots}
         self.names = self._unique()
 

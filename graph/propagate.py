@@ -11,7 +11,7 @@ from typing import Any, cast
 import torch
 
 from graph.axes import Axes, Layout
-from graph.call import Call, Findings, HeadUse, Result, Shape, Use, Value
+from graph.call import Call, Findings, Result, Shape, Value
 from graph.errors import RuleError, TraceError
 from graph.groups import Freeze
 from graph.rules.table import CONSTANT, RuleTable, aten
@@ -52,9 +52,7 @@ class Propagation:
 
     axes: Axes
     tensors: Mapping[str, tuple[Layout, ...]]
-    uses: Sequence[Use]
-    heads: Sequence[HeadUse]
-    written: Sequence[Layout]
+    findings: Findings
     operators: tuple[Operator, ...]
     values: Mapping[torch.fx.Node, Any]
     """For each node a `Value`, or a tuple of them; or a number."""
@@ -104,15 +102,8 @@ class _Walk:
                 self._output(node)
             else:
                 self.results[node] = self._call(node, order)
-        found = self.findings
         return Propagation(
-            axes=self.axes,
-            tensors=self.tensors,
-            uses=found.uses,
-            heads=found.heads,
-            written=found.written,
-            operators=tuple(self.operators),
-            values=self.results,
+            self.axes, self.tensors, self.findings, tuple(self.operators), self.results
         )
 
     def _placeholder(self, node: torch.fx.Node) -> Value | None:

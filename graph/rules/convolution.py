@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 
 from graph.axes import Layout
 from graph.call import Call, Value
@@ -29,7 +28,11 @@ def convolved(call: Call) -> Value:
     group = call.unify(read[0], rows[0])
     taken, made = (rows[1], weight.dims[1]) if transposed else (weight.dims[1], rows[1])
     call.unify(read[1], taken)
-    Filter(weight, transposed, group, taken, made).record(call)
+    if not weight.is_weight:
+        call.freeze((taken,), "it is summed over in a product of two activations")
+    call.record(weight, Role.PASS_THROUGH, 0, group)
+    call.record(weight, Role.CONSUMER, 0 if transposed else 1, taken)
+    call.record(weight, Role.PRODUCER, 1 if transposed else 0, made)
     produced = call.axes.product((group, made))
     around = _around(call, value.dims[-space:], weight.dims[2:], transposed)
     dims = (*lead, produced, *around)
@@ -56,26 +59,6 @@ def _around(
 def _grouped(call: Call, layout: Layout, groups: int) -> list[Layout] | None:
     """Factor channels into (groups, channels in a group)."""
     return call.axes.regroup((layout,), (groups, call.axes.size(layout) // groups))
-
-
-@dataclass(frozen=True)
-class Filter:
-    """The channels of a filter: those it reads in a group, the groups, those it makes in one."""
-
-    weight: Value
-    transposed: bool
-    group: Layout
-    taken: Layout
-    made: Layout
-
-    def record(self, call: Call) -> None:
-        """Note the roles of the filter's tensor."""
-        if not self.weight.is_weight:
-            call.freeze((self.taken,), "it is summed over in a product of two activations")
-        read, made = (0, 1) if self.transposed else (1, 0)
-        call.record(self.weight, Role.PASS_THROUGH, 0, self.group)
-        call.record(self.weight, Role.CONSUMER, read, self.taken)
-        call.record(self.weight, Role.PRODUCER, made, self.made)
 
 
 _KINDS = "avg_pool max_pool adaptive_avg_pool adaptive_max_pool _adaptive_avg_pool"

@@ -29,9 +29,8 @@ _LONGEST_LIST = 64
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """A parameter or buffer of the model, tied ones known by the first of their names."""
+    """A parameter or buffer of the model."""
 
-    name: str
     shape: tuple[int, ...]
     is_parameter: bool
 
@@ -125,7 +124,7 @@ def tensors_of(model: torch.nn.Module) -> dict[str, TensorInfo]:
     """Describe the parameters and buffers of a model, by the first of their names."""
     names = canonical_names(model)
     return {
-        names[name]: TensorInfo(names[name], tuple(tensor.shape), is_parameter)
+        names[name]: TensorInfo(tuple(tensor.shape), is_parameter)
         for name, tensor, is_parameter in _named_tensors(model)
     }
 

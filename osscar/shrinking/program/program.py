@@ -123,7 +123,7 @@ def input_shapes(traced: TracedProgram) -> dict[str, tuple[int | None, ...]]:
 def smaller(traced: TracedProgram, plan: PruningPlan) -> ProgramModule:
     """Return a smaller program, in evaluation mode; it shares no tensor with the traced one."""
     kept = {_axis_of(traced, group): group.kept for group in plan.groups}
-    staying = traced.staying(kept, _unread(traced, plan))
+    staying = Staying(traced, kept, _unread(traced, plan))
     program, copies = Graph(), dict[Node, Node]()
     program.output(program.graph_copy(traced.standalone.module.graph, copies))
     origins = {node: origin for origin, node in copies.items()}
