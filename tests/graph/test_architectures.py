@@ -7,9 +7,10 @@ import torch
 from torch import nn
 
 import graph
-from graph import CouplingGroup, UnitKind
+from graph import CouplingGroup, Role, UnitKind
 from tests.coverage.zoo import transformers_case
 
+from .families import build, token_inputs
 from .masking import assert_sliced, assert_sound
 
 _HEADS = {
@@ -24,8 +25,13 @@ _DECODER = {
 }
 # The position bias of the first block of T5 is shared by all, and so are the heads.
 EXPECTED: dict[str, dict[str, int]] = {
-    "gemma2": _HEADS,
-    "phi3": _HEADS,
+    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma2", "phi3"), _HEADS),
+    "llama-multi-query": {**_HEADS, "model.layers.*.self_attn.heads": 6},
+    "opt": {
+        "model.decoder.layers.*.self_attn.heads": 6,
+        "model.decoder.layers.*.neurons": 40,
+    },
+    "gpt2": {"transformer.h.*.attn.heads": 6, "transformer.h.*.mlp.neurons": 40},
     "gpt-neox": {"gpt_neox.layers.*.attention.heads": 6, "gpt_neox.layers.*.mlp.neurons": 40},
     "gpt-j": {"transformer.h.*.attn.heads": 6, "transformer.h.*.mlp.neurons": 40},
     "falcon-multi-query": {
@@ -64,11 +70,14 @@ EXPECTED: dict[str, dict[str, int]] = {
 }
 """The prunable groups of a family and their units; a star stands for both of two layers."""
 
-_WRITTEN_OUT = ("gemma2", "gpt-j", "falcon-multi-query", "bert", "t5", "swin")
+_WRITTEN_OUT = (
+    *("llama", "llama-multi-query", "gemma2", "opt", "gpt2", "gpt-j", "falcon-multi-query"),
+    *("bert", "t5", "swin"),
+)
 CASES = [*((name, None) for name in EXPECTED), *((name, "eager") for name in _WRITTEN_OUT)]
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize(("name", "attention"), CASES)
 def test_transformers(name: str, attention: str | None) -> None:
     case = transformers_case(name, attention)
@@ -82,6 +91,48 @@ def test_transformers(name: str, attention: str | None) -> None:
     assert {group.name: group.units for group in groups} == expected
     for group in groups:
         assert_sound(model, group, inputs)
+
+
+def _slots(group: CouplingGroup, role: Role) -> dict[str, tuple[int, int, int]]:
+    return {
+        s.tensor.split("self_attn.")[-1]: (s.dim, s.outer, s.inner)
+        for s in group.slots
+        if s.role is role
+    }
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize(("keys", "units", "rows"), [(4, 4, 8), (2, 2, 16), (1, 4, 8)])
+def test_units_of_heads(keys: int, units: int, rows: int, implementation: str) -> None:
+    # A batch of two, beside two key heads: equal sizes must not be confused.
+    model = build("llama", 4, keys, implementation, attention_bias=True)
+    group = graph.trace(model, token_inputs()).group("model.layers.0.self_attn.heads")
+    assert group.units == units
+    producers = {"q_proj.weight": (0, 1, rows)}
+    if keys > 1:  # a single key head is shared by all, and belongs to none
+        producers |= {"k_proj.weight": (0, 1, 8), "v_proj.weight": (0, 1, 8)}
+    assert _slots(group, Role.PRODUCER) == producers
+    assert _slots(group, Role.CONSUMER) == {"o_proj.weight": (1, 1, rows)}
+    biases = {name.replace("weight", "bias"): place for name, place in producers.items()}
+    assert _slots(group, Role.PASS_THROUGH) == biases
+
+
+@pytest.mark.parametrize(
+    ("family", "implementation"), [("opt", "eager"), ("llama", "eager"), ("llama", "sdpa")]
+)
+def test_a_single_head_is_kept_whole(family: str, implementation: str) -> None:
+    model = build(family, 1, 1, implementation)
+    for size in ((2, 7), (1, 7)):
+        groups = graph.trace(model, token_inputs(*size)).groups
+        prunable = [group.name for group in groups if group.prunable]
+        assert len(prunable) == 2
+        assert all(name.endswith("neurons") for name in prunable)
+        (width,) = (
+            group
+            for group in groups
+            if any(slot.tensor.endswith("1.self_attn.v_proj.weight") for slot in group.producers)
+        )
+        assert any("the width of a single head" in freeze.reason for freeze in width.frozen)
 
 
 def _convolutional(name: str, size: int) -> tuple[nn.Module, tuple[torch.Tensor]]:

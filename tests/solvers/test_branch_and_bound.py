@@ -6,8 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from solvers import BackendError, Status, solve
-from tests.solvers.instances import INSTANCES
+from solvers import Status, solve
 from tests.solvers.test_perspective import random_problem
 
 
@@ -68,11 +67,3 @@ def test_bad_start_is_improved_upon():
     worst = tuple(best.removed.tolist())
     solution = solve(problem, "branch_and_bound", start=worst)
     assert solution.support.tolist() == best.support.tolist()
-
-
-@pytest.mark.parametrize(
-    "options", [{"time_limit": -1.0}, {"gap_tolerance": 1.0}, {"node_limit": -1}]
-)
-def test_bad_options_are_refused(options):
-    with pytest.raises(BackendError, match="limits must not be negative"):
-        solve(INSTANCES["scalar"].problem, "branch_and_bound", **options)

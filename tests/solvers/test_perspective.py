@@ -11,7 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from solvers import (
-    BackendError,
     Consumer,
     Status,
     SubsetProblem,
@@ -147,9 +146,3 @@ def test_definiteness_is_not_claimed_within_rounding():
     assert not is_definite(q, Q)
     assert is_definite(q * 1.001, Q)
     assert is_definite(scaled_diagonal(Q, torch.ones(40).double()), Q)
-
-
-@pytest.mark.parametrize("options", [{"rounds": 0}, {"steps": 0}])
-def test_bad_options_are_refused(options):
-    with pytest.raises(BackendError, match="use 1 or more"):
-        solve(INSTANCES["scalar"].problem, "perspective", **options)

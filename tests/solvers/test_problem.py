@@ -44,64 +44,58 @@ def poked(tensor, value, index=(0, 1)):
     return copy
 
 
-BAD_FIELDS = {
-    "H not a matrix": ({"H": torch.ones(4).double()}, r"H must be a float64 matrix"),
-    "G in float32": ({"G": torch.ones(4, 2)}, r"G must be a float64 matrix, not torch.float32"),
-    "H not square": ({"H": torch.ones(4, 3).double()}, r"H must be square .* not \(4, 3\)"),
-    "H empty": ({"H": torch.ones(0, 0).double()}, r"H must be square and not empty"),
-    "W0 too short": ({"W0": torch.ones(3, 2).double()}, r"G and W0 must both be \(4, m\)"),
-    "rows flat": ({"rows": torch.arange(4)}, r"rows must be an int64 matrix \(units, width\)"),
-    "e is NaN": ({"e": math.nan}, r"e is nan"),
-    "e is negative": ({"e": -1.0}, r"e is -1.0; a mean squared norm"),
-    "e is text": ({"e": "5"}, r"e is '5'; it must be a number"),
-    "e has too many digits": ({"e": 10**400}, r"e has more digits than a number may have"),
-    "e overflows": ({"e": 1e150}, r"e is 1e\+150, whose products overflow or vanish"),
-    "G overflows": (
+BAD_FIELDS = [
+    ({"H": torch.ones(4).double()}, r"H must be a float64 matrix"),
+    ({"G": torch.ones(4, 2)}, r"G must be a float64 matrix, not torch.float32"),
+    ({"H": torch.ones(4, 3).double()}, r"H must be square .* not \(4, 3\)"),
+    ({"H": torch.ones(0, 0).double()}, r"H must be square and not empty"),
+    ({"W0": torch.ones(3, 2).double()}, r"G and W0 must both be \(4, m\)"),
+    ({"rows": torch.arange(4)}, r"rows must be an int64 matrix \(units, width\)"),
+    ({"e": math.nan}, r"e is nan"),
+    ({"e": -1.0}, r"e is -1.0; a mean squared norm"),
+    ({"e": "5"}, r"e is '5'; it must be a number"),
+    ({"e": 10**400}, r"e has more digits than a number may have"),
+    ({"e": 1e150}, r"e is 1e\+150, whose products overflow or vanish"),
+    (
         {"G": 1e200 * torch.ones(4, 2).double()},
         r"G has entries up to 1e\+200, whos",
     ),
-    "damping is negative": ({"damping": -3}, r"damping is -3.0; it must be finite"),
-    "H is complex": ({"H": torch.eye(4, dtype=torch.complex128)}, r"H must hold real numbers"),
-    "H is nowhere": ({"H": torch.eye(4, device="meta")}, r"H must hold real numbers, not .* meta"),
-    "H is missing": ({"H": None}, r"H must be a tensor of numbers, not of NoneType"),
-    "rows are text": ({"rows": [["a"]] * 4}, r"rows must be a tensor of numbers, not of list"),
-    "variance too short": ({"variance": torch.ones(3).double()}, r"variance must be \(4,\) in flo"),
-    "variance in float32": ({"variance": torch.ones(4)}, r"variance must be .* not torch.float32"),
-    "variance is NaN": ({"variance": torch.full((4,), torch.nan).double()}, r"variance has NaN or"),
-    "variance is negative": (
+    ({"damping": -3}, r"damping is -3.0; it must be finite"),
+    ({"H": torch.eye(4, dtype=torch.complex128)}, r"H must hold real numbers"),
+    ({"H": torch.eye(4, device="meta")}, r"H must hold real numbers, not .* meta"),
+    ({"H": None}, r"H must be a tensor of numbers, not of NoneType"),
+    ({"rows": [["a"]] * 4}, r"rows must be a tensor of numbers, not of list"),
+    ({"variance": torch.ones(3).double()}, r"variance must be \(4,\) in flo"),
+    ({"variance": torch.ones(4)}, r"variance must be .* not torch.float32"),
+    ({"variance": torch.full((4,), torch.nan).double()}, r"variance has NaN or"),
+    (
         {"variance": -torch.ones(4).double()},
         r"variance has -1; no variance",
     ),
-    "variance is large": (
+    (
         {"variance": torch.tensor([0, 0, 1e6, 0]).double()},
         r"variance has 1e\+06 for row 2, where H has .* no variance exceeds the second moment",
     ),
-    "overlap": ({"rows": torch.tensor([[0], [1], [1], [3]])}, r"own 4 rows, 3 of them distinct"),
-    "uncovered": ({"rows": torch.tensor([[0, 1], [2, -1]])}, r"own 3 rows, 3 of them distinct"),
-    "outside": ({"rows": torch.tensor([[0], [1], [2], [4]])}, r"must own each of the 4 rows"),
-}
+    ({"rows": torch.tensor([[0], [1], [1], [3]])}, r"own 4 rows, 3 of them distinct"),
+    ({"rows": torch.tensor([[0, 1], [2, -1]])}, r"own 3 rows, 3 of them distinct"),
+    ({"rows": torch.tensor([[0], [1], [2], [4]])}, r"must own each of the 4 rows"),
+]
+
+BAD_ENTRIES = [
+    (math.nan, (0, 1), "H has NaN or infinite"),
+    (0.5, (0, 1), "H is not symmetric: entries differ by up to"),
+    (0.0, (2, 2), r"H has 0 on its diagonal \(row 2\)"),
+    (1e-200, (2, 2), r"H has 1e-200 on its diagonal \(row 2\) .* scale the data"),
+    (-3.0, (1, 1), r"H has -3 on its diagonal \(row 1\)"),
+]
 
 
-@pytest.mark.parametrize(("changed", "message"), BAD_FIELDS.values(), ids=BAD_FIELDS.keys())
-def test_consumer_refuses(changed, message):
-    with pytest.raises(ProblemError, match=message):
-        Consumer(**{**fields(), **changed})
-
-
-@pytest.mark.parametrize(
-    ("value", "index", "message"),
-    [
-        (math.nan, (0, 1), "H has NaN or infinite"),
-        (0.5, (0, 1), "H is not symmetric: entries differ by up to"),
-        (0.0, (2, 2), r"H has 0 on its diagonal \(row 2\)"),
-        (1e-200, (2, 2), r"H has 1e-200 on its diagonal \(row 2\) .* scale the data"),
-        (-3.0, (1, 1), r"H has -3 on its diagonal \(row 1\)"),
-    ],
-)
-def test_consumer_refuses_hessian(value, index, message):
+def test_consumer_refuses():
     good = fields()
-    with pytest.raises(ProblemError, match=message):
-        Consumer(**{**good, "H": poked(good["H"], value, index)})
+    entries = [({"H": poked(good["H"], v, i)}, message) for v, i, message in BAD_ENTRIES]
+    for changed, message in [*BAD_FIELDS, *entries]:
+        with pytest.raises(ProblemError, match=message):
+            Consumer(**{**good, **changed})
 
 
 def indefinite():
@@ -229,54 +223,47 @@ def test_an_energy_that_rounding_lowered_is_raised():
         Consumer.from_gram(H, W0, G=G, e=e * (1 - 1e-6), damp=0.0)
 
 
-BAD_GRAMS = {
-    "H flat": ({"H": torch.ones(4)}, r"H must be \(p, p\) and W0 \(p, m\)"),
-    "W0 short": ({"W0": torch.ones(3, 2)}, r"H must be \(p, p\) and W0 \(p, m\)"),
-    "damp negative": ({"damp": -0.1}, r"damp is -0.1"),
-    "damp infinite": ({"damp": math.inf}, r"damp is inf"),
-    "G alone": ({"G": torch.ones(4, 2)}, r"give both, or neither"),
-    "units indivisible": ({"units": 3}, r"4 rows cannot be shared equally by 3 units"),
-    "units empty": ({"units": []}, r"units is empty"),
-    "units overlap": ({"units": [[0, 1], [1, 2, 3]]}, r"must own each of the 4 rows"),
-    "units flat": ({"units": [0, 1, 2, 3]}, r"units is \[0, 1, 2, 3\]; it must be a number of"),
-    "units of parts": ({"units": [[0.9, 1], [2, 3]]}, r"units is \[\[0.9, 1\], \[2, 3\]\]; it"),
-    "units true": ({"units": True}, r"units is True; it must be a number of units"),
-    "units from the end": (
+BAD_GRAMS = [
+    ({"H": torch.ones(4)}, r"H must be \(p, p\) and W0 \(p, m\)"),
+    ({"W0": torch.ones(3, 2)}, r"H must be \(p, p\) and W0 \(p, m\)"),
+    ({"damp": -0.1}, r"damp is -0.1"),
+    ({"damp": math.inf}, r"damp is inf"),
+    ({"G": torch.ones(4, 2)}, r"give both, or neither"),
+    ({"units": 3}, r"4 rows cannot be shared equally by 3 units"),
+    ({"units": []}, r"units is empty"),
+    ({"units": [[0, 1], [1, 2, 3]]}, r"must own each of the 4 rows"),
+    ({"units": [0, 1, 2, 3]}, r"units is \[0, 1, 2, 3\]; it must be a number of"),
+    ({"units": [[0.9, 1], [2, 3]]}, r"units is \[\[0.9, 1\], \[2, 3\]\]; it"),
+    ({"units": True}, r"units is True; it must be a number of units"),
+    (
         {"units": [[-1, 0, 1], [2, 3]]},
         r"the rows that it owns, counted from 0",
     ),
-    "units float tensor": ({"units": torch.rand(2, 2)}, r"whole numbers, not torch.float32 of"),
-    "H complex": ({"H": torch.eye(4) * 1j}, r"H must hold real numbers, not torch.complex64"),
-    "H asymmetric": ({"H": torch.eye(4).triu() + torch.ones(4, 4).triu(1)}, r"H is not symmetric"),
-    "H overflows": ({"H": 1e200 * torch.eye(4).double()}, r"H has entries up to 1e\+200, whose"),
-    "damp is text": ({"damp": "x"}, r"damp is 'x'; it must be a number"),
-    "damp overflows": ({"damp": 1e300}, r"H with its damping has entries up to"),
-    "e is negative": ({"G": torch.ones(4, 2), "e": -5}, r"e is -5.0; a mean squared norm"),
-    "e too small": (
+    ({"units": torch.rand(2, 2)}, r"whole numbers, not torch.float32 of"),
+    ({"H": torch.eye(4) * 1j}, r"H must hold real numbers, not torch.complex64"),
+    ({"H": torch.eye(4).triu() + torch.ones(4, 4).triu(1)}, r"H is not symmetric"),
+    ({"H": 1e200 * torch.eye(4).double()}, r"H has entries up to 1e\+200, whose"),
+    ({"damp": "x"}, r"damp is 'x'; it must be a number"),
+    ({"damp": 1e300}, r"H with its damping has entries up to"),
+    ({"G": torch.ones(4, 2), "e": -5}, r"e is -5.0; a mean squared norm"),
+    (
         {"G": torch.ones(4, 2), "e": 0.01},
         r"e is 0.0\d+, with which the best weights",
     ),
-    "G a column": (
+    (
         {"G": torch.ones(4, 1), "e": 9.0},
         r"G must have the shape of W0, \(4, 2\), not",
     ),
-}
+]
 
 
-@pytest.mark.parametrize(("changed", "message"), BAD_GRAMS.values(), ids=BAD_GRAMS.keys())
-def test_from_gram_refuses(changed, message):
+def test_from_gram_refuses():
     H, W0 = gram()
-    with pytest.raises(ProblemError, match=message):
-        Consumer.from_gram(**{"H": H, "W0": W0, **changed})
-
-
-@pytest.mark.parametrize(
-    ("value", "message"), [(math.inf, "H has NaN or infinite"), (-1.0, "H has -1 on its diagonal")]
-)
-def test_from_gram_refuses_hessian(value, message):
-    H, W0 = gram()
-    with pytest.raises(ProblemError, match=message):
-        Consumer.from_gram(poked(H, value, (1, 1)), W0)
+    entries = [(math.inf, "H has NaN or infinite"), (-1.0, "H has -1 on its diagonal")]
+    poked_ones = [({"H": poked(H, value, (1, 1))}, message) for value, message in entries]
+    for changed, message in [*BAD_GRAMS, *poked_ones]:
+        with pytest.raises(ProblemError, match=message):
+            Consumer.from_gram(**{"H": H, "W0": W0, **changed})
 
 
 def test_arrays_and_other_formats_are_read():

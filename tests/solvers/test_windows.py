@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from solvers import BackendError, ProblemError, Status, refit, solve
+from solvers import ProblemError, Status, refit, solve
 from solvers.closed_forms.windows import apply_window, window_problem
 from tests.solvers.instances import INSTANCES
 from tests.solvers.test_perspective import random_problem
@@ -89,8 +89,3 @@ def test_unsolved_windows_claim_nothing():
     problem = random_problem(0, 30, 1, 20, 15, spread=1.0)
     solution = solve(problem, "window_search", units=28, windows=1, time_limit=0.0)
     assert solution.status is Status.FEASIBLE
-
-
-def test_bad_options_are_refused():
-    with pytest.raises(BackendError, match="two units or more"):
-        solve(INSTANCES["scalar"].problem, "window_search", units=1)
