@@ -129,6 +129,11 @@ class Call:
         """Return an integer argument."""
         return cast(int, self.arguments[name])
 
+    def along(self, name: str = "dim", value: str = "self") -> tuple[Value, int]:
+        """Return a tensor argument, and the dimension of it that another one names."""
+        found = self.value(value)
+        return found, self.integer(name) % len(found.dims)
+
     def flag(self, name: str) -> bool:
         """Return a boolean argument; absent means False."""
         return bool(self.arguments.get(name, False))
@@ -210,13 +215,15 @@ class Call:
         self.freeze((layout,), reason)
         return layout
 
+    def unknowns(self, shapes: Iterable[Shape], reason: str) -> tuple[Value, ...]:
+        """Return new frozen tensors of some shapes, about which nothing is known."""
+        return tuple(Value(tuple(self.unknown(n, reason) for n in shape)) for shape in shapes)
+
     def opaque(self, reason: str) -> tuple[Value, ...]:
         """Freeze every input and return frozen outputs: the safe answer to anything."""
         for value in self.values():
             self.freeze(value.dims, reason)
-        return tuple(
-            Value(tuple(self.unknown(size, reason) for size in shape)) for shape in self.shapes
-        )
+        return self.unknowns(self.shapes, reason)
 
 
 Result: TypeAlias = Value | Sequence[Value]

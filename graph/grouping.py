@@ -173,7 +173,7 @@ def _beside(
     beside: dict[int, Factor] = {}
     for axis in sorted(freezes, key=rank):
         leads = (
-            Factor(lead, outer=occurrence.segment.index(axis) < occurrence.segment.index(lead))
+            (lead, occurrence.segment.index(axis) < occurrence.segment.index(lead))
             for occurrence in occurrences[axis]
             for lead in occurrence.segment
             if lead in chosen

@@ -4,22 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 
 from graph.groups import Role, Slot, UnitKind
 from graph.propagate import Propagation
 
-
-@dataclass(frozen=True)
-class Factor:
-    """How an axis stands to the prunable one with which it makes up a dimension.
-
-    lead: The prunable axis.
-    outer: Whether the units of `lead` lie inside this axis, not the other way round.
-    """
-
-    lead: int
-    outer: bool
+Factor = tuple[int, bool]
+"""How an axis stands to the prunable one with which it makes up a dimension: that one, and whether
+its units lie inside this axis, not the other way round."""
 
 
 class Naming:
@@ -87,13 +78,14 @@ class Naming:
             return self.kinds[axis].value
         factor = self._factors.get(axis)
         if factor is not None:
-            return f"{self._word(factor.lead)}.{'outer' if factor.outer else 'inner'}"
+            lead, outer = factor
+            return f"{self._word(lead)}.{'outer' if outer else 'inner'}"
         produced = any(slot.role is Role.PRODUCER for slot in self._slots[axis])
         return "outputs" if produced else "inputs"
 
     def _home(self, axis: int) -> str:
         """Find the module that a group is preferably called after."""
-        axis = self._factors[axis].lead if axis in self._factors else axis
+        axis = self._factors[axis][0] if axis in self._factors else axis
         if self.kinds[axis] is UnitKind.HEADS:
             return self._heads[axis]
         if self.kinds[axis] in (UnitKind.NEURONS, UnitKind.HIDDEN):

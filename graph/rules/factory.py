@@ -25,17 +25,17 @@ _BY_POSITION = aten("arange eye linspace logspace")
     *_BY_POSITION,
     *aten("new_tensor rand randint randn randperm tril_indices triu_indices"),
 )
-def enumerated(call: Call) -> list[Value]:
+def enumerated(call: Call) -> tuple[Value, ...]:
     """Freeze a new tensor whose positions differ; what it takes its type from is left alone."""
     reason = "it meets numbers that the code makes for a fixed size"
-    return [Value(tuple(call.unknown(size, reason) for size in shape)) for shape in call.shapes]
+    return call.unknowns(call.shapes, reason)
 
 
 @rule(CONSTANT)
-def written_down(call: Call) -> list[Value]:
+def written_down(call: Call) -> tuple[Value, ...]:
     """Freeze a tensor that is written in the code."""
     reason = "it is a dimension of a constant of the code"
-    return [Value(tuple(call.unknown(size, reason) for size in shape)) for shape in call.shapes]
+    return call.unknowns(call.shapes, reason)
 
 
 @PROGRAM.rule(*_BY_POSITION, CONSTANT)

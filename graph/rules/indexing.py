@@ -39,8 +39,7 @@ def _cut(call: Call, layout: Layout, sizes: Iterable[int]) -> list[Layout]:
 @rule("aten.slice", "aten.narrow")
 def sliced(call: Call) -> Value:
     """Keep a consecutive part of a dimension, or every n-th position of it."""
-    value = call.value("self")
-    dim = call.integer("dim") % len(value.dims)
+    value, dim = call.along()
     layout, kept = value.dims[dim], call.shapes[0][dim]
     size = call.axes.size(layout)
     start = call.integers("start")[0] if call.arguments.get("start") is not None else 0
@@ -57,8 +56,7 @@ def sliced(call: Call) -> Value:
 
 
 def _select(call: Call) -> Value:
-    value = call.value("self")
-    dim = call.integer("dim") % len(value.dims)
+    value, dim = call.along()
     call.freeze((value.dims[dim],), _PICKED)
     return Value(
         value.dims[:dim] + value.dims[dim + 1 :], value.origins[:dim] + value.origins[dim + 1 :]
@@ -89,8 +87,7 @@ def split(call: Call) -> list[Value]:
     Where only their size or their number is given and the last ones are smaller, the places of the
     cuts follow from the whole, so that no part can change alone.
     """
-    value = call.value("self")
-    dim = call.integer("dim") % len(value.dims)
+    value, dim = call.along()
     sizes = [shape[dim] for shape in call.shapes]
     parts = _cut(call, value.dims[dim], sizes)
     if call.operator.endswith(("sizes.default", ".sizes", ".indices")):
@@ -179,8 +176,7 @@ def shuffled(call: Call) -> Value:
 @rule("aten.index_select")
 def index_selected(call: Call) -> Value:
     """Look positions of one dimension up by index."""
-    value = call.value("self")
-    dim = call.integer("dim") % len(value.dims)
+    value, dim = call.along()
     index = call.value("index")
     call.freeze((value.dims[dim],), _PICKED)
     call.record(index, Role.PASS_THROUGH)
@@ -280,15 +276,15 @@ def embedded_in_bags(call: Call) -> list[Value]:
     bags, *others = call.shapes
     return [
         Value((call.unknown(bags[0], reason), weight.dims[1])),
-        *(Value(tuple(call.unknown(size, reason) for size in shape)) for shape in others),
+        *call.unknowns(others, reason),
     ]
 
 
 @rule("aten.unfold")
 def windowed(call: Call) -> Value:
     """Cut a dimension into windows, whose positions become a last dimension."""
-    value, reason = call.value("self"), "windows slide over it"
-    dim = call.integer("dimension") % len(value.dims)
+    reason = "windows slide over it"
+    value, dim = call.along("dimension")
     call.freeze((value.dims[dim],), reason)
     dims = list(value.dims)
     dims[dim] = call.unknown(call.shapes[0][dim], reason)

@@ -22,10 +22,7 @@ def _affine(call: Call, layout: Layout, *names: str) -> Layout:
 
 def _with_statistics(call: Call, output: Value) -> list[Value]:
     """Return the output, then the frozen statistics that native variants also return."""
-    others = [
-        Value(tuple(call.unknown(size, _STATISTICS) for size in shape)) for shape in call.shapes[1:]
-    ]
-    return [output, *others]
+    return [output, *call.unknowns(call.shapes[1:], _STATISTICS)]
 
 
 @rule(*aten("layer_norm native_layer_norm rms_norm _fused_rms_norm"))

@@ -73,8 +73,7 @@ def triangular(call: Call) -> Value:
 @rule("aten.glu")
 def gated(call: Call) -> Value:
     """Multiply the first half of a dimension by a gate of the second half."""
-    value = call.value("self")
-    dim = call.integer("dim") % len(value.dims)
+    value, dim = call.along()
     halves = call.axes.cut(value.dims[dim], call.shapes[0][dim])
     dims = list(value.dims)
     if halves is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import warnings
 from collections import deque
 from collections.abc import Iterator, Mapping
@@ -34,66 +35,48 @@ def preserved(model: torch.nn.Module) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Contents:
-    """What the modules of a model hold, as it is when this is made."""
+    """What the modules of a model hold, as it is when this is made.
 
-    _parts: tuple[_Content, ...]
+    _held: Containers with their items at that time; of a dict the keys, and then the values.
+    """
+
+    _held: tuple[tuple[_Container, tuple[Any, ...]], ...]
 
     @classmethod
     def of(cls, model: torch.nn.Module) -> Contents:
-        """Look at all modules, and at the containers in their attributes."""
-        return cls(tuple(_contents(model)))
+        """Look at the attributes of all modules, and at the containers in them, each once."""
+        found: dict[int, tuple[_Container, tuple[Any, ...]]] = {}
+        queue: list[Any] = [model]
+        while queue:
+            held = queue.pop()
+            if isinstance(held, torch.nn.Module):
+                held = vars(held)
+            if isinstance(held, tuple):
+                queue.extend(held)
+            elif isinstance(held, dict | list | set | deque) and id(held) not in found:
+                found[id(held)] = held, _items(held)
+                queue.extend(found[id(held)][1])
+        return cls(tuple(found.values()))
 
     def restore(self) -> None:
         """Put it back."""
-        for part in self._parts:
-            part.restore()
-
-
-@dataclass(frozen=True)
-class _Content:
-    """What a container held at one time: its items, for a dict the keys and then the values."""
-
-    holder: _Container
-    items: tuple[Any, ...]
-
-    def restore(self) -> None:
-        now = _items(self.holder)
-        if len(now) == len(self.items) and all(map(_is, now, self.items)):
-            return
-        self.holder.clear()
-        if isinstance(self.holder, dict):
-            half = len(self.items) // 2
-            for key, value in zip(self.items[:half], self.items[half:], strict=True):
-                self.holder[key] = value
-        elif isinstance(self.holder, set):
-            self.holder.update(self.items)
-        else:
-            self.holder.extend(self.items)
-
-
-def _is(one: object, other: object) -> bool:
-    return one is other
+        for holder, items in self._held:
+            now = _items(holder)
+            if len(now) == len(items) and all(map(operator.is_, now, items)):
+                continue
+            holder.clear()
+            if isinstance(holder, dict):
+                half = len(items) // 2
+                for key, value in zip(items[:half], items[half:], strict=True):
+                    holder[key] = value
+            elif isinstance(holder, set):
+                holder.update(items)
+            else:
+                holder.extend(items)
 
 
 def _items(holder: _Container) -> tuple[Any, ...]:
     return (*holder, *holder.values()) if isinstance(holder, dict) else tuple(holder)
-
-
-def _contents(model: torch.nn.Module) -> Iterator[_Content]:
-    """Yield the attributes of all modules, and the containers in them, each once."""
-    seen: set[int] = set()
-    queue: list[Any] = [model]
-    while queue:
-        held = queue.pop()
-        if isinstance(held, torch.nn.Module):
-            held = vars(held)
-        if isinstance(held, tuple):
-            queue.extend(held)
-        elif isinstance(held, dict | list | set | deque) and id(held) not in seen:
-            seen.add(id(held))
-            items = _items(held)
-            yield _Content(held, items)
-            queue.extend(items)
 
 
 def forget_derived(model: torch.nn.Module) -> None:

@@ -182,7 +182,8 @@ class _Search(Incumbent):
 
     def _enumerate(self, nodes: Nodes, terms: TermsBatch) -> None:
         """Close nodes that leave few supports open."""
-        self._keep(nodes, torch.zeros_like(nodes.share), torch.zeros_like(nodes.bound))
+        assert self._record is not None
+        self._record.add(nodes, torch.zeros_like(nodes.share), torch.zeros_like(nodes.bound))
         counts = torch.stack([terms.free.sum(1), terms.removals], 1)
         for free, removals in sorted({(free, removals) for free, removals in counts.tolist()}):
             some = (counts == counts.new_tensor([free, removals])).all(1)
@@ -203,7 +204,8 @@ class _Search(Incumbent):
         """Close the nodes whose bound reaches the cutoff, and divide the others."""
         value = torch.maximum(terms.certified(bound.cost), nodes.bound)
         point = torch.zeros_like(nodes.share).scatter(1, terms.units, bound.point)
-        places = self._keep(nodes, point, bound.growth)
+        assert self._record is not None
+        places = self._record.add(nodes, point, bound.growth)
         self._round(nodes, terms, bound, int(value.argmin()))
         remains = value < self.cutoff
         if not bool(remains.all()):
@@ -214,11 +216,6 @@ class _Search(Incumbent):
             share = nodes.share.scatter(1, terms.units, (share + bound.point) / 2)
             nodes = Nodes(value, nodes.sides, share, places)
             self._push_children(*self._fix(nodes, terms, bound), terms, bound)
-
-    def _keep(self, nodes: Nodes, point: Tensor, growth: Tensor) -> Tensor:
-        """Record nodes as they are bounded; return their places, (b,)."""
-        assert self._record is not None
-        return self._record.add(nodes, point, growth)
 
     def _round(self, nodes: Nodes, terms: TermsBatch, bound: BoundBatch, index: int) -> None:
         """Offer the support that the relaxation of one node suggests."""

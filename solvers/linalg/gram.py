@@ -181,18 +181,12 @@ def damp_terms(
     An input that was always zero (a dead neuron) has no effect on the layer: its weights are taken
     as zero, so that removing it is free.
 
-    H: Gram matrix ``X'X/N``, (p, p).
-    W0: Dense weights, (p, m).
-    G, e: ``X'Y/N``, (p, m), and ``|Y|^2/N``; by default those of the target ``Y = X W0``.  Where e
-        is less than G explains, by no more than the rounding of their format, it is raised to that.
-    damp: lambda relative to the mean of the diagonal of `H`.  Raised, with a warning, where `H` is
-        so close to singular that hardly a digit of its inverse is left (`DEFINITE_MARGIN`).
-    overwrite: Whether the terms may take the place of `W0`, `G` and a symmetric `H`, where these
-        are in float64.
+    The arguments are those of `solvers.Consumer.from_gram`.  Where e is less than G explains, by no
+    more than the rounding of their format, it is raised to that; damp is raised, with a warning,
+    where H is so close to singular that hardly a digit of its inverse is left (`DEFINITE_MARGIN`).
+
     Returns the fields of a `Consumer`: ``H + lambda I``, ``G + lambda W0``, ``e + lambda |W0|^2``,
         W0 with zeros for dead inputs, and lambda as `damping`.
-    Raises ProblemError if the input is not finite, has a wrong shape or type, is far from positive
-        semidefinite, or if e is less than G explains.
     """
     H, W0, given, digits = _matrices(H, W0, G, overwrite)
     damp = as_number("damp", damp)

@@ -9,6 +9,7 @@ from torch import nn
 import graph
 from graph import Role, UnitKind
 
+from .blocks import AddedProducts
 from .masking import assert_sliced, assert_sound
 from .topologies import FROZEN, PRUNABLE, Concat, Depthwise, GatedHalves, Residual, Tied, randomized
 
@@ -92,6 +93,13 @@ def test_tied_weights_are_named_once_and_cut_on_both_sides() -> None:
     dims = {slot.dim for slot in group.slots if slot.tensor == "first.weight"}
     assert dims == {0, 1}
     assert group.removable == 2 * 6 - 1 + 2 + (4 + 1) + 5
+
+
+def test_slots_name_the_module_that_uses_a_tensor() -> None:
+    """A bias that another layer adds is passed through there, not where it is held."""
+    groups = graph.trace(AddedProducts(), (torch.randn(3, 4),)).groups
+    (slot,) = (slot for group in groups for slot in group.slots if slot.tensor == "down.bias")
+    assert (slot.role, slot.module) == (Role.PASS_THROUGH, "")
 
 
 def test_inputs_and_outputs_are_frozen() -> None:
