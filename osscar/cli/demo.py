@@ -56,7 +56,7 @@ def run(directory: Path, backend: str, json: Path | None) -> None:
         f"pruned the embedded OPT model: {_HEADS} of the heads and {_NEURONS} of "
         f"the neurons stay, chosen by {backend} on {_SAMPLES} x {_SEQLEN} calibration tokens"
     )
-    out.print(layers_table(result.layers))
+    out.print(layers_table(report["layers"]))
     for line in (*run_lines(report), saved_line(saved)):
         out.print(line)
     out.print(comparison_table(comparison))

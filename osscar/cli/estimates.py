@@ -22,7 +22,7 @@ from osscar.estimation.estimate import estimate_as_asked, of_command
 from osscar.estimation.values import Estimate, EstimateDocument
 from osscar.models.loaded import LoadedModel
 from osscar.network.modules import number_format
-from osscar.report.estimate_tables import estimate_table, extrapolated
+from osscar.report.run_tables import estimate_table, extrapolated
 from osscar.request import PruningRequest
 
 _LARGEST = 1 << 24

@@ -24,8 +24,8 @@ from osscar.cli.opening import opened, quiet, stated_preprocessing
 from osscar.cli.options import PosedOptions, StudyOptions, given
 from osscar.data.batches import as_inputs
 from osscar.preparation.fingerprint import Fingerprint
+from osscar.report.gap_page import write_report
 from osscar.report.gap_tables import cases_table, scores_table
-from osscar.report.html import write_report
 from osscar.report.summary import summarize
 from osscar.study.cluster import connected
 from osscar.study.design import DEFAULT_BACKENDS, StudyDesign
@@ -76,7 +76,7 @@ def run(
             records = study.run(design, jobs, executor=cluster)
             summary = summarize(records, study.trivial)
             report = write_report(study, design, records, summary, jobs=jobs)
-        out.print(cases_table(summary))
+        out.print(cases_table(summary.layers))
         out.print(scores_table(summary))
         say(summary.answer)
         for sentence in summary.headline:

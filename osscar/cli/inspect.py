@@ -10,7 +10,7 @@ from osscar.base.errors import OptionError
 from osscar.base.printable import are, counted
 from osscar.cli.common import check_json_path, document, out, say, write_json
 from osscar.cli.opening import quiet, stated_preprocessing
-from osscar.cli.options import ImageOptions
+from osscar.cli.options import OpenOptions
 from osscar.evaluation.size import count_owned
 from osscar.models.load import load_model
 from osscar.network.modules import count_parameters
@@ -28,7 +28,7 @@ def run(
     trust_remote_code: bool,
 ) -> None:
     """Show the coupling groups of a model."""
-    stated = stated_preprocessing(ImageOptions(image_size=image_size))
+    stated = stated_preprocessing(OpenOptions(image_size=image_size))
     check_json_path(json, inputs=(model,))
     check_json_path(svg, inputs=(model,), written=(json,), option="--svg")
     with quiet():

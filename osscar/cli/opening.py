@@ -15,7 +15,7 @@ from osscar.base.memory import in_words
 from osscar.base.printable import counted
 from osscar.base.timing import Stage, timed
 from osscar.cli.common import err, say, say_aside
-from osscar.cli.options import ImageOptions, PosedOptions, RunOptions
+from osscar.cli.options import DataOptions, OpenOptions, RunOptions
 from osscar.data.batches import CalibrationData
 from osscar.data.images import ImageSet
 from osscar.data.preprocessing import Preprocessing
@@ -51,7 +51,7 @@ def quiet() -> Iterator[None]:
         err.print(f"... and {more} more", style="yellow")
 
 
-def stated_preprocessing(options: ImageOptions) -> Preprocessing | None:
+def stated_preprocessing(options: OpenOptions) -> Preprocessing | None:
     """Return what options state of images; None if they state nothing.
 
     Raises
@@ -98,7 +98,7 @@ def _numbers(
 
 def opened(
     model: str,
-    options: RunOptions | PosedOptions,
+    options: DataOptions,
     seed: int,
     check: Callable[[Any], None] = lambda loaded: None,
     says: bool = True,

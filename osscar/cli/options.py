@@ -33,6 +33,7 @@ Against = Annotated[
 ]
 Trust = Annotated[bool, Parameter(help="Run the code that a checkpoint brings along.")]
 Device = Annotated[str, Parameter(help="auto, cpu or cuda.")]
+Dtype = Annotated[str, Parameter(help="auto (float32 on a CPU), float32, bfloat16 or float16.")]
 Backend = Annotated[str, Parameter(help="`osscar backends` lists them.")]
 BackendOptions = Annotated[
     list[str],
@@ -49,260 +50,169 @@ Count = Annotated[int | None, Parameter(validator=validators.Number(gte=1))]
 
 
 @dataclass(frozen=True, kw_only=True)
-class ImageOptions:
-    """What is done to images.
-
-    Parameters
-    ----------
-    mean
-        Mean of pixels / 255 that is subtracted from images: one number a channel, separated by
-        commas, or one for all.  [default: what the model brings]
-    std
-        Deviation of pixels / 255 by which images are divided, alike.
-    no_normalize
-        Images are pixels / 255 as they are.
-    """
+class OpenOptions:
+    """How a model is opened, and what is done to images."""
 
     mean: str | None = None
+    """Mean of pixels / 255 that is subtracted from images: one number a channel, separated by
+    commas, or one for all.  [default: what the model brings]"""
     std: str | None = None
+    """Deviation of pixels / 255 by which images are divided, alike."""
     image_size: ImageSize = None
     no_normalize: bool = False
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelOptions(ImageOptions):
-    """How a model is opened.
-
-    Parameters
-    ----------
-    weights
-        Weights for a torchvision model or code of your own: .safetensors, or a state dict.
-    dtype
-        auto (float32 on a CPU), float32, bfloat16 or float16.
-    """
-
+    """Images are pixels / 255 as they are."""
     weights: Path | None = None
-    dtype: str = "auto"
-    json: Json = None
+    """Weights for a torchvision model or code of your own: .safetensors, or a state dict."""
     trust_remote_code: Trust = False
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunOptions(ModelOptions):
-    """How a model is opened and calibrated.
-
-    Parameters
-    ----------
-    calibration
-        Plain text file or Hugging Face dataset (by default built-in text); for images a directory
-        or an .npz file; for anything else FILE.npz or FILE.safetensors, with an entry for each
-        argument of the model's `forward`.
-    samples
-        Calibration windows (default 32), images or samples (default 256).
-    seqlen
-        Tokens in a calibration window (default 512, or the context if less); of a sweep also in a
-        window that is scored.
-    max_memory
-        Most memory of a run, such as 8GB, for a language model in a directory that is larger: its
-        weights stay on disk, and each is read when it is needed.  With --device cuda it is the
-        card's memory.  [default: what is free there, if the model does not fit in it]
-    """
+class DataOptions(OpenOptions):
+    """How a model is opened and calibrated."""
 
     calibration: str | None = None
+    """Plain text file or Hugging Face dataset (by default built-in text); for images a directory
+    or an .npz file; for anything else FILE.npz or FILE.safetensors, with an entry for each
+    argument of the model's `forward`."""
     samples: Annotated[int | None, Parameter(validator=validators.Number(lte=10**6))] = None
+    """Calibration windows (default 32), images or samples (default 256)."""
     seqlen: int | None = None
+    """Tokens in a calibration window (default 512, or the context if less); of a sweep also in a
+    window that is scored."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions(DataOptions):
+    """What runs that prune have in common."""
+
+    dtype: Dtype = "auto"
+    json: Json = None
     max_memory: str | None = None
+    """Most memory of a run, such as 8GB, for a language model in a directory that is larger: its
+    weights stay on disk, and each is read when it is needed.  With --device cuda it is the
+    card's memory.  [default: what is free there, if the model does not fit in it]"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PruneOptions(RunOptions):
-    """What `osscar prune` takes beside the request.
-
-    Parameters
-    ----------
-    out
-        Where the smaller model goes.  [required]
-    overwrite
-        Replace the checkpoint that is there.
-    restart
-        Begin anew where a run that was killed would go on.
-    report
-        Also write the page that lies in the output directory as `report.html` here.
-    dry_run
-        Tell what the run will take, stage by stage, and write nothing but --json FILE: time,
-        memory and disk, from few samples and one layer of each class.
-    estimate
-        What --dry-run --json wrote of this run: say in the end how far off it was.
-    """
+    """What `osscar prune` takes beside the request."""
 
     out: Path | None = None
+    """Where the smaller model goes.  [required]"""
     against: Against = None
     overwrite: bool = False
+    """Replace the checkpoint that is there."""
     restart: bool = False
+    """Begin anew where a run that was killed would go on."""
     report: Path | None = None
+    """Also write the page that lies in the output directory as `report.html` here."""
     dry_run: bool = False
+    """Tell what the run will take, stage by stage, and write nothing but --json FILE: time,
+    memory and disk, from few samples and one layer of each class."""
     estimate: Path | None = None
+    """What --dry-run --json wrote of this run: say in the end how far off it was."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SweepOptions(RunOptions):
-    """What `osscar sweep` takes beside what its points share.
-
-    Parameters
-    ----------
-    sparsity
-        Shares to *remove* of the parameters that heads, neurons and channels own, separated by
-        commas.
-    params
-        Or parameters of the model to *keep*: fractions, or counts, separated by commas.
-    size
-        Or shares to *keep* of what its weights take on disk.
-    flops
-        Or shares of its floating-point operations to *keep*.
-    speedup
-        Or how many times as fast as the dense model a forward pass of a calibration batch shall be,
-        timed on this device.
-    out
-        Where the sweep lies, or goes on.
-    text
-        Plain text to score; by default the built-in held-out text.
-    images
-        Images to score, as for `osscar eval`; without, only divergence is.
-    inputs
-        Samples of any other kind to score, as for `osscar eval`.
-    windows
-        Score only the first N windows; by default the full text.
-    baselines
-        Also prune with equal shares of every group, each layer by itself, by `multistage` (the
-        choice of OSSCAR as published), `greedy`, `wanda` and `magnitude`.
-    """
+    """What `osscar sweep` takes beside what its points share."""
 
     sparsity: str | None = None
+    """Shares to *remove* of the parameters that heads, neurons and channels own, separated by
+    commas."""
     params: str | None = None
+    """Or parameters of the model to *keep*: fractions, or counts, separated by commas."""
     size: str | None = None
+    """Or shares to *keep* of what its weights take on disk."""
     flops: str | None = None
+    """Or shares of its floating-point operations to *keep*."""
     speedup: str | None = None
+    """Or how many times as fast as the dense model a forward pass of a calibration batch shall be,
+    timed on this device."""
     out: Path = Path("osscar-sweep")
+    """Where the sweep lies, or goes on."""
     text: str | None = None
+    """Plain text to score; by default the built-in held-out text."""
     images: str | None = None
+    """Images to score, as for `osscar eval`; without, only divergence is."""
     inputs: str | None = None
+    """Samples of any other kind to score, as for `osscar eval`."""
     windows: int | None = None
+    """Score only the first N windows; by default the full text."""
     baselines: bool = False
+    """Also prune with equal shares of every group, each layer by itself, by `multistage` (the
+    choice of OSSCAR as published), `greedy`, `wanda` and `magnitude`."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvalOptions(ModelOptions):
-    """What `osscar eval` takes.
+class EvalOptions(OpenOptions):
+    """What `osscar eval` takes."""
 
-    Parameters
-    ----------
-    text
-        Plain text to score; by default the built-in held-out text.
-    images
-        Images to score: a directory, with a folder for each class if they have labels, or FILE.npz
-        with `images` and `labels` (FILE.npz:test for `test_images`).
-    inputs
-        Samples to score of any other kind, fed as they are: FILE.npz or FILE.safetensors, with an
-        entry for each argument of the model's `forward`, and perhaps `labels`.
-    samples
-        Score only so many of these, drawn at random.
-    against
-        The dense model, to be measured side by side; code of your own also rebuilds the pruned one.
-    windows
-        Score only the first N windows; by default the full text.
-    seqlen
-        Tokens in a window.
-    batch_size
-        Windows (default 4), images or samples (default 32) at once.
-    """
-
+    dtype: Dtype = "auto"
+    json: Json = None
     text: str | None = None
+    """Plain text to score; by default the built-in held-out text."""
     images: str | None = None
+    """Images to score: a directory, with a folder for each class if they have labels, or FILE.npz
+    with `images` and `labels` (FILE.npz:test for `test_images`)."""
     inputs: str | None = None
+    """Samples to score of any other kind, fed as they are: FILE.npz or FILE.safetensors, with an
+    entry for each argument of the model's `forward`, and perhaps `labels`."""
     samples: Count = None
+    """Score only so many of these, drawn at random."""
     against: str | None = None
+    """The dense model, to be measured side by side; code of your own also rebuilds the pruned
+    one."""
     windows: int | None = None
+    """Score only the first N windows; by default the full text."""
     seqlen: int | None = None
+    """Tokens in a window."""
     batch_size: int | None = None
+    """Windows (default 4), images or samples (default 32) at once."""
     device: Device = "auto"
 
 
 @dataclass(frozen=True, kw_only=True)
-class PosedOptions(ImageOptions):
-    """How the problems of a model are posed; they mean nothing to problem files.
-
-    Parameters
-    ----------
-    groups
-        Only groups of the model that match one of these patterns (`*.heads`).
-    query_heads
-        Let single query heads be units, where only groups of them can be removed.
-    calibration
-        Data as for `osscar prune`.
-    samples
-        Calibration windows (default 32), images or samples (default 256).
-    seqlen
-        Tokens in a calibration window (default 512, or the context if less).
-    weights
-        Weights for a torchvision model or code of your own: .safetensors, or a state dict.
-    damp
-        Pull towards the dense weights, relative to diag(H).
-    device
-        Where the model runs: auto, cpu or cuda. Solves run on the CPU.
-    """
+class PosedOptions(DataOptions):
+    """How `osscar gap` poses the problems of a model; they mean nothing to problem files."""
 
     groups: str | None = None
+    """Only groups of the model that match one of these patterns (`*.heads`)."""
     query_heads: bool = False
-    calibration: str | None = None
-    samples: Annotated[int | None, Parameter(validator=validators.Number(lte=10**6))] = None
-    seqlen: int | None = None
-    weights: Path | None = None
+    """Let single query heads be units, where only groups of them can be removed."""
     damp: float = 0.01
+    """Pull towards the dense weights, relative to diag(H)."""
     device: str = "auto"
-    trust_remote_code: Trust = False
+    """Where the model runs: auto, cpu or cuda. Solves run on the CPU."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class StudyOptions:
-    """What `osscar gap` does with each problem.
-
-    Parameters
-    ----------
-    sparsity
-        Shares of the units to remove, separated by commas.
-    backends
-        Backends, separated by commas; by default the heuristics, the root bound and
-        `branch_and_bound`.
-    exact_units
-        Give problems of at most this many units to exact backends.
-    units
-        Draw windows of this many units from larger problems, the rest held.
-    windows
-        Windows for each problem and sparsity.
-    time_limit
-        Seconds for one exact solve.
-    gap_tolerance
-        Relative gap at which an exact solve may stop.
-    seed
-        Seed of everything that is drawn.
-    jobs
-        Processes that solve at once; by default one for each core, fewer where problems are so
-        large that half of the memory would not hold them.
-    ray
-        Solve on a Ray cluster: `auto` for the one that this machine belongs to, HOST:PORT, or
-        `local`.  [default: processes of this machine]
-    """
+    """What `osscar gap` does with each problem."""
 
     sparsity: str = "0.25,0.5,0.75"
+    """Shares of the units to remove, separated by commas."""
     backends: str | None = None
+    """Backends, separated by commas; by default the heuristics, the root bound and
+    `branch_and_bound`."""
     exact_units: int = 64
+    """Give problems of at most this many units to exact backends."""
     units: int | None = None
+    """Draw windows of this many units from larger problems, the rest held."""
     windows: int = 3
+    """Windows for each problem and sparsity."""
     time_limit: float = 60.0
+    """Seconds for one exact solve."""
     gap_tolerance: float = 1e-6
+    """Relative gap at which an exact solve may stop."""
     seed: Annotated[int, Parameter(validator=validators.Number(gte=0, lt=2**63))] = 0
+    """Seed of everything that is drawn."""
     jobs: Count = None
+    """Processes that solve at once; by default one for each core, fewer where problems are so
+    large that half of the memory would not hold them."""
     ray: str | None = None
+    """Solve on a Ray cluster: `auto` for the one that this machine belongs to, HOST:PORT, or
+    `local`.  [default: processes of this machine]"""
 
 
 def given(options: Any) -> dict[str, Any]:

@@ -29,9 +29,8 @@ from osscar.offload.device_memory import memory_of
 from osscar.offload.on_disk import is_on_disk
 from osscar.pruning.prune import prune_as_asked
 from osscar.pruning.run_log import RunLog
-from osscar.report.estimate_tables import comparison_line
 from osscar.report.prune_page import prune_page, run_lines
-from osscar.report.run_tables import layers_table, left_alone_table
+from osscar.report.run_tables import comparison_line, layers_table, left_alone_table
 from osscar.request import PruningRequest
 
 _OF_THIS_TIME = {
@@ -163,9 +162,9 @@ class _Job:
                 )
             self._write_copies(content, saved)
             log.remove()
-        out.print(layers_table(result.layers))
+        out.print(layers_table(content["layers"]))
         if result.left_alone:
-            out.print(left_alone_table(result.left_alone))
+            out.print(left_alone_table(content["left_alone"]))
         for line in (*run_lines(content), saved_line(saved)):
             out.print(line)
         if told is not None:

@@ -17,7 +17,7 @@ from osscar.cli.common import check_input, check_json_path, document, out, say, 
 from osscar.cli.opening import quiet
 from osscar.cli.options import parse_options
 from osscar.report.gap_tables import backends_table, takers_table
-from osscar.report.proofs import not_recomputed_in_words
+from osscar.report.summary import not_recomputed_in_words
 from solvers import Solution, SubsetProblem, Verification
 
 

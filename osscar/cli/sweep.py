@@ -67,7 +67,7 @@ def run(model: str, options: SweepOptions, shared: Any) -> None:
         with place.begun(sweep_manifest(manifest, budget, scorer.scored)), kept:
             dense = tell_dense(loaded, data)
             found = _measured(place, loaded.model, data, base, points, scorer, sample)
-            content = {
+            content: dict[str, Any] = {
                 "model": loaded.source,
                 "calibration": {**wrapped.settings, **data.describe()},
                 "dense": None if dense is None else dataclasses.asdict(dense),
@@ -83,7 +83,7 @@ def run(model: str, options: SweepOptions, shared: Any) -> None:
             write_text(place.directory / PAGE_FILE, sweep_page(content))
     out.print(sweep_table(content))
     if found[-1].left_alone:
-        out.print(left_alone_table(found[-1].left_alone))
+        out.print(left_alone_table(content["left_alone"]))
     say(f"report: {place.directory / PAGE_FILE}")
     write_json(options.json, content)
 

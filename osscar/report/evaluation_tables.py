@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
@@ -32,37 +32,24 @@ _ROWS: dict[str, tuple[str, Callable[[Any], str]]] = {
 """What a table shows of an evaluation, in this order: by name, how it is called and written."""
 
 
-class Row(NamedTuple):
-    """A number of the dense model beside that of another one, as text."""
-
-    label: str
-    dense: str
-    pruned: str
-    ratio: str = ""
-
-
 def evaluation_table(evaluation: Evaluation, name: str) -> Table:
     """Return the numbers of one model."""
-    table = new_table("", "", f"{name} >")
-    for _, label, value in _shown(dataclasses.asdict(evaluation)):
-        table.add_row(label, value)
-    return table
+    rows = ((label, value) for _, label, value in _shown(dataclasses.asdict(evaluation)))
+    return new_table("", "", f"{name} >", rows=rows)
 
 
 def comparison_table(comparison: Comparison, name: str = "pruned") -> Table:
     """Return a model beside its dense original, with ratios."""
-    table = new_table("", "", "dense >", f"{name} >", "ratio >")
-    for row in comparison_rows(dataclasses.asdict(comparison)):
-        table.add_row(*row)
-    return table
+    rows = comparison_rows(dataclasses.asdict(comparison))
+    return new_table("", "", "dense >", f"{name} >", "ratio >", rows=rows)
 
 
-def comparison_rows(comparison: Mapping[str, Any]) -> Iterator[Row]:
-    """Yield the numbers of a model beside those of the dense one, of a `Comparison` as JSON."""
+def comparison_rows(comparison: Mapping[str, Any]) -> Iterator[tuple[str, str, str, str]]:
+    """Yield label, dense, pruned and ratio of each number of a `Comparison` as JSON."""
     dense = {name: text for name, _, text in _shown(comparison["dense"])}
     for name, label, text in _shown(comparison["model"]):
         ratio = comparison["ratios"].get(name)
-        yield Row(label, dense.get(name, ""), text, "" if ratio is None else f"{ratio:.2f}x")
+        yield label, dense.get(name, ""), text, "" if ratio is None else f"{ratio:.2f}x"
 
 
 def _shown(evaluation: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
@@ -82,13 +69,7 @@ def _shown(evaluation: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
 
 
 def dense_sentence(score: Mapping[str, Any]) -> str:
-    """Say what the dense model is worth on its calibration data.
-
-    Parameters
-    ----------
-    score
-        A `DenseScore` as JSON-able data.
-    """
+    """Say what the dense model is worth on its calibration data, of a `DenseScore` as JSON."""
     if score["value"] is None:
         return f"dense model: not scored on the calibration {score['sample']}s: {score['reason']}"
     if score["measure"] == "top1":

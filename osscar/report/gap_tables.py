@@ -2,68 +2,127 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import statistics
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from rich.table import Table
 from rich.text import Text
 
-from osscar.report.tables import new_table
-from osscar.study.records import WINDOW
+from osscar.report.summary import HIT, Case, Summary
+from osscar.report.tables import decimals, new_table, percent, share
+from osscar.study.records import WINDOW, Record
 
 if TYPE_CHECKING:
-    from osscar.report.summary import Summary
     from solvers import BackendInfo, Capabilities, SubsetProblem
 
 
-def cases_table(summary: Summary) -> Table:
-    """Return one row for each problem and number of kept units, windows left out."""
-    table = new_table(
-        "best answers", "problem", "kept >", "loss >", "bound >", "gap >", "found by", "proof"
+def cases_table(cases: Sequence[Case]) -> Table:
+    """Return one row for each problem and number of kept units."""
+    columns = ("problem", "removed >", "kept >", "loss >", "bound >", "gap >", "root gap >")
+    return new_table(
+        "best answers",
+        *(*columns, "found by", "proof"),
+        rows=(
+            (
+                case.best.instance,
+                ", ".join(map(share, case.sparsities)),
+                _kept(case.best),
+                decimals(case.best.relative_loss),
+                decimals(case.relative_bound),
+                percent(case.gap),
+                percent(case.root_gap),
+                case.best.backend,
+                case.proof,
+            )
+            for case in cases
+        ),
     )
-    for case in summary.cases:
-        best = case.best
-        if best.kind == WINDOW:
-            continue
-        bound = None if case.bound is None or not best.loss else case.bound / best.loss
-        relative = best.relative_loss or 0.0
-        table.add_row(
-            best.instance,
-            f"{best.keep} of {best.units}",
-            f"{relative:.4f}",
-            "" if bound is None else f"{max(0.0, bound) * relative:.4f}",
-            "" if case.gap is None else f"{case.gap:.2%}",
-            best.backend,
-            case.proof,
-        )
-    return table
 
 
 def scores_table(summary: Summary) -> Table:
-    """Return one row for each backend that answered problems whose optimum is known."""
-    table = new_table(
-        "on problems with a proven optimum",
-        *(
-            "backend",
-            "problems",
-            "solved >",
-            "optimal >",
-            "mean excess >",
-            "worst >",
-            "median seconds >",
+    """Return one row for each backend and kind of problems whose optimum is known."""
+    pairs: dict[tuple[str, str], list[tuple[Record, Case]]] = {}
+    for case in summary.closed:
+        for record in case.answers:
+            pairs.setdefault((record.kind, record.backend), []).append((record, case))
+
+    def scores() -> Iterator[tuple[str, ...]]:
+        for (kind, backend), mine in pairs.items():
+            over = [max(0.0, case.excess(record)) for record, case in mine]
+            hits = sum(value <= HIT for value in over)
+            yield (
+                backend,
+                kind,
+                str(len(mine)),
+                f"{hits} ({hits / len(mine):.0%})",
+                percent(statistics.fmean(over), 3),
+                percent(max(over)),
+                decimals(statistics.median(record.seconds or 0.0 for record, _ in mine), 3),
+            )
+
+    columns = ("backend", "problems", "solved >", "optimal >", "mean excess >", "worst >")
+    title = "on problems with a proven optimum"
+    return new_table(title, *columns, "median seconds >", rows=scores())
+
+
+def overview_table(summary: Summary) -> Table:
+    """Return one row for each kind of units and share removed; windows come last."""
+
+    def overviews() -> Iterator[tuple[str, ...]]:
+        kinds = dict.fromkeys(case.best.kind for case in summary.cases)
+        for kind in sorted(kinds, key=lambda kind: kind == WINDOW):
+            mine = [case for case in summary.cases if case.best.kind == kind]
+            for sparsity in sorted({s for case in mine for s in case.sparsities}):
+                cases = [case for case in mine if sparsity in case.sparsities]
+                closed = [case.seconds for case in cases if case.closed]
+                gaps = [c.gap for c in cases if not c.closed and c.gap is not None]
+                yield (
+                    *(kind, share(sparsity), str(len(cases)), str(len(closed))),
+                    percent(statistics.median(gaps) if gaps else None),
+                    percent(max(gaps, default=None)),
+                    f"{max(closed):.2g}" if closed else "",
+                )
+
+    columns = ("units", "removed >", "problems >", "proved optimal >", "median gap else >")
+    return new_table("", *columns, "widest >", "slowest proof, s >", rows=overviews())
+
+
+def open_table(cases: Sequence[Case]) -> Table:
+    """Return one row for each problem that could not be closed, with the reason."""
+    rows = ((c.records[0].instance, _kept(c.records[0]), percent(c.gap), c.why_open) for c in cases)
+    return new_table("", "problem", "kept >", "gap >", "why", rows=rows)
+
+
+def refused_table(records: Sequence[Record]) -> Table:
+    """Return one row for each solve without an answer."""
+    rows = ((record.instance, _kept(record), record.backend, record.error) for record in records)
+    return new_table("", "problem", "kept >", "backend", "reason", rows=rows)
+
+
+def records_table(records: Sequence[Record]) -> Table:
+    """Return one row for each solve, with the command that makes it again."""
+    columns = ("problem", "kept >", "backend", "status", "loss >", "bound >", "gap >")
+    return new_table(
+        "",
+        *(*columns, "seconds >", "command"),
+        rows=(
+            (
+                *(record.instance, _kept(record), record.backend),
+                record.status.lower().replace("_", " "),
+                decimals(record.relative_loss, 6),
+                decimals(record.relative_bound, 6),
+                percent(record.gap),
+                decimals(record.seconds, 3),
+                record.command,
+            )
+            for record in records
         ),
     )
-    for score in summary.scores:
-        table.add_row(
-            score.backend,
-            score.kind,
-            str(score.cases),
-            f"{score.hits} ({score.hits / score.cases:.0%})",
-            f"{score.mean_excess:.3%}",
-            f"{score.worst_excess:.2%}",
-            f"{score.seconds:.3f}",
-        )
-    return table
+
+
+def _kept(record: Record) -> str:
+    return f"{record.keep} of {record.units}"
 
 
 def backends_table(infos: Sequence[BackendInfo]) -> Table:
@@ -90,8 +149,6 @@ def _takes(capabilities: Capabilities) -> str:
 
 def takers_table(infos: Sequence[BackendInfo], problem: SubsetProblem) -> Table:
     """Return one row for each backend: whether it takes this problem, and if not why."""
-    table = new_table("", "backend", "kind", "takes this problem")
-    for info in infos:
-        refusal = info.unavailable or info.capabilities.refusal(problem)
-        table.add_row(info.name, info.kind, "yes" if refusal is None else refusal)
-    return table
+    refusals = ((one, one.unavailable or one.capabilities.refusal(problem)) for one in infos)
+    rows = ((info.name, info.kind, refusal or "yes") for info, refusal in refusals)
+    return new_table("", "backend", "kind", "takes this problem", rows=rows)

@@ -1,81 +1,19 @@
-"""What all pages share: one look, one way to write numbers and names, pictures in the page."""
+"""What all pages share: one look, and one way to write names, tables and what was asked."""
 
 from __future__ import annotations
 
-import base64
-import io
-import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from functools import cache
 from importlib.resources import files
-from pathlib import Path
 from typing import Any
 
 import jinja2
-import matplotlib
 from markupsafe import Markup, escape
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
+from rich.table import Table
 
 from osscar import __version__
 from osscar.base.printable import printable
-from osscar.report.tables import share
-
-STYLE: Any = {
-    "font.size": 9,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.alpha": 0.25,
-    "axes.titlesize": 9,
-    "svg.fonttype": "none",
-    "svg.hashsalt": "osscar",
-}
-"""Of every plot."""
-
-COLORS = ("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b", "#17becf", "#7f7f7f")
-
-_PIXELS = 96
-"""An inch on the screen."""
-
-
-@dataclass(frozen=True)
-class Picture:
-    """A plot as a page embeds it.
-
-    Parameters
-    ----------
-    name
-        What it shows, for those who do not see it.
-    caption
-        How to read it.
-    data
-        An SVG file, base64.
-    width
-        In pixels, at which its letters are as large as those of a caption.
-    """
-
-    name: str
-    caption: str
-    data: str
-    width: int
-
-    @classmethod
-    def of(cls, name: str, caption: str, figure: Figure) -> Picture:
-        """Take a figure, drawn in `STYLE`."""
-        FigureCanvasAgg(figure)
-        file = io.BytesIO()
-        with matplotlib.rc_context(STYLE):
-            figure.savefig(file, format="svg", metadata={"Date": None})
-        width = round(figure.get_figwidth() * _PIXELS)
-        return cls(name, caption, base64.b64encode(file.getvalue()).decode(), width)
-
-    @classmethod
-    def read(cls, name: str, caption: str, file: Path, width: float) -> Picture:
-        """Take a file whose figure is so many inches wide."""
-        data = base64.b64encode(file.read_bytes()).decode()
-        return cls(name, caption, data, round(width * _PIXELS))
+from osscar.report.tables import decimals, new_table
 
 
 def render(template: str, **content: Any) -> str:
@@ -83,27 +21,21 @@ def render(template: str, **content: Any) -> str:
     return _environment().get_template(template).render(version=__version__, **content)
 
 
-def asked_rows(
-    asked: Mapping[str, Any], calibration: Mapping[str, Any] | None = None
-) -> dict[str, str]:
-    """Return what was asked by name, as text, without what was not.
+def asked_table(asked: Mapping[str, Any], calibration: Mapping[str, Any] | None = None) -> Table:
+    """Return one row for each thing that was asked, and for each that is known of the data.
 
-    Parameters
-    ----------
-    asked
-        By name.
-    calibration
-        What the calibration data are, of whose samples only the number is told.
+    Of the samples of the data only the number is told.
     """
     data = {
         f"calibration {key}": len(value) if key in ("images", "fingerprints") else value
         for key, value in (calibration or {}).items()
     }
-    return {
-        key.replace("_", " "): _as_text(value)
+    rows = (
+        (key.replace("_", " "), _as_text(value))
         for key, value in {**asked, **data}.items()
         if value is not None and value is not False and value not in ("", [], {})
-    }
+    )
+    return new_table("", "", "", rows=rows)
 
 
 def _as_text(value: object) -> str:
@@ -125,28 +57,13 @@ def _environment() -> jinja2.Environment:
         undefined=jinja2.StrictUndefined,
         finalize=_shown,
     )
-    environment.filters.update(
-        percent=_percent, number=_number, removed=_removed, breakable=_breakable
-    )
+    environment.filters.update(number=decimals, breakable=_breakable, rows=_rows)
     return environment
 
 
 def _shown(value: object) -> object:
     """Names come from strangers: nothing in them may move or hide what stands beside them."""
     return printable(value, keep="\n") if type(value) is str else value
-
-
-def _percent(value: float | None, digits: int = 2) -> str:
-    return "" if value is None else f"{value:.{digits}%}"
-
-
-def _number(value: float | None, digits: int = 4) -> str:
-    """Write a number with so many decimals, or so many digits where those would be zeros."""
-    if value is None:
-        return ""
-    if value and math.isfinite(value) and abs(value) < 10.0**-digits:
-        return f"{value:.1e}"
-    return f"{value:.{digits}f}"
 
 
 def _breakable(name: str) -> Markup:
@@ -157,5 +74,12 @@ def _breakable(name: str) -> Markup:
     return text
 
 
-def _removed(sparsities: Sequence[float]) -> str:
-    return ", ".join(map(share, sparsities))
+def _rows(table: Table) -> Iterator[list[tuple[str, Any]]]:
+    """Yield the rows of a table, each cell with its class: a number, a name, or words."""
+    for row in zip(*(column.cells for column in table.columns), strict=True):
+        yield [
+            ("n", cell.plain)
+            if column.justify == "right"
+            else ("wrap" if index else "name", _breakable(cell.plain))
+            for index, (column, cell) in enumerate(zip(table.columns, row, strict=True))
+        ]

@@ -5,9 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +17,9 @@ from matplotlib.ticker import LogLocator, NullFormatter
 
 import solvers
 from osscar.base.files import atomic_write
-from osscar.report.page import COLORS, STYLE
-from osscar.report.prune_plots import ROOM_ABOVE, SHARES
-from osscar.report.summary import HIT, Case, Summary, excess, is_exact
+from osscar.report.figures import COLORS, ROOM_ABOVE, SHARES, STYLE, picture, svg_of
+from osscar.report.summary import HIT, Case, Summary, is_exact
 from osscar.report.tables import share
-from osscar.study.records import WINDOW, Record
 from solvers import Status
 
 _COLUMNS = 6
@@ -39,38 +35,31 @@ _FLOOR = 1e-7
 """Where excesses that count as zero are drawn on a logarithmic axis."""
 
 
-@dataclass(frozen=True)
-class Drawn:
-    """An SVG file, and how wide it is in inches; a PNG lies beside it."""
+_CAPTIONS = {
+    "gaps": "How far each answer can be from the optimum: the gap between its loss and the best "
+    "lower bound, as a share of the loss. An answer without a filled bar is proved optimal.",
+    "curves": "Loss of the best answer, and the lower bound that no choice of units can beat, "
+    "against the share of units removed. Both are relative to the loss of removing everything. The "
+    "true optimum lies in the shaded band.",
+    "ratios": "What heuristics lose against proven optima, one dot a problem.",
+    "times": "Wall time of exact solves.",
+}
 
-    file: Path
-    width: float
 
+def draw_plots(summary: Summary, directory: Path) -> list[dict[str, object]]:
+    """Draw what a study has data for, as NAME.svg and NAME.png; return the pictures for its page.
 
-def draw_plots(summary: Summary, directory: Path) -> dict[str, Drawn]:
-    """Draw what the study has data for.
-
-    Parameters
-    ----------
-    summary
-        The study.
-    directory
-        Where to; an SVG and a PNG of each plot.
-
-    Returns
-    -------
-    dict
-        What was drawn, by name: ``curves``, ``gaps``, ``ratios``, ``times``; those without data are
-        left out.
+    Raises
+    ------
+    OutputError
+        If a file cannot be written.
     """
-    layers = [case for case in summary.cases if case.best.kind != WINDOW]
-    closed = [case for case in summary.cases if case.closed]
-    written: dict[str, Drawn] = {}
+    drawn: list[dict[str, object]] = []
     with matplotlib.rc_context(STYLE):
         figures = {
-            "curves": _curves(layers) if layers else None,
-            "gaps": _gaps([case for case in layers if case.gap is not None]),
-            "ratios": _ratios(closed),
+            "gaps": _gaps([case for case in summary.layers if case.gap is not None]),
+            "curves": _curves(summary.layers),
+            "ratios": _ratios(summary.closed),
             "times": _times(summary.cases),
         }
         for name, figure in figures.items():
@@ -78,13 +67,13 @@ def draw_plots(summary: Summary, directory: Path) -> dict[str, Drawn]:
                 FigureCanvasAgg(figure)
                 figure.draw_without_rendering()  # lays it out, once for both files
                 figure.set_layout_engine(None)
-                file = directory / f"{name}.svg"
-                written[name] = Drawn(file, figure.get_figwidth())
-                with atomic_write(file.with_suffix(".png")) as png:
+                with atomic_write(directory / f"{name}.png") as png:
                     figure.savefig(png, format="png", dpi=150)
-                with atomic_write(file) as svg:
-                    figure.savefig(svg, format="svg", metadata={"Date": None})
-    return written
+                svg = svg_of(figure)
+                with atomic_write(directory / f"{name}.svg") as file:
+                    file.write_bytes(svg)
+                drawn.append(picture(name, _CAPTIONS[name], figure, svg))
+    return drawn
 
 
 def short_name(name: str) -> str:
@@ -93,19 +82,19 @@ def short_name(name: str) -> str:
     return short if len(short) <= _LONGEST_NAME else f"{short[: _LONGEST_NAME - 1]}…"
 
 
-def _curves(layers: Sequence[Case]) -> Figure:
+def _curves(layers: Sequence[Case]) -> Figure | None:
     """Draw loss and bound against sparsity, a panel a layer."""
+    if not layers:
+        return None
     names = list(dict.fromkeys(case.best.instance for case in layers))
     columns = min(_COLUMNS, len(names))
     lines = math.ceil(len(names) / columns)
     figure, grid = _subplots(lines, columns, width=max(6.0, 2.1 * columns), height=1.75 * lines + 1)
     for axes, name in zip(grid, names, strict=False):
-        points = sorted(
-            ((s, c) for c in layers if c.best.instance == name for s in c.sparsities),
-            key=lambda point: point[0],
-        )
-        with _panel(axes, short_name(name)):
-            _curve(axes, points)
+        mine = (case for case in layers if case.best.instance == name)
+        points = [(sparsity, case) for case in mine for sparsity in case.sparsities]
+        _curve(axes, sorted(points, key=lambda point: point[0]))
+        axes.set_title(short_name(name), fontsize=7, loc="left", parse_math=False)
     for axes in grid[len(names) :]:
         axes.set_visible(False)
     shown: dict[str, Any] = {}  # the first layer need not have a bound
@@ -120,16 +109,12 @@ def _curves(layers: Sequence[Case]) -> Figure:
 
 def _curve(axes: Axes, points: Sequence[tuple[float, Case]]) -> None:
     """Draw one layer's loss and bound, given with the sparsities that they belong to."""
-    scales = [(c.best.relative_loss or 0.0) / c.loss if c.loss > 0 else 0.0 for _, c in points]
     x = [sparsity for sparsity, _ in points]
-    loss = [case.loss * scale for (_, case), scale in zip(points, scales, strict=True)]
+    loss = [case.best.relative_loss or 0.0 for _, case in points]
     axes.set_xticks(x[:: math.ceil(len(x) / _TICKS)])
     axes.plot(x, loss, "o-", color=COLORS[0], markersize=3, linewidth=1, label="best loss")
-    bounded = [
-        (sparsity, max(0.0, case.bound) * scale, case.loss * scale)
-        for (sparsity, case), scale in zip(points, scales, strict=True)
-        if case.bound is not None
-    ]
+    bounds = [case.relative_bound for _, case in points]
+    bounded = [b for b in zip(x, bounds, loss, strict=True) if b[1] is not None]
     if bounded:
         at, low, high = zip(*bounded, strict=True)
         # Hollow and larger, so that a loss that meets its bound is still seen.
@@ -140,6 +125,11 @@ def _curve(axes: Axes, points: Sequence[tuple[float, Case]]) -> None:
         axes.fill_between(at, low, high, color=COLORS[1], alpha=0.2, linewidth=0)
         if len(at) == 1:  # a band of no width
             axes.vlines(at, low, high, color=COLORS[1], alpha=0.2, linewidth=4)
+    # From zero, with room above: markers of a flat curve would be cut in half.
+    top = axes.dataLim.ymax
+    axes.set_ylim(0, ROOM_ABOVE * top if top > 0 else 1)
+    axes.tick_params(labelsize=6)
+    axes.xaxis.set_major_formatter(SHARES)
 
 
 def _gaps(cases: Sequence[Case]) -> Figure | None:
@@ -158,8 +148,8 @@ def _gaps(cases: Sequence[Case]) -> Figure | None:
         mine = {c.best.instance: c for c in cases if sparsity in c.sparsities}
         x = [i + (index - (len(sparsities) - 1) / 2) * step for i in range(len(names))]
         color = COLORS[index % len(COLORS)]
-        root = [_or_zero(mine[n].root_gap) if n in mine else 0.0 for n in names]
-        left = [_or_zero(mine[n].gap) if n in mine else 0.0 for n in names]
+        root = [(mine[n].root_gap or 0.0) if n in mine else 0.0 for n in names]
+        left = [(mine[n].gap or 0.0) if n in mine else 0.0 for n in names]
         axes.bar(x, root, step * 0.9, facecolor="none", edgecolor=color, linewidth=0.7)
         axes.bar(x, left, step * 0.9, color=color, label=f"{share(sparsity)} removed")
     axes.set_xticks(
@@ -183,7 +173,7 @@ def _ratios(closed: Sequence[Case]) -> Figure | None:
         dict.fromkeys(
             record.backend
             for case in closed
-            for record in case.records
+            for record in case.answers
             if solvers.backend_class(record.backend).kind is solvers.BackendKind.HEURISTIC
         )
     )
@@ -192,9 +182,9 @@ def _ratios(closed: Sequence[Case]) -> Figure | None:
     figure, (axes,) = _subplots(1, 1, width=_NARROW, height=0.45 * len(names) + 1.6)
     for line, name in enumerate(names):
         over = sorted(
-            excess(record, case)
+            case.excess(record)
             for case in closed
-            for record in case.records
+            for record in case.answers
             if record.backend == name
         )
         hits = sum(value <= HIT for value in over)
@@ -220,7 +210,7 @@ def _ratios(closed: Sequence[Case]) -> Figure | None:
 def _times(cases: Sequence[Case]) -> Figure | None:
     """Draw the time of exact solves against the number of units, hollow where not closed."""
     records = [
-        record for case in cases for record in case.records if is_exact(record) and record.seconds
+        record for case in cases for record in case.answers if is_exact(record) and record.seconds
     ]
     if not records:
         return None
@@ -230,15 +220,18 @@ def _times(cases: Sequence[Case]) -> Figure | None:
     spread = _spread(sizes)
     for index, name in enumerate(names):
         color = COLORS[index % len(COLORS)]
-        mine = [record for record in records if record.backend == name]
-        closed = [record for record in mine if record.status == Status.OPTIMAL.name]
-        others = [record for record in mine if record.status != Status.OPTIMAL.name]
         # Side by side, so that none hides another, and close to where they belong.
         shift = spread ** ((index - (len(names) - 1) / 2) / max(len(names) - 1, 1))
-        axes.scatter(*_points(closed, shift), s=16, color=color, alpha=0.7, linewidth=0, label=name)
-        axes.scatter(
-            *_points(others, shift), s=20, facecolor="none", edgecolor=color, linewidth=0.8
-        )
+        filled: dict[str, Any] = {"s": 16, "alpha": 0.7, "linewidth": 0, "color": color}
+        hollow = {"s": 20, "facecolor": "none", "edgecolor": color, "linewidth": 0.8}
+        for closed, look in ((True, filled), (False, hollow)):
+            mine = [
+                (record.units * shift, record.seconds)
+                for record in records
+                if record.backend == name and (record.status == Status.OPTIMAL.name) == closed
+            ]
+            x, y = zip(*mine, strict=True) if mine else ((), ())
+            axes.scatter(x, y, label=name if closed else None, **look)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.set_xlim(sizes[0] / 1.3, sizes[-1] * 1.3)
@@ -257,31 +250,9 @@ def _spread(sizes: Sequence[int]) -> float:
     return min(1.06, float(apart**0.4))
 
 
-def _points(records: Sequence[Record], shift: float) -> tuple[list[float], list[float]]:
-    return [record.units * shift for record in records], [
-        record.seconds or 0.0 for record in records
-    ]
-
-
-def _or_zero(value: float | None) -> float:
-    return 0.0 if value is None else value
-
-
 def _subplots(
     lines: int, columns: int, *, width: float, height: float
 ) -> tuple[Figure, list[Axes]]:
     figure = Figure(figsize=(width, height), layout="constrained")
     grid = figure.subplots(lines, columns, squeeze=False)
     return figure, list(grid.flat)
-
-
-@contextmanager
-def _panel(axes: Axes, title: str) -> Iterator[None]:
-    """Set up a small panel; what is drawn in it decides the range of its axis."""
-    yield
-    axes.set_title(title, fontsize=7, loc="left", parse_math=False)
-    # From zero, with room above: markers of a flat curve would be cut in half.
-    top = axes.dataLim.ymax
-    axes.set_ylim(0, ROOM_ABOVE * top if top > 0 else 1)
-    axes.tick_params(labelsize=6)
-    axes.xaxis.set_major_formatter(SHARES)

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from osscar.base.printable import are, counted
-from osscar.report.estimate_tables import comparison_line
-from osscar.report.evaluation_tables import Row, comparison_rows, dense_remarks
-from osscar.report.page import Picture, asked_rows, render
-from osscar.report.proofs import proofs_in_words
-from osscar.report.prune_plots import Bar, Frontier, frontier_figure, kept_figure, loss_figure
-from osscar.report.tables import engineering, in_bytes, share
+from osscar.report.evaluation_tables import comparison_rows, dense_remarks
+from osscar.report.figures import picture
+from osscar.report.page import asked_table, render
+from osscar.report.prune_plots import frontier_figure, kept_figure, loss_figure
+from osscar.report.run_tables import comparison_line, layers_table, left_alone_table
+from osscar.report.summary import proofs_in_words
+from osscar.report.tables import engineering, in_bytes, new_table, share
 from osscar.request import BudgetKind
 from osscar.shrinking.program.input_sizes import fixed_in_words
 from osscar.study.records import Proof
@@ -25,14 +26,13 @@ _COSTS = {
     "time": "time of a forward pass",
 }
 
-
 _WORTH_TELLING = 0.01
 """Of a budget: what is left of it that a line tells of."""
 
 _BARE = ("dead", "held out", "proofs", "size", "gradients")
 """Kinds of lines that a terminal shows without their kind in front."""
 
-_REMARKED = ("held out", "proof", "inputs", "batch norm")
+_REMARKED = ("held out", "proof", "inputs", "batch norm", "gradients")
 """Kinds of lines that a page repeats; what the others say is in its tables."""
 
 _QUALITY = ("perplexity", "top-1")
@@ -48,32 +48,28 @@ def prune_page(document: Mapping[str, Any]) -> str:
         An ``osscar.prune/3``, as ``docs/json.md`` describes it, such as ``osscar_report.json``.
         What it does not hold is left out.
     """
-    budget = document.get("budget")
+    computed = {f"computed: {key}": v for key, v in document.get("computed", {}).items()}
+    asked = {"model": document["model"], **document["settings"], **computed}
+    widths = (document.get("budget") or {}).get("widths") or {}
+    predicted = {name: width["predicted"] for name, width in widths.items()}
     return render(
         "prune.html.j2",
-        model=document["model"],
+        document=document,
         answer=_answer(document),
         asked_shortly=_in_words(document["settings"]),
-        rows=list(_rows(document)),
+        compared=new_table("", "", "dense >", "pruned >", "ratio >", rows=_rows(document)),
         remarks=list(_remarks(document)),
-        predictions=list(_predictions(document)),
+        predictions=new_table("", "", " >", rows=_predictions(document)),
         pictures=list(_pictures(document)),
-        layers=document["layers"],
-        left_alone=document.get("left_alone") or [],
-        predicted={
-            name: width["predicted"] for name, width in ((budget or {}).get("widths") or {}).items()
-        },
-        comparable=budget is None or budget["comparable"],
-        bounded=any(layer["lower_bound"] is not None for layer in document["layers"]),
-        document=document,
-        asked=asked_rows(
-            {
-                **{"model": document["model"], **document["settings"]},
-                **{f"computed: {key}": v for key, v in document.get("computed", {}).items()},
-            },
-            document["calibration"],
-        ),
+        layers=layers_table(document["layers"], predicted),
+        bounded=_bounded(document),
+        left_alone=left_alone_table(document.get("left_alone") or ()),
+        asked=asked_table(asked, document["calibration"]),
     )
+
+
+def _bounded(document: Mapping[str, Any]) -> bool:
+    return any(layer["lower_bound"] is not None for layer in document["layers"])
 
 
 # ---- in words ----------------------------------------------------------------------------
@@ -81,8 +77,8 @@ def prune_page(document: Mapping[str, Any]) -> str:
 
 def _answer(document: Mapping[str, Any]) -> str:
     """Say in one sentence what became of the model."""
-    before, after = document["parameters_before"], document["parameters_after"]
-    said = [f"{share(1 - after / before)} fewer parameters"]
+    kept = document["parameters_after"] / document["parameters_before"]
+    said = [f"{share(1 - kept)} fewer parameters"]
     forward = document.get("forward")
     if forward is not None:
         dense, pruned = forward["dense"], forward["pruned"]
@@ -91,9 +87,9 @@ def _answer(document: Mapping[str, Any]) -> str:
         if pruned["seconds"]:
             said.append(f"{dense['seconds'] / pruned['seconds']:.2f} times the speed")
     sentence = f"{', '.join(said[:-1])} and {said[-1]}" if said[1:] else said[0]
-    for row in _rows(document):
-        if row.label in _QUALITY:
-            sentence += f"; {row.label} goes from {row.dense} to {row.pruned}"
+    for label, before, after, _ in _rows(document):
+        if label in _QUALITY:
+            sentence += f"; {label} goes from {before} to {after}"
     divergence = document.get("divergence")
     if divergence is not None:
         held = document.get("held_out")
@@ -106,11 +102,7 @@ def _answer(document: Mapping[str, Any]) -> str:
 
 def _in_words(settings: Mapping[str, Any]) -> str:
     """Say in one line what was asked."""
-    said = [
-        kind.asks.format(_asked_for(kind, settings[kind]))
-        for kind in BudgetKind
-        if settings.get(kind) is not None
-    ]
+    said = [f"{kind} {settings[kind]}" for kind in BudgetKind if settings.get(kind) is not None]
     if said:
         said.append(f"shared out by {settings.get('allocation', 'curvature')}")
     if settings.get("at_least"):
@@ -119,13 +111,6 @@ def _in_words(settings: Mapping[str, Any]) -> str:
     if settings.get("groups"):
         said.append(counted(len(settings["groups"]), "group") + " by name")
     return f"{', '.join(said)}; backend {settings['backend']}"
-
-
-def _asked_for(kind: BudgetKind, value: Any) -> str:
-    """Write what a budget asks for; what was given as text stays so."""
-    if isinstance(value, str):
-        return value
-    return f"{value:g}" if kind is BudgetKind.SPEEDUP else share(value)
 
 
 def run_lines(document: Mapping[str, Any]) -> Iterator[str]:
@@ -147,7 +132,7 @@ def _lines(document: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
             "held out",
             "nothing was held out, so that no refit was compared with none on fresh samples",
         )
-    if any(layer["lower_bound"] is not None for layer in layers):
+    if _bounded(document):
         proofs = [
             Proof.WORD if layer["recomputed_bound"] is None else Proof.RECOMPUTED
             for layer in layers
@@ -262,8 +247,8 @@ def _nats(value: float) -> str:
     return f"{value:.6f}" if value >= 1e-5 else f"{value:.1e}"
 
 
-def _rows(document: Mapping[str, Any]) -> Iterator[Row]:
-    """Yield what is known of the dense and of the pruned model."""
+def _rows(document: Mapping[str, Any]) -> Iterator[tuple[str, str, str, str]]:
+    """Yield what is known of the dense and of the pruned model, with their ratio."""
     evaluation, forward = document.get("evaluation"), document.get("forward")
     if evaluation is not None:
         yield from comparison_rows(evaluation)
@@ -271,29 +256,25 @@ def _rows(document: Mapping[str, Any]) -> Iterator[Row]:
         before, after = document["parameters_before"], document["parameters_after"]
         yield _ratio_row("parameters", before, after, "{:,}".format)
     if forward is not None and evaluation is None:
-        yield from _passed(forward)
+        shapes = ", ".join("x".join(map(str, shape)) for shape in forward["shapes"].values())
+        for name, label, written in (
+            ("parameter_bytes", "weights in memory", in_bytes),
+            ("flops", f"FLOPs of one sample ({shapes})", engineering),
+            ("seconds", f"time of one sample ({forward['device']})", _milliseconds),
+        ):
+            yield _ratio_row(label, forward["dense"][name], forward["pruned"][name], written)
     if document.get("divergence") is not None:
-        yield Row("divergence from dense, nats", "0", _nats(document["divergence"]))
-
-
-def _passed(forward: Mapping[str, Any]) -> Iterator[Row]:
-    """Yield the rows of a forward pass of one sample."""
-    dense, pruned = forward["dense"], forward["pruned"]
-    shapes = ", ".join("x".join(map(str, shape)) for shape in forward["shapes"].values())
-    for name, label, written in (
-        ("parameter_bytes", "weights in memory", in_bytes),
-        ("flops", f"FLOPs of one sample ({shapes})", engineering),
-        ("seconds", f"time of one sample ({forward['device']})", _milliseconds),
-    ):
-        yield _ratio_row(label, dense[name], pruned[name], written)
+        yield "divergence from dense, nats", "0", _nats(document["divergence"]), ""
 
 
 def _milliseconds(seconds: float) -> str:
     return f"{1000 * seconds:,.1f} ms"
 
 
-def _ratio_row(label: str, dense: float, pruned: float, written: Callable[[Any], str]) -> Row:
-    return Row(label, written(dense), written(pruned), f"{pruned / dense:.2f}x" if dense else "")
+def _ratio_row(
+    label: str, dense: float, pruned: float, written: Callable[[Any], str]
+) -> tuple[str, str, str, str]:
+    return label, written(dense), written(pruned), f"{pruned / dense:.2f}x" if dense else ""
 
 
 def _predictions(document: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -324,43 +305,29 @@ def _cost(budget: Mapping[str, Any], name: str) -> str:
 # ---- in pictures -------------------------------------------------------------------------
 
 
-def _pictures(document: Mapping[str, Any]) -> Iterator[Picture]:
+def _pictures(document: Mapping[str, Any]) -> Iterator[dict[str, object]]:
     layers, budget = document["layers"], document.get("budget") or {}
-    bounded = any(layer["lower_bound"] is not None for layer in layers)
-    bars = _bars(layers, budget.get("widths") or {})
-    if bars:
-        yield Picture.of(
+    groups = {**budget.get("widths", {})}
+    for layer in layers:
+        groups.setdefault(layer["name"], layer)  # what shares no budget comes last
+    if groups:
+        yield picture(
             "kept share over depth",
             "What stays of each group of units, in the order of the model.",
-            kept_figure(bars),
+            kept_figure([*groups.values()]),
         )
     if layers:
-        yield Picture.of(
+        beat = "; no other choice of as many units can beat the lower bound"
+        yield picture(
             "loss of each layer",
-            "Loss of each layer that lost units, relative to the loss of removing all of them"
-            + ("; no other choice of as many units can beat the lower bound." if bounded else "."),
+            "Loss of each layer that lost units, relative to the loss of removing all of "
+            f"them{beat if _bounded(document) else ''}.",
             loss_figure(layers),
         )
-    frontier = budget.get("frontier") or {"cost": [], "nats": []}
-    if len(frontier["cost"]) > 1:
-        yield Picture.of(
+    if len((budget.get("frontier") or {"cost": []})["cost"]) > 1:
+        yield picture(
             "divergence over the budget",
             "The least predicted divergence at every budget, and where this run lies: as "
             "predicted, and as measured.",
-            frontier_figure(
-                Frontier(
-                    tuple(cost / budget["dense"] for cost in frontier["cost"]),
-                    tuple(frontier["nats"]),
-                ),
-                reached=budget["reached"] / budget["dense"],
-                predicted=budget["predicted"],
-                measured=document.get("divergence"),
-                what=_COSTS[budget["cost"]],
-            ),
+            frontier_figure(budget, document.get("divergence"), _COSTS[budget["cost"]]),
         )
-
-
-def _bars(layers: Sequence[Mapping[str, Any]], widths: Mapping[str, Any]) -> list[Bar]:
-    """Return the share kept of each group: those that share a budget, then the others."""
-    sized = {**widths, **{one["name"]: one for one in layers if one["name"] not in widths}}
-    return [Bar(one["kind"], one["kept"] / one["units"]) for one in sized.values()]

@@ -3,39 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
-import matplotlib
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import MaxNLocator
 
-from osscar.report.page import COLORS, STYLE
-from osscar.report.tables import share
-
-SIZE = (4.4, 2.9)
-"""Inches."""
-
-ROOM_ABOVE = 1.08
-SHARES = FuncFormatter(lambda value, _: share(value))
-
-
-@dataclass(frozen=True)
-class Bar:
-    """The share of its units that a group of some kind keeps."""
-
-    kind: str
-    kept: float
-
-
-@dataclass(frozen=True)
-class Frontier:
-    """Shares of the dense model's cost, ascending, and the least predicted divergence at each."""
-
-    costs: tuple[float, ...]
-    nats: tuple[float, ...]
-
+from osscar.report.figures import COLORS, ROOM_ABOVE, SHARES, legend, small_figure
 
 _KINDS = ("heads", "neurons", "channels")
 _LOWEST = 1e-4
@@ -52,33 +25,14 @@ def _whole_numbers() -> MaxNLocator:
     return MaxNLocator(integer=True, min_n_ticks=1)
 
 
-def small_figure() -> tuple[Figure, Axes]:
-    """Return an empty figure of one panel."""
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=SIZE, layout="constrained")
-        return figure, figure.subplots()
-
-
-def legend(figure: Figure, columns: int) -> None:
-    """Put the legend above, where it hides nothing."""
-    figure.legend(loc="outside upper left", ncols=columns, frameon=False, fontsize=8)
-
-
-def kept_figure(bars: Sequence[Bar]) -> Figure:
+def kept_figure(groups: Sequence[Mapping[str, Any]]) -> Figure:
     """Draw the share that each group keeps, a line a kind."""
     figure, axes = small_figure()
-    kinds = list(dict.fromkeys(bar.kind for bar in bars))
+    kinds = list(dict.fromkeys(group["kind"] for group in groups))
     for kind in kinds:
-        kept = [bar.kept for bar in bars if bar.kind == kind]
-        axes.plot(
-            range(1, len(kept) + 1),
-            kept,
-            "o-",
-            color=_color(kind),
-            markersize=3.5,
-            linewidth=1,
-            label=kind,
-        )
+        kept = [one["kept"] / one["units"] for one in groups if one["kind"] == kind]
+        at, look = range(1, len(kept) + 1), {"color": _color(kind), "label": kind}
+        axes.plot(at, kept, "o-", markersize=3.5, linewidth=1, **look)
     axes.set_ylim(0, ROOM_ABOVE)
     axes.yaxis.set_major_formatter(SHARES)
     axes.xaxis.set_major_locator(_whole_numbers())
@@ -117,17 +71,13 @@ def loss_figure(layers: Sequence[Mapping[str, Any]]) -> Figure:
     return figure
 
 
-def frontier_figure(
-    frontier: Frontier,
-    *,
-    reached: float,
-    predicted: float | None,
-    measured: float | None,
-    what: str,
-) -> Figure:
+def frontier_figure(budget: Mapping[str, Any], measured: float | None, what: str) -> Figure:
     """Draw the predicted divergence over the budget, and where a run lies."""
     figure, axes = small_figure()
-    points = [(c, n) for c, n in zip(frontier.costs, frontier.nats, strict=True) if n > 0]
+    frontier, dense = budget["frontier"], budget["dense"]
+    reached, predicted = budget["reached"] / dense, budget["predicted"]
+    curve = zip(frontier["cost"], frontier["nats"], strict=True)
+    points = [(cost / dense, nats) for cost, nats in curve if nats > 0]
     if points:
         axes.plot(*zip(*points, strict=True), "-", color=COLORS[0], linewidth=1.2, label="least")
     if predicted:

@@ -1,61 +1,69 @@
-"""Tables of what can be pruned in a model, and of what a run pruned."""
+"""Tables of what can be pruned in a model, of what a run will take, and of what it pruned."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 from rich.text import Text
 
 from graph.groups import CouplingGroup, Slot
-from osscar.base.printable import listed
-from osscar.report.tables import new_table
+from osscar.base.printable import counted, listed
+from osscar.report.tables import decimals, in_bytes, new_table
 from osscar.walk.layer_step import GROWN
 
 if TYPE_CHECKING:
-    from osscar.pruning.result import LayerReport
-    from osscar.pruning.trial import LeftAlone
+    from osscar.estimation.values import Estimate, StageEstimate
 
 
-def layers_table(layers: Sequence[LayerReport]) -> Table:
-    """Return one row for each pruned group."""
-    dead = any(layer.dead for layer in layers)
-    dense = any(layer.unrefitted for layer in layers)
-    grown = any(layer.growth > GROWN for layer in layers)
-    bounds = any(layer.lower_bound is not None for layer in layers)
-    columns = ["group", "kept >", "loss >", "status", "seconds >"]
-    columns += ["dead >"] if dead else []
-    columns += ["unrefitted >"] if dense else []
-    columns += ["growth >"] if grown else []
-    columns += ["gap >"] if bounds else []
-    table = new_table("loss by layer", *columns)
-    for layer in layers:
-        cells = [
-            layer.name,
-            f"{layer.kept} of {layer.units}",
-            f"{layer.relative_loss:.4f}",
-            layer.status.lower().replace("_", " "),
-            f"{layer.solve_seconds:.2f}",
-        ]
-        if dead:
-            cells.append(str(layer.dead) if layer.dead else "")
-        if dense:
-            cells.append(str(len(layer.unrefitted)) if layer.unrefitted else "")
-        if grown:
-            cells.append(f"{layer.growth:,.3g}x" if layer.growth > GROWN else "")
-        if bounds:
-            cells.append("" if layer.gap is None else f"{layer.gap:.1%}")
-        table.add_row(*cells)
-    return table
+def layers_table(
+    layers: Sequence[Mapping[str, Any]], predicted: Mapping[str, float | None] | None = None
+) -> Table:
+    """Return one row for each pruned group.
+
+    Parameters
+    ----------
+    layers
+        As in ``osscar.prune/3``; a column of which all layers say nothing is left out.
+    predicted
+        Divergence in nats, by name.
+    """
+    columns: dict[str, list[str]] = {
+        "group": [layer["name"] for layer in layers],
+        "kept >": [f"{layer['kept']} of {layer['units']}" for layer in layers],
+        "loss >": [decimals(layer["relative_loss"]) for layer in layers],
+        "bound >": [_bound(layer) for layer in layers],
+        "gap >": ["" if one["gap"] is None else f"{one['gap']:.1%}" for one in layers],
+        "certificate": [_certificate(layer) for layer in layers],
+        "predicted, nats >": [decimals((predicted or {}).get(one["name"]), 5) for one in layers],
+        "status": [layer["status"].lower().replace("_", " ") for layer in layers],
+        "seconds >": [f"{layer['solve_seconds']:.2f}" for layer in layers],
+        "dead >": [str(layer["dead"] or "") for layer in layers],
+        "unrefitted >": [str(len(layer["unrefitted"]) or "") for layer in layers],
+        "growth >": [f"{g:,.3g}x" if (g := layer["growth"]) > GROWN else "" for layer in layers],
+    }
+    shown = {name: cells for name, cells in columns.items() if any(cells) or name == "group"}
+    return new_table("loss by layer", *shown, rows=zip(*shown.values(), strict=True))
 
 
-def left_alone_table(groups: Sequence[LeftAlone]) -> Table:
+def _bound(layer: Mapping[str, Any]) -> str:
+    bound = layer["relative_bound"]
+    return "" if bound is None else decimals(max(0.0, bound))
+
+
+def _certificate(layer: Mapping[str, Any]) -> str:
+    if layer["lower_bound"] is None:
+        return ""
+    known = "proved optimal" if layer["proved_optimal"] else "bounded"
+    return known if layer["recomputed_bound"] is None else f"{known}, recomputed"
+
+
+def left_alone_table(groups: Iterable[Mapping[str, Any]]) -> Table:
     """Return one row for each group that could not follow."""
-    table = new_table("left alone, since they cannot follow", "group", "units >", "why")
-    for group in groups:
-        table.add_row(group.name, f"{group.units} {group.kind}", group.reason)
-    return table
+    rows = ((one["name"], f"{one['units']} {one['kind']}", one["reason"]) for one in groups)
+    title = "left alone, since they cannot follow"
+    return new_table(title, "group", "units >", "why", rows=rows)
 
 
 def groups_table(groups: Sequence[CouplingGroup], residual: Collection[str] = ()) -> Table:
@@ -68,25 +76,27 @@ def groups_table(groups: Sequence[CouplingGroup], residual: Collection[str] = ()
     residual
         The names of those that are residual streams.
     """
-    table = new_table(
-        "", "group", "kind", "units >", "rows/unit >", "producers", "consumers", "parameters >"
+    columns = ("group", "kind", "units >", "rows/unit >", "producers", "consumers")
+    return new_table(
+        "",
+        *(*columns, "parameters >"),
+        rows=(
+            (
+                Text(group.name, style="" if group.prunable else "dim"),
+                f"{group.kind}, residual" if group.name in residual else str(group.kind),
+                str(group.units),
+                str(max((slot.width for slot in group.consumers), default=0)),
+                _modules(group.producers),
+                _modules(group.consumers),
+                f"{group.removable * group.units:,}" if group.prunable else "frozen",
+            )
+            for group in groups
+        ),
     )
-    for group in groups:
-        table.add_row(
-            Text(group.name, style="" if group.prunable else "dim"),
-            f"{group.kind}, residual" if group.name in residual else str(group.kind),
-            str(group.units),
-            str(max((slot.width for slot in group.consumers), default=0)),
-            _modules(group.producers),
-            _modules(group.consumers),
-            f"{group.removable * group.units:,}" if group.prunable else "frozen",
-        )
-    return table
 
 
 def _modules(slots: Sequence[Slot]) -> str:
-    names = list(dict.fromkeys(_short(slot) for slot in slots))
-    return listed(names)
+    return listed(list(dict.fromkeys(map(_short, slots))))
 
 
 def _short(slot: Slot) -> str:
@@ -94,3 +104,50 @@ def _short(slot: Slot) -> str:
     parts = slot.module.split(".")
     last = next((i for i, part in enumerate(reversed(parts)) if not part.isdecimal()), 0)
     return ".".join(parts[-last - 1 :]) or slot.tensor
+
+
+# ---- what a run will take, and how far off that was --------------------------------------
+
+
+def estimate_table(estimate: Estimate) -> Table:
+    """Return one row for each stage, and one for the whole run."""
+    columns = ("stage", "seconds >", "between >", "memory >", "read >", "written >")
+    table = new_table("estimate", *columns)
+    rows: dict[str, StageEstimate | Estimate] = {one.stage: one for one in estimate.stages}
+    for name, one in {**rows, "all": estimate}.items():
+        if one is estimate:
+            table.add_section()
+        end = "and up" if one.high is None else f"to {_seconds(one.high)}"
+        sizes = (one.peak_bytes, one.read_bytes, one.written_bytes)
+        told = (in_bytes(size) if size or one is estimate else "" for size in sizes)
+        table.add_row(name, _seconds(one.seconds), f"{_seconds(one.low)} {end}", *told)
+    return table
+
+
+def extrapolated(estimate: Estimate) -> str:
+    """Say which layers were solved, and for how many others each stands."""
+    told = [
+        f"{counted(one.extrapolated, 'group')} with {one.rows:,} inputs from layer {one.source!r}"
+        for one in estimate.classes
+        if one.extrapolated
+    ]
+    solved = len({one.source for one in estimate.classes})
+    if not told:
+        return f"layers: all {solved} were solved"
+    return f"layers: {solved} solved; extrapolated {listed(told)}"
+
+
+def _seconds(value: float) -> str:
+    return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 1 else f"{value:.2f}"
+
+
+def comparison_line(found: Mapping[str, Any]) -> str:
+    """Say how far off an estimate was, of what `EstimateDocument.against` returned."""
+    seconds, estimated = found["seconds"], found["estimated_seconds"]
+    line = f"estimated {_seconds(estimated)} s, took {_seconds(seconds)} s"
+    if seconds > 0:
+        line += f" ({estimated / seconds:.2f} of it)"
+    peak, told = found["peak_bytes"], found["estimated_peak_bytes"]
+    if peak:
+        line += f"; estimated {in_bytes(told)} of memory, had {in_bytes(peak)} ({told / peak:.2f})"
+    return line

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
@@ -86,8 +86,13 @@ class _PlainTable(Table):
         yield Text("")
 
 
-def new_table(title: str, *columns: str) -> Table:
-    """Return an empty table; a column whose name ends in ``>`` holds numbers, put to the right."""
+def new_table(
+    title: str, *columns: str, rows: Iterable[Sequence[RenderableType | None]] = ()
+) -> Table:
+    """Return a table, which terminals and pages show alike.
+
+    A column whose name ends in ``>`` holds numbers, put to the right.
+    """
     table = _PlainTable(
         title=title or None, title_justify="left", title_style="bold", box=SIMPLE_HEAD
     )
@@ -97,6 +102,8 @@ def new_table(title: str, *columns: str) -> Table:
             justify="right" if column.endswith(">") else "left",
             overflow="fold",
         )
+    for row in rows:
+        table.add_row(*row)
     return table
 
 
@@ -131,6 +138,20 @@ def share(value: float, digits: int = 3) -> str:
     ('2.5%', '50%', '33.3%')
     """
     return f"{float(f'{100 * value:.{digits}g}'):g}%"
+
+
+def percent(value: float | None, digits: int = 2) -> str:
+    """Return a share in per cent with so many decimals; nothing for one that is not known."""
+    return "" if value is None else f"{value:.{digits}%}"
+
+
+def decimals(value: float | None, digits: int = 4) -> str:
+    """Return a number with so many decimals, or in powers of ten where those would be zeros."""
+    if value is None:
+        return ""
+    if value and math.isfinite(value) and abs(value) < 10.0**-digits:
+        return f"{value:.1e}"
+    return f"{value:.{digits}f}"
 
 
 def in_bytes(count: int | None) -> str:

@@ -13,7 +13,7 @@ import torch
 
 import solvers
 from osscar.cli import main
-from osscar.report.proofs import not_recomputed_in_words
+from osscar.report.summary import not_recomputed_in_words
 from osscar.walk.gram import damped_by_input
 from solvers import storage
 from solvers.linalg.symmetric import Symmetric

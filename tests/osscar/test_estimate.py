@@ -24,7 +24,7 @@ from osscar.estimation.values import EstimateDocument, LayerClass
 from osscar.preparation.prepare import prepare
 from osscar.pruning.prune import prune_as_asked
 from osscar.pruning.trial import Feasible
-from osscar.report.estimate_tables import extrapolated
+from osscar.report.run_tables import extrapolated
 from osscar.request import PruningRequest
 from osscar.walk.targets import Target
 from osscar.walk.walk import Walk, walk

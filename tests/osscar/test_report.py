@@ -2,7 +2,6 @@
 
 import io
 import re
-from types import SimpleNamespace
 
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -88,9 +87,9 @@ def test_losses_of_a_run_lie_within_their_plot(losses):
 
 
 def test_kept_shares_are_drawn_a_line_a_kind():
-    bars = [prune_plots.Bar("heads", 1.0), prune_plots.Bar("neurons", 0.5)]
-    bars.append(prune_plots.Bar("heads", 0.25))
-    (axes,) = drawn(prune_plots.kept_figure(bars)).axes
+    kept = (("heads", 8), ("neurons", 4), ("heads", 2))
+    groups = [{"kind": kind, "kept": count, "units": 8} for kind, count in kept]
+    (axes,) = drawn(prune_plots.kept_figure(groups)).axes
     found = {line.get_label(): line.get_xydata().tolist() for line in axes.get_lines()}
     assert found == {"heads": [[1, 1.0], [2, 0.25]], "neurons": [[1, 0.5]]}
     assert_markers_are_whole(axes)
@@ -98,11 +97,8 @@ def test_kept_shares_are_drawn_a_line_a_kind():
 
 @pytest.mark.parametrize("count", [1, 2, 3, 7, 60])
 def test_layers_are_counted_in_whole_numbers(count):
-    bars = [prune_plots.Bar("neurons", 0.5)] * count
-    for figure in (
-        prune_plots.kept_figure(bars),
-        prune_plots.loss_figure([layer("neurons", 0.3)] * count),
-    ):
+    layers = [layer("neurons", 0.3)] * count
+    for figure in (prune_plots.kept_figure(layers), prune_plots.loss_figure(layers)):
         (axes,) = drawn(figure).axes
         low, high = axes.get_xlim()
         shown = [tick for tick in axes.get_xticks() if low <= tick <= high]
@@ -112,10 +108,9 @@ def test_layers_are_counted_in_whole_numbers(count):
 
 @pytest.mark.parametrize("measured", [None, 0.0, 1e-9, 0.02, 50.0])
 def test_a_run_lies_within_the_plot_of_its_budget(measured):
-    frontier = prune_plots.Frontier((0.3, 0.5, 0.9, 1.0), (1.0, 0.1, 1e-12, 0.0))
-    figure = prune_plots.frontier_figure(
-        frontier, reached=0.5, predicted=0.1, measured=measured, what="parameters"
-    )
+    frontier = {"cost": [30, 50, 90, 100], "nats": [1.0, 0.1, 1e-12, 0.0]}
+    budget = {"frontier": frontier, "dense": 100, "reached": 50, "predicted": 0.1}
+    figure = prune_plots.frontier_figure(budget, measured, "parameters")
     (axes,) = drawn(figure).axes
     frame = axes.get_window_extent()
     found = {line.get_label(): line.get_xydata().tolist() for line in axes.get_lines()}
@@ -190,13 +185,14 @@ def test_ratios_bear_the_names_of_the_numbers_and_are_none_where_nobody_knows():
 
 LONG = "@" * 66
 LAYERS = [
-    SimpleNamespace(
-        name=LONG, kept=12_345, units=16_384, relative_loss=0.0852, status="SWAP_OPTIMAL",
-        solve_seconds=1234.56, dead=7777, lower_bound=0.1, gap=0.1234, unrefitted=("a",) * 61,
-        growth=1.64e4,
-    )
+    {
+        **{"name": LONG, "kept": 12_345, "units": 16_384, "relative_loss": 0.0852},
+        **{"status": "SWAP_OPTIMAL", "solve_seconds": 1234.56, "dead": 7777, "lower_bound": 0.1},
+        **{"relative_bound": 0.0747, "gap": 0.1234, "unrefitted": ("a",) * 61, "growth": 1.64e4},
+        **{"proved_optimal": False, "recomputed_bound": 0.1},
+    }
 ]  # fmt: skip
-NUMBERS = ("12345 of 16384", "0.0852", "1234.56", "7777", "61", "1.64e+04x", "12.3%")
+NUMBERS = ("12345 of 16384", "0.0852", "0.0747", "1234.56", "7777", "61", "1.64e+04x", "12.3%")
 
 
 def shown(table, width, terminal=True):

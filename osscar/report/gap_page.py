@@ -1,0 +1,82 @@
+"""The page of an optimality-gap study, written beside its plots."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from osscar.base.files import write_text
+from osscar.report.gap_tables import (
+    cases_table,
+    open_table,
+    overview_table,
+    records_table,
+    refused_table,
+    scores_table,
+)
+from osscar.report.page import asked_table, render
+from osscar.report.plots import draw_plots
+from osscar.report.summary import Summary
+from osscar.report.tables import share
+from osscar.study.records import Record
+
+if TYPE_CHECKING:
+    from osscar.study.design import StudyDesign
+    from osscar.study.directory import Study
+
+REPORT_FILE = "report.html"
+
+
+def write_report(
+    study: Study, design: StudyDesign, records: Sequence[Record], summary: Summary, *, jobs: int = 1
+) -> Path:
+    """Draw the plots and write the page into the study's directory; return where it lies.
+
+    Parameters
+    ----------
+    study, design, records, summary
+        What was asked, and what came of it.
+    jobs
+        Processes that solved at once, which the times depend on.
+
+    Raises
+    ------
+    OutputError
+        If something cannot be written.
+    """
+    text = render(
+        "gap.html.j2",
+        summary=summary,
+        pictures=draw_plots(summary, study.directory),
+        overviews=overview_table(summary),
+        layers=cases_table(summary.layers),
+        windows=cases_table(summary.windows),
+        scores=scores_table(summary),
+        still_open=open_table(summary.still_open),
+        refused=refused_table(summary.refused),
+        records=records_table(records),
+        asked=asked_table(_asked(study, design, jobs)),
+    )
+    write_text(study.directory / REPORT_FILE, text)
+    return study.directory / REPORT_FILE
+
+
+def _asked(study: Study, design: StudyDesign, jobs: int) -> dict[str, Any]:
+    asked = dict(study.source)
+    problems = asked.get("problems")
+    if isinstance(problems, list) and all(isinstance(one, Mapping) for one in problems):
+        del asked["problems"]
+        asked["problem files"] = [one.get("file") for one in problems]
+    asked["share of units removed"] = [share(sparsity) for sparsity in design.sparsities]
+    asked["backends"] = list(design.backends)
+    asked["exact backends on"] = f"problems of at most {design.exact_units} units"
+    asked["limits"] = (
+        f"{design.time_limit:g} s for an exact solve, or a gap of {design.gap_tolerance:g}"
+    )
+    if design.window_units is not None:
+        asked["windows"] = (
+            f"{design.windows} of {design.window_units} units for each larger problem and "
+            "sparsity, the other units held as local_search left them"
+        )
+    return {**asked, "processes at once": jobs}
