@@ -27,6 +27,7 @@ from .estimation.estimate import estimate as estimate
 from .estimation.values import Estimate as Estimate
 from .pruning.prune import prune as prune
 from .request import PruningRequest as PruningRequest
+from .pruning.swept import sweep as sweep
 from .pruning.result import LayerReport as LayerReport, PruningResult as PruningResult
 from .pruning.trial import LeftAlone as LeftAlone
 from .shrinking.follow import adapter as adapter, prepare as prepare

@@ -117,18 +117,12 @@ class BudgetKind(enum.StrEnum):
 
 @dataclass(frozen=True)
 class Widths:
-    """What widths a group may have.
-
-    Parameters
-    ----------
-    round_to
-        Its width, units times rows a unit, is a multiple of this.
-    at_least
-        How many of its units stay, or what share of them.
-    """
+    """What widths a group may have."""
 
     round_to: int = 1
+    """Its width, units times rows a unit, is a multiple of this."""
     at_least: Fraction | int | None = None
+    """How many of its units stay, or what share of them."""
 
     def least(self, units: int) -> int:
         """Return how many of so many units stay at least."""
@@ -140,24 +134,15 @@ class Widths:
 
 
 @dataclass(frozen=True)
-class _Range:
-    """Which numbers a field takes, beside its type.
-
-    Parameters
-    ----------
-    kind
-        What they are made: of numpy, or fractions, there are others.
-    takes
-        Whether one is within the range; NaN is in none.
-    advice
-        What to give instead.
-    error
-        What is raised.
-    """
+class Range:
+    """Which numbers a field takes, beside its type: stands in its annotation."""
 
     kind: type[float] | type[int]
+    """What they are made: of numpy, or fractions, there are others."""
     takes: Callable[[Any], bool]
+    """Whether one is within the range; NaN is in none."""
     advice: str
+    """What to give instead."""
     error: type[OsscarError] = OptionError
 
     def __call__(self, name: str, value: Any) -> Any:
@@ -168,7 +153,7 @@ class _Range:
         return self.kind(value)  # type: ignore[call-overload]
 
 
-_DAMP = _Range(
+_DAMP = Range(
     float,
     lambda damp: 0 <= damp <= _LARGEST_DAMP,
     f"a number from 0 to {_LARGEST_DAMP:g}, such as 0.01 or 1",
@@ -176,13 +161,7 @@ _DAMP = _Range(
 
 
 def check_damp(damp: Any) -> None:
-    """Refuse a damping that no refit can have.
-
-    Raises
-    ------
-    OptionError
-        If it is no number, negative, or so large that nothing could be computed with it.
-    """
+    """Refuse a damping that no refit can have, as `PruningRequest` does."""
     _DAMP("damp", damp)
 
 
@@ -231,8 +210,18 @@ def _text(name: str, value: Any) -> str:
     return str(value)  # such as a torch.device
 
 
+def checked(request: Any) -> None:
+    """Make each field of a dataclass what its annotation says, or refuse its value.
+
+    An annotation has a function of name and value, such as a `Range`, or is a `Literal`.
+    """
+    for one in dataclasses.fields(request):
+        value = getattr(request, one.name)
+        if value is not None or one.default is not None:
+            object.__setattr__(request, one.name, _read(one.type, one.name, value))
+
+
 def _read(taken: Any, name: str, value: Any) -> Any:
-    """Return the value of a field as it is kept; refuse what its type does not hold."""
     if get_origin(taken) is Annotated:
         read: Callable[[str, Any], Any] = get_args(taken)[1]
         return read(name, value)
@@ -343,7 +332,7 @@ class PruningRequest:
 
     sparsity: Annotated[
         float | None,
-        _Range(
+        Range(
             float,
             lambda share: 0 < share < 1,
             "the share to remove, a number above 0 and below 1",
@@ -354,7 +343,7 @@ class PruningRequest:
     size: KeepOption = None
     flops: Annotated[
         float | None,
-        _Range(
+        Range(
             float,
             lambda share: 0 < share < 1,
             "the share to keep, a number above 0 and below 1",
@@ -363,7 +352,7 @@ class PruningRequest:
     ] = None
     speedup: Annotated[
         float | None,
-        _Range(float, lambda ratio: 1 < ratio <= _LARGEST, "a finite number above 1", RequestError),
+        Range(float, lambda ratio: 1 < ratio <= _LARGEST, "a finite number above 1", RequestError),
     ] = None
     allocation: Allocation = "curvature"
     heads: KeepOption = None
@@ -372,7 +361,7 @@ class PruningRequest:
     residual: KeepOption = None
     groups: Annotated[Mapping[str, Keep], _groups] = field(default_factory=dict)
     round_to: Annotated[
-        int, _Range(int, lambda width: width >= 1, "a whole number from 1", RequestError)
+        int, Range(int, lambda width: width >= 1, "a whole number from 1", RequestError)
     ] = 1
     at_least: KeepOption = None
     skip: Annotated[Sequence[str], _patterns] = ()
@@ -382,25 +371,22 @@ class PruningRequest:
     damp: Annotated[float | None, _DAMP] = None
     target: Literal["weights", "outputs", "residual"] = "residual"
     blend: Annotated[
-        float | None, _Range(float, lambda share: 0 <= share <= 1, "a share from 0 to 1")
+        float | None, Range(float, lambda share: 0 <= share <= 1, "a share from 0 to 1")
     ] = None
     batch_norm: Literal["correct", "estimate", "keep"] = "correct"
     device: Annotated[str, _text] = "auto"
     batch_size: Annotated[
         int | None,
-        _Range(int, lambda size: 1 <= size < 2**63, "a whole number, at least 1"),
+        Range(int, lambda size: 1 <= size < 2**63, "a whole number, at least 1"),
     ] = None
     seed: Annotated[
-        int, _Range(int, lambda seed: 0 <= seed < 2**63, "a whole number from 0 to 2^63 - 1")
+        int, Range(int, lambda seed: 0 <= seed < 2**63, "a whole number from 0 to 2^63 - 1")
     ] = 0
     form: Literal["auto", "module", "graph"] = "auto"
     strict: bool = False
 
     def __post_init__(self) -> None:
-        for one in dataclasses.fields(self):
-            value = getattr(self, one.name)
-            if value is not None or one.default is not None:
-                object.__setattr__(self, one.name, _read(one.type, one.name, value))
+        checked(self)
         self._check_what_to_keep()
         self.chosen_backend()
 
@@ -434,15 +420,7 @@ class PruningRequest:
             )
 
     def chosen_backend(self) -> "solvers.Backend":
-        """Return the backend with its options.
-
-        Raises
-        ------
-        OptionError
-            If it is neither a name nor a backend, or options come with an object.
-        BackendError
-            If there is none of that name, or it has no such option.
-        """
+        """Return the backend with its options."""
         if isinstance(self.backend, str):
             return solvers.make_backend(self.backend, **dict(self.backend_options))
         if not _has_method(self.backend, "select"):
@@ -514,13 +492,7 @@ class PruningRequest:
 
     @classmethod
     def from_json(cls, data: object) -> "PruningRequest":
-        """Read what `to_json` returned, such as the settings of a saved report.
-
-        Raises
-        ------
-        OptionError
-            If it has other fields; or as the constructor does.
-        """
+        """Read what `to_json` returned, such as the settings of a saved report."""
         known = {f.name for f in dataclasses.fields(cls)}
         if not isinstance(data, Mapping) or not set(data) <= known:
             odd = sorted(map(str, set(data) - known)) if isinstance(data, Mapping) else data
@@ -547,13 +519,7 @@ def by_keywords(
     """Return a function that takes the fields of a request in the place of the request.
 
     Type checkers see its keywords, as `help` does, which describes them in the request's words.
-
-    Parameters
-    ----------
-    request
-        The class of requests.
-    run
-        Takes a request; its name ends in ``_as_asked``, and its docstring describes the request.
+    The name of `run` ends in ``_as_asked``, and its docstring describes the request.
     """
 
     def keywords(model: "nn.Module", calibration: Any, **asked: Any) -> R:
@@ -591,13 +557,7 @@ def _has_method(value: object, name: str) -> bool:
 
 
 def parse_keep(value: Keep) -> Fraction | int:
-    """Read what to keep: ``"0.7"``, ``"2/3"`` and ``0.7`` are fractions, ``"512"`` and 512 counts.
-
-    Raises
-    ------
-    RequestError
-        If it is neither, or outside of what a fraction or a count can be.
-    """
+    """Read what to keep: ``"0.7"``, ``"2/3"`` and 0.7 are fractions, ``"512"`` and 512 counts."""
     unreadable = "as what to keep; give a fraction such as 0.7 or 2/3, or a count"
     if isinstance(value, bool) or not isinstance(value, str | numbers.Real):
         raise RequestError(f"cannot read {shown(value)} {unreadable}")
@@ -621,13 +581,7 @@ def parse_keep(value: Keep) -> Fraction | int:
 
 
 def parse_size_kept(value: Keep) -> Fraction | int:
-    """Read what weights may take: a fraction of the dense model's, or bytes, as in ``"200MB"``.
-
-    Raises
-    ------
-    RequestError
-        If it is neither.
-    """
+    """Read what weights may take: a fraction of the dense model's, or bytes, as in ``"200MB"``."""
     if isinstance(value, str) and value.strip()[-1:].isalpha():
         try:
             return parse_size(value)

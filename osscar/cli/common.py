@@ -103,13 +103,7 @@ def document(kind: str, version: int, content: Mapping[str, Any]) -> dict[str, A
 
 
 def write_json(path: Path | None, content: Mapping[str, Any]) -> None:
-    """Write a document whole or not at all; nothing if `path` is None.
-
-    Raises
-    ------
-    OutputError
-        If the file cannot be written.
-    """
+    """Write a document whole or not at all; nothing if `path` is None."""
     if path is not None:
         files.write_json(path, content)
 
@@ -122,23 +116,8 @@ def check_json_path(
 ) -> None:
     """Refuse a file that could not or must not be written, before any work is done.
 
-    Parameters
-    ----------
-    path
-        What was asked for, as with ``--json``; None is fine.
-    inputs
-        Files and directories that the command reads; names that are no paths do no harm.
-    written
-        What else the command writes: a directory, other files.
-    option
-        Which names the file.
-
-    Raises
-    ------
-    OutputError
-        If its directory does not exist, if it is a directory itself, or is or lies in what the
-        command reads or writes, or if a file of another sort is there; as of a name that is not
-        UTF-8, or a link that leads nowhere.
+    Its directory has to exist; it must neither be nor lie in what the command reads or writes, nor
+    replace a file of another sort.  Names in `inputs` that are no paths do no harm.
     """
     if path is None:
         return
@@ -162,12 +141,9 @@ def check_json_path(
 
 
 def check_input(file: Path) -> None:
-    """Refuse a file that a command is to read if reading it may never end.
+    """Refuse a pipe or a device, reading which may never end.
 
-    Raises
-    ------
-    OptionError
-        If it is a pipe or a device; whoever reads it will say what else is wrong.
+    Whoever reads the file will say what else is wrong.
     """
     try:
         check_regular(file)
@@ -189,10 +165,7 @@ def _covers(used: Path, place: Path) -> bool:
 def way_back(kept: Callable[[], str]) -> Iterator[None]:
     """Say how to go on where someone interrupts the block, or where it cannot write.
 
-    Parameters
-    ----------
-    kept
-        Says what is kept by then, and where.
+    What is kept by then, and where, is for `kept` to say.
     """
     try:
         yield

@@ -57,7 +57,7 @@ def run(directory: Path, backend: str, json: Path | None) -> None:
         f"the neurons stay, chosen by {backend} on {_SAMPLES} x {_SEQLEN} calibration tokens"
     )
     out.print(layers_table(report["layers"]))
-    for line in (*run_lines(report), saved_line(saved)):
+    for line in (*run_lines(report), saved_line(saved, directory)):
         out.print(line)
     out.print(comparison_table(comparison))
     tokens = comparison.model.quality.tokens

@@ -36,19 +36,7 @@ def dry_run(
     seconds: Mapping[Stage, float],
     json: Path | None,
 ) -> None:
-    """Print what a run will take; write nothing but that.
-
-    Parameters
-    ----------
-    loaded, data
-        The model with its calibration data.
-    request
-        What is asked for.
-    seconds
-        By stage, of what came before.
-    json
-        Where to write the same.
-    """
+    """Print what a run will take, and write it as JSON; what came before took `seconds`."""
     found = of_command(estimate_as_asked(loaded.model, data, request), loaded, seconds)
     out.print(estimate_table(found))
     say(extrapolated(found))
@@ -84,13 +72,7 @@ def document_of(found: Estimate, loaded: LoadedModel, data: CalibrationData) -> 
 
 
 def read_estimate(file: Path | None) -> EstimateDocument | None:
-    """Read what ``--dry-run --json`` wrote; None where there is none.
-
-    Raises
-    ------
-    FileError
-        If it is no such file.
-    """
+    """Read what ``--dry-run --json`` wrote; None where there is none."""
     if file is None:
         return None
     check_input(file)

@@ -52,15 +52,7 @@ def quiet() -> Iterator[None]:
 
 
 def stated_preprocessing(options: OpenOptions) -> Preprocessing | None:
-    """Return what options state of images; None if they state nothing.
-
-    Raises
-    ------
-    OptionError
-        If they contradict each other, or cannot be read.
-    ImageError
-        If a number makes no sense.
-    """
+    """Return what options state of images; None if they state nothing."""
     mean, std, image_size = options.mean, options.std, options.image_size
     if mean is None and std is None and image_size is None and not options.no_normalize:
         return None
@@ -118,11 +110,6 @@ def opened(
         Whether to print what the data are, and how they are prepared.
     more
         What else `osscar.load_model` takes.
-
-    Raises
-    ------
-    OsscarError
-        What these raise.
     """
     with quiet():
         loaded = load_model(

@@ -253,13 +253,7 @@ def request_options(*names: str) -> type[Any]:
 
 
 def asked_with(options: Any, **more: Any) -> PruningRequest:
-    """Return the request that options of `request_options` ask for.
-
-    Raises
-    ------
-    OsscarError
-        As `PruningRequest`; OptionError, if an option of the backend cannot be read.
-    """
+    """Return the request that options of `request_options` ask for."""
     asked = {**vars(options), **more}
     if "skip" in asked:
         asked["skip"] = [part.strip() for text in asked["skip"] for part in text.split(",")]
@@ -281,13 +275,7 @@ def _help(documented: type) -> dict[str, str]:
 
 
 def parse_options(pairs: list[str]) -> dict[str, Any]:
-    """Read ``NAME=VALUE`` pairs; a value is JSON where it can be, else text.
-
-    Raises
-    ------
-    OptionError
-        If a pair has no ``=``, or a value is nested too deeply to be read.
-    """
+    """Read ``NAME=VALUE`` pairs; a value is JSON where it can be, else text."""
     options: dict[str, Any] = {}
     for pair in pairs:
         name, equals, value = pair.partition("=")

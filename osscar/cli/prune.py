@@ -67,17 +67,7 @@ def run(model: str, options: PruneOptions, asked: Any, spent: Profile) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class _Job:
-    """A run of one rank.
-
-    Parameters
-    ----------
-    model, options, request
-        What is asked for.
-    ranks
-        The processes of a launch.
-    spent
-        What this one has spent since its command began.
-    """
+    """A run of one rank: what is asked for, and what it has spent since its command began."""
 
     model: str
     options: PruneOptions
@@ -110,16 +100,11 @@ class _Job:
     def run(self, path: Path, words: dict[str, str], given: Mapping[str, Any]) -> None:
         """Prune into a directory.
 
-        Parameters
-        ----------
-        path
-            The directory.
-        words
-            How the run was asked for, as its log keeps it.
-        given
-            The options that are not as by default.
+        The log keeps `words`, by which the run was asked for; `given` are the options that are not
+        as by default.
         """
         options, request, ranks = self.options, self.request, self.ranks
+        assert options.out is not None
         told = read_estimate(options.estimate)
         log = RunLog(_beside(path))
         anew = options.overwrite or options.restart
@@ -165,12 +150,12 @@ class _Job:
         out.print(layers_table(content["layers"]))
         if result.left_alone:
             out.print(left_alone_table(content["left_alone"]))
-        for line in (*run_lines(content), saved_line(saved)):
+        for line in (*run_lines(content), saved_line(saved, options.out)):
             out.print(line)
         if told is not None:
             peak = memory_of(resolve_device(request.device)).peak()
             say(comparison_line(told.against(self.spent.seconds, peak)))
-        say(f"report: {saved.path / PAGE_FILE}")
+        say(f"report: {options.out / PAGE_FILE}")
         if result.form == "graph" and tokenizer is not None:
             return  # a program cannot generate, which is part of what text is scored with
         if score is not None and score.reason:
@@ -210,18 +195,18 @@ class _Job:
             saved = describe(path)
             self._write_copies(content, saved)
             log.remove()
-        say(f"saved: {saved.path}, before this run began, by one that was ended just then")
+        say(f"saved: {self.options.out}, before this run began, by one that was ended just then")
         return True
 
 
-def saved_line(saved: SavedCheckpoint) -> str:
-    """Say where a model was saved, and who reads it."""
+def saved_line(saved: SavedCheckpoint, where: Path) -> str:
+    """Say where a model was saved, as it was asked for, and who reads it."""
     reader = "osscar.load reads it"
     if saved.stock:
         reader = "from_pretrained of transformers reads it"
     elif saved.with_code:
         reader += ", and so does from_pretrained(..., trust_remote_code=True)"
-    return f"saved: {saved.path} ({saved.bytes / 1e6:.1f} MB of weights; {reader})"
+    return f"saved: {where} ({saved.bytes / 1e6:.1f} MB of weights; {reader})"
 
 
 def _beside(path: Path) -> Path:

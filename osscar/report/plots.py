@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import re
 from collections.abc import Sequence
@@ -13,14 +12,12 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullFormatter
 
 import solvers
 from osscar.base.files import atomic_write
 from osscar.report.figures import COLORS, ROOM_ABOVE, SHARES, STYLE, picture, svg_of
-from osscar.report.summary import HIT, Case, Summary, is_exact
+from osscar.report.summary import HIT, Case, Summary
 from osscar.report.tables import share
-from solvers import Status
 
 _COLUMNS = 6
 _NARROW = 4.8
@@ -42,7 +39,6 @@ _CAPTIONS = {
     "against the share of units removed. Both are relative to the loss of removing everything. The "
     "true optimum lies in the shaded band.",
     "ratios": "What heuristics lose against proven optima, one dot a problem.",
-    "times": "Wall time of exact solves.",
 }
 
 
@@ -60,7 +56,6 @@ def draw_plots(summary: Summary, directory: Path) -> list[dict[str, object]]:
             "gaps": _gaps([case for case in summary.layers if case.gap is not None]),
             "curves": _curves(summary.layers),
             "ratios": _ratios(summary.closed),
-            "times": _times(summary.cases),
         }
         for name, figure in figures.items():
             if figure is not None:
@@ -205,49 +200,6 @@ def _ratios(closed: Sequence[Case]) -> Figure | None:
         f"loss above the proven optimum, relative to it\n(at the left edge: below {HIT:g})"
     )
     return figure
-
-
-def _times(cases: Sequence[Case]) -> Figure | None:
-    """Draw the time of exact solves against the number of units, hollow where not closed."""
-    records = [
-        record for case in cases for record in case.answers if is_exact(record) and record.seconds
-    ]
-    if not records:
-        return None
-    figure, (axes,) = _subplots(1, 1, width=_NARROW, height=3.4)
-    sizes = sorted({record.units for record in records})
-    names = list(dict.fromkeys(record.backend for record in records))
-    spread = _spread(sizes)
-    for index, name in enumerate(names):
-        color = COLORS[index % len(COLORS)]
-        # Side by side, so that none hides another, and close to where they belong.
-        shift = spread ** ((index - (len(names) - 1) / 2) / max(len(names) - 1, 1))
-        filled: dict[str, Any] = {"s": 16, "alpha": 0.7, "linewidth": 0, "color": color}
-        hollow = {"s": 20, "facecolor": "none", "edgecolor": color, "linewidth": 0.8}
-        for closed, look in ((True, filled), (False, hollow)):
-            mine = [
-                (record.units * shift, record.seconds)
-                for record in records
-                if record.backend == name and (record.status == Status.OPTIMAL.name) == closed
-            ]
-            x, y = zip(*mine, strict=True) if mine else ((), ())
-            axes.scatter(x, y, label=name if closed else None, **look)
-    axes.set_xscale("log", base=2)
-    axes.set_yscale("log")
-    axes.set_xlim(sizes[0] / 1.3, sizes[-1] * 1.3)
-    axes.set_xticks(sizes, [str(size) for size in sizes])
-    axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.yaxis.set_major_locator(LogLocator())
-    axes.set_xlabel("units (filled: proved optimal, hollow: stopped before)")
-    axes.set_ylabel("seconds")
-    figure.legend(loc="outside upper left", ncols=min(len(names), 3), frameon=False)
-    return figure
-
-
-def _spread(sizes: Sequence[int]) -> float:
-    """Return the ratio between the last and the first of points that all stand for one size."""
-    apart = min((b / a for a, b in itertools.pairwise(sizes)), default=math.inf)
-    return min(1.06, float(apart**0.4))
 
 
 def _subplots(

@@ -19,21 +19,11 @@ from osscar.study.records import Proof
 from osscar.walk.layer_step import GROWN
 
 _KEEPS = ("heads", "neurons", "channels", "residual")
-_COSTS = {
-    "parameters": "parameters",
-    "bytes": "bytes of weights",
-    "flops": "floating-point operations",
-    "time": "time of a forward pass",
-}
-
 _WORTH_TELLING = 0.01
 """Of a budget: what is left of it that a line tells of."""
 
 _BARE = ("dead", "held out", "proofs", "size", "gradients")
 """Kinds of lines that a terminal shows without their kind in front."""
-
-_REMARKED = ("held out", "proof", "inputs", "batch norm", "gradients")
-"""Kinds of lines that a page repeats; what the others say is in its tables."""
 
 _QUALITY = ("perplexity", "top-1")
 """Rows of an evaluation that the sentence at the top repeats."""
@@ -59,7 +49,6 @@ def prune_page(document: Mapping[str, Any]) -> str:
         asked_shortly=_in_words(document["settings"]),
         compared=new_table("", "", "dense >", "pruned >", "ratio >", rows=_rows(document)),
         remarks=list(_remarks(document)),
-        predictions=new_table("", "", " >", rows=_predictions(document)),
         pictures=list(_pictures(document)),
         layers=layers_table(document["layers"], predicted),
         bounded=_bounded(document),
@@ -207,27 +196,15 @@ def _divergence(document: Mapping[str, Any]) -> str:
 
 
 def _remarks(document: Mapping[str, Any]) -> Iterator[str]:
-    """Yield what has to be known of the numbers."""
+    """Yield what has to be known of the numbers, in sentences."""
     yield from dense_remarks(document)
-    for kind, line in _lines(document):
-        if kind in _REMARKED:
-            yield f"{line[0].upper()}{line[1:]}."
-    yield from _of_refits(document)
-    if document.get("forward") is not None:
-        yield "Times are medians of a few turns, and as rough as that."
-    if document.get("estimate") is not None:
-        yield f"Up to its save, this run was {comparison_line(document['estimate'])}."
-    if document.get("evaluation") is None:
-        yield "Quality on data of your own is what osscar eval measures."
-
-
-def _of_refits(document: Mapping[str, Any]) -> Iterator[str]:
-    """Yield what held-out samples said of refits, and which weights grew beyond reason."""
+    for line in run_lines(document):
+        yield f"{line[0].upper()}{line[1:]}."
     layers = document["layers"]
     dense = [label for layer in layers for label in layer.get("unrefitted", ())]
     if dense:
         yield (
-            f"Dense weights did better than a refit on held-out samples, and stay but for the "
+            "Dense weights did better than a refit on held-out samples, and stay but for the "
             f"units that leave: {', '.join(dense)}."
         )
     for layer in layers:
@@ -236,6 +213,12 @@ def _of_refits(document: Mapping[str, Any]) -> Iterator[str]:
                 f"The refit made the largest weight that reads {layer['name']} "
                 f"{layer['growth']:.3g} times as large as the largest dense one."
             )
+    if document.get("forward") is not None:
+        yield "Times are medians of a few turns, and as rough as that."
+    if document.get("estimate") is not None:
+        yield f"Up to its save, this run was {comparison_line(document['estimate'])}."
+    if document.get("evaluation") is None:
+        yield "Quality on data of your own is what osscar eval measures."
 
 
 # ---- in numbers --------------------------------------------------------------------------
@@ -277,31 +260,6 @@ def _ratio_row(
     return label, written(dense), written(pruned), f"{pruned / dense:.2f}x" if dense else ""
 
 
-def _predictions(document: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Yield what the budget came to, and what was predicted and measured."""
-    budget, measured = document.get("budget"), document.get("divergence")
-    if budget is None:
-        return
-    what = _COSTS[budget["cost"]]
-    yield f"budget ({what})", f"at most {_cost(budget, 'limit')}"
-    yield "reached", f"{_cost(budget, 'reached')} ({share(budget['reached'] / budget['dense'])})"
-    predicted = budget["predicted"]
-    if predicted is not None:
-        yield "predicted divergence, nats", _nats(predicted)
-    if budget["lower_bound"] is not None:
-        yield "no widths within the budget have less than", _nats(max(0.0, budget["lower_bound"]))
-    if measured is not None:
-        yield "measured divergence, nats", _nats(measured)
-    if measured is not None and predicted:
-        yield "measured over predicted", f"{measured / predicted:.2f}"
-
-
-def _cost(budget: Mapping[str, Any], name: str) -> str:
-    """Write a cost; times are shares of the dense model's."""
-    value = budget[name]
-    return f"{value:.3f} of dense" if budget["cost"] == "time" else f"{value:,.0f}"
-
-
 # ---- in pictures -------------------------------------------------------------------------
 
 
@@ -329,5 +287,5 @@ def _pictures(document: Mapping[str, Any]) -> Iterator[dict[str, object]]:
             "divergence over the budget",
             "The least predicted divergence at every budget, and where this run lies: as "
             "predicted, and as measured.",
-            frontier_figure(budget, document.get("divergence"), _COSTS[budget["cost"]]),
+            frontier_figure(budget, document.get("divergence")),
         )

@@ -71,7 +71,7 @@ def loss_figure(layers: Sequence[Mapping[str, Any]]) -> Figure:
     return figure
 
 
-def frontier_figure(budget: Mapping[str, Any], measured: float | None, what: str) -> Figure:
+def frontier_figure(budget: Mapping[str, Any], measured: float | None) -> Figure:
     """Draw the predicted divergence over the budget, and where a run lies."""
     figure, axes = small_figure()
     frontier, dense = budget["frontier"], budget["dense"]
@@ -92,7 +92,7 @@ def frontier_figure(budget: Mapping[str, Any], measured: float | None, what: str
     highest = max([*here, *(nats for _, nats in points)], default=1.0)
     axes.set_ylim(min([*here, _LOWEST * highest]) / 3, 3 * highest)
     axes.xaxis.set_major_formatter(SHARES)
-    axes.set_xlabel(f"{what} kept")
+    axes.set_xlabel(f"{budget['cost']} kept")
     axes.set_ylabel("divergence, nats")
     legend(figure, 3)
     return figure

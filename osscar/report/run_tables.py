@@ -55,7 +55,7 @@ def _bound(layer: Mapping[str, Any]) -> str:
 def _certificate(layer: Mapping[str, Any]) -> str:
     if layer["lower_bound"] is None:
         return ""
-    known = "proved optimal" if layer["proved_optimal"] else "bounded"
+    known = "optimal" if layer["proved_optimal"] else "bounded"
     return known if layer["recomputed_bound"] is None else f"{known}, recomputed"
 
 

@@ -75,18 +75,8 @@ def _outcome(
 def connected(address: str) -> Iterator[RayExecutor]:
     """Connect to a cluster while the block runs; what it has not done by then is stopped.
 
-    Parameters
-    ----------
-    address
-        ``auto`` for the cluster that this machine belongs to, ``HOST:PORT``, or ``local`` for one
-        of this machine alone that ends with the block.
-
-    Raises
-    ------
-    MissingDependency
-        If Ray is not installed.
-    StudyError
-        If there is no cluster, or it has no core.
+    The address is ``auto`` for the cluster that this machine belongs to, ``HOST:PORT``, or
+    ``local`` for one of this machine alone that ends with the block.
     """
     if importlib.util.find_spec("ray") is None:
         raise MissingDependency("a cluster needs ray: python3 -m pip install 'osscar[ray]'")

@@ -1,16 +1,46 @@
 """What an optimality-gap study solves."""
 
-from __future__ import annotations
-
-import math
 from dataclasses import dataclass
+from typing import Annotated, Any
 
 import solvers
 from osscar.base.errors import OptionError
 from osscar.base.inputs import shown
+from osscar.request import Range, checked
 
 HEURISTICS = ("magnitude", "wanda", "greedy", "multistage", "local_search")
 DEFAULT_BACKENDS = (*HEURISTICS, "perspective", "branch_and_bound")
+
+_SPARSITY = Range(float, lambda share: 0 < share < 1, "shares above 0 and below 1")
+
+
+def _each_once(name: str, values: Any, one: str) -> tuple[Any, ...]:
+    """Return a list as a tuple; refuse none, an empty one, and what is in it twice."""
+    if not isinstance(values, tuple | list):
+        raise OptionError(f"{name} is {shown(values)}; give a tuple")
+    if not values:
+        raise OptionError(f"a study needs at least one {one}")
+    twice = sorted({str(value) for value in values if values.count(value) > 1})
+    if twice:
+        raise OptionError(f"{name} has {', '.join(twice)} twice; give each once")
+    return tuple(values)
+
+
+def _sparsities(name: str, values: Any) -> tuple[float, ...]:
+    return tuple(_SPARSITY("sparsity", one) for one in _each_once(name, values, "sparsity"))
+
+
+def _backends(name: str, values: Any) -> tuple[str, ...]:
+    """Make each of them, so that nothing is solved only to find that the last cannot run."""
+    for backend in _each_once(name, values, "backend"):
+        if not isinstance(backend, str):
+            raise OptionError(f"backend is {shown(backend)}; give a name")
+        solvers.make_backend(backend)
+    return tuple(values)
+
+
+def _count(least: int) -> Range:
+    return Range(int, lambda count: least <= count < 2**63, f"a whole number from {least}")
 
 
 @dataclass(frozen=True)
@@ -42,52 +72,21 @@ class StudyDesign:
         If a backend does not exist.
     """
 
-    sparsities: tuple[float, ...] = (0.25, 0.5, 0.75)
-    backends: tuple[str, ...] = DEFAULT_BACKENDS
-    exact_units: int = 64
-    window_units: int | None = None
-    windows: int = 3
-    time_limit: float = 60.0
-    gap_tolerance: float = 1e-6
-    seed: int = 0
+    sparsities: Annotated[tuple[float, ...], _sparsities] = (0.25, 0.5, 0.75)
+    backends: Annotated[tuple[str, ...], _backends] = DEFAULT_BACKENDS
+    exact_units: Annotated[int, _count(1)] = 64
+    window_units: Annotated[int | None, _count(2)] = None
+    windows: Annotated[int, _count(1)] = 3
+    time_limit: Annotated[
+        float, Range(float, lambda seconds: 0 < seconds <= 1e9, "seconds above 0")
+    ] = 60.0
+    gap_tolerance: Annotated[
+        float, Range(float, lambda gap: 0 <= gap < 1, "a share from 0 and below 1")
+    ] = 1e-6
+    seed: Annotated[int, _count(0)] = 0
 
     def __post_init__(self) -> None:
-        self._check_lists()
-        for name, least in (("windows", 1), ("exact_units", 1), ("window_units", 2), ("seed", 0)):
-            value = getattr(self, name)
-            if not (name == "window_units" and value is None) and not is_count(value, least):
-                said = name.removeprefix("window_").replace("_", " ")
-                raise OptionError(
-                    f"{said} is {shown(value)}; give a whole number of at least {least}"
-                )
-        if self.seed >= 2**63:
-            raise OptionError(f"seed is {self.seed}; give a whole number below 2^63")
-        if not _is_number(self.time_limit) or not 0 < self.time_limit < math.inf:
-            raise OptionError(f"time limit is {shown(self.time_limit)}; give seconds above 0")
-        if not _is_number(self.gap_tolerance) or not 0 <= self.gap_tolerance < 1:
-            raise OptionError(f"gap tolerance is {shown(self.gap_tolerance)}; give a share below 1")
-
-    def _check_lists(self) -> None:
-        for name in ("sparsities", "backends"):
-            values = getattr(self, name)
-            if not isinstance(values, tuple | list):
-                raise OptionError(f"{name} is {shown(values)}; give a tuple")
-            object.__setattr__(self, name, tuple(values))
-        if not self.sparsities or not self.backends:
-            raise OptionError("a study needs at least one sparsity and one backend")
-        for sparsity in self.sparsities:
-            if not _is_number(sparsity) or not 0 < sparsity < 1:
-                raise OptionError(f"sparsity is {shown(sparsity)}; give shares above 0 and below 1")
-        for backend in self.backends:
-            if not isinstance(backend, str):
-                raise OptionError(f"backend is {shown(backend)}; give a name")
-            # Here, so that nothing is solved only to find that the last backend cannot run.
-            solvers.make_backend(backend)
-        for name in ("sparsities", "backends"):
-            values = getattr(self, name)
-            twice = sorted({str(value) for value in values if values.count(value) > 1})
-            if twice:
-                raise OptionError(f"{name} has {', '.join(twice)} twice; give each once")
+        checked(self)
 
     def keep(self, units: int, sparsity: float) -> int:
         """Return how many of `units` stay: at least one, and at least one goes."""
@@ -100,12 +99,3 @@ class StudyDesign:
             keep = self.keep(units, sparsity)
             found[keep] = (*found.get(keep, ()), sparsity)
         return found
-
-
-def is_count(value: object, least: int) -> bool:
-    """Return whether `value` is a whole number and not below `least`."""
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)

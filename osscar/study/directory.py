@@ -28,7 +28,8 @@ from osscar.base.journal import Journal
 from osscar.base.json_files import MEGABYTE, STRICT
 from osscar.base.progress import stage
 from osscar.preparation.fingerprint import Fingerprint, Manifest
-from osscar.study.design import StudyDesign, is_count
+from osscar.request import Range
+from osscar.study.design import StudyDesign
 from osscar.study.jobs import (
     RECORDS,
     Task,
@@ -49,6 +50,8 @@ _READABLE_NAME = 80
 
 _INCUMBENT = "local_search"
 """Whose answer the units outside a window are held at."""
+
+_JOBS = Range(int, lambda count: count >= 1, "a whole number from 1")
 
 
 class _StudyJournal(Journal[Manifest]):
@@ -72,8 +75,7 @@ class _Problems:
     windows: tuple[Instance, ...]
 
 
-_SCHEMA: Literal["osscar.study-problems/1"] = "osscar.study-problems/1"
-
+_NO_PROBLEMS = _Problems("osscar.study-problems/1", (), ())
 _LONGEST_INDEX = 64 * MEGABYTE
 
 
@@ -140,11 +142,6 @@ class Study:
 
         `capture` and `run` lock for themselves; lock around them to do several things as one.  A
         directory into which nothing was captured goes again.
-
-        Raises
-        ------
-        OutputError
-            If another process is at work there, or the directory cannot be written.
         """
         with self._journal.held():
             self._journal.check(self._manifest(None))
@@ -157,12 +154,8 @@ class Study:
     ) -> None:
         """Write the problems, given with their kinds; a new directory goes again if that fails.
 
-        Parameters
-        ----------
-        problems
-            Each with its kind.
-        dense
-            What tells the model and the data that they are posed on from others, for `check_dense`.
+        What tells the model and the data that they are posed on from others is `dense`, for
+        `check_dense`.
 
         Raises
         ------
@@ -185,16 +178,11 @@ class Study:
                     f"there is nothing to choose in {', '.join(instances)}: a problem of one unit "
                     "has one support; give problems of at least 2 units"
                 )
-            self._journal.write(_INDEX, _Problems(_SCHEMA, tuple(instances.values()), ()))
+            found = dataclasses.replace(_NO_PROBLEMS, captured=tuple(instances.values()))
+            self._journal.write(_INDEX, found)
 
     def check_dense(self, dense: Fingerprint) -> None:
-        """Refuse a model or data that are not those which the problems were posed on.
-
-        Raises
-        ------
-        StudyError
-            Saying in what they differ.
-        """
+        """Refuse a model or data that are not those which the problems were posed on."""
         self._journal.check(self._manifest(dense))
 
     def run(
@@ -228,23 +216,28 @@ class Study:
         """
         if not isinstance(design, StudyDesign):
             raise OptionError(f"the design is a {type(design).__name__}; give a StudyDesign")
-        if not is_count(jobs, 1):
-            raise OptionError(f"jobs is {jobs!r}; give at least 1")
+        _JOBS("jobs", jobs)
 
         def solved(tasks: Sequence[Task]) -> list[Record]:
-            records: dict[Path, Record] = {}
+            records: dict[tuple[str, int, str], Record] = {}
             with stage("solving", total=len(tasks)) as bar:
-                for task, record in solve_all(tasks, jobs, executor):
-                    records[task.file] = record
+                for record in solve_all(tasks, jobs, executor):
+                    records[record.instance, record.keep, record.backend] = record
                     bar.advance()
-            return [records[task.file] for task in tasks]
+            return [records[task.instance.name, task.keep, task.backend] for task in tasks]
 
         with self.locked():
             layers = [instance for instance in self.instances if instance.units > 1]
             if not layers:
                 raise StudyError(f"{self.directory} holds no problem yet; capture some first")
             self._journal.make(RECORDS)
-            records = solved([task for layer in layers for task in self._tasks(design, layer)])
+            records = solved(
+                [
+                    task
+                    for layer in layers
+                    for task in self._tasks(design, layer, design.keeps(layer.units))
+                ]
+            )
             if design.window_units is not None:
                 large = [layer for layer in layers if layer.units > design.window_units]
                 tasks = [task for layer in large for task in self._window_tasks(design, layer)]
@@ -252,25 +245,23 @@ class Study:
             write_csv(self.directory / RESULTS_FILE, records)
         return tuple(records)
 
-    def _tasks(self, design: StudyDesign, layer: Instance) -> Iterator[Task]:
-        for keep, sparsities in design.keeps(layer.units).items():
-            yield from self._tasks_at(design, layer, keep, sparsities)
-
-    def _tasks_at(
-        self, design: StudyDesign, instance: Instance, keep: int, sparsities: tuple[float, ...]
+    def _tasks(
+        self, design: StudyDesign, instance: Instance, keeps: Mapping[int, tuple[float, ...]]
     ) -> Iterator[Task]:
-        for name in design.backends:
-            backend = solvers.backend_class(name)
-            if backend.kind is solvers.BackendKind.EXACT and instance.units > design.exact_units:
-                continue
-            known = {f.name for f in dataclasses.fields(cast(Any, backend))}
-            limits = {
-                "time_limit": float(design.time_limit),
-                "gap_tolerance": float(design.gap_tolerance),
-            }
-            exact = backend.kind is solvers.BackendKind.EXACT
-            options = {k: v for k, v in limits.items() if exact and k in known}
-            yield Task(self.directory.absolute(), instance, keep, sparsities, name, options)
+        """Yield what is to be solved of a problem at numbers of kept units."""
+        limits = {
+            "time_limit": float(design.time_limit),
+            "gap_tolerance": float(design.gap_tolerance),
+        }
+        for keep, sparsities in keeps.items():
+            for name in design.backends:
+                backend = solvers.backend_class(name)
+                exact = backend.kind is solvers.BackendKind.EXACT
+                if exact and instance.units > design.exact_units:
+                    continue
+                known = {f.name for f in dataclasses.fields(cast(Any, backend))}
+                options = {k: v for k, v in limits.items() if exact and k in known}
+                yield Task(self.directory.absolute(), instance, keep, sparsities, name, options)
 
     def _window_tasks(self, design: StudyDesign, layer: Instance) -> Iterator[Task]:
         """Draw windows around the incumbent of each sparsity; the first holds its borderline."""
@@ -290,7 +281,7 @@ class Study:
                     else borderline_window(whole, support, design.window_units)
                 )
                 part = dataclasses.replace(window_problem(whole, support, units), name=name)
-                yield from self._tasks_at(design, self._window(part), part.keep, sparsities)
+                yield from self._tasks(design, self._window(part), {part.keep: sparsities})
 
     def _window(self, problem: solvers.SubsetProblem) -> Instance:
         """Return a window of the study, which is written when it is drawn for the first time."""
@@ -314,7 +305,7 @@ class Study:
     def _problems(self) -> _Problems:
         found = self._journal.read(_INDEX, _Problems, limit=_LONGEST_INDEX)
         if found is None:
-            return _Problems(_SCHEMA, (), ())
+            return _NO_PROBLEMS
         for one in (*found.captured, *found.windows):
             named = one.name.isprintable() and one.kind.isprintable()
             file = f"{_PROBLEMS}/{_file_name(one.name)}{_SUFFIX}"

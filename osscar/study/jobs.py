@@ -24,7 +24,7 @@ from concurrent.futures import (
 )
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from multiprocessing import connection
 from pathlib import Path
 
@@ -34,8 +34,7 @@ import solvers
 from osscar.base.errors import FileError, StudyError
 from osscar.base.files import digest, file_digest, write_json
 from osscar.base.signals import handling
-from osscar.study.answers import answered, claimed
-from osscar.study.certificates import save_evidence
+from osscar.study.answers import answered, claimed, save_certificate
 from osscar.study.records import Instance, Options, Proof, Record, read_record
 
 RECORDS = "records"
@@ -61,28 +60,17 @@ _AHEAD = 2
 
 @dataclass(frozen=True)
 class Task:
-    """One solve that is to be made.
-
-    Parameters
-    ----------
-    directory
-        The study's directory.
-    instance
-        The problem.
-    keep, sparsities
-        How many units stay, and the shares to remove that this came from.
-    backend, options
-        Who is to solve it, and how.
-    """
+    """One solve that is to be made: of a problem in a study's directory, by a backend."""
 
     directory: Path
     instance: Instance
     keep: int
     sparsities: tuple[float, ...]
+    """The shares to remove that come to `keep`."""
     backend: str
     options: Options = field(default_factory=dict)
 
-    @property
+    @cached_property
     def file(self) -> Path:
         """Where its record goes: the name depends on what the problem is, not only on its name."""
         instance = self.instance
@@ -96,6 +84,11 @@ class Task:
         return self.file.with_suffix(".safetensors")
 
     @property
+    def memory(self) -> int:
+        """How many bytes a process takes that solves it."""
+        return _memory_of((self.directory / self.instance.file).stat().st_size)
+
+    @cached_property
     def asked(self) -> Record:
         """Its record, with nothing answered."""
         instance = self.instance
@@ -113,45 +106,22 @@ class Task:
         )
 
     def read(self) -> Record | None:
-        """Return its record, or None where it has not been solved.
-
-        Raises
-        ------
-        StudyError
-            If the file is not its record.
-        """
+        """Return its record, or None where it has not been solved."""
         if not self.file.exists():
             return None
         record, asked = read_record(self.file), self.asked
-        check_asked(self, record)
+        for name in _ASKED:
+            found, expected = getattr(record, name), getattr(asked, name)
+            if found != expected:
+                raise StudyError(
+                    f"{self.file} is the record of another solve: {name} is {found!r}, not "
+                    f"{expected!r}; delete it"
+                )
         # The shares are those asked for today: the same `keep` may have come from another then.
         return dataclasses.replace(record, sparsity=asked.sparsity, sparsities=asked.sparsities)
 
-    @property
-    def memory(self) -> int:
-        """How many bytes a process takes that solves it."""
-        return _memory_of((self.directory / self.instance.file).stat().st_size)
-
-
-def check_asked(task: Task, record: Record) -> None:
-    """Refuse the record of another task.
-
-    Raises
-    ------
-    StudyError
-        If it is one.
-    """
-    for name in _ASKED:
-        found, expected = getattr(record, name), getattr(task.asked, name)
-        if found != expected:
-            raise StudyError(
-                f"{task.file} is the record of another solve: {name} is {found!r}, not "
-                f"{expected!r}; delete it"
-            )
-
 
 def _memory_of(problem: int) -> int:
-    """Return how many bytes a process takes that solves a problem with a file of so many."""
     return _PROCESS_BYTES + _COPIES * problem
 
 
@@ -159,19 +129,14 @@ def affordable_jobs(largest: int) -> int:
     """Return how many processes may solve at once: one a core, in half of the memory at most.
 
     One thread each beats one process with all threads: most steps of a solve are too small to
-    share, and on two cores a study took 0.55 of the time.
-
-    Parameters
-    ----------
-    largest
-        Bytes of the largest problem file.
+    share, and on two cores a study took 0.55 of the time.  The largest problem file has so many
+    bytes.
     """
     try:
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):  # not on every platform
         return 1
-    fitting = memory // 2 // _memory_of(largest)
-    return max(1, min(cores(), fitting))
+    return max(1, min(cores(), memory // 2 // _memory_of(largest)))
 
 
 def cores() -> int:
@@ -184,62 +149,51 @@ def cores() -> int:
 # ---- who solves --------------------------------------------------------------------------
 
 
-def solve_all(
-    tasks: Sequence[Task], jobs: int, executor: Executor | None
-) -> Iterator[tuple[Task, Record]]:
-    """Solve all tasks and give the records as they come, each written by then.
+def solve_all(tasks: Sequence[Task], jobs: int, executor: Executor | None) -> Iterator[Record]:
+    """Solve all tasks, so many at once, and give the records as they come, each written by then.
 
-    Parameters
-    ----------
-    tasks
-        What to solve.
-    jobs
-        Solves at once; 1 is this process, where there is no executor.
-    executor
-        Whose workers solve, which see the directory; None for processes of this machine.
-
-    Raises
-    ------
-    StudyError
-        If a worker was lost, or a problem file is not what it was.
-    BackendError
-        If a backend cannot run there.
+    The workers of an executor see the directory; without one, processes of this machine solve, or
+    for one job this process.
     """
     if executor is not None:
         yield from _completed(tasks, executor, _AHEAD * jobs)
-        return
-    if jobs == 1:
-        for task in tasks:
-            yield task, solve_task(task)
-        return
-    threads = max(1, cores() // jobs)
-    left = list(tasks)
-    end = time.monotonic() + _START_SECONDS
-    for task in [task for task in tasks if task.instance.units <= _SMALL_UNITS]:
-        if time.monotonic() < end:
-            with _threads(threads):
-                record = solve_task(task)
-            left.remove(task)
-            yield task, record
-    if left:
-        with _processes(min(jobs, len(left)), threads) as pool:
-            yield from _completed(left, pool, len(left))
+    elif jobs == 1:
+        yield from map(solve_task, tasks)
+    else:
+        threads = max(1, cores() // jobs)
+        left, end = list(tasks), time.monotonic() + _START_SECONDS
+        for task in [task for task in tasks if task.instance.units <= _SMALL_UNITS]:
+            if time.monotonic() < end:
+                left.remove(task)
+                yield _solved_with(threads, task)
+        if left:
+            with _processes(min(jobs, len(left)), threads) as pool:
+                yield from _completed(left, pool, len(left))
 
 
-def _completed(
-    tasks: Sequence[Task], executor: Executor, ahead: int
-) -> Iterator[tuple[Task, Record]]:
+def _solved_with(threads: int, task: Task) -> Record:
+    """Solve in this process with as many threads as workers have, so that times compare."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        return solve_task(task)
+    finally:
+        torch.set_num_threads(before)
+
+
+def _completed(tasks: Sequence[Task], executor: Executor, ahead: int) -> Iterator[Record]:
     """Yield the records of all tasks, as they come; so many are handed out at a time."""
-    running: dict[Future[Record], Task] = {}
+    running: set[Future[Record]] = set()
     left = list(tasks)
     try:
         while left or running:
             room = ahead - len(running)
             with handling(signal.SIG_IGN, (signal.SIGINT,)):  # processes that start inherit it
-                running |= {executor.submit(solve_task, task): task for task in left[:room]}
+                running |= {executor.submit(solve_task, task) for task in left[:room]}
             left = left[room:]
-            for future in wait(running, return_when=FIRST_COMPLETED).done:
-                yield running.pop(future), future.result()
+            done, running = wait(running, return_when=FIRST_COMPLETED)
+            for future in done:
+                yield future.result()
     except BrokenExecutor as error:
         raise StudyError(
             "a worker was killed, perhaps for want of memory; what was solved is kept: give the "
@@ -248,20 +202,6 @@ def _completed(
     finally:
         for future in running:
             future.cancel()
-
-
-@contextmanager
-def _threads(count: int) -> Iterator[None]:
-    """Solve with as many threads as the workers have, so that times compare."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-# ---- processes of this machine -----------------------------------------------------------
 
 
 @contextmanager
@@ -302,13 +242,6 @@ def solve_task(task: Task) -> Record:
     What a backend cannot take is a record with an error.  So is what went wrong in a solve, but
     that record is not written: the next run tries again, perhaps with a licence, or with a defect
     mended.
-
-    Raises
-    ------
-    StudyError
-        If the problem file is not what it was, or a record claims what is not true.
-    BackendError
-        If the backend cannot run here.
     """
     problem = load_problem(task.directory, task.instance).with_keep(task.keep)
     done = task.read()
@@ -321,7 +254,7 @@ def solve_task(task: Task) -> Record:
     else:
         try:
             solution = solvers.solve(problem, task.backend, options=dict(task.options))
-            certificate = save_evidence(task.certificate_file, solution)
+            certificate = save_certificate(task.certificate_file, solution)
             record = answered(task.asked, solution, certificate, Proof.WORD)
         except solvers.ProblemError as error:
             record = dataclasses.replace(task.asked, error=str(error))
@@ -336,11 +269,6 @@ def _recomputed(task: Task, record: Record, problem: solvers.SubsetProblem) -> R
 
     The loss is that of its support, and its bound that of its certificate.  A bound without one
     stays as it was recorded, which the record then says; so do times and counts.
-
-    Raises
-    ------
-    StudyError
-        If it claims something that is not true.
     """
     try:
         solution = claimed(record, problem, task.certificate_file)
@@ -352,13 +280,7 @@ def _recomputed(task: Task, record: Record, problem: solvers.SubsetProblem) -> R
 
 
 def load_problem(directory: Path, instance: Instance) -> solvers.SubsetProblem:
-    """Read a problem of a study; the last stays in memory, since records come problem by problem.
-
-    Raises
-    ------
-    StudyError
-        If the file is not the one that the study was made with.
-    """
+    """Read a problem of a study; the last one stays in memory, as records come by problem."""
     path = directory / instance.file
     try:
         state = path.stat()

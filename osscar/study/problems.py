@@ -31,38 +31,18 @@ def model_problems(
 
     This is the walk of `osscar.prune` with nothing committed, so that problems do not depend on
     each other's answers; a Gram matrix is in memory from the first call that reads its group to the
-    last.
+    last.  Each problem bears the name of its group, and keeps all units until
+    `SubsetProblem.with_keep` says otherwise.
 
     Parameters
     ----------
-    model
-        Any model that `osscar.prune` takes; not changed.
-    calibration
-        What `osscar.prune` takes: windows of tokens, images, or tensors.
-    damp
-        Weight of the proximal term, relative to each entry on the Gram matrix's diagonal.
+    model, calibration, damp, device
+        As `osscar.prune` takes them; the model is not changed.
     wanted
         Which groups, by name.
     query_heads
         Under grouped-query attention, let each query head be a unit, although only whole groups of
         them can be removed physically: a harder problem over more units.
-    device
-        Where the model runs; by default where it is.
-
-    Yields
-    ------
-    tuple of CouplingGroup and SubsetProblem
-        In the order in which the groups are read to the end; each problem keeps all units until
-        `SubsetProblem.with_keep` says otherwise, and bears the name of its group.
-
-    Raises
-    ------
-    FrozenGroupError
-        If no wanted group can be pruned.
-    NonFiniteError
-        If activations are not finite.
-    OptionError
-        If the damping makes no sense.
     """
     check_damp(damp)
     with prepare(model, calibration, device=device) as prepared:

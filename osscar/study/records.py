@@ -39,30 +39,21 @@ class Proof(enum.StrEnum):
 
 @dataclass(frozen=True)
 class Instance:
-    """A problem file of a study.
-
-    Parameters
-    ----------
-    name
-        What the problem is called: the coupling group, with the window in brackets.
-    kind
-        Heads, neurons, channels, or `WINDOW`.
-    file
-        Where it lies, relative to the study's directory.
-    units, width
-        How many units there are, and the rows of the widest.
-    sha256
-        Of the file, so that no other problem is ever taken for this one.
-    """
+    """A problem file of a study."""
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
     name: str
+    """The coupling group, with the window in brackets."""
     kind: str
+    """Heads, neurons, channels, or `WINDOW`."""
     file: str
+    """Where it lies, relative to the study's directory."""
     units: int
     width: int
+    """The rows of the widest unit."""
     sha256: str
+    """Of the file, so that no other problem is ever taken for this one."""
 
 
 @dataclass(frozen=True)
@@ -152,13 +143,7 @@ def window_name(layer: str, keep: int, units: int, seed: int, index: int) -> str
 
 
 def window_layer(name: str) -> tuple[str, int]:
-    """Return the layer that a window belongs to, and how many units that layer keeps.
-
-    Raises
-    ------
-    StudyError
-        If it is not the name of a window.
-    """
+    """Return the layer that a window belongs to, and how many units that layer keeps."""
     match = re.fullmatch(r"(.*)\[keep (\d+), .*\]", name, re.DOTALL)
     if match is None:
         raise StudyError(f"{name!r} is not the name of a window")
@@ -166,23 +151,18 @@ def window_layer(name: str) -> tuple[str, int]:
 
 
 def write_csv(path: Path, records: Sequence[Record]) -> None:
-    """Write one line a record, with the command that solves it again; whole or not at all.
-
-    Raises
-    ------
-    OutputError
-        If it cannot be written.
-    """
+    """Write one line a record, with the command that solves it again; whole or not at all."""
     names = [f.name for f in dataclasses.fields(Record)]
     with atomic_write(path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow([*names, "command"])
         for record in records:
-            values = dataclasses.asdict(record)
-            values["support"] = " ".join(map(str, record.support))
-            values["sparsities"] = " ".join(map(str, record.sparsities))
-            values["options"] = json.dumps(record.options)
-            cells = [*(values[name] for name in names), record.command]
+            values = vars(record) | {
+                "support": " ".join(map(str, record.support)),
+                "sparsities": " ".join(map(str, record.sparsities)),
+                "options": json.dumps(record.options),
+            }
+            cells = (*(values[name] for name in names), record.command)
             writer.writerow([_inert(cell) for cell in cells])
 
 
@@ -193,13 +173,7 @@ def _inert(cell: object) -> object:
 
 
 def read_record(file: Path) -> Record:
-    """Read one record, as it was written; nothing in it is checked against its problem.
-
-    Raises
-    ------
-    StudyError
-        If the file is not a record.
-    """
+    """Read one record, as it was written; nothing in it is checked against its problem."""
     try:
         record = read_json(file, Record)
     except FileError as error:

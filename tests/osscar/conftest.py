@@ -1,9 +1,11 @@
 """What the tests of the product share."""
 
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 
 import pytest
 
+from osscar.cli import main
 from tests.traced import once
 
 _OF_STRUCTURE = frozenset(
@@ -24,3 +26,20 @@ def structure_once(request: pytest.FixtureRequest) -> Iterator[None]:
         return
     with once():
         yield
+
+
+@pytest.fixture
+def run(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[int, str, str]]:
+    """Run a command in this process; return status, standard output and standard error."""
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["osscar", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stop:
+            main()
+        captured = capsys.readouterr()
+        assert stop.value.code is not None
+        return int(stop.value.code), captured.out, captured.err
+
+    return call

@@ -27,20 +27,6 @@ PROSE = "the quick brown fox jumps over the lazy dog and runs back again before 
 
 
 @pytest.fixture
-def run(monkeypatch, capsys):
-    """Run a command in this process; return status, standard output and standard error."""
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["osscar", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stop:
-            main()
-        captured = capsys.readouterr()
-        return stop.value.code or 0, captured.out, captured.err
-
-    return call
-
-
-@pytest.fixture
 def text(tmp_path):
     file = tmp_path / "text.txt"
     file.write_text(PROSE)
@@ -52,11 +38,6 @@ def small_prune(text, out, *more):
         *("prune", "demo", "--out", out, "--calibration", text, "--samples", 6, "--seqlen", 64),
         *("--backend", "magnitude", "--device", "cpu", *more),
     )
-
-
-def test_the_version_is_told(run):
-    status, out, _ = run("--version")
-    assert (status, out.split()[:2]) == (0, ["osscar", osscar.__version__])
 
 
 def test_demo_does_the_whole_job(run, tmp_path, monkeypatch):
@@ -191,34 +172,19 @@ def test_backends_lists_all_with_their_kind(run, tmp_path):
     assert all(name in out for name in rows)
 
 
-def test_certify_shows_gaps(run, text, tmp_path):
-    arguments = small_prune(text, tmp_path / "a", "--heads", "0.5", "--certify")
-    status, out, err = run(*arguments, "--json", tmp_path / "a.json")
-    assert status == 0, err
-    assert "gap" in out
-    layers = json.loads((tmp_path / "a.json").read_text())["layers"]
-    assert all(layer["gap"] is not None for layer in layers)
-
-
-def test_certify_says_what_its_proofs_rest_on(run, text, tmp_path):
+def test_certify_shows_gaps_and_what_proofs_rest_on(run, text, tmp_path):
     chosen = ("--backend", "local_search", "--json", tmp_path / "a.json")
     status, out, err = run(
         *small_prune(text, tmp_path / "a", "--heads", "0.5", "--certify"), *chosen
     )
     assert status == 0, err
+    assert "gap" in out
     layers = json.loads((tmp_path / "a.json").read_text())["layers"]
+    assert all(layer["gap"] is not None for layer in layers)
     proved = sum(layer["proved_optimal"] for layer in layers)
     assert proved > 0
     said = f"{proved} of {len(layers)} choices are proved optimal"
     assert f"{said}; every proof was recomputed from its problem alone" in " ".join(out.split())
-
-
-def test_options_reach_the_backend(run, text, tmp_path):
-    arguments = small_prune(text, tmp_path / "a", "--neurons", "0.5", "--json", tmp_path / "a.json")
-    status, _, err = run(*arguments, "--backend", "random", "--option", "seed=7")
-    assert status == 0, err
-    settings = json.loads((tmp_path / "a.json").read_text())["settings"]
-    assert settings["backend_options"] == {"seed": 7}
 
 
 BAD = [
@@ -413,14 +379,25 @@ def test_what_the_run_needs_is_never_replaced(run, text, tmp_path, monkeypatch):
     assert run(*same)[0] == 2
 
 
-def test_a_pruned_model_is_not_taken_for_a_demo(run, text, tmp_path):
-    assert run(*small_prune(text, tmp_path / "mine", "--neurons", "0.5"))[0] == 0
-    status, _, err = run("demo", "--out", tmp_path / "mine")
-    assert status == 2
-    assert "not empty" in err
+def test_options_reach_the_backend_and_what_they_made_is_not_taken_for_a_demo(run, text, tmp_path):
+    arguments = small_prune(text, tmp_path / "mine", "--neurons", "0.5", "--option", "seed=7")
+    status, _, err = run(*arguments, "--backend", "random", "--json", tmp_path / "a.json")
+    assert status == 0, err
+    settings = json.loads((tmp_path / "a.json").read_text())["settings"]
+    assert settings["backend_options"] == {"seed": 7}
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "precious").write_text("keep me")
+    for place in ("mine", "other"):
+        status, _, err = run("demo", "--out", tmp_path / place)
+        assert status == 2
+        assert "not empty" in err
 
 
 def test_json_goes_through_links_and_into_pipes(run, tmp_path):
+    (tmp_path / ".b.json.partial").mkdir()  # what another process may be writing
+    assert run("backends", "--json", tmp_path / "b.json")[0] == 0
+    status, _, err = run("backends", "--json", tmp_path / ("x" * 250))
+    assert (status, "File name too long" in err) == (2, True)
     (tmp_path / "real.json").write_text("{}")
     (tmp_path / "link.json").symlink_to("real.json")
     assert run("backends", "--json", tmp_path / "link.json")[0] == 0
@@ -429,26 +406,14 @@ def test_json_goes_through_links_and_into_pipes(run, tmp_path):
     assert run("backends", "--json", "/dev/null")[0] == 0
 
 
-def test_what_a_json_file_is_written_to_bears_the_process(run, tmp_path):
-    (tmp_path / ".b.json.partial").mkdir()  # what another process may be writing
-    assert run("backends", "--json", tmp_path / "b.json")[0] == 0
-    status, _, err = run("backends", "--json", tmp_path / ("x" * 250))
-    assert status == 2
-    assert "File name too long" in err
-
-
-def test_demo_does_not_replace_what_it_did_not_make(run, tmp_path):
-    (tmp_path / "precious").write_text("keep me")
-    status, _, err = run("demo", "--out", tmp_path)
-    assert status == 2
-    assert "not empty" in err
-
-
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
         (("prun", "demo"), "prune"),
         (("prune", "--out", "small"), "MODEL"),
+        (("eval", "no-such-directory/at-all/here"), "no-such-directory"),
+        (("inspect", "no-such-directory/at-all/here"), "no-such-directory"),
+        (("eval", "demo", "--batch-size", 0, "--windows", 1), "must be at least 1, not 0"),
         (("prune", "demo", "--sparsty", 0.3, "--out", "small"), "--sparsty.*--sparsity"),
         (("prune", "demo", "--samples", "1e9", "--out", "small"), "--samples.*1e9"),
         (("prune", "demo", "more", "--out", "small"), "unexpected argument 'more'; --help"),
@@ -461,13 +426,6 @@ def test_what_no_command_takes_is_refused_in_one_line(run, tmp_path, monkeypatch
     assert re.match(rf"error: .*{words}", message)
     assert message.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize("command", ["eval", "inspect"])
-def test_unknown_models_are_refused(run, command):
-    status, _, err = run(command, "no-such-directory/at-all/here")
-    assert status == 2
-    assert "no-such-directory" in err
 
 
 def test_a_model_that_is_not_finite_is_refused_by_name(run, text, tmp_path):
@@ -550,15 +508,23 @@ def test_what_never_ends_is_not_read(run, text, tmp_path, monkeypatch, place):
         assert (status, "is a pipe or a device" in err) == (2, True)
 
 
-def test_a_batch_of_none_is_refused(run):
-    status, _, err = run("eval", "demo", "--batch-size", "0", "--windows", "1")
-    assert (status, "must be at least 1, not 0" in err) == (2, True)
-
-
-def test_help_names_every_command(run):
+def test_version_and_help_name_every_command_and_every_choice(run):
+    status, out, _ = run("--version")
+    assert (status, out.split()[:2]) == (0, ["osscar", osscar.__version__])
     status, out, _ = run("--help")
     assert status == 0
-    assert all(name in out for name in ("demo", "prune", "eval", "inspect", "backends"))
+    assert {line.split()[1] for line in out.splitlines() if line.startswith("│ ")} >= {
+        *("demo", "prune", "sweep", "eval", "inspect", "export", "gap", "solve", "backends")
+    }
+    status, out, _ = run("prune", "--help")
+    said = " ".join(out.replace("│", " ").split())
+    for choices in (
+        "[choices: curvature, uniform, fluctuation]",
+        "[choices: weights, outputs, residual]",
+        "[choices: correct, estimate, keep]",
+        "[choices: auto, module, graph]",
+    ):
+        assert choices in said
 
 
 def test_being_terminated_leaves_nothing_half_written(run, text, tmp_path, monkeypatch):

@@ -18,7 +18,6 @@ from pathlib import Path
 
 import pytest
 
-import osscar.cli
 from osscar.base.errors import MissingDependency, StudyError
 from osscar.study import cluster
 from osscar.study.design import StudyDesign
@@ -31,7 +30,7 @@ PATIENCE = 900
 """Seconds that nothing takes, however busy the machine is."""
 
 DESIGN = StudyDesign(
-    sparsities=(0.4, 0.6), backends=("greedy", "local_search", "branch_and_bound"), exact_units=30
+    sparsities=(0.4, 0.6), backends=("greedy", "local_search", "branch_and_bound"), exact_units=20
 )
 UNITS = (18, 22, 26)
 
@@ -120,24 +119,6 @@ def test_without_ray_the_error_says_how_to_get_it(monkeypatch):
         cluster.connected("auto"),
     ):
         pass
-
-
-def test_processes_and_a_cluster_exclude_each_other(monkeypatch, capsys, tmp_path):
-    command = [
-        "osscar",
-        "gap",
-        "demo",
-        "--out",
-        str(tmp_path / "x"),
-        "--ray",
-        "auto",
-        "--jobs",
-        "2",
-    ]
-    monkeypatch.setattr(sys, "argv", command)
-    with pytest.raises(SystemExit):
-        osscar.cli.main()
-    assert "--jobs are processes of this machine, and --ray has others" in capsys.readouterr().err
 
 
 # ---- a real cluster ----------------------------------------------------------------------

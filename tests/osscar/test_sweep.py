@@ -1,7 +1,6 @@
 """Sweeps: points as single runs make them, measured once, kept, gone on with, and shown."""
 
 import json
-import sys
 
 import numpy as np
 import pytest
@@ -12,14 +11,14 @@ import osscar
 import osscar.pruning.sweep as sweep_room
 from osscar.allocation.allocate import allocate
 from osscar.allocation.budget import described
-from osscar.base.errors import OsscarError, RunError
-from osscar.cli import main
+from osscar.base.errors import OptionError, OsscarError, RunError
 from osscar.models.language import DEMO_DIRECTORY
 from osscar.preparation.fingerprint import DenseOutputs, Fingerprint, Manifest
 from osscar.pruning.prune import prepare_for, prune_as_asked
 from osscar.pruning.sweep import BASELINES, METHODS, BudgetKind, Job, jobs, sweep
 from osscar.pruning.sweep_points import Point, SweepDirectory
 from osscar.pruning.trial import LeftAlone
+from osscar.report.prune_page import budget_line
 from osscar.report.sweep_page import sweep_page, sweep_table
 from osscar.request import PruningRequest
 from osscar.shrinking.plan import Form
@@ -235,20 +234,6 @@ def test_a_directory_of_something_else_is_left_alone(tmp_path):
 
 
 @pytest.fixture
-def run(monkeypatch, capsys):
-    """Run a command in this process; return status, standard output and standard error."""
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["osscar", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stop:
-            main()
-        captured = capsys.readouterr()
-        return stop.value.code or 0, captured.out, captured.err
-
-    return call
-
-
-@pytest.fixture
 def text(tmp_path):
     file = tmp_path / "text.txt"
     file.write_text("the quick brown fox jumps over the lazy dog before night falls. " * 60)
@@ -386,29 +371,31 @@ def test_every_method_meets_every_budget_and_is_asked_for_the_same(net):
             assert all(0.9 < budget.reached / budget.limit <= 1 + 1e-12 for budget in budgets)
 
 
-def test_a_sweep_says_how_much_of_its_budget_each_point_has_spent(run, tmp_path):
-    pixels = np.random.default_rng(0).integers(0, 256, (24, 12, 12, 3), dtype=np.uint8)
-    np.savez(tmp_path / "a.npz", images=pixels)
-    code = tmp_path / "code.py"
-    code.write_text(
-        "import torch\nfrom tests.osscar.test_sweep import grouped_net\n\n"
-        "def net():\n    return grouped_net(), torch.randn(2, 3, 12, 12)\n"
-    )
-    status, printed, err = run(
-        *("sweep", f"{code}:net", "--sparsity", "0.4", "--out", tmp_path / "sweep", "--baselines"),
-        *("--calibration", tmp_path / "a.npz", "--backend", "magnitude", "--device", "cpu"),
-        "--no-normalize",
-    )
-    assert status == 0, err
-    dense, *points = json.loads((tmp_path / "sweep" / "sweep.json").read_text())["points"]
+def test_a_sweep_from_python_goes_on_and_says_what_each_point_has_spent(tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    model, data, out = grouped_net(), torch.randn(24, 3, 12, 12), tmp_path / "sweep"
+    asked = {"baselines": True, "backend": "magnitude", "device": "cpu"}
+    document = osscar.sweep(model, data, out, sparsity=[0.4], **asked)
+    assert document == json.loads((out / "sweep.json").read_text())
+    dense, *points = document["points"]
     assert (dense["limit"], dense["reached"]) == (None, None)
     assert [p["method"] for p in points] == [CURVATURE, *BASELINES]
-    page = (tmp_path / "sweep" / "report.html").read_text()
+    page = (out / "report.html").read_text()
     for p in points:
         assert p["reached"] == p["parameters"] <= p["limit"] == points[0]["limit"]
         assert f"{p['reached'] / p['limit']:.1%}" in page
     short = 1 - points[-1]["reached"] / points[-1]["limit"]
-    assert f"it is {short:.1%} below, as widths move in steps" in " ".join(printed.split())
+    told = {"limit": 100.0, "reached": 100 * (1 - short), "dense": 200, "cost": "parameters"}
+    assert f"it is {short:.1%} below, as widths move in steps" in budget_line(told)[1]
+
+    monkeypatch.setattr(sweep_room, "prune_prepared", None)  # what is done is not done again
+    assert osscar.sweep(model, data, out, sparsity=(0.4,), **asked) == document
+    for other, words in (({"seed": 3}, "seed was 0 and is 3"), ({"damp": 0.1}, "damp was None")):
+        with pytest.raises(RunError, match=words):
+            osscar.sweep(model, data, out, sparsity=[0.4], **asked, **other)
+    for none in ({"sparsity": 0.4}, {"sparsity": [0.4], "params": [0.5]}, {}):
+        with pytest.raises(OptionError, match="a sweep has one list of budgets"):
+            osscar.sweep(model, data, out, **none)
 
 
 def test_images_are_scored_by_agreement(run, tmp_path):

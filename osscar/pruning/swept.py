@@ -1,0 +1,223 @@
+"""A sweep from budgets to its page: each point is pruned, measured, kept, and shown."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from osscar import __version__
+from osscar.base.errors import OptionError
+from osscar.base.files import digest, write_json, write_text
+from osscar.data.batches import Batch, as_inputs
+from osscar.data.images import ImageSet
+from osscar.data.samples import SampleSet
+from osscar.data.text import TextSet
+from osscar.evaluation.dense import DenseScore
+from osscar.evaluation.forward import measure_forward
+from osscar.evaluation.quality import score as score_quality
+from osscar.preparation.repeatable import check_repeatable
+from osscar.pruning.memory import check_can_stream
+from osscar.pruning.result import PruningResult
+from osscar.pruning.run_log import run_manifest
+from osscar.pruning.sweep import Job, jobs
+from osscar.pruning.sweep import sweep as pruned
+from osscar.pruning.sweep_points import Point, SweepDirectory, dense_job, sweep_manifest
+from osscar.report.sweep_page import sweep_page
+from osscar.request import BudgetKind, PruningRequest
+from osscar.shrinking.lineage import Calibration, lineage_of
+from osscar.shrinking.plan import Form
+
+PAGE_FILE, DOCUMENT_FILE = "report.html", "sweep.json"
+
+
+def sweep(
+    model: nn.Module,
+    calibration: Any,
+    out: str | os.PathLike[str],
+    *,
+    score: TextSet | SampleSet | None = None,
+    classes: Sequence[str] = (),
+    baselines: bool = False,
+    **asked: Any,
+) -> dict[str, Any]:
+    """Prune to several budgets, and show quality against speed on a page.
+
+    Each point is kept once it is done: the same call goes on where it was stopped, and more
+    values, or `baselines`, extend the sweep.
+
+    Parameters
+    ----------
+    model, calibration
+        As `osscar.prune` takes them; the model is not changed.
+    out
+        The directory: ``report.html`` shows every point, ``sweep.json`` holds the numbers, and
+        ``points/`` what is done.
+    score
+        Held-out data that quality is measured on; without any, only divergence is.
+    classes
+        The names of the model's classes, by which folders of images are recognized.
+    baselines
+        Whether also to prune with equal shares of every group, each layer by itself, by
+        ``multistage``, ``greedy``, ``wanda`` and ``magnitude``.
+    asked
+        Fields of `osscar.PruningRequest`, of which one budget is a list: ``sparsity=[0.1, 0.2]``.
+
+    Returns
+    -------
+    dict
+        What ``sweep.json`` holds, as ``docs/json.md`` describes it.
+
+    Raises
+    ------
+    OsscarError
+        What `osscar.prune` and `osscar.evaluate` raise; OptionError if no budget is a list.
+    RunError
+        If the directory holds something else, or a sweep of something else.
+    """
+    lists = [
+        (kind, asked[kind]) for kind in BudgetKind if isinstance(asked.get(kind), list | tuple)
+    ]
+    if len(lists) != 1:
+        raise OptionError("a sweep has one list of budgets; give one, such as sparsity=[0.1, 0.2]")
+    ((budget, values),) = lists
+    points = jobs(
+        budget, values, baselines=baselines, allocation=asked.get("allocation", "curvature")
+    )
+    base = PruningRequest(**{**asked, str(budget): points[0].value})
+    measured = Sweep(SweepDirectory(Path(out)), base, points, score, classes)
+    return measured.run(model, calibration)
+
+
+@dataclasses.dataclass(frozen=True)
+class Sweep:
+    """What a sweep is asked, and where it lies."""
+
+    place: SweepDirectory
+    base: PruningRequest
+    points: Sequence[Job]
+    score: TextSet | SampleSet | None
+    """What quality is measured on."""
+    classes: Sequence[str] = ()
+    told: Callable[[str, PruningResult], None] = lambda progress, result: None
+    """Hears of each point that is done."""
+
+    def check(self, model: nn.Module) -> None:
+        """Refuse a model on disk of which a point cannot be made."""
+        for job in self.points:
+            check_can_stream(model, job.request(self.base))
+
+    def run(
+        self,
+        model: nn.Module,
+        calibration: Any,
+        *,
+        source: str | None = None,
+        scored_dense: Callable[[], DenseScore | None] = lambda: None,
+    ) -> dict[str, Any]:
+        """Measure what is not done yet, write the page, and return the document.
+
+        Parameters
+        ----------
+        model, calibration
+            The dense model and its data.
+        source
+            Its name; by default the one by which it was loaded.
+        scored_dense
+            Scores it on these, once the sweep has begun.
+        """
+        self.check(model)
+        data = as_inputs(model, calibration)
+        told = calibration.describe() if hasattr(calibration, "describe") else {}
+        lineage = lineage_of(model)
+        if self.score is not None:
+            known = [Calibration.of(told)] if told else []
+            self.score.refuse_overlap([*lineage.calibration, *known])
+        rows = data.batch_size if self.base.batch_size is None else self.base.batch_size
+        budget, scored = self.points[0].budget, _scored(self.score)
+        manifest = run_manifest(self.base, model, data, rows)
+        check_repeatable(model, data.example(model))
+        sample = data.batches(model, 1)[0]
+        with self.place.begun(sweep_manifest(manifest, budget, scored)):
+            dense = scored_dense()
+            found = self._measured(model, calibration, sample)
+            document = {
+                "schema": "osscar.sweep/4",
+                "osscar_version": __version__,
+                "model": source or lineage.source or type(model).__name__,
+                "calibration": {**data.settings, **told},
+                "dense": None if dense is None else dataclasses.asdict(dense),
+                "scored": scored,
+                "settings": {**self.base.to_json(), str(budget): None},
+                "shapes": {name: list(tensor.shape) for name, tensor in sample.items()},
+                "budget": str(budget),
+                "points": [_entry(point) for point in found],
+                "left_alone": [dataclasses.asdict(group) for group in found[-1].left_alone],
+            }
+            write_json(self.place.directory / DOCUMENT_FILE, document)
+            write_text(self.place.directory / PAGE_FILE, sweep_page(document))
+        return document
+
+    def _measured(self, dense: nn.Module, calibration: Any, sample: Batch) -> list[Point]:
+        """Return all points, the dense model first; those that were not finished are measured."""
+        unpruned = dense_job(self.points[0].budget)
+        if self.place.point(unpruned) is None:
+            self.place.keep(self._point(unpruned, None, dense, sample))
+        todo = [job for job in self.points if self.place.point(job) is None]
+        for number, (job, result) in enumerate(pruned(dense, calibration, self.base, todo), 1):
+            self.place.keep(self._point(job, result, dense, sample))
+            self.told(f"{job}: done, {number} of {len(todo)}", result)
+        found = (self.place.point(job) for job in (unpruned, *self.points))
+        return [point for point in found if point is not None]
+
+    def _point(
+        self, job: Job, result: PruningResult | None, dense: nn.Module, sample: Batch
+    ) -> Point:
+        """Measure the model of a job; without a result, the dense one."""
+        model = dense if result is None else result.model
+        forwards = measure_forward([dense] if result is None else [dense, model], sample)
+        before, after = forwards[0], forwards[-1]
+        budget = None if result is None else result.budget
+        quality: dict[str, Any] = {}
+        if self.score is not None:
+            (one,) = score_quality([model], self.score, dense=dense, classes=self.classes)
+            quality = dataclasses.asdict(one)
+        return Point(
+            "osscar.sweep-point/5",
+            job.method,
+            str(job.budget),
+            job.value,
+            limit=None if budget is None else budget.limit,
+            reached=None if budget is None else budget.reached,
+            **dataclasses.asdict(after),
+            form=Form.MODULE if result is None else result.form,
+            speedup=before.seconds / after.seconds,
+            quality=quality,
+            divergence=0.0 if result is None else result.divergence,
+            predicted=None if budget is None else budget.predicted,
+            loss=0.0 if result is None else result.loss,
+            prune_seconds=0.0 if result is None else result.seconds,
+            widths={} if result is None else {one.name: one.kept for one in result.layers},
+            left_alone=() if result is None else result.left_alone,
+        )
+
+
+def _scored(score: TextSet | SampleSet | None) -> dict[str, Any]:
+    """Return what quality is measured on, as JSON-able data."""
+    if score is None:
+        return {"images": None}
+    if isinstance(score, TextSet):
+        given: dict[str, Any] = {"text": score.source, "windows": score.windows}
+        return {**given, "seqlen": score.seqlen, "scored_sha256": score.text_digest}
+    what = "images" if isinstance(score, ImageSet) else "inputs"
+    return {what: score.source, "scored_sha256": digest("".join(score.fingerprints()))}
+
+
+def _entry(point: Point) -> dict[str, Any]:
+    entry = dataclasses.asdict(point)
+    del entry["schema"], entry["budget"], entry["left_alone"]  # the same for all points
+    return entry
