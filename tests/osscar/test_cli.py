@@ -263,13 +263,25 @@ def next_command(out: str, placeholder: str, given: object) -> list[str]:
     return words[1:]
 
 
-def test_the_command_that_is_printed_can_be_given(run, text, tmp_path, monkeypatch):
+def test_the_dense_model_is_scored_and_the_command_that_is_printed_can_be_given(
+    run, text, tmp_path, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
     other = tmp_path / "an other text.txt"
     other.write_text(PROSE.replace("fox", "cat")[:400])
     small = small_prune(text, "a $small model", "--neurons", "0.5", "--dtype", "float32")
     status, out, err = run(*small)
     assert status == 0, err
+    said = re.search(
+        r"\ndense model: perplexity ([\d.]+) on 4 calibration windows of 64 tokens\n", out
+    )
+    assert said
+    assert "near chance" not in err
+    dense = json.loads(Path("a $small model/osscar_report.json").read_text())["dense"]
+    assert (f"{dense['value']:.1f}", dense["near_chance"]) == (said[1], False)
+    assert f"Dense model: perplexity {said[1]}" in Path("a $small model/report.html").read_text()
+    for told in ("saved: a $small model (", "report: a $small model/report.html\n"):
+        assert told in out  # as it was given
     command = next_command(out, "FILE", other)
     assert command[:2] == ["eval", "a $small model"]
     assert {"--seqlen", "--dtype", "--device"} < set(command)
@@ -284,25 +296,9 @@ def test_the_command_that_is_printed_can_be_given(run, text, tmp_path, monkeypat
     status, _, err = run(*command)
     assert status == 0, err
     assert "is not the dense model that this one was pruned from" in err
-
-
-def test_the_dense_model_is_scored_before_anything_is_pruned(run, text, tmp_path):
-    arguments = small_prune(text, tmp_path / "a", "--neurons", "0.5")
-    status, out, err = run(*arguments)
-    assert status == 0, err
-    said = re.search(
-        r"\ndense model: perplexity ([\d.]+) on 4 calibration windows of 64 tokens\n", out
-    )
-    assert said
-    assert "near chance" not in err
-    dense = json.loads((tmp_path / "a" / "osscar_report.json").read_text())["dense"]
-    assert (f"{dense['value']:.1f}", dense["near_chance"]) == (said[1], False)
-    assert f"Dense model: perplexity {said[1]}" in (tmp_path / "a" / "report.html").read_text()
-
     # A model that nobody trained is next to guessing, and says so before it is pruned.
-    directory = untrained_demo(tmp_path / "untrained")
-    arguments = ["prune", directory, *small_prune(text, tmp_path / "b", "--neurons", "641")[2:]]
-    status, out, err = run(*arguments)
+    arguments = ("prune", "untrained", *small_prune(text, "b", "--neurons", "641")[2:])
+    status, _, err = run(*arguments)
     assert status == 2
     assert "warning: the dense model has a perplexity of" in err
     assert "cannot keep 641" in err
