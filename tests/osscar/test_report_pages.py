@@ -111,7 +111,7 @@ def test_what_was_left_alone_fits_the_page_with_its_reason(document, tmp_path, w
 
 def test_sizes_that_a_program_takes_no_others_of_are_a_remark(document):
     given = {"name": "x", "shape": [2, 9, 6], "dtype": "float32", "varies": [0, 1, 2]}
-    words = "The exported program takes 9 alone along dimension 1 of x, where the dense model takes"
+    words = "the exported program takes 9 alone along dimension 1 of x, where the dense model takes"
     assert words in prune_page({**document, "inputs": [{**given, "fixed": [1]}]})
     assert words not in prune_page({**document, "inputs": [{**given, "fixed": []}]})
 
