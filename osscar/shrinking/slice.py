@@ -5,8 +5,7 @@ That the result is right is proved, not assumed: see `osscar.shrinking.equivalen
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 from typing import Any, TypeAlias
 
 import torch
@@ -57,10 +56,7 @@ def slice_units(model: nn.Module, plan: PruningPlan) -> None:
         remember_structure(model)
         fold(model, plan.tensors)
         prepare(model)
-        cuts = _merged_cuts(model, plan)
-        for cut in cuts:
-            cut.apply()
-        refresh(dict.fromkeys(module for cut in cuts for module, _, _ in cut.holders))
+        refresh(dict.fromkeys(_cut(model, plan)))
         for group in plan.groups:
             mend(model, group)
         forget_derived(model)
@@ -92,71 +88,48 @@ _Storage: TypeAlias = tuple[Any, ...]
 _Holder: TypeAlias = tuple[nn.Module, dict[str, Any], str]
 
 
-@dataclass(frozen=True, eq=False)
-class _Cut:
-    """One tensor and what stays of it.
+def _cut(model: nn.Module, plan: PruningPlan) -> Iterator[nn.Module]:
+    """Check a plan, put smaller tensors wherever the old ones were, and yield the modules there.
 
-    `keep` are the indices that stay, ascending, by dimension; `passing` tells which rows stay as
-    far as units pass through them, None if none do; `holders` hold this tensor, or one that shares
-    its memory.
+    Tied tensors become one.
     """
-
-    tensor: Tensor
-    keep: Mapping[int, Tensor]
-    passing: Tensor | None
-    holders: Sequence[_Holder]
-
-    def apply(self) -> None:
-        """Put the smaller tensor wherever the old one was; tied ones become one."""
-        new = self.tensor.detach()
-        for dim, indices in self.keep.items():
-            new = new.index_select(dim, indices.to(new.device))
-        new = new.contiguous()
-        if isinstance(self.tensor, nn.Parameter):
-            new = nn.Parameter(new, requires_grad=self.tensor.requires_grad)
-        for module, store, attribute in self.holders:
-            store[attribute] = new
-            if attribute == "weight" and isinstance(module, nn.modules.conv._ConvNd):
-                self._leave_groups(module)
-
-    def _leave_groups(self, convolution: nn.modules.conv._ConvNd) -> None:
-        """Count the groups of a convolution that still have a filter.
-
-        Units also pass through the rows of a weight that is scaled or standardized before it is
-        used; these are no groups, unless all rows of one go.
-        """
-        if self.passing is not None and convolution.groups > 1:
-            by_group = self.passing.view(convolution.groups, -1)
-            convolution.groups = int(by_group.any(1).sum())
-
-
-def _merged_cuts(model: nn.Module, plan: PruningPlan) -> list[_Cut]:
-    """Check a plan against a model, and collect what happens to each tensor."""
-    holders = _holders(model)
-    stays: dict[_Storage, dict[int, Tensor]] = {}
-    passing: dict[_Storage, Tensor] = {}
     tensors: dict[_Storage, Tensor] = {}
+    fates: dict[tuple[_Storage, int, bool], Tensor] = {}
+    """What becomes of each index of a dimension: of all, and as far as units pass through rows."""
     for group in plan.groups:
         for slot in group.slots:
             tensor = _checked_tensor(model, group, slot)
             key = _identity(tensor)
             tensors[key] = tensor
-            fates = stays.setdefault(key, {})
-            if slot.dim not in fates:
-                fates[slot.dim] = torch.full((tensor.shape[slot.dim],), _UNDECIDED)
-            _decide(fates[slot.dim], group, slot)
-            if slot.role is Role.PASS_THROUGH and slot.dim == 0:
-                passing.setdefault(key, torch.full((tensor.shape[0],), _UNDECIDED))
-                _decide(passing[key], group, slot)
-    return [
-        _Cut(
-            tensor,
-            {dim: (fate != _GOES).nonzero().flatten() for dim, fate in stays[key].items()},
-            passing[key] != _GOES if key in passing else None,
-            holders[key],
-        )
-        for key, tensor in tensors.items()
-    ]
+            passes = slot.role is Role.PASS_THROUGH and slot.dim == 0
+            for place in ((key, slot.dim, False), (key, slot.dim, True))[: 1 + passes]:
+                undecided = torch.full((tensor.shape[slot.dim],), _UNDECIDED)
+                _decide(fates.setdefault(place, undecided), group, slot)
+    holders = _holders(model)
+    for key, tensor in tensors.items():
+        new = tensor.detach()
+        for dim in range(tensor.dim()):
+            if (key, dim, False) in fates:
+                stays = (fates[key, dim, False] != _GOES).nonzero().flatten()
+                new = new.index_select(dim, stays.to(new.device))
+        new = new.contiguous()
+        if isinstance(tensor, nn.Parameter):
+            new = nn.Parameter(new, requires_grad=tensor.requires_grad)
+        for module, store, attribute in holders[key]:
+            store[attribute] = new
+            if attribute == "weight" and (key, 0, True) in fates:
+                _leave_groups(module, fates[key, 0, True] != _GOES)
+            yield module
+
+
+def _leave_groups(module: nn.Module, passing: Tensor) -> None:
+    """Count the groups of a convolution that still have a filter.
+
+    Units also pass through the rows of a weight that is scaled or standardized before it is used;
+    these are no groups, unless all rows of one go.
+    """
+    if isinstance(module, nn.modules.conv._ConvNd) and module.groups > 1:
+        module.groups = int(passing.view(module.groups, -1).any(1).sum())
 
 
 _UNDECIDED, _STAYS, _GOES = -1, 1, 0

@@ -186,7 +186,7 @@ def checkpoint(request, tmp_path):
     return path
 
 
-@pytest.mark.parametrize("checkpoint", ["opt", "gpt2", "llama-gqa"], indirect=True)
+@pytest.mark.parametrize("checkpoint", ["opt", "llama-gqa"], indirect=True)
 def test_configs(checkpoint):
     file = checkpoint / "config.json"
     whole = json.loads(file.read_text())
@@ -204,18 +204,6 @@ def test_configs(checkpoint):
         for reader in (load_model, osscar.load):
             with pytest.raises(CheckpointError, match=r"config\.json is damaged"):
                 reader(checkpoint)
-
-
-@pytest.mark.parametrize("checkpoint", ["opt"], indirect=True)
-def test_sizes_that_no_model_has(checkpoint):
-    file = checkpoint / "config.json"
-    whole = json.loads(file.read_text())
-    counts = ("num_attention_heads", "max_position_embeddings", "num_hidden_layers")
-    for field in ("hidden_size", "vocab_size", *counts):
-        for size in (0, -1, 10**9, 10**30):
-            file.write_text(json.dumps({**whole, field: size}))
-            for reader in (load_model, osscar.load):
-                survives(reader, checkpoint)
 
 
 @pytest.mark.sampled(1)
@@ -271,12 +259,13 @@ def test_a_panic_later_on_is_an_error():
 
 
 @pytest.mark.parametrize("checkpoint", ["opt"], indirect=True)
-@pytest.mark.parametrize("name", ["generation_config.json", "special_tokens_map.json"])
-def test_what_lies_beside_the_weights(checkpoint, name):
-    for content in NO_OBJECTS:
-        (checkpoint / name).write_bytes(content)
-        with pytest.raises(ModelError, match=name):
-            load_model(checkpoint)
+def test_what_lies_beside_the_weights(checkpoint):
+    for name in ("generation_config.json", "special_tokens_map.json"):
+        for content in NO_OBJECTS:
+            (checkpoint / name).write_bytes(content)
+            with pytest.raises(ModelError, match=name):
+                load_model(checkpoint)
+        (checkpoint / name).unlink()
 
 
 def test_manifests(tmp_path):
