@@ -33,7 +33,7 @@ from .pruning.trial import LeftAlone as LeftAlone
 from .shrinking.follow import adapter as adapter, prepare as prepare
 from .shrinking.plan import PruningPlan as PruningPlan
 from .shrinking.program.program import ProgramModule as ProgramModule
-from .shrinking.proof import Proof as Proof
+from .shrinking.shrink import Proof as Proof
 from .shrinking.shrink import shrink as shrink
 from .shrinking.program.shrink_program import (
     ShrunkProgram as ShrunkProgram,

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from graph import CouplingGroup, UnitKind
-from osscar.checkpoint.formats import Saving, header_bytes, written_tensors
+from osscar.checkpoint.formats import header_bytes, saved_format, written_tensors
 from osscar.data.batches import Batch
 from osscar.network.operations import products
 from osscar.offload.on_disk import OnDisk
@@ -218,14 +218,12 @@ def _stored_bytes(
 
     These are the numbers in the code of a program, and what the file says of tensors.
     """
-    saving, saved = Saving.of(model), model if program is None else program
-    written = [
-        (t, saving.format_of(name, t).itemsize) for name, t in written_tensors(saved).items()
-    ]
+    format_of, saved = saved_format(model), model if program is None else program
+    written = [(t, format_of(name, t).itemsize) for name, t in written_tensors(saved).items()]
     prices = {names[id(t)]: float(size) for t, size in written if id(t) in names}
     rest = sum(t.numel() * size for t, size in written if id(t) not in names)
     form = Form.MODULE if program is None else Form.GRAPH
-    return prices, float(rest + header_bytes(saved, form, saving))
+    return prices, float(rest + header_bytes(saved, form, format_of))
 
 
 def _taken(

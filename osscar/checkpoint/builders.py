@@ -63,11 +63,6 @@ class TransformersOrigin:
         known = isinstance(found, type) and issubclass(found, PreTrainedModel)
         return cls(found if known else AutoModelForCausalLM, config)
 
-    @property
-    def dense(self) -> TransformersOrigin:
-        """The same of the dense model, where the config lists the shapes of a shrunk one."""
-        return TransformersOrigin(self.kind, dense_config(self.config))
-
     def read_stock(self, path: Path, dtype: torch.dtype | None) -> nn.Module:
         """Read a checkpoint that needs no plan, in evaluation mode."""
         self.check_stock(path)
@@ -215,7 +210,8 @@ def read_builder(origin: Origin | None, path: Path) -> Builder | None:
     if origin is None:
         return None
     if origin.library == TransformersOrigin.library:
-        return TransformersOrigin.of_directory(path).dense
+        found = TransformersOrigin.of_directory(path)
+        return TransformersOrigin(found.kind, dense_config(found.config))
     return _torchvision(origin)
 
 

@@ -45,7 +45,7 @@ from osscar.checkpoint.admission import (
 )
 from osscar.checkpoint.builders import Builder, TransformersOrigin, builder_of, read_builder
 from osscar.checkpoint.first_pass import check_runs, vocabulary_of
-from osscar.checkpoint.formats import Saving, cast, written_tensors
+from osscar.checkpoint.formats import cast, saved_format, written_tensors
 from osscar.checkpoint.hf_config import (
     DESCRIPTION_ERRORS,
     MODELLING_FILE,
@@ -207,9 +207,9 @@ def describe(path: Path) -> SavedCheckpoint:
 
 def weight_bytes(model: nn.Module, dtype: torch.dtype | None = None) -> int:
     """Return how much a model's weights take on disk in a number format, as `save` takes it."""
-    saving = Saving.of(model, dtype)
+    format_of = saved_format(model, dtype)
     written = written_tensors(model).items()
-    return sum(t.numel() * saving.format_of(name, t).itemsize for name, t in written)
+    return sum(t.numel() * format_of(name, t).itemsize for name, t in written)
 
 
 def _write(

@@ -9,9 +9,8 @@ that a family asks to keep.  `torch.nn.Module.to` would round all of it, and pos
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
-from typing import TypeVar
+from collections.abc import Callable, Iterator, Mapping
+from typing import TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -57,31 +56,21 @@ def cast(model: M, dtype: torch.dtype) -> M:
     return model
 
 
-@dataclass(frozen=True)
-class Saving:
-    """Which number formats the tensors of a model have when it is saved.
+SavedFormat: TypeAlias = Callable[[str, Tensor], torch.dtype]
+"""Returns the number format that a tensor of a model, or of its program, is written in."""
 
-    `dtype` is None where all tensors stay as they are; `kept` are the formats that its class gives
-    them, by name: what it does not know is converted.
+
+def saved_format(model: nn.Module, dtype: torch.dtype | None = None) -> SavedFormat:
+    """Return what tells the formats of a model that is saved in one, by default its stored one.
+
+    Its class may keep some of its tensors in another; what that does not know is converted.
     """
-
-    dtype: torch.dtype | None = None
-    kept: Mapping[str, torch.dtype] = field(default_factory=dict)
-
-    @classmethod
-    def of(cls, model: nn.Module, dtype: torch.dtype | None = None) -> Saving:
-        """Return what becomes of a model that is saved in a format, by default its stored one."""
-        dtype = stored_dtype(model) if dtype is None else dtype
-        if dtype == number_format(model):
-            return cls()
-        like = _as_built(model, dtype)
-        return cls(dtype, {} if like is None else dict(_formats(like)))
-
-    def format_of(self, name: str, tensor: Tensor) -> torch.dtype:
-        """Return the number format that a tensor of the model, or of its program, is written in."""
-        if self.dtype is None or not tensor.is_floating_point():
-            return tensor.dtype
-        return self.kept.get(name, self.dtype)
+    target = stored_dtype(model) if dtype is None else dtype
+    if target == number_format(model):
+        return lambda name, tensor: tensor.dtype
+    like = _as_built(model, target)
+    kept = {} if like is None else dict(_formats(like))
+    return lambda name, t: kept.get(name, target) if t.is_floating_point() else t.dtype
 
 
 def _named(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -147,14 +136,14 @@ def written_tensors(model: nn.Module) -> dict[str, Tensor]:
     return {names[0]: tensor for names, tensor in _tensors_of(model)}
 
 
-def header_bytes(model: nn.Module, form: Form, saving: Saving) -> int:
+def header_bytes(model: nn.Module, form: Form, format_of: SavedFormat) -> int:
     """Return how many bytes a file of a model's weights takes at most besides these.
 
     It is what the file says of the tensors of this model. A smaller one has as many, and no more
     digits in shapes and offsets: mostly the same, and at most a few bytes a tensor fewer. `model`
     is what is written when it has become smaller: modules, or a program.
     """
-    named = [(n, _shape_of(t, saving.format_of(n[0], t))) for n, t in _tensors_of(model)]
+    named = [(n, _shape_of(t, format_of(n[0], t))) for n, t in _tensors_of(model)]
     metadata = {"format": "pt"}
     tensors = {names[0]: tensor for names, tensor in named}
     candidates = [tensors]

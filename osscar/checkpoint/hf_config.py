@@ -210,7 +210,7 @@ def any_shape_config(model: PreTrainedModel, plans: Sequence[PruningPlan]) -> An
         modeling_pruned.resize(dense, shapes)
         shapes["numbers"] = _numbers(dense, model)
         modeling_pruned.resize(dense, {"tensors": {}, "numbers": shapes["numbers"]})
-    except (*DESCRIPTION_ERRORS, _Inexpressible):
+    except DESCRIPTION_ERRORS:
         return None
     if _tensors(dense, model) or _numbers(dense, model):
         return None
@@ -260,10 +260,6 @@ def _auto_map(model: PreTrainedModel) -> Iterator[tuple[str, str]]:
 # ---- the table of shapes -----------------------------------------------------------------
 
 
-class _Inexpressible(Exception):
-    """Something differs that is neither a shape nor a number."""
-
-
 def _tensors(dense: nn.Module, model: nn.Module) -> dict[str, list[int]]:
     new = model.state_dict(keep_vars=True)
     old = dense.state_dict(keep_vars=True)
@@ -274,18 +270,18 @@ _PLAIN = (bool, int, float, str, type(None))
 
 
 def _numbers(dense: nn.Module, model: nn.Module) -> dict[str, dict[str, Any]]:
-    """Return the attributes that differ, by module."""
+    """Return the numbers that differ, by module; refuse whatever else does with a ValueError."""
     found: dict[str, dict[str, Any]] = {}
     modules = dict(model.named_modules())
     for name, old in dense.named_modules():
         new = modules.pop(name, None)
         if _kind(new) is not _kind(old) or _constants(new) != _constants(old):
-            raise _Inexpressible(name)
+            raise ValueError(name)
         own = dict(_differences(vars(old), vars(new)))
         own_config = _own_config(old, new, model)
         found[name] = {**own, **({"config": own_config} if own_config else {})}
     if modules:
-        raise _Inexpressible(next(iter(modules)))
+        raise ValueError(next(iter(modules)))
     return {name: numbers for name, numbers in found.items() if numbers}
 
 
@@ -308,7 +304,7 @@ def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[tup
         after = new.get(name, before)
         if _is_plain(before) and _is_plain(after) and name != "training" and before != after:
             if not _is_size(before) or not _is_size(after):
-                raise _Inexpressible(name)
+                raise ValueError(name)
             yield name, after
 
 

@@ -14,8 +14,7 @@ from osscar.request import PruningRequest
 from osscar.shrinking.equivalence import finer_precision
 from osscar.shrinking.plan import Form, PruningPlan
 from osscar.shrinking.program.shrink_program import shrink_program
-from osscar.shrinking.proof import Proof
-from osscar.shrinking.shrink import shrink
+from osscar.shrinking.shrink import Proof, shrink
 from osscar.walk.batch_norm import DenseStatistics, renew_statistics
 
 

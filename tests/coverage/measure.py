@@ -16,8 +16,7 @@ from benchmarks.coverage.row import half_of, owned
 from graph import DependencyGraph
 from osscar.shrinking.equivalence import proof_outputs
 from osscar.shrinking.follow import prepare
-from osscar.shrinking.proof import Proof, masked
-from osscar.shrinking.shrink import shrink
+from osscar.shrinking.shrink import Proof, masked, shrink
 
 TOLERANCE = 1e-4
 """Of the largest output, in float32."""

@@ -19,8 +19,7 @@ from osscar.preparation.routing import Mixture, Routed
 from osscar.pruning.prune import prune_as_asked
 from osscar.pruning.run_log import RunLog
 from osscar.request import PruningRequest
-from osscar.shrinking.proof import masked
-from osscar.shrinking.shrink import could_fail_in_training, failure_in_training
+from osscar.shrinking.shrink import could_fail_in_training, failure_in_training, masked
 from osscar.walk.residual import streams
 from osscar.walk.walk import walk
 from tests.osscar.families import tokens

@@ -33,7 +33,7 @@ from osscar.shrinking.program.program import (
     smaller,
     trace_dense,
 )
-from osscar.shrinking.proof import Proof, check_request, distance_from_masked, fold_named
+from osscar.shrinking.shrink import Proof, check_request, distance_from_masked, fold_named
 from osscar.shrinking.slice import slice_units
 from osscar.shrinking.structure import hand_on_structure, remember_structure
 
