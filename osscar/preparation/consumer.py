@@ -1,7 +1,8 @@
 """A consumer as a matrix: what a module reads, and the weights it reads it with.
 
 Every consumer is seen as ``Y = X W``: rows of X are positions, columns of X and rows of W are the
-inputs that belong to one coupling group, ordered as they lie in the weight tensor.
+inputs that belong to one coupling group, ordered as they lie in the weight tensor.  A convolution
+has one row of W for each channel and tap of its kernel (`osscar.preparation.convolutions`).
 """
 
 from __future__ import annotations
@@ -9,39 +10,32 @@ from __future__ import annotations
 import abc
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from graph.groups import Slot
 from osscar.base.errors import NonFiniteError
 from osscar.offload.on_disk import written
+from osscar.preparation.convolutions import Windows
+from osscar.preparation.recurrent import BIAS, WEIGHT, directions
+from osscar.preparation.routing import Mixture, Routed
 
 
 @dataclass(frozen=True, eq=False)
 class LinearMap(abc.ABC):
-    """One consumer of a coupling group.
-
-    Parameters
-    ----------
-    name
-        Qualified name of the module.
-    module
-        The module whose inputs are observed.
-    slots
-        The slots of the group in the module's weight.
-    inputs
-        The input features or channels, int64 in ascending order, that the group owns.
-    has_bias
-        Whether it has a bias that it shares with no other module.
-    """
+    """One consumer of a coupling group."""
 
     name: str
+    """Of the module whose inputs are observed."""
     module: nn.Module
-    slots: tuple[Slot, ...]
-    inputs: Tensor
+    dim: int
+    """The dimension of the weight in which inputs lie."""
+    owned: Sequence[Sequence[int]]
+    """The input features or channels that each unit of the group owns."""
     has_bias: bool
+    """Whether it has a bias that it shares with no other module."""
 
     @property
     def label(self) -> str:
@@ -58,6 +52,11 @@ class LinearMap(abc.ABC):
         """How many rows of W one input owns."""
         return 1
 
+    @cached_property
+    def inputs(self) -> Tensor:
+        """The inputs that the group owns, int64 in ascending order."""
+        return torch.tensor(sorted(index for unit in self.owned for index in unit))
+
     @property
     def rows(self) -> int:
         """The number p of rows of W."""
@@ -68,23 +67,14 @@ class LinearMap(abc.ABC):
         """The number m of columns of W."""
         return int(self._view(self._weight).shape[1])
 
-    @property
+    @cached_property
     def unit_rows(self) -> list[list[int]]:
         """The rows of `read_weight` that each unit owns."""
-        position = {feature: row for row, feature in enumerate(self.inputs.tolist())}
+        first = {index: row * self.taps for row, index in enumerate(self.inputs.tolist())}
         return [
-            [
-                position[i] * self.taps + tap
-                for slot in self.slots
-                for i in self._own(slot.indices([unit]))
-                for tap in range(self.taps)
-            ]
-            for unit in range(self.slots[0].units)
+            [first[index] + tap for index in unit for tap in range(self.taps)]
+            for unit in self.owned
         ]
-
-    def _own(self, indices: Sequence[int]) -> list[int]:
-        """Return which inputs stand behind indices along the slots' dimension."""
-        return list(indices)
 
     @abc.abstractmethod
     def read_inputs(self, x: Any) -> Iterator[Tensor]:
@@ -94,24 +84,11 @@ class LinearMap(abc.ABC):
     def read_outputs(self, y: Tensor, x: Any) -> Tensor:
         """Return Y, (positions, m), of all positions in the order of `read_inputs`.
 
-        Parameters
-        ----------
-        y
-            In the shape in which the module puts it out.
-        x
-            What the module is called with.
+        Given are what the module puts out, in its shape, and what it is called with.
         """
 
     def read_corrections(self, D: Tensor, x: Any) -> Tensor:
-        """Return by how much Y is to change, (positions, m), for the module's output to do so.
-
-        Parameters
-        ----------
-        D
-            In the shape in which the module puts it out.
-        x
-            What the module is called with.
-        """
+        """Return by how much Y is to change for the module's output to do so, as `read_outputs`."""
         return self.read_outputs(D, x)
 
     def passed_over(self, x: Any) -> int:
@@ -129,15 +106,16 @@ class LinearMap(abc.ABC):
         return part.flatten(2).mT.flatten(0, 1) if part.ndim > 2 else part
 
     def write_weight(self, W: Tensor) -> None:
-        """Replace the group's part of the weight by W, (p, m)."""
+        """Replace the group's part of the weight by W, (p, m).
+
+        Raises
+        ------
+        NonFiniteError
+            If it overflows the module's number format.
+        """
         with written(self.module, self.parameters[0]) as weight:
             view = self._view(weight)
-            W = W.to(view)
-            if not bool(torch.isfinite(W).all()):
-                raise NonFiniteError(
-                    f"the refitted weights of {self.label!r} overflow {view.dtype}; "
-                    "use --dtype float32 or bfloat16, or raise --damp"
-                )
+            W = self._fitting(W, view, "weights")
             if view.ndim > 2:
                 W = W.view(-1, self.taps, W.shape[1]).mT.reshape(-1, *view.shape[1:])
             view[self.inputs.to(view.device)] = W
@@ -149,22 +127,19 @@ class LinearMap(abc.ABC):
         return self._bias_view(bias.detach()).to(torch.float64, copy=True)
 
     def write_bias(self, bias: Tensor) -> None:
-        """Replace the bias of the outputs, (m,).
-
-        Raises
-        ------
-        NonFiniteError
-            If it overflows the module's number format.
-        """
+        """Replace the bias of the outputs, (m,), as `write_weight` does the weight."""
         with written(self.module, self.parameters[1]) as whole:
             view = self._bias_view(whole)
-            bias = bias.to(view)
-            if not bool(torch.isfinite(bias).all()):
-                raise NonFiniteError(
-                    f"the refitted bias of {self.label!r} overflows {view.dtype}; "
-                    "use --dtype float32 or bfloat16, or raise --damp"
-                )
-            view.copy_(bias)
+            view.copy_(self._fitting(bias, view, "bias"))
+
+    def _fitting(self, values: Tensor, like: Tensor, what: str) -> Tensor:
+        values = values.to(like)
+        if not bool(torch.isfinite(values).all()):
+            raise NonFiniteError(
+                f"the refitted {what} of {self.label!r} overflow {like.dtype}; "
+                "use --dtype float32 or bfloat16, or raise --damp"
+            )
+        return values
 
     def read(self) -> list[Tensor]:
         """Return the weight and, where it `has_bias`, the bias, float64 copies."""
@@ -191,3 +166,148 @@ class LinearMap(abc.ABC):
         weight = getattr(self.module, self.parameters[0])
         assert isinstance(weight, Tensor)
         return weight.detach()
+
+
+class FeatureMap(LinearMap):
+    """A `torch.nn.Linear` or transformers' `Conv1D`, which reads the last dimension."""
+
+    def read_inputs(self, x: Tensor) -> Iterator[Tensor]:
+        """Yield all positions at once."""
+        x = _positions(x)
+        yield x if len(self.inputs) == x.shape[1] else x[:, self.inputs.to(x.device)]
+
+    def read_outputs(self, y: Tensor, x: Tensor) -> Tensor:
+        """Return all positions."""
+        return _positions(y)
+
+    def _view(self, weight: Tensor) -> Tensor:
+        return weight.movedim(self.dim, 0)
+
+
+def _positions(x: Tensor) -> Tensor:
+    """Return all positions, (positions, features); of packed sequences without the padding."""
+    if not x.is_nested:
+        return x.detach().reshape(-1, x.shape[-1])
+    return torch.cat([part.reshape(-1, part.shape[-1]) for part in x.detach().unbind()])
+
+
+@dataclass(frozen=True, eq=False)
+class RecurrentMap(FeatureMap):
+    """The gates of a recurrent layer in one direction, which read the last dimension."""
+
+    direction: int
+    """Which of `osscar.preparation.recurrent.directions`."""
+
+    @property
+    def parameters(self) -> tuple[str, str]:
+        """Under which names the module has weight and bias."""
+        end = directions(self.module)[self.direction]
+        return WEIGHT + end, BIAS + end
+
+    def read_outputs(self, y: Tensor, x: Tensor) -> Tensor:
+        """Return the gates' inputs of this direction, of those that `input_gates` makes."""
+        return _positions(y).chunk(len(directions(self.module)), 1)[self.direction]
+
+
+@dataclass(frozen=True, eq=False)
+class ConvolutionMap(LinearMap):
+    """The channels that one group of a convolution reads, with all taps of the kernel.
+
+    A dense convolution has one group.  Of a grouped one, each group is a linear map of its own: its
+    outputs depend on no other group's inputs, so that the whole Gram matrix would be block-diagonal
+    with these blocks, and a unit of the coupling group owns rows in each of them.
+    """
+
+    windows: Windows
+    part: int
+    """Which group of the convolution; channels are counted inside of it."""
+
+    @property
+    def taps(self) -> int:
+        """Positions in the kernel."""
+        return self.windows.taps
+
+    def read_inputs(self, x: Tensor) -> Iterator[Tensor]:
+        """Yield the unfolded windows, as many at once as `convolutions` allows."""
+        x = x.detach().reshape(-1, *x.shape[-len(self.windows.kernel) - 1 :])
+        channels = self._of_part(torch.arange(x.shape[1]))[self.inputs]
+        if len(channels) < x.shape[1]:
+            x = x[:, channels.to(x.device)]
+        yield from self.windows.unfolded(x)
+
+    def read_outputs(self, y: Tensor, x: Tensor) -> Tensor:
+        """Return the channels that this group of the convolution puts out, at each position."""
+        y = y.detach().reshape(-1, *y.shape[-len(self.windows.kernel) - 1 :])
+        return self._of_part(y, 1).movedim(1, -1).flatten(0, -2)
+
+    def _of_part(self, channels: Tensor, dim: int = 0) -> Tensor:
+        """Return a view of what this group of the convolution has in a dimension."""
+        count = channels.shape[dim] // int(self.module.groups)  # type: ignore[arg-type]
+        return channels.narrow(dim, self.part * count, count)
+
+    def _bias_view(self, bias: Tensor) -> Tensor:
+        return self._of_part(bias)
+
+    def _view(self, weight: Tensor) -> Tensor:
+        view = self._of_part(weight)
+        return view if self.windows.transposed else view.transpose(0, 1)
+
+    def read_weight(self) -> Tensor:
+        """Return W, (p, m), a float64 copy."""
+        return self._ordered(super().read_weight())
+
+    def write_weight(self, W: Tensor) -> None:
+        """Replace the group's part of the weight by W, (p, m)."""
+        super().write_weight(self._ordered(W))
+
+    def _ordered(self, W: Tensor) -> Tensor:
+        """Turn taps round: a transposed convolution writes where a plain one reads."""
+        if not self.windows.transposed:
+            return W
+        return W.view(-1, self.taps, W.shape[1]).flip(1).flatten(0, 1)
+
+
+@dataclass(frozen=True, eq=False)
+class ExpertMap(LinearMap):
+    """What one expert adds to the output of a mixture, which is called with what is `Routed`.
+
+    Its inputs are multiplied with the weight of the token at this expert, so that what it puts out
+    is its term of the mixture's sum.  For tokens that are not sent to it, both are zero.
+    """
+
+    mixture: Mixture
+    expert: int
+
+    @property
+    def label(self) -> str:
+        """The module and the expert."""
+        return f"{self.name}[{self.expert}]"
+
+    @property
+    def parameters(self) -> tuple[str, str]:
+        """The parameter with the last matrix of every expert; biases stay."""
+        return self.mixture.parameter, ""
+
+    def read_inputs(self, x: Routed) -> Iterator[Tensor]:
+        """Yield the tokens that are sent to this expert."""
+        X = self.mixture.visits(x).X[self._here(x)]
+        yield X if len(self.inputs) == X.shape[1] else X[:, self.inputs.to(X.device)]
+
+    def read_outputs(self, y: Tensor, x: Routed) -> Tensor:
+        """Return what the mixture puts out for these tokens."""
+        return y.detach()[self.mixture.visits(x).token[self._here(x)]]
+
+    def read_corrections(self, D: Tensor, x: Routed) -> Tensor:
+        """Return the part of the corrections that falls to this expert."""
+        share = self.mixture.visits(x).share[self._here(x), None]
+        return self.read_outputs(D, x).double() * share
+
+    def passed_over(self, x: Routed) -> int:
+        """Return how many tokens are sent to others."""
+        return len(x.hidden) - len(set(self.mixture.visits(x).token[self._here(x)].tolist()))
+
+    def _here(self, x: Routed) -> Tensor:
+        return self.mixture.visits(x).expert == self.expert
+
+    def _view(self, weight: Tensor) -> Tensor:
+        return weight[self.expert].movedim(self.mixture.dim - 1, 0)

@@ -13,46 +13,29 @@ UNFOLDED_BYTES = 64 * 2**20
 """The most memory, in float64, of windows that are unfolded at once.  A single row of output
 positions is unfolded whole, should it take more than that."""
 
-_MODES = {
-    "zeros": "constant",
-    "reflect": "reflect",
-    "replicate": "replicate",
-    "circular": "circular",
-}
-
 _PLAIN = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
 @dataclass(frozen=True)
 class Windows:
-    """How a convolution walks over space.
+    """How a convolution walks over space; sizes are those of each dimension of space.
 
     A transposed convolution is a plain one, with reversed taps and stride 1, over an input between
     whose positions ``stride - 1`` zeros are inserted (Dumoulin and Visin, "A guide to convolution
     arithmetic for deep learning", 2016, section 4).
-
-    Parameters
-    ----------
-    kernel, stride, dilation
-        In each dimension of space.
-    padding
-        As `torch.nn.functional.pad` takes it: last dimension first, before and after; negative
-        where positions are cut off.
-    mode
-        The mode of that function.
-    upsampling
-        Distance of the input's positions once zeros are inserted.
-    transposed
-        Whether this describes a transposed convolution.
     """
 
     kernel: tuple[int, ...]
     stride: tuple[int, ...]
     dilation: tuple[int, ...]
     padding: tuple[int, ...]
+    """As `torch.nn.functional.pad` takes it: last dimension first, before and after; negative where
+    positions are cut off."""
     mode: str = "constant"
+    """Of that function."""
     upsampling: tuple[int, ...] = ()
+    """Distance of the input's positions once zeros are inserted."""
     transposed: bool = False
 
     @property
@@ -61,13 +44,7 @@ class Windows:
         return math.prod(self.kernel)
 
     def unfolded(self, x: Tensor) -> Iterator[Tensor]:
-        """Yield the windows of x, (positions, channels * taps), piece by piece.
-
-        Parameters
-        ----------
-        x
-            (batch, channels, *space).
-        """
+        """Yield the windows of x, (batch, channels, *space), as (positions, channels * taps)."""
         windows = self.view(x)
         row = math.prod(windows.shape[2:]) * 8
         rows = windows.shape[1]
@@ -84,16 +61,11 @@ class Windows:
             x = _spread(x, self.upsampling)
         if any(self.padding):
             x = nn.functional.pad(x, self.padding, mode=self.mode)
-        space = zip(x.shape[2:], self.kernel, self.stride, self.dilation, strict=True)
-        positions = [(size - d * (k - 1) - 1) // s + 1 for size, k, s, d in space]
-        batch, channel, *steps = x.stride()
-        strides = [
-            batch,
-            *(a * s for a, s in zip(steps, self.stride, strict=True)),
-            channel,
-            *(a * d for a, d in zip(steps, self.dilation, strict=True)),
-        ]
-        return x.as_strided((len(x), *positions, x.shape[1], *self.kernel), strides)
+        space = len(self.kernel)
+        sizes = zip(self.kernel, self.stride, self.dilation, strict=True)
+        for dim, (taps, stride, dilation) in enumerate(sizes, start=2):
+            x = x.unfold(dim, dilation * (taps - 1) + 1, stride)[..., ::dilation]
+        return x.movedim(1, 1 + space)
 
 
 def windows_of(module: nn.Module) -> Windows | None:
@@ -107,7 +79,7 @@ def windows_of(module: nn.Module) -> Windows | None:
         stride=_sizes(module.stride),
         dilation=_sizes(module.dilation),
         padding=_sizes(module._reversed_padding_repeated_twice),
-        mode=_MODES[module.padding_mode],
+        mode="constant" if module.padding_mode == "zeros" else module.padding_mode,
     )
 
 
@@ -137,8 +109,6 @@ def _spread(x: Tensor, steps: tuple[int, ...]) -> Tensor:
     """Insert zeros between positions."""
     space = [(size - 1) * step + 1 for size, step in zip(x.shape[2:], steps, strict=True)]
     spread = x.new_zeros(*x.shape[:2], *space)
-    places = spread
-    for dim, step in enumerate(steps, start=2):
-        places = places.movedim(dim, 0)[::step].movedim(0, dim)
-    places.copy_(x)
+    there = (slice(None), slice(None), *(slice(None, None, step) for step in steps))
+    spread[there] = x
     return spread

@@ -1,26 +1,25 @@
-"""The consumers of a model: layers, groups of convolutions, and experts; which can be refitted.
-
-A convolution has one row of W for each channel and tap of its kernel (see
-`osscar.preparation.convolutions`).  Of a mixture of experts each expert is a consumer of its own
-(see `osscar.preparation.routing`).
-"""
+"""The consumers of a model: layers, groups of convolutions, and experts; which can be refitted."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from graph.groups import CouplingGroup, Freeze, Slot
 from osscar.base.errors import ModelError
-from osscar.preparation.consumer import LinearMap
-from osscar.preparation.convolutions import Windows, windows_of
+from osscar.preparation.consumer import (
+    ConvolutionMap,
+    ExpertMap,
+    FeatureMap,
+    LinearMap,
+    RecurrentMap,
+)
+from osscar.preparation.convolutions import windows_of
 from osscar.preparation.recurrent import BIAS, RECURRENT, WEIGHT, directions
-from osscar.preparation.routing import Mixture, Routed
+from osscar.preparation.routing import Mixture
 
 _READ_ELSEWHERE = (
     "is read by {!r}, which other code than that of {!r} reads, too, or its bias, on inputs that "
@@ -41,189 +40,10 @@ _TOO_NARROW = (
 _KERNEL_BYTES = 16
 
 
-@dataclass(frozen=True, eq=False)
-class FeatureMap(LinearMap):
-    """A `torch.nn.Linear` or transformers' `Conv1D`, which reads the last dimension."""
-
-    def read_inputs(self, x: Tensor) -> Iterator[Tensor]:
-        """Yield all positions at once."""
-        x = _positions(x)
-        yield x if len(self.inputs) == x.shape[1] else x[:, self.inputs.to(x.device)]
-
-    def read_outputs(self, y: Tensor, x: Tensor) -> Tensor:
-        """Return all positions."""
-        return _positions(y)
-
-    def _view(self, weight: Tensor) -> Tensor:
-        return weight.movedim(self.slots[0].dim, 0)
-
-
-def _positions(x: Tensor) -> Tensor:
-    """Return all positions, (positions, features); of packed sequences without the padding."""
-    if not x.is_nested:
-        return x.detach().reshape(-1, x.shape[-1])
-    return torch.cat([part.reshape(-1, part.shape[-1]) for part in x.detach().unbind()])
-
-
-@dataclass(frozen=True, eq=False)
-class _RecurrentMap(FeatureMap):
-    """The gates of a recurrent layer in one direction, which read the last dimension.
-
-    Parameters
-    ----------
-    direction
-        Which of `osscar.preparation.recurrent.directions`.
-    """
-
-    direction: int
-
-    @property
-    def parameters(self) -> tuple[str, str]:
-        """Under which names the module has weight and bias."""
-        end = directions(self.module)[self.direction]
-        return WEIGHT + end, BIAS + end
-
-    def read_outputs(self, y: Tensor, x: Tensor) -> Tensor:
-        """Return the gates' inputs of this direction, of those that `input_gates` makes."""
-        return _positions(y).chunk(len(directions(self.module)), 1)[self.direction]
-
-
-@dataclass(frozen=True, eq=False)
-class _ConvolutionMap(LinearMap):
-    """The channels that one group of a convolution reads, with all taps of the kernel.
-
-    A dense convolution has one group.  Of a grouped one, each group is a linear map of its own: its
-    outputs depend on no other group's inputs, so that the whole Gram matrix would be block-diagonal
-    with these blocks, and a unit of the coupling group owns rows in each of them.
-
-    Parameters
-    ----------
-    windows
-        How the convolution walks over space.
-    part
-        Which group of the convolution.
-    """
-
-    windows: Windows
-    part: int
-
-    @property
-    def taps(self) -> int:
-        """Positions in the kernel."""
-        return self.windows.taps
-
-    def _own(self, indices: Sequence[int]) -> list[int]:
-        return _channels_of_part(self.slots[0], self._channels, self.part, indices)
-
-    @property
-    def _channels(self) -> int:
-        """Input channels of one group of the convolution."""
-        return int(self.module.in_channels) // int(self.module.groups)  # type: ignore[arg-type]
-
-    def read_inputs(self, x: Tensor) -> Iterator[Tensor]:
-        """Yield the unfolded windows, as many at once as `convolutions` allows."""
-        space = len(self.windows.kernel)
-        x = x.detach().reshape(-1, *x.shape[-space - 1 :])
-        channels = self.inputs + self.part * self._channels
-        if len(channels) < x.shape[1]:
-            x = x[:, channels.to(x.device)]
-        yield from self.windows.unfolded(x)
-
-    def read_outputs(self, y: Tensor, x: Tensor) -> Tensor:
-        """Return the channels that this group of the convolution puts out, at each position."""
-        y = y.detach().reshape(-1, *y.shape[-len(self.windows.kernel) - 1 :])
-        made = y.shape[1] // int(self.module.groups)  # type: ignore[arg-type]
-        return y[:, self.part * made :][:, :made].movedim(1, -1).flatten(0, -2)
-
-    def _bias_view(self, bias: Tensor) -> Tensor:
-        made = len(bias) // int(self.module.groups)  # type: ignore[arg-type]
-        return bias[self.part * made :][:made]
-
-    def _view(self, weight: Tensor) -> Tensor:
-        if self.windows.transposed:
-            view = weight[self.part * self._channels :][: self._channels]
-        else:
-            made = len(weight) // int(self.module.groups)  # type: ignore[arg-type]
-            view = weight[self.part * made :][:made].transpose(0, 1)
-        return view
-
-    def read_weight(self) -> Tensor:
-        """Return W, (p, m), a float64 copy."""
-        W = super().read_weight()
-        return self._reversed(W) if self.windows.transposed else W
-
-    def write_weight(self, W: Tensor) -> None:
-        """Replace the group's part of the weight by W, (p, m)."""
-        super().write_weight(self._reversed(W) if self.windows.transposed else W)
-
-    def _reversed(self, W: Tensor) -> Tensor:
-        """Turn taps round: a transposed convolution writes where a plain one reads."""
-        return W.view(-1, self.taps, W.shape[1]).flip(1).flatten(0, 1)
-
-
-@dataclass(frozen=True, eq=False)
-class _ExpertMap(LinearMap):
-    """What one expert adds to the output of a mixture.
-
-    Its inputs are multiplied with the weight of the token at this expert, so that what it puts out
-    is its term of the mixture's sum.  For tokens that are not sent to it, both are zero.
-
-    Parameters
-    ----------
-    mixture
-        The module, which is called with what is `Routed`.
-    expert
-        Which of its experts.
-    """
-
-    mixture: Mixture
-    expert: int
-
-    @property
-    def label(self) -> str:
-        """The module and the expert."""
-        return f"{self.name}[{self.expert}]"
-
-    @property
-    def parameters(self) -> tuple[str, str]:
-        """The parameter with the last matrix of every expert; biases stay."""
-        return self.mixture.parameter, ""
-
-    def read_inputs(self, x: Routed) -> Iterator[Tensor]:
-        """Yield the tokens that are sent to this expert."""
-        visits = self.mixture.visits(x)
-        X = visits.X[visits.expert == self.expert]
-        yield X if len(self.inputs) == X.shape[1] else X[:, self.inputs.to(X.device)]
-
-    def read_outputs(self, y: Tensor, x: Routed) -> Tensor:
-        """Return what the mixture puts out for these tokens."""
-        visits = self.mixture.visits(x)
-        return y.detach()[visits.token[visits.expert == self.expert]]
-
-    def read_corrections(self, D: Tensor, x: Routed) -> Tensor:
-        """Return the part of the corrections that falls to this expert."""
-        visits = self.mixture.visits(x)
-        here = visits.expert == self.expert
-        return D.detach()[visits.token[here]].double() * visits.share[here, None]
-
-    def passed_over(self, x: Routed) -> int:
-        """Return how many tokens are sent to others."""
-        visits = self.mixture.visits(x)
-        return len(x.hidden) - len(set(visits.token[visits.expert == self.expert].tolist()))
-
-    def _view(self, weight: Tensor) -> Tensor:
-        return weight[self.expert].movedim(self.mixture.dim - 1, 0)
-
-
 def mixture_of(model: nn.Module, slots: Sequence[Slot]) -> Mixture | None:
     """Return the module with the matrices of several experts that reads a group, if one does.
 
-    Parameters
-    ----------
-    model
-        The model.
-    slots
-        Of one tensor.
+    The slots are those of one tensor.
     """
     name, _, parameter = slots[0].tensor.rpartition(".")
     weight = _tensor(model, slots[0].tensor)
@@ -259,12 +79,61 @@ def linear_maps(model: nn.Module, group: CouplingGroup) -> tuple[LinearMap, ...]
         reason = _unreadable(model, slots)
         if reason is not None:
             raise ModelError(f"group {group.name!r} {reason}")
-        module, mixture = model.get_submodule(slots[0].module), mixture_of(model, slots)
-        if mixture is not None:
-            found += _experts(mixture, slots)
-        else:
-            found += _maps(model, module, slots)
+        found += _maps(model, slots)
     return tuple(found)
+
+
+def _maps(model: nn.Module, slots: tuple[Slot, ...]) -> Iterator[LinearMap]:
+    """Yield the consumers that one tensor holds."""
+    name, dim, units = slots[0].module, slots[0].dim, range(slots[0].units)
+    owned = [[i for slot in slots for i in slot.indices([unit])] for unit in units]
+    module, mixture = model.get_submodule(name), mixture_of(model, slots)
+    if mixture is not None:
+        for expert in range(len(mixture.weight)):
+            yield ExpertMap(name, module, dim, owned, False, mixture, expert)
+        return
+    if isinstance(module, RECURRENT):
+        end = slots[0].tensor.rpartition(".")[2].removeprefix(WEIGHT)
+        has_bias, direction = _has_bias(model, module, BIAS + end), directions(module).index(end)
+        yield RecurrentMap(name, module, dim, owned, has_bias, direction)
+        return
+    windows, has_bias = windows_of(module), _has_bias(model, module, "bias")
+    if windows is None:
+        yield FeatureMap(name, module, dim, owned, has_bias)
+        return
+    groups = int(module.groups)  # type: ignore[arg-type]
+    channels = int(module.in_channels) // groups  # type: ignore[arg-type]
+    for part in range(groups):
+        # Dimension 1 of a plain filter counts channels inside a group; dimension 0 of a transposed
+        # one counts all of them.
+        own = owned
+        if dim == 0:
+            own = [[i - part * channels for i in u if i // channels == part] for u in owned]
+        if any(own):
+            yield ConvolutionMap(name, module, dim, own, has_bias, windows, part)
+
+
+def _has_bias(model: nn.Module, module: nn.Module, name: str) -> bool:
+    """Whether a bias can be written to: nothing computes it, and no other module has it."""
+    bias = getattr(module, name, None)
+    owners = (p for other in model.modules() for p in other.parameters(recurse=False))
+    return isinstance(bias, nn.Parameter) and sum(p is bias for p in owners) == 1
+
+
+def _by_tensor(group: CouplingGroup) -> tuple[tuple[Slot, ...], ...]:
+    by_tensor: dict[str, list[Slot]] = {}
+    for slot in group.consumers:
+        by_tensor.setdefault(slot.tensor, []).append(slot)
+    return tuple(tuple(slots) for slots in by_tensor.values())
+
+
+def _tensor(model: nn.Module, name: str) -> object:
+    """Return a parameter, buffer or plain attribute by its qualified name."""
+    module, _, attribute = name.rpartition(".")
+    return getattr(model.get_submodule(module), attribute)
+
+
+# ---- what cannot be refitted -------------------------------------------------------------
 
 
 def freeze_unreadable(
@@ -277,10 +146,8 @@ def freeze_unreadable(
 
     Parameters
     ----------
-    model
-        The traced model.
-    groups
-        Its groups; the frozen ones stay as they are.
+    model, groups
+        The traced model, and its groups; the frozen ones stay as they are.
     elsewhere
         Modules whose weights other code than their own reads, too.
     mixtures
@@ -330,13 +197,6 @@ def _with_steps(model: nn.Module, group: CouplingGroup) -> CouplingGroup:
     return dataclasses.replace(group, step=step)
 
 
-def _by_tensor(group: CouplingGroup) -> tuple[tuple[Slot, ...], ...]:
-    by_tensor: dict[str, list[Slot]] = {}
-    for slot in group.consumers:
-        by_tensor.setdefault(slot.tensor, []).append(slot)
-    return tuple(tuple(slots) for slots in by_tensor.values())
-
-
 def _unreadable(model: nn.Module, slots: tuple[Slot, ...]) -> str | None:
     """Return why a consumer cannot be refitted, or None."""
     tensor, module = slots[0].tensor, model.get_submodule(slots[0].module)
@@ -380,7 +240,6 @@ _PLAIN_FORWARDS = frozenset(
     )
 )
 
-
 _PLAIN_ELSEWHERE = (
     "timm.layers.linear.Linear.forward",
     "transformers.models.falcon.modeling_falcon.FalconLinear.forward",
@@ -396,61 +255,9 @@ def _is_what_it_seems(module: nn.Module) -> bool:
     return plain and "forward" not in vars(module)
 
 
-def _tensor(model: nn.Module, name: str) -> object:
-    """Return a parameter, buffer or plain attribute by its qualified name."""
-    module, _, attribute = name.rpartition(".")
-    return getattr(model.get_submodule(module), attribute)
-
-
 def _weights(module: nn.Module) -> list[str]:
     """Return under which names a layer has weights that can be refitted."""
     if isinstance(module, RECURRENT):
         return [WEIGHT + end for end in directions(module)]
     known = isinstance(module, nn.Linear | Conv1D) or windows_of(module) is not None
     return ["weight"] if known else []
-
-
-def _has_bias(model: nn.Module, module: nn.Module, name: str) -> bool:
-    """Whether a bias can be written to: nothing computes it, and no other module has it."""
-    bias = getattr(module, name, None)
-    owners = (p for other in model.modules() for p in other.parameters(recurse=False))
-    return isinstance(bias, nn.Parameter) and sum(p is bias for p in owners) == 1
-
-
-def _maps(model: nn.Module, module: nn.Module, slots: tuple[Slot, ...]) -> Iterator[LinearMap]:
-    name = slots[0].module
-    indices = sorted(i for slot in slots for i in slot.indices(range(slot.units)))
-    if isinstance(module, RECURRENT):
-        end = slots[0].tensor.rpartition(".")[2].removeprefix(WEIGHT)
-        has_bias = _has_bias(model, module, BIAS + end)
-        place = directions(module).index(end)
-        yield _RecurrentMap(name, module, slots, torch.tensor(indices), has_bias, place)
-        return
-    windows, has_bias = windows_of(module), _has_bias(model, module, "bias")
-    if windows is None:
-        yield FeatureMap(name, module, slots, torch.tensor(indices), has_bias)
-        return
-    channels = int(module.in_channels) // int(module.groups)  # type: ignore[arg-type]
-    for part in range(int(module.groups)):  # type: ignore[arg-type]
-        own = _channels_of_part(slots[0], channels, part, indices)
-        if own:
-            yield _ConvolutionMap(name, module, slots, torch.tensor(own), has_bias, windows, part)
-
-
-def _experts(mixture: Mixture, slots: tuple[Slot, ...]) -> Iterator[LinearMap]:
-    indices = sorted(i for slot in slots for i in slot.indices(range(slot.units)))
-    for expert in range(len(mixture.weight)):
-        yield _ExpertMap(
-            slots[0].module, mixture.module, slots, torch.tensor(indices), False, mixture, expert
-        )
-
-
-def _channels_of_part(slot: Slot, channels: int, part: int, indices: Sequence[int]) -> list[int]:
-    """Return which channels of one group of a convolution stand behind weight indices.
-
-    Dimension 1 of a plain filter counts channels inside a group; dimension 0 of a transposed one
-    counts all of them.
-    """
-    if slot.dim == 1:
-        return list(indices)
-    return [i - part * channels for i in indices if i // channels == part]

@@ -1,4 +1,4 @@
-"""Mixtures of experts: modules that send each token to some of the matrices of one parameter.
+"""What modules are called with; and mixtures of experts, which are called with tokens and routes.
 
 A mixture is called with tokens, the experts that each of them is sent to, and a weight for each of
 these, and puts out for every token the sum of what the experts make of it, times the weights:
@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from osscar.base.errors import NonFiniteError, OsscarError
 from osscar.network.hooks import hooks
 from osscar.network.modules import fresh
+from osscar.preparation.recurrent import RECURRENT, input_gates
 
 _TOLERANCE = 0.5
 """Power of the rounding unit up to which a mixture's output is the sum above: its code may add up
@@ -34,22 +35,15 @@ in any order, and code that computes something else is off by much more."""
 
 @dataclass(frozen=True, eq=False)
 class Routed:
-    """What a mixture is called with.
-
-    Parameters
-    ----------
-    hidden
-        Tokens, (tokens, d).
-    experts
-        Which experts each of them is sent to, (tokens, k); other numbers than those of experts say
-        that a place is not taken.
-    weights
-        Of these experts in the sum, (tokens, k).
-    """
+    """What a mixture is called with."""
 
     hidden: Tensor
+    """Tokens, (tokens, d)."""
     experts: Tensor
+    """Which experts each of them is sent to, (tokens, k); numbers that no expert has say that a
+    place is not taken."""
     weights: Tensor
+    """Of these experts in the sum, (tokens, k)."""
     _read: dict[str, _Visits] = field(default_factory=dict, repr=False)
 
     @classmethod
@@ -78,25 +72,21 @@ class Routed:
         """The arguments in their order."""
         return self.hidden, self.experts, self.weights
 
-    def afresh(self) -> Routed:
-        """Return the same call; what is read of it lives as long as the one that is returned."""
-        return dataclasses.replace(self, _read={})
+    def visits(self, count: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Return token, expert and weight of each place that one of `count` experts takes."""
+        taken = (self.experts >= 0) & (self.experts < count)
+        token, _ = taken.nonzero(as_tuple=True)
+        return token, self.experts[taken], self.weights.detach()[taken]
 
 
 @dataclass(frozen=True, eq=False)
 class _Visits:
     """What the experts of a mixture read in one call: a row for each token at each of its experts.
 
-    Parameters
-    ----------
-    X
-        Inputs times weights, (visits, p): what enters the sum over experts.
-    expert, token
-        Of each visit, (visits,) int64.
-    share
-        How much of a correction to the output of the token falls to this expert, (visits,).  The
-        shares of a token are in proportion to its squared weights: of all ways to split a
-        correction, that one asks the experts themselves for the least change.
+    X holds inputs times weights, (visits, p), which is what enters the sum over experts; `share`
+    says how much of a correction to the output of the token falls to this expert.  The shares of a
+    token are in proportion to its squared weights: of all ways to split a correction, that one asks
+    the experts themselves for the least change.
     """
 
     X: Tensor
@@ -107,16 +97,9 @@ class _Visits:
 
 @dataclass(frozen=True, eq=False)
 class Mixture:
-    """A module that sends tokens to experts.
+    """A module that sends tokens to experts, with the parameter that holds their last matrices.
 
-    Parameters
-    ----------
-    name, module
-        The module, and its qualified name.
-    parameter
-        The name of its parameter that holds the last matrix of every expert.
-    dim
-        The dimension of that in which inputs lie; the experts lie in the first.
+    The experts lie in the first dimension of that, and inputs in `dim`.
     """
 
     name: str
@@ -148,9 +131,7 @@ class Mixture:
 
     @torch.no_grad()
     def _visits(self, x: Routed) -> _Visits:
-        taken = (x.experts >= 0) & (x.experts < len(self.weight))
-        token, _ = taken.nonzero(as_tuple=True)
-        expert, weight = x.experts[taken], x.weights.detach()[taken]
+        token, expert, weight = x.visits(len(self.weight))
         X = self._inputs(x.hidden.detach()[token], expert[:, None], torch.ones_like(weight))
         if not bool(torch.isfinite(X).all()):
             first = int(expert[~torch.isfinite(X).all(1)][0])
@@ -198,9 +179,8 @@ class Mixture:
         bias = self.module._parameters.get(self._bias)
         without_bias = y.double()
         if bias is not None:
-            taken = (x.experts >= 0) & (x.experts < len(self.weight))
-            token, _ = taken.nonzero(as_tuple=True)
-            rows = x.weights[taken].double()[:, None] * bias.double()[x.experts[taken].long()]
+            token, expert, weight = x.visits(len(self.weight))
+            rows = weight.double()[:, None] * bias.double()[expert.long()]
             without_bias = without_bias.index_add(0, token, rows, alpha=-1)
         generator = torch.Generator().manual_seed(0)
         drawn, hidden = (
@@ -231,14 +211,9 @@ class Mixture:
 def sound_mixtures(
     model: nn.Module, example: Mapping[str, Any], mixtures: Mapping[str, Mixture]
 ) -> frozenset[str]:
-    """Run the model, and return the tensors that really are the last matrices of a mixture.
+    """Run the model, and return which tensors really are the last matrices of a mixture.
 
-    Parameters
-    ----------
-    model, example
-        The model, and what it is run on.
-    mixtures
-        What may be one, by the name of its tensor.
+    `mixtures` are those that may be, by the name of the tensor.
     """
     if not mixtures:
         return frozenset()
@@ -266,6 +241,9 @@ def _sound(mixture: Mixture, x: Routed | None, y: Any) -> bool:
         return False
 
 
+# ---- any module --------------------------------------------------------------------------
+
+
 def argument(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     """Return what a module reads: what is `Routed`, its only argument, or that beside states."""
     if len(args) + len(kwargs) > 1:
@@ -281,16 +259,10 @@ def reads(
     before: Callable[[str, Any], Any] | None = None,
     after: Callable[[str, Any, Any], Any] | None = None,
 ) -> AbstractContextManager[None]:
-    """Show what modules read, as `argument` has it, while the block runs.
+    """Show what some modules read, as `argument` has it, while the block runs.
 
-    Parameters
-    ----------
-    model, names
-        The model, and which of its modules to watch.
-    before
-        Told the name and what is read, before the module runs.
-    after
-        Told also what the module puts out; what it returns, if anything, goes on instead.
+    `before` is told the name and what is read; `after` also what the module puts out, and what it
+    returns, if anything, goes on instead.
     """
 
     def reading(name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
@@ -305,18 +277,15 @@ def reads(
 
 
 def output_of(module: nn.Module, x: Any) -> Any:
-    """Return what a module puts out on its `argument`, without its hooks."""
+    """Return what a module puts out on its `argument`, without its hooks.
+
+    Of a recurrent layer, that is what its gates take from the inputs.
+    """
+    if isinstance(module, RECURRENT):
+        return input_gates(module, x)
     return module.forward(*x.tensors) if isinstance(x, Routed) else module.forward(x)
 
 
-def copied_call(x: Any) -> Any:
-    """Return a copy of an `argument`, which what the model does later leaves as it is."""
-    if isinstance(x, Routed):
-        hidden, experts, weights = (tensor.detach().clone() for tensor in x.tensors)
-        return Routed(hidden, experts, weights)
-    return x.detach().clone()
-
-
 def afresh(x: Any) -> Any:
-    """Return an `argument` as it came: see `Routed.afresh`."""
-    return x.afresh() if isinstance(x, Routed) else x
+    """Return an `argument` as it came: what is read of it lives as long as what is returned."""
+    return dataclasses.replace(x, _read={}) if isinstance(x, Routed) else x

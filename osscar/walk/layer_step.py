@@ -130,7 +130,7 @@ class LayerStep:
                 "they are, but for the units that leave; give more samples",
                 stacklevel=2,
             )
-        return pose(self.known, keep, self.group.name, damp, self.share, last=True)
+        return pose(self.known, keep, self.group.name, damp, self.share)
 
     def regularization(
         self, keep: int, damp: float | None = None, share: float | None = None
@@ -147,7 +147,7 @@ class LayerStep:
         damp, share
             What is asked for, if it is.
         """
-        if not any(gram.holds_out for gram in self.known):
+        if not any(gram.held is not None for gram in self.known):
             return DEFAULT_DAMP if damp is None else damp, share or 0.0
         damps = DAMPS if damp is None else (damp,)
         return best_regularization(self.known, keep, damps, share)

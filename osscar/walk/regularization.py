@@ -13,13 +13,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
-from osscar.preparation.consumer import LinearMap
-from osscar.walk.centred import Centred
 from osscar.walk.gram import GramAccumulator, pulls
+from osscar.walk.sums import Centred
 from solvers.linalg.symmetric import Symmetric
 
 DAMPS = (0.01, 0.03, 0.1, 0.3, 1.0)
@@ -52,8 +52,7 @@ def best_regularization(
     Parameters
     ----------
     accumulators
-        What the consumers of one group read, with held-out samples; those of which none were held
-        out have no say.
+        What the consumers of one group read; those of which nothing was held out have no say.
     keep
         How many units stay.
     damps
@@ -61,12 +60,12 @@ def best_regularization(
     share
         Of the corrections, where that is given.
     """
-    layers = [_Layer(a.linear_map, *a.centred(), a.rows) for a in accumulators if not a.unread]
-    sizes = _sizes(layers)
+    read = [(one, one.fitted.centred()) for one in accumulators if not one.unread]
+    sizes = _sizes(read)
     parts = [
-        _Part.of(layer, rows, sizes[layer.map.name])
-        for layer, rows in zip(layers, _kept_rows(layers, sizes, keep), strict=True)
-        if layer.held is not None
+        _Part.of(one, fitted, rows, sizes[one.linear_map.name])
+        for (one, fitted), rows in zip(read, _kept_rows(read, sizes, keep), strict=True)
+        if one.held is not None
     ]
     default = DEFAULT_DAMP if DEFAULT_DAMP in damps else damps[0]
     best, least = (default, share or 0.0), math.inf
@@ -84,35 +83,28 @@ def best_regularization(
     return best
 
 
-@dataclass(frozen=True, eq=False)
-class _Layer:
-    """A consumer, and what was summed up of it."""
-
-    map: LinearMap
-    fitted: Centred
-    held: Centred | None
-    positions: int
+_Read: TypeAlias = Sequence[tuple[GramAccumulator, Centred]]
 
 
-def _sizes(layers: Sequence[_Layer]) -> dict[str, float]:
+def _sizes(read: _Read) -> dict[str, float]:
     """Return the energy of what each layer puts out, relative to which its error counts."""
-    sizes = {layer.map.name: 0.0 for layer in layers}
+    sizes = {one.linear_map.name: 0.0 for one, _ in read}
     if len(sizes) == 1:
         return dict.fromkeys(sizes, 1.0)
-    for layer in layers:
-        W0 = layer.map.read_weight()
-        sizes[layer.map.name] += float((W0 * layer.fitted.product(W0)).sum())
+    for one, fitted in read:
+        W0 = one.linear_map.read_weight()
+        sizes[one.linear_map.name] += float((W0 * fitted.product(W0)).sum())
     return {name: size if size > 0 else 1.0 for name, size in sizes.items()}
 
 
-def _kept_rows(layers: Sequence[_Layer], sizes: dict[str, float], keep: int) -> list[Tensor]:
+def _kept_rows(read: _Read, sizes: dict[str, float], keep: int) -> list[Tensor]:
     """Return the rows, (r,) int64, of the units with the largest weights times inputs."""
-    units = [layer.map.unit_rows for layer in layers]
+    units = [one.linear_map.unit_rows for one, _ in read]
     scores = torch.zeros(len(units[0]), dtype=torch.float64)
-    for layer, owned in zip(layers, units, strict=True):
-        W0 = layer.map.read_weight()
-        energies = (W0.square().sum(1) * layer.fitted.diagonal).cpu()
-        share = energies / sizes[layer.map.name]
+    for (one, fitted), owned in zip(read, units, strict=True):
+        W0 = one.linear_map.read_weight()
+        energies = (W0.square().sum(1) * fitted.diagonal).cpu()
+        share = energies / sizes[one.linear_map.name]
         scores += torch.stack([share[rows].sum() for rows in owned])
     best = scores.argsort(descending=True, stable=True)[:keep].tolist()
     return [torch.tensor(sorted(row for unit in best for row in owned[unit])) for owned in units]
@@ -120,36 +112,26 @@ def _kept_rows(layers: Sequence[_Layer], sizes: dict[str, float], keep: int) -> 
 
 @dataclass(frozen=True, eq=False)
 class _Part:
-    """One consumer on r rows, its outputs seen in q directions.
-
-    Parameters
-    ----------
-    H, plain, corrections
-        Undamped terms of the refit, (r, r) and (r, q); corrections are None where there are none.
-    W0
-        Dense weights of these rows, (r, q).
-    pulls
-        What damping is relative to, (r,).
-    held_H, held_G
-        The same of the samples that were held out, with their corrections in full.
-    size
-        What its error is relative to.
-    """
+    """One consumer on r rows, its outputs seen in q directions."""
 
     H: Symmetric = field(repr=False)
     plain: Tensor = field(repr=False)
+    """H times the dense weights, (r, q), as `corrections`; these are None where there are none."""
     corrections: Tensor | None = field(repr=False)
     W0: Tensor = field(repr=False)
     pulls: Tensor = field(repr=False)
+    """What damping is relative to, (r,)."""
     held_H: Symmetric = field(repr=False)
     held_G: Tensor = field(repr=False)
+    """Of the samples that were held out, with their corrections in full."""
     size: float
+    """What its error is relative to."""
 
     @classmethod
-    def of(cls, layer: _Layer, rows: Tensor, size: float) -> _Part:
+    def of(cls, one: GramAccumulator, fitted: Centred, rows: Tensor, size: float) -> _Part:
         """Take what concerns these rows."""
-        fitted, held, W0 = layer.fitted, layer.held, layer.map.read_weight()
-        assert held is not None
+        assert one.held is not None
+        held, W0 = one.held.centred(about=one.fitted), one.linear_map.read_weight()
         seen = _directions(W0)
         W0 = W0 @ seen
         corrections, held_corrections = fitted.corrections(seen), held.corrections(seen)
@@ -161,20 +143,14 @@ class _Part:
             plain=fitted.product(W0)[rows],
             corrections=None if corrections is None else corrections[rows],
             W0=W0[rows],
-            pulls=pulls(fitted.diagonal, layer.positions)[rows],
+            pulls=pulls(fitted.diagonal, one.rows)[rows],
             held_H=held.part(rows),
             held_G=held_G[rows],
             size=size,
         )
 
     def errors(self, damp: float) -> tuple[float, float, float]:
-        """Return a, b, c of the held-out error ``a - 2 b share + c share^2``, but for a constant.
-
-        Parameters
-        ----------
-        damp
-            Weight of the proximal term.
-        """
+        """Return a, b, c of the held-out error at a share s, ``a - 2bs + cs^2`` and a constant."""
         added = max(damp, _LEAST_DAMP) * self.pulls
         factor = self.H.copy()
         factor.add_diagonal(torch.where(added > 0, added, 1.0))

@@ -5,10 +5,20 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TypeAlias
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
 
 from graph import CouplingGroup
+from graph.tracing.preserve import preserved
 from osscar.base.errors import ModelError
+from osscar.data.batches import Batch
+from osscar.network.fake import on_shapes
+from osscar.network.model_state import ModelState, PassState
+from osscar.network.modules import fresh
+from osscar.preparation.failures import batch_named
+from osscar.preparation.routing import Routed, reads
 
 Call: TypeAlias = tuple[str, tuple[int, int]]
 """The name of a module, and what tells the tensor that it reads from others, and from itself after
@@ -17,27 +27,18 @@ a write."""
 
 @dataclass(frozen=True, eq=False)
 class Schedule:
-    """At which calls each group is measured.
-
-    Parameters
-    ----------
-    calls
-        The modules that are watched, in the order of their calls.
-    measured
-        By group, at which of the calls it is measured.
-    rounds
-        The groups that are measured together, in the order in which they are first read.
-    same_tensor
-        Of calls that read one tensor, of which the first alone is measured, that call.
-    in_turn
-        Whether each group is committed before the next is measured.
-    """
+    """At which calls each group is measured."""
 
     calls: tuple[str, ...]
+    """The modules that are watched, in the order of their calls."""
     measured: Mapping[str, tuple[int, ...]]
+    """By group, at which of the calls it is measured."""
     rounds: tuple[tuple[CouplingGroup, ...], ...]
+    """The groups that are measured together, in the order in which they are first read."""
     same_tensor: Mapping[int, int]
+    """Of calls that read one tensor, of which the first alone is measured, that call."""
     in_turn: bool
+    """Whether each group is committed before the next is measured."""
 
     @classmethod
     def of(
@@ -49,19 +50,10 @@ class Schedule:
         in_turn: bool,
         outputs: bool,
     ) -> Schedule:
-        """Order the groups.
+        """Order the groups, given the modules that read each, and the calls of one batch.
 
-        Parameters
-        ----------
-        groups, consumers
-            The groups, and the modules that read them, by group.
-        calls
-            Those of one batch.
-        in_turn
-            Whether each group is committed before the next is measured.
-        outputs
-            Whether what each consumer puts out is needed; if not, one call of several that read the
-            same tensor tells all.
+        Where nobody needs the outputs of consumers, one call of several that read the same tensor
+        tells all.
 
         Raises
         ------
@@ -105,3 +97,53 @@ class Schedule:
         """Whether the batches set out again after a group, should all be committed."""
         index = next(i for i, groups in enumerate(self.rounds) if group in groups)
         return self.passes[-1][0] > index
+
+
+# ---- how calls are learned ---------------------------------------------------------------
+
+
+def learned_calls(
+    model: nn.Module, example: Batch, batch: Batch, names: Collection[str]
+) -> tuple[list[Call], PassState]:
+    """Return the calls of some modules in a pass, and what passes write.
+
+    How often a module is called may depend on the data's shape, so that the order of the calls is
+    that of a batch; the small example tells what passes write on modules.
+    """
+    first = ModelState(model)
+    with first.watching():
+        _called(model, example, names)
+    state = ModelState(model, first.written)
+    # Tensors without values may be written, also where the example writes nothing.
+    with state.watching(), preserved(model):
+        seen = _called_on_shapes(model, batch, names)
+    state.put_back()
+    return [(name, (id(x), version)) for name, x, version in seen], state.passing()
+
+
+def _called_on_shapes(
+    model: nn.Module, batch: Batch, names: Collection[str]
+) -> list[tuple[str, Tensor, int]]:
+    """Return the calls on a batch of this shape, computing nothing where that is possible."""
+    try:
+        with on_shapes() as fake:
+            return _called(model, {name: fake.from_tensor(x) for name, x in batch.items()}, names)
+    except Exception:  # code that looks at values, or that has no shape function
+        with batch_named(model, 0):
+            return _called(model, batch, names)
+
+
+def _called(
+    model: nn.Module, batch: Batch, names: Collection[str]
+) -> list[tuple[str, Tensor, int]]:
+    """Return each call with the tensor that it reads, and how often that was written to."""
+    calls: list[tuple[str, Tensor, int]] = []
+
+    def see(name: str, argument: Any) -> None:
+        x = argument.hidden if isinstance(argument, Routed) else argument
+        # Nobody counts the writes to tensors of inference mode: no two of them are the same.
+        calls.append((name, x, -len(calls) - 1 if x.is_inference() else x._version))
+
+    with torch.no_grad(), reads(model, names, see):
+        model(**fresh(batch))
+    return calls

@@ -24,43 +24,29 @@ import torch
 from torch import Tensor
 
 from graph import CouplingGroup
-from graph.tracing.preserve import preserved
 from osscar.base.errors import CalibrationError
 from osscar.base.memory import FOR_MATRICES, memory_for
 from osscar.base.timing import Stage, timed
 from osscar.data.batches import Batch, ModelInputs
-from osscar.network.fake import on_shapes
-from osscar.network.model_state import ModelState, PassState
 from osscar.network.modules import fresh
 from osscar.offload.activation_offload import ActivationOffload
 from osscar.offload.on_disk import room_beside
 from osscar.preparation.failures import batch_named
 from osscar.preparation.linear_maps import linear_maps
 from osscar.preparation.prepare import Prepared
-from osscar.preparation.recurrent import RECURRENT, input_gates
-from osscar.preparation.routing import Routed, afresh, output_of, reads
-from osscar.walk.coroutines import (
-    Arrival,
-    Coroutine,
-    Surroundings,
-    running,
-    suspend,
-)
-from osscar.walk.gram import GramAccumulator, all_reduce, gram_numbers
+from osscar.preparation.recurrent import RECURRENT
+from osscar.preparation.routing import afresh, output_of, reads
+from osscar.walk.coroutines import Arrival, Coroutine, Surroundings, running, suspend
+from osscar.walk.gram import GramAccumulator, all_reduce
 from osscar.walk.layer_step import DenseTensors, LayerStep, dense_tensors
 from osscar.walk.residual import Keeper, kept_streams, streams
-from osscar.walk.schedule import Call, Schedule
+from osscar.walk.schedule import Schedule, learned_calls
+from osscar.walk.sums import sum_bytes
 from osscar.walk.targets import Target
 
 
 class Walk:
-    """An iterator over the steps of a model; see `walk`.
-
-    Attributes
-    ----------
-    passes
-        How many times the batches have set out from the start of the model.
-    """
+    """An iterator over the steps of a model; see `walk`."""
 
     def __init__(
         self,
@@ -72,29 +58,29 @@ class Walk:
         committed: Mapping[str, DenseTensors],
     ) -> None:
         self.passes = 0
+        """How many times the batches have set out from the start of the model."""
         self._prepared, self._in_turn, self._target = prepared, in_turn, target
+        self._model = prepared.model
         self._batches, self._held_from = _parted(prepared.inputs, prepared.batches(), held)
         self._mine = prepared.ranks.share([len(next(iter(b.values()))) for b in self._batches])
-        self._consumers = {group.name: linear_maps(prepared.model, group) for group in groups}
-        self._places = (
-            streams(prepared.model, prepared.example, sorted(self._names - self._recurrent))
-            if target is Target.RESIDUAL
-            else {}
+        self._consumers = {group.name: linear_maps(self._model, group) for group in groups}
+        every = [one for maps in self._consumers.values() for one in maps]
+        self._names = {one.name for one in every}
+        # To what the gates of recurrent layers take nothing is added that anybody could see.
+        plain = sorted({one.name for one in every if not isinstance(one.module, RECURRENT)})
+        residual = target is Target.RESIDUAL
+        self._places = streams(self._model, prepared.example, plain) if residual else {}
+        calls, self._scratch = learned_calls(
+            self._model, prepared.example, self._batches[0], self._names
         )
-        calls, self._scratch = self._learned()
+        names = {name: [one.name for one in maps] for name, maps in self._consumers.items()}
         self._schedule = Schedule.of(
-            groups,
-            {name: [one.name for one in maps] for name, maps in self._consumers.items()},
-            calls,
-            in_turn=in_turn,
-            outputs=target.needs_dense,
+            groups, names, calls, in_turn=in_turn, outputs=target.needs_dense
         )
         self._runs: list[Coroutine] = []
         self._dense: list[Coroutine] = []
         # Where several groups share a consumer, the first that was committed found it dense.
-        self._originals: dict[str, dict[str, Tensor]] = {
-            name: dict(dense) for name, dense in committed.items()
-        }
+        self._originals = {name: dict(dense) for name, dense in committed.items()}
         self._exchanged: set[str] = set()
         self._at = -1
         """The call before which all batches stand."""
@@ -109,57 +95,6 @@ class Walk:
                 self._end()
                 around.restore()
 
-    # ---- when consumers are called -------------------------------------------------------
-
-    def _learned(self) -> tuple[list[Call], PassState]:
-        """Return the calls of consumers in a pass, and what passes write.
-
-        How often a module is called may depend on the data's shape, so that the order of the calls
-        is that of the first batch; the small example tells what passes write on modules.
-        """
-        model = self._prepared.model
-        first = ModelState(model)
-        with first.watching():
-            self._called(self._prepared.example)
-        state = ModelState(model, first.written)
-        # Tensors without values may be written, also where the example writes nothing.
-        with state.watching(), preserved(model):
-            seen = self._called_on_shapes(self._batches[0])
-        state.put_back()
-        return [(name, (id(x), version)) for name, x, version in seen], state.passing()
-
-    def _called_on_shapes(self, batch: Batch) -> list[tuple[str, Tensor, int]]:
-        """Return the calls on a batch of this shape, computing nothing where that is possible."""
-        try:
-            with on_shapes() as fake:
-                return self._called({name: fake.from_tensor(x) for name, x in batch.items()})
-        except Exception:  # code that looks at values, or that has no shape function
-            with batch_named(self._prepared.model, 0):
-                return self._called(batch)
-
-    def _called(self, batch: Batch) -> list[tuple[str, Tensor, int]]:
-        """Return each call with the tensor that it reads, and how often that was written to."""
-        calls: list[tuple[str, Tensor, int]] = []
-
-        def see(name: str, argument: Any) -> None:
-            x = argument.hidden if isinstance(argument, Routed) else argument
-            # Nobody counts the writes to tensors of inference mode: no two of them are the same.
-            calls.append((name, x, -len(calls) - 1 if x.is_inference() else x._version))
-
-        with torch.no_grad(), reads(self._prepared.model, self._names, see):
-            self._prepared.model(**fresh(batch))
-        return calls
-
-    @property
-    def _recurrent(self) -> set[str]:
-        """Consumers whose gates' inputs nothing is added to that anybody could see."""
-        consumers = (consumer for maps in self._consumers.values() for consumer in maps)
-        return {one.name for one in consumers if isinstance(one.module, RECURRENT)}
-
-    @property
-    def _names(self) -> set[str]:
-        return {consumer.name for maps in self._consumers.values() for consumer in maps}
-
     @property
     def calls(self) -> tuple[str, ...]:
         """The modules that are watched, in the order of their calls."""
@@ -170,7 +105,7 @@ class Walk:
         """The last call that each pass of the batches reaches, should all groups be committed."""
         return tuple(last for _, last in self._schedule.passes)
 
-    # ---- the walk ------------------------------------------------------------------------
+    # ---- the batches on their way --------------------------------------------------------
 
     def _steps_of(self, groups: tuple[CouplingGroup, ...]) -> Iterator[LayerStep]:
         """Walk from the first call that reads one of these groups to the last one."""
@@ -195,7 +130,7 @@ class Walk:
             for group in here:
                 if call != calls[group.name][-1]:
                     continue
-                self._all_reduce(grams[group.name], group)
+                all_reduce(grams[group.name], self._prepared.ranks, group.name)
                 step = LayerStep(
                     group,
                     grams.pop(group.name),
@@ -206,26 +141,17 @@ class Walk:
                 if step.committed and len(calls[group.name]) > 1:
                     self._end()  # the batches have passed calls through weights that are no longer
 
-    def _all_reduce(self, grams: tuple[GramAccumulator, ...], group: CouplingGroup) -> None:
-        """Add up over the ranks; this one may have had no batch of some sort."""
-        ranks, corrections = self._prepared.ranks, self._target.needs_dense
-        lacking = (
-            gram.lacking_bytes(held=held, corrections=corrections)
-            for gram in grams
-            for held in (False, True)
-        )
-        with room_beside(self._prepared.model, 0 if ranks.alone else sum(lacking)):
-            all_reduce(grams, ranks, group.name)
-
     def _empty_sums(self, group: CouplingGroup) -> tuple[GramAccumulator, ...]:
+        """Begin all sums of a group at once, on all ranks alike, whichever batches they have."""
         maps = self._consumers[group.name]
+        held, corrections = self._held_from < len(self._batches), self._target.needs_dense
         inputs = " and ".join(str(consumer.rows) for consumer in maps)
-        needed = sum(8 * gram_numbers(consumer.rows) for consumer in maps)
+        needed = sum((1 + held) * sum_bytes(one, corrections=corrections) for one in maps)
         with (
             memory_for(f"Gram matrices of {group.name!r} with {inputs} inputs", FOR_MATRICES),
-            room_beside(self._prepared.model, needed),
+            room_beside(self._model, needed),
         ):
-            return tuple(GramAccumulator(consumer) for consumer in maps)
+            return tuple(GramAccumulator(one, held=held, corrections=corrections) for one in maps)
 
     def _start(self) -> None:
         self._end()
@@ -236,8 +162,7 @@ class Walk:
             self._dense = [self._coroutine(index, dense=True) for index in self._mine]
 
     def _coroutine(self, index: int, *, dense: bool) -> Coroutine:
-        batch, model = self._batches[index], self._prepared.model
-
+        batch, model = self._batches[index], self._model
         offload = ActivationOffload(batch) if self._prepared.waiting_on_disk else None
 
         def run() -> object:
@@ -249,44 +174,50 @@ class Walk:
     def _measure(self, call: int, grams: Sequence[GramAccumulator]) -> None:
         """Let each batch arrive at a call, and add up what it brings."""
         for place, run in enumerate(self._runs):
-            dense = self._dense[place] if self._target.needs_dense else None
-            held, corrections = run.index >= self._held_from, dense is not None
-            needed = sum(g.lacking_bytes(held=held, corrections=corrections) for g in grams)
+            both = [run, self._dense[place]] if self._target.needs_dense else [run]
             with ExitStack() as present:
-                present.enter_context(room_beside(self._prepared.model, needed))
                 present.enter_context(timed(Stage.WALK))
-                for one in (run,) if dense is None else (run, dense):
+                for one in both:
                     present.enter_context(one.present())
-                self._measure_batch(run, dense, call, grams)
+                self._measure_batch(both, call, grams)
         self._at = call
 
     def _measure_batch(
-        self, run: Coroutine, beside: Coroutine | None, call: int, grams: Sequence[GramAccumulator]
+        self, both: Sequence[Coroutine], call: int, grams: Sequence[GramAccumulator]
     ) -> None:
         """Let one batch arrive at a call, in the dense stream, too, and add up what it brings."""
+        run, *beside = both
         stood_there = run.reached == call
         arrival = self._bring(run, call)
         D = None
-        if beside is not None:
-            dense = self._bring(beside, call)
-            # Another group that the same consumer reads may have been committed meanwhile.
-            output = self._output(arrival.module, arrival.x) if stood_there else arrival.output
+        for other in beside:
+            dense, output = self._bring(other, call), arrival.output
+            if stood_there:  # another group that the consumer reads may have been committed since
+                output = output_of(self._model.get_submodule(arrival.module), arrival.x)
             assert dense.output is not None
             assert output is not None
             D = self._target.correction(dense.output, output, dense.stream, arrival.stream)
         x = afresh(arrival.x)
         with timed(Stage.GRAM):
             for gram in grams:
-                add_call(gram, x, D, held=run.index >= self._held_from)
+                gram.add_call(x, D, held=run.index >= self._held_from)
 
     def _bring(self, run: Coroutine, call: int) -> Arrival:
         """Let a batch run on to a call: it stands before it then, in the dense stream after."""
         while run.reached < call:
             expected = self.calls[run.reached + 1]
-            with batch_named(self._prepared.model, run.index):
+            with batch_named(self._model, run.index):
                 arrival = run.advance()
             if arrival is None or arrival.module != expected:
-                raise CalibrationError(self._diverged(run, expected))
+                way = (
+                    f"never reaches {expected!r}"
+                    if arrival is None
+                    else f"calls {arrival.module!r} where others call {expected!r}"
+                )
+                raise CalibrationError(
+                    f"calibration batch {run.index} {way}: what it runs depends on the data or on "
+                    "an earlier pass, and cannot be measured; give batches that run alike"
+                )
             self._check_same_tensor(run, arrival)
         assert run.arrived is not None
         return run.arrived
@@ -305,18 +236,6 @@ class Walk:
                 "run alike"
             )
 
-    def _diverged(self, run: Coroutine, expected: str) -> str:
-        """Say how a batch takes another way than the first one."""
-        way = (
-            f"never reaches {expected!r}"
-            if run.arrived is None
-            else f"calls {run.arrived.module!r} where others call {expected!r}"
-        )
-        return (
-            f"calibration batch {run.index} {way}: what it runs depends on the data or on an "
-            "earlier pass, and cannot be measured; give batches that run alike"
-        )
-
     def _end(self) -> None:
         """End all passes; the next group starts new ones."""
         runs, self._runs, self._dense, self._at = [*self._runs, *self._dense], [], [], -1
@@ -326,73 +245,59 @@ class Walk:
         for name in list(self._exchanged):  # of a pass that failed inside a consumer
             self._exchange(name)
 
+    # ---- consumers -----------------------------------------------------------------------
+
+    @contextmanager
+    def _watched(self) -> Iterator[None]:
+        """Suspend passes of the pruned stream before each consumer, dense ones after it.
+
+        Dense ones run with the dense tensors of what has been committed, in an earlier walk, too.
+        """
+
+        def before(name: str, x: Any) -> None:
+            run = running()
+            if run is not None and run.dense:
+                self._exchange(name)
+            elif run is not None and name in self._names:
+                # Asked of the pass itself, so that autocast holds as it does for the module.
+                needed, module = self._target.needs_dense, self._model.get_submodule(name)
+                output = output_of(module, x) if needed else None
+                suspend(Arrival(name, x, output, run.keeper.take(name)))
+
+        def after(name: str, x: Any, y: Tensor) -> None:
+            run = running()
+            if run is None or not run.dense:
+                return
+            module = self._model.get_submodule(name)
+            output = output_of(module, x) if isinstance(module, RECURRENT) else y
+            self._exchange(name)
+            if name in self._names:
+                suspend(Arrival(name, x, output, run.keeper.take(name)))
+
+        def keeper() -> Keeper | None:
+            run = running()
+            return None if run is None else run.keeper
+
+        read = self._names | (set(self._originals) if self._target.needs_dense else set())
+        passed = {place.module for places in self._places.values() for place in places}
+        with (
+            kept_streams(self._model, passed, keeper),
+            reads(self._model, read, before, after),
+        ):
+            yield
+
     def _committing(self, step: LayerStep) -> None:
         """Keep dense weights that batches of the dense stream will run through once more."""
         if self._target.needs_dense and self._schedule.sets_out_after(step.group):
             for name, dense in dense_tensors(step.consumers).items():
                 self._originals.setdefault(name, dict(dense))
 
-    @contextmanager
-    def _watched(self) -> Iterator[None]:
-        """Suspend passes of the pruned stream before each consumer, dense ones after it."""
-
-        def before(name: str, x: Any) -> None:
-            run = running()
-            if run is not None and not run.dense:
-                suspend(Arrival(name, x, self._output(name, x), run.keeper.take(name)))
-            elif run is not None:
-                self._exchange(name)
-
-        def after(name: str, x: Any, y: Tensor) -> None:
-            run = running()
-            if run is not None and run.dense:
-                output = self._recurrent_output(name, x)
-                self._exchange(name)
-                suspend(Arrival(name, x, y if output is None else output, run.keeper.take(name)))
-
-        def exchange(name: str, *_: Any) -> None:
-            run = running()
-            if run is not None and run.dense:
-                self._exchange(name)
-
-        def keeper() -> Keeper | None:
-            run = running()
-            return None if run is None else run.keeper
-
-        model = self._prepared.model
-        watched = {place.module for places in self._places.values() for place in places}
-        before_walk = set(self._originals) - self._names if self._target.needs_dense else set()
-        with (
-            kept_streams(model, watched, keeper),
-            reads(model, self._names, before, after),
-            reads(model, before_walk, exchange, exchange),
-        ):
-            yield
-
-    def _output(self, name: str, x: Any) -> Tensor | None:
-        """Return what a consumer makes of its inputs as long as nothing new is committed.
-
-        Called by the pass itself, so that autocast holds as it does for the module.
-        """
-        if not self._target.needs_dense:
-            return None
-        found = self._recurrent_output(name, x)
-        if found is None:
-            found = output_of(self._prepared.model.get_submodule(name), x)
-        assert isinstance(found, Tensor)
-        return found
-
-    def _recurrent_output(self, name: str, x: Tensor) -> Tensor | None:
-        """Return what the gates of a recurrent layer take from its inputs; None of other layers."""
-        module = self._prepared.model.get_submodule(name)
-        return input_gates(module, x) if isinstance(module, RECURRENT) else None
-
     def _exchange(self, name: str) -> None:
         """Put the dense tensors of a committed consumer in the place of the new ones, or back."""
         originals = self._originals.get(name, {})
         if originals:
             self._exchanged ^= {name}
-        for key, tensor in self._prepared.model.get_submodule(name).named_parameters(recurse=False):
+        for key, tensor in self._model.get_submodule(name).named_parameters(recurse=False):
             if key in originals:
                 tensor.data, originals[key] = originals[key], tensor.data
 
@@ -410,17 +315,6 @@ def _parted(inputs: ModelInputs, batches: Sequence[Batch], held: int) -> tuple[l
             rest.append(inputs.rows(batch, max(left, 0), None))
         left -= count
     return [*fitted, *rest], len(fitted)
-
-
-def add_call(gram: GramAccumulator, x: Any, D: Tensor | None, *, held: bool) -> None:
-    """Add what a consumer reads in a call, with corrections in the form of its output."""
-    corrections = None if D is None else gram.linear_map.read_corrections(D, x)
-    gram.pass_over(gram.linear_map.passed_over(x), held=held)
-    done = 0
-    for X in gram.linear_map.read_inputs(x):
-        D_part = None if corrections is None else corrections[done : done + len(X)]
-        gram.add(X, D_part, held=held)
-        done += len(X)
 
 
 def walk(

@@ -1,5 +1,7 @@
 """FLAP: what inputs fluctuate, the threshold that all groups share, and nothing but biases."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -226,7 +228,7 @@ def test_variances_follow_the_weight_of_each_layer():
         grams = [GramAccumulator(one) for one in linear_maps(ready.model, group)]
         for gram in grams:
             gram.add(torch.rand(400, gram.linear_map.rows) + 3)
-        alone = [gram.consumer(0.1) for gram in grams]
+        alone = [copy.deepcopy(gram).consumer(0.1) for gram in grams]
         together = pose(grams, 4, "some", damp=0.1)
     for one, part in zip(alone, together.consumers, strict=True):
         torch.testing.assert_close(part.variance / part.H[0, 0], one.variance / one.H[0, 0])

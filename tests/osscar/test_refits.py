@@ -93,7 +93,8 @@ def measured(bias, positions, noisy, seed):
     with prepare(model, torch.randn(8, 5).double()) as ready:
         (group,) = [g for g in ready.groups if g.prunable and g.units == 12]
         (consumer,) = linear_maps(ready.model, group)
-    gram, mixed = GramAccumulator(consumer), torch.randn(12, 12).double()
+    gram = GramAccumulator(consumer, held=True, corrections=True)
+    mixed = torch.randn(12, 12).double()
     M = 0.3 * torch.randn(12, 4).double()
     parts = []
     for held, count in ((False, positions), (True, 60)):

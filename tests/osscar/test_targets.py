@@ -113,7 +113,7 @@ def test_the_residual_target_is_what_the_dense_stream_holds_behind_the_block(for
                 for hook in hooks:
                     hook.remove()
             D, X = (sums[1] - sums[0]).double(), X.double()
-            G, e = gram.fitted.targets(W0, 0.7)
+            _, (G, e), _ = copy.deepcopy(gram.fitted).given_up(W0, 0.7)
             X, Y = X - X.mean(0), X @ W0 + 0.7 * D
             Y = Y - Y.mean(0)
             torch.testing.assert_close(G, X.T @ Y / 64, atol=1e-5, rtol=1e-4)
@@ -164,7 +164,8 @@ def accumulated(positions, noise, *, outputs=4, seed=0):
     with prepare(model, torch.randn(8, 5)) as ready:
         (group,) = [g for g in ready.groups if g.prunable and g.units == 12]
         (consumer,) = linear_maps(ready.model, group)
-    gram, M, mixed = GramAccumulator(consumer), torch.randn(12, outputs), torch.randn(12, 12)
+    gram = GramAccumulator(consumer, held=True, corrections=True)
+    M, mixed = torch.randn(12, outputs), torch.randn(12, 12)
     for held, count in ((False, positions), (True, 4000)):
         X = torch.randn(count, 12) @ mixed
         gram.add(X, X @ M + noise * torch.randn(count, outputs), held=held)
@@ -173,8 +174,9 @@ def accumulated(positions, noise, *, outputs=4, seed=0):
 
 def held_out_error(gram, damp, share):
     """The error on held-out samples of the exact refit, from its problem."""
-    support = solvers.make_backend("wanda").select(pose([gram], 8, "one", damp, 0.0)).support
-    W = solvers.refit(pose([gram], 8, "one", damp, share), support)[0][0]
+    plain, corrected = (pose([copy.deepcopy(gram)], 8, "one", damp, part) for part in (0, share))
+    support = solvers.make_backend("wanda").select(plain).support
+    W = solvers.refit(corrected, support)[0][0]
     W0 = gram.linear_map.read_weight()
     return gram.held_rise(W0, W0, W)  # above that of the dense weights
 
@@ -318,8 +320,9 @@ def test_groups_of_one_consumer_correct_what_is_left_of_its_error():
                 hook.remove()
             D = (outputs[0] - outputs[1]).double()
             expected = float((D - D.mean(0)).square().sum()) / len(x)
-            assert gram.fitted.energy == pytest.approx(expected, rel=1e-3, abs=1e-9)
             W = site.consumers[0].read_weight()
+            _, (_, energy), _ = copy.deepcopy(gram.fitted).given_up(torch.zeros_like(W), 1.0)
+            assert energy == pytest.approx(expected, rel=1e-3, abs=1e-9)
             W[::2] = 0
             site.commit([W])
 

@@ -1,0 +1,262 @@
+"""Sums over the positions that a consumer reads, in float64, and the second moments that they give.
+
+Everything that a problem needs follows from ``X'X``, ``X'D``, ``|D|^2`` and the sums of X and of D.
+All are summed from the same tensors, so that the energy of the targets is never less than what the
+inputs explain.  Where nothing but ``X'X`` is summed, of inputs in half precision, products of
+`_EXACT_POSITIONS` at a time are summed in float32, which holds each of them exactly: sums of n
+products, each rounded to a unit u, are off by at most ``n u / (1 - n u)`` of the sum of magnitudes
+(Higham, "Accuracy and Stability of Numerical Algorithms", 2002, section 3.1), and n does not grow
+with the positions.
+
+A Gram matrix is symmetric, and half of it is summed: that takes half of the time and of the memory.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from osscar.base.errors import ModelError, NonFiniteError
+from osscar.network.modules import device_of
+from osscar.preparation.consumer import LinearMap
+from solvers.linalg.symmetric import PANEL_ROWS, Symmetric
+
+CONSTANT = 1e-12
+"""Share of an input's energy below which its variance is rounding."""
+
+_POSITIONS = 1024
+"""Summed up in float64 at a time: a whole batch in float64 can take more than the Gram matrix."""
+
+_EXACT_POSITIONS = 256
+_HALVES = (torch.bfloat16, torch.float16)
+
+_OUTPUTS = 256
+"""Columns of weights whose errors are compared at a time."""
+
+_REMEDY = "check the weights before it, or use --dtype float32"
+
+
+def inner(A: Tensor, B: Tensor) -> float:
+    """Return ``tr(A'B)``, summed row by row, without a matrix of the products."""
+    return float(torch.einsum("ij,ij->i", A, B).sum())
+
+
+def sum_bytes(linear_map: LinearMap, *, corrections: bool) -> int:
+    """Return the memory of the sums of a consumer."""
+    p = linear_map.rows
+    numbers = p * (p + 1) // 2 + p * PANEL_ROWS // 2
+    return 8 * (numbers + (p * linear_map.outputs if corrections else 0))
+
+
+class Sums:
+    """Plain sums over positions: of inputs X, (n, p), and of corrections D of the targets, (n, m).
+
+    `positions` counts all that the module was called with, and `rows` those at which this consumer
+    reads anything.
+    """
+
+    def __init__(self, linear_map: LinearMap, *, corrections: bool) -> None:
+        self.name, self.centered = linear_map.label, linear_map.has_bias
+        self.positions = self.rows = 0
+        p, m, device = linear_map.rows, linear_map.outputs, device_of(linear_map.module)
+        self.inputs = torch.zeros(p, dtype=torch.float64, device=device)
+        self.gram: Symmetric | None = Symmetric.zeros(p, self.inputs)
+        self.corrections = self.inputs.new_zeros(m)
+        self.cross: Tensor | None = self.inputs.new_zeros(p, m) if corrections else None
+        self.energy = 0.0
+
+    def add(self, X: Tensor, D: Tensor | None) -> None:
+        """Add some positions.
+
+        Raises
+        ------
+        NonFiniteError
+            If one has NaN or infinite entries.
+        """
+        if not bool(torch.isfinite(X).all()):
+            raise NonFiniteError(
+                f"the inputs of {self.name!r} have NaN or infinite entries", _REMEDY
+            )
+        energy = 0.0 if D is None else float(D.double().square().sum())
+        if not math.isfinite(energy):
+            raise NonFiniteError(
+                f"the outputs of {self.name!r} have NaN or infinite entries", _REMEDY
+            )
+        self.energy += energy
+        self.positions += len(X)
+        self.rows += len(X)
+        if D is None and not self.centered and X.dtype in _HALVES:
+            for some in torch.split(X, _EXACT_POSITIONS):
+                self._sums().add_gram(some.float())
+                self.inputs += some.sum(0, dtype=torch.float64)
+            return
+        for start in range(0, len(X), _POSITIONS):
+            some = X[start : start + _POSITIONS].double()
+            self._sums().add_gram(some)
+            self.inputs += some.sum(0)
+            if D is not None:
+                assert self.cross is not None
+                d = D[start : start + _POSITIONS].double()
+                self.cross.addmm_(some.T, d)
+                self.corrections += d.sum(0)
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """Everything that is summed, but for the energy."""
+        panels = [panel for _, panel in self._sums().spans()]
+        cross = [] if self.cross is None else [self.cross]
+        return [*panels, self.inputs, self.corrections, *cross]
+
+    def _sums(self) -> Symmetric:
+        if self.gram is None:
+            raise ModelError(
+                f"what {self.name!r} reads was given away with its problem; measure it again"
+            )
+        return self.gram
+
+    def means(self) -> tuple[Tensor, Tensor]:
+        """Return the means of X and of D."""
+        return self.inputs / self.positions, self.corrections / self.positions
+
+    def centred(self, about: Sums | None = None) -> Centred:
+        """Return second moments about the means of these sums or of others.
+
+        Where no bias takes means up, they are about zero.
+        """
+        x, d = (about or self).means()
+        if not self.centered:
+            x, d = torch.zeros_like(x), torch.zeros_like(d)
+        return Centred(self._sums(), self.cross, self.positions, *self.means(), x, d)
+
+    def given_up(
+        self, W0: Tensor, share: float
+    ) -> tuple[Symmetric, tuple[Tensor, float] | None, Tensor]:
+        """Return least squares with these inputs; the matrices of sums are written to, and gone.
+
+        Parameters
+        ----------
+        W0
+            Dense weights, (p, m).
+        share
+            Of the corrections in the targets ``Y = X W0 + share D``.
+
+        Returns
+        -------
+        tuple
+            Half of ``X'X/N``; ``X'Y/N`` and ``|Y|^2/N``, or None where ``Y = X W0``; variances of
+            the inputs, (p,).  Where a bias takes up means, all are about these.
+        """
+        n, H, C, energy = self.positions, self._sums(), self.cross, self.energy / self.positions
+        self.gram = self.cross = None
+        energies = H.diagonal() / n
+        for _, panel in H.spans():
+            panel.div_(n)
+        if C is not None:
+            C.div_(n)
+        x, d = self.means()
+        variance = energies - x.square()
+        variance[variance <= CONSTANT * energies] = 0
+        if self.centered:
+            for start, panel in H.spans():
+                rows, columns = slice(start, start + len(panel)), slice(start + len(panel))
+                panel.addr_(x[rows], x[columns], alpha=-1)
+            # An input that is constant has nothing left but rounding, and is dead.
+            constant = H.diagonal() <= CONSTANT * energies
+            H.clear(constant)
+            variance = H.diagonal()
+            if C is not None:
+                C.addr_(x, d, alpha=-1)
+                C[constant] = 0
+                energy = max(energy - float(d @ d), 0.0)
+        if C is None or share == 0:
+            return H, None, variance
+        G = H.product(W0)
+        energy = inner(W0, G) + 2 * share * inner(W0, C) + share**2 * energy
+        return H, (G.add_(C, alpha=share), energy), variance
+
+
+@dataclass(frozen=True, eq=False)
+class Centred:
+    """``H = mean (x - c)(x - c)'`` of inputs x, and ``C = mean (x - c)(d - b)'`` of corrections d.
+
+    Both are read from half a matrix of sums that is never made whole.
+    """
+
+    sums: Symmetric = field(repr=False)
+    cross: Tensor | None = field(repr=False)
+    positions: int
+    x: Tensor = field(repr=False)
+    """Means of inputs, (p,)."""
+    d: Tensor = field(repr=False)
+    """Means of corrections, (m,)."""
+    c: Tensor = field(repr=False)
+    b: Tensor = field(repr=False)
+
+    @cached_property
+    def diagonal(self) -> Tensor:
+        """The diagonal of H, (p,); zero for an input of which nothing is left but rounding."""
+        energies = self.sums.diagonal() / self.positions
+        found = energies - 2 * self.x * self.c + self.c.square()
+        return found.masked_fill_(found <= CONSTANT * energies, 0.0)
+
+    @property
+    def _varies(self) -> Tensor:
+        """1 for inputs that are no constants, (p,)."""
+        return (self.diagonal > 0).to(self.x)
+
+    def part(self, rows: Tensor) -> Symmetric:
+        """Return some rows and columns of H, sorted."""
+        made = self.sums.part(rows)
+        for _, panel in made.spans():
+            panel.div_(self.positions)
+        left, right = self._shift()
+        made.subtract(left[rows], right[:, rows])
+        made.rescale(self._varies[rows])
+        return made
+
+    def product(self, B: Tensor) -> Tensor:
+        """Return ``H B`` of B, (p, q)."""
+        left, right = self._shift()
+        B = B * self._varies[:, None]
+        found = self.sums.product(B).div_(self.positions).addmm_(left, right @ B, alpha=-1)
+        return found.mul_(self._varies[:, None])
+
+    def corrections(self, directions: Tensor) -> Tensor | None:
+        """Return ``C`` times some directions of the outputs, (m, q); None where there are none."""
+        if self.cross is None:
+            return None
+        found = (self.cross @ directions).div_(self.positions)
+        d, b = self.d @ directions, self.b @ directions
+        found.addr_(self.x, b, alpha=-1).addr_(self.c, d, alpha=-1).addr_(self.c, b)
+        return found.mul_(self._varies[:, None])
+
+    def rise(self, W0: Tensor, before: Tensor, after: Tensor) -> float:
+        """Return by how much the error of new weights rises from one choice of them to another.
+
+        That of W is ``mean |(x - c)'D - (d - b)|^2`` with ``D = W - W0``, or ``tr(D'HD) -
+        2 tr(D'C)`` and a constant: for two W, the product of their difference with H times the
+        sum of their D, so that H is multiplied once.  All are (p, m).
+        """
+        risen = 0.0
+        for start in range(0, W0.shape[1], _OUTPUTS):
+            some = slice(start, start + _OUTPUTS)
+            step, both = after[:, some] - before[:, some], after[:, some] + before[:, some]
+            risen += inner(step, self.product(both.sub_(W0[:, some], alpha=2)))
+            if self.cross is not None:
+                risen -= 2 * self._corrected(step * self._varies[:, None], some)
+        return risen
+
+    def _corrected(self, D: Tensor, some: slice) -> float:
+        """Return ``tr(D'C)`` of some outputs."""
+        assert self.cross is not None
+        found = inner(D, self.cross[:, some]) / self.positions
+        d, b = self.d[some], self.b[some]
+        return found - float((self.x @ D) @ b) - float((self.c @ D) @ (d - b))
+
+    def _shift(self) -> tuple[Tensor, Tensor]:
+        """Return factors, (p, 2) and (2, p), of ``x c' + c x' - c c'``."""
+        return torch.stack([self.x - self.c, self.c], 1), torch.stack([self.c, self.x])
