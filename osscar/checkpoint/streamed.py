@@ -204,7 +204,8 @@ def _places(stored: Mapping[str, Stored]) -> Iterator[tuple[str, Place]]:
                 f"{tensor.file} holds {name!r} as {tensor.dtype}, which cannot be pruned"
             )
         source = sources.get(tensor.file) or sources.setdefault(tensor.file, Source(tensor.file))
-        yield name, Place(Slice(source, tensor.offset, tensor.shape, _FORMATS[tensor.dtype], name))
+        values = Slice(source, tensor.offset, tensor.shape, _FORMATS[tensor.dtype], name)
+        yield name, Place.of(values)
 
 
 def number_format_of(config: Any, stored: Mapping[str, Stored]) -> torch.dtype:

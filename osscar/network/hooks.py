@@ -27,16 +27,8 @@ def hooks(
 ) -> Iterator[None]:
     """Call functions before and after modules run while the block does.
 
-    Parameters
-    ----------
-    model
-        The model.
-    names
-        Which of its modules to watch; by default all of them, itself included.
-    before, after
-        What to call; where `after` returns something, that is what the call of the module returns.
-    always
-        Whether `after` is called where the module fails, too.
+    By default all modules are watched, the model included.  Where `after` returns something, that
+    is what the call of the module returns; it is called `always`, or only where none fails.
     """
     if names is None:
         names = [name for name, _ in model.named_modules()]

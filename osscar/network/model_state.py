@@ -32,19 +32,8 @@ _OWN = frozenset(vars(nn.Module()))
 class ModelState:
     """What the modules of a model hold, as it is when this is made, and what of it passes write.
 
-    It is known by names, so that it can be put back in copies of the model, too.
-
-    Parameters
-    ----------
-    model
-        The model.
-    written
-        What its passes are known to write.
-
-    Attributes
-    ----------
-    written
-        What they are known to write by now.
+    It is known by names, so that it can be put back in copies of the model, too.  `written` is what
+    its passes are known to write by now.
     """
 
     def __init__(self, model: nn.Module, written: Collection[Attribute] = ()) -> None:
@@ -61,12 +50,8 @@ class ModelState:
     def watching(self, model: nn.Module | None = None) -> Iterator[None]:
         """Learn what passes write from those that run in this block.
 
-        The first pass of a model is to be among them: some things are written once.
-
-        Parameters
-        ----------
-        model
-            The model that runs, if it is a copy.
+        The first pass of a model is to be among them: some things are written once.  It may be a
+        copy that runs.
         """
         modules = self._modules if model is None else dict(model.named_modules())
         names = {module: name for name, module in modules.items()}
@@ -96,12 +81,8 @@ class ModelState:
     def put_back(self, model: nn.Module | None = None, kept: Collection[Attribute] = ()) -> None:
         """Write what was there before, so that nothing tells of the passes since.
 
-        Parameters
-        ----------
-        model
-            The copy of the model, if it is one; either may have been pruned.
-        kept
-            What has other values now for a reason.
+        That may be in a copy of the model, and either may have been pruned.  What is `kept` has
+        other values now for a reason.
         """
         modules = self._modules if model is None else dict(model.named_modules())
         for name, key in sorted(self.written - set(kept)):
@@ -130,14 +111,8 @@ class ModelState:
 class PassState:
     """What a forward pass writes on modules; each of several passes has its own values of it.
 
-    All dictionaries, lists and sets of modules count, whose members may change for a moment.
-
-    Parameters
-    ----------
-    modules
-        The modules, by name; as they are now, each pass finds them.
-    written
-        What passes write.
+    All dictionaries, lists and sets of modules count, whose members may change for a moment.  Each
+    pass finds modules as they are when this is made.
     """
 
     def __init__(self, modules: Mapping[str, nn.Module], written: Collection[Attribute]) -> None:
@@ -272,12 +247,8 @@ def frozen_weights(model: nn.Module) -> Iterator[None]:
 def restored(model: nn.Module, *, on_error: bool = False) -> Iterator[None]:
     """Give every module of a model its class, attributes and tensors back after the block.
 
-    Parameters
-    ----------
-    model
-        Its tensors are not copied: what is written to them stays.
-    on_error
-        Whether that is done only where the block fails.
+    Tensors are not copied: what is written to them stays.  With `on_error`, that is done only where
+    the block fails.
     """
     kinds = [(module, type(module)) for module in model.modules()]
     contents, failed = Contents.of(model), True

@@ -29,14 +29,8 @@ _FAULT = {
 def check_finite_weights(model: nn.Module, *, buffers: bool = True) -> None:
     """Refuse a model whose weights are not all numbers.
 
-    Parameters
-    ----------
-    model
-        The model.
-    buffers
-        Whether its buffers count, too, in which infinity is a value like others: masks hold it, and
-        observers of quantization that have seen nothing.  Statistics of normalizations are weights
-        in all but their name.
+    In buffers, infinity is a value like others: masks hold it, and observers of quantization that
+    have seen nothing.  Statistics of normalizations are weights in all but their name.
 
     Raises
     ------
@@ -110,14 +104,8 @@ def copied(model: M, instead: Mapping[int, Any] | None = None) -> M:
 
     A forward pass with gradients may leave tensors behind that hang on a graph, such as an
     attribute with the last features or the weight under `torch.nn.utils.weight_norm`; torch
-    refuses to copy these.
-
-    Parameters
-    ----------
-    model
-        Left as it was.
-    instead
-        What the copy is to hold in the place of objects, such as parameters, by their `id`.
+    refuses to copy these.  `instead` says what the copy is to hold in the place of objects, such as
+    parameters, by their `id`.
 
     Raises
     ------

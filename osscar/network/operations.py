@@ -29,13 +29,6 @@ def count_operations(model: nn.Module, inputs: Mapping[str, Tensor]) -> int:
     layers, experts for the rows that are sent to them, and attention (scores and weighted sums, as
     full squares: a causal mask is not discounted).  A multiplication with its addition counts as
     two.
-
-    Parameters
-    ----------
-    model
-        The model.
-    inputs
-        Keyword arguments of its forward pass, on its device.
     """
     counter = _counter()
     _run(model, fresh(inputs), counter)
@@ -108,25 +101,15 @@ def _grouped(first: Sequence[int], second: Sequence[int], *_: Any, **__: Any) ->
 
 @dataclass(frozen=True)
 class _Product:
-    """A matrix product or convolution of a forward pass.
-
-    Parameters
-    ----------
-    operations
-        How many it takes.
-    module
-        The innermost module that was running.
-    weights
-        The tensors of the model that one of its factors is, is a part of, or was copied from; empty
-        where there is none.
-    constant
-        Whether a factor depends on nothing that the model reads, whatever it was made from.
-    """
+    """A matrix product or convolution of a forward pass."""
 
     operations: int
     module: str
+    """The innermost module that was running."""
     weights: frozenset[str]
+    """The tensors of the model that one of its factors is, is a part of, or was copied from."""
     constant: bool
+    """Whether a factor depends on nothing that the model reads, whatever it was made from."""
 
 
 def products(
@@ -134,14 +117,7 @@ def products(
 ) -> list[_Product]:
     """Return all products of one forward pass, which `count_operations` adds up.
 
-    Parameters
-    ----------
-    model
-        The model.
-    names
-        Those of its tensors that products are told of by, by their `id`.
-    inputs
-        As `count_operations` takes them.
+    They tell of the tensors of the model that are named, by their `id`.
     """
     found: list[_Product] = []
     given = fresh(inputs)

@@ -25,13 +25,7 @@ def named_logits(result: Any) -> Tensor | None:
 
 
 def known_prediction(result: Any) -> Tensor | None:
-    """Return the logits, or the only floating-point output; None where there are several.
-
-    Parameters
-    ----------
-    result
-        What the model returned.
-    """
+    """Return the logits, or the only floating-point output; None where there are several."""
     return known_output(result)[1]
 
 
@@ -48,16 +42,8 @@ def scored_output(result: Any, samples: int, model: str) -> tuple[str, Tensor]:
     """Return the output that is scored, with its name, and warn where it had to be chosen.
 
     It is the one called `logits`, or the only floating-point one; the first of a tuple; of a
-    mapping the only one that is a matrix with a row for each sample.
-
-    Parameters
-    ----------
-    result
-        What the model returned.
-    samples
-        How many samples it was given.
-    model
-        What messages call it.
+    mapping the only one that is a matrix with a row for each of its samples.  Messages call the
+    model by the name that is given.
 
     Raises
     ------

@@ -31,10 +31,7 @@ _ALIGNED = 64
 class ActivationOffload(TorchFunctionMode):
     """Notes what one pass computes while it is entered, and keeps that in a file on demand.
 
-    Parameters
-    ----------
-    batch
-        What the pass reads; tensors that have a row for each of its samples or tokens are kept.
+    Kept are tensors that have a row for each sample or token of the batch that the pass reads.
     """
 
     def __init__(self, batch: Mapping[str, Tensor]) -> None:

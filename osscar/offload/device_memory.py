@@ -66,14 +66,10 @@ class CardMemory(DeviceMemory):
     """That of a graphics card, as far as this process has reserved it.
 
     What CUDA itself takes for a process, some hundred MB, is not reserved by torch, nor counted.
-
-    Parameters
-    ----------
-    device
-        The card, with its number.
     """
 
     device: torch.device
+    """With its number."""
 
     @property
     def other_holders(self) -> str:

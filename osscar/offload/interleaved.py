@@ -23,12 +23,8 @@ T = TypeVar("T")
 def interleaved(model: nn.Module, passes: Sequence[Callable[[], T]]) -> list[T]:
     """Run passes through a model without gradients, and return what each returns, in their order.
 
-    Parameters
-    ----------
-    model
-        They run one after the other unless its weights lie on disk.
-    passes
-        Each calls the model; none leaves anything on it that another would read.
+    They run one after the other unless its weights lie on disk.  None leaves anything on it that
+    another would read.
     """
     if len(passes) < 2 or not is_on_disk(model):
         return [run() for run in passes]

@@ -10,7 +10,7 @@ Whatever runs the model need not know of it.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, TypeAlias
 
 import torch
@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 from graph.tracing.patches import computes_shapes_alone
 from graph.tracing.preserve import asked_of_to
 from osscar.base.errors import ModelError
-from osscar.offload.places import Place, Selected
+from osscar.offload.places import Place
 from osscar.offload.shelf import Shelf
 
 # ---- parameters --------------------------------------------------------------------------
@@ -32,17 +32,12 @@ class OnDisk(nn.Parameter):
 
     To the code of a model it is a parameter on the device of its shelf.  `detach`, `clone`, `to`,
     `index_select` and the like read nothing; nothing may write to it in place (see `written`).
-
-    Parameters
-    ----------
-    place
-        Where its values are; assigning it gives the parameter other ones.
-    shelf
-        Which keeps them, on the device that operators find them on.
     """
 
     place: Place
+    """Where its values are; assigning it gives the parameter other ones."""
     shelf: Shelf
+    """Which keeps them, on the device that operators find them on."""
 
     def __new__(cls, place: Place, shelf: Shelf) -> OnDisk:
         """Make a tensor that has a shape and a number format, and no memory."""
@@ -158,7 +153,7 @@ def _cast_to(dtype: torch.dtype) -> Callable[..., OnDisk]:
 
 
 def _select(tensor: OnDisk, dim: int, index: Tensor) -> OnDisk:
-    return tensor.like(tensor.place.then(Selected(dim, index)))
+    return tensor.like(tensor.place.selected(dim, index))
 
 
 def _assign(tensor: OnDisk, data: Tensor) -> None:
@@ -254,13 +249,16 @@ def values_of(tensor: Tensor) -> Tensor:
 
 
 @contextmanager
-def room_for(model: nn.Module, needed: int) -> Iterator[None]:
-    """Leave room for other things than weights while the block runs, if these lie on disk."""
+def room_for(model: nn.Module, needed: int, *, beside: bool = False) -> Iterator[None]:
+    """Leave room for other things than weights while the block runs, if these lie on disk.
+
+    What lies `beside` a forward pass comes on top of the room that is left for one already.
+    """
     shelf = shelf_of(model)
     if shelf is None:
         yield
         return
-    with shelf.leaving(needed):
+    with shelf.leaving(needed + (shelf.left_free if beside else 0)):
         yield
 
 
@@ -271,23 +269,10 @@ _SMALL = 128 << 20
 """Bytes for all else."""
 
 
-@contextmanager
-def room_for_pass(model: nn.Module, positions: int) -> Iterator[None]:
+def room_for_pass(model: nn.Module, positions: int) -> AbstractContextManager[None]:
     """Leave room for a forward pass of so many positions, as `room_for` does."""
     widest = max((size for p in model.parameters() for size in p.shape), default=0)
-    with room_for(model, 4 * _WIDE * positions * widest + _SMALL):
-        yield
-
-
-@contextmanager
-def room_beside(model: nn.Module, needed: int) -> Iterator[None]:
-    """Leave room for something that lies beside a forward pass, as `room_for` does."""
-    shelf = shelf_of(model)
-    if shelf is None or not needed:
-        yield
-        return
-    with shelf.leaving(shelf.left_free + needed):
-        yield
+    return room_for(model, 4 * _WIDE * positions * widest + _SMALL)
 
 
 @contextmanager
@@ -310,19 +295,8 @@ def shapes_only(model: nn.Module, example: Mapping[str, Tensor]) -> Iterator[dic
     """Put plain parameters of the same shapes in the place of those on disk, for tracing.
 
     They lie on the CPU, where nobody reads or writes their values, so that the system gives them no
-    memory; on a card they would take theirs.  Buffers are on the CPU meanwhile, too.
-
-    Parameters
-    ----------
-    model
-        As it was after the block; one in memory stays as it is.
-    example
-        What it is traced with.
-
-    Yields
-    ------
-    dict of str to Tensor
-        That, beside the parameters.
+    memory; on a card they would take theirs.  Buffers, and the example that is yielded, are on the
+    CPU meanwhile, too.  A model in memory stays as it is.
     """
     if not is_on_disk(model):
         yield dict(example)

@@ -6,7 +6,8 @@ import hashlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TypeAlias
+from itertools import takewhile
+from typing import TypeAlias, TypeGuard
 
 import torch
 from torch import Tensor
@@ -15,118 +16,18 @@ from osscar.base.devices import is_host
 from osscar.base.errors import FileError, NonFiniteError
 from osscar.offload.sources import PIECE, Source, Stamp, as_bytes
 
-# ---- where values are, and what becomes of them ------------------------------------------
-
-
-@dataclass(frozen=True)
-class Cast:
-    """Values in another number format."""
-
-    dtype: torch.dtype
-
-    def shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Return the same shape."""
-        return shape
-
-    def apply(self, values: Tensor) -> Tensor:
-        """Return them in that format."""
-        return values.to(self.dtype)
-
-
-@dataclass(frozen=True, eq=False)
-class Selected:
-    """A part of the indices of a dimension."""
-
-    dim: int
-    index: Tensor
-
-    def shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Return the shape, smaller in that dimension."""
-        dim = self.dim % len(shape)
-        return (*shape[:dim], len(self.index), *shape[dim + 1 :])
-
-    def apply(self, values: Tensor) -> Tensor:
-        """Return these indices."""
-        return values.index_select(self.dim, self.index.to(values.device))
-
-
-@dataclass(frozen=True, eq=False)
-class Filled:
-    """Zero at some indices of a dimension."""
-
-    dim: int
-    index: Tensor
-
-    def shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Return the same shape."""
-        return shape
-
-    def apply(self, values: Tensor) -> Tensor:
-        """Return the values, zero there."""
-        return values.index_fill_(self.dim, self.index.to(values.device), 0.0)
-
-
-Step: TypeAlias = Cast | Selected | Filled
-"""What is done to values after they are read; they may be written to."""
-
-
-class StagingBuffers:
-    """Memory of the host that the pieces of a file pass through on their way to a device.
-
-    Of those to a card, one is read while the last is still being copied: two are enough, and no
-    more are held, however much the card has to do before it copies them.
-
-    Parameters
-    ----------
-    numbers
-        The most of a piece.
-    dtype
-        Their number format.
-    device
-        Where they go.
-    """
-
-    def __init__(self, numbers: int, dtype: torch.dtype, device: torch.device) -> None:
-        self._device, self._turn, pinned = device, 0, device.type == "cuda"
-        self._buffers = [
-            torch.empty(numbers, dtype=dtype, pin_memory=pinned) for _ in range(1 + pinned)
-        ]
-        self._copied = [torch.cuda.Event() for _ in range(2 * pinned)]  # type: ignore[no-untyped-call]
-
-    def next(self, count: int) -> Tensor:
-        """Return where the next piece, of so many numbers, is to be read to."""
-        self._turn = (self._turn + 1) % len(self._buffers)
-        if self._copied:
-            self._copied[self._turn].synchronize()
-        return self._buffers[self._turn][:count]
-
-    def sent(self, piece: Tensor) -> Tensor:
-        """Return a piece that was read, on the device, where its copy comes before all else."""
-        there = piece.to(self._device, non_blocking=True)
-        if self._copied:
-            self._copied[self._turn].record(torch.cuda.current_stream(self._device))
-        return there
-
 
 @dataclass(eq=False)
 class Slice:
-    """The bytes of one tensor in a file.
-
-    Parameters
-    ----------
-    source, offset
-        The file, and where in it they begin.
-    shape, stored
-        Of the tensor: shape, and number format in the file.
-    name
-        What messages call it.
-    """
+    """The bytes of one tensor in a file."""
 
     source: Source
     offset: int
     shape: tuple[int, ...]
     stored: torch.dtype
+    """Number format in the file."""
     name: str
+    """What messages call it."""
     largest: float = field(default=0.0, repr=False)
     """Of all magnitudes, once the digest is known."""
     _digest: bytes | None = field(default=None, repr=False)
@@ -146,15 +47,8 @@ class Slice:
         assert self._digest is not None
         return self._digest
 
-    def read(self, casts: Sequence[Cast], device: torch.device) -> Tensor:
+    def read(self, casts: Sequence[torch.dtype], device: torch.device) -> Tensor:
         """Return the values after some casts, on a device, to which they go piece by piece.
-
-        Parameters
-        ----------
-        casts
-            What is done to each piece, there.
-        device
-            Where to.
 
         Raises
         ------
@@ -163,36 +57,24 @@ class Slice:
         NonFiniteError
             If a value is NaN or infinite.
         """
-        dtype = casts[-1].dtype if casts else self.stored
-        values = torch.empty(self.shape, dtype=dtype, device=device)
+        values = torch.empty(self.shape, dtype=casts[-1] if casts else self.stored, device=device)
         into = values.view(-1)
         if is_host(device) and not casts:
             self._pass(lambda begin, count: into[begin : begin + count], lambda *_: None)
             return values
-        buffers = StagingBuffers(self._step, self.stored, device)
+        on_card = device.type == "cuda"
+        buffer = torch.empty(self._step, dtype=self.stored, pin_memory=on_card)
 
         def store(begin: int, piece: Tensor) -> None:
-            count = len(piece)
-            piece = buffers.sent(piece)
-            for cast in casts:
-                piece = cast.apply(piece)
-            into[begin : begin + count] = piece
+            into[begin : begin + len(piece)] = _cast(piece.to(device), casts)
 
-        self._pass(lambda _, count: buffers.next(count), store)
+        self._pass(lambda _, count: buffer[:count], store)
         return values
 
-    def read_rows(self, rows: Tensor, casts: Sequence[Cast], device: torch.device) -> Tensor | None:
-        """Return some rows after some casts; None where the whole has to be digested first.
-
-        Parameters
-        ----------
-        rows
-            Which, (r,) int64.
-        casts
-            What is done to them.
-        device
-            Where to.
-        """
+    def read_rows(
+        self, rows: Tensor, casts: Sequence[torch.dtype], device: torch.device
+    ) -> Tensor | None:
+        """Return some rows, (r,) int64, as `read`; None where the whole has to be digested."""
         before = self.source.stamp()
         if self._digest is None or before is None or before != self._stamp:
             return None
@@ -202,10 +84,7 @@ class Slice:
             self.source.read_into(as_bytes(place), self.offset + row * width)
         if self.source.stamp() != before:
             return None
-        values = values.to(device)
-        for cast in casts:
-            values = cast.apply(values)
-        return values
+        return _cast(values.to(device), casts)
 
     @property
     def _step(self) -> int:
@@ -215,14 +94,8 @@ class Slice:
         """Read all bytes, piece by piece, and hold them to what they were.
 
         They are what they were if nobody has written to the file since; where that is not known,
-        they are digested again.
-
-        Parameters
-        ----------
-        room
-            Returns where so many values, from one on, are to be read to.
-        use
-            Is given them.
+        they are digested again.  `room` returns where so many values, from one on, are to be read
+        to, and `use` is given them.
         """
         before = self.source.stamp()
         if self._digest is not None and before is not None and before == self._stamp:
@@ -266,26 +139,39 @@ class Slice:
         self.largest = max(self.largest, -float(low), float(high))
 
 
+# ---- what becomes of values --------------------------------------------------------------
+
+Step: TypeAlias = torch.dtype | Callable[[Tensor], Tensor]
+"""What is done to values after they are read, which it may write to; a number format is a cast."""
+
+
+def _is_cast(step: Step) -> TypeGuard[torch.dtype]:
+    return isinstance(step, torch.dtype)
+
+
+def _cast(values: Tensor, casts: Sequence[torch.dtype]) -> Tensor:
+    for dtype in casts:
+        values = values.to(dtype)
+    return values
+
+
 @dataclass(frozen=True)
 class Place:
-    """Where the values of a parameter are, and what is done to them once they are read."""
+    """Where the values of a parameter are, their shape in the end, and how they come to it."""
 
     slice: Slice
+    shape: tuple[int, ...]
     steps: tuple[Step, ...] = ()
 
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Of the values in the end."""
-        shape = self.slice.shape
-        for step in self.steps:
-            shape = step.shape(shape)
-        return shape
+    @classmethod
+    def of(cls, values: Slice) -> Place:
+        """Return the place of values as the file has them."""
+        return cls(values, values.shape)
 
     @property
     def dtype(self) -> torch.dtype:
         """Number format of the values in the end."""
-        casts = [step for step in self.steps if isinstance(step, Cast)]
-        return casts[-1].dtype if casts else self.slice.stored
+        return next(filter(_is_cast, reversed(self.steps)), self.slice.stored)
 
     @property
     def nbytes(self) -> int:
@@ -296,12 +182,28 @@ class Place:
     def passing_bytes(self) -> int:
         """Memory that is needed while they are read, on the device that they come to."""
         first = self._leading_casts()
-        read = math.prod(self.slice.shape) * (first[-1].dtype if first else self.dtype).itemsize
+        read = math.prod(self.slice.shape) * (first[-1] if first else self.dtype).itemsize
         return read + 2 * PIECE + (self.nbytes if len(first) < len(self.steps) else 0)
 
-    def then(self, step: Step) -> Place:
-        """Return the place with one more step."""
-        return replace(self, steps=(*self.steps, step))
+    def selected(self, dim: int, index: Tensor) -> Place:
+        """Return the place of some indices of a dimension."""
+        dim = dim % len(self.shape)
+        shape = (*self.shape[:dim], len(index), *self.shape[dim + 1 :])
+        return Place(
+            self.slice,
+            shape,
+            (*self.steps, lambda values: values.index_select(dim, index.to(values.device))),
+        )
+
+    def zeroed(self, dim: int, index: Tensor) -> Place:
+        """Return the place of the values with zeros at some indices of a dimension."""
+        return replace(
+            self,
+            steps=(
+                *self.steps,
+                lambda values: values.index_fill_(dim, index.to(values.device), 0.0),
+            ),
+        )
 
     def cast(self, dtype: torch.dtype) -> Place:
         """Return the place of the same values in another number format.
@@ -310,21 +212,21 @@ class Place:
         """
         if dtype is self.dtype:
             return self
-        casts = [at for at, step in enumerate(self.steps) if isinstance(step, Cast)]
+        casts = [at for at, step in enumerate(self.steps) if _is_cast(step)]
         if casts:
             at = casts[-1]
             before = replace(self, steps=self.steps[:at])
             if torch.promote_types(before.dtype, self.dtype) is self.dtype:
                 # Selecting and filling are the same in either format.
                 return replace(self, steps=self.steps[:at] + self.steps[at + 1 :]).cast(dtype)
-        return self.then(Cast(dtype))
+        return replace(self, steps=(*self.steps, dtype))
 
     def read(self, device: torch.device) -> Tensor:
         """Return the values, read anew, on a device."""
         first = self._leading_casts()
         values = self.slice.read(first, device)
         for step in self.steps[len(first) :]:
-            values = step.apply(values)
+            values = values.to(step) if _is_cast(step) else step(values)  # type: ignore[operator]
         return values
 
     def read_rows(self, rows: Tensor, device: torch.device) -> Tensor | None:
@@ -332,10 +234,5 @@ class Place:
         casts = self._leading_casts()
         return self.slice.read_rows(rows, casts, device) if len(casts) == len(self.steps) else None
 
-    def _leading_casts(self) -> list[Cast]:
-        first: list[Cast] = []
-        for step in self.steps:
-            if not isinstance(step, Cast):
-                break
-            first.append(step)
-        return first
+    def _leading_casts(self) -> list[torch.dtype]:
+        return list(takewhile(_is_cast, self.steps))  # type: ignore[arg-type]

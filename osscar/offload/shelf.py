@@ -24,12 +24,8 @@ _SPARE = 64 << 20
 class Shelf:
     """Values that were read, kept for the next reader while there is room; the oldest go first.
 
-    Parameters
-    ----------
-    ceiling
-        Bytes that the whole process may have: in memory, or on the card that values are kept on.
-    device
-        Where values are kept, and operators meet them.
+    The ceiling is how many bytes the whole process may have: in memory, or on the card that values
+    are kept on, where operators meet them.
     """
 
     def __init__(self, ceiling: int, device: torch.device = _CPU) -> None:
@@ -124,7 +120,7 @@ class Shelf:
             self._scratch = Scratch()
         values = values.detach().contiguous().cpu()
         offset = self._scratch.append(as_bytes(values))
-        return Place(Slice(self._scratch, offset, tuple(values.shape), values.dtype, name))
+        return Place.of(Slice(self._scratch, offset, tuple(values.shape), values.dtype, name))
 
     def leave_free(self, room: int) -> None:
         """Leave so many bytes below the ceiling free for other things from now on."""

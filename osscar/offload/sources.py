@@ -30,11 +30,6 @@ Stamp: TypeAlias = tuple[int, ...]
 class Source:
     """A file that stays open, so that nobody takes it away between two reads.
 
-    Parameters
-    ----------
-    path
-        The file.
-
     Raises
     ------
     FileError

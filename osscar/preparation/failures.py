@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 
 from torch import Tensor, nn
 
@@ -12,8 +12,7 @@ from osscar.base.errors import CalibrationError, ModelError, OsscarError
 from osscar.base.memory import FOR_BATCHES, is_shortage, let_shortage_pass, shortage
 
 
-@contextmanager
-def batch_named(model: nn.Module, batch: int) -> Iterator[None]:
+def batch_named(model: nn.Module, batch: int) -> AbstractContextManager[None]:
     """Say in which batch and in which module the block has failed.
 
     Raises
@@ -25,24 +24,21 @@ def batch_named(model: nn.Module, batch: int) -> Iterator[None]:
     NoMemoryError
         If that was for want of memory.
     """
-    try:
-        yield
-    except OsscarError:
-        raise
-    except Exception as error:  # the model may be anyone's code
+
+    def said(error: Exception) -> str:
         name = failing_module(error.__traceback__, model) or "the model"
         if is_shortage(error):
             what = f"calibration batch {batch} in {name!r}"
             raise shortage(error, what, FOR_BATCHES) from error
-        refuse_capture(error, model)
-        raise CalibrationError(
+        return (
             f"calibration batch {batch} fails in {name!r}: "
             f"{type(error).__name__}: {error}; leave it out, or mend the model"
-        ) from error
+        )
+
+    return _failing(model, said)
 
 
-@contextmanager
-def failures_named(model: nn.Module, batch: Mapping[str, Tensor]) -> Iterator[None]:
+def failures_named(model: nn.Module, batch: Mapping[str, Tensor]) -> AbstractContextManager[None]:
     """Say so where a model fails on its data in the block.
 
     Raises
@@ -52,31 +48,32 @@ def failures_named(model: nn.Module, batch: Mapping[str, Tensor]) -> Iterator[No
     ModelError
         If the model's code cannot be run here, whatever the data are.
     """
+
+    def said(error: Exception) -> str:
+        let_shortage_pass(error)
+        forms = ", ".join(f"{n} {t.dtype} {tuple(t.shape)}" for n, t in batch.items())
+        return (
+            f"{type(model).__name__} fails on the calibration data ({forms}): "
+            f"{type(error).__name__}: {error}; give data of the form and type that it reads"
+        )
+
+    return _failing(model, said)
+
+
+@contextmanager
+def _failing(model: nn.Module, said: Callable[[Exception], str]) -> Iterator[None]:
+    """Raise what is said of a failure, but where it is no fault of the data.
+
+    What `torch.cond` and the like call is captured, and modules cannot be watched in there.
+    """
     try:
         yield
     except OsscarError:
         raise
     except Exception as error:  # the model may be anyone's code
-        let_shortage_pass(error)
-        refuse_capture(error, model)
-        forms = ", ".join(f"{n} {t.dtype} {tuple(t.shape)}" for n, t in batch.items())
-        raise CalibrationError(
-            f"{type(model).__name__} fails on the calibration data ({forms}): "
-            f"{type(error).__name__}: {error}; give data of the form and type that it reads"
-        ) from error
-
-
-def refuse_capture(error: Exception, model: nn.Module) -> None:
-    """Say so where it is no fault of the data that a model fails.
-
-    What `torch.cond` and the like call is captured, and modules cannot be watched in there.
-
-    Raises
-    ------
-    ModelError
-        If that is why.
-    """
-    if is_of_capture(error):
-        raise ModelError(
-            f"{type(model).__name__} cannot be measured: {first_lines(error)}. {CAPTURE_HINT}"
-        ) from error
+        message = said(error)
+        if is_of_capture(error):
+            raise ModelError(
+                f"{type(model).__name__} cannot be measured: {first_lines(error)}. {CAPTURE_HINT}"
+            ) from error
+        raise CalibrationError(message) from error

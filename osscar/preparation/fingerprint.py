@@ -31,26 +31,17 @@ _VALUES = 256
 
 @dataclass(frozen=True)
 class DenseOutputs:
-    """What a dense model puts out on its first calibration sample, and on its example inputs.
-
-    Parameters
-    ----------
-    device
-        What it ran on, as `osscar.base.devices.this_device` tells it.
-    sha256
-        Of all its outputs.
-    values
-        Some of them, evenly spread, in hexadecimal.
-    rounding
-        How far another device may be off, relative to the largest of these.
-    """
+    """What a dense model puts out on its first calibration sample, and on its example inputs."""
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
     device: dict[str, str]
+    """What it ran on, as `osscar.base.devices.this_device` tells it."""
     sha256: str
     values: tuple[str, ...]
+    """Some of the outputs, evenly spread, in hexadecimal."""
     rounding: float
+    """How far another device may be off, relative to the largest of these."""
 
     @classmethod
     def of(cls, model: nn.Module, inputs: ModelInputs) -> DenseOutputs:
@@ -114,15 +105,7 @@ def _spread(outputs: Sequence[Tensor]) -> Iterator[float]:
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """What something is made of, so that it goes on only with the same.
-
-    Parameters
-    ----------
-    weights, calibration
-        SHA-256 of all tensors of the model, and of the calibration data.
-    outputs
-        What it puts out, dense.
-    """
+    """What something is made of, so that it goes on only with the same: digests, and outputs."""
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
@@ -132,16 +115,7 @@ class Fingerprint:
 
     @classmethod
     def of(cls, model: nn.Module, inputs: ModelInputs, batch_size: int) -> Fingerprint:
-        """Read a dense model and its data, and run it on a few samples.
-
-        Parameters
-        ----------
-        model
-            It is left as it was.
-        inputs
-            The calibration data.
-        batch_size
-            Samples in a batch.
+        """Read a dense model, which is left as it was, and its data, and run it on a few samples.
 
         Raises
         ------
@@ -172,24 +146,15 @@ class Fingerprint:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a command makes of what; it goes on only where all of it is the same.
-
-    Parameters
-    ----------
-    schema
-        What this is, and in which version.
-    asked
-        Options, versions, files: whatever decides the result, by name.
-    dense
-        What tells the dense model and the calibration data from others; None where there is no
-        model, or it has not been read yet.
-    """
+    """What a command makes of what; it goes on only where all of it is the same."""
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
     schema: str
     asked: dict[str, JsonValue]
+    """Options, versions, files: whatever decides the result, by name."""
     dense: Fingerprint | None
+    """None where there is no model, or it has not been read yet."""
 
     def difference(self, before: Manifest) -> str | None:
         """Say in what it differs from an earlier one, or None."""

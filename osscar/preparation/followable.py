@@ -40,21 +40,10 @@ def outputs_or_none(model: nn.Module, example: Batch) -> list[Tensor]:
 def make_followable(
     model: nn.Module, example: Batch, expected: list[Tensor], *, heads: bool
 ) -> list[Folded]:
-    """Replace code that cannot be followed, and prove that the model computes what it did.
+    """Replace code that cannot be followed, and prove that the model computes what is expected.
 
-    Parameters
-    ----------
-    model, example
-        The model, and what it is run on.
-    expected
-        What it puts out.
-    heads
-        Whether fused attention is to call its output layer as a module.
-
-    Returns
-    -------
-    list of Folded
-        The modules whose normalized weight is a plain one now.
+    With `heads`, fused attention is to call its output layer as a module.  Returned are the modules
+    whose normalized weight is a plain one now.
 
     Raises
     ------

@@ -39,49 +39,31 @@ from osscar.shrinking.structure import remember_structure
 
 @dataclass(frozen=True, eq=False)
 class Prepared:
-    """A model with its calibration data, prepared for a run.
-
-    Parameters
-    ----------
-    model
-        A copy in evaluation mode, on its device; it computes what the user's model does.  Where a
-        prunable group has a part of a weight that is normalized at every call, the weight is a
-        plain one; see `osscar.shrinking.fold`.
-    inputs
-        The calibration data in the form that it reads.
-    traced
-        Its dependency graph.
-    groups
-        The coupling groups; those that cannot be refitted are frozen and say why.
-    example
-        Small inputs with which it was traced.
-    batch_size
-        Samples in a batch.
-    untouched
-        What its modules held before it ran.
-    in_programs
-        Of the prunable groups, those that only the exported program can lose units of, by name,
-        and why: their units meet numbers that the code makes.
-    ranks
-        The processes among which work on the data is shared out; all of them hold all data.
-    matrix_bytes
-        What the problem of a layer needs beside weights that lie on disk.
-    waiting_on_disk
-        Whether what a suspended batch holds is kept in a file; only for models of transformers,
-        whose hidden states have a row for each token (`osscar.offload`).
-    """
+    """A model with its calibration data, prepared for a run."""
 
     model: nn.Module
+    """A copy in evaluation mode, on its device; it computes what the user's model does.  Where a
+    prunable group has a part of a weight that is normalized at every call, the weight is a plain
+    one; see `osscar.shrinking.fold`."""
     inputs: ModelInputs
     traced: graph.DependencyGraph
     groups: tuple[CouplingGroup, ...]
+    """Those that cannot be refitted are frozen and say why."""
     example: Batch = field(repr=False)
+    """Small inputs with which it was traced."""
     batch_size: int
     untouched: ModelState = field(repr=False)
+    """What its modules held before it ran."""
     in_programs: Mapping[str, str] = field(default_factory=dict)
+    """Of the prunable groups, those that only the exported program can lose units of, by name, and
+    why: their units meet numbers that the code makes."""
     ranks: Ranks = ALONE
+    """The processes among which work on the data is shared out; all of them hold all data."""
     matrix_bytes: int = 0
+    """What the problem of a layer needs beside weights that lie on disk."""
     waiting_on_disk: bool = False
+    """Whether what a suspended batch holds is kept in a file; only for models of transformers,
+    whose hidden states have a row for each token (`osscar.offload`)."""
 
     @cached_property
     def residual(self) -> frozenset[str]:

@@ -53,13 +53,7 @@ class _Watch(TorchFunctionMode):
 
 @contextmanager
 def weights_read_elsewhere(model: nn.Module) -> Iterator[set[str]]:
-    """Yield a set that fills with the names of modules whose weights others read meanwhile.
-
-    Parameters
-    ----------
-    model
-        The model, to be run while the block does.
-    """
+    """Yield a set that fills with the names of modules whose weights others read meanwhile."""
     owners = {
         id(tensor): name
         for name, module in model.named_modules()

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
@@ -22,13 +21,6 @@ order round differently, and so do layers that were replaced in between."""
 
 def check_repeatable(model: nn.Module, inputs: Inputs) -> None:
     """Run a model twice, and refuse it where the outputs differ; it is left as it was.
-
-    Parameters
-    ----------
-    model
-        In evaluation mode.
-    inputs
-        What it runs on; a few samples tell.
 
     Raises
     ------
@@ -49,20 +41,15 @@ def check_repeatable(model: nn.Module, inputs: Inputs) -> None:
 def refuse_chance(
     model: nn.Module, inputs: Inputs, first: Sequence[Tensor], second: Sequence[Tensor]
 ) -> None:
-    """Refuse a model of which two passes over the same inputs differ by more than rounding.
+    """Refuse a model of which two passes over the same inputs put out what differs.
 
-    Parameters
-    ----------
-    model, inputs
-        Run twice more where the passes differ, to find the module; it may have been prepared in
-        between, so that only these tell.
-    first, second
-        What the two passes put out.
+    It runs twice more then, to find the module; it may have been prepared in between, so that only
+    these tell.
 
     Raises
     ------
     ModelError
-        If they differ.
+        If they differ by more than rounding.
     """
     if _alike(first, second):
         return
@@ -85,26 +72,20 @@ def _alike(first: Sequence[Tensor], second: Sequence[Tensor]) -> bool:
 
 # ---- where it begins ---------------------------------------------------------------------
 
-
-@dataclass(frozen=True)
-class _Call:
-    """A call of a module, with what it read and what it put out."""
-
-    module: nn.Module
-    read: Sequence[Tensor]
-    made: Sequence[Tensor]
+_Call: TypeAlias = tuple[nn.Module, Sequence[Tensor], Sequence[Tensor]]
+"""A module that was called, with what it read and what it put out."""
 
 
 def _where_it_begins(first: Sequence[_Call], second: Sequence[_Call], model: nn.Module) -> str:
     """Name the innermost module that makes two things of the same inputs; nothing if none does."""
     names = {module: name for name, module in model.named_modules()}
-    for one, other in zip(first, second, strict=False):
-        if one.module is not other.module:
+    for (module, read, made), (other, read_again, made_again) in zip(first, second, strict=False):
+        if module is not other:
             return ""
-        if _alike(one.read, other.read) and not _alike(one.made, other.made):
-            name = names[one.module]
+        if _alike(read, read_again) and not _alike(made, made_again):
+            name = names[module]
             where = f"module {name!r}" if name else "the code of the model itself"
-            return f", which begins in {where} ({type(one.module).__name__})"
+            return f", which begins in {where} ({type(module).__name__})"
     return ""
 
 
@@ -117,7 +98,7 @@ def _watched(model: nn.Module, inputs: Inputs) -> tuple[Sequence[_Call], list[Te
         begun.append(_copies((args, kwargs)))
 
     def end(_: str, module: nn.Module, __: Any, ___: Any, result: Any) -> None:
-        ended.append(_Call(module, begun.pop(), _copies(result)))
+        ended.append((module, begun.pop(), _copies(result)))
 
     with hooks(model, before=begin, after=end):
         return ended, comparable(call(model, inputs))

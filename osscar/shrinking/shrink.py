@@ -30,7 +30,7 @@ from osscar.network.kernels import computable_mixtures
 from osscar.network.model_state import restored
 from osscar.network.modules import evaluating
 from osscar.offload.on_disk import OnDisk
-from osscar.offload.places import Filled, Place
+from osscar.offload.places import Place
 from osscar.shrinking.equivalence import Inputs, call, explained, proof_outputs, prove_equal
 from osscar.shrinking.fold import fold
 from osscar.shrinking.follow import prepare
@@ -176,7 +176,7 @@ def masked(model: nn.Module, plan: PruningPlan) -> Iterator[None]:
                 index = torch.tensor(slot.indices(group.gone), device=weight.device)
                 if isinstance(weight, OnDisk):
                     on_disk.append((weight, weight.place))
-                    weight.place = weight.place.then(Filled(slot.dim, index))
+                    weight.place = weight.place.zeroed(slot.dim, index)
                     continue
                 weight = weight.detach()
                 before.append((weight, index, slot.dim, weight.index_select(slot.dim, index)))

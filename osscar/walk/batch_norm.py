@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
@@ -20,6 +19,12 @@ from osscar.shrinking.plan import PruningPlan
 
 Statistics: TypeAlias = tuple[Tensor, Tensor]
 """Mean and variance of each channel, (channels,) float64."""
+
+DenseStatistics: TypeAlias = Sequence[Mapping[str, Sequence[Statistics]]]
+"""For each batch and each layer by name, the statistics of what the layer was called with."""
+
+_Seen: TypeAlias = tuple[int, int, Statistics]
+"""The statistics of one call of a layer: in which batch, and over how many values."""
 
 
 class BatchNormMode(enum.StrEnum):
@@ -42,19 +47,6 @@ def batch_norms(model: nn.Module) -> dict[str, _BatchNorm]:
     }
 
 
-@dataclass(frozen=True, eq=False)
-class _Part:
-    """The statistics of one call of a layer: in which batch, and over how many values."""
-
-    batch: int
-    count: int
-    statistics: Statistics
-
-
-DenseStatistics: TypeAlias = Sequence[Mapping[str, Sequence[Statistics]]]
-"""For each batch and each layer by name, the statistics of what the layer was called with."""
-
-
 @torch.no_grad()
 def dense_statistics(
     model: nn.Module,
@@ -64,37 +56,28 @@ def dense_statistics(
 ) -> DenseStatistics:
     """Measure what the batch-norm layers of a model that is still dense are called with.
 
-    Parameters
-    ----------
-    model
-        The model before pruning, in evaluation mode; not changed.
-    batches
-        Keyword arguments of it.
-    mode
-        Only `BatchNormMode.CORRECT` needs them; for any other mode nothing is run.
-    ranks
-        Among which the batches are shared out; only this one's are run.
+    Nothing is run where the mode needs none of it.  Of the batches, keyword arguments of the model,
+    only those of this rank are run.
     """
-    if mode != BatchNormMode.CORRECT or not batch_norms(model):
+    layers = batch_norms(model)
+    if mode != BatchNormMode.CORRECT or not layers:
         return ()
     found = []
     for index in _shared_out(batches, ranks):
-        with batch_named(model, index):
-            found.append(_seen(model, batches[index]))
+        seen: dict[str, list[Statistics]] = {name: [] for name in layers}
+
+        def see(name: str, x: Tensor, seen: dict[str, list[Statistics]] = seen) -> None:
+            seen[name].append(_measured(x))
+
+        with batch_named(model, index), reads(model, seen, see):
+            model(**fresh(batches[index]))
+        found.append(seen)
     return found
 
 
 def _shared_out(batches: Sequence[Mapping[str, Any]], ranks: Ranks) -> list[int]:
     """Return which batches are this rank's."""
     return ranks.share([len(next(iter(batch.values()))) for batch in batches])
-
-
-def _seen(model: nn.Module, batch: Mapping[str, Any]) -> Mapping[str, Sequence[Statistics]]:
-    """Run one batch, and return the statistics of each batch-norm layer's inputs."""
-    seen: dict[str, list[Statistics]] = {name: [] for name in batch_norms(model)}
-    with reads(model, seen, lambda name, x: seen[name].append(_measured(x))):
-        model(**fresh(batch))
-    return seen
 
 
 @torch.no_grad()
@@ -106,33 +89,14 @@ def renew_statistics(
     dense: DenseStatistics = (),
     ranks: Ranks = ALONE,
 ) -> int:
-    """Renew the running statistics of a pruned model.
+    """Renew the running statistics of a pruned model; return how many layers have new ones.
 
     A layer's statistics on a batch are taken when those of all layers before it are renewed for
-    that batch; the averages over all batches stay.  `ESTIMATE` takes them as they are: what
-    training would store after one pass.  `CORRECT` compares them with the dense model's on the same
-    batch, ``mean + (m - m_dense)`` and ``var * (v + eps) / (v_dense + eps)``, so that neither the
-    choice of the data nor their kind matters, only what pruning did to them.
-
-    Parameters
-    ----------
-    model
-        The pruned model, in evaluation mode; its weights do not change.
-    plan
-        What was removed from it.
-    batches
-        Keyword arguments of it.
-    mode
-        Where statistics come from.
-    dense
-        What `dense_statistics` measured on the same batches.
-    ranks
-        Among which the batches are shared out; all come to the same statistics.
-
-    Returns
-    -------
-    int
-        How many layers have new statistics; one that is never called keeps its own.
+    that batch; the averages over all batches stay, the same on all ranks.  `ESTIMATE` takes them as
+    they are: what training would store after one pass.  `CORRECT` compares them with the dense
+    model's on the same batch, ``mean + (m - m_dense)`` and ``var * (v + eps) / (v_dense + eps)``,
+    so that neither the choice of the data nor their kind matters, only what pruning did to them.  A
+    layer that is never called keeps its own.
 
     Raises
     ------
@@ -146,7 +110,7 @@ def renew_statistics(
     if mode == BatchNormMode.KEEP or not layers:
         return 0
     before = {name: _stored(layer) for name, layer in layers.items()}
-    parts: dict[str, list[_Part]] = {name: [] for name in layers}
+    seen: dict[str, list[_Seen]] = {name: [] for name in layers}
     original = {name: _kept_statistics(name, dense, plan) for name in layers}
 
     def renew(name: str, x: Tensor) -> None:
@@ -160,15 +124,14 @@ def renew_statistics(
             mean = old_mean + mean - dense_mean
             var = old_var * (var + layer.eps) / (dense_var + layer.eps)
             _set(layer, (mean, var))
-        parts[name].append(_Part(index, count, (mean, var)))
+        seen[name].append((index, count, (mean, var)))
 
     averages: dict[str, Statistics] = {}
     try:
         with reads(model, layers, renew):
             for index in _shared_out(batches, ranks):
                 model(**fresh(batches[index]))
-        parts = _of_all(parts, ranks)
-        found = {name: _average(seen) for name, seen in parts.items() if seen}
+        found = {name: _average(some) for name, some in _of_all(seen, ranks).items() if some}
         for name, average in found.items():
             _check_finite(name, average)
         averages = found
@@ -209,29 +172,26 @@ def _several(name: str, count: int) -> int:
     return count - 1
 
 
-def _of_all(parts: Mapping[str, Sequence[_Part]], ranks: Ranks) -> dict[str, list[_Part]]:
+def _of_all(seen: Mapping[str, list[_Seen]], ranks: Ranks) -> Mapping[str, list[_Seen]]:
     """Return what all ranks have seen, by layer, in the order in which one process would see it."""
     if ranks.alone:
-        return {name: list(seen) for name, seen in parts.items()}
+        return seen
     mine = {
-        name: [
-            _Part(part.batch, part.count, (part.statistics[0].cpu(), part.statistics[1].cpu()))
-            for part in seen
-        ]
-        for name, seen in parts.items()
+        name: [(batch, count, (mean.cpu(), var.cpu())) for batch, count, (mean, var) in some]
+        for name, some in seen.items()
     }
     everyone = ranks.all_gather("batch-norm statistics", mine)
     return {
-        name: sorted((part for told in everyone for part in told[name]), key=lambda p: p.batch)
-        for name in parts
+        name: sorted((one for told in everyone for one in told[name]), key=lambda one: one[0])
+        for name in seen
     }
 
 
-def _average(parts: Sequence[_Part]) -> Statistics:
+def _average(seen: Sequence[_Seen]) -> Statistics:
     """Weight batches by their number of values."""
-    counts = torch.tensor([part.count for part in parts], dtype=torch.float64)
-    means = torch.stack([part.statistics[0] for part in parts])
-    variances = torch.stack([part.statistics[1] for part in parts])
+    counts = torch.tensor([count for _, count, _ in seen], dtype=torch.float64)
+    means = torch.stack([mean for *_, (mean, _) in seen])
+    variances = torch.stack([var for *_, (_, var) in seen])
     shares = (counts / counts.sum()).to(means.device)
     return shares @ means, shares @ variances
 

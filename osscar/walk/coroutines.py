@@ -40,43 +40,23 @@ _KERNELS = (
 
 @dataclass(frozen=True, eq=False)
 class Arrival:
-    """A pass has reached a module that is watched.
-
-    Parameters
-    ----------
-    module
-        Its qualified name.
-    x
-        What it is called with: a tensor, or what is `osscar.preparation.routing.Routed`.
-    output
-        What it puts out; None where nobody asks.
-    stream
-        What will be added to that; None where nobody asks, or knows.
-    """
+    """A pass has reached a module that is watched."""
 
     module: str
     x: Any
+    """What it is called with: a tensor, or what is `osscar.preparation.routing.Routed`."""
     output: Tensor | None = None
+    """What it puts out; None where nobody asks."""
     stream: Tensor | None = None
+    """What will be added to that; None where nobody asks, or knows."""
 
 
 class Coroutine:
     """One batch on its way through the model.
 
-    Parameters
-    ----------
-    index
-        Which batch, from 0.
-    dense
-        Whether it runs through the weights of the model as it came, not those committed so far.
-    run
-        The forward pass.
-    scratch
-        What modules write on themselves meanwhile.
-    keeper
-        Keeps what will be added to the outputs of consumers.
-    offload
-        Keeps what the pass holds while it waits; None: that stays in memory.
+    A `dense` one runs through the weights of the model as it came, not those committed so far.  The
+    keeper keeps what will be added to the outputs of consumers, and `offload` what the pass holds
+    while it waits.
     """
 
     def __init__(

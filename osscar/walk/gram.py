@@ -163,13 +163,6 @@ def pulls(energies: Tensor, positions: int) -> Tensor:
     take any weight, and fresh data, on which it is not, are multiplied by that.  So no input counts
     for less than if it had the mean energy at `_UNSEEN` positions more.  Inputs that were zero
     throughout have no weights to hold back: removing them is free.
-
-    Parameters
-    ----------
-    energies
-        The diagonal of the undamped Gram matrix, (p,).
-    positions
-        How many it was summed over.
     """
     varies = energies > 0
     mean = energies.sum() / varies.sum().clamp(min=1)
@@ -192,22 +185,8 @@ def damped_by_input(
     The proximal term is ``sum_j damp s_j |W_j - W0_j|^2`` with s as of `pulls`.  Relative to the
     mean of the diagonal it would swamp ordinary inputs wherever a few tokens with massive
     activations carry most of the trace.  The tensors given are written to, and become those of the
-    consumer.
-
-    Parameters
-    ----------
-    H, W0
-        Undamped Gram matrix, and dense weights.
-    targets
-        G and e of targets that are not what these weights put out.
-    units
-        The rows that each unit owns.
-    damp
-        Weight of the term.
-    positions
-        How many H was summed over.
-    variance
-        Variances of the inputs, (p,), where they are known.
+    consumer: the undamped Gram matrix, summed over so many positions, dense weights, and G and e of
+    targets that are not what these weights put out.
     """
     added = damp * pulls(H.diagonal(), positions)
     G = e = None

@@ -41,48 +41,31 @@ def dense_tensors(consumers: Iterable[LinearMap]) -> dict[str, DenseTensors]:
 
 @dataclass(frozen=True)
 class Refits:
-    """The weights that a group's consumers get, each found no worse than to leave it unrefitted.
-
-    Parameters
-    ----------
-    weights
-        One matrix (p, m) for each consumer that is `known`.
-    unrefitted
-        The consumers, as messages call them, whose dense weights did better on what was held out:
-        they keep those of the units that stay.
-    growth
-        The largest weight over the largest dense one, of the consumer of which it is most.
-    held
-        At how many positions that were held out this was seen; at the consumer with the fewest.
-    """
+    """The weights that a group's consumers get, each found no worse than to leave it unrefitted."""
 
     weights: tuple[Tensor, ...] = field(repr=False)
+    """One matrix (p, m) for each consumer that is `known`."""
     unrefitted: tuple[str, ...]
+    """The consumers, as messages call them, whose dense weights did better on what was held out:
+    they keep those of the units that stay."""
     growth: float
+    """The largest weight over the largest dense one, of the consumer of which it is most."""
     held: int
+    """At how many positions that were held out this was seen; at the consumer with the fewest."""
 
 
 @dataclass(eq=False)
 class LayerStep:
-    """A group whose consumers all batches have reached: it can be solved, and committed.
-
-    Parameters
-    ----------
-    group
-        The coupling group.
-    grams
-        What its consumers read, summed over the batches of all ranks.
-    final
-        Whether weights cannot be committed, since the other groups of the walk are measured on the
-        model as it is.
-    share
-        Of the corrections in the targets.
-    """
+    """A group whose consumers all batches have reached: it can be solved, and committed."""
 
     group: CouplingGroup
     grams: tuple[GramAccumulator, ...] = field(repr=False)
+    """What its consumers read, summed over the batches of all ranks."""
     final: bool = False
+    """Whether weights cannot be committed, since the other groups of the walk are measured on the
+    model as it is."""
     share: float = 1.0
+    """Of the corrections in the targets."""
     committed: bool = False
     _committing: Callable[[LayerStep], None] = field(default=lambda step: None, repr=False)
 
@@ -112,12 +95,7 @@ class LayerStep:
     def problem(self, keep: int, damp: float) -> SubsetProblem:
         """Pose the group's problem; the sums become its matrices, so that this is done once.
 
-        Parameters
-        ----------
-        keep
-            How many units stay.
-        damp
-            Weight of the proximal term, relative to each entry on the Gram matrix's diagonal.
+        `damp` is relative to each entry on the Gram matrix's diagonal.
 
         Warns
         -----
@@ -139,13 +117,6 @@ class LayerStep:
 
         Where none were held out, nothing tells how much of the corrections is noise, and there are
         none then.
-
-        Parameters
-        ----------
-        keep
-            How many units stay.
-        damp, share
-            What is asked for, if it is.
         """
         if not any(gram.held is not None for gram in self.known):
             return DEFAULT_DAMP if damp is None else damp, share or 0.0
@@ -158,13 +129,6 @@ class LayerStep:
         What reads an input that never varied keeps its dense weights, if its unit stays: the data
         say nothing of it.  Damping and floor are chosen beforehand, by samples that are few; this
         looks at the weights themselves.  A layer of which nothing was held out gets its refit.
-
-        Parameters
-        ----------
-        weights
-            One matrix (p, m) for each consumer that is `known`.
-        kept
-            The units that stay.
         """
         chosen: list[Tensor] = []
         unrefitted: list[str] = []
@@ -186,16 +150,10 @@ class LayerStep:
         return Refits(tuple(chosen), tuple(unrefitted), growth, held)
 
     def commit(self, weights: Sequence[Tensor], kept: Sequence[int] | None = None) -> None:
-        """Write the refitted weights; the batches go on through them.
+        """Write one refitted matrix (p, m) for each `known` consumer; batches go on through them.
 
-        Where a consumer has a bias, that takes up what changes in the means.
-
-        Parameters
-        ----------
-        weights
-            One matrix (p, m) for each consumer that is `known`.
-        kept
-            The units that stay: the others leave consumers of which nothing is known, too.
+        Where a consumer has a bias, that takes up what changes in the means.  The units that are
+        not kept leave consumers of which nothing is known, too.
 
         Raises
         ------
@@ -217,13 +175,7 @@ class LayerStep:
                 gram.linear_map.write_weight(W)
 
     def adopt(self, written: Iterable[Tensor]) -> None:
-        """Write what another rank has committed, so that all run through the same weights.
-
-        Parameters
-        ----------
-        written
-            Of each consumer its matrix (p, m) and, if it has one, its bias (m,).
-        """
+        """Write what another rank has committed, as `LinearMap.read` of each consumer has it."""
         tensors = iter(written)
         with self._written():
             for consumer in self.consumers:

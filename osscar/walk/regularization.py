@@ -44,21 +44,11 @@ def best_regularization(
     damps: Sequence[float] = DAMPS,
     share: float | None = None,
 ) -> tuple[float, float]:
-    """Return the damping and the share whose refit serves the held-out samples best.
+    """Return the damping, of those given, and the share whose refit serves held-out samples best.
 
-    The units kept are those that weights and inputs of the largest norm belong to: what is best
-    hardly depends on them.
-
-    Parameters
-    ----------
-    accumulators
-        What the consumers of one group read; those of which nothing was held out have no say.
-    keep
-        How many units stay.
-    damps
-        Which to choose from.
-    share
-        Of the corrections, where that is given.
+    The share may be given, too.  Consumers of which nothing was held out have no say.  The units
+    kept are those that weights and inputs of the largest norm belong to: what is best hardly
+    depends on them.
     """
     read = [(one, one.fitted.centred()) for one in accumulators if not one.unread]
     sizes = _sizes(read)

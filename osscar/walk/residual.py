@@ -7,9 +7,10 @@ before), which tells it from all other tensors whatever the model's code looks l
 
 from __future__ import annotations
 
+import abc
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import torch
@@ -20,117 +21,96 @@ from osscar.network.hooks import hooks
 from osscar.network.modules import fresh
 
 _ADDITIONS = frozenset(
-    {
-        torch.add,
-        Tensor.add,
-        Tensor.add_,
-        Tensor.__add__,
-        Tensor.__radd__,
-        Tensor.__iadd__,
-    }
+    {torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__radd__, Tensor.__iadd__}
 )
-
 _RESHAPES = frozenset(
     {torch.reshape, Tensor.reshape, Tensor.view, torch.unflatten, Tensor.unflatten}
 )
 """What mixtures of experts, which work on a matrix of tokens, do with their outputs."""
 
+Place: TypeAlias = tuple[str, int, str, int | str]
+"""A tensor that passes a module: its name, which of its calls, counted from 0, whether it is read
+(``"in"``) or put out (``"out"``), and its position or name there."""
 
-@dataclass(frozen=True)
-class Place:
-    """A tensor that passes a module: the n-th call of it, and which of what it reads or puts out.
 
-    Parameters
-    ----------
-    module
-        Its qualified name.
-    call
-        Counted from 0.
-    key
-        ``"in"`` or ``"out"``, and the position or name.
-    """
+class _Passing:
+    """Tells of all tensors that modules read and put out, in their order."""
 
-    module: str
-    call: int
-    key: tuple[str, int | str]
+    def __init__(self) -> None:
+        self.calls: dict[str, int] = defaultdict(int)
+
+    def read(self, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        """Take what a module is called with."""
+        self._tell(name, "in", [*enumerate(args), *kwargs.items()])
+
+    def put_out(self, name: str, result: Any) -> None:
+        """Take what a module puts out; its call is over."""
+        several = result if isinstance(result, tuple | list) else (result,)
+        self._tell(name, "out", enumerate(several))
+        self.calls[name] += 1
+
+    def _tell(self, name: str, side: str, values: Iterable[tuple[int | str, Any]]) -> None:
+        for key, value in values:
+            if isinstance(value, Tensor):
+                self.see((name, self.calls[name], side, key), value)
+
+    @abc.abstractmethod
+    def see(self, place: Place, tensor: Tensor) -> None:
+        """Take one of them."""
 
 
 def streams(
     model: nn.Module, example: Mapping[str, Any], names: Sequence[str]
 ) -> dict[str, tuple[Place, ...]]:
-    """Return where the tensors pass that are added to what consumers put out.
+    """Run a model once; return where the tensors pass that are added to what consumers put out.
 
-    Parameters
-    ----------
-    model
-        The model; it is run once.
-    example
-        Its inputs.
-    names
-        The consumers.
-
-    Returns
-    -------
-    dict
-        By consumer, only of those that are called once, and to whose output something is added
-        that has passed a module before, unchanged since.  That may have other leading dimensions.
+    That is by the name of the consumer, only of those that are called once, and to whose output
+    something is added that has passed a module before, unchanged since.  It may have other leading
+    dimensions.
     """
     watch = _Watch(set(names))
     inner = [name for name, _ in model.named_modules() if name]
     with torch.no_grad(), hooks(model, inner, watch.before, watch.after), watch:
         model(**fresh(example))
     return {
-        name: tuple(sum.added)
-        for name, sum in watch.sums.items()
-        if sum.added and watch.calls.get(name) == 1
+        name: tuple(added)
+        for name, added in watch.added.items()
+        if added and watch.calls[name] == 1
     }
 
 
-@dataclass(eq=False)
-class _Sum:
-    """What has been added to the output of a consumer so far."""
-
-    before: int
-    """How many tensors had been seen when it was called."""
-    added: list[Place] = field(default_factory=list)
-
-
-@dataclass(frozen=True, eq=False)
-class _Sighting:
-    place: Place
-    number: int
-    version: int
-
-
-class _Watch(TorchFunctionMode):
+class _Watch(_Passing, TorchFunctionMode):
     """Follows additions through one forward pass."""
 
     def __init__(self, names: set[str]) -> None:
-        super().__init__()
-        self.names, self.calls = names, dict[str, int]()
-        self.sums: dict[str, _Sum] = {}
+        TorchFunctionMode.__init__(self)
+        _Passing.__init__(self)
+        self.names = names
+        self.added: dict[str, list[Place]] = {}
+        """What has been added to the output of each consumer so far."""
+        self._begun: dict[str, int] = {}
+        """How many tensors had been seen when it was called."""
         self._alive: list[Tensor] = []
         """Tensors are told apart by their addresses, which must not be used again."""
-        self._seen: dict[int, _Sighting] = {}
-        self._parts: dict[int, set[str]] = {}
+        self._seen: dict[int, tuple[Place, int, int]] = {}
+        """By address: where it was first seen, after how many tensors, and in which version."""
+        self._parts: dict[int, set[str]] = defaultdict(set)
+        """The consumers whose outputs a tensor holds, by address."""
 
     def before(self, name: str, _: nn.Module, args: Any, kwargs: Any) -> None:
-        for key, value in _inputs(args, kwargs):
-            self._see(Place(name, self.calls.get(name, 0), key), value)
+        self.read(name, args, kwargs)
         if name in self.names:
-            self.sums[name] = _Sum(len(self._alive))
+            self.added[name], self._begun[name] = [], len(self._alive)
 
     def after(self, name: str, _: nn.Module, args: Any, kwargs: Any, result: Any) -> None:
-        for key, value in _outputs(result):
-            self._see(Place(name, self.calls.get(name, 0), key), value)
+        self.put_out(name, result)
         if name in self.names and isinstance(result, Tensor):
-            self._parts.setdefault(id(result), set()).add(name)
-        self.calls[name] = self.calls.get(name, 0) + 1
+            self._parts[id(result)].add(name)
 
-    def _see(self, place: Place, tensor: Tensor) -> None:
+    def see(self, place: Place, tensor: Tensor) -> None:
         known = self._seen.get(id(tensor))
-        if not tensor.is_inference() and (known is None or known.version != tensor._version):
-            self._seen[id(tensor)] = _Sighting(place, len(self._alive), tensor._version)
+        if not tensor.is_inference() and (known is None or known[2] != tensor._version):
+            self._seen[id(tensor)] = place, len(self._alive), tensor._version
         self._alive.append(tensor)
 
     def __torch_function__(
@@ -139,7 +119,7 @@ class _Watch(TorchFunctionMode):
         adding = func in _ADDITIONS and len(args) >= 2 and not (kwargs or {}).get("alpha")
         versions = [t._version for t in args[:2] if _plain(t)] if adding else []
         result = func(*args, **(kwargs or {}))
-        if adding and len(versions) == 2 and isinstance(result, Tensor):
+        if len(versions) == 2 and isinstance(result, Tensor):
             self._alive += [result, *args[:2]]
             self._add(args[0], versions[0], args[1], result)
             self._add(args[1], versions[1], args[0], result)
@@ -151,65 +131,37 @@ class _Watch(TorchFunctionMode):
             and result.shape[-1:] == source.shape[-1:]
         ):
             self._alive.append(result)
-            self._parts.setdefault(id(result), set()).update(self._parts[id(source)])
+            self._parts[id(result)] |= self._parts[id(source)]
         return result
 
     def _add(self, other: Tensor, version: int, own: Tensor, result: Tensor) -> None:
         """Note that `other` was added to what holds outputs of some consumers."""
         for name in self._parts.get(id(own), ()):
-            known = self._seen.get(id(other))
-            early = known is not None and known.number < self.sums[name].before
-            if known and early and known.version == version and other.shape == own.shape:
-                self.sums[name].added.append(known.place)
-            self._parts.setdefault(id(result), set()).add(name)
+            place, number, known = self._seen.get(id(other), (None, 0, 0))
+            early = place is not None and number < self._begun[name]
+            if place is not None and early and known == version and other.shape == own.shape:
+                self.added[name].append(place)
+        if id(own) in self._parts:
+            self._parts[id(result)] |= self._parts[id(own)]
 
 
 def _plain(value: object) -> bool:
     return isinstance(value, Tensor) and not value.is_inference()
 
 
-_Named: TypeAlias = "list[tuple[tuple[str, int | str], Tensor]]"
-
-
-def _inputs(args: Sequence[Any], kwargs: Mapping[str, Any]) -> _Named:
-    named: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
-    return [(("in", key), value) for key, value in named if isinstance(value, Tensor)]
-
-
-def _outputs(result: Any) -> _Named:
-    several = result if isinstance(result, tuple | list) else (result,)
-    return [(("out", i), value) for i, value in enumerate(several) if isinstance(value, Tensor)]
-
-
-class Keeper:
-    """Keeps what passes the places of one forward pass until the consumers are called.
-
-    Parameters
-    ----------
-    places
-        As `streams` returns them.
-    """
+class Keeper(_Passing):
+    """Keeps what passes the places of one forward pass until the consumers are called."""
 
     def __init__(self, places: Mapping[str, tuple[Place, ...]]) -> None:
+        super().__init__()
         self._places = places
         self._last = {place: name for name, some in places.items() for place in some}
-        self._calls: dict[str, int] = {}
         self._kept: dict[Place, Tensor] = {}
 
-    def note_inputs(self, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-        """Keep what is wanted of what a module is called with."""
-        self._note(name, _inputs(args, kwargs))
-
-    def note_outputs(self, name: str, result: Any) -> None:
-        """Keep what is wanted of what a module puts out; its call is over."""
-        self._note(name, _outputs(result))
-        self._calls[name] = self._calls.get(name, 0) + 1
-
-    def _note(self, name: str, found: _Named) -> None:
-        for key, value in found:
-            place = Place(name, self._calls.get(name, 0), key)
-            if place in self._last:
-                self._kept[place] = value
+    def see(self, place: Place, tensor: Tensor) -> None:
+        """Keep what is wanted."""
+        if place in self._last:
+            self._kept[place] = tensor
 
     def take(self, consumer: str) -> Tensor | None:
         """Return the sum of what will be added to a consumer's output; None if nobody knows."""
@@ -228,26 +180,16 @@ class Keeper:
 def kept_streams(
     model: nn.Module, modules: Iterable[str], keeper: Callable[[], Keeper | None]
 ) -> AbstractContextManager[None]:
-    """Show the keeper of the pass that is running what modules read and put out.
-
-    Parameters
-    ----------
-    model
-        The model.
-    modules
-        Which of its modules to watch.
-    keeper
-        Returns it; None if nobody keeps anything.
-    """
+    """Show the keeper of the pass that is running, if any, what some modules read and put out."""
 
     def before(name: str, _: nn.Module, args: Any, kwargs: Any) -> None:
         own = keeper()
         if own is not None:
-            own.note_inputs(name, args, kwargs)
+            own.read(name, args, kwargs)
 
     def after(name: str, _: nn.Module, args: Any, kwargs: Any, result: Any) -> None:
         own = keeper()
         if own is not None:
-            own.note_outputs(name, result)
+            own.put_out(name, result)
 
     return hooks(model, modules, before, after)

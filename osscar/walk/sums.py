@@ -135,20 +135,11 @@ class Sums:
     def given_up(
         self, W0: Tensor, share: float
     ) -> tuple[Symmetric, tuple[Tensor, float] | None, Tensor]:
-        """Return least squares with these inputs; the matrices of sums are written to, and gone.
+        """Return least squares with these inputs and the targets ``Y = X W0 + share D``.
 
-        Parameters
-        ----------
-        W0
-            Dense weights, (p, m).
-        share
-            Of the corrections in the targets ``Y = X W0 + share D``.
-
-        Returns
-        -------
-        tuple
-            Half of ``X'X/N``; ``X'Y/N`` and ``|Y|^2/N``, or None where ``Y = X W0``; variances of
-            the inputs, (p,).  Where a bias takes up means, all are about these.
+        That is half of ``X'X/N``; ``X'Y/N`` and ``|Y|^2/N``, or None where ``Y = X W0``; variances
+        of the inputs, (p,).  Where a bias takes up means, all are about these.  The matrices of
+        sums are written to, and gone.
         """
         n, H, C, energy = self.positions, self._sums(), self.cross, self.energy / self.positions
         self.gram = self.cross = None

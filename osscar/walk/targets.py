@@ -34,14 +34,9 @@ class Target(enum.StrEnum):
         dense_stream: Tensor | None = None,
         pruned_stream: Tensor | None = None,
     ) -> Tensor:
-        """Return D in the shape of a consumer's output.
+        """Return D, given what a consumer with dense weights puts out in each stream, in its shape.
 
-        Parameters
-        ----------
-        dense, pruned
-            What the consumer puts out with its dense weights, in either stream.
-        dense_stream, pruned_stream
-            What is added to it, where that is known; it may lie in other leading dimensions.
+        What is added to it, where that is known, may lie in other leading dimensions.
         """
         D = dense - pruned
         if self is Target.RESIDUAL and dense_stream is not None and pruned_stream is not None:

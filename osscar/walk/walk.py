@@ -30,7 +30,7 @@ from osscar.base.timing import Stage, timed
 from osscar.data.batches import Batch, ModelInputs
 from osscar.network.modules import fresh
 from osscar.offload.activation_offload import ActivationOffload
-from osscar.offload.on_disk import room_beside
+from osscar.offload.on_disk import room_for
 from osscar.preparation.failures import batch_named
 from osscar.preparation.linear_maps import linear_maps
 from osscar.preparation.prepare import Prepared
@@ -149,7 +149,7 @@ class Walk:
         needed = sum((1 + held) * sum_bytes(one, corrections=corrections) for one in maps)
         with (
             memory_for(f"Gram matrices of {group.name!r} with {inputs} inputs", FOR_MATRICES),
-            room_beside(self._model, needed),
+            room_for(self._model, needed, beside=True),
         ):
             return tuple(GramAccumulator(one, held=held, corrections=corrections) for one in maps)
 
@@ -279,7 +279,7 @@ class Walk:
             return None if run is None else run.keeper
 
         read = self._names | (set(self._originals) if self._target.needs_dense else set())
-        passed = {place.module for places in self._places.values() for place in places}
+        passed = {module for places in self._places.values() for module, *_ in places}
         with (
             kept_streams(self._model, passed, keeper),
             reads(self._model, read, before, after),

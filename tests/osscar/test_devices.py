@@ -23,7 +23,7 @@ from osscar.offload import activation_offload, on_disk, places, sources
 from osscar.offload.activation_offload import ActivationOffload
 from osscar.offload.device_memory import DeviceMemory, memory_of
 from osscar.offload.on_disk import OnDisk, is_on_disk, shelf_of
-from osscar.offload.places import Filled, Place, StagingBuffers
+from osscar.offload.places import Place
 from osscar.offload.shelf import Shelf
 from osscar.preparation import prepare as opening
 from osscar.pruning.prune import prune_as_asked
@@ -208,7 +208,7 @@ def test_what_is_done_to_values_on_disk_is_done_on_the_card(card, tmp_path):
         model = osscar.load_model(dense, device="cpu", max_memory="64GB").model
         weight = model.model.decoder.layers[0].fc1.weight
         assert card.place(weight.index_select(0, index).double().values()) == "card"
-        filled = weight.like(weight.place.then(Filled(1, index)))
+        filled = weight.like(weight.place.zeroed(1, index))
         assert card.place(filled.values()) == "card"
         weight.data = weight.values() * 2  # by way of a file
         assert card.place(weight.values()) == card.place(weight + 1) == "card"
@@ -302,37 +302,6 @@ def test_tracing_takes_no_memory_on_a_card(streamed):
         assert {p.device.type for p in streamed.parameters()} == {"cpu"}
         assert small["input_ids"].device.type == "cpu"
     assert device_of(streamed) == CARD
-
-
-def test_no_piece_is_written_over_before_it_has_been_copied(monkeypatch):
-    told, empty = [], torch.empty
-
-    class Event:
-        def __init__(self):
-            self.name = len(told)
-            told.append("made")
-
-        def synchronize(self):
-            told.append(("waited for", self.name))
-
-        def record(self, stream):
-            told.append(("copied", self.name))
-
-    def pinned(*shape, pin_memory, **options):
-        return empty(*shape, **options)
-
-    monkeypatch.setattr(torch, "empty", pinned)
-    monkeypatch.setattr(torch.cuda, "Event", Event)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
-    pieces = StagingBuffers(4, torch.float32, CARD)
-    pieces._device = torch.device("cpu")
-    rooms = []
-    for _ in range(3):
-        rooms.append(pieces.next(3).data_ptr())
-        pieces.sent(pieces._buffers[pieces._turn])
-    assert rooms[0] == rooms[2] != rooms[1]
-    one, other = [("waited for", 1), ("copied", 1)], [("waited for", 0), ("copied", 0)]
-    assert told == ["made", "made", *one, *other, *one]
 
 
 # ---- memory of a card --------------------------------------------------------------------
