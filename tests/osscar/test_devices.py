@@ -94,9 +94,8 @@ def test_a_tensor_that_is_made_on_the_host_is_seen(card):
     [
         ("opt", {"heads": 0.5, "neurons": 0.5}),
         ("qwen2", {"heads": 0.5, "neurons": 0.5, "target": "weights", "damp": 0.1}),
-        ("qwen2", {"sparsity": 0.4}),
+        ("qwen2", {"sparsity": 0.4, "certify": True}),
         ("opt", {"flops": 0.7, "allocation": "fluctuation"}),
-        ("opt", {"neurons": 0.5, "certify": True}),
     ],
     ids=str,
 )
@@ -114,11 +113,8 @@ def test_a_language_model_is_pruned_where_it_is(family, asked, card):
 @pytest.mark.parametrize(
     "asked",
     [
-        {"channels": 0.5},
         {"channels": 0.5, "residual": 0.5},
-        {"sparsity": 0.4},
-        {"channels": 0.5, "batch_norm": "estimate", "target": "outputs"},
-        {"channels": 0.5, "form": "graph"},
+        {"channels": 0.5, "batch_norm": "estimate", "target": "outputs", "form": "graph"},
         {"speedup": 1.05},
     ],
     ids=str,
@@ -150,7 +146,6 @@ def test_an_estimate_is_made_where_the_model_is(card):
 STREAMED = [
     ("opt", {"heads": 0.5, "neurons": 0.7, "target": "weights"}),  # which its config cannot say
     ("qwen2", {"neurons": 0.5, "heads": 0.5}),  # tied, with rotary frequencies that are computed
-    ("gpt2", {"sparsity": 0.3, "allocation": "fluctuation"}),
 ]
 
 
@@ -216,8 +211,7 @@ def test_what_is_done_to_values_on_disk_is_done_on_the_card(card, tmp_path):
             assert card.place(values) == "card"
 
 
-@pytest.mark.parametrize("target", ["weights", "residual"])
-def test_batches_that_wait_on_disk_come_back_to_where_they_were(target, card, monkeypatch):
+def test_batches_that_wait_on_disk_come_back_to_where_they_were(card, monkeypatch):
     written, put = [], ActivationOffload.put
 
     def counted(self):
@@ -230,7 +224,7 @@ def test_batches_that_wait_on_disk_come_back_to_where_they_were(target, card, mo
         with opening.prepare(model, tokens(), batch_size=3) as ready:
             groups = [group for group in ready.groups if group.prunable]
             ready = dataclasses.replace(ready, waiting_on_disk=True)
-            for site in walk(ready, groups, target=Target(target), held=2):
+            for site in walk(ready, groups, target=Target.RESIDUAL, held=2):
                 problem = site.problem(site.group.units // 2, 1e-2)
                 assert {card.place(c.H) for c in problem.consumers} == {"card"}
                 site.commit([gram.linear_map.read_weight() * 0.9 for gram in site.grams])
@@ -263,11 +257,9 @@ def test_parameters_on_disk_are_on_the_device_of_their_shelf(streamed):
         weight.to("meta")
 
 
-@pytest.mark.parametrize("device", ["cuda", f"cuda:{max(7, torch.cuda.device_count())}"])
-def test_a_card_that_is_not_there_is_refused_as_for_a_plain_parameter(tmp_path, device):
+def test_a_card_that_is_not_there_is_refused_as_for_a_plain_parameter(tmp_path):
     streamed = read_streamed(written(tmp_path / "dense", "opt"), Shelf(1 << 40), torch.float32)
-    if device == "cuda" and torch.cuda.is_available():
-        pytest.skip("there is a card")
+    device = f"cuda:{max(7, torch.cuda.device_count())}"
     with pytest.raises((RuntimeError, AssertionError)) as refused:
         nn.Linear(1, 1).to(device)
     with pytest.raises(refused.type, match=re.escape(str(refused.value).splitlines()[0])):
@@ -389,15 +381,15 @@ ON_CARDS = [
 ]
 
 
-@pytest.mark.sampled(9)
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize(("backend", "width"), ON_CARDS)
 def test_a_backend_computes_where_its_problem_is(backend, width, card):
     generator = torch.Generator().manual_seed(0)
-    X = torch.randn(64, 8 * width, generator=generator, dtype=torch.float64)
-    W0 = torch.randn(8 * width, 4, generator=generator, dtype=torch.float64)
+    X = torch.randn(64, 6 * width, generator=generator, dtype=torch.float64)
+    W0 = torch.randn(6 * width, 4, generator=generator, dtype=torch.float64)
     card.put([X, W0])
     with card.watched():
-        problem = solvers.SubsetProblem.from_gram(X.T @ X / 64, W0, keep=4, units=8)
+        problem = solvers.SubsetProblem.from_gram(X.T @ X / 64, W0, keep=3, units=6)
         solution = solvers.solve(problem, backend, bound=True)
         solution.verify()
     assert {card.place(x) for x in (solution.support, *solution.weights)} == {"card"}
@@ -421,14 +413,12 @@ def test_the_benchmark_compares_a_device_with_the_cpu(monkeypatch):
     assert "all (the same units)" in lines[-1]
 
 
-def test_what_memory_does_not_hold_is_left_out(monkeypatch):
+def test_what_memory_does_not_hold_or_takes_too_long_is_told(monkeypatch):
     monkeypatch.setattr(gpu, "memory_of", lambda device: 8 * 4 * 64**2)
     lines = gpu.solver_table([48, 96], torch.device("cpu"), "magnitude")
     assert "no memory" not in lines[2]
     assert lines[3].count("no memory") == 2
-
-
-def test_what_takes_too_long_is_told(monkeypatch):
+    monkeypatch.undo()
     took = gpu.Solved(1.0, frozenset(), 0.5, 0)
     monkeypatch.setattr(gpu, "solved", lambda p, *_: dataclasses.replace(took, seconds=p**2 / 1e4))
     lines = gpu.solver_table([100, 200, 4000], torch.device("cpu"), "magnitude", patience=60)

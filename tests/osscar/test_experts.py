@@ -1,7 +1,6 @@
 """Mixtures of experts: what their experts read, refits of them, and what becomes of the model."""
 
 import copy
-import dataclasses
 import logging
 
 import pytest
@@ -15,17 +14,13 @@ from osscar.allocation.curvature import Factors, curvature
 from osscar.base.errors import NonFiniteError
 from osscar.preparation.linear_maps import linear_maps
 from osscar.preparation.prepare import prepare
-from osscar.preparation.routing import Mixture, Routed
-from osscar.pruning.prune import prune_as_asked
-from osscar.pruning.run_log import RunLog
+from osscar.preparation.routing import Routed
 from osscar.request import PruningRequest
 from osscar.shrinking.shrink import could_fail_in_training, failure_in_training, masked
 from osscar.walk.residual import streams
 from osscar.walk.walk import walk
 from tests.osscar.families import tokens
-from tests.osscar.interruptions import TIMES
 from tests.osscar.mixtures import MIXTURES, mixture
-from tests.osscar.test_run_log import Killed
 
 PLAIN = {"target": "weights", "damp": 1e-6, "device": "cpu"}
 KERNELS = ("grouped_mm", "batched_mm", "eager")
@@ -68,7 +63,7 @@ def by_hand(experts, x, expert):
 # ---- families ----------------------------------------------------------------------------
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("family", MIXTURES)
 def test_experts_lose_neurons_and_the_model_is_proved_saved_and_loaded(family, tmp_path):
     model, data = mixture(family), tokens(16, 24)
@@ -100,7 +95,7 @@ def test_experts_lose_neurons_and_the_model_is_proved_saved_and_loaded(family, t
 # ---- what experts read -------------------------------------------------------------------
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("family", ["mixtral", "gpt-oss", "qwen3-moe"])
 def test_what_experts_read_is_found_whatever_multiplies_them(family, kernel):
@@ -109,14 +104,16 @@ def test_what_experts_read_is_found_whatever_multiplies_them(family, kernel):
         for group in of_experts(ready):
             maps = linear_maps(ready.model, group)
             experts = ready.model.get_submodule(maps[0].name)
+            before = {name: p.detach().clone() for name, p in experts.named_parameters()}
             [(x, y)] = calls(ready.model, maps[0].name, data)
-            total = torch.zeros_like(y, dtype=torch.float64)
+            D, corrected, total = torch.randn_like(y), *torch.zeros(2, *y.shape).double()
             for one in maps:
                 X, token = by_hand(experts, x, one.expert)
                 [found] = one.read_inputs(x)
                 assert (found - X).abs().max() < 1e-5 * X.abs().max()
                 assert one.passed_over(x) == data.numel() - len(X)
                 total.index_add_(0, token, X @ one.read_weight())
+                corrected.index_add_(0, token, one.read_corrections(D, x))
                 # Its rows of the output are those of its tokens.
                 assert torch.equal(one.read_outputs(y, x), y[token])
             if experts.has_bias:
@@ -124,19 +121,8 @@ def test_what_experts_read_is_found_whatever_multiplies_them(family, kernel):
                     bias = experts.down_proj_bias[x.experts[:, slot]]
                     total += x.weights[:, slot, None] * bias
             assert (total - y).abs().max() < 1e-5 * y.abs().max()
-
-
-def test_shares_of_a_correction_add_up_to_it():
-    model, data = mixture("mixtral"), tokens(3, 16)
-    with prepare(model, data) as ready:
-        (group, _) = of_experts(ready)
-        maps = linear_maps(ready.model, group)
-        [(x, y)] = calls(ready.model, maps[0].name, data)
-    D, total = torch.randn_like(y), torch.zeros_like(y, dtype=torch.float64)
-    for one in maps:
-        _, token = by_hand(one.module, x, one.expert)
-        total.index_add_(0, token, one.read_corrections(D, x))
-    assert (total - D).abs().max() < 1e-6
+            assert (corrected - D).abs().max() < 1e-6  # the shares of a correction add up to it
+            assert all(torch.equal(p, before[name]) for name, p in experts.named_parameters())
 
 
 def test_experts_know_the_residual_stream_that_their_output_is_added_to():
@@ -242,7 +228,7 @@ def test_only_the_last_matrices_of_experts_are_refitted(kind):
 # ---- refits ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", ["mixtral", "gpt-oss"])
+@pytest.mark.parametrize("family", ["gpt-oss"])
 def test_weights_are_those_of_least_squares_for_each_expert(family):
     """In double precision, from what is computed by hand; the first layer, on the dense stream."""
     model, data = mixture(family), tokens(16, 24)
@@ -272,6 +258,7 @@ def never_sent_to(model, expert):
 
 
 def test_an_expert_that_no_token_reaches_keeps_its_rows_and_says_so():
+    """And is masked like all others in the model that the walk leaves."""
     model, data = never_sent_to(mixture("gpt-oss"), 2), tokens(16, 24)
     with pytest.warns(UserWarning, match=r"no calibration token is sent to .*experts\[2\], whose"):
         result = osscar.prune(model, data, neurons=0.5, device="cpu")
@@ -282,6 +269,18 @@ def test_an_expert_that_no_token_reaches_keeps_its_rows_and_says_so():
         dense, small = (m.get_submodule(name).down_proj for m in (model, result.model))
         assert torch.equal(small[2], dense[2, list(group.kept)])
         assert not torch.equal(small[1], dense[1, list(group.kept)])
+    dense = copy.deepcopy(model)
+    with torch.no_grad():
+        for group in result.plan.groups:
+            name = group.name.removesuffix(".neurons")
+            whole, small = (m.get_submodule(name) for m in (dense, result.model))
+            whole.down_proj[:, list(group.kept)] = small.down_proj
+        for layer in (*dense.model.layers, *result.model.model.layers):
+            layer.mlp.router.bias[2] = 1e9  # all tokens
+        with masked(dense, result.plan):
+            expected = dense(input_ids=data).logits
+        found = result.model(input_ids=data).logits
+    assert (found - expected).abs().max() < 1e-4 * expected.abs().max()
 
 
 def test_too_few_tokens_for_an_expert_are_told_once_a_layer():
@@ -315,29 +314,6 @@ def test_widths_are_those_that_kernels_take():
     assert any("widths that are multiples of 4" in reason for reason in reasons)
 
 
-def test_a_run_that_was_killed_ends_with_the_same_bits(tmp_path, monkeypatch):
-    request = PruningRequest(neurons=0.5, device="cpu")
-    data, original = tokens(16, 24), RunLog.append
-    whole = prune_as_asked(mixture("gpt-oss"), data, request)
-
-    def append(self, index, record):
-        original(self, index, record)
-        raise Killed
-
-    monkeypatch.setattr(RunLog, "append", append)
-    log = RunLog(tmp_path / "log")
-    with pytest.raises(Killed):
-        prune_as_asked(mixture("gpt-oss"), data, request, log)
-    monkeypatch.undo()
-    again = prune_as_asked(mixture("gpt-oss"), data, request, log)
-    for key, value in whole.model.state_dict().items():
-        assert torch.equal(value, again.model.state_dict()[key]), key
-    unlike = dict.fromkeys(TIMES, 0.0)
-    assert [dataclasses.replace(layer, **unlike) for layer in again.layers] == [
-        dataclasses.replace(layer, **unlike) for layer in whole.layers
-    ]
-
-
 # ---- budgets -----------------------------------------------------------------------------
 
 
@@ -366,12 +342,10 @@ def test_factors_are_those_of_the_gradients_of_each_token():
         assert found.energy == pytest.approx(float(energies[expert, 0, 0]), rel=1e-4)
 
 
-@pytest.mark.sampled(3)
-@pytest.mark.parametrize("budget", [{"params": 0.85}, {"flops": 0.85}, {"sparsity": 0.2}])
 @pytest.mark.parametrize("allocation", ["curvature", "uniform", "fluctuation"])
-def test_experts_share_budgets(budget, allocation):
+def test_experts_share_budgets(allocation):
     with prepare(never_sent_to(mixture("gpt-oss"), 2), tokens(16, 24)) as ready:
-        found = allocate(ready, PruningRequest(**budget, allocation=allocation))
+        found = allocate(ready, PruningRequest(flops=0.85, allocation=allocation))
     experts = {name: kept for name, kept in found.keep.items() if name.endswith("experts.neurons")}
     assert experts
     assert all(kept % 4 == 0 for kept in experts.values())
@@ -387,36 +361,6 @@ def test_gradients_reach_experts_although_one_is_sent_nothing():
 
 
 # ---- masked and smaller ------------------------------------------------------------------
-
-
-def test_the_walk_leaves_what_masking_makes_of_the_model():
-    """An expert that keeps its rows is masked like all others."""
-    model, data = never_sent_to(mixture("gpt-oss"), 2), tokens(16, 24)
-    with pytest.warns(UserWarning, match="no calibration token"):
-        result = osscar.prune(model, data, neurons=0.5, device="cpu")
-    dense = copy.deepcopy(model)
-    with torch.no_grad():
-        for group in result.plan.groups:
-            name = group.name.removesuffix(".neurons")
-            whole, small = (m.get_submodule(name) for m in (dense, result.model))
-            whole.down_proj[:, list(group.kept)] = small.down_proj
-        for layer in (*dense.model.layers, *result.model.model.layers):
-            layer.mlp.router.bias[2] = 1e9  # all tokens
-        with masked(dense, result.plan):
-            expected = dense(input_ids=data).logits
-        found = result.model(input_ids=data).logits
-    assert (found - expected).abs().max() < 1e-4 * expected.abs().max()
-
-
-def test_weights_of_a_mixture_are_as_they_were_after_they_were_read():
-    model, data = mixture("gpt-oss"), tokens(3, 16)
-    [(x, _)] = calls(model, "model.layers.0.mlp.experts", data)
-    experts = model.model.layers[0].mlp.experts
-    before = {name: (p, p.detach().clone()) for name, p in experts.named_parameters()}
-    Mixture("experts", experts, "down_proj", 1).visits(x)
-    for name, parameter in experts.named_parameters():
-        assert parameter is before[name][0]
-        assert torch.equal(parameter, before[name][1])
 
 
 def test_a_program_of_experts_is_shrunk_whichever_kernel_they_run():
@@ -439,10 +383,8 @@ def test_nothing_is_printed_of_what_torch_refuses_on_trial(caplog):
     assert not [record for record in caplog.records if record.levelname == "ERROR"]
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
-def test_code_for_training_of_a_mixture_is_tried(kernel):
-    model = mixture("mixtral")
-    model.config._experts_implementation = kernel
+def test_code_for_training_of_a_mixture_is_tried():
+    model = mixture("mixtral", kernel="eager")
     assert could_fail_in_training(model, {"input_ids": tokens()[:2]})
     model.model.layers[0].mlp.experts.down_proj.data = torch.zeros(4, 32, 12)
     assert "experts" in failure_in_training(model, {"input_ids": tokens()[:2]})

@@ -15,7 +15,6 @@ from osscar.cli import main
 from osscar.data.images import ImageSet
 from osscar.data.preprocessing import Preprocessing
 from osscar.data.tensors import TensorSet
-from osscar.data.text import TextSet
 from osscar.evaluation.quality import score
 from osscar.network.predictions import known_prediction, scored_output
 from osscar.preparation.repeatable import check_repeatable
@@ -60,7 +59,6 @@ class Stubborn(nn.Dropout):
 
 CHANCE = {
     "dropout": (lambda: Net(lambda x: F.dropout(x, 0.5)), r"module 'body' \(Body\)"),
-    "noise": (lambda: Net(lambda x: x + torch.randn_like(x)), r"module 'body' \(Body\)"),
     "module": (lambda: Net(Stubborn(0.5).train()), r"module 'body\.inside' \(Stubborn\)"),
     "elsewhere": (
         lambda: Net(answer=lambda x, y: y * random.random()),
@@ -89,13 +87,15 @@ def _pictures():
     return ImageSet("pictures", pixels, Preprocessing(12, 12, (0.5,), (0.25,), channels=3))
 
 
-@pytest.mark.parametrize("kind", CHANCE)
-def test_a_model_whose_two_passes_differ_is_refused_and_left_as_it_was(kind):
-    build, module = CHANCE[kind]
-    model, drawn = build().eval(), torch.get_rng_state()
-    with pytest.raises(ModelError, match=f"{DIFFER} by .* begins in {module}.*in training"):
-        check_repeatable(model, {"x": images(2)})
-    assert torch.equal(torch.get_rng_state(), drawn)
+def test_a_model_whose_two_passes_differ_is_refused_and_left_as_it_was():
+    drawn = torch.get_rng_state()
+    for build, module in CHANCE.values():
+        model = build().eval()
+        torch.set_rng_state(drawn)
+        with pytest.raises(ModelError, match=f"{DIFFER} by .* begins in {module}.*in training"):
+            check_repeatable(model, {"x": images(2)})
+        assert torch.equal(torch.get_rng_state(), drawn)
+        assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
 @pytest.mark.parametrize("use", USES)
@@ -114,52 +114,35 @@ def test_passes_that_round_otherwise_are_alike():
     assert result.layers
 
 
-def test_a_language_model_that_draws_is_not_scored():
-    demo = osscar.load_model("demo")
-    layer = demo.model.model.decoder.layers[1]
-    hook = layer.fc1.register_forward_hook(lambda module, args, y: F.dropout(y, 0.5))
-    try:
-        with pytest.raises(ModelError, match=r"differ by .* begins in module 'model.*\.fc1'"):
-            score([demo.model], TextSet.of(demo.tokenizer, "a text of some words " * 20))
-    finally:
-        hook.remove()
-
-
 # ---- which output is scored --------------------------------------------------------------
 
 ROWS, MAPS = torch.randn(4, 5), torch.randn(4, 2, 3)
 
 
-@pytest.mark.parametrize(
-    ("result", "certain"),
-    [
+def test_the_output_that_is_scored(recwarn):
+    for result, certain in (
         (ROWS, True),
-        ({"logits": ROWS, "other": torch.randn(4, 5)}, True),
         ({"other": torch.randn(4, 5), "logits": ROWS}, True),
         ({"y": ROWS}, True),
         ((torch.arange(4), ROWS), True),
         ((ROWS, MAPS), False),
         ([[MAPS.long(), ROWS], torch.randn(4, 5)], False),
         ({"maps": MAPS, "y": ROWS, "labels": torch.arange(4)}, False),
-    ],
-)
-def test_the_output_that_is_scored(result, certain, recwarn):
-    assert (known_prediction(result) is ROWS) == certain
-    assert scored_output(result, 4, "Net")[1] is ROWS
-    assert [("scored is" in str(w.message)) for w in recwarn] == ([] if certain else [True])
+    ):
+        recwarn.clear()
+        assert (known_prediction(result) is ROWS) == certain
+        assert scored_output(result, 4, "Net")[1] is ROWS
+        assert [("scored is" in str(w.message)) for w in recwarn] == ([] if certain else [True])
 
 
-@pytest.mark.parametrize(
-    ("result", "said"),
-    [
+def test_outputs_that_cannot_be_told_apart_are_refused_by_name():
+    for result, said in (
         ({"a": ROWS, "b": ROWS}, r"'a' \(4, 5\), 'b' \(4, 5\), and it is not known.*'logits'"),
         ({"a": MAPS, "b": {"c": MAPS}}, r"'a' \(4, 2, 3\), 'b\.c' \(4, 2, 3\), and"),
         ({"labels": torch.arange(4)}, "returned a dict without a floating-point tensor"),
-    ],
-)
-def test_outputs_that_cannot_be_told_apart_are_refused_by_name(result, said):
-    with pytest.raises(ModelError, match=said):
-        scored_output(result, 4, "Net")
+    ):
+        with pytest.raises(ModelError, match=said):
+            scored_output(result, 4, "Net")
 
 
 def test_agreement_is_that_of_the_logits_and_not_of_what_pruning_never_touched():

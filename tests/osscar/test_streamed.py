@@ -4,7 +4,6 @@ import dataclasses
 import hashlib
 import itertools
 import os
-import re
 import shutil
 import sys
 
@@ -13,7 +12,6 @@ import torch
 from greenlet import GreenletExit
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForCausalLM, BloomConfig
 
 import osscar
 from benchmarks.measuring import measured
@@ -93,18 +91,18 @@ def files(path):
 
 @pytest.mark.sampled(2)
 @pytest.mark.parametrize(
-    ("family", "asked"),
+    ("family", "dtype", "asked"),
     [
-        ("opt", {"neurons": 0.5, "target": "weights"}),
-        ("opt", {"sparsity": 0.4, "allocation": "fluctuation"}),
-        ("opt", {"heads": 0.5, "neurons": 0.7}),  # which its config cannot say
-        ("llama-gqa", {"heads": "2/3", "neurons": 0.5}),  # untied, with biases
-        ("qwen2", {"sparsity": 0.3, "allocation": "uniform"}),  # tied
-        ("gpt2", {"neurons": 0.5, "heads": 0.5, "target": "outputs"}),  # transposed weights
+        ("opt", torch.float32, {"neurons": 0.5, "target": "weights"}),
+        ("opt", torch.float32, {"sparsity": 0.4, "allocation": "fluctuation"}),
+        ("opt", torch.float32, {"heads": 0.5, "neurons": 0.7}),  # which its config cannot say
+        ("llama-gqa", torch.bfloat16, {"heads": "2/3", "neurons": 0.5}),  # untied, with biases
+        ("qwen2", torch.float16, {"sparsity": 0.3, "allocation": "uniform"}),  # tied
+        ("gpt2", torch.float32, {"neurons": 0.5, "heads": 0.5, "target": "outputs"}),  # transposed
     ],
 )
-def test_a_streamed_run_comes_to_the_same_bytes(tmp_path, family, asked):
-    dense = written(tmp_path / "dense", family, shards="60KB")
+def test_a_streamed_run_comes_to_the_same_bytes(tmp_path, family, dtype, asked):
+    dense = written(tmp_path / "dense", family, dtype=dtype, shards="60KB")
     plain, streamed = pruned(dense, None, **asked), pruned(dense, PLENTY, **asked)
     assert is_on_disk(streamed.model)
     assert not is_on_disk(plain.model)
@@ -113,23 +111,6 @@ def test_a_streamed_run_comes_to_the_same_bytes(tmp_path, family, asked):
     assert streamed.divergence == plain.divergence
     assert streamed.equivalence_error == plain.equivalence_error
     assert streamed.save(tmp_path / "streamed").stock is plain.save(tmp_path / "plain").stock
-    assert files(tmp_path / "streamed") == files(tmp_path / "plain")
-
-
-def test_heads_that_are_told_by_number_leave_a_streamed_model(tmp_path):
-    config = BloomConfig(vocab_size=VOCABULARY, hidden_size=32, n_layer=2, n_head=4)
-    dense = stored(tmp_path / "dense", AutoModelForCausalLM.from_config(config))
-    for name, memory in (("plain", None), ("streamed", PLENTY)):
-        pruned(dense, memory, heads=0.5).save(tmp_path / name)
-    assert files(tmp_path / "streamed") == files(tmp_path / "plain")
-
-
-@pytest.mark.sampled(1)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_weights_in_half_precision_stay_in_it_on_disk(tmp_path, dtype):
-    dense = written(tmp_path / "dense", "llama-gqa", dtype=dtype)
-    for name, memory in (("plain", None), ("streamed", PLENTY)):
-        pruned(dense, memory, neurons=0.5).save(tmp_path / name)
     assert files(tmp_path / "streamed") == files(tmp_path / "plain")
 
 
@@ -145,12 +126,8 @@ def test_no_weight_has_to_be_kept_in_memory(tmp_path):
     assert shelf_of(loaded.model).held_bytes < read / 4
 
 
-FIRST_NORM = re.compile(r"\d\.(input_layernorm|ln_1|self_attn_layer_norm)$")
-
-
-@pytest.mark.parametrize("family", ["qwen2", "gpt2", "opt"])
-def test_several_passes_read_each_block_once(tmp_path, family):
-    dense = written(tmp_path / "dense", family)
+def test_several_passes_read_each_block_once(tmp_path):
+    dense = written(tmp_path / "dense", "qwen2")
     inputs = [{"input_ids": windows(2)}, {"input_ids": windows(1, 12)}]
     expected = proof_outputs(osscar.load_model(dense).model, inputs, keeping=True)
     assert len(expected) == 3
@@ -166,7 +143,7 @@ def test_several_passes_read_each_block_once(tmp_path, family):
         found = proof_outputs(loaded.model, inputs, keeping=True)
     assert all(map(torch.equal, found, expected))
     # All passes come to a weight before any of them goes on to the next block.
-    norms = [id(m.weight) for n, m in loaded.model.named_modules() if FIRST_NORM.search(n)]
+    norms = [id(m.weight) for n, m in loaded.model.named_modules() if n.endswith("input_layernorm")]
     order = [name for name in reads if name in norms]
     assert order == [norm for norm in norms for _ in expected]
     assert len(norms) == 2
@@ -296,8 +273,7 @@ def test_one_layer_takes_no_more_than_is_said(kind, width, ffn, backend, target)
     assert after.peak - before.peak <= said <= 2 * (after.peak - before.peak)
 
 
-@pytest.mark.parametrize("target", ["weights", "residual"])
-def test_room_is_made_before_sums_are_begun(tmp_path, target, monkeypatch):
+def test_room_is_made_before_sums_are_begun(tmp_path, monkeypatch):
     """Or Gram matrices come on top of weights that fill the memory up to the limit."""
     dense = written(tmp_path / "dense", "opt")
     loaded, begun = osscar.load_model(dense, device="cpu", max_memory=PLENTY), []
@@ -309,7 +285,7 @@ def test_room_is_made_before_sums_are_begun(tmp_path, target, monkeypatch):
         init(self, linear_map, corrections=corrections)
 
     monkeypatch.setattr(Sums, "__init__", begin)
-    asked = {"neurons": 0.5, "target": target, "backend": "greedy", "batch_size": 3}
+    asked = {"neurons": 0.5, "target": "residual", "backend": "greedy", "batch_size": 3}
     osscar.prune(loaded.model, windows(), **asked)
     assert len(begun) == 2 * len(loaded.model.model.decoder.layers)
     pass_alone = shelf.left_free
@@ -318,11 +294,11 @@ def test_room_is_made_before_sums_are_begun(tmp_path, target, monkeypatch):
 
 @pytest.mark.filterwarnings("error:TypedStorage")
 def test_a_log_holds_values_and_no_parameters_on_disk(tmp_path):
-    loaded = osscar.load_model(DEMO_DIRECTORY, device="cpu", max_memory=PLENTY)
+    dense, log = written(tmp_path / "dense", "opt"), RunLog(tmp_path / "log")
+    loaded = osscar.load_model(dense, device="cpu", max_memory=PLENTY)
     request = PruningRequest(neurons=0.5, target="weights", backend="greedy", device="cpu")
-    tokens, log = torch.randint(2000, (8, 128)), RunLog(tmp_path / "log")
     with log.held():
-        prune_as_asked(loaded.model, tokens, request, log)
+        prune_as_asked(loaded.model, windows(), request, log)
     for file in log.directory.glob("*.safetensors"):
         assert all(bool(tensor.any()) for tensor in load_file(file).values())
 
@@ -351,8 +327,8 @@ def test_room_is_made_for_what_is_scored():
     assert shelf.left_free == before
 
 
-@pytest.mark.sampled(4)
-@pytest.mark.parametrize("family", ["opt", "llama-gqa", "gpt2", "qwen3"])
+@pytest.mark.sampled(2)
+@pytest.mark.parametrize("family", ["opt", "llama-gqa"])
 @pytest.mark.parametrize("target", list(Target))
 def test_batches_that_wait_on_disk_bring_the_same(family, target, monkeypatch):
     written, put = [], ActivationOffload.put
@@ -469,20 +445,15 @@ def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path, monkeypatch):
         values.read([], CPU)
 
 
-def test_a_missing_shard_is_refused(tmp_path):
-    dense = written(tmp_path / "dense", "llama-gqa", shards="60KB")
-    sorted(dense.glob("model-*.safetensors"))[1].unlink()
-    with pytest.raises(CheckpointError, match="cannot be read"):
-        osscar.load_model(dense, device="cpu", max_memory=PLENTY)
-
-
-def test_a_shard_that_is_taken_away_later_is_still_there(tmp_path):
+def test_a_missing_shard_is_refused_and_one_that_is_taken_away_later_is_still_there(tmp_path):
     dense = written(tmp_path / "dense", "llama-gqa", shards="60KB")
     loaded = holding_nothing(osscar.load_model(dense, device="cpu", max_memory=PLENTY))
     expected = loaded.model(windows(2)).logits
     for file in dense.glob("model-*.safetensors"):
         file.unlink()
     assert torch.equal(loaded.model(windows(2)).logits, expected)
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        osscar.load_model(dense, device="cpu", max_memory=PLENTY)
 
 
 def test_nonfinite_weights_are_named(tmp_path):
@@ -593,22 +564,14 @@ def test_what_does_not_fit_stays_on_disk_by_default(tmp_path, monkeypatch):
     assert fitting_memory(dense) is None
 
 
-def test_memory_that_is_available_is_known_here():
+def test_sizes_and_what_is_none():
     assert 1 << 20 < available_memory() < 1 << 60
     assert 1 << 20 < resident_memory() < 1 << 50
-
-
-@pytest.mark.parametrize("size", ["", "8 bananas", "-1GB", "0", "1e99GB", True, 2.5, "nan"])
-def test_a_size_that_is_none_is_refused(size):
-    with pytest.raises(OptionError, match="memory"):
-        parse_size(size)
-
-
-@pytest.mark.parametrize(
-    ("size", "bytes_"), [("8GB", 8 * 10**9), ("1.5 MiB", 3 << 19), (4096, 4096), ("10k", 10_000)]
-)
-def test_sizes(size, bytes_):
-    assert parse_size(size) == bytes_
+    told = {"8GB": 8 * 10**9, "1.5 MiB": 3 << 19, 4096: 4096, "10k": 10_000}
+    assert {size: parse_size(size) for size in told} == told
+    for size in ("", "8 bananas", "-1GB", "0", "1e99GB", True, 2.5, "nan"):
+        with pytest.raises(OptionError, match="memory"):
+            parse_size(size)
 
 
 def test_a_model_that_is_no_directory_of_transformers_is_refused():
@@ -630,13 +593,18 @@ def parameter(tmp_path):
 def test_it_is_a_parameter_to_whoever_asks(parameter):
     on_disk, values = parameter
     assert isinstance(on_disk, torch.nn.Parameter)
-    assert (on_disk.shape, on_disk.dtype, on_disk.device) == (
-        values.shape,
-        values.dtype,
-        values.device,
-    )
+    for name in ("shape", "dtype", "device"):
+        assert getattr(on_disk, name) == getattr(values, name)
     assert on_disk.shelf.read_bytes == 0
+    with torch.inference_mode():
+        assert torch.equal(on_disk + 1, values + 1)
     assert torch.equal(on_disk @ values.T, values @ values.T)
+    with torch.no_grad():
+        with pytest.raises(ModelError, match=r"'w' of \(3, 4\)"):
+            on_disk.data = values[:2]
+        on_disk.data = values * 2
+    assert torch.equal(on_disk + 0, values * 2)
+    assert isinstance(on_disk.data, OnDisk)
 
 
 def test_nothing_writes_to_it_in_place(parameter):
@@ -651,19 +619,13 @@ def test_nothing_writes_to_it_in_place(parameter):
             write()
 
 
-def test_a_write_to_values_that_were_read_is_noticed(parameter):
+@pytest.mark.parametrize("left", [False, True])
+def test_a_write_to_values_that_were_read_or_leave_memory_is_noticed(parameter, left):
     on_disk, _ = parameter
     on_disk.view(-1)[0] = 7.0
+    on_disk.shelf.ceiling = 1 if left else 1 << 40
     with pytest.raises(ModelError, match="writes to 'w'"):
-        on_disk + 1
-
-
-def test_a_write_to_values_that_leave_memory_is_noticed(parameter):
-    on_disk, _ = parameter
-    on_disk.view(-1)[0] = 7.0
-    on_disk.shelf.ceiling = 1
-    with pytest.raises(ModelError, match="writes to 'w'"), on_disk.shelf.leaving(0):
-        pass
+        on_disk.shelf.leave_free(0) if left else on_disk + 1
 
 
 def test_a_format_that_held_all_values_and_back_is_no_step(parameter):
@@ -673,12 +635,6 @@ def test_a_format_that_held_all_values_and_back_is_no_step(parameter):
     assert len(some.place.steps) == 1
     assert torch.equal(some + 0, values[:, [0, 2]])
     assert on_disk.half().float().place.steps == (torch.float16, torch.float32)
-
-
-def test_values_of_another_shape_are_refused(parameter):
-    on_disk, values = parameter
-    with torch.no_grad(), pytest.raises(ModelError, match=r"'w' of \(3, 4\)"):
-        on_disk.data = values[:2]
 
 
 def test_looking_tokens_up_reads_their_rows_alone(parameter, tmp_path, monkeypatch):
@@ -700,21 +656,6 @@ def test_looking_tokens_up_reads_their_rows_alone(parameter, tmp_path, monkeypat
     on_disk.shelf.ceiling = 1
     with on_disk.shelf.leaving(0), pytest.raises(FileError, match="were others"):
         nn.functional.embedding(tokens, on_disk)
-
-
-def test_inference_mode_reads_it_as_any_other(parameter):
-    on_disk, values = parameter
-    with torch.inference_mode():
-        assert torch.equal(on_disk + 1, values + 1)
-    assert torch.equal(on_disk + 2, values + 2)
-
-
-def test_assigned_values_are_kept_on_disk(parameter):
-    on_disk, values = parameter
-    with torch.no_grad():
-        on_disk.data = values * 2
-    assert torch.equal(on_disk + 0, values * 2)
-    assert isinstance(on_disk.data, OnDisk)
 
 
 def test_room_counts_what_a_layer_reads(tmp_path):
