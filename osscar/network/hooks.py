@@ -44,3 +44,18 @@ def hooks(
                 )
                 registered.enter_context(handle)
         yield
+
+
+@contextmanager
+def running_modules(model: nn.Module) -> Iterator[list[str]]:
+    """Keep, while the block runs, a list of the modules that are running, the innermost last."""
+    running: list[str] = []
+
+    def enter(name: str, *_: Any) -> None:
+        running.append(name)
+
+    def leave(*_: Any) -> None:
+        running.pop()
+
+    with hooks(model, before=enter, after=leave, always=True):
+        yield running

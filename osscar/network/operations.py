@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from graph.tracing.preserve import without_cache
-from osscar.network.hooks import hooks
+from osscar.network.hooks import running_modules
 from osscar.network.modules import fresh
 from osscar.offload.on_disk import OnDisk
 
@@ -122,7 +122,7 @@ def products(
     found: list[_Product] = []
     given = fresh(inputs)
     origins, counter = _Origins(model, names, given.values()), _counter()
-    with _running(model) as running:
+    with running_modules(model) as running:
 
         def noting(packet: Any, formula: Callable[..., int]) -> Callable[..., int]:
             factors = slice(1, 3) if packet in _ADDING else slice(0, 2)
@@ -240,18 +240,3 @@ def _storage(tensor: Tensor) -> int:
 
 def _tensors(tree: Any) -> list[Tensor]:
     return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
-
-
-@contextmanager
-def _running(model: nn.Module) -> Iterator[list[str]]:
-    """Keep, while the block runs, a list of the modules that are running, the innermost last."""
-    running: list[str] = []
-
-    def enter(name: str, *_: Any) -> None:
-        running.append(name)
-
-    def leave(*_: Any) -> None:
-        running.pop()
-
-    with hooks(model, before=enter, after=leave, always=True):
-        yield running

@@ -54,13 +54,7 @@ class ActivationOffload(TorchFunctionMode):
         return out
 
     def put(self) -> None:
-        """Move what the suspended pass holds to a file.
-
-        Raises
-        ------
-        OutputError
-            If the disk refuses.
-        """
+        """Move what the suspended pass holds to a file."""
         held = [tensor for ref in self._computed.values() if (tensor := ref()) is not None]
         self._computed = {id(tensor): weakref.ref(tensor) for tensor in held}
         storages: dict[int, list[Tensor]] = defaultdict(list)
@@ -82,13 +76,7 @@ class ActivationOffload(TorchFunctionMode):
                 self._elsewhere.append((device, alike))
 
     def fetch(self) -> None:
-        """Move it back to the card where it was; on the CPU it is read where it is touched.
-
-        Raises
-        ------
-        NoMemoryError
-            If there is no memory for it any more.
-        """
+        """Move it back to the card where it was; on the CPU it is read where it is touched."""
         what = f"the hidden states of a batch that goes on, {in_words(self.written_bytes)}"
         with memory_for(what, FOR_BATCHES):
             for device, alike in self._elsewhere:

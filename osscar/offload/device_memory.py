@@ -25,13 +25,7 @@ class DeviceMemory:
         return "the program"
 
     def held(self) -> int:
-        """Return how many bytes this process has.
-
-        Raises
-        ------
-        OptionError
-            If the system does not tell.
-        """
+        """Return how many bytes this process has, or raise an error where nobody tells."""
         return memory.resident_memory()
 
     def peak(self) -> int | None:
@@ -47,13 +41,7 @@ class DeviceMemory:
         return None if found is None else found // neighbours()
 
     def excess(self, needed: int, ceiling: int) -> int:
-        """Return by how many bytes a limit would be exceeded with so many more; below 0 if it fits.
-
-        Raises
-        ------
-        OptionError
-            If the system does not tell.
-        """
+        """Return by how many bytes so many more exceed a limit; below 0 if they fit."""
         return self.held() + needed - ceiling
 
     def give_back(self) -> None:
@@ -62,7 +50,7 @@ class DeviceMemory:
 
 
 @dataclass(frozen=True)
-class CardMemory(DeviceMemory):
+class _CardMemory(DeviceMemory):
     """That of a graphics card, as far as this process has reserved it.
 
     What CUDA itself takes for a process, some hundred MB, is not reserved by torch, nor counted.
@@ -120,7 +108,7 @@ def memory_of(device: torch.device) -> DeviceMemory:
     if device.type == "cpu":
         return DeviceMemory()
     if device.type == "cuda":
-        return CardMemory(numbered(device))
+        return _CardMemory(numbered(device))
     raise OptionError(
         f"how much memory {str(device)!r} has is not known; give --device cpu or cuda, or leave "
         "--max-memory away"

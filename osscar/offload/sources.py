@@ -28,13 +28,7 @@ Stamp: TypeAlias = tuple[int, ...]
 
 
 class Source:
-    """A file that stays open, so that nobody takes it away between two reads.
-
-    Raises
-    ------
-    FileError
-        If it cannot be opened.
-    """
+    """A file that stays open, so that nobody takes it away between two reads."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

@@ -16,10 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from graph.groups import Slot
 from osscar.base.errors import NonFiniteError
 from osscar.offload.on_disk import written
-from osscar.preparation.convolutions import Windows
-from osscar.preparation.recurrent import BIAS, WEIGHT, directions
+from osscar.preparation.convolutions import Windows, windows_of
+from osscar.preparation.recurrent import BIAS, RECURRENT, WEIGHT, directions
 from osscar.preparation.routing import Mixture, Routed
 
 
@@ -168,7 +169,7 @@ class LinearMap(abc.ABC):
         return weight.detach()
 
 
-class FeatureMap(LinearMap):
+class _FeatureMap(LinearMap):
     """A `torch.nn.Linear` or transformers' `Conv1D`, which reads the last dimension."""
 
     def read_inputs(self, x: Tensor) -> Iterator[Tensor]:
@@ -192,7 +193,7 @@ def _positions(x: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True, eq=False)
-class RecurrentMap(FeatureMap):
+class _RecurrentMap(_FeatureMap):
     """The gates of a recurrent layer in one direction, which read the last dimension."""
 
     direction: int
@@ -210,7 +211,7 @@ class RecurrentMap(FeatureMap):
 
 
 @dataclass(frozen=True, eq=False)
-class ConvolutionMap(LinearMap):
+class _ConvolutionMap(LinearMap):
     """The channels that one group of a convolution reads, with all taps of the kernel.
 
     A dense convolution has one group.  Of a grouped one, each group is a linear map of its own: its
@@ -268,7 +269,7 @@ class ConvolutionMap(LinearMap):
 
 
 @dataclass(frozen=True, eq=False)
-class ExpertMap(LinearMap):
+class _ExpertMap(LinearMap):
     """What one expert adds to the output of a mixture, which is called with what is `Routed`.
 
     Its inputs are multiplied with the weight of the token at this expert, so that what it puts out
@@ -311,3 +312,42 @@ class ExpertMap(LinearMap):
 
     def _view(self, weight: Tensor) -> Tensor:
         return weight[self.expert].movedim(self.mixture.dim - 1, 0)
+
+
+def maps_of(
+    model: nn.Module, slots: tuple[Slot, ...], mixture: Mixture | None
+) -> Iterator[LinearMap]:
+    """Yield the consumers that one tensor holds, given the slots of it that a group has."""
+    name, dim, units = slots[0].module, slots[0].dim, range(slots[0].units)
+    owned = [[i for slot in slots for i in slot.indices([unit])] for unit in units]
+    module = model.get_submodule(name)
+    if mixture is not None:
+        for expert in range(len(mixture.weight)):
+            yield _ExpertMap(name, module, dim, owned, False, mixture, expert)
+        return
+    if isinstance(module, RECURRENT):
+        end = slots[0].tensor.rpartition(".")[2].removeprefix(WEIGHT)
+        has_bias, direction = _has_bias(model, module, BIAS + end), directions(module).index(end)
+        yield _RecurrentMap(name, module, dim, owned, has_bias, direction)
+        return
+    windows, has_bias = windows_of(module), _has_bias(model, module, "bias")
+    if windows is None:
+        yield _FeatureMap(name, module, dim, owned, has_bias)
+        return
+    groups = int(module.groups)  # type: ignore[arg-type]
+    channels = int(module.in_channels) // groups  # type: ignore[arg-type]
+    for part in range(groups):
+        # Dimension 1 of a plain filter counts channels inside a group; dimension 0 of a transposed
+        # one counts all of them.
+        own = owned
+        if dim == 0:
+            own = [[i - part * channels for i in u if i // channels == part] for u in owned]
+        if any(own):
+            yield _ConvolutionMap(name, module, dim, own, has_bias, windows, part)
+
+
+def _has_bias(model: nn.Module, module: nn.Module, name: str) -> bool:
+    """Whether a bias can be written to: nothing computes it, and no other module has it."""
+    bias = getattr(module, name, None)
+    owners = (p for other in model.modules() for p in other.parameters(recurse=False))
+    return isinstance(bias, nn.Parameter) and sum(p is bias for p in owners) == 1

@@ -3,22 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from graph.groups import CouplingGroup, Freeze, Slot
 from osscar.base.errors import ModelError
-from osscar.preparation.consumer import (
-    ConvolutionMap,
-    ExpertMap,
-    FeatureMap,
-    LinearMap,
-    RecurrentMap,
-)
+from osscar.preparation.consumer import LinearMap, maps_of
 from osscar.preparation.convolutions import windows_of
-from osscar.preparation.recurrent import BIAS, RECURRENT, WEIGHT, directions
+from osscar.preparation.recurrent import RECURRENT, WEIGHT, directions
 from osscar.preparation.routing import Mixture
 
 _READ_ELSEWHERE = (
@@ -79,45 +73,8 @@ def linear_maps(model: nn.Module, group: CouplingGroup) -> tuple[LinearMap, ...]
         reason = _unreadable(model, slots)
         if reason is not None:
             raise ModelError(f"group {group.name!r} {reason}")
-        found += _maps(model, slots)
+        found += maps_of(model, slots, mixture_of(model, slots))
     return tuple(found)
-
-
-def _maps(model: nn.Module, slots: tuple[Slot, ...]) -> Iterator[LinearMap]:
-    """Yield the consumers that one tensor holds."""
-    name, dim, units = slots[0].module, slots[0].dim, range(slots[0].units)
-    owned = [[i for slot in slots for i in slot.indices([unit])] for unit in units]
-    module, mixture = model.get_submodule(name), mixture_of(model, slots)
-    if mixture is not None:
-        for expert in range(len(mixture.weight)):
-            yield ExpertMap(name, module, dim, owned, False, mixture, expert)
-        return
-    if isinstance(module, RECURRENT):
-        end = slots[0].tensor.rpartition(".")[2].removeprefix(WEIGHT)
-        has_bias, direction = _has_bias(model, module, BIAS + end), directions(module).index(end)
-        yield RecurrentMap(name, module, dim, owned, has_bias, direction)
-        return
-    windows, has_bias = windows_of(module), _has_bias(model, module, "bias")
-    if windows is None:
-        yield FeatureMap(name, module, dim, owned, has_bias)
-        return
-    groups = int(module.groups)  # type: ignore[arg-type]
-    channels = int(module.in_channels) // groups  # type: ignore[arg-type]
-    for part in range(groups):
-        # Dimension 1 of a plain filter counts channels inside a group; dimension 0 of a transposed
-        # one counts all of them.
-        own = owned
-        if dim == 0:
-            own = [[i - part * channels for i in u if i // channels == part] for u in owned]
-        if any(own):
-            yield ConvolutionMap(name, module, dim, own, has_bias, windows, part)
-
-
-def _has_bias(model: nn.Module, module: nn.Module, name: str) -> bool:
-    """Whether a bias can be written to: nothing computes it, and no other module has it."""
-    bias = getattr(module, name, None)
-    owners = (p for other in model.modules() for p in other.parameters(recurse=False))
-    return isinstance(bias, nn.Parameter) and sum(p is bias for p in owners) == 1
 
 
 def _by_tensor(group: CouplingGroup) -> tuple[tuple[Slot, ...], ...]:

@@ -94,21 +94,16 @@ def prepare(
 ) -> Iterator[Prepared]:
     """Prepare a model for pruning, for a study, or to be looked at; without gradients meanwhile.
 
+    Model and calibration data are any that `osscar.prune` takes.  The model is not changed, unless
+    it is not copied: one that nobody else needs spares the memory.
+
     Parameters
     ----------
-    model
-        Any model; not changed, unless it is not copied.
-    calibration
-        Windows of tokens, images or tensors, in any of the forms that `osscar.prune` takes.
-    device
-        Where it is to run; by default where it is.
     batch_size
         Samples in a batch; by default 8 windows of tokens, or 64 of anything else.
     heads
         Whether fused attention is to call its output layer as a module, so that heads can be
         refitted.
-    copy
-        Whether to work on a copy; a model that nobody else needs spares the memory.
     programs
         Whether it may become an exported program, which can lose more units than modules can.
     ranks

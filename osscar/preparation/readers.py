@@ -7,7 +7,7 @@ measured, so that a refit would change what it makes of these.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from osscar.network.hooks import hooks
+from osscar.network.hooks import running_modules
 
 _ONLY_THE_FORMAT = frozenset(
     {Tensor.new_empty, Tensor.new_full, Tensor.new_ones, Tensor.new_tensor, Tensor.new_zeros}
@@ -26,16 +26,10 @@ _ONLY_THE_FORMAT = frozenset(
 class _Watch(TorchFunctionMode):
     """Notes which module is running when an operator reads a weight."""
 
-    def __init__(self, owners: Mapping[int, str], found: set[str]) -> None:
+    def __init__(self, owners: Mapping[int, str], running: Sequence[str]) -> None:
         super().__init__()
-        self.owners, self.found = owners, found
-        self.running: list[str] = []
-
-    def entered(self, name: str, *_: Any) -> None:
-        self.running.append(name)
-
-    def left(self, *_: Any) -> None:
-        self.running.pop()
+        self.owners, self.running = owners, running
+        self.found: set[str] = set()
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
@@ -59,7 +53,5 @@ def weights_read_elsewhere(model: nn.Module) -> Iterator[set[str]]:
         for name, module in model.named_modules()
         for tensor in module.parameters(recurse=False)
     }
-    found: set[str] = set()
-    watch = _Watch(owners, found)
-    with hooks(model, before=watch.entered, after=watch.left, always=True), watch:
-        yield found
+    with running_modules(model) as running, _Watch(owners, running) as watch:
+        yield watch.found

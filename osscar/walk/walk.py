@@ -326,32 +326,25 @@ def walk(
     held: int = 0,
     committed: Mapping[str, DenseTensors] | None = None,
 ) -> Walk:
-    """Walk the calibration data through a model, and stop wherever a group can be solved.
+    """Walk the calibration data through a model, and stop where one of its groups can be solved.
+
+    It is to be iterated over once; it yields a `LayerStep` for each group, in the order in which
+    the model reads them.
 
     Parameters
     ----------
-    prepared
-        The model with its data.
-    groups
-        What to stop for; prunable, in any order.
     in_turn
         Whether each group is measured on what was committed before it, as pruning does.  If not,
         all groups are measured on the model as it is, in a single pass, and none can be committed.
     target
-        What consumers are to reproduce.  Where that depends on what the dense model computes, each
-        batch also runs through the dense weights: it passes a consumer before new weights are
-        committed, so that no second model is held.
+        What consumers are to reproduce.  Where that depends on the dense model, each batch also
+        runs through the dense weights: it passes a consumer before new weights are committed, so
+        that no second model is held.
     held
         How many samples, the last ones, no weight is fitted to: they choose how much of the
         corrections targets have (`LayerStep.regularization`).
     committed
         The dense tensors of modules to which an earlier walk has committed, by name.
-
-    Returns
-    -------
-    Walk
-        To be iterated over once; it yields a `LayerStep` for each group, in the order in which the
-        model reads them.
 
     Raises
     ------
