@@ -44,7 +44,7 @@ from osscar.data.batches import Batch, ModelInputs
 from osscar.network.model_state import frozen_weights
 from osscar.network.modules import device_of, fresh
 from osscar.network.predictions import known_prediction, named_logits
-from osscar.preparation.consumer import LinearMap
+from osscar.preparation.consumer import LinearMap, without_idle
 from osscar.preparation.linear_maps import linear_maps
 from osscar.preparation.prepare import Prepared
 from osscar.preparation.recurrent import RECURRENT, gates_shown
@@ -311,7 +311,7 @@ def curvature(
                     break
                 fitted, rest = (fitted + made, rest) if fits else (fitted, rest + made)
             for group, _ in part:
-                found = _without_idle(factors.pop(group.name))
+                found = without_idle(factors.pop(group.name))
                 reached = bool(fitted) and all(f.energy > 0 for f in found)
                 if not reached:
                     found = tuple(_own_currency(prepared, batches, found))
@@ -331,12 +331,6 @@ def held_batches(prepared: Prepared, batches: Sequence[Batch]) -> int:
     fitted much better than another.
     """
     return 0 if prepared.inputs.tokens else len(batches) // _HELD_OUT
-
-
-def _without_idle(factors: Sequence[Factors]) -> tuple[Factors, ...]:
-    """Leave out the experts to which no token was sent, where some were sent to others."""
-    read = {one.linear_map.name for one in factors if one.rows}
-    return tuple(one for one in factors if one.rows or one.linear_map.name not in read)
 
 
 def small_batches(prepared: Prepared, samples: int) -> list[Batch]:

@@ -21,7 +21,7 @@ from graph import CouplingGroup
 from osscar.base.errors import ModelError, NonFiniteError
 from osscar.base.progress import stage
 from osscar.network.modules import device_of, fresh
-from osscar.preparation.consumer import LinearMap
+from osscar.preparation.consumer import LinearMap, without_idle
 from osscar.preparation.failures import batch_named
 from osscar.preparation.linear_maps import linear_maps
 from osscar.preparation.prepare import Prepared
@@ -58,7 +58,9 @@ def measure_fluctuations(
     found = {g.name: [_Inputs.of(one) for one in linear_maps(prepared.model, g)] for g in groups}
     _run(prepared, [inputs for several in found.values() for inputs in several])
     return {
-        name: torch.stack([inputs.unit_scores() for inputs in _read(several)]).mean(0).numpy()
+        name: torch.stack([inputs.unit_scores() for inputs in without_idle(several)])
+        .mean(0)
+        .numpy()
         for name, several in found.items()
     }
 
@@ -82,7 +84,7 @@ class _Inputs:
     linear_map: LinearMap
     mean: Tensor = field(repr=False)
     deviations: Tensor = field(repr=False)
-    positions: int = 0
+    rows: int = 0
 
     @classmethod
     def of(cls, linear_map: LinearMap) -> _Inputs:
@@ -100,34 +102,28 @@ class _Inputs:
                     f"the inputs of {self.linear_map.label!r} have NaN or infinite entries; check "
                     "the weights before it, or use --dtype float32"
                 )
-            before, self.positions = self.positions, self.positions + len(X)
+            before, self.rows = self.rows, self.rows + len(X)
             if not len(X):
                 continue
             mean = X.mean(0)
             step = mean - self.mean
-            self.mean = self.mean + step * (len(X) / self.positions)
-            between = step.square() * (before * len(X) / self.positions)
+            self.mean = self.mean + step * (len(X) / self.rows)
+            between = step.square() * (before * len(X) / self.rows)
             self.deviations = self.deviations + (X - mean).square().sum(0) + between
 
     def unit_scores(self) -> Tensor:
         """Return the mean of the standardized scores of each unit's inputs, (units,)."""
-        if not self.positions:
+        if not self.rows:
             raise ModelError(
                 f"{self.linear_map.name!r} was never called on the calibration data, so that "
                 "nothing is known of its inputs; give inputs that reach it"
             )
         norms = self.linear_map.read_weight().square().sum(1)
-        scores = standardized(norms * self.deviations / self.positions).cpu()
+        scores = standardized(norms * self.deviations / self.rows).cpu()
         owned = self.linear_map.unit_rows
         return torch.stack(
             [scores[rows].mean() if rows else scores.new_zeros(()) for rows in owned]
         )
-
-
-def _read(several: Sequence[_Inputs]) -> Sequence[_Inputs]:
-    """Leave out the experts to which no token was sent, where some were sent to others."""
-    read = {one.linear_map.name for one in several if one.positions}
-    return [one for one in several if one.positions or one.linear_map.name not in read]
 
 
 def _run(prepared: Prepared, every: Sequence[_Inputs]) -> None:

@@ -47,14 +47,12 @@ class ModelState:
         self.written = set(written)
 
     @contextmanager
-    def watching(self, model: nn.Module | None = None) -> Iterator[None]:
+    def watching(self) -> Iterator[None]:
         """Learn what passes write from those that run in this block.
 
-        The first pass of a model is to be among them: some things are written once.  It may be a
-        copy that runs.
+        The first pass of a model is to be among them: some things are written once.
         """
-        modules = self._modules if model is None else dict(model.named_modules())
-        names = {module: name for name, module in modules.items()}
+        names = {module: name for name, module in self._modules.items()}
         containers = [
             (attribute, value, copy.copy(value))
             for attribute, (value, _) in self._held.items()

@@ -11,7 +11,7 @@ import abc
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -167,6 +167,25 @@ class LinearMap(abc.ABC):
         weight = getattr(self.module, self.parameters[0])
         assert isinstance(weight, Tensor)
         return weight.detach()
+
+
+class _Measured(Protocol):
+    """What is known of a consumer after it has been read."""
+
+    linear_map: LinearMap
+
+    @property
+    def rows(self) -> int:
+        """At how many positions it read anything."""
+
+
+_M = TypeVar("_M", bound=_Measured)
+
+
+def without_idle(measured: Sequence[_M]) -> tuple[_M, ...]:
+    """Leave out the experts to which no token was sent, where some were sent to others."""
+    read = {one.linear_map.name for one in measured if one.rows}
+    return tuple(one for one in measured if one.rows or one.linear_map.name not in read)
 
 
 class _FeatureMap(LinearMap):

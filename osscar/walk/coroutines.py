@@ -25,9 +25,21 @@ from osscar.network.model_state import PassState
 from osscar.offload.activation_offload import ActivationOffload
 from osscar.walk.residual import Keeper
 
-_AUTOCAST_DEVICES = ("cpu", "cuda")
 _CUDA, _MKLDNN = torch.backends.cuda, torch.backends.mkldnn
-_KERNELS = (
+_SWITCHES: tuple[tuple[Callable[[], Any], Callable[[Any], Any]], ...] = (
+    (torch.is_grad_enabled, torch.set_grad_enabled),
+    (torch.get_default_dtype, torch.set_default_dtype),
+    (torch.is_autocast_cache_enabled, torch.set_autocast_cache_enabled),
+    (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision),
+    *(
+        (partial(getattr(torch, f"{get}_autocast_{what}"), device), partial(put, device))
+        for device in ("cpu", "cuda")
+        for get, what, put in (
+            ("is", "enabled", torch.set_autocast_enabled),
+            ("get", "dtype", torch.set_autocast_dtype),
+        )
+    ),
+    # Which kernels operators may take.
     *(
         (getattr(_CUDA, f"{name}_sdp_enabled"), getattr(_CUDA, f"enable_{name}_sdp"))
         for name in ("flash", "mem_efficient", "math", "cudnn")
@@ -35,7 +47,7 @@ _KERNELS = (
     (partial(getattr, _MKLDNN, "enabled"), partial(setattr, _MKLDNN, "enabled")),
     (torch.backends.mha.get_fastpath_enabled, torch.backends.mha.set_fastpath_enabled),
 )
-"""Which kernels operators may take: how to read and to set each switch."""
+"""What torch keeps for the whole thread: how to read and to set it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -147,29 +159,14 @@ class Surroundings:
     """What torch keeps for the whole thread, as it is when this is made."""
 
     def __init__(self) -> None:
-        self.gradients = torch.is_grad_enabled()
+        self._values = [read() for read, _ in _SWITCHES]
         self.inference = torch.is_inference_mode_enabled()
-        self.number_format = torch.get_default_dtype()
-        self.cache = torch.is_autocast_cache_enabled()
-        self.autocast = {
-            device: (torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
-            for device in _AUTOCAST_DEVICES
-        }
-        self.kernels = {enable: enabled() for enabled, enable in _KERNELS}
-        self.precision = torch.get_float32_matmul_precision()
         self.modes = ModeDepths.now()
 
     def restore(self) -> None:
-        """Make them so again."""
-        torch.set_grad_enabled(self.gradients)
-        torch.set_default_dtype(self.number_format)
-        torch.set_autocast_cache_enabled(self.cache)
-        torch.set_float32_matmul_precision(self.precision)
-        for enable, enabled in self.kernels.items():
-            enable(enabled)
-        for device, (enabled, number_format) in self.autocast.items():
-            torch.set_autocast_enabled(device, enabled)
-            torch.set_autocast_dtype(device, number_format)
+        """Make it so again; the state of inference mode has no setter, only guards."""
+        for (_, put), value in zip(_SWITCHES, self._values, strict=True):
+            put(value)
 
 
 class _Left:
@@ -182,7 +179,6 @@ class _Left:
         self._own = Surroundings()
         self._scratch, self._written = scratch, scratch.take()
         self._modes = around.modes.leave_others()
-        # The state of inference mode has no setter, only guards.
         self._guard = ExitStack()
         if self._own.inference != around.inference:
             self._guard.enter_context(torch.inference_mode(around.inference))

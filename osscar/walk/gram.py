@@ -60,11 +60,6 @@ class GramAccumulator:
         """At how many positions that were held out the consumer reads anything."""
         return 0 if self.held is None else self.held.rows
 
-    @property
-    def unread(self) -> bool:
-        """Whether it reads nothing at any position, so that nothing is known of it."""
-        return self.positions > 0 and self.rows == 0
-
     def add_call(self, x: Any, D: Tensor | None, *, held: bool = False) -> None:
         """Add what the consumer reads in a call, with corrections in the form of its output."""
         corrections = None if D is None else self.linear_map.read_corrections(D, x)

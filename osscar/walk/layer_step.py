@@ -15,7 +15,7 @@ from graph import CouplingGroup
 from osscar.base.errors import ModelError
 from osscar.base.printable import listed
 from osscar.network.modules import device_of
-from osscar.preparation.consumer import LinearMap
+from osscar.preparation.consumer import LinearMap, without_idle
 from osscar.walk.gram import GramAccumulator, pose
 from osscar.walk.regularization import DAMPS, DEFAULT_DAMP, best_regularization
 from solvers import SubsetProblem
@@ -80,7 +80,7 @@ class LayerStep:
 
         All of them where none did.
         """
-        return tuple(gram for gram in self.grams if not gram.unread) or self.grams
+        return without_idle(self.grams)
 
     @property
     def unread(self) -> tuple[str, ...]:

@@ -50,7 +50,7 @@ def best_regularization(
     kept are those that weights and inputs of the largest norm belong to: what is best hardly
     depends on them.
     """
-    read = [(one, one.fitted.centred()) for one in accumulators if not one.unread]
+    read = [(one, one.fitted.centred()) for one in accumulators]
     sizes = _sizes(read)
     parts = [
         _Part.of(one, fitted, rows, sizes[one.linear_map.name])

@@ -413,18 +413,6 @@ def test_the_benchmark_compares_a_device_with_the_cpu(monkeypatch):
     assert "all (the same units)" in lines[-1]
 
 
-def test_what_memory_does_not_hold_or_takes_too_long_is_told(monkeypatch):
-    monkeypatch.setattr(gpu, "memory_of", lambda device: 8 * 4 * 64**2)
-    lines = gpu.solver_table([48, 96], torch.device("cpu"), "magnitude")
-    assert "no memory" not in lines[2]
-    assert lines[3].count("no memory") == 2
-    monkeypatch.undo()
-    took = gpu.Solved(1.0, frozenset(), 0.5, 0)
-    monkeypatch.setattr(gpu, "solved", lambda p, *_: dataclasses.replace(took, seconds=p**2 / 1e4))
-    lines = gpu.solver_table([100, 200, 4000], torch.device("cpu"), "magnitude", patience=60)
-    assert lines[4].count("about 1600") == 2
-
-
 @pytest.mark.parametrize("power", [2, 3])
 def test_an_hour_is_enough_for_what_takes_one(power):
     found = [(p, 3600 * (p / 20_000) ** power) for p in (1000, 2000)]

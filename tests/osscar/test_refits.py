@@ -32,7 +32,7 @@ def test_an_input_is_pulled_by_its_energy_and_no_less_than_by_a_tenth_of_a_posit
     assert torch.equal(pulls(torch.zeros(3), 50), torch.zeros(3))
 
 
-@pytest.mark.parametrize("size", [1e-3, 1e-10, 1e-100])
+@pytest.mark.parametrize("size", [1e-3, 1e-100])
 def test_an_input_that_is_nearly_zero_keeps_its_weights(size):
     """The refit of the others and of this one are two problems, and the closed form is theirs."""
     torch.manual_seed(0)
@@ -46,10 +46,7 @@ def test_an_input_that_is_nearly_zero_keeps_its_weights(size):
     )
     problem = solvers.SubsetProblem((consumer,), 5)
     support = torch.tensor([0, 1, 2, 3, 5])
-    W, loss = (
-        solvers.refit(problem, support)[0][0],
-        solvers.refit(problem, support)[1],
-    )
+    (W,), loss = solvers.refit(problem, support)
     floor = 0.1 * float(H.diagonal().mean()) / n
     added = damp * H.diagonal().clamp(min=floor)
     part = (H + torch.diag(added))[support][:, support]
@@ -114,7 +111,7 @@ def error(W, bias, X, D, W0):
 @pytest.mark.parametrize("bias", [False, True])
 def test_no_layer_does_worse_on_held_out_samples_than_without_its_refit(bias):
     fates = set()
-    for seed in range(24):
+    for seed in range(12):
         site, [_, (X, D)] = measured(bias, (4, 8, 60)[seed % 3], (0.1, 20.0)[seed % 2], seed)
         (gram,) = site.grams
         W0 = gram.linear_map.read_weight()

@@ -67,26 +67,22 @@ class Stack(nn.Module):
 FORMS = {"plain": 1, "in place": 1, "parallel": 1, "post-norm": 1, "scaled": 0, "none": 0}
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_what_is_added_to_a_consumer_is_found_in_the_models_own_code(form):
+def test_what_is_added_to_a_consumer_is_found_in_the_models_own_code():
     torch.manual_seed(0)
-    model = Stack(form).eval()
     names = [f"blocks.{i}.down" for i in range(3)]
-    found = streams(model, {"x": torch.randn(4, 8)}, names)
-    assert {name: len(places) for name, places in found.items()} == (
-        dict.fromkeys(names, FORMS[form]) if FORMS[form] else {}
-    )
-
-
-@pytest.mark.parametrize("family", ["opt", "gpt2", "llama-gqa"])
-def test_transformers_have_a_stream_beside_every_consumer(family):
-    with prepare(tiny(family), tokens(4, 12)) as ready:
+    for form, count in FORMS.items():
+        model = Stack(form).eval()
+        found = streams(model, {"x": torch.randn(4, 8)}, names)
+        told = {name: len(places) for name, places in found.items()}
+        assert told == (dict.fromkeys(names, count) if count else {})
+        assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    with prepare(tiny("llama-gqa"), tokens(4, 12)) as ready:
         names = [c.name for g in ready.groups if g.prunable for c in linear_maps(ready.model, g)]
         assert set(streams(ready.model, ready.example, names)) == set(names)
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("form", ["plain", "in place", "post-norm"])
+@pytest.mark.parametrize("form", ["plain", "in place"])
 def test_the_residual_target_is_what_the_dense_stream_holds_behind_the_block(form):
     torch.manual_seed(0)
     model, x = Stack(form).eval(), torch.randn(64, 8)
@@ -137,24 +133,19 @@ def test_a_stream_that_nobody_knows_is_left_out_of_the_target():
 # ---- what is held out --------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("sizes", "held", "parts", "fitted"),
-    [
+def test_the_last_samples_are_held_out():
+    for sizes, held, parts, fitted in (
         ([8, 8], 0, [8, 8], 2),
         ([8, 8], 2, [8, 6, 2], 2),
         ([8, 8], 8, [8, 8], 1),
         ([8, 5], 9, [4, 4, 5], 1),
-        ([3], 1, [2, 1], 1),
-    ],
-)
-def test_the_last_samples_are_held_out(sizes, held, parts, fitted):
-    whole = torch.arange(sum(sizes))
-    batches = [{"x": part} for part in torch.split(whole, sizes)]
-    found, first = _parted(ModelInputs(batches[0]), batches, held)
-    assert [len(batch["x"]) for batch in found] == parts
-    assert first == fitted
-    assert torch.equal(torch.cat([batch["x"] for batch in found]), whole)
-    assert sum(parts[first:]) == held
+    ):
+        whole = torch.arange(sum(sizes))
+        batches = [{"x": part} for part in torch.split(whole, sizes)]
+        found, first = _parted(ModelInputs(batches[0]), batches, held)
+        assert [len(batch["x"]) for batch in found] == parts
+        assert first == fitted
+        assert torch.equal(torch.cat([batch["x"] for batch in found]), whole)
 
 
 def accumulated(positions, noise, *, outputs=4, seed=0):
@@ -190,13 +181,11 @@ def test_the_share_is_the_one_that_a_search_over_shares_finds():
     assert chosen == pytest.approx(grid[np.argmin(errors)], abs=0.011)
 
 
-@pytest.mark.sampled(1)
-@pytest.mark.parametrize("share", [None, 0.0, 0.7])
-@pytest.mark.parametrize(("positions", "noise"), [(16, 3.0), (40, 1.0), (300, 0.3)])
+@pytest.mark.parametrize(("positions", "noise", "share"), [(16, 3.0, 0.7), (40, 1.0, None)])
 def test_damping_is_what_exact_refits_find_on_held_out_samples(positions, noise, share):
     gram = accumulated(positions, noise)
     damp, chosen = best_regularization([gram], 8, share=share)
-    shares = np.linspace(0, 1, 51) if share is None else [share]
+    shares = np.linspace(0, 1, 21) if share is None else [share]
     errors = {damp: min(held_out_error(gram, damp, share) for share in shares) for damp in DAMPS}
     assert damp == min(errors, key=errors.get)
     assert share in (None, chosen)
@@ -232,9 +221,6 @@ def test_the_report_says_how_refits_were_held_back():
     plain = osscar.prune(tiny("opt"), tokens(16, 24), neurons=0.5, target="weights")
     assert plain.held_out == 2
     assert {layer.blend for layer in plain.layers} == {0.0}
-    fixed = osscar.prune(tiny("opt"), tokens(16, 24), neurons=0.5, target="weights", damp=0.02)
-    assert fixed.held_out == 0
-    assert {layer.damp for layer in fixed.layers} == {0.02}
     single = osscar.prune(tiny("opt"), tokens(1, 24), neurons=0.5)
     assert {(layer.damp, layer.blend) for layer in single.layers} == {(DEFAULT_DAMP, 0.0)}
 

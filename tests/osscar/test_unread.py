@@ -18,7 +18,7 @@ from osscar.network.modules import count_parameters
 from osscar.pruning.prune import prepare_for
 from osscar.pruning.trial import feasible_groups
 from osscar.request import PruningRequest
-from tests.graph.test_training import Auxiliary, Drawn, Paired, Regrouped
+from tests.graph.test_training import Auxiliary, Drawn
 
 
 class Optional(nn.Module):
@@ -171,7 +171,7 @@ def asked(kind: type[Auxiliary]) -> dict[str, int]:
     return {"stem.channels": 3} | ({"also.channels": 4} if kind is Skipping else {})
 
 
-@pytest.mark.parametrize("kind", [Literal, Skipping, Moving, Regrouped, Paired])
+@pytest.mark.parametrize("kind", [Literal, Skipping, Moving])
 def test_what_fails_in_training_is_told_before_anything_is_solved(kind: type[Auxiliary]) -> None:
     torch.manual_seed(0)
     dense = kind()
@@ -211,9 +211,6 @@ class Tower(Optional):
         return output if more is None else output + self.side(more)
 
 
-def test_a_tower_of_its_own_is_not_named() -> None:
+def test_a_tower_of_its_own_and_a_width_that_other_layers_have_are_no_sign() -> None:
     assert not told(12, Tower, sparsity=0.5)
-
-
-def test_a_width_that_other_layers_have_too_is_no_sign() -> None:
     assert not told(4, sparsity=0.5)
