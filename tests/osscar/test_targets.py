@@ -189,6 +189,15 @@ def test_damping_is_what_exact_refits_find_on_held_out_samples(positions, noise,
     errors = {damp: min(held_out_error(gram, damp, share) for share in shares) for damp in DAMPS}
     assert damp == min(errors, key=errors.get)
     assert share in (None, chosen)
+    # What is compared are these errors, but for one constant.
+    fitted = gram.fitted.centred()
+    (rows,) = regularization._kept_rows([(gram, fitted)], {"2": 1.0}, 8)
+    part = regularization._Part.of(gram, fitted, rows, 1.0)
+    off = set()
+    for each in DAMPS:
+        a, b, c = part.errors(each)
+        off.add(a - 2 * 0.7 * b + 0.7**2 * c - held_out_error(gram, each, 0.7))
+    assert max(off) - min(off) < 1e-6 * max(map(abs, off))
 
 
 def test_random_directions_choose_nearly_as_all_outputs_do(monkeypatch):

@@ -15,7 +15,6 @@ from transformers import T5Config, T5ForConditionalGeneration
 import osscar
 import solvers
 from osscar.base.errors import CalibrationError, ModelError, NonFiniteError
-from osscar.preparation.linear_maps import linear_maps
 from osscar.preparation.prepare import prepare
 from osscar.study.problems import model_problems
 from osscar.walk.coroutines import Coroutine
@@ -213,27 +212,6 @@ def case(request):
 # ---- measured as if each group were alone ------------------------------------------------
 
 
-@torch.no_grad()
-def gram_matrices(ready, group):
-    """Run the model as it now is, one batch after another, and sum up what consumers read."""
-    maps = linear_maps(ready.model, group)
-    sums = [torch.zeros(m.rows, m.rows, dtype=torch.float64) for m in maps]
-
-    def see(index):
-        def hook(_, args):
-            for X in maps[index].read_inputs(args[0]):
-                sums[index] += X.double().T @ X.double()
-
-        return hook
-
-    hooks = [m.module.register_forward_pre_hook(see(i)) for i, m in enumerate(maps)]
-    for batch in ready.batches():
-        ready.model(**batch)
-    for hook in hooks:
-        hook.remove()
-    return sums
-
-
 def half_gone(site):
     """Return weights as a refit leaves them: half the units zero, the others changed."""
     weights = []
@@ -250,41 +228,66 @@ def commit_all(way):
         site.commit(half_gone(site))
 
 
-def matrices(site):
-    return [gram.fitted.gram.dense() for gram in site.grams]
+def read_by(consumer, ready, dense):
+    """Return all that a consumer reads, and what its output lacks to that in the dense model."""
+    inputs, corrections = [], []
+    for batch in ready.batches():
+        (x, pruned), (_, wanted) = (
+            _calls(network, consumer.name, batch) for network in (ready.model, dense)
+        )
+        for read, a, b in zip(x, pruned, wanted, strict=True):
+            inputs += [piece.double() for piece in consumer.read_inputs(read)]
+            corrections.append(consumer.read_outputs(b - a, read).double())
+    return torch.cat(inputs), torch.cat(corrections)
 
 
-def close(name, found, expected):
-    assert len(found) == len(expected) > 0
-    for one, other in zip(found, expected, strict=True):
-        scale = TOLERANCE.get(name, 1e-5) * float(other.abs().max())
-        torch.testing.assert_close(one, other, rtol=0, atol=scale + 1e-12)
+def _calls(network, name, batch):
+    """Return what a module reads and puts out, call by call."""
+    read, put_out = [], []
+
+    def see(module, args, output):
+        read.append(args[0].detach().clone())
+        put_out.append(output.detach().clone())
+
+    hook = network.get_submodule(name).register_forward_hook(see)
+    network(**batch)
+    hook.remove()
+    return read, put_out
+
+
+def close(found, expected, to):
+    scale = float(expected.abs().max()) + 1e-12
+    torch.testing.assert_close(found, expected, rtol=0, atol=to * scale)
 
 
 @pytest.mark.sampled(8)
 def test_groups_are_measured_alone_or_through_what_was_committed_before(case):
     """And with targets that are what the dense model puts out."""
     name, model, data = case
+    near, seen = TOLERANCE.get(name, 1e-4), []
     with prepare(model, data, batch_size=BATCH) as ready, torch.no_grad():
         groups = [group for group in ready.groups if group.prunable]
-        way = walk(ready, groups, in_turn=False)
+        way, dense = walk(ready, groups, in_turn=False), copy.deepcopy(ready.model)
         for site in way:
-            close(name, matrices(site), gram_matrices(ready, site.group))
+            for gram in site.grams:
+                X, _ = read_by(gram.linear_map, ready, dense)
+                close(gram.fitted.gram.dense(), X.T @ X, near / 10)
             with pytest.raises(ModelError, match="walk in turn"):
                 site.commit(half_gone(site))
         assert way.passes == 1
-        dense, seen = copy.deepcopy(ready.model), []
         for site in walk(ready, groups, target=Target.OUTPUTS):
-            close(name, matrices(site), gram_matrices(ready, site.group))
-            for share in (1.0, 0.5):
-                expected = _expected_targets(ready, dense, site, share)
-                for gram, (cross, energy) in zip(site.grams, expected, strict=True):
-                    W0 = gram.linear_map.read_weight()
+            for gram in site.grams:
+                W0 = gram.linear_map.read_weight()
+                X, D = read_by(gram.linear_map, ready, dense)
+                close(gram.fitted.gram.dense(), X.T @ X, near / 10)
+                if gram.linear_map.has_bias:
+                    X, D = X - X.mean(0), D - D.mean(0)
+                for share in (1.0, 0.5):
                     _, (G, e), _ = copy.deepcopy(gram.fitted).given_up(W0, share)
-                    near = TOLERANCE.get(name, 1e-4)
-                    scale = float(cross.abs().max()) + 1e-12
-                    torch.testing.assert_close(G, cross, rtol=0, atol=near * scale)
-                    assert e == pytest.approx(energy, rel=10 * near, abs=1e-12)
+                    Y = X @ W0 + share * D
+                    close(G, X.T @ Y / len(X), near)
+                    expected = float(Y.square().sum() / len(X))
+                    assert e == pytest.approx(expected, rel=10 * near, abs=1e-12)
             site.share = 0.5
             site.problem(max(1, site.group.units // 2), damp=0.01)  # well posed
             site.commit(half_gone(site))
@@ -356,40 +359,6 @@ def test_only_groups_that_are_read_in_several_calls_cost_a_pass(name, kinds, pas
         for site in way:
             site.commit(half_gone(site))
         assert way.passes == passes
-
-
-def _expected_targets(ready, dense, site, share):
-    """Compute ``X'Y/N`` and ``|Y|^2/N``, centered if there is a bias, from passes of two models."""
-    found = []
-    for consumer in site.consumers:
-        inputs, corrections = [], []
-        for batch in ready.batches():
-            (x, pruned), (_, wanted) = (
-                _calls(network, consumer.name, batch) for network in (ready.model, dense)
-            )
-            for read, a, b in zip(x, pruned, wanted, strict=True):
-                inputs += [piece.double() for piece in consumer.read_inputs(read)]
-                corrections.append(consumer.read_outputs((b - a) * share, read).double())
-        X, D = torch.cat(inputs), torch.cat(corrections)
-        if consumer.has_bias:
-            X, D = X - X.mean(0), D - D.mean(0)
-        Y = X @ consumer.read_weight() + D
-        found.append((X.T @ Y / len(X), float(Y.square().sum() / len(X))))
-    return found
-
-
-def _calls(network, name, batch):
-    """Return what a module reads and puts out, call by call."""
-    read, put_out = [], []
-
-    def see(module, args, output):
-        read.append(args[0].detach().clone())
-        put_out.append(output.detach().clone())
-
-    hook = network.get_submodule(name).register_forward_hook(see)
-    network(**batch)
-    hook.remove()
-    return read, put_out
 
 
 # ---- what goes wrong ---------------------------------------------------------------------
