@@ -23,7 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from benchmarks.resnet20 import ResNet20
 from benchmarks.streaming import SHAPES, write_model
 from osscar.base.memory import peak_memory
-from osscar.base.timing import Stage, profiled
+from osscar.base.timing import profiled
 from osscar.data.tokens import load_calibration
 from osscar.estimation.estimate import estimate_as_asked
 from osscar.models.load import load_model
@@ -112,10 +112,10 @@ def measured(name: str) -> list[str]:
             began = clock()
             prune_as_asked(model, data, request)
             total = clock() - began
-    real = {one.stage: spent.seconds.get(Stage(one.stage), 0.0) for one in told.stages}
+    real = {stage: spent.seconds.get(stage, 0.0) for stage in told.stages}
     rows = [
-        f"| {name} | {one.stage} | {one.seconds:.2f} | {real[one.stage]:.2f} | | | |"
-        for one in told.stages
+        f"| {name} | {stage} | {span.seconds:.2f} | {real[stage]:.2f} | | | |"
+        for stage, span in told.stages.items()
     ]
     ratio, peak = told.seconds / total, peak_memory() or 1
     rows.append(

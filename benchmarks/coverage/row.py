@@ -142,21 +142,21 @@ def _shrunk(row: Row, prepared: Prepared, made: Made, start: float) -> Row:
     if not halves:
         return row
     request = PruningRequest(groups=halves, device="cpu", batch_norm="keep")
-    followed = feasible_groups(prepared, request)
-    left = {group.name for group in followed.left}
+    form, skipped = feasible_groups(prepared, request)
+    left = {group.name for group in skipped}
     plan = half_of(g for g in prepared.traced.prunable if g.name not in left)
-    row = dataclasses.replace(row, form=str(followed.form), left=_counted(followed.left))
+    row = dataclasses.replace(row, form=str(form), left=_counted(skipped))
     dense = copy.deepcopy(prepared.model)
-    found = shrunk(prepared, plan, request, followed.form, ())
+    smaller, proof, _ = shrunk(prepared, plan, request, form, ())
     row = dataclasses.replace(
         row,
-        parameters_after=sum(p.numel() for p in found.model.parameters()),
-        proof=found.proof.error,
+        parameters_after=sum(p.numel() for p in smaller.parameters()),
+        proof=proof.error,
         seconds=time.process_time() - start,
     )
     # A program may keep the sizes it was traced with, but for the number of samples.
-    which = made.inputs[0 if followed.form is Form.GRAPH else 1]
-    return _compared(row, made.model, dense, found.model, plan, which)
+    which = made.inputs[0 if form is Form.GRAPH else 1]
+    return _compared(row, made.model, dense, smaller, plan, which)
 
 
 def half_of(groups: Iterable[CouplingGroup]) -> PruningPlan:

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from fractions import Fraction
 
-from graph import CouplingGroup
 from osscar.allocation.budget import Allocated, Budget
-from osscar.allocation.costs import ROUNDING, Cost, CostModel, count
-from osscar.allocation.curves import Curve, measure_curves, told_curves
+from osscar.allocation.costs import ROUNDING, Cost, count
+from osscar.allocation.curves import Curve, measure_curves
 from osscar.allocation.fluctuation import measure_fluctuations
-from osscar.allocation.latency import Latency, aimed
-from osscar.allocation.rules import ByCurves, ByScores, Rule, Uniform
+from osscar.allocation.latency import aimed, latency_table
+from osscar.allocation.latency_table import CostModel, LatencyTable
+from osscar.allocation.rules import Sharing
 from osscar.allocation.widths import (
     about_half,
     asked_groups,
@@ -33,30 +33,19 @@ def allocate(
     curves: Mapping[str, Curve] | None = None,
     left: Collection[str] = (),
     form: Form = Form.MODULE,
+    table: LatencyTable | None = None,
 ) -> Allocated:
     """Decide how many units each group keeps.
 
-    Parameters
-    ----------
-    prepared
-        The dense model with its data.
-    request
-        What the user asked for.
-    curves
-        Those of all groups that share a budget, where they are known; else they are measured.
-    left
-        Names of groups that keep all their units, since they cannot follow; no budget counts them.
-    form
-        What becomes smaller, and is saved: modules, or the program.
+    Groups that are `left` cannot follow, and keep all their units.  `form` is what becomes smaller,
+    and is saved.  `curves` of the groups that share a budget, or their `table` of times, are
+    measured where they are not given.
 
     Raises
     ------
     RequestError
-        If a count exceeds what exists, a fraction keeps nothing, a named group does not exist, a
-        pattern to skip matches none, a budget cannot be met, or in the end nothing would be
-        removed.
-    FrozenGroupError
-        If what was asked for is frozen everywhere, or a frozen group was named.
+        If what is asked for makes no sense for these groups, a budget cannot be met, or nothing
+        would be removed.  `FrozenGroupError` where what is named is frozen.
     NonFiniteError
         If the gradients that a budget needs are not finite.
     """
@@ -65,17 +54,17 @@ def allocate(
     if request.has_budget and not shared and (keep or not (request.skip or left)):
         raise RequestError(why_out_of_reach(groups, request, prepared.residual))
     if request.has_budget and shared:
-        rule: Rule
-        match request.allocation:
-            case "uniform":
-                rule = Uniform(shared, request.widths, keep)
-            case "fluctuation":
-                scores = measure_fluctuations(prepared, shared)
-                rule = ByScores(shared, scores, request.widths, keep)
-            case _:
-                known = shared_curves(prepared, request, left) if curves is None else curves
-                rule = ByCurves.of(shared, request, keep, known)
-        found, budget = _met(prepared, request, shared, rule, keep, form)
+        sharing = Sharing(shared, request.widths, keep)
+        if request.allocation == "curvature":
+            known = shared_curves(prepared, request, left) if curves is None else curves
+            sharing = dataclasses.replace(sharing, curves=known)
+        elif request.allocation == "fluctuation":
+            scores = measure_fluctuations(prepared, shared)
+            sharing = dataclasses.replace(sharing, scores=scores)
+        if request.speedup is None:
+            found, budget = _counted(prepared, request, sharing, form)
+        else:
+            found, budget = _timed(prepared, request.speedup, request, sharing, table)
         keep = {**keep, **found}
     keep = {g.name: keep[g.name] for g in groups if keep.get(g.name, g.units) < g.units}
     if not keep:
@@ -97,22 +86,13 @@ def shared_curves(
 
     Ranks share out the groups, not the few samples: each curve is the same to the bit as if one
     process had measured them all.
-
-    Parameters
-    ----------
-    prepared, request, left
-        As `allocate` takes them.
-
-    Raises
-    ------
-    RequestError, FrozenGroupError, NonFiniteError
-        As `allocate` does.
     """
     _, _, shared = asked_groups(prepared, request, left)
     mine = prepared.ranks.share([group.units * group.removable for group in shared])
     own = [shared[i] for i in mine]
     found = measure_curves(prepared, own, damp=request.damp, seed=request.seed)
-    curves = told_curves(prepared.ranks, list(found))
+    told = prepared.ranks.all_gather("curves", list(found))
+    curves = {curve.name: curve for some in told for curve in some}
     return {group.name: curves[group.name] for group in shared}
 
 
@@ -120,11 +100,6 @@ def provisional(prepared: Prepared, request: PruningRequest) -> dict[str, int]:
     """Return what groups may come to keep, before anything is measured.
 
     It is what the request says of them where it does; about half of those that share a budget.
-
-    Raises
-    ------
-    RequestError, FrozenGroupError
-        As `allocate` does.
     """
     _, keep, shared = asked_groups(prepared, request)
     if not request.has_budget:
@@ -136,28 +111,35 @@ def provisional(prepared: Prepared, request: PruningRequest) -> dict[str, int]:
     return keep
 
 
-def _met(
+def _timed(
     prepared: Prepared,
+    wanted: float,
     request: PruningRequest,
-    shared: Sequence[CouplingGroup],
-    rule: Rule,
-    keep: Mapping[str, int],
-    form: Form,
+    sharing: Sharing,
+    known: LatencyTable | None,
 ) -> tuple[dict[str, int], Budget]:
-    """Choose what groups keep within what was asked for."""
-    asked = request.budget_in_words
-    if request.speedup is not None:
-        latency = Latency(prepared, shared, keep, request.widths)
-        table = latency.table
-        found, speedup = aimed(
-            latency,
-            request.speedup,
-            lambda limit: _checked(rule, Cost.TIME, table, limit, keep, asked),
-        )
-        budget = rule.budget(Cost.TIME, table, table.of(found), found)
-        # The bound is of modelled times, and says nothing of those that are measured.
-        limit, reached = 1 / request.speedup, 1 / speedup
-        return found, dataclasses.replace(budget, limit=limit, reached=reached, lower_bound=None)
+    """Choose widths whose model was timed to be as fast as wanted."""
+    keep = sharing.others
+    table = known or latency_table(prepared, sharing.groups, keep, sharing.widths)
+    found, speedup = aimed(
+        prepared,
+        keep,
+        wanted,
+        lambda limit: _checked(
+            sharing.choose, Cost.TIME, table, limit, keep, request.budget_in_words
+        ),
+    )
+    budget = sharing.budget(Cost.TIME, table, table.of(found), found)
+    # The bound is of modelled times, and says nothing of those that are measured.
+    limit, reached = 1 / wanted, 1 / speedup
+    return found, dataclasses.replace(budget, limit=limit, reached=reached, lower_bound=None)
+
+
+def _counted(
+    prepared: Prepared, request: PruningRequest, sharing: Sharing, form: Form
+) -> tuple[dict[str, int], Budget]:
+    """Choose widths within what was asked for of parameters, bytes or operations."""
+    asked, keep = request.budget_in_words, sharing.others
     kind = Cost.PARAMETERS
     if request.flops is not None:
         kind = Cost.FLOPS
@@ -171,12 +153,14 @@ def _met(
         cost = count(kind, prepared.model, prepared.groups, prepared.sample, program)
     if request.sparsity is not None:
         # Of the parameters that the shared groups own, as the others are.
-        all_gone = cost.of({**keep, **dict.fromkeys((g.name for g in shared), 0)})
+        all_gone = cost.of({**keep, **dict.fromkeys((g.name for g in sharing.groups), 0)})
         limit = all_gone + (1 - request.sparsity) * (cost.of(keep) - all_gone)
     elif request.flops is not None:
         limit = request.flops * dense
     else:
-        asked_for = _kept(request)
+        kept = parse_keep(request.params) if request.params is not None else None
+        asked_for = parse_size_kept(request.size) if request.size is not None else kept
+        assert asked_for is not None
         limit = float(asked_for if isinstance(asked_for, int) else asked_for * Fraction(int(dense)))
     if limit >= cost.dense:
         raise RequestError(
@@ -184,20 +168,12 @@ def _met(
             f"{'model' if form is Form.MODULE else 'exported program'} has {cost.dense:,.0f}; ask "
             "for less to be kept"
         )
-    found = _checked(rule, kind, cost, limit, keep, asked, dense)
-    return found, dataclasses.replace(rule.budget(kind, cost, limit, found), dense=dense)
-
-
-def _kept(request: PruningRequest) -> Fraction | int:
-    """Return what is asked to be kept, a share or a count of parameters or bytes."""
-    if request.size is not None:
-        return parse_size_kept(request.size)
-    assert request.params is not None
-    return parse_keep(request.params)
+    found = _checked(sharing.choose, kind, cost, limit, keep, asked, dense)
+    return found, dataclasses.replace(sharing.budget(kind, cost, limit, found), dense=dense)
 
 
 def _checked(
-    rule: Rule,
+    choose: Callable[[CostModel, float], dict[str, int]],
     kind: Cost,
     cost: CostModel,
     limit: float,
@@ -205,18 +181,12 @@ def _checked(
     asked: str,
     dense: float | None = None,
 ) -> dict[str, int]:
-    """Return what the rule chooses; `dense` is what the cost of the dense model is told as.
-
-    Raises
-    ------
-    RequestError
-        If even the least widths cost more than the limit.
-    """
+    """Return what is chosen; `dense` is what the cost of the dense model is told as."""
 
     def written(value: float) -> str:
         return f"{value:.3f}" if kind is Cost.TIME else f"{value:,.0f}"
 
-    found = rule.choose(cost, limit)
+    found = choose(cost, limit)
     dense = cost.dense if dense is None else dense
     form = "" if dense == cost.dense else ", as an exported program,"
     reached = cost.of({**keep, **found})

@@ -19,15 +19,7 @@ _POINTS = 33
 
 @dataclass(frozen=True)
 class Width:
-    """What a group that shares a budget keeps.
-
-    Parameters
-    ----------
-    kind, units, kept
-        The group, and how many of its units stay.
-    predicted
-        Its part of the predicted divergence, in nats; None where nothing predicts it.
-    """
+    """What a group that shares a budget keeps, and its part of the predicted divergence in nats."""
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
@@ -80,11 +72,6 @@ class Budget:
     curves: dict[str, tuple[float, ...]] = field(default_factory=dict, repr=False)
     widths: dict[str, Width] = field(default_factory=dict, repr=False)
     frontier: tuple[tuple[float, float], ...] = field(default=(), repr=False)
-
-    @property
-    def short(self) -> float:
-        """How far it stays below the limit, relative to that: widths move in whole units."""
-        return 1 - self.reached / self.limit
 
     @property
     def gap(self) -> float | None:

@@ -16,11 +16,9 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import zip_longest
-from typing import Protocol
+from typing import Any
 
 import numpy as np
-from numpy.polynomial.polynomial import polyval
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -56,70 +54,20 @@ class _Weight:
     taken: tuple[tuple[int, str, int], ...]
     """Dimension, group, and how many indices along it one unit takes along."""
 
-    def of(self, kept: Mapping[str, int], units: Mapping[str, int]) -> float:
-        left = list(self.shape)
+    def of(self, kept: Mapping[str, Any], units: Mapping[str, int]) -> Any:
+        """Return the cost where groups keep some units: numbers, or an array for one of them."""
+        left: list[Any] = list(self.shape)
         for dim, name, width in self.taken:
-            left[dim] -= width * (units[name] - kept.get(name, units[name]))
+            left[dim] = left[dim] - width * (units[name] - kept.get(name, units[name]))
         return self.price * math.prod(left)
-
-    def polynomial(
-        self, name: str, kept: Mapping[str, int], units: Mapping[str, int]
-    ) -> list[float]:
-        """Return the cost as a polynomial in what one group keeps, the constant term first.
-
-        A group that lies in two dimensions makes it quadratic.
-        """
-        left, each = list(self.shape), [0] * len(self.shape)
-        for dim, taker, width in self.taken:
-            stays = 0 if taker == name else kept.get(taker, units[taker])
-            left[dim] -= width * (units[taker] - stays)
-            each[dim] += width if taker == name else 0
-        found = [self.price]
-        for rest, slope in zip(left, each, strict=True):
-            if slope:
-                shifted = zip([*found, 0.0], [0.0, *found], strict=True)
-                found = [rest * same + slope * lower for same, lower in shifted]
-            else:
-                found = [rest * same for same in found]
-        return found
-
-
-class CostModel(Protocol):
-    """The cost of a model whose groups keep some of their units."""
-
-    @property
-    def dense(self) -> float:
-        """The cost of the model as it is."""
-
-    def of(self, kept: Mapping[str, int]) -> float:
-        """Return the cost where groups keep so many units; those not named keep all."""
-
-    def over(
-        self, name: str, counts: NDArray[np.int64], kept: Mapping[str, int]
-    ) -> NDArray[np.float64]:
-        """Return the cost with each of some counts of one group, the others as they are kept.
-
-        It is up to a constant: what does not depend on the group may be left out.
-        """
-
-    def separable(self, names: Iterable[str]) -> bool:
-        """Whether the costs of these groups add up."""
 
 
 @dataclass(frozen=True)
 class CountedCost:
-    """A cost that is counted, weight by weight.
+    """A cost that is counted, over every tensor that groups own a part of.
 
-    Parameters
-    ----------
-    weights
-        Every tensor that groups own a part of.
-    fixed
-        What does not depend on them.
-    each
-        What one unit of a group costs besides, such as its attention scores.
-    units
-        How many each group has.
+    `fixed` does not depend on them, and `each` is what one unit of a group costs besides, such as
+    its attention scores.
     """
 
     weights: tuple[_Weight, ...] = field(repr=False)
@@ -130,7 +78,7 @@ class CountedCost:
     def of(self, kept: Mapping[str, int]) -> float:
         """Return the cost where groups keep so many units; those not named keep all."""
         each = (price * kept.get(name, self.units[name]) for name, price in self.each.items())
-        return self.fixed + sum(each) + sum(w.of(kept, self.units) for w in self.weights)
+        return float(self.fixed + sum(each) + sum(w.of(kept, self.units) for w in self.weights))
 
     @property
     def dense(self) -> float:
@@ -140,11 +88,14 @@ class CountedCost:
     def over(
         self, name: str, counts: NDArray[np.int64], kept: Mapping[str, int]
     ) -> NDArray[np.float64]:
-        """Return what so many units of a group cost while the others keep as many as they do."""
-        parts = [[0.0, self.each.get(name, 0.0)]]
-        parts += [w.polynomial(name, kept, self.units) for w in self._by_group.get(name, ())]
-        whole = [sum(terms) for terms in zip_longest(*parts, fillvalue=0.0)]
-        return np.asarray(polyval(counts.astype(np.float64), whole))
+        """Return the cost with each of some counts of one group, the others as they are kept.
+
+        What does not depend on the group is left out.
+        """
+        several = {**kept, name: counts}
+        each = self.each.get(name, 0.0) * counts
+        parts = (w.of(several, self.units) for w in self._by_group.get(name, ()))
+        return np.asarray(sum(parts, start=each), dtype=np.float64)
 
     @cached_property
     def _by_group(self) -> dict[str, list[_Weight]]:
@@ -175,20 +126,9 @@ def count(
     example: Batch,
     program: nn.Module | None = None,
 ) -> CountedCost:
-    """Count what a model costs.
+    """Count what a model costs, its operations on an example.
 
-    Parameters
-    ----------
-    cost
-        In what.
-    model
-        The dense model.
-    groups
-        All its groups.
-    example
-        Inputs to count the operations of.
-    program
-        Its exported program, on its own tensors, if that is what becomes smaller and is saved.
+    `program` is its exported program, on its own tensors, if that is what becomes smaller.
     """
     tensors = dict([*model.named_parameters(), *model.named_buffers()])
     names = {id(tensor): name for name, tensor in tensors.items()}
@@ -199,8 +139,7 @@ def count(
     if cost is Cost.BYTES:
         prices, rest = _stored_bytes(model, names, program)
     elif cost is Cost.FLOPS:
-        found = _Operations.of(model, tensors, groups, example)
-        prices, each, rest = found.prices, found.each, found.fixed
+        prices, each, rest = _operations(model, tensors, groups, example)
     owned = {name: tuple(of) for name, of in taken.items() if name in prices}
     others = [name for name in prices if name not in owned]
     return CountedCost(
@@ -248,53 +187,33 @@ def _attribute(model: nn.Module, name: str) -> object:
 # ---- operations --------------------------------------------------------------------------
 
 
-@dataclass
-class _Operations:
-    """What the operations of a model depend on; added up, they are all that a pass takes.
+def _operations(
+    model: nn.Module, tensors: Mapping[str, Tensor], groups: Sequence[CouplingGroup], example: Batch
+) -> tuple[Counter[str], Counter[str], float]:
+    """Share out each product of a pass among the weights that it takes, or the heads it is of.
 
-    Parameters
-    ----------
-    prices
-        Of each entry of weights, by name.
-    each
-        Of each unit of a group, such as scores and weighted sums of a head.
-    fixed
-        The rest.
+    Returned are the operations of each entry of weights, by name, of each unit of a group, and the
+    rest.  A product with a weight that lies on disk, and cannot be told, is shared by all weights
+    on disk of the module that was running.
     """
-
-    prices: Counter[str] = field(default_factory=Counter)
-    each: Counter[str] = field(default_factory=Counter)
-    fixed: float = 0.0
-
-    @classmethod
-    def of(
-        cls,
-        model: nn.Module,
-        tensors: Mapping[str, Tensor],
-        groups: Sequence[CouplingGroup],
-        example: Batch,
-    ) -> _Operations:
-        """Share out each product among the weights that it takes, or the heads that it is of.
-
-        One with a weight that lies on disk, and cannot be told, is shared by all weights on disk of
-        the module that was running.
-        """
-        names = {id(tensor): name for name, tensor in tensors.items() if tensor.ndim > 1}
-        heads = _heads_by_module(groups)
-        found = cls()
-        for product in products(model, names, example):
-            weights = product.weights
-            if product.constant and not weights:
-                weights = _on_disk(model.get_submodule(product.module), names)
-            if weights:
-                entries = sum(tensors[name].numel() for name in weights)
-                found.prices.update(dict.fromkeys(weights, product.operations / entries))
-                continue
-            several = _nearest(heads, product.module)
-            units = sum(group.units for group in several)
-            found.each.update({group.name: product.operations / units for group in several})
-            found.fixed += 0 if several else product.operations
-        return found
+    names = {id(tensor): name for name, tensor in tensors.items() if tensor.ndim > 1}
+    heads = _heads_by_module(groups)
+    prices: Counter[str] = Counter()
+    each: Counter[str] = Counter()
+    fixed = 0.0
+    for product in products(model, names, example):
+        weights = product.weights
+        if product.constant and not weights:
+            weights = _on_disk(model.get_submodule(product.module), names)
+        if weights:
+            entries = sum(tensors[name].numel() for name in weights)
+            prices.update(dict.fromkeys(weights, product.operations / entries))
+            continue
+        several = _nearest(heads, product.module)
+        units = sum(group.units for group in several)
+        each.update({group.name: product.operations / units for group in several})
+        fixed += 0 if several else product.operations
+    return prices, each, fixed
 
 
 def _on_disk(module: nn.Module, names: Mapping[int, str]) -> frozenset[str]:

@@ -74,22 +74,10 @@ _LEAST_SHARE = 1e-7
 class Factors:
     """The two factors of the Fisher matrix of one consumer's weights, as sums in float32.
 
-    Parameters
-    ----------
-    linear_map
-        The consumer, with p inputs and m outputs.
-    inputs
-        A, (p, p).
-    outputs
-        B, (m, m).
-    energy
-        T, the trace of either.
-    axis
-        The dimension of what the module reads that counts samples; None where nobody knows.
-    rows
-        At how many positions it read anything.
-    held
-        The same of samples that were held out; None where none were.
+    `inputs` are A, (p, p), `outputs` B, (m, m), and `energy` T, the trace of either, for a consumer
+    of p inputs and m outputs; `held` are those of samples that were held out.  `axis` is the
+    dimension of what the module reads that counts samples, None where nobody knows; and `rows` at
+    how many positions it read anything.
     """
 
     linear_map: LinearMap
@@ -108,22 +96,10 @@ class Factors:
         return cls(linear_map, torch.zeros(p, p, device=device), torch.zeros(m, m, device=device))
 
     def add(self, x: Any, g: Tensor, samples: int | None) -> None:
-        """Add one call.
+        """Add one call: what the module read, and the gradient at what it put out.
 
-        Parameters
-        ----------
-        x
-            What the module read.
-        g
-            The gradient at what it put out.
-        samples
-            Of how many samples these are, each with one prediction; None where every position has
-            its own.  Several are told apart by the dimension in which they lie.
-
-        Raises
-        ------
-        NonFiniteError
-            If the gradient has NaN or infinite entries.
+        These are of so many samples, each with one prediction, which are told apart by the
+        dimension in which they lie; None where every position has its own.
         """
         if not bool(torch.isfinite(g).all()):
             raise NonFiniteError(
@@ -166,15 +142,7 @@ class Factors:
     def weights(self, predictions: int) -> Tensor:
         """Return ``W0 L`` with ``B = L L'``, whose squared error is the divergence in nats.
 
-        Parameters
-        ----------
-        predictions
-            N, over which the divergence is averaged.
-
-        Raises
-        ------
-        NonFiniteError
-            If a sum has overflowed.
+        It is averaged over N `predictions`.
         """
         held = () if self.held is None else (self.held.inputs,)
         sums = (self.inputs, self.outputs, torch.tensor(self.energy), *held)
@@ -193,14 +161,8 @@ class Factors:
         """Return quadratic terms whose loss is the predicted divergence in nats a prediction.
 
         ``tr(D' A D B)`` is the plain squared error of the weights ``W0 L`` under the Gram matrix A,
-        and the least-squares refit is the same.
-
-        Parameters
-        ----------
-        weights
-            ``W0 L``.
-        damp
-            Weight of the proximal term, as of `damped_by_input`.
+        and the least-squares refit is the same.  `weights` are these, and `damp` is as of
+        `damped_by_input`.
         """
         A, _ = symmetric_part(self.inputs)
         units = self.linear_map.unit_rows
@@ -211,19 +173,9 @@ class Factors:
 class GroupCurvature:
     """What removing units of one group costs in the outputs of the model.
 
-    Parameters
-    ----------
-    group
-        The coupling group.
-    factors
-        Of each of its consumers that read anything: to some experts no token may be sent.
-    predictions
-        How many predictions were made.
-    reached
-        Whether gradients reached every consumer.  If not, all outputs of a layer count alike, and
-        relative to its own size: the layer's own currency, in which layers hardly compare.
-    held_predictions
-        How many predictions were made of samples that were held out.
+    `factors` are of each of its consumers that read anything: to some experts no token may be
+    sent.  Where gradients have not `reached` every consumer, all outputs of a layer count alike,
+    and relative to its own size: the layer's own currency, in which layers hardly compare.
     """
 
     group: CouplingGroup
@@ -252,13 +204,7 @@ class GroupCurvature:
         return self.held_predictions > 0 and all(h is not None and h.energy > 0 for h in held)
 
     def held_loss(self, weights: Sequence[Tensor]) -> float:
-        """Return the predicted divergence on held-out samples, in nats a prediction, undamped.
-
-        Parameters
-        ----------
-        weights
-            Of each consumer, as refits of the problem have them.
-        """
+        """Return the predicted divergence on held-out samples, in nats a prediction, undamped."""
         total = 0.0
         for one, dense, refitted in zip(self.factors, self._weights, weights, strict=True):
             assert one.held is not None
@@ -272,16 +218,8 @@ def curvature(
 ) -> Iterator[GroupCurvature]:
     """Run the dense model forward and backward, and yield what each group's consumers matter.
 
-    Parameters
-    ----------
-    prepared
-        The model with its data, still dense.
-    groups
-        The groups; where their factors take more than two gigabytes, the data pass several times.
-    samples
-        How many of the calibration samples are used at most.
-    seed
-        Of the labels that are sampled.
+    At most so many of the calibration samples are used; where the factors take more than two
+    gigabytes, they pass several times.  Labels are drawn by the seed.
 
     Raises
     ------
@@ -377,15 +315,7 @@ def _sample_axis(two: Sequence[torch.Size], three: Sequence[torch.Size]) -> int 
 def parts(
     model: nn.Module, groups: Sequence[CouplingGroup], copies: int = 1
 ) -> Iterator[list[tuple[CouplingGroup, tuple[LinearMap, ...]]]]:
-    """Yield groups, with their consumers, whose factors fit into memory together.
-
-    Parameters
-    ----------
-    model, groups
-        The model, and some of its groups.
-    copies
-        Of each factor: two where samples are held out.
-    """
+    """Yield groups, with their consumers, whose factors, in some copies, fit into memory."""
     part: list[tuple[CouplingGroup, tuple[LinearMap, ...]]] = []
     filled = 0
     for group in groups:
@@ -526,14 +456,7 @@ def _drawn(chances: Tensor, generator: torch.Generator) -> Tensor:
 def logits_of(result: Any, batch: Batch, inputs: ModelInputs) -> Tensor | None:
     """Return a table of logits, a row a prediction, (..., classes); None if there is none.
 
-    Parameters
-    ----------
-    result
-        What a model puts out.
-    batch
-        What it was given: a matrix that it makes of images is a classifier's.
-    inputs
-        All that it is calibrated on: tokens are of a language model, and labels of a classifier.
+    A matrix that a model makes of images is a classifier's; tokens are of a language model.
     """
     tokens = inputs.tokens
     named = named_logits(result)

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from graph import CouplingGroup
 from osscar.allocation.curvature import GroupCurvature, curvature
-from osscar.base.ranks import Ranks
 from osscar.base.timing import Stage, timed
 from osscar.preparation.prepare import Prepared
 from osscar.walk.regularization import DAMPS, DEFAULT_DAMP
@@ -31,16 +30,10 @@ _LEAST_DAMP = 1e-4
 class Curve:
     """The predicted divergence of a model of which one group has lost units.
 
-    Parameters
-    ----------
-    name
-        The group.
-    losses
-        (units + 1,): with k units left, the Kullback-Leibler divergence of the model's predictions
-        from the dense ones, in nats a prediction; does not increase with k, and ends with 0.
-    comparable
-        Whether it is that, or, as no gradient reaches the group, the loss of its consumers relative
-        to their own outputs.
+    `losses`, (units + 1,), do not increase with the k units that are left, and end with 0: the
+    Kullback-Leibler divergence of the model's predictions from the dense ones, in nats a
+    prediction.  Where it is not `comparable`, as no gradient reaches the group, it is the loss of
+    the group's consumers relative to their own outputs.
     """
 
     name: str
@@ -53,22 +46,8 @@ def measure_curves(
 ) -> Iterator[Curve]:
     """Yield a curve for each group; see `osscar.allocation.curvature`.
 
-    Parameters
-    ----------
-    prepared
-        The dense model with its data.
-    groups
-        The groups.
-    damp
-        Weight of the proximal term, relative to each entry on the Gram matrix's diagonal.  None:
-        for each group, what serves held-out samples best, or the default where there are none.
-    seed
-        Of the labels that are sampled.
-
-    Raises
-    ------
-    NonFiniteError
-        If gradients are not finite.
+    `damp` is relative to each entry on the Gram matrix's diagonal; without it, what serves held-out
+    samples best, or the default where there are none.
     """
     measured = curvature(prepared, groups, samples=curve_samples(prepared), seed=seed)
     while True:
@@ -85,20 +64,6 @@ def curve_samples(prepared: Prepared) -> int:
     """Return on how many samples curvature is measured at most."""
     length = prepared.inputs.settings.get("seqlen")
     return _SAMPLES if length is None else max(1, _TOKENS // length)
-
-
-def told_curves(ranks: Ranks, mine: Sequence[Curve]) -> dict[str, Curve]:
-    """Return the curves of all ranks, by group.
-
-    Parameters
-    ----------
-    ranks
-        Among which the groups are shared out.
-    mine
-        Those of this rank's groups.
-    """
-    told = ranks.all_gather("curves", list(mine))
-    return {curve.name: curve for curves in told for curve in curves}
 
 
 def elimination_curve(problem: SubsetProblem) -> NDArray[np.float64]:

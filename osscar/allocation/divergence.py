@@ -24,20 +24,10 @@ MOST_BYTES = 256 << 20
 
 @dataclass(frozen=True, eq=False)
 class Reference:
-    """What the dense model predicts on some samples.
+    """What the dense model predicts on some samples, one a batch.
 
-    Parameters
-    ----------
-    batches
-        Samples, one a batch.
-    logarithms
-        Log-probabilities of the dense model, (predictions, classes), for each of them.
-    rows
-        Which of its predictions these are.
-    inputs
-        What the samples are of.
-    ranks
-        Among which the samples are shared out; those here are this one's.
+    `logarithms` are log-probabilities, (predictions, classes), for each of them, and `rows` which
+    of its predictions these are.  Ranks share out the samples; those here are this one's.
     """
 
     batches: Sequence[Batch] = field(repr=False)
@@ -48,13 +38,7 @@ class Reference:
 
     @classmethod
     def of(cls, prepared: Prepared, samples: int) -> Reference | None:
-        """Run the dense model on the last samples; None if it puts out no logits.
-
-        Raises
-        ------
-        CalibrationError
-            If it fails on them.
-        """
+        """Run the dense model on the last samples; None if it puts out no logits."""
         batches = prepared.inputs.batches(prepared.model, 1)[-samples:]
         mine = [batches[i] for i in prepared.ranks.share([1.0] * len(batches))]
         logarithms: list[Tensor] = []
@@ -72,13 +56,7 @@ class Reference:
         return cls(mine, logarithms, rows, prepared.inputs, prepared.ranks)
 
     def divergence(self, model: nn.Module) -> float:
-        """Return the mean Kullback-Leibler divergence from the dense predictions, in nats.
-
-        Parameters
-        ----------
-        model
-            The pruned model, on the same device.
-        """
+        """Return the mean Kullback-Leibler divergence from the dense predictions, in nats."""
         total, count = 0.0, 0
         kept = zip(self.batches, self.logarithms, self.rows, strict=True)
         for index, (batch, dense, rows) in enumerate(kept):

@@ -39,21 +39,10 @@ def measure_fluctuations(
 
     Where several consumers read a group, each standardizes its own inputs, and all count alike.
 
-    Parameters
-    ----------
-    prepared
-        The dense model with its data, all of which are used.
-    groups
-        The groups.
-
     Raises
     ------
-    CalibrationError
-        If a batch fails; names the batch and the module.
-    ModelError
-        If a consumer is never called.
-    NonFiniteError
-        If what a consumer reads is not finite.
+    CalibrationError, ModelError, NonFiniteError
+        If a batch fails, a consumer is never called, or reads what is not finite.
     """
     found = {g.name: [_Inputs.of(one) for one in linear_maps(prepared.model, g)] for g in groups}
     _run(prepared, [inputs for several in found.values() for inputs in several])

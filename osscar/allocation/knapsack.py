@@ -26,16 +26,9 @@ _MOST_EXPANDED = 1_000_000
 
 @dataclass(frozen=True)
 class Choice:
-    """What the knapsack holds.
+    """What the knapsack holds: the index of the option of each class, and sums over the classes.
 
-    Parameters
-    ----------
-    options
-        The index of the option of each class.
-    loss, cost
-        Sums over the classes.
-    lower_bound
-        No choice within the budget has a smaller loss.
+    No choice within the budget has a smaller loss than the lower bound.
     """
 
     options: tuple[int, ...]
@@ -43,45 +36,16 @@ class Choice:
     cost: float
     lower_bound: float
 
-    @property
-    def gap(self) -> float:
-        """How far the loss can be above the least one, relative to it."""
-        above = max(self.loss - self.lower_bound, 0.0)
-        return above / abs(self.loss) if self.loss else 0.0
-
-
-class BudgetError(ValueError):
-    """No choice is within the budget.
-
-    Parameters
-    ----------
-    least
-        The least cost of any choice.
-    """
-
-    def __init__(self, least: float) -> None:
-        super().__init__(f"the least cost of any choice is {least:g}")
-        self.least = least
-
 
 def choose(
     losses: Sequence[NDArray[np.float64]], costs: Sequence[NDArray[np.float64]], budget: float
 ) -> Choice:
-    """Choose one option of each class.
-
-    Parameters
-    ----------
-    losses, costs
-        For each class, one finite number an option.
-    budget
-        What the costs may come to.
+    """Choose one option of each class, of which each has finite losses and costs.
 
     Raises
     ------
-    BudgetError
-        If nothing is within the budget.
     ValueError
-        If a class has no option, or a number or a sum of the largest is not finite.
+        If nothing is within the budget, a class has no option, or sums are not finite.
     """
     for found in (*losses, *costs):
         if not len(found) or not np.isfinite(found).all():
@@ -92,7 +56,7 @@ def choose(
     # More than all there is changes nothing; sums may exceed the sum that was meant.
     budget = min(budget, most) + 1e-12 * sum(float(np.abs(c).max()) for c in costs)
     if not least <= budget:
-        raise BudgetError(least)
+        raise ValueError(f"the least cost of any choice is {least:g}")
     multiplier, options = _relaxed(losses, costs, budget)
     reduced = [f + multiplier * c for f, c in zip(losses, costs, strict=True)]
     bound = sum(float(r.min()) for r in reduced) - multiplier * budget
@@ -171,14 +135,9 @@ def _filled(
 
 @dataclass(frozen=True, eq=False)
 class _States:
-    """Choices of the first classes.
+    """Choices of the first classes: what each comes to, and how.
 
-    Parameters
-    ----------
-    losses, costs
-        What each comes to.
-    parents, options
-        The choice of one class less that it goes on from, and the option by which.
+    `parents` are the choices of one class less that they go on from, and `options` those by which.
     """
 
     losses: NDArray[np.float64]

@@ -1,44 +1,34 @@
-"""How long a forward pass takes as a function of the units that groups keep, measured here.
+"""Times of smaller models, measured here, and widths that are chosen to be as fast as is wanted.
 
 Models that keep a few shares of the units of all groups, any units, are built, one after the other,
 and every part of their passes is timed beside the dense model's: that gives a table of seconds over
-widths, which serves all that is asked of the same model on the same data and device.  A choice of
-widths by this table is then built and timed whole, and the limit moved should it have missed.
+widths.  A choice of widths by this table is then built and timed whole, and the limit moved should
+it have missed.
 """
 
 from __future__ import annotations
 
 import itertools
-import json
 import statistics
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
 
 import torch
 from torch import nn
 
-from graph import CouplingGroup, Slot
+from graph import CouplingGroup
 from graph.tracing.preserve import without_cache
 from osscar.allocation.latency_table import (
     LatencyTable,
-    keep_table,
-    kept_table,
-    tabulated,
-)
-from osscar.allocation.parts import (
-    Turns,
-    alike,
-    check_alike,
+    forms_of,
     groups_between,
     medians,
     parts_in_turn,
+    tabulated,
 )
 from osscar.allocation.widths import possible_widths
-from osscar.base.devices import clock_of, this_device
+from osscar.base.devices import clock_of
 from osscar.base.errors import EquivalenceError, RequestError
-from osscar.base.files import digest
 from osscar.base.progress import stage
 from osscar.base.timing import interleaved, seconds_of
 from osscar.data.batches import Batch
@@ -87,10 +77,10 @@ def time_against(dense: nn.Module, other: nn.Module, batch: Batch) -> float:
     timings = [seconds_of(partial(forward, model, batch), clock) for model in (dense, other)]
     with torch.no_grad(), without_cache(dense), without_cache(other):
         slow, fast = interleaved(timings, _REPETITIONS, "timing")
-    return _ratio(slow, fast)
+    return ratio_of_medians(slow, fast)
 
 
-def _ratio(slow: Sequence[float], fast: Sequence[float]) -> float:
+def ratio_of_medians(slow: Sequence[float], fast: Sequence[float]) -> float:
     """Return the ratio of two median times that were interleaved.
 
     About how far it may be off is half of the interquartile range of the single ratios, over the
@@ -112,152 +102,86 @@ def _ratio(slow: Sequence[float], fast: Sequence[float]) -> float:
     return statistics.median(slow) / statistics.median(fast)
 
 
-class Latency:
-    """What a forward pass costs, in units of the dense model's.
+def latency_table(
+    prepared: Prepared, shared: Sequence[CouplingGroup], fixed: Mapping[str, int], widths: Widths
+) -> LatencyTable:
+    """Time the parts of trial models, each in turns with the dense model.
 
-    Parameters
-    ----------
-    prepared
-        The dense model with its data.
-    shared
-        The groups whose widths are to be chosen.
-    fixed
-        What other groups keep.
-    widths
-        What widths groups may have.
+    `fixed` is what other groups keep than the `shared` ones, whose widths are to be chosen.
 
     Raises
     ------
     RequestError
         If the device is too noisy to tell, or no smaller model can be built.
     """
-
-    def __init__(
-        self,
-        prepared: Prepared,
-        shared: Sequence[CouplingGroup],
-        fixed: Mapping[str, int],
-        widths: Widths = Widths(),  # noqa: B008, as it is frozen
-    ) -> None:
-        self._prepared, self._batch = prepared, prepared.batches()[0]
-        units = {group.name: group.units for group in prepared.groups}
-        self._fixed = {name: kept for name, kept in fixed.items() if kept < units[name]}
-        self._units = {group.name: group.units for group in shared}
-        trials = _trials(shared, widths)
-        if self._fixed:  # the largest model of the table is no longer the dense one
-            trials = [dict(self._units), *trials]
-        measured = self._measured_on(trials)
-        kept = kept_table(measured, self._units)
-        self.table = self._measured(trials) if kept is None else kept
-        if kept is None:
-            keep_table(measured, self.table)
-
-    def speedup(self, kept: Mapping[str, int]) -> float:
-        """Build a model of these widths, and time it against the dense one."""
-        with self._built({**self._fixed, **kept}) as trial:
-            return time_against(self._prepared.model, trial, self._batch)
-
-    def _measured_on(self, trials: Sequence[Mapping[str, int]]) -> dict[str, str]:
-        """Return all that a table depends on."""
-        model, tensors = self._prepared.model, self._prepared.model.state_dict()
-        forms = {name: [str(t.dtype), list(t.shape)] for name, t in tensors.items()}
-        attention = getattr(getattr(model, "config", None), "_attn_implementation", None)
-        return {
-            **this_device(device_of(model)),
-            "model": f"{type(model).__name__} {_digest([str(model), forms, str(attention)])}",
-            "data": ", ".join(f"{n} {t.dtype} {[*t.shape]}" for n, t in self._batch.items()),
-            "widths": _digest([self._fixed, list(trials)]),
-        }
-
-    def _measured(self, trials: Sequence[Mapping[str, int]]) -> LatencyTable:
-        """Time parts of trial models, each in turns with the dense model."""
-        dense, owners, taken = self._prepared.model, self._owners(), self._taken()
-        timed: list[Turns] = []
-        with stage("timing", total=len(trials)) as bar:
-            for trial in trials:
-                with self._built({**self._fixed, **trial}) as smaller:
-                    timed.append(parts_in_turn(dense, smaller, list(owners), self._batch, _TURNS))
-                _ratio(timed[-1].dense.sum(1), timed[-1].smaller.sum(1))
-                bar.advance()
-        check_alike([one.events for one in timed])
-        events = timed[0].events
-        whole, parts = medians(timed, alike(dense, events, self._batch, taken))
-        kept = list(trials)
-        if not self._fixed:
-            kept, parts = [{}, *kept], [whole, *parts]
-        steps = itertools.pairwise(events)
-        groups = [groups_between(*step, owners) & set(self._units) for step in steps]
-        return tabulated(groups, kept, parts, float(whole.sum()), self._units)
-
-    def _owners(self) -> dict[str, frozenset[str]]:
-        """Return the groups that modules have a part of, of those that may lose units."""
-        owners: dict[str, frozenset[str]] = {}
-        for module, group, _ in self._slots():
-            owners[module] = owners.get(module, frozenset()) | {group.name}
-        return owners
-
-    def _taken(self) -> dict[str, list[tuple[Hashable, ...]]]:
-        """Return what units take along of the tensors of modules, and how many units there are."""
-        taken: dict[str, list[tuple[Hashable, ...]]] = {}
-        for module, group, slot in self._slots():
-            most = self._fixed.get(group.name, group.units)
-            form = slot.tensor.rpartition(".")[2], slot.dim, slot.width, group.units, most
-            taken.setdefault(module, []).append(form)
-        return taken
-
-    def _slots(self) -> Iterator[tuple[str, CouplingGroup, Slot]]:
-        for group in self._prepared.groups:
-            if group.name in self._units or group.name in self._fixed:
-                for slot in group.slots:
-                    yield slot.tensor.rpartition(".")[0], group, slot
-
-    @contextmanager
-    def _built(self, kept: Mapping[str, int]) -> Iterator[nn.Module]:
-        """Yield a model that keeps the first units of each group."""
-        groups = {group.name: group for group in self._prepared.groups}
-        plan = PruningPlan(
-            tuple(
-                GroupPlan.of(groups[name], tuple(range(k)))
-                for name, k in kept.items()
-                if k < groups[name].units
-            )
-        )
-        trial = copied(self._prepared.model)
-        try:
-            shrink(trial, plan, [self._prepared.example])
-        except EquivalenceError as error:
-            raise RequestError(f"no trial model can be built to time: {error}") from error
-        yield trial
-
-
-def _digest(values: Any) -> str:
-    """Return a digest of JSON-able data."""
-    return digest(json.dumps(values, sort_keys=True))
-
-
-def _trials(shared: Sequence[CouplingGroup], allowed: Widths) -> list[dict[str, int]]:
-    """Return what groups keep in the models that are timed for the table."""
-    widths = {group.name: possible_widths(group, allowed) for group in shared}
-    return [
-        {name: int(some[round(share * (len(some) - 1))]) for name, some in widths.items()}
+    dense, batch = prepared.model, prepared.batches()[0]
+    units = {group.name: group.units for group in shared}
+    fixed = {g.name: fixed[g.name] for g in prepared.groups if fixed.get(g.name, g.units) < g.units}
+    options = {group.name: possible_widths(group, widths) for group in shared}
+    trials = [
+        {name: int(some[round(share * (len(some) - 1))]) for name, some in options.items()}
         for share in _SHARES
     ]
+    if fixed:  # the largest model of the table is no longer the dense one
+        trials = [units, *trials]
+    owners: dict[str, frozenset[str]] = {}
+    for group in prepared.groups:
+        for slot in group.slots if group.name in {*units, *fixed} else ():
+            module = slot.tensor.rpartition(".")[0]
+            owners[module] = owners.get(module, frozenset()) | {group.name}
+    slow, fast, forms = [], [], [forms_of(dense, list(owners), batch)]
+    with stage("timing", total=len(trials)) as bar:
+        for trial in trials:
+            smaller = built(prepared, {**fixed, **trial})
+            events, of_dense, of_smaller = parts_in_turn(
+                dense, smaller, list(owners), batch, _TURNS
+            )
+            ratio_of_medians(of_dense.sum(1).tolist(), of_smaller.sum(1).tolist())
+            slow.append(of_dense)
+            fast.append(of_smaller)
+            forms.append(forms_of(smaller, list(owners), batch))
+            bar.advance()
+    steps = list(itertools.pairwise(events))
+    alike = [
+        tuple((enters, form[module]) for form in forms for module, enters in step) for step in steps
+    ]
+    whole, seconds = medians(slow, fast, alike)
+    if not fixed:
+        trials, seconds = [{}, *trials], [whole, *seconds]
+    groups = [groups_between(*step, owners) & set(units) for step in steps]
+    return tabulated(groups, trials, seconds, float(whole.sum()), units)
+
+
+def built(prepared: Prepared, kept: Mapping[str, int]) -> nn.Module:
+    """Return a copy of the dense model that keeps the first units of each group.
+
+    Raises
+    ------
+    RequestError
+        If it cannot be built.
+    """
+    fewer = [(g, range(kept[g.name])) for g in prepared.groups if g.name in kept]
+    plans = (GroupPlan.of(g, tuple(some)) for g, some in fewer if len(some) < g.units)
+    smaller = copied(prepared.model)
+    try:
+        shrink(smaller, PruningPlan(tuple(plans)), [prepared.example])
+    except EquivalenceError as error:
+        raise RequestError(f"no trial model can be built to time: {error}") from error
+    return smaller
 
 
 def aimed(
-    latency: Latency, wanted: float, choose: Callable[[float], dict[str, int]]
+    prepared: Prepared,
+    fixed: Mapping[str, int],
+    wanted: float,
+    choose: Callable[[float], dict[str, int]],
 ) -> tuple[dict[str, int], float]:
     """Return widths whose model was timed to be as fast as wanted, and how fast that was.
 
-    Parameters
-    ----------
-    latency
-        Times models.
-    wanted
-        The speed-up.
-    choose
-        Returns the best widths within a limit of the modelled time.
+    `choose` returns the best widths within a limit of the modelled time, and `fixed` is what other
+    groups keep.
     """
+    batch = prepared.batches()[0]
     # Modelled times of models that were too slow and fast enough, with their real times.
     slow, slow_time = 1.0, 1.0
     fast: float | None = None
@@ -265,7 +189,7 @@ def aimed(
     for _ in range(MOST_ROUNDS):
         try:
             kept = choose(limit)
-            measured = latency.speedup(kept)
+            measured = time_against(prepared.model, built(prepared, {**fixed, **kept}), batch)
         except RequestError:  # nothing so fast, or a moment of noise: what is known will do
             if best is None:
                 raise

@@ -5,19 +5,21 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from graph import CouplingGroup
 from osscar.allocation.budget import Budget, Width
-from osscar.allocation.costs import ROUNDING, Cost, CostModel
+from osscar.allocation.costs import ROUNDING, Cost
 from osscar.allocation.curves import Curve
-from osscar.allocation.knapsack import BudgetError, choose
+from osscar.allocation.knapsack import choose
+from osscar.allocation.latency_table import CostModel
 from osscar.allocation.widths import possible_widths
 from osscar.base.errors import RequestError
-from osscar.request import PruningRequest, Widths
+from osscar.request import Widths
 
 _HALVINGS = 40
 """Of the interval in which a share is looked for."""
@@ -29,52 +31,69 @@ _FRONTIER = 24
 """Points of the frontier that are kept at most."""
 
 
-class Rule(Protocol):
-    """How a budget is shared out."""
+@dataclass(frozen=True, eq=False)
+class Sharing:
+    """Groups that share a budget by curves, by scores of their units, or evenly.
+
+    `others` is what other groups keep.  See `osscar.allocation.fluctuation` for the scores.
+    """
+
+    groups: Sequence[CouplingGroup]
+    widths: Widths
+    others: Mapping[str, int]
+    curves: Mapping[str, Curve] | None = None
+    scores: Mapping[str, NDArray[np.float64]] | None = None
 
     def choose(self, cost: CostModel, limit: float) -> dict[str, int]:
-        """Return what groups keep so that the model costs at most the limit."""
+        """Return what the groups keep so that the model costs at most the limit, or the least."""
+        if self.curves is not None:
+            return self._by_curves(self.curves, cost, limit).choose()
+        if self.scores is not None:
+            return widths_by_scores(self.groups, self.scores, self.widths, self.others, cost, limit)
+        return uniform_widths(self.groups, self.widths, self.others, cost, limit)
 
-    def budget(self, kind: Cost, cost: CostModel, limit: float, found: dict[str, int]) -> Budget:
-        """Report on a choice."""
+    def budget(self, kind: Cost, cost: CostModel, limit: float, found: Mapping[str, int]) -> Budget:
+        """Report on a choice, with a prediction where there are curves."""
+        told, nats = {}, {}
+        if self.curves is not None:
+            told = self._by_curves(self.curves, cost, limit).prediction(found)
+            nats = {name: float(self.curves[name].losses[kept]) for name, kept in found.items()}
+        widths = {
+            g.name: Width(str(g.kind), g.units, found[g.name], nats.get(g.name))
+            for g in self.groups
+        }
+        reached = cost.of({**self.others, **found})
+        return Budget(kind, limit, cost.dense, reached, widths=widths, **told)
+
+    def _by_curves(self, curves: Mapping[str, Curve], cost: CostModel, limit: float) -> ByCurves:
+        options = {group.name: possible_widths(group, self.widths) for group in self.groups}
+        own = {name: curves[name] for name in options}
+        return ByCurves(own, options, self.others, cost, limit)
 
 
-@dataclass(frozen=True, eq=False)
-class Uniform:
-    """The same share of the units of every group, as large as the limit allows.
+def uniform_widths(
+    shared: Sequence[CouplingGroup],
+    widths: Widths,
+    keep: Mapping[str, int],
+    cost: CostModel,
+    limit: float,
+) -> dict[str, int]:
+    """Return the counts of the largest share of every group within the limit, or the least ones.
 
     Shares are rounded to widths that groups may have, those of the coarsest groups first: the
     others, which move in finer steps, make up for it.  Groups of the same widths stay alike.
-
-    Parameters
-    ----------
-    shared
-        The groups.
-    widths, keep
-        As the request has them, and what other groups keep.
+    `keep` is what other groups keep.
     """
-
-    shared: Sequence[CouplingGroup]
-    widths: Widths
-    keep: Mapping[str, int]
-
-    def choose(self, cost: CostModel, limit: float) -> dict[str, int]:
-        """Return the counts of the largest share within the limit, or the least ones."""
-        alike: dict[tuple[int, ...], list[str]] = {}
-        for group in self.shared:
-            options = possible_widths(group, self.widths)
-            alike.setdefault(tuple(options.tolist()), []).append(group.name)
-        finer = [_Alike(names, np.array(options)) for options, names in alike.items()]
-        finer.sort(key=lambda some: len(some.options))
-        kept = dict(self.keep)
-        while finer:
-            coarsest = finer.pop(0)
-            kept.update(coarsest.rounded(finer, cost, limit * (1 + ROUNDING), kept))
-        return {group.name: kept[group.name] for group in self.shared}
-
-    def budget(self, kind: Cost, cost: CostModel, limit: float, found: dict[str, int]) -> Budget:
-        """Report without a prediction."""
-        return _unpredicted(self.shared, kind, cost, limit, {**self.keep, **found})
+    alike: dict[tuple[int, ...], list[str]] = {}
+    for group in shared:
+        alike.setdefault(tuple(possible_widths(group, widths).tolist()), []).append(group.name)
+    finer = [_Alike(names, np.array(options)) for options, names in alike.items()]
+    finer.sort(key=lambda some: len(some.options))
+    kept = dict(keep)
+    while finer:
+        coarsest = finer.pop(0)
+        kept.update(coarsest.rounded(finer, cost, limit * (1 + ROUNDING), kept))
+    return {group.name: kept[group.name] for group in shared}
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,16 +114,9 @@ class _Alike:
     def rounded(
         self, finer: Sequence[_Alike], cost: CostModel, limit: float, kept: Mapping[str, int]
     ) -> dict[str, int]:
-        """Return what these keep at the share that comes to the limit, rounded.
+        """Return what these keep at the share at which all come to the limit, rounded.
 
-        Parameters
-        ----------
-        finer
-            Groups that have the same share, and yet are to be rounded.
-        cost, limit
-            What all may come to.
-        kept
-            What other groups keep.
+        The `finer` groups have the same share, and yet are to be rounded.
         """
 
         def between(share: float) -> float:
@@ -132,124 +144,71 @@ class _Alike:
         return self.keeping(self.options[place])
 
 
-@dataclass(frozen=True, eq=False)
-class ByScores:
-    """The units with the highest scores, wherever they are: one threshold for all groups.
+def widths_by_scores(
+    shared: Sequence[CouplingGroup],
+    scores: Mapping[str, NDArray[np.float64]],
+    widths: Widths,
+    keep: Mapping[str, int],
+    cost: CostModel,
+    limit: float,
+) -> dict[str, int]:
+    """Return the counts at the lowest threshold of scores within the limit, or the least ones.
 
-    Parameters
-    ----------
-    shared
-        The groups.
-    scores
-        Of the units of each group, (units,), by its name; see `osscar.allocation.fluctuation`.
-    widths, keep
-        As the request has them, and what other groups keep.
+    One threshold, for the scores of the units of all groups: the highest stay, wherever they are.
+    `keep` is what other groups keep.
     """
+    groups = np.repeat(np.arange(len(shared)), [group.units for group in shared])
+    ranked = np.concatenate([scores[group.name] for group in shared])
+    order = groups[np.argsort(-ranked, kind="stable")]
+    options = [possible_widths(group, widths) for group in shared]
 
-    shared: Sequence[CouplingGroup]
-    scores: Mapping[str, NDArray[np.float64]]
-    widths: Widths
-    keep: Mapping[str, int]
+    def at(count: int) -> dict[str, int]:
+        counts = np.bincount(order[:count], minlength=len(shared))
+        found = zip(shared, options, counts, strict=True)
+        return {g.name: int(max(some[some <= k], default=some[0])) for g, some, k in found}
 
-    def choose(self, cost: CostModel, limit: float) -> dict[str, int]:
-        """Return the counts at the lowest threshold within the limit, or the least ones."""
-        scores = np.concatenate([self.scores[group.name] for group in self.shared])
-        groups = np.repeat(np.arange(len(self.shared)), [group.units for group in self.shared])
-        order = groups[np.argsort(-scores, kind="stable")]
-        low, high = 0, len(order)
-        while low < high:
-            middle = (low + high + 1) // 2
-            within = cost.of({**self.keep, **self._at(order[:middle])}) <= limit
-            low, high = (middle, high) if within else (low, middle - 1)
-        return self._at(order[:low])
-
-    def _at(self, kept: NDArray[np.int64]) -> dict[str, int]:
-        """Return the counts if these units stay, each given by its group, at widths allowed."""
-        counts = np.bincount(kept, minlength=len(self.shared))
-        found = {}
-        for group, count in zip(self.shared, counts, strict=True):
-            allowed = possible_widths(group, self.widths)
-            found[group.name] = int(max(allowed[allowed <= count], default=allowed[0]))
-        return found
-
-    def budget(self, kind: Cost, cost: CostModel, limit: float, found: dict[str, int]) -> Budget:
-        """Report without a prediction."""
-        return _unpredicted(self.shared, kind, cost, limit, {**self.keep, **found})
-
-
-def _unpredicted(
-    shared: Sequence[CouplingGroup], kind: Cost, cost: CostModel, limit: float, keep: dict[str, int]
-) -> Budget:
-    """Report on what groups keep where nothing predicts what that loses."""
-    widths = {group.name: Width(str(group.kind), group.units, keep[group.name]) for group in shared}
-    return Budget(kind, limit, cost.dense, cost.of(keep), widths=widths)
+    low, high = 0, len(order)
+    while low < high:
+        middle = (low + high + 1) // 2
+        within = cost.of({**keep, **at(middle)}) <= limit
+        low, high = (middle, high) if within else (low, middle - 1)
+    return at(low)
 
 
 @dataclass(frozen=True, eq=False)
 class ByCurves:
-    """The widths of least predicted divergence."""
+    """The widths of least predicted divergence within a limit.
+
+    Each group has a curve and some options; `others` is what other groups keep.
+    """
 
     curves: Mapping[str, Curve]
     options: Mapping[str, NDArray[np.int64]]
-    keep: Mapping[str, int]
-    kinds: Mapping[str, str]
-
-    @classmethod
-    def of(
-        cls,
-        shared: Sequence[CouplingGroup],
-        request: PruningRequest,
-        keep: Mapping[str, int],
-        curves: Mapping[str, Curve],
-    ) -> ByCurves:
-        """Take the curve of each group, and the widths that it may have."""
-        options = {group.name: possible_widths(group, request.widths) for group in shared}
-        kinds = {group.name: str(group.kind) for group in shared}
-        return cls({name: curves[name] for name in options}, options, keep, kinds)
-
-    def choose(self, cost: CostModel, limit: float) -> dict[str, int]:
-        """Return the widths of least predicted divergence within the limit, or the least ones."""
-        least = {name: int(some[0]) for name, some in self.options.items()}
-        if not cost.of({**self.keep, **least}) <= limit * (1 + ROUNDING):
-            return least
-        problem = self._problem(cost, limit)
-        return problem.exact()[0] if cost.separable(self.options) else problem.alternating()
-
-    def _problem(self, cost: CostModel, limit: float) -> _Shared:
-        losses = {name: self.curves[name].losses[some] for name, some in self.options.items()}
-        return _Shared(cost, limit, self.keep, self.options, losses)
-
-    def budget(self, kind: Cost, cost: CostModel, limit: float, found: dict[str, int]) -> Budget:
-        """Report with the prediction, and a bound on it where costs add up."""
-        proved = cost.separable(self.options)
-        problem = self._problem(cost, limit)
-        parts = {name: float(self.curves[name].losses[kept]) for name, kept in found.items()}
-        return Budget(
-            kind,
-            limit,
-            dense=cost.dense,
-            reached=cost.of({**self.keep, **found}),
-            predicted=sum(parts.values()),
-            lower_bound=problem.exact()[1] if proved else None,
-            comparable=all(curve.comparable for curve in self.curves.values()),
-            curves={name: tuple(c.losses.tolist()) for name, c in self.curves.items()},
-            widths={
-                name: Width(self.kinds[name], len(c.losses) - 1, found[name], parts[name])
-                for name, c in self.curves.items()
-            },
-            frontier=problem.frontier(),
-        )
-
-
-@dataclass(frozen=True, eq=False)
-class _Shared:
-    """Groups that share a budget: their options, what these lose, and what they cost together."""
-
+    others: Mapping[str, int]
     cost: CostModel
     limit: float
-    others: Mapping[str, int]
-    options: Mapping[str, NDArray[np.int64]]
-    losses: Mapping[str, NDArray[np.float64]]
+
+    @cached_property
+    def losses(self) -> dict[str, NDArray[np.float64]]:
+        """Of each option of each group."""
+        return {name: self.curves[name].losses[some] for name, some in self.options.items()}
+
+    def choose(self) -> dict[str, int]:
+        """Return the best widths, or the least ones where nothing is within the limit."""
+        least = {name: int(some[0]) for name, some in self.options.items()}
+        if not self.cost.of({**self.others, **least}) <= self.limit * (1 + ROUNDING):
+            return least
+        return self.exact()[0] if self.cost.separable(self.options) else self.alternating()
+
+    def prediction(self, found: Mapping[str, int]) -> dict[str, Any]:
+        """Return what a `Budget` tells of a choice, with a bound on it where costs add up."""
+        return {
+            "predicted": self._loss(found),
+            "lower_bound": self.exact()[1] if self.cost.separable(self.options) else None,
+            "comparable": all(curve.comparable for curve in self.curves.values()),
+            "curves": {name: tuple(c.losses.tolist()) for name, c in self.curves.items()},
+            "frontier": self.frontier(),
+        }
 
     def exact(self) -> tuple[dict[str, int], float]:
         """Solve the knapsack: costs of groups add up."""
@@ -259,7 +218,7 @@ class _Shared:
         try:
             room = self.limit - self.cost.of(least)
             choice = choose([self.losses[n] for n in names], costs, room)
-        except BudgetError as error:  # by less than rounding, as the least widths were checked
+        except ValueError as error:  # by less than rounding, as the least widths were checked
             raise RequestError(f"the budget cannot be met: {error}") from error
         chosen = zip(names, choice.options, strict=True)
         return {name: int(self.options[name][i]) for name, i in chosen}, choice.lower_bound

@@ -38,15 +38,7 @@ def reachable(
     residual: Collection[str] = (),
     left: Collection[str] = (),
 ) -> list[CouplingGroup]:
-    """Return the groups that the request does not skip, nor are left; what it names has to exist.
-
-    Raises
-    ------
-    RequestError
-        If a named group does not exist, or a pattern to skip matches none.
-    FrozenGroupError
-        If what was asked for is frozen everywhere, or a frozen group was named.
-    """
+    """Return the groups that are neither skipped nor left; what the request names has to exist."""
     by_name = {group.name: group for group in groups}
     for name in request.groups:
         if name not in by_name:
@@ -73,13 +65,7 @@ def shares(group: CouplingGroup, request: PruningRequest, residual: Collection[s
 def kept_by_name(
     groups: Sequence[CouplingGroup], request: PruningRequest, residual: Collection[str] = ()
 ) -> dict[str, int]:
-    """Return what those groups keep of which the request says so, by name or by kind.
-
-    Raises
-    ------
-    RequestError
-        If a count exceeds what exists, or a fraction keeps nothing.
-    """
+    """Return what those groups keep of which the request says so, by name or by kind."""
     kept: dict[str, int] = {}
     for group in groups:
         asked = (

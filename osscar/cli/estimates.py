@@ -1,32 +1,26 @@
-"""What a run of ``osscar prune`` will take: told by ``--dry-run``, compared by ``--estimate``."""
+"""What a run of ``osscar prune`` will take: told by ``--dry-run``."""
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import nn
 
 import osscar
 from osscar.base.devices import resolve_device
-from osscar.base.errors import FileError
-from osscar.base.json_files import read_json
 from osscar.base.memory import in_words
 from osscar.base.timing import Stage
-from osscar.cli.common import check_input, out, say, write_json
+from osscar.cli.common import out, say, write_json
 from osscar.data.batches import CalibrationData
 from osscar.estimation.estimate import estimate_as_asked, of_command
-from osscar.estimation.values import Estimate, EstimateDocument
+from osscar.estimation.values import Span
 from osscar.models.loaded import LoadedModel
 from osscar.network.modules import number_format
-from osscar.report.run_tables import estimate_table, extrapolated
+from osscar.report.run_tables import estimate_table, extrapolated, sizes_line
 from osscar.request import PruningRequest
-
-_LARGEST = 1 << 24
-"""Bytes of an estimate's file."""
 
 
 def dry_run(
@@ -40,6 +34,7 @@ def dry_run(
     found = of_command(estimate_as_asked(loaded.model, data, request), loaded, seconds)
     out.print(estimate_table(found))
     say(extrapolated(found))
+    say(sizes_line(found))
     if found.limit_bytes is not None and found.least_bytes is not None:
         say(
             f"memory: the limit of {in_words(found.limit_bytes)} will do; the least that would is "
@@ -47,37 +42,21 @@ def dry_run(
         )
     if request.has_budget:
         say("budget: what groups keep is a guess until their curves are measured")
-    write_json(json, dataclasses.asdict(document_of(found, loaded, data)))
-
-
-def where_it_runs(model: nn.Module, device: str) -> dict[str, Any]:
-    """Return what the time of a run depends on besides what is asked for."""
-    return {
-        "device": str(resolve_device(device)),
+    document = {
+        "schema": "osscar.estimate/3",
+        "osscar_version": osscar.__version__,
+        "model": loaded.source,
+        "device": str(resolve_device(request.device)),
         "threads": torch.get_num_threads(),
-        "dtype": str(number_format(model)).removeprefix("torch."),
+        "dtype": str(number_format(loaded.model)).removeprefix("torch."),
+        **dataclasses.asdict(found),
+        **_told(found.total),
+        "stages": [{"stage": str(stage), **_told(span)} for stage, span in found.stages.items()],
+        "calibration": {**found.calibration, **data.describe()},
     }
+    write_json(json, document)
 
 
-def document_of(found: Estimate, loaded: LoadedModel, data: CalibrationData) -> EstimateDocument:
-    """Return an estimate as ``docs/json.md`` describes it."""
-    own = {one.name: getattr(found, one.name) for one in dataclasses.fields(found)}
-    return EstimateDocument(
-        **{**own, "calibration": {**found.calibration, **data.describe()}},
-        **where_it_runs(loaded.model, found.settings["device"]),
-        schema="osscar.estimate/2",
-        osscar_version=osscar.__version__,
-        model=loaded.source,
-    )
-
-
-def read_estimate(file: Path | None) -> EstimateDocument | None:
-    """Read what ``--dry-run --json`` wrote; None where there is none."""
-    if file is None:
-        return None
-    check_input(file)
-    try:
-        return read_json(file, EstimateDocument, limit=_LARGEST)
-    except FileError as error:
-        advice = "--estimate takes what --dry-run --json FILE wrote of the same run"
-        raise FileError(error.path, f"{error.reason}; {advice}") from error
+def _told(span: Span) -> dict[str, float | None]:
+    """Return a range of seconds for JSON, which knows nothing infinite."""
+    return {**span._asdict(), "high": span.high if math.isfinite(span.high) else None}

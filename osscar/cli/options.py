@@ -109,8 +109,6 @@ class PruneOptions(RunOptions):
     dry_run: bool = False
     """Tell what the run will take, stage by stage, and write nothing but --json FILE: time,
     memory and disk, from few samples and one layer of each class."""
-    estimate: Path | None = None
-    """What --dry-run --json wrote of this run: say in the end how far off it was."""
 
 
 @dataclass(frozen=True, kw_only=True)

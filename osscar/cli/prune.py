@@ -8,7 +8,6 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from osscar.base.devices import resolve_device
 from osscar.base.errors import OptionError
 from osscar.base.files import resolved, write_text
 from osscar.base.printable import command_line
@@ -18,23 +17,22 @@ from osscar.checkpoint.directory import SavedCheckpoint, describe, weight_bytes
 from osscar.checkpoint.manifest import PAGE_FILE, REPORT_FILE
 from osscar.checkpoint.place import cannot_move, check_output, prefix, recover
 from osscar.cli.common import check_json_path, out, say, say_next, way_back, write_json
-from osscar.cli.estimates import dry_run, read_estimate, where_it_runs
+from osscar.cli.estimates import dry_run
 from osscar.cli.opening import limit_of, opened, quiet, tell_dense
 from osscar.cli.options import PruneOptions, asked_with, given
 from osscar.data.batches import CalibrationData
 from osscar.data.images import ImageSet
 from osscar.data.tensors import TensorSet
 from osscar.models.loaded import LoadedModel
-from osscar.offload.device_memory import memory_of
 from osscar.offload.on_disk import is_on_disk
 from osscar.pruning.prune import prune_as_asked
 from osscar.pruning.run_log import RunLog
 from osscar.report.prune_page import prune_page, run_lines
-from osscar.report.run_tables import comparison_line, layers_table, left_alone_table
+from osscar.report.run_tables import layers_table, left_alone_table
 from osscar.request import PruningRequest
 
 _OF_THIS_TIME = {
-    *("out", "max_memory", "overwrite", "restart", "json", "report", "estimate", "dry_run"),
+    *("out", "max_memory", "overwrite", "restart", "json", "report", "dry_run"),
 }
 """Options that change nothing of what is saved."""
 
@@ -45,13 +43,11 @@ _AS_OPENED = ("weights", "seqlen", "device", "dtype", "trust_remote_code")
 def run(model: str, options: PruneOptions, asked: Any, spent: Profile) -> None:
     """Prune, or tell what that will take."""
     with together() as ranks:
-        if options.dry_run and (options.estimate is not None or not ranks.alone):
-            raise OptionError(
-                "--dry-run tells what one process will take; leave --estimate and torchrun away"
-            )
+        if options.dry_run and not ranks.alone:
+            raise OptionError("--dry-run tells what one process will take; leave torchrun away")
         if options.out is None and not options.dry_run:
             raise OptionError("give --out, the directory that the smaller model goes to")
-        read = (model, options.calibration, options.weights, options.estimate)
+        read = (model, options.calibration, options.weights)
         check_json_path(options.json, inputs=read, written=(options.out,))
         written = (options.out, options.json)
         check_json_path(options.report, inputs=read, written=written, option="--report")
@@ -105,7 +101,6 @@ class _Job:
         """
         options, request, ranks = self.options, self.request, self.ranks
         assert options.out is not None
-        told = read_estimate(options.estimate)
         log = RunLog(_beside(path))
         anew = options.overwrite or options.restart
         if ranks.broadcast(
@@ -114,17 +109,13 @@ class _Job:
         ):
             return
         if ranks.first:
-            read = (self.model, options.calibration, options.weights, options.estimate)
+            read = (self.model, options.calibration, options.weights)
             used = (*read, options.json, options.report)
             check_output(path, overwrite=options.overwrite, inputs=used)
         with way_back(lambda: log.kept), log.held() if ranks.first else nullcontext(), quiet():
             if options.restart and ranks.first:
                 log.remove()
             loaded, data = self.load(path)
-            if told is not None:
-                place = where_it_runs(loaded.model, request.device)
-                settings = {**request.to_json(), **data.describe(), **place}
-                told.check_for({"model": loaded.source, **settings})
             score = tell_dense(loaded, data) if ranks.first else None
             own_log = log if ranks.first else None
             result = prune_as_asked(loaded.model, data, request, own_log, ranks)
@@ -134,9 +125,6 @@ class _Job:
                 content = result.document(
                     loaded.model, data, source=loaded.source, classes=loaded.classes, score=score
                 )
-            peak = memory_of(resolve_device(request.device)).peak()
-            if told is not None:
-                content["estimate"] = told.against(self.spent.seconds, peak)
             log.note(words, content)
             tokenizer = loaded.tokenizer
             fits = not is_on_disk(loaded.model)
@@ -152,9 +140,6 @@ class _Job:
             out.print(left_alone_table(content["left_alone"]))
         for line in (*run_lines(content), saved_line(saved, options.out)):
             out.print(line)
-        if told is not None:
-            peak = memory_of(resolve_device(request.device)).peak()
-            say(comparison_line(told.against(self.spent.seconds, peak)))
         say(f"report: {options.out / PAGE_FILE}")
         if result.form == "graph" and tokenizer is not None:
             return  # a program cannot generate, which is part of what text is scored with

@@ -10,8 +10,7 @@ from osscar.cli.common import check_json_path, out, say, way_back, write_json
 from osscar.cli.opening import limit_of, opened, quiet, tell_dense
 from osscar.cli.options import SweepOptions, asked_with
 from osscar.pruning.result import PruningResult
-from osscar.pruning.sweep import jobs
-from osscar.pruning.sweep_points import SweepDirectory
+from osscar.pruning.sweep import SweepDirectory, jobs
 from osscar.pruning.swept import PAGE_FILE, Sweep
 from osscar.report.prune_page import budget_line
 from osscar.report.run_tables import left_alone_table

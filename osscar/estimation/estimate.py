@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -22,8 +21,8 @@ from osscar.base.devices import clock_of, resolve_device
 from osscar.base.errors import OptionError
 from osscar.base.timing import Clock, Stage
 from osscar.checkpoint.directory import weight_bytes
-from osscar.estimation.stations import Span, Timed, timed_stations
-from osscar.estimation.values import Estimate, StageEstimate, summed
+from osscar.estimation.stations import Timed, timed_stations
+from osscar.estimation.values import Estimate, Span
 from osscar.evaluation.forward import measuring_seconds
 from osscar.models.loaded import LoadedModel
 from osscar.network.modules import device_of
@@ -81,18 +80,18 @@ def estimate_as_asked(
         room = check_streamed(prepared, request, max(1, held))
         base = _held_bytes(memory_of(device_of(prepared.model)))
         timed = timed_stations(prepared, request, held, room, clock)
-        needed = _needed_bytes(prepared, request, held, room, timed)
-        read = _read_bytes(prepared, request, held, timed, base + max(needed.values()))
-        shelf = shelf_of(prepared.model)
-        stages = [_told(Stage.OPEN, Span.about(opening), base)]
-        for stage, span in timed.stages.items():
-            peak = base + needed.get(stage, 0)
-            if shelf is not None:
-                peak = min(peak + weight_bytes(prepared.model), shelf.ceiling)
-            written = _log_bytes(prepared, timed) if stage is Stage.SOLVER else 0
-            stages.append(_told(stage, span, peak, read.get(stage, 0), written))
+        shelf, weights = shelf_of(prepared.model), weight_bytes(prepared.model)
+        peak = base + _needed_bytes(prepared, request, held, room, timed)
+        read = 0
+        if shelf is not None:
+            if peak + weights > shelf.ceiling:  # else the weights stay in memory
+                read = weights * _passes(request, held, timed)
+            peak = min(peak + weights, shelf.ceiling)
         return Estimate(
-            **summed(stages),
+            stages=_ordered({Stage.OPEN: Span.about(opening), **timed.stages}),
+            peak_bytes=peak,
+            read_bytes=read,
+            written_bytes=_log_bytes(prepared, timed),
             classes=timed.classes,
             settings=json.loads(json.dumps(request.to_json())),
             calibration=prepared.inputs.settings,
@@ -111,36 +110,29 @@ estimate = by_keywords(PruningRequest, estimate_as_asked)
 def of_command(found: Estimate, loaded: LoadedModel, seconds: Mapping[Stage, float]) -> Estimate:
     """Add what the command does besides: it starts, loads, measures both models, and saves.
 
-    Parameters
-    ----------
-    found
-        The estimate of the pruning itself.
-    loaded
-        The model.
-    seconds
-        By stage, what starting and loading have taken.
+    To save takes less memory than the trial: a copy of the smaller model, and what is written.
     """
-    stored, held = weight_bytes(loaded.model, loaded.stored_dtype), weight_bytes(loaded.model)
-    on_disk, kept, one = is_on_disk(loaded.model), found.kept_share, found.sample_seconds
-    opened = next(stage for stage in found.stages if stage.stage == Stage.OPEN).peak_bytes
-    measuring = 0.0 if on_disk else measuring_seconds([one, kept * one])
+    stored = weight_bytes(loaded.model, loaded.stored_dtype)
+    kept, one = found.kept_share, found.sample_seconds
+    measuring = 0.0 if is_on_disk(loaded.model) else measuring_seconds([one, kept * one])
     smaller, loading = round(kept * stored), seconds[Stage.LOAD]
-    peak = opened if on_disk else opened - held + round(2 * kept * held) + smaller
-    saving = Span(0.3 * kept * loading, kept * loading, 4 * kept * loading + 2 * one)
-    stages = [
-        _told(Stage.START, Span.about(seconds[Stage.START], 0.5)),
-        _told(Stage.LOAD, Span.about(loading, 0.5), opened, read=stored),
-        _told(Stage.REPORT, Span.about(measuring, 0.3), opened),
-        _told(Stage.SAVE, saving, peak, read=smaller, written=smaller),
-    ]
-    return dataclasses.replace(found, **summed([*found.stages, *stages]))
+    stages = {
+        **found.stages,
+        Stage.START: Span.about(seconds[Stage.START], 0.5),
+        Stage.LOAD: Span.about(loading, 0.5),
+        Stage.REPORT: Span.about(measuring, 0.3),
+        Stage.SAVE: Span(0.3 * kept * loading, kept * loading, 4 * kept * loading + 2 * one),
+    }
+    return dataclasses.replace(
+        found,
+        stages=_ordered(stages),
+        read_bytes=found.read_bytes + stored + smaller,
+        written_bytes=found.written_bytes + smaller,
+    )
 
 
-def _told(
-    stage: Stage, span: Span, peak: int = 0, read: int = 0, written: int = 0
-) -> StageEstimate:
-    high = span.high if math.isfinite(span.high) else None
-    return StageEstimate(str(stage), span.seconds, span.low, high, peak, read, written)
+def _ordered(stages: Mapping[Stage, Span]) -> dict[Stage, Span]:
+    return {stage: stages[stage] for stage in Stage if stage in stages}
 
 
 # ---- memory and files --------------------------------------------------------------------
@@ -156,26 +148,20 @@ def _held_bytes(memory: DeviceMemory) -> int:
 
 def _needed_bytes(
     prepared: Prepared, request: PruningRequest, held: int, room: Room | None, timed: Timed
-) -> dict[Stage, int]:
-    """Return the bytes of memory that each stage needs beside what is held before."""
+) -> int:
+    """Return the most bytes of memory that a stage needs beside what is held before."""
     found = Room.of(prepared, request, max(1, held)) if room is None else room
     copies = 0 if is_on_disk(prepared.model) else weight_bytes(prepared.model)
-    needed = {
-        Stage.TRIAL: 2 * copies + found.proof,
-        Stage.DENSE: found.logits,
-        Stage.ALLOCATION: found.forward,
-        Stage.WALK: found.batches + found.forward,
-        Stage.GRAM: found.batches + found.forward + found.sums,
-        Stage.DAMPING: found.batches + found.matrices,
-        Stage.SOLVER: found.batches + found.matrices,
-        Stage.PROOF: round((1 + timed.kept_share) * copies) + found.proof,
-        Stage.PRUNED: found.logits,
-    }
+    stages = [
+        2 * copies + found.proof,  # the trial; the proof holds a smaller model
+        found.batches + found.forward + found.sums,
+        found.batches + found.matrices,
+        found.logits,
+    ]
     if timed.shared:
         factors, largest = _factor_bytes(prepared, timed.shared)
-        needed[Stage.CURVATURE] = factors + _saved_bytes(prepared) + found.logits
-        needed[Stage.CURVES] = factors + largest
-    return needed
+        stages += [factors + _saved_bytes(prepared) + found.logits, factors + largest]
+    return max(stages)
 
 
 def _factor_bytes(prepared: Prepared, groups: Sequence[CouplingGroup]) -> tuple[int, int]:
@@ -198,22 +184,10 @@ def _saved_bytes(prepared: Prepared) -> int:
     return 4 * positions * sum(put_out(prepared)[0])
 
 
-def _read_bytes(
-    prepared: Prepared, request: PruningRequest, held: int, timed: Timed, most: int
-) -> dict[Stage, int]:
-    """Return the bytes of weights on disk that stages read; none if they stay in memory."""
-    shelf, weights = shelf_of(prepared.model), weight_bytes(prepared.model)
-    if shelf is None or most + weights <= shelf.ceiling:
-        return {}
-    passes = {
-        Stage.TRIAL: 6,
-        Stage.DENSE: max(1, held),
-        Stage.ALLOCATION: 2 if request.allocation == "fluctuation" else 0,
-        Stage.WALK: timed.passes,
-        Stage.PROOF: 8,
-        Stage.PRUNED: max(1, held),
-    }
-    return {stage: count * weights for stage, count in passes.items()}
+def _passes(request: PruningRequest, held: int, timed: Timed) -> int:
+    """Return how often a run reads the weights on disk: trial, proof, both models, and the walk."""
+    scores = 2 if request.allocation == "fluctuation" else 0
+    return 6 + 8 + 2 * max(1, held) + scores + timed.passes
 
 
 def _log_bytes(prepared: Prepared, timed: Timed) -> int:

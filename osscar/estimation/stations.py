@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -28,16 +28,16 @@ from osscar.allocation.latency import MOST_ROUNDS, round_passes, table_passes
 from osscar.allocation.widths import asked_groups
 from osscar.base.memory import FOR_MATRICES, memory_for
 from osscar.base.timing import WORTHWHILE_SECONDS, Clock, Stage, profiled, timed
-from osscar.estimation.values import LayerClass
+from osscar.estimation.values import LayerClass, Span, together
 from osscar.network.modules import forward
 from osscar.offload.on_disk import room_for
 from osscar.preparation.linear_maps import linear_maps
 from osscar.preparation.prepare import Prepared
 from osscar.pruning.groups import held_out, solved
 from osscar.pruning.memory import Room
-from osscar.pruning.prune import DenseFacts
-from osscar.pruning.trial import Feasible
+from osscar.pruning.prune import dense_facts
 from osscar.request import PruningRequest
+from osscar.shrinking.plan import Form
 from osscar.walk.batch_norm import batch_norms
 from osscar.walk.regularization import DEFAULT_DAMP
 from osscar.walk.targets import Target
@@ -55,43 +55,13 @@ _MOST_ROWS = 2048
 _MANY = 10
 
 
-class Span(NamedTuple):
-    """Seconds that are expected, and between which they should be; the most may be infinite."""
-
-    low: float
-    seconds: float
-    high: float
-
-    @classmethod
-    def about(cls, seconds: float, spread: float = 0.1) -> Span:
-        """Return what was measured, give or take a share of it."""
-        return cls(seconds * (1 - spread), seconds, seconds * (1 + spread))
-
-
-def together(*spans: Span) -> Span:
-    """Return what several take, one after the other."""
-    return Span(*map(sum, zip(*spans, strict=True))) if spans else Span(0.0, 0.0, 0.0)
-
-
 class Timed(NamedTuple):
-    """What the stations have told.
+    """What the stations have told: seconds of each stage of the run, but for its opening.
 
-    Parameters
-    ----------
-    stages
-        Seconds of each stage of the run, but for its opening.
-    classes
-        The layer classes, and which group was solved for each.
-    keep
-        What groups keep, as far as that is known.
-    shared
-        The groups that share a budget by curvature.
-    passes
-        How often the calibration data set out through the model.
-    sample_seconds
-        A forward pass of one sample.
-    kept_share
-        About what share of the parameters stays.
+    `keep` is what groups keep, as far as that is known, `shared` are those that share a budget by
+    curvature, `passes` is how often the calibration data set out through the model,
+    `sample_seconds` a forward pass of one sample, and `kept_share` about what share of the
+    parameters stays.
     """
 
     stages: dict[Stage, Span]
@@ -106,26 +76,14 @@ class Timed(NamedTuple):
 def timed_stations(
     prepared: Prepared, request: PruningRequest, held: int, room: Room | None, clock: Clock
 ) -> Timed:
-    """Run each station on little, and tell what the run takes in seconds.
-
-    Parameters
-    ----------
-    prepared, request
-        The model with its data, and what is asked for.
-    held
-        How many samples the run holds out.
-    room
-        What is to be left free in memory, where the model is read from disk.
-    clock
-        What tells the time.
-    """
+    """Run each station on little, and tell what the run takes in seconds."""
     sample = prepared.sample
     one = min(_seconds(lambda: forward(prepared.model, sample), clock) for _ in range(2))
     few = _few(prepared, one)
     with profiled(clock) as profile:
-        facts = DenseFacts.of(few, request)
+        facts = dense_facts(few, request)
         with timed(Stage.ALLOCATION):
-            keep = expected_keep(prepared, request, facts.feasible)
+            keep = expected_keep(prepared, request, facts.left_names, facts.form)
     trial, allocating = (profile.seconds[stage] for stage in (Stage.TRIAL, Stage.ALLOCATION))
     cost = count(Cost.PARAMETERS, prepared.model, prepared.groups, sample)
     kept = cost.of(keep) / cost.dense
@@ -143,7 +101,7 @@ def timed_stations(
     }
     shared: tuple[CouplingGroup, ...] = ()
     if request.has_budget:
-        shared = tuple(asked_groups(prepared, request, facts.feasible.left_names)[2])
+        shared = tuple(asked_groups(prepared, request, facts.left_names)[2])
         stages |= _of_budget(prepared, few, request, shared, allocating, one, clock)
     groups = [g for g in prepared.groups if keep.get(g.name, g.units) < g.units]
     classes = layer_classes(prepared, groups)
@@ -175,19 +133,16 @@ def _few(prepared: Prepared, one: float) -> Prepared:
 
 
 def expected_keep(
-    prepared: Prepared, request: PruningRequest, feasible: Feasible
+    prepared: Prepared,
+    request: PruningRequest,
+    left: Collection[str] = (),
+    form: Form = Form.MODULE,
 ) -> dict[str, int]:
     """Return what groups keep, as far as that is known before anything is measured.
 
     Curves are not known yet.  Each is taken to be the square of the share of units that leave, so
     that groups which cost most lose most: small ones in front of a network often keep all.
-
-    Raises
-    ------
-    RequestError, FrozenGroupError
-        As the run does.
     """
-    left, form = feasible.left_names, feasible.form
     if not request.has_budget:
         return dict(allocate(prepared, request, None, left, form).keep)
     told = request
@@ -263,16 +218,7 @@ def _of_walk(
     room: Room | None,
     clock: Clock,
 ) -> tuple[dict[Stage, Span], int]:
-    """Walk a few samples past all groups in one pass, and solve one group of each class.
-
-    Returns
-    -------
-    dict of Stage to Span
-        What walk, Gram matrices, damping and solver take in the run, whose passes end at calls of
-        layers that are counted.
-    int
-        How many passes the run makes.
-    """
+    """Walk a few samples past all groups in one pass, and solve one group of each class."""
     target = Target(request.target)
     began = clock()
     planned = walk(few, groups, target=target, held=held)

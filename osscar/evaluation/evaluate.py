@@ -15,11 +15,13 @@ from osscar.base.inputs import whole_number
 from osscar.evaluation.quality import evaluating_all, task_of
 from osscar.evaluation.size import (
     Footprint,
-    measure_footprint,
+    count_disk_bytes,
+    count_flops,
+    count_parameter_bytes,
     read_peak_memory,
     reset_peak_memory,
 )
-from osscar.network.modules import device_of
+from osscar.network.modules import count_parameters, device_of
 
 COMPARED = (
     *("parameters", "perplexity", "top1", "top5"),
@@ -198,9 +200,10 @@ def _evaluate_all(
             qualities = task.score(some, models[-1] if len(models) > 1 else None)
             peak = read_peak_memory(device)
             measured += [(quality, peak) for quality in qualities]
-        sizes = [
-            measure_footprint(model, *task.example(model), peak, path)
-            for (model, path), (_, peak) in zip(candidates, measured, strict=True)
+        examples = [task.example(model) for model in models]
+        flops = [
+            count_flops(model, batch) / samples
+            for model, (batch, samples) in zip(models, examples, strict=True)
         ]
         speeds = task.speeds(models, repetitions, new_tokens)
     return [
@@ -208,9 +211,17 @@ def _evaluate_all(
             sample=task.sample,
             quality=quality,
             speed=speed,
-            footprint=size,
+            footprint=Footprint(
+                parameters=count_parameters(model),
+                parameter_bytes=count_parameter_bytes(model),
+                flops=operations,
+                peak_memory_bytes=peak,
+                disk_bytes=count_disk_bytes(path),
+            ),
             device=str(device_of(model)),
             dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
         )
-        for model, (quality, _), speed, size in zip(models, measured, speeds, sizes, strict=True)
+        for (model, path), (quality, peak), speed, operations in zip(
+            candidates, measured, speeds, flops, strict=True
+        )
     ]

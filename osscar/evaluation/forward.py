@@ -5,8 +5,8 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,49 +23,23 @@ _REPETITIONS = 5
 _SECONDS = 0.5
 
 
-@dataclass(frozen=True)
-class Forward:
-    """What a model takes for one forward pass.
-
-    Parameters
-    ----------
-    parameters, parameter_bytes
-        Its size, tied parameters counted once.
-    flops
-        Floating-point operations, as `osscar.evaluation.size.count_flops` counts them.
-    seconds
-        Median wall time.
-    """
-
-    parameters: int
-    parameter_bytes: int
-    flops: int
-    seconds: float
-
-
-def measure_forward(models: Sequence[nn.Module], batch: Mapping[str, Tensor]) -> list[Forward]:
-    """Run models on the same batch, and time them in turns.
-
-    Parameters
-    ----------
-    models
-        On the device of the batch.
-    batch
-        Keyword arguments of their forward passes.
-
-    Returns
-    -------
-    list of Forward
-        In the order of the models.
-    """
+def measure_forward(
+    models: Sequence[nn.Module], batch: Mapping[str, Tensor]
+) -> list[dict[str, Any]]:
+    """Return size, operations and median seconds of models on the same batch, timed in turns."""
     given = [leaf for leaf in pytree.tree_leaves(dict(batch)) if isinstance(leaf, Tensor)]
     positions = max((leaf.numel() for leaf in given), default=0)
     with _ready(models, positions):
         flops = [count_flops(model, fresh(batch)) for model in models]
         seconds = forward_seconds(models, [batch] * len(models), _REPETITIONS, _SECONDS)
     return [
-        Forward(count_parameters(model), count_parameter_bytes(model), n, of_model)
-        for model, n, of_model in zip(models, flops, seconds, strict=True)
+        {
+            "parameters": count_parameters(model),
+            "parameter_bytes": count_parameter_bytes(model),
+            "flops": operations,
+            "seconds": median,
+        }
+        for model, operations, median in zip(models, flops, seconds, strict=True)
     ]
 
 
@@ -75,17 +49,7 @@ def forward_seconds(
     repetitions: int,
     worthwhile: float | None = None,
 ) -> list[float]:
-    """Return the median seconds of a forward pass of each model, interleaved.
-
-    Parameters
-    ----------
-    models
-        In evaluation mode.
-    batches
-        Keyword arguments of each, on its device.
-    repetitions, worthwhile
-        As of `osscar.base.timing.interleaved`.
-    """
+    """Return the median seconds of a forward pass of each model, interleaved."""
     timings = [
         seconds_of(partial(forward, model, batch), clock_of(device_of(model)))
         for model, batch in zip(models, batches, strict=True)

@@ -112,17 +112,7 @@ class SampleQuality:
 
 @dataclass(frozen=True)
 class SampleSpeed:
-    """Samples per second of one model.
-
-    Attributes
-    ----------
-    samples_per_second
-        Forward passes over one batch.
-    batch_size
-        Samples in that batch.
-    repetitions
-        Times that it was asked to pass, at the least.
-    """
+    """Samples per second of one model, in forward passes over one batch."""
 
     samples_per_second: float
     batch_size: int
@@ -137,40 +127,10 @@ def score(
     classes: Sequence[str] = (),
     batch_size: int | None = None,
 ) -> list[Any]:
-    """Measure how well several models do on the same data.
+    """Measure how well several models do on the same data, as `osscar.evaluate` does for one.
 
-    Parameters
-    ----------
-    models
-        The models, which are put into evaluation mode and back.
-    data
-        A `TextSet`, or a `CalibrationSet` whose windows are scored as they are; an `ImageSet`; or a
-        `TensorSet`.
-    dense
-        What outputs are compared with; one of the models, or another.  Not used of text.
-    classes
-        The names of the models' classes, by which folders of images are recognized.
-    batch_size
-        Samples at once; by default 4 windows, or 32 images or samples.
-
-    Returns
-    -------
-    list of TextQuality or SampleQuality
-        In the order of the models.
-
-    Raises
-    ------
-    CalibrationError, ImageError
-        If a model does not take the data, an image cannot be decoded, or the labels are not its
-        classes.
-    ModelError
-        If a model fails on the data, puts out nothing that could be scored, or other tensors than
-        the dense one, or two passes over the same data differ; or if it is asked about text and is
-        no causal language model, or lacks tokens of it.
-    NonFiniteError
-        If an output is NaN or infinite; of text the message says in which window.
-    OptionError
-        If a number is out of range.
+    Outputs of images and tensors are compared with those of the `dense` model.  By default 4
+    windows, or 32 images or samples, run at once.
     """
     everyone = [*models, *(() if dense is None or dense in models else (dense,))]
     return task_of(everyone, data, classes, batch_size).score(models, dense)
@@ -179,13 +139,7 @@ def score(
 def task_of(
     models: Sequence[nn.Module], data: Any, classes: Sequence[str], batch_size: int | None
 ) -> Task:
-    """Return what models are asked about data, which they have been found to read.
-
-    Raises
-    ------
-    OsscarError
-        As `score`.
-    """
+    """Return what models are asked about data, which they have been found to read."""
     for model in models:
         check_usable(model)
     for kind, task in _TASKS.items():
@@ -336,8 +290,9 @@ class _Samples:
                 raw = None if self.data.labels is None else self.data.labels[rows]
                 found = {id(m): self._outputs(m, batch, count, raw) for m in self.models}
                 if not done:
-                    outputs = found[id(models[0])].classes
-                    labels = self.data.class_labels(self.classes, outputs) if outputs else None
+                    scores = found[id(models[0])].scores
+                    if scores is not None:
+                        labels = self.data.class_labels(self.classes, scores.shape[1])
                 known = None if labels is None else labels[rows]
                 for tally, model in zip(tallies, models, strict=True):
                     theirs = None if dense is None or dense is model else found[id(dense)]
@@ -420,34 +375,20 @@ def _failures_named(model: nn.Module, given: Batch) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class _Outputs:
-    """What a model puts out of numbers with fractions, in double precision on the CPU.
+    """What a model puts out of numbers with fractions, in double precision on the CPU, by name.
 
-    Parameters
-    ----------
-    model
-        The name of its class.
-    named
-        All of them by name.
-    classes_in, classes_at
-        The one that is taken as scores of classes, and their dimension; None if there is none.
+    `scores`, (predictions, classes), are of the one that is taken as scores of classes, which is
+    called `classes_in`; None if there is none.
     """
 
     model: str
     named: Mapping[str, Tensor]
-    classes_in: str | None
-    classes_at: int
+    classes_in: str | None = None
+    scores: Tensor | None = None
 
     @classmethod
     def of(cls, model: nn.Module, result: Any, count: int, labels: Tensor | None) -> _Outputs:
-        """Take what a model returned for some samples, of which labels are known or not.
-
-        Raises
-        ------
-        ModelError
-            If there is none, or nothing that the labels are of.
-        NonFiniteError
-            If something is NaN or infinite.
-        """
+        """Take what a model returned for some samples, of which labels are known or not."""
         kind = type(model).__name__
         found = {
             name: one
@@ -468,13 +409,16 @@ class _Outputs:
             name: one.to("cpu", torch.complex128 if one.is_complex() else torch.float64)
             for name, one in found.items()
         }
+        place: int | None = 1
         if labels is None:
             name, known = known_output(result)
-            matrix = known is not None and known.ndim == 2 and known.shape[1] > 1
-            return cls(kind, exact, name if matrix else None, 1)
-        name, scored = scored_output(result, count, kind)
-        place = _place_of_classes(scored.shape, labels)
+            if known is None or known.ndim != 2 or known.shape[1] < 2:
+                return cls(kind, exact)
+        else:
+            name, scored = scored_output(result, count, kind)
+            place = _place_of_classes(scored.shape, labels)
         if place is None:
+            assert labels is not None
             there = ", ".join(f"{key!r} {tuple(one.shape)}" for key, one in found.items())
             raise ModelError(
                 f"{kind} returned {there}, and the labels are {tuple(labels.shape)}: scores of "
@@ -482,18 +426,7 @@ class _Outputs:
                 "there are other outputs; let the model put out these, or score it on a TensorSet "
                 "without labels"
             )
-        return cls(kind, exact, name, place)
-
-    @property
-    def classes(self) -> int:
-        """How many classes are told apart; 0 if none are."""
-        if self.classes_in is None:
-            return 0
-        return self.named[self.classes_in].shape[self.classes_at]
-
-    def scores(self, name: str, place: int) -> Tensor:
-        """Return an output as scores of classes, (predictions, classes)."""
-        return self.named[name].movedim(place, -1).flatten(0, -2)
+        return cls(kind, exact, name, exact[name].movedim(place, -1).flatten(0, -2))
 
 
 def _place_of_classes(shape: Sequence[int], labels: Tensor) -> int | None:
@@ -519,10 +452,10 @@ class _Tally:
         """Count a batch; labels of -100 are left out."""
         if dense is not None:
             self._compare(mine, dense)
-        self.classes_in, self.classes, place = mine.classes_in, mine.classes, mine.classes_at
-        if self.classes_in is None:
+        logits = mine.scores
+        if logits is None:
             return
-        logits = mine.scores(self.classes_in, place)
+        self.classes_in, self.classes = mine.classes_in, logits.shape[1]
         if labels is not None:
             labels = labels.flatten()
             known = labels != IGNORED
@@ -531,21 +464,15 @@ class _Tally:
             self.labelled += len(labels)
             self.first += int((best[:, 0] == labels).sum())
             self.among += int((best == labels[:, None]).any(1).sum())
-        if dense is not None:
-            theirs = dense.scores(self.classes_in, place)
+        if dense is not None and dense.scores is not None:
+            theirs = dense.scores
             self.compared += len(logits)
             self.agreeing += int((logits.argmax(1) == theirs.argmax(1)).sum())
             p, q = (as_logits(one).log_softmax(1) for one in (logits, theirs))
             self.kl += float(F.kl_div(p, q, reduction="sum", log_target=True))
 
     def _compare(self, mine: _Outputs, dense: _Outputs) -> None:
-        """Add up how far outputs are apart.
-
-        Raises
-        ------
-        ModelError
-            If the two put out other tensors.
-        """
+        """Add up how far outputs are apart."""
         shapes, others = ({n: tuple(t.shape) for n, t in o.named.items()} for o in (mine, dense))
         if shapes != others:
             raise ModelError(

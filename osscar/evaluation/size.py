@@ -15,28 +15,17 @@ from torch import Tensor, nn
 from graph.groups import CouplingGroup
 from osscar.base.inputs import file_name
 from osscar.base.memory import peak_memory
-from osscar.network.modules import count_parameters
 from osscar.network.operations import count_operations
 
 
 @dataclass(frozen=True)
 class Footprint:
-    """The size of a model.
+    """The size of a model: parameters, tied ones counted once, and bytes.
 
-    Attributes
-    ----------
-    parameters
-        Number of parameters, tied ones counted once.
-    parameter_bytes
-        Memory that they take, in bytes.
-    flops
-        Floating-point operations of one token or image, as `count_flops` counts them.
-    peak_memory_bytes
-        Most memory in use while the model was scored, its weights included: allocated by PyTorch
-        on a GPU; resident in this process, with all else that it holds, on a CPU. None where the
-        system does not tell.
-    disk_bytes
-        Size of its safetensors files, or None if it has none.
+    Operations are those of one token or sample, as `count_flops` counts them.  The peak is the most
+    memory in use while the model was scored, its weights included: allocated by PyTorch on a GPU;
+    resident in this process, with all else that it holds, on a CPU; None where the system does not
+    tell.  `disk_bytes` are of its safetensors files, None if it has none.
     """
 
     parameters: int
@@ -46,52 +35,13 @@ class Footprint:
     disk_bytes: int | None
 
 
-def measure_footprint(
-    model: nn.Module,
-    inputs: Mapping[str, Tensor],
-    samples: int,
-    peak: int | None,
-    path: str | Path | None,
-) -> Footprint:
-    """Count what a model is made of, and run it once to count what it does.
-
-    Parameters
-    ----------
-    model
-        In evaluation mode.
-    inputs
-        Keyword arguments of its forward pass, on its device.
-    samples
-        How many tokens or images these hold.
-    peak
-        The most memory that was in use while it was scored, in bytes; None if nobody knows.
-    path
-        Its directory, or None.
-    """
-    return Footprint(
-        parameters=count_parameters(model),
-        parameter_bytes=count_parameter_bytes(model),
-        flops=count_flops(model, inputs) / samples,
-        peak_memory_bytes=peak,
-        disk_bytes=count_disk_bytes(path),
-    )
-
-
 def count_parameter_bytes(model: nn.Module) -> int:
     """Count the bytes of parameters, tied ones once."""
     return sum(parameter.nbytes for parameter in model.parameters())
 
 
 def count_owned(model: nn.Module, groups: Iterable[CouplingGroup]) -> int:
-    """Count the parameters that lie in units of some prunable group, each once.
-
-    Parameters
-    ----------
-    model
-        The model.
-    groups
-        Its coupling groups; those that are frozen do not count.
-    """
+    """Count the parameters that lie in units of some prunable group, each once."""
     owned: dict[tuple[str, int], set[int]] = {}
     for group in groups:
         for slot in group.slots if group.prunable else ():
@@ -109,15 +59,7 @@ def count_flops(model: nn.Module, inputs: Tensor | Mapping[str, Tensor]) -> int:
 
     Counted are matrix products and convolutions, as `osscar.network.operations` has them, the
     output layer at every position. Look-ups, normalization and other element-wise work are not
-    counted.
-
-    Parameters
-    ----------
-    model
-        A model.
-    inputs
-        Token ids, (batch, tokens) int64, of a language model, or keyword arguments of any other;
-        on the model's device.
+    counted. A tensor is token ids, (batch, tokens), of a language model.
     """
     given = {"input_ids": inputs} if isinstance(inputs, Tensor) else dict(inputs)
     return count_operations(model, given)

@@ -29,18 +29,8 @@ CACHE_NAMES = ("cache", "past_key_values")
 class Speed:
     """Tokens per second of one model.
 
-    Attributes
-    ----------
-    prefill_tokens_per_second
-        Reading a prompt: one forward pass that fills the key-value cache.
-    decode_tokens_per_second
-        Writing: one token at a time with the cache, for each sequence.
-    prompt_tokens
-        Length of the prompt that is read.
-    new_tokens
-        Number of tokens that are written.
-    repetitions
-        Times that the prompt was read.
+    Prefill reads a prompt in one forward pass that fills the key-value cache; decoding writes one
+    token at a time with the cache, for each sequence.
     """
 
     prefill_tokens_per_second: float
@@ -57,31 +47,10 @@ def measure_speed(
     new_tokens: int = 32,
     repetitions: int = 5,
 ) -> list[Speed]:
-    """Time models on the same prompt, interleaved, after a warm-up of each.
+    """Time models on the same prompt, (tokens,), interleaved, after a warm-up of each.
 
-    Parameters
-    ----------
-    models
-        Causal language models with a key-value cache, in evaluation mode.
-    prompt
-        Token ids, (tokens,) int64, at least 2. Decoding starts from so much of it that prompt
-        and new tokens together are as long as the prompt, hence within the models' context.
-    new_tokens
-        Tokens to decode; at most half of the prompt's length is.
-    repetitions
-        Times that each model reads and writes, at the least.
-
-    Returns
-    -------
-    list of Speed
-        In the order of the models.
-
-    Raises
-    ------
-    OptionError
-        If the prompt is too short, or a number is not positive.
-    ModelError
-        If a model has no key-value cache.
+    At most half as many new tokens are decoded as the prompt has, which is cut by as many: prompt
+    and new tokens together stay within the models' context.
     """
     if len(prompt) < 2 or new_tokens < 1 or repetitions < 1:
         raise OptionError(

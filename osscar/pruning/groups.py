@@ -20,14 +20,14 @@ from osscar.base.timing import Stage, timed
 from osscar.offload.on_disk import room_for, values_of
 from osscar.preparation.linear_maps import linear_maps
 from osscar.preparation.prepare import Prepared
-from osscar.pruning.certify import certified
 from osscar.pruning.result import LayerReport
-from osscar.pruning.run_log import RunLog, SiteRecord
+from osscar.pruning.run_log import LayerRecord, RunLog
 from osscar.request import PruningRequest
 from osscar.shrinking.plan import GroupPlan, PruningPlan
 from osscar.walk.layer_step import GROWN, DenseTensors, LayerStep, dense_tensors
 from osscar.walk.targets import Target
 from osscar.walk.walk import Walk, walk
+from solvers.exact.branch_and_bound import BranchAndBound
 
 _HELD_OUT = 8
 """One in so many samples chooses what a layer's refit is held back by, and is not fitted to."""
@@ -36,28 +36,24 @@ _HELD_OUT = 8
 _FEWEST = 4
 """With fewer samples, all are needed for the fit."""
 
+EXACT_UNITS = 32
+"""Up to so many units a bound comes from branch and bound, which mostly closes the gap."""
+
+EXACT_SECONDS = 10.0
+"""How long branch and bound may take for one bound; what it has by then is valid."""
+
 
 def prune_groups(
     prepared: Prepared,
     keep: Mapping[str, int],
     request: PruningRequest,
-    records: Sequence[SiteRecord],
+    records: Sequence[LayerRecord],
     log: RunLog | None,
 ) -> tuple[PruningPlan, tuple[LayerReport, ...]]:
     """Solve and refit each group where the walk stops; the model keeps its shape.
 
-    Parameters
-    ----------
-    prepared
-        The dense model with its data.
-    keep
-        How many units stay, of the groups that lose some.
-    request
-        What is asked for.
-    records
-        What was committed before, which is written again.
-    log
-        Keeps what is committed.
+    `keep` has the groups that lose units.  `records` are what was committed before, which is
+    written again; the log keeps what is committed now.
 
     Raises
     ------
@@ -106,7 +102,7 @@ def held_out(prepared: Prepared, request: PruningRequest) -> int:
     return max(1, samples // _HELD_OUT)
 
 
-def _blaming_refits(walked: Walk, done: Sequence[SiteRecord]) -> Iterator[LayerStep]:
+def _blaming_refits(walked: Walk, done: Sequence[LayerRecord]) -> Iterator[LayerStep]:
     """Yield the steps of a walk; where it meets NaN behind refits, these are named."""
     try:
         yield from walked
@@ -147,7 +143,7 @@ def _warn_of_refits(reports: Sequence[LayerReport]) -> None:
 
 
 def _replay(
-    model: nn.Module, group: CouplingGroup | None, record: SiteRecord, keep: Mapping[str, int]
+    model: nn.Module, group: CouplingGroup | None, record: LayerRecord, keep: Mapping[str, int]
 ) -> dict[str, DenseTensors]:
     """Write what was committed before into the dense model; return what was there, by module."""
     name, kept = record.plan.name, record.plan.kept
@@ -173,10 +169,10 @@ def _replay(
 
 def _prune_group(
     step: LayerStep, keep: int, request: PruningRequest, began: float, ranks: Ranks
-) -> SiteRecord:
+) -> LayerRecord:
     """Have the first rank solve one group, and commit the refitted weights on all."""
 
-    def make() -> SiteRecord:
+    def make() -> LayerRecord:
         record = solved(step, keep, request, began)
         if ranks.alone:
             return record
@@ -191,7 +187,7 @@ def _prune_group(
     return record
 
 
-def solved(step: LayerStep, keep: int, request: PruningRequest, began: float) -> SiteRecord:
+def solved(step: LayerStep, keep: int, request: PruningRequest, began: float) -> LayerRecord:
     """Solve one group, and commit the refitted weights."""
     group, backend = step.group, request.chosen_backend()
     corrected = Target(request.target).needs_dense
@@ -208,15 +204,20 @@ def solved(step: LayerStep, keep: int, request: PruningRequest, began: float) ->
         kept = solution.support.tolist()
         refits = step.refits(solution.weights, kept)
         step.commit(refits.weights, kept)
-    report = LayerReport.of(
-        group,
-        problem,
-        solution.record(verification),
+    report = LayerReport(
+        **vars(solution.record(verification)),
+        name=group.name,
+        kind=str(group.kind),
+        units=group.units,
+        kept=problem.keep,
+        dead=len(problem.dead),
         damp=damp,
         blend=step.share,
         positions=step.positions,
         unread=len(step.unread),
-        refits=refits,
+        held=refits.held,
+        unrefitted=refits.unrefitted,
+        growth=refits.growth,
         measure_seconds=measured - began,
         solve_seconds=time.perf_counter() - measured,
     )
@@ -228,4 +229,33 @@ def solved(step: LayerStep, keep: int, request: PruningRequest, began: float) ->
         )
     plan = GroupPlan.of(group, tuple(kept))
     written = (one.to(each.number_format) for each in step.consumers for one in each.read())
-    return SiteRecord(plan, report, tuple(written))
+    return LayerRecord(plan, report, tuple(written))
+
+
+# ---- certificates ------------------------------------------------------------------------
+
+
+def certified(
+    problem: solvers.SubsetProblem, backend: solvers.Backend
+) -> tuple[solvers.Solution, solvers.Verification]:
+    """Solve, add a lower bound that no choice of units can beat, and verify both."""
+    exact = backend.kind is solvers.BackendKind.EXACT or problem.units > EXACT_UNITS
+    solution = solvers.solve(problem, backend, bound=exact)
+    if not exact:
+        solution = _closely_bounded(solution)
+    return solution, solution.verify()
+
+
+def _closely_bounded(solution: solvers.Solution) -> solvers.Solution:
+    """Take the bound of branch and bound, and leave the choice as the backend made it."""
+    start = tuple(solution.support.tolist())
+    search = BranchAndBound(start=start, time_limit=EXACT_SECONDS)
+    proof = solvers.solve(solution.problem, search)
+    if not proof.lower_bound > solution.lower_bound:
+        return solution
+    return dataclasses.replace(
+        solution,
+        lower_bound=proof.lower_bound,
+        bound_from=proof.bound_from,
+        certificate=proof.certificate,
+    )

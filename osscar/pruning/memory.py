@@ -72,16 +72,9 @@ _LEAST = 128 << 20
 class _Flow(NamedTuple):
     """How many numbers pass through a model on its calibration data.
 
-    Parameters
-    ----------
-    rows
-        Positions of each batch: tokens, or samples of anything else.
-    width, wide
-        Numbers a position that go from layer to layer, and where a layer puts out most of them.
-    window
-        Positions of one sample.
-    outputs
-        Numbers a position that the model puts out.
+    `rows` are the positions of each batch, tokens or samples of anything else, and `window` those
+    of one sample.  A position has `width` numbers from layer to layer, `wide` where a layer puts
+    out most of them, and `outputs` in the end.
     """
 
     rows: tuple[int, ...]
@@ -130,24 +123,11 @@ def _numbers(result: Any) -> int:
 class Room:
     """Bytes that parts of a run need beside the weights.
 
-    Parameters
-    ----------
-    batches
-        The hidden states of all batches, and the predictions of the dense model that are kept.
-    forward
-        One batch on its way through a block.
-    sums
-        Those of the layer that reads most, while batches pass.
-    matrices
-        The problem of that layer.
-    logits
-        The predictions of one window, compared.
-    proof
-        Those of the proof, in double precision.
-    layer, inputs
-        The name of the layer, and how many inputs it reads.
-    waiting_on_disk
-        Whether only one batch at a time has its hidden states in memory.
+    `batches` are the hidden states of all batches (of one, where others are `waiting_on_disk`), and
+    the predictions of the dense model that are kept; `forward` is one batch on its way through a
+    block; `sums` and `matrices` are those of the layer that reads most, while batches pass, and of
+    its problem; `logits` and `proof` the predictions that are compared, of one window and in double
+    precision.
     """
 
     batches: int
@@ -174,22 +154,7 @@ class Room:
         *,
         waiting_on_disk: bool = False,
     ) -> Room:
-        """Estimate what a run needs.
-
-        Parameters
-        ----------
-        prepared, request
-            The model with its data, and what is asked for.
-        held_out
-            How many windows the predictions of the dense model are kept of.
-        waiting_on_disk
-            Whether hidden states of batches that wait are in files.
-
-        Raises
-        ------
-        RequestError, FrozenGroupError
-            If what to keep makes no sense for this model.
-        """
+        """Estimate what a run needs."""
         keep = provisional(prepared, request)
         groups = [g for g in prepared.groups if keep.get(g.name, g.units) < g.units]
         layer, inputs, matrices, sums = max(
@@ -270,13 +235,7 @@ def needs_memory(request: PruningRequest) -> str | None:
 
 
 def check_can_stream(model: nn.Module, request: PruningRequest) -> None:
-    """Refuse to prune a model that is read from disk where it is needed in memory as a whole.
-
-    Raises
-    ------
-    RequestError
-        Saying why, and what to do.
-    """
+    """Refuse to prune a model that is read from disk where it is needed in memory as a whole."""
     reason = None if shelf_of(model) is None else needs_memory(request)
     if reason is not None:
         raise RequestError(reason)
@@ -285,22 +244,8 @@ def check_can_stream(model: nn.Module, request: PruningRequest) -> None:
 def check_streamed(prepared: Prepared, request: PruningRequest, held_out: int) -> Room | None:
     """Refuse what a model that is read from disk cannot do, or not within its memory.
 
-    Parameters
-    ----------
-    prepared, request
-        The model with its data, and what is asked for.
-    held_out
-        How many windows the predictions of the dense model are kept of.
-
-    Returns
-    -------
-    Room or None
-        What is to be left free; None for a model in memory.
-
-    Raises
-    ------
-    RequestError
-        If the run needs the whole model in memory, or the limit is too small.
+    The predictions of the dense model are kept of so many windows that are held out.  Returned is
+    what is to be left free; None for a model in memory.
     """
     shelf = shelf_of(prepared.model)
     if shelf is None:

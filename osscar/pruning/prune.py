@@ -20,29 +20,29 @@ from torch import nn
 
 from graph import UnitKind
 from graph.tracing.preserve import cache_as
-from osscar.allocation import latency
 from osscar.allocation.allocate import allocate, shared_curves
-from osscar.allocation.budget import Allocated, Budget
-from osscar.allocation.costs import Cost
+from osscar.allocation.budget import Allocated
 from osscar.allocation.curves import Curve
 from osscar.allocation.divergence import Reference
+from osscar.allocation.latency_table import LatencyTable
 from osscar.base.devices import resolve_device
 from osscar.base.errors import RanksError, RequestError, RunError
 from osscar.base.memory import FOR_BATCHES, memory_for
 from osscar.base.printable import counted
 from osscar.base.ranks import ALONE, Ranks
 from osscar.base.timing import Stage, timed
-from osscar.network.modules import copied, count_parameters, device_of
+from osscar.network.modules import count_parameters
 from osscar.preparation.fingerprint import Manifest
 from osscar.preparation.prepare import Prepared, prepare
 from osscar.pruning.groups import held_out, prune_groups
 from osscar.pruning.memory import check_streamed
 from osscar.pruning.result import PruningResult
-from osscar.pruning.run_log import RunLog, SiteRecord, run_manifest
+from osscar.pruning.run_log import LayerRecord, RunLog, run_manifest
 from osscar.pruning.shrunk import put_back, shrunk
-from osscar.pruning.trial import Feasible, feasible_groups, named, reaches_further
+from osscar.pruning.trial import LeftAlone, feasible_groups, named, reaches_further
 from osscar.request import PruningRequest, by_keywords
 from osscar.shrinking.lineage import note_calibration, note_dense
+from osscar.shrinking.plan import Form
 from osscar.walk.batch_norm import DenseStatistics, dense_statistics
 
 
@@ -115,9 +115,9 @@ def prune_as_asked(
     ):
         prepared = within_memory(prepared, request)
         with _begun(log, prepared, request) as records:
-            facts = DenseFacts.of(prepared, request)
+            facts = dense_facts(prepared, request)
             result = prune_prepared(prepared, request, facts, log, records)
-    result = finished(result, model, calibration, prepared)
+    finish(result, model, calibration, prepared)
     return dataclasses.replace(result, seconds=time.perf_counter() - start)
 
 
@@ -137,13 +137,7 @@ def prepare_for(
 
 
 def within_memory(prepared: Prepared, request: PruningRequest) -> Prepared:
-    """Return the same with what is to be left free in memory, should its weights lie on disk.
-
-    Raises
-    ------
-    RequestError
-        As `osscar.pruning.memory.check_streamed`.
-    """
+    """Return the same with what is to be left free in memory, should its weights lie on disk."""
     room = check_streamed(prepared, request, max(1, held_out(prepared, request)))
     if room is None:
         return prepared
@@ -158,36 +152,40 @@ class DenseFacts:
 
     Parameters
     ----------
-    feasible
-        What of it is to be shrunk, and which groups cannot follow.
+    form
+        What of it is to be shrunk: modules or program.
+    left
+        Groups that keep all their units, since they cannot follow, in the order of the model.
     reference
         What it predicts; None if it puts out no logits.
     statistics
         Of its batch-norm layers; see `osscar.walk.batch_norm`.
-    curves
-        Of the groups that share a budget, by name; None: measured when they are needed.
+    curves, table
+        Of the groups that share a budget: by name, and of times.  None: measured when needed.
     """
 
-    feasible: Feasible
+    form: Form
+    left: tuple[LeftAlone, ...]
     reference: Reference | None
     statistics: DenseStatistics
     curves: Mapping[str, Curve] | None = None
+    table: LatencyTable | None = None
 
-    @classmethod
-    def of(cls, prepared: Prepared, request: PruningRequest) -> DenseFacts:
-        """Try what can follow, and run the dense model."""
-        with timed(Stage.TRIAL):
-            found = prepared.ranks.broadcast(
-                "what can follow", lambda: feasible_groups(prepared, request)
-            )
-        with timed(Stage.DENSE):
-            return cls(
-                found,
-                Reference.of(prepared, max(1, held_out(prepared, request))),
-                dense_statistics(
-                    prepared.model, prepared.batches(), request.batch_norm, prepared.ranks
-                ),
-            )
+    @property
+    def left_names(self) -> frozenset[str]:
+        """The names of the groups that cannot follow."""
+        return frozenset(group.name for group in self.left)
+
+
+def dense_facts(prepared: Prepared, request: PruningRequest) -> DenseFacts:
+    """Try what can follow, and run the dense model."""
+    ranks = prepared.ranks
+    with timed(Stage.TRIAL):
+        feasible = ranks.broadcast("what can follow", lambda: feasible_groups(prepared, request))
+    with timed(Stage.DENSE):
+        reference = Reference.of(prepared, max(1, held_out(prepared, request)))
+        statistics = dense_statistics(prepared.model, prepared.batches(), request.batch_norm, ranks)
+    return DenseFacts(*feasible, reference, statistics)
 
 
 def prune_prepared(
@@ -195,70 +193,40 @@ def prune_prepared(
     request: PruningRequest,
     facts: DenseFacts,
     log: RunLog | None = None,
-    records: Sequence[SiteRecord] = (),
+    records: Sequence[LayerRecord] = (),
 ) -> PruningResult:
-    """Prune a prepared model, which becomes the smaller one; as `prune_as_asked` does.
-
-    Parameters
-    ----------
-    prepared
-        The dense model with its data, which nothing else needs any more.
-    request
-        What is asked for.
-    facts
-        What is known of the dense model.
-    log
-        Keeps what is committed.
-    records
-        What was committed before.
-    """
+    """Prune a prepared model, which becomes the smaller one; as `prune_as_asked` does."""
     start, before = time.perf_counter(), count_parameters(prepared.model)
     widths = _widths(prepared, request, facts, log)
     plan, layers = prune_groups(prepared, widths.keep, request, records, log)
-    smaller = shrunk(prepared, plan, request, facts.feasible.form, facts.statistics)
+    smaller, proof, batch_norms = shrunk(prepared, plan, request, facts.form, facts.statistics)
     with timed(Stage.PRUNED):
         reference = facts.reference
-        divergence = None if reference is None else reference.divergence(smaller.model)
+        divergence = None if reference is None else reference.divergence(smaller)
     return PruningResult(
-        model=smaller.model,
-        plan=smaller.proof.plan,
+        model=smaller,
+        plan=proof.plan,
         layers=layers,
         parameters_before=before,
-        parameters_after=count_parameters(smaller.model),
-        equivalence_error=smaller.proof.error,
-        batch_norms=smaller.batch_norms,
+        parameters_after=count_parameters(smaller),
+        equivalence_error=proof.error,
+        batch_norms=batch_norms,
         budget=widths.budget,
         divergence=divergence,
         held_out=held_out(prepared, request),
         seconds=time.perf_counter() - start,
         request=request,
         calibration=prepared.inputs.settings,
-        left_alone=facts.feasible.left,
+        left_alone=facts.left,
     )
 
 
-def finished(
-    result: PruningResult, model: nn.Module, calibration: Any, prepared: Prepared
-) -> PruningResult:
-    """Return a result whose model is as its user would have it: timed, noted down, put back.
-
-    Parameters
-    ----------
-    result
-        What was made.
-    model, calibration
-        What the user gave.
-    prepared
-        The same, prepared.
-    """
-    note_calibration(result.model, calibration, result.calibration)
-    note_dense(result.model, model)
-    budget = result.budget
-    if prepared.ranks.first:
-        budget = _timed_again(model, result.model, prepared, budget)
-    put_back(prepared, result.model, result.plan)
-    cache_as(result.model, model)
-    return dataclasses.replace(result, budget=budget)
+def finish(pruned: PruningResult, model: nn.Module, calibration: Any, prepared: Prepared) -> None:
+    """Leave the smaller model as its user would have it: noted down, and put back."""
+    note_calibration(pruned.model, calibration, pruned.calibration)
+    note_dense(pruned.model, model)
+    put_back(prepared, pruned.model, pruned.plan)
+    cache_as(pruned.model, model)
 
 
 prune = by_keywords(PruningRequest, prune_as_asked)
@@ -281,18 +249,20 @@ def _widths(
                     prepared,
                     request,
                     measured,
-                    facts.feasible.left_names,
-                    facts.feasible.form,
+                    facts.left_names,
+                    facts.form,
+                    facts.table,
                 ),
             )
         except RequestError as error:
-            raise type(error)(f"{error}{_and_left(facts.feasible)}") from error
+            also = f"; {named(facts.left)}" if facts.left else ""
+            raise type(error)(f"{error}{also}") from error
         if log is not None:
             log.note_allocation(known)
     units = {
         group.name: group.units
         for group in prepared.groups
-        if group.prunable and group.name not in facts.feasible.left_names
+        if group.prunable and group.name not in facts.left_names
     }
     curves = {} if known.budget is None else known.budget.curves
     sound = all(0 < kept < units.get(name, 0) for name, kept in known.keep.items()) and all(
@@ -313,32 +283,13 @@ def _curves(
     needed = request.has_budget and request.allocation == "curvature"
     if not needed or facts.curves is not None:
         return facts.curves
-    return shared_curves(prepared, request, facts.feasible.left_names)
-
-
-def _and_left(found: Feasible) -> str:
-    return f"; {named(found.left)}" if found.left else ""
-
-
-def _timed_again(
-    model: nn.Module, pruned: nn.Module, prepared: Prepared, budget: Budget | None
-) -> Budget | None:
-    """Say how fast the model has really become, where that was asked for."""
-    if budget is None or budget.cost is not Cost.TIME:
-        return budget
-    dense = copied(model).to(device_of(pruned)).eval()
-    try:
-        speedup = latency.time_against(dense, pruned, prepared.batches()[0])
-    except RequestError as error:  # what was solved is worth more than a number
-        warnings.warn(f"the result was not timed: {error}", stacklevel=4)
-        return budget
-    return dataclasses.replace(budget, reached=1 / speedup)
+    return shared_curves(prepared, request, facts.left_names)
 
 
 @contextmanager
 def _begun(
     log: RunLog | None, prepared: Prepared, request: PruningRequest
-) -> Iterator[tuple[SiteRecord, ...]]:
+) -> Iterator[tuple[LayerRecord, ...]]:
     """Begin the run, or go on with one, on all ranks."""
     ranks = prepared.ranks
     if log is None and ranks.alone:
@@ -362,13 +313,7 @@ def _begun(
 
 
 def check_alike(ranks: Ranks, manifest: Manifest) -> None:
-    """Refuse ranks that make something else, or of something else.
-
-    Raises
-    ------
-    RanksError
-        If options, versions, model or calibration data differ; it names the rank and the option.
-    """
+    """Refuse ranks that make something else, or of something else."""
     first, *others = ranks.all_gather("what each is asked", manifest)
     for rank, other in enumerate(others, 1):
         difference = other.difference(first)

@@ -12,7 +12,6 @@ import torch
 from torch import nn
 
 import solvers
-from graph import CouplingGroup
 from osscar import __version__
 from osscar.allocation.budget import Budget, described
 from osscar.checkpoint import directory as checkpoint
@@ -27,7 +26,6 @@ from osscar.report.prune_page import prune_page
 from osscar.request import PruningRequest
 from osscar.shrinking.lineage import Computed, lineage_of
 from osscar.shrinking.plan import Form, PruningPlan
-from osscar.walk.layer_step import Refits
 
 SCHEMA = "osscar.prune/3"
 """Of the document of a run, as ``docs/json.md`` describes it."""
@@ -83,40 +81,6 @@ class LayerReport(solvers.SolutionRecord):
     growth: float
     measure_seconds: float
     solve_seconds: float
-
-    @classmethod
-    def of(
-        cls,
-        group: CouplingGroup,
-        problem: solvers.SubsetProblem,
-        record: solvers.SolutionRecord,
-        *,
-        damp: float,
-        blend: float,
-        positions: int,
-        unread: int,
-        refits: Refits,
-        measure_seconds: float,
-        solve_seconds: float,
-    ) -> LayerReport:
-        """Report on a group, its problem, and what became of it."""
-        return cls(
-            **{f.name: getattr(record, f.name) for f in dataclasses.fields(record)},
-            name=group.name,
-            kind=str(group.kind),
-            units=group.units,
-            kept=problem.keep,
-            dead=len(problem.dead),
-            damp=damp,
-            blend=blend,
-            positions=positions,
-            unread=unread,
-            held=refits.held,
-            unrefitted=refits.unrefitted,
-            growth=refits.growth,
-            measure_seconds=measure_seconds,
-            solve_seconds=solve_seconds,
-        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -277,6 +241,6 @@ def _forward(dense: nn.Module, pruned: nn.Module, calibration: Any) -> dict[str,
     return {
         "shapes": {name: list(tensor.shape) for name, tensor in sample.items()},
         "device": device_of(pruned).type,
-        "dense": dataclasses.asdict(before),
-        "pruned": dataclasses.asdict(after),
+        "dense": before,
+        "pruned": after,
     }

@@ -49,15 +49,7 @@ _RECORD = "record"
 def run_manifest(
     request: PruningRequest, model: nn.Module, inputs: ModelInputs, batch_size: int
 ) -> Manifest:
-    """Describe a run; the model is still dense, and left as it was.
-
-    Raises
-    ------
-    CalibrationError
-        If it fails on the calibration data.
-    EquivalenceError
-        If it puts out no tensor.
-    """
+    """Describe a run; the model is still dense, and left as it was."""
     versions = {name: version(name) for name in ("torch", "transformers")}
     asked = {**request.to_json(), **versions, "osscar": __version__}
     # Through JSON, as it will be read back.
@@ -66,18 +58,10 @@ def run_manifest(
 
 
 @dataclass(frozen=True, eq=False)
-class SiteRecord:
-    """What became of one group.
+class LayerRecord:
+    """What became of one group, with the weights as the model holds them.
 
-    Parameters
-    ----------
-    plan
-        What stays.
-    report
-        What is known of its solution.
-    weights
-        What was written, as the model holds it: of each consumer the refitted matrix (p, m) and,
-        if it has one, its bias (m,).
+    These are of each consumer the refitted matrix (p, m) and, if it has one, its bias (m,).
     """
 
     plan: GroupPlan
@@ -126,13 +110,7 @@ class _Noted:
 
 
 class RunLog(Journal[Manifest]):
-    """The records of a run, in the order in which groups were committed.
-
-    Parameters
-    ----------
-    directory
-        Where they lie.
-    """
+    """The records of a run, in the order in which groups were committed."""
 
     what = "run"
     manifest_file = "log.json"
@@ -148,22 +126,13 @@ class RunLog(Journal[Manifest]):
         """Digest of the manifest, which each record bears."""
 
     @contextmanager
-    def begun(self, manifest: Manifest) -> Iterator[tuple[SiteRecord, ...]]:
-        """Begin a run, or go on with one, and hold its lock while the block runs.
-
-        Yields
-        ------
-        tuple of SiteRecord
-            What has been committed before.
+    def begun(self, manifest: Manifest) -> Iterator[tuple[LayerRecord, ...]]:
+        """Begin a run, or go on with one, and hold its lock; yield what was committed before.
 
         Raises
         ------
         RunError
             If the log is of a run that was asked something else, or cannot be read.
-        BusyError
-            If another process is at work on it.
-        OutputError
-            If it cannot be written.
         """
         with self.held():
             first = self.begin(manifest)
@@ -171,13 +140,7 @@ class RunLog(Journal[Manifest]):
             yield tuple(self._read(index) for index in range(self.committed))
 
     def allocation(self) -> Allocated | None:
-        """Return what the run has decided that groups keep; None if it has not come so far.
-
-        Raises
-        ------
-        RunError
-            If that cannot be read, or is of another run.
-        """
+        """Return what the run has decided that groups keep; None if it has not come so far."""
         found = self.read(ALLOCATION, _Allocation, limit=_MOST_OF_ALLOCATION)
         if found is None:
             return None
@@ -189,13 +152,7 @@ class RunLog(Journal[Manifest]):
         return found.allocated
 
     def note_allocation(self, allocated: Allocated) -> None:
-        """Keep what was decided, so that a run that goes on decides nothing anew.
-
-        Raises
-        ------
-        OutputError
-            If it cannot be written.
-        """
+        """Keep what was decided, so that a run that goes on decides nothing anew."""
         self.write(ALLOCATION, _Allocation.of(self._run, allocated))
 
     @property
@@ -214,29 +171,14 @@ class RunLog(Journal[Manifest]):
         )
 
     def note(self, asked: Mapping[str, str], report: Mapping[str, Any]) -> None:
-        """Write down what is about to be saved, so that `saved` knows it again.
-
-        Raises
-        ------
-        OutputError
-            If it cannot be written.
-        """
+        """Write down what is about to be saved, so that `saved` knows it again."""
         self.write(REPORT, _Noted(dict(asked), dict(report)))
 
     def saved(self, asked: Mapping[str, str], report: Path) -> Mapping[str, Any] | None:
         """Return the report of a run that was ended between its save and the end of its log.
 
-        Parameters
-        ----------
-        asked
-            As it was noted.
-        report
-            The file that the run has saved; it tells seconds, so that no two are alike.
-
-        Returns
-        -------
-        Mapping or None
-            None where that is not how things are.
+        None where that is not how things are.  The file that the run has saved tells seconds, so
+        that no two are alike.
         """
         try:
             noted = read_json(self.directory / REPORT, _Noted)
@@ -248,14 +190,8 @@ class RunLog(Journal[Manifest]):
     def _place(self, index: int) -> Path:
         return self.directory / f"{index:05}.safetensors"
 
-    def append(self, index: int, record: SiteRecord) -> None:
-        """Write the record of the group that was committed as number `index`.
-
-        Raises
-        ------
-        OutputError
-            If it cannot be written.
-        """
+    def append(self, index: int, record: LayerRecord) -> None:
+        """Write the record of the group that was committed as number `index`."""
         weights = dict(enumerate(record.weights))
         sha256 = sha256_of((str(i), W) for i, W in weights.items())
         words = _Words(self._run, index, record.plan, record.report, len(weights), sha256)
@@ -264,7 +200,7 @@ class RunLog(Journal[Manifest]):
         with atomic_write(self._place(index)) as partial:
             safetensors.torch.save_file(tensors, partial, {_RECORD: text})
 
-    def _read(self, index: int) -> SiteRecord:
+    def _read(self, index: int) -> LayerRecord:
         place = self._place(index)
         try:
             with safetensors.safe_open(place, "pt") as file:
@@ -275,6 +211,6 @@ class RunLog(Journal[Manifest]):
                 weights = tuple(file.get_tensor(str(i)) for i in range(words.weights))
                 if words.digest != sha256_of((str(i), W) for i, W in enumerate(weights)):
                     raise FileError(place, "its weights are not those that were written")
-            return SiteRecord(words.plan, words.report, weights)
+            return LayerRecord(words.plan, words.report, weights)
         except (OSError, safetensors.SafetensorError, FileError) as error:
             raise RunError(f"{place} cannot be read: {error}; begin anew with --restart") from error

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -18,89 +16,44 @@ from osscar.shrinking.shrink import Proof, shrink
 from osscar.walk.batch_norm import DenseStatistics, renew_statistics
 
 
-@dataclass(frozen=True, eq=False)
-class Shrunk:
-    """A smaller model.
-
-    Parameters
-    ----------
-    model
-        The model.
-    proof
-        That it computes what the masked one did.
-    batch_norms
-        How many batch-norm layers have new statistics.
-    """
-
-    model: nn.Module
-    proof: Proof
-    batch_norms: int
-
-
 def shrunk(
     prepared: Prepared,
     plan: PruningPlan,
     request: PruningRequest,
     form: Form,
-    statistics: DenseStatistics,
-) -> Shrunk:
-    """Shrink a model whose refitted weights are committed, and prove it.
+    dense: DenseStatistics,
+) -> tuple[nn.Module, Proof, int]:
+    """Shrink a model whose refitted weights are committed, its modules in place, and prove it.
 
-    Parameters
-    ----------
-    prepared
-        The model; its modules are changed in place.
-    plan
-        What leaves.
-    request
-        What is asked for.
-    form
-        What becomes smaller.
-    statistics
-        Of the batch-norm layers of the dense model.
+    Returned is besides how many batch-norm layers have new statistics; `dense` are those of the
+    dense model.  A program has no batch-norm layers that could be asked for their inputs; the
+    model, in which nothing reads the removed units any more, computes the same.
 
     Raises
     ------
     EquivalenceError
         If the smaller model computes something else.
     """
-    return (_program if form is Form.GRAPH else _modules)(prepared, plan, request, statistics)
+    work, seed = prepared.model, request.seed
 
+    def renewed(plan: PruningPlan) -> int:
+        with timed(Stage.PRUNED):
+            return renew_statistics(
+                work, plan, prepared.batches(), request.batch_norm, dense, prepared.ranks
+            )
 
-def _modules(
-    prepared: Prepared, plan: PruningPlan, request: PruningRequest, dense: DenseStatistics
-) -> Shrunk:
-    work = prepared.model
+    if form is Form.GRAPH:
+        batch_norms = renewed(PruningPlan(()))
+        prepared.untouched.put_back(work)
+        with timed(Stage.PROOF):
+            made = shrink_program(work, plan, prepared.inputs.proofs(work, seed), prepared.example)
+        return made.model, made.proof, batch_norms
     with timed(Stage.PROOF), finer_precision(work, prepared.example):
-        proof = shrink(work, plan, prepared.inputs.proofs(work, request.seed))
-    with timed(Stage.PRUNED):
-        renewed = renew_statistics(
-            work, proof.plan, prepared.batches(), request.batch_norm, dense, prepared.ranks
-        )
+        proof = shrink(work, plan, prepared.inputs.proofs(work, seed))
+    batch_norms = renewed(proof.plan)
     if isinstance(work, PreTrainedModel):
         adopt_config(work)
-    return Shrunk(work, proof, renewed)
-
-
-def _program(
-    prepared: Prepared, plan: PruningPlan, request: PruningRequest, dense: DenseStatistics
-) -> Shrunk:
-    """Shrink the model's exported program.
-
-    A program has no batch-norm layers that could be asked for their inputs; the model, in which
-    nothing reads the removed units any more, computes the same.
-    """
-    work, nothing = prepared.model, PruningPlan(())
-    with timed(Stage.PRUNED):
-        renewed = renew_statistics(
-            work, nothing, prepared.batches(), request.batch_norm, dense, prepared.ranks
-        )
-    prepared.untouched.put_back(work)
-    with timed(Stage.PROOF):
-        made = shrink_program(
-            work, plan, prepared.inputs.proofs(work, request.seed), prepared.example
-        )
-    return Shrunk(made.model, made.proof, renewed)
+    return work, proof, batch_norms
 
 
 def put_back(prepared: Prepared, model: nn.Module, plan: PruningPlan) -> None:

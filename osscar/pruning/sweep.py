@@ -1,60 +1,53 @@
-"""One model pruned to several budgets, with curvature and dense statistics measured once."""
+"""One model pruned to several budgets, and the directory that keeps what became of it at each.
+
+What is known of the dense model is measured once.  A finished point is a file, from which the same
+command goes on.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, ClassVar, Literal
 
+from pydantic import ConfigDict
 from torch import nn
 
 from osscar.allocation.allocate import shared_curves
-from osscar.base.errors import OptionError
+from osscar.allocation.latency import latency_table
+from osscar.allocation.widths import asked_groups
+from osscar.base.errors import OptionError, RunError
+from osscar.base.files import resolved
+from osscar.base.journal import Journal
+from osscar.base.json_files import STRICT
 from osscar.network.modules import copied
-from osscar.preparation.prepare import Prepared
+from osscar.preparation.fingerprint import Manifest
 from osscar.pruning.prune import (
-    DenseFacts,
-    finished,
+    dense_facts,
+    finish,
     prepare_for,
     prune_prepared,
     within_memory,
 )
 from osscar.pruning.result import PruningResult
+from osscar.pruning.trial import LeftAlone
 from osscar.request import BASELINES, METHODS, Allocation, BudgetKind, PruningRequest
+from osscar.shrinking.plan import Form
 
 
 @dataclass(frozen=True)
 class Job:
-    """One point of a sweep.
-
-    Parameters
-    ----------
-    method
-        One of `METHODS`, or a baseline's backend.
-    budget
-        What is asked for.
-    value
-        As `PruningRequest` takes it.
-    """
+    """One point of a sweep: one of `METHODS`, or a baseline's backend, at some budget."""
 
     method: str
     budget: BudgetKind
     value: float | int
 
     def request(self, base: PruningRequest) -> PruningRequest:
-        """Return what is asked of a pruning run for this point.
-
-        Parameters
-        ----------
-        base
-            Everything that the points share.
-
-        Raises
-        ------
-        RequestError
-            If the budget makes no sense.
-        """
+        """Return what is asked of a pruning run for this point."""
         asked: dict[str, Any] = dict.fromkeys(map(str, BudgetKind))
         asked[self.budget] = self.value
         if self.method in METHODS:
@@ -81,26 +74,7 @@ def jobs(
     baselines: bool = False,
     allocation: Allocation = "curvature",
 ) -> tuple[Job, ...]:
-    """Return the points of a sweep, the method itself first, the largest model first.
-
-    Parameters
-    ----------
-    budget
-        What they differ in.
-    values
-        What it comes to.
-    baselines
-        Whether to add `BASELINES`.
-    allocation
-        How budgets are shared, which is what the method itself is called by.
-
-    Raises
-    ------
-    OptionError
-        If there is no value, or counts stand beside shares.
-    RequestError
-        If one makes no sense.
-    """
+    """Return the points of a sweep, the method itself first, the largest model first."""
     if not values:
         raise OptionError(
             f"a sweep needs budgets; give a list such as --{budget} {budget.examples}"
@@ -129,42 +103,126 @@ def sweep(
 
     The model is traced once, and what is known of the dense model is found once: what can follow,
     its predictions, its batch-norm statistics and, where a point needs them, the curves of its
-    groups.
-
-    Parameters
-    ----------
-    model, calibration
-        As `osscar.prune` takes them.
-    base
-        What the points share; its own budget is not used.
-    points
-        What is to be pruned, in this order.
-
-    Yields
-    ------
-    (Job, PruningResult)
-        Divergences are all measured on the samples that the base request holds out; baselines
-        whose damping is given hold out none, and are fitted to these as well.
-
-    Raises
-    ------
-    OsscarError
-        What `osscar.prune` raises.
+    groups.  Divergences are all measured on the samples that the base request holds out; baselines
+    whose damping is given hold out none, and are fitted to these as well.
     """
     if not points:
         return
     with prepare_for(model, calibration, points[0].request(base)) as prepared:
         requests = {job: job.request(base) for job in points}
         each = {job: within_memory(prepared, request) for job, request in requests.items()}
-        facts = DenseFacts.of(prepared, base)
+        facts = dense_facts(prepared, base)
         if any(request.allocation == "curvature" for request in requests.values()):
-            curves = shared_curves(prepared, base, facts.feasible.left_names)
+            curves = shared_curves(prepared, base, facts.left_names)
             facts = dataclasses.replace(facts, curves=curves)
+        if points[0].budget is BudgetKind.SPEEDUP:
+            _, keep, shared = asked_groups(prepared, base, facts.left_names)
+            table = latency_table(prepared, shared, keep, base.widths)
+            facts = dataclasses.replace(facts, table=table)
         for job in points:
-            result = prune_prepared(_again(each[job]), requests[job], facts)
-            yield job, finished(result, model, calibration, prepared)
+            again = dataclasses.replace(each[job], model=copied(each[job].model))
+            result = prune_prepared(again, requests[job], facts)
+            finish(result, model, calibration, prepared)
+            yield job, result
 
 
-def _again(prepared: Prepared) -> Prepared:
-    """Return the prepared model with a copy that may be changed."""
-    return dataclasses.replace(prepared, model=copied(prepared.model))
+# ---- the directory of a sweep ------------------------------------------------------------
+
+DENSE = "dense"
+"""The method that stands for the model as it is."""
+
+_POINTS = "points"
+
+
+def dense_job(budget: BudgetKind) -> Job:
+    """Return the point of the dense model."""
+    return Job(DENSE, budget, budget.dense)
+
+
+def sweep_manifest(run: Manifest, budget: BudgetKind, scored: Mapping[str, Any]) -> Manifest:
+    """Describe what all points of a sweep share."""
+    varied = {str(kind) for kind in BudgetKind}
+    shared = {name: value for name, value in run.asked.items() if name not in varied}
+    return Manifest("osscar.sweep-asked/3", {**shared, "budget": str(budget), **scored}, run.dense)
+
+
+@dataclass(frozen=True)
+class Point:
+    """What became of the model at one budget by one method.
+
+    Limit and what was reached are of the whole model, in what the budget is counted in; None of the
+    dense model.  Operations and seconds, a median, are those of one sample, and the speed-up is
+    over the dense model in turns.  Quality has what was scored, by the names that evaluations have
+    for it.  Divergences are in nats, None where unknown, the loss is a sum of relative ones, and
+    seconds of pruning leave out what the points share.  Widths are those of groups that lost units.
+    """
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    schema: Literal["osscar.sweep-point/5"]
+    method: str
+    budget: str
+    value: float | int
+    limit: float | None
+    reached: float | None
+    parameters: int
+    parameter_bytes: int
+    flops: int
+    form: Form
+    seconds: float
+    speedup: float
+    quality: dict[str, int | float | str | dict[str, float | None] | None]
+    divergence: float | None
+    predicted: float | None
+    loss: float
+    prune_seconds: float
+    widths: dict[str, int]
+    left_alone: tuple[LeftAlone, ...]
+
+
+class SweepDirectory(Journal[Manifest]):
+    """The points of a sweep, in a directory that is its own.
+
+    Raises
+    ------
+    RunError
+        If the directory is a file, or holds something else.
+    """
+
+    what = "sweep"
+    manifest_file = "asked.json"
+    schema = Manifest
+    done_files = (f"{_POINTS}/*.json",)
+    other_files = (_POINTS,)
+    error = RunError
+    otherwise = "give another --out"
+
+    def __init__(self, directory: Path) -> None:
+        super().__init__(resolved(directory))
+        self.refuse_foreign()
+
+    @contextmanager
+    def begun(self, manifest: Manifest) -> Iterator[None]:
+        """Begin a sweep, or go on with one, and hold its lock while the block runs."""
+        with self.held():
+            self.begin(manifest)
+            self.make(_POINTS)
+            yield
+
+    def point(self, job: Job) -> Point | None:
+        """Return a point that was finished; None if it was not."""
+        again = "remove it, and it is measured again"
+        point = self.read(_file(job), Point, otherwise=again)
+        if point is not None and (point.method, point.budget, point.value) != (
+            (job.method, job.budget, job.value)
+        ):
+            raise RunError(f"{self.directory / _file(job)} holds another point; {again}")
+        return point
+
+    def keep(self, point: Point) -> None:
+        """Keep a point."""
+        self.write(_file(Job(point.method, BudgetKind(point.budget), point.value)), point)
+
+
+def _file(job: Job) -> str:
+    return f"{_POINTS}/{job.method}-{job.budget}-{job.value!r}.json"

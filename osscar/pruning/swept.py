@@ -24,9 +24,8 @@ from osscar.preparation.repeatable import check_repeatable
 from osscar.pruning.memory import check_can_stream
 from osscar.pruning.result import PruningResult
 from osscar.pruning.run_log import run_manifest
-from osscar.pruning.sweep import Job, jobs
+from osscar.pruning.sweep import Job, Point, SweepDirectory, dense_job, jobs, sweep_manifest
 from osscar.pruning.sweep import sweep as pruned
-from osscar.pruning.sweep_points import Point, SweepDirectory, dense_job, sweep_manifest
 from osscar.report.sweep_page import sweep_page
 from osscar.request import BudgetKind, PruningRequest
 from osscar.shrinking.lineage import Calibration, lineage_of
@@ -193,9 +192,9 @@ class Sweep:
             job.value,
             limit=None if budget is None else budget.limit,
             reached=None if budget is None else budget.reached,
-            **dataclasses.asdict(after),
+            **after,
             form=Form.MODULE if result is None else result.form,
-            speedup=before.seconds / after.seconds,
+            speedup=before["seconds"] / after["seconds"],
             quality=quality,
             divergence=0.0 if result is None else result.divergence,
             predicted=None if budget is None else budget.predicted,

@@ -20,7 +20,7 @@ from pydantic import ConfigDict
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from graph import CouplingGroup
+from graph import CouplingGroup, DependencyGraph
 from osscar.allocation.allocate import provisional
 from osscar.base.errors import AdapterError, EquivalenceError
 from osscar.base.json_files import STRICT
@@ -28,7 +28,6 @@ from osscar.base.printable import counted, listed
 from osscar.base.progress import stage
 from osscar.network.model_state import model_state
 from osscar.preparation.prepare import Prepared
-from osscar.pruning.unread import warn_of_unread
 from osscar.request import PruningRequest
 from osscar.shrinking.equivalence import Inputs, finer_precision
 from osscar.shrinking.plan import Form, GroupPlan, PruningPlan
@@ -58,49 +57,17 @@ class LeftAlone:
     reason: str
 
 
-@dataclass(frozen=True)
-class Feasible:
-    """What of a model is to be shrunk, and what cannot follow then.
-
-    Parameters
-    ----------
-    form
-        Modules or program.
-    left
-        Groups that keep all their units, in the order of the model.
-    """
-
-    form: Form = Form.MODULE
-    left: tuple[LeftAlone, ...] = ()
-
-    @property
-    def left_names(self) -> frozenset[str]:
-        """The names of the groups that cannot follow."""
-        return frozenset(group.name for group in self.left)
-
-
-def feasible_groups(prepared: Prepared, request: PruningRequest) -> Feasible:
-    """Find the groups that a request would prune and that cannot follow.
+def feasible_groups(
+    prepared: Prepared, request: PruningRequest
+) -> tuple[Form, tuple[LeftAlone, ...]]:
+    """Find what of a model is to be shrunk, and the groups that cannot follow then.
 
     The same model and request come to the same answer, so that a run which goes on asks again.
-
-    Parameters
-    ----------
-    prepared
-        The dense model with its data; as it was afterwards.
-    request
-        What is asked for.
-
-    Returns
-    -------
-    Feasible
-        As few groups as halving finds, so that all others can go together; of several forms the
-        first in which the fewest are left.
+    As few groups are left as halving finds, so that all others can go together; of several forms
+    that is the first in which the fewest are left.
 
     Raises
     ------
-    RequestError
-        If what to keep makes no sense for this model.
     EquivalenceError
         If no group can follow, or the request is strict and one cannot; `AdapterError` where it is
         modules that cannot.
@@ -109,10 +76,12 @@ def feasible_groups(prepared: Prepared, request: PruningRequest) -> Feasible:
     groups = [group for group in prepared.groups if keep.get(group.name, group.units) < group.units]
     forms = forms_to_try(prepared.model, request)
     if not groups:
-        return Feasible(forms[0])
+        return forms[0], ()
     plans = _alike_together(_arbitrary(groups, [keep[group.name] for group in groups]))
     possible = {
-        form: [plan for plan in plans if form is Form.GRAPH or not _only(prepared, plan.name)]
+        form: [
+            plan for plan in plans if form is Form.GRAPH or plan.name not in prepared.in_programs
+        ]
         for form in forms
     }
     together: dict[Form, Exception | None] = {}
@@ -136,7 +105,7 @@ def feasible_groups(prepared: Prepared, request: PruningRequest) -> Feasible:
         if group.name in trial.reasons
     )
     # Of modules nobody expects to lose what only programs can.
-    refused = tuple(g for g in left if form is Form.GRAPH or not _only(prepared, g.name))
+    refused = tuple(g for g in left if form is Form.GRAPH or g.name not in prepared.in_programs)
     if (refused and request.strict) or len(left) == len(groups):
         raise (AdapterError if trial.of_modules else EquivalenceError)(
             _refusal(left, len(groups), request)
@@ -154,18 +123,13 @@ def _chosen(
     trial: _Trial,
     groups: Sequence[CouplingGroup],
     left: tuple[LeftAlone, ...] = (),
-) -> Feasible:
+) -> tuple[Form, tuple[LeftAlone, ...]]:
     """Warn of what the smaller model may not be used for."""
     if form is Form.MODULE:
         going = [group for group in groups if group.name not in trial.reasons]
-        warn_of_unread(prepared.model, prepared.traced, prepared.groups, going)
+        _warn_of_unread(prepared.model, prepared.traced, prepared.groups, going)
     _warn_of_training(trial)
-    return Feasible(form, left)
-
-
-def _only(prepared: Prepared, name: str) -> bool:
-    """Whether only a program can lose units of a group."""
-    return name in prepared.in_programs
+    return form, left
 
 
 FORMS: dict[str, tuple[Form, ...]] = {
@@ -250,11 +214,8 @@ def _alike_together(plans: Sequence[GroupPlan]) -> list[GroupPlan]:
 class _Trial(Feasibility):
     """Finds, by halving, groups that can go together.
 
-    Parameters
-    ----------
-    rehearse
-        Shrinks and proves a model, and puts it back; raises where that fails, and says how what
-        it has shrunk fails in training.
+    `rehearse` shrinks and proves a model, and puts it back; it raises where that fails, and says
+    how what it has shrunk fails in training.
     """
 
     def __init__(self, rehearse: Callable[[PruningPlan], str]) -> None:
@@ -289,6 +250,46 @@ def _warn_of_training(trial: _Trial) -> None:
             f"{trial.in_training}; it can be used, but for tuning leave these layers out (--skip)",
             stacklevel=3,
         )
+
+
+def _warn_of_unread(
+    model: nn.Module,
+    traced: DependencyGraph,
+    groups: Sequence[CouplingGroup],
+    pruned: Sequence[CouplingGroup],
+) -> None:
+    """Warn of weights that nothing reads and that may read what is pruned, by their width.
+
+    They belong to another way through the model, such as one that an optional input takes.  Nobody
+    can know whether units reach them there.  A width that other layers have, too, is no sign of it,
+    nor is one that weights on that way make themselves, such as a tower for images.  What code for
+    training reads is tried, and not guessed here.
+    """
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.named_parameters()}
+    chosen = {group.name for group in pruned}
+    of_pruned = _sizes(shapes, pruned)
+    of_others = _sizes(shapes, [group for group in groups if group.name not in chosen])
+    unread = (name for name in traced.unread if name not in traced.stuck)
+    matrices = {name: shapes[name] for name in unread if len(shapes[name]) > 1}
+    made_there = {made for made, *_ in matrices.values()}
+    telling = of_pruned - of_others - made_there
+    found = [
+        name for name, (_, read, *_) in matrices.items() if read in telling or name in traced.stuck
+    ]
+    if not found:
+        return
+    warnings.warn(
+        f"the calibration data do not reach {listed([*map(repr, found)])}, which may read layers "
+        "that are pruned: kept as it is, this may not fit calls that do reach it; leave the layers "
+        "before it out (--skip), or give data that take that way",
+        stacklevel=2,
+    )
+
+
+def _sizes(shapes: dict[str, tuple[int, ...]], groups: Sequence[CouplingGroup]) -> set[int]:
+    """Return the sizes of all dimensions in which units of some groups lie."""
+    slots = (slot for group in groups for slot in group.slots if slot.tensor in shapes)
+    return {shapes[slot.tensor][slot.dim] for slot in slots}
 
 
 def named(left: Sequence[LeftAlone]) -> str:

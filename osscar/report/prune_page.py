@@ -10,7 +10,7 @@ from osscar.report.evaluation_tables import comparison_rows, dense_remarks
 from osscar.report.figures import picture
 from osscar.report.page import asked_table, render
 from osscar.report.prune_plots import frontier_figure, kept_figure, loss_figure
-from osscar.report.run_tables import comparison_line, layers_table, left_alone_table
+from osscar.report.run_tables import layers_table, left_alone_table
 from osscar.report.summary import proofs_in_words
 from osscar.report.tables import engineering, in_bytes, new_table, share
 from osscar.request import BudgetKind
@@ -215,8 +215,6 @@ def _remarks(document: Mapping[str, Any]) -> Iterator[str]:
             )
     if document.get("forward") is not None:
         yield "Times are medians of a few turns, and as rough as that."
-    if document.get("estimate") is not None:
-        yield f"Up to its save, this run was {comparison_line(document['estimate'])}."
     if document.get("evaluation") is None:
         yield "Quality on data of your own is what osscar eval measures."
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,7 @@ from osscar.report.tables import decimals, in_bytes, new_table
 from osscar.walk.layer_step import GROWN
 
 if TYPE_CHECKING:
-    from osscar.estimation.values import Estimate, StageEstimate
+    from osscar.estimation.values import Estimate, Span
 
 
 def layers_table(
@@ -106,22 +107,30 @@ def _short(slot: Slot) -> str:
     return ".".join(parts[-last - 1 :]) or slot.tensor
 
 
-# ---- what a run will take, and how far off that was --------------------------------------
+# ---- what a run will take ----------------------------------------------------------------
 
 
 def estimate_table(estimate: Estimate) -> Table:
     """Return one row for each stage, and one for the whole run."""
-    columns = ("stage", "seconds >", "between >", "memory >", "read >", "written >")
-    table = new_table("estimate", *columns)
-    rows: dict[str, StageEstimate | Estimate] = {one.stage: one for one in estimate.stages}
-    for name, one in {**rows, "all": estimate}.items():
-        if one is estimate:
-            table.add_section()
-        end = "and up" if one.high is None else f"to {_seconds(one.high)}"
-        sizes = (one.peak_bytes, one.read_bytes, one.written_bytes)
-        told = (in_bytes(size) if size or one is estimate else "" for size in sizes)
-        table.add_row(name, _seconds(one.seconds), f"{_seconds(one.low)} {end}", *told)
+    table = new_table("estimate", "stage", "seconds >", "between >")
+    for stage, span in estimate.stages.items():
+        table.add_row(str(stage), _seconds(span.seconds), between(span))
+    table.add_section()
+    table.add_row("all", _seconds(estimate.seconds), between(estimate.total))
     return table
+
+
+def between(span: Span) -> str:
+    """Return a range of seconds; one without an end says so."""
+    end = f"to {_seconds(span.high)}" if math.isfinite(span.high) else "and up"
+    return f"{_seconds(span.low)} {end}"
+
+
+def sizes_line(estimate: Estimate) -> str:
+    """Say what a run takes of memory and of files."""
+    sizes = (estimate.peak_bytes, estimate.read_bytes, estimate.written_bytes)
+    memory, read, written = map(in_bytes, sizes)
+    return f"memory: {memory} at most; files: {read} read, {written} written"
 
 
 def extrapolated(estimate: Estimate) -> str:
@@ -139,15 +148,3 @@ def extrapolated(estimate: Estimate) -> str:
 
 def _seconds(value: float) -> str:
     return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 1 else f"{value:.2f}"
-
-
-def comparison_line(found: Mapping[str, Any]) -> str:
-    """Say how far off an estimate was, of what `EstimateDocument.against` returned."""
-    seconds, estimated = found["seconds"], found["estimated_seconds"]
-    line = f"estimated {_seconds(estimated)} s, took {_seconds(seconds)} s"
-    if seconds > 0:
-        line += f" ({estimated / seconds:.2f} of it)"
-    peak, told = found["peak_bytes"], found["estimated_peak_bytes"]
-    if peak:
-        line += f"; estimated {in_bytes(told)} of memory, had {in_bytes(peak)} ({told / peak:.2f})"
-    return line

@@ -20,7 +20,7 @@ from osscar.allocation.costs import Cost, count
 from osscar.allocation.curvature import curvature, logits_of
 from osscar.allocation.curves import curve_samples, elimination_curve, measure_curves
 from osscar.allocation.divergence import Reference
-from osscar.allocation.knapsack import BudgetError, choose
+from osscar.allocation.knapsack import choose
 from osscar.base.errors import NonFiniteError, RequestError
 from osscar.data.batches import ModelInputs
 from osscar.evaluation.size import count_flops
@@ -63,7 +63,7 @@ def test_the_knapsack_is_solved_as_by_trying_everything(problem):
     assert found.cost <= budget + 1e-9
     assert found.loss == pytest.approx(best, rel=1e-12, abs=1e-300)
     assert found.lower_bound <= best * (1 + 1e-12)
-    assert found.gap <= 1e-9
+    assert found.loss - found.lower_bound <= 1e-9 * found.loss
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(knapsack, "_MOST_STATES", 1)
         found = choose(losses, costs, budget)
@@ -72,9 +72,8 @@ def test_the_knapsack_is_solved_as_by_trying_everything(problem):
 
 
 def test_what_cannot_be_met_says_what_can():
-    with pytest.raises(BudgetError, match="least cost of any choice is 7") as caught:
+    with pytest.raises(ValueError, match="least cost of any choice is 7"):
         choose([np.array([1.0, 2.0])], [np.array([9.0, 7.0])], 6.0)
-    assert caught.value.least == 7
 
 
 def test_a_large_knapsack_has_a_small_gap():
@@ -82,7 +81,7 @@ def test_a_large_knapsack_has_a_small_gap():
     losses = [np.sort(random.exponential(size=1536) ** 3).cumsum()[::-1] for _ in range(60)]
     costs = [np.arange(1536.0) * random.integers(1000, 9000) for _ in range(60)]
     found = choose(losses, costs, 0.6 * sum(c[-1] for c in costs))
-    assert found.gap < 1e-9
+    assert found.loss - found.lower_bound < 1e-9 * found.loss
 
 
 @pytest.mark.parametrize(
@@ -108,7 +107,7 @@ def test_a_knapsack_whose_losses_are_its_costs_ends():
     random = np.random.default_rng(0)
     costs = [np.sort(random.random(50)) for _ in range(12)]
     found = choose([c[-1] - c for c in costs], costs, 0.5 * sum(c[-1] for c in costs))
-    assert found.gap < 1e-6
+    assert found.loss - found.lower_bound < 1e-6 * found.loss
 
 
 # ---- costs -------------------------------------------------------------------------------
@@ -602,25 +601,15 @@ def test_a_budget_out_of_reach_says_what_is_in_reach(allocation, opt):
         ({"size": "100MB", "params": 0.5}, "params and size are budgets"),
         ({"sparsity": 0.5, "at_least": 1.5}, "at-least: cannot keep the fraction"),
         ({"heads": 0.5, "at_least": 0.5}, "there is none; give one, such as --sparsity"),
+        ({"neurons": 1, "allocation": "fair"}, "allocation is 'fair'; give one of curvature, unif"),
+        ({"neurons": 1, "target": None}, "target is None; give one of weights, outputs, residual"),
+        ({"neurons": 1, "blend": 1.5}, "blend is 1.5; give a share from 0 to 1"),
+        ({"neurons": 1, "blend": float("nan")}, "blend is nan"),
     ],
 )
-def test_contradictions_are_refused(asked, message):
-    with pytest.raises(RequestError, match=message):
-        Asked(**asked)
-
-
-@pytest.mark.parametrize(
-    ("asked", "message"),
-    [
-        ({"allocation": "fair"}, "allocation is 'fair'; give one of curvature, uniform, f"),
-        ({"target": None}, "target is None; give one of weights, outputs, residual"),
-        ({"blend": 1.5}, "blend is 1.5; give a share from 0 to 1"),
-        ({"blend": float("nan")}, "blend is nan"),
-    ],
-)
-def test_options_out_of_range_are_refused(asked, message):
+def test_contradictions_and_options_out_of_range_are_refused(asked, message):
     with pytest.raises(osscar.OsscarError, match=message):
-        Asked(sparsity=0.5, **asked)
+        Asked(**asked)
 
 
 # ---- what is not in a layer --------------------------------------------------------------
@@ -694,9 +683,10 @@ def test_probabilities_are_taken_for_what_they_are():
     torch.testing.assert_close(found.softmax(-1), logits.softmax(-1))
 
 
-def test_a_divergence_from_nothing_finite_is_an_error():
-    dense = torch.randn(4, 5).log_softmax(-1)
-    dense[:, 0] = -torch.inf
+def test_a_divergence_is_from_the_dense_predictions_and_from_nothing_finite_an_error():
+    logits = torch.randn(2, 4, 5)
+    logits[0, :, 0] = -torch.inf
+    dense, other = logits.log_softmax(-1)
     batch = {"x": torch.zeros(4, 3, 2, 2)}
 
     class Puts(nn.Module):
@@ -709,5 +699,7 @@ def test_a_divergence_from_nothing_finite_is_an_error():
 
     reference = Reference([batch], [dense], [torch.arange(4)], ModelInputs(batch))
     assert reference.divergence(Puts(dense)) == pytest.approx(0.0, abs=1e-6)
+    terms = (dense.exp() * (dense - other))[:, 1:]
+    assert reference.divergence(Puts(other)) == pytest.approx(float(terms.sum(-1).mean()))
     with pytest.raises(NonFiniteError, match="logits are NaN"):
         reference.divergence(Puts(dense * torch.nan))

@@ -12,9 +12,8 @@ from osscar.cli import main
 from osscar.data.batches import as_inputs
 from osscar.models.user_code import build
 from osscar.preparation.fingerprint import DenseOutputs
-from osscar.pruning.run_log import RunLog, SiteRecord, run_manifest
-from osscar.pruning.sweep import BudgetKind
-from osscar.pruning.sweep_points import SweepDirectory, sweep_manifest
+from osscar.pruning.run_log import LayerRecord, RunLog, run_manifest
+from osscar.pruning.sweep import BudgetKind, SweepDirectory, sweep_manifest
 from osscar.request import PruningRequest
 from osscar.study.directory import Study
 from osscar.study.problems import model_problems
@@ -89,7 +88,7 @@ def begun(tmp_path_factory):
     result = osscar.prune(model, data, sparsity=0.5, backend="wanda", device="cpu")
     group, layer = result.plan.groups[0], result.layers[0]
     with log.begun(manifest):
-        log.append(0, SiteRecord(group, layer, ()))
+        log.append(0, LayerRecord(group, layer, ()))
     sweep = SweepDirectory(place / "sweep")
     with sweep.begun(sweep_manifest(manifest, BudgetKind.FLOPS, {})):
         sweep.keep(point())

@@ -551,15 +551,3 @@ def test_two_files_of_one_name_are_refused_as_what_is_written(run, tmp_path):
     assert status == 2
     assert f"--svg {same} would write to {same}, which the command writes" in err
     assert not same.exists()
-
-
-def test_an_estimate_that_is_none_says_what_would_be_one(run, tmp_path):
-    file = tmp_path / "estimate"
-    for text, reason in (("hello", "it is not JSON: "), ('{"a": 1}', "stages: field required")):
-        file.write_text(text)
-        status, _, err = run(
-            *("prune", "demo", "--neurons", 0.5, "--out", tmp_path / "out", "--estimate", file)
-        )
-        assert status == 2
-        assert reason in err
-        assert "--estimate takes what --dry-run --json FILE wrote" in err

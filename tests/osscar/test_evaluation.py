@@ -432,4 +432,4 @@ def test_a_forward_pass_is_measured_of_any_inputs(batch):
             return super().forward(sum(xs, start=torch.ones(2, 3)))
 
     (found,) = measure_forward([Summed(3, 3)], batch)
-    assert found.flops == 36
+    assert found["flops"] == 36

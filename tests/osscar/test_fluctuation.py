@@ -11,7 +11,7 @@ import osscar
 from osscar.allocation import fluctuation
 from osscar.allocation.allocate import allocate
 from osscar.allocation.fluctuation import measure_fluctuations
-from osscar.allocation.rules import ByScores
+from osscar.allocation.rules import Sharing
 from osscar.base.errors import CalibrationError, ModelError, NonFiniteError
 from osscar.preparation.linear_maps import linear_maps
 from osscar.preparation.prepare import Prepared, prepare
@@ -190,7 +190,7 @@ def test_at_least_the_least_width_stays():
         groups = [group for group in ready.groups if group.prunable]
         low = {g.name: np.full(g.units, -9.0) for g in groups}
         low[groups[0].name] = np.full(groups[0].units, 9.0)
-        rule = ByScores(groups, low, Widths(), {})
+        rule = Sharing(groups, Widths(), {}, scores=low)
 
         class One:
             def of(self, keep):

@@ -1,11 +1,6 @@
-"""Speed-ups: parts of a pass, their table, what is kept of it on disk, and aiming by it."""
+"""Speed-ups: parts of a pass, their table, and aiming by it."""
 
-import errno
 import itertools
-import json
-import os
-import pathlib
-import re
 
 import numpy as np
 import pytest
@@ -13,10 +8,9 @@ import torch
 from torch import nn
 
 import osscar
-from osscar.allocation import latency, parts
-from osscar.allocation.latency import Latency
-from osscar.allocation.latency_table import Part, tabulated
-from osscar.allocation.parts import Event, groups_between, timed_pass
+from osscar.allocation import latency
+from osscar.allocation import latency_table as parts
+from osscar.allocation.latency_table import groups_between, tabulated, timed_pass
 from osscar.allocation.widths import asked_groups
 from osscar.base import timing
 from osscar.base.errors import RequestError
@@ -28,11 +22,9 @@ from tests.osscar.networks import images, small_net
 
 
 @pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    """Where tables are kept, and no turns but those that are asked for."""
-    monkeypatch.setenv("OSSCAR_CACHE", str(tmp_path / "cache"))
+def few_turns(monkeypatch):
+    """No turns but those that are asked for."""
     monkeypatch.setattr(timing, "WORTHWHILE_SECONDS", 0.0)
-    return tmp_path / "cache" / "latency"
 
 
 def own_seconds(name, module):
@@ -60,8 +52,8 @@ def clock(monkeypatch):
         by_parts.append(model)
         events, _ = timed_pass(model, modules, batch)
         found = [
-            own_seconds(after.module, model.get_submodule(after.module))
-            if (before.module, before.enters, after.enters) == (after.module, True, False)
+            own_seconds(after[0], model.get_submodule(after[0]))
+            if (before, after) == ((after[0], True), (after[0], False))
             else 0.0
             for before, after in itertools.pairwise(events)
         ]
@@ -102,7 +94,25 @@ def test_a_speed_up_is_aimed_at_by_timing(clock, wanted, allocation):
     assert len(whole) <= (2 if allocation == "curvature" else 6)  # with the result itself
 
 
-def test_a_device_that_is_too_noisy_is_refused_with_the_spread(monkeypatch, cache):
+class Takes(nn.Module):
+    """Takes so long by a clock of its own."""
+
+    now = 0.0
+
+    def __init__(self, seconds):
+        super().__init__()
+        self.seconds, self.weight = seconds, nn.Parameter(torch.zeros(()))
+
+    def forward(self):
+        Takes.now += self.seconds
+
+
+def test_a_speed_up_is_above_one_where_the_other_model_is_faster(monkeypatch):
+    monkeypatch.setattr(latency, "clock_of", lambda device: lambda: Takes.now)
+    assert latency.time_against(Takes(3.0), Takes(1.5), {}) == pytest.approx(2.0)
+
+
+def test_a_device_that_is_too_noisy_is_refused_with_the_spread(monkeypatch):
     times = itertools.count(1)
 
     def timed(model, modules, batch):
@@ -112,7 +122,6 @@ def test_a_device_that_is_too_noisy_is_refused_with_the_spread(monkeypatch, cach
     monkeypatch.setattr(parts, "timed_pass", timed)
     with pytest.raises(RequestError, match=r"too noisy to time.*only known to \d+%"):
         osscar.prune(tiny("opt"), tokens(8, 24), speedup=1.5)
-    assert not cache.exists()
 
 
 def test_a_whole_model_that_is_too_noisy_to_time_is_refused(monkeypatch, clock):
@@ -151,7 +160,7 @@ def test_a_sweep_over_speed_ups_has_one_table(clock):
 def test_a_table_is_the_time_of_models_that_were_never_built(clock, family, more):
     model, random = tiny(family), np.random.default_rng(0)
     context, ready, shared, keep = asked(model, tokens(8, 24), **more)
-    table = Latency(ready, shared, keep, Widths(more.get("round_to", 1))).table
+    table = latency.latency_table(ready, shared, keep, Widths(more.get("round_to", 1)))
     if not more:
         assert table.of({}) == pytest.approx(1.0)
     assert table.separable([group.name for group in shared])
@@ -172,7 +181,7 @@ def test_a_table_is_the_time_of_models_that_were_never_built(clock, family, more
 
 def test_the_time_of_a_filter_depends_on_both_of_its_widths(clock):
     context, ready, shared, keep = asked(small_net(), images())
-    table = Latency(ready, shared, keep).table
+    table = latency.latency_table(ready, shared, keep, Widths())
     assert not table.separable([group.name for group in shared])
     half = {group.name: group.units // 2 for group in shared}
     result = osscar.prune(small_net(), images(), groups=half, backend="magnitude", blend=0.0)
@@ -191,9 +200,9 @@ def test_what_was_timed_twice_is_averaged_and_what_lies_between_interpolated():
     times = [np.array(row) for row in ([4, 4, 1, 9], [1, 2, 1, 3], [2, 1, 4, 5])]
     table = tabulated(groups, kept, times, 100.0, {"a": 4, "b": 2})
     assert table.dense_seconds == 8 + 2 + 9
-    assert table.seconds({}) == table.dense_seconds
-    assert table.seconds({"a": 2, "b": 1}) == pytest.approx(3 + 2 + 3)
-    assert table.seconds({"a": 3}) == pytest.approx((3 + 8) / 2 + 2 + (5 + 9) / 2)
+    assert table.of({}) == 1
+    assert table.of({"a": 2, "b": 1}) == pytest.approx((3 + 2 + 3) / 19)
+    assert table.of({"a": 3}) == pytest.approx(((3 + 8) / 2 + 2 + (5 + 9) / 2) / 19)
     assert table.of({"a": 1}) == pytest.approx((3 + 2 + 3) / 19)  # not below what was timed
     fixed = tabulated(groups, kept[1:], times[1:], 100.0, {"a": 4, "b": 2})
     assert fixed.dense_seconds == 100.0
@@ -223,11 +232,11 @@ def test_what_runs_between_modules_depends_on_what_both_know():
         "o": frozenset({"heads", "stream"}),
         "up": frozenset({"n"}),
     }
-    enters, leaves = (lambda name: Event(name, True)), (lambda name: Event(name, False))
+    enters, leaves = (lambda name: (name, True)), (lambda name: (name, False))
     assert groups_between(enters("o"), leaves("o"), owners) == {"heads", "stream"}
     assert groups_between(leaves("q"), enters("o"), owners) == {"heads"}
     assert groups_between(leaves("o"), enters("up"), owners) == set()
-    assert groups_between(Event("", True), enters("q"), owners) == set()
+    assert groups_between(("", True), enters("q"), owners) == set()
 
 
 class Fickle(nn.Module):
@@ -250,105 +259,12 @@ def test_a_model_that_takes_another_way_at_every_pass_is_refused():
 
 
 def test_medians_are_over_turns_and_like_parts_and_forgive_a_slow_moment():
-    events = (Event("", True), Event("", False))
     steady = np.array([[1.0, 1.0, 2.0]] * 5)
     steady[0] = 50.0  # a hiccup
-    slow = parts.Turns(events, 3 * steady, 3 * steady / 2)  # a moment of other work
-    fast = parts.Turns(events, steady, steady / 4)
-    also = parts.Turns(events, steady, steady)
-    dense, smaller = parts.medians([slow, fast, also], ["same", "same", "other"])
+    beside = [3 * steady, steady, steady]  # at first, a moment of other work
+    smaller = [3 * steady / 2, steady / 4, steady]
+    dense, smaller = parts.medians(beside, smaller, ["same", "same", "other"])
     assert dense == pytest.approx([1, 1, 2])
     assert [list(one) for one in smaller] == [
         pytest.approx([0.5, 0.5, 1]), pytest.approx([0.25, 0.25, 0.5]), pytest.approx([1, 1, 2]),
     ]  # fmt: skip
-
-
-# ---- kept on disk ------------------------------------------------------------------------
-
-
-def measure(data=None, **more):
-    context, ready, shared, keep = asked(tiny("opt"), tokens(8, 24) if data is None else data)
-    table = Latency(ready, shared, keep, **more).table
-    context.__exit__(None, None, None)
-    return table
-
-
-def test_a_table_serves_the_next_run_on_the_same_and_no_other(clock, cache):
-    _, by_parts = clock
-    first = measure()
-    (file,) = cache.iterdir()
-    measured = json.loads(file.read_text())["measured"]
-    assert measured["torch"] == torch.__version__
-    assert "[8, 24]" in measured["data"]
-    timed = len(by_parts)
-    assert timed > 0
-    assert measure() == first
-    assert len(by_parts) == timed
-    measure(tokens(8, 16))
-    assert len(by_parts) == 2 * timed
-    measure(widths=Widths(2))
-    assert len(by_parts) == 3 * timed
-    assert len(list(cache.iterdir())) == 3
-
-
-@pytest.mark.sampled(2)
-@pytest.mark.parametrize(
-    "damage",
-    [
-        lambda text: text[:-30],
-        lambda text: "[]",
-        lambda text: text.replace('"osscar.latency/1"', '"osscar.latency/2"'),
-        lambda text: text.replace('"torch": "', '"torch": "0.'),
-        lambda text: text.replace("self_attn", "other_attn"),
-        lambda text: text.replace('"dense_seconds": ', '"dense_seconds": -'),
-        lambda text: text.replace('"shares": [', '"shares": [2.0,'),
-        lambda text: re.sub(r'"parts": \[.*\]', '"parts": []', text, flags=re.DOTALL),
-        lambda text: re.sub(r'("dense_seconds": )[^,]*', r"\g<1>5e-324", text),
-    ],
-)
-def test_a_damaged_or_foreign_table_is_measured_anew(clock, cache, damage):
-    first = measure()
-    (file,) = cache.iterdir()
-    sound = file.read_text()
-    assert damage(sound) != sound
-    file.write_text(damage(sound))
-    with pytest.warns(UserWarning, match=rf"{file.name}.*measured anew"):
-        assert measure() == first
-    assert file.read_text() == sound
-
-
-def test_without_a_place_to_keep_it_a_table_serves_its_run(clock, cache):
-    cache.parent.write_text("a file")
-    with pytest.warns(UserWarning, match="not kept for the next run"):
-        measure()
-
-
-def test_a_pipe_in_the_place_of_a_table_is_not_waited_for(clock, cache):
-    first = measure()
-    (file,) = cache.iterdir()
-    file.unlink()
-    os.mkfifo(file)
-    with pytest.warns(UserWarning, match="not kept for the next run: .* is no file"):
-        assert measure() == first
-
-
-def test_a_directory_that_cannot_be_searched_holds_no_table(clock, cache, monkeypatch):
-    first = measure()
-
-    def refuse(path, **options):
-        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
-
-    with monkeypatch.context() as patched:
-        patched.setattr(pathlib.Path, "exists", refuse)
-        with pytest.warns(UserWarning, match="Permission denied"):
-            assert measure() == first
-
-
-def test_a_table_that_is_none_is_not_sound():
-    assert Part(("a",), (0.25, 1.0), (1.0, 2.0)).sound
-    for shares, times in [
-        ((), ()), ((1.0,), (1.0, 2.0)), ((0.5, 0.25), (1.0, 1.0)), ((0.5, 0.5), (1.0, 1.0)),
-        ((0.0, 1.0), (1.0, 1.0)), ((0.5, 1.5), (1.0, 1.0)), ((0.5, 1.0), (-1.0, 1.0)),
-        ((0.25, 0.5), (1.0, 2.0)),
-    ]:  # fmt: skip
-        assert not Part(("a",), shares, times).sound

@@ -23,10 +23,11 @@ from osscar.pruning import trial as trial_room
 from osscar.pruning.prune import prepare_for, prune_as_asked
 from osscar.pruning.run_log import RunLog
 from osscar.pruning.sweep import BudgetKind, Job, jobs, sweep
-from osscar.pruning.trial import Feasible, feasible_groups
+from osscar.pruning.trial import feasible_groups
 from osscar.request import PruningRequest
 from osscar.shrinking.plan import Form
 from tests.osscar.families import tiny, tokens
+from tests.osscar.masked import masked
 from tests.osscar.networks import images, small_net
 
 WIDTH = 16
@@ -187,37 +188,9 @@ def words():
     return rows(48, 6, WIDTH)
 
 
-def staying(parameter, slot, group):
-    """Return the indices along a dimension that a plan leaves."""
-    gone = set(slot.indices(set(range(group.units)) - set(group.kept)))
-    return torch.tensor([i for i in range(parameter.shape[slot.dim]) if i not in gone])
-
-
-def as_masked(dense, result):
-    """Return the dense model with the refitted consumers, zero where they read what has left.
-
-    It is made of the plan and of the result's weights, in float64, by nothing that shrinks.
-    """
-    masked = copy.deepcopy(dense).double()
-    mine, theirs = dict(masked.named_parameters()), dict(result.model.named_parameters())
-    slots = [(slot, group) for group in result.plan.groups for slot in group.slots]
-    for name in {slot.tensor for slot, group in slots if slot in group.consumers}:
-        bias = name.replace("weight", "bias")
-        for refitted in (name, bias):
-            index = [torch.arange(size) for size in mine[refitted].shape]
-            for slot, group in slots:
-                if slot.tensor == refitted:
-                    index[slot.dim] = staying(mine[refitted], slot, group)
-            with torch.no_grad():
-                if refitted == name:
-                    mine[refitted].zero_()
-                mine[refitted][torch.meshgrid(*index, indexing="ij")] = theirs[refitted].double()
-    return masked
-
-
 def assert_equals_the_masked_model(dense, result, x):
     with torch.no_grad():
-        expected = as_masked(dense, result)(x.double())
+        expected = masked(copy.deepcopy(dense).double(), result)(x.double())
         found = copy.deepcopy(result.model).double()(x.double())
         assert (expected - copy.deepcopy(dense).double()(x.double())).abs().max() > 1e-4
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
@@ -228,7 +201,7 @@ def left(result):
 
 
 def left_of(followed):
-    return [group.name for group in followed.left]
+    return [group.name for group in followed[1]]
 
 
 def tried(network, data, **asked):
@@ -335,7 +308,7 @@ def test_groups_that_go_alone_but_not_together(tries):
     dense, data = built(Pair), rows(48, 8)
     for one in ("one", "other"):  # each can go by itself
         named = {f"{one}.neurons": 8, "join.neurons": 6}
-        assert not tried(dense, data, groups=named).left
+        assert not tried(dense, data, groups=named)[1]
     tries.clear()
     result = osscar.prune(dense, data, neurons="1/2", device="cpu")
     join, one, other = "join.neurons", "one.neurons", "other.neurons"
@@ -383,7 +356,7 @@ def test_a_strict_request_is_refused_before_anything_is_solved():
 
 
 def test_a_strict_request_that_can_be_met_is():
-    assert not tried(built(Transformer), words(), neurons="1/2", strict=True).left
+    assert not tried(built(Transformer), words(), neurons="1/2", strict=True)[1]
 
 
 def test_outputs_that_differ_are_a_reason():
@@ -408,7 +381,7 @@ def test_outputs_that_differ_are_a_reason():
 @pytest.mark.parametrize("kind", ["llama-gqa", "images"])
 def test_one_trial_is_enough_where_all_can_follow(kind, tries):
     model, data = (small_net(), images()) if kind == "images" else (tiny(kind), tokens())
-    assert not tried(model, data, sparsity=0.5).left
+    assert not tried(model, data, sparsity=0.5)[1]
     assert len(tries) == 1
     with prepare(model, data) as prepared:
         shared = asked_groups(prepared, PruningRequest(sparsity=0.5))[2]
@@ -446,7 +419,7 @@ def test_a_trial_leaves_the_model_as_it_was():
         values = {key: value.clone() for key, value in ready.model.state_dict().items()}
         seen = (list(ready.model.tables), ready.model.calls)
         kept = {id(parameter) for parameter in ready.model.parameters()}
-        assert feasible_groups(ready, request).left
+        assert feasible_groups(ready, request)[1]
         for module, kind, attributes in held:
             assert type(module) is kind
             assert vars(module).keys() == attributes.keys()
@@ -515,7 +488,7 @@ def test_a_run_that_goes_on_leaves_the_same_alone(tmp_path, monkeypatch):
 def test_a_log_that_prunes_what_is_left_alone_is_refused(tmp_path, monkeypatch):
     request, log = PruningRequest(sparsity=0.5, device="cpu"), RunLog(tmp_path / "log")
     with monkeypatch.context() as patch:
-        patch.setattr(pruning_room, "feasible_groups", lambda *_: Feasible(Form.MODULE))
+        patch.setattr(pruning_room, "feasible_groups", lambda *_: (Form.MODULE, ()))
         killed(log, request, patch)
     with pytest.raises(RunError, match="begin anew with --restart"):
         prune_as_asked(built(Transformer), words(), request, log)

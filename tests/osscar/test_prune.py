@@ -24,13 +24,14 @@ from osscar.base.errors import (
     RequestError,
 )
 from osscar.preparation.prepare import prepare
-from osscar.pruning.certify import certified
+from osscar.pruning.groups import certified
 from osscar.pruning.sweep import BudgetKind, jobs, sweep
 from osscar.request import PruningRequest
 from osscar.shrinking.attention import MultiheadAttention
 from osscar.shrinking.lineage import lineage_of
 from osscar.walk.regularization import DEFAULT_DAMP
 from tests.osscar.families import FAMILIES, logits, tiny, tokens
+from tests.osscar.masked import masked
 from tests.osscar.programs import without_units
 
 CHEAP = {"backend": "magnitude", "device": "cpu"}
@@ -56,9 +57,9 @@ def test_a_family_is_pruned(family):
     tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
     assert (small.get_output_embeddings().weight is small.get_input_embeddings().weight) == tied
     # Outputs are those of the dense model with zeroed consumers, made by nothing that shrinks.
-    masked = zeroed(model, result)
+    zeroed = masked(model, result)
     for own in (tokens(2, 24, seed=5), tokens(3, 11, seed=6)):
-        expected = logits(masked, own)
+        expected = logits(zeroed, own)
         error = (logits(small, own) - expected).abs().max() / expected.abs().max()
         assert error < 1e-4
     # It generates with a cache, learns, and can be pruned again.
@@ -70,22 +71,6 @@ def test_a_family_is_pruned(family):
     assert again.parameters_after < result.parameters_after
     small(input_ids=ids, labels=ids).loss.backward()
     assert all(p.grad is not None and p.grad.shape == p.shape for p in small.parameters())
-
-
-def zeroed(model, result):
-    """Return the dense model with refitted consumers, zero where they read what is gone."""
-    masked, small = copy.deepcopy(model), dict(result.model.named_parameters())
-    with torch.no_grad():
-        for group in result.plan.groups:
-            for slot in group.consumers:
-                weight = masked.get_parameter(slot.tensor)
-                keep = torch.tensor(slot.indices(group.kept))
-                weight.zero_()
-                weight.index_copy_(slot.dim, keep, small[slot.tensor])
-                bias = f"{slot.module}.bias"  # takes up what changes in the means
-                if bias in small:
-                    masked.get_parameter(bias).copy_(small[bias])
-    return masked
 
 
 def test_it_is_deterministic_and_the_batch_size_changes_nothing_but_rounding():
@@ -580,26 +565,10 @@ def test_odd_habits_do_no_harm(kind, data):
     model, before = kind().eval(), data.clone()
     result = osscar.prune(model, data, sparsity=0.5, batch_size=7)
     assert torch.equal(data, before)
-    plan = {group.name: group for group in result.plan.groups}
-    dense = copy.deepcopy(model)
+    dense = masked(model, result)
     with torch.no_grad():
-        for group in plan.values():
-            (slot,) = group.consumers
-            module = slot.tensor.rpartition(".")[0]
-            small = result.model.get_submodule(module).weight
-            weight = torch.zeros_like(dense.get_submodule(module).weight)
-            rows = range(len(weight))
-            for other in plan.values():
-                for made in other.slots:
-                    if made.tensor == slot.tensor and made.dim == 0:
-                        rows = made.indices(other.kept)
-            weight[torch.tensor(list(rows))[:, None], slot.indices(group.kept)] = small
-            dense.get_submodule(module).weight.copy_(weight)
-            bias = result.model.get_submodule(module).bias
-            if bias is not None:
-                dense.get_submodule(module).bias[list(rows)] = bias
         if kind is ByKeyword:  # its batch norm was corrected
-            (group,) = plan.values()
+            (group,) = result.plan.groups
             for name in ("running_mean", "running_var"):
                 getattr(dense.norm, name)[list(group.kept)] = getattr(result.model.norm, name)
         expected, found = dense(data.clone()), result.model(data.clone())

@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import json
 import shutil
+from importlib.metadata import version
 
 import pytest
 import safetensors.torch
@@ -15,6 +16,7 @@ from osscar.base.files import digest
 from osscar.base.json_files import read_json
 from osscar.data.batches import as_inputs
 from osscar.preparation.fingerprint import Manifest, sha256_of
+from osscar.pruning import run_log
 from osscar.pruning.prune import prune_as_asked
 from osscar.pruning.run_log import RunLog, run_manifest
 from osscar.request import PruningRequest
@@ -104,7 +106,7 @@ def manifest(finished):
     return read_json(finished / "log.json", Manifest)
 
 
-def test_another_run_is_refused_with_the_difference(log, manifest):
+def test_another_run_is_refused_with_the_difference(log, manifest, monkeypatch):
     for model, data, request, message in (
         (tiny("opt", seed=1), tokens(), OPT, "the model's weights are others"),
         (tiny("opt"), tokens(seed=2), OPT, "the calibration data are others"),
@@ -114,6 +116,14 @@ def test_another_run_is_refused_with_the_difference(log, manifest):
         other = run_manifest(request, model, inputs, inputs.batch_size)
         with pytest.raises(RunError, match=f"{message}.*--restart"):
             log.begun(other).__enter__()
+    inputs = as_inputs(tiny("opt"), tokens())
+    for package in ("torch", "transformers"):
+        with monkeypatch.context() as patch:
+            versions = {"torch": version("torch"), "transformers": version("transformers")}
+            patch.setattr(run_log, "version", (versions | {package: "0"}).__getitem__)
+            other = run_manifest(OPT, tiny("opt"), inputs, inputs.batch_size)
+            with pytest.raises(RunError, match=f"{package} was .* and is '0'"):
+                log.begun(other).__enter__()
     with log.begun(manifest) as records:
         assert len(records) == log.committed > 2
     log.remove()

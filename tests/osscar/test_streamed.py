@@ -42,7 +42,7 @@ from osscar.offload.shelf import Shelf
 from osscar.offload.sources import Source
 from osscar.preparation.prepare import prepare
 from osscar.pruning.memory import _LEAST, Room
-from osscar.pruning.prune import DenseFacts, prepare_for, prune_as_asked
+from osscar.pruning.prune import prepare_for, prune_as_asked
 from osscar.pruning.run_log import RunLog
 from osscar.pruning.sweep import BudgetKind, Job, sweep
 from osscar.request import PruningRequest
@@ -518,7 +518,7 @@ def test_a_sweep_of_a_streamed_model_comes_to_the_same(tmp_path):
 def test_a_sweep_is_refused_before_anything_is_measured(
     tmp_path, monkeypatch, memory, allocation, named
 ):
-    monkeypatch.setattr(DenseFacts, "of", None)
+    monkeypatch.setattr("osscar.pruning.sweep.dense_facts", None)
     base = PruningRequest(sparsity=0.2, allocation=allocation, device="cpu")
     dense = written(tmp_path / "dense", "opt")
     loaded = osscar.load_model(dense, device="cpu", max_memory=memory)

@@ -15,8 +15,16 @@ from osscar.base.errors import OptionError, OsscarError, RunError
 from osscar.models.language import DEMO_DIRECTORY
 from osscar.preparation.fingerprint import DenseOutputs, Fingerprint, Manifest
 from osscar.pruning.prune import prepare_for, prune_as_asked
-from osscar.pruning.sweep import BASELINES, METHODS, BudgetKind, Job, jobs, sweep
-from osscar.pruning.sweep_points import Point, SweepDirectory
+from osscar.pruning.sweep import (
+    BASELINES,
+    METHODS,
+    BudgetKind,
+    Job,
+    Point,
+    SweepDirectory,
+    jobs,
+    sweep,
+)
 from osscar.pruning.trial import LeftAlone
 from osscar.report.prune_page import budget_line
 from osscar.report.sweep_page import sweep_page, sweep_table

@@ -1,7 +1,6 @@
 """Models that read neither text nor pictures, from the file of tensors to the command line."""
 
 import json
-import sys
 import zipfile
 
 import numpy as np
@@ -19,7 +18,6 @@ from osscar.base.errors import (
     ModelError,
     OptionError,
 )
-from osscar.cli import main
 from osscar.data.batches import as_inputs
 from osscar.data.tensors import holds_images
 from osscar.evaluation.quality import score
@@ -91,18 +89,6 @@ def code(tmp_path, monkeypatch):
     (tmp_path / "mine.py").write_text(CODE)
     monkeypatch.chdir(tmp_path)
     return lambda function: f"mine.py:{function}"
-
-
-@pytest.fixture
-def run(monkeypatch, capsys):
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["osscar", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stop:
-            main()
-        captured = capsys.readouterr()
-        return stop.value.code or 0, captured.out, captured.err
-
-    return call
 
 
 def waves(count, seed):

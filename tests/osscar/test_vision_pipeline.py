@@ -8,7 +8,7 @@ from torch import nn
 
 import graph
 import osscar
-from graph.groups import Role, UnitKind
+from graph.groups import UnitKind
 from osscar.base.errors import (
     CalibrationError,
     FrozenGroupError,
@@ -25,6 +25,7 @@ from osscar.walk.batch_norm import (
     renew_statistics,
 )
 from tests.osscar.families import tiny, tokens
+from tests.osscar.masked import masked
 from tests.osscar.networks import images, small_net
 
 PLAIN = {"device": "cpu", "batch_size": 32}
@@ -39,40 +40,6 @@ def pruned():
     return model, before, result
 
 
-def masked_copy(model, result):
-    """Rebuild the masked dense model from the result, independently of the pipeline's proof.
-
-    Consumers that two groups cut are filled in along both dimensions."""
-    masked = copy.deepcopy(model)
-    small = dict(result.model.named_parameters())
-    keeps = {}
-    for group in result.plan.groups:
-        for slot in group.slots:
-            gone = set(range(group.units)) - set(group.kept)
-            keeps.setdefault((slot.tensor, slot.dim), set()).update(slot.indices(gone))
-    with torch.no_grad():
-        for group in result.plan.groups:
-            for slot in group.slots:
-                if slot.role is Role.CONSUMER:
-                    weight = masked.get_parameter(slot.tensor)
-                    index = [
-                        [i for i in range(n) if i not in keeps.get((slot.tensor, dim), ())]
-                        for dim, n in enumerate(weight.shape)
-                    ]
-                    kept = torch.zeros_like(weight)
-                    grid = torch.meshgrid(*map(torch.tensor, index), indexing="ij")
-                    kept[grid] = small[slot.tensor]
-                    rows = torch.tensor(index[0])
-                    weight[rows] = kept[rows]
-                    bias = f"{slot.module}.bias"  # takes up what changes in the means
-                    if bias in small:
-                        masked.get_parameter(bias)[rows] = small[bias]
-                    weight.index_fill_(
-                        slot.dim, torch.tensor(sorted(keeps[slot.tensor, slot.dim])), 0
-                    )
-    return masked
-
-
 @pytest.fixture(scope="module")
 def with_residual():
     model = small_net()
@@ -82,9 +49,9 @@ def with_residual():
 
 def test_outputs_equal_those_of_the_masked_model(pruned, with_residual):
     for model, result in (pruned[::2], with_residual):
-        masked = masked_copy(model, result)
+        zeroed = masked(model, result)
         for x in (images(5, 12, seed=7), images(2, 18, seed=8)):
-            expected = masked(x)
+            expected = zeroed(x)
             assert not torch.allclose(expected, model(x), rtol=1e-2)
             torch.testing.assert_close(result.model(x), expected, rtol=1e-4, atol=1e-5)
     kept = {layer.name: layer.kept for layer in with_residual[1].layers}
