@@ -12,9 +12,15 @@ from .blocks import BLOCKS
 from .masking import assert_sound
 from .topologies import randomized
 
+_ALWAYS = (
+    *("attention", "enable-gqa", "rms-norm", "addmm", "stack", "recurrent", "channel-shuffle"),
+    *("pixel-shuffle", "messages", "fourier", "patches", "experts"),
+)
 
-@pytest.mark.sampled(10)
-@pytest.mark.parametrize("name", BLOCKS)
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=() if n in _ALWAYS else pytest.mark.slow) for n in BLOCKS]
+)
 def test_groups_are_found_and_sound(name: str) -> None:
     network, example, expected = BLOCKS[name]
     torch.manual_seed(0)
