@@ -23,6 +23,7 @@ from torch import Tensor
 from solvers.bounds.batch import BoundBatch, TermsBatch, bound_nodes
 from solvers.bounds.relaxation import Effort, relax
 from solvers.bounds.removal import RemovalTerms
+from solvers.certificates.certificate import MultiplierCertificate
 from solvers.certificates.tree_certificate import KEPT, REMOVED, TreeCertificate
 from solvers.closed_forms.refit import refit_loss_and_rounding
 from solvers.errors import BackendError
@@ -123,8 +124,9 @@ class _Search(Incumbent):
         self.nodes = 0
         self.closed = math.inf
         self._frontier = Frontier(problem.units, problem.device)
+        self._record = TreeRecord()
+        self._root: MultiplierCertificate | None = None
         self._shape: Tensor | None = None
-        self._record: TreeRecord | None = None
         rows = sum((problem.units * c.width) ** 2 for c in problem.consumers)
         self._batch = min(max(_BATCH_ELEMENTS // rows, 1), _BATCH_NODES)
         self._steps = _NODE_STEPS if self._batch > 1 else _LONE_NODE_STEPS
@@ -149,7 +151,7 @@ class _Search(Incumbent):
     @property
     def certificate(self) -> TreeCertificate | None:
         """Evidence for the bound; None before the root is opened, and of too large a tree."""
-        return self._record.certificate() if self._record else None
+        return None if self._shape is None else self._record.certificate(self._root, self._shape)
 
     def step(self, limit: int) -> None:
         """Open the root, or at most `limit` of the nodes of the least bounds."""
@@ -172,17 +174,15 @@ class _Search(Incumbent):
         terms = TermsBatch.of(self.terms, root.sides)
         if self.terms.removals == 0:
             self._shape = root.share[0]
-            self._record = TreeRecord(None, self._shape)
             self._enumerate(root, terms)
             return
         relaxation = relax(self.terms, _ROOT_EFFORT, cutoff=self.cutoff)
         self._shape = relaxation.bound.shape
-        self._record = TreeRecord(relaxation.certificate, self._shape)
+        self._root = relaxation.certificate
         self._divide(root, terms, BoundBatch.single(relaxation.bound), relaxation.share[None])
 
     def _enumerate(self, nodes: Nodes, terms: TermsBatch) -> None:
         """Close nodes that leave few supports open."""
-        assert self._record is not None
         self._record.add(nodes, torch.zeros_like(nodes.share), torch.zeros_like(nodes.bound))
         counts = torch.stack([terms.free.sum(1), terms.removals], 1)
         for free, removals in sorted({(free, removals) for free, removals in counts.tolist()}):
@@ -204,7 +204,6 @@ class _Search(Incumbent):
         """Close the nodes whose bound reaches the cutoff, and divide the others."""
         value = torch.maximum(terms.certified(bound.cost), nodes.bound)
         point = torch.zeros_like(nodes.share).scatter(1, terms.units, bound.point)
-        assert self._record is not None
         places = self._record.add(nodes, point, bound.growth)
         self._round(nodes, terms, bound, int(value.argmin()))
         remains = value < self.cutoff

@@ -72,8 +72,10 @@ class Frontier:
         """Open nodes."""
         end = self._size + len(nodes)
         if end > len(self._held):
-            self._grow(max(end, 2 * len(self._held)))
-        for held, new in self._pairs(nodes):
+            more = max(end, 2 * len(self._held)) - len(self._held)
+            grown = (torch.cat([t, t.new_empty(more, *t.shape[1:])]) for t in _tensors(self._held))
+            self._held = Nodes(*grown)
+        for held, new in zip(_tensors(self._held), _tensors(nodes), strict=True):
             held[self._size : end] = new
         self._size = end
 
@@ -97,15 +99,6 @@ class Frontier:
             held[holes] = held[movers]
         self._size = left
 
-    def _grow(self, capacity: int) -> None:
-        old = self._held
-        self._held = Nodes(*(t.new_empty(capacity, *t.shape[1:]) for t in _tensors(old)))
-        for held, new in self._pairs(old):
-            held[: len(old)] = new
-
-    def _pairs(self, nodes: Nodes) -> list[tuple[Tensor, Tensor]]:
-        return list(zip(_tensors(self._held), _tensors(nodes), strict=True))
-
 
 def _tensors(nodes: Nodes) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return nodes.bound, nodes.sides, nodes.share, nodes.parent
@@ -115,14 +108,9 @@ class TreeRecord:
     """The nodes that were bounded, in the order in which they were.
 
     A tree that grows past `MOST_ENTRIES` is not kept: there is no certificate then.
-
-    root: The linearization of the first node, or None if that is enumerated.
-    shape: What the multipliers and q of all nodes but the root are scaled by, (n,).
     """
 
-    def __init__(self, root: MultiplierCertificate | None, shape: Tensor) -> None:
-        self._root = root
-        self._shape = shape
+    def __init__(self) -> None:
         self._size = 0
         self._parts: list[tuple[Tensor, ...]] = []
 
@@ -135,23 +123,21 @@ class TreeRecord:
         """
         places = self._size + torch.arange(len(nodes), device=nodes.parent.device)
         self._size += len(nodes)
-        if self.is_complete:
-            part = (nodes.parent, nodes.sides, nodes.share.half(), point.float(), growth)
-            self._parts.append(part)
-        else:
+        part = (nodes.parent, nodes.sides, nodes.share.half(), point.float(), growth)
+        self._parts.append(part)
+        if self._size * point.shape[1] > MOST_ENTRIES:
             self._parts.clear()
         return places
 
-    @property
-    def is_complete(self) -> bool:
-        """Whether every node is still here."""
-        return self._size * len(self._shape) <= MOST_ENTRIES
+    def certificate(
+        self, root: MultiplierCertificate | None, shape: Tensor
+    ) -> TreeCertificate | None:
+        """Return the evidence for what the search has proved, or None if it grew too large.
 
-    def certificate(self) -> TreeCertificate | None:
-        """Return the evidence for what the search has proved, or None if it grew too large."""
-        if not self.is_complete:
+        root: The linearization of the first node, or None if that is enumerated.
+        shape: What the multipliers and q of all other nodes are scaled by, (n,).
+        """
+        if sum(len(parent) for parent, *_ in self._parts) < self._size:
             return None
-        parent, sides, share, point, growth = (
-            torch.cat(parts) for parts in zip(*self._parts, strict=True)
-        )
-        return TreeCertificate(self._root, self._shape, parent, sides, share, point, growth)
+        fields = (torch.cat(parts) for parts in zip(*self._parts, strict=True))
+        return TreeCertificate(root, shape, *fields)

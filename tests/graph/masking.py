@@ -49,7 +49,8 @@ def _fill(
 
 
 def _units(group: CouplingGroup) -> list[int]:
-    return sorted({0, group.units // 2})
+    """Return some units, but not all: else no unit of another group could be mistaken for one."""
+    return [0, group.units // 2] if group.units > 2 else [0]
 
 
 def _computing(group: CouplingGroup) -> list[Slot]:
