@@ -213,11 +213,6 @@ def model_state(model: nn.Module) -> Iterator[ModelState]:
 
     Put back are the mode of each module, what passes in the block write on modules, and random
     numbers.
-
-    Raises
-    ------
-    ModelError
-        As `osscar.network.modules.in_evaluation`.
     """
     with torch.random.fork_rng(graphics_cards(model)), evaluating(model):
         state = ModelState(model)

@@ -64,13 +64,7 @@ def _is_no_nan(tensor: Tensor) -> Tensor:
 
 
 def check_module(model: object) -> None:
-    """Refuse what is no module.
-
-    Raises
-    ------
-    ModelError
-        Saying what it is.
-    """
+    """Refuse what is no module."""
     if not isinstance(model, nn.Module):
         raise ModelError(f"the model is a {type(model).__name__}; give a torch.nn.Module")
 
@@ -106,11 +100,6 @@ def copied(model: M, instead: Mapping[int, Any] | None = None) -> M:
     attribute with the last features or the weight under `torch.nn.utils.weight_norm`; torch
     refuses to copy these.  `instead` says what the copy is to hold in the place of objects, such as
     parameters, by their `id`.
-
-    Raises
-    ------
-    ModelError
-        If something else in it cannot be copied.
     """
     memo: dict[int, Any] = dict(instead or {})
     for module in model.modules():
@@ -221,13 +210,7 @@ def in_evaluation(model: M) -> M:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Set a model to evaluation mode, and each module back to its own mode afterwards.
-
-    Raises
-    ------
-    ModelError
-        As `in_evaluation`.
-    """
+    """Set a model to evaluation mode, and each module back to its own mode afterwards."""
     check_module(model)
     flags = [(module, module.training) for module in model.modules()]
     try:

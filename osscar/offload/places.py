@@ -48,15 +48,7 @@ class Slice:
         return self._digest
 
     def read(self, casts: Sequence[torch.dtype], device: torch.device) -> Tensor:
-        """Return the values after some casts, on a device, to which they go piece by piece.
-
-        Raises
-        ------
-        FileError
-            If the file is cut off, or holds other bytes than when they were first read.
-        NonFiniteError
-            If a value is NaN or infinite.
-        """
+        """Return the values after some casts, on a device, to which they go piece by piece."""
         values = torch.empty(self.shape, dtype=casts[-1] if casts else self.stored, device=device)
         into = values.view(-1)
         if is_host(device) and not casts:

@@ -42,15 +42,7 @@ class Shelf:
         self._elsewhere: dict[torch.device, Shelf] = {self.device: self}
 
     def on(self, device: torch.device) -> Shelf:
-        """Return the shelf of the same ceiling on a device, always the same one.
-
-        Raises
-        ------
-        OptionError
-            If nothing is known of the memory of such a device.
-        RuntimeError, AssertionError
-            If there is none, in torch's own words, as for a parameter that has its values.
-        """
+        """Return the shelf of the same ceiling on a device, always the same one."""
         if device.type == "cuda" and device not in self._elsewhere:
             torch.empty(0, device=device)
         device = numbered(device)
@@ -65,15 +57,7 @@ class Shelf:
         return sum(place.nbytes for place in self._held)
 
     def values(self, place: Place) -> Tensor:
-        """Return the values at a place; nobody may write to them.
-
-        Raises
-        ------
-        ModelError
-            If somebody has.
-        FileError
-            If the file is no longer what it was.
-        """
+        """Return the values at a place; nobody may write to them."""
         if place in self._held:
             found, version = self._held.pop(place)
             _check_unwritten(place, found, version)
@@ -87,13 +71,7 @@ class Shelf:
         return found
 
     def rows(self, place: Place, rows: Tensor) -> Tensor:
-        """Return some rows, (r,) int64, of the values at a place, which alone are read if possible.
-
-        Raises
-        ------
-        FileError
-            If the file is no longer what it was.
-        """
+        """Return some rows, (r,) int64, of the values at a place, read alone if possible."""
         few = None if place in self._held else place.read_rows(rows, self.device)
         if few is None:
             return self.values(place)[rows]
@@ -101,15 +79,7 @@ class Shelf:
         return few
 
     def read(self, place: Place) -> Tensor:
-        """Return the values at a place, read anew and not kept, so that they may be written to.
-
-        Raises
-        ------
-        FileError
-            If the file is no longer what it was.
-        NoMemoryError
-            If the device has no memory for them.
-        """
+        """Return the values at a place, read anew and not kept, so that they may be written to."""
         what = f"{place.slice.name!r} on {self.device} ({in_words(place.nbytes)}, read from disk)"
         with memory_for(what, FOR_WEIGHTS):
             return place.read(self.device)

@@ -50,13 +50,7 @@ class Source:
         return status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
     def read_into(self, buffer: memoryview, offset: int) -> None:
-        """Fill a buffer with the bytes from an offset on.
-
-        Raises
-        ------
-        FileError
-            If the file ends before, or the disk refuses.
-        """
+        """Fill a buffer with the bytes from an offset on."""
         done = 0
         while done < len(buffer):
             try:

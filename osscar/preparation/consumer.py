@@ -107,13 +107,7 @@ class LinearMap(abc.ABC):
         return part.flatten(2).mT.flatten(0, 1) if part.ndim > 2 else part
 
     def write_weight(self, W: Tensor) -> None:
-        """Replace the group's part of the weight by W, (p, m).
-
-        Raises
-        ------
-        NonFiniteError
-            If it overflows the module's number format.
-        """
+        """Replace the group's part of the weight by W, (p, m)."""
         with written(self.module, self.parameters[0]) as weight:
             view = self._view(weight)
             W = self._fitting(W, view, "weights")

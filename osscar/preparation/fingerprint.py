@@ -45,15 +45,7 @@ class DenseOutputs:
 
     @classmethod
     def of(cls, model: nn.Module, inputs: ModelInputs) -> DenseOutputs:
-        """Run a model, which is left as it was.
-
-        Raises
-        ------
-        CalibrationError
-            If it fails on the data.
-        EquivalenceError
-            If it puts out no tensor.
-        """
+        """Run a model, which is left as it was."""
         sample = inputs.batches(model, 1)[0]
         with (
             model_state(model),
@@ -115,15 +107,7 @@ class Fingerprint:
 
     @classmethod
     def of(cls, model: nn.Module, inputs: ModelInputs, batch_size: int) -> Fingerprint:
-        """Read a dense model, which is left as it was, and its data, and run it on a few samples.
-
-        Raises
-        ------
-        CalibrationError
-            If the model fails on the data.
-        EquivalenceError
-            If it puts out no tensor.
-        """
+        """Read a dense model, which is left as it was, and its data; run it on few samples."""
         batches = enumerate(inputs.batches(model, batch_size))
         data = ((f"{i}.{name}", x) for i, batch in batches for name, x in batch.items())
         classes = torch.tensor(inputs.classes)  # of which a divergence is measured

@@ -21,13 +21,7 @@ from osscar.shrinking.follow import prepare as replace_modules
 
 
 def outputs_or_none(model: nn.Module, example: Batch) -> list[Tensor]:
-    """Return what a model puts out; nothing if it fails, which is reported once it is traced.
-
-    Raises
-    ------
-    EquivalenceError
-        If it puts out no tensor.
-    """
+    """Return what a model puts out; nothing if it fails, which is reported once it is traced."""
     try:
         return proof_outputs(model, [example])
     except (FileError, EquivalenceError):

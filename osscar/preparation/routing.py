@@ -118,13 +118,7 @@ class Mixture:
         return f"{self.parameter}_bias"
 
     def visits(self, x: Routed) -> _Visits:
-        """Return what the experts read in a call; computed once for all of them.
-
-        Raises
-        ------
-        NonFiniteError
-            If one reads NaN or infinity; names it.
-        """
+        """Return what the experts read in a call; computed once for all of them."""
         if self.parameter not in x._read:
             x._read[self.parameter] = self._visits(x)
         return x._read[self.parameter]

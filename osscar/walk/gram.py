@@ -71,13 +71,7 @@ class GramAccumulator:
             done += len(X)
 
     def add(self, X: Tensor, D: Tensor | None = None, *, held: bool = False) -> None:
-        """Add inputs, (positions, p), and corrections of the targets, (positions, m).
-
-        Raises
-        ------
-        NonFiniteError
-            If one has NaN or infinite entries.
-        """
+        """Add inputs, (positions, p), and corrections of the targets, (positions, m)."""
         if not X.is_floating_point():
             raise ModelError(
                 f"the inputs of {self.linear_map.label!r} are of {X.dtype}; only layers that read "
@@ -102,17 +96,7 @@ class GramAccumulator:
 
         The sums that weights are fitted to become its Hessian: only `bias`, `held_rise` and numbers
         of positions are left to be asked then.
-
-        Raises
-        ------
-        ModelError
-            If the consumer was never called.
         """
-        if not self.positions:
-            raise ModelError(
-                f"{self.linear_map.name!r} was never called on the calibration data, so that it "
-                "cannot be refitted; give inputs that reach it"
-            )
         W0 = self.linear_map.read_weight()
         H, targets, variance = self.fitted.given_up(W0, share)
         units, positions = self.linear_map.unit_rows, self.rows
@@ -133,13 +117,7 @@ class GramAccumulator:
 
 
 def all_reduce(accumulators: Sequence[GramAccumulator], ranks: Ranks, name: str) -> None:
-    """Add up over the ranks what each has measured of the consumers of one group, in place.
-
-    Raises
-    ------
-    RanksError
-        If another of them has failed.
-    """
+    """Add up over the ranks what each has measured of the consumers of one group, in place."""
     if ranks.alone:
         return
     parts = [part for accumulator in accumulators for part in accumulator.parts]

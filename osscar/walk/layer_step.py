@@ -154,13 +154,6 @@ class LayerStep:
 
         Where a consumer has a bias, that takes up what changes in the means.  The units that are
         not kept leave consumers of which nothing is known, too.
-
-        Raises
-        ------
-        NonFiniteError
-            If they overflow the model's number format.
-        ModelError
-            If the groups are not measured in turn.
         """
         gone = () if kept is None else sorted(set(range(self.group.units)) - set(kept))
         with self._written():

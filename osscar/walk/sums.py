@@ -70,13 +70,7 @@ class Sums:
         self.energy = 0.0
 
     def add(self, X: Tensor, D: Tensor | None) -> None:
-        """Add some positions.
-
-        Raises
-        ------
-        NonFiniteError
-            If one has NaN or infinite entries.
-        """
+        """Add some positions."""
         if not bool(torch.isfinite(X).all()):
             raise NonFiniteError(
                 f"the inputs of {self.name!r} have NaN or infinite entries", _REMEDY
