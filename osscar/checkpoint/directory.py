@@ -79,7 +79,7 @@ from osscar.network.modules import (
     give_own_storage,
     number_format,
 )
-from osscar.offload.on_disk import is_on_disk, shelf_of, values_of
+from osscar.offload.on_disk import is_on_disk, values_of, weight_cache
 from osscar.shrinking.equivalence import Inputs, in_format_of, proof_outputs, prove_equal, runs
 from osscar.shrinking.fold import fold, is_normalized
 from osscar.shrinking.lineage import FORMATS, LINEAGE, Lineage, lineage_of, stored_dtype
@@ -465,12 +465,12 @@ def _bring_code(
         return
     TransformersOrigin(type(model), config).write(model, path)
     shutil.copyfile(MODELLING_FILE, path / MODELLING_FILE.name)
-    name, shelf = type(model).__name__, shelf_of(model)
+    name, cache = type(model).__name__, weight_cache(model)
     try:
         again = (
             read_any_shape(path, name)
-            if shelf is None
-            else read_any_shape_streamed(path, name, shelf)
+            if cache is None
+            else read_any_shape_streamed(path, name, cache)
         )
         _prove_same(model, again, example_inputs)
     except (*DESCRIPTION_ERRORS, OsscarError) as error:
@@ -499,10 +499,10 @@ def _order_metadata(path: Path) -> None:
 
 def _read_again(model: nn.Module, path: Path) -> nn.Module:
     """Read a written checkpoint back, in float32."""
-    shelf, dense = shelf_of(model), None if builder_of(model) else _dense_of(model)
+    cache, dense = weight_cache(model), None if builder_of(model) else _dense_of(model)
     try:
-        if shelf is not None:
-            return read_streamed(path, shelf, torch.float32)
+        if cache is not None:
+            return read_streamed(path, cache, torch.float32)
         return load(path, dtype=torch.float32, dense=dense)
     except (RuntimeError, OsscarError) as error:
         raise CheckpointError(

@@ -37,8 +37,8 @@ from osscar.checkpoint.manifest import Manifest, read_manifest
 from osscar.checkpoint.stored import Stored, read_stored
 from osscar.offload.on_disk import OnDisk, values_of
 from osscar.offload.places import Place, Slice
-from osscar.offload.shelf import Shelf
 from osscar.offload.sources import Source, as_bytes
+from osscar.offload.weight_cache import WeightCache
 from osscar.shrinking.lineage import LINEAGE
 from osscar.shrinking.slice import slice_units
 
@@ -68,7 +68,7 @@ _ELSEWHERE = "leave --max-memory away to read it whole"
 # ---- reading -----------------------------------------------------------------------------
 
 
-def read_streamed(path: Path, shelf: Shelf, dtype: torch.dtype | None = None) -> nn.Module:
+def read_streamed(path: Path, cache: WeightCache, dtype: torch.dtype | None = None) -> nn.Module:
     """Return a model of transformers whose parameters lie in the files of a directory.
 
     All files are read once, so that a damaged one is refused here. `dtype` is by default as the
@@ -89,10 +89,10 @@ def read_streamed(path: Path, shelf: Shelf, dtype: torch.dtype | None = None) ->
             f"{path} is not a checkpoint that can be read: {first_line(error):.500}"
         ) from error
     check_tensors(model, stored, path)
-    fill_from_disk(model, stored, path, shelf)
+    fill_from_disk(model, stored, path, cache)
     if manifest is not None:
         setattr(model, LINEAGE, manifest.lineage)
-    return model.to(shelf.device).eval()
+    return model.to(cache.device).eval()
 
 
 def _structure(
@@ -116,7 +116,7 @@ def _structure(
     return model
 
 
-def read_any_shape_streamed(path: Path, name: str, shelf: Shelf) -> nn.Module:
+def read_any_shape_streamed(path: Path, name: str, cache: WeightCache) -> nn.Module:
     """Read a directory as `hf_config.read_any_shape` does, its weights on disk."""
     kind = getattr(modeling_pruned, name)
     config = kind.config_class.from_pretrained(path, local_files_only=True)
@@ -124,12 +124,12 @@ def read_any_shape_streamed(path: Path, name: str, shelf: Shelf) -> nn.Module:
     build = partial(TransformersOrigin(kind, config).build, torch.float32)
     model = structure(build, stored, path, pruned=True, computed=True)
     check_tensors(model, stored, path)
-    fill_from_disk(model, stored, path, shelf)
-    return model.to(shelf.device).eval()
+    fill_from_disk(model, stored, path, cache)
+    return model.to(cache.device).eval()
 
 
 def fill_from_disk(
-    model: nn.Module, stored: Mapping[str, Stored], path: Path, shelf: Shelf
+    model: nn.Module, stored: Mapping[str, Stored], path: Path, cache: WeightCache
 ) -> None:
     """Let the parameters of a model without values be read from files.
 
@@ -152,7 +152,7 @@ def fill_from_disk(
                 f"ties; {_ELSEWHERE}"
             )
         _check_range(found[0].slice, parameter.dtype)
-        _put(model, names, parameter, found[0].cast(parameter.dtype), shelf)
+        _put(model, names, parameter, found[0].cast(parameter.dtype), cache)
 
 
 def _check_range(values: Slice, dtype: torch.dtype) -> None:
@@ -184,10 +184,12 @@ def _tensors(model: nn.Module) -> Iterator[tuple[list[str], Tensor | None]]:
         yield own, tensors[key] if kept else None
 
 
-def _put(model: nn.Module, names: Sequence[str], old: Tensor, place: Place, shelf: Shelf) -> None:
+def _put(
+    model: nn.Module, names: Sequence[str], old: Tensor, place: Place, cache: WeightCache
+) -> None:
     """Give modules a parameter on disk, or a buffer with its values."""
     is_parameter = isinstance(old, nn.Parameter)
-    new = OnDisk(place, shelf) if is_parameter else place.read(shelf.device)
+    new = OnDisk(place, cache) if is_parameter else place.read(cache.device)
     for name in names:
         path, _, attribute = name.rpartition(".")
         module = model.get_submodule(path)

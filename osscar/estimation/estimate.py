@@ -27,7 +27,7 @@ from osscar.evaluation.forward import measuring_seconds
 from osscar.models.loaded import LoadedModel
 from osscar.network.modules import device_of
 from osscar.offload.device_memory import DeviceMemory, memory_of
-from osscar.offload.on_disk import is_on_disk, shelf_of
+from osscar.offload.on_disk import is_on_disk, weight_cache
 from osscar.preparation.linear_maps import linear_maps
 from osscar.preparation.prepare import Prepared
 from osscar.pruning.groups import held_out
@@ -80,13 +80,13 @@ def estimate_as_asked(
         room = check_streamed(prepared, request, max(1, held))
         base = _held_bytes(memory_of(device_of(prepared.model)))
         timed = timed_stations(prepared, request, held, room, clock)
-        shelf, weights = shelf_of(prepared.model), weight_bytes(prepared.model)
+        cache, weights = weight_cache(prepared.model), weight_bytes(prepared.model)
         peak = base + _needed_bytes(prepared, request, held, room, timed)
         read = 0
-        if shelf is not None:
-            if peak + weights > shelf.ceiling:  # else the weights stay in memory
+        if cache is not None:
+            if peak + weights > cache.ceiling:  # else the weights stay in memory
                 read = weights * _passes(request, held, timed)
-            peak = min(peak + weights, shelf.ceiling)
+            peak = min(peak + weights, cache.ceiling)
         return Estimate(
             stages=_ordered({Stage.OPEN: Span.about(opening), **timed.stages}),
             peak_bytes=peak,
@@ -96,7 +96,7 @@ def estimate_as_asked(
             settings=json.loads(json.dumps(request.to_json())),
             calibration=prepared.inputs.settings,
             passes=timed.passes,
-            limit_bytes=None if shelf is None else shelf.ceiling,
+            limit_bytes=None if cache is None else cache.ceiling,
             least_bytes=None if room is None else least_memory(prepared, request, max(1, held)),
             sample_seconds=timed.sample_seconds,
             kept_share=timed.kept_share,

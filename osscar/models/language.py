@@ -51,7 +51,7 @@ from osscar.models.names import DEMO, REGISTERED
 from osscar.models.tokenizer_files import check_other_files, check_tokenizer, no_tokenizer
 from osscar.models.wheels import PACKAGED_MODELS, fetch
 from osscar.network.modules import check_finite_weights, check_usable, context_length
-from osscar.offload.shelf import Shelf
+from osscar.offload.weight_cache import WeightCache
 from osscar.shrinking.lineage import LINEAGE, lineage_of, note
 
 DEMO_DIRECTORY = Path(__file__).parents[1] / "data" / "demo"
@@ -71,12 +71,12 @@ def load_language_model(
 
     A dtype of None is the one stored.
     """
-    shelf = None if max_memory is None else Shelf(parse_size(max_memory), device)
+    cache = None if max_memory is None else WeightCache(parse_size(max_memory), device)
     with _quiet_unless_terminal(), memory_for(f"the weights of {text}", FOR_BATCHES):
         found = _find(text)
         manifest = None if found.path is None else read_manifest(found.path)
-        if shelf is not None:
-            model: Any = _streamed(found, trust_remote_code, shelf, dtype)
+        if cache is not None:
+            model: Any = _streamed(found, trust_remote_code, cache, dtype)
             stored = _stored_format(found)
         elif found.path is not None and manifest is not None and not manifest.stock:
             model, stored = load(found.path, dtype=dtype), _stored_format(found)
@@ -177,7 +177,7 @@ def _check_files(directory: Path) -> None:
 
 
 def _streamed(
-    found: _Found, trust_remote_code: bool, shelf: Shelf, dtype: torch.dtype | None
+    found: _Found, trust_remote_code: bool, cache: WeightCache, dtype: torch.dtype | None
 ) -> nn.Module:
     """Build the structure of a model whose parameters stay on disk."""
     if found.path is None:
@@ -190,7 +190,7 @@ def _streamed(
             "code that a checkpoint brings along is not run on a model that is read from disk; "
             "leave --trust-remote-code or --max-memory away"
         )
-    return read_streamed(found.path, shelf, dtype)
+    return read_streamed(found.path, cache, dtype)
 
 
 def _stored_format(found: _Found) -> torch.dtype:

@@ -3,8 +3,8 @@
 A model that is larger than memory has its structure, and an `OnDisk` in the place of each
 parameter.  Where an operator of torch meets one, it gets the values: read from the file, checked
 against what they were when they were first read, moved to the device, changed as pruning says
-(`osscar.offload.places`), and kept on a `Shelf` there for the next batch as long as there is room.
-Whatever runs the model need not know of it.
+(`osscar.offload.places`), and kept in a `WeightCache` there for the next batch as long as there is
+room.  Whatever runs the model need not know of it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from graph.tracing.patches import computes_shapes_alone
 from graph.tracing.preserve import asked_of_to
 from osscar.base.errors import ModelError
 from osscar.offload.places import Place
-from osscar.offload.shelf import Shelf
+from osscar.offload.weight_cache import WeightCache
 
 # ---- parameters --------------------------------------------------------------------------
 
@@ -30,21 +30,21 @@ from osscar.offload.shelf import Shelf
 class OnDisk(nn.Parameter):
     """A parameter that is read whenever an operator needs its values.
 
-    To the code of a model it is a parameter on the device of its shelf.  `detach`, `clone`, `to`,
+    To the code of a model it is a parameter on the device of its cache.  `detach`, `clone`, `to`,
     `index_select` and the like read nothing; nothing may write to it in place (see `written`).
     """
 
     place: Place
     """Where its values are; assigning it gives the parameter other ones."""
-    shelf: Shelf
+    cache: WeightCache
     """Which keeps them, on the device that operators find them on."""
 
-    def __new__(cls, place: Place, shelf: Shelf) -> OnDisk:
+    def __new__(cls, place: Place, cache: WeightCache) -> OnDisk:
         """Make a tensor that has a shape and a number format, and no memory."""
         made: OnDisk = torch.Tensor._make_wrapper_subclass(
-            cls, place.shape, dtype=place.dtype, device=shelf.device
+            cls, place.shape, dtype=place.dtype, device=cache.device
         )
-        made.place, made.shelf = place, shelf
+        made.place, made.cache = place, cache
         return made
 
     def __init__(self, *_: Any, **__: Any) -> None:
@@ -53,12 +53,12 @@ class OnDisk(nn.Parameter):
     def values(self) -> Tensor:
         """Return the values, for reading; without values where shapes are all that counts."""
         if computes_shapes_alone():
-            return torch.empty(self.place.shape, dtype=self.place.dtype, device=self.shelf.device)
-        return self.shelf.values(self.place)
+            return torch.empty(self.place.shape, dtype=self.place.dtype, device=self.cache.device)
+        return self.cache.values(self.place)
 
     def like(self, place: Place) -> OnDisk:
-        """Return another parameter with values of the same shelf."""
-        return OnDisk(place, self.shelf)
+        """Return another parameter with values of the same cache."""
+        return OnDisk(place, self.cache)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> OnDisk:
         copy: OnDisk = memo.setdefault(id(self), self.like(self.place))
@@ -107,7 +107,7 @@ def _embedding(tokens: Tensor, table: OnDisk) -> Tensor:
     rows, places = torch.unique(tokens, return_inverse=True)
     if not (len(rows) and int(rows[0]) >= 0 and int(rows[-1]) < len(table)):
         return F.embedding(tokens, table.values())  # which says so
-    return F.embedding(places, table.shelf.rows(table.place, rows))
+    return F.embedding(places, table.cache.rows(table.place, rows))
 
 
 def _with_values(tree: Any) -> Any:
@@ -140,7 +140,7 @@ def _itself(tensor: OnDisk, *_: Any, **__: Any) -> OnDisk:
 def _to(tensor: OnDisk, *args: Any, **options: Any) -> OnDisk:
     device, dtype, _ = asked_of_to(*args, **options)
     place = tensor.place if dtype is None else tensor.place.cast(dtype)
-    return OnDisk(place, tensor.shelf if device is None else tensor.shelf.on(device))
+    return OnDisk(place, tensor.cache if device is None else tensor.cache.on(device))
 
 
 def _to_card(tensor: OnDisk, device: Any = None, *_: Any, **__: Any) -> OnDisk:
@@ -163,13 +163,13 @@ def _assign(tensor: OnDisk, data: Tensor) -> None:
             f"{tuple(data.shape)}; that needs another parameter"
         )
     if isinstance(data, OnDisk):
-        tensor.place, tensor.shelf = data.place, data.shelf
+        tensor.place, tensor.cache = data.place, data.cache
     else:
-        tensor.place = tensor.shelf.put(data, tensor.place.slice.name)
+        tensor.place = tensor.cache.put(data, tensor.place.slice.name)
 
 
 def _number_of_card(tensor: OnDisk) -> int:
-    index = tensor.shelf.device.index
+    index = tensor.cache.device.index
     return -1 if index is None else index
 
 
@@ -197,9 +197,9 @@ _LAZY: Mapping[_Function, Callable[..., Any]] = {
     Tensor.half: _cast_to(torch.float16),
     Tensor.bfloat16: _cast_to(torch.bfloat16),
     # What it was made with may be another number format and device than it has now.
-    Tensor.device.__get__: lambda tensor: tensor.shelf.device,
-    Tensor.is_cpu.__get__: lambda tensor: tensor.shelf.device.type == "cpu",  # type: ignore[attr-defined]
-    Tensor.is_cuda.__get__: lambda tensor: tensor.shelf.device.type == "cuda",  # type: ignore[attr-defined]
+    Tensor.device.__get__: lambda tensor: tensor.cache.device,
+    Tensor.is_cpu.__get__: lambda tensor: tensor.cache.device.type == "cpu",  # type: ignore[attr-defined]
+    Tensor.is_cuda.__get__: lambda tensor: tensor.cache.device.type == "cuda",  # type: ignore[attr-defined]
     Tensor.get_device: _number_of_card,
     Tensor.dtype.__get__: lambda tensor: tensor.place.dtype,  # type: ignore[attr-defined]
     Tensor.element_size: lambda tensor: tensor.place.dtype.itemsize,
@@ -234,16 +234,16 @@ def is_on_disk(model: nn.Module) -> bool:
     return any(isinstance(parameter, OnDisk) for parameter in model.parameters())
 
 
-def shelf_of(model: nn.Module) -> Shelf | None:
+def weight_cache(model: nn.Module) -> WeightCache | None:
     """Return what keeps the values of a model's parameters, or None if they are in memory."""
-    return next((p.shelf for p in model.parameters() if isinstance(p, OnDisk)), None)
+    return next((p.cache for p in model.parameters() if isinstance(p, OnDisk)), None)
 
 
 def values_of(tensor: Tensor) -> Tensor:
     """Return the values of any tensor outside of autograd, for reading, on its device.
 
     Whoever copies a weight to the CPU asks for these first: ``cpu()`` alone would give a parameter
-    whose values are read from disk once more, and kept on a shelf there.
+    whose values are read from disk once more, and kept in a cache there.
     """
     return tensor.values() if isinstance(tensor, OnDisk) else tensor.detach()
 
@@ -254,11 +254,11 @@ def room_for(model: nn.Module, needed: int, *, beside: bool = False) -> Iterator
 
     What lies `beside` a forward pass comes on top of the room that is left for one already.
     """
-    shelf = shelf_of(model)
-    if shelf is None:
+    cache = weight_cache(model)
+    if cache is None:
         yield
         return
-    with shelf.leaving(needed + (shelf.left_free if beside else 0)):
+    with cache.leaving(needed + (cache.left_free if beside else 0)):
         yield
 
 
@@ -285,9 +285,9 @@ def written(module: nn.Module, name: str) -> Iterator[Tensor]:
     if not isinstance(parameter, OnDisk):
         yield parameter.detach()
         return
-    values = parameter.shelf.read(parameter.place)
+    values = parameter.cache.read(parameter.place)
     yield values
-    parameter.place = parameter.shelf.put(values, parameter.place.slice.name)
+    parameter.place = parameter.cache.put(values, parameter.place.slice.name)
 
 
 @contextmanager

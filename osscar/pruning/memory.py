@@ -21,8 +21,8 @@ from osscar.base.errors import RequestError
 from osscar.base.memory import in_words
 from osscar.network.hooks import hooks
 from osscar.network.modules import forward
-from osscar.offload.on_disk import shelf_of
-from osscar.offload.shelf import Shelf
+from osscar.offload.on_disk import weight_cache
+from osscar.offload.weight_cache import WeightCache
 from osscar.preparation.linear_maps import linear_maps
 from osscar.preparation.prepare import Prepared
 from osscar.request import PruningRequest
@@ -236,7 +236,7 @@ def needs_memory(request: PruningRequest) -> str | None:
 
 def check_can_stream(model: nn.Module, request: PruningRequest) -> None:
     """Refuse to prune a model that is read from disk where it is needed in memory as a whole."""
-    reason = None if shelf_of(model) is None else needs_memory(request)
+    reason = None if weight_cache(model) is None else needs_memory(request)
     if reason is not None:
         raise RequestError(reason)
 
@@ -247,39 +247,39 @@ def check_streamed(prepared: Prepared, request: PruningRequest, held_out: int) -
     The predictions of the dense model are kept of so many windows that are held out.  Returned is
     what is to be left free; None for a model in memory.
     """
-    shelf = shelf_of(prepared.model)
-    if shelf is None:
+    cache = weight_cache(prepared.model)
+    if cache is None:
         return None
     check_can_stream(prepared.model, request)
-    base = _base(shelf)
+    base = _base(cache)
     for waiting_on_disk in (False, True):
         room = Room.of(prepared, request, held_out, waiting_on_disk=waiting_on_disk)
         what, most = _most_needed(prepared.model, room)
-        if base + most <= shelf.ceiling:
+        if base + most <= cache.ceiling:
             break
     else:
         raise RequestError(
-            f"--max-memory {in_words(shelf.ceiling)} cannot hold {what}, which takes "
-            f"{in_words(most)}, beside {in_words(base)} for {shelf.memory.other_holders}; give "
+            f"--max-memory {in_words(cache.ceiling)} cannot hold {what}, which takes "
+            f"{in_words(most)}, beside {in_words(base)} for {cache.memory.other_holders}; give "
             f"at least {in_words(base + most)} or, with shorter windows (--seqlen) or smaller "
             "batches (--batch-size), less"
         )
     # Also after the run: what is saved runs once more, beside what is read back.
-    shelf.leave_free(room.largest_pass)
+    cache.leave_free(room.largest_pass)
     return room
 
 
 def least_memory(prepared: Prepared, request: PruningRequest, held_out: int) -> int:
     """Return the least limit within which a model that lies on disk can be pruned, in bytes."""
-    shelf = shelf_of(prepared.model)
-    assert shelf is not None
+    cache = weight_cache(prepared.model)
+    assert cache is not None
     room = Room.of(prepared, request, held_out, waiting_on_disk=True)
-    return _base(shelf) + _most_needed(prepared.model, room)[1]
+    return _base(cache) + _most_needed(prepared.model, room)[1]
 
 
-def _base(shelf: Shelf) -> int:
+def _base(cache: WeightCache) -> int:
     """Return the bytes that are held where a limit counts, without weights that can go."""
-    return shelf.memory.held() - shelf.held_bytes
+    return cache.memory.held() - cache.held_bytes
 
 
 def _most_needed(model: nn.Module, room: Room) -> tuple[str, int]:

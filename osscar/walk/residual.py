@@ -28,7 +28,7 @@ _RESHAPES = frozenset(
 )
 """What mixtures of experts, which work on a matrix of tokens, do with their outputs."""
 
-Place: TypeAlias = tuple[str, int, str, int | str]
+Passage: TypeAlias = tuple[str, int, str, int | str]
 """A tensor that passes a module: its name, which of its calls, counted from 0, whether it is read
 (``"in"``) or put out (``"out"``), and its position or name there."""
 
@@ -55,13 +55,13 @@ class _Passing:
                 self.see((name, self.calls[name], side, key), value)
 
     @abc.abstractmethod
-    def see(self, place: Place, tensor: Tensor) -> None:
+    def see(self, passage: Passage, tensor: Tensor) -> None:
         """Take one of them."""
 
 
 def streams(
     model: nn.Module, example: Mapping[str, Any], names: Sequence[str]
-) -> dict[str, tuple[Place, ...]]:
+) -> dict[str, tuple[Passage, ...]]:
     """Run a model once; return where the tensors pass that are added to what consumers put out.
 
     That is by the name of the consumer, only of those that are called once, and to whose output
@@ -86,13 +86,13 @@ class _Watch(_Passing, TorchFunctionMode):
         TorchFunctionMode.__init__(self)
         _Passing.__init__(self)
         self.names = names
-        self.added: dict[str, list[Place]] = {}
+        self.added: dict[str, list[Passage]] = {}
         """What has been added to the output of each consumer so far."""
         self._begun: dict[str, int] = {}
         """How many tensors had been seen when it was called."""
         self._alive: list[Tensor] = []
         """Tensors are told apart by their addresses, which must not be used again."""
-        self._seen: dict[int, tuple[Place, int, int]] = {}
+        self._seen: dict[int, tuple[Passage, int, int]] = {}
         """By address: where it was first seen, after how many tensors, and in which version."""
         self._parts: dict[int, set[str]] = defaultdict(set)
         """The consumers whose outputs a tensor holds, by address."""
@@ -107,10 +107,10 @@ class _Watch(_Passing, TorchFunctionMode):
         if name in self.names and isinstance(result, Tensor):
             self._parts[id(result)].add(name)
 
-    def see(self, place: Place, tensor: Tensor) -> None:
+    def see(self, passage: Passage, tensor: Tensor) -> None:
         known = self._seen.get(id(tensor))
         if not tensor.is_inference() and (known is None or known[2] != tensor._version):
-            self._seen[id(tensor)] = place, len(self._alive), tensor._version
+            self._seen[id(tensor)] = passage, len(self._alive), tensor._version
         self._alive.append(tensor)
 
     def __torch_function__(
@@ -137,10 +137,10 @@ class _Watch(_Passing, TorchFunctionMode):
     def _add(self, other: Tensor, version: int, own: Tensor, result: Tensor) -> None:
         """Note that `other` was added to what holds outputs of some consumers."""
         for name in self._parts.get(id(own), ()):
-            place, number, known = self._seen.get(id(other), (None, 0, 0))
-            early = place is not None and number < self._begun[name]
-            if place is not None and early and known == version and other.shape == own.shape:
-                self.added[name].append(place)
+            passage, number, known = self._seen.get(id(other), (None, 0, 0))
+            early = passage is not None and number < self._begun[name]
+            if passage is not None and early and known == version and other.shape == own.shape:
+                self.added[name].append(passage)
         if id(own) in self._parts:
             self._parts[id(result)] |= self._parts[id(own)]
 
@@ -150,30 +150,30 @@ def _plain(value: object) -> bool:
 
 
 class Keeper(_Passing):
-    """Keeps what passes the places of one forward pass until the consumers are called."""
+    """Keeps what is wanted of one forward pass until the consumers are called."""
 
-    def __init__(self, places: Mapping[str, tuple[Place, ...]]) -> None:
+    def __init__(self, passages: Mapping[str, tuple[Passage, ...]]) -> None:
         super().__init__()
-        self._places = places
-        self._last = {place: name for name, some in places.items() for place in some}
-        self._kept: dict[Place, Tensor] = {}
+        self._passages = passages
+        self._last = {passage: name for name, some in passages.items() for passage in some}
+        self._kept: dict[Passage, Tensor] = {}
 
-    def see(self, place: Place, tensor: Tensor) -> None:
+    def see(self, passage: Passage, tensor: Tensor) -> None:
         """Keep what is wanted."""
-        if place in self._last:
-            self._kept[place] = tensor
+        if passage in self._last:
+            self._kept[passage] = tensor
 
     def take(self, consumer: str) -> Tensor | None:
         """Return the sum of what will be added to a consumer's output; None if nobody knows."""
-        places = self._places.get(consumer, ())
-        if not places or not all(place in self._kept for place in places):
+        passages = self._passages.get(consumer, ())
+        if not passages or not all(passage in self._kept for passage in passages):
             return None
-        total = self._kept[places[0]]
-        for place in places[1:]:
-            total = total + self._kept[place].reshape(total.shape)
-        for place in places:
-            if self._last[place] == consumer:
-                del self._kept[place]
+        total = self._kept[passages[0]]
+        for passage in passages[1:]:
+            total = total + self._kept[passage].reshape(total.shape)
+        for passage in passages:
+            if self._last[passage] == consumer:
+                del self._kept[passage]
         return total
 
 

@@ -69,7 +69,7 @@ class Walk:
         # To what the gates of recurrent layers take nothing is added that anybody could see.
         plain = sorted({one.name for one in every if not isinstance(one.module, RECURRENT)})
         residual = target is Target.RESIDUAL
-        self._places = streams(self._model, prepared.example, plain) if residual else {}
+        self._passages = streams(self._model, prepared.example, plain) if residual else {}
         calls, self._scratch = learned_calls(
             self._model, prepared.example, self._batches[0], self._names
         )
@@ -169,7 +169,7 @@ class Walk:
             with offload or nullcontext():
                 return model(**fresh(batch))
 
-        return Coroutine(index, dense, run, self._scratch, Keeper(self._places), offload)
+        return Coroutine(index, dense, run, self._scratch, Keeper(self._passages), offload)
 
     def _measure(self, call: int, grams: Sequence[GramAccumulator]) -> None:
         """Let each batch arrive at a call, and add up what it brings."""
@@ -279,7 +279,7 @@ class Walk:
             return None if run is None else run.keeper
 
         read = self._names | (set(self._originals) if self._target.needs_dense else set())
-        passed = {module for places in self._places.values() for module, *_ in places}
+        passed = {module for some in self._passages.values() for module, *_ in some}
         with (
             kept_streams(self._model, passed, keeper),
             reads(self._model, read, before, after),

@@ -19,7 +19,7 @@ from osscar.checkpoint import modeling_pruned
 from osscar.checkpoint.hf_config import MODELLING_FILE
 from osscar.checkpoint.manifest import read_manifest
 from osscar.checkpoint.streamed import read_streamed
-from osscar.offload.shelf import Shelf
+from osscar.offload.weight_cache import WeightCache
 from osscar.shrinking.plan import GroupPlan, PruningPlan
 from tests.osscar.families import FAMILIES, logits, tiny, tokens
 
@@ -185,7 +185,7 @@ def test_a_count_that_contradicts_the_shapes_is_refused(written, tmp_path):
         with pytest.raises(CheckpointError, match=named):
             osscar.load(directory)
         with pytest.raises(CheckpointError, match=named):
-            read_streamed(directory, Shelf(10**9, torch.device("cpu")))
+            read_streamed(directory, WeightCache(10**9, torch.device("cpu")))
         with pytest.raises(ValueError, match=named):
             getattr(modeling_pruned, type(model).__name__).from_pretrained(directory)
 

@@ -22,9 +22,9 @@ from osscar.network.modules import device_of
 from osscar.offload import activation_offload, on_disk, places, sources
 from osscar.offload.activation_offload import ActivationOffload
 from osscar.offload.device_memory import DeviceMemory, memory_of
-from osscar.offload.on_disk import OnDisk, is_on_disk, shelf_of
+from osscar.offload.on_disk import OnDisk, is_on_disk, weight_cache
 from osscar.offload.places import Place
-from osscar.offload.shelf import Shelf
+from osscar.offload.weight_cache import WeightCache
 from osscar.preparation import prepare as opening
 from osscar.pruning.prune import prune_as_asked
 from osscar.pruning.run_log import RunLog
@@ -166,7 +166,7 @@ def test_a_streamed_model_is_pruned_where_it_is(family, asked, holding, card, tm
     with card.watched():
         loaded = osscar.load_model(dense, device="cpu", max_memory="64GB")
         if not holding:
-            shelf_of(loaded.model).memory = Full()
+            weight_cache(loaded.model).memory = Full()
         result = prune_as_asked(loaded.model, tokens(), request, RunLog(tmp_path / "log"))
         read_back = result.save(tmp_path / "streamed")
         assert card.place(result.model(torch.zeros(1, 4, dtype=int, device="cpu")).logits) == "card"
@@ -189,9 +189,9 @@ def test_values_that_are_left_on_the_host_are_seen(reader, card, tmp_path, monke
         batch = tokens(2)
         card.put([batch])
         assert card.place(model(batch).logits) == "card"
-        shelf = shelf_of(model)
-        shelf.memory = Full()
-        shelf.leave_free(0)
+        cache = weight_cache(model)
+        cache.memory = Full()
+        cache.leave_free(0)
         monkeypatch.setattr(Place, reader, lambda *asked: read(*asked).cpu())
         with pytest.raises(WrongDevice):
             model(batch)
@@ -240,7 +240,7 @@ CARD = torch.device("cuda:0")
 def streamed(tmp_path):
     """A model that runs on a card that is not there: shapes can be computed, and no values."""
     dense = written(tmp_path / "dense", "opt")
-    return read_streamed(dense, Shelf(1 << 40, CARD), torch.float32)
+    return read_streamed(dense, WeightCache(1 << 40, CARD), torch.float32)
 
 
 def test_parameters_on_disk_are_on_the_device_of_their_shelf(streamed):
@@ -251,14 +251,16 @@ def test_parameters_on_disk_are_on_the_device_of_their_shelf(streamed):
     assert device_of(copy.deepcopy(streamed)) == streamed.device == CARD
     moved = weight.double().cpu()
     assert (moved.device, moved.is_cpu, moved.get_device()) == (torch.device("cpu"), True, -1)
-    assert moved.cuda(0).shelf is weight.shelf
-    assert moved.shelf is weight.shelf.on(torch.device("cpu"))
+    assert moved.cuda(0).cache is weight.cache
+    assert moved.cache is weight.cache.on(torch.device("cpu"))
     with pytest.raises(OptionError, match="--device cpu or cuda"):
         weight.to("meta")
 
 
 def test_a_card_that_is_not_there_is_refused_as_for_a_plain_parameter(tmp_path):
-    streamed = read_streamed(written(tmp_path / "dense", "opt"), Shelf(1 << 40), torch.float32)
+    streamed = read_streamed(
+        written(tmp_path / "dense", "opt"), WeightCache(1 << 40), torch.float32
+    )
     device = f"cuda:{max(7, torch.cuda.device_count())}"
     with pytest.raises((RuntimeError, AssertionError)) as refused:
         nn.Linear(1, 1).to(device)
@@ -334,19 +336,19 @@ def test_the_oldest_values_leave_a_card_that_is_full(tmp_path, monkeypatch):
     model = osscar.load_model(
         written(tmp_path / "dense", "opt"), device="cpu", max_memory=10**9
     ).model
-    shelf, layers = shelf_of(model), model.model.decoder.layers
-    shelf.memory = memory_of(CARD)
+    cache, layers = weight_cache(model), model.model.decoder.layers
+    cache.memory = memory_of(CARD)
     first, second = layers[0].fc1.weight, layers[1].fc1.weight
     counted = Counted(monkeypatch, total=10**12)
     for weight in (first, second):
         weight.values()
     counted.used = 10**9 - (64 << 20) + 1  # what is always left free
-    shelf.leave_free(0)
-    before = shelf.read_bytes
+    cache.leave_free(0)
+    before = cache.read_bytes
     second.values()
-    assert shelf.read_bytes == before
+    assert cache.read_bytes == before
     first.values()
-    assert shelf.read_bytes > before
+    assert cache.read_bytes > before
 
 
 def test_a_limit_that_a_card_cannot_keep_is_refused(tmp_path, monkeypatch):
@@ -354,7 +356,7 @@ def test_a_limit_that_a_card_cannot_keep_is_refused(tmp_path, monkeypatch):
         written(tmp_path / "dense", "opt"), device="cpu", max_memory="1GB"
     ).model
     Counted(monkeypatch, total=10**12, used=950_000_000)
-    shelf_of(model).memory = memory_of(CARD)
+    weight_cache(model).memory = memory_of(CARD)
     said = r"--max-memory 1.00GB cannot hold .* for what is on the card already; give at least 1\."
     with pytest.raises(RequestError, match=said):
         prune_as_asked(model, tokens(), PruningRequest(neurons=0.5, device="cpu"))

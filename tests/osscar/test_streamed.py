@@ -36,10 +36,10 @@ from osscar.models.load import fitting_memory
 from osscar.offload import sources
 from osscar.offload.activation_offload import ActivationOffload
 from osscar.offload.interleaved import interleaved
-from osscar.offload.on_disk import OnDisk, is_on_disk, shelf_of
+from osscar.offload.on_disk import OnDisk, is_on_disk, weight_cache
 from osscar.offload.places import Place, Slice
-from osscar.offload.shelf import Shelf
 from osscar.offload.sources import Source
+from osscar.offload.weight_cache import WeightCache
 from osscar.preparation.prepare import prepare
 from osscar.pruning.memory import _LEAST, Room
 from osscar.pruning.prune import prepare_for, prune_as_asked
@@ -79,9 +79,9 @@ def pruned(path, max_memory, **asked):
 
 def holding_nothing(loaded):
     """Let nothing that was read be kept: every operator reads its weights anew."""
-    shelf = shelf_of(loaded.model)
-    shelf.ceiling = 1
-    with shelf.leaving(0):
+    cache = weight_cache(loaded.model)
+    cache.ceiling = 1
+    with cache.leaving(0):
         return loaded
 
 
@@ -119,11 +119,11 @@ def test_no_weight_has_to_be_kept_in_memory(tmp_path):
     loaded = osscar.load_model(dense, device="cpu", max_memory=PLENTY)
     expected = loaded.model(windows(2)).logits
     holding_nothing(loaded)
-    before = shelf_of(loaded.model).read_bytes
+    before = weight_cache(loaded.model).read_bytes
     assert torch.equal(loaded.model(windows(2)).logits, expected)
-    read = shelf_of(loaded.model).read_bytes - before
+    read = weight_cache(loaded.model).read_bytes - before
     assert read >= (dense / "model.safetensors").stat().st_size * 0.9
-    assert shelf_of(loaded.model).held_bytes < read / 4
+    assert weight_cache(loaded.model).held_bytes < read / 4
 
 
 def test_several_passes_read_each_block_once(tmp_path):
@@ -171,12 +171,12 @@ def test_a_pass_that_fails_ends_the_others(tmp_path):
 
 def test_saving_leaves_room_for_the_passes_that_compare(tmp_path, monkeypatch):
     result = pruned(written(tmp_path / "dense", "opt"), PLENTY, heads=0.5, neurons=0.7)
-    shelf = shelf_of(result.model)
+    cache = weight_cache(result.model)
     monkeypatch.setattr(system_memory, "resident_memory", lambda: 10**9)
-    shelf.ceiling = 10**9 + (100 << 20)  # less than any pass is said to take
+    cache.ceiling = 10**9 + (100 << 20)  # less than any pass is said to take
     result.save(tmp_path / "pruned")
     largest = max(parameter.nbytes for parameter in result.model.parameters())
-    assert shelf.held_bytes <= 2 * largest  # the last one read, in the format it was read in
+    assert cache.held_bytes <= 2 * largest  # the last one read, in the format it was read in
 
 
 def test_what_was_written_is_held_to_what_is_in_the_file(tmp_path):
@@ -277,18 +277,18 @@ def test_room_is_made_before_sums_are_begun(tmp_path, monkeypatch):
     """Or Gram matrices come on top of weights that fill the memory up to the limit."""
     dense = written(tmp_path / "dense", "opt")
     loaded, begun = osscar.load_model(dense, device="cpu", max_memory=PLENTY), []
-    shelf, init = shelf_of(loaded.model), Sums.__init__
+    cache, init = weight_cache(loaded.model), Sums.__init__
 
     def begin(self, linear_map, *, corrections):
         p, m = linear_map.rows, linear_map.outputs
-        begun.append((shelf.left_free, 8 * (p * (p + 1) // 2 + corrections * p * m)))
+        begun.append((cache.left_free, 8 * (p * (p + 1) // 2 + corrections * p * m)))
         init(self, linear_map, corrections=corrections)
 
     monkeypatch.setattr(Sums, "__init__", begin)
     asked = {"neurons": 0.5, "target": "residual", "backend": "greedy", "batch_size": 3}
     osscar.prune(loaded.model, windows(), **asked)
     assert len(begun) == 2 * len(loaded.model.model.decoder.layers)
-    pass_alone = shelf.left_free
+    pass_alone = cache.left_free
     assert all(left >= pass_alone + needed for left, needed in begun)
 
 
@@ -305,26 +305,26 @@ def test_a_log_holds_values_and_no_parameters_on_disk(tmp_path):
 
 def test_weights_make_way_for_what_grows_while_none_is_read(monkeypatch):
     loaded = osscar.load_model(DEMO_DIRECTORY, device="cpu", max_memory=PLENTY)
-    shelf, ids = shelf_of(loaded.model), torch.zeros(1, 8, dtype=torch.int64)
+    cache, ids = weight_cache(loaded.model), torch.zeros(1, 8, dtype=torch.int64)
     expected = loaded.model(ids).logits
-    held, read = shelf.held_bytes, shelf.read_bytes
+    held, read = cache.held_bytes, cache.read_bytes
     embedding = loaded.model.get_input_embeddings().weight.nbytes  # of which rows are read
-    monkeypatch.setattr(shelf, "ceiling", shelf.memory.held() + shelf.left_free - held // 2)
+    monkeypatch.setattr(cache, "ceiling", cache.memory.held() + cache.left_free - held // 2)
     assert torch.equal(loaded.model(ids).logits, expected)
-    assert shelf.held_bytes < held
-    assert shelf.read_bytes - read < held + embedding
+    assert cache.held_bytes < held
+    assert cache.read_bytes - read < held + embedding
 
 
 def test_room_is_made_for_what_is_scored():
     loaded = osscar.load_model(DEMO_DIRECTORY, device="cpu", max_memory=PLENTY)
     model, free = loaded.model, []
-    shelf, before = shelf_of(model), shelf_of(model).left_free
-    model.lm_head.register_forward_pre_hook(lambda *_: free.append(shelf.left_free))
+    cache, before = weight_cache(model), weight_cache(model).left_free
+    model.lm_head.register_forward_pre_hook(lambda *_: free.append(cache.left_free))
     text = "the quick brown fox " * 200
     score([model], osscar.TextSet.of(loaded.tokenizer, text, windows=4, seqlen=64))
     measure_forward([model], {"input_ids": torch.zeros(4, 64, dtype=torch.int64)})
     assert min(free) >= 4 * 4 * 64 * model.config.vocab_size
-    assert shelf.left_free == before
+    assert cache.left_free == before
 
 
 @pytest.mark.sampled(2)
@@ -587,7 +587,7 @@ def parameter(tmp_path):
     values = torch.arange(12, dtype=torch.float32).view(3, 4)
     (tmp_path / "values").write_bytes(values.numpy().tobytes())
     place = Place.of(Slice(Source(tmp_path / "values"), 0, (3, 4), torch.float32, "w"))
-    return OnDisk(place, Shelf(1 << 40)), values
+    return OnDisk(place, WeightCache(1 << 40)), values
 
 
 def test_it_is_a_parameter_to_whoever_asks(parameter):
@@ -595,7 +595,7 @@ def test_it_is_a_parameter_to_whoever_asks(parameter):
     assert isinstance(on_disk, torch.nn.Parameter)
     for name in ("shape", "dtype", "device"):
         assert getattr(on_disk, name) == getattr(values, name)
-    assert on_disk.shelf.read_bytes == 0
+    assert on_disk.cache.read_bytes == 0
     with torch.inference_mode():
         assert torch.equal(on_disk + 1, values + 1)
     assert torch.equal(on_disk @ values.T, values @ values.T)
@@ -623,9 +623,9 @@ def test_nothing_writes_to_it_in_place(parameter):
 def test_a_write_to_values_that_were_read_or_leave_memory_is_noticed(parameter, left):
     on_disk, _ = parameter
     on_disk.view(-1)[0] = 7.0
-    on_disk.shelf.ceiling = 1 if left else 1 << 40
+    on_disk.cache.ceiling = 1 if left else 1 << 40
     with pytest.raises(ModelError, match="writes to 'w'"):
-        on_disk.shelf.leave_free(0) if left else on_disk + 1
+        on_disk.cache.leave_free(0) if left else on_disk + 1
 
 
 def test_a_format_that_held_all_values_and_back_is_no_step(parameter):
@@ -645,7 +645,7 @@ def test_looking_tokens_up_reads_their_rows_alone(parameter, tmp_path, monkeypat
     assert on_disk.place.slice.digest  # as of every file that a model is read from
     assert torch.equal(nn.functional.embedding(tokens, on_disk), values[tokens])
     assert torch.equal(nn.functional.embedding(tokens, on_disk.double()), values[tokens].double())
-    assert (on_disk.shelf.read_bytes, on_disk.shelf.held_bytes) == (2 * 2 * 16, 0)
+    assert (on_disk.cache.read_bytes, on_disk.cache.held_bytes) == (2 * 2 * 16, 0)
     narrow = on_disk.index_select(1, torch.tensor([1, 3]))
     assert torch.equal(nn.functional.embedding(tokens, narrow), values[:, [1, 3]][tokens])
     for missing in (3, -1):
@@ -653,8 +653,8 @@ def test_looking_tokens_up_reads_their_rows_alone(parameter, tmp_path, monkeypat
             nn.functional.embedding(tokens + missing, on_disk)
     with (tmp_path / "values").open("r+b") as file:
         file.write(b"\1")
-    on_disk.shelf.ceiling = 1
-    with on_disk.shelf.leaving(0), pytest.raises(FileError, match="were others"):
+    on_disk.cache.ceiling = 1
+    with on_disk.cache.leaving(0), pytest.raises(FileError, match="were others"):
         nn.functional.embedding(tokens, on_disk)
 
 

@@ -21,7 +21,7 @@ _SPARE = 64 << 20
 """Bytes that are always left below the ceiling, for all that is small."""
 
 
-class Shelf:
+class WeightCache:
     """Values that were read, kept for the next reader while there is room; the oldest go first.
 
     The ceiling is how many bytes the whole process may have: in memory, or on the card that values
@@ -39,15 +39,15 @@ class Shelf:
         """Bytes below the ceiling that are for other things."""
         self._held: OrderedDict[Place, tuple[Tensor, int]] = OrderedDict()
         self._scratch: Scratch | None = None
-        self._elsewhere: dict[torch.device, Shelf] = {self.device: self}
+        self._elsewhere: dict[torch.device, WeightCache] = {self.device: self}
 
-    def on(self, device: torch.device) -> Shelf:
-        """Return the shelf of the same ceiling on a device, always the same one."""
+    def on(self, device: torch.device) -> WeightCache:
+        """Return the cache of the same ceiling on a device, always the same one."""
         if device.type == "cuda" and device not in self._elsewhere:
             torch.empty(0, device=device)
         device = numbered(device)
         if device not in self._elsewhere:
-            other = Shelf(self.ceiling, device)
+            other = WeightCache(self.ceiling, device)
             self._elsewhere[device], other._elsewhere = other, self._elsewhere
         return self._elsewhere[device]
 
