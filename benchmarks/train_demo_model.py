@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from transformers import OPTConfig, OPTForCausalLM, PreTrainedTokenizerFast
 
 from osscar.data import prose as topics
-from osscar.data.prose import Part, builtin_text, split_paragraphs
+from osscar.data.prose import Split, builtin_text, split_paragraphs
 from osscar.data.text import encode
 
 VOCABULARY = 2048
@@ -54,7 +54,7 @@ def main() -> None:
     text = "\n\n".join(paragraphs)
     tokenizer = train_tokenizer(text)
     tokens = encode(tokenizer, text)
-    held_out = encode(tokenizer, builtin_text(Part.HELD_OUT))
+    held_out = encode(tokenizer, builtin_text(Split.HELD_OUT))
     print(
         f"{len(text):,} characters, {len(tokens):,} training and {len(held_out):,} held-out tokens"
     )
@@ -77,10 +77,10 @@ def main() -> None:
 def training_paragraphs() -> list[str]:
     """Collect the training text, without a word of what calibrates or scores."""
     claimed: set[str] = set()
-    for part in (Part.HELD_OUT, Part.CALIBRATION):
+    for part in (Split.HELD_OUT, Split.CALIBRATION):
         for paragraph in split_paragraphs(builtin_text(part)):
             claimed |= topics.shingles(paragraph)
-    own = split_paragraphs(builtin_text(Part.TRAINING))
+    own = split_paragraphs(builtin_text(Split.TRAINING))
     documented = [p for doc in dict.fromkeys(docstrings()) for p in split_paragraphs(doc)]
     kept = topics.without_shared_prose(own + documented, claimed)
     print(f"{len(kept):,} paragraphs, {len(own) + len(documented) - len(kept)} dropped as shared")

@@ -130,12 +130,8 @@ class ImageSet(SampleSet):
 
     def describe(self) -> dict[str, Any]:
         """Return what reports say: the source, each image's fingerprint, and the preprocessing."""
-        return {
-            "source": self.source,
-            "images": self.fingerprints(),
-            "samples": len(self),
-            "preprocessing": self.preprocessing.record(),
-        }
+        found = {"source": self.source, "images": self.fingerprints(), "samples": len(self)}
+        return {**found, "preprocessing": self.preprocessing.record()}
 
     def fingerprints(self) -> list[str]:
         """Return a short hash of each image as it is stored, to recognize it by."""
@@ -156,12 +152,12 @@ class ImageSet(SampleSet):
             return Image.fromarray(item).convert(mode)
         try:
             with Image.open(item, formats=IMAGE_FORMATS) as image:
-                _check_form(image)
+                _check_form(item, image)
                 return image.convert(mode)
+        except ImageError:
+            raise
         except Image.DecompressionBombError as error:
             raise ImageError(f"{str(item)!r} is too large: {error}; shrink the file") from error
-        except _Unfit as error:
-            raise ImageError(f"{str(item)!r} {error}") from error
         except Exception as error:  # of a damaged file a decoder raises whatever it meets
             raise ImageError(
                 f"{str(item)!r} cannot be decoded as an image: {first_line(error)}; mend or remove "
@@ -169,18 +165,17 @@ class ImageSet(SampleSet):
             ) from error
 
 
-class _Unfit(Exception):
-    """An image that could be decoded, but not as the model would see it."""
-
-
-def _check_form(image: Any) -> None:
+def _check_form(item: Path, image: Any) -> None:
     """Refuse images that a conversion to 8 bits would clip, or that resizing would blow up."""
     if image.mode.startswith(("I", "F")):
-        raise _Unfit(f"has pixels of mode {image.mode!r}, 16 or 32 bits wide; rescale it to 8 bits")
+        raise ImageError(
+            f"{str(item)!r} has pixels of mode {image.mode!r}, 16 or 32 bits wide; rescale it to "
+            "8 bits"
+        )
     if max(image.size) > _LONGEST * min(image.size):
-        raise _Unfit(
-            f"has {image.size[0]} x {image.size[1]} pixels, more than {_LONGEST} times longer than "
-            "wide; cut it"
+        raise ImageError(
+            f"{str(item)!r} has {image.size[0]} x {image.size[1]} pixels, more than {_LONGEST} "
+            "times longer than wide; cut it"
         )
 
 

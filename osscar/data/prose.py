@@ -30,39 +30,26 @@ TRAINED_PARAGRAPHS = Path(__file__).parent / "demo" / "trained_paragraphs.npy"
 """Sorted fingerprints (uint64) of every paragraph that the shipped model was trained on."""
 
 
-class Part(Enum):
-    """A share of the topics. The value is the upper end of its interval of name hashes."""
+class Split(Enum):
+    """A split of the topics; the value is the upper end of its interval of name hashes."""
 
     HELD_OUT = 0.18
     CALIBRATION = 0.40
     TRAINING = 1.0
 
 
-def builtin_text(part: Part) -> str:
-    """Give one part of the built-in text.
+def builtin_text(split: Split) -> str:
+    """Give one split of the built-in text: paragraphs, topics in the order of their names.
 
-    Parameters
-    ----------
-    part
-        Which of the three disjoint parts.
-
-    Returns
-    -------
-    str
-        Paragraphs separated by blank lines, topics in the order of their names.
-
-    Raises
-    ------
-    TextError
-        If this Python was stripped of ``pydoc_data``.
+    A Python that was stripped of ``pydoc_data`` is a TextError.
     """
-    return "\n\n".join(_split_topics()[part])
+    return "\n\n".join(_split_topics()[split])
 
 
-def topic_part(name: str) -> Part:
-    """Tell which part a topic belongs to, from its name alone."""
+def topic_split(name: str) -> Split:
+    """Tell which split a topic belongs to, from its name alone."""
     position = int(digest(f"osscar/topics/1/{name}")[:16], 16) / 2**64
-    return next(part for part in Part if position < part.value)
+    return next(split for split in Split if position < split.value)
 
 
 def split_paragraphs(text: str) -> list[str]:
@@ -94,24 +81,24 @@ def fingerprint(paragraph: str) -> int | None:
 
 
 @cache
-def _split_topics() -> dict[Part, list[str]]:
-    """Apply the three rules; ``Part`` lists the parts in the order in which they claim prose."""
+def _split_topics() -> dict[Split, list[str]]:
+    """Apply the three rules; ``Split`` lists them in the order in which they claim prose."""
     topics = _read_topics()
     trained = _trained_fingerprints()
     claimed: set[str] = set()
-    split: dict[Part, list[str]] = {}
-    for part in Part:
+    splits: dict[Split, list[str]] = {}
+    for split in Split:
         mine = [
             paragraph
             for name in sorted(topics)
-            if topic_part(name) is part
+            if topic_split(name) is split
             for paragraph in split_paragraphs(topics[name])
         ]
-        if part is Part.HELD_OUT:
+        if split is Split.HELD_OUT:
             mine = [p for p in mine if fingerprint(p) not in trained]
-        split[part] = without_shared_prose(mine, claimed)
-        claimed.update(*map(shingles, split[part]))
-    return split
+        splits[split] = without_shared_prose(mine, claimed)
+        claimed.update(*map(shingles, splits[split]))
+    return splits
 
 
 def _read_topics() -> dict[str, str]:

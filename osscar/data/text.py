@@ -23,7 +23,7 @@ from osscar.base.inputs import (
     whole_number,
 )
 from osscar.base.printable import counted
-from osscar.data.prose import Part, builtin_text
+from osscar.data.prose import Split, builtin_text
 from osscar.network.modules import context_length
 from osscar.shrinking.lineage import Calibration
 
@@ -34,23 +34,10 @@ _UNKNOWN = 0.01
 
 
 def read_text(path: str | Path) -> str:
-    """Read a plain text file.
+    """Read a UTF-8 file of plain text, with or without a byte order mark.
 
-    Parameters
-    ----------
-    path
-        A UTF-8 file, with or without a byte order mark.
-
-    Returns
-    -------
-    str
-        Its content, which holds more than white space; lines end as Python ends them, with a
-        newline alone.
-
-    Raises
-    ------
-    TextError
-        If the file is missing, unreadable, binary or empty.
+    Lines end as Python ends them, with a newline alone. A file that is missing, unreadable, binary
+    or empty is a TextError.
     """
     name = file_name(path, "the text", "a file of plain text")
     try:
@@ -75,22 +62,10 @@ def read_text(path: str | Path) -> str:
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> Tensor:
-    """Tokenize a whole text, adding no special tokens.
+    """Tokenize a whole text, adding no special tokens; return ids, (tokens,) int64.
 
-    Returns
-    -------
-    Tensor
-        Token ids, (tokens,) int64, however many the model could take at once.
-
-    Raises
-    ------
-    TextError
-        If it is no text that could be written as UTF-8.
-
-    Warns
-    -----
-    UserWarning
-        If the tokenizer does not know some of its characters.
+    There are as many as there are, however few the model could take at once. What could not be
+    written as UTF-8 is a TextError; of characters that the tokenizer does not know it is warned.
     """
     if not isinstance(text, str):
         raise TextError(
@@ -115,12 +90,9 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> Tensor:
 
 
 def special_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[Tensor, Tensor]:
-    """Return the tokens that a tokenizer puts before a text and after it, as its files say.
+    """Return the ids that a tokenizer puts before a text and after it, (tokens,) int64 each.
 
-    Returns
-    -------
-    tuple of Tensor
-        Token ids, (tokens,) int64 each; most tokenizers put none there, or one.
+    Most tokenizers put none there, or one.
     """
     bare, whole = (_ids(tokenizer, "text", special=special) for special in (False, True))
     starts = range(len(whole) - len(bare) + 1)
@@ -318,19 +290,13 @@ def load_text(
     OptionError
         If the tokenizer is none of transformers, or a number is out of range.
     """
-    text = builtin_text(Part.HELD_OUT) if spec is None else read_text(spec)
+    text = builtin_text(Split.HELD_OUT) if spec is None else read_text(spec)
     source = "built-in held-out text" if spec is None else str(spec)
     return TextSet.of(tokenizer, text, windows=windows, seqlen=seqlen, source=source)
 
 
 def check_tokenizer(tokenizer: Any) -> None:
-    """Refuse what is no tokenizer.
-
-    Raises
-    ------
-    OptionError
-        Saying what it is.
-    """
+    """Refuse what is no tokenizer of transformers (OptionError)."""
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         raise OptionError(
             f"the tokenizer is a {type(tokenizer).__name__}; give that of transformers which "

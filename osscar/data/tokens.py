@@ -22,7 +22,7 @@ from osscar.base.errors import (
 from osscar.base.files import digest
 from osscar.base.inputs import file_name, shown
 from osscar.base.printable import counted
-from osscar.data.prose import Part, builtin_text
+from osscar.data.prose import Split, builtin_text
 from osscar.data.samples import named_generator
 from osscar.data.text import as_words, check_tokenizer, encode, read_text, special_tokens
 
@@ -136,7 +136,7 @@ def load_calibration(
     if spec is not None:
         spec = file_name(spec, "the calibration text", "a file, a dataset, or None")
     if spec is None or spec == BUILTIN:
-        text, source = builtin_text(Part.CALIBRATION), "built-in text (pydoc topics)"
+        text, source = builtin_text(Split.CALIBRATION), "built-in text (pydoc topics)"
     elif is_path or _is_file_name(spec):
         text, source = _file_text(spec), spec
     else:

@@ -13,7 +13,6 @@ import safetensors.torch
 import torch
 from torch import nn
 
-import osscar
 from osscar.base.ranks import ALONE, Ranks, together
 from osscar.pruning.prune import prune_as_asked
 from osscar.pruning.result import PruningResult
@@ -36,19 +35,15 @@ class Case:
         return prune_as_asked(self.model(), self.data(), request, ranks=ranks)
 
 
-def _demo_tokens() -> Any:
-    tokenizer = osscar.load_model("demo").tokenizer
-    return osscar.load_calibration(None, tokenizer, samples=16, seqlen=64)
-
-
-def _demo() -> nn.Module:
-    model: nn.Module = osscar.load_model("demo", device="cpu").model
-    return model
-
-
 CASES = {
-    "heads and neurons": Case(_demo, _demo_tokens, {"heads": "3/4", "neurons": "1/2"}),
-    "a budget": Case(lambda: _demo().double(), _demo_tokens, {"sparsity": 0.4, "batch_size": 3}),
+    "heads and neurons": Case(
+        lambda: tiny("opt"), lambda: tokens(16, 48), {"heads": "1/2", "neurons": "1/2"}
+    ),
+    "a budget": Case(
+        lambda: tiny("llama-gqa").double(),
+        lambda: tokens(16, 48),
+        {"sparsity": 0.4, "batch_size": 3},
+    ),
     "images": Case(small_net, images, {"sparsity": 0.4, "residual": 0.75, "batch_size": 12}),
     "estimated statistics": Case(
         small_net, images, {"channels": 0.5, "batch_norm": "estimate", "batch_size": 10}

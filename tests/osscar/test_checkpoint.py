@@ -15,7 +15,7 @@ from osscar.base.errors import CheckpointError, EquivalenceError, OutputError, T
 from osscar.checkpoint import directory as checkpoint
 from osscar.checkpoint.manifest import MANIFEST_FILE, read_manifest
 from osscar.checkpoint.place import Run
-from osscar.data.prose import Part, builtin_text
+from osscar.data.prose import Split, builtin_text
 from osscar.models.language import DEMO_DIRECTORY
 from osscar.network.modules import copied
 from osscar.shrinking.lineage import Calibration, lineage_of
@@ -321,7 +321,7 @@ def test_everything_that_has_to_be_known_is_written_and_read_again(keep, tmp_pat
     twice = osscar.prune(again.model, windows, neurons="0.7", backend="magnitude", device="cpu")
     assert len(lineage_of(twice.model).calibration) == 2  # neither is ever scored
     with pytest.raises(TextError, match="calibrated on this very text"):
-        osscar.TextSet.of(loaded.tokenizer, builtin_text(Part.CALIBRATION)).refuse_overlap(
+        osscar.TextSet.of(loaded.tokenizer, builtin_text(Split.CALIBRATION)).refuse_overlap(
             lineage.calibration
         )
     osscar.load_text(None, loaded.tokenizer).refuse_overlap(lineage.calibration)

@@ -27,7 +27,7 @@ from transformers import (
 import osscar
 from osscar.base import timing as timing_room
 from osscar.base.errors import ModelError, NonFiniteError, OptionError, TextError
-from osscar.data.prose import Part, builtin_text
+from osscar.data.prose import Split, builtin_text
 from osscar.data.text import TextSet, encode
 from osscar.data.tokens import load_calibration, text_windows
 from osscar.evaluation import quality as evaluation
@@ -189,9 +189,9 @@ def test_dropout_is_off_the_mode_restored_and_bfloat16_close(tokenizer):
 
 def test_the_demo_model_knows_what_a_unigram_model_does_not(tokenizer):
     """Held-out perplexity, a few windows; unigram frequencies are those of training text."""
-    held_out = builtin_text(Part.HELD_OUT)
+    held_out = builtin_text(Split.HELD_OUT)
     found = measure_quality(load_model("demo").model, tokenizer, held_out, windows=6)
-    counts = torch.bincount(encode(tokenizer, builtin_text(Part.TRAINING)), minlength=VOCABULARY)
+    counts = torch.bincount(encode(tokenizer, builtin_text(Split.TRAINING)), minlength=VOCABULARY)
     frequencies = (counts + 1).double() / (counts + 1).sum()
     scored = encode(tokenizer, held_out)[: 6 * 512].view(6, 512)[:, 1:]
     unigram = math.exp(-frequencies[scored].log().mean().item())
@@ -406,7 +406,7 @@ def test_a_comparison_divides_by_the_dense_model(tokenizer, tmp_path):
 
 def test_calibration_text_is_not_scored(tokenizer):
     windows = load_calibration(None, tokenizer, samples=4, seqlen=64)
-    held_out = builtin_text(Part.HELD_OUT)
+    held_out = builtin_text(Split.HELD_OUT)
     assert not any(tokenizer.decode(window[8:-8]) in held_out for window in windows.tokens)
 
 

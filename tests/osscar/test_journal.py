@@ -101,6 +101,10 @@ def test_another_process_and_other_files_are_left_alone(tmp_path, journal):
             with pytest.raises(BusyError, match=rf"\(process {os.getpid()} on "):
                 step()
         assert names(tmp_path) == before
+    with pytest.raises(Killed), journal.held():
+        raise Killed
+    with journal.held(), pytest.raises(BusyError):  # held anew, and by one
+        other.held().__enter__()
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "0.txt").write_text("mine")
     (tmp_path / "file").touch()

