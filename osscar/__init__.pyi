@@ -29,7 +29,7 @@ from .pruning.prune import prune as prune
 from .request import PruningRequest as PruningRequest
 from .pruning.swept import sweep as sweep
 from .pruning.result import LayerReport as LayerReport, PruningResult as PruningResult
-from .pruning.trial import LeftAlone as LeftAlone
+from .pruning.feasibility import SkippedGroup as SkippedGroup
 from .shrinking.follow import adapter as adapter, prepare as prepare
 from .shrinking.plan import PruningPlan as PruningPlan
 from .shrinking.program.program import ProgramModule as ProgramModule

@@ -312,7 +312,7 @@ class PruningRequest:
         can follow there, unless the model can generate text or is timed for a speedup.
     strict
         Refuse a model in which a group that is to be pruned cannot follow, such as one whose size
-        is written in the code around it; by default such groups are left alone, and named.
+        is written in the code around it; by default such groups are skipped, and named.
 
     Raises
     ------

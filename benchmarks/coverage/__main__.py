@@ -1,4 +1,4 @@
-"""Write docs/coverage.md: which architectures are pruned, how much of them, and what is left alone.
+"""Write docs/coverage.md: which architectures are pruned, how much of them, and what is skipped.
 
     python -m benchmarks.coverage run DIR                     # everything; goes on where it stopped
     python -m benchmarks.coverage run DIR --lists timm,nets --seconds 500

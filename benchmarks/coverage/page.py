@@ -74,7 +74,7 @@ class Entry:
 
     @property
     def order(self) -> tuple[int, float, str]:
-        """What is missing first: failures, then groups left alone, then the lowest shares."""
+        """What is missing first: failures, then groups skipped, then the lowest shares."""
         assert self.row is not None
         return (int(self.outcome), self.row.share, self.name)
 
@@ -127,7 +127,7 @@ _LEGEND = """
 - **apart**: largest difference in the independent comparison, relative to the largest output.
 - **s**: CPU seconds of tracing, grouping, trying, shrinking and proving.
 - **Torch-Pruning**: parameters left, as a share; or what it raises.
-- **what is missing**: failures and groups left alone, with the cause; then what may not be pruned,
+- **what is missing**: failures and groups skipped, with the cause; then what may not be pruned,
   and why, apart from inputs and outputs of the model. `N x` counts groups; the operator that froze
   them is in brackets.
 """
@@ -149,8 +149,8 @@ _SUMMARY = _table(
         " models there are",
         " measured",
         " traced",
-        " pruned, nothing left alone",
-        " pruned, some left alone",
+        " pruned, nothing skipped",
+        " pruned, some skipped",
     ),
     *(" nothing prunable", " failed", " slowest, s", " Torch-Pruning runs, of those it was given"),
 )
@@ -286,7 +286,7 @@ def _peer(peer: Peer | None, parameters: int) -> str:
 
 def _missing(row: Row) -> list[str]:
     failure = [f"**{row.failure}**"] if row.failure else []
-    left = [f"**left alone**: {_times(row.left)}"] if row.left else []
+    left = [f"**skipped**: {_times(row.left)}"] if row.left else []
     refit = [f"not refitted by `osscar.prune`: {_times(row.unrefitted)}"] if row.unrefitted else []
     idle = row.effect is not None and row.effect < _LEAST_EFFECT
     moved = ["masking moves the outputs too little for the comparison to tell"] if idle else []

@@ -22,8 +22,8 @@ from graph import CouplingGroup, DependencyGraph
 from osscar.base.errors import OsscarError, first_line
 from osscar.data.batches import named_inputs
 from osscar.preparation.prepare import Prepared, prepare
+from osscar.pruning.feasibility import SkippedGroup, feasible_groups
 from osscar.pruning.shrunk import shrunk
-from osscar.pruning.trial import LeftAlone, feasible_groups
 from osscar.request import PruningRequest
 from osscar.shrinking.plan import Form, GroupPlan, PruningPlan
 from tests.osscar.programs import without_units
@@ -300,7 +300,7 @@ def owned(groups: Iterable[CouplingGroup], shapes: Mapping[str, torch.Size]) -> 
     )
 
 
-def _counted(left: Iterable[LeftAlone]) -> dict[str, int]:
+def _counted(left: Iterable[SkippedGroup]) -> dict[str, int]:
     return dict(Counter(f"{group.reason:.300}" for group in left))
 
 

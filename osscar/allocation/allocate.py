@@ -69,7 +69,7 @@ def allocate(
     keep = {g.name: keep[g.name] for g in groups if keep.get(g.name, g.units) < g.units}
     if not keep:
         skipped = len(prepared.groups) - len(groups)
-        rest = f" but the {skipped} that are skipped or left alone" if skipped else ""
+        rest = f" but the {skipped} that are skipped" if skipped else ""
         raise RequestError(
             why_frozen(prepared.groups)
             or f"nothing would be removed: every group{rest} keeps all its units; ask for "

@@ -28,7 +28,7 @@ from osscar.offload.on_disk import is_on_disk
 from osscar.pruning.prune import prune_as_asked
 from osscar.pruning.run_log import RunLog
 from osscar.report.prune_page import prune_page, run_lines
-from osscar.report.run_tables import layers_table, left_alone_table
+from osscar.report.run_tables import layers_table, skipped_table
 from osscar.request import PruningRequest
 
 _OF_THIS_TIME = {
@@ -136,8 +136,8 @@ class _Job:
             self._write_copies(content, saved)
             log.remove()
         out.print(layers_table(content["layers"]))
-        if result.left_alone:
-            out.print(left_alone_table(content["left_alone"]))
+        if result.skipped:
+            out.print(skipped_table(content["skipped"]))
         for line in (*run_lines(content), saved_line(saved, options.out)):
             out.print(line)
         say(f"report: {options.out / PAGE_FILE}")

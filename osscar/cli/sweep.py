@@ -13,7 +13,7 @@ from osscar.pruning.result import PruningResult
 from osscar.pruning.sweep import SweepDirectory, jobs
 from osscar.pruning.swept import PAGE_FILE, Sweep
 from osscar.report.prune_page import budget_line
-from osscar.report.run_tables import left_alone_table
+from osscar.report.run_tables import skipped_table
 from osscar.report.sweep_page import sweep_table
 from osscar.request import BudgetKind
 
@@ -52,8 +52,8 @@ def run(model: str, options: SweepOptions, shared: Any) -> None:
                 scored_dense=lambda: tell_dense(loaded, data),
             )
     out.print(sweep_table(document))
-    if document["left_alone"]:
-        out.print(left_alone_table(document["left_alone"]))
+    if document["skipped"]:
+        out.print(skipped_table(document["skipped"]))
     say(f"report: {options.out / PAGE_FILE}")
     write_json(options.json, document)
 

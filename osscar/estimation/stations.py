@@ -83,7 +83,7 @@ def timed_stations(
     with profiled(clock) as profile:
         facts = dense_facts(few, request)
         with timed(Stage.ALLOCATION):
-            keep = expected_keep(prepared, request, facts.left_names, facts.form)
+            keep = expected_keep(prepared, request, facts.skipped_names, facts.form)
     trial, allocating = (profile.seconds[stage] for stage in (Stage.TRIAL, Stage.ALLOCATION))
     cost = count(Cost.PARAMETERS, prepared.model, prepared.groups, sample)
     kept = cost.of(keep) / cost.dense
@@ -101,7 +101,7 @@ def timed_stations(
     }
     shared: tuple[CouplingGroup, ...] = ()
     if request.has_budget:
-        shared = tuple(asked_groups(prepared, request, facts.left_names)[2])
+        shared = tuple(asked_groups(prepared, request, facts.skipped_names)[2])
         stages |= _of_budget(prepared, few, request, shared, allocating, one, clock)
     groups = [g for g in prepared.groups if keep.get(g.name, g.units) < g.units]
     classes = layer_classes(prepared, groups)

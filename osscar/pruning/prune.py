@@ -34,12 +34,12 @@ from osscar.base.timing import Stage, timed
 from osscar.network.modules import count_parameters
 from osscar.preparation.fingerprint import Manifest
 from osscar.preparation.prepare import Prepared, prepare
+from osscar.pruning.feasibility import SkippedGroup, feasible_groups, named, reaches_further
 from osscar.pruning.groups import held_out, prune_groups
 from osscar.pruning.memory import check_streamed
 from osscar.pruning.result import PruningResult
 from osscar.pruning.run_log import LayerRecord, RunLog, run_manifest
 from osscar.pruning.shrunk import put_back, shrunk
-from osscar.pruning.trial import LeftAlone, feasible_groups, named, reaches_further
 from osscar.request import PruningRequest, by_keywords
 from osscar.shrinking.lineage import note_calibration, note_dense
 from osscar.shrinking.plan import Form
@@ -154,7 +154,7 @@ class DenseFacts:
     ----------
     form
         What of it is to be shrunk: modules or program.
-    left
+    skipped
         Groups that keep all their units, since they cannot follow, in the order of the model.
     reference
         What it predicts; None if it puts out no logits.
@@ -165,16 +165,16 @@ class DenseFacts:
     """
 
     form: Form
-    left: tuple[LeftAlone, ...]
+    skipped: tuple[SkippedGroup, ...]
     reference: Reference | None
     statistics: DenseStatistics
     curves: Mapping[str, Curve] | None = None
     table: LatencyTable | None = None
 
     @property
-    def left_names(self) -> frozenset[str]:
+    def skipped_names(self) -> frozenset[str]:
         """The names of the groups that cannot follow."""
-        return frozenset(group.name for group in self.left)
+        return frozenset(group.name for group in self.skipped)
 
 
 def dense_facts(prepared: Prepared, request: PruningRequest) -> DenseFacts:
@@ -217,7 +217,7 @@ def prune_prepared(
         seconds=time.perf_counter() - start,
         request=request,
         calibration=prepared.inputs.settings,
-        left_alone=facts.left,
+        skipped=facts.skipped,
     )
 
 
@@ -249,20 +249,20 @@ def _widths(
                     prepared,
                     request,
                     measured,
-                    facts.left_names,
+                    facts.skipped_names,
                     facts.form,
                     facts.table,
                 ),
             )
         except RequestError as error:
-            also = f"; {named(facts.left)}" if facts.left else ""
+            also = f"; {named(facts.skipped)}" if facts.skipped else ""
             raise type(error)(f"{error}{also}") from error
         if log is not None:
             log.note_allocation(known)
     units = {
         group.name: group.units
         for group in prepared.groups
-        if group.prunable and group.name not in facts.left_names
+        if group.prunable and group.name not in facts.skipped_names
     }
     curves = {} if known.budget is None else known.budget.curves
     sound = all(0 < kept < units.get(name, 0) for name, kept in known.keep.items()) and all(
@@ -283,7 +283,7 @@ def _curves(
     needed = request.has_budget and request.allocation == "curvature"
     if not needed or facts.curves is not None:
         return facts.curves
-    return shared_curves(prepared, request, facts.left_names)
+    return shared_curves(prepared, request, facts.skipped_names)
 
 
 @contextmanager

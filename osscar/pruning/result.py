@@ -21,13 +21,13 @@ from osscar.evaluation.dense import DenseScore
 from osscar.evaluation.forward import measure_forward
 from osscar.network.modules import device_of
 from osscar.offload.on_disk import is_on_disk
-from osscar.pruning.trial import LeftAlone
+from osscar.pruning.feasibility import SkippedGroup
 from osscar.report.prune_page import prune_page
 from osscar.request import PruningRequest
 from osscar.shrinking.lineage import Computed, lineage_of
 from osscar.shrinking.plan import Form, PruningPlan
 
-SCHEMA = "osscar.prune/3"
+SCHEMA = "osscar.prune/4"
 """Of the document of a run, as ``docs/json.md`` describes it."""
 
 
@@ -116,7 +116,7 @@ class PruningResult:
         What was asked for.
     calibration
         How many samples of what shape there were.
-    left_alone
+    skipped
         The groups that were to be pruned and could not follow, and why; they keep all their units.
     """
 
@@ -133,7 +133,7 @@ class PruningResult:
     seconds: float
     request: PruningRequest
     calibration: Mapping[str, Any] = field(default_factory=dict)
-    left_alone: tuple[LeftAlone, ...] = ()
+    skipped: tuple[SkippedGroup, ...] = ()
 
     @property
     def form(self) -> Form:
@@ -202,7 +202,7 @@ class PruningResult:
             "layers": [dataclasses.asdict(layer) for layer in self.layers],
             "form": str(self.form),
             "inputs": [dataclasses.asdict(given) for given in self.plan.traced],
-            "left_alone": [dataclasses.asdict(group) for group in self.left_alone],
+            "skipped": [dataclasses.asdict(group) for group in self.skipped],
         }
 
     def save(

@@ -25,6 +25,7 @@ from osscar.base.journal import Journal
 from osscar.base.json_files import STRICT
 from osscar.network.modules import copied
 from osscar.preparation.fingerprint import Manifest
+from osscar.pruning.feasibility import SkippedGroup
 from osscar.pruning.prune import (
     dense_facts,
     finish,
@@ -33,7 +34,6 @@ from osscar.pruning.prune import (
     within_memory,
 )
 from osscar.pruning.result import PruningResult
-from osscar.pruning.trial import LeftAlone
 from osscar.request import BASELINES, METHODS, Allocation, BudgetKind, PruningRequest
 from osscar.shrinking.plan import Form
 
@@ -113,10 +113,10 @@ def sweep(
         each = {job: within_memory(prepared, request) for job, request in requests.items()}
         facts = dense_facts(prepared, base)
         if any(request.allocation == "curvature" for request in requests.values()):
-            curves = shared_curves(prepared, base, facts.left_names)
+            curves = shared_curves(prepared, base, facts.skipped_names)
             facts = dataclasses.replace(facts, curves=curves)
         if points[0].budget is BudgetKind.SPEEDUP:
-            _, keep, shared = asked_groups(prepared, base, facts.left_names)
+            _, keep, shared = asked_groups(prepared, base, facts.skipped_names)
             table = latency_table(prepared, shared, keep, base.widths)
             facts = dataclasses.replace(facts, table=table)
         for job in points:
@@ -159,7 +159,7 @@ class Point:
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
-    schema: Literal["osscar.sweep-point/5"]
+    schema: Literal["osscar.sweep-point/6"]
     method: str
     budget: str
     value: float | int
@@ -177,7 +177,7 @@ class Point:
     loss: float
     prune_seconds: float
     widths: dict[str, int]
-    left_alone: tuple[LeftAlone, ...]
+    skipped: tuple[SkippedGroup, ...]
 
 
 class SweepDirectory(Journal[Manifest]):

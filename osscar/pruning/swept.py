@@ -145,7 +145,7 @@ class Sweep:
             dense = scored_dense()
             found = self._measured(model, calibration, sample)
             document = {
-                "schema": "osscar.sweep/4",
+                "schema": "osscar.sweep/5",
                 "osscar_version": __version__,
                 "model": source or lineage.source or type(model).__name__,
                 "calibration": {**data.settings, **told},
@@ -155,7 +155,7 @@ class Sweep:
                 "shapes": {name: list(tensor.shape) for name, tensor in sample.items()},
                 "budget": str(budget),
                 "points": [_entry(point) for point in found],
-                "left_alone": [dataclasses.asdict(group) for group in found[-1].left_alone],
+                "skipped": [dataclasses.asdict(group) for group in found[-1].skipped],
             }
             write_json(self.place.directory / DOCUMENT_FILE, document)
             write_text(self.place.directory / PAGE_FILE, sweep_page(document))
@@ -186,7 +186,7 @@ class Sweep:
             (one,) = score_quality([model], self.score, dense=dense, classes=self.classes)
             quality = dataclasses.asdict(one)
         return Point(
-            "osscar.sweep-point/5",
+            "osscar.sweep-point/6",
             job.method,
             str(job.budget),
             job.value,
@@ -201,7 +201,7 @@ class Sweep:
             loss=0.0 if result is None else result.loss,
             prune_seconds=0.0 if result is None else result.seconds,
             widths={} if result is None else {one.name: one.kept for one in result.layers},
-            left_alone=() if result is None else result.left_alone,
+            skipped=() if result is None else result.skipped,
         )
 
 
@@ -218,5 +218,5 @@ def _scored(score: TextSet | SampleSet | None) -> dict[str, Any]:
 
 def _entry(point: Point) -> dict[str, Any]:
     entry = dataclasses.asdict(point)
-    del entry["schema"], entry["budget"], entry["left_alone"]  # the same for all points
+    del entry["schema"], entry["budget"], entry["skipped"]  # the same for all points
     return entry

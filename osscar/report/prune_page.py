@@ -10,7 +10,7 @@ from osscar.report.evaluation_tables import comparison_rows, dense_remarks
 from osscar.report.figures import picture
 from osscar.report.page import asked_table, render
 from osscar.report.prune_plots import frontier_figure, kept_figure, loss_figure
-from osscar.report.run_tables import layers_table, left_alone_table
+from osscar.report.run_tables import layers_table, skipped_table
 from osscar.report.summary import proofs_in_words
 from osscar.report.tables import engineering, in_bytes, new_table, share
 from osscar.request import BudgetKind
@@ -35,7 +35,7 @@ def prune_page(document: Mapping[str, Any]) -> str:
     Parameters
     ----------
     document
-        An ``osscar.prune/3``, as ``docs/json.md`` describes it, such as ``osscar_report.json``.
+        An ``osscar.prune/4``, as ``docs/json.md`` describes it, such as ``osscar_report.json``.
         What it does not hold is left out.
     """
     computed = {f"computed: {key}": v for key, v in document.get("computed", {}).items()}
@@ -52,7 +52,7 @@ def prune_page(document: Mapping[str, Any]) -> str:
         pictures=list(_pictures(document)),
         layers=layers_table(document["layers"], predicted),
         bounded=_bounded(document),
-        left_alone=left_alone_table(document.get("left_alone") or ()),
+        skipped=skipped_table(document.get("skipped") or ()),
         asked=asked_table(asked, document["calibration"]),
     )
 

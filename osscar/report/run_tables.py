@@ -26,7 +26,7 @@ def layers_table(
     Parameters
     ----------
     layers
-        As in ``osscar.prune/3``; a column of which all layers say nothing is left out.
+        As in ``osscar.prune/4``; a column of which all layers say nothing is left out.
     predicted
         Divergence in nats, by name.
     """
@@ -60,10 +60,10 @@ def _certificate(layer: Mapping[str, Any]) -> str:
     return known if layer["recomputed_bound"] is None else f"{known}, recomputed"
 
 
-def left_alone_table(groups: Iterable[Mapping[str, Any]]) -> Table:
+def skipped_table(groups: Iterable[Mapping[str, Any]]) -> Table:
     """Return one row for each group that could not follow."""
     rows = ((one["name"], f"{one['units']} {one['kind']}", one["reason"]) for one in groups)
-    title = "left alone, since they cannot follow"
+    title = "skipped, since they cannot follow"
     return new_table(title, "group", "units >", "why", rows=rows)
 
 

@@ -12,12 +12,12 @@ from osscar.allocation.costs import ROUNDING
 from osscar.report.evaluation_tables import dense_remarks
 from osscar.report.figures import COLORS, SHARES, legend, picture, small_figure
 from osscar.report.page import asked_table, render
-from osscar.report.run_tables import left_alone_table
+from osscar.report.run_tables import skipped_table
 from osscar.report.tables import engineering, new_table, share
 from osscar.request import BASELINES, METHODS, BudgetKind
 
 Point: TypeAlias = Mapping[str, Any]
-"""One of the ``points[]`` of an ``osscar.sweep/4``."""
+"""One of the ``points[]`` of an ``osscar.sweep/5``."""
 
 _DENSE = "dense"
 _UNIFORM = "uniform shares, each layer refitted by itself"
@@ -106,7 +106,7 @@ def sweep_table(document: Mapping[str, Any]) -> Table:
     Parameters
     ----------
     document
-        An ``osscar.sweep/4``, as ``docs/json.md`` describes it.
+        An ``osscar.sweep/5``, as ``docs/json.md`` describes it.
     """
     points, varied = document["points"], _varied(document)
     measures = _known(points)
@@ -146,7 +146,7 @@ def sweep_page(document: Mapping[str, Any]) -> str:
         points=sweep_table(document),
         methods=new_table("", "", "", rows=((name, _METHODS.get(name, "")) for name in methods)),
         pictures=list(_pictures(points, varied)),
-        left_alone=left_alone_table(document["left_alone"]),
+        skipped=skipped_table(document["skipped"]),
         asked=asked_table(asked, document["calibration"]),
         shapes=", ".join("x".join(map(str, shape)) for shape in document["shapes"].values()),
     )

@@ -101,7 +101,7 @@ def check_module(names: dict[str, Any]) -> None:
 
 def check_forms(names: dict[str, Any]) -> None:
     assert names["result"].form == "graph"
-    assert not names["result"].left_alone
+    assert not names["result"].skipped
     assert names["archive"].inputs == {"input": (-1, -1, 8)}
 
 

@@ -11,7 +11,7 @@ from tests.traced import once
 _OF_STRUCTURE = frozenset(
     f"test_{what}"
     for what in (
-        *("alibi", "changed_code", "equivalence", "experts", "forms", "left_alone", "programs"),
+        *("alibi", "changed_code", "equivalence", "experts", "forms", "feasibility", "programs"),
         *("shrinking", "unread", "user_code"),
     )
 )

@@ -12,7 +12,7 @@ from torch import nn
 
 import graph
 from osscar.shrinking.plan import GroupPlan, PruningPlan
-from tests.osscar.test_left_alone import Gated, Generator, MaxOut, OptionA, Transformer
+from tests.osscar.test_feasibility import Gated, Generator, MaxOut, OptionA, Transformer
 
 
 class Grouped(nn.Module):

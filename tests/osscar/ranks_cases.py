@@ -81,7 +81,7 @@ def summary(result: PruningResult) -> dict[str, Any]:
         "curves": {} if result.budget is None else result.budget.curves,
         "divergence": result.divergence,
         "batch_norms": result.batch_norms,
-        "left_alone": [group.name for group in result.left_alone],
+        "skipped": [group.name for group in result.skipped],
     }
 
 

@@ -73,7 +73,7 @@ def test_heads_leave_with_their_slopes(name, tmp_path):
     model = built(name)
     calibration = torch.randint(3, 64, (8, 12))
     result = osscar.prune(model, calibration, heads="1/2", neurons=0.5)
-    assert not result.left_alone
+    assert not result.skipped
     assert {str(group.kind) for group in result.plan.groups} == {"heads", "neurons"}
     assert len(result.plan.groups) == 4
     reference = without(model, result)
@@ -208,7 +208,7 @@ def test_slopes_in_the_code_leave_in_a_program(name, tmp_path):
     model = IN_CODE[name]().eval()
     result = osscar.prune(model, torch.randn(16, 7, 5), heads="1/2")
     assert result.form == "graph"
-    assert not result.left_alone
+    assert not result.skipped
     (group,) = result.plan.groups
     assert len(group.kept) == 3
     smaller = result.model
@@ -245,12 +245,12 @@ class Counted(Made):
         return super().forward(x) + self.down(torch.relu(self.up(x)))
 
 
-@pytest.mark.filterwarnings("error:left alone")
-def test_what_only_a_program_can_lose_is_left_alone_in_modules():
+@pytest.mark.filterwarnings("error:skipped")
+def test_what_only_a_program_can_lose_is_skipped_in_modules():
     model = Counted().eval()
     result = osscar.prune(model, torch.randn(16, 7, 5), heads="1/2", neurons=0.5, strict=True)
     assert result.form == "module"
-    (left,) = result.left_alone
+    (left,) = result.skipped
     assert left.kind == "heads"
     assert "numbers that the code makes" in left.reason
     assert result.model.up.out_features == 6

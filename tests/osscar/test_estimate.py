@@ -29,7 +29,7 @@ from osscar.walk.walk import Walk, walk
 from tests.osscar.families import tokens
 from tests.osscar.networks import images, small_net
 from tests.osscar.test_experts import mixture
-from tests.osscar.test_left_alone import Transformer
+from tests.osscar.test_feasibility import Transformer
 from tests.osscar.test_streamed import windows as streamed_windows
 from tests.osscar.test_streamed import written
 
@@ -316,7 +316,7 @@ def test_what_cannot_follow_is_told_and_not_counted():
     data = torch.randn(16, 5, 16)
     with pytest.raises(osscar.OsscarError, match="2 of 4 groups cannot follow"):
         osscar.estimate(Transformer(), data, sparsity=0.5, form="module", strict=True)
-    with pytest.warns(UserWarning, match="left alone, since they cannot follow: .*heads"):
+    with pytest.warns(UserWarning, match="skipped, since they cannot follow: .*heads"):
         found = osscar.estimate(Transformer(), data, sparsity=0.5, form="module")
     assert [name for one in found.classes for name in one.groups if "heads" in name] == []
     assert sum(len(one.groups) for one in found.classes) == 2

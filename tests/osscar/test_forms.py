@@ -25,7 +25,7 @@ from osscar.base.errors import (
 from osscar.checkpoint.builders import TorchvisionOrigin
 from osscar.checkpoint.manifest import MANIFEST_FILE
 from osscar.cli import main
-from osscar.pruning import trial
+from osscar.pruning import feasibility
 from osscar.request import PruningRequest
 from osscar.shrinking import follow
 from osscar.shrinking.plan import Form, GroupPlan, PruningPlan
@@ -72,15 +72,15 @@ def smaller_program(net, data, *names, units=None):
 def test_a_form_that_fails_is_not_looked_into_where_another_does(monkeypatch):
     """To find by halving what modules cannot do takes many trials, of which nobody hears."""
     tried = []
-    rehearsed = trial.rehearse
+    rehearsed = feasibility.rehearse
     monkeypatch.setattr(
-        trial,
+        feasibility,
         "rehearse",
         lambda *given, **others: (tried.append(given[1]), rehearsed(*given, **others))[1],
     )
     net, data, result = prune("option A")
     assert result.form is Form.GRAPH
-    assert not result.left_alone
+    assert not result.skipped
     assert isinstance(result.model, osscar.ProgramModule)
     assert result.parameters_after < result.parameters_before
     assert far_apart(result.model(data), without_units(net, result.plan)(data)) < 2.0
@@ -107,10 +107,10 @@ def test_both_forms_compute_the_same_where_both_follow():
 
 
 def test_modules_alone_leave_them_alone():
-    with pytest.warns(UserWarning, match="left alone"):
+    with pytest.warns(UserWarning, match="skipped"):
         _, _, result = prune("heads", form="module")
     assert result.form is Form.MODULE
-    assert [group.kind for group in result.left_alone] == ["heads", "heads"]
+    assert [group.kind for group in result.skipped] == ["heads", "heads"]
 
 
 def test_batch_norm_is_renewed_in_a_program():

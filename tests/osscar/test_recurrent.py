@@ -101,7 +101,7 @@ def test_pruned_and_refitted(name, target, tmp_path):
     before = copy.deepcopy(net.state_dict())
     data = torch.randn(64, 6, 5)
     result = osscar.prune(net, data, neurons=0.5, target=target)
-    assert not result.left_alone
+    assert not result.skipped
     smaller = result.model
     module = smaller.recurrent if hasattr(smaller, "recurrent") else smaller.cell
     assert smaller.enter.out_features == module.input_size == 6

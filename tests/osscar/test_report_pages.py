@@ -98,13 +98,15 @@ def test_a_run_in_which_nothing_predicts_still_shows_its_budget(document, tmp_pa
 
 
 @pytest.mark.parametrize("width", [PHONE, DESK])
-def test_what_was_left_alone_fits_the_page_with_its_reason(document, tmp_path, width):
+def test_what_was_skipped_fits_the_page_with_its_reason(document, tmp_path, width):
     line = f"qkv = self.qkv(x).reshape(B, N, 3, {'self.blocks_with_a_long_name.' * 3}num_heads)"
     group = {"name": "blocks.0.attn.heads", "kind": "heads", "units": 4, "reason": line}
     text = check_shown(
-        written(tmp_path, {**document, "left_alone": [group]}), width, pictures=3
+        written(tmp_path, {**document, "skipped": [group]}), width, pictures=3
     ).replace("\u200b", "")
-    assert text.index("Layer by layer") < text.index("Left alone") < text.index("What was asked")
+    assert (
+        text.index("Layer by layer") < text.index("Skipped groups") < text.index("What was asked")
+    )
     assert "4 heads" in text
     assert line in text
 

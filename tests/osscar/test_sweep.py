@@ -14,6 +14,7 @@ from osscar.allocation.budget import described
 from osscar.base.errors import OptionError, OsscarError, RunError
 from osscar.models.language import DEMO_DIRECTORY
 from osscar.preparation.fingerprint import DenseOutputs, Fingerprint, Manifest
+from osscar.pruning.feasibility import SkippedGroup
 from osscar.pruning.prune import prepare_for, prune_as_asked
 from osscar.pruning.sweep import (
     BASELINES,
@@ -25,7 +26,6 @@ from osscar.pruning.sweep import (
     jobs,
     sweep,
 )
-from osscar.pruning.trial import LeftAlone
 from osscar.report.prune_page import budget_line
 from osscar.report.sweep_page import sweep_page, sweep_table
 from osscar.request import PruningRequest
@@ -185,11 +185,11 @@ def manifest(**more):
 
 def point(method=CURVATURE, value=0.5):
     return Point(
-        schema="osscar.sweep-point/5", method=method, budget="sparsity", value=value, limit=12.0,
+        schema="osscar.sweep-point/6", method=method, budget="sparsity", value=value, limit=12.0,
         reached=11.0, parameters=10, parameter_bytes=40, flops=100, form=Form.GRAPH, seconds=0.5,
         speedup=2.0, quality={"perplexity": 3.5},
         divergence=None, predicted=None, loss=0.25, prune_seconds=1.0, widths={"a": 3},
-        left_alone=(LeftAlone("b", "heads", 4, "a size in the code"),),
+        skipped=(SkippedGroup("b", "heads", 4, "a size in the code"),),
     )  # fmt: skip
 
 
@@ -271,7 +271,7 @@ def test_a_sweep_goes_on_and_its_page_shows_every_number(run, text, tmp_path):
     assert (out / "points" / "curvature-sparsity-0.6.json").read_text() == kept
     document = json.loads((out / "sweep.json").read_text())
     assert document == json.loads((tmp_path / "sweep.json").read_text())
-    assert document["schema"] == "osscar.sweep/4"
+    assert document["schema"] == "osscar.sweep/5"
     points = document["points"]
     assert len(points) == 11
     assert points[0]["method"] == "dense"
@@ -450,7 +450,7 @@ def shown_sweep(budget, values, dense_parameters=1000):
     return {
         **{"model": "demo", "calibration": {}, "scored": {}, "settings": {}, "budget": budget},
         **{"shapes": {}, "points": points},
-        "left_alone": [{"name": "a.b", "kind": "heads", "units": 4, "reason": "a size <in> it"}],
+        "skipped": [{"name": "a.b", "kind": "heads", "units": 4, "reason": "a size <in> it"}],
     }
 
 
@@ -472,7 +472,7 @@ def test_a_page_tells_what_was_asked_in_its_own_terms(budget, values, texts, tol
     assert columns[-1] == ["", "100.0%", "87.5%"]
     page = sweep_page(document)
     assert told in page
-    assert "Left alone" in page
+    assert "Skipped groups" in page
     assert "a size &lt;in&gt; it" in page
     assert page.count("<figure>") == 3
 

@@ -15,8 +15,8 @@ from torch.ao.quantization import FakeQuantize
 import osscar
 from graph import Role
 from osscar.network.modules import count_parameters
+from osscar.pruning.feasibility import feasible_groups
 from osscar.pruning.prune import prepare_for
-from osscar.pruning.trial import feasible_groups
 from osscar.request import PruningRequest
 from tests.graph.test_training import Auxiliary, Drawn
 

@@ -2,7 +2,7 @@
 
 Whether the code around a group works without some of its units is a matter of structure, which
 neither weights nor the choice of units change.  One small trial of all groups together says so for
-most models; where it fails, halves of them are tried, so that what cannot follow is left alone by
+most models; where it fails, halves of them are tried, so that what cannot follow is skipped by
 name.
 """
 
@@ -38,7 +38,7 @@ _MOST_TOLD = 8
 
 
 @dataclass(frozen=True)
-class LeftAlone:
+class SkippedGroup:
     """A group that keeps all its units, since something around it cannot work with fewer.
 
     Parameters
@@ -59,7 +59,7 @@ class LeftAlone:
 
 def feasible_groups(
     prepared: Prepared, request: PruningRequest
-) -> tuple[Form, tuple[LeftAlone, ...]]:
+) -> tuple[Form, tuple[SkippedGroup, ...]]:
     """Find what of a model is to be shrunk, and the groups that cannot follow then.
 
     The same model and request come to the same answer, so that a run which goes on asks again.
@@ -100,7 +100,7 @@ def feasible_groups(
     form = min(trials, key=lambda form: len(trials[form].reasons))
     trial = trials[form]
     left = tuple(
-        LeftAlone(group.name, str(group.kind), group.units, trial.reasons[group.name])
+        SkippedGroup(group.name, str(group.kind), group.units, trial.reasons[group.name])
         for group in groups
         if group.name in trial.reasons
     )
@@ -112,7 +112,7 @@ def feasible_groups(
         )
     if refused:
         warnings.warn(
-            f"{named(refused)}; the report, or left_alone of the result, says why", stacklevel=2
+            f"{named(refused)}; the report, or skipped of the result, says why", stacklevel=2
         )
     return _chosen(prepared, form, trial, groups, left)
 
@@ -122,8 +122,8 @@ def _chosen(
     form: Form,
     trial: _Trial,
     groups: Sequence[CouplingGroup],
-    left: tuple[LeftAlone, ...] = (),
-) -> tuple[Form, tuple[LeftAlone, ...]]:
+    left: tuple[SkippedGroup, ...] = (),
+) -> tuple[Form, tuple[SkippedGroup, ...]]:
     """Warn of what the smaller model may not be used for."""
     if form is Form.MODULE:
         going = [group for group in groups if group.name not in trial.reasons]
@@ -292,13 +292,13 @@ def _sizes(shapes: dict[str, tuple[int, ...]], groups: Sequence[CouplingGroup]) 
     return {shapes[slot.tensor][slot.dim] for slot in slots}
 
 
-def named(left: Sequence[LeftAlone]) -> str:
-    """Say which groups are left alone."""
+def named(left: Sequence[SkippedGroup]) -> str:
+    """Say which groups are skipped."""
     said = listed([repr(group.name) for group in left], _MOST_TOLD, "; ")
-    return f"left alone, since they cannot follow: {said}"
+    return f"skipped, since they cannot follow: {said}"
 
 
-def _refusal(left: Sequence[LeftAlone], tried: int, request: PruningRequest) -> str:
+def _refusal(left: Sequence[SkippedGroup], tried: int, request: PruningRequest) -> str:
     """Say why nothing is pruned, and what to do."""
     none = tried == len(left)
     count = f"{'none' if none else len(left)} of {counted(tried, 'group')}"

@@ -1,4 +1,4 @@
-"""What cannot follow is found before anything is solved, left alone, and named."""
+"""What cannot follow is found before anything is solved, skipped, and named."""
 
 import copy
 import json
@@ -18,12 +18,12 @@ from osscar.allocation.widths import asked_groups
 from osscar.base.errors import AdapterError, EquivalenceError, RequestError, RunError
 from osscar.cli import main
 from osscar.preparation.prepare import prepare
+from osscar.pruning import feasibility as feasibility_room
 from osscar.pruning import prune as pruning_room
-from osscar.pruning import trial as trial_room
+from osscar.pruning.feasibility import feasible_groups
 from osscar.pruning.prune import prepare_for, prune_as_asked
 from osscar.pruning.run_log import RunLog
 from osscar.pruning.sweep import BudgetKind, Job, jobs, sweep
-from osscar.pruning.trial import feasible_groups
 from osscar.request import PruningRequest
 from osscar.shrinking.plan import Form
 from tests.osscar.families import tiny, tokens
@@ -36,7 +36,7 @@ WIDTH = 16
 @pytest.fixture(autouse=True)
 def modules_alone(monkeypatch):
     """Most of these networks follow as programs, which is another matter: see `test_forms`."""
-    monkeypatch.setitem(trial_room.FORMS, "auto", (Form.MODULE,))
+    monkeypatch.setitem(feasibility_room.FORMS, "auto", (Form.MODULE,))
 
 
 class Attention(nn.Module):
@@ -197,7 +197,7 @@ def assert_equals_the_masked_model(dense, result, x):
 
 
 def left(result):
-    return [group.name for group in result.left_alone]
+    return [group.name for group in result.skipped]
 
 
 def left_of(followed):
@@ -220,8 +220,8 @@ def tries(monkeypatch):
         tried.append([group.name for group in plan.groups])
         return original(model, plan, inputs, **others)
 
-    original = trial_room.rehearse
-    monkeypatch.setattr(trial_room, "rehearse", rehearse)
+    original = feasibility_room.rehearse
+    monkeypatch.setattr(feasibility_room, "rehearse", rehearse)
     return tried
 
 
@@ -245,15 +245,15 @@ def asked_of(network):
     return dict.fromkeys(kinds.get(network, ("neurons",)), "1/2")
 
 
-@pytest.mark.filterwarnings("ignore:left alone")
+@pytest.mark.filterwarnings("ignore:skipped")
 @pytest.mark.parametrize("name", CASES)
-def test_what_cannot_follow_is_left_alone_and_all_else_is_pruned(name):
+def test_what_cannot_follow_is_skipped_and_all_else_is_pruned(name):
     network, data, expected, line = CASES[name]
     dense = built(network)
     before = {key: value.clone() for key, value in dense.state_dict().items()}
     result = osscar.prune(dense, data(), **asked_of(network), device="cpu")
     assert left(result) == expected
-    for group in result.left_alone:
+    for group in result.skipped:
         place = group.name.removesuffix(".heads") if network is Transformer else "the model"
         assert group.reason.startswith(f"module {place!r} (")
         assert line in group.reason
@@ -267,10 +267,10 @@ def test_what_cannot_follow_is_left_alone_and_all_else_is_pruned(name):
 
 
 @pytest.mark.sampled(3)
-@pytest.mark.filterwarnings("ignore:left alone")
+@pytest.mark.filterwarnings("ignore:skipped")
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("allocation", ["curvature", "uniform"])
-def test_a_budget_does_not_count_what_is_left_alone(name, allocation):
+def test_a_budget_does_not_count_what_is_skipped(name, allocation):
     network, data, expected, _ = CASES[name]
     dense = built(network)
     asked = {"sparsity": 0.5, "allocation": allocation, "device": "cpu"}
@@ -291,19 +291,19 @@ def test_a_budget_does_not_count_what_is_left_alone(name, allocation):
 
 
 def test_users_are_warned_by_name():
-    with pytest.warns(UserWarning, match=r"left alone.*'blocks\.0\.attn\.heads'; 'blocks\.1"):
+    with pytest.warns(UserWarning, match=r"skipped.*'blocks\.0\.attn\.heads'; 'blocks\.1"):
         tried(built(Transformer), words(), sparsity=0.5)
 
 
-@pytest.mark.filterwarnings("ignore:left alone")
-def test_a_group_that_was_named_is_left_alone_too():
+@pytest.mark.filterwarnings("ignore:skipped")
+def test_a_group_that_was_named_is_skipped_too():
     named = {HEADS[0]: 2, NEURONS[1]: 9}
     result = osscar.prune(built(Transformer), words(), groups=named, device="cpu")
     assert left(result) == HEADS[:1]
     assert [(layer.name, layer.kept) for layer in result.layers] == [(NEURONS[1], 9)]
 
 
-@pytest.mark.filterwarnings("ignore:left alone")
+@pytest.mark.filterwarnings("ignore:skipped")
 def test_groups_that_go_alone_but_not_together(tries):
     dense, data = built(Pair), rows(48, 8)
     for one in ("one", "other"):  # each can go by itself
@@ -314,26 +314,26 @@ def test_groups_that_go_alone_but_not_together(tries):
     join, one, other = "join.neurons", "one.neurons", "other.neurons"
     assert tries == [[join, one, other], [join], [join, one]]  # what has failed is not tried again
     assert left(result) == [other]
-    assert "16 features are too few" in result.left_alone[0].reason
+    assert "16 features are too few" in result.skipped[0].reason
     assert [layer.name for layer in result.layers] == [one, join]
     assert_equals_the_masked_model(dense, result, data[:5])
 
 
-@pytest.mark.filterwarnings("ignore:left alone")
+@pytest.mark.filterwarnings("ignore:skipped")
 def test_a_group_is_tried_together_with_all_that_go():
     found = tried(built(Quartet), rows(48, 8), neurons="1/2")
     assert left_of(found) == ["two.neurons", "bad.neurons"]
 
 
-@pytest.mark.filterwarnings("ignore:left alone")
-def test_a_budget_that_cannot_be_met_says_what_is_left_alone():
-    with pytest.raises(RequestError, match=r"cannot be met.*left alone.*blocks\.1\.attn\.heads"):
+@pytest.mark.filterwarnings("ignore:skipped")
+def test_a_budget_that_cannot_be_met_says_what_is_skipped():
+    with pytest.raises(RequestError, match=r"cannot be met.*skipped.*blocks\.1\.attn\.heads"):
         osscar.prune(built(Transformer), words(), params=0.4, device="cpu")
 
 
-@pytest.mark.filterwarnings("ignore:left alone")
-def test_a_budget_that_only_what_is_left_alone_would_share_is_refused():
-    with pytest.raises(RequestError, match=r"nothing is left for it.*left alone.*attn\.heads"):
+@pytest.mark.filterwarnings("ignore:skipped")
+def test_a_budget_that_only_what_is_skipped_would_share_is_refused():
+    with pytest.raises(RequestError, match=r"nothing is left for it.*skipped.*attn\.heads"):
         osscar.prune(built(Transformer), words(), neurons=0.5, sparsity=0.3, device="cpu")
 
 
@@ -388,7 +388,7 @@ def test_one_trial_is_enough_where_all_can_follow(kind, tries):
     assert set(tries[0]) == {group.name for group in shared}
 
 
-@pytest.mark.filterwarnings("ignore:left alone")
+@pytest.mark.filterwarnings("ignore:skipped")
 def test_few_trials_find_what_cannot_follow(tries):
     depth = 8
     found = tried(built(lambda: Transformer(depth)), words(), sparsity=0.5)
@@ -398,7 +398,7 @@ def test_few_trials_find_what_cannot_follow(tries):
     assert {name for name in tries[-1] if name.endswith("neurons")} == neurons
 
 
-@pytest.mark.filterwarnings("ignore:left alone")
+@pytest.mark.filterwarnings("ignore:skipped")
 def test_a_trial_leaves_the_model_as_it_was():
     class Counting(Gated):
         """Keeps a table for each number of samples, and counts its calls."""
@@ -471,21 +471,21 @@ def killed(log, request, monkeypatch):
     assert log.committed == 1
 
 
-@pytest.mark.filterwarnings("ignore:left alone")
-def test_a_run_that_goes_on_leaves_the_same_alone(tmp_path, monkeypatch):
+@pytest.mark.filterwarnings("ignore:skipped")
+def test_a_run_that_goes_on_skips_the_same(tmp_path, monkeypatch):
     request, log = PruningRequest(sparsity=0.5, device="cpu"), RunLog(tmp_path / "log")
     whole = prune_as_asked(built(Transformer), words(), request)
     killed(log, request, monkeypatch)
     again = prune_as_asked(built(Transformer), words(), request, log)
     assert left(again) == HEADS
-    assert again.left_alone == whole.left_alone
+    assert again.skipped == whole.skipped
     assert again.plan == whole.plan
     for key, value in whole.model.state_dict().items():
         assert torch.equal(value, again.model.state_dict()[key]), key
 
 
-@pytest.mark.filterwarnings("ignore:left alone")
-def test_a_log_that_prunes_what_is_left_alone_is_refused(tmp_path, monkeypatch):
+@pytest.mark.filterwarnings("ignore:skipped")
+def test_a_log_that_prunes_what_is_skipped_is_refused(tmp_path, monkeypatch):
     request, log = PruningRequest(sparsity=0.5, device="cpu"), RunLog(tmp_path / "log")
     with monkeypatch.context() as patch:
         patch.setattr(pruning_room, "feasible_groups", lambda *_: (Form.MODULE, ()))
@@ -494,7 +494,7 @@ def test_a_log_that_prunes_what_is_left_alone_is_refused(tmp_path, monkeypatch):
         prune_as_asked(built(Transformer), words(), request, log)
 
 
-@pytest.mark.filterwarnings("ignore:left alone")
+@pytest.mark.filterwarnings("ignore:skipped")
 def test_a_sweep_tries_once(tries, monkeypatch):
     measured = []
 
@@ -527,7 +527,7 @@ def test_a_sweep_tries_once(tries, monkeypatch):
 CODE = """
 import torch
 from torch import nn
-from tests.osscar.test_left_alone import Transformer, WIDTH
+from tests.osscar.test_feasibility import Transformer, WIDTH
 
 class Patches(nn.Module):
     def __init__(self):
@@ -570,15 +570,15 @@ def run(monkeypatch, capsys, tmp_path):
     sys.modules.pop("osscar_test_patches", None)
 
 
-def test_the_command_says_what_is_left_alone_and_why(run, tmp_path):
+def test_the_command_says_what_is_skipped_and_why(run, tmp_path):
     status, out, err = run("--json", "run.json")
     assert status == 0, err
-    table = out.partition("left alone, since they cannot follow")[2]
+    table = out.partition("skipped, since they cannot follow")[2]
     document = json.loads((tmp_path / "run.json").read_text())
-    page = (tmp_path / "small" / "report.html").read_text().partition("<h2>Left alone</h2>")[2]
-    assert document["schema"] == "osscar.prune/3"
-    assert [group["name"] for group in document["left_alone"]] == [f"rest.{n}" for n in HEADS]
-    for group in document["left_alone"]:
+    page = (tmp_path / "small" / "report.html").read_text().partition("<h2>Skipped groups</h2>")[2]
+    assert document["schema"] == "osscar.prune/4"
+    assert [group["name"] for group in document["skipped"]] == [f"rest.{n}" for n in HEADS]
+    for group in document["skipped"]:
         assert (group["kind"], group["units"]) == ("heads", 4)
         assert "C // self.num_heads" in group["reason"]
         assert group["name"] in table
@@ -588,16 +588,16 @@ def test_the_command_says_what_is_left_alone_and_why(run, tmp_path):
     assert {layer["name"] for layer in document["layers"]} == {f"rest.{name}" for name in NEURONS}
 
 
-def test_a_sweep_says_what_is_left_alone_too(run, tmp_path):
+def test_a_sweep_says_what_is_skipped_too(run, tmp_path):
     asked = ("--backend", "magnitude", "--json", "sweep.json")
     for _ in range(2):  # the second time from what is kept
         status, out, err = run(*asked, command="sweep")
         assert status == 0, err
-        table = out.partition("left alone, since they cannot follow")[2]
+        table = out.partition("skipped, since they cannot follow")[2]
         assert table.count("4 heads") == 2
     document = json.loads((tmp_path / "sweep.json").read_text())
-    assert [group["name"] for group in document["left_alone"]] == [f"rest.{n}" for n in HEADS]
-    assert "left_alone" not in document["points"][-1]
+    assert [group["name"] for group in document["skipped"]] == [f"rest.{n}" for n in HEADS]
+    assert "skipped" not in document["points"][-1]
     status, _, err = run("--strict", "--out", "strict", command="sweep")
     assert status == 2
     assert "2 of 4 groups cannot follow" in err
@@ -619,7 +619,7 @@ def test_the_command_says_which_sizes_a_program_takes_no_others_of(run, tmp_path
 def test_nothing_is_said_where_nothing_is_left(run, tmp_path):
     status, out, err = run("--skip", "*.heads")
     assert status == 0, err
-    assert "left alone" not in out + err
-    assert "Left alone" not in (tmp_path / "small" / "report.html").read_text()
+    assert "cannot follow" not in out + err
+    assert "Skipped groups" not in (tmp_path / "small" / "report.html").read_text()
     report = json.loads((tmp_path / "small" / "osscar_report.json").read_text())
-    assert report["left_alone"] == []
+    assert report["skipped"] == []
