@@ -153,6 +153,17 @@ class Range:
         return self.kind(value)  # type: ignore[call-overload]
 
 
+def count_from(least: int, error: type[OsscarError] = OptionError) -> Range:
+    """Return the range of whole numbers that tensors can hold, from one on."""
+    advice = f"a whole number from {least}, below 2^63"
+    return Range(int, lambda count: least <= count < 2**63, advice, error)
+
+
+def _share(verb: str) -> Range:
+    advice = f"the share to {verb}, a number above 0 and below 1"
+    return Range(float, lambda share: 0 < share < 1, advice, RequestError)
+
+
 _DAMP = Range(
     float,
     lambda damp: 0 <= damp <= _LARGEST_DAMP,
@@ -330,26 +341,10 @@ class PruningRequest:
     Fraction(2, 3)
     """
 
-    sparsity: Annotated[
-        float | None,
-        Range(
-            float,
-            lambda share: 0 < share < 1,
-            "the share to remove, a number above 0 and below 1",
-            RequestError,
-        ),
-    ] = None
+    sparsity: Annotated[float | None, _share("remove")] = None
     params: KeepOption = None
     size: KeepOption = None
-    flops: Annotated[
-        float | None,
-        Range(
-            float,
-            lambda share: 0 < share < 1,
-            "the share to keep, a number above 0 and below 1",
-            RequestError,
-        ),
-    ] = None
+    flops: Annotated[float | None, _share("keep")] = None
     speedup: Annotated[
         float | None,
         Range(float, lambda ratio: 1 < ratio <= _LARGEST, "a finite number above 1", RequestError),
@@ -360,9 +355,7 @@ class PruningRequest:
     channels: KeepOption = None
     residual: KeepOption = None
     groups: Annotated[Mapping[str, Keep], _groups] = field(default_factory=dict)
-    round_to: Annotated[
-        int, Range(int, lambda width: width >= 1, "a whole number from 1", RequestError)
-    ] = 1
+    round_to: Annotated[int, count_from(1, RequestError)] = 1
     at_least: KeepOption = None
     skip: Annotated[Sequence[str], _patterns] = ()
     backend: "str | solvers.Backend" = "local_search"
@@ -375,13 +368,8 @@ class PruningRequest:
     ] = None
     batch_norm: Literal["correct", "estimate", "keep"] = "correct"
     device: Annotated[str, _text] = "auto"
-    batch_size: Annotated[
-        int | None,
-        Range(int, lambda size: 1 <= size < 2**63, "a whole number, at least 1"),
-    ] = None
-    seed: Annotated[
-        int, Range(int, lambda seed: 0 <= seed < 2**63, "a whole number from 0 to 2^63 - 1")
-    ] = 0
+    batch_size: Annotated[int | None, count_from(1)] = None
+    seed: Annotated[int, count_from(0)] = 0
     form: Literal["auto", "module", "graph"] = "auto"
     strict: bool = False
 

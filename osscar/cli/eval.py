@@ -71,24 +71,26 @@ def run(model: str, options: EvalOptions) -> None:
             comparison = _comparison(loaded, against, data, weights, load, how)
         evaluation = evaluate(loaded.model, data, **how) if comparison is None else comparison.model
     computed = Computed.of(loaded.model)
-    _print(evaluation, comparison, model)
+    if comparison is None:
+        out.print(evaluation_table(evaluation, model))
+    else:
+        out.print(comparison_table(comparison, Path(model).name))
     say(f"{_scored(data, evaluation, loaded)}; {computed.sentence()}")
     numbers = evaluation.numbers()
     if comparison is None and numbers.get("top1", numbers.get("perplexity")) is None:
         say("nothing is known of its quality: that takes labels, or --against the dense model")
-    found = {"model": evaluation} if comparison is None else vars(comparison)
+    measured = {"model": evaluation} if comparison is None else vars(comparison)
     content = {
         "name": model,
         "against": None if comparison is None else against,
         **_source(data, text, images, inputs),
-        "computed": computed,
-        **found,
+        "computed": dataclasses.asdict(computed),
+        **{
+            name: dataclasses.asdict(one) if isinstance(one, Evaluation) else one
+            for name, one in measured.items()
+        },
     }
-    plain = {
-        key: dataclasses.asdict(value) if isinstance(value, Computed | Evaluation) else value
-        for key, value in content.items()
-    }
-    write_json(options.json, document("eval", 3, plain))
+    write_json(options.json, document("eval", 3, content))
 
 
 def _comparison(
@@ -153,11 +155,3 @@ def _source(
     if isinstance(data, ImageSet):
         return {"images": images, "preprocessing": data.preprocessing.record()}
     return {"text": text or "builtin"} if inputs is None else {"inputs": inputs}
-
-
-def _print(evaluation: Evaluation, comparison: Comparison | None, name: str) -> None:
-    """Print the numbers of a model, beside those of the dense one if there is one."""
-    if comparison is None:
-        out.print(evaluation_table(evaluation, name))
-    else:
-        out.print(comparison_table(comparison, Path(name).name))

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import solvers
 from osscar.base.errors import OptionError
 from osscar.base.inputs import shown
-from osscar.request import Range, checked
+from osscar.request import Range, checked, count_from
 
 HEURISTICS = ("magnitude", "wanda", "greedy", "multistage", "local_search")
 DEFAULT_BACKENDS = (*HEURISTICS, "perspective", "branch_and_bound")
@@ -37,10 +37,6 @@ def _backends(name: str, values: Any) -> tuple[str, ...]:
             raise OptionError(f"backend is {shown(backend)}; give a name")
         solvers.make_backend(backend)
     return tuple(values)
-
-
-def _count(least: int) -> Range:
-    return Range(int, lambda count: least <= count < 2**63, f"a whole number from {least}")
 
 
 @dataclass(frozen=True)
@@ -74,16 +70,16 @@ class StudyDesign:
 
     sparsities: Annotated[tuple[float, ...], _sparsities] = (0.25, 0.5, 0.75)
     backends: Annotated[tuple[str, ...], _backends] = DEFAULT_BACKENDS
-    exact_units: Annotated[int, _count(1)] = 64
-    window_units: Annotated[int | None, _count(2)] = None
-    windows: Annotated[int, _count(1)] = 3
+    exact_units: Annotated[int, count_from(1)] = 64
+    window_units: Annotated[int | None, count_from(2)] = None
+    windows: Annotated[int, count_from(1)] = 3
     time_limit: Annotated[
         float, Range(float, lambda seconds: 0 < seconds <= 1e9, "seconds above 0")
     ] = 60.0
     gap_tolerance: Annotated[
         float, Range(float, lambda gap: 0 <= gap < 1, "a share from 0 and below 1")
     ] = 1e-6
-    seed: Annotated[int, _count(0)] = 0
+    seed: Annotated[int, count_from(0)] = 0
 
     def __post_init__(self) -> None:
         checked(self)

@@ -28,7 +28,7 @@ from osscar.base.journal import Journal
 from osscar.base.json_files import MEGABYTE, STRICT
 from osscar.base.progress import stage
 from osscar.preparation.fingerprint import Fingerprint, Manifest
-from osscar.request import Range
+from osscar.request import count_from
 from osscar.study.design import StudyDesign
 from osscar.study.jobs import (
     RECORDS,
@@ -50,8 +50,6 @@ _READABLE_NAME = 80
 
 _INCUMBENT = "local_search"
 """Whose answer the units outside a window are held at."""
-
-_JOBS = Range(int, lambda count: count >= 1, "a whole number from 1")
 
 
 class _StudyJournal(Journal[Manifest]):
@@ -216,7 +214,7 @@ class Study:
         """
         if not isinstance(design, StudyDesign):
             raise OptionError(f"the design is a {type(design).__name__}; give a StudyDesign")
-        _JOBS("jobs", jobs)
+        count_from(1)("jobs", jobs)
 
         def solved(tasks: Sequence[Task]) -> list[Record]:
             records: dict[tuple[str, int, str], Record] = {}

@@ -15,18 +15,18 @@ from osscar.report.summary import summarize
 from osscar.study.design import StudyDesign
 from osscar.study.directory import Study
 from tests.osscar.browser import DESK, PHONE, seen
+from tests.osscar.families import tiny, tokens
 
 PROSE = "the quick brown fox jumps over the lazy dog and runs back again before night falls. " * 200
 
 
 @pytest.fixture(scope="module")
 def document():
-    loaded = osscar.load_model("demo", device="cpu")
-    calibration = osscar.load_calibration(None, loaded.tokenizer, samples=8, seqlen=64)
+    model, calibration = tiny("opt"), tokens()
     result = osscar.prune(
-        loaded.model, calibration, sparsity=0.6, certify=True, backend="greedy", device="cpu"
+        model, calibration, sparsity=0.6, certify=True, backend="greedy", device="cpu"
     )
-    return json.loads(json.dumps(result.document(loaded.model, calibration, source="demo")))
+    return json.loads(json.dumps(result.document(model, calibration, source="demo")))
 
 
 def written(tmp_path, document):

@@ -673,7 +673,7 @@ def test_without_its_certificate_a_proof_is_only_as_recorded(study):
 
 
 def test_what_is_optimal_within_windows_is_recomputed_from_their_trees(tmp_path):
-    study = captured(tmp_path / "study", problem(26, name="a"))
+    study = captured(tmp_path / "study", problem(20, name="a"))
     design = dataclasses.replace(QUICK, backends=("window_search",))
     records = study.run(design)
     assert any(record.status == "WINDOW_OPTIMAL" for record in records)
