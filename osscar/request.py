@@ -411,7 +411,7 @@ class PruningRequest:
         """Return the backend with its options."""
         if isinstance(self.backend, str):
             return solvers.make_backend(self.backend, **dict(self.backend_options))
-        if not _has_method(self.backend, "select"):
+        if not callable(getattr(type(self.backend), "select", None)):
             raise OptionError(
                 f"backend is {shown(self.backend)}; give a name, or an object that selects"
             )
@@ -478,20 +478,11 @@ class PruningRequest:
             )
         return data
 
-    @classmethod
-    def from_json(cls, data: object) -> "PruningRequest":
-        """Read what `to_json` returned, such as the settings of a saved report."""
-        known = {f.name for f in dataclasses.fields(cls)}
-        if not isinstance(data, Mapping) or not set(data) <= known:
-            odd = sorted(map(str, set(data) - known)) if isinstance(data, Mapping) else data
-            raise OptionError(f"these are no settings of a pruning run: {odd!r}")
-        return cls(**data)
-
 
 # ---- as keywords -------------------------------------------------------------------------
 
 
-class TakesRequest(Protocol[P, R_co]):
+class _TakesRequest(Protocol[P, R_co]):
     """A function of a model and calibration data that takes the fields of a request as keywords."""
 
     def __call__(
@@ -503,7 +494,7 @@ class TakesRequest(Protocol[P, R_co]):
 def by_keywords(
     request: Callable[P, PruningRequest],
     run: Callable[["nn.Module", Any, PruningRequest], R],
-) -> TakesRequest[P, R]:
+) -> _TakesRequest[P, R]:
     """Return a function that takes the fields of a request in the place of the request.
 
     Type checkers see its keywords, as `help` does, which describes them in the request's words.
@@ -527,7 +518,7 @@ def by_keywords(
         run.__doc__ or "",
         flags=re.DOTALL,
     )
-    return cast("TakesRequest[P, R]", keywords)
+    return cast("_TakesRequest[P, R]", keywords)
 
 
 def _described(doc: str) -> str:
@@ -535,13 +526,6 @@ def _described(doc: str) -> str:
     found = re.search(r"Parameters\n-+\n(.*?)\n\n\w+\n---", doc, re.DOTALL)
     lines = found[1].splitlines() if found else []
     return "\n".join(f"    {line}".rstrip() for line in lines)
-
-
-def _has_method(value: object, name: str) -> bool:
-    try:
-        return callable(getattr(value, name, None))
-    except Exception:  # anyone's code may run here
-        return False
 
 
 def parse_keep(value: Keep) -> Fraction | int:

@@ -17,8 +17,8 @@ from osscar.base.printable import printable
 _AIRY, _TIGHT = (0, 1, 0, 1), (0, 1, 0, 0)
 """Paddings: top, right, bottom, left."""
 
-_PIECES = ((16, 12), (12, 8))
-"""Columns of a terminal that a piece of a row's name, and of another word, has if it is folded."""
+_PIECE = 16
+"""Columns of a terminal that a piece of a row's name has if it is folded."""
 
 _ENDLESS = 1 << 16
 """Columns in which any cell fits."""
@@ -39,8 +39,8 @@ class _PlainTable(Table):
         endless = options.update_width(_ENDLESS)
         spans = [self._span(console, endless, index) for index in range(len(self.columns))]
         whole = [least for least, _ in spans]
-        folded = [self._folded(whole, *pieces) for pieces in _PIECES]
-        for padding, least in ((_AIRY, whole), *((_TIGHT, widths) for widths in (whole, *folded))):
+        folded = [min(whole[0], _PIECE), *whole[1:]]
+        for padding, least in ((_AIRY, whole), (_TIGHT, whole), (_TIGHT, folded)):
             edges = len(spans) * (1 + padding[1] + padding[3]) + 1
             room = options.max_width - edges
             widths = _narrowed([most for _, most in spans], least, room)
@@ -62,14 +62,6 @@ class _PlainTable(Table):
         keeps_lines = index == 0 or column.justify == "right"
         least = most if keeps_lines else max((m.minimum for m in measures), default=0)
         return max(least, heading.minimum), max(most, heading.maximum)
-
-    def _folded(self, whole: Sequence[int], of_name: int, of_word: int) -> list[int]:
-        """Return how wide columns are if names and words are folded to such pieces."""
-        pieces = [of_name, *[of_word] * (len(whole) - 1)]
-        return [
-            least if column.justify == "right" else min(least, piece)
-            for column, least, piece in zip(self.columns, whole, pieces, strict=True)
-        ]
 
     def _lists(self) -> Iterator[RenderableType]:
         """Yield each row as a list of what stands in its columns."""

@@ -169,7 +169,7 @@ def test_numbers_of_other_libraries_are_plain_in_what_is_saved():
     asked = Asked(sparsity=Fraction(1, 2), damp=np.float32(0.5), seed=np.int64(3), batch_size=None)
     data = json.loads(json.dumps(asked.to_json()))
     assert (data["sparsity"], data["damp"], data["seed"]) == (0.5, 0.5, 3)
-    assert Asked.from_json(data) == Asked(sparsity=0.5, damp=0.5, seed=3)
+    assert Asked(**data) == Asked(sparsity=0.5, damp=0.5, seed=3)
 
 
 def test_fields_are_keywords_and_models_may_be():
