@@ -161,19 +161,18 @@ def pixels(part="test"):
 # ---- stated ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("command", ["prune", "sweep", "gap", "eval"])
-def test_nothing_is_assumed_of_the_images_of_ones_own_model(command, run, place):
-    arguments = {
-        "prune": prune("build"),
-        "sweep": ("sweep", *prune("build")[1:6], "--sparsity", "0.5"),
-        "gap": ("gap", *prune("build")[1:6]),
-        "eval": ("eval", "net.py:build", "--images", "images.npz:test"),
-    }[command]
-    status, _, err = run(*arguments)
-    assert status == 2
-    assert "nothing states the mean and std of the images that net.py:build reads" in err
-    for way in ("--mean", "--std", "--no-normalize", "(model, example, transform)"):
-        assert way in err
+def test_nothing_is_assumed_of_the_images_of_ones_own_model(run, place):
+    for arguments in (
+        prune("build"),
+        ("sweep", *prune("build")[1:6], "--sparsity", "0.5"),
+        ("gap", *prune("build")[1:6]),
+        ("eval", "net.py:build", "--images", "images.npz:test"),
+    ):
+        status, _, err = run(*arguments)
+        assert status == 2
+        assert "nothing states the mean and std of the images that net.py:build reads" in err
+        for way in ("--mean", "--std", "--no-normalize", "(model, example, transform)"):
+            assert way in err
     assert not (place / "small").exists()
 
 
@@ -241,7 +240,8 @@ def test_models_of_text_have_no_images_to_state_anything_of(run):
     assert (status, "--mean is for models" in err) == (2, True), err
 
 
-def test_what_is_stated_of_a_model_of_torchvision_takes_the_place_of_its_own():
+def test_what_is_stated_takes_the_place_of_what_is_brought(place):
+    """Three equal numbers are one for all, and a square is its side."""
     name, load = "torchvision:squeezenet1_1", {"pretrained": False, "device": "cpu"}
     with pytest.warns(UserWarning, match=r"crop 64, where .* brings resize 2\d\d, crop 224"):
         loaded = load_model(name, preprocessing=Preprocessing(crop=64), **load)
@@ -249,10 +249,6 @@ def test_what_is_stated_of_a_model_of_torchvision_takes_the_place_of_its_own():
     assert loaded.preprocessing == own.with_stated(Preprocessing(crop=64))
     assert loaded.preprocessing.resize == 64
     assert loaded.example["x"].shape == (2, 3, 64, 64)
-
-
-def test_numbers_that_are_equal_are_no_difference(place):
-    """Three equal ones are one for all, and a square is its side."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         stated = Preprocessing(crop=(12, 12), mean=(0.5,) * 3, std=(0.25,) * 3)
@@ -260,14 +256,11 @@ def test_numbers_that_are_equal_are_no_difference(place):
     assert loaded.preprocessing == Preprocessing(
         crop=12, mean=0.5, std=0.25, channels=3, interpolation="bilinear", dtype="float32"
     )
-
-
-def test_what_is_not_stated_is_said_not_to_be():
     assert Preprocessing(channels=1).sentence() == "grayscale; the mean and std and size not stated"
-    assert Preprocessing(crop=8, channels=3).sentence() == (
-        "RGB, resized to a shorter side of 8 (bilinear); 8 x 8 cut from the centre; "
-        "the mean and std not stated"
-    )
+    with pytest.raises(ModelError, match=r"gives 3 \(int\) as what is done to an image"):
+        load_model("net.py:nothing")
+    with pytest.raises(OptionError, match=r"the caller gives 'x' \(str\) as what is done"):
+        load_model("net.py:build", preprocessing="x")
 
 
 def test_tensors_are_refused_where_something_is_stated_of_images(place):
@@ -279,16 +272,6 @@ def test_tensors_are_refused_where_something_is_stated_of_images(place):
     ):
         with pytest.raises(OptionError, match=r"fed as they are, and no images; leave --mean"):
             read()
-
-
-def test_labels_of_images_say_that_any_model_of_them_tells_classes_apart():
-    """As one whose own transform makes rows of images, in which no image is seen."""
-    pixels = np.zeros((4, 6, 6, 3), np.uint8)
-    rows = OwnTransform.of(lambda image: torch.zeros(108), "rows")
-    for labels in (None, torch.arange(4)):
-        images = ImageSet("pixels", pixels, rows, labels)
-        net = nn.Sequential(nn.Linear(108, 5))
-        assert as_inputs(net, images).classes is (labels is not None)
 
 
 # ---- brought by code ---------------------------------------------------------------------
@@ -337,21 +320,13 @@ def test_a_function_that_makes_no_image_for_the_model_is_refused(place):
         ("other", r"returns torch.float32 of \(1, 12, 12\), and the example is torch.float32 of"),
     ):
         loaded = load_model(f"net.py:{function}")
-        for read in (
-            lambda loaded=loaded: loaded.calibration(
-                "images.npz:train", samples=4, seqlen=None, seed=0
-            ),
-            lambda loaded=loaded: load_images("images.npz:train", loaded.preprocessing),
-        ):
-            with pytest.raises(ImageError, match=message):
-                read()
-
-
-def test_what_is_no_transform_is_refused(place):
-    with pytest.raises(ModelError, match=r"gives 3 \(int\) as what is done to an image"):
-        load_model("net.py:nothing")
-    with pytest.raises(OptionError, match=r"the caller gives 'x' \(str\) as what is done"):
-        load_model("net.py:build", preprocessing="x")
+        with pytest.raises(ImageError, match=message):
+            loaded.calibration("images.npz:train", samples=4, seqlen=None, seed=0)
+    # A model of rows, in which no image is seen, is known to tell classes apart by their labels.
+    rows, net = OwnTransform.of(lambda image: torch.zeros(108), "rows"), nn.Linear(108, 5)
+    for labels in (None, torch.arange(4)):
+        images = ImageSet("pixels", np.zeros((4, 6, 6, 3), np.uint8), rows, labels)
+        assert as_inputs(net, images).classes is (labels is not None)
 
 
 # ---- followed from the example -----------------------------------------------------------
