@@ -15,7 +15,7 @@ from osscar.base.errors import CalibrationError, ModelError
 from osscar.base.inputs import shown
 from osscar.data.samples import SampleSet
 from osscar.data.tokens import CalibrationSet
-from osscar.network.modules import context_length, device_of
+from osscar.network.modules import context_length
 
 Batch: TypeAlias = dict[str, Tensor]
 """Keyword arguments of a model's forward pass."""
@@ -86,7 +86,7 @@ class ModelInputs:
         """Return inputs to trace the model with: two samples, or one of those that run alone."""
         if self.tokens:
             length = min(_EXAMPLE_TOKENS, context_length(model) or _EXAMPLE_TOKENS)
-            return {"input_ids": torch.zeros(2, length, dtype=torch.int64, device=device_of(model))}
+            return to_model({"input_ids": torch.zeros(2, length, dtype=torch.int64)}, model)
         return to_model(self.apart[0], model) if self.apart else self.some(model, 2)
 
     def some(self, model: nn.Module, count: int) -> Batch:
@@ -114,12 +114,11 @@ class ModelInputs:
         """
         generator = torch.Generator().manual_seed(seed)
         if self.tokens:
-            vocabulary, device = _vocabulary(model), device_of(model)
-            seqlen = min(self.tensors["input_ids"].shape[1], _PROOF_TOKENS)
-            return [
-                {"input_ids": torch.randint(vocabulary, shape, generator=generator).to(device)}
-                for shape in ((2, seqlen), (1, max(2, seqlen // 2)))
-            ]
+            known, seqlen = _vocabulary(model), self.tensors["input_ids"].shape[1]
+            seqlen = min(seqlen, _PROOF_TOKENS)
+            shapes = (2, seqlen), (1, max(2, seqlen // 2))
+            drawn = [torch.randint(known, shape, generator=generator) for shape in shapes]
+            return [to_model({"input_ids": ids}, model) for ids in drawn]
         if self.apart:
             return [_noise_like(to_model(one, model), generator) for one in self.apart[:2]]
         proofs = []

@@ -329,13 +329,11 @@ class OwnTransform:
 
     def check(self, image: Any) -> None:
         """Refuse a transform that fails on an image, or that draws something (ImageError)."""
-        before = torch.get_rng_state(), random.getstate(), str(np.random.get_state())
+        before = _generators()
         first = self._checked(image)
-        drawn = not before[0].equal(torch.get_rng_state()) or before[1:] != (
-            random.getstate(),
-            str(np.random.get_state()),
-        )
-        if drawn or not all(self._checked(image).equal(first) for _ in range(_DRAWS)):
+        if _generators() != before or not all(
+            self._checked(image).equal(first) for _ in range(_DRAWS)
+        ):
             raise ImageError(
                 f"the transform of {self.source} makes another tensor of one image each time; give "
                 "the one for evaluation, which draws nothing"
@@ -366,6 +364,11 @@ class OwnTransform:
                 f"and the example is {wanted.dtype} of {tuple(wanted.shape)}; let them agree"
             )
         return found
+
+
+def _generators() -> tuple[Any, ...]:
+    """Return the states of what transforms draw from."""
+    return torch.get_rng_state().tolist(), random.getstate(), str(np.random.get_state())
 
 
 AnyPreprocessing: TypeAlias = Preprocessing | OwnTransform
