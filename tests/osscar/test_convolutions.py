@@ -224,26 +224,6 @@ def test_a_linear_layer_after_flatten_reads_all_positions_of_a_channel():
     assert accumulator.linear_map.unit_rows == [list(range(9 * u, 9 * u + 9)) for u in range(4)]
 
 
-class Twice(nn.Module):
-    """The consumer is called two times."""
-
-    def __init__(self):
-        super().__init__()
-        self.first = nn.Conv2d(2, 4, 1)
-        self.second = nn.Conv2d(4, 3, 1)
-
-    def forward(self, x):
-        return self.second(self.first(x)) + self.second(self.first(-x))
-
-
-def test_every_call_of_a_consumer_counts():
-    model = Twice().double()
-    _, (accumulator,), x = measured(model, (3, 2, 5, 5))
-    assert accumulator.positions == 2 * 3 * 25
-    X = torch.cat([model.first(x), model.first(-x)]).detach().movedim(1, -1).flatten(0, -2)
-    torch.testing.assert_close(accumulator.fitted.gram.dense(), X.T @ X)
-
-
 class Functional(nn.Module):
     def __init__(self):
         super().__init__()

@@ -413,10 +413,3 @@ def test_the_benchmark_compares_a_device_with_the_cpu(monkeypatch):
     assert sum("GB hold p" in line for line in lines) == 2
     lines = gpu.pipeline_table(["opt-6.7b"], cpu)
     assert "all (the same units)" in lines[-1]
-
-
-@pytest.mark.parametrize("power", [2, 3])
-def test_an_hour_is_enough_for_what_takes_one(power):
-    found = [(p, 3600 * (p / 20_000) ** power) for p in (1000, 2000)]
-    assert gpu.in_an_hour(found) == pytest.approx(20_000, abs=2)
-    assert gpu.largest(int(8 * gpu.SQUARES * 1000**2)) in (999, 1000)

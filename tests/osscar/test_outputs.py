@@ -207,8 +207,6 @@ def test_a_model_that_cannot_be_scored_is_pruned_without_a_word_of_scoring(run):
     "command",
     [
         ("prune", "--sparsity", "0.5", "--calibration", "plain.npz", "--out", "out"),
-        ("sweep", "--flops", "0.7", "--calibration", "plain.npz", "--out", "out"),
-        ("gap", "--calibration", "plain.npz", "--out", "out"),
         ("eval", "--images", "plain.npz"),
     ],
     ids=lambda command: command[0],

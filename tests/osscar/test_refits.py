@@ -16,7 +16,6 @@ from osscar.walk.gram import GramAccumulator, damped_by_input, pulls
 from osscar.walk.layer_step import GROWN, LayerStep
 from solvers.linalg.symmetric import Symmetric
 from tests.osscar.detector import detector, noise
-from tests.osscar.families import tiny, tokens
 
 # ---- the floor ---------------------------------------------------------------------------
 
@@ -132,13 +131,6 @@ def test_no_layer_does_worse_on_held_out_samples_than_without_its_refit(bias):
         assert refits.held == 60
         fates.add(bool(refits.unrefitted))
     assert fates == {False, True}
-
-
-def test_without_held_out_samples_a_layer_has_its_refit():
-    torch.manual_seed(0)
-    result = osscar.prune(tiny("opt"), tokens(3, 24), neurons=0.5)
-    assert result.held_out == 0
-    assert {(layer.held, layer.unrefitted) for layer in result.layers} == {(0, ())}
 
 
 # ---- weights beyond reason ---------------------------------------------------------------

@@ -320,18 +320,3 @@ def test_groups_of_one_consumer_correct_what_is_left_of_its_error():
             assert energy == pytest.approx(expected, rel=1e-3, abs=1e-9)
             W[::2] = 0
             site.commit([W])
-
-
-def test_a_reshape_by_keywords_is_followed_like_others():
-    class Reshaping(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.first, self.second = nn.Linear(6, 10), nn.Linear(10, 6)
-
-        def forward(self, x):
-            y = self.second(torch.relu(self.first(x)))
-            return x + torch.reshape(input=y, shape=(-1, 6))
-
-    torch.manual_seed(0)
-    result = osscar.prune(Reshaping(), torch.randn(64, 6), target="residual", neurons=0.5)
-    assert result.parameters_after < result.parameters_before
