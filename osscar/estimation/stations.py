@@ -243,7 +243,7 @@ def _of_walk(
             damping[name] = own.seconds[Stage.DAMPING]
             solving[name] = own.seconds[Stage.SOLVER]
     times, took = prepared.inputs.samples / few.inputs.samples, profile.seconds
-    reach = sum((last + 1) / len(planned.calls) for last in planned.itinerary)
+    reach = sum((last + 1) / len(planned.calls) for last in planned.pass_ends)
     solver = over_classes(classes, solving)
     exact = request.certify or request.chosen_backend().kind is solvers.BackendKind.EXACT
     if exact and any(one.extrapolated for one in classes):  # layers have searches of their own
@@ -254,7 +254,7 @@ def _of_walk(
         Stage.DAMPING: over_classes(classes, damping),
         Stage.SOLVER: solver,
     }
-    return stages, len(planned.itinerary)
+    return stages, len(planned.pass_ends)
 
 
 @contextmanager

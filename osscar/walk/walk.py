@@ -101,7 +101,7 @@ class Walk:
         return self._schedule.calls
 
     @property
-    def itinerary(self) -> tuple[int, ...]:
+    def pass_ends(self) -> tuple[int, ...]:
         """The last call that each pass of the batches reaches, should all groups be committed."""
         return tuple(last for _, last in self._schedule.passes)
 

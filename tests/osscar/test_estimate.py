@@ -82,7 +82,7 @@ def by_stage(estimate):
     [(Twice, torch.randn(9, 6)), (small_net, images(6)), (lambda: None, None)],
     ids=["a layer called twice", "a network with residual channels", "the demo"],
 )
-def test_the_walk_goes_where_its_itinerary_says(model, data, target, demo, monkeypatch):
+def test_the_walk_ends_its_passes_where_it_says(model, data, target, demo, monkeypatch):
     network = demo.model if data is None else model()
     given = windows(demo, 4) if data is None else data
     seen = []
@@ -96,20 +96,20 @@ def test_the_walk_goes_where_its_itinerary_says(model, data, target, demo, monke
     with prepare(network, given, batch_size=2) as prepared:
         groups = [group for group in prepared.groups if group.prunable and group.units > 2]
         planned = walk(prepared, groups, target=target)
-        itinerary = planned.itinerary
+        pass_ends = planned.pass_ends
         for site in planned:
             problem = site.problem(keep=site.group.units - 1, damp=0.1)
             site.commit([consumer.W0 for consumer in problem.consumers])
-    assert len(itinerary) == planned.passes
+    assert len(pass_ends) == planned.passes
     lasts = {number: max(c for n, c in seen if n == number) for number, _ in seen}
-    assert itinerary == tuple(lasts[number] for number in sorted(lasts))
+    assert pass_ends == tuple(lasts[number] for number in sorted(lasts))
 
 
 def test_a_walk_in_one_go_has_one_pass():
     with prepare(small_net(), images(6), batch_size=2) as prepared:
         groups = [group for group in prepared.groups if group.prunable]
         planned = walk(prepared, groups, in_turn=False)
-        assert planned.itinerary == (len(planned.calls) - 1,)
+        assert planned.pass_ends == (len(planned.calls) - 1,)
 
 
 @pytest.mark.parametrize(
