@@ -65,8 +65,8 @@ class LinearMap(abc.ABC):
 
     @property
     def outputs(self) -> int:
-        """The number m of columns of W."""
-        return int(self._view(self._weight).shape[1])
+        """The number m of columns of W; nothing is read for it of a weight that lies on disk."""
+        return int(self._view(torch.empty(self._weight.shape, device="meta")).shape[1])
 
     @cached_property
     def unit_rows(self) -> list[list[int]]:

@@ -72,7 +72,7 @@ class Routed:
         """The arguments in their order."""
         return self.hidden, self.experts, self.weights
 
-    def visits(self, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    def taken(self, count: int) -> tuple[Tensor, Tensor, Tensor]:
         """Return token, expert and weight of each place that one of `count` experts takes."""
         taken = (self.experts >= 0) & (self.experts < count)
         token, _ = taken.nonzero(as_tuple=True)
@@ -125,7 +125,7 @@ class Mixture:
 
     @torch.no_grad()
     def _visits(self, x: Routed) -> _Visits:
-        token, expert, weight = x.visits(len(self.weight))
+        token, expert, weight = x.taken(len(self.weight))
         X = self._inputs(x.hidden.detach()[token], expert[:, None], torch.ones_like(weight))
         if not bool(torch.isfinite(X).all()):
             first = int(expert[~torch.isfinite(X).all(1)][0])
@@ -173,7 +173,7 @@ class Mixture:
         bias = self.module._parameters.get(self._bias)
         without_bias = y.double()
         if bias is not None:
-            token, expert, weight = x.visits(len(self.weight))
+            token, expert, weight = x.taken(len(self.weight))
             rows = weight.double()[:, None] * bias.double()[expert.long()]
             without_bias = without_bias.index_add(0, token, rows, alpha=-1)
         generator = torch.Generator().manual_seed(0)

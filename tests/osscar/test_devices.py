@@ -130,7 +130,7 @@ def test_a_network_is_pruned_where_it_is(asked, card, monkeypatch):
     assert {card.place(p) for p in result.model.parameters()} == {"card"}
 
 
-def aimed_at_once(latency, wanted, choose):
+def aimed_at_once(prepared, fixed, wanted, choose):
     """Choose by the table alone: how fast this network is, is another matter."""
     return choose(1 / wanted), wanted
 
