@@ -39,6 +39,12 @@ class WrittenOut(_Attention):
         return scores.masked_fill(hidden, -torch.inf).softmax(-1) @ value
 
 
+class MultiQuery(WrittenOut):
+    """One key head, which is broadcast against all heads."""
+
+    key_heads = 1
+
+
 class BatchedProducts(_Attention):
     """Batch and heads in one dimension, scores added to a bias of the positions."""
 
@@ -549,6 +555,7 @@ _TOKENS = torch.randn(2, 5, 6)
 
 BLOCKS: dict[str, tuple[type[nn.Module], Tensor, dict[str, int]]] = {
     "attention": (WrittenOut, _TOKENS, {"heads": 4}),
+    "multi-query": (MultiQuery, _TOKENS, {"heads": 4}),
     "bmm-baddbmm": (BatchedProducts, _TOKENS, {"heads": 4}),
     "enable-gqa": (GroupedQueries, _TOKENS, {"heads": 2}),
     "repeated-keys": (RepeatedKeys, _TOKENS, {"heads": 2}),

@@ -13,7 +13,7 @@ from .masking import assert_sound
 from .topologies import randomized
 
 _ALWAYS = (
-    *("attention", "enable-gqa", "rms-norm", "addmm", "stack", "recurrent", "channel-shuffle"),
+    *("multi-query", "enable-gqa", "rms-norm", "addmm", "stack", "recurrent", "channel-shuffle"),
     *("pixel-shuffle", "messages", "fourier", "patches", "experts"),
 )
 
