@@ -60,7 +60,7 @@ class BatchedProducts(_Attention):
 
 
 class GroupedQueries(_Attention):
-    key_heads = 2
+    heads, key_heads = 6, 2
 
     def mixed(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         return F.scaled_dot_product_attention(query, key, value, enable_gqa=True)
