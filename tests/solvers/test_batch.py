@@ -51,7 +51,7 @@ def left(problem, gone) -> float:
     spread=st.sampled_from([0.0, 0.5, 3.0]),
     consumers=st.integers(1, 2),
 )
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=20, deadline=None)
 def test_bounds_of_unequal_nodes_hold(seed, n, width, responses, spread, consumers):
     problem = random_problem(
         seed, n, width, responses, 1 + seed % (n - 1), spread=spread, consumers=consumers

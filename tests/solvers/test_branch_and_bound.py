@@ -19,7 +19,7 @@ from tests.solvers.test_perspective import random_problem
     spread=st.sampled_from([0.0, 0.5, 3.0]),
     consumers=st.integers(1, 2),
 )
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=10, deadline=None)
 def test_equals_enumeration(seed, n, width, responses, share, spread, consumers):
     keep = 1 + round(share * (n - 1))
     problem = random_problem(

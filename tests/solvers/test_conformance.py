@@ -51,8 +51,19 @@ def _exact_optimum(name):
     return exact_optimum(INSTANCES[name].problem)
 
 
-@pytest.mark.parametrize("backend", backend_names())
-@instances
+LONG = ("cvxpy", "group_lasso", "gurobi", "highs", "window_search")
+SOME = ("scalar", "correlated", "ties", "dead", "keep_all", "blocks", "ragged_consumers", "sparse")
+"""Instances on which backends that take long always run, and on the others with the slow tests."""
+
+
+def _case(backend, name):
+    marks = [pytest.mark.slow] if backend in LONG and name not in SOME else []
+    return pytest.param(backend, INSTANCES[name], id=f"{name}-{backend}", marks=marks)
+
+
+@pytest.mark.parametrize(
+    ("backend", "instance"), [_case(b, name) for name in INSTANCES for b in backend_names()]
+)
 def test_keeps_its_promises(backend, instance):
     """It refuses what it cannot take; else support, loss, bound and status are what they say."""
     cls, problem = backend_class(backend), instance.problem

@@ -21,7 +21,7 @@ from solvers.certificates.certificate import MultiplierCertificate
 from solvers.certificates.tree_certificate import TreeCertificate
 from tests.solvers.test_perspective import random_problem
 
-CHANGES = 150
+CHANGES = 120
 """Of each solution; there are twenty."""
 
 
@@ -231,7 +231,7 @@ def untrue(solution: Solution, report, truth: Truth) -> str | None:
     return None
 
 
-@pytest.mark.sampled(6)
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("label", honest())
 def test_a_changed_solution_is_refused_or_true(label):
     name, solution = honest()[label]
@@ -257,7 +257,7 @@ def test_multipliers_at_random_prove_nothing_false():
         draw = np.random.default_rng(3)
         optimum, proved = truths()[name].optimum, 0
         base = solve(problem, "perspective").certificate
-        for _ in range(200):
+        for _ in range(120):
             n = problem.units
             factors = np.exp(draw.normal(size=(3, n)) * draw.choice([1e-9, 1e-3, 0.1, 1, 10]))
             share, shape, q = (torch.from_numpy(f) for f in factors)
@@ -273,4 +273,4 @@ def test_multipliers_at_random_prove_nothing_false():
                 continue
             proved += 1
             assert bound <= optimum * (1 + 1e-12)
-        assert proved > 20
+        assert proved > 12

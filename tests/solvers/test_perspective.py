@@ -52,7 +52,7 @@ def random_problem(seed, n, width, responses, keep, *, spread=1.0, damp=0.01, co
     damp=st.sampled_from([1e-9, 1e-2, 1.0]),
     consumers=st.integers(1, 2),
 )
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 def test_never_above_enumeration(seed, n, width, responses, share, spread, damp, consumers):
     keep = 1 + round(share * (n - 2))
     problem = random_problem(
@@ -120,7 +120,7 @@ def test_units_that_stay_leave_the_terms():
 
 
 @given(seed=st.integers(0, 2**31), n=st.integers(2, 30), share=st.floats(0.01, 0.99))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_projection_is_optimal(seed, n, share):
     generator = torch.Generator().manual_seed(seed)
     target = torch.randn(2, n, generator=generator).double()

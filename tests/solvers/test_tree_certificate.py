@@ -42,7 +42,7 @@ def planted(solved, **changes):
     consumers=st.integers(1, 2),
     node_limit=st.sampled_from([1, 2, 5, 1000]),
 )
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=10, deadline=None)
 def test_proves_what_the_search_claims_and_no_more_than_the_optimum(
     seed, n, width, responses, share, spread, consumers, node_limit
 ):
