@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import TypeAlias
 
 from graph.axes import ONE, Layout
 from graph.call import Call, Value
@@ -20,20 +20,8 @@ SINGLE_HEAD = "it is the width of a single head, which the code around it keeps 
 """Why the values of an attention with one head stay, as they do where there are several."""
 
 
-@dataclass(frozen=True)
-class Operand:
-    """A tensor with one label for each dimension."""
-
-    value: Value
-    labels: tuple[str, ...]
-
-    def __post_init__(self) -> None:
-        if len(self.labels) != len(self.value.dims):
-            raise ValueError(f"{len(self.value.dims)} dimensions, labels {self.labels}")
-
-    def layout(self, label: str) -> Layout:
-        """Return the layout of the dimension with a label."""
-        return self.value.dims[self.labels.index(label)]
+Operand: TypeAlias = tuple[Value, tuple[str, ...]]
+"""A tensor with one label for each dimension."""
 
 
 def contract(call: Call, operands: Sequence[Operand], output: Sequence[str]) -> Value:
@@ -41,7 +29,8 @@ def contract(call: Call, operands: Sequence[Operand], output: Sequence[str]) -> 
     merged: dict[str, Layout] = {}
     carriers: dict[str, list[Operand]] = {}
     for operand in operands:
-        for label, layout in zip(operand.labels, operand.value.dims, strict=True):
+        value, labels = operand
+        for label, layout in zip(labels, value.dims, strict=True):
             if call.axes.size(layout) == 1:
                 merged.setdefault(label, ONE)  # broadcast: imposes nothing
                 continue
@@ -50,11 +39,11 @@ def contract(call: Call, operands: Sequence[Operand], output: Sequence[str]) -> 
             carriers.setdefault(label, []).append(operand)
     for label, holders in carriers.items():
         _record(call, label, holders, summed=label not in output)
-    if len(operands) > 1 and not any(operand.value.is_weight for operand in operands):
+    if len(operands) > 1 and not any(value.is_weight for value, _ in operands):
         # A head dimension of size one broadcasts against all heads (multi-query attention).
-        shared = set.intersection(*(set(operand.labels) for operand in operands))
+        shared = set.intersection(*(set(labels) for _, labels in operands))
         call.record_heads(merged[label] for label in output if label in shared)
-        _keep_single_head(call, merged, operands[0].labels, shared, output)
+        _keep_single_head(call, merged, operands[0][1], shared, output)
     return Value(tuple(call.axes.resolve(merged[label]) for label in output))
 
 
@@ -76,12 +65,13 @@ def _keep_single_head(
 
 
 def _record(call: Call, label: str, holders: Sequence[Operand], *, summed: bool) -> None:
-    parameters = [operand for operand in holders if operand.value.is_weight]
-    if summed and not parameters:
-        call.freeze((operand.layout(label) for operand in holders), _TWO_ACTIVATIONS)
+    places = [(value, labels.index(label)) for value, labels in holders]
+    weights = [(value, dim) for value, dim in places if value.is_weight]
+    if summed and not weights:
+        call.freeze((value.dims[dim] for value, dim in places), _TWO_ACTIVATIONS)
     role = Role.CONSUMER if summed else Role.PASS_THROUGH if len(holders) > 1 else Role.PRODUCER
-    for operand in parameters:
-        call.record(operand.value, role, operand.labels.index(label))
+    for value, dim in weights:
+        call.record(value, role, dim)
 
 
 def add_bias(call: Call, value: Value, bias: Value | None) -> Value:
@@ -104,7 +94,7 @@ def linear(call: Call) -> Value:
     value, weight = call.value("input"), call.value("weight")
     batch = _batch(len(value.dims) - 1)
     rows = ("out",) if len(weight.dims) == 2 else ()
-    operands = (Operand(value, (*batch, "in")), Operand(weight, (*rows, "in")))
+    operands = ((value, (*batch, "in")), (weight, (*rows, "in")))
     return add_bias(call, contract(call, operands, (*batch, *rows)), call.optional("bias"))
 
 
@@ -115,8 +105,8 @@ def _matrix_product(call: Call, left: Value, right: Value) -> Value:
     left_batch, right_batch = _batch(len(left.dims) - 2), _batch(len(right.dims) - 2)
     batch = max(left_batch, right_batch, key=len)
     operands = (
-        Operand(left, (*left_batch, *rows, "sum")),
-        Operand(right, (*right_batch, "sum", *columns)),
+        (left, (*left_batch, *rows, "sum")),
+        (right, (*right_batch, "sum", *columns)),
     )
     return contract(call, operands, (*batch, *rows, *columns))
 
@@ -154,7 +144,7 @@ def product_by_expert(call: Call) -> Value:
     routing = (weight.dims[0], *(layout for other in others for layout in other.dims))
     call.freeze(routing, "rows are routed to its positions")
     one_expert = Value(weight.dims[1:], weight.origins[1:])
-    operands = (Operand(rows, ("row", "sum")), Operand(one_expert, ("sum", "column")))
+    operands = ((rows, ("row", "sum")), (one_expert, ("sum", "column")))
     return contract(call, operands, ("row", "column"))
 
 
@@ -164,9 +154,9 @@ def bilinear(call: Call) -> Value:
     left, right, weight = (call.value(name) for name in ("input1", "input2", "weight"))
     batch = _batch(len(left.dims) - 1)
     operands = (
-        Operand(left, (*batch, "left")),
-        Operand(weight, ("out", "left", "right")),
-        Operand(right, (*batch, "right")),
+        (left, (*batch, "left")),
+        (weight, ("out", "left", "right")),
+        (right, (*batch, "right")),
     )
     product = contract(call, operands, (*batch, "out"))
     return add_bias(call, product, call.optional("bias"))
@@ -194,8 +184,7 @@ def einsum(call: Call) -> Value:
     else:
         singles = sorted(label for label, n in counts.items() if n == 1 and len(label) == 1)
         output = (*batch, *singles)
-    operands = [Operand(value, term) for value, term in zip(values, terms, strict=True)]
-    return contract(call, operands, output)
+    return contract(call, list(zip(values, terms, strict=True)), output)
 
 
 def _labels(term: str, rank: int) -> tuple[str, ...]:
