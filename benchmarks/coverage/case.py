@@ -27,14 +27,9 @@ class NotBuilt(Exception):
 class Made:
     """A model and what it runs on.
 
-    Parameters
-    ----------
-    model
-        In evaluation mode.
-    inputs
-        Two; the second differ in batch, and in length or resolution where the model allows.
-    variant
-        Which of its family it is.
+    model: In evaluation mode.
+    inputs: Two; the second differ in batch, and in length or resolution where the model allows.
+    variant: Which of its family it is.
     """
 
     model: nn.Module
@@ -59,10 +54,7 @@ def alive(model: nn.Module) -> None:
 def first_that_runs(model: nn.Module, candidates: Iterable[list[Inputs]]) -> list[Inputs]:
     """Return the first inputs on which a model runs and puts out finite numbers.
 
-    Raises
-    ------
-    NotBuilt
-        If it runs on none, with what the first have raised.
+    Raises NotBuilt if it runs on none, with what the first have raised.
     """
     first: NotBuilt | None = None
     for inputs in candidates:
@@ -97,13 +89,7 @@ LARGEST = 60_000_000
 
 
 def check_size(model: nn.Module, largest: int = LARGEST) -> None:
-    """Refuse a model that is too large.
-
-    Raises
-    ------
-    NotBuilt
-        With its size.
-    """
+    """Refuse a model that is too large."""
     count = sum(parameter.numel() for parameter in model.parameters())
     if count > largest:
         raise NotBuilt(f"it has {count:,} parameters, more than the {largest:,} that are tried")

@@ -32,14 +32,9 @@ def smallest_of_each(
 ) -> list[str]:
     """Return, for each family, the variant with the fewest parameters among the promising ones.
 
-    Parameters
-    ----------
-    variants
-        The names of each family's.
-    build
-        Builds one; on the device ``meta``, where that takes no memory.
-    known
-        A file that keeps the answer, since this takes minutes.
+    variants: The names of each family's.
+    build: Builds one; on the device ``meta``, where that takes no memory.
+    known: A file that keeps the answer, since this takes minutes.
     """
     if known is not None and known.exists():
         names: list[str] = json.loads(known.read_text())

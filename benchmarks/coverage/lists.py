@@ -21,14 +21,9 @@ from tests.osscar.networks import small_net
 class Listed:
     """A list of architectures.
 
-    Parameters
-    ----------
-    title
-        On the page.
-    names
-        Return the names of its models; a directory keeps what takes long to find out.
-    make
-        Builds one of them, or raises `NotBuilt`.
+    title: On the page.
+    names: Return the names of its models; a directory keeps what takes long to find out.
+    make: Builds one of them, or raises `NotBuilt`.
     """
 
     title: str

@@ -30,16 +30,10 @@ class Outcome(enum.IntEnum):
 class Entry:
     """What was measured of one architecture.
 
-    Parameters
-    ----------
-    listed, name
-        The list and its name there.
-    row
-        What OSSCAR makes of it; None if it was not built.
-    peer
-        What Torch-Pruning makes of it; None if it was not run.
-    not_built
-        Why there is no model.
+    listed, name: The list and its name there.
+    row: What OSSCAR makes of it; None if it was not built.
+    peer: What Torch-Pruning makes of it; None if it was not run.
+    not_built: Why there is no model.
     """
 
     listed: str
@@ -163,12 +157,8 @@ _LEAST_EFFECT = 1e-4
 def page(entries: Iterable[Entry], listed: Mapping[str, int]) -> str:
     """Return the whole page.
 
-    Parameters
-    ----------
-    entries
-        What was measured.
-    listed
-        How many models there are on each list, measured or not.
+    entries: What was measured.
+    listed: How many models there are on each list, measured or not.
     """
     of_lists: dict[str, list[Entry]] = {}
     for entry in entries:

@@ -18,14 +18,9 @@ from benchmarks.coverage.row import by_name
 class Peer:
     """What came of it.
 
-    Parameters
-    ----------
-    parameters_after
-        How many are left, if it runs and puts out the shapes it did.
-    failure
-        What went wrong, in a few words.
-    seconds
-        CPU time.
+    parameters_after: How many are left, if it runs and puts out the shapes it did.
+    failure: What went wrong, in a few words.
+    seconds: CPU time.
     """
 
     parameters_after: int | None = None

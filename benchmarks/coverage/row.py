@@ -39,40 +39,22 @@ BOUNDARY = ("input of the model", "output of the model")
 class Row:
     """What was found.
 
-    Parameters
-    ----------
-    variant
-        Which of its family the model is.
-    parameters, parameters_after
-        Before and after; the latter None if nothing was removed.
-    traced
-        Whether `graph.trace` could follow it.
-    groups, prunable
-        How many coupling groups there are, and how many may be pruned.
-    share
-        Of the parameters, those that belong to a prunable group.
-    form
-        What became smaller: ``module`` or ``graph``.
-    left
-        Why prunable groups keep their units, with how many.
-    unrefitted
-        Why `osscar.prune`, which refits, leaves prunable groups alone, with how many.
-    frozen
-        Why groups may not be pruned, with how many, apart from inputs and outputs of the model.
-    unread
-        Parts of the model whose parameters no operator reads in evaluation mode.
-    proof
-        Error of the proof.
-    compared
-        Largest difference to the masked model that this file computes for itself.
-    precision
-        The number format in which.
-    effect
-        How far masking has moved the outputs: else the comparison would say nothing.
-    seconds
-        CPU time of tracing, trying, shrinking and proving.
-    failure
-        What went wrong; empty if nothing did.
+    variant: Which of its family the model is.
+    parameters, parameters_after: Before and after; the latter None if nothing was removed.
+    traced: Whether `graph.trace` could follow it.
+    groups, prunable: How many coupling groups there are, and how many may be pruned.
+    share: Of the parameters, those that belong to a prunable group.
+    form: What became smaller: ``module`` or ``graph``.
+    left: Why prunable groups keep their units, with how many.
+    unrefitted: Why `osscar.prune`, which refits, leaves prunable groups alone, with how many.
+    frozen: Why groups may not be pruned, with how many, apart from inputs and outputs of the model.
+    unread: Parts of the model whose parameters no operator reads in evaluation mode.
+    proof: Error of the proof.
+    compared: Largest difference to the masked model that this file computes for itself.
+    precision: The number format in which.
+    effect: How far masking has moved the outputs: else the comparison would say nothing.
+    seconds: CPU time of tracing, trying, shrinking and proving.
+    failure: What went wrong; empty if nothing did.
     """
 
     variant: str = ""
@@ -178,20 +160,12 @@ def _compared(
 ) -> Row:
     """Compare the smaller model with the masked one on inputs that nothing has seen.
 
-    Parameters
-    ----------
-    row
-        What is known.
-    model
-        As it came.
-    dense
-        The same, prepared; its tensors are those of the plan.
-    small
-        Smaller.
-    plan
-        What stays.
-    like
-        Inputs of the form to use.
+    row: What is known.
+    model: As it came.
+    dense: The same, prepared; its tensors are those of the plan.
+    small: Smaller.
+    plan: What stays.
+    like: Inputs of the form to use.
     """
     fresh = _fresh(by_name(model, like))
     finer = True

@@ -51,10 +51,7 @@ def _plain(name: str) -> str:
 def make(family: str) -> Made:
     """Build a tiny model of a family, and inputs on which it runs.
 
-    Raises
-    ------
-    NotBuilt
-        If the rules do not lead to a model that runs.
+    Raises NotBuilt if the rules do not lead to a model that runs.
     """
     kind = getattr(hf, families()[family])
     first: NotBuilt | None = None
@@ -79,16 +76,10 @@ def make(family: str) -> Made:
 class Way:
     """How a config is shrunk.
 
-    Parameters
-    ----------
-    layers
-        How many are left, if all kinds of layers are among them then.
-    grouped
-        Whether several query heads share keys and values, also where they need not.
-    derived
-        Whether numbers that the config would compute are shrunk and given, too.
-    widths
-        Whether all sizes become smaller, rather than depth, vocabulary and lengths alone.
+    layers: How many are left, if all kinds of layers are among them then.
+    grouped: Whether several query heads share keys and values, also where they need not.
+    derived: Whether numbers that the config would compute are shrunk and given, too.
+    widths: Whether all sizes become smaller, rather than depth, vocabulary and lengths alone.
     """
 
     layers: int = 2
@@ -108,12 +99,7 @@ _WAYS = (
 def shrunken(kind: type, way: Way) -> Any:
     """Return a small config of a class.
 
-    Parameters
-    ----------
-    kind
-        A class of configs that can be made without arguments.
-    way
-        How.
+    kind: A class of configs that can be made without arguments.
     """
     return kind(**_smaller(kind(), way))
 
@@ -125,12 +111,8 @@ def shrunken(kind: type, way: Way) -> Any:
 class _Rule:
     """What becomes of the whole numbers in fields of some names.
 
-    Parameters
-    ----------
-    names
-        A regular expression.
-    size
-        From the number that was there.
+    names: A regular expression.
+    size: From the number that was there.
     """
 
     names: str

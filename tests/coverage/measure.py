@@ -30,18 +30,11 @@ anything."""
 class Coverage:
     """What was found and proved.
 
-    Parameters
-    ----------
-    parameters, parameters_after
-        Before and after half of every prunable group was removed.
-    prunable
-        How many coupling groups may be pruned.
-    share
-        Of the parameters, those that belong to a prunable group.
-    effect
-        How far the outputs moved when the units were masked, as a share of the largest output.
-    kinds
-        How many prunable groups there are of each kind.
+    parameters, parameters_after: Before and after half of every prunable group was removed.
+    prunable: How many coupling groups may be pruned.
+    share: Of the parameters, those that belong to a prunable group.
+    effect: How far the outputs moved when the units were masked, as a share of the largest output.
+    kinds: How many prunable groups there are of each kind.
     """
 
     parameters: int
@@ -55,10 +48,7 @@ class Coverage:
 def shrink_by_half(model: nn.Module, inputs: list[Inputs]) -> tuple[DependencyGraph, Proof, float]:
     """Remove half of every prunable group, in place, and prove it.
 
-    Returns
-    -------
-    tuple
-        The groups, the proof, and how far masking moved the outputs on the first inputs.
+    Returns the groups, the proof, and how far masking moved the outputs on the first inputs.
     """
     prepare(model)
     dependencies = graph.trace(model, inputs[0])

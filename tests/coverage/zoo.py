@@ -298,12 +298,8 @@ FAMILIES = tuple(_FAMILIES)
 def transformers_case(name: str, attention: str | None = None) -> Case:
     """Return a tiny model of transformers by name of its family.
 
-    Parameters
-    ----------
-    name
-        One of `FAMILIES`.
-    attention
-        Implementation of attention; by default the family's.
+    name: One of `FAMILIES`.
+    attention: Implementation of attention; by default the family's.
     """
     kind, configure, *given = _FAMILIES[name]
     inputs, (first, second) = given or (_text, _LENGTHS)
