@@ -15,7 +15,7 @@ _GIANTS = ("regnet_y_128gf", "vit_h_14", "vit_l_16", "vit_l_32")
 _QUICK = (
     *("alexnet", "convnext_tiny", "efficientnet_b0", "googlenet", "mnasnet0_5", "mobilenet_v2"),
     *("mobilenet_v3_small", "regnet_x_400mf", "regnet_y_400mf", "resnet18", "shufflenet_v2_x0_5"),
-    *("squeezenet1_1"),
+    "squeezenet1_1",
 )
 """One or two small models of most families; others are as slow as all of these together."""
 
