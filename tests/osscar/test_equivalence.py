@@ -118,27 +118,14 @@ def test_complex_outputs_are_compared() -> None:
         prove_equal([expected], [expected * 1j])
 
 
-class Nothing(Two):
-    def answer(self, y: Tensor) -> object:
-        return [float(y.sum()), None]
-
-
-class Empty(Two):
-    def answer(self, y: Tensor) -> object:
-        return y[:, :0]
-
-
-class NoNumber(Two):
-    def answer(self, y: Tensor) -> object:
-        return y * float("nan")
-
-
-@pytest.mark.parametrize("kind", [Nothing, Empty, NoNumber])
-def test_a_proof_of_nothing_is_none(kind: type[Two]) -> None:
-    model = randomized(kind())
-    error = _refusal(model, _plan_for(model), [(torch.randn(2, 4),)])
-    assert "nothing can be compared" in str(error)
-    assert "leave it out" not in str(error)
+def test_a_proof_of_nothing_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    nothing = lambda _, y: [float(y.sum()), None]  # noqa: E731
+    for answer in (nothing, lambda _, y: y[:, :0], lambda _, y: y * float("nan")):
+        monkeypatch.setattr(Two, "answer", answer)
+        model = randomized(Two())
+        error = _refusal(model, _plan_for(model), [(torch.randn(2, 4),)])
+        assert "nothing can be compared" in str(error)
+        assert "leave it out" not in str(error)
 
 
 class Masked(Two):

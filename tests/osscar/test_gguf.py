@@ -229,19 +229,14 @@ def test_llama_cpp_makes_the_same_tokens(words: Any, text: str, even: Path, tmp_
     assert Engine(written.path).tokenize(text) == words(text).input_ids
 
 
-@pytest.mark.parametrize("name", SPLITS)
-def test_ways_of_splitting_have_the_names_of_llama_cpp(name: str, tmp_path: Path) -> None:
-    tokenizer(SPLITS[name], ignore_merges=name == "llama-bpe").save_pretrained(tmp_path)
-    assert vocabulary_fields(tmp_path, VOCABULARY)["tokenizer.ggml.pre"] == name
-
-
-@pytest.mark.parametrize("name", ["Phi-3-mini", "phi3", "modern-bert"])
 def test_the_name_of_a_directory_does_not_change_how_special_tokens_are_found(
-    name: str, even: Path, tmp_path: Path
+    even: Path, tmp_path: Path
 ) -> None:
     words, text = tokenizer(), "a</s>  b<s>  a"
-    directory = with_tokenizer(tmp_path, even, words).rename(tmp_path / name)
-    assert Engine(export_gguf(directory).path).tokenize(text) == words(text).input_ids
+    directory = with_tokenizer(tmp_path, even, words)
+    for name in ("Phi-3-mini", "phi3", "modern-bert"):
+        directory = directory.rename(tmp_path / name)
+        assert Engine(export_gguf(directory).path).tokenize(text) == words(text).input_ids
 
 
 def field(file: Path, key: str) -> Any:
@@ -420,20 +415,19 @@ def test_numbers_that_a_format_does_not_hold(tmp_path: Path) -> None:
     assert export_gguf(tmp_path / "small", dtype="bf16").path.exists()
 
 
-@pytest.mark.parametrize("make", ["nothing", "empty", "file"])
-def test_what_is_no_checkpoint(make: str, tmp_path: Path) -> None:
-    if make == "empty":
-        (tmp_path / "small").mkdir()
-    elif make == "file":
-        (tmp_path / "small").write_text("x")
+def test_what_cannot_be_exported(
+    uneven: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     refused(tmp_path, CheckpointError, "no directory with a checkpoint")
-
-
-def test_other_formats(uneven: Path) -> None:
+    (tmp_path / "small").write_text("x")
+    refused(tmp_path, CheckpointError, "no directory with a checkpoint")
+    (tmp_path / "small").unlink()
+    (tmp_path / "small").mkdir()
+    refused(tmp_path, CheckpointError, "no directory with a checkpoint")
     refused(uneven.parent, OptionError, "f32, f16, bf16", dtype="q4_0")
-
-
-def test_a_package_that_is_missing_is_named(uneven: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for value in (None, 3, torch.nn.Linear(2, 2)):
+        with pytest.raises(OptionError, match=r"the checkpoint is .*such as result\.save"):
+            export_gguf(value)
     monkeypatch.setitem(sys.modules, "gguf", None)
     refused(uneven.parent, MissingDependency, r"osscar\[gguf\]")
 
@@ -451,11 +445,11 @@ def test_files_that_are_there(uneven: Path, tmp_path: Path) -> None:
     assert there.read_text() == "precious"
 
 
-@pytest.mark.parametrize("out", ["no/where.gguf", ".", "file/small.gguf", "\0"])
-def test_places_that_cannot_be_written(out: str, uneven: Path, tmp_path: Path) -> None:
+def test_places_that_cannot_be_written(uneven: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
-    with pytest.raises(OutputError, match=r"cannot write|is a directory"):
-        export_gguf(uneven, tmp_path / out)
+    for out in ("no/where.gguf", ".", "file/small.gguf", "\0"):
+        with pytest.raises(OutputError, match=r"cannot write|is a directory"):
+            export_gguf(uneven, tmp_path / out)
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
@@ -515,12 +509,6 @@ def test_the_command_writes_the_file(
         "dtype": "bf16",
         "bytes": out.stat().st_size,
     }
-
-
-@pytest.mark.parametrize("value", [None, 3, torch.nn.Linear(2, 2)], ids=["none", "number", "model"])
-def test_what_names_no_directory_is_told_what_would(value: Any) -> None:
-    with pytest.raises(OptionError, match=r"the checkpoint is .*such as result\.save"):
-        export_gguf(value)
 
 
 @pytest.mark.parametrize(
