@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from osscar.shrinking.attention import AnyHeads
 
 
-class AlibiHeads(AnyHeads):
+class _AlibiHeads(AnyHeads):
     """Attention that knows which of the dense model's heads it has."""
 
     _count = "num_heads"
@@ -48,7 +48,7 @@ class AlibiHeads(AnyHeads):
         return of_all.index_select(dim, self.alibi_heads)
 
 
-class BloomAttention(AlibiHeads):
+class _BloomAttention(_AlibiHeads):
     """The attention of BLOOM."""
 
     def forward(
@@ -67,7 +67,7 @@ class BloomAttention(AlibiHeads):
         )
 
 
-class MptAttention(AlibiHeads):
+class _MptAttention(_AlibiHeads):
     """The attention of MPT."""
 
     _count = "n_heads"
@@ -80,7 +80,7 @@ class MptAttention(AlibiHeads):
         return super().forward(hidden_states, own, *args, **options)  # type: ignore[misc]
 
 
-class FalconAttention(AlibiHeads):
+class _FalconAttention(_AlibiHeads):
     """The attention of those Falcons that have ALiBi."""
 
     @staticmethod
@@ -112,8 +112,8 @@ class FalconAttention(AlibiHeads):
 
 _MODELS = "transformers.models"
 PREPARED: Mapping[str, type[AnyHeads]] = {
-    f"{_MODELS}.bloom.modeling_bloom.BloomAttention": BloomAttention,
-    f"{_MODELS}.mpt.modeling_mpt.MptAttention": MptAttention,
-    f"{_MODELS}.falcon.modeling_falcon.FalconAttention": FalconAttention,
+    f"{_MODELS}.bloom.modeling_bloom.BloomAttention": _BloomAttention,
+    f"{_MODELS}.mpt.modeling_mpt.MptAttention": _MptAttention,
+    f"{_MODELS}.falcon.modeling_falcon.FalconAttention": _FalconAttention,
 }
 """Replaced before a model is traced, by the full name of the class."""

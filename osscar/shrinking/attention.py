@@ -38,7 +38,7 @@ class AnyHeads:
         return False
 
 
-class MultiheadAttention(AnyHeads):
+class _MultiheadAttention(AnyHeads):
     """`torch.nn.MultiheadAttention`, whose heads need not span the embedding."""
 
     bias_k: Tensor | None
@@ -130,7 +130,7 @@ def _as_numbers(mask: Tensor, like: Tensor) -> Tensor:
     return torch.zeros_like(mask, dtype=like.dtype).masked_fill(mask, -math.inf)
 
 
-class PaddingEncoder(AnyHeads):
+class _PaddingEncoder(AnyHeads):
     """`torch.nn.TransformerEncoder`, which packs padded sequences no longer.
 
     The original leaves zeros at padded positions wherever it takes its packed path, and so does
@@ -181,7 +181,7 @@ class PaddingEncoder(AnyHeads):
         )
 
 
-class WindowAttention(AnyHeads):
+class _WindowAttention(AnyHeads):
     """Torchvision's shifted-window attention of Swin, first and second version."""
 
     qkv: nn.Linear
@@ -265,7 +265,7 @@ def _seams(x: Tensor, size: torch.Size, window: list[int], shift: list[int]) -> 
     return torch.zeros_like(apart, dtype=x.dtype).masked_fill(apart, -100.0).unsqueeze(2)
 
 
-class RelativePositionAttention(AnyHeads):
+class _RelativePositionAttention(AnyHeads):
     """Torchvision's relative attention of MaxViT."""
 
     to_qkv: nn.Linear
@@ -288,11 +288,11 @@ class RelativePositionAttention(AnyHeads):
 
 _SWIN = "torchvision.models.swin_transformer.ShiftedWindowAttention"
 REWRITTEN: Mapping[str, type[AnyHeads]] = {
-    "torch.nn.modules.activation.MultiheadAttention": MultiheadAttention,
-    "torch.nn.modules.transformer.TransformerEncoder": PaddingEncoder,
-    _SWIN: WindowAttention,
-    f"{_SWIN}V2": WindowAttention,
-    "torchvision.models.maxvit.RelativePositionalMultiHeadAttention": RelativePositionAttention,
+    "torch.nn.modules.activation.MultiheadAttention": _MultiheadAttention,
+    "torch.nn.modules.transformer.TransformerEncoder": _PaddingEncoder,
+    _SWIN: _WindowAttention,
+    f"{_SWIN}V2": _WindowAttention,
+    "torchvision.models.maxvit.RelativePositionalMultiHeadAttention": _RelativePositionAttention,
 }
 """Replaced when heads leave, or something else of their weights, by the full name of the class."""
 

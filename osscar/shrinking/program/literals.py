@@ -95,7 +95,7 @@ def _before(value: Any) -> Any:
 
 
 @dataclass(frozen=True)
-class Call:
+class _Call:
     """One call of an operator whose numbers are to follow.
 
     Its arguments are rewritten in place.
@@ -176,13 +176,13 @@ def refusal(node: Node, why: str) -> AdapterError:
 
 # ---- rules -------------------------------------------------------------------------------
 
-Rule: TypeAlias = Callable[[Call], None]
+Rule: TypeAlias = Callable[[_Call], None]
 
 
 def _sized(name: str) -> Rule:
     """Make a rule for an argument that lists the sizes of the output."""
 
-    def follow(call: Call) -> None:
+    def follow(call: _Call) -> None:
         numbers: Sequence[Number] = call.argument(name)
         pairs = zip(numbers, call.outputs[0], strict=True)
         call.replace(name, [call.resized(number, extent) for number, extent in pairs])
@@ -190,7 +190,7 @@ def _sized(name: str) -> Rule:
     return follow
 
 
-def _unflattened(call: Call) -> None:
+def _unflattened(call: _Call) -> None:
     numbers: Sequence[Number] = call.argument("sizes")
     first = call.argument("dim") % len(call.input("self"))
     made = call.outputs[0][first : first + len(numbers)]
@@ -200,7 +200,7 @@ def _unflattened(call: Call) -> None:
 def _repeated(name: str) -> Rule:
     """Make a rule for an argument that says how often each dimension is repeated."""
 
-    def follow(call: Call) -> None:
+    def follow(call: _Call) -> None:
         numbers: list[Number] = list(call.argument(name))
         made, before = call.outputs[0], call.input("self")
         for back in range(1, len(numbers) + 1):
@@ -211,14 +211,14 @@ def _repeated(name: str) -> Rule:
     return follow
 
 
-def _repeated_inside(call: Call) -> None:
+def _repeated_inside(call: _Call) -> None:
     dim = call.argument("dim")
     if dim is not None:
         before, made = call.input("self")[dim], call.outputs[0][dim]
         call.replace("repeats", _times(call, call.argument("repeats"), before, made))
 
 
-def _times(call: Call, count: Number, before: Extent, made: Extent) -> Number:
+def _times(call: _Call, count: Number, before: Extent, made: Extent) -> Number:
     """Return how often a dimension is repeated: as the share of it changes that stays."""
     if made.whole and before.whole:
         return count
@@ -232,7 +232,7 @@ def _times(call: Call, count: Number, before: Extent, made: Extent) -> Number:
     return int(times)
 
 
-def _split_evenly(call: Call) -> None:
+def _split_evenly(call: _Call) -> None:
     dim = call.argument("dim")
     parts = [dims[dim] for dims in call.outputs]
     if all(part.whole for part in parts):
@@ -242,21 +242,21 @@ def _split_evenly(call: Call) -> None:
     call.replace("split_size", call.resized(call.argument("split_size"), parts[0]))
 
 
-def _split_by_sizes(call: Call) -> None:
+def _split_by_sizes(call: _Call) -> None:
     dim = call.argument("dim")
     numbers: Sequence[Number] = call.argument("split_sizes")
     pairs = zip(numbers, call.outputs, strict=True)
     call.replace("split_sizes", [call.resized(number, dims[dim]) for number, dims in pairs])
 
 
-def _split_at(call: Call) -> None:
+def _split_at(call: _Call) -> None:
     extent = call.input("self")[call.argument("dim")]
     if not extent.whole:
         cuts = [call.fixed(cut, extent) for cut in call.argument("indices")]
         call.replace("indices", [_moved(cut, extent) for cut in cuts])
 
 
-def _chunked(call: Call) -> None:
+def _chunked(call: _Call) -> None:
     kept = {dims[call.argument("dim")].kept for dims in call.outputs}
     if not call.input("self")[call.argument("dim")].whole and len(kept) > 1:
         raise call.refuse("it cuts into equal parts what does not stay in equal parts")
@@ -269,7 +269,7 @@ def _moved(position: int, extent: Extent) -> int:
     return extent.before(max(position + extent.size if position < 0 else position, 0))
 
 
-def _sliced(call: Call) -> None:
+def _sliced(call: _Call) -> None:
     extent = call.input("self")[call.argument("dim")]
     if extent.whole:
         return
@@ -287,7 +287,7 @@ def _sliced(call: Call) -> None:
         call.replace("end", _moved(call.fixed(end, extent), extent))
 
 
-def _narrowed(call: Call) -> None:
+def _narrowed(call: _Call) -> None:
     extent = call.input("self")[call.argument("dim")]
     if not extent.whole:
         start = call.fixed(call.argument("start"), extent) % extent.size
@@ -296,7 +296,7 @@ def _narrowed(call: Call) -> None:
         call.replace("length", extent.before(end) - extent.before(start))
 
 
-def _padded(call: Call) -> None:
+def _padded(call: _Call) -> None:
     numbers = list(call.argument("pad"))
     before, made = call.input("self"), call.outputs[0]
     for pair in range(len(numbers) // 2):
@@ -313,7 +313,7 @@ def _padded(call: Call) -> None:
     call.replace("pad", numbers)
 
 
-def _convolved(call: Call) -> None:
+def _convolved(call: _Call) -> None:
     """Count the groups of channels that stay: all channels, over those of a group."""
     weight, channels = call.input("weight"), call.input("input")
     space = len(weight) - 2
@@ -326,7 +326,7 @@ def _convolved(call: Call) -> None:
         call.replace("groups", many.kept // weight[1].kept)
 
 
-def _normalized_by_group(call: Call) -> None:
+def _normalized_by_group(call: _Call) -> None:
     channels, groups = call.input("input")[1], call.argument("num_groups")
     if not channels.whole:
         members = channels.size // groups
@@ -335,17 +335,17 @@ def _normalized_by_group(call: Call) -> None:
         call.replace("num_groups", channels.kept // members)
 
 
-def _numbered(call: Call) -> None:
+def _numbered(call: _Call) -> None:
     call.sizes.cut(call.node)
 
 
-def _looked_up(call: Call) -> None:
+def _looked_up(call: _Call) -> None:
     for extent, index in zip(call.input("self"), call.argument("indices"), strict=False):
         if index is not None and not extent.whole:
             raise call.refuse("it lists positions by number")
 
 
-def _in_memory(call: Call) -> None:
+def _in_memory(call: _Call) -> None:
     if not all(extent.whole for dims in call.outputs for extent in dims):
         raise call.refuse("it says where in memory positions lie")
 
@@ -397,4 +397,4 @@ def rewrite(node: Node, sizes: Sizes) -> None:
     name = str(node.target)
     rule = _RULES.get(name, _RULES.get(name.rpartition(".")[0]))
     if rule is not None:
-        rule(Call(node, sizes))
+        rule(_Call(node, sizes))
