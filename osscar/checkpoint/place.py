@@ -15,7 +15,6 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -204,40 +203,19 @@ def _is_mounted(path: Path) -> bool:
 # ---- runs -----------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
 class Run:
-    """What a save is at work on.
+    """What a save is at work on, in a directory of its own.
 
-    `place` is what its own directory lies in: the target's parent, or the target.
+    `place` is what that lies in: the target's parent, or the target.
     """
 
-    target: Path
-    place: Path
-
-    @property
-    def work(self) -> Path:
-        """Its own directory."""
-        return self.place / f"{prefix(self.target)}save"
-
-    @property
-    def new(self) -> Path:
-        """What is being written, and after an exchange what was replaced."""
-        return self.work / "new"
-
-    @property
-    def old(self) -> Path:
-        """What is being replaced, where the two cannot be exchanged in one step."""
-        return self.work / "old"
-
-    @property
-    def going(self) -> Path:
-        """What has been written and goes into a target that stays, from when it is empty."""
-        return self.work / "going"
-
-    @property
-    def parts(self) -> tuple[Path, ...]:
-        """All that lies in its directory, but for the lock."""
-        return self.new, self.old, self.going
+    def __init__(self, target: Path, place: Path) -> None:
+        self.target, self.work = target, place / f"{prefix(target)}save"
+        # What is written, and after an exchange what was replaced; what is being replaced, where
+        # the two cannot be exchanged in one step; what goes into a target that stays, from when it
+        # is empty.
+        self.parts = tuple(self.work / name for name in ("new", "old", "going"))
+        self.new, self.old, self.going = self.parts
 
     def holds_more(self) -> bool:
         """Whether there is something else in its directory, which is then someone else's."""
