@@ -49,7 +49,7 @@ PHASES = (
     ("solvers", "solve", "solver"),
     ("osscar.models.load", "load_language_model", "opening"),
     ("graph", "trace", "opening"),
-    ("osscar.preparation.followable", "outputs_or_none", "opening"),
+    ("osscar.shrinking.equivalence", "outputs_or_none", "opening"),
     ("osscar.preparation.prepare", "refuse_chance", "opening"),
     ("osscar.walk.walk", "Walk._learned", "opening"),
     ("osscar.pruning.prune", "feasible_groups", "trial"),

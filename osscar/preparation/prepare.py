@@ -28,12 +28,13 @@ from osscar.network.modules import (
 )
 from osscar.offload.on_disk import shapes_only
 from osscar.preparation.failures import failures_named
-from osscar.preparation.followable import make_followable, outputs_or_none, unfold
+from osscar.preparation.followable import make_followable
 from osscar.preparation.linear_maps import freeze_unreadable, mixtures_of
 from osscar.preparation.readers import weights_read_elsewhere
 from osscar.preparation.repeatable import refuse_chance
 from osscar.preparation.routing import sound_mixtures
-from osscar.shrinking.equivalence import call, comparable
+from osscar.shrinking.equivalence import call, comparable, outputs_or_none
+from osscar.shrinking.fold import unfold
 from osscar.shrinking.structure import remember_structure
 
 

@@ -23,7 +23,7 @@ from transformers.pytorch_utils import Conv1D
 
 from graph.tracing.export import failing_module
 from graph.tracing.preserve import forget_derived
-from osscar.base.errors import AdapterError, EquivalenceError
+from osscar.base.errors import AdapterError, EquivalenceError, FileError
 from osscar.base.memory import let_shortage_pass
 from osscar.network.modules import fresh, graphics_cards, number_format
 from osscar.network.predictions import known_prediction
@@ -313,6 +313,40 @@ def proof_outputs(
         return [*outputs, *map(_first, found[len(inputs) :])]
 
     return _without_chance(model, run)
+
+
+def outputs_or_none(model: nn.Module, example: Inputs) -> list[Tensor]:
+    """Return what a model puts out, nothing if it fails; one that puts out no tensor is refused."""
+    try:
+        return proof_outputs(model, [example])
+    except (FileError, EquivalenceError):
+        raise
+    except Exception as error:  # the model may be anyone's code
+        let_shortage_pass(error)
+        return []
+
+
+def computes(model: nn.Module, example: Inputs, expected: Sequence[Tensor]) -> bool:
+    """Whether a model puts out what is expected, which is something."""
+    found = outputs_or_none(model, example)
+    try:
+        return len(expected) == len(found) and math.isfinite(prove_equal(expected, found))
+    except EquivalenceError:
+        return False
+
+
+@contextmanager
+def proved_unchanged(model: nn.Module, example: Inputs, names: tuple[str, str]) -> Iterator[None]:
+    """Prove that a model which runs computes after the block what it did before.
+
+    In a coarse number format, sums in another order would differ.
+    """
+    with finer_precision(model, example):
+        finer = in_format_of(example, model)
+        before = outputs_or_none(model, finer)
+        yield
+        if before:
+            prove_equal(before, outputs_or_none(model, finer), names=names)
 
 
 def _first(result: Any) -> Tensor:

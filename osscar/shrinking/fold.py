@@ -7,7 +7,7 @@ length of a row is taken over all of its inputs, so none of them could leave alo
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -22,6 +22,7 @@ from torch.nn.utils.spectral_norm import (
 )
 from torch.nn.utils.weight_norm import WeightNorm, remove_weight_norm
 
+from graph.groups import CouplingGroup
 from osscar.network.modules import evaluating
 
 _WEIGHT = "weight"
@@ -73,6 +74,17 @@ def fold(model: nn.Module, tensors: Collection[str] | None = None) -> list[Folde
         and (parts := list(_parts(module)))
         and all(owners[id(part)] <= 1 for part in parts)
     ]
+
+
+def unfold(folded: Sequence[Folded], groups: Sequence[CouplingGroup] = ()) -> None:
+    """Give weights their normalization back, but those of which a group may take a part.
+
+    The model's own class may apply it, and reads a checkpoint only with it.
+    """
+    cut = {slot.tensor for group in groups if group.prunable for slot in group.slots}
+    for one in folded:
+        if one.tensor not in cut:
+            one.undo()
 
 
 def is_normalized(module: nn.Module) -> bool:

@@ -32,7 +32,7 @@ from osscar.network.modules import evaluating
 from osscar.offload.on_disk import OnDisk
 from osscar.offload.places import Place
 from osscar.shrinking.equivalence import Inputs, call, explained, proof_outputs, prove_equal
-from osscar.shrinking.fold import fold
+from osscar.shrinking.fold import fold, unfold
 from osscar.shrinking.follow import prepare
 from osscar.shrinking.integers import IntegerSearch
 from osscar.shrinking.lineage import lineage_of, note
@@ -232,8 +232,7 @@ def fold_named(model: nn.Module, plan: PruningPlan, inputs: Sequence[Inputs]) ->
     folded = fold(model, plan.tensors)
     if folded:
         found = _outputs_before(model, inputs)
-        for one in folded:
-            one.undo()
+        unfold(folded)
         names = ("the model", "the model with plain weights where they were normalized")
         try:
             prove_equal(_outputs_before(model, inputs), found, names=names)

@@ -27,7 +27,7 @@ from osscar.preparation.prepare import prepare
 from osscar.pruning.groups import certified
 from osscar.pruning.sweep import BudgetKind, jobs, sweep
 from osscar.request import PruningRequest
-from osscar.shrinking.attention import MultiheadAttention
+from osscar.shrinking.attention import _MultiheadAttention
 from osscar.shrinking.lineage import lineage_of
 from osscar.walk.regularization import DEFAULT_DAMP
 from tests.osscar.families import FAMILIES, logits, tiny, tokens
@@ -788,7 +788,7 @@ def test_attention_that_cannot_be_followed_is_named_with_a_way_out(monkeypatch):
     def double(self, query, *_args, **_kwargs):
         return 2 * query, None
 
-    monkeypatch.setattr(MultiheadAttention, "forward", double)
+    monkeypatch.setattr(_MultiheadAttention, "forward", double)
     model = nn.TransformerEncoderLayer(16, 4, 12, batch_first=True).eval()
     words = r"forward passes of OSSCAR's output differs.*'self_attn' cannot .* leave heads out"
     with pytest.raises(EquivalenceError, match=words):
