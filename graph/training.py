@@ -32,12 +32,12 @@ def followed_in_training(
     model, example_inputs, rules, opaque: As `graph.trace` takes them.
     groups: The model's groups in evaluation.
     unread: The tensors that evaluation does not read, by name.
-    tuple of CouplingGroup: The same groups.  What reads units in training alone is `Role.ASIDE`,
-        since no example tells what it reads.  Groups that are frozen in training, or whose units
-        are others there or go together with those of another group, are as they were.
-    frozenset of str: The parameters of which it remains unknown whether they would have to follow.
-    frozenset of str: Of these, what code for training reads beside units, in a way that cannot
-        follow.
+
+    Returns the same groups; the parameters of which it remains unknown whether they would have to
+    follow; and of these what code for training reads beside units, in a way that cannot follow.
+    What reads units in training alone is `Role.ASIDE`, since no example tells what it reads.
+    Groups that are frozen in training, or whose units are others there or go together with those
+    of another group, are as they were.
     """
     # Counters and tables are buffers that most models do not read, and no reason to trace again.
     parameters = frozenset(name for name, tensor in unread.items() if tensor.is_parameter)

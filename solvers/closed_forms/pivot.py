@@ -35,7 +35,6 @@ class ConsumerState:
     Each unit has its place in them.  Those in S came first when they were factorized, and still do
     as long as every exchange lets as many enter as leave.
 
-    kept: (n,) bool, the units in S.
     N, U: As in the text above, (n w, n w) and (n w, m) float64 or narrower, rows by place.
     width: Rows w of each unit.
     kept: (n,) bool, the units in S.
@@ -47,7 +46,7 @@ class ConsumerState:
 
     def __init__(self, consumer: Consumer, kept: Tensor) -> None:
         self.width = w = consumer.width
-        self._terms = Aligned(consumer)
+        self.terms = Aligned(consumer)
         units = torch.cat([torch.nonzero(kept).flatten(), torch.nonzero(~kept).flatten()])
         self._place = units.argsort()
         self.kept = kept.clone()
@@ -61,7 +60,7 @@ class ConsumerState:
         # With H_SS = L L', C = inv(L) H_SR and h = inv(L) G_S: what is left of the removed rows is
         # H_RR - C'C and G_R - C'h, which round as H does.  H_RS A H_SR rounds as A does, near a
         # singular H by more than what is left: that would then not even be positive definite.
-        self.N, self.U = self._terms.gram(rows, cut=k), self._terms.responses(rows)
+        self.N, self.U = self.terms.gram(rows, cut=k), self.terms.responses(rows)
         self.N.factorize(k)
         self.N.forward(self.U, k)
         self.N.backward(self.U, k)
@@ -88,7 +87,7 @@ class ConsumerState:
         """
         made = object.__new__(ConsumerState)
         at = self._at(units)
-        made.width, made.kept, made._terms = self.width, self.kept[units], self._terms
+        made.width, made.kept, made.terms = self.width, self.kept[units], self.terms
         made.N = Symmetric.of(self.N.entries(at, at), width=self.width)
         made.U = narrowed(self.U[at])
         made._place = torch.arange(len(units), device=units.device)
@@ -194,10 +193,10 @@ class ConsumerState:
 
     def loss(self) -> float | None:
         """Return the loss of the refit W; None where U has fewer columns than that."""
-        consumer, units = self._terms.consumer, torch.nonzero(self.kept).flatten()
+        consumer, units = self.terms.consumer, torch.nonzero(self.kept).flatten()
         if self.U.shape[1] < consumer.G.shape[1]:
             return None
-        own, rows = self._terms.owned(unit_rows(units, self.width))
+        own, rows = self.terms.owned(unit_rows(units, self.width))
         W = self.U[self._at(units)[own]]
         return quadratic(consumer.hessian, consumer.G, consumer.e, W, rows)
 
@@ -206,7 +205,7 @@ class ConsumerState:
         S = unit_rows(torch.nonzero(self.kept).flatten(), self.width)
         some = S[torch.linspace(0, len(S) - 1, _PROBES, device=S.device).long()]
         place = unit_rows(self._place, self.width)
-        error = self._terms.H(some, S) @ self.N.rows(place[some])[:, place[S]].T
+        error = self.terms.H(some, S) @ self.N.rows(place[some])[:, place[S]].T
         error += (some[:, None] == some).to(error)
         return float(error.abs().max())
 

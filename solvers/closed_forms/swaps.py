@@ -25,9 +25,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from solvers.closed_forms.aligned import Aligned
 from solvers.closed_forms.pivot import ConsumerState, PivotState, block_scores
-from solvers.problem import Consumer
 
 _EPS = torch.finfo(torch.float64).eps
 
@@ -82,10 +80,7 @@ def possible_gain(state: PivotState) -> float:
 
     state: A state as sound as one just factorized on its support; not changed.
     """
-    reaches = [
-        _Reach.of(part, consumer)
-        for part, consumer in zip(state.consumers, state.problem.consumers, strict=True)
-    ]
+    reaches = [_Reach.of(part) for part in state.consumers]
     return _most(state, lambda leave, enter: _total(r.gains(leave, enter) for r in reaches)).gain
 
 
@@ -202,8 +197,9 @@ class _Reach:
     unit: float
 
     @classmethod
-    def of(cls, state: ConsumerState, consumer: Consumer) -> _Reach:
-        D = Aligned(consumer).diagonal().sqrt().view(-1, state.width)
+    def of(cls, state: ConsumerState) -> _Reach:
+        consumer = state.terms.consumer
+        D = state.terms.diagonal().sqrt().view(-1, state.width)
         kept = torch.where(state.kept[:, None], D, 0.0)
         squares = state.K_blocks.diagonal(dim1=1, dim2=2)
         size = float((kept.square() * squares).sum().sqrt())
