@@ -345,16 +345,14 @@ def one_pass(
     with (
         frozen_weights(model),  # a third of a backward pass that nobody needs
         torch.enable_grad(),
-        torch.backends.cudnn.flags(
-            enabled=False
-        ),  # whose recurrent layers go back in training alone
+        torch.backends.cudnn.flags(enabled=False),  # recurrent layers go back in training alone
         _observed(model, factors) as seen,
     ):
         try:
             result = model(**fresh(batch))
             outputs, gradients, predictions = _sampled(result, batch, prepared.inputs, generator)
             if outputs:
-                seen.samples = samples if predictions == samples else None
+                seen["samples"] = samples if predictions == samples else None
                 torch.autograd.backward(outputs, gradients)
         except OsscarError:
             raise
@@ -369,20 +367,21 @@ def one_pass(
     return predictions
 
 
-@dataclass(eq=False)
-class _Seen:
-    """How many samples a batch has, with one prediction each; None where positions have them."""
-
-    samples: int | None = None
+def _by_module(factors: Sequence[Factors]) -> dict[str, list[Factors]]:
+    found: dict[str, list[Factors]] = {}
+    for one in factors:
+        found.setdefault(one.linear_map.name, []).append(one)
+    return found
 
 
 @contextmanager
-def _observed(model: nn.Module, factors: Sequence[Factors]) -> Iterator[_Seen]:
-    """Add to the factors of a module whenever a gradient comes back to what it put out."""
-    by_module: dict[str, list[Factors]] = {}
-    for one in factors:
-        by_module.setdefault(one.linear_map.name, []).append(one)
-    seen = _Seen()
+def _observed(model: nn.Module, factors: Sequence[Factors]) -> Iterator[dict[str, int | None]]:
+    """Add to the factors of a module whenever a gradient comes back to what it put out.
+
+    Yielded is where to say how many samples a batch has, with one prediction each.
+    """
+    by_module = _by_module(factors)
+    seen: dict[str, int | None] = {"samples": None}
 
     def watch(name: str, x: Any, y: Any) -> Any:
         read = x.hidden if isinstance(x, Routed) else x
@@ -397,7 +396,7 @@ def _observed(model: nn.Module, factors: Sequence[Factors]) -> Iterator[_Seen]:
             with torch.no_grad():
                 once = afresh(x)
                 for one in by_module[name]:
-                    one.add(once, g, seen.samples)
+                    one.add(once, g, seen["samples"])
 
         y.register_hook(receive)
         # What comes next may write to it, which no leaf of a graph allows.
@@ -498,9 +497,7 @@ def _own_currency(
 ) -> Iterator[Factors]:
     """Return factors that count the relative loss of each layer, as no gradient reaches it."""
     found = [Factors.of(one.linear_map) for one in factors]
-    by_module: dict[str, list[Factors]] = {}
-    for one in found:
-        by_module.setdefault(one.linear_map.name, []).append(one)
+    by_module = _by_module(found)
 
     def see(name: str, x: Any) -> None:
         for one in by_module[name]:

@@ -284,10 +284,10 @@ def _of_budget(
         scores = _seconds(lambda: measure_fluctuations(few, shared), clock)
         of_all = scores * prepared.inputs.samples / samples
         allocation = together(allocation, Span.about(of_all, 0.3))
-    if request.speedup is not None:  # a table that is kept spares the first part
+    if request.speedup is not None:  # the table's models are smaller than the dense one
         one *= min(prepared.batch_size, prepared.inputs.samples)
         table, again = table_passes() * one, max(WORTHWHILE_SECONDS, round_passes() * one)
-        timing = Span(again, table + 2 * again, table + MOST_ROUNDS * again)
+        timing = Span(table / 3 + again, table + again, table + MOST_ROUNDS * again)
         allocation = together(allocation, timing)
     stages = {Stage.ALLOCATION: allocation}
     if request.allocation != "curvature":

@@ -504,10 +504,9 @@ def test_budgets_are_kept_and_reports_are_right(prepared, asked, allocation):
         assert not separable or budget.gap < 1e-4
 
 
-@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
-def test_a_size_is_that_of_the_weights_as_they_are_saved(tmp_path, stored):
+def test_a_size_is_that_of_the_weights_as_they_are_saved(tmp_path):
     first = osscar.prune(tiny("opt"), tokens(8, 24), neurons=0.9, backend="wanda")
-    size = osscar.save(first.model, tmp_path / "first", dtype=stored).bytes
+    size = osscar.save(first.model, tmp_path / "first", dtype=torch.bfloat16).bytes
     model = osscar.load(tmp_path / "first").float()
     result = osscar.prune(model, tokens(8, 24), size=f"{0.8 * size:.0f}B", backend="wanda")
     saved = result.save(tmp_path / "second")

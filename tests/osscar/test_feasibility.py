@@ -614,12 +614,3 @@ def test_the_command_says_which_sizes_a_program_takes_no_others_of(run, tmp_path
     assert [given["fixed"] for given in document["inputs"]] == [[2, 3]]
     assert document["inputs"] == manifest["lineage"]["plans"][0]["traced"]
     assert words in (tmp_path / "small" / "report.html").read_text()
-
-
-def test_nothing_is_said_where_nothing_is_left(run, tmp_path):
-    status, out, err = run("--skip", "*.heads")
-    assert status == 0, err
-    assert "cannot follow" not in out + err
-    assert "Skipped groups" not in (tmp_path / "small" / "report.html").read_text()
-    report = json.loads((tmp_path / "small" / "osscar_report.json").read_text())
-    assert report["skipped"] == []

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.ao.quantization import FakeQuantize
 
 import osscar
 from graph import Role
@@ -92,27 +91,6 @@ def test_an_auxiliary_attention_trains_after_loading(tmp_path: Path) -> None:
         found.append((aside, model.get_parameter("attention.in_proj_weight").grad))
     assert torch.equal(found[0][0], found[1][0])
     assert torch.equal(found[0][1], found[1][1])
-
-
-class Quantized(nn.Module):
-    """Observes its units in training, and has not seen any."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.second = nn.Linear(6, 8), nn.Linear(8, 4)
-        self.fake = FakeQuantize()
-
-    def forward(self, x: Tensor) -> Any:
-        units = self.first(x).relu()
-        return self.second(self.fake(units) if self.training else units)
-
-
-def test_an_observer_that_has_seen_nothing_is_no_damage(tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    result = osscar.prune(Quantized().eval(), torch.randn(64, 6), neurons=0.5)
-    result.save(tmp_path / "saved")
-    back = osscar.load(tmp_path / "saved", dense=Quantized())
-    assert back.train()(torch.ones(2, 6)).shape == (2, 4)
 
 
 def tried(model: nn.Module, data: Tensor, **asked: Any) -> None:

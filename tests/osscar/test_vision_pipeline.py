@@ -6,9 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-import graph
 import osscar
-from graph.groups import UnitKind
 from osscar.base.errors import (
     CalibrationError,
     FrozenGroupError,
@@ -24,7 +22,6 @@ from osscar.walk.batch_norm import (
     dense_statistics,
     renew_statistics,
 )
-from tests.osscar.families import tiny, tokens
 from tests.osscar.masked import masked
 from tests.osscar.networks import images, small_net
 
@@ -85,21 +82,6 @@ def test_each_group_is_measured_on_the_stream_that_was_pruned_before_it(pruned):
     assert loss != pytest.approx(alone.layers[0].loss, rel=1e-3)
 
 
-def test_refitting_beats_plain_removal(pruned):
-    model, _, result = pruned
-    plain = copy.deepcopy(model)
-    with torch.no_grad():
-        for group in result.plan.groups:
-            gone = set(range(group.units)) - set(group.kept)
-            for slot in group.consumers:
-                weight = plain.get_parameter(slot.tensor)
-                weight.index_fill_(slot.dim, torch.tensor(slot.indices(gone)), 0)
-    x = images(16, seed=9)
-    dense = model(x)
-    refitted, removed = ((m(x) - dense).square().mean() for m in (result.model, plain))
-    assert refitted < 0.8 * removed
-
-
 def test_the_batch_size_changes_nothing_but_rounding_and_a_shrunk_model_is_a_model(pruned):
     options = {**OPTIONS, "batch_norm": "keep", "batch_size": 7}
     other = osscar.prune(small_net(), images(), sparsity=0.5, **options)
@@ -112,14 +94,6 @@ def test_the_batch_size_changes_nothing_but_rounding_and_a_shrunk_model_is_a_mod
 
 
 # ---- residual channels -------------------------------------------------------------------
-
-
-def test_sums_are_residual_and_gates_are_not():
-    traced = graph.trace(small_net(), (images(2),))
-    assert graph.residual_groups(traced) == {"stem.0.channels"}
-    gated = traced.group("blocks.0.expand.channels")
-    assert len(gated.producers) == 2
-    assert gated.kind is UnitKind.CHANNELS
 
 
 def test_residual_channels_can_be_asked_for_alone():
@@ -282,12 +256,6 @@ def test_proof_inputs_look_like_the_data_and_have_two_sizes():
     assert (len(first["x"]), len(second["x"])) == (3, 1)
     assert first["x"].mean() == pytest.approx(5.0, abs=0.5)
     assert not torch.equal(first["x"][:1], second["x"])
-
-
-def test_language_models_get_token_windows():
-    inputs = as_inputs(tiny("opt"), tokens())
-    assert inputs.example(tiny("opt"))["input_ids"].dtype is torch.int64
-    assert inputs.batch_size == 8
 
 
 # ---- vision transformers -----------------------------------------------------------------
