@@ -96,17 +96,6 @@ class TestDirectories:
         assert load_model("demo").path == DEMO_DIRECTORY
         assert load_model("./demo").path == Path("demo")
 
-    def test_a_pruned_directory_goes_to_the_checkpoint_module(self, checkpoint, monkeypatch):
-        Manifest.of(False, Lineage(origin=Origin("transformers"))).write(checkpoint)
-        model = AutoModelForCausalLM.from_pretrained(DEMO_DIRECTORY)
-        asked = []
-        monkeypatch.setattr(
-            "osscar.models.language.load",
-            lambda path, *, dtype: asked.append((path, dtype)) or model,
-        )
-        assert load_model(checkpoint, dtype="float32").model is model
-        assert asked == [(checkpoint, torch.float32)]
-
     def test_what_is_no_checkpoint(self, checkpoint, tmp_path):
         with pytest.raises(CheckpointError, match=r"neither osscar\.json nor config\.json"):
             load_model(tmp_path)

@@ -88,14 +88,6 @@ class TestWindows:
         with pytest.raises(CalibrationError, match="room for none of the text"):
             text_windows(framing, words(900), samples=4, seqlen=2, seed=1)
 
-    def test_a_text_of_exactly_the_wanted_length_is_used_whole(self, tokenizer):
-        text = words(400)
-        tokens = encode(tokenizer, text)[:120]
-        text = tokenizer.decode(tokens)
-        assert torch.equal(encode(tokenizer, text), tokens)
-        found = text_windows(tokenizer, text, samples=3, seqlen=40, seed=7)
-        assert torch.equal(found.tokens.flatten(), tokens)
-
     def test_a_short_text_gives_overlapping_windows_and_says_so(self, tokenizer):
         tokens = encode(tokenizer, words(60))
         found = text_windows(tokenizer, words(60), samples=50, seqlen=40, seed=0)
@@ -262,12 +254,6 @@ class TestBuiltinText:
         assert topic_split("debugger") is Split.HELD_OUT
         assert topic_split("customization") is Split.CALIBRATION
         assert topic_split("specialnames") is Split.TRAINING
-
-    def test_short_paragraphs_have_no_shingles(self):
-        assert topics.shingles("one two three four five six seven") == set()
-        assert topics.shingles("One *two* three,\nfour five six seven EIGHT") == {
-            "one two three four five six seven eight"
-        }
 
     def test_python_without_pydoc_data(self, tokenizer, monkeypatch):
         monkeypatch.setitem(sys.modules, "pydoc_data", None)

@@ -18,7 +18,6 @@ from safetensors.torch import save_file
 
 import osscar
 from osscar.base.errors import (
-    CalibrationError,
     CheckpointError,
     FileError,
     ImageError,
@@ -556,20 +555,6 @@ def test_an_archive_is_refused_by_what_it_says_of_itself_before_it_is_read(tmp_p
     monkeypatch.setattr(np, "load", lambda *_, **__: pytest.fail("read"))
     with pytest.raises(ImageError, match="would take 1,966,080,000,000 bytes of memory"):
         load_images(file, IMAGENET)
-
-
-def test_wrong_types_are_option_errors(folders):
-    for spec in (None, 3, b"x", ["x"]):
-        with pytest.raises(OptionError, match="give a directory or an"):
-            load_images(spec, IMAGENET)
-        with pytest.raises(OptionError, match=r"give an osscar\.Preprocessing"):
-            load_images(folders, spec)
-        with pytest.raises(OptionError, match=f"the model is .*{type(spec).__name__}"):
-            load_model(spec)
-        with pytest.raises(CalibrationError, match="give what osscar"):
-            evaluate(small_net(), spec)
-        with pytest.raises(ModelError, match=r"give a torch\.nn\.Module"):
-            evaluate(spec, load_images(folders, IMAGENET))
 
 
 def test_what_is_no_image_among_others_is_left_alone_or_named(folders):
