@@ -21,12 +21,11 @@ from osscar.cli.options import (
     BackendOptions,
     Device,
     EvalOptions,
+    GapOptions,
     ImageSize,
     Json,
     Model,
-    PosedOptions,
     PruneOptions,
-    StudyOptions,
     SweepOptions,
     Trust,
     request_options,
@@ -199,9 +198,7 @@ def gap(
         ),
     ],
     out: Annotated[Path, Parameter(help="Where the study lies, or goes on.")],
-    options: Annotated[StudyOptions, _ALL] = StudyOptions(),
-    posed: Annotated[PosedOptions, _ALL] = PosedOptions(),
-    json: Json = None,
+    options: Annotated[GapOptions, _ALL] = GapOptions(),
 ) -> None:
     """Solve, bound and verify every problem with every backend, and report the gaps.
 
@@ -209,7 +206,7 @@ def gap(
     again to go on with a study that was interrupted, or with more sparsities or backends to extend
     it.
     """
-    rooms.gap.run(sources, out, options, posed, json)
+    rooms.gap.run(sources, out, options)
 
 
 @app.command

@@ -21,7 +21,7 @@ from osscar.cli.common import (
     write_json,
 )
 from osscar.cli.opening import opened, quiet, stated_preprocessing
-from osscar.cli.options import PosedOptions, StudyOptions, given
+from osscar.cli.options import DataOptions, GapOptions, given
 from osscar.data.batches import as_inputs
 from osscar.preparation.fingerprint import Fingerprint
 from osscar.report.gap_page import write_report
@@ -34,18 +34,14 @@ from osscar.study.problems import model_problems
 from solvers import SubsetProblem
 
 _PROBLEM_SUFFIXES = (".npz", ".safetensors")
+_POSING = ("groups", "query_heads", "damp", "device", *DataOptions.__dataclass_fields__)
+"""Options that mean nothing to problem files."""
 
 
-def run(
-    sources: Sequence[str],
-    directory: Path,
-    options: StudyOptions,
-    posed: PosedOptions,
-    json: Path | None,
-) -> None:
+def run(sources: Sequence[str], directory: Path, options: GapOptions) -> None:
     """Solve, bound and verify every problem with every backend, and report the gaps."""
-    read = (*sources, posed.calibration, posed.weights)
-    check_json_path(json, inputs=read, written=(directory,))
+    read = (*sources, options.calibration, options.weights)
+    check_json_path(options.json, inputs=read, written=(directory,))
     if options.ray is not None and options.jobs is not None:
         raise OptionError("--jobs are processes of this machine, and --ray has others; give one")
     design = StudyDesign(
@@ -60,16 +56,16 @@ def run(
     )
     are_files = _are_problems(sources)
     if are_files:
-        _refuse_options_of_models(posed)
+        _refuse_options_of_models(options)
         source: dict[str, Any] = {"problems": [_fingerprint(Path(file)) for file in sources]}
     else:
-        source = _described(sources[0], posed, options.seed)
+        source = _described(sources[0], options)
     study = Study(directory, source)
     with way_back(lambda: study.kept):
         ray = nullcontext() if options.ray is None else connected(options.ray)
         with quiet(), study.locked(), ray as cluster:
             if not are_files:
-                _capture_model(study, sources[0], posed, options.seed)
+                _capture_model(study, sources[0], options)
             elif not study.instances:
                 study.capture(_file_problems(sources))
             jobs = cluster.workers if cluster else options.jobs or study.affordable_jobs()
@@ -89,43 +85,43 @@ def run(
             "records": [dataclasses.asdict(record) for record in records],
             "trivial": [instance.name for instance in study.trivial],
         }
-        write_json(json, document("gap", 2, content))
+        write_json(options.json, document("gap", 2, content))
 
 
-def _described(model: str, posed: PosedOptions, seed: int) -> dict[str, Any]:
-    """Return how the problems of a model are posed, as its study keeps it."""
-    stated = stated_preprocessing(posed)
+def _described(model: str, options: GapOptions) -> dict[str, Any]:
+    """Return how the problems of a model are options, as its study keeps it."""
+    stated = stated_preprocessing(options)
+    names = ("samples", "seqlen", "seed", "damp", "groups", "query_heads")
     return {
-        **{"model": model, "calibration": posed.calibration or "built-in text"},
-        **{"samples": posed.samples, "seqlen": posed.seqlen, "seed": seed, "damp": posed.damp},
-        **{"groups": posed.groups, "query_heads": posed.query_heads},
-        "weights": None if posed.weights is None else str(posed.weights),
+        **{"model": model, "calibration": options.calibration or "built-in text"},
+        **{name: getattr(options, name) for name in names},
+        "weights": None if options.weights is None else str(options.weights),
         **({} if stated is None else {"preprocessing": stated.record()}),
     }
 
 
-def _capture_model(study: Study, model: str, posed: PosedOptions, seed: int) -> None:
+def _capture_model(study: Study, model: str, options: GapOptions) -> None:
     """Capture the problems of a model; of a study that goes on, check that they are its own."""
-    loaded, data = opened(model, posed, seed, device=posed.device)
+    loaded, data = opened(model, options, options.seed, device=options.device)
     inputs = as_inputs(loaded.model, data)
     dense = Fingerprint.of(loaded.model, inputs, inputs.batch_size)
     if study.instances:
         study.check_dense(dense)
         return
-    patterns = ("*",) if posed.groups is None else _names(posed.groups)
+    patterns = ("*",) if options.groups is None else _names(options.groups)
     problems = model_problems(
         loaded.model,
         data,
-        damp=posed.damp,
+        damp=options.damp,
         wanted=lambda name: any(fnmatchcase(name, pattern) for pattern in patterns),
-        query_heads=posed.query_heads,
+        query_heads=options.query_heads,
     )
     study.capture(((str(group.kind), problem.to("cpu")) for group, problem in problems), dense)
 
 
-def _refuse_options_of_models(posed: PosedOptions) -> None:
-    for name, value in given(posed).items():
-        if (name, value) != ("device", "cpu"):
+def _refuse_options_of_models(options: GapOptions) -> None:
+    for name, value in given(options).items():
+        if name in _POSING and (name, value) != ("device", "cpu"):
             raise OptionError(
                 f"--{name.replace('_', '-')} is for models; leave it away: problem files are "
                 "solved as they are, on the CPU"

@@ -171,8 +171,8 @@ class EvalOptions(OpenOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PosedOptions(DataOptions):
-    """How `osscar gap` poses the problems of a model; they mean nothing to problem files."""
+class GapOptions(DataOptions):
+    """How `osscar gap` poses the problems of a model, and what it does with each."""
 
     groups: str | None = None
     """Only groups of the model that match one of these patterns (`*.heads`)."""
@@ -182,12 +182,7 @@ class PosedOptions(DataOptions):
     """Pull towards the dense weights, relative to diag(H)."""
     device: str = "auto"
     """Where the model runs: auto, cpu or cuda. Solves run on the CPU."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class StudyOptions:
-    """What `osscar gap` does with each problem."""
-
+    json: Json = None
     sparsity: str = "0.25,0.5,0.75"
     """Shares of the units to remove, separated by commas."""
     backends: str | None = None

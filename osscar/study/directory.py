@@ -248,8 +248,8 @@ class Study:
     ) -> Iterator[Task]:
         """Yield what is to be solved of a problem at numbers of kept units."""
         limits = {
-            "time_limit": float(design.time_limit),
-            "gap_tolerance": float(design.gap_tolerance),
+            "time_limit": design.time_limit,
+            "gap_tolerance": design.gap_tolerance,
         }
         for keep, sparsities in keeps.items():
             for name in design.backends:

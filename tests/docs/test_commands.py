@@ -197,7 +197,12 @@ def test_a_command_is_understood(command: Command, monkeypatch: pytest.MonkeyPat
         assert reason(command) is not None, f"add {command} to PARSED, with a reason, or run it"
 
 
-@pytest.mark.parametrize("command", [c for page in PAGES for c in mentions(page)], ids=str)
+@pytest.mark.parametrize(
+    "command",
+    # what a changelog tells of may have gone since
+    [c for page in PAGES if page != "CHANGELOG.md" for c in mentions(page)],
+    ids=str,
+)
 def test_what_the_text_mentions_exists(command: Command) -> None:
     program, *words = command.words
     end = [*words, "--"].index("--")
