@@ -211,6 +211,8 @@ def test_what_the_text_mentions_exists(command: Command) -> None:
     known = osscar_options(words[0] if program == "osscar" else "prune")
     assert {word for word in more if word.startswith("--")} <= known
     module = ROOT / f"{words[1].replace('.', '/')}.py" if words[0] == "-m" else ROOT / words[0]
+    if not module.exists() and module.with_suffix("").is_dir():
+        module = module.with_suffix("") / "__main__.py"
     if program == "osscar":
         assert options <= known
     elif module.suffix == ".py" and module.exists():
