@@ -203,24 +203,6 @@ def test_at_least_the_least_width_stays():
 # ---- what the walk measures --------------------------------------------------------------
 
 
-@pytest.mark.parametrize("bias", [True, False])
-def test_a_problem_has_the_variances_of_its_inputs(bias):
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(6, 10), nn.Sigmoid(), nn.Linear(10, 4, bias=bias))
-    X = torch.rand(50, 10) + torch.arange(10.0)
-    X[:, 3] = 7.0
-    with prepare(model, (torch.randn(20, 6),)) as ready:
-        [group] = [group for group in ready.groups if group.units == 10]
-        [consumer] = linear_maps(ready.model, group)
-        gram = GramAccumulator(consumer)
-        for part in X.split(16):
-            gram.add(part)
-        problem = pose([gram], 5, "some", damp=0.5)
-    expected = X.double().var(0, correction=0)
-    assert float(expected[3]) == 0
-    torch.testing.assert_close(problem.consumers[0].variance, expected, rtol=1e-9, atol=1e-12)
-
-
 def test_variances_follow_the_weight_of_each_layer():
     torch.manual_seed(0)
     with prepare(Branches().eval(), (torch.randn(6, 3, 9, 9),)) as ready:

@@ -24,7 +24,8 @@ OF_CPU = RuntimeError(
     "[enforce fail at alloc_cpu.cpp:121] err == 0. DefaultCPUAllocator: can't allocate memory: you "
     "tried to allocate 6576668672 bytes. Error code 12 (Cannot allocate memory)"
 )
-pytestmark = pytest.mark.parametrize("error", [OF_CUDA, OF_CPU, MemoryError()], ids=str)
+each = pytest.mark.parametrize("error", [OF_CUDA, OF_CPU, MemoryError()], ids=str)
+one = pytest.mark.parametrize("error", [OF_CUDA], ids=str)
 
 
 def failing(error):
@@ -44,6 +45,7 @@ def refusal(model):
     return str(refused.value)
 
 
+@each
 def test_a_batch_is_named_with_the_module(error):
     model = tiny("opt")
 
@@ -57,6 +59,7 @@ def test_a_batch_is_named_with_the_module(error):
     assert all(option in said for option in ("--batch-size", "--samples", "--max-memory"))
 
 
+@one
 def test_gram_matrices_are_named_with_their_inputs(error, monkeypatch):
     monkeypatch.setattr(walk, "GramAccumulator", failing(error))
     said = refusal(tiny("opt"))
@@ -64,6 +67,7 @@ def test_gram_matrices_are_named_with_their_inputs(error, monkeypatch):
     assert "--skip" in said
 
 
+@one
 def test_a_problem_is_named_with_its_inputs(error, monkeypatch):
     monkeypatch.setattr(greedy, "eliminate", failing(error))
     said = refusal(tiny("opt"))
@@ -71,6 +75,7 @@ def test_a_problem_is_named_with_its_inputs(error, monkeypatch):
     assert "--device cpu" in said
 
 
+@one
 def test_a_weight_that_lies_on_disk_is_named(error, monkeypatch, tmp_path):
     model = osscar.load_model(written(tmp_path, "opt"), device="cpu", max_memory="64GB").model
     monkeypatch.setattr(Slice, "read", failing(error))
@@ -79,11 +84,13 @@ def test_a_weight_that_lies_on_disk_is_named(error, monkeypatch, tmp_path):
     assert "a smaller --max-memory" in said
 
 
+@one
 def test_elsewhere_the_model_is_named(error, monkeypatch):
     monkeypatch.setattr(prune, "shrunk", failing(error))
     assert "OPTForCausalLM, of which pruning makes copies" in refusal(tiny("opt"))
 
 
+@one
 def test_the_command_ends_in_one_line(error, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(
         language.transformers.AutoModelForCausalLM, "from_pretrained", failing(error)
