@@ -52,7 +52,7 @@ def test_the_comparison_finds_what_the_proof_has_not(monkeypatch: pytest.MonkeyP
     def wrong(*given: Any) -> Any:
         found = honest(*given)
         with torch.no_grad():
-            next(found.model.parameters()).mul_(1.01)
+            next(found[0].parameters()).mul_(1.01)
         return found
 
     monkeypatch.setattr(rows, "shrunk", wrong)
