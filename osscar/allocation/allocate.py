@@ -45,7 +45,7 @@ def allocate(
     ------
     RequestError
         If what is asked for makes no sense for these groups, a budget cannot be met, or nothing
-        would be removed.  `FrozenGroupError` where what is named is frozen.
+        would be removed.
     NonFiniteError
         If the gradients that a budget needs are not finite.
     """

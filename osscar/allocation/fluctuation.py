@@ -41,7 +41,7 @@ def measure_fluctuations(
 
     Raises
     ------
-    CalibrationError, ModelError, NonFiniteError
+    DataError, ModelError, NonFiniteError
         If a batch fails, a consumer is never called, or reads what is not finite.
     """
     found = {g.name: [_Inputs.of(one) for one in linear_maps(prepared.model, g)] for g in groups}

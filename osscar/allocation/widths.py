@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from graph import CouplingGroup
-from osscar.base.errors import FrozenGroupError, RequestError
+from osscar.base.errors import RequestError
 from osscar.base.printable import counted, listed
 from osscar.preparation.prepare import Prepared
 from osscar.request import PRUNED_KINDS, PruningRequest, Widths, parse_keep
@@ -44,7 +44,7 @@ def reachable(
         if name not in by_name:
             raise RequestError(f"there is no group {name!r}; `osscar inspect` lists the groups")
         if by_name[name].frozen:
-            raise FrozenGroupError(frozen_message(by_name[name]))
+            raise RequestError(frozen_message(by_name[name]))
     _check_kinds(groups, request, residual)
     skipped = _skipped(by_name, request.skip) | set(left)
     return [group for group in groups if group.name not in skipped]
@@ -107,7 +107,7 @@ def _check_some(what: str, groups: Sequence[CouplingGroup]) -> None:
     if not groups:
         raise RequestError(f"this model has no group of {what}; `osscar inspect` lists the groups")
     if not any(group.prunable for group in groups):
-        raise FrozenGroupError(frozen_message(groups[0]))
+        raise RequestError(frozen_message(groups[0]))
 
 
 def frozen_message(group: CouplingGroup) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from osscar.base.errors import DeviceError
+from osscar.base.errors import OptionError
 from osscar.base.inputs import shown
 from osscar.base.timing import Clock
 
@@ -22,13 +22,13 @@ def resolve_device(device: str | torch.device = "auto") -> torch.device:
     try:
         resolved = torch.device(device)
     except (RuntimeError, TypeError) as error:
-        raise DeviceError(
+        raise OptionError(
             f"unknown device {shown(device)}; give 'auto', 'cpu' or 'cuda'"
         ) from error
     if resolved.type not in ("cpu", "cuda") or (resolved.type == "cpu" and resolved.index):
-        raise DeviceError(f"cannot run on {str(device)!r}; give 'auto', 'cpu' or 'cuda'")
+        raise OptionError(f"cannot run on {str(device)!r}; give 'auto', 'cpu' or 'cuda'")
     if resolved.type == "cuda" and (resolved.index or 0) >= torch.cuda.device_count():
-        raise DeviceError(
+        raise OptionError(
             f"no device {str(device)!r}: PyTorch sees {torch.cuda.device_count()} CUDA devices; "
             "give 'cpu' or 'auto'"
         )
@@ -60,7 +60,7 @@ def resolve_dtype(
         None,
     )
     if resolved is None:
-        raise DeviceError(f"unknown number format {shown(dtype)}; give auto, {', '.join(DTYPES)}")
+        raise OptionError(f"unknown number format {shown(dtype)}; give auto, {', '.join(DTYPES)}")
     return resolved
 
 

@@ -13,20 +13,8 @@ class OsscarError(Exception):
     """Base of every error that OSSCAR raises on purpose."""
 
 
-class ModelNotFound(OsscarError):
-    """No model answers to this name: a typo, a missing directory, or an unreachable hub."""
-
-
 class ModelError(OsscarError):
-    """A model was found but cannot be used: unreadable, unsafe, or of an unsupported family."""
-
-
-class DownloadError(OsscarError):
-    """A packaged model could not be fetched, or what arrived is not what was pinned."""
-
-
-class DeviceError(OsscarError):
-    """A device or number format that does not exist here was asked for."""
+    """A model is not found or cannot be used: a typo, unreadable, unsafe, or not supported."""
 
 
 class NoMemoryError(OsscarError):
@@ -37,28 +25,16 @@ class MissingDependency(OsscarError):
     """An optional package is needed; the message names it and the command that installs it."""
 
 
-class TextError(OsscarError):
-    """Text for calibration or evaluation is missing, unreadable, or too short."""
-
-
-class CalibrationError(TextError):
-    """Calibration data cannot be built from what was given."""
-
-
-class ImageError(OsscarError):
-    """Images for calibration or evaluation are missing, damaged, or of other classes."""
+class DataError(OsscarError):
+    """Data for calibration or evaluation are missing, damaged, too few, or do not fit a model."""
 
 
 class RequestError(OsscarError):
-    """What to keep makes no sense: a sparsity, fraction or count outside of what exists."""
-
-
-class FrozenGroupError(RequestError):
-    """A coupling group that cannot be pruned was asked for; the message says what froze it."""
+    """What to keep makes no sense, or names what cannot be pruned; the message says why."""
 
 
 class OptionError(OsscarError):
-    """A number that steers a run, such as a window length or batch size, is out of range."""
+    """An option of a run is out of range, does not go with another, or does not exist here."""
 
 
 class NonFiniteError(OsscarError):
@@ -85,16 +61,12 @@ class AdapterError(EquivalenceError):
     """A module cannot work without the units; the message names it and the line that failed."""
 
 
-class StudyError(OsscarError):
-    """A directory holds no study, or another one than what was asked for."""
+class JournalError(OsscarError):
+    """A directory holds no run, sweep or study, or another one than what was asked for."""
 
 
 class CheckpointError(OsscarError):
     """A directory does not hold a checkpoint that OSSCAR can read."""
-
-
-class RunError(OsscarError):
-    """The log of a pruning run is of another run, or cannot be read."""
 
 
 class RanksError(OsscarError):

@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
-from osscar.base.errors import FileError, OsscarError, OutputError
+from osscar.base.errors import FileError, JournalError, OutputError
 from osscar.base.files import LOCK_FILE, PARTIAL, file_lock, reason_of, remedy, write_json
 from osscar.base.json_files import MEGABYTE, read_json
 from osscar.base.signals import uninterrupted
@@ -41,7 +41,7 @@ class Journal(Generic[M]):
     """What a command has done, in a directory, which need not exist yet.
 
     Each command has a subclass, that says what all its journals have in common.  Whatever is wrong
-    with a journal is raised as its `error`; what cannot be written, as an `OutputError`.
+    with a journal is a JournalError; what cannot be written, an OutputError.
     """
 
     what: ClassVar[str]
@@ -57,7 +57,6 @@ class Journal(Generic[M]):
     other_files: ClassVar[tuple[str, ...]]
     """Patterns of all else that the command writes there, in the order in which it can go."""
 
-    error: ClassVar[type[OsscarError]]
     otherwise: ClassVar[str]
     """What to do instead of going on."""
 
@@ -76,14 +75,14 @@ class Journal(Generic[M]):
         try:
             names = sorted(path.name for path in place.iterdir()) if place.exists() else []
         except NotADirectoryError as error:
-            raise self.error(
+            raise JournalError(
                 f"{place} is a file and holds no {what}; give another --out"
             ) from error
         except OSError as error:
-            raise self.error(f"cannot look into {place}: {reason_of(error)}") from error
+            raise JournalError(f"cannot look into {place}: {reason_of(error)}") from error
         foreign = [n for n in names if n != LOCK_FILE and not _PARTIAL_FILE.fullmatch(n)]
         if foreign and self.manifest_file not in names:
-            raise self.error(
+            raise JournalError(
                 f"{place} holds {foreign[0]!r} and no {what}; move that away, or give another --out"
             )
 
@@ -133,7 +132,7 @@ class Journal(Generic[M]):
         try:
             found: M = read_json(file, self.schema)
         except FileError as error:
-            raise self.error(
+            raise JournalError(
                 f"{file} is not the manifest of a {self.what}: {error.reason}; {self.otherwise}"
             ) from error
         return found
@@ -143,7 +142,7 @@ class Journal(Generic[M]):
         before = self.manifest()
         difference = None if before is None else manifest.difference(before)
         if difference is not None:
-            raise self.error(
+            raise JournalError(
                 f"{self.directory} holds another {self.what}: {difference}; ask for the same "
                 f"to go on, or {self.otherwise}"
             )
@@ -174,7 +173,7 @@ class Journal(Generic[M]):
         try:
             return read_json(file, schema, limit=limit)
         except FileError as error:
-            raise self.error(f"{error}; {otherwise or self.otherwise}") from error
+            raise JournalError(f"{error}; {otherwise or self.otherwise}") from error
 
     def write(self, name: str, content: Any) -> None:
         """Write a dataclass; once this returns, it is on the disk."""

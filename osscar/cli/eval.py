@@ -7,7 +7,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from osscar.base.errors import ImageError, ModelError, OptionError
+from osscar.base.errors import DataError, ModelError, OptionError
 from osscar.base.printable import counted
 from osscar.cli.common import check_json_path, document, out, say, write_json
 from osscar.cli.opening import chat_template_unused, quiet, say_preprocessing, stated_preprocessing
@@ -51,7 +51,7 @@ def run(model: str, options: EvalOptions) -> None:
             text=text, images=images, inputs=inputs, windows=options.windows, seqlen=options.seqlen
         )
         if data is None:
-            raise ImageError(
+            raise DataError(
                 f"{model} reads no text: give --images a directory or an .npz file of images, or "
                 "--inputs a file of whatever else it reads"
             )

@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from osscar.base.errors import CalibrationError, ModelError
+from osscar.base.errors import DataError, ModelError
 from osscar.base.inputs import shown
 from osscar.data.samples import SampleSet
 from osscar.data.tokens import CalibrationSet
@@ -190,7 +190,7 @@ def as_inputs(model: nn.Module, calibration: Any) -> ModelInputs:
 
     Raises
     ------
-    CalibrationError
+    DataError
         If it is none of these, or the model cannot read it.
     ModelError
         If the model does not tell what it takes.
@@ -207,7 +207,7 @@ def as_inputs(model: nn.Module, calibration: Any) -> ModelInputs:
     of_set = isinstance(calibration, SampleSet)
     tensors = _by_name(model, calibration.arguments() if of_set else calibration)
     if tensors is None:
-        raise CalibrationError(f"cannot calibrate on a {type(calibration).__name__}; {_FORMS}")
+        raise DataError(f"cannot calibrate on a {type(calibration).__name__}; {_FORMS}")
     check_tensors(tensors)
     check_arguments(model, tensors)
     return ModelInputs(tensors, classes=of_set and calibration.classifies)
@@ -240,19 +240,19 @@ def _check_signature(model: nn.Module) -> None:
 def _windows(model: nn.Module, windows: Tensor) -> ModelInputs:
     """Refuse windows of a wrong form, too long, or with tokens that the model lacks."""
     if windows.ndim != 2 or windows.dtype != torch.int64 or windows.numel() == 0:
-        raise CalibrationError(
+        raise DataError(
             f"calibration windows must be int64 (samples, seqlen) and not empty, not "
             f"{windows.dtype} of {tuple(windows.shape)}"
         )
     context = context_length(model)
     if context is not None and windows.shape[1] > context:
-        raise CalibrationError(
+        raise DataError(
             f"calibration windows have {windows.shape[1]} tokens and the model takes "
             f"{context}; give a smaller window length (--seqlen)"
         )
     known = _vocabulary(model)
     if int(windows.min()) < 0 or int(windows.max()) >= known:
-        raise CalibrationError(
+        raise DataError(
             f"calibration tokens run from {int(windows.min())} to {int(windows.max())} and the "
             f"model knows 0 to {known - 1}; use the tokenizer that belongs to it"
         )
@@ -262,12 +262,12 @@ def _windows(model: nn.Module, windows: Tensor) -> ModelInputs:
 def _apart(model: nn.Module, samples: Sequence[Any]) -> ModelInputs:
     """Refuse samples with arguments that the model does not have, or that are not of one form."""
     if not samples:
-        raise CalibrationError("the calibration data are an empty list; give samples")
+        raise DataError("the calibration data are an empty list; give samples")
     named = []
     for one in samples:
         sample = None if isinstance(one, Tensor) else _by_name(model, one)
         if sample is None:
-            raise CalibrationError(
+            raise DataError(
                 f"cannot calibrate on a list with a {type(one).__name__} in it; {_FORMS}"
             )
         named.append(sample)
@@ -278,7 +278,7 @@ def _apart(model: nn.Module, samples: Sequence[Any]) -> ModelInputs:
     for index, sample in enumerate(named):
         if forms[index] != forms[0]:
             has, due = (", ".join(forms[i].values()) or "nothing" for i in (index, 0))
-            raise CalibrationError(
+            raise DataError(
                 f"sample {index} of the calibration data is {has}, and sample 0 is {due}; give "
                 "all of them in the same form"
             )
@@ -286,8 +286,8 @@ def _apart(model: nn.Module, samples: Sequence[Any]) -> ModelInputs:
             for tensors in [{name: t} for name, t in sample.items()] or [{}]:
                 check_tensors(tensors)  # each alone, since samples are no entries
             check_arguments(model, sample)
-        except CalibrationError as error:
-            raise CalibrationError(f"sample {index}: {error}") from error
+        except DataError as error:
+            raise DataError(f"sample {index}: {error}") from error
     return ModelInputs({}, apart=tuple(named))
 
 
@@ -296,26 +296,26 @@ def check_tensors(tensors: Mapping[str, Tensor]) -> None:
 
     Raises
     ------
-    CalibrationError
+    DataError
         If there are none, or one is no tensor, empty or not finite, or they disagree on how many
         they are.
     """
     if not isinstance(tensors, Mapping):
-        raise CalibrationError(
+        raise DataError(
             f"the data are a {type(tensors).__name__}; give a mapping of tensors by the names of "
             "the arguments that read them"
         )
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
-            raise CalibrationError(
+            raise DataError(
                 f"the data {name!r} are a {type(tensor).__name__}; give a tensor, such as "
                 "torch.as_tensor makes of an array or a list"
             )
         if tensor.ndim == 0 or tensor.numel() == 0:
-            raise CalibrationError(f"the data {name!r} are empty")
+            raise DataError(f"the data {name!r} are empty")
         odd = tensor.layout is not torch.strided or tensor.is_nested or tensor.is_quantized
         if odd or tensor.is_meta:
-            raise CalibrationError(
+            raise DataError(
                 f"the data {name!r} are sparse, nested, quantized or on the device 'meta'; give "
                 "plain tensors with values"
             )
@@ -323,16 +323,16 @@ def check_tensors(tensors: Mapping[str, Tensor]) -> None:
         finite = torch.isfinite(tensor.float() if eighth else tensor)
         if not bool(finite.all()):
             bad = tensor.numel() - int(finite.sum())
-            raise CalibrationError(
+            raise DataError(
                 f"the data {name!r} have NaN or infinite entries, {bad:,} of {tensor.numel():,}; "
                 "leave those samples out"
             )
     if not tensors:
-        raise CalibrationError("the data are an empty mapping; give tensors by name")
+        raise DataError("the data are an empty mapping; give tensors by name")
     if len({len(tensor) for tensor in tensors.values()}) != 1:
         counts = {name: len(tensor) for name, tensor in tensors.items()}
         each = ", ".join(f"{name!r}: ..." for name in counts)
-        raise CalibrationError(
+        raise DataError(
             f"the data disagree on the number of samples: {counts}; where the first dimension is "
             "not the sample, as of the nodes and edges of a graph, calibrate from Python on a list "
             f"with one dict of arguments for each sample: [{{{each}}}, ...]"
@@ -353,10 +353,10 @@ def check_arguments(
     takes = inspect.signature(model.forward).parameters
     for name in given:
         if name not in takes:
-            raise CalibrationError(f"{code} takes no {name!r}; it takes {', '.join(takes)}")
+            raise DataError(f"{code} takes no {name!r}; it takes {', '.join(takes)}")
     for name in needed_arguments(model, example):
         if name not in given:
-            raise CalibrationError(
+            raise DataError(
                 f"{code} takes {', '.join(takes)}, and there is no {name!r} among the data "
                 f"({', '.join(given) or 'none'}); name them after the arguments that read them"
             )
@@ -376,15 +376,15 @@ def named_inputs(model: nn.Module, args: Sequence[Tensor]) -> dict[str, Tensor]:
 
     Raises
     ------
-    CalibrationError
+    DataError
         If it takes fewer, or names none.
     """
     try:
         bound = inspect.signature(model.forward).bind(*args).arguments
     except TypeError as error:
-        raise CalibrationError(f"{type(model).__name__}.forward: {error}") from error
+        raise DataError(f"{type(model).__name__}.forward: {error}") from error
     if not all(isinstance(value, Tensor) for value in bound.values()):
-        raise CalibrationError(
+        raise DataError(
             f"{type(model).__name__}.forward gives its arguments no names; give it named ones"
         )
     return dict(bound)
@@ -395,13 +395,13 @@ def named_example(model: nn.Module, example: Any) -> dict[str, Tensor]:
 
     Raises
     ------
-    CalibrationError
+    DataError
         If they are something else, or the model takes fewer.
     """
     args = tuple(example) if isinstance(example, list) else example
     named = _by_name(model, args) if isinstance(args, Tensor) or args else None
     if named is None:
-        raise CalibrationError(
+        raise DataError(
             f"{shown(example)} ({type(example).__name__}) are no example inputs; give a tensor, a "
             "tuple of tensors, or a mapping of their names to tensors"
         )

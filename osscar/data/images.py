@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from osscar.base.errors import FileError, ImageError, OsscarError, first_line
+from osscar.base.errors import DataError, FileError, first_line
 from osscar.base.files import digest
 from osscar.base.inputs import whole_number
 from osscar.base.printable import counted
@@ -54,7 +54,6 @@ class ImageSet(SampleSet):
     """
 
     sample_name: ClassVar[str] = "image"
-    error: ClassVar[type[OsscarError]] = ImageError
 
     source: str
     items: Sequence[Path] | np.ndarray[Any, np.dtype[np.uint8]] = field(repr=False)
@@ -83,7 +82,7 @@ class ImageSet(SampleSet):
         if all(name.isdecimal() and len(name) < 10 for name in names):
             return torch.tensor([int(name) for name in names])[labels]
         if len(names) != outputs:
-            raise ImageError(
+            raise DataError(
                 f"{self.source} has {counted(len(names), 'class folder')} and the model "
                 f"{counted(outputs, 'class', 'classes')}; name the folders by class or by number, "
                 "or give as many as there are classes"
@@ -95,7 +94,7 @@ class ImageSet(SampleSet):
 
         Raises
         ------
-        ImageError
+        DataError
             If a file is no image that can be decoded, or images become tensors of several shapes.
         OptionError
             If `size` is not positive, or the preprocessing is not stated in full.
@@ -108,7 +107,7 @@ class ImageSet(SampleSet):
             shapes = {tuple(image.shape) for image in images}
             if len(shapes) > 1:
                 one, other, *_ = sorted(shapes)
-                raise ImageError(
+                raise DataError(
                     f"the images of {self.source} become tensors of {one} and of {other}; give a "
                     "transform that leads to one size"
                 )
@@ -119,7 +118,7 @@ class ImageSet(SampleSet):
 
         Raises
         ------
-        ImageError
+        DataError
             If a file is no image that can be decoded.
         """
         return torch.cat(list(self.batches(64)))
@@ -142,7 +141,7 @@ class ImageSet(SampleSet):
 
         Raises
         ------
-        ImageError
+        DataError
             If the file is no image that can be decoded.
         """
         from PIL import Image
@@ -154,12 +153,12 @@ class ImageSet(SampleSet):
             with Image.open(item, formats=IMAGE_FORMATS) as image:
                 _check_form(item, image)
                 return image.convert(mode)
-        except ImageError:
+        except DataError:
             raise
         except Image.DecompressionBombError as error:
-            raise ImageError(f"{str(item)!r} is too large: {error}; shrink the file") from error
+            raise DataError(f"{str(item)!r} is too large: {error}; shrink the file") from error
         except Exception as error:  # of a damaged file a decoder raises whatever it meets
-            raise ImageError(
+            raise DataError(
                 f"{str(item)!r} cannot be decoded as an image: {first_line(error)}; mend or remove "
                 f"the file ({', '.join(IMAGE_FORMATS)} can be read)"
             ) from error
@@ -168,12 +167,12 @@ class ImageSet(SampleSet):
 def _check_form(item: Path, image: Any) -> None:
     """Refuse images that a conversion to 8 bits would clip, or that resizing would blow up."""
     if image.mode.startswith(("I", "F")):
-        raise ImageError(
+        raise DataError(
             f"{str(item)!r} has pixels of mode {image.mode!r}, 16 or 32 bits wide; rescale it to "
             "8 bits"
         )
     if max(image.size) > _LONGEST * min(image.size):
-        raise ImageError(
+        raise DataError(
             f"{str(item)!r} has {image.size[0]} x {image.size[1]} pixels, more than {_LONGEST} "
             "times longer than wide; cut it"
         )
@@ -185,7 +184,7 @@ def _stored(item: Path | np.ndarray[Any, np.dtype[np.uint8]]) -> bytes:
     try:
         return item.read_bytes()
     except OSError as error:
-        raise ImageError(f"cannot read {str(item)!r}: {error.strerror}") from error
+        raise DataError(f"cannot read {str(item)!r}: {error.strerror}") from error
 
 
 def load_images(spec: str | Path, preprocessing: Any, *, reader: str = "a model") -> ImageSet:
@@ -207,7 +206,7 @@ def load_images(spec: str | Path, preprocessing: Any, *, reader: str = "a model"
 
     Raises
     ------
-    ImageError
+    DataError
         If there is nothing of the kind, or no image in it; or a function fails on the first one, or
         makes another tensor of it each time.
     OptionError
@@ -231,8 +230,8 @@ def _found(spec: str | Path, preprocessing: AnyPreprocessing) -> ImageSet:
             return _from_archive(path, part, preprocessing)
     except (OSError, FileError) as error:
         reason = error.reason if isinstance(error, FileError) else error.strerror
-        raise ImageError(f"cannot look for images at {spec!r}: {reason}; give another") from error
-    raise ImageError(f"no images at {text!r}; give a directory of images or an .npz file")
+        raise DataError(f"cannot look for images at {spec!r}: {reason}; give another") from error
+    raise DataError(f"no images at {text!r}; give a directory of images or an .npz file")
 
 
 def _from_directory(path: Path, preprocessing: AnyPreprocessing) -> ImageSet:
@@ -245,7 +244,7 @@ def _from_directory(path: Path, preprocessing: AnyPreprocessing) -> ImageSet:
         and file.is_file()
     )
     if not files:
-        raise ImageError(
+        raise DataError(
             f"{str(path)!r} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))}); give another"
         )
     folders = [file.relative_to(path).parts[0] for file in files if file.parent != path]
@@ -267,7 +266,7 @@ def _from_archive(path: Path, part: str, preprocessing: AnyPreprocessing) -> Ima
     try:
         arrays = read_tensors(path, wanted)
     except FileError as error:
-        raise ImageError(f"{str(path)!r} is not an .npz file of images: {error.reason}") from error
+        raise DataError(f"{str(path)!r} is not an .npz file of images: {error.reason}") from error
     pixels, classes = arrays[images].numpy(), arrays.get(labels)
     if pixels.shape[-1] == 1 and pixels.ndim == 4:
         pixels = pixels[..., 0]
@@ -280,7 +279,7 @@ def _check_headers(
 ) -> None:
     """Refuse arrays of a wrong form."""
     if images not in headers:
-        raise ImageError(
+        raise DataError(
             f"{str(path)!r} has no {images!r}, only {', '.join(headers)}; give FILE.npz, or "
             "FILE.npz:PART for PART_images"
         )
@@ -289,12 +288,12 @@ def _check_headers(
     fits = color or (gray and (len(shape) == 3 or (len(shape) == 4 and shape[-1] == 1)))
     if not fits or dtype != np.uint8 or min(shape) < 1:
         form = "(n, height, width, 3)" + (" or (n, height, width)" if gray else "")
-        raise ImageError(
+        raise DataError(
             f"{images} in {str(path)!r} must be uint8 {form} and not empty, not {dtype} of {shape}"
         )
     found = headers.get(labels)
     if found is not None and (found[0] != shape[:1] or found[1].kind not in "iu"):
-        raise ImageError(
+        raise DataError(
             f"{labels} in {str(path)!r} must be {shape[0]} whole numbers, not {found[1]} of "
             f"{found[0]}"
         )

@@ -16,7 +16,7 @@ import torch
 from pydantic import ConfigDict
 from torch import Tensor
 
-from osscar.base.errors import ImageError, MissingDependency, OptionError, first_line
+from osscar.base.errors import DataError, MissingDependency, OptionError, first_line
 from osscar.base.inputs import shown
 from osscar.base.json_files import STRICT
 from osscar.base.printable import counted
@@ -74,7 +74,7 @@ class Preprocessing:
 
     Raises
     ------
-    ImageError
+    DataError
         If a number makes no sense.
     """
 
@@ -103,10 +103,10 @@ class Preprocessing:
         ):
             value = getattr(self, name)
             if value is not None and not fits(value):
-                raise ImageError(f"{name} is {shown(value)}; give {give}")
+                raise DataError(f"{name} is {shown(value)}; give {give}")
         if (self.mean is None) != (self.std is None):
             there, missing = ("mean", "std") if self.std is None else ("std", "mean")
-            raise ImageError(f"{there} is given without {missing}; give both")
+            raise DataError(f"{there} is given without {missing}; give both")
         if self.mean is not None:
             self._check_normalization("mean")
             self._check_normalization("std")
@@ -115,14 +115,14 @@ class Preprocessing:
         value = getattr(self, name)
         numbers = tuple(value) if isinstance(value, list | tuple) else (value,)
         if not all(_is_finite(n) for n in numbers) or len(numbers) not in (1, 3):
-            raise ImageError(
+            raise DataError(
                 f"{name} is {shown(value)}; give one number for all channels, or one for each "
                 "of three"
             )
         if name == "std" and min(numbers) <= 0:
-            raise ImageError(f"std is {shown(value)}; give numbers above 0")
+            raise DataError(f"std is {shown(value)}; give numbers above 0")
         if max(numbers) > 1:
-            raise ImageError(
+            raise DataError(
                 f"{name} is {shown(value)}; give that of pixels / 255, which lie from 0 to 1"
             )
         alike = numbers[:1] if len(set(numbers)) == 1 else numbers
@@ -130,7 +130,7 @@ class Preprocessing:
         if len(numbers) == 3 and self.channels is None:
             object.__setattr__(self, "channels", 3)
         if self.channels == 1 and len(numbers) == 3:
-            raise ImageError(f"{name} has 3 numbers and images 1 channel; give one number")
+            raise DataError(f"{name} has 3 numbers and images 1 channel; give one number")
 
     @classmethod
     def of(cls, transforms: Any) -> Preprocessing:
@@ -156,7 +156,7 @@ class Preprocessing:
 
         Raises
         ------
-        ImageError
+        DataError
             If what is stated contradicts the example.
         """
         interpolation, dtype = self.interpolation or "bilinear", self.dtype or "float32"
@@ -179,18 +179,18 @@ class Preprocessing:
         channels = example.shape[1]
         if self.channels not in (None, channels):
             numbers = "" if len(self.mean or ()) < 3 else " (mean has 3 numbers)"
-            raise ImageError(
+            raise DataError(
                 f"images are stated to have {counted(self.channels or 0, 'channel')}{numbers}, and "
                 f"the example of {source} has {channels}: {tuple(example.shape)}; state what it has"
             )
         if self.dtype not in (None, number_format):
-            raise ImageError(
+            raise DataError(
                 f"images are stated to be {self.dtype}, and the example of {source} is "
                 f"{example.dtype}; state what the model takes"
             )
         if number_format == "uint8":
             if self.normalizes:
-                raise ImageError(
+                raise DataError(
                     f"the example of {source} is torch.uint8, so the model takes pixels from 0 to "
                     "255 as they are; leave --mean and --std away, or give a float example"
                 )
@@ -200,7 +200,7 @@ class Preprocessing:
         reach = max(max(abs(m), abs(1 - m)) / s for m, s in zip(*self._numbers(), strict=True))
         largest = float(example.detach().abs().max())
         if largest > _FURTHER * reach:
-            raise ImageError(
+            raise DataError(
                 f"the example of {source} has values up to {largest:g}, and images would reach "
                 f"{reach:.4g} as stated; give an example in the model's own units (for pixels from "
                 "0 to 255 state --mean 0 --std 0.00392157)"
@@ -328,13 +328,13 @@ class OwnTransform:
         return self._checked
 
     def check(self, image: Any) -> None:
-        """Refuse a transform that fails on an image, or that draws something (ImageError)."""
+        """Refuse a transform that fails on an image, or that draws something (DataError)."""
         before = _generators()
         first = self._checked(image)
         if _generators() != before or not all(
             self._checked(image).equal(first) for _ in range(_DRAWS)
         ):
-            raise ImageError(
+            raise DataError(
                 f"the transform of {self.source} makes another tensor of one image each time; give "
                 "the one for evaluation, which draws nothing"
             )
@@ -344,12 +344,12 @@ class OwnTransform:
         try:
             found = self.function(image)
         except Exception as error:  # it is anyone's code
-            raise ImageError(
+            raise DataError(
                 f"the transform of {self.source} fails on an image: {type(error).__name__}: "
                 f"{first_line(error)}"
             ) from error
         if not isinstance(found, Tensor):
-            raise ImageError(
+            raise DataError(
                 f"the transform of {self.source} returns a {type(found).__name__}; return a tensor "
                 "(channels, height, width)"
             )
@@ -359,7 +359,7 @@ class OwnTransform:
             or found.shape[0] != wanted.shape[1]
             or found.is_floating_point() != wanted.is_floating_point()
         ):
-            raise ImageError(
+            raise DataError(
                 f"the transform of {self.source} returns {found.dtype} of {tuple(found.shape)}, "
                 f"and the example is {wanted.dtype} of {tuple(wanted.shape)}; let them agree"
             )

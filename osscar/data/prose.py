@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from osscar.base.errors import TextError
+from osscar.base.errors import DataError
 from osscar.base.files import digest
 
 SHINGLE_WORDS = 8
@@ -41,7 +41,7 @@ class Split(Enum):
 def builtin_text(split: Split) -> str:
     """Give one split of the built-in text: paragraphs, topics in the order of their names.
 
-    A Python that was stripped of ``pydoc_data`` is a TextError.
+    A Python that was stripped of ``pydoc_data`` is a DataError.
     """
     return "\n\n".join(_split_topics()[split])
 
@@ -105,7 +105,7 @@ def _read_topics() -> dict[str, str]:
     try:
         topics: dict[str, str] = importlib.import_module("pydoc_data.topics").topics
     except ImportError as error:
-        raise TextError(
+        raise DataError(
             "the built-in text is missing: this Python was installed without pydoc_data.topics. "
             "Give a plain text file of your own, or install the full standard library."
         ) from error

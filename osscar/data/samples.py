@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
-from osscar.base.errors import OsscarError
+from osscar.base.errors import DataError
 from osscar.base.files import digest
 from osscar.base.inputs import shown
 from osscar.base.printable import counted
@@ -30,9 +30,6 @@ class SampleSet(ABC):
 
     sample_name: ClassVar[str]
     """What one of them is called."""
-
-    error: ClassVar[type[OsscarError]]
-    """What is raised where one does not fit."""
 
     source: str
     labels: Tensor | None
@@ -71,12 +68,12 @@ class SampleSet(ABC):
 
         Raises
         ------
-        ImageError, CalibrationError
+        DataError
             If `count` is not positive.
         """
         name = f"{self.sample_name}s"
         if not isinstance(count, int) or count < 1:
-            raise self.error(f"cannot draw {shown(count)} {name}; give at least 1 (--samples)")
+            raise DataError(f"cannot draw {shown(count)} {name}; give at least 1 (--samples)")
         return self._rows(torch.randperm(len(self), generator=named_generator(name, seed))[:count])
 
     def class_labels(self, classes: Sequence[str], outputs: int) -> Tensor | None:
@@ -86,13 +83,13 @@ class SampleSet(ABC):
 
         Raises
         ------
-        ImageError, CalibrationError
+        DataError
             If a label is none of its classes.
         """
         labels = self._named_labels(classes, outputs)
         known = torch.empty(0) if labels is None else labels[labels != IGNORED]
         if len(known) and not (int(known.min()) >= 0 and int(known.max()) < outputs):
-            raise self.error(
+            raise DataError(
                 f"{self.source} has labels from {int(known.min())} to {int(known.max())} and the "
                 f"model {counted(outputs, 'class', 'classes')}; give {self.sample_name}s of its "
                 "classes"
@@ -107,7 +104,7 @@ class SampleSet(ABC):
 
         Raises
         ------
-        ImageError, CalibrationError
+        DataError
             If a sample is one of them.
         """
         used = [(one.source, {*one.images, *one.fingerprints}) for one in calibration]
@@ -115,7 +112,7 @@ class SampleSet(ABC):
         for source, theirs in used:
             shared = sum(one in theirs for one in mine)
             if shared:
-                raise self.error(
+                raise DataError(
                     f"{shared} of {counted(len(self), self.sample_name)} calibrated this model "
                     f"({source}); score others"
                 )

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from osscar.base.errors import CalibrationError, FileError, OsscarError
+from osscar.base.errors import DataError, FileError
 from osscar.base.files import digest
 from osscar.base.inputs import shown, whole_number
 from osscar.data.archives import SUFFIXES, located, npz_headers, read_tensors
@@ -36,13 +36,12 @@ class TensorSet(SampleSet):
 
     Raises
     ------
-    CalibrationError
+    DataError
         If they are no mapping of tensors, one is empty, has NaN or infinite entries or no plain
         values, or the numbers of samples differ.
     """
 
     sample_name: ClassVar[str] = "sample"
-    error: ClassVar[type[OsscarError]] = CalibrationError
 
     source: str
     tensors: Mapping[str, Tensor] = field(repr=False)
@@ -57,7 +56,7 @@ class TensorSet(SampleSet):
         if not whole or labels.shape[:1] != (len(self),):
             tensor = isinstance(labels, Tensor)
             given = f"{labels.dtype} of {tuple(labels.shape)}" if tensor else shown(labels)
-            raise CalibrationError(
+            raise DataError(
                 f"the labels must be {len(self)} whole numbers, one a sample, not {given}"
             )
         object.__setattr__(self, "labels", labels.to(torch.int64))
@@ -166,7 +165,7 @@ def load_tensors(
 
     Raises
     ------
-    CalibrationError
+    DataError
         If the example inputs are none of the model's.
     FileError
         If there is no such file, it is damaged, or its entries do not fit the model.
@@ -193,7 +192,7 @@ def load_tensors(
         check_arguments(model, tensors, known)
         fitted = {name: _like(name, t, (known or {}).get(name)) for name, t in tensors.items()}
         return TensorSet(text, fitted, labels)
-    except CalibrationError as error:
+    except DataError as error:
         hint = f"; {_OR_IMAGES}" if IMAGES in tensors else _hint_at_parts(text, tensors, needed)
         raise FileError(path, f"{error}{hint}") from error
 
@@ -219,7 +218,7 @@ def _like(name: str, tensor: Tensor, example: Tensor | None) -> Tensor:
             f"{str(one.dtype).removeprefix('torch.')} of {tuple(one.shape)}"
             for one in (tensor, example)
         )
-        raise CalibrationError(
+        raise DataError(
             f"{name!r} is {mine}, and in the example inputs {theirs}: only the first number, that "
             "of samples, may differ; give data like the example, or an example like the data"
         )
@@ -227,7 +226,7 @@ def _like(name: str, tensor: Tensor, example: Tensor | None) -> Tensor:
         return tensor
     cast = tensor.to(example.dtype)
     if not torch.equal(cast.long(), tensor.long()):
-        raise CalibrationError(
+        raise DataError(
             f"{name!r} has numbers that {example.dtype}, which the example inputs have, does not "
             "hold; give others, or another example"
         )

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from osscar.base.errors import ModelError, OptionError, TextError
+from osscar.base.errors import DataError, ModelError, OptionError
 from osscar.base.files import digest
 from osscar.base.inputs import (
     TEXT_LIMIT,
@@ -37,27 +37,27 @@ def read_text(path: str | Path) -> str:
     """Read a UTF-8 file of plain text, with or without a byte order mark.
 
     Lines end as Python ends them, with a newline alone. A file that is missing, unreadable, binary
-    or empty is a TextError.
+    or empty is a DataError.
     """
     name = file_name(path, "the text", "a file of plain text")
     try:
         data = read_bytes(Path(name).expanduser(), TEXT_LIMIT)
     except FileNotFoundError:
-        raise TextError(f"no text file at {str(path)!r}; check the path") from None
+        raise DataError(f"no text file at {str(path)!r}; check the path") from None
     except (OSError, RuntimeError, ValueError) as error:  # no home directory of that user; a NUL
         reason = getattr(error, "strerror", None) or error
-        raise TextError(f"cannot read {str(path)!r}: {reason}; give a text file") from error
+        raise DataError(f"cannot read {str(path)!r}: {reason}; give a text file") from error
     if b"\0" in data:
-        raise TextError(f"{str(path)!r} is binary (it holds NUL bytes); give plain UTF-8 text")
+        raise DataError(f"{str(path)!r} is binary (it holds NUL bytes); give plain UTF-8 text")
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise TextError(
+        raise DataError(
             f"{str(path)!r} is not UTF-8 (byte {error.start}: {data[error.start]:#04x}); "
             "give plain UTF-8 text"
         ) from error
     if not text.strip():
-        raise TextError(f"{str(path)!r} is empty; give a file with text in it")
+        raise DataError(f"{str(path)!r} is empty; give a file with text in it")
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
@@ -65,16 +65,16 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> Tensor:
     """Tokenize a whole text, adding no special tokens; return ids, (tokens,) int64.
 
     There are as many as there are, however few the model could take at once. What could not be
-    written as UTF-8 is a TextError; of characters that the tokenizer does not know it is warned.
+    written as UTF-8 is a DataError; of characters that the tokenizer does not know it is warned.
     """
     if not isinstance(text, str):
-        raise TextError(
+        raise DataError(
             f"the text is a {type(text).__name__}; give a str, such as a file's content"
         )
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise TextError(
+        raise DataError(
             f"the text holds half a surrogate pair at {error.start} ({text[error.start]!r}); "
             "decode the file it comes from as UTF-8"
         ) from error
@@ -176,7 +176,7 @@ class TextSet:
         ------
         OptionError
             If the tokenizer is none of transformers, or a number is out of range.
-        TextError
+        DataError
             If the text has fewer than two tokens.
         """
         check_tokenizer(tokenizer)
@@ -184,7 +184,7 @@ class TextSet:
             whole_number(windows, "the number of windows to score (--windows)", 1)
         tokens, (before, after) = encode(tokenizer, text), special_tokens(tokenizer)
         if len(tokens) < 2:
-            raise TextError(
+            raise DataError(
                 f"the text has {counted(len(tokens), 'token')}; scoring needs at least 2"
             )
         written = as_words(tokenizer, before)
@@ -251,12 +251,12 @@ class TextSet:
 
         Raises
         ------
-        TextError
+        DataError
             If it is one that calibrated the model.
         """
         for known in calibration:
             if known.sha256 == self.text_digest:
-                raise TextError(
+                raise DataError(
                     f"this model was calibrated on this very text ({known.source}); score another "
                     "one"
                 )
@@ -285,7 +285,7 @@ def load_text(
 
     Raises
     ------
-    TextError
+    DataError
         If the text is missing, unreadable, or has fewer than two tokens.
     OptionError
         If the tokenizer is none of transformers, or a number is out of range.

@@ -13,10 +13,9 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from osscar.base.errors import (
-    CalibrationError,
+    DataError,
     MissingDependency,
     OptionError,
-    TextError,
     first_line,
 )
 from osscar.base.files import digest
@@ -122,12 +121,11 @@ def load_calibration(
 
     Raises
     ------
-    CalibrationError
-        If the text is missing, unreadable, or shorter than one window, or a number is out of range.
+    DataError
+        If the text is missing, unreadable, or shorter than one window, or a number is out of range;
+        or if this Python lacks the built-in text.
     OptionError
         If something is of a wrong type.
-    TextError
-        If this Python lacks the built-in text.
     MissingDependency
         If a dataset is asked for and ``datasets`` is not installed.
     """
@@ -178,19 +176,19 @@ def text_windows(
 
     Raises
     ------
-    CalibrationError
+    DataError
         If the text is shorter than one window, or a number is out of range.
     """
     _check(tokenizer, samples, seqlen, seed)
     tokens, (before, after) = encode(tokenizer, text), special_tokens(tokenizer)
     length = seqlen - len(before) - len(after)
     if length < 1:
-        raise CalibrationError(
+        raise DataError(
             f"a window of {counted(seqlen, 'token')} has room for none of the text, since the "
             f"tokenizer puts {len(before) + len(after)} around it; give longer ones (--seqlen)"
         )
     if len(tokens) < length:
-        raise CalibrationError(
+        raise DataError(
             f"calibration text ({source}) has {counted(len(tokens), 'token')}, fewer than one "
             f"window of {length}; give a longer text or a smaller window length (--seqlen)"
         )
@@ -212,11 +210,11 @@ def _check(tokenizer: Any, samples: Any, seqlen: Any, seed: Any) -> None:
             "whole numbers"
         )
     if samples < 1 or seqlen < 1:
-        raise CalibrationError(
+        raise DataError(
             f"calibration needs at least 1 window of at least 1 token, not {samples} of {seqlen}"
         )
     if samples * seqlen > TOKENS_LIMIT:
-        raise CalibrationError(
+        raise DataError(
             f"{counted(samples, 'window')} of {counted(seqlen, 'token')} come to more than "
             f"the {TOKENS_LIMIT:,} tokens that can be held; give fewer (--samples), or shorter "
             "ones (--seqlen)"
@@ -238,22 +236,22 @@ def _window_starts(tokens: int, samples: int, seqlen: int, seed: int) -> Tensor:
 def _is_file_name(spec: str) -> bool:
     """Tell paths from dataset names, which may hold slashes and dots, where no file exists."""
     if not spec:
-        raise CalibrationError("the calibration text has no name; give a file or a dataset")
+        raise DataError("the calibration text has no name; give a file or a dataset")
     try:
         if Path(spec).exists():
             return True
     except OSError as error:
-        raise CalibrationError(f"cannot look for {spec!r}: {error.strerror}") from error
+        raise DataError(f"cannot look for {spec!r}: {error.strerror}") from error
     if "\0" in spec:
-        raise CalibrationError(f"{spec!r} is no name of a file or dataset; take the NUL out")
+        raise DataError(f"{spec!r} is no name of a file or dataset; take the NUL out")
     return spec.startswith((".", "/", "~")) or Path(spec).suffix in TEXT_SUFFIXES
 
 
 def _file_text(path: str) -> str:
     try:
         return read_text(path)
-    except TextError as error:
-        raise CalibrationError(f"calibration text: {error}") from error
+    except DataError as error:
+        raise DataError(f"calibration text: {error}") from error
 
 
 def _dataset_text(spec: str, characters: int) -> str:
@@ -269,13 +267,13 @@ def _dataset_text(spec: str, characters: int) -> str:
         rows = datasets.load_dataset(name, config or None, split="train", streaming=True)
         text = _join_rows(rows, spec, characters)
     except (OSError, ValueError, RuntimeError) as error:
-        raise CalibrationError(
+        raise DataError(
             f"cannot load the dataset {spec!r}, nor is there a file of that name: "
             f"{first_line(error)}. Check the name (NAME or NAME:CONFIG) and the connection, or "
             "give a text file"
         ) from error
     if not text.strip():
-        raise CalibrationError(f"the dataset {spec!r} has no text in its training split")
+        raise DataError(f"the dataset {spec!r} has no text in its training split")
     return text
 
 
@@ -285,12 +283,12 @@ def _join_rows(rows: Iterable[Mapping[str, Any]], spec: str, characters: int) ->
     length = 0
     for row in rows:
         if "text" not in row:
-            raise CalibrationError(
+            raise DataError(
                 f"the dataset {spec!r} has no column 'text', only {', '.join(sorted(row))}; "
                 "choose another, or save its text to a file"
             )
         if not isinstance(row["text"], str):
-            raise CalibrationError(
+            raise DataError(
                 f"the column 'text' of the dataset {spec!r} holds a {type(row['text']).__name__}; "
                 "choose another, or save its text to a file"
             )

@@ -60,7 +60,7 @@ def estimate_as_asked(
     ------
     RequestError
         If what to keep makes no sense for this model, or a limit of memory cannot be kept.
-    NonFiniteError, CalibrationError, ModelError, graph.GraphError
+    NonFiniteError, DataError, ModelError, graph.GraphError
         As `osscar.prune`.
 
     Examples

@@ -10,7 +10,7 @@ from typing import Any
 from scipy import stats
 from torch import nn
 
-from osscar.base.errors import CalibrationError, ImageError, ModelError, NonFiniteError
+from osscar.base.errors import DataError, ModelError, NonFiniteError
 from osscar.data.samples import IGNORED, SampleSet
 from osscar.data.tokens import CalibrationSet
 from osscar.evaluation.quality import score
@@ -83,7 +83,7 @@ def score_dense(
 
     Raises
     ------
-    CalibrationError
+    DataError
         If the model cannot read the windows.
     ModelError
         If it is no model.
@@ -108,7 +108,7 @@ def _score_labelled(model: nn.Module, data: SampleSet, classes: Sequence[str]) -
     predictions = len(known)
     try:
         top1 = score([model], data, classes=classes)[0].top1
-    except (ImageError, ModelError, CalibrationError, NonFiniteError) as error:
+    except (DataError, ModelError, NonFiniteError) as error:
         # Labels may mean something else than its classes, and some classes be shut off by infinity.
         return DenseScore("top1", None, data.sample_name, n, reason=str(error))
     if top1 is None:

@@ -130,7 +130,7 @@ def evaluate(
 
     Raises
     ------
-    CalibrationError, ImageError
+    DataError
         If the model does not take the data, an image cannot be decoded, or the labels are not its
         classes.
     ModelError

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from osscar.allocation.curvature import as_logits
-from osscar.base.errors import CalibrationError, ModelError, NonFiniteError, OsscarError
+from osscar.base.errors import DataError, ModelError, NonFiniteError, OsscarError
 from osscar.base.inputs import whole_number
 from osscar.base.memory import let_shortage_pass
 from osscar.base.progress import track
@@ -148,7 +148,7 @@ def task_of(
             return task(
                 models, data, classes, whole_number(size, "the batch size (--batch-size)", 1)
             )
-    raise CalibrationError(
+    raise DataError(
         f"the data are a {type(data).__name__}; give what osscar.load_text, osscar.load_images, "
         "osscar.load_tensors or osscar.load_calibration returns"
     )

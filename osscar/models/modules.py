@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from osscar.base.errors import ModelError, ModelNotFound
+from osscar.base.errors import ModelError
 from osscar.checkpoint import directory as checkpoint
 from osscar.checkpoint.builders import TorchvisionOrigin, builder_of
 from osscar.checkpoint.formats import cast
@@ -88,7 +88,7 @@ def _from_torchvision(name: str, weights: str | Path | None, pretrained: bool) -
     if name not in known:
         close = difflib.get_close_matches(name, known, n=3)
         hint = f"; did you mean {' or '.join(close)}?" if close else ""
-        raise ModelNotFound(f"torchvision has no classification model {name!r}{hint}")
+        raise ModelError(f"torchvision has no classification model {name!r}{hint}")
     preset = models.get_model_weights(name).DEFAULT
     state = None
     if weights is not None:

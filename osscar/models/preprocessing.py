@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from osscar.base.errors import CheckpointError, FileError, ImageError, OptionError
+from osscar.base.errors import CheckpointError, DataError, FileError, OptionError
 from osscar.base.inputs import shown
 from osscar.base.json_files import validated
 from osscar.data.batches import Batch, named_inputs
@@ -35,7 +35,7 @@ def resolved(
 
     Raises
     ------
-    ImageError
+    DataError
         If what is stated contradicts the example, or the example is no image.
     OptionError
         If something is stated and the model brings a function of its own.
@@ -124,7 +124,7 @@ def _recorded(path: Path, lineage: Lineage) -> AnyPreprocessing | None:
         return OwnTransform(None, str(recorded["transform"]), str(recorded.get("steps", "")))
     try:
         return validated(dict(recorded), Preprocessing, "the preprocessing")
-    except (FileError, ImageError) as error:
+    except (FileError, DataError) as error:
         reason = error.reason if isinstance(error, FileError) else error
         raise CheckpointError(f"the preprocessing in {path} makes no sense: {reason}") from error
 
@@ -142,10 +142,10 @@ def image_of(example: Batch) -> Tensor | None:
     return image if pixels and image.shape[1] in (1, 3) else None
 
 
-def no_images(example: Batch, source: str) -> ImageError:
+def no_images(example: Batch, source: str) -> DataError:
     """Return an error that says what example inputs should look like."""
     if len(example) != 1:
-        return ImageError(
+        return DataError(
             f"{source} reads {len(example)} inputs ({', '.join(example)}), and images are one: "
             "give an .npz or .safetensors file of tensors with an entry for each"
         )
@@ -156,7 +156,7 @@ def no_images(example: Batch, source: str) -> ImageError:
         if last
         else "give such an example, or let the code return (model, example, transform)"
     )
-    return ImageError(
+    return DataError(
         f"the example of {source} is {tensor.dtype} of {tuple(tensor.shape)}, and images are float "
         f"or uint8 of (n, channels, height, width) with 1 or 3 channels, such as (2, 3, 32, 32); "
         f"{hint}"

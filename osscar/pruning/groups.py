@@ -11,7 +11,7 @@ from torch import nn
 
 import solvers
 from graph import CouplingGroup
-from osscar.base.errors import NonFiniteError, RunError
+from osscar.base.errors import JournalError, NonFiniteError
 from osscar.base.memory import FOR_MATRICES, memory_for
 from osscar.base.printable import counted, listed
 from osscar.base.progress import stage
@@ -57,7 +57,7 @@ def prune_groups(
 
     Raises
     ------
-    RunError
+    JournalError
         If the records are not of this model and request.
     """
     groups = {group.name: group for group in prepared.groups if group.name in keep}
@@ -150,14 +150,14 @@ def _replay(
     sound = sorted({unit for unit in kept if 0 <= unit < record.plan.units}) == list(kept)
     same = group is not None and GroupPlan.of(group, kept) == record.plan
     if group is None or not (sound and same) or len(kept) != keep.get(name):
-        raise RunError(
+        raise JournalError(
             f"the log of the run holds {name!r} with {counted(len(kept), 'unit')}, which is not "
             "what this model and request come to; begin anew with --restart"
         )
     consumers = linear_maps(model, group)
     forms = [(each.number_format, one.shape) for each in consumers for one in each.read()]
     if [(tensor.dtype, tensor.shape) for tensor in record.weights] != forms:
-        raise RunError(
+        raise JournalError(
             f"the log of the run holds weights of another form for {name!r}; begin anew with "
             "--restart"
         )

@@ -26,7 +26,7 @@ from osscar.allocation.curves import Curve
 from osscar.allocation.divergence import Reference
 from osscar.allocation.latency_table import LatencyTable
 from osscar.base.devices import resolve_device
-from osscar.base.errors import RanksError, RequestError, RunError
+from osscar.base.errors import JournalError, RanksError, RequestError
 from osscar.base.memory import FOR_BATCHES, memory_for
 from osscar.base.printable import counted
 from osscar.base.ranks import ALONE, Ranks
@@ -83,7 +83,7 @@ def prune_as_asked(
         If what to keep makes no sense for this model.
     NonFiniteError
         If weights or activations are not finite.
-    CalibrationError
+    DataError
         If the model cannot read the calibration data, or its batches do not run alike.
     ModelError
         If it has no weights, cannot be copied, or a consumer cannot be refitted.
@@ -92,7 +92,7 @@ def prune_as_asked(
     EquivalenceError
         If the shrunk model does not compute what the masked one computes, no group can follow, or
         the request is strict and one cannot.
-    RunError
+    JournalError
         If the log is not of this model and request.
     RanksError
         If another rank fails, or is asked for something else.
@@ -269,7 +269,7 @@ def _widths(
         len(losses) == units.get(name, -1) + 1 for name, losses in curves.items()
     )
     if not sound:
-        raise RunError(
+        raise JournalError(
             "the log of the run says what groups keep that this model does not have, or not fewer "
             "units than they have; begin anew with --restart"
         )

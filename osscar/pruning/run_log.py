@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from osscar import __version__
 from osscar.allocation.budget import Allocated
-from osscar.base.errors import FileError, RunError
+from osscar.base.errors import FileError, JournalError
 from osscar.base.files import atomic_write, digest
 from osscar.base.journal import Journal
 from osscar.base.json_files import MEGABYTE, STRICT, parse_json, read_json
@@ -117,7 +117,6 @@ class RunLog(Journal[Manifest]):
     schema = Manifest
     done_files = ("[0-9][0-9][0-9][0-9][0-9].safetensors",)
     other_files = (REPORT, ALLOCATION)
-    error = RunError
     otherwise = "begin anew with --restart"
 
     def __init__(self, directory: Path) -> None:
@@ -131,7 +130,7 @@ class RunLog(Journal[Manifest]):
 
         Raises
         ------
-        RunError
+        JournalError
             If the log is of a run that was asked something else, or cannot be read.
         """
         with self.held():
@@ -145,7 +144,7 @@ class RunLog(Journal[Manifest]):
         if found is None:
             return None
         if found != _Allocation.of(self._run, found.allocated):
-            raise RunError(
+            raise JournalError(
                 f"{self.directory / ALLOCATION} is of another run, or was changed since it was "
                 "written; begin anew with --restart"
             )
@@ -213,4 +212,6 @@ class RunLog(Journal[Manifest]):
                     raise FileError(place, "its weights are not those that were written")
             return LayerRecord(words.plan, words.report, weights)
         except (OSError, safetensors.SafetensorError, FileError) as error:
-            raise RunError(f"{place} cannot be read: {error}; begin anew with --restart") from error
+            raise JournalError(
+                f"{place} cannot be read: {error}; begin anew with --restart"
+            ) from error

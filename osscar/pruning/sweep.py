@@ -19,7 +19,7 @@ from torch import nn
 from osscar.allocation.allocate import shared_curves
 from osscar.allocation.latency import latency_table
 from osscar.allocation.widths import asked_groups
-from osscar.base.errors import OptionError, RunError
+from osscar.base.errors import JournalError, OptionError
 from osscar.base.files import resolved
 from osscar.base.journal import Journal
 from osscar.base.json_files import STRICT
@@ -185,7 +185,7 @@ class SweepDirectory(Journal[Manifest]):
 
     Raises
     ------
-    RunError
+    JournalError
         If the directory is a file, or holds something else.
     """
 
@@ -194,7 +194,6 @@ class SweepDirectory(Journal[Manifest]):
     schema = Manifest
     done_files = (f"{_POINTS}/*.json",)
     other_files = (_POINTS,)
-    error = RunError
     otherwise = "give another --out"
 
     def __init__(self, directory: Path) -> None:
@@ -216,7 +215,7 @@ class SweepDirectory(Journal[Manifest]):
         if point is not None and (point.method, point.budget, point.value) != (
             (job.method, job.budget, job.value)
         ):
-            raise RunError(f"{self.directory / _file(job)} holds another point; {again}")
+            raise JournalError(f"{self.directory / _file(job)} holds another point; {again}")
         return point
 
     def keep(self, point: Point) -> None:

@@ -75,7 +75,7 @@ def sweep(
     ------
     OsscarError
         What `osscar.prune` and `osscar.evaluate` raise; OptionError if no budget is a list.
-    RunError
+    JournalError
         If the directory holds something else, or a sweep of something else.
     """
     lists = [

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 import solvers
-from osscar.base.errors import StudyError
+from osscar.base.errors import JournalError
 from osscar.base.files import file_digest, fsynced
 from osscar.study.records import Proof, Record
 from solvers import ProblemError, Solution
@@ -36,13 +36,13 @@ def claimed(record: Record, problem: solvers.SubsetProblem, certificate: Path) -
     """Return the solution that a record stands for, with newly refitted weights."""
     units = record.support
     if len(set(units)) != problem.keep or not all(0 <= unit < problem.units for unit in units):
-        raise StudyError(f"it keeps {units!r}, not {problem.keep} of {problem.units} units")
+        raise JournalError(f"it keeps {units!r}, not {problem.keep} of {problem.units} units")
     if record.status not in solvers.Status.__members__:
-        raise StudyError(f"its status is {record.status!r}")
+        raise JournalError(f"its status is {record.status!r}")
     asked = record.options.get("gap_tolerance")
     allowed = max(asked if isinstance(asked, float) else 0.0, DEFAULT_GAP_TOLERANCE)
     if not 0 <= record.gap_tolerance <= allowed:
-        raise StudyError(f"its gap tolerance is {record.gap_tolerance}, above {allowed}")
+        raise JournalError(f"its gap tolerance is {record.gap_tolerance}, above {allowed}")
     support = torch.tensor(sorted(units), dtype=torch.int64)
     proof: Certificate | None = None
     windows: tuple[WindowCertificate, ...] = ()
@@ -125,7 +125,7 @@ def load_certificate(
 ) -> tuple[Certificate | None, tuple[WindowCertificate, ...]]:
     """Read what `save_certificate` wrote: that of the bound, and those of windows."""
     if file_digest(path) != sha256:
-        raise StudyError(f"{path} is not the certificate that its record names")
+        raise JournalError(f"{path} is not the certificate that its record names")
     try:
         header, tensors = read(path)
         for name, value in tensors.items():
@@ -138,7 +138,7 @@ def load_certificate(
         proof = _certificate(kind, _part(tensors, "bound.")) if kind else None
         return proof, tuple(_window(_part(tensors, f"{index}.")) for index in range(windows))
     except (ProblemError, KeyError, TypeError, ValueError) as error:
-        raise StudyError(f"{path} is not a certificate: {error}") from error
+        raise JournalError(f"{path} is not a certificate: {error}") from error
 
 
 def _tensors(certificate: Any, prefix: str) -> dict[str, Tensor]:

@@ -13,7 +13,7 @@ from concurrent.futures import BrokenExecutor, Executor, Future
 from contextlib import contextmanager
 from typing import Any
 
-from osscar.base.errors import MissingDependency, StudyError
+from osscar.base.errors import JournalError, MissingDependency
 from osscar.base.signals import handling
 from osscar.study.jobs import Task
 
@@ -89,14 +89,14 @@ def connected(address: str) -> Iterator[RayExecutor]:
         with handling(signal.getsignal(signal.SIGTERM), (signal.SIGTERM,)):
             ray.init(address, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, ValueError, RuntimeError, OSError, OverflowError) as error:
-        raise StudyError(
+        raise JournalError(
             f"no Ray cluster answers at {address!r}: {error}; start one with `ray start --head`, "
             "or give its HOST:PORT"
         ) from error
     try:
         executor = RayExecutor(ray)
         if not executor.workers:
-            raise StudyError(f"the Ray cluster at {address!r} has no core that is free for tasks")
+            raise JournalError(f"the Ray cluster at {address!r} has no core that is free for tasks")
         yield executor
     finally:
         ray.shutdown()

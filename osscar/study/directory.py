@@ -21,7 +21,7 @@ import torch
 from pydantic import ConfigDict
 
 import solvers
-from osscar.base.errors import OptionError, StudyError
+from osscar.base.errors import JournalError, OptionError
 from osscar.base.files import digest, file_digest, fsynced, resolved
 from osscar.base.inputs import file_name
 from osscar.base.journal import Journal
@@ -58,7 +58,6 @@ class _StudyJournal(Journal[Manifest]):
     schema = Manifest
     done_files = (_INDEX, f"{RECORDS}/*.json")
     other_files = (f"{_PROBLEMS}/*{_SUFFIX}", _PROBLEMS, RECORDS)
-    error = StudyError
     otherwise = "give another --out"
 
 
@@ -89,7 +88,7 @@ class Study:
 
     Raises
     ------
-    StudyError
+    JournalError
         If the directory holds something else, or a study of other problems.
     OutputError
         If its name is none that can be written; see `osscar.base.files.resolved`.
@@ -132,7 +131,7 @@ class Study:
         try:
             return affordable_jobs(max((file.stat().st_size for file in files), default=0))
         except OSError as error:
-            raise StudyError(f"cannot read {error.filename}: {error.strerror}") from error
+            raise JournalError(f"cannot read {error.filename}: {error.strerror}") from error
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -157,7 +156,7 @@ class Study:
 
         Raises
         ------
-        StudyError
+        JournalError
             If there is none, or two have one name, or none leaves a choice.
         """
         with self.locked():
@@ -167,12 +166,12 @@ class Study:
             instances: dict[str, Instance] = {}
             for kind, problem in problems:
                 if problem.name in instances:
-                    raise StudyError(f"two problems are called {problem.name!r}; rename one")
+                    raise JournalError(f"two problems are called {problem.name!r}; rename one")
                 instances[problem.name] = self._write_problem(kind, problem)
             if not instances:
-                raise StudyError("there is no problem to study")
+                raise JournalError("there is no problem to study")
             if all(instance.units == 1 for instance in instances.values()):
-                raise StudyError(
+                raise JournalError(
                     f"there is nothing to choose in {', '.join(instances)}: a problem of one unit "
                     "has one support; give problems of at least 2 units"
                 )
@@ -205,7 +204,7 @@ class Study:
         ------
         OptionError
             If `jobs` is not positive.
-        StudyError
+        JournalError
             If nothing has been captured, a file of the study is damaged or has been replaced, a
             record claims what is not true, or a worker was killed; what was solved until then is
             kept.
@@ -227,7 +226,7 @@ class Study:
         with self.locked():
             layers = [instance for instance in self.instances if instance.units > 1]
             if not layers:
-                raise StudyError(f"{self.directory} holds no problem yet; capture some first")
+                raise JournalError(f"{self.directory} holds no problem yet; capture some first")
             self._journal.make(RECORDS)
             records = solved(
                 [
@@ -293,7 +292,9 @@ class Study:
 
     def _write_problem(self, kind: str, problem: solvers.SubsetProblem) -> Instance:
         if not problem.name.isprintable():
-            raise StudyError(f"a problem is called {problem.name!r}; give it a name in plain text")
+            raise JournalError(
+                f"a problem is called {problem.name!r}; give it a name in plain text"
+            )
         file = f"{_PROBLEMS}/{_file_name(problem.name)}{_SUFFIX}"
         path = self.directory / file
         with fsynced(path):
@@ -308,7 +309,7 @@ class Study:
             named = one.name.isprintable() and one.kind.isprintable()
             file = f"{_PROBLEMS}/{_file_name(one.name)}{_SUFFIX}"
             if not named or one.file != file or not 1 <= one.units < 2**31:
-                raise StudyError(
+                raise JournalError(
                     f"{self.directory / _INDEX}: {one.name!r} is not a problem of this study; "
                     "give another --out"
                 )

@@ -31,7 +31,7 @@ from pathlib import Path
 import torch
 
 import solvers
-from osscar.base.errors import FileError, StudyError
+from osscar.base.errors import FileError, JournalError
 from osscar.base.files import digest, file_digest, write_json
 from osscar.base.signals import handling
 from osscar.study.answers import answered, claimed, save_certificate
@@ -113,7 +113,7 @@ class Task:
         for name in _ASKED:
             found, expected = getattr(record, name), getattr(asked, name)
             if found != expected:
-                raise StudyError(
+                raise JournalError(
                     f"{self.file} is the record of another solve: {name} is {found!r}, not "
                     f"{expected!r}; delete it"
                 )
@@ -195,7 +195,7 @@ def _completed(tasks: Sequence[Task], executor: Executor, ahead: int) -> Iterato
             for future in done:
                 yield future.result()
     except BrokenExecutor as error:
-        raise StudyError(
+        raise JournalError(
             "a worker was killed, perhaps for want of memory; what was solved is kept: give the "
             "same command again, with fewer --jobs, or on machines with more memory"
         ) from error
@@ -273,8 +273,8 @@ def _recomputed(task: Task, record: Record, problem: solvers.SubsetProblem) -> R
     try:
         solution = claimed(record, problem, task.certificate_file)
         return answered(task.asked, solution, record.certificate, Proof.RECORDED)
-    except (solvers.SolverError, StudyError, FileError) as error:
-        raise StudyError(
+    except (solvers.SolverError, JournalError, FileError) as error:
+        raise JournalError(
             f"{task.file} is the record of an answer that is not true: {error}; delete it"
         ) from error
 
@@ -286,14 +286,14 @@ def load_problem(directory: Path, instance: Instance) -> solvers.SubsetProblem:
         state = path.stat()
         return _load(path, state.st_mtime_ns, state.st_size, instance.sha256)
     except OSError as error:
-        raise StudyError(f"cannot read the problem file {path}: {error.strerror}") from error
+        raise JournalError(f"cannot read the problem file {path}: {error.strerror}") from error
 
 
 @lru_cache(maxsize=1)
 def _load(path: Path, mtime_ns: int, size: int, sha256: str) -> solvers.SubsetProblem:
     """Read a problem file; time and size are there to tell when it has been replaced."""
     if file_digest(path) != sha256:
-        raise StudyError(
+        raise JournalError(
             f"{path} is not the problem that the study was made with; put that file back, or "
             "start a new study in another --out"
         )

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from graph import CouplingGroup, UnitKind
-from osscar.base.errors import FrozenGroupError, ModelError
+from osscar.base.errors import ModelError, RequestError
 from osscar.base.progress import stage
 from osscar.preparation.prepare import prepare
 from osscar.request import check_damp
@@ -48,7 +48,7 @@ def model_problems(
     with prepare(model, calibration, device=device) as prepared:
         groups = [group for group in prepared.groups if group.prunable and wanted(group.name)]
         if not groups:
-            raise FrozenGroupError(
+            raise RequestError(
                 "no group that can be pruned has a name as asked; `osscar inspect` lists them"
             )
         with stage("measuring", total=len(groups)) as bar:

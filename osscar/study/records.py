@@ -14,7 +14,7 @@ from typing import ClassVar, TypeAlias
 
 from pydantic import ConfigDict
 
-from osscar.base.errors import FileError, StudyError
+from osscar.base.errors import FileError, JournalError
 from osscar.base.files import atomic_write
 from osscar.base.json_files import STRICT, read_json
 from osscar.base.printable import command_line
@@ -146,7 +146,7 @@ def window_layer(name: str) -> tuple[str, int]:
     """Return the layer that a window belongs to, and how many units that layer keeps."""
     match = re.fullmatch(r"(.*)\[keep (\d+), .*\]", name, re.DOTALL)
     if match is None:
-        raise StudyError(f"{name!r} is not the name of a window")
+        raise JournalError(f"{name!r} is not the name of a window")
     return match[1], int(match[2])
 
 
@@ -177,9 +177,11 @@ def read_record(file: Path) -> Record:
     try:
         record = read_json(file, Record)
     except FileError as error:
-        raise StudyError(f"{file} is not a record of a study: {error.reason}; delete it") from error
+        raise JournalError(
+            f"{file} is not a record of a study: {error.reason}; delete it"
+        ) from error
     if (record.loss is None) != bool(record.error):
-        raise StudyError(
+        raise JournalError(
             f"{file} is not a record of a study: it has neither a loss nor an error, or both; "
             "delete it"
         )

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from osscar.base.errors import CalibrationError, NonFiniteError
+from osscar.base.errors import DataError, NonFiniteError
 from osscar.base.ranks import ALONE, Ranks
 from osscar.network.modules import fresh
 from osscar.preparation.failures import batch_named
@@ -102,7 +102,7 @@ def renew_statistics(
     ------
     NonFiniteError
         If a statistic is not finite.
-    CalibrationError
+    DataError
         If a variance is to be estimated from one value a channel.
         In either case the model keeps its old statistics.
     """
@@ -165,7 +165,7 @@ def _measured(x: Tensor) -> Statistics:
 
 def _several(name: str, count: int) -> int:
     if count < 2:
-        raise CalibrationError(
+        raise DataError(
             f"batch norm {name!r} sees one value a channel and no variance: give more samples, or "
             "leave the statistics as they were (--batch-norm keep)"
         )

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from graph import CouplingGroup
-from osscar.base.errors import CalibrationError
+from osscar.base.errors import DataError
 from osscar.base.memory import FOR_MATRICES, memory_for
 from osscar.base.timing import Stage, timed
 from osscar.data.batches import Batch, ModelInputs
@@ -214,7 +214,7 @@ class Walk:
                     if arrival is None
                     else f"calls {arrival.module!r} where others call {expected!r}"
                 )
-                raise CalibrationError(
+                raise DataError(
                     f"calibration batch {run.index} {way}: what it runs depends on the data or on "
                     "an earlier pass, and cannot be measured; give batches that run alike"
                 )
@@ -230,7 +230,7 @@ class Walk:
         if first == run.reached:
             run.read[first] = weakref.ref(arrival.x)
         elif run.read[first]() is not arrival.x:
-            raise CalibrationError(
+            raise DataError(
                 f"calibration batch {run.index} calls {arrival.module!r} with another tensor than "
                 f"{self.calls[first]!r}, which read the same one on other data; give batches that "
                 "run alike"
@@ -350,7 +350,7 @@ def walk(
     ------
     ModelError
         If a consumer cannot be refitted, or is never called.
-    CalibrationError
+    DataError
         If a batch fails, or takes another way through the model than the others; it names the
         batch and the module.
     NonFiniteError

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import osscar
-from osscar.base.errors import RunError, StudyError
+from osscar.base.errors import JournalError
 from osscar.cli import main
 from osscar.data.batches import as_inputs
 from osscar.models.user_code import build
@@ -100,9 +100,9 @@ def begun(tmp_path_factory):
 def go_on(place, manifest):
     """Yield what happens where a log, a sweep and a study go on."""
     sweep = sweep_manifest(manifest, BudgetKind.FLOPS, {})
-    yield RunError, lambda: RunLog(place / "log").begun(manifest).__enter__()
-    yield RunError, lambda: SweepDirectory(place / "sweep").begun(sweep).__enter__()
-    yield StudyError, lambda: Study(place / "study", {}).check_dense(manifest.dense)
+    yield JournalError, lambda: RunLog(place / "log").begun(manifest).__enter__()
+    yield JournalError, lambda: SweepDirectory(place / "sweep").begun(sweep).__enter__()
+    yield JournalError, lambda: Study(place / "study", {}).check_dense(manifest.dense)
 
 
 def test_changed_code_is_noticed_by_what_the_model_puts_out(begun, tmp_path):

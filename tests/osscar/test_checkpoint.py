@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
 import osscar
-from osscar.base.errors import CheckpointError, EquivalenceError, OutputError, TextError
+from osscar.base.errors import CheckpointError, DataError, EquivalenceError, OutputError
 from osscar.checkpoint import directory as checkpoint
 from osscar.checkpoint.manifest import MANIFEST_FILE, read_manifest
 from osscar.checkpoint.place import Run
@@ -320,7 +320,7 @@ def test_everything_that_has_to_be_known_is_written_and_read_again(keep, tmp_pat
     assert again.stored_dtype == loaded.stored_dtype
     twice = osscar.prune(again.model, windows, neurons="0.7", backend="magnitude", device="cpu")
     assert len(lineage_of(twice.model).calibration) == 2  # neither is ever scored
-    with pytest.raises(TextError, match="calibrated on this very text"):
+    with pytest.raises(DataError, match="calibrated on this very text"):
         osscar.TextSet.of(loaded.tokenizer, builtin_text(Split.CALIBRATION)).refuse_overlap(
             lineage.calibration
         )

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from osscar.base.errors import MissingDependency, StudyError
+from osscar.base.errors import JournalError, MissingDependency
 from osscar.study import cluster
 from osscar.study.design import StudyDesign
 from osscar.study.directory import Study
@@ -62,7 +62,7 @@ def test_a_worker_that_is_lost_ends_the_study_and_what_was_solved_is_kept(tmp_pa
             return future
 
     study = _study(tmp_path / "study")
-    with Lossy(1) as executor, pytest.raises(StudyError, match=r"a worker was killed.*is kept"):
+    with Lossy(1) as executor, pytest.raises(JournalError, match=r"a worker was killed.*is kept"):
         study.run(DESIGN, executor=executor)
     assert list((study.directory / "records").glob("*.json"))
     assert all(not record.error for record in study.run(DESIGN))

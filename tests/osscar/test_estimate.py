@@ -14,7 +14,7 @@ from torch import nn
 import graph
 import osscar
 from osscar.allocation.allocate import allocate
-from osscar.base.errors import FrozenGroupError, OptionError, RequestError
+from osscar.base.errors import OptionError, RequestError
 from osscar.base.timing import Profile, Stage, profiled, timed
 from osscar.cli import main
 from osscar.estimation.estimate import estimate_as_asked
@@ -308,7 +308,7 @@ def test_what_the_run_refuses_is_refused(demo):
         osscar.estimate(demo.model, data, neuron=0.5)
     with prepare(demo.model, data) as prepared:
         frozen = next(group.name for group in prepared.groups if group.frozen)
-    with pytest.raises(FrozenGroupError):
+    with pytest.raises(RequestError):
         osscar.estimate(demo.model, data, groups={frozen: 1})
 
 

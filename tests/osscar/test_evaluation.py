@@ -26,7 +26,7 @@ from transformers import (
 
 import osscar
 from osscar.base import timing as timing_room
-from osscar.base.errors import ModelError, NonFiniteError, OptionError, TextError
+from osscar.base.errors import DataError, ModelError, NonFiniteError, OptionError
 from osscar.data.prose import Split, builtin_text
 from osscar.data.text import TextSet, encode
 from osscar.data.tokens import load_calibration, text_windows
@@ -208,7 +208,7 @@ def test_what_cannot_be_scored_is_refused(model, tokenizer):
         with pytest.raises(error, match=message):
             measure_quality(model, tokenizer, TEXT, **options)
     for text in ("", "a"):
-        with pytest.raises(TextError, match=f"has {len(text)} tokens?;.*at least 2"):
+        with pytest.raises(DataError, match=f"has {len(text)} tokens?;.*at least 2"):
             osscar.TextSet.of(tokenizer, text)
     config = BertConfig(
         vocab_size=VOCABULARY, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,

@@ -15,7 +15,7 @@ from osscar.allocation import allocate as allocation
 from osscar.allocation.allocate import provisional
 from osscar.allocation.curves import measure_curves
 from osscar.allocation.widths import asked_groups
-from osscar.base.errors import AdapterError, EquivalenceError, RequestError, RunError
+from osscar.base.errors import AdapterError, EquivalenceError, JournalError, RequestError
 from osscar.cli import main
 from osscar.preparation.prepare import prepare
 from osscar.pruning import feasibility as feasibility_room
@@ -490,7 +490,7 @@ def test_a_log_that_prunes_what_is_skipped_is_refused(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(pruning_room, "feasible_groups", lambda *_: (Form.MODULE, ()))
         killed(log, request, patch)
-    with pytest.raises(RunError, match="begin anew with --restart"):
+    with pytest.raises(JournalError, match="begin anew with --restart"):
         prune_as_asked(built(Transformer), words(), request, log)
 
 

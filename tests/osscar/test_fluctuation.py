@@ -12,7 +12,7 @@ from osscar.allocation import fluctuation
 from osscar.allocation.allocate import allocate
 from osscar.allocation.fluctuation import measure_fluctuations
 from osscar.allocation.rules import Sharing
-from osscar.base.errors import CalibrationError, ModelError, NonFiniteError
+from osscar.base.errors import DataError, ModelError, NonFiniteError
 from osscar.preparation.linear_maps import linear_maps
 from osscar.preparation.prepare import Prepared, prepare
 from osscar.request import PruningRequest as Asked
@@ -112,7 +112,7 @@ def test_inputs_that_say_nothing_are_refused(monkeypatch):
         for batches, error, message in [
             ([], ModelError, "'2' was never called on the calibration data"),
             ([{k: x * torch.nan for k, x in batch.items()}], NonFiniteError, "inputs of '2' have"),
-            ([batch, {k: x[:, :5] for k, x in batch.items()}], CalibrationError, "batch 1 fails"),
+            ([batch, {k: x[:, :5] for k, x in batch.items()}], DataError, "batch 1 fails"),
         ]:
             monkeypatch.setattr(Prepared, "batches", lambda self, batches=batches: batches)
             with pytest.raises(error, match=message):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from osscar.base.errors import BusyError, OutputError, RunError
+from osscar.base.errors import BusyError, JournalError, OutputError
 from osscar.base.files import LOCK_FILE
 from osscar.base.journal import Journal
 from osscar.preparation.fingerprint import Manifest
@@ -21,7 +21,6 @@ class Things(Journal[Manifest]):
     schema = Manifest
     done_files = ("done/*.txt",)
     other_files = ("note", "done")
-    error = RunError
     otherwise = "give another --out"
 
 
@@ -59,7 +58,9 @@ def test_what_is_done_stays_and_goes_on_only_with_the_same(journal):
         (Manifest("osscar.thing/1", {"files": ["a"]}, None), "batch-size was 4 and is None"),
         (Manifest("osscar.thing/1", {**ASKED.asked, "more": 1}, None), "more was None and is 1"),
     ):
-        with pytest.raises(RunError, match=f"holds another thing: {message}.* or give another --"):
+        with pytest.raises(
+            JournalError, match=f"holds another thing: {message}.* or give another --"
+        ):
             again.begin(manifest)
     assert again.begin(Manifest("osscar.thing/1", {}, None), anew=True).asked == {}
 
@@ -81,7 +82,7 @@ def test_what_a_killed_command_left_is_no_foreign_file(tmp_path, journal):
         place.mkdir(exist_ok=True)
         (place / f".{partial}.4711.partial").write_text("half")
         (place / "mine.partial").write_text("mine")
-    with pytest.raises(RunError, match=r"holds 'mine\.partial' and no thing"):
+    with pytest.raises(JournalError, match=r"holds 'mine\.partial' and no thing"):
         Things(tmp_path / "new").held().__enter__()
     (tmp_path / "new" / "mine.partial").unlink()
     (tmp_path / "new" / LOCK_FILE).touch()
@@ -115,7 +116,7 @@ def test_another_process_and_other_files_are_left_alone(tmp_path, journal):
     ):
         other = Things(tmp_path / place)
         for step in (other.refuse_foreign, other.held().__enter__):
-            with pytest.raises(RunError, match=message):
+            with pytest.raises(JournalError, match=message):
                 step()
     with pytest.raises(OutputError, match=r"cannot write .*: Not a dir"):
         Things(tmp_path / "file" / "deep").make("x")
@@ -168,8 +169,10 @@ def manifest(**change: object) -> str:
 )
 def test_a_manifest_that_is_none_is_one_error(text, journal):
     (journal.directory / "thing.json").write_text(text)
-    with pytest.raises(RunError, match=r"thing\.json is not the manifest of a thing: .*; give ano"):
+    with pytest.raises(
+        JournalError, match=r"thing\.json is not the manifest of a thing: .*; give ano"
+    ):
         journal.begin(ASKED)
     (journal.directory / "note").write_text(text)
-    with pytest.raises(RunError, match=r"note: .*; remove it"):
+    with pytest.raises(JournalError, match=r"note: .*; remove it"):
         journal.read("note", Manifest, otherwise="remove it")

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import osscar
-from osscar.base.errors import ImageError, ModelError, OptionError
+from osscar.base.errors import DataError, ModelError, OptionError
 from osscar.cli import main
 from osscar.data.batches import as_inputs
 from osscar.data.images import ImageSet, load_images
@@ -320,7 +320,7 @@ def test_a_function_that_makes_no_image_for_the_model_is_refused(place):
         ("other", r"returns torch.float32 of \(1, 12, 12\), and the example is torch.float32 of"),
     ):
         loaded = load_model(f"net.py:{function}")
-        with pytest.raises(ImageError, match=message):
+        with pytest.raises(DataError, match=message):
             loaded.calibration("images.npz:train", samples=4, seqlen=None, seed=0)
     # A model of rows, in which no image is seen, is known to tell classes apart by their labels.
     rows, net = OwnTransform.of(lambda image: torch.zeros(108), "rows"), nn.Linear(108, 5)
@@ -342,12 +342,12 @@ def test_an_example_of_another_layout_is_refused(run, place):
         ("pair", r"reads 2 inputs \(x, y\), and images are one"),
         ("scaled", r"has values up to 255, and images would reach 1 as stated"),
     ):
-        with pytest.raises(ImageError, match=message):
+        with pytest.raises(DataError, match=message):
             load_model(f"net.py:{function}", preprocessing=Preprocessing(mean=0, std=1))
     status, _, err = run(*prune("last", "--no-normalize"))
     assert (status, "permute its dimensions itself" in err) == (2, True), err
     assert not (place / "small").exists()
-    with pytest.raises(ImageError, match=r"permute its dimensions itself"):
+    with pytest.raises(DataError, match=r"permute its dimensions itself"):
         load_model("net.py:last").images("images.npz:test")
 
 
@@ -359,7 +359,7 @@ def test_a_model_of_uint8_gets_pixels_as_they_are(place):
     assert as_inputs(loaded.model, images).example(loaded.model)["x"].dtype is torch.uint8
     (found,) = score([loaded.model], loaded.images("images.npz:test"))
     assert found.top1 is not None
-    with pytest.raises(ImageError, match="pixels from 0 to 255 as they are; leave --mean"):
+    with pytest.raises(DataError, match="pixels from 0 to 255 as they are; leave --mean"):
         load_model("net.py:bytes_", preprocessing=Preprocessing(mean=0.5, std=0.5))
     scaled = load_model("net.py:scaled", preprocessing=Preprocessing(mean=0, std=1 / 255))
     torch.testing.assert_close(scaled.images("images.npz:test").tensor(), pixels() * 255)
@@ -377,14 +377,14 @@ def test_a_model_of_one_channel_gets_grayscale_images(place):
     for name, array in (("a.npz", gray), ("b.npz", gray[..., None])):
         np.savez(name, images=array)
         assert torch.equal(loaded.images(name).tensor(), found)
-        with pytest.raises(ImageError, match=r"must be uint8 \(n, height, width, 3\) and not"):
+        with pytest.raises(DataError, match=r"must be uint8 \(n, height, width, 3\) and not"):
             load_images(name, plain(12))
     (place / "files").mkdir()
     images[0].save("files/a.png")
     assert torch.equal(loaded.images("files").tensor(), found[:1])
     sentence = loaded.preprocessing.sentence()
     assert sentence.startswith("grayscale, ")
-    with pytest.raises(ImageError, match=r"have 3 channels \(mean has 3 numbers\), and the"):
+    with pytest.raises(DataError, match=r"have 3 channels \(mean has 3 numbers\), and the"):
         load_model("net.py:gray", preprocessing=Preprocessing(mean=(0.5, 0.4, 0.5), std=0.5))
 
 

@@ -8,7 +8,7 @@ from torch import nn
 
 import graph
 import osscar
-from osscar.base.errors import FrozenGroupError
+from osscar.base.errors import RequestError
 from osscar.preparation.linear_maps import linear_maps
 from osscar.preparation.recurrent import gates_shown, input_gates
 from osscar.walk.targets import Target
@@ -213,9 +213,9 @@ def test_weights_that_other_code_or_cells_read_are_left_alone():
             return super().forward(x) + self.head(self.other(self.enter(x[:, 0])))
 
     ids = {"ids": torch.randint(0, 20, (64, 6))}
-    with pytest.raises(FrozenGroupError, match="which other code"):
+    with pytest.raises(RequestError, match="which other code"):
         osscar.prune(Penalized().eval(), ids, residual=0.5)
-    with pytest.raises(FrozenGroupError, match="share"):
+    with pytest.raises(RequestError, match="share"):
         osscar.prune(Shared().eval(), torch.randn(32, 6, 5), neurons=0.5)
 
 

@@ -11,7 +11,7 @@ import safetensors.torch
 import torch
 
 import osscar
-from osscar.base.errors import RunError
+from osscar.base.errors import JournalError
 from osscar.base.files import digest
 from osscar.base.json_files import read_json
 from osscar.data.batches import as_inputs
@@ -114,7 +114,7 @@ def test_another_run_is_refused_with_the_difference(log, manifest, monkeypatch):
     ):
         inputs = as_inputs(model, data)
         other = run_manifest(request, model, inputs, inputs.batch_size)
-        with pytest.raises(RunError, match=f"{message}.*--restart"):
+        with pytest.raises(JournalError, match=f"{message}.*--restart"):
             log.begun(other).__enter__()
     inputs = as_inputs(tiny("opt"), tokens())
     for package in ("torch", "transformers"):
@@ -122,7 +122,7 @@ def test_another_run_is_refused_with_the_difference(log, manifest, monkeypatch):
             versions = {"torch": version("torch"), "transformers": version("transformers")}
             patch.setattr(run_log, "version", (versions | {package: "0"}).__getitem__)
             other = run_manifest(OPT, tiny("opt"), inputs, inputs.batch_size)
-            with pytest.raises(RunError, match=f"{package} was .* and is '0'"):
+            with pytest.raises(JournalError, match=f"{package} was .* and is '0'"):
                 log.begun(other).__enter__()
     with log.begun(manifest) as records:
         assert len(records) == log.committed > 2
@@ -156,7 +156,7 @@ def test_a_record_that_was_damaged_is_refused(log, manifest):
     )
     for damage in damages:
         damage()
-        with pytest.raises(RunError, match=r"00000\.safetensors cannot be read.*--restart"):
+        with pytest.raises(JournalError, match=r"00000\.safetensors cannot be read.*--restart"):
             log.begun(manifest).__enter__()
         first.write_bytes(good)
     with log.begun(manifest) as records:
@@ -168,7 +168,7 @@ def test_weights_of_another_form_are_refused(log):
     words, tensors = opened(file)
     tensors["0"] = tensors["0"][:1].contiguous()
     rewrite(file, {**words, "digest": sha256_of(sorted(tensors.items()))}, tensors)
-    with pytest.raises(RunError, match=r"of another form.*--restart"):
+    with pytest.raises(JournalError, match=r"of another form.*--restart"):
         prune_as_asked(tiny("opt"), tokens(), OPT, log)
 
 
@@ -186,7 +186,7 @@ def test_what_a_log_says_that_groups_keep_is_not_believed(log, manifest):
         content["allocated"][part][key] = value
         for forged in (content, {**good, "run": "0" * 64}, {**good, "digest": "0" * 64}):
             file.write_text(json.dumps(forged))
-            with log.begun(manifest), pytest.raises(RunError, match=r"was changed.*--restart"):
+            with log.begun(manifest), pytest.raises(JournalError, match=r"was changed.*--restart"):
                 log.allocation()
     file.write_text(json.dumps(good))
     with log.begun(manifest):
@@ -201,7 +201,9 @@ def test_widths_that_a_model_does_not_have_are_refused(change, log):
     content["allocated"]["keep"] |= change
     content["digest"] = digest(json.dumps(content["allocated"], sort_keys=True))
     file.write_text(json.dumps(content))
-    with pytest.raises(RunError, match=r"that this model does not have, or not fewer.*--restart"):
+    with pytest.raises(
+        JournalError, match=r"that this model does not have, or not fewer.*--restart"
+    ):
         prune_as_asked(tiny("opt"), tokens(), OPT, log)
 
 

@@ -17,7 +17,7 @@ import torch
 
 import osscar
 import solvers
-from osscar.base.errors import BusyError, OptionError, OutputError, StudyError
+from osscar.base.errors import BusyError, JournalError, OptionError, OutputError
 from osscar.cli import main
 from osscar.report.gap_page import write_report
 from osscar.report.gap_tables import scores_table
@@ -374,16 +374,16 @@ def test_an_unknown_backend_is_refused_before_anything_is_written(tmp_path):
 
 
 def test_other_problems_in_the_same_directory_are_refused(study):
-    with pytest.raises(StudyError, match="model was 'made up' and is 'another'"):
+    with pytest.raises(JournalError, match="model was 'made up' and is 'another'"):
         Study(study.directory, {"model": "another"})
 
 
 def test_a_directory_of_something_else_is_left_alone(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(StudyError, match=r"holds 'notes\.txt' and no study"):
+    with pytest.raises(JournalError, match=r"holds 'notes\.txt' and no study"):
         Study(tmp_path, {"model": "x"})
     assert [file.name for file in tmp_path.iterdir()] == ["notes.txt"]
-    with pytest.raises(StudyError, match="holds no study"):
+    with pytest.raises(JournalError, match="holds no study"):
         Study(tmp_path / "notes.txt", {"model": "x"})
 
 
@@ -395,10 +395,10 @@ def test_what_is_no_study_is_refused_and_leaves_nothing(tmp_path):
         ((one, other), "nothing to choose in one, other: a problem of one unit"),
         ((), "there is no problem to study"),
     ):
-        with pytest.raises(StudyError, match=words):
+        with pytest.raises(JournalError, match=words):
             study.capture(("heads", one) for one in problems)
         assert not study.directory.exists()
-    with pytest.raises(StudyError, match="holds no problem yet"):
+    with pytest.raises(JournalError, match="holds no problem yet"):
         study.run(QUICK)
     for jobs in (0, 1.5, True, "2"):
         with pytest.raises(OptionError, match="jobs is"):
@@ -440,10 +440,10 @@ def test_rows_of_two_problems_are_never_mixed(solved, done):
         path = done.directory / file
         before = path.read_bytes()
         problem(units, 5, width=2 if units == 7 else 1, name=name).save(path)
-        with pytest.raises(StudyError, match=re.escape(f"{path} is not the problem that")):
+        with pytest.raises(JournalError, match=re.escape(f"{path} is not the problem that")):
             done.run(extended)
         path.unlink()
-        with pytest.raises(StudyError, match=re.escape(f"cannot read the problem file {path}")):
+        with pytest.raises(JournalError, match=re.escape(f"cannot read the problem file {path}")):
             done.run(extended)
         path.write_bytes(before)
     assert done.run(extended)
@@ -527,10 +527,10 @@ INDEXES = (
 def test_a_list_of_problems_that_is_none_is_refused(study):
     for text in INDEXES:
         (study.directory / "problems.json").write_text(text)
-        with pytest.raises(StudyError, match=r"problems\.json: .*give another --out"):
+        with pytest.raises(JournalError, match=r"problems\.json: .*give another --out"):
             study.run(QUICK)
     (study.directory / "study.json").write_text("{}")
-    with pytest.raises(StudyError, match=r"study\.json is not the manifest of a study"):
+    with pytest.raises(JournalError, match=r"study\.json is not the manifest of a study"):
         Study(study.directory, study.source)
 
 
@@ -544,10 +544,10 @@ def test_rows_that_are_none_are_refused(study):
         *({"support": [10**30]}, {"iterations": 1e300}, {"support": [1e999]}, {"error": "\ud800"}),
     ):
         file.write_text(json.dumps({**good, **change}))
-        with pytest.raises(StudyError, match=re.escape(str(file))):
+        with pytest.raises(JournalError, match=re.escape(str(file))):
             study.run(QUICK)
     file.write_text("{")
-    with pytest.raises(StudyError, match="delete it"):
+    with pytest.raises(JournalError, match="delete it"):
         study.run(QUICK)
 
 
@@ -564,7 +564,7 @@ def test_places_that_are_taken_are_named(study):
     (study.directory / "records").write_text("")
     with pytest.raises(OutputError, match=r"cannot write .*records"):
         study.run(QUICK)
-    with pytest.raises(StudyError, match="File name too long"):
+    with pytest.raises(JournalError, match="File name too long"):
         Study(study.directory / ("x" * 300), {})
 
 
@@ -629,7 +629,7 @@ def test_what_a_record_claims_is_recomputed_when_a_study_goes_on(study):
         ("greedy", LIE, "loss is"),
     ):
         file, good = edit(study, backend, **change)
-        with pytest.raises(StudyError, match=re.escape(words)) as caught:
+        with pytest.raises(JournalError, match=re.escape(words)) as caught:
             study.run(design, jobs=2 if change is LIE else 1)
         assert f"{file} is the record of" in str(caught.value)
         assert "delete it" in str(caught.value)
@@ -643,7 +643,7 @@ def test_a_bound_is_that_of_its_certificate(study):
     (first, *_) = study.run(design)
     assert first.recomputed_bound == pytest.approx(first.lower_bound, rel=1e-9)
     edit(study, "perspective", lower_bound=first.lower_bound * 1.001)
-    with pytest.raises(StudyError, match="its certificate proves"):
+    with pytest.raises(JournalError, match="its certificate proves"):
         study.run(design)
 
 
@@ -657,7 +657,7 @@ def test_a_damaged_certificate_is_an_error_of_ours(study):
         for record in (study.directory / "records").glob("*.json"):
             content = json.loads(record.read_text())
             record.write_text(json.dumps({**content, "certificate": sha256}))
-        with pytest.raises(StudyError, match="certificate"):
+        with pytest.raises(JournalError, match="certificate"):
             study.run(design)
 
 
@@ -679,7 +679,7 @@ def test_what_is_optimal_within_windows_is_recomputed_from_their_trees(tmp_path)
     assert any(record.status == "WINDOW_OPTIMAL" for record in records)
     assert study.run(design) == records
     edit(study, "window_search", certificate="", status="WINDOW_OPTIMAL")
-    with pytest.raises(StudyError, match="window optimality is claimed without a window"):
+    with pytest.raises(JournalError, match="window optimality is claimed without a window"):
         study.run(design)
 
 

@@ -11,7 +11,7 @@ import osscar
 import osscar.pruning.sweep as sweep_room
 from osscar.allocation.allocate import allocate
 from osscar.allocation.budget import described
-from osscar.base.errors import OptionError, OsscarError, RunError
+from osscar.base.errors import JournalError, OptionError, OsscarError
 from osscar.models.language import DEMO_DIRECTORY
 from osscar.preparation.fingerprint import DenseOutputs, Fingerprint, Manifest
 from osscar.pruning.feasibility import SkippedGroup
@@ -202,9 +202,9 @@ def test_points_are_kept_and_a_sweep_of_something_else_is_refused(tmp_path):
     with again.begun(manifest()):
         assert again.point(Job(CURVATURE, SPARSITY, 0.5)) == point()
         assert again.point(Job(CURVATURE, SPARSITY, 0.25)) is None
-    with pytest.raises(RunError, match=r"text was 'builtin' and is 'other\.txt'"):
+    with pytest.raises(JournalError, match=r"text was 'builtin' and is 'other\.txt'"):
         again.begun(manifest(text="other.txt")).__enter__()
-    with pytest.raises(RunError, match="seed was None and is 3"):
+    with pytest.raises(JournalError, match="seed was None and is 3"):
         again.begun(manifest(seed=3)).__enter__()
 
 
@@ -225,15 +225,15 @@ def test_a_damaged_point_is_refused_by_name(tmp_path, damage):
         place.keep(point())
         file = tmp_path / "sweep" / "points" / "curvature-sparsity-0.5.json"
         file.write_text(damage(file.read_text()))
-        with pytest.raises(RunError, match=r"curvature-sparsity-0\.5\.json"):
+        with pytest.raises(JournalError, match=r"curvature-sparsity-0\.5\.json"):
             place.point(Job(CURVATURE, SPARSITY, 0.5))
 
 
 def test_a_directory_of_something_else_is_left_alone(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(RunError, match=r"notes\.txt"):
+    with pytest.raises(JournalError, match=r"notes\.txt"):
         SweepDirectory(tmp_path)
-    with pytest.raises(RunError, match="is a file"):
+    with pytest.raises(JournalError, match="is a file"):
         SweepDirectory(tmp_path / "notes.txt")
     assert [file.name for file in tmp_path.iterdir()] == ["notes.txt"]
 
@@ -399,7 +399,7 @@ def test_a_sweep_from_python_goes_on_and_says_what_each_point_has_spent(tmp_path
     monkeypatch.setattr(sweep_room, "prune_prepared", None)  # what is done is not done again
     assert osscar.sweep(model, data, out, sparsity=(0.4,), **asked) == document
     for other, words in (({"seed": 3}, "seed was 0 and is 3"), ({"damp": 0.1}, "damp was None")):
-        with pytest.raises(RunError, match=words):
+        with pytest.raises(JournalError, match=words):
             osscar.sweep(model, data, out, sparsity=[0.4], **asked, **other)
     for none in ({"sparsity": 0.4}, {"sparsity": [0.4], "params": [0.5]}, {}):
         with pytest.raises(OptionError, match="a sweep has one list of budgets"):

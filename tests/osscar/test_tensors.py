@@ -10,10 +10,9 @@ from torch import nn
 
 import osscar
 from osscar.base.errors import (
-    CalibrationError,
     CheckpointError,
+    DataError,
     FileError,
-    ImageError,
     ModelError,
     OptionError,
 )
@@ -196,13 +195,13 @@ def test_nothing_is_written_where_data_do_not_fit(run, code, tmp_path):
     assert "'tokens' is float32 of (8, 4), and in the example inputs int64 of (2, 6)" in err
     assert {path.name for path in tmp_path.iterdir()} <= {"mine.py", "swapped.npz", "__pycache__"}
     loaded = load_model(code("two"))
-    with pytest.raises(ImageError, match="tensors for tokens, features"):
+    with pytest.raises(DataError, match="tensors for tokens, features"):
         loaded.calibration(None, samples=None, seqlen=None, seed=0)
     with pytest.raises(OptionError, match="give one of them"):
         loaded.held_out(images="x.npz", inputs="swapped.npz")
     with pytest.raises(ModelError, match="its model reads tokens, features; return the model, and"):
         load_model(code("alone"))
-    with pytest.raises(ImageError, match="reads 2 inputs"):
+    with pytest.raises(DataError, match="reads 2 inputs"):
         load_model(code("two"), preprocessing=osscar.Preprocessing(mean=0, std=1))
 
 
@@ -408,18 +407,18 @@ def test_data_and_labels_that_a_model_has_no_use_for_are_refused():
         (torch.zeros(2, 3), "the data are a Tensor; give a mapping of tensors by the names"),
         (None, "the data are a NoneType; give a mapping"),
     ):
-        with pytest.raises(CalibrationError, match=message):
+        with pytest.raises(DataError, match=message):
             osscar.TensorSet("x", tensors)
     for data, error, message in (
-        (samples(labels=torch.arange(48) % 5), CalibrationError, "from 0 to 4 and the model 4 cl"),
-        (osscar.TensorSet("x", {"x": torch.zeros(2, 5)}), CalibrationError, "takes no 'x'; it tak"),
+        (samples(labels=torch.arange(48) % 5), DataError, "from 0 to 4 and the model 4 cl"),
+        (osscar.TensorSet("x", {"x": torch.zeros(2, 5)}), DataError, "takes no 'x'; it tak"),
         (osscar.TensorSet("x", {"input": torch.zeros(2, 3)}), ModelError, r"on input \(2, 3\)"),
-        ({"input": torch.zeros(2, 5)}, CalibrationError, "the data are a dict; give what osscar"),
+        ({"input": torch.zeros(2, 5)}, DataError, "the data are a dict; give what osscar"),
         (samples(labels=torch.zeros(48, 2, dtype=int)), ModelError, r"the labels are \(32, 2\)"),
     ):
         with pytest.raises(error, match=message):
             osscar.evaluate(model, data)
-    with pytest.raises(CalibrationError, match="cannot draw 0 samples"):
+    with pytest.raises(DataError, match="cannot draw 0 samples"):
         samples().sample(0, seed=0)
     with pytest.raises(OptionError, match="batch size"):
         osscar.evaluate(model, samples(), batch_size=0)
@@ -498,7 +497,7 @@ def test_the_example_of_a_file_may_be_a_tensor_or_several(tmp_path):
     assert len(osscar.load_tensors(tmp_path / "y.npz", net, torch.zeros(2, 4))) == 8
     with pytest.raises(FileError, match=r"in the example inputs float32 of \(2, 5\)"):
         osscar.load_tensors(tmp_path / "y.npz", net, torch.zeros(2, 5))
-    with pytest.raises(CalibrationError, match=r"3 \(int\) are no example inputs; give a tensor"):
+    with pytest.raises(DataError, match=r"3 \(int\) are no example inputs; give a tensor"):
         osscar.load_tensors(tmp_path / "y.npz", net, 3)
 
 

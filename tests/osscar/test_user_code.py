@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import osscar
-from osscar.base.errors import ModelError, ModelNotFound
+from osscar.base.errors import ModelError
 from osscar.models.load import load_model
 
 NET = """
@@ -88,7 +88,7 @@ def test_code_finds_what_lies_around_it(place):
         (".mine:build", "mine.py:build"),
         ("a/mine:build", "a/mine.py:build"),
     ):
-        with pytest.raises(ModelNotFound, match=f"for a file give {file}$"):
+        with pytest.raises(ModelError, match=f"for a file give {file}$"):
             load_model(name)
 
 

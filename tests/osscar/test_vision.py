@@ -19,10 +19,9 @@ from safetensors.torch import save_file
 import osscar
 from osscar.base.errors import (
     CheckpointError,
+    DataError,
     FileError,
-    ImageError,
     ModelError,
-    ModelNotFound,
     OptionError,
 )
 from osscar.base.json_files import validated
@@ -354,10 +353,10 @@ def test_names_tell_which_sort_of_model_they_stand_for(tmp_path, code):
     for name in ("demo", "owner/name", str(tmp_path), "C:/models"):
         assert kind_of(name) is ModelKind.LANGUAGE
     for name, error, message in (
-        ("torchvision:resnet19", ModelNotFound, "did you mean resnet"),
-        (f"{tmp_path}/none.py:build", ModelNotFound, "no file"),
-        ("no.such.module:build", ModelNotFound, "cannot import"),
-        (f"{tmp_path}/mine.py:absent", ModelNotFound, "has no function 'absent'"),
+        ("torchvision:resnet19", ModelError, "did you mean resnet"),
+        (f"{tmp_path}/none.py:build", ModelError, "no file"),
+        ("no.such.module:build", ModelError, "cannot import"),
+        (f"{tmp_path}/mine.py:absent", ModelError, "has no function 'absent'"),
         (code.replace("stating", "broken"), ModelError, "RuntimeError: no luck"),
         (code.replace("stating", "wrong"), ModelError, "returned a str"),
     ):
@@ -455,19 +454,19 @@ def test_images_that_would_not_be_seen_as_they_are_are_refused(tmp_path, monkeyp
     for mode, dtype in (("I;16", np.uint16), ("I", np.int32), ("F", np.float32)):
         file = tmp_path / ("a.png" if dtype is np.uint16 else "a.tif")
         Image.fromarray(wide.astype(dtype)).save(file)
-        with pytest.raises(ImageError, match=f"pixels of mode '{mode}'.*rescale it to 8 bits"):
+        with pytest.raises(DataError, match=f"pixels of mode '{mode}'.*rescale it to 8 bits"):
             load_images(tmp_path, IMAGENET).tensor()
         file.unlink()
     Image.new("RGB", (30_000, 1)).save(tmp_path / "a.png")
-    with pytest.raises(ImageError, match="30000 x 1 pixels, more than 200 times longer"):
+    with pytest.raises(DataError, match="30000 x 1 pixels, more than 200 times longer"):
         load_images(tmp_path, IMAGENET).tensor()
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
-    with pytest.raises(ImageError, match=r"a\.png' is too large"):
+    with pytest.raises(DataError, match=r"a\.png' is too large"):
         load_images(tmp_path, IMAGENET).tensor()
     (tmp_path / "a.png").unlink()
     program = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n%%EOF\n"
     (tmp_path / "a.jpg").write_bytes(program)
-    with pytest.raises(ImageError, match=r"a\.jpg' cannot be decoded .*JPEG"):
+    with pytest.raises(DataError, match=r"a\.jpg' cannot be decoded .*JPEG"):
         load_images(tmp_path, IMAGENET).tensor()
 
 
@@ -487,7 +486,7 @@ def test_a_report_whose_preprocessing_makes_no_sense_is_refused():
         ({"channels": 1}, "mean has 3 numbers and images 1 channel"),
         ({"dtype": "int8"}, "dtype is 'int8'; give one of float32, uint8"),
     ):
-        with pytest.raises((ImageError, FileError), match=message):
+        with pytest.raises((DataError, FileError), match=message):
             validated(json.loads(json.dumps({**known, **change})), Preprocessing, "it")
 
 
@@ -530,7 +529,7 @@ def test_places_without_images_are_refused(tmp_path, monkeypatch):
         ({"images": np.array([{}])}, "must be uint8 .* not object"),
     ):
         np.savez(tmp_path / "x.npz", **arrays)
-        with pytest.raises(ImageError, match=message):
+        with pytest.raises(DataError, match=message):
             load_images(tmp_path / "x.npz", IMAGENET)
     (tmp_path / "x.npz").write_bytes(b"PK no archive")
     (tmp_path / "notes.txt").write_text("no image")
@@ -540,7 +539,7 @@ def test_places_without_images_are_refused(tmp_path, monkeypatch):
         (tmp_path / "x.npz", r"not an \.npz file"),
         *((spec, "") for spec in ("", "x" * 5000, "~no-such-user/x", "a\0b.npz", "\udc80")),
     ):
-        with pytest.raises(ImageError, match=message or "images"):
+        with pytest.raises(DataError, match=message or "images"):
             load_images(path, IMAGENET)
 
 
@@ -553,7 +552,7 @@ def test_an_archive_is_refused_by_what_it_says_of_itself_before_it_is_read(tmp_p
         header = {"descr": "|u1", "fortran_order": False, "shape": (10**7, 256, 256, 3)}
         np.lib.format.write_array_header_1_0(member, header)
     monkeypatch.setattr(np, "load", lambda *_, **__: pytest.fail("read"))
-    with pytest.raises(ImageError, match="would take 1,966,080,000,000 bytes of memory"):
+    with pytest.raises(DataError, match="would take 1,966,080,000,000 bytes of memory"):
         load_images(file, IMAGENET)
 
 
@@ -565,14 +564,14 @@ def test_what_is_no_image_among_others_is_left_alone_or_named(folders):
     found = load_images(folders, IMAGENET)
     assert (len(found), found.classes) == (10, tuple("abcde"))
     (folders / "a" / "bad.png").write_bytes(b"\x89PNG nothing more")
-    with pytest.raises(ImageError, match=r"bad\.png.* cannot be decoded"):
+    with pytest.raises(DataError, match=r"bad\.png.* cannot be decoded"):
         load_images(folders, IMAGENET).tensor()
 
 
 def test_images_are_recognized_by_what_is_stored(folders):
     images = load_images(folders, IMAGENET)
     known = [Calibration("text"), Calibration.of(images.sample(3, seed=0).describe())]
-    with pytest.raises(ImageError, match="3 of 10 images calibrated"):
+    with pytest.raises(DataError, match="3 of 10 images calibrated"):
         images.refuse_overlap(known)
     others = ImageSet("others", pixels(4, 9), IMAGENET)
     others.refuse_overlap(known)
@@ -589,7 +588,7 @@ def test_python_saves_all_that_the_command_line_does(code, archive, tmp_path):
     lineage = lineage_of(again.model)
     assert lineage == lineage_of(result.model)
     assert lineage.source == code
-    with pytest.raises(ImageError, match="8 of 8 images calibrated this model"):
+    with pytest.raises(DataError, match="8 of 8 images calibrated this model"):
         images.refuse_overlap(lineage.calibration)
     file = tmp_path / "small" / "osscar.json"
     manifest = json.loads(file.read_text())
@@ -655,9 +654,9 @@ def test_folders_are_matched_with_classes(folders):
     assert images.class_labels((), 5).tolist() == order
     named = images.class_labels(("x", "e", "d", "c", "b", "a"), 6)
     assert named.tolist() == [5 - label for label in order]
-    with pytest.raises(ImageError, match="5 class folders and the model 7 classes"):
+    with pytest.raises(DataError, match="5 class folders and the model 7 classes"):
         images.class_labels((), 7)
     numbered = ImageSet("x", images.items, IMAGENET, images.labels, ("0", "2", "4", "6", "8"))
     assert numbered.class_labels((), 10).tolist() == [2 * label for label in order]
-    with pytest.raises(ImageError, match="labels from 0 to 8 and the model 8 classes"):
+    with pytest.raises(DataError, match="labels from 0 to 8 and the model 8 classes"):
         numbered.class_labels((), 8)

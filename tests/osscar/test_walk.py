@@ -14,7 +14,7 @@ from transformers import T5Config, T5ForConditionalGeneration
 
 import osscar
 import solvers
-from osscar.base.errors import CalibrationError, ModelError, NonFiniteError
+from osscar.base.errors import DataError, ModelError, NonFiniteError
 from osscar.preparation.prepare import prepare
 from osscar.study.problems import model_problems
 from osscar.walk.coroutines import Coroutine
@@ -423,7 +423,7 @@ def test_a_batch_that_goes_astray_is_named_and_nothing_stays_behind(mood, messag
     with manager as ready:
         groups = [group for group in ready.groups if group.prunable]
         ready.model.mood = moods
-        with pytest.raises(CalibrationError, match=message):
+        with pytest.raises(DataError, match=message):
             commit_all(walk(ready, groups))
         assert ready.model.inside == []  # every pass has left its context managers
         assert not any(m._forward_pre_hooks or m._forward_hooks for m in ready.model.modules())
