@@ -32,7 +32,7 @@ from typing import (
 import lazy_loader
 
 from osscar.base.errors import OptionError, OsscarError, RequestError
-from osscar.base.inputs import parse_size, shown
+from osscar.base.inputs import parse_size, safe_repr
 
 if TYPE_CHECKING:
     from torch import nn
@@ -149,7 +149,7 @@ class Range:
         """Return a value of the field; refuse what is out of range, or no number."""
         number = numbers.Integral if self.kind is int else numbers.Real
         if not (isinstance(value, number) and not isinstance(value, bool) and self.takes(value)):
-            raise self.error(f"{name.replace('_', '-')} is {shown(value)}; give {self.advice}")
+            raise self.error(f"{name.replace('_', '-')} is {safe_repr(value)}; give {self.advice}")
         return self.kind(value)  # type: ignore[call-overload]
 
 
@@ -191,11 +191,11 @@ def _groups(name: str, value: Any) -> Any:
     """Read what to keep of groups by name."""
     if not isinstance(value, Mapping):
         raise RequestError(
-            f"groups is {shown(value)}; give a mapping of names to what to keep, such as "
+            f"groups is {safe_repr(value)}; give a mapping of names to what to keep, such as "
             "{'h.0.neurons': 0.5}"
         )
     if not all(isinstance(group, str) for group in value):
-        raise RequestError(f"groups is {shown(value)}; its keys are names of groups")
+        raise RequestError(f"groups is {safe_repr(value)}; its keys are names of groups")
     for keep in value.values():
         parse_keep(keep)
     return value
@@ -205,7 +205,7 @@ def _patterns(name: str, value: Any) -> tuple[str, ...]:
     """Read patterns for the names of groups."""
     if not isinstance(value, list | tuple) or not all(isinstance(p, str) and p for p in value):
         raise RequestError(
-            f"skip is {shown(value)}; give a list of patterns for names of groups, such as "
+            f"skip is {safe_repr(value)}; give a list of patterns for names of groups, such as "
             "['h.0.*']"
         )
     return tuple(value)
@@ -213,7 +213,7 @@ def _patterns(name: str, value: Any) -> tuple[str, ...]:
 
 def _mapping(name: str, value: Any) -> Any:
     if not isinstance(value, Mapping):
-        raise OptionError(f"{name} is {shown(value)}; give a mapping")
+        raise OptionError(f"{name} is {safe_repr(value)}; give a mapping")
     return value
 
 
@@ -239,10 +239,10 @@ def _read(taken: Any, name: str, value: Any) -> Any:
     if get_origin(taken) is Literal:
         if not (isinstance(value, str) and value in get_args(taken)):
             choices = ", ".join(get_args(taken))
-            raise OptionError(f"{name} is {shown(value)}; give one of {choices}")
+            raise OptionError(f"{name} is {safe_repr(value)}; give one of {choices}")
         return str(value)
     if taken is bool and not isinstance(value, bool):
-        raise OptionError(f"{name} is {shown(value)}; give True or False")
+        raise OptionError(f"{name} is {safe_repr(value)}; give True or False")
     return value
 
 
@@ -413,7 +413,7 @@ class PruningRequest:
             return solvers.make_backend(self.backend, **dict(self.backend_options))
         if not callable(getattr(type(self.backend), "select", None)):
             raise OptionError(
-                f"backend is {shown(self.backend)}; give a name, or an object that selects"
+                f"backend is {safe_repr(self.backend)}; give a name, or an object that selects"
             )
         if self.backend_options:
             raise OptionError("backend_options go with a name; this backend object has its own")
@@ -532,9 +532,11 @@ def parse_keep(value: Keep) -> Fraction | int:
     """Read what to keep: ``"0.7"``, ``"2/3"`` and 0.7 are fractions, ``"512"`` and 512 counts."""
     unreadable = "as what to keep; give a fraction such as 0.7 or 2/3, or a count"
     if isinstance(value, bool) or not isinstance(value, str | numbers.Real):
-        raise RequestError(f"cannot read {shown(value)} {unreadable}")
+        raise RequestError(f"cannot read {safe_repr(value)} {unreadable}")
     if isinstance(value, numbers.Real) and not abs(value) < _LARGEST_COUNT:
-        raise RequestError(f"cannot read {shown(value)} {unreadable} below {_LARGEST_COUNT:.0e}")
+        raise RequestError(
+            f"cannot read {safe_repr(value)} {unreadable} below {_LARGEST_COUNT:.0e}"
+        )
     text = str(value).strip()
     # Digits are counted before anyone computes with them: 1e-99999999 takes hours.
     if not isinstance(value, numbers.Real) and not _NUMBER.fullmatch(text):
@@ -559,7 +561,7 @@ def parse_size_kept(value: Keep) -> Fraction | int:
             return parse_size(value)
         except OptionError as error:
             raise RequestError(
-                f"cannot read {shown(value)} as a size; give one such as 200MB or 1.5GiB, or a "
+                f"cannot read {safe_repr(value)} as a size; give one such as 200MB or 1.5GiB, or a "
                 "fraction of the dense model's"
             ) from error
     return parse_keep(value)

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from graph import CouplingGroup
 from osscar.base.errors import RequestError
-from osscar.base.printable import counted, listed
+from osscar.base.printable import listed, pluralize
 from osscar.preparation.prepare import Prepared
 from osscar.request import PRUNED_KINDS, PruningRequest, Widths, parse_keep
 
@@ -127,7 +127,7 @@ def count_kept(group: CouplingGroup, asked: Fraction | int, round_to: int) -> in
     if isinstance(asked, int):
         if asked > group.units:
             raise RequestError(
-                f"cannot keep {counted(asked, 'unit')} of {group.name!r}, which has "
+                f"cannot keep {pluralize(asked, 'unit')} of {group.name!r}, which has "
                 f"{group.units} {group.kind}"
             )
         exact = Fraction(asked)
@@ -201,7 +201,7 @@ def why_out_of_reach(
             "nothing can be removed: the model has no coupling group with units that may leave; "
             "`osscar inspect` shows what its layers are coupled by"
         )
-    told = [f"{g.name!r} ({counted(g.units, 'unit')})" for g in others]
+    told = [f"{g.name!r} ({pluralize(g.units, 'unit')})" for g in others]
     streams = any(group.name in residual for group in others)
     return (
         "a budget reaches heads, neurons and channels that nothing else names, and there are none; "

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from osscar.base.errors import OptionError
-from osscar.base.inputs import shown
+from osscar.base.inputs import safe_repr
 from osscar.base.timing import Clock
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -23,7 +23,7 @@ def resolve_device(device: str | torch.device = "auto") -> torch.device:
         resolved = torch.device(device)
     except (RuntimeError, TypeError) as error:
         raise OptionError(
-            f"unknown device {shown(device)}; give 'auto', 'cpu' or 'cuda'"
+            f"unknown device {safe_repr(device)}; give 'auto', 'cpu' or 'cuda'"
         ) from error
     if resolved.type not in ("cpu", "cuda") or (resolved.type == "cpu" and resolved.index):
         raise OptionError(f"cannot run on {str(device)!r}; give 'auto', 'cpu' or 'cuda'")
@@ -60,7 +60,9 @@ def resolve_dtype(
         None,
     )
     if resolved is None:
-        raise OptionError(f"unknown number format {shown(dtype)}; give auto, {', '.join(DTYPES)}")
+        raise OptionError(
+            f"unknown number format {safe_repr(dtype)}; give auto, {', '.join(DTYPES)}"
+        )
     return resolved
 
 

@@ -22,7 +22,7 @@ _SIZE = re.compile(r"(\d{1,15}(?:\.\d{1,6})?)\s*([KMGT]?)(i?)B?", re.IGNORECASE)
 _POWERS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
 
 
-def shown(value: object) -> str:
+def safe_repr(value: object) -> str:
     """Return an argument as a message shows it: short, whatever it is, and if it has no text."""
     try:
         return _SHOWN.repr(value)
@@ -40,7 +40,7 @@ def file_name(value: object, what: str, example: str) -> str:
         name = os.fspath(value)
         if isinstance(name, str):
             return name
-    raise OptionError(f"{what} is {shown(value)} ({type(value).__name__}); give {example}")
+    raise OptionError(f"{what} is {safe_repr(value)} ({type(value).__name__}); give {example}")
 
 
 def whole_number(value: object, what: str, least: int) -> int:
@@ -50,10 +50,11 @@ def whole_number(value: object, what: str, least: int) -> int:
     """
     if isinstance(value, bool) or not isinstance(value, int):
         raise OptionError(
-            f"{what} is {shown(value)} ({type(value).__name__}); give a whole number from {least}"
+            f"{what} is {safe_repr(value)} ({type(value).__name__}); give a whole number from "
+            f"{least}"
         )
     if value < least:
-        raise OptionError(f"{what} must be at least {least}, not {shown(value)}")
+        raise OptionError(f"{what} must be at least {least}, not {safe_repr(value)}")
     return value
 
 
@@ -83,11 +84,13 @@ def parse_size(value: object) -> int:
     text = str(value).strip()
     found = _SIZE.fullmatch(text)
     if isinstance(value, bool) or not isinstance(value, str | int) or found is None:
-        raise OptionError(f"{shown(value)} is no size of memory; give one such as 8GB or 512MiB")
+        raise OptionError(
+            f"{safe_repr(value)} is no size of memory; give one such as 8GB or 512MiB"
+        )
     number, unit, binary = found.groups()
     size = int(float(number) * (1024 if binary else 1000) ** _POWERS[unit.upper()])
     if size < 1:
-        raise OptionError(f"{shown(value)} is no memory at all; give a size such as 8GB")
+        raise OptionError(f"{safe_repr(value)} is no memory at all; give a size such as 8GB")
     return size
 
 

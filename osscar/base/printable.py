@@ -7,12 +7,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 
-def counted(count: int, noun: str, several: str = "") -> str:
+def pluralize(count: int, noun: str, several: str = "") -> str:
     """Return how many there are of something, in the form that goes with the number.
 
     Examples
     --------
-    >>> counted(1, "sample"), counted(2000, "sample"), counted(2, "batch", "batches")
+    >>> pluralize(1, "sample"), pluralize(2000, "sample"), pluralize(2, "batch", "batches")
     ('1 sample', '2,000 samples', '2 batches')
     """
     return f"{count:,} {noun if count == 1 else several or noun + 's'}"

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from osscar.base.errors import OsscarError, RanksError, first_line
 from osscar.base.launch import launched, neighbours
-from osscar.base.printable import counted
+from osscar.base.printable import pluralize
 
 T = TypeVar("T")
 
@@ -205,7 +205,7 @@ def together() -> Iterator[Ranks]:
         ranks = Ranks(rank, size, dist.new_group(backend="gloo", timeout=_MEETING))
     except (RuntimeError, ValueError) as error:
         raise RanksError(
-            f"rank {rank} cannot reach the {counted(size - 1, 'other')} at "
+            f"rank {rank} cannot reach the {pluralize(size - 1, 'other')} at "
             f"{os.environ['MASTER_ADDR']}: {first_line(error)}; launch all with "
             "torchrun, on machines that see each other"
         ) from error

@@ -34,7 +34,7 @@ from osscar.base.errors import (
     first_line,
 )
 from osscar.base.files import system_errors, write_json, write_text
-from osscar.base.inputs import file_name, shown
+from osscar.base.inputs import file_name, safe_repr
 from osscar.base.memory import let_shortage_pass
 from osscar.checkpoint.admission import (
     check_tensors,
@@ -358,16 +358,18 @@ def _check_form(model: nn.Module, file: Path) -> None:
 def _check_dtype(dtype: object) -> None:
     known = isinstance(dtype, torch.dtype) and dtype in FORMATS.values()
     if dtype is not None and not known:
-        raise OptionError(f"dtype is {shown(dtype)}; give one of {', '.join(FORMATS)} of torch")
+        raise OptionError(f"dtype is {safe_repr(dtype)}; give one of {', '.join(FORMATS)} of torch")
 
 
 def _check_companions(tokenizer: Any, report: Any) -> None:
     """Refuse what cannot be written beside the weights, before they are."""
     if tokenizer is not None and not hasattr(type(tokenizer), "save_pretrained"):
-        raise OptionError(f"the tokenizer is {shown(tokenizer)}; give one of transformers, or None")
+        raise OptionError(
+            f"the tokenizer is {safe_repr(tokenizer)}; give one of transformers, or None"
+        )
     try:
         if report is not None and not isinstance(report, Mapping):
-            raise TypeError(f"it is {shown(report)}, not a dict")
+            raise TypeError(f"it is {safe_repr(report)}, not a dict")
         json.dumps(report, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
         raise OptionError(f"the report cannot be written as JSON: {error}") from error

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from osscar.base.errors import DataError, ModelError, OptionError
-from osscar.base.printable import counted
+from osscar.base.printable import pluralize
 from osscar.cli.common import check_json_path, document, out, say, write_json
 from osscar.cli.opening import chat_template_unused, quiet, say_preprocessing, stated_preprocessing
 from osscar.cli.options import EvalOptions
@@ -132,16 +132,16 @@ def _scored(data: TextSet | SampleSet, evaluation: Evaluation, loaded: LoadedMod
     """Say what was scored, how much of it, and what outputs were taken for."""
     quality = evaluation.quality
     if isinstance(data, TextSet):
-        windows = f"{counted(quality.windows, 'window')} of {quality.seqlen}"
+        windows = f"{pluralize(quality.windows, 'window')} of {quality.seqlen}"
         begin = data.begins_with
         special = f"each begins with {begin}" if begin else "without special tokens"
         return (
-            f"{counted(quality.tokens, 'token')} of {data.source} scored in {windows}, {special}"
+            f"{pluralize(quality.tokens, 'token')} of {data.source} scored in {windows}, {special}"
             f"{chat_template_unused(loaded.tokenizer)}"
         )
     labels = "" if data.labels is not None else " without labels"
     name = data.sample_name if labels else f"labelled {data.sample_name}"
-    how_much = f"{counted(len(data), name)}{labels} scored"
+    how_much = f"{pluralize(len(data), name)}{labels} scored"
     if isinstance(data, ImageSet):
         return how_much
     scores = "no output" if quality.classes_in is None else repr(quality.classes_in)

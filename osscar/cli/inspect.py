@@ -7,7 +7,7 @@ from pathlib import Path
 
 from graph import UnitKind
 from osscar.base.errors import OptionError
-from osscar.base.printable import are, counted
+from osscar.base.printable import are, pluralize
 from osscar.cli.common import check_json_path, document, out, say, write_json
 from osscar.cli.opening import quiet, stated_preprocessing
 from osscar.cli.options import OpenOptions
@@ -57,7 +57,7 @@ def run(
             say(f"frozen: {group.name}: {freeze.reason} {where and f'({where})'}")
     hidden = len(groups) - len(shown)
     if hidden:
-        frozen = counted(hidden, "frozen group")
+        frozen = pluralize(hidden, "frozen group")
         say(f"{frozen} inside the units of others {are(hidden)} not shown; --all does")
     prunable, total = count_owned(loaded.model, groups), count_parameters(loaded.model)
     say(f"{prunable / total:.1%} of {total:,} parameters lie in prunable groups")

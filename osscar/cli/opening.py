@@ -12,7 +12,7 @@ from transformers.utils import logging as transformers_logging
 
 from osscar.base.errors import OptionError
 from osscar.base.memory import in_words
-from osscar.base.printable import counted
+from osscar.base.printable import pluralize
 from osscar.base.timing import Stage, timed
 from osscar.cli.common import err, say, say_aside
 from osscar.cli.options import DataOptions, OpenOptions, RunOptions
@@ -47,7 +47,7 @@ def quiet() -> Iterator[None]:
     for message in messages[:_SHOWN_WARNINGS]:
         say_aside("warning", message, "yellow")
     if len(messages) > _SHOWN_WARNINGS:
-        more = counted(len(messages) - _SHOWN_WARNINGS, "warning")
+        more = pluralize(len(messages) - _SHOWN_WARNINGS, "warning")
         err.print(f"... and {more} more", style="yellow")
 
 

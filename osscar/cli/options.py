@@ -13,7 +13,7 @@ from typing import Annotated, Any
 from cyclopts import Parameter, validators
 
 from osscar.base.errors import OptionError
-from osscar.base.inputs import shown
+from osscar.base.inputs import safe_repr
 from osscar.request import KeepOption, PruningRequest
 
 Model = Annotated[
@@ -273,12 +273,12 @@ def parse_options(pairs: list[str]) -> dict[str, Any]:
     for pair in pairs:
         name, equals, value = pair.partition("=")
         if not equals or not name:
-            raise OptionError(f"--option {shown(pair)} is not NAME=VALUE")
+            raise OptionError(f"--option {safe_repr(pair)} is not NAME=VALUE")
         try:
             options[name.strip()] = json.loads(value, parse_constant=_refuse_constant)
         except RecursionError as error:
             raise OptionError(
-                f"--option {shown(pair)} is nested too deeply; give a number, a text, or a list"
+                f"--option {safe_repr(pair)} is nested too deeply; give a number, a text, or a list"
             ) from error
         except ValueError:
             options[name.strip()] = value

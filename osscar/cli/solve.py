@@ -12,7 +12,7 @@ import torch
 import solvers
 from osscar.base.devices import resolve_device
 from osscar.base.errors import OptionError
-from osscar.base.printable import are, counted
+from osscar.base.printable import are, pluralize
 from osscar.cli.common import check_input, check_json_path, document, out, say, write_json
 from osscar.cli.opening import quiet
 from osscar.cli.options import parse_options
@@ -50,7 +50,8 @@ def run(
     problem, target = _opened(file, keep, device, json)
     if keep is None and problem.keep == problem.units:
         raise OptionError(
-            f"{file} keeps all of its {counted(problem.units, 'unit')}, as problems of studies do, "
+            f"{file} keeps all of its {pluralize(problem.units, 'unit')}, as problems of "
+            "studies do, "
             "so that nothing is to be chosen; say with --keep how many stay"
         )
     with quiet():
@@ -99,7 +100,7 @@ def _print_problem(problem: SubsetProblem, file: Path) -> None:
     supports = math.comb(problem.units, problem.keep)
     size = f"{supports:,}" if supports < 10**9 else f"about 10^{int(math.log10(supports))}"
     size += " support; " if supports == 1 else " supports; "
-    units = counted(problem.units, "unit")
+    units = pluralize(problem.units, "unit")
     asked = f"keep {problem.keep} of {units}"
     if problem.keep == problem.units:
         size, asked = "", f"{units}; how many stay is for --keep to say"
@@ -107,8 +108,8 @@ def _print_problem(problem: SubsetProblem, file: Path) -> None:
     for consumer in problem.consumers:
         p, m = consumer.W0.shape
         say(
-            f"  read by a map of {counted(p, 'input')} and {counted(m, 'output')}, "
-            f"{counted(consumer.width, 'input')} a unit; "
+            f"  read by a map of {pluralize(p, 'input')} and {pluralize(m, 'output')}, "
+            f"{pluralize(consumer.width, 'input')} a unit; "
             + (
                 f"damping {consumer.damping:.3g} of all inputs alike"
                 if consumer.damping
@@ -118,7 +119,7 @@ def _print_problem(problem: SubsetProblem, file: Path) -> None:
     say(f"  {size}removing everything loses {problem.scale:.6g}")
     if len(problem.dead):
         dead = len(problem.dead)
-        say(f"  {counted(dead, 'unit')} {are(dead)} dead, with inputs that were always zero")
+        say(f"  {pluralize(dead, 'unit')} {are(dead)} dead, with inputs that were always zero")
     out.print(takers_table(solvers.backends(), problem))
 
 
@@ -126,7 +127,7 @@ def _print_solution(solution: Solution, verification: Verification) -> None:
     problem = solution.problem
     say(
         f"{problem.name}: {solution.backend} keeps {problem.keep} of "
-        f"{counted(problem.units, 'unit')}, loss {verification.loss:.9g}, "
+        f"{pluralize(problem.units, 'unit')}, loss {verification.loss:.9g}, "
         f"{solution.relative_loss:.6f} of removing everything"
     )
     if math.isfinite(solution.lower_bound):
@@ -135,7 +136,7 @@ def _print_solution(solution: Solution, verification: Verification) -> None:
             f"{solution.gap:.4%} ({solution.bound_from})"
         )
     say(f"{solution.status.name}: {solution.status.value}")
-    say(f"{solution.seconds:.2f} s, {counted(solution.iterations, 'iteration')}")
+    say(f"{solution.seconds:.2f} s, {pluralize(solution.iterations, 'iteration')}")
     say(
         "verified from the problem alone: support, refit, loss"
         + (", and the bound" if math.isfinite(verification.lower_bound) else "")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from osscar.base.errors import OptionError
-from osscar.base.printable import counted
+from osscar.base.printable import pluralize
 from osscar.cli.common import check_json_path, out, say, way_back, write_json
 from osscar.cli.opening import limit_of, opened, quiet, tell_dense
 from osscar.cli.options import SweepOptions, asked_with
@@ -44,7 +44,7 @@ def run(model: str, options: SweepOptions, shared: Any) -> None:
             seqlen=options.seqlen,
         )
         swept = Sweep(place, base, points, score, loaded.classes, _tell)
-        with way_back(lambda: f"{counted(len(place.done), 'point')} kept in {options.out}"):
+        with way_back(lambda: f"{pluralize(len(place.done), 'point')} kept in {options.out}"):
             document = swept.run(
                 loaded.model,
                 data,

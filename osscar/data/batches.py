@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from osscar.base.errors import DataError, ModelError
-from osscar.base.inputs import shown
+from osscar.base.inputs import safe_repr
 from osscar.data.samples import SampleSet
 from osscar.data.tokens import CalibrationSet
 from osscar.network.modules import context_length
@@ -402,7 +402,8 @@ def named_example(model: nn.Module, example: Any) -> dict[str, Tensor]:
     named = _by_name(model, args) if isinstance(args, Tensor) or args else None
     if named is None:
         raise DataError(
-            f"{shown(example)} ({type(example).__name__}) are no example inputs; give a tensor, a "
+            f"{safe_repr(example)} ({type(example).__name__}) are no example inputs; give a "
+            "tensor, a "
             "tuple of tensors, or a mapping of their names to tensors"
         )
     return named

@@ -14,7 +14,7 @@ from torch import Tensor
 from osscar.base.errors import DataError, FileError, first_line
 from osscar.base.files import digest
 from osscar.base.inputs import whole_number
-from osscar.base.printable import counted
+from osscar.base.printable import pluralize
 from osscar.data.archives import Header, located, read_tensors
 from osscar.data.preprocessing import (
     AnyPreprocessing,
@@ -83,8 +83,9 @@ class ImageSet(SampleSet):
             return torch.tensor([int(name) for name in names])[labels]
         if len(names) != outputs:
             raise DataError(
-                f"{self.source} has {counted(len(names), 'class folder')} and the model "
-                f"{counted(outputs, 'class', 'classes')}; name the folders by class or by number, "
+                f"{self.source} has {pluralize(len(names), 'class folder')} and the model "
+                f"{pluralize(outputs, 'class', 'classes')}; name the folders by class or by "
+                "number, "
                 "or give as many as there are classes"
             )
         return labels

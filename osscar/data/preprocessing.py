@@ -17,9 +17,9 @@ from pydantic import ConfigDict
 from torch import Tensor
 
 from osscar.base.errors import DataError, MissingDependency, OptionError, first_line
-from osscar.base.inputs import shown
+from osscar.base.inputs import safe_repr
 from osscar.base.json_files import STRICT
-from osscar.base.printable import counted
+from osscar.base.printable import pluralize
 
 _DRAWS = 8
 """Times that a transform is called once more, as it may draw from a generator of its own."""
@@ -103,7 +103,7 @@ class Preprocessing:
         ):
             value = getattr(self, name)
             if value is not None and not fits(value):
-                raise DataError(f"{name} is {shown(value)}; give {give}")
+                raise DataError(f"{name} is {safe_repr(value)}; give {give}")
         if (self.mean is None) != (self.std is None):
             there, missing = ("mean", "std") if self.std is None else ("std", "mean")
             raise DataError(f"{there} is given without {missing}; give both")
@@ -116,14 +116,14 @@ class Preprocessing:
         numbers = tuple(value) if isinstance(value, list | tuple) else (value,)
         if not all(_is_finite(n) for n in numbers) or len(numbers) not in (1, 3):
             raise DataError(
-                f"{name} is {shown(value)}; give one number for all channels, or one for each "
+                f"{name} is {safe_repr(value)}; give one number for all channels, or one for each "
                 "of three"
             )
         if name == "std" and min(numbers) <= 0:
-            raise DataError(f"std is {shown(value)}; give numbers above 0")
+            raise DataError(f"std is {safe_repr(value)}; give numbers above 0")
         if max(numbers) > 1:
             raise DataError(
-                f"{name} is {shown(value)}; give that of pixels / 255, which lie from 0 to 1"
+                f"{name} is {safe_repr(value)}; give that of pixels / 255, which lie from 0 to 1"
             )
         alike = numbers[:1] if len(set(numbers)) == 1 else numbers
         object.__setattr__(self, name, tuple(map(float, alike)))
@@ -180,7 +180,8 @@ class Preprocessing:
         if self.channels not in (None, channels):
             numbers = "" if len(self.mean or ()) < 3 else " (mean has 3 numbers)"
             raise DataError(
-                f"images are stated to have {counted(self.channels or 0, 'channel')}{numbers}, and "
+                "images are stated to have "
+                f"{pluralize(self.channels or 0, 'channel')}{numbers}, and "
                 f"the example of {source} has {channels}: {tuple(example.shape)}; state what it has"
             )
         if self.dtype not in (None, number_format):
@@ -393,7 +394,8 @@ def as_preprocessing(given: Any, source: str) -> AnyPreprocessing:
             return Preprocessing.of(given)
         return OwnTransform.of(given, source)
     raise OptionError(
-        f"{source} gives {shown(given)} ({type(given).__name__}) as what is done to an image; give "
+        f"{source} gives {safe_repr(given)} ({type(given).__name__}) as what is done to an "
+        "image; give "
         "an osscar.Preprocessing, a preset of torchvision, or a function from a PIL image to a "
         "tensor"
     )

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from osscar.base.errors import DataError
 from osscar.base.files import digest
-from osscar.base.inputs import shown
-from osscar.base.printable import counted
+from osscar.base.inputs import safe_repr
+from osscar.base.printable import pluralize
 from osscar.shrinking.lineage import Calibration
 
 IGNORED = -100
@@ -73,7 +73,7 @@ class SampleSet(ABC):
         """
         name = f"{self.sample_name}s"
         if not isinstance(count, int) or count < 1:
-            raise DataError(f"cannot draw {shown(count)} {name}; give at least 1 (--samples)")
+            raise DataError(f"cannot draw {safe_repr(count)} {name}; give at least 1 (--samples)")
         return self._rows(torch.randperm(len(self), generator=named_generator(name, seed))[:count])
 
     def class_labels(self, classes: Sequence[str], outputs: int) -> Tensor | None:
@@ -91,7 +91,7 @@ class SampleSet(ABC):
         if len(known) and not (int(known.min()) >= 0 and int(known.max()) < outputs):
             raise DataError(
                 f"{self.source} has labels from {int(known.min())} to {int(known.max())} and the "
-                f"model {counted(outputs, 'class', 'classes')}; give {self.sample_name}s of its "
+                f"model {pluralize(outputs, 'class', 'classes')}; give {self.sample_name}s of its "
                 "classes"
             )
         return labels
@@ -113,7 +113,7 @@ class SampleSet(ABC):
             shared = sum(one in theirs for one in mine)
             if shared:
                 raise DataError(
-                    f"{shared} of {counted(len(self), self.sample_name)} calibrated this model "
+                    f"{shared} of {pluralize(len(self), self.sample_name)} calibrated this model "
                     f"({source}); score others"
                 )
 

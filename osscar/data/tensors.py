@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from osscar.base.errors import DataError, FileError
 from osscar.base.files import digest
-from osscar.base.inputs import shown, whole_number
+from osscar.base.inputs import safe_repr, whole_number
 from osscar.data.archives import SUFFIXES, located, npz_headers, read_tensors
 from osscar.data.batches import check_arguments, check_tensors, named_example, needed_arguments
 from osscar.data.samples import IMAGES, LABELS, SampleSet
@@ -55,7 +55,7 @@ class TensorSet(SampleSet):
         whole = isinstance(labels, Tensor) and _kind(labels) == "whole"
         if not whole or labels.shape[:1] != (len(self),):
             tensor = isinstance(labels, Tensor)
-            given = f"{labels.dtype} of {tuple(labels.shape)}" if tensor else shown(labels)
+            given = f"{labels.dtype} of {tuple(labels.shape)}" if tensor else safe_repr(labels)
             raise DataError(
                 f"the labels must be {len(self)} whole numbers, one a sample, not {given}"
             )

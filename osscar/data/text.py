@@ -19,10 +19,10 @@ from osscar.base.inputs import (
     file_name,
     panics_are_errors,
     read_bytes,
-    shown,
+    safe_repr,
     whole_number,
 )
-from osscar.base.printable import counted
+from osscar.base.printable import pluralize
 from osscar.data.prose import Split, builtin_text
 from osscar.network.modules import context_length
 from osscar.shrinking.lineage import Calibration
@@ -185,7 +185,7 @@ class TextSet:
         tokens, (before, after) = encode(tokenizer, text), special_tokens(tokenizer)
         if len(tokens) < 2:
             raise DataError(
-                f"the text has {counted(len(tokens), 'token')}; scoring needs at least 2"
+                f"the text has {pluralize(len(tokens), 'token')}; scoring needs at least 2"
             )
         written = as_words(tokenizer, before)
         return cls(source, text, tokens, before, after, written, windows, seqlen)
@@ -207,7 +207,7 @@ class TextSet:
         length = min(limit, DEFAULT_SEQLEN) if self.seqlen is None else self.seqlen
         if not isinstance(length, int) or not 2 <= length <= limit:
             raise OptionError(
-                f"a window of {shown(length)} tokens does not fit this model; give from 2 to "
+                f"a window of {safe_repr(length)} tokens does not fit this model; give from 2 to "
                 f"{limit}, which is its context (--seqlen)"
             )
         room = length - len(self.before)
@@ -236,8 +236,8 @@ class TextSet:
         theirs = torch.cat([encode(tokenizer, self.text), *special_tokens(tokenizer)])
         if not torch.equal(mine, theirs):
             raise ModelError(
-                f"the two models have other tokenizers ({counted(len(mine), 'token')} and "
-                f"{counted(len(theirs), 'token')} of this text), so that their perplexities are "
+                f"the two models have other tokenizers ({pluralize(len(mine), 'token')} and "
+                f"{pluralize(len(theirs), 'token')} of this text), so that their perplexities are "
                 "not comparable; give the dense model that the first one was pruned from"
             )
 

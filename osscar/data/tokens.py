@@ -19,8 +19,8 @@ from osscar.base.errors import (
     first_line,
 )
 from osscar.base.files import digest
-from osscar.base.inputs import file_name, shown
-from osscar.base.printable import counted
+from osscar.base.inputs import file_name, safe_repr
+from osscar.base.printable import pluralize
 from osscar.data.prose import Split, builtin_text
 from osscar.data.samples import named_generator
 from osscar.data.text import as_words, check_tokenizer, encode, read_text, special_tokens
@@ -87,7 +87,7 @@ class CalibrationSet:
         ends = [("begins with", self.begins_with), ("ends with", self.ends_with)]
         special = " and ".join(f"{where} {tokens}" for where, tokens in ends if tokens)
         return (
-            f"{counted(self.samples, 'window')} of {counted(self.seqlen, 'token')} of "
+            f"{pluralize(self.samples, 'window')} of {pluralize(self.seqlen, 'token')} of "
             f"{self.source}, seed {self.seed}, "
             + (f"each {special}" if special else "without special tokens")
         )
@@ -184,17 +184,17 @@ def text_windows(
     length = seqlen - len(before) - len(after)
     if length < 1:
         raise DataError(
-            f"a window of {counted(seqlen, 'token')} has room for none of the text, since the "
+            f"a window of {pluralize(seqlen, 'token')} has room for none of the text, since the "
             f"tokenizer puts {len(before) + len(after)} around it; give longer ones (--seqlen)"
         )
     if len(tokens) < length:
         raise DataError(
-            f"calibration text ({source}) has {counted(len(tokens), 'token')}, fewer than one "
+            f"calibration text ({source}) has {pluralize(len(tokens), 'token')}, fewer than one "
             f"window of {length}; give a longer text or a smaller window length (--seqlen)"
         )
     if len(tokens) < samples * length:
         windows_of = "overlapping window" if samples > 1 else "window"
-        source += f", {counted(samples, windows_of)} from {counted(len(tokens), 'token')}"
+        source += f", {pluralize(samples, windows_of)} from {pluralize(len(tokens), 'token')}"
     starts = _window_starts(len(tokens), samples, length, seed)
     cut = tokens[starts[:, None] + torch.arange(length)]
     windows = torch.cat([before.expand(samples, -1), cut, after.expand(samples, -1)], dim=1)
@@ -206,7 +206,8 @@ def _check(tokenizer: Any, samples: Any, seqlen: Any, seed: Any) -> None:
     check_tokenizer(tokenizer)
     if not all(isinstance(number, int) for number in (samples, seqlen, seed)):
         raise OptionError(
-            f"samples is {shown(samples)}, seqlen {shown(seqlen)} and seed {shown(seed)}; give "
+            f"samples is {safe_repr(samples)}, seqlen {safe_repr(seqlen)} and seed "
+            f"{safe_repr(seed)}; give "
             "whole numbers"
         )
     if samples < 1 or seqlen < 1:
@@ -215,7 +216,7 @@ def _check(tokenizer: Any, samples: Any, seqlen: Any, seed: Any) -> None:
         )
     if samples * seqlen > TOKENS_LIMIT:
         raise DataError(
-            f"{counted(samples, 'window')} of {counted(seqlen, 'token')} come to more than "
+            f"{pluralize(samples, 'window')} of {pluralize(seqlen, 'token')} come to more than "
             f"the {TOKENS_LIMIT:,} tokens that can be held; give fewer (--samples), or shorter "
             "ones (--seqlen)"
         )

@@ -37,7 +37,7 @@ from osscar.base.memory import (
     memory_for,
     parse_size,
 )
-from osscar.base.printable import counted
+from osscar.base.printable import pluralize
 from osscar.checkpoint.admission import check_config, check_unchanged, stored_in
 from osscar.checkpoint.builders import TransformersOrigin
 from osscar.checkpoint.directory import load
@@ -241,7 +241,7 @@ def _check_left_out(found: _Found, model: PreTrainedModel, names: list[str]) -> 
     if not names:
         return
     named = next(iter(model.config.architectures or ()), "")
-    left = f"{counted(len(names), 'tensor')} in its files, such as {names[0]!r:.60}"
+    left = f"{pluralize(len(names), 'tensor')} in its files, such as {names[0]!r:.60}"
     if named != type(model).__name__:
         raise ModelError(
             f"{found.source} holds a {named or 'model of another class'}, and as a "

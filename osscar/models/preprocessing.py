@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from osscar.base.errors import CheckpointError, DataError, FileError, OptionError
-from osscar.base.inputs import shown
+from osscar.base.inputs import safe_repr
 from osscar.base.json_files import validated
 from osscar.data.batches import Batch, named_inputs
 from osscar.data.preprocessing import OPTIONS, AnyPreprocessing, OwnTransform, Preprocessing
@@ -95,7 +95,7 @@ def _merged(
         differing = [name for name in mine if name in theirs and mine[name] != theirs[name]]
         if differing:
             used, others = (
-                ", ".join(f"{name} {shown(each[name])}" for name in differing)
+                ", ".join(f"{name} {safe_repr(each[name])}" for name in differing)
                 for each in (mine, theirs)
             )
             _warn(f"{how}, {used}, where {whose} {others}")
@@ -184,8 +184,8 @@ def recorded_example(path: Path, inputs: Mapping[str, Input]) -> Batch | None:
     example = {}
     for name, kind in inputs.items():
         nonsense = CheckpointError(
-            f"the input {shown(name)} in {path} makes no sense: {shown(kind.dtype)} of "
-            f"{shown(kind.shape)}; get the checkpoint anew"
+            f"the input {safe_repr(name)} in {path} makes no sense: {safe_repr(kind.dtype)} of "
+            f"{safe_repr(kind.shape)}; get the checkpoint anew"
         )
         if min(kind.shape, default=1) < 1 or math.prod(kind.shape) > _LARGEST_EXAMPLE:
             raise nonsense

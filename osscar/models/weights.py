@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from osscar.base.errors import ModelError
 from osscar.base.inputs import check_regular, file_name
-from osscar.base.printable import counted
+from osscar.base.printable import pluralize
 
 _OLD_DENSENET_NAME = re.compile(
     r"^(.*denselayer\d+\.(?:norm|relu|conv))\.((?:[12])\.(?:weight|bias|running_.*))$"
@@ -94,7 +94,7 @@ def fill(model: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
         if keys:
             raise ModelError(
                 f"the weights in {source} do not fit {type(model).__name__}: the file {what} "
-                f"{counted(len(keys), 'tensor')}, such as {keys[0]!r}"
+                f"{pluralize(len(keys), 'tensor')}, such as {keys[0]!r}"
                 f"{_unlike(own, state, keys[0])}; give weights of this very model"
             )
     model.load_state_dict(dict(state), strict=False)

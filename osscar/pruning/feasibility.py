@@ -24,7 +24,7 @@ from graph import CouplingGroup, DependencyGraph
 from osscar.allocation.allocate import provisional
 from osscar.base.errors import AdapterError, EquivalenceError
 from osscar.base.json_files import STRICT
-from osscar.base.printable import counted, listed
+from osscar.base.printable import listed, pluralize
 from osscar.base.progress import stage
 from osscar.network.model_state import model_state
 from osscar.preparation.prepare import Prepared
@@ -301,7 +301,7 @@ def named(left: Sequence[SkippedGroup]) -> str:
 def _refusal(left: Sequence[SkippedGroup], tried: int, request: PruningRequest) -> str:
     """Say why nothing is pruned, and what to do."""
     none = tried == len(left)
-    count = f"{'none' if none else len(left)} of {counted(tried, 'group')}"
+    count = f"{'none' if none else len(left)} of {pluralize(tried, 'group')}"
     verb = "cannot" if tried > len(left) else "can"
     if none:
         them = "let the code take these sizes from its weights, or write -1 for them, or register "

@@ -13,7 +13,7 @@ import solvers
 from graph import CouplingGroup
 from osscar.base.errors import JournalError, NonFiniteError
 from osscar.base.memory import FOR_MATRICES, memory_for
-from osscar.base.printable import counted, listed
+from osscar.base.printable import listed, pluralize
 from osscar.base.progress import stage
 from osscar.base.ranks import Ranks
 from osscar.base.timing import Stage, timed
@@ -111,7 +111,7 @@ def _blaming_refits(walked: Walk, done: Sequence[LayerRecord]) -> Iterator[Layer
             raise
         most = max((record.report for record in done), key=lambda report: report.growth)
         raise NonFiniteError(
-            f"{error.what}, behind {counted(len(done), 'refitted group')}, of which the weights "
+            f"{error.what}, behind {pluralize(len(done), 'refitted group')}, of which the weights "
             f"that read {most.name!r} grew most ({most.growth:.3g} times)",
             "give more calibration data, raise --damp, or leave that group alone with --skip; if "
             "the dense model overflows there, too, use --dtype float32",
@@ -124,7 +124,7 @@ def _warn_of_refits(reports: Sequence[LayerReport]) -> None:
     if dense:
         keep = "keeps its" if len(dense) == 1 else "keep their"
         warnings.warn(
-            f"{counted(len(dense), 'layer')} {keep} dense weights, but for the units that leave, "
+            f"{pluralize(len(dense), 'layer')} {keep} dense weights, but for the units that leave, "
             f"since a refit did worse on held-out samples: {listed(dense, 8)}; give more "
             "calibration data",
             stacklevel=3,
@@ -151,7 +151,7 @@ def _replay(
     same = group is not None and GroupPlan.of(group, kept) == record.plan
     if group is None or not (sound and same) or len(kept) != keep.get(name):
         raise JournalError(
-            f"the log of the run holds {name!r} with {counted(len(kept), 'unit')}, which is not "
+            f"the log of the run holds {name!r} with {pluralize(len(kept), 'unit')}, which is not "
             "what this model and request come to; begin anew with --restart"
         )
     consumers = linear_maps(model, group)

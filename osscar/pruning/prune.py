@@ -28,7 +28,7 @@ from osscar.allocation.latency_table import LatencyTable
 from osscar.base.devices import resolve_device
 from osscar.base.errors import JournalError, RanksError, RequestError
 from osscar.base.memory import FOR_BATCHES, memory_for
-from osscar.base.printable import counted
+from osscar.base.printable import pluralize
 from osscar.base.ranks import ALONE, Ranks
 from osscar.base.timing import Stage, timed
 from osscar.network.modules import count_parameters
@@ -300,7 +300,7 @@ def _begun(
     batches = len(prepared.batches())
     if batches < ranks.size:
         warnings.warn(
-            f"{ranks.size} ranks share out {counted(batches, 'batch', 'batches')}, and some "
+            f"{ranks.size} ranks share out {pluralize(batches, 'batch', 'batches')}, and some "
             "have nothing to do; give a smaller --batch-size, or launch fewer",
             stacklevel=2,
         )

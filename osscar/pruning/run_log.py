@@ -29,7 +29,7 @@ from osscar.base.errors import FileError, JournalError
 from osscar.base.files import atomic_write, digest
 from osscar.base.journal import Journal
 from osscar.base.json_files import MEGABYTE, STRICT, parse_json, read_json
-from osscar.base.printable import are, counted
+from osscar.base.printable import are, pluralize
 from osscar.data.batches import ModelInputs
 from osscar.offload.on_disk import values_of
 from osscar.preparation.fingerprint import Fingerprint, Manifest, sha256_of
@@ -163,7 +163,7 @@ class RunLog(Journal[Manifest]):
     def kept(self) -> str:
         """What a run that ends now leaves, in words."""
         return (
-            f"{counted(self.committed, 'group')} {are(self.committed)} done and "
+            f"{pluralize(self.committed, 'group')} {are(self.committed)} done and "
             f"kept in {self.directory}"
             if self.committed
             else "no group was done yet"

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from osscar.base.printable import counted
+from osscar.base.printable import pluralize
 from osscar.report.tables import engineering, in_bytes, new_table
 
 if TYPE_CHECKING:
@@ -73,9 +73,9 @@ def dense_sentence(score: Mapping[str, Any]) -> str:
     if score["value"] is None:
         return f"dense model: not scored on the calibration {score['sample']}s: {score['reason']}"
     if score["measure"] == "top1":
-        samples = counted(score["samples"], f"labelled calibration {score['sample']}")
+        samples = pluralize(score["samples"], f"labelled calibration {score['sample']}")
         return f"dense model: top-1 {score['value']:.1%} of {samples}"
-    windows = counted(score["samples"], "calibration window")
+    windows = pluralize(score["samples"], "calibration window")
     return f"dense model: perplexity {score['value']:,.1f} on {windows} of {score['seqlen']} tokens"
 
 
@@ -85,7 +85,7 @@ def dense_warning(score: Mapping[str, Any]) -> str:
     if not score["near_chance"]:
         return ""
     if score["measure"] == "top1":
-        samples = counted(score["samples"], f"labelled calibration {sample}")
+        samples = pluralize(score["samples"], f"labelled calibration {sample}")
         return (
             f"the dense model is right on {score['value']:.1%} of {samples}, where always naming "
             f"the most frequent class is right on {score['chance']:.1%}: check that its weights "

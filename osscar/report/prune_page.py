@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from osscar.base.printable import are, counted
+from osscar.base.printable import are, pluralize
 from osscar.report.evaluation_tables import comparison_rows, dense_remarks
 from osscar.report.figures import picture
 from osscar.report.page import asked_table, render
@@ -82,7 +82,7 @@ def _answer(document: Mapping[str, Any]) -> str:
     divergence = document.get("divergence")
     if divergence is not None:
         held = document.get("held_out")
-        on = f"on {counted(held, 'held-out sample')}" if held else "on calibration samples"
+        on = f"on {pluralize(held, 'held-out sample')}" if held else "on calibration samples"
         sentence += (
             f"; the predictions diverge from the dense model's by {_nats(divergence)} nats {on}"
         )
@@ -98,7 +98,7 @@ def _in_words(settings: Mapping[str, Any]) -> str:
         said.append(f"at least {settings['at_least']} of each group")
     said += [f"keep {settings[kind]} of the {kind}" for kind in _KEEPS if settings.get(kind)]
     if settings.get("groups"):
-        said.append(counted(len(settings["groups"]), "group") + " by name")
+        said.append(pluralize(len(settings["groups"]), "group") + " by name")
     return f"{', '.join(said)}; backend {settings['backend']}"
 
 
@@ -114,7 +114,7 @@ def _lines(document: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     dead = sum(layer["dead"] for layer in layers)
     if dead:
         were = "was" if dead == 1 else "were"
-        units = f"{counted(dead, 'unit')} {were} dead"
+        units = f"{pluralize(dead, 'unit')} {were} dead"
         yield "dead", f"{units} (zero on all calibration data) and went first"
     if layers and not document["held_out"]:
         yield (
@@ -128,7 +128,7 @@ def _lines(document: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
             if layer["proved_optimal"]
         ]
         rests = f"; {proofs_in_words(proofs)}" if proofs else ""
-        choices = counted(len(layers), "choice")
+        choices = pluralize(len(layers), "choice")
         yield "proofs", f"{len(proofs)} of {choices} {are(len(proofs))} proved optimal{rests}"
     before, after = document["parameters_before"], document["parameters_after"]
     yield (
@@ -160,7 +160,7 @@ def _lines(document: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     if fixed:
         yield "inputs", fixed
     if document["batch_norms"]:
-        norms = counted(document["batch_norms"], "layer")
+        norms = pluralize(document["batch_norms"], "layer")
         yield "batch norm", f"the statistics of {norms} are new ({settings['batch_norm']})"
 
 

@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from graph.groups import CouplingGroup, Slot
-from osscar.base.printable import counted, listed
+from osscar.base.printable import listed, pluralize
 from osscar.report.tables import decimals, in_bytes, new_table
 from osscar.walk.layer_step import GROWN
 
@@ -136,7 +136,7 @@ def sizes_line(estimate: Estimate) -> str:
 def extrapolated(estimate: Estimate) -> str:
     """Say which layers were solved, and for how many others each stands."""
     told = [
-        f"{counted(one.extrapolated, 'group')} with {one.rows:,} inputs from layer {one.source!r}"
+        f"{pluralize(one.extrapolated, 'group')} with {one.rows:,} inputs from layer {one.source!r}"
         for one in estimate.classes
         if one.extrapolated
     ]

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import solvers
-from osscar.base.printable import are, counted
+from osscar.base.printable import are, pluralize
 from osscar.report.tables import share
 from osscar.study.records import WINDOW, Instance, Proof, Record, window_layer
 from solvers import Status
@@ -110,7 +110,7 @@ class Case:
                 named = record.error.startswith(record.backend)
                 ends.add(record.error if named else f"{record.backend}: {record.error}")
         if not exact:
-            units = counted(self.records[0].units, "unit")
+            units = pluralize(self.records[0].units, "unit")
             ends.add(f"no exact backend was asked: {units}")
         return "; ".join(sorted(ends))
 
@@ -181,7 +181,7 @@ class Summary:
             return f"{every} solved to proven optimality."
         still = [case for case in layers if not case.closed]
         gaps = [case.gap for case in still if case.gap is not None]
-        said = f"{proved} of {counted(len(layers), 'problem')} {are(proved)} solved "
+        said = f"{proved} of {pluralize(len(layers), 'problem')} {are(proved)} solved "
         said += "to proven optimality"
         if not gaps:
             return f"{said}; of the others nothing is known."
@@ -204,7 +204,7 @@ class Summary:
             closed = [case for case in cases if case.closed]
             if closed:
                 yield (
-                    f"{len(closed)} of {counted(len(cases), f'{kind} problem')} "
+                    f"{len(closed)} of {pluralize(len(cases), f'{kind} problem')} "
                     f"{are(len(closed))} solved to proven optimality, the slowest in "
                     f"{max(case.seconds for case in closed):.2g} s; "
                     f"{proofs_in_words(case.proof for case in closed)}"
@@ -214,7 +214,7 @@ class Summary:
         largest, several = self.largest_disagreement
         if several:
             agree = "are the same" if largest <= SAME else f"differ by at most {largest:.1e}"
-            found = counted(several, "problem")
+            found = pluralize(several, "problem")
             yield f"where two or more exact backends finished ({found}), their optima {agree}"
         if self.trivial:
             named = ", ".join(instance.name for instance in self.trivial)
@@ -238,7 +238,8 @@ class Summary:
         tail = f", by at most {share(max(improved), 2)} of the layer's loss" if improved else ""
         proofs = f"; {proofs_in_words(case.proof for case in closed)}" if closed else ""
         return (
-            f"{len(closed)} of {counted(len(self.windows), 'window')} {are(len(closed))} solved to "
+            f"{len(closed)} of {pluralize(len(self.windows), 'window')} {are(len(closed))} "
+            "solved to "
             f"proven optimality{proofs}; the layer's swap optimum could be improved within "
             f"{len(improved)} of them{tail}"
         )

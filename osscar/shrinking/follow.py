@@ -23,7 +23,7 @@ from transformers.pytorch_utils import Conv1D
 
 from graph.groups import Role, UnitKind
 from osscar.base.errors import OptionError
-from osscar.base.inputs import shown
+from osscar.base.inputs import safe_repr
 from osscar.network.modules import check_module
 from osscar.shrinking.alibi import PREPARED
 from osscar.shrinking.attention import leave_nested_tensors, rewrite_cut, rewritten
@@ -70,12 +70,12 @@ def adapter(*classes: type[nn.Module] | str) -> Callable[[_Function], _Function]
             isinstance(kind, type) and issubclass(kind, nn.Module)
         ):
             raise OptionError(
-                f"an adapter is for {shown(kind)}; give a class of modules, or its full name"
+                f"an adapter is for {safe_repr(kind)}; give a class of modules, or its full name"
             )
 
     def register(function: _Function) -> _Function:
         if not callable(function):
-            raise OptionError(f"an adapter is {shown(function)}; give a function")
+            raise OptionError(f"an adapter is {safe_repr(function)}; give a function")
         for kind in classes:
             _ADAPTERS[kind if isinstance(kind, str) else _full_name(kind)] = function
         return function

@@ -22,7 +22,7 @@ from graph.tracing.export import failing_module, in_mode
 from graph.tracing.preserve import preserved
 from graph.training import decides_by_training, same_draws
 from osscar.base.errors import EquivalenceError, ModelError, OptionError, OsscarError, first_line
-from osscar.base.inputs import shown
+from osscar.base.inputs import safe_repr
 from osscar.base.memory import let_shortage_pass
 from osscar.base.printable import listed
 from osscar.network.fake import on_shapes
@@ -155,12 +155,12 @@ def check_request(plan: object, inputs: Sequence[Inputs], tolerance: float | Non
     )
     if not inputs or not are_inputs:
         raise OptionError(
-            f"the inputs of the proof are {shown(inputs)}; give a list of tuples of positional "
+            f"the inputs of the proof are {safe_repr(inputs)}; give a list of tuples of positional "
             "arguments, or of dicts of keyword arguments, at least one"
         )
     is_number = isinstance(tolerance, int | float) and not isinstance(tolerance, bool)
     if tolerance is not None and not (is_number and 0 <= tolerance < math.inf):
-        raise OptionError(f"tolerance is {shown(tolerance)}; give a number from 0, or None")
+        raise OptionError(f"tolerance is {safe_repr(tolerance)}; give a number from 0, or None")
 
 
 @contextmanager

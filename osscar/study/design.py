@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import solvers
 from osscar.base.errors import OptionError
-from osscar.base.inputs import shown
+from osscar.base.inputs import safe_repr
 from osscar.request import Range, checked, count_from
 
 HEURISTICS = ("magnitude", "wanda", "greedy", "multistage", "local_search")
@@ -17,7 +17,7 @@ _SPARSITY = Range(float, lambda share: 0 < share < 1, "shares above 0 and below 
 def _each_once(name: str, values: Any, one: str) -> tuple[Any, ...]:
     """Return a list as a tuple; refuse none, an empty one, and what is in it twice."""
     if not isinstance(values, tuple | list):
-        raise OptionError(f"{name} is {shown(values)}; give a tuple")
+        raise OptionError(f"{name} is {safe_repr(values)}; give a tuple")
     if not values:
         raise OptionError(f"a study needs at least one {one}")
     twice = sorted({str(value) for value in values if values.count(value) > 1})
@@ -34,7 +34,7 @@ def _backends(name: str, values: Any) -> tuple[str, ...]:
     """Make each of them, so that nothing is solved only to find that the last cannot run."""
     for backend in _each_once(name, values, "backend"):
         if not isinstance(backend, str):
-            raise OptionError(f"backend is {shown(backend)}; give a name")
+            raise OptionError(f"backend is {safe_repr(backend)}; give a name")
         solvers.make_backend(backend)
     return tuple(values)
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from osscar.base.errors import ModelError
-from osscar.base.printable import counted
+from osscar.base.printable import pluralize
 from osscar.base.ranks import Ranks
 from osscar.preparation.consumer import LinearMap
 from osscar.walk.sums import Sums
@@ -213,8 +213,8 @@ def _warn_of_few(accumulators: Sequence[GramAccumulator]) -> None:
         least = min(few, key=lambda one: one.rows)
         more = f", and too few at {len(few) - 1} more of the {len(own)}" if len(few) > 1 else ""
         warnings.warn(
-            f"{least.linear_map.label}: {counted(least.rows, 'calibration position')} for "
-            f"{counted(least.linear_map.rows, 'input')}{more}; the Gram matrix is rank-deficient "
+            f"{least.linear_map.label}: {pluralize(least.rows, 'calibration position')} for "
+            f"{pluralize(least.linear_map.rows, 'input')}{more}; the Gram matrix is rank-deficient "
             "and only damping makes up for it. Use more samples or larger ones.",
             stacklevel=3,
         )

@@ -6,7 +6,7 @@ import re
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-from osscar.base.printable import counted
+from osscar.base.printable import pluralize
 from osscar.cli.common import _PlainConsole, out
 from osscar.evaluation.evaluate import Comparison, Evaluation
 from osscar.evaluation.quality import SampleQuality, SampleSpeed, TextQuality
@@ -229,6 +229,9 @@ def test_a_file_has_lines_as_long_as_names_need():
 
 
 def test_one_of_a_thing_is_named_as_one():
-    assert (counted(1, "held-out sample"), counted(0, "unit")) == ("1 held-out sample", "0 units")
+    assert (pluralize(1, "held-out sample"), pluralize(0, "unit")) == (
+        "1 held-out sample",
+        "0 units",
+    )
     settings = {"groups": {"a": 1}, "backend": "greedy"}
     assert prune_page._in_words(settings).startswith("1 group by name")

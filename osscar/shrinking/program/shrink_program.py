@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from graph.extents import TracedProgram
 from graph.tracing.preserve import preserved
 from osscar.base.errors import AdapterError, EquivalenceError, OptionError, first_line
-from osscar.base.inputs import shown
+from osscar.base.inputs import safe_repr
 from osscar.base.memory import let_shortage_pass
 from osscar.network.model_state import restored
 from osscar.network.modules import evaluating, number_format
@@ -172,7 +172,8 @@ def check_example(example: object) -> None:
     )
     if not tensors or not example:
         raise OptionError(
-            f"the example is {shown(example)}; give a dict of tensors by argument name, each with "
+            f"the example is {safe_repr(example)}; give a dict of tensors by argument name, "
+            "each with "
             "two samples or more"
         )
 
