@@ -243,7 +243,7 @@ def streamed(tmp_path):
     return read_streamed(dense, WeightCache(1 << 40, CARD), torch.float32)
 
 
-def test_parameters_on_disk_are_on_the_device_of_their_shelf(streamed):
+def test_parameters_on_disk_are_on_the_device_of_their_cache(streamed):
     weight = streamed.lm_head.weight
     assert (weight.device, weight.get_device()) == (CARD, 0)
     assert weight.is_cuda
@@ -269,7 +269,7 @@ def test_a_card_that_is_not_there_is_refused_as_for_a_plain_parameter(tmp_path):
     assert device_of(streamed) == torch.device("cpu")
 
 
-def test_shapes_are_computed_on_the_device_of_the_shelf(streamed):
+def test_shapes_are_computed_on_the_device_of_the_cache(streamed):
     decoder = streamed.model.decoder
     with FakeTensorMode(), torch.no_grad():
         batch = torch.zeros(2, 8, dtype=torch.int64, device=CARD)
