@@ -303,8 +303,6 @@ def _be_full(plan: Full, number: int) -> None:
 TIMES = ("seconds", "solve_seconds", "measure_seconds")
 """Fields of JSON documents, and columns of tables, that tell how long something took."""
 
-_PLOTS_OF_TIMES = ("times.svg", "times.png")
-
 
 def content(directory: Path) -> dict[str, Any]:
     """Return the bytes of all files in a directory, but for what tells how long things took."""
@@ -314,8 +312,6 @@ def content(directory: Path) -> dict[str, Any]:
 
 
 def _timeless(path: Path) -> Any:
-    if path.name in _PLOTS_OF_TIMES:
-        return "a plot of times"
     data = path.read_bytes()
     if path.suffix == ".json":
         parsed = json.loads(data, object_pairs_hook=_without_times)
