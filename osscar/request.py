@@ -317,8 +317,8 @@ class PruningRequest:
     seed
         Of the random inputs of the equivalence proof.
     form
-        What becomes smaller: ``module``, the model's own modules, whose code has to work with fewer
-        units; ``graph``, its exported program, in which every size is known (see
+        What becomes smaller: ``eager``, the model's own modules, whose code has to work with fewer
+        units; ``exported``, its exported program, in which every size is known (see
         `osscar.ProgramModule`); ``auto``, the modules, and the program where more
         can follow there, unless the model can generate text or is timed for a speedup.
     strict
@@ -370,7 +370,7 @@ class PruningRequest:
     device: Annotated[str, _text] = "auto"
     batch_size: Annotated[int | None, count_from(1)] = None
     seed: Annotated[int, count_from(0)] = 0
-    form: Literal["auto", "module", "graph"] = "auto"
+    form: Literal["auto", "eager", "exported"] = "auto"
     strict: bool = False
 
     def __post_init__(self) -> None:
@@ -401,9 +401,9 @@ class PruningRequest:
                 f"allocation {self.allocation} says how a budget is shared out, and there is none; "
                 "give one, such as --sparsity, or leave --allocation away"
             )
-        if self.form == "graph" and self.speedup is not None:
+        if self.form == "exported" and self.speedup is not None:
             raise RequestError(
-                "a speedup is timed on modules, so that it does not go with form 'graph': give "
+                "a speedup is timed on modules, so that it does not go with form 'exported': give "
                 "flops, params or sparsity as the budget"
             )
 

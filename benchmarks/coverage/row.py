@@ -44,7 +44,7 @@ class Row:
     traced: Whether `graph.trace` could follow it.
     groups, prunable: How many coupling groups there are, and how many may be pruned.
     share: Of the parameters, those that belong to a prunable group.
-    form: What became smaller: ``module`` or ``graph``.
+    form: What became smaller: ``eager`` or ``exported``.
     left: Why prunable groups keep their units, with how many.
     unrefitted: Why `osscar.prune`, which refits, leaves prunable groups alone, with how many.
     frozen: Why groups may not be pruned, with how many, apart from inputs and outputs of the model.
@@ -137,7 +137,7 @@ def _shrunk(row: Row, prepared: Prepared, made: Made, start: float) -> Row:
         seconds=time.process_time() - start,
     )
     # A program may keep the sizes it was traced with, but for the number of samples.
-    which = made.inputs[0 if form is Form.GRAPH else 1]
+    which = made.inputs[0 if form is Form.EXPORTED else 1]
     return _compared(row, made.model, dense, smaller, plan, which)
 
 
@@ -193,7 +193,7 @@ def _in_training(form: str, model: nn.Module, small: nn.Module, inputs: Inputs) 
     A program is one of evaluation.
     """
     failures = []
-    for one in (model, small) if form == Form.MODULE else ():
+    for one in (model, small) if form == Form.EAGER else ():
         one = copy.deepcopy(one).float().train()
         torch.manual_seed(0)
         try:

@@ -32,7 +32,7 @@ def allocate(
     request: PruningRequest,
     curves: Mapping[str, Curve] | None = None,
     left: Collection[str] = (),
-    form: Form = Form.MODULE,
+    form: Form = Form.EAGER,
     table: LatencyTable | None = None,
 ) -> Allocated:
     """Decide how many units each group keeps.
@@ -147,7 +147,7 @@ def _counted(
         kind = Cost.BYTES
     cost = count(kind, prepared.model, prepared.groups, prepared.sample)
     dense = cost.dense
-    if kind is Cost.BYTES and form is Form.GRAPH:  # a share is of what one has: the modules' file
+    if kind is Cost.BYTES and form is Form.EXPORTED:  # a share is of what one has: the modules' file
         proofs = prepared.inputs.proofs(prepared.model, request.seed)
         program = dense_program(prepared.model, proofs, prepared.example)
         cost = count(kind, prepared.model, prepared.groups, prepared.sample, program)
@@ -165,7 +165,7 @@ def _counted(
     if limit >= cost.dense:
         raise RequestError(
             f"{asked} asks for no less than there is: it allows {limit:,.0f} {kind}, and the "
-            f"{'model' if form is Form.MODULE else 'exported program'} has {cost.dense:,.0f}; ask "
+            f"{'model' if form is Form.EAGER else 'exported program'} has {cost.dense:,.0f}; ask "
             "for less to be kept"
         )
     found = _checked(sharing.choose, kind, cost, limit, keep, asked, dense)

@@ -161,7 +161,7 @@ def _stored_bytes(
     written = [(t, format_of(name, t).itemsize) for name, t in written_tensors(saved).items()]
     prices = {names[id(t)]: float(size) for t, size in written if id(t) in names}
     rest = sum(t.numel() * size for t, size in written if id(t) not in names)
-    form = Form.MODULE if program is None else Form.GRAPH
+    form = Form.EAGER if program is None else Form.EXPORTED
     return prices, float(rest + header_bytes(saved, form, format_of))
 
 

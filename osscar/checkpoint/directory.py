@@ -348,7 +348,7 @@ def _check_form(model: nn.Module, file: Path) -> None:
     """
     with safetensors.safe_open(file, "pt") as weights:
         form = (weights.metadata() or {}).get(_FORM)
-    if form == Form.GRAPH and not isinstance(model, ProgramModule):
+    if form == Form.EXPORTED and not isinstance(model, ProgramModule):
         raise CheckpointError(
             f"{file} holds the weights of an exported program, and the plan beside it is one of "
             "modules: it does not tell what the program was traced with; get the checkpoint anew"
@@ -432,7 +432,7 @@ def _save_planned(model: nn.Module, path: Path) -> None:
         builder.write(model, path)
     file, metadata = path / WEIGHTS_FILE, {"format": "pt"}
     if isinstance(model, ProgramModule):
-        metadata[_FORM] = str(Form.GRAPH)
+        metadata[_FORM] = str(Form.EXPORTED)
     if isinstance(model, PreTrainedModel) and is_on_disk(model):
         _write_tied_once(model, path)
     elif isinstance(model, PreTrainedModel):

@@ -147,9 +147,9 @@ def header_bytes(model: nn.Module, form: Form, format_of: SavedFormat) -> int:
     metadata = {"format": "pt"}
     tensors = {names[0]: tensor for names, tensor in named}
     candidates = [tensors]
-    if form is Form.GRAPH or isinstance(model, ProgramModule):
-        metadata["form"] = str(Form.GRAPH)
-    if form is Form.MODULE and isinstance(model, PreTrainedModel):
+    if form is Form.EXPORTED or isinstance(model, ProgramModule):
+        metadata["form"] = str(Form.EXPORTED)
+    if form is Form.EAGER and isinstance(model, PreTrainedModel):
         # What can read the file decides which name of a tied weight it has.
         tensors = {max(names, key=len): tensor for names, tensor in named}
         candidates = [tensors, _as_stock(model, tensors)]

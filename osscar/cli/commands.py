@@ -182,7 +182,7 @@ def export(
     """Write a model for llama.cpp, whatever the widths of its layers, or for torch.export.
 
     To gguf models of the LLaMA graph are written: LLaMA, Mistral, SmolLM2, Qwen2; to pt2 those
-    whose exported program was pruned (--form graph). The file is read back and compared with the
+    whose exported program was pruned (--form exported). The file is read back and compared with the
     model before it takes its place.
     """
     rooms.export.run(directory, format, out, dtype, against, overwrite, json)

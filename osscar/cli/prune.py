@@ -141,7 +141,7 @@ class _Job:
         for line in (*run_lines(content), saved_line(saved, options.out)):
             out.print(line)
         say(f"report: {options.out / PAGE_FILE}")
-        if result.form == "graph" and tokenizer is not None:
+        if result.form == "exported" and tokenizer is not None:
             return  # a program cannot generate, which is part of what text is scored with
         if score is not None and score.reason:
             return  # what keeps the dense model from being scored would keep the smaller one

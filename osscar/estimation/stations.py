@@ -136,7 +136,7 @@ def expected_keep(
     prepared: Prepared,
     request: PruningRequest,
     left: Collection[str] = (),
-    form: Form = Form.MODULE,
+    form: Form = Form.EAGER,
 ) -> dict[str, int]:
     """Return what groups keep, as far as that is known before anything is measured.
 

@@ -83,7 +83,7 @@ def export_pt2(
     if not isinstance(read, ProgramModule):
         raise ModelError(
             f"it is a {type(read).__name__}, whose modules are its form; call torch.export on it "
-            "yourself, with inputs of your own, or prune it with form='graph' (--form graph)"
+            "yourself, with inputs of your own, or prune it with form='exported' (--form exported)"
         )
     program, example = exported(read), example_of(read)
     with torch.no_grad():

@@ -80,5 +80,5 @@ def check_no_program(name: str | Path) -> None:
             f"{str(name)!r} is {kind.value}: it has no code that could generate, "
             "and no modules that could be refitted, so that no command scores or prunes it; "
             "osscar.load runs it in Python, `osscar export --format pt2` hands it on, and "
-            "`osscar prune --form module` makes a model of the same family instead"
+            "`osscar prune --form eager` makes a model of the same family instead"
         )

@@ -80,7 +80,7 @@ def feasible_groups(
     plans = _alike_together(_arbitrary(groups, [keep[group.name] for group in groups]))
     possible = {
         form: [
-            plan for plan in plans if form is Form.GRAPH or plan.name not in prepared.in_programs
+            plan for plan in plans if form is Form.EXPORTED or plan.name not in prepared.in_programs
         ]
         for form in forms
     }
@@ -105,7 +105,7 @@ def feasible_groups(
         if group.name in trial.reasons
     )
     # Of modules nobody expects to lose what only programs can.
-    refused = tuple(g for g in left if form is Form.GRAPH or g.name not in prepared.in_programs)
+    refused = tuple(g for g in left if form is Form.EXPORTED or g.name not in prepared.in_programs)
     if (refused and request.strict) or len(left) == len(groups):
         raise (AdapterError if trial.of_modules else EquivalenceError)(
             _refusal(left, len(groups), request)
@@ -125,7 +125,7 @@ def _chosen(
     left: tuple[SkippedGroup, ...] = (),
 ) -> tuple[Form, tuple[SkippedGroup, ...]]:
     """Warn of what the smaller model may not be used for."""
-    if form is Form.MODULE:
+    if form is Form.EAGER:
         going = [group for group in groups if group.name not in trial.reasons]
         _warn_of_unread(prepared.model, prepared.traced, prepared.groups, going)
     _warn_of_training(trial)
@@ -133,9 +133,9 @@ def _chosen(
 
 
 FORMS: dict[str, tuple[Form, ...]] = {
-    "auto": (Form.MODULE, Form.GRAPH),
-    "module": (Form.MODULE,),
-    "graph": (Form.GRAPH,),
+    "auto": (Form.EAGER, Form.EXPORTED),
+    "eager": (Form.EAGER,),
+    "exported": (Form.EXPORTED,),
 }
 """What is tried, in this order."""
 
@@ -145,7 +145,7 @@ def forms_to_try(model: nn.Module, request: PruningRequest) -> tuple[Form, ...]:
     choice = request.form
     generates = isinstance(model, PreTrainedModel) and model.can_generate()
     stays = generates or request.speedup is not None
-    return FORMS["module" if choice == "auto" and stays else choice]
+    return FORMS["eager" if choice == "auto" and stays else choice]
 
 
 def reaches_further(model: nn.Module, request: PruningRequest) -> bool:
@@ -154,9 +154,9 @@ def reaches_further(model: nn.Module, request: PruningRequest) -> bool:
     A class of transformers, which so much else can read, is given up for what its code cannot do,
     not for these.
     """
-    asked = request.form == "graph"
+    asked = request.form == "exported"
     plain = not isinstance(model, PreTrainedModel)
-    return Form.GRAPH in forms_to_try(model, request) and (asked or plain)
+    return Form.EXPORTED in forms_to_try(model, request) and (asked or plain)
 
 
 @contextmanager
@@ -176,7 +176,7 @@ def _rehearsal(
     model: nn.Module, form: Form, inputs: Sequence[Inputs], example: Mapping[str, Tensor]
 ) -> Callable[[PruningPlan], str]:
     """Return what shrinks a model on trial, which is then as it was, and tells of training."""
-    if form is Form.MODULE:
+    if form is Form.EAGER:
         training = could_fail_in_training(model, inputs[0])
         return lambda plan: rehearse(model, plan, inputs[:1], training=training)
     try:
@@ -306,8 +306,8 @@ def _refusal(left: Sequence[SkippedGroup], tried: int, request: PruningRequest) 
     if none:
         them = "let the code take these sizes from its weights, or write -1 for them, or register "
         them += "what has to change with @osscar.adapter"
-        if request.form == "module":
-            them += "; or let the exported program lose them (form='graph', --form graph)"
+        if request.form == "eager":
+            them += "; or let the exported program lose them (form='exported', --form exported)"
     else:
         them = f"leave them out (--skip {left[0].name!r}), or let all others go without --strict"
     reasons = listed([f"{group.name!r}: {group.reason}" for group in left], _MOST_TOLD, "; ")

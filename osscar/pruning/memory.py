@@ -226,10 +226,10 @@ def needs_memory(request: PruningRequest) -> str | None:
             "and this one is read from disk; give --allocation uniform or fluctuation, leave "
             "--max-memory away, or prune with --heads and --neurons"
         )
-    if request.form == "graph":
+    if request.form == "exported":
         return (
             "the exported program of a model is shrunk in memory, and this model is read from "
-            "disk; leave --form graph or --max-memory away"
+            "disk; leave --form exported or --max-memory away"
         )
     return None
 

@@ -42,7 +42,7 @@ def shrunk(
                 work, plan, prepared.batches(), request.batch_norm, dense, prepared.ranks
             )
 
-    if form is Form.GRAPH:
+    if form is Form.EXPORTED:
         batch_norms = renewed(PruningPlan(()))
         prepared.untouched.put_back(work)
         with timed(Stage.PROOF):
@@ -58,6 +58,6 @@ def shrunk(
 
 def put_back(prepared: Prepared, model: nn.Module, plan: PruningPlan) -> None:
     """Take away what forward passes have written; a program writes nothing."""
-    if plan.form is Form.MODULE:
+    if plan.form is Form.EAGER:
         numbers = {(number.module, number.attribute) for number in plan.integers}
         prepared.untouched.put_back(model, numbers)

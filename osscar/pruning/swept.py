@@ -193,7 +193,7 @@ class Sweep:
             limit=None if budget is None else budget.limit,
             reached=None if budget is None else budget.reached,
             **after,
-            form=Form.MODULE if result is None else result.form,
+            form=Form.EAGER if result is None else result.form,
             speedup=before["seconds"] / after["seconds"],
             quality=quality,
             divergence=0.0 if result is None else result.divergence,

@@ -152,7 +152,7 @@ def _lines(document: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         "proof",
         f"the smaller model's outputs equal the masked model's to {error:.1e} of the largest",
     )
-    if document.get("form") == "graph":
+    if document.get("form") == "exported":
         chosen = settings["form"] == "auto"
         why = ", since more of it could follow than of the modules" if chosen else ""
         yield "form", f"the exported program{why}"

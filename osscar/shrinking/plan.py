@@ -65,9 +65,9 @@ def _checked_integer(integer: Integer) -> Integer:
 class Form(enum.StrEnum):
     """What of a model is shrunk."""
 
-    MODULE = "module"
+    EAGER = "eager"
     """Its modules, whose code has to work with fewer units."""
-    GRAPH = "graph"
+    EXPORTED = "exported"
     """Its exported program, in which every size is known."""
 
 
@@ -219,7 +219,7 @@ class PruningPlan:
     @property
     def form(self) -> Form:
         """What of the model was shrunk."""
-        return Form.GRAPH if self.traced else Form.MODULE
+        return Form.EXPORTED if self.traced else Form.EAGER
 
     @property
     def tensors(self) -> frozenset[str]:

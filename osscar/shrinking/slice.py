@@ -47,7 +47,7 @@ def slice_units(model: nn.Module, plan: PruningPlan) -> None:
     """
     check_module(model)
     check_plan(plan)
-    if plan.form is not Form.MODULE:
+    if plan.form is not Form.EAGER:
         raise ModelError(
             "the plan was carried out on the exported program of a model, whose modules may not be "
             "able to follow; osscar.load replays it"

@@ -16,7 +16,7 @@ from .zoo import FAMILIES
 
 _PAGE = Path(__file__).parents[2] / "docs" / "coverage.md"
 
-_SOUND = Row(parameters=100, traced=True, groups=4, prunable=2, share=0.9, form="module")
+_SOUND = Row(parameters=100, traced=True, groups=4, prunable=2, share=0.9, form="eager")
 _ROWS = {
     "whole": dataclasses.replace(_SOUND, parameters_after=50, compared=3e-16, seconds=1.0),
     "low": dataclasses.replace(_SOUND, parameters_after=80, compared=0.0, share=0.2),

@@ -25,7 +25,7 @@ def _outcome(listed: str, name: str) -> tuple[Outcome, rows.Row]:
 @pytest.mark.sampled(1)
 @pytest.mark.parametrize(
     ("name", "form"),
-    [("topologies.residual", "module"), ("programs.heads", "graph"), ("blocks.experts", "module")],
+    [("topologies.residual", "eager"), ("programs.heads", "exported"), ("blocks.experts", "eager")],
 )
 def test_a_network_is_shrunk_and_compared(name: str, form: str) -> None:
     outcome, found = _outcome("nets", name)

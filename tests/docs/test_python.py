@@ -100,7 +100,7 @@ def check_module(names: dict[str, Any]) -> None:
 
 
 def check_forms(names: dict[str, Any]) -> None:
-    assert names["result"].form == "graph"
+    assert names["result"].form == "exported"
     assert not names["result"].skipped
     assert names["archive"].inputs == {"input": (-1, -1, 8)}
 

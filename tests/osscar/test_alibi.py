@@ -153,7 +153,7 @@ def test_slopes_in_a_buffer_leave_in_the_module_form():
     torch.manual_seed(0)
     model = Kept()
     result = osscar.prune(model, torch.randn(16, 7, 5), heads="1/2")
-    assert result.form == "module"
+    assert result.form == "eager"
     assert result.model.table.shape == (3,)
     x = torch.randn(3, 9, 5)
     assert far_apart(without(model, result)(x), result.model(x)) < 1e-5
@@ -193,7 +193,7 @@ def test_slopes_in_the_code_leave_in_a_program(name, tmp_path):
     torch.manual_seed(0)
     model = IN_CODE[name]().eval()
     result = osscar.prune(model, torch.randn(16, 7, 5), heads="1/2")
-    assert result.form == "graph"
+    assert result.form == "exported"
     assert not result.skipped
     (group,) = result.plan.groups
     assert len(group.kept) == 3
@@ -215,7 +215,7 @@ def test_slopes_in_the_code_leave_in_a_program(name, tmp_path):
 def test_slopes_in_the_code_hold_modules(name):
     model = IN_CODE[name]().eval()
     with pytest.raises(RequestError, match=r"numbers that the code makes|constant of the code"):
-        osscar.prune(model, torch.randn(16, 7, 5), heads="1/2", form="module")
+        osscar.prune(model, torch.randn(16, 7, 5), heads="1/2", form="eager")
 
 
 class Counted(Made):
@@ -235,7 +235,7 @@ class Counted(Made):
 def test_what_only_a_program_can_lose_is_skipped_in_modules():
     model = Counted().eval()
     result = osscar.prune(model, torch.randn(16, 7, 5), heads="1/2", neurons=0.5, strict=True)
-    assert result.form == "module"
+    assert result.form == "eager"
     (left,) = result.skipped
     assert left.kind == "heads"
     assert "numbers that the code makes" in left.reason

@@ -332,9 +332,9 @@ SAVED = {
     "a program, and its tables": (
         Tied,
         lambda: torch.randn(64, 8),
-        {"form": "graph", "size": "18kB"},
+        {"form": "exported", "size": "18kB"},
     ),
-    "a program, and its lists": (Listed, lambda: torch.randn(64, 8), {"form": "graph"}),
+    "a program, and its lists": (Listed, lambda: torch.randn(64, 8), {"form": "exported"}),
 }
 
 
@@ -355,7 +355,7 @@ def test_a_file_has_the_bytes_that_were_promised_or_a_few_less(case, tmp_path):
 def test_a_share_of_a_program_is_one_of_the_weights_that_one_has(tmp_path):
     torch.manual_seed(0)
     net, data = Listed().eval(), torch.randn(64, 8)
-    asked = {"form": "graph", "allocation": "uniform", "backend": "wanda"}
+    asked = {"form": "exported", "allocation": "uniform", "backend": "wanda"}
     dense = osscar.save(net, tmp_path / "dense").bytes
     result = osscar.prune(net, data, size=0.8, **asked)
     assert dense <= result.budget.dense <= dense + 8 + 2 * 4

@@ -324,9 +324,9 @@ def test_gradients_reach_experts_although_one_is_sent_nothing():
 @pytest.mark.slow
 def test_a_program_of_experts_is_shrunk_whichever_kernel_they_run():
     result = osscar.prune(
-        mixture("mixtral", kernel="eager"), tokens(8, 24), neurons=0.5, form="graph"
+        mixture("mixtral", kernel="eager"), tokens(8, 24), neurons=0.5, form="exported"
     )
-    assert result.form == "graph"
+    assert result.form == "exported"
     assert result.parameters_after < result.parameters_before
 
 

@@ -36,7 +36,7 @@ WIDTH = 16
 @pytest.fixture(autouse=True)
 def modules_alone(monkeypatch):
     """Most of these networks follow as programs, which is another matter: see `test_forms`."""
-    monkeypatch.setitem(feasibility_room.FORMS, "auto", (Form.MODULE,))
+    monkeypatch.setitem(feasibility_room.FORMS, "auto", (Form.EAGER,))
 
 
 class Attention(nn.Module):
@@ -488,7 +488,7 @@ def test_a_run_that_goes_on_skips_the_same(tmp_path, monkeypatch):
 def test_a_log_that_prunes_what_is_skipped_is_refused(tmp_path, monkeypatch):
     request, log = PruningRequest(sparsity=0.5, device="cpu"), RunLog(tmp_path / "log")
     with monkeypatch.context() as patch:
-        patch.setattr(pruning_room, "feasible_groups", lambda *_: (Form.MODULE, ()))
+        patch.setattr(pruning_room, "feasible_groups", lambda *_: (Form.EAGER, ()))
         killed(log, request, patch)
     with pytest.raises(JournalError, match="begin anew with --restart"):
         prune_as_asked(built(Transformer), words(), request, log)
@@ -604,7 +604,7 @@ def test_a_sweep_says_what_is_skipped_too(run, tmp_path):
 
 
 def test_the_command_says_which_sizes_a_program_takes_no_others_of(run, tmp_path):
-    status, out, err = run("--form", "graph", "--json", "run.json")
+    status, out, err = run("--form", "exported", "--json", "run.json")
     assert status == 0, err
     words = "takes 8 alone along dimension 2 of x and dimension 3 of x, where the dense model takes"
     assert f"inputs: the exported program {words}" in " ".join(out.split())

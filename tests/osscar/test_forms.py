@@ -79,7 +79,7 @@ def test_a_form_that_fails_is_not_looked_into_where_another_does(monkeypatch):
         lambda *given, **others: (tried.append(given[1]), rehearsed(*given, **others))[1],
     )
     net, data, result = prune("option A")
-    assert result.form is Form.GRAPH
+    assert result.form is Form.EXPORTED
     assert not result.skipped
     assert isinstance(result.model, osscar.ProgramModule)
     assert result.parameters_after < result.parameters_before
@@ -96,8 +96,8 @@ def test_both_forms_compute_the_same_where_both_follow():
         net[1].running_var.uniform_(0.5, 2.0)
     data, asked = torch.randn(64, 8), {"sparsity": 0.5, "target": "weights", **OFTEN}
     one = osscar.prune(net, data, **asked)
-    other = osscar.prune(net, data, form="graph", **asked)
-    assert (one.form, other.form) == (Form.MODULE, Form.GRAPH)
+    other = osscar.prune(net, data, form="exported", **asked)
+    assert (one.form, other.form) == (Form.EAGER, Form.EXPORTED)
     assert [g.kept for g in one.plan.groups] == [g.kept for g in other.plan.groups]
     assert one.parameters_after == other.parameters_after
     assert far_apart(one.model(data), other.model(data)) < 1e-5
@@ -108,8 +108,8 @@ def test_both_forms_compute_the_same_where_both_follow():
 
 def test_modules_alone_leave_them_alone():
     with pytest.warns(UserWarning, match="skipped"):
-        _, _, result = prune("heads", form="module")
-    assert result.form is Form.MODULE
+        _, _, result = prune("heads", form="eager")
+    assert result.form is Form.EAGER
     assert [group.kind for group in result.skipped] == ["heads", "heads"]
 
 
@@ -129,8 +129,8 @@ def test_batch_norm_is_renewed_in_a_program():
     groups = {"enter.channels": 6}
     kept = osscar.prune(net, data, groups=groups, batch_norm="keep", **OFTEN)
     new = osscar.prune(net, data, groups=groups, batch_norm="estimate", **OFTEN)
-    assert (kept.form, kept.batch_norms) == (Form.GRAPH, 0)
-    assert (new.form, new.batch_norms) == (Form.GRAPH, 1)
+    assert (kept.form, kept.batch_norms) == (Form.EXPORTED, 0)
+    assert (new.form, new.batch_norms) == (Form.EXPORTED, 1)
     assert torch.equal(kept.model.norm.running_mean, net.norm.running_mean)
     seen = []
     whole = without_units(net, new.plan)
@@ -156,7 +156,7 @@ def test_nothing_follows_as_a_program_either():
 
     net = Listed().eval()
     with pytest.raises(EquivalenceError, match=r"lists positions by number"):
-        osscar.prune(net, torch.randn(24, 8), sparsity=0.5, form="graph", **OFTEN)
+        osscar.prune(net, torch.randn(24, 8), sparsity=0.5, form="exported", **OFTEN)
 
 
 @pytest.mark.parametrize("form", ["Graph", "", None, 3])
@@ -167,7 +167,7 @@ def test_no_other_form(form):
 
 def test_a_program_is_not_timed():
     with pytest.raises(RequestError, match="speedup is timed on modules"):
-        PruningRequest(speedup=1.5, form="graph")
+        PruningRequest(speedup=1.5, form="exported")
     assert PruningRequest(speedup=1.5).form == "auto"
 
 
@@ -203,7 +203,7 @@ class Translates(nn.Module):
         return self.pool(y[:1], y, y)[0]
 
 
-@pytest.mark.parametrize("form", [pytest.param("graph", marks=pytest.mark.slow), "module"])
+@pytest.mark.parametrize("form", [pytest.param("exported", marks=pytest.mark.slow), "eager"])
 def test_attention_of_torch_that_lost_heads_is_read_back(form, tmp_path):
     torch.manual_seed(0)
     net, other = Translates().eval(), Translates().eval()
@@ -219,7 +219,7 @@ def test_a_program_of_an_encoder_that_lost_heads_is_read_back(tmp_path):
     torch.manual_seed(0)
     net = nn.TransformerEncoderLayer(8, 4, 12, batch_first=True, norm_first=True).eval()
     data = torch.randn(24, 5, 8)
-    result = osscar.prune(net, data, groups={"self_attn.heads": 2}, form="graph", **OFTEN)
+    result = osscar.prune(net, data, groups={"self_attn.heads": 2}, form="exported", **OFTEN)
     path = result.save(tmp_path / "small").path
     assert torch.equal(osscar.load(path, dense=net)(data), result.model(data))
     # As it was traced, queries, keys and values lie in one slot.
@@ -251,7 +251,7 @@ def test_a_checkpoint_that_nobody_could_read_is_not_kept(tmp_path, monkeypatch):
         module.sizes = {"width": group.scaled(10)}
 
     net, data = Stubborn().eval(), torch.randn(24, 6)
-    result = osscar.prune(net, data, neurons=0.5, form="module", **OFTEN)
+    result = osscar.prune(net, data, neurons=0.5, form="eager", **OFTEN)
     monkeypatch.setattr(follow, "_ADAPTERS", {})  # as where the checkpoint is read
     with pytest.raises(EquivalenceError, match="not kept: what was read back fails on inputs"):
         result.save(tmp_path / "small")
@@ -329,7 +329,7 @@ def test_a_program_says_which_sizes_it_takes_no_others_of(tmp_path):
     path = osscar.save(result.model, tmp_path / "small").path
     [plan] = json.loads((path / MANIFEST_FILE).read_text())["lineage"]["plans"]
     assert [given["fixed"] for given in plan["traced"]] == [[1], [1, 2]]
-    refused = r"x is of \(2, 7, 4\), and the exported program takes \(any, 5, 4\).*--form module"
+    refused = r"x is of \(2, 7, 4\), and the exported program takes \(any, 5, 4\).*--form eager"
     for one in (result.model, copy.deepcopy(result.model), osscar.load(path, dense=net)):
         with pytest.raises(ModelError, match=refused):
             one(**graphs(7))
@@ -368,8 +368,8 @@ def test_a_program_of_torchvision_needs_no_dense_model(tmp_path, monkeypatch):
     net = TorchvisionOrigin("squeezenet1_1", {"num_classes": 5}).build().eval()
     data = torch.randn(8, 3, 64, 64)
     group = graph.trace(net, (data[:2],)).prunable[1]
-    result = osscar.prune(net, data, groups={group.name: 5}, form="graph", **OFTEN)
-    assert result.form is Form.GRAPH
+    result = osscar.prune(net, data, groups={group.name: 5}, form="exported", **OFTEN)
+    assert result.form is Form.EXPORTED
     path = result.save(tmp_path / "small").path
     assert torch.equal(osscar.load(path)(data), result.model(data))
     monkeypatch.setattr("sys.argv", ["osscar", "export", str(path), "--format", "pt2"])
@@ -437,9 +437,9 @@ def test_a_program_is_not_refitted():
 def test_a_language_model_as_a_program(tmp_path):
     model, windows = tiny("llama-gqa", layers=1), tokens(6, 24)
     asked = {"heads": "1/2", "neurons": "1/2", **OFTEN}
-    result = osscar.prune(model, windows, form="graph", **asked)
-    assert result.form is Form.GRAPH
-    assert osscar.prune(model, windows, **asked).form is Form.MODULE
+    result = osscar.prune(model, windows, form="exported", **asked)
+    assert result.form is Form.EXPORTED
+    assert osscar.prune(model, windows, **asked).form is Form.EAGER
     assert list(inspect.signature(result.model.forward).parameters) == ["input_ids"]
     path = result.save(tmp_path / "small").path
     expected = result.model(input_ids=windows).logits
@@ -460,7 +460,7 @@ def test_a_model_of_images_whose_code_cannot_follow_becomes_a_program(tmp_path):
     dense = TimesformerForVideoClassification(config).eval()
     data = torch.randn(24, 2, 3, 8, 8)  # frames come before channels
     result = osscar.prune(dense, data, sparsity=0.4, strict=True, **OFTEN)
-    assert result.form is Form.GRAPH
+    assert result.form is Form.EXPORTED
     assert {layer.kind for layer in result.layers} == {"heads", "neurons"}
     assert result.equivalence_error < 1e-12
     again = osscar.load(result.save(tmp_path / "program").path)
@@ -508,13 +508,13 @@ def test_samples_that_no_plan_could_tell_of_are_refused_before_anything_is_solve
     monkeypatch.setattr("osscar.shrinking.plan._MOST_TRACED", 15)
     monkeypatch.setattr("osscar.pruning.prune.prune_groups", None)  # which would fail
     with pytest.raises(EquivalenceError, match=r"z float\d+ \(2, 8\).*up to 15 numbers"):
-        prune("generator", form="graph")
+        prune("generator", form="exported")
 
 
 @pytest.mark.slow
 def test_the_command_line_prunes_a_language_model_as_a_program(tmp_path, monkeypatch, capsys):
     options = ["--neurons", "0.7", "--samples", "4", "--seqlen", "32", "--device", "cpu"]
-    asked = ["prune", "demo", "--out", str(tmp_path / "small"), "--form", "graph", *options]
+    asked = ["prune", "demo", "--out", str(tmp_path / "small"), "--form", "exported", *options]
     monkeypatch.setattr("sys.argv", ["osscar", *asked, "--backend", "magnitude"])
     with pytest.raises(SystemExit) as stop:
         main()
@@ -528,7 +528,7 @@ def test_the_command_line_prunes_a_language_model_as_a_program(tmp_path, monkeyp
 
 def test_units_in_several_places_are_pruned_and_refitted(tmp_path):
     net, data = dense_of("uneven heads")
-    result = osscar.prune(net, data, heads="1/2", form="graph", target="weights", damp=1e-3)
+    result = osscar.prune(net, data, heads="1/2", form="exported", target="weights", damp=1e-3)
     assert {len(group.kept) for group in result.plan.groups} == {1, 2}
     slots = [slot for group in result.plan.groups for slot in group.slots]
     places = [slot for slot in slots if slot.tensor == "qkv.weight"]

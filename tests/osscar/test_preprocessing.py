@@ -141,7 +141,7 @@ def run(place, monkeypatch, capsys):
 def prune(function, *options, out="small"):
     return (
         *("prune", f"net.py:{function}", "--calibration", "images.npz:train", "--out", out),
-        *("--channels", "0.5", "--backend", "magnitude", "--form", "module", "--device", "cpu"),
+        *("--channels", "0.5", "--backend", "magnitude", "--form", "eager", "--device", "cpu"),
         *options,
     )
 

@@ -54,7 +54,7 @@ def test_a_program_computes_what_the_network_does_without_its_units(case):
     net = made(kind)
     before = copy.deepcopy(net.state_dict())
     plan, result = shrunk(net, shape)
-    assert result.proof.plan.form is Form.GRAPH
+    assert result.proof.plan.form is Form.EXPORTED
     assert result.proof.error < EXACT
     expected = without_units(net, plan)
     for count in (1, 2, 5):

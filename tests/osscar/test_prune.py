@@ -266,7 +266,7 @@ def nodes_and_edges(nodes):
 
 
 @pytest.mark.parametrize(
-    ("form", "asked"), [("module", {"neurons": 0.5}), ("graph", {"flops": 0.6})]
+    ("form", "asked"), [("eager", {"neurons": 0.5}), ("exported", {"flops": 0.6})]
 )
 def test_graphs_are_samples_of_sizes_of_their_own(form, asked, tmp_path):
     torch.manual_seed(0)
@@ -285,7 +285,7 @@ def test_graphs_are_samples_of_sizes_of_their_own(form, asked, tmp_path):
     assert (result.model(**larger) - dense).norm() < (dropped(**larger) - dense).norm()
     again = osscar.load(result.save(tmp_path / "small").path, dense=Messages().eval())
     assert torch.equal(again(**larger), result.model(**larger))
-    if form == "module":
+    if form == "eager":
         as_tuples = [tuple(sample.values()) for sample in data]
         again = osscar.prune(model, as_tuples, **asked, device="cpu")
         assert torch.equal(again.model(**larger), result.model(**larger))
@@ -708,9 +708,9 @@ def test_one_number_for_two_groups_is_found_on_trial():
 
     torch.manual_seed(0)
     with pytest.raises(AdapterError, match=r"none of 2 groups can follow.*keeps hidden = 12"):
-        osscar.prune(Twins().eval(), torch.randn(64, 8), sparsity=0.5, form="module")
+        osscar.prune(Twins().eval(), torch.randn(64, 8), sparsity=0.5, form="eager")
     # The exported program knows which of the two each number stands for.
-    assert osscar.prune(Twins().eval(), torch.randn(64, 8), sparsity=0.5).form == "graph"
+    assert osscar.prune(Twins().eval(), torch.randn(64, 8), sparsity=0.5).form == "exported"
 
 
 def test_two_samples_are_both_fitted_to():

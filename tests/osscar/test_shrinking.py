@@ -217,7 +217,7 @@ class FourNumbers(nn.Module):
 def test_more_numbers_than_are_tried_at_once_follow_one_after_the_other() -> None:
     torch.manual_seed(0)
     net, data = FourNumbers(), torch.randn(64, 9)
-    result = osscar.prune(net, data, sparsity=0.5, form="module", strict=True, damp=0.01)
+    result = osscar.prune(net, data, sparsity=0.5, form="eager", strict=True, damp=0.01)
     found = {n.attribute: n.value for n in result.plan.integers}
     (layer,) = result.layers
     kept = layer.kept
@@ -244,7 +244,7 @@ def test_a_number_that_code_reads_from_a_shared_config_follows_in_one_of_its_own
     config = SimpleNamespace(intermediate_size=10, name="shared")
     net = nn.Sequential(OfConfig(config), OfConfig(config))
     keep = {"0.neurons": 4, "1.neurons": 7}
-    result = osscar.prune(net, torch.randn(64, 6), groups=keep, form="module", strict=True)
+    result = osscar.prune(net, torch.randn(64, 6), groups=keep, form="eager", strict=True)
     assert result.equivalence_error < 1e-12
     first, second = result.model
     assert (first.config.intermediate_size, second.config.intermediate_size) == (4, 7)
@@ -267,9 +267,9 @@ def test_a_config_that_cannot_be_changed_stays_and_a_program_follows(config: Any
     net, data = nn.Sequential(OfConfig(config)), torch.randn(64, 6)
     before = net(data)
     with pytest.raises(AdapterError, match=r"nothing was pruned|cannot follow"):
-        osscar.prune(net, data, neurons=0.5, form="module", strict=True)
+        osscar.prune(net, data, neurons=0.5, form="eager", strict=True)
     result = osscar.prune(net, data, neurons=0.5, strict=True)
-    assert str(result.form) == "graph"
+    assert str(result.form) == "exported"
     assert config.intermediate_size == 10
     assert torch.equal(net(data), before)
 
@@ -288,7 +288,7 @@ class Literal(nn.Module):
 def test_a_block_that_keeps_its_units_keeps_its_numbers() -> None:
     torch.manual_seed(0)
     net = nn.Sequential(Literal(), Literal(), Literal())
-    asked = {"sparsity": 0.5, "skip": ["0.*"], "form": "module", "strict": True}
+    asked = {"sparsity": 0.5, "skip": ["0.*"], "form": "eager", "strict": True}
     result = osscar.prune(net, torch.randn(64, 16), **asked)
     numbers = [block.z for block in result.model]
     assert numbers[0] == 32 > max(numbers[1:])
@@ -308,7 +308,7 @@ class Limited(nn.Module):
 
 def test_only_the_entry_of_a_tuple_that_has_to_follow_does() -> None:
     torch.manual_seed(0)
-    result = osscar.prune(Limited(), torch.randn(16, 6, 6), neurons=0.5, form="module")
+    result = osscar.prune(Limited(), torch.randn(16, 6, 6), neurons=0.5, form="eager")
     assert result.model.sizes == (32, 16)
     assert result.model(torch.randn(2, 40, 6)).shape == (2, 32, 6)
 
@@ -420,7 +420,7 @@ def test_what_modules_remember_of_their_parameters_is_made_anew() -> None:
     net = nn.Sequential(nn.Linear(5, 12), Remembering(12), nn.ReLU(), nn.Linear(12, 3)).eval()
     data = torch.randn(64, 5)
     net(data)  # so that it remembers
-    result = osscar.prune(net, data, neurons=0.5, form="module", strict=True)
+    result = osscar.prune(net, data, neurons=0.5, form="eager", strict=True)
     assert result.equivalence_error < 1e-12  # in float64, although it remembered float32
     pruned = result.model
     with torch.no_grad():

@@ -486,7 +486,7 @@ def test_a_tied_weight_that_is_stored_twice_has_to_be_the_same(tmp_path):
     [
         ({"sparsity": 0.3}, "--allocation uniform"),
         ({"speedup": 1.5}, "--speedup"),
-        ({"neurons": 0.5, "form": "graph"}, "--form graph"),
+        ({"neurons": 0.5, "form": "exported"}, "--form exported"),
     ],
 )
 def test_what_needs_the_whole_model_is_refused(tmp_path, asked, named):

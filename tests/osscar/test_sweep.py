@@ -186,7 +186,7 @@ def manifest(**more):
 def point(method=CURVATURE, value=0.5):
     return Point(
         schema="osscar.sweep-point/6", method=method, budget="sparsity", value=value, limit=12.0,
-        reached=11.0, parameters=10, parameter_bytes=40, flops=100, form=Form.GRAPH, seconds=0.5,
+        reached=11.0, parameters=10, parameter_bytes=40, flops=100, form=Form.EXPORTED, seconds=0.5,
         speedup=2.0, quality={"perplexity": 3.5},
         divergence=None, predicted=None, loss=0.25, prune_seconds=1.0, widths={"a": 3},
         skipped=(SkippedGroup("b", "heads", 4, "a size in the code"),),

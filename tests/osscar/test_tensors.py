@@ -170,7 +170,7 @@ def test_two_inputs_are_fed_by_name_from_either_kind_of_file(run, code, tmp_path
     loaded = load_model(code("two"))
     found, same = (loaded.tensors(file) for file in ("data.npz", "data.safetensors"))
     assert all(torch.equal(tensor, same.tensors[name]) for name, tensor in found.tensors.items())
-    asked = ("--calibration", "data.safetensors", "--form", "graph", *FAST, "--out", "s0")
+    asked = ("--calibration", "data.safetensors", "--form", "exported", *FAST, "--out", "s0")
     status, out, err = run("prune", code("two"), *asked)
     assert status == 0, err
     assert "not measured, as no output is known to be scores of classes" in out

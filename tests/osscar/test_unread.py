@@ -39,7 +39,7 @@ def images() -> Tensor:
     return torch.randn(32, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
 
-@pytest.mark.parametrize("form", ["module", "graph"])
+@pytest.mark.parametrize("form", ["eager", "exported"])
 def test_auxiliary_heads_work_after_pruning(form: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     dense = Auxiliary().eval()
@@ -51,7 +51,7 @@ def test_auxiliary_heads_work_after_pruning(form: str, tmp_path: Path) -> None:
     result.save(tmp_path / "saved")
     back = osscar.load(tmp_path / "saved", dense=Auxiliary())
     assert count_parameters(back) == result.budget.reached
-    if form == "graph":  # which is the program of evaluation
+    if form == "exported":  # which is the program of evaluation
         return
     for model in (result.model, back):
         assert isinstance(model, Auxiliary)
@@ -155,7 +155,7 @@ def test_what_fails_in_training_is_told_before_anything_is_solved(kind: type[Aux
     dense = kind()
     before = {name: tensor.clone() for name, tensor in dense.state_dict().items()}
     with pytest.warns(UserWarning, match="may not run in training") as caught:
-        result = osscar.prune(dense, images(), groups=asked(kind), form="module")
+        result = osscar.prune(dense, images(), groups=asked(kind), form="eager")
     assert sum("in training" in str(one.message) for one in caught) == 1
     dense.train()(images()[:3])
     with pytest.raises(RuntimeError):
@@ -167,8 +167,8 @@ def test_what_fails_in_training_is_told_before_anything_is_solved(kind: type[Aux
 @pytest.mark.filterwarnings("error:.*in training")
 def test_code_for_training_that_follows_or_cannot_be_tried_is_not_blamed() -> None:
     torch.manual_seed(0)
-    tried(Auxiliary(), images(), sparsity=0.5, form="module")
-    tried(Drawn(), images(), sparsity=0.5, form="module")
+    tried(Auxiliary(), images(), sparsity=0.5, form="eager")
+    tried(Drawn(), images(), sparsity=0.5, form="eager")
 
 
 def test_what_an_optional_input_leads_to_is_named() -> None:

@@ -43,7 +43,7 @@ from tests.osscar.networks import IMAGENET, plain, small_net
 pytest.importorskip("torchvision", reason="images need the extra osscar[vision]")
 
 SIDE = 12
-FAST = ("--channels", "0.5", "--backend", "magnitude", "--form", "module")
+FAST = ("--channels", "0.5", "--backend", "magnitude", "--form", "eager")
 CODE = """
 import osscar
 import torch
@@ -433,7 +433,7 @@ def test_files_that_hold_no_weights_are_refused_unpickled_in_our_own_words(tmp_p
 
 def test_a_directory_of_unknown_code_is_loaded_with_the_dense_model(tmp_path):
     model, data = small_net(), torch.rand(60, 3, SIDE, SIDE)
-    options = {"backend": "magnitude", "device": "cpu", "form": "module"}
+    options = {"backend": "magnitude", "device": "cpu", "form": "eager"}
     result = osscar.prune(model, data, channels=0.5, **options)
     result.save(tmp_path / "small")
     again = osscar.load(tmp_path / "small", dense=small_net(seed=9))

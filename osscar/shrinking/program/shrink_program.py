@@ -116,8 +116,8 @@ def shrink_program(
                 f"{fixed}: its code makes numbers "
                 "of them, as int, math.sqrt and loops do, or they are the resolution of images "
                 "for attention, which is not left open; "
-                "calibrate on the sizes that it will meet, or keep to the modules (form='module' "
-                "in Python, --form module on the command line)",
+                "calibrate on the sizes that it will meet, or keep to the modules (form='eager' "
+                "in Python, --form eager on the command line)",
                 stacklevel=2,
             )
         return ShrunkProgram(_noted(program, model, plan), Proof(plan, max(error, finer)))
@@ -125,7 +125,7 @@ def shrink_program(
 
 _WAY_OUT = (
     "leave groups out (a plan or groups= without them in Python, --skip on the command line), or "
-    "shrink the modules (form='module', --form module), where @osscar.adapter teaches one to follow"
+    "shrink the modules (form='eager', --form eager), where @osscar.adapter teaches one to follow"
 )
 
 
@@ -141,7 +141,7 @@ def dense_program(
 def replayed(model: nn.Module, plan: PruningPlan) -> nn.Module:
     """Carry out a plan again, on modules or on the exported program; proved it was before."""
     check_plan(plan)
-    if plan.form is Form.MODULE:
+    if plan.form is Form.EAGER:
         slice_units(model, plan)
         return model
     remember_structure(model)
