@@ -55,7 +55,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "uniform": {"allocation": "uniform"},
     "weights": {"target": "weights"},
     "outputs": {"target": "outputs"},
-    "blend 1": {"blend": 1.0},
+    "correction weight 1": {"correction_weight": 1.0},
     "damp 0.01": {"damp": 0.01},
     "damp 0.1": {"damp": 0.1},
     "wanda, default otherwise": {"backend": "wanda"},
@@ -323,10 +323,13 @@ def measure(row: Row, task: Task, subject: Any, arguments: argparse.Namespace) -
         "predicted": None if budget is None else budget.predicted,
         "divergence": result.divergence,
         "kept": {layer.name: layer.kept for layer in result.layers},
-        "blends": {layer.name: layer.blend for layer in result.layers},
+        "correction_weights": {layer.name: layer.correction_weight for layer in result.layers},
     }
     write_json(arguments.directory / row.key, content)
-    print(json.dumps({k: v for k, v in content.items() if k not in {"kept", "blends"}}), flush=True)
+    print(
+        json.dumps({k: v for k, v in content.items() if k not in {"kept", "correction_weights"}}),
+        flush=True,
+    )
 
 
 def same_size(model: Any, data: Any, setting: Setting) -> dict[str, Any]:

@@ -304,7 +304,7 @@ class PruningRequest:
         What a layer is to reproduce: ``weights``, what its dense weights make of the pruned inputs
         (the paper's); ``outputs``, what it puts out in the dense model; ``residual``, also what
         the residual stream, to which that is added, has lost.
-    blend
+    correction_weight
         Share of what a target adds to that of ``weights``, in [0, 1]; by default it is chosen like
         `damp`.
     batch_norm
@@ -363,7 +363,7 @@ class PruningRequest:
     certify: bool = False
     damp: Annotated[float | None, _DAMP] = None
     target: Literal["weights", "outputs", "residual"] = "residual"
-    blend: Annotated[
+    correction_weight: Annotated[
         float | None, Range(float, lambda share: 0 <= share <= 1, "a share from 0 to 1")
     ] = None
     batch_norm: Literal["correct", "estimate", "keep"] = "correct"
@@ -422,7 +422,7 @@ class PruningRequest:
     @property
     def holds_out(self) -> bool:
         """Whether samples that no weight is fitted to choose what refits are held back by."""
-        return self.damp is None or (self.blend is None and self.target != "weights")
+        return self.damp is None or (self.correction_weight is None and self.target != "weights")
 
     def of_kind(self, kind: str) -> Keep | None:
         """Return what was asked for one kind by name."""

@@ -147,7 +147,9 @@ def _counted(
         kind = Cost.BYTES
     cost = count(kind, prepared.model, prepared.groups, prepared.sample)
     dense = cost.dense
-    if kind is Cost.BYTES and form is Form.EXPORTED:  # a share is of what one has: the modules' file
+    if (
+        kind is Cost.BYTES and form is Form.EXPORTED
+    ):  # a share is of what one has: the modules' file
         proofs = prepared.inputs.proofs(prepared.model, request.seed)
         program = dense_program(prepared.model, proofs, prepared.example)
         cost = count(kind, prepared.model, prepared.groups, prepared.sample, program)

@@ -192,8 +192,8 @@ def solved(step: LayerStep, keep: int, request: PruningRequest, began: float) ->
     group, backend = step.group, request.chosen_backend()
     corrected = Target(request.target).needs_dense
     with timed(Stage.DAMPING):
-        blend = request.blend if corrected else 0.0
-        damp, step.share = step.regularization(keep, request.damp, blend)
+        correction_weight = request.correction_weight if corrected else 0.0
+        damp, step.correction_weight = step.regularization(keep, request.damp, correction_weight)
     with timed(Stage.SOLVER):
         problem = step.problem(keep, damp)
         measured = time.perf_counter()
@@ -212,7 +212,7 @@ def solved(step: LayerStep, keep: int, request: PruningRequest, began: float) ->
         kept=problem.keep,
         dead=len(problem.dead),
         damp=damp,
-        blend=step.share,
+        correction_weight=step.correction_weight,
         positions=step.positions,
         unread=len(step.unread),
         held=refits.held,

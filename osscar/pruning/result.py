@@ -46,7 +46,7 @@ class LayerReport(solvers.SolutionRecord):
         Units whose inputs were zero on all calibration data; they are removed first.
     damp
         Weight of the proximal term.
-    blend
+    correction_weight
         How much of what the target adds to that of ``weights`` counts.
     positions
         Of the calibration data at which its weights were fitted; where several consumers read the
@@ -73,7 +73,7 @@ class LayerReport(solvers.SolutionRecord):
     kept: int
     dead: int
     damp: float
-    blend: float
+    correction_weight: float
     positions: int
     unread: int
     held: int

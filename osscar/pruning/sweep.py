@@ -58,7 +58,7 @@ class Job:
             **asked,
             allocation="uniform",
             target="weights",
-            blend=None,
+            correction_weight=None,
             backend=self.method,
             backend_options={},
         )

@@ -1,7 +1,7 @@
 """What consumers read, summed while the calibration data flow through, and posed as a problem.
 
-Targets are ``Y = X W0 + share D`` (see `osscar.walk.targets`).  Some samples may be held out: their
-sums are kept apart, no weight is fitted to them, and they choose the share.
+Targets are ``Y = X W0 + s D`` with a correction weight s (see `osscar.walk.targets`).  Some samples
+may be held out: their sums are kept apart, no weight is fitted to them, and they choose s.
 
 Where the data are shared out among processes, their sums are added up once a group is measured.
 They are those of one process but for the order of addition, which changes the last of 53 bits.
@@ -91,14 +91,14 @@ class GramAccumulator:
         """Free the sums of what was held out."""
         self.held = None
 
-    def consumer(self, damp: float, share: float = 1.0) -> Consumer:
+    def consumer(self, damp: float, correction_weight: float = 1.0) -> Consumer:
         """Return the quadratic terms of the problem to reproduce the targets on these inputs.
 
         The sums that weights are fitted to become its Hessian: only `bias`, `held_rise` and numbers
         of positions are left to be asked then.
         """
         W0 = self.linear_map.read_weight()
-        H, targets, variance = self.fitted.given_up(W0, share)
+        H, targets, variance = self.fitted.given_up(W0, correction_weight)
         units, positions = self.linear_map.unit_rows, self.rows
         return damped_by_input(
             H, W0, targets=targets, units=units, damp=damp, positions=positions, variance=variance
@@ -173,7 +173,11 @@ def damped_by_input(
 
 
 def pose(
-    accumulators: Sequence[GramAccumulator], keep: int, name: str, damp: float, share: float = 1.0
+    accumulators: Sequence[GramAccumulator],
+    keep: int,
+    name: str,
+    damp: float,
+    correction_weight: float = 1.0,
 ) -> SubsetProblem:
     """Return the problem of one group, whose loss is the sum over the layers that read it.
 
@@ -189,7 +193,7 @@ def pose(
         problem well posed.
     """
     _warn_of_few(accumulators)
-    consumers = [accumulator.consumer(damp, share) for accumulator in accumulators]
+    consumers = [accumulator.consumer(damp, correction_weight) for accumulator in accumulators]
     layers = [accumulator.linear_map.name for accumulator in accumulators]
     totals = dict.fromkeys(layers, 0.0)
     for layer, consumer in zip(layers, consumers, strict=True):

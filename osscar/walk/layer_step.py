@@ -64,7 +64,7 @@ class LayerStep:
     final: bool = False
     """Whether weights cannot be committed, since the other groups of the walk are measured on the
     model as it is."""
-    share: float = 1.0
+    correction_weight: float = 1.0
     """Of the corrections in the targets."""
     committed: bool = False
     _committing: Callable[[LayerStep], None] = field(default=lambda step: None, repr=False)
@@ -108,20 +108,20 @@ class LayerStep:
                 "they are, but for the units that leave; give more samples",
                 stacklevel=2,
             )
-        return pose(self.known, keep, self.group.name, damp, self.share)
+        return pose(self.known, keep, self.group.name, damp, self.correction_weight)
 
     def regularization(
-        self, keep: int, damp: float | None = None, share: float | None = None
+        self, keep: int, damp: float | None = None, correction_weight: float | None = None
     ) -> tuple[float, float]:
-        """Return damping and share as asked for; for the rest, what serves held-out samples best.
+        """Return damping and correction weight, as asked or as they serve held-out samples best.
 
         Where none were held out, nothing tells how much of the corrections is noise, and there are
         none then.
         """
         if not any(gram.held is not None for gram in self.known):
-            return DEFAULT_DAMP if damp is None else damp, share or 0.0
+            return DEFAULT_DAMP if damp is None else damp, correction_weight or 0.0
         damps = DAMPS if damp is None else (damp,)
-        return best_regularization(self.known, keep, damps, share)
+        return best_regularization(self.known, keep, damps, correction_weight)
 
     def refits(self, weights: Sequence[Tensor], kept: Sequence[int]) -> Refits:
         """Return what to commit: refits, where these do no worse than dense weights of what stays.

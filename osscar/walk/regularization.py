@@ -2,10 +2,10 @@
 
 A refit has as many free weights as a layer, and calibration data have few tokens that are alike.
 What it gains on them is in part noise, and the more so the fewer there are: bias against variance.
-Two numbers hold it back: the damping, which pulls weights towards the dense ones, and the share of
-what a target is corrected for earlier errors.  Refits are linear in the targets,
-``W = W_0 + share W_1``, so that for a given damping the error on held-out samples, whose targets
-have the corrections in full, is a parabola in the share.
+Two numbers hold it back: the damping, which pulls weights towards the dense ones, and the
+correction weight s: how much of the earlier errors a target makes up for. Refits are linear in the
+targets, ``W = W_0 + s W_1``, so that for a given damping the error on held-out samples, whose
+targets have the corrections in full, is a parabola in s.
 """
 
 from __future__ import annotations
@@ -42,13 +42,13 @@ def best_regularization(
     accumulators: Sequence[GramAccumulator],
     keep: int,
     damps: Sequence[float] = DAMPS,
-    share: float | None = None,
+    correction_weight: float | None = None,
 ) -> tuple[float, float]:
-    """Return the damping, of those given, and the share whose refit serves held-out samples best.
+    """Return a damping, of those given, and the correction weight: what serves held-out samples.
 
-    The share may be given, too.  Consumers of which nothing was held out have no say.  The units
-    kept are those that weights and inputs of the largest norm belong to: what is best hardly
-    depends on them.
+    The correction weight may be given, too.  Consumers of which nothing was held out have no say.
+    The units kept are those that weights and inputs of the largest norm belong to: what is best
+    hardly depends on them.
     """
     read = [(one, one.fitted.centred()) for one in accumulators]
     sizes = _sizes(read)
@@ -58,15 +58,15 @@ def best_regularization(
         if one.held is not None
     ]
     default = DEFAULT_DAMP if DEFAULT_DAMP in damps else damps[0]
-    best, least = (default, share or 0.0), math.inf
+    best, least = (default, correction_weight or 0.0), math.inf
     # In this order: where they say nothing, such as of inputs that are always zero, none is better.
     for damp in sorted(damps, key=lambda damp: damp != default):
         terms = [part.errors(damp) for part in parts]
         error, slope, curve = (float(sum(term)) for term in zip(*terms, strict=True))
-        if share is None:
+        if correction_weight is None:
             chosen = min(max(slope / curve, 0.0), 1.0) if curve > 0 else 0.0
         else:
-            chosen = share
+            chosen = correction_weight
         error += chosen * (chosen * curve - 2 * slope)
         if error < least:
             best, least = (damp, chosen), error
@@ -140,7 +140,7 @@ class _Part:
         )
 
     def errors(self, damp: float) -> tuple[float, float, float]:
-        """Return a, b, c of the held-out error at a share s, ``a - 2bs + cs^2`` and a constant."""
+        """Return a, b, c of the held-out error ``a - 2bs + cs^2``, but for a constant."""
         added = max(damp, _LEAST_DAMP) * self.pulls
         factor = self.H.copy()
         factor.add_diagonal(torch.where(added > 0, added, 1.0))

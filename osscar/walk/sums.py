@@ -127,9 +127,9 @@ class Sums:
         return Centred(self._sums(), self.cross, self.positions, *self.means(), x, d)
 
     def given_up(
-        self, W0: Tensor, share: float
+        self, W0: Tensor, correction_weight: float
     ) -> tuple[Symmetric, tuple[Tensor, float] | None, Tensor]:
-        """Return least squares with these inputs and the targets ``Y = X W0 + share D``.
+        """Return least squares with these inputs and the targets ``Y = X W0 + s D``.
 
         That is half of ``X'X/N``; ``X'Y/N`` and ``|Y|^2/N``, or None where ``Y = X W0``; variances
         of the inputs, (p,).  Where a bias takes up means, all are about these.  The matrices of
@@ -157,11 +157,11 @@ class Sums:
                 C.addr_(x, d, alpha=-1)
                 C[constant] = 0
                 energy = max(energy - float(d @ d), 0.0)
-        if C is None or share == 0:
+        if C is None or correction_weight == 0:
             return H, None, variance
         G = H.product(W0)
-        energy = inner(W0, G) + 2 * share * inner(W0, C) + share**2 * energy
-        return H, (G.add_(C, alpha=share), energy), variance
+        energy = inner(W0, G) + 2 * correction_weight * inner(W0, C) + correction_weight**2 * energy
+        return H, (G.add_(C, alpha=correction_weight), energy), variance
 
 
 @dataclass(frozen=True, eq=False)

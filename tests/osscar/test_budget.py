@@ -187,7 +187,9 @@ def test_costs_are_those_of_the_model_that_is_really_smaller(subject, cost):
         )
 
     assert found.dense == pytest.approx(measured(model))
-    smaller = osscar.prune(model, data, groups=counts, backend="magnitude", blend=0.0).model
+    smaller = osscar.prune(
+        model, data, groups=counts, backend="magnitude", correction_weight=0.0
+    ).model
     assert found.of(counts) == pytest.approx(measured(smaller))
     name = next(iter(counts))
     fewer = {**counts, name: counts[name] - 1}
@@ -602,8 +604,11 @@ def test_a_budget_out_of_reach_says_what_is_in_reach(allocation, opt):
         ({"heads": 0.5, "at_least": 0.5}, "there is none; give one, such as --sparsity"),
         ({"neurons": 1, "allocation": "fair"}, "allocation is 'fair'; give one of curvature, unif"),
         ({"neurons": 1, "target": None}, "target is None; give one of weights, outputs, residual"),
-        ({"neurons": 1, "blend": 1.5}, "blend is 1.5; give a share from 0 to 1"),
-        ({"neurons": 1, "blend": float("nan")}, "blend is nan"),
+        (
+            {"neurons": 1, "correction_weight": 1.5},
+            "correction-weight is 1.5; give a share from 0 to 1",
+        ),
+        ({"neurons": 1, "correction_weight": float("nan")}, "correction-weight is nan"),
     ],
 )
 def test_contradictions_and_options_out_of_range_are_refused(asked, message):

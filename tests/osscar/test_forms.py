@@ -34,7 +34,7 @@ from osscar.shrinking.structure import structure_of
 from tests.osscar.families import tiny, tokens
 from tests.osscar.programs import CASES, far_apart, without_units
 
-OFTEN = {"device": "cpu", "damp": 1e-3, "blend": 1.0}
+OFTEN = {"device": "cpu", "damp": 1e-3, "correction_weight": 1.0}
 
 
 def dense_of(case, seed=0):

@@ -184,7 +184,9 @@ def test_the_time_of_a_filter_depends_on_both_of_its_widths(clock):
     table = latency.latency_table(ready, shared, keep, Widths())
     assert not table.separable([group.name for group in shared])
     half = {group.name: group.units // 2 for group in shared}
-    result = osscar.prune(small_net(), images(), groups=half, backend="magnitude", blend=0.0)
+    result = osscar.prune(
+        small_net(), images(), groups=half, backend="magnitude", correction_weight=0.0
+    )
     expected = seconds(result.model) / seconds(small_net())
     assert table.of(half) == pytest.approx(expected, rel=0.02)
     name = shared[0].name

@@ -83,7 +83,9 @@ def test_baselines_are_the_methods_as_published():
     points = jobs(SPARSITY, (0.4, 0.2, 0.4), baselines=True)
     assert points[:2] == (Job(CURVATURE, SPARSITY, 0.2), Job(CURVATURE, SPARSITY, 0.4))
     assert len(points) == 2 * (1 + len(BASELINES))
-    request = Job("multistage", SPARSITY, 0.2).request(PruningRequest(sparsity=0.5, blend=0.5))
+    request = Job("multistage", SPARSITY, 0.2).request(
+        PruningRequest(sparsity=0.5, correction_weight=0.5)
+    )
     assert (request.allocation, request.target, request.backend) == (
         "uniform",
         "weights",

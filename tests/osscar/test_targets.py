@@ -123,7 +123,9 @@ def test_a_stream_that_nobody_knows_is_left_out_of_the_target():
     torch.manual_seed(0)
     model, x = Stack("scaled").eval(), torch.randn(64, 8)
     plain, stream = (
-        osscar.prune(model, (x,), sparsity=0.5, allocation="uniform", target=target, blend=1.0)
+        osscar.prune(
+            model, (x,), sparsity=0.5, allocation="uniform", target=target, correction_weight=1.0
+        )
         for target in ("outputs", "residual")
     )
     for a, b in zip(plain.model.parameters(), stream.model.parameters(), strict=True):
@@ -184,7 +186,7 @@ def test_the_share_is_the_one_that_a_search_over_shares_finds():
 @pytest.mark.parametrize(("positions", "noise", "share"), [(16, 3.0, 0.7), (40, 1.0, None)])
 def test_damping_is_what_exact_refits_find_on_held_out_samples(positions, noise, share):
     gram = accumulated(positions, noise)
-    damp, chosen = best_regularization([gram], 8, share=share)
+    damp, chosen = best_regularization([gram], 8, correction_weight=share)
     shares = np.linspace(0, 1, 21) if share is None else [share]
     errors = {damp: min(held_out_error(gram, damp, share) for share in shares) for damp in DAMPS}
     assert damp == min(errors, key=errors.get)
@@ -225,13 +227,15 @@ def test_more_data_and_less_noise_hold_a_refit_back_less():
 def test_the_report_says_how_refits_were_held_back():
     result = osscar.prune(tiny("opt"), tokens(16, 24), neurons=0.5, backend="wanda")
     assert result.held_out == 2
-    assert all(0 <= layer.blend <= 1 and layer.damp in DAMPS for layer in result.layers)
-    assert len({layer.blend for layer in result.layers}) > 1
+    assert all(0 <= layer.correction_weight <= 1 and layer.damp in DAMPS for layer in result.layers)
+    assert len({layer.correction_weight for layer in result.layers}) > 1
     plain = osscar.prune(tiny("opt"), tokens(16, 24), neurons=0.5, target="weights")
     assert plain.held_out == 2
-    assert {layer.blend for layer in plain.layers} == {0.0}
+    assert {layer.correction_weight for layer in plain.layers} == {0.0}
     single = osscar.prune(tiny("opt"), tokens(1, 24), neurons=0.5)
-    assert {(layer.damp, layer.blend) for layer in single.layers} == {(DEFAULT_DAMP, 0.0)}
+    assert {(layer.damp, layer.correction_weight) for layer in single.layers} == {
+        (DEFAULT_DAMP, 0.0)
+    }
 
 
 # ---- biases ------------------------------------------------------------------------------

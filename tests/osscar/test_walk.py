@@ -288,7 +288,7 @@ def test_groups_are_measured_alone_or_through_what_was_committed_before(case):
                     close(G, X.T @ Y / len(X), near)
                     expected = float(Y.square().sum() / len(X))
                     assert e == pytest.approx(expected, rel=10 * near, abs=1e-12)
-            site.share = 0.5
+            site.correction_weight = 0.5
             site.problem(max(1, site.group.units // 2), damp=0.01)  # well posed
             site.commit(half_gone(site))
             seen.append(site.group.name)
